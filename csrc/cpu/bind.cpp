@@ -1,0 +1,131 @@
+// peftkern._cpu: addresses, sizes and a thread count in; no torch. Every entry checks its sizes and
+// raises ValueError (std::invalid_argument); the GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "peftkern/isa.h"
+#include "peftkern/lora_linear.h"
+#include "peftkern/nf4.h"
+#include "peftkern/nf4_lora_linear.h"
+#include "peftkern/parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace peftkern;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (packed, packed_bytes, absmax, absmax_len, nested, nested_absmax, nested_absmax_len, nested_code,
+//  nested_offset, blocksize, nested_blocksize, numel)
+NF4View view_from_tuple(const py::tuple& t) {
+  if (t.size() != 12) throw std::invalid_argument("w: expected 12 fields");
+  NF4View w;
+  w.packed = pointer<const uint8_t>(t[0].cast<uintptr_t>());
+  w.packed_bytes = t[1].cast<int64_t>();
+  w.absmax = pointer<const void>(t[2].cast<uintptr_t>());
+  w.absmax_len = t[3].cast<int64_t>();
+  w.nested = t[4].cast<bool>();
+  w.nested_absmax = pointer<const float>(t[5].cast<uintptr_t>());
+  w.nested_absmax_len = t[6].cast<int64_t>();
+  w.nested_code = pointer<const float>(t[7].cast<uintptr_t>());
+  w.nested_offset = t[8].cast<float>();
+  w.blocksize = t[9].cast<int64_t>();
+  w.nested_blocksize = t[10].cast<int64_t>();
+  w.numel = t[11].cast<int64_t>();
+  return w;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (isa_available(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
+  }
+  return names;
+}
+
+NF4LinearArgs linear_args(int threads, int64_t M, int64_t N, int64_t K, int64_t r, uintptr_t in,
+                          int dtype, const py::tuple& w, uintptr_t s, uintptr_t up, uintptr_t out) {
+  NF4LinearArgs args;
+  args.M = M;
+  args.N = N;
+  args.K = K;
+  args.r = r;
+  args.in = pointer<const void>(in);
+  args.dtype = dtype_from_code(dtype);
+  args.w = view_from_tuple(w);
+  args.s = pointer<const float>(s);
+  args.up = pointer<const float>(up);
+  args.out = pointer<void>(out);
+  args.threads = threads;
+  return args;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of peftkern; call them through peftkern.native.";
+  m.def("isas", &isas, "Instruction sets compiled in and supported here, weakest first.");
+  m.def("set_fork_child", &set_fork_child, "Stay on one thread from now on (after fork).");
+
+  m.def("nf4_quantize", [](const std::string& isa, int threads, uintptr_t src, int src_dtype,
+                           int64_t numel, int64_t blocksize, uintptr_t packed, int64_t packed_bytes,
+                           uintptr_t absmax, int64_t absmax_len) {
+    const DType dtype = dtype_from_code(src_dtype);
+    py::gil_scoped_release release;
+    nf4_quantize(isa.c_str(), threads, pointer<const void>(src), dtype, numel, blocksize,
+                 pointer<uint8_t>(packed), packed_bytes, pointer<float>(absmax), absmax_len);
+  });
+  m.def("nf4_quantize_absmax",
+        [](int threads, uintptr_t absmax, int64_t n, float offset, uintptr_t code,
+           int64_t nested_blocksize, uintptr_t q, uintptr_t nested_absmax, int64_t nested_len) {
+          py::gil_scoped_release release;
+          nf4_quantize_absmax(threads, pointer<const float>(absmax), n, offset,
+                              pointer<const float>(code), nested_blocksize, pointer<uint8_t>(q),
+                              pointer<float>(nested_absmax), nested_len);
+        });
+  m.def("nf4_dequantize", [](const std::string& isa, int threads, const py::tuple& w, uintptr_t out,
+                             int out_dtype, int64_t out_numel) {
+    const NF4View view = view_from_tuple(w);
+    const DType dtype = dtype_from_code(out_dtype);
+    py::gil_scoped_release release;
+    nf4_dequantize(isa.c_str(), threads, view, pointer<void>(out), dtype, out_numel);
+  });
+  m.def("nf4_lora_linear_forward",
+        [](const std::string& isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r,
+           uintptr_t x, int dtype, const py::tuple& w, uintptr_t s, uintptr_t b, uintptr_t bias,
+           uintptr_t y) {
+          NF4LinearArgs args = linear_args(threads, M, N, K, r, x, dtype, w, s, b, y);
+          args.bias = pointer<const float>(bias);
+          py::gil_scoped_release release;
+          nf4_lora_linear_forward(isa.c_str(), args);
+        });
+  m.def("nf4_lora_linear_backward",
+        [](const std::string& isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r,
+           uintptr_t dy, int dtype, const py::tuple& w, uintptr_t s, uintptr_t a, uintptr_t dx) {
+          const NF4LinearArgs args = linear_args(threads, M, N, K, r, dy, dtype, w, s, a, dx);
+          py::gil_scoped_release release;
+          nf4_lora_linear_backward(isa.c_str(), args);
+        });
+  m.def("lora_shrink", [](const std::string& isa, int threads, int64_t M, int64_t K, int64_t r,
+                          uintptr_t x, int x_dtype, uintptr_t a, uintptr_t s) {
+    LoraShrinkArgs args;
+    args.M = M;
+    args.K = K;
+    args.r = r;
+    args.x = pointer<const void>(x);
+    args.dtype = dtype_from_code(x_dtype);
+    args.a = pointer<const float>(a);
+    args.s = pointer<float>(s);
+    args.threads = threads;
+    py::gil_scoped_release release;
+    lora_shrink(isa.c_str(), args);
+  });
+}

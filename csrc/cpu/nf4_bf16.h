@@ -1,0 +1,169 @@
+// bfloat16 panels for the instruction sets with bfloat16 products (AVX512-BF16 and AMX).
+// A dword holds two weights that are neighbours along the reduction.
+#pragma once
+
+#include "nf4_panel.h"
+
+namespace peftkern {
+namespace {
+
+inline __m512i load_bytes(const uint8_t* p, int64_t n) {
+  if (n >= 64) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi8((__mmask64{1} << n) - 1, p);
+}
+inline __mmask32 mask32(int64_t n) {
+  return n >= 32 ? ~__mmask32{0} : (n <= 0 ? 0 : (__mmask32{1} << n) - 1);
+}
+
+// The bfloat16 values of the two 64-blocks from `element` on (the second only where n > 64).
+inline __m512i bf16_tables(const Absmax& absmax, int64_t element, int64_t n) {
+  const __m512 code = _mm512_loadu_ps(kNF4Code);
+  const float low = absmax.at(element), high = n > 64 ? absmax.at(element + 64) : 0.0f;
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(code, _mm512_set1_ps(high)),
+                                                       _mm512_mul_ps(code, _mm512_set1_ps(low))));
+}
+
+inline bool whole_blocks(const NF4View& w, int64_t element) {
+  return element % 64 == 0 && w.blocksize >= 64;
+}
+
+// 128 weights from `element` on, of which n exist; the others are zero.
+inline void decode_chunk(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
+                         __m512i out[4]) {
+  if (whole_blocks(w, element)) {
+    decode128(load_bytes(w.packed + element / 2, (n + 1) / 2), bf16_tables(absmax, element, n),
+              out);
+    if (n < 128) {
+      for (int j = 0; j < 4; ++j) out[j] = _mm512_maskz_mov_epi16(mask32(n - 32 * j), out[j]);
+    }
+    return;
+  }
+  uint16_t values[128] = {};
+  for (int64_t j = 0; j < min64(n, 128); ++j) {
+    values[j] = bf16_from_float(weight_at(w, absmax, element + j, DType::kFloat32));
+  }
+  for (int j = 0; j < 4; ++j) out[j] = _mm512_loadu_si512(values + 32 * j);
+}
+
+struct BFloat16Panels {
+  static constexpr int kPerDword = 2;
+  static constexpr int64_t kStep = 32;
+
+  static void load_dwords(const void* in, DType, int64_t i, int64_t n, uint32_t* out) {
+    const uint16_t* p = static_cast<const uint16_t*>(in) + i;
+    _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(mask32(n), p));
+  }
+
+  static void decode_row(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, DType,
+                         uint32_t* out, int64_t stride) {
+    for (int64_t i = 0; i < n; i += 128) {
+      __m512i v[4];
+      decode_chunk(w, absmax, element + i, n - i, v);
+      for (int64_t j = 0; j < 4 && i + 32 * j < n; ++j, out += stride) {
+        _mm512_storeu_si512(out, v[j]);
+      }
+    }
+  }
+
+  static void decode_lanes(const NF4View& w, const Absmax& absmax, int64_t N, int64_t K, int64_t n0,
+                           int64_t rows, int64_t k0, DType, uint32_t* out, int64_t stride) {
+    const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    // Word pairs (i, 32 + i): a word of the first row beside the same word of the second.
+    const __m512i low =
+        _mm512_or_si512(ramp, _mm512_slli_epi32(_mm512_add_epi32(ramp, _mm512_set1_epi32(32)), 16));
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const int64_t columns = min64(128, K - k0);
+    for (int64_t i = 0; i < round_up(rows, 32); i += 2) {
+      __m512i v[2][4] = {};
+      for (int64_t p = 0; p < 2; ++p) {
+        const int64_t n = n0 + i + p;
+        if (i + p >= rows) continue;
+        prefetch_row(w, N, K, n, k0);
+        decode_chunk(w, absmax, n * K + k0, columns, v[p]);
+      }
+      uint32_t* line = out + i / 32 * kPair + i % 32 / 2 * 16;
+      for (int j = 0; j < 4; ++j, line += stride) {
+        _mm512_storeu_si512(line, _mm512_permutex2var_epi16(v[0][j], low, v[1][j]));
+        _mm512_storeu_si512(line + kTile, _mm512_permutex2var_epi16(v[0][j], high, v[1][j]));
+      }
+    }
+  }
+
+  // The dot product takes the weights as four streams (element 4 t + j is number t of stream j),
+  // the order in which shifting the packed words yields them; the input is brought into it once.
+  static constexpr int64_t kDotStep = 128;
+  static void prepare_dot(const void* in, DType, int64_t i, int64_t n, uint32_t* out) {
+    const uint16_t* p = static_cast<const uint16_t*>(in) + i;
+    const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i fourth = _mm512_cvtepi32_epi16(_mm512_slli_epi32(ramp, 2));
+    for (int64_t c = 0; c < n; c += 128, out += 64) {
+      __m512i x[4];
+      for (int j = 0; j < 4; ++j) {
+        x[j] = _mm512_maskz_loadu_epi16(mask32(n - c - 32 * j), p + c + 32 * j);
+      }
+      for (int j = 0; j < 4; ++j) {
+        const __m512i index = _mm512_castsi256_si512(
+            _mm256_add_epi16(fourth, _mm256_set1_epi16(static_cast<int16_t>(j))));
+        const __m512i low = _mm512_permutex2var_epi16(x[0], index, x[1]);
+        const __m512i high = _mm512_permutex2var_epi16(x[2], index, x[3]);
+        _mm512_storeu_si512(out + 16 * j,
+                            join(_mm512_castsi512_si256(low), _mm512_castsi512_si256(high)));
+      }
+    }
+  }
+
+  static void decode_streams(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
+                             __m512i out[4]) {
+    if (whole_blocks(w, element)) {
+      const __m512i packed = load_bytes(w.packed + element / 2, (n + 1) / 2);
+      const __m512i table = bf16_tables(absmax, element, n);
+      const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+      const __m512i nibble = _mm512_set1_epi16(15);
+      constexpr int kAndOr = 0xea;
+      const auto value = [&](__m512i shifted) {
+        return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(shifted, nibble, half, kAndOr),
+                                        table);
+      };
+      out[0] = value(_mm512_srli_epi16(packed, 4));
+      out[1] = value(packed);
+      out[2] = value(_mm512_srli_epi16(packed, 12));
+      out[3] = value(_mm512_srli_epi16(packed, 8));
+      return;
+    }
+    uint16_t values[128] = {};
+    for (int64_t j = 0; j < min64(n, 128); ++j) {
+      values[j % 4 * 32 + j / 4] =
+          bf16_from_float(weight_at(w, absmax, element + j, DType::kFloat32));
+    }
+    for (int j = 0; j < 4; ++j) out[j] = _mm512_loadu_si512(values + 32 * j);
+  }
+
+  template <int kRows>
+  static void dot(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, DType,
+                  const uint32_t* in, int64_t in_stride, F16* acc) {
+    constexpr int kSums = kRows >= 4 ? 1 : 4 / kRows;  // independent sums hide the latency
+    __m512 sum[kRows][kSums];
+    for (int m = 0; m < kRows; ++m) {
+      for (int j = 0; j < kSums; ++j) sum[m][j] = j == 0 ? acc[m].v : _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < n; i += 128) {
+      __m512i v[4];
+      decode_streams(w, absmax, element + i, n - i, v);
+      for (int m = 0; m < kRows; ++m) {
+        const uint32_t* x = in + m * in_stride + i / 2;
+        for (int j = 0; j < 4; ++j) {
+          sum[m][j % kSums] =
+              _mm512_dpbf16_ps(sum[m][j % kSums], reinterpret_cast<__m512bh>(v[j]),
+                               reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + 16 * j)));
+        }
+      }
+    }
+    for (int m = 0; m < kRows; ++m) {
+      for (int j = 1; j < kSums; ++j) sum[m][0] = _mm512_add_ps(sum[m][0], sum[m][j]);
+      acc[m].v = sum[m][0];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace peftkern

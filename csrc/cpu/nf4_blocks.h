@@ -1,0 +1,115 @@
+// Quantise and dequantise one run of blocks on one thread; compiled once per instruction set.
+// Reads 4 (or 2) bytes and writes 0.56 per weight, or the reverse: bound by memory, so the work per
+// block is a table of its sixteen possible values, scaled and rounded once.
+#pragma once
+
+#include "nf4_decode.h"
+
+namespace peftkern {
+namespace {
+
+inline void pack_nibbles(const uint8_t* codes, int64_t bytes, uint8_t* packed) {
+  int64_t j = 0;
+#if defined(__AVX512F__)
+  const __m512i weights = _mm512_set1_epi16(0x0110);  // even code * 16 + odd code
+  for (; j + 32 <= bytes; j += 32) {
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_loadu_si512(codes + 2 * j), weights);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + j), _mm512_cvtepi16_epi8(pairs));
+  }
+#elif defined(__AVX2__)
+  const __m256i weights = _mm256_set1_epi16(0x0110);
+  for (; j + 16 <= bytes; j += 16) {
+    const __m256i pairs = _mm256_maddubs_epi16(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 2 * j)), weights);
+    const __m256i narrow = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + j), _mm256_castsi256_si128(narrow));
+  }
+#endif
+  for (; j < bytes; ++j) packed[j] = static_cast<uint8_t>(codes[2 * j] << 4 | codes[2 * j + 1]);
+}
+
+void quantize_blocks(const void* src, DType dtype, int64_t begin, int64_t end, int64_t blocksize,
+                     uint8_t* packed, float* absmax) {
+  uint8_t codes[4096 + 16];
+  for (int64_t start = begin; start < end; start += blocksize) {
+    const int64_t count = min64(blocksize, end - start);
+    F16 top = f16_zero();
+    for (int64_t i = 0; i < count; i += 16) {
+      const int n = static_cast<int>(min64(16, count - i));
+      top = f16_maxabs(top, load_any(src, dtype, start + i, n));
+    }
+    const float scale = f16_absmax(top);
+    absmax[start / blocksize] = scale;
+    const F16 inverse = f16_set1(1.0f / (scale < kAbsmaxFloor ? kAbsmaxFloor : scale));
+    for (int64_t i = 0; i < count; i += 16) {
+      const int n = static_cast<int>(min64(16, count - i));
+      f16_codes(f16_mul(load_any(src, dtype, start + i, n), inverse), codes + i);
+    }
+    uint8_t* bytes = packed + start / 2;
+    pack_nibbles(codes, count / 2, bytes);
+    if (count % 2) bytes[count / 2] = static_cast<uint8_t>(codes[count - 1] << 4 | 7);  // 7: zero
+  }
+}
+
+#if defined(__AVX512F__)
+
+int64_t dequantize16_blocks(const NF4View& w, const float* absmax, int64_t begin, int64_t end,
+                            uint16_t* out, DType dtype, bool stream) {
+  const int log2 = w.blocksize_log2();
+  const int64_t first = begin >> log2;
+  stream = stream && reinterpret_cast<uintptr_t>(out + begin) % 64 == 0;
+  int64_t i = begin;
+  for (; i + 128 <= end; i += 128) {
+    const __m512i table = join(table16(absmax[(i >> log2) - first], dtype),
+                               table16(absmax[((i + 64) >> log2) - first], dtype));
+    __m512i v[4];
+    decode128(_mm512_loadu_si512(w.packed + i / 2), table, v);
+    __m512i* p = reinterpret_cast<__m512i*>(out + i);
+    for (int j = 0; j < 4; ++j) {
+      stream ? _mm512_stream_si512(p + j, v[j]) : _mm512_storeu_si512(p + j, v[j]);
+    }
+  }
+  return i;
+}
+
+#endif
+
+void dequantize_blocks(const NF4View& w, const float* absmax, int64_t begin, int64_t end, void* out,
+                       DType dtype, bool stream) {
+  const int log2 = w.blocksize_log2();
+  const int64_t first = begin >> log2;
+  int64_t i = begin;
+#if defined(__AVX512F__)
+  if (dtype != DType::kFloat32 && w.blocksize >= 64) {
+    i = dequantize16_blocks(w, absmax, begin, end, static_cast<uint16_t*>(out), dtype, stream);
+  }
+  stream = stream && dtype == DType::kFloat32 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+#else
+  (void)stream;
+#endif
+  while (i < end) {
+    const int64_t stop = min64(end, ((i >> log2) + 1) << log2);
+    const F16 table = scaled_table(absmax[(i >> log2) - first], dtype);
+    for (; i + 16 <= stop; i += 16) {
+      const F16 x = f16_lookup(w.packed + i / 2, table);
+#if defined(__AVX512F__)
+      if (stream) {
+        _mm512_stream_ps(static_cast<float*>(out) + i, x.v);
+        continue;
+      }
+#endif
+      store_any(out, dtype, i, x, 16);
+    }
+    if (i < stop) {
+      const int n = static_cast<int>(stop - i);
+      store_any(out, dtype, i, f16_lookup_at(w.packed, i, n, table), n);
+      i = stop;
+    }
+  }
+#if defined(__AVX512F__)
+  if (stream) _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace peftkern

@@ -1,0 +1,86 @@
+// Tables of the sixteen values a block can take, and what is read and written through them;
+// compiled once per instruction set.
+#pragma once
+
+#include "peftkern/nf4.h"
+#include "simd.h"
+
+namespace peftkern {
+namespace {
+
+inline F16 load_any(const void* src, DType dtype, int64_t i, int n) {
+  if (dtype == DType::kFloat32) {
+    const float* p = static_cast<const float*>(src) + i;
+    return n == 16 ? f16_load(p) : f16_load_n(p, n);
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(src) + i;
+  uint16_t tail[16] = {};
+  if (n < 16) {
+    std::memcpy(tail, p, static_cast<size_t>(n) * 2);
+    p = tail;
+  }
+  return dtype == DType::kBFloat16 ? f16_load_bf16(p) : f16_load_fp16(p);
+}
+
+inline F16 scaled_table(float absmax, DType dtype) {
+  const F16 table = f16_mul(f16_load(kNF4Code), f16_set1(absmax));
+  if (dtype == DType::kBFloat16) return f16_round_bf16(table);
+  if (dtype == DType::kFloat16) return f16_round_fp16(table);
+  return table;
+}
+
+inline void store_any(void* out, DType dtype, int64_t i, const F16& x, int n) {
+  if (dtype == DType::kFloat32) {
+    float* p = static_cast<float*>(out) + i;
+    n == 16 ? f16_store(p, x) : f16_store_n(p, x, n);
+    return;
+  }
+  uint16_t t[16];
+  uint16_t* p = static_cast<uint16_t*>(out) + i;
+  uint16_t* q = n == 16 ? p : t;
+  dtype == DType::kBFloat16 ? f16_store_bf16(q, x) : f16_store_fp16(q, x);
+  if (n < 16) std::memcpy(p, t, static_cast<size_t>(n) * 2);
+}
+
+#if defined(__AVX512F__)
+
+inline __m256i table16(float absmax, DType dtype) {  // sixteen 16-bit values
+  const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(kNF4Code), _mm512_set1_ps(absmax));
+  if (dtype == DType::kBFloat16) return _mm512_cvtepi32_epi16(bf16_bits(table));
+  return _mm512_cvtps_ph(table, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// 128 weights of a 16-bit type, in order, from 64 packed bytes. `table` holds the values of the
+// first 64 weights in its low half and those of the last 64 in its high half. vpermw reads five
+// index bits: four are the nibble, the fifth says which half.
+inline void decode128(__m512i packed, __m512i table, __m512i out[4]) {
+  // Source dword 4j + lane goes to dword j of each lane, so that the unpacks below end in order.
+  const __m512i spread = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m512i half = _mm512_set4_epi32(0x00100010, 0x00100010, 0, 0);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const __m512i w = _mm512_permutexvar_epi32(spread, packed);
+  constexpr int kAndOr = 0xea;  // (a & b) | c
+  const auto value = [&](__m512i shifted) {
+    return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(shifted, nibble, half, kAndOr),
+                                    table);
+  };
+  const __m512i v0 = value(_mm512_srli_epi16(w, 4));
+  const __m512i v1 = value(w);
+  const __m512i v2 = value(_mm512_srli_epi16(w, 12));
+  const __m512i v3 = value(_mm512_srli_epi16(w, 8));
+  const __m512i low01 = _mm512_unpacklo_epi16(v0, v1), high01 = _mm512_unpackhi_epi16(v0, v1);
+  const __m512i low23 = _mm512_unpacklo_epi16(v2, v3), high23 = _mm512_unpackhi_epi16(v2, v3);
+  out[0] = _mm512_unpacklo_epi32(low01, low23);
+  out[1] = _mm512_unpackhi_epi32(low01, low23);
+  out[2] = _mm512_unpacklo_epi32(high01, high23);
+  out[3] = _mm512_unpackhi_epi32(high01, high23);
+}
+
+inline __m512i join(__m256i low, __m256i high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+#endif
+
+}  // namespace
+}  // namespace peftkern

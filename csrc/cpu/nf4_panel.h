@@ -1,0 +1,270 @@
+// Tiles and panels of the NF4 matrix product, compiled once per instruction set.
+//
+// Everything is cut into tiles of 16 x 16 dwords (1 KiB, contiguous), two tiles side by side per
+// step of the reduction. A dword holds one float32 or a pair of bfloat16 that are neighbours along
+// the reduction, so both types share layouts, loops and epilogues:
+//   "rows" operand: 16 rows of 16 dwords along the reduction   (an AMX left operand)
+//   "lanes" operand: 16 dwords along the reduction x 16 columns (an AMX right operand)
+// The product of a rows tile and a lanes tile is a 16 x 16 float32 tile.
+#pragma once
+
+#include "nf4_decode.h"
+#include "peftkern/nf4_lora_linear.h"
+#include "peftkern/parallel.h"
+
+namespace peftkern {
+namespace {
+
+constexpr int64_t kTile = 256;        // dwords in a tile
+constexpr int64_t kPair = 2 * kTile;  // two tiles: 32 rows or 32 lanes
+
+struct Scratch {
+  explicit Scratch(int64_t bytes) : data(scratch_allocate(bytes)) {}
+  ~Scratch() { scratch_free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data;
+};
+
+template <class Fn>
+void parallel_for(int threads, int64_t tasks, Fn& fn) {
+  parallel_tasks(
+      threads, tasks,
+      [](void* context, int64_t task, int thread) { (*static_cast<Fn*>(context))(task, thread); },
+      &fn);
+}
+
+// absmax of blocks [first, first + count) as float32: load_absmax with a vector table look-up.
+inline void expand_absmax(const NF4View& w, int64_t first, int64_t count, float* out) {
+#if defined(__AVX512F__)
+  if (w.nested) {
+    const uint8_t* q = static_cast<const uint8_t*>(w.absmax) + first;
+    const __m512 offset = _mm512_set1_ps(w.nested_offset);
+    for (int64_t i = 0; i < count;) {
+      const int64_t group = (first + i) / w.nested_blocksize;
+      const int64_t stop = min64(count, (group + 1) * w.nested_blocksize - first);
+      const __m512 scale = _mm512_set1_ps(w.nested_absmax[group]);
+      for (; i < stop; i += 16) {
+        const __mmask16 mask = mask16(static_cast<int>(min64(16, stop - i)));
+        const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q + i));
+        const __m512 code =
+            _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, w.nested_code, 4);
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_add_ps(_mm512_mul_ps(code, scale), offset));
+      }
+      i = stop;
+    }
+    return;
+  }
+#endif
+  load_absmax(w, first, count, out);
+}
+
+// The absmax of a run of blocks, read from the weight or from an expanded copy.
+struct Absmax {
+  const float* values;
+  int64_t first;  // block that values[0] belongs to
+  int log2;       // of the block size
+  float at(int64_t element) const { return values[(element >> log2) - first]; }
+};
+
+inline float weight_at(const NF4View& w, const Absmax& absmax, int64_t element, DType dtype) {
+  const float value =
+      kNF4Code[w.packed[element >> 1] >> (element & 1 ? 0 : 4) & 15] * absmax.at(element);
+  return dtype == DType::kBFloat16 ? float_from_bf16(bf16_from_float(value)) : value;
+}
+
+// A strip of 128 columns touches one cache line of each row, too far apart for the processor to
+// guess: ask for the line of a row that comes soon.
+inline void prefetch_row(const NF4View& w, int64_t N, int64_t K, int64_t n, int64_t k) {
+  constexpr int64_t kAhead = 24;
+  if (n + kAhead < N) __builtin_prefetch(w.packed + ((n + kAhead) * K + k) / 2);
+}
+
+// Transposes a 16 x 16 tile of dwords.
+inline void transpose_tile(const uint32_t* in, int64_t in_stride, uint32_t* out) {
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * in_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {  // 128-bit lane l of a[i + 4 g] holds column 4 l + i of rows 4 g..
+    const __m512i p = _mm512_shuffle_i64x2(a[i], a[i + 4], 0x88);
+    const __m512i q = _mm512_shuffle_i64x2(a[i], a[i + 4], 0xdd);
+    const __m512i u = _mm512_shuffle_i64x2(a[i + 8], a[i + 12], 0x88);
+    const __m512i v = _mm512_shuffle_i64x2(a[i + 8], a[i + 12], 0xdd);
+    _mm512_storeu_si512(out + 16 * i, _mm512_shuffle_i64x2(p, u, 0x88));
+    _mm512_storeu_si512(out + 16 * (i + 4), _mm512_shuffle_i64x2(q, v, 0x88));
+    _mm512_storeu_si512(out + 16 * (i + 8), _mm512_shuffle_i64x2(p, u, 0xdd));
+    _mm512_storeu_si512(out + 16 * (i + 12), _mm512_shuffle_i64x2(q, v, 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) out[16 * j + i] = in[i * in_stride + j];
+  }
+#endif
+}
+
+// float32 arithmetic: scalar, AVX2 and AVX-512. bfloat16 input is widened; the weights take the
+// values they have in the input's type.
+struct Float32Math {
+  static constexpr int kPerDword = 1;
+  static constexpr int64_t kStep = 16;    // elements of the reduction in a tile
+  static constexpr int64_t kBlock = 256;  // elements of the reduction decoded at a time
+  static constexpr int64_t kDotRows = 4;  // up to here, dot products instead of tiles
+
+  struct Session {};  // nothing to set up per thread
+
+  static void load_dwords(const void* in, DType dtype, int64_t i, int64_t n, uint32_t* out) {
+    if (n <= 0) {
+      std::memset(out, 0, 64);
+      return;
+    }
+    const F16 x = load_any(in, dtype, i, static_cast<int>(min64(n, 16)));
+    f16_store(reinterpret_cast<float*>(out), x);
+  }
+
+  // n weights from `element` on, sixteen at a time to target(0), target(1), ...; the last group is
+  // zero-padded.
+  template <class Target>
+  static void decode(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
+                     DType dtype, const Target& target) {
+    for (int64_t i = 0; i < n;) {
+      if (element % 16 == 0 && n - i >= 16) {
+        const int64_t stop = min64(n - 15, i + w.blocksize - ((element + i) & (w.blocksize - 1)));
+        const F16 table = scaled_table(absmax.at(element + i), dtype);
+        for (; i < stop; i += 16) {
+          f16_store(reinterpret_cast<float*>(target(i / 16)),
+                    f16_lookup(w.packed + (element + i) / 2, table));
+        }
+        continue;
+      }
+      float values[16] = {};
+      for (int64_t j = 0; j < min64(16, n - i); ++j) {
+        values[j] = weight_at(w, absmax, element + i + j, dtype);
+      }
+      std::memcpy(target(i / 16), values, 64);
+      i += 16;
+    }
+  }
+
+  // In tiles `stride` dwords apart.
+  static void decode_row(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
+                         DType dtype, uint32_t* out, int64_t stride) {
+    decode(w, absmax, element, n, dtype, [=](int64_t j) { return out + j * stride; });
+  }
+
+  // Rows [n0, n0 + rows) x columns [k0, k0 + 128) as lanes tiles, pairs `stride` dwords apart.
+  static void decode_lanes(const NF4View& w, const Absmax& absmax, int64_t N, int64_t K, int64_t n0,
+                           int64_t rows, int64_t k0, DType dtype, uint32_t* out, int64_t stride) {
+    const int64_t columns = min64(128, K - k0);
+    for (int64_t i = 0; i < round_up(rows, 16); ++i) {
+      uint32_t* line = out + i / 16 * kPair + i % 16 * 16;
+      const auto target = [=](int64_t j) { return line + j / 2 * stride + j % 2 * kTile; };
+      const int64_t valid = i < rows ? columns : 0;
+      if (valid > 0) {
+        prefetch_row(w, N, K, n0 + i, k0);
+        decode(w, absmax, (n0 + i) * K + k0, valid, dtype, target);
+      }
+      for (int64_t j = (valid + 15) / 16; j < 8; ++j) std::memset(target(j), 0, 64);
+    }
+  }
+
+  // C[a][b] (+)= rows tile a x lanes tile b, summed over `steps` pairs of tiles.
+  template <int kA, int kB>
+  static void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
+                       bool first) {
+#if defined(__AVX512F__)
+    constexpr int kRows = 8;
+#else
+    constexpr int kRows = 4;
+#endif
+    constexpr int kLanes =
+#if defined(__AVX512F__)
+        kB;
+#else
+        1;
+#endif
+    for (int part = 0; part < kA * 16 / kRows; ++part) {
+      const int row = part * kRows;
+      for (int b0 = 0; b0 < kB; b0 += kLanes) {
+        F16 acc[kRows][kLanes];
+        float* tile = c + (row / 16 * 2 + b0) * kTile + row % 16 * 16;
+        for (int i = 0; i < kRows; ++i) {
+          for (int b = 0; b < kLanes; ++b) {
+            acc[i][b] = first ? f16_zero() : f16_load(tile + b * kTile + i * 16);
+          }
+        }
+        for (int64_t t = 0; t < steps; ++t) {
+          const uint32_t* left = rows + t * kPair + row / 16 * kTile + row % 16 * 16;
+          const uint32_t* right = lanes + t * kPair + b0 * kTile;
+          for (int k = 0; k < 16; ++k) {
+            F16 x[kLanes];
+            for (int b = 0; b < kLanes; ++b) {
+              x[b] = f16_load(reinterpret_cast<const float*>(right + b * kTile + k * 16));
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) {
+              const F16 y = f16_set1(bits_float(left[i * 16 + k]));
+              for (int b = 0; b < kLanes; ++b) acc[i][b] = f16_fma(y, x[b], acc[i][b]);
+            }
+          }
+        }
+        for (int i = 0; i < kRows; ++i) {
+          for (int b = 0; b < kLanes; ++b) f16_store(tile + b * kTile + i * 16, acc[i][b]);
+        }
+      }
+    }
+  }
+
+  // Dot products of one weight row with up to kRows input rows held as float32.
+  static constexpr int64_t kDotStep = 16;
+  static void prepare_dot(const void* in, DType dtype, int64_t i, int64_t n, uint32_t* out) {
+    for (int64_t j = 0; j < n; j += 16) load_dwords(in, dtype, i + j, n - j, out + j);
+  }
+  template <int kRows>
+  static void dot(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, DType dtype,
+                  const uint32_t* in, int64_t in_stride, F16* acc) {
+    F16 even[kRows], odd[kRows];
+    for (int m = 0; m < kRows; ++m) {
+      even[m] = acc[m];
+      odd[m] = f16_zero();
+    }
+    const auto x = [&](int m, int64_t i) {
+      return f16_load(reinterpret_cast<const float*>(in + m * in_stride + i));
+    };
+    int64_t i = 0;
+    if (element % 32 == 0) {
+      while (i + 32 <= n) {
+        const int64_t stop = min64(n, i + w.blocksize - ((element + i) & (w.blocksize - 1)));
+        const F16 table = scaled_table(absmax.at(element + i), dtype);
+        for (; i + 32 <= stop; i += 32) {
+          const F16 w0 = f16_lookup(w.packed + (element + i) / 2, table);
+          const F16 w1 = f16_lookup(w.packed + (element + i) / 2 + 8, table);
+          for (int m = 0; m < kRows; ++m) {
+            even[m] = f16_fma(w0, x(m, i), even[m]);
+            odd[m] = f16_fma(w1, x(m, i + 16), odd[m]);
+          }
+        }
+        if (stop == n) break;
+      }
+    }
+    for (; i < n; i += 16) {
+      uint32_t line[16] = {};
+      decode_row(w, absmax, element + i, min64(16, n - i), dtype, line, 16);
+      const F16 values = f16_load(reinterpret_cast<const float*>(line));
+      for (int m = 0; m < kRows; ++m) even[m] = f16_fma(values, x(m, i), even[m]);
+    }
+    for (int m = 0; m < kRows; ++m) acc[m] = f16_add(even[m], odd[m]);
+  }
+};
+
+}  // namespace
+}  // namespace peftkern

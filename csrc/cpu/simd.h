@@ -1,0 +1,376 @@
+// F16: sixteen floats in whatever registers the including file is compiled for (one zmm, two ymm,
+// or an array), and the NF4 primitives that differ by instruction set. Everything is in an
+// anonymous namespace: each instruction set gets its own copy, and the linker can never mix them
+// up.
+//
+// Files that include this must not use inline functions of the standard library either: their
+// AVX-512 copy could be the one that the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "peftkern/nf4_table.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace peftkern {
+namespace {
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+inline uint32_t float_bits(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+inline float bits_float(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+// max(a, |b|) for a >= 0; NaN propagates.
+inline float maxabs(float a, float b) {
+  if (a != a || b != b) return bits_float(0x7fc00000);
+  const float m = bits_float(float_bits(b) & 0x7fffffff);
+  return m > a ? m : a;
+}
+
+// Round to nearest even; any NaN becomes 0x7fc0 as in torch.
+inline uint16_t bf16_from_float(float x) {
+  if (x != x) return 0x7fc0;
+  const uint32_t u = float_bits(x);
+  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline float float_from_bf16(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
+
+inline uint16_t fp16_from_float(float x) {
+  const uint32_t u = float_bits(x);
+  const uint32_t sign = u >> 16 & 0x8000;
+  const uint32_t a = u & 0x7fffffff;
+  if (a > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (a >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds past 65504
+  if (a <
+      0x38800000) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the mantissa
+    return static_cast<uint16_t>(sign | (float_bits(bits_float(a) + 0.5f) - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | ((a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13));
+}
+inline float float_from_fp16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t exponent = h >> 10 & 31;
+  const uint32_t mantissa = h & 0x3ff;
+  if (exponent == 31) return bits_float(sign | 0x7f800000 | mantissa << 13);
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return bits_float(sign | float_bits(magnitude));
+  }
+  return bits_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+#if defined(__AVX512F__)
+
+struct F16 {
+  __m512 v;
+};
+inline F16 f16_zero() { return {_mm512_setzero_ps()}; }
+inline F16 f16_set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F16 f16_load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void f16_store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
+inline F16 f16_fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F16 f16_mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F16 f16_add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline float f16_sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
+inline __mmask16 mask16(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline F16 f16_load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(mask16(n), p)}; }
+inline void f16_store_n(float* p, F16 a, int n) { _mm512_mask_storeu_ps(p, mask16(n), a.v); }
+
+inline __m512i bf16_bits(__m512 x) {  // in the low half of each lane
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+}
+inline F16 f16_round_bf16(F16 a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(a.v), 16))};
+}
+inline F16 f16_round_fp16(F16 a) {
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
+inline F16 f16_load_bf16(const uint16_t* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline F16 f16_load_fp16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void f16_store_bf16(uint16_t* p, F16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(a.v)));
+}
+inline void f16_store_fp16(uint16_t* p, F16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Sixteen weights from eight packed bytes through a table of 16 floats. vpermps looks at the low
+// four bits of each lane only, so the shifted nibbles need no mask.
+inline F16 f16_lookup(const uint8_t* packed, F16 table) {
+  const __m512i shift = _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4);
+  const __m512i spread = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
+  const __m512i words = _mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(bytes));
+  return {_mm512_permutexvar_ps(_mm512_srlv_epi32(words, shift), table.v)};
+}
+
+inline float f16_absmax(F16 a) {  // NaN propagates
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  if (nan) return bits_float(0x7fc00000);
+  return _mm512_reduce_max_ps(_mm512_abs_ps(a.v));
+}
+inline F16 f16_maxabs(F16 a, F16 b) {  // lanes where b is NaN become NaN; a NaN in a stays
+  const __m512 m = _mm512_max_ps(a.v, _mm512_abs_ps(b.v));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(m, nan, _mm512_set1_ps(bits_float(0x7fc00000)))};
+}
+
+// Codes of sixteen scaled values: the number of midpoints below x (NaN: all), by binary search.
+inline void f16_codes(F16 x, uint8_t* codes) {
+  const __m512 midpoints = _mm512_maskz_loadu_ps(0x7fff, kNF4Midpoint);
+  __m512i code = _mm512_setzero_si512();
+  for (int step = 8; step >= 1; step >>= 1) {
+    const __m512i probe = _mm512_add_epi32(code, _mm512_set1_epi32(step - 1));
+    const __m512 t = _mm512_permutexvar_ps(probe, midpoints);
+    const __mmask16 above = _mm512_cmp_ps_mask(x.v, t, _CMP_NLE_UQ);
+    code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(step));
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
+}
+
+#elif defined(__AVX2__)
+
+struct F16 {
+  __m256 a, b;
+};
+inline F16 f16_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline F16 f16_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F16 f16_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void f16_store(float* p, F16 x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline F16 f16_fma(F16 x, F16 y, F16 z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline F16 f16_mul(F16 x, F16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F16 f16_add(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline float f16_sum(F16 x) {
+  const __m256 s = _mm256_add_ps(x.a, x.b);
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+inline F16 f16_load_n(const float* p, int n) {
+  float t[16] = {};
+  std::memcpy(t, p, static_cast<size_t>(n) * 4);
+  return f16_load(t);
+}
+inline void f16_store_n(float* p, F16 x, int n) {
+  float t[16];
+  f16_store(t, x);
+  std::memcpy(p, t, static_cast<size_t>(n) * 4);
+}
+
+inline __m256i bf16_bits(__m256 x) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff)), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+}
+inline F16 f16_round_bf16(F16 x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(x.a), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(x.b), 16))};
+}
+inline __m128i fp16_bits(__m256 x) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F16 f16_round_fp16(F16 x) {
+  return {_mm256_cvtph_ps(fp16_bits(x.a)), _mm256_cvtph_ps(fp16_bits(x.b))};
+}
+inline __m256 load8_bf16(const uint16_t* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+inline F16 f16_load_bf16(const uint16_t* p) { return {load8_bf16(p), load8_bf16(p + 8)}; }
+inline F16 f16_load_fp16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+inline void f16_store_bf16(uint16_t* p, F16 x) {
+  const __m256i packed = _mm256_packus_epi32(bf16_bits(x.a), bf16_bits(x.b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline void f16_store_fp16(uint16_t* p, F16 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), fp16_bits(x.a));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), fp16_bits(x.b));
+}
+
+// vpermps over eight lanes: look the low three bits up in both halves, let bit 3 choose.
+inline __m256 lookup8(uint32_t word, F16 table) {
+  const __m256i shift = _mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4);
+  const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
+  const __m256 low = _mm256_permutevar8x32_ps(table.a, code);
+  const __m256 high = _mm256_permutevar8x32_ps(table.b, code);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+}
+inline F16 f16_lookup(const uint8_t* packed, F16 table) {
+  uint32_t words[2];
+  std::memcpy(words, packed, 8);
+  return {lookup8(words[0], table), lookup8(words[1], table)};
+}
+
+inline __m256 abs8(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+inline __m256 maxabs8(__m256 a, __m256 b) {
+  const __m256 nan = _mm256_cmp_ps(a, b, _CMP_UNORD_Q);
+  return _mm256_or_ps(_mm256_max_ps(a, abs8(b)), nan);
+}
+inline F16 f16_maxabs(F16 x, F16 y) { return {maxabs8(x.a, y.a), maxabs8(x.b, y.b)}; }
+inline float f16_absmax(F16 x) {
+  const __m256 m = maxabs8(abs8(x.a), x.b);
+  if (_mm256_movemask_ps(_mm256_cmp_ps(m, m, _CMP_UNORD_Q))) return bits_float(0x7fc00000);
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+}
+inline __m256i codes8(__m256 x) {
+  __m256i code = _mm256_setzero_si256();
+  for (int i = 0; i < 15; ++i) {
+    const __m256 above = _mm256_cmp_ps(x, _mm256_set1_ps(kNF4Midpoint[i]), _CMP_NLE_UQ);
+    code = _mm256_sub_epi32(code, _mm256_castps_si256(above));
+  }
+  return code;
+}
+inline void f16_codes(F16 x, uint8_t* codes) {
+  const __m256i words =
+      _mm256_permute4x64_epi64(_mm256_packus_epi32(codes8(x.a), codes8(x.b)), 0xd8);
+  const __m128i bytes =
+      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), bytes);
+}
+
+#else
+
+struct F16 {
+  float v[16];
+};
+template <class Fn>
+inline F16 f16_make(Fn fn) {
+  F16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = fn(i);
+  return r;
+}
+inline F16 f16_set1(float x) {
+  return f16_make([=](int) { return x; });
+}
+inline F16 f16_zero() { return f16_set1(0.0f); }
+inline F16 f16_load(const float* p) {
+  F16 r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+inline void f16_store(float* p, F16 x) { std::memcpy(p, x.v, 64); }
+inline F16 f16_fma(const F16& a, const F16& b, const F16& c) {
+  return f16_make([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline F16 f16_mul(const F16& a, const F16& b) {
+  return f16_make([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F16 f16_add(const F16& a, const F16& b) {
+  return f16_make([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline float f16_sum(const F16& a) {
+  float s = 0.0f;
+  for (int i = 0; i < 16; ++i) s += a.v[i];
+  return s;
+}
+inline F16 f16_load_n(const float* p, int n) {
+  F16 r = f16_zero();
+  std::memcpy(r.v, p, static_cast<size_t>(n) * 4);
+  return r;
+}
+inline void f16_store_n(float* p, const F16& x, int n) {
+  std::memcpy(p, x.v, static_cast<size_t>(n) * 4);
+}
+inline F16 f16_round_bf16(const F16& a) {
+  return f16_make([&](int i) { return float_from_bf16(bf16_from_float(a.v[i])); });
+}
+inline F16 f16_round_fp16(const F16& a) {
+  return f16_make([&](int i) { return float_from_fp16(fp16_from_float(a.v[i])); });
+}
+inline F16 f16_load_bf16(const uint16_t* p) {
+  return f16_make([=](int i) { return float_from_bf16(p[i]); });
+}
+inline F16 f16_load_fp16(const uint16_t* p) {
+  return f16_make([=](int i) { return float_from_fp16(p[i]); });
+}
+inline void f16_store_bf16(uint16_t* p, const F16& a) {
+  for (int i = 0; i < 16; ++i) p[i] = bf16_from_float(a.v[i]);
+}
+inline void f16_store_fp16(uint16_t* p, const F16& a) {
+  for (int i = 0; i < 16; ++i) p[i] = fp16_from_float(a.v[i]);
+}
+inline F16 f16_lookup(const uint8_t* packed, const F16& table) {
+  return f16_make([&](int i) { return table.v[packed[i >> 1] >> (i & 1 ? 0 : 4) & 15]; });
+}
+inline F16 f16_maxabs(const F16& a, const F16& b) {
+  return f16_make([&](int i) { return maxabs(a.v[i], b.v[i]); });
+}
+inline float f16_absmax(const F16& a) {
+  float m = 0.0f;
+  for (int i = 0; i < 16; ++i) m = maxabs(m, a.v[i]);
+  return m;
+}
+inline void f16_codes(const F16& x, uint8_t* codes) {
+  for (int i = 0; i < 16; ++i) {
+    int code = 0;
+    for (int t = 0; t < 15; ++t) code += !(x.v[i] <= kNF4Midpoint[t]);
+    codes[i] = static_cast<uint8_t>(code);
+  }
+}
+
+#endif
+
+// n <= 16 values of a 16-bit type; the rest are zero.
+inline F16 f16_load_bf16_n(const uint16_t* p, int n) {
+  uint16_t t[16] = {};
+  std::memcpy(t, p, static_cast<size_t>(n) * 2);
+  return f16_load_bf16(t);
+}
+inline void f16_store_bf16_n(uint16_t* p, const F16& a, int n) {
+  uint16_t t[16];
+  f16_store_bf16(t, a);
+  std::memcpy(p, t, static_cast<size_t>(n) * 2);
+}
+
+// Sixteen weights that start anywhere, an odd element included; n <= 16 are read, the rest repeat
+// code 0.
+inline F16 f16_lookup_at(const uint8_t* packed, int64_t element, int n, const F16& table) {
+  uint8_t aligned[8] = {};
+  for (int i = 0; i < n; ++i) {
+    const int64_t e = element + i;
+    const int code = packed[e >> 1] >> (e & 1 ? 0 : 4) & 15;
+    aligned[i >> 1] = static_cast<uint8_t>(aligned[i >> 1] | code << (i & 1 ? 0 : 4));
+  }
+  return f16_lookup(aligned, table);
+}
+
+}  // namespace
+}  // namespace peftkern

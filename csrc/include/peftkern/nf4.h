@@ -1,0 +1,80 @@
+// NF4 on the CPU: views, validation and launch signatures. Torch-free.
+//
+// Format (bitsandbytes): the weight is flattened row-major and cut into blocks of `blocksize`
+// elements that ignore row ends; element 2j is the HIGH nibble of byte j; value = code * absmax in
+// float32, rounded once to the wanted type. Nested: absmax[i] = code2[q[i]] * absmax2[i / 256] +
+// offset, product and sum rounded one after the other (no fused multiply-add).
+//
+// Bytes per weight: 0.5 packed + 4/64 absmax (nested: 1/64), plus what is written.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace peftkern {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// Smallest absmax that is divided by: its reciprocal is finite. The value bitsandbytes uses.
+inline constexpr float kAbsmaxFloor = 1e-38f;
+
+DType dtype_from_code(int code);
+int64_t itemsize(DType dtype);
+
+// a * b for sizes; throws std::invalid_argument naming `what` on a negative factor or on overflow.
+int64_t checked_mul(int64_t a, int64_t b, const char* what);
+
+struct NF4View {
+  const uint8_t* packed = nullptr;
+  int64_t packed_bytes = 0;
+  const void* absmax = nullptr;  // float32, or uint8 when nested
+  int64_t absmax_len = 0;
+  bool nested = false;
+  const float* nested_absmax = nullptr;
+  int64_t nested_absmax_len = 0;
+  const float* nested_code = nullptr;  // 256 entries
+  float nested_offset = 0.0f;
+  int64_t blocksize = 64;
+  int64_t nested_blocksize = 256;
+  int64_t numel = 0;
+
+  int blocksize_log2() const { return __builtin_ctzll(static_cast<uint64_t>(blocksize)); }
+  int64_t nblocks() const { return (numel + blocksize - 1) >> blocksize_log2(); }
+};
+
+// Throws std::invalid_argument naming the field that is missing, too short or out of range.
+void validate(const NF4View& w);
+
+// absmax of blocks [first, first + count) as float32.
+void load_absmax(const NF4View& w, int64_t first, int64_t count, float* out);
+
+// Serial kernels of one instruction set, over element ranges that start at a multiple of 128.
+struct NF4Kernels {
+  // [begin, end) starts at a multiple of the block size; writes those packed bytes and absmax.
+  void (*quantize)(const void* src, DType dtype, int64_t begin, int64_t end, int64_t blocksize,
+                   uint8_t* packed, float* absmax);
+  // `absmax` holds the blocks from begin / blocksize on; `stream` allows non-temporal stores.
+  void (*dequantize)(const NF4View& w, const float* absmax, int64_t begin, int64_t end, void* out,
+                     DType dtype, bool stream);
+};
+extern const NF4Kernels kNF4Scalar;
+#if PEFTKERN_HAVE_AVX2
+extern const NF4Kernels kNF4Avx2;
+#endif
+#if PEFTKERN_HAVE_AVX512
+extern const NF4Kernels kNF4Avx512;
+#endif
+
+void nf4_quantize(const char* isa, int threads, const void* src, DType dtype, int64_t numel,
+                  int64_t blocksize, uint8_t* packed, int64_t packed_bytes, float* absmax,
+                  int64_t absmax_len);
+
+// q[i] = index of the entry of `code` (256, ascending) nearest to (absmax[i] - offset) / max|.| of
+// its block; a tie takes the lower index.
+void nf4_quantize_absmax(int threads, const float* absmax, int64_t n, float offset,
+                         const float* code, int64_t nested_blocksize, uint8_t* q,
+                         float* nested_absmax, int64_t nested_len);
+
+void nf4_dequantize(const char* isa, int threads, const NF4View& w, void* out, DType dtype,
+                    int64_t out_numel);
+
+}  // namespace peftkern

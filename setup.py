@@ -1,0 +1,138 @@
+"""Build script: compiles csrc/ with CMake and Ninja into peftkern/_cpu.*.so. Never imports torch.
+
+Extra CMake arguments come from the environment variable CMAKE_ARGS, for example
+CMAKE_ARGS="-DPEFTKERN_WERROR=ON". Objects stay in build/<python abi>/: rebuilding is incremental.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CMAKE_MINIMUM = (3, 18)
+
+
+def find_tool(name: str, minimum: tuple[int, ...] = ()) -> str:
+    """Path of the build tool `name`: the one beside this Python if there is one, else from PATH."""
+    scripts = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
+    rejected = ""
+    for folder in [*scripts, *os.environ.get("PATH", "").split(os.pathsep)]:
+        path = shutil.which(name, path=folder) if folder else None
+        if path is None:
+            continue
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+        version = re.search(r"(\d+)\.(\d+)", answer.stdout)
+        # A pip-installed launcher whose package is not visible here fails; the next may work.
+        if answer.returncode == 0 and version and tuple(map(int, version.groups())) >= minimum:
+            return path
+        rejected += f"; not usable: {path} ({(answer.stdout + answer.stderr).strip()[:80]!r})"
+    wanted = name + (f" >= {'.'.join(map(str, minimum))}" if minimum else "")
+    raise CompileError(f"building peftkern needs {wanted}: `pip install {name}`{rejected}")
+
+
+def pybind11_include() -> str:
+    """Folder of the pybind11 headers: the package's, the system's, or the copy torch ships."""
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
+
+        return pybind11.get_include()
+    torch = importlib.util.find_spec("torch")  # finds the folder, runs nothing
+    folders = [Path(sysconfig.get_path("include")), Path("/usr/include")]
+    if torch is not None:
+        folders += [Path(folder) / "include" for folder in torch.submodule_search_locations]
+    for folder in folders:
+        if (folder / "pybind11" / "pybind11.h").exists():
+            print(f"peftkern: package pybind11 is missing, using the headers in {folder}")
+            return str(folder)
+    raise CompileError("building peftkern needs pybind11: `pip install pybind11`")
+
+
+def first_error(log: str) -> str:
+    """The first compiler, linker or CMake error in `log`, with the lines that explain it."""
+    lines = log.splitlines()
+    pattern = re.compile(r"\berror:|\bError at\b|CMake Error|undefined reference|^FAILED:")
+    hits = [i for i, line in enumerate(lines) if pattern.search(line)]
+    real = [i for i in hits if not lines[i].startswith("FAILED:")] or hits
+    start = real[0] if real else max(0, len(lines) - 20)
+    return "\n".join(lines[start : start + 12])
+
+
+def run_tool(command: list[str], step: str, quiet: bool) -> None:
+    """Run one build step; raise with its first error if it fails. `quiet` shows failures only."""
+    if not quiet:
+        print("+ " + shlex.join(command), flush=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    log = []
+    for line in process.stdout:
+        log.append(line)
+        if not quiet:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+    if process.wait() != 0:
+        if quiet:
+            sys.stdout.writelines(log)
+            sys.stdout.flush()
+        raise CompileError(
+            f"peftkern: {step} failed (exit status {process.returncode}). First error:\n\n"
+            f"{first_error(''.join(log))}\n"
+        )
+
+
+class CMakeBuild(build_ext):
+    """Configure, build, and copy the module to where setuptools expects it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build_dir = ROOT / "build" / sysconfig.get_config_var("SOABI")
+        quiet = not self.verbose
+        cmake, ninja = find_tool("cmake", CMAKE_MINIMUM), find_tool("ninja")
+        self.discard_foreign_cache(build_dir)
+        run_tool(
+            [
+                cmake,
+                *("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
+                f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DPEFTKERN_PYBIND11_INCLUDE={pybind11_include()}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            ],
+            "configuring",
+            quiet,
+        )
+        target = ext.name.rpartition(".")[2]
+        run_tool([cmake, "--build", str(build_dir), "--target", target], "compiling", quiet)
+        destination = Path(self.get_ext_fullpath(ext.name))
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        # Replaced, not overwritten: a running process may have the old file mapped.
+        staged = destination.with_name(f".{destination.name}.{os.getpid()}")
+        shutil.copyfile(build_dir / f"{target}.so", staged)
+        os.replace(staged, destination)
+
+    @staticmethod
+    def discard_foreign_cache(build_dir: Path) -> None:
+        """Drop a build folder that was configured for another copy of the source tree."""
+        cache = build_dir / "CMakeCache.txt"
+        home = f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT.as_posix()}\n"
+        if cache.exists() and home not in cache.read_text(encoding="utf-8"):
+            shutil.rmtree(build_dir)
+
+
+setup(
+    license="Apache-2.0",
+    ext_modules=[Extension("peftkern._cpu", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
