@@ -1,0 +1,455 @@
+"""The NF4 format: values, nibble order, blocks, nested absmax, (de)serialisation, validation.
+
+This is the only place that states the format; the C header is generated from `NF4_CODE`.
+
+A weight of `numel` values is flattened row-major and cut into blocks of `blocksize` values that
+ignore row ends. Value `i` becomes the 4-bit index of one of `NF4_CODE`; the value with the even
+index sits in the HIGH nibble of byte `i // 2`, and an odd tail is padded with code 7 (0.0).
+
+    value[i] = cast(NF4_CODE[code[i]] * absmax[i // blocksize])     product in float32, one rounding
+
+With double quantisation `absmax` is stored in 8 bits, in blocks of 256, and is rebuilt in float32
+with two roundings (no fused multiply-add):
+
+    absmax[j] = nested_code[q[j]] * nested_absmax[j // 256] + nested_offset
+
+Quantisation takes the nearest value of `x * (1 / max(absmax, 1e-38))` in float32 by comparing with
+the float32 midpoints of neighbours; a tie takes the lower code and a NaN takes the highest, so a
+block of zeros becomes code 7 with absmax 0.
+
+Source: Dettmers et al. 2023, arXiv:2305.14314; layout and keys as bitsandbytes reads and writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+ABSMAX_FLOOR = 1e-38  # smallest divisor of a block: a block of zeros has a finite reciprocal
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+_INT64_MAX = 2**63 - 1
+_STATE_KEY = "quant_state.bitsandbytes__nf4"
+_STATE_BYTES_MAX = 1 << 16  # bitsandbytes writes about 200 bytes; anything huge is not its state
+
+_verified_maps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class RepackedWeightError(ValueError):
+    """A weight that bitsandbytes' CPU inference path has repacked in place.
+
+    Its nibbles could be put back, but its absmax was rounded to bfloat16 and the nested form was
+    dropped, so the weight that was quantised is gone: reload it, or keep such layers on
+    bitsandbytes.
+    """
+
+
+def nf4_code(device: torch.device | str = "cpu") -> Tensor:
+    """The sixteen values as a new float32 tensor."""
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+
+
+_CPU_CODE = nf4_code()
+
+
+@functools.cache
+def nf4_midpoints() -> tuple[float, ...]:
+    """The fifteen float32 decision thresholds: `x > midpoint[i]` means code `i + 1` or higher."""
+    code = nf4_code()
+    return tuple(((code[:-1] + code[1:]) / 2).tolist())
+
+
+@functools.cache
+def dynamic_map() -> tuple[float, ...]:
+    """The 256 ascending float32 values that absmax is quantised to.
+
+    A signed dynamic exponent: decade 10^(e-6) for e = 0..6 holds 2^e equal steps of [0.1, 1] at
+    their centres, with both signs, plus 0 and 1. Source: Dettmers 2015, arXiv:1511.04561, with the
+    rounding of bitsandbytes' create_dynamic_map.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+        centres = (edges[:-1] + edges[1:]) / 2
+        positive = (10.0 ** (exponent - 6) * centres).tolist()
+        values += positive + [-value for value in positive]
+    return tuple(sorted(values))
+
+
+def numel_of(shape: Any, field: str = "shape") -> int:
+    """Number of elements of a shape, refusing anything that is not sizes that fit in int64."""
+    if not isinstance(shape, (tuple, list)):
+        raise _refuse(field, "a tuple of sizes", shape)
+    numel = 1
+    for size in shape:
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _INT64_MAX:
+            raise _refuse(field, "integers in [0, 2^63)", shape)
+        numel *= size
+    if numel > _INT64_MAX:
+        raise _refuse(field, "fewer than 2^63 elements", shape)
+    return numel
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NF4Weight:
+    """A weight in NF4, as stored: nothing here is dense.
+
+    Args:
+        packed: uint8 [(numel + 1) // 2], contiguous; [n, 1] is flattened by a view.
+        absmax: float32 [nblocks], or uint8 [nblocks] when nested.
+        shape: shape of the weight; blocks run over its row-major order.
+        blocksize: 32, 64, ... or 4096.
+        dtype: float32, float16 or bfloat16: of the weight before it was quantised.
+        nested_absmax: float32 [ceil(nblocks / 256)], or None when absmax is plain.
+        nested_code: float32 [256], or None when absmax is plain.
+        nested_offset: float32 0-d, or None when absmax is plain.
+        nested_blocksize: 256, or 0 when absmax is plain.
+
+    Raises: ValueError that begins with the field, then what is accepted and what came. Sizes are
+        checked against each other as Python integers, so that no kernel can leave a buffer; no data
+        is read.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: tuple[int, ...]
+    blocksize: int
+    dtype: torch.dtype
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_offset: Tensor | None = None
+    nested_blocksize: int = 0
+
+    def __post_init__(self) -> None:
+        numel = numel_of(self.shape)
+        if type(self.shape) is not tuple:
+            object.__setattr__(self, "shape", tuple(self.shape))
+        if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
+            raise _refuse("blocksize", f"one of {BLOCKSIZES}", self.blocksize)
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in _DTYPE_NAMES:
+            raise _refuse("dtype", f"one of {list(_DTYPES)}", self.dtype)
+
+        packed = self.packed
+        if isinstance(packed, Tensor) and packed.dim() == 2 and packed.shape[1] == 1:
+            if packed.layout is not torch.strided or not packed.is_contiguous():
+                raise _refuse("packed", "contiguous memory", packed)
+            packed = packed.view(-1)
+            object.__setattr__(self, "packed", packed)
+        _check_tensor("packed", packed, torch.uint8, (numel + 1) // 2, None)
+        device = packed.device
+
+        nblocks = -(-numel // self.blocksize)
+        if self.nested_absmax is None:
+            _check_plain(self)
+            _check_tensor("absmax", self.absmax, torch.float32, nblocks, device)
+            return
+        if type(self.nested_blocksize) is not int or self.nested_blocksize != NESTED_BLOCKSIZE:
+            raise _refuse("nested_blocksize", NESTED_BLOCKSIZE, self.nested_blocksize)
+        nested_blocks = -(-nblocks // NESTED_BLOCKSIZE)
+        _check_tensor("absmax", self.absmax, torch.uint8, nblocks, device)
+        _check_tensor("nested_absmax", self.nested_absmax, torch.float32, nested_blocks, device)
+        _check_tensor("nested_code", self.nested_code, torch.float32, 256, device)
+        _check_tensor("nested_offset", self.nested_offset, torch.float32, None, device)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nblocks(self) -> int:
+        return -(-math.prod(self.shape) // self.blocksize)
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight keeps in memory, its tables included."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> NF4Weight:
+        """The same weight on another device; itself if it is already there."""
+        moved = {k: t.to(device, non_blocking=non_blocking) for k, t in self._tensors().items()}
+        if all(moved[k] is t for k, t in self._tensors().items()):
+            return self
+        return NF4Weight(
+            **moved,
+            shape=self.shape,
+            blocksize=self.blocksize,
+            dtype=self.dtype,
+            nested_blocksize=self.nested_blocksize,
+        )
+
+    @classmethod
+    def from_bitsandbytes(cls, param: Any) -> NF4Weight:
+        """View a quantised bitsandbytes `Params4bit` without copying it.
+
+        Raises: RepackedWeightError if its CPU inference path has rewritten it in place; ValueError
+            naming the field for anything else that is not NF4 (FP4, not quantised yet, malformed).
+        """
+        if not isinstance(param, Tensor):
+            raise _refuse("weight", "a bitsandbytes Params4bit", param)
+        # Read through __dict__: QuantState's own __getattr__ costs 1 us per absent attribute.
+        state = getattr(getattr(param, "quant_state", None), "__dict__", None)
+        if state is None:
+            raise ValueError("quant_state: missing; the weight has not been quantised yet")
+        if state.get("packing_format_for_cpu"):
+            raise RepackedWeightError(
+                "weight: expected bitsandbytes' storage layout, got the one that it repacks into, "
+                "in place, for CPU inference (absmax is rounded to bfloat16 there)"
+            )
+        _check_quant_type(state.get("quant_type"))
+        _check_quant_map(state.get("code"))
+        with torch._C.DisableTorchFunctionSubclass():  # Params4bit adds 1 us to every attribute
+            storage = getattr(param, "quant_storage", param.dtype)
+            if storage is not param.dtype:
+                raise _refuse("quant_storage", f"{storage} as recorded", param.dtype)
+            packed = _as_bytes(param.data)
+        pieces = (packed, state.get("absmax"), state.get("shape"), state.get("blocksize"))
+        if state.get("state2") is None:
+            return cls(*pieces, state.get("dtype"))
+        nested = getattr(state["state2"], "__dict__", None)
+        if nested is None:
+            raise _refuse("state2", "a bitsandbytes QuantState", state["state2"])
+        _check_nested_dtype(nested.get("dtype"))
+        return cls(
+            *pieces,
+            state.get("dtype"),
+            nested_absmax=nested.get("absmax"),
+            nested_code=nested.get("code"),
+            nested_offset=state.get("offset"),
+            nested_blocksize=nested.get("blocksize"),
+        )
+
+    @classmethod
+    def from_state_dict(cls, sd: Mapping[str, Any], prefix: str = "") -> NF4Weight:
+        """Read `{prefix}weight` and its companions, in bitsandbytes' keys, without copying them.
+
+        `prefix` is the module's, with its dot: `"model.layers.0.mlp.up_proj."`.
+
+        Raises: ValueError naming the key or the field that is missing or malformed.
+        """
+        name = prefix + "weight"
+        if f"{name}.quant_state.bitsandbytes__fp4" in sd:
+            _check_quant_type("fp4")
+        weight = _tensor_at(sd, name)
+        state = _unpack_state(_tensor_at(sd, f"{name}.{_STATE_KEY}"))
+        _check_quant_type(state.get("quant_type"))
+        _check_quant_map(_tensor_at(sd, f"{name}.quant_map"))
+        packed = _as_bytes(weight.detach())
+        fields = {
+            "packed": packed,
+            "absmax": _tensor_at(sd, f"{name}.absmax"),
+            "shape": state.get("shape"),
+            "blocksize": state.get("blocksize"),
+            "dtype": _dtype_named(state.get("dtype"), "dtype"),
+        }
+        nested_tensors = (f"{name}.nested_absmax", f"{name}.nested_quant_map")
+        nested_items = ("nested_blocksize", "nested_dtype", "nested_offset")
+        if any(key in sd for key in nested_tensors) or any(key in state for key in nested_items):
+            _check_nested_dtype(_dtype_named(state.get("nested_dtype"), "nested_dtype"))
+            fields["nested_absmax"] = _tensor_at(sd, nested_tensors[0])
+            fields["nested_code"] = _tensor_at(sd, nested_tensors[1])
+            fields["nested_offset"] = torch.tensor(
+                _float_of(state.get("nested_offset"), "nested_offset"),
+                dtype=torch.float32,
+                device=packed.device,
+            )
+            fields["nested_blocksize"] = state.get("nested_blocksize")
+        return cls(**fields)
+
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The weight in bitsandbytes' keys, fit for safetensors, byte for byte what it writes.
+
+        `bitsandbytes.nn.Params4bit.from_prequantized` reads it. Packed bytes and absmax are shared
+        with this object.
+        """
+        name = prefix + "weight"
+        items: dict[str, Any] = {
+            "quant_type": "nf4",
+            "blocksize": self.blocksize,
+            "dtype": _DTYPE_NAMES[self.dtype],
+            "shape": self.shape,
+        }
+        tensors = {
+            name: self.packed.view(-1, 1),
+            f"{name}.absmax": self.absmax,
+            f"{name}.quant_map": nf4_code(self.device),
+        }
+        if self.nested_absmax is not None:
+            items["nested_blocksize"] = self.nested_blocksize
+            items["nested_dtype"] = "float32"
+            items["nested_offset"] = self.nested_offset.item()
+            tensors[f"{name}.nested_absmax"] = self.nested_absmax
+            # One table serves many weights and safetensors refuses tensors that share memory.
+            tensors[f"{name}.nested_quant_map"] = self.nested_code.clone()
+        text = json.dumps(items).encode("utf-8")
+        tensors[f"{name}.{_STATE_KEY}"] = torch.tensor(list(text), dtype=torch.uint8)
+        return tensors
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def __repr__(self) -> str:
+        absmax = "nested" if self.nested else "plain"
+        return (
+            f"NF4Weight(shape={self.shape}, blocksize={self.blocksize}, absmax={absmax}, "
+            f"dtype={_DTYPE_NAMES[self.dtype]}, device='{self.device}')"
+        )
+
+
+def _brief(value: Any) -> str:
+    """What came, short enough for an error message."""
+    if isinstance(value, Tensor):
+        kind = value.dtype if value.layout is torch.strided else f"{value.layout} {value.dtype}"
+        return f"a {kind} tensor of shape {tuple(value.shape)} on {value.device}"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int beyond Python's limit on digits, a deep list
+        text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _refuse(field: str, expected: Any, came: Any) -> ValueError:
+    return ValueError(f"{field}: expected {expected}, got {_brief(came)}")
+
+
+def _check_tensor(
+    field: str, tensor: Any, dtype: torch.dtype, length: int | None, device: torch.device | None
+) -> None:
+    """A contiguous tensor of `length` values in one dimension, or 0-d where length is None."""
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.dtype is dtype
+        and tensor.layout is torch.strided
+        and tensor.shape == (() if length is None else (length,))
+        and (device is None or tensor.device == device)
+    ):
+        if not tensor.is_contiguous():
+            raise _refuse(field, "contiguous memory", tensor)
+        return
+    shape = "[]" if length is None else f"[{length}]"
+    where = "" if device is None else f" on {device}"
+    raise _refuse(field, f"a {dtype} tensor of shape {shape}{where}", tensor)
+
+
+def _check_plain(w: NF4Weight) -> None:
+    """Without nested_absmax the other nested fields must be absent too."""
+    for field, absent in (("nested_code", None), ("nested_offset", None), ("nested_blocksize", 0)):
+        value = getattr(w, field)
+        if type(value) is not type(absent) or value != absent:
+            raise _refuse(field, f"{absent} without nested_absmax", value)
+
+
+def _check_quant_type(quant_type: Any) -> None:
+    if quant_type != "nf4":
+        raise _refuse("quant_type", "'nf4'", quant_type)
+
+
+def _check_nested_dtype(dtype: Any) -> None:
+    """bitsandbytes rounds absmax to this dtype after each step; only float32 is NF4 as defined."""
+    if dtype is not torch.float32:
+        raise _refuse("nested_dtype", "float32", dtype)
+
+
+def _check_quant_map(code: Any) -> None:
+    """Refuse a table other than NF4's: the kernels have that one built in."""
+    _check_tensor("quant_map", code, torch.float32, 16, None)
+    if code.is_meta or torch.compiler.is_compiling():
+        return  # there is no data to read
+    if code.is_cpu:
+        same = torch.equal(code, _CPU_CODE)
+    else:  # reading it waits for the device: once per tensor and version of its data
+        version = 0 if code.is_inference() else code._version
+        same = _verified_maps.get(code) == version or torch.equal(code, _CPU_CODE.to(code.device))
+        if same:
+            _verified_maps[code] = version
+    if not same:
+        raise _refuse("quant_map", "NF4's sixteen values", code.tolist())
+
+
+def _as_bytes(data: Tensor) -> Tensor:
+    """The packed bytes behind any quant_storage, as uint8: a view, never a conversion."""
+    if data.dtype is torch.uint8:
+        return data
+    if data.dtype not in _STORAGES:
+        raise _refuse("quant_storage", f"one of {_STORAGES}", data.dtype)
+    if data.layout is not torch.strided or not data.is_contiguous():
+        raise _refuse("weight", "contiguous memory", data)
+    if data.dim() != 1 and not (data.dim() == 2 and data.shape[1] == 1):
+        raise _refuse("weight", "shape [n] or [n, 1]", data)
+    return data.view(-1).view(torch.uint8)
+
+
+def _tensor_at(sd: Mapping[str, Any], key: str) -> Tensor:
+    if key not in sd:
+        raise ValueError(f"{key}: missing from the state dict")
+    if not isinstance(sd[key], Tensor) or sd[key].layout is not torch.strided:
+        raise _refuse(key, "a dense tensor", sd[key])
+    return sd[key]
+
+
+def _dtype_named(name: Any, field: str) -> torch.dtype:
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise _refuse(field, f"one of {list(_DTYPES)}", name)
+    return _DTYPES[name]
+
+
+def _float_of(value: Any, field: str) -> float:
+    """A JSON number; a NaN or an infinity stays, for a weight that held one."""
+    if isinstance(value, float):
+        return value
+    if type(value) is int and abs(value) < 2**127:
+        return float(value)
+    raise _refuse(field, "a number", value)
+
+
+def _unpack_state(blob: Tensor) -> dict[str, Any]:
+    """Parse the JSON bytes that bitsandbytes keeps in a uint8 tensor."""
+    if blob.dtype is not torch.uint8 or blob.dim() != 1 or blob.is_meta:
+        raise _refuse(_STATE_KEY, "uint8 bytes", blob)
+    if len(blob) > _STATE_BYTES_MAX:
+        raise _refuse(_STATE_KEY, f"at most {_STATE_BYTES_MAX} bytes", blob)
+    try:
+        state = json.loads(bytes(blob.tolist()))
+    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 and bad JSON
+        raise ValueError(f"{_STATE_KEY}: expected JSON in UTF-8, got {error}") from None
+    if not isinstance(state, dict):
+        raise _refuse(_STATE_KEY, "a JSON object", state)
+    return state

@@ -1,0 +1,252 @@
+"""Plain-torch oracle of every op, and the back end where no kernel serves.
+
+One function per op with the op's signature. Products accumulate in float32, or in float64 when the
+activations are float64, so that the same code run in float64 is the oracle and passes gradcheck.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern.nf4 import ABSMAX_FLOOR, nf4_code, nf4_midpoints
+
+_CHUNK = 1 << 20  # values handled at once: scratch stays near 12 MB whatever the weight's size
+
+
+def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Quantise a float32, float16 or bfloat16 tensor of any shape to NF4.
+
+    Returns: packed uint8 [(numel + 1) // 2] and absmax float32 [ceil(numel / blocksize)].
+    """
+    flat = weight.detach().reshape(-1)
+    numel = flat.numel()
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32, device=flat.device)
+    thresholds = torch.tensor(nf4_midpoints(), dtype=torch.float32, device=flat.device)
+    for start in range(0, numel, _CHUNK):  # a multiple of every blocksize
+        stop = min(start + _CHUNK, numel)
+        codes, scale = _quantize_blocks(flat[start:stop].float(), thresholds, blocksize)
+        if len(codes) % 2:
+            codes = F.pad(codes, (0, 1), value=7)
+        packed[start // 2 : (stop + 1) // 2] = codes[::2] << 4 | codes[1::2]
+        absmax[start // blocksize : -(-stop // blocksize)] = scale
+    return packed, absmax
+
+
+def nf4_quantize_absmax(
+    absmax: Tensor, offset: Tensor, code: Tensor, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """Quantise `absmax - offset` to the nearest of 256 ascending values, in blocks.
+
+    Returns: q uint8 [nblocks] and nested_absmax float32 [ceil(nblocks / blocksize)].
+    """
+    return _quantize_blocks(absmax - offset, (code[:-1] + code[1:]) / 2, blocksize)
+
+
+def nf4_absmax(
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_blocksize: int,
+) -> Tensor:
+    """The float32 absmax of every block: as it is, or rebuilt from its nested form."""
+    if nested_absmax is None:
+        return absmax
+    scale = nested_absmax.repeat_interleave(nested_blocksize)[: absmax.numel()]
+    return nested_code[absmax.int()] * scale + nested_offset
+
+
+def nf4_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    shape: list[int] | tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rebuild the weight: NF4_CODE[code] * absmax in float32, rounded once to `dtype`."""
+    out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    pieces = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    nf4_dequantize_out(*pieces, blocksize, nested_blocksize, out)
+    return out
+
+
+def nf4_dequantize_out(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    out: Tensor,
+) -> None:
+    """`nf4_dequantize` into `out`, which has the shape and the dtype that are wanted."""
+    flat = out.view(-1) if out.is_contiguous() else out.new_empty(out.numel())
+    numel = flat.numel()
+    scale = nf4_absmax(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)
+    code = nf4_code(packed.device)
+    for start in range(0, numel, _CHUNK):
+        stop = min(start + _CHUNK, numel)
+        octets = packed[start // 2 : (stop + 1) // 2]
+        codes = torch.stack((octets >> 4, octets & 15), dim=1).view(-1)[: stop - start]
+        blocks = scale[start // blocksize : -(-stop // blocksize)]
+        flat[start:stop] = code[codes.int()] * blocks.repeat_interleave(blocksize)[: stop - start]
+    if not out.is_contiguous():
+        out.copy_(flat.view(out.shape))
+
+
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """y = x @ weight.T + bias + scaling * S @ lora_B.T with S = dropout(x) @ lora_A.T.
+
+    Args: x [..., K]; weight [N, K] and bias [N] in the dtype of x; lora_A [r, K], lora_B [N, r] in
+        any float dtype, or both None; keep bool [..., K], what dropout keeps, or None.
+    Returns: y [..., N] in the dtype of x, and S [..., r] in the accumulation dtype ([0] without
+        adapters).
+    """
+    rows, acc = math.prod(x.shape[:-1]), _accumulation_dtype(x)
+    x2 = x.reshape(rows, x.shape[-1])
+    y = F.linear(x2, weight, bias)
+    shape = (*x.shape[:-1], weight.shape[0])
+    if lora_A is None or lora_B is None:
+        return y.view(shape), x.new_empty(0, dtype=acc)
+    S = F.linear(_dropped(x2, keep, dropout_p, acc), lora_A.to(acc))
+    y = y.to(acc).addmm_(S * scaling, lora_B.to(acc).t()).to(x.dtype)
+    return y.view(shape), S.view(*x.shape[:-1], lora_A.shape[0])
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `lora_linear_forward`.
+
+    dS = scaling * dy @ lora_B;  dx = dy @ weight + dropout'(dS @ lora_A);  dA = dS.T @ dropout(x);
+    dB = scaling * dy.T @ S;  dbias = sum of dy over its rows.
+
+    Args: dy [..., N]; x is read for dA alone, S for dB alone and weight for dx alone, None where
+        that is not wanted; needs: which of dx, dA, dB, dbias are wanted.
+    Returns: dx in the dtype of dy, dA and dB in the dtypes of lora_A and lora_B, dbias in the dtype
+        of dy; an empty tensor [0] for what is not wanted.
+    """
+    need_dx, need_dA, need_dB, need_dbias = needs
+    rows, acc = math.prod(dy.shape[:-1]), _accumulation_dtype(dy)
+    dy2 = dy.reshape(rows, dy.shape[-1])
+    has_lora = lora_A is not None and lora_B is not None
+    dx = dA = dB = dbias = dy.new_empty(0)
+    if has_lora and (need_dx or need_dA):
+        dS = (dy2.to(acc) @ lora_B.to(acc)) * scaling
+    if need_dx:
+        dx = dy2 @ weight
+        if has_lora and keep is None:
+            dx = dx.to(acc).addmm_(dS, lora_A.to(acc)).to(dy.dtype)
+        elif has_lora:
+            dx = (dx + _dropped(dS @ lora_A.to(acc), keep, dropout_p, acc)).to(dy.dtype)
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    if has_lora and need_dA:
+        x2 = x.reshape(rows, lora_A.shape[1])
+        dA = (dS.t() @ _dropped(x2, keep, dropout_p, acc)).to(lora_A.dtype)
+    if has_lora and need_dB:
+        S2 = S.reshape(rows, lora_B.shape[1])
+        dB = (dy2.to(acc).t() @ (S2 * scaling)).to(lora_B.dtype)
+    if need_dbias:
+        dbias = dy2.sum(0)
+    return dx, dA, dB, dbias
+
+
+def nf4_lora_linear_forward(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    shape: list[int] | tuple[int, ...],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """`lora_linear_forward` over an NF4 weight, dequantised straight to the dtype of x."""
+    pieces = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    weight = nf4_dequantize(*pieces, blocksize, nested_blocksize, shape, x.dtype)
+    return lora_linear_forward(x, weight, lora_A, lora_B, bias, scaling, keep, dropout_p)
+
+
+def nf4_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    shape: list[int] | tuple[int, ...],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`lora_linear_backward` over an NF4 weight, dequantised straight to the dtype of dy."""
+    weight = None
+    if needs[0]:  # only dx reads its values
+        pieces = (packed, absmax, nested_absmax, nested_code, nested_offset)
+        weight = nf4_dequantize(*pieces, blocksize, nested_blocksize, shape, dy.dtype)
+    return lora_linear_backward(dy, x, S, weight, lora_A, lora_B, scaling, keep, dropout_p, needs)
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _dropped(x: Tensor, keep: Tensor | None, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    """x * (keep / (1 - p)), rounded as nn.Dropout does it so that the bits are the same."""
+    x = x.to(dtype)
+    if keep is None:
+        return x
+    noise = keep.reshape(x.shape).to(dtype)
+    return x * (noise / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0 * noise)
+
+
+def _quantize_blocks(values: Tensor, thresholds: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Nearest codes (uint8) of float32 values scaled by their block's absmax, and the absmax."""
+    numel = len(values)
+    padded = F.pad(values, (0, -numel % blocksize)).view(-1, blocksize)
+    absmax = padded.abs().amax(dim=1)
+    scaled = padded * (1.0 / absmax.clamp(min=ABSMAX_FLOOR)).unsqueeze(1)
+    codes = torch.bucketize(scaled.view(-1)[:numel], thresholds, out_int32=True)
+    return codes.to(torch.uint8), absmax

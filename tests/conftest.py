@@ -1,0 +1,60 @@
+"""What every test runs under: poisoned memory, fixed seeds, no network, both back ends."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG
+
+import peftkern
+from peftkern import native
+
+# `pytest --hypothesis-profile=long` draws new examples each time, for as long as it takes.
+settings.register_profile(
+    "peftkern", deadline=None, derandomize=True, database=None, max_examples=FUZZ_EXAMPLES
+)
+settings.register_profile("long", deadline=None, max_examples=FUZZ_EXAMPLES_LONG)
+settings.load_profile("peftkern")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory_and_seeds() -> Iterator[None]:
+    """New memory is NaN (integers: the largest value), so that reading it shows in the result.
+
+    Torch fills it itself in deterministic mode, below Python, so torch.compile and the allocations
+    inside its own ops are covered; warn_only leaves out the errors of that mode.
+    """
+    random.seed(0)
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on the native kernels and on plain torch; a missing library fails the test."""
+    with peftkern.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*(native.cpu_isas() or ["no native library"]), "reference"])
+def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`backend`, but once per instruction set of this machine."""
+    name = request.param
+    if name != "reference":
+        monkeypatch.setenv("PEFTKERN_CPU_ISA", name)
+        name = "cpu"
+    with peftkern.use_backend(name):
+        yield request.param

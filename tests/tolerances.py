@@ -1,0 +1,62 @@
+"""Every number that a test compares against: nowhere else, and never loosened for a machine.
+
+The rule: an op's error against float64 is at most RATIO times the error of eager torch in the same
+dtypes, plus a floor that stands for the one rounding of the result which nobody can avoid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RATIO = 1.5
+# Relative root-mean-square and relative maximum (to the largest value) of a result that is right up
+# to its last rounding; float32 carries the reduction's error as well, float64 serves the oracle.
+FLOOR_RMS = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.float16: 2**-12,
+    torch.bfloat16: 2**-9,
+}
+FLOOR_MAX = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.float16: 2**-11,
+    torch.bfloat16: 2**-8,
+}
+
+GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}  # torch.autograd.gradcheck's own defaults
+LOSS_CURVE_RTOL = 1e-3  # each of 50 steps, patched against unpatched
+GOLDEN_RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # another machine's reduction order
+
+NF4_MAX_HALF_GAP = 0.1519036  # of absmax: half of the widest gap of the table, -1.0 .. -0.6962
+NF4_TIE_RTOL = 1e-6  # how near a threshold x / absmax and x * (1 / absmax) may disagree
+# bitsandbytes' CPU quantiser of absmax looks codes up in 65,536 bins: this share is off by one.
+ABSMAX_CODE_MISMATCH = 0.005
+
+FUZZ_EXAMPLES = 300
+FUZZ_EXAMPLES_LONG = 100_000
+DETERMINISM_RUNS = 20
+
+
+def errors(got: Tensor, oracle: Tensor) -> tuple[float, float]:
+    """Relative RMS error, and the largest error relative to the oracle's largest value."""
+    difference = got.detach().double() - oracle.detach().double()
+    if difference.numel() == 0:
+        return 0.0, 0.0
+    scale = oracle.detach().double()
+    rms = difference.square().mean().sqrt() / scale.square().mean().sqrt().clamp(min=1e-30)
+    return rms.item(), (difference.abs().max() / scale.abs().max().clamp(min=1e-30)).item()
+
+
+def assert_as_accurate_as_torch(got: Tensor, eager: Tensor, oracle: Tensor) -> None:
+    """`got` is as near to the float64 `oracle` as eager torch is, in the dtype of `got`."""
+    assert got.shape == oracle.shape, f"shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
+    assert got.dtype == eager.dtype, f"dtype {got.dtype}, expected {eager.dtype}"
+    assert torch.isfinite(got).all(), "not finite"
+    got_rms, got_max = errors(got, oracle)
+    eager_rms, eager_max = errors(eager, oracle)
+    rms_bound = RATIO * eager_rms + FLOOR_RMS[got.dtype]
+    max_bound = RATIO * eager_max + FLOOR_MAX[got.dtype]
+    assert got_rms <= rms_bound, f"RMS error {got_rms:.3g} > {rms_bound:.3g}"
+    assert got_max <= max_bound, f"largest error {got_max:.3g} > {max_bound:.3g}"
