@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +40,8 @@ from torch import Tensor
 import peftkern
 from peftkern import NF4Weight
 
+ROOT = Path(__file__).resolve().parents[1]
+PEAK_STEP_KILOBYTES = 33_000  # x, y and their gradients take 8 MB, half of that in bfloat16
 GOLDEN = Path(__file__).parent / "golden" / "nf4_lora_linear.safetensors"
 
 
@@ -284,6 +288,36 @@ def test_saved_bytes(backend, dropout_p):
             ours(o, *leaves, None)
         kept = sum(nbytes for address, nbytes in saved.items() if address not in own)
         assert kept == expected, needs
+
+
+PEAK_SCRIPT = """
+import resource, sys, torch, peftkern
+dtype, M, side, blocksize = getattr(torch, sys.argv[1]), 64, 8192, 64
+packed = torch.randint(0, 256, (side * side // 2,), dtype=torch.uint8)
+absmax = torch.rand(side * side // blocksize)
+w = peftkern.NF4Weight(packed, absmax, (side, side), blocksize, torch.bfloat16)
+A, B = torch.randn(8, side, requires_grad=True), torch.randn(side, 8, requires_grad=True)
+
+def step(M, w, A, B):
+    x = torch.randn(M, w.shape[1], dtype=dtype, requires_grad=True)
+    y = peftkern.nf4_lora_linear(x, w, A, B, scaling=1.0, dropout_p=0.1)
+    y.backward(torch.ones_like(y))
+
+small = peftkern.quantize_nf4(torch.randn(64, 64))
+step(M, small, torch.randn(8, 64, requires_grad=True), torch.randn(64, 8, requires_grad=True))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(M, w, A, B)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_no_dense_copy_of_the_weight(dtype):
+    """Peak memory of a step over an 8192 x 8192 weight: 33 MB packed, 134 MB or more dense."""
+    command = [sys.executable, "-c", PEAK_SCRIPT, dtype]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    assert int(answer.stdout) < PEAK_STEP_KILOBYTES
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -6,7 +6,7 @@ namespace peftkern {
 namespace {
 
 struct Avx512Bf16Math : BFloat16Panels {
-  static constexpr int64_t kBlock = 512;
+  static constexpr int64_t kBlock = 256;
   static constexpr int64_t kDotRows = 8;
   struct Session {};
 
