@@ -239,7 +239,7 @@ class NF4Weight:
             storage = getattr(param, "quant_storage", param.dtype)
             if storage is not param.dtype:
                 raise _refuse("quant_storage", f"{storage} as recorded", param.dtype)
-            packed = _as_bytes(param.data)
+            packed = _as_bytes(param.detach())
         pieces = (packed, state.get("absmax"), state.get("shape"), state.get("blocksize"))
         if state.get("state2") is None:
             return cls(*pieces, state.get("dtype"))

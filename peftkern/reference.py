@@ -158,7 +158,7 @@ def lora_linear_backward(
     rows, acc = math.prod(dy.shape[:-1]), _accumulation_dtype(dy)
     dy2 = dy.reshape(rows, dy.shape[-1])
     has_lora = lora_A is not None and lora_B is not None
-    dx = dA = dB = dbias = dy.new_empty(0)
+    dx, dA, dB, dbias = (dy.new_empty(0) for _ in range(4))
     if has_lora and (need_dx or need_dA):
         dS = (dy2.to(acc) @ lora_B.to(acc)) * scaling
     if need_dx:

@@ -68,6 +68,17 @@ NF4LinearArgs linear_args(int threads, int64_t M, int64_t N, int64_t K, int64_t 
   return args;
 }
 
+void set_lora_args(LoraArgs& args, int threads, int64_t M, int64_t K, int64_t r, int dtype,
+                   uintptr_t keep, float scale) {
+  args.M = M;
+  args.K = K;
+  args.r = r;
+  args.dtype = dtype_from_code(dtype);
+  args.keep = pointer<const uint8_t>(keep);
+  args.scale = scale;
+  args.threads = threads;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -98,14 +109,22 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     nf4_dequantize(isa.c_str(), threads, view, pointer<void>(out), dtype, out_numel);
   });
+  // Both products in one call: s[M, r] is written with keep_scale * keep(x) a^T (unscaled), then
+  // y with x W^T + scaling s b^T + bias.
   m.def("nf4_lora_linear_forward",
         [](const std::string& isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r,
-           uintptr_t x, int dtype, const py::tuple& w, uintptr_t s, uintptr_t b, uintptr_t bias,
-           uintptr_t y) {
+           uintptr_t x, int dtype, const py::tuple& w, uintptr_t a, uintptr_t keep,
+           float keep_scale, uintptr_t s, float scaling, uintptr_t b, uintptr_t bias, uintptr_t y) {
           NF4LinearArgs args = linear_args(threads, M, N, K, r, x, dtype, w, s, b, y);
+          args.scaling = scaling;
           args.bias = pointer<const float>(bias);
+          LoraShrinkArgs shrink;
+          set_lora_args(shrink, threads, M, K, r, dtype, keep, keep_scale);
+          shrink.x = pointer<const void>(x);
+          shrink.a = pointer<const float>(a);
+          shrink.s = pointer<float>(s);
           py::gil_scoped_release release;
-          nf4_lora_linear_forward(isa.c_str(), args);
+          nf4_lora_linear_forward(isa.c_str(), args, &shrink);
         });
   m.def("nf4_lora_linear_backward",
         [](const std::string& isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r,
@@ -114,18 +133,37 @@ PYBIND11_MODULE(_cpu, m) {
           py::gil_scoped_release release;
           nf4_lora_linear_backward(isa.c_str(), args);
         });
-  m.def("lora_shrink", [](const std::string& isa, int threads, int64_t M, int64_t K, int64_t r,
-                          uintptr_t x, int x_dtype, uintptr_t a, uintptr_t s) {
-    LoraShrinkArgs args;
-    args.M = M;
-    args.K = K;
-    args.r = r;
-    args.x = pointer<const void>(x);
-    args.dtype = dtype_from_code(x_dtype);
-    args.a = pointer<const float>(a);
-    args.s = pointer<float>(s);
-    args.threads = threads;
-    py::gil_scoped_release release;
-    lora_shrink(isa.c_str(), args);
-  });
+  m.def("lora_shrink",
+        [](const std::string& isa, int threads, int64_t M, int64_t K, int64_t r, uintptr_t x,
+           int dtype, uintptr_t a, uintptr_t keep, float scale, uintptr_t s) {
+          LoraShrinkArgs args;
+          set_lora_args(args, threads, M, K, r, dtype, keep, scale);
+          args.x = pointer<const void>(x);
+          args.a = pointer<const float>(a);
+          args.s = pointer<float>(s);
+          py::gil_scoped_release release;
+          lora_shrink(isa.c_str(), args);
+        });
+  m.def("lora_expand",
+        [](const std::string& isa, int threads, int64_t M, int64_t K, int64_t r, uintptr_t s,
+           uintptr_t a, uintptr_t keep, float scale, uintptr_t y, int dtype) {
+          LoraExpandArgs args;
+          set_lora_args(args, threads, M, K, r, dtype, keep, scale);
+          args.s = pointer<const float>(s);
+          args.a = pointer<const float>(a);
+          args.y = pointer<void>(y);
+          py::gil_scoped_release release;
+          lora_expand(isa.c_str(), args);
+        });
+  m.def("lora_outer",
+        [](const std::string& isa, int threads, int64_t M, int64_t K, int64_t r, uintptr_t s,
+           uintptr_t x, int dtype, uintptr_t keep, float scale, uintptr_t g) {
+          LoraOuterArgs args;
+          set_lora_args(args, threads, M, K, r, dtype, keep, scale);
+          args.s = pointer<const float>(s);
+          args.x = pointer<const void>(x);
+          args.g = pointer<float>(g);
+          py::gil_scoped_release release;
+          lora_outer(isa.c_str(), args);
+        });
 }

@@ -1,6 +1,6 @@
-// The skinny LoRA product for AVX2.
-#include "lora_shrink.h"
+// The skinny LoRA products for AVX2.
+#include "lora_products.h"
 
 namespace peftkern {
-void (*const kLoraShrinkAvx2)(const LoraShrinkArgs&) = shrink;
+const LoraKernels kLoraAvx2 = {shrink, expand, outer};
 }  // namespace peftkern

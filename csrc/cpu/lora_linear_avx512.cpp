@@ -1,6 +1,6 @@
-// The skinny LoRA product for AVX-512.
-#include "lora_shrink.h"
+// The skinny LoRA products for AVX-512.
+#include "lora_products.h"
 
 namespace peftkern {
-void (*const kLoraShrinkAvx512)(const LoraShrinkArgs&) = shrink;
+const LoraKernels kLoraAvx512 = {shrink, expand, outer};
 }  // namespace peftkern

@@ -1,5 +1,5 @@
-// The loops of y = x W^T + s b^T + bias and dx = dy W + s a over NF4 weights, for any Math that
-// supplies tiles (Float32Math, or one of the bfloat16 ones).
+// The loops of y = x W^T + s b^T + bias and dx = dy W + s a (s scaled) over NF4 weights, for any
+// Math that supplies tiles (Float32Math, or one of the bfloat16 ones).
 //
 // Forward: W is the rows operand, x (packed once) the lanes operand, and tiles of y^T come out;
 // each thread takes panels of weight rows, decodes kBlock columns at a time into cache, and
@@ -54,9 +54,10 @@ struct NF4Gemm {
     parallel_for(args.threads, round_up(rows, 32) / 16 * chunks, task);
   }
 
-  // acc[i] += sum_j left[i * r + j] * right[j], i < count.
-  static void add_low_rank(float* tile, const float* left, int64_t count, int64_t r,
-                           const float* right, int64_t right_stride, int right_valid) {
+  // tile[i] += scaling * sum_j left[i * r + j] * right[j], i < count.
+  void add_low_rank(float* tile, const float* left, int64_t count, const float* right,
+                    int64_t right_stride, int right_valid) const {
+    const int64_t r = args.r;
 #if defined(__AVX512F__)
     constexpr int kRows = 16;
 #else
@@ -69,7 +70,8 @@ struct NF4Gemm {
       for (int i = 0; i < kRows; ++i) acc[i] = f16_load(tile + (row + i) * 16);
       for (int64_t j = 0; j < r; ++j) {
         const float* p = right + j * right_stride;
-        const F16 x = right_valid >= 16 ? f16_load(p) : f16_load_n(p, right_valid);
+        const F16 x = f16_mul(right_valid >= 16 ? f16_load(p) : f16_load_n(p, right_valid),
+                              f16_set1(args.scaling));
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
           const int64_t source = i < valid ? row + i : row;  // rows past the end are not stored
@@ -117,7 +119,7 @@ struct NF4Gemm {
       }
     }
     if (args.r > 0) {
-      add_low_rank(c, args.up + n0 * args.r, rows, args.r, s_transposed, s_stride, 16);
+      add_low_rank(c, args.up + n0 * args.r, rows, s_transposed, s_stride, 16);
     }
     float t[kTile];
     transpose_tile(reinterpret_cast<const uint32_t*>(c), 16, reinterpret_cast<uint32_t*>(t));
@@ -222,7 +224,8 @@ struct NF4Gemm {
           const float* b = args.up + n * args.r;
           for (int64_t j = 0; j < args.r; j += 16) {
             const int count = static_cast<int>(min64(16, args.r - j));
-            acc[m] = f16_fma(f16_load_n(s + j, count), f16_load_n(b + j, count), acc[m]);
+            const F16 scaled = f16_mul(f16_load_n(s + j, count), f16_set1(args.scaling));
+            acc[m] = f16_fma(scaled, f16_load_n(b + j, count), acc[m]);
           }
         }
         Math::template dot<kRows>(args.w, absmax, n * K, K, args.dtype, x, stride, acc);
@@ -310,8 +313,7 @@ struct NF4Gemm {
   void finish_backward(float* c, int64_t m0, int64_t rows, int64_t k0) const {
     const int64_t columns = min64(16, args.K - k0);
     if (args.r > 0) {
-      add_low_rank(c, args.s + m0 * args.r, rows, args.r, args.up + k0, args.K,
-                   static_cast<int>(columns));
+      add_low_rank(c, args.s + m0 * args.r, rows, args.up + k0, args.K, static_cast<int>(columns));
     }
     for (int64_t i = 0; i < rows; ++i) {
       store_row(args.out, args.dtype, (m0 + i) * args.K + k0, c + 16 * i, columns);

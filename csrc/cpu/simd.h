@@ -90,6 +90,13 @@ inline __mmask16 mask16(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline F16 f16_load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(mask16(n), p)}; }
 inline void f16_store_n(float* p, F16 a, int n) { _mm512_mask_storeu_ps(p, mask16(n), a.v); }
 
+// x times 1 or, where the byte is zero, 0 (a NaN stays one); n <= 16 bytes are read.
+inline F16 f16_keep(F16 x, const uint8_t* keep, int n) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(mask16(n), keep);
+  const __mmask16 kept = _mm_test_epi8_mask(bytes, bytes);
+  return {_mm512_mul_ps(x.v, _mm512_maskz_mov_ps(kept, _mm512_set1_ps(1.0f)))};
+}
+
 inline __m512i bf16_bits(__m512 x) {  // in the low half of each lane
   const __m512i u = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -346,6 +353,15 @@ inline void f16_codes(const F16& x, uint8_t* codes) {
   }
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+// x times 1 or, where the byte is zero, 0 (a NaN stays one); n <= 16 bytes are read.
+inline F16 f16_keep(const F16& x, const uint8_t* keep, int n) {
+  float factor[16] = {};
+  for (int i = 0; i < n; ++i) factor[i] = keep[i] ? 1.0f : 0.0f;
+  return f16_mul(x, f16_load(factor));
+}
 #endif
 
 // n <= 16 values of a 16-bit type; the rest are zero.

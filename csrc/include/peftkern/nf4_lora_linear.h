@@ -1,6 +1,8 @@
-// y = x W^T + s b^T + bias and dx = dy W + s a with W in NF4, on the CPU. Torch-free.
+// y = x W^T + scaling s b^T + bias and dx = dy W + scaling s a with W in NF4, on the CPU.
+// Torch-free.
 #pragma once
 
+#include "peftkern/lora_linear.h"
 #include "peftkern/nf4.h"
 
 namespace peftkern {
@@ -11,7 +13,8 @@ struct NF4LinearArgs {
   void* out = nullptr;       // forward: y [M, N]; backward: dx [M, K]; the type of `in`
   DType dtype = DType::kFloat32;
   NF4View w;                    // [N, K]
-  const float* s = nullptr;     // [M, r]: scaling * x A^T; backward: scaling * dy B
+  const float* s = nullptr;     // [M, r]: x A^T; backward: dy B
+  float scaling = 1.0f;         // of s
   const float* up = nullptr;    // forward: lora_B [N, r]; backward: lora_A [r, K]
   const float* bias = nullptr;  // [N], forward only
   int threads = 1;
@@ -37,7 +40,9 @@ extern const NF4LinearKernels kNF4LinearAmxBf16;  // bfloat16 only
 #endif
 
 // Checked entries: throw std::invalid_argument naming what does not fit.
-void nf4_lora_linear_forward(const char* isa, const NF4LinearArgs& args);
+// With `shrink`, whose s is the s of args, that product is computed first, after all is checked.
+void nf4_lora_linear_forward(const char* isa, const NF4LinearArgs& args,
+                             const LoraShrinkArgs* shrink = nullptr);
 void nf4_lora_linear_backward(const char* isa, const NF4LinearArgs& args);
 
 // 64-byte aligned scratch memory; std::bad_alloc when there is none.

@@ -1,0 +1,150 @@
+// The skinny products of a LoRA layer: shrink, expand and outer. Compiled once per instruction set.
+// Sixteen lanes run along the activation's columns; small blocks of sums stay in registers.
+#pragma once
+
+#include "nf4_panel.h"
+#include "peftkern/lora_linear.h"
+
+namespace peftkern {
+namespace {
+
+// n <= 16 values of the activation from element i on, zero where dropout does not keep them.
+inline F16 load_kept(const void* x, const LoraArgs& args, int64_t i, int n) {
+  const F16 value = load_any(x, args.dtype, i, n);
+  return args.keep ? f16_keep(value, args.keep + i, n) : value;
+}
+
+inline F16 load_factor(const float* p, int n) { return n == 16 ? f16_load(p) : f16_load_n(p, n); }
+
+template <int kM, int kR>
+void shrink_tile(const LoraShrinkArgs& args, int64_t m0, int64_t j0) {
+  F16 acc[kM][kR];
+  for (auto& row : acc) {
+    for (F16& sum : row) sum = f16_zero();
+  }
+  const int64_t K = args.K;
+  for (int64_t k = 0; k < K; k += 16) {
+    const int n = static_cast<int>(min64(16, K - k));
+    F16 a[kR];
+    for (int j = 0; j < kR; ++j) a[j] = load_factor(args.a + (j0 + j) * K + k, n);
+    for (int m = 0; m < kM; ++m) {
+      const F16 x = load_kept(args.x, args, (m0 + m) * K + k, n);
+      for (int j = 0; j < kR; ++j) acc[m][j] = f16_fma(x, a[j], acc[m][j]);
+    }
+  }
+  for (int m = 0; m < kM; ++m) {
+    for (int j = 0; j < kR; ++j) {
+      args.s[(m0 + m) * args.r + j0 + j] = args.scale * f16_sum(acc[m][j]);
+    }
+  }
+}
+
+template <int kM>
+void shrink_rows(const LoraShrinkArgs& args, int64_t m0, int64_t begin, int64_t end) {
+  int64_t j = begin;
+  for (; j + 4 <= end; j += 4) shrink_tile<kM, 4>(args, m0, j);
+  for (; j < end; ++j) shrink_tile<kM, 1>(args, m0, j);
+}
+
+void shrink(const LoraShrinkArgs& args) {
+  constexpr int64_t kM = 8, kR = 8;  // of a task
+  const int64_t groups = (args.r + kR - 1) / kR;
+  auto task = [&](int64_t t, int) {
+    const int64_t begin = t % groups * kR, end = min64(args.r, begin + kR);
+    int64_t m = t / groups * kM;
+    const int64_t stop = min64(args.M, m + kM);
+    for (; m + 4 <= stop; m += 4) shrink_rows<4>(args, m, begin, end);
+    for (; m < stop; ++m) shrink_rows<1>(args, m, begin, end);
+  };
+  parallel_for(args.threads, (args.M + kM - 1) / kM * groups, task);
+}
+
+template <int kM>
+void expand_tile(const LoraExpandArgs& args, int64_t m0, int64_t k, int n) {
+  F16 acc[kM];
+  for (F16& sum : acc) sum = f16_zero();
+  for (int64_t j = 0; j < args.r; ++j) {
+    const F16 a = load_factor(args.a + j * args.K + k, n);
+    for (int m = 0; m < kM; ++m) {
+      acc[m] = f16_fma(f16_set1(args.s[(m0 + m) * args.r + j]), a, acc[m]);
+    }
+  }
+  for (int m = 0; m < kM; ++m) {
+    const int64_t i = (m0 + m) * args.K + k;
+    F16 delta = f16_mul(acc[m], f16_set1(args.scale));
+    if (args.keep) delta = f16_keep(delta, args.keep + i, n);
+    store_any(args.y, args.dtype, i, f16_add(load_any(args.y, args.dtype, i, n), delta), n);
+  }
+}
+
+void expand(const LoraExpandArgs& args) {
+  constexpr int64_t kM = 16, kColumns = 512;  // of a task
+  const int64_t groups = (args.K + kColumns - 1) / kColumns;
+  auto task = [&](int64_t t, int) {
+    const int64_t begin = t % groups * kColumns, end = min64(args.K, begin + kColumns);
+    int64_t m = t / groups * kM;
+    const int64_t stop = min64(args.M, m + kM);
+    while (m < stop) {
+      const bool eight = m + 8 <= stop;
+      for (int64_t k = begin; k < end; k += 16) {
+        const int n = static_cast<int>(min64(16, end - k));
+        eight ? expand_tile<8>(args, m, k, n) : expand_tile<1>(args, m, k, n);
+      }
+      m += eight ? 8 : 1;
+    }
+  };
+  parallel_for(args.threads, (args.M + kM - 1) / kM * groups, task);
+}
+
+constexpr int64_t kOuterRows = 64, kOuterColumns = 128;
+
+// g[j0 : j0 + kR, columns of one strip] += s^T block, block[rows][128] being kept values of x.
+template <int kR>
+void outer_tile(const LoraOuterArgs& args, const float* block, int64_t m0, int64_t rows, int64_t j0,
+                int64_t column, float* g) {
+  F16 acc[kR];
+  for (int j = 0; j < kR; ++j) acc[j] = f16_load(g + (j0 + j) * kOuterColumns + column);
+  for (int64_t m = 0; m < rows; ++m) {
+    const F16 x = f16_load(block + m * kOuterColumns + column);
+    const float* s = args.s + (m0 + m) * args.r + j0;
+    for (int j = 0; j < kR; ++j) acc[j] = f16_fma(f16_set1(s[j]), x, acc[j]);
+  }
+  for (int j = 0; j < kR; ++j) f16_store(g + (j0 + j) * kOuterColumns + column, acc[j]);
+}
+
+void outer(const LoraOuterArgs& args) {
+  const int64_t sums = args.r * kOuterColumns, per_thread = sums + kOuterRows * kOuterColumns;
+  Scratch scratch(args.threads * per_thread * 4);
+  auto task = [&](int64_t t, int thread) {
+    float* g = static_cast<float*>(scratch.data) + thread * per_thread;
+    float* block = g + sums;
+    std::memset(g, 0, static_cast<size_t>(sums) * 4);
+    const int64_t k0 = t * kOuterColumns, columns = min64(kOuterColumns, args.K - k0);
+    for (int64_t m0 = 0; m0 < args.M; m0 += kOuterRows) {
+      const int64_t rows = min64(kOuterRows, args.M - m0);
+      for (int64_t m = 0; m < rows; ++m) {
+        for (int64_t k = 0; k < columns; k += 16) {
+          const int n = static_cast<int>(min64(16, columns - k));
+          f16_store(block + m * kOuterColumns + k,
+                    load_kept(args.x, args, (m0 + m) * args.K + k0 + k, n));
+        }
+      }
+      for (int64_t k = 0; k < columns; k += 16) {
+        int64_t j = 0;
+        for (; j + 8 <= args.r; j += 8) outer_tile<8>(args, block, m0, rows, j, k, g);
+        for (; j < args.r; ++j) outer_tile<1>(args, block, m0, rows, j, k, g);
+      }
+    }
+    const F16 scale = f16_set1(args.scale);
+    for (int64_t j = 0; j < args.r; ++j) {
+      for (int64_t k = 0; k < columns; k += 16) {
+        const F16 value = f16_mul(f16_load(g + j * kOuterColumns + k), scale);
+        f16_store_n(args.g + j * args.K + k0 + k, value, static_cast<int>(min64(16, columns - k)));
+      }
+    }
+  };
+  parallel_for(args.threads, (args.K + kOuterColumns - 1) / kOuterColumns, task);
+}
+
+}  // namespace
+}  // namespace peftkern

@@ -1,0 +1,138 @@
+// Random NF4 weights and activations in heap buffers of exactly the size that the format names, so
+// that AddressSanitizer sees any access past an end.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "peftkern/nf4.h"
+#include "peftkern/nf4_table.h"
+
+namespace {
+
+using namespace peftkern;
+
+std::mt19937 rng(20240607);
+
+int64_t pick(const std::vector<int64_t>& values) { return values[rng() % values.size()]; }
+float normal() {
+  static std::normal_distribution<float> distribution;
+  return distribution(rng);
+}
+
+// Exactly `size` elements on the heap, all bytes 0xff (NaN for floats), `shift` elements past the
+// allocator's alignment.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size, int64_t shift = 0)
+      : base_(static_cast<T*>(std::malloc(static_cast<size_t>(size + shift) * sizeof(T)))),
+        shift_(shift),
+        size_(size) {
+    std::memset(static_cast<void*>(base_), 0xff, static_cast<size_t>(size + shift) * sizeof(T));
+  }
+  ~Buffer() { std::free(base_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() { return base_ + shift_; }
+  const T* data() const { return base_ + shift_; }
+  int64_t size() const { return size_; }
+  T& operator[](int64_t i) { return data()[i]; }
+  T operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  T* base_;
+  int64_t shift_, size_;
+};
+
+float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+uint16_t to_bf16(float value) {  // nearest even; finite values only
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float from_bf16(uint16_t half) { return from_bits(static_cast<uint32_t>(half) << 16); }
+
+// `n` values of type `dtype`, as raw memory of exactly the right size.
+class Values {
+ public:
+  Values(DType dtype, int64_t n, int64_t shift = 0)
+      : dtype_(dtype),
+        wide_(dtype == DType::kFloat32 ? n : 0, shift),
+        half_(dtype == DType::kFloat32 ? 0 : n, shift) {}
+  void randomise() {
+    for (int64_t i = 0; i < wide_.size(); ++i) wide_[i] = normal();
+    for (int64_t i = 0; i < half_.size(); ++i) half_[i] = to_bf16(normal());
+  }
+  void* data() {
+    return dtype_ == DType::kFloat32 ? static_cast<void*>(wide_.data()) : half_.data();
+  }
+  float at(int64_t i) const { return dtype_ == DType::kFloat32 ? wide_[i] : from_bf16(half_[i]); }
+
+ private:
+  DType dtype_;
+  Buffer<float> wide_;
+  Buffer<uint16_t> half_;
+};
+
+// A random NF4 weight and its exact values.
+class Weight {
+ public:
+  Weight(int64_t numel, int64_t blocksize, bool nested, int64_t nested_blocksize = 256)
+      : packed_((numel + 1) / 2, static_cast<int64_t>(rng() % 4)),
+        blocks_((numel + blocksize - 1) / blocksize),
+        absmax_(nested ? 0 : blocks_),
+        absmax_q_(nested ? blocks_ : 0),
+        nested_absmax_(nested ? (blocks_ + nested_blocksize - 1) / nested_blocksize : 0),
+        nested_code_(nested ? 256 : 0) {
+    for (int64_t i = 0; i < packed_.size(); ++i) packed_[i] = static_cast<uint8_t>(rng());
+    for (int64_t i = 0; i < absmax_.size(); ++i) absmax_[i] = std::fabs(normal());
+    for (int64_t i = 0; i < absmax_q_.size(); ++i) absmax_q_[i] = static_cast<uint8_t>(rng());
+    for (int64_t i = 0; i < nested_absmax_.size(); ++i) nested_absmax_[i] = std::fabs(normal());
+    for (int64_t i = 0; i < nested_code_.size(); ++i) nested_code_[i] = (i - 128) / 128.0f;
+    view.packed = packed_.data();
+    view.packed_bytes = packed_.size();
+    view.absmax = nested ? static_cast<const void*>(absmax_q_.data()) : absmax_.data();
+    view.absmax_len = blocks_;
+    view.nested = nested;
+    view.nested_absmax = nested ? nested_absmax_.data() : nullptr;
+    view.nested_absmax_len = nested_absmax_.size();
+    view.nested_code = nested ? nested_code_.data() : nullptr;
+    view.nested_offset = nested ? 0.7f : 0.0f;
+    view.blocksize = blocksize;
+    view.nested_blocksize = nested ? nested_blocksize : 0;
+    view.numel = numel;
+  }
+
+  float at(int64_t i) const {
+    const int64_t block = i / view.blocksize;
+    float absmax = view.nested ? 0.0f : absmax_[block];
+    if (view.nested) {
+      const float product =
+          nested_code_[absmax_q_[block]] * nested_absmax_[block / view.nested_blocksize];
+      absmax = product + view.nested_offset;
+    }
+    const uint8_t byte = packed_[i / 2];
+    return kNF4Code[i % 2 ? byte & 15 : byte >> 4] * absmax;
+  }
+
+  NF4View view;
+
+ private:
+  Buffer<uint8_t> packed_;
+  int64_t blocks_;
+  Buffer<float> absmax_;
+  Buffer<uint8_t> absmax_q_;
+  Buffer<float> nested_absmax_, nested_code_;
+};
+
+}  // namespace

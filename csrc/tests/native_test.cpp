@@ -1,0 +1,387 @@
+// Runs every kernel of every instruction set of this machine on awkward shapes, without Python.
+//
+//   make sanitize    builds it with AddressSanitizer and UBSan, and runs it
+//
+// Buffers are exactly as long as the format says, so one element too many is an error report.
+// Results are compared with plain loops in float64; the tight error bounds are in the Python tests.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "native_data.h"
+#include "peftkern/isa.h"
+#include "peftkern/lora_linear.h"
+#include "peftkern/nf4_lora_linear.h"
+#include "peftkern/parallel.h"
+
+namespace {
+
+[[noreturn]] void fail(const std::string& message) {
+  std::fprintf(stderr, "native test failed: %s\n", message.c_str());
+  std::exit(1);
+}
+
+const std::vector<int64_t> kNumels = {0,    1,    2,    3,    31,    32,   33,  63,
+                                      64,   65,   127,  128,  129,   255,  257, 509,
+                                      1024, 4095, 4096, 4097, 12289, 70001};
+const std::vector<int64_t> kBlocksizes = {32, 64, 128, 256, 512, 1024, 2048, 4096};
+
+void check_dequantize(const char* isa) {
+  for (int64_t numel : kNumels) {
+    for (int64_t blocksize : kBlocksizes) {
+      const Weight w(numel, blocksize, rng() % 2, pick({1, 3, 256}));
+      const int threads = static_cast<int>(pick({1, 2, 3}));
+      for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+        Values out(dtype, numel, static_cast<int64_t>(rng() % 3));
+        nf4_dequantize(isa, threads, w.view, out.data(), dtype, numel);
+        for (int64_t i = 0; i < numel; ++i) {
+          const float exact = w.at(i);
+          const float wanted = dtype == DType::kFloat32 ? exact : from_bf16(to_bf16(exact));
+          if (out.at(i) != wanted) fail(std::string(isa) + " dequantize: wrong value");
+        }
+      }
+      Buffer<uint16_t> half(numel);
+      nf4_dequantize(isa, threads, w.view, half.data(), DType::kFloat16, numel);
+    }
+  }
+}
+
+// Quantise, then dequantise: each value is within half the widest step (0.152 absmax) of itself.
+void check_quantize(const char* isa) {
+  for (int64_t numel : kNumels) {
+    for (int64_t blocksize : kBlocksizes) {
+      const DType dtype = rng() % 2 ? DType::kFloat32 : DType::kBFloat16;
+      Values src(dtype, numel, static_cast<int64_t>(rng() % 3));
+      src.randomise();
+      const int64_t blocks = (numel + blocksize - 1) / blocksize;
+      Buffer<uint8_t> packed((numel + 1) / 2);
+      Buffer<float> absmax(blocks);
+      nf4_quantize(isa, 2, src.data(), dtype, numel, blocksize, packed.data(), packed.size(),
+                   absmax.data(), blocks);
+      for (int64_t i = 0; i < numel; ++i) {
+        const int code = i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
+        const float scale = absmax[i / blocksize];
+        if (!(std::fabs(src.at(i) - kNF4Code[code] * scale) <= 0.153f * scale)) {
+          fail(std::string(isa) + " quantize: value too far from its code");
+        }
+      }
+    }
+  }
+}
+
+void check_quantize_absmax() {
+  Buffer<float> code(256);
+  for (int i = 0; i < 256; ++i) code[i] = (i - 128) / 128.0f;
+  for (int64_t n : {0, 1, 2, 255, 256, 257, 1000}) {
+    const int64_t groups = (n + 255) / 256;
+    Buffer<float> absmax(n), nested_absmax(groups);
+    Buffer<uint8_t> q(n);
+    for (int64_t i = 0; i < n; ++i) absmax[i] = std::fabs(normal());
+    nf4_quantize_absmax(2, absmax.data(), n, 0.5f, code.data(), 256, q.data(), nested_absmax.data(),
+                        groups);
+    for (int64_t i = 0; i < n; ++i) {
+      const float scale = nested_absmax[i / 256];
+      if (!(std::fabs(code[q[i]] * scale + 0.5f - absmax[i]) <= scale / 127)) {
+        fail("quantize_absmax: value too far from its code");
+      }
+    }
+  }
+}
+
+struct Shape {
+  int64_t M, N, K, r;
+};
+
+std::string describe(const char* isa, const char* what, const Shape& c, DType dtype) {
+  return std::string(isa) + " " + what + " M=" + std::to_string(c.M) + " N=" + std::to_string(c.N) +
+         " K=" + std::to_string(c.K) + " r=" + std::to_string(c.r) +
+         (dtype == DType::kFloat32 ? " float32" : " bfloat16");
+}
+
+// Forward: out[M, N] = in[M, K] W^T + s up^T + bias. Backward: out[M, K] = in[M, N] W + s up.
+void check_linear(const char* isa, const Shape& c, DType dtype, bool backward) {
+  const Weight w(c.N * c.K, pick({32, 64, 64, 256, 4096}), rng() % 2);
+  const int64_t inner = backward ? c.N : c.K, outer = backward ? c.K : c.N;
+  const int64_t shift = static_cast<int64_t>(rng() % 3);
+  Values in(dtype, c.M * inner, shift), out(dtype, c.M * outer, shift);
+  Values s(DType::kFloat32, c.M * c.r), up(DType::kFloat32, outer * c.r);
+  Values bias(DType::kFloat32, outer);
+  for (Values* values : {&in, &s, &up, &bias}) values->randomise();
+  const bool with_bias = !backward && rng() % 2;
+
+  NF4LinearArgs args;
+  args.M = c.M, args.N = c.N, args.K = c.K, args.r = c.r;
+  args.in = in.data(), args.out = out.data(), args.dtype = dtype, args.w = w.view;
+  args.s = c.r ? static_cast<float*>(s.data()) : nullptr;
+  args.up = c.r ? static_cast<float*>(up.data()) : nullptr;
+  args.bias = with_bias ? static_cast<float*>(bias.data()) : nullptr;
+  args.scaling = 0.5f;
+  args.threads = static_cast<int>(pick({1, 2, 3}));
+  (backward ? nf4_lora_linear_backward : nf4_lora_linear_forward)(isa, args);
+
+  std::vector<double> weight(static_cast<size_t>(c.N * c.K));
+  for (int64_t i = 0; i < c.N * c.K; ++i) {
+    weight[i] = dtype == DType::kFloat32 ? w.at(i) : from_bf16(to_bf16(w.at(i)));
+  }
+  for (int64_t m = 0; m < c.M; ++m) {
+    for (int64_t o = 0; o < outer; ++o) {
+      double sum = with_bias ? bias.at(o) : 0.0, size = std::fabs(sum);
+      for (int64_t i = 0; i < inner; ++i) {
+        const double term = in.at(m * inner + i) * weight[backward ? i * c.K + o : o * c.K + i];
+        sum += term, size += std::fabs(term);
+      }
+      for (int64_t j = 0; j < c.r; ++j) {
+        const double term = 0.5 * s.at(m * c.r + j) * up.at(backward ? j * c.K + o : o * c.r + j);
+        sum += term, size += std::fabs(term);
+      }
+      const double bound =
+          dtype == DType::kFloat32 ? 1e-5 * size : 0.004 * std::fabs(sum) + 1e-3 * size;
+      if (!(std::fabs(out.at(m * outer + o) - sum) <= bound + 1e-30)) {
+        fail(describe(isa, backward ? "backward" : "forward", c, dtype) + ": row " +
+             std::to_string(m) + " column " + std::to_string(o));
+      }
+    }
+  }
+}
+
+void check_linears(const char* isa) {
+  std::vector<Shape> shapes = {{129, 257, 515, 16}, {64, 256, 1024, 8}, {300, 33, 4100, 0},
+                               {1, 1000, 1000, 16}, {17, 4097, 64, 3},  {2, 3, 8191, 1}};
+  for (int i = 0; i < 250; ++i) {
+    shapes.push_back({pick({0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 33, 64, 65}),
+                      pick({1, 2, 7, 15, 16, 17, 31, 64, 65, 130}),
+                      pick({1, 2, 3, 31, 32, 33, 63, 64, 65, 100, 127, 128, 192, 257, 320}),
+                      pick({0, 0, 1, 2, 3, 8, 15, 16, 17, 33})});
+  }
+  for (const Shape& shape : shapes) {
+    for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      for (bool backward : {false, true}) check_linear(isa, shape, dtype, backward);
+    }
+  }
+}
+
+// The three skinny products against float64; `keep` on every other call.
+void check_product(const char* isa, const char* name, int64_t M, int64_t K, int64_t r,
+                   DType dtype) {
+  Values x(dtype, M * K, static_cast<int64_t>(rng() % 3)), s(DType::kFloat32, M * r),
+      a(DType::kFloat32, r * K);
+  x.randomise(), s.randomise(), a.randomise();
+  Buffer<uint8_t> keep(M * K);
+  for (int64_t i = 0; i < M * K; ++i) keep[i] = rng() % 4 != 0;
+  const bool masked = rng() % 2;
+  const auto kept = [&](int64_t i) { return masked && !keep[i] ? 0.0 : 1.0; };
+  const float scale = 0.75f;
+
+  std::vector<double> before;  // of the operand that is written
+  const auto fill = [](LoraArgs& args, auto... values) {
+    std::tie(args.M, args.K, args.r, args.dtype, args.scale, args.keep) =
+        std::make_tuple(values...);
+    args.threads = 2;
+  };
+  const uint8_t* mask = masked ? keep.data() : nullptr;
+  const std::string product = name;
+  if (product == "shrink") {
+    LoraShrinkArgs args;
+    fill(args, M, K, r, dtype, scale, mask);
+    args.x = x.data(), args.a = static_cast<float*>(a.data());
+    args.s = static_cast<float*>(s.data());
+    lora_shrink(isa, args);
+  } else if (product == "expand") {
+    for (int64_t i = 0; i < M * K; ++i) before.push_back(x.at(i));
+    LoraExpandArgs args;
+    fill(args, M, K, r, dtype, scale, mask);
+    args.s = static_cast<float*>(s.data()), args.a = static_cast<float*>(a.data());
+    args.y = x.data();
+    lora_expand(isa, args);
+  } else {
+    LoraOuterArgs args;
+    fill(args, M, K, r, dtype, scale, mask);
+    args.s = static_cast<float*>(s.data()), args.x = x.data();
+    args.g = static_cast<float*>(a.data());
+    lora_outer(isa, args);
+  }
+  const auto check = [&](double got, double sum, double size, double rounding, int64_t i) {
+    if (!(std::fabs(got - sum) <= 1e-5 * size + rounding * std::fabs(sum) + 1e-30)) {
+      fail(describe(isa, name, {M, 0, K, r}, dtype) + ": element " + std::to_string(i));
+    }
+  };
+  const auto sum_of = [](int64_t n, auto term) {
+    double sum = 0.0, size = 0.0;
+    for (int64_t i = 0; i < n; ++i) sum += term(i), size += std::fabs(term(i));
+    return std::make_pair(sum, size);
+  };
+  for (int64_t i = 0; product == "shrink" && i < M * r; ++i) {
+    const auto [sum, size] = sum_of(K, [&](int64_t k) {
+      const int64_t e = i / r * K + k;
+      return scale * kept(e) * x.at(e) * a.at(i % r * K + k);
+    });
+    check(s.at(i), sum, size, 0.0, i);
+  }
+  for (int64_t i = 0; product == "expand" && i < M * K; ++i) {
+    const auto [sum, size] = sum_of(
+        r, [&](int64_t j) { return scale * kept(i) * s.at(i / K * r + j) * a.at(j * K + i % K); });
+    check(x.at(i), before[i] + sum, size + std::fabs(before[i]),
+          dtype == DType::kFloat32 ? 0.0 : 0.004, i);
+  }
+  for (int64_t i = 0; product == "outer" && i < r * K; ++i) {
+    const auto [sum, size] = sum_of(M, [&](int64_t m) {
+      const int64_t e = m * K + i % K;
+      return scale * kept(e) * s.at(m * r + i / K) * x.at(e);
+    });
+    check(a.at(i), sum, size, 0.0, i);
+  }
+}
+
+void check_products(const char* isa) {
+  for (const char* name : {"shrink", "expand", "outer"}) {
+    for (int64_t M : {0, 1, 3, 4, 7, 8, 17, 65, 130}) {
+      for (int64_t K : {1, 15, 16, 17, 33, 100, 129, 257, 1023}) {
+        for (int64_t r : {1, 3, 4, 8, 9, 16, 33}) {
+          for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+            check_product(isa, name, M, K, r, dtype);
+          }
+        }
+      }
+    }
+  }
+}
+
+bool rejected(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+// States whose sizes lie below what their buffers hold: refused, or run within bounds.
+void check_malformed_states(const char* isa) {
+  const std::vector<int64_t> absurd = {-1,
+                                       0,
+                                       1,
+                                       2,
+                                       31,
+                                       32,
+                                       48,
+                                       64,
+                                       65,
+                                       4096,
+                                       8192,
+                                       1 << 20,
+                                       int64_t{1} << 31,
+                                       int64_t{1} << 60,
+                                       INT64_MAX,
+                                       INT64_MIN};
+  int64_t refused = 0, ran = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const Weight good(pick({1, 63, 64, 65, 300, 4097}), pick({32, 64}), rng() % 2,
+                      pick({1, 2, 256}));
+    NF4View w = good.view;
+    const auto shrink = [](int64_t& size) {
+      size = size > 0 && rng() % 2 ? size - 1 - rng() % size : -size;
+    };
+    for (uint32_t damage = rng() % 3; damage-- > 0;) {
+      switch (rng() % 10) {
+        case 0:
+          w.numel = pick(absurd);
+          break;
+        case 1:
+          w.blocksize = pick(absurd);
+          break;
+        case 2:
+          w.nested_blocksize = pick(absurd);
+          break;
+        case 3:
+          shrink(w.packed_bytes);
+          break;
+        case 4:
+          shrink(w.absmax_len);
+          break;
+        case 5:
+          shrink(w.nested_absmax_len);
+          break;
+        case 6:
+          w.packed = nullptr;
+          break;
+        case 7:
+          w.absmax = nullptr;
+          break;
+        case 8:
+          w.nested_absmax = nullptr;
+          break;
+        case 9:
+          w.nested_code = nullptr;
+          break;
+      }
+    }
+    const int64_t room = w.numel >= 0 && w.numel <= 1 << 20 ? w.numel : 0;
+    Buffer<float> out(room), y(1);
+    rejected([&] { nf4_dequantize(isa, 1, w, out.data(), DType::kFloat32, w.numel); }) ? ++refused
+                                                                                       : ++ran;
+    NF4LinearArgs args;  // [1, numel] weight
+    args.M = 1, args.N = 1, args.K = w.numel, args.in = out.data(), args.out = y.data();
+    args.w = w;
+    rejected([&] { nf4_lora_linear_forward(isa, args); });
+  }
+  if (refused < 1000 || ran < 1000) fail("the damaged states no longer exercise both outcomes");
+}
+
+void check_malformed_arguments(const char* isa) {
+  const Weight w(64 * 64, 64, false);
+  Buffer<float> x(64), y(64), s(4), up(64 * 4);
+  NF4LinearArgs good;
+  good.M = 1, good.N = 64, good.K = 64, good.r = 4, good.w = w.view;
+  good.in = x.data(), good.out = y.data(), good.s = s.data(), good.up = up.data();
+  const std::vector<std::function<void(NF4LinearArgs&)>> damages = {
+      [](NF4LinearArgs& a) { a.M = -1; },
+      [](NF4LinearArgs& a) { a.N = 65; },
+      [](NF4LinearArgs& a) { a.K = -64, a.N = -64; },
+      [](NF4LinearArgs& a) { a.N = int64_t{1} << 32, a.K = (int64_t{1} << 32) + 1; },
+      [](NF4LinearArgs& a) { a.M = int64_t{1} << 60; },
+      [](NF4LinearArgs& a) { a.r = -1; },
+      [](NF4LinearArgs& a) { a.in = nullptr; },
+      [](NF4LinearArgs& a) { a.out = nullptr; },
+      [](NF4LinearArgs& a) { a.s = nullptr; },
+      [](NF4LinearArgs& a) { a.up = nullptr; },
+      [](NF4LinearArgs& a) { a.threads = 0; },
+      [](NF4LinearArgs& a) { a.dtype = DType::kFloat16; },
+  };
+  for (size_t i = 0; i < damages.size(); ++i) {
+    NF4LinearArgs args = good;
+    damages[i](args);
+    for (auto* entry : {nf4_lora_linear_forward, nf4_lora_linear_backward}) {
+      if (!rejected([&] { entry(isa, args); })) {
+        fail("malformed argument " + std::to_string(i) + " was accepted");
+      }
+    }
+  }
+  if (!rejected([&] { nf4_lora_linear_forward("sse9", good); })) fail("isa sse9 was accepted");
+}
+
+}  // namespace
+
+int main() {
+  check_quantize_absmax();
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (!isa_available(static_cast<Isa>(i))) continue;
+    const char* isa = isa_name(static_cast<Isa>(i));
+    check_dequantize(isa);
+    check_quantize(isa);
+    check_linears(isa);
+    check_products(isa);
+    check_malformed_states(isa);
+    check_malformed_arguments(isa);
+    std::printf("native test: %s passed\n", isa);
+  }
+  set_fork_child();
+  check_linear("scalar", {33, 65, 130, 4}, DType::kFloat32, false);
+  std::printf("native test: all passed\n");
+  return 0;
+}

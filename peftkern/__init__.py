@@ -1,0 +1,71 @@
+"""Kernels for parameter-efficient fine-tuning: low-rank updates over dense and NF4 weights.
+
+    model = get_peft_model(base, LoraConfig(...))
+    report = peftkern.patch(model)
+
+Importing this package imports neither peft, transformers, bitsandbytes nor triton: what needs them
+is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from peftkern.device import BackendUnavailableError
+from peftkern.dispatch import reset_stats, stats, use_backend
+from peftkern.functional import (
+    dequantize_nf4,
+    explain,
+    lora_linear,
+    nf4_linear,
+    nf4_lora_linear,
+    quantize_nf4,
+)
+from peftkern.nf4 import NF4Weight
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftkern.integrations.peft import PatchReport
+    from peftkern.layers import quantize_
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendUnavailableError",
+    "NF4Weight",
+    "dequantize_nf4",
+    "explain",
+    "lora_linear",
+    "nf4_linear",
+    "nf4_lora_linear",
+    "patch",
+    "quantize_",
+    "quantize_nf4",
+    "reset_stats",
+    "stats",
+    "unpatch",
+    "use_backend",
+]
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Make the LoRA layers of a PEFT model run on peftkern; see `peftkern.integrations.peft`."""
+    from peftkern.integrations import peft
+
+    return peft.patch(model)
+
+
+def unpatch(model: nn.Module) -> list[str]:
+    """Undo `patch` and name the layers; see `peftkern.integrations.peft`."""
+    from peftkern.integrations import peft
+
+    return peft.unpatch(model)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("layers", "integrations"):
+        return importlib.import_module(f"peftkern.{name}")
+    if name == "quantize_":
+        return importlib.import_module("peftkern.layers").quantize_
+    raise AttributeError(f"module 'peftkern' has no attribute {name!r}")

@@ -1,0 +1,272 @@
+"""The "cpu" back end: every op on C++ kernels and, for dense products, on torch's own GEMM.
+
+One function per op with the op's signature, and the predicates that say why a call cannot run here.
+Sums over the rank and over rows are float32. Activations are widened in registers, so that no
+float32 copy of one is ever made (float16 is the exception: the NF4 kernels take float32 or
+bfloat16).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern import native
+
+
+def supports_device(tensor: Tensor, *args: object) -> str | None:
+    """Reason against ops that take any tensor of a CPU."""
+    if not tensor.is_cpu:
+        return f"tensors are on {tensor.device}"
+    return native.cpu_module()[1]
+
+
+def supports_dense(dense: Tensor, *args: object) -> str | None:
+    """Reason against ops whose first tensor is dense (a weight, x, dy): also its dtype."""
+    if dense.dtype not in native.DTYPE_CODES:
+        return f"the dtype is {dense.dtype}"
+    return supports_device(dense)
+
+
+def supports_dequantize(packed: Tensor, *args: object) -> str | None:
+    """Reason against nf4_dequantize: also the dtype asked for."""
+    dtype = args[-1].dtype if isinstance(args[-1], Tensor) else args[-1]
+    if dtype not in native.DTYPE_CODES:
+        return f"the dtype is {dtype}"
+    return supports_device(packed)
+
+
+def supports_nf4_forward(x: Tensor, *args: object) -> str | None:
+    """Reason against nf4_lora_linear_forward."""
+    return _supports_nf4(x, args[7])
+
+
+def supports_nf4_backward(dy: Tensor, *args: object) -> str | None:
+    """Reason against nf4_lora_linear_backward."""
+    return _supports_nf4(dy, args[9])
+
+
+def _supports_nf4(activations: Tensor, shape: list[int]) -> str | None:
+    if 0 in shape:
+        return "the weight is empty"
+    return supports_dense(activations)
+
+
+def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    return native.nf4_quantize(weight.contiguous(), blocksize)
+
+
+def nf4_quantize_absmax(
+    absmax: Tensor, offset: Tensor, code: Tensor, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    return native.nf4_quantize_absmax(absmax.contiguous(), offset, code.contiguous(), blocksize)
+
+
+def nf4_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    native.nf4_dequantize((*tensors, blocksize, nested_blocksize), out)
+    return out
+
+
+def nf4_dequantize_out(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    out: Tensor,
+) -> None:
+    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
+    native.nf4_dequantize((*tensors, blocksize, nested_blocksize), dense)
+    if dense is not out:
+        out.copy_(dense)
+
+
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    rows = _rows(x, K)
+    S = native.lora_shrink(rows, _float32(lora_A), _mask(keep), _keep_scale(keep, dropout_p))
+    y = F.linear(rows, weight, bias)
+    native.lora_expand_(y, S, _float32(lora_B.t()), scaling)
+    return y.view(*x.shape[:-1], N), S.view(*x.shape[:-1], S.shape[1])
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = _rows(dy, lora_B.shape[0])
+    dx = dy.new_empty(0)
+    dS, dA, dB, dbias = _adapter_gradients(
+        rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
+    )
+    if needs[0]:
+        dx = rows @ weight
+        native.lora_expand_(dx, dS, _float32(lora_A), _keep_scale(keep, dropout_p), _mask(keep))
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return dx, dA, dB, dbias
+
+
+def nf4_lora_linear_forward(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    shape: list[int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    N, K = shape
+    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    pieces = (*tensors, blocksize, nested_blocksize)
+    rows = _rows(x, K)
+    if x.dtype is torch.float16:
+        rows = rows.float()
+    y, S = native.nf4_linear_forward(
+        rows,
+        pieces,
+        N,
+        None if lora_A is None else _float32(lora_A),
+        None if lora_B is None else _float32(lora_B),
+        scaling,
+        _mask(keep),
+        _keep_scale(keep, dropout_p),
+        None if bias is None else _float32(bias),
+    )
+    if x.dtype is torch.float16:
+        y = y.half()
+    if x.dim() == 2:
+        return y, S
+    return y.view(*x.shape[:-1], N), S if lora_A is None else S.view(*x.shape[:-1], S.shape[1])
+
+
+def nf4_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    shape: list[int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, K = shape
+    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    pieces = (*tensors, blocksize, nested_blocksize)
+    rows = _rows(dy, N)
+    dx = dy.new_empty(0)
+    dS, dA, dB, dbias = _adapter_gradients(
+        rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
+    )
+    if needs[0]:
+        s = a = None
+        if dS is not None and keep is None:
+            s, a = dS, _float32(lora_A)
+        dense = rows.float() if dy.dtype is torch.float16 else rows
+        dx = native.nf4_linear_backward(dense, pieces, K, s, a).to(dy.dtype)
+        if dS is not None and keep is not None:
+            native.lora_expand_(dx, dS, _float32(lora_A), _keep_scale(keep, dropout_p), _mask(keep))
+        dx = dx.view(*dy.shape[:-1], K)
+    return dx, dA, dB, dbias
+
+
+def _adapter_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """scaling * dy @ lora_B where dx or dA needs it, dA, dB and dbias."""
+    need_dx, need_dA, need_dB, need_dbias = needs
+    dS = None
+    dA, dB, dbias = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    if lora_A is not None and (need_dx or need_dA):
+        dS = native.lora_shrink(dy, _float32(lora_B.t()), scale=scaling)
+    if lora_A is not None and need_dA:
+        rows = _rows(x, lora_A.shape[1])
+        dA = native.lora_outer(dS, rows, _keep_scale(keep, dropout_p), _mask(keep)).to(lora_A.dtype)
+    if lora_A is not None and need_dB:
+        S = S.reshape(dy.shape[0], lora_B.shape[1])
+        dB = native.lora_outer(S, dy, scaling).t().to(lora_B.dtype).contiguous()
+    if need_dbias:
+        dbias = dy.sum(0)
+    return dS, dA, dB, dbias
+
+
+def _keep_scale(keep: Tensor | None, dropout_p: float) -> float:
+    """What dropout multiplies the kept values by; nothing is kept at p = 1."""
+    return 1.0 if keep is None or dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
+
+
+def _mask(keep: Tensor | None) -> Tensor | None:
+    """The mask has the strides that x had; the kernels walk rows."""
+    return None if keep is None else keep.contiguous()
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.to(torch.float32).contiguous()
+
+
+def _rows(x: Tensor, columns: int) -> Tensor:
+    """x[..., columns] as a contiguous matrix, copied only if it has to be."""
+    if x.dim() != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), columns)
+    return x.contiguous()

@@ -1,0 +1,53 @@
+"""What the machine offers, and the errors that say what it lacks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+class BackendUnavailableError(RuntimeError):
+    """The back end that was asked for cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device as dispatch sees it.
+
+    `name` is what torch calls it, `capability` is (major, minor) on CUDA and None elsewhere, and
+    `threads` is the number of threads that a kernel may use on a CPU, 0 elsewhere.
+    """
+
+    type: str
+    name: str
+    capability: tuple[int, int] | None
+    threads: int
+
+
+def device_info(device: torch.device | str = "cpu") -> DeviceInfo:
+    """Describe a device. An unknown GPU is not an error: only its name is reported."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return DeviceInfo("cpu", _cpu_name(), None, torch.get_num_threads())
+    if device.type == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceInfo("cuda", properties.name, (properties.major, properties.minor), 0)
+    return DeviceInfo(device.type, str(device), None, 0)
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device; torch raises for "meta", which has none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux
+        pass
+    return os.uname().machine if hasattr(os, "uname") else "cpu"

@@ -1,0 +1,1 @@
+"""Drop-ins for other libraries. Importing this package imports none of them."""

@@ -1,0 +1,362 @@
+"""Drop peftkern into a PEFT model by swapping the class of its LoRA layers.
+
+`patch` gives every layer whose class is exactly `peft.tuners.lora.Linear` or `Linear4bit` a
+subclass of that class in which `forward` alone differs, so keys, saving, loading, merging and
+adapter switching stay PEFT's own code. The new forward looks at the layer's state at every call
+and keeps nothing of it: the plain case runs here, and anything unusual goes to PEFT's forward with
+a reason that `peftkern.stats()` counts.
+
+What PEFT computes, in its order: y = base_layer(x); for each active adapter x is cast to the dtype
+of its lora_A and y = y + lora_B(lora_A(dropout(x))) * scaling; y is cast back to the dtype that the
+base layer gave. Here the base and the first adapter are one op, which rounds once where PEFT rounds
+after the base and again after the sum.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from transformers.pytorch_utils import Conv1D
+
+from peftkern import dispatch
+from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
+from peftkern.layers import NF4Linear
+from peftkern.nf4 import NF4Weight
+
+_BNB_TYPES: tuple[type, ...] = ()
+if is_bnb_4bit_available():
+    from peft.tuners.lora.bnb import Linear4bit
+
+    from peftkern.integrations import bitsandbytes as bnb
+
+    _BNB_TYPES = bnb.LINEAR_TYPES
+
+_DEVICES = ("cpu",)  # where our kernels have been measured to win; elsewhere PEFT's forward runs
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class PatchedLinear(lora.Linear):
+    """PEFT's `lora.Linear` with the base layer and its first adapter as one op."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        served = _serve(self, x, args, kwargs)
+        if isinstance(served, Tensor):
+            return served
+        _count_fallback("lora_linear", served)
+        return super().forward(x, *args, **kwargs)
+
+    def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        output = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
+        return result + output * self.scaling[name], x
+
+
+if is_bnb_4bit_available():
+
+    class PatchedLinear4bit(Linear4bit):
+        """PEFT's `lora.Linear4bit` with the base layer and its first adapter as one op."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            served = _serve(self, x, args, kwargs)
+            if isinstance(served, Tensor):
+                return served
+            _count_fallback("nf4_lora_linear", served)
+            return super().forward(x, *args, **kwargs)
+
+        def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+            # Asks about CUDA's autocast whatever the device, as PEFT does.
+            convert = not torch.is_autocast_enabled()
+            if convert:
+                x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+            output = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
+            output = output * self.scaling[name]
+            return result + (output.to(result.dtype) if convert else output), x
+
+
+_SWAPS: dict[type, type] = {lora.Linear: PatchedLinear}
+if is_bnb_4bit_available():
+    _SWAPS[Linear4bit] = PatchedLinear4bit
+_ORIGINALS = {patched: original for original, patched in _SWAPS.items()}
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did.
+
+    patched: names of the layers that run peftkern's forward now, those of an earlier call included.
+    skipped: {name: reason} of PEFT layers that were left alone.
+    falling_back: {name: reason} of patched layers whose present state sends them to PEFT's forward;
+        it is looked at again at every call.
+    kinds: how many layers of each PEFT class were patched.
+    """
+
+    patched: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    falling_back: dict[str, str] = field(default_factory=dict)
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        if not self.patched and not self.skipped:
+            return "0 patched: the model has no PEFT adapter layers"
+        text = f"{len(self.patched)} patched"
+        if self.kinds:
+            text += f" ({_counts(self.kinds)})"
+        text += f", {len(self.skipped)} skipped"
+        if self.skipped:
+            text += f": {_counts(Counter(self.skipped.values()))}"
+        if self.falling_back:
+            reasons = _counts(Counter(self.falling_back.values()))
+            text += f"; {len(self.falling_back)} of the patched fall back for now: {reasons}"
+        return text
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Make the LoRA layers of a PEFT model run on peftkern, in place and reversibly.
+
+    Takes a PeftModel, the model inside it, any module that holds LoRA layers, or one such layer.
+    Layers that are patched already stay so. Layers that PEFT adds later (an adapter with new target
+    modules) need another call.
+
+    Raises: TypeError if `model` is not a torch.nn.Module.
+    """
+    report = PatchReport()
+    for name, module in _adapter_layers(model):
+        kind = type(module)
+        original = _ORIGINALS.get(kind, kind)
+        if original not in _SWAPS:
+            report.skipped[name] = f"{_label(kind)} has no kernel"
+            continue
+        if "forward" in module.__dict__:
+            report.skipped[name] = "forward is replaced on the instance (accelerate's hooks?)"
+            continue
+        module.__class__ = _SWAPS[original]
+        report.patched.append(name)
+        report.kinds[_label(original)] += 1
+        reason = _unusual_state(module, _active_names(module))
+        if reason is not None:
+            report.falling_back[name] = reason
+    return report
+
+
+def unpatch(model: nn.Module) -> list[str]:
+    """Give every patched layer its own PEFT class back; returns the names of those layers.
+
+    Raises: TypeError if `model` is not a torch.nn.Module.
+    """
+    restored = []
+    for name, module in _adapter_layers(model):
+        original = _ORIGINALS.get(type(module))
+        if original is not None:
+            module.__class__ = original
+            restored.append(name)
+    return restored
+
+
+def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def _label(kind: type) -> str:
+    """ "lora.Linear4bit" for peft.tuners.lora.bnb.Linear4bit."""
+    parts = kind.__module__.split(".")
+    family = parts[2] if parts[:2] == ["peft", "tuners"] and len(parts) > 2 else parts[0]
+    return f"{family}.{kind.__name__}"
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{what} {count}" for what, count in counter.most_common())
+
+
+def _count_fallback(op: str, reason: str) -> None:
+    if not torch.compiler.is_compiling():  # counting is no part of a compiled graph
+        dispatch.record_fallback(op, reason)
+
+
+def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
+    """The layer's output, or why PEFT's forward has to give it. Nothing is changed in that case."""
+    if args or kwargs:
+        given = sorted(k for k, v in kwargs.items() if v is not None)
+        if args or given:
+            return f"extra arguments: {', '.join(given) or 'positional'}"
+    names = _active_names(layer)
+    reason = _unusual_state(layer, names) or _unusual_tensor("input", x)
+    if reason is not None:
+        return reason
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func transform"  # our autograd functions know the plain backward alone
+    device = x.device.type
+    if device not in _DEVICES and dispatch.forced_backend() is None:
+        return f"no kernel for {device}"
+    autocast = torch.is_autocast_enabled(device)
+    base_layer = layer._modules["base_layer"]
+    base = _read_base(base_layer, x, autocast)
+    if isinstance(base, str):
+        return base
+    base_x, weight, bias = base
+    nf4 = isinstance(weight, NF4Weight)
+    if names:
+        lora_A, lora_B, drop = _adapter(layer, names[0])
+        A, B = lora_A.weight, lora_B.weight
+        unfused = _unfused(A, B, x, base_x.dtype, autocast, layer.cast_input_dtype_enabled)
+    else:
+        unfused = "no active adapter"
+    if unfused is None:
+        result = (nf4_lora_linear if nf4 else lora_linear)(
+            base_x,
+            weight,
+            A,
+            B,
+            scaling=layer.scaling[names[0]],
+            bias=bias,
+            dropout_p=drop.p if drop.training and type(drop) is nn.Dropout else 0.0,
+        )
+    elif nf4:
+        result = nf4_linear(base_x, weight, bias)
+    else:
+        return unfused
+    if type(base_layer) in _BNB_TYPES:
+        result = result.to(x.dtype)  # bitsandbytes returns its input's dtype
+    out_dtype = result.dtype
+    if unfused is None:
+        if lora_B.bias is not None:  # LoraConfig(lora_bias=True)
+            result = result + lora_B.bias * layer.scaling[names[0]]
+        names = names[1:]
+    for name in names:
+        result, x = layer._add_adapter(result, x, name)
+    return result.to(out_dtype)
+
+
+def _active_names(layer: Any) -> list[str]:
+    """The active adapters that this layer has, in PEFT's order."""
+    adapters = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in adapters]
+
+
+def _adapter(layer: Any, name: str) -> list[nn.Module]:
+    """lora_A, lora_B and lora_dropout of one adapter; `_modules` is ten times faster than a dot."""
+    modules = layer._modules
+    return [modules[group]._modules[name] for group in ("lora_A", "lora_B", "lora_dropout")]
+
+
+def _unusual_state(layer: Any, names: list[str]) -> str | None:
+    """What in the layer's present state our ops do not express; None in the plain case."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "adapters are merged"
+    for name in names:
+        if name in layer.lora_variant:
+            return f"lora_variant {type(layer.lora_variant[name]).__name__}"
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "global module hooks"
+    base = layer._modules["base_layer"]
+    kind = type(base)
+    if kind not in _BNB_TYPES and kind not in (nn.Linear, Conv1D, NF4Linear):
+        return f"base_layer is {kind.__name__}"
+    reason = _hooked("base_layer", base)
+    if reason is None and kind in _BNB_TYPES:
+        reason = bnb.unusual_weight(base)
+    if reason is None and names:  # the adapters after the first are called as the modules they are
+        reason = _unusual_adapter(*_adapter(layer, names[0]))
+    return reason
+
+
+def _unusual_adapter(lora_A: nn.Module, lora_B: nn.Module, drop: nn.Module) -> str | None:
+    for role, linear in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if type(linear) is not nn.Linear:
+            return f"{role} is {type(linear).__name__}"
+        reason = _hooked(role, linear) or _unusual_tensor(role, linear.weight)
+        if reason is not None:
+            return reason
+    if lora_A.bias is not None:
+        return "lora_A has a bias"
+    if type(drop) is not nn.Identity and (
+        type(drop) is not nn.Dropout or drop.p == 1 or drop.inplace
+    ):
+        return f"lora_dropout is {drop}"
+    return _hooked("lora_dropout", drop)
+
+
+def _hooked(role: str, module: nn.Module) -> str | None:
+    """Whether calling the module would do more than its forward, which reading it would skip."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return f"hooks on {role}"
+    if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
+        return f"forward of {role} is replaced"
+    return None
+
+
+def _unusual_tensor(role: str, tensor: Tensor) -> str | None:
+    """DTensor and other wrappers have to go through torch's operators."""
+    kind = type(tensor)
+    if kind not in _PLAIN and hasattr(kind, "__tensor_flatten__"):
+        return f"{role} is {kind.__name__}"
+    return None
+
+
+def _read_base(
+    base: nn.Module, x: Tensor, autocast: bool
+) -> tuple[Tensor, Tensor | NF4Weight, Tensor | None] | str:
+    """(x in the dtype the base computes in, weight, bias) as they are at this call, or a reason."""
+    kind = type(base)
+    if kind in _BNB_TYPES:
+        weight = bnb.read_weight(base, x)
+        if isinstance(weight, str):
+            return weight
+        return bnb.compute_input(base, x), weight, base.bias
+    if kind is NF4Linear:
+        return x, base.nf4, base.bias
+
+    weight, bias = base.weight, base.bias
+    reason = _unusual_tensor("base weight", weight)
+    if reason is not None:
+        return reason
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "base weight is trained"
+    dtype = weight.dtype
+    same = x.dtype is dtype and (bias is None or bias.dtype is dtype)
+    if dtype not in _DTYPES or not (same or (autocast and x.dtype in _DTYPES)):
+        return f"input is {x.dtype}, base weight is {dtype}"
+    return x, weight.t() if kind is Conv1D else weight, bias
+
+
+def _unfused(
+    A: Tensor, B: Tensor, x: Tensor, base_dtype: torch.dtype, autocast: bool, cast_input: bool
+) -> str | None:
+    """Why one op for the base and the first adapter would not compute what PEFT computes."""
+    dtype, x_dtype = A.dtype, x.dtype
+    if B.dtype is not dtype or dtype not in _DTYPES:
+        return f"lora_A is {dtype}, lora_B is {B.dtype}"
+    if autocast:
+        exact = (x_dtype, torch.float32, torch.get_autocast_dtype(x.device.type))
+        return None if base_dtype in exact else f"base computes in {base_dtype} under autocast"
+    if x_dtype is not base_dtype:
+        return f"adapter input is {x_dtype}, base computes in {base_dtype}"
+    if dtype is not x_dtype and (dtype is not torch.float32 or not cast_input):
+        return f"adapter is {dtype}, its input {x_dtype}"
+    return None

@@ -1,0 +1,315 @@
+"""Calls into the C++ library `peftkern._cpu`: the only code that takes addresses of tensors.
+
+Every function checks dtype, device, contiguity and size of what it is given (C++ checks the sizes
+again), keeps the tensors alive over the call, and raises ValueError naming the argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from peftkern.device import device_info
+from peftkern.nf4 import BLOCKSIZES
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
+
+
+@functools.cache
+def cpu_module() -> tuple[ModuleType | None, str | None]:
+    """The native library and None, or None and the reason why it cannot be used."""
+    try:
+        from peftkern import _cpu
+    except ImportError as error:
+        return None, f"the native library peftkern._cpu is not usable ({error})"
+    if hasattr(os, "register_at_fork"):  # OpenMP's threads do not survive a fork
+        os.register_at_fork(after_in_child=_cpu.set_fork_child)
+    return _cpu, None
+
+
+@functools.cache
+def cpu_isas() -> tuple[str, ...]:
+    """The instruction sets that are compiled in and that this machine has, weakest first."""
+    module, _ = cpu_module()
+    return () if module is None else tuple(module.isas())
+
+
+def cpu_isa() -> str:
+    """The instruction set that the next call uses: PEFTKERN_CPU_ISA, or the strongest.
+
+    Raises: ValueError listing what this machine has if PEFTKERN_CPU_ISA names anything else.
+    """
+    isas = cpu_isas()
+    forced = os.environ.get("PEFTKERN_CPU_ISA")
+    if not forced:
+        return isas[-1]
+    if forced not in isas:
+        raise ValueError(f"PEFTKERN_CPU_ISA: expected one of {list(isas)}, got {forced!r}")
+    return forced
+
+
+def describe() -> str:
+    """One line on the native library for humans."""
+    module, reason = cpu_module()
+    if module is None:
+        return str(reason)
+    cpu = device_info("cpu")
+    return f"cpu: {cpu.name}, {cpu_isa()} (of {', '.join(cpu_isas())}), {cpu.threads} threads"
+
+
+def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and float32 absmax of a contiguous weight of any shape."""
+    _check_blocksize("blocksize", blocksize)
+    numel = weight.numel()
+    src = _address("weight", weight, weight.dtype, numel)
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32)
+    _module().nf4_quantize(
+        cpu_isa(),
+        torch.get_num_threads(),
+        src,
+        _dtype_code("weight", weight),
+        numel,
+        blocksize,
+        packed.data_ptr(),
+        packed.numel(),
+        absmax.data_ptr(),
+        absmax.numel(),
+    )
+    return packed, absmax
+
+
+def nf4_quantize_absmax(
+    absmax: Tensor, offset: Tensor, code: Tensor, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """The 8-bit form of `absmax - offset` in blocks, and the absmax of those blocks."""
+    _check_blocksize("blocksize", blocksize)
+    n = absmax.numel()
+    q = torch.empty(n, dtype=torch.uint8)
+    nested_absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
+    _address("offset", offset, torch.float32, 1)
+    _module().nf4_quantize_absmax(
+        torch.get_num_threads(),
+        _address("absmax", absmax, torch.float32, n),
+        n,
+        float(offset),
+        _address("code", code, torch.float32, 256),
+        blocksize,
+        q.data_ptr(),
+        nested_absmax.data_ptr(),
+        nested_absmax.numel(),
+    )
+    return q, nested_absmax
+
+
+def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
+    """Write the dense values of a weight of `out.numel()` elements to the contiguous `out`."""
+    numel = out.numel()
+    address = _address("out", out, out.dtype, numel)
+    dtype = _dtype_code("out", out)
+    weight = _weight(pieces, numel)
+    _module().nf4_dequantize(cpu_isa(), torch.get_num_threads(), weight, address, dtype, numel)
+
+
+def lora_shrink(x: Tensor, a: Tensor, keep: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """S[M, r] = scale * (x * keep)[M, K] @ a[r, K].T, float32; a float32."""
+    (M, K), r = x.shape, a.shape[0]
+    S = torch.empty((M, r), dtype=torch.float32)
+    _module().lora_shrink(
+        cpu_isa(),
+        torch.get_num_threads(),
+        M,
+        K,
+        r,
+        _address("x", x, x.dtype, M * K),
+        _dtype_code("x", x),
+        _address("lora_A", a, torch.float32, r * K),
+        _keep(keep, M * K),
+        scale,
+        S.data_ptr(),
+    )
+    return S
+
+
+def lora_expand_(
+    y: Tensor, s: Tensor, a: Tensor, scale: float = 1.0, keep: Tensor | None = None
+) -> None:
+    """y[M, K] += scale * keep * (s[M, r] @ a[r, K]); s and a float32."""
+    (M, K), r = y.shape, a.shape[0]
+    _module().lora_expand(
+        cpu_isa(),
+        torch.get_num_threads(),
+        M,
+        K,
+        r,
+        _address("s", s, torch.float32, M * r),
+        _address("lora", a, torch.float32, r * K),
+        _keep(keep, M * K),
+        scale,
+        _address("y", y, y.dtype, M * K),
+        _dtype_code("y", y),
+    )
+
+
+def lora_outer(s: Tensor, x: Tensor, scale: float = 1.0, keep: Tensor | None = None) -> Tensor:
+    """scale * s[M, r].T @ (x * keep)[M, K], float32 [r, K]; s float32."""
+    (M, K), r = x.shape, s.shape[1]
+    gradient = torch.empty((r, K), dtype=torch.float32)
+    _module().lora_outer(
+        cpu_isa(),
+        torch.get_num_threads(),
+        M,
+        K,
+        r,
+        _address("s", s, torch.float32, M * r),
+        _address("x", x, x.dtype, M * K),
+        _dtype_code("x", x),
+        _keep(keep, M * K),
+        scale,
+        gradient.data_ptr(),
+    )
+    return gradient
+
+
+def nf4_linear_forward(
+    x: Tensor,
+    pieces: Pieces,
+    N: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    keep_scale: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y[M, N] = x[M, K] W.T + scaling * S b[N, r].T + bias[N]; y and S.
+
+    S[M, r] = keep_scale * (x * keep) a[r, K].T; x float32 or bfloat16, the rest float32; a and b come together or not at all.
+    """
+    M, K = x.shape
+    r = 0 if a is None else a.shape[0]
+    y = torch.empty((M, N), dtype=x.dtype)
+    S = torch.empty((M, r) if a is not None else 0, dtype=torch.float32)
+    _module().nf4_lora_linear_forward(
+        cpu_isa(),
+        torch.get_num_threads(),
+        M,
+        N,
+        K,
+        r,
+        _address("x", x, x.dtype, M * K),
+        _activation_code("x", x),
+        _weight(pieces, N * K),
+        0 if a is None else _address("lora_A", a, torch.float32, r * K),
+        _keep(keep, M * K),
+        keep_scale,
+        S.data_ptr(),
+        scaling,
+        0 if b is None else _address("lora_B", b, torch.float32, N * r),
+        0 if bias is None else _address("bias", bias, torch.float32, N),
+        y.data_ptr(),
+    )
+    return y, S
+
+
+def nf4_linear_backward(
+    dy: Tensor, pieces: Pieces, K: int, s: Tensor | None, a: Tensor | None
+) -> Tensor:
+    """dx[M, K] = dy[M, N] W + s[M, r] a[r, K]; dy float32 or bfloat16, s and a float32 or None."""
+    M, N = dy.shape
+    r = 0 if s is None else s.shape[1]
+    dx = torch.empty((M, K), dtype=dy.dtype)
+    _module().nf4_lora_linear_backward(
+        cpu_isa(),
+        torch.get_num_threads(),
+        M,
+        N,
+        K,
+        r,
+        _address("dy", dy, dy.dtype, M * N),
+        _activation_code("dy", dy),
+        _weight(pieces, N * K),
+        0 if s is None else _address("s", s, torch.float32, M * r),
+        0 if a is None else _address("lora_A", a, torch.float32, r * K),
+        dx.data_ptr(),
+    )
+    return dx
+
+
+def _module() -> ModuleType:
+    module, reason = cpu_module()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def _address(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
+    """The address of a CPU tensor that is contiguous and has this dtype and size."""
+    if (
+        tensor.dtype is not dtype
+        or tensor.numel() != numel
+        or not tensor.is_cpu
+        or not tensor.is_contiguous()
+    ):
+        layout = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
+        raise ValueError(
+            f"{name}: expected {numel} contiguous {dtype} values on cpu, got "
+            f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {layout}"
+        )
+    return tensor.data_ptr()
+
+
+def _check_blocksize(name: str, blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{name}: expected one of {BLOCKSIZES}, got {blocksize}")
+
+
+def _keep(keep: Tensor | None, numel: int) -> int:
+    return 0 if keep is None else _address("keep", keep, torch.bool, numel)
+
+
+def _dtype_code(name: str, tensor: Tensor) -> int:
+    code = DTYPE_CODES.get(tensor.dtype)
+    if code is None:
+        raise ValueError(f"{name}: expected one of {list(DTYPE_CODES)}, got {tensor.dtype}")
+    return code
+
+
+def _activation_code(name: str, tensor: Tensor) -> int:
+    if tensor.dtype is torch.bfloat16:
+        return 1
+    if tensor.dtype is torch.float32:
+        return 0
+    raise ValueError(f"{name}: expected float32 or bfloat16, got {tensor.dtype}")
+
+
+def _weight(pieces: Pieces, numel: int) -> tuple[int | float | bool, ...]:
+    """The description of an NF4 weight that every C++ function takes."""
+    packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize = pieces
+    _check_blocksize("blocksize", blocksize)
+    packed_bytes = (numel + 1) // 2
+    nblocks = -(-numel // blocksize)
+    packed_at = _address("packed", packed, torch.uint8, packed_bytes)
+    if nested_absmax is None:
+        absmax_at = _address("absmax", absmax, torch.float32, nblocks)
+        nested = (False, 0, 0, 0, 0.0, blocksize, 0)
+    else:
+        absmax_at = _address("absmax", absmax, torch.uint8, nblocks)
+        _check_blocksize("nested_blocksize", nested_blocksize)
+        nested_len = -(-nblocks // nested_blocksize)
+        _address("nested_offset", nested_offset, torch.float32, 1)
+        nested = (
+            True,
+            _address("nested_absmax", nested_absmax, torch.float32, nested_len),
+            nested_len,
+            _address("nested_code", nested_code, torch.float32, 256),
+            float(nested_offset),
+            blocksize,
+            nested_blocksize,
+        )
+    return (packed_at, packed_bytes, absmax_at, nblocks, *nested, numel)

@@ -1,0 +1,146 @@
+"""torch.library ops of peftkern: schemas, implementations that call dispatch, fakes.
+
+The ops have no autograd of their own (`functional` owns the backward formulas), never mutate or
+alias an input, and run with autocast off: their callers have cast what had to be cast.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern import dispatch
+from peftkern.device import autocast_enabled
+
+_NF4 = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
+    "Tensor? nested_offset, int blocksize, int nested_blocksize"
+)
+SCHEMAS = {
+    "nf4_quantize": "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)",
+    "nf4_quantize_absmax": "(Tensor absmax, Tensor offset, Tensor code, int blocksize) "
+    "-> (Tensor q, Tensor nested_absmax)",
+    "nf4_dequantize": f"({_NF4}, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "nf4_dequantize_out": f"({_NF4}, Tensor(a!) out) -> ()",
+    "lora_linear_forward": "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+    "float scaling, Tensor? keep, float dropout_p) -> (Tensor y, Tensor S)",
+    "lora_linear_backward": "(Tensor dy, Tensor? x, Tensor? S, Tensor? weight, Tensor lora_A, "
+    "Tensor lora_B, float scaling, Tensor? keep, float dropout_p, bool[4] needs) "
+    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "nf4_lora_linear_forward": f"(Tensor x, {_NF4}, SymInt[] shape, Tensor? lora_A, "
+    "Tensor? lora_B, Tensor? bias, float scaling, Tensor? keep, float dropout_p) "
+    "-> (Tensor y, Tensor S)",
+    "nf4_lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor? S, {_NF4}, SymInt[] shape, "
+    "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? keep, float dropout_p, "
+    "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+}
+
+
+def _call(op: str, *args: Any) -> Any:
+    device_type = args[0].device.type
+    if autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return dispatch.call(op, *args)
+    return dispatch.call(op, *args)
+
+
+_library = torch.library.Library("peftkern", "DEF")
+for _op, _schema in SCHEMAS.items():
+    _library.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_op, functools.partial(_call, _op), "CompositeExplicitAutograd")
+
+
+def _fake(op: str) -> Any:
+    return torch.library.register_fake(f"peftkern::{op}", lib=_library)
+
+
+@_fake("nf4_quantize")
+def _(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    numel = weight.numel()
+    packed = weight.new_empty((numel + 1) // 2, dtype=torch.uint8)
+    return packed, weight.new_empty((numel + blocksize - 1) // blocksize, dtype=torch.float32)
+
+
+@_fake("nf4_quantize_absmax")
+def _(absmax: Tensor, offset: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    n = absmax.numel()
+    q = absmax.new_empty(n, dtype=torch.uint8)
+    return q, absmax.new_empty((n + blocksize - 1) // blocksize)
+
+
+@_fake("nf4_dequantize")
+def _(packed: Tensor, *args: Any) -> Tensor:
+    shape, dtype = args[-2:]
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@_fake("nf4_dequantize_out")
+def _(packed: Tensor, *args: Any) -> None:
+    return None
+
+
+@_fake("lora_linear_forward")
+def _(x: Tensor, weight: Tensor, lora_A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_forward(x, weight.shape, lora_A)
+
+
+@_fake("lora_linear_backward")
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_backward(dy, (lora_B.shape[0], lora_A.shape[1]), lora_A, lora_B, needs)
+
+
+@_fake("nf4_lora_linear_forward")
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    shape, lora_A = args[7:9]
+    return _fake_forward(x, shape, lora_A)
+
+
+@_fake("nf4_lora_linear_backward")
+def _(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, lora_A, lora_B = args[9:12]
+    return _fake_backward(dy, shape, lora_A, lora_B, args[-1])
+
+
+def _fake_forward(x: Tensor, shape: Any, lora_A: Tensor | None) -> tuple[Tensor, Tensor]:
+    torch._check(x.shape[-1] == shape[1])
+    S_shape = (0,) if lora_A is None else (*x.shape[:-1], lora_A.shape[0])
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return x.new_empty((*x.shape[:-1], shape[0])), x.new_empty(S_shape, dtype=dtype)
+
+
+def _fake_backward(
+    dy: Tensor, shape: Any, lora_A: Tensor | None, lora_B: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch._check(dy.shape[-1] == shape[0])
+    need_dx, need_dA, need_dB, need_dbias = needs
+    dx = dy.new_empty((*dy.shape[:-1], shape[1]) if need_dx else (0,))
+    dA, dB = dy.new_empty(0), dy.new_empty(0)
+    if lora_A is not None and need_dA:
+        dA = dy.new_empty(lora_A.shape, dtype=lora_A.dtype)
+    if lora_B is not None and need_dB:
+        dB = dy.new_empty(lora_B.shape, dtype=lora_B.dtype)
+    return dx, dA, dB, dy.new_empty(shape[0] if need_dbias else 0)
+
+
+nf4_quantize = torch.ops.peftkern.nf4_quantize.default
+nf4_quantize_absmax = torch.ops.peftkern.nf4_quantize_absmax.default
+nf4_dequantize = torch.ops.peftkern.nf4_dequantize.default
+nf4_dequantize_out = torch.ops.peftkern.nf4_dequantize_out.default
+lora_linear_forward = torch.ops.peftkern.lora_linear_forward.default
+lora_linear_backward = torch.ops.peftkern.lora_linear_backward.default
+nf4_lora_linear_forward = torch.ops.peftkern.nf4_lora_linear_forward.default
+nf4_lora_linear_backward = torch.ops.peftkern.nf4_lora_linear_backward.default

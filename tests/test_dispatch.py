@@ -1,0 +1,224 @@
+"""Which back end is asked, forced, counted and explained."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import peftkern
+from peftkern import dispatch, native, ops
+from peftkern.device import device_info
+
+X64 = torch.zeros(2, 40, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def fresh_counters(monkeypatch):
+    monkeypatch.delenv("PEFTKERN_BACKEND", raising=False)
+    monkeypatch.delenv("PEFTKERN_CPU_ISA", raising=False)
+    peftkern.reset_stats()
+    yield
+    peftkern.reset_stats()
+
+
+@pytest.fixture
+def w():
+    weight = peftkern.quantize_nf4(torch.randn(20, 40))
+    peftkern.reset_stats()
+    return weight
+
+
+def adapters() -> dict[str, torch.Tensor]:
+    return {"lora_A": torch.randn(4, 40), "lora_B": torch.randn(20, 4)}
+
+
+def test_every_op_has_candidates_and_a_last_resort():
+    assert dispatch._CANDIDATES.keys() == ops.SCHEMAS.keys()
+    for candidates in dispatch._CANDIDATES.values():
+        assert candidates[-1].name == "reference"
+        assert candidates[-1].supports() is None
+
+
+def test_native_serves_by_default(w):
+    peftkern.nf4_linear(torch.zeros(2, 40), w)
+    stats = peftkern.stats()
+    assert stats.calls == {("nf4_lora_linear_forward", "cpu"): 1}
+    assert stats.fallbacks == {}
+
+
+def test_use_backend_nests_and_restores(w):
+    x = torch.zeros(2, 40)
+    with peftkern.use_backend("reference"):
+        peftkern.nf4_linear(x, w)
+        with peftkern.use_backend("cpu"):
+            peftkern.nf4_linear(x, w)
+        with peftkern.use_backend(None):
+            peftkern.nf4_linear(x, w)
+        peftkern.nf4_linear(x, w)
+    with pytest.raises(RuntimeError, match="boom"), peftkern.use_backend("reference"):
+        raise RuntimeError("boom")
+    peftkern.nf4_linear(x, w)
+    op = "nf4_lora_linear_forward"
+    assert peftkern.stats().calls == {(op, "reference"): 2, (op, "cpu"): 3}
+
+
+def test_backward_obeys_the_block_around_it(w):
+    x = torch.zeros(2, 40, requires_grad=True)
+    y = peftkern.nf4_linear(x, w)
+    with peftkern.use_backend("reference"):
+        y.sum().backward()
+    calls = peftkern.stats().calls
+    assert calls["nf4_lora_linear_forward", "cpu"] == 1
+    assert calls["nf4_lora_linear_backward", "reference"] == 1
+
+
+def test_use_backend_belongs_to_its_thread(w):
+    def other():
+        peftkern.nf4_linear(torch.zeros(2, 40), w)
+
+    with peftkern.use_backend("reference"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert peftkern.stats().calls == {("nf4_lora_linear_forward", "cpu"): 1}
+
+
+def test_environment_variable_and_its_precedence(w, monkeypatch):
+    x = torch.zeros(2, 40)
+    monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
+    peftkern.nf4_linear(x, w)
+    with peftkern.use_backend("cpu"):
+        peftkern.nf4_linear(x, w)
+    monkeypatch.setenv("PEFTKERN_BACKEND", "")
+    peftkern.nf4_linear(x, w)
+    op = "nf4_lora_linear_forward"
+    assert peftkern.stats().calls == {(op, "reference"): 1, (op, "cpu"): 2}
+
+
+def test_unknown_backend_lists_the_known(w, monkeypatch):
+    with (
+        pytest.raises(ValueError, match=r"'cpu', 'reference'.*got 'cuda9'"),
+        peftkern.use_backend("cuda9"),
+    ):
+        pass
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cuda9")
+    with pytest.raises(ValueError, match=r"'cpu', 'reference'.*got 'cuda9'"):
+        peftkern.nf4_linear(torch.zeros(2, 40), w)
+
+
+def test_forced_backend_never_falls_back(w):
+    reason = "'cpu' cannot run nf4_lora_linear_forward: the dtype is torch.float64"
+    with (
+        peftkern.use_backend("cpu"),
+        pytest.raises(peftkern.BackendUnavailableError, match=reason),
+    ):
+        peftkern.nf4_linear(X64, w)
+
+
+def test_fallback_is_counted_with_its_reason(w):
+    assert peftkern.nf4_linear(X64, w).dtype is torch.float64
+    peftkern.nf4_linear(X64, w)
+    stats = peftkern.stats()
+    op = "nf4_lora_linear_forward"
+    assert stats.calls == {(op, "reference"): 2}
+    assert stats.fallbacks == {(op, "cpu: the dtype is torch.float64"): 2}
+    text = str(stats)
+    assert "reference  2" in text and "cpu: the dtype is torch.float64  2" in text
+
+
+def test_exception_of_a_candidate_is_not_a_fallback(w, monkeypatch):
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match=r"PEFTKERN_CPU_ISA: expected one of .*got 'mmx'"):
+        peftkern.nf4_linear(torch.zeros(2, 40), w)
+    assert peftkern.stats().fallbacks == {}
+    assert ("nf4_lora_linear_forward", "reference") not in peftkern.stats().calls
+
+
+def test_integrations_record_their_own_fallbacks():
+    dispatch.record_fallback("lora.Linear", "merged")
+    dispatch.record_fallback("lora.Linear", "merged")
+    assert peftkern.stats().fallbacks == {("lora.Linear", "merged"): 2}
+    peftkern.reset_stats()
+    assert str(peftkern.stats()) == "peftkern: no calls"
+
+
+def test_stats_is_a_snapshot_and_counts_exactly_under_threads(w):
+    empty = peftkern.stats()
+    x = torch.zeros(1, 40)
+
+    def many():
+        for _ in range(200):
+            peftkern.nf4_linear(x, w)
+
+    threads = [threading.Thread(target=many) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert empty.calls == {}
+    assert peftkern.stats().calls == {("nf4_lora_linear_forward", "cpu"): 1600}
+
+
+def test_explain_says_what_happens_and_runs_nothing(w):
+    explanation = peftkern.explain("nf4_lora_linear", X64, w, **adapters(), scaling=2.0)
+    assert explanation.chosen("nf4_lora_linear_forward") == "reference"
+    assert explanation.chosen("nf4_lora_linear_backward") == "reference"
+    text = str(explanation)
+    assert "cannot: the dtype is torch.float64" in text and "threads" in text
+    assert peftkern.stats().calls == {} and peftkern.stats().fallbacks == {}
+    served = peftkern.explain("nf4_lora_linear", X64.float(), w, **adapters(), scaling=2.0)
+    assert served.chosen("nf4_lora_linear_forward") == "cpu"
+
+
+def test_explain_under_a_forced_backend(w):
+    with peftkern.use_backend("cpu"):
+        explanation = peftkern.explain("nf4_linear", X64, w)
+    assert explanation.chosen("nf4_lora_linear_forward") is None
+    assert "not asked: 'cpu' is forced" in str(explanation)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_explain_agrees_with_the_call_for_every_function(w, device):
+    x, weight = torch.zeros(3, 2, 40, device=device), torch.zeros(20, 40, device=device)
+    lora = {k: v.to(device) for k, v in adapters().items()} | {"scaling": 1.0}
+    w = w.to(device)
+    out = torch.empty(20, 40, device=device)
+    calls = [
+        ("lora_linear", (x, weight), lora),
+        ("nf4_linear", (x, w), {}),
+        ("nf4_lora_linear", (x, w), lora),
+        ("quantize_nf4", (weight,), {"blocksize": 32}),
+        ("quantize_nf4", (weight,), {"double_quant": False}),
+        ("dequantize_nf4", (w,), {"dtype": torch.float16}),
+        ("dequantize_nf4", (w,), {"out": out}),
+    ]
+    for name, args, kwargs in calls:
+        explanation = peftkern.explain(name, *args, **kwargs)
+        if device == "meta":
+            assert "cannot: tensors are on meta" in str(explanation)
+            continue
+        peftkern.reset_stats()
+        getattr(peftkern, name)(*args, **kwargs)
+        for op, backend in peftkern.stats().calls:
+            assert explanation.chosen(op) == backend
+
+
+def test_explain_takes_ops_and_refuses_unknown_names():
+    assert peftkern.explain("nf4_quantize", X64, 64).chosen("nf4_quantize") == "reference"
+    with pytest.raises(ValueError, match=r"op_name: expected one of .*lora_linear.*got 'lora'"):
+        peftkern.explain("lora", X64)
+
+
+def test_device_info_describes_and_never_raises():
+    cpu = device_info()
+    assert (cpu.type, cpu.threads, cpu.capability) == ("cpu", torch.get_num_threads(), None)
+    assert cpu.name and cpu.name in native.describe()
+    assert device_info("meta").type == "meta"
+
+
+def test_meta_tensors_take_the_fakes(w):
+    y = peftkern.nf4_linear(torch.zeros(3, 2, 40, device="meta"), w.to("meta"))
+    assert y.is_meta and y.shape == (3, 2, 20)
+    assert peftkern.stats().calls == {}

@@ -1,0 +1,391 @@
+"""LoRALinear, NF4Linear, NF4LoRALinear and quantize_ for people who do not use PEFT."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import weakref
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tolerances import assert_as_accurate_as_torch
+from torch import nn
+
+import peftkern
+from peftkern.layers import LoRALinear, NF4Linear, NF4LoRALinear
+
+K, N = 64, 96
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+LORA = [LoRALinear, NF4LoRALinear]
+NF4 = [NF4Linear, NF4LoRALinear]
+ALL = [LoRALinear, NF4Linear, NF4LoRALinear]
+
+
+def make(cls: type, dtype: torch.dtype = F32, bias: bool = True, **options) -> nn.Module:
+    """A layer from a fixed nn.Linear, its update already contributing."""
+    torch.manual_seed(1)
+    layer = cls.from_linear(nn.Linear(K, N, bias=bias).to(dtype), **options)
+    if hasattr(layer, "lora_B"):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    return layer
+
+
+def dense_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(layer, NF4Linear):
+        return peftkern.dequantize_nf4(layer.nf4, dtype)
+    return layer.weight.detach().to(dtype)
+
+
+def eager(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """The formula in plain torch, everything in the dtype of x."""
+    dtype = x.dtype
+    weight = dense_weight(layer, dtype) if weight is None else weight
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    y = nn.functional.linear(x, weight, bias)
+    if hasattr(layer, "lora_A"):
+        update = x @ layer.lora_A.to(dtype).t() @ layer.lora_B.to(dtype).t()
+        y = y + layer.scaling * update
+    return y
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("cls", ALL)
+def test_forward_and_gradients(cls, dtype, bias):
+    layer = make(cls, dtype, bias)
+    weight = dense_weight(layer, dtype)
+
+    def in_dtype(x):
+        return eager(layer, x, weight)
+
+    def in_float64(x):
+        return eager(layer, x, weight.double())
+
+    results = []
+    for run, wide in ((layer, dtype), (in_dtype, dtype), (in_float64, torch.float64)):
+        x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+        x = x.to(wide).requires_grad_()
+        layer.zero_grad()
+        y = run(x)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=F32)
+        y.backward(dy.to(dtype).to(y.dtype))
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        results.append([y.detach(), x.grad, *(g.clone() for g in grads)])
+    assert len(results[0]) == (2 if cls is NF4Linear else 4)
+    for got, plain, oracle in zip(*results, strict=True):
+        assert_as_accurate_as_torch(got, plain, oracle)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_only_the_adapter_is_trained(cls):
+    for layer in (make(cls), cls(K, N)):
+        trained = {n for n, p in layer.named_parameters() if p.requires_grad}
+        assert trained == (set() if cls is NF4Linear else {"lora_A", "lora_B"})
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_sizes(cls, bias):
+    layer = cls(K, N, bias=bias, dtype=BF16)
+    assert (layer.bias is None) == (not bias)
+    x = torch.randn(3, K, dtype=BF16)
+    y = layer(x)
+    assert y.shape == (3, N) and y.dtype is BF16
+    # lora_B starts at zero, so the layer starts as its base
+    torch.testing.assert_close(y, eager(layer, x), rtol=2**-6, atol=2**-6)
+    assert isinstance(layer, nn.Linear)
+    assert f"in_features={K}, out_features={N}, bias={bias}" in repr(layer)
+
+
+@pytest.mark.parametrize("cls", LORA)
+def test_options_of_the_update(cls):
+    layer = cls(K, N, r=4, lora_alpha=6, lora_dropout=0.25, adapter_dtype=BF16)
+    assert layer.lora_A.shape == (4, K) and layer.lora_B.shape == (N, 4)
+    assert layer.lora_A.dtype is layer.lora_B.dtype is BF16
+    assert layer.scaling == 1.5 and "r=4, scaling=1.5, lora_dropout=0.25" in repr(layer)
+    assert layer.lora_A.abs().max() > 0 and layer.lora_B.abs().max() == 0
+    for wrong in ({"r": 0}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            cls(K, N, **wrong)
+
+
+@pytest.mark.parametrize("cls", LORA)
+def test_scaling_changes_at_run_time(cls):
+    layer = make(cls, r=4)
+    x = torch.randn(3, K)
+    for scaling in (0.0, -2.0, torch.tensor(0.5)):
+        layer.scaling = scaling
+        torch.testing.assert_close(layer(x), eager(layer, x))
+
+
+@pytest.mark.parametrize("cls", LORA)
+def test_dropout_is_nn_dropout_and_off_in_eval(cls):
+    layer = make(cls, lora_dropout=0.4)
+    x = torch.randn(6, K)
+    torch.manual_seed(5)
+    got = layer(x)
+    torch.manual_seed(5)
+    dropped = nn.functional.dropout(x, 0.4)
+    base = nn.functional.linear(x, dense_weight(layer, F32), layer.bias)
+    update = dropped @ layer.lora_A.t() @ layer.lora_B.t()
+    torch.testing.assert_close(got, base + layer.scaling * update)
+    layer.eval()
+    torch.testing.assert_close(layer(x), eager(layer, x))
+
+
+@pytest.mark.parametrize("cls", LORA)
+def test_merge(cls):
+    layer = make(cls, dtype=F32)
+    merged = layer.merge()
+    assert type(merged) is nn.Linear
+    x = torch.randn(3, K)
+    torch.testing.assert_close(merged(x), layer(x))
+    with torch.no_grad():
+        merged.weight.zero_()
+        merged.bias.zero_()
+    torch.testing.assert_close(layer(x), eager(layer, x))  # nothing is shared
+
+
+def test_from_linear_takes_over_the_parameters():
+    linear = nn.Linear(K, N).eval()
+    layer = LoRALinear.from_linear(linear)
+    assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
+    quantised = NF4Linear.from_linear(linear)
+    assert quantised.bias is linear.bias
+    again = NF4LoRALinear.from_linear(quantised)
+    assert torch.equal(again.weight, quantised.weight) and again.nf4.shape == (N, K)
+    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got Conv1d"):
+        NF4Linear.from_linear(nn.Conv1d(4, 4, 1))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+def test_nf4linear_holds_the_quantised_weight(blocksize, double_quant):
+    linear = nn.Linear(K, N, dtype=BF16)
+    layer = NF4Linear.from_linear(linear, blocksize=blocksize, double_quant=double_quant)
+    weight = linear.weight.detach()
+    w = peftkern.quantize_nf4(weight, blocksize=blocksize, double_quant=double_quant)
+    assert layer.weight.dtype is torch.uint8 and torch.equal(layer.weight.view(-1), w.packed)
+    dense = layer.to_linear()
+    assert type(dense) is nn.Linear and dense.weight.dtype is BF16
+    assert torch.equal(dense.weight, peftkern.dequantize_nf4(w))
+    assert f"blocksize={blocksize}, absmax={'nested' if double_quant else 'plain'}" in repr(layer)
+
+
+@pytest.mark.parametrize("cls", NF4)
+def test_casting_leaves_the_format_alone(cls):
+    layer = make(cls)
+    before = peftkern.dequantize_nf4(layer.nf4)
+    layer.half().bfloat16()
+    assert layer.bias.dtype is BF16 and layer.nf4.absmax.dtype is torch.uint8
+    assert layer.nf4.nested_absmax.dtype is F32
+    assert torch.equal(peftkern.dequantize_nf4(layer.nf4), before)
+    assert layer(torch.randn(2, K)).dtype is F32  # the bias follows the input
+
+
+def test_meta_device():
+    layer = make(NF4LoRALinear).to("meta")
+    assert all(p.is_meta for p in layer.parameters()) and layer.nf4.device.type == "meta"
+    assert layer(torch.empty(3, K, device="meta")).shape == (3, N)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_copies(cls):
+    layer = make(cls)
+    x = torch.randn(2, K)
+    expected = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), expected)
+        with torch.no_grad():
+            twin.weight.zero_()
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("cls", NF4)
+def test_state_dict_round_trip(cls, double_quant, tmp_path):
+    source = make(cls, double_quant=double_quant)
+    save_file(source.state_dict(), tmp_path / "layer.safetensors")
+    target = cls(K, N)  # with other random values, and another kind of absmax
+    result = target.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    x = torch.randn(2, K)
+    assert torch.equal(target(x), source(x))
+    assert list(target.state_dict()) == list(source.state_dict())
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_state_dict_in_bitsandbytes_keys(double_quant):
+    ours = make(NF4Linear, double_quant=double_quant)
+    theirs = bnb.nn.Linear4bit(
+        K, N, quant_type="nf4", compress_statistics=double_quant, compute_dtype=F32
+    )
+    theirs.load_state_dict(make(LoRALinear).state_dict(), strict=False)
+    theirs.to("cpu")
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    x = torch.randn(3, K, requires_grad=True)
+    loaded = NF4Linear(K, N)
+    assert loaded.load_state_dict(theirs.state_dict()).missing_keys == []
+    torch.testing.assert_close(loaded(x), theirs(x))
+
+    state = ours.state_dict()
+    statistics = {k.removeprefix("weight."): v for k, v in state.items() if k.startswith("weight.")}
+    theirs.weight = bnb.nn.Params4bit.from_prequantized(state["weight"], statistics, device="cpu")
+    theirs.bias.data = state["bias"]
+    torch.testing.assert_close(theirs(x), ours(x))
+
+
+def test_a_dense_checkpoint_is_quantised_on_the_way():
+    linear = nn.Linear(K, N)
+    layer = NF4Linear(K, N, blocksize=128, double_quant=False)
+    layer.load_state_dict(linear.state_dict())
+    expected = NF4Linear.from_linear(linear, blocksize=128, double_quant=False)
+    assert torch.equal(layer.weight, expected.weight) and layer.nf4.blocksize == 128
+    assert not layer.nf4.nested
+
+
+@pytest.mark.parametrize("nested_in_a_model", [False, True])
+def test_wrong_state_dicts_are_named(nested_in_a_model):
+    model = nn.Sequential(NF4Linear(K, N)) if nested_in_a_model else NF4Linear(K, N)
+    prefix = "0." if nested_in_a_model else ""
+    good = model.state_dict()
+    expected = model(torch.ones(1, K))
+
+    def load(**changes):
+        state = {**good, **{prefix + k: v for k, v in changes.items()}}
+        return model.load_state_dict({k: v for k, v in state.items() if v is not None})
+
+    with pytest.raises(RuntimeError, match="absmax"):
+        load(**{"weight.absmax": good[prefix + "weight.absmax"][:1]})
+    with pytest.raises(RuntimeError, match=r"weight\.quant_map: missing"):
+        load(**{"weight.quant_map": None})
+    with pytest.raises(RuntimeError, match=r"expected shape \(96, 64\), got \(8, 64\)"):
+        other = NF4Linear(K, 8).state_dict()
+        load(**{k: v for k, v in other.items() if k != "bias"})
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{prefix}weight"'):
+        load(weight=None)
+    with pytest.raises(RuntimeError, match=f'Unexpected key.*"{prefix}other"'):
+        load(other=torch.ones(1))
+    assert torch.equal(model(torch.ones(1, K)), expected)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_compile_and_export(cls):
+    layer = make(cls)
+    x = torch.randn(3, K)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    for strict in (True, False):
+        program = torch.export.export(layer, (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_autocast(cls):
+    layer = make(cls)
+    with torch.autocast("cpu", BF16):
+        y = layer(torch.randn(3, K))
+    assert y.dtype is BF16
+    if cls is not NF4Linear:
+        y.sum().backward()
+        assert layer.lora_A.grad.dtype is F32
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, K)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"q_proj": nn.Linear(K, K), "up_proj": nn.Linear(K, K)}) for _ in range(2)
+        )
+        self.shared = self.layers[0]["q_proj"]
+        self.lm_head = nn.Linear(K, 10, bias=False)
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        for layer in self.layers:
+            h = h + layer["up_proj"](layer["q_proj"](h).relu())
+        return self.lm_head(self.shared(h))
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules(remove_duplicate=False) if type(m) is NF4Linear]
+
+
+def test_quantize_swaps_every_linear_but_the_head():
+    model = Model()
+    dense = copy.deepcopy(model)
+    names = peftkern.quantize_(model, blocksize=32, double_quant=False)
+    assert sorted(names) == sorted(kinds(model))
+    assert set(names) == {"shared", *(f"layers.{i}.{p}_proj" for i in (0, 1) for p in ("q", "up"))}
+    assert model.shared is model.layers[0]["q_proj"]  # one layer in two places stays one
+    assert type(model.lm_head) is nn.Linear
+    assert model.layers[1]["up_proj"].nf4.blocksize == 32
+    ids = torch.randint(10, (2, 5))
+    assert (model(ids) - dense(ids)).abs().mean() < 0.1 * dense(ids).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"include": ["up_proj"]}, ["layers.0.up_proj", "layers.1.up_proj"]),
+        ({"include": ["layers.1"]}, ["layers.1.q_proj", "layers.1.up_proj"]),
+        ({"include": ["1.q_proj"]}, ["layers.1.q_proj"]),
+        ({"include": ["lm_head"], "exclude": ()}, ["lm_head"]),
+        ({"exclude": ["layers", "shared"]}, ["lm_head"]),
+        ({"include": []}, []),
+    ],
+)
+def test_quantize_filters(options, expected):
+    model = Model()
+    assert peftkern.quantize_(model, **options) == expected
+    assert kinds(model) == expected
+
+
+def test_quantize_leaves_adapters_subclasses_and_odd_dtypes():
+    class Mine(nn.Linear):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "lora_A": nn.ModuleDict({"default": nn.Linear(K, 4)}),
+            "mine": Mine(K, K),
+            "wide": nn.Linear(K, K, dtype=torch.float64),
+            "plain": nn.Linear(K, K),
+        }
+    )
+    assert peftkern.quantize_(model) == ["plain"]
+    assert peftkern.quantize_(model) == []
+
+
+def test_quantize_errors():
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+        peftkern.quantize_("model")
+    with pytest.raises(TypeError, match=r"use NF4Linear\.from_linear"):
+        peftkern.quantize_(nn.Linear(K, K))
+    with pytest.raises(TypeError, match="include: expected names in a list or tuple"):
+        peftkern.quantize_(Model(), include="q_proj")
+    model = Model()
+    with pytest.raises(ValueError, match=r"include: no nn\.Linear has 'k_proj' in its name"):
+        peftkern.quantize_(model, include=["q_proj", "k_proj"])
+    assert kinds(model) == []
+
+
+def test_quantize_lets_go_of_the_dense_weights_one_by_one():
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
+    alive = weakref.WeakSet(layer.weight for layer in model)
+    left = []
+    quantised = NF4Linear._set_nf4
+
+    def spy(layer, w):
+        left.append(len(alive))
+        quantised(layer, w)
+
+    NF4Linear._set_nf4 = spy
+    try:
+        assert len(peftkern.quantize_(model)) == 8
+    finally:
+        NF4Linear._set_nf4 = quantised
+    assert left[-1] <= 2 and not alive

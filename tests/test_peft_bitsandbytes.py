@@ -1,0 +1,153 @@
+"""The states of a bitsandbytes 4-bit weight: which are read in place, which are left to it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft_models import (
+    K,
+    N,
+    assert_falls_back,
+    fallbacks,
+    layer_of,
+    lora_net,
+    make_linear,
+    make_linear4bit,
+    served_by_us,
+)
+from torch import nn
+
+import peftkern
+
+
+def test_fp4():
+    assert_falls_back(lora_net(make_linear4bit(quant_type="fp4")), "quant_type is fp4")
+
+
+def test_missing_quant_state():
+    model = lora_net(make_linear4bit())
+    layer_of(model).base_layer.weight.quant_state = None  # as after FSDP; the module still has it
+    twin = copy.deepcopy(model)
+    layer_of(twin).base_layer.quant_state = copy.deepcopy(layer_of(model).base_layer.quant_state)
+    peftkern.patch(twin)
+    x = torch.randn(2, K)
+    peftkern.reset_stats()
+    assert torch.equal(twin(x), model(x))
+    assert fallbacks() == {"quant_state is missing": 1}
+    torch.testing.assert_close(twin(x), model(x))  # bitsandbytes has put it back
+    assert served_by_us() == 1
+
+
+def test_not_quantised_yet_fails_as_in_peft():
+    base = bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=torch.float32)
+    model = lora_net(base)
+    peftkern.patch(model)
+    peftkern.reset_stats()
+    with pytest.raises(AssertionError):
+        model(torch.randn(2, K))
+    assert fallbacks() == {"quant_state is missing": 1}
+
+
+def test_unknown_quant_storage():
+    model = lora_net(make_linear4bit(bias=False))
+    weight = layer_of(model).base_layer.weight
+    weight.data = weight.data.view(-1).view(torch.int16).view(-1, 1)
+    assert_falls_back(model, "quant_storage is torch.uint8 over torch.int16 data")
+
+
+def test_weight_quantised_the_other_way_round():
+    model = lora_net(make_linear4bit(bias=False))
+    base = layer_of(model).base_layer
+    transposed = bnb.nn.Params4bit(
+        make_linear().weight.detach().t().contiguous(), quant_type="nf4"
+    ).to("cpu")
+    base.weight = transposed
+    with pytest.warns(DeprecationWarning, match="quantized from a"):
+        assert_falls_back(model, "weight is not quantised as [out_features, in_features]")
+
+
+def test_malformed_quant_state_is_an_error_and_reads_nothing():
+    model = lora_net(make_linear4bit(double_quant=False))
+    state = layer_of(model).base_layer.weight.quant_state
+    state.absmax = state.absmax[:1]
+    peftkern.patch(model)
+    with pytest.raises(ValueError, match="absmax: expected"):
+        model(torch.randn(2, K))
+
+
+def repacked(**options: Any) -> nn.Module:
+    """A model on which bitsandbytes has run its CPU inference path, which rewrites the weight."""
+    model = lora_net(make_linear4bit(**options)).eval()
+    with torch.no_grad():
+        model(torch.randn(2, K))
+    return model
+
+
+needs_repacking = pytest.mark.skipif(
+    not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks with AVX512-BF16 only"
+)
+
+
+@needs_repacking
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_repacked_weight_is_recognised_in_inference(double_quant):
+    model = repacked(double_quant=double_quant)
+    assert layer_of(model).base_layer.weight.quant_state.packing_format_for_cpu
+    twin = copy.deepcopy(model)
+    peftkern.patch(twin)
+    x = torch.randn(3, K)
+    peftkern.reset_stats()
+    with torch.no_grad():
+        assert torch.equal(twin(x), model(x))
+    assert fallbacks() == {"weight is repacked for bitsandbytes' CPU inference": 1}
+
+
+@needs_repacking
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_repacked_weight_is_restored_for_training(double_quant, storage):
+    options = {"double_quant": double_quant, "bias": False, "quant_storage": storage}
+    fresh = lora_net(make_linear4bit(**options))
+    keys = list(fresh.state_dict())
+    codes = layer_of(fresh).base_layer.weight.data.clone().view(torch.uint8)
+    model = repacked(**options).train()
+    peftkern.patch(model)
+    x = torch.randn(3, K, requires_grad=True)
+    peftkern.reset_stats()
+    with pytest.warns(UserWarning, match="repacked by bitsandbytes"):
+        y = model(x)
+    assert served_by_us() == 1 and fallbacks() == {}
+    expected = fresh(x)
+    # bitsandbytes rounded absmax to bfloat16 when it repacked: that is what is left to see.
+    torch.testing.assert_close(y, expected, rtol=0, atol=0.02)
+    grads = [torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)]
+    torch.testing.assert_close(*grads, rtol=0, atol=0.02)
+    weight = layer_of(model).base_layer.weight
+    assert weight.dtype is storage and torch.equal(weight.data.view(torch.uint8), codes)
+    assert list(model.state_dict()) == keys
+    peftkern.reset_stats()
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x.detach()), y.detach())
+    assert served_by_us() == 1
+    assert not weight.quant_state.packing_format_for_cpu
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_our_inference_never_repacks(double_quant):
+    model = lora_net(make_linear4bit(double_quant=double_quant))
+    peftkern.patch(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    weight = layer_of(model).base_layer.weight
+    state = dict(weight.quant_state.__dict__)
+    model.eval()
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(torch.randn(2, K))
+    assert weight.quant_state.__dict__ == state
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
