@@ -253,9 +253,9 @@ def test_patch_works_without_bitsandbytes(tmp_path):
         "import torch, peftkern, importlib.util\n"
         "from peft import LoraConfig, get_peft_model\n"
         "assert importlib.util.find_spec('bitsandbytes') is None\n"
-        "net = torch.nn.Sequential(torch.nn.Linear(8, 8))\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(512, 512))\n"
         "model = get_peft_model(net, LoraConfig(target_modules=['0']))\n"
-        "print(peftkern.patch(model)); model(torch.randn(2, 8)); print(peftkern.stats())\n"
+        "print(peftkern.patch(model)); model(torch.randn(600, 512)); print(peftkern.stats())\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(tmp_path)])}
     done = subprocess.run(

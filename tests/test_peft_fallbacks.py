@@ -15,6 +15,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig
 from peft_models import (
+    DENSE_CPU_MINIMUM,
     K,
     N,
     assert_falls_back,
@@ -30,6 +31,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import peftkern
+from peftkern.integrations import peft as peft_integration
 
 MAKERS = [make_linear, make_linear4bit]
 ROLES = ["base_layer", "lora_A", "lora_B", "lora_dropout"]
@@ -38,6 +40,25 @@ ROLES = ["base_layer", "lora_A", "lora_B", "lora_dropout"]
 def role(model: nn.Module, name: str) -> nn.Module:
     layer = layer_of(model)
     return layer.base_layer if name == "base_layer" else getattr(layer, name)["default"]
+
+
+def test_small_dense_product(monkeypatch):
+    """Below the measured size a dense layer is PEFT's, unless a back end is asked for by name."""
+    monkeypatch.setattr(peft_integration, "_DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
+    model = lora_net(make_linear())
+    assert_falls_back(model, "small dense product: PEFT's own operations are as fast")
+    peftkern.patch(model)
+    for x, served in (
+        (torch.randn(DENSE_CPU_MINIMUM // (K + N), K), 0),
+        (torch.randn(DENSE_CPU_MINIMUM // (K + N) + 1, K), 1),
+    ):
+        peftkern.reset_stats()
+        model(x)
+        assert served_by_us() == served
+    peftkern.reset_stats()
+    with peftkern.use_backend("cpu"):
+        model(torch.randn(3, K))
+    assert served_by_us() == 1
 
 
 @pytest.mark.parametrize("make", MAKERS)

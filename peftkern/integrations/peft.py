@@ -42,6 +42,9 @@ if is_bnb_4bit_available():
     _BNB_TYPES = bnb.LINEAR_TYPES
 
 _DEVICES = ("cpu",)  # where our kernels have been measured to win; elsewhere PEFT's forward runs
+# Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
+# costs more than the copies it saves (bench/bench_lora_linear.py).
+_DENSE_CPU_MINIMUM = 1 << 19
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -209,6 +212,8 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         return base
     base_x, weight, bias = base
     nf4 = isinstance(weight, NF4Weight)
+    if not nf4 and device == "cpu" and _is_small(x, *weight.shape):
+        return "small dense product: PEFT's own operations are as fast"
     if names:
         lora_A, lora_B, drop = _adapter(layer, names[0])
         A, B = lora_A.weight, lora_B.weight
@@ -239,6 +244,13 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     for name in names:
         result, x = layer._add_adapter(result, x, name)
     return result.to(out_dtype)
+
+
+def _is_small(x: Tensor, N: int, K: int) -> bool:
+    """Too little work to win back the cost of a call, unless a back end was asked for by name."""
+    if x.numel() + x.numel() // max(K, 1) * N >= _DENSE_CPU_MINIMUM:
+        return False
+    return torch.compiler.is_compiling() or dispatch.forced_backend() is None
 
 
 def _active_names(layer: Any) -> list[str]:
