@@ -6,6 +6,8 @@ CMAKE_ARGS="-DPEFTKERN_WERROR=ON". Objects stay in build/<python abi>/: rebuildi
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import os
 import re
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -92,11 +95,24 @@ def run_tool(command: list[str], step: str, quiet: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def locked(build_dir: Path) -> Iterator[None]:
+    """Keep other builds out of `build_dir`: CMake and Ninja do not."""
+    build_dir.parent.mkdir(exist_ok=True)
+    with open(f"{build_dir}.lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class CMakeBuild(build_ext):
     """Configure, build, and copy the module to where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
         build_dir = ROOT / "build" / sysconfig.get_config_var("SOABI")
+        with locked(build_dir):
+            self.build_in(build_dir, ext)
+
+    def build_in(self, build_dir: Path, ext: Extension) -> None:
         quiet = not self.verbose
         cmake, ninja = find_tool("cmake", CMAKE_MINIMUM), find_tool("ninja")
         self.discard_foreign_cache(build_dir)

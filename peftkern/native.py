@@ -189,7 +189,8 @@ def nf4_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """y[M, N] = x[M, K] W.T + scaling * S b[N, r].T + bias[N]; y and S.
 
-    S[M, r] = keep_scale * (x * keep) a[r, K].T; x float32 or bfloat16, the rest float32; a and b come together or not at all.
+    S[M, r] = keep_scale * (x * keep) a[r, K].T; x float32 or bfloat16, the rest float32; a and b
+    come together or not at all.
     """
     M, K = x.shape
     r = 0 if a is None else a.shape[0]

@@ -1,0 +1,62 @@
+# make demo | test | bench | lint | format | sanitize | clean
+#
+# Everything runs in .venv, which the first target that needs it creates. PYTHON picks the
+# interpreter that creates it: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+SANITIZE_DIR := build/sanitize
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test pytest bench lint format sanitize build clean
+
+demo: build
+	$(BIN)/python examples/qlora_finetune.py
+
+test: sanitize pytest
+
+# Two processes share the cores, so idle OpenMP threads must sleep instead of spinning.
+pytest: build
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+bench: build
+	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python bench/make_tables.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# Every kernel under AddressSanitizer and UBSan, on heap buffers of exactly the right size.
+sanitize: $(INSTALLED)
+	$(BIN)/cmake -S . -B $(SANITIZE_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DPEFTKERN_MODULE=OFF \
+		-DPEFTKERN_NATIVE_TEST=ON -DPEFTKERN_SANITIZE=address,undefined $(CMAKE_ARGS)
+	$(BIN)/cmake --build $(SANITIZE_DIR)
+	$(SANITIZE_DIR)/peftkern_native_test
+
+# Cheap when nothing changed, so native code is never stale.
+build: $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# The stamp is the last step: an interrupted set-up starts over.
+$(INSTALLED): requirements-torch.txt requirements.txt pyproject.toml setup.py
+	@echo "Setting up $(VENV) and compiling; some minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements-torch.txt
+	$(PIP) -r requirements.txt
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf build dist peftkern.egg-info peftkern/*.so

@@ -1,0 +1,148 @@
+"""Writes README's results between its two markers, from bench/results/<device>/*.json.
+
+python bench/make_tables.py           rewrite the section
+python bench/make_tables.py --check   exit 1 if it is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+ORDER = ("demo", "nf4_lora_linear", "nf4", "lora_linear")
+TITLES = {
+    "demo": "QLoRA fine-tuning, whole training step",
+    "nf4_lora_linear": "NF4 linear layer with LoRA",
+    "nf4": "NF4 quantisation",
+    "lora_linear": "Dense linear layer with LoRA",
+}
+OURS = "peftkern"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def timing(row: dict) -> str:
+    if row["wrong"]:
+        return "WRONG"
+    middle = milliseconds(row["median_ms"])
+    return f"{middle} [{milliseconds(row['p20_ms'])}-{milliseconds(row['p80_ms'])}]"
+
+
+def peer_cell(case: dict, peer: str) -> str:
+    """Its time, how many times peftkern's that is, and the target for that with its mark."""
+    ours, theirs = case["variants"][OURS], case["variants"].get(peer)
+    if theirs is None:
+        return ""
+    if theirs["wrong"] or ours["wrong"]:
+        return "WRONG" if theirs["wrong"] else milliseconds(theirs["median_ms"])
+    text = milliseconds(theirs["median_ms"])
+    text += f", **{theirs['median_ms'] / ours['median_ms']:.2f}x**"
+    for target in case["targets"]:
+        if target["peer"] == peer:
+            mark = "✓" if target["met"] else "✗"
+            text += f" ({target['at_least']:.3g}x {mark})"
+    return text
+
+
+def cases_table(record: dict) -> str:
+    peers = list(dict.fromkeys(p for c in record["cases"] for p in c["variants"] if p != OURS))
+    rows = []
+    for case in record["cases"]:
+        share = case["share_of_floor"]
+        floor = f"{share:.0%}" if share is not None else ""
+        cells = [case["name"].partition("/")[2], timing(case["variants"][OURS]), floor]
+        rows.append(cells + [peer_cell(case, peer) for peer in peers])
+    return markdown(["ms", OURS, "of floor", *peers], rows)
+
+
+def demo_table(record: dict) -> str:
+    alone, patched = record["runs"]["peft"], record["runs"]["peftkern"]
+    summary = record["summary"]
+
+    def step(run: dict) -> str:
+        return timing({**{f"{k}_ms": v for k, v in run["step_ms"].items()}, "wrong": None})
+
+    def memory(label: str, key: str) -> list[str]:
+        less = patched[key] - alone[key]
+        mark = "✓" if less < 0 else "✗"
+        return [label, f"{alone[key]:.0f}", f"{patched[key]:.0f}", f"{less:+.0f} ({mark})"]
+
+    faster = f"**{summary['speedup']:.2f}x** ({'✓' if summary['speedup'] > 1 else '✗'})"
+    rows = [
+        ["step, ms", step(alone), step(patched), faster],
+        memory("peak process memory, MB", "resident_peak_mb"),
+        memory("peak tensors in a step, MB", "tensor_peak_mb"),
+        [
+            "final loss",
+            f"{alone['final_loss']:.4f}",
+            f"{patched['final_loss']:.4f}",
+            f"curves within {summary['loss_max_rel_diff']:.1e}",
+        ],
+    ]
+    return markdown(["", "PEFT", "PEFT + peftkern", ""], rows)
+
+
+def section(results: Path) -> str:
+    """Everything between the markers."""
+    parts = []
+    for device in sorted(path for path in results.iterdir() if path.is_dir()):
+        records = {path.stem: json.loads(path.read_text()) for path in device.glob("*.json")}
+        for stem in [stem for stem in ORDER if stem in records]:
+            record = records[stem]
+            facts = record["machine"]
+            versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
+            heading = f"**{TITLES[stem]}**"
+            if "cases" in record:
+                size = record["options"]
+                heading += f" ({size['n']}x{size['k']}, r={size['r']})"
+            else:
+                size = record["options"]
+                heading += f" ({size['steps']} steps, {size['batch']}x{size['seq']} tokens)"
+            where = f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
+            parts += [
+                f"{heading}. {where}; commit {facts['commit']}, {facts['date'][:10]}; {versions}.",
+                cases_table(record) if "cases" in record else demo_table(record),
+            ]
+    if not parts:
+        return "No results are recorded yet: `make bench` measures this machine."
+    legend = (
+        "Medians [p20-p80] of one interleaved run. Peers: their time, how many times peftkern's"
+        " that is, and the target for that ratio (✓ met, ✗ missed). Floor: counted bytes and FLOPs"
+        " at the measured copy bandwidth and dense matrix product. Method, and what bounds the"
+        " misses: [bench/README.md](bench/README.md)."
+    )
+    return "\n\n".join([legend, *parts])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make_tables.py")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if outdated")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    args = parser.parse_args(argv)
+    text = args.readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        print(f"make_tables.py: error: {args.readme} needs {BEGIN} and {END}", file=sys.stderr)
+        return 2
+    head, rest = text.split(BEGIN)
+    new = f"{head}{BEGIN}\n{section(args.results)}\n{END}{rest.split(END)[1]}"
+    if args.check:
+        print("README's results are up to date" if new == text else "run bench/make_tables.py")
+        return int(new != text)
+    args.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

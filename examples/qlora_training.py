@@ -1,0 +1,264 @@
+"""One QLoRA training run in its own process; qlora_finetune.py starts it and reads its replies.
+
+The model, the data and the training step are here, written as a user of transformers, PEFT and
+bitsandbytes writes them. All that peftkern adds is `peftkern.patch(model)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+WARM_UP = 3  # steps whose time and memory are not counted
+LR_WARM_UP = 10  # steps; AdamW's first steps blow rounding noise up to full size
+MAX_TEXT_BYTES = 16 << 20
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message is the one line to print."""
+
+
+def read_text(path: str | None) -> bytes:
+    """The user's file, or the language reference that comes with every Python."""
+    if path is not None:
+        try:
+            with open(path, "rb") as file:
+                return file.read(MAX_TEXT_BYTES)
+        except OSError as error:
+            raise InputError(f"--text {path}: {error.strerror}") from None
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise InputError("this Python has no pydoc_data.topics: name a file with --text") from None
+    return "\n".join(topics.values()).encode()
+
+
+def load_model(options: Namespace):
+    """The 4-bit model and its tokenizer (None: bytes are the tokens), as QLoRA users load it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    loading = {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "dtype": dtype,
+        "device_map": "cpu",
+        "local_files_only": True,
+    }
+    if options.model is None:
+        with tempfile.TemporaryDirectory() as folder:
+            random_llama(options).to(dtype).save_pretrained(folder)
+            return AutoModelForCausalLM.from_pretrained(folder, **loading), None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(options.model, **loading), tokenizer
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {options.model}: {' '.join(str(error).split())}") from None
+
+
+def random_llama(options: Namespace):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(options.seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=options.hidden,
+        intermediate_size=options.hidden * 11 // 4 // 64 * 64,  # rows of whole 64-blocks
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 64,
+        max_position_embeddings=max(options.seq, 512),
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def add_adapters(model, options: Namespace):
+    """PEFT's own recipe: prepare for k-bit training (with checkpointing), adapters everywhere."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        lora_dropout=options.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    model.config.use_cache = False
+    return model.train()
+
+
+def token_ids(text: bytes, tokenizer):
+    """The text as one long vector of token ids."""
+    import torch
+
+    if tokenizer is not None:
+        return torch.tensor(tokenizer(text.decode("utf-8", "replace"))["input_ids"])
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0)
+
+
+class Training:
+    """Model, data and optimizer of one run, advanced step by step."""
+
+    def __init__(self, options: Namespace) -> None:
+        import torch
+
+        text = read_text(options.text)
+        model, tokenizer = load_model(options)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and options.seq > limit:
+            raise InputError(f"--seq {options.seq}: the model takes at most {limit} positions")
+        self.ids = token_ids(text, tokenizer)
+        if len(self.ids) <= options.seq:
+            raise InputError(f"--seq {options.seq}: the text has only {len(self.ids)} tokens")
+        torch.manual_seed(options.seed)  # adapters' initial values, then dropout
+        self.options = options
+        self.model = add_adapters(model, options)
+        self.report = None
+        if options.run == "peftkern":
+            import peftkern
+
+            self.report = peftkern.patch(self.model)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=options.lr)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / LR_WARM_UP)
+        )
+        self.batches = torch.Generator().manual_seed(options.seed)
+
+    def forward_backward(self):
+        import torch
+
+        seq, batch = self.options.seq, self.options.batch
+        starts = torch.randint(len(self.ids) - seq, (batch,), generator=self.batches).tolist()
+        ids = torch.stack([self.ids[s : s + seq] for s in starts]).long()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.dtype == "bf16"):
+            loss = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    def step(self) -> dict[str, float]:
+        start = time.perf_counter()
+        loss = self.forward_backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.item(), "seconds": time.perf_counter() - start}
+
+    def live_tensor_peak(self) -> int:
+        """Bytes that one more forward and backward hold at their peak, as torch counts them.
+
+        The model, the optimizer's state and the scratch of native code are not in it.
+        """
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.forward_backward()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = os.path.join(folder, "trace.json")
+            profiler.export_chrome_trace(trace)
+            with open(trace, encoding="utf-8") as file:
+                events = json.load(file)["traceEvents"]
+        changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+        held = peak = 0
+        for _, change in sorted(changes, key=lambda item: item[0]):
+            held += change
+            peak = max(peak, held)
+        return peak
+
+    def about(self) -> dict:
+        import bitsandbytes
+        import peft
+        import torch
+        import transformers
+
+        about = {
+            "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)}
+            | {"bitsandbytes": bitsandbytes.__version__},
+            "threads": torch.get_num_threads(),
+            "parameters": self.model.num_parameters(),
+            "trainable": self.model.num_parameters(only_trainable=True),
+        }
+        if self.report is not None:
+            about["report"] = {
+                "text": str(self.report),
+                "patched": list(self.report.patched),
+                "skipped": dict(self.report.skipped),
+            }
+        return about
+
+
+def forget_peak_memory() -> None:
+    """Let the peak start anew, so that loading and quantising do not hide the training's."""
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):  # not this kernel: the peak then covers the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process, since forget_peak_memory() where Linux lets it."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def serve(options: Namespace) -> None:
+    """A line `n` on stdin asks for n steps, `end` for the final figures; replies are JSON lines."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print what they like: it must not mix with the replies
+
+    def reply(**message) -> None:
+        print(json.dumps(message), file=replies, flush=True)
+
+    try:
+        training = Training(options)
+    except InputError as error:
+        reply(error=str(error))
+        return
+    reply(about=training.about())
+    done = 0
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        for _ in range(int(line)):
+            reply(**training.step())
+            done += 1
+            if done == WARM_UP:
+                forget_peak_memory()
+    figures = {"resident_peak_mb": peak_memory_mb()}
+    if training.report is not None:
+        import peftkern
+
+        figures["stats"] = str(peftkern.stats())  # before the profiled step adds to it
+    figures["tensor_peak_mb"] = training.live_tensor_peak() / 1e6
+    reply(figures=figures)
+
+
+if __name__ == "__main__":
+    serve(Namespace(**json.loads(sys.argv[1])))

@@ -1,0 +1,158 @@
+"""Imports point one way, and `import peftkern` stays light. Proved from the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "peftkern"
+
+# A module may import only modules of a lower rank, or of its own folder below peftkern/.
+RANK = {
+    "nf4": 0,
+    "device": 0,
+    "reference": 1,
+    "native": 1,
+    "kernels": 1,
+    "cpu": 2,
+    "dispatch": 3,
+    "ops": 4,
+    "functional": 5,
+    "layers": 6,
+    "integrations": 7,
+    "__init__": 8,
+}
+NOT_SHIPPED = {"tests", "bench", "examples", "setup"}
+PEERS = {"peft", "transformers", "bitsandbytes", "accelerate"}
+HEAVY = PEERS | {"triton", "matplotlib"}
+
+
+def shipped_files(package: Path = PACKAGE) -> list[Path]:
+    return sorted({*package.glob("*.py"), *package.glob("*/**/*.py")})
+
+
+def module_name(path: Path, package: Path) -> str:
+    """Dotted name below the package: "nf4", "integrations.peft", "__init__"."""
+    parts = list(path.relative_to(package).with_suffix("").parts)
+    if len(parts) > 1 and parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts)
+
+
+def imported_names(path: Path, package: Path) -> Iterator[tuple[str, int]]:
+    """Absolute dotted names of everything `path` imports, at any depth of the file."""
+    folder = ["peftkern", *path.relative_to(package).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else []
+            base = [*base, *([node.module] if node.module else [])]
+            yield from ((".".join([*base, alias.name]), node.lineno) for alias in node.names)
+
+
+def violations(package: Path = PACKAGE) -> list[str]:
+    """Every import of a shipped file that breaks a rule, in words."""
+    found = []
+    for path in shipped_files(package):
+        name = module_name(path, package)
+        stem = name.split(".")[0]
+        if stem not in RANK:
+            found.append(f"{name}: has no place in RANK of {Path(__file__).name}")
+            continue
+        for target, line in imported_names(path, package):
+            where = f"{name}:{line} imports {target}"
+            top, *rest = target.split(".")
+            if top in NOT_SHIPPED:
+                found.append(f"{where}, which does not ship")
+            elif top == "kernels":
+                found.append(f"{where}; the name is peftkern.kernels")
+            elif top in PEERS and stem != "integrations":
+                found.append(f"{where}; only integrations may")
+            elif top == "triton" and stem not in {"kernels", "integrations"}:
+                found.append(f"{where}; only kernels may")
+            elif top == "peftkern" and not (rest and rest[0] == "_cpu" and stem == "native"):
+                other = rest[0] if rest and rest[0] in RANK else "__init__"
+                same_folder = other == stem and "." in name
+                if not same_folder and RANK[other] >= RANK[stem]:
+                    found.append(f"{where}, against the direction of flow")
+    return found
+
+
+def test_imports_point_one_way():
+    assert violations() == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("nf4.py", "from .functional import lora_linear", "direction"),
+        ("nf4.py", "from . import device", "direction"),
+        ("dispatch.py", "def f():\n    from peftkern import ops", "direction"),
+        ("layers.py", "import peftkern", "direction"),
+        ("ops.py", "from peftkern._cpu import isas", "direction"),
+        ("integrations/peft.py", "from .. import quantize_", "direction"),
+        ("ops.py", "from tests.tolerances import bound", "does not ship"),
+        ("layers.py", "import kernels.nf4", "peftkern.kernels"),
+        ("functional.py", "import bitsandbytes.functional", "only integrations"),
+        ("ops.py", "import triton", "only kernels"),
+        ("extra.py", "", "no place"),
+    ],
+)
+def test_wrong_import_is_found(tmp_path, file, line, complaint):
+    path = tmp_path / "peftkern" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert [complaint in text for text in violations(tmp_path / "peftkern")] == [True]
+
+
+def test_right_imports_are_accepted(tmp_path):
+    package = tmp_path / "peftkern"
+    (package / "integrations").mkdir(parents=True)
+    (package / "native.py").write_text("import torch\nfrom peftkern import _cpu\nfrom . import nf4")
+    (package / "integrations" / "peft.py").write_text(
+        "import peft\nfrom peftkern.layers import NF4Linear\nfrom . import bitsandbytes"
+    )
+    assert violations(package) == []
+
+
+def test_every_shipped_file_is_seen():
+    names = {module_name(path, PACKAGE) for path in shipped_files()}
+    assert {"__init__", "nf4", "dispatch", "native", "integrations.peft"} <= names
+
+
+def test_addresses_are_taken_in_native_only():
+    takers = {
+        module_name(path, PACKAGE)
+        for path in shipped_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
+    }
+    assert takers == {"native"}
+
+
+def test_native_code_includes_no_torch_header():
+    sources = [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")]
+    assert sources
+    for path in sources:
+        includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+        bad = [line for line in includes if any(n in line for n in ("torch/", "ATen/", "c10/"))]
+        assert bad == [], path
+
+
+def test_import_loads_no_peer():
+    code = (
+        "import sys, torch; before = set(sys.modules); import peftkern; "
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    loaded = set(answer.stdout.split())
+    assert "peftkern" in loaded
+    assert loaded & HEAVY == set()

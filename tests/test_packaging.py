@@ -1,0 +1,271 @@
+"""What is built and shipped: the generated table, one ISA per object, the module, the archives."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from peftkern import nf4
+
+ROOT = Path(__file__).resolve().parents[1]
+GENERATOR = ROOT / "csrc" / "generate_nf4_table.py"
+KERNEL_OBJECTS = Path("CMakeFiles", "peftkern_cpu_kernels.dir", "csrc", "cpu")
+x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="these ISAs are x86-64's")
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=os.environ | env, capture_output=True, text=True
+    )
+
+
+def run_checked(*command: str | Path, cwd: Path = ROOT) -> str:
+    answer = run(*command, cwd=cwd)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout
+
+
+# ---- the generated header
+
+
+def float32_bits(value: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def header_bits(text: str, name: str) -> list[int]:
+    body = re.search(rf"constexpr float {name}\[\d+\] = {{(.*?)}};", text, re.DOTALL).group(1)
+    return [float32_bits(float.fromhex(v)) for v in re.findall(r"(\S+)f,", body)]
+
+
+def test_generated_header_equals_python_table(tmp_path):
+    run_checked(sys.executable, GENERATOR, ROOT / "peftkern" / "nf4.py", tmp_path / "table.h")
+    text = (tmp_path / "table.h").read_text()
+    code = [struct.unpack("<f", struct.pack("<f", value))[0] for value in nf4.NF4_CODE]
+    midpoints = [(low + high) / 2 for low, high in itertools.pairwise(code)]
+    assert header_bits(text, "kNF4Code") == [float32_bits(value) for value in code]
+    assert header_bits(text, "kNF4Midpoint") == [float32_bits(value) for value in midpoints]
+    # what the reference quantises with
+    assert header_bits(text, "kNF4Midpoint") == [float32_bits(v) for v in nf4.nf4_midpoints()]
+
+
+@pytest.mark.parametrize(
+    "source", ["X = 1", "NF4_CODE = (0.0, 1.0)", f"NF4_CODE = {tuple(range(15, -1, -1))}"]
+)
+def test_generator_refuses_a_broken_table(tmp_path, source):
+    (tmp_path / "nf4.py").write_text(source)
+    answer = run(sys.executable, GENERATOR, tmp_path / "nf4.py", tmp_path / "table.h")
+    assert answer.returncode != 0
+    assert "NF4_CODE" in answer.stderr
+    assert not (tmp_path / "table.h").exists()
+
+
+# ---- one instruction set per object file
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> dict[str, Path]:
+    """Object files of the kernels by stem, brought up to date."""
+    target = tmp_path_factory.mktemp("lib")
+    run_checked(sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", target)
+    folder = ROOT / "build" / sysconfig.get_config_var("SOABI") / KERNEL_OBJECTS
+    sources = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} - {"bind"}
+    found = {path.name.split(".")[0]: path for path in folder.glob("*.o")}
+    assert sources <= set(found)
+    return {stem: found[stem] for stem in sorted(sources)}
+
+
+def isa_of(stem: str) -> str:
+    match = re.search(r"_(avx2|avx512|avx512_bf16|amx)$", stem)
+    return match.group(1) if match else "plain"
+
+
+def features(path: Path) -> set[str]:
+    """Which of the instruction-set markers the code of an object file contains."""
+    markers = {
+        "tile": r"%tmm\d",
+        "bf16": r"\bv(dpbf16ps|cvtne2?ps2?2?bf16)",
+        "avx512": r"%zmm\d|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b",
+        "avx": r"^\s*[0-9a-f]+:\s+v[a-z]",
+    }
+    text = run_checked("objdump", "-d", "--no-show-raw-insn", path)
+    return {name for name, pattern in markers.items() if re.search(pattern, text, re.MULTILINE)}
+
+
+@x86_only
+def test_each_object_file_uses_only_its_instruction_set(objects):
+    allowed = {
+        "plain": set(),
+        "avx2": {"avx"},
+        "avx512": {"avx", "avx512"},
+        "avx512_bf16": {"avx", "avx512", "bf16"},
+        "amx": {"avx", "avx512", "bf16", "tile"},
+    }
+    used = {stem: features(path) for stem, path in objects.items()}
+    excess = {stem: found - allowed[isa_of(stem)] for stem, found in used.items()}
+    assert {stem: found for stem, found in excess.items() if found} == {}
+    for isa, marker in [("avx2", "avx"), ("avx512", "avx512"), ("avx512_bf16", "bf16")]:
+        assert any(marker in used[stem] for stem in used if isa_of(stem) == isa), isa
+
+
+@x86_only
+def test_isa_object_files_share_no_function(objects):
+    """A weak function (an inline one, a template) of an AVX-512 file could replace everybody's."""
+    weak = {
+        stem: [line for line in symbols(path) if re.search(r" [Wu] ", line)]
+        for stem, path in objects.items()
+        if isa_of(stem) != "plain"
+    }
+    assert weak
+    assert {stem: lines for stem, lines in weak.items() if lines} == {}
+
+
+def symbols(path: Path, *options: str) -> list[str]:
+    return run_checked("nm", "-C", "--defined-only", *options, path).splitlines()
+
+
+# ---- the module
+
+
+@pytest.fixture(scope="module")
+def module_path() -> Path:
+    from peftkern import _cpu
+
+    return Path(_cpu.__file__)
+
+
+def test_module_links_only_system_libraries(module_path):
+    needed = set(re.findall(r"NEEDED\s+(\S+)", run_checked("objdump", "-p", module_path)))
+    system = {"libstdc++.so.6", "libgomp.so.1", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0"}
+    assert {"libc.so.6", "libgomp.so.1"} <= needed <= system | {"libc.so.6", "ld-linux-x86-64.so.2"}
+
+
+def test_module_exports_only_its_init_function(module_path):
+    exported = [line.split(maxsplit=2)[2] for line in symbols(module_path, "-D")]
+    assert "PyInit__cpu" in exported
+    assert [name for name in exported if "peftkern" in name] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_module_shares_torchs_openmp():
+    code = (
+        "import torch; from peftkern import _cpu\n"
+        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line})"
+    )
+    assert len(run_checked(sys.executable, "-c", code).split()) == 1
+
+
+# ---- the archives
+
+
+def test_sdist_holds_what_a_build_needs(tmp_path):
+    run_checked(
+        *(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path),
+        *("sdist", "--dist-dir", tmp_path),
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        members = {m.name.partition("/")[2]: m for m in tar.getmembers()}
+    wanted = ["CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"]
+    wanted += ["peftkern/kernels/NUMERICS.md"]  # a file below a real folder, no longer a link
+    for folder in ("csrc", "peftkern"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".cpp", ".h", ".py"}:
+                wanted.append(path.relative_to(ROOT).as_posix())
+    wanted += [f"peftkern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.*")]
+    assert set(wanted) - set(members) == set()
+    assert all(members[name].isfile() for name in wanted)
+    assert not any(name.endswith(".so") for name in members)
+
+
+def test_wheel_holds_the_package_only(tmp_path):
+    run_checked(
+        *(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path),
+        *("build", "--build-base", tmp_path / "build", "bdist_wheel", "--dist-dir", tmp_path),
+    )
+    (archive,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(archive).namelist())
+    assert f"peftkern/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+    assert "peftkern/kernels/NUMERICS.md" in names
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "peftkern").rglob("*.py")} <= names
+    assert {f"peftkern/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").glob("*.*")} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"peftkern"}
+
+
+# ---- building on other machines: a small project under the same CMakeLists.txt and setup.py
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "csrc/generate_nf4_table.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    files = {
+        "README.md": "",
+        "peftkern/__init__.py": '__version__ = "0"',
+        "peftkern/nf4.py": (ROOT / "peftkern" / "nf4.py").read_text(),
+        "csrc/cpu/bind.cpp": 'extern "C" int PyInit__cpu() { return 0; }',
+        "csrc/cpu/sum.cpp": '#include "peftkern/nf4_table.h"\nfloat sum() { return PEFTKERN_X86; }',
+        "csrc/cpu/sum_avx2.cpp": "#include <immintrin.h>\n__m256 a;",
+        "csrc/cpu/sum_amx.cpp": "#include <immintrin.h>\nvoid b() { _tile_dpbf16ps(0, 1, 2); }",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def build(project: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=project, **env)
+
+
+def compile_commands(project: Path) -> dict[str, str]:
+    (path,) = project.glob("build/*/compile_commands.json")
+    return {Path(entry["file"]).name: entry["command"] for entry in json.loads(path.read_text())}
+
+
+def test_first_compiler_error_ends_the_output(project):
+    (project / "csrc/cpu/bind.cpp").write_text("#include <no_such_header.h>")
+    answer = build(project)
+    assert answer.returncode != 0
+    last = "\n".join(answer.stderr.splitlines()[-8:])
+    assert re.search(r"bind\.cpp:1:\d+: fatal error: no_such_header\.h", last), answer.stderr
+
+
+@x86_only
+def test_compiler_without_amx_leaves_amx_out(project):
+    compiler = project / "old-compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-mamx*) echo "unknown option -mamx-tile" >&2; exit 1;; esac\n'
+        'exec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    answer = build(project, CXX=str(compiler))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "cannot build amx" in answer.stdout
+    commands = compile_commands(project)
+    assert "sum_amx.cpp" not in commands
+    assert "-mavx2" in commands["sum_avx2.cpp"]
+    assert "-DPEFTKERN_HAVE_AMX=0" in commands["sum.cpp"]
+    assert "-DPEFTKERN_HAVE_AVX2=1" in commands["sum.cpp"]
+
+
+def test_other_processor_builds_the_plain_files(project):
+    answer = build(project, CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    commands = compile_commands(project)
+    assert set(commands) == {"bind.cpp", "sum.cpp"}
+    assert "-DPEFTKERN_X86=0" in commands["sum.cpp"]
+    assert "-mavx" not in commands["sum.cpp"]
