@@ -78,7 +78,7 @@ def nf4_dequantize(
 ) -> Tensor:
     out = torch.empty(shape, dtype=dtype)
     tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    native.nf4_dequantize((*tensors, blocksize, nested_blocksize), out)
+    native.nf4_dequantize((*tensors, blocksize, nested_blocksize), out, fresh=True)
     return out
 
 
@@ -94,7 +94,7 @@ def nf4_dequantize_out(
 ) -> None:
     tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
     dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
-    native.nf4_dequantize((*tensors, blocksize, nested_blocksize), dense)
+    native.nf4_dequantize((*tensors, blocksize, nested_blocksize), dense, fresh=dense is not out)
     if dense is not out:
         out.copy_(dense)
 

@@ -107,13 +107,18 @@ def nf4_quantize_absmax(
     return q, nested_absmax
 
 
-def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
-    """Write the dense values of a weight of `out.numel()` elements to the contiguous `out`."""
+def nf4_dequantize(pieces: Pieces, out: Tensor, fresh: bool) -> None:
+    """Write the dense values of a weight of `out.numel()` elements to the contiguous `out`.
+
+    fresh: `out` has just been allocated; a hint on how to write it.
+    """
     numel = out.numel()
     address = _address("out", out, out.dtype, numel)
     dtype = _dtype_code("out", out)
     weight = _weight(pieces, numel)
-    _module().nf4_dequantize(cpu_isa(), torch.get_num_threads(), weight, address, dtype, numel)
+    _module().nf4_dequantize(
+        cpu_isa(), torch.get_num_threads(), weight, address, dtype, numel, fresh
+    )
 
 
 def lora_shrink(x: Tensor, a: Tensor, keep: Tensor | None = None, scale: float = 1.0) -> Tensor:

@@ -191,7 +191,7 @@ def test_fork_after_use():
     x_at, a_at, b_at, S_at, y_at = (t.data_ptr() for t in (x, a, b, S, y))
     best, module = ISAS[-1], native._module()
     calls = [
-        lambda: module.nf4_dequantize(best, 2, w, out.data_ptr(), 0, N * K),
+        lambda: module.nf4_dequantize(best, 2, w, out.data_ptr(), 0, N * K, False),
         lambda: module.lora_shrink(best, 2, M, K, R, x_at, 0, a_at, 0, 1.0, S_at),
         lambda: module.nf4_lora_linear_forward(
             best, 2, M, N, K, R, x_at, 0, w, a_at, 0, 1.0, S_at, 1.0, b_at, 0, y_at

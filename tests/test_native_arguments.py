@@ -155,7 +155,7 @@ def test_good_arguments_are_taken(nested):
     module.nf4_lora_linear_backward(*backward_args(w=weight_tuple(nested)))
     module.nf4_lora_linear_forward(*forward_args(r=0, s=0, b=0, bias=0))
     module.nf4_lora_linear_backward(*backward_args(r=0, s=0, b=0))
-    module.nf4_dequantize(ISAS[-1], 1, weight_tuple(nested), address(N, K), 0, N * K)
+    module.nf4_dequantize(ISAS[-1], 1, weight_tuple(nested), address(N, K), 0, N * K, False)
 
 
 @pytest.mark.parametrize("bad", BAD_CALLS)
@@ -173,7 +173,7 @@ def test_every_function_refuses_bad_weights(bad):
     for call in (
         lambda: module.nf4_lora_linear_forward(*forward_args(w=w)),
         lambda: module.nf4_lora_linear_backward(*backward_args(w=w)),
-        lambda: module.nf4_dequantize(ISAS[-1], 1, w, address(N, K), 0, N * K),
+        lambda: module.nf4_dequantize(ISAS[-1], 1, w, address(N, K), 0, N * K, False),
     ):
         with pytest.raises(ValueError):
             call()

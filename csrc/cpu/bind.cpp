@@ -103,11 +103,11 @@ PYBIND11_MODULE(_cpu, m) {
                               pointer<float>(nested_absmax), nested_len);
         });
   m.def("nf4_dequantize", [](const std::string& isa, int threads, const py::tuple& w, uintptr_t out,
-                             int out_dtype, int64_t out_numel) {
+                             int out_dtype, int64_t out_numel, bool fresh) {
     const NF4View view = view_from_tuple(w);
     const DType dtype = dtype_from_code(out_dtype);
     py::gil_scoped_release release;
-    nf4_dequantize(isa.c_str(), threads, view, pointer<void>(out), dtype, out_numel);
+    nf4_dequantize(isa.c_str(), threads, view, pointer<void>(out), dtype, out_numel, fresh);
   });
   // Both products in one call: s[M, r] is written with keep_scale * keep(x) a^T (unscaled), then
   // y with x W^T + scaling s b^T + bias.

@@ -45,24 +45,97 @@ inline void decode_chunk(const NF4View& w, const Absmax& absmax, int64_t element
   for (int j = 0; j < 4; ++j) out[j] = _mm512_loadu_si512(values + 32 * j);
 }
 
+// Runs emit(i, v) for every 128 of n weights from `element` on; weights past the n-th are zero.
+// They come as four streams, number t of v[j] being element i + 4 t + j: the order in which
+// shifting the packed words yields them. vpermw reads five index bits: four are the nibble, and the
+// fifth chooses between the tables of the two 64-blocks in the low and the high half.
+template <class Emit>
+inline void decode_streams(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
+                           const Emit& emit) {
+  __m512i v[4];
+  if (!whole_blocks(w, element)) {
+    for (int64_t i = 0; i < n; i += 128) {
+      alignas(64) uint16_t values[128] = {};
+      for (int64_t j = 0; j < min64(n - i, 128); ++j) {
+        values[j % 4 * 32 + j / 4] =
+            bf16_from_float(weight_at(w, absmax, element + i + j, DType::kFloat32));
+      }
+      for (int j = 0; j < 4; ++j) v[j] = _mm512_load_si512(values + 32 * j);
+      emit(i, v);
+    }
+    return;
+  }
+  const uint8_t* packed = w.packed + element / 2;
+  const int shift = absmax.log2 - 6;
+  const int64_t block = element >> 6;
+  const __m512 code = _mm512_loadu_ps(kNF4Code);
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const auto scaled = [&](int64_t b) {
+    return _mm512_mul_ps(code, _mm512_set1_ps(absmax.values[(b >> shift) - absmax.first]));
+  };
+  const auto decode = [&](int64_t i, __m512i bytes, __m512 low, __m512 high) {
+    constexpr int kAndOr = 0xea;  // (a & b) | c
+    const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    const auto value = [&](__m512i shifted) {
+      return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(shifted, nibble, half, kAndOr),
+                                      table);
+    };
+    v[0] = value(_mm512_srli_epi16(bytes, 4));
+    v[1] = value(bytes);
+    v[2] = value(_mm512_srli_epi16(bytes, 12));
+    v[3] = value(_mm512_srli_epi16(bytes, 8));
+    if (n - i < 128) {
+      for (int j = 0; j < 4; ++j) v[j] = _mm512_maskz_mov_epi16(mask32((n - i - j + 3) / 4), v[j]);
+    }
+    emit(i, v);
+  };
+  int64_t i = 0;
+  for (int64_t b = block; i + 128 <= n; i += 128, b += 2) {
+    __builtin_prefetch(packed + i / 2 + kDotAhead);
+    decode(i, _mm512_loadu_si512(packed + i / 2), scaled(b), scaled(b + 1));
+  }
+  if (i < n) {
+    const int64_t b = block + i / 64;
+    decode(i, load_bytes(packed + i / 2, (n - i + 1) / 2), scaled(b),
+           n - i > 64 ? scaled(b + 1) : _mm512_setzero_ps());
+  }
+}
+
 struct BFloat16Panels {
   static constexpr int kPerDword = 2;
   static constexpr int64_t kStep = 32;
+  static constexpr int64_t kOrder = 128;  // each stream fills a tile row
 
   static void load_dwords(const void* in, DType, int64_t i, int64_t n, uint32_t* out) {
     const uint16_t* p = static_cast<const uint16_t*>(in) + i;
     _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(mask32(n), p));
   }
 
+  // n of 128 elements, the rest zero, in the order of decode_streams.
+  static void load_ordered(const void* in, DType, int64_t i, int64_t n, uint32_t* out) {
+    const uint16_t* p = static_cast<const uint16_t*>(in) + i;
+    const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i fourth = _mm512_cvtepi32_epi16(_mm512_slli_epi32(ramp, 2));
+    __m512i x[4];
+    for (int j = 0; j < 4; ++j) {
+      x[j] = _mm512_maskz_loadu_epi16(mask32(n - 32 * j), n > 32 * j ? p + 32 * j : p);
+    }
+    for (int j = 0; j < 4; ++j) {
+      const __m512i index = _mm512_castsi256_si512(
+          _mm256_add_epi16(fourth, _mm256_set1_epi16(static_cast<int16_t>(j))));
+      const __m512i low = _mm512_permutex2var_epi16(x[0], index, x[1]);
+      const __m512i high = _mm512_permutex2var_epi16(x[2], index, x[3]);
+      _mm512_storeu_si512(out + 16 * j,
+                          join(_mm512_castsi512_si256(low), _mm512_castsi512_si256(high)));
+    }
+  }
+
   static void decode_row(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, DType,
                          uint32_t* out, int64_t stride) {
-    for (int64_t i = 0; i < n; i += 128) {
-      __m512i v[4];
-      decode_chunk(w, absmax, element + i, n - i, v);
-      for (int64_t j = 0; j < 4 && i + 32 * j < n; ++j, out += stride) {
-        _mm512_storeu_si512(out, v[j]);
-      }
-    }
+    decode_streams(w, absmax, element, n, [&](int64_t, const __m512i v[4]) {
+      for (int j = 0; j < 4; ++j, out += stride) _mm512_storeu_si512(out, v[j]);
+    });
   }
 
   static void decode_lanes(const NF4View& w, const Absmax& absmax, int64_t N, int64_t K, int64_t n0,
@@ -89,66 +162,12 @@ struct BFloat16Panels {
     }
   }
 
-  // The dot product takes the weights as four streams (element 4 t + j is number t of stream j),
-  // the order in which shifting the packed words yields them; the input is brought into it once.
-  static constexpr int64_t kDotStep = 128;
-  static void prepare_dot(const void* in, DType, int64_t i, int64_t n, uint32_t* out) {
-    const uint16_t* p = static_cast<const uint16_t*>(in) + i;
-    const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m256i fourth = _mm512_cvtepi32_epi16(_mm512_slli_epi32(ramp, 2));
-    for (int64_t c = 0; c < n; c += 128, out += 64) {
-      __m512i x[4];
-      for (int j = 0; j < 4; ++j) {
-        x[j] = _mm512_maskz_loadu_epi16(mask32(n - c - 32 * j), p + c + 32 * j);
-      }
-      for (int j = 0; j < 4; ++j) {
-        const __m512i index = _mm512_castsi256_si512(
-            _mm256_add_epi16(fourth, _mm256_set1_epi16(static_cast<int16_t>(j))));
-        const __m512i low = _mm512_permutex2var_epi16(x[0], index, x[1]);
-        const __m512i high = _mm512_permutex2var_epi16(x[2], index, x[3]);
-        _mm512_storeu_si512(out + 16 * j,
-                            join(_mm512_castsi512_si256(low), _mm512_castsi512_si256(high)));
-      }
-    }
-  }
-
-  static void decode_streams(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
-                             __m512i out[4]) {
-    if (whole_blocks(w, element)) {
-      const __m512i packed = load_bytes(w.packed + element / 2, (n + 1) / 2);
-      const __m512i table = bf16_tables(absmax, element, n);
-      const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-      const __m512i nibble = _mm512_set1_epi16(15);
-      constexpr int kAndOr = 0xea;
-      const auto value = [&](__m512i shifted) {
-        return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(shifted, nibble, half, kAndOr),
-                                        table);
-      };
-      out[0] = value(_mm512_srli_epi16(packed, 4));
-      out[1] = value(packed);
-      out[2] = value(_mm512_srli_epi16(packed, 12));
-      out[3] = value(_mm512_srli_epi16(packed, 8));
-      return;
-    }
-    uint16_t values[128] = {};
-    for (int64_t j = 0; j < min64(n, 128); ++j) {
-      values[j % 4 * 32 + j / 4] =
-          bf16_from_float(weight_at(w, absmax, element + j, DType::kFloat32));
-    }
-    for (int j = 0; j < 4; ++j) out[j] = _mm512_loadu_si512(values + 32 * j);
-  }
-
   template <int kRows>
   static void dot(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, DType,
                   const uint32_t* in, int64_t in_stride, F16* acc) {
     constexpr int kSums = kRows >= 4 ? 1 : 4 / kRows;  // independent sums hide the latency
-    __m512 sum[kRows][kSums];
-    for (int m = 0; m < kRows; ++m) {
-      for (int j = 0; j < kSums; ++j) sum[m][j] = j == 0 ? acc[m].v : _mm512_setzero_ps();
-    }
-    for (int64_t i = 0; i < n; i += 128) {
-      __m512i v[4];
-      decode_streams(w, absmax, element + i, n - i, v);
+    __m512 sum[kRows][kSums] = {};
+    decode_streams(w, absmax, element, n, [&](int64_t i, const __m512i v[4]) {
       for (int m = 0; m < kRows; ++m) {
         const uint32_t* x = in + m * in_stride + i / 2;
         for (int j = 0; j < 4; ++j) {
@@ -157,10 +176,9 @@ struct BFloat16Panels {
                                reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + 16 * j)));
         }
       }
-    }
+    });
     for (int m = 0; m < kRows; ++m) {
-      for (int j = 1; j < kSums; ++j) sum[m][0] = _mm512_add_ps(sum[m][0], sum[m][j]);
-      acc[m].v = sum[m][0];
+      for (int j = 0; j < kSums; ++j) acc[m].v = _mm512_add_ps(acc[m].v, sum[m][j]);
     }
   }
 };

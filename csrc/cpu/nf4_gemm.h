@@ -28,27 +28,32 @@ struct NF4Gemm {
   static constexpr int64_t kBlock = Math::kBlock;
   static constexpr int64_t kBlockSteps = kBlock / kStep;
 
-  // `rows` rows of `width` elements as rows tiles or, transposed, as lanes tiles:
-  // [row pair][step][2 tiles].
-  void pack(int64_t first, int64_t rows, int64_t width, bool lanes, uint32_t* out) const {
-    const int64_t steps = (width + kStep - 1) / kStep;
-    constexpr int64_t kChunk = 16;  // steps in a task
+  // `rows` rows of `width` elements as [row pair][step][2 tiles]: rows tiles as they are, or lanes
+  // tiles in the order in which decode_row puts weights.
+  template <bool kLanes>
+  void pack(int64_t first, int64_t rows, int64_t width, int64_t steps, uint32_t* out) const {
+    constexpr int64_t kGroup = kLanes ? Math::kOrder / kStep : 1;  // steps that are loaded at once
+    constexpr int64_t kChunk = 16;                                 // steps in a task
     const int64_t chunks = (steps + kChunk - 1) / kChunk;
     auto task = [&](int64_t t, int) {
-      const int64_t group = t / chunks;
-      for (int64_t step = t % chunks * kChunk; step < min64(steps, (t % chunks + 1) * kChunk);
-           ++step) {
+      const int64_t group = t / chunks, begin = t % chunks * kChunk;
+      for (int64_t step = begin; step < min64(steps, begin + kChunk); step += kGroup) {
         uint32_t* tile = out + (group / 2 * steps + step) * kPair + group % 2 * kTile;
-        uint32_t lines[kTile];
-        uint32_t* target = lanes ? lines : tile;
+        uint32_t lines[16 * 16 * kGroup];
         for (int64_t i = 0; i < 16; ++i) {
-          const int64_t row = group * 16 + i;
-          const int64_t valid = row < rows ? width - step * kStep : 0;
-          Math::load_dwords(args.in, args.dtype,
-                            valid > 0 ? (first + row) * width + step * kStep : 0,
-                            min64(valid, kStep), target + 16 * i);
+          const int64_t row = group * 16 + i, column = step * kStep;
+          const int64_t valid = row < rows ? width - column : 0;
+          const int64_t source = valid > 0 ? (first + row) * width + column : 0;
+          if (kLanes) {
+            Math::load_ordered(args.in, args.dtype, source, min64(valid, Math::kOrder),
+                               lines + 16 * kGroup * i);
+          } else {
+            Math::load_dwords(args.in, args.dtype, source, min64(valid, kStep), tile + 16 * i);
+          }
         }
-        if (lanes) transpose_tile(lines, 16, tile);
+        for (int64_t g = 0; kLanes && g < kGroup; ++g) {
+          transpose_tile(lines + 16 * g, 16 * kGroup, tile + g * kPair);
+        }
       }
     };
     parallel_for(args.threads, round_up(rows, 32) / 16 * chunks, task);
@@ -130,13 +135,13 @@ struct NF4Gemm {
 
   void forward_rows(int64_t m0, int64_t M) const {
     const int64_t N = args.N, K = args.K, pairs = (M + 31) / 32;
-    const int64_t steps = (K + kStep - 1) / kStep;
+    const int64_t steps = round_up(K, Math::kOrder) / kStep;
     const int64_t share = round_up((N + args.threads - 1) / args.threads, 32);
-    const int64_t panel = min64(kPanelRows, share), panels = (N + panel - 1) / panel;
+    const int64_t panel = min64(M <= 32 ? 32 : kPanelRows, share), panels = (N + panel - 1) / panel;
     const int64_t blocks = panel * K / args.w.blocksize + 2;
 
     Scratch packed(pairs * steps * kPair * 4);
-    pack(m0, M, K, true, static_cast<uint32_t*>(packed.data));
+    pack<true>(m0, M, K, steps, static_cast<uint32_t*>(packed.data));
     const int64_t s_stride = pairs * 32;
     Scratch s_scratch(args.r * s_stride * 4);
     float* s = static_cast<float*>(s_scratch.data);
@@ -163,7 +168,8 @@ struct NF4Gemm {
       expand_absmax(args.w, absmax.first, (((n0 + rows) * K - 1) >> log2) - absmax.first + 1,
                     sums + sum_floats);
       for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-        const int64_t width = min64(kBlock, K - k0), count = (width + kStep - 1) / kStep;
+        const int64_t width = min64(kBlock, K - k0);
+        const int64_t count = round_up(width, Math::kOrder) / kStep;
         for (int64_t i = 0; i < round_up(rows, 32); ++i) {
           uint32_t* row = weights + i / 32 * kBlockSteps * kPair + i % 32 * 16;
           if (i < rows) {
@@ -245,11 +251,14 @@ struct NF4Gemm {
 
   void forward() const {
     if (args.M <= Math::kDotRows) {
-      const int64_t stride = round_up(args.K, Math::kDotStep) / Math::kPerDword;
+      const int64_t stride = round_up(args.K, Math::kOrder) / Math::kPerDword;
       Scratch x(args.M * stride * 4);
       uint32_t* p = static_cast<uint32_t*>(x.data);
       for (int64_t m = 0; m < args.M; ++m) {
-        Math::prepare_dot(args.in, args.dtype, m * args.K, args.K, p + m * stride);
+        for (int64_t k = 0; k < args.K; k += Math::kOrder) {
+          Math::load_ordered(args.in, args.dtype, m * args.K + k, min64(Math::kOrder, args.K - k),
+                             p + m * stride + k / Math::kPerDword);
+        }
       }
       int64_t m = 0;
       for (; m + 4 <= args.M; m += 4) forward_dots<4>(m, p + m * stride, stride);
@@ -266,7 +275,7 @@ struct NF4Gemm {
     const int64_t N = args.N, K = args.K, pairs = (M + 31) / 32;
     const int64_t steps = (N + kStep - 1) / kStep;
     Scratch packed(pairs * steps * kPair * 4);
-    pack(m0, M, N, false, static_cast<uint32_t*>(packed.data));
+    pack<false>(m0, M, N, steps, static_cast<uint32_t*>(packed.data));
 
     const int64_t panel_dwords = kStrip / 32 * kBlockSteps * kPair;
     const int64_t sum_floats = pairs * (kStrip / 32) * 4 * kTile;

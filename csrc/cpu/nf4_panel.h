@@ -59,6 +59,10 @@ inline void expand_absmax(const NF4View& w, int64_t first, int64_t count, float*
   load_absmax(w, first, count, out);
 }
 
+// Bytes that a dot product asks for in advance. Rows follow one another in memory, and the window
+// of out-of-order execution holds a dozen cache lines: too few for the latency of main memory.
+constexpr int64_t kDotAhead = 2048;
+
 // The absmax of a run of blocks, read from the weight or from an expanded copy.
 struct Absmax {
   const float* values;
@@ -117,6 +121,7 @@ inline void transpose_tile(const uint32_t* in, int64_t in_stride, uint32_t* out)
 struct Float32Math {
   static constexpr int kPerDword = 1;
   static constexpr int64_t kStep = 16;    // elements of the reduction in a tile
+  static constexpr int64_t kOrder = 16;   // elements that may come in an order of their own
   static constexpr int64_t kBlock = 256;  // elements of the reduction decoded at a time
   static constexpr int64_t kDotRows = 4;  // up to here, dot products instead of tiles
 
@@ -129,6 +134,10 @@ struct Float32Math {
     }
     const F16 x = load_any(in, dtype, i, static_cast<int>(min64(n, 16)));
     f16_store(reinterpret_cast<float*>(out), x);
+  }
+
+  static void load_ordered(const void* in, DType dtype, int64_t i, int64_t n, uint32_t* out) {
+    load_dwords(in, dtype, i, n, out);
   }
 
   // n weights from `element` on, sixteen at a time to target(0), target(1), ...; the last group is
@@ -177,7 +186,8 @@ struct Float32Math {
     }
   }
 
-  // C[a][b] (+)= rows tile a x lanes tile b, summed over `steps` pairs of tiles.
+  // C[a][b] (+)= rows tile a x lanes tile b, summed over `steps` pairs of tiles; each block's sum
+  // starts at zero, which keeps the rounding error of long reductions down.
   template <int kA, int kB>
   static void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
                        bool first) {
@@ -199,7 +209,7 @@ struct Float32Math {
         float* tile = c + (row / 16 * 2 + b0) * kTile + row % 16 * 16;
         for (int i = 0; i < kRows; ++i) {
           for (int b = 0; b < kLanes; ++b) {
-            acc[i][b] = first ? f16_zero() : f16_load(tile + b * kTile + i * 16);
+            acc[i][b] = f16_zero();
           }
         }
         for (int64_t t = 0; t < steps; ++t) {
@@ -218,17 +228,16 @@ struct Float32Math {
           }
         }
         for (int i = 0; i < kRows; ++i) {
-          for (int b = 0; b < kLanes; ++b) f16_store(tile + b * kTile + i * 16, acc[i][b]);
+          for (int b = 0; b < kLanes; ++b) {
+            float* sum = tile + b * kTile + i * 16;
+            f16_store(sum, first ? acc[i][b] : f16_add(f16_load(sum), acc[i][b]));
+          }
         }
       }
     }
   }
 
-  // Dot products of one weight row with up to kRows input rows held as float32.
-  static constexpr int64_t kDotStep = 16;
-  static void prepare_dot(const void* in, DType dtype, int64_t i, int64_t n, uint32_t* out) {
-    for (int64_t j = 0; j < n; j += 16) load_dwords(in, dtype, i + j, n - j, out + j);
-  }
+  // Dot products of one weight row with kRows input rows.
   template <int kRows>
   static void dot(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, DType dtype,
                   const uint32_t* in, int64_t in_stride, F16* acc) {
@@ -245,6 +254,7 @@ struct Float32Math {
       while (i + 32 <= n) {
         const int64_t stop = min64(n, i + w.blocksize - ((element + i) & (w.blocksize - 1)));
         const F16 table = scaled_table(absmax.at(element + i), dtype);
+        __builtin_prefetch(w.packed + (element + i) / 2 + kDotAhead);
         for (; i + 32 <= stop; i += 32) {
           const F16 w0 = f16_lookup(w.packed + (element + i) / 2, table);
           const F16 w1 = f16_lookup(w.packed + (element + i) / 2 + 8, table);

@@ -39,7 +39,7 @@ void check_dequantize(const char* isa) {
       const int threads = static_cast<int>(pick({1, 2, 3}));
       for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
         Values out(dtype, numel, static_cast<int64_t>(rng() % 3));
-        nf4_dequantize(isa, threads, w.view, out.data(), dtype, numel);
+        nf4_dequantize(isa, threads, w.view, out.data(), dtype, numel, rng() % 2);
         for (int64_t i = 0; i < numel; ++i) {
           const float exact = w.at(i);
           const float wanted = dtype == DType::kFloat32 ? exact : from_bf16(to_bf16(exact));
@@ -47,7 +47,7 @@ void check_dequantize(const char* isa) {
         }
       }
       Buffer<uint16_t> half(numel);
-      nf4_dequantize(isa, threads, w.view, half.data(), DType::kFloat16, numel);
+      nf4_dequantize(isa, threads, w.view, half.data(), DType::kFloat16, numel, false);
     }
   }
 }
@@ -323,8 +323,9 @@ void check_malformed_states(const char* isa) {
     }
     const int64_t room = w.numel >= 0 && w.numel <= 1 << 20 ? w.numel : 0;
     Buffer<float> out(room), y(1);
-    rejected([&] { nf4_dequantize(isa, 1, w, out.data(), DType::kFloat32, w.numel); }) ? ++refused
-                                                                                       : ++ran;
+    rejected([&] { nf4_dequantize(isa, 1, w, out.data(), DType::kFloat32, w.numel, false); })
+        ? ++refused
+        : ++ran;
     NF4LinearArgs args;  // [1, numel] weight
     args.M = 1, args.N = 1, args.K = w.numel, args.in = out.data(), args.out = y.data();
     args.w = w;

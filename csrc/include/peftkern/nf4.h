@@ -74,7 +74,8 @@ void nf4_quantize_absmax(int threads, const float* absmax, int64_t n, float offs
                          const float* code, int64_t nested_blocksize, uint8_t* q,
                          float* nested_absmax, int64_t nested_len);
 
+// `fresh`: out has just been allocated and its pages are not there yet.
 void nf4_dequantize(const char* isa, int threads, const NF4View& w, void* out, DType dtype,
-                    int64_t out_numel);
+                    int64_t out_numel, bool fresh);
 
 }  // namespace peftkern
