@@ -122,7 +122,7 @@ struct Float32Math {
   static constexpr int kPerDword = 1;
   static constexpr int64_t kStep = 16;    // elements of the reduction in a tile
   static constexpr int64_t kOrder = 16;   // elements that may come in an order of their own
-  static constexpr int64_t kBlock = 256;  // elements of the reduction decoded at a time
+  static constexpr int64_t kBlock = 128;  // elements of the reduction decoded at a time
   static constexpr int64_t kDotRows = 4;  // up to here, dot products instead of tiles
 
   struct Session {};  // nothing to set up per thread
