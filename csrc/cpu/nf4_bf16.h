@@ -103,7 +103,6 @@ inline void decode_streams(const NF4View& w, const Absmax& absmax, int64_t eleme
 }
 
 struct BFloat16Panels {
-  static constexpr int kPerDword = 2;
   static constexpr int64_t kStep = 32;
   static constexpr int64_t kOrder = 128;  // each stream fills a tile row
 
@@ -159,26 +158,6 @@ struct BFloat16Panels {
         _mm512_storeu_si512(line, _mm512_permutex2var_epi16(v[0][j], low, v[1][j]));
         _mm512_storeu_si512(line + kTile, _mm512_permutex2var_epi16(v[0][j], high, v[1][j]));
       }
-    }
-  }
-
-  template <int kRows>
-  static void dot(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, DType,
-                  const uint32_t* in, int64_t in_stride, F16* acc) {
-    constexpr int kSums = kRows >= 4 ? 1 : 4 / kRows;  // independent sums hide the latency
-    __m512 sum[kRows][kSums] = {};
-    decode_streams(w, absmax, element, n, [&](int64_t i, const __m512i v[4]) {
-      for (int m = 0; m < kRows; ++m) {
-        const uint32_t* x = in + m * in_stride + i / 2;
-        for (int j = 0; j < 4; ++j) {
-          sum[m][j % kSums] =
-              _mm512_dpbf16_ps(sum[m][j % kSums], reinterpret_cast<__m512bh>(v[j]),
-                               reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + 16 * j)));
-        }
-      }
-    });
-    for (int m = 0; m < kRows; ++m) {
-      for (int j = 0; j < kSums; ++j) acc[m].v = _mm512_add_ps(acc[m].v, sum[m][j]);
     }
   }
 };

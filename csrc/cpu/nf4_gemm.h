@@ -10,7 +10,7 @@
 // sums a thread.
 #pragma once
 
-#include "nf4_panel.h"
+#include "nf4_dot.h"
 
 namespace peftkern {
 namespace {
@@ -209,7 +209,7 @@ struct NF4Gemm {
 
   // Few rows: dot products of weight rows as they stream by, nothing but x is kept.
   template <int kRows>
-  void forward_dots(int64_t m0, const uint32_t* x, int64_t stride) const {
+  void forward_dots(int64_t m0, const float* x, int64_t stride) const {
     const int64_t N = args.N, K = args.K;
     constexpr int64_t kRowsPerTask = 64;
     const int64_t blocks = kRowsPerTask * K / args.w.blocksize + 2;
@@ -234,7 +234,7 @@ struct NF4Gemm {
             acc[m] = f16_fma(scaled, f16_load_n(b + j, count), acc[m]);
           }
         }
-        Math::template dot<kRows>(args.w, absmax, n * K, K, args.dtype, x, stride, acc);
+        dot<kRows>(args.w, absmax, n * K, K, x, stride, acc);
         for (int m = 0; m < kRows; ++m) {
           const float y = f16_sum(acc[m]) + (args.bias ? args.bias[n] : 0.0f);
           const int64_t i = (m0 + m) * N + n;
@@ -251,19 +251,16 @@ struct NF4Gemm {
 
   void forward() const {
     if (args.M <= Math::kDotRows) {
-      const int64_t stride = round_up(args.K, Math::kOrder) / Math::kPerDword;
-      Scratch x(args.M * stride * 4);
-      uint32_t* p = static_cast<uint32_t*>(x.data);
+      const int64_t stride = round_up(args.K, kDotGroup);
+      Scratch prepared(args.M * stride * 4);
+      float* x = static_cast<float*>(prepared.data);
       for (int64_t m = 0; m < args.M; ++m) {
-        for (int64_t k = 0; k < args.K; k += Math::kOrder) {
-          Math::load_ordered(args.in, args.dtype, m * args.K + k, min64(Math::kOrder, args.K - k),
-                             p + m * stride + k / Math::kPerDword);
-        }
+        prepare_dot(args.in, args.dtype, m * args.K, args.K, x + m * stride);
       }
       int64_t m = 0;
-      for (; m + 4 <= args.M; m += 4) forward_dots<4>(m, p + m * stride, stride);
-      for (; m + 2 <= args.M; m += 2) forward_dots<2>(m, p + m * stride, stride);
-      for (; m < args.M; ++m) forward_dots<1>(m, p + m * stride, stride);
+      for (; m + 4 <= args.M; m += 4) forward_dots<4>(m, x + m * stride, stride);
+      for (; m + 2 <= args.M; m += 2) forward_dots<2>(m, x + m * stride, stride);
+      for (; m < args.M; ++m) forward_dots<1>(m, x + m * stride, stride);
       return;
     }
     for (int64_t m = 0; m < args.M; m += kForwardRows) {

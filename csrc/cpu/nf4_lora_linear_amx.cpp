@@ -17,7 +17,7 @@ struct alignas(64) TileConfig {
 
 struct AmxBf16Math : BFloat16Panels {
   static constexpr int64_t kBlock = 256;
-  static constexpr int64_t kDotRows = 1;
+  static constexpr int64_t kDotRows = 2;
 
   struct Session {
     Session() {

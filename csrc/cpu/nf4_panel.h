@@ -119,7 +119,6 @@ inline void transpose_tile(const uint32_t* in, int64_t in_stride, uint32_t* out)
 // float32 arithmetic: scalar, AVX2 and AVX-512. bfloat16 input is widened; the weights take the
 // values they have in the input's type.
 struct Float32Math {
-  static constexpr int kPerDword = 1;
   static constexpr int64_t kStep = 16;    // elements of the reduction in a tile
   static constexpr int64_t kOrder = 16;   // elements that may come in an order of their own
   static constexpr int64_t kBlock = 128;  // elements of the reduction decoded at a time
@@ -235,44 +234,6 @@ struct Float32Math {
         }
       }
     }
-  }
-
-  // Dot products of one weight row with kRows input rows.
-  template <int kRows>
-  static void dot(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, DType dtype,
-                  const uint32_t* in, int64_t in_stride, F16* acc) {
-    F16 even[kRows], odd[kRows];
-    for (int m = 0; m < kRows; ++m) {
-      even[m] = acc[m];
-      odd[m] = f16_zero();
-    }
-    const auto x = [&](int m, int64_t i) {
-      return f16_load(reinterpret_cast<const float*>(in + m * in_stride + i));
-    };
-    int64_t i = 0;
-    if (element % 32 == 0) {
-      while (i + 32 <= n) {
-        const int64_t stop = min64(n, i + w.blocksize - ((element + i) & (w.blocksize - 1)));
-        const F16 table = scaled_table(absmax.at(element + i), dtype);
-        __builtin_prefetch(w.packed + (element + i) / 2 + kDotAhead);
-        for (; i + 32 <= stop; i += 32) {
-          const F16 w0 = f16_lookup(w.packed + (element + i) / 2, table);
-          const F16 w1 = f16_lookup(w.packed + (element + i) / 2 + 8, table);
-          for (int m = 0; m < kRows; ++m) {
-            even[m] = f16_fma(w0, x(m, i), even[m]);
-            odd[m] = f16_fma(w1, x(m, i + 16), odd[m]);
-          }
-        }
-        if (stop == n) break;
-      }
-    }
-    for (; i < n; i += 16) {
-      uint32_t line[16] = {};
-      decode_row(w, absmax, element + i, min64(16, n - i), dtype, line, 16);
-      const F16 values = f16_load(reinterpret_cast<const float*>(line));
-      for (int m = 0; m < kRows; ++m) even[m] = f16_fma(values, x(m, i), even[m]);
-    }
-    for (int m = 0; m < kRows; ++m) acc[m] = f16_add(even[m], odd[m]);
   }
 };
 
