@@ -123,8 +123,9 @@ PYBIND11_MODULE(_cpu, m) {
           shrink.x = pointer<const void>(x);
           shrink.a = pointer<const float>(a);
           shrink.s = pointer<float>(s);
+          args.shrink = &shrink;
           py::gil_scoped_release release;
-          nf4_lora_linear_forward(isa.c_str(), args, &shrink);
+          nf4_lora_linear_forward(isa.c_str(), args);
         });
   m.def("nf4_lora_linear_backward",
         [](const std::string& isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r,

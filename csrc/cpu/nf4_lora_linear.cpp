@@ -55,10 +55,9 @@ void validate(const NF4LinearArgs& args) {
 
 const NF4LinearKernels kNF4LinearScalar = {forward_with<Float32Math>, backward_with<Float32Math>};
 
-void nf4_lora_linear_forward(const char* isa, const NF4LinearArgs& args,
-                             const LoraShrinkArgs* shrink) {
+void nf4_lora_linear_forward(const char* isa, const NF4LinearArgs& args) {
   validate(args);
-  if (shrink && args.r > 0) lora_shrink(isa, *shrink);
+  if (args.shrink && args.r > 0) lora_shrink(isa, *args.shrink);
   if (args.M > 0) kernels_for(isa_from_name(isa), args.dtype).forward(args);
 }
 

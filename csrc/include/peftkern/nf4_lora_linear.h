@@ -12,11 +12,12 @@ struct NF4LinearArgs {
   const void* in = nullptr;  // forward: x [M, K]; backward: dy [M, N]; float32 or bfloat16
   void* out = nullptr;       // forward: y [M, N]; backward: dx [M, K]; the type of `in`
   DType dtype = DType::kFloat32;
-  NF4View w;                    // [N, K]
-  const float* s = nullptr;     // [M, r]: x A^T; backward: dy B
-  float scaling = 1.0f;         // of s
-  const float* up = nullptr;    // forward: lora_B [N, r]; backward: lora_A [r, K]
-  const float* bias = nullptr;  // [N], forward only
+  NF4View w;                               // [N, K]
+  const float* s = nullptr;                // [M, r]: x A^T; backward: dy B
+  float scaling = 1.0f;                    // of s
+  const float* up = nullptr;               // forward: lora_B [N, r]; backward: lora_A [r, K]
+  const float* bias = nullptr;             // [N], forward only
+  const LoraShrinkArgs* shrink = nullptr;  // forward: if given, computed first, into s
   int threads = 1;
 };
 
@@ -40,9 +41,7 @@ extern const NF4LinearKernels kNF4LinearAmxBf16;  // bfloat16 only
 #endif
 
 // Checked entries: throw std::invalid_argument naming what does not fit.
-// With `shrink`, whose s is the s of args, that product is computed first, after all is checked.
-void nf4_lora_linear_forward(const char* isa, const NF4LinearArgs& args,
-                             const LoraShrinkArgs* shrink = nullptr);
+void nf4_lora_linear_forward(const char* isa, const NF4LinearArgs& args);
 void nf4_lora_linear_backward(const char* isa, const NF4LinearArgs& args);
 
 // 64-byte aligned scratch memory; std::bad_alloc when there is none.
