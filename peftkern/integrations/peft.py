@@ -45,6 +45,7 @@ _DEVICES = ("cpu",)  # where our kernels have been measured to win; elsewhere PE
 # Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
 # costs more than the copies it saves (bench/bench_lora_linear.py).
 _DENSE_CPU_MINIMUM = 1 << 19
+_DENSE = (nn.Linear, Conv1D)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -196,6 +197,11 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         given = sorted(k for k, v in kwargs.items() if v is not None)
         if args or given:
             return f"extra arguments: {', '.join(given) or 'positional'}"
+    if type(layer._modules["base_layer"]) in _DENSE and x.device.type == "cpu":
+        if _is_small(
+            x, layer.out_features, layer.in_features
+        ):  # asked first: the check must be cheap
+            return "small dense product: PEFT's own operations are as fast"
     names = _active_names(layer)
     reason = _unusual_state(layer, names) or _unusual_tensor("input", x)
     if reason is not None:
@@ -212,8 +218,6 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         return base
     base_x, weight, bias = base
     nf4 = isinstance(weight, NF4Weight)
-    if not nf4 and device == "cpu" and _is_small(x, *weight.shape):
-        return "small dense product: PEFT's own operations are as fast"
     if names:
         lora_A, lora_B, drop = _adapter(layer, names[0])
         A, B = lora_A.weight, lora_B.weight
@@ -283,7 +287,7 @@ def _unusual_state(layer: Any, names: list[str]) -> str | None:
         return "global module hooks"
     base = layer._modules["base_layer"]
     kind = type(base)
-    if kind not in _BNB_TYPES and kind not in (nn.Linear, Conv1D, NF4Linear):
+    if kind not in _BNB_TYPES and kind not in (*_DENSE, NF4Linear):
         return f"base_layer is {kind.__name__}"
     reason = _hooked("base_layer", base)
     if reason is None and kind in _BNB_TYPES:
