@@ -197,11 +197,8 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         given = sorted(k for k, v in kwargs.items() if v is not None)
         if args or given:
             return f"extra arguments: {', '.join(given) or 'positional'}"
-    if type(layer._modules["base_layer"]) in _DENSE and x.device.type == "cpu":
-        if _is_small(
-            x, layer.out_features, layer.in_features
-        ):  # asked first: the check must be cheap
-            return "small dense product: PEFT's own operations are as fast"
+    if _is_small(layer, x):  # asked first: to such a product every check is a loss
+        return "small dense product: PEFT's own operations are as fast"
     names = _active_names(layer)
     reason = _unusual_state(layer, names) or _unusual_tensor("input", x)
     if reason is not None:
@@ -250,8 +247,11 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     return result.to(out_dtype)
 
 
-def _is_small(x: Tensor, N: int, K: int) -> bool:
-    """Too little work to win back the cost of a call, unless a back end was asked for by name."""
+def _is_small(layer: Any, x: Tensor) -> bool:
+    """Too little dense work to win back the cost of a call, unless a back end was asked for."""
+    if type(layer._modules["base_layer"]) not in _DENSE or not x.is_cpu:
+        return False
+    K, N = layer.in_features, layer.out_features
     if x.numel() + x.numel() // max(K, 1) * N >= _DENSE_CPU_MINIMUM:
         return False
     return torch.compiler.is_compiling() or dispatch.forced_backend() is None
