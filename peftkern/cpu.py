@@ -1,9 +1,8 @@
 """The "cpu" back end: every op on C++ kernels and, for dense products, on torch's own GEMM.
 
 One function per op with the op's signature, and the predicates that say why a call cannot run here.
-Sums over the rank and over rows are float32. Activations are widened in registers, so that no
-float32 copy of one is ever made (float16 is the exception: the NF4 kernels take float32 or
-bfloat16).
+Sums over the rank and over rows are float32. No float32 copy of a whole activation is made, except
+of float16 ones, because the NF4 kernels take float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def nf4_dequantize(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device="cpu")
     tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
     native.nf4_dequantize((*tensors, blocksize, nested_blocksize), out, fresh=True)
     return out
@@ -93,7 +92,7 @@ def nf4_dequantize_out(
     out: Tensor,
 ) -> None:
     tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
+    dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device="cpu")
     native.nf4_dequantize((*tensors, blocksize, nested_blocksize), dense, fresh=dense is not out)
     if dense is not out:
         out.copy_(dense)

@@ -37,8 +37,8 @@ def lora_linear(
     Args: x [..., K] float16|bfloat16|float32|float64; weight [N, K], dtype of x, frozen; lora_A
         [r, K] and lora_B [N, r], any float dtype (PEFT keeps them in float32); scaling, a number
         or a 0-dim tensor (read on its device, never on the host); bias [N], dtype of x; dropout_p
-        in [0, 1], drawn from torch's generator exactly as nn.Dropout draws it. Under autocast all
-        of them are cast to its dtype, as F.linear does.
+        in [0, 1], drawn from torch's generator, on a CPU exactly as nn.Dropout draws it. Under
+        autocast all of them are cast to its dtype, as F.linear does.
     Returns: [..., N], dtype of x; the update accumulates in float32 (float64 for float64).
     Raises: ValueError naming both sides on a shape, dtype or device mismatch, and if weight
         requires a gradient.
@@ -68,8 +68,8 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
 
     Args: x [..., K] float16|bfloat16|float32|float64; w of shape (N, K), frozen; bias [N], any
         float dtype, cast to that of x. Under autocast x and bias are cast to its dtype.
-    Returns: [..., N], dtype of x; the weight is rounded once to the dtype of x and products
-        accumulate in float32.
+    Returns: [..., N], dtype of x; each weight is rounded to the dtype of x at most once and
+        products accumulate in float32.
     Raises: ValueError naming both sides on a shape, dtype or device mismatch.
     Gradients: x, bias; once differentiable.   Error bound: kernels/NUMERICS.md#nf4_lora_linear
     Source: Dettmers et al. 2023, arXiv:2305.14314
@@ -136,7 +136,7 @@ def dequantize_nf4(
     value = cast(NF4_CODE[code] * absmax): the product in float32, then one rounding.
 
     Args: dtype of the result, that of `out` or of the original weight by default; out, a tensor of
-        the weight's shape on its device to write to.
+        the weight's shape on its device to write to, outside of autograd.
     Returns: a tensor of w.shape, `out` if that is given.
     Raises: ValueError naming both sides on a shape, dtype or device mismatch of `out`.
     Gradients: none.   Source: Dettmers et al. 2023, arXiv:2305.14314
@@ -150,7 +150,11 @@ def dequantize_nf4(
     if out.shape != w.shape or out.dtype is not wanted or out.device != w.device:
         raise _mismatch("out", f"{list(w.shape)} {wanted} on {w.device}", out)
     _check_float("out", out, _DTYPES)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: expected a tensor outside of autograd, got one that requires grad")
     ops.nf4_dequantize_out(*_pieces(w), out)
+    if not torch.compiler.is_compiling():  # autograd must see that what it may have saved is gone
+        torch.autograd.graph.increment_version(out)
     return out
 
 

@@ -27,9 +27,24 @@ def cpu_module() -> tuple[ModuleType | None, str | None]:
         from peftkern import _cpu
     except ImportError as error:
         return None, f"the native library peftkern._cpu is not usable ({error})"
-    if hasattr(os, "register_at_fork"):  # OpenMP's threads do not survive a fork
-        os.register_at_fork(after_in_child=_cpu.set_fork_child)
+    if _forked:
+        _cpu.set_fork_child()
     return _cpu, None
+
+
+_forked = False
+
+
+def _after_fork_in_child() -> None:
+    """OpenMP's threads, torch's among them, do not survive a fork: the child has to do without."""
+    global _forked
+    _forked = True
+    if cpu_module.cache_info().currsize and cpu_module()[0] is not None:
+        cpu_module()[0].set_fork_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @functools.cache
@@ -67,8 +82,8 @@ def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     _check_blocksize("blocksize", blocksize)
     numel = weight.numel()
     src = _address("weight", weight, weight.dtype, numel)
-    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32)
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32, device="cpu")
     _module().nf4_quantize(
         cpu_isa(),
         torch.get_num_threads(),
@@ -90,8 +105,8 @@ def nf4_quantize_absmax(
     """The 8-bit form of `absmax - offset` in blocks, and the absmax of those blocks."""
     _check_blocksize("blocksize", blocksize)
     n = absmax.numel()
-    q = torch.empty(n, dtype=torch.uint8)
-    nested_absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
+    q = torch.empty(n, dtype=torch.uint8, device="cpu")
+    nested_absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device="cpu")
     _address("offset", offset, torch.float32, 1)
     _module().nf4_quantize_absmax(
         torch.get_num_threads(),
@@ -124,7 +139,7 @@ def nf4_dequantize(pieces: Pieces, out: Tensor, fresh: bool) -> None:
 def lora_shrink(x: Tensor, a: Tensor, keep: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """S[M, r] = scale * (x * keep)[M, K] @ a[r, K].T, float32; a float32."""
     (M, K), r = x.shape, a.shape[0]
-    S = torch.empty((M, r), dtype=torch.float32)
+    S = torch.empty((M, r), dtype=torch.float32, device="cpu")
     _module().lora_shrink(
         cpu_isa(),
         torch.get_num_threads(),
@@ -164,7 +179,7 @@ def lora_expand_(
 def lora_outer(s: Tensor, x: Tensor, scale: float = 1.0, keep: Tensor | None = None) -> Tensor:
     """scale * s[M, r].T @ (x * keep)[M, K], float32 [r, K]; s float32."""
     (M, K), r = x.shape, s.shape[1]
-    gradient = torch.empty((r, K), dtype=torch.float32)
+    gradient = torch.empty((r, K), dtype=torch.float32, device="cpu")
     _module().lora_outer(
         cpu_isa(),
         torch.get_num_threads(),
@@ -199,8 +214,8 @@ def nf4_linear_forward(
     """
     M, K = x.shape
     r = 0 if a is None else a.shape[0]
-    y = torch.empty((M, N), dtype=x.dtype)
-    S = torch.empty((M, r) if a is not None else 0, dtype=torch.float32)
+    y = torch.empty((M, N), dtype=x.dtype, device="cpu")
+    S = torch.empty((M, r) if a is not None else 0, dtype=torch.float32, device="cpu")
     _module().nf4_lora_linear_forward(
         cpu_isa(),
         torch.get_num_threads(),
@@ -229,7 +244,7 @@ def nf4_linear_backward(
     """dx[M, K] = dy[M, N] W + s[M, r] a[r, K]; dy float32 or bfloat16, s and a float32 or None."""
     M, N = dy.shape
     r = 0 if s is None else s.shape[1]
-    dx = torch.empty((M, K), dtype=dy.dtype)
+    dx = torch.empty((M, K), dtype=dy.dtype, device="cpu")
     _module().nf4_lora_linear_backward(
         cpu_isa(),
         torch.get_num_threads(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -175,6 +177,25 @@ def in_fork(function) -> None:
     os.kill(child, 9)
     os.waitpid(child, 0)
     pytest.fail("the child hangs")
+
+
+def test_fork_before_first_use():
+    """torch's threads have run, the library has not: its first call is in the child."""
+    code = (
+        "import os, torch, peftkern\n"
+        "from peftkern import native\n"
+        "torch.set_num_threads(2); torch.randn(1 << 22).sum()\n"
+        "w = torch.zeros(1 << 20); packed = torch.zeros(1 << 19, dtype=torch.uint8)\n"
+        "absmax = torch.zeros(1 << 14)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    native._module().nf4_quantize(native.cpu_isa(), 2, w.data_ptr(), 0, 1 << 20, 64,\n"
+        "        packed.data_ptr(), 1 << 19, absmax.data_ptr(), 1 << 14)\n"
+        "    os._exit(int(packed[0]) != 0x77)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
+    assert done.returncode == 0
 
 
 def test_fork_after_use():

@@ -111,6 +111,18 @@ def test_dequantize_into_a_strided_out(backend):
     assert (memory.t()[1::2] == 42.0).all()
 
 
+def test_dequantize_into_out_is_seen_by_autograd(backend):
+    w = peftkern.quantize_nf4(torch.randn(8, 8))
+    x = torch.ones(8, 8, requires_grad=True)
+    saved = x * 1
+    loss = (saved * saved).sum()
+    with pytest.raises(ValueError, match=r"out: .*outside of autograd"):
+        peftkern.dequantize_nf4(w, out=saved)
+    peftkern.dequantize_nf4(w, out=saved.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     "out", [torch.zeros(5, 76), torch.zeros(77, 5), torch.zeros(5, 77, dtype=torch.int32)]
 )

@@ -29,7 +29,7 @@ bool has_avx512() {
 #endif
 
 #if PEFTKERN_HAVE_AMX
-// Linux grants the 8 KiB tile state to a process on request; threads created later inherit it.
+// Linux grants the 8 KiB tile state on request, to all threads of the process.
 bool request_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kArchReqXcompPerm = 0x1023;

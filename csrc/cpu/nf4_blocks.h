@@ -80,6 +80,7 @@ void dequantize_blocks(const NF4View& w, const float* absmax, int64_t begin, int
   const int64_t first = begin >> log2;
   int64_t i = begin;
 #if defined(__AVX512F__)
+  const bool streamed = stream;
   if (dtype != DType::kFloat32 && w.blocksize >= 64) {
     i = dequantize16_blocks(w, absmax, begin, end, static_cast<uint16_t*>(out), dtype, stream);
   }
@@ -107,7 +108,7 @@ void dequantize_blocks(const NF4View& w, const float* absmax, int64_t begin, int
     }
   }
 #if defined(__AVX512F__)
-  if (stream) _mm_sfence();
+  if (streamed) _mm_sfence();  // non-temporal stores are not ordered otherwise
 #endif
 }
 

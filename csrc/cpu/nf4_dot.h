@@ -102,8 +102,7 @@ inline void dot(const NF4View& w, const Absmax& absmax, int64_t element, int64_t
   }
   const uint8_t* packed = w.packed + element / 2;
   const int shift = absmax.log2 - 6;
-  const float* values = absmax.values - absmax.first;
-  const auto scale = [&](int64_t block) { return values[block >> shift]; };
+  const auto scale = [&](int64_t block) { return absmax.values[(block >> shift) - absmax.first]; };
   int64_t block = element >> 6, left = n;
   for (; left >= kDotGroup; left -= kDotGroup, block += 2, packed += 64, x += kDotGroup) {
     __builtin_prefetch(packed + kDotAhead);

@@ -197,8 +197,8 @@ struct NF4Gemm {
           for (int q = 0; q < 4; ++q) {
             const int64_t n = np * 32 + q / 2 * 16, m = mp * 32 + q % 2 * 16;
             if (n < rows && m < M) {
-              finish_forward(sums + ((np * pairs + mp) * 4 + q) * kTile, m0 + m, n0 + n, s + m,
-                             s_stride);
+              finish_forward(sums + ((np * pairs + mp) * 4 + q) * kTile, m0 + m, n0 + n,
+                             args.r > 0 ? s + m : nullptr, s_stride);
             }
           }
         }

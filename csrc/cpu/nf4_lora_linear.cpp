@@ -49,6 +49,11 @@ void validate(const NF4LinearArgs& args) {
   validate(args.w);
   if (args.M > 0 && (!args.in || !args.out)) fail("in, out: null pointer");
   if (args.M > 0 && args.r > 0 && (!args.s || !args.up)) fail("s, lora: null pointer");
+  const LoraShrinkArgs* shrink = args.shrink;
+  if (shrink &&
+      (shrink->M != args.M || shrink->K != args.K || shrink->r != args.r || shrink->s != args.s)) {
+    fail("shrink: expected the M, K, r and s of the product");
+  }
 }
 
 }  // namespace

@@ -20,7 +20,6 @@ namespace peftkern {
 namespace {
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 inline uint32_t float_bits(float x) {
@@ -363,18 +362,6 @@ inline F16 f16_keep(const F16& x, const uint8_t* keep, int n) {
   return f16_mul(x, f16_load(factor));
 }
 #endif
-
-// n <= 16 values of a 16-bit type; the rest are zero.
-inline F16 f16_load_bf16_n(const uint16_t* p, int n) {
-  uint16_t t[16] = {};
-  std::memcpy(t, p, static_cast<size_t>(n) * 2);
-  return f16_load_bf16(t);
-}
-inline void f16_store_bf16_n(uint16_t* p, const F16& a, int n) {
-  uint16_t t[16];
-  f16_store_bf16(t, a);
-  std::memcpy(p, t, static_cast<size_t>(n) * 2);
-}
 
 // Sixteen weights that start anywhere, an odd element included; n <= 16 are read, the rest repeat
 // code 0.

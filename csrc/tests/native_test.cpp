@@ -154,7 +154,8 @@ void check_linear(const char* isa, const Shape& c, DType dtype, bool backward) {
 
 void check_linears(const char* isa) {
   std::vector<Shape> shapes = {{129, 257, 515, 16}, {64, 256, 1024, 8}, {300, 33, 4100, 0},
-                               {1, 1000, 1000, 16}, {17, 4097, 64, 3},  {2, 3, 8191, 1}};
+                               {1, 1000, 1000, 16}, {17, 4097, 64, 3},  {513, 40, 130, 4},
+                               {1025, 33, 70, 3},   {2, 3, 8191, 1}};
   for (int i = 0; i < 250; ++i) {
     shapes.push_back({pick({0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 33, 64, 65}),
                       pick({1, 2, 7, 15, 16, 17, 31, 64, 65, 130}),
