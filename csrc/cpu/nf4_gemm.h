@@ -7,7 +7,8 @@
 // operand; each thread takes strips of 128 weight columns and reduces over n. Nobody writes what
 // another thread writes and every sum has one fixed order, so results do not depend on the number
 // of threads. Extra memory: x or dy packed (at most 512 or 1024 rows), one panel and its float32
-// sums a thread.
+// sums a thread, and in backward the absmax of the whole weight as float32 (1/16 byte per weight at
+// block size 64).
 #pragma once
 
 #include "nf4_dot.h"
