@@ -4,7 +4,7 @@
 // Forward: W is the rows operand, x (packed once) the lanes operand, and tiles of y^T come out;
 // each thread takes panels of weight rows, decodes kBlock columns at a time into cache, and
 // multiplies them by all of x. Backward: dy (packed once) is the rows operand and W the lanes
-// operand; each thread takes strips of 128 weight columns and reduces over n. Nobody writes what
+// operand; each thread takes strips of 256 weight columns and reduces over n. Nobody writes what
 // another thread writes and every sum has one fixed order, so results do not depend on the number
 // of threads. Extra memory: x or dy packed (at most 512 or 1024 rows), one panel and its float32
 // sums a thread, and in backward the absmax of the whole weight as float32 (1/16 byte per weight at
