@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import native
+from peftkern.dropout import keep_scale, philox_keep
 
 
 def supports_device(tensor: Tensor, *args: object) -> str | None:
@@ -110,7 +111,8 @@ def lora_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
     rows = _rows(x, K)
-    S = native.lora_shrink(rows, _float32(lora_A), _mask(keep), _keep_scale(keep, dropout_p))
+    keep = _mask(keep, len(rows), K, dropout_p)
+    S = native.lora_shrink(rows, _float32(lora_A), keep, keep_scale(keep, dropout_p))
     y = F.linear(rows, weight, bias)
     native.lora_expand_(y, S, _float32(lora_B.t()), scaling)
     return y.view(*x.shape[:-1], N), S.view(*x.shape[:-1], S.shape[1])
@@ -129,13 +131,14 @@ def lora_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = _rows(dy, lora_B.shape[0])
+    keep = _mask(keep, len(rows), lora_A.shape[1], dropout_p)
     dx = dy.new_empty(0)
     dS, dA, dB, dbias = _adapter_gradients(
         rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
     )
     if needs[0]:
         dx = rows @ weight
-        native.lora_expand_(dx, dS, _float32(lora_A), _keep_scale(keep, dropout_p), _mask(keep))
+        native.lora_expand_(dx, dS, _float32(lora_A), keep_scale(keep, dropout_p), keep)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, dA, dB, dbias
 
@@ -161,6 +164,7 @@ def nf4_lora_linear_forward(
     tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
     pieces = (*tensors, blocksize, nested_blocksize)
     rows = _rows(x, K)
+    keep = _mask(keep, len(rows), K, dropout_p)
     if x.dtype is torch.float16:
         rows = rows.float()
     y, S = native.nf4_linear_forward(
@@ -170,8 +174,8 @@ def nf4_lora_linear_forward(
         None if lora_A is None else _float32(lora_A),
         None if lora_B is None else _float32(lora_B),
         scaling,
-        _mask(keep),
-        _keep_scale(keep, dropout_p),
+        keep,
+        keep_scale(keep, dropout_p),
         None if bias is None else _float32(bias),
     )
     if x.dtype is torch.float16:
@@ -204,6 +208,7 @@ def nf4_lora_linear_backward(
     tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
     pieces = (*tensors, blocksize, nested_blocksize)
     rows = _rows(dy, N)
+    keep = _mask(keep, len(rows), K, dropout_p)
     dx = dy.new_empty(0)
     dS, dA, dB, dbias = _adapter_gradients(
         rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
@@ -215,7 +220,7 @@ def nf4_lora_linear_backward(
         dense = rows.float() if dy.dtype is torch.float16 else rows
         dx = native.nf4_linear_backward(dense, pieces, K, s, a).to(dy.dtype)
         if dS is not None and keep is not None:
-            native.lora_expand_(dx, dS, _float32(lora_A), _keep_scale(keep, dropout_p), _mask(keep))
+            native.lora_expand_(dx, dS, _float32(lora_A), keep_scale(keep, dropout_p), keep)
         dx = dx.view(*dy.shape[:-1], K)
     return dx, dA, dB, dbias
 
@@ -239,7 +244,7 @@ def _adapter_gradients(
         dS = native.lora_shrink(dy, _float32(lora_B.t()), scale=scaling)
     if lora_A is not None and need_dA:
         rows = _rows(x, lora_A.shape[1])
-        dA = native.lora_outer(dS, rows, _keep_scale(keep, dropout_p), _mask(keep)).to(lora_A.dtype)
+        dA = native.lora_outer(dS, rows, keep_scale(keep, dropout_p), keep).to(lora_A.dtype)
     if lora_A is not None and need_dB:
         S = S.reshape(dy.shape[0], lora_B.shape[1])
         dB = native.lora_outer(S, dy, scaling).t().to(lora_B.dtype).contiguous()
@@ -248,14 +253,11 @@ def _adapter_gradients(
     return dS, dA, dB, dbias
 
 
-def _keep_scale(keep: Tensor | None, dropout_p: float) -> float:
-    """What dropout multiplies the kept values by; nothing is kept at p = 1."""
-    return 1.0 if keep is None or dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
-
-
-def _mask(keep: Tensor | None) -> Tensor | None:
-    """The mask has the strides that x had; the kernels walk rows."""
-    return None if keep is None else keep.contiguous()
+def _mask(keep: Tensor | None, rows: int, columns: int, dropout_p: float) -> Tensor | None:
+    """The mask row by row: it has the strides that x had, or is a seed yet."""
+    if keep is None or keep.dtype is torch.bool:
+        return None if keep is None else keep.contiguous()
+    return philox_keep(keep, rows, columns, dropout_p)
 
 
 def _float32(tensor: Tensor) -> Tensor:

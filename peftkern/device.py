@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -35,6 +37,23 @@ def device_info(device: torch.device | str = "cpu") -> DeviceInfo:
         properties = torch.cuda.get_device_properties(device)
         return DeviceInfo("cuda", properties.name, (properties.major, properties.minor), 0)
     return DeviceInfo(device.type, str(device), None, 0)
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, which takes tensors of a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def triton_missing(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"compute capability {major}.{minor} is below 8.0"
+    return None
 
 
 def autocast_enabled(device_type: str) -> bool:

@@ -1,13 +1,16 @@
 """Which back end serves which op: one table, asked inside the op at every call.
 
 `_CANDIDATES` lists, per op, the implementations from the most to the least preferred. Each says in
-words why it cannot take a call, or None when it can; the first that can runs. What it raises goes
-to the caller: an exception in a kernel never turns into a fallback.
+words why it cannot take a call, or None when it can; the first that can runs. One that belongs to
+another kind of device is passed over. What a kernel raises goes to the caller: an exception never
+turns into a fallback.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import os
 import threading
 from collections import Counter
@@ -16,15 +19,22 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from peftkern import cpu, native, reference
-from peftkern.device import BackendUnavailableError
+from peftkern.device import BackendUnavailableError, triton_interpreted, triton_missing
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation of an op; `supports` and `run` take the op's positional arguments."""
+    """One implementation of an op; `supports` and `run` take the op's positional arguments.
+
+    `device` is the torch device type it serves, None for every one.
+    """
 
     name: str
+    device: str | None
     supports: Callable[..., str | None]
     run: Callable[..., Any]
 
@@ -33,24 +43,62 @@ def _always(*args: Any) -> None:
     return None
 
 
-def _candidates(op: str, supports_cpu: Callable[..., str | None]) -> tuple[Candidate, ...]:
-    return (
-        Candidate("cpu", supports_cpu, getattr(cpu, op)),
-        Candidate("reference", _always, getattr(reference, op)),
-    )
+def _cpu(op: str, supports: Callable[..., str | None]) -> Candidate:
+    return Candidate("cpu", "cpu", supports, getattr(cpu, op))
+
+
+def _triton(op: str, stem: str, supports: str) -> Candidate:
+    """A candidate from `peftkern.kernels.<stem>`, which is imported when it is first asked."""
+
+    @functools.cache
+    def kernels() -> Any:
+        return importlib.import_module(f"peftkern.kernels.{stem}")
+
+    def supports_call(*args: Any) -> str | None:
+        return triton_missing(args[0].device) or getattr(kernels(), supports)(*args)
+
+    return Candidate("triton", "cuda", supports_call, lambda *args: getattr(kernels(), op)(*args))
+
+
+def _reference(op: str) -> Candidate:
+    return Candidate("reference", None, _always, getattr(reference, op))
 
 
 _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
-    "nf4_quantize": _candidates("nf4_quantize", cpu.supports_dense),
-    "nf4_quantize_absmax": _candidates("nf4_quantize_absmax", cpu.supports_device),
-    "nf4_dequantize": _candidates("nf4_dequantize", cpu.supports_dequantize),
-    "nf4_dequantize_out": _candidates("nf4_dequantize_out", cpu.supports_dequantize),
-    "lora_linear_forward": _candidates("lora_linear_forward", cpu.supports_dense),
-    "lora_linear_backward": _candidates("lora_linear_backward", cpu.supports_dense),
-    "nf4_lora_linear_forward": _candidates("nf4_lora_linear_forward", cpu.supports_nf4_forward),
-    "nf4_lora_linear_backward": _candidates("nf4_lora_linear_backward", cpu.supports_nf4_backward),
+    op: (*candidates, _reference(op))
+    for op, candidates in {
+        "nf4_quantize": (
+            _triton("nf4_quantize", "nf4", "supports_quantize"),
+            _cpu("nf4_quantize", cpu.supports_dense),
+        ),
+        "nf4_quantize_absmax": (_cpu("nf4_quantize_absmax", cpu.supports_device),),
+        "nf4_dequantize": (
+            _triton("nf4_dequantize", "nf4", "supports_dequantize"),
+            _cpu("nf4_dequantize", cpu.supports_dequantize),
+        ),
+        "nf4_dequantize_out": (
+            _triton("nf4_dequantize_out", "nf4", "supports_dequantize"),
+            _cpu("nf4_dequantize_out", cpu.supports_dequantize),
+        ),
+        "lora_linear_forward": (
+            _triton("lora_linear_forward", "lora_linear", "supports_forward"),
+            _cpu("lora_linear_forward", cpu.supports_dense),
+        ),
+        "lora_linear_backward": (
+            _triton("lora_linear_backward", "lora_linear", "supports_backward"),
+            _cpu("lora_linear_backward", cpu.supports_dense),
+        ),
+        "nf4_lora_linear_forward": (
+            _triton("nf4_lora_linear_forward", "nf4_lora_linear", "supports_forward"),
+            _cpu("nf4_lora_linear_forward", cpu.supports_nf4_forward),
+        ),
+        "nf4_lora_linear_backward": (
+            _triton("nf4_lora_linear_backward", "nf4_lora_linear", "supports_backward"),
+            _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
+        ),
+    }.items()
 }
-_BACKENDS = ("cpu", "reference")
+_BACKENDS = ("triton", "cpu", "reference")
 
 _override: ContextVar[str | None] = ContextVar("peftkern_backend", default=None)
 _lock = threading.Lock()
@@ -61,10 +109,14 @@ _fallbacks: Counter[tuple[str, str]] = Counter()
 def call(op: str, *args: Any) -> Any:
     """Run `op` on the first candidate that takes these arguments."""
     forced = forced_backend()
+    device = args[0].device.type
     for candidate in _CANDIDATES[op]:
-        if forced is not None and candidate.name != forced:
+        if forced is None:
+            if candidate.device is not None and candidate.device != device:
+                continue
+        elif candidate.name != forced:
             continue
-        reason = candidate.supports(*args)
+        reason = _reason(candidate, args, forced)
         if reason is None:
             with _lock:
                 _calls[op, candidate.name] += 1
@@ -75,6 +127,23 @@ def call(op: str, *args: Any) -> Any:
     raise BackendUnavailableError(
         f"no back end for {op}" if forced is None else f"{op} has no back end {forced!r}"
     )
+
+
+def _reason(candidate: Candidate, args: tuple[Any, ...], forced: str | None) -> str | None:
+    """Why a candidate cannot take a call. Triton's interpreter runs on a CPU, if asked for."""
+    tensor: Tensor = args[0]
+    if candidate.device is not None and candidate.device != tensor.device.type:
+        interpreted = candidate.name == forced == "triton" and tensor.is_cpu
+        if not (interpreted and triton_interpreted()):
+            return f"tensors are on {tensor.device}"
+    return candidate.supports(*args)
+
+
+def unserved(device: torch.device) -> str | None:
+    """Why no kernels of ours serve a kind of device, or None where some do."""
+    if device.type == "cpu":
+        return None
+    return triton_missing(device) if device.type == "cuda" else f"no kernel for {device.type}"
 
 
 def forced_backend() -> str | None:
@@ -94,8 +163,9 @@ def forced_backend() -> str | None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every op inside the `with` block on one back end; None gives the choice back.
 
-    It belongs to the current context (thread, task), and a backward pass obeys the block that
-    surrounds `backward()`. An op that the back end cannot run raises BackendUnavailableError.
+    It belongs to the current context (thread, task). A backward pass obeys the block that surrounds
+    `backward()`; on a GPU, whose gradients torch computes in a thread of its own, the block that
+    surrounded the forward pass. An op that the back end cannot run raises BackendUnavailableError.
 
     Raises: ValueError listing the back ends if there is none of that name.
     """
@@ -168,7 +238,7 @@ def explain(calls: dict[str, tuple[Any, ...]]) -> Explanation:
     for op, args in calls.items():
         taken = False
         for candidate in _CANDIDATES[op]:
-            reason = candidate.supports(*args)
+            reason = _reason(candidate, args, forced)
             if forced is not None and candidate.name != forced:
                 verdict = f"not asked: {forced!r} is forced"
             elif reason is not None:

@@ -6,6 +6,7 @@ calls an op; a thin autograd function owns the backward formula and saves only w
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def lora_linear(
     Args: x [..., K] float16|bfloat16|float32|float64; weight [N, K], dtype of x, frozen; lora_A
         [r, K] and lora_B [N, r], any float dtype (PEFT keeps them in float32); scaling, a number
         or a 0-dim tensor (read on its device, never on the host); bias [N], dtype of x; dropout_p
-        in [0, 1], drawn from torch's generator, on a CPU exactly as nn.Dropout draws it. Under
-        autocast all of them are cast to its dtype, as F.linear does.
+        in [0, 1], drawn from torch's generator: on a CPU exactly as nn.Dropout draws it, elsewhere
+        as a seed. Under autocast all of them are cast to its dtype, as F.linear does.
     Returns: [..., N], dtype of x; the update accumulates in float32 (float64 for float64).
     Raises: ValueError naming both sides on a shape, dtype or device mismatch, and if weight
         requires a gradient.
@@ -183,15 +184,16 @@ class _LoRALinear(torch.autograd.Function):
             *_read_in_backward(x, S, keep, needs), lora_A, lora_B, weight if needs[0] else None
         )
         ctx.scaling, ctx.dropout_p, ctx.needs = scaling, dropout_p, needs
+        ctx.backend = _forced_backend(x)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, S, keep, lora_A, lora_B, weight = ctx.saved_tensors
-        grads = ops.lora_linear_backward(
-            dy, x, S, weight, lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, ctx.needs
-        )
+        options = (ctx.scaling, keep, ctx.dropout_p, ctx.needs)
+        with _backend(ctx.backend):
+            grads = ops.lora_linear_backward(dy, x, S, weight, lora_A, lora_B, *options)
         dx, dA, dB, dbias = _wanted(grads, ctx.needs)
         return dx, None, dA, dB, dbias, None, None, None, None
 
@@ -206,6 +208,7 @@ class _NF4LoRALinear(torch.autograd.Function):
         )
         ctx.save_for_backward(*_read_in_backward(x, S, keep, needs), lora_A, lora_B, *tensors)
         ctx.layout, ctx.scaling, ctx.dropout_p, ctx.needs = layout, scaling, dropout_p, needs
+        ctx.backend = _forced_backend(x)
         return y
 
     @staticmethod
@@ -213,9 +216,19 @@ class _NF4LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, S, keep, lora_A, lora_B, *tensors = ctx.saved_tensors
         options = (lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, ctx.needs)
-        grads = ops.nf4_lora_linear_backward(dy, x, S, *tensors, *ctx.layout, *options)
+        with _backend(ctx.backend):
+            grads = ops.nf4_lora_linear_backward(dy, x, S, *tensors, *ctx.layout, *options)
         dx, dA, dB, dbias = _wanted(grads, ctx.needs)
         return dx, *[None] * 8, dA, dB, dbias, None, None, None, None
+
+
+def _forced_backend(x: Tensor) -> str | None:
+    """What `use_backend` forces on a backward pass that torch runs in a thread of its own."""
+    return None if x.is_cpu or torch.compiler.is_compiling() else dispatch.forced_backend()
+
+
+def _backend(name: str | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if name is None else dispatch.use_backend(name)
 
 
 def _nf4_lora_linear(
@@ -300,9 +313,15 @@ def _fold_scaling(lora_B: Tensor, scaling: float | Tensor, x: Tensor) -> tuple[T
 
 
 def _draw_keep(x: Tensor, dropout_p: float) -> Tensor | None:
-    """What nn.Dropout would keep of x: the same draws, in the same order, in a byte per element."""
+    """What dropout keeps of x: on a CPU nn.Dropout's own mask, drawn in its order; else a seed.
+
+    The seed is drawn on the device, so the host does not wait, a CUDA graph draws a new one at each
+    replay, and checkpointing, which restores the generator, draws the same one again.
+    """
     if dropout_p == 0.0:
         return None
+    if not x.is_cpu:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)
 
 

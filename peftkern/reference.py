@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.dropout import philox_keep
 from peftkern.nf4 import ABSMAX_FLOOR, nf4_code, nf4_midpoints
 
 _CHUNK = 1 << 20  # values handled at once: scratch stays near 12 MB whatever the weight's size
@@ -117,7 +118,8 @@ def lora_linear_forward(
     """y = x @ weight.T + bias + scaling * S @ lora_B.T with S = dropout(x) @ lora_A.T.
 
     Args: x [..., K]; weight [N, K] and bias [N] in the dtype of x; lora_A [r, K], lora_B [N, r] in
-        any float dtype, or both None; keep bool [..., K], what dropout keeps, or None.
+        any float dtype, or both None; keep, what dropout keeps: bool [..., K], an int64 [1] seed
+        for `dropout.philox_keep`, or None.
     Returns: y [..., N] in the dtype of x, and S [..., r] in the accumulation dtype ([0] without
         adapters).
     """
@@ -238,6 +240,8 @@ def _dropped(x: Tensor, keep: Tensor | None, dropout_p: float, dtype: torch.dtyp
     x = x.to(dtype)
     if keep is None:
         return x
+    if keep.dtype is torch.int64:
+        keep = philox_keep(keep, *x.shape, dropout_p)
     noise = keep.reshape(x.shape).to(dtype)
     return x * (noise / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0 * noise)
 

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "peftkern"
 RANK = {
     "nf4": 0,
     "device": 0,
+    "dropout": 0,
     "reference": 1,
     "native": 1,
     "kernels": 1,

@@ -41,7 +41,6 @@ if is_bnb_4bit_available():
 
     _BNB_TYPES = bnb.LINEAR_TYPES
 
-_DEVICES = ("cpu",)  # where our kernels have been measured to win; elsewhere PEFT's forward runs
 # Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
 # costs more than the copies it saves (bench/bench_lora_linear.py).
 _DENSE_CPU_MINIMUM = 1 << 19
@@ -205,9 +204,10 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         return reason
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transform"  # our autograd functions know the plain backward alone
+    unserved = dispatch.unserved(x.device)
+    if unserved is not None and dispatch.forced_backend() is None:
+        return unserved
     device = x.device.type
-    if device not in _DEVICES and dispatch.forced_backend() is None:
-        return f"no kernel for {device}"
     autocast = torch.is_autocast_enabled(device)
     base_layer = layer._modules["base_layer"]
     base = _read_base(base_layer, x, autocast)

@@ -1,0 +1,216 @@
+"""Tile sizes of every Triton kernel: measured where a table knows the shape, counted elsewhere.
+
+`choose` is pure: equal problems on equal devices get equal tiles, so results are bit-identical from
+run to run, and nothing is tuned at a user's first call. `kernels/tuned/<arch>.json` holds what
+`make tune` measured on that architecture; an architecture without a table gets the counted tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TUNED = Path(__file__).parent / "tuned"
+RANK_LEAST, RANK_MOST = 16, 64
+SHARED_MEMORY = 99 << 10  # bytes that one program may use on every architecture from sm80 on
+# Rows up to which the fused NF4 kernels run. Counted for an H200: decoding (about 4 operations a
+# weight) and 60% of the tensor cores' rate against dequantising and cuBLAS meet at M = 100 to 150.
+NF4_FUSED_ROWS = 128
+NF4_FUSED_ROWS_MAX = 256  # beyond, a table cannot ask for them either
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One launch: tile sizes, how often the reduction is split, and what the compiler is told.
+
+    A kernel without a dimension ignores its block. `splits` counts slabs of the reduction that
+    different programs work on; their partial sums are added in one fixed order.
+    """
+
+    block_m: int = 16
+    block_n: int = 64
+    block_k: int = 64
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def valid(self) -> bool:
+        """Whether Triton can compile it: powers of two, and dot's least size."""
+        blocks = (self.block_m, self.block_n, self.block_k)
+        powers = (*blocks, self.num_warps)
+        return (
+            all(n > 0 and n & (n - 1) == 0 for n in powers)
+            and min(blocks) >= 16
+            and self.splits >= 1
+            and 1 <= self.num_stages <= 8
+            and self.num_warps <= 16
+        )
+
+    def launch(self) -> dict[str, int]:
+        """The options of a Triton launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is asked for: y[M, N] from x[M, K] with rank r, `bits` per activation."""
+
+    kernel: str
+    M: int
+    N: int
+    K: int
+    r: int
+    bits: int
+
+    def key(self) -> str:
+        """The name under which tables keep it: rows and rank in powers of two."""
+        sizes = f"M{next_power(self.M)}/N{self.N}/K{self.K}/r{next_power(self.r)}"
+        return f"{self.kernel}/{sizes}/{self.bits}-bit"
+
+
+def choose(problem: Problem, processors: int, tuned: Mapping[str, Any] | None = None) -> TileConfig:
+    """The tiles for a problem on a device of so many multiprocessors.
+
+    Args: tuned, the "configs" of a table: {problem.key(): fields of TileConfig}, or None.
+    Raises: KeyError for a kernel that is not known; ValueError for a table with an invalid entry.
+    """
+    entry = (tuned or {}).get(problem.key())
+    if entry is None:
+        return _COUNTED[problem.kernel](problem, processors)
+    config = TileConfig(**entry)
+    if not config.valid():
+        raise ValueError(f"tuned config {problem.key()}: expected powers of two, got {entry}")
+    return config
+
+
+@functools.lru_cache(maxsize=4096)
+def chosen(problem: Problem, arch: str, processors: int) -> TileConfig:
+    """`choose` with the table of the architecture, remembered."""
+    return choose(problem, processors, load(arch).get("configs"))
+
+
+def nf4_fused_rows(arch: str) -> int:
+    """Up to how many rows the fused NF4 kernels are chosen on an architecture."""
+    return min(load(arch).get("nf4_fused_rows", NF4_FUSED_ROWS), NF4_FUSED_ROWS_MAX)
+
+
+@functools.cache
+def load(arch: str) -> dict[str, Any]:
+    """The measured table of an architecture ("sm90"); empty if there is none."""
+    path = TUNED / f"{arch}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def as_entry(config: TileConfig) -> dict[str, int]:
+    """What a table keeps of a configuration."""
+    return asdict(config)
+
+
+def next_power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def block_rank(r: int) -> int:
+    """Ranks of a tile: dot multiplies at least 16, and more than 64 do not fit."""
+    return min(max(RANK_LEAST, next_power(r)), RANK_MOST)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def slab(length: int, block: int, splits: int) -> int:
+    """Elements that each of `splits` programs walks through, in whole blocks."""
+    return ceil_div(ceil_div(length, block), splits) * block
+
+
+def _fill(programs: int, wanted: int, most: int) -> int:
+    """How often to split so that about `wanted` programs run, and no slab is empty."""
+    return max(1, min(wanted // max(programs, 1), most))
+
+
+def _rows(M: int, most: int) -> int:
+    return max(16, min(next_power(M), most))
+
+
+def _lora_forward(p: Problem, processors: int) -> TileConfig:
+    # Each program reads its rows of x once and both factors (from L2). Few rows: the columns of y
+    # are dealt out to several programs, each of which computes S again.
+    light = _light(p)
+    block_m = _rows(p.M, 64 if light and 32 * processors <= p.M else 32 if p.M > 512 else 16)
+    splits = _fill(ceil_div(p.M, block_m), processors, ceil_div(p.N, 128))
+    warps = 4 if block_m == 16 else 8
+    return TileConfig(block_m, 64, 64 if light else 32, splits, warps, 3 if light else 2)
+
+
+def _lora_backward_sb(p: Problem, processors: int) -> TileConfig:
+    # One read of dy; partial dS for every column tile, partial dB for every slab of rows.
+    block_m = _rows(p.M, 64 if p.bits == 32 else 32)
+    block_n = 128 if _light(p) else 64 if p.bits == 16 else 32
+    splits = _fill(ceil_div(p.N, block_n), 2 * processors, ceil_div(p.M, block_m))
+    stages = 1 if p.bits == 16 and not _light(p) else 2
+    return TileConfig(block_m, block_n, 16, splits, 8, stages)
+
+
+def _lora_backward_xa(p: Problem, processors: int) -> TileConfig:
+    # One read of x and one write of dx; partial dA for every slab of rows.
+    block_m = _rows(p.M, 32)
+    block_k = 128 if _light(p) else 32
+    splits = _fill(ceil_div(p.K, block_k), 2 * processors, ceil_div(p.M, block_m))
+    stages = 1 if p.bits == 16 and not _light(p) else 2
+    return TileConfig(block_m, 16, block_k, splits, 8, stages)
+
+
+def _epilogue(p: Problem, processors: int) -> TileConfig:
+    block_m = _rows(p.M, 16 if p.M <= NF4_FUSED_ROWS_MAX else 64)
+    return TileConfig(block_m, 64, 16, 1, 4 if block_m == 16 else 8, 2)
+
+
+def _nf4_forward(p: Problem, processors: int) -> TileConfig:
+    # Bound by the packed weight up to about 50 rows: enough programs to keep every load port busy.
+    block_m, block_n = (_rows(p.M, 64), 64) if p.bits == 16 else (_rows(p.M, 32), 32)
+    programs = ceil_div(p.M, block_m) * ceil_div(p.N, block_n)
+    splits = _fill(programs, 4 * processors, ceil_div(p.K, 256))
+    return TileConfig(block_m, block_n, 64, splits, 4 if block_m == 16 and p.bits == 16 else 8, 3)
+
+
+def _nf4_backward(p: Problem, processors: int) -> TileConfig:
+    block_m = _rows(p.M, 64)
+    programs = ceil_div(p.M, block_m) * ceil_div(p.K, 64)
+    splits = _fill(programs, 4 * processors, ceil_div(p.N, 256))
+    return TileConfig(block_m, 64, 64, splits, 4 if p.bits == 16 else 8, 3)
+
+
+def _light(p: Problem) -> bool:
+    """Whether a tile of the rank and one of the activations leave registers for bigger tiles.
+
+    The tiles of what is not light are the largest that spill nowhere (bench/results/resources_*).
+    """
+    return p.bits == 16 and block_rank(p.r) == 16
+
+
+def _nf4_dequantize(p: Problem, processors: int) -> TileConfig:
+    # Bytes of a tile (block_n): four (two) for each of 256 threads become 16 bytes of 16-bit
+    # (32-bit) values, so loads and stores are coalesced without an exchange between threads.
+    return TileConfig(block_n=1024 if p.bits == 16 else 512, num_warps=8)
+
+
+def _nf4_quantize(p: Problem, processors: int) -> TileConfig:
+    return TileConfig(block_n=4096, num_warps=4)  # values of a tile
+
+
+_COUNTED: dict[str, Callable[[Problem, int], TileConfig]] = {
+    "lora_forward": _lora_forward,
+    "lora_backward_sb": _lora_backward_sb,
+    "lora_backward_xa": _lora_backward_xa,
+    "nf4_forward": _nf4_forward,
+    "nf4_backward": _nf4_backward,
+    "epilogue": _epilogue,
+    "nf4_dequantize": _nf4_dequantize,
+    "nf4_quantize": _nf4_quantize,
+}
+KERNELS = tuple(_COUNTED)

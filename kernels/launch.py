@@ -1,0 +1,68 @@
+"""What the launchers share on the host: the device, its tiles, its tables."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from peftkern.kernels.configs import Problem, TileConfig, chosen
+from peftkern.kernels.primitives import INTERPRETED
+from peftkern.nf4 import nf4_code
+
+_INTERPRETED_PROCESSORS = 4  # so that the interpreter meets split reductions on small shapes
+
+
+@functools.cache
+def arch(device: torch.device) -> str:
+    """The name of the device's table: "sm90", "gfx942", or "interpreter" on a CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once at least."""
+    if device.type == "cpu":
+        return _INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def config_for(problem: Problem, device: torch.device) -> TileConfig:
+    """The tiles of a problem on a device."""
+    return chosen(problem, arch(device), processors(device))
+
+
+def precision(device: torch.device) -> str:
+    """How `tl.dot` multiplies float32 here: three tf32 products come within float32's rounding."""
+    return "ieee" if device.type == "cpu" or torch.version.hip else "tf32x3"
+
+
+def has_prmt(device: torch.device) -> bool:
+    """Whether NVIDIA's byte permutation can be written inline."""
+    return device.type == "cuda" and torch.version.hip is None and not INTERPRETED.value
+
+
+@functools.cache
+def code_table(device: torch.device) -> Tensor:
+    """The sixteen values, once per device (a first call, as always, before a graph's capture)."""
+    return nf4_code(device)
+
+
+def guard(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on torch's current device: make it the tensor's."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def rows_of(x: Tensor, columns: int) -> Tensor:
+    """x[..., columns] as a contiguous matrix, copied only if it has to be."""
+    if x.dim() != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), columns)
+    return x.contiguous()

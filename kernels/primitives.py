@@ -1,0 +1,190 @@
+"""What the Triton kernels share on the device: products, dropout's mask, NF4's decoding.
+
+Every function here is inlined into the kernels that call it. Under Triton's interpreter
+(TRITON_INTERPRET=1) the same code runs in NumPy on a CPU; what that cannot run has a second form
+that `INTERPRETED` selects.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from peftkern.nf4 import NF4_CODE
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 x in dtype, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # whose own cast truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        halves = tl.where(x == x, rounded, 0x7FC0)
+        return halves.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dropped(x, keep):
+    """x where it is kept, 0 elsewhere (NaN for Inf and NaN, as nn.Dropout multiplies)."""
+    if INTERPRETED:  # which would multiply the bits of bfloat16
+        return narrow(x.to(tl.float32) * keep.to(tl.float32), x.dtype)
+    else:
+        return x * keep.to(x.dtype)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a @ b in float32; float32 operands as PRECISION says, 16-bit products are exact."""
+    if INTERPRETED:  # which would multiply the bits of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_factor(x, factor, coarse, fine, PRECISION: tl.constexpr):
+    """(coarse, fine) += x @ factor, where x is a tile of activations and factor a low-rank one.
+
+    A bfloat16 x meets a float32 factor as the sum of three bfloat16 ones, whose 24 bits are all of
+    its own: three exact products on the tensor cores and no float32 copy of x. The smaller pieces
+    have a sum to themselves, so that `join_sums` can drop it where an Inf made it NaN.
+    """
+    if x.dtype == tl.bfloat16 and factor.dtype == tl.float32:
+        high = narrow(factor, tl.bfloat16)
+        rest = factor - high.to(tl.float32)
+        middle = narrow(rest, tl.bfloat16)
+        low = narrow(rest - middle.to(tl.float32), tl.bfloat16)
+        coarse += dot(x, high, PRECISION)
+        fine += dot(x, middle, PRECISION)
+        fine += dot(x, low, PRECISION)
+    elif x.dtype == factor.dtype:
+        coarse += dot(x, factor, PRECISION)
+    else:
+        coarse += dot(x.to(tl.float32), factor.to(tl.float32), PRECISION)
+    return coarse, fine
+
+
+@triton.jit
+def join_sums(coarse, fine):
+    """coarse + fine, or coarse alone where the smaller pieces met an Inf."""
+    return coarse + tl.where(tl.abs(fine) < float("inf"), fine, 0.0)
+
+
+@triton.jit
+def keep_mask(seed, rows, first_column, threshold, BLOCK_K: tl.constexpr):
+    """What dropout keeps of a tile: [rows, first_column + BLOCK_K columns], True for kept.
+
+    Element (row, column) has the 16 bits number column % 8 of Philox4x32-7 with the seed as its
+    key and (column // 8, row, 0, 0) as its counter, and is kept if they are below the threshold.
+    `dropout.philox_keep` draws the same.
+    """
+    group = first_column // 8 + tl.arange(0, BLOCK_K // 8)
+    zero = tl.zeros_like(rows)[:, None] + tl.zeros_like(group)[None, :]
+    words = tl.philox(seed, group[None, :] + zero, rows[:, None] + zero, zero, zero, PHILOX_ROUNDS)
+    quads = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))
+    halves = tl.join(quads & 0xFFFF, quads >> 16)
+    return tl.reshape(halves, (rows.shape[0], BLOCK_K)).to(tl.int32) < threshold
+
+
+def _prmt_program(dtype: torch.dtype) -> str:
+    """PTX that turns 4 bytes ($4) into the values of their high ($0, $1) and low nibbles ($2, $3).
+
+    A value of 16 bits has two byte planes. `prmt` looks four codes up at once in the eight entries
+    of a plane that two registers hold; bit 3 of each code, spread over a byte by prmt's sign mode,
+    picks the lower or the upper eight; four more interleave the planes. 21 operations, 8 weights.
+    """
+    bits = torch.tensor(NF4_CODE).to(dtype).view(torch.int16).tolist()
+    planes = {
+        name: [value >> shift & 255 for value in bits] for name, shift in (("l", 0), ("h", 8))
+    }
+    lines = [".reg .b32 index, index2, moved, upper, upper2, first, second, l, h, l2, h2;"]
+    for name, plane in planes.items():
+        for i in range(4):
+            word = int.from_bytes(bytes(plane[4 * i : 4 * i + 4]), "little")
+            lines += [f".reg .b32 {name}t{i};", f"mov.b32 {name}t{i}, {word:#010x};"]
+    lines += [
+        "and.b32 index, $4, 0x77777777;",
+        "shl.b32 moved, $4, 4;",
+        "prmt.b32 upper, $4, moved, 0x9d8c;",
+        "prmt.b32 upper2, $4, moved, 0xbfae;",
+        "shr.u32 index2, index, 16;",
+    ]
+    for half in ("", "2"):
+        for name in planes:
+            lines += [
+                f"prmt.b32 first, {name}t0, {name}t1, index{half};",
+                f"prmt.b32 second, {name}t2, {name}t3, index{half};",
+                f"lop3.b32 {name}{half}, first, second, upper{half}, 0xd8;",
+            ]
+    for i, half in enumerate(("", "2")):
+        lines += [
+            f"prmt.b32 ${i}, l{half}, h{half}, 0x7351;",
+            f"prmt.b32 ${i + 2}, l{half}, h{half}, 0x6240;",
+        ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+PRMT_BFLOAT16 = tl.constexpr(_prmt_program(torch.bfloat16))
+PRMT_FLOAT16 = tl.constexpr(_prmt_program(torch.float16))
+
+
+@triton.jit
+def nf4_values(packed, table_ptr, dtype: tl.constexpr, PRMT: tl.constexpr):
+    """The NF4 values of the high and of the low nibbles of bytes.
+
+    PRMT: rounded to 16 bits, in registers (NVIDIA). Otherwise float32, from the table of sixteen.
+    """
+    if PRMT:
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                PRMT_BFLOAT16,
+                "=r,=r,=r,=r,r",
+                [packed],
+                (tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                PRMT_FLOAT16,
+                "=r,=r,=r,=r,r",
+                [packed],
+                (tl.float16, tl.float16),
+                is_pure=True,
+                pack=4,
+            )
+    else:
+        high = tl.load(table_ptr + (packed >> 4).to(tl.int32))
+        low = tl.load(table_ptr + (packed & 15).to(tl.int32))
+        return high, low
+
+
+@triton.jit
+def nf4_absmax(
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset,
+    block,
+    mask,
+    nested_blocksize,
+    NESTED: tl.constexpr,
+):
+    """The float32 absmax of blocks; nested: a product and a sum, rounded one after the other.
+
+    The launch has to forbid fused multiply-adds (`enable_fp_fusion=False`) where bits are promised.
+    """
+    stored = tl.load(absmax_ptr + block, mask=mask, other=0)
+    if NESTED:
+        scale = tl.load(nested_absmax_ptr + block // nested_blocksize, mask=mask, other=0.0)
+        return tl.load(nested_code_ptr + stored.to(tl.int32)) * scale + offset
+    else:
+        return stored

@@ -1,0 +1,42 @@
+"""Dropout as the kernels see it: what is kept is a mask, or a seed from which each draws it again.
+
+On a CPU the mask is what nn.Dropout would draw, a byte per element. On a GPU a seed of eight bytes
+stands for it, so that neither the mask nor the dropped activations are ever stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_scale(keep: Tensor | None, dropout_p: float) -> float:
+    """What dropout multiplies the kept values by; nothing is kept at p = 1."""
+    return 1.0 if keep is None or dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """Of 65,536 equally likely draws, how many are kept: none or all only at p = 1 or 0."""
+    threshold = round((1.0 - dropout_p) * 65536)
+    return min(max(threshold, 1), 65535) if 0.0 < dropout_p < 1.0 else threshold
+
+
+def philox_keep(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
+    """The mask bool [rows, columns] that a seed stands for.
+
+    Element (row, column) has the 16 bits number column % 8 of Philox4x32 in 7 rounds, with the seed
+    as its key and (column // 8, row, 0, 0) as its counter, and is kept if they are below
+    `keep_threshold`. Seven rounds are the fewest that pass BigCrush.
+    Source: Salmon et al. 2011, doi:10.1145/2063384.2063405
+    """
+    low = 0xFFFFFFFF
+    key = [seed & low, seed >> 32 & low]
+    row = torch.arange(rows, device=seed.device)[:, None]
+    zero = row.new_zeros(rows, -(-columns // 8))
+    c = [torch.arange(zero.shape[1], device=seed.device) + zero, row + zero, zero, zero]
+    for _ in range(7):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # wraps at 64 bits; the shifts below mask
+        c = [(b >> 32 & low) ^ c[1] ^ key[0], b & low, (a >> 32 & low) ^ c[3] ^ key[1], a & low]
+        key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
+    bits = torch.stack([half for word in c for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return bits.view(rows, -1)[:, :columns] < keep_threshold(dropout_p)
