@@ -29,7 +29,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-CUDA_ONLY = {"tf32x3": "ieee", True: False}  # what AMD's compiler gets for PRECISION and PRMT
+CUDA_ONLY = {"tf32x3": "ieee", True: False}  # what AMD's compiler gets for PRECISION and PTX
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def compile_case(case: AotCase, arch: str) -> Resources:
             if value.startswith("*") or value.endswith(":16"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
             continue
-        if target.backend == "hip" and name in ("PRECISION", "PRMT"):
+        if target.backend == "hip" and name in ("PRECISION", "PTX"):
             value = CUDA_ONLY.get(value, value)
         signature[name] = "constexpr"
         constants[(index,)] = value

@@ -45,8 +45,8 @@ def precision(device: torch.device) -> str:
     return "ieee" if device.type == "cpu" or torch.version.hip else "tf32x3"
 
 
-def has_prmt(device: torch.device) -> bool:
-    """Whether NVIDIA's byte permutation can be written inline."""
+def has_ptx(device: torch.device) -> bool:
+    """Whether NVIDIA's assembly can be written inline."""
     return device.type == "cuda" and torch.version.hip is None and not INTERPRETED.value
 
 

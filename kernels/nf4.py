@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftkern.kernels.aot import AotCase, tiles
 from peftkern.kernels.configs import Problem, ceil_div
-from peftkern.kernels.launch import code_table, config_for, guard
+from peftkern.kernels.launch import code_table, config_for, guard, has_ptx
 from peftkern.kernels.primitives import narrow, nf4_absmax, nf4_values
 from peftkern.nf4 import ABSMAX_FLOOR, nf4_midpoints
 
@@ -33,31 +33,31 @@ def _nf4_dequantize_kernel(
     table_ptr,
     out_ptr,
     numel: tl.int64,
-    half,
-    nested_blocksize,
-    NESTED: tl.constexpr,
+    nbytes: tl.int64,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    PTX: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """out[i] = cast(table[code[i]] * absmax[i // (2 * half)]); `half` is bytes of a block."""
+    """out[i] = cast(table[code[i]] * absmax[i // BLOCKSIZE]), nested absmax if that is not 0."""
     start = tl.program_id(0).to(tl.int64) * (ROWS * COLUMNS)
     row_start = start + tl.arange(0, ROWS) * COLUMNS
     byte = row_start[:, None] + tl.arange(0, COLUMNS)[None, :]
-    packed = tl.load(packed_ptr + byte, mask=byte < (numel + 1) // 2, other=0)
+    packed = tl.load(packed_ptr + byte, mask=byte < nbytes, other=0)
     offset = 0.0
-    if NESTED:
+    if NESTED_BLOCKSIZE:
         offset = tl.load(offset_ptr)
     absmax = nf4_absmax(
         absmax_ptr,
         nested_absmax_ptr,
         nested_code_ptr,
         offset,
-        row_start // half,
-        row_start * 2 < numel,
-        nested_blocksize,
-        NESTED,
+        2 * row_start // BLOCKSIZE,
+        2 * row_start < numel,
+        NESTED_BLOCKSIZE,
     )
-    high, low = nf4_values(packed, table_ptr, tl.float32, False)
+    high, low = nf4_values(packed, table_ptr, tl.float32, PTX)
     values = tl.join(high * absmax[:, None], low * absmax[:, None])
     index = 2 * row_start[:, None] + tl.arange(0, 2 * COLUMNS)[None, :]
     values = narrow(tl.reshape(values, (ROWS, 2 * COLUMNS)), out_ptr.dtype.element_ty)
@@ -163,14 +163,14 @@ def _dequantize(
     nested_blocksize: int,
     out: Tensor,
 ) -> None:
-    numel, half = out.numel(), blocksize // 2
+    numel, nbytes = out.numel(), (out.numel() + 1) // 2
     if numel == 0:
         return
     problem = Problem("nf4_dequantize", 1, numel, blocksize, 1, 8 * out.element_size())
     config = config_for(problem, out.device)
-    columns = min(half, config.block_n)
+    columns = min(blocksize // 2, config.block_n)
     with guard(out):
-        _nf4_dequantize_kernel[(ceil_div((numel + 1) // 2, config.block_n),)](
+        _nf4_dequantize_kernel[(ceil_div(nbytes, config.block_n),)](
             packed,
             absmax,
             nested_absmax,
@@ -179,9 +179,10 @@ def _dequantize(
             code_table(out.device),
             out,
             numel,
-            half,
-            nested_blocksize,
-            NESTED=nested_absmax is not None,
+            nbytes,
+            BLOCKSIZE=blocksize,
+            NESTED_BLOCKSIZE=0 if nested_absmax is None else nested_blocksize,
+            PTX=has_ptx(out.device),
             COLUMNS=columns,
             ROWS=config.block_n // columns,
             enable_fp_fusion=False,  # absmax is a product and a sum, each rounded
@@ -201,9 +202,10 @@ def _dequantize_case(dtype: str, blocksize: int, nested: bool) -> AotCase:
         "table_ptr": "*fp32",
         "out_ptr": f"*{dtype}",
         "numel": "i64:16",
-        "half": "i32:16",
-        "nested_blocksize": "i32:16",
-        "NESTED": nested,
+        "nbytes": "i64:16",
+        "BLOCKSIZE": blocksize,
+        "NESTED_BLOCKSIZE": 256 if nested else 0,
+        "PTX": True,
         "COLUMNS": columns,
         "ROWS": config.block_n // columns,
     }

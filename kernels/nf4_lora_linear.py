@@ -26,14 +26,13 @@ from peftkern.kernels.configs import (
     Problem,
     ceil_div,
     nf4_fused_rows,
-    slab,
 )
 from peftkern.kernels.launch import (
     arch,
     code_table,
     config_for,
     guard,
-    has_prmt,
+    has_ptx,
     precision,
     rows_of,
 )
@@ -50,7 +49,7 @@ from peftkern.kernels.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "slab", "threshold"])
+@triton.jit(do_not_specialize=["M", "blocks", "threshold"])
 def _nf4_forward_kernel(
     x_ptr,
     packed_ptr,
@@ -67,14 +66,13 @@ def _nf4_forward_kernel(
     N,
     K,
     r,
-    blocksize,
-    nested_blocksize,
-    slab,
+    blocks,
     threshold,
-    NESTED: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
     HAS_LORA: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    PRMT: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -87,13 +85,13 @@ def _nf4_forward_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     row = rows.to(tl.int64)
-    first = split * slab
-    last = tl.minimum(first + slab, K)
+    first = split * blocks * BLOCK_K  # a multiple that the compiler sees, so it aligns the loads
+    last = tl.minimum(first + blocks * BLOCK_K, K)
     if tile * BLOCK_N < N:
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_row = n.to(tl.int64) * K
         offset = 0.0
-        if NESTED:
+        if NESTED_BLOCKSIZE:
             offset = tl.load(offset_ptr)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for start in range(first, last, BLOCK_K):  # K is whole blocks, and BLOCK_K divides them
@@ -104,19 +102,18 @@ def _nf4_forward_kernel(
                 nested_absmax_ptr,
                 nested_code_ptr,
                 offset,
-                (weight_row + start) // blocksize,
+                (weight_row + start) // BLOCKSIZE,
                 n < N,
-                nested_blocksize,
-                NESTED,
+                NESTED_BLOCKSIZE,
             )
             columns = start + tl.arange(0, BLOCK_K)
             x = tl.load(
                 x_ptr + row[:, None] * K + columns[None, :], mask=in_rows[:, None], other=0.0
             )
             even, odd = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_K // 2, 2)))
-            high, low = nf4_values(packed, table_ptr, x.dtype, PRMT)
-            part = dot(narrow(high, x.dtype), tl.trans(even), PRECISION)
-            part += dot(narrow(low, x.dtype), tl.trans(odd), PRECISION)
+            high, low = nf4_values(packed, table_ptr, x.dtype, PTX)
+            part = dot(high, tl.trans(even), PRECISION)
+            part += dot(low, tl.trans(odd), PRECISION)
             total += part * absmax[:, None]
         place = (split.to(tl.int64) * M + row)[None, :] * N + n[:, None]
         tl.store(y_ptr + place, total, mask=in_rows[None, :] & (n < N)[:, None])
@@ -142,7 +139,7 @@ def _nf4_forward_kernel(
         tl.store(s_ptr + s_place, s, mask=in_rows[:, None] & (ranks < r)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "slab"])
+@triton.jit(do_not_specialize=["M", "blocks"])
 def _nf4_backward_kernel(
     dy_ptr,
     packed_ptr,
@@ -155,10 +152,10 @@ def _nf4_backward_kernel(
     M,
     N,
     K,
-    blocksize,
-    nested_blocksize,
-    slab,
-    NESTED: tl.constexpr,
+    blocks,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -171,12 +168,12 @@ def _nf4_backward_kernel(
     in_rows = (rows < M)[:, None]
     row = rows.to(tl.int64)[:, None]
     offset = 0.0
-    if NESTED:
+    if NESTED_BLOCKSIZE:
         offset = tl.load(offset_ptr)
     total_even = tl.zeros((BLOCK_M, BLOCK_K // 2), tl.float32)
     total_odd = tl.zeros((BLOCK_M, BLOCK_K // 2), tl.float32)
-    first = split * slab
-    for start in range(first, tl.minimum(first + slab, N), BLOCK_N):
+    first = split * blocks * BLOCK_N
+    for start in range(first, tl.minimum(first + blocks * BLOCK_N, N), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         place = n.to(tl.int64) * K + first_column
         byte = place[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
@@ -186,13 +183,12 @@ def _nf4_backward_kernel(
             nested_absmax_ptr,
             nested_code_ptr,
             offset,
-            place // blocksize,
+            place // BLOCKSIZE,
             n < N,
-            nested_blocksize,
-            NESTED,
+            NESTED_BLOCKSIZE,
         )
         dy = tl.load(dy_ptr + row * N + n[None, :], mask=in_rows & (n < N)[None, :], other=0.0)
-        high, low = nf4_values(packed, table_ptr, tl.float32, False)
+        high, low = nf4_values(packed, table_ptr, tl.float32, PTX)
         total_even += dot(dy, narrow(high * absmax[:, None], dy.dtype), PRECISION)
         total_odd += dot(dy, narrow(low * absmax[:, None], dy.dtype), PRECISION)
     total = tl.reshape(tl.join(total_even, total_odd), (BLOCK_M, BLOCK_K))
@@ -308,8 +304,8 @@ def _fused_forward(
     (M, K), r = x.shape, 0 if lora_A is None else lora_A.shape[0]
     config = config_for(Problem("nf4_forward", M, N, K, r, 8 * x.element_size()), x.device)
     block_k = min(config.block_k, blocksize)
-    step = slab(K, block_k, config.splits)
-    splits = ceil_div(K, step)
+    blocks = ceil_div(ceil_div(K, block_k), config.splits)
+    splits = ceil_div(K, blocks * block_k)
     parts = x.new_empty((splits, M, N), dtype=torch.float32)
     s_parts = x.new_empty((splits, M, r), dtype=torch.float32) if r else None
     tiles = ceil_div(N, config.block_n) + ceil_div(r, RANK_LEAST)
@@ -326,14 +322,13 @@ def _fused_forward(
             N,
             K,
             r,
-            blocksize,
-            nested_blocksize,
-            step,
+            blocks,
             keep_threshold(dropout_p),
-            NESTED=tensors[2] is not None,
+            BLOCKSIZE=blocksize,
+            NESTED_BLOCKSIZE=0 if tensors[2] is None else nested_blocksize,
             HAS_LORA=r > 0,
             HAS_DROPOUT=keep is not None,
-            PRMT=x.dtype is not torch.float32 and has_prmt(x.device),
+            PTX=has_ptx(x.device),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=block_k,
@@ -362,8 +357,8 @@ def _fused_backward(
     M, N = dy.shape
     config = config_for(Problem("nf4_backward", M, N, K, 1, 8 * dy.element_size()), dy.device)
     block_k = min(config.block_k, blocksize)
-    step = slab(N, config.block_n, config.splits)
-    splits = ceil_div(N, step)
+    blocks = ceil_div(ceil_div(N, config.block_n), config.splits)
+    splits = ceil_div(N, blocks * config.block_n)
     parts = dy.new_empty((splits, M, K), dtype=torch.float32)
     with guard(dy):
         _nf4_backward_kernel[(K // block_k, ceil_div(M, config.block_m), splits)](
@@ -374,10 +369,10 @@ def _fused_backward(
             M,
             N,
             K,
-            blocksize,
-            nested_blocksize,
-            step,
-            NESTED=tensors[2] is not None,
+            blocks,
+            BLOCKSIZE=blocksize,
+            NESTED_BLOCKSIZE=0 if tensors[2] is None else nested_blocksize,
+            PTX=has_ptx(dy.device),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=block_k,
@@ -400,14 +395,14 @@ def _nf4_arguments(dtype: str) -> dict[str, str | int]:
         "nested_code_ptr": "*fp32",
         "offset_ptr": "*fp32",
         "table_ptr": "*fp32",
-        "blocksize": "i32:16",
-        "nested_blocksize": "i32:16",
-        "NESTED": True,
+        "BLOCKSIZE": 64,
+        "NESTED_BLOCKSIZE": 256,
+        "PTX": True,
         "PRECISION": "tf32x3",
         "M": "i32",
         "N": "i32:16",
         "K": "i32:16",
-        "slab": "i32",
+        "blocks": "i32",
     }
 
 
@@ -424,7 +419,6 @@ def _forward_case(M: int, r: int, dtype: str, adapter: str, dropout: bool = Fals
         "threshold": "i32",
         "HAS_LORA": r > 0,
         "HAS_DROPOUT": dropout,
-        "PRMT": dtype != "fp32",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

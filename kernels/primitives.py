@@ -136,35 +136,71 @@ PRMT_BFLOAT16 = tl.constexpr(_prmt_program(torch.bfloat16))
 PRMT_FLOAT16 = tl.constexpr(_prmt_program(torch.float16))
 
 
-@triton.jit
-def nf4_values(packed, table_ptr, dtype: tl.constexpr, PRMT: tl.constexpr):
-    """The NF4 values of the high and of the low nibbles of bytes.
+def _shuffle_program() -> str:
+    """PTX that turns 4 bytes ($8) into the float32 values of their high ($0 to $3) and low nibbles.
 
-    PRMT: rounded to 16 bits, in registers (NVIDIA). Otherwise float32, from the table of sixteen.
+    Each lane keeps one of the sixteen values, from the table at $9, and a shuffle in halves of a
+    warp reads the lane that the low four bits of its index name: one operation and one shift for a
+    weight, where a load would have its own layout and an address of 64 bits.
     """
-    if PRMT:
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                PRMT_BFLOAT16,
-                "=r,=r,=r,=r,r",
-                [packed],
-                (tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                PRMT_FLOAT16,
-                "=r,=r,=r,=r,r",
-                [packed],
-                (tl.float16, tl.float16),
-                is_pure=True,
-                pack=4,
-            )
-    else:
+    lines = [
+        ".reg .b32 lane, value, index;",
+        ".reg .b64 address;",
+        "mov.u32 lane, %laneid;",
+        "and.b32 lane, lane, 15;",
+        "mad.wide.u32 address, lane, 4, $9;",
+        "ld.global.nc.b32 value, [address];",
+    ]
+    for byte in range(4):
+        for output, shift in ((byte, 8 * byte + 4), (byte + 4, 8 * byte)):
+            lines += [
+                f"shr.u32 index, $8, {shift};",
+                f"shfl.sync.idx.b32 ${output}, value, index, 0x101f, 0xffffffff;",
+            ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+SHUFFLE = tl.constexpr(_shuffle_program())
+
+
+@triton.jit
+def nf4_values(packed, table_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
+    """The NF4 values of the high and of the low nibbles of bytes, in dtype.
+
+    PTX: in registers, by NVIDIA's permutations and shuffles. Otherwise from the table of sixteen.
+    """
+    if not PTX:
         high = tl.load(table_ptr + (packed >> 4).to(tl.int32))
         low = tl.load(table_ptr + (packed & 15).to(tl.int32))
-        return high, low
+        return narrow(high, dtype), narrow(low, dtype)
+    elif dtype == tl.float32:
+        address = table_ptr.to(tl.int64)
+        return tl.inline_asm_elementwise(
+            SHUFFLE,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,l,l,l,l",
+            [packed, address],
+            (tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            PRMT_BFLOAT16,
+            "=r,=r,=r,=r,r",
+            [packed],
+            (tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            PRMT_FLOAT16,
+            "=r,=r,=r,=r,r",
+            [packed],
+            (tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
 
 
 @triton.jit
@@ -175,16 +211,15 @@ def nf4_absmax(
     offset,
     block,
     mask,
-    nested_blocksize,
-    NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
 ):
-    """The float32 absmax of blocks; nested: a product and a sum, rounded one after the other.
+    """The float32 absmax of blocks; nested (not 0): a product and a sum, each rounded.
 
     The launch has to forbid fused multiply-adds (`enable_fp_fusion=False`) where bits are promised.
     """
     stored = tl.load(absmax_ptr + block, mask=mask, other=0)
-    if NESTED:
-        scale = tl.load(nested_absmax_ptr + block // nested_blocksize, mask=mask, other=0.0)
+    if NESTED_BLOCKSIZE:
+        scale = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
         return tl.load(nested_code_ptr + stored.to(tl.int32)) * scale + offset
     else:
         return stored
