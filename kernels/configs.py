@@ -143,8 +143,11 @@ def _lora_forward(p: Problem, processors: int) -> TileConfig:
     light = _light(p)
     block_m = _rows(p.M, 64 if light and 32 * processors <= p.M else 32 if p.M > 512 else 16)
     splits = _fill(ceil_div(p.M, block_m), processors, ceil_div(p.N, 128))
-    warps = 4 if block_m == 16 else 8
-    return TileConfig(block_m, 64, 64 if light else 32, splits, warps, 3 if light else 2)
+    # With few rows the loop over K is a chain of latencies, so its steps are long.
+    few = block_m == 16
+    block_k = (64 if light else 32) * (2 if few else 1)
+    stages = (4 if few else 3) if light else 2
+    return TileConfig(block_m, 64, block_k, splits, 4 if few else 8, stages)
 
 
 def _lora_backward_sb(p: Problem, processors: int) -> TileConfig:
