@@ -15,6 +15,9 @@ from torch import Tensor
 
 from peftkern import native
 
+JACOBI_RANK = 64  # up to which Jacobi on many cores at once beats LAPACK on one after the other
+JACOBI_SWEEPS = 30  # 6 to 12 are usual
+
 
 def supports_device(tensor: Tensor, *args: object) -> str | None:
     """Reason against ops that take any tensor of a CPU."""
@@ -246,6 +249,80 @@ def _adapter_gradients(
     if need_dbias:
         dbias = dy.sum(0)
     return dS, dA, dB, dbias
+
+
+def supports_low_rank_svd(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
+    """Reason against low_rank_svd: float64 factors deserve better than a float64 Gram matrix."""
+    for tensor in (*lora_B, *lora_A):
+        if tensor.dtype not in native.DTYPE_CODES:
+            return f"the dtype is {tensor.dtype}"
+        if not tensor.is_cpu:
+            return f"tensors are on {tensor.device}"
+    return native.cpu_module()[1]
+
+
+def low_rank_svd(
+    lora_B: list[Tensor],
+    lora_A: list[Tensor],
+    scaling: list[float],
+    vectors: bool,
+    mode: str,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    lora_B, lora_A = ([factor.contiguous() for factor in side] for side in (lora_B, lora_A))
+    count = len(lora_B)
+    rank, info = (torch.empty(count, dtype=torch.int64, device="cpu") for _ in range(2))
+    U, S, Vh = ([torch.empty(0)] * count for _ in range(3))
+    members: dict[int, list[int]] = {}
+    for i, A in enumerate(lora_A):
+        members.setdefault(A.shape[0], []).append(i)
+    for r, where in members.items():
+        B, A, factors = ([side[i] for i in where] for side in (lora_B, lora_A, scaling))
+        columns = _low_rank_svd(B, A, r, factors, vectors, mode)
+        for result, column in zip((U, S, Vh), columns[:3], strict=True):
+            for i, tensor in zip(where, column, strict=False):  # U and Vh: none if not wanted
+                result[i] = tensor
+        rank[where], info[where] = columns[3:]
+    return (U if vectors else []), S, (Vh if vectors else []), rank, info
+
+
+def _low_rank_svd(
+    lora_B: list[Tensor],
+    lora_A: list[Tensor],
+    r: int,
+    scaling: list[float],
+    vectors: bool,
+    mode: str,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    """`low_rank_svd` of contiguous pairs of one rank."""
+    cores, inverse, scale, floor, info = native.low_rank_cores(
+        lora_B, lora_A, r, scaling, mode == "accurate"
+    )
+    if r <= JACOBI_RANK:
+        sigma, left, right, more = native.jacobi_svd(cores, JACOBI_SWEEPS, vectors)
+        info = torch.where(info < 0, info, more)
+    else:
+        sigma, left, right = _lapack_svd(cores, vectors)
+    widths = [min(B.shape[0], r, A.shape[1]) for B, A in zip(lora_B, lora_A, strict=True)]
+    rank = torch.minimum((sigma > floor[:, None]).sum(1), torch.tensor(widths, device="cpu"))
+    bad = info < 0
+    sigma = torch.where(torch.arange(r, device="cpu") < rank[:, None], sigma * scale[:, None], 0.0)
+    sigma[bad] = math.nan
+    S = [row[:k].clone() for row, k in zip(sigma.float(), widths, strict=True)]
+    if not vectors:
+        return [], S, [], rank, info
+    kept = torch.where(bad, -1, rank)
+    U, Vh = native.low_rank_rotate(lora_B, lora_A, r, inverse, left, right, kept)
+    return U, S, Vh, rank, info
+
+
+def _lapack_svd(cores: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `native.jacobi_svd` gives, for ranks where LAPACK's bidiagonal SVD is faster."""
+    if not vectors:
+        return torch.linalg.svdvals(cores), None, None
+    left, sigma, right = torch.linalg.svd(cores)
+    top = left.gather(1, left.abs().argmax(1, keepdim=True))
+    sign = torch.where(top < 0, -1.0, 1.0).to(left.dtype)
+    return sigma, (left * sign).contiguous(), (right.mT * sign).contiguous()
 
 
 def _keep_scale(keep: Tensor | None, dropout_p: float) -> float:

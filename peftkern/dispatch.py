@@ -49,6 +49,7 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "lora_linear_backward": _candidates("lora_linear_backward", cpu.supports_dense),
     "nf4_lora_linear_forward": _candidates("nf4_lora_linear_forward", cpu.supports_nf4_forward),
     "nf4_lora_linear_backward": _candidates("nf4_lora_linear_backward", cpu.supports_nf4_backward),
+    "low_rank_svd": _candidates("low_rank_svd", cpu.supports_low_rank_svd),
 }
 _BACKENDS = ("cpu", "reference")
 

@@ -1,0 +1,208 @@
+// The long products of the low-rank SVD on one thread: Gram matrices and rotations of a tall or a
+// wide factor. Compiled once per instruction set.
+//
+// A piece of the factor is widened to float64 in the first-level cache and multiplied from there;
+// sums of a piece stay in registers, pieces are added up in order.
+#pragma once
+
+#include "peftkern/low_rank_svd.h"
+#include "simd_double.h"
+
+namespace peftkern {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBlockRows = 8, kDotRows = 4, kDotColumns = 4;
+#else
+constexpr int kBlockRows = 4, kDotRows = 2, kDotColumns = 4;
+#endif
+constexpr int kBlockColumns = 2;        // registers
+constexpr int64_t kPieceBytes = 24576;  // of a tall piece: half of the first-level cache
+constexpr int64_t kWidePiece = 256;     // columns
+
+inline int64_t padded(int64_t r) { return round_up(r, kLowRankPad); }
+inline int64_t tall_piece(int64_t r) {
+  const int64_t rows = kPieceBytes / 8 / r / kBlockRows * kBlockRows;
+  return rows < kBlockRows ? kBlockRows : rows;
+}
+// Values of a piece and what vector loads may touch behind it.
+inline int64_t piece_doubles(int64_t r) {
+  const int64_t tall = tall_piece(r) * padded(r), wide = padded(r) * kWidePiece;
+  return (tall > wide ? tall : wide) + kLowRankPad * kLowRankPad;
+}
+
+// out = n values of `src` from element i on; zeros up to the next multiple of 16.
+inline void widen(const void* src, DType dtype, int64_t i, int64_t n, double* out) {
+  for (int64_t j = 0; j < n; j += 16) {
+    f16_store_doubles(out + j, load_any(src, dtype, i + j, static_cast<int>(min64(16, n - j))));
+  }
+}
+
+// acc[i][v] = sum over j < count of p[j p_step + i p_row] q[j q_step + vector v].
+template <int kI, int kV>
+inline void outer_block(const double* p, int64_t p_step, int64_t p_row, const double* q,
+                        int64_t q_step, int64_t count, Doubles (&acc)[kI][kV]) {
+  for (auto& row : acc) {
+    for (Doubles& sum : row) sum = doubles_set1(0.0);
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    Doubles b[kV];
+    for (int v = 0; v < kV; ++v) b[v] = doubles_load(q + j * q_step + v * kDoubles);
+    for (int i = 0; i < kI; ++i) {
+      const Doubles a = doubles_set1(p[j * p_step + i * p_row]);
+      for (int v = 0; v < kV; ++v) acc[i][v] = doubles_fma(a, b[v], acc[i][v]);
+    }
+  }
+}
+
+template <int kV>
+inline void gram_block(const double* x, int64_t rows, int64_t stride, int64_t i0, int64_t j0,
+                       double* partial, int64_t ld) {
+  Doubles acc[kBlockRows][kV];
+  outer_block(x + i0, stride, 1, x + j0, stride, rows, acc);
+  for (int i = 0; i < kBlockRows; ++i) {
+    for (int v = 0; v < kV; ++v) {
+      double* g = partial + (i0 + i) * ld + j0 + v * kDoubles;
+      doubles_store(g, doubles_load(g) + acc[i][v]);
+    }
+  }
+}
+
+// partial += x^T x for x [rows, r]; past column r it collects what lies there, nobody reads it.
+inline void gram_tall(const double* x, int64_t rows, int64_t stride, int64_t r, double* partial) {
+  const int64_t ld = padded(r);
+  for (int64_t i = 0; i < r; i += kBlockRows) {
+    int64_t j = i / kDoubles * kDoubles;
+    while (j < r) {
+      if (j % (2 * kDoubles) == 0 && j + kDoubles < r) {
+        gram_block<2>(x, rows, stride, i, j, partial, ld);
+        j += 2 * kDoubles;
+      } else {
+        gram_block<1>(x, rows, stride, i, j, partial, ld);
+        j += kDoubles;
+      }
+    }
+  }
+}
+
+// partial += x x^T for x [r, columns], columns a multiple of 16.
+inline void gram_wide(const double* x, int64_t columns, int64_t stride, int64_t r,
+                      double* partial) {
+  const int64_t ld = padded(r);
+  for (int64_t i0 = 0; i0 < r; i0 += kDotRows) {
+    for (int64_t j0 = i0 / kDotColumns * kDotColumns; j0 < r; j0 += kDotColumns) {
+      Doubles acc[kDotRows][kDotColumns];
+      for (auto& row : acc) {
+        for (Doubles& sum : row) sum = doubles_set1(0.0);
+      }
+      for (int64_t c = 0; c < columns; c += kDoubles) {
+        Doubles a[kDotRows];
+        for (int i = 0; i < kDotRows; ++i) a[i] = doubles_load(x + (i0 + i) * stride + c);
+        for (int j = 0; j < kDotColumns; ++j) {
+          const Doubles b = doubles_load(x + (j0 + j) * stride + c);
+          for (int i = 0; i < kDotRows; ++i) acc[i][j] = doubles_fma(a[i], b, acc[i][j]);
+        }
+      }
+      for (int i = 0; i < kDotRows; ++i) {
+        for (int j = 0; j < kDotColumns; ++j) {
+          partial[(i0 + i) * ld + j0 + j] += doubles_sum(acc[i][j]);
+        }
+      }
+    }
+  }
+}
+
+inline void store_columns(const Doubles* acc, int vectors, int64_t n, float* out) {
+  for (int v = 0; v < vectors && v * kDoubles < n; ++v) {
+    doubles_store_floats_n(out + v * kDoubles, acc[v], min64(kDoubles, n - v * kDoubles));
+  }
+}
+inline void store_columns(const Doubles* acc, int vectors, int64_t n, double* out) {
+  (void)n;  // rows of scratch are padded
+  for (int v = 0; v < vectors; ++v) doubles_store(out + v * kDoubles, acc[v]);
+}
+
+// out[i, j] = sum over l < inner of p[l p_step + i p_row] q[l q_step + j] for i < rows, j < n.
+template <class Out>
+inline void multiply(const double* p, int64_t p_step, int64_t p_row, int64_t rows, const double* q,
+                     int64_t q_step, int64_t inner, int64_t n, Out* out, int64_t out_row) {
+  constexpr int64_t kWidth = kBlockColumns * kDoubles;
+  for (int64_t j = 0; j < n; j += kWidth) {
+    int64_t i = 0;
+    for (; i + kBlockRows <= rows; i += kBlockRows) {
+      Doubles acc[kBlockRows][kBlockColumns];
+      outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc);
+      for (int row = 0; row < kBlockRows; ++row) {
+        store_columns(acc[row], kBlockColumns, n - j, out + (i + row) * out_row + j);
+      }
+    }
+    for (; i < rows; ++i) {
+      Doubles acc[1][kBlockColumns];
+      outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc);
+      store_columns(acc[0], kBlockColumns, n - j, out + i * out_row + j);
+    }
+  }
+}
+
+// A copy of the r x r matrix w with rows of whole vectors, its columns from n on zero.
+inline void pad_columns(const double* w, int64_t r, int64_t n, double* out) {
+  const int64_t ld = padded(r);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < ld; ++j) out[i * ld + j] = j < n ? w[i * r + j] : 0.0;
+  }
+}
+
+// The columns [c, c + n) of a wide factor; returns n rounded up, the columns there being zero.
+inline int64_t widen_wide(const LowRankFactor& f, int64_t c, int64_t n, double* x) {
+  for (int64_t i = 0; i < f.r; ++i) {
+    widen(f.data, f.dtype, i * f.length + c, n, x + i * kWidePiece);
+  }
+  return round_up(n, 16);
+}
+
+void gram(const LowRankFactor& f, int64_t begin, int64_t end, const double* inverse,
+          double* partial, double* scratch) {
+  const int64_t r = f.r, ld = padded(r), piece = f.wide ? kWidePiece : tall_piece(r);
+  double* x = scratch;
+  double* q = x + piece_doubles(r);
+  double* t = q + piece_doubles(r);
+  if (inverse) pad_columns(inverse, r, r, t);
+  std::memset(partial, 0, static_cast<size_t>(ld * ld) * sizeof(double));
+  for (int64_t start = begin; start < end; start += piece) {
+    const int64_t n = min64(piece, end - start);
+    if (f.wide) {
+      const int64_t columns = widen_wide(f, start, n, x);
+      if (inverse) multiply(t, ld, 1, r, x, kWidePiece, r, columns, q, kWidePiece);
+      gram_wide(inverse ? q : x, columns, kWidePiece, r, partial);
+    } else {
+      widen(f.data, f.dtype, start * r, n * r, x);
+      if (inverse) multiply(x, 1, r, n, t, ld, r, r, q, ld);
+      gram_tall(inverse ? q : x, n, inverse ? ld : r, r, partial);
+    }
+  }
+}
+
+void combine(const double* inverse, const double* w, int64_t r, int64_t rank, double* t,
+             double* scratch) {
+  const int64_t ld = padded(r);
+  pad_columns(w, r, rank, scratch);
+  multiply(inverse, 1, r, r, scratch, ld, r, ld, t, ld);
+}
+
+void rotate(const LowRankFactor& f, int64_t begin, int64_t end, const double* t, int64_t k,
+            float* out, double* scratch) {
+  const int64_t r = f.r, ld = padded(r), piece = f.wide ? kWidePiece : tall_piece(r);
+  for (int64_t start = begin; start < end; start += piece) {
+    const int64_t n = min64(piece, end - start);
+    if (f.wide) {
+      widen_wide(f, start, n, scratch);
+      multiply(t, ld, 1, k, scratch, kWidePiece, r, n, out + start, f.length);
+    } else {
+      widen(f.data, f.dtype, start * r, n * r, scratch);
+      multiply(scratch, 1, r, n, t, ld, r, k, out + start * k, k);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace peftkern
