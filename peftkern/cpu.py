@@ -7,6 +7,7 @@ of float16 ones, because the NF4 kernels take float32 or bfloat16.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -267,52 +268,55 @@ def low_rank_svd(
     scaling: list[float],
     vectors: bool,
     mode: str,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lora_B, lora_A = ([factor.contiguous() for factor in side] for side in (lora_B, lora_A))
-    count = len(lora_B)
-    rank, info = (torch.empty(count, dtype=torch.int64, device="cpu") for _ in range(2))
-    U, S, Vh = ([torch.empty(0)] * count for _ in range(3))
+    k = [min(*B.shape, A.shape[1]) for B, A in zip(lora_B, lora_A, strict=True)]
+    S_at = [0, *itertools.accumulate(k)]
+    U_at, Vh_at = [0], [0]
+    for i, width in enumerate(k):
+        U_at.append(U_at[i] + lora_B[i].shape[0] * width)
+        Vh_at.append(Vh_at[i] + lora_A[i].shape[1] * width)
+    S = torch.empty(S_at[-1], dtype=torch.float32, device="cpu")
+    U, Vh = (native.empty_float32(at[-1] if vectors else 0) for at in (U_at, Vh_at))
+    rank, info = (torch.empty(len(k), dtype=torch.int64, device="cpu") for _ in range(2))
     members: dict[int, list[int]] = {}
     for i, A in enumerate(lora_A):
         members.setdefault(A.shape[0], []).append(i)
     for r, where in members.items():
-        B, A, factors = ([side[i] for i in where] for side in (lora_B, lora_A, scaling))
-        columns = _low_rank_svd(B, A, r, factors, vectors, mode)
-        for result, column in zip((U, S, Vh), columns[:3], strict=True):
-            for i, tensor in zip(where, column, strict=False):  # U and Vh: none if not wanted
-                result[i] = tensor
-        rank[where], info[where] = columns[3:]
-    return (U if vectors else []), S, (Vh if vectors else []), rank, info
+        B, A, factors, starts, widths, U_starts, Vh_starts = (
+            [column[i] for i in where]
+            for column in (lora_B, lora_A, scaling, S_at, k, U_at, Vh_at)
+        )
+        cores, inverse, *rest = native.low_rank_cores(B, A, r, factors, mode == "accurate")
+        widths = torch.tensor(widths, device="cpu")
+        sigma, left, right, rank_r, info_r = _core_svd(cores, *rest, widths, vectors)
+        rank[where], info[where] = rank_r, info_r
+        columns = torch.arange(r, device="cpu")
+        inside = columns < widths[:, None]
+        S[(torch.tensor(starts, device="cpu")[:, None] + columns)[inside]] = sigma[inside].float()
+        if vectors:
+            kept = torch.where(info_r < 0, -1, rank_r)
+            native.low_rank_rotate(
+                B, A, r, inverse, left, right, kept, U, U_starts, Vh, Vh_starts
+            )
+    return U, S, Vh, rank, info
 
 
-def _low_rank_svd(
-    lora_B: list[Tensor],
-    lora_A: list[Tensor],
-    r: int,
-    scaling: list[float],
-    vectors: bool,
-    mode: str,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """`low_rank_svd` of contiguous pairs of one rank."""
-    cores, inverse, scale, floor, info = native.low_rank_cores(
-        lora_B, lora_A, r, scaling, mode == "accurate"
-    )
+def _core_svd(
+    cores: Tensor, scale: Tensor, floor: Tensor, info: Tensor, widths: Tensor, vectors: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Singular values of the updates themselves [L, r], vectors of the cores, rank and info."""
+    r = cores.shape[1]
     if r <= JACOBI_RANK:
         sigma, left, right, more = native.jacobi_svd(cores, JACOBI_SWEEPS, vectors)
         info = torch.where(info < 0, info, more)
     else:
         sigma, left, right = _lapack_svd(cores, vectors)
-    widths = [min(B.shape[0], r, A.shape[1]) for B, A in zip(lora_B, lora_A, strict=True)]
-    rank = torch.minimum((sigma > floor[:, None]).sum(1), torch.tensor(widths, device="cpu"))
-    bad = info < 0
-    sigma = torch.where(torch.arange(r, device="cpu") < rank[:, None], sigma * scale[:, None], 0.0)
-    sigma[bad] = math.nan
-    S = [row[:k].clone() for row, k in zip(sigma.float(), widths, strict=True)]
-    if not vectors:
-        return [], S, [], rank, info
-    kept = torch.where(bad, -1, rank)
-    U, Vh = native.low_rank_rotate(lora_B, lora_A, r, inverse, left, right, kept)
-    return U, S, Vh, rank, info
+    rank = torch.minimum((sigma > floor[:, None]).sum(1), widths)
+    kept = torch.arange(r, device="cpu") < rank[:, None]
+    sigma = torch.where(kept, sigma * scale[:, None], 0.0)
+    sigma[info < 0] = math.nan
+    return sigma, left, right, rank, info
 
 
 def _lapack_svd(cores: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

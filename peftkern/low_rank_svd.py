@@ -292,9 +292,22 @@ def _decompose(
     with torch.no_grad():
         detached = ([t.detach() for t in tensors] for tensors in (Bs, As))
         U, S, Vh, rank, info = ops.low_rank_svd(*detached, factors, vectors, mode)
+    k = [min(*B.shape, A.shape[1]) for B, A in zip(Bs, As, strict=True)]
+    lists = [list(S.split(k))]
+    if vectors:
+        U_shapes = [(B.shape[0], width) for B, width in zip(Bs, k, strict=True)]
+        Vh_shapes = [(width, A.shape[1]) for A, width in zip(As, k, strict=True)]
+        lists = [_unflatten(U, U_shapes), *lists, _unflatten(Vh, Vh_shapes)]
+    else:
+        lists = [[], *lists, []]
     if not single:
-        return LowRankSVD(U, S, Vh, rank, info)
-    return LowRankSVD(*(column[0] if column else None for column in (U, S, Vh)), rank[0], info[0])
+        return LowRankSVD(*lists, rank, info)
+    return LowRankSVD(*(column[0] if column else S for column in lists), rank[0], info[0])
+
+
+def _unflatten(flat: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _pairs(

@@ -322,12 +322,16 @@ def low_rank_rotate(
     left: Tensor,
     right: Tensor,
     rank: Tensor,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """U [m, k] and Vh [k, n] of every pair, float32, k = min(r, m, n), from `low_rank_cores`."""
+    U: Tensor,
+    U_offsets: Sequence[int],
+    Vh: Tensor,
+    Vh_offsets: Sequence[int],
+) -> None:
+    """U [m, k] and Vh [k, n] of every pair into flat float32 tensors, each at its offset.
+
+    k = min(r, m, n); inverse from `low_rank_cores`; left, right [L, r, r] float64; rank int64.
+    """
     count = len(lora_B)
-    widths = [min(B.shape[0], r, A.shape[1]) for B, A in zip(lora_B, lora_A, strict=True)]
-    U = [_float32(B.shape[0], k) for B, k in zip(lora_B, widths, strict=True)]
-    Vh = [_float32(k, A.shape[1]) for A, k in zip(lora_A, widths, strict=True)]
     _module().low_rank_rotate(
         cpu_isa(),
         torch.get_num_threads(),
@@ -337,10 +341,20 @@ def low_rank_rotate(
         _address("left", left, torch.float64, count * r * r),
         _address("right", right, torch.float64, count * r * r),
         _address("rank", rank, torch.int64, count),
-        [tensor.data_ptr() for tensor in U],
-        [tensor.data_ptr() for tensor in Vh],
+        _address("U", U, torch.float32, U.numel()),
+        U.numel(),
+        U_offsets,
+        _address("Vh", Vh, torch.float32, Vh.numel()),
+        Vh.numel(),
+        Vh_offsets,
     )
-    return U, Vh
+
+
+def empty_float32(numel: int) -> Tensor:
+    """A new float32 tensor, on huge pages where the system grants them."""
+    tensor = torch.empty(numel, dtype=torch.float32, device="cpu")
+    _module().ask_for_huge_pages(tensor.data_ptr(), 4 * numel)
+    return tensor
 
 
 def _low_rank_pairs(
@@ -362,10 +376,6 @@ def _low_rank_pairs(
 
 def _float64(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device="cpu")
-
-
-def _float32(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _module() -> ModuleType:

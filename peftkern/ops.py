@@ -37,7 +37,7 @@ SCHEMAS = {
     "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? keep, float dropout_p, "
     "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
     "low_rank_svd": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, bool vectors, str mode) "
-    "-> (Tensor[] U, Tensor[] S, Tensor[] Vh, Tensor rank, Tensor info)",
+    "-> (Tensor U, Tensor S, Tensor Vh, Tensor rank, Tensor info)",
 }
 
 
@@ -142,20 +142,18 @@ def _fake_backward(
 @_fake("low_rank_svd")
 def _(
     lora_B: list[Tensor], lora_A: list[Tensor], scaling: list[float], vectors: bool, mode: str
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    U, S, Vh = [], [], []
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    U = S = Vh = 0
     for B, A in zip(lora_B, lora_A, strict=True):
         (m, r), n = B.shape, A.shape[1]
         torch._check(A.shape[0] == r)
         k = min(m, r, n)
-        both = torch.promote_types(B.dtype, A.dtype)
-        dtype = torch.float64 if both is torch.float64 else torch.float32
-        S.append(B.new_empty(k, dtype=dtype))
-        if vectors:
-            U.append(B.new_empty((m, k), dtype=dtype))
-            Vh.append(A.new_empty((k, n), dtype=dtype))
+        U, S, Vh = U + m * k * vectors, S + k, Vh + k * n * vectors
+    wide = any(tensor.dtype is torch.float64 for tensor in (*lora_B, *lora_A))
+    dtype = torch.float64 if wide else torch.float32
+    values = (lora_B[0].new_empty(size, dtype=dtype) for size in (U, S, Vh))
     rank, info = (lora_B[0].new_empty(len(lora_B), dtype=torch.int64) for _ in range(2))
-    return U, S, Vh, rank, info
+    return *values, rank, info
 
 
 nf4_quantize = torch.ops.peftkern.nf4_quantize.default

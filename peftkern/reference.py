@@ -235,30 +235,31 @@ def low_rank_svd(
     scaling: list[float],
     vectors: bool,
     mode: str,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Singular values and vectors of scaling * B A through two QR decompositions in float64.
 
     B = Q_B R_B, A^T = Q_A R_A, and U_c S V_c^T = scaling R_B R_A^T give U = Q_B U_c, V = Q_A V_c.
     Accurate in either mode.
 
-    Args: per pair lora_B [m, r] and lora_A [r, n], any float dtype, and scaling.
-    Returns: per pair U [m, k], S [k], Vh [k, n], k = min(m, r, n), float64 if a factor is, else
-        float32, U and Vh empty lists unless `vectors`; int64 rank and info [L].
+    Args: lists of L pairs lora_B [m, r] and lora_A [r, n], any float dtypes, and their scaling.
+    Returns: all U [m, k] one after the other in one flat tensor, all S [k], all Vh [k, n], where
+        k = min(m, r, n), float64 if any factor is, else float32; U and Vh are empty unless
+        `vectors`; rank and info int64 [L].
     """
-    if not lora_B:
-        return [], [], [], torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    wide = any(tensor.dtype is torch.float64 for tensor in (*lora_B, *lora_A))
+    dtype = torch.float64 if wide else torch.float32
     pairs = zip(lora_B, lora_A, scaling, strict=True)
-    results = [_low_rank_svd(B, A, factor, vectors) for B, A, factor in pairs]
-    U, S, Vh, rank, info = (list(column) for column in zip(*results, strict=True))
-    return (U if vectors else []), S, (Vh if vectors else []), torch.stack(rank), torch.stack(info)
+    U, S, Vh, rank, info = zip(*(_low_rank_svd(*pair) for pair in pairs), strict=True)
+    U, S, Vh = (torch.cat([t.reshape(-1).to(dtype) for t in flat]) for flat in (U, S, Vh))
+    if not vectors:
+        U, Vh = S.new_empty(0), S.new_empty(0)
+    return U, S, Vh, torch.stack(rank), torch.stack(info)
 
 
 def _low_rank_svd(
-    lora_B: Tensor, lora_A: Tensor, scaling: float, vectors: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor]:
-    m, r, n = *lora_B.shape, lora_A.shape[1]
-    wide = torch.float64 in (lora_B.dtype, lora_A.dtype)
-    dtype = torch.float64 if wide else torch.float32
+    lora_B: Tensor, lora_A: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r = lora_B.shape[1]
     B, A = lora_B.double(), lora_A.double()
     finite = torch.isfinite(B).all() & torch.isfinite(A).all() & math.isfinite(scaling)
     B, b, b_top = _unit_columns(torch.where(finite, B, 0.0))
@@ -268,19 +269,16 @@ def _low_rank_svd(
     weights = weights / torch.where(top > 0, top, 1.0)
     scale = top * b_top * a_top * (abs(scaling) if math.isfinite(scaling) else 0.0)
     (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(At)
-    sign = math.copysign(1.0, scaling)
-    U, S, Vh = torch.linalg.svd(sign * (R_B * weights) @ R_A.mT, full_matrices=False)
+    core = math.copysign(1.0, scaling) * (R_B * weights) @ R_A.mT
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     floor = r * torch.finfo(torch.float64).eps * weights.sum()
     rank = ((floor < S) & (scale > 0)).sum()
-    keep = torch.arange(min(m, r, n), device=B.device) < rank
+    keep = torch.arange(len(S), device=B.device) < rank
     nan = torch.where(finite, 0.0, math.nan)
-    S = (torch.where(keep, S * scale, 0.0) + nan).to(dtype)
-    info = torch.where(finite, 0, -1)
-    if not vectors:
-        return None, S, None, rank, info
     U = torch.where(keep, Q_B @ U, 0.0) + nan
     Vh = torch.where(keep[:, None], Vh @ Q_A.mT, 0.0) + nan
-    return U.to(dtype), S, Vh.contiguous().to(dtype), rank, info
+    S = torch.where(keep, S * scale, 0.0) + nan
+    return U, S, Vh, rank, torch.where(finite, 0, -1)
 
 
 def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,12 +96,6 @@ std::vector<LowRankPair> low_rank_pairs(const std::vector<std::array<int64_t, 6>
   return pairs;
 }
 
-std::vector<float*> float_pointers(const std::vector<uintptr_t>& addresses) {
-  std::vector<float*> pointers;
-  for (uintptr_t address : addresses) pointers.push_back(pointer<float>(address));
-  return pointers;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -230,12 +224,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("low_rank_rotate",
         [](const std::string& isa, int threads, const std::vector<std::array<int64_t, 6>>& table,
            int64_t r, uintptr_t inverse, uintptr_t left, uintptr_t right, uintptr_t rank,
-           const std::vector<uintptr_t>& u, const std::vector<uintptr_t>& vh) {
+           uintptr_t u, int64_t u_len, const std::vector<int64_t>& u_offsets, uintptr_t vh,
+           int64_t vh_len, const std::vector<int64_t>& vh_offsets) {
           const std::vector<LowRankPair> pairs = low_rank_pairs(table);
-          if (u.size() != pairs.size() || vh.size() != pairs.size()) {
-            throw std::invalid_argument("u, vh: expected one address per pair");
+          if (u_offsets.size() != pairs.size() || vh_offsets.size() != pairs.size()) {
+            throw std::invalid_argument("u_offsets, vh_offsets: expected one for each pair");
           }
-          const std::vector<float*> u_at = float_pointers(u), vh_at = float_pointers(vh);
           LowRankRotateArgs args;
           args.pairs = pairs.data();
           args.count = static_cast<int64_t>(pairs.size());
@@ -245,9 +239,15 @@ PYBIND11_MODULE(_cpu, m) {
           args.right = pointer<const double>(right);
           args.rank = pointer<const int64_t>(rank);
           args.threads = threads;
-          args.u = u_at.data();
-          args.vh = vh_at.data();
+          args.u = pointer<float>(u);
+          args.u_len = u_len;
+          args.u_offsets = u_offsets.data();
+          args.vh = pointer<float>(vh);
+          args.vh_len = vh_len;
+          args.vh_offsets = vh_offsets.data();
           py::gil_scoped_release release;
           low_rank_rotate(isa.c_str(), args);
         });
+  m.def("ask_for_huge_pages",
+        [](uintptr_t p, int64_t bytes) { ask_for_huge_pages(pointer<void>(p), bytes); });
 }

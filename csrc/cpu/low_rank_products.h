@@ -33,7 +33,13 @@ inline int64_t piece_doubles(int64_t r) {
 
 // out = n values of `src` from element i on; zeros up to the next multiple of 16.
 inline void widen(const void* src, DType dtype, int64_t i, int64_t n, double* out) {
-  for (int64_t j = 0; j < n; j += 16) {
+  int64_t j = 0;
+  if (dtype == DType::kFloat32) {
+    const float* p = static_cast<const float*>(src) + i;
+    for (; j + kDoubles <= n; j += kDoubles) doubles_store(out + j, doubles_load_floats(p + j));
+    j = j / 16 * 16;
+  }
+  for (; j < n; j += 16) {
     f16_store_doubles(out + j, load_any(src, dtype, i + j, static_cast<int>(min64(16, n - j))));
   }
 }
@@ -112,14 +118,34 @@ inline void gram_wide(const double* x, int64_t columns, int64_t stride, int64_t 
   }
 }
 
-inline void store_columns(const Doubles* acc, int vectors, int64_t n, float* out) {
-  for (int v = 0; v < vectors && v * kDoubles < n; ++v) {
-    doubles_store_floats_n(out + v * kDoubles, acc[v], min64(kDoubles, n - v * kDoubles));
+template <int kI>
+inline void store_block(const Doubles (&acc)[kI][kBlockColumns], int64_t n, float* out,
+                        int64_t out_row) {
+  if (n >= kBlockColumns * kDoubles) {
+    for (int i = 0; i < kI; ++i) {
+      for (int v = 0; v < kBlockColumns; ++v) {
+        doubles_store_floats(out + i * out_row + v * kDoubles, acc[i][v]);
+      }
+    }
+    return;
+  }
+  for (int i = 0; i < kI; ++i) {
+    for (int v = 0; v < kBlockColumns; ++v) {
+      const int64_t rest = n - v * kDoubles;
+      if (rest <= 0) continue;
+      doubles_store_floats_n(out + i * out_row + v * kDoubles, acc[i][v], min64(kDoubles, rest));
+    }
   }
 }
-inline void store_columns(const Doubles* acc, int vectors, int64_t n, double* out) {
+template <int kI>
+inline void store_block(const Doubles (&acc)[kI][kBlockColumns], int64_t n, double* out,
+                        int64_t out_row) {
   (void)n;  // rows of scratch are padded
-  for (int v = 0; v < vectors; ++v) doubles_store(out + v * kDoubles, acc[v]);
+  for (int i = 0; i < kI; ++i) {
+    for (int v = 0; v < kBlockColumns; ++v) {
+      doubles_store(out + i * out_row + v * kDoubles, acc[i][v]);
+    }
+  }
 }
 
 // out[i, j] = sum over l < inner of p[l p_step + i p_row] q[l q_step + j] for i < rows, j < n.
@@ -132,14 +158,12 @@ inline void multiply(const double* p, int64_t p_step, int64_t p_row, int64_t row
     for (; i + kBlockRows <= rows; i += kBlockRows) {
       Doubles acc[kBlockRows][kBlockColumns];
       outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc);
-      for (int row = 0; row < kBlockRows; ++row) {
-        store_columns(acc[row], kBlockColumns, n - j, out + (i + row) * out_row + j);
-      }
+      store_block(acc, n - j, out + i * out_row + j, out_row);
     }
     for (; i < rows; ++i) {
       Doubles acc[1][kBlockColumns];
       outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc);
-      store_columns(acc[0], kBlockColumns, n - j, out + i * out_row + j);
+      store_block(acc, n - j, out + i * out_row + j, out_row);
     }
   }
 }

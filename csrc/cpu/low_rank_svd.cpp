@@ -50,6 +50,16 @@ void validate(const LowRankPair* pairs, int64_t count, int64_t r) {
   }
 }
 
+void require_room(const char* name, const float* out, int64_t length, int64_t offset,
+                  int64_t numel) {
+  if (numel == 0) return;
+  if (!out || offset < 0 || length < numel || offset > length - numel) {
+    throw std::invalid_argument(std::string(name) + ": expected room for " +
+                                std::to_string(numel) + " values from offset " +
+                                std::to_string(offset) + " on, got " + std::to_string(length));
+  }
+}
+
 LowRankFactor factor_of(const LowRankPair* pairs, int64_t r, int64_t index) {
   const LowRankPair& pair = pairs[index / 2];
   if (index % 2) return {pair.a, pair.a_dtype, pair.n, r, true};
@@ -267,12 +277,13 @@ void low_rank_rotate(const char* isa, const LowRankRotateArgs& args) {
   validate(args.pairs, args.count, args.r);
   const int64_t r = args.r, ld = round_up(r, kLowRankPad);
   if (args.count == 0 || r == 0) return;
-  require(args.inverse && args.left && args.right && args.rank && args.u && args.vh,
-          "inverse .. vh: null pointer");
+  require(args.inverse && args.left && args.right && args.rank, "inverse .. rank: null pointer");
+  require(args.u_offsets && args.vh_offsets, "u_offsets, vh_offsets: null pointer");
   const LowRankKernels& kernels = kernels_for(isa);
   const auto size = [&](int64_t i) { return min64(r, min64(args.pairs[i].m, args.pairs[i].n)); };
   for (int64_t i = 0; i < args.count; ++i) {
-    require(size(i) == 0 || (args.u[i] && args.vh[i]), "u, vh: null pointer");
+    require_room("u", args.u, args.u_len, args.u_offsets[i], args.pairs[i].m * size(i));
+    require_room("vh", args.vh, args.vh_len, args.vh_offsets[i], args.pairs[i].n * size(i));
     require(args.rank[i] >= -1 && args.rank[i] <= size(i), "rank: expected -1 to min(r, m, n)");
   }
   Scratch memory(2 * args.count * r * ld * 8);
@@ -288,7 +299,8 @@ void low_rank_rotate(const char* isa, const LowRankRotateArgs& args) {
              const Tile& tile = tiles[static_cast<size_t>(index)];
              const int64_t pair = tile.factor / 2, k = size(pair);
              const LowRankFactor factor = factor_of(args.pairs, r, tile.factor);
-             float* out = factor.wide ? args.vh[pair] : args.u[pair];
+             float* out = factor.wide ? args.vh + args.vh_offsets[pair]
+                                             : args.u + args.u_offsets[pair];
              if (args.rank[pair] >= 0) {
                kernels.rotate(factor, tile.begin, tile.end, t + tile.factor * r * ld, k, out,
                               scratch);

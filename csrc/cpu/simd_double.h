@@ -33,6 +33,9 @@ inline Doubles select_gt(Doubles a, Doubles b, Doubles x, Doubles y) {
 inline bool any_gt(Doubles a, Doubles b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 inline double doubles_sum(Doubles a) { return _mm512_reduce_add_pd(a.v); }
 inline void doubles_store_floats(float* p, Doubles a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v)); }
+inline Doubles doubles_load_floats(const float* p) {
+  return {_mm512_cvtps_pd(_mm256_loadu_ps(p))};
+}
 inline void f16_store_doubles(double* p, F16 a) {
   _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
   _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
@@ -67,6 +70,7 @@ inline double doubles_sum(Doubles a) {
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
 inline void doubles_store_floats(float* p, Doubles a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v)); }
+inline Doubles doubles_load_floats(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
 inline void f16_store_doubles(double* p, F16 x) {
   _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(x.a)));
   _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(x.a, 1)));
@@ -98,6 +102,7 @@ inline double doubles_sum(Doubles a) { return a.v[0] + a.v[1]; }
 inline void doubles_store_floats(float* p, Doubles a) {
   p[0] = static_cast<float>(a.v[0]), p[1] = static_cast<float>(a.v[1]);
 }
+inline Doubles doubles_load_floats(const float* p) { return {{p[0], p[1]}}; }
 inline void f16_store_doubles(double* p, const F16& a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<double>(a.v[i]);
 }

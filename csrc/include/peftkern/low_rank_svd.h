@@ -56,8 +56,11 @@ struct LowRankRotateArgs {
   const double* right = nullptr;    // [count, r, r]
   const int64_t* rank = nullptr;    // [count]: vectors from here on are zero; -1: all are NaN
   int threads = 1;
-  float* const* u = nullptr;   // count addresses
-  float* const* vh = nullptr;  // count addresses
+  float* u = nullptr;  // [u_len]: each U at its offset
+  float* vh = nullptr;
+  const int64_t* u_offsets = nullptr;  // [count]
+  const int64_t* vh_offsets = nullptr;
+  int64_t u_len = 0, vh_len = 0;
 };
 void low_rank_rotate(const char* isa, const LowRankRotateArgs& args);
 
