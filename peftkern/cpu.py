@@ -284,8 +284,7 @@ def low_rank_svd(
         members.setdefault(A.shape[0], []).append(i)
     for r, where in members.items():
         B, A, factors, starts, widths, U_starts, Vh_starts = (
-            [column[i] for i in where]
-            for column in (lora_B, lora_A, scaling, S_at, k, U_at, Vh_at)
+            [column[i] for i in where] for column in (lora_B, lora_A, scaling, S_at, k, U_at, Vh_at)
         )
         cores, inverse, *rest = native.low_rank_cores(B, A, r, factors, mode == "accurate")
         widths = torch.tensor(widths, device="cpu")
@@ -296,9 +295,7 @@ def low_rank_svd(
         S[(torch.tensor(starts, device="cpu")[:, None] + columns)[inside]] = sigma[inside].float()
         if vectors:
             kept = torch.where(info_r < 0, -1, rank_r)
-            native.low_rank_rotate(
-                B, A, r, inverse, left, right, kept, U, U_starts, Vh, Vh_starts
-            )
+            native.low_rank_rotate(B, A, r, inverse, left, right, kept, U, U_starts, Vh, Vh_starts)
     return U, S, Vh, rank, info
 
 

@@ -11,6 +11,7 @@ results have no gradient, whatever the factors require.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -71,17 +72,19 @@ def low_rank_svd(
 ) -> LowRankSVD:
     """Reduced SVD of scaling * lora_B @ lora_A, of one pair or of lists of pairs.
 
-    Gram matrices in float64, pivoted Cholesky, QR-preconditioned one-sided Jacobi on the r x r core,
+    Gram matrices in float64, pivoted Cholesky, QR-preconditioned one-sided Jacobi on the core,
     and one rotation of each factor.
 
     Args: lora_B [m, r] and lora_A [r, n], float64|float32|bfloat16|float16, shapes and dtypes may
         differ from pair to pair; scaling one number, or one for each pair; mode "accurate", or
-        "fast": never a second pass over factors of high condition number.
-    Returns: LowRankSVD in float32 (float64 if a factor is). `rank` is the numerical rank: columns of
-        U and rows of Vh from there on are zero. The entry of largest magnitude of each left vector of
-        the core is positive; equal inputs give equal bits, alone or in a list. `info`: 0; -1 where
-        anything is NaN or Inf, and then all of U, S and Vh is NaN and the rank 0; above 0 where Jacobi
-        did not converge: the number of pairs of columns not yet orthogonal.
+        "fast": no second pass over factors of a condition number above 1e5, whose vectors are
+        then not orthonormal to 1e-5.
+    Returns: LowRankSVD in float32, in float64 if any factor is (by two QR decompositions in
+        torch). rank is the numerical rank: columns of U and rows of Vh from there on are zero.
+        info is 0; -1 where anything is NaN or Inf, and then U, S and Vh are NaN and the rank is 0;
+        above 0 where Jacobi did not converge: how many pairs of columns are not orthogonal yet.
+        The tensors of a list are views of one buffer each: clone what is to outlive the others.
+        Ranks up to 64 on a CPU give the same bits for any number of threads, alone or in a list.
     Raises: TypeError or ValueError naming the argument on wrong types, counts, shapes, dtypes,
         devices or an unknown mode.
     Gradients: none.   Error bound: kernels/NUMERICS.md#low_rank_svd
@@ -148,8 +151,8 @@ def allocate_rank(
     as they fit, which is optimal up to one component. Ties go to the lower layer. Zeros are not
     taken beyond r_min. Reads S once on the host.
 
-    Args: S [k] of each layer, descending; budget in units of cost; cost positive, for each layer (1);
-        r_min and r_max one number or one for each layer; r_max at most k (k).
+    Args: S [k] of each layer, descending; budget in units of cost; cost positive, for each layer
+        (1); r_min and r_max one number or one for each layer (0 and k); a layer has at most k.
     Returns: the ranks, a list of int.
     Raises: TypeError or ValueError naming the argument: counts that differ, NaN (with the layer),
         values that do not descend, bounds that contradict or a budget below what r_min costs.
@@ -166,7 +169,7 @@ def allocate_rank(
     for layer, energy in enumerate(values):
         if any(math.isnan(e) for e in energy):
             raise ValueError(f"S: layer {layer} holds NaN")
-        if any(a < b for a, b in zip(energy, energy[1:], strict=False)):
+        if any(a < b for a, b in itertools.pairwise(energy)):
             raise ValueError(f"S: expected descending values, those of layer {layer} are not")
         if not costs[layer] > 0 or math.isinf(costs[layer]):
             raise ValueError(f"cost: expected positive numbers, layer {layer} has {costs[layer]}")
@@ -213,14 +216,16 @@ def truncate_lora(
         raise ValueError(f"form: expected one of {FORMS}, got {form!r}")
     single = isinstance(svd.S, Tensor)
     layers = [svd[:3]] if single else list(zip(*svd[:3], strict=True))
-    factors = []
+    factors, rows = [], torch.contiguous_format
     for layer, rank in enumerate(_each("ranks", ranks, len(layers))):
         U, S, Vh = layers[layer]
         if not 0 <= rank <= len(S):
             raise ValueError(f"ranks: expected 0 to {len(S)}, layer {layer} has {rank}")
         U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
         if form == "adalora":
-            factors.append(AdaLoraFactors(U.contiguous(), S[:, None].clone(), Vh.clone()))
+            factors.append(
+                AdaLoraFactors(U.clone(memory_format=rows), S[:, None].clone(), Vh.clone())
+            )
         else:
             root = S.sqrt()
             factors.append(LoraFactors(U * root, root[:, None] * Vh))

@@ -251,7 +251,6 @@ void jacobi(const JacobiSvdArgs& args, int64_t first, int64_t count, double* scr
       v[(j * r + j) * kDoubles + lane] = 1.0;
     }
     active[lane] = 1.0;
-    args.info[first + lane] = 0;
   }
   for (int sweep = 0; sweep < args.sweeps; ++sweep) {
     Doubles pairs;

@@ -54,9 +54,9 @@ void require_room(const char* name, const float* out, int64_t length, int64_t of
                   int64_t numel) {
   if (numel == 0) return;
   if (!out || offset < 0 || length < numel || offset > length - numel) {
-    throw std::invalid_argument(std::string(name) + ": expected room for " +
-                                std::to_string(numel) + " values from offset " +
-                                std::to_string(offset) + " on, got " + std::to_string(length));
+    throw std::invalid_argument(std::string(name) + ": expected room for " + std::to_string(numel) +
+                                " values from offset " + std::to_string(offset) + " on, got " +
+                                std::to_string(length));
   }
 }
 
@@ -261,9 +261,11 @@ void jacobi_svd(const char* isa, const JacobiSvdArgs& args) {
   validate(args.count, args.r, args.threads);
   require(args.sweeps >= 0, "sweeps: expected at least 0");
   require(!args.left == !args.right, "left, right: expected both or none");
-  const bool empty = args.count == 0 || args.r == 0;
-  require(empty || (args.cores && args.sigma), "cores, sigma: null pointer");
-  require(args.count == 0 || args.info, "info: null pointer");
+  if (args.count == 0) return;
+  require(args.info, "info: null pointer");
+  for (int64_t i = 0; i < args.count; ++i) args.info[i] = 0;
+  if (args.r == 0) return;
+  require(args.cores && args.sigma, "cores, sigma: null pointer");
   const LowRankKernels& kernels = kernels_for(isa);
   const int64_t groups = (args.count + kernels.lanes - 1) / kernels.lanes;
   for_each(kernels, args.r, args.threads, groups, [&](int64_t group, double* scratch) {
@@ -294,26 +296,26 @@ void low_rank_rotate(const char* isa, const LowRankRotateArgs& args) {
     kernels.combine(args.inverse + i * r * r, w, r, rank, t + i * r * ld, scratch);
   });
   const std::vector<Tile> tiles = tiles_of(args.pairs, r, all_factors(args.count));
-  for_each(kernels, r, args.threads, static_cast<int64_t>(tiles.size()),
-           [&](int64_t index, double* scratch) {
-             const Tile& tile = tiles[static_cast<size_t>(index)];
-             const int64_t pair = tile.factor / 2, k = size(pair);
-             const LowRankFactor factor = factor_of(args.pairs, r, tile.factor);
-             float* out = factor.wide ? args.vh + args.vh_offsets[pair]
-                                             : args.u + args.u_offsets[pair];
-             if (args.rank[pair] >= 0) {
-               kernels.rotate(factor, tile.begin, tile.end, t + tile.factor * r * ld, k, out,
-                              scratch);
-               return;
-             }
-             const int64_t rows = factor.wide ? k : tile.end - tile.begin;
-             const int64_t columns = factor.wide ? tile.end - tile.begin : k;
-             const int64_t stride = factor.wide ? factor.length : k;
-             float* corner = out + tile.begin * (factor.wide ? 1 : k);
-             for (int64_t i = 0; i < rows; ++i) {
-               for (int64_t j = 0; j < columns; ++j) corner[i * stride + j] = NAN;
-             }
-           });
+  for_each(
+      kernels, r, args.threads, static_cast<int64_t>(tiles.size()),
+      [&](int64_t index, double* scratch) {
+        const Tile& tile = tiles[static_cast<size_t>(index)];
+        const int64_t pair = tile.factor / 2, k = size(pair);
+             if (k == 0) return;
+        const LowRankFactor factor = factor_of(args.pairs, r, tile.factor);
+        float* out = factor.wide ? args.vh + args.vh_offsets[pair] : args.u + args.u_offsets[pair];
+        if (args.rank[pair] >= 0) {
+          kernels.rotate(factor, tile.begin, tile.end, t + tile.factor * r * ld, k, out, scratch);
+          return;
+        }
+        const int64_t rows = factor.wide ? k : tile.end - tile.begin;
+        const int64_t columns = factor.wide ? tile.end - tile.begin : k;
+        const int64_t stride = factor.wide ? factor.length : k;
+        float* corner = out + tile.begin * (factor.wide ? 1 : k);
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) corner[i * stride + j] = NAN;
+        }
+      });
 }
 
 }  // namespace peftkern

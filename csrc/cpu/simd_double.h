@@ -33,9 +33,7 @@ inline Doubles select_gt(Doubles a, Doubles b, Doubles x, Doubles y) {
 inline bool any_gt(Doubles a, Doubles b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 inline double doubles_sum(Doubles a) { return _mm512_reduce_add_pd(a.v); }
 inline void doubles_store_floats(float* p, Doubles a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v)); }
-inline Doubles doubles_load_floats(const float* p) {
-  return {_mm512_cvtps_pd(_mm256_loadu_ps(p))};
-}
+inline Doubles doubles_load_floats(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
 inline void f16_store_doubles(double* p, F16 a) {
   _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
   _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
