@@ -7,6 +7,7 @@ of float16 ones, because the NF4 kernels take float32 or bfloat16.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from peftkern import native
 from peftkern.dropout import keep_scale, philox_keep
+
+JACOBI_RANK = 64  # up to which Jacobi on many cores at once beats LAPACK on one after the other
+JACOBI_SWEEPS = 30  # 6 to 12 are usual
 
 
 def supports_device(tensor: Tensor, *args: object) -> str | None:
@@ -251,6 +255,80 @@ def _adapter_gradients(
     if need_dbias:
         dbias = dy.sum(0)
     return dS, dA, dB, dbias
+
+
+def supports_low_rank_svd(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
+    """Reason against low_rank_svd: float64 factors deserve better than a float64 Gram matrix."""
+    for tensor in (*lora_B, *lora_A):
+        if tensor.dtype not in native.DTYPE_CODES:
+            return f"the dtype is {tensor.dtype}"
+        if not tensor.is_cpu:
+            return f"tensors are on {tensor.device}"
+    return native.cpu_module()[1]
+
+
+def low_rank_svd(
+    lora_B: list[Tensor],
+    lora_A: list[Tensor],
+    scaling: list[float],
+    vectors: bool,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    lora_B, lora_A = ([factor.contiguous() for factor in side] for side in (lora_B, lora_A))
+    k = [min(*B.shape, A.shape[1]) for B, A in zip(lora_B, lora_A, strict=True)]
+    S_at = [0, *itertools.accumulate(k)]
+    U_at, Vh_at = [0], [0]
+    for i, width in enumerate(k):
+        U_at.append(U_at[i] + lora_B[i].shape[0] * width)
+        Vh_at.append(Vh_at[i] + lora_A[i].shape[1] * width)
+    S = torch.empty(S_at[-1], dtype=torch.float32, device="cpu")
+    U, Vh = (native.empty_float32(at[-1] if vectors else 0) for at in (U_at, Vh_at))
+    rank, info = (torch.empty(len(k), dtype=torch.int64, device="cpu") for _ in range(2))
+    members: dict[int, list[int]] = {}
+    for i, A in enumerate(lora_A):
+        members.setdefault(A.shape[0], []).append(i)
+    for r, where in members.items():
+        B, A, factors, starts, widths, U_starts, Vh_starts = (
+            [column[i] for i in where] for column in (lora_B, lora_A, scaling, S_at, k, U_at, Vh_at)
+        )
+        cores, inverse, *rest = native.low_rank_cores(B, A, r, factors, mode == "accurate")
+        widths = torch.tensor(widths, device="cpu")
+        sigma, left, right, rank_r, info_r = _core_svd(cores, *rest, widths, vectors)
+        rank[where], info[where] = rank_r, info_r
+        columns = torch.arange(r, device="cpu")
+        inside = columns < widths[:, None]
+        S[(torch.tensor(starts, device="cpu")[:, None] + columns)[inside]] = sigma[inside].float()
+        if vectors:
+            kept = torch.where(info_r < 0, -1, rank_r)
+            native.low_rank_rotate(B, A, r, inverse, left, right, kept, U, U_starts, Vh, Vh_starts)
+    return U, S, Vh, rank, info
+
+
+def _core_svd(
+    cores: Tensor, scale: Tensor, floor: Tensor, info: Tensor, widths: Tensor, vectors: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Singular values of the updates themselves [L, r], vectors of the cores, rank and info."""
+    r = cores.shape[1]
+    if r <= JACOBI_RANK:
+        sigma, left, right, more = native.jacobi_svd(cores, JACOBI_SWEEPS, vectors)
+        info = torch.where(info < 0, info, more)
+    else:
+        sigma, left, right = _lapack_svd(cores, vectors)
+    rank = torch.minimum((sigma > floor[:, None]).sum(1), widths)
+    kept = torch.arange(r, device="cpu") < rank[:, None]
+    sigma = torch.where(kept, sigma * scale[:, None], 0.0)
+    sigma[info < 0] = math.nan
+    return sigma, left, right, rank, info
+
+
+def _lapack_svd(cores: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `native.jacobi_svd` gives, for ranks where LAPACK's bidiagonal SVD is faster."""
+    if not vectors:
+        return torch.linalg.svdvals(cores), None, None
+    left, sigma, right = torch.linalg.svd(cores)
+    top = left.gather(1, left.abs().argmax(1, keepdim=True))
+    sign = torch.where(top < 0, -1.0, 1.0).to(left.dtype)
+    return sigma, (left * sign).contiguous(), (right.mT * sign).contiguous()
 
 
 def _mask(keep: Tensor | None, rows: int, columns: int, dropout_p: float) -> Tensor | None:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from peftkern import cpu, native, reference
 from peftkern.device import BackendUnavailableError, triton_interpreted, triton_missing
@@ -55,7 +54,7 @@ def _triton(op: str, stem: str, supports: str) -> Candidate:
         return importlib.import_module(f"peftkern.kernels.{stem}")
 
     def supports_call(*args: Any) -> str | None:
-        return triton_missing(args[0].device) or getattr(kernels(), supports)(*args)
+        return triton_missing(_device(args)) or getattr(kernels(), supports)(*args)
 
     return Candidate("triton", "cuda", supports_call, lambda *args: getattr(kernels(), op)(*args))
 
@@ -96,6 +95,7 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
             _triton("nf4_lora_linear_backward", "nf4_lora_linear", "supports_backward"),
             _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
         ),
+        "low_rank_svd": (_cpu("low_rank_svd", cpu.supports_low_rank_svd),),
     }.items()
 }
 _BACKENDS = ("triton", "cpu", "reference")
@@ -109,7 +109,7 @@ _fallbacks: Counter[tuple[str, str]] = Counter()
 def call(op: str, *args: Any) -> Any:
     """Run `op` on the first candidate that takes these arguments."""
     forced = forced_backend()
-    device = args[0].device.type
+    device = _device(args).type
     for candidate in _CANDIDATES[op]:
         if forced is None:
             if candidate.device is not None and candidate.device != device:
@@ -131,12 +131,18 @@ def call(op: str, *args: Any) -> Any:
 
 def _reason(candidate: Candidate, args: tuple[Any, ...], forced: str | None) -> str | None:
     """Why a candidate cannot take a call. Triton's interpreter runs on a CPU, if asked for."""
-    tensor: Tensor = args[0]
-    if candidate.device is not None and candidate.device != tensor.device.type:
-        interpreted = candidate.name == forced == "triton" and tensor.is_cpu
+    device = _device(args)
+    if candidate.device is not None and candidate.device != device.type:
+        interpreted = candidate.name == forced == "triton" and device.type == "cpu"
         if not (interpreted and triton_interpreted()):
-            return f"tensors are on {tensor.device}"
+            return f"tensors are on {device}"
     return candidate.supports(*args)
+
+
+def _device(args: tuple[Any, ...]) -> torch.device:
+    """Where a call runs: every op begins with a tensor or a list of tensors."""
+    first = args[0]
+    return (first[0] if isinstance(first, (list, tuple)) else first).device
 
 
 def unserved(device: torch.device) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -260,6 +261,121 @@ def nf4_linear_backward(
         dx.data_ptr(),
     )
     return dx
+
+
+def low_rank_cores(
+    lora_B: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    r: int,
+    scaling: Sequence[float],
+    second_pass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The r x r cores of pairs of rank r; see csrc/include/peftkern/low_rank_svd.h.
+
+    Returns: cores [L, r, r], inverse [L, 2, r, r], scale [L], floor [L], float64; info int64 [L].
+    """
+    count = len(lora_B)
+    factors = torch.tensor(scaling, dtype=torch.float64, device="cpu")
+    cores, inverse = _float64(count, r, r), _float64(count, 2, r, r)
+    scale, floor = _float64(count), _float64(count)
+    info = torch.empty(count, dtype=torch.int64, device="cpu")
+    _module().low_rank_cores(
+        cpu_isa(),
+        torch.get_num_threads(),
+        _low_rank_pairs(lora_B, lora_A, r),
+        r,
+        _address("scaling", factors, torch.float64, count),
+        second_pass,
+        *(tensor.data_ptr() for tensor in (cores, inverse, scale, floor, info)),
+    )
+    return cores, inverse, scale, floor, info
+
+
+def jacobi_svd(
+    cores: Tensor, sweeps: int, vectors: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Singular values [L, r], left and right vectors (columns) of float64 cores [L, r, r], info."""
+    count, r, _ = cores.shape
+    sigma = _float64(count, r)
+    left, right = (_float64(count, r, r) if vectors else None for _ in range(2))
+    info = torch.empty(count, dtype=torch.int64, device="cpu")
+    _module().jacobi_svd(
+        cpu_isa(),
+        torch.get_num_threads(),
+        count,
+        r,
+        sweeps,
+        _address("cores", cores, torch.float64, count * r * r),
+        sigma.data_ptr(),
+        0 if left is None else left.data_ptr(),
+        0 if right is None else right.data_ptr(),
+        info.data_ptr(),
+    )
+    return sigma, left, right, info
+
+
+def low_rank_rotate(
+    lora_B: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    r: int,
+    inverse: Tensor,
+    left: Tensor,
+    right: Tensor,
+    rank: Tensor,
+    U: Tensor,
+    U_offsets: Sequence[int],
+    Vh: Tensor,
+    Vh_offsets: Sequence[int],
+) -> None:
+    """U [m, k] and Vh [k, n] of every pair into flat float32 tensors, each at its offset.
+
+    k = min(r, m, n); inverse from `low_rank_cores`; left, right [L, r, r] float64; rank int64.
+    """
+    count = len(lora_B)
+    _module().low_rank_rotate(
+        cpu_isa(),
+        torch.get_num_threads(),
+        _low_rank_pairs(lora_B, lora_A, r),
+        r,
+        _address("inverse", inverse, torch.float64, 2 * count * r * r),
+        _address("left", left, torch.float64, count * r * r),
+        _address("right", right, torch.float64, count * r * r),
+        _address("rank", rank, torch.int64, count),
+        _address("U", U, torch.float32, U.numel()),
+        U.numel(),
+        U_offsets,
+        _address("Vh", Vh, torch.float32, Vh.numel()),
+        Vh.numel(),
+        Vh_offsets,
+    )
+
+
+def empty_float32(numel: int) -> Tensor:
+    """A new float32 tensor, on huge pages where the system grants them."""
+    tensor = torch.empty(numel, dtype=torch.float32, device="cpu")
+    _module().ask_for_huge_pages(tensor.data_ptr(), 4 * numel)
+    return tensor
+
+
+def _low_rank_pairs(
+    lora_B: Sequence[Tensor], lora_A: Sequence[Tensor], r: int
+) -> list[tuple[int, int, int, int, int, int]]:
+    """(m, n, address and dtype of lora_B, address and dtype of lora_A) of every pair."""
+    return [
+        (
+            B.shape[0],
+            A.shape[1],
+            _address("lora_B", B, B.dtype, B.shape[0] * r),
+            _dtype_code("lora_B", B),
+            _address("lora_A", A, A.dtype, r * A.shape[1]),
+            _dtype_code("lora_A", A),
+        )
+        for B, A in zip(lora_B, lora_A, strict=True)
+    ]
+
+
+def _float64(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device="cpu")
 
 
 def _module() -> ModuleType:

@@ -36,11 +36,14 @@ SCHEMAS = {
     "nf4_lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor? S, {_NF4}, SymInt[] shape, "
     "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? keep, float dropout_p, "
     "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "low_rank_svd": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, bool vectors, str mode) "
+    "-> (Tensor U, Tensor S, Tensor Vh, Tensor rank, Tensor info)",
 }
 
 
 def _call(op: str, *args: Any) -> Any:
-    device_type = args[0].device.type
+    first = args[0][0] if isinstance(args[0], list) else args[0]
+    device_type = first.device.type
     if autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return dispatch.call(op, *args)
@@ -136,6 +139,23 @@ def _fake_backward(
     return dx, dA, dB, dy.new_empty(shape[0] if need_dbias else 0)
 
 
+@_fake("low_rank_svd")
+def _(
+    lora_B: list[Tensor], lora_A: list[Tensor], scaling: list[float], vectors: bool, mode: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    U = S = Vh = 0
+    for B, A in zip(lora_B, lora_A, strict=True):
+        (m, r), n = B.shape, A.shape[1]
+        torch._check(A.shape[0] == r)
+        k = min(m, r, n)
+        U, S, Vh = U + m * k * vectors, S + k, Vh + k * n * vectors
+    wide = any(tensor.dtype is torch.float64 for tensor in (*lora_B, *lora_A))
+    dtype = torch.float64 if wide else torch.float32
+    values = (lora_B[0].new_empty(size, dtype=dtype) for size in (U, S, Vh))
+    rank, info = (lora_B[0].new_empty(len(lora_B), dtype=torch.int64) for _ in range(2))
+    return *values, rank, info
+
+
 nf4_quantize = torch.ops.peftkern.nf4_quantize.default
 nf4_quantize_absmax = torch.ops.peftkern.nf4_quantize_absmax.default
 nf4_dequantize = torch.ops.peftkern.nf4_dequantize.default
@@ -144,3 +164,4 @@ lora_linear_forward = torch.ops.peftkern.lora_linear_forward.default
 lora_linear_backward = torch.ops.peftkern.lora_linear_backward.default
 nf4_lora_linear_forward = torch.ops.peftkern.nf4_lora_linear_forward.default
 nf4_lora_linear_backward = torch.ops.peftkern.nf4_lora_linear_backward.default
+low_rank_svd = torch.ops.peftkern.low_rank_svd.default

@@ -25,6 +25,7 @@ RANK = {
     "dispatch": 3,
     "ops": 4,
     "functional": 5,
+    "low_rank_svd": 5,
     "layers": 6,
     "integrations": 7,
     "__init__": 8,

@@ -53,6 +53,11 @@ def op_cases() -> dict[str, list[tuple]]:
             (x, *pieces(), [N, K], A, B, bias, 2.0, keep, 0.25),
             (x, *pieces(False), [N, K], None, None, None, 1.0, None, 0.0),
         ],
+        "low_rank_svd": [
+            ([B, B.bfloat16()], [A, A], [2.0, -1.0], True, "accurate"),
+            ([B, torch.randn(3, 5)], [A.bfloat16(), torch.randn(5, 2)], [1.0, 1.0], True, "fast"),
+            ([B], [A], [1.0], False, "accurate"),
+        ],
         "nf4_lora_linear_backward": [
             (dy, x, S, *pieces(), [N, K], A, B, 2.0, keep, 0.25, every),
             (dy, None, None, *pieces(False), [N, K], None, None, 1.0, None, 0.0, [True, *none[1:]]),

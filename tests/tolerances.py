@@ -34,7 +34,19 @@ NF4_TIE_RTOL = 1e-6  # how near a threshold x / absmax and x * (1 / absmax) may 
 # bitsandbytes' CPU quantiser of absmax looks codes up in 65,536 bins: this share is off by one.
 ABSMAX_CODE_MISMATCH = 0.005
 
+# Of low_rank_svd in float32, against a dense float64 SVD; in the order of `svd_errors`.
+SVD_SIGMA = 1e-6  # |sigma - oracle| / sigma_1
+SVD_SIGMA_RELATIVE = 1e-4  # |sigma - oracle| / oracle down to SVD_SIGMA_FROM of sigma_1
+SVD_SIGMA_FROM = 1e-5
+SVD_ORTHOGONALITY = 1e-5  # largest entry of |U^T U - I| and |Vh Vh^T - I|
+SVD_RECONSTRUCTION = 5e-6  # |scaling B A - U S Vh|_F, relative
+SVD_BOUNDS = (SVD_SIGMA, SVD_SIGMA_RELATIVE, SVD_ORTHOGONALITY, SVD_RECONSTRUCTION)
+SVD_BOUNDS_64 = (1e-13, 1e-9, 1e-13, 1e-13)  # float64 factors
+SVD_BOUNDS_FAST = (SVD_SIGMA, SVD_SIGMA_RELATIVE, 1e-5, SVD_RECONSTRUCTION)  # kappa <= 1e5
+SVD_STATS_RTOL = 1e-12  # of float64 statistics of given values
+
 FUZZ_EXAMPLES = 300
+FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD
 FUZZ_EXAMPLES_LONG = 100_000
 DETERMINISM_RUNS = 20
 

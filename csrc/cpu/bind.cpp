@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
+#include "peftkern/low_rank_svd.h"
 #include "peftkern/nf4.h"
 #include "peftkern/nf4_lora_linear.h"
 #include "peftkern/parallel.h"
@@ -77,6 +79,21 @@ void set_lora_args(LoraArgs& args, int threads, int64_t M, int64_t K, int64_t r,
   args.keep = pointer<const uint8_t>(keep);
   args.scale = scale;
   args.threads = threads;
+}
+
+// A row per pair: m, n, address and type of lora_B, address and type of lora_A.
+std::vector<LowRankPair> low_rank_pairs(const std::vector<std::array<int64_t, 6>>& table) {
+  std::vector<LowRankPair> pairs(table.size());
+  for (size_t i = 0; i < table.size(); ++i) {
+    const auto& [m, n, b, b_dtype, a, a_dtype] = table[i];
+    pairs[i].m = m;
+    pairs[i].n = n;
+    pairs[i].b = pointer<const void>(static_cast<uintptr_t>(b));
+    pairs[i].b_dtype = dtype_from_code(static_cast<int>(b_dtype));
+    pairs[i].a = pointer<const void>(static_cast<uintptr_t>(a));
+    pairs[i].a_dtype = dtype_from_code(static_cast<int>(a_dtype));
+  }
+  return pairs;
 }
 
 }  // namespace
@@ -167,4 +184,70 @@ PYBIND11_MODULE(_cpu, m) {
           py::gil_scoped_release release;
           lora_outer(isa.c_str(), args);
         });
+
+  m.def("low_rank_cores",
+        [](const std::string& isa, int threads, const std::vector<std::array<int64_t, 6>>& table,
+           int64_t r, uintptr_t scaling, bool second_pass, uintptr_t cores, uintptr_t inverse,
+           uintptr_t scale, uintptr_t floor, uintptr_t info) {
+          const std::vector<LowRankPair> pairs = low_rank_pairs(table);
+          LowRankCoresArgs args;
+          args.pairs = pairs.data();
+          args.count = static_cast<int64_t>(pairs.size());
+          args.r = r;
+          args.scaling = pointer<const double>(scaling);
+          args.second_pass = second_pass;
+          args.threads = threads;
+          args.cores = pointer<double>(cores);
+          args.inverse = pointer<double>(inverse);
+          args.scale = pointer<double>(scale);
+          args.floor = pointer<double>(floor);
+          args.info = pointer<int64_t>(info);
+          py::gil_scoped_release release;
+          low_rank_cores(isa.c_str(), args);
+        });
+  m.def("jacobi_svd",
+        [](const std::string& isa, int threads, int64_t count, int64_t r, int sweeps,
+           uintptr_t cores, uintptr_t sigma, uintptr_t left, uintptr_t right, uintptr_t info) {
+          JacobiSvdArgs args;
+          args.cores = pointer<const double>(cores);
+          args.count = count;
+          args.r = r;
+          args.sweeps = sweeps;
+          args.threads = threads;
+          args.sigma = pointer<double>(sigma);
+          args.left = pointer<double>(left);
+          args.right = pointer<double>(right);
+          args.info = pointer<int64_t>(info);
+          py::gil_scoped_release release;
+          jacobi_svd(isa.c_str(), args);
+        });
+  m.def("low_rank_rotate",
+        [](const std::string& isa, int threads, const std::vector<std::array<int64_t, 6>>& table,
+           int64_t r, uintptr_t inverse, uintptr_t left, uintptr_t right, uintptr_t rank,
+           uintptr_t u, int64_t u_len, const std::vector<int64_t>& u_offsets, uintptr_t vh,
+           int64_t vh_len, const std::vector<int64_t>& vh_offsets) {
+          const std::vector<LowRankPair> pairs = low_rank_pairs(table);
+          if (u_offsets.size() != pairs.size() || vh_offsets.size() != pairs.size()) {
+            throw std::invalid_argument("u_offsets, vh_offsets: expected one for each pair");
+          }
+          LowRankRotateArgs args;
+          args.pairs = pairs.data();
+          args.count = static_cast<int64_t>(pairs.size());
+          args.r = r;
+          args.inverse = pointer<const double>(inverse);
+          args.left = pointer<const double>(left);
+          args.right = pointer<const double>(right);
+          args.rank = pointer<const int64_t>(rank);
+          args.threads = threads;
+          args.u = pointer<float>(u);
+          args.u_len = u_len;
+          args.u_offsets = u_offsets.data();
+          args.vh = pointer<float>(vh);
+          args.vh_len = vh_len;
+          args.vh_offsets = vh_offsets.data();
+          py::gil_scoped_release release;
+          low_rank_rotate(isa.c_str(), args);
+        });
+  m.def("ask_for_huge_pages",
+        [](uintptr_t p, int64_t bytes) { ask_for_huge_pages(pointer<void>(p), bytes); });
 }

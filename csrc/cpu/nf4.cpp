@@ -42,8 +42,10 @@ constexpr int64_t kChunk = 1 << 16;
 // Not so where the system zeroes each page at its first touch: that has just put it into cache.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-// First touches of a new large buffer cost more than decoding into it: 4 KiB at a time is 8,192
-// page faults for a 4096 x 4096 bfloat16 weight, 2 MiB at a time 16. A hint; refusal is fine.
+}  // namespace
+
+const NF4Kernels kNF4Scalar = {quantize_blocks, dequantize_blocks};
+
 void ask_for_huge_pages(void* p, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHuge = 2 << 20;
@@ -56,10 +58,6 @@ void ask_for_huge_pages(void* p, int64_t bytes) {
   (void)bytes;
 #endif
 }
-
-}  // namespace
-
-const NF4Kernels kNF4Scalar = {quantize_blocks, dequantize_blocks};
 
 DType dtype_from_code(int code) {
   require(code >= 0 && code <= 2, "dtype", code, "0 (float32), 1 (bfloat16) or 2 (float16)");

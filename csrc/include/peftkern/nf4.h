@@ -23,6 +23,10 @@ int64_t itemsize(DType dtype);
 // a * b for sizes; throws std::invalid_argument naming `what` on a negative factor or on overflow.
 int64_t checked_mul(int64_t a, int64_t b, const char* what);
 
+// First touches of a new large buffer cost more than decoding into it: 4 KiB at a time is 8,192
+// page faults for a 4096 x 4096 bfloat16 weight, 2 MiB at a time 16. A hint; refusal is fine.
+void ask_for_huge_pages(void* p, int64_t bytes);
+
 struct NF4View {
   const uint8_t* packed = nullptr;
   int64_t packed_bytes = 0;

@@ -1,0 +1,109 @@
+// Singular values and vectors of scaling * B A, B [m, r] and A [r, n], without forming it: three
+// steps over many pairs of one rank. Torch-free.
+//
+// With Gram matrices in float64, B = Q_B R_B and A^T = Q_A R_A by a pivoted Cholesky decomposition:
+// the core C = scaling R_B R_A^T is r x r, C = L diag(sigma) R^T, U = Q_B L, V = Q_A R.
+//
+// Bytes: both factors are read twice, U and V written once, 4 B per element each in float32. FLOPs
+// per element: r for the Gram matrix (half of it is mirrored), 2 r to rotate, all in float64.
+#pragma once
+
+#include "peftkern/nf4.h"
+
+namespace peftkern {
+
+struct LowRankPair {
+  const void* b = nullptr;  // [m, r]
+  const void* a = nullptr;  // [r, n]
+  DType b_dtype = DType::kFloat32, a_dtype = DType::kFloat32;
+  int64_t m = 0, n = 0;
+};
+
+// Step 1. Per pair: the core, and how to get from the factors to Q_B and Q_A.
+struct LowRankCoresArgs {
+  const LowRankPair* pairs = nullptr;
+  int64_t count = 0, r = 0;
+  const double* scaling = nullptr;  // [count]
+  bool second_pass = true;          // where the condition number asks for it
+  int threads = 1;
+  double* cores = nullptr;    // [count, r, r], divided by `scale`; zero past the factors' ranks
+  double* inverse = nullptr;  // [count, 2, r, r]: Q_B = B inverse[0], Q_A = A^T inverse[1]
+  double* scale = nullptr;    // [count]
+  double* floor = nullptr;    // [count]: singular values of a core up to this are rounding errors
+  int64_t* info = nullptr;    // [count]: -1 where anything is NaN or Inf (the core is 0), or 0
+};
+void low_rank_cores(const char* isa, const LowRankCoresArgs& args);
+
+// Step 2. Singular values, descending, and vectors (columns) of finite r x r matrices.
+struct JacobiSvdArgs {
+  const double* cores = nullptr;  // [count, r, r]
+  int64_t count = 0, r = 0;
+  int sweeps = 0;  // at most
+  int threads = 1;
+  double* sigma = nullptr;  // [count, r]
+  double* left = nullptr;   // [count, r, r], or null together with `right`: values only
+  double* right = nullptr;  // [count, r, r]
+  int64_t* info = nullptr;  // [count]: pairs of columns that the last sweep found not orthogonal
+};
+void jacobi_svd(const char* isa, const JacobiSvdArgs& args);
+
+// Step 3. U [m, k] = B inverse[0] left and Vh [k, n] = (inverse[1] right)^T A, k = min(r, m, n).
+struct LowRankRotateArgs {
+  const LowRankPair* pairs = nullptr;
+  int64_t count = 0, r = 0;
+  const double* inverse = nullptr;  // [count, 2, r, r]
+  const double* left = nullptr;     // [count, r, r]
+  const double* right = nullptr;    // [count, r, r]
+  const int64_t* rank = nullptr;    // [count]: vectors from here on are zero; -1: all are NaN
+  int threads = 1;
+  float* u = nullptr;  // [u_len]: each U at its offset
+  float* vh = nullptr;
+  const int64_t* u_offsets = nullptr;  // [count]
+  const int64_t* vh_offsets = nullptr;
+  int64_t u_len = 0, vh_len = 0;
+};
+void low_rank_rotate(const char* isa, const LowRankRotateArgs& args);
+
+// One factor as the kernels see it: B has `length` rows of r, A (`wide`) r rows of `length`.
+struct LowRankFactor {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t length = 0, r = 0;
+  bool wide = false;
+};
+
+// Leading dimension of matrices that kernels fill with whole vectors.
+inline constexpr int64_t kLowRankPad = 16;
+
+// Serial kernels of one instruction set. `scratch` is scratch_doubles(r) long.
+struct LowRankKernels {
+  int64_t (*scratch_doubles)(int64_t r);
+  // partial [ld, ld], ld = r rounded up to kLowRankPad: the upper triangle of the Gram matrix of
+  // rows [begin, end) of the factor, or of the factor times `inverse` where that is given.
+  void (*gram)(const LowRankFactor& factor, int64_t begin, int64_t end, const double* inverse,
+               double* partial, double* scratch);
+  // gram = D root^T root D with D = diag(norms); B inverse has orthonormal columns. All [r, r]; the
+  // rows of root and the columns of inverse are zero from the returned rank on.
+  int64_t (*factorise)(const double* gram, int64_t r, double* root, double* inverse, double* norms,
+                       double* kappa, double* scratch);
+  // c [r, r] = a b^T, or a b.
+  void (*product)(const double* a, const double* b, bool transposed, int64_t r, double* c);
+  // t [r, ld] = inverse times the first k columns of w; columns from `rank` on are zero.
+  void (*combine)(const double* inverse, const double* w, int64_t r, int64_t rank, double* t,
+                  double* scratch);
+  // Rows [begin, end) of B t, or those columns of t^T A; `out` is the whole [length, k] or [k, n].
+  void (*rotate)(const LowRankFactor& factor, int64_t begin, int64_t end, const double* t,
+                 int64_t k, float* out, double* scratch);
+  int64_t lanes;  // matrices that jacobi takes at once
+  // jacobi_svd of matrices [first, first + count), count <= lanes.
+  void (*jacobi)(const JacobiSvdArgs& args, int64_t first, int64_t count, double* scratch);
+};
+extern const LowRankKernels kLowRankScalar;
+#if PEFTKERN_HAVE_AVX2
+extern const LowRankKernels kLowRankAvx2;
+#endif
+#if PEFTKERN_HAVE_AVX512
+extern const LowRankKernels kLowRankAvx512;
+#endif
+
+}  // namespace peftkern
