@@ -301,7 +301,7 @@ void low_rank_rotate(const char* isa, const LowRankRotateArgs& args) {
       [&](int64_t index, double* scratch) {
         const Tile& tile = tiles[static_cast<size_t>(index)];
         const int64_t pair = tile.factor / 2, k = size(pair);
-             if (k == 0) return;
+        if (k == 0) return;
         const LowRankFactor factor = factor_of(args.pairs, r, tile.factor);
         float* out = factor.wide ? args.vh + args.vh_offsets[pair] : args.u + args.u_offsets[pair];
         if (args.rank[pair] >= 0) {
