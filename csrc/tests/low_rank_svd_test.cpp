@@ -114,7 +114,7 @@ void check_pair(const char* isa, Problem& p, int64_t i, const float* u, const fl
       for (int64_t l = 0; l < k; ++l) {
         got += p.scale[i] * p.sigma[i * r + l] * u[row * k + l] * vh[l * n + c];
       }
-      fits(got, wanted, p.scale[i] * p.sigma[i * r], "product");
+      fits(got, wanted, r == 0 ? 0.0 : p.scale[i] * p.sigma[i * r], "product");
     }
   }
 }
