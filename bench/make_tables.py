@@ -13,12 +13,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-ORDER = ("demo", "nf4_lora_linear", "nf4", "lora_linear")
+ORDER = ("demo", "nf4_lora_linear", "nf4", "lora_linear", "low_rank_svd")
 TITLES = {
     "demo": "QLoRA fine-tuning, whole training step",
     "nf4_lora_linear": "NF4 linear layer with LoRA",
     "nf4": "NF4 quantisation",
     "lora_linear": "Dense linear layer with LoRA",
+    "low_rank_svd": "SVD of 224 low-rank updates",
 }
 OURS = "peftkern"
 

@@ -84,7 +84,7 @@ def low_rank_svd(
         info is 0; -1 where anything is NaN or Inf, and then U, S and Vh are NaN and the rank is 0;
         above 0 where Jacobi did not converge: how many pairs of columns are not orthogonal yet.
         The tensors of a list are views of one buffer each: clone what is to outlive the others.
-        Ranks up to 64 on a CPU give the same bits for any number of threads, alone or in a list.
+        Ranks up to 32 on a CPU give the same bits for any number of threads, alone or in a list.
     Raises: TypeError or ValueError naming the argument on wrong types, counts, shapes, dtypes,
         devices or an unknown mode.
     Gradients: none.   Error bound: kernels/NUMERICS.md#low_rank_svd

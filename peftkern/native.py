@@ -351,9 +351,9 @@ def low_rank_rotate(
 
 
 def empty_float32(numel: int) -> Tensor:
-    """A new float32 tensor, on huge pages where the system grants them."""
+    """A new float32 tensor whose pages are there, huge ones where the system grants them."""
     tensor = torch.empty(numel, dtype=torch.float32, device="cpu")
-    _module().ask_for_huge_pages(tensor.data_ptr(), 4 * numel)
+    _module().map_pages(tensor.data_ptr(), 4 * numel)
     return tensor
 
 

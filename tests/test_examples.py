@@ -168,7 +168,7 @@ def test_demo_notices_curves_that_part(late: float, monkeypatch: pytest.MonkeyPa
 
 def test_benchmarks_write_results_and_the_readme(tmp_path: Path) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
-    for stem in ("nf4", "nf4_lora_linear", "lora_linear"):
+    for stem in ("nf4", "nf4_lora_linear", "lora_linear", "low_rank_svd"):
         done = run(f"bench/bench_{stem}.py", *TINY_BENCH, "--out", str(results))
         assert done.returncode == 0, done.stdout + done.stderr
         (path,) = results.glob(f"*/{stem}.json")
@@ -180,9 +180,10 @@ def test_benchmarks_write_results_and_the_readme(tmp_path: Path) -> None:
             small = stem == "lora_linear"  # products this small are left to PEFT
             assert bool(case["fell_back"]) == small, case["name"]
             assert bool(case["served"]) != small, case["name"]
-            for variant in case["variants"].values():
+            for name, variant in case["variants"].items():
                 assert variant["wrong"] is None, case["name"]
-                assert len(variant["samples_ms"]) >= 7
+                once = name.startswith("dense torch SVD")  # and multiplied
+                assert len(variant["samples_ms"]) >= (1 if once else 7)
             for target in case["targets"]:
                 peer = case["variants"][target["peer"]]["median_ms"]
                 ratio = peer / case["variants"]["peftkern"]["median_ms"]

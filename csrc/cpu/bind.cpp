@@ -248,6 +248,8 @@ PYBIND11_MODULE(_cpu, m) {
           py::gil_scoped_release release;
           low_rank_rotate(isa.c_str(), args);
         });
-  m.def("ask_for_huge_pages",
-        [](uintptr_t p, int64_t bytes) { ask_for_huge_pages(pointer<void>(p), bytes); });
+  m.def("map_pages", [](uintptr_t p, int64_t bytes) {
+    py::gil_scoped_release release;
+    map_pages(pointer<void>(p), bytes);
+  });
 }

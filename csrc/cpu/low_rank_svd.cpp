@@ -274,6 +274,16 @@ void jacobi_svd(const char* isa, const JacobiSvdArgs& args) {
   });
 }
 
+void map_pages(void* p, int64_t bytes) {
+  require(bytes >= 0 && (p || bytes == 0), "p, bytes: expected a buffer");
+  constexpr int64_t kLarge = 4 << 20, kPage = 4096;
+  if (bytes < kLarge) return;
+  ask_for_huge_pages(p, bytes);
+  for (int64_t at = 0; at < bytes; at += kPage) {
+    __atomic_fetch_or(static_cast<uint8_t*>(p) + at, uint8_t{0}, __ATOMIC_RELAXED);
+  }
+}
+
 void low_rank_rotate(const char* isa, const LowRankRotateArgs& args) {
   validate(args.count, args.r, args.threads);
   validate(args.pairs, args.count, args.r);
@@ -301,7 +311,7 @@ void low_rank_rotate(const char* isa, const LowRankRotateArgs& args) {
       [&](int64_t index, double* scratch) {
         const Tile& tile = tiles[static_cast<size_t>(index)];
         const int64_t pair = tile.factor / 2, k = size(pair);
-             if (k == 0) return;
+        if (k == 0) return;
         const LowRankFactor factor = factor_of(args.pairs, r, tile.factor);
         float* out = factor.wide ? args.vh + args.vh_offsets[pair] : args.u + args.u_offsets[pair];
         if (args.rank[pair] >= 0) {

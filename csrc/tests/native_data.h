@@ -76,6 +76,7 @@ class Values {
   void* data() {
     return dtype_ == DType::kFloat32 ? static_cast<void*>(wide_.data()) : half_.data();
   }
+  DType dtype() const { return dtype_; }
   float at(int64_t i) const { return dtype_ == DType::kFloat32 ? wide_[i] : from_bf16(half_[i]); }
 
  private:
