@@ -49,6 +49,14 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "lora_linear_backward": _candidates("lora_linear_backward", cpu.supports_dense),
     "nf4_lora_linear_forward": _candidates("nf4_lora_linear_forward", cpu.supports_nf4_forward),
     "nf4_lora_linear_backward": _candidates("nf4_lora_linear_backward", cpu.supports_nf4_backward),
+    "adalora_importance_": _candidates("adalora_importance_", cpu.supports_adalora_importance),
+    "adalora_allocate_": _candidates("adalora_allocate_", cpu.supports_adalora_allocate),
+    "adalora_orthogonality_forward": _candidates(
+        "adalora_orthogonality_forward", cpu.supports_adalora_orthogonality_forward
+    ),
+    "adalora_orthogonality_backward": _candidates(
+        "adalora_orthogonality_backward", cpu.supports_adalora_orthogonality_backward
+    ),
 }
 _BACKENDS = ("cpu", "reference")
 

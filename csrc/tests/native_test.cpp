@@ -20,6 +20,8 @@
 #include "peftkern/nf4_lora_linear.h"
 #include "peftkern/parallel.h"
 
+void check_adalora(const char* isa);  // adalora_test.cpp
+
 namespace {
 
 [[noreturn]] void fail(const std::string& message) {
@@ -380,6 +382,7 @@ int main() {
     check_quantize(isa);
     check_linears(isa);
     check_products(isa);
+    check_adalora(isa);
     check_malformed_states(isa);
     check_malformed_arguments(isa);
     std::printf("native test: %s passed\n", isa);
