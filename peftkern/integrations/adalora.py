@@ -13,6 +13,7 @@ budget at every step). Where this differs from PEFT on purpose:
 - target_r == init_r, which PEFT's kthvalue refuses, prunes nothing; a parameter without a gradient
   counts as one with a zero gradient (no gradient at all is an error); scores that are all zero keep
   the first triplets instead of none; a gradient that is not finite is an error naming the layer.
+- An adapter that was loaded without being trainable gives a loss, without the orthogonality term.
 """
 
 from __future__ import annotations
@@ -236,6 +237,8 @@ class PatchedAdaLoraModel(AdaLoraModel):
     """PEFT's `AdaLoraModel` with one op for the orthogonality loss of all layers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "rankallocator"):  # loaded, not trained: PEFT fails on a loss
+            return self.model.forward(*args, **kwargs)
         reason = self._unusual_state()
         if reason is not None:
             dispatch.record_fallback("adalora_orthogonality_forward", reason)
@@ -252,9 +255,9 @@ class PatchedAdaLoraModel(AdaLoraModel):
         return outputs
 
     def _unusual_state(self) -> str | None:
-        allocator = getattr(self, "rankallocator", None)
+        allocator = self.rankallocator
         if not isinstance(allocator, PatchedRankAllocator):
-            return "no adapter is trained"
+            return f"rankallocator is {type(allocator).__name__}"
         layers = allocator.layers_of(self.model)
         # DeepSpeed's third stage leaves an empty tensor of each parameter that it holds elsewhere.
         if any(m.lora_A[allocator.adapter_name].dim() != 2 for _, m in layers):
