@@ -274,10 +274,10 @@ def _rows(x: Tensor, columns: int) -> Tensor:
 def supports_adalora_importance(
     exp_avg_ipt: Tensor, exp_avg_unc: Tensor, params: list[Tensor], *args: object
 ) -> str | None:
-    """Reason against adalora_importance_: the dtype of the EMAs, several of the params."""
+    """Reason against adalora_importance_: the dtype of the EMAs, several of the rest."""
     if exp_avg_ipt.dtype is not torch.float32:
         return f"the EMAs are {exp_avg_ipt.dtype}"
-    return _supports_list(params)
+    return _supports_list([*params, *(grad for grad in args[0] if grad is not None)])
 
 
 def supports_adalora_allocate(scores: Tensor, lora_E: list[Tensor], *args: object) -> str | None:
@@ -301,13 +301,16 @@ def supports_adalora_orthogonality_backward(
     return _supports_list([*lora_A, *lora_B])
 
 
+def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
 def _supports_list(tensors: list[Tensor]) -> str | None:
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype is not dtype:
-            return f"parameters are {dtype} and {tensor.dtype}"
-        if not tensor.is_cpu:
-            return f"tensors are on {tensor.device}"
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        return f"tensors are {', '.join(sorted(map(str, dtypes)))}"
+    if {tensor.is_cpu for tensor in tensors} != {True}:
+        return f"tensors are on {tensors[0].device}"
     return supports_dense(tensors[0])
 
 
@@ -319,11 +322,7 @@ def adalora_importance_(
     beta1: float,
     beta2: float,
 ) -> Tensor:
-    params = [p.contiguous() for p in params]
-    grads = [
-        None if g is None else g.to(p.dtype).contiguous()
-        for g, p in zip(grads, params, strict=True)
-    ]
+    params, grads = _contiguous(params), _contiguous(grads)
     return native.adalora_importance_(exp_avg_ipt, exp_avg_unc, params, grads, beta1, beta2)
 
 
@@ -336,7 +335,7 @@ def adalora_allocate_(
 def adalora_orthogonality_forward(
     lora_A: list[Tensor], lora_B: list[Tensor], squared: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lora_A, lora_B = ([m.contiguous() for m in matrices] for matrices in (lora_A, lora_B))
+    lora_A, lora_B = _contiguous(lora_A), _contiguous(lora_B)
     residual, norms = native.adalora_gram(lora_A, lora_B)
     n = len(norms)
     if squared:
@@ -354,7 +353,7 @@ def adalora_orthogonality_backward(
     lora_A: list[Tensor],
     lora_B: list[Tensor],
 ) -> list[Tensor]:
-    lora_A, lora_B = ([m.contiguous() for m in matrices] for matrices in (lora_A, lora_B))
+    lora_A, lora_B = _contiguous(lora_A), _contiguous(lora_B)
     scale = float(dloss)
     return native.adalora_gram_backward(
         residual, [scale * factor for factor in factors.tolist()], lora_A, lora_B

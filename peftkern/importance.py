@@ -52,19 +52,21 @@ def adalora_importance_(
             raise ValueError(f"{name}: expected a number between 0 and 1, got {beta}")
     numel, device = 0, exp_avg_ipt.device
     for i in range(0, len(params), 3):
-        E, A, B = params[i : i + 3]
-        r, K = A.shape if A.dim() == 2 else (-1, 0)
-        if B.dim() != 2 or B.shape[1] != r or E.numel() != r or not K or not B.shape[0]:
+        triplet = params[i : i + 3]
+        shapes = [p.shape for p in triplet]
+        (r, K), N = shapes[1] if len(shapes[1]) == 2 else (-1, 0), shapes[2][0] if shapes[2] else 0
+        if shapes[0].numel() != r or shapes[2] != (N, r) or not K or not N:
             raise ValueError(
                 f"params of layer {i // 3}: expected lora_E [r, 1], lora_A [r, K], lora_B [N, r], "
-                f"got {list(E.shape)}, {list(A.shape)}, {list(B.shape)}"
+                f"got {[list(shape) for shape in shapes]}"
             )
-        numel += r * (1 + K + B.shape[0])
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if p.dtype not in _DTYPES or p.device != device:
-            raise _mismatch(f"params[{i}]", f"one of {_DTYPES} on {device}", p)
-        if g is not None and (g.shape != p.shape or g.device != device):
-            raise _mismatch(f"grads[{i}]", f"{list(p.shape)} on {device}", g)
+        numel += r * (1 + K + N)
+        for j, (p, shape) in enumerate(zip(triplet, shapes, strict=True)):
+            g = grads[i + j]
+            if p.dtype not in _DTYPES or p.device != device:
+                raise _mismatch(f"params[{i + j}]", f"one of {_DTYPES} on {device}", p)
+            if g is not None and (g.shape != shape or g.device != device):
+                raise _mismatch(f"grads[{i + j}]", f"{list(shape)} on {device}", g)
     wide = torch.float64 if params[0].dtype is torch.float64 else torch.float32
     for name, state in (("exp_avg_ipt", exp_avg_ipt), ("exp_avg_unc", exp_avg_unc)):
         if state.shape != (numel,) or state.dtype is not wide or not state.is_contiguous():

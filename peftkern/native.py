@@ -425,23 +425,20 @@ def adalora_gram_backward(
 
 def _triplet_table(params: list[Tensor], grads: list[Tensor | None]) -> list[int]:
     """Per layer r, K, N and the addresses of E, A, B and their gradients; 0 is no gradient."""
-    dtype = params[0].dtype
+    dtype, shapes, sizes = params[0].dtype, [], []
+    for A, B in zip(params[1::3], params[2::3], strict=True):
+        (r, K), N = A.shape, B.shape[0]
+        shapes.append((r, K, N))
+        sizes += (r, r * K, N * r)
+    owners = _addresses("params", params, dtype, sizes)
+    slopes = [0] * len(grads)
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+    at = _addresses("grads", [grads[i] for i in present], dtype, [sizes[i] for i in present])
+    for i, address in zip(present, at, strict=True):
+        slopes[i] = address
     table = []
-    for i in range(0, len(params), 3):
-        E, A, B = params[i : i + 3]
-        r, K = A.shape
-        N = B.shape[0]
-        sizes = (r, r * K, N * r)
-        table += (r, K, N)
-        for name, p, n in zip(("lora_E", "lora_A", "lora_B"), (E, A, B), sizes, strict=True):
-            table.append(_address(name, p, dtype, n))
-        for name, g, n in zip(
-            ("grad of lora_E", "grad of lora_A", "grad of lora_B"),
-            grads[i : i + 3],
-            sizes,
-            strict=True,
-        ):
-            table.append(0 if g is None else _address(name, g, dtype, n))
+    for i, shape in enumerate(shapes):
+        table += (*shape, *owners[3 * i : 3 * i + 3], *slopes[3 * i : 3 * i + 3])
     return table
 
 
@@ -449,11 +446,25 @@ def _gram_table(
     lora_A: list[Tensor], lora_B: list[Tensor], grads: list[Tensor] | None = None
 ) -> tuple[list[int], int]:
     """Per matrix r, length, and the addresses of it and its gradient; elements of all residuals."""
-    dtype, size, table = lora_A[0].dtype, 0, []
-    for i, matrix in enumerate(lora_A + lora_B):
-        r, length = matrix.shape if i < len(lora_A) else reversed(matrix.shape)
-        name = "lora_A" if i < len(lora_A) else "lora_B"
-        grad = 0 if grads is None else grads[i].data_ptr()
-        table += (r, length, _address(name, matrix, dtype, r * length), grad)
-        size += r * r
-    return table, size
+    shapes = [A.shape for A in lora_A] + [B.shape[::-1] for B in lora_B]
+    sizes = [r * length for r, length in shapes]
+    matrices, dtype = lora_A + lora_B, lora_A[0].dtype
+    at = _addresses("lora_A, lora_B", matrices, dtype, sizes)
+    grads_at = [0] * len(at) if grads is None else _addresses("grads", grads, dtype, sizes)
+    table = []
+    for (r, length), matrix, grad in zip(shapes, at, grads_at, strict=True):
+        table += (r, length, matrix, grad)
+    return table, sum(r * r for r, _ in shapes)
+
+
+def _addresses(name: str, tensors: list[Tensor], dtype: torch.dtype, sizes: list[int]) -> list[int]:
+    """`_address` of hundreds of tensors: each question is asked of all before the next."""
+    if not (
+        [tensor.numel() for tensor in tensors] == sizes
+        and {tensor.dtype for tensor in tensors} <= {dtype}
+        and {tensor.is_cpu for tensor in tensors} <= {True}
+        and {tensor.is_contiguous() for tensor in tensors} <= {True}
+    ):
+        for i, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+            _address(f"{name}[{i}]", tensor, dtype, size)
+    return [tensor.data_ptr() for tensor in tensors]

