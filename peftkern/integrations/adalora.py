@@ -266,9 +266,9 @@ class PatchedAdaLoraModel(AdaLoraModel):
         allocator = self.rankallocator
         if not isinstance(allocator, PatchedRankAllocator):
             return f"rankallocator is {type(allocator).__name__}"
-        layers = allocator.layers_of(self.model)
+        triplets = allocator.triplets(self.model).values()
         # DeepSpeed's third stage leaves an empty tensor of each parameter that it holds elsewhere.
-        if any(m.lora_A[allocator.adapter_name].dim() != 2 for _, m in layers):
+        if any(lora_A.dim() != 2 for _, lora_A, _ in triplets):
             return "parameters are sharded"
         return None
 
