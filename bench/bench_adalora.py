@@ -33,8 +33,8 @@ def square(options: Options) -> Shapes:
 
 def llama(options: Options) -> Shapes:
     h = min(options.k, 4096)
-    wide = 11008 * h // 4096
-    return [(h, h)] * 4 * 32 + [(wide, h)] * 2 * 32 + [(h, wide)] * 32
+    blocks, wide = 32 if h == 4096 else 1, 11008 * h // 4096
+    return ([(h, h)] * 4 + [(wide, h)] * 2 + [(h, wide)]) * blocks
 
 
 class Layers(nn.Module):

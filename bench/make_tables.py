@@ -13,13 +13,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-ORDER = ("demo", "nf4_lora_linear", "nf4", "lora_linear")
+ORDER = ("demo", "nf4_lora_linear", "nf4", "lora_linear", "adalora")
 TITLES = {
     "demo": "QLoRA fine-tuning, whole training step",
     "nf4_lora_linear": "NF4 linear layer with LoRA",
     "nf4": "NF4 quantisation",
     "lora_linear": "Dense linear layer with LoRA",
+    "adalora": "AdaLoRA, per step",
 }
+NAMES_SAY_SIZES = ("adalora",)
 OURS = "peftkern"
 
 
@@ -104,7 +106,9 @@ def section(results: Path) -> str:
             facts = record["machine"]
             versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
             heading = f"**{TITLES[stem]}**"
-            if "cases" in record:
+            if stem in NAMES_SAY_SIZES:
+                pass
+            elif "cases" in record:
                 size = record["options"]
                 heading += f" ({size['n']}x{size['k']}, r={size['r']})"
             else:
