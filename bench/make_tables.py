@@ -106,14 +106,11 @@ def section(results: Path) -> str:
             facts = record["machine"]
             versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
             heading = f"**{TITLES[stem]}**"
-            if stem in NAMES_SAY_SIZES:
-                pass
-            elif "cases" in record:
-                size = record["options"]
-                heading += f" ({size['n']}x{size['k']}, r={size['r']})"
-            else:
-                size = record["options"]
+            size = record["options"]
+            if "cases" not in record:
                 heading += f" ({size['steps']} steps, {size['batch']}x{size['seq']} tokens)"
+            elif stem not in NAMES_SAY_SIZES:
+                heading += f" ({size['n']}x{size['k']}, r={size['r']})"
             where = f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
             parts += [
                 f"{heading}. {where}; commit {facts['commit']}, {facts['date'][:10]}; {versions}.",
