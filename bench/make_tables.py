@@ -13,14 +13,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-ORDER = ("demo", "nf4_lora_linear", "nf4", "lora_linear", "low_rank_svd")
+ORDER = ("demo", "nf4_lora_linear", "nf4", "lora_linear", "adalora", "low_rank_svd")
 TITLES = {
     "demo": "QLoRA fine-tuning, whole training step",
     "nf4_lora_linear": "NF4 linear layer with LoRA",
     "nf4": "NF4 quantisation",
     "lora_linear": "Dense linear layer with LoRA",
     "low_rank_svd": "SVD of 224 low-rank updates",
+    "adalora": "AdaLoRA, per step",
 }
+NAMES_SAY_SIZES = ("adalora",)
 OURS = "peftkern"
 
 
@@ -105,12 +107,11 @@ def section(results: Path) -> str:
             facts = record["machine"]
             versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
             heading = f"**{TITLES[stem]}**"
-            if "cases" in record:
-                size = record["options"]
-                heading += f" ({size['n']}x{size['k']}, r={size['r']})"
-            else:
-                size = record["options"]
+            size = record["options"]
+            if "cases" not in record:
                 heading += f" ({size['steps']} steps, {size['batch']}x{size['seq']} tokens)"
+            elif stem not in NAMES_SAY_SIZES:
+                heading += f" ({size['n']}x{size['k']}, r={size['r']})"
             where = f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
             parts += [
                 f"{heading}. {where}; commit {facts['commit']}, {facts['date'][:10]}; {versions}.",

@@ -351,3 +351,92 @@ def _rows(x: Tensor, columns: int) -> Tensor:
     if x.dim() != 2:
         x = x.reshape(math.prod(x.shape[:-1]), columns)
     return x.contiguous()
+
+
+def supports_adalora_importance(
+    exp_avg_ipt: Tensor, exp_avg_unc: Tensor, params: list[Tensor], *args: object
+) -> str | None:
+    """Reason against adalora_importance_: the dtype of the EMAs, several of the rest."""
+    if exp_avg_ipt.dtype is not torch.float32:
+        return f"the EMAs are {exp_avg_ipt.dtype}"
+    return _supports_list([*params, *(grad for grad in args[0] if grad is not None)])
+
+
+def supports_adalora_allocate(scores: Tensor, lora_E: list[Tensor], *args: object) -> str | None:
+    """Reason against adalora_allocate_."""
+    if scores.dtype is not torch.float32:
+        return f"scores are {scores.dtype}"
+    return _supports_list(lora_E)
+
+
+def supports_adalora_orthogonality_forward(
+    lora_A: list[Tensor], lora_B: list[Tensor], *args: object
+) -> str | None:
+    """Reason against adalora_orthogonality_forward."""
+    return _supports_list([*lora_A, *lora_B])
+
+
+def supports_adalora_orthogonality_backward(
+    dloss: Tensor, residual: Tensor, factors: Tensor, lora_A: list[Tensor], lora_B: list[Tensor]
+) -> str | None:
+    """Reason against adalora_orthogonality_backward."""
+    return _supports_list([*lora_A, *lora_B])
+
+
+def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _supports_list(tensors: list[Tensor]) -> str | None:
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        return f"tensors are {', '.join(sorted(map(str, dtypes)))}"
+    if {tensor.is_cpu for tensor in tensors} != {True}:
+        return f"tensors are on {tensors[0].device}"
+    return supports_dense(tensors[0])
+
+
+def adalora_importance_(
+    exp_avg_ipt: Tensor,
+    exp_avg_unc: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    params, grads = _contiguous(params), _contiguous(grads)
+    return native.adalora_importance_(exp_avg_ipt, exp_avg_unc, params, grads, beta1, beta2)
+
+
+def adalora_allocate_(
+    scores: Tensor, lora_E: list[Tensor], budget: int, threshold_ties: bool
+) -> Tensor:
+    return native.adalora_allocate_(scores.contiguous(), lora_E, budget, threshold_ties)
+
+
+def adalora_orthogonality_forward(
+    lora_A: list[Tensor], lora_B: list[Tensor], squared: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lora_A, lora_B = _contiguous(lora_A), _contiguous(lora_B)
+    residual, norms = native.adalora_gram(lora_A, lora_B)
+    n = len(norms)
+    if squared:
+        factors = [4 / n] * n
+    else:
+        norms = [math.sqrt(square) for square in norms]
+        factors = [2 / (n * norm) if norm > 0 else 0.0 for norm in norms]
+    return torch.tensor(math.fsum(norms) / n), residual, torch.tensor(factors)
+
+
+def adalora_orthogonality_backward(
+    dloss: Tensor,
+    residual: Tensor,
+    factors: Tensor,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+) -> list[Tensor]:
+    lora_A, lora_B = _contiguous(lora_A), _contiguous(lora_B)
+    scale = float(dloss)
+    return native.adalora_gram_backward(
+        residual, [scale * factor for factor in factors.tolist()], lora_A, lora_B
+    )

@@ -96,6 +96,14 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
             _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
         ),
         "low_rank_svd": (_cpu("low_rank_svd", cpu.supports_low_rank_svd),),
+        "adalora_importance_": (_cpu("adalora_importance_", cpu.supports_adalora_importance),),
+        "adalora_allocate_": (_cpu("adalora_allocate_", cpu.supports_adalora_allocate),),
+        "adalora_orthogonality_forward": (
+            _cpu("adalora_orthogonality_forward", cpu.supports_adalora_orthogonality_forward),
+        ),
+        "adalora_orthogonality_backward": (
+            _cpu("adalora_orthogonality_backward", cpu.supports_adalora_orthogonality_backward),
+        ),
     }.items()
 }
 _BACKENDS = ("triton", "cpu", "reference")

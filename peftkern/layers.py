@@ -26,6 +26,7 @@ from peftkern.functional import (
     quantize_nf4,
 )
 from peftkern.nf4 import NF4Weight
+from peftkern.svd_linear import SVDLinear as SVDLinear
 
 _QUANT_FIELDS = tuple(f.name for f in dataclasses.fields(NF4Weight) if f.name != "packed")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -450,3 +450,137 @@ def _weight(pieces: Pieces, numel: int) -> tuple[int | float | bool, ...]:
             nested_blocksize,
         )
     return (packed_at, packed_bytes, absmax_at, nblocks, *nested, numel)
+
+
+def adalora_importance_(
+    exp_avg_ipt: Tensor,
+    exp_avg_unc: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """Update both EMAs in place; the score of every triplet, float32 [sum of r].
+
+    params: lora_E, lora_A, lora_B of every layer in turn, contiguous and of one dtype, as grads.
+    """
+    numel, count = exp_avg_ipt.numel(), sum(E.numel() for E in params[::3])
+    scores = torch.empty(count, dtype=torch.float32, device="cpu")
+    _module().adalora_importance(
+        cpu_isa(),
+        torch.get_num_threads(),
+        _triplet_table(params, grads),
+        _dtype_code("params", params[0]),
+        _address("exp_avg_ipt", exp_avg_ipt, torch.float32, numel),
+        _address("exp_avg_unc", exp_avg_unc, torch.float32, numel),
+        numel,
+        beta1,
+        beta2,
+        scores.data_ptr(),
+        count,
+    )
+    return scores
+
+
+def adalora_allocate_(
+    scores: Tensor, lora_E: list[Tensor], budget: int, threshold_ties: bool
+) -> Tensor:
+    """Zero what is not among the `budget` best in lora_E (contiguous); the mask of the others."""
+    count = scores.numel()
+    dtype = lora_E[0].dtype
+    table = []
+    for E in lora_E:
+        table += (E.numel(), 1, 1, _address("lora_E", E, dtype, E.numel()), 0, 0, 0, 0, 0)
+    keep = torch.empty(count, dtype=torch.bool, device="cpu")
+    _module().adalora_allocate(
+        _address("scores", scores, torch.float32, count),
+        count,
+        budget,
+        threshold_ties,
+        table,
+        _dtype_code("lora_E", lora_E[0]),
+        keep.data_ptr(),
+    )
+    return keep
+
+
+def adalora_gram(lora_A: list[Tensor], lora_B: list[Tensor]) -> tuple[Tensor, list[float]]:
+    """A A^T - I and B^T B - I of every matrix, float32 and flat, and the sum of squares of each."""
+    table, size = _gram_table(lora_A, lora_B)
+    residual = torch.empty(size, dtype=torch.float32, device="cpu")
+    norms = _module().adalora_gram(
+        cpu_isa(),
+        torch.get_num_threads(),
+        table,
+        len(lora_A),
+        _dtype_code("lora_A", lora_A[0]),
+        residual.data_ptr(),
+        size,
+    )
+    return residual, norms
+
+
+def adalora_gram_backward(
+    residual: Tensor, scales: list[float], lora_A: list[Tensor], lora_B: list[Tensor]
+) -> list[Tensor]:
+    """scale * residual @ A of every lora_A, then scale * B @ residual of every lora_B."""
+    grads = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in lora_A + lora_B]
+    table, size = _gram_table(lora_A, lora_B, grads)
+    _module().adalora_gram_backward(
+        cpu_isa(),
+        torch.get_num_threads(),
+        table,
+        len(lora_A),
+        _dtype_code("lora_A", lora_A[0]),
+        _address("residual", residual, torch.float32, size),
+        size,
+        scales,
+    )
+    return grads
+
+
+def _triplet_table(params: list[Tensor], grads: list[Tensor | None]) -> list[int]:
+    """Per layer r, K, N and the addresses of E, A, B and their gradients; 0 is no gradient."""
+    dtype, shapes, sizes = params[0].dtype, [], []
+    for A, B in zip(params[1::3], params[2::3], strict=True):
+        (r, K), N = A.shape, B.shape[0]
+        shapes.append((r, K, N))
+        sizes += (r, r * K, N * r)
+    owners = _addresses("params", params, dtype, sizes)
+    slopes = [0] * len(grads)
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+    at = _addresses("grads", [grads[i] for i in present], dtype, [sizes[i] for i in present])
+    for i, address in zip(present, at, strict=True):
+        slopes[i] = address
+    table = []
+    for i, shape in enumerate(shapes):
+        table += (*shape, *owners[3 * i : 3 * i + 3], *slopes[3 * i : 3 * i + 3])
+    return table
+
+
+def _gram_table(
+    lora_A: list[Tensor], lora_B: list[Tensor], grads: list[Tensor] | None = None
+) -> tuple[list[int], int]:
+    """Per matrix r, length, and the addresses of it and its gradient; elements of all residuals."""
+    shapes = [A.shape for A in lora_A] + [B.shape[::-1] for B in lora_B]
+    sizes = [r * length for r, length in shapes]
+    matrices, dtype = lora_A + lora_B, lora_A[0].dtype
+    at = _addresses("lora_A, lora_B", matrices, dtype, sizes)
+    grads_at = [0] * len(at) if grads is None else _addresses("grads", grads, dtype, sizes)
+    table = []
+    for (r, length), matrix, grad in zip(shapes, at, grads_at, strict=True):
+        table += (r, length, matrix, grad)
+    return table, sum(r * r for r, _ in shapes)
+
+
+def _addresses(name: str, tensors: list[Tensor], dtype: torch.dtype, sizes: list[int]) -> list[int]:
+    """`_address` of hundreds of tensors: each question is asked of all before the next."""
+    if not (
+        [tensor.numel() for tensor in tensors] == sizes
+        and {tensor.dtype for tensor in tensors} <= {dtype}
+        and {tensor.is_cpu for tensor in tensors} <= {True}
+        and {tensor.is_contiguous() for tensor in tensors} <= {True}
+    ):
+        for i, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+            _address(f"{name}[{i}]", tensor, dtype, size)
+    return [tensor.data_ptr() for tensor in tensors]

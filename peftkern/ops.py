@@ -1,7 +1,8 @@
 """torch.library ops of peftkern: schemas, implementations that call dispatch, fakes.
 
-The ops have no autograd of their own (`functional` owns the backward formulas), never mutate or
-alias an input, and run with autocast off: their callers have cast what had to be cast.
+The ops have no autograd of their own (`functional` owns the backward formulas), mutate only what
+their schema says and alias no input, and run with autocast off: their callers have cast what had
+to be cast.
 """
 
 from __future__ import annotations
@@ -38,11 +39,19 @@ SCHEMAS = {
     "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
     "low_rank_svd": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, bool vectors, str mode) "
     "-> (Tensor U, Tensor S, Tensor Vh, Tensor rank, Tensor info)",
+    "adalora_importance_": "(Tensor(a!) exp_avg_ipt, Tensor(b!) exp_avg_unc, Tensor[] params, "
+    "Tensor?[] grads, float beta1, float beta2) -> Tensor",
+    "adalora_allocate_": "(Tensor scores, Tensor(a!)[] lora_E, SymInt budget, "
+    "bool threshold_ties) -> Tensor",
+    "adalora_orthogonality_forward": "(Tensor[] lora_A, Tensor[] lora_B, bool squared) "
+    "-> (Tensor loss, Tensor residual, Tensor factors)",
+    "adalora_orthogonality_backward": "(Tensor dloss, Tensor residual, Tensor factors, "
+    "Tensor[] lora_A, Tensor[] lora_B) -> Tensor[]",
 }
 
 
 def _call(op: str, *args: Any) -> Any:
-    first = args[0][0] if isinstance(args[0], list) else args[0]
+    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
     device_type = first.device.type
     if autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
@@ -118,6 +127,31 @@ def _(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _fake_backward(dy, shape, lora_A, lora_B, args[-1])
 
 
+@_fake("adalora_importance_")
+def _(exp_avg_ipt: Tensor, exp_avg_unc: Tensor, params: list[Tensor], *args: Any) -> Tensor:
+    return exp_avg_ipt.new_empty(sum(E.numel() for E in params[::3]))
+
+
+@_fake("adalora_allocate_")
+def _(scores: Tensor, *args: Any) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+@_fake("adalora_orthogonality_forward")
+def _(lora_A: list[Tensor], lora_B: list[Tensor], squared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float64 if lora_A[0].dtype is torch.float64 else torch.float32
+    size = sum(A.shape[0] ** 2 for A in lora_A) + sum(B.shape[1] ** 2 for B in lora_B)
+    sizes = ((), (size,), (len(lora_A) + len(lora_B),))
+    return tuple(lora_A[0].new_empty(n, dtype=wide) for n in sizes)
+
+
+@_fake("adalora_orthogonality_backward")
+def _(
+    dloss: Tensor, residual: Tensor, factors: Tensor, lora_A: list[Tensor], lora_B: list[Tensor]
+) -> list[Tensor]:
+    return [matrix.new_empty(matrix.shape) for matrix in (*lora_A, *lora_B)]
+
+
 def _fake_forward(x: Tensor, shape: Any, lora_A: Tensor | None) -> tuple[Tensor, Tensor]:
     torch._check(x.shape[-1] == shape[1])
     S_shape = (0,) if lora_A is None else (*x.shape[:-1], lora_A.shape[0])
@@ -165,3 +199,7 @@ lora_linear_backward = torch.ops.peftkern.lora_linear_backward.default
 nf4_lora_linear_forward = torch.ops.peftkern.nf4_lora_linear_forward.default
 nf4_lora_linear_backward = torch.ops.peftkern.nf4_lora_linear_backward.default
 low_rank_svd = torch.ops.peftkern.low_rank_svd.default
+adalora_importance_ = torch.ops.peftkern.adalora_importance_.default
+adalora_allocate_ = torch.ops.peftkern.adalora_allocate_.default
+adalora_orthogonality_forward = torch.ops.peftkern.adalora_orthogonality_forward.default
+adalora_orthogonality_backward = torch.ops.peftkern.adalora_orthogonality_backward.default

@@ -168,7 +168,7 @@ def test_demo_notices_curves_that_part(late: float, monkeypatch: pytest.MonkeyPa
 
 def test_benchmarks_write_results_and_the_readme(tmp_path: Path) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
-    for stem in ("nf4", "nf4_lora_linear", "lora_linear", "low_rank_svd"):
+    for stem in ("nf4", "nf4_lora_linear", "lora_linear", "adalora", "low_rank_svd"):
         done = run(f"bench/bench_{stem}.py", *TINY_BENCH, "--out", str(results))
         assert done.returncode == 0, done.stdout + done.stderr
         (path,) = results.glob(f"*/{stem}.json")
@@ -269,3 +269,19 @@ def test_timer_numbers_the_calls_of_each_variant(monkeypatch: pytest.MonkeyPatch
         timer.pin_threads(0)
     timing = timer.Timing(tuple(float(i) for i in range(1, 11)))
     assert (timing.quantile(0.2), timing.median, timing.quantile(0.8)) == (3.0, 5.5, 9.0)
+
+
+def test_adalora_budget_finds_the_planted_ranks(tmp_path: Path) -> None:
+    plot = tmp_path / "budget.svg"
+    done = run("examples/adalora_budget.py", "--steps", "300", "--plot", str(plot))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The planted ranks were found" in done.stdout
+    assert plot.read_text().lstrip().startswith("<?xml")
+
+
+def test_adalora_budget_says_when_it_fails(tmp_path: Path) -> None:
+    """Twenty steps are too few to find anything."""
+    done = run("examples/adalora_budget.py", "--steps", "20", "--plot", str(tmp_path / "b.png"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Not found" in done.stdout and (tmp_path / "b.png").exists()
+    assert run("examples/adalora_budget.py", "--plot", "b.gif").returncode == 2

@@ -26,9 +26,12 @@ RANK = {
     "ops": 4,
     "functional": 5,
     "low_rank_svd": 5,
-    "layers": 6,
-    "integrations": 7,
-    "__init__": 8,
+    "importance": 5,
+    "svd_linear": 6,
+    "adalora": 7,
+    "layers": 7,
+    "integrations": 8,
+    "__init__": 9,
 }
 NOT_SHIPPED = {"tests", "bench", "examples", "setup"}
 PEERS = {"peft", "transformers", "bitsandbytes", "accelerate"}

@@ -62,6 +62,28 @@ def op_cases() -> dict[str, list[tuple]]:
             (dy, x, S, *pieces(), [N, K], A, B, 2.0, keep, 0.25, every),
             (dy, None, None, *pieces(False), [N, K], None, None, 1.0, None, 0.0, [True, *none[1:]]),
         ],
+        **adalora_op_cases(),
+    }
+
+
+def adalora_op_cases() -> dict[str, list[tuple]]:
+    """Two layers of different shapes and ranks; one gradient is missing."""
+    layers = [[torch.randn(r, 1), torch.randn(r, K), torch.randn(N, r)] for r in (R, 3)]
+    params = [p for layer in layers for p in layer]
+    numel = sum(p.numel() for p in params)
+    grads = [torch.randn_like(p) for p in params]
+    lora_E, lora_A, lora_B = (params[i::3] for i in range(3))
+    residual, factors = torch.randn(2 * (R * R + 9)), torch.rand(4)
+    return {
+        "adalora_importance_": [
+            (torch.rand(numel), torch.rand(numel), params, g, 0.85, 0.9)
+            for g in (grads, [*grads[:-1], None])
+        ],
+        "adalora_allocate_": [
+            (torch.rand(R + 3), [E.clone() for E in lora_E], 5, ties) for ties in (False, True)
+        ],
+        "adalora_orthogonality_forward": [(lora_A, lora_B, squared) for squared in (False, True)],
+        "adalora_orthogonality_backward": [(torch.tensor(0.5), residual, factors, lora_A, lora_B)],
     }
 
 

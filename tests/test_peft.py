@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners import lora
 from peft_models import (
     TARGETS,
@@ -144,12 +144,9 @@ def test_other_layers_are_skipped_with_a_reason():
     ("config", "reason"),
     [
         (IA3Config(target_modules=["proj"], feedforward_modules=[]), "ia3.Linear has no kernel"),
-        (
-            AdaLoraConfig(target_modules=["proj"], total_step=10),
-            "adalora.SVDLinear has no kernel",
-        ),
+        (VeraConfig(target_modules=["proj"], r=4), "vera.Linear has no kernel"),
     ],
-    ids=["ia3", "adalora"],
+    ids=["ia3", "vera"],
 )
 def test_other_tuners_are_skipped(config, reason):
     report = peftkern.patch(get_peft_model(Net(make_linear()), config))

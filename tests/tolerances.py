@@ -27,6 +27,12 @@ FLOOR_MAX = {
 
 GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}  # torch.autograd.gradcheck's own defaults
 LOSS_CURVE_RTOL = 1e-3  # each of 50 steps, patched against unpatched
+COMPACTED_RTOL = (
+    1e-5  # losses after pruned triplets are dropped: other shapes, other reduction order
+)
+BF16_LOSS_RTOL = 2e-2  # each of the first steps in bfloat16, where one rounding more is a new path
+AUTOCAST_RTOL = 2**-5  # of the largest value: a few roundings to bfloat16 in another order
+LOGITS = {"rtol": 1e-4, "atol": 1e-5}  # of one model in float32 after another order of sums
 GOLDEN_RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # another machine's reduction order
 
 NF4_MAX_HALF_GAP = 0.1519036  # of absmax: half of the widest gap of the table, -1.0 .. -0.6962

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "peftkern/adalora.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
 #include "peftkern/low_rank_svd.h"
@@ -94,6 +95,45 @@ std::vector<LowRankPair> low_rank_pairs(const std::vector<std::array<int64_t, 6>
     pairs[i].a_dtype = dtype_from_code(static_cast<int>(a_dtype));
   }
   return pairs;
+}
+
+// Nine numbers per layer: r, K, N, then the addresses of lora_E, A, B and of their gradients.
+std::vector<Triplets> triplets_from(const std::vector<int64_t>& table) {
+  constexpr size_t kFields = 9;
+  if (table.size() % kFields) throw std::invalid_argument("layers: expected nine fields each");
+  std::vector<Triplets> layers;
+  for (size_t i = 0; i < table.size(); i += kFields) {
+    const auto at = [&](size_t field) {
+      return pointer<void>(static_cast<uintptr_t>(table[i + field]));
+    };
+    layers.push_back(
+        {at(3), at(4), at(5), at(6), at(7), at(8), table[i], table[i + 1], table[i + 2]});
+  }
+  return layers;
+}
+
+// Four numbers per matrix: r, length, the address of x and that of its gradient; lora_A before
+// lora_B. Their residuals follow one another.
+std::vector<GramMatrix> matrices_from(const std::vector<int64_t>& table, int64_t rows,
+                                      uintptr_t residual, int64_t residual_len) {
+  constexpr size_t kFields = 4;
+  if (table.size() % kFields) throw std::invalid_argument("lora: expected four fields each");
+  std::vector<GramMatrix> matrices;
+  int64_t used = 0;
+  for (size_t i = 0; i < table.size(); i += kFields) {
+    GramMatrix m;
+    m.r = table[i];
+    m.length = table[i + 1];
+    m.x = pointer<const void>(static_cast<uintptr_t>(table[i + 2]));
+    m.grad = pointer<void>(static_cast<uintptr_t>(table[i + 3]));
+    m.columns = static_cast<int64_t>(i / kFields) >= rows;
+    const int64_t size = checked_mul(m.r, m.r, "residual: r x r");
+    if (size > residual_len - used) throw std::invalid_argument("residual: too short");
+    m.residual = pointer<float>(residual) + used;
+    used += size;
+    matrices.push_back(m);
+  }
+  return matrices;
 }
 
 }  // namespace
@@ -252,4 +292,67 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     map_pages(pointer<void>(p), bytes);
   });
+  m.def("adalora_importance",
+        [](const std::string& isa, int threads, const std::vector<int64_t>& table, int dtype,
+           uintptr_t ipt, uintptr_t unc, int64_t state_len, double beta1, double beta2,
+           uintptr_t scores, int64_t scores_len) {
+          const std::vector<Triplets> layers = triplets_from(table);
+          ImportanceArgs args;
+          args.layers = layers.data();
+          args.count = static_cast<int64_t>(layers.size());
+          args.dtype = dtype_from_code(dtype);
+          args.ipt = pointer<float>(ipt);
+          args.unc = pointer<float>(unc);
+          args.state_len = state_len;
+          args.beta1 = beta1;
+          args.beta2 = beta2;
+          args.scores = pointer<float>(scores);
+          args.scores_len = scores_len;
+          args.threads = threads;
+          py::gil_scoped_release release;
+          adalora_importance(isa.c_str(), args);
+        });
+  m.def("adalora_allocate", [](uintptr_t scores, int64_t count, int64_t budget, bool threshold_ties,
+                               const std::vector<int64_t>& table, int dtype, uintptr_t keep) {
+    const std::vector<Triplets> layers = triplets_from(table);
+    const DType type = dtype_from_code(dtype);
+    py::gil_scoped_release release;
+    adalora_allocate(pointer<const float>(scores), count, budget, threshold_ties, layers, type,
+                     pointer<uint8_t>(keep));
+  });
+  m.def(
+      "adalora_gram",
+      [](const std::string& isa, int threads, const std::vector<int64_t>& table, int64_t rows,
+         int dtype, uintptr_t residual, int64_t residual_len) {
+        const std::vector<GramMatrix> matrices = matrices_from(table, rows, residual, residual_len);
+        std::vector<double> norms(matrices.size());
+        GramArgs args;
+        args.matrices = matrices.data();
+        args.count = static_cast<int64_t>(matrices.size());
+        args.dtype = dtype_from_code(dtype);
+        args.norms = norms.data();
+        args.threads = threads;
+        {
+          py::gil_scoped_release release;
+          adalora_gram(isa.c_str(), args);
+        }
+        return norms;
+      },
+      "Writes the residuals and returns the sum of squares of each.");
+  m.def("adalora_gram_backward",
+        [](const std::string& isa, int threads, const std::vector<int64_t>& table, int64_t rows,
+           int dtype, uintptr_t residual, int64_t residual_len, const std::vector<double>& scales) {
+          std::vector<GramMatrix> matrices = matrices_from(table, rows, residual, residual_len);
+          if (scales.size() != matrices.size()) {
+            throw std::invalid_argument("scales: expected one per matrix");
+          }
+          for (size_t i = 0; i < scales.size(); ++i) matrices[i].scale = scales[i];
+          GramArgs args;
+          args.matrices = matrices.data();
+          args.count = static_cast<int64_t>(matrices.size());
+          args.dtype = dtype_from_code(dtype);
+          args.threads = threads;
+          py::gil_scoped_release release;
+          adalora_gram_backward(isa.c_str(), args);
+        });
 }

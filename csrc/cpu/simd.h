@@ -140,6 +140,7 @@ inline float f16_absmax(F16 a) {  // NaN propagates
   if (nan) return bits_float(0x7fc00000);
   return _mm512_reduce_max_ps(_mm512_abs_ps(a.v));
 }
+inline F16 f16_abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
 inline F16 f16_maxabs(F16 a, F16 b) {  // lanes where b is NaN become NaN; a NaN in a stays
   const __m512 m = _mm512_max_ps(a.v, _mm512_abs_ps(b.v));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q);
@@ -248,6 +249,7 @@ inline __m256 maxabs8(__m256 a, __m256 b) {
   const __m256 nan = _mm256_cmp_ps(a, b, _CMP_UNORD_Q);
   return _mm256_or_ps(_mm256_max_ps(a, abs8(b)), nan);
 }
+inline F16 f16_abs(F16 x) { return {abs8(x.a), abs8(x.b)}; }
 inline F16 f16_maxabs(F16 x, F16 y) { return {maxabs8(x.a, y.a), maxabs8(x.b, y.b)}; }
 inline float f16_absmax(F16 x) {
   const __m256 m = maxabs8(abs8(x.a), x.b);
@@ -335,6 +337,9 @@ inline void f16_store_fp16(uint16_t* p, const F16& a) {
 }
 inline F16 f16_lookup(const uint8_t* packed, const F16& table) {
   return f16_make([&](int i) { return table.v[packed[i >> 1] >> (i & 1 ? 0 : 4) & 15]; });
+}
+inline F16 f16_abs(const F16& a) {
+  return f16_make([&](int i) { return bits_float(float_bits(a.v[i]) & 0x7fffffff); });
 }
 inline F16 f16_maxabs(const F16& a, const F16& b) {
   return f16_make([&](int i) { return maxabs(a.v[i], b.v[i]); });

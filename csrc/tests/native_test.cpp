@@ -21,6 +21,7 @@
 #include "peftkern/parallel.h"
 
 void check_low_rank_svd(const char* isa);  // low_rank_svd_test.cpp
+void check_adalora(const char* isa);  // adalora_test.cpp
 
 namespace {
 
@@ -383,6 +384,7 @@ int main() {
     check_linears(isa);
     check_products(isa);
     check_low_rank_svd(isa);
+    check_adalora(isa);
     check_malformed_states(isa);
     check_malformed_arguments(isa);
     std::printf("native test: %s passed\n", isa);

@@ -53,10 +53,10 @@ class PatchedLinear(lora.Linear):
     """PEFT's `lora.Linear` with the base layer and its first adapter as one op."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        served = _serve(self, x, args, kwargs)
+        served = serve(self, x, args, kwargs)
         if isinstance(served, Tensor):
             return served
-        _count_fallback("lora_linear", served)
+        count_fallback("lora_linear", served)
         return super().forward(x, *args, **kwargs)
 
     def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -71,10 +71,10 @@ if is_bnb_4bit_available():
         """PEFT's `lora.Linear4bit` with the base layer and its first adapter as one op."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            served = _serve(self, x, args, kwargs)
+            served = serve(self, x, args, kwargs)
             if isinstance(served, Tensor):
                 return served
-            _count_fallback("nf4_lora_linear", served)
+            count_fallback("nf4_lora_linear", served)
             return super().forward(x, *args, **kwargs)
 
         def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,13 @@ if is_bnb_4bit_available():
 _SWAPS: dict[type, type] = {lora.Linear: PatchedLinear}
 if is_bnb_4bit_available():
     _SWAPS[Linear4bit] = PatchedLinear4bit
-_ORIGINALS = {patched: original for original, patched in _SWAPS.items()}
+
+
+def _swaps() -> dict[type, type]:
+    """{PEFT's class: ours} of every kind of layer."""
+    from peftkern.integrations import adalora
+
+    return {**_SWAPS, **adalora.SWAPS}
 
 
 @dataclass
@@ -125,7 +131,7 @@ class PatchReport:
 
 
 def patch(model: nn.Module) -> PatchReport:
-    """Make the LoRA layers of a PEFT model run on peftkern, in place and reversibly.
+    """Make the LoRA and AdaLoRA layers of a PEFT model run on peftkern, in place and reversibly.
 
     Takes a PeftModel, the model inside it, any module that holds LoRA layers, or one such layer.
     Layers that are patched already stay so. Layers that PEFT adds later (an adapter with new target
@@ -133,22 +139,30 @@ def patch(model: nn.Module) -> PatchReport:
 
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
+    from peftkern.integrations import adalora
+
     report = PatchReport()
+    swaps = _swaps()
+    originals = {patched: original for original, patched in swaps.items()}
     for name, module in _adapter_layers(model):
         kind = type(module)
-        original = _ORIGINALS.get(kind, kind)
-        if original not in _SWAPS:
+        original = originals.get(kind, kind)
+        if original not in swaps:
             report.skipped[name] = f"{_label(kind)} has no kernel"
             continue
         if "forward" in module.__dict__:
             report.skipped[name] = "forward is replaced on the instance (accelerate's hooks?)"
             continue
-        module.__class__ = _SWAPS[original]
+        module.__class__ = swaps[original]
         report.patched.append(name)
         report.kinds[_label(original)] += 1
         reason = _unusual_state(module, _active_names(module))
         if reason is not None:
             report.falling_back[name] = reason
+    for name, module in model.named_modules():
+        if adalora.patch_model(module):
+            report.patched.append(name)
+            report.kinds["adalora.AdaLoraModel"] += 1
     return report
 
 
@@ -157,12 +171,16 @@ def unpatch(model: nn.Module) -> list[str]:
 
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
+    from peftkern.integrations import adalora
+
     restored = []
+    originals = {patched: original for original, patched in _swaps().items()}
     for name, module in _adapter_layers(model):
-        original = _ORIGINALS.get(type(module))
+        original = originals.get(type(module))
         if original is not None:
             module.__class__ = original
             restored.append(name)
+    restored += [name for name, module in model.named_modules() if adalora.unpatch_model(module)]
     return restored
 
 
@@ -185,12 +203,12 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{what} {count}" for what, count in counter.most_common())
 
 
-def _count_fallback(op: str, reason: str) -> None:
+def count_fallback(op: str, reason: str) -> None:
     if not torch.compiler.is_compiling():  # counting is no part of a compiled graph
         dispatch.record_fallback(op, reason)
 
 
-def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
+def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     """The layer's output, or why PEFT's forward has to give it. Nothing is changed in that case."""
     if args or kwargs:
         given = sorted(k for k, v in kwargs.items() if v is not None)
@@ -199,7 +217,7 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     if _is_small(layer, x):  # asked first: to such a product every check is a loss
         return "small dense product: PEFT's own operations are as fast"
     names = _active_names(layer)
-    reason = _unusual_state(layer, names) or _unusual_tensor("input", x)
+    reason = _unusual_state(layer, names) or unusual_tensor("input", x)
     if reason is not None:
         return reason
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -216,18 +234,19 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     base_x, weight, bias = base
     nf4 = isinstance(weight, NF4Weight)
     if names:
-        lora_A, lora_B, drop = _adapter(layer, names[0])
-        A, B = lora_A.weight, lora_B.weight
+        reader = _reader(layer)
+        A, B, drop = reader.tensors(layer, names[0])
         unfused = _unfused(A, B, x, base_x.dtype, autocast, layer.cast_input_dtype_enabled)
     else:
         unfused = "no active adapter"
     if unfused is None:
+        A, B, scaling = reader.factors(layer, names[0])
         result = (nf4_lora_linear if nf4 else lora_linear)(
             base_x,
             weight,
             A,
             B,
-            scaling=layer.scaling[names[0]],
+            scaling=scaling,
             bias=bias,
             dropout_p=drop.p if drop.training and type(drop) is nn.Dropout else 0.0,
         )
@@ -239,8 +258,9 @@ def _serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         result = result.to(x.dtype)  # bitsandbytes returns its input's dtype
     out_dtype = result.dtype
     if unfused is None:
-        if lora_B.bias is not None:  # LoraConfig(lora_bias=True)
-            result = result + lora_B.bias * layer.scaling[names[0]]
+        adapter_bias = reader.bias(layer, names[0])
+        if adapter_bias is not None:
+            result = result + adapter_bias
         names = names[1:]
     for name in names:
         result, x = layer._add_adapter(result, x, name)
@@ -259,7 +279,8 @@ def _is_small(layer: Any, x: Tensor) -> bool:
 
 def _active_names(layer: Any) -> list[str]:
     """The active adapters that this layer has, in PEFT's order."""
-    adapters = layer._modules["lora_A"]._modules
+    group = layer._modules["lora_A"]
+    adapters = group._modules or group._parameters  # LoRA keeps modules, AdaLoRA parameters
     return [name for name in layer.active_adapters if name in adapters]
 
 
@@ -293,19 +314,54 @@ def _unusual_state(layer: Any, names: list[str]) -> str | None:
     if reason is None and kind in _BNB_TYPES:
         reason = bnb.unusual_weight(base)
     if reason is None and names:  # the adapters after the first are called as the modules they are
-        reason = _unusual_adapter(*_adapter(layer, names[0]))
+        reason = _reader(layer).unusual(layer, names[0])
     return reason
 
 
-def _unusual_adapter(lora_A: nn.Module, lora_B: nn.Module, drop: nn.Module) -> str | None:
-    for role, linear in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if type(linear) is not nn.Linear:
-            return f"{role} is {type(linear).__name__}"
-        reason = _hooked(role, linear) or _unusual_tensor(role, linear.weight)
-        if reason is not None:
-            return reason
-    if lora_A.bias is not None:
-        return "lora_A has a bias"
+class LoRAReader:
+    """What `serve` wants to know about one adapter of a layer that keeps it as PEFT's LoRA does.
+
+    A patched class of another tuner names its own in `adapter_reader`.
+    """
+
+    @staticmethod
+    def unusual(layer: Any, name: str) -> str | None:
+        """What in the adapter our ops do not express."""
+        lora_A, lora_B, drop = _adapter(layer, name)
+        for role, linear in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if type(linear) is not nn.Linear:
+                return f"{role} is {type(linear).__name__}"
+            reason = _hooked(role, linear) or unusual_tensor(role, linear.weight)
+            if reason is not None:
+                return reason
+        if lora_A.bias is not None:
+            return "lora_A has a bias"
+        return unusual_dropout(drop)
+
+    @staticmethod
+    def tensors(layer: Any, name: str) -> tuple[Tensor, Tensor, nn.Module]:
+        """lora_A, lora_B and the dropout module."""
+        lora_A, lora_B, drop = _adapter(layer, name)
+        return lora_A.weight, lora_B.weight, drop
+
+    @staticmethod
+    def factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of the update s * dropout(x) A^T B^T."""
+        lora_A, lora_B, _ = _adapter(layer, name)
+        return lora_A.weight, lora_B.weight, layer.scaling[name]
+
+    @staticmethod
+    def bias(layer: Any, name: str) -> Tensor | None:
+        """What else the adapter adds: LoraConfig(lora_bias=True)."""
+        bias = layer._modules["lora_B"]._modules[name].bias
+        return None if bias is None else bias * layer.scaling[name]
+
+
+def _reader(layer: Any) -> type:
+    return getattr(type(layer), "adapter_reader", LoRAReader)
+
+
+def unusual_dropout(drop: nn.Module) -> str | None:
     if type(drop) is not nn.Identity and (
         type(drop) is not nn.Dropout or drop.p == 1 or drop.inplace
     ):
@@ -327,7 +383,7 @@ def _hooked(role: str, module: nn.Module) -> str | None:
     return None
 
 
-def _unusual_tensor(role: str, tensor: Tensor) -> str | None:
+def unusual_tensor(role: str, tensor: Tensor) -> str | None:
     """DTensor and other wrappers have to go through torch's operators."""
     kind = type(tensor)
     if kind not in _PLAIN and hasattr(kind, "__tensor_flatten__"):
@@ -349,7 +405,7 @@ def _read_base(
         return x, base.nf4, base.bias
 
     weight, bias = base.weight, base.bias
-    reason = _unusual_tensor("base weight", weight)
+    reason = unusual_tensor("base weight", weight)
     if reason is not None:
         return reason
     if weight.requires_grad and torch.is_grad_enabled():
