@@ -37,7 +37,8 @@ from peftkern.kernels.primitives import (
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANK_MAX = 256
-_INT32_MAX = 2**31 - 1
+SIZE_MAX = 65535 * 64  # programs that CUDA takes on an axis, columns of the least tile
+ROWS_MAX = 2**30
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -328,6 +329,8 @@ def supports(
         return f"the dtype is {activations.dtype}"
     if 0 in shape:
         return "the weight is empty"
+    if max(shape) > SIZE_MAX:
+        return f"the weight has {max(shape)} rows or columns, above {SIZE_MAX}"
     if lora_A is not None:
         for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
             if factor.dtype not in DTYPES:
@@ -335,10 +338,8 @@ def supports(
         r = lora_A.shape[0]
         if not 1 <= r <= RANK_MAX:
             return f"the rank is {r}, not 1 to {RANK_MAX}"
-        if max(shape) * RANK_MAX > _INT32_MAX:
-            return f"a factor of {max(shape)} columns may pass 2^31 elements"
-    if activations.numel() // activations.shape[-1] > _INT32_MAX // 2:
-        return "there are more than 2^30 rows"
+    if activations.numel() // activations.shape[-1] > ROWS_MAX:
+        return f"there are more than {ROWS_MAX} rows"
     if keep is not None and keep.dtype is not torch.int64:
         return "dropout's mask is given, and the kernels draw it from a seed"
     return None
@@ -440,7 +441,9 @@ def update_forward(
             **config.launch(),
         )
     if chunks > 1:
-        update_epilogue(None, S[None], lora_B.t(), bias, None, 0.0, (1.0, scaling), None, y)
+        update_epilogue(
+            None, S[None], lora_B.contiguous().t(), bias, None, 0.0, (1.0, scaling), None, y
+        )
     return y, S
 
 
@@ -512,7 +515,9 @@ def gradients_xa(
     chunks = ceil_div(r, block_rank(r))
     if chunks > 1 and need_dx:
         scales = (1.0, keep_scale(keep, dropout_p))
-        update_epilogue(None, dS[None], lora_A, None, keep, dropout_p, scales, None, dx)
+        update_epilogue(
+            None, dS[None], lora_A.contiguous(), None, keep, dropout_p, scales, None, dx
+        )
         need_dx = False
         if not need_dA:
             return dx, None
