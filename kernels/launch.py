@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 
 import torch
@@ -70,8 +71,13 @@ def has_ptx(device: torch.device) -> bool:
 
 @functools.cache
 def code_table(device: torch.device) -> Tensor:
-    """The sixteen values, once per device (a first call, as always, before a graph's capture)."""
-    return nf4_code(device)
+    """The sixteen values, once per device.
+
+    Made in a thread of its own: what the caller's thread allocates while a CUDA graph warms up
+    belongs to the graph, and this outlives it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(nf4_code, device).result()
 
 
 def guard(tensor: Tensor) -> contextlib.AbstractContextManager:
