@@ -308,6 +308,9 @@ def main(
     chosen = [spec for spec in specs if args.only in spec.name]
     if args.n is not None:
         chosen = [replace(spec, shape=(args.n, args.k)) for spec in chosen]
+    if not chosen:
+        print(f"bench_{stem}.py: no case for {device.type} with {args.only!r} in its name")
+        return 0
     with peftkern.use_backend("triton") if triton_interpreted() else contextlib.nullcontext():
         return _run(stem, chosen, args, device)
 

@@ -20,9 +20,9 @@ from gpu_cases import (
     run_ops,
     same_bits,
 )
-from linear_cases import BF16, DTYPES, F16, F32, SHAPES, Operands, check_accuracy, layouts
+from linear_cases import BF16, DTYPES, F16, F32, F64, SHAPES, Operands, check_accuracy, layouts
 from test_ops import Layer, op_cases, run
-from tolerances import DETERMINISM_RUNS, GOLDEN_RTOL
+from tolerances import DETERMINISM_RUNS, GOLDEN_RTOL, assert_as_accurate_as_torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -101,6 +101,25 @@ def test_nf4_lora_values_and_gradients(shape, dtype, adapter_dtype):
     cases = nf4_cases(shape, dtype, adapter_dtype, device=CUDA, bias=shape[0] != 5)
     with peftkern.use_backend("triton"):
         check_accuracy(cases, ours)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("rows", [0, 1, 8, 128, 300])
+def test_nf4_linear_without_adapters(rows, dtype):
+    w = peftkern.quantize_nf4(torch.randn(130, 192).to(dtype)).to(CUDA)
+    bias = torch.randn(130, device=CUDA, dtype=dtype)
+
+    def results(backend: str, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(rows)
+        x = torch.randn(rows, 192, device=CUDA).to(dtype).to(wide).requires_grad_()
+        with peftkern.use_backend(backend):
+            y = peftkern.nf4_linear(x, w, bias.to(wide))
+            y.backward(torch.ones_like(y))
+        return y.detach(), x.grad
+
+    runs = (results("triton", dtype), results("reference", dtype), results("reference", F64))
+    for got, eager, oracle in zip(*runs, strict=True):
+        assert_as_accurate_as_torch(got, eager, oracle)
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 1.0])
