@@ -1,18 +1,33 @@
-# make demo | test | bench | lint | format | sanitize | clean
+# make demo      fine-tune one model with PEFT and with peftkern
+# make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
+# make bench     measure this CPU, then write README's tables
+# make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
+# make gpu       on a GPU: build, test, measure; PART=all|test|nf4|nf4_lora_linear|lora_linear|
+#                formulations|step|tune, OUT=folder of the results, BUDGET=seconds
+# make tune      on a GPU: measure tiles, write kernels/tuned/<arch>.json
+# make lint | format | clean
 #
-# Everything runs in .venv, which the first target that needs it creates. PYTHON picks the
-# interpreter that creates it: make test PYTHON=python3.12
+# Everything but `gpu` and `tune` runs in .venv, which the first target that needs it creates.
+# PYTHON picks the interpreter that creates it: make test PYTHON=python3.12. The two run on the
+# machine's own Python (GPU_PYTHON) as it is: nothing is installed or downloaded.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+GPU_PYTHON ?= python3
+PART ?= all
+OUT ?= bench/results
+BUDGET ?= 510
+COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 SANITIZE_DIR := build/sanitize
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test pytest bench lint format sanitize build clean
+GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
+
+.PHONY: demo test pytest bench aot gpu tune lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/qlora_finetune.py
@@ -26,6 +41,16 @@ pytest: build
 bench: build
 	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
 	$(BIN)/python bench/make_tables.py
+
+aot: $(INSTALLED)
+	$(BIN)/python bench/resources.py
+
+# The first bad option or a missing GPU ends it at once; COMMIT is for a tree without history.
+gpu:
+	$(GPU_RUN) bench/gpu.py --part $(PART) --out "$(OUT)" --budget $(BUDGET) --commit "$(COMMIT)"
+
+tune:
+	$(GPU_RUN) bench/tune.py --budget $(BUDGET) --commit "$(COMMIT)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,7 +6,10 @@ dequantises the weight and multiplies; in eval mode, where bitsandbytes repacks 
 multiplies straight from it (machines with AVX512-BF16); PEFT's `lora.Linear` over the dense weight;
 and the dense layer without LoRA.
 
-python bench/bench_nf4_lora_linear.py [--only forward-M1] [--seconds 2]
+On a GPU bitsandbytes does the same in both modes (one row without gradients takes its own kernel),
+and torch.compile of the bitsandbytes layer is a peer.
+
+python bench/bench_nf4_lora_linear.py [--device cuda] [--only forward-M1] [--seconds 2]
 """
 
 from __future__ import annotations
@@ -15,32 +18,45 @@ import sys
 
 import pytest
 import torch
-from bitsandbytes.functional import has_avx512bf16
 from peers import (
+    bitsandbytes_missing,
+    compiled,
     forward,
     forward_backward,
     linear,
-    linear4bit,
     lora_oracle,
     lora_pool,
+    nf4_linear,
     nf4_weight64,
 )
 from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_ids, main, run_benchmark
 from torch import nn
 
 BNB, BNB_EVAL = "bitsandbytes + PEFT", "bitsandbytes + PEFT, eval"
+COMPILED = "bitsandbytes + PEFT, compiled"
 DENSE_LORA, DENSE = "dense + PEFT", "dense"
+
+
+def repacks_in_eval() -> bool:
+    if bitsandbytes_missing(torch.device("cpu")) is not None:
+        return False
+    from bitsandbytes.functional import has_avx512bf16
+
+    return has_avx512bf16()
 
 
 def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tuple) -> Case:
     torch.manual_seed(0)
-    n, k, r = options.n, options.k, options.r
-    weight = (torch.randn(n, k) / k**0.5).to(dtype)
-    x = torch.randn(m, k).to(dtype).requires_grad_(train)
-    dy = torch.randn(m, n).to(dtype) if train else None
-    quantised, dense = linear4bit(weight), linear(weight)
+    n, k, r, device, m = options.n, options.k, options.r, options.device, options.m(m)
+    weight = (torch.randn(n, k, device=device) / k**0.5).to(dtype)
+    first = torch.randn(m, k, device=device).to(dtype)
+    dy = torch.randn(m, n, device=device).to(dtype) if train else None
+    quantised, dense = nf4_linear(weight), linear(weight)
     packed = n * k // 2 + n * k // 64  # codes and the bytes of nested absmax
     copies, dense_copies = options.copies(packed), options.copies(weight.nbytes)
+    # A GPU's L2 cache would still hold much of a single x.
+    count = options.copies(first.nbytes + packed) if device.type == "cuda" else 1
+    xs = [first.clone().requires_grad_(train) for _ in range(count)]
 
     def pool(name: str) -> list[nn.Module]:
         if name == DENSE:
@@ -48,20 +64,23 @@ def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tupl
         if name == DENSE_LORA:
             return lora_pool(dense, dense_copies, r=r, patched=False, train=train)
         # Training mode keeps bitsandbytes from repacking, also without gradients.
-        layers = lora_pool(quantised, copies, r=r, patched=name == OURS, train=train or name == BNB)
+        peer = name in (BNB, COMPILED)
+        layers = lora_pool(quantised, copies, r=r, patched=name == OURS, train=train or peer)
         if name == BNB_EVAL:  # repack every copy now, not while the clock runs
-            repack = forward(layers, torch.zeros(1, k, dtype=dtype))
+            repack = forward(layers, [torch.zeros(1, k, dtype=dtype, device=device)])
             for i in range(copies):
                 repack(i)
         return layers
 
     def variant(name: str) -> Variant:
-        layers = pool(name)
+        modules = pool(name)
+        layers = compiled(modules) if name == COMPILED else modules
         base = weight.double() if name in (DENSE, DENSE_LORA) else weight4
-        oracle = lora_oracle(x, base, None if name == DENSE else layers[0], dy)
-        return Variant(forward_backward(layers, x, dy) if train else forward(layers, x), oracle)
+        oracle = lora_oracle(xs[0], base, None if name == DENSE else modules[0], dy)
+        call = forward_backward(layers, xs, dy, modules) if train else forward(layers, xs)
+        return Variant(call, oracle)
 
-    weight4 = nf4_weight64(quantised.weight)
+    weight4 = nf4_weight64(quantised)
     adapters = 4 * r * (n + k)
     lora_flops = 2 * m * r * (n + k)
     flops = 2 * m * n * k + lora_flops
@@ -74,7 +93,7 @@ def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tupl
 
 def spec(name: str, m: int, dtype: torch.dtype, train: bool, *targets: Target) -> Spec:
     names = (OURS, BNB, BNB_EVAL, DENSE_LORA, DENSE)
-    if train or not has_avx512bf16():
+    if train or not repacks_in_eval():
         names = tuple(n for n in names if n != BNB_EVAL)
     return Spec(name, lambda options: build(options, m, dtype, train, names), names, BNB, targets)
 
@@ -112,10 +131,42 @@ SPECS = [
 ]
 
 
+def gpu_specs(device: torch.device) -> list[Spec]:
+    """Those with a target first. Without bitsandbytes PEFT over the dense weight is the judge."""
+    has_bnb = bitsandbytes_missing(device) is None
+    judge = BNB if has_bnb else DENSE_LORA
+
+    def gpu_spec(m: int, shape: tuple[int, int], *targets: Target, train: bool = False) -> Spec:
+        theirs = (BNB, COMPILED) if m in (32, 4096) else (BNB,)  # compiling takes its time
+        names = (OURS, *(theirs if has_bnb else ()), DENSE_LORA, DENSE)
+        direction = "forward+backward" if train else "forward"
+        return Spec(
+            f"nf4_lora_linear/{direction}-M{m}-{shape[0]}x{shape[1]}/bf16",
+            lambda options: build(options, m, BF16, train, names),
+            names,
+            judge,
+            tuple(target for target in targets if target.peer in names),
+            shape=shape,
+        )
+
+    square, wide = (4096, 4096), (14336, 4096)
+    return [
+        *(
+            gpu_spec(m, shape, Target(BNB, least))
+            for shape in (square, wide)
+            for m, least in ((1, 2.0), (8, 3.0), (32, 3.0))
+        ),
+        *(gpu_spec(4096, shape, Target(DENSE, 1 / 1.12)) for shape in (square, wide)),
+        gpu_spec(4096, square, train=True),
+        *(gpu_spec(m, square) for m in (128, 256, 512)),
+        gpu_spec(32, square, train=True),
+    ]
+
+
 @pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
 def test_nf4_lora_linear(benchmark, spec: Spec, name: str, options: Options) -> None:
     run_benchmark(benchmark, spec, name, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main("nf4_lora_linear", SPECS))
+    sys.exit(main("nf4_lora_linear", SPECS, gpu_specs))

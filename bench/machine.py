@@ -1,9 +1,10 @@
-"""What a measurement ran on: processor, versions, commit, and what the memory and cores can do."""
+"""What a measurement ran on: device, versions, commit, and what its memory and cores can do."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -11,13 +12,28 @@ import subprocess
 from pathlib import Path
 
 import torch
+from gpu_timer import measure_events
 from timer import measure
 
+import peftkern
 from peftkern import native
+from peftkern.device import triton_interpreted
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "peftkern")
-COPY_BYTES = 256 << 20
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "peftkern")
+COPY_BYTES, GEMM = 256 << 20, 2048
+GPU_COPY_BYTES, GPU_GEMM = 2 << 30, 8192  # runs well past a launch, far beyond the L2 cache
+
+
+class DeviceError(Exception):
+    """The device that was asked for is not there; the message is the line to print."""
+
+
+def device_named(name: str) -> torch.device:
+    """Raises: DeviceError if that is a GPU and torch sees none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device cuda: torch {torch.__version__} sees no GPU on this machine")
+    return torch.device(name)
 
 
 def cpu_name() -> str:
@@ -55,20 +71,25 @@ def commit() -> str | None:
 
 
 def version(package: str) -> str | None:
+    if package == "peftkern":  # which a bare copy of the tree does not install
+        return peftkern.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def describe(threads: int) -> dict:
+def describe(threads: int, device: torch.device | None = None, given_commit: str = "") -> dict:
+    """`given_commit` stands in where the tree carries no history."""
     return {
         "cpu": cpu_name(),
         "isa": native.cpu_isa() if native.cpu_isas() else None,
         "isas": list(native.cpu_isas()),
+        "gpu": gpu(device) if device is not None and device.type == "cuda" else None,
+        "interpreter": triton_interpreted(),
         "threads": threads,
         "last_level_cache": cache_bytes(),
-        "commit": commit(),
+        "commit": commit() or given_commit or None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
@@ -76,22 +97,49 @@ def describe(threads: int) -> dict:
     }
 
 
+def gpu(device: torch.device) -> dict:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "l2_cache": properties.L2_cache_size,
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
 def slug(machine: dict) -> str:
-    """A folder name for the device: "intel-xeon-processor-amx-bf16-2-threads"."""
-    name = re.sub(r"\((R|TM|C)\)", "", machine["cpu"], flags=re.IGNORECASE)
-    text = f"{name} {machine['isa'] or 'no native'} {machine['threads']} threads"
+    """A folder name for the device: "h200", "intel-xeon-processor-amx-bf16-2-threads"."""
+    if machine.get("gpu"):
+        text = re.sub(r"^(NVIDIA|AMD)\s+", "", machine["gpu"]["name"])
+    else:
+        name = re.sub(r"\((R|TM|C)\)", "", machine["cpu"], flags=re.IGNORECASE)
+        text = f"{name} {machine['isa'] or 'no native'} {machine['threads']} threads"
+        text += " interpreter" if machine.get("interpreter") else ""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def roof(seconds: float, copy_bytes: int = COPY_BYTES, gemm: int = 2048) -> dict[str, float]:
+def write_json(path: Path, record: object, indent: int | None = None) -> None:
+    """Whole or not at all, whenever the process is stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+
+
+def roof(seconds: float, device: torch.device, small: bool) -> dict[str, float]:
     """Measured ceilings: copied bytes (read and written) and dense FLOPs per second."""
-    source = torch.ones(copy_bytes, dtype=torch.uint8)
-    target = torch.ones(copy_bytes, dtype=torch.uint8)
+    copy_bytes, gemm = (COPY_BYTES, GEMM) if device.type == "cpu" else (GPU_COPY_BYTES, GPU_GEMM)
+    if small:
+        copy_bytes, gemm = 1 << 20, 256
+    source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     variants = {"copy": lambda i: target.copy_(source)}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        a, b = torch.randn(gemm, gemm, dtype=dtype), torch.randn(gemm, gemm, dtype=dtype)
+        a, b = (torch.randn(gemm, gemm, dtype=dtype, device=device) for _ in range(2))
         variants[name] = lambda i, a=a, b=b: torch.nn.functional.linear(a, b)
-    timings = measure(variants, seconds=seconds)
+    timings = (measure_events if device.type == "cuda" else measure)(variants, seconds=seconds)
     # The best of many: a ceiling that a disturbed run must not lower.
     best = {name: timing.quantile(0.05) for name, timing in timings.items()}
     return {

@@ -13,7 +13,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-ORDER = ("demo", "nf4_lora_linear", "nf4", "lora_linear", "adalora", "low_rank_svd")
+ORDER = (
+    "demo",
+    "step",
+    "nf4_lora_linear",
+    "nf4",
+    "lora_linear",
+    "adalora",
+    "low_rank_svd",
+    "formulations",
+)
 TITLES = {
     "demo": "QLoRA fine-tuning, whole training step",
     "nf4_lora_linear": "NF4 linear layer with LoRA",
@@ -21,6 +30,8 @@ TITLES = {
     "lora_linear": "Dense linear layer with LoRA",
     "low_rank_svd": "SVD of 224 low-rank updates",
     "adalora": "AdaLoRA, per step",
+    "step": "Training step of four Llama-3-8B layers",
+    "formulations": "Ways to compute the update",
 }
 NAMES_SAY_SIZES = ("adalora",)
 OURS = "peftkern"
@@ -51,6 +62,8 @@ def peer_cell(case: dict, peer: str) -> str:
         return "WRONG" if theirs["wrong"] else milliseconds(theirs["median_ms"])
     text = milliseconds(theirs["median_ms"])
     text += f", **{theirs['median_ms'] / ours['median_ms']:.2f}x**"
+    if "graph" in ours and "graph" in theirs:
+        text += f" / {theirs['graph']['median_ms'] / ours['graph']['median_ms']:.2f}x"
     for target in case["targets"]:
         if target["peer"] == peer:
             mark = "✓" if target["met"] else "✗"
@@ -58,15 +71,29 @@ def peer_cell(case: dict, peer: str) -> str:
     return text
 
 
+def gpu_cells(case: dict) -> list[str]:
+    """Time in a replayed graph, kernels that a call launches, peak memory."""
+    ours = case["variants"][OURS]
+    limits = [target for target in case["targets"] if "launches_at_most" in target]
+    launches = str(ours.get("launches", ""))
+    for limit in limits:
+        launches += f" ({limit['launches_at_most']} {'✓' if limit['met'] else '✗'})"
+    peak = f"{ours['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in ours else ""
+    return [milliseconds(ours["graph"]["median_ms"]) if "graph" in ours else "", launches, peak]
+
+
 def cases_table(record: dict) -> str:
     peers = list(dict.fromkeys(p for c in record["cases"] for p in c["variants"] if p != OURS))
+    on_gpu = record["machine"].get("gpu") is not None
     rows = []
     for case in record["cases"]:
         share = case["share_of_floor"]
         floor = f"{share:.0%}" if share is not None else ""
         cells = [case["name"].partition("/")[2], timing(case["variants"][OURS]), floor]
+        cells += gpu_cells(case) if on_gpu else []
         rows.append(cells + [peer_cell(case, peer) for peer in peers])
-    return markdown(["ms", OURS, "of floor", *peers], rows)
+    more = ["in a graph", "launches", "peak MB"] if on_gpu else []
+    return markdown(["ms", OURS, "of floor", *more, *peers], rows)
 
 
 def demo_table(record: dict) -> str:
@@ -97,24 +124,36 @@ def demo_table(record: dict) -> str:
     return markdown(["", "PEFT", "PEFT + peftkern", ""], rows)
 
 
+def heading(stem: str, record: dict) -> str:
+    """What was measured, on what, and with which versions."""
+    facts, size = record["machine"], record["options"]
+    gpu = facts.get("gpu")
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
+    text = f"**{TITLES[stem]}**"
+    if "cases" not in record:
+        text += f" ({size['steps']} steps, {size['batch']}x{size['seq']} tokens)"
+    elif gpu:
+        text += f" (r={size['r']})"
+    elif stem not in NAMES_SAY_SIZES:
+        text += f" ({size['n']}x{size['k']}, r={size['r']})"
+    where = f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
+    if gpu:
+        where = f"{gpu['name']}, CUDA {gpu['cuda']}"
+    return f"{text}. {where}; commit {facts['commit']}, {facts['date'][:10]}; {versions}."
+
+
 def section(results: Path) -> str:
     """Everything between the markers."""
-    parts = []
+    parts, on_gpu = [], False
     for device in sorted(path for path in results.iterdir() if path.is_dir()):
         records = {path.stem: json.loads(path.read_text()) for path in device.glob("*.json")}
         for stem in [stem for stem in ORDER if stem in records]:
             record = records[stem]
-            facts = record["machine"]
-            versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
-            heading = f"**{TITLES[stem]}**"
-            size = record["options"]
-            if "cases" not in record:
-                heading += f" ({size['steps']} steps, {size['batch']}x{size['seq']} tokens)"
-            elif stem not in NAMES_SAY_SIZES:
-                heading += f" ({size['n']}x{size['k']}, r={size['r']})"
-            where = f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
+            if record["machine"].get("interpreter") or record.get("cases") == []:
+                continue  # the interpreter's times mean nothing
+            on_gpu |= record["machine"].get("gpu") is not None
             parts += [
-                f"{heading}. {where}; commit {facts['commit']}, {facts['date'][:10]}; {versions}.",
+                heading(stem, record),
                 cases_table(record) if "cases" in record else demo_table(record),
             ]
     if not parts:
@@ -125,6 +164,11 @@ def section(results: Path) -> str:
         " at the measured copy bandwidth and dense matrix product. Method, and what bounds the"
         " misses: [bench/README.md](bench/README.md)."
     )
+    if on_gpu:
+        legend += (
+            " On a GPU single calls are timed, launches included; after the slash is the ratio in"
+            " replayed graphs, without them."
+        )
     return "\n\n".join([legend, *parts])
 
 

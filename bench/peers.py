@@ -6,18 +6,40 @@ meets the same weight twice in a row. All copies hold the same numbers.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import os
 from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import bitsandbytes as bnb
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import peftkern
+from peftkern import functional
+from peftkern.dropout import philox_keep
+from peftkern.layers import NF4Linear
+from peftkern.nf4 import nf4_code
+
+SEED = 5  # of the draws that a checked call makes
+
+
+@functools.cache
+def bitsandbytes_missing(device: torch.device) -> str | None:
+    """Why bitsandbytes is no peer on a device, or None: it may lack the library for this CUDA."""
+    try:
+        import bitsandbytes.functional as bnb
+
+        bnb.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # an import error, or one of many kinds from its loader
+        return f"bitsandbytes: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 class Layers(nn.Module):
@@ -28,10 +50,14 @@ class Layers(nn.Module):
         self.layers = nn.ModuleList(layers)
 
 
-def linear4bit(weight: Tensor, blocksize: int = 64) -> bnb.nn.Linear4bit:
+def linear4bit(weight: Tensor, blocksize: int = 64) -> nn.Module:
     """bitsandbytes' layer over this weight: NF4, double quantisation, computing in its dtype."""
+    import bitsandbytes as bnb
+
     n, k = weight.shape
-    layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+    layer = bnb.nn.Linear4bit(
+        k, n, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+    )
     layer.weight = bnb.nn.Params4bit(
         weight.clone(),
         requires_grad=False,
@@ -39,20 +65,40 @@ def linear4bit(weight: Tensor, blocksize: int = 64) -> bnb.nn.Linear4bit:
         compress_statistics=True,
         blocksize=blocksize,
     )
-    return layer.to("cpu")
+    return layer.to(weight.device)
+
+
+def nf4_linear(weight: Tensor) -> nn.Module:
+    """bitsandbytes' layer, or ours with the same weight where there is no bitsandbytes."""
+    if bitsandbytes_missing(weight.device) is None:
+        return linear4bit(weight)
+    with peftkern.use_backend(None):  # whatever is forced on the case itself
+        return NF4Linear.from_linear(linear(weight))
 
 
 def linear(weight: Tensor) -> nn.Linear:
     n, k = weight.shape
-    layer = nn.Linear(k, n, bias=False, dtype=weight.dtype)
+    layer = nn.Linear(k, n, bias=False, device="meta")  # which draws no weight to throw away
     layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
     return layer
 
 
-def lora_pool(layer: nn.Module, copies: int, *, r: int, patched: bool, train: bool) -> list:
-    """PEFT's LoRA layers over copies of `layer`, with PEFT's default fp32 adapters, B not zero."""
+def lora_pool(
+    layer: nn.Module,
+    copies: int,
+    *,
+    r: int,
+    patched: bool,
+    train: bool,
+    dropout: float = 0.0,
+    adapter_dtype: torch.dtype = torch.float32,
+) -> list:
+    """PEFT's LoRA layers over copies of `layer`; fp32 adapters are PEFT's default. B is not zero.
+
+    Copies, because a model never meets the same weight twice in a row.
+    """
     torch.manual_seed(1)
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=r"layers\.\d+")
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=r"layers\.\d+")
     model = get_peft_model(Layers([copy.deepcopy(layer) for _ in range(copies)]), config)
     if patched:
         report = peftkern.patch(model)
@@ -65,51 +111,87 @@ def lora_pool(layer: nn.Module, copies: int, *, r: int, patched: bool, train: bo
     new_b = torch.randn(b.shape, generator=generator) * 0.1
     with torch.no_grad():
         for member in pool:
-            member.lora_A["default"].weight.copy_(new_a)
-            member.lora_B["default"].weight.copy_(new_b)
+            for part, new in ((member.lora_A, new_a), (member.lora_B, new_b)):
+                part["default"].to(adapter_dtype).weight.copy_(new)
     model.train(train)
     return pool
 
 
-def forward(layers: list[nn.Module], x: Tensor) -> Callable[[int], Tensor]:
+def compiled(layers: list[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
+    """torch.compile of layers that differ in their numbers only: one compilation serves all."""
+    torch._dynamo.reset()  # else a second number of rows asks for kernels of any number
+    run = torch.compile(lambda layer, x: layer(x))
+    return [functools.partial(run, layer) for layer in layers]
+
+
+def forward(layers: list, xs: list[Tensor], autocast: bool = False) -> Callable[[int], Tensor]:
     @torch.no_grad()
     def call(i: int) -> Tensor:
-        return layers[i % len(layers)](x)
+        x = xs[i % len(xs)]
+        with _autocast(x, autocast):
+            return layers[i % len(layers)](x)
 
     return call
 
 
 def forward_backward(
-    layers: list[nn.Module], x: Tensor, dy: Tensor
+    layers: list, xs: list[Tensor], dy: Tensor, modules: list | None = None, autocast: bool = False
 ) -> Callable[[int], tuple[Tensor, ...]]:
-    """The output and the gradients of x and of both adapters, as training needs them."""
+    """The output and the gradients of x and of both adapters, as training needs them.
+
+    `modules`: what holds the adapters, where the layers are functions of them.
+    """
+    modules = layers if modules is None else modules
 
     def call(i: int) -> tuple[Tensor, ...]:
-        layer = layers[i % len(layers)]
-        y = layer(x)
+        module, x = modules[i % len(modules)], xs[i % len(xs)]
+        with _autocast(x, autocast):
+            y = layers[i % len(layers)](x)
         wanted = [x]
-        if hasattr(layer, "lora_A"):
-            wanted += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        if hasattr(module, "lora_A"):
+            wanted += [module.lora_A["default"].weight, module.lora_B["default"].weight]
         return y.detach(), *torch.autograd.grad(y, wanted, dy)
 
     return call
 
 
-def nf4_weight64(param: bnb.nn.Params4bit) -> Tensor:
-    """The weight that the packed bytes stand for, in float64 and in plain torch."""
-    state = param.quant_state
-    packed = param.data.view(-1)
-    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: state.shape.numel()]
-    nested = state.state2
-    groups = torch.arange(state.absmax.numel()) // nested.blocksize
-    absmax = nested.code.double()[state.absmax.long()] * nested.absmax.double()[groups]
-    absmax += state.offset.double()
-    blocks = torch.arange(codes.numel()) // state.blocksize
-    return (state.code.double()[codes.long()] * absmax[blocks]).view(state.shape)
+def _autocast(x: Tensor, wanted: bool) -> contextlib.AbstractContextManager:
+    return torch.autocast(x.device.type, x.dtype) if wanted else contextlib.nullcontext()
+
+
+def kept(x: Tensor, dropout: float, patched: bool, adapter_dtype: torch.dtype) -> Tensor | None:
+    """What dropout keeps of x in the first call after torch.manual_seed(SEED)."""
+    if dropout == 0.0:
+        return None
+    torch.manual_seed(SEED)
+    x = x.detach()
+    if patched:
+        keep = functional._draw_keep(x, dropout)
+        return keep if keep.dtype is torch.bool else philox_keep(keep, *x.shape, dropout)
+    return F.dropout(torch.ones_like(x, dtype=adapter_dtype), dropout) != 0
+
+
+def nf4_weight64(layer: nn.Module) -> Tensor:
+    """The weight that a layer's packed bytes stand for, in float64 and in plain torch."""
+    weight = layer.nf4 if isinstance(layer, NF4Linear) else None
+    if weight is None:
+        weight = peftkern.NF4Weight.from_bitsandbytes(layer.weight)
+    packed, device = weight.packed.view(-1), weight.device
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: weight.numel]
+    groups = torch.arange(weight.nblocks, device=device) // weight.nested_blocksize
+    absmax = weight.nested_code.double()[weight.absmax.long()]
+    absmax = absmax * weight.nested_absmax.double()[groups] + weight.nested_offset.double()
+    blocks = torch.arange(weight.numel, device=device) // weight.blocksize
+    return (nf4_code(device).double()[codes.long()] * absmax[blocks]).view(weight.shape)
 
 
 def lora_oracle(
-    x: Tensor, weight64: Tensor, layer: nn.Module | None, dy: Tensor | None
+    x: Tensor,
+    weight64: Tensor,
+    layer: nn.Module | None,
+    dy: Tensor | None,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """In float64 what `forward` (no dy) or `forward_backward` give; no layer: without LoRA."""
     x = x.detach().double()
@@ -117,11 +199,13 @@ def lora_oracle(
     dy = None if dy is None else dy.double()
     if layer is None:
         return (y,) if dy is None else (y, dy @ weight64)
+    factor = 1.0 if keep is None else keep.double() / (1.0 - dropout)
     a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
     scaling = layer.scaling["default"]
-    s = scaling * (x @ a.T)
+    dropped = x * factor
+    s = scaling * (dropped @ a.T)
     y += s @ b.T
     if dy is None:
         return (y,)
     ds = scaling * (dy @ b)
-    return y, dy @ weight64 + ds @ a, ds.T @ x, dy.T @ s
+    return y, dy @ weight64 + (ds @ a) * factor, ds.T @ dropped, dy.T @ s

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
-import json
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import gpu_timer
 import machine
 import torch
+from peers import SEED
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from timer import Timing, measure, milliseconds, pin_threads
+from terminal import table
+from timer import Timing, measure, pin_threads
 from torch import Tensor
 
 import peftkern
+from peftkern.device import triton_interpreted
 
 sys.path.append(str(machine.ROOT / "tests"))
 from tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors  # the one place that bounds errors
@@ -28,19 +32,27 @@ from tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors  # the one place that
 OURS = "peftkern"
 # Relative RMS error from which a peer's result counts as wrong and its time means nothing.
 PEER_WRONG = 0.03
+GRAPH_SHARE = 0.5  # of a variant's time: what replayed graphs get on top
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Sizes of the problem. `rotate`: bytes of inputs that each variant cycles through."""
+    """Sizes of the problem. `rotate`: bytes of inputs that each variant cycles through; `rows`:
+    at most so many rows of activations."""
 
     n: int = 4096
     k: int = 4096
     r: int = 16
     rotate: int = 256 << 20
+    device: torch.device = CPU
+    rows: int | None = None
 
     def copies(self, size: int) -> int:
         return max(2, -(-self.rotate // size))
+
+    def m(self, rows: int) -> int:
+        return rows if self.rows is None else min(rows, self.rows)
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Target:
 @dataclass(frozen=True)
 class Spec:
     """A case that is built when its turn comes: `name` is "stem/case/dtype", `names` its variants,
-    `judge` the peer whose error bounds ours."""
+    `judge` the peer whose error bounds ours, `most_launches` what a call of ours may launch."""
 
     name: str
     build: Callable[[Options], Case]
@@ -84,6 +96,8 @@ class Spec:
     judge: str
     targets: tuple[Target, ...] = ()
     peer_wrong: float = PEER_WRONG
+    shape: tuple[int, int] | None = None  # (n, k) where the command line gives none
+    most_launches: int | None = None
 
     @property
     def short_name(self) -> str:
@@ -98,15 +112,33 @@ class Row:
     max: float | None = None
     wrong: str | None = None
     timing: Timing | None = None
+    graph: Timing | None = None
+    no_graph: str | None = None
+    peak_bytes: int | None = None
+    kernels: list[str] | None = None
 
     def record(self) -> dict:
         record = {"error_rms": self.rms, "error_max": self.max, "wrong": self.wrong}
         if self.timing is not None:
-            record["median_ms"] = self.timing.median * 1e3
-            record["p20_ms"] = self.timing.quantile(0.2) * 1e3
-            record["p80_ms"] = self.timing.quantile(0.8) * 1e3
-            record["samples_ms"] = [round(s * 1e3, 5) for s in self.timing.samples]
-        return record
+            record |= in_milliseconds(self.timing)
+        if self.graph is not None:
+            record["graph"] = in_milliseconds(self.graph)
+        gpu = {
+            "no_graph": self.no_graph,
+            "peak_bytes": self.peak_bytes,
+            "kernels": self.kernels,
+            "launches": None if self.kernels is None else len(self.kernels),
+        }
+        return record | {key: value for key, value in gpu.items() if value is not None}
+
+
+def in_milliseconds(timing: Timing) -> dict:
+    return {
+        "median_ms": timing.median * 1e3,
+        "p20_ms": timing.quantile(0.2) * 1e3,
+        "p80_ms": timing.quantile(0.8) * 1e3,
+        "samples_ms": [round(s * 1e3, 5) for s in timing.samples],
+    }
 
 
 @dataclass
@@ -115,8 +147,8 @@ class Outcome:
     case: dict
     rows: dict[str, Row] = field(default_factory=dict)
 
-    def ratio(self, peer: str) -> float | None:
-        ours, theirs = self.rows[OURS].timing, self.rows[peer].timing
+    def ratio(self, peer: str, kind: str = "timing") -> float | None:
+        ours, theirs = (getattr(self.rows[name], kind) for name in (OURS, peer))
         return theirs.median / ours.median if ours and theirs else None
 
     @property
@@ -134,6 +166,15 @@ class Outcome:
             }
             for target in self.spec.targets
         ]
+        for target in targets:
+            if (graph := self.ratio(target["peer"], "graph")) is not None:
+                target["in_graph"] = graph
+        most, kernels = self.spec.most_launches, self.rows[OURS].kernels
+        if most is not None and kernels is not None:
+            met = len(kernels) <= most
+            targets.append(
+                {"peer": None, "launches_at_most": most, "measured": len(kernels), "met": met}
+            )
         rows = {name: row.record() for name, row in self.rows.items()}
         return {
             "name": self.spec.name,
@@ -149,22 +190,28 @@ def check(spec: Spec, case: Case) -> dict[str, Row]:
     rows = {name: Row() for name in case.variants}
     dtype = case.dtype
     for name, variant in case.variants.items():
-        if not variant.oracle:
-            variant.call(0)
+        torch.manual_seed(SEED)
+        try:
+            start = time.perf_counter()
+            returned = variant.call(0)
+            if variant.multiplied:
+                rows[name].timing = Timing(((time.perf_counter() - start) * variant.multiplied,))
+            result = variant.result(returned)
+        except Exception as error:  # the other variants still have something to say
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # raises again if the device itself is lost
+            rows[name].wrong = gpu_timer.first_line(error)
             continue
-        start = time.perf_counter()
-        returned = variant.call(0)
-        if variant.multiplied:
-            rows[name].timing = Timing(((time.perf_counter() - start) * variant.multiplied,))
-        result = variant.result(returned)
+        if not variant.oracle:
+            continue
         result = result if isinstance(result, tuple) else (result,)
         pairs = [errors(g, o) for g, o in zip(result, variant.oracle, strict=True)]
         rows[name].rms, rows[name].max = (max(pair[i] for pair in pairs) for i in (0, 1))
+    judge = rows[spec.judge]
     for name, row in rows.items():
         if row.rms is None:
             continue
-        if name == OURS:
-            judge = rows[spec.judge]
+        if name == OURS and judge.rms is not None:
             bound = RATIO * judge.rms + FLOOR_RMS[dtype], RATIO * judge.max + FLOOR_MAX[dtype]
         else:
             bound = spec.peer_wrong, float("inf")
@@ -174,6 +221,9 @@ def check(spec: Spec, case: Case) -> dict[str, Row]:
 
 
 def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> Outcome:
+    if spec.shape is not None:
+        n, k = spec.shape
+        options = replace(options, n=n, k=k)
     case = spec.build(options)
     if tuple(case.variants) != spec.names:
         raise RuntimeError(f"{spec.name}: built {tuple(case.variants)}, expected {spec.names}")
@@ -187,117 +237,151 @@ def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> 
         for name, variant in case.variants.items()
         if outcome.rows[name].wrong is None and not variant.multiplied
     }
-    for name, timing in measure(right, seconds=seconds, tick=tick).items():
-        outcome.rows[name].timing = timing
+    on_gpu = options.device.type == "cuda"
+    if on_gpu:
+        measure_on_gpu(outcome.rows, right, seconds, tick)
+    else:
+        for name, timing in measure(right, seconds=seconds, tick=tick).items():
+            outcome.rows[name].timing = timing
     facts["served"] = {f"{op} on {name}": n for (op, name), n in peftkern.stats().calls.items()}
     facts["fell_back"] = {f"{op}: {w}": n for (op, w), n in peftkern.stats().fallbacks.items()}
     return outcome
 
 
-def table(outcomes: Iterable[Outcome], title: str) -> Table:
-    grid = Table(title=title, title_justify="left")
-    grid.add_column("case")
-    for name in (OURS, "of floor"):
-        grid.add_column(name, justify="right")
-    grid.add_column("peer")
-    for name in ("its time", "ratio", "target", "", "error (ours / its)"):
-        grid.add_column(name, justify="right")
-    for outcome in outcomes:
-        ours = outcome.rows[OURS]
-        targets = {target.peer: target.at_least for target in outcome.spec.targets}
-        share = outcome.share_of_floor
-        head = [
-            outcome.spec.short_name,
-            str(ours.timing) if ours.timing else f"[red]WRONG[/]: {ours.wrong}",
-            f"{share:.0%}" if share else "",
-        ]
-        for peer in [name for name in outcome.rows if name != OURS]:
-            theirs, ratio, least = outcome.rows[peer], outcome.ratio(peer), targets.get(peer)
-            mark = ""
-            if least is not None:
-                met = ratio is not None and ratio >= least
-                mark = "[green]✓[/]" if met else "[red]✗[/]"
-            grid.add_row(
-                *head,
-                peer,
-                f"{milliseconds(theirs.timing.median)} ms" if theirs.timing else "WRONG",
-                f"{ratio:.2f}x" if ratio else "",
-                f"{least:.3g}x" if least else "",
-                mark,
-                f"{ours.rms:.1e} / {theirs.rms:.1e}" if theirs.rms is not None else "",
-            )
-            head = ["", "", ""]
-        grid.add_section()
-    return grid
+def measure_on_gpu(rows: dict[str, Row], right: dict, seconds: float, tick) -> None:
+    """Single calls, replayed graphs, launches and peak memory of the variants that are right."""
+    timings = gpu_timer.measure_events(right, seconds=seconds, tick=tick)
+    for name, call in right.items():
+        rows[name].timing = timings[name]
+        rows[name].peak_bytes = gpu_timer.peak_bytes(call)
+        rows[name].kernels = gpu_timer.launches(call) or None  # a profiler that saw none is blind
+    medians = {name: timing.median for name, timing in timings.items()}
+    graphs, refused = gpu_timer.measure_graphs(right, seconds=GRAPH_SHARE * seconds, calls=medians)
+    for name in right:
+        rows[name].graph, rows[name].no_graph = graphs.get(name), refused.get(name)
 
 
 def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"bench_{stem}.py")
     add = parser.add_argument
-    add("--n", type=int, default=4096, help="rows of the weight (4096)")
-    add("--k", type=int, default=4096, help="columns of the weight (4096)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases to run (cpu)")
+    add("--n", type=int, help="rows of the weight (4096, on a GPU what the case says)")
+    add("--k", type=int, help="columns of the weight (the same)")
     add("--r", type=int, default=16, help="LoRA rank (16)")
+    add("--rows", type=int, help="at most so many rows of activations")
     add("--threads", type=int, help="default: every core that the process may use")
-    add("--seconds", type=float, default=2.0, help="time for each variant of each case (2)")
+    add("--seconds", type=float, help="time for each variant of each case (2, on a GPU 0.3)")
+    add("--budget", type=float, help="start no case after so many seconds (default: run them all)")
     add("--rotate-mb", type=int, help="inputs to cycle through (default: beyond the caches)")
     add("--only", default="", help="cases whose name contains this")
     add("--out", type=Path, default=machine.ROOT / "bench" / "results", help="results folder")
+    add("--commit", default="", help="what to record where the tree carries no history")
     options = parser.parse_args(argv)
-    if min(options.n, options.k, options.r) < 1:
-        parser.error("--n, --k and --r must be at least 1")
+    sizes = (options.n, options.k, options.r, options.rows)
+    if min(size for size in sizes if size is not None) < 1:
+        parser.error("--n, --k, --r and --rows must be at least 1")
+    if (options.n is None) != (options.k is None):
+        options.n, options.k = options.n or 4096, options.k or 4096
     return options
 
 
-def rotation(given_mb: int | None) -> int:
+def rotation(given_mb: int | None, device: torch.device = CPU) -> int:
     """Beyond the last level, but at most 640 MB per variant: a virtual machine is told the size of
     a cache that it shares."""
     if given_mb is not None:
         return given_mb << 20
+    if device.type == "cuda":
+        return max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
     return min(machine.cache_bytes() * 5 // 4, 640 << 20)
 
 
-def main(stem: str, specs: list[Spec], argv: list[str] | None = None) -> int:
-    """Run the cases of one bench script; 1 if any of our results is wrong."""
+def main(
+    stem: str,
+    specs: list[Spec],
+    gpu_specs: Callable[[torch.device], list[Spec]] = lambda device: [],
+    argv: list[str] | None = None,
+) -> int:
+    """Run the cases of one bench script; 1 if any of our results is wrong, 2 without the device.
+
+    `gpu_specs` are a GPU's, from the most to the least wanted. Under Triton's interpreter they run
+    on the CPU, which shows that they run, and nothing else.
+    """
     args = parse(stem, argv)
-    options = Options(args.n, args.k, args.r, rotation(args.rotate_mb))
-    facts = machine.describe(pin_threads(args.threads))
+    try:
+        device = machine.device_named(args.device)
+    except machine.DeviceError as error:
+        print(f"bench_{stem}.py: error: {error}", file=sys.stderr)
+        return 2
+    on_gpu = device.type == "cuda"
+    if on_gpu or triton_interpreted():
+        specs = gpu_specs(device)
+    chosen = [spec for spec in specs if args.only in spec.name]
+    if args.n is not None:
+        chosen = [replace(spec, shape=(args.n, args.k)) for spec in chosen]
+    if not chosen:
+        print(f"bench_{stem}.py: no case for {device.type} with {args.only!r} in its name")
+        return 0
+    with peftkern.use_backend("triton") if triton_interpreted() else contextlib.nullcontext():
+        return _run(stem, chosen, args, device)
+
+
+def _run(stem: str, chosen: list[Spec], args: argparse.Namespace, device: torch.device) -> int:
+    started = time.monotonic()
+    on_gpu = device.type == "cuda"
+    seconds = (0.3 if on_gpu else 2.0) if args.seconds is None else args.seconds
+    size = (args.n, args.k) if args.n is not None else (4096, 4096)
+    rotate = rotation(args.rotate_mb, device)
+    options = Options(*size, args.r, rotate, device, args.rows)
+    threads = torch.get_num_threads() if on_gpu else pin_threads(args.threads)
+    facts = machine.describe(threads, device, args.commit)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    console.print(f"{facts['cpu']}, {facts['isa']}, {facts['threads']} threads", end="; ")
-    small = args.n * args.k < 1 << 20
-    roof = machine.roof(min(args.seconds, 1.0), *((1 << 20, 256) if small else ()))
+    where = facts["gpu"]["name"] if on_gpu else f"{facts['cpu']}, {facts['isa']}"
+    console.print(f"{where}, {facts['threads']} threads", end="; ")
+    roof = machine.roof(min(seconds, 1.0), device, small=size[0] * size[1] < 1 << 20)
     console.print(
         f"copies {roof['copy'] / 1e9:.1f} GB/s (read + written), dense matrix products"
         f" {roof['bfloat16'] / 1e9:.0f} bf16 and {roof['float32'] / 1e9:.0f} fp32 GFLOP/s"
     )
-    chosen = [spec for spec in specs if args.only in spec.name]
+    record = {
+        "bench": stem,
+        "machine": facts,
+        "roof": roof,
+        "options": {"n": size[0], "k": size[1], "r": args.r, "rotate": rotate},
+        "cases": [],
+        "failed": {},
+        "not_reached": [],
+    }
+    path = args.out / machine.slug(facts) / f"{stem}.json"
     outcomes = []
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(chosen))
         for done, spec in enumerate(chosen):
+            if args.budget is not None and time.monotonic() - started >= args.budget:
+                record["not_reached"] = [late.name for late in chosen[done:]]
+                break
             progress.update(bar, description=spec.short_name, completed=done)
 
             def tick(share: float, done: int = done) -> None:
                 progress.update(bar, completed=done + share)
 
-            outcomes.append(run_case(spec, options, roof, args.seconds, tick))
+            try:
+                outcomes.append(run_case(spec, options, roof, seconds, tick))
+                record["cases"].append(outcomes[-1].record())
+            except Exception as error:  # the cases after it are still worth knowing
+                traceback.print_exc()
+                record["failed"][spec.name] = gpu_timer.first_line(error)
+            machine.write_json(path, record)  # at once: a run may be stopped at any moment
             gc.collect()
-    console.print(table(outcomes, f"{stem}, {args.n}x{args.k}, r={args.r}, medians and p20-p80"))
-    record = {
-        "bench": stem,
-        "machine": facts,
-        "roof": roof,
-        "options": {"n": args.n, "k": args.k, "r": args.r, "rotate": options.rotate},
-        "cases": [outcome.record() for outcome in outcomes],
-    }
-    path = args.out / machine.slug(facts) / f"{stem}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    machine.write_json(path, record)
+    console.print(table(outcomes, f"{stem}, r={args.r}, medians and p20-p80", facts["gpu"]))
     console.print(f"written: {path}")
+    for name in record["not_reached"]:
+        console.print(f"{name}: not reached within {args.budget:.0f} seconds", markup=False)
     for outcome in outcomes:
         for reason, count in outcome.case["fell_back"].items():
             console.print(f"{outcome.spec.name}: fell back {count} times: {reason}", markup=False)
-    return int(any(outcome.rows[OURS].wrong for outcome in outcomes))
+    return int(bool(record["failed"]) or any(o.rows[OURS].wrong for o in outcomes))
 
 
 def benchmark_ids(specs: list[Spec]) -> list:

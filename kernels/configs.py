@@ -38,13 +38,19 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 2
 
-    def valid(self) -> bool:
-        """Whether Triton can compile it: powers of two, and dot's least size."""
+    def valid(self, kernel: str = "") -> bool:
+        """Whether a kernel compiles with it: powers of two, and dot's least size.
+
+        A kernel over NF4 multiplies half of block_k at once; the epilogue's columns are an axis of
+        the grid, of which CUDA takes 65,535 programs.
+        """
         blocks = (self.block_m, self.block_n, self.block_k)
         powers = (*blocks, self.num_warps)
         return (
             all(n > 0 and n & (n - 1) == 0 for n in powers)
             and min(blocks) >= 16
+            and (kernel not in ("nf4_forward", "nf4_backward") or self.block_k >= 32)
+            and (kernel != "epilogue" or self.block_n >= 64)
             and self.splits >= 1
             and 1 <= self.num_stages <= 8
             and self.num_warps <= 16
@@ -82,7 +88,7 @@ def choose(problem: Problem, processors: int, tuned: Mapping[str, Any] | None = 
     if entry is None:
         return _COUNTED[problem.kernel](problem, processors)
     config = TileConfig(**entry)
-    if not config.valid():
+    if not config.valid(problem.kernel):
         raise ValueError(f"tuned config {problem.key()}: expected powers of two, got {entry}")
     return config
 
@@ -146,7 +152,7 @@ def _lora_forward(p: Problem, processors: int) -> TileConfig:
     # With few rows the loop over K is a chain of latencies, so its steps are long.
     few = block_m == 16
     block_k = (64 if light else 32) * (2 if few else 1)
-    stages = (4 if few else 3) if light else 2
+    stages = (4 if light else 2) if few else 3
     return TileConfig(block_m, 64, block_k, splits, 4 if few else 8, stages)
 
 
@@ -169,7 +175,7 @@ def _lora_backward_xa(p: Problem, processors: int) -> TileConfig:
 
 
 def _epilogue(p: Problem, processors: int) -> TileConfig:
-    block_m = _rows(p.M, 16 if p.M <= NF4_FUSED_ROWS_MAX else 64)
+    block_m = _rows(p.M, 16 if p.M <= NF4_FUSED_ROWS_MAX else 32)
     return TileConfig(block_m, 64, 16, 1, 4 if block_m == 16 else 8, 2)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -35,8 +38,24 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_forced: ContextVar[tuple[str, TileConfig] | None] = ContextVar("peftkern_config", default=None)
+
+
+@contextlib.contextmanager
+def forced(kernel: str, config: TileConfig) -> Iterator[None]:
+    """Launch one kernel with these tiles inside the `with` block: how tuning tries a candidate."""
+    token = _forced.set((kernel, config))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def config_for(problem: Problem, device: torch.device) -> TileConfig:
     """The tiles of a problem on a device."""
+    force = _forced.get()
+    if force is not None and force[0] == problem.kernel:
+        return force[1]
     return chosen(problem, arch(device), processors(device))
 
 
@@ -52,8 +71,13 @@ def has_ptx(device: torch.device) -> bool:
 
 @functools.cache
 def code_table(device: torch.device) -> Tensor:
-    """The sixteen values, once per device (a first call, as always, before a graph's capture)."""
-    return nf4_code(device)
+    """The sixteen values, once per device.
+
+    Made in a thread of its own: what the caller's thread allocates while a CUDA graph warms up
+    belongs to the graph, and this outlives it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(nf4_code, device).result()
 
 
 def guard(tensor: Tensor) -> contextlib.AbstractContextManager:

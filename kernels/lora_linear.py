@@ -3,11 +3,13 @@
 The base products are cuBLAS's. Forward is skinny-first: one kernel reads x, writes S and fills y
 with the update and the bias, and cuBLAS adds x @ weight.T into it (beta = 1, whose read of y hides
 under its arithmetic). Base-first would read and write y once more. Backward: one read of dy gives
-partial dS and dB, one read of x and one write of dx give partial dA and the update's share of dx,
-and cuBLAS adds dy @ weight into that. Dropout's mask is drawn again from its seed, never stored.
+partial dS and dB (two reads where the rank makes partial dS the larger traffic), one read of x and
+one write of dx give partial dA and the update's share of dx, and cuBLAS adds dy @ weight into that.
+Dropout's mask is drawn again from its seed, never stored. A rank above 64 takes several tiles, each
+of which reads its activations anew.
 
-Bytes beyond the base products, M x K -> N in 2 bytes: forward 2 M (K + N), backward 2 M (N + 2 K),
-and the partial sums in float32: M r N / BLOCK_N + N r M / slab + r K M / slab.
+Bytes beyond the base products, M x K -> N in 2 bytes and r = 16: forward 2 M (K + N), backward
+2 M (N + 2 K), and the partial sums in float32: 4 r (M N / 128 + N M / slab + K M / slab), twice.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from peftkern.dropout import keep_scale, keep_threshold
 from peftkern.kernels.aot import AotCase, tiles
-from peftkern.kernels.configs import Problem, TileConfig, block_rank, ceil_div, slab
+from peftkern.kernels.configs import RANK_LEAST, Problem, TileConfig, block_rank, ceil_div, slab
 from peftkern.kernels.launch import (
     config_for,
     guard,
@@ -37,7 +39,8 @@ from peftkern.kernels.primitives import (
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANK_MAX = 256
-_INT32_MAX = 2**31 - 1
+SIZE_MAX = 65535 * 64  # programs that CUDA takes on an axis, columns of the least tile
+ROWS_MAX = 2**30
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -53,8 +56,8 @@ def _lora_forward_kernel(
     N,
     K,
     r,
+    s_scale,
     scaling,
-    keep_scale,
     threshold,
     EXPAND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -65,7 +68,7 @@ def _lora_forward_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S = dropout(x) @ A.T for some rows, then scaling * S @ B.T + bias for some columns.
+    """S = s_scale * (x * keep) @ A.T for some rows, then scaling * S @ B.T + bias for some columns.
 
     EXPAND is for ranks of one tile: a program of one tile of several cannot know the others' S.
     """
@@ -91,28 +94,28 @@ def _lora_forward_kernel(
         if HAS_DROPOUT:
             x = dropped(x, keep_mask(seed, rows, start, threshold, BLOCK_K))
         coarse, fine = dot_factor(x, a, coarse, fine, PRECISION)
-    s = join_sums(coarse, fine)
-    if HAS_DROPOUT:
-        s *= keep_scale
+    s = join_sums(coarse, fine) * s_scale
     if tl.program_id(1) == 0:
         tl.store(s_ptr + row * r + ranks[None, :], s, mask=in_rows & in_rank[None, :])
-    s *= scaling
-    last = N if EXPAND else 0
-    for start in range(tl.program_id(1) * BLOCK_N, last, tl.num_programs(1) * BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        b = tl.load(
-            b_ptr + columns[None, :] * r + ranks[:, None],
-            mask=(columns < N)[None, :] & in_rank[:, None],
-            other=0.0,
-        )
-        y = dot(s, b.to(tl.float32), PRECISION)
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        tl.store(
-            y_ptr + row * N + columns[None, :],
-            narrow(y, y_ptr.dtype.element_ty),
-            mask=in_rows & (columns < N)[None, :],
-        )
+    if EXPAND:
+        s *= scaling
+        for start in range(tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N)
+            b = tl.load(
+                b_ptr + columns[None, :] * r + ranks[:, None],
+                mask=(columns < N)[None, :] & in_rank[:, None],
+                other=0.0,
+            )
+            y = dot(s, b.to(tl.float32), PRECISION)
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+            tl.store(
+                y_ptr + row * N + columns[None, :],
+                narrow(y, y_ptr.dtype.element_ty),
+                mask=in_rows & (columns < N)[None, :],
+            )
 
 
 @triton.jit(do_not_specialize=["M", "slab"])
@@ -270,6 +273,7 @@ def _epilogue_kernel(
     update_scale,
     threshold,
     HAS_PARTS: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
     STORE_S: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -286,22 +290,23 @@ def _epilogue_kernel(
     in_rows = (rows < M)[:, None]
     in_tile = in_rows & (columns < N)[None, :]
     out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first_rank in range(0, r, BLOCK_R):
-        ranks = first_rank + tl.arange(0, BLOCK_R)
-        in_s = in_rows & (ranks < r)[None, :]
-        s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for i in range(s_splits):
-            s_place = (tl.cast(i, tl.int64) * M + row) * r + ranks[None, :]
-            s += tl.load(s_part_ptr + s_place, mask=in_s, other=0.0)
-        s *= s_scale
-        if STORE_S:
-            tl.store(s_ptr + row * r + ranks[None, :], s, mask=in_s & (first_column == 0))
-        factor = tl.load(
-            factor_ptr + ranks[:, None] * stride_rank + columns[None, :] * stride_column,
-            mask=(ranks < r)[:, None] & (columns < N)[None, :],
-            other=0.0,
-        )
-        out += dot(s * update_scale, factor.to(tl.float32), PRECISION)
+    if HAS_UPDATE:
+        for first_rank in range(0, r, BLOCK_R):
+            ranks = first_rank + tl.arange(0, BLOCK_R)
+            in_s = in_rows & (ranks < r)[None, :]
+            s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for i in range(s_splits):
+                s_place = (tl.cast(i, tl.int64) * M + row) * r + ranks[None, :]
+                s += tl.load(s_part_ptr + s_place, mask=in_s, other=0.0)
+            s *= s_scale
+            if STORE_S:
+                tl.store(s_ptr + row * r + ranks[None, :], s, mask=in_s & (first_column == 0))
+            factor = tl.load(
+                factor_ptr + ranks[:, None] * stride_rank + columns[None, :] * stride_column,
+                mask=(ranks < r)[:, None] & (columns < N)[None, :],
+                other=0.0,
+            )
+            out += dot(s * update_scale, factor.to(tl.float32), PRECISION)
     if HAS_DROPOUT:
         keep = keep_mask(tl.load(seed_ptr), rows, first_column, threshold, BLOCK_N)
         out *= keep.to(tl.float32)
@@ -328,6 +333,8 @@ def supports(
         return f"the dtype is {activations.dtype}"
     if 0 in shape:
         return "the weight is empty"
+    if max(shape) > SIZE_MAX:
+        return f"the weight has {max(shape)} rows or columns, above {SIZE_MAX}"
     if lora_A is not None:
         for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
             if factor.dtype not in DTYPES:
@@ -335,10 +342,8 @@ def supports(
         r = lora_A.shape[0]
         if not 1 <= r <= RANK_MAX:
             return f"the rank is {r}, not 1 to {RANK_MAX}"
-        if max(shape) * RANK_MAX > _INT32_MAX:
-            return f"a factor of {max(shape)} columns may pass 2^31 elements"
-    if activations.numel() // activations.shape[-1] > _INT32_MAX // 2:
-        return "there are more than 2^30 rows"
+    if activations.numel() // activations.shape[-1] > ROWS_MAX:
+        return f"there are more than {ROWS_MAX} rows"
     if keep is not None and keep.dtype is not torch.int64:
         return "dropout's mask is given, and the kernels draw it from a seed"
     return None
@@ -405,19 +410,39 @@ def update_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """scaling * S @ lora_B.T + bias in the dtype of x [M, K], and S = dropout(x) @ lora_A.T."""
-    (M, K), (N, r) = x.shape, lora_B.shape
+    M, (N, r) = len(x), lora_B.shape
     y = x.new_empty((M, N))
-    S = x.new_empty((M, r), dtype=torch.float32)
     if M == 0:
-        return y, S
+        return y, x.new_empty((0, r), dtype=torch.float32)
+    lora_B = lora_B.contiguous()
+    scale = keep_scale(keep, dropout_p)
+    if r <= block_rank(r):
+        return y, _shrink(x, lora_A, keep, dropout_p, scale, (lora_B, bias, scaling, y))
+    S = _shrink(x, lora_A, keep, dropout_p, scale)
+    update_epilogue(None, S[None], lora_B.t(), bias, None, 0.0, (1.0, scaling), None, y)
+    return y, S
+
+
+def _shrink(
+    x: Tensor,
+    lora_A: Tensor,
+    keep: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    expand: tuple[Tensor, Tensor | None, float, Tensor] | None = None,
+) -> Tensor:
+    """S = scale * (x * keep) @ lora_A.T; `expand`: lora_B, bias, scaling, and y to fill too."""
+    (M, K), r = x.shape, len(lora_A)
+    lora_B, bias, scaling, y = (None, None, 1.0, None) if expand is None else expand
+    N = 1 if y is None else y.shape[1]
+    S = x.new_empty((M, r), dtype=torch.float32)
     config = _config("lora_forward", M, N, K, r, x)
-    chunks = ceil_div(r, block_rank(r))
-    grid = (ceil_div(M, config.block_m), config.splits if chunks == 1 else 1, chunks)
+    grid = (ceil_div(M, config.block_m), config.splits, ceil_div(r, block_rank(r)))
     with guard(x):
         _lora_forward_kernel[grid](
             x,
             lora_A.contiguous(),
-            lora_B.contiguous(),
+            lora_B,
             None if bias is None else bias.contiguous(),
             keep,
             S,
@@ -426,10 +451,10 @@ def update_forward(
             N,
             K,
             r,
+            scale,
             scaling,
-            keep_scale(keep, dropout_p),
             keep_threshold(dropout_p),
-            EXPAND=chunks == 1,
+            EXPAND=y is not None,
             HAS_BIAS=bias is not None,
             HAS_DROPOUT=keep is not None,
             BLOCK_M=config.block_m,
@@ -439,9 +464,7 @@ def update_forward(
             PRECISION=precision(x.device),
             **config.launch(),
         )
-    if chunks > 1:
-        update_epilogue(None, S[None], lora_B.t(), bias, None, 0.0, (1.0, scaling), None, y)
-    return y, S
+    return S
 
 
 def gradients_sb(
@@ -453,13 +476,18 @@ def gradients_sb(
     if M == 0:
         return (
             dy.new_zeros((0, r), dtype=torch.float32) if need_dS else None,
-            torch.zeros_like(lora_B) if need_dB else None,
+            lora_B.new_zeros(lora_B.shape) if need_dB else None,
             dy.new_zeros(N) if need_dbias else None,
         )
     config = _config("lora_backward_sb", M, N, 1, r, dy)
     tiles, rows = ceil_div(N, config.block_n), slab(M, config.block_m, config.splits)
     slabs = ceil_div(M, rows)
-    dS = _partial(need_dS, (tiles, M, r), dy)
+    dS = None
+    if need_dS and 8 * r * tiles > N * dy.element_size():
+        # Partial sums, written and read, would be more bytes than a second read of dy.
+        dS = _shrink(dy, lora_B.t(), None, 0.0, scaling)
+        need_dS = False
+    parts = _partial(need_dS, (tiles, M, r), dy)
     dB = _partial(need_dB, (slabs, N, r), dy)
     dbias = _partial(need_dbias, (slabs, N), dy)
     if need_dS or need_dB or need_dbias:
@@ -468,7 +496,7 @@ def gradients_sb(
                 dy,
                 lora_B.contiguous(),
                 S.reshape(M, r) if need_dB else None,
-                dS,
+                parts,
                 dB,
                 dbias,
                 M,
@@ -485,11 +513,9 @@ def gradients_sb(
                 PRECISION=precision(dy.device),
                 **config.launch(),
             )
-    return (
-        _added(dS, torch.float32),
-        _added(dB, lora_B.dtype),
-        _added(dbias, dy.dtype),
-    )
+    if need_dS:
+        dS = _added(parts, torch.float32)
+    return dS, _added(dB, lora_B.dtype), _added(dbias, dy.dtype)
 
 
 def gradients_xa(
@@ -508,11 +534,13 @@ def gradients_xa(
     (r, K), M = lora_A.shape, len(dS)
     dx = dS.new_empty((M, K), dtype=dtype) if need_dx else None
     if M == 0:
-        return dx, torch.zeros_like(lora_A) if need_dA else None
+        return dx, lora_A.new_zeros(lora_A.shape) if need_dA else None
     chunks = ceil_div(r, block_rank(r))
     if chunks > 1 and need_dx:
         scales = (1.0, keep_scale(keep, dropout_p))
-        update_epilogue(None, dS[None], lora_A, None, keep, dropout_p, scales, None, dx)
+        update_epilogue(
+            None, dS[None], lora_A.contiguous(), None, keep, dropout_p, scales, None, dx
+        )
         need_dx = False
         if not need_dA:
             return dx, None
@@ -581,6 +609,7 @@ def update_epilogue(
             *scales,
             keep_threshold(dropout_p),
             HAS_PARTS=parts is not None,
+            HAS_UPDATE=r > 0,
             STORE_S=S is not None,
             HAS_BIAS=bias is not None,
             HAS_DROPOUT=keep is not None and r > 0,
@@ -623,8 +652,8 @@ def _forward_case(M: int, r: int, dtype: str, adapter: str, dropout: bool = Fals
         "N": "i32:16",
         "K": "i32:16",
         "r": "i32:16",
+        "s_scale": "fp32",
         "scaling": "fp32",
-        "keep_scale": "fp32",
         "threshold": "i32",
         "EXPAND": r <= block_rank(r),
         "HAS_BIAS": True,
@@ -653,7 +682,7 @@ def _backward_sb_case(M: int, r: int, dtype: str, adapter: str) -> AotCase:
         "r": "i32:16",
         "slab": "i32",
         "scaling": "fp32",
-        "NEED_DS": True,
+        "NEED_DS": block_rank(r) == RANK_LEAST,
         "NEED_DB": True,
         "NEED_DBIAS": True,
         "BLOCK_M": config.block_m,
@@ -692,15 +721,17 @@ def _backward_xa_case(M: int, r: int, dtype: str, adapter: str, dropout: bool) -
     return AotCase(name, _lora_backward_xa_kernel, arguments, config)
 
 
-def _epilogue_case(M: int, r: int, dtype: str, adapter: str, forward: bool) -> AotCase:
+def _epilogue_case(
+    M: int, r: int, dtype: str, adapter: str, forward: bool, parts: bool = True
+) -> AotCase:
     config = tiles("epilogue", M, 4096, 1, r, 32 if dtype == "fp32" else 16)
     arguments = {
-        "part_ptr": "*fp32",
-        "s_part_ptr": "*fp32",
-        "factor_ptr": f"*{adapter}",
+        "part_ptr": "*fp32" if parts else None,
+        "s_part_ptr": "*fp32" if r else None,
+        "factor_ptr": f"*{adapter}" if r else None,
         "bias_ptr": f"*{dtype}" if forward else None,
         "seed_ptr": None if forward else "*i64",
-        "s_ptr": "*fp32" if forward else None,
+        "s_ptr": "*fp32" if forward and r and parts else None,
         "out_ptr": f"*{dtype}",
         "M": "i32",
         "N": "i32:16",
@@ -712,8 +743,9 @@ def _epilogue_case(M: int, r: int, dtype: str, adapter: str, forward: bool) -> A
         "s_scale": "fp32",
         "update_scale": "fp32",
         "threshold": "i32",
-        "HAS_PARTS": True,
-        "STORE_S": forward,
+        "HAS_PARTS": parts,
+        "HAS_UPDATE": r > 0,
+        "STORE_S": forward and r > 0 and parts,
         "HAS_BIAS": forward,
         "HAS_DROPOUT": not forward,
         "BLOCK_M": config.block_m,
@@ -722,6 +754,7 @@ def _epilogue_case(M: int, r: int, dtype: str, adapter: str, forward: bool) -> A
         "PRECISION": "tf32x3",
     }
     name = f"epilogue/{'forward' if forward else 'backward'}/M{M}/r{r}/{dtype}/adapters-{adapter}"
+    name += "" if parts else "/alone"
     return AotCase(name, _epilogue_kernel, arguments, config)
 
 
@@ -730,6 +763,7 @@ AOT_CASES = (
     _forward_case(512, 16, "bf16", "fp32"),
     _forward_case(8192, 16, "bf16", "fp32", dropout=True),
     _forward_case(8192, 16, "bf16", "bf16"),
+    _forward_case(1024, 32, "bf16", "fp32", dropout=True),
     _forward_case(8192, 64, "bf16", "fp32", dropout=True),
     _forward_case(8192, 256, "bf16", "fp32", dropout=True),
     _forward_case(8192, 64, "fp16", "fp32"),
@@ -738,6 +772,7 @@ AOT_CASES = (
     _backward_sb_case(512, 16, "bf16", "fp32"),
     _backward_sb_case(8192, 16, "bf16", "bf16"),
     _backward_sb_case(8192, 64, "bf16", "fp32"),
+    _backward_sb_case(8192, 64, "fp16", "fp32"),
     _backward_sb_case(8192, 256, "bf16", "fp32"),
     _backward_sb_case(8192, 64, "fp32", "fp32"),
     _backward_sb_case(8192, 256, "fp32", "fp32"),
@@ -747,8 +782,13 @@ AOT_CASES = (
     _backward_xa_case(8192, 256, "bf16", "fp32", True),
     _backward_xa_case(8192, 64, "fp32", "fp32", True),
     _backward_xa_case(8192, 256, "fp32", "fp32", True),
+    _epilogue_case(1, 0, "bf16", "fp32", True),
     _epilogue_case(1, 16, "bf16", "fp32", True),
     _epilogue_case(128, 64, "bf16", "fp32", False),
     _epilogue_case(128, 256, "bf16", "fp32", True),
     _epilogue_case(128, 256, "fp32", "fp32", False),
+    _epilogue_case(8192, 256, "bf16", "fp32", True, parts=False),
+    _epilogue_case(8192, 256, "bf16", "bf16", True, parts=False),
+    _epilogue_case(8192, 256, "bf16", "fp32", False, parts=False),
+    _epilogue_case(8192, 256, "fp32", "fp32", False, parts=False),
 )

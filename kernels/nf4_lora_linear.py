@@ -338,7 +338,7 @@ def _fused_forward(
         )
     y = x.new_empty((M, N))
     S = x.new_empty((M, r), dtype=torch.float32) if r else None
-    factor = lora_B.t() if r else None
+    factor = lora_B.contiguous().t() if r else None
     scales = (keep_scale(keep, dropout_p), scaling)
     lora_linear.update_epilogue(parts, s_parts, factor, bias, None, dropout_p, scales, S, y)
     return y, S
@@ -381,8 +381,9 @@ def _fused_backward(
         )
     dx = dy.new_empty((M, K))
     s_parts = None if dS is None else dS.unsqueeze(0)
+    factor = None if dS is None else lora_A.contiguous()
     scales = (1.0, keep_scale(keep, dropout_p))
-    lora_linear.update_epilogue(parts, s_parts, lora_A, None, keep, dropout_p, scales, None, dx)
+    lora_linear.update_epilogue(parts, s_parts, factor, None, keep, dropout_p, scales, None, dx)
     return dx
 
 

@@ -39,4 +39,4 @@ def philox_keep(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tens
         c = [(b >> 32 & low) ^ c[1] ^ key[0], b & low, (a >> 32 & low) ^ c[3] ^ key[1], a & low]
         key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
     bits = torch.stack([half for word in c for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return bits.view(rows, -1)[:, :columns] < keep_threshold(dropout_p)
+    return bits.flatten(1)[:, :columns] < keep_threshold(dropout_p)

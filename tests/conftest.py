@@ -11,6 +11,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton's kernels are imported, which ask for it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG
 

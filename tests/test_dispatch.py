@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 
 import pytest
 import torch
 
 import peftkern
-from peftkern import dispatch, native, ops
+from peftkern import device, dispatch, native, ops
 from peftkern.device import device_info
 
 X64 = torch.zeros(2, 40, dtype=torch.float64)
@@ -222,3 +223,76 @@ def test_meta_tensors_take_the_fakes(w):
     y = peftkern.nf4_linear(torch.zeros(3, 2, 40, device="meta"), w.to("meta"))
     assert y.is_meta and y.shape == (3, 2, 20)
     assert peftkern.stats().calls == {}
+
+
+# Triton, which serves a GPU: asked first, and passed over on every other kind of device
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
+    """A machine on which Triton is not installed."""
+    find_spec = importlib.util.find_spec
+    device.triton_missing.cache_clear()
+    monkeypatch.setattr(
+        device.importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "triton" else find_spec(name, *args),
+    )
+    yield
+    device.triton_missing.cache_clear()
+
+
+def test_triton_is_passed_over_on_a_cpu_without_a_word(w, monkeypatch):
+    for interpreted in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        peftkern.reset_stats()
+        peftkern.nf4_linear(torch.zeros(2, 40), w)
+        peftkern.dequantize_nf4(w)
+        assert {backend for _, backend in peftkern.stats().calls} == {"cpu"}
+        assert peftkern.stats().fallbacks == {}
+
+
+def test_explain_says_why_triton_is_passed_over(w):
+    explanation = peftkern.explain("nf4_lora_linear", torch.zeros(2, 40), w, **adapters())
+    verdicts = {(op, backend): verdict for op, backend, verdict in explanation.rows}
+    for op in ("nf4_lora_linear_forward", "nf4_lora_linear_backward"):
+        assert verdicts[op, "triton"] == "cannot: tensors are on cpu"
+        assert verdicts[op, "cpu"] == "chosen"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_forced_triton_needs_the_interpreter_on_a_cpu(w, monkeypatch):
+    x = torch.zeros(2, 40)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = "'triton' cannot run nf4_lora_linear_forward: tensors are on cpu"
+    with (
+        peftkern.use_backend("triton"),
+        pytest.raises(peftkern.BackendUnavailableError, match=reason),
+    ):
+        peftkern.nf4_linear(x, w)
+    assert peftkern.stats().calls == {}
+
+
+def test_forced_triton_says_that_it_is_not_installed(w, no_triton, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reason = "'triton' cannot run nf4_lora_linear_forward: triton is not installed"
+    with (
+        peftkern.use_backend("triton"),
+        pytest.raises(peftkern.BackendUnavailableError, match=reason),
+    ):
+        peftkern.nf4_linear(torch.zeros(2, 40), w)
+    assert dispatch.unserved(torch.device("cuda")) == "triton is not installed"
+
+
+def test_what_serves_no_device_of_a_kind():
+    assert dispatch.unserved(torch.device("cpu")) is None
+    assert dispatch.unserved(torch.device("xpu")) == "no kernel for xpu"
+
+
+def test_forced_triton_lacks_an_op():
+    absmax = torch.rand(300)
+    with (
+        peftkern.use_backend("triton"),
+        pytest.raises(peftkern.BackendUnavailableError, match="has no back end 'triton'"),
+    ):
+        ops.nf4_quantize_absmax(absmax, absmax.mean(), torch.linspace(-1, 1, 256), 256)

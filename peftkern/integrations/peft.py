@@ -222,9 +222,10 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         return reason
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transform"  # our autograd functions know the plain backward alone
-    unserved = dispatch.unserved(x.device)
-    if unserved is not None and dispatch.forced_backend() is None:
-        return unserved
+    if not (x.is_cpu or torch.compiler.is_compiling()):  # in a graph, the op itself falls back
+        unserved = dispatch.unserved(x.device)
+        if unserved is not None and dispatch.forced_backend() is None:
+            return unserved
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     base_layer = layer._modules["base_layer"]

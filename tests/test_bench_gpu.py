@@ -1,0 +1,251 @@
+"""What runs on a GPU machine, as far as it can be shown without one: limits, files, the search."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+
+import gpu
+import machine
+import make_tables
+import suite
+import tune
+
+from peftkern.kernels.configs import KERNELS, Problem, choose
+from peftkern.kernels.launch import config_for, forced, processors
+
+ROOT = machine.ROOT
+CPU = torch.device("cpu")
+PROBLEM = Problem("nf4_dequantize", 1, 4096, 64, 1, 16)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Run specs as a bench script does; the record they leave behind, and the exit status."""
+    monkeypatch.setattr(suite, "pin_threads", lambda threads: 1)
+    monkeypatch.setattr(machine, "slug", lambda facts: "device")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = ["--n", "8", "--k", "8", "--seconds", "0", "--out", str(tmp_path)]
+
+    def run(specs: list, *more: str) -> int:
+        return suite.main("fake", specs, argv=[*options, *more])
+
+    run.record = lambda: json.loads((tmp_path / "device" / "fake.json").read_text())
+    return run
+
+
+def spec(name: str, stop: type[BaseException] | None = None) -> suite.Spec:
+    def build(options: suite.Options) -> suite.Case:
+        if stop is not None:
+            raise stop("on purpose")
+        one = torch.ones(2)
+        variants = {n: suite.Variant(lambda i: one, (one.double(),)) for n in (suite.OURS, "peer")}
+        return suite.Case(variants, 1, 1, torch.float32)
+
+    return suite.Spec(f"fake/{name}", build, (suite.OURS, "peer"), "peer")
+
+
+def test_budget_ends_a_bench_between_cases(bench):
+    assert bench([spec("a"), spec("b")], "--budget", "0") == 0
+    assert bench.record()["not_reached"] == ["fake/a", "fake/b"]
+    assert bench([spec("a"), spec("b")], "--budget", "60") == 0
+    assert [case["name"] for case in bench.record()["cases"]] == ["fake/a", "fake/b"]
+
+
+def test_stopped_bench_leaves_what_it_measured(bench):
+    with pytest.raises(KeyboardInterrupt):
+        bench([spec("a"), spec("b", KeyboardInterrupt)])
+    assert [case["name"] for case in bench.record()["cases"]] == ["fake/a"]
+
+
+def test_failed_case_costs_the_others_nothing(bench):
+    assert bench([spec("a", ValueError), spec("b")]) == 1
+    assert bench.record()["failed"] == {"fake/a": "ValueError: on purpose"}
+    assert [case["name"] for case in bench.record()["cases"]] == ["fake/b"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "record.json"
+    machine.write_json(path, {"a": 1})
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        machine.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"),
+        ("AMD Instinct MI300X", "instinct-mi300x"),
+    ],
+)
+def test_folder_is_named_after_the_gpu(name, folder):
+    assert machine.slug({"gpu": {"name": name}, "cpu": "any", "isa": None, "threads": 1}) == folder
+
+
+def test_interpreter_has_a_folder_of_its_own():
+    facts = {"gpu": None, "cpu": "Some CPU", "isa": "avx2", "threads": 2}
+    assert machine.slug(facts) == "some-cpu-avx2-2-threads"
+    assert machine.slug({**facts, "interpreter": True}) == "some-cpu-avx2-2-threads-interpreter"
+
+
+def test_overrunning_part_is_stopped():
+    sleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    assert gpu.run([sys.executable, "-c", f"{sleep}; import time; time.sleep(60)"], 1.0) == 124
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_absent_gpu_is_one_clear_error(capfd):
+    missing = f"error: device cuda: torch {torch.__version__} sees no GPU"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, ROOT / "bench" / "gpu.py"], env=environment).returncode
+    assert f"gpu.py: {missing}" in (said := capfd.readouterr().err) and "Traceback" not in said
+    assert tune.main([]) == 2
+    assert f"tune.py: {missing}" in capfd.readouterr().err
+    assert suite.main("fake", [], argv=["--device", "cuda"]) == 2
+    assert f"bench_fake.py: {missing}" in capfd.readouterr().err
+
+
+def make(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    command = ["make", "-n", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_gpu_uses_the_machine_as_it_is():
+    printed = make("gpu", "PART=nf4", "OUT=/some/where", "COMMIT=abc", "BUDGET=60")
+    expected = 'bench/gpu.py --part nf4 --out "/some/where" --budget 60 --commit "abc"'
+    assert expected in printed and "python3" in printed
+    assert "pip" not in printed and "venv" not in printed
+    assert "bench/tune.py" in make("tune") and "pip" not in make("tune")
+
+
+def test_every_part_has_a_script():
+    for part in gpu.BENCHES:
+        assert (ROOT / "bench" / f"bench_{part}.py").exists()
+
+
+def test_forced_tiles_reach_one_kernel_only():
+    counted = choose(PROBLEM, processors(CPU))
+    (other, *_) = tune.neighbours(counted, "block_n")
+    with forced("nf4_dequantize", other):
+        assert config_for(PROBLEM, CPU) == other
+        elsewhere = Problem("nf4_quantize", 1, 4096, 64, 1, 16)
+        assert config_for(elsewhere, CPU) == choose(elsewhere, processors(CPU))
+    assert config_for(PROBLEM, CPU) == counted
+
+
+def test_search_takes_the_fastest_of_those_that_are_right(monkeypatch):
+    """Smaller tiles give other numbers, more warps do not compile, fewer warps are faster."""
+    counted = choose(PROBLEM, processors(CPU))
+    used = []
+
+    def runner(problem, n, k, device):
+        def call(i: int) -> tuple:
+            used.append(config_for(problem, device))
+            if used[-1].num_warps > counted.num_warps:
+                raise ValueError("out of resources")
+            return (torch.full((4,), float(used[-1].block_n >= counted.block_n)),)
+
+        return call
+
+    def seconds_of(calls, device):
+        seen = {}
+        for name, call in calls.items():
+            call(0)
+            seen[name] = float(used[-1].num_warps)
+        return seen
+
+    monkeypatch.setattr(tune, "runner", runner)
+    monkeypatch.setattr(tune, "seconds_of", seconds_of)
+    best, gain, rejected = tune.search(PROBLEM, 64, 64, CPU, lambda: 1.0)
+    assert (best.num_warps, best.block_n) == (counted.num_warps // 2, counted.block_n)
+    assert gain == 2.0
+    assert rejected == {"other numbers": 1, "ValueError": 1}
+    assert tune.search(PROBLEM, 64, 64, CPU, lambda: 0.0)[0] == counted
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+def test_tuning_runs_and_resumes_under_the_interpreter(tmp_path, capsys):
+    command = ["--device", "cpu", "--kernels", "nf4_dequantize", "epilogue", "--shapes", "16x64"]
+    command += ["--rows", "2", "--ranks", "4", "--out", str(tmp_path)]
+
+    def said(*more: str) -> str:
+        assert tune.main([*command, *more]) == 0
+        return capsys.readouterr().out
+
+    assert "0 problems measured, 2 left for another run" in said("--budget", "0")
+    assert "2 problems measured, 0 left" in said()
+    table = json.loads((tmp_path / "interpreter.json").read_text())
+    assert {"device", "versions", "date", "commit", "configs"} <= table.keys()
+    for problem in (
+        Problem("nf4_dequantize", 1, 16 * 64, 64, 1, 16),
+        Problem("epilogue", 2, 16, 1, 4, 16),
+    ):
+        assert problem.key() in table["configs"]
+        assert choose(problem, 4, table["configs"]).valid()
+    assert "0 problems measured, 0 left" in said()
+    assert "2 problems measured" in said("--again")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+def test_every_kernel_can_be_tuned():
+    """Its runner launches it under tiles that are forced: two counted ones give equal results."""
+    seen = set()
+    for problem, n, k in tune.problems([(32, 64)], [3], [4]):
+        counted = choose(problem, processors(CPU))
+        run = tune.runner(problem, n, k, CPU)
+        with forced(problem.kernel, counted):
+            results = tune.checked(lambda i, run=run: run(i)), tune.checked(run)
+        assert results[0] and tune.same(*results)
+        seen.add(problem.kernel)
+    assert seen == set(tune.FIELDS) == set(KERNELS)
+
+
+def test_tables_show_a_gpu_with_device_and_versions_when_it_was_measured(tmp_path):
+    assert "No results" in make_tables.section(tmp_path)
+    row = {"wrong": None, "median_ms": 1.0, "p20_ms": 0.9, "p80_ms": 1.1}
+    ours = {**row, "graph": row, "launches": 2, "peak_bytes": 3_000_000}
+    targets = [
+        {"peer": "PEFT", "at_least": 1.3, "measured": 2.0, "met": True},
+        {"peer": None, "launches_at_most": 3, "measured": 2, "met": True},
+    ]
+    peft = {**row, "median_ms": 2.0, "graph": {**row, "median_ms": 3.0}}
+    variants = {"peftkern": ours, "PEFT": peft}
+    case = {"name": "lora_linear/a", "share_of_floor": 0.5, "targets": targets}
+    record = {
+        "machine": {
+            "gpu": {"name": "NVIDIA H200", "cuda": "13.0"},
+            "cpu": "Some CPU",
+            "isa": None,
+            "threads": 16,
+            "commit": "abc",
+            "date": "2026-01-01T00:00:00",
+            "versions": {"torch": "2.11.0", "bitsandbytes": None},
+        },
+        "options": {"n": 4096, "k": 4096, "r": 16},
+        "cases": [{**case, "variants": variants}],
+    }
+    machine.write_json(tmp_path / "h200" / "lora_linear.json", record)
+    text = make_tables.section(tmp_path)
+    assert "NVIDIA H200, CUDA 13.0; commit abc, 2026-01-01; torch 2.11.0." in text
+    assert "| a | 1 [0.9-1.1] | 50% | 1 | 2 (3 ✓) | 3 | 2, **2.00x** / 3.00x (1.3x ✓) |" in text
+    record["machine"]["interpreter"] = True
+    machine.write_json(tmp_path / "h200" / "lora_linear.json", record)
+    assert "No results" in make_tables.section(tmp_path)
