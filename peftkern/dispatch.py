@@ -95,7 +95,10 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
             _triton("nf4_lora_linear_backward", "nf4_lora_linear", "supports_backward"),
             _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
         ),
-        "low_rank_svd": (_cpu("low_rank_svd", cpu.supports_low_rank_svd),),
+        "low_rank_svd": (
+            _triton("low_rank_svd", "low_rank_svd", "supports"),
+            _cpu("low_rank_svd", cpu.supports_low_rank_svd),
+        ),
     }.items()
 }
 _BACKENDS = ("triton", "cpu", "reference")
