@@ -53,6 +53,31 @@ def _product(a_ptr, b_ptr, R: tl.constexpr):
     return out
 
 
+@triton.jit
+def _reciprocal(x):
+    return tl.where(x > 0.0, 1.0 / tl.where(x > 0.0, x, 1.0), 0.0)
+
+
+@triton.jit
+def _unit_gram(partial_ptr, tiles, R: tl.constexpr):
+    """A factor's Gram matrix with its columns' lengths taken out; all zero unless it is finite.
+
+    Returns: the matrix and its diagonal, lengths, their reciprocals, and whether it was finite.
+    """
+    index = tl.arange(0, R)
+    on_diagonal = index[:, None] == index[None, :]
+    gram = tl.zeros((R, R), tl.float64)
+    for tile in range(tiles):
+        gram += tl.load(square(partial_ptr + tile * R * R, R))
+    finite = tl.sum(tl.sum(tl.where(on_diagonal, gram, 0.0), 1), 0) < float("inf")
+    gram = tl.where(finite, gram, 0.0)
+    down = tl.sqrt(tl.sum(tl.where(on_diagonal, gram, 0.0), 1))
+    norms = tl.sqrt(tl.sum(tl.where(on_diagonal, gram, 0.0), 0))
+    reciprocal = _reciprocal(norms)
+    gram = gram * _reciprocal(down)[:, None] * reciprocal[None, :]
+    return gram, tl.where(down > 0.0, 1.0, 0.0).to(tl.float64), norms, reciprocal, finite
+
+
 @triton.jit(do_not_specialize=["count"])
 def factorise_kernel(
     table_ptr,
@@ -85,17 +110,7 @@ def factorise_kernel(
     partial_ptr += field(table_ptr, FIRST_TILE + side, pair, count) * R * R
     index = tl.arange(0, R)
     i, j = index[:, None], index[None, :]
-    left = tl.zeros((R, R), tl.float64)
-    for tile in range(tl.cdiv(length, ROWS)):
-        left += tl.load(square(partial_ptr + tile * R * R, R))
-    finite = tl.sum(tl.sum(tl.where(i == j, left, 0.0), 1), 0) < float("inf")
-    left = tl.where(finite, left, 0.0)
-    down = tl.sqrt(tl.sum(tl.where(i == j, left, 0.0), 1))
-    norms = tl.sqrt(tl.sum(tl.where(i == j, left, 0.0), 0))
-    down_reciprocal = tl.where(down > 0.0, 1.0 / tl.where(down > 0.0, down, 1.0), 0.0)
-    reciprocal = tl.where(norms > 0.0, 1.0 / tl.where(norms > 0.0, norms, 1.0), 0.0)
-    left = left * down_reciprocal[:, None] * reciprocal[None, :]
-    diagonal = tl.where(down > 0.0, 1.0, 0.0).to(tl.float64)
+    left, diagonal, norms, reciprocal, finite = _unit_gram(partial_ptr, tl.cdiv(length, ROWS), R)
     unit = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     root_squares = tl.zeros_like(norms)
     inverse_squares = tl.zeros_like(norms)

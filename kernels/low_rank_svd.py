@@ -141,7 +141,7 @@ def _gram_kernel(
     x = _tile(x_ptr, offsets, inside)
     for first in range(begin, end, BLOCK):
         offsets, inside = _offsets(first + BLOCK, end, length, r, SIDE, BLOCK, R)
-        coming = _tile(x_ptr, offsets, inside)
+        coming = _tile(x_ptr, offsets, inside)  # on its way while x is multiplied
         q = _dot(x, inverse) if OF_Q else x
         gram += _dot(tl.trans(q), q)
         x = coming
