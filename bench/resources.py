@@ -25,13 +25,13 @@ from peftkern.kernels.aot import TARGETS, Resources, compile_case
 from peftkern.kernels.configs import SHARED_MEMORY
 
 RESULTS = Path(__file__).resolve().parent / "results"
-STEMS = ("nf4", "lora_linear", "nf4_lora_linear")
+STEMS = ("nf4", "lora_linear", "nf4_lora_linear", "low_rank_svd", "adalora")
 
 
-def names() -> list[tuple[str, int]]:
-    """(stem, index) of every case: what a worker can look up for itself."""
-    modules = {stem: importlib.import_module(f"peftkern.kernels.{stem}") for stem in STEMS}
-    return [(stem, i) for stem in STEMS for i in range(len(modules[stem].AOT_CASES))]
+def names(arch: str) -> list[tuple[str, int]]:
+    """(stem, index) of every case of an architecture: what a worker can look up for itself."""
+    cases = {stem: importlib.import_module(f"peftkern.kernels.{stem}").AOT_CASES for stem in STEMS}
+    return [(stem, i) for stem in STEMS for i, c in enumerate(cases[stem]) if arch in c.targets]
 
 
 def measure(task: tuple[str, int, str]) -> tuple[str, Resources | str]:
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(argv)
-    tasks = [(stem, i, arch) for arch in args.arch for stem, i in names()]
+    tasks = [(stem, i, arch) for arch in args.arch for stem, i in names(arch)]
     with ProcessPoolExecutor(args.workers) as pool:
         results = pool.map(measure, tasks)
         rows = list(track(results, "compiling", len(tasks), disable=not sys.stderr.isatty()))

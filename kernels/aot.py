@@ -37,7 +37,7 @@ class AotCase:
     """One launch: `arguments` maps each parameter to what Triton would specialise it on.
 
     "*bf16" is an aligned pointer, "i32" and "fp32" are numbers, "i32:16" one that 16 divides;
-    anything else, None included, is a compile-time constant.
+    anything else, None included, is a compile-time constant. `targets` have this launch.
     """
 
     name: str
@@ -45,6 +45,7 @@ class AotCase:
     arguments: Mapping[str, Any]
     config: TileConfig
     fp_fusion: bool = True
+    targets: tuple[str, ...] = tuple(TARGETS)
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,18 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
             _triton("nf4_lora_linear_backward", "nf4_lora_linear", "supports_backward"),
             _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
         ),
-        "low_rank_svd": (_cpu("low_rank_svd", cpu.supports_low_rank_svd),),
-        "adalora_importance_": (_cpu("adalora_importance_", cpu.supports_adalora_importance),),
-        "adalora_allocate_": (_cpu("adalora_allocate_", cpu.supports_adalora_allocate),),
+        "low_rank_svd": (
+            _triton("low_rank_svd", "low_rank_svd", "supports"),
+            _cpu("low_rank_svd", cpu.supports_low_rank_svd),
+        ),
+        "adalora_importance_": (
+            _triton("adalora_importance_", "adalora", "supports_importance"),
+            _cpu("adalora_importance_", cpu.supports_adalora_importance),
+        ),
+        "adalora_allocate_": (
+            _triton("adalora_allocate_", "adalora", "supports_allocate"),
+            _cpu("adalora_allocate_", cpu.supports_adalora_allocate),
+        ),
         "adalora_orthogonality_forward": (
             _cpu("adalora_orthogonality_forward", cpu.supports_adalora_orthogonality_forward),
         ),

@@ -374,6 +374,25 @@ def _low_rank_pairs(
     ]
 
 
+def address_table(
+    tensors: Sequence[Tensor | None], device: torch.device, numbers: Sequence[int] = ()
+) -> Tensor:
+    """int64 on a device: the addresses of contiguous tensors there (0 for None), then `numbers`.
+
+    It keeps nothing alive: the tensors have to outlive the launches that read it, in the order of
+    their stream. The copy to a GPU does not wait: pinned memory is reused only after it.
+    """
+    for tensor in tensors:
+        if tensor is not None and (tensor.device != device or not tensor.is_contiguous()):
+            raise ValueError(
+                f"tensors: expected contiguous ones on {device}, got strides {tensor.stride()} on "
+                f"{tensor.device}"
+            )
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    table = torch.tensor([*addresses, *numbers], dtype=torch.int64, device="cpu")
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
 def _float64(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device="cpu")
 

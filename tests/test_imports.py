@@ -20,7 +20,7 @@ RANK = {
     "dropout": 0,
     "reference": 1,
     "native": 1,
-    "kernels": 1,
+    "kernels": 2,
     "cpu": 2,
     "dispatch": 3,
     "ops": 4,
