@@ -42,17 +42,21 @@ def _ema_product(
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
 ):
-    """Update both EMAs at some elements of a parameter; their product. No gradient counts as 0."""
+    """Update both EMAs at some elements of a parameter; their product. No gradient counts as 0.
+
+    Where it is not finite they stay as they are, and the product is NaN.
+    """
     w = tl.load(w_ptr.to(tl.pointer_type(W_TYPE)) + offset, mask=mask, other=0.0)
     has_gradient = mask & (g_ptr != 0)
     g = tl.load(g_ptr.to(tl.pointer_type(G_TYPE)) + offset, mask=has_gradient, other=0.0)
     sensitivity = tl.where(has_gradient, tl.abs(w.to(tl.float32) * g.to(tl.float32)), 0.0)
+    finite = sensitivity < float("inf")
     ipt = beta1 * tl.load(ipt_ptr + offset, mask=mask, other=0.0) + (1 - beta1) * sensitivity
     unc = tl.load(unc_ptr + offset, mask=mask, other=0.0)
     unc = beta2 * unc + (1 - beta2) * tl.abs(sensitivity - ipt)
-    tl.store(ipt_ptr + offset, ipt, mask=mask)
-    tl.store(unc_ptr + offset, unc, mask=mask)
-    return tl.where(mask, ipt * unc, 0.0)
+    tl.store(ipt_ptr + offset, ipt, mask=mask & finite)
+    tl.store(unc_ptr + offset, unc, mask=mask & finite)
+    return tl.where(mask, tl.where(finite, ipt * unc, float("nan")), 0.0)
 
 
 @triton.jit

@@ -130,8 +130,8 @@ class Importance:
         parts = self.scores.split([E.shape[0] for E, _, _ in layers.values()])
         names = [n for n, part in zip(layers, parts, strict=True) if not part.isfinite().all()]
         raise ValueError(
-            f"grads: not finite in {', '.join(names)}; the importance of these layers is lost "
-            "until it is reset"
+            f"grads: not finite in {', '.join(names)}; their importance is what it was before, and "
+            "no mask can be drawn at this step"
         )
 
     def compact_(self, layers: Mapping[str, Triplets], keep: Sequence[Tensor]) -> None:
@@ -297,12 +297,11 @@ class RankAllocator:
 
 
 def apply_mask_(lora_E: Sequence[Tensor], mask: Tensor) -> None:
-    """Zero in every lora_E [r, 1] what `mask` [sum of r] does not keep; one launch on a GPU."""
-    parts = mask.to(lora_E[0].dtype).split([E.shape[0] for E in lora_E])
+    """Zero in every lora_E [r, 1], NaN included, what `mask` [sum of r] does not keep."""
+    parts = (~mask).split([E.shape[0] for E in lora_E])
     with torch.no_grad():
-        torch._foreach_mul_(
-            list(lora_E), [part.view(E.shape) for part, E in zip(parts, lora_E, strict=True)]
-        )
+        for E, pruned in zip(lora_E, parts, strict=True):
+            E.masked_fill_(pruned.view(E.shape), 0.0)
 
 
 def shrink_triplets_(

@@ -341,9 +341,11 @@ def adalora_importance_(
             sensitivity = torch.zeros_like(ipt)
         else:
             sensitivity = (p.detach().to(ipt.dtype) * g.to(ipt.dtype)).abs().reshape(-1)
-        ipt.copy_(beta1 * ipt + (1 - beta1) * sensitivity)
-        unc.copy_(beta2 * unc + (1 - beta2) * (sensitivity - ipt).abs())
-        scores.append((ipt * unc).view(p.shape))
+        finite = sensitivity.isfinite()  # elsewhere the EMAs stay, and the score is NaN
+        ipt.copy_(torch.where(finite, beta1 * ipt + (1 - beta1) * sensitivity, ipt))
+        spread = (1 - beta2) * (sensitivity - ipt).abs()
+        unc.copy_(torch.where(finite, beta2 * unc + spread, unc))
+        scores.append(torch.where(finite, ipt * unc, torch.nan).view(p.shape))
     triplets = zip(scores[::3], scores[1::3], scores[2::3], strict=True)
     return torch.cat([E.view(-1) + (A.mean(1) + B.mean(0)) for E, A, B in triplets])
 

@@ -38,7 +38,7 @@ class SVDLinear(nn.Module):
 
     lora_A and lora_B start normal with standard deviation 0.02, lora_E at zero. `ranknum` is r and
     stays so when triplets are pruned or dropped: the update of the others does not change. A state
-    dict of fewer or more triplets loads: the layer takes its rank.
+    dict of fewer or more triplets loads: the layer takes its rank; make the optimizer afterwards.
     Source: Zhang et al. 2023, eq. 3, arXiv:2303.10512
     """
 
@@ -52,8 +52,10 @@ class SVDLinear(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"base: expected an nn.Linear, got {type(base).__name__}")
+        if not isinstance(base, nn.Linear) or hasattr(base, "lora_A"):
+            raise TypeError(
+                f"base: expected an nn.Linear without an adapter, got {type(base).__name__}"
+            )
         if r < 1:
             raise ValueError(f"r: expected a positive rank, got {r}")
         if not 0.0 <= lora_dropout < 1.0:
@@ -83,7 +85,7 @@ class SVDLinear(nn.Module):
     @property
     def scaling(self) -> Tensor:
         """lora_alpha / (ranknum + 1e-5), on the layer's device."""
-        return self.lora_alpha / (self.ranknum + 1e-5)
+        return self.lora_alpha / (self.ranknum.float() + 1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base
@@ -114,6 +116,8 @@ class SVDLinear(nn.Module):
         lora_E = state_dict.get(f"{prefix}lora_E")
         if lora_E is not None and lora_E.dim() == 2 and lora_E.shape[0] != self.r:
             r = lora_E.shape[0]
+            for parameter in (self.lora_A, self.lora_E, self.lora_B):
+                parameter.grad = None  # it has the old shape
             self.lora_A.data = self.lora_A.data.new_empty(r, self.in_features)
             self.lora_E.data = self.lora_E.data.new_empty(r, 1)
             self.lora_B.data = self.lora_B.data.new_empty(self.out_features, r)

@@ -100,8 +100,11 @@ def test_importance_nan_stays_with_its_triplet(every_backend: str) -> None:
     grads = [torch.randn_like(p) for p in params]
     grads[2][50, 7] = float("nan")
     grads[4][1, 16] = float("inf")
-    _, _, scores = importance(params, [grads], F32)
+    good = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in grads]
+    ipt, unc, scores = importance(params, [good, grads], F32)
     assert (~torch.isfinite(scores)).nonzero().flatten().tolist() == [7, 12 + 1]
+    assert ipt.isfinite().all() and unc.isfinite().all()  # a bad step costs that step alone
+    assert importance(params, [good, grads, good], F32)[2].isfinite().all()
 
 
 def test_importance_several_dtypes_go_to_the_reference() -> None:

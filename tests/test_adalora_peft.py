@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -396,7 +397,7 @@ def test_ranknum_does_not_drift() -> None:
         p.requires_grad_()
     peftkern.patch(model)
     train(model, range(1, 6))
-    assert all(p.item() == 6.0 for p in ranknums)
+    assert all(p.item() == 6.0 and not p.requires_grad for p in ranknums)
 
 
 def test_orthogonality_term_is_pefts() -> None:
@@ -511,6 +512,20 @@ def test_trainer_allocates_with_the_callback(tmp_path: Path, patched: bool) -> N
     assert sum(map(sum, config.rank_pattern.values())) == 28
     alive = sum(int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n)
     assert alive <= 28
+
+
+def test_callback_leaves_out_steps_that_the_scaler_skipped() -> None:
+    from transformers import TrainerState
+
+    model = adalora_llama(tinit=0, tfinal=2, deltaT=1, total_step=10)
+    peftkern.patch(model)
+    seen = []
+    model.base_model.update_and_allocate = seen.append
+    for step in range(10):
+        state = TrainerState(global_step=step)
+        optimizer = SimpleNamespace(step_was_skipped=step != 3)
+        AdaLoraCallback().on_optimizer_step(None, state, None, model=model, optimizer=optimizer)
+    assert seen == [4, 8, 9, 10]
 
 
 def test_trainer_callback_complains(tmp_path: Path) -> None:

@@ -235,6 +235,10 @@ def test_allocator_complains() -> None:
     net.second.lora_B.grad[3, 2] = float("nan")
     with pytest.raises(ValueError, match="not finite in second;"):
         allocator.update_and_allocate(1)
+    net.second.lora_B.grad[3, 2] = 0.0
+    allocator.update_and_allocate(2)
+    with pytest.raises(TypeError, match=r"expected an nn\.Linear without an adapter"):
+        SVDLinear(net.second)
     other = RankAllocator(Net().first, **{**SCHEDULE, "target_r": 1})
     with pytest.raises(ValueError, match="first"):
         allocator.load_state_dict({**other.state_dict(), "shapes": {"first": []}})

@@ -20,16 +20,20 @@ inline Ema make_ema(const ImportanceArgs& args) {
           f16_set1(static_cast<float>(args.beta2)), f16_set1(static_cast<float>(1 - args.beta2))};
 }
 
-// Both EMAs of n <= 16 elements, in place; returns s = ipt unc, zero in the lanes beyond n.
+// Both EMAs of n <= 16 elements, in place; returns s = ipt unc, zero in the lanes beyond n. Where
+// the gradient is not finite they stay as they are, and s is NaN: one bad step costs that step
+// alone.
 inline F16 update(const Ema& ema, const void* w, const void* g, DType dtype, int64_t i, float* ipt,
                   float* unc, int n) {
   const F16 sensitivity =
       g ? f16_abs(f16_mul(load_any(w, dtype, i, n), load_any(g, dtype, i, n))) : f16_zero();
   const F16 old_ipt = n == 16 ? f16_load(ipt) : f16_load_n(ipt, n);
   const F16 old_unc = n == 16 ? f16_load(unc) : f16_load_n(unc, n);
-  const F16 new_ipt = f16_add(f16_mul(ema.beta1, old_ipt), f16_mul(ema.rest1, sensitivity));
-  const F16 distance = f16_abs(f16_fma(f16_set1(-1.0f), new_ipt, sensitivity));
-  const F16 new_unc = f16_add(f16_mul(ema.beta2, old_unc), f16_mul(ema.rest2, distance));
+  const F16 ipt_ema = f16_add(f16_mul(ema.beta1, old_ipt), f16_mul(ema.rest1, sensitivity));
+  const F16 distance = f16_abs(f16_fma(f16_set1(-1.0f), ipt_ema, sensitivity));
+  const F16 unc_ema = f16_add(f16_mul(ema.beta2, old_unc), f16_mul(ema.rest2, distance));
+  const F16 new_ipt = f16_where_finite(sensitivity, ipt_ema, old_ipt);
+  const F16 new_unc = f16_where_finite(sensitivity, unc_ema, old_unc);
   if (n == 16) {
     f16_store(ipt, new_ipt);
     f16_store(unc, new_unc);
@@ -37,7 +41,7 @@ inline F16 update(const Ema& ema, const void* w, const void* g, DType dtype, int
     f16_store_n(ipt, new_ipt, n);
     f16_store_n(unc, new_unc, n);
   }
-  return f16_mul(new_ipt, new_unc);
+  return f16_where_finite(sensitivity, f16_mul(new_ipt, new_unc), f16_set1(bits_float(0x7fc00000)));
 }
 
 // The sum of s over `count` elements that follow one another from element `first` on.

@@ -141,6 +141,11 @@ inline float f16_absmax(F16 a) {  // NaN propagates
   return _mm512_reduce_max_ps(_mm512_abs_ps(a.v));
 }
 inline F16 f16_abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
+inline F16 f16_where_finite(F16 test, F16 a, F16 b) {  // a where |test| < Inf, else b
+  const __mmask16 finite =
+      _mm512_cmp_ps_mask(_mm512_abs_ps(test.v), _mm512_set1_ps(bits_float(0x7f800000)), _CMP_LT_OQ);
+  return {_mm512_mask_mov_ps(b.v, finite, a.v)};
+}
 inline F16 f16_maxabs(F16 a, F16 b) {  // lanes where b is NaN become NaN; a NaN in a stays
   const __m512 m = _mm512_max_ps(a.v, _mm512_abs_ps(b.v));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q);
@@ -250,6 +255,11 @@ inline __m256 maxabs8(__m256 a, __m256 b) {
   return _mm256_or_ps(_mm256_max_ps(a, abs8(b)), nan);
 }
 inline F16 f16_abs(F16 x) { return {abs8(x.a), abs8(x.b)}; }
+inline F16 f16_where_finite(F16 test, F16 x, F16 y) {
+  const __m256 inf = _mm256_set1_ps(bits_float(0x7f800000));
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(abs8(test.a), inf, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(abs8(test.b), inf, _CMP_LT_OQ))};
+}
 inline F16 f16_maxabs(F16 x, F16 y) { return {maxabs8(x.a, y.a), maxabs8(x.b, y.b)}; }
 inline float f16_absmax(F16 x) {
   const __m256 m = maxabs8(abs8(x.a), x.b);
@@ -340,6 +350,10 @@ inline F16 f16_lookup(const uint8_t* packed, const F16& table) {
 }
 inline F16 f16_abs(const F16& a) {
   return f16_make([&](int i) { return bits_float(float_bits(a.v[i]) & 0x7fffffff); });
+}
+inline F16 f16_where_finite(const F16& test, const F16& a, const F16& b) {
+  return f16_make(
+      [&](int i) { return (float_bits(test.v[i]) & 0x7fffffff) < 0x7f800000 ? a.v[i] : b.v[i]; });
 }
 inline F16 f16_maxabs(const F16& a, const F16& b) {
   return f16_make([&](int i) { return maxabs(a.v[i], b.v[i]); });

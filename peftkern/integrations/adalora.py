@@ -6,7 +6,8 @@ those of PEFT (`ties = "peft"`; set `model.base_model.rankallocator.ties = "exac
 budget at every step). Where this differs from PEFT on purpose:
 
 - `ranknum` takes no part in training. PEFT makes it trainable for bf16 and 4-bit models, where it
-  drifts from the rank, and never saves it, so that the drift is lost with the first reload.
+  drifts from the rank, and never saves it, so that the drift is lost with the first reload. `patch`
+  freezes it, for the layers that fall back too, and `unpatch` leaves it so: patch before DDP.
 - The orthogonality loss counts the trainable adapter alone (PEFT: every adapter whose name contains
   its name), and autocast does not round its Gram matrices to 16 bits.
 - The EMAs of 16-bit adapters are float32.
@@ -63,6 +64,13 @@ class SVDReader:
     @staticmethod
     def bias(layer: Any, name: str) -> None:
         return None
+
+
+def freeze_ranknum(layer: nn.Module) -> None:
+    """Take the `ranknum` of an AdaLoRA layer out of training; another layer has none."""
+    if isinstance(layer, AdaLoraLayer):
+        for ranknum in layer.ranknum.values():
+            ranknum.requires_grad_(False)
 
 
 def _scaling(layer: Any, name: str) -> Tensor:

@@ -154,6 +154,7 @@ def patch(model: nn.Module) -> PatchReport:
             report.skipped[name] = "forward is replaced on the instance (accelerate's hooks?)"
             continue
         module.__class__ = swaps[original]
+        adalora.freeze_ranknum(module)
         report.patched.append(name)
         report.kinds[_label(original)] += 1
         reason = _unusual_state(module, _active_names(module))

@@ -21,8 +21,13 @@ class AdaLoraCallback(TrainerCallback):
     The Trainer announces `on_optimizer_step` between optimizer.step() and zero_grad(), once per
     step whatever the gradient accumulation: the order that PEFT documents, with gradients of the
     step and parameters after it. Steps count from 1, so that the masks are drawn at multiples of
-    deltaT and become final at step total_step - tfinal. The Trainer knows how many steps it will
-    take: a config with another total_step is told so, with a warning.
+    deltaT and become final at step total_step - tfinal. A step that the gradient scaler skips, for
+    its gradients are not finite, leaves importance and masks alone. The Trainer knows how many
+    steps it will take: a config with another total_step is told so, with a warning.
+
+    Resuming from a checkpoint that the Trainer wrote after the first mask fails, as it does without
+    this callback: PEFT saves fewer triplets than the new model has. Save the adapter with
+    `save_pretrained` instead and load that.
 
     Raises: ValueError when training begins if no AdaLoRA adapter is trained, or if the number of
         steps leaves none for the allocation.
@@ -60,7 +65,12 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        _tuner(model).update_and_allocate(state.global_step + 1)
+        tuner, step = _tuner(model), state.global_step + 1
+        config = tuner.peft_config[tuner.trainable_adapter_name]
+        skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+        if skipped and step < config.total_step - config.tfinal:
+            return  # from then on no gradient is read
+        tuner.update_and_allocate(step)
 
 
 def _tuner(model: nn.Module | None) -> AdaLoraModel:
