@@ -3,7 +3,8 @@
 # make bench     measure this CPU, then write README's tables
 # make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
 # make gpu       on a GPU: build, test, measure; PART=all|test|nf4|nf4_lora_linear|lora_linear|
-#                formulations|step|tune, OUT=folder of the results, BUDGET=seconds
+#                adalora|low_rank_svd|formulations|step|tune, OUT=folder of the results,
+#                BUDGET=seconds
 # make tune      on a GPU: measure tiles, write kernels/tuned/<arch>.json
 # make lint | format | clean
 #

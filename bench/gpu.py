@@ -24,7 +24,15 @@ import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
 # The share of the time that is left, against the parts after it; `all` goes through them in order.
-BENCHES = {"nf4": 3, "nf4_lora_linear": 8, "lora_linear": 8, "formulations": 3, "step": 4}
+BENCHES = {
+    "nf4": 3,
+    "nf4_lora_linear": 8,
+    "lora_linear": 8,
+    "adalora": 3,
+    "low_rank_svd": 4,
+    "formulations": 3,
+    "step": 4,
+}
 SHARES = {"test": 12, **BENCHES}
 PARTS = ("all", *SHARES, "tune")
 GRACE = 5.0  # seconds between the polite signal and the other one

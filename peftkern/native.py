@@ -381,7 +381,11 @@ def address_table(
 
     It keeps nothing alive: the tensors have to outlive the launches that read it, in the order of
     their stream. The copy to a GPU does not wait: pinned memory is reused only after it.
+
+    Raises: RuntimeError while a CUDA graph is captured, whose replays would read that memory later.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a table of addresses cannot be part of a CUDA graph")
     for tensor in tensors:
         if tensor is not None and (tensor.device != device or not tensor.is_contiguous()):
             raise ValueError(

@@ -141,6 +141,27 @@ def test_every_part_has_a_script():
         assert (ROOT / "bench" / f"bench_{part}.py").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+@pytest.mark.parametrize(
+    ("part", "only", "peers"),
+    [
+        ("adalora", "llama", {"patched PEFT", "PEFT", "foreach in a CUDA graph"}),
+        ("low_rank_svd", "r16-values", {"torch QR+QR+gesvda, stacked", "torch Gram+eigh, stacked"}),
+    ],
+)
+def test_gpu_cases_are_right_under_the_interpreter(part, only, peers, tmp_path):
+    command = [sys.executable, f"bench/bench_{part}.py", "--device", "cpu", "--only", only]
+    command += ["--n", "16", "--k", "16", "--seconds", "0", "--rotate-mb", "0", "--out", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob(f"*-interpreter/{part}.json")
+    (case,) = json.loads(path.read_text())["cases"]
+    assert peers < case["variants"].keys()
+    assert all(v["wrong"] is None and v["median_ms"] for v in case["variants"].values())
+    assert case["served"] and not case["fell_back"]
+
+
 def test_forced_tiles_reach_one_kernel_only():
     counted = choose(PROBLEM, processors(CPU))
     (other, *_) = tune.neighbours(counted, "block_n")
