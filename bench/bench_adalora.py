@@ -103,7 +103,7 @@ def triplets(tuner: nn.Module) -> list[Tensor]:
 
 
 def warmed(call: Callable[[int], object], copies: int) -> Callable[[int], object]:
-    """`call` after the first update of every copy, which makes its EMAs; the check makes the 0th."""
+    """`call`, after the first update of each copy: it makes the EMAs. The check makes the 0th."""
     for i in range(1, copies):
         call(i)
     return call
