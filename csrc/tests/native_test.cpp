@@ -21,7 +21,7 @@
 #include "peftkern/parallel.h"
 
 void check_low_rank_svd(const char* isa);  // low_rank_svd_test.cpp
-void check_adalora(const char* isa);  // adalora_test.cpp
+void check_adalora(const char* isa);       // adalora_test.cpp
 
 namespace {
 
