@@ -286,7 +286,7 @@ def adalora_importance_(
             beta2,
             TILE=_TILE,
             BLOCK_R=block_r,
-            num_warps=4,
+            num_warps=8,
             **types,
         )
         _adalora_scores_kernel[(len(ranks),)](
@@ -377,7 +377,7 @@ def _importance_case(w_type: str, g_type: str, r: int) -> AotCase:
         "TILE": _TILE,
         "BLOCK_R": next_power(r),
     }
-    config = TileConfig(num_warps=4)
+    config = TileConfig(num_warps=8)
     return AotCase(
         f"adalora_importance/r{r}/{w_type}/gradients-{g_type}",
         _adalora_importance_kernel,
