@@ -1,0 +1,72 @@
+"""The command line, `peftkern COMMAND` or `python -m peftkern COMMAND`.
+
+One module per command, named like it; the work itself is done by a module of the library, whose
+imports wait until the command runs. Bad input is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import typer
+
+EXIT_BAD_INPUT = 2
+# click's, which typer carries under a name of its own or imports, by its version.
+_UsageError: type[Exception] = typer.BadParameter.__base__
+
+app = typer.Typer(
+    name="peftkern",
+    help="Kernels for parameter-efficient fine-tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message says what came and what is accepted."""
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+    """Around the calls whose ValueError or OSError is about what the user gave, and around no more:
+    the same error from elsewhere is a defect and keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line (default: that of this process) and return its exit status."""
+    try:
+        return app(args=arguments, prog_name="peftkern", standalone_mode=False) or 0
+    except typer.Exit as done:
+        return done.exit_code
+    except typer.Abort:
+        print("peftkern: stopped", file=sys.stderr)
+        return 130
+    except InputError as error:
+        print(f"peftkern: error: {error}", file=sys.stderr)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            where = error.ctx.command_path if error.ctx else "peftkern"
+            print(f"{where}: error: {error.format_message()}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    import peftkern
+
+    print(peftkern.__version__)
+
+
+@app.callback()
+def _commands() -> None:
+    """Kernels for parameter-efficient fine-tuning."""
