@@ -18,10 +18,20 @@ import sys
 
 import pytest
 import torch
-from peers import bitsandbytes_missing, nf4_linear, nf4_weight64
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_ids, main, run_benchmark
 
 import peftkern
+from peftkern.benchmark.peers import bitsandbytes_missing, nf4_linear, nf4_weight64
+from peftkern.benchmark.suite import (
+    OURS,
+    Case,
+    Options,
+    Spec,
+    Target,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
 from peftkern.layers import NF4Linear
 
 BNB, TORCH = "bitsandbytes", "plain torch"

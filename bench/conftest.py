@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from suite import Options, rotation
+
+from peftkern.benchmark.suite import Options, rotation
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

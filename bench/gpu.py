@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-import machine
+from peftkern.benchmark import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
 # The share of the time that is left, against the parts after it; `all` goes through them in order.

@@ -9,10 +9,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+
+from peftkern.benchmark import suite, timer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden", "64", "--layers", "1", "--seq", "16", "--dtype", "fp32"]
@@ -39,11 +40,6 @@ def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess[
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run("examples/qlora_finetune.py", *arguments)
-
-
-def bench_module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
@@ -236,10 +232,7 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [math.nan, 0.1])
-def test_benchmark_gives_no_time_to_a_wrong_result(
-    damage: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    suite = bench_module("suite", monkeypatch)
+def test_benchmark_gives_no_time_to_a_wrong_result(damage: float) -> None:
     right = torch.linspace(1, 2, 64)
     wrong = right.clone()
     wrong[7] += damage
@@ -263,8 +256,7 @@ def test_benchmark_gives_no_time_to_a_wrong_result(
     assert bad.record()["variants"]["peer"]["median_ms"] > 0
 
 
-def test_timer_numbers_the_calls_of_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    timer = bench_module("timer", monkeypatch)
+def test_timer_numbers_the_calls_of_each_variant() -> None:
     seen: dict[str, list[int]] = {"a": [], "b": []}
     timings = timer.measure({name: seen[name].append for name in seen}, seconds=0.0)
     for name, numbers in seen.items():

@@ -13,25 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import gpu_timer
-import machine
 import torch
-from peers import SEED
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from terminal import table
-from timer import Timing, measure, pin_threads
 from torch import Tensor
 
 import peftkern
+from peftkern.benchmark import gpu_timer, machine
+from peftkern.benchmark.peers import SEED
+from peftkern.benchmark.record import OURS
+from peftkern.benchmark.terminal import table
+from peftkern.benchmark.timer import Timing, measure, pin_threads
+from peftkern.benchmark.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO, errors
 from peftkern.device import triton_interpreted
 
-sys.path.append(str(machine.ROOT / "tests"))
-from tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors  # the one place that bounds errors
-
-OURS = "peftkern"
-# Relative RMS error from which a peer's result counts as wrong and its time means nothing.
-PEER_WRONG = 0.03
 GRAPH_SHARE = 0.5  # of a variant's time: what replayed graphs get on top
 CPU = torch.device("cpu")
 

@@ -12,14 +12,14 @@ import subprocess
 from pathlib import Path
 
 import torch
-from gpu_timer import measure_events
-from timer import measure
 
 import peftkern
 from peftkern import native
+from peftkern.benchmark.gpu_timer import measure_events
+from peftkern.benchmark.timer import measure
 from peftkern.device import triton_interpreted
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]  # the repository, where it is one
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "peftkern")
 COPY_BYTES, GEMM = 256 << 20, 2048
 GPU_COPY_BYTES, GPU_GEMM = 2 << 30, 8192  # runs well past a launch, far beyond the L2 cache
@@ -64,7 +64,10 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit measured, with + if tracked files other than results differ from it."""
+    """The commit measured, with + if tracked files other than results differ from it; None for an
+    installed package, which may lie within a repository that is not its own."""
+    if not (ROOT / "csrc").is_dir():
+        return None
     head = git("rev-parse", "--short=12", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
     return f"{head}+" if head and changed else head

@@ -14,7 +14,8 @@ import random
 from collections.abc import Callable, Mapping
 
 import torch
-from timer import MIN_SAMPLES, Timing
+
+from peftkern.benchmark.timer import MIN_SAMPLES, Timing
 
 TURN_SECONDS = 0.02
 CALLS_IN_GRAPH = 32  # inputs that one replay walks through; a quarter of it if a call is slow

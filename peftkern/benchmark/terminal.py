@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.table import Table
-from timer import milliseconds
+
+from peftkern.benchmark.timer import milliseconds
 
 
 def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
