@@ -131,7 +131,12 @@ def write_json(path: Path, record: object, indent: int | None = None) -> None:
     os.replace(staged, path)
 
 
-def roof(seconds: float, device: torch.device, small: bool) -> dict[str, float]:
+def roof(
+    seconds: float,
+    device: torch.device,
+    small: bool,
+    dtypes: tuple[str, ...] = ("bfloat16", "float32"),
+) -> dict[str, float]:
     """Measured ceilings: copied bytes (read and written) and dense FLOPs per second."""
     copy_bytes, gemm = (COPY_BYTES, GEMM) if device.type == "cpu" else (GPU_COPY_BYTES, GPU_GEMM)
     if small:
@@ -139,14 +144,21 @@ def roof(seconds: float, device: torch.device, small: bool) -> dict[str, float]:
     source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     variants = {"copy": lambda i: target.copy_(source)}
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        a, b = (torch.randn(gemm, gemm, dtype=dtype, device=device) for _ in range(2))
+    for name in dtypes:
+        a, b = (torch.randn(gemm, gemm, device=device).to(getattr(torch, name)) for _ in range(2))
         variants[name] = lambda i, a=a, b=b: torch.nn.functional.linear(a, b)
     timings = (measure_events if device.type == "cuda" else measure)(variants, seconds=seconds)
     # The best of many: a ceiling that a disturbed run must not lower.
     best = {name: timing.quantile(0.05) for name, timing in timings.items()}
-    return {
-        "copy": 2 * copy_bytes / best["copy"],
-        "bfloat16": 2 * gemm**3 / best["bfloat16"],
-        "float32": 2 * gemm**3 / best["float32"],
-    }
+    rates = {name: 2 * gemm**3 / best[name] for name in dtypes}
+    return {"copy": 2 * copy_bytes / best["copy"], **rates}
+
+
+def rotation(given_mb: int | None, device: torch.device) -> int:
+    """Beyond the last level, but at most 640 MB per variant: a virtual machine is told the size of
+    a cache that it shares."""
+    if given_mb is not None:
+        return given_mb << 20
+    if device.type == "cuda":
+        return max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+    return min(cache_bytes() * 5 // 4, 640 << 20)

@@ -29,6 +29,7 @@ class Provider(TypedDict):
     error_max: float | None  # largest difference over the oracle's largest value
     wrong: str | None  # why its result is wrong: "error 0.3 rms, 0.9 max; bound 0.0049 rms, ..."
     failed: str | None  # the first line of its error: it crashed, hung, or took too long
+    note: str | None  # that it fell back, and why
     peak_bytes: int | None  # what a call holds at its peak beyond what was there before it
     gb_s: float | None  # the case's counted bytes over the median
     tflop_s: float | None  # the case's counted operations over the median
@@ -38,9 +39,9 @@ class Provider(TypedDict):
 class Case(TypedDict):
     """One problem; every provider has the same weights, adapters and inputs."""
 
-    name: str  # "nf4_lora_linear/llama3-8b-q_proj/M256/r16/bfloat16/full": unique in a record
+    name: str  # unique in a record: "lora_linear/llama3-8b-q_proj/M256/r16/bfloat16/full"
     op: str  # one of cases.OPS
-    shape: str  # "llama3-8b-q_proj+o_proj", or "256x4096x4096" as it was given
+    shape: str  # "llama3-8b-q_proj", or "256x4096x4096" as it was given
     M: int | None  # rows of x; null where an op has none (nf4_dequantize)
     N: int  # rows of the weight
     K: int  # columns of the weight
@@ -55,8 +56,8 @@ class Case(TypedDict):
     providers: dict[str, Provider]  # by name, "peftkern" first; order of the table
 
 
-class Roof(TypedDict):
-    """Ceilings measured on this machine in this run."""
+class Roof(TypedDict, total=False):
+    """Ceilings measured on this machine in this run; of the dtypes that the cases have."""
 
     copy: float  # bytes per second, read and written, of a copy far beyond the caches
     bfloat16: float  # FLOP per second of a dense matrix product

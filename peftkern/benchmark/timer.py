@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 MIN_SAMPLES = 7
+MOST_CALLS = 200  # of a turn that are counted
 TURN_SECONDS = 0.03  # short calls run in bursts of this length; the first of a burst is not counted
 
 
@@ -46,6 +47,21 @@ def milliseconds(seconds: float) -> str:
     """Three significant digits without an exponent."""
     value = seconds * 1e3
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def turn(
+    call: Callable[[object], object], setup: Callable[[], object], seconds: float
+) -> list[float]:
+    """Seconds of each call, `call(setup())`, of a turn of about `seconds`: at least one, at most
+    MOST_CALLS. What `setup` does is not counted, nor is the first of several, on cold caches."""
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while not samples or (time.perf_counter() < end and len(samples) <= MOST_CALLS):
+        given = setup()
+        start = time.perf_counter()
+        call(given)
+        samples.append(time.perf_counter() - start)
+    return samples[1:] or samples
 
 
 def pin_threads(threads: int | None) -> int:

@@ -70,3 +70,8 @@ def version() -> None:
 @app.callback()
 def _commands() -> None:
     """Kernels for parameter-efficient fine-tuning."""
+
+
+from peftkern.cli import bench  # noqa: E402
+
+app.command()(bench.bench)
