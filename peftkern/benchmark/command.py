@@ -3,13 +3,15 @@ the files. Bad input is a ValueError of one line, raised by `plan`."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +65,7 @@ class Options:
     r: str
     baselines: str
     budget: str
+    seconds: str
     device: str | None
     threads: int | None
     seed: int
@@ -81,6 +84,7 @@ class Plan:
     device: str
     threads: int
     seed: int
+    seconds: float
     budget: float
     json: Path | None
     csv: Path | None
@@ -138,6 +142,7 @@ def plan(options: Options) -> Plan:
         device=device,
         threads=threads,
         seed=options.seed,
+        seconds=seconds("--seconds", options.seconds),
         budget=seconds("--budget", options.budget),
         json=options.json,
         csv=options.csv,
@@ -189,7 +194,7 @@ def measure(plan: Plan) -> Record:
         auto_refresh=False,  # a thread that draws would take turns with what is measured
         disable=not sys.stderr.isatty(),
     )
-    with pinned(plan.threads) as threads, bar:
+    with ended_by(signal.SIGTERM), pinned(plan.threads) as threads, bar:
         task = bar.add_task("", total=1.0)
         bench = Bench(
             plan.problems,
@@ -197,6 +202,7 @@ def measure(plan: Plan) -> Record:
             device=plan.device,
             threads=threads,
             seed=plan.seed,
+            seconds=plan.seconds,
             budget=plan.budget,
             commands=lambda problem: command_of(plan, problem),
         )
@@ -208,7 +214,7 @@ def measure(plan: Plan) -> Record:
             try:
                 record = bench.run(tick)
             except WorkerError as error:
-                raise BenchError(f"the ceilings could not be measured: {error}") from error
+                raise BenchError(str(error)) from error
     record["command"] = shlex.join(["peftkern", *sys.argv[1:]])
     record["not_installed"] = plan.not_installed
     environment = record["environment"]
@@ -218,6 +224,20 @@ def measure(plan: Plan) -> Record:
     for package in ("unsloth", "liger-kernel"):
         environment["versions"][package] = machine.version(package)
     return record
+
+
+@contextlib.contextmanager
+def ended_by(number: signal.Signals) -> Iterator[None]:
+    """That signal ends this process in good order: its workers stopped, its files removed."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def command_of(plan: Plan, problem: Problem) -> str:
@@ -236,7 +256,8 @@ def command_of(plan: Plan, problem: Problem) -> str:
     words += ["--baselines", ",".join(has)] if has else []
     words += ["--device", plan.device]
     words += ["--threads", str(plan.threads)] if plan.device == "cpu" else []
-    words += ["--seed", str(plan.seed), "--budget", f"{plan.budget:g}s"]
+    words += ["--seed", str(plan.seed)]
+    words += ["--seconds", f"{plan.seconds:g}", "--budget", f"{plan.budget:g}s"]
     return shlex.join(words)
 
 

@@ -40,9 +40,9 @@ from peftkern.benchmark.worker import REFEREE
 
 TURN_SECONDS = 0.05
 SETTLE_SECONDS = 0.004  # in which the threads of the last turn stop spinning
-SECONDS = 1.5  # of counted calls that are enough for a provider
 SLOWEST_CALL = 30.0  # seconds that no call of a provider may take
-PATIENCE = 0.3  # of the budget that building and checking may take: what compiles takes long
+PATIENCE = 0.3  # of the budget, for a provider that builds longer than the others: compilers do
+START_PATIENCE = 0.5  # the same, for what it imports
 GRACE = 1.0  # seconds after the budget in which a turn may still end
 MOST_STARTS = 2  # of a provider's process, the first among them
 
@@ -60,6 +60,7 @@ class Row:
     note: str | None = None
     peak_bytes: int | None = None
     samples: list[float] = field(default_factory=list)
+    unfinished: bool = False  # the budget ended before it had enough calls
 
     def record(self, label: str, work: tuple[int, int], floor: float) -> ProviderRow:
         good = self.wrong is None and self.failed is None
@@ -89,7 +90,8 @@ def _finite(value: float | None) -> float | None:
 
 
 class Bench:
-    """A run: `with Bench(...) as bench: record = bench.run(tick)`."""
+    """A run: `with Bench(...) as bench: record = bench.run(tick)`. A provider has measured enough
+    in a case after `seconds` of counted calls; `budget` bounds everything."""
 
     def __init__(
         self,
@@ -99,11 +101,13 @@ class Bench:
         device: str,
         threads: int,
         seed: int,
+        seconds: float,
         budget: float,
         commands: Callable[[Problem], str] = lambda problem: "",
     ) -> None:
         self.problems, self.names = problems, [OURS, *baselines]
-        self.device, self.threads, self.seed, self.budget = device, threads, seed, budget
+        self.device, self.threads, self.seed = device, threads, seed
+        self.seconds, self.budget = seconds, budget
         self.commands = commands
         self.processes: dict[str, Process] = {}
         self.starts = dict.fromkeys([REFEREE, *self.names], 0)
@@ -125,7 +129,7 @@ class Bench:
     def run(self, tick: Tick = lambda doing, share: None) -> Record:
         """Everything that the budget has time for.
 
-        Raises: WorkerError if the referee cannot even measure the ceilings.
+        Raises: WorkerError if there are no ceilings: the referee failed, or the budget was over.
         """
         tick("starting", 0.0)
         self._start(list(self.starts))
@@ -133,15 +137,13 @@ class Bench:
         small = max(p.N * p.K for p in self.problems) < 1 << 20
         tick("ceilings of this machine", 0.0)
         if REFEREE not in self.processes:
-            raise WorkerError(f"the referee could not start: {self.gone[REFEREE]}")
-        roof = self.processes[REFEREE].ask(
-            self.deadline + GRACE,
-            "measuring the ceilings",
-            "roof",
-            seconds=0.0 if small else 0.3,
-            dtypes=dtypes,
-            small=small,
-        )
+            raise self._no_ceilings(self.gone[REFEREE])
+        asked = {"seconds": 0.0 if small else 0.3, "dtypes": dtypes, "small": small}
+        try:
+            referee = self.processes[REFEREE]
+            roof = referee.ask(self.deadline, "measuring the ceilings", "roof", **asked)
+        except WorkerError as error:
+            raise self._no_ceilings(str(error)) from error
         cases: list[CaseRow] = []
         left = list(self.problems)
         overhead = 0.0  # seconds before the clock of a case so far, the mean
@@ -173,6 +175,11 @@ class Bench:
             "not_installed": {},
         }
 
+    def _no_ceilings(self, why: str) -> WorkerError:
+        if time.monotonic() >= self.deadline:
+            return WorkerError(f"--budget: {self.budget:g} s ended before anything was measured")
+        return WorkerError(f"the ceilings of this machine could not be measured: {why}")
+
     def _start(self, names: list[str]) -> None:
         """Processes for those that have none and are not given up."""
         new = {}
@@ -181,7 +188,8 @@ class Bench:
                 self.starts[name] += 1
                 new[name] = self.processes[name] = Process(name)
         asked = {"do": "start", "device": self.device, "threads": self.threads}
-        _, errors = ask_all(new, self.deadline, "starting", **asked)
+        patience = time.monotonic() + START_PATIENCE * self.budget
+        _, errors = ask_all(new, patience, self.deadline, "starting", **asked)
         for name, error in errors.items():  # not even its imports work
             self._stopped(name, error, for_good=True)
 
@@ -221,7 +229,7 @@ class Bench:
         ):
             tick(doing, 0.0)
             asked = {name: self.processes[name] for name in names if rows[name].failed is None}
-            answers, errors = ask_all(asked, patience, doing, do, **more)
+            answers, errors = ask_all(asked, patience, self.deadline, doing, do, **more)
             self._note_failures(rows, errors)
         if time.monotonic() >= self.deadline:
             return None, 0.0
@@ -233,12 +241,11 @@ class Bench:
         before_clock = time.monotonic() - began
         if problem.mode != "memory":
             self._time(rows, right, until, tick)
-        ask_all(
-            {name: self.processes[name] for name in names if name in self.processes},
-            time.monotonic() + SLOWEST_CALL,
-            "letting go of a case",
-            "free",
-        )
+            if rows[OURS].unfinished:
+                return None, 0.0
+        if time.monotonic() < self.deadline:  # else they are about to be stopped anyway
+            asked = {name: self.processes[name] for name in names if name in self.processes}
+            ask_all(asked, self.deadline, self.deadline, "letting go of a case", "free")
         path.unlink(missing_ok=True)
         return rows, before_clock
 
@@ -263,7 +270,7 @@ class Bench:
 
     def _peak(self, name: str, row: Row) -> None:
         try:
-            deadline = time.monotonic() + SLOWEST_CALL
+            deadline = min(time.monotonic() + SLOWEST_CALL, self.deadline + GRACE)
             answer = self.processes[name].ask(deadline, "measuring memory", "memory")
             row.peak_bytes = answer["peak_bytes"]
         except WorkerError as error:
@@ -283,7 +290,7 @@ class Bench:
         def wanting(name: str) -> bool:
             samples = rows[name].samples
             return rows[name].failed is None and (
-                len(samples) < MIN_SAMPLES or sum(samples) < SECONDS
+                len(samples) < MIN_SAMPLES or sum(samples) < self.seconds
             )
 
         def short(name: str) -> bool:
@@ -306,19 +313,25 @@ class Bench:
                     )
                 except WorkerError as error:
                     self._note_failures(rows, {name: error})
+                    row.unfinished = time.monotonic() >= self.deadline
                     continue
                 row.samples += answer["samples"]
                 time.sleep(SETTLE_SECONDS)
-        for name in order:
-            if short(name):
-                got = len(rows[name].samples)
-                rows[name].failed = f"only {got} of {MIN_SAMPLES} calls within the budget"
+        for name in filter(short, order):
+            got = len(rows[name].samples)
+            rows[name].failed = f"only {got} of {MIN_SAMPLES} calls within the budget"
+            rows[name].unfinished = True
 
     def _rotation(self, workers: int) -> int:
-        """Bytes of weights that each process cycles through, beyond the caches where they fit."""
+        """Bytes of weights that each process cycles through. On a CPU all of them together are
+        beyond the caches, and no weight is met twice in a turn: then the turns of the others have
+        emptied them."""
         wanted = machine.rotation(None, torch.device(self.device))
-        free = available_memory() if self.device == "cpu" else None
-        return wanted if free is None else min(wanted, free // (3 * workers))
+        if self.device != "cpu":
+            return wanted
+        free = available_memory()
+        least = wanted // max(1, workers - 1)
+        return least if free is None else min(least, free // (3 * workers))
 
     def _record(self, problem: Problem, rows: dict[str, Row], roof: dict) -> CaseRow:
         work = problem.work()

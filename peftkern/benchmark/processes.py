@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import peftkern
+from peftkern.benchmark.record import OURS
 
 PACKAGE_FOLDER = str(Path(peftkern.__file__).resolve().parents[1])
 
@@ -56,31 +57,40 @@ class Process:
             self.popen.stdin.write(line.encode())
             self.popen.stdin.flush()
 
-    def receive(self, deadline: float, doing: str, began: float | None = None) -> dict:
+    def receive(self, deadline: float, doing: str) -> dict:
         """Its next answer.
 
         Raises: WorkerError if that is an error; WorkerGoneError if the process ended, or was
-            stopped because the deadline (of time.monotonic) passed before it answered. `began`:
-            when it was asked.
+            stopped because the deadline (of time.monotonic) passed before it answered.
         """
-        began = time.monotonic() if began is None else began
+        began = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self.popen.stdout, selectors.EVENT_READ)
             while b"\n" not in self.received:
                 left = deadline - time.monotonic()
                 if left <= 0 or not selector.select(left):
-                    waited = time.monotonic() - began
-                    self.stop()
-                    raise WorkerSlowError(f"no answer within {waited:.0f} s while {doing}")
-                more = os.read(self.popen.stdout.fileno(), 1 << 20)
-                if not more:
-                    raise WorkerGoneError(self._last_words())
-                self.received += more
+                    raise self.too_slow(began, doing)
+                self.read()
+        return self.answer()
+
+    def read(self) -> None:
+        """Take what there is. Raises: WorkerGoneError at the end."""
+        more = os.read(self.popen.stdout.fileno(), 1 << 20)
+        if not more:
+            raise WorkerGoneError(self._last_words())
+        self.received += more
+
+    def answer(self) -> dict:
+        """The answer that was received. Raises: WorkerError if that is an error."""
         line, _, self.received = self.received.partition(b"\n")
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer
+
+    def too_slow(self, began: float, doing: str) -> WorkerSlowError:
+        self.stop()
+        return WorkerSlowError(f"no answer within {time.monotonic() - began:.0f} s while {doing}")
 
     def ask(self, deadline: float, doing: str, do: str, **arguments: object) -> dict:
         self.send(do, **arguments)
@@ -117,16 +127,44 @@ def first_error(said: str) -> str:
 
 
 def ask_all(
-    processes: dict[str, Process], deadline: float, doing: str, do: str, **arguments: object
+    processes: dict[str, Process],
+    patience: float,
+    deadline: float,
+    doing: str,
+    do: str,
+    **arguments: object,
 ) -> tuple[dict[str, dict], dict[str, WorkerError]]:
-    """The same question to all at once: their answers, and the errors of those that had none."""
-    answers, errors = {}, {}
+    """The same question to all at once: their answers, and the errors of those that had none.
+
+    Once `patience` is over, those that are still busy are stopped if most have answered and OURS is
+    among them: then it is they that are slow, not the machine, and there is something to measure.
+    At the deadline they are stopped in any case.
+    """
+    answers: dict[str, dict] = {}
+    errors: dict[str, WorkerError] = {}
     began = time.monotonic()
-    for process in processes.values():
-        process.send(do, **arguments)
-    for name, process in processes.items():
-        try:
-            answers[name] = process.receive(deadline, doing, began)
-        except WorkerError as error:
-            errors[name] = error
+    with selectors.DefaultSelector() as selector:
+        for name, process in processes.items():
+            process.send(do, **arguments)
+            selector.register(process.popen.stdout, selectors.EVENT_READ, name)
+        while waiting := len(processes) - len(answers) - len(errors):
+            ours = OURS not in processes or OURS in answers or OURS in errors
+            soft = patience if ours and 2 * waiting < len(processes) else deadline
+            left = min(soft, deadline) - time.monotonic()
+            events = selector.select(max(0.0, left))
+            if not events and left <= 0:
+                break
+            for key, _ in events:
+                process = processes[key.data]
+                try:
+                    process.read()
+                    if b"\n" in process.received:
+                        selector.unregister(key.fileobj)
+                        answers[key.data] = process.answer()
+                except WorkerError as error:
+                    errors[key.data] = error
+                    if isinstance(error, WorkerGoneError):
+                        selector.unregister(key.fd)
+    for name in processes.keys() - answers.keys() - errors.keys():
+        errors[name] = processes[name].too_slow(began, doing)
     return answers, errors

@@ -53,6 +53,7 @@ class Provider:
     packages: tuple[str, ...] = ()
     adapted: bool = True
     over_peft: bool = True  # its layers are PEFT's where there is PEFT
+    in_auto: bool = True
     on_cpu: bool = True
 
     def missing(self, device: str) -> str | None:
@@ -172,7 +173,9 @@ PROVIDERS = {
         | ({"nf4_lora_linear": "torch.compile(peft+bitsandbytes)"} if has("bitsandbytes") else {}),
         ("peft",),
     ),
-    "torch": Provider(plain, {"nf4_dequantize": "plain torch"}, over_peft=False),
+    "torch": Provider(
+        plain, {"nf4_dequantize": "plain torch"}, over_peft=False, in_auto=False
+    ),  # a peer that nobody has: it would only flatter us
     "unsloth": Provider(
         unsloth,
         dict.fromkeys(("lora_linear", "nf4_lora_linear"), "unsloth"),
@@ -201,7 +204,8 @@ def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], di
         none of the ops.
     """
     if names == ["auto"]:
-        absent = {name: _absent(name, ops, device) for name in BASELINES}
+        auto = [name for name in BASELINES if PROVIDERS[name].in_auto]
+        absent = {name: _absent(name, ops, device) for name in auto}
         # One that is there but has none of these ops is worth a line only if it never has any.
         said = {name: why for name, why in absent.items() if why and PROVIDERS[name].packages}
         return [name for name, why in absent.items() if why is None], said

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 MIN_SAMPLES = 7
-MOST_CALLS = 200  # of a turn that are counted
 TURN_SECONDS = 0.03  # short calls run in bursts of this length; the first of a burst is not counted
 
 
@@ -50,13 +49,13 @@ def milliseconds(seconds: float) -> str:
 
 
 def turn(
-    call: Callable[[object], object], setup: Callable[[], object], seconds: float
+    call: Callable[[object], object], setup: Callable[[], object], seconds: float, most: int
 ) -> list[float]:
-    """Seconds of each call, `call(setup())`, of a turn of about `seconds`: at least one, at most
-    MOST_CALLS. What `setup` does is not counted, nor is the first of several, on cold caches."""
+    """Seconds of each call, `call(setup())`, of a turn of about `seconds` and at most `most` calls.
+    What `setup` does is not counted, nor is the first of several, on cold caches."""
     samples: list[float] = []
     end = time.perf_counter() + seconds
-    while not samples or (time.perf_counter() < end and len(samples) <= MOST_CALLS):
+    while not samples or (time.perf_counter() < end and len(samples) < most):
         given = setup()
         start = time.perf_counter()
         call(given)

@@ -31,7 +31,8 @@ from pathlib import Path
 
 REFEREE = "referee"
 PR_SET_PDEATHSIG = 1
-MOST_COPIES = 64  # of a layer; smaller ones fit a cache then, which other processes' turns empty
+MOST_CALLS = 200  # of a turn on a GPU
+MOST_COPIES = 64  # of a layer; what is smaller, other processes' turns empty the caches of
 
 
 def first_line(error: BaseException) -> str:
@@ -84,7 +85,11 @@ class Worker:
         self.tensors = load(Path(data), self.device)
         self.copies = min(MOST_COPIES, max(2, -(-rotate // self.problem.weight_bytes)))
         layers = self.provider.build(self.problem, self.tensors, self.copies)
-        self.setup, self.call, self.collect = calls(self.problem, layers, self.tensors)
+        x = self.tensors.get("x")
+        inputs = 1  # a GPU's L2 cache would still hold much of a single x
+        if x is not None and self.device.type == "cuda":
+            inputs = min(self.copies, max(2, -(-rotate // x.nbytes)))
+        self.setup, self.call, self.collect = calls(self.problem, layers, self.tensors, inputs)
         return {}
 
     def check(self) -> dict:
@@ -106,10 +111,10 @@ class Worker:
         from peftkern.benchmark import gpu_timer, timer
 
         if self.device.type == "cpu":
-            return {"samples": timer.turn(self.call, self.setup, seconds)}
+            return {"samples": timer.turn(self.call, self.setup, seconds, self.copies)}
         if self.estimate is None:
             self.estimate = min(gpu_timer.turn(self.call, 5, self.setup))
-        counted = max(1, min(timer.MOST_CALLS, round(seconds / max(1e-6, self.estimate))))
+        counted = max(1, min(MOST_CALLS, round(seconds / max(1e-6, self.estimate))))
         samples = gpu_timer.turn(self.call, gpu_timer.UNCOUNTED + counted, self.setup)
         return {"samples": samples[gpu_timer.UNCOUNTED :]}
 
@@ -130,18 +135,17 @@ class Worker:
         return prepare(Problem(**problem), seed, Path(data), self.device)
 
 
-def calls(problem, layers: list, tensors: dict) -> tuple[Callable, Callable, Callable]:
-    """`call(setup())` is what is timed; `collect` names its results. Copies take turns."""
+def calls(problem, layers: list, tensors: dict, inputs: int) -> tuple[Callable, Callable, Callable]:
+    """`call(setup())` is what is timed; `collect` names its results. Copies take turns, and so
+    do as many inputs."""
     import torch
 
     numbers = itertools.count()
     count = len(layers)
     if not problem.kind.rows:
         return lambda: layers[next(numbers) % count], lambda one: one.run(), lambda y: {"y": y}
-    on_gpu = tensors["x"].device.type == "cuda"
-    xs = [tensors["x"].clone().requires_grad_(problem.mode != "no-grad") for _ in range(count)]
-    xs = xs if on_gpu else xs[:1]  # a GPU's L2 cache would still hold much of a single x
-    dy = tensors["dy"]
+    dy, train = tensors["dy"], problem.mode != "no-grad"
+    xs = [tensors["x"].clone().requires_grad_(train) for _ in range(inputs)]
 
     def pick() -> tuple:
         number = next(numbers)

@@ -41,11 +41,14 @@ def bench(
     baselines: Annotated[
         str,
         typer.Option(
-            help="auto: all that are installed; or of frozen, peft, bitsandbytes, compile, torch,"
+            help="auto: what is installed; or of frozen, peft, bitsandbytes, compile, torch,"
             " unsloth, liger, module:function"
         ),
     ] = "auto",
     budget: Annotated[str, typer.Option(help="bounds the whole run")] = "60s",
+    seconds: Annotated[
+        str, typer.Option(help="of counted calls for each implementation of a case, at most")
+    ] = "1.5s",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda", show_default="cuda if there is one")
     ] = None,
@@ -80,6 +83,7 @@ def bench(
             r=r,
             baselines=baselines,
             budget=budget,
+            seconds=seconds,
             device=device,
             threads=threads,
             seed=seed,
