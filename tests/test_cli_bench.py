@@ -21,17 +21,6 @@ from peftkern.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device=cpu", "--threads=1", "--shapes=24x64x128", "--r=4", "--seconds=0.1"]
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-    "--shapes",
-    "24x64x128",
-    "--r",
-    "4",
-    "--seconds",
-    "0.1",
-]
 BUDGET = 40.0  # seconds
 
 

@@ -41,7 +41,7 @@ from peftkern.benchmark.worker import REFEREE
 TURN_SECONDS = 0.05
 SETTLE_SECONDS = 0.004  # in which the threads of the last turn stop spinning
 SLOWEST_CALL = 30.0  # seconds that no call of a provider may take
-PATIENCE = 0.3  # of the budget, for a provider that builds longer than the others: compilers do
+PATIENCE = 0.25  # of the budget, for a provider that builds or checks longer than most: compilers
 START_PATIENCE = 0.5  # the same, for what it imports
 GRACE = 1.0  # seconds after the budget in which a turn may still end
 MOST_STARTS = 2  # of a provider's process, the first among them
@@ -188,7 +188,7 @@ class Bench:
                 self.starts[name] += 1
                 new[name] = self.processes[name] = Process(name)
         asked = {"do": "start", "device": self.device, "threads": self.threads}
-        patience = time.monotonic() + START_PATIENCE * self.budget
+        patience = START_PATIENCE * self.budget
         _, errors = ask_all(new, patience, self.deadline, "starting", **asked)
         for name, error in errors.items():  # not even its imports work
             self._stopped(name, error, for_good=True)
@@ -209,7 +209,7 @@ class Bench:
         rows = {name: Row(failed=self.gone.get(name)) for name in names}
         path = Path(self.folder.name) / "case.safetensors"
         given = {"problem": problem.as_dict(), "data": str(path)}
-        patience = max(until, began + PATIENCE * self.budget)
+        patience = PATIENCE * self.budget
         try:
             tick("weights and their float64 result", 0.0)
             if REFEREE in self.gone:
@@ -245,7 +245,7 @@ class Bench:
                 return None, 0.0
         if time.monotonic() < self.deadline:  # else they are about to be stopped anyway
             asked = {name: self.processes[name] for name in names if name in self.processes}
-            ask_all(asked, self.deadline, self.deadline, "letting go of a case", "free")
+            ask_all(asked, SLOWEST_CALL, self.deadline, "letting go of a case", "free")
         path.unlink(missing_ok=True)
         return rows, before_clock
 

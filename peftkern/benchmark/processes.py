@@ -136,7 +136,7 @@ def ask_all(
 ) -> tuple[dict[str, dict], dict[str, WorkerError]]:
     """The same question to all at once: their answers, and the errors of those that had none.
 
-    Once `patience` is over, those that are still busy are stopped if most have answered and OURS is
+    After `patience` seconds those that are still busy are stopped if most have answered and OURS is
     among them: then it is they that are slow, not the machine, and there is something to measure.
     At the deadline they are stopped in any case.
     """
@@ -149,8 +149,9 @@ def ask_all(
             selector.register(process.popen.stdout, selectors.EVENT_READ, name)
         while waiting := len(processes) - len(answers) - len(errors):
             ours = OURS not in processes or OURS in answers or OURS in errors
-            soft = patience if ours and 2 * waiting < len(processes) else deadline
-            left = min(soft, deadline) - time.monotonic()
+            most = ours and 2 * waiting < len(processes)
+            end = min(deadline, began + patience) if most else deadline
+            left = end - time.monotonic()
             events = selector.select(max(0.0, left))
             if not events and left <= 0:
                 break

@@ -194,7 +194,8 @@ def provider(name: str) -> Provider:
     if ":" not in name:
         return PROVIDERS[name]
     module, _, function = name.partition(":")
-    return Provider(getattr(importlib.import_module(module), function), dict.fromkeys(OPS, name))
+    build = getattr(importlib.import_module(module), function)
+    return Provider(build, dict.fromkeys(OPS, name), over_peft=False)
 
 
 def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], dict[str, str]]:
