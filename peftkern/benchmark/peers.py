@@ -68,21 +68,6 @@ def linear4bit(weight: Tensor, blocksize: int = 64) -> nn.Module:
     return layer.to(weight.device)
 
 
-def prequantized(weight: peftkern.NF4Weight) -> nn.Module:
-    """bitsandbytes' layer over a weight that is packed already: the same bytes."""
-    import bitsandbytes as bnb
-
-    n, k = weight.shape
-    layer = bnb.nn.Linear4bit(
-        k, n, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
-    )
-    pieces = weight.state_dict()
-    layer.weight = bnb.nn.Params4bit.from_prequantized(
-        pieces.pop("weight"), pieces, device=weight.device, module=layer
-    )
-    return layer
-
-
 def nf4_linear(weight: Tensor) -> nn.Module:
     """bitsandbytes' layer, or ours with the same weight where there is no bitsandbytes."""
     if bitsandbytes_missing(weight.device) is None:

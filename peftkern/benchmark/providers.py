@@ -37,7 +37,9 @@ class Layer:
 
 
 def has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    """Whether it is installed; a folder of that name is not enough."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 Build = Callable[[Problem, Tensors, int], list[Layer]]
@@ -76,11 +78,17 @@ def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
         return _functional(problem, tensors, copies)
     if not problem.kind.nf4:
         base = _dense(tensors)
-    elif not has("bitsandbytes"):
+    elif _bitsandbytes_missing(tensors["weight"].device):
         base = peftkern.layers.NF4Linear._from_nf4(_packed(tensors, 1)[0], None, True)
     else:
         base = _bitsandbytes_layer(tensors)
     return _peft(base, problem, tensors, copies, patched=True)
+
+
+def _bitsandbytes_missing(device: torch.device) -> str | None:
+    from peftkern.benchmark import peers
+
+    return peers.bitsandbytes_missing(device)
 
 
 def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
@@ -206,10 +214,14 @@ def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], di
     """
     if names == ["auto"]:
         auto = [name for name in BASELINES if PROVIDERS[name].in_auto]
-        absent = {name: _absent(name, ops, device) for name in auto}
-        # One that is there but has none of these ops is worth a line only if it never has any.
-        said = {name: why for name, why in absent.items() if why and PROVIDERS[name].packages}
-        return [name for name, why in absent.items() if why is None], said
+        absent = {name: why for name in auto if (why := _absent(name, ops, device))}
+        # That one has other ops than these is no news.
+        said = {
+            name: why
+            for name, why in absent.items()
+            if PROVIDERS[name].missing(device) or not PROVIDERS[name].labels
+        }
+        return [name for name in auto if name not in absent], said
     for name in names:
         if why := _absent(name, ops, device):
             raise ValueError(f"--baselines: {name}: {why}; accepted: {ACCEPTED}")
@@ -250,9 +262,23 @@ def _dense(tensors: Tensors) -> nn.Linear:
 
 
 def _bitsandbytes_layer(tensors: Tensors) -> nn.Module:
-    from peftkern.benchmark import peers
+    """bitsandbytes' layer over the packed weight as it is: it quantises nothing."""
+    import bitsandbytes as bnb
 
-    return peers.prequantized(_packed(tensors, 1)[0])
+    n, k = tensors["weight"].shape
+    layer = bnb.nn.Linear4bit(
+        k,
+        n,
+        bias=False,
+        compute_dtype=tensors["weight"].dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    pieces = {name: t.clone() for name, t in tensors.items() if name.startswith("nf4.weight.")}
+    layer.weight = bnb.nn.Params4bit.from_prequantized(
+        tensors["nf4.weight"].clone(), pieces, device=tensors["weight"].device, module=layer
+    )
+    return layer
 
 
 def _peft(

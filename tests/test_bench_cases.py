@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from tolerances import FLOOR_MAX, FLOOR_RMS
 from torch import nn
 
-from peftkern.benchmark import cases, compare, data, shapes
+from peftkern.benchmark import cases, compare, data, providers, shapes
 from peftkern.benchmark.record import FORMAT
 from peftkern.benchmark.shapes import LARGEST, PRESETS, Shape, parse_shapes
+from peftkern.benchmark.tolerances import PEER_WRONG
+from peftkern.benchmark.worker import calls
 
 SIZES = st.integers(1, LARGEST)
 NAMES = st.sampled_from([*PRESETS, *(f"{p}-{layer}" for p in PRESETS for layer in PRESETS[p])])
@@ -183,6 +185,46 @@ def test_prepared_data_is_what_eager_torch_computes(op, size, dtype, tmp_path):
     assert path.read_bytes() == first
     data.prepare(problem, 1, path, cpu)
     assert path.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("op", "mode"), [(op, mode) for op, kind in cases.OPS.items() for mode in kind.modes]
+)
+def test_every_provider_answers_every_mode_with_the_right_result(op, mode, tmp_path):
+    """Also what stands in where PEFT is missing; torch.compile has its own test."""
+    kind = cases.OPS[op]
+    rows, rank = (12 if kind.rows else None), (3 if kind.lora else None)
+    problem = cases.Problem(op, "x", rows, 64, 128, rank, "float32", mode)
+    cpu = torch.device("cpu")
+    data.prepare(problem, 0, tmp_path / "case", cpu)
+    tensors = data.load(tmp_path / "case", cpu)
+    builds = {
+        name: (one.build, one.adapted)
+        for name, one in providers.PROVIDERS.items()
+        if op in one.labels and name not in ("compile", "unsloth")
+    }
+    if kind.lora:
+        builds["without PEFT"] = (providers._functional, True)
+    assert len(builds) >= 3
+    for name, (build, adapted) in builds.items():
+        layers = build(problem, tensors, 2)
+        setup, call, collect = calls(problem, layers, tensors, 1)
+        for _ in range(3):  # both copies
+            found = data.compare(problem, collect(call(setup())), tensors, adapted)
+            # Its weight repacked for inference has an absmax rounded to bfloat16.
+            repacked = name == "bitsandbytes" and mode == "no-grad"
+            assert found["rms"] < (PEER_WRONG if repacked else 4 * FLOOR_RMS[torch.float32]), name
+
+
+def test_compiled_peft_is_right(tmp_path):
+    problem = cases.Problem("lora_linear", "x", 12, 64, 128, 3, "float32", "full")
+    data.prepare(problem, 0, tmp_path / "case", torch.device("cpu"))
+    tensors = data.load(tmp_path / "case", torch.device("cpu"))
+    layers = providers.compiled(problem, tensors, 2)
+    setup, call, collect = calls(problem, layers, tensors, 1)
+    assert (
+        data.compare(problem, collect(call(setup())), tensors)["rms"] < 4 * FLOOR_RMS[torch.float32]
+    )
 
 
 def test_a_result_of_another_kind_is_not_compared(tmp_path):
