@@ -34,12 +34,13 @@ RANK = {
     "plan": 8,
     "checkpoint": 8,
     "monitor": 8,
+    "sample_calls": 8,
     "integrations": 9,
     "__init__": 10,
-    "doctor": 11,
     "benchmark": 11,
-    "cli": 12,
-    "__main__": 13,
+    "doctor": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 NOT_SHIPPED = {"tests", "bench", "examples", "setup"}
 PEERS = {"peft", "transformers", "bitsandbytes", "accelerate"}
