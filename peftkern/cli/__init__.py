@@ -12,6 +12,9 @@ from collections.abc import Iterator
 
 import typer
 
+from peftkern.cli.doctor import doctor
+from peftkern.cli.explain import explain
+
 EXIT_BAD_INPUT = 2
 # click's, which typer carries under a name of its own or imports, by its version.
 _UsageError: type[Exception] = typer.BadParameter.__base__
@@ -65,6 +68,10 @@ def version() -> None:
     import peftkern
 
     print(peftkern.__version__)
+
+
+app.command()(doctor)
+app.command()(explain)
 
 
 @app.callback()
