@@ -149,7 +149,7 @@ def _built() -> dict[str, Any]:
     cpu: dict[str, Any] = {"missing": reason}
     if module is not None:
         cpu = {
-            "compiled_in": list(module.built_isas()),
+            "compiled_in": list(module.built_isas()) if hasattr(module, "built_isas") else None,
             "usable_here": list(native.cpu_isas()),
             "in_use": None,
         }
@@ -275,6 +275,8 @@ def _build_findings(built: dict[str, Any]) -> Iterator[Finding]:
             f"no kernels for the CPU, plain torch serves it: {built['_cpu']['missing']}",
             _REBUILD,
         )
+    elif built["_cpu"]["compiled_in"] is None:
+        yield Finding(True, "the native library was built from older sources", _REBUILD)
     else:
         lacking = [isa for isa in _machine_isas() if isa not in built["_cpu"]["compiled_in"]]
         if lacking:
@@ -325,7 +327,7 @@ def gpu_findings() -> Iterator[Finding]:
     if triton_interpreted():
         yield Finding(
             True,
-            "TRITON_INTERPRET=1: Triton's kernels run on the CPU, one element of a grid at a time",
+            "TRITON_INTERPRET=1: Triton's kernels run on the CPU, in Python",
             "unset TRITON_INTERPRET",
         )
     yield from compiler_findings(Path(sysconfig.get_path("include")), os.environ.get("CC"))

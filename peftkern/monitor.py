@@ -153,7 +153,8 @@ class TrainingMonitor:
         if cuda:
             torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._nvml_reason = _nvml_missing(self.device)
+        nvml = _nvml(self.device)
+        self._nvml_reason = nvml if isinstance(nvml, str) else None
         self.steps = 0
         self._finished = self._tokens = 0
         self._seconds = array("d")  # of every finished step
@@ -241,11 +242,11 @@ class TrainingMonitor:
             for book in ("allocated", "reserved"):
                 for name, when in ((book, "current"), (f"peak_{book}", "peak")):
                     found[f"cuda_{name}_bytes"] = stats.get(f"{book}_bytes.all.{when}", 0)
-            if self._nvml_reason is None:
-                found |= {
-                    "nvml_used_bytes": torch.cuda.device_memory_used(self.device),
-                    "nvml_utilization_percent": torch.cuda.utilization(self.device),
-                }
+            nvml = _nvml(self.device) if self._nvml_reason is None else self._nvml_reason
+            if isinstance(nvml, str):
+                self._nvml_reason = nvml
+            else:
+                found |= nvml
         return found
 
     def summary(self) -> Summary:
@@ -279,6 +280,7 @@ class TrainingMonitor:
         """
         if self._clock is None:
             return
+        self._ended = dispatch.stats(), {}
         try:
             # After an error nothing is waited for, and the device may refuse to answer.
             with contextlib.nullcontext() if wait else contextlib.suppress(RuntimeError):
@@ -433,16 +435,17 @@ def _process_memory() -> dict[str, int]:
     return found | {"process_peak_rss_bytes": max(peak, found.get("process_rss_bytes", 0))}
 
 
-def _nvml_missing(device: torch.device) -> str | None:
-    """Why NVML tells nothing of a device, or None."""
+def _nvml(device: torch.device) -> dict[str, int] | str:
+    """What NVML tells of a GPU, through torch, which knows its number there; or why it does not."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{device.type} is not an NVIDIA GPU"
     try:
-        torch.cuda.device_memory_used(device)
-        torch.cuda.utilization(device)
+        return {
+            "nvml_used_bytes": torch.cuda.device_memory_used(device),
+            "nvml_utilization_percent": torch.cuda.utilization(device),
+        }
     except Exception as error:  # NVML's own class of errors comes with the package that may miss
         return " ".join(str(error).split())
-    return None
 
 
 def _check_values(values: dict[str, Any]) -> None:

@@ -159,6 +159,16 @@ def test_instruction_set_that_is_not_here_is_wrong(monkeypatch):
     assert finding.wrong and finding.what.startswith("PEFTKERN_CPU_ISA: expected one of")
 
 
+def test_stale_or_weak_build_is_found():
+    stale = {"_cpu": {"compiled_in": None, "usable_here": ["scalar"], "in_use": "scalar"}}
+    (finding,) = doctor._build_findings(stale)
+    assert finding.wrong and "older sources" in finding.what
+    weak = {"_cpu": {"compiled_in": ["scalar"], "usable_here": ["scalar"], "in_use": "scalar"}}
+    found = list(doctor._build_findings(weak))
+    assert [f.wrong for f in found] == ([False] if doctor._machine_isas() else [])
+    assert set(doctor._machine_isas()) >= set(native.cpu_isas()) - {"scalar"}
+
+
 def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "quick_peer.py").write_text("print('[1, 2]')")
     (tmp_path / "slow_peer.py").write_text("import time\ntime.sleep(600)")

@@ -205,7 +205,7 @@ def test_monitor_in_the_trainer_s_list_reaches_the_history(tmp_path):
 def test_evaluating_and_saving_is_in_no_step(tmp_path):
     class Slow(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
-            time.sleep(0.5)
+            time.sleep(1.0)
 
     run = trainer(
         add_lora(tiny_llama()),
@@ -220,7 +220,7 @@ def test_evaluating_and_saving_is_in_no_step(tmp_path):
     run.train()
     logged = training_logs(run)
     assert len(logged) == STEPS
-    assert all(entry["peftkern/step_seconds"] < 0.4 for entry in logged[1:])
+    assert all(entry["peftkern/step_seconds"] < 0.9 for entry in logged[1:])
     assert all(entry["peftkern/tokens"] == ROWS * LENGTH for entry in logged)
     assert not any("peftkern/tokens" in e for e in run.state.log_history if "eval_loss" in e)
     run.evaluate()  # when all is done: the monitor is closed

@@ -20,8 +20,9 @@ def doctor(
 ) -> None:
     """Look at this installation and test every function on small inputs.
 
-    Exit status: 0 if all is well, 1 if something is wrong (each with what to do about it), notes
-    aside. A peer that is not installed is not wrong.
+    Exit status: 0 if all is well, 1 if something is wrong; a note is not.
+
+    A peer that is not installed is not wrong. Peers are imported in another process.
     """
     import json
 
@@ -70,7 +71,7 @@ def _print_built(d: Diagnosis, console: Console) -> None:
     if "missing" in cpu:
         table.add_row("_cpu", cpu["missing"])
     else:
-        table.add_row("_cpu", f"compiled in: {', '.join(cpu['compiled_in'])}")
+        table.add_row("_cpu", f"compiled in: {', '.join(cpu['compiled_in'] or ['unknown'])}")
         table.add_row("", f"usable here: {', '.join(cpu['usable_here'])}")
         table.add_row("", f"in use: {cpu['in_use'] or 'none, see below'}")
     for gpu in machine["gpus"]:
