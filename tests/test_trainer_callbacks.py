@@ -223,7 +223,17 @@ def test_evaluating_and_saving_is_in_no_step(tmp_path):
     assert all(entry["peftkern/step_seconds"] < 0.9 for entry in logged[1:])
     assert all(entry["peftkern/tokens"] == ROWS * LENGTH for entry in logged)
     assert not any("peftkern/tokens" in e for e in run.state.log_history if "eval_loss" in e)
-    run.evaluate()  # when all is done: the monitor is closed
+    run.evaluate()  # when all is done the monitor is closed
+    run.log({"loss": 1.0})
+    assert "peftkern/tokens" not in run.state.log_history[-1]
+
+
+def test_file_that_cannot_be_opened_leaves_the_model_alone(tmp_path):
+    model = add_lora(tiny_llama())
+    run = trainer(model, tmp_path, [MonitorCallback(jsonl=tmp_path / "no" / "run.jsonl")])
+    with pytest.raises(FileNotFoundError, match=r"run\.jsonl"):
+        run.train()
+    assert not model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("counted", ["no", "all"])

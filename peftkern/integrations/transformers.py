@@ -107,12 +107,12 @@ class MonitorCallback(TrainerCallback):
         self._stop()  # of a training that was interrupted
         self._counted = args.include_num_input_tokens_seen not in ("no", False)
         self._tokens = state.num_input_tokens_seen if self._counted else 0
-        if model is not None and not self._counted and not args.torch_compile:
-            self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
         options = {**self._options, "device": self._options["device"] or args.device}
         if not state.is_world_process_zero:
             options["jsonl"] = None
         self.monitor = TrainingMonitor(**options, every=0).start()
+        if model is not None and not self._counted and not args.torch_compile:
+            self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
 
     def on_step_end(
         self,
@@ -136,8 +136,8 @@ class MonitorCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.monitor is None or not logs or "loss" not in logs:
-            return  # an evaluation, or what the Trainer says when all is done
+        if self.monitor is None or not self.monitor.running or not logs or "loss" not in logs:
+            return  # an evaluation, or what is said when all is done
         values = {name: logs[name] for name in _LOGGED if isinstance(logs.get(name), float)}
         record = self.monitor.record(global_step=state.global_step, **values)
         if record is None:
