@@ -34,6 +34,7 @@ RANK = {
     "plan": 8,
     "checkpoint": 8,
     "monitor": 8,
+    "nf4_checkpoint": 9,
     "integrations": 9,
     "__init__": 10,
     "doctor": 11,
@@ -92,7 +93,7 @@ def violations(package: Path = PACKAGE) -> list[str]:
                 found.append(f"{where}; only kernels may")
             elif top == "peftkern" and not (rest and rest[0] == "_cpu" and stem == "native"):
                 other = rest[0] if rest and rest[0] in RANK else "__init__"
-                same_folder = other == stem and "." in name
+                same_folder = other == stem and path.parent != package
                 if not same_folder and RANK[other] >= RANK[stem]:
                     found.append(f"{where}, against the direction of flow")
     return found
