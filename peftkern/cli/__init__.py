@@ -70,3 +70,9 @@ def version() -> None:
 @app.callback()
 def _commands() -> None:
     """Kernels for parameter-efficient fine-tuning."""
+
+
+# Last, as the commands import the frame from here.
+from peftkern.cli import quantize  # noqa: E402
+
+app.command(name="quantize")(quantize.quantize)
