@@ -25,6 +25,7 @@ NF4_MAX_HALF_GAP = 0.1519036  # of absmax: half of the widest gap of the table, 
 NF4_TIE_RTOL = 1e-6  # how near a threshold x / absmax and x * (1 / absmax) may disagree
 # bitsandbytes' CPU quantiser of absmax looks codes up in 65,536 bins: this share is off by one.
 ABSMAX_CODE_MISMATCH = 0.005
+ABSMAX_CODE_BIN = 2**-15  # the width of a bin in [-1, 1]: near 0 it holds several codes
 
 # Of low_rank_svd in float32, against a dense float64 SVD; in the order of `svd_errors`.
 SVD_SIGMA = 1e-6  # |sigma - oracle| / sigma_1

@@ -33,7 +33,7 @@ def explain(
     import json
 
     from peftkern import sample_calls
-    from peftkern.cli import InputError, bad_input
+    from peftkern.cli.frame import InputError, bad_input
 
     for option, name in (("--dtype", dtype), ("--adapter-dtype", adapter_dtype)):
         if name not in sample_calls.DTYPES:
@@ -78,7 +78,7 @@ def _device(name: str | None) -> torch.device:
     """The device that was asked for, if it is here."""
     import torch
 
-    from peftkern.cli import InputError
+    from peftkern.cli.frame import InputError
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
