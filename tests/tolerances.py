@@ -54,6 +54,7 @@ SVD_STATS_RTOL = 1e-12  # of float64 statistics of given values
 # Of the methods' closed forms and optimizers against a plain transcription, relative to the largest
 # value; float32 is after some twenty steps of Adam, which divides by gradients that may be small.
 METHODS_RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}
+METHODS_STEPS_RTOL = 1e-10  # float64, after steps that invert a Gram matrix each time
 # PEFT's LoRA-FA rounds gradients to bfloat16, but not those in float64: a last bit that differs in
 # float32 may there become one of bfloat16.
 LORA_FA_PEFT_RTOL = {torch.float64: 1e-12, torch.float32: 2**-9}

@@ -19,6 +19,7 @@ _MODULE_OF = {
     "freeze_lora_A": "lora_fa",
     "lora_fa_gradients": "lora_fa",
     "lora_pro_gradients": "lora_pro",
+    "lora_pro_hook": "lora_pro",
 }
 __all__ = sorted(_MODULE_OF)
 

@@ -6,11 +6,16 @@
 A step along the factors' own gradients moves the weight along scaling * (g_B A + B g_A), which is
 far from the gradient g of the weight. The ones here give g - (I - P_B) g (I - P_A), with P_B and
 P_A the projections on the columns of lora_B and the rows of lora_A: the nearest that there is.
+
+That holds for the step itself with a plain gradient step (`lora_pro_hook` on torch.optim.SGD). Adam
+rescales what it follows element by element: with full_moments it does so to the weight's gradient,
+as full fine-tuning does; with the factors' own moments, the default, what the rescaled factors do
+to the weight is no longer the nearest (examples/planted_regression.py prints both).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +27,7 @@ from peftkern.methods.pairs import (
     chunks,
     cut_reciprocal,
     eigenvalue_cutoff,
+    find_pairs,
     scalings,
     stacked,
     symmetric_eigen,
@@ -114,6 +120,28 @@ def _cores(
     return cores
 
 
+def lora_pro_hook(
+    model: nn.Module, adapter: str | None = None
+) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
+    """A hook that replaces `.grad` of every pair by `lora_pro_gradients` before a step.
+
+        optimizer.register_step_pre_hook(lora_pro_hook(model))
+
+    For any optimizer, but not for a step with a closure, which makes its gradients after the hook.
+    Args and raises: as `LoRAProAdamW`.
+    """
+    pairs = find_pairs(model, adapter)
+    _check_unshared(pairs)
+
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        factors = [p for pair in pairs for p in (pair.lora_A, pair.lora_B)]
+        grads = {p: p.grad for p in factors if p.grad is not None}
+        for p, grad in _replaced(_with_gradients(pairs, grads), grads).items():
+            p.grad = grad
+
+    return hook
+
+
 class LoRAProAdamW(PairAdamW):
     """AdamW on the gradients of `lora_pro_gradients`.
 
@@ -156,31 +184,13 @@ class LoRAProAdamW(PairAdamW):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(model, params, adapter, defaults)
         self._full_moments = full_moments
-        seen: dict[Tensor, str] = {}
-        for pair in self._pairs:
-            for factor in (pair.lora_A, pair.lora_B):
-                if factor in seen:
-                    raise ValueError(
-                        f"model: {seen[factor]} and {pair.name} share a factor; the gradient of a "
-                        "shared factor belongs to no single weight"
-                    )
-                seen[factor] = pair.name
+        _check_unshared(self._pairs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_full_moments": self._full_moments}
 
     def _replace(self, grads: dict[Tensor, Tensor]) -> None:
-        pairs = []
-        for pair in self._pairs:
-            has = (pair.lora_A in grads, pair.lora_B in grads)
-            if any(has) and not all(has):
-                name = "lora_A" if has[1] else "lora_B"
-                raise ValueError(
-                    f"{pair.name}: {name} has no gradient or is in no parameter group; LoRA-Pro "
-                    "needs both factors"
-                )
-            if all(has):
-                pairs.append(pair)
+        pairs = _with_gradients(self._pairs, grads)
         if not pairs:
             return
         replaced = _replaced(pairs, grads)
@@ -210,6 +220,30 @@ class LoRAProAdamW(PairAdamW):
         correction1, correction2 = (1 - beta ** state["step"].item() for beta in (beta1, beta2))
         denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
         return (state["exp_avg"] / correction1).div_(denominator)
+
+
+def _check_unshared(pairs: Sequence[AdapterPair]) -> None:
+    seen: dict[Tensor, str] = {}
+    for pair in pairs:
+        for factor in (pair.lora_A, pair.lora_B):
+            if factor in seen:
+                raise ValueError(
+                    f"model: {seen[factor]} and {pair.name} share a factor; the gradient of a "
+                    "shared factor belongs to no single weight"
+                )
+            seen[factor] = pair.name
+
+
+def _with_gradients(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> list[AdapterPair]:
+    """The pairs that take part in this step; one with half of its gradients is an error."""
+    for pair in pairs:
+        has_A, has_B = pair.lora_A in grads, pair.lora_B in grads
+        if has_A is not has_B:
+            raise ValueError(
+                f"{pair.name}: {'lora_A' if has_B else 'lora_B'} has no gradient or is in no "
+                "parameter group; LoRA-Pro needs both factors"
+            )
+    return [pair for pair in pairs if pair.lora_B in grads]
 
 
 def _replaced(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
