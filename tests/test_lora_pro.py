@@ -358,7 +358,7 @@ def test_full_moments_are_nearer_to_full_fine_tuning_than_lora(planted):
     for seed in range(3):
         curves, update = planted.train("adamw", planted.LR["adamw"], 60, seed)
         apart = planted.distances(curves, update)
-        # From zero lora_B alone can move, in either method: the first step is about as far off in both.
+        # From zero lora_B alone can move: the first step of both is about as far off.
         assert all(a < b for a, b in zip(apart[name][2:], apart["LoRA"][2:], strict=True))
         ours, theirs = (curve_distance(curves, n, planted.FULL) for n in (name, "LoRA"))
         assert ours < theirs

@@ -58,6 +58,8 @@ METHODS_STEPS_RTOL = 1e-10  # float64, after steps that invert a Gram matrix eac
 # PEFT's LoRA-FA rounds gradients to bfloat16, but not those in float64: a last bit that differs in
 # float32 may there become one of bfloat16.
 LORA_FA_PEFT_RTOL = {torch.float64: 1e-12, torch.float32: 2**-9}
+DELTA_LORA_NEAREST_KEEPS = 0.5  # share of the updates that bf16 weights keep: less than this
+DELTA_LORA_STOCHASTIC = 0.02  # how far from all of it stochastic rounding may be
 
 FUZZ_EXAMPLES = 300
 FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD
