@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peftkern.layers import LoRALinear, NF4LoRALinear
-from peftkern.methods.pairs import AdapterPair
 
 K, H, N, RANK = 24, 32, 20, 4
 ALPHA = 6  # a scaling of 1.5: neither 1 nor 2
@@ -100,7 +99,3 @@ def relative_difference(got: Iterable[Tensor], expected: Iterable[Tensor]) -> fl
         ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
         for a, b in zip(got, expected, strict=True)
     )
-
-
-def factors(pairs: list[AdapterPair]) -> list[Tensor]:
-    return [p.detach() for pair in pairs for p in (pair.lora_A, pair.lora_B)]

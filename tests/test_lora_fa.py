@@ -354,3 +354,19 @@ def test_arguments_are_checked():
             LoRAFAOptimizer(our_net(), **options)
     with pytest.raises(ValueError, match="scaling: expected numbers other than 0"):
         lora_fa_gradients([torch.ones(2, 1)], [torch.ones(1, 2)], [0.0])
+    with pytest.raises(
+        ValueError, match=r"expected \[N, r\] and \[r, K\], got \[2, 1\] and \[3, 2\]"
+    ):
+        lora_fa_gradients([torch.ones(2, 1)], [torch.ones(3, 2)], [1.0])
+    with pytest.raises(ValueError, match=r"scaling: expected one of each .*, 2 of scaling"):
+        lora_fa_gradients([torch.ones(2, 1)], [torch.ones(1, 2)], [1.0, 1.0])
+
+
+def test_names_are_found_where_the_table_says():
+    from peftkern import methods
+
+    for name in methods.__all__:
+        assert getattr(methods, name).__module__.startswith("peftkern.methods.")
+    assert set(methods.__all__) <= set(dir(methods))
+    with pytest.raises(AttributeError, match="has no attribute 'LoRE'"):
+        _ = methods.LoRE

@@ -312,8 +312,10 @@ def test_half_of_a_pair_and_shared_factors_are_errors():
         lora_pro_gradients([A], [B], [gB], [gA], [1.0])
     with pytest.raises(ValueError, match="lora_A, lora_B of layer 0"):
         lora_pro_gradients([A], [B[:, :1]], [gA], [gB], [1.0])
-    with pytest.raises(ValueError, match="scaling"):
+    with pytest.raises(ValueError, match="scaling: expected numbers other than 0"):
         lora_pro_gradients([A], [B], [gA], [gB], [0])
+    with pytest.raises(ValueError, match=r"expected one of each .* 0 of grad_B"):
+        lora_pro_gradients([A], [B], [gA], [], [1.0])
 
 
 def test_scaling_is_read_at_every_step():

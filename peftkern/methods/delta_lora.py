@@ -208,7 +208,8 @@ class InPlaceDeltaLoRA:
         rounding: how a bfloat16 weight is written. A step's change is mostly below half of the last
             bit of the weight, so "nearest" loses most of it; "stochastic" rounds up or down with
             the probability that makes the mean right.
-        generator: of the random bits; torch's own by default.
+        generator: of the random bits; torch's own by default. Replicas in several processes stay
+            equal only if all draw the same: give each a generator of one seed.
         adapter: the name of the PEFT adapter to treat so; all trained ones by default.
 
     Raises: TypeError or ValueError naming the argument, or the layer that cannot be written to.

@@ -3,7 +3,8 @@
     model = get_peft_model(base, LoraConfig(...))         # or layers of peftkern.layers
     optimizer = LoRAFAOptimizer(model, lr=2e-4)           # freezes every lora_A
 
-With lora_A frozen `lora_linear` and `nf4_lora_linear` save x @ lora_A.T, [T, r], in place of x.
+With lora_A frozen `lora_linear` and `nf4_lora_linear` save x @ lora_A.T, [T, r], in place of x
+(and with dropout its mask on a CPU, a seed elsewhere).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from peftkern.methods.pairs import (
     PairAdamW,
+    check_counts,
     chunks,
     cut_reciprocal,
     eigenvalue_cutoff,
@@ -50,9 +52,17 @@ def lora_fa_gradients(
 
     Args: of each layer, grad_B [N, r], lora_A [r, K] and scaling, which is not 0.
     Returns: a list of [N, r], in the dtype of grad_B. A NaN or Inf stays in its own layer.
-    Raises: ValueError on a scaling of 0 or lists of unequal length.
+    Raises: ValueError on a scaling of 0, shapes that do not belong together or lists of unequal
+        length.
     Gradients: none.   Source: Zhang et al. 2023, arXiv:2308.03303 (v2)
     """
+    check_counts(grad_B=grad_B, lora_A=lora_A, scaling=scaling)
+    for i, (g, A) in enumerate(zip(grad_B, lora_A, strict=True)):
+        if g.dim() != 2 or A.dim() != 2 or g.shape[1] != A.shape[0]:
+            raise ValueError(
+                f"grad_B, lora_A of layer {i}: expected [N, r] and [r, K], got {list(g.shape)} and "
+                f"{list(A.shape)}"
+            )
     with torch.no_grad():
         return _multiply(grad_B, gram_inverses(lora_A), scaling)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from peftkern.methods.pairs import (
     AdapterPair,
     PairAdamW,
+    check_counts,
     chunks,
     cut_reciprocal,
     eigenvalue_cutoff,
@@ -60,6 +61,7 @@ def lora_pro_gradients(
         length.
     Gradients: none.   Source: Wang et al. 2024, theorem 2.1 and 2.2, arXiv:2407.18242
     """
+    check_counts(lora_A=lora_A, lora_B=lora_B, grad_A=grad_A, grad_B=grad_B, scaling=scaling)
     columns = (lora_A, lora_B, grad_A, grad_B)
     for i, (A, B, gA, gB) in enumerate(zip(*columns, strict=True)):
         if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0]:

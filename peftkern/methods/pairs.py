@@ -69,6 +69,14 @@ def _pairs_of(name: str, layer: nn.Module) -> Iterator[AdapterPair]:
                 yield AdapterPair(name, layer, adapter, *weights)
 
 
+def check_counts(**lists: Sequence[Any]) -> None:
+    """Raise ValueError unless the lists, given by their names, are of one length."""
+    counts = {name: len(values) for name, values in lists.items()}
+    if len(set(counts.values())) > 1:
+        got = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise ValueError(f"{', '.join(counts)}: expected one of each for every layer, got {got}")
+
+
 def scalings(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
     """[L, 1, 1] in float64 on the device of `like`; a tensor among them is not read on the host."""
     options = {"dtype": torch.float64, "device": like.device}
