@@ -265,6 +265,35 @@ def test_resume_from_a_state_dict_and_copies(full_moments):
 
 
 @pytest.mark.parametrize("full_moments", [False, True])
+def test_grad_scaler_unscales_and_skips(full_moments):
+    data = batches(4, torch.float32)
+    model, plain = twins(our_net(torch.float32))
+    options = {"lr": 1e-2, "full_moments": full_moments}
+    optimizer, reference = (LoRAProAdamW(m, **options) for m in (model, plain))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    for i, (x, target) in enumerate(data):
+        inputs = torch.full_like(x, math.inf) if i == 1 else x
+        scaler.scale((model(inputs) - target).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if i != 1:
+            train(plain, reference, [(x, target)])
+    assert scaler.get_scale() == 2.0**9
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)  # a power of two takes nothing away
+
+
+@pytest.mark.parametrize("full_moments", [False, True])
+def test_bfloat16_factors(full_moments):
+    model = our_net(torch.bfloat16)
+    optimizer = LoRAProAdamW(model, lr=1e-2, full_moments=full_moments)
+    losses = train(model, optimizer, batches(1, torch.bfloat16) * 20)
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(p.dtype is torch.bfloat16 and p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("full_moments", [False, True])
 def test_groups_closure_and_other_parameters(full_moments):
     (batch,) = batches(1)
     model, plain = twins(our_net())
