@@ -11,6 +11,8 @@ import importlib
 from typing import Any
 
 _MODULE_OF = {
+    "QuantumPEFTLinear": "quantum_peft",
+    "orthonormal_columns": "quantum_peft",
     "shifted_sparse_attention": "longlora",
 }
 __all__ = sorted(_MODULE_OF)
