@@ -11,7 +11,10 @@ import importlib
 from typing import Any
 
 _MODULE_OF = {
+    "DyLoRALinear": "dylora",
     "QuantumPEFTLinear": "quantum_peft",
+    "sample_rank": "dylora",
+    "set_rank": "dylora",
     "orthonormal_columns": "quantum_peft",
     "shifted_sparse_attention": "longlora",
 }

@@ -8,7 +8,7 @@ that a layer is a few matrix products over [2^q, r], not a pass for every gate.
 
 The backward pass undoes each product with its transpose instead of storing what came out of it.
 
-Source: Koike-Akino et al. 2025, "Quantum-PEFT", eq. 3-5, arXiv:2503.05431
+Source: Koike-Akino et al. 2025, arXiv:2503.05431
 """
 
 from __future__ import annotations
