@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import typer
 
+from peftkern.cli.plan import plan
+
 EXIT_BAD_INPUT = 2
 # click's, which typer carries under a name of its own or imports, by its version.
 _UsageError: type[Exception] = typer.BadParameter.__base__
@@ -65,6 +67,9 @@ def version() -> None:
     import peftkern
 
     print(peftkern.__version__)
+
+
+app.command()(plan)
 
 
 @app.callback()
