@@ -11,6 +11,11 @@ models; what a GPU does otherwise is counted and has not been measured:
 - peftkern makes an NF4 weight dense for one matmul at a time, as bitsandbytes does (neither does for
   a few rows; that is left out).
 
+What is planned is a model in one dtype, without autocast. PEFT's prepare_model_for_kbit_training
+makes embeddings, norms and lm_head float32, and with them the activations between layers; neither
+that nor the casts of autocast is counted. The model is trained with use_cache off, one micro-batch
+to a step, on batches without padding, and its `outputs` are dropped before backward.
+
 The CUDA context, cuBLAS workspaces, fragmentation and what else runs on the device are not in it.
 """
 
@@ -48,7 +53,8 @@ PHASES = ("forward", "backward", "optimizer")
 _BYTES = {"bf16": 2, "fp32": 4}
 _BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' defaults, and the only ones of its 4-bit config
 _MIN_8BIT, _BLOCK_8BIT = 4096, 256  # of bitsandbytes' 8-bit optimizers
-_LARGEST = 2**40
+_LARGEST = 2**32
+_MOST_LAYERS = 1000  # each is walked through
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ class Training:
         for name in ("r", "batch", "sequence"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+                raise ValueError(f"{name}: expected an integer from 1 to {_LARGEST}, got {value!r}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         unknown = [name for name in self.targets if name not in MODULES]
@@ -170,7 +176,7 @@ def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, by part. `phases[name][part]` is what is live at the peak of a phase of the step.
+    """Bytes, by part; parameters of the base model and trained ones. `phases[name][part]` is what is live at the peak of a phase of the step.
 
     The parts of `fixed` are live throughout; a phase's total is the sum of all of its parts.
     """
@@ -235,12 +241,12 @@ def from_config(config: dict[str, Any]) -> Architecture:
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type: expected one of {', '.join(ARCHITECTURES)}, got {kind!r}")
 
-    def size(key: str, default: int | None = None) -> int:
+    def size(key: str, default: int | None = None, most: int = _LARGEST) -> int:
         value = config.get(key)
         if value is None and default is not None:
             return default
-        if type(value) is not int or not 1 <= value <= _LARGEST:
-            raise ValueError(f"{key}: expected a positive integer, got {value!r}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{key}: expected an integer from 1 to {most}, got {value!r}")
         return value
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
@@ -252,7 +258,7 @@ def from_config(config: dict[str, Any]) -> Architecture:
     biased = kind == "llama" and bool(config.get("attention_bias", False))
     return Architecture(
         hidden=hidden,
-        layers=size("num_hidden_layers"),
+        layers=size("num_hidden_layers", most=_MOST_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
         intermediate=size("intermediate_size"),
@@ -282,18 +288,17 @@ def plan(model: Architecture, training: Training) -> Plan:
 
     Returns: a Plan, in bytes. Raises: nothing; what it takes has been checked when it was made.
     """
-    linears = _linears(model, training)
-    trained = _trained(model, training, linears)
+    shapes = step_shapes(model, training)
+    trained = _trained(model, training, shapes.linears)
     fixed = {**_weights(model, training), **_adapters(model, training, trained)}
     memory = Memory(512 if training.device == "cuda" else 1)
-    step = Step(_shapes(model, training, linears), memory)
+    step = Step(shapes, memory)
     phases = {name: _parts(parts) for name, (_, parts) in step.run().items()}
     phases["optimizer"] = {
         **_parts({GRADIENTS: memory.total}),
         TEMPORARIES: _optimizer_scratch(training, trained),
     }
-    total = _parameters(model) + (sum(trained) if training.method != "full" else 0)
-    return Plan(total, sum(trained), fixed, phases)
+    return Plan(_parameters(model), sum(trained), fixed, phases)
 
 
 def largest(model: Architecture, training: Training, name: str, budget: int) -> int:
@@ -327,7 +332,8 @@ def _linears(model: Architecture, training: Training) -> dict[str, Linear]:
     return linears
 
 
-def _shapes(model: Architecture, training: Training, linears: dict[str, Linear]) -> Shapes:
+def step_shapes(model: Architecture, training: Training) -> Shapes:
+    """What `peftkern.training_step.Step` takes."""
     return Shapes(
         layers=model.layers,
         hidden=model.hidden,
@@ -336,7 +342,7 @@ def _shapes(model: Architecture, training: Training, linears: dict[str, Linear])
         head_dim=model.head_dim,
         intermediate=model.intermediate,
         vocabulary=model.vocabulary,
-        linears=linears,
+        linears=_linears(model, training),
         batch=training.batch,
         sequence=training.sequence,
         r=training.r,

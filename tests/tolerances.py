@@ -51,6 +51,8 @@ SVD_BOUNDS_64 = (1e-13, 1e-9, 1e-13, 1e-13)  # float64 factors
 SVD_BOUNDS_FAST = (SVD_SIGMA, SVD_SIGMA_RELATIVE, 1e-5, SVD_RECONSTRUCTION)  # kappa <= 1e5
 SVD_STATS_RTOL = 1e-12  # of float64 statistics of given values
 
+PLAN_RTOL = 0.05  # of the bytes at a step's peak, counted against measured
+
 FUZZ_EXAMPLES = 300
 FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD
 FUZZ_EXAMPLES_LONG = 100_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from peftkern.plan import Architecture, Plan, Training
 
 DOES_NOT_FIT = 1
+_PHASES = {
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "optimizer": "optimizer's step",
+}
 _MODEL = "A preset (llama3-8b, llama-65b, qwen2.5-7b, ...), a config.json, or the folder of one."
 
 
@@ -48,14 +54,11 @@ def plan(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     fit: Annotated[
         str | None,
-        typer.Option(help="A budget, 48GB or 48GiB: does it fit, and how much would?"),
+        typer.Option(help="Budget, 48GB or 48GiB: does it fit, what would? Status 1 if not."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
 ) -> None:
-    """Count the memory of a fine-tune: weights, adapters, optimizer, activations, logits, peak.
-
-    With --fit the exit status is 1 if it does not fit.
-    """
+    """Count the memory of a fine-tune before it is run."""
     from peftkern import plan as planning
     from peftkern.cli import bad_input
 
@@ -117,7 +120,11 @@ def _print(
         return f"{nbytes / size:.2f}" if nbytes else "-"
 
     console = Console(highlight=False)
-    console.print(_describe(name, model, training, found), markup=False)
+
+    def say(text: str) -> None:
+        console.print(textwrap.fill(text, console.width), markup=False)
+
+    say(_describe(name, model, training, found))
     phases = list(found.phases)
     table = Table(title=f"{unit} at the peak of each phase of a step", title_justify="left")
     table.add_column("")
@@ -137,16 +144,15 @@ def _print(
     peak = f"{found.peak / 1e9:.2f} GB = {found.peak / 2**30:.2f} GiB"
     if found.peak < 1e9:
         peak = f"{found.peak / 1e6:.2f} MB = {found.peak / 2**20:.2f} MiB"
-    console.print(f"peak  {peak}, in {found.peak_phase}", markup=False)
+    say(f"peak {peak}, in the {_PHASES[found.peak_phase]}")
     if fitting is not None:
-        console.print(_verdict(training, found, fitting), markup=False)
-    console.print(_caveat(training), markup=False)
+        say(_verdict(training, found, fitting))
+    say(_caveat(training))
 
 
 def _describe(name: str, model: Architecture, training: Training, found: Plan) -> str:
-    share = f"{found.parameters / 1e9:.2f}" if found.parameters >= 1e9 else "less than 1"
-    trained = f"{found.trainable / 1e6:.1f} million"
-    text = f"{name}: {share} billion parameters, {trained} trained. {training.method}"
+    text = f"{name}: {_count(found.parameters)} parameters, {_count(found.trainable)} trained. "
+    text += training.method
     if training.method != "full":
         where = f"{len(training.targets)} of {len(model.linears())} linear layers"
         text += f" r={training.r} on {where}, adapters {training.adapter}"
@@ -158,6 +164,10 @@ def _describe(name: str, model: Architecture, training: Training, found: Plan) -
     if training.method != "full":
         text += ", patched by peftkern" if training.patched else ", PEFT alone"
     return text
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} billion" if n >= 1e9 else f"{n / 1e6:.2f} million"
 
 
 def _verdict(training: Training, found: Plan, fitting: dict) -> str:
@@ -172,9 +182,10 @@ def _verdict(training: Training, found: Plan, fitting: dict) -> str:
 
 def _caveat(training: Training) -> str:
     if training.device == "cpu":
-        return "Bytes of tensors; the scratch of oneDNN and of native code comes on top."
-    text = "Allocated by tensors, counted, not measured on a GPU: the CUDA context, cuBLAS'"
-    text += " workspaces and fragmentation come on top (leave 1 to 2 GB)."
+        return "Bytes of tensors, without autocast; oneDNN's scratch and native code's come on top."
+    text = "Bytes of tensors, counted, not measured on a GPU: the CUDA context, cuBLAS'"
+    text += " workspaces and fragmentation come on top. Without autocast, and without PEFT's"
+    text += " prepare_model_for_kbit_training, which makes what is not quantised float32."
     if training.optimizer.startswith("paged"):
         text += " Paged optimizer states may move to the host's memory."
     return text
