@@ -117,6 +117,10 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
 }
 _BACKENDS = ("triton", "cpu", "reference")
 
+# Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
+# costs more than the copies it saves (bench/bench_lora_linear.py). Integrations ask; ops do not.
+DENSE_CPU_MINIMUM = 1 << 19
+
 _override: ContextVar[str | None] = ContextVar("peftkern_backend", default=None)
 _lock = threading.Lock()
 _calls: Counter[tuple[str, str]] = Counter()

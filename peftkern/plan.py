@@ -8,8 +8,8 @@ models; what a GPU does otherwise is counted and has not been measured:
 - the caching allocator rounds to 512 bytes, and reserves more than is allocated;
 - AdamW there updates all tensors at once and needs their square roots at the same time;
 - dropout keeps one byte for each element, and peftkern's a seed;
-- peftkern makes an NF4 weight dense for one matmul at a time, as bitsandbytes does (neither does for
-  a few rows; that is left out).
+- peftkern makes an NF4 weight dense for one matmul at a time, as bitsandbytes does (neither does
+  for a few rows; that is left out).
 
 What is planned is a model in one dtype, without autocast. PEFT's prepare_model_for_kbit_training
 makes embeddings, norms and lm_head float32, and with them the activations between layers; neither
@@ -176,9 +176,10 @@ def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, by part; parameters of the base model and trained ones. `phases[name][part]` is what is live at the peak of a phase of the step.
+    """Bytes by part, the base model's number of parameters and that of trained ones.
 
-    The parts of `fixed` are live throughout; a phase's total is the sum of all of its parts.
+    The parts of `fixed` are live throughout; `phases[name][part]` is what else is live at the peak
+    of a phase of the step, and `totals[name]` the sum of both.
     """
 
     parameters: int
@@ -393,9 +394,7 @@ def _linear_bytes(numel: int, training: Training) -> int:
     return packed + blocks + nested + code
 
 
-def _trained(
-    model: Architecture, training: Training, linears: dict[str, Linear]
-) -> list[int]:
+def _trained(model: Architecture, training: Training, linears: dict[str, Linear]) -> list[int]:
     """How many elements each trained tensor has."""
     r, sizes = training.r, []
     for linear in linears.values():

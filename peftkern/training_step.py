@@ -9,6 +9,7 @@ is fitted. `peftkern.plan` adds the weights, and tests/test_plan.py compares wit
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -198,8 +199,8 @@ class Tape:
         saves: what backward reads, besides the output if saves_output; saves_late: known only after
         the output, as in a custom autograd function; keeps: backward reads weights (they count for
         checkpointing, though they cost nothing); trains: (name, bytes) of the parameters that get
-        gradients; alias: the incoming gradient is passed on to inputs of its dtype; forward, backward: bytes
-        of scratch that live until the operation ends.
+        gradients; alias: the incoming gradient is passed on to inputs of its dtype; forward,
+        backward: bytes of scratch that live until the operation ends.
         """
         slots = [(x.slot, x.nbytes) for x in inputs if x.slot is not None]
         wants = bool(slots or trains)
@@ -279,10 +280,8 @@ class Tape:
 
     def _recompute(self, frame: Frame) -> None:
         self.replayed, self.wanted = [], frame.count
-        try:
+        with contextlib.suppress(_AllFound):
             frame.program(frame.x)
-        except _AllFound:
-            pass
         frame.found, self.replayed = self.replayed, None
 
 
@@ -468,9 +467,10 @@ class Step(Tape):
         return -(-linear.K * linear.N // 64) * F32 if self.shapes.double_quant else 0
 
     def fused(self, x: Tensor, linear: Linear, name: str) -> Tensor:
-        """peftkern's op: keeps x, in its own dtype, and S = x A^T in float32; on a CPU dropout's mask.
+        """peftkern's op: keeps x in its own dtype and S = x A^T in float32.
 
-        A CPU multiplies with an NF4 weight as it is, a GPU makes it dense for the matmul.
+        A CPU keeps dropout's mask too, a GPU its seed; a CPU multiplies with an NF4 weight as it
+        is, a GPU makes it dense for the matmul.
         """
         s, T = self.shapes, self.tokens
         S = self.new(T * s.r * F32)
@@ -547,9 +547,7 @@ class Step(Tape):
         A, B, E = self.adapter_gradients(linear, name)
         dropped = self.drop(x)
         AE = self.op([], A[1], keeps=True, trains=[A, E], backward=A[1])
-        S = self.op(
-            [dropped, AE], T * s.r * s.adapter_size, saves=[dropped.buffer, AE.buffer]
-        )
+        S = self.op([dropped, AE], T * s.r * s.adapter_size, saves=[dropped.buffer, AE.buffer])
         dropped = AE = None
         update = self.op([S], T * linear.N * s.adapter_size, saves=[S.buffer], trains=[B])
         S = None

@@ -1,7 +1,7 @@
 """Every number that a test compares against: nowhere else, and never loosened for a machine.
 
-The rule: an op's error against float64 is at most RATIO times the error of eager torch in the same
-dtypes, plus a floor that stands for the one rounding of the result which nobody can avoid.
+The rule between right and wrong, and its bounds, ship with the benchmarks, which apply them on
+every machine: peftkern/benchmark/tolerances.py.
 """
 
 from __future__ import annotations
@@ -9,21 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RATIO = 1.5
-# Relative root-mean-square and relative maximum (to the largest value) of a result that is right up
-# to its last rounding; float32 carries the reduction's error as well, float64 serves the oracle.
-FLOOR_RMS = {
-    torch.float64: 1e-14,
-    torch.float32: 1e-6,
-    torch.float16: 2**-12,
-    torch.bfloat16: 2**-9,
-}
-FLOOR_MAX = {
-    torch.float64: 1e-13,
-    torch.float32: 2e-6,
-    torch.float16: 2**-11,
-    torch.bfloat16: 2**-8,
-}
+from peftkern.benchmark.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
 
 GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}  # torch.autograd.gradcheck's own defaults
 LOSS_CURVE_RTOL = 1e-3  # each of 50 steps, patched against unpatched
@@ -57,16 +43,6 @@ FUZZ_EXAMPLES = 300
 FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD
 FUZZ_EXAMPLES_LONG = 100_000
 DETERMINISM_RUNS = 20
-
-
-def errors(got: Tensor, oracle: Tensor) -> tuple[float, float]:
-    """Relative RMS error, and the largest error relative to the oracle's largest value."""
-    difference = got.detach().double() - oracle.detach().double()
-    if difference.numel() == 0:
-        return 0.0, 0.0
-    scale = oracle.detach().double()
-    rms = difference.square().mean().sqrt() / scale.square().mean().sqrt().clamp(min=1e-30)
-    return rms.item(), (difference.abs().max() / scale.abs().max().clamp(min=1e-30)).item()
 
 
 def assert_as_accurate_as_torch(got: Tensor, eager: Tensor, oracle: Tensor) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import typer
 
+from peftkern.cli.doctor import doctor
+from peftkern.cli.explain import explain
 from peftkern.cli.plan import plan
 
 EXIT_BAD_INPUT = 2
@@ -69,6 +71,8 @@ def version() -> None:
     print(peftkern.__version__)
 
 
+app.command()(doctor)
+app.command()(explain)
 app.command()(plan)
 
 

@@ -126,8 +126,7 @@ def _print(
 
     say(_describe(name, model, training, found))
     phases = list(found.phases)
-    table = Table(title=f"{unit} at the peak of each phase of a step", title_justify="left")
-    table.add_column("")
+    table = Table("")
     for phase in phases:
         table.add_column(phase, justify="right")
     for part, nbytes in found.fixed.items():
@@ -140,6 +139,7 @@ def _print(
             table.add_row(part, *map(number, values))
     table.add_section()
     table.add_row("total", *[number(found.totals[phase]) for phase in phases], style="bold")
+    say(f"{unit} at the peak of each phase of a step:")
     console.print(table)
     peak = f"{found.peak / 1e9:.2f} GB = {found.peak / 2**30:.2f} GiB"
     if found.peak < 1e9:

@@ -1,0 +1,1 @@
+"""Measures peftkern beside the peers that a machine has; `tolerances` divides right from wrong."""
