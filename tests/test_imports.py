@@ -30,6 +30,7 @@ RANK = {
     "svd_linear": 6,
     "adalora": 7,
     "layers": 7,
+    "training_step": 7,
     "methods": 8,
     "plan": 8,
     "checkpoint": 8,

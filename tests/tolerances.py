@@ -48,6 +48,8 @@ LORA_FA_PEFT_RTOL = {torch.float64: 1e-12, torch.float32: 2**-9}
 DELTA_LORA_NEAREST_KEEPS = 0.5  # share of the updates that bf16 weights keep: less than this
 DELTA_LORA_STOCHASTIC = 0.02  # how far from all of it stochastic rounding may be
 
+PLAN_RTOL = 0.05  # of the bytes at a step's peak, counted against measured
+
 FUZZ_EXAMPLES = 300
 FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD
 FUZZ_EXAMPLES_LONG = 100_000

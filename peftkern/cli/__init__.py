@@ -13,6 +13,7 @@ import typer
 from peftkern.cli.doctor import doctor
 from peftkern.cli.explain import explain
 from peftkern.cli.frame import EXIT_BAD_INPUT, InputError
+from peftkern.cli.plan import plan
 from peftkern.cli.quantize import quantize
 
 # click's, which typer carries under a name of its own or imports, by its version.
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (doctor, explain, quantize):
+for _command in (doctor, explain, plan, quantize):
     app.command()(_command)
 
 
