@@ -5,8 +5,8 @@ From the environment: PEFTKERN_CUDA=0|1|auto (auto: a usable nvcc decides; 1: it
 PEFTKERN_CUDA_ARCHS="80;90a", and CMAKE_ARGS for CMake, for example "-DPEFTKERN_WERROR=ON". Objects
 stay in build/<python abi>/: rebuilding is incremental.
 
-`python setup.py cuda_emulated` builds the test module build/<python abi>/_cuda_emulated.so: the CUDA
-kernels compiled for the CPU.
+`python setup.py cuda_emulated` builds build/<python abi>/_cuda_emulated.so: the CUDA kernels,
+compiled for the CPU, which tests load.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def remove_stale(module: Path) -> None:
 
 
 def replace_file(source: Path, destination: Path) -> None:
-    """Copy a module; not overwritten but replaced: a running process may have the old one mapped."""
+    """Copy a module. Replaced, not overwritten: a process may have the old file mapped."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     staged = destination.with_name(f".{destination.name}.{os.getpid()}")
     shutil.copyfile(source, staged)

@@ -4,8 +4,9 @@ python bench/cuda_resources.py [--archs "80;90a"] [--out bench/results/cuda_reso
 
 A line per kernel: registers of a thread, bytes that it spills and bytes of its stack, bytes of
 static shared memory of a block (what a launch asks for comes on top). Exits 1 if anything spills or
-has a stack, if ptxas warns of lost performance, or if a file does not compile. A report of some architectures is printed, not written,
-unless --out says where. What the compiler said is kept in build/, by the content of all sources.
+has a stack, if ptxas warns of lost performance, or if a file does not compile. A report of some
+architectures is printed, not written, unless --out says where. What the compiler said is kept in
+build/, by the content of all sources.
 """
 
 from __future__ import annotations

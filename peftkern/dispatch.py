@@ -67,8 +67,8 @@ def _reference(op: str) -> Candidate:
     return Candidate("reference", None, _always, getattr(reference, op))
 
 
-# Of two kernels for a GPU the first is the one that a measurement says is faster, and until there is
-# one the older. Measured, CUDA against Triton (bench variant "peftkern cuda"): nothing yet.
+# Of two back ends for a GPU the first is the one that measured faster; where nothing is measured it
+# is the older. CUDA against Triton (the benches' variant "peftkern cuda"): not measured yet.
 _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     op: (*candidates, _reference(op))
     for op, candidates in {

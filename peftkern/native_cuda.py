@@ -53,9 +53,10 @@ def _unserved(module: ModuleType, device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are CUDA's, and this PyTorch is ROCm's"
     if module.device_count() == 0:
+        driver = module.driver_version()
         return (
             f"the kernels are built with CUDA {version(module.runtime_version())}, which finds no "
-            f"GPU; the driver is for CUDA {version(module.driver_version())}"
+            f"GPU: the driver {'is for CUDA ' + version(driver) if driver else 'is missing'}"
         )
     capability = torch.cuda.get_device_capability(device)
     if not covers(module.architectures(), capability):
