@@ -71,13 +71,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Every kernel under AddressSanitizer and UBSan, on heap buffers of exactly the right size.
+# Every kernel under AddressSanitizer and UBSan, on heap buffers of exactly the right size; CUDA's in
+# an emulation.
 sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B $(SANITIZE_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DPEFTKERN_MODULE=OFF \
 		-DPEFTKERN_NATIVE_TEST=ON -DPEFTKERN_SANITIZE=address,undefined $(CMAKE_ARGS)
 	$(BIN)/cmake --build $(SANITIZE_DIR)
 	$(SANITIZE_DIR)/peftkern_native_test
+	$(SANITIZE_DIR)/peftkern_cuda_emulated_test
 
 # Cheap when nothing changed, so native code is never stale.
 build $(INSTALLED): export PEFTKERN_CUDA ?= 0
