@@ -1,8 +1,8 @@
 """What compute-sanitizer watches on a GPU: every CUDA kernel, over sizes that end anywhere.
 
-Each tensor is an allocation of its own (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a byte beyond its
-end belongs to nobody. Results are compared with the reference's: a kernel that did nothing would
-pass every check of memory.
+Each tensor is an allocation of its own (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a byte beyond
+its end belongs to nobody. Results are compared with the reference's: a kernel that did nothing
+would pass every check of memory.
 """
 
 from __future__ import annotations

@@ -223,6 +223,9 @@ def project(tmp_path) -> Path:
         "csrc/cpu/sum.cpp": '#include "peftkern/nf4_table.h"\nfloat sum() { return PEFTKERN_X86; }',
         "csrc/cpu/sum_avx2.cpp": "#include <immintrin.h>\n__m256 a;",
         "csrc/cpu/sum_amx.cpp": "#include <immintrin.h>\nvoid b() { _tile_dpbf16ps(0, 1, 2); }",
+        "csrc/cpu/nf4_checks.cpp": "",
+        "csrc/cuda/bind.cpp": "",
+        "csrc/tests/cuda_emulation.cpp": "",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -235,8 +238,14 @@ def build(project: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def compile_commands(project: Path) -> dict[str, str]:
+    """By "cpu/sum.cpp"; of the modules that ship alone."""
     (path,) = project.glob("build/*/compile_commands.json")
-    return {Path(entry["file"]).name: entry["command"] for entry in json.loads(path.read_text())}
+    commands = {}
+    for entry in json.loads(path.read_text()):
+        if "_cuda_emulated" not in entry["command"]:
+            file = Path(entry["file"])
+            commands[f"{file.parent.name}/{file.name}"] = entry["command"]
+    return commands
 
 
 def test_first_compiler_error_ends_the_output(project):
@@ -259,19 +268,19 @@ def test_compiler_without_amx_leaves_amx_out(project):
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "cannot build amx" in answer.stdout
     commands = compile_commands(project)
-    assert "sum_amx.cpp" not in commands
-    assert "-mavx2" in commands["sum_avx2.cpp"]
-    assert "-DPEFTKERN_HAVE_AMX=0" in commands["sum.cpp"]
-    assert "-DPEFTKERN_HAVE_AVX2=1" in commands["sum.cpp"]
+    assert "cpu/sum_amx.cpp" not in commands
+    assert "-mavx2" in commands["cpu/sum_avx2.cpp"]
+    assert "-DPEFTKERN_HAVE_AMX=0" in commands["cpu/sum.cpp"]
+    assert "-DPEFTKERN_HAVE_AVX2=1" in commands["cpu/sum.cpp"]
 
 
 def test_other_processor_builds_the_plain_files(project):
     answer = build(project, CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     commands = compile_commands(project)
-    assert set(commands) == {"bind.cpp", "sum.cpp"}
-    assert "-DPEFTKERN_X86=0" in commands["sum.cpp"]
-    assert "-mavx" not in commands["sum.cpp"]
+    assert set(commands) == {"cpu/bind.cpp", "cpu/nf4_checks.cpp", "cpu/sum.cpp"}
+    assert "-DPEFTKERN_X86=0" in commands["cpu/sum.cpp"]
+    assert "-mavx" not in commands["cpu/sum.cpp"]
 
 
 # ---- CUDA in that small project
@@ -299,7 +308,6 @@ def cuda_project(project) -> Path:
             __global__ void fence() { asm volatile("wgmma.fence.sync.aligned;"); }
         """,
     }
-    (project / "csrc/cuda").mkdir()
     for name, text in files.items():
         (project / "csrc/cuda" / name).write_text(text)
     return project
@@ -408,9 +416,9 @@ def test_architectures_become_options_of_each_file(cuda_project):
     assert built(cuda_project) == {"_cpu", "_cuda"}
     commands = compile_commands(cuda_project)
     targets = {name: re.findall(r"-gencode[= ]\S*code=(\w+)", commands[name]) for name in commands}
-    assert targets["one.cu"] == ["sm_80", "sm_90a", "compute_80"]
-    assert targets["two_sm90a.cu"] == ["sm_90a"]
-    assert "sm_80 sm_90a compute_80" in commands["bind.cpp"]
+    assert targets["cuda/one.cu"] == ["sm_80", "sm_90a", "compute_80"]
+    assert targets["cuda/two_sm90a.cu"] == ["sm_90a"]
+    assert "sm_80 sm_90a compute_80" in commands["cuda/bind.cpp"]
     (module,) = (cuda_project / "peftkern").glob("_cuda*.so")
     needed = set(re.findall(r"NEEDED\s+(\S+)", run_checked("objdump", "-p", module)))
     assert not any("cuda" in name for name in needed)
@@ -420,7 +428,7 @@ def test_architectures_become_options_of_each_file(cuda_project):
     # without 90a its file is not compiled, and the next build without CUDA removes the module
     answer = build(cuda_project, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS="80")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "two_sm90a.cu" not in compile_commands(cuda_project)
+    assert "cuda/two_sm90a.cu" not in compile_commands(cuda_project)
     assert build(cuda_project, PEFTKERN_CUDA="0").returncode == 0
     assert built(cuda_project) == {"_cpu"}
 
