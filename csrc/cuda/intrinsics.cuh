@@ -64,6 +64,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 #endif
 }
 
+// ---- global memory
+
+// Reads what no thread of this launch writes. Unlike __ldg it stays in the loop it is written in: a
+// load that is moved out of one is waited for before the loop's own loads are issued.
+__device__ __forceinline__ float load_in_place(const float* p) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return *p;
+#else
+  float value;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(p));
+  return value;
+#endif
+}
+
 // ---- 16-bit floats; roundings are to nearest even, a NaN becomes 0x7fff
 
 #ifdef PEFTKERN_CUDA_EMULATED
@@ -146,6 +160,48 @@ template <>
 __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
+
+// max(a, |b|), NaN if either is one (max.NaN: the sign and payload are lost).
+__device__ __forceinline__ float max_abs(float a, float b) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  if (a != a || b != b) return __uint_as_float(0x7fffffff);
+  return std::fmax(a, std::fabs(b));
+#else
+  float result;
+  asm("{.reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size;}"
+      : "=f"(result)
+      : "f"(a), "f"(b));
+  return result;
+#endif
+}
+
+#ifdef PEFTKERN_CUDA_EMULATED
+template <typename T>
+inline uint32_t max_abs2(uint32_t a, uint32_t b) {
+  const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+  return pack2<T>(max_abs(x.x, y.x), max_abs(x.y, y.y));
+}
+#else
+// The same for each of two 16-bit floats.
+template <typename T>
+__device__ __forceinline__ uint32_t max_abs2(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t max_abs2<BF16>(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{.reg .b32 size; abs.bf16x2 size, %2; max.NaN.bf16x2 %0, %1, size;}"
+      : "=r"(result)
+      : "r"(a), "r"(b));
+  return result;
+}
+template <>
+__device__ __forceinline__ uint32_t max_abs2<FP16>(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{.reg .b32 size; abs.f16x2 size, %2; max.NaN.f16x2 %0, %1, size;}"
+      : "=r"(result)
+      : "r"(a), "r"(b));
+  return result;
+}
+#endif
 
 // ---- integers
 

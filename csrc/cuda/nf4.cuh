@@ -13,9 +13,8 @@ struct NF4Argument {
   const uint8_t* packed;
   const void* absmax;
   const float *nested_absmax, *nested_code, *offset;
-  int64_t numel, nested_blocksize;
-  int blocksize_log2;
-  int nested_log2;  // -1: not a power of two
+  int64_t numel;
+  int blocksize_log2, nested_log2;
   float code[16];
 };
 
@@ -28,9 +27,7 @@ inline NF4Argument nf4_argument(const CudaNF4View& w) {
   a.offset = w.offset;
   a.numel = w.numel;
   a.blocksize_log2 = w.blocksize_log2();
-  const int64_t group = w.nested ? w.nested_blocksize : 1;
-  a.nested_blocksize = group;
-  a.nested_log2 = group & (group - 1) ? -1 : __builtin_ctzll(static_cast<uint64_t>(group));
+  a.nested_log2 = w.nested ? __builtin_ctzll(static_cast<uint64_t>(w.nested_blocksize)) : 0;
   for (int i = 0; i < 16; ++i) a.code[i] = kNF4Code[i];
   return a;
 }
@@ -47,9 +44,12 @@ template <bool kNested>
 __device__ __forceinline__ float absmax_value(const NF4Argument& w, int64_t block, uint32_t raw,
                                               float offset) {
   if constexpr (!kNested) return __uint_as_float(raw);
-  const int64_t group = w.nested_log2 >= 0 ? block >> w.nested_log2 : block / w.nested_blocksize;
-  const float scale = __ldg(w.nested_absmax + group);
+  const float scale = __ldg(w.nested_absmax + (block >> w.nested_log2));
   return __fadd_rn(__fmul_rn(__ldg(w.nested_code + raw), scale), offset);
+}
+template <bool kNested>
+__device__ __forceinline__ float load_offset(const NF4Argument& w) {
+  return kNested ? load_in_place(w.offset) : 0.0f;
 }
 
 }  // namespace

@@ -145,6 +145,7 @@ void check_malformed() {
       [](CudaNF4View& v) { v.absmax_len = 15; },
       [](CudaNF4View& v) { v.nested_absmax_len = 0; },
       [](CudaNF4View& v) { v.nested_blocksize = 0; },
+      [](CudaNF4View& v) { v.nested_blocksize = 48; },
       [](CudaNF4View& v) { v.nested_code = nullptr; },
       [](CudaNF4View& v) { v.offset = nullptr; },
   };
@@ -187,7 +188,7 @@ void check_cuda_nf4() {
     for (int64_t blocksize : kBlocksizes) {
       for (DType dtype : kDTypes) {
         emulation::set_schedule(schedule++ % emulation::kSchedules);
-        check_dequantize(numel, blocksize, dtype, rng() % 2, pick({1, 3, 256}));
+        check_dequantize(numel, blocksize, dtype, rng() % 2, pick({1, 4, 256}));
         check_quantize(numel, blocksize, dtype);
       }
     }

@@ -22,7 +22,7 @@ struct CudaNF4View : NF4View {
   const float* offset = nullptr;
 };
 
-// validate() and, when nested, that offset is there.
+// validate() and, when nested, that offset is there and nested_blocksize is a power of two.
 void validate_cuda(const CudaNF4View& w);
 
 // out[i] = cast(code[i] * absmax[i / blocksize]) for i < w.numel; out_numel must be w.numel. Bit
