@@ -322,6 +322,7 @@ def no_nvcc() -> dict[str, str]:
     """The environment in which CMake finds none."""
     ignored = ";".join(str(path.parent) for path in compilers_of_cuda())
     return {
+        "CUDACXX": "",
         "CUDA_HOME": "",
         "CUDA_PATH": "",
         "CMAKE_ARGS": shlex.join([f"-DCMAKE_IGNORE_PATH={ignored}"]),
