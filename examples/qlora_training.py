@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 WARM_UP = 3  # steps whose time and memory are not counted
@@ -167,25 +168,8 @@ class Training:
         return {"loss": loss.item(), "seconds": time.perf_counter() - start}
 
     def live_tensor_peak(self) -> int:
-        """Bytes that one more forward and backward hold at their peak, as torch counts them.
-
-        The model, the optimizer's state and the scratch of native code are not in it.
-        """
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self.forward_backward()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = os.path.join(folder, "trace.json")
-            profiler.export_chrome_trace(trace)
-            with open(trace, encoding="utf-8") as file:
-                events = json.load(file)["traceEvents"]
-        changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-        held = peak = 0
-        for _, change in sorted(changes, key=lambda item: item[0]):
-            held += change
-            peak = max(peak, held)
-        return peak
+        """Bytes that one more forward and backward hold at their peak: see `live_tensor_peak`."""
+        return live_tensor_peak(self.forward_backward)
 
     def about(self) -> dict:
         import bitsandbytes
@@ -207,6 +191,29 @@ class Training:
                 "skipped": dict(self.report.skipped),
             }
         return about
+
+
+def live_tensor_peak(run: Callable[[], object]) -> int:
+    """Bytes that `run` holds at its peak of what it allocates itself, as torch counts them.
+
+    What was there before (the model, the optimizer's state) and the scratch of native code are not
+    in it.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = os.path.join(folder, "trace.json")
+        profiler.export_chrome_trace(trace)
+        with open(trace, encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
 
 
 def forget_peak_memory() -> None:

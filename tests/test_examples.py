@@ -282,3 +282,49 @@ def test_adalora_budget_says_when_it_fails(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Not found" in done.stdout and (tmp_path / "b.png").exists()
     assert run("examples/adalora_budget.py", "--plot", "b.gif").returncode == 2
+
+
+SMALL = ["--hidden", "64", "--layers", "1", "--seq", "32", "--batch", "2", "--pretrain", "1"]
+
+
+def test_methods_trains_every_method(tmp_path: Path) -> None:
+    out = tmp_path / "methods.json"
+    done = run("examples/methods.py", *SMALL, "--steps", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    runs = record["methods"]
+    assert {"full fine-tuning", "LoRA", "LoRA-FA", "LoRA-Pro", "Delta-LoRA"} <= set(runs)
+    for name, figures in runs.items():
+        assert name in done.stdout
+        assert all(math.isfinite(value) and value > 0 for value in figures.values())
+        assert figures["loss"] != record["loss_before"]
+    lora, fa, full = (runs[n] for n in ("LoRA", "LoRA-FA", "LoRA-Pro (full moments)"))
+    assert fa["trainable"] < lora["trainable"] < runs["full fine-tuning"]["trainable"]
+    assert fa["optimizer_bytes"] < lora["optimizer_bytes"] < full["optimizer_bytes"]
+    assert fa["peak_bytes"] < lora["peak_bytes"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--only", "LoRE"], "'LoRE'"),
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--hidden", "100"], "--hidden: 100 is not a multiple of 64"),
+        (["--text", "no/such/file"], "no/such/file: No such file"),
+        (["--json", "no/such/folder/x"], "--json: no/such/folder"),
+    ],
+)
+def test_methods_refuses_bad_options(arguments: list[str], says: str) -> None:
+    done = run("examples/methods.py", *SMALL, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_planted_regression_prints_its_table(optimizer: str) -> None:
+    done = run("examples/planted_regression.py", "--steps", "3", "--optimizer", optimizer)
+    assert done.returncode == 0, done.stderr
+    assert "LoRA-Pro" in done.stdout and "fine-tuning" in done.stdout
+    assert run("examples/planted_regression.py", "--lr", "0").returncode == 2

@@ -25,6 +25,7 @@ NF4_MAX_HALF_GAP = 0.1519036  # of absmax: half of the widest gap of the table, 
 NF4_TIE_RTOL = 1e-6  # how near a threshold x / absmax and x * (1 / absmax) may disagree
 # bitsandbytes' CPU quantiser of absmax looks codes up in 65,536 bins: this share is off by one.
 ABSMAX_CODE_MISMATCH = 0.005
+ABSMAX_CODE_BIN = 2**-15  # the width of a bin in [-1, 1]: near 0 it holds several codes
 
 # Of low_rank_svd in float32, against a dense float64 SVD; in the order of `svd_errors`.
 SVD_SIGMA = 1e-6  # |sigma - oracle| / sigma_1
@@ -36,6 +37,18 @@ SVD_BOUNDS = (SVD_SIGMA, SVD_SIGMA_RELATIVE, SVD_ORTHOGONALITY, SVD_RECONSTRUCTI
 SVD_BOUNDS_64 = (1e-13, 1e-9, 1e-13, 1e-13)  # float64 factors
 SVD_BOUNDS_FAST = (SVD_SIGMA, SVD_SIGMA_RELATIVE, 1e-5, SVD_RECONSTRUCTION)  # kappa <= 1e5
 SVD_STATS_RTOL = 1e-12  # of float64 statistics of given values
+
+# Of the methods' closed forms and optimizers against a plain transcription, relative to the largest
+# value; float32 is after some twenty steps of Adam, which divides by gradients that may be small.
+METHODS_RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}
+METHODS_STEPS_RTOL = 1e-10  # float64, after steps that invert a Gram matrix each time
+# PEFT's LoRA-FA rounds gradients to bfloat16, but not those in float64: a last bit that differs in
+# float32 may there become one of bfloat16.
+LORA_FA_PEFT_RTOL = {torch.float64: 1e-12, torch.float32: 2**-9}
+DELTA_LORA_NEAREST_KEEPS = 0.5  # share of the updates that bf16 weights keep: less than this
+DELTA_LORA_STOCHASTIC = 0.02  # how far from all of it stochastic rounding may be
+
+PLAN_RTOL = 0.05  # of the bytes at a step's peak, counted against measured
 
 FUZZ_EXAMPLES = 300
 FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD

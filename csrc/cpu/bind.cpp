@@ -54,6 +54,14 @@ std::vector<std::string> isas() {
   return names;
 }
 
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (isa_built(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
+  }
+  return names;
+}
+
 NF4LinearArgs linear_args(int threads, int64_t M, int64_t N, int64_t K, int64_t r, uintptr_t in,
                           int dtype, const py::tuple& w, uintptr_t s, uintptr_t up, uintptr_t out) {
   NF4LinearArgs args;
@@ -141,6 +149,7 @@ std::vector<GramMatrix> matrices_from(const std::vector<int64_t>& table, int64_t
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of peftkern; call them through peftkern.native.";
   m.def("isas", &isas, "Instruction sets compiled in and supported here, weakest first.");
+  m.def("built_isas", &built_isas, "Instruction sets compiled in, weakest first.");
   m.def("set_fork_child", &set_fork_child, "Stay on one thread from now on (after fork).");
 
   m.def("nf4_quantize", [](const std::string& isa, int threads, uintptr_t src, int src_dtype,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peftkern.cli import InputError, bad_input
+from peftkern.cli.frame import InputError, bad_input
 
 
 def bench(

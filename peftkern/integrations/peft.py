@@ -41,9 +41,7 @@ if is_bnb_4bit_available():
 
     _BNB_TYPES = bnb.LINEAR_TYPES
 
-# Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
-# costs more than the copies it saves (bench/bench_lora_linear.py).
-_DENSE_CPU_MINIMUM = 1 << 19
+_DENSE_CPU_MINIMUM = dispatch.DENSE_CPU_MINIMUM
 _DENSE = (nn.Linear, Conv1D)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)

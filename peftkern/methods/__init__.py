@@ -1,0 +1,42 @@
+"""Methods of parameter-efficient fine-tuning on the kernels of this package, a module for each.
+
+    from peftkern.methods import LoRAProAdamW
+
+Names are looked up when they are first used; importing this package imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_MODULE_OF = {
+    "DeltaLoRALinear": "delta_lora",
+    "DeltaLoRAScheduler": "delta_lora",
+    "DyLoRALinear": "dylora",
+    "InPlaceDeltaLoRA": "delta_lora",
+    "LoRAFAOptimizer": "lora_fa",
+    "LoRAProAdamW": "lora_pro",
+    "QuantumPEFTLinear": "quantum_peft",
+    "freeze_lora_A": "lora_fa",
+    "lora_fa_gradients": "lora_fa",
+    "lora_pro_gradients": "lora_pro",
+    "lora_pro_hook": "lora_pro",
+    "orthonormal_columns": "quantum_peft",
+    "sample_rank": "dylora",
+    "set_rank": "dylora",
+    "shifted_sparse_attention": "longlora",
+}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in _MODULE_OF.values():
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF, *_MODULE_OF.values()})

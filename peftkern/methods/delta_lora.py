@@ -1,0 +1,330 @@
+"""Delta-LoRA: the frozen weight follows the change of the low-rank product.
+
+After step K of training, W <- W + lam * scaling * (B' A' - B A) at each step, A' and B' being what
+the optimizer made of A and B. The sum over steps telescopes:
+
+    W_T = W_0 + lam * scaling * (B_T A_T - B_K A_K)
+
+so `DeltaLoRALinear` never writes to W, and works on NF4 as on anything; `InPlaceDeltaLoRA` writes,
+for layers that are there already, PEFT's among them.
+
+    for layer in ...: DeltaLoRALinear(linear, r=8)        # in the linear layer's place
+    schedule = DeltaLoRAScheduler(model, start_step=500)
+    ...
+    optimizer.step()
+    schedule.step()
+
+The paper has no dropout in the update, and neither has this.
+Source: Zi et al. 2023, arXiv:2309.02411
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkern.functional import dequantize_nf4, lora_linear, nf4_lora_linear
+from peftkern.methods.pairs import AdapterPair, find_pairs
+
+ROUNDINGS = ("stochastic", "nearest")
+_WRITABLE = (torch.bfloat16, torch.float32, torch.float64)
+_CHUNK = 1 << 22  # elements of the weight that are written at once
+
+
+class DeltaLoRALinear(nn.Module):
+    """A frozen linear layer plus a low-rank update that its weight follows, in telescoped form.
+
+    y = base(x) + s * (1 + lam) * (x @ lora_A.T) @ lora_B.T - lam * s * (x @ start_A.T) @ start_B.T
+
+    with s = lora_alpha / r; before `start()` as with lam = 0. Gradients are those that the paper's
+    W + s * lora_B @ lora_A has, in which W is a constant: for lora_A and lora_B at s, not at
+    s * (1 + lam), and for x of the whole.
+
+    Args:
+        base: nn.Linear, or a layer of `peftkern.layers` with an NF4 weight; it is taken over and
+            frozen.
+        r, lora_alpha: as in `peftkern.layers.LoRALinear`. lam: how far the weight follows.
+        adapter_dtype: of lora_A [r, K] and lora_B [N, r].
+
+    State dict: `base.*`, `lora_A`, `lora_B`, and after the start `start_A` and `start_B`.
+    Source: Zi et al. 2023, eq. 4 and algorithm 1, arXiv:2309.02411
+    """
+
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lam: float = 2.0,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Linear) or hasattr(base, "lora_A"):
+            raise TypeError(
+                f"base: expected an nn.Linear without an adapter, got {type(base).__name__}"
+            )
+        if r < 1:
+            raise ValueError(f"r: expected a positive rank, got {r}")
+        _check_lam(lam)
+        self.base = base.requires_grad_(False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.r, self.lora_alpha, self.lam = r, lora_alpha, lam
+        self.scaling = lora_alpha / r
+        factory = {"dtype": adapter_dtype, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """lora_A as nn.Linear draws its weight and lora_B zero: the update starts at nothing."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def started(self) -> bool:
+        return self.start_A is not None
+
+    def start(self) -> None:
+        """From now on the weight follows the product; the output does not change by this.
+
+        Raises: ValueError if it has started: what the weight has followed so far would be lost.
+        """
+        if self.started:
+            raise ValueError("start: this layer has started already")
+        self.start_A = self.lora_A.detach().clone()
+        self.start_B = self.lora_B.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base
+        lora_A, lora_B = self._factors()
+        options: dict[str, Any] = {"scaling": self.scaling, "bias": base.bias}
+        if hasattr(base, "nf4"):
+            return nf4_lora_linear(x, base.nf4, lora_A, lora_B, **options)
+        return lora_linear(x, base.weight, lora_A, lora_B, **options)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """One pair of rank 2 r in place of the two, whose product is all that W_0 lacks."""
+        if self.start_A is None:
+            return self.lora_A, self.lora_B
+        # lora_A meets (1 + lam) * lora_B, in backward too: undone there. lora_B meets lora_A.
+        lora_A = _ScaledGradient.apply(self.lora_A, 1 / (1 + self.lam))
+        # 16-bit factors are summed in float32: the two products nearly cancel at first.
+        wide = torch.promote_types(self.lora_B.dtype, torch.float32)
+        lora_B, start_B = self.lora_B.to(wide), self.start_B.to(wide)
+        lora_B = lora_B + self.lam * lora_B.detach()
+        return torch.cat([lora_A, self.start_A]), torch.cat([lora_B, -self.lam * start_B], dim=1)
+
+    def merge(self) -> nn.Linear:
+        """A new dense nn.Linear that computes the same, in the dtype the weight had."""
+        base = self.base
+        with torch.no_grad():
+            weight = dequantize_nf4(base.nf4) if hasattr(base, "nf4") else base.weight
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            lora_A, lora_B = (factor.to(wide) for factor in self._factors())
+            merged = (weight.to(wide) + self.scaling * (lora_B @ lora_A)).to(weight.dtype)
+        linear = nn.Linear(self.in_features, self.out_features, base.bias is not None, "meta")
+        linear.weight = nn.Parameter(merged)
+        if base.bias is not None:
+            linear.bias = nn.Parameter(base.bias.detach().clone())
+        return linear
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if f"{prefix}lora_A" in state_dict:  # the state of a layer that has started or has not
+            started = any(f"{prefix}{name}" in state_dict for name in ("start_A", "start_B"))
+            for name, factor in (("start_A", self.lora_A), ("start_B", self.lora_B)):
+                setattr(self, name, torch.zeros_like(factor.detach()) if started else None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, lam={self.lam:g}, started={self.started}"
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The same tensor, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx, tensor, factor):
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+class DeltaLoRAScheduler:
+    """Starts the DeltaLoRALinear layers of a model after `start_step` steps of the optimizer.
+
+    Call `step()` after each optimizer step.
+    Raises: ValueError if there is no such layer, or on a negative start_step (0: start at once).
+    """
+
+    def __init__(self, model: nn.Module, start_step: int = 500) -> None:
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, DeltaLoRALinear)}
+        if not self.layers:
+            raise ValueError("model: expected DeltaLoRALinear layers, found none")
+        self.start_step, self.last_step = _check_start(start_step), 0
+        self._start()
+
+    def step(self) -> None:
+        self.last_step += 1
+        self._start()
+
+    def _start(self) -> None:
+        if self.last_step >= self.start_step:
+            for layer in self.layers.values():
+                if not layer.started:
+                    layer.start()
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it stands; what the layers have taken down is in their own state."""
+        return {"start_step": self.start_step, "last_step": self.last_step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.start_step, self.last_step = state["start_step"], state["last_step"]
+
+
+class InPlaceDeltaLoRA:
+    """Writes each change of the low-rank product into the dense weight of its layer.
+
+    W <- W + lam * scaling * (B' A' - B A) at each `step()` after the first `start_step`, to be
+    called after each optimizer step. The forward pass stays that of the layer, LoRA's own. Weights
+    change: saving the adapter alone does not save what was trained.
+
+    Args:
+        model: holds LoRALinear layers, or PEFT's LoRA layers, over dense weights in bfloat16,
+            float32 or float64 (for others, and for 4 bits, there is `DeltaLoRALinear`).
+        lam, start_step: as in `DeltaLoRALinear` and `DeltaLoRAScheduler`.
+        rounding: how a bfloat16 weight is written. A step's change is mostly below half of the last
+            bit of the weight, so "nearest" loses most of it; "stochastic" rounds up or down with
+            the probability that makes the mean right.
+        generator: of the random bits; torch's own by default. Replicas in several processes stay
+            equal only if all draw the same: give each a generator of one seed.
+        adapter: the name of the PEFT adapter to treat so; all trained ones by default.
+
+    Raises: TypeError or ValueError naming the argument, or the layer that cannot be written to.
+    Source: Zi et al. 2023, algorithm 1, arXiv:2309.02411
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lam: float = 2.0,
+        start_step: int = 500,
+        rounding: str = "stochastic",
+        generator: torch.Generator | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        _check_lam(lam)
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {rounding!r}")
+        self.pairs = find_pairs(model, adapter)
+        for pair in self.pairs:
+            _dense_weight(pair)
+        self.lam, self.rounding, self.generator = lam, rounding, generator
+        self.start_step, self.last_step = _check_start(start_step), 0
+        self._written: list[tuple[Tensor, Tensor]] = []  # A and B as the weights contain them
+        if self.start_step == 0:
+            self._written = self._copies()
+
+    def _copies(self) -> list[tuple[Tensor, Tensor]]:
+        return [(p.lora_A.detach().clone(), p.lora_B.detach().clone()) for p in self.pairs]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.last_step += 1
+        if self.last_step < self.start_step:
+            return
+        for pair, (A, B) in zip(self.pairs, self._written, strict=False):  # empty at the start
+            weight = _dense_weight(pair)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            A, B, new_A, new_B = (t.to(wide) for t in (A, B, pair.lora_A, pair.lora_B))
+            # B' A' - B A without the difference of two nearly equal products.
+            left = torch.cat([new_B - B, B], dim=1) * (self.lam * pair.scaling)
+            right = torch.cat([new_A, new_A - A])
+            rows = max(1, _CHUNK // max(1, weight.shape[1]))
+            for some, change in zip(weight.split(rows), left.split(rows), strict=True):
+                self._write(some, some.to(wide) + change @ right)
+        self._written = self._copies()
+
+    def _write(self, weight: Tensor, value: Tensor) -> None:
+        if weight.dtype is torch.bfloat16 and self.rounding == "stochastic":
+            value = round_stochastically(value, self.generator)
+        weight.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on; the weights are the model's to save."""
+        names = (f"{p.name}:{p.adapter}" for p in self.pairs)
+        return {
+            "start_step": self.start_step,
+            "last_step": self.last_step,
+            "written": dict(zip(names, self._written, strict=False)),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises: ValueError naming the layers if they are others."""
+        names = [f"{p.name}:{p.adapter}" for p in self.pairs]
+        written = state["written"]
+        if written and set(written) != set(names):
+            other = sorted(set(written) ^ set(names))
+            raise ValueError(f"state: other layers: {', '.join(other)}")
+        self.start_step, self.last_step = state["start_step"], state["last_step"]
+        self._written = []
+        for pair, name in zip(self.pairs, names, strict=True):
+            if written:
+                A, B = written[name]
+                device = pair.lora_A.device
+                self._written.append((A.to(device, copy=True), B.to(device, copy=True)))
+
+
+def round_stochastically(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """float32 to bfloat16, up or down with the probability that makes the mean x.
+
+    The 16 bits that are dropped are the probability of going up in size. NaN and Inf stay.
+    Raises: ValueError unless x is float32.
+    """
+    if x.dtype is not torch.float32:
+        raise ValueError(f"x: expected torch.float32, got {x.dtype}")
+    noise = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    bits = (x.contiguous().view(torch.int32) + noise) & -(1 << 16)
+    return torch.where(torch.isfinite(x), bits.view(torch.float32), x).bfloat16()
+
+
+def _dense_weight(pair: AdapterPair) -> Tensor:
+    """The weight [N, K] that a pair updates, to be written to."""
+    layer = pair.layer
+    if getattr(layer, "merged", False):
+        raise ValueError(f"{pair.name}: the adapter is merged into the weight; unmerge it first")
+    weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+    if getattr(layer, "fan_in_fan_out", False) and weight is not None:
+        weight = weight.mT
+    shape = (pair.lora_B.shape[0], pair.lora_A.shape[1])
+    if weight is None or weight.shape != shape or weight.dtype not in _WRITABLE:
+        came = "none" if weight is None else f"{list(weight.shape)} {weight.dtype}"
+        raise ValueError(
+            f"{pair.name}: expected a dense weight {list(shape)} of one of {_WRITABLE}, got {came};"
+            " DeltaLoRALinear works without writing to it"
+        )
+    return weight.detach()
+
+
+def _check_lam(lam: float) -> None:
+    if not 0.0 <= lam < math.inf:
+        raise ValueError(f"lam: expected a finite number of at least 0, got {lam}")
+
+
+def _check_start(start_step: int) -> int:
+    if start_step < 0:
+        raise ValueError(f"start_step: expected at least 0, got {start_step}")
+    return start_step

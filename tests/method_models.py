@@ -1,0 +1,101 @@
+"""Small models and a plain AdamW that the tests of the methods share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from peftkern.layers import LoRALinear, NF4LoRALinear
+
+K, H, N, RANK = 24, 32, 20, 4
+ALPHA = 6  # a scaling of 1.5: neither 1 nor 2
+
+
+class Net(nn.Module):
+    """Two linear layers of different shapes."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(K, H, dtype=dtype), nn.Linear(H, N, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def our_net(dtype: torch.dtype = torch.float64, *, nf4: bool = False) -> nn.Module:
+    torch.manual_seed(1)
+    net = Net(torch.float32 if nf4 else dtype)
+    for name in ("up", "down"):
+        cls = NF4LoRALinear if nf4 else LoRALinear
+        options = {"r": RANK, "lora_alpha": ALPHA, "adapter_dtype": dtype}
+        setattr(net, name, cls.from_linear(getattr(net, name), **options))
+    return net
+
+
+def peft_net(dtype: torch.dtype = torch.float64, **config) -> nn.Module:
+    torch.manual_seed(1)
+    settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["up", "down"], **config}
+    return get_peft_model(Net(dtype), LoraConfig(**settings)).to(dtype)
+
+
+def fill_(model: nn.Module, std: float = 0.1) -> None:
+    """lora_B away from its zero, which would hide much."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=std)
+
+
+def batches(steps: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    draw = {"generator": generator, "dtype": dtype}
+    return [(torch.randn(16, K, **draw), torch.randn(16, N, **draw)) for _ in range(steps)]
+
+
+def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss = (model(batch[0]) - batch[1]).square().mean()
+    loss.backward()
+    return loss
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable) -> list[float]:
+    losses = []
+    for batch in data:
+        losses.append(backward(model, batch).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+class PlainAdamW:
+    """AdamW written down from the paper, for one parameter."""
+
+    def __init__(self, p: Tensor, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0) -> None:
+        self.p, self.lr, self.betas, self.eps, self.decay = p, lr, betas, eps, weight_decay
+        self.t, self.m, self.v = 0, torch.zeros_like(p), torch.zeros_like(p)
+
+    def step(self, g: Tensor) -> None:
+        self.t += 1
+        b1, b2 = self.betas
+        self.m = b1 * self.m + (1 - b1) * g
+        self.v = b2 * self.v + (1 - b2) * g * g
+        m, v = self.m / (1 - b1**self.t), self.v / (1 - b2**self.t)
+        new = self.p - self.lr * self.decay * self.p - self.lr * m / (v.sqrt() + self.eps)
+        with torch.no_grad():
+            self.p.copy_(new)
+
+
+def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return model, copy.deepcopy(model)
+
+
+def relative_difference(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest difference of two lists of tensors, relative to each one's largest value."""
+    return max(
+        ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+        for a, b in zip(got, expected, strict=True)
+    )

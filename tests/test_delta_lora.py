@@ -1,0 +1,390 @@
+"""Delta-LoRA: the telescoped and the written form against each other and a plain transcription."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from method_models import H, K, N, batches, peft_net, relative_difference, twins
+from tolerances import DELTA_LORA_NEAREST_KEEPS, DELTA_LORA_STOCHASTIC, METHODS_RTOL
+from torch import Tensor, nn
+
+import peftkern
+from peftkern.layers import LoRALinear, NF4Linear
+from peftkern.methods import DeltaLoRALinear, DeltaLoRAScheduler, InPlaceDeltaLoRA
+from peftkern.methods.delta_lora import round_stochastically
+from peftkern.methods.pairs import find_pairs
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+RANK, ALPHA, LAM, START, STEPS = 4, 6, 2.0, 5, 20
+SCALING = ALPHA / RANK
+RTOL = METHODS_RTOL[F64]
+
+
+class Net(nn.Module):
+    """Two layers, made by `make` from the same linear layers."""
+
+    def __init__(self, make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = F64) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        linears = nn.Linear(K, H, dtype=dtype), nn.Linear(H, N, dtype=dtype)
+        self.up, self.down = (make(linear) for linear in linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def delta(linear: nn.Linear, **options) -> DeltaLoRALinear:
+    options = {"r": RANK, "lora_alpha": ALPHA, "lam": LAM, "adapter_dtype": F64, **options}
+    return DeltaLoRALinear(linear, **options)
+
+
+def lora(linear: nn.Linear) -> LoRALinear:
+    return LoRALinear.from_linear(linear, r=RANK, lora_alpha=ALPHA, adapter_dtype=F64)
+
+
+def layers(net: nn.Module) -> list[nn.Module]:
+    return [pair.layer for pair in find_pairs(net)]
+
+
+def copy_factors(source: nn.Module, target: nn.Module) -> None:
+    with torch.no_grad():
+        for a, b in zip(find_pairs(source), find_pairs(target), strict=True):
+            b.lora_A.copy_(a.lora_A)
+            b.lora_B.copy_(a.lora_B)
+
+
+def adamw(net: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+
+
+def run(net: nn.Module, schedule, data, optimizer=None) -> list[float]:
+    optimizer = optimizer or adamw(net)
+    losses = []
+    for x, target in data:
+        loss = (net(x) - target).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return losses
+
+
+class Plain(nn.Module):
+    """The paper's algorithm: W is a constant in the graph and changes between steps."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        for name in ("up", "down"):
+            layer = net.get_submodule(name)
+            base = layer.base
+            dense = peftkern.dequantize_nf4(base.nf4, F64) if hasattr(base, "nf4") else base.weight
+            self.register_buffer(f"{name}_W", dense.detach().clone())
+            self.register_buffer(f"{name}_b", base.bias.detach().double())
+            for factor in ("lora_A", "lora_B"):
+                value = getattr(layer, factor).detach().clone()
+                self.register_parameter(f"{name}_{factor[-1]}", nn.Parameter(value))
+        self.last_step, self.before = 0, None
+
+    def apply_layer(self, name: str, x: Tensor) -> Tensor:
+        W, b, A, B = (getattr(self, f"{name}_{part}") for part in "WbAB")
+        return x @ W.T + b + SCALING * (x @ A.T) @ B.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_layer("down", torch.tanh(self.apply_layer("up", x)))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.last_step += 1
+        now = {n: getattr(self, f"{n}_B") @ getattr(self, f"{n}_A") for n in ("up", "down")}
+        if self.last_step > START:
+            for name, product in now.items():
+                getattr(self, f"{name}_W").add_(LAM * SCALING * (product - self.before[name]))
+        self.before = now
+
+
+def test_both_forms_equal_the_paper_over_a_training_run():
+    telescoped, written = Net(delta), Net(lora)
+    copy_factors(telescoped, written)
+    plain = Plain(telescoped)
+    data = batches(STEPS)
+    schedules = (
+        DeltaLoRAScheduler(telescoped, START),
+        InPlaceDeltaLoRA(written, lam=LAM, start_step=START),
+        plain,
+    )
+    curves = [
+        run(net, schedule, data)
+        for net, schedule in zip((telescoped, written, plain), schedules, strict=True)
+    ]
+    for curve in curves[:2]:
+        assert all(math.isclose(a, b, rel_tol=RTOL) for a, b in zip(curve, curves[2], strict=True))
+    for name in ("up", "down"):
+        first, second = telescoped.get_submodule(name), written.get_submodule(name)
+        A, B, W = (getattr(plain, f"{name}_{part}") for part in "ABW")
+        assert relative_difference((first.lora_A, first.lora_B), (A, B)) < RTOL
+        assert relative_difference((second.lora_A, second.lora_B), (A, B)) < RTOL
+        assert relative_difference([second.weight], [W]) < RTOL
+        merged = W + SCALING * B @ A
+        assert relative_difference([first.merge().weight], [merged]) < RTOL
+        # It did something: the weight went lam times as far as the product since the start.
+        moved = first.merge().weight - first.base.weight - SCALING * first.lora_B @ first.lora_A
+        assert moved.norm() > 0.1 * (SCALING * B @ A).norm()
+
+
+def test_gradients_are_those_at_the_scaling_alone():
+    """Not at (1 + lam) * scaling, which differentiating the telescoped value would give."""
+    torch.manual_seed(3)
+    layer = delta(nn.Linear(K, N, dtype=F64))
+    nn.init.normal_(layer.lora_B)
+    layer.start()
+    with torch.no_grad():
+        layer.lora_A += torch.randn_like(layer.lora_A)
+        layer.lora_B += torch.randn_like(layer.lora_B)
+    x, G = torch.randn(7, K, dtype=F64, requires_grad=True), torch.randn(7, N, dtype=F64)
+    layer(x).backward(G)
+    A, B, start_A, start_B = layer.lora_A, layer.lora_B, layer.start_A, layer.start_B
+    W = layer.base.weight + LAM * SCALING * (B @ A - start_B @ start_A)
+    expected = (
+        SCALING * (G @ B).T @ x,
+        SCALING * G.T @ (x @ A.T),
+        G @ (W + SCALING * B @ A),
+    )
+    assert relative_difference((A.grad, B.grad, x.grad), expected) < RTOL
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_base(double_quant):
+    def make(linear: nn.Linear) -> DeltaLoRALinear:
+        return delta(NF4Linear.from_linear(linear, double_quant=double_quant))
+
+    net = Net(make, F32)
+    packed = [layer.base.weight.clone() for layer in layers(net)]
+    plain = Plain(net)
+    data = batches(STEPS)
+    ours = run(net, DeltaLoRAScheduler(net, START), data)
+    theirs = run(plain, plain, data)
+    assert all(math.isclose(a, b, rel_tol=RTOL) for a, b in zip(ours, theirs, strict=True))
+    for layer, before in zip(layers(net), packed, strict=True):
+        assert torch.equal(layer.base.weight, before)
+        dense = layer.merge()
+        assert type(dense) is nn.Linear and dense.weight.dtype is F32
+    x = data[0][0]
+    merged = copy.deepcopy(net)
+    merged.up, merged.down = net.up.merge(), net.down.merge()
+    difference = relative_difference([merged(x.float())], [net(x).float()])
+    assert difference < METHODS_RTOL[F32]
+
+
+def test_nothing_changes_at_the_start_and_until_it():
+    net, reference = Net(delta), Net(lora)
+    copy_factors(net, reference)
+    schedule = DeltaLoRAScheduler(net, START)
+    data = batches(START)
+    run(net, schedule, data[:-1])
+    assert not any(layer.started for layer in layers(net))
+    run(reference, DeltaLoRAScheduler(Net(delta), STEPS), data[:-1])
+    x = data[0][0]
+    assert torch.equal(net(x), reference(x))
+    before = net(x)
+    schedule.step()
+    assert all(layer.started for layer in layers(net))
+    assert relative_difference([net(x)], [before]) < RTOL
+    with pytest.raises(ValueError, match="started already"):
+        net.up.start()
+    at_once = DeltaLoRAScheduler(Net(delta), 0)
+    assert all(layer.started for layer in at_once.layers.values())
+
+
+def test_lam_zero_is_lora():
+    net, reference = Net(lambda linear: delta(linear, lam=0.0)), Net(lora)
+    copy_factors(net, reference)
+    data = batches(STEPS)
+    ours = run(net, DeltaLoRAScheduler(net, 0), data)
+    theirs = run(reference, DeltaLoRAScheduler(Net(delta)), data)
+    assert all(math.isclose(a, b, rel_tol=RTOL) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_resume_from_a_state_dict():
+    data = batches(STEPS)
+    straight, resumed = twins(Net(delta))
+    run(straight, DeltaLoRAScheduler(straight, START), data)
+    optimizer, schedule = adamw(resumed), DeltaLoRAScheduler(resumed, START)
+    run(resumed, schedule, data[:10], optimizer)
+    states = resumed.state_dict(), optimizer.state_dict(), schedule.state_dict()
+    assert {"up.start_A", "up.start_B", "up.base.weight"} <= set(states[0])
+
+    again = Net(delta)
+    again.load_state_dict(copy.deepcopy(states[0]))
+    optimizer, schedule = adamw(again), DeltaLoRAScheduler(again, 1)
+    optimizer.load_state_dict(copy.deepcopy(states[1]))
+    schedule.load_state_dict(states[2])
+    run(again, schedule, data[10:], optimizer)
+    for p, q in zip(again.state_dict().values(), straight.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+
+    fresh = Net(delta).state_dict()
+    assert not any("start" in key for key in fresh)
+    again.load_state_dict(fresh)
+    assert not again.up.started
+    with pytest.raises(RuntimeError, match=r"up\.start_B"):
+        again.load_state_dict({k: v for k, v in states[0].items() if k != "up.start_B"})
+
+
+def test_resume_in_place():
+    data = batches(STEPS)
+    straight, resumed = twins(Net(lora))
+    run(straight, InPlaceDeltaLoRA(straight, start_step=START), data)
+    optimizer, schedule = adamw(resumed), InPlaceDeltaLoRA(resumed, start_step=START)
+    run(resumed, schedule, data[:10], optimizer)
+    state = copy.deepcopy(schedule.state_dict())
+    again = InPlaceDeltaLoRA(resumed, start_step=1)
+    again.load_state_dict(state)
+    run(resumed, again, data[10:], optimizer)
+    for p, q in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(p, q)
+    state["written"]["other:None"] = state["written"].pop("up:None")
+    with pytest.raises(ValueError, match="other layers: other:None, up:None"):
+        again.load_state_dict(state)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}])
+def test_in_place_on_a_peft_layer(config):
+    model = peft_net(**config)
+    (pair, _) = find_pairs(model)
+    first = model.base_model.model.up.base_layer.weight.detach().clone()
+    schedule = InPlaceDeltaLoRA(model, lam=LAM, start_step=START)
+    data = batches(STEPS)
+    run(model, schedule, data[:START])
+    start = (pair.lora_B @ pair.lora_A).detach().clone()
+    run(model, schedule, data[START:])
+    expected = first + LAM * pair.scaling * (pair.lora_B @ pair.lora_A - start)
+    assert relative_difference([model.base_model.model.up.base_layer.weight], [expected]) < RTOL
+    x = data[0][0]
+    before = model(x)
+    merged = model.merge_and_unload()
+    assert relative_difference([merged(x)], [before]) < RTOL
+
+
+def test_in_place_on_conv1d():
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(N, K)).double()
+    first = model[0].weight.detach().clone()
+    config = LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=True, init_lora_weights=False)
+    model = get_peft_model(model, config).double()
+    schedule = InPlaceDeltaLoRA(model, start_step=0)
+    (pair,) = find_pairs(model)
+    before = (pair.lora_B @ pair.lora_A).detach()
+    with torch.no_grad():
+        pair.lora_A.add_(torch.randn_like(pair.lora_A))
+    schedule.step()
+    expected = first + (2 * pair.scaling * (pair.lora_B @ pair.lora_A - before)).T
+    assert relative_difference([pair.layer.base_layer.weight], [expected]) < RTOL
+
+
+def kept(rounding: str) -> tuple[float, float]:
+    """Of the change that a bf16 weight was to take: what share arrived, and how far off it is.
+
+    The sizes are those of some rows of a language model: 4096 inputs, weights of 0.02, a learning
+    rate of 5e-5.
+    """
+    torch.manual_seed(0)
+    linear = nn.Linear(4096, 32, dtype=BF16)
+    nn.init.normal_(linear.weight, std=0.02)
+    layer = LoRALinear.from_linear(linear, r=8, lora_alpha=16)
+    first = layer.weight.float()
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=5e-5)
+    schedule = InPlaceDeltaLoRA(layer, start_step=START, rounding=rounding)
+    x, target = torch.randn(64, 4096).to(BF16), torch.randn(64, 32).to(BF16)
+    for step in range(60):
+        (layer(x) - target).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step == START - 1:
+            start = (layer.lora_B @ layer.lora_A).detach()
+    wanted = 2.0 * layer.scaling * ((layer.lora_B @ layer.lora_A).detach() - start)
+    got = layer.weight.float() - first
+    share = (got * wanted).sum() / wanted.square().sum()
+    return share.item(), ((got - wanted).norm() / wanted.norm()).item()
+
+
+def test_nearest_rounding_loses_the_update_and_stochastic_does_not():
+    share, off = kept("nearest")
+    print(f"nearest: {share:.1%} of the update arrived, {off:.1%} off")
+    assert share < DELTA_LORA_NEAREST_KEEPS
+    share, off_stochastic = kept("stochastic")
+    print(f"stochastic: {share:.1%} of the update arrived, {off_stochastic:.1%} off")
+    assert abs(share - 1) < DELTA_LORA_STOCHASTIC
+    assert off_stochastic < off
+
+
+def test_stochastic_rounding_is_right_on_average():
+    x = torch.tensor([1.0, 1.0 + 2**-10, -3.3, 1e-39, -0.0, 1e30]).repeat(20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    y = round_stochastically(x, generator).double()
+    neighbours = x[0].bfloat16().double()
+    mean, exact = y.mean(0), x[0].double()
+    # The mean of 20,000 draws is off by their spread / sqrt(20,000), six times that at most here.
+    spread = y.std(0) / math.sqrt(len(x))
+    assert ((mean - exact).abs() <= 6 * spread).all()
+    assert (y[:, 0] == 1.0).all() and (y[:, 4] == 0.0).all()
+    assert torch.unique(y[:, 1]).tolist() == [1.0, 1.0078125]
+    assert ((y[0] - neighbours).abs() <= 2**-7 * neighbours.abs() + 1e-40).all()
+    odd = torch.tensor([math.nan, math.inf, -math.inf])
+    assert torch.equal(round_stochastically(odd).isnan(), odd.isnan())
+    assert round_stochastically(odd)[1:].tolist() == [math.inf, -math.inf]
+    with pytest.raises(ValueError, match=r"x: expected torch\.float32"):
+        round_stochastically(x.double())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_compile_autocast_and_low_precision(dtype):
+    net = Net(lambda linear: delta(linear, adapter_dtype=dtype), dtype)
+    for layer in layers(net):
+        nn.init.normal_(layer.lora_B, std=0.1)
+        layer.start()
+        nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(5, K, dtype=dtype)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), net(x))
+    grads = []
+    for module in (net, compiled):
+        net.zero_grad()
+        module(x).float().square().sum().backward()
+        grads.append([p.grad.clone() for p in net.parameters() if p.requires_grad])
+    torch.testing.assert_close(*grads)
+    assert all(g.dtype is dtype for g in grads[0])
+    with torch.autocast("cpu", BF16):
+        assert net(x).dtype is BF16
+
+
+def test_arguments_are_checked():
+    linear = nn.Linear(4, 4)
+    with pytest.raises(TypeError, match=r"base: expected an nn\.Linear without an adapter"):
+        DeltaLoRALinear(LoRALinear(4, 4, r=2))
+    for options in ({"r": 0}, {"lam": -1.0}, {"lam": math.inf}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected"):
+            DeltaLoRALinear(linear, **options)
+    with pytest.raises(ValueError, match="model: expected DeltaLoRALinear layers"):
+        DeltaLoRAScheduler(linear)
+    with pytest.raises(ValueError, match="start_step: expected at least 0"):
+        DeltaLoRAScheduler(DeltaLoRALinear(linear, r=2), -1)
+    with pytest.raises(ValueError, match="rounding: expected one of"):
+        InPlaceDeltaLoRA(LoRALinear(4, 4, r=2), rounding="up")
+    half = LoRALinear(4, 4, r=2, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"^: expected a dense weight \[4, 4\].*float16"):
+        InPlaceDeltaLoRA(half)
+    packed = nn.ModuleDict({"proj": peftkern.layers.NF4LoRALinear(64, 64, r=2)})
+    with pytest.raises(ValueError, match=r"^proj: expected a dense weight.*DeltaLoRALinear works"):
+        InPlaceDeltaLoRA(packed)
+    model = peft_net()
+    model.base_model.model.up.merge()
+    with pytest.raises(ValueError, match="the adapter is merged"):
+        InPlaceDeltaLoRA(model)
