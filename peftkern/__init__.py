@@ -64,7 +64,7 @@ def unpatch(model: nn.Module) -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("adalora", "importance", "layers", "integrations", "low_rank_svd"):
+    if name in ("adalora", "dora", "importance", "layers", "integrations", "low_rank_svd"):
         return importlib.import_module(f"peftkern.{name}")
     if name == "quantize_":
         return importlib.import_module("peftkern.layers").quantize_

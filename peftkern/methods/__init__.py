@@ -1,0 +1,28 @@
+"""Methods of parameter-efficient fine-tuning on the kernels of this package, a module for each.
+
+    from peftkern.methods import DoRALinear
+
+Names are looked up when they are first used; importing this package imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_MODULE_OF = {
+    "DoRALinear": "dora",
+}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in _MODULE_OF.values():
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF, *_MODULE_OF.values()})
