@@ -36,8 +36,15 @@ from torch.utils.checkpoint import checkpoint
 import peftkern
 from peftkern.layers import NF4Linear
 
+SMALL = "small dense product: PEFT's own operations are as fast"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MAKERS = [make_linear, make_linear4bit]
+
+
+@pytest.fixture(autouse=True)
+def form_the_product_again(monkeypatch):
+    """As layers of real sizes do; what is kept instead, tests/test_dora.py tests."""
+    monkeypatch.setattr("peftkern.dora._forms_again", lambda x, weights: True)
 
 
 def dora_net(base: nn.Module, **config) -> PeftModel:
@@ -190,6 +197,18 @@ def test_scaling_changed_at_run_time():
         for net in (model, twin):
             layer_of(net).scaling["default"] = scaling
         torch.testing.assert_close(twin(x), model(x))
+
+
+def test_small_layers_are_left_to_peft(monkeypatch):
+    model = dora_net(make_linear())
+    layer = layer_of(model)
+    smallest = layer.in_features * layer.out_features
+    for minimum, reasons in ((smallest, {}), (smallest + 1, {SMALL: 1})):
+        monkeypatch.setattr("peftkern.integrations.peft._DORA_CPU_MINIMUM", minimum)
+        peftkern.patch(model)
+        peftkern.reset_stats()
+        model(sample(F32))
+        assert fallbacks() == reasons and norms_computed() == (not reasons)
 
 
 # ---- what users do with the model

@@ -49,6 +49,8 @@ if is_bnb_4bit_available():
 # Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
 # costs more than the copies it saves (bench/bench_lora_linear.py).
 _DENSE_CPU_MINIMUM = 1 << 19
+# Values of a dense weight from which DoRA is (bench/bench_dora.py): PEFT's norms cost the more.
+_DORA_CPU_MINIMUM = 1 << 17
 _DENSE = (nn.Linear, Conv1D)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
@@ -280,10 +282,14 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
 
 def _is_small(layer: Any, x: Tensor) -> bool:
     """Too little dense work to win back the cost of a call, unless a back end was asked for."""
-    if type(layer._modules["base_layer"]) not in _DENSE or not x.is_cpu or layer.lora_variant:
+    if type(layer._modules["base_layer"]) not in _DENSE or not x.is_cpu:
         return False
     K, N = layer.in_features, layer.out_features
-    if x.numel() + x.numel() // max(K, 1) * N >= _DENSE_CPU_MINIMUM:
+    if layer.lora_variant:
+        small = N * K < _DORA_CPU_MINIMUM
+    else:
+        small = x.numel() + x.numel() // max(K, 1) * N < _DENSE_CPU_MINIMUM
+    if not small:
         return False
     return torch.compiler.is_compiling() or dispatch.forced_backend() is None
 

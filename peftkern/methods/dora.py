@@ -44,7 +44,7 @@ class DoRALinear(nn.Module):
         r: int = 8,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
-        recompute: bool = True,
+        recompute: bool | None = None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
