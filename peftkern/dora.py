@@ -149,7 +149,7 @@ class _DoRALinear(torch.autograd.Function):
             lora_B,
             magnitude,
             norm,
-            *(frozen if need_dx or again else [None] * len(frozen)),
+            *(frozen if layout or need_dx or again else [None]),  # the NF4 ops take no None
         )
         ctx.options, ctx.layout, ctx.needs = (scaling, keep is not None, dropout_p), layout, needs
         ctx.backend = _forced_backend(x)
@@ -158,7 +158,8 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        with _backend(ctx.backend):
+        # As its forward pass, whatever autocast is on where backward is called.
+        with _backend(ctx.backend), torch.autocast(dy.device.type, enabled=False):
             grads = _backward(dy, *ctx.saved_tensors, ctx=ctx)
         wanted = [grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
         return None, None, *wanted, *[None] * (len(ctx.needs_input_grad) - 7)

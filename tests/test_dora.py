@@ -278,31 +278,51 @@ def test_zero_rows_are_nan_as_in_peft(backend):
     assert torch.equal(got["dbias"], dy.sum(0))
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("make_weight", [dense_weight, nf4_weight])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_frozen_parts_get_no_gradient(backend, dropout_p):
+def test_frozen_parts_get_no_gradient(backend, dropout_p, make_weight, recompute):
     leaves = leaves_of((6, 20, 40, 4), BF16)
-    weight, dy = torch.randn(20, 40).to(BF16), torch.randn(6, 20).to(BF16)
-    wanted = with_gradients(dora_linear, leaves, weight, dy, dropout_p=dropout_p)
-    for frozen in (*NAMES, ("x", "bias"), ("A", "B"), ("A", "B", "x", "bias"), ("magnitude", "B")):
+    weight, _ = make_weight(20, 40, BF16)
+    dy = torch.randn(6, 20).to(BF16)
+    options = {"dropout_p": dropout_p, "recompute": recompute}
+    wanted = with_gradients(dora_linear, leaves, weight, dy, **options)
+    several = [("x", "bias"), ("A", "B"), ("A", "B", "x", "bias"), ("magnitude", "B")]
+    for frozen in [*((name,) for name in NAMES), *several]:
         given = {k: v.detach().clone() for k, v in leaves.items()}
         for name, leaf in given.items():
-            leaf.requires_grad_(name != frozen and name not in frozen)
+            leaf.requires_grad_(name not in frozen)
+        positional = [given["x"], weight, given["A"], given["B"], given["magnitude"]]
         torch.manual_seed(5)
-        dora_linear(
-            given["x"],
-            weight,
-            given["A"],
-            given["B"],
-            given["magnitude"],
-            scaling=1.5,
-            bias=given["bias"],
-            dropout_p=dropout_p,
-        ).backward(dy)
+        dora_linear(*positional, scaling=1.5, bias=given["bias"], **options).backward(dy)
         for name, leaf in given.items():
             if leaf.requires_grad:
                 assert torch.equal(leaf.grad, wanted[f"d{name}"]), (frozen, name)
             else:
                 assert leaf.grad is None
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_backward_called_under_autocast(backend, dropout_p):
+    leaves = leaves_of((6, 20, 40, 4))
+    weight, dy = torch.randn(20, 40), torch.randn(6, 20)
+    given = {"dropout_p": dropout_p, "recompute": True}
+    wanted = with_gradients(dora_linear, leaves, weight, dy, **given)
+
+    def function(*args, **options):
+        y = dora_linear(*args, **options)
+        backward = y.backward
+
+        def under_autocast(dy):
+            with torch.autocast("cpu", BF16):
+                backward(dy)
+
+        y.backward = under_autocast
+        return y
+
+    got = with_gradients(function, leaves, weight, dy, **given)
+    for name in wanted:
+        assert torch.equal(got[name], wanted[name])
 
 
 def test_output_may_be_written_to(backend):
