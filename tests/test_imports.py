@@ -29,6 +29,7 @@ RANK = {
     "functional": 5,
     "low_rank_svd": 5,
     "importance": 5,
+    "dora": 6,
     "svd_linear": 6,
     "adalora": 7,
     "layers": 7,
