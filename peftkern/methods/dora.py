@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.dora import dora_linear, dora_norm
+from peftkern.frozen_linear import check_base, check_update, linear_like
 from peftkern.functional import dequantize_nf4
 from peftkern.nf4 import NF4Weight
 
@@ -48,15 +49,8 @@ class DoRALinear(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear) or hasattr(base, "lora_A"):
-            raise TypeError(
-                f"base: expected an nn.Linear without an adapter, got {type(base).__name__}"
-            )
-        if r < 1:
-            raise ValueError(f"r: expected a positive rank, got {r}")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout}")
-        self.base = base.requires_grad_(False)
+        check_update(r, lora_dropout)
+        self.base = check_base(base)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.lora_dropout, self.recompute = lora_dropout, recompute
@@ -102,11 +96,7 @@ class DoRALinear(nn.Module):
             dense = dequantize_nf4(weight) if isinstance(weight, NF4Weight) else weight
             update = self.scaling * (self.lora_B.to(norm.dtype) @ self.lora_A.to(norm.dtype))
             merged = (dense.to(norm.dtype) + update) * (self.magnitude / norm)[:, None]
-        linear = nn.Linear(self.in_features, self.out_features, base.bias is not None, "meta")
-        linear.weight = nn.Parameter(merged.to(dense.dtype))
-        if base.bias is not None:
-            linear.bias = nn.Parameter(base.bias.detach().clone())
-        return linear
+        return linear_like(base, merged.to(dense.dtype))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
