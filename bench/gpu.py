@@ -32,6 +32,7 @@ BENCHES = {
     "lora_linear": 8,
     "adalora": 3,
     "low_rank_svd": 4,
+    "dora": 3,
     "formulations": 3,
     "step": 4,
 }

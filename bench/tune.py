@@ -53,6 +53,8 @@ FIELDS = {  # what each kernel reads of its tiles
     "epilogue": ("block_m", "block_n", "num_warps", "num_stages"),
     "nf4_dequantize": ("block_n", "num_warps"),
     "nf4_quantize": ("block_n", "num_warps"),
+    "dora_norm": ("block_n", "block_k", "num_warps", "num_stages"),
+    "nf4_dora_norm": ("block_n", "num_warps", "num_stages"),
 }
 GAIN = 1.02  # how much faster a candidate has to be: less is noise
 ROTATE = 256 << 20  # bytes of inputs to cycle through, beyond the L2 cache
@@ -91,6 +93,8 @@ def problems(shapes: list, rows: list, ranks: list) -> Iterator[tuple]:
                     wanted.append(Problem("epilogue", m, n, 1, r, 16))
                 wanted.append(Problem("nf4_dequantize", 1, n * k, 64, 1, 16))
                 wanted.append(Problem("nf4_quantize", 1, n * k, 64, 1, 16))
+                wanted.append(Problem("dora_norm", 1, n, k, r, 16))
+                wanted.append(Problem("nf4_dora_norm", 1, n, k, r, 16))
                 for problem in wanted:
                     if problem.key() not in seen:
                         seen.add(problem.key())
@@ -99,7 +103,7 @@ def problems(shapes: list, rows: list, ranks: list) -> Iterator[tuple]:
 
 def runner(problem, n: int, k: int, device: torch.device) -> Callable[[int], tuple]:
     """call(i): the launch that the problem stands for, on the i-th of many equal inputs."""
-    from peftkern.kernels import lora_linear, nf4, nf4_lora_linear
+    from peftkern.kernels import dora, lora_linear, nf4, nf4_lora_linear
 
     torch.manual_seed(0)
     m, r, kernel = problem.M, problem.r, problem.kernel
@@ -139,12 +143,18 @@ def runner(problem, n: int, k: int, device: torch.device) -> Callable[[int], tup
     if kernel == "nf4_quantize":
         weights = pool(n, k)
         return lambda i: nf4.nf4_quantize(of(weights, i), 64)
+    if kernel == "dora_norm":
+        weights = pool(n, k, scale=k**-0.5)
+        return lambda i: (dora.dora_norm(of(weights, i), a, b, SCALING),)
 
     first = pieces(nf4_weight(n, k, device))
     copies = min(MOST_COPIES, ROTATE // first[0].nbytes) if device.type == "cuda" else 0
     packed = [(first[0].clone(), *first[1:]) for _ in range(max(1, copies))]
     if kernel == "nf4_dequantize":
         return lambda i: (nf4.nf4_dequantize(*of(packed, i), [n, k], torch.bfloat16),)
+    if kernel == "nf4_dora_norm":
+        rest = ([n, k], torch.bfloat16, a, b, SCALING)
+        return lambda i: (dora.nf4_dora_norm(*of(packed, i), *rest),)
     if kernel == "nf4_forward":
         x = pool(m, k)[0]
         rest = (n, a, b, None, SCALING, None, 0.0)

@@ -212,6 +212,16 @@ def _nf4_quantize(p: Problem, processors: int) -> TileConfig:
     return TileConfig(block_n=4096, num_warps=4)  # values of a tile
 
 
+def _dora_norm(p: Problem, processors: int) -> TileConfig:
+    # Every program reads all of lora_A, so it takes as many rows as leave few processors idle. A
+    # processor with one program has what that one's stages hold to hide the latency of memory.
+    light, most = _light(p), 32 if block_rank(p.r) == RANK_MOST else 64
+    filled = (n for n in (64, 32) if 4 * ceil_div(p.N, n) >= 3 * processors)
+    block_n = min(next(filled, 16), most)
+    warps = 4 if block_n < (64 if light else 32) else 8
+    return TileConfig(16, block_n, 128 if light else 64, 1, warps, 4 if light else 3)
+
+
 _COUNTED: dict[str, Callable[[Problem, int], TileConfig]] = {
     "lora_forward": _lora_forward,
     "lora_backward_sb": _lora_backward_sb,
@@ -221,5 +231,7 @@ _COUNTED: dict[str, Callable[[Problem, int], TileConfig]] = {
     "epilogue": _epilogue,
     "nf4_dequantize": _nf4_dequantize,
     "nf4_quantize": _nf4_quantize,
+    "dora_norm": _dora_norm,
+    "nf4_dora_norm": _dora_norm,
 }
 KERNELS = tuple(_COUNTED)

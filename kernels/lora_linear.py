@@ -329,8 +329,22 @@ def supports(
     keep: Tensor | None,
 ) -> str | None:
     """Reason against a LoRA linear layer of weight [N, K] on these kernels."""
-    if activations.dtype not in DTYPES:
-        return f"the dtype is {activations.dtype}"
+    reason = supports_layer(activations.dtype, shape, lora_A, lora_B)
+    if reason is not None:
+        return reason
+    if activations.numel() // activations.shape[-1] > ROWS_MAX:
+        return f"there are more than {ROWS_MAX} rows"
+    if keep is not None and keep.dtype is not torch.int64:
+        return "dropout's mask is given, and the kernels draw it from a seed"
+    return None
+
+
+def supports_layer(
+    dtype: torch.dtype, shape: tuple[int, int], lora_A: Tensor | None, lora_B: Tensor | None
+) -> str | None:
+    """Reason against a weight [N, K] and its factors, whatever is done with them."""
+    if dtype not in DTYPES:
+        return f"the dtype is {dtype}"
     if 0 in shape:
         return "the weight is empty"
     if max(shape) > SIZE_MAX:
@@ -342,10 +356,6 @@ def supports(
         r = lora_A.shape[0]
         if not 1 <= r <= RANK_MAX:
             return f"the rank is {r}, not 1 to {RANK_MAX}"
-    if activations.numel() // activations.shape[-1] > ROWS_MAX:
-        return f"there are more than {ROWS_MAX} rows"
-    if keep is not None and keep.dtype is not torch.int64:
-        return "dropout's mask is given, and the kernels draw it from a seed"
     return None
 
 

@@ -104,8 +104,14 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
             _triton("nf4_lora_linear_backward", "nf4_lora_linear", "supports_backward"),
             _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
         ),
-        "dora_norm": (_cpu("dora_norm", cpu.supports_dora_norm),),
-        "nf4_dora_norm": (_cpu("nf4_dora_norm", cpu.supports_nf4_dora_norm),),
+        "dora_norm": (
+            _triton("dora_norm", "dora", "supports_norm"),
+            _cpu("dora_norm", cpu.supports_dora_norm),
+        ),
+        "nf4_dora_norm": (
+            _triton("nf4_dora_norm", "dora", "supports_nf4_norm"),
+            _cpu("nf4_dora_norm", cpu.supports_nf4_dora_norm),
+        ),
         "low_rank_svd": (
             _triton("low_rank_svd", "low_rank_svd", "supports"),
             _cpu("low_rank_svd", cpu.supports_low_rank_svd),

@@ -29,7 +29,6 @@ from peftkern.functional import (
     _forced_backend,
     _mismatch,
     _pieces,
-    dequantize_nf4,
 )
 from peftkern.nf4 import NF4Weight
 
@@ -56,12 +55,11 @@ def dora_norm(
     _check_factors(*weight.shape, weight.device, lora_A, lora_B)
     with torch.no_grad():
         lora_B, scaling = _fold_scaling(lora_B, scaling, lora_B)
-        if nf4 and weight.packed.is_cpu:
+        if nf4:
             return ops.nf4_dora_norm(
                 *_pieces(weight), weight.shape, weight.dtype, lora_A, lora_B, scaling
             )
-        dense = dequantize_nf4(weight) if nf4 else weight
-        return ops.dora_norm(dense, lora_A, lora_B, scaling)
+        return ops.dora_norm(weight, lora_A, lora_B, scaling)
 
 
 def dora_linear(
