@@ -201,11 +201,14 @@ def test_compare_fails_when_slower_and_only_then(peers, rivals):
     assert "1 of 1 cases slower by more than 5.0%" in worse.stdout
 
 
-def test_workers_die_with_a_killed_parent():
+def test_workers_die_with_a_killed_parent(tmp_path):
     command = [sys.executable, "-m", "peftkern", "bench", *TINY, "--op=lora_linear"]
     command += ["--baselines=bench_providers:hanging,bench_providers:right", "--budget=120s"]
     parent = subprocess.Popen(
-        command, cwd=ROOT / "tests", env=environment(), stdout=subprocess.DEVNULL
+        command,
+        cwd=ROOT / "tests",
+        env={**environment(), "TMPDIR": str(tmp_path)},  # nobody is left to remove its files
+        stdout=subprocess.DEVNULL,
     )
     try:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")

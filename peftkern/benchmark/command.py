@@ -11,7 +11,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,7 +185,7 @@ def measure(plan: Plan) -> Record:
     """The record, with a progress bar on a terminal's standard error."""
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=12),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -279,21 +279,10 @@ def print_commands(record: Record) -> None:
 
 def write(plan: Plan, record: Record) -> None:
     """The files that were asked for, each whole or not at all."""
-    for path, text in (
-        (plan.json, lambda: json.dumps(record, allow_nan=False) + "\n"),
-        (plan.csv, lambda: as_csv(record)),
-    ):
-        if path is not None:
-            _write_text(path, text)
-
-
-def _write_text(path: Path, text: Callable[[], str]) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_text(text(), encoding="utf-8")
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    if plan.json is not None:
+        machine.write_text(plan.json, json.dumps(record, allow_nan=False) + "\n")
+    if plan.csv is not None:
+        machine.write_text(plan.csv, as_csv(record))
 
 
 def as_csv(record: Record) -> str:

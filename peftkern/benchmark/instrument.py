@@ -152,8 +152,9 @@ class Bench:
             began = time.monotonic()
             slot = (self.deadline - began) / (len(left) + 1)
 
-            def part(doing: str, share: float, name: str = problem.name) -> None:
-                tick(f"{name}: {doing}", (len(cases) + share) / len(self.problems))
+            def part(doing: str, share: float, op: str = problem.op) -> None:
+                number = f"{len(cases) + 1}/{len(self.problems)}"
+                tick(f"{number} {op}: {doing}", (len(cases) + share) / len(self.problems))
 
             rows, before_clock = self._case(problem, began + slot, part)
             if rows is None:
@@ -211,7 +212,7 @@ class Bench:
         given = {"problem": problem.as_dict(), "data": str(path)}
         patience = PATIENCE * self.budget
         try:
-            tick("weights and their float64 result", 0.0)
+            tick("float64 result", 0.0)
             if REFEREE in self.gone:
                 raise WorkerError(self.gone[REFEREE])
             referee = self.processes[REFEREE]
@@ -245,7 +246,9 @@ class Bench:
                 return None, 0.0
         if time.monotonic() < self.deadline:  # else they are about to be stopped anyway
             asked = {name: self.processes[name] for name in names if name in self.processes}
-            ask_all(asked, SLOWEST_CALL, self.deadline, "letting go of a case", "free")
+            _, errors = ask_all(asked, SLOWEST_CALL, self.deadline, "letting go of a case", "free")
+            for name, error in errors.items():
+                self._stopped(name, error)
         path.unlink(missing_ok=True)
         return rows, before_clock
 

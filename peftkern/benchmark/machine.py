@@ -126,9 +126,17 @@ def slug(machine: dict) -> str:
 def write_json(path: Path, record: object, indent: int | None = None) -> None:
     """Whole or not at all, whenever the process is stopped."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=indent) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same; the folder has to be there."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def roof(

@@ -110,6 +110,8 @@ class Process:
 
     def stop(self) -> None:
         """Whatever state it is in, it and its children are gone afterwards."""
+        if self.popen.stdin.closed:
+            return  # by an earlier call; its number may be another's by now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()

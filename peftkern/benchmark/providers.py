@@ -178,7 +178,7 @@ PROVIDERS = {
     "compile": Provider(
         compiled,
         {"lora_linear": "torch.compile(peft)"}
-        | ({"nf4_lora_linear": "torch.compile(peft+bitsandbytes)"} if has("bitsandbytes") else {}),
+        | ({"nf4_lora_linear": "torch.compile(peft+bnb)"} if has("bitsandbytes") else {}),
         ("peft",),
     ),
     "torch": Provider(
