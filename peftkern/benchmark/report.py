@@ -214,7 +214,14 @@ def _environment(record: Record) -> Markup:
     pairs: list[tuple[str, object]] = [("device", record["device"]), ("CPU", facts["cpu"])]
     isas = f"{facts['isa'] or 'none'}, of {', '.join(facts['isas']) or 'none'}"
     pairs.append(("instruction set", isas))
-    pairs += [(f"GPU {key}".replace("_", " "), value) for key, value in (gpu or {}).items()]
+    if gpu:
+        pairs += [
+            ("GPU", f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors"),
+            ("compute capability", gpu["capability"]),
+            ("GPU memory", f"{gpu['memory'] / 2**30:.4g} GiB"),
+            ("GPU L2 cache", f"{gpu['l2_cache'] / 2**20:.4g} MiB"),
+            ("CUDA or ROCm", gpu["cuda"] or "unknown"),
+        ]
     pairs += [
         ("threads", facts["threads"]),
         ("last-level cache", f"{facts['last_level_cache'] / 2**20:.4g} MiB"),

@@ -11,7 +11,7 @@ from peftkern.benchmark.record import OURS, Case, Provider, Record
 from peftkern.benchmark.terminal import SHORT, is_bound, number, speed_up, title
 
 BOUND = "without the adapter: does less"  # of the frozen layer, where it is the one to compare with
-KINDS = {"faster": "faster", "slower": "slower", "level": "≈ noise"}
+KINDS = {"faster": "faster", "slower": "slower", "level": "≈"}
 
 Labels = dict[tuple[str, str], int]
 Span = Callable[[Provider, Provider], tuple[float, float]]
@@ -80,7 +80,7 @@ def _bar(
     level = found[1] if found else ratio == 1
     kind = "level" if level else "faster" if ratio > 1 else "slower"
     words = KINDS if span else {"faster": "less", "slower": "more", "level": "the same"}
-    value = [tag("span", f"{times(ratio)} {words[kind]}", class_=kind)]
+    value = [tag("span", f"{times(ratio)} ({words[kind]})", class_=kind)]
     if span:
         value.append(tag("small", f"[{times(low)} - {times(high)}]"))
     bar = charts.ratio_bar(axis, ratio, low, high, kind)
