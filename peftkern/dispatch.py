@@ -104,6 +104,8 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
             _triton("nf4_lora_linear_backward", "nf4_lora_linear", "supports_backward"),
             _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
         ),
+        "dora_norm": (_cpu("dora_norm", cpu.supports_dora_norm),),
+        "nf4_dora_norm": (_cpu("nf4_dora_norm", cpu.supports_nf4_dora_norm),),
         "low_rank_svd": (
             _triton("low_rank_svd", "low_rank_svd", "supports"),
             _cpu("low_rank_svd", cpu.supports_low_rank_svd),

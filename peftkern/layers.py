@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.frozen_linear import check_update, linear_like, merged
 from peftkern.functional import (
     dequantize_nf4,
     lora_linear,
@@ -44,10 +45,7 @@ class _Adapter:
         lora_dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        if r < 1:
-            raise ValueError(f"r: expected a positive rank, got {r}")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout}")
+        check_update(r, lora_dropout)
         self.r = r
         self.lora_alpha = lora_alpha
         self.scaling = lora_alpha / r
@@ -66,12 +64,10 @@ class _Adapter:
     def _dropout_p(self) -> float:
         return self.lora_dropout if self.training else 0.0
 
-    def _merged(self, weight: Tensor) -> nn.Linear:
-        """An nn.Linear with weight + scaling * lora_B @ lora_A, summed in float32."""
-        with torch.no_grad():
-            update = self.scaling * (self.lora_B.float() @ self.lora_A.float())
-            merged = (weight.float() + update).to(weight.dtype)
-        return _linear_with(merged, self.bias)
+    def merge(self) -> nn.Linear:
+        """A new dense nn.Linear that computes the same, in the dtype the weight had, without the
+        update's cost."""
+        return merged(self, self.lora_A, self.lora_B, self.scaling)
 
     def extra_repr(self) -> str:
         return (
@@ -129,10 +125,6 @@ class LoRALinear(_Adapter, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         options = {"scaling": self.scaling, "bias": self.bias, "dropout_p": self._dropout_p}
         return lora_linear(x, self.weight, self.lora_A, self.lora_B, **options)
-
-    def merge(self) -> nn.Linear:
-        """A new nn.Linear that computes the same, without the update's cost."""
-        return self._merged(self.weight)
 
 
 class NF4Linear(nn.Linear):
@@ -203,7 +195,7 @@ class NF4Linear(nn.Linear):
 
     def to_linear(self) -> nn.Linear:
         """A new nn.Linear with the dequantised weight, in the dtype it had."""
-        return _linear_with(dequantize_nf4(self.nf4), self.bias)
+        return linear_like(self, dequantize_nf4(self.nf4))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         super()._apply(fn, recurse)
@@ -317,10 +309,6 @@ class NF4LoRALinear(_Adapter, NF4Linear):
         options = {"scaling": self.scaling, "bias": self.bias, "dropout_p": self._dropout_p}
         return nf4_lora_linear(x, self.nf4, self.lora_A, self.lora_B, **options)
 
-    def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, in the dtype the weight had."""
-        return self._merged(dequantize_nf4(self.nf4))
-
 
 def quantize_(
     model: nn.Module,
@@ -408,10 +396,3 @@ def _bare(cls: type, in_features: int, out_features: int, training: bool) -> Any
     layer.in_features, layer.out_features = in_features, out_features
     layer.training = training
     return layer
-
-
-def _linear_with(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = _bare(nn.Linear, weight.shape[1], weight.shape[0], training=True)
-    linear.weight = nn.Parameter(weight.detach())
-    linear.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-    return linear

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern import dispatch, functional, importance
+from peftkern import dispatch, dora, functional, importance
 from peftkern.benchmark.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
 from peftkern.device import BackendUnavailableError
 from peftkern.low_rank_svd import low_rank_svd
@@ -135,6 +135,7 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> Inputs:
         "lora_A": draw(r, K, scale=K**-0.5),
         "lora_B": draw(N, r, scale=r**-0.5),
         "lora_E": draw(r, 1),
+        "magnitude": 1.0 + draw(N, scale=0.1),
     }
 
 
@@ -168,6 +169,16 @@ def _nf4_lora_linear(inputs: Inputs) -> Results:
     leaves = _leaves(inputs, "x", "lora_A", "lora_B", "bias")
     y = functional.nf4_lora_linear(w=inputs["w"], scaling=1.5, **leaves)
     return _gradients(y, inputs["dy"], **leaves)
+
+
+def _dora_linear(inputs: Inputs, weight: str = "weight") -> Results:
+    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "magnitude", "bias")
+    y = dora.dora_linear(weight=inputs[weight], scaling=1.5, **leaves)
+    return _gradients(y, inputs["dy"], **leaves)
+
+
+def _nf4_dora_linear(inputs: Inputs) -> Results:
+    return _dora_linear(inputs, "w")
 
 
 def _quantize_nf4(inputs: Inputs) -> Results:
@@ -215,6 +226,8 @@ _CASES = (
     _Case("lora_linear", _lora_linear, _16_AND_32),
     _Case("nf4_linear", _nf4_linear, _16_AND_32),
     _Case("nf4_lora_linear", _nf4_lora_linear, _16_AND_32),
+    _Case("dora_linear", _dora_linear, _16_AND_32),
+    _Case("dora_linear, NF4", _nf4_dora_linear, _16_AND_32),
     _Case("quantize_nf4", _quantize_nf4, _16_AND_32, exact=True),
     _Case("dequantize_nf4", _dequantize_nf4, _16_AND_32, exact=True),
     _Case("low_rank_svd", _low_rank_svd),

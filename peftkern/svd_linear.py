@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.functional import dequantize_nf4, lora_linear, nf4_lora_linear
+from peftkern.frozen_linear import check_base, check_update, low_rank_forward, merged
 
 
 def fold_diagonal(lora_A: Tensor, lora_E: Tensor, scaling: float | Tensor) -> Tensor:
@@ -52,15 +52,8 @@ class SVDLinear(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear) or hasattr(base, "lora_A"):
-            raise TypeError(
-                f"base: expected an nn.Linear without an adapter, got {type(base).__name__}"
-            )
-        if r < 1:
-            raise ValueError(f"r: expected a positive rank, got {r}")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout}")
-        self.base = base.requires_grad_(False)
+        check_update(r, lora_dropout)
+        self.base = check_base(base)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_alpha = lora_alpha if lora_alpha > 0 else float(r)
         self.lora_dropout = lora_dropout
@@ -88,29 +81,16 @@ class SVDLinear(nn.Module):
         return self.lora_alpha / (self.ranknum.float() + 1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base
         lora_A = fold_diagonal(self.lora_A, self.lora_E, self.scaling)
-        options: dict[str, Any] = {
-            "scaling": 1.0,
-            "bias": base.bias,
-            "dropout_p": self.lora_dropout if self.training else 0.0,
-        }
-        if hasattr(base, "nf4"):
-            return nf4_lora_linear(x, base.nf4, lora_A, self.lora_B, **options)
-        return lora_linear(x, base.weight, lora_A, self.lora_B, **options)
+        dropout_p = self.lora_dropout if self.training else 0.0
+        options = {"scaling": 1.0, "dropout_p": dropout_p}
+        return low_rank_forward(self.base, x, lora_A, self.lora_B, **options)
 
     def merge(self) -> nn.Linear:
         """A new dense nn.Linear that computes the same, without the update's cost."""
-        base = self.base
         with torch.no_grad():
-            weight = dequantize_nf4(base.nf4) if hasattr(base, "nf4") else base.weight
-            update = self.lora_B.float() @ fold_diagonal(self.lora_A, self.lora_E, self.scaling)
-            merged = (weight.float() + update).to(weight.dtype)
-        linear = nn.Linear(self.in_features, self.out_features, base.bias is not None, "meta")
-        linear.weight = nn.Parameter(merged)
-        if base.bias is not None:
-            linear.bias = nn.Parameter(base.bias.detach().clone())
-        return linear
+            lora_A = fold_diagonal(self.lora_A, self.lora_E, self.scaling)
+            return merged(self.base, lora_A, self.lora_B, 1.0)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         lora_E = state_dict.get(f"{prefix}lora_E")

@@ -21,6 +21,11 @@ AUTOCAST_RTOL = 2**-5  # of the largest value: a few roundings to bfloat16 in an
 LOGITS = {"rtol": 1e-4, "atol": 1e-5}  # of one model in float32 after another order of sums
 GOLDEN_RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # another machine's reduction order
 
+DORA_NORM_RTOL = 2e-6  # of a row norm in float32, relative to the terms that may cancel
+DORA_RMS_RATIO = 4  # times FLOOR_RMS: the same products in another order of roundings
+# Of the lengths' gradient after dropout in 16 bits: a product rounded to bfloat16 in each term.
+DORA_DROPPED_MAGNITUDE_RMS = 2**-8
+
 NF4_MAX_HALF_GAP = 0.1519036  # of absmax: half of the widest gap of the table, -1.0 .. -0.6962
 NF4_TIE_RTOL = 1e-6  # how near a threshold x / absmax and x * (1 / absmax) may disagree
 # bitsandbytes' CPU quantiser of absmax looks codes up in 65,536 bins: this share is off by one.

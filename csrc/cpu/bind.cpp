@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "peftkern/adalora.h"
+#include "peftkern/dora.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
 #include "peftkern/low_rank_svd.h"
@@ -232,6 +233,28 @@ PYBIND11_MODULE(_cpu, m) {
           args.g = pointer<float>(g);
           py::gil_scoped_release release;
           lora_outer(isa.c_str(), args);
+        });
+
+  // `weight` is the address of a dense weight, or a tuple that describes one in NF4.
+  m.def("dora_norm",
+        [](const std::string& isa, int threads, int64_t N, int64_t K, int64_t r,
+           const py::object& weight, int dtype, uintptr_t a, uintptr_t b, uintptr_t norm) {
+          DoraNormArgs args;
+          args.N = N;
+          args.K = K;
+          args.r = r;
+          if (py::isinstance<py::tuple>(weight)) {
+            args.w = view_from_tuple(weight.cast<py::tuple>());
+          } else {
+            args.weight = pointer<const void>(weight.cast<uintptr_t>());
+          }
+          args.dtype = dtype_from_code(dtype);
+          args.a = pointer<const float>(a);
+          args.b = pointer<const float>(b);
+          args.norm = pointer<float>(norm);
+          args.threads = threads;
+          py::gil_scoped_release release;
+          dora_norm(isa.c_str(), args);
         });
 
   m.def("low_rank_cores",

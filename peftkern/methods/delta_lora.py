@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.functional import dequantize_nf4, lora_linear, nf4_lora_linear
+from peftkern.frozen_linear import check_base, check_update, low_rank_forward, merged
 from peftkern.methods.pairs import AdapterPair, find_pairs
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -67,14 +67,9 @@ class DeltaLoRALinear(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear) or hasattr(base, "lora_A"):
-            raise TypeError(
-                f"base: expected an nn.Linear without an adapter, got {type(base).__name__}"
-            )
-        if r < 1:
-            raise ValueError(f"r: expected a positive rank, got {r}")
+        check_update(r)
         _check_lam(lam)
-        self.base = base.requires_grad_(False)
+        self.base = check_base(base)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_alpha, self.lam = r, lora_alpha, lam
         self.scaling = lora_alpha / r
@@ -105,12 +100,7 @@ class DeltaLoRALinear(nn.Module):
         self.start_B = self.lora_B.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base
-        lora_A, lora_B = self._factors()
-        options: dict[str, Any] = {"scaling": self.scaling, "bias": base.bias}
-        if hasattr(base, "nf4"):
-            return nf4_lora_linear(x, base.nf4, lora_A, lora_B, **options)
-        return lora_linear(x, base.weight, lora_A, lora_B, **options)
+        return low_rank_forward(self.base, x, *self._factors(), scaling=self.scaling)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """One pair of rank 2 r in place of the two, whose product is all that W_0 lacks."""
@@ -126,17 +116,8 @@ class DeltaLoRALinear(nn.Module):
 
     def merge(self) -> nn.Linear:
         """A new dense nn.Linear that computes the same, in the dtype the weight had."""
-        base = self.base
         with torch.no_grad():
-            weight = dequantize_nf4(base.nf4) if hasattr(base, "nf4") else base.weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            lora_A, lora_B = (factor.to(wide) for factor in self._factors())
-            merged = (weight.to(wide) + self.scaling * (lora_B @ lora_A)).to(weight.dtype)
-        linear = nn.Linear(self.in_features, self.out_features, base.bias is not None, "meta")
-        linear.weight = nn.Parameter(merged)
-        if base.bias is not None:
-            linear.bias = nn.Parameter(base.bias.detach().clone())
-        return linear
+            return merged(self.base, *self._factors(), self.scaling)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if f"{prefix}lora_A" in state_dict:  # the state of a layer that has started or has not

@@ -1,4 +1,4 @@
-"""What the layers here share: a frozen base layer, dense or NF4, plus a low-rank update."""
+"""What layers share that add a low-rank update to a frozen base layer, dense or NF4."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_base(base: nn.Module) -> nn.Linear:
     return base.requires_grad_(False)
 
 
-def check_update(r: int, lora_dropout: float) -> None:
+def check_update(r: int, lora_dropout: float = 0.0) -> None:
     """Raises: ValueError unless r is positive and lora_dropout in [0, 1)."""
     if type(r) is not int or r < 1:
         raise ValueError(f"r: expected a positive rank, got {r!r}")
@@ -45,13 +45,23 @@ def low_rank_forward(
 
 
 @torch.no_grad()
-def merged(base: nn.Linear, update: Tensor) -> nn.Linear:
-    """A new dense nn.Linear with the weight of `base` + update [N, K], summed in float32 or more
-    and rounded once to the dtype that the weight has, or had before it became NF4."""
+def merged(base: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> nn.Linear:
+    """A new dense nn.Linear with the weight of `base` + scaling * lora_B @ lora_A.
+
+    Summed in float32 or what is wider, and rounded once to the dtype that the weight has, or had
+    before it became NF4.
+    """
     weight = dequantize_nf4(base.nf4) if hasattr(base, "nf4") else base.weight
-    wide = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
+    wide = torch.promote_types(weight.dtype, lora_B.dtype)
+    wide = torch.promote_types(wide, torch.float32)
+    update = scaling * (lora_B.to(wide) @ lora_A.to(wide))
+    return linear_like(base, (weight.to(wide) + update).to(weight.dtype))
+
+
+def linear_like(base: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A new nn.Linear with this dense weight and a copy of the bias of `base`."""
     linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, "meta")
-    linear.weight = nn.Parameter((weight.to(wide) + update.to(wide)).to(weight.dtype))
+    linear.weight = nn.Parameter(weight.detach())
     if base.bias is not None:
         linear.bias = nn.Parameter(base.bias.detach().clone())
     return linear
