@@ -13,13 +13,19 @@ from typing import Any
 _MODULE_OF = {
     "DeltaLoRALinear": "delta_lora",
     "DeltaLoRAScheduler": "delta_lora",
+    "DyLoRALinear": "dylora",
     "InPlaceDeltaLoRA": "delta_lora",
     "LoRAFAOptimizer": "lora_fa",
     "LoRAProAdamW": "lora_pro",
+    "QuantumPEFTLinear": "quantum_peft",
     "freeze_lora_A": "lora_fa",
     "lora_fa_gradients": "lora_fa",
     "lora_pro_gradients": "lora_pro",
     "lora_pro_hook": "lora_pro",
+    "orthonormal_columns": "quantum_peft",
+    "sample_rank": "dylora",
+    "set_rank": "dylora",
+    "shifted_sparse_attention": "longlora",
 }
 __all__ = sorted(_MODULE_OF)
 

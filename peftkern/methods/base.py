@@ -1,0 +1,57 @@
+"""What the layers here share: a frozen base layer, dense or NF4, plus a low-rank update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peftkern.functional import dequantize_nf4, lora_linear, nf4_lora_linear
+
+
+def check_base(base: nn.Module) -> nn.Linear:
+    """A linear layer without an adapter, frozen.
+
+    Raises: TypeError if it is another kind of module.
+    """
+    if not isinstance(base, nn.Linear) or hasattr(base, "lora_A"):
+        raise TypeError(
+            f"base: expected an nn.Linear without an adapter, got {type(base).__name__}"
+        )
+    return base.requires_grad_(False)
+
+
+def check_update(r: int, lora_dropout: float) -> None:
+    """Raises: ValueError unless r is positive and lora_dropout in [0, 1)."""
+    if type(r) is not int or r < 1:
+        raise ValueError(f"r: expected a positive rank, got {r!r}")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout}")
+
+
+def low_rank_forward(
+    base: nn.Linear,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """base(x) + scaling * (dropout(x) @ lora_A.T) @ lora_B.T in one op, see `lora_linear`."""
+    options = {"scaling": scaling, "bias": base.bias, "dropout_p": dropout_p}
+    if hasattr(base, "nf4"):
+        return nf4_lora_linear(x, base.nf4, lora_A, lora_B, **options)
+    return lora_linear(x, base.weight, lora_A, lora_B, **options)
+
+
+@torch.no_grad()
+def merged(base: nn.Linear, update: Tensor) -> nn.Linear:
+    """A new dense nn.Linear with the weight of `base` + update [N, K], summed in float32 or more
+    and rounded once to the dtype that the weight has, or had before it became NF4."""
+    weight = dequantize_nf4(base.nf4) if hasattr(base, "nf4") else base.weight
+    wide = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
+    linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, "meta")
+    linear.weight = nn.Parameter((weight.to(wide) + update.to(wide)).to(weight.dtype))
+    if base.bias is not None:
+        linear.bias = nn.Parameter(base.bias.detach().clone())
+    return linear
