@@ -1,7 +1,7 @@
 """RoSA's function: a linear layer plus a low-rank and a sparse update, and where the sparse one is.
 
-    mask = SparseMask.from_indices(rows, columns, weight.shape)
-    y = rosa_linear(x, weight, lora_A, lora_B, values, mask, scaling=2.0)
+mask = SparseMask.from_indices(rows, columns, weight.shape)
+y = rosa_linear(x, weight, lora_A, lora_B, values, mask, scaling=2.0)
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SparseMask:
         Raises: as `from_indices`, and ValueError if crow does not ascend from 0 to nnz or the
             columns of a row do not ascend: values belong to entries by their order.
         """
-        N, K = shape
+        N = shape[0]
         for name, index in (("crow", crow), ("col", col)):
             if index.dim() != 1 or index.dtype not in _INTEGERS or index.dtype is not crow.dtype:
                 raise ValueError(
@@ -133,9 +133,9 @@ def rosa_linear(
 
     y = x @ (weight + S).T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias
 
-    Args: x, lora_A, lora_B, scaling, bias, dropout_p as in `lora_linear`; weight [N, K] in the dtype
-        of x, or in NF4, frozen; S [N, K] has values [nnz], any float dtype, at the places of mask,
-        which is on the device of x. Autocast leaves the values alone.
+    Args: x, lora_A, lora_B, scaling, bias, dropout_p as in `lora_linear`; weight [N, K] in the
+        dtype of x, or in NF4, frozen; S [N, K] has values [nnz], any float dtype, at the places of
+        mask, which is on the device of x. Autocast leaves the values alone.
     Returns: [..., N], dtype of x: x @ S.T is summed in float32 (float64 for float64), added to what
         `lora_linear` or `nf4_lora_linear` gives and rounded once more.
     Raises: ValueError naming both sides on a shape, dtype or device mismatch, and if weight
@@ -195,9 +195,7 @@ class _RoSALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, bias, values, scaling, keep, dropout_p, needs, *rest):
         crow, col, ccol, row, order, *base = rest
-        y, S = _forward(
-            x, lora_A, lora_B, bias, values, scaling, keep, dropout_p, crow, col, base
-        )
+        y, S = _forward(x, lora_A, lora_B, bias, values, scaling, keep, dropout_p, crow, col, base)
         need_dx, need_dA, need_dB, _, need_dvalues = needs
         tensors = [t for t in base if isinstance(t, Tensor) or t is None]
         ctx.save_for_backward(

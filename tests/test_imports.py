@@ -28,6 +28,7 @@ RANK = {
     "low_rank_svd": 5,
     "importance": 5,
     "svd_linear": 6,
+    "sparse": 6,
     "adalora": 7,
     "layers": 7,
     "methods": 8,

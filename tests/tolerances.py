@@ -61,6 +61,8 @@ LORA_FA_PEFT_RTOL = {torch.float64: 1e-12, torch.float32: 2**-9}
 DELTA_LORA_NEAREST_KEEPS = 0.5  # share of the updates that bf16 weights keep: less than this
 DELTA_LORA_STOCHASTIC = 0.02  # how far from all of it stochastic rounding may be
 
+ROSA_OVERLAP = 0.95  # of masks from streamed and from dense sums of gradients, a planted problem
+
 FUZZ_EXAMPLES = 300
 FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD
 FUZZ_EXAMPLES_LONG = 100_000
