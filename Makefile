@@ -2,6 +2,7 @@
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
 # make bench     measure this CPU, then write README's tables
 # make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
+# make cuda      compile every CUDA kernel (CUDA_ARCHS="80;90a": for those), write what each uses
 # make gpu       on a GPU: build, test, measure; PART=all|test|nf4|nf4_lora_linear|lora_linear|
 #                adalora|low_rank_svd|formulations|step|tune, OUT=folder of the results,
 #                BUDGET=seconds
@@ -10,7 +11,8 @@
 #
 # Everything but `gpu` and `tune` runs in .venv, which the first target that needs it creates.
 # PYTHON picks the interpreter that creates it: make test PYTHON=python3.12. The two run on the
-# machine's own Python (GPU_PYTHON) as it is: nothing is installed or downloaded.
+# machine's own Python (GPU_PYTHON) as it is: nothing is installed or downloaded. CUDA's kernels take
+# minutes to compile: only `cuda`, `gpu` and PEFTKERN_CUDA=1 (or auto) in the environment build them.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,16 +21,17 @@ GPU_PYTHON ?= python3
 PART ?= all
 OUT ?= bench/results
 BUDGET ?= 510
+CUDA_ARCHS ?=
 COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 SANITIZE_DIR := build/sanitize
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 
-.PHONY: demo test pytest bench aot gpu tune lint format sanitize build clean
+.PHONY: demo test pytest bench aot cuda gpu tune lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/qlora_finetune.py
@@ -45,6 +48,11 @@ bench: build
 
 aot: $(INSTALLED)
 	$(BIN)/python bench/resources.py
+
+cuda: $(INSTALLED)
+	$(BIN)/python bench/cuda_resources.py $(if $(CUDA_ARCHS),--archs "$(CUDA_ARCHS)")
+	PEFTKERN_CUDA=1 PEFTKERN_CUDA_ARCHS="$(CUDA_ARCHS)" \
+		$(BIN)/python setup.py --quiet build_ext --inplace
 
 # The first bad option or a missing GPU ends it at once; COMMIT is for a tree without history.
 gpu:
@@ -63,15 +71,18 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Every kernel under AddressSanitizer and UBSan, on heap buffers of exactly the right size.
+# Every kernel under AddressSanitizer and UBSan, on heap buffers of exactly the right size; CUDA's in
+# an emulation.
 sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B $(SANITIZE_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DPEFTKERN_MODULE=OFF \
 		-DPEFTKERN_NATIVE_TEST=ON -DPEFTKERN_SANITIZE=address,undefined $(CMAKE_ARGS)
 	$(BIN)/cmake --build $(SANITIZE_DIR)
 	$(SANITIZE_DIR)/peftkern_native_test
+	$(SANITIZE_DIR)/peftkern_cuda_emulated_test
 
 # Cheap when nothing changed, so native code is never stale.
+build $(INSTALLED): export PEFTKERN_CUDA ?= 0
 build: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 

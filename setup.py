@@ -1,7 +1,12 @@
-"""Build script: compiles csrc/ with CMake and Ninja into peftkern/_cpu.*.so. Never imports torch.
+"""Build script: compiles csrc/ with CMake and Ninja into peftkern/_cpu.*.so, and where nvcc is into
+peftkern/_cuda.*.so. Never imports torch.
 
-Extra CMake arguments come from the environment variable CMAKE_ARGS, for example
-CMAKE_ARGS="-DPEFTKERN_WERROR=ON". Objects stay in build/<python abi>/: rebuilding is incremental.
+From the environment: PEFTKERN_CUDA=0|1|auto (auto: a usable nvcc decides; 1: its lack is an error),
+PEFTKERN_CUDA_ARCHS="80;90a", and CMAKE_ARGS for CMake, for example "-DPEFTKERN_WERROR=ON". Objects
+stay in build/<python abi>/: rebuilding is incremental.
+
+`python setup.py cuda_emulated` builds build/<python abi>/_cuda_emulated.so: the CUDA kernels,
+compiled for the CPU, which tests load.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CMAKE_MINIMUM = (3, 18)
+CUDA = "peftkern._cuda"
 
 
 def find_tool(name: str, minimum: tuple[int, ...] = ()) -> str:
@@ -73,7 +79,7 @@ def first_error(log: str) -> str:
 
 
 def run_tool(command: list[str], step: str, quiet: bool) -> None:
-    """Run one build step; raise with its first error if it fails. `quiet` shows failures only."""
+    """Run one build step; raise with its first error if it fails. `quiet`: notices and failures."""
     if not quiet:
         print("+ " + shlex.join(command), flush=True)
     process = subprocess.Popen(
@@ -82,7 +88,7 @@ def run_tool(command: list[str], step: str, quiet: bool) -> None:
     log = []
     for line in process.stdout:
         log.append(line)
-        if not quiet:
+        if not quiet or line.startswith("peftkern: "):
             sys.stdout.write(line)
             sys.stdout.flush()
     if process.wait() != 0:
@@ -104,16 +110,49 @@ def locked(build_dir: Path) -> Iterator[None]:
         yield
 
 
-class CMakeBuild(build_ext):
-    """Configure, build, and copy the module to where setuptools expects it."""
+def builds_cuda(build_dir: Path) -> bool:
+    """What CMake has decided on peftkern._cuda."""
+    cache = (build_dir / "CMakeCache.txt").read_text(encoding="utf-8")
+    return "\nPEFTKERN_BUILDS_CUDA:INTERNAL=ON\n" in cache
 
-    def build_extension(self, ext: Extension) -> None:
+
+def remove_stale(module: Path) -> None:
+    """An earlier build's module would be imported or packed, with the kernels of then."""
+    if module.exists():
+        print(f"peftkern: removing {module}, which this build does not make")
+        module.unlink()
+
+
+def replace_file(source: Path, destination: Path) -> None:
+    """Copy a module. Replaced, not overwritten: a process may have the old file mapped."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    staged = destination.with_name(f".{destination.name}.{os.getpid()}")
+    shutil.copyfile(source, staged)
+    os.replace(staged, destination)
+
+
+class CMakeBuild(build_ext):
+    """Configure, build, and copy the modules to where setuptools expects them."""
+
+    def build_extensions(self) -> None:
         build_dir = ROOT / "build" / sysconfig.get_config_var("SOABI")
         with locked(build_dir):
-            self.build_in(build_dir, ext)
+            cmake = self.configure(build_dir)
+            if not builds_cuda(build_dir):
+                self.extensions[:] = [ext for ext in self.extensions if ext.name != CUDA]
+                remove_stale(Path(self.get_ext_fullpath(CUDA)))
+            targets = [ext.name.rpartition(".")[2] for ext in self.extensions]
+            self.compile(cmake, build_dir, targets)
+            for ext, target in zip(self.extensions, targets, strict=True):
+                replace_file(build_dir / f"{target}.so", Path(self.get_ext_fullpath(ext.name)))
 
-    def build_in(self, build_dir: Path, ext: Extension) -> None:
-        quiet = not self.verbose
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        if CUDA not in [ext.name for ext in self.extensions]:
+            remove_stale(ROOT / self.get_ext_filename(CUDA))
+
+    def configure(self, build_dir: Path) -> str:
+        """Run CMake; returns its path."""
         cmake, ninja = find_tool("cmake", CMAKE_MINIMUM), find_tool("ninja")
         self.discard_foreign_cache(build_dir)
         run_tool(
@@ -124,19 +163,18 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DPEFTKERN_PYBIND11_INCLUDE={pybind11_include()}",
+                f"-DPEFTKERN_CUDA={os.environ.get('PEFTKERN_CUDA') or 'auto'}",
+                f"-DPEFTKERN_CUDA_ARCHS={os.environ.get('PEFTKERN_CUDA_ARCHS', '')}",
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
             "configuring",
-            quiet,
+            not self.verbose,
         )
-        target = ext.name.rpartition(".")[2]
-        run_tool([cmake, "--build", str(build_dir), "--target", target], "compiling", quiet)
-        destination = Path(self.get_ext_fullpath(ext.name))
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced, not overwritten: a running process may have the old file mapped.
-        staged = destination.with_name(f".{destination.name}.{os.getpid()}")
-        shutil.copyfile(build_dir / f"{target}.so", staged)
-        os.replace(staged, destination)
+        return cmake
+
+    def compile(self, cmake: str, build_dir: Path, targets: list[str]) -> None:
+        command = [cmake, "--build", str(build_dir), "--target", *targets]
+        run_tool(command, "compiling", not self.verbose)
 
     @staticmethod
     def discard_foreign_cache(build_dir: Path) -> None:
@@ -147,8 +185,19 @@ class CMakeBuild(build_ext):
             shutil.rmtree(build_dir)
 
 
+class EmulatedCuda(CMakeBuild):
+    """The CUDA kernels compiled for the CPU, for tests: nothing of it is installed."""
+
+    description = "build build/<python abi>/_cuda_emulated.so, which the tests load"
+
+    def run(self) -> None:
+        build_dir = ROOT / "build" / sysconfig.get_config_var("SOABI")
+        with locked(build_dir):
+            self.compile(self.configure(build_dir), build_dir, ["_cuda_emulated"])
+
+
 setup(
     license="Apache-2.0",
-    ext_modules=[Extension("peftkern._cpu", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[Extension("peftkern._cpu", sources=[]), Extension(CUDA, sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "cuda_emulated": EmulatedCuda},
 )

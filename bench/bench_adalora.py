@@ -16,15 +16,25 @@ import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import gpu_timer
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_ids, main, run_benchmark
 from torch import Tensor, nn
 
 import peftkern
 from peftkern.adalora import RankAllocator
+from peftkern.benchmark import gpu_timer
+from peftkern.benchmark.suite import (
+    OURS,
+    Case,
+    Options,
+    Spec,
+    Target,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
 from peftkern.layers import SVDLinear
 
 PEFT, FOREACH = "PEFT", "foreach"

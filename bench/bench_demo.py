@@ -12,8 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import machine
 import torch
+
+from peftkern.benchmark import machine
 
 
 def main(argv: list[str]) -> int:

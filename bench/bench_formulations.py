@@ -16,9 +16,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from suite import OURS, Case, Options, Spec, Variant, main
 
 import peftkern
+from peftkern.benchmark.suite import OURS, Case, Options, Spec, Variant, main
 
 BASE_FIRST, SKINNY_FIRST = "base-first", "skinny-first"
 BORDERED, DENSE = "bordered", "dense"

@@ -14,8 +14,27 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from peers import compiled, forward, forward_backward, kept, linear, lora_oracle, lora_pool
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_ids, main, run_benchmark
+
+from peftkern.benchmark.peers import (
+    compiled,
+    forward,
+    forward_backward,
+    kept,
+    linear,
+    lora_oracle,
+    lora_pool,
+)
+from peftkern.benchmark.suite import (
+    OURS,
+    Case,
+    Options,
+    Spec,
+    Target,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
 
 PEFT, COMPILED, DENSE = "PEFT", "PEFT, compiled", "dense"
 NAMES = (OURS, PEFT, DENSE)

@@ -21,9 +21,19 @@ import sys
 
 import pytest
 import torch
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_ids, main, run_benchmark
 from torch import Tensor
 
+from peftkern.benchmark.suite import (
+    OURS,
+    Case,
+    Options,
+    Spec,
+    Target,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
 from peftkern.device import triton_interpreted
 from peftkern.low_rank_svd import low_rank_svd, low_rank_svdvals
 

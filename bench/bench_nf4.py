@@ -18,13 +18,24 @@ import sys
 
 import pytest
 import torch
-from peers import bitsandbytes_missing, nf4_linear, nf4_weight64
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_ids, main, run_benchmark
 
 import peftkern
+from peftkern import native_cuda
+from peftkern.benchmark.peers import bitsandbytes_missing, nf4_linear, nf4_weight64
+from peftkern.benchmark.suite import (
+    OURS,
+    Case,
+    Options,
+    Spec,
+    Target,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
 from peftkern.layers import NF4Linear
 
-BNB, TORCH = "bitsandbytes", "plain torch"
+BNB, TORCH, CUDA = "bitsandbytes", "plain torch", "peftkern cuda"
 COPY = "copy, same traffic"
 
 
@@ -66,7 +77,13 @@ def dequantise(options: Options, dtype: torch.dtype, preallocated: bool, names: 
         with peftkern.use_backend("reference"):
             return call_ours(i)
 
+    def call_cuda(i: int) -> torch.Tensor:
+        with peftkern.use_backend("cuda"):
+            return call_ours(i)
+
     variants = {OURS: Variant(call_ours, oracle)}
+    if CUDA in names:
+        variants[CUDA] = Variant(call_cuda, oracle)
     if BNB in names:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -82,32 +99,39 @@ def dequantise(options: Options, dtype: torch.dtype, preallocated: bool, names: 
     return Case(variants, traffic, 0, dtype)
 
 
-def quantise(options: Options, dtype: torch.dtype, names: tuple) -> Case:
+def quantise(options: Options, dtype: torch.dtype, names: tuple, double_quant: bool = True) -> Case:
     pool = weights(options, dtype, options.copies(options.n * options.k * dtype.itemsize))
     oracle = (pool[0].double(),)
 
     def call_ours(i: int) -> peftkern.NF4Weight:
-        return peftkern.quantize_nf4(pool[i % len(pool)])
+        return peftkern.quantize_nf4(pool[i % len(pool)], double_quant=double_quant)
 
     def call_torch(i: int) -> peftkern.NF4Weight:
         with peftkern.use_backend("reference"):
+            return call_ours(i)
+
+    def call_cuda(i: int) -> peftkern.NF4Weight:
+        with peftkern.use_backend("cuda"):
             return call_ours(i)
 
     def values(w: peftkern.NF4Weight) -> torch.Tensor:
         return peftkern.dequantize_nf4(w, torch.float32)
 
     variants = {OURS: Variant(call_ours, oracle, values)}
+    if CUDA in names:
+        variants[CUDA] = Variant(call_cuda, oracle, values)
     if BNB in names:
         import bitsandbytes.functional as bnb
 
         def call_theirs(i: int) -> tuple:
             weight = pool[i % len(pool)]
-            return bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            options = {"quant_type": "nf4", "compress_statistics": double_quant}
+            return bnb.quantize_4bit(weight, **options)
 
         variants[BNB] = Variant(call_theirs, oracle, lambda pair: bnb.dequantize_4bit(*pair))
     if TORCH in names:
         variants[TORCH] = Variant(call_torch, oracle, values)
-    packed = peftkern.quantize_nf4(pool[0]).nbytes
+    packed = call_ours(0).nbytes
     return Case(variants, pool[0].nbytes + packed, 0, dtype)
 
 
@@ -152,10 +176,15 @@ SPECS = [
 ]
 
 
+def has_cuda_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and native_cuda.unserved(device) is None
+
+
 def gpu_specs(device: torch.device) -> list[Spec]:
     """Those with a target first. Without bitsandbytes plain torch is the judge."""
     peer = BNB if bitsandbytes_missing(device) is None else TORCH
-    names = (OURS, peer, COPY)
+    ours = (OURS, CUDA) if has_cuda_kernels(device) else (OURS,)
+    names = (*ours, peer, COPY)
 
     def dequantised(shape: tuple[int, int], dtype: torch.dtype, *targets: Target) -> Spec:
         label = f"nf4/dequantise-{shape[0]}x{shape[1]}/{'bf16' if dtype is BF16 else 'fp32'}"
@@ -169,21 +198,24 @@ def gpu_specs(device: torch.device) -> list[Spec]:
             shape=shape,
         )
 
-    quantised = Spec(
-        "nf4/quantise-14336x4096/bf16",
-        lambda options: quantise(options, BF16, names[:2]),
-        names[:2],
-        peer,
-        (),
-        LOSSY,
-        (14336, 4096),
-    )
+    def quantised(kind: str, names: tuple, double_quant: bool) -> Spec:
+        return Spec(
+            f"nf4/{kind}-14336x4096/bf16",
+            lambda options: quantise(options, BF16, names, double_quant),
+            names,
+            peer,
+            (),
+            LOSSY,
+            (14336, 4096),
+        )
+
     return [
         dequantised((14336, 4096), BF16, Target(COPY, 0.85), Target(BNB, 2.0)),
         dequantised((4096, 4096), BF16),
         dequantised((14336, 4096), FP32),
-        # Triton has no kernel for the absmax of absmax, so nothing of it can be interpreted.
-        *([quantised] if device.type == "cuda" else []),
+        # No kernel for a GPU takes the absmax of absmax: it is not interpreted, nor CUDA's alone.
+        *([quantised("quantise", (OURS, peer), True)] if device.type == "cuda" else []),
+        quantised("quantise-plain", (*ours, peer), False),
     ]
 
 

@@ -18,7 +18,9 @@ import sys
 
 import pytest
 import torch
-from peers import (
+from torch import nn
+
+from peftkern.benchmark.peers import (
     bitsandbytes_missing,
     compiled,
     forward,
@@ -29,8 +31,17 @@ from peers import (
     nf4_linear,
     nf4_weight64,
 )
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_ids, main, run_benchmark
-from torch import nn
+from peftkern.benchmark.suite import (
+    OURS,
+    Case,
+    Options,
+    Spec,
+    Target,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
 
 BNB, BNB_EVAL = "bitsandbytes + PEFT", "bitsandbytes + PEFT, eval"
 COMPILED = "bitsandbytes + PEFT, compiled"

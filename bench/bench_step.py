@@ -13,13 +13,13 @@ from __future__ import annotations
 import sys
 
 import torch
-from peers import bitsandbytes_missing, linear4bit
 from peft import LoraConfig, get_peft_model
-from suite import OURS, Case, Options, Spec, Variant, main
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkern
+from peftkern.benchmark.peers import bitsandbytes_missing, linear4bit
+from peftkern.benchmark.suite import OURS, Case, Options, Spec, Variant, main
 
 PEFT = "PEFT"
 BF16 = torch.bfloat16

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from suite import Options, rotation
+
+from peftkern.benchmark.machine import rotation
+from peftkern.benchmark.suite import CPU, Options
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def options(request: pytest.FixtureRequest) -> Options:
     size = request.config.getoption("--size")
-    return Options(n=size, k=size, rotate=min(rotation(None), 32 * size * size))
+    return Options(n=size, k=size, rotate=min(rotation(None, CPU), 32 * size * size))
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """Everything that a GPU machine is asked for, within a time limit: `make gpu PART=nf4` runs this.
 
 It needs no network, no virtual environment and no git history: the Python that runs it has torch
-and Triton, and finds peftkern through PYTHONPATH, which make sets. It builds the native library in
-place, runs the GPU's tests, then the benches, each in a process of its own, so that one that fails
-or hangs costs the others nothing. A part gets its share of the time that is left; every bench
-writes what it has measured after each case.
+and Triton, and finds peftkern through PYTHONPATH, which make sets. It builds the native libraries
+in place (CUDA's for this GPU alone, where nvcc is), runs the GPU's tests, then the benches, each in
+a process of its own, so that one that fails or hangs costs the others nothing. A part gets its
+share of the time that is left; every bench writes what it has measured after each case.
 
 python bench/gpu.py [--part all|test|nf4|...] [--out bench/results] [--budget 510]
 """
@@ -20,7 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-import machine
+import torch
+
+from peftkern.benchmark import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
 # The share of the time that is left, against the parts after it; `all` goes through them in order.
@@ -39,10 +41,13 @@ GRACE = 5.0  # seconds between the polite signal and the other one
 START_UP = 15.0  # of a bench: imports, the ceilings, the table at the end
 
 
-def run(command: list[str], seconds: float, log: Path | None = None) -> int:
-    """The exit status of a command and its children, 124 if they had to be stopped."""
+def run(command: list[str], seconds: float, log: Path | None = None, **defaults: str) -> int:
+    """The exit status of a command and its children, 124 if they had to be stopped.
+
+    defaults: variables of the environment, unless it has them.
+    """
     print("+ " + " ".join(command), flush=True)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**defaults, **os.environ, "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         command,
         cwd=machine.ROOT,
@@ -72,6 +77,15 @@ def stopped(process: subprocess.Popen) -> str:
         except subprocess.TimeoutExpired:
             continue
     return ""
+
+
+def cuda_build(device: torch.device) -> dict[str, str]:
+    """What setup.py is told: kernels for this GPU alone, if there is an nvcc."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {"PEFTKERN_CUDA": "0"}
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"  # wgmma is of 90a alone
+    return {"PEFTKERN_CUDA": "auto", "PEFTKERN_CUDA_ARCHS": arch}
 
 
 def gpu_test_files() -> list[str]:
@@ -113,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gpu.py: error: {error}", file=sys.stderr)
         return 2
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    failed = [] if run(build, args.budget / 3) == 0 else ["build"]  # the GPU needs none of it
+    status = run(build, args.budget / 3, **cuda_build(device))
+    failed = [] if status == 0 else ["build"]  # Triton's kernels need none of it
     parts = list(SHARES) if args.part == "all" else [args.part]
     for i, part in enumerate(parts):
         left = deadline - time.monotonic()

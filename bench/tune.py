@@ -26,14 +26,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import gpu_timer
-import machine
 import torch
-from suite import FLOOR_MAX, FLOOR_RMS, RATIO, errors
-from timer import measure
 from torch import Tensor
 
 import peftkern
+from peftkern.benchmark import gpu_timer, machine
+from peftkern.benchmark.timer import measure
+from peftkern.benchmark.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
 from peftkern.device import triton_interpreted
 
 MODELS = {  # (N, K) of every linear layer, the most common model first

@@ -63,8 +63,11 @@ def unpatch(model: nn.Module) -> list[str]:
     return peft.unpatch(model)
 
 
+_MODULES = ("adalora", "dora", "importance", "integrations", "layers", "low_rank_svd", "methods")
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("adalora", "importance", "layers", "integrations", "low_rank_svd", "methods"):
+    if name in _MODULES:
         return importlib.import_module(f"peftkern.{name}")
     if name == "quantize_":
         return importlib.import_module("peftkern.layers").quantize_

@@ -231,6 +231,42 @@ def nf4_lora_linear_backward(
     return dx, dA, dB, dbias
 
 
+def supports_dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *args: object) -> str | None:
+    """Reason against dora_norm: float64 and integer factors."""
+    return supports_dense(lora_A) or supports_dense(lora_B) or supports_dense(weight)
+
+
+def supports_nf4_dora_norm(packed: Tensor, *args: object) -> str | None:
+    """Reason against nf4_dora_norm."""
+    dtype, lora_A, lora_B = args[7:10]
+    if dtype not in native.DTYPE_CODES:
+        return f"the dtype is {dtype}"
+    return supports_dense(lora_A) or supports_dense(lora_B)
+
+
+def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return native.dora_norm(weight.contiguous(), _float32(lora_A), _float32(lora_B) * scaling)
+
+
+def nf4_dora_norm(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    pieces = (*tensors, blocksize, nested_blocksize)
+    return native.nf4_dora_norm(pieces, shape, dtype, _float32(lora_A), _float32(lora_B) * scaling)
+
+
 def _adapter_gradients(
     dy: Tensor,
     x: Tensor | None,

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from peftkern import cpu, native, reference
+from peftkern import cpu, cuda, native, native_cuda, reference
 from peftkern.device import BackendUnavailableError, triton_interpreted, triton_missing
 
 
@@ -59,24 +59,33 @@ def _triton(op: str, stem: str, supports: str) -> Candidate:
     return Candidate("triton", "cuda", supports_call, lambda *args: getattr(kernels(), op)(*args))
 
 
+def _cuda(op: str, supports: Callable[..., str | None]) -> Candidate:
+    return Candidate("cuda", "cuda", supports, getattr(cuda, op))
+
+
 def _reference(op: str) -> Candidate:
     return Candidate("reference", None, _always, getattr(reference, op))
 
 
+# Of two back ends for a GPU the first is the one that measured faster; where nothing is measured it
+# is the older. CUDA against Triton (the benches' variant "peftkern cuda"): not measured yet.
 _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     op: (*candidates, _reference(op))
     for op, candidates in {
         "nf4_quantize": (
             _triton("nf4_quantize", "nf4", "supports_quantize"),
+            _cuda("nf4_quantize", cuda.supports_quantize),
             _cpu("nf4_quantize", cpu.supports_dense),
         ),
         "nf4_quantize_absmax": (_cpu("nf4_quantize_absmax", cpu.supports_device),),
         "nf4_dequantize": (
             _triton("nf4_dequantize", "nf4", "supports_dequantize"),
+            _cuda("nf4_dequantize", cuda.supports_dequantize),
             _cpu("nf4_dequantize", cpu.supports_dequantize),
         ),
         "nf4_dequantize_out": (
             _triton("nf4_dequantize_out", "nf4", "supports_dequantize"),
+            _cuda("nf4_dequantize_out", cuda.supports_dequantize),
             _cpu("nf4_dequantize_out", cpu.supports_dequantize),
         ),
         "lora_linear_forward": (
@@ -95,6 +104,8 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
             _triton("nf4_lora_linear_backward", "nf4_lora_linear", "supports_backward"),
             _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
         ),
+        "dora_norm": (_cpu("dora_norm", cpu.supports_dora_norm),),
+        "nf4_dora_norm": (_cpu("nf4_dora_norm", cpu.supports_nf4_dora_norm),),
         "low_rank_svd": (
             _triton("low_rank_svd", "low_rank_svd", "supports"),
             _cpu("low_rank_svd", cpu.supports_low_rank_svd),
@@ -117,7 +128,13 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         "rosa_spmm_": (_cpu("rosa_spmm_", cpu.supports_rosa),),
     }.items()
 }
-_BACKENDS = ("triton", "cpu", "reference")
+# Whether a GPU's back end is there in a form that takes tensors of a CPU.
+_STAND_INS = {"triton": triton_interpreted, "cuda": native_cuda.emulated}
+_BACKENDS = ("triton", "cuda", "cpu", "reference")
+
+# Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
+# costs more than the copies it saves (bench/bench_lora_linear.py). Integrations ask; ops do not.
+DENSE_CPU_MINIMUM = 1 << 19
 
 _override: ContextVar[str | None] = ContextVar("peftkern_backend", default=None)
 _lock = threading.Lock()
@@ -149,11 +166,11 @@ def call(op: str, *args: Any) -> Any:
 
 
 def _reason(candidate: Candidate, args: tuple[Any, ...], forced: str | None) -> str | None:
-    """Why a candidate cannot take a call. Triton's interpreter runs on a CPU, if asked for."""
+    """Why a candidate cannot take a call. What stands in for a GPU runs on a CPU, if asked for."""
     device = _device(args)
     if candidate.device is not None and candidate.device != device.type:
-        interpreted = candidate.name == forced == "triton" and device.type == "cpu"
-        if not (interpreted and triton_interpreted()):
+        asked_for = candidate.name == forced and device.type == "cpu"
+        if not (asked_for and _STAND_INS[candidate.name]()):
             return f"tensors are on {device}"
     return candidate.supports(*args)
 

@@ -354,19 +354,23 @@ def _check_linear(
     if x.dim() == 0 or x.shape[-1] != K:
         raise _mismatch("x", f"[..., {K}] for a weight [{N}, {K}]", x)
     if lora_A is not None:
-        if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.device != device:
-            raise _mismatch("lora_A", f"[r, {K}] on {device} for a weight [{N}, {K}]", lora_A)
-        r = lora_A.shape[0]
-        if lora_B.shape != (N, r) or lora_B.device != device:
-            raise _mismatch("lora_B", f"[{N}, {r}] on {device} for lora_A [{r}, {K}]", lora_B)
-        _check_float("lora_A", lora_A, _DTYPES)
-        _check_float("lora_B", lora_B, _DTYPES)
+        _check_factors(N, K, device, lora_A, lora_B)
     if bias is not None and (
         bias.shape != (N,) or bias.dtype is not x.dtype or bias.device != device
     ):
         raise _mismatch("bias", f"[{N}] {x.dtype} on {device}", bias)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+
+
+def _check_factors(N: int, K: int, device: torch.device, lora_A: Tensor, lora_B: Tensor) -> None:
+    if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.device != device:
+        raise _mismatch("lora_A", f"[r, {K}] on {device} for a weight [{N}, {K}]", lora_A)
+    r = lora_A.shape[0]
+    if lora_B.shape != (N, r) or lora_B.device != device:
+        raise _mismatch("lora_B", f"[{N}, {r}] on {device} for lora_A [{r}, {K}]", lora_B)
+    _check_float("lora_A", lora_A, _DTYPES)
+    _check_float("lora_B", lora_B, _DTYPES)
 
 
 def _mismatch(name: str, expected: str, tensor: Tensor) -> ValueError:

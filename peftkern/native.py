@@ -197,6 +197,40 @@ def lora_outer(s: Tensor, x: Tensor, scale: float = 1.0, keep: Tensor | None = N
     return gradient
 
 
+def dora_norm(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """|weight[N, K] + b[N, r] @ a[r, K]| of each row, float32 [N]; a and b float32."""
+    address = _address("weight", weight, weight.dtype, weight.numel())
+    return _dora_norm(weight.shape, address, _dtype_code("weight", weight), a, b)
+
+
+def nf4_dora_norm(
+    pieces: Pieces, shape: Sequence[int], dtype: torch.dtype, a: Tensor, b: Tensor
+) -> Tensor:
+    """`dora_norm` of an NF4 weight of this shape, decoded to values of `dtype`."""
+    weight = _weight(pieces, shape[0] * shape[1])
+    return _dora_norm(shape, weight, DTYPE_CODES[dtype], a, b)
+
+
+def _dora_norm(
+    shape: Sequence[int], weight: int | tuple, dtype_code: int, a: Tensor, b: Tensor
+) -> Tensor:
+    (N, K), r = shape, a.shape[0]
+    norm = torch.empty(N, dtype=torch.float32, device="cpu")
+    _module().dora_norm(
+        cpu_isa(),
+        torch.get_num_threads(),
+        N,
+        K,
+        r,
+        weight,
+        dtype_code,
+        _address("lora_A", a, torch.float32, r * K),
+        _address("lora_B", b, torch.float32, N * r),
+        norm.data_ptr(),
+    )
+    return norm
+
+
 def nf4_linear_forward(
     x: Tensor,
     pieces: Pieces,

@@ -59,7 +59,8 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _INT64_MAX = 2**63 - 1
-_STATE_KEY = "quant_state.bitsandbytes__nf4"
+STATE_BYTES = 256  # room for the JSON of a weight of two dimensions
+STATE_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_BYTES_MAX = 1 << 16  # bitsandbytes writes about 200 bytes; anything huge is not its state
 
 _verified_maps: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -104,6 +105,27 @@ def dynamic_map() -> tuple[float, ...]:
         positive = (10.0 ** (exponent - 6) * centres).tolist()
         values += positive + [-value for value in positive]
     return tuple(sorted(values))
+
+
+def state_dict_layout(
+    shape: tuple[int, ...], *, blocksize: int, double_quant: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of what `NF4Weight.state_dict` will hold, without a weight.
+
+    The JSON is left out, for its length depends on the values: it is shorter than
+    `STATE_BYTES` for any weight of two dimensions, and may be padded with spaces.
+    """
+    numel = numel_of(shape)
+    nblocks = -(-numel // blocksize)
+    layout = {
+        "weight": (torch.uint8, ((numel + 1) // 2, 1)),
+        "weight.absmax": (torch.uint8 if double_quant else torch.float32, (nblocks,)),
+        "weight.quant_map": (torch.float32, (len(NF4_CODE),)),
+    }
+    if double_quant:
+        layout["weight.nested_absmax"] = (torch.float32, (-(-nblocks // NESTED_BLOCKSIZE),))
+        layout["weight.nested_quant_map"] = (torch.float32, (256,))
+    return layout
 
 
 def numel_of(shape: Any, field: str = "shape") -> int:
@@ -268,7 +290,7 @@ class NF4Weight:
         if f"{name}.quant_state.bitsandbytes__fp4" in sd:
             _check_quant_type("fp4")
         weight = _tensor_at(sd, name)
-        state = _unpack_state(_tensor_at(sd, f"{name}.{_STATE_KEY}"))
+        state = _unpack_state(_tensor_at(sd, f"{name}.{STATE_KEY}"))
         _check_quant_type(state.get("quant_type"))
         _check_quant_map(_tensor_at(sd, f"{name}.quant_map"))
         packed = _as_bytes(weight.detach())
@@ -319,7 +341,7 @@ class NF4Weight:
             # One table serves many weights and safetensors refuses tensors that share memory.
             tensors[f"{name}.nested_quant_map"] = self.nested_code.clone()
         text = json.dumps(items).encode("utf-8")
-        tensors[f"{name}.{_STATE_KEY}"] = torch.tensor(list(text), dtype=torch.uint8)
+        tensors[f"{name}.{STATE_KEY}"] = torch.tensor(list(text), dtype=torch.uint8)
         return tensors
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -443,13 +465,13 @@ def _float_of(value: Any, field: str) -> float:
 def _unpack_state(blob: Tensor) -> dict[str, Any]:
     """Parse the JSON bytes that bitsandbytes keeps in a uint8 tensor."""
     if blob.dtype is not torch.uint8 or blob.dim() != 1 or blob.is_meta:
-        raise _refuse(_STATE_KEY, "uint8 bytes", blob)
+        raise _refuse(STATE_KEY, "uint8 bytes", blob)
     if len(blob) > _STATE_BYTES_MAX:
-        raise _refuse(_STATE_KEY, f"at most {_STATE_BYTES_MAX} bytes", blob)
+        raise _refuse(STATE_KEY, f"at most {_STATE_BYTES_MAX} bytes", blob)
     try:
         state = json.loads(bytes(blob.tolist()))
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 and bad JSON
-        raise ValueError(f"{_STATE_KEY}: expected JSON in UTF-8, got {error}") from None
+        raise ValueError(f"{STATE_KEY}: expected JSON in UTF-8, got {error}") from None
     if not isinstance(state, dict):
-        raise _refuse(_STATE_KEY, "a JSON object", state)
+        raise _refuse(STATE_KEY, "a JSON object", state)
     return state

@@ -37,6 +37,9 @@ SCHEMAS = {
     "nf4_lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor? S, {_NF4}, SymInt[] shape, "
     "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? keep, float dropout_p, "
     "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "dora_norm": "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
+    "nf4_dora_norm": f"({_NF4}, SymInt[] shape, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
+    "float scaling) -> Tensor",
     "low_rank_svd": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, bool vectors, str mode) "
     "-> (Tensor U, Tensor S, Tensor Vh, Tensor rank, Tensor info)",
     "adalora_importance_": "(Tensor(a!) exp_avg_ipt, Tensor(b!) exp_avg_unc, Tensor[] params, "
@@ -130,6 +133,17 @@ def _(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _fake_backward(dy, shape, lora_A, lora_B, args[-1])
 
 
+@_fake("dora_norm")
+def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return _fake_norm(weight.shape, lora_A, lora_B, weight.dtype)
+
+
+@_fake("nf4_dora_norm")
+def _(packed: Tensor, *args: Any) -> Tensor:
+    shape, dtype, lora_A, lora_B = args[6:10]
+    return _fake_norm(shape, lora_A, lora_B, dtype)
+
+
 @_fake("adalora_importance_")
 def _(exp_avg_ipt: Tensor, exp_avg_unc: Tensor, params: list[Tensor], *args: Any) -> Tensor:
     return exp_avg_ipt.new_empty(sum(E.numel() for E in params[::3]))
@@ -190,6 +204,12 @@ def _fake_backward(
     return dx, dA, dB, dy.new_empty(shape[0] if need_dbias else 0)
 
 
+def _fake_norm(shape: Any, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    torch._check(lora_A.shape[1] == shape[1])
+    wide = torch.float64 in (dtype, lora_A.dtype, lora_B.dtype)
+    return lora_A.new_empty(shape[0], dtype=torch.float64 if wide else torch.float32)
+
+
 @_fake("low_rank_svd")
 def _(
     lora_B: list[Tensor], lora_A: list[Tensor], scaling: list[float], vectors: bool, mode: str
@@ -215,6 +235,8 @@ lora_linear_forward = torch.ops.peftkern.lora_linear_forward.default
 lora_linear_backward = torch.ops.peftkern.lora_linear_backward.default
 nf4_lora_linear_forward = torch.ops.peftkern.nf4_lora_linear_forward.default
 nf4_lora_linear_backward = torch.ops.peftkern.nf4_lora_linear_backward.default
+dora_norm = torch.ops.peftkern.dora_norm.default
+nf4_dora_norm = torch.ops.peftkern.nf4_dora_norm.default
 low_rank_svd = torch.ops.peftkern.low_rank_svd.default
 adalora_importance_ = torch.ops.peftkern.adalora_importance_.default
 adalora_allocate_ = torch.ops.peftkern.adalora_allocate_.default

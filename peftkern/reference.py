@@ -231,6 +231,43 @@ def nf4_lora_linear_backward(
     return lora_linear_backward(dy, x, S, weight, lora_A, lora_B, scaling, keep, dropout_p, needs)
 
 
+def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Norms [N] of the rows of weight + scaling * lora_B @ lora_A, a block of rows at a time.
+
+    Returns: float64 if the weight or a factor is, else float32, in which it accumulates.
+    """
+    wide = torch.float64 in (weight.dtype, lora_A.dtype, lora_B.dtype)
+    acc = torch.float64 if wide else torch.float32
+    A, B = lora_A.to(acc), lora_B.to(acc) * scaling
+    norm = weight.new_empty(weight.shape[0], dtype=acc)
+    rows = max(1, _CHUNK // max(weight.shape[1], 1))
+    for start in range(0, len(norm), rows):
+        block = slice(start, start + rows)
+        total = torch.addmm(weight[block].to(acc), B[block], A)
+        norm[block] = torch.linalg.vector_norm(total, dim=1)
+    return norm
+
+
+def nf4_dora_norm(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    shape: list[int] | tuple[int, ...],
+    dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """`dora_norm` of an NF4 weight, dequantised to values of `dtype`."""
+    pieces = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    weight = nf4_dequantize(*pieces, blocksize, nested_blocksize, shape, dtype)
+    return dora_norm(weight, lora_A, lora_B, scaling)
+
+
 def low_rank_svd(
     lora_B: list[Tensor],
     lora_A: list[Tensor],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import cuda_emulated
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from hypothesis import settings
 from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG
 
 import peftkern
-from peftkern import native
+from peftkern import native, native_cuda
 
 # `pytest --hypothesis-profile=long` draws new examples each time, for as long as it takes.
 settings.register_profile(
@@ -62,3 +64,12 @@ def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         name = "cpu"
     with peftkern.use_backend(name):
         yield request.param
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Run the test on the CUDA kernels, compiled for this CPU: the module that holds them."""
+    module = cuda_emulated.load()
+    monkeypatch.setattr(native_cuda, "cuda_module", lambda: (module, None))
+    with peftkern.use_backend("cuda"):
+        yield module

@@ -18,6 +18,7 @@ from peftkern.integrations import peft as peft_integration
 # The models here are tiny so that the tests are quick: take them all the same.
 DENSE_CPU_MINIMUM = peft_integration._DENSE_CPU_MINIMUM
 peft_integration._DENSE_CPU_MINIMUM = 0
+peft_integration._DORA_CPU_MINIMUM = 0
 
 K, N = 64, 96
 VOCABULARY = 64

@@ -14,11 +14,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import gpu
-import machine
 import make_tables
-import suite
 import tune
 
+from peftkern.benchmark import machine, suite
 from peftkern.kernels.configs import KERNELS, Problem, choose
 from peftkern.kernels.launch import config_for, forced, processors
 

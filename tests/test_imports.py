@@ -20,28 +20,37 @@ RANK = {
     "dropout": 0,
     "reference": 1,
     "native": 1,
+    "native_cuda": 1,
     "kernels": 2,
     "cpu": 2,
+    "cuda": 2,
     "dispatch": 3,
     "ops": 4,
     "functional": 5,
     "low_rank_svd": 5,
     "importance": 5,
+    "dora": 6,
     "svd_linear": 6,
     "sparse": 6,
     "adalora": 7,
     "layers": 7,
+    "training_step": 7,
     "methods": 8,
     "plan": 8,
     "checkpoint": 8,
     "monitor": 8,
+    "packages": 8,
+    "sample_calls": 8,
+    "nf4_checkpoint": 9,
     "integrations": 9,
     "__init__": 10,
-    "doctor": 11,
     "benchmark": 11,
-    "cli": 12,
-    "__main__": 13,
+    "self_test": 12,
+    "doctor": 13,
+    "cli": 14,
+    "__main__": 15,
 }
+LIBRARIES = {"_cpu": "native", "_cuda": "native_cuda"}  # and who alone may import them
 NOT_SHIPPED = {"tests", "bench", "examples", "setup"}
 PEERS = {"peft", "transformers", "bitsandbytes", "accelerate"}
 HEAVY = PEERS | {"triton", "matplotlib"}
@@ -91,9 +100,9 @@ def violations(package: Path = PACKAGE) -> list[str]:
                 found.append(f"{where}; only integrations and benchmark may")
             elif top == "triton" and stem not in {"kernels", "integrations"}:
                 found.append(f"{where}; only kernels may")
-            elif top == "peftkern" and not (rest and rest[0] == "_cpu" and stem == "native"):
+            elif top == "peftkern" and not (rest and LIBRARIES.get(rest[0]) == stem):
                 other = rest[0] if rest and rest[0] in RANK else "__init__"
-                same_folder = other == stem and "." in name
+                same_folder = other == stem and path.parent != package
                 if not same_folder and RANK[other] >= RANK[stem]:
                     found.append(f"{where}, against the direction of flow")
     return found
@@ -111,6 +120,7 @@ def test_imports_point_one_way():
         ("dispatch.py", "def f():\n    from peftkern import ops", "direction"),
         ("layers.py", "import peftkern", "direction"),
         ("ops.py", "from peftkern._cpu import isas", "direction"),
+        ("native.py", "from peftkern import _cuda", "direction"),
         ("integrations/peft.py", "from .. import quantize_", "direction"),
         ("ops.py", "from tests.tolerances import bound", "does not ship"),
         ("layers.py", "import kernels.nf4", "peftkern.kernels"),
@@ -148,12 +158,13 @@ def test_addresses_are_taken_in_native_only():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
     }
-    assert takers == {"native"}
+    assert takers == {"native", "native_cuda"}
 
 
 def test_native_code_includes_no_torch_header():
-    sources = [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")]
-    assert sources
+    suffixes = {".cpp", ".h", ".cu", ".cuh"}
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
+    assert suffixes == {path.suffix for path in sources}
     for path in sources:
         includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
         bad = [line for line in includes if any(n in line for n in ("torch/", "ATen/", "c10/"))]

@@ -54,6 +54,11 @@ def op_cases() -> dict[str, list[tuple]]:
             (x, *pieces(), [N, K], A, B, bias, 2.0, keep, 0.25),
             (x, *pieces(False), [N, K], None, None, None, 1.0, None, 0.0),
         ],
+        "dora_norm": [(weight, A, B, 2.0), (weight.float(), A, B.bfloat16(), 0.5)],
+        "nf4_dora_norm": [
+            (*pieces(q), [N, K], dtype, A, B, 2.0)
+            for q, dtype in ((True, torch.bfloat16), (False, torch.float32))
+        ],
         "low_rank_svd": [
             ([B, B.bfloat16()], [A, A], [2.0, -1.0], True, "accurate"),
             ([B, torch.randn(3, 5)], [A.bfloat16(), torch.randn(5, 2)], [1.0, 1.0], True, "fast"),

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -27,8 +28,10 @@ x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="these ISAs
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Without CUDA unless `env` says so, which has tests of its own: it takes long to compile."""
+    environment = os.environ | {"PEFTKERN_CUDA": "0"} | env
     return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=os.environ | env, capture_output=True, text=True
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
     )
 
 
@@ -182,7 +185,7 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     wanted += ["peftkern/kernels/NUMERICS.md"]  # a file below a real folder, no longer a link
     for folder in ("csrc", "peftkern"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".cpp", ".h", ".py"}:
+            if path.suffix in {".cpp", ".h", ".py", ".cu", ".cuh"}:
                 wanted.append(path.relative_to(ROOT).as_posix())
     wanted += [f"peftkern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.*")]
     assert set(wanted) - set(members) == set()
@@ -232,8 +235,10 @@ def build(project: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def compile_commands(project: Path) -> dict[str, str]:
+    """By "cpu/sum.cpp"."""
     (path,) = project.glob("build/*/compile_commands.json")
-    return {Path(entry["file"]).name: entry["command"] for entry in json.loads(path.read_text())}
+    entries = json.loads(path.read_text())
+    return {"/".join(Path(e["file"]).parts[-2:]): e["command"] for e in entries}
 
 
 def test_first_compiler_error_ends_the_output(project):
@@ -256,16 +261,177 @@ def test_compiler_without_amx_leaves_amx_out(project):
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "cannot build amx" in answer.stdout
     commands = compile_commands(project)
-    assert "sum_amx.cpp" not in commands
-    assert "-mavx2" in commands["sum_avx2.cpp"]
-    assert "-DPEFTKERN_HAVE_AMX=0" in commands["sum.cpp"]
-    assert "-DPEFTKERN_HAVE_AVX2=1" in commands["sum.cpp"]
+    assert "cpu/sum_amx.cpp" not in commands
+    assert "-mavx2" in commands["cpu/sum_avx2.cpp"]
+    assert "-DPEFTKERN_HAVE_AMX=0" in commands["cpu/sum.cpp"]
+    assert "-DPEFTKERN_HAVE_AVX2=1" in commands["cpu/sum.cpp"]
 
 
 def test_other_processor_builds_the_plain_files(project):
     answer = build(project, CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     commands = compile_commands(project)
-    assert set(commands) == {"bind.cpp", "sum.cpp"}
-    assert "-DPEFTKERN_X86=0" in commands["sum.cpp"]
-    assert "-mavx" not in commands["sum.cpp"]
+    assert set(commands) == {"cpu/bind.cpp", "cpu/sum.cpp"}
+    assert "-DPEFTKERN_X86=0" in commands["cpu/sum.cpp"]
+    assert "-mavx" not in commands["cpu/sum.cpp"]
+
+
+# ---- CUDA in that small project
+
+
+@pytest.fixture
+def cuda_project(project) -> Path:
+    """The small project with kernels: one for every architecture, one for 90a alone."""
+    files = {
+        "bind.cpp": """
+            extern "C" int count();
+            extern "C" __attribute__((visibility("default"))) int PyInit__cuda() { return count(); }
+            const char* names = PEFTKERN_CUDA_ARCHITECTURES;
+        """,
+        "one.cu": """
+            #include <peftkern/nf4_table.h>
+            __global__ void kernel(float* p) { *p = 1; }
+            extern "C" int count() {
+              int n = 0;
+              kernel<<<1, 1>>>(nullptr);
+              return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
+            }
+        """,
+        "two_sm90a.cu": """
+            __global__ void fence() { asm volatile("wgmma.fence.sync.aligned;"); }
+        """,
+    }
+    (project / "csrc/cuda").mkdir()
+    for name, text in files.items():
+        (project / "csrc/cuda" / name).write_text(text)
+    (project / "csrc/cpu/nf4_checks.cpp").touch()
+    return project
+
+
+def compilers_of_cuda() -> list[Path]:
+    folders = [*os.environ["PATH"].split(os.pathsep), "/usr/local/cuda/bin"]
+    return [Path(folder) / "nvcc" for folder in folders if (Path(folder) / "nvcc").exists()]
+
+
+def no_nvcc() -> dict[str, str]:
+    """The environment in which CMake finds none."""
+    ignored = ";".join(str(path.parent) for path in compilers_of_cuda())
+    return {
+        "CUDACXX": "",
+        "CUDA_HOME": "",
+        "CUDA_PATH": "",
+        "CMAKE_ARGS": shlex.join([f"-DCMAKE_IGNORE_PATH={ignored}"]),
+    }
+
+
+needs_nvcc = pytest.mark.skipif(not compilers_of_cuda(), reason="needs nvcc")
+
+
+def built(project: Path) -> set[str]:
+    return {path.name.split(".")[0] for path in (project / "peftkern").glob("*.so")}
+
+
+def last_lines(answer: subprocess.CompletedProcess[str]) -> str:
+    return " ".join("\n".join(answer.stderr.splitlines()[-14:]).split())
+
+
+def test_without_nvcc_the_cpu_is_built_and_a_notice_printed(cuda_project):
+    answer = build(cuda_project, PEFTKERN_CUDA="auto", **no_nvcc())
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "peftkern: no CUDA kernels: found no nvcc" in answer.stdout
+    assert built(cuda_project) == {"_cpu"}
+
+
+def test_cuda_that_is_wanted_and_missing_fails(cuda_project):
+    answer = build(cuda_project, PEFTKERN_CUDA="1", **no_nvcc())
+    assert answer.returncode != 0
+    assert "PEFTKERN_CUDA=1: found no nvcc on PATH, in CUDA_HOME or in" in last_lines(answer)
+    assert built(cuda_project) == set()
+
+
+def test_cuda_that_is_not_wanted_leaves_nothing_behind(cuda_project):
+    name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (cuda_project / "peftkern" / name).write_text("of an earlier build")
+    answer = build(cuda_project, PEFTKERN_CUDA="0")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert built(cuda_project) == {"_cpu"}
+    assert "nvcc" not in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "compiles", "complaint"),
+    [
+        ("11.8", "true", "is 11.8, older than 12.0"),
+        ("12.4", "echo 'error: unsupported GNU version!'; exit 1", "error: unsupported GNU"),
+    ],
+)
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_unusable_nvcc(cuda_project, version, compiles, complaint, wanted):
+    nvcc = cuda_project / "nvcc"
+    nvcc.write_text(
+        f"""#!/bin/sh
+        case "$*" in
+          --version) echo "Cuda compilation tools, release {version}, V{version}.99";;
+          --list-gpu-arch) printf 'compute_80\\ncompute_90\\n';;
+          *) {compiles};;
+        esac
+        """
+    )
+    nvcc.chmod(0o755)
+    answer = build(cuda_project, PEFTKERN_CUDA=wanted, CUDACXX=str(nvcc))
+    if wanted == "1":
+        assert answer.returncode != 0
+        assert "PEFTKERN_CUDA=1: " in last_lines(answer) and complaint in last_lines(answer)
+    else:
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        notice = next(line for line in answer.stdout.splitlines() if "no CUDA kernels" in line)
+        assert complaint in notice
+        assert built(cuda_project) == {"_cpu"}
+
+
+def test_unknown_value_of_the_cuda_switch(cuda_project):
+    answer = build(cuda_project, PEFTKERN_CUDA="yes")
+    assert answer.returncode != 0
+    assert "PEFTKERN_CUDA: expected 0, 1 or auto, got 'yes'" in last_lines(answer)
+
+
+@needs_nvcc
+def test_unknown_architecture_is_named(cuda_project):
+    for arch in ("70a", "sm_80", "80a", "90a-real"):  # an error even where a missing nvcc is none
+        answer = build(cuda_project, PEFTKERN_CUDA="auto", PEFTKERN_CUDA_ARCHS=f"80;{arch}")
+        assert answer.returncode != 0
+        message = last_lines(answer)
+        assert f"PEFTKERN_CUDA_ARCHS: nvcc does not know '{arch}', but" in message
+        assert " 80 " in message
+
+
+@needs_nvcc
+def test_architectures_become_options_of_each_file(cuda_project):
+    answer = build(cuda_project, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS="80;90a")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert built(cuda_project) == {"_cpu", "_cuda"}
+    commands = compile_commands(cuda_project)
+    targets = {name: re.findall(r"-gencode[= ]\S*code=(\w+)", commands[name]) for name in commands}
+    assert targets["cuda/one.cu"] == ["sm_80", "sm_90a", "compute_80"]
+    assert targets["cuda/two_sm90a.cu"] == ["sm_90a"]
+    assert "sm_80 sm_90a compute_80" in commands["cuda/bind.cpp"]
+    (module,) = (cuda_project / "peftkern").glob("_cuda*.so")
+    needed = set(re.findall(r"NEEDED\s+(\S+)", run_checked("objdump", "-p", module)))
+    assert not any("cuda" in name for name in needed)
+    exported = {line.split(maxsplit=2)[2] for line in symbols(module, "-D")}
+    assert "PyInit__cuda" in exported
+    assert not any("cuda" in name for name in exported - {"PyInit__cuda"})
+    # without 90a its file is not compiled, and the next build without CUDA removes the module
+    answer = build(cuda_project, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS="80")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "cuda/two_sm90a.cu" not in compile_commands(cuda_project)
+    assert build(cuda_project, PEFTKERN_CUDA="0").returncode == 0
+    assert built(cuda_project) == {"_cpu"}
+
+
+@needs_nvcc
+def test_first_error_of_nvcc_ends_the_output(cuda_project):
+    (cuda_project / "csrc/cuda/one.cu").write_text("__global__ int wrong() { return 0; }")
+    answer = build(cuda_project, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS="80")
+    assert answer.returncode != 0
+    assert "one.cu(1): error: a __global__ function must have" in last_lines(answer)

@@ -175,12 +175,12 @@ def test_a_forward_replaced_on_the_instance_is_skipped():
 
 
 def test_report_tells_what_falls_back_now():
-    model = add_lora(tiny_llama(), use_dora=True)
+    model = add_lora(tiny_llama(), alora_invocation_tokens=[1])
     report = peftkern.patch(model)
     assert len(report.patched) == 14
-    assert set(report.falling_back.values()) == {"lora_variant DoraLinearVariant"}
+    assert set(report.falling_back.values()) == {"lora_variant ALoraLinearVariant"}
     assert str(report).endswith(
-        "; 14 of the patched fall back for now: lora_variant DoraLinearVariant 14"
+        "; 14 of the patched fall back for now: lora_variant ALoraLinearVariant 14"
     )
 
 

@@ -76,9 +76,17 @@ def test_merged(make):
     assert_falls_back(model, "adapters are merged")
 
 
+def test_dora_over_conv1d():
+    model = lora_net(make_conv1d(), use_dora=True, fan_in_fan_out=True)
+    assert_falls_back(model, "DoRA over Conv1D")
+
+
 @pytest.mark.parametrize("make", MAKERS)
-def test_dora(make):
-    assert_falls_back(lora_net(make(), use_dora=True), "lora_variant DoraLinearVariant")
+def test_hooks_on_the_magnitude_of_dora(make):
+    model = lora_net(make(), use_dora=True)
+    magnitude = layer_of(model).lora_magnitude_vector["default"]
+    magnitude.register_forward_hook(lambda *args: None)
+    assert_falls_back(model, "hooks on lora_magnitude_vector")
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -352,11 +360,12 @@ def test_fsdp_and_dtensor():
 
 def test_reason_is_looked_at_again_at_every_call():
     model = lora_net(make_linear())
-    model.add_adapter("dora", LoraConfig(target_modules=["proj"], use_dora=True))
+    config = LoraConfig(target_modules=["proj"], alora_invocation_tokens=[1])
+    model.add_adapter("alora", config)
     peftkern.patch(model)
     x = torch.randn(2, K)
-    expected = {"default": 1, "dora": 0}
-    for name in ("default", "dora", "default"):
+    expected = {"default": 1, "alora": 0}
+    for name in ("default", "alora", "default"):
         model.set_adapter(name)
         peftkern.reset_stats()
         model(x)

@@ -75,7 +75,7 @@ def oracle_for(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def adapter_settings(config: LoraConfig) -> dict[str, Any]:
-    names = ("r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora")
+    names = ("r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "use_dora")
     return {name: getattr(config, name) for name in names}
 
 

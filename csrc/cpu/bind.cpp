@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "peftkern/adalora.h"
+#include "peftkern/dora.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
 #include "peftkern/low_rank_svd.h"
@@ -51,6 +52,14 @@ std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (int i = 0; i < kIsaCount; ++i) {
     if (isa_available(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
+  }
+  return names;
+}
+
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (isa_built(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
   }
   return names;
 }
@@ -154,6 +163,7 @@ SparseMatrix sparse_matrix(const std::array<int64_t, 6>& t) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of peftkern; call them through peftkern.native.";
   m.def("isas", &isas, "Instruction sets compiled in and supported here, weakest first.");
+  m.def("built_isas", &built_isas, "Instruction sets compiled in, weakest first.");
   m.def("set_fork_child", &set_fork_child, "Stay on one thread from now on (after fork).");
 
   m.def("nf4_quantize", [](const std::string& isa, int threads, uintptr_t src, int src_dtype,
@@ -236,6 +246,28 @@ PYBIND11_MODULE(_cpu, m) {
           args.g = pointer<float>(g);
           py::gil_scoped_release release;
           lora_outer(isa.c_str(), args);
+        });
+
+  // `weight` is the address of a dense weight, or a tuple that describes one in NF4.
+  m.def("dora_norm",
+        [](const std::string& isa, int threads, int64_t N, int64_t K, int64_t r,
+           const py::object& weight, int dtype, uintptr_t a, uintptr_t b, uintptr_t norm) {
+          DoraNormArgs args;
+          args.N = N;
+          args.K = K;
+          args.r = r;
+          if (py::isinstance<py::tuple>(weight)) {
+            args.w = view_from_tuple(weight.cast<py::tuple>());
+          } else {
+            args.weight = pointer<const void>(weight.cast<uintptr_t>());
+          }
+          args.dtype = dtype_from_code(dtype);
+          args.a = pointer<const float>(a);
+          args.b = pointer<const float>(b);
+          args.norm = pointer<float>(norm);
+          args.threads = threads;
+          py::gil_scoped_release release;
+          dora_norm(isa.c_str(), args);
         });
 
   m.def("low_rank_cores",

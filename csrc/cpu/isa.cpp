@@ -91,6 +91,12 @@ bool isa_available(Isa isa) {
   return available[static_cast<int>(isa)];
 }
 
+bool isa_built(Isa isa) {
+  constexpr bool kBuilt[kIsaCount] = {true, PEFTKERN_HAVE_AVX2 != 0, PEFTKERN_HAVE_AVX512 != 0,
+                                      PEFTKERN_HAVE_AVX512_BF16 != 0, PEFTKERN_HAVE_AMX != 0};
+  return kBuilt[static_cast<int>(isa)];
+}
+
 Isa isa_from_name(const char* name) {
   std::string known;
   for (int i = 0; i < kIsaCount; ++i) {

@@ -18,8 +18,8 @@ using namespace peftkern;
 
 std::mt19937 rng(20240607);
 
-int64_t pick(const std::vector<int64_t>& values) { return values[rng() % values.size()]; }
-float normal() {
+inline int64_t pick(const std::vector<int64_t>& values) { return values[rng() % values.size()]; }
+inline float normal() {
   static std::normal_distribution<float> distribution;
   return distribution(rng);
 }
@@ -50,17 +50,17 @@ class Buffer {
   int64_t shift_, size_;
 };
 
-float from_bits(uint32_t bits) {
+inline float from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
-uint16_t to_bf16(float value) {  // nearest even; finite values only
+inline uint16_t to_bf16(float value) {  // nearest even; finite values only
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-float from_bf16(uint16_t half) { return from_bits(static_cast<uint32_t>(half) << 16); }
+inline float from_bf16(uint16_t half) { return from_bits(static_cast<uint32_t>(half) << 16); }
 
 // `n` values of type `dtype`, as raw memory of exactly the right size.
 class Values {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "native_data.h"
+#include "peftkern/dora.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
 #include "peftkern/nf4_lora_linear.h"
@@ -268,6 +269,69 @@ bool rejected(const std::function<void()>& call) {
 }
 
 // States whose sizes lie below what their buffers hold: refused, or run within bounds.
+// Row norms of a dense weight, or of one in NF4 that is decoded to `dtype`, against float64.
+void check_dora_norm(const char* isa, int64_t N, int64_t K, int64_t r, DType dtype, bool nf4) {
+  Values dense(dtype, nf4 ? 0 : N * K, static_cast<int64_t>(rng() % 3));
+  Values a(DType::kFloat32, r * K), b(DType::kFloat32, N * r), norm(DType::kFloat32, N);
+  dense.randomise(), a.randomise(), b.randomise();
+  const Weight w(nf4 ? N * K : 0, pick({32, 64, 4096}), rng() % 2);
+  DoraNormArgs args;
+  args.N = N, args.K = K, args.r = r, args.dtype = dtype, args.threads = 2;
+  nf4 ? void(args.w = w.view) : void(args.weight = dense.data());
+  args.a = static_cast<float*>(a.data()), args.b = static_cast<float*>(b.data());
+  args.norm = static_cast<float*>(norm.data());
+  dora_norm(isa, args);
+  for (int64_t n = 0; n < N; ++n) {
+    double sum = 0.0, size = 0.0;  // size: of the terms, which may cancel
+    for (int64_t k = 0; k < K; ++k) {
+      double value = nf4 ? w.at(n * K + k) : dense.at(n * K + k);
+      if (nf4 && dtype == DType::kBFloat16) value = from_bf16(to_bf16(static_cast<float>(value)));
+      double magnitude = std::fabs(value);
+      for (int64_t j = 0; j < r; ++j) {
+        const double term = static_cast<double>(b.at(n * r + j)) * a.at(j * K + k);
+        value += term, magnitude += std::fabs(term);
+      }
+      sum += value * value, size += magnitude * magnitude;
+    }
+    if (!(std::fabs(norm.at(n) - std::sqrt(sum)) <= 1e-5 * std::sqrt(size))) {
+      fail(describe(isa, nf4 ? "nf4 dora norm" : "dora norm", {0, N, K, r}, dtype));
+    }
+  }
+}
+
+void check_dora_norms(const char* isa) {
+  for (int64_t N : {0, 1, 7, 8, 16, 33}) {
+    for (int64_t K : {1, 15, 17, 129, 257, 513}) {
+      for (int64_t r : {1, 3, 16}) {
+        for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+          for (bool nf4 : {false, true}) check_dora_norm(isa, N, K, r, dtype, nf4);
+        }
+      }
+    }
+  }
+  Values values(DType::kFloat32, 64);
+  float* x = static_cast<float*>(values.data());
+  DoraNormArgs good;
+  good.N = 4, good.K = 4, good.r = 1, good.weight = good.a = good.b = x, good.norm = x;
+  const std::vector<std::function<void(DoraNormArgs&)>> damages = {
+      [](DoraNormArgs& d) { d.N = -1; },
+      [](DoraNormArgs& d) { d.N = int64_t{1} << 40, d.K = int64_t{1} << 40; },
+      [](DoraNormArgs& d) { d.r = -1; },
+      [](DoraNormArgs& d) { d.weight = nullptr; },  // and the NF4 weight is empty
+      [](DoraNormArgs& d) { d.a = nullptr; },
+      [](DoraNormArgs& d) { d.b = nullptr; },
+      [](DoraNormArgs& d) { d.norm = nullptr; },
+      [](DoraNormArgs& d) { d.threads = 0; },
+  };
+  for (size_t i = 0; i < damages.size(); ++i) {
+    DoraNormArgs args = good;
+    damages[i](args);
+    if (!rejected([&] { dora_norm(isa, args); })) {
+      fail("malformed argument " + std::to_string(i) + " of dora_norm was accepted");
+    }
+  }
+}
+
 void check_malformed_states(const char* isa) {
   const std::vector<int64_t> absurd = {-1,
                                        0,
@@ -383,6 +447,7 @@ int main() {
     check_quantize(isa);
     check_linears(isa);
     check_products(isa);
+    check_dora_norms(isa);
     check_low_rank_svd(isa);
     check_adalora(isa);
     check_malformed_states(isa);

@@ -6,13 +6,17 @@ imports wait until the command runs. Bad input is one line on stderr and exit st
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 
 import typer
 
-EXIT_BAD_INPUT = 2
+from peftkern.cli.bench import bench
+from peftkern.cli.doctor import doctor
+from peftkern.cli.explain import explain
+from peftkern.cli.frame import EXIT_BAD_INPUT, InputError
+from peftkern.cli.plan import plan
+from peftkern.cli.quantize import quantize
+
 # click's, which typer carries under a name of its own or imports, by its version.
 _UsageError: type[Exception] = typer.BadParameter.__base__
 
@@ -23,20 +27,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for _command in (bench, doctor, explain, plan, quantize):
+    app.command()(_command)
 
 
-class InputError(Exception):
-    """What the user gave cannot be used; the message says what came and what is accepted."""
+@app.command()
+def version() -> None:
+    """Print the version."""
+    import peftkern
 
-
-@contextlib.contextmanager
-def bad_input() -> Iterator[None]:
-    """Around the calls whose ValueError or OSError is about what the user gave, and around no more:
-    the same error from elsewhere is a defect and keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+    print(peftkern.__version__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         return app(args=arguments, prog_name="peftkern", standalone_mode=False) or 0
     except typer.Exit as done:
         return done.exit_code
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         print("peftkern: stopped", file=sys.stderr)
         return 130
     except InputError as error:
@@ -57,16 +57,3 @@ def main(arguments: list[str] | None = None) -> int:
             where = error.ctx.command_path if error.ctx else "peftkern"
             print(f"{where}: error: {error.format_message()}", file=sys.stderr)
     return EXIT_BAD_INPUT
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    import peftkern
-
-    print(peftkern.__version__)
-
-
-@app.callback()
-def _commands() -> None:
-    """Kernels for parameter-efficient fine-tuning."""

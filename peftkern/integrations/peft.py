@@ -9,7 +9,8 @@ a reason that `peftkern.stats()` counts.
 What PEFT computes, in its order: y = base_layer(x); for each active adapter x is cast to the dtype
 of its lora_A and y = y + lora_B(lora_A(dropout(x))) * scaling; y is cast back to the dtype that the
 base layer gave. Here the base and the first adapter are one op, which rounds once where PEFT rounds
-after the base and again after the sum.
+after the base and again after the sum. With DoRA, a first adapter that can be fused with the base
+goes to `dora_linear`; for any other, PEFT's operations run with the norms from `dora_norm`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -29,6 +33,7 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from peftkern import dispatch
+from peftkern.dora import dora_linear, dora_norm
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.layers import NF4Linear
 from peftkern.nf4 import NF4Weight
@@ -41,9 +46,9 @@ if is_bnb_4bit_available():
 
     _BNB_TYPES = bnb.LINEAR_TYPES
 
-# Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
-# costs more than the copies it saves (bench/bench_lora_linear.py).
-_DENSE_CPU_MINIMUM = 1 << 19
+_DENSE_CPU_MINIMUM = dispatch.DENSE_CPU_MINIMUM
+# Values of a dense weight from which DoRA is faster here (bench/bench_dora.py): below, PEFT is.
+_DORA_CPU_MINIMUM = 1 << 17
 _DENSE = (nn.Linear, Conv1D)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
@@ -243,15 +248,16 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         unfused = "no active adapter"
     if unfused is None:
         A, B, scaling = reader.factors(layer, names[0])
-        result = (nf4_lora_linear if nf4 else lora_linear)(
-            base_x,
-            weight,
-            A,
-            B,
-            scaling=scaling,
-            bias=bias,
-            dropout_p=drop.p if drop.training and type(drop) is nn.Dropout else 0.0,
-        )
+        dropout_p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+        options = {"scaling": scaling, "bias": bias, "dropout_p": dropout_p}
+        if names[0] in layer.lora_variant:
+            if not layer.training:  # where DoRA's own forward looks
+                options["dropout_p"] = 0.0
+            result = dora_linear(
+                base_x, weight, A, B, _magnitude(layer, names[0]).weight, **options
+            )
+        else:
+            result = (nf4_lora_linear if nf4 else lora_linear)(base_x, weight, A, B, **options)
     elif nf4:
         result = nf4_linear(base_x, weight, bias)
     else:
@@ -265,7 +271,10 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
             result = result + adapter_bias
         names = names[1:]
     for name in names:
-        result, x = layer._add_adapter(result, x, name)
+        if name in layer.lora_variant:
+            result, x = _add_dora(layer, result, x, name, weight, bias)
+        else:
+            result, x = layer._add_adapter(result, x, name)
     return result.to(out_dtype)
 
 
@@ -274,7 +283,11 @@ def _is_small(layer: Any, x: Tensor) -> bool:
     if type(layer._modules["base_layer"]) not in _DENSE or not x.is_cpu:
         return False
     K, N = layer.in_features, layer.out_features
-    if x.numel() + x.numel() // max(K, 1) * N >= _DENSE_CPU_MINIMUM:
+    if layer.lora_variant:
+        small = N * K < _DORA_CPU_MINIMUM
+    else:
+        small = x.numel() + x.numel() // max(K, 1) * N < _DENSE_CPU_MINIMUM
+    if not small:
         return False
     return torch.compiler.is_compiling() or dispatch.forced_backend() is None
 
@@ -299,7 +312,7 @@ def _unusual_state(layer: Any, names: list[str]) -> str | None:
     if layer.merged:
         return "adapters are merged"
     for name in names:
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and type(layer.lora_variant[name]) is not DoraLinearVariant:
             return f"lora_variant {type(layer.lora_variant[name]).__name__}"
     if (
         nn_module._global_forward_hooks
@@ -317,7 +330,54 @@ def _unusual_state(layer: Any, names: list[str]) -> str | None:
         reason = bnb.unusual_weight(base)
     if reason is None and names:  # the adapters after the first are called as the modules they are
         reason = _reader(layer).unusual(layer, names[0])
+    for name in names:
+        if reason is None and name in layer.lora_variant:
+            reason = _unusual_magnitude(layer, name)
     return reason
+
+
+def _magnitude(layer: Any, name: str) -> nn.Module:
+    return layer._modules["lora_magnitude_vector"]._modules[name]
+
+
+def _unusual_magnitude(layer: Any, name: str) -> str | None:
+    """What in an adapter's DoRA our ops do not express."""
+    role, module = "lora_magnitude_vector", _magnitude(layer, name)
+    if type(module) is not DoraLinearLayer:
+        return f"{role} is {type(module).__name__}"
+    if type(layer._modules["base_layer"]) is Conv1D:
+        return "DoRA over Conv1D"
+    if module.weight.device != layer._modules["lora_A"]._modules[name].weight.device:
+        return f"{role} is on {module.weight.device}"  # ephemeral_gpu_offload
+    return _hooked(role, module) or unusual_tensor(role, module.weight)
+
+
+def _add_dora(
+    layer: Any,
+    result: Tensor,
+    x: Tensor,
+    name: str,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A DoRA adapter on top of what the layer has given so far, and its input, as PEFT has them."""
+    lora_A, lora_B, drop = _adapter(layer, name)
+    scaling, magnitude = layer.scaling[name], _magnitude(layer, name).weight
+    four_bit = type(layer._modules["base_layer"]) in _BNB_TYPES
+    convert = not (four_bit and torch.is_autocast_enabled())  # CUDA's, whatever the device
+    if convert:
+        x = layer._cast_input_dtype(x, lora_A.weight.dtype)
+    c = magnitude / dora_norm(weight, lora_A.weight, lora_B.weight, scaling=scaling)
+    if type(drop) is nn.Identity or not layer.training:
+        dropped, base = x, result if bias is None else result - bias
+    else:
+        dropped = drop(x)
+        if isinstance(weight, NF4Weight):
+            base = nf4_linear(dropped, weight)
+        else:
+            base = F.linear(dropped, weight.to(dropped.dtype))
+    total = result + (c - 1) * base + c * (lora_B(lora_A(dropped)) * scaling)
+    return total.to(result.dtype) if four_bit and convert else total, x
 
 
 class LoRAReader:

@@ -13,6 +13,7 @@ from typing import Any
 _MODULE_OF = {
     "DeltaLoRALinear": "delta_lora",
     "DeltaLoRAScheduler": "delta_lora",
+    "DoRALinear": "dora",
     "DyLoRALinear": "dylora",
     "InPlaceDeltaLoRA": "delta_lora",
     "LoRAFAOptimizer": "lora_fa",

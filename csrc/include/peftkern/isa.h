@@ -20,6 +20,9 @@ enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 inline constexpr int kIsaCount = 5;
 const char* isa_name(Isa isa);
 
+// Compiled in: the compiler knew it.
+bool isa_built(Isa isa);
+
 // Compiled in, and the processor and the operating system support it.
 bool isa_available(Isa isa);
 

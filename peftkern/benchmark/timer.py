@@ -48,6 +48,21 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def turn(
+    call: Callable[[object], object], setup: Callable[[], object], seconds: float, most: int
+) -> list[float]:
+    """Seconds of each call, `call(setup())`, of a turn of about `seconds` and at most `most` calls.
+    What `setup` does is not counted, nor is the first of several, on cold caches."""
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while not samples or (time.perf_counter() < end and len(samples) < most):
+        given = setup()
+        start = time.perf_counter()
+        call(given)
+        samples.append(time.perf_counter() - start)
+    return samples[1:] or samples
+
+
 def pin_threads(threads: int | None) -> int:
     """Use this many threads on as many fixed cores (None: all that the process may use)."""
     allowed = sorted(os.sched_getaffinity(0))

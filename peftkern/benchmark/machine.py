@@ -12,14 +12,14 @@ import subprocess
 from pathlib import Path
 
 import torch
-from gpu_timer import measure_events
-from timer import measure
 
 import peftkern
 from peftkern import native
+from peftkern.benchmark.gpu_timer import measure_events
+from peftkern.benchmark.timer import measure
 from peftkern.device import triton_interpreted
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]  # the repository, where it is one
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "peftkern")
 COPY_BYTES, GEMM = 256 << 20, 2048
 GPU_COPY_BYTES, GPU_GEMM = 2 << 30, 8192  # runs well past a launch, far beyond the L2 cache
@@ -64,7 +64,10 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit measured, with + if tracked files other than results differ from it."""
+    """The commit measured, with + if tracked files other than results differ from it; None for an
+    installed package, which may lie within a repository that is not its own."""
+    if not (ROOT / "csrc").is_dir():
+        return None
     head = git("rev-parse", "--short=12", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
     return f"{head}+" if head and changed else head
@@ -123,12 +126,25 @@ def slug(machine: dict) -> str:
 def write_json(path: Path, record: object, indent: int | None = None) -> None:
     """Whole or not at all, whenever the process is stopped."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=indent) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same; the folder has to be there."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
-def roof(seconds: float, device: torch.device, small: bool) -> dict[str, float]:
+def roof(
+    seconds: float,
+    device: torch.device,
+    small: bool,
+    dtypes: tuple[str, ...] = ("bfloat16", "float32"),
+) -> dict[str, float]:
     """Measured ceilings: copied bytes (read and written) and dense FLOPs per second."""
     copy_bytes, gemm = (COPY_BYTES, GEMM) if device.type == "cpu" else (GPU_COPY_BYTES, GPU_GEMM)
     if small:
@@ -136,14 +152,21 @@ def roof(seconds: float, device: torch.device, small: bool) -> dict[str, float]:
     source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     variants = {"copy": lambda i: target.copy_(source)}
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        a, b = (torch.randn(gemm, gemm, dtype=dtype, device=device) for _ in range(2))
+    for name in dtypes:
+        a, b = (torch.randn(gemm, gemm, device=device).to(getattr(torch, name)) for _ in range(2))
         variants[name] = lambda i, a=a, b=b: torch.nn.functional.linear(a, b)
     timings = (measure_events if device.type == "cuda" else measure)(variants, seconds=seconds)
     # The best of many: a ceiling that a disturbed run must not lower.
     best = {name: timing.quantile(0.05) for name, timing in timings.items()}
-    return {
-        "copy": 2 * copy_bytes / best["copy"],
-        "bfloat16": 2 * gemm**3 / best["bfloat16"],
-        "float32": 2 * gemm**3 / best["float32"],
-    }
+    rates = {name: 2 * gemm**3 / best[name] for name in dtypes}
+    return {"copy": 2 * copy_bytes / best["copy"], **rates}
+
+
+def rotation(given_mb: int | None, device: torch.device) -> int:
+    """Beyond the last level, but at most 640 MB per variant: a virtual machine is told the size of
+    a cache that it shares."""
+    if given_mb is not None:
+        return given_mb << 20
+    if device.type == "cuda":
+        return max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+    return min(cache_bytes() * 5 // 4, 640 << 20)

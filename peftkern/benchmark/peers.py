@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern import functional
+from peftkern.benchmark.data import nf4_values64
 from peftkern.dropout import philox_keep
 from peftkern.layers import NF4Linear
-from peftkern.nf4 import nf4_code
 
 SEED = 5  # of the draws that a checked call makes
 
@@ -92,10 +92,12 @@ def lora_pool(
     train: bool,
     dropout: float = 0.0,
     adapter_dtype: torch.dtype = torch.float32,
+    adapters: tuple[Tensor, Tensor] | None = None,
 ) -> list:
     """PEFT's LoRA layers over copies of `layer`; fp32 adapters are PEFT's default. B is not zero.
 
-    Copies, because a model never meets the same weight twice in a row.
+    Copies, because a model never meets the same weight twice in a row. `adapters`: A and B, drawn
+    if not given.
     """
     torch.manual_seed(1)
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=r"layers\.\d+")
@@ -106,12 +108,13 @@ def lora_pool(
             raise RuntimeError(f"peftkern.patch left layers out: {report}")
     pool = list(model.base_model.model.layers)
     generator = torch.Generator().manual_seed(2)
-    a, b = pool[0].lora_A["default"].weight, pool[0].lora_B["default"].weight
-    new_a = torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5
-    new_b = torch.randn(b.shape, generator=generator) * 0.1
+    if adapters is None:
+        a, b = pool[0].lora_A["default"].weight, pool[0].lora_B["default"].weight
+        new_a = torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5
+        adapters = new_a, torch.randn(b.shape, generator=generator) * 0.1
     with torch.no_grad():
         for member in pool:
-            for part, new in ((member.lora_A, new_a), (member.lora_B, new_b)):
+            for part, new in zip((member.lora_A, member.lora_B), adapters, strict=True):
                 part["default"].to(adapter_dtype).weight.copy_(new)
     model.train(train)
     return pool
@@ -176,13 +179,7 @@ def nf4_weight64(layer: nn.Module) -> Tensor:
     weight = layer.nf4 if isinstance(layer, NF4Linear) else None
     if weight is None:
         weight = peftkern.NF4Weight.from_bitsandbytes(layer.weight)
-    packed, device = weight.packed.view(-1), weight.device
-    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: weight.numel]
-    groups = torch.arange(weight.nblocks, device=device) // weight.nested_blocksize
-    absmax = weight.nested_code.double()[weight.absmax.long()]
-    absmax = absmax * weight.nested_absmax.double()[groups] + weight.nested_offset.double()
-    blocks = torch.arange(weight.numel, device=device) // weight.blocksize
-    return (nf4_code(device).double()[codes.long()] * absmax[blocks]).view(weight.shape)
+    return nf4_values64(weight, 0, weight.numel).view(weight.shape)
 
 
 def lora_oracle(

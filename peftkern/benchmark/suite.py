@@ -13,25 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import gpu_timer
-import machine
 import torch
-from peers import SEED
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from terminal import table
-from timer import Timing, measure, pin_threads
 from torch import Tensor
 
 import peftkern
+from peftkern.benchmark import gpu_timer, machine
+from peftkern.benchmark.peers import SEED
+from peftkern.benchmark.record import OURS
+from peftkern.benchmark.terminal import table
+from peftkern.benchmark.timer import Timing, measure, pin_threads
+from peftkern.benchmark.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO, errors
 from peftkern.device import triton_interpreted
 
-sys.path.append(str(machine.ROOT / "tests"))
-from tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors  # the one place that bounds errors
-
-OURS = "peftkern"
-# Relative RMS error from which a peer's result counts as wrong and its time means nothing.
-PEER_WRONG = 0.03
 GRAPH_SHARE = 0.5  # of a variant's time: what replayed graphs get on top
 CPU = torch.device("cpu")
 
@@ -285,16 +280,6 @@ def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def rotation(given_mb: int | None, device: torch.device = CPU) -> int:
-    """Beyond the last level, but at most 640 MB per variant: a virtual machine is told the size of
-    a cache that it shares."""
-    if given_mb is not None:
-        return given_mb << 20
-    if device.type == "cuda":
-        return max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
-    return min(machine.cache_bytes() * 5 // 4, 640 << 20)
-
-
 def main(
     stem: str,
     specs: list[Spec],
@@ -330,7 +315,7 @@ def _run(stem: str, chosen: list[Spec], args: argparse.Namespace, device: torch.
     on_gpu = device.type == "cuda"
     seconds = (0.3 if on_gpu else 2.0) if args.seconds is None else args.seconds
     size = (args.n, args.k) if args.n is not None else (4096, 4096)
-    rotate = rotation(args.rotate_mb, device)
+    rotate = machine.rotation(args.rotate_mb, device)
     options = Options(*size, args.r, rotate, device, args.rows)
     threads = torch.get_num_threads() if on_gpu else pin_threads(args.threads)
     facts = machine.describe(threads, device, args.commit)

@@ -14,7 +14,8 @@ import random
 from collections.abc import Callable, Mapping
 
 import torch
-from timer import MIN_SAMPLES, Timing
+
+from peftkern.benchmark.timer import MIN_SAMPLES, Timing
 
 TURN_SECONDS = 0.02
 CALLS_IN_GRAPH = 32  # inputs that one replay walks through; a quarter of it if a call is slow
@@ -29,26 +30,36 @@ def measure_events(
     tick: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Timing]:
     """Time every variant for about `seconds`, as `timer.measure` does on a CPU."""
-    numbers = dict.fromkeys(variants, 0)
+    counters = {name: itertools.count() for name in variants}
 
-    def turn(name: str, calls: int) -> list[float]:
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * calls)]
-        for start, end in zip(marks[::2], marks[1::2], strict=True):
-            start.record()
-            variants[name](numbers[name])
-            end.record()
-            numbers[name] += 1
-        torch.cuda.synchronize()
-        return [s.elapsed_time(e) / 1e3 for s, e in zip(marks[::2], marks[1::2], strict=True)]
+    def some(name: str, calls: int) -> list[float]:
+        return turn(variants[name], calls, lambda: next(counters[name]))
 
-    estimate = {name: max(1e-6, min(turn(name, 5))) for name in variants}
+    estimate = {name: max(1e-6, min(some(name, 5))) for name in variants}
     bursts = {name: max(1, min(200, round(TURN_SECONDS / estimate[name]))) for name in variants}
     return _in_turns(
         list(variants),
-        lambda name: turn(name, UNCOUNTED + bursts[name])[UNCOUNTED:],
+        lambda name: some(name, UNCOUNTED + bursts[name])[UNCOUNTED:],
         seconds,
         tick,
     )
+
+
+def turn(
+    call: Callable[[object], object],
+    calls: int,
+    setup: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Seconds of each of some calls in a row, `call(setup())`, issued without waiting; what `setup`
+    puts on the stream is not counted."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * calls)]
+    for start, end in zip(marks[::2], marks[1::2], strict=True):
+        given = setup()
+        start.record()
+        call(given)
+        end.record()
+    torch.cuda.synchronize()
+    return [s.elapsed_time(e) / 1e3 for s, e in zip(marks[::2], marks[1::2], strict=True)]
 
 
 def measure_graphs(

@@ -1,0 +1,150 @@
+"""PEFT's DoRA layer, patched and not, and the frozen layer alone, over dense and NF4 weights.
+
+PEFT multiplies an identity matrix by the update to get its norms, makes the dense weight in float32
+for them, and keeps the outputs of both parts for the lengths' gradient.
+
+python bench/bench_dora.py [--only forward-M256] [--seconds 2]
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import peftkern
+from peftkern.benchmark.peers import Layers, forward, linear, nf4_linear, nf4_weight64
+from peftkern.benchmark.suite import (
+    OURS,
+    Case,
+    Options,
+    Spec,
+    Target,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
+
+PEFT, FROZEN = "PEFT", "frozen layer"
+NAMES = (OURS, PEFT, FROZEN)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the layers do: rows, type, whether there is a backward pass, an NF4 weight."""
+
+    m: int
+    dtype: torch.dtype
+    train: bool = True
+    nf4: bool = False
+
+
+def pool(layer: nn.Module, copies: int, r: int, patched: bool) -> list[nn.Module]:
+    """PEFT's DoRA layers over copies of `layer`, with the same numbers in each."""
+    config = LoraConfig(r=r, lora_alpha=2 * r, use_dora=True, target_modules=r"layers\.\d+")
+    model = get_peft_model(Layers([copy.deepcopy(layer) for _ in range(copies)]), config)
+    if patched:
+        report = peftkern.patch(model)
+        if len(report.patched) != copies or report.falling_back:
+            raise RuntimeError(f"peftkern.patch left layers out: {report}")
+    for member in model.base_model.model.layers:
+        torch.manual_seed(2)
+        with torch.no_grad():
+            a, b, magnitude = parameters(member)
+            a.normal_(std=a.shape[1] ** -0.5)
+            b.normal_(std=0.1)
+            magnitude.mul_(torch.empty_like(magnitude).uniform_(0.8, 1.25))
+    return list(model.base_model.model.layers)
+
+
+def parameters(layer: nn.Module) -> list[Tensor]:
+    groups = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+    return [group["default"].weight for group in groups]
+
+
+def step(layers: list[nn.Module], x: Tensor, dy: Tensor):
+    """Output and the gradients of x, both factors and the lengths; of x for the frozen layer."""
+
+    def call(i: int) -> tuple[Tensor, ...]:
+        layer = layers[i % len(layers)]
+        y = layer(x)
+        wanted = [x, *(parameters(layer) if hasattr(layer, "lora_A") else [])]
+        return y.detach(), *torch.autograd.grad(y, wanted, dy)
+
+    return call
+
+
+def oracle(x: Tensor, weight: Tensor, layer: nn.Module | None, dy: Tensor | None):
+    """In float64 what `forward` (no dy) or `step` give; the norm is a constant."""
+    x, dy = x.detach().double(), None if dy is None else dy.double()
+    if layer is None:
+        return (x @ weight.T,) if dy is None else (x @ weight.T, dy @ weight)
+    a, b, magnitude = (p.detach().double() for p in parameters(layer))
+    scaling = layer.scaling["default"]
+    total = weight + scaling * b @ a
+    norm = torch.linalg.norm(total, dim=1)
+    z, c = x @ total.T, magnitude / norm
+    if dy is None:
+        return (z * c,)
+    scaled = dy * c
+    ds = scaling * scaled @ b
+    return z * c, scaled @ total, ds.T @ x, scaling * scaled.T @ (x @ a.T), (dy * z).sum(0) / norm
+
+
+def build(options: Options, work: Work) -> Case:
+    torch.manual_seed(0)
+    n, k, r, m, dtype = options.n, options.k, options.r, options.m(work.m), work.dtype
+    weight = (torch.randn(n, k, device=options.device) / k**0.5).to(dtype)
+    x = torch.randn(m, k, device=options.device).to(dtype).requires_grad_(work.train)
+    dy = torch.randn(m, n, device=options.device).to(dtype) if work.train else None
+    base = nf4_linear(weight) if work.nf4 else linear(weight)
+    values = nf4_weight64(base) if work.nf4 else weight.double()
+    if work.nf4:  # every variant computes with the values in its own type
+        values = values.to(dtype).double()
+    copies = options.copies(weight.nbytes)
+
+    def variant(name: str) -> Variant:
+        if name == FROZEN:
+            layers = [copy.deepcopy(base) for _ in range(copies)]
+        else:
+            layers = pool(base, copies, r, name == OURS)
+        right = oracle(x, values, None if name == FROZEN else layers[0], dy)
+        return Variant(step(layers, x, dy) if work.train else forward(layers, [x]), right)
+
+    # Dense products: forward, dx, and the one again for the lengths; skinny ones, and the norms.
+    flops = (3 if work.train else 1) * 2 * m * n * k + 2 * n * k * (r + 1)
+    flops += (4 if work.train else 1) * 2 * m * r * (n + k)
+    traffic = (4 if work.train else 2) * (weight.nbytes if not work.nf4 else n * k * 9 // 16)
+    traffic += m * (2 * n + 3 * k if work.train else n + k) * dtype.itemsize
+    return Case({name: variant(name) for name in NAMES}, traffic, flops, dtype)
+
+
+def spec(name: str, work: Work, *targets: Target) -> Spec:
+    label = f"dora/{name}/{'bf16' if work.dtype is BF16 else 'fp32'}"
+    shape = (2048, 2048)
+    return Spec(label, lambda options: build(options, work), NAMES, PEFT, targets, shape=shape)
+
+
+SPECS = [
+    spec("forward+backward-M256", Work(256, FP32), Target(PEFT, 2.0)),
+    spec("forward+backward-M256", Work(256, BF16), Target(PEFT, 2.0)),
+    spec("nf4-forward+backward-M256", Work(256, BF16, nf4=True), Target(PEFT, 2.0)),
+    spec("forward-M256", Work(256, BF16, train=False)),
+    spec("forward-M1", Work(1, BF16, train=False)),
+]
+
+
+@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
+def test_dora(benchmark, spec: Spec, name: str, options: Options) -> None:
+    run_benchmark(benchmark, spec, name, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main("dora", SPECS))

@@ -1,0 +1,133 @@
+// peftkern._cuda: a stream, addresses and sizes in; no torch. Every entry checks its sizes and
+// raises ValueError (std::invalid_argument); a launch that CUDA refuses raises RuntimeError.
+// Launches are asynchronous: the caller has made the stream's device current.
+//
+// With PEFTKERN_CUDA_EMULATED the module is _cuda_emulated, for tests: addresses are a CPU's.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifndef PEFTKERN_CUDA_EMULATED
+#include <cuda_runtime_api.h>
+#endif
+
+#include "peftkern/cuda_nf4.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace peftkern;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(int error) {
+  if (error == cudaSuccess) return;
+  const char* text = cudaGetErrorString(static_cast<cudaError_t>(error));
+  cudaGetLastError();  // or torch would meet it again
+  throw std::runtime_error("CUDA error " + std::to_string(error) + ": " + text);
+}
+
+// (packed, packed_bytes, absmax, absmax_len, nested, nested_absmax, nested_absmax_len, nested_code,
+//  nested_offset, blocksize, nested_blocksize, numel): nested_offset is an address, too.
+CudaNF4View view_from_tuple(const py::tuple& t) {
+  if (t.size() != 12) throw std::invalid_argument("w: expected 12 fields");
+  CudaNF4View w;
+  w.packed = pointer<const uint8_t>(t[0].cast<uintptr_t>());
+  w.packed_bytes = t[1].cast<int64_t>();
+  w.absmax = pointer<const void>(t[2].cast<uintptr_t>());
+  w.absmax_len = t[3].cast<int64_t>();
+  w.nested = t[4].cast<bool>();
+  w.nested_absmax = pointer<const float>(t[5].cast<uintptr_t>());
+  w.nested_absmax_len = t[6].cast<int64_t>();
+  w.nested_code = pointer<const float>(t[7].cast<uintptr_t>());
+  w.offset = pointer<const float>(t[8].cast<uintptr_t>());
+  w.blocksize = t[9].cast<int64_t>();
+  w.nested_blocksize = t[10].cast<int64_t>();
+  w.numel = t[11].cast<int64_t>();
+  return w;
+}
+
+#ifdef PEFTKERN_CUDA_EMULATED
+constexpr bool kEmulated = true;
+int device_count() { return 0; }
+int runtime_version() { return 0; }
+int driver_version() { return 0; }
+#else
+constexpr bool kEmulated = false;
+
+// 0 where there is no GPU, no driver, or an older one than this runtime needs.
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
+int runtime_version() {
+  int version = 0;
+  check(cudaRuntimeGetVersion(&version));
+  return version;
+}
+
+// 0 without a driver.
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version));
+  return version;
+}
+#endif
+
+std::vector<std::string> architectures() {
+  std::istringstream words(PEFTKERN_CUDA_ARCHITECTURES);
+  std::vector<std::string> names;
+  for (std::string name; words >> name;) names.push_back(name);
+  return names;
+}
+
+void bind(py::module_& m) {
+  m.doc() = "CUDA kernels of peftkern; call them through peftkern.native_cuda.";
+  m.attr("emulated") = kEmulated;
+  m.def("architectures", &architectures,
+        "What is compiled in: sm_80 is real code, compute_120 is PTX.");
+  m.def("device_count", &device_count, "GPUs that can be used; 0 where nothing is installed.");
+  m.def("runtime_version", &runtime_version, "Of CUDA, 13000 is 13.0.");
+  m.def("driver_version", &driver_version, "The newest CUDA that the driver knows; 0 without one.");
+
+  m.def("nf4_quantize",
+        [](uintptr_t stream, uintptr_t src, int src_dtype, int64_t numel, int64_t blocksize,
+           uintptr_t packed, int64_t packed_bytes, uintptr_t absmax, int64_t absmax_len) {
+          const DType dtype = dtype_from_code(src_dtype);
+          py::gil_scoped_release release;
+          check(cuda_nf4_quantize(pointer<const void>(src), dtype, numel, blocksize,
+                                  pointer<uint8_t>(packed), packed_bytes, pointer<float>(absmax),
+                                  absmax_len, pointer<CUstream_st>(stream)));
+        });
+  m.def("nf4_dequantize",
+        [](uintptr_t stream, const py::tuple& w, uintptr_t out, int out_dtype, int64_t out_numel) {
+          const CudaNF4View view = view_from_tuple(w);
+          const DType dtype = dtype_from_code(out_dtype);
+          py::gil_scoped_release release;
+          check(cuda_nf4_dequantize(view, pointer<void>(out), dtype, out_numel,
+                                    pointer<CUstream_st>(stream)));
+        });
+}
+
+}  // namespace
+
+#ifdef PEFTKERN_CUDA_EMULATED
+PYBIND11_MODULE(_cuda_emulated, m) {
+  bind(m);
+  m.def("set_schedule", &emulation::set_schedule,
+        "The order in which threads take their turns, on this thread; see cuda_emulation.h.");
+}
+#else
+PYBIND11_MODULE(_cuda, m) { bind(m); }
+#endif

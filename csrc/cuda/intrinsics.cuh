@@ -1,0 +1,452 @@
+// Every instruction that CUDA C++ has no name for, as one small function with its PTX and, beside
+// it, what it does on the CPU under csrc/tests/cuda_emulation.h. Kernels hold no asm of their own.
+//
+// 16-bit floats travel as bits: BF16 and FP16 tag them, a uint32_t holds two (element 0 in the low
+// half), and float is what is computed with. Needs sm_80.
+//
+// Shared memory is had in two ways only, because the emulation must know its exact size:
+//   T* p = dynamic_shared<T>();        what launch() was given, 1024-byte aligned
+//   PEFTKERN_SHARED(name, float[32]);  a static object; name has that type
+#pragma once
+
+#include <cstdint>
+
+#ifdef PEFTKERN_CUDA_EMULATED
+#define PEFTKERN_SHARED(name, ...)                                                    \
+  static const char name##_key = 0;                                                   \
+  auto& name = *static_cast<std::remove_reference_t<::peftkern::Same<__VA_ARGS__>>*>( \
+      ::peftkern::emulation::static_shared(&name##_key, sizeof(::peftkern::Same<__VA_ARGS__>)))
+#else
+#define PEFTKERN_SHARED(name, ...) __shared__::peftkern::Same<__VA_ARGS__> name
+#endif
+
+namespace peftkern {
+
+template <typename T>
+struct SameType {
+  using type = T;
+};
+template <typename T>
+using Same = typename SameType<T>::type;  // lets a macro declare `float[32] name`
+
+// The bits of a 16-bit float in memory.
+struct BF16 {
+  uint16_t bits;
+};
+struct FP16 {
+  uint16_t bits;
+};
+
+namespace {
+
+constexpr unsigned kFullMask = 0xffffffffu;
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x & 31); }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
+
+// ---- shared memory
+
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return static_cast<T*>(emulation::dynamic_shared());
+#else
+  extern __shared__ __align__(1024) unsigned char peftkern_dynamic_shared[];
+  return reinterpret_cast<T*>(peftkern_dynamic_shared);
+#endif
+}
+
+// The 32-bit address that PTX takes; `p` points into shared memory.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return emulation::shared_address(p);
+#else
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#endif
+}
+
+// ---- global memory
+
+// Reads what no thread of this launch writes. Unlike __ldg it stays in the loop it is written in: a
+// load that is moved out of one is waited for before the loop's own loads are issued.
+__device__ __forceinline__ float load_in_place(const float* p) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return *p;
+#else
+  float value;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(p));
+  return value;
+#endif
+}
+
+// ---- 16-bit floats; roundings are to nearest even, a NaN becomes 0x7fff
+
+#ifdef PEFTKERN_CUDA_EMULATED
+inline uint16_t bf16_bits(float x) {
+  const uint32_t u = __float_as_uint(x);
+  if (x != x) return 0x7fff;
+  return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+inline uint16_t fp16_bits(float x) {
+  if (x != x) return 0x7fff;
+  const uint32_t u = __float_as_uint(x);
+  const uint32_t sign = u >> 16 & 0x8000, size = u & 0x7fffffff;
+  if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds past 65504
+  if (size < 0x38800000) {  // subnormal: a multiple of 2^-24, and adding 0.5 rounds to one
+    return static_cast<uint16_t>(sign |
+                                 (__float_as_uint(__uint_as_float(size) + 0.5f) - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+}
+inline float fp16_value(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+  const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | mantissa << 13);
+  if (exponent == 0) {
+    return __uint_as_float(sign | __float_as_uint(static_cast<float>(mantissa) * 0x1p-24f));
+  }
+  return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+#endif
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BF16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
+__device__ __forceinline__ float to_float(FP16 x) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return fp16_value(x.bits);
+#else
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#endif
+}
+
+// Two floats rounded to T, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack2<BF16>(float low, float high) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return bf16_bits(low) | static_cast<uint32_t>(bf16_bits(high)) << 16;
+#else
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#endif
+}
+template <>
+__device__ __forceinline__ uint32_t pack2<FP16>(float low, float high) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return fp16_bits(low) | static_cast<uint32_t>(fp16_bits(high)) << 16;
+#else
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack2(uint32_t packed) {
+  return make_float2(to_float(T{static_cast<uint16_t>(packed)}),
+                     to_float(T{static_cast<uint16_t>(packed >> 16)}));
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  return T{static_cast<uint16_t>(pack2<T>(x, 0.0f))};
+}
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+
+// max(a, |b|), NaN if either is one (max.NaN: the sign and payload are lost).
+__device__ __forceinline__ float max_abs(float a, float b) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  if (a != a || b != b) return __uint_as_float(0x7fffffff);
+  return std::fmax(a, std::fabs(b));
+#else
+  float result;
+  asm("{.reg .f32 size; abs.f32 size, %2; max.NaN.f32 %0, %1, size;}"
+      : "=f"(result)
+      : "f"(a), "f"(b));
+  return result;
+#endif
+}
+
+#ifdef PEFTKERN_CUDA_EMULATED
+template <typename T>
+inline uint32_t max_abs2(uint32_t a, uint32_t b) {
+  const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+  return pack2<T>(max_abs(x.x, y.x), max_abs(x.y, y.y));
+}
+#else
+// The same for each of two 16-bit floats.
+template <typename T>
+__device__ __forceinline__ uint32_t max_abs2(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t max_abs2<BF16>(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{.reg .b32 size; abs.bf16x2 size, %2; max.NaN.bf16x2 %0, %1, size;}"
+      : "=r"(result)
+      : "r"(a), "r"(b));
+  return result;
+}
+template <>
+__device__ __forceinline__ uint32_t max_abs2<FP16>(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{.reg .b32 size; abs.f16x2 size, %2; max.NaN.f16x2 %0, %1, size;}"
+      : "=r"(result)
+      : "r"(a), "r"(b));
+  return result;
+}
+#endif
+
+// ---- integers
+
+// Bit i of the result is bit (a_i << 2 | b_i << 1 | c_i) of kTable: (a & b) | c is 0xea.
+template <int kTable>
+__device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  uint32_t result = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (kTable >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  }
+  return result;
+#else
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return result;
+#endif
+}
+
+// Bytes of {b, a} by the nibbles of `selector`; bit 3 of a nibble spreads the byte's top bit.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return __byte_perm(a, b, selector);
+#else
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+#endif
+}
+
+// ---- warps
+
+// Sum or maximum over groups of kLanes neighbours, the same bits in each lane of a group.
+template <int kLanes = 32>
+__device__ __forceinline__ float lanes_sum(float x) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
+  return x;
+}
+template <int kLanes = 32>
+__device__ __forceinline__ float lanes_max(float x) {  // a NaN is passed over
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kFullMask, x, step));
+  }
+  return x;
+}
+
+// bar.sync and bar.arrive: barrier `id` (1 to 15; 0 is __syncthreads) for `threads` threads, a
+// multiple of 32.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  emulation::barrier(id, threads, true, 0);
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  emulation::barrier(id, threads, false, 0);
+#else
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
+// ---- asynchronous copies from global to shared memory
+
+// 16 bytes, both addresses 16-byte aligned; only the first `bytes` are read, the rest becomes 0.
+// Bypasses L1.
+__device__ __forceinline__ void copy_async16(void* shared, const void* global, int bytes = 16) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  emulation::defer_copy(shared, global, bytes, 16);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+#endif
+}
+// kBytes = 4 or 8, through L1.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 8, "16 bytes have copy_async16");
+#ifdef PEFTKERN_CUDA_EMULATED
+  emulation::defer_copy(shared, global, bytes, kBytes);
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "n"(kBytes), "r"(bytes)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void copy_async_commit() {
+#ifdef PEFTKERN_CUDA_EMULATED
+  emulation::commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Until at most kLeft of this thread's groups are in flight. Others see them after a barrier.
+template <int kLeft>
+__device__ __forceinline__ void copy_async_wait() {
+#ifdef PEFTKERN_CUDA_EMULATED
+  emulation::wait_copies(kLeft);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// ---- tensor cores. In what follows g = lane / 4 and t = lane % 4.
+
+#ifdef PEFTKERN_CUDA_EMULATED
+// x + y rounded toward zero: tensor cores cut off what does not fit their accumulator.
+inline float add_truncated(double x, double y) {
+  const double exact = x + y;
+  float rounded = static_cast<float>(exact);
+  if (std::isfinite(rounded) && std::fabs(double{rounded}) > std::fabs(exact)) {
+    rounded = std::nextafter(rounded, 0.0f);
+  }
+  return rounded;
+}
+
+struct MmaFragments {
+  float* d;
+  const uint32_t *a, *b;
+};
+// One instruction of a warp: all fragments gathered into matrices, multiplied, scattered.
+template <typename T>
+void run_mma_m16n8k16(void* const* args, int width) {
+  float A[16][16], B[16][8];
+  for (int lane = 0; lane < width; ++lane) {
+    const auto& f = *static_cast<const MmaFragments*>(args[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack2<T>(f.a[i]);
+      A[g + 8 * (i % 2)][2 * t + 8 * (i / 2)] = pair.x;
+      A[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + 1] = pair.y;
+    }
+    for (int i = 0; i < 2; ++i) {
+      const float2 pair = unpack2<T>(f.b[i]);
+      B[2 * t + 8 * i][g] = pair.x;
+      B[2 * t + 8 * i + 1][g] = pair.y;
+    }
+  }
+  for (int lane = 0; lane < width; ++lane) {
+    float* d = static_cast<const MmaFragments*>(args[lane])->d;
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+      double sum = 0.0;
+      for (int k = 0; k < 16; ++k) sum += double{A[row][k]} * double{B[k][column]};
+      d[i] = add_truncated(d[i], sum);
+    }
+  }
+}
+#endif
+
+// D[16, 8] += A[16, 16] B[16, 8], A and B of type T (BF16 or FP16), D float. Each register of A and
+// B holds two values with neighbouring k, the lower in the low half:
+//   a[0] A[g][2t]   a[1] A[g+8][2t]   a[2] A[g][2t+8]   a[3] A[g+8][2t+8]
+//   b[0] B[2t][g]   b[1] B[2t+8][g]
+//   d[0], d[1] D[g][2t], D[g][2t+1]   d[2], d[3] D[g+8][2t], D[g+8][2t+1]
+// The sixteen products are summed exactly under emulation; a device loses a few low bits.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]);
+#ifdef PEFTKERN_CUDA_EMULATED
+template <typename T>
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  MmaFragments fragments{d, a, b};
+  emulation::collective(32, kFullMask, run_mma_m16n8k16<T>, &fragments, "mma.m16n8k16");
+}
+#else
+template <>
+__device__ __forceinline__ void mma_m16n8k16<BF16>(float (&d)[4], const uint32_t (&a)[4],
+                                                   const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<FP16>(float (&d)[4], const uint32_t (&a)[4],
+                                                   const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+#ifdef PEFTKERN_CUDA_EMULATED
+struct MatrixRows {
+  const void* row;
+  uint32_t* out;
+};
+template <int kMatrices, bool kTranspose>
+void run_ldmatrix(void* const* args, int width) {
+  for (int matrix = 0; matrix < kMatrices; ++matrix) {
+    uint16_t values[8][8];
+    for (int i = 0; i < 8; ++i) {
+      std::memcpy(values[i], static_cast<const MatrixRows*>(args[8 * matrix + i])->row, 16);
+    }
+    for (int lane = 0; lane < width; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      const uint32_t low = kTranspose ? values[2 * t][g] : values[g][2 * t];
+      const uint32_t high = kTranspose ? values[2 * t + 1][g] : values[g][2 * t + 1];
+      static_cast<const MatrixRows*>(args[lane])->out[matrix] = low | high << 16;
+    }
+  }
+}
+#endif
+
+// kMatrices (2 or 4) 8x8 matrices of 16-bit values from shared memory: lane 8j + i passes the
+// address, 16-byte aligned, of row i of matrix j, and receives in r[j] the values [g][2t] and
+// [g][2t+1], or with kTranspose [2t][g] and [2t+1][g]. Lanes beyond 8 kMatrices pass any valid row.
+template <int kMatrices, bool kTranspose = false>
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[kMatrices], const void* row) {
+  static_assert(kMatrices == 2 || kMatrices == 4, "two or four matrices");
+#ifdef PEFTKERN_CUDA_EMULATED
+  if (shared_address(row) % 16) emulation::fail("ldmatrix: a row is not 16-byte aligned");
+  MatrixRows rows{row, r};
+  emulation::collective(32, kFullMask, run_ldmatrix<kMatrices, kTranspose>, &rows, "ldmatrix");
+#else
+  const uint32_t address = shared_address(row);
+  if constexpr (kMatrices == 4 && !kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (kMatrices == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (!kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace peftkern

@@ -1,0 +1,305 @@
+// The emulation itself: instructions against plain loops, and that it stops on what it must find.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cuda_test.h"
+#include "intrinsics.cuh"
+#include "launch.cuh"
+#include "native_data.h"
+
+namespace {
+
+// Whether `action` aborts with `message` on stderr; it runs in a child process.
+bool aborts_with(const std::string& message, const std::function<void()>& action) {
+  int ends[2];
+  if (pipe(ends) != 0) return false;
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    dup2(ends[1], 2);
+    close(ends[0]);
+    action();
+    _exit(0);
+  }
+  close(ends[1]);
+  std::string text;
+  char buffer[4096];
+  for (ssize_t n; (n = read(ends[0], buffer, sizeof buffer)) > 0;) {
+    text.append(buffer, static_cast<size_t>(n));
+  }
+  close(ends[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  const bool ended_well = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+  if (!ended_well && text.find(message) != std::string::npos) return true;
+  std::fprintf(stderr, "expected an abort with '%s', got: %s\n", message.c_str(), text.c_str());
+  return false;
+}
+
+void expect_abort(const std::string& message, const std::function<void()>& action) {
+  if (!aborts_with(message, action)) cuda_test_failed("the emulation let it pass: " + message);
+}
+
+// ---- tensor cores
+
+template <typename T>
+__global__ void mma_kernel(const uint16_t* A, const uint16_t* B, float* D) {
+  struct Shared {
+    uint16_t a[16][24], b[16][8];  // rows of 48 B and 16 B
+  };
+  Shared& s = *dynamic_shared<Shared>();
+  for (int i = lane_index(); i < 256; i += 32) s.a[i / 16][i % 16] = A[i];
+  for (int i = lane_index(); i < 128; i += 32) s.b[i / 8][i % 8] = B[i];
+  __syncwarp();
+  uint32_t a[4], b[2];
+  const int lane = lane_index();
+  ldmatrix<4>(a, &s.a[lane % 16][lane / 16 * 8]);
+  ldmatrix<2, true>(b, &s.b[lane % 16][0]);
+  float d[4];
+  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) d[i] = D[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  mma_m16n8k16<T>(d, a, b);
+  for (int i = 0; i < 4; ++i) D[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
+}
+
+template <typename T>
+void check_mma() {
+  Buffer<uint16_t> A(256), B(128);
+  Buffer<float> D(128), before(128);
+  for (int i = 0; i < 256; ++i) A[i] = from_float<T>(normal()).bits;
+  for (int i = 0; i < 128; ++i) B[i] = from_float<T>(normal()).bits;
+  for (int i = 0; i < 128; ++i) D[i] = before[i] = normal();
+  if (launch(mma_kernel<T>, 1, 32, 16 * 24 * 2 + 256, nullptr, A.data(), B.data(), D.data())) {
+    cuda_test_failed("mma: not launched");
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      double sum = before[row * 8 + column];
+      for (int k = 0; k < 16; ++k) {
+        sum += double{to_float(T{A[row * 16 + k]})} * double{to_float(T{B[k * 8 + column]})};
+      }
+      const double error = std::fabs(D[row * 8 + column] - sum);
+      if (!(error <= 0x1p-23 * std::fabs(sum))) cuda_test_failed("mma: wrong element");
+    }
+  }
+}
+
+// ---- shuffles, conversions
+
+__global__ void warp_kernel(int* shuffled, float* sums, uint32_t* ballots) {
+  const int lane = lane_index();
+  shuffled[lane] = __shfl_sync(kFullMask, 100 + lane, lane + 33);
+  shuffled[32 + lane] = __shfl_sync(kFullMask, 100 + lane, 1, 8);
+  shuffled[64 + lane] = __shfl_down_sync(kFullMask, 100 + lane, 5);
+  shuffled[96 + lane] = __shfl_up_sync(kFullMask, 100 + lane, 5);
+  sums[lane] = lanes_sum<8>(static_cast<float>(lane));
+  ballots[lane] = __ballot_sync(kFullMask, lane % 3 == 0);
+}
+
+void check_warp() {
+  Buffer<int> shuffled(128);
+  Buffer<float> sums(32);
+  Buffer<uint32_t> ballots(32);
+  launch(warp_kernel, 1, 32, 0, nullptr, shuffled.data(), sums.data(), ballots.data());
+  for (int i = 0; i < 32; ++i) {
+    const bool right = shuffled[i] == 100 + (i + 1) % 32 &&
+                       shuffled[32 + i] == 100 + i / 8 * 8 + 1 &&
+                       shuffled[64 + i] == 100 + (i + 5 < 32 ? i + 5 : i) &&
+                       shuffled[96 + i] == 100 + (i >= 5 ? i - 5 : i) &&
+                       sums[i] == 8.0f * (i / 8 * 8) + 28.0f && ballots[i] == 0x49249249u;
+    if (!right) cuda_test_failed("a warp's shuffles, sums or ballots");
+  }
+}
+
+void check_fp16() {  // every value and the ties between neighbours
+  for (uint32_t bits = 0; bits < 0x7c00; ++bits) {
+    const float value = to_float(FP16{static_cast<uint16_t>(bits)});
+    const float next = bits == 0x7bff ? 65536.0f : to_float(FP16{static_cast<uint16_t>(bits + 1)});
+    const uint32_t even = bits + bits % 2;
+    const float tie = (value + next) / 2;
+    const bool right = (pack2<FP16>(value, -value) == (bits | (bits | 0x8000) << 16)) &&
+                       pack2<FP16>(tie, std::nextafter(tie, 0.0f)) == (even | bits << 16) &&
+                       from_float<FP16>(std::nextafter(tie, 1e9f)).bits == bits + 1;
+    if (!right) cuda_test_failed("fp16: wrong rounding");
+  }
+  for (uint32_t bits = 0; bits < 0x7f80; ++bits) {
+    const float value = to_float(BF16{static_cast<uint16_t>(bits)});
+    const float tie = __uint_as_float(bits << 16 | 0x8000);
+    const bool right = from_float<BF16>(value).bits == bits &&
+                       from_float<BF16>(tie).bits == bits + bits % 2 &&
+                       from_float<BF16>(-std::nextafter(tie, 0.0f)).bits == (bits | 0x8000);
+    if (!right) cuda_test_failed("bf16: wrong rounding");
+  }
+}
+
+void check_integers() {
+  for (int i = 0; i < 1000; ++i) {
+    const uint32_t a = rng(), b = rng(), c = rng();
+    if (lop3<0xea>(a, b, c) != ((a & b) | c) || lop3<0x96>(a, b, c) != (a ^ b ^ c)) {
+      cuda_test_failed("lop3");
+    }
+    const uint32_t swapped = permute_bytes(a, b, 0x0526);
+    if (swapped !=
+        ((a & 255) << 24 | (b >> 8 & 255) << 16 | (a >> 16 & 255) << 8 | (b >> 16 & 255))) {
+      cuda_test_failed("permute_bytes");
+    }
+  }
+  if (permute_bytes(0x80, 0x7f, 0x4c80) != 0x7f00ff80) cuda_test_failed("permute_bytes: signs");
+}
+
+// ---- what must be found
+
+// Doubles `in` through shared memory with a two-stage pipeline; each fault leaves out one step.
+enum Fault { kNone, kNoWait, kNoBarrier, kOverrun };
+__global__ void pipeline_kernel(const float* in, float* out, int tiles, Fault fault) {
+  float* stage = dynamic_shared<float>();
+  const int i = static_cast<int>(threadIdx.x), n = static_cast<int>(blockDim.x);
+  const auto fetch = [&](int tile) {
+    if (tile < tiles) copy_async<4>(stage + tile % 2 * n + i, in + tile * n + i);
+    copy_async_commit();
+  };
+  fetch(0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    fetch(tile + 1);
+    if (fault == kNoWait && tile == 0) {
+    } else {
+      copy_async_wait<1>();
+    }
+    if (fault != kNoBarrier) __syncthreads();
+    const int other = n - 1 - i;
+    out[tile * n + i] = 2 * stage[tile % 2 * n + other + (fault == kOverrun ? n : 0)];
+    __syncthreads();
+  }
+}
+
+int wrong_results(Fault fault, uint32_t schedule) {
+  const int n = 64, tiles = 5;
+  Buffer<float> in(n * tiles), out(n * tiles);
+  for (int i = 0; i < n * tiles; ++i) in[i] = normal();
+  emulation::set_schedule(schedule);
+  launch(pipeline_kernel, 1, n, 2 * n * sizeof(float), nullptr, in.data(), out.data(), tiles,
+         fault);
+  emulation::set_schedule(0);
+  int wrong = 0;
+  for (int i = 0; i < n * tiles; ++i) wrong += out[i] != 2 * in[i / n * n + n - 1 - i % n];
+  return wrong;
+}
+
+void check_pipeline() {
+  int without_wait = 0, without_barrier = 0;
+  for (uint32_t schedule = 0; schedule < emulation::kSchedules; ++schedule) {
+    if (wrong_results(kNone, schedule)) cuda_test_failed("a correct pipeline gives wrong results");
+    without_wait += wrong_results(kNoWait, schedule);
+    without_barrier += wrong_results(kNoBarrier, schedule);
+  }
+  if (!without_wait) cuda_test_failed("a missing wait changed nothing");
+  if (!without_barrier) cuda_test_failed("a missing barrier changed nothing");
+#ifdef __SANITIZE_ADDRESS__
+  expect_abort("heap-buffer-overflow", [] { wrong_results(kOverrun, 0); });
+#endif
+}
+
+__global__ void half_barrier_kernel() {
+  if (threadIdx.x < 32) __syncthreads();
+}
+__global__ void two_barriers_kernel() {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+__global__ void half_warp_kernel() {
+  if (threadIdx.x < 16) __shfl_sync(kFullMask, 1, 0);
+}
+__global__ void two_instructions_kernel() {
+  if (threadIdx.x < 16) {
+    __shfl_sync(kFullMask, 1, 0);
+  } else {
+    __syncwarp();
+  }
+}
+__global__ void lost_copy_kernel(const float* in) {
+  copy_async<4>(dynamic_shared<float>() + threadIdx.x, in);
+  copy_async_commit();
+}
+__global__ void shared_objects_kernel(float* out) {
+  PEFTKERN_SHARED(values, float[64]);
+  PEFTKERN_SHARED(total, float);
+  const unsigned i = threadIdx.x;
+  out[i] = values[i];  // not written yet
+  values[i] = static_cast<float>(i);
+  __syncthreads();
+  if (i == 0) {
+    total = 0.0f;
+    for (float value : values) total += value;
+  }
+  __syncthreads();
+  out[64 + i] = total;
+  static_assert(sizeof(values) == 256, "the object has its type");
+}
+// Warps 1 and 2 produce, warp 0 consumes, through named barriers.
+__global__ void named_barrier_kernel(int* out) {
+  int* shared = dynamic_shared<int>();
+  for (int round = 0; round < 3; ++round) {
+    if (warp_index() == 0) {
+      barrier_sync(1, 96);
+      out[round * 32 + lane_index()] = shared[lane_index()] + shared[32 + lane_index()];
+      barrier_arrive(2, 96);
+    } else {
+      shared[threadIdx.x - 32] = round + static_cast<int>(threadIdx.x);
+      barrier_arrive(1, 96);
+      barrier_sync(2, 96);
+    }
+  }
+}
+
+void check_findings() {
+  expect_abort("has returned", [] { launch(half_barrier_kernel, 1, 64, 0, nullptr); });
+  expect_abort("different lines", [] { launch(two_barriers_kernel, 1, 64, 0, nullptr); });
+  expect_abort("waits at __shfl_sync", [] { launch(half_warp_kernel, 1, 32, 0, nullptr); });
+  expect_abort("different instructions",
+               [] { launch(two_instructions_kernel, 1, 32, 0, nullptr); });
+  expect_abort("asynchronous copies",
+               [] { launch(lost_copy_kernel, 1, 32, 128, nullptr, static_cast<float*>(nullptr)); });
+
+  for (uint32_t schedule = 0; schedule < emulation::kSchedules; ++schedule) {
+    emulation::set_schedule(schedule);
+    Buffer<float> out(128);
+    launch(shared_objects_kernel, 2, 64, 0, nullptr, out.data());
+    Buffer<int> sums(96);
+    launch(named_barrier_kernel, 1, 96, 256, nullptr, sums.data());
+    for (int i = 0; i < 64; ++i) {
+      if (!std::isnan(out[i]) || out[64 + i] != 2016.0f) cuda_test_failed("static shared memory");
+    }
+    for (int i = 0; i < 96; ++i) {
+      if (sums[i] != 2 * (i / 32) + 96 + 2 * (i % 32)) cuda_test_failed("named barriers");
+    }
+  }
+  emulation::set_schedule(0);
+  const cudaError_t errors[] = {launch(half_barrier_kernel, 0, 32, 0, nullptr),
+                                launch(half_barrier_kernel, 1, 2048, 0, nullptr),
+                                launch(half_barrier_kernel, dim3(1, 65536), 32, 0, nullptr),
+                                launch(half_barrier_kernel, 1, 32, 300000, nullptr)};
+  for (const cudaError_t error : errors) {
+    if (error == cudaSuccess) cuda_test_failed("an impossible launch was accepted");
+  }
+}
+
+}  // namespace
+
+void check_cuda_emulation() {
+  check_mma<BF16>();
+  check_mma<FP16>();
+  check_warp();
+  check_fp16();
+  check_integers();
+  check_pipeline();
+  check_findings();
+}

@@ -1,0 +1,24 @@
+// Runs every CUDA kernel on the CPU, in the emulation of cuda_emulation.h, on awkward shapes.
+//
+//   make sanitize    builds it with AddressSanitizer and UBSan, and runs it
+//
+// Buffers are exactly as long as the format says, so one element too many is an error report. What
+// runs are the sources that nvcc compiles; results are compared with the CPU kernels' or with plain
+// loops, under several orders of threads and blocks.
+#include "cuda_test.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+void cuda_test_failed(const std::string& message) {
+  std::fprintf(stderr, "emulated CUDA test failed: %s\n", message.c_str());
+  std::exit(1);
+}
+
+int main() {
+  check_cuda_emulation();
+  std::printf("emulated CUDA test: the emulation passed\n");
+  check_cuda_nf4();
+  std::printf("emulated CUDA test: nf4 passed\n");
+  return 0;
+}

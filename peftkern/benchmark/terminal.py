@@ -1,0 +1,203 @@
+"""Results for the terminal: the outcomes of a bench script, the record of `peftkern bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from peftkern.benchmark.compare import Change
+from peftkern.benchmark.record import OURS, Case, Provider, Record
+from peftkern.benchmark.timer import milliseconds
+
+WIDE = 110  # characters from which a table has all columns
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
+    """A line per peer; on a GPU also the ratio of replayed graphs, and how many kernels run."""
+    grid = Table(title=title, title_justify="left")
+    grid.add_column("case")
+    for name in ("peftkern", "of floor"):
+        grid.add_column(name, justify="right")
+    grid.add_column("peer")
+    for name in ("its time", "ratio", "target", "", "error (ours / its)"):
+        grid.add_column(name, justify="right")
+    for name in ("in a graph", "launches") if gpu else ():
+        grid.add_column(name, justify="right")
+    for outcome in outcomes:
+        ours, (_, *peers) = outcome.rows["peftkern"], outcome.rows
+        targets = {target.peer: target.at_least for target in outcome.spec.targets}
+        share = outcome.share_of_floor
+        head = [
+            outcome.spec.short_name,
+            str(ours.timing) if ours.timing else f"[red]WRONG[/]: {ours.wrong}",
+            f"{share:.0%}" if share else "",
+        ]
+        for peer in peers:
+            theirs, ratio, least = outcome.rows[peer], outcome.ratio(peer), targets.get(peer)
+            mark = ""
+            if least is not None:
+                met = ratio is not None and ratio >= least
+                mark = "[green]✓[/]" if met else "[red]✗[/]"
+            both = ours.rms is not None and theirs.rms is not None
+            cells = [
+                peer,
+                f"{milliseconds(theirs.timing.median)} ms" if theirs.timing else "WRONG",
+                f"{ratio:.2f}x" if ratio else "",
+                f"{least:.3g}x" if least else "",
+                mark,
+                f"{ours.rms:.1e} / {theirs.rms:.1e}" if both else "",
+            ]
+            if gpu:
+                replayed = outcome.ratio(peer, "graph")
+                counts = [len(row.kernels) for row in (ours, theirs) if row.kernels is not None]
+                cells += [f"{replayed:.2f}x" if replayed else "", " / ".join(map(str, counts))]
+            grid.add_row(*head, *cells)
+            head = ["", "", ""]
+        grid.add_section()
+    return grid
+
+
+def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
+    """How many times peftkern's time another's is; and whether that is within the noise: the
+    intervals from the 20th to the 80th percentile have a time in common."""
+    ours, theirs = case["providers"][OURS], case["providers"][name]
+    if not (ours["median_ms"] and theirs["median_ms"]) or name == OURS:
+        return None
+    apart = ours["p80_ms"] < theirs["p20_ms"] or theirs["p80_ms"] < ours["p20_ms"]
+    return theirs["median_ms"] / ours["median_ms"], not apart
+
+
+def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
+    """What `peftkern bench` prints: where, the ceilings, a table, what took no part and why."""
+    facts, roof = record["environment"], record["roof"]
+    where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['isa'] or 'no ISA'}"
+    rates = [f"{roof[d] / 1e12:.3g} TFLOP/s {short}" for d, short in SHORT.items() if d in roof]
+    yield Text(f"{where}, {facts['threads']} threads", style="bold")
+    yield Text(f"roof: copies {roof['copy'] / 1e9:.3g} GB/s, products {', '.join(rates)}")
+    if facts["load_average"][0] > 1.5 * max(1, facts["threads"]) and not facts["gpu"]:
+        load = f"load average {facts['load_average'][0]:.1f} on {facts['threads']} threads"
+        yield Text(f"{load}: others use this machine, expect noise", style="yellow")
+    for case in record["cases"]:
+        yield ""
+        yield bench_table(case, record, width)
+    yield ""
+    if record["cases"]:
+        yield summary(record)
+    for case in record["cases"]:
+        for row in case["providers"].values():
+            if why := row["wrong"] or row["failed"]:
+                kind = "WRONG" if row["wrong"] else "FAILED"
+                yield Text(f"{kind} {row['label']}, {case['name']}: {why}", style="red")
+            if row["note"]:
+                yield Text(f"{row['label']}, {case['name']}: left to others: {row['note']}")
+    for name, why in record["not_installed"].items():
+        yield Text(f"{name}: {why}")
+    budget = f"{record['budget_s']:g} s"
+    for name in record["not_reached"]:
+        yield Text(f"{name}: not reached within {budget} (--budget)", style="yellow")
+
+
+def bench_table(case: Case, record: Record, width: int) -> Table:
+    """A line per provider; a narrow terminal goes without throughput and errors."""
+    wide = width >= WIDE
+    labels = [row["label"] for one in record["cases"] for row in one["providers"].values()]
+    columns = {"ms [p20-p80]": 22, "speed-up": 8, "of roof": 7, "peak MB": 7}
+    if wide:
+        columns |= {"GB/s": 6, "TFLOP/s": 7, "error": 7}
+    grid = Table(box=None, pad_edge=False, title=title(case), title_justify="left")
+    grid.title_style = "bold"
+    longest = max(len(label) for label in labels)
+    grid.add_column("", width=min(longest, width - sum(columns.values()) - 2 * len(columns)))
+    for name, least in columns.items():
+        grid.add_column(Text(name), justify="right", no_wrap=True, width=least)
+    for name, row in case["providers"].items():
+        grid.add_row(*_cells(case, name, row, wide))
+    return grid
+
+
+def title(case: Case) -> str:
+    size = f"{case['N']}x{case['K']}"
+    if case["M"] is not None:
+        size = f"{case['M']}x{size}"
+    rank = f", r={case['r']}" if case["r"] else ""
+    shape = "" if case["shape"] == size else f"{case['shape']} "
+    return f"{case['op']} {shape}{size}{rank}, {SHORT[case['dtype']]}, {case['mode']}"
+
+
+def _cells(case: Case, name: str, row: Provider, wide: bool) -> list[RenderableType]:
+    label = Text(row["label"], style="bold" if name == OURS else "")
+    if row["wrong"] or row["failed"]:
+        return [label, Text("WRONG" if row["wrong"] else "FAILED", style="bold red")]
+    time = ""
+    if row["median_ms"]:
+        low, high = (number(row[key]) for key in ("p20_ms", "p80_ms"))
+        time = f"{number(row['median_ms'])} [{low}-{high}]"
+    cells = [label, time, _speed_up_cell(case, name), _given(row["share_of_roof"], "{:.0%}")]
+    peak = row["peak_bytes"]
+    cells.append("" if peak is None else number(peak / 1e6))
+    if wide:
+        cells += [_given(row["gb_s"], "{:.3g}"), _given(row["tflop_s"], "{:.3g}")]
+        cells.append(_given(row["error_rms"], "{:.1e}"))
+    return cells
+
+
+def _speed_up_cell(case: Case, name: str) -> Text:
+    found = speed_up(case, name)
+    if found is None:
+        return Text("")
+    ratio, noise = found
+    if noise:
+        return Text(f"≈ {ratio:.2f}x", style="dim")
+    return Text(f"{ratio:.2f}x", style="green" if ratio > 1 else "red")
+
+
+def summary(record: Record) -> Text:
+    """How often peftkern was faster, alike and slower: the losses are counted like the wins. The
+    layer without its adapter is a bound, not a rival: it does less."""
+    found = [
+        one
+        for case in record["cases"]
+        for name in case["providers"]
+        if (one := speed_up(case, name)) is not None and not (name == "frozen" and case["r"])
+    ]
+    if not found:
+        return Text("")
+    alike = sum(noise for _, noise in found)
+    faster = sum(ratio > 1 and not noise for ratio, noise in found)
+    counts = f"{faster} faster, {len(found) - faster - alike} slower, {alike} within noise (≈)"
+    return Text(f"peftkern beside those that do the same: {counts}; speed-up: their time over ours")
+
+
+def comparison(
+    found: list[Change], silent: dict[str, str], fail_if: float
+) -> Iterable[RenderableType]:
+    """What --compare found, the worst last, where it is read first."""
+    if found:
+        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for name in ("compared", "by", "before", "now", "slower by", ""):
+            grid.add_column(name, justify="left" if name in ("compared", "by") else "right")
+        for change in sorted(found, key=lambda change: change.slower):
+            bad = change.slower > fail_if
+            mark = Text("SLOWER", style="bold red") if bad else Text("ok", style="green")
+            figures = f"{change.before:.3g}", f"{change.after:.3g}", f"{change.slower:+.1%}"
+            grid.add_row(change.case, change.by, *figures, mark)
+        yield grid
+    for name, why in silent.items():
+        yield Text(f"{name}: not compared: {why}", style="yellow")
+    bad = sum(change.slower > fail_if for change in found)
+    said = f"{bad} of {len(found)} cases slower by more than {fail_if:.1%}"
+    yield Text(said if found else "nothing could be compared", style="" if found else "red")
+
+
+def number(value: float) -> str:
+    """Three significant digits without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
+
+
+def _given(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

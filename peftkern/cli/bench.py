@@ -1,0 +1,101 @@
+"""`peftkern bench`: an honest table of this machine, beside the peers that are installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftkern.cli.frame import InputError, bad_input
+
+
+def bench(
+    op: Annotated[
+        str, typer.Option(help="nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize")
+    ] = "nf4_lora_linear,lora_linear,nf4_dequantize",
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="llama3-8b, llama2-7b, qwen2.5-7b, llama-65b: their linear layers, or one of them"
+            " (llama3-8b-q_proj); MxNxK: M rows, a weight [N, K]",
+            show_default="llama3-8b-q_proj, on a GPU llama3-8b",
+        ),
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="rows of activations for presets",
+            show_default="256, on a GPU 4096; 1 with no-grad",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32")] = "bf16",
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="forward, backward, full (both), no-grad (inference), memory (its peak alone)",
+            show_default="full; forward for what has no gradients",
+        ),
+    ] = None,
+    r: Annotated[str, typer.Option("--r", help="LoRA rank")] = "16",
+    baselines: Annotated[
+        str,
+        typer.Option(
+            help="auto: what is installed; or of frozen, peft, bitsandbytes, compile, torch,"
+            " unsloth, liger, module:function"
+        ),
+    ] = "auto",
+    budget: Annotated[str, typer.Option(help="bounds the whole run")] = "60s",
+    seconds: Annotated[
+        str, typer.Option(help="of counted calls for each implementation of a case, at most")
+    ] = "1.5s",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda", show_default="cuda if there is one")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="of a CPU", show_default="all cores")] = None,
+    seed: Annotated[int, typer.Option(help="of weights and inputs")] = 0,
+    json: Annotated[Path | None, typer.Option(help="write everything measured here")] = None,
+    csv: Annotated[Path | None, typer.Option(help="write a line per case and provider")] = None,
+    compare: Annotated[Path | None, typer.Option(help="an earlier --json to compare with")] = None,
+    fail_if: Annotated[
+        str | None,
+        typer.Option(
+            help="with --compare: exit 1 if a case became slower by more", show_default="5%"
+        ),
+    ] = None,
+    repro: Annotated[bool, typer.Option(help="print how to measure each case again")] = False,
+) -> None:
+    """Measure peftkern beside the peers installed here: in a minute, every result checked first.
+
+    Lists take commas. Each implementation runs in a process of its own, on the same weights and
+    inputs; a wrong result shows WRONG and no time, a crash FAILED. Exit status 1: peftkern was
+    wrong or failed, nothing was measured, or --compare found a case slower.
+    """
+    from peftkern.benchmark import command
+
+    with bad_input():
+        options = command.Options(
+            op=op,
+            shapes=shapes,
+            rows=rows,
+            dtype=dtype,
+            mode=mode,
+            r=r,
+            baselines=baselines,
+            budget=budget,
+            seconds=seconds,
+            device=device,
+            threads=threads,
+            seed=seed,
+            json=json,
+            csv=csv,
+            compare=compare,
+            fail_if=fail_if,
+            repro=repro,
+        )
+        plan = command.plan(options)
+    try:
+        status = command.execute(plan)
+    except command.BenchError as error:
+        raise InputError(str(error)) from error
+    raise typer.Exit(status)

@@ -1,0 +1,123 @@
+"""`peftkern explain`: which back end would serve a call, and why not the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from peftkern.dispatch import Explanation
+
+
+def explain(
+    op: Annotated[str, typer.Argument(help="A function or an op, such as nf4_lora_linear.")],
+    shape: Annotated[str, typer.Argument(help="MxNxK, or NxK for what has no rows.")],
+    dtype: Annotated[str, typer.Option(help="Of x and the weight: bf16|fp16|fp32|fp64.")] = "bf16",
+    r: Annotated[int, typer.Option("--r", help="Rank of the adapter.")] = 16,
+    adapter_dtype: Annotated[str, typer.Option(help="Of lora_A and lora_B.")] = "fp32",
+    mode: Annotated[str, typer.Option(help="forward|backward|full|no-grad.")] = "full",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which back end would serve a call of this size, and why not the others.
+
+    Nothing is computed, and no memory of that size is taken.
+
+    Example: peftkern explain nf4_lora_linear 16x4096x4096 --dtype bf16 --r 16
+    """
+    import json
+
+    from peftkern import sample_calls
+    from peftkern.cli.frame import InputError, bad_input
+
+    for option, name in (("--dtype", dtype), ("--adapter-dtype", adapter_dtype)):
+        if name not in sample_calls.DTYPES:
+            raise InputError(f"{option}: expected {'|'.join(sample_calls.DTYPES)}, got {name!r}")
+    place = _device(device)
+    with bad_input():
+        sample = sample_calls.sample_of(
+            op,
+            shape,
+            r=r,
+            dtype=sample_calls.DTYPES[dtype],
+            factors=sample_calls.DTYPES[adapter_dtype],
+            device=place,
+        )
+        explanation = sample_calls.explain(op, sample, mode)
+    note = None
+    if op == "lora_linear" and place.type == "cpu" and sample_calls.is_small(sample):
+        note = (
+            "In a model that peftkern.patch has patched, a dense layer this small stays with "
+            "PEFT's own operations on a CPU, which are as fast."
+        )
+    if as_json:
+        columns = ("op", "backend", "verdict")
+        answer = {
+            "op": op,
+            "shape": shape,
+            "dtype": dtype,
+            "r": r,
+            "adapter_dtype": adapter_dtype,
+            "mode": mode,
+            "device": str(place),
+            "rows": [dict(zip(columns, row, strict=True)) for row in explanation.rows],
+            "machine": explanation.machine,
+            "note": note,
+        }
+        print(json.dumps(answer, indent=2))
+        return
+    _print(f"{op} {shape} {dtype}, rank {r} {adapter_dtype}, on {place}", explanation, note)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device that was asked for, if it is here."""
+    import torch
+
+    from peftkern.cli.frame import InputError
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not count:
+        built = torch.version.cuda or torch.version.hip
+        why = "finds none" if built else "is built without CUDA and ROCm"
+        raise InputError(
+            f"--device {name}: no GPU here whose kernels could be asked (torch "
+            f"{torch.__version__} {why})"
+        )
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"--device {name}: expected one of {count} GPUs, numbered from 0")
+    return device
+
+
+def _print(title: str, explanation: Explanation, note: str | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("op", overflow="fold")
+    table.add_column("back end", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    last = None
+    for op, backend, verdict in explanation.rows:
+        style = "bold green" if verdict == "chosen" else None
+        table.add_row("" if op == last else op, backend, verdict, style=style)
+        last = op
+    console.print(title, style="bold")
+    console.print(table)
+    console.print(explanation.machine)
+    if note:
+        console.print(note)

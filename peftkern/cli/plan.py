@@ -1,0 +1,191 @@
+"""`peftkern plan MODEL`: the memory of a fine-tune before it is run, by part and by phase."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from peftkern.plan import Architecture, Plan, Training
+
+DOES_NOT_FIT = 1
+_PHASES = {
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "optimizer": "optimizer's step",
+}
+_MODEL = "A preset (llama3-8b, llama-65b, qwen2.5-7b, ...), a config.json, or the folder of one."
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    method: Annotated[str, typer.Option(help="lora, qlora, adalora, dora or full.")] = "lora",
+    r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = 16,
+    targets: Annotated[
+        str, typer.Option(help="all-linear, or names such as q_proj,v_proj.")
+    ] = "all-linear",
+    base: Annotated[
+        str | None,
+        typer.Option(help="Frozen linear layers: bf16, fp32 or nf4 (qlora's default)."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Activations and what is not quantised: bf16 or fp32.")
+    ] = "bf16",
+    double_quant: Annotated[
+        bool, typer.Option(help="NF4's absmax in 8 bits instead of 32.")
+    ] = True,
+    adapter_dtype: Annotated[str, typer.Option(help="fp32 (PEFT's default) or bf16.")] = "fp32",
+    optimizer: Annotated[
+        str,
+        typer.Option(help="adamw, adamw-32bit, adamw-8bit, paged-adamw, paged-adamw-8bit or sgd."),
+    ] = "adamw",
+    batch: Annotated[int, typer.Option(help="Sequences in a step.")] = 1,
+    sequence: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 2048,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Gradient checkpointing of every layer.")
+    ] = True,
+    attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
+    dropout: Annotated[float, typer.Option(help="lora_dropout.")] = 0.0,
+    patched: Annotated[bool, typer.Option(help="After peftkern.patch, or PEFT alone.")] = True,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    fit: Annotated[
+        str | None,
+        typer.Option(help="Budget, 48GB or 48GiB: does it fit, what would? Status 1 if not."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
+) -> None:
+    """Count the memory of a fine-tune before it is run."""
+    from peftkern import plan as planning
+    from peftkern.cli.frame import bad_input
+
+    with bad_input():
+        architecture = planning.read_model(model)
+        names = [name.strip() for name in targets.split(",") if name.strip()]
+        training = planning.Training(
+            method=method,
+            r=r,
+            targets=planning.MODULES if names == ["all-linear"] else tuple(names),
+            base=base,
+            dtype=dtype,
+            adapter=adapter_dtype,
+            double_quant=double_quant,
+            optimizer=optimizer,
+            batch=batch,
+            sequence=sequence,
+            checkpointing=checkpointing,
+            attention=attention,
+            patched=patched,
+            dropout=dropout,
+            device=device,
+        )
+        budget = None if fit is None else planning.parse_bytes(fit)
+    found = planning.plan(architecture, training)
+    fitting = None
+    if budget is not None:
+        fitting = {
+            "budget": budget,
+            "fits": found.peak <= budget,
+            **{
+                f"largest_{name}": planning.largest(architecture, training, name, budget)
+                for name in ("batch", "sequence")
+            },
+        }
+    if as_json:
+        report = {
+            "model": {"name": model, **asdict(architecture)},
+            "training": asdict(training),
+            "plan": found.as_dict(),
+            "fit": fitting,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        _print(model, architecture, training, found, fitting)
+    if fitting is not None and not fitting["fits"]:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _print(
+    name: str, model: Architecture, training: Training, found: Plan, fitting: dict | None
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    unit, size = ("GB", 1e9) if found.peak >= 1e9 else ("MB", 1e6)
+
+    def number(nbytes: int) -> str:
+        return f"{nbytes / size:.2f}" if nbytes else "-"
+
+    console = Console(highlight=False)
+
+    def say(text: str) -> None:
+        console.print(textwrap.fill(text, console.width), markup=False)
+
+    say(_describe(name, model, training, found))
+    phases = list(found.phases)
+    table = Table("")
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    for part, nbytes in found.fixed.items():
+        if nbytes:
+            table.add_row(part, *[number(nbytes)] * len(phases))
+    table.add_section()
+    for part in found.phases[phases[0]]:
+        values = [found.phases[phase][part] for phase in phases]
+        if any(values):
+            table.add_row(part, *map(number, values))
+    table.add_section()
+    table.add_row("total", *[number(found.totals[phase]) for phase in phases], style="bold")
+    say(f"{unit} at the peak of each phase of a step:")
+    console.print(table)
+    peak = f"{found.peak / 1e9:.2f} GB = {found.peak / 2**30:.2f} GiB"
+    if found.peak < 1e9:
+        peak = f"{found.peak / 1e6:.2f} MB = {found.peak / 2**20:.2f} MiB"
+    say(f"peak {peak}, in the {_PHASES[found.peak_phase]}")
+    if fitting is not None:
+        say(_verdict(training, found, fitting))
+    say(_caveat(training))
+
+
+def _describe(name: str, model: Architecture, training: Training, found: Plan) -> str:
+    text = f"{name}: {_count(found.parameters)} parameters, {_count(found.trainable)} trained. "
+    text += training.method
+    if training.method != "full":
+        where = f"{len(training.targets)} of {len(model.linears())} linear layers"
+        text += f" r={training.r} on {where}, adapters {training.adapter}"
+    quantised = " double-quantised" if training.base == "nf4" and training.double_quant else ""
+    text += f", base {training.base}{quantised}, activations {training.dtype}"
+    text += f", {training.optimizer}, batch {training.batch}, sequence {training.sequence}"
+    text += ", checkpointing" if training.checkpointing else ", no checkpointing"
+    text += f", {training.attention} attention, {training.device}"
+    if training.method != "full":
+        text += ", patched by peftkern" if training.patched else ", PEFT alone"
+    return text
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} billion" if n >= 1e9 else f"{n / 1e6:.2f} million"
+
+
+def _verdict(training: Training, found: Plan, fitting: dict) -> str:
+    budget = fitting["budget"]
+    left = (budget - found.peak) / 1e9
+    text = f"{'fits' if fitting['fits'] else 'DOES NOT FIT'} {budget / 1e9:.2f} GB: "
+    text += f"{left:.2f} GB left" if fitting["fits"] else f"{-left:.2f} GB too much"
+    batch, sequence = fitting["largest_batch"], fitting["largest_sequence"]
+    text += f"; largest batch at sequence {training.sequence}: {batch or 'none'}"
+    return text + f"; longest sequence at batch {training.batch}: {sequence or 'none'}"
+
+
+def _caveat(training: Training) -> str:
+    if training.device == "cpu":
+        return "Bytes of tensors, without autocast; oneDNN's scratch and native code's come on top."
+    text = "Bytes of tensors, counted, not measured on a GPU: the CUDA context, cuBLAS'"
+    text += " workspaces and fragmentation come on top. Without autocast, and without PEFT's"
+    text += " prepare_model_for_kbit_training, which makes what is not quantised float32."
+    if training.optimizer.startswith("paged"):
+        text += " Paged optimizer states may move to the host's memory."
+    return text

@@ -1,0 +1,143 @@
+"""`peftkern quantize SRC DST`: a checkpoint in NF4, for transformers and bitsandbytes to load."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftkern.cli.frame import InputError
+
+if TYPE_CHECKING:
+    from peftkern.nf4_checkpoint import Summary
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with safetensors.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
+    blocksize: Annotated[int, typer.Option(help="Values that share one absmax: 32 to 4096.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="Keep absmax in 8 bits instead of 32.")] = True,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32; by default that of the weights."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="A linear layer to leave as it is, as q_proj; may be repeated."),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Where a new file begins.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Where to quantise: cpu or cuda.")] = "cpu",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
+    ] = False,
+) -> None:
+    """Quantise a safetensors checkpoint to NF4, in memory for about one tensor.
+
+    DST loads with transformers' from_pretrained (bitsandbytes installed), tokenizer included. The
+    linear layers that transformers itself would quantise are in 4 bits, all else is copied. A run
+    that was stopped goes on when it is repeated.
+    """
+    import logging
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from peftkern.checkpoint import CheckpointError, read_checkpoint
+    from peftkern.nf4_checkpoint import WORK, Options, quantize_checkpoint
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it has not found
+    try:
+        _check_device(device)
+        options = Options(blocksize, double_quant, _bytes(shard_size), device)
+        checkpoint = read_checkpoint(source)
+        try:
+            from peftkern.integrations.linear_weights import find_linear_weights
+        except ImportError as error:
+            raise CheckpointError(
+                f"expected transformers, accelerate and bitsandbytes, which say what is quantised: "
+                f"pip install 'peftkern[peft]' ({error})"
+            ) from None
+        plan = find_linear_weights(
+            checkpoint,
+            skip=skip or (),
+            double_quant=double_quant,
+            compute_dtype=compute_dtype,
+        )
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+        )
+        console = Console(stderr=True)
+        terminal = console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=not terminal) as bar:
+            task = bar.add_task("", total=checkpoint.nbytes)
+            summary = quantize_checkpoint(
+                checkpoint,
+                destination,
+                plan.linear,
+                plan.quantization_config,
+                options,
+                force=force,
+                progress=lambda count, name: bar.update(task, advance=count, description=name),
+            )
+    except CheckpointError as error:
+        raise InputError(" ".join(str(error).split())) from error
+    except OSError as error:  # a full disk, a file that may not be read
+        hint = "; the same command goes on from there" if (destination / WORK).exists() else ""
+        raise InputError(f"{error}{hint}") from error
+    except KeyboardInterrupt:
+        if (destination / WORK).exists():
+            print("peftkern: stopped; the same command goes on from here", file=sys.stderr)
+        raise
+    print(_report(summary, destination))
+
+
+def _report(summary: Summary, destination: Path) -> str:
+    resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
+    return "\n".join(
+        [
+            f"{summary.quantised} tensors quantised, {summary.kept} kept{resumed}",
+            f"{_size(summary.bytes_before)} before, {_size(summary.bytes_after)} after: "
+            f"{summary.bits_per_parameter:.2f} bits per parameter, "
+            f"{summary.bits_per_quantised_parameter:.2f} in quantised tensors",
+            f"largest relative error {summary.largest_error:.2%}, of {summary.largest_error_name}",
+            f"{summary.files} file{'s' * (summary.files > 1)} read back, checksums agree",
+            f"{destination}: written",
+        ]
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _bytes(text: str) -> int:
+    from peftkern.checkpoint import CheckpointError
+
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", text.strip().upper(), re.ASCII)
+    if not parts or parts[2] not in _UNITS:
+        raise CheckpointError(f"--shard-size: expected a size as 5GB or 500MiB, got {text!r}")
+    return int(float(parts[1]) * _UNITS[parts[2]])
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    from peftkern.checkpoint import CheckpointError
+
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise CheckpointError(f"--device: expected cpu or cuda, got {device!r}")
+    if device != "cpu":
+        number = int(device.partition(":")[2] or 0)
+        if number >= torch.cuda.device_count():
+            raise CheckpointError(
+                f"--device: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, "
+                f"got {device!r}"
+            )

@@ -1,0 +1,195 @@
+"""Calls into the CUDA library `peftkern._cuda`: takes addresses of tensors, as `native` does.
+
+Every function checks dtype, device, contiguity and size of what it is given (C++ checks the sizes
+again), launches on the current stream of the tensors' device, and neither waits nor allocates but
+through torch, so that a CUDA graph can record it. As in any op of torch, memory that is freed after
+the launch is used again in the order of that stream.
+
+The tests load the same kernels compiled for a CPU in place of `peftkern._cuda`; `emulated` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from peftkern.nf4 import BLOCKSIZES
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in nf4.h
+Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
+
+
+@functools.cache
+def cuda_module() -> tuple[ModuleType | None, str | None]:
+    """The CUDA library and None, or None and the reason why it cannot be used."""
+    try:
+        from peftkern import _cuda
+    except ImportError as error:
+        return None, f"the CUDA library peftkern._cuda is not usable ({error})"
+    return _cuda, None
+
+
+def emulated() -> bool:
+    """Whether the kernels run on a CPU, and so take its tensors."""
+    module, _ = cuda_module()
+    return module is not None and module.emulated
+
+
+def unserved(device: torch.device) -> str | None:
+    """Why the library's kernels cannot run on a device, or None if they can."""
+    module, reason = cuda_module()
+    return reason if module is None else _unserved(module, device)
+
+
+@functools.cache
+def _unserved(module: ModuleType, device: torch.device) -> str | None:
+    if module.emulated:
+        return None
+    if torch.version.hip is not None:
+        return "the kernels are CUDA's, and this PyTorch is ROCm's"
+    if module.device_count() == 0:
+        driver = module.driver_version()
+        return (
+            f"the kernels are built with CUDA {version(module.runtime_version())}, which finds no "
+            f"GPU: the driver {'is for CUDA ' + version(driver) if driver else 'is missing'}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if not covers(module.architectures(), capability):
+        return (
+            f"the kernels are built for {', '.join(module.architectures())}, not for "
+            f"sm_{capability[0]}{capability[1]}"
+        )
+    return None
+
+
+def version(number: int) -> str:
+    """13.0 of CUDA's 13000."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these runs on a device of this capability.
+
+    Real code ("sm_80") serves its capability and later ones of the same major number, "sm_90a" 9.0
+    alone, and PTX ("compute_120") everything from there on.
+    """
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        built = divmod(int(number.rstrip("a")), 10)
+        if built == capability or (kind == "compute" and built <= capability):
+            return True
+        if not number.endswith("a") and built[0] == capability[0] and built <= capability:
+            return True
+    return False
+
+
+def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and float32 absmax of a contiguous weight of any shape."""
+    _check_blocksize("blocksize", blocksize)
+    device, numel = weight.device, weight.numel()
+    src = _address("weight", weight, weight.dtype, numel, device)
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32, device=device)
+    with _launching_on(device) as stream:
+        _module().nf4_quantize(
+            stream,
+            src,
+            _dtype_code("weight", weight),
+            numel,
+            blocksize,
+            packed.data_ptr(),
+            packed.numel(),
+            absmax.data_ptr(),
+            absmax.numel(),
+        )
+    return packed, absmax
+
+
+def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
+    """Write the dense values of a weight of `out.numel()` elements to the contiguous `out`."""
+    numel = out.numel()
+    address = _address("out", out, out.dtype, numel, out.device)
+    dtype = _dtype_code("out", out)
+    weight = _weight(pieces, numel, out.device)
+    with _launching_on(out.device) as stream:
+        _module().nf4_dequantize(stream, weight, address, dtype, numel)
+
+
+@contextlib.contextmanager
+def _launching_on(device: torch.device) -> Iterator[int]:
+    """Makes a device current; the address of its current stream."""
+    if device.type != "cuda":
+        if not emulated():
+            raise ValueError(f"tensors: expected them on a CUDA device, got {device}")
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+def _module() -> ModuleType:
+    module, reason = cuda_module()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def _address(
+    name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device
+) -> int:
+    """The address of a contiguous tensor on this device that has this dtype and size."""
+    if (
+        tensor.dtype is not dtype
+        or tensor.numel() != numel
+        or tensor.device != device
+        or not tensor.is_contiguous()
+    ):
+        layout = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
+        raise ValueError(
+            f"{name}: expected {numel} contiguous {dtype} values on {device}, got "
+            f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {layout}"
+        )
+    return tensor.data_ptr()
+
+
+def _check_blocksize(name: str, blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{name}: expected one of {BLOCKSIZES}, got {blocksize}")
+
+
+def _dtype_code(name: str, tensor: Tensor) -> int:
+    code = DTYPE_CODES.get(tensor.dtype)
+    if code is None:
+        raise ValueError(f"{name}: expected one of {list(DTYPE_CODES)}, got {tensor.dtype}")
+    return code
+
+
+def _weight(pieces: Pieces, numel: int, device: torch.device) -> tuple[int | bool, ...]:
+    """The description of an NF4 weight that every kernel takes; the offset stays on the device."""
+    packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize = pieces
+    _check_blocksize("blocksize", blocksize)
+    packed_bytes = (numel + 1) // 2
+    nblocks = -(-numel // blocksize)
+    packed_at = _address("packed", packed, torch.uint8, packed_bytes, device)
+    if nested_absmax is None:
+        absmax_at = _address("absmax", absmax, torch.float32, nblocks, device)
+        nested = (False, 0, 0, 0, 0, blocksize, 0)
+    else:
+        absmax_at = _address("absmax", absmax, torch.uint8, nblocks, device)
+        _check_blocksize("nested_blocksize", nested_blocksize)
+        nested_len = -(-nblocks // nested_blocksize)
+        nested = (
+            True,
+            _address("nested_absmax", nested_absmax, torch.float32, nested_len, device),
+            nested_len,
+            _address("nested_code", nested_code, torch.float32, 256, device),
+            _address("nested_offset", nested_offset, torch.float32, 1, device),
+            blocksize,
+            nested_blocksize,
+        )
+    return (packed_at, packed_bytes, absmax_at, nblocks, *nested, numel)

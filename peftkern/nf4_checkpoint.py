@@ -1,0 +1,640 @@
+"""Write a checkpoint in NF4 with bitsandbytes' keys, one tensor at a time.
+
+Where every byte goes follows from shapes alone, so each output file begins with its final header
+and is filled from front to back. Until all is done everything lies in a work folder inside of the
+destination, with a journal that gains a line, with a checksum, for every tensor that is written.
+A run that was stopped, in whatever way, goes on behind the last line whose bytes are still there,
+and ends with the same files. At the end all is read back, then moved, config.json last: without
+that file nothing loads the folder.
+
+Source of the layout: https://github.com/huggingface/safetensors#format, and `peftkern.nf4`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from peftkern.checkpoint import (
+    CHUNK,
+    CONFIG,
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+    chunks_of,
+    folder_file,
+    read_tensor,
+)
+from peftkern.functional import dequantize_nf4, quantize_nf4
+from peftkern.nf4 import (
+    BLOCKSIZES,
+    NESTED_BLOCKSIZE,
+    STATE_BYTES,
+    STATE_KEY,
+    NF4Weight,
+    state_dict_layout,
+)
+
+WORK = ".peftkern-quantize"
+WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantise_nf4 takes
+
+_SHARD_NAME = "model-{:05d}-of-{:05d}.safetensors"
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_ALIGNMENT = 8  # of a header, and of every quantised weight
+_ERROR_CHUNK = 1 << 18  # values that are compared with the source at a time, at the least
+_SPARE_BYTES = 1 << 24  # for the journal, the index and the copied files
+# Beside the weights: tokenizer, generation config, chat template, licence, model card, code.
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py")
+_COPIED_NAMES = ("LICENSE", "NOTICE")
+
+Progress = Callable[[int, str], None]  # bytes of the source that are done, and of which tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes that are written: another run goes on only with the same.
+
+    Args: blocksize, double_quant as for `peftkern.quantize_nf4`; shard_bytes, where a new file
+        begins (a larger tensor has one of its own); device that quantises.
+    """
+
+    blocksize: int = 64
+    double_quant: bool = True
+    shard_bytes: int = 5 * 10**9
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.blocksize not in BLOCKSIZES:
+            raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {self.blocksize}")
+        if self.shard_bytes < 1:
+            raise CheckpointError(f"shard_bytes: expected at least 1, got {self.shard_bytes}")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written. Bytes are those of the tensors; an error is |w - w_nf4| / |w| (2-norms)."""
+
+    quantised: int
+    kept: int
+    files: int
+    resumed: int
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    quantised_parameters: int
+    quantised_bytes: int
+    largest_error: float
+    largest_error_name: str
+
+    @property
+    def bits_per_parameter(self) -> float:
+        return 8 * self.bytes_after / max(self.parameters, 1)
+
+    @property
+    def bits_per_quantised_parameter(self) -> float:
+        return 8 * self.quantised_bytes / max(self.quantised_parameters, 1)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One tensor of the source and what becomes of it: parts (name, dtype, shape, bytes)."""
+
+    info: TensorInfo
+    quantised: bool
+    transposed: bool
+    parts: tuple[tuple[str, str, tuple[int, ...], int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part[-1] for part in self.parts)
+
+
+@dataclass
+class _Shard:
+    units: list[_Unit] = field(default_factory=list)
+    name: str = ""
+    header: bytes = b""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(unit.nbytes for unit in self.units)
+
+    def starts(self) -> Iterator[tuple[_Unit, int]]:
+        """Every unit and its place in the file."""
+        at = len(self.header)
+        for unit in self.units:
+            yield unit, at
+            at += unit.nbytes
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    destination: str | os.PathLike,
+    linear: Mapping[str, bool],
+    quantization_config: Mapping[str, Any],
+    options: Options | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write `checkpoint` to the folder `destination` with its linear weights in NF4.
+
+    Memory: about one tensor, as read and in 4 bits; what is kept is copied in pieces. Calling it
+    again after an interruption goes on; KeyboardInterrupt and OSError (a full disk) leave a state
+    that allows it, a CheckpointError leaves nothing.
+
+    Args:
+        linear: names of the tensors to quantise, [N, K] float32, float16 or bfloat16; True for
+            those that are kept as [K, N] and are transposed first, as transformers does for Conv1D.
+        quantization_config: for config.json, as transformers' BitsAndBytesConfig writes it.
+        force: replace the checkpoint that `destination` holds, once the new one is complete, and
+            forget an unfinished run with other options. Other files there are left alone.
+        progress: called with (bytes of the source, tensor name) after each piece of work.
+    Raises: CheckpointError for anything that cannot be done as asked.
+    """
+    options = options or Options()
+    destination = Path(destination)
+    shards = _plan(checkpoint, linear, options)
+    identity = _identity(checkpoint, linear, quantization_config, options)
+    companions = _companions(checkpoint.folder)
+    _check_destination(checkpoint.folder, destination, force)
+    _check_space(destination, sum(len(shard.header) + shard.nbytes for shard in shards))
+    created = not destination.exists()
+    with _work_folder(destination, identity, force) as work:
+        try:
+            journal = _Journal(work, shards)
+            resumed = len(journal.entries)
+            if not journal.complete:
+                _write(work, shards, journal, options, progress or (lambda count, name: None))
+                _read_back(work, shards, journal)
+                _write_companions(work, shards, companions)
+                config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
+                _replace_json(work / CONFIG, config)
+                journal.finish()
+        except CheckpointError:
+            shutil.rmtree(work)
+            with contextlib.suppress(OSError):
+                if created:
+                    destination.rmdir()
+            raise
+        _publish(work, destination, [shard.name for shard in shards])
+        return _summary(checkpoint, shards, journal, resumed)
+
+
+def _plan(
+    checkpoint: Checkpoint, linear: Mapping[str, bool], options: Options
+) -> tuple[_Shard, ...]:
+    """All files with all of their headers, from shapes alone."""
+    for name in linear:
+        info = checkpoint.tensors.get(name)
+        if info is None or len(info.shape) != 2 or info.dtype not in WEIGHT_DTYPES:
+            came = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(
+                f"{name}: expected a weight of two dimensions in one of {WEIGHT_DTYPES}, got {came}"
+            )
+    shards = [_Shard()]
+    for info in checkpoint.tensors.values():
+        unit = _unit(info, linear.get(info.name), options)
+        if shards[-1].units and shards[-1].nbytes + unit.nbytes > options.shard_bytes:
+            shards.append(_Shard())
+        shards[-1].units.append(unit)
+    for number, shard in enumerate(shards, 1):
+        # The format allows no gaps: whole words first, so that each tensor lies at a multiple of
+        # the size of its elements.
+        shard.units.sort(key=lambda unit: -math.gcd(unit.nbytes, _ALIGNMENT))
+        shard.name = SINGLE if len(shards) == 1 else _SHARD_NAME.format(number, len(shards))
+        shard.header = _header(shard.units)
+    return tuple(shards)
+
+
+def _unit(info: TensorInfo, transposed: bool | None, options: Options) -> _Unit:
+    if transposed is None:
+        part = (info.name, info.dtype, info.shape, info.nbytes)
+        return _Unit(info, False, False, (part,))
+    shape = info.shape[::-1] if transposed else info.shape
+    layout = state_dict_layout(
+        shape, blocksize=options.blocksize, double_quant=options.double_quant
+    )
+    prefix = info.name.removesuffix("weight")
+    parts = [
+        (prefix + name, _CODES[dtype], size, math.prod(size) * dtype.itemsize)
+        for name, (dtype, size) in layout.items()
+    ]
+    parts.sort(key=lambda part: -DTYPES[part[1]].itemsize)
+    # The JSON takes up what is missing to whole words.
+    length = STATE_BYTES + -(STATE_BYTES + sum(part[-1] for part in parts)) % _ALIGNMENT
+    parts.append((f"{info.name}.{STATE_KEY}", "U8", (length,), length))
+    return _Unit(info, True, transposed, tuple(parts))
+
+
+def _header(units: Iterable[_Unit]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape, nbytes in (part for unit in units for part in unit.parts):
+        if name in entries:
+            raise CheckpointError(f"{name}: in the source, but also what its weight becomes")
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (at, at + nbytes)}
+        at += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _identity(
+    checkpoint: Checkpoint,
+    linear: Mapping[str, bool],
+    quantization_config: Mapping[str, Any],
+    options: Options,
+) -> dict[str, Any]:
+    """What a run has to have in common with the one that it goes on with."""
+    files = []
+    for path in checkpoint.files:
+        status = path.stat()
+        files.append([path.name, status.st_size, status.st_mtime_ns])
+    tensors = [
+        (i.name, i.file.name, i.dtype, i.shape, i.start) for i in checkpoint.tensors.values()
+    ]
+    text = json.dumps([files, tensors, checkpoint.config])
+    return {
+        "source": hashlib.sha256(text.encode()).hexdigest(),
+        **asdict(options),
+        "choice of tensors": sorted(linear.items()),
+        "quantization_config": dict(quantization_config),
+    }
+
+
+def _companions(folder: Path) -> list[Path]:
+    """The files beside the weights that the new checkpoint needs too."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        wanted = path.suffix in _COPIED or name.startswith(_COPIED_NAMES)
+        other = name == CONFIG or name.endswith(".index.json") or name.startswith(".")
+        if wanted and not other and not path.is_dir():
+            found.append(folder_file(folder, name))
+    return found
+
+
+def _check_destination(source: Path, destination: Path, force: bool) -> None:
+    here, there = os.path.realpath(source), os.path.realpath(destination)
+    if os.path.commonpath([here, there]) in (here, there):
+        raise CheckpointError(f"{destination}: expected a folder apart from the source {source}")
+    if os.path.lexists(destination) and not destination.is_dir():
+        raise CheckpointError(f"{destination}: expected a new or empty folder, got a file")
+    held = sorted(path.name for path in destination.iterdir()) if destination.exists() else []
+    if not held or WORK in held:
+        return
+    if not force:
+        raise CheckpointError(
+            f"{destination}: expected a new or empty folder, it holds {held[0]!r} "
+            "(--force replaces the checkpoint in it)"
+        )
+    config = _read_json(destination / CONFIG)
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise CheckpointError(
+            f"{destination}: --force replaces a checkpoint, and this folder holds none"
+        )
+
+
+@contextlib.contextmanager
+def _work_folder(destination: Path, identity: dict[str, Any], force: bool) -> Iterator[Path]:
+    """The work folder of this very run, new or as it was left, and locked against a second one."""
+    identity = json.loads(json.dumps(identity))
+    work = destination / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{destination}: another process is writing to it") from None
+        other = _read_json(work / "run.json")
+        if other is not None and other != identity:
+            if not force:
+                raise CheckpointError(
+                    f"{destination}: holds an unfinished run with {_difference(other, identity)}; "
+                    "repeat it as it was, or start over with --force"
+                )
+            for path in work.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+        _replace_json(work / "run.json", identity)
+        yield work
+
+
+def _difference(other: Any, identity: dict[str, Any]) -> str:
+    if isinstance(other, dict):
+        for key, value in identity.items():
+            if other.get(key) != value:
+                if isinstance(value, (int, str)) and key != "source":
+                    return f"{key} {other.get(key)}, not {value}"
+                return f"another {key}"
+    return "other options"
+
+
+def _check_space(destination: Path, needed: int) -> None:
+    work = destination / WORK
+    there = sum(path.stat().st_size for path in work.iterdir()) if work.exists() else 0
+    parent = Path(os.path.realpath(destination))
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if needed + _SPARE_BYTES > there + free:
+        needed = max(needed + _SPARE_BYTES - there, 0)
+        raise CheckpointError(
+            f"{destination}: expected {needed / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB"
+        )
+
+
+class _Journal:
+    """What is written, in order: a line of JSON per unit with checksum and error.
+
+    Reading it checks the bytes of every unit against its line; it ends before the first that
+    differs, as after a power failure. A last line says that all was read back.
+    """
+
+    def __init__(self, work: Path, shards: tuple[_Shard, ...]) -> None:
+        self.path = work / "journal"
+        lines = self._lines()
+        units = sum(len(shard.units) for shard in shards)
+        self.complete = lines[units:] == [{"complete": True}]
+        self.entries = lines[:-1] if self.complete else []
+        if not self.complete:
+            for entry, checksum in zip(lines, _checksums(work, shards), strict=False):
+                if checksum is None or entry.get("checksum") != checksum:
+                    break
+                self.entries.append(entry)
+            text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+            _replace_text(self.path, text)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = []
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a line that was cut
+            for line in self.path.read_bytes().splitlines():
+                entry = json.loads(line)
+                if entry != {"complete": True} and entry.keys() != {"checksum", "error"}:
+                    break
+                lines.append(entry)
+        return lines
+
+    def add(self, checksum: int, error: float | None) -> None:
+        self.entries.append({"checksum": checksum, "error": error})
+        self._append(self.entries[-1])
+
+    def finish(self) -> None:
+        self._append({"complete": True})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _checksums(work: Path, shards: Iterable[_Shard]) -> Iterator[int | None]:
+    """Of every unit as it lies on the disk; None from the first place that cannot be right."""
+    for shard in shards:
+        try:
+            file = open(work / shard.name, "rb", buffering=0)  # noqa: SIM115
+        except FileNotFoundError:
+            yield None
+            return
+        with file:
+            if file.read(len(shard.header)) != shard.header:
+                yield None
+                return
+            for unit in shard.units:
+                yield _checksum(file, unit.nbytes)
+
+
+def _checksum(file: BinaryIO, nbytes: int) -> int | None:
+    checksum, left = 0, nbytes
+    while left:
+        chunk = file.read(min(left, CHUNK))
+        if not chunk:
+            return None
+        checksum = zlib.crc32(chunk, checksum)
+        left -= len(chunk)
+    return checksum
+
+
+def _write(
+    work: Path, shards: tuple[_Shard, ...], journal: _Journal, options: Options, progress: Progress
+) -> None:
+    """Fill all files from where the journal ends."""
+    number, done = 0, len(journal.entries)
+    units = [unit for shard in shards for unit in shard.units]
+    # One buffer for all weights: freed and taken again, they leave gaps in the process's heap.
+    memory = bytearray(max((unit.info.nbytes for unit in units if unit.quantised), default=0))
+    for shard in shards:
+        path = work / shard.name
+        if number + len(shard.units) <= done:
+            number += len(shard.units)
+            progress(sum(unit.info.nbytes for unit in shard.units), shard.name)
+            continue
+        with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file:
+            _write_all(file, shard.header)
+            for unit, start in shard.starts():
+                number += 1
+                if number <= done:
+                    progress(unit.info.nbytes, unit.info.name)
+                    continue
+                file.seek(start)
+                if unit.quantised:
+                    pieces, error = _quantised(unit, options, memory)
+                    checksum = _copy(pieces, file)
+                    progress(unit.info.nbytes, unit.info.name)
+                else:
+                    error, checksum = None, _copy(chunks_of(unit.info), file, progress, unit)
+                journal.add(checksum, error)
+            file.truncate(len(shard.header) + shard.nbytes)
+            os.fsync(file.fileno())
+
+
+def _copy(
+    pieces: Iterable[bytes],
+    file: BinaryIO,
+    progress: Progress | None = None,
+    unit: _Unit | None = None,
+) -> int:
+    """Write the pieces; their checksum."""
+    checksum = 0
+    for piece in pieces:
+        _write_all(file, piece)
+        checksum = zlib.crc32(piece, checksum)
+        if progress is not None:
+            progress(len(piece), unit.info.name)
+    return checksum
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _quantised(unit: _Unit, options: Options, memory: bytearray) -> tuple[Iterator[bytes], float]:
+    """The bytes of a weight's parts, and its error."""
+    weight = read_tensor(unit.info, memory).to(options.device)
+    if unit.transposed:
+        weight = weight.T.contiguous()
+    nf4 = quantize_nf4(weight, blocksize=options.blocksize, double_quant=options.double_quant)
+    error = _relative_error(weight, nf4, unit.info)
+    state = nf4.state_dict(unit.info.name.removesuffix("weight"))
+    return (_bytes_of(state[name], nbytes) for name, _, _, nbytes in unit.parts), error
+
+
+def _bytes_of(tensor: Tensor, nbytes: int) -> bytes:
+    """Its bytes, with spaces behind them up to `nbytes`: the JSON is shorter."""
+    data = bytearray(b" " * nbytes)
+    used = tensor.numel() * tensor.element_size()
+    if used:  # torch.frombuffer takes no empty buffer
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        torch.frombuffer(data, dtype=torch.uint8, count=used).copy_(flat)
+    return data
+
+
+def _relative_error(weight: Tensor, nf4: NF4Weight, info: TensorInfo) -> float:
+    """|w - w_nf4| / |w|, by pieces that begin with a block, and with one of absmax if nested.
+
+    Around 0.1; zeros alone have 1, so that more is no rounding but a defect.
+    """
+    values = weight.view(-1)
+    span = nf4.blocksize * NESTED_BLOCKSIZE
+    step = -(-_ERROR_CHUNK // span) * span
+    difference = norm = 0.0
+    for start in range(0, nf4.numel, step):
+        piece = values[start : start + step].float()
+        dense = dequantize_nf4(_piece(nf4, start, len(piece))).float()
+        difference += torch.linalg.vector_norm(piece - dense, dtype=torch.float64).item() ** 2
+        norm += torch.linalg.vector_norm(piece, dtype=torch.float64).item() ** 2
+    if not math.isfinite(norm):
+        raise CheckpointError(f"{info.name}: holds NaN or infinity, which NF4 cannot hold")
+    error = math.sqrt(difference / norm) if norm else math.sqrt(difference)
+    if not error < 1:
+        raise RuntimeError(f"{info.name}: quantised with a relative error of {error:.3g}")
+    return error
+
+
+def _piece(nf4: NF4Weight, start: int, length: int) -> NF4Weight:
+    """Values start .. start + length as a weight of their own; start begins a nested block."""
+    first, blocks = start // nf4.blocksize, -(-length // nf4.blocksize)
+    nested = {}
+    if nf4.nested:
+        at = first // NESTED_BLOCKSIZE
+        nested = {
+            "nested_absmax": nf4.nested_absmax[at : at + -(-blocks // NESTED_BLOCKSIZE)],
+            "nested_code": nf4.nested_code,
+            "nested_offset": nf4.nested_offset,
+            "nested_blocksize": nf4.nested_blocksize,
+        }
+    packed = nf4.packed[start // 2 : (start + length + 1) // 2]
+    absmax = nf4.absmax[first : first + blocks]
+    return NF4Weight(packed, absmax, (length,), nf4.blocksize, nf4.dtype, **nested)
+
+
+def _read_back(work: Path, shards: tuple[_Shard, ...], journal: _Journal) -> None:
+    """Compare what the disk returns with what was written."""
+    written = [entry["checksum"] for entry in journal.entries]
+    if list(_checksums(work, shards)) != written:
+        raise OSError(f"{work.parent}: what was written reads back differently: a faulty disk?")
+    for shard in shards:
+        with safe_open(work / shard.name, framework="pt"):  # its reader takes the header, too
+            pass
+
+
+def _write_companions(work: Path, shards: tuple[_Shard, ...], companions: list[Path]) -> None:
+    """The index, and copies of the files beside the weights."""
+    for path in companions:
+        shutil.copyfile(path, work / f"copy of {path.name}")
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+            "weight_map": {
+                part[0]: shard.name
+                for shard in shards
+                for unit in shard.units
+                for part in unit.parts
+            },
+        }
+        _replace_json(work / INDEX, index)
+
+
+def _publish(work: Path, destination: Path, weights: list[str]) -> None:
+    """Move everything to its place; what a checkpoint that was there would mix in goes first."""
+    if (work / CONFIG).exists():  # else all but the work folder's end is done
+        (destination / CONFIG).unlink(missing_ok=True)
+        new = {*weights, *([INDEX] if len(weights) > 1 else [])}
+        for pattern in ("*.safetensors", "*.safetensors.index.json"):
+            for path in destination.glob(pattern):
+                if path.name not in new:
+                    path.unlink()
+        copies = sorted(path.name for path in work.glob("copy of *"))
+        for name in [*weights, *copies, INDEX, CONFIG]:
+            if (work / name).exists():
+                os.replace(work / name, destination / name.removeprefix("copy of "))
+    shutil.rmtree(work)
+
+
+def _summary(
+    checkpoint: Checkpoint, shards: tuple[_Shard, ...], journal: _Journal, resumed: int
+) -> Summary:
+    units = [unit for shard in shards for unit in shard.units]
+    quantised = [unit for unit in units if unit.quantised]
+    errors = [
+        (entry["error"], unit.info.name)
+        for unit, entry in zip(units, journal.entries, strict=True)
+        if unit.quantised
+    ]
+    error, name = max(errors, default=(0.0, ""))
+    return Summary(
+        quantised=len(quantised),
+        kept=len(units) - len(quantised),
+        files=len(shards),
+        resumed=resumed,
+        parameters=sum(math.prod(unit.info.shape) for unit in units),
+        bytes_before=checkpoint.nbytes,
+        bytes_after=sum(shard.nbytes for shard in shards),
+        quantised_parameters=sum(math.prod(unit.info.shape) for unit in quantised),
+        quantised_bytes=sum(unit.nbytes for unit in quantised),
+        largest_error=error,
+        largest_error_name=name,
+    )
+
+
+def _read_json(path: Path) -> Any:
+    """What the file holds; None if there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return "unreadable"
+
+
+def _replace_json(path: Path, value: Any) -> None:
+    _replace_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """The whole file or none of it."""
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,43 @@
+"""What compute-sanitizer watches on a GPU: every CUDA kernel, over sizes that end anywhere.
+
+Each tensor is an allocation of its own (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a byte beyond
+its end belongs to nobody. Results are compared with the reference's: a kernel that did nothing
+would pass every check of memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from gpu_cases import same_bits
+
+import peftkern
+from peftkern import ops, reference
+from peftkern.nf4 import BLOCKSIZES
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_nf4(numel: int, blocksize: int, dtype: torch.dtype, double_quant: bool) -> None:
+    dense = (torch.randn(numel) * 0.05).to(dtype)
+    with peftkern.use_backend("reference"):
+        w = peftkern.quantize_nf4(dense, blocksize=blocksize, double_quant=double_quant)
+        wanted = peftkern.dequantize_nf4(w)
+    got = ops.nf4_quantize(dense.cuda(), blocksize)
+    for a, b in zip(got, reference.nf4_quantize(dense, blocksize), strict=True):
+        assert same_bits(a.cpu(), b)
+    assert same_bits(peftkern.dequantize_nf4(w.to("cuda")).cpu(), wanted)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    with peftkern.use_backend("cuda"):
+        for blocksize in BLOCKSIZES:
+            for dtype in DTYPES:
+                for numel in (1, blocksize + 7, 9001):
+                    check_nf4(numel, blocksize, dtype, double_quant=numel != 9001)
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`peftkern plan` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from test_cli import run
+
+QLORA_65B = ["llama-65b", "--method", "qlora", "--r", "64"]
+QLORA_65B += ["--adapter-dtype", "bf16", "--optimizer", "paged-adamw"]
+
+
+def test_table_and_verdict_of_the_published_example_fit_80_columns():
+    done = run("plan", *QLORA_65B, "--sequence", "512", "--fit", "48GB")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any(line != line.rstrip() for line in lines)
+    text = " ".join(done.stdout.split())
+    assert "65.29 billion parameters, 799.54 million trained" in text
+    assert "linear layers │ 33.41 │ 33.41 │ 33.41" in text
+    found = re.search(r"peak (\S+) GB = (\S+) GiB, in the backward pass", text)
+    assert 44 < float(found[1]) < 45
+    assert float(found[2]) == pytest.approx(float(found[1]) * 1e9 / 2**30, abs=0.01)
+    assert "fits 48.00 GB" in text
+    assert "not measured on a GPU" in text
+
+
+def test_json_holds_the_sums_and_status_1_says_that_it_does_not_fit():
+    done = run("plan", *QLORA_65B, "--sequence", "512", "--fit", "24GiB", "--json")
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    plan = report["plan"]
+    for phase, total in plan["totals"].items():
+        assert total == sum(plan["fixed"].values()) + sum(plan["phases"][phase].values())
+    assert plan["peak"] == plan["totals"][plan["peak_phase"]]
+    assert report["fit"] == {
+        "budget": 24 * 2**30,
+        "fits": False,
+        "largest_batch": 0,
+        "largest_sequence": 0,
+    }
+    assert report["training"]["base"] == "nf4"
+
+
+def test_small_model_of_a_folder_is_shown_in_mb(tmp_path):
+    config = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
+    config |= {"intermediate_size": 96, "num_attention_heads": 4, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("plan", str(tmp_path), "--method", "full", "--sequence", "16", "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "MB at the peak" in done.stdout
+    assert re.search(r"peak 0\.\d\d MB = 0\.\d\d MiB", done.stdout)
+    assert "lm_head" not in done.stdout
+    assert "0.04 million parameters" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["llama9-1b"], "one of llama2-7b, "),
+        (["no/such/folder"], "model: expected a folder with a config.json"),
+        (["."], "model: expected a folder with a config.json"),
+        (["setup.py"], "setup.py: expected the JSON of a transformers config"),
+        (["llama3-8b", "--r", "0"], "r: expected an integer from 1"),
+        (["llama3-8b", "--batch", "-1"], "batch: expected an integer from 1"),
+        (["llama3-8b", "--sequence", "many"], "Invalid value for '--sequence'"),
+        (["llama3-8b", "--targets", "wq"], "targets: expected all-linear or some of q_proj"),
+        (["llama3-8b", "--optimizer", "lion"], "optimizer: expected one of adamw"),
+        (["llama3-8b", "--fit", "48"], "fit: expected a size like 48GB"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, complaint):
+    done = run("plan", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert complaint in done.stderr
+    assert len(done.stderr.splitlines()) == 1

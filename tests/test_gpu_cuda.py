@@ -1,0 +1,236 @@
+"""The CUDA kernels on a GPU: numerics, streams, graphs, large sizes, compute-sanitizer."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_cases import same_bits
+from nf4_weights import DTYPES, every_byte_weight, numpy_dequantize, random_weight
+from tolerances import DETERMINISM_RUNS
+from torch import Tensor
+
+import peftkern
+from peftkern import NF4Weight, native_cuda, ops, reference
+from peftkern.nf4 import BLOCKSIZES
+
+CUDA = torch.device("cuda:0")
+BF16 = torch.bfloat16
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def cuda_serves() -> Iterator[None]:
+    if reason := native_cuda.unserved(CUDA):
+        pytest.skip(reason)
+    with peftkern.use_backend("cuda"):
+        yield
+
+
+def assert_equal_but_for_payloads(got: Tensor, wanted: Tensor) -> None:
+    got = got.cpu()
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert same_bits(got.nan_to_num(nan=0.0), wanted.nan_to_num(nan=0.0))
+
+
+def assert_quantized_alike(dense: Tensor, blocksize: int) -> None:
+    packed, absmax = ops.nf4_quantize(dense.to(CUDA), blocksize)
+    wanted_packed, wanted_absmax = reference.nf4_quantize(dense, blocksize)
+    assert torch.equal(packed.cpu(), wanted_packed)
+    assert_equal_but_for_payloads(absmax, wanted_absmax)
+
+
+# Numerics
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_dequantize_every_byte(blocksize, dtype, double_quant):
+    w = every_byte_weight(blocksize, double_quant, dtype)
+    assert same_bits(peftkern.dequantize_nf4(w.to(CUDA)).cpu(), numpy_dequantize(w, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_quantize_every_blocksize(blocksize, dtype):
+    for shape in ((1,), (blocksize - 1,), (9001,), (0, 7), (1024, 4096)):
+        assert_quantized_alike(random_weight(shape, dtype), blocksize)
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, 3e38]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_values(dtype, value):
+    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
+    w = NF4Weight(packed, absmax, (512,), 64, dtype)
+    assert_equal_but_for_payloads(peftkern.dequantize_nf4(w.to(CUDA)), numpy_dequantize(w, dtype))
+    for blocksize in (64, 4096):
+        dense = random_weight((4, blocksize), dtype)
+        dense[1] = value
+        dense[2, 5] = value
+        assert_quantized_alike(dense, blocksize)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_take_the_lower_code(dtype):
+    midpoints = torch.tensor(peftkern.nf4.nf4_midpoints()).to(dtype)
+    inf = torch.tensor(math.inf, dtype=dtype)
+    near = torch.cat([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)])
+    assert_quantized_alike(torch.cat([near, torch.ones(64 - len(near), dtype=dtype)]), 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_that_begins_anywhere(dtype):
+    w = every_byte_weight(64, True, dtype)
+    wanted, on_gpu = numpy_dequantize(w, dtype), w.to(CUDA)
+    for start in (1, 2, 3, 8):
+        memory = torch.full((w.numel + 16,), 42.0, dtype=dtype, device=CUDA)
+        out = memory[start : start + w.numel].view(w.shape)
+        codes = torch.cat((on_gpu.packed.new_zeros(start), on_gpu.packed))[start:]
+        peftkern.dequantize_nf4(replace(on_gpu, packed=codes), out=out)
+        assert same_bits(out.cpu(), wanted)
+        assert (memory[:start] == 42.0).all() and (memory[start + w.numel :] == 42.0).all()
+        packed, absmax = ops.nf4_quantize(out, 64)
+        plain = reference.nf4_quantize(wanted, 64)
+        assert torch.equal(packed.cpu(), plain[0]) and same_bits(absmax.cpu(), plain[1])
+    strided = torch.full((w.shape[1], 2 * w.shape[0]), 42.0, dtype=dtype, device=CUDA).t()
+    peftkern.dequantize_nf4(on_gpu, out=strided[::2])
+    assert same_bits(strided[::2].cpu(), wanted) and (strided[1::2] == 42.0).all()
+
+
+def test_equal_bits_every_time():
+    w, dense = every_byte_weight(64, True, BF16).to(CUDA), random_weight((1024, 4096)).to(CUDA)
+    first = peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
+    for _ in range(DETERMINISM_RUNS - 1):
+        again = peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
+        assert all(same_bits(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_more_than_32_bits_of_elements():
+    """Both ends, and what lies around the places where an int32 or a uint32 would start again."""
+    numel, blocksize = 2**32 + 3 * 4096 + 5, 4096
+    needed = 3 * numel + (1 << 30)  # dense, two sets of codes, and room
+    free, _ = torch.cuda.mem_get_info(CUDA)
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free memory on the GPU, there are {free >> 30}")
+    torch.use_deterministic_algorithms(False)  # which fills new memory
+    packed = torch.randint(0, 256, ((numel + 1) // 2,), dtype=torch.uint8, device=CUDA)
+    absmax = torch.rand(-(-numel // blocksize), device=CUDA)
+    w = NF4Weight(packed, absmax, (numel,), blocksize, BF16)
+    dense = torch.full((numel,), math.nan, dtype=BF16, device=CUDA)
+    peftkern.dequantize_nf4(w, out=dense)
+    codes, scale = ops.nf4_quantize(dense, blocksize)
+    for place in (0, 2**31, 2**32, numel):
+        start = max(0, place // blocksize * blocksize - 2 * blocksize)
+        stop = min(numel, start + 4 * blocksize)
+        blocks = slice(start // blocksize, -(-stop // blocksize))
+        octets = slice(start // 2, (stop + 1) // 2)
+        part = NF4Weight(
+            packed[octets].cpu(), absmax[blocks].cpu(), (stop - start,), blocksize, BF16
+        )
+        wanted = numpy_dequantize(part, BF16)
+        assert same_bits(dense[start:stop].cpu(), wanted), place
+        again = reference.nf4_quantize(wanted, blocksize)
+        assert torch.equal(codes[octets].cpu(), again[0]), place
+        assert same_bits(scale[blocks].cpu(), again[1]), place
+
+
+# Streams, graphs, devices
+
+
+def test_other_stream():
+    w, dense = every_byte_weight(64, True, BF16), random_weight((300, 64))
+    ready, source = w.to(CUDA), dense.to(CUDA)
+    late = replace(ready, packed=torch.zeros_like(ready.packed))
+    late_dense = torch.zeros_like(source)
+    slow = torch.randn(4096, 4096, device=CUDA)
+    stream = torch.cuda.Stream(CUDA)
+    stream.wait_stream(torch.cuda.current_stream(CUDA))
+    with torch.cuda.stream(stream):
+        for _ in range(20):  # the operands arrive late, on this stream alone
+            slow = slow @ slow / 64
+        late.packed.copy_(ready.packed)
+        late_dense.copy_(source)
+        got = peftkern.dequantize_nf4(late)
+        packed, absmax = ops.nf4_quantize(late_dense, 64)
+    torch.cuda.current_stream(CUDA).wait_stream(stream)
+    assert same_bits(got.cpu(), numpy_dequantize(w, BF16))
+    wanted = reference.nf4_quantize(dense, 64)
+    assert torch.equal(packed.cpu(), wanted[0]) and same_bits(absmax.cpu(), wanted[1])
+
+
+def test_graph_replays_what_it_recorded_on_new_contents():
+    w, dense = every_byte_weight(64, True, BF16).to(CUDA), random_weight((300, 64)).to(CUDA)
+
+    def call() -> tuple[Tensor, ...]:
+        return peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
+
+    stream = torch.cuda.Stream(CUDA)
+    stream.wait_stream(torch.cuda.current_stream(CUDA))
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream(CUDA).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    w.packed.copy_(w.packed.flip(0))
+    dense.copy_(torch.randn_like(dense))
+    graph.replay()
+    assert all(same_bits(a, b) for a, b in zip(results, call(), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_device_that_is_not_current():
+    w = every_byte_weight(64, True, BF16)
+    assert torch.cuda.current_device() == 0
+    got = peftkern.dequantize_nf4(w.to("cuda:1"))
+    assert torch.cuda.current_device() == 0 and got.device == torch.device("cuda:1")
+    assert same_bits(got.cpu(), numpy_dequantize(w, BF16))
+
+
+def test_operands_on_two_devices_are_refused_by_name():
+    w = every_byte_weight(64, True, BF16).to(CUDA)
+    pieces = [w.packed, w.absmax.cpu(), w.nested_absmax, w.nested_code, w.nested_offset, 64, 256]
+    with pytest.raises(ValueError, match=r"^absmax: expected .* on cuda:0, got .* on cpu"):
+        native_cuda.nf4_dequantize(tuple(pieces), torch.empty(w.shape, dtype=BF16, device=CUDA))
+
+
+# Memory, as compute-sanitizer sees it
+
+
+def sanitizer() -> str | None:
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    folders = [f"{home}/bin" for home in homes if home]
+    folders += [f"{home}/compute-sanitizer" for home in homes if home]
+    found = shutil.which("compute-sanitizer")
+    return found or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+
+
+@pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is not on this machine")
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer(tool):
+    root, script = Path(__file__).parents[1], Path(__file__).with_name("cuda_sanitizer_cases.py")
+    answer = subprocess.run(
+        [sanitizer(), "--tool", tool, "--error-exitcode", "86", sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": str(root), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    said = answer.stdout + answer.stderr
+    assert answer.returncode == 0, said[-4000:]
+    assert "every kernel ran" in said and "ERROR SUMMARY: 0 errors" in said, said[-4000:]
