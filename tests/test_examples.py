@@ -285,7 +285,7 @@ def test_adalora_budget_says_when_it_fails(tmp_path: Path) -> None:
     assert run("examples/adalora_budget.py", "--plot", "b.gif").returncode == 2
 
 
-SMALL = ["--hidden", "64", "--layers", "1", "--seq", "32", "--batch", "2", "--pretrain", "1"]
+SMALL = ["--hidden", "128", "--layers", "1", "--seq", "32", "--batch", "2", "--pretrain", "1"]
 
 
 def test_methods_trains_every_method(tmp_path: Path) -> None:
@@ -295,6 +295,7 @@ def test_methods_trains_every_method(tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     runs = record["methods"]
     assert {"full fine-tuning", "LoRA", "LoRA-FA", "LoRA-Pro", "Delta-LoRA"} <= set(runs)
+    assert {"DyLoRA", "Quantum-PEFT", "RoSA", "RoSA (NF4)", "LongLoRA"} <= set(runs)
     for name, figures in runs.items():
         assert name in done.stdout
         assert all(math.isfinite(value) and value > 0 for value in figures.values())
@@ -312,6 +313,7 @@ def test_methods_trains_every_method(tmp_path: Path) -> None:
         (["--only", "LoRE"], "'LoRE'"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--hidden", "100"], "--hidden: 100 is not a multiple of 64"),
+        (["--hidden", "64", "--only", "LongLoRA"], "--hidden 64: not with LongLoRA"),
         (["--text", "no/such/file"], "no/such/file: No such file"),
         (["--json", "no/such/folder/x"], "--json: no/such/folder"),
     ],

@@ -53,6 +53,7 @@ LORA_FA_PEFT_RTOL = {torch.float64: 1e-12, torch.float32: 2**-9}
 DELTA_LORA_NEAREST_KEEPS = 0.5  # share of the updates that bf16 weights keep: less than this
 DELTA_LORA_STOCHASTIC = 0.02  # how far from all of it stochastic rounding may be
 
+ROSA_OVERLAP = 0.95  # of masks from streamed and from dense sums of gradients, a planted problem
 PLAN_RTOL = 0.05  # of the bytes at a step's peak, counted against measured
 
 FUZZ_EXAMPLES = 300
