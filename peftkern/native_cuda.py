@@ -21,6 +21,7 @@ from torch import Tensor
 from peftkern.nf4 import BLOCKSIZES
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in nf4.h
+JACOBI_RANK = 128  # kCudaJacobiRank in cuda_low_rank_svd.h
 Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
 
 
@@ -118,6 +119,46 @@ def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
     weight = _weight(pieces, numel, out.device)
     with _launching_on(out.device) as stream:
         _module().nf4_dequantize(stream, weight, address, dtype, numel)
+
+
+def jacobi_svd(
+    cores: Tensor, sweeps: int, vectors: bool, shared_limit: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """What `native.jacobi_svd` gives, of r x r matrices up to JACOBI_RANK that need not be finite.
+
+    One that is not gives NaN and info -1. At most `shared_limit` bytes of shared memory for a
+    matrix, 0: what the device has.
+    """
+    if cores.dim() != 3 or cores.shape[1] != cores.shape[2] or cores.shape[1] > JACOBI_RANK:
+        raise ValueError(
+            f"cores: expected [L, r, r] with r up to {JACOBI_RANK}, got {tuple(cores.shape)}"
+        )
+    device, (count, r, _) = cores.device, cores.shape
+    address = _address("cores", cores, torch.float64, cores.numel(), device)
+    float64 = {"dtype": torch.float64, "device": device}
+    sigma = torch.empty(count, r, **float64)
+    left, right = (torch.empty_like(cores) if vectors else None for _ in range(2))
+    info = torch.empty(count, dtype=torch.int64, device=device)
+    if not cores.numel():
+        return sigma, left, right, info.zero_()
+    with _launching_on(device) as stream:
+        each = _module().jacobi_workspace(r, vectors, shared_limit)
+        workspace = torch.empty(count * each, **float64)
+        _module().jacobi_svd(
+            stream,
+            count,
+            r,
+            sweeps,
+            address,
+            sigma.data_ptr(),
+            0 if left is None else left.data_ptr(),
+            0 if right is None else right.data_ptr(),
+            info.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            shared_limit,
+        )
+    return sigma, left, right, info
 
 
 @contextlib.contextmanager
