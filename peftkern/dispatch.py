@@ -106,6 +106,7 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         ),
         "low_rank_svd": (
             _triton("low_rank_svd", "low_rank_svd", "supports"),
+            _cuda("low_rank_svd", cuda.supports_low_rank_svd),
             _cpu("low_rank_svd", cpu.supports_low_rank_svd),
         ),
         "adalora_importance_": (

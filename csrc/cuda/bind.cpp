@@ -140,6 +140,22 @@ void bind(py::module_& m) {
     py::gil_scoped_release release;
     check(cuda_jacobi_svd(args, pointer<CUstream_st>(stream)));
   });
+  m.def("gram_roots", [](uintptr_t stream, int64_t count, int64_t r, uintptr_t grams,
+                         uintptr_t roots, uintptr_t inverses, uintptr_t norms, uintptr_t workspace,
+                         int64_t workspace_len, int64_t shared_limit) {
+    CudaGramRootsArgs args;
+    args.grams = pointer<const double>(grams);
+    args.count = count;
+    args.r = r;
+    args.roots = pointer<double>(roots);
+    args.inverses = pointer<double>(inverses);
+    args.norms = pointer<double>(norms);
+    args.workspace = pointer<double>(workspace);
+    args.workspace_len = workspace_len;
+    args.shared_limit = shared_limit;
+    py::gil_scoped_release release;
+    check(cuda_gram_roots(args, pointer<CUstream_st>(stream)));
+  });
 }
 
 }  // namespace

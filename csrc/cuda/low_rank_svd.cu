@@ -1,49 +1,55 @@
-// SVD of many r x r matrices in float64, r <= 128: one-sided Jacobi, a thread block for each.
+// Small dense algebra of the low-rank SVD in float64, a thread block for each r x r matrix, r <=
+// 128: SVD by one-sided Jacobi, and pivoted Cholesky of Gram matrices. jacobi.h has the formulas,
+// and csrc/cpu/low_rank_core.h takes the same steps.
 //
-// jacobi.h has the formulas and csrc/cpu/low_rank_core.h the same steps: QR with column pivots
-// (Householder), C^T = X Q^T with X = R^T in C's column order; rotations of the columns of X and of
-// Q until those of X are orthogonal, X V = right diag(sigma), left = Q V; sort; sign. X and Q lie
-// stacked, 2 r rows in columns, so that a rotation is one loop. A round of the tournament rotates
-// r / 2 disjoint pairs of columns, each by 4 (r <= 16) or 8 neighbouring lanes, and ends at a
-// barrier: of the warp for r <= 16, where the block is one.
+// Jacobi: QR with column pivots (Householder), C^T = X Q^T with X = R^T in C's column order;
+// rotations of the columns of X and of Q until those of X are orthogonal, X V = right diag(sigma),
+// left = Q V; sort; sign. X and Q lie stacked, 2 r rows in columns, so that a rotation is one loop.
+// A round of the tournament rotates r / 2 disjoint pairs of columns, each by 4 (r <= 16) or 8
+// neighbouring lanes, and ends at a barrier: of the warp for r <= 16, where the block is one.
 //
-// Counted for an H200 SM at 1.76 GHz, which loads or stores 128 B of shared memory and does 64
-// fused multiply-adds in float64 per clock. A round reads X for the products, which stay in
-// registers, writes it, and reads and writes Q: 4 r^2 x 8 B or r^2 / 4 clocks; the arithmetic is 4.5
-// r^2 multiply-adds and some 80 instructions a lane for the rotation, 0.1 r^2 clocks; what no
-// bandwidth helps is the chain load, product, 2 to 3 shuffles, two roots, two quotients one after
-// the other, store, barrier: about 1000 clocks. A sweep has r - 1 rounds.
+// Counted for an SM of an H200 at 1.76 GHz, whose shared memory moves 128 B and which does 64 fused
+// multiply-adds in float64 per clock. A round reads X, keeps it in registers for the rotation (64
+// rows of it at r = 128), writes it, and reads and writes Q: 4 to 4.5 r^2 x 8 B. That is r^2 / 4
+// clocks; arithmetic takes r^2 / 14 for 4.5 r^2 multiply-adds, and as much again for the rotations'
+// own 80 instructions a lane. No bandwidth helps with what follows one upon the other: load,
+// product, 2 or 3 shuffles, two roots, two quotients, store, barrier, some 1000 clocks. A sweep has
+// r - 1 rounds.
 //
-//     r    rounds  clocks of a round: memory, arithmetic, chain     a sweep     sweeps
-//    16       15          64     30    1000                          9 us         5
-//    64       63        1024    410    1000  (2 blocks overlap)     75 us         7
-//   128      127        4096   1650    1000                        370 us         9
+//     r    clocks of a round: memory, arithmetic, chain    a sweep    sweeps, random matrices
+//    16          64         40      1000                     9 us       6 to 7
+//    64        1024        600      1000                    75 us       8
+//   128        4600       2300      1000                   400 us       9
 //
-// 224 matrices on 132 SMs: r = 16 and 64 in one wave, 0.05 and 0.5 ms; r = 128, of which an SM
-// holds one, in two: 7 ms. QR before it takes r steps of two barriers and (r - t) columns of a row
-// per thread, less than a sweep. So the root and the quotient of the convergence test are left out
-// (jacobi_exceeds), norms are cached as in the CPU's kernel, and below r = 64 more bandwidth would
-// buy nothing. Blocks of 2 x 2 columns would halve the traffic at r = 128: not done.
+// 224 matrices on 132 SMs: r = 16 in 0.06 ms and 64 in 0.6 to 1 ms, as two blocks share an SM; r =
+// 128, of which an SM holds one, in two waves, 7 ms. QR before it takes r steps of two barriers and
+// about r / 2 columns of a row for each thread: less than a sweep. So the convergence test has
+// neither root nor quotient (jacobi_exceeds), norms are cached as on a CPU, and at r = 16 only the
+// chain counts. Blocks of 2 x 2 columns would halve the traffic of r = 128: not done.
 //
-// Banks: 16 lanes load 128 B at once, as 2 (4) pairs of 8 (4) rows each. Neighbouring pairs of a
-// round have neighbouring columns, so a column takes an odd multiple of 8 (4) doubles: conflicts
-// are left only where the ring of the tournament closes.
+// Banks: 16 lanes load 128 B at once, rows of 2 (4) pairs. Neighbouring pairs of a round have
+// neighbouring columns, so a column takes an odd multiple of 8 (4) doubles: conflicts are left only
+// where the ring of the tournament closes.
 //
-// Shared memory: X and Q take 4.6, 18 and 70 KB at r = 16, 32 and 64; 272 KB at r = 128 is more than
-// any device has. float32 for Q would fit in 227 KB, but leaves it orthogonal to 7e-7: enough for
-// the float32 vectors of low_rank_svd, not for what this returns, and a polish cannot bring back
-// the digits that tell Q V from its rounding. Solving C right = left sigma instead of carrying Q
-// loses all digits of small sigma. So the first rows of every column are in shared memory and the
-// last ones, of Q first, in global memory, where a block's share stays in the L2 cache: for r = 128
-// the last 40 of 256 rows with 227 KB (sm_90, sm_100), 104 with 163 KB (sm_80), 168 with 99 KB
-// (sm_86, sm_89, sm_120). With 227 KB that is 80 KB of traffic per round and SM, 27 us^-1 of L2's
-// 5.5 TB/s: 1.9 us, beside 2.2 us of the rest. No rounding depends on where a row lies.
+// Shared memory: X and Q take 4.6, 18 and 70 KB at r = 16, 32 and 64. The 272 KB of r = 128 fit
+// nowhere. Q in float32 would fit in 227 KB, but drifts from orthogonal by 7e-7: enough for
+// low_rank_svd's float32 vectors, not for what this returns; and a polish that makes it orthogonal
+// again does not bring back Q V. Solving C right = left diag(sigma) instead of carrying Q loses the
+// vectors of small sigma. So columns have their first rows in shared memory and their last ones,
+// Q's, in global memory: for r = 128 the last 40 of 256 rows with 227 KB (sm_90, sm_100), 104 with
+// 163 KB (sm_80). With 227 KB these are 80 KB of traffic per round and SM, 2 us of 5.5 TB/s of L2,
+// beside 2.6 us of shared memory. Where not even X fits (99 KB: sm_86, sm_89, sm_120, r > 104),
+// columns are in global memory: those devices have a 32nd of the arithmetic, which then takes ten
+// times as long as all traffic. No bit of a result depends on where a row lies.
+//
+// Cholesky: r steps, each of which reads and writes the 2 r x r matrix: 2 r^3 x 16 B, 0.3 ms at r =
+// 128.
 //
 // All counted, none measured.
 #include <math.h>
 
-#include "launch.cuh"
 #include "intrinsics.cuh"
+#include "launch.cuh"
 #include "peftkern/checks.h"
 #include "peftkern/cuda_low_rank_svd.h"
 #include "peftkern/jacobi.h"
@@ -294,15 +300,16 @@ __device__ __forceinline__ void rotate_rows(const JacobiRotation<double>& rotati
   for (; row < rows; row += kLanes) jacobi_rotate(rotation, x[row], y[row]);
 }
 
-// All pairs of columns once. Returns how many were rotated, above kAgain if another sweep is needed.
+// All pairs of columns once. Returns how many were rotated, above kAgain if another sweep is
+// needed.
 constexpr uint32_t kAgain = 1u << 31;
 template <int kRank, bool kOneWarp, Place kPlace>
 __device__ __forceinline__ uint32_t sweep(const Layout& layout, const Scratch& s,
                                           const Columns<kPlace>& columns) {
   constexpr int kLanes = lanes_for(kRank);
   // Rows of X that a lane keeps in registers; addresses of global memory take them, too.
-  constexpr int kRows = kPlace == Place::kMemory ? 4 : kRank < 64 ? kRank / kLanes : 8;
-  constexpr int kSure = kRank == 16 ? 0 : kRank / 2;       // rows of X, at least
+  constexpr int kRows = kPlace == Place::kMemory ? 2 : kRank < 64 ? kRank / kLanes : 8;
+  constexpr int kSure = kRank == 16 ? 0 : kRank / 2;  // rows of X, at least
   const int r = layout.r, even = r + r % 2;
   const int lane = thread_index() % kLanes, pair = thread_index() / kLanes;
   uint32_t turned = 0;
@@ -323,9 +330,11 @@ __device__ __forceinline__ uint32_t sweep(const Layout& layout, const Scratch& s
         y[k] = *columns.x(q, k * kLanes + lane);
         gamma[k % 2] += x[k] * y[k];
       }
-#pragma unroll 4
-      for (int row = kRows * kLanes + lane; row < layout.rows; row += kLanes) {
+#pragma unroll 2
+      for (int row = kRows * kLanes + lane; row < layout.rows; row += 2 * kLanes) {
         gamma[0] += *columns.x(p, row) * *columns.x(q, row);
+        if (row + kLanes >= layout.rows) break;
+        gamma[1] += *columns.x(p, row + kLanes) * *columns.x(q, row + kLanes);
       }
     }
     const double product = lanes_sum<kLanes>(gamma[0] + gamma[1]);
@@ -450,10 +459,95 @@ __global__ void __launch_bounds__(threads_for(kRank), kRank == 64 ? 2 : 1)
   }
 }
 
+// ---- pivoted Cholesky
+
+struct RootsArgument {
+  Layout layout;
+  int64_t count;
+  const double* grams;
+  double *roots, *inverses, *norms, *workspace;
+};
+
+// A Gram matrix with unit diagonal, and below it a unit matrix to which the same elimination is
+// done: a step takes from every column its entry at the pivot times the pivot's column. Nothing is
+// swapped: rows of past pivots are zero. A thread has a row and reads but that and the vector.
+template <Place kPlace>
+__global__ void __launch_bounds__(512, 1) roots_kernel(const __grid_constant__ RootsArgument a) {
+  const int r = a.layout.r, row = thread_index(), below = row - a.layout.rows;
+  double* shared = dynamic_shared<double>();
+  const Scratch s = {shared + r * a.layout.stride, r};
+  const int rest = a.layout.total - a.layout.held;
+  for (int64_t matrix = blockIdx.x; matrix < a.count; matrix += gridDim.x) {
+    const Columns<kPlace> columns = {shared, a.workspace + matrix * r * rest, a.layout.stride,
+                                     a.layout.held, rest};
+    const double* gram = a.grams + matrix * r * r;
+    double* root = a.roots + matrix * r * r;
+    double* inverse = a.inverses + matrix * r * r;
+    if (row < r) {
+      const double norm = sqrt(gram[row * r + row]);
+      a.norms[matrix * r + row] = norm;
+      s.norms()[row] = norm > 0.0 ? 1.0 / norm : 0.0;
+    }
+    __syncthreads();
+    const double reciprocal = below >= 0 && below < r ? s.norms()[below] : 0.0;
+    for (int column = warp_index(); column < r; column += warps()) {
+      for (int i = lane_index(); i < a.layout.total; i += 32) {
+        double value = i == a.layout.rows + column ? 1.0 : 0.0;
+        if (i < r) value = gram[column * r + i] * (s.norms()[i] * s.norms()[column]);
+        if (i == column) value = s.norms()[i] > 0.0 ? 1.0 : 0.0;
+        columns.store(column, i, value);
+      }
+    }
+    __syncthreads();
+    double diagonal = row < r ? columns.load(row, row) : -1.0;
+    int rank = 0;
+    for (; rank < r; ++rank) {
+      double top = diagonal;
+      int pivot = row;
+      block_top<false>(s, top, pivot);
+      if (!(top > r * kDependent)) break;
+      const double pivotal = sqrt(top);
+      double own = row < a.layout.total ? columns.load(pivot, row) / pivotal : 0.0;
+      if (row == pivot) own = pivotal;
+      if (row < r) s.vector()[row] = root[rank * r + row] = own;
+      if (below >= 0 && below < r) inverse[below * r + rank] = own * reciprocal;
+      __syncthreads();
+      diagonal = row == pivot ? -1.0 : diagonal < 0.0 ? diagonal : diagonal - own * own;
+      if (row >= a.layout.total) continue;
+      if (row == pivot) own = 0.0;
+#pragma unroll 1
+      for (int c = 0; c < r; c += 4) {
+        double value[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (c + i < r) value[i] = columns.load(c + i, row) - own * s.vector()[c + i];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (c + i < r) columns.store(c + i, row, row == pivot ? 0.0 : value[i]);
+        }
+      }
+    }
+    for (; rank < r; ++rank) {
+      if (row < r) root[rank * r + row] = 0.0;
+      if (below >= 0 && below < r) inverse[below * r + rank] = 0.0;
+    }
+    __syncthreads();
+  }
+}
+
 Layout layout_for(int64_t r, bool vectors, int64_t shared_limit) {
   require(r >= 0 && r <= kCudaJacobiRank, "r", r, "0 to 128");
   require(shared_limit >= 0, "shared_limit", shared_limit, "at least 0");
   return {r, vectors, shared_limit > 0 ? shared_limit : most_shared_bytes()};
+}
+
+void check_room(const Layout& layout, int64_t count, const double* workspace, int64_t length) {
+  require(count >= 0, "count", count, "at least 0");
+  checked_mul(checked_mul(int64_t{layout.r} * layout.r, 8, "r x r"), count, "count x r x r");
+  const int64_t wanted = checked_mul(layout.spilled(), count, "workspace");
+  require(length >= wanted, "workspace", length, std::to_string(wanted) + " doubles");
+  if (wanted > 0 && !workspace) fail("workspace: null pointer");
 }
 
 }  // namespace
@@ -463,17 +557,12 @@ int64_t cuda_jacobi_workspace(int64_t r, bool vectors, int64_t shared_limit) {
 }
 
 int cuda_jacobi_svd(const CudaJacobiSvdArgs& args, CudaStream stream) {
-  require(args.count >= 0, "count", args.count, "at least 0");
   require(args.sweeps >= 0, "sweeps", args.sweeps, "at least 0");
   if (!args.left != !args.right) fail("left, right: expected both or none");
   const Layout layout = layout_for(args.r, args.left != nullptr, args.shared_limit);
+  check_room(layout, args.count, args.workspace, args.workspace_len);
   if (args.count == 0 || args.r == 0) return cudaSuccess;
-  checked_mul(checked_mul(args.r * args.r, 8, "r x r"), args.count, "count x r x r");
-  const int64_t workspace = checked_mul(layout.spilled(), args.count, "workspace");
   if (!args.cores || !args.sigma || !args.info) fail("cores, sigma, info: null pointer");
-  require(args.workspace_len >= workspace, "workspace", args.workspace_len,
-          std::to_string(workspace) + " doubles");
-  if (workspace > 0 && !args.workspace) fail("workspace: null pointer");
   const JacobiArgument a = {layout,    args.count, args.sweeps,    args.cores, args.sigma,
                             args.left, args.right, args.workspace, args.info};
   const Place place = layout.place();
@@ -483,6 +572,23 @@ int cuda_jacobi_svd(const CudaJacobiSvdArgs& args, CudaStream stream) {
                       : args.r <= 32            ? jacobi_kernel<32, Place::kShared>
                       : args.r <= 64            ? jacobi_kernel<64, Place::kShared>
                                                 : jacobi_kernel<128, Place::kShared>;
+  return launch(kernel, grid_size(args.count, 1), static_cast<unsigned>(threads_for(layout.r)),
+                static_cast<size_t>(layout.shared_bytes), stream, a);
+}
+
+int cuda_gram_roots(const CudaGramRootsArgs& args, CudaStream stream) {
+  const Layout layout = layout_for(args.r, true, args.shared_limit);
+  check_room(layout, args.count, args.workspace, args.workspace_len);
+  if (args.count == 0 || args.r == 0) return cudaSuccess;
+  if (!args.grams || !args.roots || !args.inverses || !args.norms) {
+    fail("grams, roots, inverses, norms: null pointer");
+  }
+  const RootsArgument a = {layout,        args.count, args.grams,    args.roots,
+                           args.inverses, args.norms, args.workspace};
+  const Place place = layout.place();
+  const auto kernel = place == Place::kTail     ? roots_kernel<Place::kTail>
+                      : place == Place::kMemory ? roots_kernel<Place::kMemory>
+                                                : roots_kernel<Place::kShared>;
   return launch(kernel, grid_size(args.count, 1), static_cast<unsigned>(threads_for(layout.r)),
                 static_cast<size_t>(layout.shared_bytes), stream, a);
 }
