@@ -11,15 +11,14 @@
 // Counted for an SM of an H200 at 1.76 GHz, whose shared memory moves 128 B and which does 64 fused
 // multiply-adds in float64 per clock. A round reads X, keeps it in registers for the rotation (64
 // rows of it at r = 128), writes it, and reads and writes Q: 4 to 4.5 r^2 x 8 B. That is r^2 / 4
-// clocks; arithmetic takes r^2 / 14 for 4.5 r^2 multiply-adds, and as much again for the rotations'
-// own 80 instructions a lane. No bandwidth helps with what follows one upon the other: load,
-// product, 2 or 3 shuffles, two roots, two quotients, store, barrier, some 1000 clocks. A sweep has
-// r - 1 rounds.
+// clocks; arithmetic takes r^2 / 14 for 4.5 r^2 multiply-adds, and 5 r for the rotations' own 80
+// instructions a lane. No bandwidth helps with what follows one upon the other: load, product, 2 or
+// 3 shuffles, two roots, two quotients, store, barrier, some 1000 clocks. A sweep has r - 1 rounds.
 //
 //     r    clocks of a round: memory, arithmetic, chain    a sweep    sweeps, random matrices
-//    16          64         40      1000                     9 us       6 to 7
+//    16          64         60      1000                     9 us       6 to 7
 //    64        1024        600      1000                    75 us       8
-//   128        4600       2300      1000                   400 us       9
+//   128        4600       1800      1000                   400 us       9
 //
 // 224 matrices on 132 SMs: r = 16 in 0.06 ms and 64 in 0.6 to 1 ms, as two blocks share an SM; r =
 // 128, of which an SM holds one, in two waves, 7 ms. QR before it takes r steps of two barriers and
@@ -40,7 +39,7 @@
 // 163 KB (sm_80). With 227 KB these are 80 KB of traffic per round and SM, 2 us of 5.5 TB/s of L2,
 // beside 2.6 us of shared memory. Where not even X fits (99 KB: sm_86, sm_89, sm_120, r > 104),
 // columns are in global memory: those devices have a 32nd of the arithmetic, which then takes ten
-// times as long as all traffic. No bit of a result depends on where a row lies.
+// times as long as all traffic. Sums have the same order wherever their rows lie.
 //
 // Cholesky: r steps, each of which reads and writes the 2 r x r matrix: 2 r^3 x 16 B, 0.3 ms at r =
 // 128.
