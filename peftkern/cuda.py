@@ -5,10 +5,14 @@ One function per op with the op's signature, and the predicates that say why a c
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from peftkern import native_cuda
+from peftkern import native, native_cuda
+
+JACOBI_SWEEPS = 20  # 6 to 9 are usual
 
 
 def supports_quantize(weight: Tensor, *args: object) -> str | None:
@@ -64,3 +68,112 @@ def nf4_dequantize_out(
     native_cuda.nf4_dequantize((*tensors, blocksize, nested_blocksize), dense)
     if dense is not out:
         out.copy_(dense)
+
+
+def supports_low_rank_svd(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
+    """Reason against low_rank_svd: float64 factors deserve better than a float64 Gram matrix."""
+    device = lora_B[0].device
+    for tensor in (*lora_B, *lora_A):
+        if tensor.dtype not in native_cuda.DTYPE_CODES:
+            return f"the dtype is {tensor.dtype}"
+        if tensor.device != device:
+            return f"tensors are on {device} and {tensor.device}"
+    r = max(A.shape[0] for A in lora_A)
+    if r > native_cuda.JACOBI_RANK:
+        return f"the rank is {r}, more than {native_cuda.JACOBI_RANK}"
+    return native_cuda.unserved(device)
+
+
+def low_rank_svd(
+    lora_B: list[Tensor],
+    lora_A: list[Tensor],
+    scaling: list[float],
+    vectors: bool,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The steps of csrc/include/peftkern/low_rank_svd.h, one rank after the other, in float64.
+
+    Cholesky and Jacobi are kernels, the products are torch's: up to seven launches for each pair.
+    "accurate" takes the Gram matrix of every factor twice: the device alone knows which of them
+    need it, and nothing waits for its answer.
+    """
+    device = lora_B[0].device
+    sides = lora_B, [A.mT for A in lora_A]  # [length, r] each
+    k = [min(*B.shape, A.shape[1]) for B, A in zip(lora_B, lora_A, strict=True)]
+    lengths = [[factor.shape[0] for factor in side] for side in sides]
+    numels = [[m * width * vectors for m, width in zip(side, k, strict=True)] for side in lengths]
+    S, U, Vh = (
+        torch.empty(sum(sizes), dtype=torch.float32, device=device) for sizes in (k, *numels)
+    )
+    S_parts, U_parts, Vh_parts = (
+        flat.split(sizes) for flat, sizes in zip((S, U, Vh), (k, *numels), strict=True)
+    )
+    rank, info = (torch.zeros(len(k), dtype=torch.int64, device=device) for _ in range(2))
+    members: dict[int, list[int]] = {}
+    for i, A in enumerate(lora_A):
+        if A.shape[0]:
+            members.setdefault(A.shape[0], []).append(i)
+    for where in members.values():
+        factors = [side[i] for side in sides for i in where]
+        bits = torch.tensor([scaling[i] for i in where], dtype=torch.float64, device="cpu")
+        numbers = [*bits.view(torch.int64).tolist(), *(k[i] for i in where), *where]
+        factor, most, at = native.address_table([], device, numbers).chunk(3)
+        factor = factor.view(torch.float64)
+        sigma, combined, rank_r, info_r = _decompose(factors, factor, most, mode == "accurate")
+        rank[at], info[at] = rank_r, info_r
+        for number, i in enumerate(where):
+            S_parts[i].copy_(sigma[number, : k[i]])
+            if not vectors:
+                continue
+            left, right = (side[number, :, : k[i]] for side in combined)
+            U_parts[i].view(lengths[0][i], k[i]).copy_(lora_B[i].double() @ left)
+            Vh_parts[i].view(k[i], lengths[1][i]).copy_(right.mT @ lora_A[i].double())
+    return U, S, Vh, rank, info
+
+
+def _decompose(
+    factors: list[Tensor], scaling: Tensor, widths: Tensor, accurate: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+    """SVDs of the pairs of one rank: `factors` are all B [m, r], then all A^T [n, r].
+
+    Returns: sigma [L, r], zero from the rank on; the matrices [L, r, r] that make U of B and V of
+    A^T; rank, at most `widths`, and info.
+    """
+    count, r = len(scaling), factors[0].shape[1]
+    gram = _grams(factors)
+    finite = gram.isfinite().all(-1).all(-1)
+    gram = torch.where(finite[:, None, None], gram, 0.0)
+    root, inverse, norms = native_cuda.gram_roots(gram)
+    if accurate:
+        root_of_Q, inverse_of_Q, norms_of_Q = native_cuda.gram_roots(_grams(factors, inverse))
+        root = (root_of_Q * norms_of_Q[:, None, :]) @ root
+        inverse = inverse @ inverse_of_Q
+    bad = ~(finite[:count] & finite[count:] & scaling.isfinite())
+    weights = norms[:count] * norms[count:]  # of column l of B times row l of A
+    scale = weights.amax(1)
+    weights = torch.where((scale > 0)[:, None], weights / scale[:, None], 0.0)
+    weights = torch.where(bad[:, None], 0.0, weights * scaling.sign()[:, None])
+    cores = (root[:count] * weights[:, None, :]) @ root[count:].mT
+    sigma, left, right, more = native_cuda.jacobi_svd(cores, JACOBI_SWEEPS, True)
+    floor = r * 2.0**-52 * weights.abs().sum(1)  # what lies below are rounding errors
+    rank = torch.minimum((sigma > floor[:, None]).sum(1), widths)
+    kept = torch.arange(r, device=sigma.device) < rank[:, None]
+    sigma = torch.where(kept, sigma * (scale * scaling.abs())[:, None], 0.0)
+    sigma = torch.where(bad[:, None], math.nan, sigma)
+    unit = torch.where(kept, 1.0, 0.0)[:, None, :]
+    unit = torch.where(bad[:, None, None], math.nan, unit)
+    combined = inverse[:count] @ left * unit, inverse[count:] @ right * unit
+    info = torch.where(bad, -1, more)
+    return sigma, combined, rank, info
+
+
+def _grams(factors: list[Tensor], inverse: Tensor | None = None) -> Tensor:
+    """Gram matrices [2 L, r, r] of the factors, or of factors[i] @ inverse[i]."""
+    r = factors[0].shape[1]
+    grams = torch.empty(len(factors), r, r, dtype=torch.float64, device=factors[0].device)
+    for i, factor in enumerate(factors):
+        columns = factor.double()
+        if inverse is not None:
+            columns = columns @ inverse[i]
+        torch.mm(columns.mT, columns, out=grams[i])
+    return grams

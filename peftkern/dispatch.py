@@ -108,6 +108,7 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         "nf4_dora_norm": (_cpu("nf4_dora_norm", cpu.supports_nf4_dora_norm),),
         "low_rank_svd": (
             _triton("low_rank_svd", "low_rank_svd", "supports"),
+            _cuda("low_rank_svd", cuda.supports_low_rank_svd),
             _cpu("low_rank_svd", cpu.supports_low_rank_svd),
         ),
         "adalora_importance_": (

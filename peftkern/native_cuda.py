@@ -21,6 +21,7 @@ from torch import Tensor
 from peftkern.nf4 import BLOCKSIZES
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in nf4.h
+JACOBI_RANK = 128  # kCudaJacobiRank in cuda_low_rank_svd.h
 Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
 
 
@@ -118,6 +119,84 @@ def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
     weight = _weight(pieces, numel, out.device)
     with _launching_on(out.device) as stream:
         _module().nf4_dequantize(stream, weight, address, dtype, numel)
+
+
+def jacobi_svd(
+    cores: Tensor, sweeps: int, vectors: bool, shared_limit: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """What `native.jacobi_svd` gives, of r x r matrices up to JACOBI_RANK that need not be finite.
+
+    One that is not gives NaN and info -1. At most `shared_limit` bytes of shared memory for a
+    matrix, 0: what the device has.
+    """
+    address = _square("cores", cores)
+    device, (count, r, _) = cores.device, cores.shape
+    sigma = torch.empty(count, r, dtype=torch.float64, device=device)
+    left, right = (torch.empty_like(cores) if vectors else None for _ in range(2))
+    info = torch.empty(count, dtype=torch.int64, device=device)
+    if not cores.numel():
+        return sigma, left, right, info.zero_()
+    with _launching_on(device) as stream:
+        workspace = _workspace(cores, vectors, shared_limit)
+        _module().jacobi_svd(
+            stream,
+            count,
+            r,
+            sweeps,
+            address,
+            sigma.data_ptr(),
+            0 if left is None else left.data_ptr(),
+            0 if right is None else right.data_ptr(),
+            info.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            shared_limit,
+        )
+    return sigma, left, right, info
+
+
+def gram_roots(grams: Tensor, shared_limit: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Pivoted Cholesky decomposition of finite float64 Gram matrices [n, r, r] of Q root D.
+
+    grams = D root^T root D with D = diag(norms), Q = factor @ inverse. Rows of root and columns of
+    inverse are zero from the rank on.
+
+    Returns: root and inverse [n, r, r], norms [n, r].
+    """
+    address = _square("grams", grams)
+    device, (count, r, _) = grams.device, grams.shape
+    roots, inverses = torch.empty_like(grams), torch.empty_like(grams)
+    norms = torch.empty(count, r, dtype=torch.float64, device=device)
+    with _launching_on(device) as stream:
+        workspace = _workspace(grams, True, shared_limit)
+        _module().gram_roots(
+            stream,
+            count,
+            r,
+            address,
+            roots.data_ptr(),
+            inverses.data_ptr(),
+            norms.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            shared_limit,
+        )
+    return roots, inverses, norms
+
+
+def _square(name: str, matrices: Tensor) -> int:
+    """The address of contiguous float64 matrices [n, r, r] that Jacobi's kernels take."""
+    shape = tuple(matrices.shape)
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] > JACOBI_RANK:
+        raise ValueError(f"{name}: expected [n, r, r] with r up to {JACOBI_RANK}, got {shape}")
+    return _address(name, matrices, torch.float64, matrices.numel(), matrices.device)
+
+
+def _workspace(matrices: Tensor, vectors: bool, shared_limit: int) -> Tensor:
+    """What the shared memory of the current device cannot hold of these matrices."""
+    count, r, _ = matrices.shape
+    each = _module().jacobi_workspace(r, vectors, shared_limit)
+    return torch.empty(count * each, dtype=torch.float64, device=matrices.device)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "peftkern/cuda_low_rank_svd.h"
 #include "peftkern/cuda_nf4.h"
 
 namespace py = pybind11;
@@ -118,6 +119,43 @@ void bind(py::module_& m) {
           check(cuda_nf4_dequantize(view, pointer<void>(out), dtype, out_numel,
                                     pointer<CUstream_st>(stream)));
         });
+
+  m.def("jacobi_workspace", &cuda_jacobi_workspace,
+        "Doubles that a matrix needs on the current device: (r, vectors, shared_limit).");
+  m.def("jacobi_svd", [](uintptr_t stream, int64_t count, int64_t r, int sweeps, uintptr_t cores,
+                         uintptr_t sigma, uintptr_t left, uintptr_t right, uintptr_t info,
+                         uintptr_t workspace, int64_t workspace_len, int64_t shared_limit) {
+    CudaJacobiSvdArgs args;
+    args.cores = pointer<const double>(cores);
+    args.count = count;
+    args.r = r;
+    args.sweeps = sweeps;
+    args.sigma = pointer<double>(sigma);
+    args.left = pointer<double>(left);
+    args.right = pointer<double>(right);
+    args.info = pointer<int64_t>(info);
+    args.workspace = pointer<double>(workspace);
+    args.workspace_len = workspace_len;
+    args.shared_limit = shared_limit;
+    py::gil_scoped_release release;
+    check(cuda_jacobi_svd(args, pointer<CUstream_st>(stream)));
+  });
+  m.def("gram_roots", [](uintptr_t stream, int64_t count, int64_t r, uintptr_t grams,
+                         uintptr_t roots, uintptr_t inverses, uintptr_t norms, uintptr_t workspace,
+                         int64_t workspace_len, int64_t shared_limit) {
+    CudaGramRootsArgs args;
+    args.grams = pointer<const double>(grams);
+    args.count = count;
+    args.r = r;
+    args.roots = pointer<double>(roots);
+    args.inverses = pointer<double>(inverses);
+    args.norms = pointer<double>(norms);
+    args.workspace = pointer<double>(workspace);
+    args.workspace_len = workspace_len;
+    args.shared_limit = shared_limit;
+    py::gil_scoped_release release;
+    check(cuda_gram_roots(args, pointer<CUstream_st>(stream)));
+  });
 }
 
 }  // namespace

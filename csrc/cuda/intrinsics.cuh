@@ -242,6 +242,12 @@ __device__ __forceinline__ float lanes_sum(float x) {
   return x;
 }
 template <int kLanes = 32>
+__device__ __forceinline__ double lanes_sum(double x) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
+  return x;
+}
+template <int kLanes = 32>
 __device__ __forceinline__ float lanes_max(float x) {  // a NaN is passed over
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) {

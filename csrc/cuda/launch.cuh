@@ -28,6 +28,23 @@ inline unsigned grid_size(int64_t work, int64_t per_block) {
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks > 0x7fffffff ? 0x7fffffff : blocks);
 }
 
+// Shared memory that a block may have at most on the current device; what every device has where
+// there is none, whose launch then says so.
+inline int64_t most_shared_bytes() {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return emulation::kMaxSharedBytes;
+#else
+  int device = 0, bytes = 0;
+  const auto attribute = cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, attribute, device) == cudaSuccess) {
+    return bytes;
+  }
+  cudaGetLastError();
+  return 48 * 1024;
+#endif
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    size_t dynamic_shared_bytes, cudaStream_t stream, Arguments&&... arguments) {

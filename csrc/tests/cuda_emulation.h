@@ -301,6 +301,11 @@ inline void __threadfence_block() {}
 using std::max;
 using std::min;
 
+inline double __longlong_as_double(long long bits) {
+  double x;
+  std::memcpy(&x, &bits, 8);
+  return x;
+}
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

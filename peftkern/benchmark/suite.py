@@ -223,7 +223,7 @@ def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> 
     if tuple(case.variants) != spec.names:
         raise RuntimeError(f"{spec.name}: built {tuple(case.variants)}, expected {spec.names}")
     dtype = str(case.dtype).removeprefix("torch.")
-    floor = max(case.bytes / roof["copy"], case.flops / roof[dtype])
+    floor = max(case.bytes / roof["copy"], case.flops / roof[dtype] if case.flops else 0.0)
     facts = {"bytes": case.bytes, "flops": case.flops, "floor_ms": floor * 1e3}
     peftkern.reset_stats()
     outcome = Outcome(spec, facts, check(spec, case))
