@@ -122,7 +122,7 @@ def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
 
 # Of nf4_lora_linear: cuda_nf4_lora_linear.h has the same.
 LINEAR_DTYPES = (torch.bfloat16, torch.float16)
-LINEAR_ROWS, LINEAR_RANK, LINEAR_BLOCK, LINEAR_SIZE = 32, 64, 64, 1 << 28
+LINEAR_ROWS, LINEAR_RANK, LINEAR_BLOCK, LINEAR_SIZE = 32, 64, 64, 1 << 26
 
 
 def nf4_lora_linear_forward(
