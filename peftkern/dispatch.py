@@ -98,6 +98,7 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         ),
         "nf4_lora_linear_forward": (
             _triton("nf4_lora_linear_forward", "nf4_lora_linear", "supports_forward"),
+            _cuda("nf4_lora_linear_forward", cuda.supports_nf4_forward),
             _cpu("nf4_lora_linear_forward", cpu.supports_nf4_forward),
         ),
         "nf4_lora_linear_backward": (

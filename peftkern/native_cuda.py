@@ -120,6 +120,66 @@ def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
         _module().nf4_dequantize(stream, weight, address, dtype, numel)
 
 
+# Of nf4_lora_linear: cuda_nf4_lora_linear.h has the same.
+LINEAR_DTYPES = (torch.bfloat16, torch.float16)
+LINEAR_ROWS, LINEAR_RANK, LINEAR_BLOCK, LINEAR_SIZE = 32, 64, 64, 1 << 28
+
+
+def nf4_lora_linear_forward(
+    x: Tensor,
+    pieces: Pieces,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    N: int,
+    splits: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] and S [M, r] of a contiguous x [M, K], at most 32 rows, over a weight [N, K].
+
+    K is cut over `splits` groups of thread blocks (1 to 16); with 0 the library chooses.
+    """
+    (M, K), device, dtype = x.shape, x.device, x.dtype
+    if dtype not in LINEAR_DTYPES:
+        raise ValueError(f"x: expected one of {list(LINEAR_DTYPES)}, got {dtype}")
+    weight = _weight(pieces, N * K, device)
+    x_at = _address("x", x, dtype, M * K, device)
+    bias_at = 0 if bias is None else _address("bias", bias, dtype, N, device)
+    lora, S = (0, 0, 0, 0, 0, 0), None
+    if lora_A is not None:
+        r = lora_A.shape[0]
+        S = torch.empty((M, r), dtype=torch.float32, device=device)
+        lora = (
+            _address("lora_A", lora_A, lora_A.dtype, r * K, device),
+            _dtype_code("lora_A", lora_A),
+            _address("lora_B", lora_B, lora_B.dtype, N * r, device),
+            _dtype_code("lora_B", lora_B),
+            S.data_ptr(),
+            r,
+        )
+    y = torch.empty((M, N), dtype=dtype, device=device)
+    with _launching_on(device) as stream:
+        size = _module().nf4_lora_linear_workspace(M, N, K, splits)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        _module().nf4_lora_linear_forward(
+            stream,
+            weight,
+            M,
+            N,
+            K,
+            x_at,
+            DTYPE_CODES[dtype],
+            y.data_ptr(),
+            bias_at,
+            lora,
+            scaling,
+            workspace.data_ptr(),
+            size,
+            splits,
+        )
+    return y, S
+
+
 @contextlib.contextmanager
 def _launching_on(device: torch.device) -> Iterator[int]:
     """Makes a device current; the address of its current stream."""
@@ -155,6 +215,11 @@ def _address(
             f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {layout}"
         )
     return tensor.data_ptr()
+
+
+def begins_at(tensor: Tensor, multiple: int) -> bool:
+    """Whether a tensor's memory begins at a multiple of so many bytes."""
+    return tensor.data_ptr() % multiple == 0
 
 
 def _check_blocksize(name: str, blocksize: int) -> None:

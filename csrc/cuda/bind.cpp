@@ -16,6 +16,7 @@
 #endif
 
 #include "peftkern/cuda_nf4.h"
+#include "peftkern/cuda_nf4_lora_linear.h"
 
 namespace py = pybind11;
 
@@ -53,6 +54,17 @@ CudaNF4View view_from_tuple(const py::tuple& t) {
   w.nested_blocksize = t[10].cast<int64_t>();
   w.numel = t[11].cast<int64_t>();
   return w;
+}
+
+// (lora_A, its dtype, lora_B, its dtype, s, r); r = 0: no adapters.
+void set_lora(CudaNF4LinearArgs& args, const py::tuple& t) {
+  if (t.size() != 6) throw std::invalid_argument("lora: expected 6 fields");
+  args.lora_A = pointer<const void>(t[0].cast<uintptr_t>());
+  args.a_dtype = dtype_from_code(t[1].cast<int>());
+  args.lora_B = pointer<const void>(t[2].cast<uintptr_t>());
+  args.b_dtype = dtype_from_code(t[3].cast<int>());
+  args.s = pointer<float>(t[4].cast<uintptr_t>());
+  args.r = t[5].cast<int64_t>();
 }
 
 #ifdef PEFTKERN_CUDA_EMULATED
@@ -117,6 +129,28 @@ void bind(py::module_& m) {
           py::gil_scoped_release release;
           check(cuda_nf4_dequantize(view, pointer<void>(out), dtype, out_numel,
                                     pointer<CUstream_st>(stream)));
+        });
+
+  m.def("nf4_lora_linear_workspace", &cuda_nf4_lora_linear_workspace,
+        "Bytes that nf4_lora_linear_forward needs for M, N, K, splits on the current device.");
+  m.def("nf4_lora_linear_forward",
+        [](uintptr_t stream, const py::tuple& w, int64_t M, int64_t N, int64_t K, uintptr_t x,
+           int dtype, uintptr_t y, uintptr_t bias, const py::tuple& lora, double scaling,
+           uintptr_t workspace, int64_t workspace_bytes, int64_t splits) {
+          CudaNF4LinearArgs args;
+          args.w = view_from_tuple(w);
+          args.M = M, args.N = N, args.K = K;
+          args.x = pointer<const void>(x);
+          args.dtype = dtype_from_code(dtype);
+          args.y = pointer<void>(y);
+          args.bias = pointer<const void>(bias);
+          set_lora(args, lora);
+          args.scaling = static_cast<float>(scaling);
+          args.workspace = pointer<void>(workspace);
+          args.workspace_bytes = workspace_bytes;
+          args.splits = splits;
+          py::gil_scoped_release release;
+          check(cuda_nf4_lora_linear_forward(args, pointer<CUstream_st>(stream)));
         });
 }
 

@@ -78,6 +78,46 @@ __device__ __forceinline__ float load_in_place(const float* p) {
 #endif
 }
 
+// 8 bytes, 8-byte aligned, that are read once: they take no room in L1.
+__device__ __forceinline__ uint2 load_once8(const void* p) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  if (reinterpret_cast<uintptr_t>(p) % 8) emulation::fail("a load of 8 bytes is not aligned");
+  return *static_cast<const uint2*>(p);
+#else
+  uint2 value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "l"(p));
+  return value;
+#endif
+}
+
+// Asks for the line of L2 that holds `p`, which must be a valid address.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  const volatile char touched = *static_cast<const char*>(p);
+  (void)touched;
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+// ---- two kernels of a stream that overlap (launch_dependent of launch.cuh)
+
+// The next kernel may begin once every block of this one has come here or ended.
+__device__ __forceinline__ void allow_following() {
+#if !defined(PEFTKERN_CUDA_EMULATED) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until the kernel before this one has ended and what it wrote is seen. Such memory must be read
+// by loads that are not moved up here: not __ldg.
+__device__ __forceinline__ void wait_for_preceding() {
+#if !defined(PEFTKERN_CUDA_EMULATED) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- 16-bit floats; roundings are to nearest even, a NaN becomes 0x7fff
 
 #ifdef PEFTKERN_CUDA_EMULATED
@@ -387,6 +427,35 @@ __device__ __forceinline__ void mma_m16n8k16<FP16>(float (&d)[4], const uint32_t
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+// D = A B.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16_first(float (&d)[4], const uint32_t (&a)[4],
+                                                   const uint32_t (&b)[2]);
+#ifdef PEFTKERN_CUDA_EMULATED
+template <typename T>
+inline void mma_m16n8k16_first(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  for (float& value : d) value = 0.0f;
+  mma_m16n8k16<T>(d, a, b);
+}
+#else
+template <>
+__device__ __forceinline__ void mma_m16n8k16_first<BF16>(float (&d)[4], const uint32_t (&a)[4],
+                                                         const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16_first<FP16>(float (&d)[4], const uint32_t (&a)[4],
+                                                         const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
 }
 #endif
 

@@ -293,6 +293,13 @@ template <typename T>
 void __stcg(T* p, T value) {
   *p = value;
 }
+// Blocks run one after the other, and a fiber gives way at barriers and collectives only.
+template <typename T>
+T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p = before + value;
+  return before;
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
