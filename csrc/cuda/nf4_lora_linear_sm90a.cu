@@ -104,10 +104,12 @@ __device__ __forceinline__ void load_eight(const A* p, float (&value)[8]) {
 // A warp's sums of 32 values, value i in lane i: each step halves what a lane still has.
 __device__ __forceinline__ float lanes_sums(float (&value)[32]) {
 #pragma unroll
-  for (int half = 16; half > 0; half /= 2) {
+  for (int step = 0; step < 5; ++step) {
+    const int half = 16 >> step;
     const bool upper = lane_index() & half;
 #pragma unroll
-    for (int i = 0; i < half; ++i) {
+    for (int i = 0; i < 16; ++i) {
+      if (i >= half) continue;
       const float mine = upper ? value[i + half] : value[i];
       const float other = upper ? value[i] : value[i + half];
       value[i] = mine + __shfl_xor_sync(kFullMask, other, half);
@@ -289,6 +291,17 @@ __device__ __forceinline__ void decode_row(const Planes& planes, uint2 codes,
   }
 }
 
+// The same from 16 values of lora_B's columns as they are.
+template <int kRow>
+__device__ __forceinline__ void load_adapter(const uint16_t* from, uint32_t (&A)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint4 pairs = reinterpret_cast<const uint4*>(from)[i];
+    A[2 * i][kRow] = pairs.x, A[2 * i][kRow + 2] = pairs.y;
+    A[2 * i + 1][kRow] = pairs.z, A[2 * i + 1][kRow + 2] = pairs.w;
+  }
+}
+
 // 32 rows of y from all 256 threads, sums[q] those of rows 8q ... 8q+7 of them: through shared
 // memory, for a lane's sums are two rows' each. `first_n` is the block's first column of y.
 template <typename T>
@@ -428,18 +441,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     return tile;
   };
 
+  const auto decode_unit = [&](int step, uint2 low, uint2 high, uint32_t (&unit)[4][4]) {
+    const float* absmax = absmax_ring + step % 4 * kRows + own;
+    decode_row<0>(make_planes<T>(code, absmax[0]), low, select, unit);
+    decode_row<1>(make_planes<T>(code, absmax[8]), high, select, unit);
+  };
+
+  // While the products of one unit run, the next is decoded. ptxas sees that they use other
+  // registers only in a loop without a way out of its middle.
   uint32_t A[2][4][4];
 #pragma unroll 1
-  for (int pair = 0; pair < units; pair += 2) {
+  for (int pair = 0; pair < units / 2 * 2; pair += 2) {
     store_absmax(pair + 2);
     load_absmax(pair + 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int step = pair + i;
-      if (step == units) break;
-      const float* absmax = absmax_ring + (step % 4) * kRows + own;
-      decode_row<0>(make_planes<T>(code, absmax[0]), codes[i], select, A[i]);
-      decode_row<1>(make_planes<T>(code, absmax[8]), codes8[i], select, A[i]);
+      decode_unit(step, codes[i], codes8[i], A[i]);
       load_codes(step + 2, codes[i], codes8[i]);
       const uint64_t tile = tile_arrives();
       products_fence();
@@ -451,19 +469,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   products_wait<0>();
+  if (units % 2) {
+    decode_unit(units - 1, codes[0], codes8[0], A[0]);
+    const uint64_t tile = tile_arrives();
+    products_fence();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) product_m64k16<T, kColumns>(sums, A[0][j], tile + 2 * j);
+    products_commit();
+    copy_step(units - 1 + kAhead);
+    products_wait<0>();
+  }
 #pragma unroll 1
   for (int step = units; step < steps; ++step) {
     const int column = (first_step + step - a.units) * kUnit + 16 * t;
-    const uint4* from = reinterpret_cast<const uint4*>(a.b + row * a.extra + column);
-    const uint4* from8 = reinterpret_cast<const uint4*>(a.b + row8 * a.extra + column);
-    const uint4 low[2] = {from[0], from[1]}, high[2] = {from8[0], from8[1]};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      A[0][2 * i][0] = low[i].x, A[0][2 * i][2] = low[i].y;
-      A[0][2 * i + 1][0] = low[i].z, A[0][2 * i + 1][2] = low[i].w;
-      A[0][2 * i][1] = high[i].x, A[0][2 * i][3] = high[i].y;
-      A[0][2 * i + 1][1] = high[i].z, A[0][2 * i + 1][3] = high[i].w;
-    }
+    load_adapter<0>(a.b + row * a.extra + column, A[0]);
+    load_adapter<1>(a.b + row8 * a.extra + column, A[0]);
     const uint64_t tile = tile_arrives();
     products_fence();
 #pragma unroll
@@ -667,7 +687,7 @@ int cuda_nf4_lora_linear_sm90a_forward(const CudaNF4LinearArgs& args, CudaStream
   require_aligned(args.x, 16, "x");
   require_aligned(args.y, 16, "y");
   require_aligned(args.w.packed, 8, "packed");
-  require_aligned(args.workspace, 256, "workspace");
+  require_aligned(args.workspace, 16, "workspace");
   if (args.r > 0) {
     require_aligned(args.lora_A, 16, "lora_A");
     require_aligned(args.lora_B, static_cast<uintptr_t>(itemsize(args.b_dtype)), "lora_B");
