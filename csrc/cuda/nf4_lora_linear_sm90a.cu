@@ -1,3 +1,46 @@
+// y = x W^T + scaling s lora_B^T + bias with W in NF4, s = x lora_A^T, for 33 to 512 rows of x on
+// sm_90a: up to four launches, each of which begins while the one before ends.
+//
+//   before   writes x in the order of the products, and s in slices of K
+//   adapter  adds up s; writes s and scaling lora_B as bfloat16 columns beside x and W (if r > 0)
+//   product  y, or where K is split its parts
+//   reduce   adds the parts up in order
+//
+// Products: y^T = W x^T by wgmma, which takes only its left operand from registers. A block has 128
+// rows of W, 64 of each warpgroup, and 64, 128 or 256 rows of x; a step is 64 columns. Lane (g, t)
+// of a warp has bytes 8t .. 8t+7 of a step's rows g and g+8, weights 16t .. 16t+15, and its A
+// registers of k16 step j are 16t+4j+{0,1} and 16t+4j+{2,3}: nothing of W is repacked, for `before`
+// has put the columns of x into that order, tile after tile, so that a copy's address is a base and
+// constants. Tiles of x go through a ring in shared memory; codes go to registers two steps ahead.
+// While the tensor cores have a step's products, a warp decodes the next into other registers.
+//
+// Every weight is rounded once, code * absmax to the type of x, as dequantising does. The table of
+// a row and block, 16 values, is scaled by its four lanes together and exchanged by shuffles (8
+// multiplications, 4 conversions, 12 shuffles for 32 weights of a lane), and looked up by prmt on
+// byte planes, 21 instructions for 8 weights. The alternative, pairs of float32 codes in shared
+// memory, 16 copies, costs 128 wavefronts for 64 x 64 weights, of which tiles of x leave too few:
+// with C rows of x a step takes the tensor cores 4C clocks, in which shared memory is written C and
+// read 2C wavefronts; shuffles take 96.
+//
+// Clocks of a step, of which sm_90 code has 192 instructions (C = 128), 120 on the integer pipe at
+// two clocks, for two warps on each quarter of an SM:
+//      C   tensor cores   issue   integers   shared memory   x from L2 at 24 B per clock
+//     64            256     378        474             288                           341
+//    128            512     384        482             480                           683
+//    256           1024     414        498             864                          1365
+// So L2 is the limit from 128 rows on (W's rows in a block decide: 128 weights for each value of
+// x), at best 75% of the tensor cores, the integer pipe below. With the launches before and after,
+// and blocks that fill and drain, 50 to 65% of 790 TFLOP/s may be left, f: against dequantising and
+// cuBLAS the break-even, 235 / (1/f - 1) rows, is then at 235 to 436 rows.
+//
+// Splits: 4096 x 4096 has 32 row tiles for 132 SMs, so K is cut into 4 (M <= 256); with 128 rows
+// that writes and reads 8.4 MB of parts, 3 us, and saves three quarters of 27. 14336 rows fill 112
+// SMs as they are.
+//
+// The update: columns (b high)(s high), (b high)(s low), (b low)(s high) of bfloat16 pairs, 16 bits
+// of each factor, with float32's range whatever the type of x: r = 16 takes one step more.
+//
+// All counted, none measured.
 #include <algorithm>
 
 #include "launch.cuh"
@@ -32,12 +75,12 @@ struct Plan {
   int columns, row_tiles, column_tiles, splits;
   int units, steps, split_steps;            // units of W's columns; steps: those and the adapters'
   int slices, extra;                        // of s; columns for the adapters
-  int64_t pitch;                            // K + extra
+  int64_t rows;                             // of x, filled up with zeros to whole tiles
   int64_t x, b, s_parts, parts, workspace;  // offsets, and their end
 };
 
 // Clocks of an SM for a step: of the tensor cores, or of the integer pipe.
-int64_t step_cost(int columns) { return std::max<int64_t>(4 * columns, 450); }
+int64_t step_cost(int columns) { return std::max<int64_t>(4 * columns, 480); }
 
 Plan plan_of(int64_t M, int64_t N, int64_t K, int64_t r, int64_t splits) {
   Plan p = {};
@@ -59,13 +102,13 @@ Plan plan_of(int64_t M, int64_t N, int64_t K, int64_t r, int64_t splits) {
   p.split_steps = static_cast<int>((p.steps + splits - 1) / splits);
   p.splits = (p.steps + p.split_steps - 1) / p.split_steps;  // none is empty
   p.slices = static_cast<int>((K + kSlice - 1) / kSlice);
-  p.pitch = K + p.extra;
+  p.rows = int64_t{p.column_tiles} * p.columns;
   const auto take = [&p](int64_t bytes) {
     const int64_t begin = p.workspace;
     p.workspace += (bytes + 255) / 256 * 256;
     return begin;
   };
-  p.x = take(M * p.pitch * 2);
+  p.x = take(p.steps * p.rows * kUnit * 2);
   p.b = take(N * p.extra * 2);
   p.s_parts = take(p.slices * M * r * 4);
   const int64_t tile = int64_t{kRows} * p.columns * 4;
@@ -77,8 +120,8 @@ Plan plan_of(int64_t M, int64_t N, int64_t K, int64_t r, int64_t splits) {
 
 struct BeforeArgument {
   int M, r;
-  int64_t K, pitch;
-  void* ordered;   // [M, pitch]
+  int64_t K, rows;
+  void* ordered;   // [steps, rows, 64]
   float* s_parts;  // [slices, M, r]
 };
 
@@ -132,13 +175,14 @@ __global__ void __launch_bounds__(kThreads)
     const int row =
         first_row + i * (kThreads / (kSlice / 8)) + static_cast<int>(threadIdx.x) / (kSlice / 8);
     const int64_t unit = first + piece / 8 * kUnit;
-    if (row < a.M && unit < a.K) {
-      const int pair = piece % 8;  // 2j + h: columns 16t + 4j + 2h of every t
+    if (unit >= a.K) continue;
+    uint4 values = make_uint4(0, 0, 0, 0);
+    const int pair = piece % 8;  // 2j + h: columns 16t + 4j + 2h of every t
+    if (row < a.M) {
       const uint32_t* from = reinterpret_cast<const uint32_t*>(x + row * a.K + unit) + pair;
-      T* to = static_cast<T*>(a.ordered) + row * a.pitch + unit + 8 * pair;
-      *reinterpret_cast<uint4*>(to) =
-          make_uint4(__ldg(from), __ldg(from + 8), __ldg(from + 16), __ldg(from + 24));
+      values = make_uint4(__ldg(from), __ldg(from + 8), __ldg(from + 16), __ldg(from + 24));
     }
+    static_cast<uint4*>(a.ordered)[(unit / kUnit * a.rows + row) * 8 + pair] = values;
   }
   if (a.r == 0) return;
 
@@ -177,11 +221,11 @@ __global__ void __launch_bounds__(kThreads)
 // ---- adapters: s, and both factors of the update as bfloat16 columns beside x and W
 
 struct AdapterArgument {
-  int M, N, r, extra, slices;
-  int64_t K, pitch;
+  int M, N, r, extra, slices, units;
+  int64_t rows;
   float scaling;
   float *s, *s_parts;
-  uint16_t *ordered, *b;  // [M, pitch], [N, extra]
+  uint16_t *ordered, *b;  // [steps, rows, 64], [N, extra]
 };
 
 // The value rounded to bfloat16, or what that leaves, rounded; nothing is left of an infinity.
@@ -199,15 +243,15 @@ __global__ void __launch_bounds__(kThreads)
     adapter_kernel(const __grid_constant__ AdapterArgument a, const B* __restrict__ lora_B) {
   allow_following();
   wait_for_preceding();
-  const int64_t items = (static_cast<int64_t>(a.M) + a.N) * a.extra;
+  const int64_t items = (a.rows + a.N) * a.extra;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < items;
        i += stride) {
     const int64_t row = i / a.extra;
     const int column = static_cast<int>(i % a.extra), term = column / a.r, rank = column % a.r;
-    if (row < a.M) {
+    if (row < a.rows) {
       uint16_t bits = 0;
-      if (term < 3) {
+      if (term < 3 && row < a.M) {
         float sum = 0.0f;
         for (int slice = 0; slice < a.slices; ++slice) {
           sum += a.s_parts[(slice * static_cast<int64_t>(a.M) + row) * a.r + rank];
@@ -215,9 +259,10 @@ __global__ void __launch_bounds__(kThreads)
         if (term == 0) a.s[row * a.r + rank] = sum;
         bits = half_of(sum, term == 1);
       }
-      a.ordered[row * a.pitch + a.K + column / kUnit * kUnit + position(column % kUnit)] = bits;
+      const int64_t step = a.units + column / kUnit;
+      a.ordered[(step * a.rows + row) * kUnit + position(column % kUnit)] = bits;
     } else {
-      const int64_t n = row - a.M;
+      const int64_t n = row - a.rows;
       uint16_t bits = 0;
       if (term < 3) bits = half_of(a.scaling * to_float(lora_B[n * a.r + rank]), term == 2);
       a.b[n * a.extra + column] = bits;
@@ -230,7 +275,7 @@ __global__ void __launch_bounds__(kThreads)
 struct ProductArgument {
   NF4Argument w;
   int M, N, units, steps, split_steps, extra;
-  int64_t K, pitch;
+  int64_t K, rows;
   const void *ordered, *bias;
   const uint16_t* b;
   void* y;
@@ -405,23 +450,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // Tiles of x: 16 bytes of every 32nd row are a thread's.
   wait_for_preceding();
-  const int copy_row = thread / 8, piece = thread % 8;
-  const uint16_t* ordered = static_cast<const uint16_t*>(a.ordered);
-  const uint16_t* copy_from = ordered + (first_m + copy_row) * a.pitch +
-                              static_cast<int64_t>(first_step) * kUnit + 8 * piece;
-  unsigned char* copy_to = ring + swizzled(copy_row, piece);
+  const unsigned char* copy_from = static_cast<const unsigned char*>(a.ordered) +
+                                   (first_step * a.rows + first_m) * 128 + thread * 16;
+  unsigned char* copy_to = ring + swizzled(thread / 8, thread % 8);
   int copy_stage = 0;
   const auto copy_step = [&](int step) {
     if (step < steps) {
 #pragma unroll
       for (int i = 0; i < kColumns / 32; ++i) {
-        const bool live = first_m + copy_row + 32 * i < a.M;
-        const uint16_t* from = copy_from + 32 * i * a.pitch + static_cast<int64_t>(step) * kUnit;
-        copy_async16(copy_to + copy_stage * kStage + 32 * i * 128, live ? from : ordered,
-                     live ? 16 : 0);
+        copy_async16(copy_to + copy_stage * kStage + 32 * i * 128, copy_from + 32 * i * 128);
       }
     }
     copy_async_commit();
+    copy_from += a.rows * 128;
     copy_stage = copy_stage + 1 == kStages ? 0 : copy_stage + 1;
   };
   for (int step = 0; step < kAhead; ++step) copy_step(step);
@@ -569,8 +610,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 cudaError_t launch_before(const CudaNF4LinearArgs& args, const Plan& p, const BeforeArgument& b,
                           cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.slices),
-                  static_cast<unsigned>((args.M + kSliceRows - 1) / kSliceRows));
+  const dim3 grid(static_cast<unsigned>(p.slices), static_cast<unsigned>(p.rows / kSliceRows));
   const T* x = static_cast<const T*>(args.x);
   const auto with = [&](const auto* lora_A) {
     using A = std::decay_t<decltype(*lora_A)>;
@@ -583,7 +623,7 @@ cudaError_t launch_before(const CudaNF4LinearArgs& args, const Plan& p, const Be
 
 cudaError_t launch_adapter(const CudaNF4LinearArgs& args, const AdapterArgument& a,
                            cudaStream_t stream) {
-  const unsigned grid = grid_size((args.M + args.N) * a.extra, kThreads);
+  const unsigned grid = grid_size((a.rows + args.N) * a.extra, kThreads);
   const auto with = [&](const auto* lora_B) {
     using B = std::decay_t<decltype(*lora_B)>;
     return launch_dependent(adapter_kernel<B>, grid, kThreads, 0, stream, a, lora_B);
@@ -621,11 +661,11 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& p, cudaStream_t s
   float* s_parts = reinterpret_cast<float*>(work + p.s_parts);
   float* parts = p.splits > 1 ? reinterpret_cast<float*>(work + p.parts) : nullptr;
 
-  cudaError_t error = launch_before<T>(args, p, {M, r, args.K, p.pitch, ordered, s_parts}, stream);
+  cudaError_t error = launch_before<T>(args, p, {M, r, args.K, p.rows, ordered, s_parts}, stream);
   if (error != cudaSuccess) return error;
   if (r > 0) {
     const AdapterArgument adapter = {
-        M, N, r, p.extra, p.slices, args.K, p.pitch, args.scaling, args.s, s_parts, ordered, b};
+        M, N, r, p.extra, p.slices, p.units, p.rows, args.scaling, args.s, s_parts, ordered, b};
     error = launch_adapter(args, adapter, stream);
     if (error != cudaSuccess) return error;
   }
@@ -637,7 +677,7 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& p, cudaStream_t s
                                    p.split_steps,
                                    p.extra,
                                    args.K,
-                                   p.pitch,
+                                   p.rows,
                                    ordered,
                                    args.bias,
                                    b,

@@ -179,7 +179,7 @@ void check_malformed() {
       [](CudaNF4LinearArgs& a) { a.w.packed += 4, a.w.packed_bytes -= 4; },
       [](CudaNF4LinearArgs& a) { a.y = nullptr; },
       [](CudaNF4LinearArgs& a) { a.workspace = nullptr; },
-      [](CudaNF4LinearArgs& a) { a.workspace_bytes = 33 * 128 * 2 - 1; },
+      [](CudaNF4LinearArgs& a) { a.workspace_bytes = 64 * 128 * 2 - 1; },
       [](CudaNF4LinearArgs& a) { a.splits = 17; },
   };
   if (cuda_nf4_lora_linear_sm90a_forward(good, nullptr)) cuda_test_failed("sm90a: not launched");
@@ -200,12 +200,15 @@ void check_malformed() {
 void check_cuda_nf4_lora_linear_sm90a() {
   const DType bf16 = DType::kBFloat16, fp16 = DType::kFloat16;
   check({33, 64, 64, 0, 64, 1, false, false, bf16});
-  check({40, 130, 192, 5, 64, 1, true, true, bf16});     // a tail in N and an odd unit
-  check({65, 57, 128, 16, 64, 0, true, true, fp16});     // rows of y that are not 16-byte aligned
+  check({40, 130, 192, 5, 64, 1, true, true, bf16});     // a tail in N, an odd number of units
+  check({65, 57, 128, 16, 64, 0, true, true, fp16});     // rows of y at any address
   check({70, 136, 320, 21, 256, 2, false, true, fp16});  // blocks that cross rows
-  check({130, 72, 384, 3, 128, 3, true, false, bf16});   // 256 rows of x in a block
   check({37, 40, 64, 64, 64, 4, true, true, bf16});      // splits that have adapters only
   check({100, 8, 448, 1, 64, 8, true, false, fp16});
+  check({300, 140, 128, 2, 64, 2, false, true, bf16});  // splits of several tiles each way
+  check({33, 8, 1088, 4, 64, 1, true, false, bf16});    // the ring goes round, by rows of x in a
+  check({100, 8, 960, 0, 64, 1, false, false, bf16});   // block: 64, 128
+  check({130, 8, 832, 3, 64, 1, true, true, fp16});     // and 256
   for (const DType dtype : {bf16, fp16}) {
     check_weights(dtype, false, 64);
     check_weights(dtype, true, 256);
