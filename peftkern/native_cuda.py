@@ -137,7 +137,7 @@ def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
 
 # Of nf4_lora_linear: cuda_nf4_lora_linear.h has the same.
 LINEAR_DTYPES = (torch.bfloat16, torch.float16)
-LINEAR_ROWS, LINEAR_RANK, LINEAR_BLOCK, LINEAR_SIZE = 32, 64, 64, 1 << 28
+LINEAR_ROWS, LINEAR_RANK, LINEAR_BLOCK, LINEAR_SIZE = 32, 64, 64, 1 << 26
 # Of its form for more rows: cuda_nf4_lora_linear_sm90a.h has the same.
 PREFILL_ROWS, PREFILL_RANK, PREFILL_UNIT = 512, 256, 64
 

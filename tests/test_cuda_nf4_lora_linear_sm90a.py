@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linear_cases import BF16, F16, F32, layouts
 from nf4_weights import assert_same_bits
-from test_cuda_nf4_lora_linear import OP, check, forward
-from tolerances import FUZZ_EXAMPLES
+from test_cuda_nf4_lora_linear import OP, check, exact, forward
+from tolerances import FUZZ_EXAMPLES, assert_as_accurate_as_torch
 
 import peftkern
 from peftkern import native_cuda
@@ -77,13 +77,26 @@ def test_float16_update_beyond_its_range():
 @pytest.mark.parametrize("splits", [1, 2, 3, 16])
 def test_splits(splits):
     o = nf4_operands((40, 140, 256, 7), BF16, F32)
-    adapters = (o.lora_A, o.lora_B, o.bias, o.scaling, 140)
-    whole = native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *adapters, 1, prefill=True)
-    cut = native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *adapters, splits, prefill=True)
-    assert_same_bits(cut[1], whole[1])
-    torch.testing.assert_close(cut[0], whole[0], rtol=2**-7, atol=2**-9)
-    again = native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *adapters, splits, prefill=True)
-    assert_same_bits(again[0], cut[0])
+    adapters = (o.lora_A, o.lora_B, o.bias, o.scaling, 140, splits)
+    y, S = native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *adapters, prefill=True)
+    with peftkern.use_backend("reference"):
+        eager, oracle = forward(o), exact(o)
+    assert_as_accurate_as_torch(y, eager[0], oracle[0])
+    assert_as_accurate_as_torch(S, eager[1], oracle[1])
+    again = native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *adapters, prefill=True)
+    assert_same_bits(again[0], y)
+
+
+def test_an_infinite_s_stays_infinite():
+    o = nf4_operands((33, 40, 64, 1), BF16, F32)
+    o.x[:] = 0.0
+    o.x[7, 5] = 3e38
+    o = replace(o, lora_A=torch.full_like(o.lora_A, 4.0), lora_B=torch.ones_like(o.lora_B))
+    o.lora_B[3] = -math.pi
+    y, S = forward(o)
+    assert S[7, 0] == math.inf and y[7, 3] == -math.inf
+    others = torch.arange(40) != 3
+    assert (y[7, others] == math.inf).all() and y[:7].isfinite().all() and y[8:].isfinite().all()
 
 
 def test_layouts_give_the_same():

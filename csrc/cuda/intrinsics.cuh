@@ -64,6 +64,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 #endif
 }
 
+// The word at such an address: one instruction whatever the address is computed from.
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  if (address % 4) emulation::fail("a load from shared memory is not aligned");
+  return *static_cast<const uint32_t*>(emulation::shared_pointer(address));
+#else
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+#endif
+}
+
 // ---- global memory
 
 // Reads what no thread of this launch writes. Unlike __ldg it stays in the loop it is written in: a
@@ -78,16 +90,18 @@ __device__ __forceinline__ float load_in_place(const float* p) {
 #endif
 }
 
-// 8 bytes, 8-byte aligned, that are read once: they take no room in L1.
+// 8 bytes, 8-byte aligned, that are read once: they take no room in L1. Not ld.global.nc, which
+// would be moved down past barriers to where its result is used.
 __device__ __forceinline__ uint2 load_once8(const void* p) {
 #ifdef PEFTKERN_CUDA_EMULATED
   if (reinterpret_cast<uintptr_t>(p) % 8) emulation::fail("a load of 8 bytes is not aligned");
   return *static_cast<const uint2*>(p);
 #else
   uint2 value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
                : "=r"(value.x), "=r"(value.y)
-               : "l"(p));
+               : "l"(p)
+               : "memory");
   return value;
 #endif
 }

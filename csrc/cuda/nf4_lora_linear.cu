@@ -44,14 +44,14 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kResident = 2;  // blocks of an SM
 constexpr int kUnit = 64;     // columns
 constexpr int kCopies = 32;   // of the table
 
 // By kEights, the rows of x in eights: 16-row tiles of W per warp (more of them read x less often),
-// and how many units ahead codes are loaded.
-__host__ __device__ constexpr int tiles_of(int eights) { return eights == 1 ? 1 : 2; }
-__host__ __device__ constexpr int depth_of(int eights) { return eights == 1 ? 8 : eights == 2 ? 4 : 2; }
+// how many units ahead codes are loaded, and blocks on an SM. Each fits the registers that are left.
+__host__ __device__ constexpr int tiles_of(int eights) { return eights; }
+__host__ __device__ constexpr int depth_of(int eights) { return eights == 1 ? 8 : 2; }
+__host__ __device__ constexpr int resident_of(int eights) { return eights == 4 ? 1 : 2; }
 
 // What a launch divides: `items` = tiles x splits, by which blocks loop.
 struct Plan {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
   const int rank = static_cast<int>(blockIdx.x), first = static_cast<int>(blockIdx.y) * 8;
   const A* factor = lora_A + rank * a.K;
   float sum[8] = {};
-#pragma unroll 2
+#pragma unroll 1
   for (int64_t k = int64_t{threadIdx.x} * 8; k < a.K; k += kThreads * 8) {
     float weight[8];
     load_eight(factor + k, weight);
@@ -178,8 +178,7 @@ struct LinearArgument {
   void* y;
   float* parts;  // [items, M, rows]
   unsigned* counters;
-  int64_t N, K;
-  int M, r;
+  int M, N, K, r;
   DType b_dtype;
   float scaling;
   int splits, items, units, split_units, warp_units;
@@ -203,36 +202,22 @@ __device__ __forceinline__ void fill_table(uint32_t* table, const NF4Argument& w
   }
 }
 
-// The pair of byte i of `word`; `copy` = 4 * (lane % kDuplicates).
+// The pair of byte i of `word`; `copies` is the address of the lane's copy of pair 0.
 template <int kDuplicates>
-__device__ __forceinline__ uint32_t look_up(const uint32_t* table, uint32_t word, int i,
-                                            uint32_t copy) {
-  constexpr int kShift = kDuplicates == 32 ? 7 : kDuplicates == 16 ? 6 : kDuplicates == 8 ? 5 : 4;
-  static_assert(4 * kDuplicates == 1 << kShift, "4, 8, 16 or 32 copies");
-  const uint32_t shifted = 8 * i < kShift ? word << (kShift - 8 * i) : word >> (8 * i - kShift);
-  const uint32_t offset = (shifted & (255u << kShift)) | copy;
-  return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(table) + offset);
+__device__ __forceinline__ uint32_t look_up(uint32_t copies, uint32_t word, int i) {
+  const uint32_t byte = permute_bytes(word, 0, 0x4440u + static_cast<uint32_t>(i));
+  return load_shared(byte * (4 * kDuplicates) + copies);
 }
 
 // Up to kDepth units that a warp takes one after the other.
 struct Panel {
-  int row;          // this lane's first: g of the tile
-  int unit, count;  // count = 0: none
+  int row;         // this lane's first: g of the tile
+  int unit, left;  // units from here to the end of the warp's piece; none if left <= 0
 };
 
-template <int kEights>
-__device__ __forceinline__ Panel panel_at(const LinearArgument& a, int item, int round) {
-  if (item >= a.items) return {0, 0, 0};
-  const int tile = item / a.splits, first = (item - tile * a.splits) * a.split_units;
-  const int begin = first + warp_index() * a.warp_units + round * depth_of(kEights);
-  const int end = min(min(first + min((warp_index() + 1) * a.warp_units, a.split_units), a.units),
-                      begin + depth_of(kEights));
-  return {tile * 16 * tiles_of(kEights) + lane_index() / 4, begin, max(end - begin, 0)};
-}
-
 // A row of W that there is: what the rows past the end give is not stored.
-__device__ __forceinline__ int64_t row_at(const LinearArgument& a, int row) {
-  return min(int64_t{row}, a.N - 1);
+__device__ __forceinline__ int row_at(const LinearArgument& a, int row) {
+  return min(row, a.N - 1);
 }
 
 // absmax of a panel: of its kTiles x kDepth pairs (tile, unit), lane (g, t) has pair 4 slot + t,
@@ -247,21 +232,22 @@ struct Scales {
                                                   int slot, int half) {
     const int pair = 4 * slot + lane_index() % 4;
     const int row = panel.row + pair / depth_of(kEights) * 16 + half * 8;
-    const int unit = panel.unit + min(pair % depth_of(kEights), panel.count - 1);
-    return (row_at(a, row) * a.K + int64_t{unit} * kUnit) >> a.w.blocksize_log2;
+    const int unit = panel.unit + min(pair % depth_of(kEights), panel.left - 1);
+    return int64_t{row_at(a, row)} * (a.K >> a.w.blocksize_log2) +
+           (unit >> (a.w.blocksize_log2 - 6));
   }
   template <bool kNested>
   __device__ __forceinline__ void load(const LinearArgument& a, const Panel& panel) {
-    if (panel.count == 0) return;
+    if (panel.left <= 0) return;
 #pragma unroll
     for (int i = 0; i < 2 * kSlots; ++i) {
       raw[i / 2][i % 2] = load_raw_absmax<kNested>(a.w, block(a, panel, i / 2, i % 2));
     }
   }
   template <bool kNested>
-  __device__ __forceinline__ void finish(const LinearArgument& a, const Panel& panel,
-                                         float offset) {
-    if (panel.count == 0) return;
+  __device__ __forceinline__ void finish(const LinearArgument& a, const Panel& panel) {
+    if (panel.left <= 0) return;
+    const float offset = load_offset<kNested>(a.w);
 #pragma unroll
     for (int i = 0; i < 2 * kSlots; ++i) {
       value[i / 2][i % 2] = absmax_value<kNested>(a.w, block(a, panel, i / 2, i % 2),
@@ -274,79 +260,83 @@ struct Scales {
   }
 };
 
-// Columns 16t .. 16t+15 of a unit for rows 8c + g of x, as mma takes them: zero past the last row.
-template <typename T, int kEights>
-__device__ __forceinline__ void load_x(const LinearArgument& a, int unit,
-                                       uint32_t (&x)[kEights][8]) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  const T* column = static_cast<const T*>(a.x) + (int64_t{unit} * kUnit + 16 * t);
+// Columns 16t .. 16t+15 of a unit for rows 8c + g of x, as mma takes them. Of two parts one has 16t
+// .. 16t+7, the other the rest. `line` is where they begin in row g, or in the last if there are
+// fewer. A row 8c + g that does not exist is another one: its products are not stored.
+template <int kEights, int kParts>
+__device__ __forceinline__ void load_x(const LinearArgument& a, const uint8_t* line, int part,
+                                       uint32_t (&x)[kEights][8 / kParts]) {
 #pragma unroll
   for (int c = 0; c < kEights; ++c) {
-    uint4 low = make_uint4(0, 0, 0, 0), high = low;
-    if (8 * c + g < a.M) {
-      const uint4* p = reinterpret_cast<const uint4*>(column + (8 * c + g) * a.K);
-      low = __ldg(p), high = __ldg(p + 1);
+    const bool exists = 8 * c + lane_index() / 4 < a.M;
+    const uint32_t below = c > 0 && exists ? 16u * c * static_cast<uint32_t>(a.K) : 0;
+    const uint4* p = reinterpret_cast<const uint4*>(line + below) + part;
+#pragma unroll
+    for (int i = 0; i < 2 / kParts; ++i) {
+      const uint4 word = p[i];
+      x[c][4 * i] = word.x, x[c][4 * i + 1] = word.y;
+      x[c][4 * i + 2] = word.z, x[c][4 * i + 3] = word.w;
     }
-    x[c][0] = low.x, x[c][1] = low.y, x[c][2] = low.z, x[c][3] = low.w;
-    x[c][4] = high.x, x[c][5] = high.y, x[c][6] = high.z, x[c][7] = high.w;
   }
 }
 
-__device__ __forceinline__ float load_value(const void* p, int64_t i, DType dtype) {
-  if (dtype == DType::kFloat32) return __ldg(static_cast<const float*>(p) + i);
-  const uint16_t bits = __ldg(static_cast<const uint16_t*>(p) + i);
-  return dtype == DType::kBFloat16 ? to_float(BF16{bits}) : to_float(FP16{bits});
-}
-
 // The update as one more piece of K: rank r is warp r % 8's.
-template <int kTiles, int kEights>
-__device__ __forceinline__ void add_update(const LinearArgument& a, int row,
+template <typename B, int kTiles, int kEights>
+__device__ __forceinline__ void add_update(const LinearArgument& a, int row, int warp,
                                            float (&acc)[kTiles][kEights][4]) {
+  const B* lora_B = static_cast<const B*>(a.lora_B);
   const int t = lane_index() % 4;
-  for (int rank = warp_index(); rank < a.r; rank += kWarps) {
-    float up[kTiles][2];
+#pragma unroll(kEights == 1 ? 2 : 1)
+  for (int rank = warp; rank < a.r; rank += kWarps) {
+    B up[kTiles][2];
+    float s[kEights][2];
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      up[i / 2][i % 2] = load_value(a.lora_B, row_at(a, row + 8 * i) * a.r + rank, a.b_dtype);
+      up[i / 2][i % 2] = lora_B[int64_t{row_at(a, row + 8 * i)} * a.r + rank];
     }
 #pragma unroll
-    for (int c = 0; c < kEights; ++c) {
+    for (int j = 0; j < 2 * kEights; ++j) {
+      const int m = j / 2 * 8 + 2 * t + j % 2;
+      s[j / 2][j % 2] = m < a.M ? __ldcg(a.s + m * a.r + rank) : 0.0f;
+    }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int m = 8 * c + 2 * t + j;
-        const float s = m < a.M ? a.scaling * __ldcg(a.s + m * a.r + rank) : 0.0f;
+    for (int j = 0; j < 2 * kEights; ++j) {
+      const float scaled = a.scaling * s[j / 2][j % 2];
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          acc[i][c][j] = __fmaf_rn(up[i][0], s, acc[i][c][j]);
-          acc[i][c][2 + j] = __fmaf_rn(up[i][1], s, acc[i][c][2 + j]);
-        }
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        float& sum = acc[i / 2][j / 2][i % 2 * 2 + j % 2];
+        sum = __fmaf_rn(to_float(up[i / 2][i % 2]), scaled, sum);
       }
     }
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void store_y(const LinearArgument& a, int m, int64_t n, float value) {
+__device__ __forceinline__ void store_y(const LinearArgument& a, int m, int n, float value) {
   if (n >= a.N) return;
   if (a.bias) value += to_float(T{__ldg(static_cast<const uint16_t*>(a.bias) + n)});
-  static_cast<T*>(a.y)[m * a.N + n] = from_float<T>(value);
+  static_cast<T*>(a.y)[int64_t{m} * a.N + n] = from_float<T>(value);
 }
 
 // Floats from one row of x to the next in `sums`: the lanes of a warp store to 32 banks.
 __host__ __device__ constexpr int pitch_of(int rows) { return rows + 4; }
 
+constexpr int kSlices = kWarps / 2;  // of `sums`: two warps share one
+
 // Adds what the warps have in `sums`; of a split K, the last block to come adds what all have.
-template <typename T, int kRows>
+template <typename T, int kEights>
 __device__ __forceinline__ void finish_item(const LinearArgument& a, int item, const float* sums,
                                             unsigned* arrivals) {
+  constexpr int kRows = 16 * tiles_of(kEights);
   const int tile = item / a.splits, outputs = a.M * kRows;
-  const int64_t row = int64_t{tile} * kRows;
+  const int row = tile * kRows;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < outputs; i += kThreads) {
     const int m = i / kRows, n = i % kRows;
     float total = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      total += sums[(warp * a.M + m) * pitch_of(kRows) + n];
+    for (int slice = 0; slice < kSlices; ++slice) {
+      total += sums[(slice * 8 * kEights + m) * pitch_of(kRows) + n];
     }
     if (a.splits == 1) {
       store_y<T>(a, m, row + n, total);
@@ -362,6 +352,7 @@ __device__ __forceinline__ void finish_item(const LinearArgument& a, int item, c
   if (*arrivals != static_cast<unsigned>(a.splits) - 1) return;
   __threadfence();
   const float* parts = a.parts + int64_t{tile} * a.splits * outputs;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < outputs; i += kThreads) {
     float total = 0.0f;
     for (int split = 0; split < a.splits; ++split) {
@@ -371,143 +362,171 @@ __device__ __forceinline__ void finish_item(const LinearArgument& a, int item, c
   }
 }
 
-constexpr int64_t shared_bytes(int64_t M, int rows) {
-  return 4 * (256 * kCopies + kWarps * M * pitch_of(rows) + 4);
+constexpr size_t shared_bytes(int eights) {
+  return 4 * (256 * kCopies + kSlices * 8 * eights * pitch_of(16 * tiles_of(eights)) + 4);
 }
 
 template <typename T, bool kNested, int kEights>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, resident_of(kEights))
     linear_kernel(const __grid_constant__ LinearArgument a) {
   constexpr int kTiles = tiles_of(kEights), kDepth = depth_of(kEights), kRows = 16 * kTiles;
   constexpr bool kAhead = kEights == 1;  // x, by one unit: a tile's work is too short to hide it
+  constexpr int kParts = kAhead ? 1 : 2;  // of a unit: two need fewer registers, and scale twice
+  constexpr int kWords = 8 / kParts;
   const int g = lane_index() / 4, t = lane_index() % 4;
+  const int warp = __shfl_sync(kFullMask, warp_index(), 0);  // the compiler sees: equal in all lanes
   const int rounds = (a.warp_units + kDepth - 1) / kDepth;
+  const int step = static_cast<int>(gridDim.x);
   uint32_t* table = dynamic_shared<uint32_t>();
   float* sums = reinterpret_cast<float*>(table + 256 * kCopies);
-  unsigned* arrivals = reinterpret_cast<unsigned*>(sums + kWarps * a.M * pitch_of(kRows));
-  const uint32_t copy = static_cast<uint32_t>(lane_index()) * 4;
+  unsigned* arrivals = reinterpret_cast<unsigned*>(sums + kSlices * 8 * kEights * pitch_of(kRows));
+  const uint32_t copies = shared_address(table + lane_index() % kCopies);
 
   uint2 codes[kDepth][kTiles][2];
+  uint32_t x[kAhead ? 2 : 1][kEights][kWords];
   Scales<kEights> scales;
-  uint32_t x[kAhead ? 2 : 1][kEights][8];
-  const uint8_t* line;         // where the next panel has the codes of its first row
-  uint32_t below[2 * kTiles];  // and how far from there, for the others
-  const auto begin_rows = [&](const Panel& panel) {
-    const int64_t first = row_at(a, panel.row);
-    line = a.w.packed + (first * (a.K / 2) + int64_t{panel.unit} * (kUnit / 2) + 8 * t);
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      const uint32_t rows = static_cast<uint32_t>(row_at(a, panel.row + 8 * i) - first);
-      below[i] = rows * static_cast<uint32_t>(a.K / 2);
+  Panel next = {};
+  const uint8_t* line = nullptr;  // where `next` has the codes of its first row
+  const auto begin_item = [&](int item) {
+    next.left = 0;
+    if (item >= a.items) return;
+    const int tile = item / a.splits, first = (item - tile * a.splits) * a.split_units;
+    next.row = tile * kRows + g;
+    next.unit = first + warp * a.warp_units;
+    next.left = min(min(next.unit + a.warp_units, first + a.split_units), a.units) - next.unit;
+    line = a.w.packed + (int64_t{row_at(a, next.row)} * (a.K / 2) +
+                         int64_t{next.unit} * (kUnit / 2) + 8 * t);
+    if (first > 0 || a.r == 0) return;
+    // The item will need these rows of lora_B, which from memory would come late then.
+    const int64_t size = (a.b_dtype == DType::kFloat32 ? 4 : 2) * int64_t{a.r};
+    const int64_t begin = tile * kRows * size, end = min(begin + kRows * size, a.N * size);
+    for (int64_t at = begin + threadIdx.x * 32; at < end; at += kThreads * 32) {
+      prefetch_l2(static_cast<const char*>(a.lora_B) + at);
     }
+  };
+  const auto x_at = [&](int unit) {
+    return static_cast<const uint8_t*>(a.x) +
+           2 * (int64_t{min(g, a.M - 1)} * a.K + int64_t{unit} * kUnit + 16 * t);
   };
   const auto load_codes = [&](int u) {
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      codes[u][i / 2][i % 2] = load_once8(line + below[i] + u * (kUnit / 2));
+      // In place of a row past the last the first comes again.
+      const bool exists = next.row + 8 * i < a.N;
+      const uint32_t below = i > 0 && exists ? 4u * i * static_cast<uint32_t>(a.K) : 0;
+      codes[u][i / 2][i % 2] = load_once8(line + below + u * (kUnit / 2));
+    }
+  };
+  // acc += absmax * (unit u of tile i) x, a part of the unit's four steps.
+  const auto multiply_part = [&](int u, int part, int i, const uint32_t(&right)[kEights][kWords],
+                                 float(&acc)[kEights][4]) {
+    uint32_t left[kWords / 2][4];  // of a step, in the order of the instruction
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int b = 0; b < kWords; ++b) {
+        const int byte = part * kWords + b;
+        const uint2 both = codes[u][i][half];
+        left[b / 2][half + b % 2 * 2] =
+            look_up<kCopies>(copies, byte < 4 ? both.x : both.y, byte % 4);
+      }
+    }
+    const float scale[2] = {scales.of(i, u, 0), scales.of(i, u, 1)};
+#pragma unroll
+    for (int c = 0; c < kEights; ++c) {
+      float sum[4];
+#pragma unroll
+      for (int j = 0; j < kWords / 2; ++j) {
+        const uint32_t pair[2] = {right[c][2 * j], right[c][2 * j + 1]};
+        if (j == 0) {
+          mma_m16n8k16_first<T>(sum, left[j], pair);
+        } else {
+          mma_m16n8k16<T>(sum, left[j], pair);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[c][e] = __fmaf_rn(sum[e], scale[e / 2], acc[c][e]);
     }
   };
 
   int item = static_cast<int>(blockIdx.x);
-  Panel next = panel_at<kEights>(a, item, 0);
-  begin_rows(next);
+  begin_item(item);
 #pragma unroll
   for (int u = 0; u < kDepth; ++u) {
-    if (u < next.count) load_codes(u);
+    if (u < next.left) load_codes(u);
   }
   scales.template load<kNested>(a, next);
-  if (kAhead && next.count > 0) load_x<T, kEights>(a, next.unit, x[0]);
+  if (kAhead && next.left > 0) load_x<kEights, kParts>(a, x_at(next.unit), 0, x[0]);
   fill_table<T, kCopies>(table, a.w);
   __syncthreads();
-  const float offset = load_offset<kNested>(a.w);
 
-  for (; item < a.items; item += static_cast<int>(gridDim.x)) {
-    const int tile = item / a.splits;
-    const bool updates = a.r > 0 && item == tile * a.splits;
-    if (updates) {  // from memory it would come late
-      const int64_t size = a.b_dtype == DType::kFloat32 ? 4 : 2;
-      const int64_t at = int64_t{tile} * kRows * a.r * size + int64_t{threadIdx.x} * 32;
-      if (static_cast<int>(threadIdx.x) * 32 < kRows * a.r * size && at < a.N * a.r * size) {
-        prefetch_l2(static_cast<const char*>(a.lora_B) + at);
-      }
-    }
+  for (; item < a.items; item += step) {
     float acc[kTiles][kEights][4] = {};
+#pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
       const Panel now = next;
-      scales.template finish<kNested>(a, now, offset);
-      const bool last = round + 1 == rounds;
-      next = panel_at<kEights>(a, last ? item + static_cast<int>(gridDim.x) : item,
-                               last ? 0 : round + 1);
-      begin_rows(next);
+      const uint8_t* x_now = x_at(now.unit);
+      scales.template finish<kNested>(a, now);
+      if (round + 1 < rounds) {
+        next.unit += kDepth, next.left -= kDepth;
+        line += kDepth * (kUnit / 2);
+      } else {
+        begin_item(item + step);
+      }
       scales.template load<kNested>(a, next);
-      if (kAhead && now.count == 0 && next.count > 0) load_x<T, kEights>(a, next.unit, x[0]);
+      if (kAhead && now.left <= 0 && next.left > 0) {
+        load_x<kEights, kParts>(a, x_at(next.unit), 0, x[0]);
+      }
 #pragma unroll
       for (int u = 0; u < kDepth; ++u) {
-        const auto& unit_x = x[kAhead ? u % 2 : 0];
-        if (u < now.count) {
-          if constexpr (kAhead) {
-            // The unit after the panel's last goes where the next panel begins.
-            if (u + 1 < now.count) {
-              load_x<T, kEights>(a, now.unit + u + 1, x[(u + 1) % 2]);
-            }
-          } else {
-            load_x<T, kEights>(a, now.unit + u, x[0]);
+        if (u < now.left) {
+          // The unit after the panel's last is the first of the next, which begins with x[0].
+          const bool last = u + 1 == kDepth || u + 1 == now.left;
+          if (kAhead && !last) {
+            load_x<kEights, kParts>(a, x_now + (u + 1) * (2 * kUnit), 0, x[(u + 1) % 2]);
           }
 #pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            uint32_t pairs[4][4];  // of step j, in the order of the instruction
+          for (int part = 0; part < kParts; ++part) {
+            const auto& right = x[kAhead ? u % 2 : 0];
+            if (!kAhead) load_x<kEights, kParts>(a, x_now + u * (2 * kUnit), part, x[0]);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const uint32_t word[2] = {codes[u][i][half].x, codes[u][i][half].y};
-#pragma unroll
-              for (int b = 0; b < 8; ++b) {
-                pairs[b / 2][half + b % 2 * 2] = look_up<kCopies>(table, word[b / 4], b % 4, copy);
-              }
-            }
-            const float scale[2] = {scales.of(i, u, 0), scales.of(i, u, 1)};
-#pragma unroll
-            for (int c = 0; c < kEights; ++c) {
-              float sum[4];
-#pragma unroll
-              for (int j = 0; j < 4; ++j) {
-                const uint32_t right[2] = {unit_x[c][2 * j], unit_x[c][2 * j + 1]};
-                if (j == 0) {
-                  mma_m16n8k16_first<T>(sum, pairs[j], right);
-                } else {
-                  mma_m16n8k16<T>(sum, pairs[j], right);
-                }
-              }
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                acc[i][c][e] = __fmaf_rn(sum[e], scale[e / 2], acc[i][c][e]);
-              }
+            for (int i = 0; i < kTiles; ++i) {
+              multiply_part(u, part, i, right, acc[i]);
+              if (kEights == 4) __syncwarp();
             }
           }
-          if constexpr (kAhead) {
-            if (u + 1 == now.count && next.count > 0) load_x<T, kEights>(a, next.unit, x[0]);
+          if (kAhead && last && next.left > 0) {
+            load_x<kEights, kParts>(a, x_at(next.unit), 0, x[0]);
           }
         }
-        if (u < next.count) load_codes(u);
+        if (u < next.left) load_codes(u);
       }
     }
 
     wait_for_preceding();
-    if (updates) add_update<kTiles, kEights>(a, tile * kRows + g, acc);
-    __syncthreads();  // the item before has been read
-    float* mine = sums + warp_index() * a.M * pitch_of(kRows);
+    const int tile = item / a.splits;
+    if (a.r > 0 && item == tile * a.splits) {
+      const int row = tile * kRows + g;
+      if (a.b_dtype == DType::kFloat32) add_update<float, kTiles, kEights>(a, row, warp, acc);
+      if (a.b_dtype == DType::kBFloat16) add_update<BF16, kTiles, kEights>(a, row, warp, acc);
+      if (a.b_dtype == DType::kFloat16) add_update<FP16, kTiles, kEights>(a, row, warp, acc);
+    }
+    float* mine = sums + warp % kSlices * (8 * kEights * pitch_of(kRows));
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
+    for (int turn = 1; turn >= 0; --turn) {  // the upper four warps, then the lower four add theirs
+      __syncthreads();
+      if (warp / kSlices != turn) continue;
 #pragma unroll
-      for (int c = 0; c < kEights; ++c) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int m = 8 * c + 2 * t + e % 2;
-          if (m < a.M) mine[m * pitch_of(kRows) + 16 * i + g + 8 * (e / 2)] = acc[i][c][e];
-        }
+      for (int i = 0; i < kTiles * kEights * 4; ++i) {
+        const int tile_row = i / 4 / kEights * 16 + g + i % 4 / 2 * 8;
+        const int m = i / 4 % kEights * 8 + 2 * t + i % 2;
+        float& sum = mine[m * pitch_of(kRows) + tile_row];
+        const float value = acc[i / 4 / kEights][i / 4 % kEights][i % 4];
+        sum = turn == 1 ? value : sum + value;
       }
     }
     __syncthreads();
-    finish_item<T, kRows>(a, item, sums, arrivals);
+    finish_item<T, kEights>(a, item, sums, arrivals);
   }
 }
 
@@ -527,8 +546,8 @@ cudaError_t launch_linear(const LinearArgument& a, bool nested, bool dependent,
                           cudaStream_t stream) {
   const auto kernel = nested ? linear_kernel<T, true, kEights> : linear_kernel<T, false, kEights>;
   const unsigned blocks =
-      static_cast<unsigned>(std::min(int64_t{a.items}, int64_t{kResident} * multiprocessors()));
-  const size_t shared = static_cast<size_t>(shared_bytes(a.M, 16 * tiles_of(kEights)));
+      static_cast<unsigned>(std::min(int64_t{a.items}, int64_t{resident_of(kEights)} * multiprocessors()));
+  const size_t shared = shared_bytes(kEights);
   if (dependent) return launch_dependent(kernel, blocks, kThreads, shared, stream, a);
   return launch(kernel, blocks, kThreads, shared, stream, a);
 }
@@ -542,8 +561,8 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& plan, cudaStream_
   a.y = args.y;
   a.counters = static_cast<unsigned*>(args.workspace);
   a.parts = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + plan.counter_bytes);
-  a.N = args.N, a.K = args.K;
-  a.M = static_cast<int>(args.M), a.r = static_cast<int>(args.r);
+  a.M = static_cast<int>(args.M), a.N = static_cast<int>(args.N);
+  a.K = static_cast<int>(args.K), a.r = static_cast<int>(args.r);
   a.b_dtype = args.b_dtype;
   a.scaling = args.scaling;
   a.splits = plan.splits, a.items = plan.items;
@@ -566,10 +585,10 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& plan, cudaStream_
 }
 
 void check_sizes(int64_t M, int64_t N, int64_t K, int64_t splits) {
-  constexpr int64_t kMost = int64_t{1} << 28;  // 24 rows of codes in 32 bits
+  constexpr int64_t kMost = int64_t{1} << 26;  // 24 rows of x in 32 bits
   require(M >= 0 && M <= kCudaLinearRows, "M", M, "at most 32 rows of x");
-  require(N > 0 && N <= kMost, "N", N, "1 to 2^28");
-  require(K > 0 && K <= kMost && K % kUnit == 0, "K", K, "a multiple of 64 up to 2^28");
+  require(N > 0 && N <= kMost, "N", N, "1 to 2^26");
+  require(K > 0 && K <= kMost && K % kUnit == 0, "K", K, "a multiple of 64 up to 2^26");
   require(splits >= 0 && splits <= 16, "splits", splits, "0 to 16");
 }
 
