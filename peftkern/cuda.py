@@ -38,10 +38,10 @@ def supports_nf4_forward(x: Tensor, packed: Tensor, *args: object) -> str | None
     N, K = shape
     if not (0 < N <= native_cuda.LINEAR_SIZE and 0 < K <= native_cuda.LINEAR_SIZE):
         return f"the weight is {N} x {K}, not 1 to {native_cuda.LINEAR_SIZE} each"
+    if x.numel() // K > native_cuda.LINEAR_ROWS:
+        return _supports_prefill(x, packed, K, blocksize, lora_A, lora_B, keep)
     if blocksize < native_cuda.LINEAR_BLOCK or K % blocksize:
         return f"blocks of {blocksize} are below {native_cuda.LINEAR_BLOCK} or cross rows of {K}"
-    if x.numel() // K > native_cuda.LINEAR_ROWS:
-        return f"there are more than {native_cuda.LINEAR_ROWS} rows"
     if not native_cuda.begins_at(packed, 8):
         return "the packed weight does not begin at a multiple of 8 bytes"
     if lora_A is not None:
@@ -53,6 +53,34 @@ def supports_nf4_forward(x: Tensor, packed: Tensor, *args: object) -> str | None
     if keep is not None:
         return "dropout is left to other back ends"
     return native_cuda.unserved(x.device)
+
+
+def _supports_prefill(
+    x: Tensor,
+    packed: Tensor,
+    K: int,
+    blocksize: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    keep: Tensor | None,
+) -> str | None:
+    """Reason against nf4_lora_linear_forward of more rows than decoding has."""
+    if x.numel() // K > native_cuda.PREFILL_ROWS:
+        return f"there are more than {native_cuda.PREFILL_ROWS} rows"
+    unit = native_cuda.PREFILL_UNIT
+    if K % unit or blocksize < unit:
+        return f"rows of {K} are not a multiple of {unit}, or blocks of {blocksize} below it"
+    if not native_cuda.begins_at(packed, 8):
+        return "the packed weight does not begin at a multiple of 8 bytes"
+    if lora_A is not None:
+        for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if factor.dtype not in native_cuda.DTYPE_CODES:
+                return f"the dtype of {name} is {factor.dtype}"
+        if not 1 <= len(lora_A) <= native_cuda.PREFILL_RANK:
+            return f"the rank is {len(lora_A)}, not 1 to {native_cuda.PREFILL_RANK}"
+    if keep is not None:
+        return "dropout is left to other back ends"
+    return native_cuda.unserved_sm90a(x.device)
 
 
 def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -223,14 +251,16 @@ def nf4_lora_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     N, K = shape
     pieces = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    rows = _aligned(x.reshape(x.numel() // K, K))
     y, S = native_cuda.nf4_lora_linear_forward(
-        _aligned(x.reshape(x.numel() // K, K)),
+        rows,
         (*pieces, blocksize, nested_blocksize),
         None if lora_A is None else _aligned(lora_A),
         None if lora_B is None else lora_B.contiguous(),
         None if bias is None else bias.contiguous(),
         scaling,
         N,
+        prefill=len(rows) > native_cuda.LINEAR_ROWS,
     )
     S = x.new_empty(0, dtype=torch.float32) if S is None else S.view(*x.shape[:-1], S.shape[1])
     return y.view(*x.shape[:-1], N), S

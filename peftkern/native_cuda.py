@@ -68,6 +68,21 @@ def _unserved(module: ModuleType, device: torch.device) -> str | None:
     return None
 
 
+def unserved_sm90a(device: torch.device) -> str | None:
+    """The same of the kernels that are for compute capability 9.0 alone."""
+    if reason := unserved(device):
+        return reason
+    module = _module()
+    if module.emulated:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"more than {LINEAR_ROWS} rows need compute capability 9.0, not {major}.{minor}"
+    if "sm_90a" not in module.architectures():
+        return f"the kernels are built for {', '.join(module.architectures())}, not for sm_90a"
+    return None
+
+
 def version(number: int) -> str:
     """13.0 of CUDA's 13000."""
     return f"{number // 1000}.{number % 1000 // 10}"
@@ -202,6 +217,8 @@ def _workspace(matrices: Tensor, vectors: bool, shared_limit: int) -> Tensor:
 # Of nf4_lora_linear: cuda_nf4_lora_linear.h has the same.
 LINEAR_DTYPES = (torch.bfloat16, torch.float16)
 LINEAR_ROWS, LINEAR_RANK, LINEAR_BLOCK, LINEAR_SIZE = 32, 64, 64, 1 << 26
+# Of its form for more rows: cuda_nf4_lora_linear_sm90a.h has the same.
+PREFILL_ROWS, PREFILL_RANK, PREFILL_UNIT = 512, 256, 64
 
 
 def nf4_lora_linear_forward(
@@ -213,8 +230,11 @@ def nf4_lora_linear_forward(
     scaling: float,
     N: int,
     splits: int = 0,
+    prefill: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and S [M, r] of a contiguous x [M, K], at most 32 rows, over a weight [N, K].
+
+    With `prefill` the kernel of sm_90a runs, which takes up to 512 rows.
 
     K is cut over `splits` groups of thread blocks (1 to 16); with 0 the library chooses.
     """
@@ -238,9 +258,15 @@ def nf4_lora_linear_forward(
         )
     y = torch.empty((M, N), dtype=dtype, device=device)
     with _launching_on(device) as stream:
-        size = _module().nf4_lora_linear_workspace(M, N, K, splits)
+        module = _module()
+        if prefill:
+            size = module.nf4_lora_linear_sm90a_workspace(M, N, K, lora[-1], splits)
+            run = module.nf4_lora_linear_sm90a_forward
+        else:
+            size = module.nf4_lora_linear_workspace(M, N, K, splits)
+            run = module.nf4_lora_linear_forward
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        _module().nf4_lora_linear_forward(
+        run(
             stream,
             weight,
             M,

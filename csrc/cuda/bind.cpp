@@ -18,6 +18,9 @@
 #include "peftkern/cuda_low_rank_svd.h"
 #include "peftkern/cuda_nf4.h"
 #include "peftkern/cuda_nf4_lora_linear.h"
+#if PEFTKERN_CUDA_SM90A || defined(PEFTKERN_CUDA_EMULATED)
+#include "peftkern/cuda_nf4_lora_linear_sm90a.h"
+#endif
 
 namespace py = pybind11;
 
@@ -66,6 +69,26 @@ void set_lora(CudaNF4LinearArgs& args, const py::tuple& t) {
   args.b_dtype = dtype_from_code(t[3].cast<int>());
   args.s = pointer<float>(t[4].cast<uintptr_t>());
   args.r = t[5].cast<int64_t>();
+}
+
+template <int (*kForward)(const CudaNF4LinearArgs&, CudaStream)>
+void linear_forward(uintptr_t stream, const py::tuple& w, int64_t M, int64_t N, int64_t K,
+                    uintptr_t x, int dtype, uintptr_t y, uintptr_t bias, const py::tuple& lora,
+                    double scaling, uintptr_t workspace, int64_t workspace_bytes, int64_t splits) {
+  CudaNF4LinearArgs args;
+  args.w = view_from_tuple(w);
+  args.M = M, args.N = N, args.K = K;
+  args.x = pointer<const void>(x);
+  args.dtype = dtype_from_code(dtype);
+  args.y = pointer<void>(y);
+  args.bias = pointer<const void>(bias);
+  set_lora(args, lora);
+  args.scaling = static_cast<float>(scaling);
+  args.workspace = pointer<void>(workspace);
+  args.workspace_bytes = workspace_bytes;
+  args.splits = splits;
+  py::gil_scoped_release release;
+  check(kForward(args, pointer<CUstream_st>(stream)));
 }
 
 #ifdef PEFTKERN_CUDA_EMULATED
@@ -170,25 +193,12 @@ void bind(py::module_& m) {
   });
   m.def("nf4_lora_linear_workspace", &cuda_nf4_lora_linear_workspace,
         "Bytes that nf4_lora_linear_forward needs for M, N, K, splits on the current device.");
-  m.def("nf4_lora_linear_forward",
-        [](uintptr_t stream, const py::tuple& w, int64_t M, int64_t N, int64_t K, uintptr_t x,
-           int dtype, uintptr_t y, uintptr_t bias, const py::tuple& lora, double scaling,
-           uintptr_t workspace, int64_t workspace_bytes, int64_t splits) {
-          CudaNF4LinearArgs args;
-          args.w = view_from_tuple(w);
-          args.M = M, args.N = N, args.K = K;
-          args.x = pointer<const void>(x);
-          args.dtype = dtype_from_code(dtype);
-          args.y = pointer<void>(y);
-          args.bias = pointer<const void>(bias);
-          set_lora(args, lora);
-          args.scaling = static_cast<float>(scaling);
-          args.workspace = pointer<void>(workspace);
-          args.workspace_bytes = workspace_bytes;
-          args.splits = splits;
-          py::gil_scoped_release release;
-          check(cuda_nf4_lora_linear_forward(args, pointer<CUstream_st>(stream)));
-        });
+  m.def("nf4_lora_linear_forward", &linear_forward<cuda_nf4_lora_linear_forward>);
+#if PEFTKERN_CUDA_SM90A || defined(PEFTKERN_CUDA_EMULATED)
+  m.def("nf4_lora_linear_sm90a_workspace", &cuda_nf4_lora_linear_sm90a_workspace,
+        "The same for nf4_lora_linear_sm90a_forward and M, N, K, r, splits.");
+  m.def("nf4_lora_linear_sm90a_forward", &linear_forward<cuda_nf4_lora_linear_sm90a_forward>);
+#endif
 }
 
 }  // namespace

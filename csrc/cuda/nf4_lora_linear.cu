@@ -11,8 +11,9 @@
 // takes 16t+4j+{0,1} for the instruction's columns 2t, 2t+1 and 16t+4j+{2,3} for 2t+8, 2t+9. Of x a
 // lane so needs 32 contiguous bytes, and nothing is repacked. absmax scales the float32 sum of a
 // block, so a weight is rounded once, as its code. A unit of a warp, up to 8 rows of x: 2 loads of
-// codes, 16 x (shift, mask, lookup), 2 loads of x, 4 mma, 2 shuffles and 4 multiply-adds for absmax,
-// about 68 instructions, 61% of the slots; 16 wavefronts of lookups and 2 (one row) to 8 of x.
+// codes, 16 x (shift, mask, lookup), 2 loads of x, 4 mma, 2 shuffles and 4 multiply-adds for
+// absmax, about 68 instructions, 61% of the slots; 16 wavefronts of lookups and 2 (one row) to 8 of
+// x.
 //
 // Lookups: a byte is two weights, so a table of 256 pairs, 32 copies (one per bank, 32 KiB): 3
 // instructions of which 2 are integer, 16 of the 27.7 clocks of the integer pipe. Without it, prmt
@@ -44,11 +45,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kUnit = 64;     // columns
-constexpr int kCopies = 32;   // of the table
+constexpr int kUnit = 64;    // columns
+constexpr int kCopies = 32;  // of the table
 
 // By kEights, the rows of x in eights: 16-row tiles of W per warp (more of them read x less often),
-// how many units ahead codes are loaded, and blocks on an SM. Each fits the registers that are left.
+// how many units ahead codes are loaded, and blocks on an SM. Each fits the registers that are
+// left.
 __host__ __device__ constexpr int tiles_of(int eights) { return eights; }
 __host__ __device__ constexpr int depth_of(int eights) { return eights == 1 ? 8 : 2; }
 __host__ __device__ constexpr int resident_of(int eights) { return eights == 4 ? 1 : 2; }
@@ -250,8 +252,8 @@ struct Scales {
     const float offset = load_offset<kNested>(a.w);
 #pragma unroll
     for (int i = 0; i < 2 * kSlots; ++i) {
-      value[i / 2][i % 2] = absmax_value<kNested>(a.w, block(a, panel, i / 2, i % 2),
-                                                  raw[i / 2][i % 2], offset);
+      value[i / 2][i % 2] =
+          absmax_value<kNested>(a.w, block(a, panel, i / 2, i % 2), raw[i / 2][i % 2], offset);
     }
   }
   __device__ __forceinline__ float of(int tile, int unit, int half) const {
@@ -370,11 +372,12 @@ template <typename T, bool kNested, int kEights>
 __global__ void __launch_bounds__(kThreads, resident_of(kEights))
     linear_kernel(const __grid_constant__ LinearArgument a) {
   constexpr int kTiles = tiles_of(kEights), kDepth = depth_of(kEights), kRows = 16 * kTiles;
-  constexpr bool kAhead = kEights == 1;  // x, by one unit: a tile's work is too short to hide it
+  constexpr bool kAhead = kEights == 1;   // x, by one unit: a tile's work is too short to hide it
   constexpr int kParts = kAhead ? 1 : 2;  // of a unit: two need fewer registers, and scale twice
   constexpr int kWords = 8 / kParts;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const int warp = __shfl_sync(kFullMask, warp_index(), 0);  // the compiler sees: equal in all lanes
+  const int warp =
+      __shfl_sync(kFullMask, warp_index(), 0);  // the compiler sees: equal in all lanes
   const int rounds = (a.warp_units + kDepth - 1) / kDepth;
   const int step = static_cast<int>(gridDim.x);
   uint32_t* table = dynamic_shared<uint32_t>();
@@ -394,8 +397,8 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
     next.row = tile * kRows + g;
     next.unit = first + warp * a.warp_units;
     next.left = min(min(next.unit + a.warp_units, first + a.split_units), a.units) - next.unit;
-    line = a.w.packed + (int64_t{row_at(a, next.row)} * (a.K / 2) +
-                         int64_t{next.unit} * (kUnit / 2) + 8 * t);
+    line = a.w.packed +
+           (int64_t{row_at(a, next.row)} * (a.K / 2) + int64_t{next.unit} * (kUnit / 2) + 8 * t);
     if (first > 0 || a.r == 0) return;
     // The item will need these rows of lora_B, which from memory would come late then.
     const int64_t size = (a.b_dtype == DType::kFloat32 ? 4 : 2) * int64_t{a.r};
@@ -418,8 +421,8 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
     }
   };
   // acc += absmax * (unit u of tile i) x, a part of the unit's four steps.
-  const auto multiply_part = [&](int u, int part, int i, const uint32_t(&right)[kEights][kWords],
-                                 float(&acc)[kEights][4]) {
+  const auto multiply_part = [&](int u, int part, int i, const uint32_t (&right)[kEights][kWords],
+                                 float (&acc)[kEights][4]) {
     uint32_t left[kWords / 2][4];  // of a step, in the order of the instruction
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -545,8 +548,8 @@ template <typename T, int kEights>
 cudaError_t launch_linear(const LinearArgument& a, bool nested, bool dependent,
                           cudaStream_t stream) {
   const auto kernel = nested ? linear_kernel<T, true, kEights> : linear_kernel<T, false, kEights>;
-  const unsigned blocks =
-      static_cast<unsigned>(std::min(int64_t{a.items}, int64_t{resident_of(kEights)} * multiprocessors()));
+  const unsigned blocks = static_cast<unsigned>(
+      std::min(int64_t{a.items}, int64_t{resident_of(kEights)} * multiprocessors()));
   const size_t shared = shared_bytes(kEights);
   if (dependent) return launch_dependent(kernel, blocks, kThreads, shared, stream, a);
   return launch(kernel, blocks, kThreads, shared, stream, a);
@@ -570,8 +573,8 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& plan, cudaStream_
 
   const bool dependent = a.r > 0 || plan.splits > 1;
   if (dependent) {
-    const BeforeArgument before = {
-        a.M, a.r, plan.splits > 1 ? plan.tiles : 0, a.K, args.s, a.counters};
+    const BeforeArgument before = {a.M, a.r,    plan.splits > 1 ? plan.tiles : 0,
+                                   a.K, args.s, a.counters};
     const auto run = args.a_dtype == DType::kFloat32    ? launch_before<T, float>
                      : args.a_dtype == DType::kBFloat16 ? launch_before<T, BF16>
                                                         : launch_before<T, FP16>;
