@@ -169,7 +169,8 @@ def test_demo_notices_curves_that_part(late: float, monkeypatch: pytest.MonkeyPa
 
 def test_benchmarks_write_results_and_the_readme(tmp_path: Path) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
-    for stem in ("nf4", "nf4_lora_linear", "lora_linear", "dora", "adalora", "low_rank_svd"):
+    stems = ("nf4", "nf4_lora_linear", "lora_linear", "dora", "rosa", "adalora", "low_rank_svd")
+    for stem in stems:
         done = run(f"bench/bench_{stem}.py", *TINY_BENCH, "--out", str(results))
         assert done.returncode == 0, done.stdout + done.stderr
         (path,) = results.glob(f"*/{stem}.json")
