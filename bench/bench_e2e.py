@@ -45,7 +45,7 @@ from peftkern.plan import PRESETS, Architecture, Plan, Training, plan
 PEFT = "PEFT"
 BF16 = torch.bfloat16
 LAYERS, VOCABULARY = 4, 8192  # of the stacks that float64 can follow
-LR = 1e-3  # large enough that a wrong gradient shows in the losses after it
+LR = 2e-4  # as QLoRA is used; the losses after it show a wrong gradient
 CURVE = 5  # losses that are compared where gradients are not
 # bf16 gradients through four layers are off by a percent or two; AdaLoRA's by less.
 GRADIENTS_WRONG = 0.1

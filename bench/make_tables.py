@@ -217,10 +217,10 @@ def picture(device: str) -> str:
     )
 
 
-def tables(record: dict) -> list[str]:
+def tables(stem: str, record: dict) -> list[str]:
     if "cases" not in record:
         return [demo_table(record)]
-    if record["bench"] != "e2e":
+    if stem != "e2e":
         return [cases_table(record)]
     found = [steps_table(record)] if record["cases"] else []
     return [*found, *([answers_table(record["answers"])] if record.get("answers") else [])]
@@ -233,7 +233,7 @@ def section(results: Path) -> str:
         parts.append(picture(device))
         for stem, record in records.items():
             on_gpu |= record["machine"].get("gpu") is not None
-            parts += [heading(stem, record), *tables(record)]
+            parts += [heading(stem, record), *tables(stem, record)]
     if not parts:
         return "No results are recorded yet: `make bench` measures this machine."
     legend = (
