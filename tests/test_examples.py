@@ -218,7 +218,7 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", str(ROOT / "bench"), "--benchmark-only"),
-            *("--size=128", "-k", "dequantise", "--benchmark-max-time=0.01"),
+            *("--size=128", "-k", "dequantise or qlora", "--benchmark-max-time=0.01"),
             f"--benchmark-json={out}",
         ],
         capture_output=True,
@@ -231,6 +231,9 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
     names = {test["param"] for test in json.loads(out.read_text())["benchmarks"]}
     assert "nf4/dequantise/bf16/into-out/peftkern" in names
     assert "nf4/dequantise/bf16/into-out/bitsandbytes" in names
+    assert {name for name in names if name.startswith("e2e/")} == {
+        f"e2e/qlora-4-layers-256-tokens/nf4/{variant}" for variant in ("peftkern", "PEFT")
+    }
 
 
 @pytest.mark.parametrize("damage", [math.nan, 0.1])

@@ -27,6 +27,7 @@ DORA_RMS_RATIO = 4  # times FLOOR_RMS: the same products in another order of rou
 DORA_DROPPED_MAGNITUDE_RMS = 2**-8
 
 NF4_MAX_HALF_GAP = 0.1519036  # of absmax: half of the widest gap of the table, -1.0 .. -0.6962
+NF4_RANDOM_STD_RTOL = 0.03  # of weights drawn as packed bytes: absmax varies within 10%
 NF4_TIE_RTOL = 1e-6  # how near a threshold x / absmax and x * (1 / absmax) may disagree
 # bitsandbytes' CPU quantiser of absmax looks codes up in 65,536 bins: this share is off by one.
 ABSMAX_CODE_MISMATCH = 0.005

@@ -62,6 +62,19 @@ def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
     return grid
 
 
+def answer(facts: dict) -> str:
+    """A line of what `suite.Question` noted: whether something fits, measured beside planned."""
+    fits, stopped = facts.get("fits"), facts.get("stopped")
+    said = {True: "fits", False: "does not fit", None: "no answer"}[fits]
+    sizes = [
+        f"{label} {facts[key] / 1e9:.2f} GB"
+        for label, key in (("peak", "peak_bytes"), ("planned", "planned_bytes"))
+        if key in facts
+    ]
+    limit = f" into {facts['cap_bytes'] / 1e9:.0f} GB" if "cap_bytes" in facts else ""
+    return "; ".join([f"{facts['name']}: {said}{limit}", *sizes, *([stopped] if stopped else [])])
+
+
 def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
     """How many times peftkern's time another's is; and whether that is within the noise: the
     intervals from the 20th to the 80th percentile have a time in common."""
