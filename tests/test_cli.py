@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     prose = lines[: next(i for i, line in enumerate(lines) if line.startswith("╭"))]
     assert max(map(len, lines)) <= 80
     # Filled, not broken where the source is: the next word would not have fitted.
-    for line, after in zip(prose, prose[1:], strict=False):
+    for line, after in itertools.pairwise(prose):
         assert not (line and after) or len(line) + 1 + len(after.split()[0]) > 79
 
 

@@ -241,7 +241,7 @@ def is_running(process: str) -> bool:
     [
         (["--op", "nonsense"], "--op: 'nonsense' is not one of nf4_lora_linear, lora_linear"),
         (["--op", ""], "--op: '' has an empty entry"),
-        (["--shapes", "12x12"], "--shapes: '12x12' is not one of llama3-8b"),
+        (["--shapes", "12x12"], "--shapes: '12x12' is not one of llama2-7b"),
         (["--shapes", "0x8x8"], "each of M, N and K must be from 1"),
         (["--shapes", "8x16777216x16777216"], "this machine has"),
         (["--rows", "none"], "--rows: 'none'; accepted: whole numbers"),

@@ -22,13 +22,14 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 import peftkern
 from peftkern import plan as planning
-from peftkern.plan import PRESETS, Architecture, Training, largest, read_model
+from peftkern.plan import PRESETS, Architecture, Training, from_config, largest, read_model
 from peftkern.training_step import Memory, Step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -365,6 +366,13 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_preset_has_the_published_number_of_parameters(name):
     assert planning.plan(PRESETS[name], Training(sequence=8)).parameters == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("preset", "config"), [("llama2-7b", LlamaConfig()), ("mistral-7b", MistralConfig())]
+)
+def test_preset_is_what_transformers_defaults_to(preset, config):
+    assert from_config(config.to_dict()) == PRESETS[preset]
 
 
 trainings = st.builds(

@@ -20,8 +20,8 @@ def bench(
     shapes: Annotated[
         str | None,
         typer.Option(
-            help="llama3-8b, llama2-7b, qwen2.5-7b, llama-65b: their linear layers, or one of them"
-            " (llama3-8b-q_proj); MxNxK: M rows, a weight [N, K]",
+            help="llama3-8b, llama2-7b, qwen2.5-7b, llama-65b, ...: their linear layers, or one of"
+            " them (llama3-8b-q_proj); MxNxK: M rows, a weight [N, K]",
             show_default="llama3-8b-q_proj, on a GPU llama3-8b",
         ),
     ] = None,
