@@ -11,6 +11,8 @@ models; what a GPU does otherwise is counted and has not been measured:
 - peftkern makes an NF4 weight dense for one matmul at a time, as bitsandbytes does (neither does
   for a few rows; that is left out).
 
+DoRA is counted as PEFT runs it, patched or not: what `peftkern.patch` does otherwise is left out.
+
 What is planned is a model in one dtype, without autocast. PEFT's prepare_model_for_kbit_training
 makes embeddings, norms and lm_head float32, and with them the activations between layers; neither
 that nor the casts of autocast is counted. The model is trained with use_cache off, one micro-batch

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from tolerances import PLAN_RTOL
+from tolerances import FUZZ_EXAMPLES, PLAN_RTOL
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
@@ -393,7 +393,7 @@ trainings = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=FUZZ_EXAMPLES // 5)
 @given(trainings, st.sampled_from(["batch", "sequence", "r"]), st.integers(1, 50))
 def test_more_of_anything_takes_no_less(training, name, more):
     plan = planning.plan(QWEN, training)
@@ -404,7 +404,7 @@ def test_more_of_anything_takes_no_less(training, name, more):
     assert all(after[phase] >= total for phase, total in plan.totals.items())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=FUZZ_EXAMPLES // 8)
 @given(trainings)
 def test_parts_sum_to_the_total_and_everything_is_freed(training):
     memory = Memory(512 if training.device == "cuda" else 1)

@@ -172,6 +172,8 @@ def _describe(name: str, model: Architecture, training: Training, found: Plan) -
     text += f", {training.attention} attention, {training.device}"
     if training.method != "full":
         text += ", patched by peftkern" if training.patched else ", PEFT alone"
+    if training.method == "dora" and training.patched:
+        text += " (DoRA counted as PEFT runs it)"
     return text
 
 
