@@ -16,13 +16,16 @@ WITH_FROM = ("from_", "csv", "html", "compare", "fail_if", "repro")
 def bench(
     context: typer.Context,
     op: Annotated[
-        str, typer.Option(help="nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize")
+        str,
+        typer.Option(
+            help="one or more of nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize"
+        ),
     ] = "nf4_lora_linear,lora_linear,nf4_dequantize",
     shapes: Annotated[
         str | None,
         typer.Option(
-            help="llama3-8b, llama2-7b, qwen2.5-7b, llama-65b: their linear layers, or one of them"
-            " (llama3-8b-q_proj); MxNxK: M rows, a weight [N, K]",
+            help="llama3-8b, llama2-7b, qwen2.5-7b, llama-65b, ...: their linear layers, or one of"
+            " them (llama3-8b-q_proj); MxNxK: M rows, a weight [N, K]",
             show_default="llama3-8b-q_proj, on a GPU llama3-8b",
         ),
     ] = None,
@@ -49,15 +52,17 @@ def bench(
             " unsloth, liger, module:function"
         ),
     ] = "auto",
-    budget: Annotated[str, typer.Option(help="bounds the whole run")] = "60s",
+    budget: Annotated[str, typer.Option(help="how long the whole run may take: 60s, 5m")] = "60s",
     seconds: Annotated[
-        str, typer.Option(help="of counted calls for each implementation of a case, at most")
+        str, typer.Option(help="time to measure each implementation of a case, at most")
     ] = "1.5s",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda", show_default="cuda if there is one")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="of a CPU", show_default="all cores")] = None,
-    seed: Annotated[int, typer.Option(help="of weights and inputs")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="threads of a CPU", show_default="all cores")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="what weights and inputs are drawn from")] = 0,
     json: Annotated[Path | None, typer.Option(help="write everything measured here")] = None,
     csv: Annotated[Path | None, typer.Option(help="write a line per case and provider")] = None,
     html: Annotated[
@@ -81,6 +86,8 @@ def bench(
     Lists take commas. Each implementation runs in a process of its own, on the same weights and
     inputs; a wrong result shows WRONG and no time, a crash FAILED. Exit status 1: peftkern was
     wrong or failed, nothing was measured, or --compare found a case slower.
+
+    Example: peftkern bench --shapes llama3-8b --dtype bf16 --budget 5m --json new.json
     """
     from peftkern.benchmark import command, record
 
