@@ -34,7 +34,7 @@ BENCHES = {
     "low_rank_svd": 4,
     "dora": 3,
     "formulations": 3,
-    "step": 4,
+    "e2e": 10,
 }
 SHARES = {"test": 12, **BENCHES}
 PARTS = ("all", *SHARES, "tune")

@@ -11,6 +11,8 @@ models; what a GPU does otherwise is counted and has not been measured:
 - peftkern makes an NF4 weight dense for one matmul at a time, as bitsandbytes does (neither does
   for a few rows; that is left out).
 
+DoRA is counted as PEFT runs it, patched or not: what `peftkern.patch` does otherwise is left out.
+
 What is planned is a model in one dtype, without autocast. PEFT's prepare_model_for_kbit_training
 makes embeddings, norms and lm_head float32, and with them the activations between layers; neither
 that nor the casts of autocast is counted. The model is trained with use_cache off, one micro-batch
@@ -22,7 +24,6 @@ The CUDA context, cuBLAS workspaces, fragmentation and what else runs on the dev
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,9 @@ class Training:
 
     method: lora, qlora (NF4 base), adalora, dora, full. targets: the linear layers with adapters.
     base: dtype of the frozen linear layers (None: nf4 for qlora, else `dtype`); dtype: of
-    activations and of all weights that are not quantised; adapter: of the adapters, which PEFT
-    keeps in float32. double_quant: NF4's absmax in 8 bits. optimizer: adamw (torch's, states in the
-    dtype of what is trained), sgd (no momentum), or bitsandbytes' adamw-32bit, adamw-8bit,
+    activations and of all weights that are not quantised; adapter_dtype: of the adapters, which
+    PEFT keeps in float32. double_quant: NF4's absmax in 8 bits. optimizer: adamw (torch's, states
+    in the dtype of what is trained), sgd (no momentum), or bitsandbytes' adamw-32bit, adamw-8bit,
     paged-adamw, paged-adamw-8bit. patched: after `peftkern.patch`. device: cuda or cpu.
     """
 
@@ -128,7 +129,7 @@ class Training:
     targets: tuple[str, ...] = MODULES
     base: str | None = None
     dtype: str = "bf16"
-    adapter: str = "fp32"
+    adapter_dtype: str = "fp32"
     double_quant: bool = True
     optimizer: str = "adamw"
     batch: int = 1
@@ -142,7 +143,7 @@ class Training:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("dtype", self.dtype, DTYPES)
-        _one_of("adapter", self.adapter, DTYPES)
+        _one_of("adapter_dtype", self.adapter_dtype, DTYPES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("attention", self.attention, ATTENTIONS)
         _one_of("device", self.device, DEVICES)
@@ -272,18 +273,6 @@ def from_config(config: dict[str, Any]) -> Architecture:
     )
 
 
-def parse_bytes(text: str) -> int:
-    """ "48GB" is 48 * 10^9 bytes, "48GiB" is 48 * 2^30.
-
-    Raises: ValueError saying what is accepted.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MB|GB|TB|MiB|GiB|TiB)\s*", text)
-    if found is None or not float(found[1]) or len(found[1]) > 12:
-        raise ValueError(f"fit: expected a size like 48GB (10^9) or 48GiB (2^30), got {text!r}")
-    base, power = (1024 if "i" in found[2] else 1000), 2 + "MGT".index(found[2][0])
-    return int(float(found[1]) * base**power)
-
-
 def plan(model: Architecture, training: Training) -> Plan:
     """Count the memory of a training step after the first, when the optimizer has its states.
 
@@ -348,7 +337,7 @@ def step_shapes(model: Architecture, training: Training) -> Shapes:
         sequence=training.sequence,
         r=training.r,
         size=_BYTES[training.dtype],
-        adapter_size=_BYTES[training.adapter],
+        adapter_size=_BYTES[training.adapter_dtype],
         dropout=training.dropout,
         checkpointing=training.checkpointing,
         eager_attention=training.attention == "eager",
@@ -418,7 +407,7 @@ def _trained(model: Architecture, training: Training, linears: dict[str, Linear]
 
 def _adapters(model: Architecture, training: Training, trained: list[int]) -> dict[str, int]:
     full = training.method == "full"
-    size = _BYTES[training.dtype if full else training.adapter]
+    size = _BYTES[training.dtype if full else training.adapter_dtype]
     parts = {
         "adapters": 0 if full else sum(trained) * size,
         "optimizer states": sum(_state_bytes(n, size, training.optimizer) for n in trained),
@@ -447,7 +436,7 @@ def _optimizer_scratch(training: Training, trained: list[int]) -> int:
     """
     if training.optimizer != "adamw":
         return 0
-    size = _BYTES[training.dtype if training.method == "full" else training.adapter]
+    size = _BYTES[training.dtype if training.method == "full" else training.adapter_dtype]
     if training.device == "cuda":
         return sum(trained) * size
     return max(2 * n + before for before, n in zip([0, *trained], trained, strict=False)) * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import peftkern
+from peftkern.cli import main
+from peftkern.cli.frame import InputError, bad_input, dtype_name, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,12 +33,24 @@ def test_version_is_the_package_s():
         (["version", "--loud"], "No such option: --loud"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments, complaint):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert complaint in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_line_and_status_2(arguments, complaint, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    assert said.err.startswith("peftkern: error: ") and complaint in said.err
+
+
+@pytest.mark.parametrize("command", ["bench", "doctor", "explain", "plan", "quantize"])
+def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert any(f"peftkern {command}" in line for line in lines)
+    prose = lines[: next(i for i, line in enumerate(lines) if line.startswith("╭"))]
+    assert max(map(len, lines)) <= 80
+    # Filled, not broken where the source is: the next word would not have fitted.
+    for line, after in itertools.pairwise(prose):
+        assert not (line and after) or len(line) + 1 + len(after.split()[0]) > 79
 
 
 def test_help_is_shown_when_asked_and_when_nothing_is():
@@ -44,3 +59,42 @@ def test_help_is_shown_when_asked_and_when_nothing_is():
     assert "version" in asked.stdout
     assert nothing.returncode == 2
     assert "version" in nothing.stdout + nothing.stderr
+
+
+@pytest.mark.parametrize("text", ["48", "GB", "-1GB", "0GB", "nanGB", "1e9GB", "4PB", "4 G B", ""])
+def test_what_is_no_size(text):
+    with pytest.raises(InputError, match="--fit: expected a size like 48GB"):
+        parse_bytes("--fit", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("48GB", 48 * 10**9), ("1.5 GiB", 3 * 2**29), (" 7kb ", 7000), ("2tib", 2**41)],
+)
+def test_sizes_know_their_units(text, count):
+    assert parse_bytes("--fit", text) == count
+
+
+def test_dtypes_have_a_short_and_a_full_name():
+    assert dtype_name("--dtype", "bf16", ("bf16",)) == "bf16"
+    assert dtype_name("--dtype", "bfloat16", ("bf16",)) == "bf16"
+    for text in ("float32", "fp32", "half", ""):
+        with pytest.raises(InputError, match=f"--dtype: expected one of bf16, fp16, got '{text}'"):
+            dtype_name("--dtype", text, ("bf16", "fp16"))
+
+
+def test_library_s_names_become_options():
+    for message, said in [
+        ("adapter_dtype: expected\n bf16", "--adapter-dtype: expected bf16"),
+        ("model: expected", "model: expected"),
+        ("adapter_dtype is missing", "adapter_dtype is missing"),
+    ]:
+        with pytest.raises(InputError) as caught, bad_input("adapter_dtype"):
+            raise ValueError(message)
+        assert str(caught.value) == said
+
+
+def test_file_that_cannot_be_read_is_named():
+    with pytest.raises(InputError) as caught, bad_input():
+        open("no/such/file")  # noqa: SIM115  (it does not open)
+    assert str(caught.value) == "no/such/file: No such file or directory"

@@ -20,7 +20,7 @@ from peftkern.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device=cpu", "--threads=1", "--shapes=24x64x128", "--r=4", "--seconds=0.1"]
-BUDGET = 40.0  # seconds
+BUDGET = 90.0  # seconds: seven processes import on one core, which others may use as well
 
 
 def environment() -> dict[str, str]:
@@ -56,16 +56,16 @@ def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
     than this one can be."""
     folder = tmp_path_factory.mktemp("bench")
     case = "nf4_dequantize/64x128/bfloat16/forward"
-    old = earlier(folder / "old.json", case, "torch", "plain torch", 1e-3)
+    old = earlier(folder / "old.json", case, "bitsandbytes", "bitsandbytes", 1e-3)
     done = bench(
         *TINY,
         "--op=nf4_lora_linear,lora_linear,nf4_linear,nf4_dequantize",
-        "--baselines=frozen,peft,bitsandbytes,torch",
+        "--baselines=frozen,peft,bitsandbytes",
         f"--json={folder / 'new.json'}",
         f"--csv={folder / 'new.csv'}",
         f"--compare={old}",
         "--repro",
-        "--budget=120s",
+        "--budget=240s",
         columns=80,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -101,7 +101,7 @@ def test_every_provider_is_right_and_timed(peers):
         ["peftkern", "frozen", "peft", "bitsandbytes"],
         ["peftkern", "frozen", "peft"],
         ["peftkern", "frozen", "bitsandbytes"],
-        ["peftkern", "bitsandbytes", "torch"],
+        ["peftkern", "bitsandbytes"],
     ]
     assert [case["against"] for case in record["cases"]] == [
         "bitsandbytes",
@@ -203,7 +203,7 @@ def test_compare_fails_when_slower_and_only_then(peers, rivals):
 
 def test_workers_die_with_a_killed_parent(tmp_path):
     command = [sys.executable, "-m", "peftkern", "bench", *TINY, "--op=lora_linear"]
-    command += ["--baselines=bench_providers:hanging,bench_providers:right", "--budget=120s"]
+    command += ["--baselines=bench_providers:hanging", "--budget=120s"]
     parent = subprocess.Popen(
         command,
         cwd=ROOT / "tests",
@@ -213,11 +213,11 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     try:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
         workers: list[str] = []
-        end = time.monotonic() + 60
-        while len(workers) < 4 and time.monotonic() < end:
+        end = time.monotonic() + 120
+        while len(workers) < 3 and time.monotonic() < end:
             time.sleep(0.1)
             workers = children.read_text().split()
-        assert len(workers) == 4  # the referee, ours, and two
+        assert len(workers) == 3  # the referee, ours, and one
         time.sleep(1)  # into their imports
     finally:
         parent.send_signal(signal.SIGKILL)
@@ -241,7 +241,7 @@ def is_running(process: str) -> bool:
     [
         (["--op", "nonsense"], "--op: 'nonsense' is not one of nf4_lora_linear, lora_linear"),
         (["--op", ""], "--op: '' has an empty entry"),
-        (["--shapes", "12x12"], "--shapes: '12x12' is not one of llama3-8b"),
+        (["--shapes", "12x12"], "--shapes: '12x12' is not one of llama2-7b"),
         (["--shapes", "0x8x8"], "each of M, N and K must be from 1"),
         (["--shapes", "8x16777216x16777216"], "this machine has"),
         (["--rows", "none"], "--rows: 'none'; accepted: whole numbers"),
@@ -276,16 +276,17 @@ def test_bad_input_is_one_line_before_anything_runs(arguments, complaint, capfd,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_absent_gpu_is_one_clear_line():
-    done = bench("--device", "cuda")
-    assert done.returncode == 2
-    assert f"--device cuda: torch {torch.__version__} sees no GPU" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_absent_gpu_is_one_clear_line(capfd):
+    assert main(["bench", "--device", "cuda"]) == 2
+    error = capfd.readouterr().err
+    assert f"--device cuda: torch {torch.__version__} sees no GPU" in error
+    assert len(error.splitlines()) == 1
 
 
-def test_compare_with_other_cases_is_refused_before_anything_runs(peers, tmp_path):
+def test_compare_with_other_cases_is_refused_before_anything_runs(peers, capfd):
     *_, folder = peers
-    done = bench(*TINY, "--op=lora_linear", "--dtype=fp32", f"--compare={folder / 'new.json'}")
-    assert done.returncode == 2
-    assert "has none of these cases; it has lora_linear/24x64x128" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    compare = f"--compare={folder / 'new.json'}"
+    assert main(["bench", *TINY, "--op=lora_linear", "--dtype=fp32", compare]) == 2
+    error = capfd.readouterr().err
+    assert "has none of these cases; it has lora_linear/24x64x128" in error
+    assert len(error.splitlines()) == 1

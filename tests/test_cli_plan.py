@@ -6,7 +6,9 @@ import json
 import re
 
 import pytest
-from test_cli import run
+from test_cli import ROOT, run
+
+from peftkern.cli import main
 
 QLORA_65B = ["llama-65b", "--method", "qlora", "--r", "64"]
 QLORA_65B += ["--adapter-dtype", "bf16", "--optimizer", "paged-adamw"]
@@ -28,10 +30,9 @@ def test_table_and_verdict_of_the_published_example_fit_80_columns():
     assert "not measured on a GPU" in text
 
 
-def test_json_holds_the_sums_and_status_1_says_that_it_does_not_fit():
-    done = run("plan", *QLORA_65B, "--sequence", "512", "--fit", "24GiB", "--json")
-    assert done.returncode == 1
-    report = json.loads(done.stdout)
+def test_json_holds_the_sums_and_status_1_says_that_it_does_not_fit(capsys):
+    assert main(["plan", *QLORA_65B, "--sequence", "512", "--fit", "24GiB", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
     plan = report["plan"]
     for phase, total in plan["totals"].items():
         assert total == sum(plan["fixed"].values()) + sum(plan["phases"][phase].values())
@@ -45,16 +46,17 @@ def test_json_holds_the_sums_and_status_1_says_that_it_does_not_fit():
     assert report["training"]["base"] == "nf4"
 
 
-def test_small_model_of_a_folder_is_shown_in_mb(tmp_path):
+def test_small_model_of_a_folder_is_shown_in_mb(tmp_path, capsys):
     config = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
     config |= {"intermediate_size": 96, "num_attention_heads": 4, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    done = run("plan", str(tmp_path), "--method", "full", "--sequence", "16", "--device", "cpu")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "MB at the peak" in done.stdout
-    assert re.search(r"peak 0\.\d\d MB = 0\.\d\d MiB", done.stdout)
-    assert "lm_head" not in done.stdout
-    assert "0.04 million parameters" in " ".join(done.stdout.split())
+    options = ["--method", "full", "--sequence", "16", "--device", "cpu", "--dtype", "bfloat16"]
+    assert main(["plan", str(tmp_path), *options]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "MB at the peak" in said and "activations bf16" in said
+    assert re.search(r"peak 0\.\d\d MB = 0\.\d\d MiB", said)
+    assert "lm_head" not in said
+    assert "0.04 million parameters" in said
 
 
 @pytest.mark.parametrize(
@@ -64,18 +66,20 @@ def test_small_model_of_a_folder_is_shown_in_mb(tmp_path):
         (["no/such/folder"], "model: expected a folder with a config.json"),
         (["."], "model: expected a folder with a config.json"),
         (["setup.py"], "setup.py: expected the JSON of a transformers config"),
-        (["llama3-8b", "--r", "0"], "r: expected an integer from 1"),
-        (["llama3-8b", "--batch", "-1"], "batch: expected an integer from 1"),
+        (["llama3-8b", "--r", "0"], "--r: expected an integer from 1"),
+        (["llama3-8b", "--batch", "-1"], "--batch: expected an integer from 1"),
         (["llama3-8b", "--sequence", "many"], "Invalid value for '--sequence'"),
-        (["llama3-8b", "--targets", "wq"], "targets: expected all-linear or some of q_proj"),
-        (["llama3-8b", "--optimizer", "lion"], "optimizer: expected one of adamw"),
-        (["llama3-8b", "--fit", "48"], "fit: expected a size like 48GB"),
+        (["llama3-8b", "--targets", "wq"], "--targets: expected all-linear or some of q_proj"),
+        (["llama3-8b", "--optimizer", "lion"], "--optimizer: expected one of adamw"),
+        (["llama3-8b", "--fit", "48"], "--fit: expected a size like 48GB"),
+        (["llama3-8b", "--dtype", "fp16"], "--dtype: expected one of bf16, fp32, got 'fp16'"),
+        (["llama3-8b", "--base", "int8"], "--base: expected one of bf16, fp32, nf4"),
+        (["llama3-8b", "--adapter-dtype", "nf4"], "--adapter-dtype: expected one of bf16, fp32"),
         ([], "Missing argument"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments, complaint):
-    done = run("plan", *arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert complaint in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_line_and_status_2(arguments, complaint, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and complaint in said.err and len(said.err.splitlines()) == 1

@@ -15,14 +15,15 @@ import torch
 from checkpoint_folders import contents, save_llama
 from transformers import AutoModelForCausalLM
 
+from peftkern.cli import main
 from peftkern.nf4_checkpoint import WORK
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def command(*arguments: object) -> dict:
+def command(*arguments: object, python: tuple[str, ...] = ("-m", "peftkern")) -> dict:
     return {
-        "args": [sys.executable, "-m", "peftkern", "quantize", *map(str, arguments)],
+        "args": [sys.executable, *python, "quantize", *map(str, arguments)],
         "cwd": ROOT,
         "text": True,
         "stdout": subprocess.PIPE,
@@ -30,16 +31,11 @@ def command(*arguments: object) -> dict:
     }
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(**command(*arguments), timeout=300)
-
-
 def test_a_checkpoint_is_quantised_and_described(tmp_path):
     source = save_llama(tmp_path / "src", torch.float32, sharded=True)
     (source / "tokenizer.json").write_text("{}")
-    done = run(
-        source, tmp_path / "dst", "--shard-size", "30KB", "--no-double-quant", "--skip", "v_proj"
-    )
+    options = ["--shard-size", "30KB", "--no-double-quant", "--skip", "v_proj"]
+    done = subprocess.run(**command(source, tmp_path / "dst", *options), timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "12 tensors quantised, 9 kept"
@@ -62,64 +58,84 @@ def test_a_checkpoint_is_quantised_and_described(tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--shard-size", "5X"], "--shard-size: expected a size as 5GB or 500MiB, got '5X'"),
-        (["--device", "cuda:99"], "GPUs, got 'cuda:99'"),
-        (["--skip", "nonsense"], "no linear layer is called 'nonsense'"),
+        (["--shard-size", "5X"], "--shard-size: expected a size like 48GB (10^9)"),
+        (["--shard-size", "0MB"], "--shard-size: expected a size like 48GB (10^9)"),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+        (["--blocksize", "65"], "--blocksize: expected one of (32, 64, "),
+        (["--compute-dtype", "int8"], "--compute-dtype: expected one of bf16, fp16, fp32, got"),
+        (["--skip", "nonsense"], "--skip: no linear layer is called 'nonsense'"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, options, complaint):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, options, complaint):
     source = save_llama(tmp_path / "src")
-    done = run(source, tmp_path / "dst", *options)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert complaint in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "dst").exists()
+    refused(capsys, complaint, source, tmp_path / "dst", *options)
 
 
-def test_damaged_source_is_one_line_and_leaves_nothing(tmp_path):
+def test_damaged_source_is_one_line_and_leaves_nothing(tmp_path, capsys):
     source = save_llama(tmp_path / "src")
     os.truncate(source / "model.safetensors", 5000)
-    done = run(source, tmp_path / "dst")
-    assert done.returncode == 2
-    assert "model.safetensors: damaged, cut off or not safetensors" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "dst").exists()
+    complaint = "model.safetensors: damaged, cut off or not safetensors"
+    refused(capsys, complaint, source, tmp_path / "dst")
 
 
-@pytest.fixture(scope="module")
-def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that takes long enough to be stopped in the middle."""
-    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
-    return save_llama(tmp_path_factory.mktemp("larger") / "src", torch.float32, **size)
+def refused(capsys: pytest.CaptureFixture, complaint: str, *arguments: object) -> None:
+    capsys.readouterr()
+    assert main(["quantize", *map(str, arguments)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and complaint in said.err and len(said.err.splitlines()) == 1
+    assert not arguments[1].exists()
 
 
-@pytest.fixture(scope="module")
-def whole(larger: Path) -> dict[str, bytes]:
-    """What becomes of it in one go."""
-    assert run(larger, larger.parent / "whole").returncode == 0
-    return contents(larger.parent / "whole")
+@pytest.mark.parametrize(("name", "kept"), [("fp16", "float16"), ("bfloat16", "bfloat16")])
+def test_compute_dtype_has_a_short_and_a_full_name(tmp_path, name, kept):
+    source = save_llama(tmp_path / "src")
+    assert main(["quantize", str(source), str(tmp_path / "dst"), "--compute-dtype", name]) == 0
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_compute_dtype"] == kept
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_by_a_signal_it_goes_on(tmp_path, larger, whole, how):
-    out = tmp_path / "dst"
-    with subprocess.Popen(**command(larger, out)) as process:
+# The command with half a second for every tensor, so that a signal always meets it in the middle.
+SLOW = """
+import sys, time
+from peftkern import cli, nf4_checkpoint
+quantised = nf4_checkpoint._quantised
+def slowly(*args):
+    time.sleep(0.5)
+    return quantised(*args)
+nf4_checkpoint._quantised = slowly
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def stopped(how: signal.Signals, source: Path, out: Path, lines: int) -> str:
+    """What it says when that signal comes after so many lines of its journal."""
+    with subprocess.Popen(**command(source, out, python=("-c", SLOW))) as process:
         journal = out / WORK / "journal"
         deadline = time.monotonic() + 240
-        while not (journal.exists() and journal.stat().st_size > 100):
+        while not (journal.exists() and journal.read_bytes().count(b"\n") >= lines):
             assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.send_signal(how)
         stdout, stderr = process.communicate(timeout=60)
     assert stdout == ""
-    if how is signal.SIGINT:
-        assert process.returncode == 130
-        # Behind it stands what the frame says of Ctrl-C, which depends on typer's version.
-        assert stderr.startswith("peftkern: stopped; the same command goes on from here\n")
-        assert "Traceback" not in stderr
+    assert process.returncode == (130 if how is signal.SIGINT else -how)
     assert [path.name for path in out.iterdir()] == [WORK]
-    done = run(larger, out)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "by an earlier run)" in done.stdout.splitlines()[0]
-    assert contents(out) == whole
+    return stderr
+
+
+def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys):
+    """Twice: by Ctrl-C, then, further on, killed."""
+    source = save_llama(tmp_path / "src", torch.float32)
+    assert main(["quantize", str(source), str(tmp_path / "whole")]) == 0
+    out = tmp_path / "dst"
+    said = stopped(signal.SIGINT, source, out, 2)
+    # Behind it stands what the frame says of Ctrl-C, which depends on typer's version.
+    assert said.startswith("peftkern: stopped; the same command goes on from here\n")
+    assert "Traceback" not in said
+    journal = (out / WORK / "journal").read_bytes()
+    stopped(signal.SIGKILL, source, out, journal.count(b"\n") + 2)
+    assert (out / WORK / "journal").read_bytes().startswith(journal)
+    capsys.readouterr()
+    assert main(["quantize", str(source), str(out)]) == 0
+    assert "by an earlier run)" in capsys.readouterr().out.splitlines()[0]
+    assert contents(out) == contents(tmp_path / "whole")

@@ -5,25 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from peftkern import plan
 
-def _llama(hidden: int, key_value: int, intermediate: int) -> dict[str, tuple[int, int]]:
-    return {
-        "q_proj": (hidden, hidden),
-        "k_proj": (key_value, hidden),
-        "v_proj": (key_value, hidden),
-        "o_proj": (hidden, hidden),
-        "gate_proj": (intermediate, hidden),
-        "up_proj": (intermediate, hidden),
-        "down_proj": (hidden, intermediate),
-    }
-
-
-# (N, K) of the linear layers of a block, as in the models' config.json.
+# (N, K) of the linear layers of a block, of the models that `peftkern plan` knows.
 PRESETS = {
-    "llama3-8b": _llama(4096, 1024, 14336),
-    "llama2-7b": _llama(4096, 4096, 11008),
-    "qwen2.5-7b": _llama(3584, 512, 18944),
-    "llama-65b": _llama(8192, 8192, 22016),
+    model: {name: (N, K) for name, (K, N, _) in architecture.linears().items()}
+    for model, architecture in plan.PRESETS.items()
 }
 ACCEPTED = f"{', '.join(PRESETS)}, one layer of them (llama3-8b-q_proj), or MxNxK (256x4096x4096)"
 LARGEST = 1 << 24  # of one dimension; what fits this machine's memory is checked later

@@ -6,6 +6,8 @@ imports wait until the command runs. Bad input is one line on stderr and exit st
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 
 import typer
@@ -28,7 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in (bench, doctor, explain, plan, quantize):
-    app.command()(_command)
+    # typer breaks the lines of a docstring where the source does.
+    _help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_command.__doc__))
+    app.command(help=_help)(_command)
 
 
 @app.command()
@@ -54,6 +58,5 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
         else:
-            where = error.ctx.command_path if error.ctx else "peftkern"
-            print(f"{where}: error: {error.format_message()}", file=sys.stderr)
+            print(f"peftkern: error: {error.format_message()}", file=sys.stderr)
     return EXIT_BAD_INPUT

@@ -9,16 +9,23 @@ import typer
 
 from peftkern.cli.frame import InputError, bad_input
 
+# What still means something when nothing is measured.
+WITH_FROM = ("from_", "csv", "html", "compare", "fail_if", "repro")
+
 
 def bench(
+    context: typer.Context,
     op: Annotated[
-        str, typer.Option(help="nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize")
+        str,
+        typer.Option(
+            help="one or more of nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize"
+        ),
     ] = "nf4_lora_linear,lora_linear,nf4_dequantize",
     shapes: Annotated[
         str | None,
         typer.Option(
-            help="llama3-8b, llama2-7b, qwen2.5-7b, llama-65b: their linear layers, or one of them"
-            " (llama3-8b-q_proj); MxNxK: M rows, a weight [N, K]",
+            help="llama3-8b, llama2-7b, qwen2.5-7b, llama-65b, ...: their linear layers, or one of"
+            " them (llama3-8b-q_proj); MxNxK: M rows, a weight [N, K]",
             show_default="llama3-8b-q_proj, on a GPU llama3-8b",
         ),
     ] = None,
@@ -45,17 +52,26 @@ def bench(
             " unsloth, liger, module:function"
         ),
     ] = "auto",
-    budget: Annotated[str, typer.Option(help="bounds the whole run")] = "60s",
+    budget: Annotated[str, typer.Option(help="how long the whole run may take: 60s, 5m")] = "60s",
     seconds: Annotated[
-        str, typer.Option(help="of counted calls for each implementation of a case, at most")
+        str, typer.Option(help="time to measure each implementation of a case, at most")
     ] = "1.5s",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda", show_default="cuda if there is one")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="of a CPU", show_default="all cores")] = None,
-    seed: Annotated[int, typer.Option(help="of weights and inputs")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="threads of a CPU", show_default="all cores")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="what weights and inputs are drawn from")] = 0,
     json: Annotated[Path | None, typer.Option(help="write everything measured here")] = None,
     csv: Annotated[Path | None, typer.Option(help="write a line per case and provider")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="write a report, one file for a browser")
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="measure nothing: show this earlier --json, write its files"),
+    ] = None,
     compare: Annotated[Path | None, typer.Option(help="an earlier --json to compare with")] = None,
     fail_if: Annotated[
         str | None,
@@ -70,8 +86,10 @@ def bench(
     Lists take commas. Each implementation runs in a process of its own, on the same weights and
     inputs; a wrong result shows WRONG and no time, a crash FAILED. Exit status 1: peftkern was
     wrong or failed, nothing was measured, or --compare found a case slower.
+
+    Example: peftkern bench --shapes llama3-8b --dtype bf16 --budget 5m --json new.json
     """
-    from peftkern.benchmark import command
+    from peftkern.benchmark import command, record
 
     with bad_input():
         options = command.Options(
@@ -89,13 +107,32 @@ def bench(
             seed=seed,
             json=json,
             csv=csv,
+            html=html,
             compare=compare,
             fail_if=fail_if,
             repro=repro,
         )
-        plan = command.plan(options)
+        if from_ is not None:
+            _refuse_others(context)
+            earlier = record.read(from_)
+            outputs = command.outputs(options, {case["name"] for case in earlier["cases"]})
+        else:
+            plan = command.plan(options)
+    if from_ is not None:
+        raise typer.Exit(command.tell(earlier, outputs))
     try:
         status = command.execute(plan)
     except command.BenchError as error:
         raise InputError(str(error)) from error
     raise typer.Exit(status)
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Options that would only have decided what is measured."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if parameter.name not in WITH_FROM and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(
+                f"--from: measures nothing, so that {parameter.opts[0]} has no effect; accepted"
+                " with it: --csv, --html, --compare, --fail-if, --repro"
+            )

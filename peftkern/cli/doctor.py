@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Look at this installation and test every function on small inputs.
+    """Say what was built, what serves what here and why not the rest, and what is wrong.
 
-    Exit status: 0 if all is well, 1 if something is wrong; a note is not.
-
-    A peer that is not installed is not wrong. Peers are imported in another process.
+    Every function is tested on small inputs against float64. The packages around this one are
+    imported in another process; one that is not installed is not wrong. Exit status: 0 if all is
+    well, 1 if something is wrong; a note is not.
     """
     import json
 
@@ -93,7 +93,7 @@ def _print_built(d: Diagnosis, console: Console) -> None:
 
 def _print_served(d: Diagnosis, console: Console) -> None:
     for device in dict.fromkeys(row.device for row in d.served):
-        table = _table("op", "served by", "not by")
+        table = _table("op", "served by", "not by", whole=1)
         for row in d.served:
             if row.device == device:
                 others = "; ".join(f"{name}: {why}" for name, why in row.others.items())
@@ -122,7 +122,7 @@ def _print_tested(d: Diagnosis, console: Console) -> None:
     if not d.tested:
         console.print("\nSelf-test: not run, see below", style="bold")
         return
-    table = _table("function", "dtype", "device", "served by", "error / bound")
+    table = _table("function", "dtype", "device", "served by", "error / bound", whole=4)
     for result in d.tested:
         style = None if result.ok else "bold red"
         row = (result.function, result.dtype, result.device, result.backends, _verdict(result))
@@ -138,12 +138,13 @@ def _verdict(result: Result) -> str:
     return f"{'ok' if result.ok else 'WRONG'}, {result.share:.2f} ({result.worst})"
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, whole: int = 0) -> Table:
+    """Columns of which the first `whole` keep their words in one piece on a narrow terminal."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number < whole)
     return table
 
 

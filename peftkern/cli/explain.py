@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    import torch
-
     from peftkern.dispatch import Explanation
 
 
 def explain(
     op: Annotated[str, typer.Argument(help="A function or an op, such as nf4_lora_linear.")],
-    shape: Annotated[str, typer.Argument(help="MxNxK, or NxK for what has no rows.")],
-    dtype: Annotated[str, typer.Option(help="Of x and the weight: bf16|fp16|fp32|fp64.")] = "bf16",
+    shape: Annotated[
+        str, typer.Argument(help="MxNxK: M rows, a weight [N, K]; NxK for what has no rows.")
+    ],
+    dtype: Annotated[
+        str, typer.Option(help="Of x and the weight: bf16, fp16, fp32 or fp64.")
+    ] = "bf16",
     r: Annotated[int, typer.Option("--r", help="Rank of the adapter.")] = 16,
-    adapter_dtype: Annotated[str, typer.Option(help="Of lora_A and lora_B.")] = "fp32",
-    mode: Annotated[str, typer.Option(help="forward|backward|full|no-grad.")] = "full",
+    adapter_dtype: Annotated[
+        str, typer.Option(help="Of lora_A and lora_B, the same names.")
+    ] = "fp32",
+    mode: Annotated[str, typer.Option(help="forward, backward, full or no-grad.")] = "full",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")
+        str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -33,13 +37,12 @@ def explain(
     import json
 
     from peftkern import sample_calls
-    from peftkern.cli.frame import InputError, bad_input
+    from peftkern.cli.frame import bad_input, dtype_name, present_device
 
-    for option, name in (("--dtype", dtype), ("--adapter-dtype", adapter_dtype)):
-        if name not in sample_calls.DTYPES:
-            raise InputError(f"{option}: expected {'|'.join(sample_calls.DTYPES)}, got {name!r}")
-    place = _device(device)
-    with bad_input():
+    dtype = dtype_name("--dtype", dtype, tuple(sample_calls.DTYPES))
+    adapter_dtype = dtype_name("--adapter-dtype", adapter_dtype, tuple(sample_calls.DTYPES))
+    place = present_device(device)
+    with bad_input("r", "mode"):
         sample = sample_calls.sample_of(
             op,
             shape,
@@ -74,33 +77,6 @@ def explain(
     _print(f"{op} {shape} {dtype}, rank {r} {adapter_dtype}, on {place}", explanation, note)
 
 
-def _device(name: str | None) -> torch.device:
-    """The device that was asked for, if it is here."""
-    import torch
-
-    from peftkern.cli.frame import InputError
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
-        return torch.device("cuda" if count else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and not count:
-        built = torch.version.cuda or torch.version.hip
-        why = "finds none" if built else "is built without CUDA and ROCm"
-        raise InputError(
-            f"--device {name}: no GPU here whose kernels could be asked (torch "
-            f"{torch.__version__} {why})"
-        )
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"--device {name}: expected one of {count} GPUs, numbered from 0")
-    return device
-
-
 def _print(title: str, explanation: Explanation, note: str | None) -> None:
     from rich import box
     from rich.console import Console
@@ -108,7 +84,7 @@ def _print(title: str, explanation: Explanation, note: str | None) -> None:
 
     console = Console(highlight=False, markup=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("op", overflow="fold")
+    table.add_column("op", no_wrap=True)
     table.add_column("back end", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     last = None

@@ -1,11 +1,21 @@
-"""What every command shares: how bad input ends it."""
+"""What every command shares: how bad input ends it, and how it reads names of dtypes and sizes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 EXIT_BAD_INPUT = 2
+# What help and output say, and the full name, which is understood as well.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class InputError(Exception):
@@ -13,10 +23,68 @@ class InputError(Exception):
 
 
 @contextlib.contextmanager
-def bad_input() -> Iterator[None]:
+def bad_input(*options: str) -> Iterator[None]:
     """Around the calls whose ValueError or OSError is about what the user gave, and around no more:
-    the same error from elsewhere is a defect and keeps its traceback."""
+    the same error from elsewhere is a defect and keeps its traceback.
+
+    options: arguments of the library that are options here; a message about one names it as such.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+    except OSError as error:
+        file = error.filename if error.strerror else None
+        raise InputError(f"{file}: {error.strerror}" if file else str(error)) from error
+    except ValueError as error:
+        raise InputError(in_words(error, *options)) from error
+
+
+def in_words(error: ValueError, *options: str) -> str:
+    """Its message in one line: "--adapter-dtype: ..." of "adapter_dtype: ..."."""
+    message = " ".join(str(error).split())
+    name, colon, rest = message.partition(":")
+    return f"--{name.replace('_', '-')}:{rest}" if colon and name in options else message
+
+
+def dtype_name(option: str, text: str, accepted: Sequence[str]) -> str:
+    """ "bf16" of bf16 or bfloat16.
+
+    Raises: InputError if that is none of `accepted`.
+    """
+    short = {name: short for short, name in DTYPES.items()}.get(text, text)
+    if short not in accepted:
+        raise InputError(f"{option}: expected one of {', '.join(accepted)}, got {text!r}")
+    return short
+
+
+def present_device(text: str | None) -> torch.device:
+    """The device that --device names; without it a GPU if there is one, else the CPU.
+
+    Raises: InputError if it is not here.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text is None:
+        return torch.device("cuda" if count else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text, re.ASCII):
+        raise InputError(f"--device: expected cpu, cuda or cuda:N, got {text!r}")
+    if text != "cpu" and not count:
+        raise InputError(f"--device {text}: torch {torch.__version__} sees no GPU on this machine")
+    device = torch.device(text)
+    if (device.index or 0) >= max(count, 1):
+        raise InputError(f"--device {text}: expected one of {count} GPUs, numbered from 0")
+    return device
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """ "48GB" is 48 * 10^9 bytes, "48GiB" is 48 * 2^30; case does not matter.
+
+    Raises: InputError saying what is accepted.
+    """
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?) *([KMGT]I?B)", text.strip().upper(), re.ASCII)
+    count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if not count:
+        raise InputError(
+            f"{option}: expected a size like 48GB (10^9) or 48GiB (2^30), got {text!r}"
+        )
+    return count

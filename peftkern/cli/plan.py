@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -51,27 +51,37 @@ def plan(
     attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
     dropout: Annotated[float, typer.Option(help="lora_dropout.")] = 0.0,
     patched: Annotated[bool, typer.Option(help="After peftkern.patch, or PEFT alone.")] = True,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    device: Annotated[str, typer.Option(help="To train on: cuda or cpu.")] = "cuda",
     fit: Annotated[
         str | None,
-        typer.Option(help="Budget, 48GB or 48GiB: does it fit, what would? Status 1 if not."),
+        typer.Option(help="Memory there is, 48GB or 48GiB: does it fit, what would?"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes.")] = False,
 ) -> None:
-    """Count the memory of a fine-tune before it is run."""
-    from peftkern import plan as planning
-    from peftkern.cli.frame import bad_input
+    """Count the memory of a fine-tune before it is run: by part, at the peak of each phase.
 
-    with bad_input():
+    It needs neither the weights nor a GPU. With --fit also the largest batch and sequence that fit;
+    exit status 1 if this one does not.
+
+    Example: peftkern plan llama-65b --method qlora --r 64 --sequence 512 --fit 48GB
+    """
+    from peftkern import plan as planning
+    from peftkern.cli.frame import bad_input, dtype_name, parse_bytes
+
+    budget = None if fit is None else parse_bytes("--fit", fit)
+    if base is not None:
+        base = dtype_name("--base", base, planning.BASES)
+    names = [name.strip() for name in targets.split(",") if name.strip()]
+    options = [option.name for option in fields(planning.Training)]
+    with bad_input(*options):
         architecture = planning.read_model(model)
-        names = [name.strip() for name in targets.split(",") if name.strip()]
         training = planning.Training(
             method=method,
             r=r,
             targets=planning.MODULES if names == ["all-linear"] else tuple(names),
             base=base,
-            dtype=dtype,
-            adapter=adapter_dtype,
+            dtype=dtype_name("--dtype", dtype, planning.DTYPES),
+            adapter_dtype=dtype_name("--adapter-dtype", adapter_dtype, planning.DTYPES),
             double_quant=double_quant,
             optimizer=optimizer,
             batch=batch,
@@ -82,7 +92,6 @@ def plan(
             dropout=dropout,
             device=device,
         )
-        budget = None if fit is None else planning.parse_bytes(fit)
     found = planning.plan(architecture, training)
     fitting = None
     if budget is not None:
@@ -155,7 +164,7 @@ def _describe(name: str, model: Architecture, training: Training, found: Plan) -
     text += training.method
     if training.method != "full":
         where = f"{len(training.targets)} of {len(model.linears())} linear layers"
-        text += f" r={training.r} on {where}, adapters {training.adapter}"
+        text += f" r={training.r} on {where}, adapters {training.adapter_dtype}"
     quantised = " double-quantised" if training.base == "nf4" and training.double_quant else ""
     text += f", base {training.base}{quantised}, activations {training.dtype}"
     text += f", {training.optimizer}, batch {training.batch}, sequence {training.sequence}"
@@ -163,6 +172,8 @@ def _describe(name: str, model: Architecture, training: Training, found: Plan) -
     text += f", {training.attention} attention, {training.device}"
     if training.method != "full":
         text += ", patched by peftkern" if training.patched else ", PEFT alone"
+    if training.method == "dora" and training.patched:
+        text += " (DoRA counted as PEFT runs it)"
     return text
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftkern.cli.frame import InputError
+from peftkern.cli.frame import DTYPES, InputError, dtype_name, in_words, parse_bytes, present_device
 
 if TYPE_CHECKING:
     from peftkern.nf4_checkpoint import Summary
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
 
 
 def quantize(
@@ -24,14 +23,14 @@ def quantize(
     double_quant: Annotated[bool, typer.Option(help="Keep absmax in 8 bits instead of 32.")] = True,
     compute_dtype: Annotated[
         str | None,
-        typer.Option(help="bfloat16, float16 or float32; by default that of the weights."),
+        typer.Option(help="bf16, fp16 or fp32.", show_default="that of most weights"),
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="A linear layer to leave as it is, as q_proj; may be repeated."),
+        typer.Option(help="A linear layer to leave as it is, like q_proj; may be repeated."),
     ] = None,
-    shard_size: Annotated[str, typer.Option(help="Where a new file begins.")] = "5GB",
-    device: Annotated[str, typer.Option(help="Where to quantise: cpu or cuda.")] = "cpu",
+    shard_size: Annotated[str, typer.Option(help="Largest size of a file: 5GB or 500MiB.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Where to quantise: cpu, cuda or cuda:N.")] = "cpu",
     force: Annotated[
         bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
     ] = False,
@@ -41,6 +40,8 @@ def quantize(
     DST loads with transformers' from_pretrained (bitsandbytes installed), tokenizer included. The
     linear layers that transformers itself would quantise are in 4 bits, all else is copied. A run
     that was stopped goes on when it is repeated.
+
+    Example: peftkern quantize ~/models/llama3-8b ~/models/llama3-8b-nf4
     """
     import logging
 
@@ -51,9 +52,12 @@ def quantize(
     from peftkern.nf4_checkpoint import WORK, Options, quantize_checkpoint
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it has not found
+    shard_bytes = parse_bytes("--shard-size", shard_size)
+    device = str(present_device(device))
+    if compute_dtype is not None:
+        compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
     try:
-        _check_device(device)
-        options = Options(blocksize, double_quant, _bytes(shard_size), device)
+        options = Options(blocksize, double_quant, shard_bytes, device)
         checkpoint = read_checkpoint(source)
         try:
             from peftkern.integrations.linear_weights import find_linear_weights
@@ -88,7 +92,7 @@ def quantize(
                 progress=lambda count, name: bar.update(task, advance=count, description=name),
             )
     except CheckpointError as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(in_words(error, "blocksize", "skip")) from error
     except OSError as error:  # a full disk, a file that may not be read
         hint = "; the same command goes on from there" if (destination / WORK).exists() else ""
         raise InputError(f"{error}{hint}") from error
@@ -116,28 +120,3 @@ def _report(summary: Summary, destination: Path) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def _bytes(text: str) -> int:
-    from peftkern.checkpoint import CheckpointError
-
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", text.strip().upper(), re.ASCII)
-    if not parts or parts[2] not in _UNITS:
-        raise CheckpointError(f"--shard-size: expected a size as 5GB or 500MiB, got {text!r}")
-    return int(float(parts[1]) * _UNITS[parts[2]])
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    from peftkern.checkpoint import CheckpointError
-
-    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
-        raise CheckpointError(f"--device: expected cpu or cuda, got {device!r}")
-    if device != "cpu":
-        number = int(device.partition(":")[2] or 0)
-        if number >= torch.cuda.device_count():
-            raise CheckpointError(
-                f"--device: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, "
-                f"got {device!r}"
-            )
