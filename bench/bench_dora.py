@@ -1,16 +1,18 @@
 """PEFT's DoRA layer, patched and not, and the frozen layer alone, over dense and NF4 weights.
 
 PEFT multiplies an identity matrix by the update to get its norms, makes the dense weight in float32
-for them, and keeps the outputs of both parts for the lengths' gradient.
+for them, and keeps the outputs of both parts for the lengths' gradient. On a GPU the norms alone
+are cases, too, beside plain torch on blocks of rows, which makes each block dense in float32.
 
-python bench/bench_dora.py [--only forward-M256] [--seconds 2]
+python bench/bench_dora.py [--device cuda] [--only forward-M256] [--seconds 2]
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -18,7 +20,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.benchmark.peers import Layers, forward, linear, nf4_linear, nf4_weight64
+from peftkern.benchmark.peers import (
+    Layers,
+    bitsandbytes_missing,
+    forward,
+    linear,
+    nf4_linear,
+    nf4_weight64,
+)
 from peftkern.benchmark.suite import (
     OURS,
     Case,
@@ -30,7 +39,9 @@ from peftkern.benchmark.suite import (
     main,
     run_benchmark,
 )
+from peftkern.dora import dora_norm
 
+BY_BLOCKS = "torch, blocks of rows"
 PEFT, FROZEN = "PEFT", "frozen layer"
 NAMES = (OURS, PEFT, FROZEN)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -69,11 +80,11 @@ def parameters(layer: nn.Module) -> list[Tensor]:
     return [group["default"].weight for group in groups]
 
 
-def step(layers: list[nn.Module], x: Tensor, dy: Tensor):
+def step(layers: list[nn.Module], xs: list[Tensor], dy: Tensor):
     """Output and the gradients of x, both factors and the lengths; of x for the frozen layer."""
 
     def call(i: int) -> tuple[Tensor, ...]:
-        layer = layers[i % len(layers)]
+        layer, x = layers[i % len(layers)], xs[i % len(xs)]
         y = layer(x)
         wanted = [x, *(parameters(layer) if hasattr(layer, "lora_A") else [])]
         return y.detach(), *torch.autograd.grad(y, wanted, dy)
@@ -102,13 +113,16 @@ def build(options: Options, work: Work) -> Case:
     torch.manual_seed(0)
     n, k, r, m, dtype = options.n, options.k, options.r, options.m(work.m), work.dtype
     weight = (torch.randn(n, k, device=options.device) / k**0.5).to(dtype)
-    x = torch.randn(m, k, device=options.device).to(dtype).requires_grad_(work.train)
+    x = torch.randn(m, k, device=options.device).to(dtype)
     dy = torch.randn(m, n, device=options.device).to(dtype) if work.train else None
     base = nf4_linear(weight) if work.nf4 else linear(weight)
     values = nf4_weight64(base) if work.nf4 else weight.double()
     if work.nf4:  # every variant computes with the values in its own type
         values = values.to(dtype).double()
     copies = options.copies(weight.nbytes)
+    # A GPU's L2 cache would still hold much of a single x.
+    count = copies if options.device.type == "cuda" else 1
+    xs = [x.clone().requires_grad_(work.train) for _ in range(count)]
 
     def variant(name: str) -> Variant:
         if name == FROZEN:
@@ -116,7 +130,7 @@ def build(options: Options, work: Work) -> Case:
         else:
             layers = pool(base, copies, r, name == OURS)
         right = oracle(x, values, None if name == FROZEN else layers[0], dy)
-        return Variant(step(layers, x, dy) if work.train else forward(layers, [x]), right)
+        return Variant(step(layers, xs, dy) if work.train else forward(layers, xs), right)
 
     # Dense products: forward, dx, and the one again for the lengths; skinny ones, and the norms.
     flops = (3 if work.train else 1) * 2 * m * n * k + 2 * n * k * (r + 1)
@@ -126,9 +140,40 @@ def build(options: Options, work: Work) -> Case:
     return Case({name: variant(name) for name in NAMES}, traffic, flops, dtype)
 
 
-def spec(name: str, work: Work, *targets: Target) -> Spec:
+def build_norm(options: Options, nf4: bool) -> Case:
+    """The norms alone, of a weight in bfloat16 with float32 factors."""
+    torch.manual_seed(0)
+    n, k, r, device = options.n, options.k, options.r, options.device
+    weight = (torch.randn(n, k, device=device) / k**0.5).to(BF16)
+    a, b = torch.randn(r, k, device=device) / k**0.5, torch.randn(n, r, device=device) * 0.1
+    traffic = weight.nbytes
+    if nf4:
+        with peftkern.use_backend(None):  # whatever is forced on the case itself
+            weight = peftkern.quantize_nf4(weight)
+        traffic = weight.packed.nbytes + weight.absmax.nbytes
+        copied = [
+            replace(weight, packed=weight.packed.clone()) for _ in range(options.copies(traffic))
+        ]
+    else:
+        copied = [weight.clone() for _ in range(options.copies(traffic))]
+
+    def norms(i: int) -> Tensor:
+        return dora_norm(copied[i % len(copied)], a, b, scaling=2.0)
+
+    def by_blocks(i: int) -> Tensor:
+        with peftkern.use_backend("reference"):
+            return norms(i)
+
+    with peftkern.use_backend("reference"):
+        dense = peftkern.dequantize_nf4(weight) if nf4 else weight
+    right = (torch.linalg.norm(dense.double() + 2 * b.double() @ a.double(), dim=1),)
+    traffic += a.nbytes + b.nbytes + 4 * n
+    variants = {OURS: Variant(norms, right), BY_BLOCKS: Variant(by_blocks, right)}
+    return Case(variants, traffic, 2 * n * k * (r + 1), FP32)
+
+
+def spec(name: str, work: Work, *targets: Target, shape: tuple[int, int] = (2048, 2048)) -> Spec:
     label = f"dora/{name}/{'bf16' if work.dtype is BF16 else 'fp32'}"
-    shape = (2048, 2048)
     return Spec(label, lambda options: build(options, work), NAMES, PEFT, targets, shape=shape)
 
 
@@ -141,10 +186,33 @@ SPECS = [
 ]
 
 
+def gpu_specs(device: torch.device) -> list[Spec]:
+    """Over NF4 only beside bitsandbytes: PEFT makes no DoRA layer over another packed weight."""
+    kinds = (False, True) if bitsandbytes_missing(device) is None else (False,)
+    square, wide = (4096, 4096), (14336, 4096)
+    specs = []
+    for shape, m, nf4 in itertools.product((square, wide), (512, 4096), kinds):
+        name = f"{'nf4-' if nf4 else ''}forward+backward-M{m}-{shape[0]}x{shape[1]}"
+        specs.append(spec(name, Work(m, BF16, nf4=nf4), Target(PEFT, 1.0), shape=shape))
+    for shape, nf4 in itertools.product((square, wide), (False, True)):
+        specs.append(
+            Spec(
+                f"dora/{'nf4-' if nf4 else ''}norm-{shape[0]}x{shape[1]}/bf16",
+                lambda options, nf4=nf4: build_norm(options, nf4),
+                (OURS, BY_BLOCKS),
+                BY_BLOCKS,
+                (Target(BY_BLOCKS, 1.0),),
+                shape=shape,
+                most_launches=1,
+            )
+        )
+    return specs
+
+
 @pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
 def test_dora(benchmark, spec: Spec, name: str, options: Options) -> None:
     run_benchmark(benchmark, spec, name, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main("dora", SPECS))
+    sys.exit(main("dora", SPECS, gpu_specs))

@@ -221,7 +221,7 @@ def search(problem, n: int, k: int, device: torch.device, left: Callable[[], flo
     best, ratio, rejected, tried = counted, 1.0, Counter(), {counted}
     for name in FIELDS[problem.kernel]:
         for candidate in neighbours(best, name):
-            if candidate in tried or left() <= 0:
+            if candidate in tried or not candidate.valid(problem.kernel) or left() <= 0:
                 continue
             tried.add(candidate)
             try:

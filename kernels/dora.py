@@ -1,4 +1,4 @@
-"""DoRA's row norms on a GPU: the norms of the rows of weight + scaling * lora_B @ lora_A, one launch.
+"""DoRA on a GPU: the norms of the rows of weight + scaling * lora_B @ lora_A, in one launch.
 
 A program takes a tile of rows and walks along K: the update's tile comes from the tensor cores, the
 weight is added in registers, squares are summed in float32 in BLOCK_K lanes, which are added and

@@ -162,8 +162,8 @@ def dequantize_nf4(
 def explain(op_name: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
     """Which back end would serve a call, and why the others would not; nothing is computed.
 
-    Args: op_name, a function of this module and its arguments, or an op of `torch.ops.peftkern` and
-        its positional arguments.
+    Args: op_name, a function of this module or `dora_linear`, and its arguments, or an op of
+        `torch.ops.peftkern` and its positional arguments.
     Returns: an object whose str() is a table.
     Raises: ValueError listing the names if there is none like this.
     """
@@ -413,7 +413,18 @@ def _explain_dequantize_nf4(w, dtype=None, out=None):
     return {"nf4_dequantize": (*_pieces(w), w.shape, w.dtype if dtype is None else dtype)}
 
 
+def _explain_dora_linear(x, weight, lora_A, lora_B, magnitude, *, scaling, **options):
+    options.pop("recompute", None)  # forms a product of the forward pass again
+    if isinstance(weight, NF4Weight):
+        norm = (*_pieces(weight), weight.shape, weight.dtype, lora_A, lora_B, 1.0)
+        layer = _explain_nf4_lora_linear(x, weight, lora_A, lora_B, scaling=scaling, **options)
+        return {"nf4_dora_norm": norm, **layer}
+    layer = _explain_lora_linear(x, weight, lora_A, lora_B, scaling=scaling, **options)
+    return {"dora_norm": (weight, lora_A, lora_B, 1.0), **layer}
+
+
 _EXPLAINED = {
+    "dora_linear": _explain_dora_linear,
     "lora_linear": _explain_lora_linear,
     "nf4_linear": _explain_nf4_linear,
     "nf4_lora_linear": _explain_nf4_lora_linear,

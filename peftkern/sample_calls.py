@@ -29,6 +29,10 @@ FUNCTIONS = {
     "nf4_lora_linear": ("nf4_lora_linear_forward", "nf4_lora_linear_backward"),
     "quantize_nf4": ("nf4_quantize", "nf4_quantize_absmax"),
     "dequantize_nf4": ("nf4_dequantize",),
+    "dora_linear": (  # over a dense weight, and over an NF4 one
+        *("dora_norm", "lora_linear_forward", "lora_linear_backward"),
+        *("nf4_dora_norm", "nf4_lora_linear_forward", "nf4_lora_linear_backward"),
+    ),
     "orthogonality_loss": ("adalora_orthogonality_forward", "adalora_orthogonality_backward"),
 }
 MODES = ("forward", "backward", "full", "no-grad")
@@ -148,8 +152,10 @@ def ops_of(name: str, mode: str = "full") -> tuple[str, ...]:
         raise ValueError(f"op: expected one of {names}, got {name!r}")
     if mode == "full":
         return FUNCTIONS[name]
-    other = "_forward" if mode == "backward" else "_backward"
-    return tuple(op for op in FUNCTIONS[name] if not op.endswith(other))
+    backward = tuple(op for op in FUNCTIONS[name] if op.endswith("_backward"))
+    if mode == "backward" and backward:
+        return backward
+    return tuple(op for op in FUNCTIONS[name] if op not in backward)
 
 
 def sample_of(name: str, shape: str, **options: Any) -> Sample:

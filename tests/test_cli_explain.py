@@ -25,6 +25,14 @@ def test_says_who_serves_and_why_not_the_others():
     assert "threads" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
 
 
+def test_dora_is_explained_over_both_kinds_of_weight():
+    done = run("explain", "dora_linear", "16x4096x4096", "--device", "cpu", "--json")
+    rows = {(row["op"], row["backend"]): row["verdict"] for row in json.loads(done.stdout)["rows"]}
+    for op in ("dora_norm", "nf4_dora_norm"):
+        assert rows[op, "triton"] == "cannot: tensors are on cpu"
+        assert rows[op, "cpu"] == rows["lora_linear_forward", "cpu"] == "chosen"
+
+
 def test_json_says_the_same():
     shape = ("lora_linear", "1x4096x4096", "--dtype", "fp64", "--mode", "no-grad")
     done = run("explain", *shape, "--device", "cpu", "--json")
@@ -90,7 +98,7 @@ def _dense(value):
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *ops.SCHEMAS])
 def test_every_function_is_explained(name):
-    with_rows = name.startswith(("lora_", "nf4_linear", "nf4_lora"))
+    with_rows = name.startswith(("lora_", "nf4_linear", "nf4_lora", "dora_linear"))
     sample = sample_of(name, "5x6x7" if with_rows else "6x7")
     assert (5 if with_rows else 1, 6, 7) == (sample.M, sample.N, sample.K)
     explanation = explain(name, sample)
@@ -110,6 +118,9 @@ def test_modes():
     assert len(ops_of("lora_linear")) == 2
     assert ops_of("low_rank_svd", "backward") == ("low_rank_svd",)
     assert len(ops_of("quantize_nf4", "forward")) == 2
+    backward = ("lora_linear_backward", "nf4_lora_linear_backward")
+    assert ops_of("dora_linear", "backward") == backward  # the norm is a constant there
+    assert set(ops_of("dora_linear", "no-grad")) == {*ops_of("dora_linear")} - {*backward}
 
 
 def test_argument_that_nothing_stands_for_is_named(monkeypatch):

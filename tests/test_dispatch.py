@@ -195,13 +195,16 @@ def test_explain_agrees_with_the_call_for_every_function(w, device):
         ("dequantize_nf4", (w,), {"dtype": torch.float16}),
         ("dequantize_nf4", (w,), {"out": out}),
     ]
+    dora = {**lora, "magnitude": torch.ones(20, device=device)}
+    calls += [("dora_linear", (x, weight), dora), ("dora_linear", (x, w), dora)]
     for name, args, kwargs in calls:
         explanation = peftkern.explain(name, *args, **kwargs)
         if device == "meta":
             assert "cannot: tensors are on meta" in str(explanation)
             continue
         peftkern.reset_stats()
-        getattr(peftkern, name)(*args, **kwargs)
+        getattr(peftkern if hasattr(peftkern, name) else peftkern.dora, name)(*args, **kwargs)
+        assert peftkern.stats().calls
         for op, backend in peftkern.stats().calls:
             assert explanation.chosen(op) == backend
 

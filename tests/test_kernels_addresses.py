@@ -28,7 +28,7 @@ if triton_interpreted():
     from triton.runtime import interpreter
     from triton.runtime.interpreter import TensorHandle
 
-    from peftkern.kernels import launch, lora_linear, nf4, nf4_lora_linear
+    from peftkern.kernels import dora, launch, lora_linear, nf4, nf4_lora_linear
 
 GRID_MOST = (2**31 - 1, 65535, 65535)  # programs of a CUDA launch
 ROWS_MOST = 2**30 - 1
@@ -104,7 +104,7 @@ def far_memory(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", store)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_ends)
-    for module in (lora_linear, nf4, nf4_lora_linear):
+    for module in (dora, lora_linear, nf4, nf4_lora_linear):
         monkeypatch.setattr(module, "range", ends, raising=False)
     with FakeTensorMode():
         yield
@@ -198,6 +198,19 @@ def test_nf4_codec(dtype):
     shape = [(1 << 17) + 1, 1 << 16]
     nf4.nf4_dequantize(*nf4_weight(*shape), shape, dtype)
     nf4.nf4_quantize(fake(*shape, dtype=dtype), 64)
+
+
+@pytest.mark.parametrize("r", [16, 256])
+@pytest.mark.parametrize("shape", [(COLUMNS_MOST, 1 << 13), (1 << 13, COLUMNS_MOST)], ids=str)
+def test_dora_norm(shape, r):
+    N, K = (most_columns() // 64 * 64 if n == COLUMNS_MOST else n for n in shape)
+    A, B = adapters(N, K, r)
+    for weight in (fake(N, K), fake(K, N).t()):
+        assert dora.supports_norm(weight, A, B, 2.0) is None
+        dora.dora_norm(weight, A, B, 2.0)
+    packed = (*nf4_weight(N, K), [N, K], torch.bfloat16, A, B, 2.0)
+    assert dora.supports_nf4_norm(*packed) is None
+    dora.nf4_dora_norm(*packed)
 
 
 def test_address_behind_a_tensor_is_found():

@@ -19,6 +19,7 @@ import triton
 
 from peftkern.kernels import (
     adalora,
+    dora,
     lora_linear,
     low_rank_svd,
     nf4,
@@ -30,7 +31,7 @@ from peftkern.nf4 import NF4_CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-MODULES = (nf4, lora_linear, nf4_lora_linear, low_rank_svd, adalora)
+MODULES = (nf4, lora_linear, nf4_lora_linear, low_rank_svd, adalora, dora)
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 NVIDIA = ("sm80", "sm90", "sm100")
 
