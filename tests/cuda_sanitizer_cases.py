@@ -8,10 +8,11 @@ would pass every check of memory.
 from __future__ import annotations
 
 import torch
-from gpu_cases import same_bits
+from gpu_cases import nf4_cases, same_bits
+from test_cuda_nf4_lora_linear import check
 
 import peftkern
-from peftkern import ops, reference
+from peftkern import native_cuda, ops, reference
 from peftkern.nf4 import BLOCKSIZES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,6 +36,10 @@ def main() -> None:
             for dtype in DTYPES:
                 for numel in (1, blocksize + 7, 9001):
                     check_nf4(numel, blocksize, dtype, double_quant=numel != 9001)
+        if native_cuda.unserved_sm90a(torch.device("cuda")) is None:
+            for shape in ((33, 140, 192, 5), (130, 57, 640, 16), (300, 140, 1088, 70)):
+                for dtype in (torch.float16, torch.bfloat16):
+                    check(nf4_cases(shape, dtype, torch.float32, device="cuda"))
     torch.cuda.synchronize()
     print("every kernel ran")
 
