@@ -8,7 +8,8 @@ would pass every check of memory.
 from __future__ import annotations
 
 import torch
-from gpu_cases import same_bits
+from gpu_cases import nf4_cases, same_bits
+from test_cuda_nf4_lora_linear import check
 from tolerances import SVD_BOUNDS_64
 
 import peftkern
@@ -52,6 +53,10 @@ def main() -> None:
         for r, shared in ((1, 0), (3, 0), (16, 0), (17, 0), (33, 0), (64, 0), (65, 48 << 10)):
             check_jacobi(r, shared)
         check_jacobi(65, 8 << 10)
+        if native_cuda.unserved_sm90a(torch.device("cuda")) is None:
+            for shape in ((33, 140, 192, 5), (130, 57, 640, 16), (300, 140, 1088, 70)):
+                for dtype in (torch.float16, torch.bfloat16):
+                    check(nf4_cases(shape, dtype, torch.float32, device="cuda"))
     torch.cuda.synchronize()
     print("every kernel ran")
 

@@ -230,7 +230,7 @@ def refusal(o: NF4Operands, keep: Tensor | None = None) -> str:
 def test_refusals_say_why():
     o = nf4_operands((2, 24, 128, 3), BF16, F32)
     assert "the dtype is torch.float32" in refusal(replace(o, x=o.x.float()))
-    assert "more than 32 rows" in refusal(replace(o, x=o.x.new_zeros(33, 128)))
+    assert "more than 512 rows" in refusal(replace(o, x=o.x.new_zeros(513, 128)))
     assert "blocks of 32 are below 64" in refusal(
         nf4_operands((2, 24, 128, 3), BF16, F32, blocksize=32)
     )
