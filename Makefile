@@ -1,10 +1,11 @@
 # make demo      fine-tune one model with PEFT and with peftkern
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
-# make bench     measure this CPU, then write README's tables
+# make bench     measure this CPU, then `make docs`
+# make docs      README's tables and plots from bench/results/
 # make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
 # make cuda      compile every CUDA kernel (CUDA_ARCHS="80;90a": for those), write what each uses
 # make gpu       on a GPU: build, test, measure; PART=all|test|nf4|nf4_lora_linear|lora_linear|
-#                adalora|low_rank_svd|formulations|step|tune, OUT=folder of the results,
+#                adalora|low_rank_svd|formulations|e2e|tune, OUT=folder of the results,
 #                BUDGET=seconds
 # make tune      on a GPU: measure tiles, write kernels/tuned/<arch>.json
 # make lint | format | clean
@@ -31,7 +32,7 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 
 GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 
-.PHONY: demo test pytest bench aot cuda gpu tune lint format sanitize build clean
+.PHONY: demo test pytest bench docs aot cuda gpu tune lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/qlora_finetune.py
@@ -44,6 +45,10 @@ pytest: build
 
 bench: build
 	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	$(MAKE) docs
+
+docs: $(INSTALLED)
+	$(BIN)/python bench/make_plots.py
 	$(BIN)/python bench/make_tables.py
 
 aot: $(INSTALLED)

@@ -10,7 +10,9 @@ mirrored, and 2 r^2 to rotate; they count twice, as float64 has half the rate of
 
 On a GPU there are two more peers: the composition whose cores go to cuSOLVER's `gesvda` instead of
 `gesvdj`, and one of float32 Gram matrices and batched eigh, which is right for the well-conditioned
-factors here and not for others.
+factors here and not for others. "peftkern cuda" is the CUDA back end, where it is built. The cases
+`cores` time the small SVD alone, in float64, beside torch.linalg.svd with both drivers and an eigh
+of the cores' Gram matrices, which squares their condition number.
 
 python bench/bench_low_rank_svd.py [--device cuda] [--only r16] [--seconds 2]
 """
@@ -23,6 +25,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import peftkern
+from peftkern import cuda, native_cuda
 from peftkern.benchmark.suite import (
     OURS,
     Case,
@@ -40,6 +44,8 @@ from peftkern.low_rank_svd import low_rank_svd, low_rank_svdvals
 LAYERS = 224
 STACKED, LISTS = "torch QR+QR+SVD, stacked", "torch QR+QR+SVD, from lists"
 GESVDA, EIGH = "torch QR+QR+gesvda, stacked", "torch Gram+eigh, stacked"
+CUDA = "peftkern cuda"
+SVD, SVD_GESVDA, GRAM_EIGH = "torch.linalg.svd", "torch.linalg.svd, gesvda", "torch Gram+eigh"
 DENSE = f"dense torch SVD, one x {LAYERS}"
 Factors = tuple[list[Tensor], list[Tensor]]
 
@@ -106,6 +112,10 @@ def build(options: Options, r: int, vectors: bool, names: tuple[str, ...]) -> Ca
         B, A = pool[i % len(pool)]
         return low_rank_svd(B, A) if vectors else (None, low_rank_svdvals(B, A), None)
 
+    def on_cuda(i: int) -> tuple:
+        with peftkern.use_backend("cuda"):
+            return ours(i)
+
     def from_lists(i: int) -> tuple:
         B, A = pool[i % len(pool)]
         return composition(torch.stack(B), torch.stack(A), vectors)
@@ -116,6 +126,7 @@ def build(options: Options, r: int, vectors: bool, names: tuple[str, ...]) -> Ca
 
     calls = {
         OURS: ours,
+        CUDA: on_cuda,
         STACKED: lambda i: composition(*stacks[i % len(pool)], vectors),
         LISTS: from_lists,
         GESVDA: lambda i: composition(*stacks[i % len(pool)], vectors, driver),
@@ -132,6 +143,44 @@ def build(options: Options, r: int, vectors: bool, names: tuple[str, ...]) -> Ca
     }
     flops = 2 * (3 if vectors else 1) * layers * r * r * (options.n + options.k)
     return Case(variants, size * (2 if vectors else 1), flops, torch.float32)
+
+
+def build_cores(options: Options, r: int, names: tuple[str, ...]) -> Case:
+    """SVDs of [LAYERS, r, r]. The floor counts bytes alone: sweeps are as many as it takes."""
+    torch.manual_seed(0)
+    size = 8 * LAYERS * r * r  # of the cores; both vectors are written
+    pool = [
+        torch.randn(LAYERS, r, r, dtype=torch.float64, device=options.device)
+        for _ in range(options.copies(size))
+    ]
+    dense = torch.linalg.svdvals(pool[0].cpu()).to(options.device)
+    oracle = (dense, pool[0])
+
+    def ours(i: int) -> tuple:
+        return native_cuda.jacobi_svd(pool[i % len(pool)], cuda.JACOBI_SWEEPS, True)[:3]
+
+    def torch_svd(i: int, driver: str | None = None) -> tuple:
+        U, S, Vh = torch.linalg.svd(pool[i % len(pool)], driver=driver)
+        return S, U, Vh.mT
+
+    def gram_eigh(i: int) -> tuple:
+        cores = pool[i % len(pool)]
+        values, V = torch.linalg.eigh(cores.mT @ cores)
+        S, V = values.clamp(min=1e-300).sqrt().flip(-1), V.flip(-1)
+        return S, (cores @ V) / S[:, None, :], V
+
+    def result(svd: tuple) -> tuple[Tensor, Tensor]:
+        S, left, right = svd
+        return S, left * S[:, None, :] @ right.mT
+
+    calls = {
+        OURS: ours,
+        SVD: torch_svd,
+        SVD_GESVDA: lambda i: torch_svd(i, "gesvda"),
+        GRAM_EIGH: gram_eigh,
+    }
+    variants = {name: Variant(calls[name], oracle, result) for name in names}
+    return Case(variants, 3 * size, 0, torch.float64)
 
 
 def spec(name: str, r: int, vectors: bool, *targets: Target, dense: bool = False) -> Spec:
@@ -154,7 +203,15 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    names = (OURS, STACKED, LISTS, GESVDA, EIGH)
+    has_cuda = device.type == "cuda" and native_cuda.unserved(device) is None
+    names = (OURS, *([CUDA] if has_cuda else []), STACKED, LISTS, GESVDA, EIGH)
+
+    def core_spec(r: int, at_least: float) -> Spec:
+        peers = (SVD, SVD_GESVDA, GRAM_EIGH)
+        targets = tuple(Target(peer, at_least) for peer in peers)
+        name = f"low_rank_svd/{LAYERS}-cores-r{r}/fp64"
+        variants = (OURS, *peers)
+        return Spec(name, lambda o: build_cores(o, r, variants), variants, SVD, targets)
 
     def gpu_spec(r: int, vectors: bool, *targets: Target) -> Spec:
         return Spec(
@@ -170,6 +227,8 @@ def gpu_specs(device: torch.device) -> list[Spec]:
         gpu_spec(16, True, Target(STACKED, 20.0)),
         gpu_spec(64, True, Target(STACKED, 5.0)),
         gpu_spec(16, False),
+        *([core_spec(16, 5.0), core_spec(64, 2.0), core_spec(128, 1.0)] if has_cuda else []),
+        *([gpu_spec(128, True, Target(STACKED, 1.0))] if has_cuda else []),
     ]
 
 

@@ -33,7 +33,7 @@ BENCHES = {
     "adalora": 3,
     "low_rank_svd": 4,
     "formulations": 3,
-    "step": 4,
+    "e2e": 10,
 }
 SHARES = {"test": 12, **BENCHES}
 PARTS = ("all", *SHARES, "tune")

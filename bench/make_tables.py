@@ -13,13 +13,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+PLOTS = "bench/plots"  # where bench/make_plots.py writes
+THEMES = ("light", "dark")
 ORDER = (
     "demo",
-    "step",
+    "e2e",
     "nf4_lora_linear",
     "nf4",
     "lora_linear",
     "dora",
+    "rosa",
     "adalora",
     "low_rank_svd",
     "formulations",
@@ -30,12 +33,13 @@ TITLES = {
     "nf4": "NF4 quantisation",
     "lora_linear": "Dense linear layer with LoRA",
     "dora": "DoRA layer, dense and NF4",
+    "rosa": "RoSA's sparse products against dense ones",
     "low_rank_svd": "SVD of 224 low-rank updates",
     "adalora": "AdaLoRA, per step",
-    "step": "Training step of four Llama-3-8B layers",
+    "e2e": "Whole training steps of Llama-shaped stacks",
     "formulations": "Ways to compute the update",
 }
-NAMES_SAY_SIZES = ("adalora",)
+NAMES_SAY_SIZES = ("adalora", "e2e")
 OURS = "peftkern"
 
 
@@ -98,6 +102,49 @@ def cases_table(record: dict) -> str:
     return markdown(["ms", OURS, "of floor", *more, *peers], rows)
 
 
+def steps_table(record: dict) -> str:
+    """Training steps: what both reach, and the memory of a step beside its prediction."""
+    rows = []
+    for case in record["cases"]:
+        ours, theirs = case["variants"][OURS], case["variants"]["PEFT"]
+        cells = [case["name"].partition("/")[2], timing(ours), peer_cell(case, "PEFT")]
+        for variant in (ours, theirs):
+            speed = variant.get("tokens_s")
+            cells += [f"{speed:.0f}" if speed else "", megabytes(variant)]
+        rows.append(cells)
+    header = ["ms", OURS, "PEFT", "tokens/s", "MB (planned)", "PEFT tokens/s", "PEFT MB (planned)"]
+    return markdown(header, rows)
+
+
+def megabytes(variant: dict) -> str:
+    if "peak_bytes" not in variant:
+        return ""
+    return f"{variant['peak_bytes'] / 1e6:.0f} ({variant['planned_bytes'] / 1e6:.0f})"
+
+
+def answers_table(answers: list[dict]) -> str:
+    """What one run answered: does it fit?"""
+    rows = []
+    for answer in answers:
+        fits = {True: "**fits** ✓", False: "**does not fit** ✗"}.get(
+            answer.get("fits"), "no answer"
+        )
+        if answer.get("stopped") and answer.get("fits") is None:
+            fits += f": {answer['stopped']}"
+        peak = answer.get("peak_bytes")
+        steps = answer.get("step_s") or []
+        rows.append(
+            [
+                answer["name"].partition("/")[2],
+                fits,
+                f"{peak / 1e9:.2f}" if peak else "",
+                f"{answer['planned_bytes'] / 1e9:.2f}" if "planned_bytes" in answer else "",
+                ", ".join(f"{seconds:.1f}" for seconds in steps),
+            ]
+        )
+    return markdown(["one model, a given memory", "", "peak GB", "planned GB", "steps, s"], rows)
+
+
 def demo_table(record: dict) -> str:
     alone, patched = record["runs"]["peft"], record["runs"]["peftkern"]
     summary = record["summary"]
@@ -144,20 +191,53 @@ def heading(stem: str, record: dict) -> str:
     return f"{text}. {where}; commit {facts['commit']}, {facts['date'][:10]}; {versions}."
 
 
+def shown(results: Path) -> dict[str, dict[str, dict]]:
+    """{device: {stem: record}} in the order of the tables; the interpreter's times mean nothing."""
+    found = {}
+    for device in sorted(path for path in results.iterdir() if path.is_dir()):
+        records = {path.stem: json.loads(path.read_text()) for path in device.glob("*.json")}
+        kept = {
+            stem: records[stem]
+            for stem in ORDER
+            if stem in records
+            and not records[stem]["machine"].get("interpreter")
+            and (records[stem].get("cases") != [] or records[stem].get("answers"))
+        }
+        if kept:
+            found[device.name] = kept
+    return found
+
+
+def plot_name(device: str, theme: str) -> str:
+    return f"{device}-{theme}.svg"
+
+
+def picture(device: str) -> str:
+    """The device's plot, for either background."""
+    light, dark = (f"{PLOTS}/{plot_name(device, theme)}" for theme in THEMES)
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="Speed-up over each peer, {device}"></picture>'
+    )
+
+
+def tables(stem: str, record: dict) -> list[str]:
+    if "cases" not in record:
+        return [demo_table(record)]
+    if stem != "e2e":
+        return [cases_table(record)]
+    found = [steps_table(record)] if record["cases"] else []
+    return [*found, *([answers_table(record["answers"])] if record.get("answers") else [])]
+
+
 def section(results: Path) -> str:
     """Everything between the markers."""
     parts, on_gpu = [], False
-    for device in sorted(path for path in results.iterdir() if path.is_dir()):
-        records = {path.stem: json.loads(path.read_text()) for path in device.glob("*.json")}
-        for stem in [stem for stem in ORDER if stem in records]:
-            record = records[stem]
-            if record["machine"].get("interpreter") or record.get("cases") == []:
-                continue  # the interpreter's times mean nothing
+    for device, records in shown(results).items():
+        parts.append(picture(device))
+        for stem, record in records.items():
             on_gpu |= record["machine"].get("gpu") is not None
-            parts += [
-                heading(stem, record),
-                cases_table(record) if "cases" in record else demo_table(record),
-            ]
+            parts += [heading(stem, record), *tables(stem, record)]
     if not parts:
         return "No results are recorded yet: `make bench` measures this machine."
     legend = (

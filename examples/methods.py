@@ -34,6 +34,7 @@ from qlora_training import InputError, live_tensor_peak, random_llama, read_text
 from torch import Tensor, nn
 
 from peftkern import methods
+from peftkern.integrations.longlora import enable_shifted_sparse_attention
 from peftkern.layers import LoRALinear, NF4Linear, NF4LoRALinear
 
 SOURCES = ("argparse", "statistics", "textwrap", "tarfile", "zipfile")  # of the standard library
@@ -70,6 +71,11 @@ class Method:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+
+    @classmethod
+    def unfit(cls, options: argparse.Namespace) -> str | None:
+        """Why the method cannot train a model of these sizes, or None."""
+        return None
 
     @property
     def update(self) -> dict[str, float]:
@@ -168,6 +174,72 @@ class DeltaLoRAInPlace(Method):
 
     def after_step(self, step: int) -> None:
         self.schedule.step()
+
+
+@method("DyLoRA")
+class DyLoRA(Method):
+    """Its loss is that of the largest rank."""
+
+    module = "dylora"
+
+    def adapt(self, model: nn.Module) -> None:
+        swap(model, lambda linear: methods.DyLoRALinear(linear, **self.update))
+        self.model, self.generator = model, torch.Generator().manual_seed(self.options.seed)
+
+    def before_step(self, step: int) -> None:
+        methods.sample_rank(self.model, generator=self.generator)
+
+    def after_step(self, step: int) -> None:
+        methods.set_rank(self.model, self.options.rank)
+
+
+@method("Quantum-PEFT")
+class QuantumPEFT(Method):
+    module = "quantum_peft"
+    lr = 2e-2  # of angles, in radians
+
+    def adapt(self, model: nn.Module) -> None:
+        swap(model, lambda linear: methods.QuantumPEFTLinear(linear, **self.update))
+
+
+@method("RoSA")
+class RoSA(Method):
+    """Half the rank, and about as many values in the sparse update as that leaves."""
+
+    module = "rosa"
+
+    def adapt(self, model: nn.Module) -> None:
+        rank = max(1, self.options.rank // 2)
+        swap(model, lambda linear: self.make(linear, rank))
+        self.schedule = methods.RoSAScheduler(model, max(1, self.options.steps // 4))
+
+    def make(self, linear: nn.Linear, rank: int) -> nn.Module:
+        values = rank * (linear.in_features + linear.out_features)
+        return methods.RoSALinear(linear, r=rank, lora_alpha=2 * rank, nnz=values)
+
+    def after_step(self, step: int) -> None:
+        self.schedule.step()
+
+
+@method("RoSA (NF4)")
+class RoSANF4(RoSA):
+    def make(self, linear: nn.Linear, rank: int) -> nn.Module:
+        return super().make(NF4Linear.from_linear(linear), rank)
+
+
+@method("LongLoRA")
+class LongLoRA(Method):
+    """LoRA, with attention in groups of half a sequence while it trains."""
+
+    module = "longlora"
+
+    @classmethod
+    def unfit(cls, options: argparse.Namespace) -> str | None:
+        return "it needs an even number of heads, of 64 each" if options.hidden % 128 else None
+
+    def adapt(self, model: nn.Module) -> None:
+        super().adapt(model)
+        enable_shifted_sparse_attention(model, max(2, self.options.seq // 4 * 2))
 
 
 class Batches:
@@ -282,6 +354,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if options.hidden % 64:
         parser.error(f"--hidden: {options.hidden} is not a multiple of 64")
+    for name in options.only or ():
+        if reason := METHODS[name].unfit(options):
+            parser.error(f"--hidden {options.hidden}: not with {name}: {reason}")
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json: {options.json.parent} is not a folder")
     if options.seq < 2:
@@ -309,7 +384,8 @@ def main(argv: list[str] | None = None) -> int:
         work = METHODS[FULL](options)
         train(base, work, prose, options.pretrain, lambda: bars.advance(bar))
         before = batches.loss(base)
-        for name in options.only or METHODS:
+        fit = [name for name, cls in METHODS.items() if not cls.unfit(options)]
+        for name in options.only or fit:
             bar = bars.add_task(name, total=options.steps)
             model = copy.deepcopy(base).requires_grad_(False)
             torch.manual_seed(options.seed)

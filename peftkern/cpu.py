@@ -476,3 +476,25 @@ def adalora_orthogonality_backward(
     return native.adalora_gram_backward(
         residual, [scale * factor for factor in factors.tolist()], lora_A, lora_B
     )
+
+
+def supports_rosa(first: Tensor, x: Tensor, *args: object) -> str | None:
+    """Reason against rosa_sddmm (dy, x) and rosa_spmm_ (y, x)."""
+    return _supports_list([first, x])
+
+
+def rosa_sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    N, K = crow.numel() - 1, x.shape[-1]
+    return native.rosa_sddmm(_rows(dy, N), _rows(x, K), crow.contiguous(), col.contiguous())
+
+
+def rosa_spmm_(
+    y: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, order: Tensor | None
+) -> None:
+    rows = _rows(y, crow.numel() - 1)  # a view of y unless its layout forbids
+    order = None if order is None else order.contiguous()
+    native.rosa_spmm_(
+        rows, _rows(x, x.shape[-1]), _float32(values), crow.contiguous(), col.contiguous(), order
+    )
+    if not y.is_contiguous():
+        y.copy_(rows.view(y.shape))

@@ -98,6 +98,7 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         ),
         "nf4_lora_linear_forward": (
             _triton("nf4_lora_linear_forward", "nf4_lora_linear", "supports_forward"),
+            _cuda("nf4_lora_linear_forward", cuda.supports_nf4_forward),
             _cpu("nf4_lora_linear_forward", cpu.supports_nf4_forward),
         ),
         "nf4_lora_linear_backward": (
@@ -108,6 +109,7 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         "nf4_dora_norm": (_cpu("nf4_dora_norm", cpu.supports_nf4_dora_norm),),
         "low_rank_svd": (
             _triton("low_rank_svd", "low_rank_svd", "supports"),
+            _cuda("low_rank_svd", cuda.supports_low_rank_svd),
             _cpu("low_rank_svd", cpu.supports_low_rank_svd),
         ),
         "adalora_importance_": (
@@ -124,6 +126,8 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         "adalora_orthogonality_backward": (
             _cpu("adalora_orthogonality_backward", cpu.supports_adalora_orthogonality_backward),
         ),
+        "rosa_sddmm": (_cpu("rosa_sddmm", cpu.supports_rosa),),
+        "rosa_spmm_": (_cpu("rosa_spmm_", cpu.supports_rosa),),
     }.items()
 }
 # Whether a GPU's back end is there in a form that takes tensors of a CPU.

@@ -44,18 +44,22 @@ def low_rank_forward(
     return lora_linear(x, base.weight, lora_A, lora_B, **options)
 
 
+def low_rank_update(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    """scaling * lora_B @ lora_A, [N, K], in float32 or what is wider."""
+    wide = torch.promote_types(lora_B.dtype, torch.float32)
+    return scaling * (lora_B.to(wide) @ lora_A.to(wide))
+
+
 @torch.no_grad()
-def merged(base: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> nn.Linear:
-    """A new dense nn.Linear with the weight of `base` + scaling * lora_B @ lora_A.
+def merged(base: nn.Linear, update: Tensor) -> nn.Linear:
+    """A new dense nn.Linear with the weight of `base` + update [N, K].
 
     Summed in float32 or what is wider, and rounded once to the dtype that the weight has, or had
     before it became NF4.
     """
     weight = dequantize_nf4(base.nf4) if hasattr(base, "nf4") else base.weight
-    wide = torch.promote_types(weight.dtype, lora_B.dtype)
-    wide = torch.promote_types(wide, torch.float32)
-    update = scaling * (lora_B.to(wide) @ lora_A.to(wide))
-    return linear_like(base, (weight.to(wide) + update).to(weight.dtype))
+    wide = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
+    return linear_like(base, (weight.to(wide) + update.to(wide)).to(weight.dtype))
 
 
 def linear_like(base: nn.Linear, weight: Tensor) -> nn.Linear:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.frozen_linear import check_update, linear_like, merged
+from peftkern.frozen_linear import check_update, linear_like, low_rank_update, merged
 from peftkern.functional import (
     dequantize_nf4,
     lora_linear,
@@ -67,7 +67,8 @@ class _Adapter:
     def merge(self) -> nn.Linear:
         """A new dense nn.Linear that computes the same, in the dtype the weight had, without the
         update's cost."""
-        return merged(self, self.lora_A, self.lora_B, self.scaling)
+        with torch.no_grad():
+            return merged(self, low_rank_update(self.lora_A, self.lora_B, self.scaling))
 
     def extra_repr(self) -> str:
         return (

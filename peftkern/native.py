@@ -596,6 +596,58 @@ def adalora_gram_backward(
     return grads
 
 
+def rosa_sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    """dy[T, N].T @ x[T, K] at the entries of a sparse [N, K] alone, float32 [nnz]."""
+    T, N = dy.shape
+    K = x.shape[1]
+    values = torch.empty(col.numel(), dtype=torch.float32, device="cpu")
+    _module().rosa_sddmm(
+        cpu_isa(),
+        torch.get_num_threads(),
+        _sparse(crow, col, N, K),
+        _address("dy", dy, x.dtype, T * N),
+        _address("x", x, x.dtype, T * K),
+        values.data_ptr(),
+        T,
+        _dtype_code("x", x),
+    )
+    return values
+
+
+def rosa_spmm_(
+    y: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, order: Tensor | None
+) -> None:
+    """y[T, N] += x[T, K] S.T, S [N, K] having values[order] at its entries; values float32."""
+    T, N = y.shape
+    K, nnz = x.shape[1], col.numel()
+    _module().rosa_spmm(
+        cpu_isa(),
+        torch.get_num_threads(),
+        _sparse(crow, col, N, K),
+        _address("values", values, torch.float32, nnz),
+        0 if order is None else _address("order", order, col.dtype, nnz),
+        _address("x", x, y.dtype, T * K),
+        _address("y", y, y.dtype, T * N),
+        T,
+        _dtype_code("y", y),
+    )
+
+
+def _sparse(crow: Tensor, col: Tensor, N: int, K: int) -> tuple[int, ...]:
+    """The description of a sparse matrix that C++ takes: int32 or int64 indices."""
+    if col.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"col: expected int32 or int64, got {col.dtype}")
+    nnz = col.numel()
+    return (
+        _address("crow", crow, col.dtype, N + 1),
+        _address("col", col, col.dtype, nnz),
+        int(col.dtype is torch.int64),
+        N,
+        K,
+        nnz,
+    )
+
+
 def _triplet_table(params: list[Tensor], grads: list[Tensor | None]) -> list[int]:
     """Per layer r, K, N and the addresses of E, A, B and their gradients; 0 is no gradient."""
     dtype, shapes, sizes = params[0].dtype, [], []

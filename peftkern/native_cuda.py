@@ -21,6 +21,7 @@ from torch import Tensor
 from peftkern.nf4 import BLOCKSIZES
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in nf4.h
+JACOBI_RANK = 128  # kCudaJacobiRank in cuda_low_rank_svd.h
 Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
 
 
@@ -64,6 +65,21 @@ def _unserved(module: ModuleType, device: torch.device) -> str | None:
             f"the kernels are built for {', '.join(module.architectures())}, not for "
             f"sm_{capability[0]}{capability[1]}"
         )
+    return None
+
+
+def unserved_sm90a(device: torch.device) -> str | None:
+    """The same of the kernels that are for compute capability 9.0 alone."""
+    if reason := unserved(device):
+        return reason
+    module = _module()
+    if module.emulated:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"more than {LINEAR_ROWS} rows need compute capability 9.0, not {major}.{minor}"
+    if "sm_90a" not in module.architectures():
+        return f"the kernels are built for {', '.join(module.architectures())}, not for sm_90a"
     return None
 
 
@@ -120,6 +136,155 @@ def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
         _module().nf4_dequantize(stream, weight, address, dtype, numel)
 
 
+def jacobi_svd(
+    cores: Tensor, sweeps: int, vectors: bool, shared_limit: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """What `native.jacobi_svd` gives, of r x r matrices up to JACOBI_RANK that need not be finite.
+
+    One that is not gives NaN and info -1. At most `shared_limit` bytes of shared memory for a
+    matrix, 0: what the device has.
+    """
+    address = _square("cores", cores)
+    device, (count, r, _) = cores.device, cores.shape
+    sigma = torch.empty(count, r, dtype=torch.float64, device=device)
+    left, right = (torch.empty_like(cores) if vectors else None for _ in range(2))
+    info = torch.empty(count, dtype=torch.int64, device=device)
+    if not cores.numel():
+        return sigma, left, right, info.zero_()
+    with _launching_on(device) as stream:
+        workspace = _workspace(cores, vectors, shared_limit)
+        _module().jacobi_svd(
+            stream,
+            count,
+            r,
+            sweeps,
+            address,
+            sigma.data_ptr(),
+            0 if left is None else left.data_ptr(),
+            0 if right is None else right.data_ptr(),
+            info.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            shared_limit,
+        )
+    return sigma, left, right, info
+
+
+def gram_roots(grams: Tensor, shared_limit: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Pivoted Cholesky decomposition of finite float64 Gram matrices [n, r, r] of Q root D.
+
+    grams = D root^T root D with D = diag(norms), Q = factor @ inverse. Rows of root and columns of
+    inverse are zero from the rank on.
+
+    Returns: root and inverse [n, r, r], norms [n, r].
+    """
+    address = _square("grams", grams)
+    device, (count, r, _) = grams.device, grams.shape
+    roots, inverses = torch.empty_like(grams), torch.empty_like(grams)
+    norms = torch.empty(count, r, dtype=torch.float64, device=device)
+    with _launching_on(device) as stream:
+        workspace = _workspace(grams, True, shared_limit)
+        _module().gram_roots(
+            stream,
+            count,
+            r,
+            address,
+            roots.data_ptr(),
+            inverses.data_ptr(),
+            norms.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            shared_limit,
+        )
+    return roots, inverses, norms
+
+
+def _square(name: str, matrices: Tensor) -> int:
+    """The address of contiguous float64 matrices [n, r, r] that Jacobi's kernels take."""
+    shape = tuple(matrices.shape)
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] > JACOBI_RANK:
+        raise ValueError(f"{name}: expected [n, r, r] with r up to {JACOBI_RANK}, got {shape}")
+    return _address(name, matrices, torch.float64, matrices.numel(), matrices.device)
+
+
+def _workspace(matrices: Tensor, vectors: bool, shared_limit: int) -> Tensor:
+    """What the shared memory of the current device cannot hold of these matrices."""
+    count, r, _ = matrices.shape
+    each = _module().jacobi_workspace(r, vectors, shared_limit)
+    return torch.empty(count * each, dtype=torch.float64, device=matrices.device)
+
+
+# Of nf4_lora_linear: cuda_nf4_lora_linear.h has the same.
+LINEAR_DTYPES = (torch.bfloat16, torch.float16)
+LINEAR_ROWS, LINEAR_RANK, LINEAR_BLOCK, LINEAR_SIZE = 32, 64, 64, 1 << 26
+# Of its form for more rows: cuda_nf4_lora_linear_sm90a.h has the same.
+PREFILL_ROWS, PREFILL_RANK, PREFILL_UNIT = 512, 256, 64
+
+
+def nf4_lora_linear_forward(
+    x: Tensor,
+    pieces: Pieces,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    N: int,
+    splits: int = 0,
+    prefill: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] and S [M, r] of a contiguous x [M, K], at most 32 rows, over a weight [N, K].
+
+    With `prefill` the kernel of sm_90a runs, which takes up to 512 rows.
+
+    K is cut over `splits` groups of thread blocks (1 to 16); with 0 the library chooses.
+    """
+    (M, K), device, dtype = x.shape, x.device, x.dtype
+    if dtype not in LINEAR_DTYPES:
+        raise ValueError(f"x: expected one of {list(LINEAR_DTYPES)}, got {dtype}")
+    weight = _weight(pieces, N * K, device)
+    x_at = _address("x", x, dtype, M * K, device)
+    bias_at = 0 if bias is None else _address("bias", bias, dtype, N, device)
+    lora, S = (0, 0, 0, 0, 0, 0), None
+    if lora_A is not None:
+        r = lora_A.shape[0]
+        S = torch.empty((M, r), dtype=torch.float32, device=device)
+        lora = (
+            _address("lora_A", lora_A, lora_A.dtype, r * K, device),
+            _dtype_code("lora_A", lora_A),
+            _address("lora_B", lora_B, lora_B.dtype, N * r, device),
+            _dtype_code("lora_B", lora_B),
+            S.data_ptr(),
+            r,
+        )
+    y = torch.empty((M, N), dtype=dtype, device=device)
+    with _launching_on(device) as stream:
+        module = _module()
+        if prefill:
+            size = module.nf4_lora_linear_sm90a_workspace(M, N, K, lora[-1], splits)
+            run = module.nf4_lora_linear_sm90a_forward
+        else:
+            size = module.nf4_lora_linear_workspace(M, N, K, splits)
+            run = module.nf4_lora_linear_forward
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        run(
+            stream,
+            weight,
+            M,
+            N,
+            K,
+            x_at,
+            DTYPE_CODES[dtype],
+            y.data_ptr(),
+            bias_at,
+            lora,
+            scaling,
+            workspace.data_ptr(),
+            size,
+            splits,
+        )
+    return y, S
+
+
 @contextlib.contextmanager
 def _launching_on(device: torch.device) -> Iterator[int]:
     """Makes a device current; the address of its current stream."""
@@ -155,6 +320,11 @@ def _address(
             f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {layout}"
         )
     return tensor.data_ptr()
+
+
+def begins_at(tensor: Tensor, multiple: int) -> bool:
+    """Whether a tensor's memory begins at a multiple of so many bytes."""
+    return tensor.data_ptr() % multiple == 0
 
 
 def _check_blocksize(name: str, blocksize: int) -> None:

@@ -50,6 +50,9 @@ SCHEMAS = {
     "-> (Tensor loss, Tensor residual, Tensor factors)",
     "adalora_orthogonality_backward": "(Tensor dloss, Tensor residual, Tensor factors, "
     "Tensor[] lora_A, Tensor[] lora_B) -> Tensor[]",
+    "rosa_sddmm": "(Tensor dy, Tensor x, Tensor crow, Tensor col) -> Tensor",
+    "rosa_spmm_": "(Tensor(a!) y, Tensor x, Tensor values, Tensor crow, Tensor col, "
+    "Tensor? order) -> ()",
 }
 
 
@@ -166,6 +169,20 @@ def _(
     return [matrix.new_empty(matrix.shape) for matrix in (*lora_A, *lora_B)]
 
 
+@_fake("rosa_sddmm")
+def _(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    torch._check(dy.shape[:-1] == x.shape[:-1])
+    torch._check(dy.shape[-1] == crow.shape[0] - 1)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return x.new_empty(col.shape[0], dtype=dtype)
+
+
+@_fake("rosa_spmm_")
+def _(y: Tensor, x: Tensor, values: Tensor, crow: Tensor, *args: Any) -> None:
+    torch._check(y.shape[:-1] == x.shape[:-1])
+    torch._check(y.shape[-1] == crow.shape[0] - 1)
+
+
 def _fake_forward(x: Tensor, shape: Any, lora_A: Tensor | None) -> tuple[Tensor, Tensor]:
     torch._check(x.shape[-1] == shape[1])
     S_shape = (0,) if lora_A is None else (*x.shape[:-1], lora_A.shape[0])
@@ -225,3 +242,5 @@ adalora_importance_ = torch.ops.peftkern.adalora_importance_.default
 adalora_allocate_ = torch.ops.peftkern.adalora_allocate_.default
 adalora_orthogonality_forward = torch.ops.peftkern.adalora_orthogonality_forward.default
 adalora_orthogonality_backward = torch.ops.peftkern.adalora_orthogonality_backward.default
+rosa_sddmm = torch.ops.peftkern.rosa_sddmm.default
+rosa_spmm_ = torch.ops.peftkern.rosa_spmm_.default

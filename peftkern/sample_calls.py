@@ -107,6 +107,11 @@ class Sample:
             "dloss": f32(),
             "residual": f32(2 * r * r),
             "factors": f32(2),
+            "y": self.tensor(M, N),
+            "values": f32(N),  # of a sparse matrix with one place in each row
+            "crow": self.tensor(N + 1, dtype=torch.int32),
+            "col": self.tensor(N, dtype=torch.int32),
+            "order": self.tensor(N, dtype=torch.int32),
         }
         return values[name]
 

@@ -20,6 +20,7 @@ from peftkern.device import BackendUnavailableError
 from peftkern.low_rank_svd import low_rank_svd
 from peftkern.nf4 import NF4Weight
 from peftkern.sample_calls import DTYPES
+from peftkern.sparse import SparseMask, rosa_linear
 
 M, N, K, r = 17, 129, 192, 8  # rows and columns that fill no tile
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -181,6 +182,16 @@ def _nf4_dora_linear(inputs: Inputs) -> Results:
     return _dora_linear(inputs, "w")
 
 
+def _rosa_linear(inputs: Inputs) -> Results:
+    weight = inputs["weight"]
+    rows = torch.arange(N, device=weight.device)
+    mask = SparseMask.from_indices(rows, rows * 7 % K, weight.shape)
+    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "magnitude", "bias")
+    values = leaves.pop("magnitude")
+    y = rosa_linear(weight=weight, values=values, mask=mask, scaling=1.5, **leaves)
+    return _gradients(y, inputs["dy"], values=values, **leaves)
+
+
 def _quantize_nf4(inputs: Inputs) -> Results:
     w = functional.quantize_nf4(inputs["weight"])
     return {"packed": w.packed, "absmax": w.absmax, "nested_absmax": w.nested_absmax}
@@ -228,6 +239,7 @@ _CASES = (
     _Case("nf4_lora_linear", _nf4_lora_linear, _16_AND_32),
     _Case("dora_linear", _dora_linear, _16_AND_32),
     _Case("dora_linear, NF4", _nf4_dora_linear, _16_AND_32),
+    _Case("rosa_linear", _rosa_linear, _16_AND_32),
     _Case("quantize_nf4", _quantize_nf4, _16_AND_32, exact=True),
     _Case("dequantize_nf4", _dequantize_nf4, _16_AND_32, exact=True),
     _Case("low_rank_svd", _low_rank_svd),

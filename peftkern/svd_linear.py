@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.frozen_linear import check_base, check_update, low_rank_forward, merged
+from peftkern.frozen_linear import (
+    check_base,
+    check_update,
+    low_rank_forward,
+    low_rank_update,
+    merged,
+)
 
 
 def fold_diagonal(lora_A: Tensor, lora_E: Tensor, scaling: float | Tensor) -> Tensor:
@@ -90,7 +96,7 @@ class SVDLinear(nn.Module):
         """A new dense nn.Linear that computes the same, without the update's cost."""
         with torch.no_grad():
             lora_A = fold_diagonal(self.lora_A, self.lora_E, self.scaling)
-            return merged(self.base, lora_A, self.lora_B, 1.0)
+            return merged(self.base, low_rank_update(lora_A, self.lora_B, 1.0))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         lora_E = state_dict.get(f"{prefix}lora_E")

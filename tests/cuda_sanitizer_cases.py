@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 from gpu_cases import same_bits
+from tolerances import SVD_BOUNDS_64
 
 import peftkern
-from peftkern import ops, reference
+from peftkern import native_cuda, ops, reference
 from peftkern.nf4 import BLOCKSIZES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,6 +29,19 @@ def check_nf4(numel: int, blocksize: int, dtype: torch.dtype, double_quant: bool
     assert same_bits(peftkern.dequantize_nf4(w.to("cuda")).cpu(), wanted)
 
 
+def check_jacobi(r: int, shared: int) -> None:
+    """Both small kernels, with as much shared memory as other devices have."""
+    cores = torch.randn(3, r, r, dtype=torch.float64)
+    sigma, left, right, info = native_cuda.jacobi_svd(cores.cuda(), 20, True, shared)
+    assert not info.any()
+    product = (left * sigma[:, None]) @ right.mT
+    assert (product.cpu() - cores).norm() <= SVD_BOUNDS_64[3] * cores.norm()
+    grams = cores.mT @ cores
+    root, _, norms = native_cuda.gram_roots(grams.cuda(), shared)
+    root = root * norms[:, None]
+    assert ((root.mT @ root).cpu() - grams).norm() <= SVD_BOUNDS_64[3] * grams.norm()
+
+
 def main() -> None:
     torch.manual_seed(0)
     with peftkern.use_backend("cuda"):
@@ -35,6 +49,9 @@ def main() -> None:
             for dtype in DTYPES:
                 for numel in (1, blocksize + 7, 9001):
                     check_nf4(numel, blocksize, dtype, double_quant=numel != 9001)
+        for r, shared in ((1, 0), (3, 0), (16, 0), (17, 0), (33, 0), (64, 0), (65, 48 << 10)):
+            check_jacobi(r, shared)
+        check_jacobi(65, 8 << 10)
     torch.cuda.synchronize()
     print("every kernel ran")
 

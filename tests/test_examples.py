@@ -169,7 +169,8 @@ def test_demo_notices_curves_that_part(late: float, monkeypatch: pytest.MonkeyPa
 
 def test_benchmarks_write_results_and_the_readme(tmp_path: Path) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
-    for stem in ("nf4", "nf4_lora_linear", "lora_linear", "dora", "adalora", "low_rank_svd"):
+    stems = ("nf4", "nf4_lora_linear", "lora_linear", "dora", "rosa", "adalora", "low_rank_svd")
+    for stem in stems:
         done = run(f"bench/bench_{stem}.py", *TINY_BENCH, "--out", str(results))
         assert done.returncode == 0, done.stdout + done.stderr
         (path,) = results.glob(f"*/{stem}.json")
@@ -217,7 +218,7 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", str(ROOT / "bench"), "--benchmark-only"),
-            *("--size=128", "-k", "dequantise", "--benchmark-max-time=0.01"),
+            *("--size=128", "-k", "dequantise or qlora", "--benchmark-max-time=0.01"),
             f"--benchmark-json={out}",
         ],
         capture_output=True,
@@ -230,6 +231,9 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
     names = {test["param"] for test in json.loads(out.read_text())["benchmarks"]}
     assert "nf4/dequantise/bf16/into-out/peftkern" in names
     assert "nf4/dequantise/bf16/into-out/bitsandbytes" in names
+    assert {name for name in names if name.startswith("e2e/")} == {
+        f"e2e/qlora-4-layers-256-tokens/nf4/{variant}" for variant in ("peftkern", "PEFT")
+    }
 
 
 @pytest.mark.parametrize("damage", [math.nan, 0.1])
@@ -285,7 +289,7 @@ def test_adalora_budget_says_when_it_fails(tmp_path: Path) -> None:
     assert run("examples/adalora_budget.py", "--plot", "b.gif").returncode == 2
 
 
-SMALL = ["--hidden", "64", "--layers", "1", "--seq", "32", "--batch", "2", "--pretrain", "1"]
+SMALL = ["--hidden", "128", "--layers", "1", "--seq", "32", "--batch", "2", "--pretrain", "1"]
 
 
 def test_methods_trains_every_method(tmp_path: Path) -> None:
@@ -295,6 +299,7 @@ def test_methods_trains_every_method(tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     runs = record["methods"]
     assert {"full fine-tuning", "LoRA", "LoRA-FA", "LoRA-Pro", "Delta-LoRA"} <= set(runs)
+    assert {"DyLoRA", "Quantum-PEFT", "RoSA", "RoSA (NF4)", "LongLoRA"} <= set(runs)
     for name, figures in runs.items():
         assert name in done.stdout
         assert all(math.isfinite(value) and value > 0 for value in figures.values())
@@ -312,6 +317,7 @@ def test_methods_trains_every_method(tmp_path: Path) -> None:
         (["--only", "LoRE"], "'LoRE'"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--hidden", "100"], "--hidden: 100 is not a multiple of 64"),
+        (["--hidden", "64", "--only", "LongLoRA"], "--hidden 64: not with LongLoRA"),
         (["--text", "no/such/file"], "no/such/file: No such file"),
         (["--json", "no/such/folder/x"], "--json: no/such/folder"),
     ],

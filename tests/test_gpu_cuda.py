@@ -15,11 +15,13 @@ import pytest
 import torch
 from gpu_cases import same_bits
 from nf4_weights import DTYPES, every_byte_weight, numpy_dequantize, random_weight
-from tolerances import DETERMINISM_RUNS
+from test_low_rank_svd import check, graded
+from tolerances import DETERMINISM_RUNS, SVD_BOUNDS_64
 from torch import Tensor
 
 import peftkern
-from peftkern import NF4Weight, native_cuda, ops, reference
+from peftkern import NF4Weight, cuda, native_cuda, ops, reference
+from peftkern.low_rank_svd import LowRankSVD, low_rank_svd
 from peftkern.nf4 import BLOCKSIZES
 
 CUDA = torch.device("cuda:0")
@@ -207,6 +209,94 @@ def test_operands_on_two_devices_are_refused_by_name():
     pieces = [w.packed, w.absmax.cpu(), w.nested_absmax, w.nested_code, w.nested_offset, 64, 256]
     with pytest.raises(ValueError, match=r"^absmax: expected .* on cuda:0, got .* on cpu"):
         native_cuda.nf4_dequantize(tuple(pieces), torch.empty(w.shape, dtype=BF16, device=CUDA))
+
+
+# The low-rank SVD
+
+
+def jacobi(cores: Tensor, shared: int = 0) -> tuple[Tensor, ...]:
+    return native_cuda.jacobi_svd(cores.to(CUDA), cuda.JACOBI_SWEEPS, True, shared)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 5, 16, 17, 31, 32, 33, 64, 65, 100, 128])
+def test_jacobi_against_lapack(r):
+    cores = torch.randn(300, r, r, dtype=torch.float64)
+    if r > 1:
+        cores[1, 0], cores[2] = cores[1, 1], 0.0
+    cores[3, 0, r - 1] = math.nan
+    sigma, left, right, info = (tensor.cpu() for tensor in jacobi(cores))
+    assert info.tolist() == [0] * 3 + [-1] + [0] * 296
+    assert all(tensor[3].isnan().all() for tensor in (sigma, left, right))
+    good = [i for i in range(300) if i != 3]
+    sigma, left, right, cores = (tensor[good] for tensor in (sigma, left, right, cores))
+    wanted = torch.linalg.svdvals(cores)
+    assert ((sigma - wanted).abs().amax(1) <= SVD_BOUNDS_64[0] * wanted[:, 0]).all()
+    unit, alive = torch.eye(r, dtype=torch.float64), torch.diag_embed((sigma > 0).double())
+    assert (left.mT @ left - unit).abs().max() <= SVD_BOUNDS_64[2]
+    assert (right.mT @ right - alive).abs().max() <= SVD_BOUNDS_64[2]
+    product = left * sigma[:, None] @ right.mT
+    assert ((product - cores).abs().amax((1, 2)) <= SVD_BOUNDS_64[3] * wanted[:, 0]).all()
+
+
+def test_jacobi_with_the_shared_memory_of_other_devices():
+    cores = torch.randn(4, 128, 128, dtype=torch.float64)
+    wanted = jacobi(cores)
+    for limit in (96 << 10, 48 << 10):
+        for got, want in zip(jacobi(cores, limit), wanted, strict=True):
+            assert (got - want).abs().max() <= SVD_BOUNDS_64[1]
+
+
+def test_jacobi_has_equal_bits_every_time_and_in_graphs():
+    cores = torch.randn(30, 33, 33, dtype=torch.float64, device=CUDA)
+    first = jacobi(cores)
+    for _ in range(DETERMINISM_RUNS - 1):
+        assert all(torch.equal(a, b) for a, b in zip(jacobi(cores), first, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = jacobi(cores)
+    cores.copy_(cores.flip(0))
+    graph.replay()
+    assert all(torch.equal(a, b.flip(0)) for a, b in zip(recorded, first, strict=True))
+
+
+def on_cpu(svd: LowRankSVD) -> LowRankSVD:
+    return LowRankSVD(*(tensor.cpu() for tensor in svd))
+
+
+@pytest.mark.parametrize("kappa", [1, 1e4, 1e6])
+@pytest.mark.parametrize("r", [2, 16, 33, 64, 66, 128])
+def test_low_rank_svd_of_every_rank(r, kappa):
+    B, A = (factor.float() for factor in graded(700, 600, r, kappa))
+    check(on_cpu(low_rank_svd(B.to(CUDA), A.to(CUDA), 0.5)), B, A, 0.5)
+
+
+def test_low_rank_svd_serves_ranks_beyond_triton():
+    B, A = torch.randn(300, 80, device=CUDA), torch.randn(80, 200, device=CUDA)
+    with peftkern.use_backend(None):
+        peftkern.reset_stats()
+        low_rank_svd(B, A)
+        assert peftkern.stats().calls == {("low_rank_svd", "cuda"): 1}
+
+
+def test_low_rank_svd_waits_for_nothing_and_keeps_its_stream():
+    Bs = [torch.randn(500, 70, device=CUDA) for _ in range(4)]
+    As = [torch.randn(70, 400, device=CUDA) for _ in range(4)]
+    wanted = low_rank_svd(Bs, As)
+    late, slow = [torch.zeros_like(B) for B in Bs], torch.randn(4096, 4096, device=CUDA)
+    stream = torch.cuda.Stream(CUDA)
+    stream.wait_stream(torch.cuda.current_stream(CUDA))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                slow = slow @ slow / 64
+            torch._foreach_copy_(late, Bs)
+            got = low_rank_svd(late, As)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream(CUDA).wait_stream(stream)
+    for one, other in zip(got[:3], wanted[:3], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # Memory, as compute-sanitizer sees it

@@ -30,6 +30,7 @@ RANK = {
     "low_rank_svd": 5,
     "importance": 5,
     "dora": 6,
+    "sparse": 6,
     "frozen_linear": 6,
     "svd_linear": 7,
     "adalora": 8,

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import peftkern
 from peftkern import functional, ops
 from peftkern.nf4 import dynamic_map
+from peftkern.sparse import SparseMask
 
 N, K, R = 24, 70, 4
 
@@ -68,6 +69,7 @@ def op_cases() -> dict[str, list[tuple]]:
             (dy, None, None, *pieces(False), [N, K], None, None, 1.0, None, 0.0, [True, *none[1:]]),
         ],
         **adalora_op_cases(),
+        **rosa_op_cases(),
     }
 
 
@@ -89,6 +91,26 @@ def adalora_op_cases() -> dict[str, list[tuple]]:
         ],
         "adalora_orthogonality_forward": [(lora_A, lora_B, squared) for squared in (False, True)],
         "adalora_orthogonality_backward": [(torch.tensor(0.5), residual, factors, lora_A, lora_B)],
+    }
+
+
+def rosa_op_cases() -> dict[str, list[tuple]]:
+    """Indices of both widths; the product with the matrix and with its transpose."""
+    x, y, values = torch.randn(2, 3, K), torch.randn(2, 3, N), torch.randn(50)
+    flat = torch.randperm(N * K)[:50]
+    narrow, wide = (
+        SparseMask.from_indices(flat // K, flat % K, (N, K), dtype)
+        for dtype in (torch.int32, torch.int64)
+    )
+    return {
+        "rosa_sddmm": [
+            (y.to(d), x.to(d), m.crow, m.col)
+            for d, m in ((x.dtype, narrow), (torch.bfloat16, wide))
+        ],
+        "rosa_spmm_": [
+            (y.clone(), x, values, narrow.crow, narrow.col, None),
+            (x.clone(), y, values, wide.ccol, wide.row, wide.order),
+        ],
     }
 
 

@@ -27,6 +27,7 @@ DORA_RMS_RATIO = 4  # times FLOOR_RMS: the same products in another order of rou
 DORA_DROPPED_MAGNITUDE_RMS = 2**-8
 
 NF4_MAX_HALF_GAP = 0.1519036  # of absmax: half of the widest gap of the table, -1.0 .. -0.6962
+NF4_RANDOM_STD_RTOL = 0.03  # of weights drawn as packed bytes: absmax varies within 10%
 NF4_TIE_RTOL = 1e-6  # how near a threshold x / absmax and x * (1 / absmax) may disagree
 # bitsandbytes' CPU quantiser of absmax looks codes up in 65,536 bins: this share is off by one.
 ABSMAX_CODE_MISMATCH = 0.005
@@ -53,6 +54,7 @@ LORA_FA_PEFT_RTOL = {torch.float64: 1e-12, torch.float32: 2**-9}
 DELTA_LORA_NEAREST_KEEPS = 0.5  # share of the updates that bf16 weights keep: less than this
 DELTA_LORA_STOCHASTIC = 0.02  # how far from all of it stochastic rounding may be
 
+ROSA_OVERLAP = 0.95  # of masks from streamed and from dense sums of gradients, a planted problem
 PLAN_RTOL = 0.05  # of the bytes at a step's peak, counted against measured
 
 FUZZ_EXAMPLES = 300

@@ -15,6 +15,7 @@
 #include "peftkern/nf4.h"
 #include "peftkern/nf4_lora_linear.h"
 #include "peftkern/parallel.h"
+#include "peftkern/rosa.h"
 
 namespace py = pybind11;
 
@@ -143,6 +144,18 @@ std::vector<GramMatrix> matrices_from(const std::vector<int64_t>& table, int64_t
     matrices.push_back(m);
   }
   return matrices;
+}
+
+// (starts, index, int64 instead of int32, rows, columns, nnz)
+SparseMatrix sparse_matrix(const std::array<int64_t, 6>& t) {
+  SparseMatrix s;
+  s.starts = pointer<const void>(static_cast<uintptr_t>(t[0]));
+  s.index = pointer<const void>(static_cast<uintptr_t>(t[1]));
+  s.wide = t[2] != 0;
+  s.rows = t[3];
+  s.columns = t[4];
+  s.nnz = t[5];
+  return s;
 }
 
 }  // namespace
@@ -387,4 +400,32 @@ PYBIND11_MODULE(_cpu, m) {
           py::gil_scoped_release release;
           adalora_gram_backward(isa.c_str(), args);
         });
+  m.def("rosa_spmm",
+        [](const std::string& isa, int threads, const std::array<int64_t, 6>& matrix,
+           uintptr_t values, uintptr_t order, uintptr_t x, uintptr_t y, int64_t T, int dtype) {
+          SpmmArgs args;
+          args.s = sparse_matrix(matrix);
+          args.values = pointer<const float>(values);
+          args.order = pointer<const void>(order);
+          args.x = pointer<const void>(x);
+          args.y = pointer<void>(y);
+          args.T = T;
+          args.dtype = dtype_from_code(dtype);
+          args.threads = threads;
+          py::gil_scoped_release release;
+          rosa_spmm(isa.c_str(), args);
+        });
+  m.def("rosa_sddmm", [](const std::string& isa, int threads, const std::array<int64_t, 6>& matrix,
+                         uintptr_t dy, uintptr_t x, uintptr_t values, int64_t T, int dtype) {
+    SddmmArgs args;
+    args.s = sparse_matrix(matrix);
+    args.dy = pointer<const void>(dy);
+    args.x = pointer<const void>(x);
+    args.values = pointer<float>(values);
+    args.T = T;
+    args.dtype = dtype_from_code(dtype);
+    args.threads = threads;
+    py::gil_scoped_release release;
+    rosa_sddmm(isa.c_str(), args);
+  });
 }

@@ -222,7 +222,7 @@ inline void store_lane(const double* x, const double* v, const double* norms, in
     for (int64_t l = 0; l < r; ++l) {
       add_scaled(column, v[(j * r + l) * kDoubles + lane], q + l * r, r);
     }
-    const double sign = jacobi_sign(column, r, 1);
+    const double sign = jacobi_sign(jacobi_top(0.0, column, r));
     const double scale = value > 0.0 ? sign / value : 0.0;
     for (int64_t i = 0; i < r; ++i) {
       left[i * r + to] = sign * column[i];

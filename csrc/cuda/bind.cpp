@@ -15,7 +15,12 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "peftkern/cuda_low_rank_svd.h"
 #include "peftkern/cuda_nf4.h"
+#include "peftkern/cuda_nf4_lora_linear.h"
+#if PEFTKERN_CUDA_SM90A || defined(PEFTKERN_CUDA_EMULATED)
+#include "peftkern/cuda_nf4_lora_linear_sm90a.h"
+#endif
 
 namespace py = pybind11;
 
@@ -53,6 +58,37 @@ CudaNF4View view_from_tuple(const py::tuple& t) {
   w.nested_blocksize = t[10].cast<int64_t>();
   w.numel = t[11].cast<int64_t>();
   return w;
+}
+
+// (lora_A, its dtype, lora_B, its dtype, s, r); r = 0: no adapters.
+void set_lora(CudaNF4LinearArgs& args, const py::tuple& t) {
+  if (t.size() != 6) throw std::invalid_argument("lora: expected 6 fields");
+  args.lora_A = pointer<const void>(t[0].cast<uintptr_t>());
+  args.a_dtype = dtype_from_code(t[1].cast<int>());
+  args.lora_B = pointer<const void>(t[2].cast<uintptr_t>());
+  args.b_dtype = dtype_from_code(t[3].cast<int>());
+  args.s = pointer<float>(t[4].cast<uintptr_t>());
+  args.r = t[5].cast<int64_t>();
+}
+
+template <int (*kForward)(const CudaNF4LinearArgs&, CudaStream)>
+void linear_forward(uintptr_t stream, const py::tuple& w, int64_t M, int64_t N, int64_t K,
+                    uintptr_t x, int dtype, uintptr_t y, uintptr_t bias, const py::tuple& lora,
+                    double scaling, uintptr_t workspace, int64_t workspace_bytes, int64_t splits) {
+  CudaNF4LinearArgs args;
+  args.w = view_from_tuple(w);
+  args.M = M, args.N = N, args.K = K;
+  args.x = pointer<const void>(x);
+  args.dtype = dtype_from_code(dtype);
+  args.y = pointer<void>(y);
+  args.bias = pointer<const void>(bias);
+  set_lora(args, lora);
+  args.scaling = static_cast<float>(scaling);
+  args.workspace = pointer<void>(workspace);
+  args.workspace_bytes = workspace_bytes;
+  args.splits = splits;
+  py::gil_scoped_release release;
+  check(kForward(args, pointer<CUstream_st>(stream)));
 }
 
 #ifdef PEFTKERN_CUDA_EMULATED
@@ -118,6 +154,51 @@ void bind(py::module_& m) {
           check(cuda_nf4_dequantize(view, pointer<void>(out), dtype, out_numel,
                                     pointer<CUstream_st>(stream)));
         });
+
+  m.def("jacobi_workspace", &cuda_jacobi_workspace,
+        "Doubles that a matrix needs on the current device: (r, vectors, shared_limit).");
+  m.def("jacobi_svd", [](uintptr_t stream, int64_t count, int64_t r, int sweeps, uintptr_t cores,
+                         uintptr_t sigma, uintptr_t left, uintptr_t right, uintptr_t info,
+                         uintptr_t workspace, int64_t workspace_len, int64_t shared_limit) {
+    CudaJacobiSvdArgs args;
+    args.cores = pointer<const double>(cores);
+    args.count = count;
+    args.r = r;
+    args.sweeps = sweeps;
+    args.sigma = pointer<double>(sigma);
+    args.left = pointer<double>(left);
+    args.right = pointer<double>(right);
+    args.info = pointer<int64_t>(info);
+    args.workspace = pointer<double>(workspace);
+    args.workspace_len = workspace_len;
+    args.shared_limit = shared_limit;
+    py::gil_scoped_release release;
+    check(cuda_jacobi_svd(args, pointer<CUstream_st>(stream)));
+  });
+  m.def("gram_roots", [](uintptr_t stream, int64_t count, int64_t r, uintptr_t grams,
+                         uintptr_t roots, uintptr_t inverses, uintptr_t norms, uintptr_t workspace,
+                         int64_t workspace_len, int64_t shared_limit) {
+    CudaGramRootsArgs args;
+    args.grams = pointer<const double>(grams);
+    args.count = count;
+    args.r = r;
+    args.roots = pointer<double>(roots);
+    args.inverses = pointer<double>(inverses);
+    args.norms = pointer<double>(norms);
+    args.workspace = pointer<double>(workspace);
+    args.workspace_len = workspace_len;
+    args.shared_limit = shared_limit;
+    py::gil_scoped_release release;
+    check(cuda_gram_roots(args, pointer<CUstream_st>(stream)));
+  });
+  m.def("nf4_lora_linear_workspace", &cuda_nf4_lora_linear_workspace,
+        "Bytes that nf4_lora_linear_forward needs for M, N, K, splits on the current device.");
+  m.def("nf4_lora_linear_forward", &linear_forward<cuda_nf4_lora_linear_forward>);
+#if PEFTKERN_CUDA_SM90A || defined(PEFTKERN_CUDA_EMULATED)
+  m.def("nf4_lora_linear_sm90a_workspace", &cuda_nf4_lora_linear_sm90a_workspace,
+        "The same for nf4_lora_linear_sm90a_forward and M, N, K, r, splits.");
+  m.def("nf4_lora_linear_sm90a_forward", &linear_forward<cuda_nf4_lora_linear_sm90a_forward>);
+#endif
 }
 
 }  // namespace

@@ -115,6 +115,13 @@ struct Copy {
   int bytes, total;
 };
 
+// Accumulators of products in flight, by their registers.
+struct Sum {
+  float* d;
+  int users;
+  std::vector<float> value;
+};
+
 struct Thread {
   Stack stack;
   Context context;
@@ -124,6 +131,11 @@ struct Thread {
   const char* what = nullptr;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  bool copies_fenced = true;  // those that have arrived
+  std::vector<Product> open_products;
+  std::deque<std::vector<Product>> product_groups;
+  std::deque<Sum> sums;
+  bool products_fenced = false;
 };
 
 struct Barrier {
@@ -155,6 +167,7 @@ struct Machine {
   Barrier barriers[16];
   std::deque<Collective> warps[32], warpgroups[8];  // one for each mask in use
   std::vector<Segment> shared;                      // the dynamic part, then static objects
+  bool unfenced_barrier = false;                    // one that unfenced copies have passed
   uint32_t next_address = 0;
   uint32_t seed = 0;
   std::mt19937 rng;
@@ -182,6 +195,14 @@ bool copies_in_flight(Thread& self) {
   return any;
 }
 
+bool products_in_flight(Thread& self) {
+  const bool any = !self.open_products.empty() || !self.sums.empty();
+  self.open_products.clear();
+  self.product_groups.clear();
+  self.sums.clear();
+  return any;
+}
+
 // Everything a fiber runs starts here; a finished fiber waits to run a thread of the next block.
 [[noreturn]] void fiber_main() {
   arrived(nullptr, &machine().scheduler);
@@ -190,6 +211,7 @@ bool copies_in_flight(Thread& self) {
     Thread& self = m.threads[static_cast<size_t>(m.current)];
     (*m.body)();
     if (copies_in_flight(self)) fail("returned without waiting for its asynchronous copies");
+    if (products_in_flight(self)) fail("returned without waiting for its products");
     self.done = true;
     switch_context(self.context, m.scheduler, &m.scheduler);
   }
@@ -198,6 +220,8 @@ bool copies_in_flight(Thread& self) {
 void prepare(Thread& thread) {
   thread.done = false;
   thread.ready = nullptr;
+  thread.copies_fenced = true;
+  thread.products_fenced = false;
   if (thread.started) return;
   thread.started = true;
   thread.context.bottom = thread.stack.bottom();
@@ -251,6 +275,7 @@ void add_segment(Machine& m, const void* key, size_t bytes) {
 void run_block(Machine& m, std::vector<int64_t>& turns) {
   for (const Segment& segment : m.shared) poison(segment);
   for (Barrier& barrier : m.barriers) barrier = Barrier{};
+  m.unfenced_barrier = false;
   for (int i = 0; i < m.count; ++i) prepare(m.threads[static_cast<size_t>(i)]);
   for (int left = m.count; left > 0;) {
     bool moved = false;
@@ -357,6 +382,7 @@ void barrier(int id, int threads, bool blocking, int line) {
   }
   if (b.threads != threads) fail("a barrier is used with two thread counts at once");
   if (b.line != line) fail("__syncthreads is reached at different lines");
+  if (!m.threads[static_cast<size_t>(m.current)].copies_fenced) m.unfenced_barrier = true;
   const Generation mine{&b.generation, b.generation};
   if (++b.arrived == b.threads) {
     b.arrived = 0;
@@ -448,6 +474,7 @@ void wait_copies(int groups_left) {
   Machine& m = machine();
   Thread& self = m.threads[static_cast<size_t>(m.current)];
   while (self.groups.size() > static_cast<size_t>(groups_left)) {
+    if (!self.groups.front().empty()) self.copies_fenced = false;
     for (const Copy& copy : self.groups.front()) {
       char* to = static_cast<char*>(copy.destination);
       if (copy.bytes) std::memcpy(to, copy.source, static_cast<size_t>(copy.bytes));
@@ -455,6 +482,81 @@ void wait_copies(int groups_left) {
     }
     self.groups.pop_front();
   }
+}
+
+void fence_copies() {
+  Machine& m = machine();
+  m.threads[static_cast<size_t>(m.current)].copies_fenced = true;
+}
+
+void fence_products() {
+  Machine& m = machine();
+  m.threads[static_cast<size_t>(m.current)].products_fenced = true;
+}
+
+void issue_product(const Product& share) {
+  Machine& m = machine();
+  Thread& self = m.threads[static_cast<size_t>(m.current)];
+  if (!self.products_fenced) fail("a product without wgmma.fence before it");
+  if (m.unfenced_barrier) {
+    fail("a product reads shared memory: copies passed a barrier without fence.proxy.async");
+  }
+  auto sum = std::find_if(self.sums.begin(), self.sums.end(),
+                          [&](const Sum& s) { return s.d == share.d; });
+  if (sum == self.sums.end()) {
+    sum = self.sums.insert(sum, {share.d, 0, {share.d, share.d + share.count}});
+    std::memset(static_cast<void*>(share.d), 0xff, sizeof(float) * sum->value.size());
+  }
+  ++sum->users;
+  self.open_products.push_back(share);
+}
+
+void commit_products() {
+  Machine& m = machine();
+  Thread& self = m.threads[static_cast<size_t>(m.current)];
+  self.product_groups.push_back(std::move(self.open_products));
+  self.open_products.clear();
+  self.products_fenced = false;
+}
+
+void wait_products(int groups_left) {
+  struct Waiting {
+    Thread* thread;
+    int groups_left;
+  };
+  Machine& m = machine();
+  Waiting mine{&m.threads[static_cast<size_t>(m.current)], groups_left};
+  const auto retire = [](void* const* args, int width) {
+    const auto thread = [&](int lane) { return static_cast<Waiting*>(args[lane])->thread; };
+    const size_t left = static_cast<size_t>(static_cast<Waiting*>(args[0])->groups_left);
+    while (thread(0)->product_groups.size() > left) {
+      const size_t products = thread(0)->product_groups.front().size();
+      for (size_t i = 0; i < products; ++i) {
+        const Product* shares[128];
+        float* sums[128];
+        std::deque<Sum>::iterator found[128];
+        for (int lane = 0; lane < width; ++lane) {
+          std::deque<Sum>& all = thread(lane)->sums;
+          if (thread(lane)->product_groups.empty() ||
+              thread(lane)->product_groups.front().size() != products) {
+            fail("lanes of a warpgroup have issued different products");
+          }
+          shares[lane] = &thread(lane)->product_groups.front()[i];
+          found[lane] = std::find_if(all.begin(), all.end(),
+                                     [&](const Sum& s) { return s.d == shares[lane]->d; });
+          sums[lane] = found[lane]->value.data();
+        }
+        shares[0]->run(shares, sums);
+        for (int lane = 0; lane < width; ++lane) {
+          if (--found[lane]->users) continue;
+          std::copy(found[lane]->value.begin(), found[lane]->value.end(), found[lane]->d);
+          thread(lane)->sums.erase(found[lane]);
+        }
+      }
+      for (int lane = 0; lane < width; ++lane) thread(lane)->product_groups.pop_front();
+    }
+  };
+  collective(128, 0, retire, &mine, "wgmma.wait_group");
 }
 
 }  // namespace emulation

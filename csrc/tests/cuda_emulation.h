@@ -10,7 +10,11 @@
 //   - accesses outside shared memory: exactly sized heap memory, for AddressSanitizer;
 //   - missing waits: an asynchronous copy fills its destination with 0xff and happens at the wait;
 //   - missing barriers: under another schedule (set_schedule) results change. Run a kernel under
-//     kSchedules schedules and compare bit for bit.
+//     kSchedules schedules and compare bit for bit;
+//   - wgmma: a product is computed when its warpgroup waits for it, from what registers and shared
+//     memory hold then, and its accumulators are 0xff until then: early reads, early overwrites and
+//     missing waits change results. A product without a fence since the last group, and one after a
+//     barrier that copies passed without fence.proxy.async: abort.
 // What it cannot find: anything about speed, bank conflicts, registers, memory ordering between
 // blocks that run at once.
 //
@@ -154,6 +158,22 @@ void defer_copy(void* destination, const void* source, int bytes, int total);
 void commit_copies();
 void wait_copies(int groups_left);
 
+// This thread's share of a warpgroup's product. `d`, `count` floats, is filled with 0xff at once;
+// when the warpgroup waits for the group, run(shares of the 128 lanes, their sums) adds to what `d`
+// held, and it gets the sum back when no product in flight has it.
+struct Product {
+  void (*run)(const Product* const* shares, float* const* sums);
+  float* d;
+  int count;
+  const uint32_t* a;
+  uint64_t b;
+};
+void fence_products();
+void issue_product(const Product& share);
+void commit_products();
+void wait_products(int groups_left);  // a collective of the warpgroup
+void fence_copies();                  // fence.proxy.async
+
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
 template <typename T>
@@ -293,6 +313,13 @@ template <typename T>
 void __stcg(T* p, T value) {
   *p = value;
 }
+// Blocks run one after the other, and a fiber gives way at barriers and collectives only.
+template <typename T>
+T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p = before + value;
+  return before;
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -301,6 +328,11 @@ inline void __threadfence_block() {}
 using std::max;
 using std::min;
 
+inline double __longlong_as_double(long long bits) {
+  double x;
+  std::memcpy(&x, &bits, 8);
+  return x;
+}
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

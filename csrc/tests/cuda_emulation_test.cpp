@@ -90,6 +90,77 @@ void check_mma() {
   }
 }
 
+// Products of a warpgroup: D = D + A B^T, [64, 64] by 2 k16 steps; each fault leaves out one step.
+enum ProductFault { kRight, kNoProductWait, kNoProductFence, kNoSharedFence, kEarlyWrite };
+template <typename T>
+__global__ void product_kernel(const uint16_t* A, const uint16_t* B, float* D, float* early,
+                               ProductFault fault) {
+  unsigned char* tile = dynamic_shared<unsigned char>();
+  const int thread = static_cast<int>(threadIdx.x), lane = lane_index(), g = lane / 4, t = lane % 4;
+  for (int i = thread; i < 64 * 8; i += 128) {  // 64 rows of 128 bytes
+    copy_async16(tile + swizzled(i / 8, i % 8), B + 8 * i);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  if (fault != kNoSharedFence) fence_shared();
+  __syncthreads();
+  uint32_t a[2][4];
+  float d[32];
+  const int row = 16 * warp_index() + g;
+  for (int j = 0; j < 2; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      std::memcpy(&a[j][i], A + (row + 8 * (i % 2)) * 32 + 16 * j + 2 * t + 8 * (i / 2), 4);
+    }
+  }
+  const auto place = [&](int i) { return (row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + 2 * t + i % 2; };
+  for (int i = 0; i < 32; ++i) d[i] = D[place(i)];
+  if (fault != kNoProductFence) products_fence();
+  for (int j = 0; j < 2; ++j) product_m64k16<T, 64>(d, a[j], shared_tile(tile) + 2 * (j + 1));
+  products_commit();
+  early[thread] = d[0];
+  if (fault == kEarlyWrite) a[1][0] = 0x7fff7fff;
+  if (fault != kNoProductWait) products_wait<0>();
+  for (int i = 0; i < 32; ++i) D[place(i)] = d[i];
+}
+
+template <typename T>
+int wrong_products(ProductFault fault) {
+  Buffer<uint16_t> A(64 * 32), B(64 * 64);
+  Buffer<float> D(64 * 64), before(64 * 64), early(128);
+  for (int i = 0; i < A.size(); ++i) A[i] = from_float<T>(normal()).bits;
+  for (int i = 0; i < B.size(); ++i) B[i] = from_float<T>(normal()).bits;
+  for (int i = 0; i < D.size(); ++i) D[i] = before[i] = normal();
+  if (launch(product_kernel<T>, 1, 128, 64 * 128, nullptr, A.data(), B.data(), D.data(),
+             early.data(), fault)) {
+    cuda_test_failed("wgmma: not launched");
+  }
+  int wrong = 0;
+  for (int i = 0; i < 128; ++i) wrong += !std::isnan(early[i]);
+  for (int i = 0; i < 64 * 64; ++i) {
+    double sum = before[i], size = std::fabs(sum);
+    for (int k = 0; k < 32; ++k) {  // of columns 16 to 47
+      const double x = to_float(T{A[i / 64 * 32 + k]}), y = to_float(T{B[i % 64 * 64 + 16 + k]});
+      sum += x * y, size += std::fabs(x * y);
+    }
+    wrong += !(std::fabs(D[i] - sum) <= 0x1p-22 * size);
+  }
+  return wrong;
+}
+
+void check_products() {
+  for (uint32_t schedule = 0; schedule < emulation::kSchedules; ++schedule) {
+    emulation::set_schedule(schedule);
+    if (wrong_products<BF16>(kRight) || wrong_products<FP16>(kRight)) {
+      cuda_test_failed("wgmma: wrong element, or one that was there before the wait");
+    }
+  }
+  emulation::set_schedule(0);
+  if (!wrong_products<BF16>(kEarlyWrite)) cuda_test_failed("wgmma: A was read too early");
+  expect_abort("waiting for its products", [] { wrong_products<BF16>(kNoProductWait); });
+  expect_abort("without wgmma.fence", [] { wrong_products<BF16>(kNoProductFence); });
+  expect_abort("without fence.proxy.async", [] { wrong_products<BF16>(kNoSharedFence); });
+}
+
 // ---- shuffles, conversions
 
 __global__ void warp_kernel(int* shuffled, float* sums, uint32_t* ballots) {
@@ -297,6 +368,7 @@ void check_findings() {
 void check_cuda_emulation() {
   check_mma<BF16>();
   check_mma<FP16>();
+  check_products();
   check_warp();
   check_fp16();
   check_integers();

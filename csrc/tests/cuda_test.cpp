@@ -20,5 +20,9 @@ int main() {
   std::printf("emulated CUDA test: the emulation passed\n");
   check_cuda_nf4();
   std::printf("emulated CUDA test: nf4 passed\n");
+  check_cuda_low_rank_svd();
+  std::printf("emulated CUDA test: low_rank_svd passed\n");
+  check_cuda_nf4_lora_linear_sm90a();
+  std::printf("emulated CUDA test: nf4_lora_linear_sm90a passed\n");
   return 0;
 }

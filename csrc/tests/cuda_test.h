@@ -5,5 +5,7 @@
 
 [[noreturn]] void cuda_test_failed(const std::string& message);
 
-void check_cuda_emulation();  // cuda_emulation_test.cpp
-void check_cuda_nf4();        // cuda_nf4_test.cpp
+void check_cuda_emulation();              // cuda_emulation_test.cpp
+void check_cuda_nf4();                    // cuda_nf4_test.cpp
+void check_cuda_low_rank_svd();           // cuda_low_rank_svd_test.cpp
+void check_cuda_nf4_lora_linear_sm90a();  // cuda_nf4_lora_linear_sm90a_test.cpp

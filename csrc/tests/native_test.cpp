@@ -23,6 +23,7 @@
 
 void check_low_rank_svd(const char* isa);  // low_rank_svd_test.cpp
 void check_adalora(const char* isa);       // adalora_test.cpp
+void check_rosa(const char* isa);          // rosa_test.cpp
 
 namespace {
 
@@ -450,6 +451,7 @@ int main() {
     check_dora_norms(isa);
     check_low_rank_svd(isa);
     check_adalora(isa);
+    check_rosa(isa);
     check_malformed_states(isa);
     check_malformed_arguments(isa);
     std::printf("native test: %s passed\n", isa);

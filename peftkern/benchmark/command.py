@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from peftkern.benchmark import compare, machine, providers, terminal
+from peftkern.benchmark import compare, machine, providers, report, terminal
 from peftkern.benchmark.cases import (
     DTYPES,
     FIRST_SHAPES,
@@ -71,8 +71,21 @@ class Options:
     seed: int
     json: Path | None
     csv: Path | None
+    html: Path | None
     compare: Path | None
     fail_if: str | None
+    repro: bool
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What becomes of a record."""
+
+    json: Path | None
+    csv: Path | None
+    html: Path | None
+    earlier: Record | None
+    fail_if: float
     repro: bool
 
 
@@ -86,11 +99,7 @@ class Plan:
     seed: int
     seconds: float
     budget: float
-    json: Path | None
-    csv: Path | None
-    earlier: Record | None
-    fail_if: float
-    repro: bool
+    outputs: Outputs
 
 
 def plan(options: Options) -> Plan:
@@ -122,19 +131,6 @@ def plan(options: Options) -> Plan:
         None if options.rows is None else numbers("--rows", options.rows, LARGEST),
         device,
     )
-    for option, path in (("--json", options.json), ("--csv", options.csv)):
-        if path is not None:
-            _check_target(option, path)
-    if options.fail_if is not None and options.compare is None:
-        raise ValueError("--fail-if: needs --compare and an earlier record")
-    earlier = None if options.compare is None else compare.read(options.compare)
-    if earlier is not None:
-        known = {case["name"] for case in earlier["cases"]}
-        if not known & {problem.name for problem in found}:
-            raise ValueError(
-                f"--compare: {options.compare} has none of these cases; it has"
-                f" {', '.join(sorted(known)[:3]) or 'none at all'}"
-            )
     return Plan(
         problems=found,
         baselines=names,
@@ -144,8 +140,29 @@ def plan(options: Options) -> Plan:
         seed=options.seed,
         seconds=seconds("--seconds", options.seconds),
         budget=seconds("--budget", options.budget),
+        outputs=outputs(options, {problem.name for problem in found}),
+    )
+
+
+def outputs(options: Options, names: set[str]) -> Outputs:
+    """For cases of these names. Raises: as `plan`."""
+    for option in ("json", "csv", "html"):
+        if (path := getattr(options, option)) is not None:
+            _check_target(f"--{option}", path)
+    if options.fail_if is not None and options.compare is None:
+        raise ValueError("--fail-if: needs --compare and an earlier record")
+    earlier = None if options.compare is None else compare.read(options.compare)
+    if earlier is not None:
+        known = {case["name"] for case in earlier["cases"]}
+        if not known & names:
+            raise ValueError(
+                f"--compare: {options.compare} has none of these cases; it has"
+                f" {', '.join(sorted(known)[:3]) or 'none at all'}"
+            )
+    return Outputs(
         json=options.json,
         csv=options.csv,
+        html=options.html,
         earlier=earlier,
         fail_if=percent("--fail-if", options.fail_if or "5%"),
         repro=options.repro,
@@ -163,21 +180,25 @@ def _check_target(option: str, path: Path) -> None:
 
 
 def execute(plan: Plan) -> int:
-    """Measure, print, write; the exit status.
+    """Measure, write, print; the exit status.
 
     Raises: BenchError if the run could not measure anything.
     """
+    return tell(measure(plan), plan.outputs)
+
+
+def tell(record: Record, outputs: Outputs) -> int:
+    """Write and print; the exit status."""
     on_terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if on_terminal else PIPED_WIDTH, highlight=False)
-    record = measure(plan)
-    write(plan, record)
+    write(record, outputs)
     for line in terminal.bench_report(record, console.width):
         console.print(line)
-    if plan.repro:
+    if outputs.repro:
         print_commands(record)
     status = 0 if _ours_is_fine(record) else 1
-    if plan.earlier is not None:
-        status |= _compare(plan, record, console)
+    if outputs.earlier is not None:
+        status |= _compare(record, outputs, console)
     return status
 
 
@@ -277,12 +298,14 @@ def print_commands(record: Record) -> None:
         print("  " + " ".join([*variables, case["command"]]))
 
 
-def write(plan: Plan, record: Record) -> None:
+def write(record: Record, outputs: Outputs) -> None:
     """The files that were asked for, each whole or not at all."""
-    if plan.json is not None:
-        machine.write_text(plan.json, json.dumps(record, allow_nan=False) + "\n")
-    if plan.csv is not None:
-        machine.write_text(plan.csv, as_csv(record))
+    if outputs.json is not None:
+        machine.write_text(outputs.json, json.dumps(record, allow_nan=False) + "\n")
+    if outputs.csv is not None:
+        machine.write_text(outputs.csv, as_csv(record))
+    if outputs.html is not None:
+        report.write_html(record, outputs.html)
 
 
 def as_csv(record: Record) -> str:
@@ -305,8 +328,8 @@ def _ours_is_fine(record: Record) -> bool:
     return bool(ours) and all(row["wrong"] is None and row["failed"] is None for row in ours)
 
 
-def _compare(plan: Plan, record: Record, console: Console) -> int:
-    found, silent = compare.changes(plan.earlier, record)
-    for line in terminal.comparison(found, silent, plan.fail_if):
+def _compare(record: Record, outputs: Outputs, console: Console) -> int:
+    found, silent = compare.changes(outputs.earlier, record)
+    for line in terminal.comparison(found, silent, outputs.fail_if):
         console.print(line)
-    return int(not found or any(change.slower > plan.fail_if for change in found))
+    return int(not found or any(change.slower > outputs.fail_if for change in found))

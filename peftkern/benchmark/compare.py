@@ -7,12 +7,11 @@ and the machine is the same one.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftkern.benchmark.record import FORMAT, OURS, Case, Record
+from peftkern.benchmark.record import OURS, Case, Record, load
 
 SAME_MACHINE = ("cpu", "isa", "threads", "gpu")
 
@@ -33,13 +32,7 @@ def read(path: Path) -> Record:
 
     Raises: OSError; ValueError naming the file and what is wrong with it.
     """
-    text = path.read_bytes()
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a record of `peftkern bench --json` ({FORMAT!r})")
+    record = load(path)
     try:
         for case in record["cases"]:
             _ = case["name"], case["against"]

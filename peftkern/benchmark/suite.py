@@ -19,10 +19,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import peftkern
-from peftkern.benchmark import gpu_timer, machine
+from peftkern.benchmark import gpu_timer, machine, memory, terminal
 from peftkern.benchmark.peers import SEED
 from peftkern.benchmark.record import OURS
-from peftkern.benchmark.terminal import table
 from peftkern.benchmark.timer import Timing, measure, pin_threads
 from peftkern.benchmark.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO, errors
 from peftkern.device import triton_interpreted
@@ -34,7 +33,7 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Options:
     """Sizes of the problem. `rotate`: bytes of inputs that each variant cycles through; `rows`:
-    at most so many rows of activations."""
+    at most so many rows of activations; `layers`: of a stack, at most so many."""
 
     n: int = 4096
     k: int = 4096
@@ -42,6 +41,7 @@ class Options:
     rotate: int = 256 << 20
     device: torch.device = CPU
     rows: int | None = None
+    layers: int | None = None
 
     def copies(self, size: int) -> int:
         return max(2, -(-self.rotate // size))
@@ -49,27 +49,36 @@ class Options:
     def m(self, rows: int) -> int:
         return rows if self.rows is None else min(rows, self.rows)
 
+    def depth(self, layers: int) -> int:
+        return layers if self.layers is None else min(layers, self.layers)
+
 
 @dataclass(frozen=True)
 class Variant:
     """`call(i)` runs on the i-th input. `result` turns what it returned into tensors that compare
     with `oracle` (float64); no oracle: nothing to check. `multiplied`: too slow to be repeated, so
-    one call is timed and its time multiplied by this."""
+    one call is timed and its time multiplied by this. `planned_bytes`: the peak to expect."""
 
     call: Callable[[int], object]
     oracle: tuple[Tensor, ...] = ()
     result: Callable[[object], object] = lambda returned: returned
     multiplied: int = 0
+    planned_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """Variants that do the same work: at least `bytes` of traffic and `flops` in `dtype`."""
+    """Variants that do the same work: at least `bytes` of traffic and `flops` in `dtype`.
+
+    `tokens`: of a training step; then its peak memory is measured on a CPU, too, and on a GPU
+    neither graphs nor launches are: an optimizer's step is not captured.
+    """
 
     variants: dict[str, Variant]
     bytes: int
     flops: int
     dtype: torch.dtype
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,21 @@ class Spec:
         return self.name.partition("/")[2]
 
 
+@dataclass(frozen=True)
+class Question:
+    """What one run answers, without peers or a clock: `ask(options, seconds, note)` may take so
+    many seconds (None: any number) and calls `note(name=value, ...)` with all that it learns, when
+    it learns it."""
+
+    name: str
+    ask: Callable[[Options, float | None, Callable[..., None]], None]
+    shape: tuple[int, int] | None = None
+
+    @property
+    def short_name(self) -> str:
+        return self.name.partition("/")[2]
+
+
 @dataclass
 class Row:
     """What came out for one variant."""
@@ -110,6 +134,8 @@ class Row:
     graph: Timing | None = None
     no_graph: str | None = None
     peak_bytes: int | None = None
+    planned_bytes: int | None = None
+    tokens: int | None = None
     kernels: list[str] | None = None
 
     def record(self) -> dict:
@@ -118,13 +144,19 @@ class Row:
             record |= in_milliseconds(self.timing)
         if self.graph is not None:
             record["graph"] = in_milliseconds(self.graph)
-        gpu = {
+        more = {
+            "tokens_s": self.tokens_s,
             "no_graph": self.no_graph,
             "peak_bytes": self.peak_bytes,
+            "planned_bytes": self.planned_bytes,
             "kernels": self.kernels,
             "launches": None if self.kernels is None else len(self.kernels),
         }
-        return record | {key: value for key, value in gpu.items() if value is not None}
+        return record | {key: value for key, value in more.items() if value is not None}
+
+    @property
+    def tokens_s(self) -> float | None:
+        return self.tokens / self.timing.median if self.tokens and self.timing else None
 
 
 def in_milliseconds(timing: Timing) -> dict:
@@ -215,16 +247,21 @@ def check(spec: Spec, case: Case) -> dict[str, Row]:
     return rows
 
 
+def sized(spec: Spec | Question, options: Options) -> Options:
+    """The sizes of a case that has its own."""
+    return options if spec.shape is None else replace(options, n=spec.shape[0], k=spec.shape[1])
+
+
 def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> Outcome:
-    if spec.shape is not None:
-        n, k = spec.shape
-        options = replace(options, n=n, k=k)
+    options = sized(spec, options)
     case = spec.build(options)
     if tuple(case.variants) != spec.names:
         raise RuntimeError(f"{spec.name}: built {tuple(case.variants)}, expected {spec.names}")
     dtype = str(case.dtype).removeprefix("torch.")
-    floor = max(case.bytes / roof["copy"], case.flops / roof[dtype])
+    floor = max(case.bytes / roof["copy"], case.flops / roof[dtype] if case.flops else 0.0)
     facts = {"bytes": case.bytes, "flops": case.flops, "floor_ms": floor * 1e3}
+    if case.tokens is not None:
+        facts["tokens"] = case.tokens
     peftkern.reset_stats()
     outcome = Outcome(spec, facts, check(spec, case))
     right = {
@@ -232,8 +269,9 @@ def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> 
         for name, variant in case.variants.items()
         if outcome.rows[name].wrong is None and not variant.multiplied
     }
-    on_gpu = options.device.type == "cuda"
-    if on_gpu:
+    if case.tokens is not None:
+        measure_steps(outcome.rows, case, right, options.device, seconds, tick)
+    elif options.device.type == "cuda":
         measure_on_gpu(outcome.rows, right, seconds, tick)
     else:
         for name, timing in measure(right, seconds=seconds, tick=tick).items():
@@ -241,6 +279,18 @@ def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> 
     facts["served"] = {f"{op} on {name}": n for (op, name), n in peftkern.stats().calls.items()}
     facts["fell_back"] = {f"{op}: {w}": n for (op, w), n in peftkern.stats().fallbacks.items()}
     return outcome
+
+
+def measure_steps(
+    rows: dict[str, Row], case: Case, right: dict, device: torch.device, seconds: float, tick
+) -> None:
+    """Time and peak memory of training steps."""
+    clock = gpu_timer.measure_events if device.type == "cuda" else measure
+    timings = clock(right, seconds=seconds, tick=tick)
+    for name, call in right.items():
+        rows[name].timing, rows[name].tokens = timings[name], case.tokens
+        rows[name].peak_bytes = memory.peak_bytes(lambda call=call: call(0), device)
+        rows[name].planned_bytes = case.variants[name].planned_bytes
 
 
 def measure_on_gpu(rows: dict[str, Row], right: dict, seconds: float, tick) -> None:
@@ -264,6 +314,7 @@ def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
     add("--k", type=int, help="columns of the weight (the same)")
     add("--r", type=int, default=16, help="LoRA rank (16)")
     add("--rows", type=int, help="at most so many rows of activations")
+    add("--layers", type=int, help="at most so many layers of a stack")
     add("--threads", type=int, help="default: every core that the process may use")
     add("--seconds", type=float, help="time for each variant of each case (2, on a GPU 0.3)")
     add("--budget", type=float, help="start no case after so many seconds (default: run them all)")
@@ -272,9 +323,9 @@ def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=machine.ROOT / "bench" / "results", help="results folder")
     add("--commit", default="", help="what to record where the tree carries no history")
     options = parser.parse_args(argv)
-    sizes = (options.n, options.k, options.r, options.rows)
+    sizes = (options.n, options.k, options.r, options.rows, options.layers)
     if min(size for size in sizes if size is not None) < 1:
-        parser.error("--n, --k, --r and --rows must be at least 1")
+        parser.error("--n, --k, --r, --rows and --layers must be at least 1")
     if (options.n is None) != (options.k is None):
         options.n, options.k = options.n or 4096, options.k or 4096
     return options
@@ -283,7 +334,7 @@ def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
 def main(
     stem: str,
     specs: list[Spec],
-    gpu_specs: Callable[[torch.device], list[Spec]] = lambda device: [],
+    gpu_specs: Callable[[torch.device], list[Spec | Question]] = lambda device: [],
     argv: list[str] | None = None,
 ) -> int:
     """Run the cases of one bench script; 1 if any of our results is wrong, 2 without the device.
@@ -310,13 +361,15 @@ def main(
         return _run(stem, chosen, args, device)
 
 
-def _run(stem: str, chosen: list[Spec], args: argparse.Namespace, device: torch.device) -> int:
+def _run(
+    stem: str, chosen: list[Spec | Question], args: argparse.Namespace, device: torch.device
+) -> int:
     started = time.monotonic()
     on_gpu = device.type == "cuda"
     seconds = (0.3 if on_gpu else 2.0) if args.seconds is None else args.seconds
     size = (args.n, args.k) if args.n is not None else (4096, 4096)
     rotate = machine.rotation(args.rotate_mb, device)
-    options = Options(*size, args.r, rotate, device, args.rows)
+    options = Options(*size, args.r, rotate, device, args.rows, args.layers)
     threads = torch.get_num_threads() if on_gpu else pin_threads(args.threads)
     facts = machine.describe(threads, device, args.commit)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
@@ -350,17 +403,30 @@ def _run(stem: str, chosen: list[Spec], args: argparse.Namespace, device: torch.
             def tick(share: float, done: int = done) -> None:
                 progress.update(bar, completed=done + share)
 
+            def note(**facts: object) -> None:
+                record["answers"][-1].update(facts)
+                machine.write_json(path, record)
+
             try:
-                outcomes.append(run_case(spec, options, roof, seconds, tick))
-                record["cases"].append(outcomes[-1].record())
+                if isinstance(spec, Question):
+                    left = args.budget and args.budget - (time.monotonic() - started)
+                    record.setdefault("answers", []).append({"name": spec.name})
+                    spec.ask(sized(spec, options), left, note)
+                else:
+                    outcomes.append(run_case(spec, options, roof, seconds, tick))
+                    record["cases"].append(outcomes[-1].record())
             except Exception as error:  # the cases after it are still worth knowing
                 traceback.print_exc()
                 record["failed"][spec.name] = gpu_timer.first_line(error)
             machine.write_json(path, record)  # at once: a run may be stopped at any moment
             gc.collect()
     machine.write_json(path, record)
-    console.print(table(outcomes, f"{stem}, r={args.r}, medians and p20-p80", facts["gpu"]))
+    console.print(
+        terminal.table(outcomes, f"{stem}, r={args.r}, medians and p20-p80", facts["gpu"])
+    )
     console.print(f"written: {path}")
+    for answer in record.get("answers", []):
+        console.print(terminal.answer(answer), markup=False)
     for name in record["not_reached"]:
         console.print(f"{name}: not reached within {args.budget:.0f} seconds", markup=False)
     for outcome in outcomes:
@@ -382,11 +448,14 @@ _built: dict[str, tuple[Case, dict[str, Row]]] = {}
 
 
 def run_benchmark(benchmark, spec: Spec, name: str, options: Options) -> None:
-    """One pytest-benchmark test; the case is built and checked once for all of its variants."""
+    """One pytest-benchmark test; the case is built and checked once for all of its variants. A case
+    with sizes of its own is no larger than `options`."""
+    if spec.shape is not None:
+        spec = replace(spec, shape=(min(spec.shape[0], options.n), min(spec.shape[1], options.k)))
     if spec.name not in _built:
         _built.clear()
         gc.collect()
-        case = spec.build(options)
+        case = spec.build(sized(spec, options))
         _built[spec.name] = case, check(spec, case)
     case, rows = _built[spec.name]
     assert rows[name].wrong is None, rows[name].wrong

@@ -62,6 +62,19 @@ def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
     return grid
 
 
+def answer(facts: dict) -> str:
+    """A line of what `suite.Question` noted: whether something fits, measured beside planned."""
+    fits, stopped = facts.get("fits"), facts.get("stopped")
+    said = {True: "fits", False: "does not fit", None: "no answer"}[fits]
+    sizes = [
+        f"{label} {facts[key] / 1e9:.2f} GB"
+        for label, key in (("peak", "peak_bytes"), ("planned", "planned_bytes"))
+        if key in facts
+    ]
+    limit = f" into {facts['cap_bytes'] / 1e9:.0f} GB" if "cap_bytes" in facts else ""
+    return "; ".join([f"{facts['name']}: {said}{limit}", *sizes, *([stopped] if stopped else [])])
+
+
 def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
     """How many times peftkern's time another's is; and whether that is within the noise: the
     intervals from the 20th to the 80th percentile have a time in common."""
@@ -79,7 +92,7 @@ def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
     rates = [f"{roof[d] / 1e12:.3g} TFLOP/s {short}" for d, short in SHORT.items() if d in roof]
     yield Text(f"{where}, {facts['threads']} threads", style="bold")
     yield Text(f"roof: copies {roof['copy'] / 1e9:.3g} GB/s, products {', '.join(rates)}")
-    if facts["load_average"][0] > 1.5 * max(1, facts["threads"]) and not facts["gpu"]:
+    if is_loaded(record):
         load = f"load average {facts['load_average'][0]:.1f} on {facts['threads']} threads"
         yield Text(f"{load}: others use this machine, expect noise", style="yellow")
     for case in record["cases"]:
@@ -120,12 +133,19 @@ def bench_table(case: Case, record: Record, width: int) -> Table:
     return grid
 
 
-def title(case: Case) -> str:
+def is_loaded(record: Record) -> bool:
+    """Whether others used the processor that was measured."""
+    facts = record["environment"]
+    return facts["load_average"][0] > 1.5 * max(1, facts["threads"]) and not facts["gpu"]
+
+
+def title(case: Case, without: str = "") -> str:
+    """What a case is; `without`: "M" or "r", which is then left out."""
     size = f"{case['N']}x{case['K']}"
-    if case["M"] is not None:
+    shape = "" if case["shape"] in (size, f"{case['M']}x{size}") else f"{case['shape']} "
+    if case["M"] is not None and without != "M":
         size = f"{case['M']}x{size}"
-    rank = f", r={case['r']}" if case["r"] else ""
-    shape = "" if case["shape"] == size else f"{case['shape']} "
+    rank = f", r={case['r']}" if case["r"] and without != "r" else ""
     return f"{case['op']} {shape}{size}{rank}, {SHORT[case['dtype']]}, {case['mode']}"
 
 
@@ -156,21 +176,36 @@ def _speed_up_cell(case: Case, name: str) -> Text:
     return Text(f"{ratio:.2f}x", style="green" if ratio > 1 else "red")
 
 
-def summary(record: Record) -> Text:
-    """How often peftkern was faster, alike and slower: the losses are counted like the wins. The
-    layer without its adapter is a bound, not a rival: it does less."""
-    found = [
-        one
+def beside(record: Record) -> list[tuple[Case, str, float, bool]]:
+    """Every comparison with one that does the same: case, provider, speed-up, whether that is
+    within the noise."""
+    return [
+        (case, name, *found)
         for case in record["cases"]
         for name in case["providers"]
-        if (one := speed_up(case, name)) is not None and not (name == "frozen" and case["r"])
+        if (found := speed_up(case, name)) is not None and not is_bound(case, name)
     ]
-    if not found:
-        return Text("")
+
+
+def is_bound(case: Case, name: str) -> bool:
+    """The layer without its adapter is a bound, not a rival: it does less."""
+    return name == "frozen" and bool(case["r"])
+
+
+def counts(record: Record) -> tuple[int, int, int]:
+    """How often peftkern was faster, slower, and alike: losses are counted like wins."""
+    found = [(ratio, noise) for *_, ratio, noise in beside(record)]
     alike = sum(noise for _, noise in found)
     faster = sum(ratio > 1 and not noise for ratio, noise in found)
-    counts = f"{faster} faster, {len(found) - faster - alike} slower, {alike} within noise (≈)"
-    return Text(f"peftkern beside those that do the same: {counts}; speed-up: their time over ours")
+    return faster, len(found) - faster - alike, alike
+
+
+def summary(record: Record) -> Text:
+    faster, slower, alike = counts(record)
+    if not faster + slower + alike:
+        return Text("")
+    said = f"{faster} faster, {slower} slower, {alike} within noise (≈)"
+    return Text(f"peftkern beside those that do the same: {said}; speed-up: their time over ours")
 
 
 def comparison(

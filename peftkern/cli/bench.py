@@ -9,8 +9,12 @@ import typer
 
 from peftkern.cli.frame import InputError, bad_input
 
+# What still means something when nothing is measured.
+WITH_FROM = ("from_", "csv", "html", "compare", "fail_if", "repro")
+
 
 def bench(
+    context: typer.Context,
     op: Annotated[
         str,
         typer.Option(
@@ -61,6 +65,13 @@ def bench(
     seed: Annotated[int, typer.Option(help="what weights and inputs are drawn from")] = 0,
     json: Annotated[Path | None, typer.Option(help="write everything measured here")] = None,
     csv: Annotated[Path | None, typer.Option(help="write a line per case and provider")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="write a report, one file for a browser")
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="measure nothing: show this earlier --json, write its files"),
+    ] = None,
     compare: Annotated[Path | None, typer.Option(help="an earlier --json to compare with")] = None,
     fail_if: Annotated[
         str | None,
@@ -78,7 +89,7 @@ def bench(
 
     Example: peftkern bench --shapes llama3-8b --dtype bf16 --budget 5m --json new.json
     """
-    from peftkern.benchmark import command
+    from peftkern.benchmark import command, record
 
     with bad_input():
         options = command.Options(
@@ -96,13 +107,32 @@ def bench(
             seed=seed,
             json=json,
             csv=csv,
+            html=html,
             compare=compare,
             fail_if=fail_if,
             repro=repro,
         )
-        plan = command.plan(options)
+        if from_ is not None:
+            _refuse_others(context)
+            earlier = record.read(from_)
+            outputs = command.outputs(options, {case["name"] for case in earlier["cases"]})
+        else:
+            plan = command.plan(options)
+    if from_ is not None:
+        raise typer.Exit(command.tell(earlier, outputs))
     try:
         status = command.execute(plan)
     except command.BenchError as error:
         raise InputError(str(error)) from error
     raise typer.Exit(status)
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Options that would only have decided what is measured."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if parameter.name not in WITH_FROM and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(
+                f"--from: measures nothing, so that {parameter.opts[0]} has no effect; accepted"
+                " with it: --csv, --html, --compare, --fail-if, --repro"
+            )

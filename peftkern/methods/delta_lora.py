@@ -27,7 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.frozen_linear import check_base, check_update, low_rank_forward, merged
+from peftkern.frozen_linear import (
+    check_base,
+    check_update,
+    low_rank_forward,
+    low_rank_update,
+    merged,
+)
 from peftkern.methods.pairs import AdapterPair, find_pairs
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -117,7 +123,7 @@ class DeltaLoRALinear(nn.Module):
     def merge(self) -> nn.Linear:
         """A new dense nn.Linear that computes the same, in the dtype the weight had."""
         with torch.no_grad():
-            return merged(self.base, *self._factors(), self.scaling)
+            return merged(self.base, low_rank_update(*self._factors(), self.scaling))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if f"{prefix}lora_A" in state_dict:  # the state of a layer that has started or has not

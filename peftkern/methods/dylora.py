@@ -28,7 +28,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from peftkern.frozen_linear import check_base, check_update, low_rank_forward, merged
+from peftkern.frozen_linear import (
+    check_base,
+    check_update,
+    low_rank_forward,
+    low_rank_update,
+    merged,
+)
 from peftkern.layers import LoRALinear, NF4LoRALinear
 
 
@@ -119,7 +125,7 @@ class DyLoRALinear(nn.Module):
         """A new dense nn.Linear that computes the same at the rank in use."""
         with torch.no_grad():
             A, B = self.factors()
-            return merged(self.base, A, B, self.scaling)
+            return merged(self.base, low_rank_update(A, B, self.scaling))
 
     def extra_repr(self) -> str:
         last = ", train_last_only=True" if self.train_last_only else ""

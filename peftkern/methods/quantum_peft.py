@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from peftkern.frozen_linear import check_base, check_update, low_rank_forward, merged
+from peftkern.frozen_linear import (
+    check_base,
+    check_update,
+    low_rank_forward,
+    low_rank_update,
+    merged,
+)
 
 _QUBITS = 6  # that one matrix acts on at most: 64 x 64
 
@@ -129,7 +135,7 @@ class QuantumPEFTLinear(nn.Module):
     def merge(self) -> nn.Linear:
         """A new dense nn.Linear that computes the same, without the update's cost."""
         with torch.no_grad():
-            return merged(self.base, *self.factors(), self.scaling)
+            return merged(self.base, low_rank_update(*self.factors(), self.scaling))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, layers={self.layers}, scaling={self.scaling:g}"

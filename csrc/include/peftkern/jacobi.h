@@ -59,6 +59,13 @@ PEFTKERN_HOST_DEVICE inline T jacobi_cosine(T alpha, T beta, T gamma, T zero, T 
   return select_gt(product, tiny, jacobi_abs(gamma) / jacobi_sqrt(safe), zero);
 }
 
+// Whether |x.y| > tolerance |x| |y|: jacobi_cosine without its root and its quotient.
+template <class T>
+PEFTKERN_HOST_DEVICE inline bool jacobi_exceeds(T alpha, T beta, T gamma, T tolerance) {
+  const T product = alpha * beta;
+  return product > T(kJacobiTiny) && gamma * gamma > tolerance * tolerance * product;
+}
+
 // The rotation that makes two columns orthogonal: s = sin, t = tan, tau = s / (1 + cos) of the
 // smaller angle.
 template <class T>
@@ -75,9 +82,8 @@ PEFTKERN_HOST_DEVICE inline JacobiRotation<T> jacobi_rotation(T alpha, T beta, T
   const T t =
       select_gt(below, zero,
                 select_gt(zero, d, zero - twice, twice) / select_gt(below, zero, below, one), zero);
-  const T c = one / jacobi_sqrt(one + t * t);
-  const T s = c * t;
-  return {s, t, s / (one + c)};
+  const T h = jacobi_sqrt(one + t * t);  // 1 / cos; the two quotients do not wait for each other
+  return {t / h, t, t / (one + h)};
 }
 
 // x' = x - s (y + tau x), y' = y + s (x - tau y): corrections of x and y instead of new values, so
@@ -92,11 +98,12 @@ PEFTKERN_HOST_DEVICE inline void jacobi_rotate(const JacobiRotation<T>& rotation
 // Pair number `pair` in [0, n / 2) of round `round` in [0, n - 1) of a round-robin tournament of n
 // columns, n even, p < q: the pairs of a round are disjoint, a sweep meets each pair once. For odd
 // n play with n + 1 and leave out the pairs that hold column n.
-PEFTKERN_HOST_DEVICE inline void tournament_pair(int64_t n, int64_t round, int64_t pair, int64_t* p,
-                                                 int64_t* q) {
-  const int64_t ring = n - 1;
-  const int64_t a = pair == 0 ? ring : (round + pair) % ring;
-  const int64_t b = pair == 0 ? round : (round + ring - pair) % ring;
+template <class I>
+PEFTKERN_HOST_DEVICE inline void tournament_pair(I n, I round, I pair, I* p, I* q) {
+  const I ring = n - 1;
+  const I ahead = round + pair, behind = round + ring - pair;
+  const I a = pair == 0 ? ring : ahead < ring ? ahead : ahead - ring;
+  const I b = pair == 0 ? round : behind < ring ? behind : behind - ring;
   *p = a < b ? a : b;
   *q = a < b ? b : a;
 }
@@ -114,14 +121,19 @@ PEFTKERN_HOST_DEVICE inline int64_t sorted_position(const T* norms, int64_t n, i
   return position;
 }
 
-// Singular vectors are given up to a common sign: +1 or -1 makes the entry of `v` that is largest
-// in magnitude (the first of equals) positive.
+// `top`, or the entry of `v` that is largest in magnitude (the first of equals) if it is larger.
 template <class T>
-PEFTKERN_HOST_DEVICE inline T jacobi_sign(const T* v, int64_t n, int64_t stride) {
-  T top = v[0];
-  for (int64_t i = 1; i < n; ++i) {
-    if (jacobi_abs(v[i * stride]) > jacobi_abs(top)) top = v[i * stride];
+PEFTKERN_HOST_DEVICE inline T jacobi_top(T top, const T* v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (jacobi_abs(v[i]) > jacobi_abs(top)) top = v[i];
   }
+  return top;
+}
+
+// Singular vectors are given up to a common sign: +1 or -1 makes the top entry of the left one
+// positive.
+template <class T>
+PEFTKERN_HOST_DEVICE inline T jacobi_sign(T top) {
   return top < T(0) ? T(-1) : T(1);
 }
 

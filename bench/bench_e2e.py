@@ -1,0 +1,263 @@
+"""End to end: whole training steps (forward, backward, AdamW) of Llama-shaped stacks, with PEFT
+alone and patched; and whether one step of a large model fits into a given memory.
+
+Both variants start from the same numbers and learn the same batch. Before the clock runs, the loss
+and every adapter's gradient of the first step are compared with float64; of Llama-3-8B, whose
+float64 weights would not fit, the first losses with PEFT's. Tokens per second are tokens over the
+median; peak memory is what a step holds beyond model and optimizer, beside what `peftkern plan`
+predicts. The base is NF4 by bitsandbytes where that runs, else by peftkern.layers.NF4Linear.
+
+On a CPU: LoRA, QLoRA and AdaLoRA over four narrow layers. On a GPU: Llama-3-8B in NF4; LLaMA-65B in
+NF4 with the allocator capped at 48 GB; then four layers of Llama-3-8B's width.
+
+python bench/bench_e2e.py [--device cuda] [--only qlora]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peftkern.benchmark import memory
+from peftkern.benchmark.gpu_timer import first_line
+from peftkern.benchmark.peers import bitsandbytes_missing
+from peftkern.benchmark.stacks import Trainer, scaled
+from peftkern.benchmark.suite import (
+    OURS,
+    Case,
+    Options,
+    Question,
+    Spec,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
+from peftkern.plan import PRESETS, Architecture, Plan, Training, plan
+
+PEFT = "PEFT"
+BF16 = torch.bfloat16
+LAYERS, VOCABULARY = 4, 8192  # of the stacks that float64 can follow
+LR = 2e-4  # as QLoRA is used; the losses after it show a wrong gradient
+CURVE = 5  # losses that are compared where gradients are not
+# bf16 gradients through four layers are off by a percent or two; AdaLoRA's by less.
+GRADIENTS_WRONG = 0.1
+CAP = 48 * 10**9
+STEPS = 2  # the first makes the optimizer's states, the second has them from its start
+
+
+def counted(model: Architecture, training: Training) -> tuple[int, int]:
+    """Bytes and FLOPs: weights are read twice and multiplied twice, and once more where activations
+    are computed again."""
+    weights = sum(k * n for k, n, _ in model.linears().values()) * model.layers
+    head = model.hidden * model.vocabulary
+    passes = 3 if training.checkpointing else 2
+    size = {"nf4": 0.516, "bf16": 2.0, "fp32": 4.0}[training.base]
+    tokens = training.batch * training.sequence
+    traffic = passes * weights * size + 2 * 2 * head
+    return int(traffic), 2 * tokens * (passes * weights + 2 * head)
+
+
+def beyond_the_model(planned: Plan) -> int:
+    return planned.peak - sum(planned.fixed.values())
+
+
+def build(options: Options, model: Architecture, training: Training, exact: bool) -> Case:
+    """PEFT and ours; `exact`: float64 says what is right, else PEFT's first losses do."""
+    trainings = {
+        OURS: replace(training, patched=True, device=options.device.type),
+        PEFT: replace(training, patched=False, device=options.device.type),
+    }
+    trainers = {
+        name: Trainer(model, one, options.device, lr=LR, keep_first=exact)
+        for name, one in trainings.items()
+    }
+    report = trainers[OURS].report
+    if report.skipped or len(report.patched) < model.layers * len(training.targets):
+        raise RuntimeError(f"peftkern.patch left layers out: {report}")
+    oracle = trainers[PEFT].exact() if exact else (trainers[PEFT].curve(CURVE).double(),)
+    gc.collect()
+
+    def variant(name: str) -> Variant:
+        trainer = trainers[name]
+        return Variant(
+            trainer.step,
+            oracle,
+            lambda loss: trainer.first() if exact else trainer.curve(CURVE),
+            planned_bytes=beyond_the_model(plan(model, trainings[name])),
+        )
+
+    tokens = training.batch * training.sequence
+    variants = {name: variant(name) for name in (OURS, PEFT)}
+    return Case(variants, *counted(model, training), BF16, tokens)
+
+
+def few_layers(options: Options, method: str, tokens: int) -> Case:
+    """Some layers of Llama-3-8B's proportions, whose gradients float64 checks."""
+    model = scaled(PRESETS["llama3-8b"], options.k, options.depth(LAYERS))
+    model = replace(model, vocabulary=min(VOCABULARY, model.vocabulary))
+    sequence = max(2, options.m(tokens))
+    training = Training(method, r=options.r, sequence=sequence, checkpointing=False)
+    return build(options, model, training, exact=True)
+
+
+def llama3_8b(options: Options, tokens: int) -> Case:
+    """The whole model, with the checkpointing that QLoRA is used with."""
+    model = scaled(PRESETS["llama3-8b"], options.k, options.depth(32))
+    sequence = max(2, options.m(tokens))
+    training = Training("qlora", r=options.r, sequence=sequence, checkpointing=True)
+    return build(options, model, training, exact=False)
+
+
+def few_layers_spec(method: str, tokens: int, hidden: int) -> Spec:
+    base = "nf4" if method == "qlora" else "bf16"
+    return Spec(
+        f"e2e/{method}-{LAYERS}-layers-{tokens}-tokens/{base}",
+        lambda options: few_layers(options, method, tokens),
+        (OURS, PEFT),
+        PEFT,
+        peer_wrong=GRADIENTS_WRONG,
+        shape=(hidden, hidden),
+    )
+
+
+@contextlib.contextmanager
+def capped(device: torch.device, cap: int) -> Iterator[None]:
+    """torch's allocator takes no more than `cap` bytes from the GPU; a CPU's has no such limit."""
+    if device.type != "cuda":
+        yield
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def does_it_fit(
+    options: Options,
+    seconds: float | None,
+    note: Callable[..., None],
+    *,
+    adapter: str,
+    sequence: int = 512,
+    cap: int = CAP,
+) -> None:
+    """LLaMA-65B in NF4 with r=64 adapters on every linear layer, under gradient checkpointing: do
+    whole optimizer steps stay within `cap` bytes of allocations?
+
+    note: hears the prediction, then how far it came, then the answer. The optimizer keeps float32
+    states, which are bitsandbytes' for bf16 adapters; where that does not run, torch's, in bf16.
+    They are not paged: what a driver moves to the host would be in no figure.
+    """
+    device = options.device
+    model = scaled(PRESETS["llama-65b"], options.k, options.depth(80))
+    with_bnb = device.type == "cuda" and bitsandbytes_missing(device) is None
+    training = Training(
+        "qlora",
+        r=64,
+        adapter=adapter,
+        optimizer="adamw-32bit" if adapter == "bf16" and with_bnb else "adamw",
+        sequence=max(2, min(sequence, options.m(sequence))),
+        device=device.type,
+    )
+    planned = plan(model, training)
+    note(
+        question=f"do {STEPS} optimizer steps fit?",
+        cap_bytes=cap,
+        planned_bytes=planned.peak,
+        planned_fit=planned.peak <= cap,
+        layers=model.layers,
+        parameters=planned.parameters,
+        trained=planned.trainable,
+        tokens=training.sequence,
+        r=training.r,
+        adapter=adapter,
+        optimizer=training.optimizer,
+        reached="nothing",
+    )
+    deadline = float("inf") if seconds is None else time.monotonic() + seconds
+
+    def within_time() -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no time left after {seconds:.0f} s")
+
+    def run() -> None:
+        started = time.monotonic()
+        trainer = Trainer(model, training, device, lr=LR, tick=within_time)
+        note(reached="model", build_s=time.monotonic() - started)
+        took, losses = [], []
+        for done in range(STEPS):
+            within_time()
+            started = time.monotonic()
+            losses.append(trainer.step().item())  # which waits for the device
+            took.append(time.monotonic() - started)
+            note(reached=f"step {done + 1}", step_s=took, losses=losses)
+
+    with capped(device, cap):
+        answer(run, device, cap, note)
+
+
+def answer(
+    run: Callable[[], None], device: torch.device, cap: int, note: Callable[..., None]
+) -> None:
+    """Too much memory is an answer like any other; too little time is none."""
+    try:
+        peak = memory.peak_bytes(run, device)
+        note(fits=peak <= cap, peak_bytes=peak)
+    except torch.OutOfMemoryError as error:
+        note(fits=False, stopped=first_line(error))
+    except TimeoutError as error:
+        note(fits=None, stopped=str(error))
+    if device.type == "cuda":
+        note(
+            allocated_bytes=torch.cuda.max_memory_allocated(),
+            reserved_bytes=torch.cuda.max_memory_reserved(),  # what the cap is about
+        )
+
+
+def fit_question(adapter: str) -> Question:
+    return Question(
+        f"e2e/llama-65b-r64-512-tokens-{CAP // 10**9}GB-{adapter}-adapters/nf4",
+        lambda options, seconds, note: does_it_fit(options, seconds, note, adapter=adapter),
+        shape=(8192, 8192),
+    )
+
+
+METHODS = ("qlora", "lora", "adalora")
+SPECS = [few_layers_spec(method, 256, 1024) for method in METHODS]
+
+
+def gpu_specs(device: torch.device) -> list[Spec | Question]:
+    """What was asked for first comes first."""
+    whole = Spec(
+        "e2e/llama3-8b-2048-tokens/nf4",
+        lambda options: llama3_8b(options, 2048),
+        (OURS, PEFT),
+        PEFT,
+        shape=(4096, 4096),
+    )
+    stacks = [few_layers_spec(method, 2048, 4096) for method in METHODS]
+    return [whole, fit_question("bf16"), fit_question("fp32"), *stacks]
+
+
+@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
+def test_e2e(benchmark, spec: Spec, name: str, options: Options) -> None:
+    run_benchmark(benchmark, spec, name, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main("e2e", SPECS, gpu_specs))

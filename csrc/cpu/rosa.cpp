@@ -1,0 +1,120 @@
+// RoSA's sparse products: validation, the scalar kernels, and the choice of instruction set.
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "peftkern/isa.h"
+#include "rosa_kernels.h"
+
+namespace peftkern {
+namespace {
+
+constexpr int64_t kCheckedAtOnce = 1 << 16;  // indices
+
+const RosaKernels& kernels_for(const char* isa_name) {
+  const Isa isa = isa_from_name(isa_name);
+#if PEFTKERN_HAVE_AVX512
+  if (isa >= Isa::kAvx512) return kRosaAvx512;
+#endif
+#if PEFTKERN_HAVE_AVX2
+  if (isa >= Isa::kAvx2) return kRosaAvx2;
+#endif
+  (void)isa;
+  return kRosaScalar;
+}
+
+void require(bool ok, const char* message) {
+  if (!ok) throw std::invalid_argument(message);
+}
+
+// Throws std::invalid_argument unless every one of `count` indices is in [0, limit).
+template <class Index>
+void check_indices(const void* data, int64_t count, int64_t limit, int threads,
+                   const char* message) {
+  const Index* index = static_cast<const Index*>(data);
+  const int64_t tasks = (count + kCheckedAtOnce - 1) / kCheckedAtOnce;
+  std::vector<char> bad(static_cast<size_t>(tasks), 0);
+  auto task = [&](int64_t i, int) {
+    const int64_t end = std::min(count, (i + 1) * kCheckedAtOnce);
+    bool outside = false;
+    for (int64_t j = i * kCheckedAtOnce; j < end; ++j) {
+      outside |= index[j] < 0 || static_cast<int64_t>(index[j]) >= limit;
+    }
+    bad[static_cast<size_t>(i)] = outside;
+  };
+  parallel_for(threads, tasks, task);
+  require(std::find(bad.begin(), bad.end(), 1) == bad.end(), message);
+}
+
+template <class Index>
+void check_entries(const SparseMatrix& s, int threads) {
+  const Index* starts = static_cast<const Index*>(s.starts);
+  bool ascending = starts[0] == 0 && starts[s.rows] == s.nnz;
+  for (int64_t i = 0; i < s.rows; ++i) ascending &= starts[i] <= starts[i + 1];
+  require(ascending, "starts: expected to ascend from 0 to the number of entries");
+  check_indices<Index>(s.index, s.nnz, s.columns, threads, "index: a column is out of range");
+}
+
+// Throws std::invalid_argument naming what does not fit.
+void check_matrix(const SparseMatrix& s, int64_t T, int threads) {
+  require(threads >= 1, "threads: expected at least 1");
+  // With room for a panel of 64 float32 per column for each thread, and in whole vectors.
+  checked_mul(checked_mul(s.columns, 4096, "columns"), threads, "columns: panels");
+  checked_mul(s.rows, 4096, "rows");
+  checked_mul(s.nnz, 64, "nnz");
+  checked_mul(checked_mul(T, s.columns, "x: T x columns"), 4, "x: bytes");
+  checked_mul(checked_mul(T, s.rows, "y: T x rows"), 4, "y: bytes");
+  require(s.starts && (s.nnz == 0 || s.index), "starts, index: null pointer");
+  s.wide ? check_entries<int64_t>(s, threads) : check_entries<int32_t>(s, threads);
+}
+
+template <class Index>
+void gather(const SpmmArgs& args, float* out) {
+  const Index* order = static_cast<const Index*>(args.order);
+  check_indices<Index>(order, args.s.nnz, args.s.nnz, args.threads,
+                       "order: a place is out of range");
+  const int64_t nnz = args.s.nnz;
+  auto task = [&](int64_t i, int) {
+    const int64_t end = std::min(nnz, (i + 1) * kCheckedAtOnce);
+    for (int64_t j = i * kCheckedAtOnce; j < end; ++j) out[j] = args.values[order[j]];
+  };
+  parallel_for(args.threads, (nnz + kCheckedAtOnce - 1) / kCheckedAtOnce, task);
+}
+
+}  // namespace
+
+const RosaKernels kRosaScalar = {spmm, sddmm};
+
+void rosa_spmm(const char* isa, const SpmmArgs& args) {
+  const RosaKernels& kernels = kernels_for(isa);
+  check_matrix(args.s, args.T, args.threads);
+  if (args.T == 0 || args.s.nnz == 0) return;
+  require(args.values && args.x && args.y, "values, x, y: null pointer");
+  if (!args.order) {
+    kernels.spmm(args);
+    return;
+  }
+  Scratch scratch(args.s.nnz * 4);
+  SpmmArgs ordered = args;
+  float* values = static_cast<float*>(scratch.data);
+  args.s.wide ? gather<int64_t>(args, values) : gather<int32_t>(args, values);
+  ordered.values = values;
+  ordered.order = nullptr;
+  kernels.spmm(ordered);
+}
+
+void rosa_sddmm(const char* isa, const SddmmArgs& args) {
+  const RosaKernels& kernels = kernels_for(isa);
+  check_matrix(args.s, args.T, args.threads);
+  if (args.s.nnz == 0) return;
+  require(args.values, "values: null pointer");
+  if (args.T == 0) {
+    std::memset(args.values, 0, static_cast<size_t>(args.s.nnz) * 4);
+    return;
+  }
+  require(args.dy && args.x, "dy, x: null pointer");
+  kernels.sddmm(args);
+}
+
+}  // namespace peftkern

@@ -1,0 +1,640 @@
+// y = x W^T + scaling s lora_B^T + bias with W in NF4, s = x lora_A^T, for 1 to 32 rows of x: two
+// launches that overlap, or one.
+//
+// Bytes per weight, blocks of 64, nested: 0.5 codes + 1/64 absmax. At 4.3 TB/s an H200 (132 SMs at
+// 1.76 GHz) moves 18.5 B per SM and clock: 4096 x 4096 takes 2.0 us, 14336 x 4096 7.0 us, 28672 x
+// 8192 28.2 us, and the codes of a unit, 16 rows x 64 columns, 27.7 clocks, in which an SM issues
+// 111 instructions and shared memory and L1 deliver 27 wavefronts.
+//
+// Products: mma.m16n8k16 with W on the left, 16 of its rows and 8 of x at a time. Lane (g, t) has
+// bytes 8t .. 8t+7 of a unit's rows g and g+8, so weights 16t .. 16t+15; step j of a unit's four
+// takes 16t+4j+{0,1} for the instruction's columns 2t, 2t+1 and 16t+4j+{2,3} for 2t+8, 2t+9. Of x a
+// lane so needs 32 contiguous bytes, and nothing is repacked. absmax scales the float32 sum of a
+// block, so a weight is rounded once, as its code. A unit of a warp, up to 8 rows of x: 2 loads of
+// codes, 16 x (shift, mask, lookup), 2 loads of x, 4 mma, 2 shuffles and 4 multiply-adds for
+// absmax, about 68 instructions, 61% of the slots; 16 wavefronts of lookups and 2 (one row) to 8 of
+// x.
+//
+// Lookups: a byte is two weights, so a table of 256 pairs, 32 copies (one per bank, 32 KiB): 3
+// instructions of which 2 are integer, 16 of the 27.7 clocks of the integer pipe. Without it, prmt
+// on the byte planes of the 16 values takes 21 integer instructions for 8 weights, exact too: 42
+// clocks, so the table wins. Filling it takes 256 wavefronts, while a block's first codes arrive.
+//
+// In flight: up to 64 B of codes per lane, 2 blocks of 8 warps on an SM: 64 KiB (16 rows of x: 64,
+// 32 rows: 32 KiB, where x from L2 is the limit). The eight warps cut K into contiguous pieces,
+// which are added in order in shared memory. Blocks stay and loop over tiles (16 or 32 rows of W),
+// with the loads of the next tile under way while one is finished. Where tiles do not fill the GPU
+// evenly, K is split over blocks as well: each writes its sums, and the last to arrive at a tile
+// adds them in order.
+//
+// s, in float32 on plain cores, is a first kernel's, which also clears the counters of arrivals; it
+// lets the second begin at once, which waits for it only when its products are done. The update
+// needs M N r multiply-adds in float32: with r = 64 and 32 rows 0.3 instructions for each of the
+// products'.
+//
+// All counted, none measured.
+#include <algorithm>
+
+#include "launch.cuh"
+#include "nf4.cuh"
+#include "peftkern/checks.h"
+#include "peftkern/cuda_nf4_lora_linear.h"
+
+namespace peftkern {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kUnit = 64;    // columns
+constexpr int kCopies = 32;  // of the table
+
+// By kEights, the rows of x in eights: 16-row tiles of W per warp (more of them read x less often),
+// how many units ahead codes are loaded, and blocks on an SM. Each fits the registers that are
+// left.
+__host__ __device__ constexpr int tiles_of(int eights) { return eights; }
+__host__ __device__ constexpr int depth_of(int eights) { return eights == 1 ? 8 : 2; }
+__host__ __device__ constexpr int resident_of(int eights) { return eights == 4 ? 1 : 2; }
+
+// What a launch divides: `items` = tiles x splits, by which blocks loop.
+struct Plan {
+  int eights, rows;  // of x in eights; of W in a tile
+  int tiles, splits, items;
+  int units, split_units, warp_units;  // along K: all, of a split, of a warp in a split
+  int64_t counter_bytes, workspace;
+};
+
+// Clocks of an SM for what each gets: 55 for 1 KiB of codes, 300 to finish an item, 1000 for the
+// last arrival. Estimates, that only have to rank splits.
+int64_t cost_of(int64_t tiles, int64_t rows, int64_t units, int64_t splits, int64_t processors) {
+  const int64_t rounds = (tiles * splits + processors - 1) / processors;
+  const int64_t item = (units + splits - 1) / splits * rows * 55 / 32 + 300;
+  return rounds * item + (splits > 1 ? 1000 : 0);
+}
+
+Plan plan_of(int64_t M, int64_t N, int64_t K, int64_t splits) {
+  Plan p = {};
+  p.eights = M <= 8 ? 1 : M <= 16 ? 2 : 4;
+  p.rows = 16 * tiles_of(p.eights);
+  p.tiles = static_cast<int>((N + p.rows - 1) / p.rows);
+  p.units = static_cast<int>(K / kUnit);
+  if (splits == 0) {
+    const int64_t processors = multiprocessors();
+    splits = 1;
+    for (int64_t s = 2; s <= 16 && s * kWarps <= p.units; ++s) {
+      if (cost_of(p.tiles, p.rows, p.units, s, processors) <
+          cost_of(p.tiles, p.rows, p.units, splits, processors)) {
+        splits = s;
+      }
+    }
+  }
+  p.split_units = static_cast<int>((p.units + splits - 1) / splits);
+  p.splits = (p.units + p.split_units - 1) / p.split_units;  // none is empty
+  p.warp_units = (p.split_units + kWarps - 1) / kWarps;
+  p.items = p.tiles * p.splits;
+  if (p.splits > 1) {
+    p.counter_bytes = (int64_t{p.tiles} * 4 + 255) / 256 * 256;
+    p.workspace = p.counter_bytes + int64_t{p.items} * p.rows * M * 4;
+  }
+  return p;
+}
+
+// ---- before: s, and counters set to zero
+
+struct BeforeArgument {
+  int M, r, tiles;  // tiles = 0: no counters
+  int64_t K;
+  float* s;
+  unsigned* counters;
+};
+
+// Eight values of type A from 16-byte aligned memory.
+template <typename A>
+__device__ __forceinline__ void load_eight(const A* p, float (&value)[8]) {
+  if constexpr (sizeof(A) == 4) {
+    const float4 low = __ldg(reinterpret_cast<const float4*>(p));
+    const float4 high = __ldg(reinterpret_cast<const float4*>(p) + 1);
+    value[0] = low.x, value[1] = low.y, value[2] = low.z, value[3] = low.w;
+    value[4] = high.x, value[5] = high.y, value[6] = high.z, value[7] = high.w;
+  } else {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
+    const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack2<A>(word[i]);
+      value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+// Block (rank, eight rows of x): K over the threads, then the sums of lanes and of warps in order.
+template <typename T, typename A>
+__global__ void __launch_bounds__(kThreads)
+    before_kernel(const __grid_constant__ BeforeArgument a, const T* __restrict__ x,
+                  const A* __restrict__ lora_A) {
+  allow_following();
+  const int blocks = static_cast<int>(gridDim.x * gridDim.y);
+  const int block = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
+  for (int i = block * kThreads + static_cast<int>(threadIdx.x); i < a.tiles;
+       i += blocks * kThreads) {
+    a.counters[i] = 0;
+  }
+  if (a.r == 0) return;
+  PEFTKERN_SHARED(sums, float[kWarps][8]);
+  const int rank = static_cast<int>(blockIdx.x), first = static_cast<int>(blockIdx.y) * 8;
+  const A* factor = lora_A + rank * a.K;
+  float sum[8] = {};
+#pragma unroll 1
+  for (int64_t k = int64_t{threadIdx.x} * 8; k < a.K; k += kThreads * 8) {
+    float weight[8];
+    load_eight(factor + k, weight);
+#pragma unroll
+    for (int m = 0; m < 8; ++m) {
+      if (first + m >= a.M) continue;
+      float value[8];
+      load_eight(x + (first + m) * a.K + k, value);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[m] = __fmaf_rn(value[i], weight[i], sum[m]);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < 8; ++m) {
+    sum[m] = lanes_sum(sum[m]);
+    if (lane_index() == 0) sums[warp_index()][m] = sum[m];
+  }
+  __syncthreads();
+  const int m = static_cast<int>(threadIdx.x);
+  if (m < 8 && first + m < a.M) {
+    float total = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][m];
+    a.s[int64_t{first + m} * a.r + rank] = total;
+  }
+}
+
+// ---- the products
+
+struct LinearArgument {
+  NF4Argument w;
+  const void *x, *bias, *lora_B;
+  const float* s;
+  void* y;
+  float* parts;  // [items, M, rows]
+  unsigned* counters;
+  int M, N, K, r;
+  DType b_dtype;
+  float scaling;
+  int splits, items, units, split_units, warp_units;
+};
+
+// table[byte * kDuplicates + copy]: the pair of weights of a byte, the high nibble's in the low
+// half. Lanes that read a copy of their own never meet in a bank.
+template <typename T, int kDuplicates>
+__device__ __forceinline__ void fill_table(uint32_t* table, const NF4Argument& w) {
+  static_assert(kThreads == 256 && kDuplicates % 4 == 0, "a byte per thread, four copies a store");
+  const float code = w.code[lane_index() & 15];
+  const int byte = static_cast<int>(threadIdx.x);
+  const float high = __shfl_sync(kFullMask, code, byte >> 4);
+  const float low = __shfl_sync(kFullMask, code, byte & 15);
+  const uint32_t pair = pack2<T>(high, low);
+#pragma unroll
+  for (int i = 0; i < kDuplicates / 4; ++i) {
+    const int copy = (i + lane_index()) % (kDuplicates / 4);  // or all lanes meet in four banks
+    reinterpret_cast<uint4*>(table)[byte * (kDuplicates / 4) + copy] =
+        make_uint4(pair, pair, pair, pair);
+  }
+}
+
+// The pair of byte i of `word`; `copies` is the address of the lane's copy of pair 0.
+template <int kDuplicates>
+__device__ __forceinline__ uint32_t look_up(uint32_t copies, uint32_t word, int i) {
+  const uint32_t byte = permute_bytes(word, 0, 0x4440u + static_cast<uint32_t>(i));
+  return load_shared(byte * (4 * kDuplicates) + copies);
+}
+
+// Up to kDepth units that a warp takes one after the other.
+struct Panel {
+  int row;         // this lane's first: g of the tile
+  int unit, left;  // units from here to the end of the warp's piece; none if left <= 0
+};
+
+// A row of W that there is: what the rows past the end give is not stored.
+__device__ __forceinline__ int row_at(const LinearArgument& a, int row) {
+  return min(row, a.N - 1);
+}
+
+// absmax of a panel: of its kTiles x kDepth pairs (tile, unit), lane (g, t) has pair 4 slot + t,
+// for rows g and g+8.
+template <int kEights>
+struct Scales {
+  static constexpr int kSlots = tiles_of(kEights) * depth_of(kEights) / 4;
+  uint32_t raw[kSlots][2];
+  float value[kSlots][2];
+
+  __device__ __forceinline__ static int64_t block(const LinearArgument& a, const Panel& panel,
+                                                  int slot, int half) {
+    const int pair = 4 * slot + lane_index() % 4;
+    const int row = panel.row + pair / depth_of(kEights) * 16 + half * 8;
+    const int unit = panel.unit + min(pair % depth_of(kEights), panel.left - 1);
+    return int64_t{row_at(a, row)} * (a.K >> a.w.blocksize_log2) +
+           (unit >> (a.w.blocksize_log2 - 6));
+  }
+  template <bool kNested>
+  __device__ __forceinline__ void load(const LinearArgument& a, const Panel& panel) {
+    if (panel.left <= 0) return;
+#pragma unroll
+    for (int i = 0; i < 2 * kSlots; ++i) {
+      raw[i / 2][i % 2] = load_raw_absmax<kNested>(a.w, block(a, panel, i / 2, i % 2));
+    }
+  }
+  template <bool kNested>
+  __device__ __forceinline__ void finish(const LinearArgument& a, const Panel& panel) {
+    if (panel.left <= 0) return;
+    const float offset = load_offset<kNested>(a.w);
+#pragma unroll
+    for (int i = 0; i < 2 * kSlots; ++i) {
+      value[i / 2][i % 2] =
+          absmax_value<kNested>(a.w, block(a, panel, i / 2, i % 2), raw[i / 2][i % 2], offset);
+    }
+  }
+  __device__ __forceinline__ float of(int tile, int unit, int half) const {
+    const int pair = tile * depth_of(kEights) + unit;
+    return __shfl_sync(kFullMask, value[pair / 4][half], (lane_index() & ~3) + pair % 4);
+  }
+};
+
+// Columns 16t .. 16t+15 of a unit for rows 8c + g of x, as mma takes them. Of two parts one has 16t
+// .. 16t+7, the other the rest. `line` is where they begin in row g, or in the last if there are
+// fewer. A row 8c + g that does not exist is another one: its products are not stored.
+template <int kEights, int kParts>
+__device__ __forceinline__ void load_x(const LinearArgument& a, const uint8_t* line, int part,
+                                       uint32_t (&x)[kEights][8 / kParts]) {
+#pragma unroll
+  for (int c = 0; c < kEights; ++c) {
+    const bool exists = 8 * c + lane_index() / 4 < a.M;
+    const uint32_t below = c > 0 && exists ? 16u * c * static_cast<uint32_t>(a.K) : 0;
+    const uint4* p = reinterpret_cast<const uint4*>(line + below) + part;
+#pragma unroll
+    for (int i = 0; i < 2 / kParts; ++i) {
+      const uint4 word = p[i];
+      x[c][4 * i] = word.x, x[c][4 * i + 1] = word.y;
+      x[c][4 * i + 2] = word.z, x[c][4 * i + 3] = word.w;
+    }
+  }
+}
+
+// The update as one more piece of K: rank r is warp r % 8's.
+template <typename B, int kTiles, int kEights>
+__device__ __forceinline__ void add_update(const LinearArgument& a, int row, int warp,
+                                           float (&acc)[kTiles][kEights][4]) {
+  const B* lora_B = static_cast<const B*>(a.lora_B);
+  const int t = lane_index() % 4;
+#pragma unroll(kEights == 1 ? 2 : 1)
+  for (int rank = warp; rank < a.r; rank += kWarps) {
+    B up[kTiles][2];
+    float s[kEights][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      up[i / 2][i % 2] = lora_B[int64_t{row_at(a, row + 8 * i)} * a.r + rank];
+    }
+#pragma unroll
+    for (int j = 0; j < 2 * kEights; ++j) {
+      const int m = j / 2 * 8 + 2 * t + j % 2;
+      s[j / 2][j % 2] = m < a.M ? __ldcg(a.s + m * a.r + rank) : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < 2 * kEights; ++j) {
+      const float scaled = a.scaling * s[j / 2][j % 2];
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        float& sum = acc[i / 2][j / 2][i % 2 * 2 + j % 2];
+        sum = __fmaf_rn(to_float(up[i / 2][i % 2]), scaled, sum);
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_y(const LinearArgument& a, int m, int n, float value) {
+  if (n >= a.N) return;
+  if (a.bias) value += to_float(T{__ldg(static_cast<const uint16_t*>(a.bias) + n)});
+  static_cast<T*>(a.y)[int64_t{m} * a.N + n] = from_float<T>(value);
+}
+
+// Floats from one row of x to the next in `sums`: the lanes of a warp store to 32 banks.
+__host__ __device__ constexpr int pitch_of(int rows) { return rows + 4; }
+
+constexpr int kSlices = kWarps / 2;  // of `sums`: two warps share one
+
+// Adds what the warps have in `sums`; of a split K, the last block to come adds what all have.
+template <typename T, int kEights>
+__device__ __forceinline__ void finish_item(const LinearArgument& a, int item, const float* sums,
+                                            unsigned* arrivals) {
+  constexpr int kRows = 16 * tiles_of(kEights);
+  const int tile = item / a.splits, outputs = a.M * kRows;
+  const int row = tile * kRows;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < outputs; i += kThreads) {
+    const int m = i / kRows, n = i % kRows;
+    float total = 0.0f;
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+      total += sums[(slice * 8 * kEights + m) * pitch_of(kRows) + n];
+    }
+    if (a.splits == 1) {
+      store_y<T>(a, m, row + n, total);
+    } else {
+      __stcg(a.parts + int64_t{item} * outputs + i, total);
+    }
+  }
+  if (a.splits == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *arrivals = atomicAdd(a.counters + tile, 1u);
+  __syncthreads();
+  if (*arrivals != static_cast<unsigned>(a.splits) - 1) return;
+  __threadfence();
+  const float* parts = a.parts + int64_t{tile} * a.splits * outputs;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < outputs; i += kThreads) {
+    float total = 0.0f;
+    for (int split = 0; split < a.splits; ++split) {
+      total += __ldcg(parts + int64_t{split} * outputs + i);
+    }
+    store_y<T>(a, i / kRows, row + i % kRows, total);
+  }
+}
+
+constexpr size_t shared_bytes(int eights) {
+  return 4 * (256 * kCopies + kSlices * 8 * eights * pitch_of(16 * tiles_of(eights)) + 4);
+}
+
+template <typename T, bool kNested, int kEights>
+__global__ void __launch_bounds__(kThreads, resident_of(kEights))
+    linear_kernel(const __grid_constant__ LinearArgument a) {
+  constexpr int kTiles = tiles_of(kEights), kDepth = depth_of(kEights), kRows = 16 * kTiles;
+  constexpr bool kAhead = kEights == 1;   // x, by one unit: a tile's work is too short to hide it
+  constexpr int kParts = kAhead ? 1 : 2;  // of a unit: two need fewer registers, and scale twice
+  constexpr int kWords = 8 / kParts;
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int warp =
+      __shfl_sync(kFullMask, warp_index(), 0);  // the compiler sees: equal in all lanes
+  const int rounds = (a.warp_units + kDepth - 1) / kDepth;
+  const int step = static_cast<int>(gridDim.x);
+  uint32_t* table = dynamic_shared<uint32_t>();
+  float* sums = reinterpret_cast<float*>(table + 256 * kCopies);
+  unsigned* arrivals = reinterpret_cast<unsigned*>(sums + kSlices * 8 * kEights * pitch_of(kRows));
+  const uint32_t copies = shared_address(table + lane_index() % kCopies);
+
+  uint2 codes[kDepth][kTiles][2];
+  uint32_t x[kAhead ? 2 : 1][kEights][kWords];
+  Scales<kEights> scales;
+  Panel next = {};
+  const uint8_t* line = nullptr;  // where `next` has the codes of its first row
+  const auto begin_item = [&](int item) {
+    next.left = 0;
+    if (item >= a.items) return;
+    const int tile = item / a.splits, first = (item - tile * a.splits) * a.split_units;
+    next.row = tile * kRows + g;
+    next.unit = first + warp * a.warp_units;
+    next.left = min(min(next.unit + a.warp_units, first + a.split_units), a.units) - next.unit;
+    line = a.w.packed +
+           (int64_t{row_at(a, next.row)} * (a.K / 2) + int64_t{next.unit} * (kUnit / 2) + 8 * t);
+    if (first > 0 || a.r == 0) return;
+    // The item will need these rows of lora_B, which from memory would come late then.
+    const int64_t size = (a.b_dtype == DType::kFloat32 ? 4 : 2) * int64_t{a.r};
+    const int64_t begin = tile * kRows * size, end = min(begin + kRows * size, a.N * size);
+    for (int64_t at = begin + threadIdx.x * 32; at < end; at += kThreads * 32) {
+      prefetch_l2(static_cast<const char*>(a.lora_B) + at);
+    }
+  };
+  const auto x_at = [&](int unit) {
+    return static_cast<const uint8_t*>(a.x) +
+           2 * (int64_t{min(g, a.M - 1)} * a.K + int64_t{unit} * kUnit + 16 * t);
+  };
+  const auto load_codes = [&](int u) {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      // In place of a row past the last the first comes again.
+      const bool exists = next.row + 8 * i < a.N;
+      const uint32_t below = i > 0 && exists ? 4u * i * static_cast<uint32_t>(a.K) : 0;
+      codes[u][i / 2][i % 2] = load_once8(line + below + u * (kUnit / 2));
+    }
+  };
+  // acc += absmax * (unit u of tile i) x, a part of the unit's four steps.
+  const auto multiply_part = [&](int u, int part, int i, const uint32_t (&right)[kEights][kWords],
+                                 float (&acc)[kEights][4]) {
+    uint32_t left[kWords / 2][4];  // of a step, in the order of the instruction
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int b = 0; b < kWords; ++b) {
+        const int byte = part * kWords + b;
+        const uint2 both = codes[u][i][half];
+        left[b / 2][half + b % 2 * 2] =
+            look_up<kCopies>(copies, byte < 4 ? both.x : both.y, byte % 4);
+      }
+    }
+    const float scale[2] = {scales.of(i, u, 0), scales.of(i, u, 1)};
+#pragma unroll
+    for (int c = 0; c < kEights; ++c) {
+      float sum[4];
+#pragma unroll
+      for (int j = 0; j < kWords / 2; ++j) {
+        const uint32_t pair[2] = {right[c][2 * j], right[c][2 * j + 1]};
+        if (j == 0) {
+          mma_m16n8k16_first<T>(sum, left[j], pair);
+        } else {
+          mma_m16n8k16<T>(sum, left[j], pair);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[c][e] = __fmaf_rn(sum[e], scale[e / 2], acc[c][e]);
+    }
+  };
+
+  int item = static_cast<int>(blockIdx.x);
+  begin_item(item);
+#pragma unroll
+  for (int u = 0; u < kDepth; ++u) {
+    if (u < next.left) load_codes(u);
+  }
+  scales.template load<kNested>(a, next);
+  if (kAhead && next.left > 0) load_x<kEights, kParts>(a, x_at(next.unit), 0, x[0]);
+  fill_table<T, kCopies>(table, a.w);
+  __syncthreads();
+
+  for (; item < a.items; item += step) {
+    float acc[kTiles][kEights][4] = {};
+#pragma unroll 1
+    for (int round = 0; round < rounds; ++round) {
+      const Panel now = next;
+      const uint8_t* x_now = x_at(now.unit);
+      scales.template finish<kNested>(a, now);
+      if (round + 1 < rounds) {
+        next.unit += kDepth, next.left -= kDepth;
+        line += kDepth * (kUnit / 2);
+      } else {
+        begin_item(item + step);
+      }
+      scales.template load<kNested>(a, next);
+      if (kAhead && now.left <= 0 && next.left > 0) {
+        load_x<kEights, kParts>(a, x_at(next.unit), 0, x[0]);
+      }
+#pragma unroll
+      for (int u = 0; u < kDepth; ++u) {
+        if (u < now.left) {
+          // The unit after the panel's last is the first of the next, which begins with x[0].
+          const bool last = u + 1 == kDepth || u + 1 == now.left;
+          if (kAhead && !last) {
+            load_x<kEights, kParts>(a, x_now + (u + 1) * (2 * kUnit), 0, x[(u + 1) % 2]);
+          }
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            const auto& right = x[kAhead ? u % 2 : 0];
+            if (!kAhead) load_x<kEights, kParts>(a, x_now + u * (2 * kUnit), part, x[0]);
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              multiply_part(u, part, i, right, acc[i]);
+              if (kEights == 4) __syncwarp();
+            }
+          }
+          if (kAhead && last && next.left > 0) {
+            load_x<kEights, kParts>(a, x_at(next.unit), 0, x[0]);
+          }
+        }
+        if (u < next.left) load_codes(u);
+      }
+    }
+
+    wait_for_preceding();
+    const int tile = item / a.splits;
+    if (a.r > 0 && item == tile * a.splits) {
+      const int row = tile * kRows + g;
+      if (a.b_dtype == DType::kFloat32) add_update<float, kTiles, kEights>(a, row, warp, acc);
+      if (a.b_dtype == DType::kBFloat16) add_update<BF16, kTiles, kEights>(a, row, warp, acc);
+      if (a.b_dtype == DType::kFloat16) add_update<FP16, kTiles, kEights>(a, row, warp, acc);
+    }
+    float* mine = sums + warp % kSlices * (8 * kEights * pitch_of(kRows));
+#pragma unroll
+    for (int turn = 1; turn >= 0; --turn) {  // the upper four warps, then the lower four add theirs
+      __syncthreads();
+      if (warp / kSlices != turn) continue;
+#pragma unroll
+      for (int i = 0; i < kTiles * kEights * 4; ++i) {
+        const int tile_row = i / 4 / kEights * 16 + g + i % 4 / 2 * 8;
+        const int m = i / 4 % kEights * 8 + 2 * t + i % 2;
+        float& sum = mine[m * pitch_of(kRows) + tile_row];
+        const float value = acc[i / 4 / kEights][i / 4 % kEights][i % 4];
+        sum = turn == 1 ? value : sum + value;
+      }
+    }
+    __syncthreads();
+    finish_item<T, kEights>(a, item, sums, arrivals);
+  }
+}
+
+// ---- launchers
+
+template <typename T, typename A>
+cudaError_t launch_before(const BeforeArgument& a, const void* x, const void* lora_A,
+                          cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(a.r > 0 ? a.r : 1),
+                  static_cast<unsigned>(a.r > 0 ? (a.M + 7) / 8 : 1));
+  return launch(before_kernel<T, A>, grid, kThreads, 0, stream, a, static_cast<const T*>(x),
+                static_cast<const A*>(lora_A));
+}
+
+template <typename T, int kEights>
+cudaError_t launch_linear(const LinearArgument& a, bool nested, bool dependent,
+                          cudaStream_t stream) {
+  const auto kernel = nested ? linear_kernel<T, true, kEights> : linear_kernel<T, false, kEights>;
+  const unsigned blocks = static_cast<unsigned>(
+      std::min(int64_t{a.items}, int64_t{resident_of(kEights)} * multiprocessors()));
+  const size_t shared = shared_bytes(kEights);
+  if (dependent) return launch_dependent(kernel, blocks, kThreads, shared, stream, a);
+  return launch(kernel, blocks, kThreads, shared, stream, a);
+}
+
+template <typename T>
+cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& plan, cudaStream_t stream) {
+  LinearArgument a = {};
+  a.w = nf4_argument(args.w);
+  a.x = args.x, a.bias = args.bias, a.lora_B = args.lora_B;
+  a.s = args.s;
+  a.y = args.y;
+  a.counters = static_cast<unsigned*>(args.workspace);
+  a.parts = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + plan.counter_bytes);
+  a.M = static_cast<int>(args.M), a.N = static_cast<int>(args.N);
+  a.K = static_cast<int>(args.K), a.r = static_cast<int>(args.r);
+  a.b_dtype = args.b_dtype;
+  a.scaling = args.scaling;
+  a.splits = plan.splits, a.items = plan.items;
+  a.units = plan.units, a.split_units = plan.split_units, a.warp_units = plan.warp_units;
+
+  const bool dependent = a.r > 0 || plan.splits > 1;
+  if (dependent) {
+    const BeforeArgument before = {a.M, a.r,    plan.splits > 1 ? plan.tiles : 0,
+                                   a.K, args.s, a.counters};
+    const auto run = args.a_dtype == DType::kFloat32    ? launch_before<T, float>
+                     : args.a_dtype == DType::kBFloat16 ? launch_before<T, BF16>
+                                                        : launch_before<T, FP16>;
+    const cudaError_t error = run(before, args.x, args.lora_A, stream);
+    if (error != cudaSuccess) return error;
+  }
+  const auto run = plan.eights == 1   ? launch_linear<T, 1>
+                   : plan.eights == 2 ? launch_linear<T, 2>
+                                      : launch_linear<T, 4>;
+  return run(a, args.w.nested, dependent, stream);
+}
+
+void check_sizes(int64_t M, int64_t N, int64_t K, int64_t splits) {
+  constexpr int64_t kMost = int64_t{1} << 26;  // 24 rows of x in 32 bits
+  require(M >= 0 && M <= kCudaLinearRows, "M", M, "at most 32 rows of x");
+  require(N > 0 && N <= kMost, "N", N, "1 to 2^26");
+  require(K > 0 && K <= kMost && K % kUnit == 0, "K", K, "a multiple of 64 up to 2^26");
+  require(splits >= 0 && splits <= 16, "splits", splits, "0 to 16");
+}
+
+void require_aligned(const void* p, uintptr_t bytes, const char* name) {
+  if (!p) fail(std::string(name) + ": null pointer");
+  require(reinterpret_cast<uintptr_t>(p) % bytes == 0, name,
+          static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % bytes),
+          "an address that is a multiple of " + std::to_string(bytes));
+}
+
+}  // namespace
+
+int64_t cuda_nf4_lora_linear_workspace(int64_t M, int64_t N, int64_t K, int64_t splits) {
+  check_sizes(M, N, K, splits);
+  return plan_of(M, N, K, splits).workspace;
+}
+
+int cuda_nf4_lora_linear_forward(const CudaNF4LinearArgs& args, CudaStream stream) {
+  check_sizes(args.M, args.N, args.K, args.splits);
+  validate_cuda(args.w);
+  const int64_t numel = checked_mul(args.N, args.K, "w");
+  require(args.w.numel == numel, "w", args.w.numel, std::to_string(numel) + " weights");
+  require(args.w.blocksize >= kCudaLinearBlock && args.K % args.w.blocksize == 0, "blocksize",
+          args.w.blocksize, "64 or more, a divisor of K = " + std::to_string(args.K));
+  require(args.r >= 0 && args.r <= kCudaLinearRank, "r", args.r, "at most 64");
+  require(args.dtype != DType::kFloat32, "x dtype", static_cast<int>(args.dtype),
+          "bfloat16 (1) or float16 (2)");
+  if (args.M == 0) return cudaSuccess;
+  require_aligned(args.x, 16, "x");
+  require_aligned(args.y, 2, "y");
+  require_aligned(args.w.packed, 8, "packed");
+  if (args.r > 0) {
+    require_aligned(args.lora_A, 16, "lora_A");
+    require_aligned(args.lora_B, static_cast<uintptr_t>(itemsize(args.b_dtype)), "lora_B");
+    require_aligned(args.s, 4, "s");
+  }
+  if (args.bias) require_aligned(args.bias, 2, "bias");
+  const Plan plan = plan_of(args.M, args.N, args.K, args.splits);
+  if (plan.workspace > 0) require_aligned(args.workspace, 16, "workspace");
+  require(args.workspace_bytes >= plan.workspace, "workspace", args.workspace_bytes,
+          "at least " + std::to_string(plan.workspace) + " bytes");
+  return args.dtype == DType::kBFloat16 ? forward<BF16>(args, plan, stream)
+                                        : forward<FP16>(args, plan, stream);
+}
+
+}  // namespace peftkern
