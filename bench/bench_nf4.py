@@ -18,14 +18,13 @@ import sys
 
 import pytest
 import torch
-from peers import bitsandbytes_missing, nf4_linear, nf4_weight64
+from peers import CUDA, bitsandbytes_missing, has_cuda_kernels, nf4_linear, nf4_weight64
 from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_ids, main, run_benchmark
 
 import peftkern
-from peftkern import native_cuda
 from peftkern.layers import NF4Linear
 
-BNB, TORCH, CUDA = "bitsandbytes", "plain torch", "peftkern cuda"
+BNB, TORCH = "bitsandbytes", "plain torch"
 COPY = "copy, same traffic"
 
 
@@ -164,10 +163,6 @@ SPECS = [
         LOSSY,
     ),
 ]
-
-
-def has_cuda_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" and native_cuda.unserved(device) is None
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:

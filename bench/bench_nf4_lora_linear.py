@@ -7,7 +7,8 @@ multiplies straight from it (machines with AVX512-BF16); PEFT's `lora.Linear` ov
 and the dense layer without LoRA.
 
 On a GPU bitsandbytes does the same in both modes (one row without gradients takes its own kernel),
-and torch.compile of the bitsandbytes layer is a peer.
+and torch.compile of the bitsandbytes layer is a peer; up to 32 rows the forward pass on the CUDA
+kernels ("peftkern cuda") stands beside what dispatch chooses.
 
 python bench/bench_nf4_lora_linear.py [--device cuda] [--only forward-M1] [--seconds 2]
 """
@@ -15,14 +16,17 @@ python bench/bench_nf4_lora_linear.py [--device cuda] [--only forward-M1] [--sec
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from peers import (
+    CUDA,
     bitsandbytes_missing,
     compiled,
     forward,
     forward_backward,
+    has_cuda_kernels,
     linear,
     lora_oracle,
     lora_pool,
@@ -30,7 +34,9 @@ from peers import (
     nf4_weight64,
 )
 from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_ids, main, run_benchmark
-from torch import nn
+from torch import Tensor, nn
+
+import peftkern
 
 BNB, BNB_EVAL = "bitsandbytes + PEFT", "bitsandbytes + PEFT, eval"
 COMPILED = "bitsandbytes + PEFT, compiled"
@@ -43,6 +49,14 @@ def repacks_in_eval() -> bool:
     from bitsandbytes.functional import has_avx512bf16
 
     return has_avx512bf16()
+
+
+def on_cuda_kernels(call: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    def forced(i: int) -> Tensor:
+        with peftkern.use_backend("cuda"):
+            return call(i)
+
+    return forced
 
 
 def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tuple) -> Case:
@@ -65,7 +79,9 @@ def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tupl
             return lora_pool(dense, dense_copies, r=r, patched=False, train=train)
         # Training mode keeps bitsandbytes from repacking, also without gradients.
         peer = name in (BNB, COMPILED)
-        layers = lora_pool(quantised, copies, r=r, patched=name == OURS, train=train or peer)
+        layers = lora_pool(
+            quantised, copies, r=r, patched=name in (OURS, CUDA), train=train or peer
+        )
         if name == BNB_EVAL:  # repack every copy now, not while the clock runs
             repack = forward(layers, [torch.zeros(1, k, dtype=dtype, device=device)])
             for i in range(copies):
@@ -78,7 +94,7 @@ def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tupl
         base = weight.double() if name in (DENSE, DENSE_LORA) else weight4
         oracle = lora_oracle(xs[0], base, None if name == DENSE else modules[0], dy)
         call = forward_backward(layers, xs, dy, modules) if train else forward(layers, xs)
-        return Variant(call, oracle)
+        return Variant(on_cuda_kernels(call) if name == CUDA else call, oracle)
 
     weight4 = nf4_weight64(quantised)
     adapters = 4 * r * (n + k)
@@ -138,7 +154,9 @@ def gpu_specs(device: torch.device) -> list[Spec]:
 
     def gpu_spec(m: int, shape: tuple[int, int], *targets: Target, train: bool = False) -> Spec:
         theirs = (BNB, COMPILED) if m in (32, 4096) else (BNB,)  # compiling takes its time
-        names = (OURS, *(theirs if has_bnb else ()), DENSE_LORA, DENSE)
+        fits = m <= 32 and not train and has_cuda_kernels(device)
+        ours = (OURS, CUDA) if fits else (OURS,)
+        names = (*ours, *(theirs if has_bnb else ()), DENSE_LORA, DENSE)
         direction = "forward+backward" if train else "forward"
         return Spec(
             f"nf4_lora_linear/{direction}-M{m}-{shape[0]}x{shape[1]}/bf16",
@@ -149,7 +167,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
             shape=shape,
         )
 
-    square, wide = (4096, 4096), (14336, 4096)
+    square, wide, large = (4096, 4096), (14336, 4096), (28672, 8192)
     return [
         *(
             gpu_spec(m, shape, Target(BNB, least))
@@ -157,6 +175,8 @@ def gpu_specs(device: torch.device) -> list[Spec]:
             for m, least in ((1, 2.0), (8, 3.0), (32, 3.0))
         ),
         *(gpu_spec(4096, shape, Target(DENSE, 1 / 1.12)) for shape in (square, wide)),
+        gpu_spec(1, large),
+        *(gpu_spec(16, shape) for shape in (square, wide)),
         gpu_spec(4096, square, train=True),
         *(gpu_spec(m, square) for m in (128, 256, 512)),
         gpu_spec(32, square, train=True),

@@ -20,11 +20,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import peftkern
-from peftkern import functional
+from peftkern import functional, native_cuda
 from peftkern.dropout import philox_keep
 from peftkern.layers import NF4Linear
 from peftkern.nf4 import nf4_code
 
+CUDA = "peftkern cuda"
 SEED = 5  # of the draws that a checked call makes
 
 
@@ -40,6 +41,11 @@ def bitsandbytes_missing(device: torch.device) -> str | None:
     except Exception as error:  # an import error, or one of many kinds from its loader
         return f"bitsandbytes: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None
+
+
+def has_cuda_kernels(device: torch.device) -> bool:
+    """Whether `use_backend("cuda")` works there: a variant that is named CUDA."""
+    return device.type == "cuda" and native_cuda.unserved(device) is None
 
 
 class Layers(nn.Module):

@@ -134,7 +134,7 @@ def test_no_order_of_threads_changes_a_bit(emulated_cuda, M, splits, schedule):
 
 
 def test_a_weight_is_its_code_rounded_once():
-    """One column of x at a time picks single weights: nothing but the code's rounding is between."""
+    """Rows of x with a single one pick weights: between is only the rounding of their codes."""
     o = nf4_operands((32, 16, 64, 1), BF16, F32, bias=False)
     code = torch.tensor(peftkern.nf4.NF4_CODE)
     octets = o.w.packed.view(16, 32).int()
@@ -234,9 +234,7 @@ def test_refusals_say_why():
     assert "blocks of 32 are below 64" in refusal(
         nf4_operands((2, 24, 128, 3), BF16, F32, blocksize=32)
     )
-    assert "cross rows of 128" in refusal(
-        nf4_operands((2, 24, 128, 3), BF16, F32, blocksize=256)
-    )
+    assert "cross rows of 128" in refusal(nf4_operands((2, 24, 128, 3), BF16, F32, blocksize=256))
     assert "the rank is 65" in refusal(nf4_operands((2, 24, 128, 65), BF16, F32))
     assert "the dtype of lora_B" in refusal(replace(o, lora_B=o.lora_B.double()))
     assert "dropout" in refusal(o, torch.zeros(1, dtype=torch.int64))

@@ -53,8 +53,9 @@ cudaError_t launch_as(void (*kernel)(Parameters...), dim3 grid, dim3 block,
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
   if (dynamic_shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(dynamic_shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

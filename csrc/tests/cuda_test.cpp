@@ -20,5 +20,7 @@ int main() {
   std::printf("emulated CUDA test: the emulation passed\n");
   check_cuda_nf4();
   std::printf("emulated CUDA test: nf4 passed\n");
+  check_cuda_nf4_lora_linear();
+  std::printf("emulated CUDA test: nf4_lora_linear passed\n");
   return 0;
 }

@@ -5,5 +5,6 @@
 
 [[noreturn]] void cuda_test_failed(const std::string& message);
 
-void check_cuda_emulation();  // cuda_emulation_test.cpp
-void check_cuda_nf4();        // cuda_nf4_test.cpp
+void check_cuda_emulation();        // cuda_emulation_test.cpp
+void check_cuda_nf4();              // cuda_nf4_test.cpp
+void check_cuda_nf4_lora_linear();  // cuda_nf4_lora_linear_test.cpp
