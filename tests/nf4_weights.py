@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from bitsandbytes.functional import QuantState, get_4bit_type
-from bitsandbytes.nn import Params4bit
 from torch import Tensor
 
 from peftkern.nf4 import NF4_CODE, NF4Weight, dynamic_map
+
+if TYPE_CHECKING:  # not at run time: a GPU machine may lack it
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -70,6 +74,8 @@ def every_byte_weight(blocksize: int, nested: bool, dtype: torch.dtype) -> NF4We
 
 
 def bitsandbytes_state(w: NF4Weight) -> QuantState:
+    from bitsandbytes.functional import QuantState, get_4bit_type
+
     state2 = None
     if w.nested:
         state2 = QuantState(w.nested_absmax, code=w.nested_code, blocksize=256, dtype=torch.float32)
@@ -88,5 +94,7 @@ def bitsandbytes_state(w: NF4Weight) -> QuantState:
 def bitsandbytes_param(
     shape: tuple[int, int] = (96, 128), dtype: torch.dtype = torch.bfloat16, **options
 ) -> Params4bit:
+    from bitsandbytes.nn import Params4bit
+
     data = random_weight(shape, dtype)
     return Params4bit(data, requires_grad=False, quant_type="nf4", **options).to("cpu")
