@@ -159,11 +159,14 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     """Those with a target first. Without bitsandbytes PEFT over the dense weight is the judge."""
     has_bnb = bitsandbytes_missing(device) is None
     judge = BNB if has_bnb else DENSE_LORA
-    has_prefill = device.type == "cuda" and native_cuda.unserved_sm90a(device) is None
+    on_gpu = device.type == "cuda"
+    has_decode = on_gpu and native_cuda.unserved(device) is None
+    has_prefill = has_decode and native_cuda.unserved_sm90a(device) is None
 
     def gpu_spec(m: int, shape: tuple[int, int], *targets: Target, train: bool = False) -> Spec:
         theirs = (BNB, COMPILED) if m in (32, 4096) else (BNB,)  # compiling takes its time
-        ours = (OURS, CUDA) if m in PREFILL and has_prefill else (OURS,)
+        fits = not train and (has_prefill if m in PREFILL else has_decode and m <= 32)
+        ours = (OURS, CUDA) if fits else (OURS,)
         names = (*ours, *(theirs if has_bnb else ()), DENSE_LORA, DENSE)
         direction = "forward+backward" if train else "forward"
         return Spec(
@@ -175,7 +178,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
             shape=shape,
         )
 
-    square, wide = (4096, 4096), (14336, 4096)
+    square, wide, large = (4096, 4096), (14336, 4096), (28672, 8192)
     return [
         *(
             gpu_spec(m, shape, Target(BNB, least))
@@ -183,6 +186,8 @@ def gpu_specs(device: torch.device) -> list[Spec]:
             for m, least in ((1, 2.0), (8, 3.0), (32, 3.0))
         ),
         *(gpu_spec(4096, shape, Target(DENSE, 1 / 1.12)) for shape in (square, wide)),
+        gpu_spec(1, large),
+        *(gpu_spec(16, shape) for shape in (square, wide)),
         gpu_spec(4096, square, train=True),
         *(gpu_spec(m, square) for m in PREFILL),
         gpu_spec(32, square, train=True),

@@ -11,26 +11,26 @@
 // takes 16t+4j+{0,1} for the instruction's columns 2t, 2t+1 and 16t+4j+{2,3} for 2t+8, 2t+9. Of x a
 // lane so needs 32 contiguous bytes, and nothing is repacked. absmax scales the float32 sum of a
 // block, so a weight is rounded once, as its code. A unit of a warp, up to 8 rows of x: 2 loads of
-// codes, 16 x (shift, mask, lookup), 2 loads of x, 4 mma, 2 shuffles and 4 multiply-adds for
-// absmax, about 68 instructions, 61% of the slots; 16 wavefronts of lookups and 2 (one row) to 8 of
-// x.
+// codes, 16 x (byte, address, lookup), half of 2 loads of x (two units above each other share it),
+// 4 mma, 2 shuffles and 4 multiply-adds for absmax: 61 instructions. sm_90 code has 72, with what
+// four columns of units and an item take once 86 to 95 (K = 8192, nested), 78 to 86% of the slots:
+// issue is nearly the limit. Wavefronts: 16 of lookups, 1 (one row of x) to 4 of x.
 //
 // Lookups: a byte is two weights, so a table of 256 pairs, 32 copies (one per bank, 32 KiB): 3
-// instructions of which 2 are integer, 16 of the 27.7 clocks of the integer pipe. Without it, prmt
-// on the byte planes of the 16 values takes 21 integer instructions for 8 weights, exact too: 42
-// clocks, so the table wins. Filling it takes 256 wavefronts, while a block's first codes arrive.
+// instructions of which one is the integer pipe's, 8 of 27.7 clocks. Without it, prmt on the byte
+// planes of the 16 values takes 21 integer instructions for 8 weights, exact too: 42 clocks, so the
+// table wins. Filling it takes 256 wavefronts, while a block's first codes arrive.
 //
-// In flight: up to 64 B of codes per lane, 2 blocks of 8 warps on an SM: 64 KiB (16 rows of x: 64,
-// 32 rows: 32 KiB, where x from L2 is the limit). The eight warps cut K into contiguous pieces,
-// which are added in order in shared memory. Blocks stay and loop over tiles (16 or 32 rows of W),
-// with the loads of the next tile under way while one is finished. Where tiles do not fill the GPU
-// evenly, K is split over blocks as well: each writes its sums, and the last to arrive at a tile
-// adds them in order.
+// In flight: up to 128 B of codes per lane, with 2 blocks of 8 warps on an SM 64 KiB; half of that
+// above 8 rows of x, where x from L2 (N / rows of a tile x M K 2 B) and the tensor cores weigh
+// more. The eight warps cut K into contiguous pieces, which are added in order in shared memory.
+// Blocks stay and loop over items, with the next one's loads under way while one is finished. Where
+// tiles do not fill the GPU evenly, K is split over items as well: each writes its sums, and the
+// last to arrive at a tile adds them in order.
 //
 // s, in float32 on plain cores, is a first kernel's, which also clears the counters of arrivals; it
-// lets the second begin at once, which waits for it only when its products are done. The update
-// needs M N r multiply-adds in float32: with r = 64 and 32 rows 0.3 instructions for each of the
-// products'.
+// lets the second begin at once, which waits for it only when its products are done. The update is
+// float32, too: M N r multiply-adds, with r = 64, 32 rows and K = 4096 a fifth of the instructions.
 //
 // All counted, none measured.
 #include <algorithm>
@@ -48,9 +48,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kUnit = 64;    // columns
 constexpr int kCopies = 32;  // of the table
 
-// By kEights, the rows of x in eights: 16-row tiles of W per warp (more of them read x less often),
-// how many units ahead codes are loaded, and blocks on an SM. Each fits the registers that are
-// left.
+// By kEights, the rows of x in eights: 16-row tiles that a warp has above each other (with more of
+// them x is read less often), how many units ahead codes are loaded, and blocks on an SM.
 __host__ __device__ constexpr int tiles_of(int eights) { return eights == 4 ? 4 : 2; }
 __host__ __device__ constexpr int depth_of(int eights) { return eights == 1 ? 4 : 2; }
 __host__ __device__ constexpr int resident_of(int eights) { return eights == 4 ? 1 : 2; }
@@ -381,8 +380,7 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
   constexpr int kParts = kAhead ? 1 : 2;  // of a unit: two need fewer registers, and scale twice
   constexpr int kWords = 8 / kParts;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const int warp =
-      __shfl_sync(kFullMask, warp_index(), 0);  // the compiler sees: equal in all lanes
+  const int warp = __shfl_sync(kFullMask, warp_index(), 0);  // equal in all lanes: ptxas sees it
   const int rounds = (a.warp_units + kDepth - 1) / kDepth;
   const int step = static_cast<int>(gridDim.x);
   uint32_t* table = dynamic_shared<uint32_t>();
@@ -505,8 +503,7 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
               multiply_part(u, part, i, right, acc[i]);
-              if (kEights > 1)
-                __syncwarp();  // or lookups of all tiles are moved up here, and spill
+              if (kEights > 1) __syncwarp();  // or all tiles' lookups move up here, and spill
             }
           }
           if (kAhead && last && next.left > 0) {
