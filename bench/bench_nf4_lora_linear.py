@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch import nn
 
+import peftkern
+from peftkern import native_cuda
 from peftkern.benchmark.peers import (
     bitsandbytes_missing,
     compiled,
@@ -43,6 +45,7 @@ from peftkern.benchmark.suite import (
     run_benchmark,
 )
 
+CUDA = "peftkern cuda"  # the same layer on that back end
 BNB, BNB_EVAL = "bitsandbytes + PEFT", "bitsandbytes + PEFT, eval"
 COMPILED = "bitsandbytes + PEFT, compiled"
 DENSE_LORA, DENSE = "dense + PEFT", "dense"
@@ -76,7 +79,9 @@ def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tupl
             return lora_pool(dense, dense_copies, r=r, patched=False, train=train)
         # Training mode keeps bitsandbytes from repacking, also without gradients.
         peer = name in (BNB, COMPILED)
-        layers = lora_pool(quantised, copies, r=r, patched=name == OURS, train=train or peer)
+        layers = lora_pool(
+            quantised, copies, r=r, patched=name in (OURS, CUDA), train=train or peer
+        )
         if name == BNB_EVAL:  # repack every copy now, not while the clock runs
             repack = forward(layers, [torch.zeros(1, k, dtype=dtype, device=device)])
             for i in range(copies):
@@ -89,7 +94,12 @@ def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tupl
         base = weight.double() if name in (DENSE, DENSE_LORA) else weight4
         oracle = lora_oracle(xs[0], base, None if name == DENSE else modules[0], dy)
         call = forward_backward(layers, xs, dy, modules) if train else forward(layers, xs)
-        return Variant(call, oracle)
+
+        def call_cuda(i: int) -> object:
+            with peftkern.use_backend("cuda"):
+                return call(i)
+
+        return Variant(call_cuda if name == CUDA else call, oracle)
 
     weight4 = nf4_weight64(quantised)
     adapters = 4 * r * (n + k)
@@ -142,14 +152,22 @@ SPECS = [
 ]
 
 
+PREFILL = (64, 128, 256, 512)  # rows between decoding and training
+
+
 def gpu_specs(device: torch.device) -> list[Spec]:
     """Those with a target first. Without bitsandbytes PEFT over the dense weight is the judge."""
     has_bnb = bitsandbytes_missing(device) is None
     judge = BNB if has_bnb else DENSE_LORA
+    on_gpu = device.type == "cuda"
+    has_decode = on_gpu and native_cuda.unserved(device) is None
+    has_prefill = has_decode and native_cuda.unserved_sm90a(device) is None
 
     def gpu_spec(m: int, shape: tuple[int, int], *targets: Target, train: bool = False) -> Spec:
         theirs = (BNB, COMPILED) if m in (32, 4096) else (BNB,)  # compiling takes its time
-        names = (OURS, *(theirs if has_bnb else ()), DENSE_LORA, DENSE)
+        fits = not train and (has_prefill if m in PREFILL else has_decode and m <= 32)
+        ours = (OURS, CUDA) if fits else (OURS,)
+        names = (*ours, *(theirs if has_bnb else ()), DENSE_LORA, DENSE)
         direction = "forward+backward" if train else "forward"
         return Spec(
             f"nf4_lora_linear/{direction}-M{m}-{shape[0]}x{shape[1]}/bf16",
@@ -160,7 +178,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
             shape=shape,
         )
 
-    square, wide = (4096, 4096), (14336, 4096)
+    square, wide, large = (4096, 4096), (14336, 4096), (28672, 8192)
     return [
         *(
             gpu_spec(m, shape, Target(BNB, least))
@@ -168,8 +186,10 @@ def gpu_specs(device: torch.device) -> list[Spec]:
             for m, least in ((1, 2.0), (8, 3.0), (32, 3.0))
         ),
         *(gpu_spec(4096, shape, Target(DENSE, 1 / 1.12)) for shape in (square, wide)),
+        gpu_spec(1, large),
+        *(gpu_spec(16, shape) for shape in (square, wide)),
         gpu_spec(4096, square, train=True),
-        *(gpu_spec(m, square) for m in (128, 256, 512)),
+        *(gpu_spec(m, square) for m in PREFILL),
         gpu_spec(32, square, train=True),
     ]
 

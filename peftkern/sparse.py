@@ -142,7 +142,7 @@ def rosa_linear(
         requires a gradient.
     Gradients: x, lora_A, lora_B, bias, values (dy.T @ x at the places of mask alone), a tensor
         scaling; once differentiable. x is saved once, and only if lora_A or values require a
-        gradient; no tensor of the size of weight is made.
+        gradient; the sparse part makes no tensor of the size of weight.
         Error bound: kernels/NUMERICS.md#rosa
     Source: Nikdan et al. 2024, arXiv:2401.04679
     """

@@ -8,11 +8,13 @@ would pass every check of memory.
 from __future__ import annotations
 
 import torch
-from gpu_cases import same_bits
-from tolerances import SVD_BOUNDS_64
+from gpu_cases import nf4_cases, same_bits
+from test_cuda_nf4_lora_linear import check
+from tolerances import SVD_BOUNDS_64, assert_as_accurate_as_torch
 
 import peftkern
 from peftkern import native_cuda, ops, reference
+from peftkern.functional import _pieces
 from peftkern.nf4 import BLOCKSIZES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,6 +44,21 @@ def check_jacobi(r: int, shared: int) -> None:
     assert ((root.mT @ root).cpu() - grams).norm() <= SVD_BOUNDS_64[3] * grams.norm()
 
 
+def check_linear(shape: tuple[int, int, int, int], splits: int, dtype: torch.dtype) -> None:
+    cases = nf4_cases(shape, dtype, torch.float32, device="cuda", double_quant=splits % 2 == 0)
+    got, eager, exact = [], [], []
+    for o in cases:
+        adapters = (o.lora_A, o.lora_B, o.bias, o.scaling)
+        call = (o.x, _pieces(o.w), *adapters, shape[1], splits)
+        got.append(native_cuda.nf4_lora_linear_forward(*call)[0].cpu())
+        weight = (*_pieces(o.w), o.w.shape)
+        eager.append(reference.nf4_lora_linear_forward(o.x, *weight, *adapters, None, 0.0)[0].cpu())
+        o = o.to(torch.float64)
+        update = o.scaling * (o.x @ o.lora_A.t()) @ o.lora_B.t()
+        exact.append((o.x @ o.weight.t() + update + o.bias).cpu())
+    assert_as_accurate_as_torch(*(torch.stack(results) for results in (got, eager, exact)))
+
+
 def main() -> None:
     torch.manual_seed(0)
     with peftkern.use_backend("cuda"):
@@ -52,6 +69,14 @@ def main() -> None:
         for r, shared in ((1, 0), (3, 0), (16, 0), (17, 0), (33, 0), (64, 0), (65, 48 << 10)):
             check_jacobi(r, shared)
         check_jacobi(65, 8 << 10)
+        if native_cuda.unserved_sm90a(torch.device("cuda")) is None:
+            for shape in ((33, 140, 192, 5), (130, 57, 640, 16), (300, 140, 1088, 70)):
+                for dtype in (torch.float16, torch.bfloat16):
+                    check(nf4_cases(shape, dtype, torch.float32, device="cuda"))
+        for M in (1, 8, 9, 32):
+            for splits in (1, 2, 5):
+                for dtype in (torch.float16, torch.bfloat16):
+                    check_linear((M, 77, 704, 9), splits, dtype)
     torch.cuda.synchronize()
     print("every kernel ran")
 

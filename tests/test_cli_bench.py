@@ -146,6 +146,21 @@ def test_output_is_a_table_of_80_columns(peers):
     assert f"torch {torch.__version__}" in commands
 
 
+def test_file_that_cannot_be_written_costs_no_result(peers, tmp_path, capfd):
+    _, record, _ = peers
+    outputs = command.Outputs(
+        json=tmp_path / "gone" / "new.json",
+        csv=None,
+        html=None,
+        earlier=None,
+        fail_if=0.05,
+        repro=False,
+    )
+    with pytest.raises(command.BenchError, match=r"^not written: .*new\.json"):
+        command.tell(record, outputs)
+    assert "peftkern beside those that do the same" in capfd.readouterr().out
+
+
 def test_csv_has_a_line_per_case_and_provider(peers):
     _, record, folder = peers
     with open(folder / "new.csv", newline="") as file:
@@ -259,6 +274,8 @@ def is_running(process: str) -> bool:
         (["--device", "tpu"], "--device: 'tpu' is not one of cpu, cuda"),
         (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
         (["--csv", "."], "--csv: . is a folder"),
+        (["--csv", "/dev/null"], "--csv: /dev/null is a link or a device"),
+        (["--json", "/dev/stdout"], "--json: /dev/stdout is a link or a device"),
         (["--compare", "no/such.json"], "no/such.json"),
         (["--compare", "conftest.py"], "conftest.py: not JSON"),
         (["--fail-if", "5%"], "--fail-if: needs --compare"),

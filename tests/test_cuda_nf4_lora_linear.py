@@ -134,7 +134,7 @@ def test_no_order_of_threads_changes_a_bit(emulated_cuda, M, splits, schedule):
 
 
 def test_a_weight_is_its_code_rounded_once():
-    """A column of x at a time picks single weights: only the code's rounding is in between."""
+    """Rows of x with a single one pick weights: between is only the rounding of their codes."""
     o = nf4_operands((32, 16, 64, 1), BF16, F32, bias=False)
     code = torch.tensor(peftkern.nf4.NF4_CODE)
     octets = o.w.packed.view(16, 32).int()
@@ -230,7 +230,7 @@ def refusal(o: NF4Operands, keep: Tensor | None = None) -> str:
 def test_refusals_say_why():
     o = nf4_operands((2, 24, 128, 3), BF16, F32)
     assert "the dtype is torch.float32" in refusal(replace(o, x=o.x.float()))
-    assert "more than 32 rows" in refusal(replace(o, x=o.x.new_zeros(33, 128)))
+    assert "more than 512 rows" in refusal(replace(o, x=o.x.new_zeros(513, 128)))
     assert "blocks of 32 are below 64" in refusal(
         nf4_operands((2, 24, 128, 3), BF16, F32, blocksize=32)
     )

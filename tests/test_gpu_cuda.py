@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_cases import same_bits
+from gpu_cases import NF4Operands, nf4_cases, on_device, same_bits
+from linear_cases import F16, F32, F64
 from nf4_weights import DTYPES, every_byte_weight, numpy_dequantize, random_weight
 from test_low_rank_svd import check, graded
-from tolerances import DETERMINISM_RUNS, SVD_BOUNDS_64
+from tolerances import DETERMINISM_RUNS, SVD_BOUNDS_64, assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
 from peftkern import NF4Weight, cuda, native_cuda, ops, reference
+from peftkern.functional import _pieces
 from peftkern.low_rank_svd import LowRankSVD, low_rank_svd
 from peftkern.nf4 import BLOCKSIZES
 
@@ -149,6 +151,120 @@ def test_more_than_32_bits_of_elements():
         again = reference.nf4_quantize(wanted, blocksize)
         assert torch.equal(codes[octets].cpu(), again[0]), place
         assert same_bits(scale[blocks].cpu(), again[1]), place
+
+
+# nf4_lora_linear, up to 32 rows
+
+
+def linear(o: NF4Operands, lora: bool = True, splits: int | None = None) -> tuple[Tensor, ...]:
+    adapters = (o.lora_A, o.lora_B) if lora else (None, None)
+    if splits is not None:
+        rest = (*adapters, o.bias, o.scaling, o.w.shape[0], splits)
+        return native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *rest)
+    weight = (*_pieces(o.w), o.w.shape)
+    return ops.nf4_lora_linear_forward(o.x, *weight, *adapters, o.bias, o.scaling, None, 0.0)
+
+
+def linear_operands(shape: tuple[int, int, int, int], **options) -> NF4Operands:
+    return nf4_cases(shape, BF16, F32, device="cuda:0", **options)[0]
+
+
+def assert_as_accurate_as_the_reference(
+    cases: list[NF4Operands], lora: bool = True, splits: int | None = None
+) -> None:
+    got = [linear(o, lora, splits) for o in cases]
+    with peftkern.use_backend("reference"):
+        eager = [linear(o, lora) for o in cases]
+    exact = [on_device(o, "cpu").to(F64) for o in cases]
+    S = [o.x @ o.lora_A.t() for o in exact]
+    y = [o.x @ o.weight.t() for o in exact]
+    if lora:
+        y = [a + o.scaling * s @ o.lora_B.t() for a, s, o in zip(y, S, exact, strict=True)]
+    y = [a if o.bias is None else a + o.bias for a, o in zip(y, exact, strict=True)]
+    for i, oracle in enumerate((y, S) if lora else (y,)):
+        results = (torch.stack([run[i].cpu() for run in runs]) for runs in (got, eager))
+        assert_as_accurate_as_torch(*results, torch.stack(oracle))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F32), (BF16, BF16), (F16, F16)], ids=str)
+@pytest.mark.parametrize("M", [1, 2, 5, 8, 9, 16, 17, 32])
+def test_linear_every_number_of_rows(M, dtypes, double_quant):
+    for N, K, r in ((37, 192, 5), (1000, 4096, 16), (4096, 1024, 64)):
+        cases = nf4_cases(
+            (M, N, K, r), *dtypes, device="cuda:0", double_quant=double_quant, bias=M % 2 == 0
+        )
+        assert_as_accurate_as_the_reference(cases)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 16])
+@pytest.mark.parametrize("M", [1, 16, 32])
+def test_linear_split_over_blocks(M, splits):
+    assert_as_accurate_as_the_reference([linear_operands((M, 500, 4096, 16))], splits=splits)
+
+
+@pytest.mark.parametrize("blocksize", [b for b in BLOCKSIZES if b >= 64])
+def test_linear_every_blocksize(blocksize):
+    o = linear_operands((3, 200, 2 * max(blocksize, 512), 8), blocksize=blocksize)
+    assert_as_accurate_as_the_reference([o])
+    assert_as_accurate_as_the_reference([o], lora=False)
+
+
+@pytest.mark.parametrize("M", [1, 16, 32])
+def test_linear_equal_bits_every_time(M):
+    """One tile for each block, several, and a split K."""
+    for shape in ((M, 4096, 4096, 16), (M, 14336, 1024, 16), (M, 256, 8192, 16)):
+        o = linear_operands(shape)
+        first = linear(o)
+        for _ in range(DETERMINISM_RUNS - 1):
+            assert all(same_bits(a, b) for a, b in zip(linear(o), first, strict=True))
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_linear_on_another_stream_and_in_a_graph(splits):
+    """The second launch begins while the first, which makes what it needs, still runs."""
+    o = linear_operands((4, 512, 4096, 16))
+    wanted = linear(o, splits=splits)
+    late = replace(o, x=torch.zeros_like(o.x))
+    slow = torch.randn(4096, 4096, device=CUDA)
+    stream = torch.cuda.Stream(CUDA)
+    stream.wait_stream(torch.cuda.current_stream(CUDA))
+    with torch.cuda.stream(stream):
+        for _ in range(20):  # x arrives late, on this stream alone
+            slow = slow @ slow / 64
+        late.x.copy_(o.x)
+        got = linear(late, splits=splits)
+    torch.cuda.current_stream(CUDA).wait_stream(stream)
+    assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = [linear(late, splits=splits) for _ in range(3)]
+    late.x.copy_(o.x.flip(0))
+    for _ in range(DETERMINISM_RUNS):
+        graph.replay()
+    again = linear(late, splits=splits)
+    for results in recorded:
+        assert all(same_bits(a, b) for a, b in zip(results, again, strict=True))
+
+
+def test_linear_more_than_32_bits_of_elements():
+    """The last rows of a weight whose elements an int32 cannot count, against those rows alone."""
+    N, K = 2**18 + 40, 2**14
+    free, _ = torch.cuda.mem_get_info(CUDA)
+    if free < N * K:
+        pytest.skip(f"needs {N * K >> 30} GiB of free memory on the GPU, there are {free >> 30}")
+    torch.use_deterministic_algorithms(False)  # which fills new memory
+    packed = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, device=CUDA)
+    absmax = torch.rand(N * K // 4096, device=CUDA)
+    x = torch.randn(2, K, device=CUDA).to(BF16)
+    last = slice(-40 * K // 2, None), slice(-40 * K // 4096, None)
+    whole = NF4Weight(packed, absmax, (N, K), 4096, BF16)
+    part = NF4Weight(packed[last[0]].clone(), absmax[last[1]].clone(), (40, K), 4096, BF16)
+    got, wanted = (
+        native_cuda.nf4_lora_linear_forward(x, _pieces(w), None, None, None, 1.0, w.shape[0], 1)
+        for w in (whole, part)
+    )
+    assert same_bits(got[0][:, -40:].contiguous(), wanted[0])
 
 
 # Streams, graphs, devices

@@ -85,13 +85,14 @@ def test_memory_of_the_process_is_the_system_s():
 
 
 def test_skipped_time_is_in_no_step():
+    begin = time.perf_counter()
     with TrainingMonitor("cpu") as monitor:
         monitor.step(1)
         time.sleep(0.5)
         monitor.skip()
         monitor.step(1)
     assert monitor.summary().steps == 2
-    assert monitor.summary().seconds < 0.4
+    assert monitor.summary().seconds <= time.perf_counter() - begin - 0.5
 
 
 def test_counts_survive_a_reset_in_between(linear):

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 import peftkern
 from peftkern import ops
 from peftkern.layers import NF4Linear
-from peftkern.methods.rosa import RoSALinear, RoSAScheduler, TopGradients, density_report
+from peftkern.methods.rosa import RoSALinear, RoSAScheduler, density_report
+from peftkern.methods.top_gradients import TopGradients
 from peftkern.sparse import SparseMask, rosa_linear
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -669,6 +670,15 @@ def test_scheduler_refuses():
     with pytest.raises(ValueError, match="0: mask: 9 places are wanted, gradients of 0"):
         schedule.step()
     assert not model[0].drawn
+
+
+def test_collecting_under_autocast_is_not_rounded():
+    dy, x = torch.randn(7, 24), torch.randn(7, 32)
+    tops = [TopGradients((24, 32), 50, 1) for _ in range(2)]
+    tops[0].add(dy, x)
+    with torch.autocast("cpu", BF16):
+        tops[1].add(dy, x)
+    assert torch.equal(tops[0].score, tops[1].score) and torch.equal(tops[0].index, tops[1].index)
 
 
 def test_gradients_that_are_nan_are_not_chosen():

@@ -145,10 +145,11 @@ def test_model_without_adapters_is_a_warning(tmp_path, caplog):
 
 
 def test_layers_that_fall_back_are_a_warning(tmp_path, caplog):
-    model = add_lora(tiny_llama(), use_dora=True)
+    model = add_lora(tiny_llama(), lora_dropout=1.0)
     trainer(model, tmp_path, [PeftKernCallback()], max_steps=1)
     (said,) = [r for r in caplog.records if r.name == LOGGER]
-    assert said.levelname == "WARNING" and "DoraLinearVariant 14" in said.message
+    assert said.levelname == "WARNING"
+    assert "14 of the patched fall back for now: lora_dropout is Dropout(p=1.0" in said.message
 
 
 def test_adalora_is_patched_too(tmp_path):
@@ -204,23 +205,30 @@ def test_monitor_in_the_trainer_s_list_reaches_the_history(tmp_path):
 
 def test_evaluating_and_saving_is_in_no_step(tmp_path):
     class Slow(TrainerCallback):
+        seconds = 0.0
+
         def on_evaluate(self, args, state, control, **kwargs):
             time.sleep(1.0)
+            self.seconds += 1.0
+
+    slow = Slow()
 
     run = trainer(
         add_lora(tiny_llama()),
         tmp_path,
-        [Slow(), MonitorCallback()],
+        [slow, MonitorCallback()],
         eval_strategy="steps",
         eval_steps=2,
         eval_on_start=True,
         save_strategy="steps",
         save_steps=1,
     )
+    begin = time.perf_counter()
     run.train()
+    seconds = time.perf_counter() - begin
     logged = training_logs(run)
-    assert len(logged) == STEPS
-    assert all(entry["peftkern/step_seconds"] < 0.9 for entry in logged[1:])
+    assert len(logged) == STEPS and slow.seconds >= 3
+    assert sum(entry["peftkern/step_seconds"] for entry in logged) <= seconds - slow.seconds
     assert all(entry["peftkern/tokens"] == ROWS * LENGTH for entry in logged)
     assert not any("peftkern/tokens" in e for e in run.state.log_history if "eval_loss" in e)
     run.evaluate()  # when all is done the monitor is closed

@@ -28,8 +28,9 @@ inline void pack_nibbles(const uint8_t* codes, int64_t bytes, uint8_t* packed) {
   for (; j < bytes; ++j) packed[j] = static_cast<uint8_t>(codes[2 * j] << 4 | codes[2 * j + 1]);
 }
 
-void quantize_blocks(const void* src, DType dtype, int64_t begin, int64_t end, int64_t blocksize,
-                     uint8_t* packed, float* absmax) {
+// Inline: not every file that decodes blocks makes them.
+inline void quantize_blocks(const void* src, DType dtype, int64_t begin, int64_t end,
+                            int64_t blocksize, uint8_t* packed, float* absmax) {
   uint8_t codes[4096 + 16];
   for (int64_t start = begin; start < end; start += blocksize) {
     const int64_t count = min64(blocksize, end - start);

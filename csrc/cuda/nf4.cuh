@@ -34,14 +34,14 @@ inline NF4Argument nf4_argument(const CudaNF4View& w) {
 
 // absmax in two steps, so that a kernel has the first loads of many blocks in flight before it
 // waits for any: raw = the float's bits, or the 8-bit index when nested; then the value, whose
-// product and sum are rounded one after the other.
-template <bool kNested>
-__device__ __forceinline__ uint32_t load_raw_absmax(const NF4Argument& w, int64_t block) {
+// product and sum are rounded one after the other. Index: int64_t, or uint32_t where that suffices.
+template <bool kNested, typename Index>
+__device__ __forceinline__ uint32_t load_raw_absmax(const NF4Argument& w, Index block) {
   if constexpr (kNested) return __ldg(static_cast<const uint8_t*>(w.absmax) + block);
   return __ldg(static_cast<const uint32_t*>(w.absmax) + block);
 }
-template <bool kNested>
-__device__ __forceinline__ float absmax_value(const NF4Argument& w, int64_t block, uint32_t raw,
+template <bool kNested, typename Index>
+__device__ __forceinline__ float absmax_value(const NF4Argument& w, Index block, uint32_t raw,
                                               float offset) {
   if constexpr (!kNested) return __uint_as_float(raw);
   const float scale = __ldg(w.nested_absmax + (block >> w.nested_log2));

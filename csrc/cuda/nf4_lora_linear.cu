@@ -11,26 +11,26 @@
 // takes 16t+4j+{0,1} for the instruction's columns 2t, 2t+1 and 16t+4j+{2,3} for 2t+8, 2t+9. Of x a
 // lane so needs 32 contiguous bytes, and nothing is repacked. absmax scales the float32 sum of a
 // block, so a weight is rounded once, as its code. A unit of a warp, up to 8 rows of x: 2 loads of
-// codes, 16 x (shift, mask, lookup), 2 loads of x, 4 mma, 2 shuffles and 4 multiply-adds for
-// absmax, about 68 instructions, 61% of the slots; 16 wavefronts of lookups and 2 (one row) to 8 of
-// x.
+// codes, 16 x (byte, address, lookup), half of 2 loads of x (two units above each other share it),
+// 4 mma, 2 shuffles and 4 multiply-adds for absmax: 61 instructions. sm_90 code has 72, with what
+// four columns of units and an item take once 86 to 95 (K = 8192, nested), 78 to 86% of the slots:
+// issue is nearly the limit. Wavefronts: 16 of lookups, 1 (one row of x) to 4 of x.
 //
 // Lookups: a byte is two weights, so a table of 256 pairs, 32 copies (one per bank, 32 KiB): 3
-// instructions of which 2 are integer, 16 of the 27.7 clocks of the integer pipe. Without it, prmt
-// on the byte planes of the 16 values takes 21 integer instructions for 8 weights, exact too: 42
-// clocks, so the table wins. Filling it takes 256 wavefronts, while a block's first codes arrive.
+// instructions of which one is the integer pipe's, 8 of 27.7 clocks. Without it, prmt on the byte
+// planes of the 16 values takes 21 integer instructions for 8 weights, exact too: 42 clocks, so the
+// table wins. Filling it takes 256 wavefronts, while a block's first codes arrive.
 //
-// In flight: up to 64 B of codes per lane, 2 blocks of 8 warps on an SM: 64 KiB (16 rows of x: 64,
-// 32 rows: 32 KiB, where x from L2 is the limit). The eight warps cut K into contiguous pieces,
-// which are added in order in shared memory. Blocks stay and loop over tiles (16 or 32 rows of W),
-// with the loads of the next tile under way while one is finished. Where tiles do not fill the GPU
-// evenly, K is split over blocks as well: each writes its sums, and the last to arrive at a tile
-// adds them in order.
+// In flight: up to 128 B of codes per lane, with 2 blocks of 8 warps on an SM 64 KiB; half of that
+// above 8 rows of x, where x from L2 (N / rows of a tile x M K 2 B) and the tensor cores weigh
+// more. The eight warps cut K into contiguous pieces, which are added in order in shared memory.
+// Blocks stay and loop over items, with the next one's loads under way while one is finished. Where
+// tiles do not fill the GPU evenly, K is split over items as well: each writes its sums, and the
+// last to arrive at a tile adds them in order.
 //
 // s, in float32 on plain cores, is a first kernel's, which also clears the counters of arrivals; it
-// lets the second begin at once, which waits for it only when its products are done. The update
-// needs M N r multiply-adds in float32: with r = 64 and 32 rows 0.3 instructions for each of the
-// products'.
+// lets the second begin at once, which waits for it only when its products are done. The update is
+// float32, too: M N r multiply-adds, with r = 64, 32 rows and K = 4096 a fifth of the instructions.
 //
 // All counted, none measured.
 #include <algorithm>
@@ -48,11 +48,10 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kUnit = 64;    // columns
 constexpr int kCopies = 32;  // of the table
 
-// By kEights, the rows of x in eights: 16-row tiles of W per warp (more of them read x less often),
-// how many units ahead codes are loaded, and blocks on an SM. Each fits the registers that are
-// left.
-__host__ __device__ constexpr int tiles_of(int eights) { return eights; }
-__host__ __device__ constexpr int depth_of(int eights) { return eights == 1 ? 8 : 2; }
+// By kEights, the rows of x in eights: 16-row tiles that a warp has above each other (with more of
+// them x is read less often), how many units ahead codes are loaded, and blocks on an SM.
+__host__ __device__ constexpr int tiles_of(int eights) { return eights == 4 ? 4 : 2; }
+__host__ __device__ constexpr int depth_of(int eights) { return eights == 1 ? 4 : 2; }
 __host__ __device__ constexpr int resident_of(int eights) { return eights == 4 ? 1 : 2; }
 
 // What a launch divides: `items` = tiles x splits, by which blocks loop.
@@ -181,6 +180,7 @@ struct LinearArgument {
   float* parts;  // [items, M, rows]
   unsigned* counters;
   int M, N, K, r;
+  int row_blocks, unit_shift;  // K / blocksize; unit >> unit_shift is a row's block
   DType b_dtype;
   float scaling;
   int splits, items, units, split_units, warp_units;
@@ -217,6 +217,10 @@ struct Panel {
   int unit, left;  // units from here to the end of the warp's piece; none if left <= 0
 };
 
+__device__ __forceinline__ int tile_of(const LinearArgument& a, int item) {
+  return a.splits == 1 ? item : item / a.splits;
+}
+
 // A row of W that there is: what the rows past the end give is not stored.
 __device__ __forceinline__ int row_at(const LinearArgument& a, int row) {
   return min(row, a.N - 1);
@@ -230,13 +234,13 @@ struct Scales {
   uint32_t raw[kSlots][2];
   float value[kSlots][2];
 
-  __device__ __forceinline__ static int64_t block(const LinearArgument& a, const Panel& panel,
-                                                  int slot, int half) {
+  // Past the last unit there is, that one's comes again.
+  __device__ __forceinline__ static uint32_t block(const LinearArgument& a, const Panel& panel,
+                                                   int slot, int half) {
     const int pair = 4 * slot + lane_index() % 4;
-    const int row = panel.row + pair / depth_of(kEights) * 16 + half * 8;
+    const int row = row_at(a, panel.row + pair / depth_of(kEights) * 16 + half * 8);
     const int unit = panel.unit + min(pair % depth_of(kEights), panel.left - 1);
-    return int64_t{row_at(a, row)} * (a.K >> a.w.blocksize_log2) +
-           (unit >> (a.w.blocksize_log2 - 6));
+    return static_cast<uint32_t>(row * a.row_blocks + (unit >> a.unit_shift));
   }
   template <bool kNested>
   __device__ __forceinline__ void load(const LinearArgument& a, const Panel& panel) {
@@ -330,7 +334,7 @@ template <typename T, int kEights>
 __device__ __forceinline__ void finish_item(const LinearArgument& a, int item, const float* sums,
                                             unsigned* arrivals) {
   constexpr int kRows = 16 * tiles_of(kEights);
-  const int tile = item / a.splits, outputs = a.M * kRows;
+  const int tile = tile_of(a, item), outputs = a.M * kRows;
   const int row = tile * kRows;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < outputs; i += kThreads) {
@@ -376,8 +380,7 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
   constexpr int kParts = kAhead ? 1 : 2;  // of a unit: two need fewer registers, and scale twice
   constexpr int kWords = 8 / kParts;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const int warp =
-      __shfl_sync(kFullMask, warp_index(), 0);  // the compiler sees: equal in all lanes
+  const int warp = __shfl_sync(kFullMask, warp_index(), 0);  // equal in all lanes: ptxas sees it
   const int rounds = (a.warp_units + kDepth - 1) / kDepth;
   const int step = static_cast<int>(gridDim.x);
   uint32_t* table = dynamic_shared<uint32_t>();
@@ -389,20 +392,27 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
   uint32_t x[kAhead ? 2 : 1][kEights][kWords];
   Scales<kEights> scales;
   Panel next = {};
-  const uint8_t* line = nullptr;  // where `next` has the codes of its first row
+  const uint8_t* line = nullptr;       // where `next` has the codes of its first row
+  uint32_t below[2 * kTiles] = {};     // and how far from there those of the others are
+  const auto row_below = [&](int i) {  // in place of a row past the last the first comes again
+    return next.row + 8 * i < a.N ? 4u * i * static_cast<uint32_t>(a.K) : 0u;
+  };
   const auto begin_item = [&](int item) {
     next.left = 0;
     if (item >= a.items) return;
-    const int tile = item / a.splits, first = (item - tile * a.splits) * a.split_units;
+    const int tile = tile_of(a, item), first = (item - tile * a.splits) * a.split_units;
     next.row = tile * kRows + g;
     next.unit = first + warp * a.warp_units;
     next.left = min(min(next.unit + a.warp_units, first + a.split_units), a.units) - next.unit;
     line = a.w.packed +
            (int64_t{row_at(a, next.row)} * (a.K / 2) + int64_t{next.unit} * (kUnit / 2) + 8 * t);
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) below[i] = row_below(i);
     if (first > 0 || a.r == 0) return;
     // The item will need these rows of lora_B, which from memory would come late then.
     const int64_t size = (a.b_dtype == DType::kFloat32 ? 4 : 2) * int64_t{a.r};
     const int64_t begin = tile * kRows * size, end = min(begin + kRows * size, a.N * size);
+#pragma unroll 1
     for (int64_t at = begin + threadIdx.x * 32; at < end; at += kThreads * 32) {
       prefetch_l2(static_cast<const char*>(a.lora_B) + at);
     }
@@ -414,10 +424,8 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
   const auto load_codes = [&](int u) {
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      // In place of a row past the last the first comes again.
-      const bool exists = next.row + 8 * i < a.N;
-      const uint32_t below = i > 0 && exists ? 4u * i * static_cast<uint32_t>(a.K) : 0;
-      codes[u][i / 2][i % 2] = load_once8(line + below + u * (kUnit / 2));
+      const uint32_t down = kEights == 1 ? below[i] : row_below(i);
+      codes[u][i / 2][i % 2] = load_once8(line + down + u * (kUnit / 2));
     }
   };
   // acc += absmax * (unit u of tile i) x, a part of the unit's four steps.
@@ -495,7 +503,7 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
               multiply_part(u, part, i, right, acc[i]);
-              if (kEights == 4) __syncwarp();
+              if (kEights > 1) __syncwarp();  // or all tiles' lookups move up here, and spill
             }
           }
           if (kAhead && last && next.left > 0) {
@@ -507,7 +515,7 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
     }
 
     wait_for_preceding();
-    const int tile = item / a.splits;
+    const int tile = tile_of(a, item);
     if (a.r > 0 && item == tile * a.splits) {
       const int row = tile * kRows + g;
       if (a.b_dtype == DType::kFloat32) add_update<float, kTiles, kEights>(a, row, warp, acc);
@@ -566,6 +574,8 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& plan, cudaStream_
   a.parts = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + plan.counter_bytes);
   a.M = static_cast<int>(args.M), a.N = static_cast<int>(args.N);
   a.K = static_cast<int>(args.K), a.r = static_cast<int>(args.r);
+  a.row_blocks = a.K >> a.w.blocksize_log2;
+  a.unit_shift = a.w.blocksize_log2 - 6;
   a.b_dtype = args.b_dtype;
   a.scaling = args.scaling;
   a.splits = plan.splits, a.items = plan.items;
@@ -616,6 +626,7 @@ int cuda_nf4_lora_linear_forward(const CudaNF4LinearArgs& args, CudaStream strea
   require(args.w.numel == numel, "w", args.w.numel, std::to_string(numel) + " weights");
   require(args.w.blocksize >= kCudaLinearBlock && args.K % args.w.blocksize == 0, "blocksize",
           args.w.blocksize, "64 or more, a divisor of K = " + std::to_string(args.K));
+  require(args.w.nblocks() < int64_t{1} << 31, "w", args.w.nblocks(), "fewer than 2^31 blocks");
   require(args.r >= 0 && args.r <= kCudaLinearRank, "r", args.r, "at most 64");
   require(args.dtype != DType::kFloat32, "x dtype", static_cast<int>(args.dtype),
           "bfloat16 (1) or float16 (2)");

@@ -25,9 +25,9 @@
 // Clocks of a step, of which sm_90 code has 192 instructions (C = 128), 120 on the integer pipe at
 // two clocks, for two warps on each quarter of an SM:
 //      C   tensor cores   issue   integers   shared memory   x from L2 at 24 B per clock
-//     64            256     378        474             288                           341
+//     64            256     376        474             288                           341
 //    128            512     384        482             480                           683
-//    256           1024     414        498             864                          1365
+//    256           1024     416        498             864                          1365
 // So L2 is the limit from 128 rows on (W's rows in a block decide: 128 weights for each value of
 // x), at best 75% of the tensor cores, the integer pipe below. With the launches before and after,
 // and blocks that fill and drain, 50 to 65% of 790 TFLOP/s may be left, f: against dequantising and

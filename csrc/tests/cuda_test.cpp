@@ -24,5 +24,7 @@ int main() {
   std::printf("emulated CUDA test: low_rank_svd passed\n");
   check_cuda_nf4_lora_linear_sm90a();
   std::printf("emulated CUDA test: nf4_lora_linear_sm90a passed\n");
+  check_cuda_nf4_lora_linear();
+  std::printf("emulated CUDA test: nf4_lora_linear passed\n");
   return 0;
 }

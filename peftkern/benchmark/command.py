@@ -50,7 +50,7 @@ VARIABLES += ("TRITON_", "BNB_", "MALLOC_", "LD_PRELOAD")
 
 
 class BenchError(Exception):
-    """Nothing could be measured; the message is one line."""
+    """Nothing could be measured, or not be written; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,9 @@ def _check_target(option: str, path: Path) -> None:
         raise ValueError(f"{option}: {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder, expected a file")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        # /dev/stdout, say, in whose place the new file would be put.
+        raise ValueError(f"{option}: {path} is a link or a device, expected a file")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{option}: {path}: the folder {path.parent} cannot be written to")
 
@@ -182,23 +185,32 @@ def _check_target(option: str, path: Path) -> None:
 def execute(plan: Plan) -> int:
     """Measure, write, print; the exit status.
 
-    Raises: BenchError if the run could not measure anything.
+    Raises: BenchError if the run could not measure anything, and as `tell`.
     """
     return tell(measure(plan), plan.outputs)
 
 
 def tell(record: Record, outputs: Outputs) -> int:
-    """Write and print; the exit status."""
+    """Write and print; the exit status.
+
+    Raises: BenchError if a file could not be written, when all is printed: measuring took a minute.
+    """
     on_terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if on_terminal else PIPED_WIDTH, highlight=False)
-    write(record, outputs)
+    unwritten = None
+    try:
+        write(record, outputs)
+    except OSError as error:  # a full disk
+        unwritten = error
     for line in terminal.bench_report(record, console.width):
         console.print(line)
-    if outputs.repro:
+    if outputs.repro and record["cases"]:
         print_commands(record)
     status = 0 if _ours_is_fine(record) else 1
     if outputs.earlier is not None:
         status |= _compare(record, outputs, console)
+    if unwritten is not None:
+        raise BenchError(f"not written: {unwritten}") from unwritten
     return status
 
 

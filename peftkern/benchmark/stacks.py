@@ -128,7 +128,7 @@ def stack(
         norm.weight = nn.Parameter(torch.ones(model.hidden, dtype=dtype, device=device))
 
     def dense(n: int, k: int) -> nn.Module:
-        return _linear_of(drawn(n, k, std=k**-0.5))
+        return linear(drawn(n, k, std=k**-0.5))
 
     body = net.model
     body.embed_tokens.weight = nn.Parameter(drawn(model.vocabulary, model.hidden, std=1.0))
@@ -150,13 +150,6 @@ def stack(
         tick()
     net.is_loaded_in_4bit = training.base == "nf4"  # what transformers sets, and PEFT asks for
     return net.requires_grad_(False)
-
-
-def _linear_of(weight: Tensor) -> nn.Linear:
-    n, k = weight.shape
-    layer = nn.Linear(k, n, bias=False, device="meta")  # which draws no weight to throw away
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
 
 
 class Trainer:
@@ -226,7 +219,7 @@ class Trainer:
     def exact(self) -> tuple[Tensor, ...]:
         """What `first` gives, in float64 on the exact values of an NF4 weight; before any step.
 
-        transformers computes RMSNorm, softmax's masks and the loss in float32 whatever the model
+        transformers computes RMSNorm, rotary angles and the loss in float32 whatever the model
         is in, which is 2^16 times as fine as what is compared with it.
         """
         wide = copy.deepcopy(self.model)

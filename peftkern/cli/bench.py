@@ -118,10 +118,8 @@ def bench(
             outputs = command.outputs(options, {case["name"] for case in earlier["cases"]})
         else:
             plan = command.plan(options)
-    if from_ is not None:
-        raise typer.Exit(command.tell(earlier, outputs))
     try:
-        status = command.execute(plan)
+        status = command.execute(plan) if from_ is None else command.tell(earlier, outputs)
     except command.BenchError as error:
         raise InputError(str(error)) from error
     raise typer.Exit(status)

@@ -37,11 +37,10 @@ from peftkern.frozen_linear import (
     low_rank_update,
     merged,
 )
+from peftkern.methods.top_gradients import TopGradients
 from peftkern.sparse import SparseMask, rosa_linear
 
 IMPORTANCES = {"squared": 2, "absolute": 1}
-_BLOCK = 1 << 20  # entries of dW at once
-_BLOCKS = 8  # and not more than this part of it
 _DERIVED = ("ccol", "row", "order")  # of a mask; not in the state dict
 
 
@@ -232,79 +231,6 @@ class _Collect(torch.autograd.Function):
     def backward(ctx, dy):
         ctx.collected.add(dy, *ctx.saved_tensors)
         return dy, None, None
-
-
-class TopGradients:
-    """The largest entries of the sum over passes of |dW|^power, in memory of `capacity` entries.
-
-    Each backward pass makes dW in blocks of rows, at most an eighth of it and 2^20 entries, adds
-    the sums of the entries that are kept to it, and keeps the `capacity` largest of all: index
-    (int64) and sum (float32), up to twice as many and a block while it runs.
-
-    One pass: exactly the entries that a sort of the whole dW has first. Several: exact sums since
-    the pass that let an entry in; what it had before, less than the smallest sum kept then, is
-    lost. So an entry is missed, against sums over the whole of dW, if it was never among the
-    `capacity` largest or came in late: capacity is a multiple of what is chosen in the end for that
-    reason. Of the mask that the dense sum of eight passes gives on a planted problem, four times as
-    many candidates find all of it where that mask is the planted one, and 83 to 88% where noise
-    hides a tenth of the planted places from the dense sum itself (once as many: 84 to 93%, and 60
-    to 74%).
-
-    Each backward pass counts by itself: where several add up to a step, the sum is of their sizes,
-    not the size of their sum. NaN is never kept.
-    """
-
-    def __init__(self, shape: tuple[int, int], capacity: int, power: int) -> None:
-        self.shape, self.capacity, self.power = shape, capacity, power
-        self.index = torch.empty(0, dtype=torch.int64)  # ascending
-        self.score = torch.empty(0)
-
-    @torch.no_grad()
-    def add(self, dy: Tensor, x: Tensor) -> None:
-        """One backward pass: dy [..., N], x [..., K]."""
-        N, K = self.shape
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, dy = x.reshape(-1, K).to(wide), dy.reshape(-1, N)
-        rows = max(1, min(_BLOCK // K, -(-N // _BLOCKS)))
-        index, score = self.index.to(x.device), self.score.to(x.device)
-        floor = score.min() if len(score) == self.capacity else score.new_tensor(-1.0)
-        edges = torch.arange(0, N + rows, rows, device=x.device) * K
-        edges = torch.searchsorted(index, edges).tolist()
-        kept: list[tuple[Tensor, Tensor]] = []
-        count = 0
-        for i, start in enumerate(range(0, N, rows)):
-            sums = (dy[:, start : start + rows].to(wide).t() @ x).abs_().pow_(self.power).float()
-            sums = sums.view(-1)
-            before = slice(edges[i], edges[i + 1])
-            sums[index[before] - start * K] += score[before]
-            places = (sums >= floor).nonzero().squeeze(1)
-            kept.append((places + start * K, sums[places]))
-            count += len(places)
-            if count > 2 * self.capacity:
-                kept = [self._largest(kept)]
-                count, floor = self.capacity, kept[0][1].min()
-        self.index, self.score = self._largest(kept)
-
-    def _largest(self, kept: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The `capacity` largest of all, in the order of their index."""
-        index, score = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        if len(score) <= self.capacity:
-            return index, score
-        best = score.topk(self.capacity, sorted=False).indices.sort().values
-        return index[best], score[best]
-
-    def mask(self, nnz: int) -> SparseMask:
-        """The nnz largest.
-
-        Raises: ValueError if fewer were kept: no gradient came, or most of it was NaN.
-        """
-        if len(self.index) < nnz:
-            raise ValueError(
-                f"mask: {nnz} places are wanted, gradients of {len(self.index)} were collected"
-            )
-        index = self.index[self.score.topk(nnz, sorted=False).indices]
-        K = self.shape[1]
-        return SparseMask.from_indices(index // K, index % K, self.shape)
 
 
 class RoSAScheduler:
