@@ -169,7 +169,7 @@ def does_it_fit(
     training = Training(
         "qlora",
         r=64,
-        adapter=adapter,
+        adapter_dtype=adapter,
         optimizer="adamw-32bit" if adapter == "bf16" and with_bnb else "adamw",
         sequence=max(2, min(sequence, options.m(sequence))),
         device=device.type,

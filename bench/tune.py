@@ -192,13 +192,13 @@ def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     return all(rms <= bounds[0] and most <= bounds[1] for rms, most in pairs)
 
 
-def neighbours(config, name: str) -> Iterator:
-    """Configs that differ in one field: half and double, or a stage fewer and more."""
+def neighbours(config, name: str, kernel: str) -> Iterator:
+    """Configs for a kernel that differ in one field: half and double, or a stage fewer and more."""
     value = getattr(config, name)
     steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
     for step in steps:
         candidate = replace(config, **{name: step})
-        if step >= 1 and candidate.valid():
+        if step >= 1 and candidate.valid(kernel):
             yield candidate
 
 
@@ -220,8 +220,8 @@ def search(problem, n: int, k: int, device: torch.device, left: Callable[[], flo
     expected = checked(with_config(counted))
     best, ratio, rejected, tried = counted, 1.0, Counter(), {counted}
     for name in FIELDS[problem.kernel]:
-        for candidate in neighbours(best, name):
-            if candidate in tried or not candidate.valid(problem.kernel) or left() <= 0:
+        for candidate in neighbours(best, name, problem.kernel):
+            if candidate in tried or left() <= 0:
                 continue
             tried.add(candidate)
             try:

@@ -18,7 +18,7 @@ import make_tables
 import tune
 
 from peftkern.benchmark import machine, suite
-from peftkern.kernels.configs import KERNELS, Problem, choose
+from peftkern.kernels.configs import KERNELS, Problem, TileConfig, choose
 from peftkern.kernels.launch import config_for, forced, processors
 
 ROOT = machine.ROOT
@@ -166,9 +166,16 @@ def test_gpu_cases_are_right_under_the_interpreter(part, only, peers, tmp_path):
     assert case["served"] and not case["fell_back"]
 
 
+def test_tuning_tries_only_tiles_that_a_table_may_hold():
+    smallest = TileConfig(block_n=64)
+    assert smallest.valid("epilogue")
+    for kernel, sizes in (("epilogue", [128]), ("nf4_quantize", [32, 128])):
+        assert [c.block_n for c in tune.neighbours(smallest, "block_n", kernel)] == sizes
+
+
 def test_forced_tiles_reach_one_kernel_only():
     counted = choose(PROBLEM, processors(CPU))
-    (other, *_) = tune.neighbours(counted, "block_n")
+    (other, *_) = tune.neighbours(counted, "block_n", PROBLEM.kernel)
     with forced("nf4_dequantize", other):
         assert config_for(PROBLEM, CPU) == other
         elsewhere = Problem("nf4_quantize", 1, 4096, 64, 1, 16)

@@ -183,7 +183,7 @@ class Trainer:
                 continue
             if ".lora_A" not in name:  # zero in a new adapter, which would hide its errors
                 parameter.data.normal_(0, 0.01, generator=generator)
-            parameter.data = parameter.data.to(DTYPES[training.adapter])
+            parameter.data = parameter.data.to(DTYPES[training.adapter_dtype])
         self.report = peftkern.patch(self.model) if training.patched else None
         ids = (training.batch, training.sequence)
         self.ids = torch.randint(model.vocabulary, ids, device=device, generator=generator)
