@@ -173,7 +173,7 @@ def build_norm(options: Options, nf4: bool) -> Case:
 
 
 def spec(name: str, work: Work, *targets: Target, shape: tuple[int, int] = (2048, 2048)) -> Spec:
-    label = f"dora/{name}/{'bf16' if work.dtype is BF16 else 'fp32'}"
+    label = f"dora/{name}-{shape[0]}x{shape[1]}/{'bf16' if work.dtype is BF16 else 'fp32'}"
     return Spec(label, lambda options: build(options, work), NAMES, PEFT, targets, shape=shape)
 
 
@@ -192,7 +192,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     square, wide = (4096, 4096), (14336, 4096)
     specs = []
     for shape, m, nf4 in itertools.product((square, wide), (512, 4096), kinds):
-        name = f"{'nf4-' if nf4 else ''}forward+backward-M{m}-{shape[0]}x{shape[1]}"
+        name = f"{'nf4-' if nf4 else ''}forward+backward-M{m}"
         specs.append(spec(name, Work(m, BF16, nf4=nf4), Target(PEFT, 1.0), shape=shape))
     for shape, nf4 in itertools.product((square, wide), (False, True)):
         specs.append(

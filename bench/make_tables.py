@@ -39,7 +39,7 @@ TITLES = {
     "e2e": "Whole training steps of Llama-shaped stacks",
     "formulations": "Ways to compute the update",
 }
-NAMES_SAY_SIZES = ("adalora", "e2e")
+NAMES_SAY_SIZES = ("adalora", "dora", "e2e")
 OURS = "peftkern"
 
 
