@@ -176,6 +176,25 @@ class DeltaLoRAInPlace(Method):
         self.schedule.step()
 
 
+@method("DoRA")
+class DoRA(Method):
+    module = "dora"
+
+    def adapt(self, model: nn.Module) -> None:
+        swap(model, lambda linear: methods.DoRALinear(linear, **self.update))
+
+
+@method("DoRA (NF4)")
+class QDoRA(Method):
+    module = "dora"
+
+    def adapt(self, model: nn.Module) -> None:
+        def make(linear: nn.Linear) -> nn.Module:
+            return methods.DoRALinear(NF4Linear.from_linear(linear), **self.update)
+
+        swap(model, make)
+
+
 @method("DyLoRA")
 class DyLoRA(Method):
     """Its loss is that of the largest rank."""

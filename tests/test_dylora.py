@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,11 @@ from torch.utils.checkpoint import checkpoint
 import peftkern
 from peftkern.layers import LoRALinear, NF4Linear, NF4LoRALinear
 from peftkern.methods.dylora import DyLoRALinear, sample_rank, set_rank
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+import dylora_ranks
+
+COLUMNS = ("least", "own run", "DyLoRA", "DyLoRA, last rank", "LoRA, cut")
 
 
 def layer_with_update(nf4: bool = False, r: int = 4, **options) -> DyLoRALinear:
@@ -134,62 +141,28 @@ def test_truncate_and_merge_keep_the_function(nf4, kind):
     torch.testing.assert_close(layer.merge()(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-VALUES = torch.tensor([4.0, 2.0, 1.0, 0.5])  # singular values of the planted update
+@pytest.fixture(scope="module")
+def distances() -> dict[str, list[float]]:
+    """Of examples/dylora_ranks.py: to a planted update, at each rank."""
+    return dylora_ranks.columns(1200)
 
 
-def planted(steps: int, prepare, **options) -> DyLoRALinear:
-    """Fit a known update of rank 4; `prepare(layer)` sets the rank before each step."""
-    torch.manual_seed(0)
-    base = nn.Linear(32, 32, bias=False)
-    U, V = (torch.linalg.qr(torch.randn(32, 4))[0] for _ in range(2))
-    target = base.weight.detach() + U @ torch.diag(VALUES) @ V.T
-    layer = DyLoRALinear(base, r=4, lora_alpha=4, **options)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
-    for _ in range(steps):
-        prepare(layer)
-        x = torch.randn(64, 32)
-        (layer(x) - x @ target.T).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    layer.target = target
-    return layer
-
-
-def distances(layer: DyLoRALinear) -> list[float]:
-    """|W + dW_b - target| for each rank b."""
-    found = []
-    for b in range(1, 5):
-        set_rank(layer, b)
-        found.append((layer.merge().weight - layer.target).norm().item())
-    return found
-
-
-def sampling(train_last_only: bool = False):
-    generator = torch.Generator().manual_seed(0)
-    options = {"generator": generator, "train_last_only": train_last_only}
-    return lambda layer: sample_rank(layer, **options)
-
-
-def test_one_run_gives_a_usable_model_at_every_rank():
+def test_one_run_gives_a_usable_model_at_every_rank(distances):
     """Against a run for each rank, and against the best that a rank can do (Eckart-Young)."""
-    best = [VALUES[b:].norm().item() for b in range(1, 5)]
-    alone = [
-        distances(planted(300, lambda layer, b=b: set_rank(layer, b)))[b - 1] for b in (1, 2, 3, 4)
-    ]
-    one, last = distances(planted(1200, sampling())), distances(planted(1200, sampling(True)))
-    plain = distances(planted(1200, lambda layer: None))
-    for b in range(3):
-        assert max(best[b], alone[b]) < 1.03 * best[b]
-        assert one[b] < 1.05 * best[b]
-        assert last[b] < 1.2 * best[b]
-        assert plain[b] > 1.3 * best[b]  # LoRA cut to its first ranks is no such model
-    assert max(one[3], last[3]) < 0.1 * VALUES.norm()
+    rows = list(zip(*(distances[name] for name in COLUMNS), strict=True))
+    for least, own, one, last, cut in rows[:3]:
+        assert own < 1.03 * least
+        assert one < 1.05 * least
+        assert last < 1.2 * least
+        assert cut > 1.3 * least  # LoRA cut to its first ranks is no such model
+    planted = dylora_ranks.VALUES.norm()
+    assert max(distances["DyLoRA"][3], distances["DyLoRA, last rank"][3]) < 0.1 * planted
 
 
-def test_the_papers_scaling_leaves_a_distance():
+def test_the_papers_scaling_leaves_a_distance(distances):
     """What the module's docstring says of lora_alpha / b."""
-    found = distances(planted(1200, sampling(), scale_by_rank=True))
-    assert all(d > 1.1 * VALUES[b:].norm() for b, d in enumerate(found, start=1))
+    for least, found in zip(distances["least"], distances["DyLoRA, alpha / b"], strict=True):
+        assert found > 1.1 * least
 
 
 def test_state_dict_and_wrong_arguments():

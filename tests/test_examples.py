@@ -299,7 +299,15 @@ def test_methods_trains_every_method(tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     runs = record["methods"]
     assert {"full fine-tuning", "LoRA", "LoRA-FA", "LoRA-Pro", "Delta-LoRA"} <= set(runs)
-    assert {"DyLoRA", "Quantum-PEFT", "RoSA", "RoSA (NF4)", "LongLoRA"} <= set(runs)
+    assert {
+        "DoRA",
+        "DoRA (NF4)",
+        "DyLoRA",
+        "Quantum-PEFT",
+        "RoSA",
+        "RoSA (NF4)",
+        "LongLoRA",
+    } <= set(runs)
     for name, figures in runs.items():
         assert name in done.stdout
         assert all(math.isfinite(value) and value > 0 for value in figures.values())
@@ -327,6 +335,13 @@ def test_methods_refuses_bad_options(arguments: list[str], says: str) -> None:
     assert done.returncode == 2
     assert says in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_dylora_ranks_prints_its_table() -> None:
+    done = run("examples/dylora_ranks.py", "--steps", "4")
+    assert done.returncode == 0, done.stderr
+    assert "own run" in done.stdout and "LoRA, cut" in done.stdout
+    assert run("examples/dylora_ranks.py", "--steps", "0").returncode == 2
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
