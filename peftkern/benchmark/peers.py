@@ -43,11 +43,12 @@ def bitsandbytes_missing(device: torch.device) -> str | None:
 
 
 class Layers(nn.Module):
-    """Something for get_peft_model to adapt."""
+    """Something for get_peft_model to adapt, which asks a model whether it is in 4 bits."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.is_loaded_in_4bit = any(type(layer).__name__ == "Linear4bit" for layer in layers)
 
 
 def linear4bit(weight: Tensor, blocksize: int = 64) -> nn.Module:
