@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,15 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
+import contests
 import gpu
 import make_tables
+import tiles
 import tune
 
+from peftkern import dispatch
 from peftkern.benchmark import machine, suite
+from peftkern.benchmark.timer import Timing
 from peftkern.kernels.configs import KERNELS, Problem, TileConfig, choose
 from peftkern.kernels.launch import config_for, forced, processors
 
@@ -170,12 +175,12 @@ def test_tuning_tries_only_tiles_that_a_table_may_hold():
     smallest = TileConfig(block_n=64)
     assert smallest.valid("epilogue")
     for kernel, sizes in (("epilogue", [128]), ("nf4_quantize", [32, 128])):
-        assert [c.block_n for c in tune.neighbours(smallest, "block_n", kernel)] == sizes
+        assert [c.block_n for c in tiles.neighbours(smallest, "block_n", kernel)] == sizes
 
 
 def test_forced_tiles_reach_one_kernel_only():
     counted = choose(PROBLEM, processors(CPU))
-    (other, *_) = tune.neighbours(counted, "block_n", PROBLEM.kernel)
+    (other, *_) = tiles.neighbours(counted, "block_n", PROBLEM.kernel)
     with forced("nf4_dequantize", other):
         assert config_for(PROBLEM, CPU) == other
         elsewhere = Problem("nf4_quantize", 1, 4096, 64, 1, 16)
@@ -188,7 +193,7 @@ def test_search_takes_the_fastest_of_those_that_are_right(monkeypatch):
     counted = choose(PROBLEM, processors(CPU))
     used = []
 
-    def runner(problem, n, k, device):
+    def runner(problem, n, k, device, rotate=0):
         def call(i: int) -> tuple:
             used.append(config_for(problem, device))
             if used[-1].num_warps > counted.num_warps:
@@ -204,19 +209,28 @@ def test_search_takes_the_fastest_of_those_that_are_right(monkeypatch):
             seen[name] = float(used[-1].num_warps)
         return seen
 
-    monkeypatch.setattr(tune, "runner", runner)
-    monkeypatch.setattr(tune, "seconds_of", seconds_of)
-    best, gain, rejected = tune.search(PROBLEM, 64, 64, CPU, lambda: 1.0)
-    assert (best.num_warps, best.block_n) == (counted.num_warps // 2, counted.block_n)
-    assert gain == 2.0
+    monkeypatch.setattr(tiles, "runner", runner)
+    monkeypatch.setattr(tiles, "seconds_of", seconds_of)
+    tiles.expected.cache_clear()
+    walk = tiles.Search.of(PROBLEM, 64, 64, CPU)
+    finished, rejected = tiles.search([walk], tiles.Workers(CPU, 0), lambda: 1.0)
+    tiles.expected.cache_clear()
+    assert finished
+    assert (walk.best.num_warps, walk.best.block_n) == (counted.num_warps // 2, counted.block_n)
+    assert walk.ratio == 2.0
     assert rejected == {"other numbers": 1, "ValueError": 1}
-    assert tune.search(PROBLEM, 64, 64, CPU, lambda: 0.0)[0] == counted
+    walk = tiles.Search.of(PROBLEM, 64, 64, CPU)
+    assert not tiles.search([walk], tiles.Workers(CPU, 0), lambda: 0.0)[0]
+    assert walk.best == counted
+
+
+TINY = ["--device", "cpu", "--shapes", "16x64", "--rows", "2", "--ranks", "4"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
 def test_tuning_runs_and_resumes_under_the_interpreter(tmp_path, capsys):
-    command = ["--device", "cpu", "--kernels", "nf4_dequantize", "epilogue", "--shapes", "16x64"]
-    command += ["--rows", "2", "--ranks", "4", "--out", str(tmp_path)]
+    command = [*TINY, "--kernels", "nf4_dequantize", "epilogue", "--contests"]
+    command += ["--out", str(tmp_path)]
 
     def said(*more: str) -> str:
         assert tune.main([*command, *more]) == 0
@@ -237,17 +251,80 @@ def test_tuning_runs_and_resumes_under_the_interpreter(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+def test_candidates_are_checked_in_processes_of_their_own():
+    """Those that are right, that do not compile and that were not asked, each in its place."""
+    walk = tiles.Search.of(PROBLEM, 16, 64, CPU)
+    trials = [(walk, walk.counted), (walk, replace(walk.counted, block_n=48))]
+    workers = tiles.Workers(CPU, 2)
+    try:
+        reasons = workers.refused([*trials, *trials])
+    finally:
+        workers.close()
+    assert reasons[0] is None and reasons[1] is not None and reasons == [*reasons[:2], *reasons[:2]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+def test_contests_are_held_recorded_and_resumed(tmp_path, capsys):
+    command = [*TINY, "--shapes", "32x64", "--kernels", "--contests", "nf4_lora_linear_forward"]
+    command += ["low_rank_svd", "layers", "--out", str(tmp_path)]
+    assert tune.main([*command, "--budget", "0"]) == 0
+    assert "contests: 0 held, 6 left for another run" in capsys.readouterr().out
+    assert tune.main(command) == 0
+    said = capsys.readouterr().out
+    assert "contests: 6 held, 0 left" in said and "not compared" not in said
+    table = json.loads((tmp_path / "interpreter.json").read_text())
+    winner = table["back_ends"]["nf4_lora_linear_forward/M2/r16/16-bit"]["32x64"]
+    assert winner in ("cpu", "reference")
+    assert table["back_ends"]["low_rank_svd/M256/r16/32-bit"] == {"32x64": "cpu"}
+    for op in contests.LAYERS:
+        for mode in contests.MODES:
+            key = f"{op}/{mode}/M2/N32/K64/r16/16-bit"
+            assert table["milliseconds"][key].keys() == {"peftkern", "PEFT"}
+            assert table["layers"][f"{op}/{mode}/M2/r16/16-bit"]["32x64"] in ("peftkern", "PEFT")
+    assert tune.main(command) == 0
+    assert "contests: 0 held, 0 left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", contests.OPS)
+def test_contests_call_ops_as_dispatch_knows_them(op):
+    """Under the key that a real call has; and what a contender gives is compared."""
+    (first, *_) = contests.arguments(op, 2, 16, 64, 4, CPU)
+    problem = contests.problem_for(op, 2, 16, 64, 4)
+    assert dispatch.problem_of(op, first) == problem
+    calls = contests.back_ends(op, 2, 16, 64, 4, CPU)
+    assert "cpu" in calls
+    winner, times, wrong = contests.held(calls, op, CPU)
+    assert winner in times and times.keys() == calls.keys() and not wrong
+
+
+def test_contest_leaves_out_who_gives_other_numbers():
+    calls = {name: (lambda i, v=v: torch.full((3,), v)) for name, v in (("a", 1.0), ("b", 1.5))}
+    winner, times, wrong = contests.held(calls, "dora_norm", CPU)
+    assert (winner, times.keys(), wrong) == ("a", {"a"}, ["b"])
+
+
+def test_contest_is_won_by_more_than_noise(monkeypatch):
+    def measured(calls, seconds):
+        return {name: Timing((calls[name](0).item(),)) for name in calls}
+
+    monkeypatch.setattr(contests, "measure", measured)
+    for other, winner in ((0.99, "first"), (0.9, "other"), (1.1, "first")):
+        calls = {"first": lambda i: torch.tensor(1.0), "other": lambda i, t=other: torch.tensor(t)}
+        assert contests.held(calls, "lora_linear/training", CPU)[0] == winner
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
 def test_every_kernel_can_be_tuned():
     """Its runner launches it under tiles that are forced: two counted ones give equal results."""
     seen = set()
-    for problem, n, k in tune.problems([(32, 64)], [3], [4]):
+    for problem, n, k in tiles.problems([(32, 64)], [3], [4]):
         counted = choose(problem, processors(CPU))
-        run = tune.runner(problem, n, k, CPU)
+        run = tiles.runner(problem, n, k, CPU)
         with forced(problem.kernel, counted):
-            results = tune.checked(lambda i, run=run: run(i)), tune.checked(run)
-        assert results[0] and tune.same(*results)
+            results = tiles.checked(lambda i, run=run: run(i)), tiles.checked(run)
+        assert results[0] and tiles.same(*results)
         seen.add(problem.kernel)
-    assert seen == set(tune.FIELDS) == set(KERNELS)
+    assert seen == set(tiles.FIELDS) == set(KERNELS)
 
 
 def test_tables_show_a_gpu_with_device_and_versions_when_it_was_measured(tmp_path):

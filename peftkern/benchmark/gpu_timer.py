@@ -63,15 +63,20 @@ def turn(
 
 
 def measure_graphs(
-    variants: Mapping[str, Callable[[int], object]], *, seconds: float, calls: Mapping[str, float]
+    variants: Mapping[str, Callable[[int], object]],
+    *,
+    seconds: float,
+    calls: Mapping[str, float],
+    slow: float = SLOW_SECONDS,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Time replays, and say which variants cannot be captured; `calls`: seconds of one call each.
+    """Time replays, and say which variants cannot be captured; `calls`: seconds of one call each,
+    of which more than `slow` make a shorter graph.
 
     A sample is a replay over its number of calls.
     """
     graphs, lengths, refused = {}, {}, {}
     for name, call in variants.items():
-        lengths[name] = CALLS_IN_GRAPH if calls[name] < SLOW_SECONDS else CALLS_IN_GRAPH // 4
+        lengths[name] = CALLS_IN_GRAPH if calls[name] < slow else CALLS_IN_GRAPH // 4
         try:
             graphs[name] = captured(call, lengths[name])
         except Exception as error:  # whatever a peer does that a graph cannot hold
