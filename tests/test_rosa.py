@@ -681,9 +681,99 @@ def test_collecting_under_autocast_is_not_rounded():
     assert torch.equal(tops[0].score, tops[1].score) and torch.equal(tops[0].index, tops[1].index)
 
 
-def test_gradients_that_are_nan_are_not_chosen():
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_gradients_that_are_not_finite_count_as_nothing(wrong):
     top = TopGradients((4, 6), 5, 1)
     dy, x = torch.randn(3, 4), torch.randn(3, 6)
-    dy[:, 1] = float("nan")
+    dy[2, 1] = wrong
     top.add(dy, x)
     assert (top.index // 6 != 1).all() and len(top.index) == 5
+    assert top.score.isfinite().all() and not top.take_lost()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_pass_that_is_not_finite_leaves_what_was_there(wrong):
+    top = TopGradients((4, 6), 24, 2)
+    dy, x = torch.randn(3, 4), torch.randn(3, 6)
+    top.add(dy, x)
+    before = top.score.clone()
+    dy[0, 2] = wrong
+    top.add(dy, x)
+    rows = before.view(4, 6).clone()
+    rows[[0, 1, 3]] *= 2
+    torch.testing.assert_close(top.score.view(4, 6), rows)
+    assert not top.take_lost()
+    top.add(torch.full_like(dy, wrong), x)
+    assert top.take_lost() and not top.take_lost()
+    torch.testing.assert_close(top.score.view(4, 6), rows)
+
+
+def test_too_few_finite_entries_are_a_lost_pass():
+    top = TopGradients((4, 6), 20, 2)
+    dy, x = torch.randn(3, 4), torch.randn(3, 6)
+    dy[0, 2] = float("inf")
+    top.add(dy, x)
+    assert len(top.index) == 18 and top.take_lost() and top.take_lost()
+
+
+@pytest.mark.parametrize("lost", ["last", "first"])
+def test_warm_up_lasts_longer_by_the_steps_that_were_lost(lost):
+    """As GradScaler skips them: no error in mid-training, and no mask of nothing."""
+    torch.manual_seed(4)
+    model = nn.Sequential(RoSALinear(nn.Linear(12, 8), nnz=9), RoSALinear(nn.Linear(8, 6), nnz=4))
+    schedule = RoSAScheduler(model, 3, collect_steps=2)
+    bad = 3 if lost == "last" else 2
+    for step in range(1, 5):
+        assert schedule.last_step < 3 or not model[0].drawn
+        y = model(torch.randn(5, 12)).square().sum()
+        (y * float("nan") if step == bad else y).backward()
+        schedule.step()
+        if step == bad:
+            state = copy.deepcopy(schedule.state_dict())
+            schedule = RoSAScheduler(model, 3, collect_steps=2)
+            schedule.load_state_dict(state)
+    assert schedule.lost_steps == 1
+    for layer in model:
+        assert layer.drawn and layer.collected is None
+    # A step without any pass, after a lost one, is no error either.
+    model = nn.Sequential(RoSALinear(nn.Linear(12, 8), nnz=9))
+    schedule = RoSAScheduler(model, 1)
+    (model(torch.randn(5, 12)).sum() * float("inf")).backward()
+    schedule.step(), schedule.step()
+    assert not model[0].drawn and schedule.lost_steps == 2
+    model(torch.randn(5, 12)).sum().backward()
+    schedule.step(), schedule.step()
+    assert model[0].drawn
+
+
+@pytest.mark.parametrize(("importance", "power"), [("squared", 2), ("absolute", 1)])
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_scheduler_collects_what_it_was_asked_to(importance, power, candidates):
+    model = nn.Sequential(RoSALinear(nn.Linear(12, 8), nnz=9))
+    RoSAScheduler(model, 1, candidates=candidates, importance=importance)
+    x = torch.randn(5, 12)
+    y = model(x)
+    y.square().sum().backward()
+    top = model[0].collected
+    dense = (2 * y.detach().T @ x).abs().view(-1) ** power
+    wanted = dense.topk(9 * candidates).values.sort().values
+    torch.testing.assert_close(top.score.sort().values, wanted)
+
+
+def test_passes_that_add_up_to_one_step_keep_their_candidates():
+    """With gradient accumulation one step has many passes, which nnz entries alone would lose."""
+    N, K, T, nnz, passes = 64, 96, 128, 120, 8
+    planted = random_mask((N, K), nnz)
+    S = planted.to_dense(torch.randn(nnz).sign() * (0.5 + torch.rand(nnz)))
+    linear = nn.Linear(K, N, bias=False)
+    model = nn.Sequential(RoSALinear(linear, r=2, nnz=nnz))
+    schedule, dense = RoSAScheduler(model, 1), torch.zeros(N, K)
+    for _ in range(passes):
+        x = torch.randn(T, K)
+        y = model(x)
+        dy = y.detach() - x @ (linear.weight + S).T + 2 * torch.randn(T, N)
+        y.backward(dy / T)
+        dense += ((dy / T).T @ x).square()
+    schedule.step()
+    wanted = set(dense.view(-1).topk(nnz).indices.tolist())
+    assert len(wanted & set(model[0].mask.flat().tolist())) / nnz >= ROSA_OVERLAP

@@ -240,13 +240,16 @@ class RoSAScheduler:
     layer and pass; outside of the last `collect_steps` steps of the warm-up nothing is collected.
 
     Args:
-        warmup_steps: at least 1. collect_steps: of them, how many count; the mask of one step is
-            exact, that of more is not always, see `TopGradients`.
-        candidates: how many times nnz entries are kept for that; with one step, just nnz.
-        importance: "squared" or "absolute": what is summed of dW.
+        warmup_steps: at least 1. collect_steps: of them, how many count.
+        candidates: how many times nnz entries are kept for that. The mask of one backward pass is
+            exact; that of several, steps or the passes that add up to one, is not always.
+        importance: "squared" or "absolute": what is summed of dW over the passes, its squares or
+            its sizes. Neither is the size of the sum.
+            `TopGradients` says more of both.
 
-    A layer that has a mask already keeps it. Where torch.compile is used, collecting breaks the
-    graph at each layer for those steps.
+    A step in which a gradient had nothing finite, as those that GradScaler skips, does not count:
+    the warm-up lasts one more for each of them. A layer that has a mask already keeps it. Where
+    torch.compile is used, collecting breaks the graph at each layer for those steps.
     Raises: ValueError on a value that makes no sense, or if there is no such layer; from `step()`,
         naming the layer, if no gradient of it was collected.
     Source: Nikdan et al. 2024, algorithm 1, arXiv:2401.04679
@@ -272,16 +275,23 @@ class RoSAScheduler:
             raise ValueError(f"importance: expected one of {list(IMPORTANCES)}, got {importance!r}")
         self.warmup_steps, self.collect_steps = warmup_steps, collect_steps
         self.candidates, self.importance = candidates, importance
-        self.last_step = 0
+        self.last_step, self.lost_steps = 0, 0
         self._advance()
 
     def step(self) -> None:
         self.last_step += 1
+        tops = [layer.collected for layer in self.layers.values() if layer.collected is not None]
+        lost = [top.take_lost() for top in tops]
+        self.lost_steps += any(lost)
         self._advance()
+
+    @property
+    def _draws_at(self) -> int:
+        return self.warmup_steps + self.lost_steps
 
     def _advance(self) -> None:
         waiting = {name: layer for name, layer in self.layers.items() if not layer.drawn}
-        if self.last_step >= self.warmup_steps:
+        if self.last_step >= self._draws_at:
             masks = {name: self._mask(name, layer) for name, layer in waiting.items()}
             for name, mask in masks.items():  # all or none
                 self.layers[name].set_mask(mask)
@@ -292,8 +302,7 @@ class RoSAScheduler:
 
     def _collector(self, layer: RoSALinear) -> TopGradients:
         shape = (layer.out_features, layer.in_features)
-        multiple = self.candidates if self.collect_steps > 1 else 1
-        capacity = min(multiple * layer.nnz, shape[0] * shape[1])
+        capacity = min(self.candidates * layer.nnz, shape[0] * shape[1])
         return TopGradients(shape, capacity, IMPORTANCES[self.importance])
 
     def _mask(self, name: str, layer: RoSALinear) -> SparseMask:
@@ -308,20 +317,23 @@ class RoSAScheduler:
         collecting = {n: m.collected for n, m in self.layers.items() if m.collected is not None}
         return {
             "last_step": self.last_step,
-            "collected": {name: (top.index, top.score) for name, top in collecting.items()},
+            "lost_steps": self.lost_steps,
+            "collected": {
+                name: (top.index, top.score, top.begun) for name, top in collecting.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         unknown = set(state["collected"]) - set(self.layers)
         if unknown:
             raise ValueError(f"collected: this model has no layers {sorted(unknown)}")
-        self.last_step = state["last_step"]
+        self.last_step, self.lost_steps = state["last_step"], state["lost_steps"]
         for name, layer in self.layers.items():
             layer.collected = None
             if name in state["collected"]:
-                layer.collected = self._collector(layer)
-                layer.collected.index, layer.collected.score = state["collected"][name]
-        if self.last_step < self.warmup_steps:
+                top = layer.collected = self._collector(layer)
+                top.index, top.score, top.begun = state["collected"][name]
+        if self.last_step < self._draws_at:
             self._advance()
 
 

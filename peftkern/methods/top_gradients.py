@@ -28,13 +28,19 @@ class TopGradients:
     to 74%).
 
     Each backward pass counts by itself: where several add up to a step, the sum is of their sizes,
-    not the size of their sum. NaN is never kept.
+    not the size of their sum, and they are several passes to what is said above. A pass counts by
+    the size of its gradient: where the scale of the loss changes, by GradScaler or otherwise, the
+    passes weigh differently.
+
+    NaN and Inf count as nothing: what an entry had stays, and an entry is never kept for them.
     """
 
     def __init__(self, shape: tuple[int, int], capacity: int, power: int) -> None:
         self.shape, self.capacity, self.power = shape, capacity, power
         self.index = torch.empty(0, dtype=torch.int64)  # ascending
         self.score = torch.empty(0)
+        self.begun = False  # whether there was a pass
+        self._lost = False
 
     @torch.no_grad()
     def add(self, dy: Tensor, x: Tensor) -> None:
@@ -48,16 +54,21 @@ class TopGradients:
         x, dy = x.reshape(-1, K).to(wide), dy.reshape(-1, N)
         rows = max(1, min(_BLOCK // K, -(-N // _BLOCKS)))
         index, score = self.index.to(x.device), self.score.to(x.device)
-        floor = score.min() if len(score) == self.capacity else score.new_tensor(-1.0)
+        floor = score.min() if len(score) == self.capacity else score.new_zeros(())
         edges = torch.arange(0, N + rows, rows, device=x.device) * K
         edges = torch.searchsorted(index, edges).tolist()
         kept: list[tuple[Tensor, Tensor]] = []
         count = 0
+        finite = torch.zeros((), dtype=torch.bool, device=x.device)
         for i, start in enumerate(range(0, N, rows)):
             sums = (dy[:, start : start + rows].to(wide).t() @ x).abs_().pow_(self.power).float()
             sums = sums.view(-1)
+            usable = sums.isfinite()
+            finite |= usable.any()
+            sums.masked_fill_(~usable, -1.0)  # below every floor
             before = slice(edges[i], edges[i + 1])
-            sums[index[before] - start * K] += score[before]
+            mine = index[before] - start * K
+            sums[mine] = sums[mine].clamp(min=0.0) + score[before]
             places = (sums >= floor).nonzero().squeeze(1)
             kept.append((places + start * K, sums[places]))
             count += len(places)
@@ -65,6 +76,14 @@ class TopGradients:
                 kept = [self._largest(kept)]
                 count, floor = self.capacity, kept[0][1].min()
         self.index, self.score = self._largest(kept)
+        self.begun = True
+        self._lost = self._lost or not finite
+
+    def take_lost(self) -> bool:
+        """Whether a pass since the last call had nothing finite, or all so far had so little that
+        there are fewer than `capacity` entries."""
+        lost, self._lost = self._lost, False
+        return lost or (self.begun and len(self.index) < self.capacity)
 
     def _largest(self, kept: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The `capacity` largest of all, in the order of their index."""
@@ -77,7 +96,7 @@ class TopGradients:
     def mask(self, nnz: int) -> SparseMask:
         """The nnz largest.
 
-        Raises: ValueError if fewer were kept: no gradient came, or most of it was NaN.
+        Raises: ValueError if fewer were kept: no gradient came, or most of it was not finite.
         """
         if len(self.index) < nnz:
             raise ValueError(
