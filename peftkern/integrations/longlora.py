@@ -6,12 +6,15 @@
 
 It works on every model whose attention goes through transformers' AttentionInterface (Llama,
 Mistral, Qwen2, ...). Nothing is replaced: the model's `attn_implementation` is set to one that this
-module registers, and set back.
+module registers, and set back. Causal self-attention becomes sparse; encoders, vision towers and
+cross-attention stay full. Attention that is more than a softmax of products (a position bias as in
+T5, a soft cap as in Gemma 2, sinks as in GPT-OSS) raises ValueError when it is called.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from peftkern.methods.longlora import shifted_sparse_attention
 
 _PREFIX = "peftkern_shifted_sparse_"
+_UNSERVED = ("position_bias", "s_aux", "softcap")  # what changes the weights of an attention
 
 
 def enable_shifted_sparse_attention(model: nn.Module, group_size: int) -> None:
@@ -29,7 +33,8 @@ def enable_shifted_sparse_attention(model: nn.Module, group_size: int) -> None:
 
     Args: model, a transformers model or a PEFT model over one; group_size, an even number of tokens
         (the paper: a quarter of the length that is trained). Called again, it sets another size.
-    Raises: ValueError on a wrong group size, or if the model's attention cannot be chosen.
+    Raises: ValueError on a wrong group size, or if the model's attention cannot be chosen; the
+        model is then as it was.
     """
     if type(group_size) is not int or group_size < 2 or group_size % 2:
         raise ValueError(f"group_size: expected an even number of at least 2, got {group_size!r}")
@@ -37,20 +42,22 @@ def enable_shifted_sparse_attention(model: nn.Module, group_size: int) -> None:
     name = f"{_PREFIX}{group_size}"
     AttentionInterface.register(name, functools.partial(_attention, group_size=group_size))
     AttentionMaskInterface.register(name, sdpa_mask)
-    before = base.config._attn_implementation
-    base.set_attn_implementation(name)
-    if base.config._attn_implementation != name:
-        raise ValueError(f"model: {type(base).__name__} does not let its attention be chosen")
-    if not before.startswith(_PREFIX):
-        base._peftkern_attention_before = before
+    before = [(config, config._attn_implementation) for config in _configs(base)]
+    try:
+        base.set_attn_implementation(name)
+        for config in (base.config, base.config.get_text_config()):
+            if config._attn_implementation != name:
+                kind = type(base).__name__
+                raise ValueError(f"model: {kind} does not let its attention be chosen")
+    except Exception:
+        _restore(before)
+        raise
+    base.__dict__.setdefault("_peftkern_attention_before", before)
 
 
 def disable_shifted_sparse_attention(model: nn.Module) -> None:
     """Give the model the attention back that it had before `enable_shifted_sparse_attention`."""
-    base = _transformers_model(model)
-    before = base.__dict__.pop("_peftkern_attention_before", None)
-    if before is not None:
-        base.set_attn_implementation(before)
+    _restore(_transformers_model(model).__dict__.pop("_peftkern_attention_before", []))
 
 
 def _attention(
@@ -67,24 +74,48 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer; [B, T, H, D] as it expects."""
-    if not module.training or query.shape[2] != key.shape[2]:
+    for name in _UNSERVED:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected None, got {type(kwargs[name]).__name__} from "
+                f"{type(module).__name__}; shifted sparse attention is for models without it"
+            )
+    # Without a mask an encoder's attention, or cross-attention, is called as a decoder's is: only
+    # the module tells them apart.
+    causal = getattr(module, "is_causal", False) and is_causal is not False
+    if not (module.training and causal and query.shape[2] == key.shape[2]):
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, **options, **kwargs
         )
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
     y = shifted_sparse_attention(
         query,
         key,
         value,
         group_size,
         attention_mask=attention_mask,
-        is_causal=is_causal and attention_mask is None,  # the mask says what is causal, too
+        is_causal=attention_mask is None,  # the mask says what is causal, too
         scale=scaling,
         dropout_p=dropout,
     )
     return y.transpose(1, 2).contiguous(), None
+
+
+def _configs(base: nn.Module) -> Iterator[Any]:
+    """The configuration of a model and of all its parts, each once, the whole before its parts."""
+    waiting = [m.config for m in base.modules() if hasattr(m, "set_attn_implementation")]
+    seen: set[int] = set()
+    while waiting:
+        config = waiting.pop(0)
+        if config is not None and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+            waiting += [getattr(config, name, None) for name in config.sub_configs]
+
+
+def _restore(before: list[tuple[Any, str | None]]) -> None:
+    for config, implementation in before:  # set in its parts, too, which come after it
+        config._attn_implementation = implementation
 
 
 def _transformers_model(model: nn.Module) -> nn.Module:

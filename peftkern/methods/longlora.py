@@ -7,7 +7,9 @@ about T * G / 2 pairs instead of T^2 / 2.
 The groups of the shifted heads do not wrap around the end of the sequence: the first G/2 tokens are
 a group of their own, as is what remains at the end. A causal model thus never sees its future.
 Everything runs on torch's scaled_dot_product_attention over tensors that are reshaped, without a
-mask where none is given. `peftkern.integrations.longlora` switches it on in a transformers model.
+mask where none is given. With one, heads of keys that serve several heads are repeated: on a GPU
+torch has a kernel for both together, but one that makes all scores at once.
+`peftkern.integrations.longlora` switches it on in a transformers model.
 
 LongLoRA also trains embeddings and normalisation layers: with PEFT, `LoraConfig(modules_to_save=
 ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"])`.
@@ -84,7 +86,7 @@ def _grouped(
         seen = None if mask is None else _blocks(mask, start, count, group)
         y = _attend(*tensors, seen, is_causal, scale, dropout_p)
         out.append(_unfold(y, q.shape[0], count))
-    return torch.cat(out, dim=2) if out else torch.empty_like(q)
+    return torch.cat(out, dim=2) if out else q.clone()
 
 
 def _attend(
@@ -96,9 +98,13 @@ def _attend(
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:
-    options = {"scale": scale, "dropout_p": dropout_p, "enable_gqa": q.shape[1] != k.shape[1]}
+    options = {"scale": scale, "dropout_p": dropout_p}
+    shared = q.shape[1] // k.shape[1]
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, **options)
+        options |= {"is_causal": is_causal, "enable_gqa": shared > 1}
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    if shared > 1:
+        k, v = (t.repeat_interleave(shared, dim=1) for t in (k, v))
     if is_causal:
         mask = mask.tril()
     # The softmax of a row without keys is not a number, in the gradients too: let it see them all.
@@ -109,8 +115,9 @@ def _attend(
 
 def _fold(x: Tensor, count: int) -> Tensor:
     """[B, H, count * g, D] -> [B * count, H, g, D]."""
-    B, H, _, D = x.shape
-    return x.view(B, H, count, -1, D).transpose(1, 2).reshape(B * count, H, -1, D)
+    B, H, T, D = x.shape
+    g = T // count
+    return x.view(B, H, count, g, D).transpose(1, 2).reshape(B * count, H, g, D)
 
 
 def _unfold(x: Tensor, B: int, count: int) -> Tensor:
