@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftkern.functional import dequantize_nf4, lora_linear, nf4_lora_linear
 
+DENSE_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)  # one forward, two names
+_BASE_TYPES: set[type] = set(DENSE_TYPES)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def serves_as_base(cls: type) -> type:
+    """Class decorator of a layer that `check_base` accepts: its `nf4` and `bias` say it all."""
+    _BASE_TYPES.add(cls)
+    return cls
+
 
 def check_base(base: nn.Module) -> nn.Linear:
-    """A linear layer without an adapter, frozen.
+    """A linear layer without an adapter, frozen: nn.Linear or NF4Linear.
 
-    Raises: TypeError if it is another kind of module.
+    Its weight and bias are used and its forward never called, so that a subclass, which may compute
+    something else, and hooks, which would not be called, are refused.
+    Raises: TypeError if it is another kind of module; ValueError if it has hooks.
     """
-    if not isinstance(base, nn.Linear) or hasattr(base, "lora_A"):
+    if type(base) not in _BASE_TYPES:
+        came = type(base).__name__
+        if type(base).__module__.startswith("bitsandbytes."):
+            came += "; an NF4Linear of its size loads its state dict"
         raise TypeError(
-            f"base: expected an nn.Linear without an adapter, got {type(base).__name__}"
+            "base: expected an nn.Linear without an adapter or a peftkern.layers.NF4Linear, got "
+            f"{came}"
         )
+    hooks = [name for name in _HOOKS if getattr(base, name)]
+    if "forward" in vars(base):  # as accelerate hooks into a layer
+        hooks.append("forward")
+    if hooks:
+        came = ", ".join(name.lstrip("_") for name in hooks)
+        raise ValueError(f"base: its forward is never called, expected no hooks, got {came}")
     return base.requires_grad_(False)
 
 
@@ -26,6 +49,11 @@ def check_update(r: int, lora_dropout: float = 0.0) -> None:
         raise ValueError(f"r: expected a positive rank, got {r!r}")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout}")
+
+
+def dropout_p(layer: nn.Module) -> float:
+    """The probability with which a layer drops its input now: lora_dropout while it trains."""
+    return layer.lora_dropout if layer.training else 0.0
 
 
 def low_rank_forward(

@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.frozen_linear import check_update, linear_like, low_rank_update, merged
+from peftkern.frozen_linear import (
+    DENSE_TYPES,
+    check_update,
+    dropout_p,
+    linear_like,
+    low_rank_update,
+    merged,
+    serves_as_base,
+)
 from peftkern.functional import (
     dequantize_nf4,
     lora_linear,
@@ -59,10 +67,6 @@ class _Adapter:
         """lora_A as nn.Linear draws its weight and lora_B zero: the update starts at nothing."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
-
-    @property
-    def _dropout_p(self) -> float:
-        return self.lora_dropout if self.training else 0.0
 
     def merge(self) -> nn.Linear:
         """A new dense nn.Linear that computes the same, in the dtype the weight had, without the
@@ -124,10 +128,11 @@ class LoRALinear(_Adapter, nn.Linear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        options = {"scaling": self.scaling, "bias": self.bias, "dropout_p": self._dropout_p}
+        options = {"scaling": self.scaling, "bias": self.bias, "dropout_p": dropout_p(self)}
         return lora_linear(x, self.weight, self.lora_A, self.lora_B, **options)
 
 
+@serves_as_base
 class NF4Linear(nn.Linear):
     """A frozen linear layer whose weight is kept in NF4: y = x @ dequantize(weight).T + bias.
 
@@ -307,7 +312,7 @@ class NF4LoRALinear(_Adapter, NF4Linear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        options = {"scaling": self.scaling, "bias": self.bias, "dropout_p": self._dropout_p}
+        options = {"scaling": self.scaling, "bias": self.bias, "dropout_p": dropout_p(self)}
         return nf4_lora_linear(x, self.nf4, self.lora_A, self.lora_B, **options)
 
 
@@ -384,7 +389,7 @@ def _with_progress(steps: Iterable, description: str) -> Iterable:
 
 
 def _check_linear(linear: Any) -> None:
-    if type(linear) is not nn.Linear:
+    if type(linear) not in DENSE_TYPES:
         raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
 
 

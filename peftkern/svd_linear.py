@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftkern.frozen_linear import (
     check_base,
     check_update,
+    dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
@@ -88,8 +89,7 @@ class SVDLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         lora_A = fold_diagonal(self.lora_A, self.lora_E, self.scaling)
-        dropout_p = self.lora_dropout if self.training else 0.0
-        options = {"scaling": 1.0, "dropout_p": dropout_p}
+        options = {"scaling": 1.0, "dropout_p": dropout_p(self)}
         return low_rank_forward(self.base, x, lora_A, self.lora_B, **options)
 
     def merge(self) -> nn.Linear:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern.layers import LoRALinear, NF4LoRALinear
 
@@ -99,3 +101,26 @@ def relative_difference(got: Iterable[Tensor], expected: Iterable[Tensor]) -> fl
         ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
         for a, b in zip(got, expected, strict=True)
     )
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts copies between a CPU and tensors that pretend to be on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._pretence = FakeTensorMode()
+
+    def __enter__(self) -> HostCopies:
+        self._pretence.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised) -> None:
+        super().__exit__(*raised)
+        self._pretence.__exit__(*raised)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in (*args, out) if isinstance(t, Tensor)}
+        self.count += len(devices) > 1
+        return out

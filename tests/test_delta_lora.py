@@ -9,12 +9,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from method_models import H, K, N, batches, peft_net, relative_difference, twins
-from tolerances import DELTA_LORA_NEAREST_KEEPS, DELTA_LORA_STOCHASTIC, METHODS_RTOL
+from tolerances import (
+    AUTOCAST_RTOL,
+    DELTA_LORA_NEAREST_KEEPS,
+    DELTA_LORA_STOCHASTIC,
+    METHODS_RTOL,
+    errors,
+)
 from torch import Tensor, nn
 
 import peftkern
 from peftkern.layers import LoRALinear, NF4Linear
-from peftkern.methods import DeltaLoRALinear, DeltaLoRAScheduler, InPlaceDeltaLoRA
+from peftkern.methods import DeltaLoRALinear, DeltaLoRAScheduler, InPlaceDeltaLoRA, delta_lora
 from peftkern.methods.delta_lora import round_stochastically
 from peftkern.methods.pairs import find_pairs
 
@@ -360,9 +366,6 @@ def test_compile_autocast_and_low_precision(dtype):
         module(x).float().square().sum().backward()
         grads.append([p.grad.clone() for p in net.parameters() if p.requires_grad])
     torch.testing.assert_close(*grads)
-    assert all(g.dtype is dtype for g in grads[0])
-    with torch.autocast("cpu", BF16):
-        assert net(x).dtype is BF16
 
 
 def test_arguments_are_checked():
@@ -388,3 +391,91 @@ def test_arguments_are_checked():
     model.base_model.model.up.merge()
     with pytest.raises(ValueError, match="the adapter is merged"):
         InPlaceDeltaLoRA(model)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_telescoped_value_in_low_precision_and_under_autocast(dtype):
+    """Both products count, times lam, in 16-bit factors and under autocast too."""
+    layer = delta(nn.Linear(256, 64, dtype=dtype), adapter_dtype=dtype)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    layer.start()
+    nn.init.normal_(layer.lora_A, std=0.1), nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(9, 256, dtype=dtype)
+    W, b, A, B, start_A, start_B = (
+        t.detach().double()
+        for t in (
+            layer.base.weight,
+            layer.base.bias,
+            layer.lora_A,
+            layer.lora_B,
+            layer.start_A,
+            layer.start_B,
+        )
+    )
+    W = W + SCALING * B @ A + LAM * SCALING * (B @ A - start_B @ start_A)
+    wanted = x.double() @ W.T + b
+    assert errors(layer(x), wanted)[1] <= (AUTOCAST_RTOL if dtype is BF16 else METHODS_RTOL[F32])
+    with torch.autocast("cpu", BF16):
+        y = layer(x)
+    assert y.dtype is BF16 and errors(y, wanted)[1] <= AUTOCAST_RTOL
+
+
+def test_factors_in_16_bits_are_summed_in_float32():
+    """At the start the two products cancel: what is left is small, and rounding would hide it."""
+    layer = delta(nn.Linear(64, 32, dtype=BF16), adapter_dtype=BF16, lam=2.0)
+    nn.init.normal_(layer.lora_B)
+    layer.start()
+    A, B = layer._factors()
+    products = [b.double() @ a.double() for a, b in zip(A.chunk(2), B.chunk(2, 1), strict=True)]
+    assert torch.equal(sum(products), layer.lora_B.double() @ layer.lora_A.double())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_in_place_writes_every_block_of_rows(monkeypatch, rows):
+    monkeypatch.setattr(delta_lora, "_CHUNK", rows * K)
+    layer = lora(nn.Linear(K, N, dtype=F64))
+    schedule, first = InPlaceDeltaLoRA(layer, lam=LAM, start_step=0), layer.weight.detach().clone()
+    nn.init.normal_(layer.lora_B)
+    schedule.step()
+    expected = first + LAM * SCALING * layer.lora_B @ layer.lora_A
+    assert relative_difference([layer.weight], [expected]) < RTOL
+
+
+def test_a_step_that_raises_writes_nothing_and_may_be_taken_again():
+    model = peft_net(init_lora_weights=False)
+    schedule = InPlaceDeltaLoRA(model, lam=LAM, start_step=0)
+    up, down = model.base_model.model.up, model.base_model.model.down
+    pair = find_pairs(model)[0]
+    first, before = up.base_layer.weight.detach().clone(), (pair.lora_B @ pair.lora_A).detach()
+    nn.init.normal_(pair.lora_B)
+    down.merge()
+    with pytest.raises(ValueError, match="the adapter is merged"):
+        schedule.step()
+    down.unmerge()
+    assert torch.equal(up.base_layer.weight, first) and schedule.last_step == 0
+    schedule.step()
+    expected = first + LAM * pair.scaling * (pair.lora_B @ pair.lora_A - before)
+    assert relative_difference([up.base_layer.weight], [expected]) < RTOL
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e300])
+def test_in_place_never_writes_what_is_not_finite(wrong):
+    net = Net(lora)
+    schedule = InPlaceDeltaLoRA(net, lam=LAM, start_step=0)
+    weights = [layer.weight.detach().clone() for layer in layers(net)]
+    with torch.no_grad():
+        net.up.lora_B.fill_(0.5)
+        kept = net.down.lora_B.clone()
+        net.down.lora_B[0, 0] = wrong
+        net.down.lora_A[0, 0] = 1e10
+    with pytest.raises(
+        ValueError, match=r"^down: the change .* is not finite; nothing was written"
+    ):
+        schedule.step()
+    for layer, weight in zip(layers(net), weights, strict=True):
+        assert torch.equal(layer.weight, weight)
+    with torch.no_grad():
+        net.down.lora_B.copy_(kept)
+    schedule.step()
+    assert all(layer.weight.isfinite().all() for layer in layers(net))
+    assert not torch.equal(net.up.weight, weights[0])

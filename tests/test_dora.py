@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern import ops
+from peftkern import ops, reference
 from peftkern.dora import dora_linear, dora_norm
 from peftkern.layers import LoRALinear, NF4Linear
 from peftkern.methods import DoRALinear
@@ -325,22 +325,34 @@ def test_backward_called_under_autocast(backend, dropout_p):
         assert torch.equal(got[name], wanted[name])
 
 
-def test_output_may_be_written_to(backend):
-    """The gradient of magnitude does not lean on the output, which is the caller's."""
-    leaves = {k: v.requires_grad_() for k, v in leaves_of((4, 6, 8, 2)).items()}
-    weight = torch.randn(6, 8)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_output_may_be_written_to(backend, dropout_p, with_bias):
+    """No gradient leans on the output, which is the caller's, nor on how magnitude's is found."""
+    leaves = leaves_of((4, 6, 8, 2))
+    weight, options = torch.randn(6, 8), {"scaling": 1.0, "dropout_p": dropout_p}
+    grads = []
     for recompute in (True, False):
-        y = dora_linear(
-            leaves["x"],
-            weight,
-            leaves["A"],
-            leaves["B"],
-            leaves["magnitude"],
-            scaling=1.0,
-            recompute=recompute,
-        )
-        y.mul_(2.0).sum().backward()
-    assert torch.isfinite(leaves["magnitude"].grad).all()
+        for factor in (None, 2.0):
+            given = {k: v.clone().requires_grad_() for k, v in leaves.items()}
+            bias = given.pop("bias") if with_bias else None
+            x, A, B, magnitude = (given[name] for name in ("x", "A", "B", "magnitude"))
+            torch.manual_seed(5)
+            args = (x, weight, A, B, magnitude)
+            y = dora_linear(*args, bias=bias, recompute=recompute, **options)
+            (y.sum() if factor is None else y.mul_(factor).sum() / factor).backward()
+            grads.append([leaf.grad for leaf in (x, A, B, magnitude)])
+    for other in grads[1:]:
+        for got, wanted in zip(other, grads[0], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_reference_norm_of_every_block_of_rows(monkeypatch, rows):
+    weight, A, B = torch.randn(10, 16), torch.randn(2, 16), torch.randn(10, 2)
+    monkeypatch.setattr(reference, "_CHUNK", rows * 16)
+    got = reference.dora_norm(weight, A, B, 0.7)
+    torch.testing.assert_close(got, (weight + 0.7 * B @ A).norm(dim=1))
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)], ids=str)

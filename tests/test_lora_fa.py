@@ -6,11 +6,13 @@ import copy
 import math
 import pickle
 
+import ddp_steps
 import pytest
 import torch
 from method_models import (
     ALPHA,
     RANK,
+    HostCopies,
     K,
     N,
     PlainAdamW,
@@ -25,14 +27,21 @@ from method_models import (
 )
 from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer
-from tolerances import LORA_FA_PEFT_RTOL, METHODS_RTOL, errors
+from tolerances import LORA_FA_PEFT_RTOL, METHODS_RTOL, METHODS_STEPS_RTOL, errors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern.layers import LoRALinear, NF4LoRALinear
-from peftkern.methods import LoRAFAOptimizer, freeze_lora_A, lora_fa_gradients
-from peftkern.methods.pairs import find_pairs
+from peftkern.methods import (
+    LoRAFAOptimizer,
+    LoRAProAdamW,
+    freeze_lora_A,
+    lora_fa_gradients,
+    lora_pro_gradients,
+    pairs,
+)
+from peftkern.methods.pairs import find_pairs, scalings
 
 F64 = torch.float64
 SCALING = ALPHA / RANK
@@ -348,8 +357,8 @@ def test_arguments_are_checked():
     for options in ({"lr": -1.0}, {"eps": math.nan}, {"betas": (0.9, 1.0)}, {"weight_decay": -1}):
         with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected"):
             LoRAFAOptimizer(our_net(), **options)
-    with pytest.raises(ValueError, match="scaling: expected numbers other than 0"):
-        lora_fa_gradients([torch.ones(2, 1)], [torch.ones(1, 2)], [0.0])
+    with pytest.raises(ValueError, match="scaling of layer 1: expected a number other than 0"):
+        lora_fa_gradients([torch.ones(2, 1)] * 2, [torch.ones(1, 2)] * 2, [1.0, 0.0])
     with pytest.raises(
         ValueError, match=r"expected \[N, r\] and \[r, K\], got \[2, 1\] and \[3, 2\]"
     ):
@@ -366,3 +375,94 @@ def test_names_are_found_where_the_table_says():
     assert set(methods.__all__) <= set(dir(methods))
     with pytest.raises(AttributeError, match="has no attribute 'LoRE'"):
         _ = methods.LoRE
+
+
+def test_a_refused_argument_leaves_lora_A_trained():
+    model = our_net()
+    for options in ({"lr": -1.0}, {"params": []}, {"adapter": "other"}):
+        with pytest.raises(ValueError):
+            LoRAFAOptimizer(model, **options)
+    assert all(pair.lora_A.requires_grad for pair in find_pairs(model))
+    optimizer = LoRAFAOptimizer(model)
+    ours = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(ours) == 2 and all(p.requires_grad for p in ours)
+
+
+@pytest.mark.parametrize("peft_parity", [False, True])
+def test_a_scaling_of_zero_is_named(peft_parity):
+    model = our_net()
+    optimizer = LoRAFAOptimizer(model, peft_parity=peft_parity)
+    model.down.scaling = 0.0
+    backward(model, batches(1)[0])
+    with pytest.raises(ValueError, match="scaling of layer down: expected a number other than 0"):
+        optimizer.step()
+
+
+def test_a_shared_lora_B_is_refused_and_a_shared_lora_A_is_not():
+    shared = nn.ModuleList(LoRALinear(8, 8, r=2) for _ in range(2))
+    shared[1].lora_A = shared[0].lora_A
+    LoRAFAOptimizer(shared)
+    shared[1].lora_B = shared[0].lora_B
+    with pytest.raises(ValueError, match="0 and 1 share a factor"):
+        LoRAFAOptimizer(shared)
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Under DistributedDataParallel, each with half of every batch."""
+    torch.multiprocessing.spawn(ddp_steps.process, args=(2, str(tmp_path)), nprocs=2)
+    net = ddp_steps.model()
+    before = ddp_steps.trained(net)
+    ddp_steps.train(net, LoRAFAOptimizer(net, lr=1e-2), slice(None))
+    wanted = ddp_steps.trained(net)
+    assert len(wanted) == 2 < len(before)
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        assert relative_difference(got, wanted) < METHODS_STEPS_RTOL
+        refused = (tmp_path / f"{rank}.txt").read_text()
+        assert refused.startswith("model: DistributedDataParallel has it already")
+
+
+@pytest.mark.parametrize("optimizer", [LoRAFAOptimizer, LoRAProAdamW])
+def test_steps_are_counted_in_float32_whatever_the_default(optimizer):
+    """bfloat16 counts to 256."""
+    model = our_net(torch.float32)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = optimizer(model)
+        backward(model, batches(1, torch.float32)[0])
+        made.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.state[model.up.lora_B]["step"].dtype is torch.float32
+
+
+def test_nothing_is_copied_from_the_host():
+    """Which would make it wait for a GPU at each step."""
+    with HostCopies() as copies:
+        like, tensor = torch.empty(1, device="cuda"), torch.ones((), device="cuda")
+        scalings([1.5, 1.5, 2.0], like)
+        scalings([1.5, tensor], like)
+    assert copies.count == 0
+    with HostCopies() as copies:
+        torch.tensor([1.5, 2.0], device="cuda")
+    assert copies.count == 1
+    got = scalings([1.5, 1.5, 2.0], torch.empty(1))
+    assert got.view(-1).tolist() == [1.5, 1.5, 2.0] and got.shape == (3, 1, 1)
+    assert scalings([1.5, torch.tensor(2.0)], torch.empty(1)).view(-1).tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_parts_of_a_group_are_all_there(monkeypatch, count):
+    """Some layers at a time, as of large models, give what all at once give."""
+    A = [torch.randn(RANK, K, dtype=F64) for _ in range(5)]
+    B, gA, gB = (
+        [torch.randn(*shape, dtype=F64) for _ in A] for shape in ((N, RANK), (RANK, K), (N, RANK))
+    )
+    scaling = [1.0, 2.0, 3.0, 4.0, 5.0]
+    wanted = lora_fa_gradients(gB, A, scaling), *lora_pro_gradients(A, B, gA, gB, scaling)
+    largest = 2 * (RANK * K + N * RANK)
+    monkeypatch.setattr(pairs, "_CHUNK", count * largest)
+    assert max(len(part) for part in pairs.chunks(A, B, gA, gB)) == count
+    got = lora_fa_gradients(gB, A, scaling), *lora_pro_gradients(A, B, gA, gB, scaling)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert relative_difference(mine, theirs) < METHODS_RTOL[F64]

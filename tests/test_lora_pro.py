@@ -341,7 +341,7 @@ def test_half_of_a_pair_and_shared_factors_are_errors():
         lora_pro_gradients([A], [B], [gB], [gA], [1.0])
     with pytest.raises(ValueError, match="lora_A, lora_B of layer 0"):
         lora_pro_gradients([A], [B[:, :1]], [gA], [gB], [1.0])
-    with pytest.raises(ValueError, match="scaling: expected numbers other than 0"):
+    with pytest.raises(ValueError, match="scaling of layer 0: expected a number other than 0"):
         lora_pro_gradients([A], [B], [gA], [gB], [0])
     with pytest.raises(ValueError, match=r"expected one of each .* 0 of grad_B"):
         lora_pro_gradients([A], [B], [gA], [], [1.0])
@@ -411,3 +411,19 @@ def test_hook_serves_any_optimizer():
         gA, gB = plain_gradients(A, B, pair.lora_A.grad, pair.lora_B.grad, SCALING)
         expected = (A - 0.1 * gA, B - 0.1 * gB)
         assert relative_difference((moved.lora_A, moved.lora_B), expected) < STEPS_RTOL
+
+
+@pytest.mark.parametrize("full_moments", [False, True])
+def test_moments_of_the_other_kind_and_a_scaling_of_zero_are_refused(full_moments):
+    model = our_net()
+    optimizer = LoRAProAdamW(model, full_moments=full_moments)
+    train(model, optimizer, batches(1))
+    other = LoRAProAdamW(model, full_moments=not full_moments)
+    says = f"expected full_moments={not full_moments} as .*, got {full_moments}"
+    with pytest.raises(ValueError, match=says):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+    model.down.scaling = 0.0
+    backward(model, batches(1)[0])
+    with pytest.raises(ValueError, match="scaling of layer down: expected a number other than 0"):
+        optimizer.step()

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern import ops
+from peftkern import ops, reference
 from peftkern.layers import NF4Linear
 from peftkern.methods.rosa import RoSALinear, RoSAScheduler, density_report
 from peftkern.methods.top_gradients import TopGradients
@@ -145,6 +145,15 @@ def test_an_index_out_of_range_raises(case, index, backend):
     if case != "order":
         with pytest.raises(ValueError, match=r"crow|col|starts|index"):
             ops.rosa_sddmm(y, x, crow, col)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 700])
+def test_reference_products_of_every_part(monkeypatch, chunk):
+    """Some entries, and some rows, at a time."""
+    monkeypatch.setattr(reference, "_CHUNK", chunk)
+    with peftkern.use_backend("reference"):
+        for shape in SHAPES:
+            check_products(*shape, F32, torch.int32)
 
 
 def test_products_are_deterministic(every_backend, monkeypatch):
@@ -437,8 +446,10 @@ def test_bf16_model_with_float32_values():
     assert layer.values.dtype is F32
     assert gradients(layer, torch.randn(5, 64, dtype=BF16))[0].dtype is BF16
     layer.bfloat16()  # the whole model cast: values too
-    *_, values = gradients(layer, torch.randn(5, 64, dtype=BF16))[:5]
-    assert values.dtype is BF16
+    x = torch.randn(5, 64, dtype=BF16)
+    y, _, _, _, values = gradients(layer, x)
+    wanted = (2 * y.double()).T @ x.double()
+    assert errors(values, wanted.view(-1)[layer.mask.flat()])[1] <= AUTOCAST_RTOL
 
 
 def test_state_dict_round_trip():

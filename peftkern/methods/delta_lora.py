@@ -56,7 +56,8 @@ class DeltaLoRALinear(nn.Module):
         r, lora_alpha: as in `peftkern.layers.LoRALinear`. lam: how far the weight follows.
         adapter_dtype: of lora_A [r, K] and lora_B [N, r].
 
-    State dict: `base.*`, `lora_A`, `lora_B`, and after the start `start_A` and `start_B`.
+    State dict: `base.*`, `lora_A`, `lora_B`, and after the start `start_A` and `start_B`, which are
+    buffers: who saves the trained parameters alone loses them, and with them the function.
     Source: Zi et al. 2023, eq. 4 and algorithm 1, arXiv:2309.02411
     """
 
@@ -199,7 +200,10 @@ class InPlaceDeltaLoRA:
             equal only if all draw the same: give each a generator of one seed.
         adapter: the name of the PEFT adapter to treat so; all trained ones by default.
 
-    Raises: TypeError or ValueError naming the argument, or the layer that cannot be written to.
+    A step writes to all weights or, if it raises, to none; it may then be taken again.
+    Raises: TypeError or ValueError naming the argument, or the layer that cannot be written to; and
+        from `step()` a ValueError naming the layers whose change is not finite, which would stay in
+        the weights for good.
     Source: Zi et al. 2023, algorithm 1, arXiv:2309.02411
     """
 
@@ -230,20 +234,37 @@ class InPlaceDeltaLoRA:
 
     @torch.no_grad()
     def step(self) -> None:
+        if self.last_step + 1 >= self.start_step:
+            self._follow()
+            self._written = self._copies()
         self.last_step += 1
-        if self.last_step < self.start_step:
-            return
-        for pair, (A, B) in zip(self.pairs, self._written, strict=False):  # empty at the start
-            weight = _dense_weight(pair)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            A, B, new_A, new_B = (t.to(wide) for t in (A, B, pair.lora_A, pair.lora_B))
-            # B' A' - B A without the difference of two nearly equal products.
-            left = torch.cat([new_B - B, B], dim=1) * (self.lam * pair.scaling)
-            right = torch.cat([new_A, new_A - A])
+
+    def _follow(self) -> None:
+        """Write what happened to the products since they were last written; at first, nothing."""
+        weights = [_dense_weight(pair) for pair in self.pairs]
+        changes = list(zip(self.pairs, weights, self._written, strict=False))
+        wrong = [~_norm(*self._change(*change)).isfinite() for change in changes]
+        wrong = torch.stack([w.to(wrong[0].device) for w in wrong]).tolist() if wrong else []
+        if any(wrong):
+            names = ", ".join(p.name for p, w in zip(self.pairs, wrong, strict=True) if w)
+            raise ValueError(
+                f"{names}: the change of lora_B @ lora_A is not finite; nothing was written"
+            )
+        for pair, weight, before in changes:
+            left, right = self._change(pair, weight, before)
             rows = max(1, _CHUNK // max(1, weight.shape[1]))
             for some, change in zip(weight.split(rows), left.split(rows), strict=True):
-                self._write(some, some.to(wide) + change @ right)
-        self._written = self._copies()
+                self._write(some, some.to(left.dtype) + change @ right)
+
+    def _change(
+        self, pair: AdapterPair, weight: Tensor, before: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Two factors of lam * scaling * (B' A' - B A), [N, 2 r] and [2 r, K], with no difference
+        of two nearly equal products."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        A, B, new_A, new_B = (t.to(wide) for t in (*before, pair.lora_A, pair.lora_B))
+        left = torch.cat([new_B - B, B], dim=1) * (self.lam * pair.scaling)
+        return left, torch.cat([new_A, new_A - A])
 
     def _write(self, weight: Tensor, value: Tensor) -> None:
         if weight.dtype is torch.bfloat16 and self.rounding == "stochastic":
@@ -286,6 +307,11 @@ def round_stochastically(x: Tensor, generator: torch.Generator | None = None) ->
     noise = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
     bits = (x.contiguous().view(torch.int32) + noise) & -(1 << 16)
     return torch.where(torch.isfinite(x), bits.view(torch.float32), x).bfloat16()
+
+
+def _norm(left: Tensor, right: Tensor) -> Tensor:
+    """No entry of left @ right is larger; NaN or Inf if one of the two holds such a number."""
+    return left.norm() * right.norm()
 
 
 def _dense_weight(pair: AdapterPair) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.dora import dora_linear, dora_norm
-from peftkern.frozen_linear import check_base, check_update, linear_like
+from peftkern.frozen_linear import check_base, check_update, dropout_p, linear_like
 from peftkern.functional import dequantize_nf4
 from peftkern.nf4 import NF4Weight
 
@@ -33,7 +33,8 @@ class DoRALinear(nn.Module):
         adapter_dtype: of lora_A [r, K], lora_B [N, r] and magnitude [N].
 
     lora_A starts as in LoRA, lora_B at zero and magnitude at the norms of the weight's rows: the
-    layer starts as `base`. In `merge`, c goes into the weight.
+    layer starts as `base`. In `merge`, c goes into the weight. A row of zeros has no direction that
+    could be kept: c is 0 / 0, and what comes out is not a number, here as in PEFT.
     State dict: that of `base` below `base.`, `lora_A`, `lora_B`, `magnitude`.
     Source: Liu et al. 2024, arXiv:2402.09353
     """
@@ -84,7 +85,7 @@ class DoRALinear(nn.Module):
             self.magnitude,
             scaling=self.scaling,
             bias=self.base.bias,
-            dropout_p=self.lora_dropout if self.training else 0.0,
+            dropout_p=dropout_p(self),
             recompute=self.recompute,
         )
 

@@ -9,8 +9,10 @@
 
 Every rank is a row of A and a column of B of its own, and a parameter of its own: those that a step
 does not use have no gradient at all, so that any optimizer leaves them, their momentum and their
-weight decay alone, bit for bit. (One padded gradient would let Adam's momentum move them.) Under
-DDP that takes `find_unused_parameters=True` and the same rank in every process: pass a generator
+weight decay alone, bit for bit. (One padded gradient would let Adam's momentum move them, and so
+do zeros that `zero_grad(set_to_none=False)` leaves in place of no gradient.) torch.compile makes a
+graph for each rank that it meets: raise `torch._dynamo.config.recompile_limit` above r. Under DDP
+that takes `find_unused_parameters=True` and the same rank in every process: pass a generator
 that is seeded alike.
 
 The paper scales rank b by lora_alpha / b. Rows that all ranks share then count less in the larger
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from peftkern.frozen_linear import (
     check_base,
     check_update,
+    dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
@@ -104,7 +107,7 @@ class DyLoRALinear(nn.Module):
         return torch.stack(rows), torch.stack(columns, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        options = {"dropout_p": self.lora_dropout if self.training else 0.0}
+        options = {"dropout_p": dropout_p(self)}
         return low_rank_forward(self.base, x, *self.factors(), scaling=self.scaling, **options)
 
     def truncate(self) -> LoRALinear | NF4LoRALinear:

@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from peftkern.methods.pairs import (
+    AdapterPair,
     PairAdamW,
     check_counts,
+    check_scaling,
+    check_unshared,
     chunks,
     cut_reciprocal,
     eigenvalue_cutoff,
@@ -33,13 +37,24 @@ _PEFT_DELTA = 1e-8  # what PEFT adds to the diagonal of lora_A @ lora_A.T
 def freeze_lora_A(model: nn.Module, adapter: str | None = None) -> list[str]:
     """Take lora_A of every pair whose lora_B is trained out of training; the layers' names.
 
-    Raises: as `peftkern.methods.pairs.find_pairs`.
+    Raises: as `peftkern.methods.pairs.find_pairs`; ValueError if DistributedDataParallel has
+        wrapped the model already, since it would wait for gradients of lora_A for ever.
     """
     pairs = find_pairs(model, adapter)
+    _check_wrapping(model, pairs)
     for pair in pairs:
         pair.lora_A.requires_grad_(False)
         pair.lora_A.grad = None
     return [pair.name for pair in pairs]
+
+
+def _check_wrapping(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    if wrapped and any(pair.lora_A.requires_grad for pair in pairs):
+        raise ValueError(
+            "model: DistributedDataParallel has it already and expects gradients of lora_A; call "
+            "freeze_lora_A, or make the optimizer, before wrapping"
+        )
 
 
 def lora_fa_gradients(
@@ -57,6 +72,7 @@ def lora_fa_gradients(
     Gradients: none.   Source: Zhang et al. 2023, arXiv:2308.03303 (v2)
     """
     check_counts(grad_B=grad_B, lora_A=lora_A, scaling=scaling)
+    check_scaling(scaling)
     for i, (g, A) in enumerate(zip(grad_B, lora_A, strict=True)):
         if g.dim() != 2 or A.dim() != 2 or g.shape[1] != A.shape[0]:
             raise ValueError(
@@ -134,8 +150,11 @@ class LoRAFAOptimizer(PairAdamW):
             the step.
 
     The inverses are kept, r x r per layer, and made anew when a lora_A has been written to; writes
-    through `.data` go unseen, as they do in autograd.
-    Raises: ValueError on a value that makes no sense, or if there is no trained pair.
+    through `.data` go unseen, as they do in autograd. Under DistributedDataParallel make it before
+    the model is wrapped.
+    Raises: ValueError on a value that makes no sense, if there is no trained pair, if two pairs
+        share lora_B, if the model is wrapped already, and at a step naming the layer if its scaling
+        is 0.
     Source: Zhang et al. 2023, arXiv:2308.03303 (v2); Loshchilov and Hutter 2019, arXiv:1711.05101
     """
 
@@ -151,11 +170,17 @@ class LoRAFAOptimizer(PairAdamW):
         adapter: str | None = None,
         peft_parity: bool = False,
     ) -> None:
-        freeze_lora_A(model, adapter)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._peft_parity = peft_parity
         self._inverses: tuple[Any, list[Tensor]] = (None, [])
+        pairs = find_pairs(model, adapter)
+        _check_wrapping(model, pairs)
+        check_unshared(pairs, ["lora_B"])
+        if params is None:
+            frozen = {pair.lora_A for pair in pairs}
+            params = [p for p in model.parameters() if p.requires_grad and p not in frozen]
         super().__init__(model, params, adapter, defaults)
+        freeze_lora_A(model, adapter)  # last: a refused argument leaves the model as it was
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_peft_parity": self._peft_parity, "_inverses": (None, [])}
@@ -176,6 +201,7 @@ class LoRAFAOptimizer(PairAdamW):
         B = [self._pairs[i].lora_B for i in used]
         inverses = [inverses[i] for i in used]
         scaling = [self._pairs[i].scaling for i in used]
+        check_scaling(scaling, [self._pairs[i].name for i in used])
         if self._peft_parity:
             corrected = [
                 _peft_product(grads[b], inverse, s)

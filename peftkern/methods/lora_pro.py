@@ -25,6 +25,8 @@ from peftkern.methods.pairs import (
     AdapterPair,
     PairAdamW,
     check_counts,
+    check_scaling,
+    check_unshared,
     chunks,
     cut_reciprocal,
     eigenvalue_cutoff,
@@ -33,6 +35,8 @@ from peftkern.methods.pairs import (
     stacked,
     symmetric_eigen,
 )
+
+FACTORS = ("lora_A", "lora_B")
 
 
 def lora_pro_gradients(
@@ -62,6 +66,7 @@ def lora_pro_gradients(
     Gradients: none.   Source: Wang et al. 2024, theorem 2.1 and 2.2, arXiv:2407.18242
     """
     check_counts(lora_A=lora_A, lora_B=lora_B, grad_A=grad_A, grad_B=grad_B, scaling=scaling)
+    check_scaling(scaling)
     columns = (lora_A, lora_B, grad_A, grad_B)
     for i, (A, B, gA, gB) in enumerate(zip(*columns, strict=True)):
         if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0]:
@@ -133,7 +138,7 @@ def lora_pro_hook(
     Args and raises: as `LoRAProAdamW`.
     """
     pairs = find_pairs(model, adapter)
-    _check_unshared(pairs)
+    check_unshared(pairs, FACTORS)
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         factors = [p for pair in pairs for p in (pair.lora_A, pair.lora_B)]
@@ -167,7 +172,8 @@ class LoRAProAdamW(PairAdamW):
         full_moments: see above.
 
     Raises: ValueError on a value that makes no sense, if there is no trained pair, if two pairs
-        share a factor, and at a step naming the layer if only one factor has a gradient.
+        share a factor, and at a step naming the layer if only one factor has a gradient or its
+        scaling is 0.
     Source: Wang et al. 2024, algorithm 1, arXiv:2407.18242
     """
 
@@ -184,12 +190,23 @@ class LoRAProAdamW(PairAdamW):
         full_moments: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model, params, adapter, defaults)
+        # In the groups it is part of the state dict: moments of one kind are none of the other.
+        super().__init__(model, params, adapter, {**defaults, "full_moments": full_moments})
         self._full_moments = full_moments
-        _check_unshared(self._pairs)
+        check_unshared(self._pairs, FACTORS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_full_moments": self._full_moments}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises: ValueError on a state with the other kind of moments."""
+        for group in state_dict["param_groups"]:
+            if group.get("full_moments", self._full_moments) is not self._full_moments:
+                raise ValueError(
+                    f"state_dict: expected full_moments={self._full_moments} as this optimizer "
+                    f"has it, got {group['full_moments']}"
+                )
+        super().load_state_dict(state_dict)
 
     def _replace(self, grads: dict[Tensor, Tensor]) -> None:
         pairs = _with_gradients(self._pairs, grads)
@@ -224,18 +241,6 @@ class LoRAProAdamW(PairAdamW):
         return (state["exp_avg"] / correction1).div_(denominator)
 
 
-def _check_unshared(pairs: Sequence[AdapterPair]) -> None:
-    seen: dict[Tensor, str] = {}
-    for pair in pairs:
-        for factor in (pair.lora_A, pair.lora_B):
-            if factor in seen:
-                raise ValueError(
-                    f"model: {seen[factor]} and {pair.name} share a factor; the gradient of a "
-                    "shared factor belongs to no single weight"
-                )
-            seen[factor] = pair.name
-
-
 def _with_gradients(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> list[AdapterPair]:
     """The pairs that take part in this step; one with half of its gradients is an error."""
     for pair in pairs:
@@ -251,6 +256,7 @@ def _with_gradients(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -
 def _replaced(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     A, B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
     scaling = [pair.scaling for pair in pairs]
+    check_scaling(scaling, [pair.name for pair in pairs])
     gA, gB = lora_pro_gradients(A, B, [grads[p] for p in A], [grads[p] for p in B], scaling)
     return dict(zip([*A, *B], [*gA, *gB], strict=True))
 

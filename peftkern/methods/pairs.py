@@ -6,6 +6,7 @@ what they have, not by their class, so nothing here imports PEFT.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,14 +78,40 @@ def check_counts(**lists: Sequence[Any]) -> None:
         raise ValueError(f"{', '.join(counts)}: expected one of each for every layer, got {got}")
 
 
+def check_scaling(values: Sequence[float | Tensor], names: Iterable[Any] | None = None) -> None:
+    """Raise ValueError naming a layer whose scaling is 0; a tensor is not read on the host."""
+    for value, name in zip(values, itertools.count() if names is None else names, strict=False):
+        if not isinstance(value, Tensor) and value == 0:
+            raise ValueError(f"scaling of layer {name}: expected a number other than 0, got it")
+
+
 def scalings(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
-    """[L, 1, 1] in float64 on the device of `like`; a tensor among them is not read on the host."""
+    """[L, 1, 1] in float64 on the device of `like`.
+
+    Made there by fills: a list that is copied to a GPU makes the host wait for it.
+    """
     options = {"dtype": torch.float64, "device": like.device}
     if any(isinstance(v, Tensor) for v in values):
-        return torch.stack([torch.as_tensor(v, **options) for v in values]).view(-1, 1, 1)
-    if 0 in values:
-        raise ValueError(f"scaling: expected numbers other than 0, got it at {values.index(0)}")
-    return torch.tensor(values, **options).view(-1, 1, 1)
+        parts = [
+            v.to(**options) if isinstance(v, Tensor) else torch.full((), v, **options)
+            for v in values
+        ]
+        return torch.stack([part.view(1, 1) for part in parts])
+    runs = [(value, len(list(run))) for value, run in itertools.groupby(values)]
+    return torch.cat([torch.full((count, 1, 1), value, **options) for value, count in runs])
+
+
+def check_unshared(pairs: Sequence[AdapterPair], factors: Sequence[str]) -> None:
+    """Raise ValueError if two pairs have one of these factors in common."""
+    seen: dict[Tensor, str] = {}
+    for pair in pairs:
+        for factor in (getattr(pair, name) for name in factors):
+            if factor in seen:
+                raise ValueError(
+                    f"model: {seen[factor]} and {pair.name} share a factor; the gradient of a "
+                    "shared factor belongs to no single weight"
+                )
+            seen[factor] = pair.name
 
 
 def chunks(*columns: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -180,7 +207,7 @@ class PairAdamW(torch.optim.Optimizer):
     def _moments(self, p: Tensor, shape: torch.Size) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)  # not the default dtype
             state["exp_avg"] = torch.zeros(shape, dtype=p.dtype, device=p.device)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         return state

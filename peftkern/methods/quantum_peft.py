@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from peftkern.frozen_linear import (
     check_base,
     check_update,
+    dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
@@ -129,7 +130,7 @@ class QuantumPEFTLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         lora_A, lora_B = self.factors()
-        options = {"dropout_p": self.lora_dropout if self.training else 0.0}
+        options = {"dropout_p": dropout_p(self)}
         return low_rank_forward(self.base, x, lora_A, lora_B, scaling=self.scaling, **options)
 
     def merge(self) -> nn.Linear:
@@ -158,6 +159,13 @@ class _Circuit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        # As its forward pass, whatever autocast is on where backward is called.
+        with torch.autocast(grad.device.type, enabled=False):
+            dx, gradients = _Circuit._backward(ctx, grad)
+        return dx, None, None, None, *gradients
+
+    @staticmethod
+    def _backward(ctx, grad):
         out, *matrices = ctx.saved_tensors
         rows = slice(ctx.start, ctx.start + ctx.rows)
         state, dx = out[rows], grad.clone()
@@ -168,7 +176,7 @@ class _Circuit(torch.autograd.Function):
             gradients.append(_outer(upstream, state, matrix.shape[0], position))
             upstream = _apply(matrix.T, upstream, position)
         dx[rows] = upstream
-        return dx, None, None, None, *reversed(gradients)
+        return dx, reversed(gradients)
 
 
 def _apply(matrix: Tensor, state: Tensor, position: int) -> Tensor:
@@ -190,8 +198,9 @@ def _matrices(angles: Tensor, qubits: int, layers: int) -> list:
     # In float64, since rounded rotations change lengths, and their products by ever more.
     half = angles.double() / 2
     cos, sin = half.cos(), half.sin()
-    rotations = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
-    signs = half.new_tensor([1.0, 1.0, 1.0, -1.0])
+    rotations = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2).unbind()
+    signs = half.new_ones(4)  # made there: copied from the host, they would make it wait
+    signs.narrow(0, 3, 1).neg_()
     used = 0
     positions: list[int] = []
     matrices: list[Tensor] = []

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from peftkern.frozen_linear import (
     check_base,
     check_update,
+    dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
@@ -157,8 +158,7 @@ class RoSALinear(nn.Module):
             setattr(self, name, getattr(mask, name).to(self.col))
 
     def forward(self, x: Tensor) -> Tensor:
-        dropout_p = self.lora_dropout if self.training else 0.0
-        options: dict[str, Any] = {"scaling": self.scaling, "dropout_p": dropout_p}
+        options: dict[str, Any] = {"scaling": self.scaling, "dropout_p": dropout_p(self)}
         mask = self.mask
         if mask is None:
             y = low_rank_forward(self.base, x, self.lora_A, self.lora_B, **options)
@@ -244,8 +244,8 @@ class RoSAScheduler:
         candidates: how many times nnz entries are kept for that. The mask of one backward pass is
             exact; that of several, steps or the passes that add up to one, is not always.
         importance: "squared" or "absolute": what is summed of dW over the passes, its squares or
-            its sizes. Neither is the size of the sum.
-            `TopGradients` says more of both.
+            its sizes, never the size of the sum, in which gradients of both signs cancel.
+            `TopGradients` says more of this.
 
     A step in which a gradient had nothing finite, as those that GradScaler skips, does not count:
     the warm-up lasts one more for each of them. A layer that has a mask already keeps it. Where
