@@ -479,3 +479,18 @@ def test_in_place_never_writes_what_is_not_finite(wrong):
     schedule.step()
     assert all(layer.weight.isfinite().all() for layer in layers(net))
     assert not torch.equal(net.up.weight, weights[0])
+
+
+def test_in_place_does_not_start_from_what_is_not_finite():
+    net = Net(lora)
+    with torch.no_grad():
+        net.up.lora_B[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"^up: the change of .* is not finite"):
+        InPlaceDeltaLoRA(net, start_step=0)
+    schedule = InPlaceDeltaLoRA(net, start_step=1)
+    with pytest.raises(ValueError, match=r"^up: the change of .* is not finite"):
+        schedule.step()
+    nn.init.zeros_(net.up.lora_B)
+    weight = net.up.weight.detach().clone()
+    schedule.step()
+    assert torch.equal(net.up.weight, weight)

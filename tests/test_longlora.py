@@ -366,6 +366,14 @@ def test_attention_with_more_than_products_is_refused(kind, name, training):
     model(**inputs_of(kind))
 
 
+def test_a_model_without_causal_attention_is_refused():
+    model = build("llava").model.vision_tower
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="expected causal attention, which CLIPVisionModel has"):
+        enable_shifted_sparse_attention(model, 4)
+    assert model.config._attn_implementation == before
+
+
 def test_a_model_that_is_refused_stays_as_it_was():
     model = build("mpt")
     before = (model.config._attn_implementation, model.config.attn_config._attn_implementation)

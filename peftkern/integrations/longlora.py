@@ -33,12 +33,13 @@ def enable_shifted_sparse_attention(model: nn.Module, group_size: int) -> None:
 
     Args: model, a transformers model or a PEFT model over one; group_size, an even number of tokens
         (the paper: a quarter of the length that is trained). Called again, it sets another size.
-    Raises: ValueError on a wrong group size, or if the model's attention cannot be chosen; the
-        model is then as it was.
+    Raises: ValueError on a wrong group size, or if the model's attention cannot be chosen or none
+        of it is causal; the model is then as it was.
     """
     if type(group_size) is not int or group_size < 2 or group_size % 2:
         raise ValueError(f"group_size: expected an even number of at least 2, got {group_size!r}")
     base = _transformers_model(model)
+    kind = type(base).__name__
     name = f"{_PREFIX}{group_size}"
     AttentionInterface.register(name, functools.partial(_attention, group_size=group_size))
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -47,8 +48,9 @@ def enable_shifted_sparse_attention(model: nn.Module, group_size: int) -> None:
         base.set_attn_implementation(name)
         for config in (base.config, base.config.get_text_config()):
             if config._attn_implementation != name:
-                kind = type(base).__name__
                 raise ValueError(f"model: {kind} does not let its attention be chosen")
+        if not any(getattr(module, "is_causal", False) for module in base.modules()):
+            raise ValueError(f"model: expected causal attention, which {kind} has none of")
     except Exception:
         _restore(before)
         raise

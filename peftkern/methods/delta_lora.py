@@ -227,7 +227,7 @@ class InPlaceDeltaLoRA:
         self.start_step, self.last_step = _check_start(start_step), 0
         self._written: list[tuple[Tensor, Tensor]] = []  # A and B as the weights contain them
         if self.start_step == 0:
-            self._written = self._copies()
+            self._follow()
 
     def _copies(self) -> list[tuple[Tensor, Tensor]]:
         return [(p.lora_A.detach().clone(), p.lora_B.detach().clone()) for p in self.pairs]
@@ -236,25 +236,26 @@ class InPlaceDeltaLoRA:
     def step(self) -> None:
         if self.last_step + 1 >= self.start_step:
             self._follow()
-            self._written = self._copies()
         self.last_step += 1
 
+    @torch.no_grad()
     def _follow(self) -> None:
         """Write what happened to the products since they were last written; at first, nothing."""
         weights = [_dense_weight(pair) for pair in self.pairs]
-        changes = list(zip(self.pairs, weights, self._written, strict=False))
+        changes = list(zip(self.pairs, weights, self._written or self._copies(), strict=True))
         wrong = [~_norm(*self._change(*change)).isfinite() for change in changes]
-        wrong = torch.stack([w.to(wrong[0].device) for w in wrong]).tolist() if wrong else []
+        wrong = torch.stack([w.to(wrong[0].device) for w in wrong]).tolist()
         if any(wrong):
             names = ", ".join(p.name for p, w in zip(self.pairs, wrong, strict=True) if w)
             raise ValueError(
                 f"{names}: the change of lora_B @ lora_A is not finite; nothing was written"
             )
-        for pair, weight, before in changes:
+        for pair, weight, before in changes if self._written else ():
             left, right = self._change(pair, weight, before)
             rows = max(1, _CHUNK // max(1, weight.shape[1]))
             for some, change in zip(weight.split(rows), left.split(rows), strict=True):
                 self._write(some, some.to(left.dtype) + change @ right)
+        self._written = self._copies()
 
     def _change(
         self, pair: AdapterPair, weight: Tensor, before: tuple[Tensor, Tensor]

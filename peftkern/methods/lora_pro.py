@@ -36,7 +36,7 @@ from peftkern.methods.pairs import (
     symmetric_eigen,
 )
 
-FACTORS = ("lora_A", "lora_B")
+_FACTORS = ("lora_A", "lora_B")
 
 
 def lora_pro_gradients(
@@ -138,7 +138,7 @@ def lora_pro_hook(
     Args and raises: as `LoRAProAdamW`.
     """
     pairs = find_pairs(model, adapter)
-    check_unshared(pairs, FACTORS)
+    check_unshared(pairs, _FACTORS)
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         factors = [p for pair in pairs for p in (pair.lora_A, pair.lora_B)]
@@ -193,7 +193,7 @@ class LoRAProAdamW(PairAdamW):
         # In the groups it is part of the state dict: moments of one kind are none of the other.
         super().__init__(model, params, adapter, {**defaults, "full_moments": full_moments})
         self._full_moments = full_moments
-        check_unshared(self._pairs, FACTORS)
+        check_unshared(self._pairs, _FACTORS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_full_moments": self._full_moments}

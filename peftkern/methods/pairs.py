@@ -82,7 +82,7 @@ def check_scaling(values: Sequence[float | Tensor], names: Iterable[Any] | None 
     """Raise ValueError naming a layer whose scaling is 0; a tensor is not read on the host."""
     for value, name in zip(values, itertools.count() if names is None else names, strict=False):
         if not isinstance(value, Tensor) and value == 0:
-            raise ValueError(f"scaling of layer {name}: expected a number other than 0, got it")
+            raise ValueError(f"scaling of layer {name}: expected a number other than 0, got 0")
 
 
 def scalings(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
