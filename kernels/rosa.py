@@ -124,10 +124,9 @@ def _rosa_slabs_kernel(sums_ptr, values_ptr, nnz, slabs, BLOCK_E: tl.constexpr):
     """values[e] = the sums of all slabs, from the first to the last."""
     entries = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.float32)
-    place = sums_ptr + entries
-    for _ in range(slabs):
+    for slab in range(slabs):
+        place = sums_ptr + slab * nnz.to(tl.int64) + entries
         total += tl.load(place, mask=entries < nnz, other=0.0)
-        place += nnz
     tl.store(values_ptr + entries, total, mask=entries < nnz)
 
 
@@ -247,11 +246,11 @@ def _rosa_cuts_kernel(
         lanes = tl.arange(0, ROWS)
         at = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (at < padded)[None, :]
-        place = sums_ptr + lanes.to(tl.int64)[:, None] * padded + at[None, :]
-        slot = ROWS * padded.to(tl.int64)
-        sums = tl.load(place + (2 * first_multiple + 1) * slot, mask=mask, other=0.0)
+        place = sums_ptr + lanes[:, None] * padded + at[None, :]
+        slot = 2 * first_multiple + 1
+        sums = tl.load(place + slot * ROWS * padded, mask=mask, other=0.0)
         for other in range(multiple, last_multiple + 1):
-            sums += tl.load(place + 2 * other * slot, mask=mask, other=0.0)
+            sums += tl.load(place + 2 * other * ROWS * padded, mask=mask, other=0.0)
         _add_to_y(y_ptr, sums, group * ROWS + lanes, at, M, N)
 
 
@@ -363,7 +362,7 @@ def _shift(nnz: int, blocks: int, count: int) -> int:
     """log2 of the entries between cuts: a quarter of what each of `count` processors has to do,
     so that one long row keeps none of them waiting long."""
     share = ceil_div(nnz * blocks, 4 * count)
-    return next_power(max(share, _LEAST_PIECE)).bit_length() - 1
+    return min(next_power(max(share, _LEAST_PIECE)).bit_length() - 1, 30)  # a piece fits 32 bits
 
 
 _CONFIG = TileConfig()  # warps and stages are Triton's own choice
