@@ -48,7 +48,7 @@ _ROWS = 16  # of S in a group: a sector of y in 16 bits
 _ALIGNED = 16  # values to which rows of the transposed activations are padded
 _BLOCK_M = 128  # rows of x in a tile, at most
 _BLOCKS_MOST = 4  # tiles of x that a program of spmm takes in turn, to find its entries once
-_TILE, _ENTRIES = 2048, 32  # products and entries in a tile, at least
+_TILE, _ENTRIES = 1024, 32  # products and entries in a tile, at least
 _SLAB = 1024  # rows of x over which a program of sddmm sums
 _LEAST_PIECE = 1024  # entries between cuts, at least: finer ones cost more than they balance
 _GRID_MOST = 65_535  # programs along the second axis of a grid
@@ -176,7 +176,7 @@ def _rosa_spmm_kernel(
     begin = tl.maximum(group_start, multiple << shift)
     end = tl.minimum(group_end, (multiple + 1) << shift)
     cut = first_multiple < last_multiple
-    ours = (first_multiple <= multiple) & (multiple <= last_multiple)
+    ours = (first_multiple <= multiple) & (multiple <= last_multiple)  # if crow ascends
     if ours & (cut | (begin < end)):
         lanes = tl.arange(0, ROWS)
         rows = group * ROWS + lanes
