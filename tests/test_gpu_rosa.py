@@ -1,4 +1,4 @@
-"""RoSA's compiled kernels on a GPU: both sparse products, the layer's gradients, graphs, streams."""
+"""RoSA's compiled kernels on a GPU: both sparse products, the layer's gradients, graphs."""
 
 from __future__ import annotations
 
@@ -117,11 +117,9 @@ def test_a_column_out_of_range_gives_nan():
     assert torch.equal(got.isnan(), torch.arange(9, device=CUDA) == 4)
 
 
-@pytest.mark.parametrize(
-    ("op", "T", "most"),
-    [("sddmm", 512, 3), ("sddmm", 4096, 4), ("spmm", 512, 3), ("spmm", 4096, 3)],
-)
-def test_few_launches(op, T, most):
+@pytest.mark.parametrize(("op", "most"), [("sddmm", 4), ("spmm", 3)])
+@pytest.mark.parametrize("T", [512, 4096])
+def test_few_launches(op, most, T):
     """Transposing, the kernel, and partial sums."""
     mask = random_mask((4096, 4096), 167_772, device=CUDA)
     x, y, values = drawn(T, mask)
@@ -207,6 +205,7 @@ def test_graph_replays_what_eager_computes(T, nf4):
     layer = layer_of(256, 512, nf4)
     x = torch.randn(T, 512, device=CUDA).to(BF16).requires_grad_()
     dy = torch.randn(T, 256, device=CUDA).to(BF16)
+    peftkern.reset_stats()
     graph, results = capture(lambda: step(layer, x, dy))
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
@@ -215,11 +214,7 @@ def test_graph_replays_what_eager_computes(T, nf4):
     for got, wanted in zip(results, step(layer, x, dy), strict=True):
         torch.testing.assert_close(got, wanted)
     assert {op for op, _ in peftkern.stats().calls} >= {"rosa_sddmm", "rosa_spmm_"}
-    assert (
-        {backend for _, backend in peftkern.stats().calls} == {"triton", "reference"}
-        if nf4
-        else {"triton"}
-    )
+    assert {backend for _, backend in peftkern.stats().calls} == {"triton"}
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
