@@ -62,7 +62,7 @@ class Inputs:
     def drawn(cls, options: Options, work: Work) -> Inputs:
         torch.manual_seed(0)
         n, k, m, device = options.n, options.k, options.m(work.m), options.device
-        flat = torch.randperm(n * k)[: max(1, round(work.density * n * k))].to(device)
+        flat = torch.randperm(n * k, device=device)[: max(1, round(work.density * n * k))]
         mask = SparseMask.from_indices(flat // k, flat % k, (n, k))
         x, dy = (torch.randn(m, size, device=device).to(work.dtype) for size in (k, n))
         copies = options.copies(x.nbytes + dy.nbytes)
@@ -80,17 +80,18 @@ def build_sddmm(options: Options, work: Work, names: tuple[str, ...]) -> Case:
     mask, flat = inputs.mask, inputs.mask.flat()
     x, dy = inputs.x[0], inputs.dy[0]
     oracle = ((dy.double().T @ x.double()).view(-1)[flat],)
-    pattern = torch.sparse_csr_tensor(
-        mask.crow, mask.col, torch.zeros_like(inputs.values), mask.shape
-    )
 
     def ours(x: Tensor, dy: Tensor) -> Tensor:
         return ops.rosa_sddmm(dy, x, mask.crow, mask.col)
 
+    def sampled(x: Tensor, dy: Tensor) -> Tensor:
+        S = torch.sparse_csr_tensor(mask.crow, mask.col, inputs.values, mask.shape)
+        return torch.sparse.sampled_addmm(S, dy.T, x, beta=0.0).values()
+
     functions = {
         OURS: ours,
         DENSE_DW: lambda x, dy: (dy.T @ x).view(-1)[flat],
-        TORCH_SPARSE: lambda x, dy: torch.sparse.sampled_addmm(pattern, dy.T, x).values(),
+        TORCH_SPARSE: sampled,
         IN_CHUNKS: on_reference(ours),
     }
     variants = {name: Variant(inputs.call(functions[name]), oracle) for name in names}

@@ -25,8 +25,9 @@ transposing, 8 M K (4 M K for spmm), and y read and written, 4 M N, at an H200's
 | dense dW instead of sddmm: 2 M N K at 700 TFLOPS, and 8 us to write it | 33 us | 205 us |
 | dense W + S instead of spmm, for any M: a copy of W | 16 us | 16 us |
 
-Counted, not measured: against dense dW the sparse gradient wins below 1%; against W + S the sparse
-product wins for few rows only, or where W cannot be copied.
+Counted, not measured: dense dW is the faster one from 0.7% of the places on for M = 4096, from 1%
+for M = 512, with a tensor of the weight's size; W + S from 230 rows of x on at 1%, from 1150 at
+0.1%, where a copy of W may be made at each call.
 """
 
 from __future__ import annotations

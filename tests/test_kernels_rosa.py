@@ -73,7 +73,7 @@ def test_products(shape, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "index"), [(F32, INDICES[1]), (BF16, INDICES[0])], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES[1:4], (65, 7, 300, 200)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[1:4], (65, 7, 300, 100)], ids=str)
 def test_products_in_pieces(shape, dtype, index):
     with pieces_of(CUT):
         check_products(*shape, dtype, index)
@@ -96,9 +96,8 @@ def test_several_slabs_of_rows():
 def test_programs_that_take_several_tiles_of_x():
     N, M = 320, 600
     assert -(-N // rosa._ROWS) * -(-M // rosa._BLOCK_M) >= 2 * 8 * 4  # on the four of interpreters
-    for piece in (CUT, 1024):
-        with pieces_of(piece):
-            assert_exact(whole_numbers(random_mask((N, 2), 40), M))
+    with pieces_of(CUT):
+        assert_exact(whole_numbers(random_mask((N, 2), 40), M))
 
 
 @settings(max_examples=FUZZ_EXAMPLES // 12)
@@ -223,8 +222,8 @@ def test_nothing_to_do():
 
 
 def test_equal_bits_every_time_and_nothing_else_is_written_to():
-    mask, values = random_mask((17, 20), 50), torch.randn(50)
-    x, y = torch.randn(9, 20).to(BF16), torch.randn(9, 17).to(BF16)
+    mask, values = random_mask((17, 9), 30), torch.randn(30)
+    x, y = torch.randn(5, 9).to(BF16), torch.randn(5, 17).to(BF16)
     pieces = (x, y, values, *mask.tensors)
     before = [t.clone() for t in pieces]
     with pieces_of(CUT):
@@ -236,11 +235,11 @@ def test_equal_bits_every_time_and_nothing_else_is_written_to():
 
 
 def test_how_entries_are_cut_changes_only_the_order_of_sums():
-    mask, values = random_mask((40, 90), 400), torch.randn(400)
+    mask, values = random_mask((40, 90), 300), torch.randn(300)
     x, y = torch.randn(33, 90).to(BF16), torch.randn(33, 40).to(BF16)
     oracle = dense_products(x.double(), y.double(), values.double(), mask)[0]
     eager = dense_products(x, y, values, mask)[0]
-    for piece in (CUT, 128, 1024):
+    for piece in (CUT, 1024):
         with pieces_of(piece):
             assert_as_accurate_as_torch(products(x, y, values, mask)[0], eager, oracle)
 
