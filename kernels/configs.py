@@ -2,13 +2,15 @@
 
 `choose` is pure: equal problems on equal devices get equal tiles, so results are bit-identical from
 run to run, and nothing is tuned at a user's first call. `kernels/tuned/<arch>.json` holds what
-`make tune` measured on that architecture; an architecture without a table gets the counted tiles.
+`make tune` measured on that architecture, also which back end is the fastest for an op; one without
+a table gets the counted tiles, and the back ends in dispatch's own order.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +65,8 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked for: y[M, N] from x[M, K] with rank r, `bits` per activation."""
+    """What a kernel, or a whole op, is asked for: y[M, N] from x[M, K] with rank r, `bits` per
+    activation."""
 
     kernel: str
     M: int
@@ -73,9 +76,13 @@ class Problem:
     bits: int
 
     def key(self) -> str:
-        """The name under which tables keep it: rows and rank in powers of two."""
-        sizes = f"M{next_power(self.M)}/N{self.N}/K{self.K}/r{next_power(self.r)}"
+        """The name under which tables keep it: rows in powers of two, ranks as tiles take them."""
+        sizes = f"M{next_power(self.M)}/N{self.N}/K{self.K}/r{block_rank(self.r)}"
         return f"{self.kernel}/{sizes}/{self.bits}-bit"
+
+    def class_key(self) -> str:
+        """The same without the weight's shape: what `fastest` looks at whole."""
+        return f"{self.kernel}/M{next_power(self.M)}/r{block_rank(self.r)}/{self.bits}-bit"
 
 
 def choose(problem: Problem, processors: int, tuned: Mapping[str, Any] | None = None) -> TileConfig:
@@ -102,6 +109,34 @@ def chosen(problem: Problem, arch: str, processors: int) -> TileConfig:
 def nf4_fused_rows(arch: str) -> int:
     """Up to how many rows the fused NF4 kernels are chosen on an architecture."""
     return min(load(arch).get("nf4_fused_rows", NF4_FUSED_ROWS), NF4_FUSED_ROWS_MAX)
+
+
+@functools.lru_cache(maxsize=4096)
+def fastest(problem: Problem, arch: str) -> str | None:
+    """The back end that measured fastest for an op on an architecture; see `nearest`."""
+    return nearest(problem, load(arch).get("back_ends", {}))
+
+
+@functools.lru_cache(maxsize=4096)
+def layer_of(problem: Problem, arch: str) -> str | None:
+    """Whose layer measured faster, "peftkern" or "PEFT"; see `nearest`."""
+    return nearest(problem, load(arch).get("layers", {}))
+
+
+def nearest(problem: Problem, measured: Mapping[str, Mapping[str, str]]) -> str | None:
+    """What a table {problem.class_key(): {"NxK": answer}} says, None if it does not.
+
+    A weight that is not in it goes by the nearest that is, as far as twice or half of N and of K:
+    the least |log(N / N')| + |log(K / K')|, the first in the table if two have it.
+    """
+    best, least = None, math.inf
+    for shape, answer in measured.get(problem.class_key(), {}).items():
+        n, k = map(int, shape.split("x"))
+        pairs = ((problem.N, n), (problem.K, k))
+        apart = [abs(math.log2(max(ours, 1) / theirs)) for ours, theirs in pairs]
+        if max(apart) <= 1 and sum(apart) < least:
+            best, least = answer, sum(apart)
+    return best
 
 
 @functools.cache

@@ -12,22 +12,12 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from peftkern.device import arch
 from peftkern.kernels.configs import Problem, TileConfig, chosen
 from peftkern.kernels.primitives import INTERPRETED
 from peftkern.nf4 import nf4_code
 
 _INTERPRETED_PROCESSORS = 4  # so that the interpreter meets split reductions on small shapes
-
-
-@functools.cache
-def arch(device: torch.device) -> str:
-    """The name of the device's table: "sm90", "gfx942", or "interpreter" on a CPU."""
-    if device.type == "cpu":
-        return "interpreter"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm{properties.major}{properties.minor}"
 
 
 @functools.cache

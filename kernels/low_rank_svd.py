@@ -25,9 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern import native
+from peftkern.device import arch
 from peftkern.kernels.aot import AotCase
 from peftkern.kernels.configs import TileConfig, block_rank, ceil_div
-from peftkern.kernels.launch import arch, guard
+from peftkern.kernels.launch import guard
 from peftkern.kernels.low_rank_core import (
     ADDRESS,
     DTYPE_CODE,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.device import arch
 from peftkern.dropout import keep_scale, keep_threshold
 from peftkern.kernels import lora_linear
 from peftkern.kernels.aot import AotCase, tiles
@@ -28,7 +29,6 @@ from peftkern.kernels.configs import (
     nf4_fused_rows,
 )
 from peftkern.kernels.launch import (
-    arch,
     code_table,
     config_for,
     guard,

@@ -39,6 +39,17 @@ def device_info(device: torch.device | str = "cpu") -> DeviceInfo:
     return DeviceInfo(device.type, str(device), None, 0)
 
 
+@functools.cache
+def arch(device: torch.device) -> str:
+    """The name of the device's measured table: "sm90", "gfx942", or "interpreter" on a CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
 def triton_interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, which takes tensors of a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

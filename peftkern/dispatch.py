@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from peftkern import cpu, cuda, native, native_cuda, reference
-from peftkern.device import BackendUnavailableError, triton_interpreted, triton_missing
+from peftkern.device import BackendUnavailableError, arch, triton_interpreted, triton_missing
+from peftkern.kernels import configs
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def _reference(op: str) -> Candidate:
     return Candidate("reference", None, _always, getattr(reference, op))
 
 
-# Of two back ends for a GPU the first is the one that measured faster; where nothing is measured it
-# is the older. CUDA against Triton (the benches' variant "peftkern cuda"): not measured yet.
+# Where nothing was measured (`_in_order`), the order here holds, for a GPU the older first.
 _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     op: (*candidates, _reference(op))
     for op, candidates in {
@@ -142,6 +142,49 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         ),
     }.items()
 }
+
+
+def _rows(activations: torch.Tensor) -> int:
+    return activations.numel() // max(1, activations.shape[-1])
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return 8 * dtype.itemsize
+
+
+# (M, N, K, r, bits of an element) of a call, for every op whose back ends `make tune` compares. A
+# tensor that is only converted is one long row; of many pairs the first gives the shape.
+_SIZES: dict[str, Callable[..., tuple[int, int, int, int, int]]] = {
+    "nf4_quantize": lambda weight, *_: (1, weight.numel(), 1, 1, _bits(weight.dtype)),
+    "nf4_dequantize": lambda packed, *rest: (1, 2 * packed.numel(), 1, 1, _bits(rest[-1])),
+    "nf4_dequantize_out": lambda packed, *rest: (
+        *(1, 2 * packed.numel(), 1, 1),
+        _bits(rest[-1].dtype),
+    ),
+    "lora_linear_forward": lambda x, weight, lora_A, *_: (
+        *(_rows(x), *weight.shape, len(lora_A)),
+        _bits(x.dtype),
+    ),
+    "lora_linear_backward": lambda dy, x, S, weight, lora_A, lora_B, *_: (
+        *(_rows(dy), len(lora_B), lora_A.shape[1], len(lora_A)),
+        _bits(dy.dtype),
+    ),
+    "nf4_lora_linear_forward": lambda x, *rest: (
+        *(_rows(x), *rest[7], 1 if rest[8] is None else len(rest[8])),
+        _bits(x.dtype),
+    ),
+    "nf4_lora_linear_backward": lambda dy, *rest: (
+        *(_rows(dy), *rest[9], 1 if rest[10] is None else len(rest[10])),
+        _bits(dy.dtype),
+    ),
+    "dora_norm": lambda weight, lora_A, *_: (1, *weight.shape, len(lora_A), _bits(weight.dtype)),
+    "nf4_dora_norm": lambda packed, *rest: (1, *rest[6], len(rest[8]), _bits(rest[7])),
+    "low_rank_svd": lambda lora_B, lora_A, *_: (
+        *(len(lora_B), len(lora_B[0]), lora_A[0].shape[1], max(len(A) for A in lora_A)),
+        _bits(lora_B[0].dtype),
+    ),
+}
+MEASURABLE = tuple(_SIZES)
 # Whether a GPU's back end is there in a form that takes tensors of a CPU.
 _STAND_INS = {"triton": triton_interpreted, "cuda": native_cuda.emulated}
 _BACKENDS = ("triton", "cuda", "cpu", "reference")
@@ -160,7 +203,7 @@ def call(op: str, *args: Any) -> Any:
     """Run `op` on the first candidate that takes these arguments."""
     forced = forced_backend()
     device = _device(args).type
-    for candidate in _CANDIDATES[op]:
+    for candidate in _in_order(op, args):
         if forced is None:
             if candidate.device is not None and candidate.device != device:
                 continue
@@ -177,6 +220,40 @@ def call(op: str, *args: Any) -> Any:
     raise BackendUnavailableError(
         f"no back end for {op}" if forced is None else f"{op} has no back end {forced!r}"
     )
+
+
+def _in_order(op: str, args: tuple[Any, ...]) -> tuple[Candidate, ...]:
+    """The candidates of an op; on a GPU the one first that `make tune` found the fastest."""
+    device = _device(args)
+    if device.type != "cuda" or op not in _SIZES:
+        return _CANDIDATES[op]
+    return preferred(op, args, arch(device))
+
+
+def preferred(op: str, args: tuple[Any, ...], arch: str) -> tuple[Candidate, ...]:
+    """The candidates of an op as an architecture's table orders them."""
+    fastest = configs.fastest(problem_of(op, args), arch)
+    if fastest is None:
+        return _CANDIDATES[op]
+    return tuple(sorted(_CANDIDATES[op], key=lambda candidate: candidate.name != fastest))
+
+
+def problem_of(op: str, args: tuple[Any, ...]) -> configs.Problem:
+    """Under what an op's call stands in the tables."""
+    return configs.Problem(op.removesuffix("_out"), *_SIZES[op](*args))
+
+
+def is_slower(op: str, x: torch.Tensor, shape: tuple[int, ...], r: int) -> bool:
+    """Whether PEFT's own layer measured faster than ours, for integrations to ask.
+
+    op: "lora_linear" or "nf4_lora_linear"; x [..., K], weight of `shape` [N, K], rank r. Only a GPU
+    has a table, and a back end that was asked for is taken at its word.
+    """
+    if x.device.type != "cuda" or forced_backend() is not None:
+        return False
+    kind = "training" if torch.is_grad_enabled() else "inference"
+    problem = configs.Problem(f"{op}/{kind}", _rows(x), *shape, r, _bits(x.dtype))
+    return configs.layer_of(problem, arch(x.device)) == "PEFT"
 
 
 def _reason(candidate: Candidate, args: tuple[Any, ...], forced: str | None) -> str | None:
@@ -293,7 +370,7 @@ def explain(calls: dict[str, tuple[Any, ...]]) -> Explanation:
     forced = forced_backend()
     for op, args in calls.items():
         taken = False
-        for candidate in _CANDIDATES[op]:
+        for candidate in _in_order(op, args):
             reason = _reason(candidate, args, forced)
             if forced is not None and candidate.name != forced:
                 verdict = f"not asked: {forced!r} is forced"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import tarfile
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +17,15 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
+import contests
 import gpu
 import make_tables
+import tiles
 import tune
 
-from peftkern.benchmark import machine, suite
+from peftkern import dispatch
+from peftkern.benchmark import gpu_timer, machine, suite
+from peftkern.benchmark.timer import MIN_SAMPLES, Timing
 from peftkern.kernels.configs import KERNELS, Problem, TileConfig, choose
 from peftkern.kernels.launch import config_for, forced, processors
 
@@ -102,6 +110,57 @@ def test_interpreter_has_a_folder_of_its_own():
     assert machine.slug({**facts, "interpreter": True}) == "some-cpu-avx2-2-threads-interpreter"
 
 
+def test_slow_calls_are_repeated_as_little_as_they_must():
+    """What takes longer than the timer's patience has few samples, whatever the time."""
+    taken = Counter()
+
+    def turn(name: str) -> list[float]:
+        taken[name] += 1
+        return [gpu_timer.PATIENCE * 2 if name == "slow" else 0.01]
+
+    least = {"slow": gpu_timer.FEW, "quick": MIN_SAMPLES}
+    timings = gpu_timer._in_turns(list(least), turn, 0.5, lambda share: None, least=least)
+    assert taken["slow"] == gpu_timer.FEW and taken["quick"] >= 50
+    assert len(timings["slow"].samples) == gpu_timer.FEW
+
+
+def test_record_keeps_some_samples_and_the_percentiles_of_all():
+    timing = Timing(tuple(i * 1e-3 for i in range(1, 1001)))
+    kept = suite.in_milliseconds(timing)
+    assert len(kept["samples_ms"]) == suite.MOST_SAMPLES
+    assert kept["samples_ms"][:2] == [1.0, 6.0] and kept["median_ms"] == pytest.approx(500.5)
+    assert len(suite.in_milliseconds(Timing((1.0,) * 7))["samples_ms"]) == 7
+
+
+def test_parts_run_in_the_order_asked_for():
+    assert gpu.parts("all") == list(gpu.SHARES)
+    assert gpu.parts("tune,nf4") == ["tune", "nf4"]
+    with pytest.raises(argparse.ArgumentTypeError, match="no part 'nf5'; there are all, test"):
+        gpu.parts("nf4,nf5")
+
+
+def test_interrupted_pytest_still_says_what_failed(tmp_path):
+    """Its log is there line by line, with the failures before the interrupt."""
+    (tmp_path / "test_it.py").write_text(
+        "import time\n\ndef test_a():\n    assert 1 == 2\n\ndef test_b():\n    time.sleep(60)\n"
+    )
+    log = tmp_path / "log.txt"
+    command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, str(tmp_path)]
+    assert gpu.run(command, 5.0, log) == 124
+    assert "assert 1 == 2" in log.read_text() and "KeyboardInterrupt" in log.read_text()
+
+
+def test_archive_holds_the_results(tmp_path):
+    folder = tmp_path / "out" / "h200"
+    folder.mkdir(parents=True)
+    (folder / "nf4.json").write_text("{}")
+    for _ in range(2):
+        gpu.pack(tmp_path / "out", tmp_path / "results.tgz")
+    with tarfile.open(tmp_path / "results.tgz") as file:
+        assert "out/h200/nf4.json" in file.getnames()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "results.tgz"]
+
+
 def test_overrunning_part_is_stopped():
     sleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     assert gpu.run([sys.executable, "-c", f"{sleep}; import time; time.sleep(60)"], 1.0) == 124
@@ -130,7 +189,8 @@ def make(*arguments: str) -> str:
 def test_make_gpu_uses_the_machine_as_it_is():
     printed = make("gpu", "PART=nf4", "OUT=/some/where", "COMMIT=abc", "BUDGET=60")
     expected = 'bench/gpu.py --part nf4 --out "/some/where" --budget 60 --commit "abc"'
-    assert expected in printed and "python3" in printed
+    assert expected in printed and "python3" in printed and "--archive" not in printed
+    assert '--archive "/r.tgz"' in make("gpu", "ARCHIVE=/r.tgz")
     assert "pip" not in printed and "venv" not in printed
     assert "bench/tune.py" in make("tune") and "pip" not in make("tune")
 
@@ -173,12 +233,12 @@ def test_tuning_tries_only_tiles_that_a_table_may_hold():
     smallest = TileConfig(block_n=64)
     assert smallest.valid("epilogue")
     for kernel, sizes in (("epilogue", [128]), ("nf4_quantize", [32, 128])):
-        assert [c.block_n for c in tune.neighbours(smallest, "block_n", kernel)] == sizes
+        assert [c.block_n for c in tiles.neighbours(smallest, "block_n", kernel)] == sizes
 
 
 def test_forced_tiles_reach_one_kernel_only():
     counted = choose(PROBLEM, processors(CPU))
-    (other, *_) = tune.neighbours(counted, "block_n", PROBLEM.kernel)
+    (other, *_) = tiles.neighbours(counted, "block_n", PROBLEM.kernel)
     with forced("nf4_dequantize", other):
         assert config_for(PROBLEM, CPU) == other
         elsewhere = Problem("nf4_quantize", 1, 4096, 64, 1, 16)
@@ -191,7 +251,7 @@ def test_search_takes_the_fastest_of_those_that_are_right(monkeypatch):
     counted = choose(PROBLEM, processors(CPU))
     used = []
 
-    def runner(problem, n, k, device):
+    def runner(problem, n, k, device, rotate=0):
         def call(i: int) -> tuple:
             used.append(config_for(problem, device))
             if used[-1].num_warps > counted.num_warps:
@@ -207,19 +267,28 @@ def test_search_takes_the_fastest_of_those_that_are_right(monkeypatch):
             seen[name] = float(used[-1].num_warps)
         return seen
 
-    monkeypatch.setattr(tune, "runner", runner)
-    monkeypatch.setattr(tune, "seconds_of", seconds_of)
-    best, gain, rejected = tune.search(PROBLEM, 64, 64, CPU, lambda: 1.0)
-    assert (best.num_warps, best.block_n) == (counted.num_warps // 2, counted.block_n)
-    assert gain == 2.0
+    monkeypatch.setattr(tiles, "runner", runner)
+    monkeypatch.setattr(tiles, "seconds_of", seconds_of)
+    tiles.expected.cache_clear()
+    walk = tiles.Search.of(PROBLEM, 64, 64, CPU)
+    finished, rejected = tiles.search([walk], tiles.Workers(CPU, 0), lambda: 1.0)
+    tiles.expected.cache_clear()
+    assert finished
+    assert (walk.best.num_warps, walk.best.block_n) == (counted.num_warps // 2, counted.block_n)
+    assert walk.ratio == 2.0
     assert rejected == {"other numbers": 1, "ValueError": 1}
-    assert tune.search(PROBLEM, 64, 64, CPU, lambda: 0.0)[0] == counted
+    walk = tiles.Search.of(PROBLEM, 64, 64, CPU)
+    assert not tiles.search([walk], tiles.Workers(CPU, 0), lambda: 0.0)[0]
+    assert walk.best == counted
+
+
+TINY = ["--device", "cpu", "--shapes", "16x64", "--rows", "2", "--ranks", "4"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
 def test_tuning_runs_and_resumes_under_the_interpreter(tmp_path, capsys):
-    command = ["--device", "cpu", "--kernels", "nf4_dequantize", "epilogue", "--shapes", "16x64"]
-    command += ["--rows", "2", "--ranks", "4", "--out", str(tmp_path)]
+    command = [*TINY, "--kernels", "nf4_dequantize", "epilogue", "--contests"]
+    command += ["--out", str(tmp_path)]
 
     def said(*more: str) -> str:
         assert tune.main([*command, *more]) == 0
@@ -240,17 +309,80 @@ def test_tuning_runs_and_resumes_under_the_interpreter(tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+def test_candidates_are_checked_in_processes_of_their_own():
+    """Those that are right, that do not compile and that were not asked, each in its place."""
+    walk = tiles.Search.of(PROBLEM, 16, 64, CPU)
+    trials = [(walk, walk.counted), (walk, replace(walk.counted, block_n=48))]
+    workers = tiles.Workers(CPU, 2)
+    try:
+        reasons = workers.refused([*trials, *trials])
+    finally:
+        workers.close()
+    assert reasons[0] is None and reasons[1] is not None and reasons == [*reasons[:2], *reasons[:2]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+def test_contests_are_held_recorded_and_resumed(tmp_path, capsys):
+    command = [*TINY, "--shapes", "32x64", "--kernels", "--contests", "nf4_lora_linear_forward"]
+    command += ["low_rank_svd", "layers", "--out", str(tmp_path)]
+    assert tune.main([*command, "--budget", "0"]) == 0
+    assert "contests: 0 held, 6 left for another run" in capsys.readouterr().out
+    assert tune.main(command) == 0
+    said = capsys.readouterr().out
+    assert "contests: 6 held, 0 left" in said and "not compared" not in said
+    table = json.loads((tmp_path / "interpreter.json").read_text())
+    winner = table["back_ends"]["nf4_lora_linear_forward/M2/r16/16-bit"]["32x64"]
+    assert winner in ("cpu", "reference")
+    assert table["back_ends"]["low_rank_svd/M256/r16/32-bit"] == {"32x64": "cpu"}
+    for op in contests.LAYERS:
+        for mode in contests.MODES:
+            key = f"{op}/{mode}/M2/N32/K64/r16/16-bit"
+            assert table["milliseconds"][key].keys() == {"peftkern", "PEFT"}
+            assert table["layers"][f"{op}/{mode}/M2/r16/16-bit"]["32x64"] in ("peftkern", "PEFT")
+    assert tune.main(command) == 0
+    assert "contests: 0 held, 0 left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", contests.OPS)
+def test_contests_call_ops_as_dispatch_knows_them(op):
+    """Under the key that a real call has; and what a contender gives is compared."""
+    (first, *_) = contests.arguments(op, 2, 16, 64, 4, CPU)
+    problem = contests.problem_for(op, 2, 16, 64, 4)
+    assert dispatch.problem_of(op, first) == problem
+    calls = contests.back_ends(op, 2, 16, 64, 4, CPU)
+    assert "cpu" in calls
+    winner, times, wrong = contests.held(calls, op, CPU)
+    assert winner in times and times.keys() == calls.keys() and not wrong
+
+
+def test_contest_leaves_out_who_gives_other_numbers():
+    calls = {name: (lambda i, v=v: torch.full((3,), v)) for name, v in (("a", 1.0), ("b", 1.5))}
+    winner, times, wrong = contests.held(calls, "dora_norm", CPU)
+    assert (winner, times.keys(), wrong) == ("a", {"a"}, ["b"])
+
+
+def test_contest_is_won_by_more_than_noise(monkeypatch):
+    def measured(calls, seconds):
+        return {name: Timing((calls[name](0).item(),)) for name in calls}
+
+    monkeypatch.setattr(contests, "measure", measured)
+    for other, winner in ((0.99, "first"), (0.9, "other"), (1.1, "first")):
+        calls = {"first": lambda i: torch.tensor(1.0), "other": lambda i, t=other: torch.tensor(t)}
+        assert contests.held(calls, "lora_linear/training", CPU)[0] == winner
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
 def test_every_kernel_can_be_tuned():
     """Its runner launches it under tiles that are forced: two counted ones give equal results."""
     seen = set()
-    for problem, n, k in tune.problems([(32, 64)], [3], [4]):
+    for problem, n, k in tiles.problems([(32, 64)], [3], [4]):
         counted = choose(problem, processors(CPU))
-        run = tune.runner(problem, n, k, CPU)
+        run = tiles.runner(problem, n, k, CPU)
         with forced(problem.kernel, counted):
-            results = tune.checked(lambda i, run=run: run(i)), tune.checked(run)
-        assert results[0] and tune.same(*results)
+            results = tiles.checked(lambda i, run=run: run(i)), tiles.checked(run)
+        assert results[0] and tiles.same(*results)
         seen.add(problem.kernel)
-    assert seen == set(tune.FIELDS) == set(KERNELS)
+    assert seen == set(tiles.FIELDS) == set(KERNELS)
 
 
 def test_tables_show_a_gpu_with_device_and_versions_when_it_was_measured(tmp_path):

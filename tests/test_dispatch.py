@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 import peftkern
 from peftkern import device, dispatch, native, ops
 from peftkern.device import device_info
+from peftkern.kernels import configs
+from peftkern.sample_calls import Sample
 
 X64 = torch.zeros(2, 40, dtype=torch.float64)
 
@@ -299,3 +302,64 @@ def test_forced_triton_lacks_an_op():
         pytest.raises(peftkern.BackendUnavailableError, match="has no back end 'triton'"),
     ):
         ops.nf4_quantize_absmax(absmax, absmax.mean(), torch.linspace(-1, 1, 256), 256)
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """A folder of measured tables instead of the one that ships."""
+    cached = (configs.load, configs.fastest, configs.layer_of)
+    monkeypatch.setattr(configs, "TUNED", tmp_path)
+    for function in cached:
+        function.cache_clear()
+    yield tmp_path
+    for function in cached:
+        function.cache_clear()
+
+
+def names(candidates: tuple) -> list[str]:
+    return [candidate.name for candidate in candidates]
+
+
+def test_measured_back_end_is_asked_first(tables):
+    op = "nf4_lora_linear_forward"
+    sample = Sample(8, 4096, 4096)
+    counted = names(dispatch.preferred(op, sample.arguments(op), "sm90"))
+    assert counted == names(dispatch._CANDIDATES[op])
+    table = {"nf4_lora_linear_forward/M8/r16/16-bit": {"4096x4096": "cuda"}}
+    (tables / "sm90.json").write_text(json.dumps({"back_ends": table}))
+    configs.load.cache_clear()
+    configs.fastest.cache_clear()
+    assert names(dispatch.preferred(op, sample.arguments(op), "sm90"))[0] == "cuda"
+    assert sorted(counted) == sorted(names(dispatch.preferred(op, sample.arguments(op), "sm90")))
+    assert names(dispatch.preferred(op, sample.arguments(op), "sm80")) == counted
+    other = Sample(64, 4096, 4096).arguments(op)
+    assert names(dispatch.preferred(op, other, "sm90")) == counted
+
+
+@pytest.mark.parametrize("op", dispatch.MEASURABLE)
+def test_sizes_of_a_call_are_those_of_its_arguments(op):
+    """Whatever the op's schema calls them; a conversion is one long row."""
+    problem = dispatch.problem_of(op, Sample(3, 96, 128, r=5).arguments(op))
+    assert problem.kernel == op.removesuffix("_out")
+    if op.startswith(("nf4_quantize", "nf4_dequantize")):
+        expected = (1, 96 * 128, 1, 1, 16)
+    elif op == "low_rank_svd":
+        expected = (1, 96, 128, 5, 32)
+    else:
+        expected = (1 if op.endswith("dora_norm") else 3, 96, 128, 5, 16)
+    found = (problem.M, problem.N, problem.K, problem.r, problem.bits)
+    assert found == expected
+
+
+def test_sizes_of_calls_without_adapters_and_without_columns():
+    op = "nf4_lora_linear_forward"
+    assert dispatch.problem_of(op, Sample(3, 96, 128, lora=False).arguments(op)).r == 1
+    x, *rest = Sample(3, 96, 128).arguments("lora_linear_forward")
+    assert dispatch.problem_of("lora_linear_forward", (x[:, :0], *rest)).M == 0
+
+
+def test_layers_on_a_cpu_ask_no_table(tables):
+    table = {f"lora_linear/{kind}/M8/r16/16-bit": {"64x64": "PEFT"} for kind in ("training",)}
+    (tables / "interpreter.json").write_text(json.dumps({"layers": table}))
+    x = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert not dispatch.is_slower("lora_linear", x, (64, 64), 16)

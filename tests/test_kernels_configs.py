@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from peftkern.dispatch import _BACKENDS, MEASURABLE
 from peftkern.kernels import configs
 from peftkern.kernels.configs import (
     KERNELS,
@@ -50,7 +52,7 @@ problems = st.builds(
 def tables(tmp_path, monkeypatch):
     """A folder for measured tables, read anew."""
     monkeypatch.setattr(configs, "TUNED", tmp_path)
-    caches = (configs.load, configs.chosen)
+    caches = (configs.load, configs.chosen, configs.fastest, configs.layer_of)
     for cache in caches:
         cache.cache_clear()
     yield tmp_path
@@ -177,6 +179,36 @@ def test_table_of_an_architecture_is_read(tables):
     assert configs.nf4_fused_rows("sm90") == NF4_FUSED_ROWS_MAX
 
 
+def test_nearest_weight_answers_for_one_that_was_not_measured(tables):
+    """As far as a factor of two in each direction, for the same op, rows, rank and bits alone."""
+    op = "nf4_lora_linear_forward"
+    asked = Problem(op, 7, 4096, 4096, 16, 16)
+    answers = {"8192x4096": "cuda", "4096x4096": "triton", "1000x1000": "cuda"}
+    table = {asked.class_key(): answers}
+    (tables / "sm90.json").write_text(json.dumps({"back_ends": table}))
+    for (n, k), answer in {
+        (4096, 4096): "triton",
+        (5000, 4096): "triton",
+        (6000, 4096): "cuda",
+        (16384, 4096): "cuda",
+        (16385, 4096): None,
+        (4096, 8193): None,
+        (1500, 1000): "cuda",
+        (0, 4096): None,
+        (4096, 0): None,
+    }.items():
+        assert configs.fastest(Problem(op, 5, n, k, 9, 16), "sm90") == answer, (n, k)
+    for other in (
+        Problem(op, 9, 4096, 4096, 16, 16),
+        Problem(op, 7, 4096, 4096, 17, 16),
+        Problem(op, 7, 4096, 4096, 16, 32),
+        Problem("nf4_lora_linear_backward", 7, 4096, 4096, 16, 16),
+    ):
+        assert configs.fastest(other, "sm90") is None
+    assert configs.fastest(asked, "sm80") is None
+    assert configs.layer_of(asked, "sm90") is None
+
+
 def test_shipped_tables_are_valid():
     for path in sorted(configs.TUNED.glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -184,3 +216,8 @@ def test_shipped_tables_are_valid():
             assert TileConfig(**entry).valid(), (path.name, key)
             assert key.split("/")[0] in KERNELS, (path.name, key)
         assert 0 < table.get("nf4_fused_rows", NF4_FUSED_ROWS) <= NF4_FUSED_ROWS_MAX
+        for section, answers in (("back_ends", _BACKENDS), ("layers", ("peftkern", "PEFT"))):
+            for key, shapes in table.get(section, {}).items():
+                assert set(shapes.values()) <= set(answers), (path.name, key)
+                assert all(re.fullmatch(r"\d+x\d+", shape) for shape in shapes)
+                assert key.split("/")[0] in (*MEASURABLE, "lora_linear", "nf4_lora_linear")

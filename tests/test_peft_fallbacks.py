@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import peftkern
+from peftkern import dispatch
 from peftkern.integrations import peft as peft_integration
 
 MAKERS = [make_linear, make_linear4bit]
@@ -59,6 +60,19 @@ def test_small_dense_product(monkeypatch):
     with peftkern.use_backend("cpu"):
         model(torch.randn(3, K))
     assert served_by_us() == 1
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_shape_that_peft_was_measured_faster_for(make, monkeypatch):
+    """What `make tune` records for a GPU; the layer asks with its own sizes."""
+    model = lora_net(make())
+    asked = []
+    monkeypatch.setattr(dispatch, "is_slower", lambda *call: bool(asked.append(call)) or True)
+    assert_falls_back(model, "PEFT's own operations measured faster for this shape")
+    op, x, shape, r = asked[0]
+    assert op == ("nf4_lora_linear" if make is make_linear4bit else "lora_linear")
+    assert shape == (N, K) and x.shape[-1] == K
+    assert r == layer_of(model).r["default"]
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -244,6 +244,11 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         reader = _reader(layer)
         A, B, drop = reader.tensors(layer, names[0])
         unfused = _unfused(A, B, x, base_x.dtype, autocast, layer.cast_input_dtype_enabled)
+        plain = reader is LoRAReader and names[0] not in layer.lora_variant
+        if unfused is None and plain and not torch.compiler.is_compiling():
+            op = "nf4_lora_linear" if nf4 else "lora_linear"
+            if dispatch.is_slower(op, base_x, tuple(weight.shape), len(A)):
+                return "PEFT's own operations measured faster for this shape"
     else:
         unfused = "no active adapter"
     if unfused is None:

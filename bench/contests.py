@@ -1,0 +1,164 @@
+"""Which back end serves an op fastest, and where PEFT's own layer is faster than the patched one.
+
+`bench/tune.py` writes the answers into its table; dispatch and the integrations obey it. A back end
+has to beat the one that dispatch takes of itself by more than noise, and PEFT's layer the patched
+one. The clock is that of single calls: what the host needs to launch them counts, as for a user.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from tiles import GAIN, ROTATE, SCALING, copies_of, in_turn, nf4_weight, pieces, same
+from torch import Tensor
+
+import peftkern
+from peftkern import dispatch
+from peftkern.benchmark import gpu_timer
+from peftkern.benchmark.timer import measure
+from peftkern.kernels.configs import Problem
+from peftkern.sample_calls import Sample
+
+OPS = tuple(op for op in dispatch.MEASURABLE if not op.endswith("_out"))  # which has no own record
+LAYERS = ("nf4_lora_linear", "lora_linear")  # as `dispatch.is_slower` names them
+MODES = ("training", "inference")
+PAIRS = 224  # of an SVD: the linear layers of a LLaMA-7B
+SECONDS = 0.01  # for each contender
+LAYERS_ROTATE = 128 << 20  # bytes of layers: making them takes longer than measuring them
+BF16 = torch.bfloat16
+
+Calls = dict[str, Callable[[int], object]]
+
+
+def contests(
+    shapes: list, rows: list, ranks: list, device: torch.device
+) -> Iterator[tuple[str, Problem, Callable[[], Calls]]]:
+    """(section of the table, problem, what prepares the contenders), each once.
+
+    The contender that comes first keeps its place unless another is faster.
+    """
+    seen = set()
+    for r, m, n, k in in_turn(shapes, rows, ranks):
+        for op in OPS:
+            problem = problem_for(op, m, n, k, r)
+            if problem.key() not in seen:
+                seen.add(problem.key())
+                yield "back_ends", problem, lambda a=(op, m, n, k, r): back_ends(*a, device)
+        for op, mode in itertools.product(LAYERS, MODES):
+            problem = Problem(f"{op}/{mode}", m, n, k, r, 16)
+            yield "layers", problem, lambda a=(op, mode, m, n, k, r): layers(*a, device)
+
+
+def problem_for(op: str, m: int, n: int, k: int, r: int) -> Problem:
+    """What dispatch makes of such a call; of an SVD, of as many pairs."""
+    if op == "low_rank_svd":
+        return Problem(op, PAIRS, n, k, r, 32)
+    return dispatch.problem_of(op, Sample(m, n, k, r).arguments(op))
+
+
+def back_ends(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> Calls:
+    """The op on every back end that takes the call, in dispatch's order."""
+    pool = arguments(op, m, n, k, r, device)
+    rows = dispatch.explain({op: pool[0]}).rows
+    names = [name for _, name, verdict in rows if verdict in ("chosen", "can")]
+    if op == "low_rank_svd" and len(names) > 1:
+        names.remove("reference")  # takes seconds, and is the last resort anyway
+    run = getattr(torch.ops.peftkern, op)
+
+    def on(name: str) -> Callable[[int], object]:
+        def call(i: int) -> object:
+            with peftkern.use_backend(name):
+                return run(*pool[i % len(pool)])
+
+        return call
+
+    return {name: on(name) for name in names}
+
+
+def arguments(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> list[tuple]:
+    """Those of equal calls, on as many copies of the large tensors as exceed the caches."""
+    torch.manual_seed(0)
+    rotate = ROTATE if device.type == "cuda" else 0
+
+    def drawn(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    def clones(tensor: Tensor, also: int = 0) -> list[Tensor]:
+        return [tensor.clone() for _ in range(copies_of(tensor.nbytes + also, rotate))]
+
+    f32 = torch.float32
+    A, B = drawn(r, k, scale=k**-0.5, dtype=f32), drawn(n, r, scale=0.1, dtype=f32)
+    if op == "low_rank_svd":
+        pairs = [[t.clone() for _ in range(PAIRS)] for t in (B, A)]
+        return [(*pairs, [SCALING] * PAIRS, True, "accurate")]
+    if op == "nf4_quantize":
+        return [(weight, 64) for weight in clones(drawn(n, k))]
+    update, needs = (SCALING, None, 0.0), [True, True, True, False]
+    if "nf4" not in op:
+        weights = clones(drawn(n, k, scale=k**-0.5))
+        if op == "dora_norm":
+            return [(weight, A, B, SCALING) for weight in weights]
+        if op == "lora_linear_forward":
+            return [(drawn(m, k), weight, A, B, None, *update) for weight in weights]
+        S = drawn(m, r, dtype=f32)
+        return [(drawn(m, n), drawn(m, k), S, W, A, B, *update, needs) for W in weights]
+    first, *rest = pieces(nf4_weight(n, k, device))
+    activations = 2 * m * (k if op.endswith("forward") else n + k) if "linear" in op else 0
+    weights = [(packed, *rest) for packed in clones(first, activations)]
+    if op == "nf4_dequantize":
+        return [(*weight, [n, k], BF16) for weight in weights]
+    if op == "nf4_dora_norm":
+        return [(*weight, [n, k], BF16, A, B, SCALING) for weight in weights]
+    if op == "nf4_lora_linear_forward":
+        return [(drawn(m, k), *weight, [n, k], A, B, None, *update) for weight in weights]
+    S = drawn(m, r, dtype=f32)
+    return [(drawn(m, n), drawn(m, k), S, *W, [n, k], A, B, *update, needs) for W in weights]
+
+
+def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.device) -> Calls:
+    """PEFT's layer patched and as it is, over equal weights."""
+    from peftkern.benchmark import peers
+
+    torch.manual_seed(0)
+    weight = (torch.randn(n, k, device=device) * k**-0.5).to(BF16)
+    train = mode == "training"
+    layer = peers.nf4_linear(weight) if op.startswith("nf4") else peers.linear(weight)
+    rotate = LAYERS_ROTATE if device.type == "cuda" else 0
+    copies = copies_of(n * k // 2 if op.startswith("nf4") else weight.nbytes, rotate)
+    xs = [torch.randn(m, k, device=device).to(BF16).requires_grad_(train) for _ in range(copies)]
+    dy = torch.randn(m, n, device=device).to(BF16)
+
+    def of(patched: bool) -> Callable[[int], object]:
+        pool = peers.lora_pool(layer, copies, r=r, patched=patched, train=train)
+        return peers.forward_backward(pool, xs, dy) if train else peers.forward(pool, xs)
+
+    return {"peftkern": of(True), "PEFT": of(False)}
+
+
+def held(calls: Calls, op: str, device: torch.device) -> tuple[str, dict[str, float], list[str]]:
+    """(the winner, milliseconds of each, who gave other numbers than the first and is out).
+
+    Layers are checked by the benches: PEFT's roundings are not ours.
+    """
+    wrong = []
+    if "/" not in op:
+        given = {name: results(call(0), op) for name, call in calls.items()}
+        first = next(iter(given.values()))
+        wrong = [name for name, tensors in given.items() if not same(tensors, first, 2)]
+    fair = {name: call for name, call in calls.items() if name not in wrong}
+    if device.type == "cuda":
+        timings = gpu_timer.measure_events(fair, seconds=SECONDS)
+    else:
+        timings = measure(fair, seconds=0.0)
+    times = {name: round(timing.median * 1e3, 6) for name, timing in timings.items()}
+    default = next(iter(times))
+    best = min(times, key=times.__getitem__)
+    return (best if times[default] > GAIN * times[best] else default), times, wrong
+
+
+def results(got: object, op: str) -> tuple[Tensor, ...]:
+    """What has to agree: of an SVD the singular values, since vectors of equal ones are free."""
+    tensors = got if isinstance(got, (tuple, list)) else (got,)
+    return (tensors[1],) if op == "low_rank_svd" else tuple(t for t in tensors if t.numel())
