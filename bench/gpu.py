@@ -38,6 +38,7 @@ BENCHES = {
     "adalora": 3,
     "low_rank_svd": 4,
     "dora": 3,
+    "rosa": 3,
     "formulations": 3,
     "e2e": 10,
 }

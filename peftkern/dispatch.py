@@ -132,8 +132,14 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         "adalora_orthogonality_backward": (
             _cpu("adalora_orthogonality_backward", cpu.supports_adalora_orthogonality_backward),
         ),
-        "rosa_sddmm": (_cpu("rosa_sddmm", cpu.supports_rosa),),
-        "rosa_spmm_": (_cpu("rosa_spmm_", cpu.supports_rosa),),
+        "rosa_sddmm": (
+            _triton("rosa_sddmm", "rosa", "supports"),
+            _cpu("rosa_sddmm", cpu.supports_rosa),
+        ),
+        "rosa_spmm_": (
+            _triton("rosa_spmm_", "rosa", "supports"),
+            _cpu("rosa_spmm_", cpu.supports_rosa),
+        ),
     }.items()
 }
 

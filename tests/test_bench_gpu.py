@@ -209,6 +209,9 @@ def test_every_part_has_a_script():
         ("dora", "dora/forward+backward-M512-4096x4096", {"PEFT", "frozen layer"}),
         ("dora", "nf4-forward+backward-M512-14336x4096", {"PEFT", "frozen layer"}),
         ("dora", "dora/nf4-norm-4096x4096", {"torch, blocks of rows"}),
+        ("rosa", "rosa/sddmm-M4096-5.0%", {"dense dW", "torch, in chunks"}),
+        ("rosa", "rosa/sddmm-M512-1.0%/fp32", {"dense dW", "torch.sparse", "torch, in chunks"}),
+        ("rosa", "rosa/forward-M4096-5.0%", {"dense W + S", "torch, in chunks"}),
     ],
 )
 def test_gpu_cases_are_right_under_the_interpreter(part, only, peers, tmp_path):
