@@ -61,6 +61,6 @@ def test_cuda_kernels(tool):
 
 
 def test_triton_kernels():
-    files = [f"tests/test_gpu{name}.py" for name in ("", "_dora", "_adalora")]
+    files = [f"tests/test_gpu{name}.py" for name in ("", "_dora", "_adalora", "_rosa")]
     options = ["-q", "-x", "-p", "no:xdist", "-m", "gpu and not slow", "-k", CALLS]
     assert " passed" in watched("memcheck", "-m", "pytest", *options, *files)
