@@ -15,7 +15,7 @@ from peftkern import native_cuda
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 240  # of one tool
-CALLS = "values or norms or codec or dropout_from or layouts or importance or svd_shapes"
+CALLS = " or ".join(("values", "norms", "codec", "layouts", "importance", "svd_shapes", "products"))
 
 
 def sanitizer() -> str | None:
