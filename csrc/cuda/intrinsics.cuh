@@ -215,6 +215,25 @@ __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 
+// Eight values of type A from 16-byte aligned memory that no thread of this launch writes.
+template <typename A>
+__device__ __forceinline__ void load_eight(const A* p, float (&value)[8]) {
+  if constexpr (sizeof(A) == 4) {
+    const float4 low = __ldg(reinterpret_cast<const float4*>(p));
+    const float4 high = __ldg(reinterpret_cast<const float4*>(p) + 1);
+    value[0] = low.x, value[1] = low.y, value[2] = low.z, value[3] = low.w;
+    value[4] = high.x, value[5] = high.y, value[6] = high.z, value[7] = high.w;
+  } else {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
+    const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack2<A>(word[i]);
+      value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
+    }
+  }
+}
+
 // max(a, |b|), NaN if either is one (max.NaN: the sign and payload are lost).
 __device__ __forceinline__ float max_abs(float a, float b) {
 #ifdef PEFTKERN_CUDA_EMULATED

@@ -37,8 +37,7 @@
 
 #include "launch.cuh"
 #include "nf4.cuh"
-#include "peftkern/checks.h"
-#include "peftkern/cuda_nf4_lora_linear.h"
+#include "nf4_lora_linear.cuh"
 
 namespace peftkern {
 namespace {
@@ -105,25 +104,6 @@ struct BeforeArgument {
   float* s;
   unsigned* counters;
 };
-
-// Eight values of type A from 16-byte aligned memory.
-template <typename A>
-__device__ __forceinline__ void load_eight(const A* p, float (&value)[8]) {
-  if constexpr (sizeof(A) == 4) {
-    const float4 low = __ldg(reinterpret_cast<const float4*>(p));
-    const float4 high = __ldg(reinterpret_cast<const float4*>(p) + 1);
-    value[0] = low.x, value[1] = low.y, value[2] = low.z, value[3] = low.w;
-    value[4] = high.x, value[5] = high.y, value[6] = high.z, value[7] = high.w;
-  } else {
-    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
-    const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<A>(word[i]);
-      value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
-    }
-  }
-}
 
 // Block (rank, eight rows of x): K over the threads, then the sums of lanes and of warps in order.
 template <typename T, typename A>
@@ -605,13 +585,6 @@ void check_sizes(int64_t M, int64_t N, int64_t K, int64_t splits) {
   require(splits >= 0 && splits <= 16, "splits", splits, "0 to 16");
 }
 
-void require_aligned(const void* p, uintptr_t bytes, const char* name) {
-  if (!p) fail(std::string(name) + ": null pointer");
-  require(reinterpret_cast<uintptr_t>(p) % bytes == 0, name,
-          static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % bytes),
-          "an address that is a multiple of " + std::to_string(bytes));
-}
-
 }  // namespace
 
 int64_t cuda_nf4_lora_linear_workspace(int64_t M, int64_t N, int64_t K, int64_t splits) {
@@ -621,29 +594,14 @@ int64_t cuda_nf4_lora_linear_workspace(int64_t M, int64_t N, int64_t K, int64_t 
 
 int cuda_nf4_lora_linear_forward(const CudaNF4LinearArgs& args, CudaStream stream) {
   check_sizes(args.M, args.N, args.K, args.splits);
-  validate_cuda(args.w);
-  const int64_t numel = checked_mul(args.N, args.K, "w");
-  require(args.w.numel == numel, "w", args.w.numel, std::to_string(numel) + " weights");
-  require(args.w.blocksize >= kCudaLinearBlock && args.K % args.w.blocksize == 0, "blocksize",
-          args.w.blocksize, "64 or more, a divisor of K = " + std::to_string(args.K));
-  require(args.w.nblocks() < int64_t{1} << 31, "w", args.w.nblocks(), "fewer than 2^31 blocks");
   require(args.r >= 0 && args.r <= kCudaLinearRank, "r", args.r, "at most 64");
-  require(args.dtype != DType::kFloat32, "x dtype", static_cast<int>(args.dtype),
-          "bfloat16 (1) or float16 (2)");
+  check_linear_args(args, 2);
+  require(args.K % args.w.blocksize == 0, "blocksize", args.w.blocksize,
+          "a divisor of K = " + std::to_string(args.K));
+  require(args.w.nblocks() < int64_t{1} << 31, "w", args.w.nblocks(), "fewer than 2^31 blocks");
   if (args.M == 0) return cudaSuccess;
-  require_aligned(args.x, 16, "x");
-  require_aligned(args.y, 2, "y");
-  require_aligned(args.w.packed, 8, "packed");
-  if (args.r > 0) {
-    require_aligned(args.lora_A, 16, "lora_A");
-    require_aligned(args.lora_B, static_cast<uintptr_t>(itemsize(args.b_dtype)), "lora_B");
-    require_aligned(args.s, 4, "s");
-  }
-  if (args.bias) require_aligned(args.bias, 2, "bias");
   const Plan plan = plan_of(args.M, args.N, args.K, args.splits);
-  if (plan.workspace > 0) require_aligned(args.workspace, 16, "workspace");
-  require(args.workspace_bytes >= plan.workspace, "workspace", args.workspace_bytes,
-          "at least " + std::to_string(plan.workspace) + " bytes");
+  check_workspace(args, plan.workspace);
   return args.dtype == DType::kBFloat16 ? forward<BF16>(args, plan, stream)
                                         : forward<FP16>(args, plan, stream);
 }
