@@ -278,22 +278,6 @@ __device__ __forceinline__ uint32_t max_abs2<FP16>(uint32_t a, uint32_t b) {
 
 // ---- integers
 
-// Bit i of the result is bit (a_i << 2 | b_i << 1 | c_i) of kTable: (a & b) | c is 0xea.
-template <int kTable>
-__device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
-#ifdef PEFTKERN_CUDA_EMULATED
-  uint32_t result = 0;
-  for (int i = 0; i < 8; ++i) {
-    if (kTable >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
-  }
-  return result;
-#else
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
-  return result;
-#endif
-}
-
 // Bytes of {b, a} by the nibbles of `selector`; bit 3 of a nibble spreads the byte's top bit.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 #ifdef PEFTKERN_CUDA_EMULATED
@@ -307,7 +291,7 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 
 // ---- warps
 
-// Sum or maximum over groups of kLanes neighbours, the same bits in each lane of a group.
+// Sum over groups of kLanes neighbours, the same bits in each lane of a group.
 template <int kLanes = 32>
 __device__ __forceinline__ float lanes_sum(float x) {
 #pragma unroll
@@ -320,32 +304,6 @@ __device__ __forceinline__ double lanes_sum(double x) {
   for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
   return x;
 }
-template <int kLanes = 32>
-__device__ __forceinline__ float lanes_max(float x) {  // a NaN is passed over
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kFullMask, x, step));
-  }
-  return x;
-}
-
-// bar.sync and bar.arrive: barrier `id` (1 to 15; 0 is __syncthreads) for `threads` threads, a
-// multiple of 32.
-__device__ __forceinline__ void barrier_sync(int id, int threads) {
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::barrier(id, threads, true, 0);
-#else
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
-}
-__device__ __forceinline__ void barrier_arrive(int id, int threads) {
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::barrier(id, threads, false, 0);
-#else
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
-}
-
 // ---- asynchronous copies from global to shared memory
 
 // 16 bytes, both addresses 16-byte aligned; only the first `bytes` are read, the rest becomes 0.
@@ -356,18 +314,6 @@ __device__ __forceinline__ void copy_async16(void* shared, const void* global, i
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes)
-               : "memory");
-#endif
-}
-// kBytes = 4 or 8, through L1.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes = kBytes) {
-  static_assert(kBytes == 4 || kBytes == 8, "16 bytes have copy_async16");
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::defer_copy(shared, global, bytes, kBytes);
-#else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
-               "l"(__cvta_generic_to_global(global)), "n"(kBytes), "r"(bytes)
                : "memory");
 #endif
 }
@@ -498,64 +444,6 @@ __device__ __forceinline__ void mma_m16n8k16_first<FP16>(float (&d)[4], const ui
 }
 #endif
 
-#ifdef PEFTKERN_CUDA_EMULATED
-struct MatrixRows {
-  const void* row;
-  uint32_t* out;
-};
-template <int kMatrices, bool kTranspose>
-void run_ldmatrix(void* const* args, int width) {
-  for (int matrix = 0; matrix < kMatrices; ++matrix) {
-    uint16_t values[8][8];
-    for (int i = 0; i < 8; ++i) {
-      std::memcpy(values[i], static_cast<const MatrixRows*>(args[8 * matrix + i])->row, 16);
-    }
-    for (int lane = 0; lane < width; ++lane) {
-      const int g = lane / 4, t = lane % 4;
-      const uint32_t low = kTranspose ? values[2 * t][g] : values[g][2 * t];
-      const uint32_t high = kTranspose ? values[2 * t + 1][g] : values[g][2 * t + 1];
-      static_cast<const MatrixRows*>(args[lane])->out[matrix] = low | high << 16;
-    }
-  }
-}
-#endif
-
-// kMatrices (2 or 4) 8x8 matrices of 16-bit values from shared memory: lane 8j + i passes the
-// address, 16-byte aligned, of row i of matrix j, and receives in r[j] the values [g][2t] and
-// [g][2t+1], or with kTranspose [2t][g] and [2t+1][g]. Lanes beyond 8 kMatrices pass any valid row.
-template <int kMatrices, bool kTranspose = false>
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[kMatrices], const void* row) {
-  static_assert(kMatrices == 2 || kMatrices == 4, "two or four matrices");
-#ifdef PEFTKERN_CUDA_EMULATED
-  if (shared_address(row) % 16) emulation::fail("ldmatrix: a row is not 16-byte aligned");
-  MatrixRows rows{row, r};
-  emulation::collective(32, kFullMask, run_ldmatrix<kMatrices, kTranspose>, &rows, "ldmatrix");
-#else
-  const uint32_t address = shared_address(row);
-  if constexpr (kMatrices == 4 && !kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  } else if constexpr (kMatrices == 4) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  } else if constexpr (!kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address)
-                 : "memory");
-  }
-#endif
-}
-
 // ---- tensor cores of sm_90a (wgmma), for the kernels of *_sm90a.cu. Four warps, the first of
 // which has an index that 4 divides, multiply together; g and t are a lane's, warp w of the four
 // has rows 16w .. 16w+15.
@@ -563,7 +451,7 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[kMatrices], const void* r
 // A product is under way until products_wait. Until then nobody reads or writes its accumulators,
 // its A registers or its part of shared memory; products on the same accumulators follow each
 // other. products_fence comes before the first product of a group, after all that wrote registers
-// that the group uses. Shared memory that ordinary stores or copy_async have written: each writer
+// that the group uses. Shared memory that ordinary stores or copy_async16 have written: each writer
 // calls fence_shared, then comes a barrier.
 
 __device__ __forceinline__ void fence_shared() {

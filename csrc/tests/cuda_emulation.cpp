@@ -139,7 +139,7 @@ struct Thread {
 };
 
 struct Barrier {
-  int threads = 0, arrived = 0, line = 0;
+  int arrived = 0, line = 0;
   uint64_t generation = 0;
 };
 
@@ -164,14 +164,13 @@ struct Machine {
   int current = -1, count = 0;
   const std::function<void()>* body = nullptr;
   uint3 block{1, 1, 1};
-  Barrier barriers[16];
+  Barrier barrier;
   std::deque<Collective> warps[32], warpgroups[8];  // one for each mask in use
   std::vector<Segment> shared;                      // the dynamic part, then static objects
   bool unfenced_barrier = false;                    // one that unfenced copies have passed
   uint32_t next_address = 0;
   uint32_t seed = 0;
   std::mt19937 rng;
-  Statistics statistics{};
 };
 
 Machine& machine() {
@@ -274,7 +273,7 @@ void add_segment(Machine& m, const void* key, size_t bytes) {
 
 void run_block(Machine& m, std::vector<int64_t>& turns) {
   for (const Segment& segment : m.shared) poison(segment);
-  for (Barrier& barrier : m.barriers) barrier = Barrier{};
+  m.barrier = Barrier{};
   m.unfenced_barrier = false;
   for (int i = 0; i < m.count; ++i) prepare(m.threads[static_cast<size_t>(i)]);
   for (int left = m.count; left > 0;) {
@@ -288,7 +287,6 @@ void run_block(Machine& m, std::vector<int64_t>& turns) {
       const unsigned index = static_cast<unsigned>(i);
       m.current = static_cast<int>(i);
       threadIdx = {index % m.block.x, index / m.block.x % m.block.y, index / m.block.x / m.block.y};
-      ++m.statistics.switches;
       switch_context(m.scheduler, thread.context, nullptr);
       left -= thread.done;
     }
@@ -313,8 +311,6 @@ void set_schedule(uint32_t seed) {
   machine().seed = seed;
   machine().rng.seed(seed);
 }
-
-Statistics statistics() { return machine().statistics; }
 
 void fail(const char* message) {
   std::fprintf(stderr, "cuda emulation: %s: %s\n", name_of(machine(), current_index()).c_str(),
@@ -341,7 +337,6 @@ cudaError_t run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
   add_segment(m, nullptr, dynamic_shared_bytes);
   blockDim = {block.x, block.y, block.z};
   gridDim = {grid.x, grid.y, grid.z};
-  ++m.statistics.launches;
 
   std::vector<int64_t> turns(count);
   std::vector<int64_t> blocks(size_t{grid.x} * grid.y * grid.z);
@@ -351,7 +346,6 @@ cudaError_t run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
     blockIdx = {static_cast<unsigned>(index % grid.x),
                 static_cast<unsigned>(index / grid.x % grid.y),
                 static_cast<unsigned>(index / grid.x / grid.y)};
-    ++m.statistics.blocks;
     run_block(m, turns);
   }
   for (const Segment& segment : m.shared) std::free(segment.data);
@@ -369,27 +363,19 @@ void wait(bool (*ready)(const void*), const void* state, const char* what) {
   switch_context(self.context, m.scheduler, &m.scheduler);
 }
 
-void barrier(int id, int threads, bool blocking, int line) {
+void barrier(int line) {
   Machine& m = machine();
-  if (id < 0 || id > 15) fail("a block has barriers 0 to 15");
-  if (threads <= 0 || threads % 32 || threads > m.count) {
-    fail("a barrier counts whole warps of the block");
-  }
-  Barrier& b = m.barriers[id];
-  if (b.arrived == 0) {
-    b.threads = threads;
-    b.line = line;
-  }
-  if (b.threads != threads) fail("a barrier is used with two thread counts at once");
+  Barrier& b = m.barrier;
+  if (b.arrived == 0) b.line = line;
   if (b.line != line) fail("__syncthreads is reached at different lines");
   if (!m.threads[static_cast<size_t>(m.current)].copies_fenced) m.unfenced_barrier = true;
   const Generation mine{&b.generation, b.generation};
-  if (++b.arrived == b.threads) {
+  if (++b.arrived == m.count) {
     b.arrived = 0;
     ++b.generation;
     return;
   }
-  if (blocking) wait(has_moved_on, &mine, id ? "a named barrier" : "__syncthreads");
+  wait(has_moved_on, &mine, "__syncthreads");
 }
 
 void collective(int width, uint32_t mask, Run run, void* args, const char* what) {
@@ -452,9 +438,7 @@ void* shared_pointer(uint32_t address) {
 
 void defer_copy(void* destination, const void* source, int bytes, int total) {
   Machine& m = machine();
-  if (bytes < 0 || bytes > total || (total != 4 && total != 8 && total != 16)) {
-    fail("an asynchronous copy takes at most 4, 8 or 16 bytes");
-  }
+  if (bytes < 0 || bytes > total) fail("an asynchronous copy takes more bytes than it has");
   const uintptr_t both =
       reinterpret_cast<uintptr_t>(destination) | (bytes ? reinterpret_cast<uintptr_t>(source) : 0);
   if (both % static_cast<uintptr_t>(total)) fail("an asynchronous copy is not aligned");
