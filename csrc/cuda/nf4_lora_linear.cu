@@ -283,7 +283,7 @@ __device__ __forceinline__ void add_update(const LinearArgument& a, int row, int
 #pragma unroll
     for (int j = 0; j < 2 * kEights; ++j) {
       const int m = j / 2 * 8 + 2 * t + j % 2;
-      s[j / 2][j % 2] = m < a.M ? __ldcg(a.s + m * a.r + rank) : 0.0f;
+      s[j / 2][j % 2] = m < a.M ? load_l2(a.s + m * a.r + rank) : 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < 2 * kEights; ++j) {
@@ -342,7 +342,7 @@ __device__ __forceinline__ void finish_item(const LinearArgument& a, int item, c
   for (int i = static_cast<int>(threadIdx.x); i < outputs; i += kThreads) {
     float total = 0.0f;
     for (int split = 0; split < a.splits; ++split) {
-      total += __ldcg(parts + int64_t{split} * outputs + i);
+      total += load_l2(parts + int64_t{split} * outputs + i);
     }
     store_y<T>(a, i / kRows, row + i % kRows, total);
   }
@@ -525,22 +525,19 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
 
 template <typename T, typename A>
 cudaError_t launch_before(const BeforeArgument& a, const void* x, const void* lora_A,
-                          cudaStream_t stream) {
+                          Chain& chain) {
   const dim3 grid(static_cast<unsigned>(a.r > 0 ? a.r : 1),
                   static_cast<unsigned>(a.r > 0 ? (a.M + 7) / 8 : 1));
-  return launch(before_kernel<T, A>, grid, kThreads, 0, stream, a, static_cast<const T*>(x),
-                static_cast<const A*>(lora_A));
+  return chain.launch(before_kernel<T, A>, grid, kThreads, 0, a, static_cast<const T*>(x),
+                      static_cast<const A*>(lora_A));
 }
 
 template <typename T, int kEights>
-cudaError_t launch_linear(const LinearArgument& a, bool nested, bool dependent,
-                          cudaStream_t stream) {
+cudaError_t launch_linear(const LinearArgument& a, bool nested, Chain& chain) {
   const auto kernel = nested ? linear_kernel<T, true, kEights> : linear_kernel<T, false, kEights>;
   const unsigned blocks = static_cast<unsigned>(
       std::min(int64_t{a.items}, int64_t{resident_of(kEights)} * multiprocessors()));
-  const size_t shared = shared_bytes(kEights);
-  if (dependent) return launch_dependent(kernel, blocks, kThreads, shared, stream, a);
-  return launch(kernel, blocks, kThreads, shared, stream, a);
+  return chain.launch(kernel, blocks, kThreads, shared_bytes(kEights), a);
 }
 
 template <typename T>
@@ -561,20 +558,20 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& plan, cudaStream_
   a.splits = plan.splits, a.items = plan.items;
   a.units = plan.units, a.split_units = plan.split_units, a.warp_units = plan.warp_units;
 
-  const bool dependent = a.r > 0 || plan.splits > 1;
-  if (dependent) {
+  Chain chain(stream);
+  if (a.r > 0 || plan.splits > 1) {
     const BeforeArgument before = {a.M, a.r,    plan.splits > 1 ? plan.tiles : 0,
                                    a.K, args.s, a.counters};
     const auto run = args.a_dtype == DType::kFloat32    ? launch_before<T, float>
                      : args.a_dtype == DType::kBFloat16 ? launch_before<T, BF16>
                                                         : launch_before<T, FP16>;
-    const cudaError_t error = run(before, args.x, args.lora_A, stream);
+    const cudaError_t error = run(before, args.x, args.lora_A, chain);
     if (error != cudaSuccess) return error;
   }
   const auto run = plan.eights == 1   ? launch_linear<T, 1>
                    : plan.eights == 2 ? launch_linear<T, 2>
                                       : launch_linear<T, 4>;
-  return run(a, args.w.nested, dependent, stream);
+  return run(a, args.w.nested, chain);
 }
 
 void check_sizes(int64_t M, int64_t N, int64_t K, int64_t splits) {

@@ -43,6 +43,7 @@
 // All counted, none measured.
 #include <algorithm>
 
+#include "intrinsics_sm90a.cuh"
 #include "launch.cuh"
 #include "nf4.cuh"
 #include "nf4_lora_linear.cuh"
@@ -575,7 +576,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int split = 0; split < a.splits; ++split) {
     float4 part[4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) part[q] = __ldcg(from + q * kThreads);
+    for (int q = 0; q < 4; ++q) part[q] = load_l2(from + q * kThreads);
     from += int64_t{gridDim.z} * gridDim.x * tile;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
@@ -596,24 +597,23 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 cudaError_t launch_before(const CudaNF4LinearArgs& args, const Plan& p, const BeforeArgument& b,
-                          cudaStream_t stream) {
+                          Chain& chain) {
   const dim3 grid(static_cast<unsigned>(p.slices), static_cast<unsigned>(p.rows / kSliceRows));
   const T* x = static_cast<const T*>(args.x);
   const auto with = [&](const auto* lora_A) {
     using A = std::decay_t<decltype(*lora_A)>;
-    return launch(before_kernel<T, A>, grid, kThreads, 0, stream, b, x, lora_A);
+    return chain.launch(before_kernel<T, A>, grid, kThreads, 0, b, x, lora_A);
   };
   if (args.a_dtype == DType::kFloat32) return with(static_cast<const float*>(args.lora_A));
   if (args.a_dtype == DType::kBFloat16) return with(static_cast<const BF16*>(args.lora_A));
   return with(static_cast<const FP16*>(args.lora_A));
 }
 
-cudaError_t launch_adapter(const CudaNF4LinearArgs& args, const AdapterArgument& a,
-                           cudaStream_t stream) {
+cudaError_t launch_adapter(const CudaNF4LinearArgs& args, const AdapterArgument& a, Chain& chain) {
   const unsigned grid = grid_size((a.rows + args.N) * a.extra, kThreads);
   const auto with = [&](const auto* lora_B) {
     using B = std::decay_t<decltype(*lora_B)>;
-    return launch_dependent(adapter_kernel<B>, grid, kThreads, 0, stream, a, lora_B);
+    return chain.launch(adapter_kernel<B>, grid, kThreads, 0, a, lora_B);
   };
   if (args.b_dtype == DType::kFloat32) return with(static_cast<const float*>(args.lora_B));
   if (args.b_dtype == DType::kBFloat16) return with(static_cast<const BF16*>(args.lora_B));
@@ -621,13 +621,11 @@ cudaError_t launch_adapter(const CudaNF4LinearArgs& args, const AdapterArgument&
 }
 
 template <typename T>
-cudaError_t launch_product(const Plan& p, bool nested, const ProductArgument& a,
-                           cudaStream_t stream) {
+cudaError_t launch_product(const Plan& p, bool nested, const ProductArgument& a, Chain& chain) {
   const dim3 grid(static_cast<unsigned>(p.row_tiles), static_cast<unsigned>(p.column_tiles),
                   static_cast<unsigned>(p.splits));
   const auto with = [&](auto kernel) {
-    return launch_dependent(kernel, grid, kThreads, static_cast<size_t>(shared_bytes(p.columns)),
-                            stream, a);
+    return chain.launch(kernel, grid, kThreads, static_cast<size_t>(shared_bytes(p.columns)), a);
   };
   if (p.columns == 64) {
     return nested ? with(product_kernel<T, true, 64>) : with(product_kernel<T, false, 64>);
@@ -648,12 +646,13 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& p, cudaStream_t s
   float* s_parts = reinterpret_cast<float*>(work + p.s_parts);
   float* parts = p.splits > 1 ? reinterpret_cast<float*>(work + p.parts) : nullptr;
 
-  cudaError_t error = launch_before<T>(args, p, {M, r, args.K, p.rows, ordered, s_parts}, stream);
+  Chain chain(stream);
+  cudaError_t error = launch_before<T>(args, p, {M, r, args.K, p.rows, ordered, s_parts}, chain);
   if (error != cudaSuccess) return error;
   if (r > 0) {
     const AdapterArgument adapter = {
         M, N, r, p.extra, p.slices, p.units, p.rows, args.scaling, args.s, s_parts, ordered, b};
-    error = launch_adapter(args, adapter, stream);
+    error = launch_adapter(args, adapter, chain);
     if (error != cudaSuccess) return error;
   }
   const ProductArgument product = {nf4_argument(args.w),
@@ -670,12 +669,12 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& p, cudaStream_t s
                                    b,
                                    args.y,
                                    parts};
-  error = launch_product<T>(p, args.w.nested, product, stream);
+  error = launch_product<T>(p, args.w.nested, product, chain);
   if (error != cudaSuccess || p.splits == 1) return error;
   const dim3 grid(static_cast<unsigned>(p.row_tiles), static_cast<unsigned>(p.columns / kChunk),
                   static_cast<unsigned>(p.column_tiles));
   const ReduceArgument reduce = {M, N, p.columns, p.splits, parts, args.bias, args.y};
-  return launch_dependent(reduce_kernel<T>, grid, kThreads, 0, stream, reduce);
+  return chain.launch(reduce_kernel<T>, grid, kThreads, 0, reduce);
 }
 
 void check_sizes(int64_t M, int64_t N, int64_t K, int64_t r, int64_t splits) {

@@ -11,6 +11,9 @@
 //   - missing waits: an asynchronous copy fills its destination with 0xff and happens at the wait;
 //   - missing barriers: under another schedule (set_schedule) results change. Run a kernel under
 //     kSchedules schedules and compare bit for bit;
+//   - chains (launch.cuh): a kernel begins before the one ahead of it, which runs to its end when a
+//     first thread of the later one waits for it: what is read before then is not written yet. A
+//     kernel that ends without such a wait: abort;
 //   - wgmma: a product is computed when its warpgroup waits for it, from what registers and shared
 //     memory hold then, and its accumulators are 0xff until then: early reads, early overwrites and
 //     missing waits change results. A product without a fence since the last group, and one after a
@@ -110,6 +113,14 @@ constexpr size_t kMaxSharedBytes = 227 * 1024;
 cudaError_t run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
                 const std::function<void()>& body);
 
+// ---- for launch.cuh: kernels of a chain run as late as they may
+
+// As run, but the kernel runs when the next one of its chain waits for it, or at run_deferred().
+// A kernel that is not `dependent` begins a chain; that and run() end the one before.
+cudaError_t run_later(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+                      const std::function<void()>& body, bool dependent);
+void run_deferred();
+
 // ---- for the emulated forms of instructions
 
 [[noreturn]] void fail(const char* message);  // names the thread and block, then aborts
@@ -117,6 +128,8 @@ cudaError_t run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
 // Another thread of the block goes on; this one does once ready(state) is true. `what` is for the
 // report of a deadlock.
 void wait(bool (*ready)(const void*), const void* state, const char* what);
+
+void wait_for_preceding();
 
 // The barrier of all threads of the block; all must come from the same line.
 void barrier(int line);
@@ -252,10 +265,6 @@ T __ldg(const T* p) {
 }
 template <typename T>
 T __ldcs(const T* p) {
-  return *p;
-}
-template <typename T>
-T __ldcg(const T* p) {
   return *p;
 }
 template <typename T>

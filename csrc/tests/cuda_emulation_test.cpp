@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cuda_test.h"
-#include "intrinsics.cuh"
+#include "intrinsics_sm90a.cuh"
 #include "launch.cuh"
 #include "native_data.h"
 
@@ -91,7 +91,7 @@ void check_mma() {
 enum ProductFault { kRight, kNoProductWait, kNoProductFence, kNoSharedFence, kEarlyWrite };
 template <typename T>
 __global__ void product_kernel(const uint16_t* A, const uint16_t* B, float* D, float* early,
-                               ProductFault fault) {
+                               ProductFault fault, uint64_t damage) {
   unsigned char* tile = dynamic_shared<unsigned char>();
   const int thread = static_cast<int>(threadIdx.x), lane = lane_index(), g = lane / 4, t = lane % 4;
   for (int i = thread; i < 64 * 8; i += 128) {  // 64 rows of 128 bytes
@@ -112,7 +112,9 @@ __global__ void product_kernel(const uint16_t* A, const uint16_t* B, float* D, f
   const auto place = [&](int i) { return (row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + 2 * t + i % 2; };
   for (int i = 0; i < 32; ++i) d[i] = D[place(i)];
   if (fault != kNoProductFence) products_fence();
-  for (int j = 0; j < 2; ++j) product_m64k16<T, 64>(d, a[j], shared_tile(tile) + 2 * (j + 1));
+  for (int j = 0; j < 2; ++j) {
+    product_m64k16<T, 64>(d, a[j], (shared_tile(tile) + 2 * (j + 1)) ^ damage);
+  }
   products_commit();
   early[thread] = d[0];
   if (fault == kEarlyWrite) a[1][0] = 0x7fff7fff;
@@ -121,14 +123,14 @@ __global__ void product_kernel(const uint16_t* A, const uint16_t* B, float* D, f
 }
 
 template <typename T>
-int wrong_products(ProductFault fault) {
+int wrong_products(ProductFault fault, uint64_t damage = 0) {
   Buffer<uint16_t> A(64 * 32), B(64 * 64);
   Buffer<float> D(64 * 64), before(64 * 64), early(128);
   for (int i = 0; i < A.size(); ++i) A[i] = from_float<T>(normal()).bits;
   for (int i = 0; i < B.size(); ++i) B[i] = from_float<T>(normal()).bits;
   for (int i = 0; i < D.size(); ++i) D[i] = before[i] = normal();
   if (launch(product_kernel<T>, 1, 128, 64 * 128, nullptr, A.data(), B.data(), D.data(),
-             early.data(), fault)) {
+             early.data(), fault, damage)) {
     cuda_test_failed("wgmma: not launched");
   }
   int wrong = 0;
@@ -156,6 +158,77 @@ void check_products() {
   expect_abort("waiting for its products", [] { wrong_products<BF16>(kNoProductWait); });
   expect_abort("without wgmma.fence", [] { wrong_products<BF16>(kNoProductFence); });
   expect_abort("without fence.proxy.async", [] { wrong_products<BF16>(kNoSharedFence); });
+  const std::string place = "no k16 step of a tile begins here";
+  expect_abort(place, [] { wrong_products<BF16>(kRight, 1); });  // 16 bytes on
+  for (int bit = 3; bit < 6; ++bit) {                            // 128, 256 and 512 bytes on
+    expect_abort(place, [bit] { wrong_products<BF16>(kRight, uint64_t{1} << bit); });
+  }
+  for (int bit = 49; bit < 52; ++bit) {
+    expect_abort("no base offset", [bit] { wrong_products<BF16>(kRight, uint64_t{1} << bit); });
+  }
+  expect_abort("128-byte rows", [] { wrong_products<BF16>(kRight, uint64_t{1} << 63); });
+}
+
+// ---- chains of kernels
+
+// Each adds one to what the kernel before has left, in another order and by way of shared memory.
+enum WaitFault { kWaits, kNeverWaits, kReadsBefore, kOneWaits };
+__global__ void step_kernel(float* values, int from, WaitFault fault) {
+  float* kept = dynamic_shared<float>();
+  const int i = static_cast<int>(threadIdx.x), n = static_cast<int>(blockDim.x);
+  allow_following();
+  kept[i] = 1.0f;
+  __syncthreads();
+  float* in = values + from * n * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x) * n;
+  float* out = in + n * static_cast<int>(gridDim.x);
+  const float before = in[n - 1 - i];
+  if (fault != kNeverWaits && (fault != kOneWaits || i == 0)) wait_for_preceding();
+  out[i] = kept[n - 1 - i] + (fault == kReadsBefore ? before : in[n - 1 - i]);
+}
+
+// `steps` kernels, of which the second has the fault.
+int wrong_steps(int steps, WaitFault fault, uint32_t schedule) {
+  const int n = 64, blocks = 3, size = n * blocks;
+  Buffer<float> values((steps + 1) * size);
+  for (int i = 0; i < size; ++i) values[i] = 0.0f;
+  emulation::set_schedule(schedule);
+  int wrong = 0;
+  {
+    Chain chain(nullptr);
+    for (int step = 0; step < steps; ++step) {
+      const WaitFault own = step == 1 ? fault : kWaits;
+      if (chain.launch(step_kernel, blocks, n, n * sizeof(float), values.data(), step, own)) {
+        cuda_test_failed("a chain: not launched");
+      }
+    }
+    wrong += !std::isnan(values[size]);  // the first runs when the second waits
+  }
+  emulation::set_schedule(0);
+  for (int i = 0; i < size; ++i) wrong += values[steps * size + i] != static_cast<float>(steps);
+  return wrong;
+}
+
+void check_chains() {
+  int read_before = 0, one_waits = 0;
+  for (uint32_t schedule = 0; schedule < emulation::kSchedules; ++schedule) {
+    for (int steps = 1; steps <= 4; ++steps) {
+      if (wrong_steps(steps, kWaits, schedule)) cuda_test_failed("a chain gives wrong results");
+    }
+    read_before += wrong_steps(2, kReadsBefore, schedule);
+    one_waits += wrong_steps(3, kOneWaits, schedule);
+  }
+  if (!read_before) cuda_test_failed("a read before the wait changed nothing");
+  if (!one_waits) cuda_test_failed("a wait of one thread alone changed nothing");
+  expect_abort("has not waited", [] { wrong_steps(2, kNeverWaits, 0); });
+  expect_abort("has not waited", [] { wrong_steps(4, kNeverWaits, 0); });
+
+  Buffer<float> values(4 * 64);  // a launch outside the chain comes after what the chain has so far
+  for (int i = 0; i < 64; ++i) values[i] = 0.0f;
+  Chain chain(nullptr);
+  chain.launch(step_kernel, 1, 64, 256, values.data(), 0, kWaits);
+  launch(step_kernel, 1, 64, 256, nullptr, values.data(), 1, kNeverWaits);
+  if (values[2 * 64] != 2.0f) cuda_test_failed("a launch overtakes a chain");
+  chain.launch(step_kernel, 1, 64, 256, values.data(), 2, kWaits);
 }
 
 // ---- shuffles, conversions
@@ -342,6 +415,7 @@ void check_cuda_emulation() {
   check_mma<BF16>();
   check_mma<FP16>();
   check_products();
+  check_chains();
   check_warp();
   check_fp16();
   check_integers();
