@@ -331,6 +331,7 @@ __device__ __forceinline__ double lanes_sum(double x) {
   for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
   return x;
 }
+
 // ---- asynchronous copies from global to shared memory
 
 // 16 bytes, both addresses 16-byte aligned; only the first `bytes` are read, the rest becomes 0.
