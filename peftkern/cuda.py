@@ -31,60 +31,43 @@ def supports_dequantize(packed: Tensor, *args: object) -> str | None:
 
 
 def supports_nf4_forward(x: Tensor, packed: Tensor, *args: object) -> str | None:
-    """Reason against nf4_lora_linear_forward: few rows, blocks that end where rows end."""
+    """Reason against nf4_lora_linear_forward: one kernel takes few rows, another more of them.
+
+    By count the second beats dequantising and cuBLAS up to somewhere between 235 and 436 rows;
+    while that is not measured, dispatch prefers Triton.
+    """
     *_, blocksize, _, shape, lora_A, lora_B, _, _, keep, _ = args
     if x.dtype not in native_cuda.LINEAR_DTYPES:
         return f"the dtype is {x.dtype}"
     N, K = shape
     if not (0 < N <= native_cuda.LINEAR_SIZE and 0 < K <= native_cuda.LINEAR_SIZE):
         return f"the weight is {N} x {K}, not 1 to {native_cuda.LINEAR_SIZE} each"
-    if x.numel() // K > native_cuda.LINEAR_ROWS:
-        return _supports_prefill(x, packed, K, blocksize, lora_A, lora_B, keep)
-    if blocksize < native_cuda.LINEAR_BLOCK or K % blocksize:
-        return f"blocks of {blocksize} are below {native_cuda.LINEAR_BLOCK} or cross rows of {K}"
-    if not native_cuda.begins_at(packed, 8):
-        return "the packed weight does not begin at a multiple of 8 bytes"
-    if lora_A is not None:
-        for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
-            if factor.dtype not in native_cuda.DTYPE_CODES:
-                return f"the dtype of {name} is {factor.dtype}"
-        if not 1 <= len(lora_A) <= native_cuda.LINEAR_RANK:
-            return f"the rank is {len(lora_A)}, not 1 to {native_cuda.LINEAR_RANK}"
-    if keep is not None:
-        return "dropout is left to other back ends"
-    return native_cuda.unserved(x.device)
-
-
-def _supports_prefill(
-    x: Tensor,
-    packed: Tensor,
-    K: int,
-    blocksize: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    keep: Tensor | None,
-) -> str | None:
-    """Reason against nf4_lora_linear_forward of more rows than decoding has.
-
-    By count it beats dequantising and cuBLAS up to somewhere between 235 and 436 rows; while that
-    is not measured, dispatch prefers Triton.
-    """
-    if x.numel() // K > native_cuda.PREFILL_ROWS:
+    rows, unit = x.numel() // K, native_cuda.PREFILL_UNIT
+    few = rows <= native_cuda.LINEAR_ROWS
+    if rows > native_cuda.PREFILL_ROWS:
         return f"there are more than {native_cuda.PREFILL_ROWS} rows"
-    unit = native_cuda.PREFILL_UNIT
-    if K % unit or blocksize < unit:
+    if few and (blocksize < native_cuda.LINEAR_BLOCK or K % blocksize):
+        return f"blocks of {blocksize} are below {native_cuda.LINEAR_BLOCK} or cross rows of {K}"
+    if not few and (blocksize < unit or K % unit):
         return f"rows of {K} are not a multiple of {unit}, or blocks of {blocksize} below it"
     if not native_cuda.begins_at(packed, 8):
         return "the packed weight does not begin at a multiple of 8 bytes"
-    if lora_A is not None:
-        for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
-            if factor.dtype not in native_cuda.DTYPE_CODES:
-                return f"the dtype of {name} is {factor.dtype}"
-        if not 1 <= len(lora_A) <= native_cuda.PREFILL_RANK:
-            return f"the rank is {len(lora_A)}, not 1 to {native_cuda.PREFILL_RANK}"
+    most = native_cuda.LINEAR_RANK if few else native_cuda.PREFILL_RANK
+    if lora_A is not None and (reason := _against_adapters(lora_A, lora_B, most)):
+        return reason
     if keep is not None:
         return "dropout is left to other back ends"
-    return native_cuda.unserved_sm90a(x.device)
+    return native_cuda.unserved(x.device) if few else native_cuda.unserved_sm90a(x.device)
+
+
+def _against_adapters(lora_A: Tensor, lora_B: Tensor, most: int) -> str | None:
+    """Reason against factors, whose rank is at most `most`."""
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if factor.dtype not in native_cuda.DTYPE_CODES:
+            return f"the dtype of {name} is {factor.dtype}"
+    if not 1 <= len(lora_A) <= most:
+        return f"the rank is {len(lora_A)}, not 1 to {most}"
+    return None
 
 
 def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def unserved(device: torch.device) -> str | None:
 @functools.cache
 def _unserved(module: ModuleType, device: torch.device) -> str | None:
     if module.emulated:
-        return None
+        return None if device.type == "cpu" else f"the kernels are a CPU's, not for {device}"
     if torch.version.hip is not None:
         return "the kernels are CUDA's, and this PyTorch is ROCm's"
     if module.device_count() == 0:
@@ -288,9 +288,10 @@ def nf4_lora_linear_forward(
 @contextlib.contextmanager
 def _launching_on(device: torch.device) -> Iterator[int]:
     """Makes a device current; the address of its current stream."""
-    if device.type != "cuda":
-        if not emulated():
-            raise ValueError(f"tensors: expected them on a CUDA device, got {device}")
+    wanted = "cpu" if emulated() else "cuda"
+    if device.type != wanted:
+        raise ValueError(f"tensors: expected them on a {wanted.upper()} device, got {device}")
+    if wanted == "cpu":
         yield 0
         return
     with torch.cuda.device(device):

@@ -297,6 +297,10 @@ def test_what_the_library_cannot_serve(monkeypatch):
         module.driver_version = lambda driver=driver: driver
         assert "built with CUDA 13.2" in reason(module)
         assert reason(module).endswith(end)
+    for_a_cpu = ModuleType("for_a_cpu")
+    for_a_cpu.emulated = True
+    assert reason(for_a_cpu) == "the kernels are a CPU's, not for cuda:0"
+    assert native_cuda.unserved(torch.device("cpu")) is None
 
 
 def test_which_code_runs_on_which_gpu():

@@ -10,9 +10,11 @@ from gpu_cases import nf4_cases, nf4_operands, on_device, same_bits
 from linear_cases import BF16, F16, F32
 from test_cuda_nf4_lora_linear import OP, check, forward
 from tolerances import DETERMINISM_RUNS
+from torch import Tensor
 
 import peftkern
 from peftkern import native_cuda
+from peftkern.functional import _pieces
 
 CUDA = torch.device("cuda:0")
 pytestmark = [
@@ -77,3 +79,40 @@ def test_graph_replays_what_it_recorded_on_new_contents():
     graph.replay()
     wanted = forward(o)
     assert same_bits(y, wanted[0]) and same_bits(S, wanted[1])
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_on_another_stream_and_in_a_graph(splits):
+    """Every launch begins while the one before, which makes what it needs, still runs.
+
+    Three calls in a row, each with another x: their workspace holds what the call before has left.
+    """
+    torch.use_deterministic_algorithms(False)  # which fills new memory
+    o = on_device(nf4_operands((100, 600, 4096, 16), BF16, F32), "cuda")
+    rest = (o.lora_A, o.lora_B, o.bias, o.scaling, o.w.shape[0], splits)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        return native_cuda.nf4_lora_linear_forward(x, _pieces(o.w), *rest, prefill=True)
+
+    xs = [o.x, o.x.flip(0), o.x.roll(1, 0)]
+    wanted = [run(x) for x in xs]
+    late = [torch.zeros_like(x) for x in xs]
+    slow = torch.randn(4096, 4096, device=CUDA)
+    stream = torch.cuda.Stream(CUDA)
+    stream.wait_stream(torch.cuda.current_stream(CUDA))
+    with torch.cuda.stream(stream):
+        for _ in range(20):  # every x arrives late, on this stream alone
+            slow = slow @ slow / 64
+        torch._foreach_copy_(late, xs)
+        got = [run(x) for x in late]
+    torch.cuda.current_stream(CUDA).wait_stream(stream)
+    for results, right in zip(got, wanted, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(results, right, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = [run(x) for x in late]
+    torch._foreach_copy_(late, xs[::-1])
+    for _ in range(DETERMINISM_RUNS):
+        graph.replay()
+    for results, right in zip(recorded, wanted[::-1], strict=True):
+        assert all(same_bits(a, b) for a, b in zip(results, right, strict=True))

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "peftkern/adalora.h"
+#include "peftkern/binding.h"
 #include "peftkern/dora.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
@@ -23,28 +24,9 @@ namespace {
 
 using namespace peftkern;
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (packed, packed_bytes, absmax, absmax_len, nested, nested_absmax, nested_absmax_len, nested_code,
-//  nested_offset, blocksize, nested_blocksize, numel)
-NF4View view_from_tuple(const py::tuple& t) {
-  if (t.size() != 12) throw std::invalid_argument("w: expected 12 fields");
-  NF4View w;
-  w.packed = pointer<const uint8_t>(t[0].cast<uintptr_t>());
-  w.packed_bytes = t[1].cast<int64_t>();
-  w.absmax = pointer<const void>(t[2].cast<uintptr_t>());
-  w.absmax_len = t[3].cast<int64_t>();
-  w.nested = t[4].cast<bool>();
-  w.nested_absmax = pointer<const float>(t[5].cast<uintptr_t>());
-  w.nested_absmax_len = t[6].cast<int64_t>();
-  w.nested_code = pointer<const float>(t[7].cast<uintptr_t>());
-  w.nested_offset = t[8].cast<float>();
-  w.blocksize = t[9].cast<int64_t>();
-  w.nested_blocksize = t[10].cast<int64_t>();
-  w.numel = t[11].cast<int64_t>();
+NF4View nf4_view(const py::tuple& t) {
+  NF4View w = view_from_tuple<NF4View>(t);
+  w.nested_offset = t[kNestedOffset].cast<float>();
   return w;
 }
 
@@ -73,7 +55,7 @@ NF4LinearArgs linear_args(int threads, int64_t M, int64_t N, int64_t K, int64_t 
   args.r = r;
   args.in = pointer<const void>(in);
   args.dtype = dtype_from_code(dtype);
-  args.w = view_from_tuple(w);
+  args.w = nf4_view(w);
   args.s = pointer<const float>(s);
   args.up = pointer<const float>(up);
   args.out = pointer<void>(out);
@@ -184,7 +166,7 @@ PYBIND11_MODULE(_cpu, m) {
         });
   m.def("nf4_dequantize", [](const std::string& isa, int threads, const py::tuple& w, uintptr_t out,
                              int out_dtype, int64_t out_numel, bool fresh) {
-    const NF4View view = view_from_tuple(w);
+    const NF4View view = nf4_view(w);
     const DType dtype = dtype_from_code(out_dtype);
     py::gil_scoped_release release;
     nf4_dequantize(isa.c_str(), threads, view, pointer<void>(out), dtype, out_numel, fresh);
@@ -257,7 +239,7 @@ PYBIND11_MODULE(_cpu, m) {
           args.K = K;
           args.r = r;
           if (py::isinstance<py::tuple>(weight)) {
-            args.w = view_from_tuple(weight.cast<py::tuple>());
+            args.w = nf4_view(weight.cast<py::tuple>());
           } else {
             args.weight = pointer<const void>(weight.cast<uintptr_t>());
           }

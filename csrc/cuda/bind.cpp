@@ -15,6 +15,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "peftkern/binding.h"
 #include "peftkern/cuda_low_rank_svd.h"
 #include "peftkern/cuda_nf4.h"
 #include "peftkern/cuda_nf4_lora_linear.h"
@@ -28,11 +29,6 @@ namespace {
 
 using namespace peftkern;
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void check(int error) {
   if (error == cudaSuccess) return;
   const char* text = cudaGetErrorString(static_cast<cudaError_t>(error));
@@ -40,23 +36,9 @@ void check(int error) {
   throw std::runtime_error("CUDA error " + std::to_string(error) + ": " + text);
 }
 
-// (packed, packed_bytes, absmax, absmax_len, nested, nested_absmax, nested_absmax_len, nested_code,
-//  nested_offset, blocksize, nested_blocksize, numel): nested_offset is an address, too.
-CudaNF4View view_from_tuple(const py::tuple& t) {
-  if (t.size() != 12) throw std::invalid_argument("w: expected 12 fields");
-  CudaNF4View w;
-  w.packed = pointer<const uint8_t>(t[0].cast<uintptr_t>());
-  w.packed_bytes = t[1].cast<int64_t>();
-  w.absmax = pointer<const void>(t[2].cast<uintptr_t>());
-  w.absmax_len = t[3].cast<int64_t>();
-  w.nested = t[4].cast<bool>();
-  w.nested_absmax = pointer<const float>(t[5].cast<uintptr_t>());
-  w.nested_absmax_len = t[6].cast<int64_t>();
-  w.nested_code = pointer<const float>(t[7].cast<uintptr_t>());
-  w.offset = pointer<const float>(t[8].cast<uintptr_t>());
-  w.blocksize = t[9].cast<int64_t>();
-  w.nested_blocksize = t[10].cast<int64_t>();
-  w.numel = t[11].cast<int64_t>();
+CudaNF4View nf4_view(const py::tuple& t) {
+  CudaNF4View w = view_from_tuple<CudaNF4View>(t);
+  w.offset = pointer<const float>(t[kNestedOffset].cast<uintptr_t>());
   return w;
 }
 
@@ -76,7 +58,7 @@ void linear_forward(uintptr_t stream, const py::tuple& w, int64_t M, int64_t N, 
                     uintptr_t x, int dtype, uintptr_t y, uintptr_t bias, const py::tuple& lora,
                     double scaling, uintptr_t workspace, int64_t workspace_bytes, int64_t splits) {
   CudaNF4LinearArgs args;
-  args.w = view_from_tuple(w);
+  args.w = nf4_view(w);
   args.M = M, args.N = N, args.K = K;
   args.x = pointer<const void>(x);
   args.dtype = dtype_from_code(dtype);
@@ -148,7 +130,7 @@ void bind(py::module_& m) {
         });
   m.def("nf4_dequantize",
         [](uintptr_t stream, const py::tuple& w, uintptr_t out, int out_dtype, int64_t out_numel) {
-          const CudaNF4View view = view_from_tuple(w);
+          const CudaNF4View view = nf4_view(w);
           const DType dtype = dtype_from_code(out_dtype);
           py::gil_scoped_release release;
           check(cuda_nf4_dequantize(view, pointer<void>(out), dtype, out_numel,

@@ -106,6 +106,30 @@ __device__ __forceinline__ uint2 load_once8(const void* p) {
 #endif
 }
 
+// Past L1, for what other blocks or the kernel before have written: never moved up over the barrier
+// or the wait before it.
+__device__ __forceinline__ float load_l2(const float* p) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return *p;
+#else
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(p) : "memory");
+  return value;
+#endif
+}
+__device__ __forceinline__ float4 load_l2(const float4* p) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  return *p;
+#else
+  float4 value;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(p)
+               : "memory");
+  return value;
+#endif
+}
+
 // Asks for the line of L2 that holds `p`, which must be a valid address.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
 #ifdef PEFTKERN_CUDA_EMULATED
@@ -116,9 +140,10 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
 #endif
 }
 
-// ---- two kernels of a stream that overlap (launch_dependent of launch.cuh)
+// ---- kernels that overlap (Chain of launch.cuh)
 
-// The next kernel may begin once every block of this one has come here or ended.
+// The next kernel may begin once every block of this one has come here or ended. The emulation lets
+// it begin before this one does.
 __device__ __forceinline__ void allow_following() {
 #if !defined(PEFTKERN_CUDA_EMULATED) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -127,7 +152,9 @@ __device__ __forceinline__ void allow_following() {
 // Until the kernel before this one has ended and what it wrote is seen. Such memory must be read
 // by loads that are not moved up here: not __ldg.
 __device__ __forceinline__ void wait_for_preceding() {
-#if !defined(PEFTKERN_CUDA_EMULATED) && __CUDA_ARCH__ >= 900
+#ifdef PEFTKERN_CUDA_EMULATED
+  emulation::wait_for_preceding();
+#elif __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -215,6 +242,25 @@ __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 
+// Eight values of type A from 16-byte aligned memory that no thread of this launch writes.
+template <typename A>
+__device__ __forceinline__ void load_eight(const A* p, float (&value)[8]) {
+  if constexpr (sizeof(A) == 4) {
+    const float4 low = __ldg(reinterpret_cast<const float4*>(p));
+    const float4 high = __ldg(reinterpret_cast<const float4*>(p) + 1);
+    value[0] = low.x, value[1] = low.y, value[2] = low.z, value[3] = low.w;
+    value[4] = high.x, value[5] = high.y, value[6] = high.z, value[7] = high.w;
+  } else {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
+    const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack2<A>(word[i]);
+      value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
+    }
+  }
+}
+
 // max(a, |b|), NaN if either is one (max.NaN: the sign and payload are lost).
 __device__ __forceinline__ float max_abs(float a, float b) {
 #ifdef PEFTKERN_CUDA_EMULATED
@@ -259,22 +305,6 @@ __device__ __forceinline__ uint32_t max_abs2<FP16>(uint32_t a, uint32_t b) {
 
 // ---- integers
 
-// Bit i of the result is bit (a_i << 2 | b_i << 1 | c_i) of kTable: (a & b) | c is 0xea.
-template <int kTable>
-__device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
-#ifdef PEFTKERN_CUDA_EMULATED
-  uint32_t result = 0;
-  for (int i = 0; i < 8; ++i) {
-    if (kTable >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
-  }
-  return result;
-#else
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
-  return result;
-#endif
-}
-
 // Bytes of {b, a} by the nibbles of `selector`; bit 3 of a nibble spreads the byte's top bit.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 #ifdef PEFTKERN_CUDA_EMULATED
@@ -288,7 +318,7 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 
 // ---- warps
 
-// Sum or maximum over groups of kLanes neighbours, the same bits in each lane of a group.
+// Sum over groups of kLanes neighbours, the same bits in each lane of a group.
 template <int kLanes = 32>
 __device__ __forceinline__ float lanes_sum(float x) {
 #pragma unroll
@@ -301,31 +331,6 @@ __device__ __forceinline__ double lanes_sum(double x) {
   for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
   return x;
 }
-template <int kLanes = 32>
-__device__ __forceinline__ float lanes_max(float x) {  // a NaN is passed over
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kFullMask, x, step));
-  }
-  return x;
-}
-
-// bar.sync and bar.arrive: barrier `id` (1 to 15; 0 is __syncthreads) for `threads` threads, a
-// multiple of 32.
-__device__ __forceinline__ void barrier_sync(int id, int threads) {
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::barrier(id, threads, true, 0);
-#else
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
-}
-__device__ __forceinline__ void barrier_arrive(int id, int threads) {
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::barrier(id, threads, false, 0);
-#else
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
-}
 
 // ---- asynchronous copies from global to shared memory
 
@@ -337,18 +342,6 @@ __device__ __forceinline__ void copy_async16(void* shared, const void* global, i
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes)
-               : "memory");
-#endif
-}
-// kBytes = 4 or 8, through L1.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes = kBytes) {
-  static_assert(kBytes == 4 || kBytes == 8, "16 bytes have copy_async16");
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::defer_copy(shared, global, bytes, kBytes);
-#else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
-               "l"(__cvta_generic_to_global(global)), "n"(kBytes), "r"(bytes)
                : "memory");
 #endif
 }
@@ -476,215 +469,6 @@ __device__ __forceinline__ void mma_m16n8k16_first<FP16>(float (&d)[4], const ui
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
-}
-#endif
-
-#ifdef PEFTKERN_CUDA_EMULATED
-struct MatrixRows {
-  const void* row;
-  uint32_t* out;
-};
-template <int kMatrices, bool kTranspose>
-void run_ldmatrix(void* const* args, int width) {
-  for (int matrix = 0; matrix < kMatrices; ++matrix) {
-    uint16_t values[8][8];
-    for (int i = 0; i < 8; ++i) {
-      std::memcpy(values[i], static_cast<const MatrixRows*>(args[8 * matrix + i])->row, 16);
-    }
-    for (int lane = 0; lane < width; ++lane) {
-      const int g = lane / 4, t = lane % 4;
-      const uint32_t low = kTranspose ? values[2 * t][g] : values[g][2 * t];
-      const uint32_t high = kTranspose ? values[2 * t + 1][g] : values[g][2 * t + 1];
-      static_cast<const MatrixRows*>(args[lane])->out[matrix] = low | high << 16;
-    }
-  }
-}
-#endif
-
-// kMatrices (2 or 4) 8x8 matrices of 16-bit values from shared memory: lane 8j + i passes the
-// address, 16-byte aligned, of row i of matrix j, and receives in r[j] the values [g][2t] and
-// [g][2t+1], or with kTranspose [2t][g] and [2t+1][g]. Lanes beyond 8 kMatrices pass any valid row.
-template <int kMatrices, bool kTranspose = false>
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[kMatrices], const void* row) {
-  static_assert(kMatrices == 2 || kMatrices == 4, "two or four matrices");
-#ifdef PEFTKERN_CUDA_EMULATED
-  if (shared_address(row) % 16) emulation::fail("ldmatrix: a row is not 16-byte aligned");
-  MatrixRows rows{row, r};
-  emulation::collective(32, kFullMask, run_ldmatrix<kMatrices, kTranspose>, &rows, "ldmatrix");
-#else
-  const uint32_t address = shared_address(row);
-  if constexpr (kMatrices == 4 && !kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  } else if constexpr (kMatrices == 4) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  } else if constexpr (!kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address)
-                 : "memory");
-  }
-#endif
-}
-
-// ---- tensor cores of sm_90a (wgmma), for the kernels of *_sm90a.cu. Four warps, the first of
-// which has an index that 4 divides, multiply together; g and t are a lane's, warp w of the four
-// has rows 16w .. 16w+15.
-//
-// A product is under way until products_wait. Until then nobody reads or writes its accumulators,
-// its A registers or its part of shared memory; products on the same accumulators follow each
-// other. products_fence comes before the first product of a group, after all that wrote registers
-// that the group uses. Shared memory that ordinary stores or copy_async have written: each writer
-// calls fence_shared, then comes a barrier.
-
-__device__ __forceinline__ void fence_shared() {
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::fence_copies();
-#else
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void products_fence() {
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::fence_products();
-#else
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void products_commit() {
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::commit_products();
-#else
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-// Until at most kLeft groups are under way.
-template <int kLeft>
-__device__ __forceinline__ void products_wait() {
-#ifdef PEFTKERN_CUDA_EMULATED
-  emulation::wait_products(kLeft);
-#else
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
-#endif
-}
-
-// What a product reads as B: rows of 64 16-bit values (k is along the row), 128 bytes apart, from a
-// multiple of 1024 bytes on, the 16-byte pieces of row i at swizzled(i, piece). Step j of four k16
-// steps is at tile + 2 j. In the 64 bits: address / 16 in bits 0-13, 1 (not used) in 16-29, 64
-// (eight rows take 1024 bytes) in 32-45, 1 (128-byte swizzle) in 62-63.
-__device__ __forceinline__ int swizzled(int row, int piece) {
-  return row * 128 + (piece ^ (row & 7)) * 16;
-}
-__device__ __forceinline__ uint64_t shared_tile(const void* first_row) {
-  return (shared_address(first_row) & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 |
-         uint64_t{1} << 62;
-}
-
-#ifdef PEFTKERN_CUDA_EMULATED
-template <typename T, int kColumns>
-void run_product(const emulation::Product* const* shares, float* const* sums) {
-  static thread_local float A[64][16], B[kColumns][16];
-  const uint64_t tile = shares[0]->b;
-  if (tile >> 62 != 1 || (tile >> 32 & 0x3fff) != 64)
-    emulation::fail("not a tile of 128-byte rows");
-  for (int lane = 0; lane < 128; ++lane) {
-    if (shares[lane]->b != tile) emulation::fail("lanes of a warpgroup name different tiles");
-    const int row = lane / 32 * 16 + lane % 32 / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<T>(shares[lane]->a[i]);
-      A[row + 8 * (i % 2)][2 * t + 8 * (i / 2)] = pair.x;
-      A[row + 8 * (i % 2)][2 * t + 8 * (i / 2) + 1] = pair.y;
-    }
-  }
-  // The hardware puts address bits 7-9 into bits 4-6, wherever the tile begins.
-  const uint32_t first = static_cast<uint32_t>(tile & 0x3fff) << 4;
-  for (int row = 0; row < kColumns; ++row) {
-    for (int k = 0; k < 16; ++k) {
-      uint32_t at = first + static_cast<uint32_t>(row * 128 + 2 * k);
-      at ^= (at >> 7 & 7) << 4;
-      uint16_t bits;
-      std::memcpy(&bits, emulation::shared_pointer(at), 2);
-      B[row][k] = to_float(T{bits});
-    }
-  }
-  for (int lane = 0; lane < 128; ++lane) {
-    for (int i = 0; i < kColumns / 2; ++i) {
-      const float* a = A[lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8];
-      const float* b = B[i / 4 * 8 + lane % 4 * 2 + i % 2];
-      double sum = 0.0;
-      for (int k = 0; k < 16; ++k) sum += double{a[k]} * double{b[k]};
-      sums[lane][i] = add_truncated(sums[lane][i], sum);
-    }
-  }
-}
-template <typename T, int kColumns>
-void product_m64k16(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t tile) {
-  emulation::issue_product({run_product<T, kColumns>, d, kColumns / 2, a, tile});
-}
-#else
-template <typename T>
-constexpr bool kIsBF16 = false;
-template <>
-constexpr bool kIsBF16<BF16> = true;
-
-#define PEFTKERN_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define PEFTKERN_D16(i) PEFTKERN_D4(i), PEFTKERN_D4(i + 4), PEFTKERN_D4(i + 8), PEFTKERN_D4(i + 12)
-#define PEFTKERN_D32(i) PEFTKERN_D16(i), PEFTKERN_D16(i + 16)
-#define PEFTKERN_NAMES_64                                                  \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PEFTKERN_PRODUCT_64(type)                                                                 \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" PEFTKERN_NAMES_64 \
-               "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                                        \
-               : PEFTKERN_D32(0)                                                                  \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile))
-#define PEFTKERN_NAMES_128                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PEFTKERN_PRODUCT_128(type)                                                 \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type        \
-               " {" PEFTKERN_NAMES_128 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;" \
-               : PEFTKERN_D32(0), PEFTKERN_D32(32)                                 \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile))
-#define PEFTKERN_NAMES_256                                                                       \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define PEFTKERN_PRODUCT_256(type)                                                      \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type             \
-               " {" PEFTKERN_NAMES_256 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 0;" \
-               : PEFTKERN_D32(0), PEFTKERN_D32(32), PEFTKERN_D32(64), PEFTKERN_D32(96)  \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile))
-// D[64, kColumns] += A[64, 16] B^T, A from registers and the rows of B, kColumns (64, 128 or 256)
-// of them, from `tile`. A lane's part of A is mma_m16n8k16's, for the rows of its warp, and of D
-//   d[4i], d[4i+1] D[g][8i+2t], D[g][8i+2t+1]   d[4i+2], d[4i+3] D[g+8][8i+2t], D[g+8][8i+2t+1]
-template <typename T, int kColumns>
-__device__ __forceinline__ void product_m64k16(float (&d)[kColumns / 2], const uint32_t (&a)[4],
-                                               uint64_t tile) {
-  static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256, "kColumns");
-  if constexpr (kIsBF16<T> && kColumns == 64) PEFTKERN_PRODUCT_64("bf16");
-  if constexpr (!kIsBF16<T> && kColumns == 64) PEFTKERN_PRODUCT_64("f16");
-  if constexpr (kIsBF16<T> && kColumns == 128) PEFTKERN_PRODUCT_128("bf16");
-  if constexpr (!kIsBF16<T> && kColumns == 128) PEFTKERN_PRODUCT_128("f16");
-  if constexpr (kIsBF16<T> && kColumns == 256) PEFTKERN_PRODUCT_256("bf16");
-  if constexpr (!kIsBF16<T> && kColumns == 256) PEFTKERN_PRODUCT_256("f16");
 }
 #endif
 

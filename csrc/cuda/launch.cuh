@@ -1,8 +1,12 @@
 // Launching a kernel, on a device or in the emulation of csrc/tests/cuda_emulation.h.
 //
 //   launch(kernel, grid, block, dynamic_shared_bytes, stream, arguments...) -> cudaError_t
-//   launch_dependent(...): the same for a kernel that calls wait_for_preceding(). Where the GPU can
-//     (sm_90), it begins as soon as the kernel before it on the stream allows (allow_following).
+//   Chain chain(stream);
+//   chain.launch(kernel, grid, block, dynamic_shared_bytes, arguments...) -> cudaError_t
+//
+// The first kernel of a chain is launched as any other. Each further one begins, where the GPU can
+// (sm_90), as soon as the one before allows it (allow_following), and calls wait_for_preceding()
+// before it touches what those before it write, or writes what they read.
 //
 // Arguments convert to the kernel's parameters. The error is the launch's own: a kernel that fails
 // later reports at the next synchronisation. More than 48 KiB of shared memory is asked for as it
@@ -60,13 +64,17 @@ inline int multiprocessors() {
 #endif
 }
 
-template <bool kDependent, typename... Parameters, typename... Arguments>
-cudaError_t launch_as(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+enum class Link { kAlone, kFirst, kDependent };  // of a kernel: in no chain, or where in one
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_at(Link link, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                       size_t dynamic_shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
 #ifdef PEFTKERN_CUDA_EMULATED
   (void)stream;
   const std::tuple<std::decay_t<Parameters>...> values(static_cast<Parameters>(arguments)...);
-  return emulation::run(grid, block, dynamic_shared_bytes, [&] { std::apply(kernel, values); });
+  const auto body = [kernel, values] { std::apply(kernel, values); };
+  if (link == Link::kAlone) return emulation::run(grid, block, dynamic_shared_bytes, body);
+  return emulation::run_later(grid, block, dynamic_shared_bytes, body, link == Link::kDependent);
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
   if (dynamic_shared_bytes > 48 * 1024) {
@@ -81,15 +89,24 @@ cudaError_t launch_as(void (*kernel)(Parameters...), dim3 grid, dim3 block,
   config.dynamicSmemBytes = dynamic_shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute = {};
-  if constexpr (kDependent) {
-    // Not by the device's capability: code that is made from older PTX does not wait.
+  if (link != Link::kAlone) {
     cudaFuncAttributes code = {};
-    const cudaError_t error = cudaFuncGetAttributes(&code, function);
+    cudaError_t error = cudaFuncGetAttributes(&code, function);
     if (error != cudaSuccess) return error;
+    // Not by the device's capability: code that is made from older PTX does not wait.
+    const bool overlaps = code.ptxVersion >= 90;
+    // An SM divides its memory into L1 and shared memory anew only when it is empty, so kernels
+    // that are to be on it together must wish for the same. This wish leaves the least L1, and
+    // what the overlap gains against that is not measured.
+    if (overlaps && code.preferredShmemCarveout != cudaSharedmemCarveoutMaxShared) {
+      error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
+      if (error != cudaSuccess) return error;
+    }
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
-    config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+    config.numAttrs = overlaps && link == Link::kDependent ? 1 : 0;
   }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #endif
@@ -98,14 +115,30 @@ cudaError_t launch_as(void (*kernel)(Parameters...), dim3 grid, dim3 block,
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    size_t dynamic_shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
-  return launch_as<false>(kernel, grid, block, dynamic_shared_bytes, stream, arguments...);
+  return launch_at(Link::kAlone, kernel, grid, block, dynamic_shared_bytes, stream, arguments...);
 }
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                             size_t dynamic_shared_bytes, cudaStream_t stream,
-                             Arguments&&... arguments) {
-  return launch_as<true>(kernel, grid, block, dynamic_shared_bytes, stream, arguments...);
-}
+
+class Chain {
+ public:
+  explicit Chain(cudaStream_t stream) : stream_(stream) {}
+#ifdef PEFTKERN_CUDA_EMULATED
+  ~Chain() { emulation::run_deferred(); }
+#endif
+  Chain(const Chain&) = delete;
+  Chain& operator=(const Chain&) = delete;
+
+  template <typename... Parameters, typename... Arguments>
+  cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                     size_t dynamic_shared_bytes, Arguments&&... arguments) {
+    const Link link = link_;
+    link_ = Link::kDependent;
+    return launch_at(link, kernel, grid, block, dynamic_shared_bytes, stream_, arguments...);
+  }
+
+ private:
+  cudaStream_t stream_;
+  Link link_ = Link::kFirst;
+};
 
 }  // namespace
 }  // namespace peftkern

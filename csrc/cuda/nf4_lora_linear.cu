@@ -37,8 +37,7 @@
 
 #include "launch.cuh"
 #include "nf4.cuh"
-#include "peftkern/checks.h"
-#include "peftkern/cuda_nf4_lora_linear.h"
+#include "nf4_lora_linear.cuh"
 
 namespace peftkern {
 namespace {
@@ -105,25 +104,6 @@ struct BeforeArgument {
   float* s;
   unsigned* counters;
 };
-
-// Eight values of type A from 16-byte aligned memory.
-template <typename A>
-__device__ __forceinline__ void load_eight(const A* p, float (&value)[8]) {
-  if constexpr (sizeof(A) == 4) {
-    const float4 low = __ldg(reinterpret_cast<const float4*>(p));
-    const float4 high = __ldg(reinterpret_cast<const float4*>(p) + 1);
-    value[0] = low.x, value[1] = low.y, value[2] = low.z, value[3] = low.w;
-    value[4] = high.x, value[5] = high.y, value[6] = high.z, value[7] = high.w;
-  } else {
-    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
-    const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<A>(word[i]);
-      value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
-    }
-  }
-}
 
 // Block (rank, eight rows of x): K over the threads, then the sums of lanes and of warps in order.
 template <typename T, typename A>
@@ -303,7 +283,7 @@ __device__ __forceinline__ void add_update(const LinearArgument& a, int row, int
 #pragma unroll
     for (int j = 0; j < 2 * kEights; ++j) {
       const int m = j / 2 * 8 + 2 * t + j % 2;
-      s[j / 2][j % 2] = m < a.M ? __ldcg(a.s + m * a.r + rank) : 0.0f;
+      s[j / 2][j % 2] = m < a.M ? load_l2(a.s + m * a.r + rank) : 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < 2 * kEights; ++j) {
@@ -362,7 +342,7 @@ __device__ __forceinline__ void finish_item(const LinearArgument& a, int item, c
   for (int i = static_cast<int>(threadIdx.x); i < outputs; i += kThreads) {
     float total = 0.0f;
     for (int split = 0; split < a.splits; ++split) {
-      total += __ldcg(parts + int64_t{split} * outputs + i);
+      total += load_l2(parts + int64_t{split} * outputs + i);
     }
     store_y<T>(a, i / kRows, row + i % kRows, total);
   }
@@ -545,22 +525,19 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
 
 template <typename T, typename A>
 cudaError_t launch_before(const BeforeArgument& a, const void* x, const void* lora_A,
-                          cudaStream_t stream) {
+                          Chain& chain) {
   const dim3 grid(static_cast<unsigned>(a.r > 0 ? a.r : 1),
                   static_cast<unsigned>(a.r > 0 ? (a.M + 7) / 8 : 1));
-  return launch(before_kernel<T, A>, grid, kThreads, 0, stream, a, static_cast<const T*>(x),
-                static_cast<const A*>(lora_A));
+  return chain.launch(before_kernel<T, A>, grid, kThreads, 0, a, static_cast<const T*>(x),
+                      static_cast<const A*>(lora_A));
 }
 
 template <typename T, int kEights>
-cudaError_t launch_linear(const LinearArgument& a, bool nested, bool dependent,
-                          cudaStream_t stream) {
+cudaError_t launch_linear(const LinearArgument& a, bool nested, Chain& chain) {
   const auto kernel = nested ? linear_kernel<T, true, kEights> : linear_kernel<T, false, kEights>;
   const unsigned blocks = static_cast<unsigned>(
       std::min(int64_t{a.items}, int64_t{resident_of(kEights)} * multiprocessors()));
-  const size_t shared = shared_bytes(kEights);
-  if (dependent) return launch_dependent(kernel, blocks, kThreads, shared, stream, a);
-  return launch(kernel, blocks, kThreads, shared, stream, a);
+  return chain.launch(kernel, blocks, kThreads, shared_bytes(kEights), a);
 }
 
 template <typename T>
@@ -581,20 +558,20 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& plan, cudaStream_
   a.splits = plan.splits, a.items = plan.items;
   a.units = plan.units, a.split_units = plan.split_units, a.warp_units = plan.warp_units;
 
-  const bool dependent = a.r > 0 || plan.splits > 1;
-  if (dependent) {
+  Chain chain(stream);
+  if (a.r > 0 || plan.splits > 1) {
     const BeforeArgument before = {a.M, a.r,    plan.splits > 1 ? plan.tiles : 0,
                                    a.K, args.s, a.counters};
     const auto run = args.a_dtype == DType::kFloat32    ? launch_before<T, float>
                      : args.a_dtype == DType::kBFloat16 ? launch_before<T, BF16>
                                                         : launch_before<T, FP16>;
-    const cudaError_t error = run(before, args.x, args.lora_A, stream);
+    const cudaError_t error = run(before, args.x, args.lora_A, chain);
     if (error != cudaSuccess) return error;
   }
   const auto run = plan.eights == 1   ? launch_linear<T, 1>
                    : plan.eights == 2 ? launch_linear<T, 2>
                                       : launch_linear<T, 4>;
-  return run(a, args.w.nested, dependent, stream);
+  return run(a, args.w.nested, chain);
 }
 
 void check_sizes(int64_t M, int64_t N, int64_t K, int64_t splits) {
@@ -603,13 +580,6 @@ void check_sizes(int64_t M, int64_t N, int64_t K, int64_t splits) {
   require(N > 0 && N <= kMost, "N", N, "1 to 2^26");
   require(K > 0 && K <= kMost && K % kUnit == 0, "K", K, "a multiple of 64 up to 2^26");
   require(splits >= 0 && splits <= 16, "splits", splits, "0 to 16");
-}
-
-void require_aligned(const void* p, uintptr_t bytes, const char* name) {
-  if (!p) fail(std::string(name) + ": null pointer");
-  require(reinterpret_cast<uintptr_t>(p) % bytes == 0, name,
-          static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % bytes),
-          "an address that is a multiple of " + std::to_string(bytes));
 }
 
 }  // namespace
@@ -621,29 +591,14 @@ int64_t cuda_nf4_lora_linear_workspace(int64_t M, int64_t N, int64_t K, int64_t 
 
 int cuda_nf4_lora_linear_forward(const CudaNF4LinearArgs& args, CudaStream stream) {
   check_sizes(args.M, args.N, args.K, args.splits);
-  validate_cuda(args.w);
-  const int64_t numel = checked_mul(args.N, args.K, "w");
-  require(args.w.numel == numel, "w", args.w.numel, std::to_string(numel) + " weights");
-  require(args.w.blocksize >= kCudaLinearBlock && args.K % args.w.blocksize == 0, "blocksize",
-          args.w.blocksize, "64 or more, a divisor of K = " + std::to_string(args.K));
-  require(args.w.nblocks() < int64_t{1} << 31, "w", args.w.nblocks(), "fewer than 2^31 blocks");
   require(args.r >= 0 && args.r <= kCudaLinearRank, "r", args.r, "at most 64");
-  require(args.dtype != DType::kFloat32, "x dtype", static_cast<int>(args.dtype),
-          "bfloat16 (1) or float16 (2)");
+  check_linear_args(args, 2);
+  require(args.K % args.w.blocksize == 0, "blocksize", args.w.blocksize,
+          "a divisor of K = " + std::to_string(args.K));
+  require(args.w.nblocks() < int64_t{1} << 31, "w", args.w.nblocks(), "fewer than 2^31 blocks");
   if (args.M == 0) return cudaSuccess;
-  require_aligned(args.x, 16, "x");
-  require_aligned(args.y, 2, "y");
-  require_aligned(args.w.packed, 8, "packed");
-  if (args.r > 0) {
-    require_aligned(args.lora_A, 16, "lora_A");
-    require_aligned(args.lora_B, static_cast<uintptr_t>(itemsize(args.b_dtype)), "lora_B");
-    require_aligned(args.s, 4, "s");
-  }
-  if (args.bias) require_aligned(args.bias, 2, "bias");
   const Plan plan = plan_of(args.M, args.N, args.K, args.splits);
-  if (plan.workspace > 0) require_aligned(args.workspace, 16, "workspace");
-  require(args.workspace_bytes >= plan.workspace, "workspace", args.workspace_bytes,
-          "at least " + std::to_string(plan.workspace) + " bytes");
+  check_workspace(args, plan.workspace);
   return args.dtype == DType::kBFloat16 ? forward<BF16>(args, plan, stream)
                                         : forward<FP16>(args, plan, stream);
 }

@@ -43,9 +43,10 @@
 // All counted, none measured.
 #include <algorithm>
 
+#include "intrinsics_sm90a.cuh"
 #include "launch.cuh"
 #include "nf4.cuh"
-#include "peftkern/checks.h"
+#include "nf4_lora_linear.cuh"
 #include "peftkern/cuda_nf4_lora_linear_sm90a.h"
 
 namespace peftkern {
@@ -124,25 +125,6 @@ struct BeforeArgument {
   void* ordered;   // [steps, rows, 64]
   float* s_parts;  // [slices, M, r]
 };
-
-// Eight values of type A from 16-byte aligned memory.
-template <typename A>
-__device__ __forceinline__ void load_eight(const A* p, float (&value)[8]) {
-  if constexpr (sizeof(A) == 4) {
-    const float4 low = __ldg(reinterpret_cast<const float4*>(p));
-    const float4 high = __ldg(reinterpret_cast<const float4*>(p) + 1);
-    value[0] = low.x, value[1] = low.y, value[2] = low.z, value[3] = low.w;
-    value[4] = high.x, value[5] = high.y, value[6] = high.z, value[7] = high.w;
-  } else {
-    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
-    const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<A>(word[i]);
-      value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
-    }
-  }
-}
 
 // A warp's sums of 32 values, value i in lane i: each step halves what a lane still has.
 __device__ __forceinline__ float lanes_sums(float (&value)[32]) {
@@ -594,7 +576,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int split = 0; split < a.splits; ++split) {
     float4 part[4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) part[q] = __ldcg(from + q * kThreads);
+    for (int q = 0; q < 4; ++q) part[q] = load_l2(from + q * kThreads);
     from += int64_t{gridDim.z} * gridDim.x * tile;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
@@ -615,24 +597,23 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 cudaError_t launch_before(const CudaNF4LinearArgs& args, const Plan& p, const BeforeArgument& b,
-                          cudaStream_t stream) {
+                          Chain& chain) {
   const dim3 grid(static_cast<unsigned>(p.slices), static_cast<unsigned>(p.rows / kSliceRows));
   const T* x = static_cast<const T*>(args.x);
   const auto with = [&](const auto* lora_A) {
     using A = std::decay_t<decltype(*lora_A)>;
-    return launch(before_kernel<T, A>, grid, kThreads, 0, stream, b, x, lora_A);
+    return chain.launch(before_kernel<T, A>, grid, kThreads, 0, b, x, lora_A);
   };
   if (args.a_dtype == DType::kFloat32) return with(static_cast<const float*>(args.lora_A));
   if (args.a_dtype == DType::kBFloat16) return with(static_cast<const BF16*>(args.lora_A));
   return with(static_cast<const FP16*>(args.lora_A));
 }
 
-cudaError_t launch_adapter(const CudaNF4LinearArgs& args, const AdapterArgument& a,
-                           cudaStream_t stream) {
+cudaError_t launch_adapter(const CudaNF4LinearArgs& args, const AdapterArgument& a, Chain& chain) {
   const unsigned grid = grid_size((a.rows + args.N) * a.extra, kThreads);
   const auto with = [&](const auto* lora_B) {
     using B = std::decay_t<decltype(*lora_B)>;
-    return launch_dependent(adapter_kernel<B>, grid, kThreads, 0, stream, a, lora_B);
+    return chain.launch(adapter_kernel<B>, grid, kThreads, 0, a, lora_B);
   };
   if (args.b_dtype == DType::kFloat32) return with(static_cast<const float*>(args.lora_B));
   if (args.b_dtype == DType::kBFloat16) return with(static_cast<const BF16*>(args.lora_B));
@@ -640,13 +621,11 @@ cudaError_t launch_adapter(const CudaNF4LinearArgs& args, const AdapterArgument&
 }
 
 template <typename T>
-cudaError_t launch_product(const Plan& p, bool nested, const ProductArgument& a,
-                           cudaStream_t stream) {
+cudaError_t launch_product(const Plan& p, bool nested, const ProductArgument& a, Chain& chain) {
   const dim3 grid(static_cast<unsigned>(p.row_tiles), static_cast<unsigned>(p.column_tiles),
                   static_cast<unsigned>(p.splits));
   const auto with = [&](auto kernel) {
-    return launch_dependent(kernel, grid, kThreads, static_cast<size_t>(shared_bytes(p.columns)),
-                            stream, a);
+    return chain.launch(kernel, grid, kThreads, static_cast<size_t>(shared_bytes(p.columns)), a);
   };
   if (p.columns == 64) {
     return nested ? with(product_kernel<T, true, 64>) : with(product_kernel<T, false, 64>);
@@ -667,12 +646,13 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& p, cudaStream_t s
   float* s_parts = reinterpret_cast<float*>(work + p.s_parts);
   float* parts = p.splits > 1 ? reinterpret_cast<float*>(work + p.parts) : nullptr;
 
-  cudaError_t error = launch_before<T>(args, p, {M, r, args.K, p.rows, ordered, s_parts}, stream);
+  Chain chain(stream);
+  cudaError_t error = launch_before<T>(args, p, {M, r, args.K, p.rows, ordered, s_parts}, chain);
   if (error != cudaSuccess) return error;
   if (r > 0) {
     const AdapterArgument adapter = {
         M, N, r, p.extra, p.slices, p.units, p.rows, args.scaling, args.s, s_parts, ordered, b};
-    error = launch_adapter(args, adapter, stream);
+    error = launch_adapter(args, adapter, chain);
     if (error != cudaSuccess) return error;
   }
   const ProductArgument product = {nf4_argument(args.w),
@@ -689,12 +669,12 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& p, cudaStream_t s
                                    b,
                                    args.y,
                                    parts};
-  error = launch_product<T>(p, args.w.nested, product, stream);
+  error = launch_product<T>(p, args.w.nested, product, chain);
   if (error != cudaSuccess || p.splits == 1) return error;
   const dim3 grid(static_cast<unsigned>(p.row_tiles), static_cast<unsigned>(p.columns / kChunk),
                   static_cast<unsigned>(p.column_tiles));
   const ReduceArgument reduce = {M, N, p.columns, p.splits, parts, args.bias, args.y};
-  return launch_dependent(reduce_kernel<T>, grid, kThreads, 0, stream, reduce);
+  return chain.launch(reduce_kernel<T>, grid, kThreads, 0, reduce);
 }
 
 void check_sizes(int64_t M, int64_t N, int64_t K, int64_t r, int64_t splits) {
@@ -704,13 +684,6 @@ void check_sizes(int64_t M, int64_t N, int64_t K, int64_t r, int64_t splits) {
   require(K > 0 && K <= kMost && K % kCudaPrefillUnit == 0, "K", K, "a multiple of 64 up to 2^28");
   require(r >= 0 && r <= kCudaPrefillRank, "r", r, "at most 256");
   require(splits >= 0 && splits <= kCudaPrefillSplits, "splits", splits, "at most 16");
-}
-
-void require_aligned(const void* p, uintptr_t bytes, const char* name) {
-  if (!p) fail(std::string(name) + ": null pointer");
-  require(reinterpret_cast<uintptr_t>(p) % bytes == 0, name,
-          static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % bytes),
-          "an address that is a multiple of " + std::to_string(bytes));
 }
 
 }  // namespace
@@ -723,26 +696,10 @@ int64_t cuda_nf4_lora_linear_sm90a_workspace(int64_t M, int64_t N, int64_t K, in
 
 int cuda_nf4_lora_linear_sm90a_forward(const CudaNF4LinearArgs& args, CudaStream stream) {
   check_sizes(args.M, args.N, args.K, args.r, args.splits);
-  validate_cuda(args.w);
-  const int64_t numel = checked_mul(args.N, args.K, "w");
-  require(args.w.numel == numel, "w", args.w.numel, std::to_string(numel) + " weights");
-  require(args.w.blocksize >= kCudaPrefillUnit, "blocksize", args.w.blocksize, "64 or more");
-  require(args.dtype != DType::kFloat32, "x dtype", static_cast<int>(args.dtype),
-          "bfloat16 (1) or float16 (2)");
+  check_linear_args(args, 16);
   if (args.M == 0) return cudaSuccess;
-  require_aligned(args.x, 16, "x");
-  require_aligned(args.y, 16, "y");
-  require_aligned(args.w.packed, 8, "packed");
-  require_aligned(args.workspace, 16, "workspace");
-  if (args.r > 0) {
-    require_aligned(args.lora_A, 16, "lora_A");
-    require_aligned(args.lora_B, static_cast<uintptr_t>(itemsize(args.b_dtype)), "lora_B");
-    require_aligned(args.s, 4, "s");
-  }
-  if (args.bias) require_aligned(args.bias, 2, "bias");
   const Plan plan = plan_of(args.M, args.N, args.K, args.r, args.splits);
-  require(args.workspace_bytes >= plan.workspace, "workspace", args.workspace_bytes,
-          "at least " + std::to_string(plan.workspace) + " bytes");
+  check_workspace(args, plan.workspace);
   return args.dtype == DType::kBFloat16 ? forward<BF16>(args, plan, stream)
                                         : forward<FP16>(args, plan, stream);
 }

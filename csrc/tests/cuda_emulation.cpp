@@ -139,7 +139,7 @@ struct Thread {
 };
 
 struct Barrier {
-  int threads = 0, arrived = 0, line = 0;
+  int arrived = 0, line = 0;
   uint64_t generation = 0;
 };
 
@@ -164,20 +164,36 @@ struct Machine {
   int current = -1, count = 0;
   const std::function<void()>* body = nullptr;
   uint3 block{1, 1, 1};
-  Barrier barriers[16];
+  Barrier barrier;
   std::deque<Collective> warps[32], warpgroups[8];  // one for each mask in use
   std::vector<Segment> shared;                      // the dynamic part, then static objects
   bool unfenced_barrier = false;                    // one that unfenced copies have passed
   uint32_t next_address = 0;
-  uint32_t seed = 0;
-  std::mt19937 rng;
-  Statistics statistics{};
+  bool waited = false;  // for the kernel before
 };
 
-Machine& machine() {
-  static thread_local Machine instance;
+struct Kernel {
+  dim3 grid, block;
+  size_t dynamic_shared_bytes;
+  std::function<void()> body;
+  bool dependent;
+};
+
+// While a kernel waits for the one before, that one runs on a machine of its own.
+struct Host {
+  std::deque<Machine> machines;  // never moved
+  size_t running = 0;            // of them
+  std::deque<Kernel> deferred;
+  uint32_t seed = 0;
+  std::mt19937 rng;
+};
+
+Host& host() {
+  static thread_local Host instance;
   return instance;
 }
+
+Machine& machine() { return host().machines[host().running - 1]; }
 
 std::string name_of(const Machine& m, int thread) {
   const unsigned x = static_cast<unsigned>(thread) % m.block.x;
@@ -256,10 +272,11 @@ void prepare(Thread& thread) {
   std::abort();
 }
 
-void order(Machine& m, std::vector<int64_t>& turns) {
+void order(std::vector<int64_t>& turns) {
+  Host& h = host();
   std::iota(turns.begin(), turns.end(), 0);
-  if (m.seed == 1) std::reverse(turns.begin(), turns.end());
-  if (m.seed > 1) std::shuffle(turns.begin(), turns.end(), m.rng);
+  if (h.seed == 1) std::reverse(turns.begin(), turns.end());
+  if (h.seed > 1) std::shuffle(turns.begin(), turns.end(), h.rng);
 }
 
 void poison(const Segment& segment) { std::memset(segment.data, 0xff, segment.bytes); }
@@ -274,12 +291,12 @@ void add_segment(Machine& m, const void* key, size_t bytes) {
 
 void run_block(Machine& m, std::vector<int64_t>& turns) {
   for (const Segment& segment : m.shared) poison(segment);
-  for (Barrier& barrier : m.barriers) barrier = Barrier{};
+  m.barrier = Barrier{};
   m.unfenced_barrier = false;
   for (int i = 0; i < m.count; ++i) prepare(m.threads[static_cast<size_t>(i)]);
   for (int left = m.count; left > 0;) {
     bool moved = false;
-    order(m, turns);
+    order(turns);
     for (const int64_t i : turns) {
       Thread& thread = m.threads[static_cast<size_t>(i)];
       if (thread.done || (thread.ready && !thread.ready(thread.state))) continue;
@@ -288,7 +305,6 @@ void run_block(Machine& m, std::vector<int64_t>& turns) {
       const unsigned index = static_cast<unsigned>(i);
       m.current = static_cast<int>(i);
       threadIdx = {index % m.block.x, index / m.block.x % m.block.y, index / m.block.x / m.block.y};
-      ++m.statistics.switches;
       switch_context(m.scheduler, thread.context, nullptr);
       left -= thread.done;
     }
@@ -296,7 +312,42 @@ void run_block(Machine& m, std::vector<int64_t>& turns) {
   }
 }
 
-int current_index() { return machine().current; }
+// The last kernel that is deferred; those before it run where it waits for them.
+void run_last() {
+  Host& h = host();
+  const Kernel kernel = std::move(h.deferred.back());
+  h.deferred.pop_back();
+  const uint3 outer[] = {threadIdx, blockIdx, blockDim, gridDim};
+  if (++h.running > h.machines.size()) h.machines.emplace_back();
+  Machine& m = machine();
+  m.body = &kernel.body;
+  m.block = {kernel.block.x, kernel.block.y, kernel.block.z};
+  m.count = static_cast<int>(m.block.x * m.block.y * m.block.z);
+  m.waited = false;
+  const size_t count = static_cast<size_t>(m.count);
+  if (m.threads.size() < count) m.threads.resize(count);
+  m.next_address = kSharedBase;
+  add_segment(m, nullptr, kernel.dynamic_shared_bytes);
+  blockDim = m.block;
+  gridDim = {kernel.grid.x, kernel.grid.y, kernel.grid.z};
+
+  const dim3 grid = kernel.grid;
+  std::vector<int64_t> turns(count), blocks(size_t{grid.x} * grid.y * grid.z);
+  order(blocks);
+  for (const int64_t i : blocks) {
+    const uint64_t index = static_cast<uint64_t>(i);
+    blockIdx = {static_cast<unsigned>(index % grid.x),
+                static_cast<unsigned>(index / grid.x % grid.y),
+                static_cast<unsigned>(index / grid.x / grid.y)};
+    run_block(m, turns);
+  }
+  if (kernel.dependent && !m.waited) fail("the kernel has not waited for the one before it");
+  for (const Segment& segment : m.shared) std::free(segment.data);
+  m.shared.clear();
+  m.body = nullptr;
+  --h.running;
+  threadIdx = outer[0], blockIdx = outer[1], blockDim = outer[2], gridDim = outer[3];
+}
 
 struct Generation {
   const uint64_t* now;
@@ -310,54 +361,45 @@ bool has_moved_on(const void* p) {
 }  // namespace
 
 void set_schedule(uint32_t seed) {
-  machine().seed = seed;
-  machine().rng.seed(seed);
+  host().seed = seed;
+  host().rng.seed(seed);
 }
 
-Statistics statistics() { return machine().statistics; }
-
 void fail(const char* message) {
-  std::fprintf(stderr, "cuda emulation: %s: %s\n", name_of(machine(), current_index()).c_str(),
-               message);
+  const std::string name = host().running ? name_of(machine(), machine().current) : "the host";
+  std::fprintf(stderr, "cuda emulation: %s: %s\n", name.c_str(), message);
   std::abort();
 }
 
 cudaError_t run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
                 const std::function<void()>& body) {
+  const cudaError_t error = run_later(grid, block, dynamic_shared_bytes, body, false);
+  if (error == cudaSuccess) run_deferred();
+  return error;
+}
+
+cudaError_t run_later(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+                      const std::function<void()>& body, bool dependent) {
   const uint64_t count = uint64_t{block.x} * block.y * block.z;
   if (count == 0 || count > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
   if (dynamic_shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
-  Machine& m = machine();
-  if (m.body) fail("a kernel launches a kernel");
+  if (host().running) fail("a kernel launches a kernel");
   if (count % 32) fail("blocks must be whole warps: collectives name all 32 lanes");
-  m.body = &body;
-  m.count = static_cast<int>(count);
-  m.block = {block.x, block.y, block.z};
-  if (m.threads.size() < count) m.threads.resize(count);
-  m.next_address = kSharedBase;
-  add_segment(m, nullptr, dynamic_shared_bytes);
-  blockDim = {block.x, block.y, block.z};
-  gridDim = {grid.x, grid.y, grid.z};
-  ++m.statistics.launches;
-
-  std::vector<int64_t> turns(count);
-  std::vector<int64_t> blocks(size_t{grid.x} * grid.y * grid.z);
-  order(m, blocks);
-  for (const int64_t i : blocks) {
-    const uint64_t index = static_cast<uint64_t>(i);
-    blockIdx = {static_cast<unsigned>(index % grid.x),
-                static_cast<unsigned>(index / grid.x % grid.y),
-                static_cast<unsigned>(index / grid.x / grid.y)};
-    ++m.statistics.blocks;
-    run_block(m, turns);
-  }
-  for (const Segment& segment : m.shared) std::free(segment.data);
-  m.shared.clear();
-  m.body = nullptr;
+  if (!dependent) run_deferred();
+  host().deferred.push_back({grid, block, dynamic_shared_bytes, body, dependent});
   return cudaSuccess;
+}
+
+void run_deferred() {
+  if (!host().deferred.empty()) run_last();
+}
+
+void wait_for_preceding() {
+  machine().waited = true;
+  run_deferred();
 }
 
 void wait(bool (*ready)(const void*), const void* state, const char* what) {
@@ -369,27 +411,19 @@ void wait(bool (*ready)(const void*), const void* state, const char* what) {
   switch_context(self.context, m.scheduler, &m.scheduler);
 }
 
-void barrier(int id, int threads, bool blocking, int line) {
+void barrier(int line) {
   Machine& m = machine();
-  if (id < 0 || id > 15) fail("a block has barriers 0 to 15");
-  if (threads <= 0 || threads % 32 || threads > m.count) {
-    fail("a barrier counts whole warps of the block");
-  }
-  Barrier& b = m.barriers[id];
-  if (b.arrived == 0) {
-    b.threads = threads;
-    b.line = line;
-  }
-  if (b.threads != threads) fail("a barrier is used with two thread counts at once");
+  Barrier& b = m.barrier;
+  if (b.arrived == 0) b.line = line;
   if (b.line != line) fail("__syncthreads is reached at different lines");
   if (!m.threads[static_cast<size_t>(m.current)].copies_fenced) m.unfenced_barrier = true;
   const Generation mine{&b.generation, b.generation};
-  if (++b.arrived == b.threads) {
+  if (++b.arrived == m.count) {
     b.arrived = 0;
     ++b.generation;
     return;
   }
-  if (blocking) wait(has_moved_on, &mine, id ? "a named barrier" : "__syncthreads");
+  wait(has_moved_on, &mine, "__syncthreads");
 }
 
 void collective(int width, uint32_t mask, Run run, void* args, const char* what) {
@@ -452,9 +486,7 @@ void* shared_pointer(uint32_t address) {
 
 void defer_copy(void* destination, const void* source, int bytes, int total) {
   Machine& m = machine();
-  if (bytes < 0 || bytes > total || (total != 4 && total != 8 && total != 16)) {
-    fail("an asynchronous copy takes at most 4, 8 or 16 bytes");
-  }
+  if (bytes < 0 || bytes > total) fail("an asynchronous copy takes more bytes than it has");
   const uintptr_t both =
       reinterpret_cast<uintptr_t>(destination) | (bytes ? reinterpret_cast<uintptr_t>(source) : 0);
   if (both % static_cast<uintptr_t>(total)) fail("an asynchronous copy is not aligned");

@@ -11,6 +11,9 @@
 //   - missing waits: an asynchronous copy fills its destination with 0xff and happens at the wait;
 //   - missing barriers: under another schedule (set_schedule) results change. Run a kernel under
 //     kSchedules schedules and compare bit for bit;
+//   - chains (launch.cuh): a kernel begins before the one ahead of it, which runs to its end when a
+//     first thread of the later one waits for it: what is read before then is not written yet. A
+//     kernel that ends without such a wait: abort;
 //   - wgmma: a product is computed when its warpgroup waits for it, from what registers and shared
 //     memory hold then, and its accumulators are 0xff until then: early reads, early overwrites and
 //     missing waits change results. A product without a fence since the last group, and one after a
@@ -59,12 +62,6 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(8) uint2 {
   unsigned x, y;
 };
@@ -73,9 +70,6 @@ struct alignas(16) uint4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 extern __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
@@ -87,10 +81,6 @@ using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -116,17 +106,20 @@ namespace emulation {
 void set_schedule(uint32_t seed);
 constexpr uint32_t kSchedules = 4;
 
-struct Statistics {
-  int64_t launches, blocks, switches;
-};
-Statistics statistics();  // of this OS thread since it started
-
 // Limits of a device that has as much shared memory as sm_90.
 constexpr size_t kMaxSharedBytes = 227 * 1024;
 
 // Runs `body` for every thread of the grid; `body` calls the kernel.
 cudaError_t run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
                 const std::function<void()>& body);
+
+// ---- for launch.cuh: kernels of a chain run as late as they may
+
+// As run, but the kernel runs when the next one of its chain waits for it, or at run_deferred().
+// A kernel that is not `dependent` begins a chain; that and run() end the one before.
+cudaError_t run_later(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+                      const std::function<void()>& body, bool dependent);
+void run_deferred();
 
 // ---- for the emulated forms of instructions
 
@@ -136,9 +129,10 @@ cudaError_t run(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
 // report of a deadlock.
 void wait(bool (*ready)(const void*), const void* state, const char* what);
 
-// Barrier `id` for `threads` threads; `blocking` false arrives without waiting (bar.arrive). With a
-// `line`, all arrivals must come from the same one.
-void barrier(int id, int threads, bool blocking, int line);
+void wait_for_preceding();
+
+// The barrier of all threads of the block; all must come from the same line.
+void barrier(int line);
 
 // What `width` (32 or 128) consecutive threads do together. `args` is this thread's own struct of
 // inputs and outputs, on its stack. When all lanes in `mask` (of a warp; all of a warpgroup) have
@@ -227,8 +221,6 @@ T reduce(uint32_t mask, T value, const char* what) {
 }
 
 inline uint32_t add(uint32_t a, uint32_t b) { return a + b; }
-inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-inline uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 inline uint32_t either(uint32_t a, uint32_t b) { return a | b; }
 
 }  // namespace emulation
@@ -236,10 +228,7 @@ inline uint32_t either(uint32_t a, uint32_t b) { return a | b; }
 
 // ---- barriers and warp collectives
 
-inline void __syncthreads(int line = __builtin_LINE()) {
-  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
-  peftkern::emulation::barrier(0, static_cast<int>(threads), true, line);
-}
+inline void __syncthreads(int line = __builtin_LINE()) { peftkern::emulation::barrier(line); }
 inline void __syncwarp(uint32_t mask = 0xffffffff) {
   char nothing;
   peftkern::emulation::collective(32, mask, [](void* const*, int) {}, &nothing, "__syncwarp");
@@ -257,38 +246,15 @@ T __shfl_xor_sync(uint32_t mask, T value, int bits, int segment = 32) {
   const int source = from >= (lane & ~(segment - 1)) + segment ? lane : from & 31;
   return peftkern::emulation::exchange(mask, value, source, "__shfl_xor_sync");
 }
-template <typename T>
-T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int segment = 32) {
-  const int lane = peftkern::emulation::lane(), from = lane + static_cast<int>(delta);
-  const int source = from > (lane | (segment - 1)) ? lane : from;
-  return peftkern::emulation::exchange(mask, value, source, "__shfl_down_sync");
-}
-template <typename T>
-T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int segment = 32) {
-  const int lane = peftkern::emulation::lane(), from = lane - static_cast<int>(delta);
-  const int source = from < (lane & ~(segment - 1)) ? lane : from;
-  return peftkern::emulation::exchange(mask, value, source, "__shfl_up_sync");
-}
 inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
   const uint32_t bit = predicate ? 1u << peftkern::emulation::lane() : 0;
   return peftkern::emulation::reduce<uint32_t, peftkern::emulation::either>(mask, bit,
                                                                             "__ballot_sync");
 }
 inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(uint32_t mask, int predicate) {
-  return __ballot_sync(mask, predicate) == mask;
-}
 inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value) {
   return peftkern::emulation::reduce<uint32_t, peftkern::emulation::add>(mask, value,
                                                                          "__reduce_add_sync");
-}
-inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
-  return peftkern::emulation::reduce<uint32_t, peftkern::emulation::larger>(mask, value,
-                                                                            "__reduce_max_sync");
-}
-inline uint32_t __reduce_min_sync(uint32_t mask, uint32_t value) {
-  return peftkern::emulation::reduce<uint32_t, peftkern::emulation::smaller>(mask, value,
-                                                                             "__reduce_min_sync");
 }
 
 // ---- memory: cache hints mean nothing here
@@ -302,14 +268,6 @@ T __ldcs(const T* p) {
   return *p;
 }
 template <typename T>
-T __ldcg(const T* p) {
-  return *p;
-}
-template <typename T>
-void __stcs(T* p, T value) {
-  *p = value;
-}
-template <typename T>
 void __stcg(T* p, T value) {
   *p = value;
 }
@@ -321,7 +279,6 @@ T atomicAdd(T* p, T value) {
   return before;
 }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 // ---- arithmetic. The files are compiled with -ffp-contract=off: a * b + c rounds twice.
 
@@ -344,18 +301,11 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline float rsqrtf(float a) { return static_cast<float>(1.0 / std::sqrt(double{a})); }
-inline int __popc(uint32_t x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 // Byte i of the result is the byte of {b, a} that bits 0-2 of nibble i of `selector` name, or, with
 // bit 3, eight copies of that byte's top bit.
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cuda_test.h"
-#include "intrinsics.cuh"
+#include "intrinsics_sm90a.cuh"
 #include "launch.cuh"
 #include "native_data.h"
 
@@ -50,19 +50,16 @@ void expect_abort(const std::string& message, const std::function<void()>& actio
 
 template <typename T>
 __global__ void mma_kernel(const uint16_t* A, const uint16_t* B, float* D) {
-  struct Shared {
-    uint16_t a[16][24], b[16][8];  // rows of 48 B and 16 B
-  };
-  Shared& s = *dynamic_shared<Shared>();
-  for (int i = lane_index(); i < 256; i += 32) s.a[i / 16][i % 16] = A[i];
-  for (int i = lane_index(); i < 128; i += 32) s.b[i / 8][i % 8] = B[i];
-  __syncwarp();
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
   uint32_t a[4], b[2];
-  const int lane = lane_index();
-  ldmatrix<4>(a, &s.a[lane % 16][lane / 16 * 8]);
-  ldmatrix<2, true>(b, &s.b[lane % 16][0]);
   float d[4];
-  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(&a[i], A + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8, 4);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const int k = 2 * t + 8 * i;
+    b[i] = B[k * 8 + g] | static_cast<uint32_t>(B[(k + 1) * 8 + g]) << 16;
+  }
   for (int i = 0; i < 4; ++i) d[i] = D[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
   mma_m16n8k16<T>(d, a, b);
   for (int i = 0; i < 4; ++i) D[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
@@ -75,7 +72,7 @@ void check_mma() {
   for (int i = 0; i < 256; ++i) A[i] = from_float<T>(normal()).bits;
   for (int i = 0; i < 128; ++i) B[i] = from_float<T>(normal()).bits;
   for (int i = 0; i < 128; ++i) D[i] = before[i] = normal();
-  if (launch(mma_kernel<T>, 1, 32, 16 * 24 * 2 + 256, nullptr, A.data(), B.data(), D.data())) {
+  if (launch(mma_kernel<T>, 1, 32, 0, nullptr, A.data(), B.data(), D.data())) {
     cuda_test_failed("mma: not launched");
   }
   for (int row = 0; row < 16; ++row) {
@@ -94,7 +91,7 @@ void check_mma() {
 enum ProductFault { kRight, kNoProductWait, kNoProductFence, kNoSharedFence, kEarlyWrite };
 template <typename T>
 __global__ void product_kernel(const uint16_t* A, const uint16_t* B, float* D, float* early,
-                               ProductFault fault) {
+                               ProductFault fault, uint64_t damage) {
   unsigned char* tile = dynamic_shared<unsigned char>();
   const int thread = static_cast<int>(threadIdx.x), lane = lane_index(), g = lane / 4, t = lane % 4;
   for (int i = thread; i < 64 * 8; i += 128) {  // 64 rows of 128 bytes
@@ -115,7 +112,9 @@ __global__ void product_kernel(const uint16_t* A, const uint16_t* B, float* D, f
   const auto place = [&](int i) { return (row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + 2 * t + i % 2; };
   for (int i = 0; i < 32; ++i) d[i] = D[place(i)];
   if (fault != kNoProductFence) products_fence();
-  for (int j = 0; j < 2; ++j) product_m64k16<T, 64>(d, a[j], shared_tile(tile) + 2 * (j + 1));
+  for (int j = 0; j < 2; ++j) {
+    product_m64k16<T, 64>(d, a[j], (shared_tile(tile) + 2 * (j + 1)) ^ damage);
+  }
   products_commit();
   early[thread] = d[0];
   if (fault == kEarlyWrite) a[1][0] = 0x7fff7fff;
@@ -124,14 +123,14 @@ __global__ void product_kernel(const uint16_t* A, const uint16_t* B, float* D, f
 }
 
 template <typename T>
-int wrong_products(ProductFault fault) {
+int wrong_products(ProductFault fault, uint64_t damage = 0) {
   Buffer<uint16_t> A(64 * 32), B(64 * 64);
   Buffer<float> D(64 * 64), before(64 * 64), early(128);
   for (int i = 0; i < A.size(); ++i) A[i] = from_float<T>(normal()).bits;
   for (int i = 0; i < B.size(); ++i) B[i] = from_float<T>(normal()).bits;
   for (int i = 0; i < D.size(); ++i) D[i] = before[i] = normal();
   if (launch(product_kernel<T>, 1, 128, 64 * 128, nullptr, A.data(), B.data(), D.data(),
-             early.data(), fault)) {
+             early.data(), fault, damage)) {
     cuda_test_failed("wgmma: not launched");
   }
   int wrong = 0;
@@ -159,6 +158,77 @@ void check_products() {
   expect_abort("waiting for its products", [] { wrong_products<BF16>(kNoProductWait); });
   expect_abort("without wgmma.fence", [] { wrong_products<BF16>(kNoProductFence); });
   expect_abort("without fence.proxy.async", [] { wrong_products<BF16>(kNoSharedFence); });
+  const std::string place = "no k16 step of a tile begins here";
+  expect_abort(place, [] { wrong_products<BF16>(kRight, 1); });  // 16 bytes on
+  for (int bit = 3; bit < 6; ++bit) {                            // 128, 256 and 512 bytes on
+    expect_abort(place, [bit] { wrong_products<BF16>(kRight, uint64_t{1} << bit); });
+  }
+  for (int bit = 49; bit < 52; ++bit) {
+    expect_abort("no base offset", [bit] { wrong_products<BF16>(kRight, uint64_t{1} << bit); });
+  }
+  expect_abort("128-byte rows", [] { wrong_products<BF16>(kRight, uint64_t{1} << 63); });
+}
+
+// ---- chains of kernels
+
+// Each adds one to what the kernel before has left, in another order and by way of shared memory.
+enum WaitFault { kWaits, kNeverWaits, kReadsBefore, kOneWaits };
+__global__ void step_kernel(float* values, int from, WaitFault fault) {
+  float* kept = dynamic_shared<float>();
+  const int i = static_cast<int>(threadIdx.x), n = static_cast<int>(blockDim.x);
+  allow_following();
+  kept[i] = 1.0f;
+  __syncthreads();
+  float* in = values + from * n * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x) * n;
+  float* out = in + n * static_cast<int>(gridDim.x);
+  const float before = in[n - 1 - i];
+  if (fault != kNeverWaits && (fault != kOneWaits || i == 0)) wait_for_preceding();
+  out[i] = kept[n - 1 - i] + (fault == kReadsBefore ? before : in[n - 1 - i]);
+}
+
+// `steps` kernels, of which the second has the fault.
+int wrong_steps(int steps, WaitFault fault, uint32_t schedule) {
+  const int n = 64, blocks = 3, size = n * blocks;
+  Buffer<float> values((steps + 1) * size);
+  for (int i = 0; i < size; ++i) values[i] = 0.0f;
+  emulation::set_schedule(schedule);
+  int wrong = 0;
+  {
+    Chain chain(nullptr);
+    for (int step = 0; step < steps; ++step) {
+      const WaitFault own = step == 1 ? fault : kWaits;
+      if (chain.launch(step_kernel, blocks, n, n * sizeof(float), values.data(), step, own)) {
+        cuda_test_failed("a chain: not launched");
+      }
+    }
+    wrong += !std::isnan(values[size]);  // the first runs when the second waits
+  }
+  emulation::set_schedule(0);
+  for (int i = 0; i < size; ++i) wrong += values[steps * size + i] != static_cast<float>(steps);
+  return wrong;
+}
+
+void check_chains() {
+  int read_before = 0, one_waits = 0;
+  for (uint32_t schedule = 0; schedule < emulation::kSchedules; ++schedule) {
+    for (int steps = 1; steps <= 4; ++steps) {
+      if (wrong_steps(steps, kWaits, schedule)) cuda_test_failed("a chain gives wrong results");
+    }
+    read_before += wrong_steps(2, kReadsBefore, schedule);
+    one_waits += wrong_steps(3, kOneWaits, schedule);
+  }
+  if (!read_before) cuda_test_failed("a read before the wait changed nothing");
+  if (!one_waits) cuda_test_failed("a wait of one thread alone changed nothing");
+  expect_abort("has not waited", [] { wrong_steps(2, kNeverWaits, 0); });
+  expect_abort("has not waited", [] { wrong_steps(4, kNeverWaits, 0); });
+
+  Buffer<float> values(4 * 64);  // a launch outside the chain comes after what the chain has so far
+  for (int i = 0; i < 64; ++i) values[i] = 0.0f;
+  Chain chain(nullptr);
+  chain.launch(step_kernel, 1, 64, 256, values.data(), 0, kWaits);
+  launch(step_kernel, 1, 64, 256, nullptr, values.data(), 1, kNeverWaits);
+  if (values[2 * 64] != 2.0f) cuda_test_failed("a launch overtakes a chain");
+  chain.launch(step_kernel, 1, 64, 256, values.data(), 2, kWaits);
 }
 
 // ---- shuffles, conversions
@@ -167,22 +237,18 @@ __global__ void warp_kernel(int* shuffled, float* sums, uint32_t* ballots) {
   const int lane = lane_index();
   shuffled[lane] = __shfl_sync(kFullMask, 100 + lane, lane + 33);
   shuffled[32 + lane] = __shfl_sync(kFullMask, 100 + lane, 1, 8);
-  shuffled[64 + lane] = __shfl_down_sync(kFullMask, 100 + lane, 5);
-  shuffled[96 + lane] = __shfl_up_sync(kFullMask, 100 + lane, 5);
   sums[lane] = lanes_sum<8>(static_cast<float>(lane));
   ballots[lane] = __ballot_sync(kFullMask, lane % 3 == 0);
 }
 
 void check_warp() {
-  Buffer<int> shuffled(128);
+  Buffer<int> shuffled(64);
   Buffer<float> sums(32);
   Buffer<uint32_t> ballots(32);
   launch(warp_kernel, 1, 32, 0, nullptr, shuffled.data(), sums.data(), ballots.data());
   for (int i = 0; i < 32; ++i) {
     const bool right = shuffled[i] == 100 + (i + 1) % 32 &&
                        shuffled[32 + i] == 100 + i / 8 * 8 + 1 &&
-                       shuffled[64 + i] == 100 + (i + 5 < 32 ? i + 5 : i) &&
-                       shuffled[96 + i] == 100 + (i >= 5 ? i - 5 : i) &&
                        sums[i] == 8.0f * (i / 8 * 8) + 28.0f && ballots[i] == 0x49249249u;
     if (!right) cuda_test_failed("a warp's shuffles, sums or ballots");
   }
@@ -211,10 +277,7 @@ void check_fp16() {  // every value and the ties between neighbours
 
 void check_integers() {
   for (int i = 0; i < 1000; ++i) {
-    const uint32_t a = rng(), b = rng(), c = rng();
-    if (lop3<0xea>(a, b, c) != ((a & b) | c) || lop3<0x96>(a, b, c) != (a ^ b ^ c)) {
-      cuda_test_failed("lop3");
-    }
+    const uint32_t a = rng(), b = rng();
     const uint32_t swapped = permute_bytes(a, b, 0x0526);
     if (swapped !=
         ((a & 255) << 24 | (b >> 8 & 255) << 16 | (a >> 16 & 255) << 8 | (b >> 16 & 255))) {
@@ -226,13 +289,14 @@ void check_integers() {
 
 // ---- what must be found
 
-// Doubles `in` through shared memory with a two-stage pipeline; each fault leaves out one step.
+// Doubles the y of `in` through shared memory with a two-stage pipeline; each fault leaves out one
+// step.
 enum Fault { kNone, kNoWait, kNoBarrier, kOverrun };
-__global__ void pipeline_kernel(const float* in, float* out, int tiles, Fault fault) {
-  float* stage = dynamic_shared<float>();
+__global__ void pipeline_kernel(const float4* in, float* out, int tiles, Fault fault) {
+  float4* stage = dynamic_shared<float4>();
   const int i = static_cast<int>(threadIdx.x), n = static_cast<int>(blockDim.x);
   const auto fetch = [&](int tile) {
-    if (tile < tiles) copy_async<4>(stage + tile % 2 * n + i, in + tile * n + i);
+    if (tile < tiles) copy_async16(stage + tile % 2 * n + i, in + tile * n + i);
     copy_async_commit();
   };
   fetch(0);
@@ -244,21 +308,22 @@ __global__ void pipeline_kernel(const float* in, float* out, int tiles, Fault fa
     }
     if (fault != kNoBarrier) __syncthreads();
     const int other = n - 1 - i;
-    out[tile * n + i] = 2 * stage[tile % 2 * n + other + (fault == kOverrun ? n : 0)];
+    out[tile * n + i] = 2 * stage[tile % 2 * n + other + (fault == kOverrun ? n : 0)].y;
     __syncthreads();
   }
 }
 
 int wrong_results(Fault fault, uint32_t schedule) {
   const int n = 64, tiles = 5;
-  Buffer<float> in(n * tiles), out(n * tiles);
-  for (int i = 0; i < n * tiles; ++i) in[i] = normal();
+  Buffer<float4> in(n * tiles);
+  Buffer<float> out(n * tiles);
+  for (int i = 0; i < n * tiles; ++i) in[i].y = normal();
   emulation::set_schedule(schedule);
-  launch(pipeline_kernel, 1, n, 2 * n * sizeof(float), nullptr, in.data(), out.data(), tiles,
+  launch(pipeline_kernel, 1, n, 2 * n * sizeof(float4), nullptr, in.data(), out.data(), tiles,
          fault);
   emulation::set_schedule(0);
   int wrong = 0;
-  for (int i = 0; i < n * tiles; ++i) wrong += out[i] != 2 * in[i / n * n + n - 1 - i % n];
+  for (int i = 0; i < n * tiles; ++i) wrong += out[i] != 2 * in[i / n * n + n - 1 - i % n].y;
   return wrong;
 }
 
@@ -296,8 +361,8 @@ __global__ void two_instructions_kernel() {
     __syncwarp();
   }
 }
-__global__ void lost_copy_kernel(const float* in) {
-  copy_async<4>(dynamic_shared<float>() + threadIdx.x, in);
+__global__ void lost_copy_kernel(const float4* in) {
+  copy_async16(dynamic_shared<float4>() + threadIdx.x, in);
   copy_async_commit();
 }
 __global__ void shared_objects_kernel(float* out) {
@@ -315,21 +380,6 @@ __global__ void shared_objects_kernel(float* out) {
   out[64 + i] = total;
   static_assert(sizeof(values) == 256, "the object has its type");
 }
-// Warps 1 and 2 produce, warp 0 consumes, through named barriers.
-__global__ void named_barrier_kernel(int* out) {
-  int* shared = dynamic_shared<int>();
-  for (int round = 0; round < 3; ++round) {
-    if (warp_index() == 0) {
-      barrier_sync(1, 96);
-      out[round * 32 + lane_index()] = shared[lane_index()] + shared[32 + lane_index()];
-      barrier_arrive(2, 96);
-    } else {
-      shared[threadIdx.x - 32] = round + static_cast<int>(threadIdx.x);
-      barrier_arrive(1, 96);
-      barrier_sync(2, 96);
-    }
-  }
-}
 
 void check_findings() {
   expect_abort("has returned", [] { launch(half_barrier_kernel, 1, 64, 0, nullptr); });
@@ -337,20 +387,16 @@ void check_findings() {
   expect_abort("waits at __shfl_sync", [] { launch(half_warp_kernel, 1, 32, 0, nullptr); });
   expect_abort("different instructions",
                [] { launch(two_instructions_kernel, 1, 32, 0, nullptr); });
-  expect_abort("asynchronous copies",
-               [] { launch(lost_copy_kernel, 1, 32, 128, nullptr, static_cast<float*>(nullptr)); });
+  expect_abort("asynchronous copies", [] {
+    launch(lost_copy_kernel, 1, 32, 512, nullptr, static_cast<float4*>(nullptr));
+  });
 
   for (uint32_t schedule = 0; schedule < emulation::kSchedules; ++schedule) {
     emulation::set_schedule(schedule);
     Buffer<float> out(128);
     launch(shared_objects_kernel, 2, 64, 0, nullptr, out.data());
-    Buffer<int> sums(96);
-    launch(named_barrier_kernel, 1, 96, 256, nullptr, sums.data());
     for (int i = 0; i < 64; ++i) {
       if (!std::isnan(out[i]) || out[64 + i] != 2016.0f) cuda_test_failed("static shared memory");
-    }
-    for (int i = 0; i < 96; ++i) {
-      if (sums[i] != 2 * (i / 32) + 96 + 2 * (i % 32)) cuda_test_failed("named barriers");
     }
   }
   emulation::set_schedule(0);
@@ -369,6 +415,7 @@ void check_cuda_emulation() {
   check_mma<BF16>();
   check_mma<FP16>();
   check_products();
+  check_chains();
   check_warp();
   check_fp16();
   check_integers();

@@ -75,6 +75,7 @@ void check(const Case& c) {
     emulation::set_schedule(schedule);
     Buffer<uint16_t> y(c.M * c.N);
     Buffer<uint8_t> workspace(bytes);
+    std::memset(s.data(), 0xff, sizeof(float) * static_cast<size_t>(s.size()));
     args.y = y.data();
     args.workspace = workspace.data();
     if (cuda_nf4_lora_linear_sm90a_forward(args, nullptr))

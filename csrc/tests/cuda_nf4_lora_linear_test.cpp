@@ -144,6 +144,7 @@ void check(const Case& c) {
   for (uint32_t schedule = 1; schedule < emulation::kSchedules; ++schedule) {
     emulation::set_schedule(schedule);
     std::memset(workspace.data(), 0xff, static_cast<size_t>(bytes));
+    std::memset(s.data(), 0xff, sizeof(float) * static_cast<size_t>(s.size()));
     cuda_nf4_lora_linear_forward(args, nullptr);
     if (std::memcmp(y.data(), again.data(), static_cast<size_t>(y.size()))) {
       cuda_test_failed(c.text() + ": another order of threads gives other bits");
