@@ -333,7 +333,7 @@ def settle(path: Path) -> int:
     record = json.loads(path.read_text(encoding="utf-8"))
     late = [n for n, why in record["failed"].items() if why.startswith(NotReached.__name__)]
     for name in late:
-        print(f"{name}: not reached: {record['failed'].pop(name)}")
+        print(f"{name}: not reached: {record['failed'].pop(name).partition(': ')[2]}")
     record["not_reached"] = late + record["not_reached"]
     machine.write_json(path, record)
     ours = [case["variants"][OURS] for case in record["cases"]]
