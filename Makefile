@@ -4,9 +4,9 @@
 # make docs      README's tables and plots from bench/results/
 # make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
 # make cuda      compile every CUDA kernel (CUDA_ARCHS="80;90a": for those), write what each uses
-# make gpu       on a GPU: build, test, measure; PART=all|test|nf4|nf4_lora_linear|lora_linear|
-#                adalora|low_rank_svd|dora|formulations|e2e|tune, OUT=folder of the results,
-#                BUDGET=seconds
+# make gpu       on a GPU: build, test, measure; PART=all or some of test,sanitize,nf4,
+#                nf4_lora_linear,lora_linear,adalora,low_rank_svd,dora,rosa,formulations,e2e,tune;
+#                OUT=folder of the results, ARCHIVE=file to pack it into, BUDGET=seconds
 # make tune      on a GPU: measure tiles, write kernels/tuned/<arch>.json
 # make lint | format | clean
 #
@@ -21,6 +21,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= python3
 PART ?= all
 OUT ?= bench/results
+ARCHIVE ?=
 BUDGET ?= 510
 CUDA_ARCHS ?=
 COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
@@ -61,7 +62,8 @@ cuda: $(INSTALLED)
 
 # The first bad option or a missing GPU ends it at once; COMMIT is for a tree without history.
 gpu:
-	$(GPU_RUN) bench/gpu.py --part $(PART) --out "$(OUT)" --budget $(BUDGET) --commit "$(COMMIT)"
+	$(GPU_RUN) bench/gpu.py --part $(PART) --out "$(OUT)" --budget $(BUDGET) --commit "$(COMMIT)" \
+		$(if $(ARCHIVE),--archive "$(ARCHIVE)")
 
 tune:
 	$(GPU_RUN) bench/tune.py --budget $(BUDGET) --commit "$(COMMIT)"

@@ -131,12 +131,12 @@ def update_with_peft(tuners: list[nn.Module]) -> Variant:
         ipt = torch.cat([ipt.flatten() for _, ipt in sorted(allocator.exp_avg_ipt.items())])
         return mask.to(ipt.device), ipt
 
-    return Variant(warmed(call, len(tuners)), oracle(tuners[0]), result)
+    why = "the rank pattern is a list on the host"
+    return Variant(warmed(call, len(tuners)), oracle(tuners[0]), result, no_graph=why)
 
 
 def update_with_allocator(allocators: list[RankAllocator], wanted: tuple[Tensor, ...]) -> Variant:
     def call(i: int) -> tuple[Tensor, Tensor]:
-        refuse_capture("a graph would read addresses from host memory that torch reuses")
         allocator = allocators[i % len(allocators)]
         _, mask = allocator.update_and_allocate(STEP)
         return mask, allocator.importance.exp_avg_ipt
@@ -151,7 +151,8 @@ def update_with_allocator(allocators: list[RankAllocator], wanted: tuple[Tensor,
         mask, ipt = returned
         return mask.double(), by_name(list(ipt.split(sizes)))
 
-    return Variant(warmed(call, len(allocators)), wanted, result)
+    why = "a graph would read addresses from host memory that torch reuses"
+    return Variant(warmed(call, len(allocators)), wanted, result, no_graph=why)
 
 
 def triplet_scores(s: list[Tensor]) -> Tensor:
@@ -189,7 +190,6 @@ def update_with_foreach(tuners: list[nn.Module], graph: bool) -> Variant:
     def call(i: int) -> tuple[Tensor, list[Tensor]]:
         params, ipt, unc = held[i % len(held)]
         if graph:
-            refuse_capture("a graph already")
             return replays[i % len(held)](), ipt
         return foreach_update(params, ipt, unc, budget), ipt
 
@@ -197,7 +197,8 @@ def update_with_foreach(tuners: list[nn.Module], graph: bool) -> Variant:
         keep, ipt = returned
         return keep.double(), by_name(ipt)
 
-    return Variant(warmed(call, len(tuners)), wanted, result)
+    why = "a graph already" if graph else None
+    return Variant(warmed(call, len(tuners)), wanted, result, no_graph=why)
 
 
 def replayed(
@@ -218,11 +219,6 @@ def replayed(
         return masks[-1]
 
     return replay
-
-
-def refuse_capture(reason: str) -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(reason)
 
 
 def by_name(parts: list[Tensor]) -> Tensor:

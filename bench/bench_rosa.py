@@ -2,14 +2,16 @@
 
 `sddmm`: the gradient of the values, dy.T @ x at the mask's places alone; `dense dW` makes all of it
 and gathers. `forward`: y = x (W + S).T; `dense W + S` writes the sum for each call, as the values
-have changed since the last, and multiplies once; `torch.sparse` adds a CSR product to x W.T. Where
-the ratio falls below 1 lies the density from which on the dense way is the faster one.
+have changed since the last, and multiplies once; `torch.sparse` adds a CSR product to x W.T, or
+samples dy.T @ x. Where the ratio falls below 1 lies the density from which on the dense way is the
+faster one. On a GPU `torch, in chunks` is what serves there without kernels: it waits for the host.
 
 python bench/bench_rosa.py [--device cuda] [--only sddmm] [--seconds 2]
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import peftkern
 from peftkern import ops
 from peftkern.benchmark.suite import (
     OURS,
     Case,
     Options,
     Spec,
+    Target,
     Variant,
     benchmark_ids,
     main,
@@ -33,6 +37,7 @@ from peftkern.benchmark.suite import (
 from peftkern.sparse import SparseMask
 
 DENSE_DW, DENSE_SUM, TORCH_SPARSE = "dense dW", "dense W + S", "torch.sparse"
+IN_CHUNKS = "torch, in chunks"
 BF16, FP32 = torch.bfloat16, torch.float32
 DENSITIES = (0.001, 0.01, 0.05, 0.2)
 
@@ -57,7 +62,7 @@ class Inputs:
     def drawn(cls, options: Options, work: Work) -> Inputs:
         torch.manual_seed(0)
         n, k, m, device = options.n, options.k, options.m(work.m), options.device
-        flat = torch.randperm(n * k)[: max(1, round(work.density * n * k))].to(device)
+        flat = torch.randperm(n * k, device=device)[: max(1, round(work.density * n * k))]
         mask = SparseMask.from_indices(flat // k, flat % k, (n, k))
         x, dy = (torch.randn(m, size, device=device).to(work.dtype) for size in (k, n))
         copies = options.copies(x.nbytes + dy.nbytes)
@@ -70,16 +75,26 @@ class Inputs:
         return lambda i: function(self.x[i % len(self.x)], self.dy[i % len(self.dy)])
 
 
-def build_sddmm(options: Options, work: Work) -> Case:
+def build_sddmm(options: Options, work: Work, names: tuple[str, ...]) -> Case:
     inputs = Inputs.drawn(options, work)
     mask, flat = inputs.mask, inputs.mask.flat()
     x, dy = inputs.x[0], inputs.dy[0]
     oracle = ((dy.double().T @ x.double()).view(-1)[flat],)
+
+    def ours(x: Tensor, dy: Tensor) -> Tensor:
+        return ops.rosa_sddmm(dy, x, mask.crow, mask.col)
+
+    def sampled(x: Tensor, dy: Tensor) -> Tensor:
+        S = torch.sparse_csr_tensor(mask.crow, mask.col, inputs.values, mask.shape)
+        return torch.sparse.sampled_addmm(S, dy.T, x, beta=0.0).values()
+
     functions = {
-        OURS: lambda x, dy: ops.rosa_sddmm(dy, x, mask.crow, mask.col),
+        OURS: ours,
         DENSE_DW: lambda x, dy: (dy.T @ x).view(-1)[flat],
+        TORCH_SPARSE: sampled,
+        IN_CHUNKS: on_reference(ours),
     }
-    variants = {name: Variant(inputs.call(f), oracle) for name, f in functions.items()}
+    variants = {name: Variant(inputs.call(functions[name]), oracle) for name in names}
     return Case(variants, x.nbytes + dy.nbytes + 8 * mask.nnz, 2 * len(x) * mask.nnz, work.dtype)
 
 
@@ -101,24 +116,48 @@ def build_forward(options: Options, work: Work, names: tuple[str, ...]) -> Case:
         return F.linear(x, total)
 
     def torch_sparse(x: Tensor, _: Tensor) -> Tensor:
-        S = torch.sparse_csr_tensor(mask.crow, mask.col, values, mask.shape)
+        S = torch.sparse_csr_tensor(mask.crow, mask.col, values.to(x.dtype), mask.shape)
         return F.linear(x, weight) + (S @ x.T).T
 
-    functions = {OURS: ours, DENSE_SUM: dense_sum, TORCH_SPARSE: torch_sparse}
+    functions = {
+        OURS: ours,
+        DENSE_SUM: dense_sum,
+        TORCH_SPARSE: torch_sparse,
+        IN_CHUNKS: on_reference(ours),
+    }
     variants = {name: Variant(inputs.call(functions[name]), oracle) for name in names}
     traffic = weight.nbytes + x.nbytes + inputs.dy[0].nbytes + 8 * mask.nnz
     return Case(variants, traffic, 2 * len(x) * (n * k + mask.nnz), work.dtype)
 
 
-def spec(kind: str, m: int, dtype: torch.dtype, density: float) -> Spec:
+def on_reference(
+    function: Callable[[Tensor, Tensor], Tensor],
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def call(x: Tensor, dy: Tensor) -> Tensor:
+        with peftkern.use_backend("reference"):
+            return function(x, dy)
+
+    return call
+
+
+def spec(
+    kind: str,
+    m: int,
+    dtype: torch.dtype,
+    density: float,
+    device: str = "cpu",
+    targets: tuple[Target, ...] = (),
+    more: tuple[str, ...] = (),
+) -> Spec:
     label = f"rosa/{kind}-M{m}-{density:.1%}/{'bf16' if dtype is BF16 else 'fp32'}"
     work = Work(m, dtype, density)
-    if kind == "sddmm":
-        build, names = (lambda options: build_sddmm(options, work)), (OURS, DENSE_DW)
-    else:  # torch.sparse has no product of bfloat16 on a CPU
-        names = (OURS, DENSE_SUM, TORCH_SPARSE) if dtype is FP32 else (OURS, DENSE_SUM)
-        build = lambda options: build_forward(options, work, names)  # noqa: E731
-    return Spec(label, build, names, names[1])
+    names = (OURS, DENSE_DW if kind == "sddmm" else DENSE_SUM)
+    # torch.sparse has no product of bfloat16 on a CPU, and samples none of it anywhere.
+    if kind == "forward" and (dtype is FP32 or device == "cuda"):
+        names = (*names, TORCH_SPARSE)
+    names += more
+    build = build_sddmm if kind == "sddmm" else build_forward
+    return Spec(label, lambda options: build(options, work, names), names, names[1], targets)
 
 
 SPECS = [
@@ -128,10 +167,24 @@ SPECS = [
 ]
 
 
+def gpu_specs(device: torch.device) -> list[Spec]:
+    """At the densities of training, and one beyond the crossover; 0.1% is where a target is set."""
+    specs = []
+    for kind, dense in (("sddmm", DENSE_DW), ("forward", DENSE_SUM)):
+        for m, share in itertools.product((512, 4096), (0.001, 0.01, 0.05)):
+            targets = (Target(IN_CHUNKS, 1.0),)
+            if kind == "sddmm" and share == 0.001:
+                targets += (Target(dense, 1.0),)
+            specs.append(spec(kind, m, BF16, share, device.type, targets, (IN_CHUNKS,)))
+    sampled = spec("sddmm", 512, FP32, 0.01, device.type, (), (TORCH_SPARSE, IN_CHUNKS))
+    few = [spec("forward", m, BF16, 0.01, device.type, (), (IN_CHUNKS,)) for m in (1, 32)]
+    return [*specs, sampled, spec("forward", 512, FP32, 0.01, device.type), *few]
+
+
 @pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
 def test_rosa(benchmark, spec: Spec, name: str, options: Options) -> None:
     run_benchmark(benchmark, spec, name, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main("rosa", SPECS))
+    sys.exit(main("rosa", SPECS, gpu_specs))

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
-from tiles import GAIN, ROTATE, SCALING, copies_of, nf4_weight, pieces, same
+from tiles import GAIN, ROTATE, SCALING, copies_of, in_turn, nf4_weight, pieces, same
 from torch import Tensor
 
 import peftkern
@@ -40,7 +40,7 @@ def contests(
     The contender that comes first keeps its place unless another is faster.
     """
     seen = set()
-    for r, m, (n, k) in itertools.product(ranks, rows, shapes):
+    for r, m, n, k in in_turn(shapes, rows, ranks):
         for op in OPS:
             problem = problem_for(op, m, n, k, r)
             if problem.key() not in seen:

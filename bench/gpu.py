@@ -4,19 +4,23 @@ It needs no network, no virtual environment and no git history: the Python that 
 and Triton, and finds peftkern through PYTHONPATH, which make sets. It builds the native libraries
 in place (CUDA's for this GPU alone, where nvcc is), runs the GPU's tests, then the benches, each in
 a process of its own, so that one that fails or hangs costs the others nothing. A part gets its
-share of the time that is left; every bench writes what it has measured after each case.
+share of the time that is left; every bench writes what it has measured after each case, and pytest
+its log line by line. `--archive` packs the results folder into one file after every part.
 
-python bench/gpu.py [--part all|test|nf4|...] [--out bench/results] [--budget 510]
+python bench/gpu.py [--part all | test,nf4,...] [--out bench/results] [--budget 510]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -25,6 +29,7 @@ import torch
 from peftkern.benchmark import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
+TUNED = machine.ROOT / "kernels" / "tuned"
 # The share of the time that is left, against the parts after it; `all` goes through them in order.
 BENCHES = {
     "nf4": 3,
@@ -33,13 +38,15 @@ BENCHES = {
     "adalora": 3,
     "low_rank_svd": 4,
     "dora": 3,
+    "rosa": 3,
     "formulations": 3,
     "e2e": 10,
 }
 SHARES = {"test": 12, **BENCHES}
-PARTS = ("all", *SHARES, "tune")
-GRACE = 5.0  # seconds between the polite signal and the other one
-START_UP = 15.0  # of a bench: imports, the ceilings, the table at the end
+PARTS = ("all", *SHARES, "sanitize", "tune")
+GRACE = 10.0  # seconds between the polite signal and the other one
+START_UP = 25.0  # of a bench: imports, the ceilings, a case that began just in time
+TEST_SECONDS = 150  # of one test, where pytest-timeout is
 
 
 def run(command: list[str], seconds: float, log: Path | None = None, **defaults: str) -> int:
@@ -48,36 +55,38 @@ def run(command: list[str], seconds: float, log: Path | None = None, **defaults:
     defaults: variables of the environment, unless it has them.
     """
     print("+ " + " ".join(command), flush=True)
-    environment = {**defaults, **os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=machine.ROOT,
-        env=environment,
-        stdout=subprocess.PIPE if log else None,
-        stderr=subprocess.STDOUT if log else None,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=max(1.0, seconds))
-        status = process.returncode
-    except subprocess.TimeoutExpired:
-        output, status = stopped(process), 124
+    environment = {**defaults, **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with contextlib.ExitStack() as stack:
+        output = None
+        if log:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(log.open("w", encoding="utf-8"))
+        process = subprocess.Popen(
+            command,
+            cwd=machine.ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT if log else None,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            stop(process)
+            status = 124
     if log:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(output or "", encoding="utf-8")
-        print("\n".join((output or "").splitlines()[-15:]), flush=True)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        print("\n".join(text.splitlines()[-15:]), flush=True)
     return status
 
 
-def stopped(process: subprocess.Popen) -> str:
-    for kind, wait in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
-        os.killpg(process.pid, kind)
-        try:
-            return process.communicate(timeout=wait)[0] or ""
-        except subprocess.TimeoutExpired:
-            continue
-    return ""
+def stop(process: subprocess.Popen) -> None:
+    """Interrupt a command, at which pytest still says what failed; kill what does not end."""
+    for kind, wait in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, kind)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=wait)
 
 
 def cuda_build(device: torch.device) -> dict[str, str]:
@@ -99,26 +108,45 @@ def gpu_test_files() -> list[str]:
 def command(part: str, args: argparse.Namespace, rest: list[str], seconds: float) -> list[str]:
     """What runs one part within these seconds."""
     python, budget = sys.executable, f"{max(1.0, seconds - START_UP):.0f}"
-    if part == "test":
-        parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-        options = ["-q", "-m", "gpu", "--continue-on-collection-errors", *parallel]
-        return [python, "-m", "pytest", *options, *gpu_test_files()]
+    if part in ("test", "sanitize"):
+        wanted = "gpu and slow" if part == "sanitize" else "gpu and not slow"
+        options = ["-v", "--tb=short", "-m", wanted, "--continue-on-collection-errors"]
+        if part == "test" and importlib.util.find_spec("xdist"):
+            options += ["-n", str(max(1, min(12, len(os.sched_getaffinity(0)) - 2)))]
+        if importlib.util.find_spec("pytest_timeout"):
+            options += ["--timeout", str(TEST_SECONDS if part == "test" else int(seconds))]
+        return [python, "-m", "pytest", *options, *gpu_test_files(), *rest]
     if part == "tune":
-        folder = machine.ROOT / "kernels" / "tuned" if args.out == RESULTS else args.out / "tuned"
-        common = ["--out", str(folder), "--budget", budget]
+        common = ["--budget", budget, "--commit", args.commit]
         return [python, "bench/tune.py", "--device", args.device, *common, *rest]
     common = ["--out", str(args.out), "--budget", budget, "--commit", args.commit]
     return [python, f"bench/bench_{part}.py", "--device", args.device, *common, *rest]
 
 
+def parts(text: str) -> list[str]:
+    names = list(SHARES) if text == "all" else text.split(",")
+    if unknown := [name for name in names if name not in PARTS[1:]]:
+        raise argparse.ArgumentTypeError(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    return names
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """All of it in one file, which is whole at every moment."""
+    new = archive.with_name(archive.name + ".new")
+    with tarfile.open(new, "w:gz") as file:
+        file.add(folder, arcname=folder.name)
+    os.replace(new, archive)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu.py", description="Options of the benches may follow")
     add = parser.add_argument
-    add("--part", choices=PARTS, default="all")
+    add("--part", type=parts, default=list(SHARES), help=f"of {', '.join(PARTS)}; several: a,b")
     add("--out", type=Path, default=RESULTS, help="results folder")
     add("--budget", type=float, default=510.0, help="seconds for everything (510)")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--commit", default="", help="what to record where the tree carries no history")
+    add("--archive", type=Path, help="pack the results folder into this .tgz after every part")
     args, rest = parser.parse_known_args(argv)
     args.out = args.out.resolve()
     deadline = time.monotonic() + args.budget
@@ -130,18 +158,23 @@ def main(argv: list[str] | None = None) -> int:
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     status = run(build, args.budget / 3, **cuda_build(device))
     failed = [] if status == 0 else ["build"]  # Triton's kernels need none of it
-    parts = list(SHARES) if args.part == "all" else [args.part]
-    for i, part in enumerate(parts):
+    weights = [SHARES.get(part, 12) for part in args.part]
+    for i, part in enumerate(args.part):
         left = deadline - time.monotonic()
-        later = sum(SHARES.get(name, 0) for name in parts[i + 1 :])
-        share = SHARES.get(part, 1) / (SHARES.get(part, 1) + later)
+        share = weights[i] / sum(weights[i:])
         seconds = left * share
         if seconds < 1:
             failed.append(f"{part} (no time left)")
             continue
-        log = args.out / machine.slug(machine.describe(0, device)) / "tests.txt"
+        log = args.out / machine.slug(machine.describe(0, device)) / f"{part}.txt"
+        log = log if part in ("test", "sanitize") else None
+        threads = {"OMP_NUM_THREADS": "2"} if log else {}  # of each of pytest's processes
         started = time.monotonic()
-        status = run(command(part, args, rest, seconds), seconds, log if part == "test" else None)
+        status = run(command(part, args, rest, seconds), seconds, log, **threads)
+        if part == "tune" and args.out != RESULTS and TUNED.is_dir():
+            shutil.copytree(TUNED, args.out / "tuned", dirs_exist_ok=True)
+        if args.archive:
+            pack(args.out, args.archive)
         print(f"{part}: exit status {status} after {time.monotonic() - started:.0f} s", flush=True)
         if status:
             failed.append(f"{part} ({'stopped' if status == 124 else status})")

@@ -25,7 +25,7 @@ from peftkern.kernels.aot import TARGETS, Resources, compile_case
 from peftkern.kernels.configs import SHARED_MEMORY
 
 RESULTS = Path(__file__).resolve().parent / "results"
-STEMS = ("nf4", "lora_linear", "nf4_lora_linear", "low_rank_svd", "adalora", "dora")
+STEMS = ("nf4", "lora_linear", "nf4_lora_linear", "low_rank_svd", "adalora", "dora", "rosa")
 
 
 def names(arch: str) -> list[tuple[str, int]]:

@@ -47,12 +47,19 @@ SLOW_SECONDS = 1e-4  # calls of more fill a graph with fewer
 SCALING = 0.5
 
 
+def in_turn(shapes: list, rows: list, ranks: list) -> Iterator[tuple[int, int, int, int]]:
+    """(r, M, N, K): for one rank all rows of four weights, a model, before those of the next."""
+    for r, start in itertools.product(ranks, range(0, len(shapes), 4)):
+        for m, (n, k) in itertools.product(rows, shapes[start : start + 4]):
+            yield r, m, n, k
+
+
 def problems(shapes: list, rows: list, ranks: list) -> Iterator[tuple[Problem, int, int]]:
     """(problem, N, K) as the launchers ask for them, each once, most wanted first."""
     from peftkern.kernels.configs import NF4_FUSED_ROWS_MAX
 
-    seen = set()
-    for r, m, (n, k) in itertools.product(ranks, rows, shapes):
+    seen, last = set(), []
+    for r, m, n, k in in_turn(shapes, rows, ranks):
         wanted = [
             Problem("lora_forward", m, n, k, r, 16),
             Problem("lora_backward_sb", m, n, 1, r, 16),
@@ -64,12 +71,12 @@ def problems(shapes: list, rows: list, ranks: list) -> Iterator[tuple[Problem, i
             wanted.append(Problem("epilogue", m, n, 1, r, 16))
         wanted.append(Problem("nf4_dequantize", 1, n * k, 64, 1, 16))
         wanted.append(Problem("nf4_quantize", 1, n * k, 64, 1, 16))
-        wanted.append(Problem("dora_norm", 1, n, k, r, 16))
-        wanted.append(Problem("nf4_dora_norm", 1, n, k, r, 16))
-        for problem in wanted:
-            if problem.key() not in seen:
-                seen.add(problem.key())
-                yield problem, n, k
+        last += [(Problem(name, 1, n, k, r, 16), n, k) for name in ("dora_norm", "nf4_dora_norm")]
+        for task in [(problem, n, k) for problem in wanted]:
+            if task[0].key() not in seen:
+                seen.add(task[0].key())
+                yield task
+    yield from {task[0].key(): task for task in last}.values()
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """Measures on this GPU and writes kernels/tuned/<arch>.json: `make tune`.
 
-For the linear layers of Llama-3-8B, Llama-2-7B, LLaMA-65B and Qwen2.5-7B, M from 1 to 8192 and
-ranks 8, 16 and 64, in this order:
+For the linear layers of Llama-3-8B, Llama-2-7B, Qwen2.5-7B and LLaMA-65B, M from 1 to 8192 and
+ranks up to 16 (which share tiles) and 64, in this order:
 
 - `nf4_fused_rows`: up to how many rows the fused NF4 kernel beats dequantising and cuBLAS;
 - `configs`: the tiles of every Triton kernel (tiles.py);
@@ -39,13 +39,13 @@ from peftkern.kernels import configs
 
 MODELS = {  # (N, K) of every linear layer, the most common model first
     "Llama-3-8B": ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)),
-    "Llama-2-7B": ((11008, 4096), (4096, 11008)),  # and 4096x4096
+    "Llama-2-7B": ((11008, 4096), (4096, 11008)),  # and 4096x4096, which Llama-3-8B has
     "Qwen2.5-7B": ((3584, 3584), (18944, 3584), (3584, 18944), (512, 3584)),
     "LLaMA-65B": ((8192, 8192), (22016, 8192), (8192, 22016)),
 }
 SHAPES = tuple(dict.fromkeys(shape for shapes in MODELS.values() for shape in shapes))
 ROWS = (1, 8, 32, 8192, 512, 4096, 128, 16, 2048, 1024, 256, 64, 2, 4)  # most wanted first
-RANKS = (16, 64, 8)
+RANKS = (16, 64)
 FUSED_ROWS = (16, 32, 48, 64, 96, 128, 192, configs.NF4_FUSED_ROWS_MAX)
 BATCH = 48  # problems that walk in step: enough candidates for every process that compiles
 MOST_WORKERS = 12  # processes that compile; each takes about half a GB of the GPU for itself

@@ -173,7 +173,7 @@ def supports_nf4_norm(packed: Tensor, *args: object) -> str | None:
 
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    (N, K), r = weight.shape, len(lora_A)
+    (N, K), r = weight.shape, lora_A.shape[0]
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
     config = config_for(Problem("dora_norm", 1, N, K, r, 8 * weight.element_size()), weight.device)
     with guard(weight):
@@ -213,7 +213,7 @@ def nf4_dora_norm(
 ) -> Tensor:
     """Blocks that do not end with rows: the weight is made dense first."""
     tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    (N, K), r = shape, len(lora_A)
+    (N, K), r = shape, lora_A.shape[0]
     if K % blocksize:
         dense = nf4_dequantize(*tensors, blocksize, nested_blocksize, shape, dtype)
         return dora_norm(dense, lora_A, lora_B, scaling)

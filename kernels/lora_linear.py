@@ -403,7 +403,7 @@ def lora_linear_backward(
     need_dx, need_dA = needs[:2]
     dx, dA = gradients_xa(x, lora_A, dS, keep, dropout_p, (need_dx, need_dA), dy.dtype)
     if need_dx:
-        if len(rows):
+        if rows.shape[0]:
             dx.addmm_(rows, weight)
         dx = dx.view(*dy.shape[:-1], lora_A.shape[1])
     empty = dy.new_empty(0)
@@ -420,7 +420,7 @@ def update_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """scaling * S @ lora_B.T + bias in the dtype of x [M, K], and S = dropout(x) @ lora_A.T."""
-    M, (N, r) = len(x), lora_B.shape
+    M, (N, r) = x.shape[0], lora_B.shape
     y = x.new_empty((M, N))
     if M == 0:
         return y, x.new_empty((0, r), dtype=torch.float32)
@@ -442,7 +442,7 @@ def _shrink(
     expand: tuple[Tensor, Tensor | None, float, Tensor] | None = None,
 ) -> Tensor:
     """S = scale * (x * keep) @ lora_A.T; `expand`: lora_B, bias, scaling, and y to fill too."""
-    (M, K), r = x.shape, len(lora_A)
+    (M, K), r = x.shape, lora_A.shape[0]
     lora_B, bias, scaling, y = (None, None, 1.0, None) if expand is None else expand
     N = 1 if y is None else y.shape[1]
     S = x.new_empty((M, r), dtype=torch.float32)

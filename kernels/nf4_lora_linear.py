@@ -228,13 +228,13 @@ def nf4_lora_linear_forward(
     N, K = shape
     rows = rows_of(x, K)
     adapters = (lora_A, lora_B, bias, scaling, keep, dropout_p)
-    if _fused(len(rows), K, blocksize, x):
+    if _fused(rows.shape[0], K, blocksize, x):
         y, S = _fused_forward(rows, weight, N, *adapters)
     elif lora_A is None:
         y, S = F.linear(rows, nf4_dequantize(*weight, shape, x.dtype), bias), None
     else:
         y, S = lora_linear.update_forward(rows, *adapters)
-        if len(rows):
+        if rows.shape[0]:
             y.addmm_(rows, nf4_dequantize(*weight, shape, x.dtype).t())
     S = x.new_empty(0, dtype=torch.float32) if S is None else S.view(*x.shape[:-1], S.shape[1])
     return y.view(*x.shape[:-1], N), S
@@ -263,7 +263,7 @@ def nf4_lora_linear_backward(
     weight = (*tensors, blocksize, nested_blocksize)
     (N, K), (need_dx, need_dA, _, need_dbias) = shape, needs
     rows = rows_of(dy, N)
-    fused = need_dx and _fused(len(rows), K, blocksize, dy)
+    fused = need_dx and _fused(rows.shape[0], K, blocksize, dy)
     dS = dx = dA = dB = dbias = None
     if lora_A is not None:
         dS, dB, dbias = lora_linear.gradients_sb(rows, S, lora_B, scaling, needs)
@@ -273,7 +273,7 @@ def nf4_lora_linear_backward(
         dbias = rows.sum(0)
     if fused:
         dx = _fused_backward(rows, weight, K, dS, lora_A, keep, dropout_p)
-    elif need_dx and len(rows):
+    elif need_dx and rows.shape[0]:
         dense = nf4_dequantize(*weight, shape, dy.dtype)
         dx = rows @ dense if dx is None else dx.addmm_(rows, dense)
     elif need_dx:

@@ -117,7 +117,7 @@ def lora_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
     rows = _rows(x, K)
-    keep = _mask(keep, len(rows), K, dropout_p)
+    keep = _mask(keep, rows.shape[0], K, dropout_p)
     S = native.lora_shrink(rows, _float32(lora_A), keep, keep_scale(keep, dropout_p))
     y = F.linear(rows, weight, bias)
     native.lora_expand_(y, S, _float32(lora_B.t()), scaling)
@@ -137,7 +137,7 @@ def lora_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = _rows(dy, lora_B.shape[0])
-    keep = _mask(keep, len(rows), lora_A.shape[1], dropout_p)
+    keep = _mask(keep, rows.shape[0], lora_A.shape[1], dropout_p)
     dx = dy.new_empty(0)
     dS, dA, dB, dbias = _adapter_gradients(
         rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
@@ -170,7 +170,7 @@ def nf4_lora_linear_forward(
     tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
     pieces = (*tensors, blocksize, nested_blocksize)
     rows = _rows(x, K)
-    keep = _mask(keep, len(rows), K, dropout_p)
+    keep = _mask(keep, rows.shape[0], K, dropout_p)
     if x.dtype is torch.float16:
         rows = rows.float()
     y, S = native.nf4_linear_forward(
@@ -214,7 +214,7 @@ def nf4_lora_linear_backward(
     tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
     pieces = (*tensors, blocksize, nested_blocksize)
     rows = _rows(dy, N)
-    keep = _mask(keep, len(rows), K, dropout_p)
+    keep = _mask(keep, rows.shape[0], K, dropout_p)
     dx = dy.new_empty(0)
     dS, dA, dB, dbias = _adapter_gradients(
         rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs

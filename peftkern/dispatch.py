@@ -132,8 +132,14 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         "adalora_orthogonality_backward": (
             _cpu("adalora_orthogonality_backward", cpu.supports_adalora_orthogonality_backward),
         ),
-        "rosa_sddmm": (_cpu("rosa_sddmm", cpu.supports_rosa),),
-        "rosa_spmm_": (_cpu("rosa_spmm_", cpu.supports_rosa),),
+        "rosa_sddmm": (
+            _triton("rosa_sddmm", "rosa", "supports"),
+            _cpu("rosa_sddmm", cpu.supports_rosa),
+        ),
+        "rosa_spmm_": (
+            _triton("rosa_spmm_", "rosa", "supports"),
+            _cpu("rosa_spmm_", cpu.supports_rosa),
+        ),
     }.items()
 }
 
@@ -156,22 +162,27 @@ _SIZES: dict[str, Callable[..., tuple[int, int, int, int, int]]] = {
         _bits(rest[-1].dtype),
     ),
     "lora_linear_forward": lambda x, weight, lora_A, *_: (
-        *(_rows(x), *weight.shape, len(lora_A)),
+        *(_rows(x), *weight.shape, lora_A.shape[0]),
         _bits(x.dtype),
     ),
     "lora_linear_backward": lambda dy, x, S, weight, lora_A, lora_B, *_: (
-        *(_rows(dy), len(lora_B), lora_A.shape[1], len(lora_A)),
+        *(_rows(dy), lora_B.shape[0], lora_A.shape[1], lora_A.shape[0]),
         _bits(dy.dtype),
     ),
     "nf4_lora_linear_forward": lambda x, *rest: (
-        *(_rows(x), *rest[7], 1 if rest[8] is None else len(rest[8])),
+        *(_rows(x), *rest[7], 1 if rest[8] is None else rest[8].shape[0]),
         _bits(x.dtype),
     ),
     "nf4_lora_linear_backward": lambda dy, *rest: (
-        *(_rows(dy), *rest[9], 1 if rest[10] is None else len(rest[10])),
+        *(_rows(dy), *rest[9], 1 if rest[10] is None else rest[10].shape[0]),
         _bits(dy.dtype),
     ),
-    "dora_norm": lambda weight, lora_A, *_: (1, *weight.shape, len(lora_A), _bits(weight.dtype)),
+    "dora_norm": lambda weight, lora_A, *_: (
+        1,
+        *weight.shape,
+        lora_A.shape[0],
+        _bits(weight.dtype),
+    ),
     "nf4_dora_norm": lambda packed, *rest: (1, *rest[6], len(rest[8]), _bits(rest[7])),
     "low_rank_svd": lambda lora_B, lora_A, *_: (
         *(len(lora_B), len(lora_B[0]), lora_A[0].shape[1], max(len(A) for A in lora_A)),

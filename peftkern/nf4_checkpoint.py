@@ -13,7 +13,6 @@ Source of the layout: https://github.com/huggingface/safetensors#format, and `pe
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -51,15 +50,21 @@ from peftkern.nf4 import (
     NF4Weight,
     state_dict_layout,
 )
+from peftkern.staging import (
+    check_destination,
+    check_space,
+    publish,
+    replace_json,
+    replace_text,
+    work_folder,
+)
 
-WORK = ".peftkern-quantize"
 WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantise_nf4 takes
 
 _SHARD_NAME = "model-{:05d}-of-{:05d}.safetensors"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # of a header, and of every quantised weight
 _ERROR_CHUNK = 1 << 18  # values that are compared with the source at a time, at the least
-_SPARE_BYTES = 1 << 24  # for the journal, the index and the copied files
 # Beside the weights: tokenizer, generation config, chat template, licence, model card, code.
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py")
 _COPIED_NAMES = ("LICENSE", "NOTICE")
@@ -174,10 +179,10 @@ def quantize_checkpoint(
     shards = _plan(checkpoint, linear, options)
     identity = _identity(checkpoint, linear, quantization_config, options)
     companions = _companions(checkpoint.folder)
-    _check_destination(checkpoint.folder, destination, force)
-    _check_space(destination, sum(len(shard.header) + shard.nbytes for shard in shards))
+    check_destination(checkpoint.folder, destination, force)
+    check_space(destination, sum(len(shard.header) + shard.nbytes for shard in shards))
     created = not destination.exists()
-    with _work_folder(destination, identity, force) as work:
+    with work_folder(destination, identity, force) as work:
         try:
             journal = _Journal(work, shards)
             resumed = len(journal.entries)
@@ -186,7 +191,7 @@ def quantize_checkpoint(
                 _read_back(work, shards, journal)
                 _write_companions(work, shards, companions)
                 config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
-                _replace_json(work / CONFIG, config)
+                replace_json(work / CONFIG, config)
                 journal.finish()
         except CheckpointError:
             shutil.rmtree(work)
@@ -194,7 +199,7 @@ def quantize_checkpoint(
                 if created:
                     destination.rmdir()
             raise
-        _publish(work, destination, [shard.name for shard in shards])
+        publish(work, destination, [shard.name for shard in shards])
         return _summary(checkpoint, shards, journal, resumed)
 
 
@@ -292,76 +297,6 @@ def _companions(folder: Path) -> list[Path]:
     return found
 
 
-def _check_destination(source: Path, destination: Path, force: bool) -> None:
-    here, there = os.path.realpath(source), os.path.realpath(destination)
-    if os.path.commonpath([here, there]) in (here, there):
-        raise CheckpointError(f"{destination}: expected a folder apart from the source {source}")
-    if os.path.lexists(destination) and not destination.is_dir():
-        raise CheckpointError(f"{destination}: expected a new or empty folder, got a file")
-    held = sorted(path.name for path in destination.iterdir()) if destination.exists() else []
-    if not held or WORK in held:
-        return
-    if not force:
-        raise CheckpointError(
-            f"{destination}: expected a new or empty folder, it holds {held[0]!r} "
-            "(--force replaces the checkpoint in it)"
-        )
-    config = _read_json(destination / CONFIG)
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(
-            f"{destination}: --force replaces a checkpoint, and this folder holds none"
-        )
-
-
-@contextlib.contextmanager
-def _work_folder(destination: Path, identity: dict[str, Any], force: bool) -> Iterator[Path]:
-    """The work folder of this very run, new or as it was left, and locked against a second one."""
-    identity = json.loads(json.dumps(identity))
-    work = destination / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{destination}: another process is writing to it") from None
-        other = _read_json(work / "run.json")
-        if other is not None and other != identity:
-            if not force:
-                raise CheckpointError(
-                    f"{destination}: holds an unfinished run with {_difference(other, identity)}; "
-                    "repeat it as it was, or start over with --force"
-                )
-            for path in work.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-        _replace_json(work / "run.json", identity)
-        yield work
-
-
-def _difference(other: Any, identity: dict[str, Any]) -> str:
-    if isinstance(other, dict):
-        for key, value in identity.items():
-            if other.get(key) != value:
-                if isinstance(value, (int, str)) and key != "source":
-                    return f"{key} {other.get(key)}, not {value}"
-                return f"another {key}"
-    return "other options"
-
-
-def _check_space(destination: Path, needed: int) -> None:
-    work = destination / WORK
-    there = sum(path.stat().st_size for path in work.iterdir()) if work.exists() else 0
-    parent = Path(os.path.realpath(destination))
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if needed + _SPARE_BYTES > there + free:
-        needed = max(needed + _SPARE_BYTES - there, 0)
-        raise CheckpointError(
-            f"{destination}: expected {needed / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB"
-        )
-
-
 class _Journal:
     """What is written, in order: a line of JSON per unit with checksum and error.
 
@@ -381,7 +316,7 @@ class _Journal:
                     break
                 self.entries.append(entry)
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-            _replace_text(self.path, text)
+            replace_text(self.path, text)
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []
@@ -571,23 +506,7 @@ def _write_companions(work: Path, shards: tuple[_Shard, ...], companions: list[P
                 for part in unit.parts
             },
         }
-        _replace_json(work / INDEX, index)
-
-
-def _publish(work: Path, destination: Path, weights: list[str]) -> None:
-    """Move everything to its place; what a checkpoint that was there would mix in goes first."""
-    if (work / CONFIG).exists():  # else all but the work folder's end is done
-        (destination / CONFIG).unlink(missing_ok=True)
-        new = {*weights, *([INDEX] if len(weights) > 1 else [])}
-        for pattern in ("*.safetensors", "*.safetensors.index.json"):
-            for path in destination.glob(pattern):
-                if path.name not in new:
-                    path.unlink()
-        copies = sorted(path.name for path in work.glob("copy of *"))
-        for name in [*weights, *copies, INDEX, CONFIG]:
-            if (work / name).exists():
-                os.replace(work / name, destination / name.removeprefix("copy of "))
-    shutil.rmtree(work)
+        replace_json(work / INDEX, index)
 
 
 def _summary(
@@ -614,27 +533,3 @@ def _summary(
         largest_error=error,
         largest_error_name=name,
     )
-
-
-def _read_json(path: Path) -> Any:
-    """What the file holds; None if there is none."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return "unreadable"
-
-
-def _replace_json(path: Path, value: Any) -> None:
-    _replace_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -46,6 +47,21 @@ def poisoned_memory_and_seeds() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def device_is_alive(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A kernel that wrote out of bounds fails here, in its own test; nothing after it can run."""
+    yield
+    if "gpu" not in request.keywords or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:  # which gets another process
+            print(f"{request.node.nodeid}: {error}", file=sys.__stderr__, flush=True)
+            os._exit(1)
+        pytest.exit(f"{request.node.nodeid}: {error}", returncode=1)
 
 
 @pytest.fixture(params=["cpu", "reference"])

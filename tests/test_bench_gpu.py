@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import tarfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +24,8 @@ import tiles
 import tune
 
 from peftkern import dispatch
-from peftkern.benchmark import machine, suite
-from peftkern.benchmark.timer import Timing
+from peftkern.benchmark import gpu_timer, machine, suite
+from peftkern.benchmark.timer import MIN_SAMPLES, Timing
 from peftkern.kernels.configs import KERNELS, Problem, TileConfig, choose
 from peftkern.kernels.launch import config_for, forced, processors
 
@@ -107,6 +110,57 @@ def test_interpreter_has_a_folder_of_its_own():
     assert machine.slug({**facts, "interpreter": True}) == "some-cpu-avx2-2-threads-interpreter"
 
 
+def test_slow_calls_are_repeated_as_little_as_they_must():
+    """What takes longer than the timer's patience has few samples, whatever the time."""
+    taken = Counter()
+
+    def turn(name: str) -> list[float]:
+        taken[name] += 1
+        return [gpu_timer.PATIENCE * 2 if name == "slow" else 0.01]
+
+    least = {"slow": gpu_timer.FEW, "quick": MIN_SAMPLES}
+    timings = gpu_timer._in_turns(list(least), turn, 0.5, lambda share: None, least=least)
+    assert taken["slow"] == gpu_timer.FEW and taken["quick"] >= 50
+    assert len(timings["slow"].samples) == gpu_timer.FEW
+
+
+def test_record_keeps_some_samples_and_the_percentiles_of_all():
+    timing = Timing(tuple(i * 1e-3 for i in range(1, 1001)))
+    kept = suite.in_milliseconds(timing)
+    assert len(kept["samples_ms"]) == suite.MOST_SAMPLES
+    assert kept["samples_ms"][:2] == [1.0, 6.0] and kept["median_ms"] == pytest.approx(500.5)
+    assert len(suite.in_milliseconds(Timing((1.0,) * 7))["samples_ms"]) == 7
+
+
+def test_parts_run_in_the_order_asked_for():
+    assert gpu.parts("all") == list(gpu.SHARES)
+    assert gpu.parts("tune,nf4") == ["tune", "nf4"]
+    with pytest.raises(argparse.ArgumentTypeError, match="no part 'nf5'; there are all, test"):
+        gpu.parts("nf4,nf5")
+
+
+def test_interrupted_pytest_still_says_what_failed(tmp_path):
+    """Its log is there line by line, with the failures before the interrupt."""
+    (tmp_path / "test_it.py").write_text(
+        "import time\n\ndef test_a():\n    assert 1 == 2\n\ndef test_b():\n    time.sleep(60)\n"
+    )
+    log = tmp_path / "log.txt"
+    command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, str(tmp_path)]
+    assert gpu.run(command, 5.0, log) == 124
+    assert "assert 1 == 2" in log.read_text() and "KeyboardInterrupt" in log.read_text()
+
+
+def test_archive_holds_the_results(tmp_path):
+    folder = tmp_path / "out" / "h200"
+    folder.mkdir(parents=True)
+    (folder / "nf4.json").write_text("{}")
+    for _ in range(2):
+        gpu.pack(tmp_path / "out", tmp_path / "results.tgz")
+    with tarfile.open(tmp_path / "results.tgz") as file:
+        assert "out/h200/nf4.json" in file.getnames()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "results.tgz"]
+
+
 def test_overrunning_part_is_stopped():
     sleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     assert gpu.run([sys.executable, "-c", f"{sleep}; import time; time.sleep(60)"], 1.0) == 124
@@ -135,7 +189,8 @@ def make(*arguments: str) -> str:
 def test_make_gpu_uses_the_machine_as_it_is():
     printed = make("gpu", "PART=nf4", "OUT=/some/where", "COMMIT=abc", "BUDGET=60")
     expected = 'bench/gpu.py --part nf4 --out "/some/where" --budget 60 --commit "abc"'
-    assert expected in printed and "python3" in printed
+    assert expected in printed and "python3" in printed and "--archive" not in printed
+    assert '--archive "/r.tgz"' in make("gpu", "ARCHIVE=/r.tgz")
     assert "pip" not in printed and "venv" not in printed
     assert "bench/tune.py" in make("tune") and "pip" not in make("tune")
 
@@ -154,6 +209,9 @@ def test_every_part_has_a_script():
         ("dora", "dora/forward+backward-M512-4096x4096", {"PEFT", "frozen layer"}),
         ("dora", "nf4-forward+backward-M512-14336x4096", {"PEFT", "frozen layer"}),
         ("dora", "dora/nf4-norm-4096x4096", {"torch, blocks of rows"}),
+        ("rosa", "rosa/sddmm-M4096-5.0%", {"dense dW", "torch, in chunks"}),
+        ("rosa", "rosa/sddmm-M512-1.0%/fp32", {"dense dW", "torch.sparse", "torch, in chunks"}),
+        ("rosa", "rosa/forward-M4096-5.0%", {"dense W + S", "torch, in chunks"}),
     ],
 )
 def test_gpu_cases_are_right_under_the_interpreter(part, only, peers, tmp_path):

@@ -16,7 +16,7 @@ from checkpoint_folders import contents, save_llama
 from transformers import AutoModelForCausalLM
 
 from peftkern.cli import main
-from peftkern.nf4_checkpoint import WORK
+from peftkern.staging import WORK
 
 ROOT = Path(__file__).resolve().parents[1]
 

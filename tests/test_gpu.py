@@ -281,11 +281,16 @@ def layer_on_gpu(kind: str, **options: Any) -> Layer:
 
 
 def to_cuda(args: tuple) -> tuple:
-    """Operands on the GPU; a mask becomes the seed that stands for one there."""
-    moved = [a.to(CUDA) if isinstance(a, Tensor) else a for a in args]
-    return tuple(
-        draw_seed(CUDA) if isinstance(a, Tensor) and a.dtype is torch.bool else a for a in moved
-    )
+    """Operands on the GPU, in lists, too; a mask becomes the seed that stands for one there."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(element) for element in value]
+        if not isinstance(value, Tensor):
+            return value
+        return draw_seed(CUDA) if value.dtype is torch.bool else value.to(CUDA)
+
+    return tuple(moved(value) for value in args)
 
 
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))

@@ -42,14 +42,15 @@ RANK = {
     "monitor": 8,
     "packages": 8,
     "sample_calls": 8,
-    "nf4_checkpoint": 9,
-    "integrations": 10,
-    "__init__": 11,
-    "benchmark": 12,
-    "self_test": 13,
-    "doctor": 14,
-    "cli": 15,
-    "__main__": 16,
+    "staging": 9,
+    "nf4_checkpoint": 10,
+    "integrations": 11,
+    "__init__": 12,
+    "benchmark": 13,
+    "self_test": 14,
+    "doctor": 15,
+    "cli": 16,
+    "__main__": 17,
 }
 LIBRARIES = {"_cpu": "native", "_cuda": "native_cuda"}  # and who alone may import them
 NOT_SHIPPED = {"tests", "bench", "examples", "setup"}

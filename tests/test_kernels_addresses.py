@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ if triton_interpreted():
     from triton.runtime import interpreter
     from triton.runtime.interpreter import TensorHandle
 
-    from peftkern.kernels import dora, launch, lora_linear, nf4, nf4_lora_linear
+    from peftkern.kernels import dora, launch, lora_linear, nf4, nf4_lora_linear, rosa
 
 GRID_MOST = (2**31 - 1, 65535, 65535)  # programs of a CUDA launch
 ROWS_MOST = 2**30 - 1
@@ -36,6 +37,9 @@ COLUMNS_MOST = -1  # stands for the most columns that `supports` admits
 CPU = torch.device("cpu")
 SPANS: list[tuple[int, int]] = []  # bytes of the tensors of the launch that runs
 ACCESSES: list[str] = []
+NAMES: list[str] = []  # of the kernel's parameters that are those tensors
+# What lies in a tensor of that name, from the numbers of its elements; zeros in all others.
+CONTENTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,22 @@ def ends(*bounds) -> list[int]:
     return [steps[0], steps[-1]] if len(steps) > 2 else list(steps)
 
 
+def all_or_ends(*bounds) -> list[int] | range:
+    """A loop in full, unless it is long."""
+    return ends(*bounds) if len(range(*bounds)) > 64 else range(*bounds)
+
+
+def contents(ptrs: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
+    """What a kernel finds at addresses, elements being of `size` bytes."""
+    found = np.zeros(ptrs.shape, dtype)
+    for name, content in CONTENTS.items():
+        if name in NAMES:
+            address = (NAMES.index(name) + 1) << 44
+            mine = (ptrs.astype(np.int64) >> 44) == address >> 44
+            found[mine] = content((ptrs[mine].astype(np.int64) - address) // size)
+    return found
+
+
 def run_ends(executor, *args, **kwargs) -> None:
     """Stands in for GridExecutor.__call__: corner programs only, whatever lies at an address."""
     grid = (*executor.grid, 1, 1)[:3]
@@ -62,6 +82,7 @@ def run_ends(executor, *args, **kwargs) -> None:
     accepted = inspect.getfullargspec(executor.fn).args
     kwargs = {k: v for k, v in kwargs.items() if k in accepted}
     SPANS.clear()
+    NAMES.clear()
     arguments = {}
     for name, value in inspect.getcallargs(executor.fn, *args, **kwargs).items():
         if isinstance(value, Tensor):
@@ -69,6 +90,7 @@ def run_ends(executor, *args, **kwargs) -> None:
             extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
             SPANS.append((address, address + extent * value.element_size()))
             value = FarPointer(value.dtype, address)
+            NAMES.append(name)
         constant = name in executor.constexprs
         arguments[name] = value if constant else interpreter._implicit_cvt(value)
     builder = interpreter.interpreter_builder
@@ -94,18 +116,21 @@ def far_memory(monkeypatch):
     def load(self, ptrs, mask, *rest):
         check(ptrs, mask, "load")
         dtype = ptrs.get_element_ty()
-        return TensorHandle(np.zeros(ptrs.data.shape, interpreter._get_np_dtype(dtype)), dtype)
+        size = dtype.primitive_bitwidth // 8
+        return TensorHandle(contents(ptrs.data, size, interpreter._get_np_dtype(dtype)), dtype)
 
     def store(self, ptrs, value, mask, *rest):
         check(ptrs, mask, "store")
 
     launch.code_table(CPU)  # remembered, so not to be a fake one
     ACCESSES.clear()
+    CONTENTS.clear()
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", store)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_ends)
     for module in (dora, lora_linear, nf4, nf4_lora_linear):
         monkeypatch.setattr(module, "range", ends, raising=False)
+    monkeypatch.setattr(rosa, "range", all_or_ends, raising=False)  # it bisects
     with FakeTensorMode():
         yield
     assert "load" in ACCESSES and "store" in ACCESSES
@@ -211,6 +236,32 @@ def test_dora_norm(shape, r):
     packed = (*nf4_weight(N, K), [N, K], torch.bfloat16, A, B, 2.0)
     assert dora.supports_nf4_norm(*packed) is None
     dora.nf4_dora_norm(*packed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "in_a_row"),
+    [
+        ((65_535 * 128, 70, 4096), 4096),  # the most rows of x
+        ((65_535 * 128 - 5, 70, 4096), 4096),
+        ((4096, 1 << 20, 1 << 13), 3),  # rows and columns of S beyond 2^31 in x^T, dy^T and y
+        ((4096, 1 << 13, 1 << 20), 300),
+        ((600, 1 << 20, 1 << 13), 4096),  # and 2^32 entries
+        ((600, 40, 1 << 22), 1 << 22),  # in long rows
+    ],
+    ids=str,
+)
+def test_rosa(shape, in_a_row):
+    (M, N, K), nnz = shape, shape[1] * in_a_row
+    dtype = torch.int32 if nnz < 2**31 else torch.int64  # as SparseMask chooses
+    CONTENTS["crow_ptr"] = lambda row: row * in_a_row
+    CONTENTS["col_ptr"] = lambda entry: np.where(entry % 2, K - 1, 0)
+    x, y, crow, col = fake(M, K), fake(M, N), fake(N + 1, dtype=dtype), fake(nnz, dtype=dtype)
+    assert rosa.supports(y, x) is None
+    rosa.rosa_sddmm(y, x, crow, col)
+    before = ACCESSES.count("store")
+    for order in (None, col):
+        rosa.rosa_spmm_(y, x, fake(nnz, dtype=torch.float32), crow, col, order)
+    assert ACCESSES.count("store") > before
 
 
 def test_address_behind_a_tensor_is_found():

@@ -25,13 +25,14 @@ from peftkern.kernels import (
     nf4,
     nf4_lora_linear,
     primitives,
+    rosa,
 )
 from peftkern.kernels.configs import SHARED_MEMORY
 from peftkern.nf4 import NF4_CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-MODULES = (nf4, lora_linear, nf4_lora_linear, low_rank_svd, adalora, dora)
+MODULES = (nf4, lora_linear, nf4_lora_linear, low_rank_svd, adalora, dora, rosa)
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 NVIDIA = ("sm80", "sm90", "sm100")
 

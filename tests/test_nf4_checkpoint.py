@@ -36,7 +36,8 @@ from peftkern import nf4_checkpoint
 from peftkern.checkpoint import CheckpointError, read_checkpoint
 from peftkern.integrations.linear_weights import find_linear_weights
 from peftkern.nf4 import BLOCKSIZES, STATE_KEY, NF4Weight, dynamic_map
-from peftkern.nf4_checkpoint import WORK, Options, quantize_checkpoint
+from peftkern.nf4_checkpoint import Options, quantize_checkpoint
+from peftkern.staging import WORK
 
 CONFIG = {"quant_method": "bitsandbytes"}
 SMALL = {

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_cases import BF16, F16, F32, F64
+from rosa_cases import SHAPES, assert_exact, check_products, random_mask, whole_numbers
 from tolerances import (
     AUTOCAST_RTOL,
     DETERMINISM_RUNS,
@@ -29,44 +31,6 @@ from peftkern.methods.rosa import RoSALinear, RoSAScheduler, density_report
 from peftkern.methods.top_gradients import TopGradients
 from peftkern.sparse import SparseMask, rosa_linear
 
-F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-SHAPES = [  # T, N, K, nnz: one, around 16, 32 and 64 rows of x, empty rows, dense, none
-    (1, 1, 1, 1),
-    (1, 40, 70, 200),
-    (16, 33, 17, 90),
-    (31, 129, 65, 70),
-    (64, 16, 48, 768),
-    (65, 7, 300, 1000),
-    (200, 70, 19, 400),
-    (3, 5, 6, 0),
-]
-
-
-def random_mask(
-    shape: tuple[int, int], nnz: int, dtype: torch.dtype | None = None, seed: int = 0
-) -> SparseMask:
-    N, K = shape
-    flat = torch.randperm(N * K, generator=torch.Generator().manual_seed(seed))[:nnz]
-    return SparseMask.from_indices(flat // K, flat % K, shape, dtype)
-
-
-def check_products(T: int, N: int, K: int, nnz: int, dtype: torch.dtype, index: torch.dtype):
-    """Both ops, the product with the matrix and with its transpose, as accurate as torch."""
-    mask, values = random_mask((N, K), nnz, index), torch.randn(nnz)
-    x, y = torch.randn(T, K).to(dtype), torch.randn(T, N).to(dtype)
-    S = mask.to_dense(values)
-    got = y.clone()
-    ops.rosa_spmm_(got, x, values, mask.crow, mask.col, None)
-    eager = (y.float() + x.float() @ S.T).to(dtype)
-    assert_as_accurate_as_torch(got, eager, y.double() + x.double() @ S.double().T)
-    got = x.clone()
-    ops.rosa_spmm_(got, y, values, mask.ccol, mask.row, mask.order)
-    eager = (x.float() + y.float() @ S).to(dtype)
-    assert_as_accurate_as_torch(got, eager, x.double() + y.double() @ S.double())
-    got = ops.rosa_sddmm(y, x, mask.crow, mask.col)
-    eager, oracle = ((y.to(wide).T @ x.to(wide)).view(-1)[mask.flat()] for wide in (F32, F64))
-    assert_as_accurate_as_torch(got, eager, oracle)
-
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -83,16 +47,8 @@ def test_products(shape, dtype, index, every_backend):
     index=st.sampled_from([torch.int32, torch.int64]),
 )
 def test_products_of_any_shape(T, N, K, share, index):
-    """Float32 sums of whole numbers are exact: any entry lost or met twice would show."""
     mask = random_mask((N, K), int(share * N * K), index, seed=T)
-    values = torch.randint(-4, 5, (mask.nnz,)).float()
-    x, y = torch.randint(-4, 5, (T, K)).float(), torch.randint(-4, 5, (T, N)).float()
-    S = mask.to_dense(values)
-    got, turned = y.clone(), x.clone()
-    ops.rosa_spmm_(got, x, values, mask.crow, mask.col, None)
-    ops.rosa_spmm_(turned, y, values, mask.ccol, mask.row, mask.order)
-    assert torch.equal(got, y + x @ S.T) and torch.equal(turned, x + y @ S)
-    assert torch.equal(ops.rosa_sddmm(y, x, mask.crow, mask.col), (y.T @ x).view(-1)[mask.flat()])
+    assert_exact(whole_numbers(mask, T))
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])

@@ -8,6 +8,7 @@ cache does not hold any more. Also: how many kernels a call launches, and its pe
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import random
@@ -20,6 +21,8 @@ from peftkern.benchmark.timer import MIN_SAMPLES, Timing
 TURN_SECONDS = 0.02
 CALLS_IN_GRAPH = 32  # inputs that one replay walks through; a quarter of it if a call is slow
 SLOW_SECONDS = 2e-3
+PATIENCE = 0.1  # seconds of a call from which it is not repeated more than it must be
+FEW = 3  # samples of such a call
 UNCOUNTED = 2  # calls at the start of a turn, which still wait for the host
 
 
@@ -29,20 +32,25 @@ def measure_events(
     seconds: float,
     tick: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Timing]:
-    """Time every variant for about `seconds`, as `timer.measure` does on a CPU."""
+    """Time every variant for about `seconds`, as `timer.measure` does on a CPU; those that take
+    more than PATIENCE FEW times."""
     counters = {name: itertools.count() for name in variants}
 
     def some(name: str, calls: int) -> list[float]:
         return turn(variants[name], calls, lambda: next(counters[name]))
 
-    estimate = {name: max(1e-6, min(some(name, 5))) for name in variants}
+    estimate = {}
+    for name in variants:
+        (first,) = some(name, 1)
+        estimate[name] = first if first > PATIENCE else max(1e-6, min(some(name, 5)))
     bursts = {name: max(1, min(200, round(TURN_SECONDS / estimate[name]))) for name in variants}
-    return _in_turns(
-        list(variants),
-        lambda name: some(name, UNCOUNTED + bursts[name])[UNCOUNTED:],
-        seconds,
-        tick,
-    )
+
+    def samples(name: str) -> list[float]:
+        uncounted = 0 if estimate[name] > PATIENCE else UNCOUNTED
+        return some(name, uncounted + bursts[name])[uncounted:]
+
+    least = {name: FEW if estimate[name] > PATIENCE else MIN_SAMPLES for name in variants}
+    return _in_turns(list(variants), samples, seconds, tick, least=least)
 
 
 def turn(
@@ -82,6 +90,7 @@ def measure_graphs(
         except Exception as error:  # whatever a peer does that a graph cannot hold
             torch.cuda.synchronize()
             refused[name] = first_line(error)
+            end_capture()
 
     def turn(name: str) -> list[float]:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
@@ -127,6 +136,15 @@ def captured(call: Callable[[int], object], length: int) -> torch.cuda.CUDAGraph
     return graph
 
 
+def end_capture() -> None:
+    """After a capture that failed: some failures leave torch's random generator in it, and it would
+    refuse every number and every replay. One that goes well puts it right."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize()
+        one = torch.ones(1, device="cuda")
+        captured(lambda i: one.add_(1), 1)
+
+
 def launches(call: Callable[[int], object]) -> list[str]:
     """The names of the kernels that one call launches; copies and fills by the driver are none."""
     from torch.autograd import DeviceType
@@ -158,18 +176,24 @@ def _in_turns(
     seconds: float,
     tick: Callable[[float], None],
     weights: Mapping[str, int] | None = None,
+    least: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
-    """`turn` in shuffled order until each has its time; a sample stands for `weights` calls."""
+    """`turn` in shuffled order until each has its time and its `least` samples; one that shall have
+    FEW has no more. A sample stands for `weights` calls."""
     samples: dict[str, list[float]] = {name: [] for name in names}
     order, shuffle = list(names), random.Random(0)
 
     def spent(name: str) -> float:
         return sum(samples[name]) * (weights[name] if weights else 1)
 
-    while any(len(samples[n]) < MIN_SAMPLES or spent(n) < seconds for n in order):
+    def enough(name: str) -> bool:
+        fewest = least[name] if least else MIN_SAMPLES
+        return len(samples[name]) >= fewest and (fewest == FEW or spent(name) >= seconds)
+
+    while not all(enough(name) for name in order):
         shuffle.shuffle(order)
         for name in order:
-            if len(samples[name]) < MIN_SAMPLES or spent(name) < seconds:
+            if not enough(name):
                 samples[name] += turn(name)
         tick(min(1.0, min(spent(n) for n in order) / seconds if seconds else 1.0))
     return {name: Timing(tuple(values)) for name, values in samples.items()}

@@ -27,6 +27,7 @@ from peftkern.benchmark.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATI
 from peftkern.device import triton_interpreted
 
 GRAPH_SHARE = 0.5  # of a variant's time: what replayed graphs get on top
+MOST_SAMPLES = 200  # in a record; medians and percentiles are of all
 CPU = torch.device("cpu")
 
 
@@ -57,13 +58,15 @@ class Options:
 class Variant:
     """`call(i)` runs on the i-th input. `result` turns what it returned into tensors that compare
     with `oracle` (float64); no oracle: nothing to check. `multiplied`: too slow to be repeated, so
-    one call is timed and its time multiplied by this. `planned_bytes`: the peak to expect."""
+    one call is timed and its time multiplied by this. `planned_bytes`: the peak to expect.
+    `no_graph`: why a CUDA graph cannot hold it; a failed capture can cost all that comes later."""
 
     call: Callable[[int], object]
     oracle: tuple[Tensor, ...] = ()
     result: Callable[[object], object] = lambda returned: returned
     multiplied: int = 0
     planned_bytes: int | None = None
+    no_graph: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class Row:
     planned_bytes: int | None = None
     tokens: int | None = None
     kernels: list[str] | None = None
+    not_measured: str | None = None  # why launches or peak memory are missing
 
     def record(self) -> dict:
         record = {"error_rms": self.rms, "error_max": self.max, "wrong": self.wrong}
@@ -147,6 +151,7 @@ class Row:
         more = {
             "tokens_s": self.tokens_s,
             "no_graph": self.no_graph,
+            "not_measured": self.not_measured,
             "peak_bytes": self.peak_bytes,
             "planned_bytes": self.planned_bytes,
             "kernels": self.kernels,
@@ -164,8 +169,13 @@ def in_milliseconds(timing: Timing) -> dict:
         "median_ms": timing.median * 1e3,
         "p20_ms": timing.quantile(0.2) * 1e3,
         "p80_ms": timing.quantile(0.8) * 1e3,
-        "samples_ms": [round(s * 1e3, 5) for s in timing.samples],
+        "samples_ms": [round(s * 1e3, 5) for s in timing.samples[:: _step(timing.samples)]],
     }
+
+
+def _step(samples: tuple[float, ...]) -> int:
+    """So that a record holds at most MOST_SAMPLES, evenly spread over the run."""
+    return -(-len(samples) // MOST_SAMPLES)
 
 
 @dataclass
@@ -272,7 +282,7 @@ def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> 
     if case.tokens is not None:
         measure_steps(outcome.rows, case, right, options.device, seconds, tick)
     elif options.device.type == "cuda":
-        measure_on_gpu(outcome.rows, right, seconds, tick)
+        measure_on_gpu(outcome.rows, case, right, seconds, tick)
     else:
         for name, timing in measure(right, seconds=seconds, tick=tick).items():
             outcome.rows[name].timing = timing
@@ -293,17 +303,30 @@ def measure_steps(
         rows[name].planned_bytes = case.variants[name].planned_bytes
 
 
-def measure_on_gpu(rows: dict[str, Row], right: dict, seconds: float, tick) -> None:
-    """Single calls, replayed graphs, launches and peak memory of the variants that are right."""
+def measure_on_gpu(rows: dict[str, Row], case: Case, right: dict, seconds: float, tick) -> None:
+    """Single calls, replayed graphs, launches and peak memory of the variants that are right.
+
+    The clock comes first: what fails after it costs its own number alone. Of calls that take longer
+    than the timer's patience nothing else is measured.
+    """
     timings = gpu_timer.measure_events(right, seconds=seconds, tick=tick)
-    for name, call in right.items():
-        rows[name].timing = timings[name]
-        rows[name].peak_bytes = gpu_timer.peak_bytes(call)
-        rows[name].kernels = gpu_timer.launches(call) or None  # a profiler that saw none is blind
-    medians = {name: timing.median for name, timing in timings.items()}
-    graphs, refused = gpu_timer.measure_graphs(right, seconds=GRAPH_SHARE * seconds, calls=medians)
+    for name, timing in timings.items():
+        rows[name].timing = timing
+    quick = {n: call for n, call in right.items() if timings[n].median <= gpu_timer.PATIENCE}
+    for name, call in quick.items():
+        try:
+            rows[name].peak_bytes = gpu_timer.peak_bytes(call)
+            rows[name].kernels = gpu_timer.launches(call) or None  # who saw none is blind
+        except Exception as error:
+            torch.cuda.synchronize()  # raises again if the device itself is lost
+            rows[name].not_measured = gpu_timer.first_line(error)
+    held = {name: call for name, call in quick.items() if case.variants[name].no_graph is None}
+    medians = {name: timings[name].median for name in held}
+    graphs, refused = gpu_timer.measure_graphs(held, seconds=GRAPH_SHARE * seconds, calls=medians)
     for name in right:
-        rows[name].graph, rows[name].no_graph = graphs.get(name), refused.get(name)
+        rows[name].graph = graphs.get(name)
+        slow = None if name in quick else f"a call takes over {gpu_timer.PATIENCE:g} s"
+        rows[name].no_graph = case.variants[name].no_graph or slow or refused.get(name)
 
 
 def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:

@@ -49,7 +49,8 @@ def quantize(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from peftkern.checkpoint import CheckpointError, read_checkpoint
-    from peftkern.nf4_checkpoint import WORK, Options, quantize_checkpoint
+    from peftkern.nf4_checkpoint import Options, quantize_checkpoint
+    from peftkern.staging import WORK
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it has not found
     shard_bytes = parse_bytes("--shard-size", shard_size)

@@ -42,13 +42,14 @@ class SVDReader:
     """`peftkern.integrations.peft.LoRAReader` for adapters with a diagonal, which joins lora_A."""
 
     @staticmethod
-    def unusual(layer: Any, name: str) -> str | None:
+    def read(layer: Any, name: str) -> lora.Adapter | str:
         A, B, drop = SVDReader.tensors(layer, name)
         for role, tensor in (("lora_A", A), ("lora_E", layer.lora_E[name]), ("lora_B", B)):
             reason = lora.unusual_tensor(role, tensor)
             if reason is not None:
                 return reason
-        return lora.unusual_dropout(drop)
+        reason = lora.unusual_dropout(drop)
+        return (A, B, drop, None) if reason is None else reason
 
     @staticmethod
     def tensors(layer: Any, name: str) -> tuple[Tensor, Tensor, nn.Module]:
@@ -57,13 +58,8 @@ class SVDReader:
         return A, B, modules["lora_dropout"]._modules[name]
 
     @staticmethod
-    def factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
-        A, B, _ = SVDReader.tensors(layer, name)
-        return fold_diagonal(A, layer.lora_E[name], _scaling(layer, name)), B, 1.0
-
-    @staticmethod
-    def bias(layer: Any, name: str) -> None:
-        return None
+    def factor(layer: Any, name: str, A: Tensor) -> tuple[Tensor, float]:
+        return fold_diagonal(A, layer.lora_E[name], _scaling(layer, name)), 1.0
 
 
 def freeze_ranknum(layer: nn.Module) -> None:

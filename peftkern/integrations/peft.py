@@ -52,6 +52,8 @@ _DORA_CPU_MINIMUM = 1 << 17
 _DENSE = (nn.Linear, Conv1D)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
+_BASES = frozenset((*_BNB_TYPES, *_DENSE, NF4Linear))
+Adapter = tuple[Tensor, Tensor, nn.Module, Tensor | None]
 
 
 class PatchedLinear(lora.Linear):
@@ -162,9 +164,11 @@ def patch(model: nn.Module) -> PatchReport:
         adalora.freeze_ranknum(module)
         report.patched.append(name)
         report.kinds[_label(original)] += 1
-        reason = _unusual_state(module, _active_names(module))
-        if reason is not None:
-            report.falling_back[name] = reason
+        names = _active_names(module)
+        reason = _unusual_state(module, names)
+        adapter = _read_adapter(module, names) if reason is None and names else None
+        if reason is not None or isinstance(adapter, str):
+            report.falling_back[name] = reason or adapter
     for name, module in model.named_modules():
         if adalora.patch_model(module):
             report.patched.append(name)
@@ -226,6 +230,9 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     reason = _unusual_state(layer, names) or unusual_tensor("input", x)
     if reason is not None:
         return reason
+    adapter = _read_adapter(layer, names) if names else None
+    if isinstance(adapter, str):
+        return adapter
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transform"  # our autograd functions know the plain backward alone
     if not (x.is_cpu or torch.compiler.is_compiling()):  # in a graph, the op itself falls back
@@ -241,18 +248,18 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     base_x, weight, bias = base
     nf4 = isinstance(weight, NF4Weight)
     if names:
+        A, B, drop, adapter_bias = adapter
         reader = _reader(layer)
-        A, B, drop = reader.tensors(layer, names[0])
         unfused = _unfused(A, B, x, base_x.dtype, autocast, layer.cast_input_dtype_enabled)
         plain = reader is LoRAReader and names[0] not in layer.lora_variant
         if unfused is None and plain and not torch.compiler.is_compiling():
             op = "nf4_lora_linear" if nf4 else "lora_linear"
-            if dispatch.is_slower(op, base_x, tuple(weight.shape), len(A)):
+            if dispatch.is_slower(op, base_x, tuple(weight.shape), A.shape[0]):
                 return "PEFT's own operations measured faster for this shape"
     else:
         unfused = "no active adapter"
     if unfused is None:
-        A, B, scaling = reader.factors(layer, names[0])
+        A, scaling = reader.factor(layer, names[0], A)
         dropout_p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
         options = {"scaling": scaling, "bias": bias, "dropout_p": dropout_p}
         if names[0] in layer.lora_variant:
@@ -271,9 +278,8 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         result = result.to(x.dtype)  # bitsandbytes returns its input's dtype
     out_dtype = result.dtype
     if unfused is None:
-        adapter_bias = reader.bias(layer, names[0])
-        if adapter_bias is not None:
-            result = result + adapter_bias
+        if adapter_bias is not None:  # LoraConfig(lora_bias=True)
+            result = result + adapter_bias * layer.scaling[names[0]]
         names = names[1:]
     for name in names:
         if name in layer.lora_variant:
@@ -328,17 +334,25 @@ def _unusual_state(layer: Any, names: list[str]) -> str | None:
         return "global module hooks"
     base = layer._modules["base_layer"]
     kind = type(base)
-    if kind not in _BNB_TYPES and kind not in (*_DENSE, NF4Linear):
+    if kind not in _BASES:
         return f"base_layer is {kind.__name__}"
     reason = _hooked("base_layer", base)
     if reason is None and kind in _BNB_TYPES:
         reason = bnb.unusual_weight(base)
-    if reason is None and names:  # the adapters after the first are called as the modules they are
-        reason = _reader(layer).unusual(layer, names[0])
-    for name in names:
-        if reason is None and name in layer.lora_variant:
-            reason = _unusual_magnitude(layer, name)
     return reason
+
+
+def _read_adapter(layer: Any, names: list[str]) -> Adapter | str:
+    """The first adapter, or what in it, or in the magnitudes of all, our ops do not express.
+
+    Those after the first are called as the modules they are.
+    """
+    adapter = _reader(layer).read(layer, names[0])
+    if layer.lora_variant and not isinstance(adapter, str):
+        for name in names:
+            if name in layer.lora_variant and (reason := _unusual_magnitude(layer, name)):
+                return reason
+    return adapter
 
 
 def _magnitude(layer: Any, name: str) -> nn.Module:
@@ -392,36 +406,25 @@ class LoRAReader:
     """
 
     @staticmethod
-    def unusual(layer: Any, name: str) -> str | None:
-        """What in the adapter our ops do not express."""
+    def read(layer: Any, name: str) -> Adapter | str:
+        """lora_A, lora_B, the dropout module and lora_B's bias, or what our ops do not express."""
         lora_A, lora_B, drop = _adapter(layer, name)
         for role, linear in (("lora_A", lora_A), ("lora_B", lora_B)):
             if type(linear) is not nn.Linear:
                 return f"{role} is {type(linear).__name__}"
-            reason = _hooked(role, linear) or unusual_tensor(role, linear.weight)
+            reason = _hooked(role, linear)
             if reason is not None:
                 return reason
-        if lora_A.bias is not None:
-            return "lora_A has a bias"
-        return unusual_dropout(drop)
+        A, B = lora_A.weight, lora_B.weight
+        reason = unusual_tensor("lora_A", A) or unusual_tensor("lora_B", B)
+        if reason is None:
+            reason = "lora_A has a bias" if lora_A.bias is not None else unusual_dropout(drop)
+        return (A, B, drop, lora_B.bias) if reason is None else reason
 
     @staticmethod
-    def tensors(layer: Any, name: str) -> tuple[Tensor, Tensor, nn.Module]:
-        """lora_A, lora_B and the dropout module."""
-        lora_A, lora_B, drop = _adapter(layer, name)
-        return lora_A.weight, lora_B.weight, drop
-
-    @staticmethod
-    def factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
-        """A, B and s of the update s * dropout(x) A^T B^T."""
-        lora_A, lora_B, _ = _adapter(layer, name)
-        return lora_A.weight, lora_B.weight, layer.scaling[name]
-
-    @staticmethod
-    def bias(layer: Any, name: str) -> Tensor | None:
-        """What else the adapter adds: LoraConfig(lora_bias=True)."""
-        bias = layer._modules["lora_B"]._modules[name].bias
-        return None if bias is None else bias * layer.scaling[name]
+    def factor(layer: Any, name: str, A: Tensor) -> tuple[Tensor, float]:
+        """A and s of the update s * dropout(x) A^T B^T, from what `read` gave for A."""
+        return A, layer.scaling[name]
 
 
 def _reader(layer: Any) -> type:
