@@ -55,7 +55,7 @@ LR = 2e-4  # as QLoRA is used; the losses after it show a wrong gradient
 CURVE = 5  # losses that are compared where gradients are not
 # A case's time, counted on the safe side: drawing the model, what each variant runs beside its
 # curve (timed calls and those before them, one for memory), and what a step reaches at least.
-BUILD_SECONDS, CALLS, FLOPS, HOST_SECONDS = 15.0, 12, 250e12, 0.3
+BUILD_SECONDS, CALLS, FLOPS, HOST_SECONDS = 15.0, 7, 250e12, 0.3
 # bf16 gradients through four layers are off by a percent or two; AdaLoRA's by less.
 GRADIENTS_WRONG = 0.1
 CAP = 48 * 10**9
