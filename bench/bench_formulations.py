@@ -1,4 +1,4 @@
-"""Which way to compute a LoRA layer costs the least on a GPU, before any kernel is written for it.
+"""What decides how a layer with an adapter is computed on a GPU, before a kernel is written for it.
 
 `update-...`: base-first is F.linear, then addmm of the update; skinny-first writes the update, and
 the base product adds into it (beta = 1); bordered is one product over [x | S] and [W | sB], whose
@@ -6,6 +6,10 @@ inner dimension is 64 longer, with buffers that are concatenated already. All ge
 `skinny-...`: x @ A.T, which reads x once and does next to nothing else: its share of the floor is
 the share of the copy bandwidth that it reaches. Ours runs with sixteen outputs, as it has to write
 some.
+`product-...`: a dense product alone, by the Triton kernels of triton_gemm.py beside cuBLAS. Ours is
+the persistent one with TMA descriptors: cuBLAS's ratio is the share of cuBLAS that it reaches.
+`lut`: NF4 weights decoded for each clock and multiprocessor by each kind of table (lut.py, lut.cu),
+where nvcc is.
 
 python bench/bench_formulations.py --device cuda [--only skinny]
 """
@@ -14,15 +18,18 @@ from __future__ import annotations
 
 import sys
 
+import lut
 import torch
 import torch.nn.functional as F
 
 import peftkern
-from peftkern.benchmark.suite import OURS, Case, Options, Spec, Variant, main
+from peftkern.benchmark.suite import OURS, Case, Options, Question, Spec, Variant, main
 
 BASE_FIRST, SKINNY_FIRST = "base-first", "skinny-first"
 BORDERED, DENSE = "bordered", "dense"
 SKINNY = "x @ A.T"
+CUBLAS, SQUARE = "cuBLAS", "TMA, 128x128"
+POINTERS, SQUARE_POINTERS = "pointers, 128x256", "pointers, 128x128"
 BORDER = 64
 BF16 = torch.bfloat16
 
@@ -92,7 +99,31 @@ def skinny(options: Options, rows: int, r: int) -> Case:
     return Case(variants, 2 * m * k, 2 * m * k * r, BF16)
 
 
-def gpu_specs(device: torch.device) -> list[Spec]:
+def product(options: Options, rows: int) -> Case:
+    """OURS is triton_gemm's best guess; its other tile and its kernel without TMA are peers."""
+    import triton_gemm as gemm  # a module of Triton's, which a CPU may lack
+
+    torch.manual_seed(0)
+    m, n, k = options.m(rows), options.n, options.k
+    copies = options.copies(2 * (n * k + m * k))
+    xs = [randn(options, m, k) for _ in range(copies)]
+    weights = [randn(options, n, k, scale=k**-0.5) for _ in range(copies)]
+    exact = (xs[0].double() @ weights[0].double().T,)
+
+    def triton(run, tile) -> Variant:
+        return Variant(lambda i: run(xs[i % copies], weights[i % copies], tile), exact)
+
+    variants = {
+        OURS: triton(gemm.descriptors, gemm.WIDE),
+        SQUARE: triton(gemm.descriptors, gemm.SQUARE),
+        POINTERS: triton(gemm.pointers, gemm.WIDE),
+        SQUARE_POINTERS: triton(gemm.pointers, gemm.SQUARE),
+        CUBLAS: Variant(lambda i: F.linear(xs[i % copies], weights[i % copies]), exact),
+    }
+    return Case(variants, 2 * (n * k + m * (n + k)), 2 * m * n * k, BF16)
+
+
+def gpu_specs(device: torch.device) -> list[Spec | Question]:
     names, two = (OURS, BASE_FIRST, SKINNY_FIRST, BORDERED, DENSE), (OURS, SKINNY)
     updates = [
         Spec(
@@ -114,7 +145,18 @@ def gpu_specs(device: torch.device) -> list[Spec]:
         )
         for r, k in ((16, 4096), (64, 4096), (16, 14336))
     ]
-    return [updates[0], *reads[:2], *updates[1:], *reads[2:]]
+    products = [
+        Spec(
+            f"formulations/product-M{m}-{n}x{k}/bf16",
+            lambda options, m=m: product(options, m),
+            (OURS, SQUARE, POINTERS, SQUARE_POINTERS, CUBLAS),
+            CUBLAS,
+            shape=(n, k),
+        )
+        for m, n, k in ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 4096, 14336))
+    ]
+    tables = Question("formulations/lut/bf16", lut.ask)
+    return [updates[0], *reads[:2], *products, tables, *updates[1:], *reads[2:]]
 
 
 if __name__ == "__main__":

@@ -221,9 +221,34 @@ def picture(device: str) -> str:
     )
 
 
+def decoders_table(answers: list[dict]) -> str:
+    """How fast each kind of table decodes NF4, or that it gave other bits, or why none was run."""
+    rows = []
+    for answer in answers:
+        if not answer["decoders"]:
+            rows.append([f"not measured: {answer.get('stopped', 'cut off')}", "", ""])
+        for name, found in answer["decoders"].items():
+            rates = [found.get(key) for key in ("weights_per_clock", "packed_gb_s")]
+            cells = [f"{rates[0]:.1f}", f"{rates[1]:.0f}"] if all(rates) else ["WRONG", ""]
+            rows.append([name, *cells])
+    return markdown(["decoding", "weights per clock and SM", "packed GB/s"], rows)
+
+
+def alike(cases: list[dict]) -> list[list[dict]]:
+    """The cases that have the same variants, together."""
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for case in cases:
+        groups.setdefault(tuple(case["variants"]), []).append(case)
+    return list(groups.values())
+
+
 def tables(stem: str, record: dict) -> list[str]:
     if "cases" not in record:
         return [demo_table(record)]
+    if stem == "formulations":
+        found = [cases_table({**record, "cases": cases}) for cases in alike(record["cases"])]
+        decoders = [answer for answer in record.get("answers", []) if "decoders" in answer]
+        return [*found, *([decoders_table(decoders)] if decoders else [])]
     if stem != "e2e":
         return [cases_table(record)]
     found = [steps_table(record)] if record["cases"] else []

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,65 @@ def test_a_wrong_gradient_shows_in_the_losses_of_a_whole_model():
         return case
 
     assert run(replace(spec, build=build)).rows[suite.OURS].wrong
+
+
+def test_whole_models_come_in_every_length_the_most_wanted_first():
+    names = [spec.short_name for spec in bench_e2e.gpu_specs(CPU)]
+    cases = [f"{m}-{n}" for m in ("qlora", "lora") for n in (512, 2048, 8192)]
+    for case in cases:
+        assert any(name.startswith(f"llama3-8b-{case}-tokens/") for name in names)
+    assert names[0] == "llama3-8b-qlora-2048-tokens/nf4" and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("nf4", ["bitsandbytes", "peftkern"])
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_both_variants_share_one_base_and_nothing_else(method, nf4, monkeypatch):
+    if nf4 == "peftkern":
+        monkeypatch.setattr(stacks, "bitsandbytes_missing", lambda device: "on purpose")
+    model = stacks.scaled(PRESETS["llama3-8b"], 64, 2)
+    training = Training(method, r=4, sequence=8, device="cpu")
+    bases = bench_e2e.Bases()
+    base = bases.get(model, training, CPU)
+    assert bases.get(model, replace(training, sequence=9), CPU) is base
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    names = set(dict(base.named_modules()))
+    patched, plain = (
+        stacks.Trainer(model, replace(training, patched=p), CPU, lr=1e-3, over=base)
+        for p in (True, False)
+    )
+    pairs = [dict(trainer.model.named_parameters()) for trainer in (patched, plain)]
+    assert pairs[0].keys() == pairs[1].keys()
+    for name, ours in pairs[0].items():
+        assert (ours is pairs[1][name]) == (".lora_" not in name), name
+    assert len(patched.report.patched) == 14 and plain.report is None
+    assert patched.curve(3)[2] < patched.losses[0]
+    assert not plain.losses and not any(
+        "Patched" in type(m).__name__ for m in plain.model.modules()
+    )
+    assert set(dict(base.named_modules())) == names and not base.model.embed_tokens._forward_hooks
+    after = base.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in after)
+    bases.get(model, replace(training, method="lora", base="fp32", dtype="fp32"), CPU)
+    assert bases.net is not base
+
+
+def test_a_case_without_time_is_not_begun_and_no_failure(tmp_path, monkeypatch):
+    """A later one that has it is; what fails stays a failure."""
+    monkeypatch.setattr(suite, "pin_threads", lambda threads: torch.get_num_threads())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    late, *_ = bench_e2e.gpu_specs(CPU, deadline=time.monotonic() + 5.0)
+    fit = next(one for one in STEPS if one.name.startswith("e2e/llama3-8b-lora"))
+    broken = replace(fit, name="e2e/broken", build=lambda options: 1 / 0)
+    size = ["--n", "32", "--k", "32", "--rows", "8", "--layers", "1", "--seconds", "0"]
+    command = [*size, "--budget", "600", "--rotate-mb", "0", "--out", str(tmp_path)]
+    for more, status in (((), 0), ((broken,), 1)):
+        monkeypatch.setattr(bench_e2e, "SPECS", [late, fit, *more])
+        assert bench_e2e.main(command) == status
+        (path,) = tmp_path.glob("*/e2e.json")
+        record = json.loads(path.read_text())
+        assert record["not_reached"] == [late.name]
+        assert [case["name"] for case in record["cases"]] == [fit.name]
+        assert list(record["failed"]) == [one.name for one in more]
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["PEFT", "patched"])

@@ -110,7 +110,7 @@ def stack(
         num_attention_heads=model.heads,
         num_key_value_heads=model.kv_heads,
         head_dim=model.head_dim,
-        max_position_embeddings=max(2048, training.sequence),
+        max_position_embeddings=max(8192, training.sequence),
         attn_implementation=training.attention,
         use_cache=False,
         bos_token_id=None,
@@ -152,12 +152,22 @@ def stack(
     return net.requires_grad_(False)
 
 
+def twin(net: nn.Module) -> nn.Module:
+    """Another tree of modules over the very weights of `net`, so that what is put into one of them
+    (adapters, hooks) is not in the other, and the weights are in memory once."""
+    shared = [*net.parameters(), *net.buffers()]
+    for module in net.modules():  # what NF4 keeps beside the packed bytes: bitsandbytes, then ours
+        shared += [module.__dict__[k] for k in ("quant_state", "_quant") if k in module.__dict__]
+    return copy.deepcopy(net, {id(one): one for one in shared if one is not None})
+
+
 class Trainer:
     """A stack under training as `training` says, on one batch that it learns by heart: a wrong
     gradient shows in the next loss.
 
     model, training: its shape, and how it is trained. `lr` is AdamW's. keep_first: a copy of the
-    first step's gradients, for `first`. tick: see `stack`.
+    first step's gradients, for `first`. over: a `stack` whose weights to share, which stays as it
+    is; drawn here if not given. tick: see `stack`.
     """
 
     def __init__(
@@ -168,9 +178,10 @@ class Trainer:
         *,
         lr: float,
         keep_first: bool = False,
+        over: nn.Module | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        net = stack(model, training, device, tick)
+        net = stack(model, training, device, tick) if over is None else twin(over)
         if training.checkpointing:
             net.gradient_checkpointing_enable()
             net.enable_input_require_grads()

@@ -63,9 +63,10 @@ def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
 
 
 def answer(facts: dict) -> str:
-    """A line of what `suite.Question` noted: whether something fits, measured beside planned."""
+    """A line of what `suite.Question` noted: what it says itself, or whether something fits,
+    measured beside planned."""
     fits, stopped = facts.get("fits"), facts.get("stopped")
-    said = {True: "fits", False: "does not fit", None: "no answer"}[fits]
+    said = facts.get("said") or {True: "fits", False: "does not fit", None: "no answer"}[fits]
     sizes = [
         f"{label} {facts[key] / 1e9:.2f} GB"
         for label, key in (("peak", "peak_bytes"), ("planned", "planned_bytes"))
