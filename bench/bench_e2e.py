@@ -19,19 +19,18 @@ python bench/bench_e2e.py [--device cuda] [--only qlora]
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from peftkern.benchmark import machine, memory, suite
+from peftkern.benchmark import memory
 from peftkern.benchmark.gpu_timer import first_line
 from peftkern.benchmark.peers import bitsandbytes_missing
 from peftkern.benchmark.stacks import Trainer, scaled, stack
@@ -43,7 +42,7 @@ from peftkern.benchmark.suite import (
     Spec,
     Variant,
     benchmark_ids,
-    parse,
+    main,
     run_benchmark,
 )
 from peftkern.plan import PRESETS, Architecture, Plan, Training, plan
@@ -76,10 +75,6 @@ def counted(model: Architecture, training: Training) -> tuple[int, int]:
 
 def beyond_the_model(planned: Plan) -> int:
     return planned.peak - sum(planned.fixed.values())
-
-
-class NotReached(Exception):
-    """Less time is left than a case needs."""
 
 
 class Bases:
@@ -149,34 +144,27 @@ def few_layers(options: Options, method: str, tokens: int) -> Case:
     return build(options, model, training, base=None)
 
 
-def llama3_8b(
-    options: Options,
-    method: str,
-    tokens: int,
-    *,
-    bases: Bases,
-    deadline: float,
-    checkpointing: bool = True,
-) -> Case:
-    """The whole model. Raises: NotReached if it would not be done by `deadline`."""
-    model = scaled(PRESETS["llama3-8b"], options.k, options.depth(32))
-    sequence = max(2, options.m(tokens))
-    training = Training(method, r=options.r, sequence=sequence, checkpointing=checkpointing)
-    needed, left = needed_seconds(model, training), deadline - time.monotonic()
-    if left < needed:
-        raise NotReached(f"needs {needed:.0f} s, {left:.0f} s are left")
-    return build(options, model, training, bases.get(model, training, options.device))
+def llama3_8b_spec(bases: Bases, method: str, tokens: int, checkpointing: bool = True) -> Spec:
+    """The whole model."""
 
+    def sized(options: Options) -> tuple[Architecture, Training]:
+        model = scaled(PRESETS["llama3-8b"], options.k, options.depth(32))
+        sequence = max(2, options.m(tokens))
+        return model, Training(method, r=options.r, sequence=sequence, checkpointing=checkpointing)
 
-def llama3_8b_spec(method: str, tokens: int, **how: object) -> Spec:
+    def built(options: Options) -> Case:
+        model, training = sized(options)
+        return build(options, model, training, bases.get(model, training, options.device))
+
     base = "nf4" if method == "qlora" else "bf16"
-    suffix = "" if how.get("checkpointing", True) else "-no-checkpointing"
+    suffix = "" if checkpointing else "-no-checkpointing"
     return Spec(
         f"e2e/llama3-8b-{method}-{tokens}-tokens{suffix}/{base}",
-        lambda options: llama3_8b(options, method, tokens, **how),
+        built,
         (OURS, PEFT),
         PEFT,
         shape=(4096, 4096),
+        seconds=lambda options: needed_seconds(*sized(options)),
     )
 
 
@@ -306,12 +294,10 @@ METHODS = ("qlora", "lora", "adalora")
 SPECS = [few_layers_spec(method, 256, 1024) for method in METHODS]
 
 
-def gpu_specs(device: torch.device, deadline: float = float("inf")) -> list[Spec | Question]:
+def gpu_specs(device: torch.device) -> list[Spec | Question]:
     """What was asked for first comes first."""
     bases = Bases()
-
-    def whole(method: str, tokens: int, **how: object) -> Spec:
-        return llama3_8b_spec(method, tokens, bases=bases, deadline=deadline, **how)
+    whole = functools.partial(llama3_8b_spec, bases)
 
     return [
         whole("qlora", 2048),
@@ -327,35 +313,10 @@ def gpu_specs(device: torch.device, deadline: float = float("inf")) -> list[Spec
     ]
 
 
-def settle(path: Path) -> int:
-    """Takes the cases that lacked the time from those that failed, in the record of a run, and
-    gives the exit status of what is left."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    late = [n for n, why in record["failed"].items() if why.startswith(NotReached.__name__)]
-    for name in late:
-        print(f"{name}: not reached: {record['failed'].pop(name).partition(': ')[2]}")
-    record["not_reached"] = late + record["not_reached"]
-    machine.write_json(path, record)
-    ours = [case["variants"][OURS] for case in record["cases"]]
-    return int(bool(record["failed"]) or any(row["wrong"] for row in ours))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`suite.main`, where a case may find that it has not the time it needs."""
-    started, args = time.monotonic(), parse("e2e", argv)
-    deadline = started + (float("inf") if args.budget is None else args.budget)
-    status = suite.main("e2e", SPECS, lambda device: gpu_specs(device, deadline), argv)
-    if status != 1:
-        return status
-    device = machine.device_named(args.device)
-    folder = machine.slug(machine.describe(torch.get_num_threads(), device))
-    return settle(args.out / folder / "e2e.json")
-
-
 @pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
 def test_e2e(benchmark, spec: Spec, name: str, options: Options) -> None:
     run_benchmark(benchmark, spec, name, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("e2e", SPECS, gpu_specs))

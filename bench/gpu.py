@@ -39,8 +39,8 @@ BENCHES = {
     "low_rank_svd": 4,
     "dora": 3,
     "rosa": 3,
-    "formulations": 3,
-    "e2e": 10,
+    "formulations": 5,
+    "e2e": 20,
 }
 SHARES = {"test": 12, **BENCHES}
 PARTS = ("all", *SHARES, "sanitize", "tune")

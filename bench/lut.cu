@@ -40,6 +40,22 @@ __device__ __forceinline__ int64_t clocks() {
 // is its high nibble.
 __host__ __device__ constexpr int code_shift(int i) { return 8 * (i / 2) + (i % 2 ? 0 : 4); }
 
+// Bit i of the result is bit (a_i << 2 | b_i << 1 | c_i) of kTable: (a & b) | c is 0xea.
+template <int kTable>
+__device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef PEFTKERN_CUDA_EMULATED
+  uint32_t result = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (kTable >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  }
+  return result;
+#else
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return result;
+#endif
+}
+
 // Two 16-bit values as one register.
 __device__ __forceinline__ uint32_t pair(uint32_t even, uint32_t odd) {
   return permute_bytes(even, odd, 0x5410);

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,23 +122,15 @@ def test_both_variants_share_one_base_and_nothing_else(method, nf4, monkeypatch)
     assert bases.net is not base
 
 
-def test_a_case_without_time_is_not_begun_and_no_failure(tmp_path, monkeypatch):
-    """A later one that has it is; what fails stays a failure."""
-    monkeypatch.setattr(suite, "pin_threads", lambda threads: torch.get_num_threads())
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    late, *_ = bench_e2e.gpu_specs(CPU, deadline=time.monotonic() + 5.0)
-    fit = next(one for one in STEPS if one.name.startswith("e2e/llama3-8b-lora"))
-    broken = replace(fit, name="e2e/broken", build=lambda options: 1 / 0)
-    size = ["--n", "32", "--k", "32", "--rows", "8", "--layers", "1", "--seconds", "0"]
-    command = [*size, "--budget", "600", "--rotate-mb", "0", "--out", str(tmp_path)]
-    for more, status in (((), 0), ((broken,), 1)):
-        monkeypatch.setattr(bench_e2e, "SPECS", [late, fit, *more])
-        assert bench_e2e.main(command) == status
-        (path,) = tmp_path.glob("*/e2e.json")
-        record = json.loads(path.read_text())
-        assert record["not_reached"] == [late.name]
-        assert [case["name"] for case in record["cases"]] == [fit.name]
-        assert list(record["failed"]) == [one.name for one in more]
+def test_longer_cases_ask_for_more_time():
+    at_size = suite.Options(n=4096, k=4096)
+    seconds = {
+        n: s.seconds(at_size)
+        for n, s in GPU_SPECS.items()
+        if "llama3-8b-qlora" in n and "no-" not in n
+    }
+    needed = [seconds[f"llama3-8b-qlora-{tokens}-tokens/nf4"] for tokens in (512, 2048, 8192)]
+    assert sorted(needed) == needed and 15 < needed[0] < 30 and needed[2] < 90
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["PEFT", "patched"])

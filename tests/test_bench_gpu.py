@@ -67,6 +67,17 @@ def test_budget_ends_a_bench_between_cases(bench):
     assert [case["name"] for case in bench.record()["cases"]] == ["fake/a", "fake/b"]
 
 
+def test_case_that_would_not_end_in_time_is_not_begun(bench):
+    """A later one that has the time is; what fails stays a failure."""
+    late = replace(spec("late"), seconds=lambda options: 100.0)
+    assert bench([late, spec("b")], "--budget", "60") == 0
+    assert bench.record()["not_reached"] == ["fake/late"]
+    assert [case["name"] for case in bench.record()["cases"]] == ["fake/b"]
+    assert bench([late, spec("broken", ValueError)], "--budget", "60") == 1
+    assert list(bench.record()["failed"]) == ["fake/broken"]
+    assert bench([late]) == 0 and not bench.record()["not_reached"]
+
+
 def test_stopped_bench_leaves_what_it_measured(bench):
     with pytest.raises(KeyboardInterrupt):
         bench([spec("a"), spec("b", KeyboardInterrupt)])

@@ -95,7 +95,8 @@ class Target:
 @dataclass(frozen=True)
 class Spec:
     """A case that is built when its turn comes: `name` is "stem/case/dtype", `names` its variants,
-    `judge` the peer whose error bounds ours, `most_launches` what a call of ours may launch."""
+    `judge` the peer whose error bounds ours, `most_launches` what a call of ours may launch,
+    `seconds` what it takes: with less time left it is not begun."""
 
     name: str
     build: Callable[[Options], Case]
@@ -105,6 +106,7 @@ class Spec:
     peer_wrong: float = PEER_WRONG
     shape: tuple[int, int] | None = None  # (n, k) where the command line gives none
     most_launches: int | None = None
+    seconds: Callable[[Options], float] = lambda options: 0.0
 
     @property
     def short_name(self) -> str:
@@ -120,6 +122,7 @@ class Question:
     name: str
     ask: Callable[[Options, float | None, Callable[..., None]], None]
     shape: tuple[int, int] | None = None
+    seconds: Callable[[Options], float] = lambda options: 0.0
 
     @property
     def short_name(self) -> str:
@@ -418,9 +421,10 @@ def _run(
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(chosen))
         for done, spec in enumerate(chosen):
-            if args.budget is not None and time.monotonic() - started >= args.budget:
-                record["not_reached"] = [late.name for late in chosen[done:]]
-                break
+            left = args.budget and args.budget - (time.monotonic() - started)
+            if left is not None and left <= spec.seconds(sized(spec, options)):
+                record["not_reached"].append(spec.name)  # a later one may take less
+                continue
             progress.update(bar, description=spec.short_name, completed=done)
 
             def tick(share: float, done: int = done) -> None:
@@ -432,7 +436,6 @@ def _run(
 
             try:
                 if isinstance(spec, Question):
-                    left = args.budget and args.budget - (time.monotonic() - started)
                     record.setdefault("answers", []).append({"name": spec.name})
                     spec.ask(sized(spec, options), left, note)
                 else:
