@@ -7,7 +7,7 @@
 # make gpu       on a GPU: build, test, measure; PART=all or some of test,sanitize,nf4,
 #                nf4_lora_linear,lora_linear,adalora,low_rank_svd,dora,rosa,formulations,e2e,tune;
 #                OUT=folder of the results, ARCHIVE=file to pack it into, BUDGET=seconds
-# make tune      on a GPU: measure tiles, write kernels/tuned/<arch>.json
+# make tune      on a GPU: measure tiles and back ends, write kernels/tuned/<arch>.json
 # make lint | format | clean
 #
 # Everything but `gpu` and `tune` runs in .venv, which the first target that needs it creates.

@@ -35,18 +35,22 @@ Calls = dict[str, Callable[[int], object]]
 def contests(
     shapes: list, rows: list, ranks: list, device: torch.device
 ) -> Iterator[tuple[str, Problem, Callable[[], Calls]]]:
-    """(section of the table, problem, what prepares the contenders), each once.
+    """(section of the table, problem, what prepares the contenders), each once, the back ends of a
+    layer before the layer.
 
     The contender that comes first keeps its place unless another is faster.
     """
+    from peftkern.benchmark.peers import bitsandbytes_missing
+
     seen = set()
+    lack = bitsandbytes_missing(device) is not None  # then nobody's 4-bit layer can be compared
     for r, m, n, k in in_turn(shapes, rows, ranks):
         for op in OPS:
             problem = problem_for(op, m, n, k, r)
             if problem.key() not in seen:
                 seen.add(problem.key())
                 yield "back_ends", problem, lambda a=(op, m, n, k, r): back_ends(*a, device)
-        for op, mode in itertools.product(LAYERS, MODES):
+        for op, mode in itertools.product(LAYERS[1:] if lack else LAYERS, MODES):
             problem = Problem(f"{op}/{mode}", m, n, k, r, 16)
             yield "layers", problem, lambda a=(op, mode, m, n, k, r): layers(*a, device)
 
@@ -138,16 +142,31 @@ def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.dev
 
 
 def held(calls: Calls, op: str, device: torch.device) -> tuple[str, dict[str, float], list[str]]:
-    """(the winner, milliseconds of each, who gave other numbers than the first and is out).
+    """(the winner, milliseconds of each, who is out and why). One alone wins without a clock.
 
-    Layers are checked by the benches: PEFT's roundings are not ours.
+    Right is what the reference gives, or the first where that is no contender. Layers are checked
+    by the benches: PEFT's roundings are not ours.
+    Raises: RuntimeError if nobody is left.
     """
-    wrong = []
-    if "/" not in op:
-        given = {name: results(call(0), op) for name, call in calls.items()}
-        first = next(iter(given.values()))
-        wrong = [name for name, tensors in given.items() if not same(tensors, first, 2)]
-    fair = {name: call for name, call in calls.items() if name not in wrong}
+    given, out = {}, []
+    for name, call in calls.items():  # also the call that compiles
+        try:
+            given[name] = results(call(0), op)
+        except Exception as error:  # one that fails, for lack of memory perhaps, is out alone
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises again if the device itself is lost
+            out.append(f"{name}: {gpu_timer.first_line(error)}")
+    if "/" not in op and given:
+        right = given.get("reference", next(iter(given.values())))
+        wrong = [name for name, tensors in given.items() if not same(tensors, right, 2)]
+        given = {name: tensors for name, tensors in given.items() if name not in wrong}
+        out += [f"{name} gave other numbers" for name in wrong]
+    if not given:
+        raise RuntimeError("; ".join(out))
+    fair = {name: calls[name] for name in given}
+    if len(fair) == 1:
+        return next(iter(fair)), {}, out
+    del given
     if device.type == "cuda":
         timings = gpu_timer.measure_events(fair, seconds=SECONDS)
     else:
@@ -155,7 +174,7 @@ def held(calls: Calls, op: str, device: torch.device) -> tuple[str, dict[str, fl
     times = {name: round(timing.median * 1e3, 6) for name, timing in timings.items()}
     default = next(iter(times))
     best = min(times, key=times.__getitem__)
-    return (best if times[default] > GAIN * times[best] else default), times, wrong
+    return (best if times[default] > GAIN * times[best] else default), times, out
 
 
 def results(got: object, op: str) -> tuple[Tensor, ...]:

@@ -43,6 +43,7 @@ BENCHES = {
     "e2e": 20,
 }
 SHARES = {"test": 12, **BENCHES}
+ASIDE = {"sanitize": 40, "tune": 30}  # the shares of what `all` leaves out
 PARTS = ("all", *SHARES, "sanitize", "tune")
 GRACE = 10.0  # seconds between the polite signal and the other one
 START_UP = 25.0  # of a bench: imports, the ceilings, a case that began just in time
@@ -74,6 +75,9 @@ def run(command: list[str], seconds: float, log: Path | None = None, **defaults:
         except subprocess.TimeoutExpired:
             stop(process)
             status = 124
+        except BaseException:  # else it would go on without us, on a GPU that others measure
+            stop(process)
+            raise
     if log:
         text = log.read_text(encoding="utf-8", errors="replace")
         print("\n".join(text.splitlines()[-15:]), flush=True)
@@ -107,7 +111,7 @@ def gpu_test_files() -> list[str]:
 
 def command(part: str, args: argparse.Namespace, rest: list[str], seconds: float) -> list[str]:
     """What runs one part within these seconds."""
-    python, budget = sys.executable, f"{max(1.0, seconds - START_UP):.0f}"
+    python, budget = sys.executable, f"{max(seconds / 2, seconds - START_UP):.0f}"
     if part in ("test", "sanitize"):
         wanted = "gpu and slow" if part == "sanitize" else "gpu and not slow"
         options = ["-v", "--tb=short", "-m", wanted, "--continue-on-collection-errors"]
@@ -115,26 +119,35 @@ def command(part: str, args: argparse.Namespace, rest: list[str], seconds: float
             options += ["-n", str(max(1, min(12, len(os.sched_getaffinity(0)) - 2)))]
         if importlib.util.find_spec("pytest_timeout"):
             options += ["--timeout", str(TEST_SECONDS if part == "test" else int(seconds))]
-        return [python, "-m", "pytest", *options, *gpu_test_files(), *rest]
+        return [python, "-m", "pytest", *options, *gpu_test_files()]
     if part == "tune":
-        common = ["--budget", budget, "--commit", args.commit]
+        folder = TUNED if args.out == RESULTS else args.out / "tuned"
+        common = ["--out", str(folder), "--budget", budget, "--commit", args.commit]
         return [python, "bench/tune.py", "--device", args.device, *common, *rest]
     common = ["--out", str(args.out), "--budget", budget, "--commit", args.commit]
     return [python, f"bench/bench_{part}.py", "--device", args.device, *common, *rest]
 
 
 def parts(text: str) -> list[str]:
-    names = list(SHARES) if text == "all" else text.split(",")
+    names = []
+    for name in text.split(","):
+        names += list(SHARES) if name == "all" else [name]
     if unknown := [name for name in names if name not in PARTS[1:]]:
         raise argparse.ArgumentTypeError(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     return names
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """All of it in one file, which is whole at every moment."""
+    """All results and tables in one file, which is whole at every moment."""
+    archive = archive.resolve()
     new = archive.with_name(archive.name + ".new")
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    files = {path: f"{folder.name}/{path.relative_to(folder)}" for path in folder.rglob("*")}
+    files |= {path: f"tuned/{path.name}" for path in TUNED.glob("*.json")}
     with tarfile.open(new, "w:gz") as file:
-        file.add(folder, arcname=folder.name)
+        for path, name in sorted(files.items()):
+            if path.is_file() and path.resolve() not in (archive, new):
+                file.add(path, arcname=name)
     os.replace(new, archive)
 
 
@@ -149,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--archive", type=Path, help="pack the results folder into this .tgz after every part")
     args, rest = parser.parse_known_args(argv)
     args.out = args.out.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops what runs, too
     deadline = time.monotonic() + args.budget
     try:
         device = machine.device_named(args.device)
@@ -158,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     status = run(build, args.budget / 3, **cuda_build(device))
     failed = [] if status == 0 else ["build"]  # Triton's kernels need none of it
-    weights = [SHARES.get(part, 12) for part in args.part]
+    weights = [(SHARES | ASIDE)[part] for part in args.part]
     for i, part in enumerate(args.part):
         left = deadline - time.monotonic()
         share = weights[i] / sum(weights[i:])
@@ -171,8 +185,8 @@ def main(argv: list[str] | None = None) -> int:
         threads = {"OMP_NUM_THREADS": "2"} if log else {}  # of each of pytest's processes
         started = time.monotonic()
         status = run(command(part, args, rest, seconds), seconds, log, **threads)
-        if part == "tune" and args.out != RESULTS and TUNED.is_dir():
-            shutil.copytree(TUNED, args.out / "tuned", dirs_exist_ok=True)
+        if part == "tune" and (args.out / "tuned").is_dir():  # the parts after it measure with it
+            shutil.copytree(args.out / "tuned", TUNED, dirs_exist_ok=True)
         if args.archive:
             pack(args.out, args.archive)
         print(f"{part}: exit status {status} after {time.monotonic() - started:.0f} s", flush=True)

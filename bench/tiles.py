@@ -10,7 +10,6 @@ some hundredths, and problems of different shapes share what is compiled.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import itertools
 import multiprocessing
@@ -43,6 +42,7 @@ FIELDS = {  # what each kernel reads of its tiles
 GAIN = 1.02  # how much faster a candidate has to be: less is noise
 ROTATE = 256 << 20  # bytes of inputs to cycle through, beyond the L2 cache
 MOST_COPIES = 32
+TASK_SECONDS = 60.0  # of a process for one candidate, the wait for others before it included
 SLOW_SECONDS = 1e-4  # calls of more fill a graph with fewer
 SCALING = 0.5
 
@@ -254,27 +254,28 @@ def refused(
     problem: Problem, n: int, k: int, counted: TileConfig, config: TileConfig, device: torch.device
 ) -> str | None:
     """Why tiles are no candidate: they do not run here, or give other numbers."""
-    run, right = expected(problem, n, k, counted, device)
     try:
+        run, right = expected(problem, n, k, counted, device)
         got = checked(with_tiles(run, problem.kernel, config))
         return None if same(got, right) else "other numbers"
     except Exception as error:  # the compiler's many ways to refuse
         if device.type == "cuda":
             torch.cuda.synchronize()  # raises again if the device itself is lost
+            torch.cuda.empty_cache()
         return type(error).__name__
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # others need the memory, too
 
 
 class Workers:
     """Processes that compile and check candidates; with none of them, the caller does."""
 
     def __init__(self, device: torch.device, count: int) -> None:
-        self.device, self.pool = device, None
-        if count:
+        self.device, self.count, self.pool = device, count, None
+        self._start()
+
+    def _start(self) -> None:
+        if self.count:
             spawn = multiprocessing.get_context("spawn")  # a forked child cannot use the device
-            self.pool = concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn)
+            self.pool = spawn.Pool(self.count)
 
     def refused(self, trials: list[tuple[Search, TileConfig]]) -> list[str | None]:
         """`refused` of every candidate, each distinct program compiled once."""
@@ -287,13 +288,34 @@ class Workers:
         rest = sorted(set(range(len(tasks))) - set(first))
         answers: dict[int, str | None] = {}
         for indices in (first, rest):
-            futures = {i: self.pool.submit(refused, *tasks[i]) for i in indices}
-            answers |= {i: future.result() for i, future in futures.items()}
+            answers |= self._asked({i: tasks[i] for i in indices})
         return [answers[i] for i in range(len(tasks))]
+
+    def _asked(self, tasks: dict[int, tuple]) -> dict[int, str | None]:
+        """One that hangs, or costs its process the device or its life, is out like any other; all
+        processes are replaced then, and those whose answers were on their way are asked again."""
+        answers: dict[int, str | None] = {}
+        while len(answers) < len(tasks):
+            left = [i for i in tasks if i not in answers]
+            waiting = {i: self.pool.apply_async(refused, tasks[i]) for i in left}
+            for i, asked in waiting.items():
+                try:
+                    answers[i] = asked.get(TASK_SECONDS)
+                except Exception as error:
+                    answers[i] = f"lost: {type(error).__name__}"
+                    done = {
+                        j: one for j, one in waiting.items() if j not in answers and one.ready()
+                    }
+                    answers |= {j: one.get() for j, one in done.items() if one.successful()}
+                    self.close()
+                    self._start()
+                    break
+        return answers
 
     def close(self) -> None:
         if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+            self.pool.terminate()
+            self.pool.join()
 
 
 def search(
@@ -318,7 +340,13 @@ def search(
                     "best": with_tiles(run, s.problem.kernel, s.best),
                     "new": with_tiles(run, s.problem.kernel, candidate),
                 }
-                times = seconds_of(pair, device)
+                try:
+                    times = seconds_of(pair, device)
+                except Exception as error:  # not capturable, or no memory for a graph
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()  # raises again if the device itself is lost
+                    rejected[f"not timed: {type(error).__name__}"] += 1
+                    continue
                 if times["best"] > GAIN * times["new"]:
                     s.best, s.ratio = candidate, s.ratio * times["best"] / times["new"]
     return left() > 0, rejected

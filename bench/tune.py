@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import os
 import statistics
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -47,18 +49,21 @@ SHAPES = tuple(dict.fromkeys(shape for shapes in MODELS.values() for shape in sh
 ROWS = (1, 8, 32, 8192, 512, 4096, 128, 16, 2048, 1024, 256, 64, 2, 4)  # most wanted first
 RANKS = (16, 64)
 FUSED_ROWS = (16, 32, 48, 64, 96, 128, 192, configs.NF4_FUSED_ROWS_MAX)
-BATCH = 48  # problems that walk in step: enough candidates for every process that compiles
+BATCH = 16  # problems that walk in step: enough candidates for every process that compiles
 MOST_WORKERS = 12  # processes that compile; each takes about half a GB of the GPU for itself
 FOR_CONTESTS = 1 / 3  # of the time
+LAYER_TILES = ("lora_forward", "nf4_forward")  # of every row and shape; the others come with them
 SECTIONS = ("configs", "gains", "back_ends", "layers", "milliseconds")
 
 
 def begin(path: Path, device: torch.device, args: argparse.Namespace) -> dict:
-    """The table so far if this device and these versions wrote it, else an empty one."""
+    """The table so far if this device, these versions and these kernels wrote it, else an empty
+    one."""
     facts = machine.describe(torch.get_num_threads(), device, args.commit)
     head = {
         "device": facts["gpu"]["name"] if facts["gpu"] else facts["cpu"],
         "versions": {name: facts["versions"][name] for name in ("torch", "triton", "peftkern")},
+        "kernels": fingerprint(),
     }
     table = {**head, "commit": facts["commit"], **{section: {} for section in SECTIONS}}
     for old in (path, configs.TUNED / path.name):
@@ -67,6 +72,13 @@ def begin(path: Path, device: torch.device, args: argparse.Namespace) -> dict:
             if all(found.get(key) == value for key, value in head.items()):
                 return table | {**found, "commit": facts["commit"]}
     return table
+
+
+def fingerprint() -> str:
+    """Of the sources of all kernels for a GPU: what was measured of others says nothing."""
+    folders = (machine.ROOT / "kernels", machine.ROOT / "csrc" / "cuda")
+    files = sorted(path for folder in folders for path in folder.glob("*.[pc]*"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -104,10 +116,15 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out / f"{arch(device)}.json"
     table = begin(path, device, args)
     reserved = FOR_CONTESTS * args.budget if args.contests else 0.0
-    tune_tiles(args, device, table, path, lambda: end - reserved - time.monotonic())
+    status = 0
+    try:
+        tune_tiles(args, device, table, path, lambda: end - reserved - time.monotonic())
+    except Exception:  # the contests are still worth holding
+        traceback.print_exc()
+        status = 1
     hold_contests(args, device, table, path, lambda: end - time.monotonic())
     print(f"written: {path}")
-    return 0
+    return status
 
 
 def tune_tiles(
@@ -119,8 +136,9 @@ def tune_tiles(
 ) -> None:
     # The crossover comes first: it decides more than any tile, and takes a few seconds.
     if "nf4_fused_rows" not in table and "nf4_forward" in args.kernels:
-        rows = FUSED_ROWS if device.type == "cuda" else tuple(args.rows)
-        table["nf4_fused_rows"], table["fused_ratios"] = fused_rows(args.shapes[:3], device, rows)
+        on_gpu = device.type == "cuda"  # where it has to hold for all shapes, whatever was asked
+        rows, shapes = (FUSED_ROWS, SHAPES[:3]) if on_gpu else (tuple(args.rows), args.shapes[:3])
+        table["nf4_fused_rows"], table["fused_ratios"] = fused_rows(list(shapes), device, rows)
         save(path, table)
     wanted = [
         task
@@ -161,25 +179,33 @@ def hold_contests(
 ) -> None:
     use(table, arch(device))
     done, missed, failed = Counter(), 0, Counter()
+    tiles = problems(args.shapes, args.rows, args.ranks)
+    untuned = {
+        (p.r, p.M, n, k)
+        for p, n, k in tiles
+        if p.kernel in args.kernels and p.kernel in LAYER_TILES and p.key() not in table["configs"]
+    }
     for section, problem, prepare in contests(args.shapes, args.rows, args.ranks, device):
         op = problem.kernel
         known, shape = table[section].get(problem.class_key(), {}), f"{problem.N}x{problem.K}"
         if (op if section == "back_ends" else section) not in args.contests or shape in known:
             continue
-        if left() <= 0:
+        # With tiles that will change, a contest would have to be held again.
+        if left() <= 0 or (problem.r, problem.M, problem.N, problem.K) in untuned:
             missed += 1
             continue
         try:
-            winner, times, wrong = held(prepare(), op, device)
+            winner, times, out = held(prepare(), op, device)
         except Exception as error:  # one that cannot be held is no reason to lose the others
             if device.type == "cuda":
                 torch.cuda.synchronize()  # raises again if the device itself is lost
             failed[f"{op}: {gpu_timer.first_line(error)}"] += 1
             continue
-        failed.update(f"{op}: {name} gave other numbers" for name in wrong)
+        failed.update(f"{op}: {why}" for why in out)
         table[section][problem.class_key()] = {**known, shape: winner}
         table["milliseconds"][problem.key()] = times
         done[winner] += 1
+        configs.fastest.cache_clear()  # the layer after it is served by who has won
         save(path, table)
     said = ", ".join(f"{name} {count}" for name, count in done.most_common()) or "none"
     print(f"contests: {sum(done.values())} held, {missed} left for another run; won by: {said}")
@@ -188,11 +214,11 @@ def hold_contests(
 
 
 def use(table: dict, name: str) -> None:
-    """Let the kernels of this process take the table's tiles, but none of its answers: contests ask
-    what dispatch does of itself."""
+    """Let this process take the table's tiles and back ends, as they come, but leave no layer to
+    PEFT."""
     for cached in (configs.load, configs.chosen, configs.fastest, configs.layer_of):
         cached.cache_clear()
-    configs.load(name).update({**table, "back_ends": {}, "layers": {}})
+    configs.load(name).update({**table, "layers": {}})
 
 
 def save(path: Path, table: dict) -> None:

@@ -81,8 +81,9 @@ class Problem:
         return f"{self.kernel}/{sizes}/{self.bits}-bit"
 
     def class_key(self) -> str:
-        """The same without the weight's shape: what `fastest` looks at whole."""
-        return f"{self.kernel}/M{next_power(self.M)}/r{block_rank(self.r)}/{self.bits}-bit"
+        """The same without the weight's shape, and with ranks as they are: for `nearest`."""
+        rank = max(RANK_LEAST, next_power(self.r))
+        return f"{self.kernel}/M{next_power(self.M)}/r{rank}/{self.bits}-bit"
 
 
 def choose(problem: Problem, processors: int, tuned: Mapping[str, Any] | None = None) -> TileConfig:

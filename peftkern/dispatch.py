@@ -248,15 +248,18 @@ def problem_of(op: str, args: tuple[Any, ...]) -> configs.Problem:
     return configs.Problem(op.removesuffix("_out"), *_SIZES[op](*args))
 
 
-def is_slower(op: str, x: torch.Tensor, shape: tuple[int, ...], r: int) -> bool:
+def is_slower(op: str, x: torch.Tensor, shape: tuple[int, ...], r: int, training: bool) -> bool:
     """Whether PEFT's own layer measured faster than ours, for integrations to ask.
 
-    op: "lora_linear" or "nf4_lora_linear"; x [..., K], weight of `shape` [N, K], rank r. Only a GPU
-    has a table, and a back end that was asked for is taken at its word.
+    op: "lora_linear" or "nf4_lora_linear"; x [..., K], weight of `shape` [N, K], rank r; whether
+    the layer is in training mode. No table is for a CPU, and a back end that was asked for is taken
+    at its word.
     """
-    if x.device.type != "cuda" or forced_backend() is not None:
+    if x.is_cpu or forced_backend() is not None:
         return False
-    kind = "training" if torch.is_grad_enabled() else "inference"
+    # The two passes of reentrant checkpointing, the first without gradients, have to be served
+    # alike: their dropout is drawn in different ways.
+    kind = "training" if training or torch.is_grad_enabled() else "inference"
     problem = configs.Problem(f"{op}/{kind}", _rows(x), *shape, r, _bits(x.dtype))
     return configs.layer_of(problem, arch(x.device)) == "PEFT"
 

@@ -26,7 +26,8 @@ import tune
 from peftkern import dispatch
 from peftkern.benchmark import gpu_timer, machine, suite
 from peftkern.benchmark.timer import MIN_SAMPLES, Timing
-from peftkern.kernels.configs import KERNELS, Problem, TileConfig, choose
+from peftkern.kernels import configs
+from peftkern.kernels.configs import KERNELS, Problem, TileConfig, as_entry, choose
 from peftkern.kernels.launch import config_for, forced, processors
 
 ROOT = machine.ROOT
@@ -61,7 +62,7 @@ def spec(name: str, stop: type[BaseException] | None = None) -> suite.Spec:
 
 
 def test_budget_ends_a_bench_between_cases(bench):
-    assert bench([spec("a"), spec("b")], "--budget", "0") == 0
+    assert bench([spec("a"), spec("b")], "--budget", "0") == 1  # nothing at all
     assert bench.record()["not_reached"] == ["fake/a", "fake/b"]
     assert bench([spec("a"), spec("b")], "--budget", "60") == 0
     assert [case["name"] for case in bench.record()["cases"]] == ["fake/a", "fake/b"]
@@ -146,6 +147,7 @@ def test_record_keeps_some_samples_and_the_percentiles_of_all():
 def test_parts_run_in_the_order_asked_for():
     assert gpu.parts("all") == list(gpu.SHARES)
     assert gpu.parts("tune,nf4") == ["tune", "nf4"]
+    assert gpu.parts("all,sanitize") == [*gpu.SHARES, "sanitize"]
     with pytest.raises(argparse.ArgumentTypeError, match="no part 'nf5'; there are all, test"):
         gpu.parts("nf4,nf5")
 
@@ -162,14 +164,17 @@ def test_interrupted_pytest_still_says_what_failed(tmp_path):
 
 
 def test_archive_holds_the_results(tmp_path):
+    """Not itself, and before there is any result nothing."""
+    archive = tmp_path / "new" / "results.tgz"
+    gpu.pack(tmp_path / "out", archive)
     folder = tmp_path / "out" / "h200"
     folder.mkdir(parents=True)
     (folder / "nf4.json").write_text("{}")
-    for _ in range(2):
-        gpu.pack(tmp_path / "out", tmp_path / "results.tgz")
-    with tarfile.open(tmp_path / "results.tgz") as file:
-        assert "out/h200/nf4.json" in file.getnames()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "results.tgz"]
+    for path in (archive, inside := tmp_path / "out" / "results.tgz", inside):
+        gpu.pack(tmp_path / "out", path)
+        with tarfile.open(path) as file:
+            assert [n for n in file.getnames() if n.startswith("out")] == ["out/h200/nf4.json"]
+    assert [p.name for p in archive.parent.iterdir()] == ["results.tgz"]
 
 
 def test_overrunning_part_is_stopped():
@@ -362,14 +367,72 @@ def test_contests_call_ops_as_dispatch_knows_them(op):
     assert dispatch.problem_of(op, first) == problem
     calls = contests.back_ends(op, 2, 16, 64, 4, CPU)
     assert "cpu" in calls
-    winner, times, wrong = contests.held(calls, op, CPU)
-    assert winner in times and times.keys() == calls.keys() and not wrong
+    winner, times, out = contests.held(calls, op, CPU)
+    assert winner in calls and times.keys() == (calls.keys() if len(calls) > 1 else set())
+    assert not out
+
+
+def gives(value: float):
+    return lambda i: torch.full((3,), value)
 
 
 def test_contest_leaves_out_who_gives_other_numbers():
-    calls = {name: (lambda i, v=v: torch.full((3,), v)) for name, v in (("a", 1.0), ("b", 1.5))}
-    winner, times, wrong = contests.held(calls, "dora_norm", CPU)
-    assert (winner, times.keys(), wrong) == ("a", {"a"}, ["b"])
+    """Than the reference, if that takes part, else than the first; and who fails."""
+    calls = {"a": gives(1.0), "b": gives(1.5), "c": lambda i: 1 / 0}
+    assert contests.held(calls, "dora_norm", CPU) == (
+        *("a", {}),
+        ["c: ZeroDivisionError: division by zero", "b gave other numbers"],
+    )
+    _, times, out = contests.held({**calls, "reference": gives(1.5)}, "dora_norm", CPU)
+    assert times.keys() == {"b", "reference"} and out[1:] == ["a gave other numbers"]
+    with pytest.raises(RuntimeError, match="division by zero"):
+        contests.held({"c": calls["c"]}, "lora_linear/training", CPU)
+
+
+def test_contests_wait_for_the_tiles_they_depend_on(tmp_path, capsys):
+    """Held before, they would have to be held again."""
+    command = [*TINY, "--contests", "nf4_lora_linear_forward", "nf4_dequantize", "--budget", "0"]
+    table = tune.begin(tmp_path / "t.json", CPU, tune.parse(command))
+    args = tune.parse(command)
+    tune.hold_contests(args, CPU, table, tmp_path / "t.json", lambda: 1.0)
+    assert "contests: 1 held, 1 left" in capsys.readouterr().out
+    assert [key.split("/")[0] for key in table["back_ends"]] == ["nf4_dequantize"]
+    for problem, n, k in tiles.problems(args.shapes, args.rows, args.ranks):
+        table["configs"][problem.key()] = as_entry(tiles.Search.of(problem, n, k, CPU).counted)
+    tune.hold_contests(args, CPU, table, tmp_path / "t.json", lambda: 1.0)
+    assert "contests: 1 held, 0 left" in capsys.readouterr().out
+    configs.load.cache_clear()
+
+
+def test_table_of_other_kernels_is_not_continued(tmp_path, monkeypatch):
+    path, args = tmp_path / "interpreter.json", tune.parse(["--device", "cpu"])
+    table = tune.begin(path, CPU, args)
+    tune.save(path, {**table, "configs": {"some": {}}})
+    assert tune.begin(path, CPU, args)["configs"] == {"some": {}}
+    monkeypatch.setattr(tune, "fingerprint", lambda: "other")
+    assert tune.begin(path, CPU, args)["configs"] == {}
+
+
+def dies(problem, n, k, counted, config, device):
+    """In place of `tiles.refused`: one candidate takes its process along, one never ends."""
+    if config.num_warps == 1:
+        os._exit(1)
+    if config.num_warps == 2:
+        raise RuntimeError("the device is lost")
+    return None
+
+
+def test_candidate_that_loses_its_process_costs_itself_alone(monkeypatch):
+    monkeypatch.setattr(tiles, "TASK_SECONDS", 20.0)
+    monkeypatch.setattr(tiles, "refused", dies)
+    walk = tiles.Search.of(PROBLEM, 16, 64, CPU)
+    trials = [(walk, replace(walk.counted, num_warps=n, num_stages=n)) for n in (4, 2, 1, 8)]
+    workers = tiles.Workers(CPU, 2)
+    try:
+        reasons = workers.refused(trials)
+    finally:
+        workers.close()
+    assert reasons == [None, "lost: RuntimeError", "lost: TimeoutError", None]
 
 
 def test_contest_is_won_by_more_than_noise(monkeypatch):

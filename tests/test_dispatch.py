@@ -358,8 +358,36 @@ def test_sizes_of_calls_without_adapters_and_without_columns():
     assert dispatch.problem_of("lora_linear_forward", (x[:, :0], *rest)).M == 0
 
 
-def test_layers_on_a_cpu_ask_no_table(tables):
-    table = {f"lora_linear/{kind}/M8/r16/16-bit": {"64x64": "PEFT"} for kind in ("training",)}
-    (tables / "interpreter.json").write_text(json.dumps({"layers": table}))
-    x = torch.zeros(8, 64, dtype=torch.bfloat16)
-    assert not dispatch.is_slower("lora_linear", x, (64, 64), 16)
+def test_layers_are_left_to_peft_where_it_measured_faster(tables, monkeypatch):
+    """Reentrant checkpointing runs a layer in training without and with gradients: one answer."""
+    monkeypatch.setattr(dispatch, "arch", lambda device: "sm90")  # of a device that is no CPU
+    table = {"lora_linear/training/M8/r16/16-bit": {"64x64": "PEFT"}}
+    (tables / "sm90.json").write_text(json.dumps({"layers": table}))
+    x = torch.empty(2, 4, 64, dtype=torch.bfloat16, device="meta")
+
+    def slower(training: bool, **changes) -> bool:
+        call = {"op": "lora_linear", "x": x, "shape": (64, 64), "r": 16, **changes}
+        return dispatch.is_slower(**call, training=training)
+
+    assert slower(True) and slower(False)  # gradients are on
+    with torch.no_grad():
+        assert slower(True) and not slower(False)
+    assert not slower(True, op="nf4_lora_linear") and not slower(True, r=64)
+    assert not slower(True, shape=(64, 129)) and not slower(True, x=x[0])
+    with peftkern.use_backend("triton"):
+        assert not slower(True)
+    monkeypatch.setattr(dispatch, "arch", lambda device: pytest.fail("a CPU has no table"))
+    assert not slower(True, x=torch.zeros(8, 64, dtype=torch.bfloat16))
+
+
+def test_call_and_explain_obey_the_table(tables, monkeypatch):
+    """As on a GPU: the last resort comes first where it measured faster."""
+    op, sample = "nf4_quantize", Sample(1, 32, 64)
+    table = {"nf4_quantize/M1/r16/16-bit": {"2048x1": "reference"}}
+    (tables / "sm90.json").write_text(json.dumps({"back_ends": table}))
+    args = (torch.randn(32, 64, dtype=torch.bfloat16), 64)
+    in_order = lambda op, args: dispatch.preferred(op, args, "sm90")  # noqa: E731
+    monkeypatch.setattr(dispatch, "_in_order", in_order)
+    assert dispatch.explain({op: sample.arguments(op)}).chosen(op) == "reference"
+    dispatch.call(op, *args)
+    assert peftkern.stats().calls == {(op, "reference"): 1} and not peftkern.stats().fallbacks

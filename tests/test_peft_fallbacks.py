@@ -69,7 +69,8 @@ def test_shape_that_peft_was_measured_faster_for(make, monkeypatch):
     asked = []
     monkeypatch.setattr(dispatch, "is_slower", lambda *call: bool(asked.append(call)) or True)
     assert_falls_back(model, "PEFT's own operations measured faster for this shape")
-    op, x, shape, r = asked[0]
+    op, x, shape, r, training = asked[0]
+    assert training is layer_of(model).training
     assert op == ("nf4_lora_linear" if make is make_linear4bit else "lora_linear")
     assert shape == (N, K) and x.shape[-1] == K
     assert r == layer_of(model).r["default"]

@@ -41,8 +41,9 @@ def measure_events(
 
     estimate = {}
     for name in variants:
-        (first,) = some(name, 1)
-        estimate[name] = first if first > PATIENCE else max(1e-6, min(some(name, 5)))
+        some(name, 1)  # which may compile, or start a library up
+        (warm,) = some(name, 1)
+        estimate[name] = warm if warm > PATIENCE else max(1e-6, min(some(name, 5)))
     bursts = {name: max(1, min(200, round(TURN_SECONDS / estimate[name]))) for name in variants}
 
     def samples(name: str) -> list[float]:

@@ -363,7 +363,8 @@ def main(
     gpu_specs: Callable[[torch.device], list[Spec | Question]] = lambda device: [],
     argv: list[str] | None = None,
 ) -> int:
-    """Run the cases of one bench script; 1 if any of our results is wrong, 2 without the device.
+    """Run the cases of one bench script; 1 if any of our results is wrong, or the time did not
+    suffice for a single case, 2 without the device.
 
     `gpu_specs` are a GPU's, from the most to the least wanted. Under Triton's interpreter they run
     on the CPU, which shows that they run, and nothing else.
@@ -458,7 +459,8 @@ def _run(
     for outcome in outcomes:
         for reason, count in outcome.case["fell_back"].items():
             console.print(f"{outcome.spec.name}: fell back {count} times: {reason}", markup=False)
-    return int(bool(record["failed"]) or any(o.rows[OURS].wrong for o in outcomes))
+    nothing = len(record["not_reached"]) == len(chosen)
+    return int(bool(record["failed"]) or nothing or any(o.rows[OURS].wrong for o in outcomes))
 
 
 def benchmark_ids(specs: list[Spec]) -> list:

@@ -254,7 +254,7 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         plain = reader is LoRAReader and names[0] not in layer.lora_variant
         if unfused is None and plain and not torch.compiler.is_compiling():
             op = "nf4_lora_linear" if nf4 else "lora_linear"
-            if dispatch.is_slower(op, base_x, tuple(weight.shape), A.shape[0]):
+            if dispatch.is_slower(op, base_x, tuple(weight.shape), A.shape[0], layer.training):
                 return "PEFT's own operations measured faster for this shape"
     else:
         unfused = "no active adapter"
