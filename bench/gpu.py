@@ -69,6 +69,7 @@ def run(command: list[str], seconds: float, log: Path | None = None, **defaults:
             stdout=output,
             stderr=subprocess.STDOUT if log else None,
             start_new_session=True,
+            preexec_fn=interruptible,
         )
         try:
             status = process.wait(timeout=max(1.0, seconds))
@@ -82,6 +83,11 @@ def run(command: list[str], seconds: float, log: Path | None = None, **defaults:
         text = log.read_text(encoding="utf-8", errors="replace")
         print("\n".join(text.splitlines()[-15:]), flush=True)
     return status
+
+
+def interruptible() -> None:
+    """In a new process: what a shell starts in the background ignores an interrupt."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen) -> None:

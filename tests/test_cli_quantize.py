@@ -28,6 +28,8 @@ def command(*arguments: object, python: tuple[str, ...] = ("-m", "peftkern")) ->
         "text": True,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
+        # In the background of a shell, where tests may run, Ctrl-C would be ignored.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     }
 
 
