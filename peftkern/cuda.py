@@ -65,8 +65,9 @@ def _against_adapters(lora_A: Tensor, lora_B: Tensor, most: int) -> str | None:
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if factor.dtype not in native_cuda.DTYPE_CODES:
             return f"the dtype of {name} is {factor.dtype}"
-    if not 1 <= len(lora_A) <= most:
-        return f"the rank is {len(lora_A)}, not 1 to {most}"
+    r = lora_A.shape[0]
+    if not 1 <= r <= most:
+        return f"the rank is {r}, not 1 to {most}"
     return None
 
 

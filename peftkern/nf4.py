@@ -419,9 +419,9 @@ def _check_quant_map(code: Any) -> None:
         same = torch.equal(code, _CPU_CODE)
     else:  # reading it waits for the device: once per tensor and version of its data
         version = 0 if code.is_inference() else code._version
-        same = _verified_maps.get(code) == version or torch.equal(code, _CPU_CODE.to(code.device))
-        if same:
-            _verified_maps[code] = version
+        same = _verified_maps.get(code) == version
+        if not same and torch.equal(code, _CPU_CODE.to(code.device)):
+            same, _verified_maps[code] = True, version
     if not same:
         raise _refuse("quant_map", "NF4's sixteen values", code.tolist())
 
