@@ -68,7 +68,8 @@ def _reference(op: str) -> Candidate:
     return Candidate("reference", None, _always, getattr(reference, op))
 
 
-# Where nothing was measured (`_in_order`), the order here holds, for a GPU the older first.
+# From the most to the least preferred where nothing was measured; of two for a GPU the older first.
+# `_in_order` puts what was measured before it.
 _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     op: (*candidates, _reference(op))
     for op, candidates in {
@@ -207,10 +208,10 @@ _fallbacks: Counter[tuple[str, str]] = Counter()
 def call(op: str, *args: Any) -> Any:
     """Run `op` on the first candidate that takes these arguments."""
     forced = forced_backend()
-    device = _device(args).type
-    for candidate in _in_order(op, args):
+    device = _device(args)
+    for candidate in _in_order(op, args, device):
         if forced is None:
-            if candidate.device is not None and candidate.device != device:
+            if candidate.device is not None and candidate.device != device.type:
                 continue
         elif candidate.name != forced:
             continue
@@ -227,9 +228,8 @@ def call(op: str, *args: Any) -> Any:
     )
 
 
-def _in_order(op: str, args: tuple[Any, ...]) -> tuple[Candidate, ...]:
+def _in_order(op: str, args: tuple[Any, ...], device: torch.device) -> tuple[Candidate, ...]:
     """The candidates of an op; on a GPU the one first that `make tune` found the fastest."""
-    device = _device(args)
     if device.type != "cuda" or op not in _SIZES:
         return _CANDIDATES[op]
     return preferred(op, args, arch(device))
@@ -378,7 +378,7 @@ def explain(calls: dict[str, tuple[Any, ...]]) -> Explanation:
     forced = forced_backend()
     for op, args in calls.items():
         taken = False
-        for candidate in _in_order(op, args):
+        for candidate in _in_order(op, args, _device(args)):
             reason = _reason(candidate, args, forced)
             if forced is not None and candidate.name != forced:
                 verdict = f"not asked: {forced!r} is forced"

@@ -386,7 +386,7 @@ def test_call_and_explain_obey_the_table(tables, monkeypatch):
     table = {"nf4_quantize/M1/r16/16-bit": {"2048x1": "reference"}}
     (tables / "sm90.json").write_text(json.dumps({"back_ends": table}))
     args = (torch.randn(32, 64, dtype=torch.bfloat16), 64)
-    in_order = lambda op, args: dispatch.preferred(op, args, "sm90")  # noqa: E731
+    in_order = lambda op, args, device: dispatch.preferred(op, args, "sm90")  # noqa: E731
     monkeypatch.setattr(dispatch, "_in_order", in_order)
     assert dispatch.explain({op: sample.arguments(op)}).chosen(op) == "reference"
     dispatch.call(op, *args)
