@@ -287,6 +287,23 @@ def unserved(device: torch.device) -> str | None:
     return triton_missing(device) if device.type == "cuda" else f"no kernel for {device.type}"
 
 
+def runs_on_cpu(x: torch.Tensor) -> bool:
+    """Whether the ops of these activations run on a CPU's back ends, stand-ins of a GPU's aside."""
+    return x.is_cpu and forced_backend() not in _STAND_INS
+
+
+def serving(device: torch.device) -> tuple[str, str | None]:
+    """What serves tensors of a kind of device, and why no kernels of ours do if none do."""
+    forced = forced_backend()
+    if forced is not None:
+        return f"{forced}, as asked for", None
+    if device.type == "cpu":
+        module, reason = native.cpu_module()
+        return ("plain PyTorch", reason) if module is None else (f"C++ ({native.cpu_isa()})", None)
+    reason = unserved(device)
+    return ("Triton", None) if reason is None else ("PEFT", reason)
+
+
 def forced_backend() -> str | None:
     """The back end that `use_backend` or PEFTKERN_BACKEND asks for, or None.
 
@@ -352,6 +369,8 @@ def reset_stats() -> None:
 
 def record_fallback(op: str, reason: str) -> None:
     """Count one call that did not take the fast way, with the reason in words."""
+    if torch.compiler.is_compiling():
+        return  # counting is no part of a compiled graph
     with _lock:
         _fallbacks[op, reason] += 1
 

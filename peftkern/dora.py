@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from peftkern import ops
+from peftkern import ops, reference
+from peftkern.autograd import partial_gradients, save_for_backward, saved_tensors
 from peftkern.dropout import keep_scale, philox_keep
 from peftkern.functional import (
     _DTYPES,
@@ -93,8 +93,9 @@ def dora_linear(
     Raises: ValueError naming both sides on a shape, dtype or device mismatch, and if weight
         requires a gradient.
     Gradients: x, lora_A, lora_B, magnitude, bias, a tensor scaling; the norm counts as a constant
-        (section 4.3); once differentiable. Saved are x, if lora_A or magnitude requires a gradient,
-        and d @ lora_A.T, if lora_B or magnitude does.   Error bound: kernels/NUMERICS.md#dora
+        (section 4.3); twice differentiable where x is saved. Saved are x, if lora_A or magnitude
+        requires a gradient, and d @ lora_A.T, if lora_B or magnitude does.
+        Error bound: kernels/NUMERICS.md#dora
     Source: Liu et al. 2024, eq. 5 and 11, arXiv:2402.09353
     """
     _check_float("x", x, _DTYPES)
@@ -138,27 +139,25 @@ class _DoRALinear(torch.autograd.Function):
         y, S, u = _forward(x, lora_A, lora_B, bias, magnitude, norm, *rest)
         need_dx, need_dA, need_dB, _, need_dm = needs
         again = need_dm and recompute
-        ctx.save_for_backward(
-            x if need_dA or again else None,
+        read = (
+            x if need_dA or need_dm else None,
             S if need_dB or again or (need_dm and keep is not None) else None,
             keep if need_dx or need_dA or need_dm else None,
             u if need_dm and not recompute else None,
-            lora_A,
-            lora_B,
-            magnitude,
-            norm,
-            *(frozen if layout or need_dx or again else [None]),  # the NF4 ops take no None
         )
+        save_for_backward(ctx, (*read, lora_A, lora_B, magnitude, norm), frozen)
         ctx.options, ctx.layout, ctx.needs = (scaling, keep is not None, dropout_p), layout, needs
         ctx.backend = _forced_backend(x)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        # As its forward pass, whatever autocast is on where backward is called.
-        with _backend(ctx.backend), torch.autocast(dy.device.type, enabled=False):
-            grads = _backward(dy, *ctx.saved_tensors, ctx=ctx)
+        if torch.is_grad_enabled():  # create_graph
+            grads = _differentiable_backward(dy, *saved_tensors(ctx), ctx=ctx)
+        else:
+            # As its forward pass, whatever autocast is on where backward is called.
+            with _backend(ctx.backend), torch.autocast(dy.device.type, enabled=False):
+                grads = _backward(dy, *saved_tensors(ctx), ctx=ctx)
         wanted = [grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
         return None, None, *wanted, *[None] * (len(ctx.needs_input_grad) - 7)
 
@@ -242,6 +241,44 @@ def _backward(
             dm = dm * keep_scale(keep, p) + (lora_B * D).sum(1)
         dm = (dm / norm).to(magnitude.dtype)
     return dx, dA, dB, dbias, dm
+
+
+def _differentiable_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    keep: Tensor | None,
+    u: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    *frozen: Tensor | None,
+    ctx: Any,
+) -> list[Tensor | None]:
+    """`_backward` for autograd to differentiate once more."""
+    need_dx, need_dA, need_dB, need_dbias, need_dm = ctx.needs
+    scaling, _, p = ctx.options
+    acc = norm.dtype
+    weight = frozen[0]
+    if ctx.layout:
+        weight = reference.nf4_dequantize(*frozen, *ctx.layout, dy.dtype)
+    if x is None and need_dB:
+        raise RuntimeError(
+            "lora_A, magnitude: expected one that requires a gradient for second derivatives "
+            "(create_graph=True), as x is saved only then; got frozen ones"
+        )
+    if x is None:  # the gradient by x alone does not depend on it
+        x = dy.new_zeros((*dy.shape[:-1], weight.shape[1]), requires_grad=True)
+
+    def layer(x: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+        d, c = reference.dropped(x, keep, p, acc), magnitude.to(acc) / norm
+        y = F.linear(x.to(acc), weight.to(acc)) + (c - 1) * F.linear(d, weight.to(acc))
+        return y + c * scaling * F.linear(F.linear(d, lora_A.to(acc)), lora_B.to(acc))
+
+    needs = (need_dx, need_dA, need_dB, need_dm)
+    dx, dA, dB, dm = partial_gradients(layer, (x, lora_A, lora_B, magnitude), needs, dy.to(acc))
+    return [dx, dA, dB, _column_sums(dy) if need_dbias else None, dm]
 
 
 def _product(

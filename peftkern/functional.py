@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from peftkern import dispatch, ops
+from peftkern import dispatch, ops, reference
+from peftkern.autograd import differentiable_gradients, save_for_backward, saved_tensors
 from peftkern.device import autocast_enabled
 from peftkern.nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Weight, dynamic_map
 
@@ -43,8 +43,9 @@ def lora_linear(
     Returns: [..., N], dtype of x; the update accumulates in float32 (float64 for float64).
     Raises: ValueError naming both sides on a shape, dtype or device mismatch, and if weight
         requires a gradient.
-    Gradients: x, lora_A, lora_B, bias, a tensor scaling; once differentiable. x is saved only if
-        lora_A requires a gradient.   Error bound: kernels/NUMERICS.md#lora_linear
+    Gradients: x, lora_A, lora_B, bias, a tensor scaling; twice differentiable unless
+        lora_A is frozen. x is saved only if lora_A requires a gradient.
+        Error bound: kernels/NUMERICS.md#lora_linear
     Source: Hu et al. 2021, eq. 3, arXiv:2106.09685
     """
     _check_float("x", x, _DTYPES)
@@ -72,7 +73,7 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
     Returns: [..., N], dtype of x; each weight is rounded to the dtype of x at most once and
         products accumulate in float32.
     Raises: ValueError naming both sides on a shape, dtype or device mismatch.
-    Gradients: x, bias; once differentiable.   Error bound: kernels/NUMERICS.md#nf4_lora_linear
+    Gradients: x, bias; twice differentiable.   Error bound: kernels/NUMERICS.md#nf4_lora_linear
     Source: Dettmers et al. 2023, arXiv:2305.14314
     """
     return _nf4_lora_linear(x, w, None, None, 1.0, bias, 0.0)
@@ -96,8 +97,9 @@ def nf4_lora_linear(
         in `nf4_linear`.
     Returns: [..., N], dtype of x.
     Raises: ValueError naming both sides on a shape, dtype or device mismatch.
-    Gradients: x, lora_A, lora_B, bias, a tensor scaling; once differentiable. x is saved only if
-        lora_A requires a gradient.   Error bound: kernels/NUMERICS.md#nf4_lora_linear
+    Gradients: x, lora_A, lora_B, bias, a tensor scaling; twice differentiable unless
+        lora_A is frozen. x is saved only if lora_A requires a gradient.
+        Error bound: kernels/NUMERICS.md#nf4_lora_linear
     Source: Dettmers et al. 2023, eq. 5, arXiv:2305.14314
     """
     if lora_A is None or lora_B is None:
@@ -154,7 +156,8 @@ def dequantize_nf4(
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected a tensor outside of autograd, got one that requires grad")
     ops.nf4_dequantize_out(*_pieces(w), out)
-    if not torch.compiler.is_compiling():  # autograd must see that what it may have saved is gone
+    # Autograd must see that what it may have saved is gone.
+    if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
 
@@ -180,20 +183,21 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, keep, dropout_p, needs):
         y, S = ops.lora_linear_forward(x, weight, lora_A, lora_B, bias, scaling, keep, dropout_p)
-        ctx.save_for_backward(
-            *_read_in_backward(x, S, keep, needs), lora_A, lora_B, weight if needs[0] else None
-        )
+        read = (*_read_in_backward(x, S, keep, needs), lora_A, lora_B)
+        save_for_backward(ctx, read, (weight if needs[0] else None,))
         ctx.scaling, ctx.dropout_p, ctx.needs = scaling, dropout_p, needs
         ctx.backend = _forced_backend(x)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, S, keep, lora_A, lora_B, weight = ctx.saved_tensors
-        options = (ctx.scaling, keep, ctx.dropout_p, ctx.needs)
-        with _backend(ctx.backend):
-            grads = ops.lora_linear_backward(dy, x, S, weight, lora_A, lora_B, *options)
+        x, S, keep, lora_A, lora_B, weight = saved_tensors(ctx)
+        args = (lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, ctx.needs)
+        if torch.is_grad_enabled():
+            grads = differentiable_gradients(dy, x, S, weight, *args)
+        else:
+            with _backend(ctx.backend):
+                grads = ops.lora_linear_backward(dy, x, S, weight, *args)
         dx, dA, dB, dbias = _wanted(grads, ctx.needs)
         return dx, None, dA, dB, dbias, None, None, None, None
 
@@ -206,18 +210,21 @@ class _NF4LoRALinear(torch.autograd.Function):
         y, S = ops.nf4_lora_linear_forward(
             x, *tensors, *layout, lora_A, lora_B, bias, scaling, keep, dropout_p
         )
-        ctx.save_for_backward(*_read_in_backward(x, S, keep, needs), lora_A, lora_B, *tensors)
+        save_for_backward(ctx, (*_read_in_backward(x, S, keep, needs), lora_A, lora_B), tensors)
         ctx.layout, ctx.scaling, ctx.dropout_p, ctx.needs = layout, scaling, dropout_p, needs
         ctx.backend = _forced_backend(x)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, S, keep, lora_A, lora_B, *tensors = ctx.saved_tensors
-        options = (lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, ctx.needs)
-        with _backend(ctx.backend):
-            grads = ops.nf4_lora_linear_backward(dy, x, S, *tensors, *ctx.layout, *options)
+        x, S, keep, lora_A, lora_B, *tensors = saved_tensors(ctx)
+        args = (lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, ctx.needs)
+        if torch.is_grad_enabled():
+            weight = reference.nf4_dequantize(*tensors, *ctx.layout, dy.dtype)
+            grads = differentiable_gradients(dy, x, S, weight, *args)
+        else:
+            with _backend(ctx.backend):
+                grads = ops.nf4_lora_linear_backward(dy, x, S, *tensors, *ctx.layout, *args)
         dx, dA, dB, dbias = _wanted(grads, ctx.needs)
         return dx, *[None] * 8, dA, dB, dbias, None, None, None, None
 

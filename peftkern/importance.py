@@ -6,13 +6,14 @@ Everything here takes all layers at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftkern import ops
+from peftkern.autograd import partial_gradients
 
 TIES = ("exact", "peft")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -123,7 +124,7 @@ def orthogonality_loss(
         here: Gram matrices of 16-bit copies would be off by more than the norm of a good basis.
     Returns: 0-dim, float32 (float64 for float64).
     Raises: ValueError naming the argument.
-    Gradients: lora_A, lora_B; once differentiable; zero for a matrix whose norm is zero.
+    Gradients: lora_A, lora_B; twice differentiable; zero for a matrix whose norm is zero.
         Error bound: kernels/NUMERICS.md#orthogonality_loss
     Source: Zhang et al. 2023, eq. 4, arXiv:2303.10512
     """
@@ -146,17 +147,30 @@ class _OrthogonalityLoss(torch.autograd.Function):
         lora_A, lora_B = list(matrices[:count]), list(matrices[count:])
         loss, residual, factors = ops.adalora_orthogonality_forward(lora_A, lora_B, squared)
         ctx.save_for_backward(residual, factors, *matrices)
-        ctx.count = count
+        ctx.count, ctx.squared = count, squared
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss):
         residual, factors, *matrices = ctx.saved_tensors
         lora_A, lora_B = matrices[: ctx.count], matrices[ctx.count :]
-        grads = ops.adalora_orthogonality_backward(dloss, residual, factors, lora_A, lora_B)
         needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # create_graph
+            loss = functools.partial(_loss, ctx.count, ctx.squared)
+            return None, None, *partial_gradients(loss, matrices, needed, dloss)
+        grads = ops.adalora_orthogonality_backward(dloss, residual, factors, lora_A, lora_B)
         return None, None, *[g if need else None for g, need in zip(grads, needed, strict=True)]
+
+
+def _loss(count: int, squared: bool, *matrices: Tensor) -> Tensor:
+    """`orthogonality_loss` in torch's own operations, of `count` lora_A and then every lora_B."""
+    losses = []
+    for i, matrix in enumerate(matrices):
+        rows = matrix if i < count else matrix.t()
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        residual = rows @ rows.t() - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        losses.append(residual.square().sum() if squared else torch.linalg.vector_norm(residual))
+    return torch.stack(losses).mean()
 
 
 def _mismatch(name: str, expected: str, tensor: Tensor) -> ValueError:

@@ -75,6 +75,10 @@ class RepackedWeightError(ValueError):
     """
 
 
+class TruncatedWeightError(ValueError):
+    """A weight one of whose tensors is too short: whoever reads it leaves a buffer."""
+
+
 def nf4_code(device: torch.device | str = "cpu") -> Tensor:
     """The sixteen values as a new float32 tensor."""
     return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
@@ -157,9 +161,9 @@ class NF4Weight:
         nested_offset: float32 0-d, or None when absmax is plain.
         nested_blocksize: 256, or 0 when absmax is plain.
 
-    Raises: ValueError that begins with the field, then what is accepted and what came. Sizes are
-        checked against each other as Python integers, so that no kernel can leave a buffer; no data
-        is read.
+    Raises: ValueError that begins with the field, then what is accepted and what came
+        (TruncatedWeightError where a tensor is too short). Sizes are checked against each other as
+        Python integers, so that no kernel can leave a buffer; no data is read.
     """
 
     packed: Tensor
@@ -388,7 +392,10 @@ def _check_tensor(
         return
     shape = "[]" if length is None else f"[{length}]"
     where = "" if device is None else f" on {device}"
-    raise _refuse(field, f"a {dtype} tensor of shape {shape}{where}", tensor)
+    error = _refuse(field, f"a {dtype} tensor of shape {shape}{where}", tensor)
+    if isinstance(tensor, Tensor) and tensor.numel() < (length or 1):
+        raise TruncatedWeightError(*error.args)
+    raise error
 
 
 def _check_plain(w: NF4Weight) -> None:

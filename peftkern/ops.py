@@ -1,8 +1,8 @@
 """torch.library ops of peftkern: schemas, implementations that call dispatch, fakes.
 
 The ops have no autograd of their own (`functional` owns the backward formulas), mutate only what
-their schema says and alias no input, and run with autocast off: their callers have cast what had
-to be cast.
+their schema says, return tensors that are neither inputs nor views, and run with autocast off:
+their callers have cast what had to be cast.
 """
 
 from __future__ import annotations
@@ -59,10 +59,13 @@ SCHEMAS = {
 def _call(op: str, *args: Any) -> Any:
     first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
     device_type = first.device.type
-    if autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return dispatch.call(op, *args)
-    return dispatch.call(op, *args)
+    # Where autograd looks for views: what a back end has reshaped is a tensor like any other to
+    # it, which users may write to.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        if autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return dispatch.call(op, *args)
+        return dispatch.call(op, *args)
 
 
 _library = torch.library.Library("peftkern", "DEF")

@@ -129,9 +129,15 @@ def lora_linear_forward(
     shape = (*x.shape[:-1], weight.shape[0])
     if lora_A is None or lora_B is None:
         return y.view(shape), x.new_empty(0, dtype=acc)
-    S = F.linear(_dropped(x2, keep, dropout_p, acc), lora_A.to(acc))
-    y = y.to(acc).addmm_(S * scaling, lora_B.to(acc).t()).to(x.dtype)
-    return y.view(shape), S.view(*x.shape[:-1], lora_A.shape[0])
+    S = lora_shrink(x, lora_A, keep, dropout_p)
+    y = y.to(acc).addmm_(S.reshape(rows, lora_A.shape[0]) * scaling, lora_B.to(acc).t()).to(x.dtype)
+    return y.view(shape), S
+
+
+def lora_shrink(x: Tensor, lora_A: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    """S [..., r] = dropout(x) @ lora_A.T in the accumulation dtype; keep as `dropped` takes it."""
+    acc = _accumulation_dtype(x)
+    return F.linear(dropped(x, keep, dropout_p, acc), lora_A.to(acc))
 
 
 def lora_linear_backward(
@@ -168,11 +174,11 @@ def lora_linear_backward(
         if has_lora and keep is None:
             dx = dx.to(acc).addmm_(dS, lora_A.to(acc)).to(dy.dtype)
         elif has_lora:
-            dx = (dx + _dropped(dS @ lora_A.to(acc), keep, dropout_p, acc)).to(dy.dtype)
+            dx = (dx + dropped(dS @ lora_A.to(acc), keep, dropout_p, acc)).to(dy.dtype)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     if has_lora and need_dA:
         x2 = x.reshape(rows, lora_A.shape[1])
-        dA = (dS.t() @ _dropped(x2, keep, dropout_p, acc)).to(lora_A.dtype)
+        dA = (dS.t() @ dropped(x2, keep, dropout_p, acc)).to(lora_A.dtype)
     if has_lora and need_dB:
         S2 = S.reshape(rows, lora_B.shape[1])
         dB = (dy2.to(acc).t() @ (S2 * scaling)).to(lora_B.dtype)
@@ -335,13 +341,16 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def _dropped(x: Tensor, keep: Tensor | None, dropout_p: float, dtype: torch.dtype) -> Tensor:
-    """x * (keep / (1 - p)), rounded as nn.Dropout does it so that the bits are the same."""
+def dropped(x: Tensor, keep: Tensor | None, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    """x * (keep / (1 - p)), rounded as nn.Dropout does it so that the bits are the same.
+
+    keep: a mask of as many elements as x [..., K], a seed for `philox_keep`, or None.
+    """
     x = x.to(dtype)
     if keep is None:
         return x
     if keep.dtype is torch.int64:
-        keep = philox_keep(keep, *x.shape, dropout_p)
+        keep = philox_keep(keep, math.prod(x.shape[:-1]), x.shape[-1], dropout_p)
     noise = keep.reshape(x.shape).to(dtype)
     return x * (noise / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0 * noise)
 

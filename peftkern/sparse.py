@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from peftkern import functional, ops
+from peftkern import functional, ops, reference
+from peftkern.autograd import differentiable_gradients, save_for_backward, saved_tensors
 from peftkern.nf4 import NF4Weight
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -141,7 +141,7 @@ def rosa_linear(
     Raises: ValueError naming both sides on a shape, dtype or device mismatch, and if weight
         requires a gradient.
     Gradients: x, lora_A, lora_B, bias, values (dy.T @ x at the places of mask alone), a tensor
-        scaling; once differentiable. x is saved once, and only if lora_A or values require a
+        scaling; twice differentiable. x is saved once, and only if lora_A or values require a
         gradient; the sparse part makes no tensor of the size of weight.
         Error bound: kernels/NUMERICS.md#rosa
     Source: Nikdan et al. 2024, arXiv:2401.04679
@@ -198,26 +198,30 @@ class _RoSALinear(torch.autograd.Function):
         y, S = _forward(x, lora_A, lora_B, bias, values, scaling, keep, dropout_p, crow, col, base)
         need_dx, need_dA, need_dB, _, need_dvalues = needs
         tensors = [t for t in base if isinstance(t, Tensor) or t is None]
-        ctx.save_for_backward(
+        read = (
             x if need_dA or need_dvalues else None,
             S if need_dB else None,
             keep if need_dx or need_dA else None,
             lora_A,
             lora_B,
             values if need_dx else None,
-            *((crow, col) if need_dvalues else (None, None)),
+            crow,
+            col,
             *((ccol, row, order) if need_dx else (None, None, None)),
-            *(tensors if need_dx or len(base) > 1 else (None,)),
         )
+        frozen = tensors if need_dx or len(base) > 1 else (None,)
+        save_for_backward(ctx, read, frozen)
         ctx.layout = base[len(tensors) :]
         ctx.scaling, ctx.dropout_p, ctx.needs = scaling, dropout_p, needs
         ctx.backend = functional._forced_backend(x)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, S, keep, lora_A, lora_B, values, crow, col, ccol, row, order, *base = ctx.saved_tensors
+        unused = [None] * (len(ctx.needs_input_grad) - len(ctx.needs))
+        if torch.is_grad_enabled():  # create_graph
+            return *_differentiable_backward(dy, *saved_tensors(ctx), ctx=ctx), *unused
+        x, S, keep, lora_A, lora_B, values, crow, col, ccol, row, order, *base = saved_tensors(ctx)
         need_dx, need_dA, *_, need_dvalues = ctx.needs
         backward = ops.lora_linear_backward if len(base) == 1 else ops.nf4_lora_linear_backward
         dy, dvalues = dy.contiguous(), None
@@ -240,8 +244,44 @@ class _RoSALinear(torch.autograd.Function):
             if need_dvalues:
                 dvalues = ops.rosa_sddmm(dy, x, crow, col)
         dx, dA, dB, dbias = functional._wanted(grads, ctx.needs[:4])
-        unused: list[Any] = [None] * (len(base) + len(ctx.layout) + 9)
         return dx, dA, dB, dbias, dvalues, *unused
+
+
+def _differentiable_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    keep: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    values: Tensor | None,
+    crow: Tensor,
+    col: Tensor,
+    ccol: Tensor | None,
+    row: Tensor | None,
+    order: Tensor | None,
+    *base: Tensor | None,
+    ctx: Any,
+) -> list[Tensor | None]:
+    """`_RoSALinear.backward` for autograd to differentiate once more: with dense matrices."""
+    weight = base[0]
+    if ctx.layout:
+        weight = reference.nf4_dequantize(*base, *ctx.layout, dy.dtype) if ctx.needs[0] else None
+    needs = ctx.needs[:4]
+    args = (lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, needs)
+    grads = differentiable_gradients(dy, x, S, weight, *args)
+    dx, dA, dB, dbias = functional._wanted(grads, needs)
+    N, K = dy.shape[-1], lora_A.shape[1]
+    acc = torch.promote_types(dy.dtype, torch.float32)
+    flat = torch.repeat_interleave(crow.diff().long()) * K + col
+    if ctx.needs[0]:
+        sparse = values.new_zeros(N * K).index_put((flat,), values).view(N, K)
+        dx = (dx + dy.to(acc) @ sparse.to(acc)).to(dx.dtype)
+    dvalues = None
+    if ctx.needs[4]:
+        dW = dy.reshape(-1, N).to(acc).t() @ x.reshape(-1, K).to(acc)
+        dvalues = dW.reshape(-1)[flat]
+    return [dx, dA, dB, dbias, dvalues]
 
 
 def _starts(index: Tensor, count: int) -> Tensor:

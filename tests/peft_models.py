@@ -21,6 +21,7 @@ peft_integration._DENSE_CPU_MINIMUM = 0
 peft_integration._DORA_CPU_MINIMUM = 0
 
 K, N = 64, 96
+EXACTLY = {"rtol": 0, "atol": 0}
 VOCABULARY = 64
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -151,7 +152,11 @@ def fallbacks() -> dict[str, int]:
 
 
 def assert_falls_back(model: nn.Module, reason: str, **kwargs: Any) -> None:
-    """The patched model gives PEFT's own result and gradients, and says why."""
+    """The patched model gives PEFT's own result and gradients, and says why.
+
+    An NF4 base that PEFT calls is multiplied by our kernel all the same.
+    """
+    exactly = {} if isinstance(layer_of(model).get_base_layer(), bnb.nn.Linear4bit) else EXACTLY
     twin = copy.deepcopy(model)
     report = peftkern.patch(twin)
     assert len(report.patched) == 1
@@ -164,7 +169,8 @@ def assert_falls_back(model: nn.Module, reason: str, **kwargs: Any) -> None:
         grad = torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else None
         outputs.append((y, grad))
     (expected, expected_grad), (got, got_grad) = outputs
-    assert torch.equal(got, expected)
-    assert expected_grad is None or torch.equal(got_grad, expected_grad)
+    torch.testing.assert_close(got, expected, **exactly)
+    if expected_grad is not None:
+        torch.testing.assert_close(got_grad, expected_grad, **exactly)
     assert fallbacks() == {reason: 1}
-    assert served_by_us() == 0
+    assert served_by_us() == 0 or not exactly

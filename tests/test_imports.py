@@ -19,6 +19,7 @@ RANK = {
     "device": 0,
     "dropout": 0,
     "reference": 1,
+    "autograd": 2,
     "native": 1,
     "native_cuda": 1,
     "kernels": 2,

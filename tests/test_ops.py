@@ -286,10 +286,3 @@ def test_dropout_draws_as_nn_dropout(layout: str, adapter_dtype: torch.dtype) ->
     keep = functional._draw_keep(x, 0.3)
     assert torch.equal(keep, dropped != 0)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_double_backward_is_refused(kind: str) -> None:
-    layer, x = Layer(kind), torch.randn(5, K, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()

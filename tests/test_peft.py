@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import os
 import pickle
 import subprocess
@@ -16,6 +18,7 @@ import torch
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners import lora
 from peft_models import (
+    DENSE_CPU_MINIMUM,
     TARGETS,
     K,
     Net,
@@ -32,6 +35,9 @@ from peft_models import (
 from torch import nn
 
 import peftkern
+from peftkern import native
+from peftkern.integrations import peft as peft_integration
+from peftkern.native import cpu_isa
 
 
 def test_patch_names_every_lora_layer():
@@ -40,13 +46,13 @@ def test_patch_names_every_lora_layer():
     expected = [n for n, m in model.named_modules() if isinstance(m, lora.Linear)]
     assert report.patched == expected and len(expected) == 2 * len(TARGETS)
     assert report.skipped == {} and report.falling_back == {}
-    assert str(report) == "14 patched (lora.Linear 14), 0 skipped"
+    assert str(report).startswith("14 patched (lora.Linear 14), 0 skipped; ")
 
 
 def test_patch_linear4bit():
     report = peftkern.patch(lora_net(make_linear4bit()))
     assert report.patched == ["base_model.model.proj"]
-    assert str(report) == "1 patched (lora.Linear4bit 1), 0 skipped"
+    assert str(report) == f"1 patched (lora.Linear4bit 1), 0 skipped; on cpu: C++ ({cpu_isa()})"
 
 
 @pytest.mark.parametrize("inner", ["base_model", "base_model.model", "base_model.model.proj"])
@@ -65,19 +71,31 @@ def test_patch_changes_forward_alone():
     assert layer.__dict__ == before
     assert list(model.state_dict()) == keys
     kind = type(layer)
-    assert kind.__mro__[1] is lora.Linear
-    overridden = {n for n in vars(kind) if hasattr(lora.Linear, n)}
-    assert overridden - {"__module__", "__doc__", "_abc_impl", "__abstractmethods__"} == {"forward"}
+    assert issubclass(kind, lora.Linear)
+    own = kind.__mro__[: kind.__mro__.index(lora.Linear)]
+    overridden = {n for base in own for n in vars(base) if hasattr(lora.Linear, n)}
+    assert {n for n in overridden if not n.startswith("__")} - {"_abc_impl"} == {
+        "forward",
+        "_get_name",
+    }
+
+
+@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+def test_repr_reads_as_before(make):
+    model = lora_net(make(), lora_dropout=0.1)
+    before = repr(model)
+    peftkern.patch(model)
+    assert repr(model) == before and "Patched" not in before
 
 
 @pytest.mark.parametrize("make", [make_linear, make_linear4bit])
 def test_unpatch_restores_exactly(make):
     model = lora_net(make())
     layer = layer_of(model)
-    kind, before = type(layer), dict(layer.__dict__)
+    kinds, before = [type(m) for m in model.modules()], dict(layer.__dict__)
     peftkern.patch(model)
     assert peftkern.unpatch(model) == ["base_model.model.proj"]
-    assert type(layer) is kind and layer.__dict__ == before
+    assert [type(m) for m in model.modules()] == kinds and layer.__dict__ == before
     assert peftkern.unpatch(model) == []
     peftkern.reset_stats()
     model(torch.randn(2, K))
@@ -168,7 +186,8 @@ def test_a_subclass_is_skipped():
 def test_a_forward_replaced_on_the_instance_is_skipped():
     model = lora_net(make_linear())
     layer = layer_of(model)
-    layer.forward = layer.forward
+    forward = layer.forward
+    layer.forward = lambda *args: forward(*args)
     report = peftkern.patch(model)
     assert report.patched == [] and "forward is replaced" in str(report)
     assert type(layer) is lora.Linear
@@ -179,9 +198,62 @@ def test_report_tells_what_falls_back_now():
     report = peftkern.patch(model)
     assert len(report.patched) == 14
     assert set(report.falling_back.values()) == {"lora_variant ALoraLinearVariant"}
-    assert str(report).endswith(
-        "; 14 of the patched fall back for now: lora_variant ALoraLinearVariant 14"
+    told = "; 14 of the patched fall back for now: lora_variant ALoraLinearVariant 14"
+    assert told in str(report)
+
+
+def test_report_is_json():
+    model = add_lora(tiny_llama(), alora_invocation_tokens=[1])
+    model.base_model.model.extra = get_peft_model(
+        Net(make_linear()), VeraConfig(target_modules=["proj"])
     )
+    report = peftkern.patch(model)
+    read = json.loads(json.dumps(report.as_dict()))
+    assert list(read) == [field.name for field in dataclasses.fields(report)]
+    assert read == report.as_dict()
+    assert read["kinds"] == {"lora.Linear": 14} and len(read["falling_back"]) == 14
+    assert list(read["skipped"].values()) == ["vera.Linear has no kernel"]
+
+
+def test_report_names_the_back_end():
+    model = lora_net(make_linear())
+    assert peftkern.patch(model).backends == {"cpu": f"C++ ({cpu_isa()})"}
+    with peftkern.use_backend("reference"):
+        assert peftkern.patch(model).backends == {"cpu": "reference, as asked for"}
+
+
+def test_report_tells_of_small_dense_layers(monkeypatch):
+    monkeypatch.setattr(peft_integration, "_DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
+    report = peftkern.patch(add_lora(tiny_llama()))
+    q_proj = next(name for name in report.small if name.endswith("q_proj"))
+    assert len(report.small) == 14 and report.small[q_proj] == DENSE_CPU_MINIMUM // (64 + 64)
+    assert "; 14 are small dense layers: kernels pay from 5,462 rows" in str(report)
+    monkeypatch.setattr(peft_integration, "_DORA_CPU_MINIMUM", 1 << 17)
+    report = peftkern.patch(lora_net(make_linear(), use_dora=True))
+    assert list(report.small.values()) == [0] and "kernels pay in none of them" in str(report)
+
+
+def test_report_without_the_native_library(monkeypatch):
+    monkeypatch.setattr(native, "cpu_module", lambda: (None, "the native library is not usable"))
+    with pytest.warns(UserWarning, match="plain PyTorch serves: the native library is not usable"):
+        report = peftkern.patch(lora_net(make_linear()))
+    assert "WARNING: plain PyTorch" in str(report)
+
+
+def test_layers_without_an_adapter_are_served():
+    net = nn.Sequential(make_linear4bit(), nn.ReLU(inplace=True), nn.Linear(96, 64))
+    report = peftkern.patch(net)
+    assert report.patched == [] and report.without_adapter == ["0"]
+    assert "0 patched: the model has no PEFT adapter layers; 1 4-bit layer" in str(report)
+    x = torch.randn(3, K)
+    peftkern.reset_stats()
+    with torch.no_grad():
+        got = net.eval()(x)
+    assert served_by_us() == 1
+    assert not net[0].weight.quant_state.__dict__.get("packing_format_for_cpu")
+    peftkern.unpatch(net)
+    torch.testing.assert_close(got, net.train()(x))
+    assert served_by_us() == 1
 
 
 def test_report_tells_fp4():

@@ -79,17 +79,11 @@ def _add_adapter(layer: Any, result: Tensor, x: Tensor, name: str) -> Tensor:
     return (result + update * _scaling(layer, name)).to(result.dtype)
 
 
-class PatchedSVDLinear(SVDLinear):
+class PatchedSVDLinear(lora.PatchedLayer, SVDLinear):
     """PEFT's `adalora.SVDLinear` with the base layer and its first adapter as one op."""
 
+    original, op = SVDLinear, "lora_linear"
     adapter_reader = SVDReader
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        served = lora.serve(self, x, args, kwargs)
-        if isinstance(served, Tensor):
-            return served
-        lora.count_fallback("lora_linear", served)
-        return super().forward(x, *args, **kwargs)
 
     def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         x = self._cast_input_dtype(x, self.lora_A[name].dtype)
@@ -100,17 +94,11 @@ SWAPS: dict[type, type] = {SVDLinear: PatchedSVDLinear}
 
 if is_bnb_4bit_available():
 
-    class PatchedSVDLinear4bit(SVDLinear4bit):
+    class PatchedSVDLinear4bit(lora.PatchedLayer, SVDLinear4bit):
         """PEFT's `adalora.SVDLinear4bit` with the base layer and its first adapter as one op."""
 
+        original, op = SVDLinear4bit, "nf4_lora_linear"
         adapter_reader = SVDReader
-
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            served = lora.serve(self, x, args, kwargs)
-            if isinstance(served, Tensor):
-                return served
-            lora.count_fallback("nf4_lora_linear", served)
-            return super().forward(x, *args, **kwargs)
 
         def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
             # Asks about CUDA's autocast whatever the device, as PEFT does.

@@ -1,25 +1,134 @@
-"""Read a `bitsandbytes.nn.Linear4bit` without running it.
+"""Read a `bitsandbytes.nn.Linear4bit` without running it, and keep its weight as it is.
 
 bitsandbytes keeps more than a weight in that layer: the dtype it computes in is chosen at the
 first call, and in eval mode on a CPU with AVX512-BF16 it rewrites the weight in place into a layout
-of its own. The functions here honour the first and recognise the second.
+of its own. The functions here honour the first; the classes that a patched model has in the place
+of bitsandbytes' exclude the second.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
+from typing import Any
 
 import torch
 from bitsandbytes.functional import quantize_blockwise
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftkern.nf4 import NF4Weight
-
-LINEAR_TYPES = (Linear4bit, LinearNF4, LinearFP4)
+from peftkern import dispatch
+from peftkern.functional import nf4_linear
+from peftkern.integrations.tensors import unusual_call, unusual_tensor
+from peftkern.nf4 import NF4Weight, TruncatedWeightError
 
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _REPACK_ROWS = 32  # rows that bitsandbytes interleaves in one tile of its CPU layout
+_restoring = threading.Lock()
+
+
+class PatchedBase:
+    """What a patched model has of bitsandbytes' layers, each a subclass of its class `original`.
+
+    On a CPU an NF4 weight is multiplied by the kernel that serves it with an adapter on top, so
+    that a model with its adapters disabled agrees with the one whose adapters are zero. What goes
+    to bitsandbytes finds no CPU with AVX512-BF16, for which it would rewrite the weight.
+    """
+
+    original: type
+
+    @property
+    def support_avx512bf16_for_cpu(self) -> bool:
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self, PatchedBase):  # a hook has kept this method over `unpatch`
+            return type(self).forward(self, x)
+        if dispatch.runs_on_cpu(x):
+            try:
+                return _serve(self, x)
+            except TruncatedWeightError:
+                raise  # bitsandbytes would read on
+            except ValueError as error:  # of arguments, before anything is computed
+                dispatch.record_fallback("nf4_linear", str(error))
+        return self.original.forward(self, x)
+
+    def _get_name(self) -> str:
+        return self.original.__name__  # repr(model) reads as before
+
+
+class PatchedLinear4bit(PatchedBase, Linear4bit):
+    """bitsandbytes' `Linear4bit` over the library's kernel."""
+
+    original = Linear4bit
+
+
+class PatchedLinearNF4(PatchedBase, LinearNF4):
+    """bitsandbytes' `LinearNF4` over the library's kernel."""
+
+    original = LinearNF4
+
+
+class PatchedLinearFP4(PatchedBase, LinearFP4):
+    """bitsandbytes' `LinearFP4`, whose weight stays as it is."""
+
+    original = LinearFP4
+
+
+SWAPS = {kind.original: kind for kind in (PatchedLinear4bit, PatchedLinearNF4, PatchedLinearFP4)}
+LINEAR_TYPES = (*SWAPS, *SWAPS.values())
+
+
+def patch_base(module: nn.Module) -> bool:
+    """Swap the class of one of bitsandbytes' layers; whether it is one that is swapped now."""
+    kind = type(module)
+    if kind not in LINEAR_TYPES:
+        return False
+    state = getattr(module.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        restore_packing(module)
+    module.__class__ = SWAPS.get(kind, kind)
+    return True
+
+
+def unpatch_base(module: nn.Module) -> None:
+    """Undo `patch_base`."""
+    if isinstance(module, PatchedBase):
+        module.__class__ = module.original
+
+
+def _serve(base: Linear4bit, x: Tensor) -> Tensor:
+    """The layer's output. Raises: ValueError saying why bitsandbytes has to give it."""
+    reason = unusual_call() or unusual_tensor("input", x) or unusual_weight(base)
+    weight = reason or read_weight(base, x)
+    if isinstance(weight, str):
+        raise ValueError(weight)
+    return nf4_linear(compute_input(base, x), weight, base.bias).to(x.dtype)
+
+
+class FrozenWeight:
+    """The weight and bias of a layer of bitsandbytes, to be put back after adapters were merged.
+
+    No module: what it holds takes no part in the state dict.
+    """
+
+    def __init__(self, base: Linear4bit) -> None:
+        self.weight = base.weight
+        self.quantized = base.weight.__dict__.get("bnb_quantized")
+        self.bias = None if base.bias is None else base.bias.data  # merging makes another
+
+    def mark_quantized(self) -> None:
+        """Undo what PEFT's merge does to the weight that it reads: quantised is what it is."""
+        if self.quantized is not None:
+            self.weight.__dict__["bnb_quantized"] = self.quantized
+
+    def restore(self, base: Linear4bit) -> None:
+        """Put both back, on the device where the layer is now."""
+        device = base.weight.device
+        base.weight = self.weight if self.weight.device == device else self.weight.to(device)
+        base.quant_state = base.weight.quant_state
+        if self.bias is not None:
+            base.bias.data = self.bias.to(device)
 
 
 def unusual_weight(base: Linear4bit) -> str | None:
@@ -45,12 +154,12 @@ def unusual_weight(base: Linear4bit) -> str | None:
 def read_weight(base: Linear4bit, x: Tensor) -> NF4Weight | str:
     """The layer's weight as it is now, viewed in place, or why bitsandbytes has to read it itself.
 
-    Raises: ValueError naming the field when the quantisation state is malformed.
+    Raises: ValueError naming the field where the state is not that of an NF4 weight as defined.
     """
     weight = base.weight
     state = weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        if not base.training and not x.requires_grad:
+    if getattr(state, "packing_format_for_cpu", False):  # since it was patched, by other code
+        if torch.compiler.is_compiling() or not (base.training or x.requires_grad):
             return "weight is repacked for bitsandbytes' CPU inference"
         restore_packing(base)
     if len(state.shape) != 2 or state.shape[1] != x.shape[-1]:
@@ -73,7 +182,19 @@ def restore_packing(base: Linear4bit) -> None:
     nested absmax is quantised again here, as bitsandbytes does when it saves such a layer. Its own
     CPU kernel has no gradient, so training on the repacked weight would silently cut the graph.
     """
-    weight = base.weight
+    with _restoring:  # of several threads the first restores, the others find it done
+        if not base.weight.quant_state.packing_format_for_cpu:
+            return
+        _restore(base.weight)
+    warnings.warn(
+        "A 4-bit weight had been repacked by bitsandbytes' CPU inference path, which rounds its "
+        "absmax to bfloat16; it is back in the storage layout so that gradients pass through it.",
+        stacklevel=2,
+    )
+
+
+@torch.no_grad()
+def _restore(weight: Any) -> None:
     state = weight.quant_state
     rows, columns = state.shape
     tiles = weight.data.reshape(-1, _REPACK_ROWS)  # low nibbles are the first 32 of 64 codes
@@ -91,10 +212,5 @@ def restore_packing(base: Linear4bit) -> None:
     else:
         state.state2 = None
     state.dtype = state.original_dtype
-    state.packing_format_for_cpu = False
     weight.data = packed if storage is None else packed.view(storage)
-    warnings.warn(
-        "A 4-bit weight had been repacked by bitsandbytes' CPU inference path, which rounds its "
-        "absmax to bfloat16; it is back in the storage layout so that gradients pass through it.",
-        stacklevel=2,
-    )
+    state.packing_format_for_cpu = False  # the last: until then other threads wait for the lock

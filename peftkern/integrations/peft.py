@@ -15,6 +15,7 @@ goes to `dora_linear`; for any other, PEFT's operations run with the norms from 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,15 +29,15 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from peftkern import dispatch
 from peftkern.dora import dora_linear, dora_norm
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
+from peftkern.integrations.tensors import unusual_call, unusual_tensor
 from peftkern.layers import NF4Linear
-from peftkern.nf4 import NF4Weight
+from peftkern.nf4 import NF4Weight, TruncatedWeightError
 
 _BNB_TYPES: tuple[type, ...] = ()
 if is_bnb_4bit_available():
@@ -49,22 +50,42 @@ if is_bnb_4bit_available():
 _DENSE_CPU_MINIMUM = dispatch.DENSE_CPU_MINIMUM
 # Values of a dense weight from which DoRA is faster here (bench/bench_dora.py): below, PEFT is.
 _DORA_CPU_MINIMUM = 1 << 17
+_USUAL_ROWS = 512  # below which a dense layer that does not pay is worth a word in the report
 _DENSE = (nn.Linear, Conv1D)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, nn.Parameter)
 _BASES = frozenset((*_BNB_TYPES, *_DENSE, NF4Linear))
-Adapter = tuple[Tensor, Tensor, nn.Module, Tensor | None]
+Adapter = tuple[Tensor, Tensor, nn.Module, Tensor | None]  # lora_A, lora_B, dropout, lora_B's bias
+Base = tuple[Tensor, Tensor | NF4Weight, Tensor | None]  # x as the base takes it, weight, bias
 
 
-class PatchedLinear(lora.Linear):
-    """PEFT's `lora.Linear` with the base layer and its first adapter as one op."""
+class PatchedLayer:
+    """What patched classes share, each a subclass of PEFT's class `original`."""
+
+    original: type
+    op: str  # under which a fallback is counted
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        served = serve(self, x, args, kwargs)
+        if not isinstance(self, PatchedLayer):  # a hook has kept this method over `unpatch`
+            return type(self).forward(self, x, *args, **kwargs)
+        try:
+            served = serve(self, x, args, kwargs)
+        except TruncatedWeightError:
+            raise  # bitsandbytes would read on
+        except ValueError as error:  # of arguments, before anything is computed: PEFT's to judge
+            served = str(error)
         if isinstance(served, Tensor):
             return served
-        count_fallback("lora_linear", served)
-        return super().forward(x, *args, **kwargs)
+        dispatch.record_fallback(self.op, served)
+        return self.original.forward(self, x, *args, **kwargs)
+
+    def _get_name(self) -> str:
+        return self.original.__name__  # repr(model) reads as before
+
+
+class PatchedLinear(PatchedLayer, lora.Linear):
+    """PEFT's `lora.Linear` with the base layer and its first adapter as one op."""
+
+    original, op = lora.Linear, "lora_linear"
 
     def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
@@ -74,15 +95,31 @@ class PatchedLinear(lora.Linear):
 
 if is_bnb_4bit_available():
 
-    class PatchedLinear4bit(Linear4bit):
-        """PEFT's `lora.Linear4bit` with the base layer and its first adapter as one op."""
+    class PatchedLinear4bit(PatchedLayer, Linear4bit):
+        """PEFT's `lora.Linear4bit` with the base layer and its first adapter as one op.
 
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            served = serve(self, x, args, kwargs)
-            if isinstance(served, Tensor):
-                return served
-            count_fallback("nf4_lora_linear", served)
-            return super().forward(x, *args, **kwargs)
+        PEFT merges by quantising anew, and what it subtracts from that later is not what was there
+        before: the frozen weight is kept while adapters are merged, and `unmerge` puts it back.
+        """
+
+        original, op = Linear4bit, "nf4_lora_linear"
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            frozen = bnb.FrozenWeight(self.get_base_layer())
+            if not self.merged:
+                self.__dict__["frozen_weight"] = frozen
+            try:
+                super().merge(safe_merge, adapter_names)
+            finally:
+                frozen.mark_quantized()
+
+        def unmerge(self) -> None:
+            frozen = self.__dict__.pop("frozen_weight", None)
+            if frozen is None or not self.merged:
+                super().unmerge()
+                return
+            self.merged_adapters.clear()
+            frozen.restore(self.get_base_layer())
 
         def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
             # Asks about CUDA's autocast whatever the device, as PEFT does.
@@ -115,25 +152,58 @@ class PatchReport:
     falling_back: {name: reason} of patched layers whose present state sends them to PEFT's forward;
         it is looked at again at every call.
     kinds: how many layers of each PEFT class were patched.
+    without_adapter: names of bitsandbytes' layers with no adapter that are served as well.
+    small: {name: rows} of patched dense layers on a CPU that PEFT computes as fast below so many
+        rows (batch times sequence), if those are more than 512; 0 for any number of them.
+    backends: {device type: what serves there}.
+    warnings: what the user should put right; `patch` gives them as warnings, too.
     """
 
     patched: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     falling_back: dict[str, str] = field(default_factory=dict)
     kinds: Counter[str] = field(default_factory=Counter)
+    without_adapter: list[str] = field(default_factory=list)
+    small: dict[str, int] = field(default_factory=dict)
+    backends: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as lists, dictionaries, strings and integers, fit for json.dumps."""
+        return {
+            "patched": list(self.patched),
+            "skipped": dict(self.skipped),
+            "falling_back": dict(self.falling_back),
+            "kinds": dict(self.kinds),
+            "without_adapter": list(self.without_adapter),
+            "small": dict(self.small),
+            "backends": dict(self.backends),
+            "warnings": list(self.warnings),
+        }
 
     def __str__(self) -> str:
-        if not self.patched and not self.skipped:
-            return "0 patched: the model has no PEFT adapter layers"
-        text = f"{len(self.patched)} patched"
-        if self.kinds:
-            text += f" ({_counts(self.kinds)})"
-        text += f", {len(self.skipped)} skipped"
-        if self.skipped:
-            text += f": {_counts(Counter(self.skipped.values()))}"
+        if self.patched or self.skipped:
+            text = f"{len(self.patched)} patched"
+            if self.kinds:
+                text += f" ({_counts(self.kinds)})"
+            text += f", {len(self.skipped)} skipped"
+            if self.skipped:
+                text += f": {_counts(Counter(self.skipped.values()))}"
+        else:
+            text = "0 patched: the model has no PEFT adapter layers"
+        if self.without_adapter:
+            text += f"; {len(self.without_adapter)} 4-bit layers without an adapter served, too"
         if self.falling_back:
             reasons = _counts(Counter(self.falling_back.values()))
             text += f"; {len(self.falling_back)} of the patched fall back for now: {reasons}"
+        if self.small:
+            rows = max(self.small.values())
+            pays = f"from {rows:,} rows (batch x sequence) on" if rows else "in none of them"
+            text += f"; {len(self.small)} are small dense layers: kernels pay {pays}"
+        for device, backend in self.backends.items():
+            text += f"; on {device}: {backend}"
+        for warning in self.warnings:
+            text += f"; WARNING: {warning}"
         return text
 
 
@@ -142,7 +212,8 @@ def patch(model: nn.Module) -> PatchReport:
 
     Takes a PeftModel, the model inside it, any module that holds LoRA layers, or one such layer.
     Layers that are patched already stay so. Layers that PEFT adds later (an adapter with new target
-    modules) need another call.
+    modules) need another call. bitsandbytes' 4-bit layers inside it are swapped, too, so that none
+    of them is repacked for its CPU inference.
 
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
@@ -151,33 +222,35 @@ def patch(model: nn.Module) -> PatchReport:
     report = PatchReport()
     swaps = _swaps()
     originals = {patched: original for original, patched in swaps.items()}
+    bases = []
     for name, module in _adapter_layers(model):
         kind = type(module)
         original = originals.get(kind, kind)
         if original not in swaps:
             report.skipped[name] = f"{_label(kind)} has no kernel"
             continue
-        if "forward" in module.__dict__:
+        if kind is original and not _drop_own_forward(module):
             report.skipped[name] = "forward is replaced on the instance (accelerate's hooks?)"
             continue
         module.__class__ = swaps[original]
         adalora.freeze_ranknum(module)
         report.patched.append(name)
         report.kinds[_label(original)] += 1
-        names = _active_names(module)
-        reason = _unusual_state(module, names)
-        adapter = _read_adapter(module, names) if reason is None and names else None
-        if reason is not None or isinstance(adapter, str):
-            report.falling_back[name] = reason or adapter
+        bases.append(module._modules["base_layer"])
     for name, module in model.named_modules():
         if adalora.patch_model(module):
             report.patched.append(name)
             report.kinds["adalora.AdaLoraModel"] += 1
+        if _BNB_TYPES and bnb.patch_base(module) and not any(module is base for base in bases):
+            report.without_adapter.append(name)
+    _describe(model, report)
+    for warning in report.warnings:
+        warnings.warn(warning, stacklevel=3)
     return report
 
 
 def unpatch(model: nn.Module) -> list[str]:
-    """Give every patched layer its own PEFT class back; returns the names of those layers.
+    """Give every patched layer its own class back; returns the names of the adapter layers.
 
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
@@ -189,9 +262,76 @@ def unpatch(model: nn.Module) -> list[str]:
         original = originals.get(type(module))
         if original is not None:
             module.__class__ = original
+            module.__dict__.pop("frozen_weight", None)
             restored.append(name)
-    restored += [name for name, module in model.named_modules() if adalora.unpatch_model(module)]
+    for name, module in model.named_modules():
+        if adalora.unpatch_model(module):
+            restored.append(name)
+        if _BNB_TYPES:
+            bnb.unpatch_base(module)
     return restored
+
+
+def _drop_own_forward(layer: nn.Module) -> bool:
+    """Whether calling the layer calls its class's forward, once what hooks left behind is gone."""
+    own = layer.__dict__.get("forward")
+    if own is None:
+        return True
+    if getattr(own, "__self__", None) is not layer:
+        return False
+    if own.__func__ not in (type(layer).forward, PatchedLayer.forward):
+        return False
+    del layer.forward  # accelerate's remove_hook_from_module puts the method there
+    return True
+
+
+def _describe(model: nn.Module, report: PatchReport) -> None:
+    """Fill in what the patched layers would do now, and where."""
+    devices = set()
+    for name in report.patched:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, PatchedLayer):
+            continue
+        reason = _reason_now(layer)
+        if reason is not None:
+            report.falling_back[name] = reason
+        base = layer.get_base_layer()
+        device = base.weight.device
+        devices.add(device.type)
+        if device.type == "cpu" and type(base) in _DENSE:
+            rows = _rows_to_pay(layer)
+            if rows == 0 or rows > _USUAL_ROWS:
+                report.small[name] = rows
+    for kind in sorted(devices - {"meta"}):
+        report.backends[kind], missing = dispatch.serving(torch.device(kind))
+        if missing is not None:
+            report.warnings.append(f"{report.backends[kind]} serves: {missing}")
+
+
+def _reason_now(layer: Any) -> str | None:
+    """Why a patched layer would go to PEFT whatever its input, as it is now."""
+    names = _active_names(layer)
+    reason = _unusual_state(layer, names)
+    base = layer._modules["base_layer"]
+    if reason is None and type(base) in _BNB_TYPES:
+        try:
+            NF4Weight.from_bitsandbytes(base.weight)
+        except ValueError as error:
+            reason = str(error)
+    if reason is None and type(base) in _DENSE:
+        reason = _switched_off(layer)
+    if reason is None and names:
+        adapter = _read_adapter(layer, names)
+        reason = adapter if isinstance(adapter, str) else None
+    return reason
+
+
+def _rows_to_pay(layer: Any) -> int:
+    """Rows from which `_is_small` says no; 0 if there is no such number."""
+    K, N = layer.in_features, layer.out_features
+    if layer.lora_variant:
+        return 1 if N * K >= _DORA_CPU_MINIMUM else 0
+    return -(-_DENSE_CPU_MINIMUM // max(K + N, 1))
 
 
 def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -213,13 +353,11 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{what} {count}" for what, count in counter.most_common())
 
 
-def count_fallback(op: str, reason: str) -> None:
-    if not torch.compiler.is_compiling():  # counting is no part of a compiled graph
-        dispatch.record_fallback(op, reason)
-
-
 def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
-    """The layer's output, or why PEFT's forward has to give it. Nothing is changed in that case."""
+    """The layer's output, or why PEFT's forward has to give it. Nothing is changed in that case.
+
+    Raises: ValueError from the checks of the function that would compute it.
+    """
     if args or kwargs:
         given = sorted(k for k, v in kwargs.items() if v is not None)
         if args or given:
@@ -227,66 +365,102 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     if _is_small(layer, x):  # asked first: to such a product every check is a loss
         return "small dense product: PEFT's own operations are as fast"
     names = _active_names(layer)
-    reason = _unusual_state(layer, names) or unusual_tensor("input", x)
+    reason = _unusual_state(layer, names) or unusual_tensor("input", x) or unusual_call()
     if reason is not None:
         return reason
     adapter = _read_adapter(layer, names) if names else None
     if isinstance(adapter, str):
         return adapter
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "torch.func transform"  # our autograd functions know the plain backward alone
     if not (x.is_cpu or torch.compiler.is_compiling()):  # in a graph, the op itself falls back
         unserved = dispatch.unserved(x.device)
         if unserved is not None and dispatch.forced_backend() is None:
             return unserved
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.is_autocast_enabled(x.device.type)
     base_layer = layer._modules["base_layer"]
     base = _read_base(base_layer, x, autocast)
     if isinstance(base, str):
         return base
-    base_x, weight, bias = base
-    nf4 = isinstance(weight, NF4Weight)
+    unfused = "no active adapter"
     if names:
-        A, B, drop, adapter_bias = adapter
-        reader = _reader(layer)
-        unfused = _unfused(A, B, x, base_x.dtype, autocast, layer.cast_input_dtype_enabled)
-        plain = reader is LoRAReader and names[0] not in layer.lora_variant
-        if unfused is None and plain and not torch.compiler.is_compiling():
-            op = "nf4_lora_linear" if nf4 else "lora_linear"
-            if dispatch.is_slower(op, base_x, tuple(weight.shape), A.shape[0], layer.training):
-                return "PEFT's own operations measured faster for this shape"
+        A, B = adapter[:2]
+        unfused = _unfused(A, B, x, base[0].dtype, autocast, layer.cast_input_dtype_enabled)
+    if unfused is None and _is_slower(layer, names[0], A, base):
+        return "PEFT's own operations measured faster for this shape"
+
+    off = _switched_off(layer)
+    if off is not None:
+        result = _base_alone(layer, names, adapter, base, unfused is None)
+        names = []
+    elif unfused is None:
+        result = _with_first(layer, names[0], adapter, base)
     else:
-        unfused = "no active adapter"
-    if unfused is None:
-        A, scaling = reader.factor(layer, names[0], A)
-        dropout_p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
-        options = {"scaling": scaling, "bias": bias, "dropout_p": dropout_p}
-        if names[0] in layer.lora_variant:
-            if not layer.training:  # where DoRA's own forward looks
-                options["dropout_p"] = 0.0
-            result = dora_linear(
-                base_x, weight, A, B, _magnitude(layer, names[0]).weight, **options
-            )
-        else:
-            result = (nf4_lora_linear if nf4 else lora_linear)(base_x, weight, A, B, **options)
-    elif nf4:
-        result = nf4_linear(base_x, weight, bias)
-    else:
-        return unfused
+        result = _frozen(*base)
+    if result is None:
+        return off or unfused
     if type(base_layer) in _BNB_TYPES:
         result = result.to(x.dtype)  # bitsandbytes returns its input's dtype
     out_dtype = result.dtype
-    if unfused is None:
-        if adapter_bias is not None:  # LoraConfig(lora_bias=True)
-            result = result + adapter_bias * layer.scaling[names[0]]
+    if names and unfused is None:
+        if adapter[3] is not None:  # LoraConfig(lora_bias=True)
+            result = result + adapter[3] * layer.scaling[names[0]]
         names = names[1:]
     for name in names:
         if name in layer.lora_variant:
-            result, x = _add_dora(layer, result, x, name, weight, bias)
+            result, x = _add_dora(layer, result, x, name, *base[1:])
         else:
             result, x = layer._add_adapter(result, x, name)
     return result.to(out_dtype)
+
+
+def _with_first(layer: Any, name: str, adapter: Adapter, base: Base) -> Tensor:
+    """The base and its first adapter in one op."""
+    base_x, weight, bias = base
+    A, B, drop, _ = adapter
+    A, scaling = _reader(layer).factor(layer, name, A)
+    dropout_p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+    options = {"scaling": scaling, "bias": bias, "dropout_p": dropout_p}
+    if name not in layer.lora_variant:
+        linear = nf4_lora_linear if isinstance(weight, NF4Weight) else lora_linear
+        return linear(base_x, weight, A, B, **options)
+    if not layer.training:  # where DoRA's own forward looks
+        options["dropout_p"] = 0.0
+    return dora_linear(base_x, weight, A, B, _magnitude(layer, name).weight, **options)
+
+
+def _frozen(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor | None:
+    """The base alone, where it has no operation of torch's own."""
+    return nf4_linear(x, weight, bias) if isinstance(weight, NF4Weight) else None
+
+
+def _base_alone(
+    layer: Any, names: list[str], adapter: Adapter | None, base: Base, fused: bool
+) -> Tensor | None:
+    """The base of a layer whose adapters are switched off, in the bits of an update of zero.
+
+    On a CPU the product without an update has them. Elsewhere that depends on the kernel, so that
+    the update is made zero.
+    """
+    base_x, weight, bias = base
+    if not fused or dispatch.runs_on_cpu(base_x) or not _is_plain(layer, names[0]):
+        return _frozen(*base)
+    linear = nf4_lora_linear if isinstance(weight, NF4Weight) else lora_linear
+    A, B = (factor.detach() for factor in adapter[:2])
+    options = {"scaling": layer.scaling[names[0]], "bias": bias}
+    return linear(base_x, weight, A, torch.zeros_like(B), **options)
+
+
+def _is_plain(layer: Any, name: str) -> bool:
+    """Whether an adapter is LoRA and nothing more: neither DoRA nor AdaLoRA."""
+    return _reader(layer) is LoRAReader and name not in layer.lora_variant
+
+
+def _is_slower(layer: Any, name: str, A: Tensor, base: Base) -> bool:
+    """Whether PEFT was measured faster for this shape; see `dispatch.is_slower`."""
+    if torch.compiler.is_compiling() or not _is_plain(layer, name):
+        return False
+    x, weight, _ = base
+    op = "nf4_lora_linear" if isinstance(weight, NF4Weight) else "lora_linear"
+    return dispatch.is_slower(op, x, tuple(weight.shape), A.shape[0], layer.training)
 
 
 def _is_small(layer: Any, x: Tensor) -> bool:
@@ -318,10 +492,8 @@ def _adapter(layer: Any, name: str) -> list[nn.Module]:
 
 def _unusual_state(layer: Any, names: list[str]) -> str | None:
     """What in the layer's present state our ops do not express; None in the plain case."""
-    if layer.disable_adapters:
-        return "adapters are disabled"
-    if layer.merged:
-        return "adapters are merged"
+    if layer.disable_adapters and layer.merged:
+        return "adapters are merged and disabled"  # PEFT's forward takes them out of the weight
     for name in names:
         if name in layer.lora_variant and type(layer.lora_variant[name]) is not DoraLinearVariant:
             return f"lora_variant {type(layer.lora_variant[name]).__name__}"
@@ -340,6 +512,13 @@ def _unusual_state(layer: Any, names: list[str]) -> str | None:
     if reason is None and kind in _BNB_TYPES:
         reason = bnb.unusual_weight(base)
     return reason
+
+
+def _switched_off(layer: Any) -> str | None:
+    """Why the layer gives what its base gives, though it may have active adapters."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    return "adapters are merged" if layer.merged else None
 
 
 def _read_adapter(layer: Any, names: list[str]) -> Adapter | str:
@@ -453,18 +632,8 @@ def _hooked(role: str, module: nn.Module) -> str | None:
     return None
 
 
-def unusual_tensor(role: str, tensor: Tensor) -> str | None:
-    """DTensor and other wrappers have to go through torch's operators."""
-    kind = type(tensor)
-    if kind not in _PLAIN and hasattr(kind, "__tensor_flatten__"):
-        return f"{role} is {kind.__name__}"
-    return None
-
-
-def _read_base(
-    base: nn.Module, x: Tensor, autocast: bool
-) -> tuple[Tensor, Tensor | NF4Weight, Tensor | None] | str:
-    """(x in the dtype the base computes in, weight, bias) as they are at this call, or a reason."""
+def _read_base(base: nn.Module, x: Tensor, autocast: bool) -> Base | str:
+    """The base as it is at this call, or why it has to be called."""
     kind = type(base)
     if kind in _BNB_TYPES:
         weight = bnb.read_weight(base, x)

@@ -138,12 +138,12 @@ class DeltaLoRALinear(nn.Module):
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The same tensor, whose gradient is multiplied by a number."""
+    """A copy of a tensor, whose gradient is multiplied by a number."""
 
     @staticmethod
     def forward(ctx, tensor, factor):
         ctx.factor = factor
-        return tensor.view_as(tensor)
+        return tensor.clone()
 
     @staticmethod
     def backward(ctx, grad):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from peftkern.frozen_linear import (
     check_base,
@@ -47,7 +46,7 @@ def orthonormal_columns(angles: Tensor, size: int, r: int) -> Tensor:
     Returns: [size, r], dtype of the angles, U.T @ U = 1 to rounding. Zero angles and L = 0 give the
         first columns of the identity.
     Raises: ValueError naming the argument if the number of angles fits no L, or r no matrix.
-    Gradients: angles; once differentiable; nothing but the result and the small matrices is saved.
+    Gradients: angles; twice differentiable; nothing but the result and the small matrices is saved.
     """
     qubits = size.bit_length() - 1
     if not 1 <= r <= size:
@@ -157,7 +156,6 @@ class _Circuit(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         # As its forward pass, whatever autocast is on where backward is called.
         with torch.autocast(grad.device.type, enabled=False):

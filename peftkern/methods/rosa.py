@@ -219,13 +219,13 @@ class RoSALinear(nn.Module):
 
 
 class _Collect(torch.autograd.Function):
-    """y as it is; its gradient goes to `collected`, with an x that checkpointing may drop."""
+    """A copy of y; its gradient goes to `collected`, with an x that checkpointing may drop."""
 
     @staticmethod
     def forward(ctx, y, x, collected):
         ctx.save_for_backward(x)
         ctx.collected = collected
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     def backward(ctx, dy):
