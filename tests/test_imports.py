@@ -19,6 +19,7 @@ RANK = {
     "device": 0,
     "dropout": 0,
     "reference": 1,
+    "arguments": 1,
     "native": 1,
     "native_cuda": 1,
     "kernels": 2,
