@@ -58,6 +58,16 @@ def accepted(name: str) -> str | None:
     return ""
 
 
+@contextlib.contextmanager
+def needed_by(what: str) -> Iterator[None]:
+    """Around imports of what only the extra "peft" installs: an error says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        said = f"{what} needs PEFT and transformers: pip install 'peftkern[peft]' ({error})"
+        raise type(error)(said, name=error.name, path=error.path) from error
+
+
 # How the error of a bitsandbytes begins that imports, and then fails when it is used.
 BNB_LIBRARY = "its native library is not usable"
 _IMPORT = """

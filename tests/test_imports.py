@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import rlcompleter
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import peftkern
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peftkern"
@@ -184,3 +188,65 @@ def test_import_loads_no_peer():
     loaded = set(answer.stdout.split())
     assert "peftkern" in loaded
     assert loaded & HEAVY == set()
+
+
+def completions(text: str) -> list[str]:
+    """What the interpreter's completion of names offers."""
+    completer = rlcompleter.Completer({"peftkern": peftkern})
+    found = (completer.complete(text, state) for state in itertools.count())
+    return [name.rstrip("()") for name in itertools.takewhile(lambda name: name, found)]
+
+
+def test_dir_lists_what_users_can_use_and_nothing_else():
+    names = {name for name in dir(peftkern) if not name.startswith("_")}
+    assert {
+        *peftkern.__all__,
+        *"adalora layers low_rank_svd methods monitor sparse".split(),
+    } < names
+    assert not {"Any", "importlib", "annotations", "TYPE_CHECKING", "native", "dispatch"} & names
+    assert all(getattr(peftkern, name) is not None for name in names)
+    assert {"__version__", "__doc__", "__file__"} <= set(dir(peftkern))
+    assert completions("peftkern.quant") == ["peftkern.quantize_", "peftkern.quantize_nf4"]
+    assert completions("peftkern.la") == ["peftkern.layers"]
+
+
+WITHOUT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import torch, peftkern
+try:
+    exec(sys.argv[2])
+except ModuleNotFoundError as error:
+    print(error.name, error, sep="\\n", end="")
+"""
+
+
+@pytest.mark.parametrize(
+    ("absent", "code", "what"),
+    [
+        ("peft", "peftkern.patch(torch.nn.Linear(1, 1))", "peftkern.patch"),
+        ("peft", "peftkern.unpatch(torch.nn.Linear(1, 1))", "peftkern.unpatch"),
+        (
+            "peft",
+            "from peftkern.integrations.transformers import PeftKernCallback",
+            "peftkern.integrations.transformers",
+        ),
+        (
+            "transformers",
+            "from peftkern.integrations.transformers import MonitorCallback",
+            "peftkern.integrations.transformers",
+        ),
+    ],
+)
+def test_what_is_not_installed_is_told_with_how_to_install_it(absent, code, what):
+    command = [sys.executable, "-c", WITHOUT, absent, code]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    name, said = answer.stdout.split("\n")
+    assert name.partition(".")[0] == absent
+    how = f"{what} needs PEFT and transformers: pip install 'peftkern[peft]'"
+    assert said.startswith(f"{how} (No module named '{absent}")
