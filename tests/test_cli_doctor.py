@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_models import K, lora_net, make_linear4bit, patched_copy
 from test_cli import run
 
 from peftkern import dispatch, doctor, native, ops, self_test
@@ -114,12 +115,38 @@ def test_bitsandbytes_without_its_library_is_told(tmp_path, monkeypatch):
     shutil.copytree(SITE / "bitsandbytes", tmp_path / "bitsandbytes", ignore=_libraries)
     monkeypatch.syspath_prepend(tmp_path)
     with importing(["bitsandbytes"]) as peers:
-        imports, defect = peers(300.0)["bitsandbytes"]
+        imports, defects = peers(300.0)["bitsandbytes"]
     assert imports.startswith("its native library is not usable: ")
-    version = Version("bitsandbytes", "0.50", ">=0.46", imports, defect)
+    version = Version("bitsandbytes", "0.50", ">=0.46", imports, defects)
     (finding,) = [f for f in doctor.version_findings(version) if imports in f.what]
     assert "force-reinstall" in finding.do
     assert finding.wrong == torch.cuda.is_available()  # a CPU has slower ways
+
+
+def _gradient(model: torch.nn.Module) -> torch.Tensor:
+    x = torch.linspace(-1, 1, 4 * K).view(4, K).bfloat16().requires_grad_()
+    model.train()(x).float().square().sum().backward()
+    return x.grad.float()
+
+
+def _error_after_an_evaluation(model: torch.nn.Module) -> float:
+    """Of the gradient of the input, relative."""
+    before = _gradient(model)
+    with torch.no_grad():
+        model.eval()(torch.ones(1, K, dtype=torch.bfloat16))
+    return ((_gradient(model) - before).norm() / before.norm()).item()
+
+
+def test_gradients_that_bitsandbytes_loses_after_an_evaluation_are_told():
+    model = lora_net(make_linear4bit(torch.bfloat16, bias=False), adapter_dtype=torch.bfloat16)
+    assert _error_after_an_evaluation(patched_copy(model)) == 0.0
+    with importing(["bitsandbytes"]) as peers:
+        _, defects = peers(300.0)["bitsandbytes"]
+    version = Version("bitsandbytes", "0.50.2", ">=0.46", "", defects)
+    told = [f for f in doctor.version_findings(version) if "training after an evaluation" in f.what]
+    assert len(told) == (_error_after_an_evaluation(model) > 0.5)
+    assert all("peftkern.patch before the first evaluation" in finding.do for finding in told)
+    assert not any(finding.wrong for finding in told)  # patched models are right
 
 
 def _libraries(folder: str, names: list[str]) -> list[str]:
@@ -176,8 +203,8 @@ def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     with importing(["quick_peer", "slow_peer", "third_peer"]) as peers:
         answers = peers(3.0)
     assert answers == {
-        "quick_peer": ("", ""),
-        "slow_peer": ("it is not imported after 3 s", ""),
+        "quick_peer": ("", ()),
+        "slow_peer": ("it is not imported after 3 s", ()),
     }
 
 
