@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft_models import K, lora_net, make_linear4bit, patched_copy
+from site_packages import ROOT, SITE, python, without
 from test_cli import run
 
 from peftkern import dispatch, doctor, native, ops, self_test
 from peftkern.packages import Version, accepted, importing, release
 
-ROOT = Path(__file__).resolve().parents[1]
-SITE = Path(sysconfig.get_path("purelib"))
 PEERS = ("peft", "transformers", "bitsandbytes", "accelerate", "trl", "triton")
 
 
 @pytest.fixture
 def bare(tmp_path) -> Path:
     """A folder of packages with everything that is installed here but the peers."""
-    site = tmp_path / "site"
-    site.mkdir()
-    for entry in SITE.iterdir():
-        if entry.name.split("-")[0] not in PEERS:
-            (site / entry.name).symlink_to(entry)
-    return site
+    return without(tmp_path / "site", *PEERS)
 
 
 def examine(site: Path, *folders: Path, **environment: str) -> tuple[int, dict]:
     """Exit status and answer of a doctor that sees these folders of packages alone."""
-    path = os.pathsep.join(map(str, [*folders, ROOT, site]))
-    done = subprocess.run(
-        [sys.executable, "-S", "-m", "peftkern", "doctor", "--json"],
-        capture_output=True,
-        text=True,
-        cwd=site.parent,
-        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", **environment},
-        timeout=300,
-    )
+    command = ("-m", "peftkern", "doctor", "--json")
+    done = python(site, *command, folders=folders, **{"TRITON_INTERPRET": "0", **environment})
     assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
 
