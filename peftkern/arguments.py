@@ -29,9 +29,9 @@ def check_float(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...] = DTYPES
         raise mismatch(name, f"a tensor of one of {dtypes}", tensor)
 
 
-def check_tensor(name: str, value: Any, expected: str = "a tensor") -> None:
+def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise mismatch(name, expected, value)
+        raise mismatch(name, "a tensor", value)
 
 
 def is_listed(values: Any) -> bool:
