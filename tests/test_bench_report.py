@@ -524,7 +524,7 @@ def test_a_busy_machine_is_told_before_all_else(load, tmp_path, capfd):
 def test_what_is_above_the_roof_is_flagged(tmp_path, capfd):
     rows = provider("peftkern", 1.0, share_of_roof=1.25), provider("peft", 2.0, share_of_roof=1.0)
     found = record(case(*rows))
-    above = "125% of the roof: its data stayed in a cache, or the ceiling was measured while"
+    above = "125% of the roof: its data stayed in a cache, it reads more than it writes, or"
     _, out = printed(found, tmp_path, capfd)
     table = [line for line in out.splitlines() if "[" in line and "%" in line]
     ours, theirs = (line for line in table if line.startswith("peft"))
