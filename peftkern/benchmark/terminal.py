@@ -158,8 +158,8 @@ def above_roof(row: Provider) -> str | None:
     share = row["share_of_roof"]
     if share is None or share <= 1.0:
         return None
-    why = "its data stayed in a cache, it reads more than it writes, or the machine was busy when the"
-    return f"{share:.0%} of the roof: {why} ceiling was measured"
+    why = "its data stayed in a cache, it reads more than it writes, or the ceiling was measured"
+    return f"{share:.0%} of the roof: {why} while the machine was busy"
 
 
 def title(case: Case, without: str = "") -> str:
