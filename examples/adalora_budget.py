@@ -8,6 +8,8 @@ LoRA with as many in equal parts.
     python examples/adalora_budget.py                         # about a minute on two cores
     python examples/adalora_budget.py --plot budget.svg --steps 1200
 
+The picture needs matplotlib; without it none is drawn unless --plot asks for one.
+
 Exit status: 0, the planted ranks were found and AdaLoRA ended with the lower loss; 1, not; 2, bad
 input.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -33,6 +36,7 @@ PLANTED = {  # per block, in the order of LINEAR; two per layer on average
     1: (0, 0, 0, 0, 8, 4),
     2: (0, 0, 4, 8, 2, 2),
 }
+PLOT = Path("adalora_budget.png")
 INIT_R = 8
 UPDATE = 1.0  # spectral norm of a planted update, against about 1.6 of the weight it changes
 ORTHOGONAL = 0.1
@@ -179,12 +183,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="sequences in a batch (32)")
     parser.add_argument("--lr", type=float, default=2e-2, help="learning rate at first (0.02)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, default=Path("adalora_budget.png"), help="PNG or SVG")
+    parser.add_argument("--plot", type=Path, help=f"PNG or SVG ({PLOT})")
     options = parser.parse_args(argv)
     if options.steps < 20 or options.batch < 1:
         parser.error("--steps: at least 20; --batch: at least 1")
+    can_plot = importlib.util.find_spec("matplotlib") is not None
+    if options.plot is None:
+        options.plot = PLOT if can_plot else None
+        return options
+    if not can_plot:
+        parser.error("--plot: needs matplotlib, which is not installed: pip install matplotlib")
     if options.plot.suffix.lower() not in (".png", ".svg"):
         parser.error(f"--plot: expected a .png or .svg file, got {options.plot}")
+    if not options.plot.parent.is_dir():
+        parser.error(f"--plot: {options.plot.parent} is not a folder")
     return options
 
 
@@ -224,8 +236,11 @@ def main(argv: list[str] | None = None) -> int:
             ranks = ranks or run[1]
     found = allocator.compact_()
     ok = report(options, planted, found, losses)
-    plot(options.plot, planted, ranks, losses)
-    print(f"written: {options.plot}")
+    if options.plot is None:
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+    else:
+        plot(options.plot, planted, ranks, losses)
+        print(f"written: {options.plot}")
     return 0 if ok else 1
 
 

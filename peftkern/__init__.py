@@ -25,6 +25,8 @@ from peftkern.functional import (
 from peftkern.nf4 import NF4Weight
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import nn
 
     from peftkern.integrations.peft import PatchReport
@@ -51,19 +53,33 @@ __all__ = [
 
 def patch(model: nn.Module) -> PatchReport:
     """Make the LoRA layers of a PEFT model run on peftkern; see `peftkern.integrations.peft`."""
-    from peftkern.integrations import peft
-
-    return peft.patch(model)
+    return _integration("patch").patch(model)
 
 
 def unpatch(model: nn.Module) -> list[str]:
     """Undo `patch` and name the layers; see `peftkern.integrations.peft`."""
-    from peftkern.integrations import peft
-
-    return peft.unpatch(model)
+    return _integration("unpatch").unpatch(model)
 
 
-_MODULES = ("adalora", "dora", "importance", "integrations", "layers", "low_rank_svd", "methods")
+def _integration(function: str) -> ModuleType:
+    from peftkern.packages import needed_by
+
+    with needed_by(f"peftkern.{function}"):
+        return importlib.import_module("peftkern.integrations.peft")
+
+
+# Modules that are imported when they are first looked at.
+_MODULES = (
+    "adalora",
+    "dora",
+    "importance",
+    "integrations",
+    "layers",
+    "low_rank_svd",
+    "methods",
+    "monitor",
+    "sparse",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -72,3 +88,8 @@ def __getattr__(name: str) -> Any:
     if name == "quantize_":
         return importlib.import_module("peftkern.layers").quantize_
     raise AttributeError(f"module 'peftkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is for users, for the completion of names."""
+    return sorted([*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))])

@@ -343,6 +343,23 @@ class Stats:
     calls: dict[tuple[str, str], int]
     fallbacks: dict[tuple[str, str], int]
 
+    def as_dict(self) -> dict[str, list[dict[str, str | int]]]:
+        """The same for JSON, a record for each count, sorted, so that a script parses no text.
+
+        {"calls": [{"op": "nf4_lora_linear_forward", "backend": "cpu", "count": 14}, ...],
+         "fallbacks": [{"op": "lora_linear", "reason": "small dense product", "count": 2}, ...]}
+        """
+        return {
+            name: [
+                {"op": op, key: value, "count": count}
+                for (op, value), count in sorted(counts.items())
+            ]
+            for name, key, counts in (
+                ("calls", "backend", self.calls),
+                ("fallbacks", "reason", self.fallbacks),
+            )
+        }
+
     def __str__(self) -> str:
         if not self.calls and not self.fallbacks:
             return "peftkern: no calls"
@@ -385,6 +402,16 @@ class Explanation:
     def chosen(self, op: str) -> str | None:
         """The back end that would run `op`; None if none can."""
         return next((row[1] for row in self.rows if row[0] == op and row[2] == "chosen"), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON, with the candidates of an op from the first to the last asked.
+
+        {"rows": [{"op": "nf4_quantize", "backend": "cpu", "verdict": "chosen"}, ...],
+         "machine": "..."}
+        """
+        names = ("op", "backend", "verdict")
+        rows = [dict(zip(names, row, strict=True)) for row in self.rows]
+        return {"rows": rows, "machine": self.machine}
 
     def __str__(self) -> str:
         table = _table(["op", "back end", "verdict"], [list(row) for row in self.rows])

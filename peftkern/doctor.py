@@ -220,10 +220,8 @@ def version_findings(version: Version) -> Iterator[Finding]:
             f"{name} {version.version} is older than {minimum[1]}, the oldest that is supported",
             f"pip install -U '{name}{version.accepted}'",
         )
-    if version.defect:
-        yield Finding(
-            False, f"{name} {version.version} {version.defect}", "peftkern.patch avoids it"
-        )
+    for what, do in version.defects:
+        yield Finding(False, f"{name} {version.version} {what}", do)
     if not version.imports:
         return
     wrong = True

@@ -15,19 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import ops, reference
+from peftkern.arguments import (
+    check_dense,
+    check_factors,
+    check_float,
+    check_frozen,
+    check_linear,
+    mismatch,
+)
 from peftkern.autograd import partial_gradients, save_for_backward, saved_tensors
 from peftkern.dropout import keep_scale, philox_keep
 from peftkern.functional import (
-    _DTYPES,
     _autocast,
     _backend,
-    _check_factors,
-    _check_float,
-    _check_linear,
     _draw_keep,
     _fold_scaling,
     _forced_backend,
-    _mismatch,
     _pieces,
 )
 from peftkern.nf4 import NF4Weight
@@ -49,10 +52,11 @@ def dora_norm(
     """
     nf4 = isinstance(weight, NF4Weight)
     if not nf4:
-        _check_float("weight", weight, _DTYPES)
+        check_dense("weight", weight)
+        check_float("weight", weight)
     if len(weight.shape) != 2:
-        raise ValueError(f"weight: expected shape (N, K), got {tuple(weight.shape)}")
-    _check_factors(*weight.shape, weight.device, lora_A, lora_B)
+        raise mismatch("weight", "shape (N, K)", weight)
+    check_factors(*weight.shape, weight.device, lora_A, lora_B)
     with torch.no_grad():
         lora_B, scaling = _fold_scaling(lora_B, scaling, lora_B)
         if nf4:
@@ -98,27 +102,28 @@ def dora_linear(
         Error bound: kernels/NUMERICS.md#dora
     Source: Liu et al. 2024, eq. 5 and 11, arXiv:2402.09353
     """
-    _check_float("x", x, _DTYPES)
+    check_float("x", x)
     nf4 = isinstance(weight, NF4Weight)
-    if not nf4 and weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight: expected a frozen tensor, got one that requires a gradient")
+    if not nf4:
+        check_frozen(weight)
     norm = dora_norm(weight, lora_A, lora_B, scaling=scaling)
     N, K = weight.shape
     x, dense, lora_A, lora_B, bias = _autocast(x, None if nf4 else weight, lora_A, lora_B, bias)
     if nf4:
         *frozen, blocksize, nested_blocksize = _pieces(weight)
         layout = (blocksize, nested_blocksize, weight.shape)
-        bias = bias.to(x.dtype) if bias is not None and bias.is_floating_point() else bias
+        if isinstance(bias, Tensor) and bias.is_floating_point():
+            bias = bias.to(x.dtype)
     else:
         frozen, layout = (dense,), ()
         if dense.dtype is not x.dtype:
-            raise _mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", dense)
+            raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", dense)
     if norm.device != x.device:
         raise ValueError(f"weight: expected a tensor on {x.device} like x, got {norm.device}")
-    _check_linear(x, N, K, lora_A, lora_B, bias, dropout_p)
-    _check_float("magnitude", magnitude, _DTYPES)
+    check_linear(x, N, K, bias, dropout_p)  # lora_A and lora_B: by dora_norm
+    check_float("magnitude", magnitude)
     if magnitude.shape != (N,) or magnitude.device != x.device:
-        raise _mismatch("magnitude", f"[{N}] on {x.device} for a weight [{N}, {K}]", magnitude)
+        raise mismatch("magnitude", f"[{N}] on {x.device} for a weight [{N}, {K}]", magnitude)
     norm = norm.to(torch.promote_types(norm.dtype, x.dtype))  # float32 or float64
     lora_B, scaling = _fold_scaling(lora_B, scaling, x)
     keep = _draw_keep(x, dropout_p)

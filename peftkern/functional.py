@@ -13,12 +13,22 @@ import torch
 from torch import Tensor
 
 from peftkern import dispatch, ops, reference
+from peftkern.arguments import (
+    DTYPES,
+    WEIGHT_DTYPES,
+    check_dense,
+    check_factors,
+    check_float,
+    check_frozen,
+    check_linear,
+    check_nf4,
+    check_tensor,
+    mismatch,
+    number,
+)
 from peftkern.autograd import differentiable_gradients, save_for_backward, saved_tensors
 from peftkern.device import autocast_enabled
 from peftkern.nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Weight, dynamic_map
-
-_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_DTYPES = (*_WEIGHT_DTYPES, torch.float64)
 
 
 def lora_linear(
@@ -48,13 +58,13 @@ def lora_linear(
         Error bound: kernels/NUMERICS.md#lora_linear
     Source: Hu et al. 2021, eq. 3, arXiv:2106.09685
     """
-    _check_float("x", x, _DTYPES)
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight: expected a frozen tensor, got one that requires a gradient")
+    check_float("x", x)
+    check_frozen(weight)
     x, weight, lora_A, lora_B, bias = _autocast(x, weight, lora_A, lora_B, bias)
     if weight.dim() != 2 or weight.dtype is not x.dtype or weight.device != x.device:
-        raise _mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", weight)
-    _check_linear(x, *weight.shape, lora_A, lora_B, bias, dropout_p)
+        raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", weight)
+    check_linear(x, *weight.shape, bias, dropout_p)
+    check_factors(*weight.shape, x.device, lora_A, lora_B)
     lora_B, scaling = _fold_scaling(lora_B, scaling, x)
     keep = _draw_keep(x, dropout_p)
     needs = _needs(x, lora_A, lora_B, bias)
@@ -116,9 +126,10 @@ def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
     Raises: ValueError on another dtype or blocksize.
     Gradients: none.   Source: Dettmers et al. 2023, arXiv:2305.14314
     """
-    _check_float("weight", weight, _WEIGHT_DTYPES)
+    check_dense("weight", weight)
+    check_float("weight", weight, WEIGHT_DTYPES)
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize!r}")
+        raise mismatch("blocksize", f"one of {BLOCKSIZES}", blocksize)
     packed, absmax = ops.nf4_quantize(weight.detach(), blocksize)
     shape = tuple(weight.shape)
     if not double_quant:
@@ -144,15 +155,15 @@ def dequantize_nf4(
     Raises: ValueError naming both sides on a shape, dtype or device mismatch of `out`.
     Gradients: none.   Source: Dettmers et al. 2023, arXiv:2305.14314
     """
+    check_nf4("w", w)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in DTYPES):
+        raise mismatch("dtype", f"one of {DTYPES}", dtype)
     if out is None:
-        dtype = w.dtype if dtype is None else dtype
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {_DTYPES}, got {dtype}")
-        return ops.nf4_dequantize(*_pieces(w), w.shape, dtype)
+        return ops.nf4_dequantize(*_pieces(w), w.shape, w.dtype if dtype is None else dtype)
+    check_float("out", out)
     wanted = out.dtype if dtype is None else dtype
     if out.shape != w.shape or out.dtype is not wanted or out.device != w.device:
-        raise _mismatch("out", f"{list(w.shape)} {wanted} on {w.device}", out)
-    _check_float("out", out, _DTYPES)
+        raise mismatch("out", f"{list(w.shape)} {wanted} on {w.device}", out)
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected a tensor outside of autograd, got one that requires grad")
     ops.nf4_dequantize_out(*_pieces(w), out)
@@ -168,14 +179,15 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
     Args: op_name, a function of this module or `dora_linear`, and its arguments, or an op of
         `torch.ops.peftkern` and its positional arguments.
     Returns: an object whose str() is a table.
-    Raises: ValueError listing the names if there is none like this.
+    Raises: ValueError listing the names if there is none like this, or naming an argument of
+        another kind.
     """
-    if op_name in ops.SCHEMAS:
+    if isinstance(op_name, str) and op_name in ops.SCHEMAS:
+        _check_op_arguments(op_name, args)
         return dispatch.explain({op_name: args})
-    expand = _EXPLAINED.get(op_name)
+    expand = _EXPLAINED.get(op_name) if isinstance(op_name, str) else None
     if expand is None:
-        names = sorted([*_EXPLAINED, *ops.SCHEMAS])
-        raise ValueError(f"op_name: expected one of {names}, got {op_name!r}")
+        raise mismatch("op_name", f"one of {sorted([*_EXPLAINED, *ops.SCHEMAS])}", op_name)
     return dispatch.explain(expand(*args, **kwargs))
 
 
@@ -247,15 +259,17 @@ def _nf4_lora_linear(
     bias: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    _check_float("x", x, _DTYPES)
+    check_float("x", x)
+    check_nf4("w", w)
     x, _, lora_A, lora_B, bias = _autocast(x, None, lora_A, lora_B, bias)
     shape = w.shape
     if len(shape) != 2 or w.packed.device != x.device:
         raise ValueError(f"w: expected shape (N, K) on {x.device} like x, got {w}")
-    if bias is not None and bias.dtype is not x.dtype and bias.is_floating_point():
+    if isinstance(bias, Tensor) and bias.dtype is not x.dtype and bias.is_floating_point():
         bias = bias.to(x.dtype)
-    _check_linear(x, *shape, lora_A, lora_B, bias, dropout_p)
+    check_linear(x, *shape, bias, dropout_p)
     if lora_B is not None:
+        check_factors(*shape, x.device, lora_A, lora_B)
         lora_B, scaling = _fold_scaling(lora_B, scaling, x)
     keep = _draw_keep(x, dropout_p)
     needs = _needs(x, lora_A, lora_B, bias)
@@ -312,9 +326,9 @@ def _needs(
 def _fold_scaling(lora_B: Tensor, scaling: float | Tensor, x: Tensor) -> tuple[Tensor, float]:
     """A tensor scaling goes into lora_B, so that the host never waits for its value."""
     if not isinstance(scaling, Tensor):
-        return lora_B, float(scaling)
+        return lora_B, number("scaling", scaling)
     if scaling.dim() != 0:
-        raise _mismatch("scaling", "a number or a 0-dim tensor", scaling)
+        raise mismatch("scaling", "a number or a 0-dim tensor", scaling)
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     return lora_B.to(wide) * scaling, 1.0
 
@@ -333,60 +347,46 @@ def _draw_keep(x: Tensor, dropout_p: float) -> Tensor | None:
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as autocast casts the arguments of F.linear; float64 stays what it is."""
+    """Cast as autocast casts the arguments of F.linear; float64, and what is no tensor, stays."""
     if not autocast_enabled(x.device.type):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
-        t.to(dtype) if t is not None and t.dtype in _WEIGHT_DTYPES else t for t in (x, *others)
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype in WEIGHT_DTYPES else t
+        for t in (x, *others)
     )
 
 
-def _check_float(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
-        came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name}: expected a tensor of one of {dtypes}, got {came}")
+def _check_op_arguments(op: str, args: tuple[Any, ...]) -> None:
+    """As many as the schema has, with tensors where it has tensors."""
+    parameters = getattr(torch.ops.peftkern, op).default._schema.arguments
+    if len(args) != len(parameters):
+        raise ValueError(f"{op}: expected {len(parameters)} arguments, got {len(args)}")
+    for parameter, value in zip(parameters, args, strict=True):
+        name, kind = parameter.name, str(parameter.type)
+        listed = kind.startswith("List[")
+        if "Tensor" not in kind:
+            continue
+        if listed and not isinstance(value, (list, tuple)):
+            raise mismatch(name, "a list of tensors", value)
+        for one in value if listed else [value]:
+            if one is not None or "Optional" not in kind:
+                check_tensor(name, one)
 
 
-def _check_linear(
-    x: Tensor,
-    N: int,
-    K: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-) -> None:
-    device = x.device
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise _mismatch("x", f"[..., {K}] for a weight [{N}, {K}]", x)
-    if lora_A is not None:
-        _check_factors(N, K, device, lora_A, lora_B)
-    if bias is not None and (
-        bias.shape != (N,) or bias.dtype is not x.dtype or bias.device != device
-    ):
-        raise _mismatch("bias", f"[{N}] {x.dtype} on {device}", bias)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
-
-
-def _check_factors(N: int, K: int, device: torch.device, lora_A: Tensor, lora_B: Tensor) -> None:
-    if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.device != device:
-        raise _mismatch("lora_A", f"[r, {K}] on {device} for a weight [{N}, {K}]", lora_A)
-    r = lora_A.shape[0]
-    if lora_B.shape != (N, r) or lora_B.device != device:
-        raise _mismatch("lora_B", f"[{N}, {r}] on {device} for lora_A [{r}, {K}]", lora_B)
-    _check_float("lora_A", lora_A, _DTYPES)
-    _check_float("lora_B", lora_B, _DTYPES)
-
-
-def _mismatch(name: str, expected: str, tensor: Tensor) -> ValueError:
-    return ValueError(
-        f"{name}: expected {expected}, got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-    )
+def _check_explained(x: Any, name: str, weight: Tensor | NF4Weight, bias: Any) -> None:
+    """What a call checks without dtypes, which autocast may change; `check_factors` follows."""
+    check_float("x", x)
+    if len(weight.shape) != 2:
+        raise mismatch(name, "shape (N, K)", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
 
 
 def _explain_lora_linear(x, weight, lora_A, lora_B, *, scaling, bias=None, dropout_p=0.0):
+    check_dense("weight", weight)
+    _check_explained(x, "weight", weight, bias)
+    check_factors(*weight.shape, x.device, lora_A, lora_B)
     dy = x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
     forward = (x, weight, lora_A, lora_B, bias, 1.0, None, dropout_p)
     backward = (dy, x, None, weight, lora_A, lora_B, 1.0, None, dropout_p, (True,) * 4)
@@ -394,6 +394,10 @@ def _explain_lora_linear(x, weight, lora_A, lora_B, *, scaling, bias=None, dropo
 
 
 def _explain_nf4_lora_linear(x, w, lora_A, lora_B, *, scaling=1.0, bias=None, dropout_p=0.0):
+    check_nf4("w", w)
+    _check_explained(x, "w", w, bias)
+    if lora_A is not None or lora_B is not None:
+        check_factors(*w.shape, x.device, lora_A, lora_B)
     dy = x.new_empty(()).expand(*x.shape[:-1], w.shape[0])
     lora = (*_pieces(w), w.shape, lora_A, lora_B)
     return {
@@ -407,6 +411,7 @@ def _explain_nf4_linear(x, w, bias=None):
 
 
 def _explain_quantize_nf4(weight, *, blocksize=64, double_quant=True):
+    check_dense("weight", weight)
     calls = {"nf4_quantize": (weight, blocksize)}
     if double_quant:  # its absmax lies where the weight lies
         absmax = weight.new_empty(0, dtype=torch.float32)
@@ -415,7 +420,9 @@ def _explain_quantize_nf4(weight, *, blocksize=64, double_quant=True):
 
 
 def _explain_dequantize_nf4(w, dtype=None, out=None):
+    check_nf4("w", w)
     if out is not None:
+        check_tensor("out", out)
         return {"nf4_dequantize_out": (*_pieces(w), out)}
     return {"nf4_dequantize": (*_pieces(w), w.shape, w.dtype if dtype is None else dtype)}
 

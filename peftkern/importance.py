@@ -7,16 +7,17 @@ Everything here takes all layers at once.
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from peftkern import ops
+from peftkern.arguments import DTYPES, check_tensor, mismatch, tensor_list
 from peftkern.autograd import partial_gradients
 
 TIES = ("exact", "peft")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def adalora_importance_(
@@ -43,14 +44,17 @@ def adalora_importance_(
     Gradients: none.   Error bound: kernels/NUMERICS.md#adalora_importance_
     Source: Zhang et al. 2023, eq. 8-11, arXiv:2303.10512
     """
+    params, grads = tensor_list("params", params), tensor_list("grads", grads, optional=True)
+    for name, state in (("exp_avg_ipt", exp_avg_ipt), ("exp_avg_unc", exp_avg_unc)):
+        check_tensor(name, state)
     if not params or len(params) % 3 or len(grads) != len(params):
         raise ValueError(
             "params, grads: expected lora_E, lora_A, lora_B of at least one layer and as many "
             f"gradients, got {len(params)} and {len(grads)} tensors"
         )
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 < beta < 1.0:
-            raise ValueError(f"{name}: expected a number between 0 and 1, got {beta}")
+        if not isinstance(beta, (float, numbers.Real)) or not 0.0 < beta < 1.0:
+            raise mismatch(name, "a number between 0 and 1", beta)
     numel, device = 0, exp_avg_ipt.device
     for i in range(0, len(params), 3):
         triplet = params[i : i + 3]
@@ -64,18 +68,16 @@ def adalora_importance_(
         numel += r * (1 + K + N)
         for j, (p, shape) in enumerate(zip(triplet, shapes, strict=True)):
             g = grads[i + j]
-            if p.dtype not in _DTYPES or p.device != device:
-                raise _mismatch(f"params[{i + j}]", f"one of {_DTYPES} on {device}", p)
+            if p.dtype not in DTYPES or p.device != device:
+                raise mismatch(f"params[{i + j}]", f"one of {DTYPES} on {device}", p)
             if g is not None and (g.shape != shape or g.device != device):
-                raise _mismatch(f"grads[{i + j}]", f"{list(shape)} on {device}", g)
+                raise mismatch(f"grads[{i + j}]", f"{list(shape)} on {device}", g)
     wide = torch.float64 if params[0].dtype is torch.float64 else torch.float32
     for name, state in (("exp_avg_ipt", exp_avg_ipt), ("exp_avg_unc", exp_avg_unc)):
         if state.shape != (numel,) or state.dtype is not wide or not state.is_contiguous():
-            raise _mismatch(name, f"[{numel}] contiguous {wide}", state)
+            raise mismatch(name, f"[{numel}] contiguous {wide}", state)
     with torch.no_grad():
-        return ops.adalora_importance_(
-            exp_avg_ipt, exp_avg_unc, list(params), list(grads), beta1, beta2
-        )
+        return ops.adalora_importance_(exp_avg_ipt, exp_avg_unc, params, grads, beta1, beta2)
 
 
 def adalora_allocate_(
@@ -94,20 +96,22 @@ def adalora_allocate_(
     Gradients: none; autograd is told that lora_E has changed.
     Source: Zhang et al. 2023, eq. 5, arXiv:2303.10512
     """
-    if ties not in TIES:
-        raise ValueError(f"ties: expected one of {TIES}, got {ties!r}")
-    if budget < 0:
-        raise ValueError(f"budget: expected a number of triplets, got {budget}")
+    if not isinstance(ties, str) or ties not in TIES:
+        raise mismatch("ties", f"one of {TIES}", ties)
+    if not isinstance(budget, (int, numbers.Integral)) or budget < 0:
+        raise mismatch("budget", "a number of triplets", budget)
+    check_tensor("scores", scores)
+    lora_E = tensor_list("lora_E", lora_E)
     total = sum(E.numel() for E in lora_E)
     if scores.shape != (total,) or scores.dtype not in (torch.float32, torch.float64):
-        raise _mismatch("scores", f"[{total}] float32 or float64 for these lora_E", scores)
+        raise mismatch("scores", f"[{total}] float32 or float64 for these lora_E", scores)
     for i, E in enumerate(lora_E):
-        if not E.is_contiguous() or E.dtype not in _DTYPES or E.device != scores.device:
-            raise _mismatch(f"lora_E[{i}]", f"contiguous {_DTYPES} on {scores.device}", E)
+        if not E.is_contiguous() or E.dtype not in DTYPES or E.device != scores.device:
+            raise mismatch(f"lora_E[{i}]", f"contiguous {DTYPES} on {scores.device}", E)
     if not total:
         return torch.ones_like(scores, dtype=torch.bool)
     with torch.no_grad():
-        mask = ops.adalora_allocate_(scores, list(lora_E), budget, ties == "peft")
+        mask = ops.adalora_allocate_(scores, lora_E, budget, ties == "peft")
         torch.autograd.graph.increment_version(lora_E)
     return mask
 
@@ -128,14 +132,14 @@ def orthogonality_loss(
         Error bound: kernels/NUMERICS.md#orthogonality_loss
     Source: Zhang et al. 2023, eq. 4, arXiv:2303.10512
     """
-    lora_A, lora_B = list(lora_A), list(lora_B)
+    lora_A, lora_B = tensor_list("lora_A", lora_A), tensor_list("lora_B", lora_B)
     matrices = lora_A + lora_B
     if not lora_A or not lora_B:
         raise ValueError("lora_A, lora_B: expected at least one matrix each, got an empty list")
     for i, matrix in enumerate(matrices):
         name = f"lora_A[{i}]" if i < len(lora_A) else f"lora_B[{i - len(lora_A)}]"
-        if matrix.dim() != 2 or matrix.dtype not in _DTYPES or matrix.device != lora_A[0].device:
-            raise _mismatch(name, f"a matrix of {_DTYPES} on {lora_A[0].device}", matrix)
+        if matrix.dim() != 2 or matrix.dtype not in DTYPES or matrix.device != lora_A[0].device:
+            raise mismatch(name, f"a matrix of {DTYPES} on {lora_A[0].device}", matrix)
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in matrices):
         return _OrthogonalityLoss.apply(squared, len(lora_A), *matrices)
     return ops.adalora_orthogonality_forward(lora_A, lora_B, squared)[0]
@@ -171,9 +175,3 @@ def _loss(count: int, squared: bool, *matrices: Tensor) -> Tensor:
         residual = rows @ rows.t() - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
         losses.append(residual.square().sum() if squared else torch.linalg.vector_norm(residual))
     return torch.stack(losses).mean()
-
-
-def _mismatch(name: str, expected: str, tensor: Tensor) -> ValueError:
-    return ValueError(
-        f"{name}: expected {expected}, got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from peftkern import ops
+from peftkern.arguments import is_listed, mismatch
 
 MODES = ("accurate", "fast")
 FORMS = ("balanced", "adalora")
@@ -158,8 +160,11 @@ def allocate_rank(
         values that do not descend, bounds that contradict or a budget below what r_min costs.
     Gradients: none.
     """
-    if isinstance(S, Tensor):
-        raise TypeError("S: expected a list of tensors, one for each layer, got a tensor")
+    if not is_listed(S):
+        came = type(S).__name__
+        raise TypeError(f"S: expected a list of tensors, one for each layer, got a {came}")
+    if not isinstance(budget, (float, numbers.Real)):
+        raise TypeError(f"budget: expected a number, got a {type(budget).__name__}")
     values = [sigma.detach().double().square().tolist() for sigma in _singular_values(S)[1]]
     count = len(values)
     costs = [1.0] * count if cost is None else [float(c) for c in _each("cost", cost, count)]
@@ -212,8 +217,9 @@ def truncate_lora(
     Raises: TypeError or ValueError naming the argument.
     Gradients: none.   Source: Eckart and Young 1936
     """
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {FORMS}, got {form!r}")
+    _check_choice("form", form, FORMS)
+    if not isinstance(svd, LowRankSVD):
+        raise TypeError(f"svd: expected what low_rank_svd returns, got a {type(svd).__name__}")
     single = isinstance(svd.S, Tensor)
     layers = [svd[:3]] if single else list(zip(*svd[:3], strict=True))
     factors, rows = [], torch.contiguous_format
@@ -249,10 +255,11 @@ def merge_lora(
     Raises: TypeError or ValueError naming the argument.
     Gradients: none.
     """
+    if not is_listed(adapters):
+        raise TypeError(f"adapters: expected a list of pairs, got a {type(adapters).__name__}")
     adapters = list(adapters)
     if not adapters:
         raise ValueError("adapters: expected at least one, got none")
-    weights = _each("weights", 1.0 if weights is None else weights, len(adapters))
     singles, layers = set(), []
     for i, adapter in enumerate(adapters):
         if not isinstance(adapter, (tuple, list)) or len(adapter) != 2:
@@ -260,6 +267,7 @@ def merge_lora(
         single, B, A = _pairs(*adapter)
         singles.add(single)
         layers.append((B, A))
+    weights = _each("weights", 1.0 if weights is None else weights, len(adapters))
     counts = {len(B) for B, _ in layers}
     if len(singles) > 1 or len(counts) > 1:
         raise ValueError(f"adapters: expected the same layers in all, got {sorted(counts)} layers")
@@ -288,8 +296,7 @@ def _decompose(
     vectors: bool,
 ) -> LowRankSVD:
     single, Bs, As = _pairs(lora_B, lora_A)
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
+    _check_choice("mode", mode, MODES)
     factors = [float(s) for s in _each("scaling", scaling, len(Bs))]
     if not Bs:
         none = torch.zeros(0, dtype=torch.int64)
@@ -319,9 +326,10 @@ def _pairs(
     lora_B: Tensor | Sequence[Tensor], lora_A: Tensor | Sequence[Tensor]
 ) -> tuple[bool, list[Tensor], list[Tensor]]:
     """Whether it is one pair, and the checked factors as lists."""
-    single = isinstance(lora_B, Tensor)
-    if single != isinstance(lora_A, Tensor):
-        raise TypeError("lora_B, lora_A: expected two tensors or two lists, got one of each")
+    single = isinstance(lora_B, Tensor) and isinstance(lora_A, Tensor)
+    if not single and not (is_listed(lora_B) and is_listed(lora_A)):
+        came = f"a {type(lora_B).__name__} and a {type(lora_A).__name__}"
+        raise TypeError(f"lora_B, lora_A: expected two tensors or two lists of them, got {came}")
     Bs, As = ([lora_B], [lora_A]) if single else (list(lora_B), list(lora_A))
     if len(Bs) != len(As):
         raise ValueError(f"lora_A: expected {len(Bs)} tensors as in lora_B, got {len(As)}")
@@ -348,6 +356,8 @@ def _pairs(
 
 def _singular_values(S: Tensor | Sequence[Tensor]) -> tuple[bool, list[Tensor]]:
     single = isinstance(S, Tensor)
+    if not single and not is_listed(S):
+        raise TypeError(f"S: expected a tensor or a list of them, got a {type(S).__name__}")
     values = [S] if single else list(S)
     for layer, sigma in enumerate(values):
         if not isinstance(sigma, Tensor):
@@ -357,13 +367,21 @@ def _singular_values(S: Tensor | Sequence[Tensor]) -> tuple[bool, list[Tensor]]:
     return single, values
 
 
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise mismatch(name, f"one of {choices}", value)
+
+
 def _each(name: str, value: float | Sequence[float], count: int) -> list:
     """One number for each of `count`: those given, or the one given."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    if isinstance(value, (int, float)):
+    if isinstance(value, (float, numbers.Real)):
         return [value] * count
-    values = list(value)
+    values = list(value) if is_listed(value) else [value]
+    if not all(isinstance(one, (float, numbers.Real)) for one in values):
+        came = type(value).__name__
+        raise TypeError(f"{name}: expected a number, or a list of {count}, got a {came}")
     if len(values) != count:
         raise ValueError(f"{name}: expected {count} numbers, got {len(values)}")
     return values

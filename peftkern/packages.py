@@ -26,15 +26,15 @@ IMPORT_SECONDS = 120.0
 class Version:
     """A package beside this one. accepted: ">=0.17", "" if any will do, None if that is unknown.
 
-    imports: None if it was not tried, "" if it imports, else the error. defect: what it computes
-    wrongly here.
+    imports: None if it was not tried, "" if it imports, else the error. defects: (what it computes
+    wrongly here, what to do about it).
     """
 
     name: str
     version: str | None
     accepted: str | None
     imports: str | None = None
-    defect: str = ""
+    defects: tuple[tuple[str, str], ...] = ()
 
 
 def installed_version(name: str) -> str | None:
@@ -58,6 +58,16 @@ def accepted(name: str) -> str | None:
     return ""
 
 
+@contextlib.contextmanager
+def needed_by(what: str) -> Iterator[None]:
+    """Around imports of what only the extra "peft" installs: an error says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        said = f"{what} needs PEFT and transformers: pip install 'peftkern[peft]' ({error})"
+        raise type(error)(said, name=error.name, path=error.path) from error
+
+
 # How the error of a bitsandbytes begins that imports, and then fails when it is used.
 BNB_LIBRARY = "its native library is not usable"
 _IMPORT = """
@@ -70,25 +80,40 @@ def unusable(name):
         if type(library).__name__.startswith("ErrorHandler"):
             return LIBRARY + ": " + str(getattr(library, "error_msg", ""))
     return ""
-def defect(name):
-    if name == "bitsandbytes":  # rows that are no multiple of the block, on a CPU
-        import torch
-        from bitsandbytes import functional
-        weight = torch.linspace(-1, 1, 960).view(10, 96)
-        packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-        error = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
-        if error > HALF_GAP:
-            return ("dequantises NF4 weights wrongly on a CPU where in_features is no multiple of "
-                    "the block: off by %.2g of the largest value" % error)
-    return ""
+def defects(name):
+    return [wrong_rows(), no_gradient()] if name == "bitsandbytes" else []
+def wrong_rows():  # that are no multiple of the block, on a CPU
+    import torch
+    from bitsandbytes import functional
+    weight = torch.linspace(-1, 1, 960).view(10, 96)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    error = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
+    if error > HALF_GAP:
+        return ("dequantises NF4 weights wrongly on a CPU where in_features is no multiple of "
+                "the block: off by %.2g of the largest value" % error, "peftkern.patch avoids it")
+def no_gradient():  # of what eval mode has repacked, on a CPU with AVX512-BF16
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").cpu()
+    x, grads = torch.linspace(-1, 1, 256).view(4, 64).bfloat16(), []
+    for evaluated in (False, True):
+        with torch.no_grad():
+            evaluated and layer.eval()(x)
+        leaf = x.clone().requires_grad_()
+        layer.train()(leaf).sum().backward()
+        grads.append(leaf.grad)
+    if grads[1] is None or (grads[1] - grads[0]).norm() > grads[0].norm() / 10:
+        return ("repacks a 4-bit weight in place when its layer runs in eval mode on this CPU, and "
+                "then no gradient passes the layer: training after an evaluation goes wrong",
+                "peftkern.patch before the first evaluation avoids it; else load the model again")
 for name in sys.argv[2:]:
-    say(name, None, "")
+    say(name, None, [])
     try:
         importlib.import_module(name)
-        say(name, unusable(name), "")
-        say(name, unusable(name), defect(name))
+        say(name, unusable(name), [])
+        say(name, unusable(name), [found for found in defects(name) if found])
     except BaseException as caught:
-        say(name, type(caught).__name__ + ": " + str(caught), "")
+        say(name, type(caught).__name__ + ": " + str(caught), [])
 """.replace("LIBRARY", repr(BNB_LIBRARY)).replace("HALF_GAP", "0.152")  # of absmax
 
 
@@ -96,8 +121,8 @@ for name in sys.argv[2:]:
 def importing(names: list[str]) -> Iterator[Any]:
     """Import packages in another process meanwhile; gives a function that waits for the answers.
 
-    Its argument is how many seconds to wait from then on; it returns {name: (error, defect)}, each
-    "" if there is none, without the packages after one that crashed or took too long.
+    Its argument is how many seconds to wait from then on; it returns {name: (error, defects)}, ""
+    and () if there is none, without the packages after one that crashed or took too long.
     """
     mark = secrets.token_hex()  # of the lines that are not the packages' own
     command = [sys.executable, "-c", _IMPORT, mark, *names]
@@ -112,7 +137,7 @@ def importing(names: list[str]) -> Iterator[Any]:
         env={**os.environ, "PYTHONPATH": path},
     )
 
-    def wait(seconds: float) -> dict[str, tuple[str, str]]:
+    def wait(seconds: float) -> dict[str, tuple[str, tuple[tuple[str, str], ...]]]:
         try:
             output, _ = process.communicate(timeout=seconds)
             unfinished = f"it ends Python with status {process.returncode} while it is imported"
@@ -123,8 +148,9 @@ def importing(names: list[str]) -> Iterator[Any]:
         answers = {}
         for line in output.splitlines():
             if line.startswith(mark):
-                name, error, defect = json.loads(line.removeprefix(mark))
-                answers[name] = (unfinished if error is None else one_line(error), defect)
+                name, error, defects = json.loads(line.removeprefix(mark))
+                text = unfinished if error is None else one_line(error)
+                answers[name] = (text, tuple(map(tuple, defects)))
         return answers
 
     try:

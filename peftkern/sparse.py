@@ -13,6 +13,14 @@ import torch
 from torch import Tensor
 
 from peftkern import functional, ops, reference
+from peftkern.arguments import (
+    check_factors,
+    check_float,
+    check_frozen,
+    check_linear,
+    check_tensor,
+    mismatch,
+)
 from peftkern.autograd import differentiable_gradients, save_for_backward, saved_tensors
 from peftkern.nf4 import NF4Weight
 
@@ -49,8 +57,10 @@ class SparseMask:
             int64, by default int32 if N, K and nnz allow it.
         Raises: ValueError on an index out of range, a place that comes twice, or a wrong dtype.
         """
+        _check_shape(shape)
         N, K = shape
         for name, index, limit in (("rows", rows, N), ("columns", columns, K)):
+            check_tensor(name, index)
             if index.dim() != 1 or index.dtype not in _INTEGERS or len(index) != len(rows):
                 raise ValueError(
                     f"{name}: expected [nnz] int32 or int64, as many rows as columns, got "
@@ -80,8 +90,10 @@ class SparseMask:
         Raises: as `from_indices`, and ValueError if crow does not ascend from 0 to nnz or the
             columns of a row do not ascend: values belong to entries by their order.
         """
+        _check_shape(shape)
         N = shape[0]
         for name, index in (("crow", crow), ("col", col)):
+            check_tensor(name, index)
             if index.dim() != 1 or index.dtype not in _INTEGERS or index.dtype is not crow.dtype:
                 raise ValueError(
                     f"{name}: expected 1-d int32 or int64, both alike, got {list(index.shape)} "
@@ -146,32 +158,33 @@ def rosa_linear(
         Error bound: kernels/NUMERICS.md#rosa
     Source: Nikdan et al. 2024, arXiv:2401.04679
     """
-    functional._check_float("x", x, functional._DTYPES)
-    dense = isinstance(weight, Tensor)
-    if dense and weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight: expected a frozen tensor, got one that requires a gradient")
+    check_float("x", x)
+    dense = not isinstance(weight, NF4Weight)
+    if dense:
+        check_frozen(weight)
     dense_weight = weight if dense else None
     x, dense_weight, lora_A, lora_B, bias = functional._autocast(
         x, dense_weight, lora_A, lora_B, bias
     )
     if dense:
         if weight.dim() != 2 or dense_weight.dtype is not x.dtype or weight.device != x.device:
-            raise functional._mismatch(
-                "weight", f"[N, K] {x.dtype} on {x.device} like x", dense_weight
-            )
+            raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", dense_weight)
     elif len(weight.shape) != 2 or weight.packed.device != x.device:
-        raise ValueError(f"weight: expected shape (N, K) on {x.device} like x, got {weight}")
-    elif bias is not None and bias.is_floating_point():
+        raise mismatch("weight", f"shape (N, K) on {x.device} like x", weight)
+    elif isinstance(bias, Tensor) and bias.is_floating_point():
         bias = bias.to(x.dtype)
-    functional._check_linear(x, *weight.shape, lora_A, lora_B, bias, dropout_p)
+    check_linear(x, *weight.shape, bias, dropout_p)
+    check_factors(*weight.shape, x.device, lora_A, lora_B)
+    if not isinstance(mask, SparseMask):
+        raise mismatch("mask", "a SparseMask", mask)
     if mask.shape != tuple(weight.shape) or mask.col.device != x.device:
         raise ValueError(
             f"mask: expected {list(weight.shape)} on {x.device} like weight, got "
             f"{list(mask.shape)} on {mask.col.device}"
         )
+    check_float("values", values)
     if values.shape != (mask.nnz,) or values.device != x.device:
-        raise functional._mismatch("values", f"[{mask.nnz}] on {x.device} for this mask", values)
-    functional._check_float("values", values, functional._DTYPES)
+        raise mismatch("values", f"[{mask.nnz}] on {x.device} for this mask", values)
     lora_B, scaling = functional._fold_scaling(lora_B, scaling, x)
     values = values.to(torch.float64 if x.dtype is torch.float64 else torch.float32)
     keep = functional._draw_keep(x, dropout_p)
@@ -282,6 +295,12 @@ def _differentiable_backward(
         dW = dy.reshape(-1, N).to(acc).t() @ x.reshape(-1, K).to(acc)
         dvalues = dW.reshape(-1)[flat]
     return [dx, dA, dB, dbias, dvalues]
+
+
+def _check_shape(shape: Any) -> None:
+    sizes = shape if isinstance(shape, (tuple, list)) else ()
+    if len(sizes) != 2 or not all(hasattr(size, "__index__") for size in sizes):
+        raise mismatch("shape", "(N, K)", shape)
 
 
 def _starts(index: Tensor, count: int) -> Tensor:

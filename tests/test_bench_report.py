@@ -501,6 +501,65 @@ def test_an_earlier_record_can_be_compared_and_exported(tmp_path, capfd):
     assert main([*arguments, "--fail-if=60%"]) == 0
 
 
+def printed(found: Record, tmp_path: Path, capfd, *more: str) -> tuple[int, str]:
+    (tmp_path / "run.json").write_text(json.dumps(found))
+    status = main(["bench", f"--from={tmp_path / 'run.json'}", *more])
+    return status, capfd.readouterr().out
+
+
+@pytest.mark.parametrize("load", [4.7, 2.1])
+def test_a_busy_machine_is_told_before_all_else(load, tmp_path, capfd):
+    busy = record(case(provider("peftkern", 1.0), provider("peft", 2.0)))
+    _, quiet = printed(busy, tmp_path, capfd)
+    assert "busy" not in quiet and "busy" not in report.render(busy)
+    busy["environment"]["load_average"] = [load, 1.0, 1.0]
+    said = f"machine busy: load {load} on 2 threads; re-run when it is idle"
+    assert printed(busy, tmp_path, capfd)[1].splitlines()[0] == said
+    page = Page(report.render(busy))
+    assert page.texts["li"].index(said) < min(
+        i for i, text in enumerate(page.texts["li"]) if "favourable" in text
+    )
+
+
+def test_what_is_above_the_roof_is_flagged(tmp_path, capfd):
+    rows = provider("peftkern", 1.0, share_of_roof=1.25), provider("peft", 2.0, share_of_roof=1.0)
+    found = record(case(*rows))
+    above = "125% of the roof: its data stayed in a cache, it reads more than it writes, or"
+    _, out = printed(found, tmp_path, capfd)
+    table = [line for line in out.splitlines() if "[" in line and "%" in line]
+    ours, theirs = (line for line in table if line.startswith("peft"))
+    assert "125%!" in ours and "100%" in theirs and "100%!" not in theirs
+    assert out.count("of the roof") == 1
+    assert f"peftkern, lora_linear/M16/r4/full: {above}" in " ".join(out.split())
+    page = Page(report.render(found))
+    assert any(above in text for text in page.texts["li"])
+    cells = [row for row in page.rows if row[0] in ("peftkern", "peft")]
+    assert [row[3] for row in cells] == ["125.0%!", "100.0%"]
+
+
+@pytest.mark.parametrize(("size", "said"), [(1 << 24, " in cache"), (1 << 27, ""), (None, "")])
+def test_the_roof_of_copies_says_where_it_was_measured(size, said, tmp_path, capfd):
+    found = record(case(provider("peftkern", 1.0)))
+    if size is not None:
+        found["roof"]["copy_bytes"] = size
+    assert f"roof: copies 20 GB/s{said}, products" in printed(found, tmp_path, capfd)[1]
+    assert report.render(found).count(f"copies 20 GB/s{said},") == 2  # roofline and environment
+
+
+def test_a_comparison_says_slower_or_faster(tmp_path, capfd):
+    old, new = (record(case(provider("peftkern", ms), provider("peft", 2.0))) for ms in (1.0, 0.63))
+    for before, after, said in ((old, new, "faster by 37.0%"), (new, old, "slower by 58.7%")):
+        (tmp_path / "old.json").write_text(json.dumps(before))
+        status, out = printed(after, tmp_path, capfd, f"--compare={tmp_path / 'old.json'}")
+        assert said in out and "by -" not in out
+        assert status == said.startswith("slower")
+
+
+def test_a_record_without_a_case_is_printed(tmp_path, capfd):
+    status, out = printed(EDGES["no case"], tmp_path, capfd)
+    assert status == 1 and "lora_linear/a: not reached within 9 s" in out
+
+
 def test_a_report_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "old.html"
     path.write_text("before")

@@ -3,48 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft_models import K, lora_net, make_linear4bit, patched_copy
+from site_packages import ROOT, SITE, python, without
 from test_cli import run
 
 from peftkern import dispatch, doctor, native, ops, self_test
 from peftkern.packages import Version, accepted, importing, release
 
-ROOT = Path(__file__).resolve().parents[1]
-SITE = Path(sysconfig.get_path("purelib"))
 PEERS = ("peft", "transformers", "bitsandbytes", "accelerate", "trl", "triton")
 
 
 @pytest.fixture
 def bare(tmp_path) -> Path:
     """A folder of packages with everything that is installed here but the peers."""
-    site = tmp_path / "site"
-    site.mkdir()
-    for entry in SITE.iterdir():
-        if entry.name.split("-")[0] not in PEERS:
-            (site / entry.name).symlink_to(entry)
-    return site
+    return without(tmp_path / "site", *PEERS)
 
 
 def examine(site: Path, *folders: Path, **environment: str) -> tuple[int, dict]:
     """Exit status and answer of a doctor that sees these folders of packages alone."""
-    path = os.pathsep.join(map(str, [*folders, ROOT, site]))
-    done = subprocess.run(
-        [sys.executable, "-S", "-m", "peftkern", "doctor", "--json"],
-        capture_output=True,
-        text=True,
-        cwd=site.parent,
-        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", **environment},
-        timeout=300,
-    )
+    command = ("-m", "peftkern", "doctor", "--json")
+    done = python(site, *command, folders=folders, **{"TRITON_INTERPRET": "0", **environment})
     assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
 
@@ -114,12 +99,38 @@ def test_bitsandbytes_without_its_library_is_told(tmp_path, monkeypatch):
     shutil.copytree(SITE / "bitsandbytes", tmp_path / "bitsandbytes", ignore=_libraries)
     monkeypatch.syspath_prepend(tmp_path)
     with importing(["bitsandbytes"]) as peers:
-        imports, defect = peers(300.0)["bitsandbytes"]
+        imports, defects = peers(300.0)["bitsandbytes"]
     assert imports.startswith("its native library is not usable: ")
-    version = Version("bitsandbytes", "0.50", ">=0.46", imports, defect)
+    version = Version("bitsandbytes", "0.50", ">=0.46", imports, defects)
     (finding,) = [f for f in doctor.version_findings(version) if imports in f.what]
     assert "force-reinstall" in finding.do
     assert finding.wrong == torch.cuda.is_available()  # a CPU has slower ways
+
+
+def _gradient(model: torch.nn.Module) -> torch.Tensor:
+    x = torch.linspace(-1, 1, 4 * K).view(4, K).bfloat16().requires_grad_()
+    model.train()(x).float().square().sum().backward()
+    return x.grad.float()
+
+
+def _error_after_an_evaluation(model: torch.nn.Module) -> float:
+    """Of the gradient of the input, relative."""
+    before = _gradient(model)
+    with torch.no_grad():
+        model.eval()(torch.ones(1, K, dtype=torch.bfloat16))
+    return ((_gradient(model) - before).norm() / before.norm()).item()
+
+
+def test_gradients_that_bitsandbytes_loses_after_an_evaluation_are_told():
+    model = lora_net(make_linear4bit(torch.bfloat16, bias=False), adapter_dtype=torch.bfloat16)
+    assert _error_after_an_evaluation(patched_copy(model)) == 0.0
+    with importing(["bitsandbytes"]) as peers:
+        _, defects = peers(300.0)["bitsandbytes"]
+    version = Version("bitsandbytes", "0.50.2", ">=0.46", "", defects)
+    told = [f for f in doctor.version_findings(version) if "training after an evaluation" in f.what]
+    assert len(told) == (_error_after_an_evaluation(model) > 0.5)
+    assert all("peftkern.patch before the first evaluation" in finding.do for finding in told)
+    assert not any(finding.wrong for finding in told)  # patched models are right
 
 
 def _libraries(folder: str, names: list[str]) -> list[str]:
@@ -176,8 +187,8 @@ def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     with importing(["quick_peer", "slow_peer", "third_peer"]) as peers:
         answers = peers(3.0)
     assert answers == {
-        "quick_peer": ("", ""),
-        "slow_peer": ("it is not imported after 3 s", ""),
+        "quick_peer": ("", ()),
+        "slow_peer": ("it is not imported after 3 s", ()),
     }
 
 

@@ -165,6 +165,35 @@ def test_stats_is_a_snapshot_and_counts_exactly_under_threads(w):
     assert peftkern.stats().calls == {("nf4_lora_linear_forward", "cpu"): 1600}
 
 
+def test_stats_go_into_json_and_come_back(w):
+    peftkern.nf4_linear(X64, w)
+    peftkern.nf4_linear(X64, w)
+    peftkern.nf4_linear(X64.float(), w)
+    dispatch.record_fallback("lora.Linear", "merged")
+    stats = peftkern.stats()
+    op, reason = "nf4_lora_linear_forward", "cpu: the dtype is torch.float64"
+    assert json.loads(json.dumps(stats.as_dict())) == {
+        "calls": [
+            {"op": op, "backend": "cpu", "count": 1},
+            {"op": op, "backend": "reference", "count": 2},
+        ],
+        "fallbacks": [
+            {"op": "lora.Linear", "reason": "merged", "count": 1},
+            {"op": op, "reason": reason, "count": 2},
+        ],
+    }
+    peftkern.reset_stats()
+    assert peftkern.stats().as_dict() == {"calls": [], "fallbacks": []}
+
+
+def test_explanation_goes_into_json_and_comes_back(w):
+    explanation = peftkern.explain("nf4_linear", X64.float(), w)
+    told = json.loads(json.dumps(explanation.as_dict()))
+    assert told.keys() == {"rows", "machine"} and told["machine"] == native.describe()
+    assert [tuple(row.values()) for row in told["rows"]] == list(explanation.rows)
+    assert {"op": "nf4_lora_linear_forward", "backend": "cpu", "verdict": "chosen"} in told["rows"]
+
+
 def test_explain_says_what_happens_and_runs_nothing(w):
     explanation = peftkern.explain("nf4_lora_linear", X64, w, **adapters(), scaling=2.0)
     assert explanation.chosen("nf4_lora_linear_forward") == "reference"

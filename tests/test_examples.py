@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from site_packages import python, without
 
 from peftkern.benchmark import suite, timer
 
@@ -286,7 +287,28 @@ def test_adalora_budget_says_when_it_fails(tmp_path: Path) -> None:
     done = run("examples/adalora_budget.py", "--steps", "20", "--plot", str(tmp_path / "b.png"))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Not found" in done.stdout and (tmp_path / "b.png").exists()
-    assert run("examples/adalora_budget.py", "--plot", "b.gif").returncode == 2
+    for plot, says in (
+        ("b.gif", "a .png or .svg file"),
+        ("no/such/b.png", "no/such is not a folder"),
+    ):
+        refused = run("examples/adalora_budget.py", "--plot", plot)
+        assert refused.returncode == 2 and "--plot: " in refused.stderr and says in refused.stderr
+
+
+def test_adalora_budget_without_matplotlib(tmp_path: Path) -> None:
+    """Known before the training; no picture is drawn, unless it is asked for."""
+    site = without(tmp_path / "site", "matplotlib")
+    script = str(ROOT / "examples" / "adalora_budget.py")
+    done = python(site, script, "--steps", "20")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        "no picture: matplotlib is not installed (pip install matplotlib)"
+    )
+    done = python(site, script, "--plot", str(tmp_path / "b.png"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].endswith(
+        "error: --plot: needs matplotlib, which is not installed: pip install matplotlib"
+    )
 
 
 SMALL = ["--hidden", "128", "--layers", "1", "--seq", "32", "--batch", "2", "--pretrain", "1"]

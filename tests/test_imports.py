@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import rlcompleter
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from site_packages import python, without
+
+import peftkern
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peftkern"
@@ -20,6 +25,7 @@ RANK = {
     "dropout": 0,
     "reference": 1,
     "autograd": 2,
+    "arguments": 1,
     "native": 1,
     "native_cuda": 1,
     "kernels": 2,
@@ -184,3 +190,46 @@ def test_import_loads_no_peer():
     loaded = set(answer.stdout.split())
     assert "peftkern" in loaded
     assert loaded & HEAVY == set()
+
+
+def completions(text: str) -> list[str]:
+    """What the interpreter's completion of names offers."""
+    completer = rlcompleter.Completer({"peftkern": peftkern})
+    found = (completer.complete(text, state) for state in itertools.count())
+    return [name.rstrip("()") for name in itertools.takewhile(lambda name: name, found)]
+
+
+def test_dir_lists_what_users_can_use_and_nothing_else():
+    names = {name for name in dir(peftkern) if not name.startswith("_")}
+    modules = {"adalora", "integrations", "layers", "low_rank_svd", "methods", "monitor", "sparse"}
+    assert modules | {*peftkern.__all__} < names
+    assert not {"Any", "importlib", "annotations", "TYPE_CHECKING", "native", "dispatch"} & names
+    assert all(getattr(peftkern, name) is not None for name in names)
+    assert {"__version__", "__doc__", "__file__"} <= set(dir(peftkern))
+    assert completions("peftkern.quant") == ["peftkern.quantize_", "peftkern.quantize_nf4"]
+    assert completions("peftkern.la") == ["peftkern.layers"]
+
+
+@pytest.mark.parametrize(
+    ("absent", "code", "what"),
+    [
+        ("peft", "peftkern.patch(torch.nn.Linear(1, 1))", "peftkern.patch"),
+        ("peft", "peftkern.unpatch(torch.nn.Linear(1, 1))", "peftkern.unpatch"),
+        (
+            "peft",
+            "from peftkern.integrations.transformers import PeftKernCallback",
+            "peftkern.integrations.transformers",
+        ),
+        (
+            "transformers",
+            "from peftkern.integrations.transformers import MonitorCallback",
+            "peftkern.integrations.transformers",
+        ),
+    ],
+)
+def test_what_is_not_installed_is_told_with_how_to_install_it(absent, code, what, tmp_path):
+    answer = python(without(tmp_path / "site", absent), "-c", f"import torch, peftkern\n{code}")
+    assert answer.returncode == 1
+    how = f"{what} needs PEFT and transformers: pip install 'peftkern[peft]'"
+    said = answer.stderr.splitlines()[-1]
+    assert said.startswith(f"ModuleNotFoundError: {how} (No module named '{absent}")

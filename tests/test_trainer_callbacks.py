@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import AdaLoraConfig, get_peft_model
 from peft_models import TARGETS, add_lora, patched_copy, served_by_us, text_batch, tiny_llama
 from torch import Tensor
@@ -110,6 +111,54 @@ def test_patches_late_and_only_once(tmp_path, caplog):
         run.train()
     assert patched_layers(model) == LAYERS
     assert len([r for r in caplog.records if r.name == LOGGER]) == 1
+
+
+SAID = "peftkern: 14 patched (lora.Linear 14), 0 skipped"
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_was_patched_is_seen_once_in_a_trainer_s_output(tmp_path, capfd, disable_tqdm, late):
+    callback = PeftKernCallback()
+    model = add_lora(tiny_llama())
+    callbacks = [] if late else [callback]
+    run = trainer(model, tmp_path, callbacks, max_steps=1, disable_tqdm=disable_tqdm)
+    if late:
+        run.add_callback(callback)
+    run.train()
+    run.train()
+    out, err = capfd.readouterr()
+    assert [line for line in out.splitlines() if "peftkern" in line] == [SAID]
+    assert "peftkern" not in err and ("1/1" in err) != disable_tqdm
+
+
+@pytest.mark.parametrize("level", ["error", "critical"])
+def test_a_trainer_that_is_told_to_be_quiet_is_quiet(tmp_path, capfd, level):
+    before = transformers.logging.get_verbosity()
+    try:
+        trainer(add_lora(tiny_llama()), tmp_path, [PeftKernCallback()], log_level=level)
+    finally:
+        transformers.logging.set_verbosity(before)
+    assert "peftkern" not in "".join(capfd.readouterr())
+
+
+def test_a_logger_that_is_told_to_be_quiet_is_quiet(tmp_path, capfd, caplog):
+    with caplog.at_level(logging.ERROR, LOGGER):
+        trainer(add_lora(tiny_llama()), tmp_path, [PeftKernCallback()])
+    assert "peftkern" not in "".join(capfd.readouterr())
+
+
+def test_another_report_is_said_and_an_earlier_one_not_again(tmp_path, capfd):
+    callback = PeftKernCallback()
+    first, second = add_lora(tiny_llama()), add_lora(tiny_llama(), target_modules=["q_proj"])
+    for model in (first, second, first):
+        trainer(model, tmp_path, [callback])
+    assert capfd.readouterr().out.splitlines() == [SAID, SAID.replace("14", "2")]
+
+
+def test_the_callback_is_made_as_ms_swift_makes_it(tmp_path):
+    run = trainer(add_lora(tiny_llama()), tmp_path)
+    assert PeftKernCallback(run.args, run).report is None
 
 
 def test_patches_adapters_that_came_in_between(tmp_path):

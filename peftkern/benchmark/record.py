@@ -63,7 +63,8 @@ class Case(TypedDict):
 class Roof(TypedDict, total=False):
     """Ceilings measured on this machine in this run; of the dtypes that the cases have."""
 
-    copy: float  # bytes per second, read and written, of a copy far beyond the caches
+    copy: float  # bytes per second, read and written
+    copy_bytes: int  # size of what was copied; with its target, within the last cache or beyond
     bfloat16: float  # FLOP per second of a dense matrix product
     float16: float
     float32: float

@@ -19,9 +19,11 @@ from peftkern.benchmark.record import OURS, Case, Provider, Record
 from peftkern.benchmark.report_style import STYLE
 from peftkern.benchmark.terminal import (
     SHORT,
+    above_roof,
     beside,
+    busy_machine,
+    copies,
     counts,
-    is_loaded,
     number,
     speed_up,
     title,
@@ -111,7 +113,10 @@ def _tile(count: int, says: str, kind: str, more: str | None = None) -> Markup:
 
 
 def _remarks(record: Record) -> Iterator[Markup]:
-    """What a reader has to know before the figures: the extremes, then what is missing, and why."""
+    """What a reader has to know before the figures: what makes them doubtful, the extremes, then
+    what is missing, and why."""
+    if busy := busy_machine(record):
+        yield tag("li", busy, class_="error")
     found = sorted(beside(record), key=lambda one: one[2])
     for word, (case, name, ratio, noise) in (
         [("Least favourable", found[0]), ("Most favourable", found[-1])] if found else []
@@ -120,12 +125,10 @@ def _remarks(record: Record) -> Iterator[Markup]:
         yield tag("li", f"{word}: {figures.times(ratio)}{level} beside {label}, {title(case)}")
     if record["environment"]["interpreter"]:
         yield tag("li", "Measured in Triton's interpreter: the times mean nothing.", class_="error")
-    if is_loaded(record):
-        load = record["environment"]["load_average"][0]
-        said = f"Load average {load:.1f} on {record['environment']['threads']} threads"
-        yield tag("li", f"{said} before the run: others used this machine.", class_="error")
     for case in record["cases"]:
         for row in case["providers"].values():
+            if above := above_roof(row):
+                yield tag("li", f"{row['label']}, {title(case)}: {above}")
             if reason := figures.why(row):
                 yield tag("li", reason, f" ({row['label']}, {title(case)})")
     if not record["cases"]:
@@ -179,7 +182,7 @@ def _cells(case: Case, name: str, row: Provider) -> list[Markup]:
     return [
         tag("td", *_time_cell(row)),
         tag("td", _ratio(case, name)),
-        tag("td", _given(row["share_of_roof"], "{:.1%}")),
+        tag("td", _given(row["share_of_roof"], "{:.1%}"), "!" if above_roof(row) else None),
         tag("td", _given(row["gb_s"], "{:.3g}")),
         tag("td", _given(row["tflop_s"], "{:.3g}")),
         tag("td", peak),
@@ -207,7 +210,7 @@ def _ratio(case: Case, name: str) -> Markup | str:
 def _environment(record: Record) -> Markup:
     facts = record["environment"]
     gpu = facts["gpu"]
-    roof = [f"copies {record['roof']['copy'] / 1e9:.4g} GB/s"] if "copy" in record["roof"] else []
+    roof = [copies(record)] if "copy" in record["roof"] else []
     for dtype, short in SHORT.items():
         if dtype in record["roof"]:
             roof.append(f"{short} products {record['roof'][dtype] / 1e12:.4g} TFLOP/s")

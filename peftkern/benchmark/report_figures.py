@@ -8,7 +8,7 @@ from peftkern.benchmark import charts
 from peftkern.benchmark.charts import Point, Series
 from peftkern.benchmark.markup import Markup, join, tag
 from peftkern.benchmark.record import OURS, Case, Provider, Record
-from peftkern.benchmark.terminal import SHORT, is_bound, number, speed_up, title
+from peftkern.benchmark.terminal import SHORT, copies, is_bound, number, speed_up, title
 
 BOUND = "without the adapter: does less"  # of the frozen layer, where it is the one to compare with
 KINDS = {"faster": "faster", "slower": "slower", "level": "≈"}
@@ -113,7 +113,7 @@ def roofline(record: Record, labels: Labels) -> Markup | None:
             y_label="TFLOP/s",
             ceiling=(copy, top),
         )
-        said = f"copies {copy * 1e3:.3g} GB/s, dense products {top:.3g} TFLOP/s"
+        said = f"{copies(record)}, dense products {top:.3g} TFLOP/s"
         caption = tag("figcaption", short, tag("small", f"Roof, measured in this run: {said}"))
         figures.append(tag("figure", caption, svg, class_="wide"))
     if not figures:

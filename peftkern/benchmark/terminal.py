@@ -91,11 +91,11 @@ def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
     facts, roof = record["environment"], record["roof"]
     where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['isa'] or 'no ISA'}"
     rates = [f"{roof[d] / 1e12:.3g} TFLOP/s {short}" for d, short in SHORT.items() if d in roof]
+    if busy := busy_machine(record):
+        yield Text(busy, style="yellow")
     yield Text(f"{where}, {facts['threads']} threads", style="bold")
-    yield Text(f"roof: copies {roof['copy'] / 1e9:.3g} GB/s, products {', '.join(rates)}")
-    if is_loaded(record):
-        load = f"load average {facts['load_average'][0]:.1f} on {facts['threads']} threads"
-        yield Text(f"{load}: others use this machine, expect noise", style="yellow")
+    if "copy" in roof:
+        yield Text(f"roof: {copies(record)}, products {', '.join(rates)}")
     for case in record["cases"]:
         yield ""
         yield bench_table(case, record, width)
@@ -107,6 +107,8 @@ def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
             if why := row["wrong"] or row["failed"]:
                 kind = "WRONG" if row["wrong"] else "FAILED"
                 yield Text(f"{kind} {row['label']}, {case['name']}: {why}", style="red")
+            if above := above_roof(row):
+                yield Text(f"{row['label']}, {case['name']}: {above}", style="yellow")
             if row["note"]:
                 yield Text(f"{row['label']}, {case['name']}: left to others: {row['note']}")
     for name, why in record["not_installed"].items():
@@ -134,10 +136,30 @@ def bench_table(case: Case, record: Record, width: int) -> Table:
     return grid
 
 
-def is_loaded(record: Record) -> bool:
-    """Whether others used the processor that was measured."""
+def busy_machine(record: Record) -> str | None:
+    """That others used the processor that was measured, in words, or None."""
     facts = record["environment"]
-    return facts["load_average"][0] > 1.5 * max(1, facts["threads"]) and not facts["gpu"]
+    load, threads = facts["load_average"][0], max(1, facts["threads"])
+    if facts["gpu"] or load <= threads:
+        return None
+    return f"machine busy: load {load:.1f} on {threads} threads; re-run when it is idle"
+
+
+def copies(record: Record) -> str:
+    """The ceiling of copies, and whether it is that of a cache."""
+    facts, roof = record["environment"], record["roof"]
+    cache = facts["gpu"]["l2_cache"] if facts["gpu"] else facts["last_level_cache"]
+    where = " in cache" if 0 < 2 * roof.get("copy_bytes", 0) <= cache else ""
+    return f"copies {roof['copy'] / 1e9:.3g} GB/s{where}"
+
+
+def above_roof(row: Provider) -> str | None:
+    """What a result says that no call could have: the ceiling was not one."""
+    share = row["share_of_roof"]
+    if share is None or share <= 1.0:
+        return None
+    why = "its data stayed in a cache, it reads more than it writes, or the ceiling was measured"
+    return f"{share:.0%} of the roof: {why} while the machine was busy"
 
 
 def title(case: Case, without: str = "") -> str:
@@ -158,7 +180,10 @@ def _cells(case: Case, name: str, row: Provider, wide: bool) -> list[RenderableT
     if row["median_ms"]:
         low, high = (number(row[key]) for key in ("p20_ms", "p80_ms"))
         time = f"{number(row['median_ms'])} [{low}-{high}]"
-    cells = [label, time, _speed_up_cell(case, name), _given(row["share_of_roof"], "{:.0%}")]
+    share = Text(_given(row["share_of_roof"], "{:.0%}"))
+    if above_roof(row):
+        share = Text(f"{share}!", style="yellow")
+    cells = [label, time, _speed_up_cell(case, name), share]
     peak = row["peak_bytes"]
     cells.append("" if peak is None else number(peak / 1e6))
     if wide:
@@ -215,12 +240,14 @@ def comparison(
     """What --compare found, the worst last, where it is read first."""
     if found:
         grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for name in ("compared", "by", "before", "now", "slower by", ""):
+        for name in ("compared", "by", "before", "now", "change", ""):
             grid.add_column(name, justify="left" if name in ("compared", "by") else "right")
         for change in sorted(found, key=lambda change: change.slower):
             bad = change.slower > fail_if
             mark = Text("SLOWER", style="bold red") if bad else Text("ok", style="green")
-            figures = f"{change.before:.3g}", f"{change.after:.3g}", f"{change.slower:+.1%}"
+            word = "slower" if change.slower > 0 else "faster"
+            amount = f"{word} by {abs(change.slower):.1%}"
+            figures = f"{change.before:.3g}", f"{change.after:.3g}", amount
             grid.add_row(change.case, change.by, *figures, mark)
         yield grid
     for name, why in silent.items():

@@ -59,7 +59,6 @@ def explain(
             "PEFT's own operations on a CPU, which are as fast."
         )
     if as_json:
-        columns = ("op", "backend", "verdict")
         answer = {
             "op": op,
             "shape": shape,
@@ -68,8 +67,7 @@ def explain(
             "adapter_dtype": adapter_dtype,
             "mode": mode,
             "device": str(place),
-            "rows": [dict(zip(columns, row, strict=True)) for row in explanation.rows],
-            "machine": explanation.machine,
+            **explanation.as_dict(),
             "note": note,
         }
         print(json.dumps(answer, indent=2))

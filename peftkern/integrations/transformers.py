@@ -13,12 +13,18 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftkern.integrations.peft import PatchReport, patch
 from peftkern.monitor import FIELDS, TrainingMonitor, scalars
+from peftkern.packages import needed_by
+
+with needed_by("peftkern.integrations.transformers"):
+    from peft.tuners.adalora.model import AdaLoraModel
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.utils import logging as transformers_logging
+
+    from peftkern.integrations.peft import PatchReport, patch
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,12 +38,19 @@ class PeftKernCallback(TrainerCallback):
 
     It patches when the Trainer is made. When training begins it looks again: at a callback that was
     added later, a model that `model_init` made, or adapters that came in between. What was patched
-    is in `report` and in the log; layers that were skipped or fall back are a warning there, and so
-    is a model without any.
+    is in `report` and is said once, by the first process: through logging, and where that does not
+    show level INFO, as by default, as the Trainer writes its own logs, unless transformers or this
+    logger are told to say less than warnings. Layers that were skipped or fall back are a warning,
+    and so is a model without any.
+
+    Args: args and trainer are not read; ms-swift gives them to every callback.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, args: TrainingArguments | None = None, trainer: Trainer | None = None
+    ) -> None:
         self.report: PatchReport | None = None
+        self._said: set[str] = set()
 
     def on_init_end(
         self,
@@ -53,11 +66,18 @@ class PeftKernCallback(TrainerCallback):
     on_train_begin = on_init_end
 
     def _patch(self, model: nn.Module, state: TrainerState) -> None:
-        before, self.report = self.report, patch(model)
-        if self.report == before or not state.is_world_process_zero:
+        self.report = patch(model)
+        said = f"peftkern: {self.report}"
+        if said in self._said or not state.is_world_process_zero:
             return
-        unserved = not self.report.patched or self.report.skipped or self.report.falling_back
-        logger.log(logging.WARNING if unserved else logging.INFO, "peftkern: %s", self.report)
+        self._said.add(said)
+        levels = logger.getEffectiveLevel(), transformers_logging.get_verbosity()
+        if not self.report.patched or self.report.skipped or self.report.falling_back:
+            logger.warning("%s", said)
+        elif logger.isEnabledFor(logging.INFO):
+            logger.info("%s", said)
+        elif max(levels) <= logging.WARNING:
+            tqdm.write(said)  # to stdout, above a progress bar if there is one
 
 
 class MonitorCallback(TrainerCallback):

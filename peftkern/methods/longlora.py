@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.arguments import check_float, check_probability, check_tensor, mismatch, number
+
 
 def shifted_sparse_attention(
     q: Tensor,
@@ -49,6 +51,9 @@ def shifted_sparse_attention(
     Gradients: q, k, v.   Source: Chen et al. 2024, section 3.2, arXiv:2309.12307
     """
     _check(q, k, v, group_size)
+    if scale is not None:
+        scale = number("scale", scale)
+    check_probability("dropout_p", dropout_p)
     mask = None if attention_mask is None else _mask4d(attention_mask, q)
     H, H_kv = q.shape[1], k.shape[1]
     if H_kv % 2:  # a head of keys would serve both halves
@@ -138,30 +143,29 @@ def _blocks(mask: Tensor, start: int, count: int, size: int) -> Tensor:
 
 def _mask4d(mask: Tensor, q: Tensor) -> Tensor:
     B, H, T, _ = q.shape
-    wanted = f"bool [{B}, {T}] or [{B} or 1, 1 or {H}, {T}, {T}] on {q.device}"
-    ok = mask.dtype is torch.bool and mask.device == q.device
+    ok = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.device == q.device
     if ok and mask.shape == (B, T):
         return mask[:, None, None, :].expand(B, 1, T, T)
     ok = ok and mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[1] in (1, H)
     if not ok or mask.shape[2:] != (T, T):
-        came = f"{mask.dtype} {list(mask.shape)} on {mask.device}"
-        raise ValueError(f"attention_mask: expected {wanted}, got {came}")
+        wanted = f"bool [{B}, {T}] or [{B} or 1, 1 or {H}, {T}, {T}] on {q.device}"
+        raise mismatch("attention_mask", wanted, mask)
     return mask.expand(B, *mask.shape[1:])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, group_size: int) -> None:
     if type(group_size) is not int or group_size < 2 or group_size % 2:
-        raise ValueError(f"group_size: expected an even number of at least 2, got {group_size!r}")
+        raise mismatch("group_size", "an even number of at least 2", group_size)
+    check_float("q", q)
     if q.dim() != 4 or q.shape[1] % 2:
-        raise ValueError(f"q: expected [B, H, T, D] with an even H, got {list(q.shape)}")
+        raise mismatch("q", "[B, H, T, D] with an even H", q)
     B, H, T, D = q.shape
     for name, t in (("k", k), ("v", v)):
+        check_tensor(name, t)
         fits = t.dim() == 4 and t.shape[1] > 0 and H % t.shape[1] == 0
         if not fits or (t.shape[0], t.shape[2], t.shape[3]) != (B, T, D):
-            wanted = f"[{B}, a divisor of {H}, {T}, {D}] like q"
-            raise ValueError(f"{name}: expected {wanted}, got {list(t.shape)}")
+            raise mismatch(name, f"[{B}, a divisor of {H}, {T}, {D}] like q", t)
         if t.dtype is not q.dtype or t.device != q.device:
-            wanted = f"{q.dtype} on {q.device} like q"
-            raise ValueError(f"{name}: expected {wanted}, got {t.dtype} on {t.device}")
+            raise mismatch(name, f"{q.dtype} on {q.device} like q", t)
     if k.shape != v.shape:
-        raise ValueError(f"v: expected {list(k.shape)} like k, got {list(v.shape)}")
+        raise mismatch("v", f"{list(k.shape)} like k", v)
