@@ -127,6 +127,12 @@ class WeightOfUpdatedLayer:
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
         self._layer = type(layer).__name__
 
+    def __matmul__(self, other: Tensor) -> None:
+        return torch.matmul(self, other)  # raises as every function does
+
+    def __rmatmul__(self, other: Tensor) -> None:
+        return torch.matmul(other, self)
+
     @classmethod
     def __torch_function__(
         cls, function: Callable, types: Any, args: tuple = (), kwargs: Mapping | None = None

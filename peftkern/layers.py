@@ -91,9 +91,8 @@ class LoRALinear(_Adapter, nn.Linear):
         bias: whether there is a bias; it is frozen, as is the weight.
         dtype: of weight and bias. adapter_dtype: of lora_A and lora_B.
 
-    State dict: `weight`, `bias`, `lora_A`, `lora_B`. `weight` is the frozen one: a module that reads
-    it in place of calling the layer, as nn.MultiheadAttention with its out_proj, leaves the update
-    out.
+    State dict: `weight`, `bias`, `lora_A`, `lora_B`. `weight` is the frozen one: what reads it in
+    place of calling the layer, as nn.MultiheadAttention does with out_proj, leaves the update out.
     Source: Hu et al. 2021, eq. 3, arXiv:2106.09685
     """
 

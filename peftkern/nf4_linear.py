@@ -40,6 +40,13 @@ class NF4Linear(NamedErrors, nn.Linear):
     dict has bitsandbytes' keys: either side loads the other's. A dense checkpoint loads too: it is
     quantised on the way. Casting the module (`.half()`, `.to(torch.bfloat16)`) changes the bias
     alone. Merging a PEFT adapter into it raises: dequantise first (`to_linear`).
+
+    PEFT's methods that add to what the layer puts out, or change what goes in, train over it (LoRA,
+    DoRA, AdaLoRA, VeRA, C3A, IA3, OFT, ...). Those that read or write the dense weight do not, and
+    PEFT's errors then speak of uint8 or of shapes, not of this layer: LoRA that starts from the
+    weight (PiSSA, OLoRA, CorDA, LoftQ, orthogonal), LoHa, LoKr, HRA, SHiRA, DeLoRA, OSF and others.
+    UniLoRA and VeLoRA take the weight's dtype for their own and are wrong without an error. Use
+    `to_linear` for them, or bitsandbytes' Linear4bit where PEFT knows that.
     """
 
     def __init__(

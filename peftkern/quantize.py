@@ -90,7 +90,7 @@ def quantize_(
 def _quantized(linear: nn.Linear, name: str, blocksize: int, double_quant: bool) -> NF4Linear:
     try:
         layer = NF4Linear.from_linear(linear, blocksize=blocksize, double_quant=double_quant)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         error.args = (f"{name}: {error}",)
         raise
     layer.qualified_name = name
@@ -170,8 +170,8 @@ def _mostly_dense(
                 if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
                     continue
                 kind = type(module).__name__
-                if parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
-                    kind = f"fused experts (3-D parameters) of {kind}"
+                if parameter.dim() == 3 and "expert" in kind.lower():
+                    kind += " (3-D parameters: fused experts)"
                 dense[kind] += parameter.numel()
     return dict(dense.most_common()) if dense.total() > in_nf4 else None
 
