@@ -25,7 +25,7 @@ from peftkern.frozen_linear import (
     low_rank_update,
     merged,
 )
-from peftkern.nf4_linear import NF4Linear, quantized
+from peftkern.nf4_layer import NF4Linear, quantized
 from peftkern.quantize import quantize_ as quantize_
 from peftkern.svd_linear import SVDLinear as SVDLinear
 

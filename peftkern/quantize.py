@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkern.nf4_linear import NF4Linear
+from peftkern.nf4_layer import NF4Linear
 from peftkern.weight_readers import Read, reader_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
