@@ -120,7 +120,7 @@ def _not_replaceable(
         if reader is not None:
             return f"whose weight {reader} reads"
         if any(
-            name.startswith(prefix) and _has_parts(name.removeprefix(prefix), kept)
+            (not prefix or name.startswith(f"{prefix}.")) and _has_parts(name, kept)
             for prefix, kept in in_float32
         ):
             return "that transformers keeps in float32"
