@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.frozen_linear import (
+    OverFrozenBase,
     check_base,
     check_update,
     dropout_p,
@@ -31,7 +32,7 @@ def fold_diagonal(lora_A: Tensor, lora_E: Tensor, scaling: float | Tensor) -> Te
     return lora_A.float() * diagonal.float()
 
 
-class SVDLinear(nn.Module):
+class SVDLinear(OverFrozenBase):
     """A frozen linear layer plus lora_B @ diag(lora_E) @ lora_A, whose triplets can be pruned.
 
     y = base(x) + lora_alpha / (ranknum + 1e-5) * (dropout(x) @ (lora_A * lora_E).T) @ lora_B.T
@@ -87,7 +88,7 @@ class SVDLinear(nn.Module):
         """lora_alpha / (ranknum + 1e-5), on the layer's device."""
         return self.lora_alpha / (self.ranknum.float() + 1e-5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         lora_A = fold_diagonal(self.lora_A, self.lora_E, self.scaling)
         options = {"scaling": 1.0, "dropout_p": dropout_p(self)}
         return low_rank_forward(self.base, x, lora_A, self.lora_B, **options)

@@ -38,12 +38,15 @@ RANK = {
     "importance": 5,
     "dora": 6,
     "sparse": 6,
+    "weight_readers": 0,
     "frozen_linear": 6,
     "svd_linear": 7,
+    "nf4_layer": 7,
+    "quantize": 8,
     "adalora": 8,
     "training_step": 7,
-    "layers": 8,
-    "methods": 9,
+    "layers": 9,
+    "methods": 10,
     "plan": 8,
     "checkpoint": 8,
     "monitor": 8,
@@ -158,6 +161,16 @@ def test_right_imports_are_accepted(tmp_path):
 def test_every_shipped_file_is_seen():
     names = {module_name(path, PACKAGE) for path in shipped_files()}
     assert {"__init__", "nf4", "dispatch", "native", "integrations.peft"} <= names
+
+
+def test_no_module_hides_a_public_function():
+    """Importing a module sets its name in the package."""
+    public = next(
+        ast.literal_eval(node.value)
+        for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+    )
+    assert {path.stem for path in PACKAGE.glob("*.py")} & set(public) == set()
 
 
 def test_addresses_are_taken_in_native_only():

@@ -1,10 +1,10 @@
-"""LoRALinear, NF4Linear, NF4LoRALinear and quantize_ for people who do not use PEFT."""
+"""LoRALinear, NF4Linear and NF4LoRALinear for people who do not use PEFT."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import weakref
+import warnings
 
 import bitsandbytes as bnb
 import pytest
@@ -293,99 +293,126 @@ def test_autocast(cls):
         assert layer.lora_A.grad.dtype is F32
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(10, K)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"q_proj": nn.Linear(K, K), "up_proj": nn.Linear(K, K)}) for _ in range(2)
-        )
-        self.shared = self.layers[0]["q_proj"]
-        self.lm_head = nn.Linear(K, 10, bias=False)
-
-    def forward(self, ids):
-        h = self.embed(ids)
-        for layer in self.layers:
-            h = h + layer["up_proj"](layer["q_proj"](h).relu())
-        return self.lm_head(self.shared(h))
+def checkpoint(cls: type, kind: str) -> dict[str, torch.Tensor]:
+    source = make(cls, double_quant=False).state_dict()
+    if kind == "nf4":
+        return source
+    dense = nn.Linear(K, N).state_dict()
+    return {**{k: v for k, v in source.items() if k.startswith("lora_")}, **dense}
 
 
-def kinds(model: nn.Module) -> list[str]:
-    return [n for n, m in model.named_modules(remove_duplicate=False) if type(m) is NF4Linear]
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta", "emptied"])
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+@pytest.mark.parametrize("cls", NF4)
+def test_loading_with_and_without_memory(cls, kind, device, assign, strict):
+    state = checkpoint(cls, kind)
+    expected = cls(K, N)
+    expected.load_state_dict(state)
+    model = nn.Sequential(cls(K, N, device="cpu" if device == "cpu" else "meta"))
+    if device == "emptied":
+        model.to_empty(device="cpu")
+    state = {f"0.{name}": value for name, value in state.items()}
+    if device == "meta" and not assign:  # as nn.Linear: nothing to copy into
+        with pytest.warns(UserWarning, match=r"0\.weight: not loaded, .* pass assign=True"):
+            model.load_state_dict(state, strict=strict)
+        assert all(p.is_meta for p in model.parameters())
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = model.load_state_dict(state, strict=strict, assign=assign)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    x = torch.randn(3, K)
+    assert torch.equal(model(x), expected(x))
+    if kind == "nf4":  # the tensors themselves, or copies of them
+        assert (model[0].weight.data_ptr() == state["0.weight"].data_ptr()) == assign
 
 
-def test_quantize_swaps_every_linear_but_the_head():
-    model = Model()
-    dense = copy.deepcopy(model)
-    names = peftkern.quantize_(model, blocksize=32, double_quant=False)
-    assert sorted(names) == sorted(kinds(model))
-    assert set(names) == {"shared", *(f"layers.{i}.{p}_proj" for i in (0, 1) for p in ("q", "up"))}
-    assert model.shared is model.layers[0]["q_proj"]  # one layer in two places stays one
-    assert type(model.lm_head) is nn.Linear
-    assert model.layers[1]["up_proj"].nf4.blocksize == 32
-    ids = torch.randint(10, (2, 5))
-    assert (model(ids) - dense(ids)).abs().mean() < 0.1 * dense(ids).abs().mean()
+@pytest.mark.parametrize("cls", [nn.Linear, *ALL])
+def test_a_model_built_in_the_context_of_meta_loads(cls):
+    source = cls(K, N)
+    with torch.device("meta"):
+        model = cls(K, N)
+    model.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(3, K)
+    assert torch.equal(model(x), source(x))
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"include": ["up_proj"]}, ["layers.0.up_proj", "layers.1.up_proj"]),
-        ({"include": ["layers.1"]}, ["layers.1.q_proj", "layers.1.up_proj"]),
-        ({"include": ["1.q_proj"]}, ["layers.1.q_proj"]),
-        ({"include": ["lm_head"], "exclude": ()}, ["lm_head"]),
-        ({"exclude": ["layers", "shared"]}, ["lm_head"]),
-        ({"include": []}, []),
-    ],
-)
-def test_quantize_filters(options, expected):
-    model = Model()
-    assert peftkern.quantize_(model, **options) == expected
-    assert kinds(model) == expected
+def trained(layer: nn.Module) -> list[torch.Tensor]:
+    x = torch.ones(3, K, requires_grad=True)
+    layer(x).square().sum().backward()
+    return [x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
 
 
-def test_quantize_leaves_adapters_subclasses_and_odd_dtypes():
-    class Mine(nn.Linear):
-        pass
-
-    model = nn.ModuleDict(
-        {
-            "lora_A": nn.ModuleDict({"default": nn.Linear(K, 4)}),
-            "mine": Mine(K, K),
-            "wide": nn.Linear(K, K, dtype=torch.float64),
-            "plain": nn.Linear(K, K),
-        }
-    )
-    assert peftkern.quantize_(model) == ["plain"]
-    assert peftkern.quantize_(model) == []
+@pytest.mark.parametrize("cls", [nn.Linear, *ALL])
+def test_loaded_under_inference_mode_and_then_trained(cls):
+    source, layer = cls(K, N), cls(K, N)
+    dense = make(LoRALinear).state_dict()
+    with torch.inference_mode():
+        layer.load_state_dict(source.state_dict())
+    for got, want in zip(trained(layer), trained(source), strict=True):
+        assert torch.equal(got, want)
+    with torch.inference_mode():
+        layer.load_state_dict(dense, strict=False)
+    assert all(torch.isfinite(grad).all() for grad in trained(layer))
 
 
-def test_quantize_errors():
-    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
-        peftkern.quantize_("model")
-    with pytest.raises(TypeError, match=r"use NF4Linear\.from_linear"):
-        peftkern.quantize_(nn.Linear(K, K))
-    with pytest.raises(TypeError, match="include: expected names in a list or tuple"):
-        peftkern.quantize_(Model(), include="q_proj")
-    model = Model()
-    with pytest.raises(ValueError, match=r"include: no nn\.Linear has 'k_proj' in its name"):
-        peftkern.quantize_(model, include=["q_proj", "k_proj"])
-    assert kinds(model) == []
+def test_made_under_inference_mode_and_then_trained():
+    linear = nn.Linear(K, N)
+    model = nn.Sequential(copy.deepcopy(linear))
+    with torch.inference_mode():
+        peftkern.quantize_(model)
+        layers = [model[0], NF4Linear.from_linear(linear)]
+        adapted = [nn.Linear(K, N), *(cls.from_linear(linear) for cls in LORA)]
+        adapted += [make(cls).merge() for cls in LORA]
+    (want,) = trained(NF4Linear.from_linear(linear))
+    for layer in layers:
+        assert torch.equal(*trained(layer), want)
+    for layer in adapted:  # one line of torch's, as for nn.Linear
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            trained(layer)
 
 
-def test_quantize_lets_go_of_the_dense_weights_one_by_one():
-    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
-    alive = weakref.WeakSet(layer.weight for layer in model)
-    left = []
-    quantised = NF4Linear._set_nf4
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("cls", ALL)
+def test_sparse_inputs(cls, layout, bias):
+    layer, x = make(cls, bias=bias), torch.randn(5, K).relu()
+    sparse = x.to_sparse(layout=layout)
+    got, want = layer(sparse), layer(x)
+    assert got.layout is nn.Linear(K, N)(sparse).layout
+    torch.testing.assert_close(got, want)
+    if cls is not NF4Linear:
+        leaves = [layer.lora_A, layer.lora_B]
+        grads = [torch.autograd.grad(y.sum(), leaves) for y in (got, want)]
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        layer.lora_dropout = 0.5
+        assert layer(sparse).shape == (5, N)
 
-    def spy(layer, w):
-        left.append(len(alive))
-        quantised(layer, w)
 
-    NF4Linear._set_nf4 = spy
-    try:
-        assert len(peftkern.quantize_(model)) == 8
-    finally:
-        NF4Linear._set_nf4 = quantised
-    assert left[-1] <= 2 and not alive
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("cls", ALL)
+def test_nested_inputs(cls, layout):
+    layer, rows = make(cls), [torch.randn(3, K), torch.randn(2, K)]
+    y = layer(torch.nested.nested_tensor(rows, layout=layout))
+    for got, x in zip(y.unbind(), rows, strict=True):
+        torch.testing.assert_close(got, layer(x))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_errors_of_forward_name_the_layer(cls):
+    layer = make(cls)
+    with pytest.raises(ValueError, match=rf"^{cls.__name__}: x: expected "):
+        layer(torch.randn(2, K + 1))
+    layer.qualified_name = "model.layers.0.up_proj"
+    with pytest.raises(ValueError, match=rf"^{cls.__name__} model\.layers\.0\.up_proj: x: "):
+        layer(torch.ones(2, K, dtype=torch.uint8))
+
+
+def test_a_weight_that_is_computed_is_refused():
+    linear = torch.nn.utils.weight_norm(nn.Linear(K, N))
+    for cls in ALL:
+        with pytest.raises(TypeError, match="linear: expected a weight that is a parameter"):
+            cls.from_linear(linear)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.frozen_linear import (
+    OverFrozenBase,
     check_base,
     check_update,
     low_rank_forward,
@@ -41,7 +42,7 @@ _WRITABLE = (torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 1 << 22  # elements of the weight that are written at once
 
 
-class DeltaLoRALinear(nn.Module):
+class DeltaLoRALinear(OverFrozenBase):
     """A frozen linear layer plus a low-rank update that its weight follows, in telescoped form.
 
     y = base(x) + s * (1 + lam) * (x @ lora_A.T) @ lora_B.T - lam * s * (x @ start_A.T) @ start_B.T
@@ -106,7 +107,7 @@ class DeltaLoRALinear(nn.Module):
         self.start_A = self.lora_A.detach().clone()
         self.start_B = self.lora_B.detach().clone()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         return low_rank_forward(self.base, x, *self._factors(), scaling=self.scaling)
 
     def _factors(self) -> tuple[Tensor, Tensor]:

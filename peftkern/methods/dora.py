@@ -13,12 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.dora import dora_linear, dora_norm
-from peftkern.frozen_linear import check_base, check_update, dropout_p, linear_like
+from peftkern.frozen_linear import (
+    OverFrozenBase,
+    base_weight,
+    check_base,
+    check_strided,
+    check_update,
+    dropout_p,
+    linear_like,
+)
 from peftkern.functional import dequantize_nf4
 from peftkern.nf4 import NF4Weight
 
 
-class DoRALinear(nn.Module):
+class DoRALinear(OverFrozenBase):
     """A frozen linear layer whose rows keep a trained length while a low-rank update turns them.
 
     y = x @ (c * (weight + scaling * lora_B @ lora_A)).T + bias, by rows
@@ -70,16 +78,13 @@ class DoRALinear(nn.Module):
 
     def norm(self) -> Tensor:
         """The norm of each row of the updated weight, [N]."""
-        return dora_norm(self._weight, self.lora_A, self.lora_B, scaling=self.scaling)
+        return dora_norm(base_weight(self.base), self.lora_A, self.lora_B, scaling=self.scaling)
 
-    @property
-    def _weight(self) -> Tensor | NF4Weight:
-        return self.base.nf4 if hasattr(self.base, "nf4") else self.base.weight
-
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
+        check_strided(x)
         return dora_linear(
             x,
-            self._weight,
+            base_weight(self.base),
             self.lora_A,
             self.lora_B,
             self.magnitude,
@@ -91,7 +96,7 @@ class DoRALinear(nn.Module):
 
     def merge(self) -> nn.Linear:
         """A new dense nn.Linear that computes the same, without the update's cost."""
-        base, weight = self.base, self._weight
+        base, weight = self.base, base_weight(self.base)
         with torch.no_grad():
             norm = self.norm()
             dense = dequantize_nf4(weight) if isinstance(weight, NF4Weight) else weight

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.frozen_linear import (
+    OverFrozenBase,
     check_base,
     check_update,
     dropout_p,
@@ -42,7 +43,7 @@ from peftkern.frozen_linear import (
 from peftkern.layers import LoRALinear, NF4LoRALinear
 
 
-class DyLoRALinear(nn.Module):
+class DyLoRALinear(OverFrozenBase):
     """A frozen linear layer plus an update of which the first b of r ranks are used.
 
     y = base(x) + scaling * (dropout(x) @ A[:b].T) @ B[:, :b].T
@@ -106,13 +107,13 @@ class DyLoRALinear(nn.Module):
             columns[:-1] = [column.detach() for column in columns[:-1]]
         return torch.stack(rows), torch.stack(columns, dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         options = {"dropout_p": dropout_p(self)}
         return low_rank_forward(self.base, x, *self.factors(), scaling=self.scaling, **options)
 
     def truncate(self) -> LoRALinear | NF4LoRALinear:
         """A LoRA layer over the same base with the rank in use; the adapter is copied."""
-        nf4 = hasattr(self.base, "nf4")
+        nf4 = hasattr(type(self.base), "nf4")
         layer = (NF4LoRALinear if nf4 else LoRALinear).from_linear(
             self.base,
             r=self.rank,

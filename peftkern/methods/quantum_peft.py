@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.frozen_linear import (
+    OverFrozenBase,
     check_base,
     check_update,
     dropout_p,
@@ -65,7 +66,7 @@ def orthonormal_columns(angles: Tensor, size: int, r: int) -> Tensor:
         return _Circuit.apply(top, size - low, qubits, *_matrices(second, qubits, layers))
 
 
-class QuantumPEFTLinear(nn.Module):
+class QuantumPEFTLinear(OverFrozenBase):
     """A frozen linear layer plus an update of rank r with a logarithmic number of parameters.
 
     y = base(x) + lora_alpha / r * ((dropout(x) @ V) * singular_values) @ U.T
@@ -127,7 +128,7 @@ class QuantumPEFTLinear(nn.Module):
         V = orthonormal_columns(self.angles_V, self.in_features, self.r)
         return (V * self.singular_values).T, U
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         lora_A, lora_B = self.factors()
         options = {"dropout_p": dropout_p(self)}
         return low_rank_forward(self.base, x, lora_A, lora_B, scaling=self.scaling, **options)

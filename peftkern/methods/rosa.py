@@ -31,7 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.frozen_linear import (
+    OverFrozenBase,
+    base_weight,
     check_base,
+    check_strided,
     check_update,
     dropout_p,
     low_rank_forward,
@@ -45,7 +48,7 @@ IMPORTANCES = {"squared": 2, "absolute": 1}
 _DERIVED = ("ccol", "row", "order")  # of a mask; not in the state dict
 
 
-class RoSALinear(nn.Module):
+class RoSALinear(OverFrozenBase):
     """A frozen linear layer plus a low-rank and a sparse update.
 
     y = base(x) + x @ S.T + lora_alpha / r * (dropout(x) @ lora_A.T) @ lora_B.T
@@ -157,16 +160,15 @@ class RoSALinear(nn.Module):
         for name in _DERIVED:
             setattr(self, name, getattr(mask, name).to(self.col))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         options: dict[str, Any] = {"scaling": self.scaling, "dropout_p": dropout_p(self)}
         mask = self.mask
         if mask is None:
             y = low_rank_forward(self.base, x, self.lora_A, self.lora_B, **options)
         else:
-            base = self.base
-            weight = base.nf4 if hasattr(base, "nf4") else base.weight
+            check_strided(x)
             adapter = (self.lora_A, self.lora_B, self.values, mask)
-            y = rosa_linear(x, weight, *adapter, bias=base.bias, **options)
+            y = rosa_linear(x, base_weight(self.base), *adapter, bias=self.bias, **options)
         if self.collected is not None and y.requires_grad:
             y = self._collect(y, x)
         return y
