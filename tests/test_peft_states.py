@@ -393,3 +393,22 @@ def test_unmerge_puts_the_frozen_weight_back() -> None:
         assert torch.equal(bases(model)[0].bias.data, bias)
         assert bases(model)[0].weight.bnb_quantized
     assert not any("frozen" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("state", ["disabled", "merged", "merged in inference mode"])
+@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+def test_compiled_in_any_state(make, state: str) -> None:
+    model = lora_net(make())
+    peftkern.patch(model)
+    if state == "disabled":
+        model.base_model.disable_adapter_layers()
+    else:
+        with torch.inference_mode("inference" in state):
+            model.merge_adapter()
+    x = sample().requires_grad_()
+    expected = model(x)
+    torch._dynamo.reset()
+    got = torch.compile(model, backend="aot_eager")(x)
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads)
