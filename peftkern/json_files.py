@@ -30,7 +30,7 @@ def read_json(path: str | os.PathLike) -> Any:
     if status.st_size > BYTES_MAX:
         raise ValueError(f"{path}: expected at most {BYTES_MAX} bytes of JSON")
     with open(path, "rb") as file:
-        data = file.read(BYTES_MAX)
+        data = file.read()
     try:
         return parse_json(data)
     except ValueError as error:

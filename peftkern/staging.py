@@ -32,18 +32,17 @@ def check_destination(source: Path, destination: Path, force: bool, copies: Iter
     if os.path.lexists(destination) and not destination.is_dir():
         raise CheckpointError(f"{destination}: expected a new or empty folder, got a file")
     held = sorted(path.name for path in destination.iterdir()) if destination.exists() else []
-    if not held or WORK in held:
-        return
-    if not force:
-        raise CheckpointError(
-            f"{destination}: expected a new or empty folder, it holds {held[0]!r} "
-            "(--force replaces the checkpoint in it)"
-        )
-    config = _read_json(destination / CONFIG)
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(
-            f"{destination}: --force replaces a checkpoint, and this folder holds none"
-        )
+    if held and WORK not in held:
+        if not force:
+            raise CheckpointError(
+                f"{destination}: expected a new or empty folder, it holds {held[0]!r} "
+                "(--force replaces the checkpoint in it)"
+            )
+        config = _read_json(destination / CONFIG)
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise CheckpointError(
+                f"{destination}: --force replaces a checkpoint, and this folder holds none"
+            )
     for name in copies:
         _check_place(destination, name)
 
