@@ -18,6 +18,7 @@ ORTHOGONAL = tl.constexpr(2.0**-100)
 LAST_SWEEP = tl.constexpr(1e-16)
 TINY = tl.constexpr(1e-280)
 EPSILON = tl.constexpr(2.0**-52)
+NORMAL = tl.constexpr(2.0**-126)  # the smallest of float32
 
 # Rows of the table, which have a number for each pair. What exists twice has one for B and then one
 # for A, sides 0 and 1.
@@ -317,7 +318,8 @@ def combine_kernel(
     width = tl.minimum(field(table_ptr, LENGTH, pair, count), r)
     width = tl.minimum(field(table_ptr, LENGTH + 1, pair, count), width)
     where = field(table_ptr, INDEX, pair, count)
-    good = tl.load(info_ptr + where) >= 0
+    info = tl.load(info_ptr + where)
+    good = info >= 0
     vectors_ptr += 2 * pair * R * R
     left = tl.load(square(vectors_ptr, R))
     right = tl.load(square(vectors_ptr + R * R, R))
@@ -335,9 +337,11 @@ def combine_kernel(
     rank = tl.minimum(tl.sum((sigma > floor).to(tl.int64), 0), width)
     kept = position < rank
     scale *= tl.abs(_scaling(table_ptr, pair, count))
-    values = tl.where(good, tl.where(kept, sigma * scale, 0.0), float("nan"))
+    values = tl.where(good, tl.where(kept, sigma * scale, 0.0), float("nan")).to(tl.float32)
+    outside = kept & ((values < NORMAL) | (values == float("inf")))
+    tl.store(info_ptr + where, -2, mask=(info == 0) & (tl.max(outside.to(tl.int32), 0) > 0))
     s_ptr += field(table_ptr, OUTPUT_S, pair, count)
-    tl.store(s_ptr + position, values.to(tl.float32), mask=position < width)
+    tl.store(s_ptr + position, values, mask=position < width)
     tl.store(rank_ptr + where, rank)
 
     # The entry of a left vector that is largest in magnitude (the first of equals) is positive.

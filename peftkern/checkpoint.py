@@ -8,7 +8,6 @@ signal.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from peftkern.json_files import brief, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,6 @@ DTYPES = {
 }
 CHUNK = 1 << 22  # bytes that are copied at a time
 
-_JSON_BYTES_MAX = 1 << 27  # the largest index known is a few megabytes
 # What quantised checkpoints call their tensors: bitsandbytes, GPTQ, AWQ, compressed-tensors.
 _QUANTISED = re.compile(
     r"\.((nested_)?absmax|(nested_)?quant_map|SCB|qweight|qzeros|weight_packed|quant_state\..*)$"
@@ -93,12 +93,14 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
             f"{folder}:{hint} expected a folder with {CONFIG} and safetensors, got {what}"
         )
     names = _weight_files(folder)
+    if not os.path.lexists(folder / CONFIG):
+        raise CheckpointError(f"{folder}: expected {CONFIG} beside the weights, got none")
     config = _json_object(folder_file(folder, CONFIG))
     if config.get("quantization_config") is not None:
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise CheckpointError(
-            f"{folder}: already quantised ({_brief(method)}); expected the original weights"
+            f"{folder}: already quantised ({brief(method)}); expected the original weights"
         )
     tensors: dict[str, TensorInfo] = {}
     for file in names:
@@ -106,12 +108,12 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
             other = tensors.setdefault(info.name, info)
             if other is not info:
                 raise CheckpointError(
-                    f"{_brief(info.name)}: in both {other.file.name} and {info.file.name}"
+                    f"{brief(info.name)}: in both {other.file.name} and {info.file.name}"
                 )
     for name, file in _weight_map(folder).items() if names != [SINGLE] else ():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(
-                f"{INDEX}: says that {_brief(name)} is in {file}, which does not have it"
+                f"{INDEX}: says that {brief(name)} is in {file}, which does not have it"
             )
     if not tensors:
         raise CheckpointError(f"{folder}: holds no tensors")
@@ -194,7 +196,7 @@ def _weight_files(folder: Path) -> list[str]:
     ):  # fmt: skip
         found = [name for name in present if name.lower().endswith(suffixes)]
         if found:
-            raise CheckpointError(f"{folder}: {wanted}, got {why} ({_brief(found[0])})")
+            raise CheckpointError(f"{folder}: {wanted}, got {why} ({brief(found[0])})")
     raise CheckpointError(f"{folder}: {wanted}, got neither")
 
 
@@ -208,18 +210,16 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if not plain or not name.isprintable():
             raise CheckpointError(
                 f"{folder / INDEX}: expected names of safetensors files in the folder, "
-                f"got {_brief(name)}"
+                f"got {brief(name)}"
             )
     return weight_map
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _JSON_BYTES_MAX:
-        raise CheckpointError(f"{path}: expected at most {_JSON_BYTES_MAX} bytes of JSON")
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 and bad JSON
-        raise CheckpointError(f"{path}: expected JSON in UTF-8, got {error}") from None
+        value = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return value
@@ -235,37 +235,28 @@ def _tensors_of(path: Path) -> list[TensorInfo]:
         raise CheckpointError(f"{path}: damaged, cut off or not safetensors: {error}") from None
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unique(pairs, path))
+        data = file.read(length)
+    try:
+        header = parse_json(data, unique=True)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header: {error}") from None
     metadata = header.pop("__metadata__", None) or {}
     if metadata.get("format", "pt") != "pt":
         raise CheckpointError(
-            f"{path}: expected weights of PyTorch, got format {_brief(metadata['format'])}"
+            f"{path}: expected weights of PyTorch, got format {brief(metadata['format'])}"
         )
     found = []
     for name, entry in header.items():
         if not name.isprintable():
-            raise CheckpointError(f"{path}: expected names that can be printed, got {_brief(name)}")
+            raise CheckpointError(f"{path}: expected names that can be printed, got {brief(name)}")
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
-                f"{path}: {_brief(name)} has dtype {_brief(entry['dtype'])}, "
+                f"{path}: {brief(name)} has dtype {brief(entry['dtype'])}, "
                 f"expected one of {', '.join(DTYPES)}"
             )
         if _QUANTISED.search(name):
-            raise CheckpointError(f"{path}: already quantised, it holds {_brief(name)}")
+            raise CheckpointError(f"{path}: already quantised, it holds {brief(name)}")
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
         found.append(TensorInfo(name, path, entry["dtype"], shape, 8 + length + begin, end - begin))
     return sorted(found, key=lambda info: (info.start, info.nbytes, info.name))
-
-
-def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    """An object of a header; parsers disagree about which of two equal keys counts."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise CheckpointError(f"{path}: its header names something twice")
-    return values
-
-
-def _brief(value: Any) -> str:
-    text = ascii(value)  # it may hold anything, also what a terminal obeys
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftkern import native
 from peftkern.dropout import keep_scale, philox_keep
+from peftkern.reference import unrepresentable
 
 # Up to which Jacobi on many cores at once beats LAPACK on one after the other: 224 cores of rank 16
 # in 3.0 ms against 6.1, of rank 64 in 187 against 81 (one thread, Xeon with AMX, November 2026).
@@ -337,7 +338,7 @@ def low_rank_svd(
         inside = columns < widths[:, None]
         S[(torch.tensor(starts, device="cpu")[:, None] + columns)[inside]] = sigma[inside].float()
         if vectors:
-            kept = torch.where(info_r < 0, -1, rank_r)
+            kept = torch.where(info_r == -1, -1, rank_r)
             native.low_rank_rotate(B, A, r, inverse, left, right, kept, U, U_starts, Vh, Vh_starts)
     return U, S, Vh, rank, info
 
@@ -355,8 +356,9 @@ def _core_svd(
     rank = torch.minimum((sigma > floor[:, None]).sum(1), widths)
     kept = torch.arange(r, device="cpu") < rank[:, None]
     sigma = torch.where(kept, sigma * scale[:, None], 0.0)
+    outside = unrepresentable(sigma, kept, torch.float32)
     sigma[info < 0] = math.nan
-    return sigma, left, right, rank, info
+    return sigma, left, right, rank, torch.where(outside & (info == 0), -2, info)
 
 
 def _lapack_svd(cores: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkern import native, native_cuda
+from peftkern.reference import unrepresentable
 
 JACOBI_SWEEPS = 20  # 6 to 9 are usual
 
@@ -200,11 +201,12 @@ def _decompose(
     rank = torch.minimum((sigma > floor[:, None]).sum(1), widths)
     kept = torch.arange(r, device=sigma.device) < rank[:, None]
     sigma = torch.where(kept, sigma * (scale * scaling.abs())[:, None], 0.0)
+    outside = unrepresentable(sigma, kept, torch.float32)
     sigma = torch.where(bad[:, None], math.nan, sigma)
     unit = torch.where(kept, 1.0, 0.0)[:, None, :]
     unit = torch.where(bad[:, None, None], math.nan, unit)
     combined = inverse[:count] @ left * unit, inverse[count:] @ right * unit
-    info = torch.where(bad, -1, more)
+    info = torch.where(bad, -1, torch.where(outside & (more == 0), -2, more))
     return sigma, combined, rank, info
 
 

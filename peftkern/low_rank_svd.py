@@ -84,7 +84,10 @@ def low_rank_svd(
     Returns: LowRankSVD in float32, in float64 if any factor is (by two QR decompositions in
         torch). rank is the numerical rank: columns of U and rows of Vh from there on are zero.
         info is 0; -1 where anything is NaN or Inf, and then U, S and Vh are NaN and the rank is 0;
-        above 0 where Jacobi did not converge: how many pairs of columns are not orthogonal yet.
+        -2 where a singular value within the rank is no normal number of the results' dtype: Inf,
+        zero or with fewer digits in S, while U, Vh and rank are right (float64 factors give S in
+        float64); above 0 where Jacobi did not converge: how many pairs of columns are not
+        orthogonal yet.
         The tensors of a list are views of one buffer each: clone what is to outlive the others.
         Ranks up to 32 on a CPU give the same bits for any number of threads, alone or in a list.
     Raises: TypeError or ValueError naming the argument on wrong types, counts, shapes, dtypes,
@@ -114,7 +117,8 @@ def spectral_stats(S: Tensor | Sequence[Tensor]) -> SpectralStats:
     """Energy, stable rank and effective rank of singular values [k], or of a list of them.
 
     energy = sum sigma^2 = |dW|_F^2; stable_rank = energy / sigma_1^2;
-    effective_rank = exp(-sum p log p), p = sigma / sum sigma. Both ranks of a zero matrix are 0.
+    effective_rank = exp(-sum p log p), p = sigma / sum sigma. Both ranks of a zero matrix are 0,
+    and NaN where S holds NaN or Inf. Energies beyond float64 are Inf or 0; the ranks stay right.
 
     Raises: TypeError or ValueError naming the argument.
     Gradients: none.
@@ -156,8 +160,8 @@ def allocate_rank(
     Args: S [k] of each layer, descending; budget in units of cost; cost positive, for each layer
         (1); r_min and r_max one number or one for each layer (0 and k); a layer has at most k.
     Returns: the ranks, a list of int.
-    Raises: TypeError or ValueError naming the argument: counts that differ, NaN (with the layer),
-        values that do not descend, bounds that contradict or a budget below what r_min costs.
+    Raises: TypeError or ValueError naming the argument: counts that differ, NaN or Inf (with the
+        layer), values that do not descend, bounds that contradict, a budget below r_min's cost.
     Gradients: none.
     """
     if not is_listed(S):
@@ -165,22 +169,22 @@ def allocate_rank(
         raise TypeError(f"S: expected a list of tensors, one for each layer, got a {came}")
     if not isinstance(budget, (float, numbers.Real)):
         raise TypeError(f"budget: expected a number, got a {type(budget).__name__}")
-    values = [sigma.detach().double().square().tolist() for sigma in _singular_values(S)[1]]
+    values = [sigma.detach().double().abs().tolist() for sigma in _singular_values(S)[1]]
     count = len(values)
     costs = [1.0] * count if cost is None else [float(c) for c in _each("cost", cost, count)]
     low = _each("r_min", r_min, count)
     high = _each("r_max", [len(v) for v in values] if r_max is None else r_max, count)
     high = [min(h, len(v)) for h, v in zip(high, values, strict=True)]
-    for layer, energy in enumerate(values):
-        if any(math.isnan(e) for e in energy):
-            raise ValueError(f"S: layer {layer} holds NaN")
-        if any(a < b for a, b in itertools.pairwise(energy)):
+    for layer, sigma in enumerate(values):
+        if not all(math.isfinite(value) for value in sigma):
+            raise ValueError(f"S: expected finite values, layer {layer} holds NaN or Inf")
+        if any(a < b for a, b in itertools.pairwise(sigma)):
             raise ValueError(f"S: expected descending values, those of layer {layer} are not")
         if not costs[layer] > 0 or math.isinf(costs[layer]):
             raise ValueError(f"cost: expected positive numbers, layer {layer} has {costs[layer]}")
         if not 0 <= low[layer] <= high[layer]:
             raise ValueError(
-                f"r_min, r_max: expected 0 <= r_min <= min(r_max, {len(energy)}), layer {layer} "
+                f"r_min, r_max: expected 0 <= r_min <= min(r_max, {len(sigma)}), layer {layer} "
                 f"has {low[layer]} and {high[layer]}"
             )
     left = budget - sum(c * r for c, r in zip(costs, low, strict=True))
@@ -189,7 +193,8 @@ def allocate_rank(
     ranks = list(low)
 
     def offer(layer: int) -> tuple[float, int]:
-        return -values[layer][ranks[layer]] / costs[layer], layer
+        # In the order of sigma^2 / cost, whose squares may be beyond float64.
+        return -values[layer][ranks[layer]] / math.sqrt(costs[layer]), layer
 
     heap = [offer(layer) for layer in range(count) if ranks[layer] < high[layer]]
     heapq.heapify(heap)
@@ -213,7 +218,8 @@ def truncate_lora(
     lora_E = S [rank, 1], lora_A = Vh [rank, n].
 
     Args: svd of one pair or of lists; ranks one number or one for each pair, each at most k.
-    Returns: LoraFactors or AdaLoraFactors, new tensors in the dtype of svd; a list for lists.
+    Returns: LoraFactors or AdaLoraFactors, new tensors in the dtype of svd; a list for lists. Not
+        finite where S is not (info -1, or -2 at the large end).
     Raises: TypeError or ValueError naming the argument.
     Gradients: none.   Source: Eckart and Young 1936
     """
@@ -271,6 +277,8 @@ def merge_lora(
     counts = {len(B) for B, _ in layers}
     if len(singles) > 1 or len(counts) > 1:
         raise ValueError(f"adapters: expected the same layers in all, got {sorted(counts)} layers")
+    # The largest weight goes into the scaling, so that no product with a weight overflows.
+    largest = max(abs(float(weight)) for weight in weights) or 1.0
     merged_B, merged_A = [], []
     for layer in range(counts.pop()):
         factors = [(B[layer], A[layer]) for B, A in layers]
@@ -279,12 +287,13 @@ def merge_lora(
             raise ValueError(f"adapters: expected one m x n in layer {layer}, got {sorted(shapes)}")
         wide = any(torch.float64 in (B.dtype, A.dtype) for B, A in factors)
         dtype = torch.float64 if wide else torch.float32
-        scaled = [B.detach().to(dtype) * w for (B, _), w in zip(factors, weights, strict=True)]
+        shares = [float(weight) / largest for weight in weights]
+        scaled = [B.detach().to(dtype) * w for (B, _), w in zip(factors, shares, strict=True)]
         merged_B.append(torch.cat(scaled, 1))
         merged_A.append(torch.cat([A.detach().to(dtype) for _, A in factors], 0))
     if singles.pop():
-        return low_rank_svd(merged_B[0], merged_A[0], mode=mode)
-    return low_rank_svd(merged_B, merged_A, mode=mode)
+        return low_rank_svd(merged_B[0], merged_A[0], largest, mode=mode)
+    return low_rank_svd(merged_B, merged_A, largest, mode=mode)
 
 
 def _decompose(

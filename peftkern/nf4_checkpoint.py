@@ -1,13 +1,10 @@
 """Write a checkpoint in NF4 with bitsandbytes' keys, one tensor at a time.
 
-Where every byte goes follows from shapes alone, so each output file begins with its final header
-and is filled from front to back. Until all is done everything lies in a work folder inside of the
-destination, with a journal that gains a line, with a checksum, for every tensor that is written.
-A run that was stopped, in whatever way, goes on behind the last line whose bytes are still there,
-and ends with the same files. At the end all is read back, then moved, config.json last: without
-that file nothing loads the folder.
-
-Source of the layout: https://github.com/huggingface/safetensors#format, and `peftkern.nf4`.
+Where every byte goes follows from shapes alone (`nf4_layout`). Until all is done everything lies
+in a work folder inside of the destination, with a journal that gains a line, with a checksum, for
+every tensor that is written. A run that was stopped, in whatever way, goes on behind the last line
+whose bytes are still there, and ends with the same files. At the end all is read back, then moved,
+config.json last: without that file nothing loads the folder.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,122 +28,42 @@ from torch import Tensor
 from peftkern.checkpoint import (
     CHUNK,
     CONFIG,
-    DTYPES,
     INDEX,
-    SINGLE,
     Checkpoint,
     CheckpointError,
     TensorInfo,
     chunks_of,
-    folder_file,
     read_tensor,
 )
+from peftkern.companions import find_companions
 from peftkern.functional import dequantize_nf4, quantize_nf4
-from peftkern.nf4 import (
-    BLOCKSIZES,
-    NESTED_BLOCKSIZE,
-    STATE_BYTES,
-    STATE_KEY,
-    NF4Weight,
-    state_dict_layout,
-)
+from peftkern.json_files import parse_json
+from peftkern.nf4 import NESTED_BLOCKSIZE, NF4Weight
+from peftkern.nf4_layout import Options, Shard, Sizes, Unit, plan_shards, sizes_of
 from peftkern.staging import (
     check_destination,
     check_space,
+    copy_files,
     publish,
     replace_json,
     replace_text,
     work_folder,
 )
 
-WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantise_nf4 takes
-
-_SHARD_NAME = "model-{:05d}-of-{:05d}.safetensors"
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ALIGNMENT = 8  # of a header, and of every quantised weight
 _ERROR_CHUNK = 1 << 18  # values that are compared with the source at a time, at the least
-# Beside the weights: tokenizer, generation config, chat template, licence, model card, code.
-_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py")
-_COPIED_NAMES = ("LICENSE", "NOTICE")
-
 Progress = Callable[[int, str], None]  # bytes of the source that are done, and of which tensor
 
 
 @dataclass(frozen=True)
-class Options:
-    """What decides the bytes that are written: another run goes on only with the same.
+class Summary(Sizes):
+    """What was written. An error is |w - w_nf4| / |w| (2-norms). copied, left: paths below the
+    source of the files beside its weights, `left` those that are not in the copy."""
 
-    Args: blocksize, double_quant as for `peftkern.quantize_nf4`; shard_bytes, where a new file
-        begins (a larger tensor has one of its own); device that quantises.
-    """
-
-    blocksize: int = 64
-    double_quant: bool = True
-    shard_bytes: int = 5 * 10**9
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.blocksize not in BLOCKSIZES:
-            raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {self.blocksize}")
-        if self.shard_bytes < 1:
-            raise CheckpointError(f"shard_bytes: expected at least 1, got {self.shard_bytes}")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What was written. Bytes are those of the tensors; an error is |w - w_nf4| / |w| (2-norms)."""
-
-    quantised: int
-    kept: int
-    files: int
     resumed: int
-    parameters: int
-    bytes_before: int
-    bytes_after: int
-    quantised_parameters: int
-    quantised_bytes: int
     largest_error: float
     largest_error_name: str
-
-    @property
-    def bits_per_parameter(self) -> float:
-        return 8 * self.bytes_after / max(self.parameters, 1)
-
-    @property
-    def bits_per_quantised_parameter(self) -> float:
-        return 8 * self.quantised_bytes / max(self.quantised_parameters, 1)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One tensor of the source and what becomes of it: parts (name, dtype, shape, bytes)."""
-
-    info: TensorInfo
-    quantised: bool
-    transposed: bool
-    parts: tuple[tuple[str, str, tuple[int, ...], int], ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part[-1] for part in self.parts)
-
-
-@dataclass
-class _Shard:
-    units: list[_Unit] = field(default_factory=list)
-    name: str = ""
-    header: bytes = b""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(unit.nbytes for unit in self.units)
-
-    def starts(self) -> Iterator[tuple[_Unit, int]]:
-        """Every unit and its place in the file."""
-        at = len(self.header)
-        for unit in self.units:
-            yield unit, at
-            at += unit.nbytes
+    copied: tuple[str, ...]
+    left: tuple[str, ...]
 
 
 def quantize_checkpoint(
@@ -160,6 +77,8 @@ def quantize_checkpoint(
     progress: Progress | None = None,
 ) -> Summary:
     """Write `checkpoint` to the folder `destination` with its linear weights in NF4.
+
+    The files beside the weights are copied, but for weights in other formats: `find_companions`.
 
     Memory: about one tensor, as read and in 4 bits; what is kept is copied in pieces. Calling it
     again after an interruption goes on; KeyboardInterrupt and OSError (a full disk) leave a state
@@ -176,11 +95,12 @@ def quantize_checkpoint(
     """
     options = options or Options()
     destination = Path(destination)
-    shards = _plan(checkpoint, linear, options)
+    shards = plan_shards(checkpoint, linear, options)
     identity = _identity(checkpoint, linear, quantization_config, options)
-    companions = _companions(checkpoint.folder)
-    check_destination(checkpoint.folder, destination, force)
-    check_space(destination, sum(len(shard.header) + shard.nbytes for shard in shards))
+    companions = find_companions(checkpoint)
+    check_destination(checkpoint.folder, destination, force, companions.copied)
+    weights = sum(len(shard.header) + shard.nbytes for shard in shards)
+    check_space(destination, weights + companions.nbytes)
     created = not destination.exists()
     with work_folder(destination, identity, force) as work:
         try:
@@ -189,7 +109,8 @@ def quantize_checkpoint(
             if not journal.complete:
                 _write(work, shards, journal, options, progress or (lambda count, name: None))
                 _read_back(work, shards, journal)
-                _write_companions(work, shards, companions)
+                copy_files(checkpoint.folder, work, companions.copied)
+                _write_index(work, shards)
                 config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
                 replace_json(work / CONFIG, config)
                 journal.finish()
@@ -199,67 +120,10 @@ def quantize_checkpoint(
                 if created:
                     destination.rmdir()
             raise
-        publish(work, destination, [shard.name for shard in shards])
-        return _summary(checkpoint, shards, journal, resumed)
-
-
-def _plan(
-    checkpoint: Checkpoint, linear: Mapping[str, bool], options: Options
-) -> tuple[_Shard, ...]:
-    """All files with all of their headers, from shapes alone."""
-    for name in linear:
-        info = checkpoint.tensors.get(name)
-        if info is None or len(info.shape) != 2 or info.dtype not in WEIGHT_DTYPES:
-            came = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
-            raise CheckpointError(
-                f"{name}: expected a weight of two dimensions in one of {WEIGHT_DTYPES}, got {came}"
-            )
-    shards = [_Shard()]
-    for info in checkpoint.tensors.values():
-        unit = _unit(info, linear.get(info.name), options)
-        if shards[-1].units and shards[-1].nbytes + unit.nbytes > options.shard_bytes:
-            shards.append(_Shard())
-        shards[-1].units.append(unit)
-    for number, shard in enumerate(shards, 1):
-        # The format allows no gaps: whole words first, so that each tensor lies at a multiple of
-        # the size of its elements.
-        shard.units.sort(key=lambda unit: -math.gcd(unit.nbytes, _ALIGNMENT))
-        shard.name = SINGLE if len(shards) == 1 else _SHARD_NAME.format(number, len(shards))
-        shard.header = _header(shard.units)
-    return tuple(shards)
-
-
-def _unit(info: TensorInfo, transposed: bool | None, options: Options) -> _Unit:
-    if transposed is None:
-        part = (info.name, info.dtype, info.shape, info.nbytes)
-        return _Unit(info, False, False, (part,))
-    shape = info.shape[::-1] if transposed else info.shape
-    layout = state_dict_layout(
-        shape, blocksize=options.blocksize, double_quant=options.double_quant
-    )
-    prefix = info.name.removesuffix("weight")
-    parts = [
-        (prefix + name, _CODES[dtype], size, math.prod(size) * dtype.itemsize)
-        for name, (dtype, size) in layout.items()
-    ]
-    parts.sort(key=lambda part: -DTYPES[part[1]].itemsize)
-    # The JSON takes up what is missing to whole words.
-    length = STATE_BYTES + -(STATE_BYTES + sum(part[-1] for part in parts)) % _ALIGNMENT
-    parts.append((f"{info.name}.{STATE_KEY}", "U8", (length,), length))
-    return _Unit(info, True, transposed, tuple(parts))
-
-
-def _header(units: Iterable[_Unit]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, dtype, shape, nbytes in (part for unit in units for part in unit.parts):
-        if name in entries:
-            raise CheckpointError(f"{name}: in the source, but also what its weight becomes")
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (at, at + nbytes)}
-        at += nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+        publish(work, destination, [shard.name for shard in shards], companions.copied)
+    error, name = _largest_error(shards, journal)
+    more = (resumed, error, name, companions.copied, companions.left)
+    return Summary(*astuple(sizes_of(shards)), *more)
 
 
 def _identity(
@@ -285,18 +149,6 @@ def _identity(
     }
 
 
-def _companions(folder: Path) -> list[Path]:
-    """The files beside the weights that the new checkpoint needs too."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        name = path.name
-        wanted = path.suffix in _COPIED or name.startswith(_COPIED_NAMES)
-        other = name == CONFIG or name.endswith(".index.json") or name.startswith(".")
-        if wanted and not other and not path.is_dir():
-            found.append(folder_file(folder, name))
-    return found
-
-
 class _Journal:
     """What is written, in order: a line of JSON per unit with checksum and error.
 
@@ -304,7 +156,7 @@ class _Journal:
     differs, as after a power failure. A last line says that all was read back.
     """
 
-    def __init__(self, work: Path, shards: tuple[_Shard, ...]) -> None:
+    def __init__(self, work: Path, shards: tuple[Shard, ...]) -> None:
         self.path = work / "journal"
         lines = self._lines()
         units = sum(len(shard.units) for shard in shards)
@@ -322,8 +174,8 @@ class _Journal:
         lines = []
         with contextlib.suppress(FileNotFoundError, ValueError):  # a line that was cut
             for line in self.path.read_bytes().splitlines():
-                entry = json.loads(line)
-                if entry != {"complete": True} and entry.keys() != {"checksum", "error"}:
+                entry = parse_json(line)
+                if not isinstance(entry, dict) or not _is_entry(entry):
                     break
                 lines.append(entry)
         return lines
@@ -340,7 +192,18 @@ class _Journal:
             file.write(json.dumps(entry) + "\n")
 
 
-def _checksums(work: Path, shards: Iterable[_Shard]) -> Iterator[int | None]:
+def _is_entry(entry: dict[str, Any]) -> bool:
+    if entry == {"complete": True}:
+        return True
+    error = entry.get("error")
+    return (
+        entry.keys() == {"checksum", "error"}
+        and isinstance(entry["checksum"], int)
+        and (error is None or (isinstance(error, float) and math.isfinite(error)))
+    )
+
+
+def _checksums(work: Path, shards: Iterable[Shard]) -> Iterator[int | None]:
     """Of every unit as it lies on the disk; None from the first place that cannot be right."""
     for shard in shards:
         try:
@@ -368,7 +231,7 @@ def _checksum(file: BinaryIO, nbytes: int) -> int | None:
 
 
 def _write(
-    work: Path, shards: tuple[_Shard, ...], journal: _Journal, options: Options, progress: Progress
+    work: Path, shards: tuple[Shard, ...], journal: _Journal, options: Options, progress: Progress
 ) -> None:
     """Fill all files from where the journal ends."""
     number, done = 0, len(journal.entries)
@@ -404,7 +267,7 @@ def _copy(
     pieces: Iterable[bytes],
     file: BinaryIO,
     progress: Progress | None = None,
-    unit: _Unit | None = None,
+    unit: Unit | None = None,
 ) -> int:
     """Write the pieces; their checksum."""
     checksum = 0
@@ -422,7 +285,7 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def _quantised(unit: _Unit, options: Options, memory: bytearray) -> tuple[Iterator[bytes], float]:
+def _quantised(unit: Unit, options: Options, memory: bytearray) -> tuple[Iterator[bytes], float]:
     """The bytes of a weight's parts, and its error."""
     weight = read_tensor(unit.info, memory).to(options.device)
     if unit.transposed:
@@ -482,7 +345,7 @@ def _piece(nf4: NF4Weight, start: int, length: int) -> NF4Weight:
     return NF4Weight(packed, absmax, (length,), nf4.blocksize, nf4.dtype, **nested)
 
 
-def _read_back(work: Path, shards: tuple[_Shard, ...], journal: _Journal) -> None:
+def _read_back(work: Path, shards: tuple[Shard, ...], journal: _Journal) -> None:
     """Compare what the disk returns with what was written."""
     written = [entry["checksum"] for entry in journal.entries]
     if list(_checksums(work, shards)) != written:
@@ -492,10 +355,7 @@ def _read_back(work: Path, shards: tuple[_Shard, ...], journal: _Journal) -> Non
             pass
 
 
-def _write_companions(work: Path, shards: tuple[_Shard, ...], companions: list[Path]) -> None:
-    """The index, and copies of the files beside the weights."""
-    for path in companions:
-        shutil.copyfile(path, work / f"copy of {path.name}")
+def _write_index(work: Path, shards: tuple[Shard, ...]) -> None:
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
@@ -509,27 +369,11 @@ def _write_companions(work: Path, shards: tuple[_Shard, ...], companions: list[P
         replace_json(work / INDEX, index)
 
 
-def _summary(
-    checkpoint: Checkpoint, shards: tuple[_Shard, ...], journal: _Journal, resumed: int
-) -> Summary:
+def _largest_error(shards: tuple[Shard, ...], journal: _Journal) -> tuple[float, str]:
     units = [unit for shard in shards for unit in shard.units]
-    quantised = [unit for unit in units if unit.quantised]
     errors = [
-        (entry["error"], unit.info.name)
+        (entry["error"] or 0.0, unit.info.name)
         for unit, entry in zip(units, journal.entries, strict=True)
         if unit.quantised
     ]
-    error, name = max(errors, default=(0.0, ""))
-    return Summary(
-        quantised=len(quantised),
-        kept=len(units) - len(quantised),
-        files=len(shards),
-        resumed=resumed,
-        parameters=sum(math.prod(unit.info.shape) for unit in units),
-        bytes_before=checkpoint.nbytes,
-        bytes_after=sum(shard.nbytes for shard in shards),
-        quantised_parameters=sum(math.prod(unit.info.shape) for unit in quantised),
-        quantised_bytes=sum(unit.nbytes for unit in quantised),
-        largest_error=error,
-        largest_error_name=name,
-    )
+    return max(errors, default=(0.0, ""))

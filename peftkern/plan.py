@@ -23,11 +23,11 @@ The CUDA context, cuBLAS workspaces, fragmentation and what else runs on the dev
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from peftkern.json_files import brief, read_json
 from peftkern.training_step import (
     ACTIVATIONS,
     CHECKPOINTS,
@@ -222,10 +222,7 @@ def read_model(name: str) -> Architecture:
             f"model: expected a folder with a config.json, its path, or one of "
             f"{', '.join(PRESETS)}; got {name!r}"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, not JSON
-        raise ValueError(f"{path}: expected the JSON of a transformers config: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
     try:
@@ -241,15 +238,23 @@ def from_config(config: dict[str, Any]) -> Architecture:
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type: expected one of {', '.join(ARCHITECTURES)}, got {kind!r}")
+        raise ValueError(
+            f"model_type: expected one of {', '.join(ARCHITECTURES)}, got {brief(kind)}"
+        )
 
     def size(key: str, default: int | None = None, most: int = _LARGEST) -> int:
         value = config.get(key)
         if value is None and default is not None:
             return default
         if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"{key}: expected an integer from 1 to {most}, got {value!r}")
+            raise ValueError(f"{key}: expected an integer from 1 to {most}, got {brief(value)}")
         return value
+
+    def flag(key: str) -> bool:
+        value = config.get(key)
+        if not isinstance(value, bool | None):
+            raise ValueError(f"{key}: expected true or false, got {brief(value)}")
+        return bool(value)
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     if config.get("head_dim") is None and hidden % heads:
@@ -257,7 +262,7 @@ def from_config(config: dict[str, Any]) -> Architecture:
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ValueError(f"num_key_value_heads: expected a divisor of {heads}, got {kv_heads}")
-    biased = kind == "llama" and bool(config.get("attention_bias", False))
+    biased = kind == "llama" and flag("attention_bias")
     return Architecture(
         hidden=hidden,
         layers=size("num_hidden_layers", most=_MOST_LAYERS),
@@ -266,10 +271,10 @@ def from_config(config: dict[str, Any]) -> Architecture:
         intermediate=size("intermediate_size"),
         vocabulary=size("vocab_size"),
         head_dim=size("head_dim", hidden // heads),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag("tie_word_embeddings"),
         qkv_bias=biased or kind == "qwen2",
         o_bias=biased,
-        mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),
+        mlp_bias=kind == "llama" and flag("mlp_bias"),
     )
 
 

@@ -294,7 +294,7 @@ def low_rank_svd(
     wide = any(tensor.dtype is torch.float64 for tensor in (*lora_B, *lora_A))
     dtype = torch.float64 if wide else torch.float32
     pairs = zip(lora_B, lora_A, scaling, strict=True)
-    U, S, Vh, rank, info = zip(*(_low_rank_svd(*pair) for pair in pairs), strict=True)
+    U, S, Vh, rank, info = zip(*(_low_rank_svd(*pair, dtype) for pair in pairs), strict=True)
     U, S, Vh = (torch.cat([t.reshape(-1).to(dtype) for t in flat]) for flat in (U, S, Vh))
     if not vectors:
         U, Vh = S.new_empty(0), S.new_empty(0)
@@ -302,7 +302,7 @@ def low_rank_svd(
 
 
 def _low_rank_svd(
-    lora_B: Tensor, lora_A: Tensor, scaling: float
+    lora_B: Tensor, lora_A: Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     r = lora_B.shape[1]
     B, A = lora_B.double(), lora_A.double()
@@ -312,18 +312,38 @@ def _low_rank_svd(
     weights = b * a  # the share of column l of B and row l of A
     top = weights.amax() if r else weights.new_zeros(())
     weights = weights / torch.where(top > 0, top, 1.0)
-    scale = top * b_top * a_top * (abs(scaling) if math.isfinite(scaling) else 0.0)
     (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(At)
     core = math.copysign(1.0, scaling) * (R_B * weights) @ R_A.mT
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     floor = r * torch.finfo(torch.float64).eps * weights.sum()
-    rank = ((floor < S) & (scale > 0)).sum()
+    rank = ((floor < S) & (scaling != 0)).sum()
     keep = torch.arange(len(S), device=B.device) < rank
     nan = torch.where(finite, 0.0, math.nan)
     U = torch.where(keep, Q_B @ U, 0.0) + nan
     Vh = torch.where(keep[:, None], Vh @ Q_A.mT, 0.0) + nan
-    S = torch.where(keep, S * scale, 0.0) + nan
-    return U, S, Vh, rank, torch.where(finite, 0, -1)
+    factor = torch.tensor(abs(scaling) if math.isfinite(scaling) else 0.0, dtype=torch.float64)
+    S = torch.where(keep, _product(S, top, b_top, a_top, factor.to(S.device)), 0.0)
+    info = -2 * unrepresentable(S, keep, dtype).long()
+    return U, S + nan, Vh, rank, torch.where(finite, info, -1)
+
+
+def unrepresentable(sigma: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether among the singular values [..., k] that `keep` marks are some beyond the normal
+    numbers of `dtype`: infinite there, zero, or with fewer digits. Bool [...]."""
+    limits, values = torch.finfo(dtype), sigma.to(dtype)
+    return (keep & ~((values >= limits.tiny) & (values <= limits.max))).any(-1)
+
+
+def _product(values: Tensor, *factors: Tensor) -> Tensor:
+    """values * factors, where no product over- or underflows unless the result does."""
+    exponents = 0
+    for factor in factors:
+        mantissa, exponent = torch.frexp(factor)
+        values, exponents = values * mantissa, exponents + exponent
+    # Both halves are float64 numbers. As integers they would make ldexp a power in float32.
+    exponents = exponents.clamp(-2000, 2000)
+    half = exponents // 2
+    return torch.ldexp(torch.ldexp(values, half.double()), (exponents - half).double())
 
 
 def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,6 +55,14 @@ def raw_safetensors(header: Any, data: bytes, length: int | None = None) -> byte
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = len(text) if length is None else length
     return (length % 2**64).to_bytes(8, "little") + text + data
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's files of safetensors."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:

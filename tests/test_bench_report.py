@@ -470,7 +470,7 @@ def test_every_edge_record_is_a_valid_record(name):
     ("arguments", "complaint"),
     [
         (["--from", "no/such.json"], "no/such.json"),
-        (["--from", "conftest.py"], "conftest.py: not JSON"),
+        (["--from", "conftest.py"], "conftest.py: expected JSON in UTF-8"),
         (
             ["--from", "conftest.py", "--op", "lora_linear"],
             "--from: measures nothing, so that --op",

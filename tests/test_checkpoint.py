@@ -100,7 +100,7 @@ def test_no_safetensors_checkpoint(tmp_path, name, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "config.json: No such file"),
+        (None, "expected config.json beside the weights, got none"),
         ("{", "expected JSON"),
         ("[1]", "JSON object"),
         ("[" * 100_000, "expected JSON"),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkpoint_folders import save_llama
 
 import peftkern
-from peftkern.cli import main
+from peftkern.benchmark import command as bench_command
+from peftkern.cli import app, main
 from peftkern.cli.frame import InputError, bad_input, dtype_name, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +27,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
-def test_version_is_the_package_s():
-    done = run("version")
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version_is_the_package_s(argument):
+    done = run(argument)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{peftkern.__version__}\n", "")
 
 
@@ -51,6 +58,37 @@ def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     # Filled, not broken where the source is: the next word would not have fitted.
     for line, after in itertools.pairwise(prose):
         assert not (line and after) or len(line) + 1 + len(after.split()[0]) > 79
+
+
+def example(name: str) -> list[str]:
+    """The command that the help of a command shows, split as a shell does."""
+    (text,) = re.findall(r"Example: (peftkern .*)", inspect.cleandoc(COMMANDS[name].__doc__))
+    return [os.path.expanduser(word) for word in shlex.split(text)][1:]
+
+
+COMMANDS = {
+    command.name or command.callback.__name__: command.callback
+    for command in app.registered_commands
+}
+EXAMPLES = [name for name, function in COMMANDS.items() if "Example:" in function.__doc__]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
+    """`bench` is told apart from a run: that takes five minutes, and has tests of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if name == "quantize":
+        save_llama(tmp_path / "models" / "llama3-8b")
+    ran = []
+    monkeypatch.setattr(bench_command, "execute", lambda plan: ran.append(plan.budget) or 0)
+    assert main(example(name)) == 0
+    assert ran == ([300.0] if name == "bench" else [])
+    assert (tmp_path / "models" / "llama3-8b-nf4").exists() == (name == "quantize")
+
+
+def test_commands_with_an_example():
+    assert set(EXAMPLES) == {"bench", "explain", "plan", "quantize"}
 
 
 def test_help_is_shown_when_asked_and_when_nothing_is():

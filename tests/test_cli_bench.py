@@ -278,7 +278,7 @@ def is_running(process: str) -> bool:
         (["--csv", "/dev/null"], "--csv: /dev/null is a link or a device"),
         (["--json", "/dev/stdout"], "--json: /dev/stdout is a link or a device"),
         (["--compare", "no/such.json"], "no/such.json"),
-        (["--compare", "conftest.py"], "conftest.py: not JSON"),
+        (["--compare", "conftest.py"], "conftest.py: expected JSON in UTF-8"),
         (["--fail-if", "5%"], "--fail-if: needs --compare"),
     ],
 )

@@ -65,7 +65,7 @@ def test_small_model_of_a_folder_is_shown_in_mb(tmp_path, capsys):
         (["llama9-1b"], "one of llama2-7b, "),
         (["no/such/folder"], "model: expected a folder with a config.json"),
         (["."], "model: expected a folder with a config.json"),
-        (["setup.py"], "setup.py: expected the JSON of a transformers config"),
+        (["setup.py"], "setup.py: expected JSON in UTF-8"),
         (["llama3-8b", "--r", "0"], "--r: expected an integer from 1"),
         (["llama3-8b", "--batch", "-1"], "--batch: expected an integer from 1"),
         (["llama3-8b", "--sequence", "many"], "Invalid value for '--sequence'"),

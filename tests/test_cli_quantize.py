@@ -12,8 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_folders import contents, save_llama
-from transformers import AutoModelForCausalLM
+from checkpoint_folders import LLAMA, contents, load_tensors, save_llama
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from peftkern.cli import main
 from peftkern.staging import WORK
@@ -36,6 +42,9 @@ def command(*arguments: object, python: tuple[str, ...] = ("-m", "peftkern")) ->
 def test_a_checkpoint_is_quantised_and_described(tmp_path):
     source = save_llama(tmp_path / "src", torch.float32, sharded=True)
     (source / "tokenizer.json").write_text("{}")
+    (source / "pytorch_model.bin").write_text("the same weights")
+    (source / "onnx").mkdir()
+    (source / "onnx" / "model.onnx").write_text("once more")
     options = ["--shard-size", "30KB", "--no-double-quant", "--skip", "v_proj"]
     done = subprocess.run(**command(source, tmp_path / "dst", *options), timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
@@ -44,7 +53,16 @@ def test_a_checkpoint_is_quantised_and_described(tmp_path):
     assert "MB before" in lines[1] and "bits per parameter" in lines[1]
     assert lines[2].startswith("largest relative error ") and lines[2].endswith("proj.weight")
     assert "read back, checksums agree" in lines[3]
-    assert lines[4:] == [f"{tmp_path / 'dst'}: written"]
+    assert lines[4:] == [
+        "2 other files copied",  # generation_config.json is the other one
+        "left behind: onnx/model.onnx, pytorch_model.bin",
+        f"{tmp_path / 'dst'}: written",
+    ]
+    names = [f"{name}_proj.weight" for name in ("q", "k", "o", "gate", "up", "down")]
+    tensors = load_tensors(source)
+    share = sum(t.numel() for name, t in tensors.items() if name.endswith(tuple(names)))
+    share /= sum(tensor.numel() for tensor in tensors.values())
+    assert lines[1].endswith(f" in quantised tensors, which hold {share:.0%} of the parameters")
     before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     after = sum(path.stat().st_size for path in (tmp_path / "dst").glob("*.safetensors"))
     said = [float(part.split()[0]) * 1e6 for part in lines[1].split(":")[0].split(",")]
@@ -55,6 +73,32 @@ def test_a_checkpoint_is_quantised_and_described(tmp_path):
     assert config["llm_int8_skip_modules"] == ["lm_head", "v_proj"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
     assert torch.isfinite(model.train()(torch.arange(8)[None]).logits).all()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["an expert a tensor", "fused"])
+def test_experts_that_stay_as_they_are_are_told_before_and_after(tmp_path, capsys, fused):
+    """In the source each expert has its tensors, or all of a layer have one: both are kept."""
+    source = tmp_path / "src"
+    config = {**LLAMA, "num_local_experts": 3, "intermediate_size": 96}
+    if fused:
+        GptOssForCausalLM(GptOssConfig(**config)).bfloat16().save_pretrained(source)
+    else:
+        MixtralForCausalLM(MixtralConfig(**config)).bfloat16().save_pretrained(source)
+    capsys.readouterr()
+    assert main(["quantize", str(source), str(tmp_path / "dst")]) == 0
+    said = capsys.readouterr()
+    tensors = load_tensors(source)
+    sizes = {name: t.numel() for name, t in tensors.items() if "experts" in name and t.dim() > 1}
+    assert {tensors[name].dim() for name in sizes} == ({2, 3} if fused else {2})
+    total = sum(tensor.numel() for tensor in tensors.values())
+    written = load_tensors(tmp_path / "dst").values()
+    bits = 8 * sum(t.numel() * t.element_size() for t in written) / total
+    line = (
+        f"experts: {sum(sizes.values()) / total:.0%} of the parameters stay in 16 bits (3-D tensors"
+        f" in transformers, which are not quantised): {bits:.2f} bits per parameter in all"
+    )
+    assert said.err == f"peftkern: note: {line}\n"
+    assert said.out.splitlines()[2] == line
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ SHAPES = [  # m, n, r: one, odd, primes, more rank than rows or columns, beyond 
     (40, 5, 12),
     (80, 90, 66),
 ]
+FLOAT32_STEP = 2.0**-149  # between its numbers below 2^-126
 NAMES = ("sigma", "relative sigma", "orthogonality", "reconstruction")
 
 
@@ -152,12 +153,89 @@ def test_lengths_traded_between_columns_and_rows(every_backend):
     assert torch.equal(svd.rank, traded.rank)
 
 
-def test_overflow_and_underflow_of_the_result(every_backend):
-    B, A = torch.randn(20, 3) * 1e25, torch.randn(3, 20) * 1e25
+OUTSIDE = {  # what B, A and the scaling are multiplied by; too large and too small for float32
+    "factors of 1e25": (1e25, 1e25, 1.0),
+    "scaling of 1e60": (1.0, 1e-10, 1e60),
+    "factors of 1e-25": (1e-25, 1e-25, 1.0),
+    "scaling of 1e-60": (1.0, 1e10, 1e-60),
+    "subnormal products": (1e-20, 1e-20, 0.1),
+    "beyond float64": (1e30, 1e30, 1e280),
+    "below float64": (1e-30, 1e-30, 1e-280),
+}
+
+
+@pytest.mark.parametrize("r", [4, 66])
+def test_singular_values_outside_float32_are_reported(every_backend, r):
+    check_outside(r)
+
+
+def check_outside(r: int) -> None:
+    """Info says so, of these pairs alone; rank and vectors are right all the same."""
+    pairs = [(torch.randn(90, r), torch.randn(r, 80)) for _ in OUTSIDE]
+    scales = list(OUTSIDE.values())
+    Bs = [B * b for (B, _), (b, _, _) in zip(pairs, scales, strict=True)]
+    As = [A * a for (_, A), (_, a, _) in zip(pairs, scales, strict=True)]
+    Bs, As, scaling = [pairs[0][0], *Bs], [pairs[0][1], *As], [0.5, *(s for _, _, s in scales)]
+    svd = low_rank_svd(Bs, As, scaling)
+    assert svd.info.tolist() == [0] + [-2] * len(scales)
+    assert svd.rank.tolist() == [r] * len(Bs)
+    for i, (b, a, s) in enumerate(scales, 1):
+        B, A = Bs[i].double() / b, As[i].double() / a
+        sigma = torch.linalg.svdvals(B @ A)[:r]
+        assert max(svd_errors(of_layer(svd, i)._replace(S=sigma), B, A)) <= max(SVD_BOUNDS[2:])
+        size = math.log10(b) + math.log10(a) + math.log10(s)
+        if size > 0:
+            assert torch.isinf(svd.S[i]).all()
+        else:
+            assert ((svd.S[i] - sigma * 10.0 ** max(size, -300)).abs() <= FLOAT32_STEP).all()
+    assert all(map(torch.equal, low_rank_svdvals(Bs, As, scaling), svd.S))
+
+
+@pytest.mark.parametrize("scaling", [2.0**-126, 1e-37, 1e38, 2.0**127])
+def test_singular_values_at_the_ends_of_float32_are_none_of_these(every_backend, scaling):
+    """Orthonormal columns: every singular value is the scaling."""
+    U, V = orthonormal(60, 5).float(), orthonormal(50, 5).float()
+    svd = low_rank_svd(U, V.T, 1.001 * scaling)
+    assert int(svd.info) == 0
+    check(svd._replace(S=svd.S / scaling), U, V.T, 1.001)
+
+
+def test_values_that_rounded_to_zero_still_count(every_backend):
+    """A wide range within one pair: the smallest value is none of float32's, the others are."""
+    B, A = torch.zeros(6, 3), torch.zeros(3, 5)
+    B[0, 0], B[1, 1], B[2, 2] = 1e-20, 1e-25, 1e-30
+    A[0, 0] = A[1, 1] = A[2, 2] = 1e-15
     svd = low_rank_svd(B, A)
-    assert torch.isinf(svd.S).all() and torch.isfinite(svd.U).all() and int(svd.info) == 0
-    tiny = low_rank_svd(B * 1e-50, A * 1e-50)
-    assert not tiny.S.any() and torch.isfinite(tiny.U).all()
+    assert (int(svd.info), int(svd.rank)) == (-2, 3)
+    wanted = torch.tensor([1e-35, 1e-40, 1e-45], dtype=F64)
+    assert ((svd.S - wanted).abs() <= SVD_BOUNDS[1] * wanted + FLOAT32_STEP).all()
+    for vectors in (svd.U[:3], svd.Vh[:, :3]):
+        assert (vectors.abs() - torch.eye(3)).abs().max() <= SVD_BOUNDS[2]
+
+
+def test_float64_factors_give_such_values_in_float64():
+    B, A = torch.randn(64, 8, dtype=F64) * 1e25, torch.randn(8, 48, dtype=F64) * 1e25
+    svd = low_rank_svd(B, A)
+    assert int(svd.info) == 0
+    check(svd._replace(S=svd.S * 1e-50), B * 1e-25, A * 1e-25, bounds=SVD_BOUNDS_64)
+    for scales in ((1e200, 1e200, 1.0), (1e-200, 1e-200, 1.0), (1e-170, 1e-100, 1e-50)):
+        B, A = torch.randn(20, 3, dtype=F64) * scales[0], torch.randn(3, 30, dtype=F64) * scales[1]
+        svd = low_rank_svd(B, A, scales[2])
+        assert (int(svd.info), int(svd.rank)) == (-2, 3)
+        B, A = B / scales[0], A / scales[1]
+        sigma = torch.linalg.svdvals(B @ A)[:3]
+        check(svd._replace(S=sigma, info=torch.tensor(0)), B, A, bounds=SVD_BOUNDS_64)
+
+
+@pytest.mark.parametrize(
+    "scales", [(1e200, 1e200, 1e-300), (1e-200, 1e-200, 1e300), (1e-200, 1e250, 1e-40)]
+)
+def test_no_product_of_scales_is_beyond_float64_but_the_last(scales):
+    B, A = torch.randn(20, 3, dtype=F64), torch.randn(3, 30, dtype=F64)
+    svd = low_rank_svd(B * scales[0], A * scales[1], scales[2])
+    size = round(sum(map(math.log10, scales)))
+    assert int(svd.info) == 0
+    check(svd._replace(S=svd.S / 10.0**size), B, A, bounds=SVD_BOUNDS_64)
 
 
 @pytest.mark.parametrize("r", [1, 4, 66])
@@ -515,6 +593,26 @@ def test_allocate_rank_with_cost_misses_one_component_at_most(values, budget, da
     assert got + largest >= best_energy(S, budget, cost, 0, 4)
 
 
+@pytest.mark.parametrize("scale", [1e-250, 1e-30, 1e30, 1e250])
+def test_allocate_rank_does_not_depend_on_the_scale(scale):
+    S = [torch.tensor(values, dtype=F64) for values in ([3.0, 1.0], [2.5, 2.0], [0.5, 0.0])]
+    costs = [1.0, 1.5, 0.25]
+    for budget in (1, 2, 3, 4.25, 100):
+        wanted = allocate_rank(S, budget, cost=costs)
+        assert allocate_rank([sigma * scale for sigma in S], budget, cost=costs) == wanted
+
+
+@pytest.mark.parametrize("scale", [1e-250, 1e250])
+def test_stats_of_values_whose_squares_are_beyond_float64(scale):
+    S = torch.tensor([3.0, 2.0, 1.0], dtype=F64)
+    stats, ordinary = spectral_stats(S * scale), spectral_stats(S)
+    assert stats.energy == (math.inf if scale > 1 else 0.0)
+    for got, wanted in zip(stats[1:], ordinary[1:], strict=True):
+        assert got.item() == pytest.approx(wanted.item(), rel=SVD_STATS_RTOL)
+    stats = spectral_stats(torch.tensor([math.inf, 1.0]))
+    assert stats.energy == math.inf and stats.stable_rank.isnan() and stats.effective_rank.isnan()
+
+
 def test_allocate_rank_ties_and_zeros():
     S = [torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0]), torch.tensor([1.0])]
     assert allocate_rank(S, 2) == [2, 0, 0]
@@ -526,7 +624,8 @@ def test_allocate_rank_ties_and_zeros():
 @pytest.mark.parametrize(
     ("S", "kwargs", "message"),
     [
-        ([torch.tensor([1.0, math.nan])], {}, "S: layer 0 holds NaN"),
+        ([torch.tensor([1.0, math.nan])], {}, "S: expected finite .* layer 0 holds NaN or Inf"),
+        ([torch.tensor([math.inf, 1.0])], {}, "S: expected finite .* layer 0 holds NaN or Inf"),
         ([torch.tensor([1.0, 2.0])], {}, "S: expected descending values, those of layer 0"),
         ([torch.ones(2)], {"cost": [0.0]}, "cost: expected positive numbers, layer 0 has 0.0"),
         ([torch.ones(2)], {"cost": [1.0, 1.0]}, "cost: expected 1 numbers, got 2"),
@@ -584,6 +683,22 @@ def test_merge_equals_the_dense_sum(every_backend):
     lists = merge_lora([([B, B], [A, 2 * A]) for B, A in adapters], weights)
     assert equal(of_layer(lists, 0), svd)
     assert torch.allclose(lists.S[1], 2 * svd.S, rtol=SVD_BOUNDS[0])
+
+
+@pytest.mark.parametrize("weight", [1e-30, 1e30, -1e38])
+def test_merge_with_any_weights(every_backend, weight):
+    """Weights and factors that are none together in float32; their product is."""
+    adapters = [(torch.randn(40, 4), torch.randn(4, 30)), (torch.randn(40, 3), torch.randn(3, 30))]
+    for power in (0.0, 0.5):  # of the size of A
+        size = abs(1.0 / weight)
+        scaled = [(B * size ** (1 - power), A * size**power) for B, A in adapters]
+        for pairs in (scaled, [(A.T, B.T) for B, A in scaled]):
+            dense = sum(weight * (B.double() @ A.double()) for B, A in pairs)
+            svd = merge_lora(pairs, [weight, weight])
+            got = (svd.U.double() * svd.S.double()) @ svd.Vh.double()
+            assert int(svd.info) == 0 and (got - dense).norm() <= SVD_BOUNDS[3] * dense.norm()
+    assert int(merge_lora(adapters, [0.0, 0.0]).rank) == 0
+    assert int(merge_lora(adapters, [math.inf, 1.0]).info) == -1
 
 
 def test_merge_of_opposites_is_zero(every_backend):

@@ -14,9 +14,8 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from checkpoint_folders import LLAMA, contents, save_llama, save_tensors
+from checkpoint_folders import LLAMA, contents, load_tensors, save_llama, save_tensors
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tolerances import ABSMAX_CODE_BIN, ABSMAX_CODE_MISMATCH, NF4_MAX_HALF_GAP
 from torch import nn
 from transformers import (
@@ -35,8 +34,9 @@ import peftkern
 from peftkern import nf4_checkpoint
 from peftkern.checkpoint import CheckpointError, read_checkpoint
 from peftkern.integrations.linear_weights import find_linear_weights
-from peftkern.nf4 import BLOCKSIZES, STATE_KEY, NF4Weight, dynamic_map
-from peftkern.nf4_checkpoint import Options, quantize_checkpoint
+from peftkern.nf4 import BLOCKSIZES, STATE_BYTES, STATE_KEY, NF4Weight, dynamic_map
+from peftkern.nf4_checkpoint import quantize_checkpoint
+from peftkern.nf4_layout import Options
 from peftkern.staging import WORK
 
 CONFIG = {"quant_method": "bitsandbytes"}
@@ -100,20 +100,13 @@ def stop_after(calls: int):
     return progress
 
 
-def load_all(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
-
-
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shard_bytes", [1, 1500, 10**9])
 def test_every_tensor_is_written(tmp_path, small, double_quant, shard_bytes):
     out = tmp_path / "out"
     options = {"blocksize": 32, "double_quant": double_quant, "shard_bytes": shard_bytes}
     summary = convert_small(small, out, **options)
-    got = load_all(out)
+    got = load_tensors(out)
     errors = []
     for name, tensor in SMALL.items():
         if name not in SMALL_LINEAR:
@@ -136,7 +129,9 @@ def test_every_tensor_is_written(tmp_path, small, double_quant, shard_bytes):
     assert summary.largest_error == pytest.approx(max(errors), rel=1e-6)
     assert (summary.quantised, summary.kept) == (3, 4)
     assert summary.parameters == sum(tensor.numel() for tensor in SMALL.values())
-    assert summary.bytes_after == sum(t.numel() * t.element_size() for t in load_all(out).values())
+    assert summary.bytes_after == sum(
+        t.numel() * t.element_size() for t in load_tensors(out).values()
+    )
     weights = sorted(path.name for path in out.glob("*.safetensors"))
     assert summary.files == len(weights) and (len(weights) == 1) == (shard_bytes == 10**9)
     if len(weights) > 1:
@@ -178,7 +173,7 @@ def test_state_fits_its_room(shape):
         nested_offset=torch.tensor(-1.1754943508222875e-38),
         nested_blocksize=256,
     )
-    assert len(NF4Weight.state_dict(w)[f"weight.{STATE_KEY}"]) <= nf4_checkpoint.STATE_BYTES
+    assert len(NF4Weight.state_dict(w)[f"weight.{STATE_KEY}"]) <= STATE_BYTES
 
 
 # Against transformers and bitsandbytes.
@@ -305,28 +300,124 @@ def test_experts_that_transformers_fuses_are_kept(tmp_path):
     assert_same_model(got, on_the_fly(tmp_path / "src"))
 
 
-def test_files_beside_the_weights_are_copied(tmp_path):
-    source = save_llama(tmp_path / "src")
-    for name in ("tokenizer.json", "LICENSE", "chat_template.jinja", "tokenizer.model"):
-        (source / name).write_text(f"content of {name}")
-    for name in ("optimizer.pt", "pytorch_model.bin", "pytorch_model.bin.index.json", ".hidden"):
-        (source / name).write_text("not for the copy")
-    convert(source, tmp_path / "out")
+BESIDE = {  # what is copied
+    "tokenizer.json",
+    "LICENSE",
+    "USE_POLICY",
+    "source.spm",
+    "tokenizer.model.v3",
+    "additional_chat_templates/tools.jinja",
+    "1_Pooling/config.json",
+    "2_Dense/config.json",
+    "2_Dense/model.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+}
+NOT_BESIDE = {  # and what is named instead
+    ".gitattributes",
+    ".git/",
+    "checkpoint-7/",
+    "consolidated.safetensors",
+    "optimizer.pt",
+    "original/consolidated.00.pth",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+}
+
+
+def add_files(folder: Path, names: set[str]) -> None:
+    for name in names:
+        path = folder / (f"{name}file" if name.endswith("/") else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {name}")
+
+
+def test_files_beside_the_weights_are_copied_or_named(tmp_path, small):
+    add_files(small, BESIDE | NOT_BESIDE)
+    summary = convert_small(small, tmp_path / "out")
+    assert (set(summary.copied), set(summary.left)) == (BESIDE, NOT_BESIDE)
+    copied = contents(tmp_path / "out")
+    assert copied.keys() == {"model.safetensors", "config.json"} | BESIDE
+    assert all(copied[name] == f"content of {name}".encode() for name in BESIDE)
+
+
+def test_config_gains_how_it_was_quantised_and_loses_nothing(tmp_path):
+    source = save_llama(tmp_path / "src", rope_theta=12345.0)
     config = json.loads((source / "config.json").read_text())
+    config["time_step_limit"] = [0.0, float("inf")]  # as transformers writes it for Mamba-2
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written.pop("quantization_config")["load_in_4bit"] is True
     assert written == config
-    copied = contents(tmp_path / "out")
-    assert copied.keys() == {
-        "model.safetensors",
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "LICENSE",
-        "chat_template.jinja",
-        "tokenizer.model",
-    }
-    assert copied["tokenizer.json"] == b"content of tokenizer.json"
+
+
+def test_folders_are_there_whole_or_not_at_all(tmp_path, small, monkeypatch):
+    """Stopped while they are copied, and again at every second file that is moved."""
+    add_files(small, BESIDE)
+    convert_small(small, tmp_path / "whole")
+    out, copyfile, replace = tmp_path / "out", shutil.copyfile, os.replace
+
+    def stopping(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        if Path(source).parent.name == "2_Dense":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copyfile", stopping)
+        convert_small(small, out)
+    assert [path.name for path in out.iterdir()] == [WORK]
+    (small / "USE_POLICY").unlink()  # what a run before has copied goes with it
+    (tmp_path / "whole" / "USE_POLICY").unlink()
+    moves = 0
+
+    def moving(source: Path, target: Path) -> None:
+        nonlocal moves
+        if WORK not in Path(target).parts:
+            moves += 1
+            if moves % 2 == 0:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", moving)
+    for _ in range(40):
+        try:
+            convert_small(small, out)
+            break
+        except KeyboardInterrupt:
+            assert not (out / "config.json").exists()
+    assert moves > len(BESIDE) and contents(out) == contents(tmp_path / "whole")
+
+
+def test_unfinished_run_with_folders_is_started_over(tmp_path, small):
+    add_files(small, BESIDE)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert_small(small, out, stop_after(3))
+    (out / WORK / "copies" / "2_Dense").mkdir(parents=True)
+    (out / WORK / "copies" / "2_Dense" / "old").write_text("of a run with other options")
+    convert_small(small, out, blocksize=128, force=True)
+    convert_small(small, tmp_path / "whole", blocksize=128)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_no_copy_goes_through_a_link_or_replaces_a_folder(tmp_path, small, kind):
+    add_files(small, {"1_Pooling/config.json"})
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    convert_small(small, out)
+    shutil.rmtree(out / "1_Pooling")
+    elsewhere.mkdir()
+    if kind == "file":
+        (out / "1_Pooling").write_text("mine")
+    elif kind == "link":
+        (out / "1_Pooling").symlink_to(elsewhere)
+    else:
+        (out / "1_Pooling" / "config.json").mkdir(parents=True)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"1_Pooling.*: expected a (folder|file) or nothing"):
+        convert_small(small, out, force=True)
+    assert contents(tmp_path) == before and list(elsewhere.iterdir()) == []
 
 
 # Interruptions.
@@ -371,6 +462,31 @@ def test_what_was_lost_is_written_again(tmp_path, small, damage):
         partial.write_bytes(b"\0" * 100 + data[100:])
     summary = convert_small(small, out)
     assert summary.resumed < 5
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1]",
+        b"3",
+        b"[" * 100_000,
+        b'{"checksum": [], "error": {}}',
+        b'{"checksum": 1, "error": NaN}',
+        b'{"checksum": 1}',
+        b"\xff",
+    ],
+    ids=lambda line: repr(line[:20]),
+)
+def test_journal_ends_before_a_line_that_is_none(tmp_path, small, line):
+    convert_small(small, tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert_small(small, out, stop_after(4))
+    journal = out / WORK / "journal"
+    lines = journal.read_bytes().splitlines()
+    journal.write_bytes(b"\n".join([*lines[:2], line, *lines[2:]]) + b"\n")
+    assert convert_small(small, out).resumed == 2
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -530,7 +646,7 @@ def test_zero_and_empty_weights(tmp_path):
     source = save_tensors(tmp_path / "src", {"model.safetensors": tensors})
     summary = convert_small(source, tmp_path / "out", linear=dict.fromkeys(tensors, False))
     assert summary.largest_error == 0
-    got = load_all(tmp_path / "out")
+    got = load_tensors(tmp_path / "out")
     for name, tensor in tensors.items():
         w = NF4Weight.from_state_dict(got, name.removesuffix("weight"))
         assert torch.equal(peftkern.dequantize_nf4(w), tensor)

@@ -59,6 +59,7 @@ PLAN_RTOL = 0.05  # of the bytes at a step's peak, counted against measured
 
 FUZZ_EXAMPLES = 300
 FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD
+FUZZ_MODEL_EXAMPLES = 60  # each one builds a model
 FUZZ_EXAMPLES_LONG = 100_000
 DETERMINISM_RUNS = 20
 

@@ -7,11 +7,11 @@ and the machine is the same one.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftkern.benchmark.record import OURS, Case, Record, load
+from peftkern.benchmark.record import LARGEST, OURS, SMALLEST, Case, Record, load
+from peftkern.json_files import brief
 
 SAME_MACHINE = ("cpu", "isa", "threads", "gpu")
 
@@ -35,7 +35,8 @@ def read(path: Path) -> Record:
     record = load(path)
     try:
         for case in record["cases"]:
-            _ = case["name"], case["against"]
+            if not isinstance(case["name"], str) or not isinstance(case["against"], str | None):
+                raise TypeError(f"a case is called {brief(case['name'])}")
             for name in case["providers"]:
                 _median(case, name)
         _ = [record["environment"].get(key) for key in SAME_MACHINE]
@@ -84,6 +85,6 @@ def _median(case: Case, name: str) -> float | None:
     value = case["providers"].get(name, {}).get("median_ms")
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise TypeError(f"median_ms of {name}: {value!r}")
+    if not isinstance(value, (int, float)) or not SMALLEST <= value <= LARGEST:
+        raise TypeError(f"median_ms of {brief(name)}: {brief(value)}")
     return float(value)

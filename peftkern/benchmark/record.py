@@ -12,10 +12,11 @@ them; with mode "memory" there is `peak_bytes` alone. Ratios are not stored: the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+
+from peftkern.json_files import read_json
 
 FORMAT = "peftkern bench 1"
 OURS = "peftkern"
@@ -121,10 +122,7 @@ def load(path: Path) -> dict:
 
     Raises: OSError; ValueError naming the file.
     """
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    found = read_json(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"{path}: not a record of `peftkern bench --json` ({FORMAT!r})")
     return found
@@ -151,6 +149,8 @@ def check(record: object) -> None:
     _check_field("record", record, Record)
     if not record["environment"]["load_average"]:
         raise ValueError("record.environment.load_average: empty")
+    if "copy" not in record["roof"]:
+        raise ValueError("record.roof.copy: missing")
     for number, case in enumerate(record["cases"]):
         where = f"record.cases[{number}]"
         for field, key in (("against", case["against"] or OURS), ("providers", OURS)):

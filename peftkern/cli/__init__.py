@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from typing import Annotated
 
 import typer
 
@@ -41,6 +42,24 @@ def version() -> None:
     import peftkern
 
     print(peftkern.__version__)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> int:

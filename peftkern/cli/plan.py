@@ -63,7 +63,7 @@ def plan(
     It needs neither the weights nor a GPU. With --fit also the largest batch and sequence that fit;
     exit status 1 if this one does not.
 
-    Example: peftkern plan llama-65b --method qlora --r 64 --sequence 512 --fit 48GB
+    Example: peftkern plan llama-65b --method qlora --sequence 512 --fit 48GB
     """
     from peftkern import plan as planning
     from peftkern.cli.frame import bad_input, dtype_name, parse_bytes

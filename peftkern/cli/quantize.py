@@ -12,7 +12,9 @@ from peftkern.cli.frame import DTYPES, InputError, dtype_name, in_words, parse_b
 
 if TYPE_CHECKING:
     from peftkern.nf4_checkpoint import Summary
+    from peftkern.nf4_layout import Sizes
 
+SHARE_TOLD = 0.01  # of experts in all parameters, from which on they are worth a line
 _COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -37,9 +39,10 @@ def quantize(
 ) -> None:
     """Quantise a safetensors checkpoint to NF4, in memory for about one tensor.
 
-    DST loads with transformers' from_pretrained (bitsandbytes installed), tokenizer included. The
-    linear layers that transformers itself would quantise are in 4 bits, all else is copied. A run
-    that was stopped goes on when it is repeated.
+    DST loads with transformers' from_pretrained (bitsandbytes installed). The linear layers that
+    transformers itself would quantise are in 4 bits; all else is copied, tokenizer and sub-folders
+    included, but for weights in other formats, which are named at the end. A run that was stopped
+    goes on when it is repeated.
 
     Example: peftkern quantize ~/models/llama3-8b ~/models/llama3-8b-nf4
     """
@@ -49,7 +52,8 @@ def quantize(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from peftkern.checkpoint import CheckpointError, read_checkpoint
-    from peftkern.nf4_checkpoint import Options, quantize_checkpoint
+    from peftkern.nf4_checkpoint import quantize_checkpoint
+    from peftkern.nf4_layout import Options, plan_shards, sizes_of
     from peftkern.staging import WORK
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it has not found
@@ -73,6 +77,9 @@ def quantize(
             double_quant=double_quant,
             compute_dtype=compute_dtype,
         )
+        experts = _experts(sizes_of(plan_shards(checkpoint, plan.linear, options)))
+        if experts:
+            print(f"peftkern: note: {experts}", file=sys.stderr)
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -106,17 +113,37 @@ def quantize(
 
 def _report(summary: Summary, destination: Path) -> str:
     resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
+    experts = _experts(summary)
     return "\n".join(
         [
             f"{summary.quantised} tensors quantised, {summary.kept} kept{resumed}",
             f"{_size(summary.bytes_before)} before, {_size(summary.bytes_after)} after: "
             f"{summary.bits_per_parameter:.2f} bits per parameter, "
-            f"{summary.bits_per_quantised_parameter:.2f} in quantised tensors",
+            f"{summary.bits_per_quantised_parameter:.2f} in quantised tensors, which hold "
+            f"{summary.quantised_share:.0%} of the parameters",
+            *([experts] if experts else []),
             f"largest relative error {summary.largest_error:.2%}, of {summary.largest_error_name}",
             f"{summary.files} file{'s' * (summary.files > 1)} read back, checksums agree",
+            f"{len(summary.copied)} other file{'s' * (len(summary.copied) != 1)} copied",
+            *([f"left behind: {', '.join(map(_shown, summary.left))}"] if summary.left else []),
             f"{destination}: written",
         ]
     )
+
+
+def _experts(sizes: Sizes) -> str | None:
+    """What to expect of a mixture of experts; None of another model."""
+    if sizes.expert_share < SHARE_TOLD:
+        return None
+    return (
+        f"experts: {sizes.expert_share:.0%} of the parameters stay in "
+        f"{sizes.bits_per_expert_parameter:.0f} bits (3-D tensors in transformers, which are not "
+        f"quantised): {sizes.bits_per_parameter:.2f} bits per parameter in all"
+    )
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else ascii(name)
 
 
 def _size(count: int) -> str:

@@ -21,8 +21,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from peftkern.checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo
+from peftkern.json_files import brief
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+_COUNT = re.compile(r"(layers?|experts|blocks)$")  # num_hidden_layers, n_layer, n_routed_experts
+_MOST_MODULES = 10_000
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,9 @@ def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     if not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
         raise CheckpointError(
             f"{checkpoint.folder}: transformers {transformers.__version__} has no architecture "
-            f"{name!r}, and code of a checkpoint is not run"
+            f"{brief(name)}, and code of a checkpoint is not run"
         )
+    _check_counts(checkpoint.config)
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=False, local_files_only=True
@@ -128,6 +132,17 @@ def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         raise CheckpointError(
             f"{checkpoint.folder}: transformers cannot build {name} from config.json: {error}"
         ) from error
+
+
+def _check_counts(config: Any) -> None:
+    """Every layer becomes an object, also without memory for its weights: a billion do not fit."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif _COUNT.search(key) and isinstance(value, int | float) and not value <= _MOST_MODULES:
+            raise CheckpointError(
+                f"config.json: {brief(key)}: expected at most {_MOST_MODULES}, got {brief(value)}"
+            )
 
 
 def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorInfo | str]:
