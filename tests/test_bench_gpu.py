@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tolerances import HANG_SECONDS
+from waiting import wait_until
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -152,14 +155,25 @@ def test_parts_run_in_the_order_asked_for():
         gpu.parts("nf4,nf5")
 
 
-def test_interrupted_pytest_still_says_what_failed(tmp_path):
+def test_interrupted_pytest_still_says_what_failed(tmp_path, monkeypatch):
     """Its log is there line by line, with the failures before the interrupt."""
     (tmp_path / "test_it.py").write_text(
-        "import time\n\ndef test_a():\n    assert 1 == 2\n\ndef test_b():\n    time.sleep(60)\n"
+        "import time\n\ndef test_a():\n    assert 1 == 2\n\ndef test_b():\n    time.sleep(3600)\n"
     )
     log = tmp_path / "log.txt"
+    limit, wait = 5.0, subprocess.Popen.wait
+
+    def wait_for_the_second_test(process, timeout=None):
+        """Its time is up when it has got there."""
+        if timeout != limit:
+            return wait(process, timeout)
+        wait_until(lambda: "::test_b" in log.read_text())
+        return wait(process, 0.0)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_the_second_test)
+    monkeypatch.setattr(gpu, "GRACE", HANG_SECONDS)
     command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, str(tmp_path)]
-    assert gpu.run(command, 5.0, log) == 124
+    assert gpu.run(command, limit, log) == 124
     assert "assert 1 == 2" in log.read_text() and "KeyboardInterrupt" in log.read_text()
 
 
@@ -423,12 +437,16 @@ def dies(problem, n, k, counted, config, device):
 
 
 def test_candidate_that_loses_its_process_costs_itself_alone(monkeypatch):
-    monkeypatch.setattr(tiles, "TASK_SECONDS", 20.0)
     monkeypatch.setattr(tiles, "refused", dies)
+    monkeypatch.setattr(tiles, "TASK_SECONDS", HANG_SECONDS)
     walk = tiles.Search.of(PROBLEM, 16, 64, CPU)
     trials = [(walk, replace(walk.counted, num_warps=n, num_stages=n)) for n in (4, 2, 1, 8)]
+    began = time.monotonic()
     workers = tiles.Workers(CPU, 2)
     try:
+        assert workers.refused(trials[:1]) == [None]
+        # As busy as the machine is: most of that was the start of a process.
+        monkeypatch.setattr(tiles, "TASK_SECONDS", 5 * (time.monotonic() - began))
         reasons = workers.refused(trials)
     finally:
         workers.close()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tolerances import HANG_SECONDS
 
 import peftkern
 from peftkern.cli import main
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "peftkern", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANG_SECONDS)
 
 
 def test_version_is_the_package_s():

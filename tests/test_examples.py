@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerances import HANG_SECONDS
 
 from peftkern.benchmark import suite, timer
 
@@ -32,7 +33,7 @@ def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess[
         [sys.executable, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=HANG_SECONDS,
         env={**users_environment(), "PYTHONPATH": path, "COLUMNS": "120"},
         **options,
     )
@@ -225,7 +226,7 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
         env=env,
-        timeout=900,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout
     names = {test["param"] for test in json.loads(out.read_text())["benchmarks"]}
