@@ -228,7 +228,7 @@ def test_evaluating_and_saving_is_in_no_step(tmp_path, clock):
     )
     run.train()
     logged = training_logs(run)
-    assert slow.paused == 3 + STEPS
+    assert slow.paused >= 3 + STEPS
     assert [entry["peftkern/step_seconds"] for entry in logged] == [2.0] * STEPS
     assert all(entry["peftkern/tokens"] == ROWS * LENGTH for entry in logged)
     assert not any("peftkern/tokens" in e for e in run.state.log_history if "eval_loss" in e)
