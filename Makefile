@@ -1,5 +1,7 @@
 # make demo      fine-tune one model with PEFT and with peftkern
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
+# make test-as   pytest as on a processor with less: ISA=avx2, or ISA=scalar for no vectors at all;
+#                TESTS=some of the tests, as pytest takes them (for `make pytest`, too)
 # make bench     measure this CPU, then `make docs`
 # make docs      README's tables and plots from bench/results/
 # make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
@@ -18,6 +20,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+TESTS ?=
+ISA ?=
 GPU_PYTHON ?= python3
 PART ?= all
 OUT ?= bench/results
@@ -33,7 +37,7 @@ CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 
-.PHONY: demo test pytest bench docs aot cuda gpu tune lint format sanitize build clean
+.PHONY: demo test pytest test-as bench docs aot cuda gpu tune lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/qlora_finetune.py
@@ -42,7 +46,19 @@ test: sanitize pytest
 
 # Two processes share the cores, so idle OpenMP threads must sleep instead of spinning.
 pytest: build
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS)
+
+# A stand-in for a machine that is not there: our kernels, torch's, oneDNN's and MKL's take no newer
+# instructions. So does torch.compile, which follows ATEN_CPU_CAPABILITY; its cache, which does not,
+# is off in all tests (tests/conftest.py).
+AS_avx2 := PEFTKERN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 \
+	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+AS_scalar := PEFTKERN_CPU_ISA=scalar ATEN_CPU_CAPABILITY=default \
+	ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+
+test-as:
+	@test -n "$(AS_$(ISA))" || { echo "ISA: expected avx2 or scalar, got '$(ISA)'" >&2; exit 2; }
+	$(AS_$(ISA)) $(MAKE) pytest
 
 bench: build
 	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done

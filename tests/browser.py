@@ -18,11 +18,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tolerances import HANG_SECONDS
+
 FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 FLAGS += ("--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe")
-SECONDS = 60  # that no answer may take
 
 
 class Page:
@@ -81,10 +82,10 @@ class Page:
         return answer["result"]
 
     def _receive(self) -> dict:
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + HANG_SECONDS
         while b"\0" not in self.buffer:
             ready, _, _ = select.select([self.from_browser], [], [], max(0, end - time.monotonic()))
-            assert ready, f"the browser said nothing for {SECONDS} seconds"
+            assert ready, f"the browser said nothing for {HANG_SECONDS} seconds"
             part = os.read(self.from_browser, 1 << 16)
             assert part, "the browser ended"
             self.buffer += part

@@ -8,6 +8,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from tolerances import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(sysconfig.get_path("purelib"))
 
@@ -32,5 +34,5 @@ def python(
         text=True,
         cwd=site.parent,
         env={**os.environ, "PYTHONPATH": path, **environment},
-        timeout=300,
+        timeout=HANG_SECONDS,
     )

@@ -33,6 +33,7 @@ from tolerances import (
     AUTOCAST_RTOL,
     COMPACTED_RTOL,
     GOLDEN_RTOL,
+    HANG_SECONDS,
     LOGITS,
     LOSS_CURVE_RTOL,
 )
@@ -576,7 +577,7 @@ def test_ddp_ranks_draw_the_same_masks(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    results = [process.communicate(timeout=300) for process in processes]
+    results = [process.communicate(timeout=HANG_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     digests = {out.split()[-1] for out, _ in results}
     assert len(digests) == 1

@@ -10,10 +10,13 @@ import sys
 import tarfile
 from collections import Counter
 from dataclasses import replace
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
 import pytest
 import torch
+from tolerances import HANG_SECONDS
+from waiting import wait_until
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -152,14 +155,25 @@ def test_parts_run_in_the_order_asked_for():
         gpu.parts("nf4,nf5")
 
 
-def test_interrupted_pytest_still_says_what_failed(tmp_path):
+def test_interrupted_pytest_still_says_what_failed(tmp_path, monkeypatch):
     """Its log is there line by line, with the failures before the interrupt."""
     (tmp_path / "test_it.py").write_text(
-        "import time\n\ndef test_a():\n    assert 1 == 2\n\ndef test_b():\n    time.sleep(60)\n"
+        "import time\n\ndef test_a():\n    assert 1 == 2\n\ndef test_b():\n    time.sleep(3600)\n"
     )
     log = tmp_path / "log.txt"
+    limit, wait = 5.0, subprocess.Popen.wait
+
+    def wait_for_the_second_test(process, timeout=None):
+        """Its time is up when it has got there."""
+        if timeout != limit:
+            return wait(process, timeout)
+        wait_until(lambda: "::test_b" in log.read_text())
+        return wait(process, 0.0)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_the_second_test)
+    monkeypatch.setattr(gpu, "GRACE", HANG_SECONDS)
     command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, str(tmp_path)]
-    assert gpu.run(command, 5.0, log) == 124
+    assert gpu.run(command, limit, log) == 124
     assert "assert 1 == 2" in log.read_text() and "KeyboardInterrupt" in log.read_text()
 
 
@@ -423,7 +437,20 @@ def dies(problem, n, k, counted, config, device):
 
 
 def test_candidate_that_loses_its_process_costs_itself_alone(monkeypatch):
-    monkeypatch.setattr(tiles, "TASK_SECONDS", 20.0)
+    results, apply_async, get = [], Pool.apply_async, AsyncResult.get
+
+    def ask(pool, *task):
+        results.append(apply_async(pool, *task))
+        return results[-1]
+
+    def get_in_time(result, timeout=None):
+        """The time of one is up when all others that were asked with it have answered."""
+        others = [r for r in results if r._pool is result._pool and r is not result]
+        wait_until(lambda: result.ready() or all(r.ready() for r in others))
+        return get(result, 0)
+
+    monkeypatch.setattr(Pool, "apply_async", ask)
+    monkeypatch.setattr(AsyncResult, "get", get_in_time)
     monkeypatch.setattr(tiles, "refused", dies)
     walk = tiles.Search.of(PROBLEM, 16, 64, CPU)
     trials = [(walk, replace(walk.counted, num_warps=n, num_stages=n)) for n in (4, 2, 1, 8)]

@@ -22,7 +22,7 @@ from peftkern.benchmark.record import OURS, Record
 from peftkern.benchmark.terminal import number
 from peftkern.cli import main
 from tests import browser
-from tests.test_cli_bench import ROOT, bench
+from tests.test_cli_bench import BUDGET, ROOT, bench
 
 VOID = {"meta"}
 HOSTILE = (
@@ -247,7 +247,7 @@ def run(tmp_path_factory) -> tuple[Record, Path]:
         "--shapes=8x64x128,16x64x128",
         "--r=2,4",
         "--seconds=0.05",
-        "--budget=120s",
+        f"--budget={BUDGET:g}",
         "--baselines=frozen,torch",
         f"--json={folder / 'run.json'}",
         f"--html={folder / 'run.html'}",

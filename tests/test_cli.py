@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_folders import save_llama
+from tolerances import HANG_SECONDS
 
 import peftkern
 from peftkern.benchmark import command as bench_command
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "peftkern", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANG_SECONDS)
 
 
 @pytest.mark.parametrize("argument", ["version", "--version"])

@@ -13,14 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerances import HANG_SECONDS
+from waiting import wait_until
 
-from peftkern.benchmark import command
+from peftkern.benchmark import command, instrument
+from peftkern.benchmark.cases import Problem
 from peftkern.benchmark.record import FORMAT, Case, Provider, Record
 from peftkern.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device=cpu", "--threads=1", "--shapes=24x64x128", "--r=4", "--seconds=0.1"]
-BUDGET = 90.0  # seconds: seven processes import on one core, which others may use as well
+BUDGET = 600.0  # seconds: seven processes import on one core, which others may use as well
 
 
 def environment() -> dict[str, str]:
@@ -37,7 +40,7 @@ def bench(*arguments: str, columns: int | None = None) -> subprocess.CompletedPr
         text=True,
         cwd=ROOT / "tests",  # where bench_providers is
         env={**environment(), **more},
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
 
 
@@ -65,7 +68,7 @@ def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
         f"--csv={folder / 'new.csv'}",
         f"--compare={old}",
         "--repro",
-        "--budget=240s",
+        f"--budget={BUDGET:g}",
         columns=80,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,7 +80,7 @@ def rivals(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record]:
     """One case beside baselines of every kind of misbehaviour, and an earlier run that was better
     than this one can be."""
     folder = tmp_path_factory.mktemp("rivals")
-    names = ["right", "wrong", "raising", "crashing", "hanging"]
+    names = ["right", "wrong", "raising", "crashing"]
     case = "lora_linear/24x64x128/M24/r4/bfloat16/full"
     right = "bench_providers:right"
     done = bench(
@@ -183,19 +186,29 @@ def test_a_wrong_provider_shows_no_time_and_a_broken_one_costs_nobody_else(rival
     assert "bound 0.03 rms" in (rows["wrong"]["wrong"] or ""), rows
     assert rows["raising"]["failed"] == "RuntimeError: no kernel for lora_linear"
     assert rows["crashing"]["failed"] == "killed by SIGABRT: Fatal: out of bounds"
-    assert rows["hanging"]["failed"].endswith("while building the layers")
     lines = done.stdout.splitlines()
-    for name in ("wrong", "raising", "crashing", "hanging"):
+    for name in ("wrong", "raising", "crashing"):
         assert rows[name]["median_ms"] is None and rows[name]["samples_ms"] == []
         (line,) = [line for line in lines if line.startswith(f"bench_providers:{name} ")]
         assert line.split()[1:] == ["WRONG" if name == "wrong" else "FAILED"]
         assert any(line.startswith(("WRONG", "FAILED")) and name in line for line in lines)
 
 
-def test_the_budget_bounds_the_run(rivals):
-    _, record = rivals
-    assert record["budget_s"] == BUDGET
-    assert record["elapsed_s"] < BUDGET + 2
+def test_a_provider_that_hangs_costs_the_run_its_patience_and_no_more(monkeypatch):
+    """It would take an hour. When the others have answered, the patience with it is soon over."""
+    monkeypatch.chdir(ROOT / "tests")  # where bench_providers is
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(instrument, "PATIENCE", 1e-3)
+    problem = Problem("lora_linear", "x", 24, 64, 128, 4, "bfloat16", "full")
+    names = ["bench_providers:right", "bench_providers:hanging"]
+    options = {"device": "cpu", "threads": 1, "seed": 0, "seconds": 0.1, "budget": BUDGET}
+    with instrument.Bench([problem], names, **options) as run:
+        record = run.run()
+    (case,) = record["cases"]
+    ours, right, hanging = case["providers"].values()
+    assert ours["median_ms"] > 0 and right["median_ms"] > 0
+    assert hanging["failed"].endswith("while building the layers")
+    assert record["budget_s"] == BUDGET and record["elapsed_s"] < BUDGET
 
 
 def test_a_budget_for_nothing_is_one_clear_line(tmp_path):
@@ -228,20 +241,13 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     )
     try:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-        workers: list[str] = []
-        end = time.monotonic() + 120
-        while len(workers) < 3 and time.monotonic() < end:
-            time.sleep(0.1)
-            workers = children.read_text().split()
-        assert len(workers) == 3  # the referee, ours, and one
+        wait_until(lambda: len(children.read_text().split()) == 3)  # the referee, ours, and one
+        workers = children.read_text().split()
         time.sleep(1)  # into their imports
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    end = time.monotonic() + 10
-    while any(map(is_running, workers)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(map(is_running, workers))
+    wait_until(lambda: not any(map(is_running, workers)))
 
 
 def is_running(process: str) -> bool:

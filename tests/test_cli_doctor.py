@@ -13,6 +13,7 @@ import torch
 from peft_models import K, lora_net, make_linear4bit, patched_copy
 from site_packages import ROOT, SITE, python, without
 from test_cli import run
+from waiting import wait_until
 
 from peftkern import dispatch, doctor, native, ops, self_test
 from peftkern.packages import Version, accepted, importing, release
@@ -181,14 +182,18 @@ def test_stale_or_weak_build_is_found():
 
 
 def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    begun = tmp_path / "begun"
     (tmp_path / "quick_peer.py").write_text("print('[1, 2]')")
-    (tmp_path / "slow_peer.py").write_text("import time\ntime.sleep(600)")
+    (tmp_path / "slow_peer.py").write_text(
+        f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(3600)"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     with importing(["quick_peer", "slow_peer", "third_peer"]) as peers:
-        answers = peers(3.0)
+        wait_until(begun.exists)
+        answers = peers(0.1)
     assert answers == {
         "quick_peer": ("", ()),
-        "slow_peer": ("it is not imported after 3 s", ()),
+        "slow_peer": ("it is not imported after 0.1 s", ()),
     }
 
 

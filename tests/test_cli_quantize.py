@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_folders import LLAMA, contents, load_tensors, save_llama
+from tolerances import HANG_SECONDS
 from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
@@ -20,6 +20,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from waiting import wait_until
 
 from peftkern.cli import main
 from peftkern.staging import WORK
@@ -46,7 +47,7 @@ def test_a_checkpoint_is_quantised_and_described(tmp_path):
     (source / "onnx").mkdir()
     (source / "onnx" / "model.onnx").write_text("once more")
     options = ["--shard-size", "30KB", "--no-double-quant", "--skip", "v_proj"]
-    done = subprocess.run(**command(source, tmp_path / "dst", *options), timeout=300)
+    done = subprocess.run(**command(source, tmp_path / "dst", *options), timeout=HANG_SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "12 tensors quantised, 9 kept"
@@ -140,29 +141,33 @@ def test_compute_dtype_has_a_short_and_a_full_name(tmp_path, name, kept):
     assert config["bnb_4bit_compute_dtype"] == kept
 
 
-# The command with half a second for every tensor, so that a signal always meets it in the middle.
-SLOW = """
+# The command, which halts at its third tensor, so that a signal always meets it in the middle.
+HALTING = """
 import sys, time
 from peftkern import cli, nf4_checkpoint
-quantised = nf4_checkpoint._quantised
-def slowly(*args):
-    time.sleep(0.5)
+quantised, begun = nf4_checkpoint._quantised, []
+def halting(*args):
+    begun.append(args)
+    if len(begun) > 2:
+        time.sleep(3600)
     return quantised(*args)
-nf4_checkpoint._quantised = slowly
+nf4_checkpoint._quantised = halting
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 def stopped(how: signal.Signals, source: Path, out: Path, lines: int) -> str:
     """What it says when that signal comes after so many lines of its journal."""
-    with subprocess.Popen(**command(source, out, python=("-c", SLOW))) as process:
+    with subprocess.Popen(**command(source, out, python=("-c", HALTING))) as process:
         journal = out / WORK / "journal"
-        deadline = time.monotonic() + 240
-        while not (journal.exists() and journal.read_bytes().count(b"\n") >= lines):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+
+        def is_there() -> bool:
+            assert process.poll() is None
+            return journal.exists() and journal.read_bytes().count(b"\n") >= lines
+
+        wait_until(is_there)
         process.send_signal(how)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=HANG_SECONDS)
     assert stdout == ""
     assert process.returncode == (130 if how is signal.SIGINT else -how)
     assert [path.name for path in out.iterdir()] == [WORK]

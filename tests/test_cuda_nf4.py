@@ -26,7 +26,7 @@ from peftkern.nf4 import BLOCKSIZES
 
 F32 = torch.float32
 # The fixture is the same for every example.
-drawn = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+drawn = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True)

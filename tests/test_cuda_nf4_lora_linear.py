@@ -73,7 +73,8 @@ def test_every_number_of_rows(M, double_quant, dtype):
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=FUZZ_EXAMPLES // 6
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    max_examples=FUZZ_EXAMPLES // 6,
 )
 @given(
     M=st.integers(1, 32),

@@ -43,7 +43,8 @@ def test_every_tile_of_rows(M, double_quant, dtype):
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=FUZZ_EXAMPLES // 10
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    max_examples=FUZZ_EXAMPLES // 10,
 )
 @given(
     M=st.integers(33, 80),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from site_packages import python, without
+from tolerances import HANG_SECONDS
 
 from peftkern.benchmark import suite, timer
 
@@ -33,7 +34,7 @@ def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess[
         [sys.executable, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=HANG_SECONDS,
         env={**users_environment(), "PYTHONPATH": path, "COLUMNS": "120"},
         **options,
     )
@@ -226,7 +227,7 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
         env=env,
-        timeout=900,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout
     names = {test["param"] for test in json.loads(out.read_text())["benchmarks"]}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from linear_cases import BF16, F16, F32, SHAPES, check_accuracy, layouts, trials, with_gradients
 from test_nf4_lora_linear import nf4_operands, ours
-from tolerances import DETERMINISM_RUNS
+from tolerances import DETERMINISM_RUNS, HANG_SECONDS
 
 import peftkern
 from peftkern import functional, native, reference
@@ -153,7 +153,7 @@ def test_eight_python_threads():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(HANG_SECONDS)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
 
@@ -167,7 +167,7 @@ def in_fork(function) -> None:
         except BaseException:
             os._exit(1)
         os._exit(0)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -194,7 +194,7 @@ def test_fork_before_first_use():
         "    os._exit(int(packed[0]) != 0x77)\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], timeout=HANG_SECONDS, check=False)
     assert done.returncode == 0
 
 

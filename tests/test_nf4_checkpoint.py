@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoint_folders import LLAMA, contents, load_tensors, save_llama, save_tensors
 from safetensors import safe_open
-from tolerances import ABSMAX_CODE_BIN, ABSMAX_CODE_MISMATCH, NF4_MAX_HALF_GAP
+from tolerances import ABSMAX_CODE_BIN, ABSMAX_CODE_MISMATCH, HANG_SECONDS, NF4_MAX_HALF_GAP
 from torch import nn
 from transformers import (
     AutoModel,
@@ -741,7 +741,7 @@ def test_memory_is_that_of_one_tensor(tmp_path):
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     largest = 2 * shape[0] * shape[1]

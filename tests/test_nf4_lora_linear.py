@@ -198,8 +198,12 @@ def test_stride_0_activation_and_gradient(backend):
     dense = replace(o, x=o.x.repeat(5, 1), dy=o.dy.repeat(5, 1))
     expanded = replace(o, x=o.x.expand(5, 40), dy=o.dy.expand(5, 20))
     wanted, got = with_gradients(dense, ours), with_gradients(expanded, ours)
+    eager, oracle = with_gradients(dense, peft_formula), with_gradients(dense.to(F64), peft_formula)
     for name in got:
-        assert torch.equal(got[name], wanted[name])
+        if backend == "cpu":
+            assert torch.equal(got[name], wanted[name])
+        else:  # torch's GEMM sums in another order for another layout
+            assert_as_accurate_as_torch(got[name], eager[name], oracle[name])
     leaf = o.x.clone().requires_grad_()  # sum() sends a gradient with all strides 0
     ours(o, leaf, o.lora_A, o.lora_B, o.bias).sum().backward()
     assert torch.isfinite(leaf.grad).all()

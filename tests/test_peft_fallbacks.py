@@ -27,6 +27,7 @@ from peft_models import (
     make_linear4bit,
     served_by_us,
 )
+from tolerances import HANG_SECONDS
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -366,7 +367,11 @@ def test_fsdp_and_dtensor():
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=180
+        [sys.executable, "-c", SHARDED],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0 and "sharded ok" in done.stdout, done.stderr[-3000:]
 

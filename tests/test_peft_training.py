@@ -23,7 +23,7 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
-from tolerances import LOSS_CURVE_RTOL, RATIO, errors
+from tolerances import HANG_SECONDS, LOSS_CURVE_RTOL, RATIO, errors
 from torch import nn
 from transformers import (
     AutoModel,
@@ -267,7 +267,7 @@ def test_ddp_two_processes(tmp_path, kind):
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0 and "ddp ok" in done.stdout, done.stderr[-3000:]
 

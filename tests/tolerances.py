@@ -62,6 +62,7 @@ FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD
 FUZZ_MODEL_EXAMPLES = 60  # each one builds a model
 FUZZ_EXAMPLES_LONG = 100_000
 DETERMINISM_RUNS = 20
+HANG_SECONDS = 900  # until what a test waits for is given up: no measure of speed, however busy
 
 
 def assert_as_accurate_as_torch(got: Tensor, eager: Tensor, oracle: Tensor) -> None:
