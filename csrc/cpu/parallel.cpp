@@ -20,8 +20,10 @@ struct OpenMP {
 
   OpenMP() {
     void* scope = RTLD_DEFAULT;  // torch loads its runtime for everybody, before this module
-    if (!dlsym(scope, "GOMP_parallel")) scope = dlopen("libgomp.so.1", RTLD_NOW);
-    if (!scope) throw std::runtime_error(std::string("no OpenMP runtime: ") + dlerror());
+    if (!dlsym(scope, "GOMP_parallel")) {
+      scope = dlopen("libgomp.so.1", RTLD_NOW);
+      if (!scope) throw std::runtime_error(std::string("no OpenMP runtime: ") + dlerror());
+    }
     find(parallel, scope, "GOMP_parallel");
     find(thread_num, scope, "omp_get_thread_num");
   }
