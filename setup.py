@@ -12,7 +12,6 @@ compiled for the CPU, which tests load.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import os
 import re
@@ -28,9 +27,19 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent
 CMAKE_MINIMUM = (3, 18)
 CUDA = "peftkern._cuda"
+CXX_COMPILERS = ("c++", "CC", "g++", "clang++", "icpx", "icx", "xlC")  # those that CMake looks for
+
+
+class Missing(Exception):
+    """A thing that a build needs: what, and how to get it."""
 
 
 def find_tool(name: str, minimum: tuple[int, ...] = ()) -> str:
@@ -48,7 +57,19 @@ def find_tool(name: str, minimum: tuple[int, ...] = ()) -> str:
             return path
         rejected += f"; not usable: {path} ({(answer.stdout + answer.stderr).strip()[:80]!r})"
     wanted = name + (f" >= {'.'.join(map(str, minimum))}" if minimum else "")
-    raise CompileError(f"building peftkern needs {wanted}: `pip install {name}`{rejected}")
+    raise Missing(f"{wanted} (`pip install {name}`{rejected})")
+
+
+def find_compiler() -> str:
+    """The C++ compiler that CMake will take, or the options that tell it of one."""
+    options = os.environ.get("CMAKE_ARGS", "")
+    if re.search(r"-DCMAKE_(CXX_COMPILER|TOOLCHAIN_FILE)\b", options):
+        return options
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+    for name in chosen or CXX_COMPILERS:
+        if shutil.which(name):
+            return name
+    raise Missing(f"a C++ compiler (`apt install g++`){f'; CXX is {chosen[0]}' if chosen else ''}")
 
 
 def pybind11_include() -> str:
@@ -65,7 +86,33 @@ def pybind11_include() -> str:
         if (folder / "pybind11" / "pybind11.h").exists():
             print(f"peftkern: package pybind11 is missing, using the headers in {folder}")
             return str(folder)
-    raise CompileError("building peftkern needs pybind11: `pip install pybind11`")
+    raise Missing("pybind11 (`pip install pybind11`)")
+
+
+def find_requirements() -> dict[str, str]:
+    """Where the things are that a build needs. Raises: CompileError naming all that is missing."""
+    finders = {
+        "cmake": lambda: find_tool("cmake", CMAKE_MINIMUM),
+        "ninja": lambda: find_tool("ninja"),
+        "pybind11": pybind11_include,
+        "compiler": find_compiler,
+    }
+    found, missing = {}, []
+    for name, find in finders.items():
+        try:
+            found[name] = find()
+        except Missing as what:
+            missing.append(str(what))
+    if missing:
+        raise CompileError(f"building peftkern needs {', '.join(missing)}")
+    return found
+
+
+def build_folder() -> Path:
+    """Where CMake builds for this Python."""
+    if fcntl is None:
+        raise CompileError(f"building peftkern needs Linux or a system like it, not {sys.platform}")
+    return ROOT / "build" / sysconfig.get_config_var("SOABI")
 
 
 def first_error(log: str) -> str:
@@ -135,7 +182,7 @@ class CMakeBuild(build_ext):
     """Configure, build, and copy the modules to where setuptools expects them."""
 
     def build_extensions(self) -> None:
-        build_dir = ROOT / "build" / sysconfig.get_config_var("SOABI")
+        build_dir = build_folder()
         with locked(build_dir):
             cmake = self.configure(build_dir)
             if not builds_cuda(build_dir):
@@ -153,16 +200,16 @@ class CMakeBuild(build_ext):
 
     def configure(self, build_dir: Path) -> str:
         """Run CMake; returns its path."""
-        cmake, ninja = find_tool("cmake", CMAKE_MINIMUM), find_tool("ninja")
+        found = find_requirements()
         self.discard_foreign_cache(build_dir)
         run_tool(
             [
-                cmake,
+                found["cmake"],
                 *("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
-                f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                f"-DCMAKE_MAKE_PROGRAM={found['ninja']}",
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                 f"-DPython_EXECUTABLE={sys.executable}",
-                f"-DPEFTKERN_PYBIND11_INCLUDE={pybind11_include()}",
+                f"-DPEFTKERN_PYBIND11_INCLUDE={found['pybind11']}",
                 f"-DPEFTKERN_CUDA={os.environ.get('PEFTKERN_CUDA') or 'auto'}",
                 f"-DPEFTKERN_CUDA_ARCHS={os.environ.get('PEFTKERN_CUDA_ARCHS', '')}",
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),
@@ -170,7 +217,7 @@ class CMakeBuild(build_ext):
             "configuring",
             not self.verbose,
         )
-        return cmake
+        return found["cmake"]
 
     def compile(self, cmake: str, build_dir: Path, targets: list[str]) -> None:
         command = [cmake, "--build", str(build_dir), "--target", *targets]
@@ -191,7 +238,7 @@ class EmulatedCuda(CMakeBuild):
     description = "build build/<python abi>/_cuda_emulated.so, which the tests load"
 
     def run(self) -> None:
-        build_dir = ROOT / "build" / sysconfig.get_config_var("SOABI")
+        build_dir = build_folder()
         with locked(build_dir):
             self.compile(self.configure(build_dir), build_dir, ["_cuda_emulated"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -28,8 +30,11 @@ x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="these ISAs
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    """Without CUDA unless `env` says so, which has tests of its own: it takes long to compile."""
-    environment = os.environ | {"PEFTKERN_CUDA": "0"} | env
+    """With the tools beside this Python, and unless `env` says so without CUDA, which has tests of
+    its own: it takes long to compile.
+    """
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    environment = os.environ | {"PEFTKERN_CUDA": "0", "PATH": path} | env
     return subprocess.run(
         list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -149,25 +154,21 @@ def module_path() -> Path:
     return Path(_cpu.__file__)
 
 
+def libraries(path: Path) -> set[str]:
+    return set(re.findall(r"NEEDED\s+(\S+)", run_checked("objdump", "-p", path)))
+
+
 def test_module_links_only_system_libraries(module_path):
-    needed = set(re.findall(r"NEEDED\s+(\S+)", run_checked("objdump", "-p", module_path)))
-    system = {"libstdc++.so.6", "libgomp.so.1", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0"}
-    assert {"libc.so.6", "libgomp.so.1"} <= needed <= system | {"libc.so.6", "ld-linux-x86-64.so.2"}
+    """And no OpenMP: auditwheel would pack a copy of it into the wheel."""
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libdl.so.2"}
+    needed = libraries(module_path)
+    assert {"libc.so.6"} <= needed <= system | {"libc.so.6", "ld-linux-x86-64.so.2"}
 
 
 def test_module_exports_only_its_init_function(module_path):
     exported = [line.split(maxsplit=2)[2] for line in symbols(module_path, "-D")]
     assert "PyInit__cpu" in exported
     assert [name for name in exported if "peftkern" in name] == []
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_module_shares_torchs_openmp():
-    code = (
-        "import torch; from peftkern import _cpu\n"
-        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line})"
-    )
-    assert len(run_checked(sys.executable, "-c", code).split()) == 1
 
 
 # ---- the archives
@@ -247,6 +248,47 @@ def test_first_compiler_error_ends_the_output(project):
     assert answer.returncode != 0
     last = "\n".join(answer.stderr.splitlines()[-8:])
     assert re.search(r"bind\.cpp:1:\d+: fatal error: no_such_header\.h", last), answer.stderr
+
+
+def test_everything_that_is_missing_is_named_at_once(project):
+    """On a Python that has setuptools and nothing else."""
+    venv.create(project / "venv")
+    (project / "site").mkdir()
+    for package in ("setuptools", "_distutils_hack"):
+        (folder,) = importlib.util.find_spec(package).submodule_search_locations
+        (project / "site" / package).symlink_to(folder)
+    tools = {"PATH": str(project / "venv/bin"), "PYTHONPATH": str(project / "site")}
+    answer = run(project / "venv/bin/python", "setup.py", "build_ext", cwd=project, **tools)
+    assert answer.returncode != 0
+    assert re.search(
+        r"^error: building peftkern needs cmake >= 3\.18 \(`pip install cmake`\), "
+        r"ninja \(`pip install ninja`\), (pybind11 \(`pip install pybind11`\), )?"
+        r"a C\+\+ compiler \(`apt install g\+\+`\)$",
+        answer.stderr,
+        re.MULTILINE,
+    ), answer.stdout + answer.stderr
+
+
+def test_compiler_that_cxx_names_and_that_is_not_there(project):
+    answer = build(project, CXX="/nowhere/g++ -m64")
+    assert answer.returncode != 0
+    assert last_lines(answer).endswith(
+        "error: building peftkern needs a C++ compiler (`apt install g++`); CXX is /nowhere/g++"
+    )
+
+
+def test_system_without_fcntl_gets_one_line(project):
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['fcntl'] = None\n"
+        "sys.argv = ['setup.py', 'build_ext']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    answer = run(sys.executable, "-c", code, cwd=project)
+    assert answer.returncode != 0
+    assert last_lines(answer).endswith(
+        f"error: building peftkern needs Linux or a system like it, not {sys.platform}"
+    )
 
 
 @x86_only

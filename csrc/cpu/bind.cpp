@@ -143,6 +143,7 @@ SparseMatrix sparse_matrix(const std::array<int64_t, 6>& t) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
+  load_openmp();  // or the import fails and says why
   m.doc() = "CPU kernels of peftkern; call them through peftkern.native.";
   m.def("isas", &isas, "Instruction sets compiled in and supported here, weakest first.");
   m.def("built_isas", &built_isas, "Instruction sets compiled in, weakest first.");

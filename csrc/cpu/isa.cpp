@@ -4,7 +4,10 @@
 #include <stdexcept>
 #include <string>
 
-#if PEFTKERN_HAVE_AMX
+#if PEFTKERN_X86
+#include <cpuid.h>
+#endif
+#if PEFTKERN_X86 && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,21 +17,27 @@ namespace {
 
 constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
-#if PEFTKERN_HAVE_AVX2 || PEFTKERN_HAVE_AVX512
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
-#endif
+#if PEFTKERN_X86
+enum CpuidRegister { kEax, kEbx, kEcx, kEdx };
 
-#if PEFTKERN_HAVE_AVX512
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+// CPUID itself: which names __builtin_cpu_supports() knows depends on the compiler.
+bool cpuid_bit(unsigned leaf, unsigned subleaf, CpuidRegister reg, int bit) {
+  unsigned answer[4] = {};
+  return __get_cpuid_count(leaf, subleaf, &answer[kEax], &answer[kEbx], &answer[kEcx],
+                           &answer[kEdx]) &&
+         (answer[reg] >> bit & 1);
 }
-#endif
 
-#if PEFTKERN_HAVE_AMX
+constexpr unsigned kYmmState = 0x06, kZmmState = 0xe6;  // bits of XCR0, those of XMM included
+
+// The operating system saves this register state when it switches between threads.
+bool system_saves(unsigned state) {
+  if (!cpuid_bit(1, 0, kEcx, 27)) return false;  // OSXSAVE: there is XGETBV
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & state) == state;
+}
+
 // Linux grants the 8 KiB tile state on request, to all threads of the process.
 bool request_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
@@ -40,45 +49,29 @@ bool request_amx() {
 #endif
 }
 
-bool cpu_has_amx_bf16() {
-  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
-  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return (edx >> 22 & 1) && (edx >> 24 & 1);  // AMX-BF16, AMX-TILE
-}
-#endif
-
-bool probe(Isa isa) {
+bool machine_has(Isa isa) {
   switch (isa) {
     case Isa::kScalar:
       return true;
-    case Isa::kAvx2:
-#if PEFTKERN_HAVE_AVX2
-      return has_avx2();
-#else
-      return false;
-#endif
-    case Isa::kAvx512:
-#if PEFTKERN_HAVE_AVX512
-      return has_avx512();
-#else
-      return false;
-#endif
+    case Isa::kAvx2:  // AVX2, FMA, F16C
+      return system_saves(kYmmState) && cpuid_bit(7, 0, kEbx, 5) && cpuid_bit(1, 0, kEcx, 12) &&
+             cpuid_bit(1, 0, kEcx, 29);
+    case Isa::kAvx512:  // F, DQ, BW, VL
+      return machine_has(Isa::kAvx2) && system_saves(kZmmState) && cpuid_bit(7, 0, kEbx, 16) &&
+             cpuid_bit(7, 0, kEbx, 17) && cpuid_bit(7, 0, kEbx, 30) && cpuid_bit(7, 0, kEbx, 31);
     case Isa::kAvx512Bf16:
-#if PEFTKERN_HAVE_AVX512_BF16
-      return has_avx512() && __builtin_cpu_supports("avx512bf16");
-#else
-      return false;
-#endif
-    case Isa::kAmxBf16:
-#if PEFTKERN_HAVE_AMX
-      return has_avx512() && __builtin_cpu_supports("avx512bf16") && cpu_has_amx_bf16() &&
-             request_amx();
-#else
-      return false;
-#endif
+      return machine_has(Isa::kAvx512) && cpuid_bit(7, 1, kEax, 5);
+    case Isa::kAmxBf16:  // AMX-TILE, AMX-BF16
+      return machine_has(Isa::kAvx512Bf16) && cpuid_bit(7, 0, kEdx, 24) &&
+             cpuid_bit(7, 0, kEdx, 22) && request_amx();
   }
   return false;
 }
+#else
+bool machine_has(Isa isa) { return isa == Isa::kScalar; }
+#endif
+
+bool probe(Isa isa) { return isa_built(isa) && machine_has(isa); }
 
 }  // namespace
 

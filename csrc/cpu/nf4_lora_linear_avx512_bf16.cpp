@@ -33,8 +33,9 @@ struct Avx512Bf16Math : BFloat16Panels {
           }
 #pragma GCC unroll 8
           for (int i = 0; i < kRows; ++i) {
-            const __m512bh y =
-                reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(left[i * 16 + k])));
+            // _mm512_set1_epi32() would be the same instruction; clang 16 and 17 crash over it.
+            const __m128i pair = _mm_cvtsi32_si128(static_cast<int>(left[i * 16 + k]));
+            const __m512bh y = reinterpret_cast<__m512bh>(_mm512_broadcastd_epi32(pair));
             for (int b = 0; b < kB; ++b) acc[i][b] = _mm512_dpbf16_ps(acc[i][b], y, x[b]);
           }
         }

@@ -1,5 +1,5 @@
-// Runs independent tasks on OpenMP threads. The one place that knows about threads: kernels receive
-// task indices. Torch-free.
+// Runs independent tasks on the threads of the process's OpenMP runtime. The one place that knows
+// about threads: kernels receive task indices. Torch-free.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,10 @@ namespace peftkern {
 // depend on one another; which thread takes which task is not fixed.
 using TaskFn = void (*)(void* context, int64_t task, int thread);
 void parallel_tasks(int threads, int64_t tasks, TaskFn fn, void* context);
+
+// Finds that runtime now, not in the first call that needs threads. Throws std::runtime_error if
+// the process has none and the system no libgomp.so.1.
+void load_openmp();
 
 // After fork() the OpenMP worker threads are gone but the runtime does not know: a child process
 // must stay on one thread or it waits for them forever.
