@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.nf4 import NF4Weight
+from peftkern.nf4 import ArgumentError, NF4Weight
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (*WEIGHT_DTYPES, torch.float64)
@@ -19,15 +19,15 @@ _PRINTED = (numbers.Number, str, torch.dtype, NF4Weight, type(None))  # others g
 _PRINTED_LENGTH = 120
 
 
-def mismatch(name: str, expected: str, value: Any) -> ValueError:
+def mismatch(name: str, expected: str, value: Any) -> ArgumentError:
     """The error of an argument, whatever it is."""
-    return ValueError(f"{name}: expected {expected}, got {_what_came(name, value)}")
+    return ArgumentError(f"{name}: expected {expected}, got {_what_came(name, value)}")
 
 
 def check_float(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
         raise mismatch(name, f"a tensor of one of {dtypes}", tensor)
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_nested:
         raise mismatch(name, "a dense tensor", tensor)
 
 
@@ -66,7 +66,7 @@ def check_frozen(weight: Any) -> None:
     """A dense weight that is not trained: its gradient is never computed."""
     check_dense("weight", weight)
     if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight: expected a frozen tensor, got one that requires a gradient")
+        raise ArgumentError("weight: expected a frozen tensor, got one that requires a gradient")
 
 
 def check_nf4(name: str, weight: Any) -> None:
@@ -122,6 +122,8 @@ def _is_params4bit(value: Any) -> bool:
 def _what_came(name: str, value: Any) -> str:
     if _is_params4bit(value):
         return f"a bitsandbytes Params4bit: NF4Weight.from_bitsandbytes({name}) converts it"
+    if isinstance(value, Tensor) and value.is_nested:
+        return "a nested tensor"
     if isinstance(value, Tensor) and value.layout is not torch.strided:
         return f"{list(value.shape)} {value.dtype} in {value.layout}"
     if isinstance(value, Tensor):

@@ -78,6 +78,8 @@ def partial_gradients(
     # Each with the others held, though one of them may have been computed from another.
     own = [t.view_as(t) if need else t for t, need in zip(arguments, needs, strict=True)]
     wanted = [t for t, need in zip(own, needs, strict=True) if need]
+    if not wanted:
+        return [None] * len(own)
     with torch.autocast(dy.device.type, enabled=False):
         grads = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=True))
     return [next(grads) if need else None for need in needs]

@@ -66,7 +66,11 @@ _STATE_BYTES_MAX = 1 << 16  # bitsandbytes writes about 200 bytes; anything huge
 _verified_maps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-class RepackedWeightError(ValueError):
+class ArgumentError(ValueError):
+    """An argument that a function does not take, found before anything was computed."""
+
+
+class RepackedWeightError(ArgumentError):
     """A weight that bitsandbytes' CPU inference path has repacked in place.
 
     Its nibbles could be put back, but its absmax was rounded to bfloat16 and the nested form was
@@ -75,7 +79,7 @@ class RepackedWeightError(ValueError):
     """
 
 
-class TruncatedWeightError(ValueError):
+class TruncatedWeightError(ArgumentError):
     """A weight one of whose tensors is too short: whoever reads it leaves a buffer."""
 
 
@@ -253,7 +257,7 @@ class NF4Weight:
         # Read through __dict__: QuantState's own __getattr__ costs 1 us per absent attribute.
         state = getattr(getattr(param, "quant_state", None), "__dict__", None)
         if state is None:
-            raise ValueError("quant_state: missing; the weight has not been quantised yet")
+            raise ArgumentError("quant_state: missing; the weight has not been quantised yet")
         if state.get("packing_format_for_cpu"):
             raise RepackedWeightError(
                 "weight: expected bitsandbytes' storage layout, got the one that it repacks into, "
@@ -372,8 +376,8 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _refuse(field: str, expected: Any, came: Any) -> ValueError:
-    return ValueError(f"{field}: expected {expected}, got {_brief(came)}")
+def _refuse(field: str, expected: Any, came: Any) -> ArgumentError:
+    return ArgumentError(f"{field}: expected {expected}, got {_brief(came)}")
 
 
 def _check_tensor(

@@ -153,8 +153,8 @@ def rosa_linear(
     Raises: ValueError naming both sides on a shape, dtype or device mismatch, and if weight
         requires a gradient.
     Gradients: x, lora_A, lora_B, bias, values (dy.T @ x at the places of mask alone), a tensor
-        scaling; twice differentiable. x is saved once, and only if lora_A or values require a
-        gradient; the sparse part makes no tensor of the size of weight.
+        scaling; twice differentiable where x is saved. It is saved once, and only if lora_A or
+        values require a gradient; the sparse part makes no tensor of the size of weight.
         Error bound: kernels/NUMERICS.md#rosa
     Source: Nikdan et al. 2024, arXiv:2401.04679
     """

@@ -23,7 +23,7 @@ from torch import nn
 
 _HARMLESS = {"device", "grad", "is_cuda", "is_meta", "requires_grad"}  # `weight` has them all
 # Methods that run before weights are replaced, or not in training at all.
-_SETTING_UP = re.compile(r"init|reset|tie_|resize|load|save")
+_SETTING_UP = re.compile(r"_*(post_)?(init|reset|tie_|resize|load|save)")
 _LOOK_UPS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
@@ -42,7 +42,7 @@ def weight_reads(cls: type) -> list[Read]:
         if kind is nn.Module:
             break
         for name, method in vars(kind).items():
-            if not _SETTING_UP.search(name):
+            if not _SETTING_UP.match(name):
                 label = f"{kind.__name__}.{name}"
                 codes = _codes(method, set())
                 found += [Read(label, *read) for code in codes for read in _reads_of(code)]

@@ -180,6 +180,34 @@ def test_a_frozen_lora_A_is_an_error_where_x_matters(operands) -> None:
     assert torch.autograd.grad(dx.square().sum(), x)[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("trained", range(1, 16))
+@pytest.mark.parametrize("name", ["lora_linear", "dora_linear", "rosa_linear"])
+def test_whatever_is_trained(operands, name: str, trained: int) -> None:
+    """With any of the factors and the bias frozen, in a gradient penalty by what is not."""
+    x, A, B, bias, _ = operands.values()
+    W, mask = weights()[0], SparseMask.from_indices(torch.tensor([0]), torch.tensor([3]), (n, k))
+    leaves = [A, B, bias, leaf(n) if name == "dora_linear" else leaf(1)]
+    leaves = [t if trained >> i & 1 else t.detach() for i, t in enumerate(leaves)]
+    A, B, bias, last = leaves
+    x = x.detach()
+    options = {"scaling": 1.5, "bias": bias}
+    layer = {
+        "lora_linear": lambda: peftkern.lora_linear(x, W, A, B, **options),
+        "dora_linear": lambda: dora_linear(x, W, A, B, last, **options),
+        "rosa_linear": lambda: rosa_linear(x, W, A, B, last, mask, **options),
+    }[name]
+    wanted = [t for t in leaves[: 4 if name != "lora_linear" else 3] if t.requires_grad]
+    if not wanted:
+        return
+    if name == "dora_linear" and trained in (2, 6):  # lora_B, but neither lora_A nor magnitude
+        with pytest.raises(RuntimeError, match="lora_A, magnitude: expected one that requires"):
+            torch.autograd.grad(layer().square().sum(), wanted, create_graph=True)
+        return
+    grads = torch.autograd.grad(layer().square().sum(), wanted, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
+    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in second)
+
+
 LAYERS = {
     "LoRALinear": lambda: LoRALinear.from_linear(make_linear(), r=4),
     "NF4LoRALinear": lambda: NF4LoRALinear.from_linear(make_linear(), r=4),

@@ -19,42 +19,45 @@ from torch import Tensor, nn
 
 from peftkern import dispatch
 from peftkern.functional import nf4_linear
-from peftkern.integrations.tensors import unusual_call, unusual_tensor
-from peftkern.nf4 import NF4Weight, TruncatedWeightError
+from peftkern.integrations.tensors import refusal, unusual_call, unusual_input
+from peftkern.nf4 import ArgumentError, NF4Weight
 
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _REPACK_ROWS = 32  # rows that bitsandbytes interleaves in one tile of its CPU layout
-_restoring = threading.Lock()
+rewriting = threading.RLock()  # held by whoever changes a weight that other threads may use
 
 
 class PatchedBase:
     """What a patched model has of bitsandbytes' layers, each a subclass of its class `original`.
 
     On a CPU an NF4 weight is multiplied by the kernel that serves it with an adapter on top, so
-    that a model with its adapters disabled agrees with the one whose adapters are zero. What goes
-    to bitsandbytes finds no CPU with AVX512-BF16, for which it would rewrite the weight.
+    that a model with its adapters disabled agrees with the one whose adapters are zero. Other
+    weights go to bitsandbytes, which is told that this CPU has no AVX512-BF16: there it would
+    rewrite them in eval mode, and lose their gradients. FP4 pays for that in inference.
     """
 
     original: type
+
+    def __init_subclass__(cls) -> None:
+        cls.__name__ = cls.original.__name__  # what repr shows, and PEFT and accelerate ask for
 
     @property
     def support_avx512bf16_for_cpu(self) -> bool:
         return False
 
+    @support_avx512bf16_for_cpu.setter
+    def support_avx512bf16_for_cpu(self, value: bool) -> None:
+        self.__dict__["support_avx512bf16_for_cpu"] = value  # for after `unpatch`
+
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self, PatchedBase):  # a hook has kept this method over `unpatch`
             return type(self).forward(self, x)
         if dispatch.runs_on_cpu(x):
-            try:
-                return _serve(self, x)
-            except TruncatedWeightError:
-                raise  # bitsandbytes would read on
-            except ValueError as error:  # of arguments, before anything is computed
-                dispatch.record_fallback("nf4_linear", str(error))
+            served = _serve(self, x)
+            if isinstance(served, Tensor):
+                return served
+            dispatch.record_fallback("nf4_linear", served)
         return self.original.forward(self, x)
-
-    def _get_name(self) -> str:
-        return self.original.__name__  # repr(model) reads as before
 
 
 class PatchedLinear4bit(PatchedBase, Linear4bit):
@@ -97,13 +100,16 @@ def unpatch_base(module: nn.Module) -> None:
         module.__class__ = module.original
 
 
-def _serve(base: Linear4bit, x: Tensor) -> Tensor:
-    """The layer's output. Raises: ValueError saying why bitsandbytes has to give it."""
-    reason = unusual_call() or unusual_tensor("input", x) or unusual_weight(base)
+def _serve(base: Linear4bit, x: Tensor) -> Tensor | str:
+    """The layer's output, or why bitsandbytes has to give it."""
+    reason = unusual_call() or unusual_input(x) or unusual_weight(base)
     weight = reason or read_weight(base, x)
     if isinstance(weight, str):
-        raise ValueError(weight)
-    return nf4_linear(compute_input(base, x), weight, base.bias).to(x.dtype)
+        return weight
+    try:
+        return nf4_linear(compute_input(base, x), weight, base.bias).to(x.dtype)
+    except ArgumentError as error:  # before anything was computed
+        return refusal(error)
 
 
 class FrozenWeight:
@@ -116,11 +122,22 @@ class FrozenWeight:
         self.weight = base.weight
         self.quantized = base.weight.__dict__.get("bnb_quantized")
         self.bias = None if base.bias is None else base.bias.data  # merging makes another
+        self.merged, self.version = base.weight, 0
 
     def mark_quantized(self) -> None:
-        """Undo what PEFT's merge does to the weight that it reads: quantised is what it is."""
+        """Undo what PEFT's merge does to the weight it reads: that it is quantized is forgotten."""
         if self.quantized is not None:
             self.weight.__dict__["bnb_quantized"] = self.quantized
+
+    def expect(self, merged: Tensor) -> None:
+        """Remember what merging has put in the place of the weight."""
+        self.merged, self.version = merged, merged._version
+
+    def replaced(self, weight: Tensor) -> bool:
+        """Whether that has been written to or replaced since, other than by a move to a device."""
+        if weight is self.merged:
+            return weight._version != self.version
+        return weight.device == self.merged.device
 
     def restore(self, base: Linear4bit) -> None:
         """Put both back, on the device where the layer is now."""
@@ -154,7 +171,7 @@ def unusual_weight(base: Linear4bit) -> str | None:
 def read_weight(base: Linear4bit, x: Tensor) -> NF4Weight | str:
     """The layer's weight as it is now, viewed in place, or why bitsandbytes has to read it itself.
 
-    Raises: ValueError naming the field where the state is not that of an NF4 weight as defined.
+    Raises: TruncatedWeightError, where bitsandbytes would read on.
     """
     weight = base.weight
     state = weight.quant_state
@@ -164,7 +181,10 @@ def read_weight(base: Linear4bit, x: Tensor) -> NF4Weight | str:
         restore_packing(base)
     if len(state.shape) != 2 or state.shape[1] != x.shape[-1]:
         return "weight is not quantised as [out_features, in_features]"
-    return NF4Weight.from_bitsandbytes(weight)
+    try:
+        return NF4Weight.from_bitsandbytes(weight)
+    except ArgumentError as error:  # no NF4 weight as the format defines it
+        return refusal(error)
 
 
 def compute_input(base: Linear4bit, x: Tensor) -> Tensor:
@@ -182,7 +202,7 @@ def restore_packing(base: Linear4bit) -> None:
     nested absmax is quantised again here, as bitsandbytes does when it saves such a layer. Its own
     CPU kernel has no gradient, so training on the repacked weight would silently cut the graph.
     """
-    with _restoring:  # of several threads the first restores, the others find it done
+    with rewriting:  # of several threads the first restores, the others find it done
         if not base.weight.quant_state.packing_format_for_cpu:
             return
         _restore(base.weight)

@@ -35,9 +35,9 @@ from transformers.pytorch_utils import Conv1D
 from peftkern import dispatch
 from peftkern.dora import dora_linear, dora_norm
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
-from peftkern.integrations.tensors import unusual_call, unusual_tensor
+from peftkern.integrations.tensors import refusal, unusual_call, unusual_input, unusual_tensor
 from peftkern.layers import NF4Linear
-from peftkern.nf4 import NF4Weight, TruncatedWeightError
+from peftkern.nf4 import ArgumentError, NF4Weight
 
 _BNB_TYPES: tuple[type, ...] = ()
 if is_bnb_4bit_available():
@@ -64,22 +64,17 @@ class PatchedLayer:
     original: type
     op: str  # under which a fallback is counted
 
+    def __init_subclass__(cls) -> None:
+        cls.__name__ = cls.original.__name__  # what repr shows; pickle goes by __qualname__
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, PatchedLayer):  # a hook has kept this method over `unpatch`
             return type(self).forward(self, x, *args, **kwargs)
-        try:
-            served = serve(self, x, args, kwargs)
-        except TruncatedWeightError:
-            raise  # bitsandbytes would read on
-        except ValueError as error:  # of arguments, before anything is computed: PEFT's to judge
-            served = str(error)
+        served = serve(self, x, args, kwargs)
         if isinstance(served, Tensor):
             return served
         dispatch.record_fallback(self.op, served)
         return self.original.forward(self, x, *args, **kwargs)
-
-    def _get_name(self) -> str:
-        return self.original.__name__  # repr(model) reads as before
 
 
 class PatchedLinear(PatchedLayer, lora.Linear):
@@ -98,28 +93,40 @@ if is_bnb_4bit_available():
     class PatchedLinear4bit(PatchedLayer, Linear4bit):
         """PEFT's `lora.Linear4bit` with the base layer and its first adapter as one op.
 
-        PEFT merges by quantising anew, and what it subtracts from that later is not what was there
+        PEFT merges by quantizing anew, and what it subtracts from that later is not what was there
         before: the frozen weight is kept while adapters are merged, and `unmerge` puts it back.
         """
 
         original, op = Linear4bit, "nf4_lora_linear"
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            frozen = bnb.FrozenWeight(self.get_base_layer())
-            if not self.merged:
-                self.__dict__["frozen_weight"] = frozen
-            try:
-                super().merge(safe_merge, adapter_names)
-            finally:
-                frozen.mark_quantized()
+            with bnb.rewriting:
+                base = self.get_base_layer()
+                kept = self.__dict__.get("frozen_weight") if self.merged else None
+                frozen = bnb.FrozenWeight(base)
+                try:
+                    # Autograd saves no weight that was made in inference mode.
+                    with torch.inference_mode(False), torch.no_grad():
+                        super().merge(safe_merge, adapter_names)
+                finally:
+                    frozen.mark_quantized()
+                    if kept is None or kept.replaced(frozen.weight):
+                        kept = frozen
+                    if self.merged:
+                        kept.expect(base.weight)
+                        self.__dict__["frozen_weight"] = kept
 
         def unmerge(self) -> None:
-            frozen = self.__dict__.pop("frozen_weight", None)
-            if frozen is None or not self.merged:
-                super().unmerge()
-                return
-            self.merged_adapters.clear()
-            frozen.restore(self.get_base_layer())
+            with bnb.rewriting:  # of several threads the first restores, the others find it done
+                base = self.get_base_layer()
+                frozen = self.__dict__.pop("frozen_weight", None)
+                if frozen is None or not self.merged or frozen.replaced(base.weight):
+                    super().unmerge()
+                    return
+                frozen.restore(base)
+                for name in self.merged_adapters:
+                    self._caches.pop(f"{name}-weight_norm", None)  # of DoRA
+                self.merged_adapters.clear()
 
         def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
             # Asks about CUDA's autocast whatever the device, as PEFT does.
@@ -213,7 +220,8 @@ def patch(model: nn.Module) -> PatchReport:
     Takes a PeftModel, the model inside it, any module that holds LoRA layers, or one such layer.
     Layers that are patched already stay so. Layers that PEFT adds later (an adapter with new target
     modules) need another call. bitsandbytes' 4-bit layers inside it are swapped, too, so that none
-    of them is repacked for its CPU inference.
+    of them is repacked for its CPU inference. While adapters are merged into a 4-bit weight, the
+    frozen one is kept beside it.
 
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
@@ -316,8 +324,8 @@ def _reason_now(layer: Any) -> str | None:
     if reason is None and type(base) in _BNB_TYPES:
         try:
             NF4Weight.from_bitsandbytes(base.weight)
-        except ValueError as error:
-            reason = str(error)
+        except ArgumentError as error:
+            reason = refusal(error)
     if reason is None and type(base) in _DENSE:
         reason = _switched_off(layer)
     if reason is None and names:
@@ -356,7 +364,7 @@ def _counts(counter: Counter[str]) -> str:
 def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     """The layer's output, or why PEFT's forward has to give it. Nothing is changed in that case.
 
-    Raises: ValueError from the checks of the function that would compute it.
+    Raises: TruncatedWeightError, where bitsandbytes would read on.
     """
     if args or kwargs:
         given = sorted(k for k, v in kwargs.items() if v is not None)
@@ -365,7 +373,7 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
     if _is_small(layer, x):  # asked first: to such a product every check is a loss
         return "small dense product: PEFT's own operations are as fast"
     names = _active_names(layer)
-    reason = _unusual_state(layer, names) or unusual_tensor("input", x) or unusual_call()
+    reason = _unusual_state(layer, names) or unusual_input(x) or unusual_call()
     if reason is not None:
         return reason
     adapter = _read_adapter(layer, names) if names else None
@@ -388,13 +396,16 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         return "PEFT's own operations measured faster for this shape"
 
     off = _switched_off(layer)
-    if off is not None:
-        result = _base_alone(layer, names, adapter, base, unfused is None)
-        names = []
-    elif unfused is None:
-        result = _with_first(layer, names[0], adapter, base)
-    else:
-        result = _frozen(*base)
+    try:
+        if off is not None:
+            result = _base_alone(layer, names, adapter, base, unfused is None)
+            names = []
+        elif unfused is None:
+            result = _with_first(layer, names[0], adapter, base)
+        else:
+            result = _frozen(*base)
+    except ArgumentError as error:  # before anything was computed: PEFT has its own word for it
+        return refusal(error)
     if result is None:
         return off or unfused
     if type(base_layer) in _BNB_TYPES:
@@ -438,7 +449,8 @@ def _base_alone(
     """The base of a layer whose adapters are switched off, in the bits of an update of zero.
 
     On a CPU the product without an update has them. Elsewhere that depends on the kernel, so that
-    the update is made zero.
+    the update is made zero. DoRA agrees to rounding only: its magnitude is PEFT's norm, and it is
+    divided by ours.
     """
     base_x, weight, bias = base
     if not fused or dispatch.runs_on_cpu(base_x) or not _is_plain(layer, names[0]):
