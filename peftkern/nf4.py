@@ -107,8 +107,13 @@ def dynamic_map() -> tuple[float, ...]:
     rounding of bitsandbytes' create_dynamic_map.
     """
     values = [0.0, 1.0]
+    first = torch.tensor(0.1, dtype=torch.float32, device="cpu")
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+        # torch.linspace where the processor fuses its products and sums; elsewhere it rounds twice.
+        steps = 2**exponent
+        step = ((1 - first) / steps).double()
+        i = torch.arange(steps + 1, dtype=torch.float64, device="cpu")
+        edges = torch.where(2 * i < steps, first + step * i, 1 - step * (steps - i)).float()
         centres = (edges[:-1] + edges[1:]) / 2
         positive = (10.0 ** (exponent - 6) * centres).tolist()
         values += positive + [-value for value in positive]

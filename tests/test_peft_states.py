@@ -146,6 +146,10 @@ class Life:
         return isinstance(self.model.peft_config["default"], AdaLoraConfig)
 
     @property
+    def dora(self) -> bool:
+        return getattr(self.model.peft_config["default"], "use_dora", False)
+
+    @property
     def hooked(self) -> bool:
         return any("forward" in m.__dict__ for m in self.model.modules())
 
@@ -199,7 +203,7 @@ class Life:
             model.merge_adapter()
 
     def merge_in_inference_mode(self) -> None:
-        if self.adalora or self.model.peft_config["default"].use_dora:
+        if self.dora:
             return  # PEFT cannot unmerge it
         with torch.inference_mode():
             self.merge()
@@ -223,7 +227,7 @@ class Life:
         self.model, self.twin = copy.deepcopy(self.both)
 
     def unpickle(self) -> None:
-        if self.hooked or self.merged:  # neither can be pickled unpatched
+        if self.hooked or self.merged or self.dora:  # of which PEFT alone makes nothing any more
             return
         self.model, self.twin = (pickle.loads(pickle.dumps(model)) for model in self.both)
         self.pickled = True

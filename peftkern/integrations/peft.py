@@ -325,7 +325,7 @@ def _reason_now(layer: Any) -> str | None:
         try:
             NF4Weight.from_bitsandbytes(base.weight)
         except ArgumentError as error:
-            reason = refusal(error)
+            reason = str(error)
     if reason is None and type(base) in _DENSE:
         reason = _switched_off(layer)
     if reason is None and names:
