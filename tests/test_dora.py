@@ -561,13 +561,6 @@ def test_seed_in_place_of_a_mask(monkeypatch):
         torch.testing.assert_close(results[0][name], results[1][name])
 
 
-def test_double_backward_is_refused():
-    layer, x = Layer(), torch.randn(5, 70, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 # ---- the layer
 
 

@@ -320,7 +320,10 @@ def test_merge_and_unmerge(make):
     for net in (model, twin):
         net.unmerge_adapter()
     peftkern.reset_stats()
-    assert_same_model(twin, model)
+    if make is make_linear:
+        assert_same_model(twin, model)
+    else:  # PEFT alone does not come back to the weight that it quantized
+        torch.testing.assert_close(twin(x), before)
     assert norms_computed() == 1
     for net in (model, twin):
         merged = net.merge_and_unload()

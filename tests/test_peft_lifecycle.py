@@ -123,14 +123,15 @@ def test_disable_adapter(make):
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit", "ignore:Unmerge lora module")
 def test_merge_and_unmerge(make):
     model, twin = pair(make, fan_in_fan_out=make is make_conv1d)
+    x = torch.randn(2, K, requires_grad=True)
+    before = model(x)
     for net in (model, twin):
         net.merge_adapter()
     assert_same_model(twin, model)
     for net in (model, twin):
         net.train().unmerge_adapter()
     peftkern.reset_stats()
-    x = torch.randn(2, K, requires_grad=True)
-    torch.testing.assert_close(twin(x), model(x))
+    torch.testing.assert_close(twin(x), before)  # PEFT alone does not come back to 4 bits
     assert served_by_us() == 1
 
 
@@ -242,6 +243,7 @@ def code_of(graph: torch.fx.GraphModule) -> str:
 
 
 def test_compile_calls_the_op_and_sees_a_change_of_state():
+    torch._dynamo.reset()  # what it has compiled for other layers counts against its limit
     model = lora_net(make_linear())
     peftkern.patch(model)
     graphs = []

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import peftkern
 from peftkern.integrations.peft import PatchedLinear
 from peftkern.integrations.transformers import MonitorCallback, PeftKernCallback
+from peftkern.native import cpu_isa
 
 ROWS, LENGTH, STEPS = 4, 16, 5
 LAYERS = 14
@@ -77,6 +78,9 @@ def training_logs(done: Trainer) -> list[dict]:
     return [entry for entry in done.state.log_history if "loss" in entry]
 
 
+SAID = f"peftkern: 14 patched (lora.Linear 14), 0 skipped; on cpu: C++ ({cpu_isa()})"
+
+
 def patched_layers(model) -> int:
     return sum(type(module) is PatchedLinear for module in model.modules())
 
@@ -92,7 +96,7 @@ def test_patches_when_the_trainer_is_made(tmp_path, caplog):
         run.train()
     assert served_by_us() == STEPS * LAYERS
     said = [(r.levelname, r.message) for r in caplog.records if r.name == LOGGER]
-    assert said == [("INFO", "peftkern: 14 patched (lora.Linear 14), 0 skipped")]
+    assert said == [("INFO", SAID)]
     other = trainer(by_hand, tmp_path)
     other.train()
     losses = [[entry["loss"] for entry in training_logs(one)] for one in (run, other)]
@@ -110,9 +114,6 @@ def test_patches_late_and_only_once(tmp_path, caplog):
         run.train()
     assert patched_layers(model) == LAYERS
     assert len([r for r in caplog.records if r.name == LOGGER]) == 1
-
-
-SAID = "peftkern: 14 patched (lora.Linear 14), 0 skipped"
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])

@@ -339,7 +339,7 @@ def _rows_to_pay(layer: Any) -> int:
     K, N = layer.in_features, layer.out_features
     if layer.lora_variant:
         return 1 if N * K >= _DORA_CPU_MINIMUM else 0
-    return -(-_DENSE_CPU_MINIMUM // max(K + N, 1))
+    return max(-(-_DENSE_CPU_MINIMUM // max(K + N, 1)), 1)
 
 
 def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
