@@ -24,9 +24,12 @@ def save_for_backward(
     Those were perhaps made in inference mode. Autograd saves no such tensor, since it could not see
     it change; a frozen weight does not.
     """
-    aside = not torch.compiler.is_compiling() and any(
-        t is not None and t.is_inference() for t in frozen
-    )
+    aside = False
+    if not torch.compiler.is_compiling():
+        for tensor in frozen:
+            if tensor is not None and tensor.is_inference():
+                aside = True
+                break
     ctx.save_for_backward(*tensors, *(() if aside else frozen))
     ctx.aside = tuple(frozen) if aside else ()
 

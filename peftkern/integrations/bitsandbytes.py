@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peftkern import dispatch
 from peftkern.functional import nf4_linear
-from peftkern.integrations.tensors import refusal, unusual_call, unusual_input
+from peftkern.integrations.tensors import parameter, refusal, unusual_call, unusual_input
 from peftkern.nf4 import ArgumentError, NF4Weight
 
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
@@ -107,7 +107,7 @@ def _serve(base: Linear4bit, x: Tensor) -> Tensor | str:
     if isinstance(weight, str):
         return weight
     try:
-        return nf4_linear(compute_input(base, x), weight, base.bias).to(x.dtype)
+        return nf4_linear(compute_input(base, x), weight, parameter(base, "bias")).to(x.dtype)
     except ArgumentError as error:  # before anything was computed
         return refusal(error)
 
@@ -150,7 +150,7 @@ class FrozenWeight:
 
 def unusual_weight(base: Linear4bit) -> str | None:
     """Why this weight, whatever the input, is for bitsandbytes to read; None if it is NF4."""
-    weight = base.weight
+    weight = parameter(base, "weight")
     if hasattr(type(weight), "__tensor_flatten__"):  # DTensor and its like
         return f"base weight is {type(weight).__name__}"
     state = getattr(weight, "quant_state", None)  # pickle keeps it, but not the parameter's class
@@ -173,7 +173,7 @@ def read_weight(base: Linear4bit, x: Tensor) -> NF4Weight | str:
 
     Raises: TruncatedWeightError, where bitsandbytes would read on.
     """
-    weight = base.weight
+    weight = parameter(base, "weight")
     state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):  # since it was patched, by other code
         if torch.compiler.is_compiling() or not (base.training or x.requires_grad):
@@ -192,7 +192,8 @@ def compute_input(base: Linear4bit, x: Tensor) -> Tensor:
     if not base.compute_type_is_set:
         base.set_compute_type(x)
         base.compute_type_is_set = True
-    return x if base.compute_dtype is None else x.to(base.compute_dtype)
+    dtype = base.compute_dtype
+    return x if dtype is None or dtype is x.dtype else x.to(dtype)
 
 
 def restore_packing(base: Linear4bit) -> None:

@@ -35,7 +35,13 @@ from transformers.pytorch_utils import Conv1D
 from peftkern import dispatch
 from peftkern.dora import dora_linear, dora_norm
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
-from peftkern.integrations.tensors import refusal, unusual_call, unusual_input, unusual_tensor
+from peftkern.integrations.tensors import (
+    parameter,
+    refusal,
+    unusual_call,
+    unusual_input,
+    unusual_tensor,
+)
 from peftkern.layers import NF4Linear
 from peftkern.nf4 import ArgumentError, NF4Weight
 
@@ -408,7 +414,7 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
         return refusal(error)
     if result is None:
         return off or unfused
-    if type(base_layer) in _BNB_TYPES:
+    if type(base_layer) in _BNB_TYPES and result.dtype is not x.dtype:
         result = result.to(x.dtype)  # bitsandbytes returns its input's dtype
     out_dtype = result.dtype
     if names and unfused is None:
@@ -420,7 +426,7 @@ def serve(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | str:
             result, x = _add_dora(layer, result, x, name, *base[1:])
         else:
             result, x = layer._add_adapter(result, x, name)
-    return result.to(out_dtype)
+    return result if result.dtype is out_dtype else result.to(out_dtype)
 
 
 def _with_first(layer: Any, name: str, adapter: Adapter, base: Base) -> Tensor:
@@ -606,11 +612,12 @@ class LoRAReader:
             reason = _hooked(role, linear)
             if reason is not None:
                 return reason
-        A, B = lora_A.weight, lora_B.weight
+        A, B = parameter(lora_A, "weight"), parameter(lora_B, "weight")
         reason = unusual_tensor("lora_A", A) or unusual_tensor("lora_B", B)
         if reason is None:
-            reason = "lora_A has a bias" if lora_A.bias is not None else unusual_dropout(drop)
-        return (A, B, drop, lora_B.bias) if reason is None else reason
+            biased = parameter(lora_A, "bias") is not None
+            reason = "lora_A has a bias" if biased else unusual_dropout(drop)
+        return (A, B, drop, parameter(lora_B, "bias")) if reason is None else reason
 
     @staticmethod
     def factor(layer: Any, name: str, A: Tensor) -> tuple[Tensor, float]:
@@ -651,11 +658,11 @@ def _read_base(base: nn.Module, x: Tensor, autocast: bool) -> Base | str:
         weight = bnb.read_weight(base, x)
         if isinstance(weight, str):
             return weight
-        return bnb.compute_input(base, x), weight, base.bias
+        return bnb.compute_input(base, x), weight, parameter(base, "bias")
     if kind is NF4Linear:
         return x, base.nf4, base.bias
 
-    weight, bias = base.weight, base.bias
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
     reason = unusual_tensor("base weight", weight)
     if reason is not None:
         return reason

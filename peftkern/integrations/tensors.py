@@ -45,6 +45,12 @@ def unusual_call() -> str | None:
     return None
 
 
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """`module.<name>`, without the time that nn.Module takes to look for it."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def refusal(error: ArgumentError) -> str:
     """Why an argument was refused, in words that are the same for every shape of it.
 
