@@ -240,6 +240,17 @@ def test_report_without_the_native_library(monkeypatch):
     assert "WARNING: plain PyTorch" in str(report)
 
 
+def test_layers_that_bitsandbytes_serves_are_not_reported_as_ours():
+    net = nn.Sequential(make_linear4bit(quant_type="fp4"), make_linear4bit())
+    net[1].weight.quant_state.code = net[1].weight.quant_state.code.half()
+    report = peftkern.patch(net)
+    assert report.without_adapter == [] and "served" not in str(report)
+    x, expected = torch.randn(3, K), copy.deepcopy(net[0])
+    peftkern.unpatch(expected)
+    peftkern.reset_stats()
+    assert torch.equal(net[0](x), expected(x)) and served_by_us() == 0
+
+
 def test_layers_without_an_adapter_are_served():
     net = nn.Sequential(make_linear4bit(), nn.ReLU(inplace=True), nn.Linear(96, 64))
     report = peftkern.patch(net)

@@ -100,6 +100,17 @@ def unpatch_base(module: nn.Module) -> None:
         module.__class__ = module.original
 
 
+def is_served(base: Linear4bit) -> bool:
+    """Whether a swapped layer runs our kernel by itself, as it is now."""
+    if base.weight.device.type != "cpu" or unusual_weight(base) is not None:
+        return False
+    try:
+        NF4Weight.from_bitsandbytes(base.weight)
+    except ArgumentError:
+        return False
+    return True
+
+
 def _serve(base: Linear4bit, x: Tensor) -> Tensor | str:
     """The layer's output, or why bitsandbytes has to give it."""
     reason = unusual_call() or unusual_input(x) or unusual_weight(base)

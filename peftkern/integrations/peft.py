@@ -165,7 +165,7 @@ class PatchReport:
     falling_back: {name: reason} of patched layers whose present state sends them to PEFT's forward;
         it is looked at again at every call.
     kinds: how many layers of each PEFT class were patched.
-    without_adapter: names of bitsandbytes' layers with no adapter that are served as well.
+    without_adapter: names of bitsandbytes' layers with no patched adapter that are served as well.
     small: {name: rows} of patched dense layers on a CPU that PEFT computes as fast below so many
         rows (batch times sequence), if those are more than 512; 0 for any number of them.
     backends: {device type: what serves there}.
@@ -236,7 +236,7 @@ def patch(model: nn.Module) -> PatchReport:
     report = PatchReport()
     swaps = _swaps()
     originals = {patched: original for original, patched in swaps.items()}
-    bases = []
+    bases = set()
     for name, module in _adapter_layers(model):
         kind = type(module)
         original = originals.get(kind, kind)
@@ -250,12 +250,12 @@ def patch(model: nn.Module) -> PatchReport:
         adalora.freeze_ranknum(module)
         report.patched.append(name)
         report.kinds[_label(original)] += 1
-        bases.append(module._modules["base_layer"])
+        bases.add(module._modules["base_layer"])
     for name, module in model.named_modules():
         if adalora.patch_model(module):
             report.patched.append(name)
             report.kinds["adalora.AdaLoraModel"] += 1
-        if _BNB_TYPES and bnb.patch_base(module) and not any(module is base for base in bases):
+        if _BNB_TYPES and bnb.patch_base(module) and module not in bases and bnb.is_served(module):
             report.without_adapter.append(name)
     _describe(model, report)
     for warning in report.warnings:
