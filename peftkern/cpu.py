@@ -139,15 +139,16 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = _rows(dy, lora_B.shape[0])
     keep = _mask(keep, rows.shape[0], lora_A.shape[1], dropout_p)
+    gradients = _gradients(rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs)
     dx = dy.new_empty(0)
-    dS, dA, dB, dbias = _adapter_gradients(
-        rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
-    )
+    if any(needs[:3]):
+        native.lora_backward(gradients)
     if needs[0]:
         dx = rows @ weight
-        native.lora_expand_(dx, dS, _float32(lora_A), keep_scale(keep, dropout_p), keep)
+        scale = keep_scale(keep, dropout_p)
+        native.lora_expand_(dx, gradients.dS, _float32(lora_A), scale, keep)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    return dx, dA, dB, dbias
+    return dx, *_in_dtypes(gradients, lora_A, lora_B, rows, needs)
 
 
 def nf4_lora_linear_forward(
@@ -216,20 +217,24 @@ def nf4_lora_linear_backward(
     pieces = (*tensors, blocksize, nested_blocksize)
     rows = _rows(dy, N)
     keep = _mask(keep, rows.shape[0], K, dropout_p)
+    gradients = a = None
+    if lora_A is not None:
+        gradients = _gradients(rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs)
+        a = _float32(lora_A) if needs[0] else None
     dx = dy.new_empty(0)
-    dS, dA, dB, dbias = _adapter_gradients(
-        rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
-    )
+    if needs[0] and dy.dtype is not torch.float16:
+        dx = native.nf4_linear_backward(rows, pieces, K, None, a, gradients)
+    elif gradients is not None and any(needs[:3]):
+        native.lora_backward(gradients)
+    if needs[0] and dy.dtype is torch.float16:  # whose product is float32's
+        plain = gradients is None or keep is not None
+        s, factor = (None, None) if plain else (gradients.dS, a)
+        dx = native.nf4_linear_backward(rows.float(), pieces, K, s, factor).half()
+        if gradients is not None and keep is not None:
+            native.lora_expand_(dx, gradients.dS, a, keep_scale(keep, dropout_p), keep)
     if needs[0]:
-        s = a = None
-        if dS is not None and keep is None:
-            s, a = dS, _float32(lora_A)
-        dense = rows.float() if dy.dtype is torch.float16 else rows
-        dx = native.nf4_linear_backward(dense, pieces, K, s, a).to(dy.dtype)
-        if dS is not None and keep is not None:
-            native.lora_expand_(dx, dS, _float32(lora_A), keep_scale(keep, dropout_p), keep)
         dx = dx.view(*dy.shape[:-1], K)
-    return dx, dA, dB, dbias
+    return dx, *_in_dtypes(gradients, lora_A, lora_B, rows, needs)
 
 
 def supports_dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *args: object) -> str | None:
@@ -268,32 +273,47 @@ def nf4_dora_norm(
     return native.nf4_dora_norm(pieces, shape, dtype, _float32(lora_A), _float32(lora_B) * scaling)
 
 
-def _adapter_gradients(
+def _gradients(
     dy: Tensor,
     x: Tensor | None,
     S: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
     scaling: float,
     keep: Tensor | None,
     dropout_p: float,
     needs: list[bool],
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """scaling * dy @ lora_B where dx or dA needs it, dA, dB and dbias."""
-    need_dx, need_dA, need_dB, need_dbias = needs
-    dS = None
+) -> native.AdapterGradients:
+    r, K = lora_A.shape
+    return native.AdapterGradients(
+        dy,
+        _rows(x, K) if needs[1] else None,
+        S.reshape(dy.shape[0], r) if needs[2] else None,
+        _float32(lora_B.t()),
+        K,
+        scaling,
+        keep,
+        keep_scale(keep, dropout_p),
+        needs[:3],
+    )
+
+
+def _in_dtypes(
+    gradients: native.AdapterGradients | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    dy: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dA, dB and dbias; empty where not needed."""
     dA, dB, dbias = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
-    if lora_A is not None and (need_dx or need_dA):
-        dS = native.lora_shrink(dy, _float32(lora_B.t()), scale=scaling)
-    if lora_A is not None and need_dA:
-        rows = _rows(x, lora_A.shape[1])
-        dA = native.lora_outer(dS, rows, keep_scale(keep, dropout_p), keep).to(lora_A.dtype)
-    if lora_A is not None and need_dB:
-        S = S.reshape(dy.shape[0], lora_B.shape[1])
-        dB = native.lora_outer(S, dy, scaling).t().to(lora_B.dtype).contiguous()
-    if need_dbias:
+    if gradients is not None and needs[1]:
+        dA = gradients.dA.to(lora_A.dtype)
+    if gradients is not None and needs[2]:
+        dB = gradients.dB.to(lora_B.dtype)
+    if needs[3]:
         dbias = dy.sum(0)
-    return dS, dA, dB, dbias
+    return dA, dB, dbias
 
 
 def supports_low_rank_svd(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:

@@ -56,17 +56,28 @@ def cpu_isas() -> tuple[str, ...]:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the next call uses: PEFTKERN_CPU_ISA, or the strongest.
+    """Return the instruction set of this process: PEFTKERN_CPU_ISA, or the strongest.
 
     Raises: ValueError listing what this machine has if PEFTKERN_CPU_ISA names anything else.
     """
-    isas = cpu_isas()
+    return _isa()[0]
+
+
+@functools.cache
+def _isa() -> tuple[str, int]:
+    """Return the name and the code of `cpu_isa`, resolved at the first call."""
+    isas = _module().isas()
     forced = os.environ.get("PEFTKERN_CPU_ISA")
     if not forced:
-        return isas[-1]
+        return list(isas.items())[-1]
     if forced not in isas:
         raise ValueError(f"PEFTKERN_CPU_ISA: expected one of {list(isas)}, got {forced!r}")
-    return forced
+    return forced, isas[forced]
+
+
+def _isa_and_threads() -> tuple[int, int]:
+    """Return what every parallel kernel takes first."""
+    return _isa()[1], torch.get_num_threads()
 
 
 def describe() -> str:
@@ -86,8 +97,7 @@ def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device="cpu")
     absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32, device="cpu")
     _module().nf4_quantize(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         src,
         _dtype_code("weight", weight),
         numel,
@@ -133,7 +143,7 @@ def nf4_dequantize(pieces: Pieces, out: Tensor, fresh: bool) -> None:
     dtype = _dtype_code("out", out)
     weight = _weight(pieces, numel)
     _module().nf4_dequantize(
-        cpu_isa(), torch.get_num_threads(), weight, address, dtype, numel, fresh
+        *_isa_and_threads(), weight, address, dtype, numel, fresh
     )
 
 
@@ -142,8 +152,7 @@ def lora_shrink(x: Tensor, a: Tensor, keep: Tensor | None = None, scale: float =
     (M, K), r = x.shape, a.shape[0]
     S = torch.empty((M, r), dtype=torch.float32, device="cpu")
     _module().lora_shrink(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         M,
         K,
         r,
@@ -163,8 +172,7 @@ def lora_expand_(
     """y[M, K] += scale * keep * (s[M, r] @ a[r, K]); s and a float32."""
     (M, K), r = y.shape, a.shape[0]
     _module().lora_expand(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         M,
         K,
         r,
@@ -177,24 +185,51 @@ def lora_expand_(
     )
 
 
-def lora_outer(s: Tensor, x: Tensor, scale: float = 1.0, keep: Tensor | None = None) -> Tensor:
-    """scale * s[M, r].T @ (x * keep)[M, K], float32 [r, K]; s float32."""
-    (M, K), r = x.shape, s.shape[1]
-    gradient = torch.empty((r, K), dtype=torch.float32, device="cpu")
-    _module().lora_outer(
-        cpu_isa(),
-        torch.get_num_threads(),
-        M,
-        K,
-        r,
-        _address("s", s, torch.float32, M * r),
-        _address("x", x, x.dtype, M * K),
-        _dtype_code("x", x),
-        _keep(keep, M * K),
-        scale,
-        gradient.data_ptr(),
-    )
-    return gradient
+class AdapterGradients:
+    """The adapter's part of a backward pass: outputs, and their description for C++.
+
+    dS[M, r] = scaling * dy[M, N] @ b[r, N].T where dx or dA needs it; dA[r, K] = keep_scale *
+    dS.T @ (x * keep)[M, K] and dB[N, r] = scaling * dy.T @ S[M, r] where needed; float32 all.
+    """
+
+    def __init__(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        S: Tensor | None,
+        b: Tensor,
+        K: int,
+        scaling: float,
+        keep: Tensor | None,
+        keep_scale: float,
+        needs: Sequence[bool],
+    ) -> None:
+        (M, N), r = dy.shape, b.shape[0]
+        need_dx, need_dA, need_dB = needs
+        self.sizes = (M, N, K, r)
+        self._alive = (dy, x, S, b, keep)  # whose addresses `fields` holds
+        self.dS = _float32(M, r) if need_dx or need_dA else None
+        self.dA = _float32(r, K) if need_dA else None
+        self.dB = _float32(N, r) if need_dB else None
+        self.fields = (
+            _address("dy", dy, dy.dtype, M * N),
+            _dtype_code("dy", dy),
+            _address("lora_B", b, torch.float32, r * N),
+            scaling,
+            0 if self.dS is None else self.dS.data_ptr(),
+            0 if self.dA is None else _address("x", x, x.dtype, M * K),
+            0 if self.dA is None else _dtype_code("x", x),
+            _keep(keep, M * K),
+            keep_scale,
+            0 if self.dA is None else self.dA.data_ptr(),
+            0 if self.dB is None else _address("S", S, torch.float32, M * r),
+            0 if self.dB is None else self.dB.data_ptr(),
+        )
+
+
+def lora_backward(gradients: AdapterGradients) -> None:
+    """Compute dS, dA and dB."""
+    _module().lora_backward(*_isa_and_threads(), *gradients.sizes, gradients.fields)
 
 
 def dora_norm(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -217,8 +252,7 @@ def _dora_norm(
     (N, K), r = shape, a.shape[0]
     norm = torch.empty(N, dtype=torch.float32, device="cpu")
     _module().dora_norm(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         N,
         K,
         r,
@@ -252,8 +286,7 @@ def nf4_linear_forward(
     y = torch.empty((M, N), dtype=x.dtype, device="cpu")
     S = torch.empty((M, r) if a is not None else 0, dtype=torch.float32, device="cpu")
     _module().nf4_lora_linear_forward(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         M,
         N,
         K,
@@ -274,15 +307,22 @@ def nf4_linear_forward(
 
 
 def nf4_linear_backward(
-    dy: Tensor, pieces: Pieces, K: int, s: Tensor | None, a: Tensor | None
+    dy: Tensor,
+    pieces: Pieces,
+    K: int,
+    s: Tensor | None,
+    a: Tensor | None,
+    gradients: AdapterGradients | None = None,
 ) -> Tensor:
-    """dx[M, K] = dy[M, N] W + s[M, r] a[r, K]; dy float32 or bfloat16, s and a float32 or None."""
+    """dx[M, K] = dy[M, N] W + s[M, r] a[r, K]; dy float32 or bfloat16, s and a float32 or None.
+
+    With `gradients` they are computed first and s is their dS, under their dropout.
+    """
     M, N = dy.shape
-    r = 0 if s is None else s.shape[1]
+    r = 0 if a is None else a.shape[0]
     dx = torch.empty((M, K), dtype=dy.dtype, device="cpu")
     _module().nf4_lora_linear_backward(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         M,
         N,
         K,
@@ -292,6 +332,7 @@ def nf4_linear_backward(
         _weight(pieces, N * K),
         0 if s is None else _address("s", s, torch.float32, M * r),
         0 if a is None else _address("lora_A", a, torch.float32, r * K),
+        () if gradients is None else gradients.fields,
         dx.data_ptr(),
     )
     return dx
@@ -314,8 +355,7 @@ def low_rank_cores(
     scale, floor = _float64(count), _float64(count)
     info = torch.empty(count, dtype=torch.int64, device="cpu")
     _module().low_rank_cores(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         _low_rank_pairs(lora_B, lora_A, r),
         r,
         _address("scaling", factors, torch.float64, count),
@@ -334,8 +374,7 @@ def jacobi_svd(
     left, right = (_float64(count, r, r) if vectors else None for _ in range(2))
     info = torch.empty(count, dtype=torch.int64, device="cpu")
     _module().jacobi_svd(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         count,
         r,
         sweeps,
@@ -367,8 +406,7 @@ def low_rank_rotate(
     """
     count = len(lora_B)
     _module().low_rank_rotate(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         _low_rank_pairs(lora_B, lora_A, r),
         r,
         _address("inverse", inverse, torch.float64, 2 * count * r * r),
@@ -431,6 +469,10 @@ def address_table(
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
+def _float32(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _float64(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device="cpu")
 
@@ -482,8 +524,8 @@ def _activation_code(name: str, tensor: Tensor) -> int:
     raise ValueError(f"{name}: expected float32 or bfloat16, got {tensor.dtype}")
 
 
-def _weight(pieces: Pieces, numel: int) -> tuple[int | float | bool, ...]:
-    """The description of an NF4 weight that every C++ function takes."""
+def _weight(pieces: Pieces, numel: int) -> tuple[int, ...]:
+    """Describe an NF4 weight as C++ reads it: `view_of` in binding.h."""
     packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize = pieces
     _check_blocksize("blocksize", blocksize)
     packed_bytes = (numel + 1) // 2
@@ -491,22 +533,24 @@ def _weight(pieces: Pieces, numel: int) -> tuple[int | float | bool, ...]:
     packed_at = _address("packed", packed, torch.uint8, packed_bytes)
     if nested_absmax is None:
         absmax_at = _address("absmax", absmax, torch.float32, nblocks)
-        nested = (False, 0, 0, 0, 0.0, blocksize, 0)
-    else:
-        absmax_at = _address("absmax", absmax, torch.uint8, nblocks)
-        _check_blocksize("nested_blocksize", nested_blocksize)
-        nested_len = -(-nblocks // nested_blocksize)
-        _address("nested_offset", nested_offset, torch.float32, 1)
-        nested = (
-            True,
-            _address("nested_absmax", nested_absmax, torch.float32, nested_len),
-            nested_len,
-            _address("nested_code", nested_code, torch.float32, 256),
-            float(nested_offset),
-            blocksize,
-            nested_blocksize,
-        )
-    return (packed_at, packed_bytes, absmax_at, nblocks, *nested, numel)
+        return (0, numel, blocksize, 0, 0, packed_at, packed_bytes, absmax_at, nblocks, 0, 0, 0, 0)
+    _check_blocksize("nested_blocksize", nested_blocksize)
+    nested_len = -(-nblocks // nested_blocksize)
+    return (
+        0,
+        numel,
+        blocksize,
+        1,
+        nested_blocksize,
+        packed_at,
+        packed_bytes,
+        _address("absmax", absmax, torch.uint8, nblocks),
+        nblocks,
+        _address("nested_absmax", nested_absmax, torch.float32, nested_len),
+        nested_len,
+        _address("nested_code", nested_code, torch.float32, 256),
+        _address("nested_offset", nested_offset, torch.float32, 1),
+    )
 
 
 def adalora_importance_(
@@ -524,8 +568,7 @@ def adalora_importance_(
     numel, count = exp_avg_ipt.numel(), sum(E.numel() for E in params[::3])
     scores = torch.empty(count, dtype=torch.float32, device="cpu")
     _module().adalora_importance(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         _triplet_table(params, grads),
         _dtype_code("params", params[0]),
         _address("exp_avg_ipt", exp_avg_ipt, torch.float32, numel),
@@ -566,8 +609,7 @@ def adalora_gram(lora_A: list[Tensor], lora_B: list[Tensor]) -> tuple[Tensor, li
     table, size = _gram_table(lora_A, lora_B)
     residual = torch.empty(size, dtype=torch.float32, device="cpu")
     norms = _module().adalora_gram(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         table,
         len(lora_A),
         _dtype_code("lora_A", lora_A[0]),
@@ -584,8 +626,7 @@ def adalora_gram_backward(
     grads = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in lora_A + lora_B]
     table, size = _gram_table(lora_A, lora_B, grads)
     _module().adalora_gram_backward(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         table,
         len(lora_A),
         _dtype_code("lora_A", lora_A[0]),
@@ -602,8 +643,7 @@ def rosa_sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
     K = x.shape[1]
     values = torch.empty(col.numel(), dtype=torch.float32, device="cpu")
     _module().rosa_sddmm(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         _sparse(crow, col, N, K),
         _address("dy", dy, x.dtype, T * N),
         _address("x", x, x.dtype, T * K),
@@ -621,8 +661,7 @@ def rosa_spmm_(
     T, N = y.shape
     K, nnz = x.shape[1], col.numel()
     _module().rosa_spmm(
-        cpu_isa(),
-        torch.get_num_threads(),
+        *_isa_and_threads(),
         _sparse(crow, col, N, K),
         _address("values", values, torch.float32, nnz),
         0 if order is None else _address("order", order, col.dtype, nnz),

@@ -69,6 +69,14 @@ def device_is_alive(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.exit(f"{request.node.nodeid}: {error}", returncode=1)
 
 
+@pytest.fixture(autouse=True)
+def isa_of_this_test() -> Iterator[None]:
+    """PEFTKERN_CPU_ISA is read once per process: here, once per test."""
+    native._isa.cache_clear()
+    yield
+    native._isa.cache_clear()
+
+
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on the native kernels and on plain torch; a missing library fails the test."""
