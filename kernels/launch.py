@@ -12,10 +12,10 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from peftkern.device import arch
+from peftkern.backends.device import arch
+from peftkern.formats.nf4 import nf4_code
 from peftkern.kernels.configs import Problem, TileConfig, chosen
 from peftkern.kernels.primitives import INTERPRETED
-from peftkern.nf4 import nf4_code
 
 _INTERPRETED_PROCESSORS = 4  # so that the interpreter meets split reductions on small shapes
 

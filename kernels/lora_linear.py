@@ -19,23 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.dropout import keep_scale, keep_threshold
+from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.kernels.aot import AotCase, tiles
 from peftkern.kernels.configs import RANK_LEAST, Problem, TileConfig, block_rank, ceil_div, slab
-from peftkern.kernels.launch import (
-    config_for,
-    guard,
-    precision,
-    rows_of,
-)
-from peftkern.kernels.primitives import (
-    dot,
-    dot_factor,
-    dropped,
-    join_sums,
-    keep_mask,
-    narrow,
-)
+from peftkern.kernels.launch import config_for, guard, precision, rows_of
+from peftkern.kernels.primitives import dot, dot_factor, dropped, join_sums, keep_mask, narrow
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANK_MAX = 256

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern import native
-from peftkern.device import arch
+from peftkern.backends import native
+from peftkern.backends.device import arch
 from peftkern.kernels.aot import AotCase
 from peftkern.kernels.configs import TileConfig, block_rank, ceil_div
 from peftkern.kernels.launch import guard

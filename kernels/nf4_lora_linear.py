@@ -18,24 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.device import arch
-from peftkern.dropout import keep_scale, keep_threshold
+from peftkern.backends.device import arch
+from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.kernels import lora_linear
 from peftkern.kernels.aot import AotCase, tiles
-from peftkern.kernels.configs import (
-    RANK_LEAST,
-    Problem,
-    ceil_div,
-    nf4_fused_rows,
-)
-from peftkern.kernels.launch import (
-    code_table,
-    config_for,
-    guard,
-    has_ptx,
-    precision,
-    rows_of,
-)
+from peftkern.kernels.configs import RANK_LEAST, Problem, ceil_div, nf4_fused_rows
+from peftkern.kernels.launch import code_table, config_for, guard, has_ptx, precision, rows_of
 from peftkern.kernels.nf4 import nf4_dequantize
 from peftkern.kernels.primitives import (
     dot,

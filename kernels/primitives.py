@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from peftkern.nf4 import NF4_CODE
+from peftkern.formats.nf4 import NF4_CODE
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 PHILOX_ROUNDS = tl.constexpr(7)
