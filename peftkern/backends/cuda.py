@@ -40,20 +40,23 @@ def supports_nf4_forward(x: Tensor, packed: Tensor, *args: object) -> str | None
     *_, blocksize, _, shape, lora_A, lora_B, _, _, keep, _ = args
     if x.dtype not in native_cuda.LINEAR_DTYPES:
         return f"the dtype is {x.dtype}"
+    module, reason = native_cuda.cuda_module()
+    if module is None:
+        return reason
     N, K = shape
-    if not (0 < N <= native_cuda.LINEAR_SIZE and 0 < K <= native_cuda.LINEAR_SIZE):
-        return f"the weight is {N} x {K}, not 1 to {native_cuda.LINEAR_SIZE} each"
-    rows, unit = x.numel() // K, native_cuda.PREFILL_UNIT
-    few = rows <= native_cuda.LINEAR_ROWS
-    if rows > native_cuda.PREFILL_ROWS:
-        return f"there are more than {native_cuda.PREFILL_ROWS} rows"
-    if few and (blocksize < native_cuda.LINEAR_BLOCK or K % blocksize):
-        return f"blocks of {blocksize} are below {native_cuda.LINEAR_BLOCK} or cross rows of {K}"
+    if not (0 < N <= module.LINEAR_SIZE and 0 < K <= module.LINEAR_SIZE):
+        return f"the weight is {N} x {K}, not 1 to {module.LINEAR_SIZE} each"
+    rows, unit = x.numel() // K, module.PREFILL_UNIT
+    few = rows <= module.LINEAR_ROWS
+    if rows > module.PREFILL_ROWS:
+        return f"there are more than {module.PREFILL_ROWS} rows"
+    if few and (blocksize < module.LINEAR_BLOCK or K % blocksize):
+        return f"blocks of {blocksize} are below {module.LINEAR_BLOCK} or cross rows of {K}"
     if not few and (blocksize < unit or K % unit):
         return f"rows of {K} are not a multiple of {unit}, or blocks of {blocksize} below it"
     if not native_cuda.begins_at(packed, 8):
         return "the packed weight does not begin at a multiple of 8 bytes"
-    most = native_cuda.LINEAR_RANK if few else native_cuda.PREFILL_RANK
+    most = module.LINEAR_RANK if few else module.PREFILL_RANK
     if lora_A is not None and (reason := _against_adapters(lora_A, lora_B, most)):
         return reason
     if keep is not None:
@@ -120,9 +123,10 @@ def supports_low_rank_svd(lora_B: list[Tensor], lora_A: list[Tensor], *args: obj
             return f"the dtype is {tensor.dtype}"
         if tensor.device != device:
             return f"tensors are on {device} and {tensor.device}"
+    module, _ = native_cuda.cuda_module()
     r = max(A.shape[0] for A in lora_A)
-    if r > native_cuda.JACOBI_RANK:
-        return f"the rank is {r}, more than {native_cuda.JACOBI_RANK}"
+    if module is not None and r > module.JACOBI_RANK:
+        return f"the rank is {r}, more than {module.JACOBI_RANK}"
     return native_cuda.unserved(device)
 
 
@@ -250,7 +254,7 @@ def nf4_lora_linear_forward(
         None if bias is None else bias.contiguous(),
         scaling,
         N,
-        prefill=len(rows) > native_cuda.LINEAR_ROWS,
+        prefill=len(rows) > native_cuda._module().LINEAR_ROWS,
     )
     S = x.new_empty(0, dtype=torch.float32) if S is None else S.view(*x.shape[:-1], S.shape[1])
     return y.view(*x.shape[:-1], N), S

@@ -142,9 +142,7 @@ def nf4_dequantize(pieces: Pieces, out: Tensor, fresh: bool) -> None:
     address = _address("out", out, out.dtype, numel)
     dtype = _dtype_code("out", out)
     weight = _weight(pieces, numel)
-    _module().nf4_dequantize(
-        *_isa_and_threads(), weight, address, dtype, numel, fresh
-    )
+    _module().nf4_dequantize(*_isa_and_threads(), weight, address, dtype, numel, fresh)
 
 
 def lora_shrink(x: Tensor, a: Tensor, keep: Tensor | None = None, scale: float = 1.0) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 from peftkern.formats.nf4 import BLOCKSIZES
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in nf4.h
-JACOBI_RANK = 128  # kCudaJacobiRank in cuda_low_rank_svd.h
 Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
 
 
@@ -77,7 +76,9 @@ def unserved_sm90a(device: torch.device) -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
-        return f"more than {LINEAR_ROWS} rows need compute capability 9.0, not {major}.{minor}"
+        return (
+            f"more than {module.LINEAR_ROWS} rows need compute capability 9.0, not {major}.{minor}"
+        )
     if "sm_90a" not in module.architectures():
         return f"the kernels are built for {', '.join(module.architectures())}, not for sm_90a"
     return None
@@ -139,7 +140,7 @@ def nf4_dequantize(pieces: Pieces, out: Tensor) -> None:
 def jacobi_svd(
     cores: Tensor, sweeps: int, vectors: bool, shared_limit: int = 0
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """What `native.jacobi_svd` gives, of r x r matrices up to JACOBI_RANK that need not be finite.
+    """What `native.jacobi_svd` gives, of r x r matrices, r up to 128, that need not be finite.
 
     One that is not gives NaN and info -1. At most `shared_limit` bytes of shared memory for a
     matrix, 0: what the device has.
@@ -201,9 +202,9 @@ def gram_roots(grams: Tensor, shared_limit: int = 0) -> tuple[Tensor, Tensor, Te
 
 def _square(name: str, matrices: Tensor) -> int:
     """The address of contiguous float64 matrices [n, r, r] that Jacobi's kernels take."""
-    shape = tuple(matrices.shape)
-    if len(shape) != 3 or shape[1] != shape[2] or shape[1] > JACOBI_RANK:
-        raise ValueError(f"{name}: expected [n, r, r] with r up to {JACOBI_RANK}, got {shape}")
+    shape, most = tuple(matrices.shape), _module().JACOBI_RANK
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] > most:
+        raise ValueError(f"{name}: expected [n, r, r] with r up to {most}, got {shape}")
     return _address(name, matrices, torch.float64, matrices.numel(), matrices.device)
 
 
@@ -214,11 +215,7 @@ def _workspace(matrices: Tensor, vectors: bool, shared_limit: int) -> Tensor:
     return torch.empty(count * each, dtype=torch.float64, device=matrices.device)
 
 
-# Of nf4_lora_linear: cuda_nf4_lora_linear.h has the same.
-LINEAR_DTYPES = (torch.bfloat16, torch.float16)
-LINEAR_ROWS, LINEAR_RANK, LINEAR_BLOCK, LINEAR_SIZE = 32, 64, 64, 1 << 26
-# Of its form for more rows: cuda_nf4_lora_linear_sm90a.h has the same.
-PREFILL_ROWS, PREFILL_RANK, PREFILL_UNIT = 512, 256, 64
+LINEAR_DTYPES = (torch.bfloat16, torch.float16)  # of nf4_lora_linear
 
 
 def nf4_lora_linear_forward(
@@ -340,8 +337,8 @@ def _dtype_code(name: str, tensor: Tensor) -> int:
     return code
 
 
-def _weight(pieces: Pieces, numel: int, device: torch.device) -> tuple[int | bool, ...]:
-    """The description of an NF4 weight that every kernel takes; the offset stays on the device."""
+def _weight(pieces: Pieces, numel: int, device: torch.device) -> tuple[int, ...]:
+    """Describe an NF4 weight as C++ reads it: `view_of` in binding.h."""
     packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize = pieces
     _check_blocksize("blocksize", blocksize)
     packed_bytes = (numel + 1) // 2
@@ -349,18 +346,21 @@ def _weight(pieces: Pieces, numel: int, device: torch.device) -> tuple[int | boo
     packed_at = _address("packed", packed, torch.uint8, packed_bytes, device)
     if nested_absmax is None:
         absmax_at = _address("absmax", absmax, torch.float32, nblocks, device)
-        nested = (False, 0, 0, 0, 0, blocksize, 0)
-    else:
-        absmax_at = _address("absmax", absmax, torch.uint8, nblocks, device)
-        _check_blocksize("nested_blocksize", nested_blocksize)
-        nested_len = -(-nblocks // nested_blocksize)
-        nested = (
-            True,
-            _address("nested_absmax", nested_absmax, torch.float32, nested_len, device),
-            nested_len,
-            _address("nested_code", nested_code, torch.float32, 256, device),
-            _address("nested_offset", nested_offset, torch.float32, 1, device),
-            blocksize,
-            nested_blocksize,
-        )
-    return (packed_at, packed_bytes, absmax_at, nblocks, *nested, numel)
+        return (0, numel, blocksize, 0, 0, packed_at, packed_bytes, absmax_at, nblocks, 0, 0, 0, 0)
+    _check_blocksize("nested_blocksize", nested_blocksize)
+    nested_len = -(-nblocks // nested_blocksize)
+    return (
+        0,
+        numel,
+        blocksize,
+        1,
+        nested_blocksize,
+        packed_at,
+        packed_bytes,
+        _address("absmax", absmax, torch.uint8, nblocks, device),
+        nblocks,
+        _address("nested_absmax", nested_absmax, torch.float32, nested_len, device),
+        nested_len,
+        _address("nested_code", nested_code, torch.float32, 256, device),
+        _address("nested_offset", nested_offset, torch.float32, 1, device),
+    )

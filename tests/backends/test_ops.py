@@ -18,7 +18,9 @@ N, K, R = 24, 70, 4
 
 
 def pieces(double_quant: bool = True) -> tuple:
-    return functional.linear._pieces(peftkern.quantize_nf4(torch.randn(N, K), double_quant=double_quant))
+    return functional.linear._pieces(
+        peftkern.quantize_nf4(torch.randn(N, K), double_quant=double_quant)
+    )
 
 
 def forward_operands(dtype: torch.dtype = torch.bfloat16, dropout_p: float = 0.25) -> tuple:

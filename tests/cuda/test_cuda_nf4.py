@@ -214,23 +214,24 @@ def test_library_checks_sizes_itself(emulated_cuda):
     call = (0, tuple(good), out.data_ptr(), 0, out.numel())
     emulated_cuda.nf4_dequantize(*call)
     changes = {
-        0: (0, "packed"),
-        1: (good[1] - 1, "packed"),
-        2: (0, "absmax"),
-        3: (good[3] - 1, "absmax"),
-        6: (good[6] - 1, "nested_absmax"),
-        7: (0, "nested_code"),
-        8: (0, "nested_offset"),
-        9: (63, "blocksize"),
-        10: (0, "nested_blocksize"),
-        11: (-1, "numel"),
+        0: (1, "format"),
+        1: (-1, "numel"),
+        2: (63, "blocksize"),
+        4: (0, "nested_blocksize"),
+        5: (0, "packed"),
+        6: (good[6] - 1, "packed"),
+        7: (0, "absmax"),
+        8: (good[8] - 1, "absmax"),
+        10: (good[10] - 1, "nested_absmax"),
+        11: (0, "nested_code"),
+        12: (0, "nested_offset"),
     }
     for field, (value, name) in changes.items():
         wrong = (*good[:field], value, *good[field + 1 :])
         with pytest.raises(ValueError, match=rf"\b{name}"):
             emulated_cuda.nf4_dequantize(0, wrong, *call[2:])
     for position, value, name in (
-        (1, (), "w: expected 12"),
+        (1, (), "weight: got 0, expected 13 fields"),
         (2, 0, "out"),
         (3, 9, "dtype"),
         (4, 1, "out"),
