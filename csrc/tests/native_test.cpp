@@ -174,8 +174,8 @@ void check_backward(Isa isa, const Shape& c, DType dtype) {
 
   LoraBackwardArgs gradients;
   gradients.M = c.M, gradients.N = c.N, gradients.K = c.K, gradients.r = c.r;
-  gradients.dy = dy.data(), gradients.dy_dtype = dtype, gradients.x = x.data();
-  gradients.x_dtype = dtype, gradients.b = static_cast<float*>(b.data());
+  gradients.dy = dy.data(), gradients.dy_dtype = gradients.x_dtype = dtype, gradients.x = x.data();
+  gradients.b = static_cast<float*>(b.data());
   gradients.s = static_cast<float*>(s.data()), gradients.scaling = 0.5f;
   gradients.keep = dropout ? keep.data() : nullptr, gradients.keep_scale = dropout ? 1.25f : 1.0f;
   gradients.ds = ds.data(), gradients.da = da.data(), gradients.db = db.data();

@@ -41,12 +41,12 @@ class Fields {
   Py_ssize_t index_ = 0;
 };
 
-// A quantized weight: its format (0: NF4), then what that format needs. Addresses are of the memory
-// that the kernels run on: a CPU's or a device's.
+// A quantized weight as peftkern/backends/pointers.py describes it: its format (0: NF4), then what
+// that format needs. Addresses are of the memory that the kernels run on: a CPU's or a device's.
 inline NF4View view_of(const pybind11::tuple& weight) {
-  Fields fields(weight, "weight", 13);
+  Fields fields(weight, "w", 13);
   const int64_t format = fields.size();
-  require(format == 0, "weight: format", format, "0 (NF4)");
+  require(format == 0, "w: format", format, "0 (NF4)");
   NF4View w;
   w.numel = fields.size();
   w.blocksize = fields.size();
