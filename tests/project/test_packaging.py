@@ -140,6 +140,15 @@ def test_isa_object_files_share_no_function(objects):
     assert {stem: lines for stem, lines in weak.items() if lines} == {}
 
 
+@x86_only
+def test_each_isa_object_file_exports_its_table_alone(objects):
+    for stem, path in objects.items():
+        if isa_of(stem) != "plain" or stem == "isa_scalar":
+            exported = [line for line in symbols(path) if re.search(r" [BDRT] ", line)]
+            (table,) = exported
+            assert re.search(r" [RD] peftkern::k\w+Kernels$", table)
+
+
 def symbols(path: Path, *options: str) -> list[str]:
     return run_checked("nm", "-C", "--defined-only", *options, path).splitlines()
 
@@ -346,7 +355,8 @@ def cuda_project(project) -> Path:
     (project / "csrc/cuda").mkdir()
     for name, text in files.items():
         (project / "csrc/cuda" / name).write_text(text)
-    (project / "csrc/cpu/nf4_checks.cpp").touch()
+    for name in ("base", "nf4_checks"):
+        (project / f"csrc/cpu/{name}.cpp").touch()
     return project
 
 
