@@ -89,6 +89,14 @@ def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched dense layers compute small products too."""
+    import peft_models  # and with it PEFT, transformers and bitsandbytes
+
+    peft_models.take_small_layers(monkeypatch.setattr)
+
+
+@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The monitor's clock on a CPU, which stands still but for the test: `clock.now += 1.0`."""
     clock = SimpleNamespace(now=0.0)

@@ -540,8 +540,11 @@ def test_trainer_callback_complains(tmp_path: Path) -> None:
 DDP = """
 import hashlib, json, sys
 import torch, torch.distributed as dist
+from peft_models import take_small_layers
 from test_adalora_peft import STEPS, adalora_llama, optimizer_of, text_batch
 import peftkern
+
+take_small_layers()
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

@@ -92,6 +92,7 @@ def test_frozen_lora_A_saves_tokens_times_rank(cls, backend):
     assert layer.lora_A.grad is None and layer.lora_B.grad is not None
 
 
+@pytest.mark.usefixtures("small_layers")
 def test_frozen_lora_A_saves_little_in_a_patched_peft_model():
     import peft_models
 

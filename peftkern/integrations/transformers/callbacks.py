@@ -24,7 +24,7 @@ with needed_by("peftkern.integrations.transformers"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.utils import logging as transformers_logging
 
-    from peftkern.integrations.peft.serve import PatchReport, patch
+    from peftkern.integrations.peft.patch import PatchReport, patch
 
 if TYPE_CHECKING:
     from transformers import Trainer
