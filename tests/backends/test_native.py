@@ -101,7 +101,7 @@ def test_codec_on_each_isa_is_bit_exact(isa, numel, dtype, double_quant):
         if not double_quant:
             assert torch.equal(w.absmax, absmax)
         for out_dtype in (F32, BF16, F16):
-            wanted = reference.nf4_dequantize(*functional._pieces(w), w.shape, out_dtype)
+            wanted = reference.nf4_dequantize(*functional.linear._pieces(w), w.shape, out_dtype)
             assert torch.equal(peftkern.dequantize_nf4(w, out_dtype), wanted)
 
 
@@ -206,7 +206,7 @@ def test_fork_after_use():
     it calls nothing of torch's.
     """
     M, N, K, R = 64, 512, 1024, 8  # enough for two threads' worth of tasks
-    pieces = functional._pieces(peftkern.quantize_nf4(torch.randn(N, K)))
+    pieces = functional.linear._pieces(peftkern.quantize_nf4(torch.randn(N, K)))
     w = native._weight(pieces, N * K)
     x, a, b = torch.randn(M, K), torch.randn(R, K), torch.randn(N, R)
     out, y, S = torch.zeros(N, K), torch.zeros(M, N), torch.zeros(M, R)

@@ -18,7 +18,7 @@ N, K, R = 24, 70, 4
 
 
 def pieces(double_quant: bool = True) -> tuple:
-    return functional._pieces(peftkern.quantize_nf4(torch.randn(N, K), double_quant=double_quant))
+    return functional.linear._pieces(peftkern.quantize_nf4(torch.randn(N, K), double_quant=double_quant))
 
 
 def forward_operands(dtype: torch.dtype = torch.bfloat16, dropout_p: float = 0.25) -> tuple:
@@ -284,6 +284,6 @@ def test_dropout_draws_as_nn_dropout(layout: str, adapter_dtype: torch.dtype) ->
     dropped = F.dropout(x.to(adapter_dtype), 0.3)
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    keep = functional._draw_keep(x, 0.3)
+    keep = functional.linear._draw_keep(x, 0.3)
     assert torch.equal(keep, dropped != 0)
     assert torch.equal(torch.get_rng_state(), state)
