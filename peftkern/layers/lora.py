@@ -1,21 +1,20 @@
-"""LoRA and NF4 layers for plain torch.
-
-Each is an `nn.Linear` in everything but its forward, so that code which looks for linear layers
-(PEFT's target_modules among it) finds them. `quantize_` swaps the linear layers of a model.
+"""LoRA layers for plain torch, over a dense or an NF4 weight.
 
     layer = NF4LoRALinear.from_linear(linear, r=16, lora_alpha=32)
-    quantize_(model)  # then get_peft_model(model, LoraConfig(...)) and patch(model)
+
+Each is an `nn.Linear` in everything but its forward, so that code which looks for linear layers
+(PEFT's target_modules among it) finds them.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftkern.layers.base import (
+    LowRankFactors,
     NamedErrors,
     bare_linear,
     check_linear,
@@ -26,8 +25,6 @@ from peftkern.layers.base import (
     merged,
 )
 from peftkern.layers.nf4 import NF4Linear, quantized
-from peftkern.layers.quantize import quantize_ as quantize_
-from peftkern.layers.svd import SVDLinear as SVDLinear
 
 
 def _keep_fused_paths_away(layer: nn.Module, args: tuple) -> None:
@@ -35,7 +32,7 @@ def _keep_fused_paths_away(layer: nn.Module, args: tuple) -> None:
     the weights of its layers without their update, calls layers that have hooks."""
 
 
-class _Adapter(NamedErrors):
+class _Adapter(LowRankFactors, NamedErrors):
     """What the two LoRA layers share: lora_A [r, K], lora_B [N, r], scaling and dropout."""
 
     def _add_adapter(
@@ -51,16 +48,9 @@ class _Adapter(NamedErrors):
         self.lora_alpha = lora_alpha
         self.scaling = lora_alpha / r
         self.lora_dropout = lora_dropout
-        factory = {"dtype": adapter_dtype, "device": device}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self._add_factors(r, adapter_dtype, device)
         self.reset_lora_parameters()
         self.register_forward_pre_hook(_keep_fused_paths_away)
-
-    def reset_lora_parameters(self) -> None:
-        """lora_A as nn.Linear draws its weight and lora_B zero: the update starts at nothing."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
 
     def _forward(self, x: Tensor) -> Tensor:
         options = {"scaling": self.scaling, "dropout_p": dropout_p(self)}

@@ -20,13 +20,11 @@ from peftkern.layers.base import (
     check_linear,
     linear_like,
     low_rank_forward,
-    serves_as_base,
 )
 
 _QUANT_FIELDS = tuple(f.name for f in dataclasses.fields(NF4Weight) if f.name != "packed")
 
 
-@serves_as_base
 class NF4Linear(NamedErrors, nn.Linear):
     """A frozen linear layer whose weight is kept in NF4: y = x @ dequantize(weight).T + bias.
 

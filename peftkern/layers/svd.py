@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.layers.base import (
-    OverFrozenBase,
-    check_base,
     check_update,
     dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 
 
 def fold_diagonal(lora_A: Tensor, lora_E: Tensor, scaling: float | Tensor) -> Tensor:
@@ -59,10 +58,8 @@ class SVDLinear(OverFrozenBase):
         lora_dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
         check_update(r, lora_dropout)
-        self.base = check_base(base)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base)
         self.lora_alpha = lora_alpha if lora_alpha > 0 else float(r)
         self.lora_dropout = lora_dropout
         factory = {"dtype": adapter_dtype, "device": base.weight.device}

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.layers.base import (
-    OverFrozenBase,
-    check_base,
+    LowRankFactors,
     check_update,
     low_rank_forward,
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 from peftkern.methods.pairs import AdapterPair, find_pairs
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -42,7 +42,7 @@ _WRITABLE = (torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 1 << 22  # elements of the weight that are written at once
 
 
-class DeltaLoRALinear(OverFrozenBase):
+class DeltaLoRALinear(LowRankFactors, OverFrozenBase):
     """A frozen linear layer plus a low-rank update that its weight follows, in telescoped form.
 
     y = base(x) + s * (1 + lam) * (x @ lora_A.T) @ lora_B.T - lam * s * (x @ start_A.T) @ start_B.T
@@ -74,24 +74,15 @@ class DeltaLoRALinear(OverFrozenBase):
         lam: float = 2.0,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
         check_update(r)
         _check_lam(lam)
-        self.base = check_base(base)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base)
         self.r, self.lora_alpha, self.lam = r, lora_alpha, lam
         self.scaling = lora_alpha / r
-        factory = {"dtype": adapter_dtype, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self._add_factors(r, adapter_dtype, base.weight.device)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         self.reset_lora_parameters()
-
-    def reset_lora_parameters(self) -> None:
-        """lora_A as nn.Linear draws its weight and lora_B zero: the update starts at nothing."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
 
     @property
     def started(self) -> bool:

@@ -33,14 +33,13 @@ from torch import Tensor, nn
 
 from peftkern.layers import LoRALinear, NF4LoRALinear
 from peftkern.layers.base import (
-    OverFrozenBase,
-    check_base,
     check_update,
     dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 
 
 class DyLoRALinear(OverFrozenBase):
@@ -71,10 +70,8 @@ class DyLoRALinear(OverFrozenBase):
         scale_by_rank: bool = False,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.base = check_base(base)
+        super().__init__(base)
         check_update(r, lora_dropout)
-        self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
         self.scale_by_rank = scale_by_rank
         factory = {"dtype": adapter_dtype, "device": base.weight.device}

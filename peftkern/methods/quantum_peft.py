@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.layers.base import (
-    OverFrozenBase,
-    check_base,
     check_update,
     dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 
 _QUBITS = 6  # that one matrix acts on at most: 64 x 64
 
@@ -95,15 +94,13 @@ class QuantumPEFTLinear(OverFrozenBase):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.base = check_base(base)
+        super().__init__(base)
         check_update(r, lora_dropout)
         K, N = base.in_features, base.out_features
         if r > min(N, K):
             raise ValueError(f"r: expected at most {min(N, K)}, the smaller side, got {r}")
         if type(layers) is not int or layers < 0:
             raise ValueError(f"layers: expected a number of at least 0, got {layers!r}")
-        self.in_features, self.out_features = K, N
         self.layers, self.lora_dropout = layers, lora_dropout
         self.scaling = lora_alpha / r
         factory = {"dtype": torch.float32, "device": base.weight.device}

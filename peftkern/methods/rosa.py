@@ -22,7 +22,6 @@ Source: Nikdan et al. 2024, arXiv:2401.04679
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +31,8 @@ from torch import Tensor, nn
 
 from peftkern.functional.rosa import SparseMask, rosa_linear
 from peftkern.layers.base import (
-    OverFrozenBase,
+    LowRankFactors,
     base_weight,
-    check_base,
     check_strided,
     check_update,
     dropout_p,
@@ -42,13 +40,14 @@ from peftkern.layers.base import (
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 from peftkern.methods.top_gradients import TopGradients
 
 IMPORTANCES = {"squared": 2, "absolute": 1}
 _DERIVED = ("ccol", "row", "order")  # of a mask; not in the state dict
 
 
-class RoSALinear(OverFrozenBase):
+class RoSALinear(LowRankFactors, OverFrozenBase):
     """A frozen linear layer plus a low-rank and a sparse update.
 
     y = base(x) + x @ S.T + lora_alpha / r * (dropout(x) @ lora_A.T) @ lora_B.T
@@ -81,17 +80,14 @@ class RoSALinear(OverFrozenBase):
         nnz: int | None = None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.base = check_base(base)
+        super().__init__(base)
         check_update(r, lora_dropout)
-        N, K = self.out_features, self.in_features = base.out_features, base.in_features
+        N, K = self.out_features, self.in_features
         nnz = _check_nnz(density, nnz, N * K)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = lora_alpha / r
         device = base.weight.device
-        factory = {"dtype": adapter_dtype, "device": device}
-        self.lora_A = nn.Parameter(torch.empty(r, K, **factory))
-        self.lora_B = nn.Parameter(torch.empty(N, r, **factory))
+        self._add_factors(r, adapter_dtype, device)
         wide = torch.promote_types(adapter_dtype, torch.float32)
         self.values = nn.Parameter(torch.zeros(nnz, dtype=wide, device=device))
         integers = {
@@ -104,11 +100,6 @@ class RoSALinear(OverFrozenBase):
             self.register_buffer(name, None, persistent=False)
         self.collected: TopGradients | None = None  # where backward passes leave gradients
         self.reset_lora_parameters()
-
-    def reset_lora_parameters(self) -> None:
-        """lora_A as nn.Linear draws its weight and lora_B zero: that update starts at nothing."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
 
     def reset_mask(self) -> None:
         """Forget the mask and its values: LoRA again. What an optimizer keeps of them stays."""
