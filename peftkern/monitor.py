@@ -1,4 +1,4 @@
-"""What a training loop makes of its time, its memory and our kernels, without waiting for the GPU.
+"""Throughput, memory and kernel telemetry of a training loop, without waiting for the GPU.
 
     with TrainingMonitor(jsonl="run.jsonl", live=True) as monitor:
         for batch in batches:
@@ -59,7 +59,7 @@ FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class Summary:
-    """All steps so far. Seconds of a step: median and the quantiles around it; NaN without steps.
+    """Totals of all steps. Seconds of a step: median and quantiles around it; NaN without steps.
 
     kernel_calls were served by kernels of ours, reference_calls by plain torch, and fallbacks are
     calls that did not take the way they could have; `calls` and `fallback_reasons` count each kind.
@@ -98,7 +98,7 @@ class Summary:
 
 
 class TrainingMonitor:
-    """Counts and times the steps of a loop; a context manager, or `start` and `close` by hand.
+    """Counter and timer of a loop's steps; a context manager, or `start` and `close` by hand.
 
     Args: device, what trains: the current GPU by default, the CPU without one; on other devices
         times are those of the host. jsonl, a file that gets a line per record, appended as one
@@ -133,7 +133,7 @@ class TrainingMonitor:
 
     @property
     def running(self) -> bool:
-        """Between `start` and `close`."""
+        """True between `start` and `close`."""
         return self._clock is not None
 
     def __enter__(self) -> TrainingMonitor:
@@ -179,7 +179,7 @@ class TrainingMonitor:
         return self
 
     def step(self, tokens: int = 0, **values: Number) -> None:
-        """A step has ended: count it, and make a record if one is due.
+        """Count a step that has ended, and make a record if one is due.
 
         Args: tokens of the step, as shapes tell them; values, numbers for the record (loss=...),
             dropped where none is due. A tensor is refused: the host would wait for its value.
@@ -201,7 +201,7 @@ class TrainingMonitor:
         self._begin = self._started().mark()
 
     def record(self, **values: Number) -> dict[str, Any] | None:
-        """What the steps since the last record did, of those that the device has finished.
+        """Record the steps since the last record that the device has finished.
 
         Returns: FIELDS and values, also written to the file and kept in `last`; None if no further
             step has finished. Without dicts: `scalars`.
@@ -235,7 +235,7 @@ class TrainingMonitor:
         return record
 
     def memory(self) -> dict[str, int]:
-        """Bytes now, and NVML's utilisation in percent: what this device has of FIELDS."""
+        """Return bytes now and NVML's utilization in percent: what this device has of FIELDS."""
         found = _process_memory()
         if self.device.type == "cuda":
             stats = torch.cuda.memory_stats(self.device)  # empty before the first tensor
@@ -250,7 +250,7 @@ class TrainingMonitor:
         return found
 
     def summary(self) -> Summary:
-        """All steps that the device has finished, since `start`; stays after `close`."""
+        """Summarize all steps that the device has finished since `start`; stays after `close`."""
         if self._clock is not None:
             self._drain()
             self._ended = dispatch.stats(), self.memory()
@@ -326,13 +326,13 @@ class TrainingMonitor:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, Number]:
-    """The numbers of a record that a plot over steps wants."""
+    """Return the numbers of a record that a plot over steps wants."""
     left_out = ("time", "step")
     return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in left_out}
 
 
 class _WallClock:
-    """The host's clock: right where computing blocks the host."""
+    """Clock of the host: right where computing blocks the host."""
 
     mark = staticmethod(time.perf_counter)
 
@@ -368,7 +368,7 @@ class _CudaClock:
 
 
 class _Lines:
-    """A JSONL file to append to, a line at a time and each with one write."""
+    """JSONL file to append to, a line at a time and each with one write."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -387,7 +387,7 @@ class _Lines:
 
 
 def _json_numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a number that is not finite becomes null."""
+    """Replace numbers that are not finite by null: JSON has no NaN."""
     return {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
     }
@@ -399,7 +399,7 @@ def _plain(summary: Summary) -> dict[str, Any]:
 
 
 def _kernel_counts(before: dispatch.Stats, now: dispatch.Stats) -> dict[str, Any]:
-    """What `dispatch.stats` counted in between, in numbers and by name."""
+    """Return the counts of `dispatch.stats` in between, in numbers and by name."""
     calls = dict(_more(before.calls, now.calls))
     fallbacks = dict(_more(before.fallbacks, now.fallbacks))
     reference = sum(count for (_, backend), count in calls.items() if backend == "reference")
@@ -413,7 +413,7 @@ def _kernel_counts(before: dispatch.Stats, now: dispatch.Stats) -> dict[str, Any
 
 
 def _more(before: dict[Any, int], now: dict[Any, int]) -> Iterator[tuple[Any, int]]:
-    """What has grown; a count that has shrunk was reset in between and began at zero."""
+    """Return what has grown; a count that has shrunk was reset in between and began at zero."""
     for key, count in sorted(now.items()):
         old = before.get(key, 0)
         grown = count - old if count >= old else count
@@ -422,7 +422,7 @@ def _more(before: dict[Any, int], now: dict[Any, int]) -> Iterator[tuple[Any, in
 
 
 def _process_memory() -> dict[str, int]:
-    """Resident memory of this process now, where /proc tells it, and at its largest."""
+    """Return this process's resident memory now, where /proc tells it, and at its largest."""
     found = {}
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:
         found["process_rss_bytes"] = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -436,7 +436,7 @@ def _process_memory() -> dict[str, int]:
 
 
 def _nvml(device: torch.device) -> dict[str, int] | str:
-    """What NVML tells of a GPU, through torch, which knows its number there; or why it does not."""
+    """Return NVML's figures of a GPU, by torch, which knows its number there; or the reason."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{device.type} is not an NVIDIA GPU"
     try:
@@ -471,7 +471,7 @@ def _live() -> Live | None:
 
 
 def _line(record: dict[str, Any]) -> Text:
-    """A record in one line of a terminal, what matters most first."""
+    """Format a record as one line of a terminal, what matters most first."""
     from rich.text import Text
 
     parts = [f"step {record['step']:,}", f"{_ms(record['step_seconds'])}/step"]
@@ -494,7 +494,7 @@ def _line(record: dict[str, Any]) -> Text:
 
 
 def _name(key: str) -> str:
-    """ "peak allocated" of cuda_peak_allocated_bytes, "NVML used" of nvml_used_bytes."""
+    """Name a field: "peak allocated" of cuda_peak_allocated_bytes, "NVML used"."""
     words = key.removesuffix("_bytes").replace("rss", "RSS").replace("nvml", "NVML").split("_")
     return " ".join(words[1:] if words[0] == "cuda" else words)
 

@@ -15,7 +15,7 @@ from peftkern.functional import dequantize_nf4, lora_linear, nf4_linear, nf4_lor
 
 
 def check_linear(linear: nn.Module) -> None:
-    """Raises: TypeError unless it is an nn.Linear, no subclass, whose weight is a parameter."""
+    """Raise TypeError unless it is an nn.Linear, no subclass, whose weight is a parameter."""
     if type(linear) is not nn.Linear:
         raise TypeError(f"linear: expected an nn.Linear, got {kind_of(linear)}")
     if linear._parameters.get("weight") is None:
@@ -26,7 +26,7 @@ def check_linear(linear: nn.Module) -> None:
 
 
 def kind_of(module: Any) -> str:
-    """The class of a module that was refused, and what to do instead where that is known."""
+    """Name the class of a module that was refused, and what to do instead where that is known."""
     if type(module) is NonDynamicallyQuantizableLinear:
         return (
             "NonDynamicallyQuantizableLinear: nn.MultiheadAttention reads the weight of its "
@@ -39,7 +39,7 @@ def kind_of(module: Any) -> str:
 
 
 def check_update(r: int, lora_dropout: float = 0.0) -> None:
-    """Raises: ValueError unless r is positive and lora_dropout in [0, 1)."""
+    """Raise ValueError unless r is positive and lora_dropout in [0, 1)."""
     if type(r) is not int or r < 1:
         raise ValueError(f"r: expected a positive rank, got {r!r}")
     if not 0.0 <= lora_dropout < 1.0:
@@ -47,7 +47,7 @@ def check_update(r: int, lora_dropout: float = 0.0) -> None:
 
 
 def dropout_p(layer: nn.Module) -> float:
-    """The probability with which a layer drops its input now: lora_dropout while it trains."""
+    """Return a layer's dropout probability now: lora_dropout while it trains."""
     return layer.lora_dropout if layer.training else 0.0
 
 
@@ -66,7 +66,7 @@ class LowRankFactors:
 
 
 class NamedErrors:
-    """Mixin of a module: a TypeError or ValueError of its forward says which layer it comes from.
+    """Mixin of a module: a TypeError or ValueError of its forward names the layer.
 
     `_forward` computes. `qualified_name` is the layer's place in its model, where it is known.
     """
@@ -83,7 +83,7 @@ class NamedErrors:
 
 
 def base_weight(base: nn.Linear) -> Tensor | NF4Weight:
-    """The weight of a frozen layer that `check_base` accepts."""
+    """Return the weight of a frozen layer that `check_base` accepts."""
     return base.nf4 if hasattr(type(base), "nf4") else base.weight
 
 
@@ -96,7 +96,9 @@ def low_rank_forward(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """base(x) + scaling * (dropout(x) @ lora_A.T) @ lora_B.T in one op; base(x) without factors.
+    """Apply a frozen layer plus a low-rank update in one op.
+
+    base(x) + scaling * (dropout(x) @ lora_A.T) @ lora_B.T; base(x) without factors.
 
     Sparse and nested inputs, which the kernels do not know, go through torch's functions.
     """
@@ -111,12 +113,12 @@ def low_rank_forward(
 
 
 def is_strided(x: Any) -> bool:
-    """Whether x is no sparse and no nested tensor; what is no tensor passes."""
+    """Return whether x is neither sparse nor nested; what is no tensor passes."""
     return not isinstance(x, Tensor) or (x.layout is torch.strided and not x.is_nested)
 
 
 def check_strided(x: Any) -> None:
-    """Raises: ValueError on a sparse or nested tensor."""
+    """Raise ValueError on a sparse or nested tensor."""
     if not is_strided(x):
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise ValueError(f"x: expected a tensor with strides, got {kind}")
@@ -140,14 +142,14 @@ def _torch_forward(
 
 
 def low_rank_update(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
-    """scaling * lora_B @ lora_A, [N, K], in float32 or what is wider."""
+    """Return scaling * lora_B @ lora_A, [N, K], in float32 or what is wider."""
     wide = torch.promote_types(lora_B.dtype, torch.float32)
     return scaling * (lora_B.to(wide) @ lora_A.to(wide))
 
 
 @torch.no_grad()
 def merged(base: nn.Linear, update: Tensor) -> nn.Linear:
-    """A new dense nn.Linear with the weight of `base` + update [N, K].
+    """Make a dense nn.Linear with the weight of `base` + update [N, K].
 
     Summed in float32 or what is wider, and rounded once to the dtype that the weight has, or had
     before it became NF4.
@@ -159,7 +161,7 @@ def merged(base: nn.Linear, update: Tensor) -> nn.Linear:
 
 
 def linear_like(base: nn.Linear, weight: Tensor) -> nn.Linear:
-    """A new nn.Linear with this dense weight and a copy of the bias of `base`."""
+    """Make an nn.Linear with this dense weight and a copy of the bias of `base`."""
     linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, "meta")
     linear.weight = nn.Parameter(weight.detach())
     if base.bias is not None:
@@ -168,7 +170,7 @@ def linear_like(base: nn.Linear, weight: Tensor) -> nn.Linear:
 
 
 def bare_linear(cls: type, in_features: int, out_features: int, training: bool) -> Any:
-    """An nn.Linear of that class with no parameters yet: its __init__ would draw a weight."""
+    """Make an nn.Linear of that class with no parameters yet: its __init__ would draw a weight."""
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
     layer.register_parameter("weight", None)  # the order that nn.Linear's state dict has

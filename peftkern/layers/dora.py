@@ -25,7 +25,7 @@ from peftkern.layers.frozen_base import OverFrozenBase
 
 
 class DoRALinear(LowRankFactors, OverFrozenBase):
-    """A frozen linear layer whose rows keep a trained length while a low-rank update turns them.
+    """Frozen linear layer whose rows keep a trained length while a low-rank update turns them.
 
     y = x @ (c * (weight + scaling * lora_B @ lora_A)).T + bias, by rows
     c = magnitude / |weight + scaling * lora_B @ lora_A|, the norm a constant to the gradient
@@ -64,13 +64,13 @@ class DoRALinear(LowRankFactors, OverFrozenBase):
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """Back to the start, at which the layer computes what `base` does."""
+        """Start again, as a layer that computes what `base` does."""
         super().reset_lora_parameters()
         with torch.no_grad():
             self.magnitude.copy_(self.norm())
 
     def norm(self) -> Tensor:
-        """The norm of each row of the updated weight, [N]."""
+        """Return the norm of each row of the updated weight, [N]."""
         return dora_norm(base_weight(self.base), self.lora_A, self.lora_B, scaling=self.scaling)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class DoRALinear(LowRankFactors, OverFrozenBase):
         )
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, without the update's cost."""
+        """Make a dense nn.Linear that computes the same, without the update's cost."""
         base, weight = self.base, base_weight(self.base)
         with torch.no_grad():
             norm = self.norm()

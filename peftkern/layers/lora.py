@@ -28,12 +28,14 @@ from peftkern.layers.nf4 import NF4Linear, quantized
 
 
 def _keep_fused_paths_away(layer: nn.Module, args: tuple) -> None:
-    """A forward pre-hook that does nothing: nn.TransformerEncoderLayer, which in inference reads
-    the weights of its layers without their update, calls layers that have hooks."""
+    """Do nothing, as a forward pre-hook: nn.TransformerEncoderLayer calls layers that have hooks.
+
+    In inference it reads the weights of others, without their update.
+    """
 
 
 class _Adapter(LowRankFactors, NamedErrors):
-    """What the two LoRA layers share: lora_A [r, K], lora_B [N, r], scaling and dropout."""
+    """Mixin of the two LoRA layers: lora_A [r, K], lora_B [N, r], scaling and dropout."""
 
     def _add_adapter(
         self,
@@ -57,8 +59,10 @@ class _Adapter(LowRankFactors, NamedErrors):
         return low_rank_forward(self, x, self.lora_A, self.lora_B, **options)
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, in the dtype the weight had, without the
-        update's cost."""
+        """Make a dense nn.Linear that computes the same, without the update's cost.
+
+        It has the dtype that the weight had.
+        """
         with torch.no_grad():
             return merged(self, low_rank_update(self.lora_A, self.lora_B, self.scaling))
 
@@ -70,7 +74,7 @@ class _Adapter(LowRankFactors, NamedErrors):
 
 
 class LoRALinear(_Adapter, nn.Linear):
-    """A frozen linear layer plus a trained low-rank update.
+    """Frozen linear layer plus a trained low-rank update.
 
     y = x @ weight.T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias
 
@@ -105,7 +109,7 @@ class LoRALinear(_Adapter, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **update: Any) -> LoRALinear:
-        """The same layer with an update; it takes over the weight and bias, and freezes them.
+        """Add an update to a linear layer, whose weight and bias are taken over and frozen.
 
         Args: update: r, lora_alpha, lora_dropout and adapter_dtype, as above.
         """
@@ -118,7 +122,7 @@ class LoRALinear(_Adapter, nn.Linear):
 
 
 class NF4LoRALinear(_Adapter, NF4Linear):
-    """A frozen linear layer in NF4 plus a trained low-rank update (QLoRA).
+    """Frozen linear layer in NF4 plus a trained low-rank update (QLoRA).
 
     y = x @ dequantize(weight).T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias
 
@@ -154,7 +158,7 @@ class NF4LoRALinear(_Adapter, NF4Linear):
         double_quant: bool = True,
         **update: Any,
     ) -> NF4LoRALinear:
-        """Quantise a linear layer, or take over an NF4Linear as it is, and add an update.
+        """Quantize a linear layer, or take over an NF4Linear as it is, and add an update.
 
         Args: update: r, lora_alpha, lora_dropout and adapter_dtype, as in `LoRALinear`.
         """

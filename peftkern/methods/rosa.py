@@ -48,7 +48,7 @@ _DERIVED = ("ccol", "row", "order")  # of a mask; not in the state dict
 
 
 class RoSALinear(LowRankFactors, OverFrozenBase):
-    """A frozen linear layer plus a low-rank and a sparse update.
+    """Frozen linear layer plus a low-rank and a sparse update.
 
     y = base(x) + x @ S.T + lora_alpha / r * (dropout(x) @ lora_A.T) @ lora_B.T
 
@@ -117,12 +117,12 @@ class RoSALinear(LowRankFactors, OverFrozenBase):
 
     @property
     def drawn(self) -> bool:
-        """Whether the sparse update has its places."""
+        """True once the sparse update has its places."""
         return self.order is not None
 
     @property
     def mask(self) -> SparseMask | None:
-        """Where the sparse update is; None before it is drawn."""
+        """Places of the sparse update; None before they are drawn."""
         if not self.drawn:
             return None
         shape = (self.out_features, self.in_features)
@@ -169,7 +169,7 @@ class RoSALinear(LowRankFactors, OverFrozenBase):
         return _Collect.apply(y, x.detach(), self.collected)
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, in the dtype the weight had."""
+        """Make a dense nn.Linear that computes the same, in the dtype the weight had."""
         with torch.no_grad():
             update = low_rank_update(self.lora_A, self.lora_B, self.scaling)
             mask = self.mask
@@ -212,7 +212,7 @@ class RoSALinear(LowRankFactors, OverFrozenBase):
 
 
 class _Collect(torch.autograd.Function):
-    """A copy of y; its gradient goes to `collected`, with an x that checkpointing may drop."""
+    """Copy of y; its gradient goes to `collected`, with an x that checkpointing may drop."""
 
     @staticmethod
     def forward(ctx, y, x, collected):
@@ -227,7 +227,7 @@ class _Collect(torch.autograd.Function):
 
 
 class RoSAScheduler:
-    """Draws the masks of a model's RoSALinear layers after a warm-up in which they are LoRA.
+    """Schedule that draws the masks of a model's RoSALinear layers after a warm-up as LoRA.
 
     Call `step()` after each optimizer step. Collecting costs the product dW, T N K multiply-adds a
     layer and pass; outside of the last `collect_steps` steps of the warm-up nothing is collected.
@@ -306,7 +306,7 @@ class RoSAScheduler:
             raise ValueError(f"{name}: {error}") from None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, and what has been collected; the masks are in the layers' own state."""
+        """Return where it stands and what was collected; masks are in the layers' own state."""
         collecting = {n: m.collected for n, m in self.layers.items() if m.collected is not None}
         return {
             "last_step": self.last_step,
@@ -332,7 +332,7 @@ class RoSAScheduler:
 
 @dataclass(frozen=True)
 class Density:
-    """Of one layer: places of the sparse update, those of the weight, and whether it is drawn."""
+    """Places of one layer's sparse update and of its weight, and whether the mask is drawn."""
 
     nnz: int
     numel: int
@@ -344,7 +344,7 @@ class Density:
 
 
 def density_report(model: nn.Module) -> dict[str, Density]:
-    """The density of every RoSALinear of a model, by name.
+    """Return the density of every RoSALinear of a model, by name.
 
     Raises: ValueError if there is none.
     """
@@ -362,7 +362,7 @@ def _layers(model: nn.Module) -> dict[str, RoSALinear]:
 
 
 def _check_nnz(density: float | None, nnz: int | None, numel: int) -> int:
-    """How many places: nnz, or that share of `numel`; 1% by default."""
+    """Return the number of places: nnz, or that share of `numel`; 1% by default."""
     if density is not None and nnz is not None:
         raise ValueError("density, nnz: expected one of them, got both")
     if nnz is None:

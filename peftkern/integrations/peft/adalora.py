@@ -162,7 +162,7 @@ class PatchedRankAllocator(RankAllocator):
         apply_mask_(lora_E, self._pattern[1])
 
     def _kept(self, rank_pattern: dict, name: str, layers: dict[str, Triplets]) -> list[bool]:
-        """The pattern of one layer; saving takes the adapter's name out of the keys."""
+        """Return the pattern of one layer; saving takes the adapter's name out of the keys."""
         key = f"{name}.lora_E"
         kept = rank_pattern[key if key in rank_pattern else f"{key}.{self.adapter_name}"]
         kept = [bool(alive) for alive in kept]
@@ -178,7 +178,7 @@ class PatchedRankAllocator(RankAllocator):
         self._importance = None
 
     def layers_of(self, model: nn.Module) -> list[tuple[str, AdaLoraLayer]]:
-        """The layers of this adapter by name, found once: walking a model takes milliseconds."""
+        """Return the layers of this adapter by name, found once: a walk takes milliseconds."""
         name = self.adapter_name
         if self._layers is None or any(
             name not in layer._modules["lora_A"]._parameters for _, layer in self._layers
@@ -191,7 +191,7 @@ class PatchedRankAllocator(RankAllocator):
         return self._layers
 
     def triplets(self, model: nn.Module) -> dict[str, Triplets]:
-        """{layer: (lora_E, lora_A, lora_B)}; `_modules` is ten times faster than a dot."""
+        """Return {layer: (lora_E, lora_A, lora_B)}; `_modules` is ten times faster than a dot."""
         name = self.adapter_name
         triplets = {}
         for path, layer in self.layers_of(model):
@@ -204,7 +204,7 @@ class PatchedRankAllocator(RankAllocator):
         return triplets
 
     def adopt_ipt(self, layers: dict[str, Triplets]) -> None:
-        """One buffer for each EMA, with what PEFT's dictionaries hold so far."""
+        """Make one buffer for each EMA, with what PEFT's dictionaries hold so far."""
         importance = Importance(layers, self.beta1, self.beta2)
         keys = [
             f"{path}.{group}.{self.adapter_name}"
@@ -267,7 +267,7 @@ class PatchedAdaLoraModel(AdaLoraModel):
 
 
 def patch_model(module: nn.Module) -> bool:
-    """Swap an AdaLoraModel and its allocator; whether it is one that runs on peftkern now."""
+    """Swap an AdaLoraModel and its allocator; return whether it runs on peftkern now."""
     if type(module) not in (AdaLoraModel, PatchedAdaLoraModel) or "forward" in module.__dict__:
         return False
     module.__class__ = PatchedAdaLoraModel

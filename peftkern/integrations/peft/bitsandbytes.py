@@ -1,4 +1,4 @@
-"""Read a `bitsandbytes.nn.Linear4bit` without running it, and keep its weight as it is.
+"""bitsandbytes' 4-bit layers: read without running them, their weights kept as they are.
 
 bitsandbytes keeps more than a weight in that layer: the dtype it computes in is chosen at the
 first call, and in eval mode on a CPU with AVX512-BF16 it rewrites the weight in place into a layout
@@ -88,7 +88,7 @@ LINEAR_TYPES = (*SWAPS, *SWAPS.values())
 
 
 def patch_base(module: nn.Module) -> bool:
-    """Swap the class of one of bitsandbytes' layers; whether it is one that is swapped now."""
+    """Swap the class of one of bitsandbytes' layers; return whether it is swapped now."""
     kind = type(module)
     if kind not in LINEAR_TYPES:
         return False
@@ -117,7 +117,7 @@ def runs_kernel(base: Linear4bit) -> bool:
 
 
 class FrozenWeight:
-    """The weight and bias of a layer of bitsandbytes, to be put back after adapters were merged.
+    """Weight and bias of a layer of bitsandbytes, to be put back after adapters were merged.
 
     No module: what it holds takes no part in the state dict.
     """
@@ -129,7 +129,7 @@ class FrozenWeight:
         self.merged, self.version = base.weight, 0
 
     def mark_quantized(self) -> None:
-        """Undo what PEFT's merge does to the weight it reads: that it is quantized is forgotten."""
+        """Undo PEFT's merge on the weight it reads, which forgets that it is quantized."""
         if self.quantized is not None:
             self.weight.__dict__["bnb_quantized"] = self.quantized
 
@@ -138,7 +138,7 @@ class FrozenWeight:
         self.merged, self.version = merged, merged._version
 
     def replaced(self, weight: Tensor) -> bool:
-        """Whether that has been written to or replaced since, other than by a move to a device."""
+        """Return whether that was written to or replaced since, but for a move to a device."""
         if weight is self.merged:
             return weight._version != self.version
         return weight.device == self.merged.device

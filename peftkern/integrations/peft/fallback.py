@@ -41,7 +41,7 @@ class PatchedForward:
         return self.original.forward(self, x, *args, **kwargs)
 
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-        """Return the output from our ops, or the reason against them; then nothing is changed."""
+        """Return the output of our ops, or the reason against them with nothing changed."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on peftkern, DoRA's variant of them included.
+"""PEFT's LoRA layers on peftkern, with or without DoRA.
 
 With DoRA, a first adapter that can be fused with the base goes to `dora_linear`; for any other,
 PEFT's operations run with the norms from `dora_norm`.
@@ -112,7 +112,7 @@ class LoRALayer(PatchedLayer):
         return self._modules["lora_magnitude_vector"]._modules[name]
 
     def _unusual_variant(self, name: str) -> str | None:
-        """Return what our ops do not express in the variant of an adapter; None of plain LoRA."""
+        """Return what our ops do not express of an adapter's variant; None for plain LoRA."""
         if name not in self.lora_variant:
             return None
         if type(self.lora_variant[name]) is not DoraLinearVariant:

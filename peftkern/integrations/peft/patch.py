@@ -1,4 +1,4 @@
-"""Drop peftkern into a PEFT model by swapping the class of its adapter layers.
+"""Class swaps that drop peftkern into a PEFT model, and undo it.
 
 `patch` gives every layer whose class is exactly one of PEFT's `lora.Linear`, `lora.Linear4bit`,
 `adalora.SVDLinear` or `adalora.SVDLinear4bit` a subclass of that class in which `forward` alone
@@ -41,7 +41,7 @@ _USUAL_ROWS = 512  # below which a dense layer that does not pay is worth a word
 
 @dataclass
 class PatchReport:
-    """What `patch` did.
+    """Report of what `patch` did.
 
     patched: names of the layers that run peftkern's forward now, those of an earlier call included.
     skipped: {name: reason} of PEFT layers that were left alone.
@@ -65,7 +65,7 @@ class PatchReport:
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as lists, dictionaries, strings and integers, fit for json.dumps."""
+        """Return the fields as lists, dictionaries, strings and integers, fit for json.dumps."""
         return {
             "patched": list(self.patched),
             "skipped": dict(self.skipped),
@@ -163,7 +163,7 @@ def unpatch(model: nn.Module) -> list[str]:
 
 
 def _drop_own_forward(layer: nn.Module) -> bool:
-    """Whether calling the layer calls its class's forward, once what hooks left behind is gone."""
+    """Remove the forward that hooks left behind; return whether calls reach the class's now."""
     own = layer.__dict__.get("forward")
     if own is None:
         return True
@@ -176,7 +176,7 @@ def _drop_own_forward(layer: nn.Module) -> bool:
 
 
 def _describe(model: nn.Module, report: PatchReport) -> None:
-    """Fill in what the patched layers would do now, and where."""
+    """Fill in the state of the patched layers and what serves their devices."""
     devices = set()
     for name in report.patched:
         layer = model.get_submodule(name)
@@ -221,7 +221,7 @@ def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _label(kind: type) -> str:
-    """ "lora.Linear4bit" for peft.tuners.lora.bnb.Linear4bit."""
+    """Name a class for the report: lora.Linear4bit for peft.tuners.lora.bnb.Linear4bit."""
     parts = kind.__module__.split(".")
     family = parts[2] if parts[:2] == ["peft", "tuners"] and len(parts) > 2 else parts[0]
     return f"{family}.{kind.__name__}"

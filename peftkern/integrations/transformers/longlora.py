@@ -75,7 +75,7 @@ def _attention(
     group_size: int,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; [B, T, H, D] as it expects."""
+    """Compute attention as transformers calls it in every layer: [B, T, H, D]."""
     for name in _UNSERVED:
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -104,7 +104,7 @@ def _attention(
 
 
 def _configs(base: nn.Module) -> Iterator[Any]:
-    """The configuration of a model and of all its parts, each once, the whole before its parts."""
+    """Yield the configurations of a model and of all its parts, each once, the whole first."""
     waiting = [m.config for m in base.modules() if hasattr(m, "set_attn_implementation")]
     seen: set[int] = set()
     while waiting:
