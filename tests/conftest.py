@@ -25,8 +25,8 @@ from hypothesis import HealthCheck, settings
 from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG
 
 import peftkern
-from peftkern import monitor
 from peftkern.backends import native, native_cuda
+from peftkern.monitor.clocks import WallClock
 
 # How long an example takes, or drawing it, is the machine's business.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -100,7 +100,7 @@ def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The monitor's clock on a CPU, which stands still but for the test: `clock.now += 1.0`."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(monitor._WallClock, "mark", staticmethod(lambda: clock.now))
+    monkeypatch.setattr(WallClock, "mark", staticmethod(lambda: clock.now))
     return clock
 
 

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from peftkern.methods.longlora import shifted_sparse_attention
 
 _PREFIX = "peftkern_shifted_sparse_"
-_UNSERVED = ("position_bias", "s_aux", "softcap")  # what changes the weights of an attention
+_UNSUPPORTED = ("position_bias", "s_aux", "softcap")  # what changes the weights of an attention
 
 
 def enable_shifted_sparse_attention(model: nn.Module, group_size: int) -> None:
@@ -76,7 +76,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers calls it in every layer: [B, T, H, D]."""
-    for name in _UNSERVED:
+    for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{name}: expected None, got {type(kwargs[name]).__name__} from "
