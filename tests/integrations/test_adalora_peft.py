@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import bitsandbytes as bnb
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
@@ -540,8 +541,11 @@ def test_trainer_callback_complains(tmp_path: Path) -> None:
 DDP = """
 import hashlib, json, sys
 import torch, torch.distributed as dist
+from peft_models import take_small_layers
 from test_adalora_peft import STEPS, adalora_llama, optimizer_of, text_batch
 import peftkern
+
+take_small_layers()
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -565,7 +569,7 @@ print(digest.hexdigest())
 def test_ddp_ranks_draw_the_same_masks(tmp_path: Path) -> None:
     run = [sys.executable, "-c", DDP]
     tests = Path(__file__).parent
-    path = os.pathsep.join(filter(None, [str(tests.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH")]))
     processes = [
         subprocess.Popen(
             [*run, str(rank), str(tmp_path / "store")],
