@@ -19,13 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from torch import Tensor, nn
-
-import peftkern
-from peftkern.layers import SVDLinear
-from peftkern.methods.adalora import RankAllocator
-from peftkern.tools.bench import gpu_timer
-from peftkern.tools.bench.suite import (
+from suite import (
     OURS,
     Case,
     Options,
@@ -36,6 +30,12 @@ from peftkern.tools.bench.suite import (
     main,
     run_benchmark,
 )
+from torch import Tensor, nn
+
+import peftkern
+from peftkern.layers import SVDLinear
+from peftkern.methods.adalora import RankAllocator
+from peftkern.tools.bench import gpu_timer
 
 PEFT, FOREACH = "PEFT", "foreach"
 PATCHED, REPLAYED = "patched PEFT", "foreach in a CUDA graph"

@@ -17,6 +17,17 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from suite import (
+    OURS,
+    Case,
+    Options,
+    Spec,
+    Target,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
 from torch import Tensor, nn
 
 import peftkern
@@ -28,17 +39,6 @@ from peftkern.tools.bench.peers import (
     linear,
     nf4_linear,
     nf4_weight64,
-)
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
 )
 
 BY_BLOCKS = "torch, blocks of rows"

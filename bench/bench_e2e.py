@@ -28,13 +28,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-
-from peftkern.tools.bench import memory
-from peftkern.tools.bench.gpu_timer import first_line
-from peftkern.tools.bench.peers import bitsandbytes_missing
-from peftkern.tools.bench.stacks import Trainer, scaled, stack
-from peftkern.tools.bench.suite import (
+from stacks import Trainer, scaled, stack
+from suite import (
     OURS,
     Case,
     Options,
@@ -45,6 +40,11 @@ from peftkern.tools.bench.suite import (
     main,
     run_benchmark,
 )
+from torch import nn
+
+from peftkern.tools.bench import memory
+from peftkern.tools.bench.gpu_timer import first_line
+from peftkern.tools.bench.peers import bitsandbytes_missing
 from peftkern.tools.plan.plan import PRESETS, Architecture, Plan, Training, plan
 
 PEFT = "PEFT"

@@ -21,9 +21,9 @@ import sys
 import lut
 import torch
 import torch.nn.functional as F
+from suite import OURS, Case, Options, Question, Spec, Variant, main
 
 import peftkern
-from peftkern.tools.bench.suite import OURS, Case, Options, Question, Spec, Variant, main
 
 BASE_FIRST, SKINNY_FIRST = "base-first", "skinny-first"
 BORDERED, DENSE = "bordered", "dense"

@@ -14,17 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-
-from peftkern.tools.bench.peers import (
-    compiled,
-    forward,
-    forward_backward,
-    kept,
-    linear,
-    lora_oracle,
-    lora_pool,
-)
-from peftkern.tools.bench.suite import (
+from suite import (
     OURS,
     Case,
     Options,
@@ -34,6 +24,16 @@ from peftkern.tools.bench.suite import (
     benchmark_ids,
     main,
     run_benchmark,
+)
+
+from peftkern.tools.bench.peers import (
+    compiled,
+    forward,
+    forward_backward,
+    kept,
+    linear,
+    lora_oracle,
+    lora_pool,
 )
 
 PEFT, COMPILED, DENSE = "PEFT", "PEFT, compiled", "dense"

@@ -23,13 +23,7 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
-
-import peftkern
-from peftkern.backends import cuda, native_cuda
-from peftkern.backends.device import triton_interpreted
-from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
-from peftkern.tools.bench.suite import (
+from suite import (
     OURS,
     Case,
     Options,
@@ -40,6 +34,12 @@ from peftkern.tools.bench.suite import (
     main,
     run_benchmark,
 )
+from torch import Tensor
+
+import peftkern
+from peftkern.backends import cuda, native_cuda
+from peftkern.backends.device import triton_interpreted
+from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
 
 LAYERS = 224
 STACKED, LISTS = "torch QR+QR+SVD, stacked", "torch QR+QR+SVD, from lists"

@@ -18,12 +18,7 @@ import sys
 
 import pytest
 import torch
-
-import peftkern
-from peftkern.backends import native_cuda
-from peftkern.layers import NF4Linear
-from peftkern.tools.bench.peers import bitsandbytes_missing, nf4_linear, nf4_weight64
-from peftkern.tools.bench.suite import (
+from suite import (
     OURS,
     Case,
     Options,
@@ -34,6 +29,11 @@ from peftkern.tools.bench.suite import (
     main,
     run_benchmark,
 )
+
+import peftkern
+from peftkern.backends import native_cuda
+from peftkern.layers import NF4Linear
+from peftkern.tools.bench.peers import bitsandbytes_missing, nf4_linear, nf4_weight64
 
 BNB, TORCH, CUDA = "bitsandbytes", "plain torch", "peftkern cuda"
 COPY = "copy, same traffic"

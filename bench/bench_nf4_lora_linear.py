@@ -18,6 +18,17 @@ import sys
 
 import pytest
 import torch
+from suite import (
+    OURS,
+    Case,
+    Options,
+    Spec,
+    Target,
+    Variant,
+    benchmark_ids,
+    main,
+    run_benchmark,
+)
 from torch import nn
 
 import peftkern
@@ -32,17 +43,6 @@ from peftkern.tools.bench.peers import (
     lora_pool,
     nf4_linear,
     nf4_weight64,
-)
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
 )
 
 CUDA = "peftkern cuda"  # the same layer on that back end

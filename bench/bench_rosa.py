@@ -19,12 +19,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import peftkern
-from peftkern.backends import ops
-from peftkern.functional.rosa import SparseMask
-from peftkern.tools.bench.suite import (
+from suite import (
     OURS,
     Case,
     Options,
@@ -35,6 +30,11 @@ from peftkern.tools.bench.suite import (
     main,
     run_benchmark,
 )
+from torch import Tensor
+
+import peftkern
+from peftkern.backends import ops
+from peftkern.functional.rosa import SparseMask
 
 DENSE_DW, DENSE_SUM, TORCH_SPARSE = "dense dW", "dense W + S", "torch.sparse"
 IN_CHUNKS = "torch, in chunks"

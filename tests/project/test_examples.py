@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import suite
 import torch
 from paths import ROOT
 from site_packages import python, without
 from tolerances import HANG_SECONDS
 
-from peftkern.tools.bench import suite, timer
+from peftkern.tools.bench import timer
 
 TINY = ["--hidden", "64", "--layers", "1", "--seq", "16", "--dtype", "fp32"]
 TINY_BENCH = ["--n", "128", "--k", "128", "--seconds", "0", "--rotate-mb", "1", "--threads", "1"]

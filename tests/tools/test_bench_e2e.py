@@ -8,18 +8,16 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import pytest
-import torch
-from paths import BENCH
-from tolerances import NF4_RANDOM_STD_RTOL, PLAN_RTOL
-
-sys.path.append(str(BENCH))
-
 import bench_e2e
 import gpu
+import pytest
+import stacks
+import suite
+import torch
+from tolerances import NF4_RANDOM_STD_RTOL, PLAN_RTOL
 
 import peftkern
-from peftkern.tools.bench import machine, memory, stacks, suite
+from peftkern.tools.bench import machine, memory
 from peftkern.tools.plan.plan import PRESETS, Training, plan
 
 CPU = torch.device("cpu")

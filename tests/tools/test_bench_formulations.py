@@ -10,20 +10,18 @@ import sys
 
 import pytest
 import torch
-from paths import BENCH
 from tolerances import FLOOR_MAX
 
 pytest.importorskip("triton")
-
-sys.path.append(str(BENCH))
 
 import bench_formulations
 import cuda_resources
 import lut
 import make_tables
+import suite
 import triton_gemm
 
-from peftkern.tools.bench import machine, suite, terminal
+from peftkern.tools.bench import machine, terminal
 
 ROOT = machine.ROOT
 CPU = torch.device("cpu")

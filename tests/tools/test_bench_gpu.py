@@ -12,25 +12,22 @@ from collections import Counter
 from dataclasses import replace
 from multiprocessing.pool import AsyncResult, Pool
 
-import pytest
-import torch
-from paths import BENCH
-from tolerances import HANG_SECONDS
-from waiting import wait_until
-
-sys.path.append(str(BENCH))
-
 import contests
 import gpu
 import make_tables
+import pytest
+import suite
 import tiles
+import torch
 import tune
+from tolerances import HANG_SECONDS
+from waiting import wait_until
 
 from peftkern.backends import dispatch
 from peftkern.kernels import configs
 from peftkern.kernels.configs import KERNELS, Problem, TileConfig, as_entry, choose
 from peftkern.kernels.launch import config_for, forced, processors
-from peftkern.tools.bench import gpu_timer, machine, suite
+from peftkern.tools.bench import gpu_timer, machine
 from peftkern.tools.bench.timer import MIN_SAMPLES, Timing
 
 ROOT = machine.ROOT

@@ -19,7 +19,7 @@ from peftkern.backends.device import triton_interpreted
 from peftkern.tools.bench.gpu_timer import measure_events
 from peftkern.tools.bench.timer import measure
 
-ROOT = Path(__file__).resolve().parents[2]  # the repository, where it is one
+ROOT = Path(peftkern.__file__).resolve().parents[1]  # the repository, where it is one
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "peftkern")
 COPY_BYTES, GEMM = 256 << 20, 2048  # at least, see roof
 GPU_COPY_BYTES, GPU_GEMM = 2 << 30, 8192  # runs well past a launch, far beyond the L2 cache

@@ -12,12 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-import peftkern
+from peftkern.tools.bench import machine
 from peftkern.tools.bench.record import OURS
-
-PACKAGE_FOLDER = str(Path(peftkern.__file__).resolve().parents[1])
 
 
 class WorkerError(Exception):
@@ -38,7 +35,7 @@ class Process:
     def __init__(self, name: str) -> None:
         self.name = name
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
-        path = [PACKAGE_FOLDER, *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         # A session of its own, so that what a worker starts can be stopped with it, and so that
         # Ctrl-C reaches the parent alone.
         self.popen = subprocess.Popen(
