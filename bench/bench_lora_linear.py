@@ -44,7 +44,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class Work:
-    """What the layers do: rows, types, whether there is a backward pass, dropout, autocast."""
+    """Workload of the layers: rows, dtypes, backward pass or not, dropout, autocast."""
 
     m: int
     dtype: torch.dtype
@@ -112,7 +112,8 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Those with a target first; PEFT's default adapters are fp32, its cheaper ones bf16."""
+    """Return the cases, those with a target first; PEFT's default adapters are fp32, the cheaper
+    bf16."""
     square, wide = {"shape": (4096, 4096)}, {"shape": (14336, 4096)}
     frozen, faster = Target(DENSE, 1 / 1.12), Target(PEFT, 1.3)
     few = {**square, "most_launches": 3}

@@ -1,4 +1,4 @@
-"""SVD of 224 low-rank updates, the adapters of a LLaMA-7B, beside torch's ways to get it.
+"""SVD of 224 low-rank updates, the adapters of a LLaMA-7B, against torch's ways to compute it.
 
 The composition is QR of both factors, SVD of the r x r product, and two products, on tensors that
 were stacked beforehand: batched, which needs layers of one shape; `from-lists` stacks them, too.
@@ -64,9 +64,9 @@ def composition(
 
 
 def gram_composition(B: Tensor, A: Tensor, vectors: bool) -> tuple[Tensor | None, ...]:
-    """Square roots of both Gram matrices, the core between them, and eigh of that core's Gram.
+    """Compute the SVD from square roots of both Gram matrices and eigh of the Gram of their core.
 
-    It squares the condition number twice: what the fastest batched operators can do, and no more.
+    This squares the condition number twice: the fastest that batched operators can do.
     """
     lambda_B, P_B = torch.linalg.eigh(B.mT @ B)
     lambda_A, P_A = torch.linalg.eigh(A @ A.mT)
@@ -81,7 +81,8 @@ def gram_composition(B: Tensor, A: Tensor, vectors: bool) -> tuple[Tensor | None
 
 
 def first_layer(svd: tuple, vectors: bool) -> tuple[Tensor, ...]:
-    """What is compared: the singular values of layer 0 and, with vectors, the update itself."""
+    """Return the compared results: singular values of layer 0 and, with vectors, the update
+    itself."""
     U, S, Vh = svd[:3]
     if not vectors:
         return (S[0],)
@@ -148,7 +149,7 @@ def build(options: Options, r: int, vectors: bool, names: tuple[str, ...]) -> Ca
 
 
 def build_cores(options: Options, r: int, names: tuple[str, ...]) -> Case:
-    """SVDs of [LAYERS, r, r]. The floor counts bytes alone: sweeps are as many as it takes."""
+    """Build SVDs of [LAYERS, r, r]. The floor counts bytes alone: the number of sweeps varies."""
     torch.manual_seed(0)
     size = 8 * LAYERS * r * r  # of the cores; both vectors are written
     pool = [

@@ -1,4 +1,5 @@
-"""Runs cases: checks every result, times the right ones, compares with targets, writes JSON."""
+"""Runner of the bench scripts: checks results, times correct ones, compares to targets, writes
+JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.timer import Timing, measure, pin_threads
 from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO, errors
 
-GRAPH_SHARE = 0.5  # of a variant's time: what replayed graphs get on top
+GRAPH_SHARE = 0.5  # of a variant's time, added for replayed graphs
 MOST_SAMPLES = 200  # in a record; medians and percentiles are of all
 CPU = torch.device("cpu")
 
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Options:
     """Sizes of the problem. `rotate`: bytes of inputs that each variant cycles through; `rows`:
-    at most so many rows of activations; `layers`: of a stack, at most so many."""
+    maximum rows of activations; `layers`: maximum layers of a stack."""
 
     n: int = 4096
     k: int = 4096
@@ -56,10 +57,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Variant:
-    """`call(i)` runs on the i-th input. `result` turns what it returned into tensors that compare
-    with `oracle` (float64); no oracle: nothing to check. `multiplied`: too slow to be repeated, so
-    one call is timed and its time multiplied by this. `planned_bytes`: the peak to expect.
-    `no_graph`: why a CUDA graph cannot hold it; a failed capture can cost all that comes later."""
+    """Implementation to measure: `call(i)` runs on the i-th input. `result` turns its return value
+    into tensors that compare with `oracle` (float64); no oracle: nothing to check. `multiplied`:
+    too slow to repeat, so one call is timed and its time multiplied by this. `planned_bytes`: the
+    expected peak. `no_graph`: reason against a CUDA graph; a failed capture can break all that
+    comes later."""
 
     call: Callable[[int], object]
     oracle: tuple[Tensor, ...] = ()
@@ -73,8 +75,8 @@ class Variant:
 class Case:
     """Variants that do the same work: at least `bytes` of traffic and `flops` in `dtype`.
 
-    `tokens`: of a training step; then its peak memory is measured on a CPU, too, and on a GPU
-    neither graphs nor launches are: an optimizer's step is not captured.
+    `tokens`: of a training step; its peak memory is measured on a CPU, too, and on a GPU neither
+    graphs nor launches are: an optimizer's step is not captured.
     """
 
     variants: dict[str, Variant]
@@ -86,7 +88,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """The peer's time over peftkern's, at least."""
+    """Lower bound on the peer's time over peftkern's."""
 
     peer: str
     at_least: float
@@ -94,9 +96,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Spec:
-    """A case that is built when its turn comes: `name` is "stem/case/dtype", `names` its variants,
-    `judge` the peer whose error bounds ours, `most_launches` what a call of ours may launch,
-    `seconds` what it takes: with less time left it is not begun."""
+    """Case to be built in its turn: `name` is "stem/case/dtype", `names` its variants, `judge` the
+    peer whose error bounds ours, `most_launches` the bound on kernels of a call of ours, `seconds`
+    the estimated time: with less time left it is not begun."""
 
     name: str
     build: Callable[[Options], Case]
@@ -115,9 +117,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Question:
-    """What one run answers, without peers or a clock: `ask(options, seconds, note)` may take so
-    many seconds (None: any number) and calls `note(name=value, ...)` with all that it learns, when
-    it learns it."""
+    """Experiment without peers or a timer: `ask(options, seconds, note)` may take so many seconds
+    (None: any number) and calls `note(name=value, ...)` with each finding at once."""
 
     name: str
     ask: Callable[[Options, float | None, Callable[..., None]], None]
@@ -131,7 +132,7 @@ class Question:
 
 @dataclass
 class Row:
-    """What came out for one variant."""
+    """Result of one variant."""
 
     rms: float | None = None
     max: float | None = None
@@ -177,7 +178,7 @@ def in_milliseconds(timing: Timing) -> dict:
 
 
 def _step(samples: tuple[float, ...]) -> int:
-    """So that a record holds at most MOST_SAMPLES, evenly spread over the run."""
+    """Return the stride that keeps at most MOST_SAMPLES in a record, spread evenly over the run."""
     return -(-len(samples) // MOST_SAMPLES)
 
 
@@ -226,7 +227,7 @@ class Outcome:
 
 
 def check(spec: Spec, case: Case) -> dict[str, Row]:
-    """Errors against float64, and what is wrong: ours is bound by the judge's error."""
+    """Measure errors against float64 and mark wrong results: ours is bound by the judge's error."""
     rows = {name: Row() for name in case.variants}
     dtype = case.dtype
     for name, variant in case.variants.items():
@@ -237,7 +238,7 @@ def check(spec: Spec, case: Case) -> dict[str, Row]:
             if variant.multiplied:
                 rows[name].timing = Timing(((time.perf_counter() - start) * variant.multiplied,))
             result = variant.result(returned)
-        except Exception as error:  # the other variants still have something to say
+        except Exception as error:  # the other variants still count
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises again if the device itself is lost
             rows[name].wrong = gpu_timer.first_line(error)
@@ -261,7 +262,7 @@ def check(spec: Spec, case: Case) -> dict[str, Row]:
 
 
 def sized(spec: Spec | Question, options: Options) -> Options:
-    """The sizes of a case that has its own."""
+    """Replace the sizes of the options by those of a case that has its own."""
     return options if spec.shape is None else replace(options, n=spec.shape[0], k=spec.shape[1])
 
 
@@ -297,7 +298,7 @@ def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> 
 def measure_steps(
     rows: dict[str, Row], case: Case, right: dict, device: torch.device, seconds: float, tick
 ) -> None:
-    """Time and peak memory of training steps."""
+    """Measure time and peak memory of training steps."""
     clock = gpu_timer.measure_events if device.type == "cuda" else measure
     timings = clock(right, seconds=seconds, tick=tick)
     for name, call in right.items():
@@ -307,10 +308,10 @@ def measure_steps(
 
 
 def measure_on_gpu(rows: dict[str, Row], case: Case, right: dict, seconds: float, tick) -> None:
-    """Single calls, replayed graphs, launches and peak memory of the variants that are right.
+    """Measure single calls, replayed graphs, launches and peak memory of the correct variants.
 
-    The clock comes first: what fails after it costs its own number alone. Of calls that take longer
-    than the timer's patience nothing else is measured.
+    Time comes first: a later failure costs its own number alone. Of calls that take longer than the
+    timer's patience nothing else is measured.
     """
     timings = gpu_timer.measure_events(right, seconds=seconds, tick=tick)
     for name, timing in timings.items():
@@ -319,7 +320,7 @@ def measure_on_gpu(rows: dict[str, Row], case: Case, right: dict, seconds: float
     for name, call in quick.items():
         try:
             rows[name].peak_bytes = gpu_timer.peak_bytes(call)
-            rows[name].kernels = gpu_timer.launches(call) or None  # who saw none is blind
+            rows[name].kernels = gpu_timer.launches(call) or None  # the profiler saw nothing at all
         except Exception as error:
             torch.cuda.synchronize()  # raises again if the device itself is lost
             rows[name].not_measured = gpu_timer.first_line(error)
@@ -335,7 +336,7 @@ def measure_on_gpu(rows: dict[str, Row], case: Case, right: dict, seconds: float
 def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"bench_{stem}.py")
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases to run (cpu)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device whose cases to run (cpu)")
     add("--n", type=int, help="rows of the weight (4096, on a GPU what the case says)")
     add("--k", type=int, help="columns of the weight (the same)")
     add("--r", type=int, default=16, help="LoRA rank (16)")
@@ -363,11 +364,11 @@ def main(
     gpu_specs: Callable[[torch.device], list[Spec | Question]] = lambda device: [],
     argv: list[str] | None = None,
 ) -> int:
-    """Run the cases of one bench script; 1 if any of our results is wrong, or the time did not
-    suffice for a single case, 2 without the device.
+    """Run the cases of one bench script; return 1 if any of our results is wrong or no case fit
+    into the time, 2 without the device.
 
     `gpu_specs` are a GPU's, from the most to the least wanted. Under Triton's interpreter they run
-    on the CPU, which shows that they run, and nothing else.
+    on the CPU as a smoke test; its times mean nothing.
     """
     args = parse(stem, argv)
     try:
@@ -464,7 +465,7 @@ def _run(
 
 
 def benchmark_ids(specs: list[Spec]) -> list:
-    """Parameters for pytest-benchmark: one test per case and variant."""
+    """Return parameters for pytest-benchmark: one test per case and variant."""
     import pytest
 
     return [
@@ -476,8 +477,8 @@ _built: dict[str, tuple[Case, dict[str, Row]]] = {}
 
 
 def run_benchmark(benchmark, spec: Spec, name: str, options: Options) -> None:
-    """One pytest-benchmark test; the case is built and checked once for all of its variants. A case
-    with sizes of its own is no larger than `options`."""
+    """Run one pytest-benchmark test; the case is built and checked once for all of its variants. A
+    case with sizes of its own is cut to those of `options`."""
     if spec.shape is not None:
         spec = replace(spec, shape=(min(spec.shape[0], options.n), min(spec.shape[1], options.k)))
     if spec.name not in _built:

@@ -20,16 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 WARM_UP = 3  # steps whose time and memory are not counted
-LR_WARM_UP = 10  # steps; AdamW's first steps blow rounding noise up to full size
+LR_WARM_UP = 10  # steps; AdamW's first steps amplify rounding noise to full size
 MAX_TEXT_BYTES = 16 << 20
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message is the one line to print."""
+    """Unusable input; the message is the one line to print."""
 
 
 def read_text(path: str | None) -> bytes:
-    """The user's file, or the language reference that comes with every Python."""
+    """Read the user's file, or the language reference that comes with every Python."""
     if path is not None:
         try:
             with open(path, "rb") as file:
@@ -44,7 +44,7 @@ def read_text(path: str | None) -> bytes:
 
 
 def load_model(options: Namespace):
-    """The 4-bit model and its tokenizer (None: bytes are the tokens), as QLoRA users load it."""
+    """Load the 4-bit model and its tokenizer (None: bytes are tokens), as QLoRA users do."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -90,7 +90,8 @@ def random_llama(options: Namespace):
 
 
 def add_adapters(model, options: Namespace):
-    """PEFT's own recipe: prepare for k-bit training (with checkpointing), adapters everywhere."""
+    """Follow PEFT's recipe: prepare for k-bit training (with checkpointing), adapters
+    everywhere."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     model = prepare_model_for_kbit_training(
@@ -111,7 +112,7 @@ def add_adapters(model, options: Namespace):
 
 
 def token_ids(text: bytes, tokenizer):
-    """The text as one long vector of token ids."""
+    """Tokenize the text into one long vector of ids."""
     import torch
 
     if tokenizer is not None:
@@ -217,16 +218,18 @@ def live_tensor_peak(run: Callable[[], object]) -> int:
 
 
 def forget_peak_memory() -> None:
-    """Let the peak start anew, so that loading and quantising do not hide the training's."""
+    """Reset the peak, so that loading and quantizing do not hide the training's."""
     gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # not this kernel: the peak then covers the whole process
+    with contextlib.suppress(
+        OSError
+    ):  # unsupported: the peak then covers the whole process
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process, since forget_peak_memory() where Linux lets it."""
+    """Return the peak resident memory of this process, since forget_peak_memory() if supported."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
@@ -236,9 +239,10 @@ def peak_memory_mb() -> float:
 
 
 def serve(options: Namespace) -> None:
-    """A line `n` on stdin asks for n steps, `end` for the final figures; replies are JSON lines."""
+    """Serve requests: a line `n` on stdin runs n steps, `end` prints the figures; replies are
+    JSON."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print what they like: it must not mix with the replies
+    os.dup2(2, 1)  # the output of libraries must not mix with the replies
 
     def reply(**message) -> None:
         print(json.dumps(message), file=replies, flush=True)

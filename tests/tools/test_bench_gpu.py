@@ -260,12 +260,12 @@ def test_tuning_tries_only_tiles_that_a_table_may_hold():
     smallest = TileConfig(block_n=64)
     assert smallest.valid("epilogue")
     for kernel, sizes in (("epilogue", [128]), ("nf4_quantize", [32, 128])):
-        assert [c.block_n for c in tiles.neighbours(smallest, "block_n", kernel)] == sizes
+        assert [c.block_n for c in tiles.neighbors(smallest, "block_n", kernel)] == sizes
 
 
 def test_forced_tiles_reach_one_kernel_only():
     counted = choose(PROBLEM, processors(CPU))
-    (other, *_) = tiles.neighbours(counted, "block_n", PROBLEM.kernel)
+    (other, *_) = tiles.neighbors(counted, "block_n", PROBLEM.kernel)
     with forced("nf4_dequantize", other):
         assert config_for(PROBLEM, CPU) == other
         elsewhere = Problem("nf4_quantize", 1, 4096, 64, 1, 16)

@@ -1,4 +1,4 @@
-"""Results for the terminal: the outcomes of a bench script, the record of `peftkern bench`."""
+"""Tables for the terminal: the outcomes of a bench script, the record of `peftkern bench`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from peftkern.tools.bench.compare import Change
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
 from peftkern.tools.bench.timer import milliseconds
 
-WIDE = 110  # characters from which a table has all columns
+WIDE = 110  # width from which a table has all columns
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
-    """A line per peer; on a GPU also the ratio of replayed graphs, and how many kernels run."""
+    """Build a line per peer; on a GPU also the ratio of replayed graphs, and the kernel
+    launches."""
     grid = Table(title=title, title_justify="left")
     grid.add_column("case")
     for name in ("peftkern", "of floor"):
@@ -63,7 +64,7 @@ def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
 
 
 def answer(facts: dict) -> str:
-    """A line of what `suite.Question` noted: what it says itself, or whether something fits,
+    """Format the notes of a `suite.Question` in a line: its own text, or whether something fits,
     measured beside planned."""
     fits, stopped = facts.get("fits"), facts.get("stopped")
     said = facts.get("said") or {True: "fits", False: "does not fit", None: "no answer"}[fits]
@@ -77,8 +78,8 @@ def answer(facts: dict) -> str:
 
 
 def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
-    """How many times peftkern's time another's is; and whether that is within the noise: the
-    intervals from the 20th to the 80th percentile have a time in common."""
+    """Return another's time over peftkern's, and whether that is within the noise: the intervals
+    from the 20th to the 80th percentile overlap."""
     ours, theirs = case["providers"][OURS], case["providers"][name]
     if not (ours["median_ms"] and theirs["median_ms"]) or name == OURS:
         return None
@@ -87,7 +88,7 @@ def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
 
 
 def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
-    """What `peftkern bench` prints: where, the ceilings, a table, what took no part and why."""
+    """Format the output of `peftkern bench`: machine, ceilings, table, absent baselines."""
     facts, roof = record["environment"], record["roof"]
     where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['isa'] or 'no ISA'}"
     rates = [f"{roof[d] / 1e12:.3g} TFLOP/s {short}" for d, short in SHORT.items() if d in roof]
@@ -119,7 +120,7 @@ def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
 
 
 def bench_table(case: Case, record: Record, width: int) -> Table:
-    """A line per provider; a narrow terminal goes without throughput and errors."""
+    """Build a line per provider; a narrow terminal omits throughput and errors."""
     wide = width >= WIDE
     labels = [row["label"] for one in record["cases"] for row in one["providers"].values()]
     columns = {"ms [p20-p80]": 22, "speed-up": 8, "of roof": 7, "peak MB": 7}
@@ -137,7 +138,7 @@ def bench_table(case: Case, record: Record, width: int) -> Table:
 
 
 def busy_machine(record: Record) -> str | None:
-    """That others used the processor that was measured, in words, or None."""
+    """Return a warning that others used the measured processor, or None."""
     facts = record["environment"]
     load, threads = facts["load_average"][0], max(1, facts["threads"])
     if facts["gpu"] or load <= threads:
@@ -146,7 +147,7 @@ def busy_machine(record: Record) -> str | None:
 
 
 def copies(record: Record) -> str:
-    """The ceiling of copies, and whether it is that of a cache."""
+    """Format the copy bandwidth, and whether it is that of a cache."""
     facts, roof = record["environment"], record["roof"]
     cache = facts["gpu"]["l2_cache"] if facts["gpu"] else facts["last_level_cache"]
     where = " in cache" if 0 < 2 * roof.get("copy_bytes", 0) <= cache else ""
@@ -154,7 +155,7 @@ def copies(record: Record) -> str:
 
 
 def above_roof(row: Provider) -> str | None:
-    """What a result says that no call could have: the ceiling was not one."""
+    """Return a warning of results above the roof: the ceiling was not one."""
     share = row["share_of_roof"]
     if share is None or share <= 1.0:
         return None
@@ -163,7 +164,7 @@ def above_roof(row: Provider) -> str | None:
 
 
 def title(case: Case, without: str = "") -> str:
-    """What a case is; `without`: "M" or "r", which is then left out."""
+    """Format a case's title; `without`: "M" or "r" to leave out."""
     size = f"{case['N']}x{case['K']}"
     shape = "" if case["shape"] in (size, f"{case['M']}x{size}") else f"{case['shape']} "
     if case["M"] is not None and without != "M":
@@ -203,8 +204,7 @@ def _speed_up_cell(case: Case, name: str) -> Text:
 
 
 def beside(record: Record) -> list[tuple[Case, str, float, bool]]:
-    """Every comparison with one that does the same: case, provider, speed-up, whether that is
-    within the noise."""
+    """Yield every comparison of equal work: case, provider, speed-up, whether within the noise."""
     return [
         (case, name, *found)
         for case in record["cases"]
@@ -214,12 +214,13 @@ def beside(record: Record) -> list[tuple[Case, str, float, bool]]:
 
 
 def is_bound(case: Case, name: str) -> bool:
-    """The layer without its adapter is a bound, not a rival: it does less."""
+    """Return whether a provider is a bound, not a rival: the layer without its adapter does
+    less."""
     return name == "frozen" and bool(case["r"])
 
 
 def counts(record: Record) -> tuple[int, int, int]:
-    """How often peftkern was faster, slower, and alike: losses are counted like wins."""
+    """Count how often peftkern was faster, slower, and alike: losses like wins."""
     found = [(ratio, noise) for *_, ratio, noise in beside(record)]
     alike = sum(noise for _, noise in found)
     faster = sum(ratio > 1 and not noise for ratio, noise in found)
@@ -237,7 +238,7 @@ def summary(record: Record) -> Text:
 def comparison(
     found: list[Change], silent: dict[str, str], fail_if: float
 ) -> Iterable[RenderableType]:
-    """What --compare found, the worst last, where it is read first."""
+    """Format the findings of --compare, the worst last, where it is read first."""
     if found:
         grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for name in ("compared", "by", "before", "now", "change", ""):
@@ -258,7 +259,7 @@ def comparison(
 
 
 def number(value: float) -> str:
-    """Three significant digits without an exponent."""
+    """Format three significant digits without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
 
 

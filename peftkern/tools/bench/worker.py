@@ -1,6 +1,6 @@
-"""One provider in a process of its own: `python -m peftkern.tools.bench.worker PROVIDER PARENT`.
+"""Process of one provider: `python -m peftkern.tools.bench.worker PROVIDER PARENT`.
 
-Commands come as JSON lines on standard input, each is answered by one line; what libraries print
+Commands come as JSON lines on standard input, each is answered by one line; the output of libraries
 goes to standard error. The process ends with its input, and is killed with its parent.
 
     {"do": "start", "device", "threads"}                -> {}
@@ -32,7 +32,7 @@ from pathlib import Path
 REFEREE = "referee"
 PR_SET_PDEATHSIG = 1
 MOST_CALLS = 200  # of a turn on a GPU
-MOST_COPIES = 64  # of a layer; what is smaller, other processes' turns empty the caches of
+MOST_COPIES = 64  # of a layer; smaller ones are evicted by the turns of other processes
 
 
 def first_line(error: BaseException) -> str:
@@ -40,7 +40,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Worker:
-    """What the commands do; one method each."""
+    """Implementation of the commands, one method each."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -66,7 +66,7 @@ class Worker:
         if self.name != REFEREE:
             self.provider = providers.provider(self.name)
             for package in self.provider.packages:
-                if package != "unsloth":  # which changes the packages that are imported after it
+                if package != "unsloth":  # which changes the packages imported after it
                     __import__(package)
             if self.provider.over_peft and providers.has("peft"):
                 from peftkern.tools.bench import peers  # noqa: F401
@@ -93,8 +93,8 @@ class Worker:
         return {}
 
     def check(self) -> dict:
-        """One call against the oracle. Then each copy is met once, so that no clock pays for what a
-        library does to a weight at its first call."""
+        """Check one call against the oracle. Then each copy is called once, so that a library's
+        first-call work on a weight is not timed."""
         import peftkern
         from peftkern.tools.bench.data import compare
 
@@ -136,8 +136,8 @@ class Worker:
 
 
 def calls(problem, layers: list, tensors: dict, inputs: int) -> tuple[Callable, Callable, Callable]:
-    """`call(setup())` is what is timed; `collect` names its results. Copies take turns, and so
-    do as many inputs."""
+    """Return (setup, call, collect): `call(setup())` is timed, `collect` names its results. Copies
+    take turns, and so do as many inputs."""
     import torch
 
     numbers = itertools.count()
@@ -183,7 +183,7 @@ def calls(problem, layers: list, tensors: dict, inputs: int) -> tuple[Callable, 
 
 
 def die_with(parent: int) -> None:
-    """Linux kills this process when the thread that started it ends."""
+    """Ask Linux to kill this process when the thread that started it ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it had ended before
@@ -199,7 +199,7 @@ def main(name: str, parent: int) -> None:
         command = json.loads(line)
         try:
             answer = getattr(worker, command.pop("do"))(**command)
-        except BaseException as error:  # SystemExit too: whatever a library raises is an answer
+        except BaseException as error:  # SystemExit, too: any exception of a library is an answer
             traceback.print_exc()
             answer = {"error": first_line(error)}
         answers.write(json.dumps(answer) + "\n")
