@@ -30,12 +30,13 @@ from typing import ClassVar
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log lines; read at import
 
 import torch
-from qlora_training import InputError, live_tensor_peak, random_llama, read_text, token_ids
+from qlora_training import InputError, random_llama, read_text, token_ids
 from torch import Tensor, nn
 
 from peftkern import methods
 from peftkern.integrations.transformers.longlora import enable_shifted_sparse_attention
 from peftkern.layers import LoRALinear, NF4Linear, NF4LoRALinear
+from peftkern.tools.bench.memory import peak_bytes
 
 SOURCES = ("argparse", "statistics", "textwrap", "tarfile", "zipfile")  # of the standard library
 HELD_OUT = 0.1  # share of the text held out for the loss in the table
@@ -316,7 +317,7 @@ def train(
     return {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "optimizer_bytes": kept,
-        "peak_bytes": live_tensor_peak(lambda: step(steps + 1)),
+        "peak_bytes": peak_bytes(lambda: step(steps + 1), torch.device("cpu")),
         "step_ms": 1e3 * statistics.median(seconds[WARM_UP:] or seconds),
         "loss": loss,
     }

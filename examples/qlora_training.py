@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 WARM_UP = 3  # steps whose time and memory are not counted
@@ -168,10 +167,6 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss.item(), "seconds": time.perf_counter() - start}
 
-    def live_tensor_peak(self) -> int:
-        """Bytes that one more forward and backward hold at their peak: see `live_tensor_peak`."""
-        return live_tensor_peak(self.forward_backward)
-
     def about(self) -> dict:
         import bitsandbytes
         import peft
@@ -194,37 +189,13 @@ class Training:
         return about
 
 
-def live_tensor_peak(run: Callable[[], object]) -> int:
-    """Bytes that `run` holds at its peak of what it allocates itself, as torch counts them.
-
-    What was there before (the model, the optimizer's state) and the scratch of native code are not
-    in it.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = os.path.join(folder, "trace.json")
-        profiler.export_chrome_trace(trace)
-        with open(trace, encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
 def forget_peak_memory() -> None:
     """Reset the peak, so that loading and quantizing do not hide the training's."""
     gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(
-        OSError
-    ):  # unsupported: the peak then covers the whole process
+    # Where Linux refuses, the peak covers the whole process.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -262,12 +233,17 @@ def serve(options: Namespace) -> None:
             done += 1
             if done == WARM_UP:
                 forget_peak_memory()
-    figures = {"resident_peak_mb": peak_memory_mb()}
+    figures = {"resident_peak_mb": peak_memory_mb()}  # before anything more is imported
     if training.report is not None:
         import peftkern
 
         figures["stats"] = str(peftkern.stats())  # before the profiled step adds to it
-    figures["tensor_peak_mb"] = training.live_tensor_peak() / 1e6
+    import torch
+
+    from peftkern.tools.bench.memory import peak_bytes
+
+    peak = peak_bytes(training.forward_backward, torch.device("cpu"))
+    figures["tensor_peak_mb"] = peak / 1e6
     reply(figures=figures)
 
 

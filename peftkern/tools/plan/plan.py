@@ -2,8 +2,8 @@
 
 `plan` adds the permanent memory (weights, adapters, optimizer states) to the peaks of one training
 step, which `training_step` simulates allocation by allocation. All of it is arithmetic over
-shapes. tests/test_plan.py holds it to torch's own allocator on a CPU, for small
-models; the differences of a GPU are counted and have not been measured:
+shapes. tests/tools/test_plan.py holds it to torch's own allocator on a CPU, for small models; the
+differences of a GPU are counted and have not been measured:
 
 - the caching allocator rounds to 512 bytes, and reserves more than is allocated;
 - AdamW there updates all tensors at once and needs their square roots at the same time;

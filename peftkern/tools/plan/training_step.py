@@ -4,7 +4,7 @@ A step of a Llama-shaped decoder is written here as eager PyTorch, transformers 
 each operation allocates its output, keeps for backward what its autograd formula reads, and
 backward frees that again in reverse. A buffer lives as long as something refers to it, as a torch
 storage does, so the peak of the step and its parts follow from the program; no term of it is
-fitted. `plan` adds the weights, and tests/test_plan.py compares with torch's allocator.
+fitted. `plan` adds the weights, and tests/tools/test_plan.py compares with torch's allocator.
 """
 
 from __future__ import annotations
