@@ -16,20 +16,9 @@ import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import Tensor, nn
 
 import peftkern
@@ -345,10 +334,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_adalora(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_adalora = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("adalora", SPECS, gpu_specs))

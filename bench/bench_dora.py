@@ -14,20 +14,9 @@ import itertools
 import sys
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import Tensor, nn
 
 import peftkern
@@ -210,10 +199,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     return specs
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_dora(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_dora = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("dora", SPECS, gpu_specs))

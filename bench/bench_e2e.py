@@ -26,20 +26,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import pytest
 import torch
 from stacks import Trainer, scaled, stack
-from suite import (
-    OURS,
-    Case,
-    Options,
-    Question,
-    Spec,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
+from suite import OURS, Case, Options, Question, Spec, Variant, benchmark_test, main
 from torch import nn
 
 from peftkern.tools.bench import memory
@@ -313,10 +302,7 @@ def gpu_specs(device: torch.device) -> list[Spec | Question]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_e2e(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_e2e = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("e2e", SPECS, gpu_specs))

@@ -12,19 +12,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import pytest
 import torch
-from suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 
 from peftkern.tools.bench.peers import (
     compiled,
@@ -144,10 +133,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_lora_linear(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_lora_linear = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("lora_linear", SPECS, gpu_specs))

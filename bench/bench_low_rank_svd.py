@@ -21,19 +21,8 @@ from __future__ import annotations
 
 import sys
 
-import pytest
 import torch
-from suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import Tensor
 
 import peftkern
@@ -238,10 +227,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_low_rank_svd(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_low_rank_svd = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("low_rank_svd", SPECS, gpu_specs))

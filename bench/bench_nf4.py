@@ -16,19 +16,8 @@ from __future__ import annotations
 import copy
 import sys
 
-import pytest
 import torch
-from suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 
 import peftkern
 from peftkern.backends import native_cuda
@@ -220,10 +209,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_nf4(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_nf4 = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("nf4", SPECS, gpu_specs))

@@ -16,19 +16,8 @@ from __future__ import annotations
 
 import sys
 
-import pytest
 import torch
-from suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import nn
 
 import peftkern
@@ -195,10 +184,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_nf4_lora_linear(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_nf4_lora_linear = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("nf4_lora_linear", SPECS, gpu_specs))

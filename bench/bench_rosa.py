@@ -17,20 +17,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
-from suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import Tensor
 
 import peftkern
@@ -183,10 +172,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     return [*specs, sampled, spec("forward", 512, FP32, 0.01, device.type), *few]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_rosa(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_rosa = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("rosa", SPECS, gpu_specs))

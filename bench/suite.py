@@ -11,24 +11,25 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import outcomes
 import torch
+from outcomes import Outcome, Row
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import peftkern
 from peftkern.backends.device import triton_interpreted
-from peftkern.tools.bench import gpu_timer, machine, memory, terminal
+from peftkern.tools.bench import gpu_timer, machine, memory
 from peftkern.tools.bench.peers import SEED
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.timer import Timing, measure, pin_threads
 from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO, errors
 
 GRAPH_SHARE = 0.5  # of a variant's time, added for replayed graphs
-MOST_SAMPLES = 200  # in a record; medians and percentiles are of all
 CPU = torch.device("cpu")
 
 
@@ -128,102 +129,6 @@ class Question:
     @property
     def short_name(self) -> str:
         return self.name.partition("/")[2]
-
-
-@dataclass
-class Row:
-    """Result of one variant."""
-
-    rms: float | None = None
-    max: float | None = None
-    wrong: str | None = None
-    timing: Timing | None = None
-    graph: Timing | None = None
-    no_graph: str | None = None
-    peak_bytes: int | None = None
-    planned_bytes: int | None = None
-    tokens: int | None = None
-    kernels: list[str] | None = None
-    not_measured: str | None = None  # why launches or peak memory are missing
-
-    def record(self) -> dict:
-        record = {"error_rms": self.rms, "error_max": self.max, "wrong": self.wrong}
-        if self.timing is not None:
-            record |= in_milliseconds(self.timing)
-        if self.graph is not None:
-            record["graph"] = in_milliseconds(self.graph)
-        more = {
-            "tokens_s": self.tokens_s,
-            "no_graph": self.no_graph,
-            "not_measured": self.not_measured,
-            "peak_bytes": self.peak_bytes,
-            "planned_bytes": self.planned_bytes,
-            "kernels": self.kernels,
-            "launches": None if self.kernels is None else len(self.kernels),
-        }
-        return record | {key: value for key, value in more.items() if value is not None}
-
-    @property
-    def tokens_s(self) -> float | None:
-        return self.tokens / self.timing.median if self.tokens and self.timing else None
-
-
-def in_milliseconds(timing: Timing) -> dict:
-    return {
-        "median_ms": timing.median * 1e3,
-        "p20_ms": timing.quantile(0.2) * 1e3,
-        "p80_ms": timing.quantile(0.8) * 1e3,
-        "samples_ms": [round(s * 1e3, 5) for s in timing.samples[:: _step(timing.samples)]],
-    }
-
-
-def _step(samples: tuple[float, ...]) -> int:
-    """Return the stride that keeps at most MOST_SAMPLES in a record, spread evenly over the run."""
-    return -(-len(samples) // MOST_SAMPLES)
-
-
-@dataclass
-class Outcome:
-    spec: Spec
-    case: dict
-    rows: dict[str, Row] = field(default_factory=dict)
-
-    def ratio(self, peer: str, kind: str = "timing") -> float | None:
-        ours, theirs = (getattr(self.rows[name], kind) for name in (OURS, peer))
-        return theirs.median / ours.median if ours and theirs else None
-
-    @property
-    def share_of_floor(self) -> float | None:
-        ours = self.rows[OURS].timing
-        return self.case["floor_ms"] / 1e3 / ours.median if ours else None
-
-    def record(self) -> dict:
-        targets = [
-            {
-                "peer": target.peer,
-                "at_least": target.at_least,
-                "measured": self.ratio(target.peer),
-                "met": (self.ratio(target.peer) or 0.0) >= target.at_least,
-            }
-            for target in self.spec.targets
-        ]
-        for target in targets:
-            if (graph := self.ratio(target["peer"], "graph")) is not None:
-                target["in_graph"] = graph
-        most, kernels = self.spec.most_launches, self.rows[OURS].kernels
-        if most is not None and kernels is not None:
-            met = len(kernels) <= most
-            targets.append(
-                {"peer": None, "launches_at_most": most, "measured": len(kernels), "met": met}
-            )
-        rows = {name: row.record() for name, row in self.rows.items()}
-        return {
-            "name": self.spec.name,
-            **self.case,
-            "share_of_floor": self.share_of_floor,
-            "targets": targets,
-            "variants": rows,
-        }
 
 
 def check(spec: Spec, case: Case) -> dict[str, Row]:
@@ -392,8 +297,8 @@ def main(
 def _run(
     stem: str, chosen: list[Spec | Question], args: argparse.Namespace, device: torch.device
 ) -> int:
-    started = time.monotonic()
     on_gpu = device.type == "cuda"
+    end = None if args.budget is None else time.monotonic() + args.budget
     seconds = (0.3 if on_gpu else 2.0) if args.seconds is None else args.seconds
     size = (args.n, args.k) if args.n is not None else (4096, 4096)
     rotate = machine.rotation(args.rotate_mb, device)
@@ -418,12 +323,38 @@ def _run(
         "not_reached": [],
     }
     path = args.out / machine.slug(facts) / f"{stem}.json"
-    outcomes = []
+    found = _measure(chosen, options, seconds, end, record, path, console)
+    machine.write_json(path, record)
+    title = f"{stem}, r={args.r}, medians and p20-p80"
+    console.print(outcomes.table(found, title, facts["gpu"]))
+    console.print(f"written: {path}")
+    for answer in record.get("answers", []):
+        console.print(outcomes.answer(answer), markup=False)
+    for name in record["not_reached"]:
+        console.print(f"{name}: not reached within {args.budget:.0f} seconds", markup=False)
+    for outcome in found:
+        for reason, count in outcome.case["fell_back"].items():
+            console.print(f"{outcome.spec.name}: fell back {count} times: {reason}", markup=False)
+    nothing = len(record["not_reached"]) == len(chosen)
+    return int(bool(record["failed"]) or nothing or any(o.rows[OURS].wrong for o in found))
+
+
+def _measure(
+    chosen: list[Spec | Question],
+    options: Options,
+    seconds: float,
+    end: float | None,
+    record: dict,
+    path: Path,
+    console: Console,
+) -> list[Outcome]:
+    """Run the cases in turn; `record` grows, and is written to `path` after each of them."""
+    found: list[Outcome] = []
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(chosen))
         for done, spec in enumerate(chosen):
-            left = args.budget and args.budget - (time.monotonic() - started)
+            left = None if end is None else end - time.monotonic()
             if left is not None and left <= spec.seconds(sized(spec, options)):
                 record["not_reached"].append(spec.name)  # a later one may take less
                 continue
@@ -441,56 +372,43 @@ def _run(
                     record.setdefault("answers", []).append({"name": spec.name})
                     spec.ask(sized(spec, options), left, note)
                 else:
-                    outcomes.append(run_case(spec, options, roof, seconds, tick))
-                    record["cases"].append(outcomes[-1].record())
+                    found.append(run_case(spec, options, record["roof"], seconds, tick))
+                    record["cases"].append(found[-1].record())
             except Exception as error:  # the cases after it are still worth knowing
                 traceback.print_exc()
                 record["failed"][spec.name] = gpu_timer.first_line(error)
             machine.write_json(path, record)  # at once: a run may be stopped at any moment
             gc.collect()
-    machine.write_json(path, record)
-    console.print(
-        terminal.table(outcomes, f"{stem}, r={args.r}, medians and p20-p80", facts["gpu"])
-    )
-    console.print(f"written: {path}")
-    for answer in record.get("answers", []):
-        console.print(terminal.answer(answer), markup=False)
-    for name in record["not_reached"]:
-        console.print(f"{name}: not reached within {args.budget:.0f} seconds", markup=False)
-    for outcome in outcomes:
-        for reason, count in outcome.case["fell_back"].items():
-            console.print(f"{outcome.spec.name}: fell back {count} times: {reason}", markup=False)
-    nothing = len(record["not_reached"]) == len(chosen)
-    return int(bool(record["failed"]) or nothing or any(o.rows[OURS].wrong for o in outcomes))
-
-
-def benchmark_ids(specs: list[Spec]) -> list:
-    """Return parameters for pytest-benchmark: one test per case and variant."""
-    import pytest
-
-    return [
-        pytest.param(spec, name, id=f"{spec.name}/{name}") for spec in specs for name in spec.names
-    ]
+    return found
 
 
 _built: dict[str, tuple[Case, dict[str, Row]]] = {}
 
 
-def run_benchmark(benchmark, spec: Spec, name: str, options: Options) -> None:
-    """Run one pytest-benchmark test; the case is built and checked once for all of its variants. A
-    case with sizes of its own is cut to those of `options`."""
-    if spec.shape is not None:
-        spec = replace(spec, shape=(min(spec.shape[0], options.n), min(spec.shape[1], options.k)))
-    if spec.name not in _built:
-        _built.clear()
-        gc.collect()
-        case = spec.build(sized(spec, options))
-        _built[spec.name] = case, check(spec, case)
-    case, rows = _built[spec.name]
-    assert rows[name].wrong is None, rows[name].wrong
-    numbers = itertools.count()
-    benchmark.group = spec.name
-    if case.variants[name].multiplied:
-        benchmark.pedantic(lambda: case.variants[name].call(1), rounds=1)
-        return
-    benchmark(lambda: case.variants[name].call(next(numbers)))
+def benchmark_test(specs: list[Spec]) -> Callable:
+    """Return a pytest-benchmark test of every case and variant. A case is built and checked once
+    for all of its variants; sizes of its own are cut to those of the options."""
+    import pytest
+
+    ids = [pytest.param(s, name, id=f"{s.name}/{name}") for s in specs for name in s.names]
+
+    @pytest.mark.parametrize(("spec", "name"), ids)
+    def test(benchmark, spec: Spec, name: str, options: Options) -> None:
+        if spec.shape is not None:
+            n, k = spec.shape
+            spec = replace(spec, shape=(min(n, options.n), min(k, options.k)))
+        if spec.name not in _built:
+            _built.clear()
+            gc.collect()
+            case = spec.build(sized(spec, options))
+            _built[spec.name] = case, check(spec, case)
+        case, rows = _built[spec.name]
+        assert rows[name].wrong is None, rows[name].wrong
+        variant, numbers = case.variants[name], itertools.count()
+        benchmark.group = spec.name
+        if variant.multiplied:
+            benchmark.pedantic(lambda: variant.call(1), rounds=1)
+        else:
+            benchmark(lambda: variant.call(next(numbers)))
+
+    return test

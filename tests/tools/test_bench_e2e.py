@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import bench_e2e
 import gpu
+import outcomes
 import pytest
 import stacks
 import suite
@@ -32,7 +33,7 @@ def toy(spec):
     return replace(spec, shape=(64, 64))
 
 
-def run(spec: suite.Spec) -> suite.Outcome:
+def run(spec: suite.Spec) -> outcomes.Outcome:
     return suite.run_case(toy(spec), TOY, ROOF, 0.0, lambda share: None)
 
 

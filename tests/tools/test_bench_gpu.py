@@ -15,6 +15,7 @@ from multiprocessing.pool import AsyncResult, Pool
 import contests
 import gpu
 import make_tables
+import outcomes
 import pytest
 import suite
 import tiles
@@ -138,10 +139,10 @@ def test_slow_calls_are_repeated_as_little_as_they_must():
 
 def test_record_keeps_some_samples_and_the_percentiles_of_all():
     timing = Timing(tuple(i * 1e-3 for i in range(1, 1001)))
-    kept = suite.in_milliseconds(timing)
-    assert len(kept["samples_ms"]) == suite.MOST_SAMPLES
+    kept = outcomes.in_milliseconds(timing)
+    assert len(kept["samples_ms"]) == outcomes.MOST_SAMPLES
     assert kept["samples_ms"][:2] == [1.0, 6.0] and kept["median_ms"] == pytest.approx(500.5)
-    assert len(suite.in_milliseconds(Timing((1.0,) * 7))["samples_ms"]) == 7
+    assert len(outcomes.in_milliseconds(Timing((1.0,) * 7))["samples_ms"]) == 7
 
 
 def test_parts_run_in_the_order_asked_for():

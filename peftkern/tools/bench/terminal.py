@@ -1,4 +1,4 @@
-"""Tables for the terminal: the outcomes of a bench script, the record of `peftkern bench`."""
+"""Record of `peftkern bench` as text and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -11,70 +11,10 @@ from rich.text import Text
 
 from peftkern.tools.bench.compare import Change
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
-from peftkern.tools.bench.timer import milliseconds
+from peftkern.tools.bench.timer import number
 
 WIDE = 110  # width from which a table has all columns
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-
-
-def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
-    """Build a line per peer; on a GPU also the ratio of replayed graphs, and the kernel
-    launches."""
-    grid = Table(title=title, title_justify="left")
-    grid.add_column("case")
-    for name in ("peftkern", "of floor"):
-        grid.add_column(name, justify="right")
-    grid.add_column("peer")
-    for name in ("its time", "ratio", "target", "", "error (ours / its)"):
-        grid.add_column(name, justify="right")
-    for name in ("in a graph", "launches") if gpu else ():
-        grid.add_column(name, justify="right")
-    for outcome in outcomes:
-        ours, (_, *peers) = outcome.rows["peftkern"], outcome.rows
-        targets = {target.peer: target.at_least for target in outcome.spec.targets}
-        share = outcome.share_of_floor
-        head = [
-            outcome.spec.short_name,
-            str(ours.timing) if ours.timing else f"[red]WRONG[/]: {ours.wrong}",
-            f"{share:.0%}" if share else "",
-        ]
-        for peer in peers:
-            theirs, ratio, least = outcome.rows[peer], outcome.ratio(peer), targets.get(peer)
-            mark = ""
-            if least is not None:
-                met = ratio is not None and ratio >= least
-                mark = "[green]✓[/]" if met else "[red]✗[/]"
-            both = ours.rms is not None and theirs.rms is not None
-            cells = [
-                peer,
-                f"{milliseconds(theirs.timing.median)} ms" if theirs.timing else "WRONG",
-                f"{ratio:.2f}x" if ratio else "",
-                f"{least:.3g}x" if least else "",
-                mark,
-                f"{ours.rms:.1e} / {theirs.rms:.1e}" if both else "",
-            ]
-            if gpu:
-                replayed = outcome.ratio(peer, "graph")
-                counts = [len(row.kernels) for row in (ours, theirs) if row.kernels is not None]
-                cells += [f"{replayed:.2f}x" if replayed else "", " / ".join(map(str, counts))]
-            grid.add_row(*head, *cells)
-            head = ["", "", ""]
-        grid.add_section()
-    return grid
-
-
-def answer(facts: dict) -> str:
-    """Format the notes of a `suite.Question` in a line: its own text, or whether something fits,
-    measured beside planned."""
-    fits, stopped = facts.get("fits"), facts.get("stopped")
-    said = facts.get("said") or {True: "fits", False: "does not fit", None: "no answer"}[fits]
-    sizes = [
-        f"{label} {facts[key] / 1e9:.2f} GB"
-        for label, key in (("peak", "peak_bytes"), ("planned", "planned_bytes"))
-        if key in facts
-    ]
-    limit = f" into {facts['cap_bytes'] / 1e9:.0f} GB" if "cap_bytes" in facts else ""
-    return "; ".join([f"{facts['name']}: {said}{limit}", *sizes, *([stopped] if stopped else [])])
 
 
 def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
@@ -256,11 +196,6 @@ def comparison(
     bad = sum(change.slower > fail_if for change in found)
     said = f"{bad} of {len(found)} cases slower by more than {fail_if:.1%}"
     yield Text(said if found else "nothing could be compared", style="" if found else "red")
-
-
-def number(value: float) -> str:
-    """Format three significant digits without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def _given(value: float | None, form: str) -> str:

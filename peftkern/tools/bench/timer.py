@@ -35,17 +35,16 @@ class Timing:
         return statistics.median(self.samples)
 
     def __str__(self) -> str:
-        return f"{milliseconds(self.median)} [{self.quantile(0.2) * 1e3:.3g}-{self.p80_ms:.3g}] ms"
+        return f"{number(self.median * 1e3)} [{self.quantile(0.2) * 1e3:.3g}-{self.p80_ms:.3g}] ms"
 
     @property
     def p80_ms(self) -> float:
         return self.quantile(0.8) * 1e3
 
 
-def milliseconds(seconds: float) -> str:
+def number(value: float) -> str:
     """Format three significant digits without an exponent."""
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def turn(
