@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peftkern
 from peftkern.formats.nf4 import NESTED_BLOCKSIZE, NF4_CODE, NF4Weight, dynamic_map
 from peftkern.layers import NF4Linear
-from peftkern.tools.bench.peers import bitsandbytes_missing, linear, nf4_weight64
+from peftkern.tools.bench.base_layers import linear, prequantized
+from peftkern.tools.bench.peers import bitsandbytes_missing, nf4_weight64
 from peftkern.tools.plan.plan import Architecture, Training
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,19 +80,10 @@ def nf4_layer(weight: NF4Weight) -> nn.Module:
     """Build bitsandbytes' layer over this weight, or ours where bitsandbytes does not run."""
     if bitsandbytes_missing(weight.device) is not None:
         return NF4Linear._from_nf4(weight, None, True)
-    import bitsandbytes as bnb
-
-    n, k = weight.shape
-    layer = bnb.nn.Linear4bit(
-        k, n, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
-    )
     state = weight.state_dict()
-    data = state.pop("weight")
+    packed = state.pop("weight")
     stats = {name.removeprefix("weight."): tensor for name, tensor in state.items()}
-    layer.weight = bnb.nn.Params4bit.from_prequantized(
-        data, stats, device=weight.device, module=layer
-    )
-    return layer
+    return prequantized(packed, stats, weight.shape, weight.dtype)
 
 
 def stack(

@@ -8,5 +8,5 @@ report, report_figures, report_style   the HTML report; charts, markup: its SVG,
 
 tolerances  error bounds, shared with the tests
 timer, gpu_timer, memory, machine     timers, peak memory, description of the machine
-peers       layers as users have them, shared with the scripts of bench/
+base_layers, peers   layers as users have them, shared with the scripts of bench/
 """

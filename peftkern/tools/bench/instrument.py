@@ -211,7 +211,7 @@ class Bench:
         self._start([REFEREE, *names])
         rows = {name: Row(failed=self.gone.get(name)) for name in names}
         path = Path(self.folder.name) / "case.safetensors"
-        given = {"problem": problem.as_dict(), "data": str(path)}
+        given = {"problem": problem.as_dict(), "file": str(path)}
         patience = PATIENCE * self.budget
         try:
             tick("float64 result", 0.0)

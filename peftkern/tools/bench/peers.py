@@ -23,6 +23,7 @@ import peftkern
 from peftkern.backends.dropout import philox_keep
 from peftkern.functional import linear as functional_linear
 from peftkern.layers import NF4Linear
+from peftkern.tools.bench.base_layers import linear, linear4bit
 from peftkern.tools.bench.data import nf4_values64
 
 SEED = 5  # of the random numbers of a checked call
@@ -51,38 +52,12 @@ class Layers(nn.Module):
         self.is_loaded_in_4bit = any(type(layer).__name__ == "Linear4bit" for layer in layers)
 
 
-def linear4bit(weight: Tensor, blocksize: int = 64) -> nn.Module:
-    """Build bitsandbytes' layer over this weight: NF4, double quantization, computing in its
-    dtype."""
-    import bitsandbytes as bnb
-
-    n, k = weight.shape
-    layer = bnb.nn.Linear4bit(
-        k, n, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
-    )
-    layer.weight = bnb.nn.Params4bit(
-        weight.clone(),
-        requires_grad=False,
-        quant_type="nf4",
-        compress_statistics=True,
-        blocksize=blocksize,
-    )
-    return layer.to(weight.device)
-
-
 def nf4_linear(weight: Tensor) -> nn.Module:
     """Build bitsandbytes' layer, or ours with the same weight where there is no bitsandbytes."""
     if bitsandbytes_missing(weight.device) is None:
         return linear4bit(weight)
     with peftkern.use_backend(None):  # even if the case forces a back end
         return NF4Linear.from_linear(linear(weight))
-
-
-def linear(weight: Tensor) -> nn.Linear:
-    n, k = weight.shape
-    layer = nn.Linear(k, n, bias=False, device="meta")  # meta: draws no weight to throw away
-    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    return layer
 
 
 def lora_pool(

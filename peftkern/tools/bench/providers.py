@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.tools.bench.base_layers import linear, prequantized
 from peftkern.tools.bench.cases import OPS, SCALING, Problem
 from peftkern.tools.bench.record import OURS
 
@@ -76,19 +77,15 @@ def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
         return [Layer(lambda x, w=w: peftkern.nf4_linear(x, w)) for w in _packed(tensors, copies)]
     if not has("peft"):
         return _functional(problem, tensors, copies)
+    from peftkern.tools.bench.peers import bitsandbytes_missing
+
     if not problem.kind.nf4:
-        base = _dense(tensors)
-    elif _bitsandbytes_missing(tensors["weight"].device):
+        base = linear(tensors["weight"])
+    elif bitsandbytes_missing(tensors["weight"].device):
         base = peftkern.layers.NF4Linear._from_nf4(_packed(tensors, 1)[0], None, True)
     else:
         base = _bitsandbytes_layer(tensors)
     return _peft(base, problem, tensors, copies, patched=True)
-
-
-def _bitsandbytes_missing(device: torch.device) -> str | None:
-    from peftkern.tools.bench import peers
-
-    return peers.bitsandbytes_missing(device)
 
 
 def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
@@ -105,11 +102,11 @@ def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
 
 def frozen(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     """Build the dense layer without an adapter."""
-    return [Layer(_dense(tensors)) for _ in range(copies)]
+    return [Layer(linear(tensors["weight"])) for _ in range(copies)]
 
 
 def peft(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    return _peft(_dense(tensors), problem, tensors, copies)
+    return _peft(linear(tensors["weight"]), problem, tensors, copies)
 
 
 def bitsandbytes(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
@@ -254,31 +251,11 @@ def _packed(tensors: Tensors, copies: int) -> list[peftkern.NF4Weight]:
     return [clone() for _ in range(copies)]
 
 
-def _dense(tensors: Tensors) -> nn.Linear:
-    n, k = tensors["weight"].shape
-    layer = nn.Linear(k, n, bias=False, device="meta")
-    layer.weight = nn.Parameter(tensors["weight"].clone(), requires_grad=False)
-    return layer
-
-
 def _bitsandbytes_layer(tensors: Tensors) -> nn.Module:
     """Build bitsandbytes' layer over the packed weight without quantizing again."""
-    import bitsandbytes as bnb
-
-    n, k = tensors["weight"].shape
-    layer = bnb.nn.Linear4bit(
-        k,
-        n,
-        bias=False,
-        compute_dtype=tensors["weight"].dtype,
-        quant_type="nf4",
-        device="meta",
-    )
     pieces = {name: t.clone() for name, t in tensors.items() if name.startswith("nf4.weight.")}
-    layer.weight = bnb.nn.Params4bit.from_prequantized(
-        tensors["nf4.weight"].clone(), pieces, device=tensors["weight"].device, module=layer
-    )
-    return layer
+    weight = tensors["weight"]
+    return prequantized(tensors["nf4.weight"].clone(), pieces, weight.shape, weight.dtype)
 
 
 def _peft(
