@@ -46,14 +46,12 @@ def llama(options: Options) -> Shapes:
 
 
 def models(options: Options, size: int) -> int:
-    """Return the number of models to cycle through; thousands of tiny ones would take minutes to
-    build."""
+    """Return the number of models to cycle through; thousands would take minutes to build."""
     return min(64, max(1, options.rotate // size))
 
 
 class Layers(nn.Module):
-    """Linear layers whose weight is one zero expanded to a matrix: nothing here multiplies by
-    it."""
+    """Linear layers whose weight is one expanded zero: nothing here multiplies by it."""
 
     def __init__(self, shapes: Shapes, device: torch.device) -> None:
         super().__init__()
@@ -104,8 +102,7 @@ def triplets(tuner: nn.Module) -> list[Tensor]:
 
 
 def warmed(call: Callable[[int], object], copies: int) -> Callable[[int], object]:
-    """Return `call` after the first update of each copy, which makes the EMAs; the check did copy
-    0's."""
+    """Return `call` after each copy's first update, which makes the EMAs; 0 is the check's."""
     for i in range(1, copies):
         call(i)
     return call

@@ -176,8 +176,7 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Return the cases; NF4 needs bitsandbytes: PEFT has no DoRA layer over another packed
-    weight."""
+    """Return the cases; NF4 needs bitsandbytes: PEFT has no DoRA over another packed weight."""
     kinds = (False, True) if bitsandbytes_missing(device) is None else (False,)
     square, wide = (4096, 4096), (14336, 4096)
     specs = []

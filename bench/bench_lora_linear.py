@@ -101,8 +101,7 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Return the cases, those with a target first; PEFT's default adapters are fp32, the cheaper
-    bf16."""
+    """Return the cases, those with a target first; PEFT's default adapters are fp32."""
     square, wide = {"shape": (4096, 4096)}, {"shape": (14336, 4096)}
     frozen, faster = Target(DENSE, 1 / 1.12), Target(PEFT, 1.3)
     few = {**square, "most_launches": 3}

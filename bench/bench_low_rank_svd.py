@@ -70,8 +70,7 @@ def gram_composition(B: Tensor, A: Tensor, vectors: bool) -> tuple[Tensor | None
 
 
 def first_layer(svd: tuple, vectors: bool) -> tuple[Tensor, ...]:
-    """Return the compared results: singular values of layer 0 and, with vectors, the update
-    itself."""
+    """Return the compared results: singular values of layer 0 and, with vectors, its update."""
     U, S, Vh = svd[:3]
     if not vectors:
         return (S[0],)

@@ -170,8 +170,7 @@ def has_cuda_kernels(device: torch.device) -> bool:
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Return the cases, those with a target first. Without bitsandbytes plain torch is the
-    judge."""
+    """Return the cases, those with a target first; without bitsandbytes torch is the judge."""
     peer = BNB if bitsandbytes_missing(device) is None else TORCH
     ours = (OURS, CUDA) if has_cuda_kernels(device) else (OURS,)
     names = (*ours, peer, COPY)

@@ -145,8 +145,7 @@ PREFILL = (64, 128, 256, 512)  # rows between decoding and training
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Return the cases, those with a target first. Without bitsandbytes PEFT over the dense weight
-    is the judge."""
+    """Return the cases, those with a target first; without bitsandbytes dense PEFT is the judge."""
     has_bnb = bitsandbytes_missing(device) is None
     judge = BNB if has_bnb else DENSE_LORA
     on_gpu = device.type == "cuda"

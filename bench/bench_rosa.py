@@ -158,8 +158,7 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Return cases at the densities of training and one beyond the crossover; the target is at
-    0.1%."""
+    """Return cases at training densities and one beyond the crossover; the target is at 0.1%."""
     specs = []
     for kind, dense in (("sddmm", DENSE_DW), ("forward", DENSE_SUM)):
         for m, share in itertools.product((512, 4096), (0.001, 0.01, 0.05)):

@@ -82,8 +82,7 @@ def back_ends(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> 
 
 
 def arguments(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> list[tuple]:
-    """Build the arguments of equal calls, on enough copies of the large tensors to exceed the
-    caches."""
+    """Build arguments of equal calls, on enough copies of large tensors to exceed the caches."""
     torch.manual_seed(0)
     rotate = ROTATE if device.type == "cuda" else 0
 
@@ -179,7 +178,6 @@ def held(calls: Calls, op: str, device: torch.device) -> tuple[str, dict[str, fl
 
 
 def results(got: object, op: str) -> tuple[Tensor, ...]:
-    """Return the results to compare: of an SVD the singular values, as vectors of equal ones are
-    free."""
+    """Return the results to compare: of an SVD the singular values; equal ones leave vectors free."""
     tensors = got if isinstance(got, (tuple, list)) else (got,)
     return (tensors[1],) if op == "low_rank_svd" else tuple(t for t in tensors if t.numel())

@@ -125,8 +125,7 @@ def compile_kernels(nvcc: str, generated: Path, mark: str, path: Path, arch: str
 
 
 def short_name(demangled: str) -> str:
-    """Shorten to the kernel and its template arguments: no result, namespaces, parameters or
-    spaces."""
+    """Shorten to kernel and template arguments: no result, namespaces, parameters or spaces."""
     name = demangled.removeprefix("void ").replace("(anonymous namespace)::", "")
     if name.endswith(")"):
         depth = 0

@@ -39,8 +39,7 @@ class Library:
         self._values = (ctypes.c_uint16 * 16)(*(value & 0xFFFF for value in bits))
 
     def decode(self, name: str, iterations: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the XOR of the values each thread decoded [threads, 4], int32; clocks of each
-        block.
+        """Return the XOR of each thread's values [threads, 4], int32; clocks of each block.
 
         Raises: RuntimeError if CUDA refuses the launch.
         """
@@ -127,8 +126,7 @@ def measured(library: Library, name: str, device: torch.device) -> dict[str, flo
 
 
 def ask(options, seconds: float | None, note: Callable[..., None]) -> None:
-    """Answer a `suite.Question`: the speed of each table, or why nothing is measured (no nvcc, no
-    GPU).
+    """Answer a `suite.Question`: the speed of each table, or the lack of nvcc or a GPU.
 
     Raises: RuntimeError at the end, if a table gave other bits than the codebook; it has no rate.
     """

@@ -110,8 +110,7 @@ class Outcome:
 
 
 def table(outcomes: Iterable[Outcome], title: str, gpu: dict | None) -> Table:
-    """Build a line per peer; on a GPU also the ratio of replayed graphs, and the kernel
-    launches."""
+    """Build a line per peer; on a GPU also the ratio of replayed graphs and kernel launches."""
     grid = Table(title=title, title_justify="left")
     grid.add_column("case")
     for name in ("peftkern", "of floor"):

@@ -154,8 +154,7 @@ def twin(net: nn.Module) -> nn.Module:
 
 
 class Trainer:
-    """Training loop of a stack on one batch, which it memorizes: a wrong gradient shows in the next
-    loss.
+    """Training loop of a stack on one batch: a wrong gradient shows in the next loss.
 
     model, training: its shape, and how it is trained. `lr` is AdamW's. keep_first: a copy of the
     first step's gradients, for `first`. over: a `stack` whose weights to share, which stays as it

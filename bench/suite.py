@@ -1,5 +1,4 @@
-"""Runner of the bench scripts: checks results, times correct ones, compares to targets, writes
-JSON."""
+"""Runner of the bench scripts: checks, times, compares to targets, writes JSON."""
 
 from __future__ import annotations
 

@@ -48,8 +48,7 @@ SCALING = 0.5
 
 
 def in_turn(shapes: list, rows: list, ranks: list) -> Iterator[tuple[int, int, int, int]]:
-    """Order (r, M, N, K): for one rank all rows of four weights, a model, before those of the
-    next."""
+    """Order (r, M, N, K): for one rank all rows of four weights, a model, before the next."""
     for r, start in itertools.product(ranks, range(0, len(shapes), 4)):
         for m, (n, k) in itertools.product(rows, shapes[start : start + 4]):
             yield r, m, n, k

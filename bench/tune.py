@@ -54,8 +54,7 @@ SECTIONS = ("configs", "gains", "back_ends", "layers", "milliseconds")
 
 
 def begin(path: Path, device: torch.device, args: argparse.Namespace) -> dict:
-    """Load the table if this device, these versions and these kernels wrote it, else an empty
-    one."""
+    """Load the table if this device, versions and kernels wrote it, else an empty one."""
     facts = machine.describe(torch.get_num_threads(), device, args.commit)
     head = {
         "device": facts["gpu"]["name"] if facts["gpu"] else facts["cpu"],

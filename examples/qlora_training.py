@@ -89,8 +89,7 @@ def random_llama(options: Namespace):
 
 
 def add_adapters(model, options: Namespace):
-    """Follow PEFT's recipe: prepare for k-bit training (with checkpointing), adapters
-    everywhere."""
+    """Follow PEFT's recipe: prepare for k-bit training (checkpointing), adapters everywhere."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     model = prepare_model_for_kbit_training(
@@ -210,8 +209,7 @@ def peak_memory_mb() -> float:
 
 
 def serve(options: Namespace) -> None:
-    """Serve requests: a line `n` on stdin runs n steps, `end` prints the figures; replies are
-    JSON."""
+    """Serve requests: a line `n` runs n steps, `end` prints the figures; replies are JSON."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the output of libraries must not mix with the replies
 

@@ -16,8 +16,7 @@ def linear(weight: Tensor) -> nn.Linear:
 
 
 def linear4bit(weight: Tensor) -> nn.Module:
-    """Quantize to bitsandbytes' layer: NF4, double quantization, computing in the weight's
-    dtype."""
+    """Quantize to bitsandbytes' layer: NF4, double quantization, compute in weight's dtype."""
     import bitsandbytes as bnb
 
     layer = _empty_linear4bit(weight.shape, weight.dtype)

@@ -44,8 +44,7 @@ class Axis:
         return self.at(min(max(value, self.low), self.high))
 
     def ticks(self, most: int) -> list[float]:
-        """Return at most so many round numbers: 1, 2, 5 within a decade or two, else powers of
-        ten."""
+        """Return at most so many round numbers: 1, 2, 5 within a decade or two, else 10^n."""
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         for mantissas in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
             found = [m * 10.0**e for e in range(first, last + 1) for m in mantissas]

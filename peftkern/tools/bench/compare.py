@@ -18,8 +18,7 @@ SAME_MACHINE = ("cpu", "isa", "threads", "gpu")
 
 @dataclass(frozen=True)
 class Change:
-    """Regression of a case. `slower`: growth of a call of ours in the old ratio (or time): 0.05 is
-    5%."""
+    """Regression of a case. `slower`: relative growth of the ratio (or time): 0.05 is 5%."""
 
     case: str
     by: str  # the compared quantity, in words
@@ -47,8 +46,7 @@ def read(path: Path) -> Record:
 
 
 def changes(old: Record, new: Record) -> tuple[list[Change], dict[str, str]]:
-    """Compare the cases of both; return changes, and the reasons against the other cases of
-    `new`."""
+    """Compare the common cases; return changes, and reasons against the others of `new`."""
     earlier = {case["name"]: case for case in old["cases"]}
     same = all(old["environment"].get(k) == new["environment"].get(k) for k in SAME_MACHINE)
     found, silent = [], {}

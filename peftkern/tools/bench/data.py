@@ -94,8 +94,7 @@ def wanted(problem: Problem, adapted: bool) -> list[str]:
 
 
 def nf4_values64(weight: NF4Weight, start: int, stop: int) -> Tensor:
-    """Decode values `start` to `stop` of a weight in row-major order, in float64 and plain
-    torch."""
+    """Decode values `start` to `stop` of a weight, row-major, in float64 and plain torch."""
     packed, device = weight.packed[start // 2 : (stop + 1) // 2], weight.device
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
     codes = codes[start % 2 : start % 2 + stop - start]

@@ -147,8 +147,7 @@ def end_capture() -> None:
 
 
 def launches(call: Callable[[int], object]) -> list[str]:
-    """Return the names of the kernels that one call launches, without the driver's copies and
-    fills."""
+    """Return the names of the kernels of one call, without the driver's copies and fills."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

@@ -71,8 +71,7 @@ def lora_pool(
     adapter_dtype: torch.dtype = torch.float32,
     adapters: tuple[Tensor, Tensor] | None = None,
 ) -> list:
-    """Build PEFT's LoRA layers over copies of `layer`; fp32 adapters are PEFT's default. B is not
-    zero.
+    """Build PEFT's LoRA layers over copies of `layer`; fp32 adapters by default, B not zero.
 
     `adapters`: A and B, drawn if not given.
     """
@@ -167,8 +166,7 @@ def lora_oracle(
     keep: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """Compute in float64 the results of `forward` (no dy) or `forward_backward`; no layer: no
-    LoRA."""
+    """Compute `forward` (no dy) or `forward_backward` in float64; no layer: no LoRA."""
     x = x.detach().double()
     y = x @ weight64.T
     dy = None if dy is None else dy.double()

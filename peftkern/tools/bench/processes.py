@@ -118,8 +118,7 @@ class Process:
 
 
 def first_error(said: str) -> str:
-    """Return the line of an output that names the error: of a traceback the last, else the
-    first."""
+    """Return the line of a log that names the error: of a traceback the last, else the first."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
     fatal = [line for line in lines if "fatal" in line.lower() or "terminate called" in line]

@@ -1,5 +1,4 @@
-"""Format of `peftkern bench --json`, field by field; files are read and checked by this
-description.
+"""Format of `peftkern bench --json`, field by field; files are checked against it.
 
 A record is plain JSON. Every field is always there; what was not measured or does not apply is
 null. Units are in the names: `_ms` milliseconds, `_s` seconds, `_bytes` bytes, `gb_s` 1e9 bytes per

@@ -124,8 +124,7 @@ def roofline(record: Record, labels: Labels) -> Markup | None:
 
 
 def scaling(record: Record, labels: Labels, over: str) -> Markup | None:
-    """Draw a chart for all cases that differ only in `over` ("M" or "r"), if there are two or
-    more."""
+    """Draw a chart of the cases that differ only in `over` ("M" or "r"), if at least two."""
     groups: dict[tuple, list[Case]] = {}
     for case in record["cases"]:
         if case[over]:
@@ -169,8 +168,7 @@ def scaling(record: Record, labels: Labels, over: str) -> Markup | None:
 
 
 def _apart_from(case: Case, over: str) -> tuple:
-    """Return the key of cases that differ only in `over`; a shape given in figures names its rows,
-    too."""
+    """Return the key of cases that differ only in `over`; numeric shapes name rows, too."""
     given = case["shape"] == f"{case['M']}x{case['N']}x{case['K']}"
     shape = "" if given else case["shape"]
     keys = ("op", "M", "N", "K", "r", "dtype", "mode")

@@ -154,8 +154,7 @@ def beside(record: Record) -> list[tuple[Case, str, float, bool]]:
 
 
 def is_bound(case: Case, name: str) -> bool:
-    """Return whether a provider is a bound, not a rival: the layer without its adapter does
-    less."""
+    """Return whether a provider is a bound, not a peer: without an adapter it does less."""
     return name == "frozen" and bool(case["r"])
 
 

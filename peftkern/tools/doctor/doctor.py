@@ -338,8 +338,7 @@ def gpu_findings() -> Iterator[Finding]:
 
 
 def compiler_findings(include: Path, compiler: str | None) -> Iterator[Finding]:
-    """Report a missing compiler or Python.h: Triton builds a launcher in C at a kernel's first
-    run."""
+    """Report a missing compiler or Python.h: Triton builds each kernel's launcher in C."""
     if not (include / "Python.h").exists():
         yield Finding(
             True,

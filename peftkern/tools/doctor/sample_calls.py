@@ -188,7 +188,6 @@ def explain(name: str, sample: Sample, mode: str = "full") -> dispatch.Explanati
 
 
 def is_small(sample: Sample) -> bool:
-    """Return whether a patched dense layer leaves such a CPU call to PEFT; see
-    integrations.peft."""
+    """Return whether a patched dense layer leaves such a CPU call to PEFT."""
     small = sample.M * (sample.K + sample.N) < dispatch.DENSE_CPU_MINIMUM
     return small and dispatch.forced_backend() is None

@@ -294,8 +294,7 @@ class Step(Tape):
         self.tokens = shapes.batch * shapes.sequence
 
     def run(self) -> dict[str, tuple[int, Counter[str]]]:
-        """Return (bytes, parts) at the peak of forward and of backward; gradients stay
-        afterwards."""
+        """Return (bytes, parts) at the peak of forward and of backward; gradients stay."""
         self.memory.start_phase()
         loss = self.forward()
         peaks = {"forward": (self.memory.peak, self.memory.at_peak)}
@@ -515,8 +514,7 @@ class Step(Tape):
         return self.op([S], out, saves=[S.buffer], trains=[(B, B_bytes)])
 
     def drop(self, x: Tensor) -> Tensor:
-        """Apply dropout, which keeps a mask: one byte per element on a GPU, the noise itself on a
-        CPU."""
+        """Apply dropout, which keeps a mask: a byte per element on a GPU, the noise on a CPU."""
         s = self.shapes
         if not s.dropout:
             return x

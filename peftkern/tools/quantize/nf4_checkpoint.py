@@ -204,8 +204,7 @@ def _is_entry(entry: dict[str, Any]) -> bool:
 
 
 def _checksums(work: Path, shards: Iterable[Shard]) -> Iterator[int | None]:
-    """Yield the checksum of every unit on disk; None from the first position that cannot be
-    right."""
+    """Yield the checksum of every unit on disk; None from the first impossible one on."""
     for shard in shards:
         try:
             file = open(work / shard.name, "rb", buffering=0)  # noqa: SIM115
@@ -308,8 +307,7 @@ def _bytes_of(tensor: Tensor, nbytes: int) -> bytes:
 
 
 def _relative_error(weight: Tensor, nf4: NF4Weight, info: TensorInfo) -> float:
-    """Return |w - w_nf4| / |w|, by pieces that begin with a block, and with one of absmax if
-    nested.
+    """Return |w - w_nf4| / |w|, by pieces that begin with a block (of absmax, too, if nested).
 
     Around 0.1; zeros alone have 1, so that more is a defect, not rounding.
     """
