@@ -26,7 +26,8 @@ from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, ma
 from torch import Tensor
 
 import peftkern
-from peftkern.backends import cuda, native_cuda
+from peftkern.backends.cuda.low_rank_svd import JACOBI_SWEEPS, jacobi_svd
+from peftkern.backends.cuda.module import refusal_device
 from peftkern.backends.device import triton_interpreted
 from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
 
@@ -148,7 +149,7 @@ def build_cores(options: Options, r: int, names: tuple[str, ...]) -> Case:
     oracle = (dense, pool[0])
 
     def ours(i: int) -> tuple:
-        return native_cuda.jacobi_svd(pool[i % len(pool)], cuda.JACOBI_SWEEPS, True)[:3]
+        return jacobi_svd(pool[i % len(pool)], JACOBI_SWEEPS, True)[:3]
 
     def torch_svd(i: int, driver: str | None = None) -> tuple:
         U, S, Vh = torch.linalg.svd(pool[i % len(pool)], driver=driver)
@@ -197,7 +198,7 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    has_cuda = device.type == "cuda" and native_cuda.unserved(device) is None
+    has_cuda = device.type == "cuda" and refusal_device(device) is None
     names = (OURS, *([CUDA] if has_cuda else []), STACKED, LISTS, GESVDA, EIGH)
 
     def core_spec(r: int, at_least: float) -> Spec:

@@ -20,7 +20,7 @@ import torch
 from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 
 import peftkern
-from peftkern.backends import native_cuda
+from peftkern.backends.cuda.module import refusal_device
 from peftkern.layers import NF4Linear
 from peftkern.tools.bench.peers import bitsandbytes_missing, nf4_linear, nf4_weight64
 
@@ -166,7 +166,7 @@ SPECS = [
 
 
 def has_cuda_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" and native_cuda.unserved(device) is None
+    return device.type == "cuda" and refusal_device(device) is None
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:

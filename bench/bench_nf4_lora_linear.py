@@ -21,7 +21,8 @@ from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, ma
 from torch import nn
 
 import peftkern
-from peftkern.backends import native_cuda
+from peftkern.backends.cuda.module import refusal_device
+from peftkern.backends.cuda.nf4_lora_linear import refusal_sm90a
 from peftkern.tools.bench.peers import (
     bitsandbytes_missing,
     compiled,
@@ -149,8 +150,8 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     has_bnb = bitsandbytes_missing(device) is None
     judge = BNB if has_bnb else DENSE_LORA
     on_gpu = device.type == "cuda"
-    has_decode = on_gpu and native_cuda.unserved(device) is None
-    has_prefill = has_decode and native_cuda.unserved_sm90a(device) is None
+    has_decode = on_gpu and refusal_device(device) is None
+    has_prefill = has_decode and refusal_sm90a(device) is None
 
     def gpu_spec(m: int, shape: tuple[int, int], *targets: Target, train: bool = False) -> Spec:
         theirs = (BNB, COMPILED) if m in (32, 4096) else (BNB,)  # compiling is slow

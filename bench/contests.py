@@ -179,6 +179,6 @@ def held(calls: Calls, op: str, device: torch.device) -> tuple[str, dict[str, fl
 
 
 def results(got: object, op: str) -> tuple[Tensor, ...]:
-    """Return the results to compare: of an SVD the singular values; equal ones leave vectors free."""
+    """Return the results to compare: of an SVD the singular values, as vectors are not unique."""
     tensors = got if isinstance(got, (tuple, list)) else (got,)
     return (tensors[1],) if op == "low_rank_svd" else tuple(t for t in tensors if t.numel())

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import peftkern
-from peftkern.backends import native
+from peftkern.backends.cpu.module import cpu_isa, cpu_isas
 from peftkern.backends.device import triton_interpreted
 from peftkern.tools.bench.gpu_timer import measure_events
 from peftkern.tools.bench.timer import measure
@@ -86,8 +86,8 @@ def describe(threads: int, device: torch.device | None = None, given_commit: str
     """Describe the machine; `given_commit` stands in where the tree carries no history."""
     return {
         "cpu": cpu_name(),
-        "isa": native.cpu_isa() if native.cpu_isas() else None,
-        "isas": list(native.cpu_isas()),
+        "isa": cpu_isa() if cpu_isas() else None,
+        "isas": list(cpu_isas()),
         "gpu": gpu(device) if device is not None and device.type == "cuda" else None,
         "interpreter": triton_interpreted(),
         "threads": threads,

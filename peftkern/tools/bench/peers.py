@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.backends.dropout import philox_keep
-from peftkern.functional import linear as functional_linear
+from peftkern.functional.arguments import draw_keep
 from peftkern.layers import NF4Linear
 from peftkern.tools.bench.base_layers import linear, linear4bit
 from peftkern.tools.bench.data import nf4_values64
@@ -145,7 +145,7 @@ def kept(x: Tensor, dropout: float, patched: bool, adapter_dtype: torch.dtype) -
     torch.manual_seed(SEED)
     x = x.detach()
     if patched:
-        keep = functional_linear._draw_keep(x, dropout)
+        keep = draw_keep(x, dropout)
         return keep if keep.dtype is torch.bool else philox_keep(keep, *x.shape, dropout)
     return F.dropout(torch.ones_like(x, dtype=adapter_dtype), dropout) != 0
 

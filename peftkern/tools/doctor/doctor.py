@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 import peftkern
-from peftkern.backends import dispatch, native, ops
+from peftkern.backends import dispatch, ops
+from peftkern.backends.cpu import module as cpu_back_end
 from peftkern.backends.device import device_info, triton_interpreted, triton_missing
 from peftkern.integrations.packages import (
     BNB_LIBRARY,
@@ -146,16 +147,16 @@ def _machine() -> dict[str, Any]:
 
 def _built() -> dict[str, Any]:
     """Describe the native libraries and Triton: their contents, or why there is none."""
-    module, reason = native.cpu_module()
+    module, reason = cpu_back_end.cpu_module()
     cpu: dict[str, Any] = {"missing": reason}
     if module is not None:
         cpu = {
             "compiled_in": list(module.built_isas()) if hasattr(module, "built_isas") else None,
-            "usable_here": list(native.cpu_isas()),
+            "usable_here": list(cpu_back_end.cpu_isas()),
             "in_use": None,
         }
         with contextlib.suppress(ValueError):  # of PEFTKERN_CPU_ISA: a finding of its own
-            cpu["in_use"] = native.cpu_isa()
+            cpu["in_use"] = cpu_back_end.cpu_isa()
     try:
         architectures = importlib.import_module("peftkern._cuda").architectures()
         cuda: dict[str, Any] = {"architectures": [str(arch) for arch in architectures]}
@@ -264,7 +265,7 @@ def _environment_findings() -> Iterator[Finding]:
 
 
 def _isa() -> str | None:
-    return native.cpu_isa() if native.cpu_isas() else None
+    return cpu_back_end.cpu_isa() if cpu_back_end.cpu_isas() else None
 
 
 def _build_findings(built: dict[str, Any]) -> Iterator[Finding]:
