@@ -46,7 +46,7 @@ QWEN = Architecture(192, 2, 6, 2, 512, 1536, 32, tied=True, qkv_bias=True)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[Architecture, str]:
-    """Random models as checkpoints: bitsandbytes quantises while transformers loads."""
+    """Random models as checkpoints: bitsandbytes quantizes while transformers loads."""
     made = {}
     for shape, config, kind in (
         (LLAMA, LlamaConfig, LlamaForCausalLM),
@@ -297,7 +297,7 @@ def test_weights_are_counted_to_the_byte(folders, shape, dtype, base):
 
 
 def _tables(weight: Tensor) -> list[Tensor]:
-    """What bitsandbytes keeps beside a quantised weight."""
+    """What bitsandbytes keeps beside a quantized weight."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return []
