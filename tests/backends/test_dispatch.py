@@ -12,8 +12,8 @@ import torch
 import peftkern
 from peftkern.backends import device, dispatch, ops
 from peftkern.backends.cpu import module as native
-from peftkern.functional.dora import dora_linear
 from peftkern.backends.device import device_info
+from peftkern.functional.dora import dora_linear
 from peftkern.kernels import configs
 from peftkern.tools.doctor.sample_calls import Sample
 
