@@ -132,7 +132,7 @@ def check_blocksize(name: str, blocksize: int, form: int = 0) -> None:
 def weight(
     tensors: Sequence[Tensor], layout: Sequence[int], device: torch.device = CPU
 ) -> tuple[int, ...]:
-    """Return a weight as C++ takes it: the fields of `view_from_tuple` in binding.h.
+    """Return a weight as C++ takes it: the fields of `view_of` in binding.h.
 
     Raises: ValueError naming the tensor or the block size that does not fit.
     """
