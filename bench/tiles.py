@@ -1,7 +1,7 @@
 """Looks for tiles that are faster than the counted ones; `bench/tune.py` says for what.
 
 The search of a problem starts from its counted tiles and walks, one field at a time, to whatever
-neighbour is faster by more than noise. A candidate that does not compile, needs more than the
+neighbor is faster by more than noise. A candidate that does not compile, needs more than the
 device has, or gives other numbers than the counted tiles is out. Many problems walk in step: for
 each field all candidates are compiled and checked by several processes, on a GPU that nobody
 measures meanwhile, and then timed by this process alone. Compiling takes a second or more, timing
@@ -100,7 +100,7 @@ def runner(
 ) -> Callable[[int], tuple]:
     """call(i): the launch that the problem stands for, on the i-th of equal inputs, which together
     are as large as `rotate`."""
-    from peftkern.kernels import dora, lora_linear, nf4, nf4_lora_linear
+    from peftkern.kernels import dora, low_rank_update, nf4, nf4_lora_linear
 
     torch.manual_seed(0)
     m, r, kernel = problem.M, problem.r, problem.kernel
@@ -117,22 +117,22 @@ def runner(
     b = pool(n, r, scale=0.1, dtype=f32)[0]
     if kernel == "lora_forward":
         xs = pool(m, k)
-        return lambda i: lora_linear.update_forward(of(xs, i), a, b, None, SCALING, None, 0.0)
+        return lambda i: low_rank_update.update_forward(of(xs, i), a, b, None, SCALING, None, 0.0)
     if kernel == "lora_backward_sb":
         dys, s = pool(m, n), pool(m, r, dtype=f32)[0]
         needs = [True, True, True, False]
-        return lambda i: lora_linear.gradients_sb(of(dys, i), s, b, SCALING, needs)
+        return lambda i: low_rank_update.gradients_sb(of(dys, i), s, b, SCALING, needs)
     if kernel == "lora_backward_xa":
         xs, ds, dtype = pool(m, k), pool(m, r, dtype=f32)[0], torch.bfloat16
         both = (True, True)
-        return lambda i: lora_linear.gradients_xa(of(xs, i), a, ds, None, 0.0, both, dtype)
+        return lambda i: low_rank_update.gradients_xa(of(xs, i), a, ds, None, 0.0, both, dtype)
     if kernel == "epilogue":
         parts, s, y = pool(4, m, n, dtype=f32), pool(4, m, r, dtype=f32)[0], pool(m, n)[0]
         scales = (1.0, SCALING)
 
         def epilogue(i: int) -> tuple:
             args = (of(parts, i), s, b.t(), None, None, 0.0, scales, None, y)
-            lora_linear.update_epilogue(*args)
+            low_rank_update.update_epilogue(*args)
             return (y.clone() if device.type == "cpu" else y,)
 
         return epilogue
@@ -154,10 +154,10 @@ def runner(
     if kernel == "nf4_forward":
         x = pool(m, k)[0]
         rest = (n, a, b, None, SCALING, None, 0.0)
-        return lambda i: nf4_lora_linear._fused_forward(x, of(packed, i), *rest)
+        return lambda i: nf4_lora_linear.fused_forward(x, of(packed, i), *rest)
     dy = pool(m, n)[0]
     rest = (k, None, None, None, 0.0)
-    return lambda i: (nf4_lora_linear._fused_backward(dy, of(packed, i), *rest),)
+    return lambda i: (nf4_lora_linear.fused_backward(dy, of(packed, i), *rest),)
 
 
 def seconds_of(calls: dict[str, Callable[[int], object]], device: torch.device) -> dict[str, float]:
@@ -192,7 +192,7 @@ def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], sides: int = 1) 
     return all(rms <= bounds[0] and most <= bounds[1] for rms, most in pairs)
 
 
-def neighbours(config: TileConfig, name: str, kernel: str) -> Iterator[TileConfig]:
+def neighbors(config: TileConfig, name: str, kernel: str) -> Iterator[TileConfig]:
     """Configs for a kernel that differ in one field: half and double, or a stage fewer and more."""
     value = getattr(config, name)
     steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
@@ -216,16 +216,16 @@ class Search:
 
     @classmethod
     def of(cls, problem: Problem, n: int, k: int, device: torch.device) -> Search:
-        from peftkern.kernels.launch import processors
+        from peftkern.kernels.launch import traits
 
-        counted = choose(problem, processors(device))
+        counted = choose(problem, traits(device).processors)
         return cls(problem, n, k, counted, counted, tried={counted})
 
     def candidates(self, step: int) -> list[TileConfig]:
-        """Neighbours in the step-th field that were not tried yet."""
+        """Neighbors in the step-th field that were not tried yet."""
         names = FIELDS[self.problem.kernel][step : step + 1]
         kernel = self.problem.kernel
-        new = [c for name in names for c in neighbours(self.best, name, kernel)]
+        new = [c for name in names for c in neighbors(self.best, name, kernel)]
         new = [candidate for candidate in new if candidate not in self.tried]
         self.tried.update(new)
         return new
@@ -354,10 +354,10 @@ def search(
 
 def fused_rows(shapes: list, device: torch.device, rows: tuple[int, ...]) -> tuple[int, dict]:
     """Up to which M the fused NF4 kernel is no slower on average, and the ratios behind it."""
-    from peftkern.kernels import lora_linear, nf4, nf4_lora_linear
+    from peftkern.kernels import low_rank_update, nf4, nf4_lora_linear
 
     def composed(x: Tensor, weight: tuple, n: int, *adapters) -> tuple:
-        y, s = lora_linear.update_forward(x, *adapters)
+        y, s = low_rank_update.update_forward(x, *adapters)
         dense = nf4.nf4_dequantize(*weight, [n, x.shape[1]], x.dtype)
         return y.addmm_(x, dense.t()), s
 
@@ -373,7 +373,7 @@ def fused_rows(shapes: list, device: torch.device, rows: tuple[int, ...]) -> tup
             a = torch.randn(problem.r, k, device=device) / k**0.5
             rest = (n, a, torch.randn(n, problem.r, device=device), None, SCALING, None, 0.0)
             calls = {
-                "fused": lambda i, p=pool, x=x, rest=rest: nf4_lora_linear._fused_forward(
+                "fused": lambda i, p=pool, x=x, rest=rest: nf4_lora_linear.fused_forward(
                     x, p[i % len(p)], *rest
                 ),
                 "composed": lambda i, p=pool, x=x, rest=rest: composed(x, p[i % len(p)], *rest),

@@ -74,57 +74,57 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     op: (*candidates, _reference(op))
     for op, candidates in {
         "nf4_quantize": (
-            _triton("nf4_quantize", "nf4", "supports_quantize"),
+            _triton("nf4_quantize", "nf4", "refusal_quantize"),
             _cuda("nf4_quantize", cuda.supports_quantize),
             _cpu("nf4_quantize", cpu.supports_dense),
         ),
         "nf4_quantize_absmax": (_cpu("nf4_quantize_absmax", cpu.supports_device),),
         "nf4_dequantize": (
-            _triton("nf4_dequantize", "nf4", "supports_dequantize"),
+            _triton("nf4_dequantize", "nf4", "refusal_dequantize"),
             _cuda("nf4_dequantize", cuda.supports_dequantize),
             _cpu("nf4_dequantize", cpu.supports_dequantize),
         ),
         "nf4_dequantize_out": (
-            _triton("nf4_dequantize_out", "nf4", "supports_dequantize"),
+            _triton("nf4_dequantize_out", "nf4", "refusal_dequantize"),
             _cuda("nf4_dequantize_out", cuda.supports_dequantize),
             _cpu("nf4_dequantize_out", cpu.supports_dequantize),
         ),
         "lora_linear_forward": (
-            _triton("lora_linear_forward", "lora_linear", "supports_forward"),
+            _triton("lora_linear_forward", "lora_linear", "refusal_forward"),
             _cpu("lora_linear_forward", cpu.supports_dense),
         ),
         "lora_linear_backward": (
-            _triton("lora_linear_backward", "lora_linear", "supports_backward"),
+            _triton("lora_linear_backward", "lora_linear", "refusal_backward"),
             _cpu("lora_linear_backward", cpu.supports_dense),
         ),
         "nf4_lora_linear_forward": (
-            _triton("nf4_lora_linear_forward", "nf4_lora_linear", "supports_forward"),
+            _triton("nf4_lora_linear_forward", "nf4_lora_linear", "refusal_forward"),
             _cuda("nf4_lora_linear_forward", cuda.supports_nf4_forward),
             _cpu("nf4_lora_linear_forward", cpu.supports_nf4_forward),
         ),
         "nf4_lora_linear_backward": (
-            _triton("nf4_lora_linear_backward", "nf4_lora_linear", "supports_backward"),
+            _triton("nf4_lora_linear_backward", "nf4_lora_linear", "refusal_backward"),
             _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
         ),
         "dora_norm": (
-            _triton("dora_norm", "dora", "supports_norm"),
+            _triton("dora_norm", "dora", "refusal_norm"),
             _cpu("dora_norm", cpu.supports_dora_norm),
         ),
         "nf4_dora_norm": (
-            _triton("nf4_dora_norm", "dora", "supports_nf4_norm"),
+            _triton("nf4_dora_norm", "dora", "refusal_nf4_norm"),
             _cpu("nf4_dora_norm", cpu.supports_nf4_dora_norm),
         ),
         "low_rank_svd": (
-            _triton("low_rank_svd", "low_rank_svd", "supports"),
+            _triton("low_rank_svd", "low_rank_svd", "refusal"),
             _cuda("low_rank_svd", cuda.supports_low_rank_svd),
             _cpu("low_rank_svd", cpu.supports_low_rank_svd),
         ),
         "adalora_importance_": (
-            _triton("adalora_importance_", "adalora", "supports_importance"),
+            _triton("adalora_importance_", "adalora", "refusal_importance"),
             _cpu("adalora_importance_", cpu.supports_adalora_importance),
         ),
         "adalora_allocate_": (
-            _triton("adalora_allocate_", "adalora", "supports_allocate"),
+            _triton("adalora_allocate_", "adalora", "refusal_allocate"),
             _cpu("adalora_allocate_", cpu.supports_adalora_allocate),
         ),
         "adalora_orthogonality_forward": (
@@ -134,11 +134,11 @@ _CANDIDATES: dict[str, tuple[Candidate, ...]] = {
             _cpu("adalora_orthogonality_backward", cpu.supports_adalora_orthogonality_backward),
         ),
         "rosa_sddmm": (
-            _triton("rosa_sddmm", "rosa", "supports"),
+            _triton("rosa_sddmm", "rosa", "refusal"),
             _cpu("rosa_sddmm", cpu.supports_rosa),
         ),
         "rosa_spmm_": (
-            _triton("rosa_spmm_", "rosa", "supports"),
+            _triton("rosa_spmm_", "rosa", "refusal"),
             _cpu("rosa_spmm_", cpu.supports_rosa),
         ),
     }.items()

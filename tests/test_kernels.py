@@ -138,7 +138,7 @@ def test_quantize_extreme_blocks(value, dtype):
 
 
 def test_quantize_ties_take_the_lower_code():
-    """Midpoints and their neighbours, in a block whose absmax is 1."""
+    """Midpoints and their neighbors, in a block whose absmax is 1."""
     midpoints = torch.tensor(peftkern.nf4.nf4_midpoints())
     inf = torch.tensor(float("inf"))
     near = torch.cat([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)])

@@ -29,11 +29,19 @@ if triton_interpreted():
     from triton.runtime import interpreter
     from triton.runtime.interpreter import TensorHandle
 
-    from peftkern.kernels import dora, launch, lora_linear, nf4, nf4_lora_linear, rosa
+    from peftkern.kernels import (
+        dora,
+        launch,
+        lora_linear,
+        low_rank_update,
+        nf4,
+        nf4_lora_linear,
+        rosa,
+    )
 
 GRID_MOST = (2**31 - 1, 65535, 65535)  # programs of a CUDA launch
 ROWS_MOST = 2**30 - 1
-COLUMNS_MOST = -1  # stands for the most columns that `supports` admits
+COLUMNS_MOST = -1  # stands for the most columns that `refusal` admits
 CPU = torch.device("cpu")
 SPANS: list[tuple[int, int]] = []  # bytes of the tensors of the launch that runs
 ACCESSES: list[str] = []
@@ -128,7 +136,7 @@ def far_memory(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", store)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_ends)
-    for module in (dora, lora_linear, nf4, nf4_lora_linear):
+    for module in (dora, low_rank_update, nf4, nf4_lora_linear):
         monkeypatch.setattr(module, "range", ends, raising=False)
     monkeypatch.setattr(rosa, "range", all_or_ends, raising=False)  # it bisects
     with FakeTensorMode():
@@ -155,7 +163,7 @@ def most_columns() -> int:
     x, A = fake(1, 1), fake(256, 1)
     while refused - admitted > 1:
         middle = (admitted + refused) // 2
-        if lora_linear.supports(x, (1, middle), A, A, None) is None:
+        if low_rank_update.refusal(x, (1, middle), A, A, None) is None:
             admitted = middle
         else:
             refused = middle
@@ -187,10 +195,10 @@ def test_lora_linear(shape, dropout):
     A, B = adapters(N, K, r)
     keep, p = (fake(1, dtype=torch.int64), 0.5) if dropout else (None, 0.0)
     forward = (x, weight, A, B, bias, 2.0, keep, p)
-    assert lora_linear.supports_forward(*forward) is None
+    assert lora_linear.refusal_forward(*forward) is None
     _, S = lora_linear.lora_linear_forward(*forward)
     backward = (dy, x, S, weight, A, B, 2.0, keep, p, [True] * 4)
-    assert lora_linear.supports_backward(*backward) is None
+    assert lora_linear.refusal_backward(*backward) is None
     lora_linear.lora_linear_backward(*backward)
 
 
@@ -211,10 +219,10 @@ def test_nf4_lora_linear(shape):
     keep = fake(1, dtype=torch.int64)
     weight = (*nf4_weight(N, K), [N, K])
     forward = (x, *weight, A, B, bias, 2.0, keep, 0.5)
-    assert nf4_lora_linear.supports_forward(*forward) is None
+    assert nf4_lora_linear.refusal_forward(*forward) is None
     _, S = nf4_lora_linear.nf4_lora_linear_forward(*forward)
     backward = (dy, x, S, *weight, A, B, 2.0, keep, 0.5, [True] * 4)
-    assert nf4_lora_linear.supports_backward(*backward) is None
+    assert nf4_lora_linear.refusal_backward(*backward) is None
     nf4_lora_linear.nf4_lora_linear_backward(*backward)
 
 
@@ -231,10 +239,10 @@ def test_dora_norm(shape, r):
     N, K = (most_columns() // 64 * 64 if n == COLUMNS_MOST else n for n in shape)
     A, B = adapters(N, K, r)
     for weight in (fake(N, K), fake(K, N).t()):
-        assert dora.supports_norm(weight, A, B, 2.0) is None
+        assert dora.refusal_norm(weight, A, B, 2.0) is None
         dora.dora_norm(weight, A, B, 2.0)
     packed = (*nf4_weight(N, K), [N, K], torch.bfloat16, A, B, 2.0)
-    assert dora.supports_nf4_norm(*packed) is None
+    assert dora.refusal_nf4_norm(*packed) is None
     dora.nf4_dora_norm(*packed)
 
 
@@ -256,7 +264,7 @@ def test_rosa(shape, in_a_row):
     CONTENTS["crow_ptr"] = lambda row: row * in_a_row
     CONTENTS["col_ptr"] = lambda entry: np.where(entry % 2, K - 1, 0)
     x, y, crow, col = fake(M, K), fake(M, N), fake(N + 1, dtype=dtype), fake(nnz, dtype=dtype)
-    assert rosa.supports(y, x) is None
+    assert rosa.refusal(y, x) is None
     rosa.rosa_sddmm(y, x, crow, col)
     before = ACCESSES.count("store")
     for order in (None, col):
@@ -268,5 +276,5 @@ def test_address_behind_a_tensor_is_found():
     x, A = fake(ROWS_MOST - 1, 40), fake(5, 40)
     dS = fake(ROWS_MOST, 5, dtype=torch.float32)  # a row more than x has
     with pytest.raises(AssertionError, match="load of 40 addresses outside of every tensor"):
-        lora_linear.gradients_xa(x, A, dS, None, 0.0, (True, True), x.dtype)
-    lora_linear.gradients_xa(fake(ROWS_MOST, 40), A, dS, None, 0.0, (True, True), x.dtype)
+        low_rank_update.gradients_xa(x, A, dS, None, 0.0, (True, True), x.dtype)
+    low_rank_update.gradients_xa(fake(ROWS_MOST, 40), A, dS, None, 0.0, (True, True), x.dtype)

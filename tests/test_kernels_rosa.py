@@ -165,7 +165,7 @@ def test_layouts_give_the_same_bits(layout, T):
 @pytest.mark.parametrize("where", ["x", "y", "values"])
 @pytest.mark.parametrize("piece", [CUT, 1024])
 def test_nan_and_inf_go_where_the_reference_lets_them(where, value, piece):
-    """To the rows of S that read them, and not to their neighbours in a program."""
+    """To the rows of S that read them, and not to their neighbors in a program."""
     mask = random_mask((20, 30), 90)
     operands = {"x": torch.randn(9, 30), "y": torch.randn(9, 20), "values": torch.randn(90)}
     operands["values"][7] = 0.0  # which times Inf is NaN
@@ -310,4 +310,4 @@ def test_reasons_against_it(first, x, reason):
 
 def test_more_rows_than_a_grid_has():
     x = torch.empty(1, 1).expand(9_000_000, 1)
-    assert rosa.supports(x, x) == "x has 9000000 rows, above 8388480"
+    assert rosa.refusal(x, x) == "x has 9000000 rows, above 8388480"
