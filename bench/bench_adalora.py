@@ -22,9 +22,10 @@ from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.adalora import RankAllocator
-from peftkern.benchmark import gpu_timer
-from peftkern.benchmark.suite import (
+from peftkern.layers import SVDLinear
+from peftkern.methods.adalora import RankAllocator
+from peftkern.tools.bench import gpu_timer
+from peftkern.tools.bench.suite import (
     OURS,
     Case,
     Options,
@@ -35,7 +36,6 @@ from peftkern.benchmark.suite import (
     main,
     run_benchmark,
 )
-from peftkern.layers import SVDLinear
 
 PEFT, FOREACH = "PEFT", "foreach"
 PATCHED, REPLAYED = "patched PEFT", "foreach in a CUDA graph"

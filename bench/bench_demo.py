@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from peftkern.benchmark import machine
+from peftkern.tools.bench import machine
 
 
 def main(argv: list[str]) -> int:

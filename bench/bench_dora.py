@@ -20,7 +20,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.benchmark.peers import (
+from peftkern.functional.dora import dora_norm
+from peftkern.tools.bench.peers import (
     Layers,
     bitsandbytes_missing,
     forward,
@@ -28,7 +29,7 @@ from peftkern.benchmark.peers import (
     nf4_linear,
     nf4_weight64,
 )
-from peftkern.benchmark.suite import (
+from peftkern.tools.bench.suite import (
     OURS,
     Case,
     Options,
@@ -39,7 +40,6 @@ from peftkern.benchmark.suite import (
     main,
     run_benchmark,
 )
-from peftkern.dora import dora_norm
 
 BY_BLOCKS = "torch, blocks of rows"
 PEFT, FROZEN = "PEFT", "frozen layer"

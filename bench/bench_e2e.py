@@ -30,11 +30,11 @@ import pytest
 import torch
 from torch import nn
 
-from peftkern.benchmark import memory
-from peftkern.benchmark.gpu_timer import first_line
-from peftkern.benchmark.peers import bitsandbytes_missing
-from peftkern.benchmark.stacks import Trainer, scaled, stack
-from peftkern.benchmark.suite import (
+from peftkern.tools.bench import memory
+from peftkern.tools.bench.gpu_timer import first_line
+from peftkern.tools.bench.peers import bitsandbytes_missing
+from peftkern.tools.bench.stacks import Trainer, scaled, stack
+from peftkern.tools.bench.suite import (
     OURS,
     Case,
     Options,
@@ -45,7 +45,7 @@ from peftkern.benchmark.suite import (
     main,
     run_benchmark,
 )
-from peftkern.plan import PRESETS, Architecture, Plan, Training, plan
+from peftkern.tools.plan.plan import PRESETS, Architecture, Plan, Training, plan
 
 PEFT = "PEFT"
 BF16 = torch.bfloat16

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import peftkern
-from peftkern.benchmark.suite import OURS, Case, Options, Question, Spec, Variant, main
+from peftkern.tools.bench.suite import OURS, Case, Options, Question, Spec, Variant, main
 
 BASE_FIRST, SKINNY_FIRST = "base-first", "skinny-first"
 BORDERED, DENSE = "bordered", "dense"
@@ -90,7 +90,7 @@ def skinny(options: Options, rows: int, r: int) -> Case:
 
     def ours(i: int) -> torch.Tensor:
         args = (xs[i % copies], weight, a, b, None, 1.0, None, 0.0)
-        return peftkern.ops.lora_linear_forward(*args)[1]
+        return peftkern.backends.ops.lora_linear_forward(*args)[1]
 
     variants = {
         OURS: Variant(ours, (s,)),

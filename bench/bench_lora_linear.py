@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from peftkern.benchmark.peers import (
+from peftkern.tools.bench.peers import (
     compiled,
     forward,
     forward_backward,
@@ -24,7 +24,7 @@ from peftkern.benchmark.peers import (
     lora_oracle,
     lora_pool,
 )
-from peftkern.benchmark.suite import (
+from peftkern.tools.bench.suite import (
     OURS,
     Case,
     Options,

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 
 import peftkern
-from peftkern import cuda, native_cuda
-from peftkern.benchmark.suite import (
+from peftkern.backends import cuda, native_cuda
+from peftkern.backends.device import triton_interpreted
+from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
+from peftkern.tools.bench.suite import (
     OURS,
     Case,
     Options,
@@ -38,8 +40,6 @@ from peftkern.benchmark.suite import (
     main,
     run_benchmark,
 )
-from peftkern.device import triton_interpreted
-from peftkern.low_rank_svd import low_rank_svd, low_rank_svdvals
 
 LAYERS = 224
 STACKED, LISTS = "torch QR+QR+SVD, stacked", "torch QR+QR+SVD, from lists"

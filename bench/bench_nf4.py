@@ -20,9 +20,10 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import native_cuda
-from peftkern.benchmark.peers import bitsandbytes_missing, nf4_linear, nf4_weight64
-from peftkern.benchmark.suite import (
+from peftkern.backends import native_cuda
+from peftkern.layers import NF4Linear
+from peftkern.tools.bench.peers import bitsandbytes_missing, nf4_linear, nf4_weight64
+from peftkern.tools.bench.suite import (
     OURS,
     Case,
     Options,
@@ -33,7 +34,6 @@ from peftkern.benchmark.suite import (
     main,
     run_benchmark,
 )
-from peftkern.layers import NF4Linear
 
 BNB, TORCH, CUDA = "bitsandbytes", "plain torch", "peftkern cuda"
 COPY = "copy, same traffic"

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern import native_cuda
-from peftkern.benchmark.peers import (
+from peftkern.backends import native_cuda
+from peftkern.tools.bench.peers import (
     bitsandbytes_missing,
     compiled,
     forward,
@@ -33,7 +33,7 @@ from peftkern.benchmark.peers import (
     nf4_linear,
     nf4_weight64,
 )
-from peftkern.benchmark.suite import (
+from peftkern.tools.bench.suite import (
     OURS,
     Case,
     Options,

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftkern
-from peftkern import ops
-from peftkern.benchmark.suite import (
+from peftkern.backends import ops
+from peftkern.functional.rosa import SparseMask
+from peftkern.tools.bench.suite import (
     OURS,
     Case,
     Options,
@@ -34,7 +35,6 @@ from peftkern.benchmark.suite import (
     main,
     run_benchmark,
 )
-from peftkern.sparse import SparseMask
 
 DENSE_DW, DENSE_SUM, TORCH_SPARSE = "dense dW", "dense W + S", "torch.sparse"
 IN_CHUNKS = "torch, in chunks"

@@ -15,11 +15,11 @@ from tiles import GAIN, ROTATE, SCALING, copies_of, in_turn, nf4_weight, pieces,
 from torch import Tensor
 
 import peftkern
-from peftkern import dispatch
-from peftkern.benchmark import gpu_timer
-from peftkern.benchmark.timer import measure
+from peftkern.backends import dispatch
 from peftkern.kernels.configs import Problem
-from peftkern.sample_calls import Sample
+from peftkern.tools.bench import gpu_timer
+from peftkern.tools.bench.timer import measure
+from peftkern.tools.doctor.sample_calls import Sample
 
 OPS = tuple(op for op in dispatch.MEASURABLE if not op.endswith("_out"))  # which has no own record
 LAYERS = ("nf4_lora_linear", "lora_linear")  # as `dispatch.is_slower` names them
@@ -40,7 +40,7 @@ def contests(
 
     The contender that comes first keeps its place unless another is faster.
     """
-    from peftkern.benchmark.peers import bitsandbytes_missing
+    from peftkern.tools.bench.peers import bitsandbytes_missing
 
     seen = set()
     lack = bitsandbytes_missing(device) is not None  # then nobody's 4-bit layer can be compared
@@ -123,7 +123,7 @@ def arguments(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> 
 
 def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.device) -> Calls:
     """PEFT's layer patched and as it is, over equal weights."""
-    from peftkern.benchmark import peers
+    from peftkern.tools.bench import peers
 
     torch.manual_seed(0)
     weight = (torch.randn(n, k, device=device) * k**-0.5).to(BF16)

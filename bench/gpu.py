@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from peftkern.benchmark import machine
+from peftkern.tools.bench import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
 TUNED = machine.ROOT / "kernels" / "tuned"

@@ -14,7 +14,7 @@ import cuda_resources
 import torch
 from torch import Tensor
 
-from peftkern.nf4 import NF4_CODE
+from peftkern.formats.nf4 import NF4_CODE
 
 SOURCE = Path(__file__).with_name("lut.cu")
 DECODERS = ("permute", "shuffle", "shared", "pairs", "selects")  # in the order of lut_decode

@@ -35,9 +35,9 @@ import torch
 from contests import OPS, contests, held
 from tiles import FIELDS, Search, Workers, fused_rows, problems, search
 
-from peftkern.benchmark import gpu_timer, machine
-from peftkern.device import arch, triton_interpreted
+from peftkern.backends.device import arch, triton_interpreted
 from peftkern.kernels import configs
+from peftkern.tools.bench import gpu_timer, machine
 
 MODELS = {  # (N, K) of every linear layer, the most common model first
     "Llama-3-8B": ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)),

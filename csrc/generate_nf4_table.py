@@ -1,6 +1,6 @@
-"""Write the C++ header peftkern/nf4_table.h from NF4_CODE in peftkern/nf4.py.
+"""Write the C++ header peftkern/nf4_table.h from NF4_CODE in peftkern/formats/nf4.py.
 
-python csrc/generate_nf4_table.py peftkern/nf4.py OUT/peftkern/nf4_table.h
+python csrc/generate_nf4_table.py peftkern/formats/nf4.py OUT/peftkern/nf4_table.h
 
 The values are read from the syntax tree: a build machine needs no torch. Literals are hexadecimal
 floats, so what the compiler reads is what Python rounded, bit for bit.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 TEMPLATE = """\
-// Generated from peftkern/nf4.py by csrc/generate_nf4_table.py.
+// Generated from peftkern/formats/nf4.py by csrc/generate_nf4_table.py.
 #pragma once
 
 namespace peftkern {{

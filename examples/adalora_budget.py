@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftkern.adalora import RankAllocator
 from peftkern.layers import LoRALinear, SVDLinear
+from peftkern.methods.adalora import RankAllocator
 
 LAYERS, WIDTH, HEADS = 3, 64, 4
 LINEAR = ("q", "k", "v", "o", "up", "down")

@@ -34,7 +34,7 @@ from qlora_training import InputError, live_tensor_peak, random_llama, read_text
 from torch import Tensor, nn
 
 from peftkern import methods
-from peftkern.integrations.longlora import enable_shifted_sparse_attention
+from peftkern.integrations.transformers.longlora import enable_shifted_sparse_attention
 from peftkern.layers import LoRALinear, NF4Linear, NF4LoRALinear
 
 SOURCES = ("argparse", "statistics", "textwrap", "tarfile", "zipfile")  # of the standard library

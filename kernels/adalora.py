@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.native import address_table
 from peftkern.kernels.configs import ceil_div, next_power
 from peftkern.kernels.launch import guard
-from peftkern.native import address_table
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 RANK_MAX = 256

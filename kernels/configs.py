@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkern.json_files import read_json
+from peftkern.formats.json_files import read_json
 
 TUNED = Path(__file__).parent / "tuned"
 RANK_LEAST, RANK_MOST = 16, 64

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkern.device import arch
+from peftkern.backends.device import arch
+from peftkern.formats.nf4 import nf4_code
 from peftkern.kernels.configs import Problem, TileConfig, chosen
 from peftkern.kernels.interpreter import INTERPRETED
-from peftkern.nf4 import nf4_code
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern import native
+from peftkern.backends import native
 from peftkern.kernels.configs import TileConfig, block_rank, ceil_div
 from peftkern.kernels.launch import guard, traits
 from peftkern.kernels.low_rank_core import (

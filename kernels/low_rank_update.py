@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.dropout import keep_scale, keep_threshold
+from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.kernels.configs import Problem, TileConfig, block_rank, ceil_div, slab
 from peftkern.kernels.interpreter import dot, dropped, narrow
 from peftkern.kernels.launch import config_for, guard, rows_of, traits

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.formats.nf4 import ABSMAX_FLOOR, nf4_midpoints
 from peftkern.kernels.configs import Problem, ceil_div
 from peftkern.kernels.interpreter import narrow
 from peftkern.kernels.launch import code_table, config_for, guard, traits
 from peftkern.kernels.primitives import nf4_tile, nf4_values
-from peftkern.nf4 import ABSMAX_FLOOR, nf4_midpoints
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOOR = tl.constexpr(ABSMAX_FLOOR)

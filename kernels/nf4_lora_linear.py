@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.dropout import keep_scale, keep_threshold
+from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.kernels.configs import RANK_LEAST, Problem, ceil_div, nf4_fused_rows
 from peftkern.kernels.interpreter import dot, dropped, narrow
 from peftkern.kernels.launch import code_table, config_for, guard, rows_of, traits

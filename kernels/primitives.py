@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from peftkern.formats.nf4 import NF4_CODE
 from peftkern.kernels.interpreter import dot, narrow
-from peftkern.nf4 import NF4_CODE
 
 PHILOX_ROUNDS = tl.constexpr(7)
 

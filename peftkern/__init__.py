@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from peftkern.device import BackendUnavailableError
-from peftkern.dispatch import reset_stats, stats, use_backend
+from peftkern.backends.device import BackendUnavailableError
+from peftkern.backends.dispatch import reset_stats, stats, use_backend
+from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import (
     dequantize_nf4,
     explain,
@@ -22,14 +23,13 @@ from peftkern.functional import (
     nf4_lora_linear,
     quantize_nf4,
 )
-from peftkern.nf4 import NF4Weight
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from torch import nn
 
-    from peftkern.integrations.peft import PatchReport
+    from peftkern.integrations.peft.serve import PatchReport
     from peftkern.layers import quantize_
 
 __version__ = "0.1.0"
@@ -62,7 +62,7 @@ def unpatch(model: nn.Module) -> list[str]:
 
 
 def _integration(function: str) -> ModuleType:
-    from peftkern.packages import needed_by
+    from peftkern.integrations.packages import needed_by
 
     with needed_by(f"peftkern.{function}"):
         return importlib.import_module("peftkern.integrations.peft")

@@ -36,8 +36,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftkern import dispatch
-from peftkern.device import device_info
+from peftkern.backends import dispatch
+from peftkern.backends.device import device_info
 
 if TYPE_CHECKING:
     from rich.live import Live

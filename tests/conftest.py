@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, settings
 from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG
 
 import peftkern
-from peftkern import monitor, native, native_cuda
+from peftkern import monitor
+from peftkern.backends import native, native_cuda
 
 # How long an example takes, or drawing it, is the machine's business.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

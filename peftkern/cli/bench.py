@@ -89,7 +89,7 @@ def bench(
 
     Example: peftkern bench --shapes llama3-8b --dtype bf16 --budget 5m --json new.json
     """
-    from peftkern.benchmark import command, record
+    from peftkern.tools.bench import command, record
 
     with bad_input():
         options = command.Options(

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from peftkern.doctor import Diagnosis
-    from peftkern.packages import Version
-    from peftkern.self_test import Result
+    from peftkern.integrations.packages import Version
+    from peftkern.tools.doctor.doctor import Diagnosis
+    from peftkern.tools.doctor.self_test import Result
 
 
 def doctor(
@@ -28,7 +28,7 @@ def doctor(
 
     from rich.console import Console
 
-    from peftkern.doctor import diagnose
+    from peftkern.tools.doctor.doctor import diagnose
 
     with Console(stderr=True).status("Looking at this installation; importing peers takes longest"):
         diagnosis = diagnose()

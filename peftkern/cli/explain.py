@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from peftkern.dispatch import Explanation
+    from peftkern.backends.dispatch import Explanation
 
 
 def explain(
@@ -36,8 +36,8 @@ def explain(
     """
     import json
 
-    from peftkern import sample_calls
     from peftkern.cli.frame import bad_input, dtype_name, present_device
+    from peftkern.tools.doctor import sample_calls
 
     dtype = dtype_name("--dtype", dtype, tuple(sample_calls.DTYPES))
     adapter_dtype = dtype_name("--adapter-dtype", adapter_dtype, tuple(sample_calls.DTYPES))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from peftkern.plan import Architecture, Plan, Training
+    from peftkern.tools.plan.plan import Architecture, Plan, Training
 
 DOES_NOT_FIT = 1
 _PHASES = {
@@ -65,8 +65,8 @@ def plan(
 
     Example: peftkern plan llama-65b --method qlora --sequence 512 --fit 48GB
     """
-    from peftkern import plan as planning
     from peftkern.cli.frame import bad_input, dtype_name, parse_bytes
+    from peftkern.tools.plan import plan as planning
 
     budget = None if fit is None else parse_bytes("--fit", fit)
     if base is not None:

@@ -11,8 +11,8 @@ import typer
 from peftkern.cli.frame import DTYPES, InputError, dtype_name, in_words, parse_bytes, present_device
 
 if TYPE_CHECKING:
-    from peftkern.nf4_checkpoint import Summary
-    from peftkern.nf4_layout import Sizes
+    from peftkern.tools.quantize.nf4_checkpoint import Summary
+    from peftkern.tools.quantize.nf4_layout import Sizes
 
 SHARE_TOLD = 0.01  # of experts in all parameters, from which on they are worth a line
 _COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
@@ -51,10 +51,10 @@ def quantize(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from peftkern.checkpoint import CheckpointError, read_checkpoint
-    from peftkern.nf4_checkpoint import quantize_checkpoint
-    from peftkern.nf4_layout import Options, plan_shards, sizes_of
-    from peftkern.staging import WORK
+    from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
+    from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
+    from peftkern.tools.quantize.nf4_layout import Options, plan_shards, sizes_of
+    from peftkern.tools.quantize.staging import WORK
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it has not found
     shard_bytes = parse_bytes("--shard-size", shard_size)
@@ -65,7 +65,7 @@ def quantize(
         options = Options(blocksize, double_quant, shard_bytes, device)
         checkpoint = read_checkpoint(source)
         try:
-            from peftkern.integrations.linear_weights import find_linear_weights
+            from peftkern.tools.quantize.linear_weights import find_linear_weights
         except ImportError as error:
             raise CheckpointError(
                 f"expected transformers, accelerate and bitsandbytes, which say what is quantised: "

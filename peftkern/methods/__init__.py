@@ -13,7 +13,6 @@ from typing import Any
 _MODULE_OF = {
     "DeltaLoRALinear": "delta_lora",
     "DeltaLoRAScheduler": "delta_lora",
-    "DoRALinear": "dora",
     "DyLoRALinear": "dylora",
     "InPlaceDeltaLoRA": "delta_lora",
     "LoRAFAOptimizer": "lora_fa",
@@ -31,10 +30,12 @@ _MODULE_OF = {
     "set_rank": "dylora",
     "shifted_sparse_attention": "longlora",
 }
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted(["DoRALinear", *_MODULE_OF])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "DoRALinear":  # a layer without a policy
+        return importlib.import_module("peftkern.layers.dora").DoRALinear
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     if name in _MODULE_OF.values():
@@ -43,4 +44,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF, *_MODULE_OF.values()})
+    return sorted({*globals(), *__all__, *_MODULE_OF.values()})

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.frozen_linear import (
+from peftkern.layers.base import (
     OverFrozenBase,
     check_base,
     check_update,

@@ -31,7 +31,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from peftkern.frozen_linear import (
+from peftkern.layers import LoRALinear, NF4LoRALinear
+from peftkern.layers.base import (
     OverFrozenBase,
     check_base,
     check_update,
@@ -40,7 +41,6 @@ from peftkern.frozen_linear import (
     low_rank_update,
     merged,
 )
-from peftkern.layers import LoRALinear, NF4LoRALinear
 
 
 class DyLoRALinear(OverFrozenBase):

@@ -9,7 +9,7 @@ a group of their own, as is what remains at the end. A causal model thus never s
 Everything runs on torch's scaled_dot_product_attention over tensors that are reshaped, without a
 mask where none is given. With one, heads of keys that serve several heads are repeated: on a GPU
 torch has a kernel for both together, but one that makes all scores at once.
-`peftkern.integrations.longlora` switches it on in a transformers model.
+`peftkern.integrations.transformers.longlora` switches it on in a transformers model.
 
 LongLoRA also trains embeddings and normalisation layers: with PEFT, `LoraConfig(modules_to_save=
 ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"])`.
@@ -23,7 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkern.arguments import check_float, check_probability, check_tensor, mismatch, number
+from peftkern.functional.arguments import (
+    check_float,
+    check_probability,
+    check_tensor,
+    mismatch,
+    number,
+)
 
 
 def shifted_sparse_attention(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftkern.frozen_linear import (
+from peftkern.layers.base import (
     OverFrozenBase,
     check_base,
     check_update,

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.frozen_linear import (
+from peftkern.functional.rosa import SparseMask, rosa_linear
+from peftkern.layers.base import (
     OverFrozenBase,
     base_weight,
     check_base,
@@ -42,7 +43,6 @@ from peftkern.frozen_linear import (
     merged,
 )
 from peftkern.methods.top_gradients import TopGradients
-from peftkern.sparse import SparseMask, rosa_linear
 
 IMPORTANCES = {"squared": 2, "absolute": 1}
 _DERIVED = ("ccol", "row", "order")  # of a mask; not in the state dict

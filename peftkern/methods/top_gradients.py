@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.sparse import SparseMask
+from peftkern.functional.rosa import SparseMask
 
 _BLOCK = 1 << 20  # entries of dW at once
 _BLOCKS = 8  # and not more than this part of it

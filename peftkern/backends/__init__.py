@@ -1,0 +1,1 @@
+"""The ops of `torch.ops.peftkern`, and the back ends that dispatch chooses from."""

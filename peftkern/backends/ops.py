@@ -1,0 +1,249 @@
+"""torch.library ops of peftkern: schemas, implementations that call dispatch, fakes.
+
+The ops have no autograd of their own (`functional` owns the backward formulas), mutate only what
+their schema says, return tensors that are neither inputs nor views, and run with autocast off:
+their callers have cast what had to be cast.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import dispatch
+from peftkern.backends.device import autocast_enabled
+
+_NF4 = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
+    "Tensor? nested_offset, int blocksize, int nested_blocksize"
+)
+SCHEMAS = {
+    "nf4_quantize": "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)",
+    "nf4_quantize_absmax": "(Tensor absmax, Tensor offset, Tensor code, int blocksize) "
+    "-> (Tensor q, Tensor nested_absmax)",
+    "nf4_dequantize": f"({_NF4}, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "nf4_dequantize_out": f"({_NF4}, Tensor(a!) out) -> ()",
+    "lora_linear_forward": "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+    "float scaling, Tensor? keep, float dropout_p) -> (Tensor y, Tensor S)",
+    "lora_linear_backward": "(Tensor dy, Tensor? x, Tensor? S, Tensor? weight, Tensor lora_A, "
+    "Tensor lora_B, float scaling, Tensor? keep, float dropout_p, bool[4] needs) "
+    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "nf4_lora_linear_forward": f"(Tensor x, {_NF4}, SymInt[] shape, Tensor? lora_A, "
+    "Tensor? lora_B, Tensor? bias, float scaling, Tensor? keep, float dropout_p) "
+    "-> (Tensor y, Tensor S)",
+    "nf4_lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor? S, {_NF4}, SymInt[] shape, "
+    "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? keep, float dropout_p, "
+    "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "dora_norm": "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
+    "nf4_dora_norm": f"({_NF4}, SymInt[] shape, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
+    "float scaling) -> Tensor",
+    "low_rank_svd": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, bool vectors, str mode) "
+    "-> (Tensor U, Tensor S, Tensor Vh, Tensor rank, Tensor info)",
+    "adalora_importance_": "(Tensor(a!) exp_avg_ipt, Tensor(b!) exp_avg_unc, Tensor[] params, "
+    "Tensor?[] grads, float beta1, float beta2) -> Tensor",
+    "adalora_allocate_": "(Tensor scores, Tensor(a!)[] lora_E, SymInt budget, "
+    "bool threshold_ties) -> Tensor",
+    "adalora_orthogonality_forward": "(Tensor[] lora_A, Tensor[] lora_B, bool squared) "
+    "-> (Tensor loss, Tensor residual, Tensor factors)",
+    "adalora_orthogonality_backward": "(Tensor dloss, Tensor residual, Tensor factors, "
+    "Tensor[] lora_A, Tensor[] lora_B) -> Tensor[]",
+    "rosa_sddmm": "(Tensor dy, Tensor x, Tensor crow, Tensor col) -> Tensor",
+    "rosa_spmm_": "(Tensor(a!) y, Tensor x, Tensor values, Tensor crow, Tensor col, "
+    "Tensor? order) -> ()",
+}
+
+
+def _call(op: str, *args: Any) -> Any:
+    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    device_type = first.device.type
+    # Where autograd looks for views: what a back end has reshaped is a tensor like any other to
+    # it, which users may write to.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        if autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return dispatch.call(op, *args)
+        return dispatch.call(op, *args)
+
+
+_library = torch.library.Library("peftkern", "DEF")
+for _op, _schema in SCHEMAS.items():
+    _library.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_op, functools.partial(_call, _op), "CompositeExplicitAutograd")
+
+
+def _fake(op: str) -> Any:
+    return torch.library.register_fake(f"peftkern::{op}", lib=_library)
+
+
+@_fake("nf4_quantize")
+def _(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    numel = weight.numel()
+    packed = weight.new_empty((numel + 1) // 2, dtype=torch.uint8)
+    return packed, weight.new_empty((numel + blocksize - 1) // blocksize, dtype=torch.float32)
+
+
+@_fake("nf4_quantize_absmax")
+def _(absmax: Tensor, offset: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    n = absmax.numel()
+    q = absmax.new_empty(n, dtype=torch.uint8)
+    return q, absmax.new_empty((n + blocksize - 1) // blocksize)
+
+
+@_fake("nf4_dequantize")
+def _(packed: Tensor, *args: Any) -> Tensor:
+    shape, dtype = args[-2:]
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@_fake("nf4_dequantize_out")
+def _(packed: Tensor, *args: Any) -> None:
+    return None
+
+
+@_fake("lora_linear_forward")
+def _(x: Tensor, weight: Tensor, lora_A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_forward(x, weight.shape, lora_A)
+
+
+@_fake("lora_linear_backward")
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_backward(dy, (lora_B.shape[0], lora_A.shape[1]), lora_A, lora_B, needs)
+
+
+@_fake("nf4_lora_linear_forward")
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    shape, lora_A = args[7:9]
+    return _fake_forward(x, shape, lora_A)
+
+
+@_fake("nf4_lora_linear_backward")
+def _(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, lora_A, lora_B = args[9:12]
+    return _fake_backward(dy, shape, lora_A, lora_B, args[-1])
+
+
+@_fake("dora_norm")
+def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return _fake_norm(weight.shape, lora_A, lora_B, weight.dtype)
+
+
+@_fake("nf4_dora_norm")
+def _(packed: Tensor, *args: Any) -> Tensor:
+    shape, dtype, lora_A, lora_B = args[6:10]
+    return _fake_norm(shape, lora_A, lora_B, dtype)
+
+
+@_fake("adalora_importance_")
+def _(exp_avg_ipt: Tensor, exp_avg_unc: Tensor, params: list[Tensor], *args: Any) -> Tensor:
+    return exp_avg_ipt.new_empty(sum(E.numel() for E in params[::3]))
+
+
+@_fake("adalora_allocate_")
+def _(scores: Tensor, *args: Any) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+@_fake("adalora_orthogonality_forward")
+def _(lora_A: list[Tensor], lora_B: list[Tensor], squared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float64 if lora_A[0].dtype is torch.float64 else torch.float32
+    size = sum(A.shape[0] ** 2 for A in lora_A) + sum(B.shape[1] ** 2 for B in lora_B)
+    sizes = ((), (size,), (len(lora_A) + len(lora_B),))
+    return tuple(lora_A[0].new_empty(n, dtype=wide) for n in sizes)
+
+
+@_fake("adalora_orthogonality_backward")
+def _(
+    dloss: Tensor, residual: Tensor, factors: Tensor, lora_A: list[Tensor], lora_B: list[Tensor]
+) -> list[Tensor]:
+    return [matrix.new_empty(matrix.shape) for matrix in (*lora_A, *lora_B)]
+
+
+@_fake("rosa_sddmm")
+def _(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    torch._check(dy.shape[:-1] == x.shape[:-1])
+    torch._check(dy.shape[-1] == crow.shape[0] - 1)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return x.new_empty(col.shape[0], dtype=dtype)
+
+
+@_fake("rosa_spmm_")
+def _(y: Tensor, x: Tensor, values: Tensor, crow: Tensor, *args: Any) -> None:
+    torch._check(y.shape[:-1] == x.shape[:-1])
+    torch._check(y.shape[-1] == crow.shape[0] - 1)
+
+
+def _fake_forward(x: Tensor, shape: Any, lora_A: Tensor | None) -> tuple[Tensor, Tensor]:
+    torch._check(x.shape[-1] == shape[1])
+    S_shape = (0,) if lora_A is None else (*x.shape[:-1], lora_A.shape[0])
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return x.new_empty((*x.shape[:-1], shape[0])), x.new_empty(S_shape, dtype=dtype)
+
+
+def _fake_backward(
+    dy: Tensor, shape: Any, lora_A: Tensor | None, lora_B: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch._check(dy.shape[-1] == shape[0])
+    need_dx, need_dA, need_dB, need_dbias = needs
+    dx = dy.new_empty((*dy.shape[:-1], shape[1]) if need_dx else (0,))
+    dA, dB = dy.new_empty(0), dy.new_empty(0)
+    if lora_A is not None and need_dA:
+        dA = dy.new_empty(lora_A.shape, dtype=lora_A.dtype)
+    if lora_B is not None and need_dB:
+        dB = dy.new_empty(lora_B.shape, dtype=lora_B.dtype)
+    return dx, dA, dB, dy.new_empty(shape[0] if need_dbias else 0)
+
+
+def _fake_norm(shape: Any, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    torch._check(lora_A.shape[1] == shape[1])
+    wide = torch.float64 in (dtype, lora_A.dtype, lora_B.dtype)
+    return lora_A.new_empty(shape[0], dtype=torch.float64 if wide else torch.float32)
+
+
+@_fake("low_rank_svd")
+def _(
+    lora_B: list[Tensor], lora_A: list[Tensor], scaling: list[float], vectors: bool, mode: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    U = S = Vh = 0
+    for B, A in zip(lora_B, lora_A, strict=True):
+        (m, r), n = B.shape, A.shape[1]
+        torch._check(A.shape[0] == r)
+        k = min(m, r, n)
+        U, S, Vh = U + m * k * vectors, S + k, Vh + k * n * vectors
+    wide = any(tensor.dtype is torch.float64 for tensor in (*lora_B, *lora_A))
+    dtype = torch.float64 if wide else torch.float32
+    values = (lora_B[0].new_empty(size, dtype=dtype) for size in (U, S, Vh))
+    rank, info = (lora_B[0].new_empty(len(lora_B), dtype=torch.int64) for _ in range(2))
+    return *values, rank, info
+
+
+nf4_quantize = torch.ops.peftkern.nf4_quantize.default
+nf4_quantize_absmax = torch.ops.peftkern.nf4_quantize_absmax.default
+nf4_dequantize = torch.ops.peftkern.nf4_dequantize.default
+nf4_dequantize_out = torch.ops.peftkern.nf4_dequantize_out.default
+lora_linear_forward = torch.ops.peftkern.lora_linear_forward.default
+lora_linear_backward = torch.ops.peftkern.lora_linear_backward.default
+nf4_lora_linear_forward = torch.ops.peftkern.nf4_lora_linear_forward.default
+nf4_lora_linear_backward = torch.ops.peftkern.nf4_lora_linear_backward.default
+dora_norm = torch.ops.peftkern.dora_norm.default
+nf4_dora_norm = torch.ops.peftkern.nf4_dora_norm.default
+low_rank_svd = torch.ops.peftkern.low_rank_svd.default
+adalora_importance_ = torch.ops.peftkern.adalora_importance_.default
+adalora_allocate_ = torch.ops.peftkern.adalora_allocate_.default
+adalora_orthogonality_forward = torch.ops.peftkern.adalora_orthogonality_forward.default
+adalora_orthogonality_backward = torch.ops.peftkern.adalora_orthogonality_backward.default
+rosa_sddmm = torch.ops.peftkern.rosa_sddmm.default
+rosa_spmm_ = torch.ops.peftkern.rosa_spmm_.default

@@ -1,0 +1,267 @@
+"""Callbacks of transformers' Trainer: patching, monitoring, and AdaLoRA's rank allocation.
+
+trainer = Trainer(model, ..., callbacks=[PeftKernCallback(), AdaLoraCallback()])
+MonitorCallback.attach(trainer, jsonl="run.jsonl")
+trainer.train()
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftkern.integrations.packages import needed_by
+from peftkern.monitor import FIELDS, TrainingMonitor, scalars
+
+with needed_by("peftkern.integrations.transformers"):
+    from peft.tuners.adalora.model import AdaLoraModel
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.utils import logging as transformers_logging
+
+    from peftkern.integrations.peft.serve import PatchReport, patch
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+_LOGGED = ("loss", "grad_norm", "learning_rate")  # of the Trainer, also in the JSONL records
+
+
+class PeftKernCallback(TrainerCallback):
+    """Patch the Trainer's model, as `peftkern.patch` does, before accelerate wraps it.
+
+    It patches when the Trainer is made. When training begins it looks again: at a callback that was
+    added later, a model that `model_init` made, or adapters that came in between. What was patched
+    is in `report` and is said once, by the first process: through logging, and where that does not
+    show level INFO, as by default, as the Trainer writes its own logs, unless transformers or this
+    logger are told to say less than warnings. Layers that were skipped or fall back are a warning,
+    and so is a model without any.
+
+    Args: args and trainer are not read; ms-swift gives them to every callback.
+    """
+
+    def __init__(
+        self, args: TrainingArguments | None = None, trainer: Trainer | None = None
+    ) -> None:
+        self.report: PatchReport | None = None
+        self._said: set[str] = set()
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is not None:
+            self._patch(model, state)
+
+    on_train_begin = on_init_end
+
+    def _patch(self, model: nn.Module, state: TrainerState) -> None:
+        self.report = patch(model)
+        said = f"peftkern: {self.report}"
+        if said in self._said or not state.is_world_process_zero:
+            return
+        self._said.add(said)
+        levels = logger.getEffectiveLevel(), transformers_logging.get_verbosity()
+        if not self.report.patched or self.report.skipped or self.report.falling_back:
+            logger.warning("%s", said)
+        elif logger.isEnabledFor(logging.INFO):
+            logger.info("%s", said)
+        elif max(levels) <= logging.WARNING:
+            tqdm.write(said)  # to stdout, above a progress bar if there is one
+
+
+class MonitorCallback(TrainerCallback):
+    """What `peftkern.monitor.TrainingMonitor` measures, in the Trainer's own log.
+
+    Every log of training gets the numbers since the one before as "peftkern/tokens_per_second",
+    "peftkern/step_seconds", "peftkern/cuda_allocated_bytes" and so on, see FIELDS there. They reach
+    TensorBoard, W&B and other reporters through `attach`: a callback in the list that Trainer takes
+    comes after the reporters, and reaches `state.log_history` and the progress bar alone.
+
+    Tokens are those that the shapes of the inputs of this process tell, padding included; with
+    `include_num_input_tokens_seen` they are what the Trainer counted, in all processes. They are
+    missing under `torch_compile` without that option. Loading data is part of a step; evaluating
+    and saving are not, though the calls of an evaluation count with those of the next steps.
+
+    Args: jsonl, a file for the records (only of the first process); device, as for TrainingMonitor.
+    """
+
+    def __init__(
+        self,
+        *,
+        jsonl: str | os.PathLike[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.monitor: TrainingMonitor | None = None
+        self._options = {"jsonl": jsonl, "device": device}
+        self._hook: Any = None
+        self._tokens = 0
+
+    @classmethod
+    def attach(cls, trainer: Trainer, **options: Any) -> MonitorCallback:
+        """Add a callback in front of all others of a Trainer, its reporters among them."""
+        callback = cls(**options)
+        trainer.add_callback(callback)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())
+        return callback
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._stop()  # of a training that was interrupted
+        self._counted = args.include_num_input_tokens_seen not in ("no", False)
+        self._tokens = state.num_input_tokens_seen if self._counted else 0
+        options = {**self._options, "device": self._options["device"] or args.device}
+        if not state.is_world_process_zero:
+            options["jsonl"] = None
+        self.monitor = TrainingMonitor(**options, every=0).start()
+        if model is not None and not self._counted and not args.torch_compile:
+            self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._counted:
+            tokens = state.num_input_tokens_seen - self._tokens
+            self._tokens = state.num_input_tokens_seen
+        else:
+            tokens, self._tokens = self._tokens, 0
+        self.monitor.step(tokens)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.monitor is None or not self.monitor.running or not logs or "loss" not in logs:
+            return  # an evaluation, or what is said when all is done
+        values = {name: logs[name] for name in _LOGGED if isinstance(logs.get(name), float)}
+        record = self.monitor.record(global_step=state.global_step, **values)
+        if record is None:
+            return
+        added = {f"peftkern/{k}": v for k, v in scalars(record).items() if k in FIELDS}
+        logs.update(added)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(added)  # the Trainer has stored its copy by now
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.monitor is not None and self.monitor.running:
+            self.monitor.skip()
+
+    on_save = on_evaluate
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._stop()
+
+    def _count_tokens(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        if model.training and isinstance(inputs, torch.Tensor):
+            self._tokens += inputs.shape[:2].numel()
+
+    def _stop(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self.monitor is not None:
+            self.monitor.close()
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Prune an AdaLoRA model to its budget after every optimizer step.
+
+    The Trainer announces `on_optimizer_step` between optimizer.step() and zero_grad(), once per
+    step whatever the gradient accumulation: the order that PEFT documents, with gradients of the
+    step and parameters after it. Steps count from 1, so that the masks are drawn at multiples of
+    deltaT and become final at step total_step - tfinal. A step that the gradient scaler skips, for
+    its gradients are not finite, leaves importance and masks alone. The Trainer knows how many
+    steps it will take: a config with another total_step is told so, with a warning.
+
+    Resuming from a checkpoint that the Trainer wrote after the first mask fails, as it does without
+    this callback: PEFT saves fewer triplets than the new model has. Save the adapter with
+    `save_pretrained` instead and load that.
+
+    Raises: ValueError when training begins if no AdaLoRA adapter is trained, or if the number of
+        steps leaves none for the allocation.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        tuner = _tuner(model)
+        config = tuner.peft_config[tuner.trainable_adapter_name]
+        steps = state.max_steps
+        if config.tinit >= steps - config.tfinal:
+            raise ValueError(
+                f"tinit, tfinal: expected tinit + tfinal below the {steps} steps of this training, "
+                f"got {config.tinit} and {config.tfinal}"
+            )
+        if config.total_step != steps:
+            warnings.warn(
+                f"total_step of the AdaLoRA config is {config.total_step}, this training takes "
+                f"{steps} steps: using {steps}",
+                stacklevel=2,
+            )
+            tuner.rankallocator.set_total_step(steps)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        tuner, step = _tuner(model), state.global_step + 1
+        config = tuner.peft_config[tuner.trainable_adapter_name]
+        skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+        if skipped and step < config.total_step - config.tfinal:
+            return  # from then on no gradient is read
+        tuner.update_and_allocate(step)
+
+
+def _tuner(model: nn.Module | None) -> AdaLoraModel:
+    modules = () if model is None else model.modules()
+    for module in modules:
+        if isinstance(module, AdaLoraModel) and hasattr(module, "rankallocator"):
+            return module
+    raise ValueError("model: AdaLoraCallback expects an AdaLoRA adapter in training, found none")

@@ -1,0 +1,12 @@
+"""Layers for plain torch, drop-ins for nn.Linear, and `quantize_`, which swaps those of a model.
+
+layer = NF4LoRALinear.from_linear(linear, r=16, lora_alpha=32)
+quantize_(model)  # then get_peft_model(model, LoraConfig(...)) and patch(model)
+"""
+
+from peftkern.layers.lora import LoRALinear, NF4LoRALinear
+from peftkern.layers.nf4 import NF4Linear
+from peftkern.layers.quantize import quantize_
+from peftkern.layers.svd import SVDLinear
+
+__all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear", "SVDLinear", "quantize_"]

@@ -1,0 +1,241 @@
+"""What layers share that add a low-rank update to a frozen base layer, dense or NF4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from peftkern.formats.nf4 import NF4Weight
+from peftkern.functional import dequantize_nf4, lora_linear, nf4_linear, nf4_lora_linear
+
+_BASE_TYPES: set[type] = {nn.Linear}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def serves_as_base(cls: type) -> type:
+    """Class decorator of a layer that `check_base` accepts: its `nf4` and `bias` say it all."""
+    _BASE_TYPES.add(cls)
+    return cls
+
+
+def check_base(base: nn.Module) -> nn.Linear:
+    """A linear layer without an adapter, frozen: nn.Linear or NF4Linear.
+
+    Its weight and bias are used and its forward never called, so that a subclass, which may compute
+    something else, and hooks, which would not be called, are refused.
+    Raises: TypeError if it is another kind of module; ValueError if it has hooks.
+    """
+    if type(base) not in _BASE_TYPES:
+        raise TypeError(
+            "base: expected an nn.Linear without an adapter or a peftkern.layers.NF4Linear, got "
+            f"{_kind(base)}"
+        )
+    hooks = [name for name in _HOOKS if getattr(base, name)]
+    if "forward" in vars(base):  # as accelerate hooks into a layer
+        hooks.append("forward")
+    if hooks:
+        came = ", ".join(name.lstrip("_") for name in hooks)
+        raise ValueError(f"base: its forward is never called, expected no hooks, got {came}")
+    return base.requires_grad_(False)
+
+
+def check_linear(linear: nn.Module) -> None:
+    """Raises: TypeError unless it is an nn.Linear, no subclass, whose weight is a parameter."""
+    if type(linear) is not nn.Linear:
+        raise TypeError(f"linear: expected an nn.Linear, got {_kind(linear)}")
+    if linear._parameters.get("weight") is None:
+        raise TypeError(
+            "linear: expected a weight that is a parameter, got one that is computed "
+            f"from {', '.join(linear._parameters)} (weight_norm, pruning)"
+        )
+
+
+def _kind(module: Any) -> str:
+    """The class of a module that was refused, and what to do instead where that is known."""
+    if type(module) is NonDynamicallyQuantizableLinear:
+        return (
+            "NonDynamicallyQuantizableLinear: nn.MultiheadAttention reads the weight of its "
+            "out_proj and never calls it, so that nothing in its place would be used"
+        )
+    kind = type(module).__name__
+    if type(module).__module__.startswith("bitsandbytes."):
+        kind += "; an NF4Linear of its size loads its state dict"
+    return kind
+
+
+def check_update(r: int, lora_dropout: float = 0.0) -> None:
+    """Raises: ValueError unless r is positive and lora_dropout in [0, 1)."""
+    if type(r) is not int or r < 1:
+        raise ValueError(f"r: expected a positive rank, got {r!r}")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout}")
+
+
+def dropout_p(layer: nn.Module) -> float:
+    """The probability with which a layer drops its input now: lora_dropout while it trains."""
+    return layer.lora_dropout if layer.training else 0.0
+
+
+class NamedErrors:
+    """Mixin of a module: a TypeError or ValueError of its forward says which layer it comes from.
+
+    `_forward` computes. `qualified_name` is the layer's place in its model, where it is known.
+    """
+
+    qualified_name = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self._forward(x)
+        except (TypeError, ValueError) as error:
+            place = f" {self.qualified_name}" if self.qualified_name else ""
+            error.args = (f"{type(self).__name__}{place}: {error}",)
+            raise
+
+
+class OverFrozenBase(NamedErrors, nn.Module):
+    """A layer that holds its frozen linear layer as `base`, and computes more than it does."""
+
+    base: nn.Linear
+
+    @property
+    def weight(self) -> WeightOfUpdatedLayer:
+        return WeightOfUpdatedLayer(self)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+class WeightOfUpdatedLayer:
+    """What a module finds that reads `weight` of a layer whose update it would leave out.
+
+    It has the shape [N, K], dtype and device of the frozen weight and no values: torch's functions
+    raise. torch's fused paths, as in nn.TransformerEncoderLayer, are not for arguments with a
+    `__torch_function__`: they call the layer instead.
+    """
+
+    requires_grad = False
+
+    def __init__(self, layer: OverFrozenBase) -> None:
+        weight = base_weight(layer.base)
+        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        self._layer = type(layer).__name__
+
+    def __matmul__(self, other: Tensor) -> None:
+        return torch.matmul(self, other)  # raises as every function does
+
+    def __rmatmul__(self, other: Tensor) -> None:
+        return torch.matmul(other, self)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable, types: Any, args: tuple = (), kwargs: Mapping | None = None
+    ) -> None:
+        read = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls)]
+        layer = read[0]._layer if read else "a layer"
+        raise TypeError(
+            f"weight: expected a call of {layer}, got {function.__name__}() of its weight, which "
+            "would leave the update out; merge() makes an nn.Linear"
+        )
+
+
+def base_weight(base: nn.Linear) -> Tensor | NF4Weight:
+    """The weight of a frozen layer that `check_base` accepts."""
+    return base.nf4 if hasattr(type(base), "nf4") else base.weight
+
+
+def low_rank_forward(
+    base: nn.Linear,
+    x: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """base(x) + scaling * (dropout(x) @ lora_A.T) @ lora_B.T in one op; base(x) without factors.
+
+    Sparse and nested inputs, which the kernels do not know, go through torch's functions.
+    """
+    weight, bias = base_weight(base), base.bias
+    if not is_strided(x):
+        weight = dequantize_nf4(weight) if isinstance(weight, NF4Weight) else weight
+        return _torch_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
+    if lora_A is None:
+        return nf4_linear(x, weight, bias)
+    function = nf4_lora_linear if isinstance(weight, NF4Weight) else lora_linear
+    return function(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p)
+
+
+def is_strided(x: Any) -> bool:
+    """Whether x is no sparse and no nested tensor; what is no tensor passes."""
+    return not isinstance(x, Tensor) or (x.layout is torch.strided and not x.is_nested)
+
+
+def check_strided(x: Any) -> None:
+    """Raises: ValueError on a sparse or nested tensor."""
+    if not is_strided(x):
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise ValueError(f"x: expected a tensor with strides, got {kind}")
+
+
+def _torch_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+) -> Tensor:
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if lora_A is None:
+        return y
+    if dropout_p:
+        x = F.dropout(x if x.is_nested else x.to_dense(), dropout_p)
+    return y + scaling * F.linear(F.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+
+
+def low_rank_update(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    """scaling * lora_B @ lora_A, [N, K], in float32 or what is wider."""
+    wide = torch.promote_types(lora_B.dtype, torch.float32)
+    return scaling * (lora_B.to(wide) @ lora_A.to(wide))
+
+
+@torch.no_grad()
+def merged(base: nn.Linear, update: Tensor) -> nn.Linear:
+    """A new dense nn.Linear with the weight of `base` + update [N, K].
+
+    Summed in float32 or what is wider, and rounded once to the dtype that the weight has, or had
+    before it became NF4.
+    """
+    weight = base_weight(base)
+    weight = dequantize_nf4(weight) if isinstance(weight, NF4Weight) else weight
+    wide = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
+    return linear_like(base, (weight.to(wide) + update.to(wide)).to(weight.dtype))
+
+
+def linear_like(base: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A new nn.Linear with this dense weight and a copy of the bias of `base`."""
+    linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, "meta")
+    linear.weight = nn.Parameter(weight.detach())
+    if base.bias is not None:
+        linear.bias = nn.Parameter(base.bias.detach().clone())
+    return linear
+
+
+def bare_linear(cls: type, in_features: int, out_features: int, training: bool) -> Any:
+    """An nn.Linear of that class with no parameters yet: its __init__ would draw a weight."""
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    layer.register_parameter("weight", None)  # the order that nn.Linear's state dict has
+    layer.register_parameter("bias", None)
+    layer.in_features, layer.out_features = in_features, out_features
+    layer.training = training
+    return layer

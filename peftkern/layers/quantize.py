@@ -1,0 +1,209 @@
+"""`quantize_`: the linear layers of a model in NF4, in place.
+
+Users find it as `peftkern.quantize_` and `peftkern.layers.quantize_`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.layers.nf4 import NF4Linear
+from peftkern.layers.weight_readers import Read, reader_of
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ADAPTERS = ("lora_A", "lora_B")  # quantising an adapter would end its training
+_NAMED = 3  # layers of a kind that a warning names
+
+
+def quantize_(
+    model: nn.Module,
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+) -> list[str]:
+    """Replace the nn.Linear layers of a model by NF4Linear, in place.
+
+    Args:
+        include: only layers whose name has one of these as consecutive dotted parts ("q_proj",
+            "layers.0", "mlp.up_proj"); None takes all.
+        exclude: never layers whose name has one of these. None leaves out "lm_head", and of a model
+            of transformers its output embeddings and the layer of its last parameter, as
+            transformers does with bitsandbytes: such a head is often trained.
+
+    PEFT's lora_A and lora_B, subclasses of nn.Linear, and weights that are not float32, float16 or
+    bfloat16 always stay. So do, with one warning that names them, layers that would not work: whose
+    weight is read by a module above them (`weight_readers`), is tied to another module's or is
+    computed (weight_norm), and those that transformers keeps in float32. A model most of whose
+    weights are in no layer that could be replaced is warned about, too, unless `include` is given.
+
+    Returns: names of the layers that were replaced.
+    Raises: TypeError unless `model` is a module that holds layers; ValueError when an entry of
+        `include` is in no layer's name, or naming a layer that cannot be quantised.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if type(model) is nn.Linear:
+        raise TypeError("model: an nn.Linear cannot replace itself; use NF4Linear.from_linear")
+    wanted = None if include is None else _patterns("include", include)
+    skip = _ADAPTERS + (("lm_head",) if exclude is None else _patterns("exclude", exclude))
+    heads = _heads(model) if exclude is None else set()
+
+    places: dict[nn.Linear, list[tuple[nn.Module, str, str]]] = {}  # one may hang in several
+    seen, names = [], []
+    for path, parent in model.named_modules():
+        for child_name, child in parent._modules.items():
+            if type(child) is not nn.Linear:
+                continue
+            name = f"{path}.{child_name}".lstrip(".")
+            seen.append(name)
+            chosen = wanted is None or _has_parts(name, wanted)
+            left_out = child in heads or _has_parts(name, skip) or child.weight.dtype not in _DTYPES
+            if chosen and not left_out:
+                places.setdefault(child, []).append((parent, child_name, name))
+                names.append(name)
+    for pattern in wanted or ():
+        if not any(_has_parts(name, (pattern,)) for name in seen):
+            raise ValueError(f"include: no nn.Linear has {pattern!r} in its name")
+
+    kept = _not_replaceable(model, places)
+    reasons = {name: kept[child] for child in kept for _, _, name in places.pop(child)}
+    kept.clear()
+    for _ in _with_progress(range(len(places)), "Quantising to NF4"):
+        child, owners = places.popitem()  # nothing here keeps a dense weight that is done with
+        layer = _quantized(child, owners[0][2], blocksize, double_quant)
+        for parent, child_name, _ in owners:
+            setattr(parent, child_name, layer)
+    _warn(reasons, _mostly_dense(model, heads, skip) if wanted is None else None)
+    return [name for name in names if name not in reasons]
+
+
+def _quantized(linear: nn.Linear, name: str, blocksize: int, double_quant: bool) -> NF4Linear:
+    try:
+        layer = NF4Linear.from_linear(linear, blocksize=blocksize, double_quant=double_quant)
+    except (RuntimeError, TypeError, ValueError) as error:
+        error.args = (f"{name}: {error}",)
+        raise
+    layer.qualified_name = name
+    return layer
+
+
+def _not_replaceable(
+    model: nn.Module, places: dict[nn.Linear, list[tuple[nn.Module, str, str]]]
+) -> dict[nn.Linear, str]:
+    """Layers that NF4Linear cannot stand for, and why not."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parameters = (p for module in model.modules() for p in module._parameters.values())
+    owners = Counter(id(p) for p in parameters)
+    reads: dict[type, list[Read]] = {}
+    in_float32 = [
+        (prefix, tuple(module._keep_in_fp32_modules or ()))
+        for prefix, module in _transformers_models(model)
+    ]
+
+    def reason(linear: nn.Linear, name: str) -> str | None:
+        weight = linear._parameters.get("weight")
+        if weight is None:
+            return "whose weight is computed (weight_norm, pruning)"
+        if owners[id(weight)] > 1:
+            return "whose weight is tied to another module's"
+        reader = reader_of(name, modules, reads)
+        if reader is not None:
+            return f"whose weight {reader} reads"
+        if any(
+            (not prefix or name.startswith(f"{prefix}.")) and _has_parts(name, kept)
+            for prefix, kept in in_float32
+        ):
+            return "that transformers keeps in float32"
+        return None
+
+    found = {}
+    for linear, where in places.items():
+        reasons = [reason(linear, name) for _, _, name in where]
+        if any(reasons):
+            found[linear] = next(filter(None, reasons))
+    return found
+
+
+def _transformers_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, model) of the outermost models of transformers, told by what they have."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(not outer or f"{name}.".startswith(f"{outer}.") for outer in found)
+        if not inside and hasattr(type(module), "_keep_in_fp32_modules"):
+            found.append(name)
+            yield name, module
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    """The output embeddings of transformers' models, and the owners of their last parameters."""
+    heads = set()
+    for _, module in _transformers_models(model):
+        heads.add(module.get_output_embeddings())
+        owners = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+        heads.update(owners[-1:])
+    return heads
+
+
+def _mostly_dense(
+    model: nn.Module, heads: set[nn.Module], skip: Iterable[str]
+) -> dict[str, int] | None:
+    """{kind: numbers} of the matrices that are not in NF4, if they are more than those that are.
+
+    Embeddings and what was to be left out do not count.
+    """
+    in_nf4, dense = 0, Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            in_nf4 += module.in_features * module.out_features
+        elif not (isinstance(module, nn.Embedding) or module in heads or _has_parts(name, skip)):
+            for parameter in module._parameters.values():
+                if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+                    continue
+                kind = type(module).__name__
+                if parameter.dim() == 3 and "expert" in kind.lower():
+                    kind += " (3-D parameters: fused experts)"
+                dense[kind] += parameter.numel()
+    return dict(dense.most_common()) if dense.total() > in_nf4 else None
+
+
+def _warn(reasons: dict[str, str], dense: dict[str, int] | None) -> None:
+    """One warning for all that stays as it is against what a user may expect."""
+    said = []
+    for reason, count in Counter(reasons.values()).most_common():
+        names = [name for name in reasons if reasons[name] == reason]
+        more = f" and {count - _NAMED} more" if count > _NAMED else ""
+        said.append(f"layers {reason}: {', '.join(names[:_NAMED])}{more}")
+    if dense is not None:
+        kinds = ", ".join(f"{count:,} in {kind}" for kind, count in dense.items())
+        said.append(f"most of the weights (nn.Linear alone becomes NF4): {kinds}")
+    if said:
+        warnings.warn(f"quantize_ leaves as they are: {'; '.join(said)}", stacklevel=3)
+
+
+def _patterns(argument: str, value: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise TypeError(f"{argument}: expected names in a list or tuple, got the string {value!r}")
+    return tuple(value)
+
+
+def _has_parts(path: str, patterns: Iterable[str]) -> bool:
+    return any(f".{pattern}." in f".{path}." for pattern in patterns)
+
+
+def _with_progress(steps: Iterable, description: str) -> Iterable:
+    """The steps, with a progress bar where somebody may be watching."""
+    if not sys.stderr.isatty():
+        return steps
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(steps, description, console=Console(stderr=True), transient=True)

@@ -1,0 +1,340 @@
+"""What `peftkern bench` does with its options: a plan that is whole before anything runs, the run,
+the files. Bad input is a ValueError of one line, raised by `plan`."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from peftkern.tools.bench import compare, machine, providers, report, terminal
+from peftkern.tools.bench.cases import DTYPES, FIRST_SHAPES, MODES, OPS, Problem, problems
+from peftkern.tools.bench.instrument import Bench, pinned
+from peftkern.tools.bench.processes import WorkerError
+from peftkern.tools.bench.record import OURS, Record
+from peftkern.tools.bench.shapes import (
+    LARGEST,
+    chosen,
+    items,
+    numbers,
+    parse_shapes,
+    percent,
+    seconds,
+)
+
+PIPED_WIDTH = 120
+MAX_RANK = 4096
+MAX_SEED = 2**31 - 1
+# Environment variables that change what is measured.
+VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "PEFTKERN_", "CUDA_", "NVIDIA_", "PYTORCH_", "TORCH")
+VARIABLES += ("TRITON_", "BNB_", "MALLOC_", "LD_PRELOAD")
+
+
+class BenchError(Exception):
+    """Nothing could be measured, or not be written; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """As typed; see `peftkern bench --help`."""
+
+    op: str
+    shapes: str | None
+    rows: str | None
+    dtype: str
+    mode: str | None
+    r: str
+    baselines: str
+    budget: str
+    seconds: str
+    device: str | None
+    threads: int | None
+    seed: int
+    json: Path | None
+    csv: Path | None
+    html: Path | None
+    compare: Path | None
+    fail_if: str | None
+    repro: bool
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What becomes of a record."""
+
+    json: Path | None
+    csv: Path | None
+    html: Path | None
+    earlier: Record | None
+    fail_if: float
+    repro: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    problems: list[Problem]
+    baselines: list[str]
+    not_installed: dict[str, str]
+    device: str
+    threads: int
+    seed: int
+    seconds: float
+    budget: float
+    outputs: Outputs
+
+
+def plan(options: Options) -> Plan:
+    """Raises: ValueError or OSError, one line, naming the option."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen("--device", device, ("cpu", "cuda"))
+    try:
+        machine.device_named(device)
+    except machine.DeviceError as error:
+        raise ValueError(f"--{error}") from error
+    if not 0 <= options.seed <= MAX_SEED:
+        raise ValueError(f"--seed: expected 0 to {MAX_SEED}, got {options.seed}")
+    with pinned(options.threads) as threads:  # only to check their number
+        pass
+    ops = chosen("--op", options.op, tuple(OPS))
+    dtypes = [
+        DTYPES.get(one, one)
+        for one in chosen("--dtype", options.dtype, (*DTYPES, *DTYPES.values()))
+    ]
+    names, absent = providers.select(
+        items("--baselines", options.baselines, providers.ACCEPTED), ops, device
+    )
+    found = problems(
+        ops,
+        parse_shapes(options.shapes or FIRST_SHAPES[device]),
+        list(dict.fromkeys(dtypes)),
+        None if options.mode is None else chosen("--mode", options.mode, MODES),
+        numbers("--r", options.r, MAX_RANK),
+        None if options.rows is None else numbers("--rows", options.rows, LARGEST),
+        device,
+    )
+    return Plan(
+        problems=found,
+        baselines=names,
+        not_installed=absent,
+        device=device,
+        threads=threads,
+        seed=options.seed,
+        seconds=seconds("--seconds", options.seconds),
+        budget=seconds("--budget", options.budget),
+        outputs=outputs(options, {problem.name for problem in found}),
+    )
+
+
+def outputs(options: Options, names: set[str]) -> Outputs:
+    """For cases of these names. Raises: as `plan`."""
+    for option in ("json", "csv", "html"):
+        if (path := getattr(options, option)) is not None:
+            _check_target(f"--{option}", path)
+    if options.fail_if is not None and options.compare is None:
+        raise ValueError("--fail-if: needs --compare and an earlier record")
+    earlier = None if options.compare is None else compare.read(options.compare)
+    if earlier is not None:
+        known = {case["name"] for case in earlier["cases"]}
+        if not known & names:
+            raise ValueError(
+                f"--compare: {options.compare} has none of these cases; it has"
+                f" {', '.join(sorted(known)[:3]) or 'none at all'}"
+            )
+    return Outputs(
+        json=options.json,
+        csv=options.csv,
+        html=options.html,
+        earlier=earlier,
+        fail_if=percent("--fail-if", options.fail_if or "5%"),
+        repro=options.repro,
+    )
+
+
+def _check_target(option: str, path: Path) -> None:
+    """That a file can be written there: before a minute is spent on what it will hold."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder, expected a file")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        # /dev/stdout, say, in whose place the new file would be put.
+        raise ValueError(f"{option}: {path} is a link or a device, expected a file")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}: {path}: the folder {path.parent} cannot be written to")
+
+
+def execute(plan: Plan) -> int:
+    """Measure, write, print; the exit status.
+
+    Raises: BenchError if the run could not measure anything, and as `tell`.
+    """
+    return tell(measure(plan), plan.outputs)
+
+
+def tell(record: Record, outputs: Outputs) -> int:
+    """Write and print; the exit status.
+
+    Raises: BenchError if a file could not be written, when all is printed: measuring took a minute.
+    """
+    on_terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if on_terminal else PIPED_WIDTH, highlight=False)
+    unwritten = None
+    try:
+        write(record, outputs)
+    except OSError as error:  # a full disk
+        unwritten = error
+    for line in terminal.bench_report(record, console.width):
+        console.print(line)
+    if outputs.repro and record["cases"]:
+        print_commands(record)
+    status = 0 if _ours_is_fine(record) else 1
+    if outputs.earlier is not None:
+        status |= _compare(record, outputs, console)
+    if unwritten is not None:
+        raise BenchError(f"not written: {unwritten}") from unwritten
+    return status
+
+
+def measure(plan: Plan) -> Record:
+    """The record, with a progress bar on a terminal's standard error."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        auto_refresh=False,  # a thread that draws would take turns with what is measured
+        disable=not sys.stderr.isatty(),
+    )
+    with ended_by(signal.SIGTERM), pinned(plan.threads) as threads, bar:
+        task = bar.add_task("", total=1.0)
+        bench = Bench(
+            plan.problems,
+            plan.baselines,
+            device=plan.device,
+            threads=threads,
+            seed=plan.seed,
+            seconds=plan.seconds,
+            budget=plan.budget,
+            commands=lambda problem: command_of(plan, problem),
+        )
+
+        def tick(doing: str, share: float) -> None:
+            bar.update(task, description=doing, completed=share, refresh=True)
+
+        with bench:
+            try:
+                record = bench.run(tick)
+            except WorkerError as error:
+                raise BenchError(str(error)) from error
+    record["command"] = shlex.join(["peftkern", *sys.argv[1:]])
+    record["not_installed"] = plan.not_installed
+    environment = record["environment"]
+    environment["variables"] = {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
+    }
+    for package in ("unsloth", "liger-kernel"):
+        environment["versions"][package] = machine.version(package)
+    return record
+
+
+@contextlib.contextmanager
+def ended_by(number: signal.Signals) -> Iterator[None]:
+    """That signal ends this process in good order: its workers stopped, its files removed."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def command_of(plan: Plan, problem: Problem) -> str:
+    """What measures one case again, as this run does."""
+    kind = problem.kind
+    shape, rows = problem.shape, []
+    if not kind.rows and shape == f"{problem.N}x{problem.K}":
+        shape = f"1x{shape}"
+    elif kind.rows and shape != f"{problem.M}x{problem.N}x{problem.K}":
+        rows = ["--rows", str(problem.M)]
+    short = {long: name for name, long in DTYPES.items()}
+    words = ["peftkern", "bench", "--op", problem.op, "--shapes", shape, *rows]
+    words += ["--dtype", short[problem.dtype], "--mode", problem.mode]
+    words += ["--r", str(problem.r)] if kind.lora else []
+    has = [name for name in plan.baselines if ":" in name or problem.op in _ops_of(name)]
+    words += ["--baselines", ",".join(has)] if has else []
+    words += ["--device", plan.device]
+    words += ["--threads", str(plan.threads)] if plan.device == "cpu" else []
+    words += ["--seed", str(plan.seed)]
+    words += ["--seconds", f"{plan.seconds:g}", "--budget", f"{plan.budget:g}s"]
+    return shlex.join(words)
+
+
+def _ops_of(name: str) -> dict[str, str]:
+    return providers.PROVIDERS[name].labels
+
+
+def print_commands(record: Record) -> None:
+    """In plain text, to be copied: nothing is wrapped or coloured."""
+    environment = record["environment"]
+    versions = environment["versions"]
+    print("\nTo measure one of them again:")
+    print(f"  # {', '.join(f'{k} {v}' for k, v in versions.items() if v)}")
+    print(f"  # Python {environment['python']}; commit {environment['commit'] or 'unknown'}")
+    variables = [f"{name}={shlex.quote(v)}" for name, v in environment["variables"].items()]
+    for case in record["cases"]:
+        print("  " + " ".join([*variables, case["command"]]))
+
+
+def write(record: Record, outputs: Outputs) -> None:
+    """The files that were asked for, each whole or not at all."""
+    if outputs.json is not None:
+        machine.write_text(outputs.json, json.dumps(record, allow_nan=False) + "\n")
+    if outputs.csv is not None:
+        machine.write_text(outputs.csv, as_csv(record))
+    if outputs.html is not None:
+        report.write_html(record, outputs.html)
+
+
+def as_csv(record: Record) -> str:
+    """A line for each provider of each case; the samples are in the JSON alone."""
+    of_case = ("op", "shape", "M", "N", "K", "r", "dtype", "mode", "bytes", "flops", "floor_ms")
+    of_row = ("label", "median_ms", "p20_ms", "p80_ms", "error_rms", "error_max", "wrong")
+    of_row += ("failed", "note", "peak_bytes", "gb_s", "tflop_s", "share_of_roof")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["case", *of_case, "provider", *of_row])
+    for case in record["cases"]:
+        for name, row in case["providers"].items():
+            cells = [case["name"], *(case[key] for key in of_case), name]
+            writer.writerow([*cells, *(row[key] for key in of_row)])
+    return out.getvalue()
+
+
+def _ours_is_fine(record: Record) -> bool:
+    ours = [case["providers"][OURS] for case in record["cases"]]
+    return bool(ours) and all(row["wrong"] is None and row["failed"] is None for row in ours)
+
+
+def _compare(record: Record, outputs: Outputs, console: Console) -> int:
+    found, silent = compare.changes(outputs.earlier, record)
+    for line in terminal.comparison(found, silent, outputs.fail_if):
+        console.print(line)
+    return int(not found or any(change.slower > outputs.fail_if for change in found))

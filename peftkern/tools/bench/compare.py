@@ -1,0 +1,90 @@
+"""A record beside an earlier one: did peftkern become slower?
+
+What is compared is the ratio to a baseline measured in the same run, because that survives another
+machine, another load and another clock; our own time only if no baseline is common to both runs
+and the machine is the same one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftkern.formats.json_files import brief
+from peftkern.tools.bench.record import LARGEST, OURS, SMALLEST, Case, Record, load
+
+SAME_MACHINE = ("cpu", "isa", "threads", "gpu")
+
+
+@dataclass(frozen=True)
+class Change:
+    """`slower`: how much more of the old ratio (or time) a call of ours takes now: 0.05 is 5%."""
+
+    case: str
+    by: str  # what was compared, in words
+    before: float
+    after: float
+    slower: float
+
+
+def read(path: Path) -> Record:
+    """An earlier record.
+
+    Raises: OSError; ValueError naming the file and what is wrong with it.
+    """
+    record = load(path)
+    try:
+        for case in record["cases"]:
+            if not isinstance(case["name"], str) or not isinstance(case["against"], str | None):
+                raise TypeError(f"a case is called {brief(case['name'])}")
+            for name in case["providers"]:
+                _median(case, name)
+        _ = [record["environment"].get(key) for key in SAME_MACHINE]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: incomplete: {type(error).__name__}: {error}") from error
+    return record
+
+
+def changes(old: Record, new: Record) -> tuple[list[Change], dict[str, str]]:
+    """What changed in each case of both; of the other cases of `new`, why they tell nothing."""
+    earlier = {case["name"]: case for case in old["cases"]}
+    same = all(old["environment"].get(k) == new["environment"].get(k) for k in SAME_MACHINE)
+    found, silent = [], {}
+    for case in new["cases"]:
+        name = case["name"]
+        if name not in earlier:
+            silent[name] = "not in the earlier record"
+        elif _median(case, OURS) is None or _median(earlier[name], OURS) is None:
+            silent[name] = "peftkern has no time in one of the two"
+        elif (change := _change(earlier[name], case, same)) is None:
+            silent[name] = "no baseline in both, and another machine"
+        else:
+            found.append(change)
+    return found, silent
+
+
+def _change(old: Case, new: Case, same_machine: bool) -> Change | None:
+    common = [
+        name
+        for name in (old["against"], new["against"], *new["providers"])
+        if name and name != OURS and _median(old, name) and _median(new, name)
+    ]
+    if common:
+        peer = common[0]
+        before, after = (_median(case, peer) / _median(case, OURS) for case in (old, new))
+        by = f"ratio to {new['providers'][peer]['label']}"
+        return Change(new["name"], by, before, after, before / after - 1)
+    if same_machine:
+        before, after = _median(old, OURS), _median(new, OURS)
+        return Change(new["name"], "ms on the same machine", before, after, after / before - 1)
+    return None
+
+
+def _median(case: Case, name: str) -> float | None:
+    """Milliseconds; None if there are none. Raises: TypeError if it is no such number."""
+    value = case["providers"].get(name, {}).get("median_ms")
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or not SMALLEST <= value <= LARGEST:
+        raise TypeError(f"median_ms of {brief(name)}: {brief(value)}")
+    return float(value)

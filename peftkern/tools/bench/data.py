@@ -1,0 +1,179 @@
+"""The numbers that every provider of a case is given, and what the right answer is.
+
+One process draws them and writes a safetensors file that the others read: same weights, same
+adapters, same inputs, whatever a library draws or quantises by itself.
+
+    weight  [N, K] of the case's dtype; of an NF4 op the packed bytes, dequantised and rounded
+    nf4.*   the packed weight in bitsandbytes' keys
+    x, dy   [M, K], [M, N] of that dtype
+    lora_A, lora_B   [r, K], [N, r] float32
+    rows    [<= 64] int64: those of y and dx that are compared
+    y, dx, lora_A.grad, lora_B.grad   float64, of the whole op
+    frozen.y, frozen.dx   float64, of the layer without its adapter
+
+The oracle takes the values that the packed bytes stand for, in float64. A product's rows do not
+depend on each other, so that 64 of them, the first and the last among them, are enough; the
+adapters' gradients are sums over all rows and are compared whole.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import peftkern
+from peftkern.formats.nf4 import NF4Weight, nf4_code
+from peftkern.tools.bench.cases import SCALING, Problem
+from peftkern.tools.bench.tolerances import errors
+
+CHECKED_ROWS = 64
+CHUNK = 4 << 20  # values that are held in float64 at once
+
+
+def prepare(problem: Problem, seed: int, path: Path, device: torch.device) -> dict[str, float]:
+    """Write the case's file; return the error of eager torch in the same dtypes, for the bound."""
+    tensors = _inputs(problem, seed, device)
+    oracle = _oracle(problem, tensors)
+    eager = _eager(problem, tensors)
+    kept = {name: tensor.contiguous().cpu() for name, tensor in {**tensors, **oracle}.items()}
+    staged = path.with_suffix(".part")
+    save_file(kept, staged)
+    os.replace(staged, path)
+    return compare(problem, eager, {**tensors, **oracle})
+
+
+def load(path: Path, device: torch.device) -> dict[str, Tensor]:
+    return load_file(path, device=str(device))
+
+
+def compare(
+    problem: Problem, got: dict[str, Tensor], oracle: dict[str, Tensor], adapted: bool = True
+) -> dict[str, float]:
+    """Relative errors against float64, the largest over the results that the case asks for.
+
+    Raises: ValueError naming the result that is missing, of another shape or of another dtype.
+    """
+    dtype, found = getattr(torch, problem.dtype), []
+    for name in wanted(problem, adapted):
+        if name not in got:
+            raise ValueError(f"{name}: expected a tensor, got none")
+        result = got[name].detach()
+        right = oracle[name if adapted or name not in ("y", "dx") else f"frozen.{name}"]
+        if "grad" not in name and result.dtype is not dtype:
+            raise ValueError(f"{name}: expected {dtype}, got {result.dtype}")
+        if name in ("y", "dx") and problem.kind.rows:
+            result = result.reshape(-1, result.shape[-1])
+            if result.shape[0] != problem.M:
+                raise ValueError(f"{name}: expected {problem.M} rows, got {result.shape[0]}")
+            result = result[oracle["rows"].to(result.device)]
+        if result.shape != right.shape:
+            expected = tuple(right.shape)
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(result.shape)}")
+        found.append(errors(result, right))
+    return {"rms": _worst(rms for rms, _ in found), "max": _worst(top for _, top in found)}
+
+
+def _worst(values) -> float:
+    """The largest; NaN, which no comparison finds, before all others."""
+    values = list(values)
+    return max(values) if all(value == value for value in values) else float("nan")
+
+
+def wanted(problem: Problem, adapted: bool) -> list[str]:
+    """Names of the results that a call returns."""
+    names = ["y"] if problem.goes_forward else []
+    if problem.trains:
+        names += ["dx"]
+        names += ["lora_A.grad", "lora_B.grad"] if adapted and problem.kind.lora else []
+    return names
+
+
+def nf4_values64(weight: NF4Weight, start: int, stop: int) -> Tensor:
+    """Values `start` to `stop` of a weight in row-major order, in float64 and in plain torch."""
+    packed, device = weight.packed[start // 2 : (stop + 1) // 2], weight.device
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
+    codes = codes[start % 2 : start % 2 + stop - start]
+    absmax = weight.absmax.double()
+    if weight.nested:
+        groups = torch.arange(weight.nblocks, device=device) // weight.nested_blocksize
+        absmax = weight.nested_code.double()[weight.absmax.long()]
+        absmax = absmax * weight.nested_absmax.double()[groups] + weight.nested_offset.double()
+    blocks = torch.arange(start, stop, device=device) // weight.blocksize
+    return nf4_code(device).double()[codes.long()] * absmax[blocks]
+
+
+def _inputs(problem: Problem, seed: int, device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    m, n, k, r, dtype = problem.M, problem.N, problem.K, problem.r, getattr(torch, problem.dtype)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    weight = draw(n, k).div_(k**0.5).to(dtype)
+    tensors = {"weight": weight}
+    if problem.kind.nf4:
+        packed = peftkern.quantize_nf4(weight)
+        tensors |= packed.state_dict("nf4.")
+        with peftkern.use_backend("reference"):
+            tensors["weight"] = peftkern.dequantize_nf4(packed, dtype)
+    if problem.kind.rows:
+        tensors |= {"x": draw(m, k).to(dtype), "dy": draw(m, n).to(dtype)}
+        count = min(m, CHECKED_ROWS)
+        tensors["rows"] = torch.linspace(0, m - 1, count, dtype=torch.float64).round().long()
+    if problem.kind.lora:
+        tensors |= {"lora_A": draw(r, k) / k**0.5, "lora_B": draw(n, r) * 0.1}
+    return tensors
+
+
+def _oracle(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    n, k, weight = problem.N, problem.K, tensors["weight"]
+    packed = NF4Weight.from_state_dict(tensors, "nf4.") if problem.kind.nf4 else None
+
+    def weight64(start: int, stop: int) -> Tensor:
+        if packed is None:
+            return weight[start:stop].double()
+        return nf4_values64(packed, start * k, stop * k).view(-1, k)
+
+    if not problem.kind.rows:
+        return {"y": weight64(0, n)}
+    rows = tensors["rows"].to(weight.device)
+    x, dy = (tensors[name][rows].double() for name in ("x", "dy"))
+    y, dx = x.new_zeros(len(rows), n), x.new_zeros(len(rows), k)
+    step = max(1, CHUNK // k)
+    for start in range(0, n, step):
+        part = weight64(start, min(n, start + step))
+        y[:, start : start + step] = x @ part.T
+        dx += dy[:, start : start + step] @ part
+    oracle = {"frozen.y": y, "frozen.dx": dx}
+    if not problem.kind.lora:
+        return {**oracle, "y": y.clone(), "dx": dx.clone()}
+    a, b = tensors["lora_A"].double(), tensors["lora_B"].double()
+    x, dy = tensors["x"].double(), tensors["dy"].double()
+    s, ds = SCALING * (x @ a.T), SCALING * (dy @ b)
+    return {
+        **oracle,
+        "y": y + s[rows] @ b.T,
+        "dx": dx + ds[rows] @ a,
+        "lora_A.grad": ds.T @ x,
+        "lora_B.grad": dy.T @ s,
+    }
+
+
+def _eager(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The op in plain torch and its own dtypes, as PEFT writes it."""
+    if not problem.kind.rows:
+        return {"y": tensors["weight"]}
+    x = tensors["x"].clone().requires_grad_()
+    y = F.linear(x, tensors["weight"])
+    wrt = {"dx": x}
+    if problem.kind.lora:
+        a, b = (tensors[name].clone().requires_grad_() for name in ("lora_A", "lora_B"))
+        y = (y + F.linear(F.linear(x.float(), a), b) * SCALING).to(x.dtype)
+        wrt |= {"lora_A.grad": a, "lora_B.grad": b}
+    gradients = torch.autograd.grad(y, list(wrt.values()), tensors["dy"])
+    return {"y": y.detach(), **dict(zip(wrt, gradients, strict=True))}

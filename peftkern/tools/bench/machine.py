@@ -1,0 +1,178 @@
+"""What a measurement ran on: device, versions, commit, and what its memory and cores can do."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import peftkern
+from peftkern.backends import native
+from peftkern.backends.device import triton_interpreted
+from peftkern.tools.bench.gpu_timer import measure_events
+from peftkern.tools.bench.timer import measure
+
+ROOT = Path(__file__).resolve().parents[2]  # the repository, where it is one
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "peftkern")
+COPY_BYTES, GEMM = 256 << 20, 2048  # at least, see roof
+GPU_COPY_BYTES, GPU_GEMM = 2 << 30, 8192  # runs well past a launch, far beyond the L2 cache
+
+
+class DeviceError(Exception):
+    """The device that was asked for is not there; the message is the line to print."""
+
+
+def device_named(name: str) -> torch.device:
+    """Raises: DeviceError if that is a GPU and torch sees none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device cuda: torch {torch.__version__} sees no GPU on this machine")
+    return torch.device(name)
+
+
+def cpu_name() -> str:
+    try:
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def cache_bytes() -> int:
+    """The last level's size; 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = re.match(r"(\d+)([KM]?)", path.read_text()).groups()
+        sizes.append(int(number) << {"": 0, "K": 10, "M": 20}[unit])
+    return max(sizes)
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> str | None:
+    """The commit measured, with + if tracked files other than results differ from it; None for an
+    installed package, which may lie within a repository that is not its own."""
+    if not (ROOT / "csrc").is_dir():
+        return None
+    head = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+    return f"{head}+" if head and changed else head
+
+
+def version(package: str) -> str | None:
+    if package == "peftkern":  # which a bare copy of the tree does not install
+        return peftkern.__version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe(threads: int, device: torch.device | None = None, given_commit: str = "") -> dict:
+    """`given_commit` stands in where the tree carries no history."""
+    return {
+        "cpu": cpu_name(),
+        "isa": native.cpu_isa() if native.cpu_isas() else None,
+        "isas": list(native.cpu_isas()),
+        "gpu": gpu(device) if device is not None and device.type == "cuda" else None,
+        "interpreter": triton_interpreted(),
+        "threads": threads,
+        "last_level_cache": cache_bytes(),
+        "commit": commit() or given_commit or None,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "load_average": os.getloadavg(),
+    }
+
+
+def gpu(device: torch.device) -> dict:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "l2_cache": properties.L2_cache_size,
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+def slug(machine: dict) -> str:
+    """A folder name for the device: "h200", "intel-xeon-processor-amx-bf16-2-threads"."""
+    if machine.get("gpu"):
+        text = re.sub(r"^(NVIDIA|AMD)\s+", "", machine["gpu"]["name"])
+    else:
+        name = re.sub(r"\((R|TM|C)\)", "", machine["cpu"], flags=re.IGNORECASE)
+        text = f"{name} {machine['isa'] or 'no native'} {machine['threads']} threads"
+        text += " interpreter" if machine.get("interpreter") else ""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def write_json(path: Path, record: object, indent: int | None = None) -> None:
+    """Whole or not at all, whenever the process is stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=indent) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same; the folder has to be there."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def roof(
+    seconds: float,
+    device: torch.device,
+    small: bool,
+    dtypes: tuple[str, ...] = ("bfloat16", "float32"),
+) -> dict[str, float]:
+    """Measured ceilings: copied bytes (read and written) and dense FLOPs per second.
+
+    What is copied is `copy_bytes` long. Source and target lie beyond the last level of caches, as
+    far as `rotation` goes there, but with `small`, which is for shapes that fit into it.
+    """
+    copy_bytes, gemm = GPU_COPY_BYTES, GPU_GEMM
+    if device.type == "cpu":
+        copy_bytes, gemm = max(COPY_BYTES, rotation(None, device) // 2), GEMM
+    if small:
+        copy_bytes, gemm = 1 << 20, 256
+    source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
+    variants = {"copy": lambda i: target.copy_(source)}
+    for name in dtypes:
+        a, b = (torch.randn(gemm, gemm, device=device).to(getattr(torch, name)) for _ in range(2))
+        variants[name] = lambda i, a=a, b=b: torch.nn.functional.linear(a, b)
+    timings = (measure_events if device.type == "cuda" else measure)(variants, seconds=seconds)
+    # The best of many: a ceiling that a disturbed run must not lower.
+    best = {name: timing.quantile(0.05) for name, timing in timings.items()}
+    rates = {name: 2 * gemm**3 / best[name] for name in dtypes}
+    return {"copy": 2 * copy_bytes / best["copy"], "copy_bytes": copy_bytes, **rates}
+
+
+def rotation(given_mb: int | None, device: torch.device) -> int:
+    """Beyond the last level, but at most 640 MB per variant: a virtual machine is told the size of
+    a cache that it shares."""
+    if given_mb is not None:
+        return given_mb << 20
+    if device.type == "cuda":
+        return max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+    return min(cache_bytes() * 5 // 4, 640 << 20)

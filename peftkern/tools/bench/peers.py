@@ -1,0 +1,209 @@
+"""The peers as users have them: real PEFT layers over bitsandbytes or dense weights.
+
+A pool holds several copies of one layer, together larger than the caches, because a model never
+meets the same weight twice in a row. All copies hold the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import peftkern
+from peftkern.backends.dropout import philox_keep
+from peftkern.functional import linear as functional_linear
+from peftkern.layers import NF4Linear
+from peftkern.tools.bench.data import nf4_values64
+
+SEED = 5  # of the draws that a checked call makes
+
+
+@functools.cache
+def bitsandbytes_missing(device: torch.device) -> str | None:
+    """Why bitsandbytes is no peer on a device, or None: it may lack the library for this CUDA."""
+    try:
+        import bitsandbytes.functional as bnb
+
+        bnb.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # an import error, or one of many kinds from its loader
+        return f"bitsandbytes: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+class Layers(nn.Module):
+    """Something for get_peft_model to adapt, which asks a model whether it is in 4 bits."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.is_loaded_in_4bit = any(type(layer).__name__ == "Linear4bit" for layer in layers)
+
+
+def linear4bit(weight: Tensor, blocksize: int = 64) -> nn.Module:
+    """bitsandbytes' layer over this weight: NF4, double quantisation, computing in its dtype."""
+    import bitsandbytes as bnb
+
+    n, k = weight.shape
+    layer = bnb.nn.Linear4bit(
+        k, n, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+    )
+    layer.weight = bnb.nn.Params4bit(
+        weight.clone(),
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=True,
+        blocksize=blocksize,
+    )
+    return layer.to(weight.device)
+
+
+def nf4_linear(weight: Tensor) -> nn.Module:
+    """bitsandbytes' layer, or ours with the same weight where there is no bitsandbytes."""
+    if bitsandbytes_missing(weight.device) is None:
+        return linear4bit(weight)
+    with peftkern.use_backend(None):  # whatever is forced on the case itself
+        return NF4Linear.from_linear(linear(weight))
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    n, k = weight.shape
+    layer = nn.Linear(k, n, bias=False, device="meta")  # which draws no weight to throw away
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    return layer
+
+
+def lora_pool(
+    layer: nn.Module,
+    copies: int,
+    *,
+    r: int,
+    patched: bool,
+    train: bool,
+    dropout: float = 0.0,
+    adapter_dtype: torch.dtype = torch.float32,
+    adapters: tuple[Tensor, Tensor] | None = None,
+) -> list:
+    """PEFT's LoRA layers over copies of `layer`; fp32 adapters are PEFT's default. B is not zero.
+
+    Copies, because a model never meets the same weight twice in a row. `adapters`: A and B, drawn
+    if not given.
+    """
+    torch.manual_seed(1)
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=r"layers\.\d+")
+    model = get_peft_model(Layers([copy.deepcopy(layer) for _ in range(copies)]), config)
+    if patched:
+        report = peftkern.patch(model)
+        if len(report.patched) != copies:
+            raise RuntimeError(f"peftkern.patch left layers out: {report}")
+    pool = list(model.base_model.model.layers)
+    generator = torch.Generator().manual_seed(2)
+    if adapters is None:
+        a, b = pool[0].lora_A["default"].weight, pool[0].lora_B["default"].weight
+        new_a = torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5
+        adapters = new_a, torch.randn(b.shape, generator=generator) * 0.1
+    with torch.no_grad():
+        for member in pool:
+            for part, new in zip((member.lora_A, member.lora_B), adapters, strict=True):
+                part["default"].to(adapter_dtype).weight.copy_(new)
+    model.train(train)
+    return pool
+
+
+def compiled(layers: list[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
+    """torch.compile of layers that differ in their numbers only: one compilation serves all."""
+    torch._dynamo.reset()  # else a second number of rows asks for kernels of any number
+    run = torch.compile(lambda layer, x: layer(x))
+    return [functools.partial(run, layer) for layer in layers]
+
+
+def forward(layers: list, xs: list[Tensor], autocast: bool = False) -> Callable[[int], Tensor]:
+    @torch.no_grad()
+    def call(i: int) -> Tensor:
+        x = xs[i % len(xs)]
+        with _autocast(x, autocast):
+            return layers[i % len(layers)](x)
+
+    return call
+
+
+def forward_backward(
+    layers: list, xs: list[Tensor], dy: Tensor, modules: list | None = None, autocast: bool = False
+) -> Callable[[int], tuple[Tensor, ...]]:
+    """The output and the gradients of x and of both adapters, as training needs them.
+
+    `modules`: what holds the adapters, where the layers are functions of them.
+    """
+    modules = layers if modules is None else modules
+
+    def call(i: int) -> tuple[Tensor, ...]:
+        module, x = modules[i % len(modules)], xs[i % len(xs)]
+        with _autocast(x, autocast):
+            y = layers[i % len(layers)](x)
+        wanted = [x]
+        if hasattr(module, "lora_A"):
+            wanted += [module.lora_A["default"].weight, module.lora_B["default"].weight]
+        return y.detach(), *torch.autograd.grad(y, wanted, dy)
+
+    return call
+
+
+def _autocast(x: Tensor, wanted: bool) -> contextlib.AbstractContextManager:
+    return torch.autocast(x.device.type, x.dtype) if wanted else contextlib.nullcontext()
+
+
+def kept(x: Tensor, dropout: float, patched: bool, adapter_dtype: torch.dtype) -> Tensor | None:
+    """What dropout keeps of x in the first call after torch.manual_seed(SEED)."""
+    if dropout == 0.0:
+        return None
+    torch.manual_seed(SEED)
+    x = x.detach()
+    if patched:
+        keep = functional_linear._draw_keep(x, dropout)
+        return keep if keep.dtype is torch.bool else philox_keep(keep, *x.shape, dropout)
+    return F.dropout(torch.ones_like(x, dtype=adapter_dtype), dropout) != 0
+
+
+def nf4_weight64(layer: nn.Module) -> Tensor:
+    """The weight that a layer's packed bytes stand for, in float64 and in plain torch."""
+    weight = layer.nf4 if isinstance(layer, NF4Linear) else None
+    if weight is None:
+        weight = peftkern.NF4Weight.from_bitsandbytes(layer.weight)
+    return nf4_values64(weight, 0, weight.numel).view(weight.shape)
+
+
+def lora_oracle(
+    x: Tensor,
+    weight64: Tensor,
+    layer: nn.Module | None,
+    dy: Tensor | None,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """In float64 what `forward` (no dy) or `forward_backward` give; no layer: without LoRA."""
+    x = x.detach().double()
+    y = x @ weight64.T
+    dy = None if dy is None else dy.double()
+    if layer is None:
+        return (y,) if dy is None else (y, dy @ weight64)
+    factor = 1.0 if keep is None else keep.double() / (1.0 - dropout)
+    a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
+    scaling = layer.scaling["default"]
+    dropped = x * factor
+    s = scaling * (dropped @ a.T)
+    y += s @ b.T
+    if dy is None:
+        return (y,)
+    ds = scaling * (dy @ b)
+    return y, dy @ weight64 + (ds @ a) * factor, ds.T @ dropped, dy.T @ s

@@ -1,0 +1,173 @@
+"""The parent's end of the workers: start them, ask them, notice that one is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import peftkern
+from peftkern.tools.bench.record import OURS
+
+PACKAGE_FOLDER = str(Path(peftkern.__file__).resolve().parents[1])
+
+
+class WorkerError(Exception):
+    """A worker could not do it; the message is one line."""
+
+
+class WorkerGoneError(WorkerError):
+    """It crashed, or was too slow and has been stopped."""
+
+
+class WorkerSlowError(WorkerGoneError):
+    """It did not answer in time: it would not the next time either."""
+
+
+class Process:
+    """A running `peftkern.tools.bench.worker`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+        path = [PACKAGE_FOLDER, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # A session of its own, so that what a worker starts can be stopped with it, and so that
+        # Ctrl-C reaches the parent alone.
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "peftkern.tools.bench.worker", name, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env={"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            start_new_session=True,
+        )
+        self.received = b""
+
+    def send(self, do: str, **arguments: object) -> None:
+        line = json.dumps({"do": do, **arguments}) + "\n"
+        with contextlib.suppress(BrokenPipeError):  # `receive` says why it is gone
+            self.popen.stdin.write(line.encode())
+            self.popen.stdin.flush()
+
+    def receive(self, deadline: float, doing: str) -> dict:
+        """Its next answer.
+
+        Raises: WorkerError if that is an error; WorkerGoneError if the process ended, or was
+            stopped because the deadline (of time.monotonic) passed before it answered.
+        """
+        began = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.popen.stdout, selectors.EVENT_READ)
+            while b"\n" not in self.received:
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    raise self.too_slow(began, doing)
+                self.read()
+        return self.answer()
+
+    def read(self) -> None:
+        """Take what there is. Raises: WorkerGoneError at the end."""
+        more = os.read(self.popen.stdout.fileno(), 1 << 20)
+        if not more:
+            raise WorkerGoneError(self._last_words())
+        self.received += more
+
+    def answer(self) -> dict:
+        """The answer that was received. Raises: WorkerError if that is an error."""
+        line, _, self.received = self.received.partition(b"\n")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def too_slow(self, began: float, doing: str) -> WorkerSlowError:
+        self.stop()
+        return WorkerSlowError(f"no answer within {time.monotonic() - began:.0f} s while {doing}")
+
+    def ask(self, deadline: float, doing: str, do: str, **arguments: object) -> dict:
+        self.send(do, **arguments)
+        return self.receive(deadline, doing)
+
+    def _last_words(self) -> str:
+        """How it ended and, if it said so, why."""
+        status = self.popen.wait()
+        self.log.seek(0)
+        said = first_error(self.log.read().decode(errors="replace"))
+        self.stop()
+        if status < 0:
+            how = f"killed by {signal.Signals(-status).name}"
+        else:
+            how = f"ended with exit status {status}"
+        return f"{how}: {said}" if said else how
+
+    def stop(self) -> None:
+        """Whatever state it is in, it and its children are gone afterwards."""
+        if self.popen.stdin.closed:
+            return  # by an earlier call; its number may be another's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+        for file in (self.popen.stdin, self.popen.stdout, self.log):
+            with contextlib.suppress(BrokenPipeError):
+                file.close()
+
+
+def first_error(said: str) -> str:
+    """The line of an output that names the error: of a traceback its end, else the first line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    fatal = [line for line in lines if "fatal" in line.lower() or "terminate called" in line]
+    return (fatal or named or lines or [""])[0][:300]
+
+
+def ask_all(
+    processes: dict[str, Process],
+    patience: float,
+    deadline: float,
+    doing: str,
+    do: str,
+    **arguments: object,
+) -> tuple[dict[str, dict], dict[str, WorkerError]]:
+    """The same question to all at once: their answers, and the errors of those that had none.
+
+    After `patience` seconds those that are still busy are stopped if most have answered and OURS is
+    among them: then it is they that are slow, not the machine, and there is something to measure.
+    At the deadline they are stopped in any case.
+    """
+    answers: dict[str, dict] = {}
+    errors: dict[str, WorkerError] = {}
+    began = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        for name, process in processes.items():
+            process.send(do, **arguments)
+            selector.register(process.popen.stdout, selectors.EVENT_READ, name)
+        while waiting := len(processes) - len(answers) - len(errors):
+            ours = OURS not in processes or OURS in answers or OURS in errors
+            most = ours and 2 * waiting < len(processes)
+            end = min(deadline, began + patience) if most else deadline
+            left = end - time.monotonic()
+            events = selector.select(max(0.0, left))
+            if not events and left <= 0:
+                break
+            for key, _ in events:
+                process = processes[key.data]
+                try:
+                    process.read()
+                    if b"\n" in process.received:
+                        selector.unregister(key.fileobj)
+                        answers[key.data] = process.answer()
+                except WorkerError as error:
+                    errors[key.data] = error
+                    if isinstance(error, WorkerGoneError):
+                        selector.unregister(key.fd)
+    for name in processes.keys() - answers.keys() - errors.keys():
+        errors[name] = processes[name].too_slow(began, doing)
+    return answers, errors

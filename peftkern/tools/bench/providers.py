@@ -1,0 +1,300 @@
+"""The implementations that `peftkern bench` compares, each as its users have it.
+
+A provider turns a case's tensors into copies of a layer (`Layer`): a function of x, or of nothing
+where the op has no input, and the leaves whose gradients training asks for. Every copy holds the
+same numbers in its own memory, because a model never meets the same weight twice in a row.
+
+Anybody's own implementation is a baseline too: `--baselines my_module:build` calls
+`build(problem, tensors, copies)`, which returns such a list.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import peftkern
+from peftkern.tools.bench.cases import OPS, SCALING, Problem
+from peftkern.tools.bench.record import OURS
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`run(x)`, or `run()`; `adapter`: lora_A and lora_B as leaves, () without an adapter."""
+
+    run: Callable[..., Tensor]
+    adapter: tuple[Tensor, ...] = ()
+
+
+def has(package: str) -> bool:
+    """Whether it is installed; a folder of that name is not enough."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+Build = Callable[[Problem, Tensors, int], list[Layer]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`labels`: what it is called for each op that it has; `packages`: what has to be importable;
+    `adapted`: whether it computes the update too."""
+
+    build: Build
+    labels: dict[str, str]
+    packages: tuple[str, ...] = ()
+    adapted: bool = True
+    over_peft: bool = True  # its layers are PEFT's where there is PEFT
+    in_auto: bool = True
+    on_cpu: bool = True
+
+    def missing(self, device: str) -> str | None:
+        """Why it cannot take part, as far as can be told without importing it."""
+        for package in self.packages:
+            if not has(package):
+                return "not installed" if len(self.packages) == 1 else f"{package} is not installed"
+        return None if self.on_cpu or device != "cpu" else "needs a GPU"
+
+
+def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    """PEFT's layers after `peftkern.patch`; without PEFT the public functions."""
+    if not problem.kind.rows:
+        weights = _packed(tensors, copies)
+        dtype = getattr(torch, problem.dtype)
+        return [Layer(lambda w=w: peftkern.dequantize_nf4(w, dtype)) for w in weights]
+    if not problem.kind.lora:
+        return [Layer(lambda x, w=w: peftkern.nf4_linear(x, w)) for w in _packed(tensors, copies)]
+    if not has("peft"):
+        return _functional(problem, tensors, copies)
+    if not problem.kind.nf4:
+        base = _dense(tensors)
+    elif _bitsandbytes_missing(tensors["weight"].device):
+        base = peftkern.layers.NF4Linear._from_nf4(_packed(tensors, 1)[0], None, True)
+    else:
+        base = _bitsandbytes_layer(tensors)
+    return _peft(base, problem, tensors, copies, patched=True)
+
+
+def _bitsandbytes_missing(device: torch.device) -> str | None:
+    from peftkern.tools.bench import peers
+
+    return peers.bitsandbytes_missing(device)
+
+
+def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    nf4 = problem.kind.nf4
+    call = peftkern.nf4_lora_linear if nf4 else peftkern.lora_linear
+    weights = _packed(tensors, copies) if nf4 else _clones(tensors["weight"], copies)
+
+    def layer(weight) -> Layer:
+        a, b = (tensors[name].clone().requires_grad_() for name in ("lora_A", "lora_B"))
+        return Layer(lambda x: call(x, weight, a, b, scaling=SCALING), (a, b))
+
+    return [layer(weight) for weight in weights]
+
+
+def frozen(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    """The dense layer without an adapter."""
+    return [Layer(_dense(tensors)) for _ in range(copies)]
+
+
+def peft(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    return _peft(_dense(tensors), problem, tensors, copies)
+
+
+def bitsandbytes(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    if not problem.kind.rows:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weights = [_bitsandbytes_layer(tensors).weight for _ in range(copies)]
+        return [Layer(lambda w=w: dequantize_4bit(w.data, w.quant_state)) for w in weights]
+    if problem.kind.lora:
+        return _peft(_bitsandbytes_layer(tensors), problem, tensors, copies)
+    layers = [_bitsandbytes_layer(tensors) for _ in range(copies)]
+    return [Layer(layer.train(problem.mode != "no-grad")) for layer in layers]
+
+
+def compiled(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    """torch.compile of what PEFT's users have: one compilation serves all copies."""
+    from peftkern.tools.bench import peers
+
+    layers = (bitsandbytes if problem.kind.nf4 else peft)(problem, tensors, copies)
+    functions = peers.compiled([layer.run for layer in layers])
+    return [Layer(f, layer.adapter) for f, layer in zip(functions, layers, strict=True)]
+
+
+def unsloth(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    """PEFT's layer through unsloth's autograd function, which takes [batch, tokens, K]."""
+    import unsloth  # noqa: F401  (first: it changes what the others import)
+    from unsloth.kernels.fast_lora import LoRA_W
+    from unsloth.kernels.utils import get_lora_parameters
+
+    def through(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: LoRA_W.apply(x[None], *get_lora_parameters(layer))[0]
+
+    layers = (bitsandbytes if problem.kind.nf4 else peft)(problem, tensors, copies)
+    return [Layer(through(layer.run), layer.adapter) for layer in layers]
+
+
+def plain(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    """Plain torch: the reference of the tests."""
+    dtype = getattr(torch, problem.dtype)
+
+    def run(w: peftkern.NF4Weight) -> Tensor:
+        with peftkern.use_backend("reference"):
+            return peftkern.dequantize_nf4(w, dtype)
+
+    return [Layer(lambda w=w: run(w)) for w in _packed(tensors, copies)]
+
+
+PROVIDERS = {
+    OURS: Provider(ours, dict.fromkeys(OPS, OURS)),
+    "frozen": Provider(
+        frozen,
+        dict.fromkeys(("nf4_lora_linear", "lora_linear"), "linear without LoRA")
+        | {"nf4_linear": "dense linear"},
+        adapted=False,
+        over_peft=False,
+    ),
+    "peft": Provider(
+        peft, {"lora_linear": "peft", "nf4_lora_linear": "peft, dense weight"}, ("peft",)
+    ),
+    "bitsandbytes": Provider(
+        bitsandbytes,
+        dict.fromkeys(("nf4_linear", "nf4_dequantize"), "bitsandbytes")
+        | ({"nf4_lora_linear": "peft+bitsandbytes"} if has("peft") else {}),
+        ("bitsandbytes",),
+    ),
+    "compile": Provider(
+        compiled,
+        {"lora_linear": "torch.compile(peft)"}
+        | ({"nf4_lora_linear": "torch.compile(peft+bnb)"} if has("bitsandbytes") else {}),
+        ("peft",),
+    ),
+    "torch": Provider(
+        plain, {"nf4_dequantize": "plain torch"}, over_peft=False, in_auto=False
+    ),  # a peer that nobody has: it would only flatter us
+    "unsloth": Provider(
+        unsloth,
+        dict.fromkeys(("lora_linear", "nf4_lora_linear"), "unsloth"),
+        ("unsloth",),
+        on_cpu=False,
+    ),
+    # Its kernels are losses, norms and activations: nothing here to compare, which is worth saying.
+    "liger": Provider(frozen, {}, ("liger_kernel",)),
+}
+BASELINES = tuple(name for name in PROVIDERS if name != OURS)
+ACCEPTED = f"auto, {', '.join(BASELINES)}, or module:function of your own"
+
+
+def provider(name: str) -> Provider:
+    """A built-in one, or that of a module: imports it."""
+    if ":" not in name:
+        return PROVIDERS[name]
+    module, _, function = name.partition(":")
+    build = getattr(importlib.import_module(module), function)
+    return Provider(build, dict.fromkeys(OPS, name), over_peft=False)
+
+
+def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], dict[str, str]]:
+    """The baselines that take part, and why the others of "auto" do not.
+
+    Raises: ValueError naming --baselines if one that was named is unknown, is not installed, or has
+        none of the ops.
+    """
+    if names == ["auto"]:
+        auto = [name for name in BASELINES if PROVIDERS[name].in_auto]
+        absent = {name: why for name in auto if (why := _absent(name, ops, device))}
+        # That one has other ops than these is no news.
+        said = {
+            name: why
+            for name, why in absent.items()
+            if PROVIDERS[name].missing(device) or not PROVIDERS[name].labels
+        }
+        return [name for name in auto if name not in absent], said
+    for name in names:
+        if why := _absent(name, ops, device):
+            raise ValueError(f"--baselines: {name}: {why}; accepted: {ACCEPTED}")
+    return names, {}
+
+
+def _absent(name: str, ops: list[str], device: str) -> str | None:
+    if ":" in name:
+        module = name.partition(":")[0].partition(".")[0]
+        path = [os.getcwd(), *sys.path]  # where the workers look as well
+        found = importlib.machinery.PathFinder.find_spec(module, path)
+        return None if found else f"there is no module {module}"
+    if name not in BASELINES:
+        return "unknown"
+    one = PROVIDERS[name]
+    if why := one.missing(device):
+        return why
+    return None if set(ops) & set(one.labels) else f"has nothing to compare for {', '.join(ops)}"
+
+
+def _clones(tensor: Tensor, copies: int) -> list[Tensor]:
+    return [tensor.clone() for _ in range(copies)]
+
+
+def _packed(tensors: Tensors, copies: int) -> list[peftkern.NF4Weight]:
+    def clone() -> peftkern.NF4Weight:
+        pieces = {name: t.clone() for name, t in tensors.items() if name.startswith("nf4.")}
+        return peftkern.NF4Weight.from_state_dict(pieces, "nf4.")
+
+    return [clone() for _ in range(copies)]
+
+
+def _dense(tensors: Tensors) -> nn.Linear:
+    n, k = tensors["weight"].shape
+    layer = nn.Linear(k, n, bias=False, device="meta")
+    layer.weight = nn.Parameter(tensors["weight"].clone(), requires_grad=False)
+    return layer
+
+
+def _bitsandbytes_layer(tensors: Tensors) -> nn.Module:
+    """bitsandbytes' layer over the packed weight as it is: it quantises nothing."""
+    import bitsandbytes as bnb
+
+    n, k = tensors["weight"].shape
+    layer = bnb.nn.Linear4bit(
+        k,
+        n,
+        bias=False,
+        compute_dtype=tensors["weight"].dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    pieces = {name: t.clone() for name, t in tensors.items() if name.startswith("nf4.weight.")}
+    layer.weight = bnb.nn.Params4bit.from_prequantized(
+        tensors["nf4.weight"].clone(), pieces, device=tensors["weight"].device, module=layer
+    )
+    return layer
+
+
+def _peft(
+    base: nn.Module, problem: Problem, tensors: Tensors, copies: int, patched: bool = False
+) -> list[Layer]:
+    """PEFT's layers as `get_peft_model` makes them, in eval mode where no gradient is wanted."""
+    from peftkern.tools.bench import peers
+
+    pool = peers.lora_pool(
+        base,
+        copies,
+        r=problem.r,
+        patched=patched,
+        train=problem.mode != "no-grad",
+        adapters=(tensors["lora_A"], tensors["lora_B"]),
+    )
+    return [
+        Layer(one, (one.lora_A["default"].weight, one.lora_B["default"].weight)) for one in pool
+    ]

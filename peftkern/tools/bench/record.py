@@ -1,0 +1,205 @@
+"""What `peftkern bench --json` writes, field by field: the one description of the format. Files
+are read and checked by it.
+
+A record is plain JSON. Every field is always there; what was not measured or does not apply is
+null. Units are in the names: `_ms` milliseconds, `_s` seconds, `_bytes` bytes, `gb_s` 1e9 bytes per
+second, `tflop_s` 1e12 floating-point operations per second.
+
+A cell is good if `wrong` and `failed` are null. Only then are there times, and what follows from
+them; with mode "memory" there is `peak_bytes` alone. Ratios are not stored: they are
+`providers[other].median_ms / providers["peftkern"].median_ms` of one case, never of two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+
+from peftkern.formats.json_files import read_json
+
+FORMAT = "peftkern bench 1"
+OURS = "peftkern"
+
+
+class Provider(TypedDict):
+    """What one implementation did in one case."""
+
+    label: str  # for people: "peft+bitsandbytes"
+    median_ms: float | None  # of one call
+    p20_ms: float | None
+    p80_ms: float | None
+    samples_ms: list[float]  # every counted call, in the order in which they were made
+    error_rms: float | None  # of the worst of its results, relative to the float64 oracle
+    error_max: float | None  # largest difference over the oracle's largest value
+    wrong: str | None  # why its result is wrong: "error 0.3 rms, 0.9 max; bound 0.0049 rms, ..."
+    failed: str | None  # the first line of its error: it crashed, hung, or took too long
+    note: str | None  # that it fell back, and why
+    peak_bytes: int | None  # what a call holds at its peak beyond what was there before it
+    gb_s: float | None  # the case's counted bytes over the median
+    tflop_s: float | None  # the case's counted operations over the median
+    share_of_roof: float | None  # the case's floor_ms over the median; 1 is the roof
+
+
+class Case(TypedDict):
+    """One problem; every provider has the same weights, adapters and inputs."""
+
+    name: str  # unique in a record: "lora_linear/llama3-8b-q_proj/M256/r16/bfloat16/full"
+    op: str  # one of cases.OPS
+    shape: str  # "llama3-8b-q_proj", or "256x4096x4096" as it was given
+    M: int | None  # rows of x; null where an op has none (nf4_dequantize)
+    N: int  # rows of the weight
+    K: int  # columns of the weight
+    r: int | None  # LoRA rank; null where an op has none
+    dtype: Literal["bfloat16", "float16", "float32"]  # of x and of the dense weight
+    mode: str  # "forward", "backward", "full", "no-grad", "memory"
+    bytes: int  # that the work has to move at least: each operand and result once
+    flops: int  # that the work has to do at least
+    floor_ms: float  # max(bytes / roof.copy, flops / roof[dtype]): no call can be faster
+    against: str | None  # the baseline that speaks for the case: the first good one of its op's
+    command: str  # that measures this case again
+    providers: dict[str, Provider]  # by name, "peftkern" first; order of the table
+
+
+class Roof(TypedDict, total=False):
+    """Ceilings measured on this machine in this run; of the dtypes that the cases have."""
+
+    copy: float  # bytes per second, read and written
+    copy_bytes: int  # size of what was copied; with its target, within the last cache or beyond
+    bfloat16: float  # FLOP per second of a dense matrix product
+    float16: float
+    float32: float
+
+
+class Gpu(TypedDict):
+    name: str
+    capability: str  # "9.0"
+    multiprocessors: int
+    memory: int  # bytes
+    l2_cache: int  # bytes
+    cuda: str | None  # version of the runtime that torch was built with, or of ROCm's
+
+
+class Environment(TypedDict):
+    """What it ran on: `machine.describe()`, and the variables."""
+
+    cpu: str
+    isa: str | None  # that the native kernels chose
+    isas: list[str]  # that they could have
+    gpu: Gpu | None
+    interpreter: bool  # Triton's: times mean nothing
+    threads: int
+    last_level_cache: int  # bytes
+    commit: str | None  # with + if the tree differed from it
+    date: str  # ISO 8601, UTC
+    python: str
+    versions: dict[str, str | None]  # of packages; None: not installed
+    load_average: list[float]  # over 1, 5 and 15 minutes, before the run
+    variables: dict[str, str]  # of the environment: those set that change what is measured
+
+
+class Record(TypedDict):
+    """A whole run."""
+
+    format: str  # FORMAT
+    command: str  # as typed
+    device: str  # "cpu" or "cuda"
+    seed: int
+    budget_s: float
+    elapsed_s: float
+    environment: Environment
+    roof: Roof
+    cases: list[Case]
+    not_reached: list[str]  # names of cases for which the budget had no time left
+    not_installed: dict[str, str]  # baseline -> why it took no part ("not installed", ...)
+
+
+LARGEST, SMALLEST = 1e30, 1e-30  # of numbers other than 0: whatever is computed from two is finite
+
+
+def load(path: Path) -> dict:
+    """What says that it is a record, unchecked beyond that.
+
+    Raises: OSError; ValueError naming the file.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a record of `peftkern bench --json` ({FORMAT!r})")
+    return found
+
+
+def read(path: Path) -> Record:
+    """A whole record.
+
+    Raises: OSError; ValueError naming the file and the first field that is not as described here.
+    """
+    found = load(path)
+    try:
+        check(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return found
+
+
+def check(record: object) -> None:
+    """That each field is there, of its type and of a plausible size, and that they fit together.
+
+    Raises: ValueError naming the first that is not.
+    """
+    _check_field("record", record, Record)
+    if not record["environment"]["load_average"]:
+        raise ValueError("record.environment.load_average: empty")
+    if record["cases"] and "copy" not in record["roof"]:
+        raise ValueError("record.roof.copy: missing")
+    for number, case in enumerate(record["cases"]):
+        where = f"record.cases[{number}]"
+        for field, key in (("against", case["against"] or OURS), ("providers", OURS)):
+            if key not in case["providers"]:
+                raise ValueError(f"{where}.{field}: there is no provider {key!r}")
+        for key in ("copy", case["dtype"]):
+            if not record["roof"].get(key):
+                raise ValueError(f"record.roof.{key}: missing, for {where}")
+        for name, row in case["providers"].items():
+            times = [row[key] for key in ("median_ms", "p20_ms", "p80_ms")]
+            if not (all(times) or times == [None] * 3):
+                raise ValueError(f"{where}.providers[{name!r}]: median, p20 and p80 are {times}")
+            if times[0] and (row["wrong"], row["failed"]) != (None, None):
+                raise ValueError(f"{where}.providers[{name!r}]: has a time, but is not good")
+
+
+def _check_field(where: str, value: Any, kind: Any) -> None:
+    """`kind` as it stands in an annotation above."""
+    if get_origin(kind) is UnionType:
+        if value is None:
+            return
+        (kind,) = (one for one in get_args(kind) if one is not NoneType)
+    if is_typeddict(kind):
+        _expect(where, value, isinstance(value, dict), "an object")
+        for name, field in get_type_hints(kind).items():
+            if name in value:
+                _check_field(f"{where}.{name}", value[name], field)
+            elif name in kind.__required_keys__:
+                raise ValueError(f"{where}.{name}: missing")
+    elif get_origin(kind) is list:
+        _expect(where, value, isinstance(value, (list, tuple)), "a list")
+        for number, one in enumerate(value):
+            _check_field(f"{where}[{number}]", one, *get_args(kind))
+    elif get_origin(kind) is dict:
+        _expect(where, value, isinstance(value, dict), "an object")
+        for name, one in value.items():
+            _check_field(f"{where}[{name!r}]", one, get_args(kind)[1])
+    elif get_origin(kind) is Literal:
+        accepted = get_args(kind)
+        _expect(where, value, value in accepted, f"one of {', '.join(accepted)}")
+    elif kind in (int, float):
+        right = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        right = right and (value == 0 or SMALLEST <= value <= LARGEST)
+        wanted = "a whole number" if kind is int else "a number"
+        _expect(where, value, right, f"{wanted}, 0 or from {SMALLEST:g} to {LARGEST:g}")
+    else:
+        _expect(where, value, isinstance(value, kind), {str: "text", bool: "a boolean"}[kind])
+
+
+def _expect(where: str, value: object, right: bool, wanted: str) -> None:
+    if not right:
+        raise ValueError(f"{where}: expected {wanted}, got {repr(value)[:60]}")

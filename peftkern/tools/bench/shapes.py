@@ -1,0 +1,98 @@
+"""The linear layers of well-known models, and how the command line names shapes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from peftkern.tools.plan import plan
+
+# (N, K) of the linear layers of a block, of the models that `peftkern plan` knows.
+PRESETS = {
+    model: {name: (N, K) for name, (K, N, _) in architecture.linears().items()}
+    for model, architecture in plan.PRESETS.items()
+}
+ACCEPTED = f"{', '.join(PRESETS)}, one layer of them (llama3-8b-q_proj), or MxNxK (256x4096x4096)"
+LARGEST = 1 << 24  # of one dimension; what fits this machine's memory is checked later
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A weight of N rows and K columns; M rows of activations where the shape fixes them."""
+
+    name: str
+    N: int
+    K: int
+    M: int | None = None
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """Shapes of a comma-separated list, each size once, in the order given.
+
+    A preset stands for its q, k, v, o, gate, up and down projections; those of equal size are one
+    shape, named after the first.
+    Raises: ValueError naming --shapes, what came and what is accepted.
+    """
+    shapes: dict[tuple, Shape] = {}
+    for part in items("--shapes", text, ACCEPTED):
+        for shape in _shapes_of(part):
+            shapes.setdefault((shape.M, shape.N, shape.K), shape)
+    return list(shapes.values())
+
+
+def _shapes_of(part: str) -> list[Shape]:
+    if part in PRESETS:
+        return [Shape(f"{part}-{layer}", *size) for layer, size in PRESETS[part].items()]
+    preset, _, layer = part.rpartition("-")
+    if layer in PRESETS.get(preset, ()):
+        return [Shape(part, *PRESETS[preset][layer])]
+    if match := re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", part):
+        m, n, k = map(int, match.groups())
+        if not all(1 <= size <= LARGEST for size in (m, n, k)):
+            raise ValueError(f"--shapes: {part}: each of M, N and K must be from 1 to {LARGEST}")
+        return [Shape(f"{m}x{n}x{k}", n, k, m)]
+    raise ValueError(f"--shapes: {part!r} is not one of {ACCEPTED}")
+
+
+def items(option: str, text: str, accepted: str) -> list[str]:
+    """The parts of a comma-separated list, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"{option}: {text!r} has an empty entry; accepted: {accepted}")
+    return list(dict.fromkeys(parts))
+
+
+def numbers(option: str, text: str, largest: int) -> list[int]:
+    """Whole numbers from 1 to `largest` of a comma-separated list, each once."""
+    accepted = f"whole numbers from 1 to {largest}, with commas between them"
+    parts = items(option, text, accepted)
+    for part in parts:
+        if not re.fullmatch(r"[0-9]{1,9}", part) or not 1 <= int(part) <= largest:
+            raise ValueError(f"{option}: {part!r}; accepted: {accepted}")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def chosen(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    """The parts of a comma-separated list that are all among `known`, each once."""
+    parts = items(option, text, ", ".join(known))
+    for part in parts:
+        if part not in known:
+            raise ValueError(f"{option}: {part!r} is not one of {', '.join(known)}")
+    return parts
+
+
+def seconds(option: str, text: str) -> float:
+    """90, 90s, 1.5m: more than zero, at most a day."""
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(s|m|h)?", text.strip())
+    value = float(match[1]) * {"m": 60, "h": 3600}.get(match[2], 1) if match else 0.0
+    if not 0 < value <= 86400:
+        raise ValueError(f"{option}: {text!r}; accepted: a time up to a day, such as 60s or 5m")
+    return value
+
+
+def percent(option: str, text: str) -> float:
+    """ "5%" -> 0.05: from 0% to 1000%, the sign may be left out."""
+    match = re.fullmatch(r"([0-9]{1,4}(?:\.[0-9]{1,6})?)\s*%?", text.strip())
+    if not match or float(match[1]) > 1000:
+        raise ValueError(f"{option}: {text!r}; accepted: a percentage such as 5%")
+    return float(match[1]) / 100

@@ -1,0 +1,266 @@
+"""Results for the terminal: the outcomes of a bench script, the record of `peftkern bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from peftkern.tools.bench.compare import Change
+from peftkern.tools.bench.record import OURS, Case, Provider, Record
+from peftkern.tools.bench.timer import milliseconds
+
+WIDE = 110  # characters from which a table has all columns
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
+    """A line per peer; on a GPU also the ratio of replayed graphs, and how many kernels run."""
+    grid = Table(title=title, title_justify="left")
+    grid.add_column("case")
+    for name in ("peftkern", "of floor"):
+        grid.add_column(name, justify="right")
+    grid.add_column("peer")
+    for name in ("its time", "ratio", "target", "", "error (ours / its)"):
+        grid.add_column(name, justify="right")
+    for name in ("in a graph", "launches") if gpu else ():
+        grid.add_column(name, justify="right")
+    for outcome in outcomes:
+        ours, (_, *peers) = outcome.rows["peftkern"], outcome.rows
+        targets = {target.peer: target.at_least for target in outcome.spec.targets}
+        share = outcome.share_of_floor
+        head = [
+            outcome.spec.short_name,
+            str(ours.timing) if ours.timing else f"[red]WRONG[/]: {ours.wrong}",
+            f"{share:.0%}" if share else "",
+        ]
+        for peer in peers:
+            theirs, ratio, least = outcome.rows[peer], outcome.ratio(peer), targets.get(peer)
+            mark = ""
+            if least is not None:
+                met = ratio is not None and ratio >= least
+                mark = "[green]✓[/]" if met else "[red]✗[/]"
+            both = ours.rms is not None and theirs.rms is not None
+            cells = [
+                peer,
+                f"{milliseconds(theirs.timing.median)} ms" if theirs.timing else "WRONG",
+                f"{ratio:.2f}x" if ratio else "",
+                f"{least:.3g}x" if least else "",
+                mark,
+                f"{ours.rms:.1e} / {theirs.rms:.1e}" if both else "",
+            ]
+            if gpu:
+                replayed = outcome.ratio(peer, "graph")
+                counts = [len(row.kernels) for row in (ours, theirs) if row.kernels is not None]
+                cells += [f"{replayed:.2f}x" if replayed else "", " / ".join(map(str, counts))]
+            grid.add_row(*head, *cells)
+            head = ["", "", ""]
+        grid.add_section()
+    return grid
+
+
+def answer(facts: dict) -> str:
+    """A line of what `suite.Question` noted: what it says itself, or whether something fits,
+    measured beside planned."""
+    fits, stopped = facts.get("fits"), facts.get("stopped")
+    said = facts.get("said") or {True: "fits", False: "does not fit", None: "no answer"}[fits]
+    sizes = [
+        f"{label} {facts[key] / 1e9:.2f} GB"
+        for label, key in (("peak", "peak_bytes"), ("planned", "planned_bytes"))
+        if key in facts
+    ]
+    limit = f" into {facts['cap_bytes'] / 1e9:.0f} GB" if "cap_bytes" in facts else ""
+    return "; ".join([f"{facts['name']}: {said}{limit}", *sizes, *([stopped] if stopped else [])])
+
+
+def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
+    """How many times peftkern's time another's is; and whether that is within the noise: the
+    intervals from the 20th to the 80th percentile have a time in common."""
+    ours, theirs = case["providers"][OURS], case["providers"][name]
+    if not (ours["median_ms"] and theirs["median_ms"]) or name == OURS:
+        return None
+    apart = ours["p80_ms"] < theirs["p20_ms"] or theirs["p80_ms"] < ours["p20_ms"]
+    return theirs["median_ms"] / ours["median_ms"], not apart
+
+
+def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
+    """What `peftkern bench` prints: where, the ceilings, a table, what took no part and why."""
+    facts, roof = record["environment"], record["roof"]
+    where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['isa'] or 'no ISA'}"
+    rates = [f"{roof[d] / 1e12:.3g} TFLOP/s {short}" for d, short in SHORT.items() if d in roof]
+    if busy := busy_machine(record):
+        yield Text(busy, style="yellow")
+    yield Text(f"{where}, {facts['threads']} threads", style="bold")
+    if "copy" in roof:
+        yield Text(f"roof: {copies(record)}, products {', '.join(rates)}")
+    for case in record["cases"]:
+        yield ""
+        yield bench_table(case, record, width)
+    yield ""
+    if record["cases"]:
+        yield summary(record)
+    for case in record["cases"]:
+        for row in case["providers"].values():
+            if why := row["wrong"] or row["failed"]:
+                kind = "WRONG" if row["wrong"] else "FAILED"
+                yield Text(f"{kind} {row['label']}, {case['name']}: {why}", style="red")
+            if above := above_roof(row):
+                yield Text(f"{row['label']}, {case['name']}: {above}", style="yellow")
+            if row["note"]:
+                yield Text(f"{row['label']}, {case['name']}: left to others: {row['note']}")
+    for name, why in record["not_installed"].items():
+        yield Text(f"{name}: {why}")
+    budget = f"{record['budget_s']:g} s"
+    for name in record["not_reached"]:
+        yield Text(f"{name}: not reached within {budget} (--budget)", style="yellow")
+
+
+def bench_table(case: Case, record: Record, width: int) -> Table:
+    """A line per provider; a narrow terminal goes without throughput and errors."""
+    wide = width >= WIDE
+    labels = [row["label"] for one in record["cases"] for row in one["providers"].values()]
+    columns = {"ms [p20-p80]": 22, "speed-up": 8, "of roof": 7, "peak MB": 7}
+    if wide:
+        columns |= {"GB/s": 6, "TFLOP/s": 7, "error": 7}
+    grid = Table(box=None, pad_edge=False, title=title(case), title_justify="left")
+    grid.title_style = "bold"
+    longest = max(len(label) for label in labels)
+    grid.add_column("", width=min(longest, width - sum(columns.values()) - 2 * len(columns)))
+    for name, least in columns.items():
+        grid.add_column(Text(name), justify="right", no_wrap=True, width=least)
+    for name, row in case["providers"].items():
+        grid.add_row(*_cells(case, name, row, wide))
+    return grid
+
+
+def busy_machine(record: Record) -> str | None:
+    """That others used the processor that was measured, in words, or None."""
+    facts = record["environment"]
+    load, threads = facts["load_average"][0], max(1, facts["threads"])
+    if facts["gpu"] or load <= threads:
+        return None
+    return f"machine busy: load {load:.1f} on {threads} threads; re-run when it is idle"
+
+
+def copies(record: Record) -> str:
+    """The ceiling of copies, and whether it is that of a cache."""
+    facts, roof = record["environment"], record["roof"]
+    cache = facts["gpu"]["l2_cache"] if facts["gpu"] else facts["last_level_cache"]
+    where = " in cache" if 0 < 2 * roof.get("copy_bytes", 0) <= cache else ""
+    return f"copies {roof['copy'] / 1e9:.3g} GB/s{where}"
+
+
+def above_roof(row: Provider) -> str | None:
+    """What a result says that no call could have: the ceiling was not one."""
+    share = row["share_of_roof"]
+    if share is None or share <= 1.0:
+        return None
+    why = "its data stayed in a cache, it reads more than it writes, or the ceiling was measured"
+    return f"{share:.0%} of the roof: {why} while the machine was busy"
+
+
+def title(case: Case, without: str = "") -> str:
+    """What a case is; `without`: "M" or "r", which is then left out."""
+    size = f"{case['N']}x{case['K']}"
+    shape = "" if case["shape"] in (size, f"{case['M']}x{size}") else f"{case['shape']} "
+    if case["M"] is not None and without != "M":
+        size = f"{case['M']}x{size}"
+    rank = f", r={case['r']}" if case["r"] and without != "r" else ""
+    return f"{case['op']} {shape}{size}{rank}, {SHORT[case['dtype']]}, {case['mode']}"
+
+
+def _cells(case: Case, name: str, row: Provider, wide: bool) -> list[RenderableType]:
+    label = Text(row["label"], style="bold" if name == OURS else "")
+    if row["wrong"] or row["failed"]:
+        return [label, Text("WRONG" if row["wrong"] else "FAILED", style="bold red")]
+    time = ""
+    if row["median_ms"]:
+        low, high = (number(row[key]) for key in ("p20_ms", "p80_ms"))
+        time = f"{number(row['median_ms'])} [{low}-{high}]"
+    share = Text(_given(row["share_of_roof"], "{:.0%}"))
+    if above_roof(row):
+        share = Text(f"{share}!", style="yellow")
+    cells = [label, time, _speed_up_cell(case, name), share]
+    peak = row["peak_bytes"]
+    cells.append("" if peak is None else number(peak / 1e6))
+    if wide:
+        cells += [_given(row["gb_s"], "{:.3g}"), _given(row["tflop_s"], "{:.3g}")]
+        cells.append(_given(row["error_rms"], "{:.1e}"))
+    return cells
+
+
+def _speed_up_cell(case: Case, name: str) -> Text:
+    found = speed_up(case, name)
+    if found is None:
+        return Text("")
+    ratio, noise = found
+    if noise:
+        return Text(f"≈ {ratio:.2f}x", style="dim")
+    return Text(f"{ratio:.2f}x", style="green" if ratio > 1 else "red")
+
+
+def beside(record: Record) -> list[tuple[Case, str, float, bool]]:
+    """Every comparison with one that does the same: case, provider, speed-up, whether that is
+    within the noise."""
+    return [
+        (case, name, *found)
+        for case in record["cases"]
+        for name in case["providers"]
+        if (found := speed_up(case, name)) is not None and not is_bound(case, name)
+    ]
+
+
+def is_bound(case: Case, name: str) -> bool:
+    """The layer without its adapter is a bound, not a rival: it does less."""
+    return name == "frozen" and bool(case["r"])
+
+
+def counts(record: Record) -> tuple[int, int, int]:
+    """How often peftkern was faster, slower, and alike: losses are counted like wins."""
+    found = [(ratio, noise) for *_, ratio, noise in beside(record)]
+    alike = sum(noise for _, noise in found)
+    faster = sum(ratio > 1 and not noise for ratio, noise in found)
+    return faster, len(found) - faster - alike, alike
+
+
+def summary(record: Record) -> Text:
+    faster, slower, alike = counts(record)
+    if not faster + slower + alike:
+        return Text("")
+    said = f"{faster} faster, {slower} slower, {alike} within noise (≈)"
+    return Text(f"peftkern beside those that do the same: {said}; speed-up: their time over ours")
+
+
+def comparison(
+    found: list[Change], silent: dict[str, str], fail_if: float
+) -> Iterable[RenderableType]:
+    """What --compare found, the worst last, where it is read first."""
+    if found:
+        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for name in ("compared", "by", "before", "now", "change", ""):
+            grid.add_column(name, justify="left" if name in ("compared", "by") else "right")
+        for change in sorted(found, key=lambda change: change.slower):
+            bad = change.slower > fail_if
+            mark = Text("SLOWER", style="bold red") if bad else Text("ok", style="green")
+            word = "slower" if change.slower > 0 else "faster"
+            amount = f"{word} by {abs(change.slower):.1%}"
+            figures = f"{change.before:.3g}", f"{change.after:.3g}", amount
+            grid.add_row(change.case, change.by, *figures, mark)
+        yield grid
+    for name, why in silent.items():
+        yield Text(f"{name}: not compared: {why}", style="yellow")
+    bad = sum(change.slower > fail_if for change in found)
+    said = f"{bad} of {len(found)} cases slower by more than {fail_if:.1%}"
+    yield Text(said if found else "nothing could be compared", style="" if found else "red")
+
+
+def number(value: float) -> str:
+    """Three significant digits without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
+
+
+def _given(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

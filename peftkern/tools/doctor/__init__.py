@@ -1,0 +1,1 @@
+"""`peftkern doctor`: what this machine runs, and whether it computes right."""

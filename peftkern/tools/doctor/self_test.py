@@ -1,0 +1,252 @@
+"""Every public function on small inputs of this machine, held against float64.
+
+The rule is that of the tests: an error is at most RATIO times that of plain torch in the same
+dtypes plus a floor (peftkern/tools/bench/tolerances.py); what only moves bits has to be equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern import functional
+from peftkern.backends import dispatch
+from peftkern.backends.device import BackendUnavailableError
+from peftkern.formats.nf4 import NF4Weight
+from peftkern.functional import adalora as importance
+from peftkern.functional import dora
+from peftkern.functional.low_rank_svd import low_rank_svd
+from peftkern.functional.rosa import SparseMask, rosa_linear
+from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
+from peftkern.tools.doctor.sample_calls import DTYPES
+
+M, N, K, r = 17, 129, 192, 8  # rows and columns that fill no tile
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Inputs = dict[str, Any]
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One function in one dtype on one device.
+
+    share: the largest error of its results, as a share of what is allowed; worst: of which result.
+    backends: what served it. error: what it raised, and then share is infinite.
+    """
+
+    function: str
+    dtype: str
+    device: str
+    backends: str
+    share: float
+    worst: str
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.share <= 1.0
+
+    @property
+    def unserved(self) -> bool:
+        """Whether the back end that was asked for cannot run it, which is no wrong result."""
+        return (self.error or "").startswith(BackendUnavailableError.__name__)
+
+
+@dataclass(frozen=True)
+class _Case:
+    function: str
+    run: Callable[[Inputs], Results]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    exact: bool = False
+
+
+def run(device: torch.device | str) -> Iterator[Result]:
+    """Test every function on a device, one result at a time.
+
+    Forward and all gradients, through whatever dispatch chooses: it should take two seconds on a
+    CPU, and on a GPU what compiling its kernels takes the first time.
+    """
+    device = torch.device(device)
+    for case in _CASES:
+        for dtype in case.dtypes:
+            yield _result(case, dtype, device)
+
+
+def _result(case: _Case, dtype: torch.dtype, device: torch.device) -> Result:
+    inputs = _inputs(dtype, device)
+    about = (case.function, _NAMES[dtype], str(device))
+    before = dispatch.stats().calls
+    try:
+        got = case.run(inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a broken kernel raises is what is to be told
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Result(*about, "", math.inf, "", text)
+    calls = dispatch.stats().calls
+    served = {name for (op, name), n in calls.items() if n > before.get((op, name), 0)}
+    with dispatch.use_backend("reference"):
+        plain = case.run(inputs)
+        oracle = plain if case.exact else case.run({k: _wide(v) for k, v in inputs.items()})
+    judge = _differing if case.exact else _share
+    shares = {name: judge(got[name], plain[name], oracle[name]) for name in plain}
+    worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
+    return Result(*about, "+".join(sorted(served)), shares[worst], worst)
+
+
+def _share(got: Tensor, plain: Tensor, oracle: Tensor) -> float:
+    """The error of `got` as a share of the bound, the root mean square's or the largest's."""
+    if got.shape != oracle.shape or got.dtype is not plain.dtype or not got.isfinite().all():
+        return math.inf
+    (rms, largest), (plain_rms, plain_largest) = errors(got, oracle), errors(plain, oracle)
+    return max(
+        rms / (RATIO * plain_rms + FLOOR_RMS[got.dtype]),
+        largest / (RATIO * plain_largest + FLOOR_MAX[got.dtype]),
+    )
+
+
+def _differing(got: Tensor, plain: Tensor, oracle: Tensor) -> float:
+    """0 if all bits are equal, else infinite."""
+    if got.shape != plain.shape or got.dtype is not plain.dtype:
+        return math.inf
+    if got.dtype is not torch.bool:
+        got, plain = (t.contiguous().view(_INTEGERS[t.element_size()]) for t in (got, plain))
+    return 0.0 if torch.equal(got, plain) else math.inf
+
+
+def _inputs(dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Drawn on the CPU, so that they are the same on every device."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0, of: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(of).to(device)
+
+    weight = draw(N, K, scale=K**-0.5)
+    with dispatch.use_backend("reference"):
+        w = functional.quantize_nf4(weight)
+    return {
+        "x": draw(M, K, of=dtype),
+        "dy": draw(M, N, of=dtype),
+        "weight": weight.to(dtype),
+        "w": w,
+        "bias": draw(N, of=dtype),
+        "lora_A": draw(r, K, scale=K**-0.5),
+        "lora_B": draw(N, r, scale=r**-0.5),
+        "lora_E": draw(r, 1),
+        "magnitude": 1.0 + draw(N, scale=0.1),
+    }
+
+
+def _wide(value: Tensor | NF4Weight) -> Tensor | NF4Weight:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _gradients(y: Tensor, dy: Tensor, **leaves: Tensor) -> Results:
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    named = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {"y": y.detach(), **named}
+
+
+def _leaves(inputs: Inputs, *names: str) -> Results:
+    return {name: inputs[name].detach().requires_grad_() for name in names}
+
+
+def _lora_linear(inputs: Inputs) -> Results:
+    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "bias")
+    y = functional.lora_linear(weight=inputs["weight"], scaling=1.5, **leaves)
+    return _gradients(y, inputs["dy"], **leaves)
+
+
+def _nf4_linear(inputs: Inputs) -> Results:
+    leaves = _leaves(inputs, "x", "bias")
+    y = functional.nf4_linear(leaves["x"], inputs["w"], leaves["bias"])
+    return _gradients(y, inputs["dy"], **leaves)
+
+
+def _nf4_lora_linear(inputs: Inputs) -> Results:
+    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "bias")
+    y = functional.nf4_lora_linear(w=inputs["w"], scaling=1.5, **leaves)
+    return _gradients(y, inputs["dy"], **leaves)
+
+
+def _dora_linear(inputs: Inputs, weight: str = "weight") -> Results:
+    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "magnitude", "bias")
+    y = dora.dora_linear(weight=inputs[weight], scaling=1.5, **leaves)
+    return _gradients(y, inputs["dy"], **leaves)
+
+
+def _nf4_dora_linear(inputs: Inputs) -> Results:
+    return _dora_linear(inputs, "w")
+
+
+def _rosa_linear(inputs: Inputs) -> Results:
+    weight = inputs["weight"]
+    rows = torch.arange(N, device=weight.device)
+    mask = SparseMask.from_indices(rows, rows * 7 % K, weight.shape)
+    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "magnitude", "bias")
+    values = leaves.pop("magnitude")
+    y = rosa_linear(weight=weight, values=values, mask=mask, scaling=1.5, **leaves)
+    return _gradients(y, inputs["dy"], values=values, **leaves)
+
+
+def _quantize_nf4(inputs: Inputs) -> Results:
+    w = functional.quantize_nf4(inputs["weight"])
+    return {"packed": w.packed, "absmax": w.absmax, "nested_absmax": w.nested_absmax}
+
+
+def _dequantize_nf4(inputs: Inputs) -> Results:
+    w, dtype = inputs["w"], inputs["x"].dtype
+    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    return {
+        "value": functional.dequantize_nf4(w, dtype),
+        "out": functional.dequantize_nf4(w, out=out),
+    }
+
+
+def _low_rank_svd(inputs: Inputs) -> Results:
+    svd = low_rank_svd(inputs["lora_B"], inputs["lora_A"], 1.5)
+    return {"S": svd.S, "U S Vh": (svd.U * svd.S) @ svd.Vh}
+
+
+def _importance(inputs: Inputs) -> Results:
+    params = [inputs[name] for name in ("lora_E", "lora_A", "lora_B")]
+    grads = [p.sin() for p in params]
+    ipt, unc = (p.new_zeros(sum(p.numel() for p in params)) for p in params[:2])
+    for _ in range(2):
+        scores = importance.adalora_importance_(params, grads, ipt, unc)
+    return {"scores": scores, "exp_avg_ipt": ipt, "exp_avg_unc": unc}
+
+
+def _allocate(inputs: Inputs) -> Results:
+    lora_E = inputs["lora_E"].clone()
+    mask = importance.adalora_allocate_(inputs["lora_A"][:, 0].contiguous(), [lora_E], r // 2)
+    return {"mask": mask, "lora_E": lora_E}
+
+
+def _orthogonality(inputs: Inputs) -> Results:
+    leaves = _leaves(inputs, "lora_A", "lora_B")
+    loss = importance.orthogonality_loss([leaves["lora_A"]], [leaves["lora_B"]])
+    return _gradients(loss, torch.ones_like(loss), **leaves)
+
+
+_16_AND_32 = (torch.float32, torch.bfloat16)
+_CASES = (
+    _Case("lora_linear", _lora_linear, _16_AND_32),
+    _Case("nf4_linear", _nf4_linear, _16_AND_32),
+    _Case("nf4_lora_linear", _nf4_lora_linear, _16_AND_32),
+    _Case("dora_linear", _dora_linear, _16_AND_32),
+    _Case("dora_linear, NF4", _nf4_dora_linear, _16_AND_32),
+    _Case("rosa_linear", _rosa_linear, _16_AND_32),
+    _Case("quantize_nf4", _quantize_nf4, _16_AND_32, exact=True),
+    _Case("dequantize_nf4", _dequantize_nf4, _16_AND_32, exact=True),
+    _Case("low_rank_svd", _low_rank_svd),
+    _Case("adalora_importance_", _importance),
+    _Case("adalora_allocate_", _allocate, exact=True),
+    _Case("orthogonality_loss", _orthogonality),
+)

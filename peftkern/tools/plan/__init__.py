@@ -1,0 +1,1 @@
+"""`peftkern plan`: the memory of a training step, by counting."""

@@ -1,0 +1,1 @@
+"""`peftkern quantize`: a checkpoint in NF4, tensor by tensor."""

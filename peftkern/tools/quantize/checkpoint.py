@@ -1,0 +1,262 @@
+"""Read a folder of safetensors as transformers writes it, trusting nothing that it says.
+
+All of the folder is checked before any tensor is read: what `read_checkpoint` returns lies within
+the files, which lie within the folder. Pickles are never opened. Tensors are read one at a time
+with plain reads, so that memory holds one of them and a file that shrinks is an error, not a
+signal.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peftkern.formats.json_files import brief, parse_json, read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CHUNK = 1 << 22  # bytes that are copied at a time
+
+# What quantised checkpoints call their tensors: bitsandbytes, GPTQ, AWQ, compressed-tensors.
+_QUANTISED = re.compile(
+    r"\.((nested_)?absmax|(nested_)?quant_map|SCB|qweight|qzeros|weight_packed|quant_state\..*)$"
+)
+
+
+class CheckpointError(ValueError):
+    """The folder, or what was asked for it, cannot be used; the message is one clear line."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` of `file` from byte `start` on; dtype as safetensors says."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was checked: its config and its tensors, by file and by place in the file."""
+
+    folder: Path
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
+    """Check a checkpoint folder: config.json, and model.safetensors or its index and shards.
+
+    A symbolic link counts if it stays in the folder, or points to the blobs of the same Hugging
+    Face cache. Only headers are read.
+
+    Raises: CheckpointError that says what is wrong: no such folder, no safetensors, a pickle or
+        GGUF instead, already quantised, a file that is missing, outside of the folder, damaged, or
+        not what the index says, a tensor that comes twice, an unknown dtype.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing"
+        hint = " GGUF is not read;" if folder.suffix.lower() == ".gguf" else ""
+        raise CheckpointError(
+            f"{folder}:{hint} expected a folder with {CONFIG} and safetensors, got {what}"
+        )
+    names = _weight_files(folder)
+    if not os.path.lexists(folder / CONFIG):
+        raise CheckpointError(f"{folder}: expected {CONFIG} beside the weights, got none")
+    config = _json_object(folder_file(folder, CONFIG))
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(
+            f"{folder}: already quantised ({brief(method)}); expected the original weights"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file in names:
+        for info in _tensors_of(folder_file(folder, file)):
+            other = tensors.setdefault(info.name, info)
+            if other is not info:
+                raise CheckpointError(
+                    f"{brief(info.name)}: in both {other.file.name} and {info.file.name}"
+                )
+    for name, file in _weight_map(folder).items() if names != [SINGLE] else ():
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError(
+                f"{INDEX}: says that {brief(name)} is in {file}, which does not have it"
+            )
+    if not tensors:
+        raise CheckpointError(f"{folder}: holds no tensors")
+    return Checkpoint(folder, config, tuple(folder / name for name in names), tensors)
+
+
+def folder_file(folder: Path, name: str) -> Path:
+    """`folder / name`, if that is a regular file that belongs to the folder.
+
+    Raises: CheckpointError if it is missing, of another kind, or a link to somewhere else.
+    """
+    home = os.path.realpath(folder)
+    roots = [home]
+    if os.path.basename(os.path.dirname(home)) == "snapshots":  # of a Hugging Face cache
+        roots.append(os.path.join(os.path.dirname(os.path.dirname(home)), "blobs"))
+    try:
+        target = os.path.realpath(folder / name, strict=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder / name}: {error.strerror}") from None
+    if not any(os.path.commonpath([root, target]) == root for root in roots):
+        raise CheckpointError(f"{folder / name}: a link to outside of the folder")
+    if not os.path.isfile(target):
+        raise CheckpointError(f"{folder / name}: expected a file")
+    return folder / name
+
+
+def chunks_of(info: TensorInfo) -> Iterator[bytes]:
+    """The bytes of a tensor in order, a few megabytes at a time.
+
+    Raises: CheckpointError if the file has become shorter.
+    """
+    left = info.nbytes
+    with open(info.file, "rb", buffering=0) as file:
+        file.seek(info.start)
+        while left:
+            chunk = file.read(min(left, CHUNK))
+            if not chunk:
+                raise _shorter(info)
+            left -= len(chunk)
+            yield chunk
+
+
+def read_tensor(info: TensorInfo, memory: bytearray | None = None) -> Tensor:
+    """A tensor in memory of its own, or at the beginning of `memory`, which must be long enough.
+
+    Raises: CheckpointError if the file has become shorter.
+    """
+    dtype = DTYPES[info.dtype]
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=dtype)
+    memory = bytearray(info.nbytes) if memory is None else memory
+    left = memoryview(memory)[: info.nbytes]
+    with open(info.file, "rb", buffering=0) as file:
+        file.seek(info.start)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise _shorter(info)
+            left = left[count:]
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(info.shape)).view(info.shape)
+
+
+def _shorter(info: TensorInfo) -> CheckpointError:
+    return CheckpointError(f"{info.file}: became shorter while it was read")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files with the weights, in transformers' order of preference."""
+    if os.path.lexists(folder / SINGLE):
+        return [SINGLE]
+    if os.path.lexists(folder / INDEX):
+        return sorted(set(_weight_map(folder).values()))
+    present = sorted(path.name for path in folder.iterdir())
+    wanted = f"expected {SINGLE}, or {INDEX} and its shards"
+    for suffixes, why in (
+        ((".safetensors",), "safetensors of other names, or shards without their index"),
+        ((".bin", ".pt", ".pth", ".ckpt"), "pickles, which run code when they are read: load them "
+         "where you trust them and save_pretrained() the model"),
+        ((".gguf",), "GGUF, which is already quantised"),
+    ):  # fmt: skip
+        found = [name for name in present if name.lower().endswith(suffixes)]
+        if found:
+            raise CheckpointError(f"{folder}: {wanted}, got {why} ({brief(found[0])})")
+    raise CheckpointError(f"{folder}: {wanted}, got neither")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index: tensor name to file name, which must be a plain name of a safetensors file."""
+    weight_map = _json_object(folder_file(folder, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX}: expected a weight_map with entries")
+    for name in weight_map.values():
+        plain = isinstance(name, str) and re.fullmatch(r"[^./\\][^/\\]*\.safetensors", name)
+        if not plain or not name.isprintable():
+            raise CheckpointError(
+                f"{folder / INDEX}: expected names of safetensors files in the folder, "
+                f"got {brief(name)}"
+            )
+    return weight_map
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return value
+
+
+def _tensors_of(path: Path) -> list[TensorInfo]:
+    """The header of one file, in the order of its data."""
+    try:
+        # Proves that shapes, dtypes and offsets agree and that the tensors fill the file.
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: damaged, cut off or not safetensors: {error}") from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        data = file.read(length)
+    try:
+        header = parse_json(data, unique=True)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header: {error}") from None
+    metadata = header.pop("__metadata__", None) or {}
+    if metadata.get("format", "pt") != "pt":
+        raise CheckpointError(
+            f"{path}: expected weights of PyTorch, got format {brief(metadata['format'])}"
+        )
+    found = []
+    for name, entry in header.items():
+        if not name.isprintable():
+            raise CheckpointError(f"{path}: expected names that can be printed, got {brief(name)}")
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{path}: {brief(name)} has dtype {brief(entry['dtype'])}, "
+                f"expected one of {', '.join(DTYPES)}"
+            )
+        if _QUANTISED.search(name):
+            raise CheckpointError(f"{path}: already quantised, it holds {brief(name)}")
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        found.append(TensorInfo(name, path, entry["dtype"], shape, 8 + length + begin, end - begin))
+    return sorted(found, key=lambda info: (info.start, info.nbytes, info.name))

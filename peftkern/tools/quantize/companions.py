@@ -1,0 +1,108 @@
+"""The files beside a checkpoint's weights that a copy of it in other weights needs as well.
+
+Taken is everything (tokenizer, processor, chat templates, code, licence, whatever they are called)
+but what would be a second copy of the weights. A file of weights is recognised by its format, and
+taken all the same where the checkpoint does not load without it: an adapter beside its config, and
+in a folder below what has a config beside it, as a Dense layer of sentence-transformers or the
+audio tokenizer of a speech model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftkern.tools.quantize.checkpoint import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    CheckpointError,
+    folder_file,
+)
+
+_OF_TORCH = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_OF_OTHERS = (".h5", ".keras", ".msgpack", ".gguf", ".ggml", ".llamafile", ".tflite", ".ot", ".pte")
+_OF_OTHERS += (".mlmodel", ".mlpackage", ".engine", ".nemo", ".distcp")
+_NO_WEIGHTS = ("vocab", "tokenizer")  # whatever the suffix
+_NEVER_NEEDED = ("optimizer", "scheduler", "rng_state", "training_args", "openvino")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+# Git's, the hub's download records, Python's; checkpoints that a Trainer left while it ran.
+_FOLDERS_LEFT = re.compile(r"\..*|__pycache__|checkpoint-\d+|global_step\d+")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Paths below the checkpoint's folder, of files; in `left` also folders, with / at their end.
+
+    Together with config.json and the weights these are all files of the folder.
+    """
+
+    copied: tuple[str, ...]
+    left: tuple[str, ...]
+    nbytes: int  # of those to copy
+
+
+def find_companions(checkpoint: Checkpoint) -> Companions:
+    """What is to be copied with the checkpoint, and what not.
+
+    Links to files are followed as `folder_file` does; links to folders are left.
+
+    Raises: CheckpointError for a file to copy that is none, belongs to another folder, or may not
+        be read.
+    """
+    folder = checkpoint.folder
+    weights = {path.name for path in checkpoint.files}
+    own = {CONFIG, *weights, *([INDEX] if weights != {SINGLE} else [])}
+    copied, left, nbytes = [], [], 0
+    for path, wanted in _entries(folder):
+        if path in own:
+            continue
+        if not wanted:
+            left.append(path)
+            continue
+        file = folder_file(folder, path)
+        if not os.access(file, os.R_OK):
+            raise CheckpointError(f"{file}: may not be read")
+        copied.append(path)
+        nbytes += file.stat().st_size
+    return Companions(tuple(sorted(copied)), tuple(sorted(left)), nbytes)
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Every file, and every folder that is left as a whole; whether it is to be copied."""
+    prefixes = [""]
+    while prefixes:
+        prefix = prefixes.pop()
+        with os.scandir(folder / prefix) as entries:
+            found = list(entries)
+        names = {entry.name for entry in found}
+        for entry in found:
+            path = prefix + entry.name
+            if not os.path.isdir(entry.path):
+                extra = is_weights(entry.name) and not _needed(prefix, entry.name, names)
+                yield path, not (extra or entry.name.startswith("."))
+            elif entry.is_symlink() or _FOLDERS_LEFT.fullmatch(entry.name):
+                yield f"{path}/", False
+            else:
+                prefixes.append(f"{path}/")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, or is the index of files that do."""
+    name = name.lower().removesuffix(".index.json")
+    if name.startswith(_NO_WEIGHTS):
+        return False
+    return name.endswith(_OF_TORCH + _OF_OTHERS) or ".onnx" in name
+
+
+def _needed(prefix: str, name: str, beside: set[str]) -> bool:
+    """Whether the checkpoint loads only with these weights, too."""
+    if name in _ADAPTERS:
+        return "adapter_config.json" in beside
+    of_torch = name.removesuffix(".index.json").endswith(_OF_TORCH)
+    configured = any(other.endswith(CONFIG) for other in beside)
+    return prefix != "" and of_torch and configured and not name.startswith(_NEVER_NEEDED)

@@ -1,0 +1,207 @@
+"""Which tensors of a checkpoint transformers would quantise with bitsandbytes.
+
+It is asked itself: its quantiser prepares a model without memory for its weights (on the meta
+device), and its loader's rules say which tensor of the checkpoint belongs to which layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from peftkern.formats.json_files import brief
+from peftkern.tools.quantize.checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo
+
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+_COUNT = re.compile(r"(layers?|experts|blocks)$")  # num_hidden_layers, n_layer, n_routed_experts
+_MOST_MODULES = 10_000
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """For `peftkern.tools.quantize.nf4_checkpoint.quantize_checkpoint`.
+
+    `linear` maps the names of the tensors to whether they are kept transposed, as in Conv1D.
+    """
+
+    linear: dict[str, bool]
+    quantization_config: dict[str, Any]
+
+
+def find_linear_weights(
+    checkpoint: Checkpoint,
+    *,
+    skip: Sequence[str] = (),
+    double_quant: bool = True,
+    compute_dtype: str | None = None,
+) -> LinearWeights:
+    """The tensors that transformers would turn into Linear4bit, and the config that says so.
+
+    Those are the weights of nn.Linear and Conv1D but for the output embeddings, what is tied to
+    them, and what the model keeps in float32. The names that are left out stand in the config, so
+    that every version of transformers leaves out the same.
+
+    Args: skip, more modules to leave out: full names, their beginnings or endings; compute_dtype,
+        the dtype of most of the weights by default.
+    Raises: CheckpointError if transformers does not know the architecture, if the tensors do not
+        fit it, if a name in skip fits no layer, or if a layer's weight is put together on loading.
+    """
+    if compute_dtype not in (None, *COMPUTE_DTYPES):
+        raise CheckpointError(
+            f"compute_dtype: expected one of {COMPUTE_DTYPES}, got {compute_dtype!r}"
+        )
+    with _quiet():
+        model = _meta_model(checkpoint)
+        sources = _sources(model, checkpoint)
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_quant_storage=torch.uint8,
+            llm_int8_skip_modules=_left_out(model, skip),
+        )
+        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+        quantizer.preprocess_model(model, device_map={"": "cpu"}, dtype=torch.bfloat16)
+
+    linear: dict[str, bool] = {}
+    for module_name, module in model.named_modules():
+        info = sources.get(f"{module_name}.weight")
+        if not isinstance(module, bnb.nn.Linear4bit) or info is None:
+            continue  # a layer without weights in the checkpoint, as a new head, is initialised
+        if not isinstance(info, TensorInfo):
+            raise CheckpointError(
+                f"{module_name}: transformers puts its weight together from other tensors "
+                f"({info!r}); save_pretrained() the model with this version of it first"
+            )
+        transposed = issubclass(module.source_cls, Conv1D)
+        shape = (module.out_features, module.in_features)
+        if info.shape != (shape[::-1] if transposed else shape):
+            raise CheckpointError(
+                f"{info.name}: shape {list(info.shape)} does not fit {list(shape)} of config.json"
+            )
+        linear[info.name] = transposed
+    if not linear:
+        raise CheckpointError(
+            f"{checkpoint.folder}: no tensor is the weight of a linear layer of "
+            f"{type(model).__name__} that may be quantised"
+        )
+    most = compute_dtype or _most_common_dtype([checkpoint.tensors[name] for name in linear])
+    config.bnb_4bit_compute_dtype = getattr(torch, most)
+    return LinearWeights(linear, _plain(config.to_dict()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The architecture that config.json names, from transformers' own code only."""
+    architectures = checkpoint.config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    known = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers {transformers.__version__} has no architecture "
+            f"{brief(name)}, and code of a checkpoint is not run"
+        )
+    _check_counts(checkpoint.config)
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=False, local_files_only=True
+        )
+        with torch.device("meta"):
+            return known(config)
+    except Exception as error:  # whatever a config makes its model do
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers cannot build {name} from config.json: {error}"
+        ) from error
+
+
+def _check_counts(config: Any) -> None:
+    """Every layer becomes an object, also without memory for its weights: a billion do not fit."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif _COUNT.search(key) and isinstance(value, int | float) and not value <= _MOST_MODULES:
+            raise CheckpointError(
+                f"config.json: {brief(key)}: expected at most {_MOST_MODULES}, got {brief(value)}"
+            )
+
+
+def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorInfo | str]:
+    """Parameter name to the tensor that is loaded into it, or to the pattern of those that are."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+    except ImportError:
+        raise CheckpointError(
+            f"transformers: expected version 5 or newer, got {transformers.__version__}"
+        ) from None
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    parameters = model.state_dict()
+    prefix = model.base_model_prefix
+    sources: dict[str, TensorInfo | str] = {}
+    for name, info in checkpoint.tensors.items():
+        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = rename_source_key(name, [], [], prefix, parameters)
+        if pattern is None:
+            sources[target] = info
+            continue
+        converter = next(c for c in converters if pattern in c.source_patterns)
+        for wanted in converter.target_patterns:  # one tensor may become several
+            sources[target.replace(converter.target_patterns[0], wanted)] = name
+    return sources
+
+
+def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    for name in skip:
+        try:
+            found = not all(should_convert_module(layer, [name]) for layer in layers)
+        except re.error:
+            found = False
+        if not found:
+            examples = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+            raise CheckpointError(f"skip: no linear layer is called {name!r}; there are {examples}")
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
+    names = quantizer.get_modules_to_not_convert(
+        model, list(skip), model._keep_in_fp32_modules, add_default_skips=True
+    )
+    return sorted(names)
+
+
+def _most_common_dtype(infos: list[TensorInfo]) -> str:
+    codes = [info.dtype for info in infos]
+    dtype = DTYPES[max(sorted(set(codes)), key=codes.count)]
+    return str(dtype).removeprefix("torch.")
+
+
+def _plain(value: Any) -> Any:
+    """An enumeration of strings as the string that it is in JSON."""
+    return {k: str(getattr(v, "value", v)) if k == "quant_method" else v for k, v in value.items()}

@@ -1,0 +1,238 @@
+"""The C++ library: each instruction set, threads and fork."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from linear_cases import BF16, F16, F32, SHAPES, check_accuracy, layouts, trials, with_gradients
+from test_nf4_lora_linear import nf4_operands, ours
+from tolerances import DETERMINISM_RUNS, HANG_SECONDS
+
+import peftkern
+from peftkern import functional
+from peftkern.backends import native, reference
+
+ISAS = native.cpu_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch) -> str:
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", request.param)
+    assert native.cpu_isa() == request.param
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def on_native_kernels():
+    with peftkern.use_backend("cpu"):
+        yield
+
+
+def test_library_is_there():
+    module, reason = native.cpu_module()
+    assert module is not None, reason
+    assert ISAS[0] == "scalar"
+    assert set(ISAS) <= {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"}
+
+
+def test_isa_follows_the_machine():
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        flags = next(line for line in file if line.startswith("flags")).split()
+    for name, flag in {"avx2": "avx2", "avx512": "avx512bw", "avx512_bf16": "avx512_bf16"}.items():
+        assert (name in ISAS) == (flag in flags)
+
+
+def test_unknown_isa_lists_what_there_is(monkeypatch):
+    for wrong in ("mmx", "AVX2", "scalar "):
+        monkeypatch.setenv("PEFTKERN_CPU_ISA", wrong)
+        with pytest.raises(ValueError, match=rf"PEFTKERN_CPU_ISA: .*'scalar'.* got '{wrong}'"):
+            native.cpu_isa()
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", "")
+    assert native.cpu_isa() == ISAS[-1]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_on_each_isa(isa, shape, dtype):
+    count = trials(shape)
+    check_accuracy([nf4_operands(shape, dtype, F32) for _ in range(count)], ours)
+    plain = {"blocksize": 32, "double_quant": False, "bias": False}
+    check_accuracy([nf4_operands(shape, dtype, F32, **plain) for _ in range(count)], ours)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("M", [1, 3, 16, 37, 300])
+def test_many_panels_on_each_isa(isa, M, dtype):
+    """Sizes that no tile divides, over several panels of both dimensions, on two threads."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check_accuracy([nf4_operands((M, 523, 2110, 17), dtype, F32)], ours)
+        aligned = {"blocksize": 128, "bias": False}
+        check_accuracy([nf4_operands((M, 512, 1024, 16), dtype, F32, **aligned)], ours)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_layouts_on_each_isa(isa, dtype):
+    o = nf4_operands((5, 33, 70, 4), dtype, F32)
+    wanted = ours(o, o.x, o.lora_A, o.lora_B, o.bias)
+    for name, x in layouts(o.x).items():
+        y = ours(o, x, o.lora_A, o.lora_B, o.bias)
+        assert torch.equal(y.view_as(wanted), wanted), name
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("numel", [1, 31, 64, 4095, 100_003])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_codec_on_each_isa_is_bit_exact(isa, numel, dtype, double_quant):
+    weight = torch.randn(numel).to(dtype)
+    for blocksize in (32, 64, 4096):
+        w = peftkern.quantize_nf4(weight, blocksize=blocksize, double_quant=double_quant)
+        packed, absmax = reference.nf4_quantize(weight, blocksize)
+        assert torch.equal(w.packed, packed)
+        if not double_quant:
+            assert torch.equal(w.absmax, absmax)
+        for out_dtype in (F32, BF16, F16):
+            wanted = reference.nf4_dequantize(*functional.linear._pieces(w), w.shape, out_dtype)
+            assert torch.equal(peftkern.dequantize_nf4(w, out_dtype), wanted)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_bit_identical_on_each_isa(isa, dtype):
+    o = nf4_operands((70, 130, 200, 8), dtype, F32)
+    first = with_gradients(o, ours)
+    for _ in range(DETERMINISM_RUNS - 1):
+        again = with_gradients(o, ours)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_nan_and_inf_on_each_isa(isa):
+    """One bad value of x spoils its own row and nothing else."""
+    for value in (float("nan"), float("inf")):
+        for dtype in (F32, BF16):
+            o = nf4_operands((7, 33, 70, 4), dtype, F32)
+            o.x[3, 69] = value
+            finite = torch.isfinite(ours(o, o.x, o.lora_A, o.lora_B, o.bias))
+            assert finite[torch.arange(7) != 3].all()
+            assert not finite[3].any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_thread_counts(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check_accuracy([nf4_operands((65, 130, 200, 8), BF16, F32)], ours)
+        check_accuracy([nf4_operands((1, 515, 200, 8), BF16, F32)], ours)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_eight_python_threads():
+    """Calls of different shapes at once: no shared scratch, no lock held over a call."""
+    cases = [nf4_operands((1 + 9 * i, 60 + i, 128, 4), BF16, F32) for i in range(8)]
+    wanted = [with_gradients(o, ours) for o in cases]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            o = cases[i]
+            for _ in range(30):
+                y = ours(o, o.x, o.lora_A, o.lora_B, o.bias)
+                if not torch.equal(y, wanted[i]["y"]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+
+
+def in_fork(function) -> None:
+    """Run `function` in a forked child; fail if it fails there or hangs."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    deadline = time.monotonic() + HANG_SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return
+        time.sleep(0.01)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    pytest.fail("the child hangs")
+
+
+def test_fork_before_first_use():
+    """torch's threads have run, the library has not: its first call is in the child."""
+    code = (
+        "import os, torch, peftkern\n"
+        "from peftkern import native\n"
+        "torch.set_num_threads(2); torch.randn(1 << 22).sum()\n"
+        "w = torch.zeros(1 << 20); packed = torch.zeros(1 << 19, dtype=torch.uint8)\n"
+        "absmax = torch.zeros(1 << 14)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    native._module().nf4_quantize(native.cpu_isa(), 2, w.data_ptr(), 0, 1 << 20, 64,\n"
+        "        packed.data_ptr(), 1 << 19, absmax.data_ptr(), 1 << 14)\n"
+        "    os._exit(int(packed[0]) != 0x77)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=HANG_SECONDS, check=False)
+    assert done.returncode == 0
+
+
+def test_fork_after_use():
+    """As in a DataLoader's worker: the parent has used its threads, the child has none of them.
+
+    The child asks for two threads all the same; torch's own parallel loops would hang there, so
+    it calls nothing of torch's.
+    """
+    M, N, K, R = 64, 512, 1024, 8  # enough for two threads' worth of tasks
+    pieces = functional.linear._pieces(peftkern.quantize_nf4(torch.randn(N, K)))
+    w = native._weight(pieces, N * K)
+    x, a, b = torch.randn(M, K), torch.randn(R, K), torch.randn(N, R)
+    out, y, S = torch.zeros(N, K), torch.zeros(M, N), torch.zeros(M, R)
+    x_at, a_at, b_at, S_at, y_at = (t.data_ptr() for t in (x, a, b, S, y))
+    best, module = ISAS[-1], native._module()
+    calls = [
+        lambda: module.nf4_dequantize(best, 2, w, out.data_ptr(), 0, N * K, False),
+        lambda: module.lora_shrink(best, 2, M, K, R, x_at, 0, a_at, 0, 1.0, S_at),
+        lambda: module.nf4_lora_linear_forward(
+            best, 2, M, N, K, R, x_at, 0, w, a_at, 0, 1.0, S_at, 1.0, b_at, 0, y_at
+        ),
+    ]
+    for call in calls:
+        call()
+    torch.ones(1 << 20).sum()  # torch's threads, from the same pool
+    wanted = [t.tolist() for t in (out, y, S)]
+    for t in (out, y, S):
+        t.fill_(-1.0)
+
+    def child():
+        for call in calls:
+            call()
+        assert [t.tolist() for t in (out, y, S)] == wanted
+        peftkern.reset_stats()
+
+    in_fork(child)
+    for call in calls:  # and the parent still has its threads
+        call()
+    assert [t.tolist() for t in (out, y, S)] == wanted

@@ -1,0 +1,345 @@
+"""patch, unpatch and their report: which layers are swapped, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from call_counts import calls_of
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from peft.tuners import lora
+from peft_models import (
+    DENSE_CPU_MINIMUM,
+    TARGETS,
+    K,
+    Net,
+    add_lora,
+    fallbacks,
+    fill_adapters,
+    layer_of,
+    lora_net,
+    make_linear,
+    make_linear4bit,
+    served_by_us,
+    tiny_llama,
+)
+from tolerances import HANG_SECONDS
+from torch import nn
+
+import peftkern
+from peftkern.backends import native
+from peftkern.backends.native import cpu_isa
+from peftkern.integrations.peft import serve as peft_integration
+
+CALLS_OF_THE_CHECKS = 24  # Python and C functions, before every forward pass of a layer
+
+
+def test_patch_names_every_lora_layer():
+    model = add_lora(tiny_llama())
+    report = peftkern.patch(model)
+    expected = [n for n, m in model.named_modules() if isinstance(m, lora.Linear)]
+    assert report.patched == expected and len(expected) == 2 * len(TARGETS)
+    assert report.skipped == {} and report.falling_back == {}
+    assert str(report).startswith("14 patched (lora.Linear 14), 0 skipped; ")
+
+
+def test_patch_linear4bit():
+    report = peftkern.patch(lora_net(make_linear4bit()))
+    assert report.patched == ["base_model.model.proj"]
+    assert str(report) == f"1 patched (lora.Linear4bit 1), 0 skipped; on cpu: C++ ({cpu_isa()})"
+
+
+@pytest.mark.parametrize("inner", ["base_model", "base_model.model", "base_model.model.proj"])
+def test_patch_takes_any_module_that_holds_layers(inner):
+    model = lora_net(make_linear())
+    report = peftkern.patch(model.get_submodule(inner))
+    assert len(report.patched) == 1
+    assert type(layer_of(model)) is not lora.Linear
+
+
+def test_patch_changes_forward_alone():
+    model = lora_net(make_linear(), lora_dropout=0.1)
+    layer = layer_of(model)
+    before, keys = dict(layer.__dict__), list(model.state_dict())
+    peftkern.patch(model)
+    assert layer.__dict__ == before
+    assert list(model.state_dict()) == keys
+    kind = type(layer)
+    assert issubclass(kind, lora.Linear)
+    own = kind.__mro__[: kind.__mro__.index(lora.Linear)]
+    overridden = {n for base in own for n in vars(base) if hasattr(lora.Linear, n)}
+    assert {n for n in overridden if not n.startswith("__")} - {"_abc_impl"} == {"forward"}
+
+
+@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+def test_repr_reads_as_before(make):
+    model = lora_net(make(), lora_dropout=0.1)
+    before = repr(model)
+    peftkern.patch(model)
+    assert repr(model) == before and "Patched" not in before
+
+
+@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+def test_unpatch_restores_exactly(make):
+    model = lora_net(make())
+    layer = layer_of(model)
+    kinds, before = [type(m) for m in model.modules()], dict(layer.__dict__)
+    peftkern.patch(model)
+    assert peftkern.unpatch(model) == ["base_model.model.proj"]
+    assert [type(m) for m in model.modules()] == kinds and layer.__dict__ == before
+    assert peftkern.unpatch(model) == []
+    peftkern.reset_stats()
+    model(torch.randn(2, K))
+    assert served_by_us() == 0
+
+
+def test_patch_is_idempotent():
+    model = lora_net(make_linear())
+    first = peftkern.patch(model)
+    kind = type(layer_of(model))
+    second = peftkern.patch(model)
+    assert second == first and type(layer_of(model)) is kind
+    peftkern.unpatch(model)
+    assert type(layer_of(model)) is lora.Linear
+
+
+@pytest.mark.parametrize("function", [peftkern.patch, peftkern.unpatch])
+@pytest.mark.parametrize("wrong", [None, "model", {}, nn.Linear])
+def test_a_non_module_is_a_type_error(function, wrong):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got \w+"):
+        function(wrong)
+
+
+def test_nothing_to_patch_is_a_report():
+    report = peftkern.patch(nn.Sequential(nn.Linear(4, 4)))
+    assert report.patched == [] and report.skipped == {}
+    assert str(report) == "0 patched: the model has no PEFT adapter layers"
+
+
+def test_other_layers_are_skipped_with_a_reason():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, K)
+            self.conv = nn.Conv1d(K, K, 3, padding=1)
+            self.attention = nn.MultiheadAttention(K, 4, batch_first=True)
+            self.head = nn.Linear(K, 8)
+
+        def forward(self, ids):
+            h = self.conv(self.table(ids).transpose(1, 2)).transpose(1, 2)
+            return self.head(self.attention(h, h, h)[0])
+
+    targets = ["table", "conv", "attention", "head"]
+    model = get_peft_model(Mixed(), LoraConfig(target_modules=targets))
+    fill_adapters(model)
+    ids = torch.randint(10, (2, 5))
+    expected = model(ids)
+    report = peftkern.patch(model)
+    prefix = "base_model.model."
+    # PEFT wraps the output projection of an attention too, reads its weights and never calls it.
+    inside = prefix + "attention.base_layer.out_proj"
+    assert report.patched == [inside, prefix + "head"]
+    assert report.falling_back == {inside: "base_layer is NonDynamicallyQuantizableLinear"}
+    assert report.skipped == {
+        prefix + "table": "lora.Embedding has no kernel",
+        prefix + "conv": "lora.Conv1d has no kernel",
+        prefix + "attention": "lora.MultiheadAttention has no kernel",
+    }
+    assert str(report).startswith("2 patched (lora.Linear 2), 3 skipped: lora.")
+    torch.testing.assert_close(model(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (IA3Config(target_modules=["proj"], feedforward_modules=[]), "ia3.Linear has no kernel"),
+        (VeraConfig(target_modules=["proj"], r=4), "vera.Linear has no kernel"),
+    ],
+    ids=["ia3", "vera"],
+)
+def test_other_tuners_are_skipped(config, reason):
+    report = peftkern.patch(get_peft_model(Net(make_linear()), config))
+    assert report.patched == []
+    assert list(report.skipped.values()) == [reason]
+
+
+def test_a_subclass_is_skipped():
+    class Mine(lora.Linear):
+        pass
+
+    model = lora_net(make_linear())
+    layer_of(model).__class__ = Mine
+    report = peftkern.patch(model)
+    assert report.patched == [] and "Mine has no kernel" in str(report)
+    assert type(layer_of(model)) is Mine
+
+
+def test_a_forward_replaced_on_the_instance_is_skipped():
+    model = lora_net(make_linear())
+    layer = layer_of(model)
+    forward = layer.forward
+    layer.forward = lambda *args: forward(*args)
+    report = peftkern.patch(model)
+    assert report.patched == [] and "forward is replaced" in str(report)
+    assert type(layer) is lora.Linear
+
+
+def test_report_tells_what_falls_back_now():
+    model = add_lora(tiny_llama(), alora_invocation_tokens=[1])
+    report = peftkern.patch(model)
+    assert len(report.patched) == 14
+    assert set(report.falling_back.values()) == {"lora_variant ALoraLinearVariant"}
+    told = "; 14 of the patched fall back for now: lora_variant ALoraLinearVariant 14"
+    assert told in str(report)
+
+
+def test_report_is_json():
+    model = add_lora(tiny_llama(), alora_invocation_tokens=[1])
+    model.base_model.model.extra = get_peft_model(
+        Net(make_linear()), VeraConfig(target_modules=["proj"])
+    )
+    report = peftkern.patch(model)
+    read = json.loads(json.dumps(report.as_dict()))
+    assert list(read) == [field.name for field in dataclasses.fields(report)]
+    assert read == report.as_dict()
+    assert read["kinds"] == {"lora.Linear": 14} and len(read["falling_back"]) == 14
+    assert list(read["skipped"].values()) == ["vera.Linear has no kernel"]
+
+
+def test_report_names_the_back_end():
+    model = lora_net(make_linear())
+    assert peftkern.patch(model).backends == {"cpu": f"C++ ({cpu_isa()})"}
+    with peftkern.use_backend("reference"):
+        assert peftkern.patch(model).backends == {"cpu": "reference, as asked for"}
+
+
+def test_report_tells_of_small_dense_layers(monkeypatch):
+    monkeypatch.setattr(peft_integration, "_DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
+    report = peftkern.patch(add_lora(tiny_llama()))
+    q_proj = next(name for name in report.small if name.endswith("q_proj"))
+    assert len(report.small) == 14 and report.small[q_proj] == DENSE_CPU_MINIMUM // (64 + 64)
+    assert "; 14 are small dense layers: kernels pay from 5,462 rows" in str(report)
+    monkeypatch.setattr(peft_integration, "_DORA_CPU_MINIMUM", 1 << 17)
+    report = peftkern.patch(lora_net(make_linear(), use_dora=True))
+    assert list(report.small.values()) == [0] and "kernels pay in none of them" in str(report)
+
+
+def test_report_without_the_native_library(monkeypatch):
+    monkeypatch.setattr(native, "cpu_module", lambda: (None, "the native library is not usable"))
+    with pytest.warns(UserWarning, match="plain PyTorch serves: the native library is not usable"):
+        report = peftkern.patch(lora_net(make_linear()))
+    assert "WARNING: plain PyTorch" in str(report)
+
+
+def test_layers_that_bitsandbytes_serves_are_not_reported_as_ours():
+    net = nn.Sequential(make_linear4bit(quant_type="fp4"), make_linear4bit())
+    net[1].weight.quant_state.code = net[1].weight.quant_state.code.half()
+    report = peftkern.patch(net)
+    assert report.without_adapter == [] and "served" not in str(report)
+    x, expected = torch.randn(3, K), copy.deepcopy(net[0])
+    peftkern.unpatch(expected)
+    peftkern.reset_stats()
+    assert torch.equal(net[0](x), expected(x)) and served_by_us() == 0
+
+
+def test_layers_without_an_adapter_are_served():
+    net = nn.Sequential(make_linear4bit(), nn.ReLU(inplace=True), nn.Linear(96, 64))
+    report = peftkern.patch(net)
+    assert report.patched == [] and report.without_adapter == ["0"]
+    assert "0 patched: the model has no PEFT adapter layers; 1 4-bit layer" in str(report)
+    x = torch.randn(3, K)
+    peftkern.reset_stats()
+    with torch.no_grad():
+        got = net.eval()(x)
+    assert served_by_us() == 1
+    assert not net[0].weight.quant_state.__dict__.get("packing_format_for_cpu")
+    peftkern.unpatch(net)
+    torch.testing.assert_close(got, net.train()(x))
+    assert served_by_us() == 1
+
+
+def test_report_tells_fp4():
+    report = peftkern.patch(lora_net(make_linear4bit(quant_type="fp4")))
+    assert report.falling_back == {"base_model.model.proj": "quant_type is fp4"}
+
+
+@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+def test_patched_model_is_deepcopied(make):
+    model = lora_net(make())
+    peftkern.patch(model)
+    x = torch.randn(3, K)
+    expected = model(x)
+    peftkern.reset_stats()
+    twin = copy.deepcopy(model)
+    assert type(layer_of(twin)) is type(layer_of(model))
+    assert torch.equal(twin(x), expected) and served_by_us() == 1
+    with torch.no_grad():
+        layer_of(twin).lora_B["default"].weight.zero_()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+def test_patched_model_is_pickled(make):
+    model = lora_net(make())
+    peftkern.patch(model)
+    x = torch.randn(3, K)
+    expected = model(x)
+    twin = pickle.loads(pickle.dumps(model))
+    assert type(layer_of(twin)) is type(layer_of(model))
+    peftkern.reset_stats()
+    assert torch.equal(twin(x), expected) and served_by_us() == 1
+
+
+def test_checks_per_call_are_cheap():
+    """What patch adds to a call before any arithmetic: attribute and dict look-ups."""
+    from peftkern.integrations.peft.serve import _active_names, _unusual_state
+
+    layer = layer_of(lora_net(make_linear4bit(), lora_dropout=0.1))
+    names = _active_names(layer)
+    called = calls_of(_active_names, layer) + calls_of(_unusual_state, layer, names)
+    assert len(called) <= CALLS_OF_THE_CHECKS, called
+
+
+def test_stats_count_served_layers_and_no_fallback():
+    model = add_lora(tiny_llama())
+    peftkern.patch(model)
+    peftkern.reset_stats()
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    assert served_by_us() == 14 and fallbacks() == {}
+
+
+def test_patch_works_without_bitsandbytes(tmp_path):
+    """A site directory with every installed package except bitsandbytes, and nothing else."""
+    site = Path(sysconfig.get_paths()["purelib"])
+    for entry in site.iterdir():
+        if not entry.name.startswith("bitsandbytes") and entry.suffix != ".pth":
+            (tmp_path / entry.name).symlink_to(entry)
+    root = Path(peftkern.__file__).parent.parent
+    code = (
+        "import torch, peftkern, importlib.util\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "assert importlib.util.find_spec('bitsandbytes') is None\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(512, 512))\n"
+        "model = get_peft_model(net, LoraConfig(target_modules=['0']))\n"
+        "print(peftkern.patch(model)); model(torch.randn(600, 512)); print(peftkern.stats())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(tmp_path)])}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 patched (lora.Linear 1), 0 skipped" in done.stdout
+    assert "lora_linear_forward" in done.stdout

@@ -1,0 +1,397 @@
+"""Everything our ops do not express runs PEFT's own forward, bit for bit, with a counted reason."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from paths import ROOT, SUPPORT
+from peft import LoraConfig
+from peft_models import (
+    DENSE_CPU_MINIMUM,
+    K,
+    N,
+    assert_falls_back,
+    fallbacks,
+    layer_of,
+    lora_net,
+    make_conv1d,
+    make_linear,
+    make_linear4bit,
+    served_by_us,
+)
+from tolerances import HANG_SECONDS
+from torch import nn
+from torch.nn.utils import parametrize
+
+import peftkern
+from peftkern.backends import dispatch
+from peftkern.integrations.peft import serve as peft_integration
+
+MAKERS = [make_linear, make_linear4bit]
+ROLES = ["base_layer", "lora_A", "lora_B", "lora_dropout"]
+
+
+def role(model: nn.Module, name: str) -> nn.Module:
+    layer = layer_of(model)
+    return layer.base_layer if name == "base_layer" else getattr(layer, name)["default"]
+
+
+def test_small_dense_product(monkeypatch):
+    """Below the measured size a dense layer is PEFT's, unless a back end is asked for by name."""
+    monkeypatch.setattr(peft_integration, "_DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
+    model = lora_net(make_linear())
+    assert_falls_back(model, "small dense product: PEFT's own operations are as fast")
+    peftkern.patch(model)
+    for x, served in (
+        (torch.randn(DENSE_CPU_MINIMUM // (K + N), K), 0),
+        (torch.randn(DENSE_CPU_MINIMUM // (K + N) + 1, K), 1),
+    ):
+        peftkern.reset_stats()
+        model(x)
+        assert served_by_us() == served
+    peftkern.reset_stats()
+    with peftkern.use_backend("cpu"):
+        model(torch.randn(3, K))
+    assert served_by_us() == 1
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_shape_that_peft_was_measured_faster_for(make, monkeypatch):
+    """What `make tune` records for a GPU; the layer asks with its own sizes."""
+    model = lora_net(make())
+    asked = []
+    monkeypatch.setattr(dispatch, "is_slower", lambda *call: bool(asked.append(call)) or True)
+    assert_falls_back(model, "PEFT's own operations measured faster for this shape")
+    op, x, shape, r, training = asked[0]
+    assert training is layer_of(model).training
+    assert op == ("nf4_lora_linear" if make is make_linear4bit else "lora_linear")
+    assert shape == (N, K) and x.shape[-1] == K
+    assert r == layer_of(model).r["default"]
+
+
+def test_disabled():
+    """Of a dense base, for which torch has an operation; of others see test_peft_states.py."""
+    model = lora_net(make_linear())
+    layer_of(model).enable_adapters(False)
+    assert_falls_back(model, "adapters are disabled")
+
+
+def test_merged():
+    model = lora_net(make_linear())
+    layer_of(model).merge()
+    assert_falls_back(model, "adapters are merged")
+
+
+def test_dora_over_conv1d():
+    model = lora_net(make_conv1d(), use_dora=True, fan_in_fan_out=True)
+    assert_falls_back(model, "DoRA over Conv1D")
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_hooks_on_the_magnitude_of_dora(make):
+    model = lora_net(make(), use_dora=True)
+    magnitude = layer_of(model).lora_magnitude_vector["default"]
+    magnitude.register_forward_hook(lambda *args: None)
+    assert_falls_back(model, "hooks on lora_magnitude_vector")
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_alora(make):
+    model = lora_net(make(), alora_invocation_tokens=[1])
+    reason = "lora_variant ALoraLinearVariant"
+    twin = copy.deepcopy(model)
+    peftkern.patch(twin)
+    x = torch.randn(2, 5, K)
+    for kwargs in ({}, {"alora_offsets": [2, None]}):
+        peftkern.reset_stats()
+        expected = layer_of(model)(x, **kwargs)
+        torch.testing.assert_close(layer_of(twin)(x, **kwargs), expected)
+        assert fallbacks() == {"extra arguments: alora_offsets" if kwargs else reason: 1}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_adapter_names(make):
+    model = lora_net(make()).eval()
+    twin = copy.deepcopy(model)
+    peftkern.patch(twin)
+    names = ["default", "__base__", "default"]
+    x = torch.randn(3, K, requires_grad=True)  # keeps bitsandbytes from repacking its weight
+    peftkern.reset_stats()
+    got = layer_of(twin)(x, adapter_names=names)
+    torch.testing.assert_close(got, layer_of(model)(x, adapter_names=names))
+    assert fallbacks() == {"extra arguments: adapter_names": 1}
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        layer_of(twin)(x, adapter_names=names[:2])
+
+
+def test_arguments_that_are_none_are_no_arguments():
+    model = lora_net(make_linear())
+    peftkern.patch(model)
+    peftkern.reset_stats()
+    layer_of(model)(torch.randn(2, K), adapter_names=None, alora_offsets=None)
+    assert served_by_us() == 1 and fallbacks() == {}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_unknown_arguments_fail_as_in_peft(make):
+    model = lora_net(make())
+    peftkern.patch(model)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'attention_mask'"):
+        layer_of(model)(torch.randn(2, K), attention_mask=torch.ones(2))
+
+
+def zero_forward(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output * 0.5
+
+
+def register(kind: str) -> Callable[[nn.Module], Any]:
+    hooks = {
+        "forward": lambda m: m.register_forward_hook(zero_forward),
+        "forward_pre": lambda m: m.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,)),
+        "backward": lambda m: m.register_full_backward_hook(lambda m, gi, go: (gi[0] * 0.5,)),
+        "backward_pre": lambda m: m.register_full_backward_pre_hook(lambda m, go: (go[0] * 0.5,)),
+    }
+    return hooks[kind]
+
+
+@pytest.mark.parametrize("make", [*MAKERS, make_conv1d])
+@pytest.mark.parametrize("name", ROLES)
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "backward", "backward_pre"])
+def test_hooks_on_submodules(make, name, kind):
+    model = lora_net(make(), lora_dropout=0.2, fan_in_fan_out=make is make_conv1d)
+    register(kind)(role(model, name))
+    assert_falls_back(model, f"hooks on {name}")
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_hooks_come_and_go(name):
+    model = lora_net(make_linear(), lora_dropout=0.2)
+    peftkern.patch(model)
+    x = torch.randn(2, K)
+    handle = register("forward")(role(model, name))
+    for _ in range(2):
+        peftkern.reset_stats()
+        model(x)
+        served = served_by_us()
+        assert served == int(handle is None)
+        if handle is not None:
+            handle.remove()
+            handle = None
+
+
+def test_global_hooks():
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda m, a, o: seen.append(m)):
+        assert_falls_back(lora_net(make_linear()), "global module hooks")
+    assert sum(type(m) is nn.Linear for m in seen) == 2 * 3  # base, A, B of both models
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("name", ROLES)
+def test_accelerate_hooks(make, name):
+    model = lora_net(make(), lora_dropout=0.2)
+    add_hook_to_module(role(model, name), AlignDevicesHook(execution_device="cpu"))
+    assert role(model, name)._hf_hook is not None
+    assert_falls_back(model, f"forward of {name} is replaced")
+
+
+@pytest.mark.parametrize("name", ["base_layer", "lora_A", "lora_B"])
+def test_parametrizations(name):
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight * 0.5
+
+    model = lora_net(make_linear())
+    parametrize.register_parametrization(role(model, name), "weight", Half())
+    twin = lora_net(make_linear())
+    parametrize.register_parametrization(role(twin, name), "weight", Half())
+    peftkern.patch(twin)  # a parametrised module cannot be deep-copied
+    x = torch.randn(3, K)
+    peftkern.reset_stats()
+    assert torch.equal(twin(x), model(x))
+    assert fallbacks() == {f"{name} is ParametrizedLinear": 1}
+
+
+def test_other_dropout():
+    model = lora_net(make_linear(), lora_dropout=0.2)
+    for dropout in (nn.Dropout(0.2, inplace=True), nn.Dropout(1.0), nn.AlphaDropout(0.2)):
+        layer_of(model).lora_dropout["default"] = dropout
+        twin = copy.deepcopy(model)
+        peftkern.patch(twin)
+        x = torch.randn(3, K)
+        peftkern.reset_stats()
+        torch.manual_seed(0)
+        expected = model(x.clone())
+        torch.manual_seed(0)
+        assert torch.equal(twin(x.clone()), expected)
+        assert fallbacks() == {f"lora_dropout is {dropout}": 1}
+
+
+def test_other_base_layer():
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = lora_net(Mine(K, N).requires_grad_(False))
+    assert_falls_back(model, "base_layer is Mine")
+
+
+def test_trained_base_weight():
+    model = lora_net(make_linear())
+    layer_of(model).base_layer.weight.requires_grad_(True)
+    assert_falls_back(model, "base weight is trained")
+    twin = copy.deepcopy(model)
+    peftkern.patch(twin)
+    twin(torch.randn(2, K)).sum().backward()
+    assert layer_of(twin).base_layer.weight.grad is not None
+    peftkern.reset_stats()
+    with torch.no_grad():
+        twin(torch.randn(2, K))
+    assert served_by_us() == 1
+
+
+def test_no_active_adapter_on_this_layer():
+    model = lora_net(make_linear())
+    layer_of(model)._active_adapter = ["elsewhere"]
+    assert_falls_back(model, "no active adapter")
+
+
+def test_no_active_adapter_on_a_4bit_layer_is_served():
+    model = lora_net(make_linear4bit())
+    layer_of(model)._active_adapter = ["elsewhere"]
+    twin = copy.deepcopy(model)
+    peftkern.patch(twin)
+    x = torch.randn(2, K)
+    peftkern.reset_stats()
+    torch.testing.assert_close(twin(x), model(x))
+    assert served_by_us() == 1 and fallbacks() == {}
+
+
+def test_dtypes_that_need_pefts_casts():
+    low = lora_net(make_linear(), adapter_dtype=torch.bfloat16)
+    reason = "adapter is torch.bfloat16, its input torch.float32"
+    assert_falls_back(low, reason)
+    mixed = lora_net(make_linear())
+    layer_of(mixed).lora_B["default"].to(torch.float64)
+    peftkern.patch(mixed)
+    peftkern.reset_stats()
+    with pytest.raises(RuntimeError, match="dtype"):
+        mixed(torch.randn(2, K))
+    assert fallbacks() == {"lora_A is torch.float32, lora_B is torch.float64": 1}
+    with pytest.raises(RuntimeError, match="dtype"):  # PEFT's own error for a wrong input
+        mixed(torch.randn(2, K).bfloat16())
+    double = lora_net(make_linear(torch.float64), adapter_dtype=torch.float64)
+    peftkern.patch(double)
+    peftkern.reset_stats()
+    double(torch.randn(2, K).double())
+    assert fallbacks() == {"input is torch.float64, base weight is torch.float64": 1}
+
+
+def test_functorch_transforms():
+    model = lora_net(make_linear())
+    peftkern.patch(model)
+    x = torch.randn(3, K)
+    peftkern.reset_stats()
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda row: model(row)))(x)
+    assert jacobian.shape == (3, N, K)
+    layer = layer_of(model)
+    weight = (
+        layer.base_layer.weight
+        + 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    )
+    torch.testing.assert_close(jacobian, weight.expand(3, N, K))
+    assert set(fallbacks()) == {"torch.func transform"}
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+    torch.testing.assert_close(tangent, weight.sum(1).expand(3, N), rtol=1e-5, atol=1e-5)
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
+from peft_models import *
+store = dist.HashStore()
+dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+x = torch.randn(3, K)
+for name in ("base_layer", "lora_A", "lora_B"):
+    model = lora_net(make_linear())
+    expected = model(x)
+    layer = layer_of(model)
+    leaf = layer.base_layer if name == "base_layer" else getattr(layer, name)["default"]
+    peftkern.patch(model)
+    fully_shard(leaf, mesh=mesh)
+    peftkern.reset_stats()
+    torch.testing.assert_close(model(x), expected)
+    assert list(fallbacks()) == [f"{name} is FSDPLinear"], fallbacks()
+for name in ("lora_A", "base_layer"):
+    model = lora_net(make_linear())
+    layer = layer_of(model)
+    peftkern.patch(model)
+    leaf = layer.base_layer if name == "base_layer" else getattr(layer, name)["default"]
+    leaf.weight = nn.Parameter(distribute_tensor(leaf.weight.data, mesh, [Replicate()]), False)
+    peftkern.reset_stats()
+    try:
+        model(x)
+    except RuntimeError as error:  # torch refuses to mix them; PEFT would not get further
+        assert "DTensor" in str(error), error
+    role = "base weight" if name == "base_layer" else name
+    assert fallbacks() == {f"{role} is DTensor": 1}, fallbacks()
+model = lora_net(make_linear())
+expected = model(x)
+peftkern.patch(model)
+fully_shard(layer_of(model), mesh=mesh)  # unsharded before the layer's forward: served
+peftkern.reset_stats()
+y = model(x)
+torch.testing.assert_close(y, expected)
+assert served_by_us() == 1 and fallbacks() == {}, peftkern.stats()
+y.sum().backward()
+assert layer_of(model).lora_B["default"].weight.grad is not None
+dist.destroy_process_group()
+print("sharded ok")
+"""
+
+
+def test_fsdp_and_dtensor():
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
+    assert done.returncode == 0 and "sharded ok" in done.stdout, done.stderr[-3000:]
+
+
+def test_reason_is_looked_at_again_at_every_call():
+    model = lora_net(make_linear())
+    config = LoraConfig(target_modules=["proj"], alora_invocation_tokens=[1])
+    model.add_adapter("alora", config)
+    peftkern.patch(model)
+    x = torch.randn(2, K)
+    expected = {"default": 1, "alora": 0}
+    for name in ("default", "alora", "default"):
+        model.set_adapter(name)
+        peftkern.reset_stats()
+        model(x)
+        assert served_by_us() == expected[name]
+    with model.disable_adapter():
+        peftkern.reset_stats()
+        model(x)
+        assert fallbacks() == {"adapters are disabled": 1}
+    peftkern.reset_stats()
+    model(x)
+    assert served_by_us() == 1

@@ -1,0 +1,320 @@
+"""What users do with a PEFT model works on a patched one as it does on an unpatched one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft_models import (
+    K,
+    N,
+    Net,
+    add_lora,
+    fallbacks,
+    fill_adapters,
+    layer_of,
+    lora_net,
+    make_conv1d,
+    make_linear,
+    make_linear4bit,
+    patched_copy,
+    served_by_us,
+    text_batch,
+    tiny_llama,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import peftkern
+from peftkern.integrations.peft.serve import PatchedLinear
+from peftkern.layers import NF4Linear
+
+MAKERS = [make_linear, make_linear4bit]
+
+
+def assert_same_model(got: nn.Module, expected: nn.Module, x: Tensor | None = None) -> None:
+    """The same keys, the same bits in them, and outputs that agree."""
+    ours, theirs = got.state_dict(), expected.state_dict()
+    assert list(ours) == list(theirs)
+    for name in theirs:
+        assert ours[name].dtype is theirs[name].dtype and torch.equal(ours[name], theirs[name]), (
+            name
+        )
+    x = torch.randn(3, K) if x is None else x
+    # An input with a gradient keeps bitsandbytes from its bfloat16 inference path.
+    x = x.clone().requires_grad_()
+    torch.testing.assert_close(got(x), expected(x))
+
+
+def pair(make: Callable[[], nn.Module], **config: object) -> tuple[PeftModel, PeftModel]:
+    model = lora_net(make(), **config)
+    return model, patched_copy(model)
+
+
+def save_other_adapter(directory: Path, make: Callable[[], nn.Module], **config: object) -> str:
+    other = lora_net(make(), seed=8, **config)
+    fill_adapters(other, seed=9)
+    other.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_save_pretrained_writes_the_same_files(make, tmp_path):
+    model, twin = pair(make, lora_bias=True)
+    model.save_pretrained(tmp_path / "peft")
+    twin.save_pretrained(tmp_path / "patched")
+    ours, theirs = (
+        load_file(tmp_path / side / "adapter_model.safetensors") for side in ("patched", "peft")
+    )
+    assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    config = "adapter_config.json"
+    assert (tmp_path / "patched" / config).read_text() == (tmp_path / "peft" / config).read_text()
+    net = Net(make())
+    net.is_loaded_in_4bit = make is make_linear4bit
+    loaded = PeftModel.from_pretrained(net, tmp_path / "patched")
+    x = torch.randn(2, K)
+    expected = loaded(x.requires_grad_())
+    assert peftkern.patch(loaded).patched
+    torch.testing.assert_close(loaded(x), expected)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_load_set_and_delete_adapter(make, tmp_path):
+    path = save_other_adapter(tmp_path, make, r=7, lora_alpha=3)
+    model, twin = pair(make)
+    for net in (model, twin):
+        net.load_adapter(path, "other", is_trainable=True)
+    assert_same_model(twin, model)
+    x = torch.randn(3, K)
+    outputs = {}
+    for name in ("other", "default"):
+        for net in (model, twin):
+            net.set_adapter(name)
+        outputs[name] = model(x)
+        peftkern.reset_stats()
+        torch.testing.assert_close(twin(x), outputs[name])
+        assert served_by_us() == 1
+        trained = [n for n, p in twin.named_parameters() if p.requires_grad]
+        assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
+    assert not torch.allclose(outputs["other"], outputs["default"])
+    for net in (model, twin):
+        net.set_adapter("other")
+        net.delete_adapter("default")
+    assert_same_model(twin, model)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_disable_adapter(make):
+    model, twin = pair(make)
+    x = torch.randn(3, K)
+    with model.disable_adapter(), twin.disable_adapter():
+        torch.testing.assert_close(twin(x), model(x))
+        disabled = twin(x)
+    assert not torch.allclose(twin(x), disabled)
+    torch.testing.assert_close(twin(x), model(x))
+
+
+@pytest.mark.parametrize("make", [*MAKERS, make_conv1d])
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit", "ignore:Unmerge lora module")
+def test_merge_and_unmerge(make):
+    model, twin = pair(make, fan_in_fan_out=make is make_conv1d)
+    x = torch.randn(2, K, requires_grad=True)
+    before = model(x)
+    for net in (model, twin):
+        net.merge_adapter()
+    assert_same_model(twin, model)
+    for net in (model, twin):
+        net.train().unmerge_adapter()
+    peftkern.reset_stats()
+    torch.testing.assert_close(twin(x), before)  # PEFT alone does not come back to 4 bits
+    assert served_by_us() == 1
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+def test_leaving_peft(make, how):
+    model, twin = pair(make)
+    got, expected = getattr(twin, how)(), getattr(model, how)()
+    assert isinstance(got.proj, type(expected.proj)) and repr(got) == repr(expected)
+    assert_same_model(got, expected)
+    peftkern.unpatch(got)
+    assert type(got.proj) is type(expected.proj)
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
+@pytest.mark.parametrize("make", MAKERS)
+def test_add_weighted_adapter(make, combination, tmp_path):
+    path = save_other_adapter(tmp_path, make)
+    model, twin = pair(make)
+    for net in (model, twin):
+        net.load_adapter(path, "other")
+        torch.manual_seed(0)
+        net.add_weighted_adapter(
+            ["default", "other"], [0.7, -0.4], "mix", combination_type=combination
+        )
+        net.set_adapter("mix")
+    peftkern.reset_stats()
+    assert_same_model(twin, model)
+    assert served_by_us() == 1
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_hotswap(make, prepared, tmp_path):
+    path = save_other_adapter(tmp_path, make, r=3 if prepared else 4, lora_alpha=9)
+    model, twin = pair(make)
+    x = torch.randn(3, K)
+    for net in (model, twin):
+        if prepared:
+            prepare_model_for_compiled_hotswap(net, target_rank=8)
+    before = twin(x)
+    for net in (model, twin):
+        hotswap_adapter(net, path, adapter_name="default", torch_device="cpu")
+    assert isinstance(layer_of(twin).scaling["default"], Tensor if prepared else float)
+    peftkern.reset_stats()
+    assert_same_model(twin, model, x)
+    assert served_by_us() == 1 and not torch.allclose(twin(x), before)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_state_dict_round_trip(make):
+    model, twin = pair(make)
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        layer_of(twin).lora_A["default"].weight.zero_()
+    assert list(twin.state_dict()) == list(state)
+    twin.load_state_dict({k: v for k, v in state.items() if "lora_" in k}, strict=False)
+    assert_same_model(twin, model)
+
+
+def test_casting_the_whole_model():
+    model, twin = pair(make_linear)
+    for dtype in (torch.bfloat16, torch.float32):
+        for net in (model, twin):
+            net.to(dtype)
+        peftkern.reset_stats()
+        x = torch.randn(3, K, dtype=dtype)
+        torch.testing.assert_close(twin(x), model(x), rtol=2**-6, atol=2**-6)
+        assert served_by_us() == 1
+
+
+def test_a_new_adapter_with_new_targets_needs_another_patch():
+    model = add_lora(tiny_llama(), target_modules=["q_proj"])
+    assert len(peftkern.patch(model).patched) == 2
+    model.add_adapter("wide", LoraConfig(target_modules=["q_proj", "v_proj"], r=3))
+    assert sum(type(m) is PatchedLinear for m in model.modules()) == 2
+    report = peftkern.patch(model)
+    assert len(report.patched) == 4
+    model.set_adapter("wide")
+    peftkern.reset_stats()
+    model(**text_batch())
+    assert served_by_us() == 4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("make", [*MAKERS, make_conv1d])
+def test_compile_fullgraph(make, dropout):
+    model = lora_net(make(), lora_dropout=dropout, fan_in_fan_out=make is make_conv1d)
+    peftkern.patch(model)
+    compiled = torch.compile(layer_of(model), fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (layer_of(model), compiled):
+        x = torch.ones(2, 3, K, requires_grad=True)
+        torch.manual_seed(0)
+        y = call(x)
+        y.square().sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        results.append([y.detach(), x.grad, *gradients])
+    assert len(results[0]) == 4
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def code_of(graph: torch.fx.GraphModule) -> str:
+    """The code of a graph and of those inside it: strict tracing nests an autograd function."""
+    return "".join(m.code for m in graph.modules() if isinstance(m, torch.fx.GraphModule))
+
+
+def test_compile_calls_the_op_and_sees_a_change_of_state():
+    torch._dynamo.reset()  # what it has compiled for other layers counts against its limit
+    model = lora_net(make_linear())
+    peftkern.patch(model)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(code_of(graph))
+        return graph
+
+    compiled = torch.compile(layer_of(model), fullgraph=True, backend=backend)
+    x = torch.randn(2, K)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert "lora_linear_forward" in graphs[0]
+    layer_of(model).enable_adapters(False)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert "lora_linear_forward" not in graphs[1]
+    layer_of(model).enable_adapters(True)
+    layer_of(model).scaling["default"] = 7.0
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+# bitsandbytes' Params4bit does not survive non-strict export, patched or not.
+@pytest.mark.parametrize(
+    ("make", "strict"), [(make_linear, True), (make_linear, False), (make_linear4bit, True)]
+)
+def test_export(make, strict):
+    model = lora_net(make()).eval()
+    peftkern.patch(model)
+    layer = layer_of(model)
+    x = torch.randn(2, K)
+    rows = torch.export.Dim("rows", min=1)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: rows},), strict=strict)
+    assert "lora_linear_forward" in code_of(program.graph_module)
+    for count in (2, 5):
+        x = torch.randn(count, K)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_generate_gives_the_same_tokens():
+    model = add_lora(tiny_llama()).eval()
+    fill_adapters(model)
+    twin = patched_copy(model)
+    prompt = text_batch(rows=2, length=6)["input_ids"]
+    peftkern.reset_stats()
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    got = twin.generate(input_ids=prompt, **options)
+    assert torch.equal(got, model.generate(input_ids=prompt, **options))
+    assert served_by_us() == 12 * 14 and fallbacks() == {}
+
+
+def test_quantize_then_peft_then_patch():
+    """A QLoRA model without bitsandbytes: our NF4 layers under PEFT's adapters."""
+    base = tiny_llama()
+    names = peftkern.quantize_(base)
+    assert len(names) == 14 and "lm_head" not in names
+    model = add_lora(base)
+    fill_adapters(model)
+    twin = patched_copy(model)
+    batch = text_batch()
+    losses = [net(**batch).loss for net in (twin, model)]
+    torch.testing.assert_close(*losses)
+    peftkern.reset_stats()
+    twin(**batch).loss.backward()
+    assert served_by_us() == 14 and fallbacks() == {}
+    with pytest.raises(RuntimeError):
+        twin.merge_and_unload()
+    assert type(twin.base_model.model.lm_head) is nn.Linear
+
+
+def test_lora_over_our_nf4linear_is_served_by_nf4():
+    model = lora_net(NF4Linear.from_linear(make_linear()))
+    peftkern.patch(model)
+    peftkern.reset_stats()
+    assert model(torch.randn(2, K)).shape == (2, N)
+    assert [op for op, _ in peftkern.stats().calls] == ["nf4_lora_linear_forward"]

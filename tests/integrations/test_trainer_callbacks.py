@@ -1,0 +1,332 @@
+"""PeftKernCallback and MonitorCallback in real Trainers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import AdaLoraConfig, get_peft_model
+from peft_models import TARGETS, add_lora, patched_copy, served_by_us, text_batch, tiny_llama
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import peftkern
+from peftkern.backends.native import cpu_isa
+from peftkern.integrations.peft.serve import PatchedLinear
+from peftkern.integrations.transformers.callbacks import MonitorCallback, PeftKernCallback
+
+ROWS, LENGTH, STEPS = 4, 16, 5
+LAYERS = 14
+LOGGER = "peftkern.integrations.transformers.callbacks"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small cost more to share out than to compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Texts(Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {k: v[0] for k, v in text_batch(rows=1, length=LENGTH, seed=i).items()}
+
+
+class Reporter(TrainerCallback):
+    """Keeps what TensorBoard and W&B get: the logs, at the place where they stand in the list."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.logs.append(dict(logs))
+
+
+def trainer(model, folder: Path, callbacks: list | None = None, **options) -> Trainer:
+    arguments = {
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "per_device_train_batch_size": ROWS,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        **options,
+    }
+    return Trainer(
+        model,
+        TrainingArguments(output_dir=str(folder), **arguments),
+        train_dataset=Texts(),
+        eval_dataset=Texts(),
+        callbacks=callbacks,
+    )
+
+
+def training_logs(done: Trainer) -> list[dict]:
+    return [entry for entry in done.state.log_history if "loss" in entry]
+
+
+SAID = f"peftkern: 14 patched (lora.Linear 14), 0 skipped; on cpu: C++ ({cpu_isa()})"
+
+
+def patched_layers(model) -> int:
+    return sum(type(module) is PatchedLinear for module in model.modules())
+
+
+def test_patches_when_the_trainer_is_made(tmp_path, caplog):
+    model = add_lora(tiny_llama())
+    by_hand = patched_copy(model)
+    callback = PeftKernCallback()
+    with caplog.at_level(logging.INFO, LOGGER):
+        run = trainer(model, tmp_path, [callback])
+        assert patched_layers(model) == len(callback.report.patched) == LAYERS
+        peftkern.reset_stats()
+        run.train()
+    assert served_by_us() == STEPS * LAYERS
+    said = [(r.levelname, r.message) for r in caplog.records if r.name == LOGGER]
+    assert said == [("INFO", SAID)]
+    other = trainer(by_hand, tmp_path)
+    other.train()
+    losses = [[entry["loss"] for entry in training_logs(one)] for one in (run, other)]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == losses[1]
+
+
+def test_patches_late_and_only_once(tmp_path, caplog):
+    model = add_lora(tiny_llama())
+    run = trainer(model, tmp_path)
+    assert patched_layers(model) == 0
+    run.add_callback(PeftKernCallback())
+    with caplog.at_level(logging.INFO, LOGGER):
+        run.train()
+        run.train()
+    assert patched_layers(model) == LAYERS
+    assert len([r for r in caplog.records if r.name == LOGGER]) == 1
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_was_patched_is_seen_once_in_a_trainer_s_output(tmp_path, capfd, disable_tqdm, late):
+    callback = PeftKernCallback()
+    model = add_lora(tiny_llama())
+    callbacks = [] if late else [callback]
+    run = trainer(model, tmp_path, callbacks, max_steps=1, disable_tqdm=disable_tqdm)
+    if late:
+        run.add_callback(callback)
+    run.train()
+    run.train()
+    out, err = capfd.readouterr()
+    assert [line for line in out.splitlines() if "peftkern" in line] == [SAID]
+    assert "peftkern" not in err and ("1/1" in err) != disable_tqdm
+
+
+@pytest.mark.parametrize("level", ["error", "critical"])
+def test_a_trainer_that_is_told_to_be_quiet_is_quiet(tmp_path, capfd, level):
+    before = transformers.logging.get_verbosity()
+    try:
+        trainer(add_lora(tiny_llama()), tmp_path, [PeftKernCallback()], log_level=level)
+    finally:
+        transformers.logging.set_verbosity(before)
+    assert "peftkern" not in "".join(capfd.readouterr())
+
+
+def test_a_logger_that_is_told_to_be_quiet_is_quiet(tmp_path, capfd, caplog):
+    with caplog.at_level(logging.ERROR, LOGGER):
+        trainer(add_lora(tiny_llama()), tmp_path, [PeftKernCallback()])
+    assert "peftkern" not in "".join(capfd.readouterr())
+
+
+def test_another_report_is_said_and_an_earlier_one_not_again(tmp_path, capfd):
+    callback = PeftKernCallback()
+    first, second = add_lora(tiny_llama()), add_lora(tiny_llama(), target_modules=["q_proj"])
+    for model in (first, second, first):
+        trainer(model, tmp_path, [callback])
+    assert capfd.readouterr().out.splitlines() == [SAID, SAID.replace("14", "2")]
+
+
+def test_the_callback_is_made_as_ms_swift_makes_it(tmp_path):
+    run = trainer(add_lora(tiny_llama()), tmp_path)
+    assert PeftKernCallback(run.args, run).report is None
+
+
+def test_patches_adapters_that_came_in_between(tmp_path):
+    model = add_lora(tiny_llama(), target_modules=["q_proj"])
+    callback = PeftKernCallback()
+    run = trainer(model, tmp_path, [callback])
+    assert patched_layers(model) == 2
+    config = model.peft_config["default"]
+    model.add_adapter("more", type(config)(r=2, target_modules=["v_proj"]))
+    model.set_adapter("more")
+    run.train()
+    assert patched_layers(model) == len(callback.report.patched) == 4
+
+
+def test_model_of_model_init_is_patched(tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    run = Trainer(
+        model_init=lambda: add_lora(tiny_llama()),
+        args=arguments,
+        train_dataset=Texts(),
+        callbacks=[PeftKernCallback()],
+    )
+    run.train()
+    assert patched_layers(run.model) == LAYERS
+
+
+def test_model_without_adapters_is_a_warning(tmp_path, caplog):
+    trainer(tiny_llama(), tmp_path, [PeftKernCallback()], max_steps=1).train()
+    said = [(r.levelname, r.message) for r in caplog.records if r.name == LOGGER]
+    assert said == [("WARNING", "peftkern: 0 patched: the model has no PEFT adapter layers")]
+
+
+def test_layers_that_fall_back_are_a_warning(tmp_path, caplog):
+    model = add_lora(tiny_llama(), lora_dropout=1.0)
+    trainer(model, tmp_path, [PeftKernCallback()], max_steps=1)
+    (said,) = [r for r in caplog.records if r.name == LOGGER]
+    assert said.levelname == "WARNING"
+    assert "14 of the patched fall back for now: lora_dropout is Dropout(p=1.0" in said.message
+
+
+def test_adalora_is_patched_too(tmp_path):
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
+    callback = PeftKernCallback()
+    trainer(get_peft_model(tiny_llama(), config), tmp_path, [callback], max_steps=1).train()
+    assert callback.report.kinds["adalora.SVDLinear"] == LAYERS
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("counted", ["no", "all"])
+def test_monitor_s_numbers_reach_the_reporters(tmp_path, accumulation, counted):
+    model = add_lora(tiny_llama())
+    reporter = Reporter()
+    run = trainer(
+        model,
+        tmp_path,
+        [PeftKernCallback(), reporter],
+        gradient_accumulation_steps=accumulation,
+        include_num_input_tokens_seen=counted,
+        logging_steps=2,
+    )
+    callback = MonitorCallback.attach(run, jsonl=tmp_path / "run.jsonl")
+    run.train()
+    tokens = ROWS * LENGTH * accumulation
+    logged = training_logs(run)
+    assert [entry["step"] for entry in logged] == [2, 4]
+    for entry, told in zip(logged, reporter.logs, strict=False):
+        assert entry["peftkern/tokens"] == told["peftkern/tokens"] == 2 * tokens
+        assert entry["peftkern/kernel_calls"] >= 2 * accumulation * LAYERS * 2  # forward, backward
+        assert entry["peftkern/reference_calls"] == entry["peftkern/fallbacks"] == 0
+        assert entry["peftkern/tokens_per_second"] > 0
+        assert entry["peftkern/process_rss_bytes"] <= entry["peftkern/process_peak_rss_bytes"]
+        assert entry["peftkern/step_seconds"] == told["peftkern/step_seconds"]
+    summary = callback.monitor.summary()
+    assert (summary.steps, summary.tokens) == (STEPS, STEPS * tokens)
+    records = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [r["type"] for r in records] == ["start", "step", "step", "step", "summary"]
+    assert [r["loss"] for r in records[1:3]] == [entry["loss"] for entry in logged]
+    assert records[2]["global_step"] == 4
+    assert not model._forward_pre_hooks
+
+
+def test_monitor_in_the_trainer_s_list_reaches_the_history(tmp_path):
+    reporter = Reporter()
+    run = trainer(add_lora(tiny_llama()), tmp_path, [reporter, MonitorCallback()], max_steps=2)
+    run.train()
+    assert ["peftkern/tokens" in entry for entry in training_logs(run)] == [True, True]
+    assert not any("peftkern/tokens" in logs for logs in reporter.logs)
+
+
+def test_evaluating_and_saving_is_in_no_step(tmp_path, clock):
+    class Slow(TrainerCallback):
+        paused = 0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            clock.now += 2.0
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            clock.now += 100.0
+            self.paused += 1
+
+        on_save = on_evaluate
+
+    slow = Slow()
+    run = trainer(
+        add_lora(tiny_llama()),
+        tmp_path,
+        [slow, MonitorCallback()],
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    run.train()
+    logged = training_logs(run)
+    assert slow.paused >= 3 + STEPS
+    assert [entry["peftkern/step_seconds"] for entry in logged] == [2.0] * STEPS
+    assert all(entry["peftkern/tokens"] == ROWS * LENGTH for entry in logged)
+    assert not any("peftkern/tokens" in e for e in run.state.log_history if "eval_loss" in e)
+    run.evaluate()  # when all is done the monitor is closed
+    run.log({"loss": 1.0})
+    assert "peftkern/tokens" not in run.state.log_history[-1]
+
+
+def test_file_that_cannot_be_opened_leaves_the_model_alone(tmp_path):
+    model = add_lora(tiny_llama())
+    run = trainer(model, tmp_path, [MonitorCallback(jsonl=tmp_path / "no" / "run.jsonl")])
+    with pytest.raises(FileNotFoundError, match=r"run\.jsonl"):
+        run.train()
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("counted", ["no", "all"])
+def test_resumed_training_goes_on_in_the_same_file(tmp_path, counted):
+    options = {"save_strategy": "steps", "save_steps": 3, "include_num_input_tokens_seen": counted}
+    path = tmp_path / "run.jsonl"
+    for steps, resume in ((3, None), (STEPS, str(tmp_path / "checkpoint-3"))):
+        model = add_lora(tiny_llama())
+        run = trainer(model, tmp_path, [PeftKernCallback()], max_steps=steps, **options)
+        MonitorCallback.attach(run, jsonl=path)
+        peftkern.reset_stats()
+        run.train(resume_from_checkpoint=resume)
+        assert served_by_us() == LAYERS * (steps if resume is None else STEPS - 3)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [r for r in records if r["type"] == "step"]
+    assert [r["global_step"] for r in steps] == [1, 2, 3, 4, 5]
+    assert {r["tokens"] for r in steps} == {ROWS * LENGTH}
+    assert [entry["step"] for entry in training_logs(run)] == [1, 2, 3, 4, 5]
+
+
+def test_monitor_starts_again_after_an_interrupted_training(tmp_path):
+    class Stop(TrainerCallback):
+        armed = True
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.armed:
+                raise KeyboardInterrupt
+
+    stop, model = Stop(), add_lora(tiny_llama())
+    run = trainer(model, tmp_path, [stop])
+    callback = MonitorCallback.attach(run)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    stop.armed = False
+    run.train()
+    assert callback.monitor.summary().tokens == STEPS * ROWS * LENGTH
+    assert not model._forward_pre_hooks

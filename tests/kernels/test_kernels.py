@@ -1,0 +1,398 @@
+"""The Triton kernels' numerics, run by Triton's interpreter, against the reference and float64."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from gpu_cases import (
+    GRADIENTS,
+    RESULTS,
+    check_ops_against_reference,
+    dense_cases,
+    draw_seed,
+    nf4_cases,
+    nf4_operands,
+    ours,
+    run_ops,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linear_cases import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    SHAPES,
+    check_accuracy,
+    layouts,
+    operands,
+)
+from nf4_weights import DTYPES as NF4_DTYPES
+from nf4_weights import assert_same_bits, every_byte_weight, numpy_dequantize, random_weight
+from tolerances import DETERMINISM_RUNS, FUZZ_EXAMPLES, assert_as_accurate_as_torch
+from torch import Tensor
+
+import peftkern
+from peftkern import NF4Weight
+from peftkern.backends import ops, reference
+from peftkern.backends.device import triton_interpreted
+from peftkern.formats.nf4 import BLOCKSIZES
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(
+        not triton_interpreted(), reason="the kernels are compiled here: test_gpu.py runs them"
+    ),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, of NaN and overflow
+]
+if triton_interpreted():
+    from interpreted import bounds_checked
+
+    from peftkern.kernels import launch
+    from peftkern.kernels.configs import NF4_FUSED_ROWS, Problem
+
+CPU = torch.device("cpu")
+RANKS = [1, 17, 64, 65, 130, 256]
+NF4_SHAPES = [(1, 33, 64, 3), (5, 40, 320, 17), (130, 20, 64, 4), (3, 21, 70, 5), (17, 7, 129, 2)]
+
+
+@pytest.fixture(autouse=True)
+def triton_inside_its_tensors():
+    with peftkern.use_backend("triton"), bounds_checked():
+        yield
+
+
+def splits(kernel: str, M: int, N: int, K: int, r: int, bits: int = 32) -> int:
+    """Into how many slabs the launch cuts its reduction (columns for lora_forward)."""
+    return launch.config_for(Problem(kernel, M, N, K, r, bits), CPU).splits
+
+
+# NF4
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", NF4_DTYPES, ids=str)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_dequantize_every_byte(blocksize, dtype, double_quant):
+    w = every_byte_weight(blocksize, double_quant, dtype)
+    if blocksize > 256:  # seconds otherwise; nested blocks end in the short ones
+        values = 9 * blocksize - 17
+        changed = {"packed": w.packed[: (values + 1) // 2], "absmax": w.absmax[:9]}
+        if double_quant:
+            changed["nested_absmax"] = w.nested_absmax[:1]
+        w = replace(w, shape=(values,), **changed)
+    assert_same_bits(peftkern.dequantize_nf4(w), numpy_dequantize(w, dtype))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize(
+    "shape",
+    [(), (0,), (0, 7), (1,), (2,), (7, 13), (10, 96), (33, 63), (4097,), (3, 1031)],
+    ids=str,
+)
+def test_quantize_and_dequantize_any_shape(shape, blocksize, double_quant):
+    for dtype in NF4_DTYPES:
+        dense = random_weight(shape, dtype)
+        for got, wanted in zip(
+            ops.nf4_quantize(dense, blocksize),
+            reference.nf4_quantize(dense, blocksize),
+            strict=True,
+        ):
+            assert_same_bits(got, wanted)
+        with peftkern.use_backend("reference"):
+            w = peftkern.quantize_nf4(dense, blocksize=blocksize, double_quant=double_quant)
+        for wanted_dtype in NF4_DTYPES:
+            got = peftkern.dequantize_nf4(w, wanted_dtype)
+            assert_same_bits(got, numpy_dequantize(w, wanted_dtype))
+
+
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_quantize_every_blocksize(blocksize):
+    dense = random_weight((9001,))
+    got, wanted = ops.nf4_quantize(dense, blocksize), reference.nf4_quantize(dense, blocksize)
+    assert_same_bits(got[0], wanted[0])
+    assert_same_bits(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("dtype", NF4_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, 3e38]
+)
+def test_quantize_extreme_blocks(value, dtype):
+    if dtype is BF16 and value == 1e-40:
+        pytest.skip("Triton's interpreter widens a subnormal bfloat16 to zero")
+    dense = random_weight((4, 64), dtype)
+    dense[1] = value  # a whole block
+    dense[2, 5] = value
+    (packed, absmax), (wanted_packed, wanted_absmax) = (
+        ops.nf4_quantize(dense, 64),
+        reference.nf4_quantize(dense, 64),
+    )
+    assert_same_bits(packed, wanted_packed)
+    assert torch.equal(absmax.isnan(), wanted_absmax.isnan())
+    assert_same_bits(absmax.nan_to_num(nan=0.0), wanted_absmax.nan_to_num(nan=0.0))
+
+
+def test_quantize_ties_take_the_lower_code():
+    """Midpoints and their neighbors, in a block whose absmax is 1."""
+    midpoints = torch.tensor(peftkern.formats.nf4.nf4_midpoints())
+    inf = torch.tensor(float("inf"))
+    near = torch.cat([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)])
+    dense = torch.cat([near, torch.ones(64 - len(near))])
+    assert_same_bits(ops.nf4_quantize(dense, 64)[0], reference.nf4_quantize(dense, 64)[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, 3e38])
+@pytest.mark.parametrize("dtype", NF4_DTYPES, ids=str)
+def test_dequantize_extreme_absmax(dtype, value):
+    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
+    w = NF4Weight(packed, absmax, (512,), 64, dtype)
+    got, expected = peftkern.dequantize_nf4(w), numpy_dequantize(w, dtype)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert_same_bits(got.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+
+
+def test_dequantize_into_a_strided_and_a_misaligned_out():
+    w = peftkern.quantize_nf4(random_weight((5, 77)), double_quant=False)
+    memory = torch.full((77, 10), 42.0)
+    flat = torch.full((5 * 77 + 2,), 42.0)
+    for out in (memory.t()[::2], flat[1:-1].view(5, 77)):
+        assert peftkern.dequantize_nf4(w, out=out) is out
+        assert_same_bits(out, numpy_dequantize(w, F32))
+    assert (memory.t()[1::2] == 42.0).all() and flat[0] == flat[-1] == 42.0
+
+
+# LoRA over both kinds of weight: values and gradients
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lora_values_and_gradients(shape, dtype, adapter_dtype):
+    if shape == (33, 31, 257, 1):
+        shape = (33, 31, 257, 2)  # half the draws
+    check_accuracy(dense_cases(shape, dtype, adapter_dtype, bias=shape[0] != 5), ours)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+@pytest.mark.parametrize("shape", NF4_SHAPES, ids=str)
+def test_nf4_lora_values_and_gradients(shape, dtype, adapter_dtype):
+    """Fused (few rows, blocks that end with rows) and composed (the others)."""
+    check_accuracy(nf4_cases(shape, dtype, adapter_dtype, bias=shape[0] != 5), ours)
+
+
+def test_nf4_shapes_reach_both_paths():
+    fused = {M <= NF4_FUSED_ROWS and K % 64 == 0 for M, _, K, _ in NF4_SHAPES}
+    assert fused == {True, False}
+    assert any(M > NF4_FUSED_ROWS and K % 64 == 0 for M, _, K, _ in NF4_SHAPES)
+    assert any(M <= NF4_FUSED_ROWS and K % 64 for M, _, K, _ in NF4_SHAPES)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("blocksize", [32, 128, 4096])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_nf4_lora_blocksizes(dtype, blocksize, double_quant):
+    """A block that is a part of a tile of columns, several tiles, or longer than a row."""
+    layout = {"blocksize": blocksize, "double_quant": double_quant}
+    for K in (96, 128, 4096 if blocksize == 4096 else 384):
+        check_accuracy(nf4_cases((8, 19, K, 8), dtype, F32, **layout), ours)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, F32)])
+@pytest.mark.parametrize("r", RANKS)
+def test_every_rank(r, dtypes):
+    for M in (8, 40) if r > 1 else (8,):
+        check_accuracy(dense_cases((M, 21, 50, r), *dtypes), ours)
+        check_accuracy(nf4_cases((M, 21, 64, r), *dtypes), ours)
+
+
+@pytest.mark.parametrize("r", [8, 65])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def test_dropout_from_a_seed(dtype, adapter_dtype, dropout_p, r):
+    check_ops_against_reference(dense_cases((21, 33, 77, r), dtype, adapter_dtype), dropout_p)
+    for M in (21, NF4_FUSED_ROWS + 1):
+        check_ops_against_reference(nf4_cases((M, 12, 64, r), dtype, adapter_dtype), dropout_p)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("M", [9, NF4_FUSED_ROWS + 1])
+def test_nf4_linear_without_adapters(M, bias, dtype):
+    o = nf4_operands((M, 37, 128, 1), dtype, F32, bias=bias)
+    plain = replace(o, lora_B=torch.zeros_like(o.lora_B))
+    needs = (True, False, False, bias)
+    got = run_ops(o, needs=needs, lora=False)
+    with peftkern.use_backend("reference"):
+        eager, oracle = run_ops(plain), run_ops(plain.to(torch.float64))
+    for name in ("y", "dx", "dbias") if bias else ("y", "dx"):
+        assert_as_accurate_as_torch(got[name], eager[name], oracle[name])
+    assert got["S"].shape == (0,) and got["dA"].shape == (0,) and got["dB"].shape == (0,)
+
+
+@pytest.mark.parametrize("r", [4, 65])
+@pytest.mark.parametrize("make", [operands, nf4_operands])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_every_subset_of_gradients(make, r, seeded):
+    o = replace(make((7, 19, 64, r), BF16, F32), dropout_p=0.5 if seeded else 0.0)
+    keep = draw_seed() if seeded else None
+    full = run_ops(o, keep)
+    for needs in itertools.product((False, True), repeat=4):
+        got = run_ops(o, keep, needs)
+        for name, needed in zip(GRADIENTS, needs, strict=True):
+            if needed:
+                assert_same_bits(got[name], full[name])
+            else:
+                assert got[name].shape == (0,)
+
+
+@pytest.mark.parametrize("make", [operands, nf4_operands])
+def test_S_is_float32(make):
+    for dtype in (F32, F16, BF16):
+        o = make((7, 19, 64, 4), dtype, F32)
+        got = run_ops(o)["S"]
+        exact = o.x.double() @ o.lora_A.double().t()
+        assert got.dtype is F32
+        torch.testing.assert_close(got, exact.float())
+
+
+# Layouts and values that are not ordinary
+
+
+@pytest.mark.parametrize("make", [operands, nf4_operands])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "misaligned", "3-d"])
+def test_layouts_give_the_same_bits(layout, make):
+    o = make((6, 20, 64, 4), BF16, F32)
+    changed = {k: layouts(getattr(o, k))[layout] for k in ("x", "dy")}
+    if layout != "3-d":
+        changed |= {k: layouts(getattr(o, k))[layout] for k in ("lora_A", "lora_B")}
+    wanted, got = run_ops(o), run_ops(replace(o, **changed))
+    for name in RESULTS:
+        assert_same_bits(got[name].reshape(wanted[name].shape), wanted[name])
+
+
+@pytest.mark.parametrize("make", [operands, nf4_operands])
+def test_stride_0_activation_and_gradient(make):
+    o = make((1, 20, 64, 4), BF16, F32)
+    dense = replace(o, x=o.x.repeat(5, 1), dy=o.dy.repeat(5, 1))
+    expanded = replace(o, x=o.x.expand(5, 64), dy=o.dy.expand(5, 20))
+    wanted, got = run_ops(dense), run_ops(expanded)
+    for name in RESULTS:
+        assert_same_bits(got[name], wanted[name])
+    zero = replace(o, dy=o.dy.new_ones(()).expand(1, 20))  # what sum() sends
+    for name, value in run_ops(zero).items():
+        assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("make", [operands, nf4_operands])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0, 3)], ids=str)
+def test_empty_batch(make, shape):
+    o = make((1, 20, 64, 4), F32, F32)
+    o = replace(o, x=torch.zeros(*shape, 64), dy=torch.zeros(*shape, 20))
+    got = run_ops(o)
+    assert got["y"].shape == (*shape, 20) and got["dx"].shape == (*shape, 64)
+    for name in ("dA", "dB", "dbias"):
+        assert (got[name] == 0).all()
+    assert got["dA"].shape == o.lora_A.shape and got["dB"].shape == o.lora_B.shape
+
+
+@pytest.mark.parametrize("make", [operands, nf4_operands])
+def test_inputs_are_not_changed(make):
+    o = replace(make((6, 20, 64, 4), BF16, F32), dropout_p=0.2)
+    everything = vars(o) | (vars(o.w) if hasattr(o, "w") else {})
+    tensors = {k: v for k, v in everything.items() if isinstance(v, Tensor)}
+    before = {k: v.clone() for k, v in tensors.items()}
+    run_ops(o, draw_seed())
+    for name, value in before.items():
+        assert torch.equal(tensors[name], value), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "dy", "bias"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)])
+def test_nan_and_inf_propagate(dtypes, dropout_p, name, value):
+    keep = draw_seed() if dropout_p else None
+    for make, M in ((operands, 20), (nf4_operands, 20), (nf4_operands, NF4_FUSED_ROWS + 1)):
+        o = replace(make((M, 20, 64, 4), *dtypes), dropout_p=dropout_p)
+        getattr(o, name).view(-1)[3] = value
+        got = run_ops(o, keep)
+        with peftkern.use_backend("reference"):
+            wanted = run_ops(o, keep)
+        for key in wanted:
+            assert torch.equal(torch.isfinite(got[key]), torch.isfinite(wanted[key])), key
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_nan_and_inf_of_absmax_propagate(dtype, value):
+    for M in (6, NF4_FUSED_ROWS + 1):
+        o = nf4_operands((M, 20, 128, 4), dtype, F32, double_quant=False)
+        o.w.absmax[5] = value
+        o = replace(o, weight=numpy_dequantize(o.w, dtype))
+        got = run_ops(o)
+        with peftkern.use_backend("reference"):
+            wanted = run_ops(o)
+        assert not torch.isfinite(got["y"]).all()
+        for key in wanted:
+            assert torch.equal(torch.isfinite(got[key]), torch.isfinite(wanted[key])), key
+
+
+# Split reductions
+
+
+def test_launches_split_their_reductions():
+    assert splits("lora_forward", 5, 257, 40, 4) > 1
+    assert splits("lora_backward_sb", 100, 40, 1, 4) > 1
+    assert splits("lora_backward_xa", 100, 1, 40, 4) > 1
+    assert splits("nf4_forward", 5, 40, 512, 4) > 1
+    assert splits("nf4_backward", 5, 512, 64, 1) > 1
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_split_reductions(dtype):
+    check_accuracy(dense_cases((5, 257, 40, 4), dtype, F32), ours)
+    check_accuracy(dense_cases((100, 40, 40, 4), dtype, F32), ours)
+    check_accuracy(nf4_cases((5, 40, 512, 8), dtype, F32), ours)
+    check_accuracy(nf4_cases((5, 512, 64, 8), dtype, F32), ours)
+
+
+@pytest.mark.parametrize("case", [(operands, (100, 40, 40, 4)), (nf4_operands, (5, 40, 512, 4))])
+def test_equal_bits_every_time(case):
+    make, shape = case
+    o = replace(make(shape, BF16, F32), dropout_p=0.1)
+    keep = draw_seed()
+    first = run_ops(o, keep)
+    for _ in range(DETERMINISM_RUNS - 1):
+        again = run_ops(o, keep)
+        for name in first:
+            assert_same_bits(again[name], first[name])
+
+
+@settings(max_examples=FUZZ_EXAMPLES // 15)
+@given(
+    shape=st.tuples(*(st.integers(8, n) for n in (150, 70, 200, 70))),
+    dtypes=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.5]),
+    blocksize=st.sampled_from([None, 32, 64, 128]),
+    whole_blocks=st.booleans(),
+    double_quant=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(shape, dtypes, bias, dropout_p, blocksize, whole_blocks, double_quant, seed):
+    torch.manual_seed(seed)
+    M, N, K, r = shape
+    if blocksize is None:
+        cases = dense_cases(shape, *dtypes, bias=bias)
+    else:
+        if whole_blocks:
+            K = -(-K // blocksize) * blocksize
+        layout = {"blocksize": blocksize, "double_quant": double_quant}
+        cases = nf4_cases((M, N, K, r), *dtypes, bias=bias, **layout)
+    check_ops_against_reference(cases, dropout_p)

@@ -1,0 +1,313 @@
+"""RoSA's Triton kernels under the interpreter, against float64 and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linear_cases import BF16, F16, F32, F64
+from nf4_weights import assert_same_bits
+from rosa_cases import (
+    SHAPES,
+    assert_exact,
+    check_mask,
+    check_products,
+    dense_products,
+    products,
+    random_mask,
+    uneven_mask,
+    whole_numbers,
+)
+from tolerances import DETERMINISM_RUNS, FUZZ_EXAMPLES, assert_as_accurate_as_torch
+from torch import Tensor
+
+import peftkern
+from peftkern.backends import ops
+from peftkern.backends.device import triton_interpreted
+from peftkern.functional.rosa import SparseMask, rosa_linear
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(
+        not triton_interpreted(), reason="the kernels are compiled here: test_gpu_rosa.py runs them"
+    ),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, of NaN and overflow
+]
+if triton_interpreted():
+    from interpreted import bounds_checked
+
+    from peftkern.kernels import rosa
+
+INDICES = [torch.int32, torch.int64]
+CUT = 16  # entries to a piece, so that small masks are cut many times
+
+
+@contextmanager
+def pieces_of(entries: int) -> Iterator[None]:
+    """Cut the entries of spmm at multiples of so many, unless there are too many of them."""
+    before, rosa._LEAST_PIECE = rosa._LEAST_PIECE, entries
+    try:
+        yield
+    finally:
+        rosa._LEAST_PIECE = before
+
+
+@pytest.fixture(autouse=True)
+def triton_inside_its_tensors():
+    with peftkern.use_backend("triton"), bounds_checked():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((s, d) for s in SHAPES for d in (F32, BF16)), (SHAPES[2], F16), (SHAPES[4], F16)],
+    ids=str,
+)
+def test_products(shape, dtype):
+    check_products(*shape, dtype, torch.int32)
+
+
+@pytest.mark.parametrize(("dtype", "index"), [(F32, INDICES[1]), (BF16, INDICES[0])], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[1:4], (65, 7, 300, 100)], ids=str)
+def test_products_in_pieces(shape, dtype, index):
+    with pieces_of(CUT):
+        check_products(*shape, dtype, index)
+
+
+@pytest.mark.parametrize("piece", [CUT, 1024])
+@pytest.mark.parametrize("kind", ["rows", "columns", "both"])
+def test_uneven_rows(kind, piece):
+    """Whole rows next to empty ones; a row is longer than a piece, and a piece than a row."""
+    with pieces_of(piece):
+        check_mask(uneven_mask(kind, (40, 90)), 20, BF16)
+
+
+def test_several_slabs_of_rows():
+    assert rosa._SLAB < 1100
+    check_products(1100, 5, 7, 12, BF16, torch.int32)
+    assert_exact(whole_numbers(random_mask((5, 7), 12), 2 * rosa._SLAB + 1))
+
+
+def test_programs_that_take_several_tiles_of_x():
+    N, M = 320, 600
+    assert -(-N // rosa._ROWS) * -(-M // rosa._BLOCK_M) >= 2 * 8 * 4  # on the four of interpreters
+    with pieces_of(CUT):
+        assert_exact(whole_numbers(random_mask((N, 2), 40), M))
+
+
+@settings(max_examples=FUZZ_EXAMPLES // 12)
+@given(
+    T=st.integers(0, 140),
+    N=st.integers(1, 60),
+    K=st.integers(1, 60),
+    share=st.floats(0, 1),
+    piece=st.sampled_from([16, 64, 1024]),
+    index=st.sampled_from(INDICES),
+)
+def test_products_of_any_shape(T, N, K, share, piece, index):
+    mask = random_mask((N, K), int(share**3 * N * K), index, seed=T)
+    with pieces_of(piece):
+        assert_exact(whole_numbers(mask, T))
+
+
+@pytest.mark.parametrize("ends", [[0, 16, 16, 32], [0, 16, 32, 48], [1, 31, 33, 64], [0, 0, 0, 64]])
+def test_cuts_between_and_inside_of_groups(ends):
+    """Groups of sixteen rows that begin or end at a multiple of the piece, and empty ones."""
+    N = 16 * len(ends)
+    counts = torch.tensor(ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
+    rows = torch.repeat_interleave(torch.arange(len(ends)) * 16 + 5, counts)
+    columns = torch.cat([torch.arange(int(count)) for count in counts])
+    mask = SparseMask.from_indices(rows, columns, (N, 64))
+    with pieces_of(CUT):
+        assert_exact(whole_numbers(mask, 3))
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+def test_columns_beyond_sixteen_bits(index):
+    K = 70_001
+    columns = torch.tensor([0, 32_767, 32_768, 65_535, 65_536, 70_000], dtype=index)
+    mask = SparseMask.from_indices(torch.zeros_like(columns), columns, (1, K), index)
+    x, y = torch.randn(3, K), torch.zeros(3, 1)
+    ops.rosa_spmm_(y, x, torch.ones(6), mask.crow, mask.col, None)
+    torch.testing.assert_close(y[:, 0], x[:, columns.long()].sum(1))
+    got = ops.rosa_sddmm(torch.ones(3, 1), x, mask.crow, mask.col)
+    torch.testing.assert_close(got, x[:, columns.long()].sum(0))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "3-d", "sliced", "misaligned"])
+@pytest.mark.parametrize("T", [6, 16])
+def test_layouts_give_the_same_bits(layout, T):
+    mask, values = random_mask((24, 40), 60), torch.randn(60)
+    x, y = torch.randn(T, 40), torch.randn(T, 24)
+    if layout == "expanded":
+        x = x[:1].expand(T, 40)
+    wanted = products(x.contiguous(), y, values, mask)
+    if layout == "transposed":
+        x, y = x.T.contiguous().T, y.T.contiguous().T
+    elif layout == "3-d":
+        x, y = x.view(2, T // 2, 40), y.view(2, T // 2, 24)
+    elif layout == "sliced":
+        x, y = torch.stack([x, x], 2)[..., 1], torch.stack([y, y], 2)[..., 1]
+    elif layout == "misaligned":
+        x, y = (torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (x, y))
+    slope = ops.rosa_sddmm(y, x, mask.crow, mask.col)
+    ops.rosa_spmm_(y, x, values.double(), mask.crow, mask.col, None)
+    assert_same_bits(y.reshape(T, 24), wanted[0])
+    assert_same_bits(slope, wanted[2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("where", ["x", "y", "values"])
+@pytest.mark.parametrize("piece", [CUT, 1024])
+def test_nan_and_inf_go_where_the_reference_lets_them(where, value, piece):
+    """To the rows of S that read them, and not to their neighbors in a program."""
+    mask = random_mask((20, 30), 90)
+    operands = {"x": torch.randn(9, 30), "y": torch.randn(9, 20), "values": torch.randn(90)}
+    operands["values"][7] = 0.0  # which times Inf is NaN
+    operands[where].view(-1)[77] = value
+    with pieces_of(piece):
+        got = products(**operands, mask=mask)
+    with peftkern.use_backend("reference"):
+        wanted = products(**operands, mask=mask)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isposinf(), b.isposinf())
+        assert a.isfinite().any()
+    assert not all(a.isfinite().all() for a in got)
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize("column", [7, -1, 2**31 - 1])
+def test_a_column_out_of_range_is_not_read_and_gives_nan(column, index):
+    """A GPU raises nothing that would have to wait for it."""
+    mask, values = random_mask((5, 7), 9, index), torch.ones(9)
+    col = mask.col.clone()
+    col[4] = column
+    row = int(mask.flat()[4]) // 7
+    y = torch.ones(3, 5)
+    ops.rosa_spmm_(y, torch.ones(3, 7), values, mask.crow, col, None)
+    assert torch.equal(y.isnan(), (torch.arange(5) == row).expand(3, 5))
+    got = ops.rosa_sddmm(torch.ones(3, 5), torch.ones(3, 7), mask.crow, col)
+    assert torch.equal(got.isnan(), torch.arange(9) == 4)
+
+
+@pytest.mark.parametrize("piece", [CUT, 1024])
+@pytest.mark.parametrize(
+    "crow",
+    [[5] * 41, [0] * 41, [1 << 30] * 41, [-(1 << 30)] * 41, [*range(200, 159, -1)], [0, 999] * 20],
+    ids=lambda crow: f"{crow[:2]}",
+)
+def test_rows_that_do_not_ascend_read_nothing_out_of_bounds(crow, piece):
+    """What comes out is nobody's business; the fixture looks at every address."""
+    mask, crow = random_mask((40, 30), 200), torch.tensor([*crow, 0][:41], dtype=torch.int32)
+    x, y, values = torch.randn(20, 30), torch.randn(20, 40), torch.randn(200)
+    with pieces_of(piece):
+        ops.rosa_spmm_(y, x, values, crow, mask.col, None)
+        ops.rosa_sddmm(y, x, crow, mask.col)
+
+
+def test_nothing_to_do():
+    mask, empty = random_mask((5, 7), 9), random_mask((5, 7), 0)
+    for T, m in ((0, mask), (3, empty), (0, empty)):
+        x, y = torch.randn(T, 7), torch.randn(T, 5)
+        before = y.clone()
+        ops.rosa_spmm_(y, x, torch.ones(m.nnz), m.crow, m.col, None)
+        assert torch.equal(y, before)
+        got = ops.rosa_sddmm(y, x, m.crow, m.col)
+        assert got.dtype is F32 and torch.equal(got, torch.zeros(m.nnz))
+
+
+def test_equal_bits_every_time_and_nothing_else_is_written_to():
+    mask, values = random_mask((17, 9), 30), torch.randn(30)
+    x, y = torch.randn(5, 9).to(BF16), torch.randn(5, 17).to(BF16)
+    pieces = (x, y, values, *mask.tensors)
+    before = [t.clone() for t in pieces]
+    with pieces_of(CUT):
+        first = products(x, y, values, mask)
+        for _ in range(DETERMINISM_RUNS - 1):
+            for got, wanted in zip(products(x, y, values, mask), first, strict=True):
+                assert_same_bits(got, wanted)
+    assert all(torch.equal(t, old) for t, old in zip(pieces, before, strict=True))
+
+
+def test_how_entries_are_cut_changes_only_the_order_of_sums():
+    mask, values = random_mask((40, 90), 300), torch.randn(300)
+    x, y = torch.randn(33, 90).to(BF16), torch.randn(33, 40).to(BF16)
+    oracle = dense_products(x.double(), y.double(), values.double(), mask)[0]
+    eager = dense_products(x, y, values, mask)[0]
+    for piece in (CUT, 1024):
+        with pieces_of(piece):
+            assert_as_accurate_as_torch(products(x, y, values, mask)[0], eager, oracle)
+
+
+def test_pieces_share_the_work():
+    """Longer ones where there is more to do, and never shorter than they are worth."""
+    assert 1 << rosa._shift(100, 1, 132) == rosa._LEAST_PIECE
+    for nnz, blocks in ((167_772, 8), (167_772, 64), (1 << 28, 64)):
+        piece = 1 << rosa._shift(nnz, blocks, 132)
+        assert nnz * blocks / (4 * 132) <= piece <= 2 * nnz * blocks / (4 * 132)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_layer_and_gradients_are_as_accurate_as_torch(nf4):
+    T, N, K, nnz = 40, 48, 64, 150
+    mask, weight = random_mask((N, K), nnz), torch.randn(N, K).to(BF16)
+    w = weight
+    if nf4:
+        with peftkern.use_backend("reference"):
+            w = peftkern.quantize_nf4(weight)
+            weight = peftkern.dequantize_nf4(w)
+    drawn = {
+        "x": torch.randn(T, K).to(BF16),
+        "lora_A": torch.randn(4, K) / K**0.5,
+        "lora_B": torch.randn(N, 4) / 2,
+        "values": torch.randn(nnz) / 4,
+    }
+    dy = torch.randn(T, N).to(BF16)
+
+    def ours(**leaves: Tensor) -> Tensor:
+        return rosa_linear(weight=w, mask=mask, scaling=1.5, **leaves)
+
+    def gradients(function, leaves: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
+        leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+        y = function(**leaves)
+        return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy)]
+
+    def formula(x, lora_A, lora_B, values) -> Tensor:
+        wide = torch.promote_types(x.dtype, F32)
+        y = (x @ weight.to(x.dtype).T).to(wide)
+        y = (y + 1.5 * (x.to(wide) @ lora_A.T) @ lora_B.T).to(x.dtype)
+        return (y.to(wide) + x.to(wide) @ mask.to_dense(values).T).to(x.dtype)
+
+    peftkern.reset_stats()
+    got = gradients(ours, drawn, dy)
+    assert {name for _, name in peftkern.stats().calls} == {"triton"}
+    eager = gradients(formula, drawn, dy)
+    oracle = gradients(formula, {name: t.double() for name, t in drawn.items()}, dy.double())
+    for results in zip(got, eager, oracle, strict=True):
+        assert_as_accurate_as_torch(*results)
+
+
+@pytest.mark.parametrize(
+    ("first", "x", "reason"),
+    [
+        (F64, F64, r"the dtypes are torch\.float64 and torch\.float64"),
+        (F32, BF16, r"the dtypes are torch\.float32 and torch\.bfloat16"),
+    ],
+)
+def test_reasons_against_it(first, x, reason):
+    mask = random_mask((5, 7), 9)
+    x, y = torch.ones(3, 7, dtype=x), torch.ones(3, 5, dtype=first)
+    with pytest.raises(peftkern.BackendUnavailableError, match=reason):
+        ops.rosa_sddmm(y, x, mask.crow, mask.col)
+    with pytest.raises(peftkern.BackendUnavailableError, match=reason):
+        ops.rosa_spmm_(y, x, torch.ones(9), mask.crow, mask.col, None)
+
+
+def test_more_rows_than_a_grid_has():
+    x = torch.empty(1, 1).expand(9_000_000, 1)
+    assert rosa.refusal(x, x) == "x has 9000000 rows, above 8388480"

@@ -1,0 +1,123 @@
+"""README's tables and plots are what bench/results/ says, and would be found out if not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from paths import BENCH
+
+sys.path.append(str(BENCH))
+
+import make_plots
+import make_tables
+
+from peftkern.tools.bench import machine
+
+
+def test_the_readme_and_its_plots_are_up_to_date(capsys):
+    assert make_tables.main(["--check"]) == 0, "run `make docs`"
+    assert make_plots.main(["--check"]) == 0, "run `make docs`"
+    readme = (machine.ROOT / "README.md").read_text(encoding="utf-8")
+    for device in make_tables.shown(machine.ROOT / "bench" / "results"):
+        for theme in make_tables.THEMES:
+            path = f"{make_tables.PLOTS}/{make_tables.plot_name(device, theme)}"
+            assert path in readme and (machine.ROOT / path).is_file()
+
+
+def record(**medians: float) -> dict:
+    """Of one machine: a case whose variants took these times, give or take a tenth."""
+    rows = {
+        name: {
+            "wrong": None,
+            "median_ms": ms,
+            "p20_ms": 0.9 * ms,
+            "p80_ms": 1.1 * ms,
+            "error_rms": 0.0,
+        }
+        for name, ms in medians.items()
+    }
+    case = {"name": "nf4/a/bf16", "share_of_floor": 0.5, "targets": [], "variants": rows}
+    facts = {
+        **{"gpu": None, "cpu": "Some CPU", "isa": "avx2", "threads": 2, "commit": "abc"},
+        **{"date": "2026-01-01T00:00:00", "versions": {"torch": "2.13.0"}},
+    }
+    return {
+        "bench": "nf4",
+        "machine": facts,
+        "options": {"n": 4, "k": 4, "r": 2},
+        "cases": [case],
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    machine.write_json(
+        folder / "cpu" / "nf4.json", record(peftkern=2.0, fast=1.0, slow=6.0, same=2.1)
+    )
+    return folder
+
+
+def test_losses_are_drawn_like_wins_and_noise_as_noise(results):
+    (found,) = make_tables.shown(results).values()
+    assert list(make_plots.pairs(found["nf4"])) == [
+        ("a/bf16 · fast", 0.5, False),
+        ("a/bf16 · slow", 3.0, False),
+        ("a/bf16 · same", 1.05, True),
+    ]
+    for text in make_plots.plots(results).values():
+        for label in ("a/bf16 · fast", ">0.50x<", ">3.00x<", ">≈ 1.05x<"):
+            assert label in text
+        for colour in (make_plots.WIN, make_plots.LOSS, make_plots.ALIKE):
+            assert f"fill: {colour}" in text
+
+
+def test_a_wrong_result_has_no_bar():
+    wrong = record(peftkern=2.0, peer=4.0)
+    wrong["cases"][0]["variants"]["peer"] = {"wrong": "error 1 rms", "error_rms": 1.0}
+    assert list(make_plots.pairs(wrong)) == []
+
+
+def test_the_same_results_give_the_same_bytes_and_others_are_noticed(results, tmp_path, capsys):
+    where = ["--results", str(results), "--out", str(tmp_path / "plots")]
+    assert make_plots.main([*where, "--check"]) == 1  # missing
+    assert make_plots.main(where) == 0
+    written = {path: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    assert sorted(path.name for path in written) == ["cpu-dark.svg", "cpu-light.svg"]
+    assert make_plots.main([*where, "--check"]) == 0
+    for path in written:
+        path.write_bytes(b"")
+    assert make_plots.main([*where, "--check"]) == 1
+    assert make_plots.main(where) == 0
+    assert {path: path.read_bytes() for path in written} == written
+    machine.write_json(results / "cpu" / "nf4.json", record(peftkern=2.0, fast=1.1))
+    assert make_plots.main([*where, "--check"]) == 1
+
+
+def test_what_was_run_in_the_interpreter_is_not_shown(results):
+    path = results / "cpu" / "nf4.json"
+    interpreted = json.loads(path.read_text())
+    interpreted["machine"]["interpreter"] = True
+    machine.write_json(path, interpreted)
+    assert make_tables.shown(results) == {} == make_plots.plots(results)
+
+
+def test_steps_and_answers_have_tables(results):
+    steps = record(peftkern=200.0, PEFT=300.0)
+    steps["bench"] = "e2e"
+    for row in steps["cases"][0]["variants"].values():
+        row |= {"tokens_s": 2048e3 / row["median_ms"], "peak_bytes": 5e6, "planned_bytes": 4e6}
+    steps["answers"] = [
+        {"name": "e2e/big", "fits": True, "peak_bytes": 44.6e9, "planned_bytes": 44.6e9},
+        {"name": "e2e/bigger", "fits": False, "planned_bytes": 50e9, "stopped": "out of memory"},
+        {"name": "e2e/slow", "fits": None, "stopped": "no time left after 9 s", "step_s": [2.0]},
+    ]
+    machine.write_json(results / "cpu" / "e2e.json", steps)
+    text = make_tables.section(results)
+    assert "| a/bf16 | 200 [180-220] | 300, **1.50x** | 10240 | 5 (4) | 6827 | 5 (4) |" in text
+    assert "| big | **fits** ✓ | 44.60 | 44.60 |  |" in text
+    assert "| bigger | **does not fit** ✗ |  | 50.00 |  |" in text
+    assert "| slow | no answer: no time left after 9 s |  |  | 2.0 |" in text

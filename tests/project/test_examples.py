@@ -1,0 +1,375 @@
+"""The example and the benchmarks, run as a user runs them, on sizes that take seconds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ROOT
+from site_packages import python, without
+from tolerances import HANG_SECONDS
+
+from peftkern.tools.bench import suite, timer
+
+TINY = ["--hidden", "64", "--layers", "1", "--seq", "16", "--dtype", "fp32"]
+TINY_BENCH = ["--n", "128", "--k", "128", "--seconds", "0", "--rotate-mb", "1", "--threads", "1"]
+FP32_CURVES = 1e-5  # relative; float32 rounding over a handful of steps
+
+
+def users_environment() -> dict[str, str]:
+    """Without what conftest sets for the tests alone: Triton's interpreter."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        env={**users_environment(), "PYTHONPATH": path, "COLUMNS": "120"},
+        **options,
+    )
+
+
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("examples/qlora_finetune.py", *arguments)
+
+
+@pytest.fixture(scope="module")
+def local_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved Llama of 64 positions with its own tokenizer, one token per letter."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    letters = {chr(code): code for code in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="\0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\0").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_demo_compares_both_runs(tmp_path: Path) -> None:
+    """Dropout is on: the curves agree only if both runs draw the same masks."""
+    out = tmp_path / "demo.json"
+    done = demo(*TINY, "--steps", "8", "--dropout", "0.3", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "7 patched" in done.stdout
+    assert "The loss curves agree" in done.stdout
+    assert "Speed-up of the whole training step" in done.stdout
+
+    record = json.loads(out.read_text())
+    runs, summary = record["runs"], record["summary"]
+    assert record["options"]["steps"] == summary["steps"] == 8
+    for run in runs.values():
+        assert len(run["losses"]) == len(run["step_seconds"]) == 8
+        assert all(math.isfinite(loss) for loss in run["losses"])
+        assert run["step_ms"]["p20"] <= run["step_ms"]["median"] <= run["step_ms"]["p80"]
+        assert run["resident_peak_mb"] > 50
+        assert run["tensor_peak_mb"] > 0
+    assert runs["peft"]["losses"][0] != runs["peft"]["losses"][-1]
+    assert summary["loss_max_rel_diff"] < FP32_CURVES
+    assert len(runs["peftkern"]["report"]["patched"]) == 7
+    assert runs["peftkern"]["report"]["skipped"] == {}
+    assert "nf4_lora_linear_backward" in runs["peftkern"]["stats"]
+    assert "report" not in runs["peft"]
+
+
+def test_demo_uses_a_local_model_and_text(local_model: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text", tmp_path / "demo.json"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 9)
+    options = ["--steps", "3", "--seq", "32", "--dtype", "fp32", "--text", str(text)]
+    done = demo("--model", str(local_model), "--json", str(out), *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["summary"]["loss_max_rel_diff"] < FP32_CURVES
+    assert record["runs"]["peft"]["losses"][0] == pytest.approx(math.log(128), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--steps", "0"], "--steps: '0' is not a number of at least 1"),
+        (["--steps", "many"], "--steps: 'many'"),
+        (["--seq", "1"], "--seq"),
+        (["--lr", "nan"], "--lr: 'nan'"),
+        (["--dropout", "1"], "--dropout"),
+        (["--hidden", "100"], "--hidden: 100 is not a multiple of 64"),
+        (["--text", "no/such/file"], "no/such/file: No such file"),
+        (["--text", "."], "Is a directory"),
+        (["--model", "no/such/model"], "--model: no config.json in no/such/model"),
+        (["--json", "no/such/folder/x"], "--json: no/such/folder/x: No such file"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_demo_refuses_bad_options_in_one_line(arguments: list[str], says: str) -> None:
+    done = demo(*arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("case", ["short text", "empty text", "broken model", "long sequence"])
+def test_demo_refuses_bad_contents_in_one_line(
+    case: str, local_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "text").write_bytes(b"" if case == "empty text" else b"0123456789abcdef")
+    arguments, says = {
+        "short text": ([*TINY, "--text", str(tmp_path / "text")], "the text has only 16 tokens"),
+        "empty text": ([*TINY, "--text", str(tmp_path / "text")], "the text has only 0 tokens"),
+        "broken model": (["--model", str(tmp_path)], f"--model {tmp_path}: "),
+        "long sequence": (
+            ["--model", str(local_model), "--seq", "65"],
+            "--seq 65: the model takes at most 64 positions",
+        ),
+    }[case]
+    done = demo(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("late", [4.0, math.nan, math.inf])
+def test_demo_notices_curves_that_part(late: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    compare = importlib.import_module("qlora_finetune").compare
+    steps = [0.2, 0.2, 0.2, 0.1, 0.1]
+    runs = {
+        "peft": {"losses": [5.0, 4.0, 3.0, 2.0, 2.0], "step_seconds": [2 * s for s in steps]},
+        "peftkern": {"losses": [5.0, 4.0, 3.0, 2.0, 2.0], "step_seconds": steps},
+    }
+    same = compare(runs)
+    assert same["losses_agree"]
+    assert same["loss_max_rel_diff"] == 0
+    assert same["speedup"] == pytest.approx(2.0)
+    runs["peftkern"]["losses"][3] = late
+    summary = compare(runs)
+    assert not summary["losses_agree"]
+    assert summary["loss_max_rel_diff_step"] == 4
+
+
+def test_benchmarks_write_results_and_the_readme(tmp_path: Path) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    stems = ("nf4", "nf4_lora_linear", "lora_linear", "dora", "rosa", "adalora", "low_rank_svd")
+    for stem in stems:
+        done = run(f"bench/bench_{stem}.py", *TINY_BENCH, "--out", str(results))
+        assert done.returncode == 0, done.stdout + done.stderr
+        (path,) = results.glob(f"*/{stem}.json")
+        record = json.loads(path.read_text())
+        assert record["machine"]["threads"] == 1
+        assert record["roof"]["copy"] > 0
+        for case in record["cases"]:
+            assert case["name"].startswith(f"{stem}/")
+            small = stem == "lora_linear" or (stem == "dora" and "nf4" not in case["name"])
+            # Dense products this small are left to PEFT.
+            assert bool(case["fell_back"]) == small, case["name"]
+            assert bool(case["served"]) != small, case["name"]
+            for name, variant in case["variants"].items():
+                assert variant["wrong"] is None, case["name"]
+                once = name.startswith("dense torch SVD")  # and multiplied
+                assert len(variant["samples_ms"]) >= (1 if once else 7)
+            for target in case["targets"]:
+                peer = case["variants"][target["peer"]]["median_ms"]
+                ratio = peer / case["variants"]["peftkern"]["median_ms"]
+                assert target["measured"] == pytest.approx(ratio)
+                assert target["met"] == (ratio >= target["at_least"])
+
+    done = run("bench/bench_demo.py", *TINY, "--steps", "2", "--out", str(results))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    readme.write_text("# x\n<!-- results:begin -->\nold\n<!-- results:end -->\nrest\n")
+    where = ["--readme", str(readme), "--results", str(results)]
+    assert run("bench/make_tables.py", *where, "--check").returncode == 1
+    assert run("bench/make_tables.py", *where).returncode == 0
+    text = readme.read_text()
+    assert text.startswith("# x\n")
+    assert text.endswith("<!-- results:end -->\nrest\n")
+    assert "old" not in text
+    assert "| forward+backward-M1024/bf16 |" in text
+    assert "| peak process memory, MB |" in text
+    assert run("bench/make_tables.py", *where, "--check").returncode == 0
+    readme.write_text("no markers")
+    assert run("bench/make_tables.py", *where).returncode == 2
+
+
+def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
+    out = tmp_path / "benchmark.json"
+    # pytest-benchmark measures nothing when it believes to be a worker of xdist.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", str(ROOT / "bench"), "--benchmark-only"),
+            *("--size=128", "-k", "dequantise or qlora", "--benchmark-max-time=0.01"),
+            f"--benchmark-json={out}",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        timeout=HANG_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout
+    names = {test["param"] for test in json.loads(out.read_text())["benchmarks"]}
+    assert "nf4/dequantise/bf16/into-out/peftkern" in names
+    assert "nf4/dequantise/bf16/into-out/bitsandbytes" in names
+    assert {name for name in names if name.startswith("e2e/")} == {
+        f"e2e/qlora-4-layers-256-tokens/nf4/{variant}" for variant in ("peftkern", "PEFT")
+    }
+
+
+@pytest.mark.parametrize("damage", [math.nan, 0.1])
+def test_benchmark_gives_no_time_to_a_wrong_result(damage: float) -> None:
+    right = torch.linspace(1, 2, 64)
+    wrong = right.clone()
+    wrong[7] += damage
+
+    def spec(ours: torch.Tensor, theirs: torch.Tensor):
+        variants = {
+            suite.OURS: suite.Variant(lambda i: ours, (right.double(),)),
+            "peer": suite.Variant(lambda i: theirs, (right.double(),)),
+        }
+        case = suite.Case(variants, 256, 0, torch.float32)
+        targets = (suite.Target("peer", 0.0),)
+        return suite.Spec("x/y", lambda options: case, tuple(variants), "peer", targets)
+
+    roof = {"copy": 1e9, "float32": 1e9}
+    good = suite.run_case(spec(right, right), suite.Options(), roof, 0.0, lambda share: None)
+    assert good.record()["targets"][0]["met"]
+    bad = suite.run_case(spec(wrong, right), suite.Options(), roof, 0.0, lambda share: None)
+    assert "bound" in bad.rows[suite.OURS].wrong
+    assert "median_ms" not in bad.record()["variants"][suite.OURS]
+    assert bad.record()["targets"][0]["measured"] is None
+    assert bad.record()["variants"]["peer"]["median_ms"] > 0
+
+
+def test_timer_numbers_the_calls_of_each_variant() -> None:
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    timings = timer.measure({name: seen[name].append for name in seen}, seconds=0.0)
+    for name, numbers in seen.items():
+        assert numbers == list(range(len(numbers)))
+        assert timer.MIN_SAMPLES <= len(timings[name].samples) < len(numbers)
+    with pytest.raises(ValueError, match="--threads: expected 1 to"):
+        timer.pin_threads(0)
+    timing = timer.Timing(tuple(float(i) for i in range(1, 11)))
+    assert (timing.quantile(0.2), timing.median, timing.quantile(0.8)) == (3.0, 5.5, 9.0)
+
+
+def test_adalora_budget_finds_the_planted_ranks(tmp_path: Path) -> None:
+    plot = tmp_path / "budget.svg"
+    done = run("examples/adalora_budget.py", "--steps", "300", "--plot", str(plot))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The planted ranks were found" in done.stdout
+    assert plot.read_text().lstrip().startswith("<?xml")
+
+
+def test_adalora_budget_says_when_it_fails(tmp_path: Path) -> None:
+    """Twenty steps are too few to find anything."""
+    done = run("examples/adalora_budget.py", "--steps", "20", "--plot", str(tmp_path / "b.png"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Not found" in done.stdout and (tmp_path / "b.png").exists()
+    for plot, says in (
+        ("b.gif", "a .png or .svg file"),
+        ("no/such/b.png", "no/such is not a folder"),
+    ):
+        refused = run("examples/adalora_budget.py", "--plot", plot)
+        assert refused.returncode == 2 and "--plot: " in refused.stderr and says in refused.stderr
+
+
+def test_adalora_budget_without_matplotlib(tmp_path: Path) -> None:
+    """Known before the training; no picture is drawn, unless it is asked for."""
+    site = without(tmp_path / "site", "matplotlib")
+    script = str(ROOT / "examples" / "adalora_budget.py")
+    done = python(site, script, "--steps", "20")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        "no picture: matplotlib is not installed (pip install matplotlib)"
+    )
+    done = python(site, script, "--plot", str(tmp_path / "b.png"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].endswith(
+        "error: --plot: needs matplotlib, which is not installed: pip install matplotlib"
+    )
+
+
+SMALL = ["--hidden", "128", "--layers", "1", "--seq", "32", "--batch", "2", "--pretrain", "1"]
+
+
+def test_methods_trains_every_method(tmp_path: Path) -> None:
+    out = tmp_path / "methods.json"
+    done = run("examples/methods.py", *SMALL, "--steps", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    runs = record["methods"]
+    assert {"full fine-tuning", "LoRA", "LoRA-FA", "LoRA-Pro", "Delta-LoRA"} <= set(runs)
+    assert {
+        "DoRA",
+        "DoRA (NF4)",
+        "DyLoRA",
+        "Quantum-PEFT",
+        "RoSA",
+        "RoSA (NF4)",
+        "LongLoRA",
+    } <= set(runs)
+    for name, figures in runs.items():
+        assert name in done.stdout
+        assert all(math.isfinite(value) and value > 0 for value in figures.values())
+        assert figures["loss"] != record["loss_before"]
+    lora, fa, full = (runs[n] for n in ("LoRA", "LoRA-FA", "LoRA-Pro (full moments)"))
+    assert fa["trainable"] < lora["trainable"] < runs["full fine-tuning"]["trainable"]
+    assert fa["optimizer_bytes"] < lora["optimizer_bytes"] < full["optimizer_bytes"]
+    assert fa["peak_bytes"] < lora["peak_bytes"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--only", "LoRE"], "'LoRE'"),
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--hidden", "100"], "--hidden: 100 is not a multiple of 64"),
+        (["--hidden", "64", "--only", "LongLoRA"], "--hidden 64: not with LongLoRA"),
+        (["--text", "no/such/file"], "no/such/file: No such file"),
+        (["--json", "no/such/folder/x"], "--json: no/such/folder"),
+    ],
+)
+def test_methods_refuses_bad_options(arguments: list[str], says: str) -> None:
+    done = run("examples/methods.py", *SMALL, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_dylora_ranks_prints_its_table() -> None:
+    done = run("examples/dylora_ranks.py", "--steps", "4")
+    assert done.returncode == 0, done.stderr
+    assert "own run" in done.stdout and "LoRA, cut" in done.stdout
+    assert run("examples/dylora_ranks.py", "--steps", "0").returncode == 2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_planted_regression_prints_its_table(optimizer: str) -> None:
+    done = run("examples/planted_regression.py", "--steps", "3", "--optimizer", optimizer)
+    assert done.returncode == 0, done.stderr
+    assert "LoRA-Pro" in done.stdout and "fine-tuning" in done.stdout
+    assert run("examples/planted_regression.py", "--lr", "0").returncode == 2

@@ -1,0 +1,259 @@
+"""Imports point one way, and `import peftkern` stays light. Proved from the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import rlcompleter
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+from site_packages import python, without
+
+import peftkern
+
+PACKAGE = ROOT / "peftkern"
+
+# Folders are floors: a module imports from floors below its own and from its own, where nothing
+# imports in a circle. Triton's kernels are a back end. What lies above `peftkern` itself may import
+# it; aliases, which keep names of earlier versions, lie above all and are imported by nobody.
+FLOORS = (
+    {"formats"},
+    {"backends", "kernels"},
+    {"functional"},
+    {"layers"},
+    {"methods"},
+    {"monitor"},
+    {"integrations"},
+    {"__init__"},
+    {"tools"},
+    {"cli"},
+    {"__main__", "adalora", "benchmark", "dora", "importance", "low_rank_svd", "plan", "sparse"},
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+LIBRARIES = {"_cpu": "backends.cpu.module", "_cuda": "backends.cuda.module"}  # who may import them
+ADDRESSES = "backends.pointers"
+NOT_SHIPPED = {"tests", "bench", "examples", "setup"}
+PEERS = {"peft", "transformers", "bitsandbytes", "accelerate"}
+HEAVY = PEERS | {"triton", "matplotlib"}
+
+
+def shipped_files(package: Path = PACKAGE) -> list[Path]:
+    return sorted({*package.glob("*.py"), *package.glob("*/**/*.py")})
+
+
+def module_name(path: Path, package: Path) -> str:
+    """Dotted name below the package: "nf4", "integrations.peft", "__init__"."""
+    parts = list(path.relative_to(package).with_suffix("").parts)
+    if len(parts) > 1 and parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts)
+
+
+def imported_names(path: Path, package: Path) -> Iterator[tuple[str, int]]:
+    """Absolute dotted names of everything `path` imports, at any depth of the file."""
+    folder = ["peftkern", *path.relative_to(package).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else []
+            base = [*base, *([node.module] if node.module else [])]
+            yield from ((".".join([*base, alias.name]), node.lineno) for alias in node.names)
+
+
+def modules(package: Path) -> dict[str, Path]:
+    return {module_name(path, package): path for path in shipped_files(package)}
+
+
+def module_of(target: str, names: dict[str, Path]) -> str:
+    """The module that an absolute dotted name below peftkern leads to."""
+    parts = target.split(".")[1:]
+    while parts and ".".join(parts) not in names:
+        parts.pop()
+    return ".".join(parts) or "__init__"
+
+
+def violations(package: Path = PACKAGE) -> list[str]:
+    """Every import of a shipped file that breaks a rule, in words."""
+    found, names = [], modules(package)
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        stem = name.split(".")[0]
+        if stem not in FLOOR:
+            found.append(f"{name}: has no place in FLOORS of {Path(__file__).name}")
+            continue
+        for target, line in imported_names(path, package):
+            where = f"{name}:{line} imports {target}"
+            top, *rest = target.split(".")
+            if top in NOT_SHIPPED:
+                found.append(f"{where}, which does not ship")
+            elif top == "kernels":
+                found.append(f"{where}; the name is peftkern.kernels")
+            elif top in PEERS and stem not in {"integrations", "tools"}:
+                found.append(f"{where}; only integrations and tools may")
+            elif top == "triton" and stem not in {"kernels", "integrations"}:
+                found.append(f"{where}; only kernels may")
+            elif top == "peftkern" and rest and rest[0] in LIBRARIES:
+                if LIBRARIES[rest[0]] != name:
+                    found.append(f"{where}; only {LIBRARIES[rest[0]]} may")
+            elif top == "peftkern":
+                other = module_of(target, names)
+                floor = FLOOR.get(other.split(".")[0], len(FLOORS))
+                if floor > FLOOR[stem] or (floor == FLOOR[stem] == len(FLOORS) - 1):
+                    found.append(f"{where}, against the direction of flow")
+                graph[name].add(other)
+    return found + [f"circle: {' -> '.join(circle)}" for circle in circles(graph)]
+
+
+def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
+    """Imports in a circle. A package names what its modules offer, and is passed over."""
+    packages = {name for name in graph if any(other.startswith(f"{name}.") for other in graph)}
+    below = {name: others - packages - {name} for name, others in graph.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> Iterator[list[str]]:
+        if name in way:
+            yield [*way[way.index(name) :], name]
+        elif name not in done:
+            for other in sorted(below.get(name, ())):
+                yield from visit(other, [*way, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        yield from visit(name, [])
+
+
+def test_imports_point_one_way():
+    assert violations() == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("formats/nf4.py", "from ..functional import lora_linear", "direction"),
+        ("formats/nf4.py", "from peftkern.backends import device", "direction"),
+        (
+            "backends/dispatch.py",
+            "def f():\n    import peftkern.layers",
+            "direction",
+        ),
+        ("layers/lora.py", "import peftkern", "direction"),
+        ("backends/ops.py", "from peftkern._cpu import isas", "only backends.cpu.module"),
+        ("backends/cpu/nf4.py", "from peftkern import _cuda", "only backends.cuda.module"),
+        ("integrations/peft/patch.py", "from ... import quantize_", "direction"),
+        ("backends/ops.py", "from tests.tolerances import bound", "does not ship"),
+        ("layers/lora.py", "import kernels.nf4", "peftkern.kernels"),
+        ("functional/nf4.py", "import bitsandbytes.functional", "only integrations"),
+        ("backends/ops.py", "import triton", "only kernels"),
+        ("extra.py", "", "no place"),
+    ],
+)
+def test_wrong_import_is_found(tmp_path, file, line, complaint):
+    path = tmp_path / "peftkern" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line)
+    assert [complaint in text for text in violations(tmp_path / "peftkern")] == [True]
+
+
+def test_circle_is_found(tmp_path):
+    folder = tmp_path / "peftkern" / "tools"
+    folder.mkdir(parents=True)
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
+        (folder / f"{name}.py").write_text(f"def f():\n    from peftkern.tools import {other}")
+    expected = ["circle: tools.a -> tools.b -> tools.c -> tools.a"]
+    assert violations(tmp_path / "peftkern") == expected
+
+
+def test_every_shipped_file_is_seen():
+    names = set(modules(PACKAGE))
+    assert {"__init__", "formats.nf4", "backends.dispatch", "kernels.nf4", "cli.bench"} <= names
+
+
+def test_no_module_hides_a_public_function():
+    """Importing a module sets its name in the package."""
+    public = next(
+        ast.literal_eval(node.value)
+        for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+    )
+    assert {path.stem for path in PACKAGE.glob("*.py")} & set(public) == set()
+
+
+def test_addresses_are_taken_in_one_place():
+    takers = {
+        name
+        for name, path in modules(PACKAGE).items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
+    }
+    assert takers == {ADDRESSES}
+
+
+def test_native_code_includes_no_torch_header():
+    suffixes = {".cpp", ".h", ".cu", ".cuh"}
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
+    assert suffixes == {path.suffix for path in sources}
+    for path in sources:
+        includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+        bad = [line for line in includes if any(n in line for n in ("torch/", "ATen/", "c10/"))]
+        assert bad == [], path
+
+
+def test_import_loads_no_peer():
+    code = (
+        "import sys, torch; before = set(sys.modules); import peftkern; "
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    loaded = set(answer.stdout.split())
+    assert "peftkern" in loaded
+    assert loaded & HEAVY == set()
+
+
+def completions(text: str) -> list[str]:
+    """What the interpreter's completion of names offers."""
+    completer = rlcompleter.Completer({"peftkern": peftkern})
+    found = (completer.complete(text, state) for state in itertools.count())
+    return [name.rstrip("()") for name in itertools.takewhile(lambda name: name, found)]
+
+
+def test_dir_lists_what_users_can_use_and_nothing_else():
+    names = {name for name in dir(peftkern) if not name.startswith("_")}
+    modules = {"adalora", "integrations", "layers", "low_rank_svd", "methods", "monitor", "sparse"}
+    assert modules | {*peftkern.__all__} < names
+    assert not {"Any", "importlib", "annotations", "TYPE_CHECKING", "backends", "dispatch"} & names
+    assert all(getattr(peftkern, name) is not None for name in names)
+    assert {"__version__", "__doc__", "__file__"} <= set(dir(peftkern))
+    assert completions("peftkern.quant") == ["peftkern.quantize_", "peftkern.quantize_nf4"]
+    assert completions("peftkern.la") == ["peftkern.layers"]
+
+
+@pytest.mark.parametrize(
+    ("absent", "code", "what"),
+    [
+        ("peft", "peftkern.patch(torch.nn.Linear(1, 1))", "peftkern.patch"),
+        ("peft", "peftkern.unpatch(torch.nn.Linear(1, 1))", "peftkern.unpatch"),
+        (
+            "peft",
+            "from peftkern.integrations.transformers import PeftKernCallback",
+            "peftkern.integrations.transformers",
+        ),
+        (
+            "transformers",
+            "from peftkern.integrations.transformers import MonitorCallback",
+            "peftkern.integrations.transformers",
+        ),
+    ],
+)
+def test_what_is_not_installed_is_told_with_how_to_install_it(absent, code, what, tmp_path):
+    answer = python(without(tmp_path / "site", absent), "-c", f"import torch, peftkern\n{code}")
+    assert answer.returncode == 1
+    how = f"{what} needs PEFT and transformers: pip install 'peftkern[peft]'"
+    said = answer.stderr.splitlines()[-1]
+    assert said.startswith(f"ModuleNotFoundError: {how} (No module named '{absent}")

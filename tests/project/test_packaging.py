@@ -1,0 +1,479 @@
+"""What is built and shipped: the generated table, one ISA per object, the module, the archives."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from peftkern.formats import nf4
+
+GENERATOR = ROOT / "csrc" / "generate_nf4_table.py"
+KERNEL_OBJECTS = Path("CMakeFiles", "peftkern_cpu_kernels.dir", "csrc", "cpu")
+x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="these ISAs are x86-64's")
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """With the tools beside this Python, and unless `env` says so without CUDA, which has tests of
+    its own: it takes long to compile.
+    """
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    environment = os.environ | {"PEFTKERN_CUDA": "0", "PATH": path} | env
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def run_checked(*command: str | Path, cwd: Path = ROOT) -> str:
+    answer = run(*command, cwd=cwd)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout
+
+
+# ---- the generated header
+
+
+def float32_bits(value: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def header_bits(text: str, name: str) -> list[int]:
+    body = re.search(rf"constexpr float {name}\[\d+\] = {{(.*?)}};", text, re.DOTALL).group(1)
+    return [float32_bits(float.fromhex(v)) for v in re.findall(r"(\S+)f,", body)]
+
+
+def test_generated_header_equals_python_table(tmp_path):
+    run_checked(sys.executable, GENERATOR, ROOT / "peftkern" / "nf4.py", tmp_path / "table.h")
+    text = (tmp_path / "table.h").read_text()
+    code = [struct.unpack("<f", struct.pack("<f", value))[0] for value in nf4.NF4_CODE]
+    midpoints = [(low + high) / 2 for low, high in itertools.pairwise(code)]
+    assert header_bits(text, "kNF4Code") == [float32_bits(value) for value in code]
+    assert header_bits(text, "kNF4Midpoint") == [float32_bits(value) for value in midpoints]
+    # what the reference quantises with
+    assert header_bits(text, "kNF4Midpoint") == [float32_bits(v) for v in nf4.nf4_midpoints()]
+
+
+@pytest.mark.parametrize(
+    "source", ["X = 1", "NF4_CODE = (0.0, 1.0)", f"NF4_CODE = {tuple(range(15, -1, -1))}"]
+)
+def test_generator_refuses_a_broken_table(tmp_path, source):
+    (tmp_path / "nf4.py").write_text(source)
+    answer = run(sys.executable, GENERATOR, tmp_path / "nf4.py", tmp_path / "table.h")
+    assert answer.returncode != 0
+    assert "NF4_CODE" in answer.stderr
+    assert not (tmp_path / "table.h").exists()
+
+
+# ---- one instruction set per object file
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> dict[str, Path]:
+    """Object files of the kernels by stem, brought up to date."""
+    target = tmp_path_factory.mktemp("lib")
+    run_checked(sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", target)
+    folder = ROOT / "build" / sysconfig.get_config_var("SOABI") / KERNEL_OBJECTS
+    sources = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} - {"bind"}
+    found = {path.name.split(".")[0]: path for path in folder.glob("*.o")}
+    assert sources <= set(found)
+    return {stem: found[stem] for stem in sorted(sources)}
+
+
+def isa_of(stem: str) -> str:
+    match = re.search(r"_(avx2|avx512|avx512_bf16|amx)$", stem)
+    return match.group(1) if match else "plain"
+
+
+def features(path: Path) -> set[str]:
+    """Which of the instruction-set markers the code of an object file contains."""
+    markers = {
+        "tile": r"%tmm\d",
+        "bf16": r"\bv(dpbf16ps|cvtne2?ps2?2?bf16)",
+        "avx512": r"%zmm\d|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b",
+        "avx": r"^\s*[0-9a-f]+:\s+v[a-z]",
+    }
+    text = run_checked("objdump", "-d", "--no-show-raw-insn", path)
+    return {name for name, pattern in markers.items() if re.search(pattern, text, re.MULTILINE)}
+
+
+@x86_only
+def test_each_object_file_uses_only_its_instruction_set(objects):
+    allowed = {
+        "plain": set(),
+        "avx2": {"avx"},
+        "avx512": {"avx", "avx512"},
+        "avx512_bf16": {"avx", "avx512", "bf16"},
+        "amx": {"avx", "avx512", "bf16", "tile"},
+    }
+    used = {stem: features(path) for stem, path in objects.items()}
+    excess = {stem: found - allowed[isa_of(stem)] for stem, found in used.items()}
+    assert {stem: found for stem, found in excess.items() if found} == {}
+    for isa, marker in [("avx2", "avx"), ("avx512", "avx512"), ("avx512_bf16", "bf16")]:
+        assert any(marker in used[stem] for stem in used if isa_of(stem) == isa), isa
+
+
+@x86_only
+def test_isa_object_files_share_no_function(objects):
+    """A weak function (an inline one, a template) of an AVX-512 file could replace everybody's."""
+    weak = {
+        stem: [line for line in symbols(path) if re.search(r" [Wu] ", line)]
+        for stem, path in objects.items()
+        if isa_of(stem) != "plain"
+    }
+    assert weak
+    assert {stem: lines for stem, lines in weak.items() if lines} == {}
+
+
+def symbols(path: Path, *options: str) -> list[str]:
+    return run_checked("nm", "-C", "--defined-only", *options, path).splitlines()
+
+
+# ---- the module
+
+
+@pytest.fixture(scope="module")
+def module_path() -> Path:
+    from peftkern import _cpu
+
+    return Path(_cpu.__file__)
+
+
+def libraries(path: Path) -> set[str]:
+    return set(re.findall(r"NEEDED\s+(\S+)", run_checked("objdump", "-p", path)))
+
+
+def test_module_links_only_system_libraries(module_path):
+    """And no OpenMP: auditwheel would pack a copy of it into the wheel."""
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libdl.so.2"}
+    needed = libraries(module_path)
+    assert {"libc.so.6"} <= needed <= system | {"libc.so.6", "ld-linux-x86-64.so.2"}
+
+
+def test_module_exports_only_its_init_function(module_path):
+    exported = [line.split(maxsplit=2)[2] for line in symbols(module_path, "-D")]
+    assert "PyInit__cpu" in exported
+    assert [name for name in exported if "peftkern" in name] == []
+
+
+# ---- the archives
+
+
+def test_sdist_holds_what_a_build_needs(tmp_path):
+    run_checked(
+        *(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path),
+        *("sdist", "--dist-dir", tmp_path),
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        members = {m.name.partition("/")[2]: m for m in tar.getmembers()}
+    wanted = ["CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"]
+    wanted += ["peftkern/kernels/NUMERICS.md"]  # a file below a real folder, no longer a link
+    for folder in ("csrc", "peftkern"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".cpp", ".h", ".py", ".cu", ".cuh"}:
+                wanted.append(path.relative_to(ROOT).as_posix())
+    wanted += [f"peftkern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.*")]
+    assert set(wanted) - set(members) == set()
+    assert all(members[name].isfile() for name in wanted)
+    assert not any(name.endswith(".so") for name in members)
+
+
+def test_wheel_holds_the_package_only(tmp_path):
+    run_checked(
+        *(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path),
+        *("build", "--build-base", tmp_path / "build", "bdist_wheel", "--dist-dir", tmp_path),
+    )
+    (archive,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(archive).namelist())
+    assert f"peftkern/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+    assert "peftkern/kernels/NUMERICS.md" in names
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "peftkern").rglob("*.py")} <= names
+    assert {f"peftkern/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").glob("*.*")} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"peftkern"}
+
+
+# ---- building on other machines: a small project under the same CMakeLists.txt and setup.py
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "csrc/generate_nf4_table.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    files = {
+        "README.md": "",
+        "peftkern/__init__.py": '__version__ = "0"',
+        "peftkern/formats/nf4.py": (ROOT / "peftkern" / "nf4.py").read_text(),
+        "csrc/cpu/bind.cpp": 'extern "C" int PyInit__cpu() { return 0; }',
+        "csrc/cpu/sum.cpp": '#include "peftkern/nf4_table.h"\nfloat sum() { return PEFTKERN_X86; }',
+        "csrc/cpu/sum_avx2.cpp": "#include <immintrin.h>\n__m256 a;",
+        "csrc/cpu/sum_amx.cpp": "#include <immintrin.h>\nvoid b() { _tile_dpbf16ps(0, 1, 2); }",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def build(project: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=project, **env)
+
+
+def compile_commands(project: Path) -> dict[str, str]:
+    """By "cpu/sum.cpp"."""
+    (path,) = project.glob("build/*/compile_commands.json")
+    entries = json.loads(path.read_text())
+    return {"/".join(Path(e["file"]).parts[-2:]): e["command"] for e in entries}
+
+
+def test_first_compiler_error_ends_the_output(project):
+    (project / "csrc/cpu/bind.cpp").write_text("#include <no_such_header.h>")
+    answer = build(project)
+    assert answer.returncode != 0
+    last = "\n".join(answer.stderr.splitlines()[-8:])
+    assert re.search(r"bind\.cpp:1:\d+: fatal error: no_such_header\.h", last), answer.stderr
+
+
+def test_everything_that_is_missing_is_named_at_once(project):
+    """On a Python that has setuptools and nothing else."""
+    venv.create(project / "venv")
+    (project / "site").mkdir()
+    for package in ("setuptools", "_distutils_hack"):
+        (folder,) = importlib.util.find_spec(package).submodule_search_locations
+        (project / "site" / package).symlink_to(folder)
+    tools = {"PATH": str(project / "venv/bin"), "PYTHONPATH": str(project / "site")}
+    answer = run(project / "venv/bin/python", "setup.py", "build_ext", cwd=project, **tools)
+    assert answer.returncode != 0
+    assert re.search(
+        r"^error: building peftkern needs cmake >= 3\.18 \(`pip install cmake`\), "
+        r"ninja \(`pip install ninja`\), (pybind11 \(`pip install pybind11`\), )?"
+        r"a C\+\+ compiler \(`apt install g\+\+`\)$",
+        answer.stderr,
+        re.MULTILINE,
+    ), answer.stdout + answer.stderr
+
+
+def test_compiler_that_cxx_names_and_that_is_not_there(project):
+    answer = build(project, CXX="/nowhere/g++ -m64")
+    assert answer.returncode != 0
+    assert last_lines(answer).endswith(
+        "error: building peftkern needs a C++ compiler (`apt install g++`); CXX is /nowhere/g++"
+    )
+
+
+def test_system_without_fcntl_gets_one_line(project):
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['fcntl'] = None\n"
+        "sys.argv = ['setup.py', 'build_ext']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    answer = run(sys.executable, "-c", code, cwd=project)
+    assert answer.returncode != 0
+    assert last_lines(answer).endswith(
+        f"error: building peftkern needs Linux or a system like it, not {sys.platform}"
+    )
+
+
+@x86_only
+def test_compiler_without_amx_leaves_amx_out(project):
+    compiler = project / "old-compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-mamx*) echo "unknown option -mamx-tile" >&2; exit 1;; esac\n'
+        'exec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    answer = build(project, CXX=str(compiler))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "cannot build amx" in answer.stdout
+    commands = compile_commands(project)
+    assert "cpu/sum_amx.cpp" not in commands
+    assert "-mavx2" in commands["cpu/sum_avx2.cpp"]
+    assert "-DPEFTKERN_HAVE_AMX=0" in commands["cpu/sum.cpp"]
+    assert "-DPEFTKERN_HAVE_AVX2=1" in commands["cpu/sum.cpp"]
+
+
+def test_other_processor_builds_the_plain_files(project):
+    answer = build(project, CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    commands = compile_commands(project)
+    assert set(commands) == {"cpu/bind.cpp", "cpu/sum.cpp"}
+    assert "-DPEFTKERN_X86=0" in commands["cpu/sum.cpp"]
+    assert "-mavx" not in commands["cpu/sum.cpp"]
+
+
+# ---- CUDA in that small project
+
+
+@pytest.fixture
+def cuda_project(project) -> Path:
+    """The small project with kernels: one for every architecture, one for 90a alone."""
+    files = {
+        "bind.cpp": """
+            extern "C" int count();
+            extern "C" __attribute__((visibility("default"))) int PyInit__cuda() { return count(); }
+            const char* names = PEFTKERN_CUDA_ARCHITECTURES;
+        """,
+        "one.cu": """
+            #include <peftkern/nf4_table.h>
+            __global__ void kernel(float* p) { *p = 1; }
+            extern "C" int count() {
+              int n = 0;
+              kernel<<<1, 1>>>(nullptr);
+              return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
+            }
+        """,
+        "two_sm90a.cu": """
+            __global__ void fence() { asm volatile("wgmma.fence.sync.aligned;"); }
+        """,
+    }
+    (project / "csrc/cuda").mkdir()
+    for name, text in files.items():
+        (project / "csrc/cuda" / name).write_text(text)
+    (project / "csrc/cpu/nf4_checks.cpp").touch()
+    return project
+
+
+def compilers_of_cuda() -> list[Path]:
+    folders = [*os.environ["PATH"].split(os.pathsep), "/usr/local/cuda/bin"]
+    return [Path(folder) / "nvcc" for folder in folders if (Path(folder) / "nvcc").exists()]
+
+
+def no_nvcc() -> dict[str, str]:
+    """The environment in which CMake finds none."""
+    ignored = ";".join(str(path.parent) for path in compilers_of_cuda())
+    return {
+        "CUDACXX": "",
+        "CUDA_HOME": "",
+        "CUDA_PATH": "",
+        "CMAKE_ARGS": shlex.join([f"-DCMAKE_IGNORE_PATH={ignored}"]),
+    }
+
+
+needs_nvcc = pytest.mark.skipif(not compilers_of_cuda(), reason="needs nvcc")
+
+
+def built(project: Path) -> set[str]:
+    return {path.name.split(".")[0] for path in (project / "peftkern").glob("*.so")}
+
+
+def last_lines(answer: subprocess.CompletedProcess[str]) -> str:
+    return " ".join("\n".join(answer.stderr.splitlines()[-14:]).split())
+
+
+def test_without_nvcc_the_cpu_is_built_and_a_notice_printed(cuda_project):
+    answer = build(cuda_project, PEFTKERN_CUDA="auto", **no_nvcc())
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "peftkern: no CUDA kernels: found no nvcc" in answer.stdout
+    assert built(cuda_project) == {"_cpu"}
+
+
+def test_cuda_that_is_wanted_and_missing_fails(cuda_project):
+    answer = build(cuda_project, PEFTKERN_CUDA="1", **no_nvcc())
+    assert answer.returncode != 0
+    assert "PEFTKERN_CUDA=1: found no nvcc on PATH, in CUDA_HOME or in" in last_lines(answer)
+    assert built(cuda_project) == set()
+
+
+def test_cuda_that_is_not_wanted_leaves_nothing_behind(cuda_project):
+    name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (cuda_project / "peftkern" / name).write_text("of an earlier build")
+    answer = build(cuda_project, PEFTKERN_CUDA="0")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert built(cuda_project) == {"_cpu"}
+    assert "nvcc" not in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "compiles", "complaint"),
+    [
+        ("11.8", "true", "is 11.8, older than 12.0"),
+        ("12.4", "echo 'error: unsupported GNU version!'; exit 1", "error: unsupported GNU"),
+    ],
+)
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_unusable_nvcc(cuda_project, version, compiles, complaint, wanted):
+    nvcc = cuda_project / "nvcc"
+    nvcc.write_text(
+        f"""#!/bin/sh
+        case "$*" in
+          --version) echo "Cuda compilation tools, release {version}, V{version}.99";;
+          --list-gpu-arch) printf 'compute_80\\ncompute_90\\n';;
+          *) {compiles};;
+        esac
+        """
+    )
+    nvcc.chmod(0o755)
+    answer = build(cuda_project, PEFTKERN_CUDA=wanted, CUDACXX=str(nvcc))
+    if wanted == "1":
+        assert answer.returncode != 0
+        assert "PEFTKERN_CUDA=1: " in last_lines(answer) and complaint in last_lines(answer)
+    else:
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        notice = next(line for line in answer.stdout.splitlines() if "no CUDA kernels" in line)
+        assert complaint in notice
+        assert built(cuda_project) == {"_cpu"}
+
+
+def test_unknown_value_of_the_cuda_switch(cuda_project):
+    answer = build(cuda_project, PEFTKERN_CUDA="yes")
+    assert answer.returncode != 0
+    assert "PEFTKERN_CUDA: expected 0, 1 or auto, got 'yes'" in last_lines(answer)
+
+
+@needs_nvcc
+def test_unknown_architecture_is_named(cuda_project):
+    for arch in ("70a", "sm_80", "80a", "90a-real"):  # an error even where a missing nvcc is none
+        answer = build(cuda_project, PEFTKERN_CUDA="auto", PEFTKERN_CUDA_ARCHS=f"80;{arch}")
+        assert answer.returncode != 0
+        message = last_lines(answer)
+        assert f"PEFTKERN_CUDA_ARCHS: nvcc does not know '{arch}', but" in message
+        assert " 80 " in message
+
+
+@needs_nvcc
+def test_architectures_become_options_of_each_file(cuda_project):
+    answer = build(cuda_project, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS="80;90a")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert built(cuda_project) == {"_cpu", "_cuda"}
+    commands = compile_commands(cuda_project)
+    targets = {name: re.findall(r"-gencode[= ]\S*code=(\w+)", commands[name]) for name in commands}
+    assert targets["cuda/one.cu"] == ["sm_80", "sm_90a", "compute_80"]
+    assert targets["cuda/two_sm90a.cu"] == ["sm_90a"]
+    assert "sm_80 sm_90a compute_80" in commands["cuda/bind.cpp"]
+    (module,) = (cuda_project / "peftkern").glob("_cuda*.so")
+    needed = set(re.findall(r"NEEDED\s+(\S+)", run_checked("objdump", "-p", module)))
+    assert not any("cuda" in name for name in needed)
+    exported = {line.split(maxsplit=2)[2] for line in symbols(module, "-D")}
+    assert "PyInit__cuda" in exported
+    assert not any("cuda" in name for name in exported - {"PyInit__cuda"})
+    # without 90a its file is not compiled, and the next build without CUDA removes the module
+    answer = build(cuda_project, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS="80")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "cuda/two_sm90a.cu" not in compile_commands(cuda_project)
+    assert build(cuda_project, PEFTKERN_CUDA="0").returncode == 0
+    assert built(cuda_project) == {"_cpu"}
+
+
+@needs_nvcc
+def test_first_error_of_nvcc_ends_the_output(cuda_project):
+    (cuda_project / "csrc/cuda/one.cu").write_text("__global__ int wrong() { return 0; }")
+    answer = build(cuda_project, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS="80")
+    assert answer.returncode != 0
+    assert "one.cu(1): error: a __global__ function must have" in last_lines(answer)

@@ -1,0 +1,100 @@
+"""Weights, and the NF4 format once more in NumPy, that the tests of the format share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftkern.formats.nf4 import NF4_CODE, NF4Weight, dynamic_map
+
+if TYPE_CHECKING:  # not at run time: a GPU machine may lack it
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def assert_same_bits(got: Tensor, expected: Tensor) -> None:
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    bits = BITS.get(got.dtype, got.dtype)
+    assert torch.equal(got.contiguous().view(bits), expected.contiguous().view(bits))
+
+
+def random_weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(shape) * 0.05).to(dtype)
+
+
+def codes_of(w: NF4Weight) -> np.ndarray:
+    """The code of every value, and of the pad of an odd tail."""
+    octets = w.packed.numpy()
+    return np.stack((octets >> 4, octets & 15), axis=1).reshape(-1)
+
+
+def absmax_of(w: NF4Weight) -> np.ndarray:
+    if not w.nested:
+        return w.absmax.numpy()
+    scale = np.repeat(w.nested_absmax.numpy(), w.nested_blocksize)[: w.nblocks]
+    product = w.nested_code.numpy()[w.absmax.numpy()] * scale
+    return product + np.float32(w.nested_offset.item())
+
+
+def numpy_dequantize(w: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The format's definition in NumPy, which shares no code with any back end."""
+    code = np.array(NF4_CODE, dtype=np.float32)
+    scale = np.repeat(absmax_of(w), w.blocksize)[: w.numel]
+    with np.errstate(invalid="ignore"):  # 0 * inf is NaN here as it is there
+        values = code[codes_of(w)[: w.numel]] * scale
+    return torch.from_numpy(values).to(dtype).reshape(w.shape)
+
+
+def every_byte_weight(blocksize: int, nested: bool, dtype: torch.dtype) -> NF4Weight:
+    """300 blocks, so that a nested block ends too, over a shuffle of all bytes."""
+    nblocks = 300
+    n = nblocks * blocksize // 2
+    packed = torch.arange(n, dtype=torch.int32).bitwise_and(255).to(torch.uint8)
+    packed = packed[torch.randperm(n)]
+    common = {"shape": (nblocks, blocksize), "blocksize": blocksize, "dtype": dtype}
+    absmax = torch.rand(nblocks) * 0.2
+    if not nested:
+        return NF4Weight(packed, absmax, **common)
+    q = torch.randint(0, 256, (nblocks,), dtype=torch.uint8)
+    return NF4Weight(
+        packed,
+        q,
+        **common,
+        nested_absmax=torch.rand(2) * 0.1,
+        nested_code=torch.tensor(dynamic_map()),
+        nested_offset=torch.tensor(0.1234567),
+        nested_blocksize=256,
+    )
+
+
+def bitsandbytes_state(w: NF4Weight) -> QuantState:
+    from bitsandbytes.functional import QuantState, get_4bit_type
+
+    state2 = None
+    if w.nested:
+        state2 = QuantState(w.nested_absmax, code=w.nested_code, blocksize=256, dtype=torch.float32)
+    return QuantState(
+        absmax=w.absmax,
+        shape=torch.Size(w.shape),
+        code=get_4bit_type("nf4", device="cpu"),
+        blocksize=w.blocksize,
+        quant_type="nf4",
+        dtype=w.dtype,
+        offset=w.nested_offset,
+        state2=state2,
+    )
+
+
+def bitsandbytes_param(
+    shape: tuple[int, int] = (96, 128), dtype: torch.dtype = torch.bfloat16, **options
+) -> Params4bit:
+    from bitsandbytes.nn import Params4bit
+
+    data = random_weight(shape, dtype)
+    return Params4bit(data, requires_grad=False, quant_type="nf4", **options).to("cpu")

@@ -1,0 +1,309 @@
+"""How `peftkern bench` reads its lists, sizes and times: everything accepted is sound, and
+everything else is one line that names the option."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import FLOOR_MAX, FLOOR_RMS
+from torch import nn
+
+from peftkern.tools.bench import cases, compare, data, providers, shapes
+from peftkern.tools.bench.record import FORMAT
+from peftkern.tools.bench.shapes import LARGEST, PRESETS, Shape, parse_shapes
+from peftkern.tools.bench.tolerances import PEER_WRONG
+from peftkern.tools.bench.worker import calls
+
+SIZES = st.integers(1, LARGEST)
+NAMES = st.sampled_from([*PRESETS, *(f"{p}-{layer}" for p in PRESETS for layer in PRESETS[p])])
+
+
+def as_text(sizes: tuple[int, int, int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+@given(SIZES, SIZES, SIZES)
+def test_sizes_come_back(m, n, k):
+    assert parse_shapes(f"{m}x{n}x{k}") == [Shape(f"{m}x{n}x{k}", n, k, m)]
+
+
+@given(st.lists(NAMES | st.tuples(SIZES, SIZES, SIZES).map(as_text), min_size=1))
+def test_each_size_is_measured_once(parts):
+    found = parse_shapes(",".join(parts))
+    sizes = [(shape.M, shape.N, shape.K) for shape in found]
+    assert len(set(sizes)) == len(sizes) >= 1
+    assert all(shape.N >= 1 and shape.K >= 1 for shape in found)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_shape_or_one_clear_line(text):
+    try:
+        found = parse_shapes(text)
+    except ValueError as error:
+        assert str(error).startswith("--shapes: ")
+    else:
+        assert all(1 <= size <= LARGEST for s in found for size in (s.N, s.K, s.M or 1))
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_time_a_percentage_numbers_or_one_clear_line(text):
+    for parse, option in ((shapes.seconds, "--budget"), (shapes.percent, "--fail-if")):
+        try:
+            assert 0 <= parse(option, text) <= 86400
+        except ValueError as error:
+            assert str(error).startswith(option)
+    try:
+        assert all(1 <= number <= 9 for number in shapes.numbers("--r", text, 9))
+    except ValueError as error:
+        assert str(error).startswith("--r")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("60", 60), ("90s", 90), ("1.5m", 90), ("2h", 7200), (" 1s ", 1)]
+)
+def test_times(text, value):
+    assert shapes.seconds("--budget", text) == value
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1s", "nan", "inf", "1e3", "25h", "1 s s", "s"])
+def test_what_is_no_time(text):
+    with pytest.raises(ValueError, match="--budget"):
+        shapes.seconds("--budget", text)
+
+
+def test_presets_are_the_models_layers():
+    assert [(s.name, s.N, s.K) for s in parse_shapes("llama3-8b")] == [
+        ("llama3-8b-q_proj", 4096, 4096),
+        ("llama3-8b-k_proj", 1024, 4096),
+        ("llama3-8b-gate_proj", 14336, 4096),
+        ("llama3-8b-down_proj", 4096, 14336),
+    ]
+    assert [s.N for s in parse_shapes("llama2-7b,llama3-8b-o_proj")] == [4096, 11008, 4096]
+
+
+def test_presets_agree_with_transformers():
+    """The shapes that a Llama of that configuration really has."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    configs = {
+        "llama3-8b": (LlamaConfig, 4096, 14336, 32, 8),
+        "llama2-7b": (LlamaConfig, 4096, 11008, 32, 32),
+        "llama-65b": (LlamaConfig, 8192, 22016, 64, 64),
+        "qwen2.5-7b": (Qwen2Config, 3584, 18944, 28, 4),
+    }
+    import torch
+
+    for preset, (config, hidden, intermediate, heads, key_values) in configs.items():
+        made = config(
+            vocab_size=8,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_attention_heads=heads,
+            num_key_value_heads=key_values,
+            num_hidden_layers=1,
+        )
+        model = LlamaForCausalLM if config is LlamaConfig else Qwen2ForCausalLM
+        with torch.device("meta"):
+            block = model(made).model.layers[0]
+        sizes = {
+            name.rpartition(".")[2]: tuple(part.weight.shape)
+            for name, part in block.named_modules()
+            if isinstance(part, nn.Linear)
+        }
+        assert sizes == PRESETS[preset]
+
+
+def test_combinations_that_make_sense_once():
+    found = cases.problems(
+        ["lora_linear", "nf4_dequantize"],
+        parse_shapes("8x64x128,16x64x128"),
+        ["float32"],
+        None,
+        [4, 8],
+        None,
+        "cpu",
+    )
+    assert [problem.name for problem in found] == [
+        "lora_linear/8x64x128/M8/r4/float32/full",
+        "lora_linear/8x64x128/M8/r8/float32/full",
+        "nf4_dequantize/64x128/float32/forward",
+        "lora_linear/16x64x128/M16/r4/float32/full",
+        "lora_linear/16x64x128/M16/r8/float32/full",
+    ]
+    with pytest.raises(ValueError, match="--mode: nf4_dequantize has no backward"):
+        cases.problems(
+            ["nf4_dequantize"],
+            parse_shapes("llama3-8b"),
+            ["float32"],
+            ["backward"],
+            [4],
+            None,
+            "cpu",
+        )
+
+
+def test_counted_work_is_that_of_the_table_in_bench_readme():
+    """4096x4096, r=16: the bytes and operations that bench/README.md lists."""
+
+    def work(op: str, m: int | None, mode: str, dtype: str = "bfloat16") -> tuple[float, float]:
+        problem = cases.Problem(op, "x", m, 4096, 4096, 16 if m else None, dtype, mode)
+        traffic, flops = problem.work()
+        return round(traffic / 1e6, 1), round(flops / 1e9, 2)
+
+    assert work("nf4_dequantize", None, "forward") == (42.2, 0)
+    assert work("nf4_dequantize", None, "forward", "float32") == (75.8, 0)
+    assert work("nf4_lora_linear", 1, "forward") == (9.2, 0.03)
+    assert work("nf4_lora_linear", 256, "no-grad") == (13.4, 8.66)
+    assert work("nf4_lora_linear", 1024, "full") == (61.3, 69.52)
+    forward, backward, full = (work("lora_linear", 64, m) for m in ("forward", "backward", "full"))
+    assert full == pytest.approx([sum(pair) for pair in zip(forward, backward, strict=True)], 1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("op", list(cases.OPS))
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 33, 70), (130, 20, 64)])
+def test_prepared_data_is_what_eager_torch_computes(op, size, dtype, tmp_path):
+    """The oracle's rows, chunks and packed weights against the plain expression: an oracle that is
+    off would show as an error of eager torch."""
+    m, n, k = size
+    kind = cases.OPS[op]
+    mode = "full" if kind.rows else "forward"
+    rows, rank = (m if kind.rows else None), (3 if kind.lora else None)
+    problem = cases.Problem(op, "x", rows, n, k, rank, dtype, mode)
+    path = tmp_path / "case"
+    cpu = torch.device("cpu")
+    eager = data.prepare(problem, 0, path, cpu)
+    # A dozen roundings of the dtype at the very most: an oracle of another op is off by 0.1 or so.
+    assert eager["rms"] < 12 * FLOOR_RMS[getattr(torch, dtype)]
+    assert eager["max"] < 12 * FLOOR_MAX[getattr(torch, dtype)]
+    first = path.read_bytes()
+    data.prepare(problem, 0, path, cpu)
+    assert path.read_bytes() == first
+    data.prepare(problem, 1, path, cpu)
+    assert path.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("op", "mode"), [(op, mode) for op, kind in cases.OPS.items() for mode in kind.modes]
+)
+def test_every_provider_answers_every_mode_with_the_right_result(op, mode, tmp_path):
+    """Also what stands in where PEFT is missing; torch.compile has its own test."""
+    kind = cases.OPS[op]
+    rows, rank = (12 if kind.rows else None), (3 if kind.lora else None)
+    problem = cases.Problem(op, "x", rows, 64, 128, rank, "float32", mode)
+    cpu = torch.device("cpu")
+    data.prepare(problem, 0, tmp_path / "case", cpu)
+    tensors = data.load(tmp_path / "case", cpu)
+    builds = {
+        name: (one.build, one.adapted)
+        for name, one in providers.PROVIDERS.items()
+        if op in one.labels and name not in ("compile", "unsloth")
+    }
+    if kind.lora:
+        builds["without PEFT"] = (providers._functional, True)
+    assert len(builds) >= 3
+    for name, (build, adapted) in builds.items():
+        layers = build(problem, tensors, 2)
+        setup, call, collect = calls(problem, layers, tensors, 1)
+        for _ in range(3):  # both copies
+            found = data.compare(problem, collect(call(setup())), tensors, adapted)
+            # Its weight repacked for inference has an absmax rounded to bfloat16.
+            repacked = name == "bitsandbytes" and mode == "no-grad"
+            assert found["rms"] < (PEER_WRONG if repacked else 4 * FLOOR_RMS[torch.float32]), name
+
+
+def test_compiled_peft_is_right(tmp_path):
+    problem = cases.Problem("lora_linear", "x", 12, 64, 128, 3, "float32", "full")
+    data.prepare(problem, 0, tmp_path / "case", torch.device("cpu"))
+    tensors = data.load(tmp_path / "case", torch.device("cpu"))
+    layers = providers.compiled(problem, tensors, 2)
+    setup, call, collect = calls(problem, layers, tensors, 1)
+    assert (
+        data.compare(problem, collect(call(setup())), tensors)["rms"] < 4 * FLOOR_RMS[torch.float32]
+    )
+
+
+def test_a_result_of_another_kind_is_not_compared(tmp_path):
+    problem = cases.Problem("lora_linear", "x", 4, 8, 8, 2, "float32", "forward")
+    data.prepare(problem, 0, tmp_path / "case", torch.device("cpu"))
+    oracle = data.load(tmp_path / "case", torch.device("cpu"))
+    right = oracle["y"].float()
+    assert data.compare(problem, {"y": right}, oracle)["rms"] < 1e-6
+    nan = right.clone()
+    nan[1, 1] = float("nan")
+    assert data.compare(problem, {"y": nan}, oracle)["rms"] != 0
+    assert not data.compare(problem, {"y": nan}, oracle)["rms"] < 1
+    for got, complaint in (
+        ({}, "expected a tensor, got none"),
+        ({"y": right.double()}, "expected torch.float32, got torch.float64"),
+        ({"y": right[:2]}, "expected 4 rows, got 2"),
+        ({"y": right[:, :4]}, r"expected shape \(4, 8\), got \(4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            data.compare(problem, got, oracle)
+
+
+def record(ours: float | None, peft: float | None, cpu: str = "a", name: str = "case") -> dict:
+    def row(label: str, median: float | None) -> dict:
+        return {"label": label, "median_ms": median}
+
+    providers = {"peftkern": row("peftkern", ours), "peft": row("peft", peft)}
+    case = {"name": name, "against": "peft" if peft else None, "providers": providers}
+    environment = {"cpu": cpu, "isa": "avx2", "threads": 1, "gpu": None}
+    return {"format": FORMAT, "environment": environment, "cases": [case]}
+
+
+def test_compare_takes_ratios_and_times_only_on_the_same_machine():
+    (change,), silent = compare.changes(record(1, 2), record(2, 4, cpu="b"))
+    assert (change.by, change.before, change.after, change.slower) == ("ratio to peft", 2, 2, 0)
+    assert silent == {}
+    (change,), _ = compare.changes(record(1, 2), record(1.25, 2))
+    assert change.slower == pytest.approx(0.25)
+    (change,), _ = compare.changes(record(1, 2), record(1.1, None))
+    assert change.by == "ms on the same machine"
+    assert change.slower == pytest.approx(0.1)
+    assert compare.changes(record(1, 2), record(1.1, None, cpu="b"))[0] == []
+    assert compare.changes(record(1, 2), record(None, 2))[1] == {
+        "case": "peftkern has no time in one of the two"
+    }
+    assert compare.changes(record(1, 2, name="x"), record(1, 2))[0] == []
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    [
+                        "format",
+                        "cases",
+                        "name",
+                        "against",
+                        "providers",
+                        "environment",
+                        "median_ms",
+                        "peft",
+                    ]
+                ),
+                inner,
+            )
+        ),
+    )
+)
+def test_any_json_is_a_record_or_one_clear_line(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "old.json"
+    if isinstance(value, dict):
+        value["format"] = FORMAT
+    path.write_text(json.dumps(value))
+    try:
+        read = compare.read(path)
+    except ValueError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+    else:
+        compare.changes(read, read)

@@ -1,0 +1,228 @@
+"""The end-to-end bench at toy dimensions: stacks, checks against float64, memory, answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from paths import BENCH
+from tolerances import NF4_RANDOM_STD_RTOL, PLAN_RTOL
+
+sys.path.append(str(BENCH))
+
+import bench_e2e
+import gpu
+
+import peftkern
+from peftkern.tools.bench import machine, memory, stacks, suite
+from peftkern.tools.plan.plan import PRESETS, Training, plan
+
+CPU = torch.device("cpu")
+TOY = suite.Options(n=64, k=64, r=4, rows=24, layers=2)
+ROOF = {"copy": 1e9, "bfloat16": 1e9, "float32": 1e9}
+GPU_SPECS = {spec.short_name: spec for spec in bench_e2e.gpu_specs(CPU)}
+STEPS = [spec for spec in GPU_SPECS.values() if isinstance(spec, suite.Spec)]
+FIT = GPU_SPECS["llama-65b-r64-512-tokens-48GB-bf16-adapters/nf4"]
+
+
+def toy(spec):
+    return replace(spec, shape=(64, 64))
+
+
+def run(spec: suite.Spec) -> suite.Outcome:
+    return suite.run_case(toy(spec), TOY, ROOF, 0.0, lambda share: None)
+
+
+@pytest.mark.parametrize("spec", [*bench_e2e.SPECS, *STEPS], ids=lambda spec: spec.name)
+def test_every_step_is_right_and_measured(spec):
+    outcome = run(spec)
+    record = outcome.record()
+    assert record["tokens"] == 24
+    assert record["served"] or "small dense product" in str(record["fell_back"])
+    for name in (suite.OURS, bench_e2e.PEFT):
+        variant = record["variants"][name]
+        assert variant["wrong"] is None
+        assert variant["tokens_s"] == pytest.approx(24e3 / variant["median_ms"])
+        assert variant["peak_bytes"] > 0 and variant["planned_bytes"] > 0
+        assert "graph" not in variant and "launches" not in variant
+
+
+def test_a_wrong_gradient_has_no_time():
+    spec = bench_e2e.SPECS[0]
+
+    def build(options):
+        case = spec.build(options)
+        trainer = case.variants[suite.OURS].call.__self__
+        factors = [p for name, p in trainer.model.named_parameters() if ".lora_B" in name]
+        factors[0].register_hook(lambda gradient: 2 * gradient)
+        return case
+
+    outcome = run(replace(spec, build=build))
+    assert outcome.rows[suite.OURS].wrong and outcome.rows[suite.OURS].timing is None
+    assert outcome.rows[bench_e2e.PEFT].wrong is None
+
+
+def test_a_wrong_gradient_shows_in_the_losses_of_a_whole_model():
+    """Where float64 has no room: gradients of the other sign."""
+    spec = STEPS[0]
+
+    def build(options):
+        case = spec.build(options)
+        trainer = case.variants[suite.OURS].call.__self__
+        for name, parameter in trainer.model.named_parameters():
+            if ".lora_B" in name:
+                parameter.register_hook(lambda gradient: -gradient)
+        return case
+
+    assert run(replace(spec, build=build)).rows[suite.OURS].wrong
+
+
+def test_whole_models_come_in_every_length_the_most_wanted_first():
+    names = [spec.short_name for spec in bench_e2e.gpu_specs(CPU)]
+    cases = [f"{m}-{n}" for m in ("qlora", "lora") for n in (512, 2048, 8192)]
+    for case in cases:
+        assert any(name.startswith(f"llama3-8b-{case}-tokens/") for name in names)
+    assert names[0] == "llama3-8b-qlora-2048-tokens/nf4" and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("nf4", ["bitsandbytes", "peftkern"])
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_both_variants_share_one_base_and_nothing_else(method, nf4, monkeypatch):
+    if nf4 == "peftkern":
+        monkeypatch.setattr(stacks, "bitsandbytes_missing", lambda device: "on purpose")
+    model = stacks.scaled(PRESETS["llama3-8b"], 64, 2)
+    training = Training(method, r=4, sequence=8, device="cpu")
+    bases = bench_e2e.Bases()
+    base = bases.get(model, training, CPU)
+    assert bases.get(model, replace(training, sequence=9), CPU) is base
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    names = set(dict(base.named_modules()))
+    patched, plain = (
+        stacks.Trainer(model, replace(training, patched=p), CPU, lr=1e-3, over=base)
+        for p in (True, False)
+    )
+    pairs = [dict(trainer.model.named_parameters()) for trainer in (patched, plain)]
+    assert pairs[0].keys() == pairs[1].keys()
+    for name, ours in pairs[0].items():
+        assert (ours is pairs[1][name]) == (".lora_" not in name), name
+    assert len(patched.report.patched) == 14 and plain.report is None
+    assert patched.curve(3)[2] < patched.losses[0]
+    assert not plain.losses and not any(
+        "Patched" in type(m).__name__ for m in plain.model.modules()
+    )
+    assert set(dict(base.named_modules())) == names and not base.model.embed_tokens._forward_hooks
+    after = base.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in after)
+    bases.get(model, replace(training, method="lora", base="fp32", dtype="fp32"), CPU)
+    assert bases.net is not base
+
+
+def test_longer_cases_ask_for_more_time():
+    at_size = suite.Options(n=4096, k=4096)
+    seconds = {
+        n: s.seconds(at_size)
+        for n, s in GPU_SPECS.items()
+        if "llama3-8b-qlora" in n and "no-" not in n
+    }
+    needed = [seconds[f"llama3-8b-qlora-{tokens}-tokens/nf4"] for tokens in (512, 2048, 8192)]
+    assert sorted(needed) == needed and 15 < needed[0] < 30 and needed[2] < 90
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["PEFT", "patched"])
+def test_predicted_memory_is_beside_the_measured(patched):
+    """Long enough that the activations and not one layer's scratch make the peak."""
+    model = stacks.scaled(PRESETS["llama3-8b"], 128, 2)
+    training = Training(
+        "qlora", r=4, sequence=128, checkpointing=False, patched=patched, device="cpu"
+    )
+    trainer = stacks.Trainer(model, training, CPU, lr=1e-3)
+    trainer.step()
+    measured = memory.peak_bytes(trainer.step, CPU)
+    planned = bench_e2e.beyond_the_model(plan(model, training))
+    assert planned == pytest.approx(measured, rel=PLAN_RTOL)
+
+
+@pytest.mark.parametrize("preset", ["llama3-8b", "llama-65b"])
+def test_presets_keep_their_shape_and_toys_their_proportions(preset):
+    model = PRESETS[preset]
+    assert stacks.scaled(model, model.hidden, model.layers) == model
+    small = stacks.scaled(model, 256, 3)
+    assert (small.hidden, small.layers, small.heads, small.head_dim) == (256, 3, 2, 128)
+    assert small.intermediate * model.hidden == 256 * model.intermediate
+    assert stacks.scaled(model, 7, 1).heads == 1
+
+
+def test_random_weights_are_nf4_of_the_size_that_keeps_activations():
+    weight = stacks.random_nf4(256, 512, torch.bfloat16, torch.Generator().manual_seed(0))
+    values = peftkern.dequantize_nf4(weight).float()
+    assert weight.nested and values.shape == (256, 512)
+    assert values.std().item() == pytest.approx(512**-0.5, rel=NF4_RANDOM_STD_RTOL)
+    layer = stacks.nf4_layer(weight)
+    assert torch.equal(peftkern.NF4Weight.from_bitsandbytes(layer.weight).packed, weight.packed)
+
+
+def asked(seconds: float | None = None, **how: object) -> dict:
+    noted: dict = {}
+    options = suite.sized(toy(FIT), TOY)
+    bench_e2e.does_it_fit(options, seconds, lambda **facts: noted.update(facts), **how)
+    return noted
+
+
+def test_a_step_that_fits_is_measured():
+    noted = asked(adapter="bf16")
+    assert noted["fits"] is True and noted["reached"] == "step 2"
+    assert len(noted["losses"]) == len(noted["step_s"]) == bench_e2e.STEPS
+    assert noted["losses"][1] < noted["losses"][0]
+    assert 0 < noted["planned_bytes"] < bench_e2e.CAP
+    assert noted["peak_bytes"] > noted["planned_bytes"] / 2
+
+
+def test_a_step_that_does_not_fit_is_an_answer():
+    assert asked(adapter="fp32", cap=1)["fits"] is False
+    noted: dict = {}
+
+    def run() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    bench_e2e.answer(run, CPU, 1, lambda **facts: noted.update(facts))
+    assert noted == {
+        "fits": False,
+        "stopped": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.",
+    }
+
+
+def test_a_step_without_time_is_no_answer():
+    noted = asked(adapter="bf16", seconds=0.0)
+    assert noted["fits"] is None and noted["stopped"] == "no time left after 0 s"
+    assert noted["reached"] == "nothing" and noted["planned_bytes"] > 0
+
+
+def test_other_errors_are_no_answer_either():
+    def run() -> None:
+        raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        bench_e2e.answer(run, CPU, 1, lambda **facts: None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+def test_the_gpu_part_runs_under_the_interpreter(tmp_path):
+    """As gpu.py starts it, with the question and what it notes in the record."""
+    assert "e2e" in gpu.SHARES
+    command = [sys.executable, "bench/bench_e2e.py", "--device", "cpu", "--only", "bf16-adapters"]
+    command += ["--n", "32", "--k", "32", "--rows", "2", "--layers", "1", "--seconds", "0"]
+    command += ["--budget", "500", "--rotate-mb", "0", "--out", str(tmp_path), "--commit", "abc"]
+    environment = {**os.environ, "PYTHONPATH": str(machine.ROOT), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, cwd=machine.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{FIT.name}: fits into 48 GB; peak" in done.stdout
+    (path,) = tmp_path.glob("*-interpreter/e2e.json")
+    (answer,) = json.loads(path.read_text())["answers"]
+    assert answer["name"] == FIT.name and answer["fits"] is True and answer["reached"] == "step 2"

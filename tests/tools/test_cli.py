@@ -1,0 +1,137 @@
+"""The command line as a user meets it: real processes, their output, their exit status."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from checkpoint_folders import save_llama
+from paths import ROOT
+from tolerances import HANG_SECONDS
+
+import peftkern
+from peftkern.cli import app, main
+from peftkern.cli.frame import InputError, bad_input, dtype_name, parse_bytes
+from peftkern.tools.bench import command as bench_command
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "peftkern", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANG_SECONDS)
+
+
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version_is_the_package_s(argument):
+    done = run(argument)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{peftkern.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["version", "--loud"], "No such option: --loud"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, complaint, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    assert said.err.startswith("peftkern: error: ") and complaint in said.err
+
+
+@pytest.mark.parametrize("command", ["bench", "doctor", "explain", "plan", "quantize"])
+def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert any(f"peftkern {command}" in line for line in lines)
+    prose = lines[: next(i for i, line in enumerate(lines) if line.startswith("╭"))]
+    assert max(map(len, lines)) <= 80
+    # Filled, not broken where the source is: the next word would not have fitted.
+    for line, after in itertools.pairwise(prose):
+        assert not (line and after) or len(line) + 1 + len(after.split()[0]) > 79
+
+
+def example(name: str) -> list[str]:
+    """The command that the help of a command shows, split as a shell does."""
+    (text,) = re.findall(r"Example: (peftkern .*)", inspect.cleandoc(COMMANDS[name].__doc__))
+    return [os.path.expanduser(word) for word in shlex.split(text)][1:]
+
+
+COMMANDS = {
+    command.name or command.callback.__name__: command.callback
+    for command in app.registered_commands
+}
+EXAMPLES = [name for name, function in COMMANDS.items() if "Example:" in function.__doc__]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
+    """`bench` is told apart from a run: that takes five minutes, and has tests of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if name == "quantize":
+        save_llama(tmp_path / "models" / "llama3-8b")
+    ran = []
+    monkeypatch.setattr(bench_command, "execute", lambda plan: ran.append(plan.budget) or 0)
+    assert main(example(name)) == 0
+    assert ran == ([300.0] if name == "bench" else [])
+    assert (tmp_path / "models" / "llama3-8b-nf4").exists() == (name == "quantize")
+
+
+def test_commands_with_an_example():
+    assert set(EXAMPLES) == {"bench", "explain", "plan", "quantize"}
+
+
+def test_help_is_shown_when_asked_and_when_nothing_is():
+    asked, nothing = run("--help"), run()
+    assert asked.returncode == 0
+    assert "version" in asked.stdout
+    assert nothing.returncode == 2
+    assert "version" in nothing.stdout + nothing.stderr
+
+
+@pytest.mark.parametrize("text", ["48", "GB", "-1GB", "0GB", "nanGB", "1e9GB", "4PB", "4 G B", ""])
+def test_what_is_no_size(text):
+    with pytest.raises(InputError, match="--fit: expected a size like 48GB"):
+        parse_bytes("--fit", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("48GB", 48 * 10**9), ("1.5 GiB", 3 * 2**29), (" 7kb ", 7000), ("2tib", 2**41)],
+)
+def test_sizes_know_their_units(text, count):
+    assert parse_bytes("--fit", text) == count
+
+
+def test_dtypes_have_a_short_and_a_full_name():
+    assert dtype_name("--dtype", "bf16", ("bf16",)) == "bf16"
+    assert dtype_name("--dtype", "bfloat16", ("bf16",)) == "bf16"
+    for text in ("float32", "fp32", "half", ""):
+        with pytest.raises(InputError, match=f"--dtype: expected one of bf16, fp16, got '{text}'"):
+            dtype_name("--dtype", text, ("bf16", "fp16"))
+
+
+def test_library_s_names_become_options():
+    for message, said in [
+        ("adapter_dtype: expected\n bf16", "--adapter-dtype: expected bf16"),
+        ("model: expected", "model: expected"),
+        ("adapter_dtype is missing", "adapter_dtype is missing"),
+    ]:
+        with pytest.raises(InputError) as caught, bad_input("adapter_dtype"):
+            raise ValueError(message)
+        assert str(caught.value) == said
+
+
+def test_file_that_cannot_be_read_is_named():
+    with pytest.raises(InputError) as caught, bad_input():
+        open("no/such/file")  # noqa: SIM115  (it does not open)
+    assert str(caught.value) == "no/such/file: No such file or directory"

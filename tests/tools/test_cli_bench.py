@@ -1,0 +1,316 @@
+"""`peftkern bench` as a user runs it, on shapes that take seconds: real peers, real processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ROOT
+from tolerances import HANG_SECONDS
+from waiting import wait_until
+
+from peftkern.cli import main
+from peftkern.tools.bench import command, instrument
+from peftkern.tools.bench.cases import Problem
+from peftkern.tools.bench.record import FORMAT, Case, Provider, Record
+
+TINY = ["--device=cpu", "--threads=1", "--shapes=24x64x128", "--r=4", "--seconds=0.1"]
+BUDGET = 600.0  # seconds: seven processes import on one core, which others may use as well
+
+
+def environment() -> dict[str, str]:
+    """A user's: without Triton's interpreter, and finding the package as it is here."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "COLUMNS")}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+
+
+def bench(*arguments: str, columns: int | None = None) -> subprocess.CompletedProcess:
+    more = {} if columns is None else {"COLUMNS": str(columns)}
+    return subprocess.run(
+        [sys.executable, "-m", "peftkern", "bench", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "tests",  # where bench_providers is
+        env={**environment(), **more},
+        timeout=HANG_SECONDS,
+    )
+
+
+def earlier(path: Path, name: str, peer: str, label: str, ratio: float) -> Path:
+    """As if that peer had taken so many times as long as ours in an earlier run."""
+    medians = {"peftkern": 1.0, peer: ratio}
+    rows = {n: {"label": label, "median_ms": median} for n, median in medians.items()}
+    case = {"name": name, "against": peer, "providers": rows}
+    path.write_text(json.dumps({"format": FORMAT, "environment": {}, "cases": [case]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
+    """All ops beside the peers that the tests' environment has, and an earlier run that was worse
+    than this one can be."""
+    folder = tmp_path_factory.mktemp("bench")
+    case = "nf4_dequantize/64x128/bfloat16/forward"
+    old = earlier(folder / "old.json", case, "bitsandbytes", "bitsandbytes", 1e-3)
+    done = bench(
+        *TINY,
+        "--op=nf4_lora_linear,lora_linear,nf4_linear,nf4_dequantize",
+        "--baselines=frozen,peft,bitsandbytes",
+        f"--json={folder / 'new.json'}",
+        f"--csv={folder / 'new.csv'}",
+        f"--compare={old}",
+        "--repro",
+        f"--budget={BUDGET:g}",
+        columns=80,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, json.loads((folder / "new.json").read_text()), folder
+
+
+@pytest.fixture(scope="module")
+def rivals(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record]:
+    """One case beside baselines of every kind of misbehaviour, and an earlier run that was better
+    than this one can be."""
+    folder = tmp_path_factory.mktemp("rivals")
+    names = ["right", "wrong", "raising", "crashing"]
+    case = "lora_linear/24x64x128/M24/r4/bfloat16/full"
+    right = "bench_providers:right"
+    done = bench(
+        *TINY,
+        "--op=lora_linear",
+        f"--baselines={','.join(f'bench_providers:{name}' for name in names)}",
+        f"--json={folder / 'new.json'}",
+        f"--compare={earlier(folder / 'old.json', case, right, right, 1e6)}",
+        f"--budget={BUDGET:g}",
+    )
+    assert (folder / "new.json").exists(), done.stdout + done.stderr
+    return done, json.loads((folder / "new.json").read_text())
+
+
+def test_every_provider_is_right_and_timed(peers):
+    _, record, _ = peers
+    assert set(Record.__annotations__) == set(record)
+    assert record["format"] == FORMAT
+    assert record["not_reached"] == []
+    assert [list(case["providers"]) for case in record["cases"]] == [
+        ["peftkern", "frozen", "peft", "bitsandbytes"],
+        ["peftkern", "frozen", "peft"],
+        ["peftkern", "frozen", "bitsandbytes"],
+        ["peftkern", "bitsandbytes"],
+    ]
+    assert [case["against"] for case in record["cases"]] == [
+        "bitsandbytes",
+        "peft",
+        "bitsandbytes",
+        "bitsandbytes",
+    ]
+    assert record["roof"]["copy_bytes"] == 1 << 20  # small, as these shapes are: in a cache
+    for case in record["cases"]:
+        assert set(Case.__annotations__) == set(case)
+        roof = max(
+            case["bytes"] / record["roof"]["copy"], case["flops"] / record["roof"]["bfloat16"]
+        )
+        assert case["floor_ms"] == pytest.approx(1e3 * roof)
+        for name, row in case["providers"].items():
+            where = f"{case['name']} {name}"
+            assert set(Provider.__annotations__) == set(row), where
+            assert row["wrong"] is None and row["failed"] is None, where
+            assert 0 < row["error_rms"] < 0.01, where
+            assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"], where
+            assert min(row["samples_ms"]) <= row["median_ms"] <= max(row["samples_ms"]), where
+            assert len(row["samples_ms"]) >= 7, where
+            assert row["gb_s"] == pytest.approx(case["bytes"] / row["median_ms"] / 1e6), where
+            assert row["share_of_roof"] == pytest.approx(case["floor_ms"] / row["median_ms"])
+            assert row["peak_bytes"] > 0, where
+
+
+def test_the_peak_is_what_the_tensors_add_up_to(peers):
+    _, record, _ = peers
+    dequantized = record["cases"][3]["providers"]["peftkern"]
+    assert dequantized["peak_bytes"] == 64 * 128 * 2  # the result and nothing else
+
+
+def test_output_is_a_table_of_80_columns(peers):
+    done, record, _ = peers
+    table, _, commands = done.stdout.partition("To measure one of them again:")
+    assert max(map(len, table.splitlines())) <= 80
+    for word in ("speed-up", "of roof", "peak MB", "[p20-p80]", "peft+bitsandbytes", "roof:"):
+        assert word in table
+    assert "WRONG" not in table and "FAILED" not in table
+    for case in record["cases"]:
+        assert case["command"] in commands
+    assert f"torch {torch.__version__}" in commands
+
+
+def test_file_that_cannot_be_written_costs_no_result(peers, tmp_path, capfd):
+    _, record, _ = peers
+    outputs = command.Outputs(
+        json=tmp_path / "gone" / "new.json",
+        csv=None,
+        html=None,
+        earlier=None,
+        fail_if=0.05,
+        repro=False,
+    )
+    with pytest.raises(command.BenchError, match=r"^not written: .*new\.json"):
+        command.tell(record, outputs)
+    assert "peftkern beside those that do the same" in capfd.readouterr().out
+
+
+def test_csv_has_a_line_per_case_and_provider(peers):
+    _, record, folder = peers
+    with open(folder / "new.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    rows = [(c, n, row) for c in record["cases"] for n, row in c["providers"].items()]
+    assert len(lines) == len(rows)
+    for line, (case, name, row) in zip(lines, rows, strict=True):
+        assert (line["case"], line["provider"]) == (case["name"], name)
+        assert float(line["median_ms"]) == row["median_ms"]
+    assert {path.name for path in folder.iterdir()} == {"new.csv", "new.json", "old.json"}
+
+
+def test_a_wrong_provider_shows_no_time_and_a_broken_one_costs_nobody_else(rivals):
+    done, record = rivals
+    (case,) = record["cases"]
+    rows = {name.partition(":")[2]: row for name, row in case["providers"].items()}
+    assert rows["right"]["median_ms"] > 0, rows
+    assert case["providers"]["peftkern"]["median_ms"] > 0
+    assert "bound 0.03 rms" in (rows["wrong"]["wrong"] or ""), rows
+    assert rows["raising"]["failed"] == "RuntimeError: no kernel for lora_linear"
+    assert rows["crashing"]["failed"] == "killed by SIGABRT: Fatal: out of bounds"
+    lines = done.stdout.splitlines()
+    for name in ("wrong", "raising", "crashing"):
+        assert rows[name]["median_ms"] is None and rows[name]["samples_ms"] == []
+        (line,) = [line for line in lines if line.startswith(f"bench_providers:{name} ")]
+        assert line.split()[1:] == ["WRONG" if name == "wrong" else "FAILED"]
+        assert any(line.startswith(("WRONG", "FAILED")) and name in line for line in lines)
+
+
+def test_a_provider_that_hangs_costs_the_run_its_patience_and_no_more(monkeypatch):
+    """It would take an hour. When the others have answered, the patience with it is soon over."""
+    monkeypatch.chdir(ROOT / "tests")  # where bench_providers is
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(instrument, "PATIENCE", 1e-3)
+    problem = Problem("lora_linear", "x", 24, 64, 128, 4, "bfloat16", "full")
+    names = ["bench_providers:right", "bench_providers:hanging"]
+    options = {"device": "cpu", "threads": 1, "seed": 0, "seconds": 0.1, "budget": BUDGET}
+    with instrument.Bench([problem], names, **options) as run:
+        record = run.run()
+    (case,) = record["cases"]
+    ours, right, hanging = case["providers"].values()
+    assert ours["median_ms"] > 0 and right["median_ms"] > 0
+    assert hanging["failed"].endswith("while building the layers")
+    assert record["budget_s"] == BUDGET and record["elapsed_s"] < BUDGET
+
+
+def test_a_budget_for_nothing_is_one_clear_line(tmp_path):
+    out = tmp_path / "new.json"
+    done = bench(*TINY, "--baselines=bench_providers:right", "--budget=0.1s", f"--json={out}")
+    assert done.returncode == 2
+    assert done.stderr == ("peftkern: error: --budget: 0.1 s ended before anything was measured\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_fails_when_slower_and_only_then(peers, rivals):
+    """Both have an earlier record, the one of a slower, the other of a faster peftkern."""
+    better, worse = peers[0], rivals[0]
+    assert better.returncode == 0
+    assert "0 of 1 cases slower by more than 5.0%" in better.stdout
+    assert "not compared: not in the earlier record" in " ".join(better.stdout.split())
+    assert worse.returncode == 1
+    assert "ratio to bench_providers:right" in worse.stdout and "SLOWER" in worse.stdout
+    assert "1 of 1 cases slower by more than 5.0%" in worse.stdout
+
+
+def test_workers_die_with_a_killed_parent(tmp_path):
+    command = [sys.executable, "-m", "peftkern", "bench", *TINY, "--op=lora_linear"]
+    command += ["--baselines=bench_providers:hanging", "--budget=120s"]
+    parent = subprocess.Popen(
+        command,
+        cwd=ROOT / "tests",
+        env={**environment(), "TMPDIR": str(tmp_path)},  # nobody is left to remove its files
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        wait_until(lambda: len(children.read_text().split()) == 3)  # the referee, ours, and one
+        workers = children.read_text().split()
+        time.sleep(1)  # into their imports
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    wait_until(lambda: not any(map(is_running, workers)))
+
+
+def is_running(process: str) -> bool:
+    """A zombie is not: whoever adopted it has only not asked yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--op", "nonsense"], "--op: 'nonsense' is not one of nf4_lora_linear, lora_linear"),
+        (["--op", ""], "--op: '' has an empty entry"),
+        (["--shapes", "12x12"], "--shapes: '12x12' is not one of llama2-7b"),
+        (["--shapes", "0x8x8"], "each of M, N and K must be from 1"),
+        (["--shapes", "8x16777216x16777216"], "this machine has"),
+        (["--rows", "none"], "--rows: 'none'; accepted: whole numbers"),
+        (["--dtype", "int8"], "--dtype: 'int8' is not one of bf16"),
+        (["--mode", "sideways"], "--mode: 'sideways' is not one of forward"),
+        (["--op", "nf4_dequantize", "--mode", "full"], "--mode: nf4_dequantize has no full"),
+        (["--r", "0"], "--r: '0'; accepted: whole numbers from 1 to 4096"),
+        (["--baselines", "nobody"], "--baselines: nobody: unknown; accepted: auto, frozen"),
+        (["--baselines", "no_such_module:build"], "there is no module no_such_module"),
+        (["--baselines", "torch", "--op", "lora_linear"], "torch: has nothing to compare for"),
+        (["--baselines", "auto,peft"], "--baselines: auto: unknown"),
+        (["--budget", "soon"], "--budget: 'soon'; accepted: a time up to a day"),
+        (["--threads", "0"], "--threads: expected 1 to"),
+        (["--seed", "-1"], "--seed: expected 0 to"),
+        (["--device", "tpu"], "--device: 'tpu' is not one of cpu, cuda"),
+        (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["--csv", "."], "--csv: . is a folder"),
+        (["--csv", "/dev/null"], "--csv: /dev/null is a link or a device"),
+        (["--json", "/dev/stdout"], "--json: /dev/stdout is a link or a device"),
+        (["--compare", "no/such.json"], "no/such.json"),
+        (["--compare", "conftest.py"], "conftest.py: expected JSON in UTF-8"),
+        (["--fail-if", "5%"], "--fail-if: needs --compare"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_runs(arguments, complaint, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT / "tests")
+    monkeypatch.setattr(command, "execute", lambda plan: pytest.fail("it ran"))
+    assert main(["bench", *arguments]) == 2
+    out, error = capfd.readouterr()
+    assert out == ""
+    assert complaint in error
+    assert len(error.splitlines()) == 1
+    assert error.startswith("peftkern: error: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_absent_gpu_is_one_clear_line(capfd):
+    assert main(["bench", "--device", "cuda"]) == 2
+    error = capfd.readouterr().err
+    assert f"--device cuda: torch {torch.__version__} sees no GPU" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_compare_with_other_cases_is_refused_before_anything_runs(peers, capfd):
+    *_, folder = peers
+    compare = f"--compare={folder / 'new.json'}"
+    assert main(["bench", *TINY, "--op=lora_linear", "--dtype=fp32", compare]) == 2
+    error = capfd.readouterr().err
+    assert "has none of these cases; it has lora_linear/24x64x128" in error
+    assert len(error.splitlines()) == 1

@@ -1,0 +1,266 @@
+"""`peftkern doctor` on healthy, bare and broken installations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft_models import K, lora_net, make_linear4bit, patched_copy
+from site_packages import ROOT, SITE, python, without
+from test_cli import run
+from waiting import wait_until
+
+from peftkern.backends import dispatch, native, ops
+from peftkern.integrations.packages import Version, accepted, importing, release
+from peftkern.tools.doctor import doctor, self_test
+
+PEERS = ("peft", "transformers", "bitsandbytes", "accelerate", "trl", "triton")
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    """A folder of packages with everything that is installed here but the peers."""
+    return without(tmp_path / "site", *PEERS)
+
+
+def examine(site: Path, *folders: Path, **environment: str) -> tuple[int, dict]:
+    """Exit status and answer of a doctor that sees these folders of packages alone."""
+    command = ("-m", "peftkern", "doctor", "--json")
+    done = python(site, *command, folders=folders, **{"TRITON_INTERPRET": "0", **environment})
+    assert done.stderr == ""
+    return done.returncode, json.loads(done.stdout)
+
+
+def add_package(site: Path, name: str, version: str, code: str) -> None:
+    (site / name).mkdir()
+    (site / name / "__init__.py").write_text(code)
+    add_metadata(site, name, version)
+
+
+def add_metadata(site: Path, name: str, version: str) -> None:
+    info = site / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def wrong(answer: dict) -> list[str]:
+    return [finding["what"] for finding in answer["findings"] if finding["wrong"]]
+
+
+def test_this_machine_is_healthy():
+    done = run("doctor")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.endswith("\nhealthy\n") and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("/")) <= 80
+    assert any(line.split() == ["in", "use:", native.cpu_isa()] for line in lines)
+    assert [line.split()[:3] for line in lines if line.startswith("peft ")] == [
+        ["peft", Version("peft", doctor.installed_version("peft"), "").version, accepted("peft")]
+    ]
+    assert "WRONG" not in done.stdout and "failed" not in done.stdout
+
+
+def test_missing_peers_are_not_wrong(bare):
+    status, answer = examine(bare)
+    assert (status, answer["healthy"], wrong(answer)) == (0, True, [])
+    assert answer["built"]["triton"] == {"missing": "triton is not installed"}
+    versions = {v["name"]: v for v in answer["versions"]}
+    assert versions.keys() == {"torch", *PEERS}
+    assert {versions[name]["version"] for name in PEERS} == {None}
+    assert versions["peft"]["accepted"] == accepted("peft") != ""
+    assert {row["op"] for row in answer["served"]} == set(ops.SCHEMAS)
+    assert {row["backend"] for row in answer["served"] if row["device"] == "cpu"} == {"cpu"}
+    assert all(result["ok"] for result in answer["tested"])
+    assert answer["built"]["_cpu"]["in_use"] == native.cpu_isa()
+
+
+def test_broken_and_old_peers_are_wrong_and_nothing_fails(bare, tmp_path):
+    add_package(bare, "peft", "0.16.9", "")
+    add_package(bare, "transformers", "9.0", "import no_such_module")
+    add_package(bare, "accelerate", "2.0", "import os\nos._exit(7)")
+    (bare / f"numpy-{doctor.installed_version('numpy')}.dist-info").unlink()
+    add_metadata(bare, "numpy", "2.4.1")
+    status, answer = examine(bare, TRITON_INTERPRET="1", PEFTKERN_BACKEND="reference")
+    assert (status, answer["healthy"]) == (1, False)
+    assert wrong(answer) == [
+        "peft 0.16.9 is older than 0.17, the oldest that is supported",
+        "transformers does not work: ModuleNotFoundError: No module named 'no_such_module'",
+        "accelerate does not work: it ends Python with status 7 while it is imported",
+        "TRITON_INTERPRET=1 with numpy 2.4.1: Triton's interpreter needs one before 2.4",
+    ]
+    assert all(finding["do"] for finding in answer["findings"])
+    assert {result["backends"] for result in answer["tested"]} == {"reference"}
+
+
+def test_bitsandbytes_without_its_library_is_told(tmp_path, monkeypatch):
+    shutil.copytree(SITE / "bitsandbytes", tmp_path / "bitsandbytes", ignore=_libraries)
+    monkeypatch.syspath_prepend(tmp_path)
+    with importing(["bitsandbytes"]) as peers:
+        imports, defects = peers(300.0)["bitsandbytes"]
+    assert imports.startswith("its native library is not usable: ")
+    version = Version("bitsandbytes", "0.50", ">=0.46", imports, defects)
+    (finding,) = [f for f in doctor.version_findings(version) if imports in f.what]
+    assert "force-reinstall" in finding.do
+    assert finding.wrong == torch.cuda.is_available()  # a CPU has slower ways
+
+
+def _gradient(model: torch.nn.Module) -> torch.Tensor:
+    x = torch.linspace(-1, 1, 4 * K).view(4, K).bfloat16().requires_grad_()
+    model.train()(x).float().square().sum().backward()
+    return x.grad.float()
+
+
+def _error_after_an_evaluation(model: torch.nn.Module) -> float:
+    """Of the gradient of the input, relative."""
+    before = _gradient(model)
+    with torch.no_grad():
+        model.eval()(torch.ones(1, K, dtype=torch.bfloat16))
+    return ((_gradient(model) - before).norm() / before.norm()).item()
+
+
+def test_gradients_that_bitsandbytes_loses_after_an_evaluation_are_told():
+    model = lora_net(make_linear4bit(torch.bfloat16, bias=False), adapter_dtype=torch.bfloat16)
+    assert _error_after_an_evaluation(patched_copy(model)) == 0.0
+    with importing(["bitsandbytes"]) as peers:
+        _, defects = peers(300.0)["bitsandbytes"]
+    version = Version("bitsandbytes", "0.50.2", ">=0.46", "", defects)
+    told = [f for f in doctor.version_findings(version) if "training after an evaluation" in f.what]
+    assert len(told) == (_error_after_an_evaluation(model) > 0.5)
+    assert all("peftkern.patch before the first evaluation" in finding.do for finding in told)
+    assert not any(finding.wrong for finding in told)  # patched models are right
+
+
+def _libraries(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.startswith("libbitsandbytes_")]
+
+
+def test_missing_native_library_is_wrong(bare, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT / "peftkern", source / "peftkern", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    status, answer = examine(bare, source)
+    assert status == 1
+    assert "the native library peftkern._cpu is not usable" in answer["built"]["_cpu"]["missing"]
+    assert any("plain torch serves it" in what for what in wrong(answer))
+    assert all(r["ok"] and r["backends"] == "reference" for r in answer["tested"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint", "tested"),
+    [
+        ("PEFTKERN_BACKEND", "gpu", "PEFTKERN_BACKEND: expected one of", False),
+        ("PEFTKERN_BACKEND", "triton", "on cpu (triton: tensors are on cpu)", True),
+    ],
+)
+def test_wrong_switches_are_wrong(bare, name, value, complaint, tested):
+    status, answer = examine(bare, **{name: value})
+    assert status == 1
+    assert any(complaint in what for what in wrong(answer))
+    assert bool(answer["tested"]) == tested
+    assert not any("failed" in what for what in wrong(answer))
+
+
+def test_instruction_set_that_is_not_here_is_wrong(monkeypatch):
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", "mmx")
+    (finding,) = doctor._environment_findings()
+    assert finding.wrong and finding.what.startswith("PEFTKERN_CPU_ISA: expected one of")
+
+
+def test_stale_or_weak_build_is_found():
+    stale = {"_cpu": {"compiled_in": None, "usable_here": ["scalar"], "in_use": "scalar"}}
+    (finding,) = doctor._build_findings(stale)
+    assert finding.wrong and "older sources" in finding.what
+    weak = {"_cpu": {"compiled_in": ["scalar"], "usable_here": ["scalar"], "in_use": "scalar"}}
+    found = list(doctor._build_findings(weak))
+    assert [f.wrong for f in found] == ([False] if doctor._machine_isas() else [])
+    assert set(doctor._machine_isas()) >= set(native.cpu_isas()) - {"scalar"}
+
+
+def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    begun = tmp_path / "begun"
+    (tmp_path / "quick_peer.py").write_text("print('[1, 2]')")
+    (tmp_path / "slow_peer.py").write_text(
+        f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(3600)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with importing(["quick_peer", "slow_peer", "third_peer"]) as peers:
+        wait_until(begun.exists)
+        answers = peers(0.1)
+    assert answers == {
+        "quick_peer": ("", ()),
+        "slow_peer": ("it is not imported after 0.1 s", ()),
+    }
+
+
+def test_self_test_reaches_every_op():
+    dispatch.reset_stats()
+    assert all(result.ok for result in self_test.run("cpu"))
+    assert {op for op, _ in dispatch.stats().calls} == set(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("isa", native.cpu_isas())
+def test_self_test_passes_on_every_instruction_set(isa, monkeypatch):
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", isa)
+    assert [result for result in self_test.run("cpu") if not result.ok] == []
+
+
+def _off(value):
+    """A result that is slightly wrong: by less than a percent, or by one bit."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_off, value))
+    if value.dtype is torch.bool:
+        return ~value
+    return value * 1.005 if value.is_floating_point() else value ^ 1
+
+
+@pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
+def test_self_test_finds_a_kernel_that_is_slightly_wrong(op, monkeypatch):
+    def run_wrongly(candidate):
+        def run(*args):
+            result = candidate.run(*args)
+            if result is None:  # what writes to its last argument
+                args[-1].mul_(1.005)
+                return None
+            return _off(result)
+
+        return replace(candidate, run=run) if candidate.name == "cpu" else candidate
+
+    candidates = tuple(map(run_wrongly, dispatch._CANDIDATES[op]))
+    monkeypatch.setitem(dispatch._CANDIDATES, op, candidates)
+    found = [result for result in self_test.run("cpu") if not result.ok]
+    assert found, op
+    finding = doctor._test_finding(found[0])
+    assert finding.wrong and found[0].function in finding.what
+
+
+def test_self_test_tells_what_a_kernel_raises(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("broken\nkernel")
+
+    broken = dispatch.Candidate("cpu", "cpu", dispatch._always, fail)
+    monkeypatch.setitem(dispatch._CANDIDATES, "low_rank_svd", (broken,))
+    (result,) = [result for result in self_test.run("cpu") if not result.ok]
+    assert (result.function, result.error) == ("low_rank_svd", "RuntimeError: broken kernel")
+
+
+def test_compiler_and_headers_are_looked_for(tmp_path):
+    findings = list(doctor.compiler_findings(tmp_path, "no-such-compiler"))
+    assert [finding.wrong for finding in findings] == [True, True]
+    assert "Python.h" in findings[0].what and "no-such-compiler" in findings[1].what
+    (tmp_path / "Python.h").touch()
+    assert list(doctor.compiler_findings(tmp_path, sys.executable)) == []
+
+
+def test_versions_compare_by_their_numbers():
+    assert release("2.13.0+cpu") == (2, 13, 0)
+    assert release("0.9.2") < release("0.17") < release("0.17.0.dev1")
+    old = Version("torch", "2.8", ">=2.10")
+    assert [finding.wrong for finding in doctor.version_findings(old)] == [True]
+    assert list(doctor.version_findings(replace(old, version="2.10.0"))) == []
+    assert list(doctor.version_findings(replace(old, accepted=None))) == []

@@ -1,0 +1,192 @@
+"""`peftkern quantize` as a user meets it: real processes, what they print, what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_folders import LLAMA, contents, load_tensors, save_llama
+from paths import ROOT
+from tolerances import HANG_SECONDS
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from waiting import wait_until
+
+from peftkern.cli import main
+from peftkern.tools.quantize.staging import WORK
+
+
+def command(*arguments: object, python: tuple[str, ...] = ("-m", "peftkern")) -> dict:
+    return {
+        "args": [sys.executable, *python, "quantize", *map(str, arguments)],
+        "cwd": ROOT,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        # In the background of a shell, where tests may run, Ctrl-C would be ignored.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }
+
+
+def test_a_checkpoint_is_quantised_and_described(tmp_path):
+    source = save_llama(tmp_path / "src", torch.float32, sharded=True)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "pytorch_model.bin").write_text("the same weights")
+    (source / "onnx").mkdir()
+    (source / "onnx" / "model.onnx").write_text("once more")
+    options = ["--shard-size", "30KB", "--no-double-quant", "--skip", "v_proj"]
+    done = subprocess.run(**command(source, tmp_path / "dst", *options), timeout=HANG_SECONDS)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "12 tensors quantised, 9 kept"
+    assert "MB before" in lines[1] and "bits per parameter" in lines[1]
+    assert lines[2].startswith("largest relative error ") and lines[2].endswith("proj.weight")
+    assert "read back, checksums agree" in lines[3]
+    assert lines[4:] == [
+        "2 other files copied",  # generation_config.json is the other one
+        "left behind: onnx/model.onnx, pytorch_model.bin",
+        f"{tmp_path / 'dst'}: written",
+    ]
+    names = [f"{name}_proj.weight" for name in ("q", "k", "o", "gate", "up", "down")]
+    tensors = load_tensors(source)
+    share = sum(t.numel() for name, t in tensors.items() if name.endswith(tuple(names)))
+    share /= sum(tensor.numel() for tensor in tensors.values())
+    assert lines[1].endswith(f" in quantised tensors, which hold {share:.0%} of the parameters")
+    before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    after = sum(path.stat().st_size for path in (tmp_path / "dst").glob("*.safetensors"))
+    said = [float(part.split()[0]) * 1e6 for part in lines[1].split(":")[0].split(",")]
+    assert said[0] == pytest.approx(before, rel=0.1) and said[1] == pytest.approx(after, rel=0.2)
+    assert (tmp_path / "dst" / "tokenizer.json").read_text() == "{}"
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_compute_dtype"] == "float32"
+    assert config["llm_int8_skip_modules"] == ["lm_head", "v_proj"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert torch.isfinite(model.train()(torch.arange(8)[None]).logits).all()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["an expert a tensor", "fused"])
+def test_experts_that_stay_as_they_are_are_told_before_and_after(tmp_path, capsys, fused):
+    """In the source each expert has its tensors, or all of a layer have one: both are kept."""
+    source = tmp_path / "src"
+    config = {**LLAMA, "num_local_experts": 3, "intermediate_size": 96}
+    if fused:
+        GptOssForCausalLM(GptOssConfig(**config)).bfloat16().save_pretrained(source)
+    else:
+        MixtralForCausalLM(MixtralConfig(**config)).bfloat16().save_pretrained(source)
+    capsys.readouterr()
+    assert main(["quantize", str(source), str(tmp_path / "dst")]) == 0
+    said = capsys.readouterr()
+    tensors = load_tensors(source)
+    sizes = {name: t.numel() for name, t in tensors.items() if "experts" in name and t.dim() > 1}
+    assert {tensors[name].dim() for name in sizes} == ({2, 3} if fused else {2})
+    total = sum(tensor.numel() for tensor in tensors.values())
+    written = load_tensors(tmp_path / "dst").values()
+    bits = 8 * sum(t.numel() * t.element_size() for t in written) / total
+    line = (
+        f"experts: {sum(sizes.values()) / total:.0%} of the parameters stay in 16 bits (3-D tensors"
+        f" in transformers, which are not quantised): {bits:.2f} bits per parameter in all"
+    )
+    assert said.err == f"peftkern: note: {line}\n"
+    assert said.out.splitlines()[2] == line
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--shard-size", "5X"], "--shard-size: expected a size like 48GB (10^9)"),
+        (["--shard-size", "0MB"], "--shard-size: expected a size like 48GB (10^9)"),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+        (["--blocksize", "65"], "--blocksize: expected one of (32, 64, "),
+        (["--compute-dtype", "int8"], "--compute-dtype: expected one of bf16, fp16, fp32, got"),
+        (["--skip", "nonsense"], "--skip: no linear layer is called 'nonsense'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, options, complaint):
+    source = save_llama(tmp_path / "src")
+    refused(capsys, complaint, source, tmp_path / "dst", *options)
+
+
+def test_damaged_source_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    source = save_llama(tmp_path / "src")
+    os.truncate(source / "model.safetensors", 5000)
+    complaint = "model.safetensors: damaged, cut off or not safetensors"
+    refused(capsys, complaint, source, tmp_path / "dst")
+
+
+def refused(capsys: pytest.CaptureFixture, complaint: str, *arguments: object) -> None:
+    capsys.readouterr()
+    assert main(["quantize", *map(str, arguments)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and complaint in said.err and len(said.err.splitlines()) == 1
+    assert not arguments[1].exists()
+
+
+@pytest.mark.parametrize(("name", "kept"), [("fp16", "float16"), ("bfloat16", "bfloat16")])
+def test_compute_dtype_has_a_short_and_a_full_name(tmp_path, name, kept):
+    source = save_llama(tmp_path / "src")
+    assert main(["quantize", str(source), str(tmp_path / "dst"), "--compute-dtype", name]) == 0
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_compute_dtype"] == kept
+
+
+# The command, which halts at its third tensor, so that a signal always meets it in the middle.
+HALTING = """
+import sys, time
+from peftkern import cli
+from peftkern.tools.quantize import nf4_checkpoint
+quantised, begun = nf4_checkpoint._quantised, []
+def halting(*args):
+    begun.append(args)
+    if len(begun) > 2:
+        time.sleep(3600)
+    return quantised(*args)
+nf4_checkpoint._quantised = halting
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def stopped(how: signal.Signals, source: Path, out: Path, lines: int) -> str:
+    """What it says when that signal comes after so many lines of its journal."""
+    with subprocess.Popen(**command(source, out, python=("-c", HALTING))) as process:
+        journal = out / WORK / "journal"
+
+        def is_there() -> bool:
+            assert process.poll() is None
+            return journal.exists() and journal.read_bytes().count(b"\n") >= lines
+
+        wait_until(is_there)
+        process.send_signal(how)
+        stdout, stderr = process.communicate(timeout=HANG_SECONDS)
+    assert stdout == ""
+    assert process.returncode == (130 if how is signal.SIGINT else -how)
+    assert [path.name for path in out.iterdir()] == [WORK]
+    return stderr
+
+
+def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys):
+    """Twice: by Ctrl-C, then, further on, killed."""
+    source = save_llama(tmp_path / "src", torch.float32)
+    assert main(["quantize", str(source), str(tmp_path / "whole")]) == 0
+    out = tmp_path / "dst"
+    said = stopped(signal.SIGINT, source, out, 2)
+    # Behind it stands what the frame says of Ctrl-C, which depends on typer's version.
+    assert said.startswith("peftkern: stopped; the same command goes on from here\n")
+    assert "Traceback" not in said
+    journal = (out / WORK / "journal").read_bytes()
+    stopped(signal.SIGKILL, source, out, journal.count(b"\n") + 2)
+    assert (out / WORK / "journal").read_bytes().startswith(journal)
+    capsys.readouterr()
+    assert main(["quantize", str(source), str(out)]) == 0
+    assert "by an earlier run)" in capsys.readouterr().out.splitlines()[0]
+    assert contents(out) == contents(tmp_path / "whole")

@@ -1,0 +1,761 @@
+"""Writing NF4 checkpoints: the bytes, resuming, refusing, memory, and what transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from checkpoint_folders import LLAMA, contents, load_tensors, save_llama, save_tensors
+from paths import ROOT
+from safetensors import safe_open
+from tolerances import (
+    ABSMAX_CODE_BIN,
+    ABSMAX_CODE_MISMATCH,
+    DYNAMIC_MAP_RTOL,
+    HANG_SECONDS,
+    NF4_MAX_HALF_GAP,
+)
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+import peftkern
+from peftkern.formats.nf4 import BLOCKSIZES, STATE_BYTES, STATE_KEY, NF4Weight, dynamic_map
+from peftkern.tools.quantize import nf4_checkpoint
+from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
+from peftkern.tools.quantize.linear_weights import find_linear_weights
+from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
+from peftkern.tools.quantize.nf4_layout import Options
+from peftkern.tools.quantize.staging import WORK
+
+CONFIG = {"quant_method": "bitsandbytes"}
+SMALL = {
+    "one.weight": (torch.randn(24, 40) * 0.1).bfloat16(),
+    "one.bias": torch.randn(7),
+    "two.weight": torch.randn(5, 13),
+    "norm": torch.randn(3).half(),
+    "steps": torch.arange(5),
+    "mask": torch.tensor([True, False, True]),
+    "three.weight": torch.randn(33, 65).half(),
+}
+SMALL_LINEAR = {"one.weight": False, "two.weight": False, "three.weight": True}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Tensors of many dtypes and odd sizes, in two shards."""
+    names = list(SMALL)
+    shards = {
+        "model-00001-of-00002.safetensors": {name: SMALL[name] for name in names[:3]},
+        "model-00002-of-00002.safetensors": {name: SMALL[name] for name in names[3:]},
+    }
+    return save_tensors(tmp_path / "src", shards)
+
+
+def convert(source: Path, destination: Path, **options: Any) -> nf4_checkpoint.Summary:
+    """As the command does it."""
+    checkpoint = read_checkpoint(source)
+    mine = {k: options.pop(k) for k in ("skip", "compute_dtype", "force") if k in options}
+    force = mine.pop("force", False)
+    plan = find_linear_weights(checkpoint, double_quant=options.get("double_quant", True), **mine)
+    settings = Options(**options)
+    return quantize_checkpoint(
+        checkpoint, destination, plan.linear, plan.quantization_config, settings, force=force
+    )
+
+
+def convert_small(source: Path, destination: Path, progress: Any = None, **options: Any):
+    force = options.pop("force", False)
+    return quantize_checkpoint(
+        read_checkpoint(source),
+        destination,
+        options.pop("linear", SMALL_LINEAR),
+        CONFIG,
+        Options(**options),
+        force=force,
+        progress=progress,
+    )
+
+
+def stop_after(calls: int):
+    """Ctrl-C at a piece of work."""
+
+    def progress(count: int, name: str) -> None:
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shard_bytes", [1, 1500, 10**9])
+def test_every_tensor_is_written(tmp_path, small, double_quant, shard_bytes):
+    out = tmp_path / "out"
+    options = {"blocksize": 32, "double_quant": double_quant, "shard_bytes": shard_bytes}
+    summary = convert_small(small, out, **options)
+    got = load_tensors(out)
+    errors = []
+    for name, tensor in SMALL.items():
+        if name not in SMALL_LINEAR:
+            assert got[name].dtype is tensor.dtype and torch.equal(got.pop(name), tensor)
+            continue
+        dense = tensor.T.contiguous() if SMALL_LINEAR[name] else tensor
+        expected = peftkern.quantize_nf4(dense, blocksize=32, double_quant=double_quant)
+        prefix = name.removesuffix("weight")
+        w = NF4Weight.from_state_dict(got, prefix)
+        assert (w.shape, w.dtype, w.blocksize) == (tuple(dense.shape), tensor.dtype, 32)
+        for key, value in expected.state_dict(prefix).items():
+            written = got.pop(key)
+            if key.endswith(STATE_KEY):
+                assert bytes(written.tolist()).rstrip(b" ") == bytes(value.tolist())
+            else:
+                assert written.dtype is value.dtype and torch.equal(written, value)
+        difference = peftkern.dequantize_nf4(w).double() - dense.double()
+        errors.append((difference.norm() / dense.double().norm()).item())
+    assert got == {}
+    assert summary.largest_error == pytest.approx(max(errors), rel=1e-6)
+    assert (summary.quantised, summary.kept) == (3, 4)
+    assert summary.parameters == sum(tensor.numel() for tensor in SMALL.values())
+    assert summary.bytes_after == sum(
+        t.numel() * t.element_size() for t in load_tensors(out).values()
+    )
+    weights = sorted(path.name for path in out.glob("*.safetensors"))
+    assert summary.files == len(weights) and (len(weights) == 1) == (shard_bytes == 10**9)
+    if len(weights) > 1:
+        assert len(weights) == (len(SMALL) if shard_bytes == 1 else len(weights))
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        for path in weights:
+            with safe_open(out / path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    assert index["weight_map"].pop(key) == path
+        assert index == {"metadata": {"total_size": summary.bytes_after}, "weight_map": {}}
+    assert json.loads((out / "config.json").read_text())["quantization_config"] == CONFIG
+
+
+@pytest.mark.parametrize("shard_bytes", [1500, 10**9])
+def test_tensors_lie_at_multiples_of_their_element_size(tmp_path, small, shard_bytes):
+    convert_small(small, tmp_path / "out", shard_bytes=shard_bytes)
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        assert length % 8 == 0
+        sizes = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1}
+        for entry in json.loads(data[8 : 8 + length]).values():
+            if "dtype" in entry:
+                assert entry["data_offsets"][0] % sizes[entry["dtype"]] == 0
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2**22 - 1), (0, 5), (1, 1)])
+def test_state_fits_its_room(shape):
+    """The longest sizes and numbers that there are; nothing of such a weight is in memory."""
+    w = SimpleNamespace(
+        shape=shape,
+        blocksize=4096,
+        dtype=torch.bfloat16,
+        device="cpu",
+        packed=torch.empty(0, dtype=torch.uint8),
+        absmax=torch.empty(0),
+        nested_absmax=torch.empty(0),
+        nested_code=torch.empty(0),
+        nested_offset=torch.tensor(-1.1754943508222875e-38),
+        nested_blocksize=256,
+    )
+    assert len(NF4Weight.state_dict(w)[f"weight.{STATE_KEY}"]) <= STATE_BYTES
+
+
+# Against transformers and bitsandbytes.
+
+
+def on_the_fly(source: Path, cls: Any = AutoModelForCausalLM, **config: Any) -> nn.Module:
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.float32,
+        **config,
+    }
+    return cls.from_pretrained(source, quantization_config=BitsAndBytesConfig(**settings))
+
+
+def four_bit(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+
+
+def assert_same_model(got: nn.Module, expected: nn.Module) -> None:
+    """The same layers in 4 bits, the same bytes, and then the same output, bit for bit.
+
+    bitsandbytes' own CPU quantiser of a nested absmax looks codes up by bins, in a table that
+    torch.linspace has made: what differs is bounded, and taken over before outputs are compared.
+    """
+    layers, others = four_bit(got), four_bit(expected)
+    assert layers.keys() == others.keys() and layers
+    state, other_state = got.state_dict(), expected.state_dict()
+    assert state.keys() == other_state.keys()
+    off, count = 0, 0
+    for key, value in state.items():
+        assert value.dtype is other_state[key].dtype, key
+        if key.endswith("weight.absmax") and value.dtype is torch.uint8:
+            code = torch.tensor(dynamic_map())
+            mine, theirs = value.long(), other_state[key].long()
+            same_bin = (code[mine] - code[theirs]).abs() <= ABSMAX_CODE_BIN
+            assert (same_bin | ((mine - theirs).abs() <= 1)).all()
+            off, count = off + int((mine != theirs).sum()), count + value.numel()
+        elif key.endswith("weight.nested_quant_map"):
+            torch.testing.assert_close(value, other_state[key], rtol=DYNAMIC_MAP_RTOL, atol=0)
+        else:
+            assert torch.equal(value, other_state[key]), key
+    assert off <= ABSMAX_CODE_MISMATCH * count + 1
+    for name, layer in layers.items():
+        mine, theirs = layer.weight.quant_state, others[name].weight.quant_state
+        theirs.absmax = mine.absmax
+        if mine.nested:
+            theirs.state2.code = mine.state2.code
+    ids = torch.arange(2 * 9).view(2, 9) % LLAMA["vocab_size"]
+    for model in (got, expected):
+        model.train()  # in eval mode bitsandbytes repacks weights in place on some CPUs
+    assert torch.equal(got(ids)[0], expected(ids)[0])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_transformers_loads_what_it_would_have_quantised(tmp_path, dtype, sharded, tied):
+    source = save_llama(tmp_path / "src", dtype, sharded=sharded, tie_word_embeddings=tied)
+    convert(source, tmp_path / "out", shard_bytes=30_000 if sharded else 10**9)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 or not sharded
+    double = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert got.dtype is dtype and len(four_bit(got)) == 14
+    assert_same_model(got, on_the_fly(source, **double))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_options_reach_the_loaded_model(tmp_path, double_quant):
+    source = save_llama(tmp_path / "src")
+    skip = ["model.layers.0.mlp", "v_proj"]
+    options = {"double_quant": double_quant, "skip": skip, "compute_dtype": "float16"}
+    convert(source, tmp_path / "out", **options)
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(four_bit(got)) == 14 - 3 - 2
+    assert got.hf_quantizer.quantization_config.bnb_4bit_compute_dtype is torch.float16
+    expected = on_the_fly(
+        source,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float16,
+        llm_int8_skip_modules=["lm_head", *skip],
+    )
+    assert_same_model(got, expected)
+
+
+def test_blocksize_reaches_the_loaded_model(tmp_path):
+    source = save_llama(tmp_path / "src", torch.float32)
+    convert(source, tmp_path / "out", blocksize=256)
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    for name, layer in four_bit(got).items():
+        state = layer.weight.quant_state
+        assert state.blocksize == 256
+        w = NF4Weight.from_bitsandbytes(layer.weight)
+        weight = dense.get_submodule(name).weight
+        error = (peftkern.dequantize_nf4(w) - weight).abs().max() / weight.abs().max()
+        assert error < NF4_MAX_HALF_GAP
+        assert state.dtype is torch.float32
+
+
+def test_base_model_without_its_head(tmp_path):
+    torch.manual_seed(0)
+    LlamaModel(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "src")
+    summary = convert(tmp_path / "src", tmp_path / "out", double_quant=False)
+    assert summary.quantised == 14
+    assert_same_model(
+        AutoModel.from_pretrained(tmp_path / "out"), on_the_fly(tmp_path / "src", AutoModel)
+    )
+
+
+def test_conv1d_is_transposed(tmp_path):
+    torch.manual_seed(0)
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=48, n_positions=32, n_embd=64, n_layer=2, n_head=2, **dropout)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "src")
+    summary = convert(tmp_path / "src", tmp_path / "out", double_quant=False)
+    assert summary.quantised == 8
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_model(got, on_the_fly(tmp_path / "src"))
+
+
+def test_experts_that_transformers_fuses_are_kept(tmp_path):
+    torch.manual_seed(0)
+    config = {**LLAMA, "num_local_experts": 3, "intermediate_size": 32}
+    MixtralForCausalLM(MixtralConfig(**config)).save_pretrained(tmp_path / "src")
+    summary = convert(tmp_path / "src", tmp_path / "out", double_quant=False)
+    assert summary.quantised == 8
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_model(got, on_the_fly(tmp_path / "src"))
+
+
+BESIDE = {  # what is copied
+    "tokenizer.json",
+    "LICENSE",
+    "USE_POLICY",
+    "source.spm",
+    "tokenizer.model.v3",
+    "additional_chat_templates/tools.jinja",
+    "1_Pooling/config.json",
+    "2_Dense/config.json",
+    "2_Dense/model.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+}
+NOT_BESIDE = {  # and what is named instead
+    ".gitattributes",
+    ".git/",
+    "checkpoint-7/",
+    "consolidated.safetensors",
+    "optimizer.pt",
+    "original/consolidated.00.pth",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+}
+
+
+def add_files(folder: Path, names: set[str]) -> None:
+    for name in names:
+        path = folder / (f"{name}file" if name.endswith("/") else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {name}")
+
+
+def test_files_beside_the_weights_are_copied_or_named(tmp_path, small):
+    add_files(small, BESIDE | NOT_BESIDE)
+    summary = convert_small(small, tmp_path / "out")
+    assert (set(summary.copied), set(summary.left)) == (BESIDE, NOT_BESIDE)
+    copied = contents(tmp_path / "out")
+    assert copied.keys() == {"model.safetensors", "config.json"} | BESIDE
+    assert all(copied[name] == f"content of {name}".encode() for name in BESIDE)
+
+
+def test_config_gains_how_it_was_quantised_and_loses_nothing(tmp_path):
+    source = save_llama(tmp_path / "src", rope_theta=12345.0)
+    config = json.loads((source / "config.json").read_text())
+    config["time_step_limit"] = [0.0, float("inf")]  # as transformers writes it for Mamba-2
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.pop("quantization_config")["load_in_4bit"] is True
+    assert written == config
+
+
+def test_folders_are_there_whole_or_not_at_all(tmp_path, small, monkeypatch):
+    """Stopped while they are copied, and again at every second file that is moved."""
+    add_files(small, BESIDE)
+    convert_small(small, tmp_path / "whole")
+    out, copyfile, replace = tmp_path / "out", shutil.copyfile, os.replace
+
+    def stopping(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        if Path(source).parent.name == "2_Dense":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copyfile", stopping)
+        convert_small(small, out)
+    assert [path.name for path in out.iterdir()] == [WORK]
+    (small / "USE_POLICY").unlink()  # what a run before has copied goes with it
+    (tmp_path / "whole" / "USE_POLICY").unlink()
+    moves = 0
+
+    def moving(source: Path, target: Path) -> None:
+        nonlocal moves
+        if WORK not in Path(target).parts:
+            moves += 1
+            if moves % 2 == 0:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", moving)
+    for _ in range(40):
+        try:
+            convert_small(small, out)
+            break
+        except KeyboardInterrupt:
+            assert not (out / "config.json").exists()
+    assert moves > len(BESIDE) and contents(out) == contents(tmp_path / "whole")
+
+
+def test_unfinished_run_with_folders_is_started_over(tmp_path, small):
+    add_files(small, BESIDE)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert_small(small, out, stop_after(3))
+    (out / WORK / "copies" / "2_Dense").mkdir(parents=True)
+    (out / WORK / "copies" / "2_Dense" / "old").write_text("of a run with other options")
+    convert_small(small, out, blocksize=128, force=True)
+    convert_small(small, tmp_path / "whole", blocksize=128)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_no_copy_goes_through_a_link_or_replaces_a_folder(tmp_path, small, kind):
+    add_files(small, {"1_Pooling/config.json"})
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    convert_small(small, out)
+    shutil.rmtree(out / "1_Pooling")
+    elsewhere.mkdir()
+    if kind == "file":
+        (out / "1_Pooling").write_text("mine")
+    elif kind == "link":
+        (out / "1_Pooling").symlink_to(elsewhere)
+    else:
+        (out / "1_Pooling" / "config.json").mkdir(parents=True)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"1_Pooling.*: expected a (folder|file) or nothing"):
+        convert_small(small, out, force=True)
+    assert contents(tmp_path) == before and list(elsewhere.iterdir()) == []
+
+
+# Interruptions.
+
+
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small):
+    options = {"shard_bytes": 1500}
+    convert_small(small, tmp_path / "whole", **options)
+    whole = contents(tmp_path / "whole")
+    for calls in range(len(SMALL)):
+        out = tmp_path / f"out{calls}"
+        with pytest.raises(KeyboardInterrupt):
+            convert_small(small, out, stop_after(calls), **options)
+        assert [path.name for path in out.iterdir()] == [WORK]
+        if calls % 2:  # once more, before it gets to the end
+            with pytest.raises(KeyboardInterrupt):
+                convert_small(small, out, stop_after(1), **options)
+        summary = convert_small(small, out, **options)
+        # The progress is told before the journal: the tensor that was in work is done again.
+        assert summary.resumed >= calls if calls % 2 else summary.resumed == calls
+        assert contents(out) == whole
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "journal", "header"])
+def test_what_was_lost_is_written_again(tmp_path, small, damage):
+    convert_small(small, tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert_small(small, out, stop_after(5))
+    partial = out / WORK / "model.safetensors"
+    data = bytearray(partial.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        partial.write_bytes(data)
+    elif damage == "truncate":
+        os.truncate(partial, len(data) * 2 // 3)
+    elif damage == "delete":
+        partial.unlink()
+    elif damage == "journal":
+        os.truncate(out / WORK / "journal", 100)
+    else:
+        partial.write_bytes(b"\0" * 100 + data[100:])
+    summary = convert_small(small, out)
+    assert summary.resumed < 5
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1]",
+        b"3",
+        b"[" * 100_000,
+        b'{"checksum": [], "error": {}}',
+        b'{"checksum": 1, "error": NaN}',
+        b'{"checksum": 1}',
+        b"\xff",
+    ],
+    ids=lambda line: repr(line[:20]),
+)
+def test_journal_ends_before_a_line_that_is_none(tmp_path, small, line):
+    convert_small(small, tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert_small(small, out, stop_after(4))
+    journal = out / WORK / "journal"
+    lines = journal.read_bytes().splitlines()
+    journal.write_bytes(b"\n".join([*lines[:2], line, *lines[2:]]) + b"\n")
+    assert convert_small(small, out).resumed == 2
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_stopped_while_the_files_are_moved(tmp_path, small, monkeypatch):
+    options = {"shard_bytes": 1500}
+    convert_small(small, tmp_path / "whole", **options)
+    out, replace, moves = tmp_path / "out", os.replace, 0
+
+    def stopping(source: Path, target: Path) -> None:
+        nonlocal moves
+        if Path(target).parent == out:
+            moves += 1
+            if moves % 2 == 0:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stopping)
+    for _ in range(20):
+        try:
+            convert_small(small, out, **options)
+            break
+        except KeyboardInterrupt:
+            assert not (out / "config.json").exists()
+    assert moves > 4
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_unfinished_run_with_other_options_or_source(tmp_path, small):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert_small(small, out, stop_after(3))
+    before = contents(out)
+    for options, words in (
+        ({"blocksize": 128}, "blocksize 64, not 128"),
+        ({"double_quant": False}, "double_quant True, not False"),
+        ({"shard_bytes": 7}, "shard_bytes 5000000000, not 7"),
+        ({"linear": {"one.weight": False}}, "another choice of tensors"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            convert_small(small, out, **options)
+    shutil.copytree(small, tmp_path / "other")
+    os.utime(tmp_path / "other" / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="another source"):
+        convert_small(tmp_path / "other", out)
+    assert contents(out) == before
+    assert convert_small(small, out, blocksize=128, force=True).resumed == 0
+    convert_small(small, tmp_path / "whole", blocksize=128)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_second_process_is_refused(tmp_path, small):
+    out = tmp_path / "out"
+
+    def second(count: int, name: str) -> None:
+        with pytest.raises(CheckpointError, match="another process"):
+            convert_small(small, out)
+
+    convert_small(small, out, second)
+    assert (out / "config.json").exists()
+
+
+def test_full_disk_keeps_what_is_written(tmp_path, small, monkeypatch):
+    convert_small(small, tmp_path / "whole")
+
+    def full(count: int, name: str) -> None:
+        if name == "norm":
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        convert_small(small, tmp_path / "out", full)
+    assert convert_small(small, tmp_path / "out").resumed > 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_disk_that_returns_other_bytes(tmp_path, small, monkeypatch):
+    out = tmp_path / "out"
+    flipped = []
+
+    def flip(count: int, name: str) -> None:
+        path = out / WORK / "model.safetensors"
+        if not flipped and path.stat().st_size > 4000:
+            data = bytearray(path.read_bytes())
+            data[3900] ^= 1
+            path.write_bytes(data)
+            flipped.append(name)
+
+    with pytest.raises(OSError, match="reads back differently"):
+        convert_small(small, out, flip)
+    assert flipped and [path.name for path in out.iterdir()] == [WORK]
+
+
+# Refusals: nothing is left behind.
+
+
+def test_destination_that_cannot_be_used(tmp_path, small):
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "file").write_text("x")
+    before = contents(tmp_path)
+    for destination, words in (
+        (held, "it holds 'file'"),
+        (held / "file", "got a file"),
+        (small, "apart from the source"),
+        (small / "below" / "it", "apart from the source"),
+        (tmp_path, "apart from the source"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            convert_small(small, destination)
+    link = tmp_path / "link"
+    link.symlink_to(small)
+    with pytest.raises(CheckpointError, match="apart from the source"):
+        convert_small(small, link / "x")
+    link.unlink()
+    with pytest.raises(CheckpointError, match="this folder holds none"):
+        convert_small(small, held, force=True)
+    assert contents(tmp_path) == before
+
+
+def test_force_replaces_a_checkpoint_and_nothing_else(tmp_path, small):
+    out = tmp_path / "out"
+    convert_small(small, out, shard_bytes=1500)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="--force replaces"):
+        convert_small(small, out)
+    before = contents(out)
+    with pytest.raises(KeyboardInterrupt):
+        convert_small(small, out, stop_after(4), force=True)
+    after = contents(out)
+    assert {name: after[name] for name in before} == before  # the old one until the new is complete
+    convert_small(small, out, force=True)
+    convert_small(small, tmp_path / "whole")
+    assert contents(out) == {**contents(tmp_path / "whole"), "notes.txt": b"mine"}
+
+
+def test_no_space(tmp_path, small, monkeypatch):
+    usage = SimpleNamespace(total=10**12, used=10**12, free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="GB of free space"):
+        convert_small(small, tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weight_that_nf4_cannot_hold(tmp_path, value):
+    weight = torch.randn(8, 16)
+    weight[3, 5] = value
+    tensors = {"a.weight": torch.randn(8, 8), "w.weight": weight}
+    source = save_tensors(tmp_path / "src", {"model.safetensors": tensors})
+    linear = {"a.weight": False, "w.weight": False}
+    with pytest.raises(CheckpointError, match=r"w\.weight: holds NaN or infinity"):
+        convert_small(source, tmp_path / "out", linear=linear)
+    assert not (tmp_path / "out").exists()
+
+
+def test_zero_and_empty_weights(tmp_path):
+    tensors = {"zero.weight": torch.zeros(8, 16), "empty.weight": torch.zeros(0, 16)}
+    source = save_tensors(tmp_path / "src", {"model.safetensors": tensors})
+    summary = convert_small(source, tmp_path / "out", linear=dict.fromkeys(tensors, False))
+    assert summary.largest_error == 0
+    got = load_tensors(tmp_path / "out")
+    for name, tensor in tensors.items():
+        w = NF4Weight.from_state_dict(got, name.removesuffix("weight"))
+        assert torch.equal(peftkern.dequantize_nf4(w), tensor)
+
+
+@pytest.mark.parametrize(
+    ("linear", "options", "words"),
+    [
+        ({"none.weight": False}, {}, "no such tensor"),
+        ({"steps": False}, {}, r"two dimensions.*I64 \[5\]"),
+        ({}, {"blocksize": 65}, f"expected one of \\({BLOCKSIZES[0]}, "),
+        ({}, {"shard_bytes": 0}, "shard_bytes: expected at least 1"),
+    ],
+)
+def test_arguments_that_make_no_sense(tmp_path, small, linear, options, words):
+    with pytest.raises(CheckpointError, match=words):
+        convert_small(small, tmp_path / "out", linear=linear, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_companion_that_is_a_link_to_outside(tmp_path, small):
+    (small / "tokenizer.json").symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: a link to outside"):
+        convert_small(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["NewForCausalLM"]}, "has no architecture 'NewForCausalLM'"),
+        ({"architectures": None}, "has no architecture None"),
+        ({"architectures": ["AutoModel"]}, "has no architecture 'AutoModel'"),
+        ({"hidden_size": 128}, "does not fit"),
+        ({"num_attention_heads": "many"}, "cannot build LlamaForCausalLM"),
+    ],
+)
+def test_config_that_does_not_fit(tmp_path, change, words):
+    source = save_llama(tmp_path / "src")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=words):
+        find_linear_weights(read_checkpoint(source))
+
+
+def test_names_to_skip_and_dtypes_that_are_unknown(tmp_path):
+    checkpoint = read_checkpoint(save_llama(tmp_path / "src"))
+    for name in ("nonsense", "(", "embed_tokens"):
+        with pytest.raises(CheckpointError, match=r"skip: .*q_proj, .*down_proj"):
+            find_linear_weights(checkpoint, skip=[name])
+    with pytest.raises(CheckpointError, match="compute_dtype: expected one of"):
+        find_linear_weights(checkpoint, compute_dtype="int8")
+    every = ["self_attn", "mlp.*"]
+    with pytest.raises(CheckpointError, match="no tensor is the weight of a linear layer"):
+        find_linear_weights(checkpoint, skip=[f"model.layers.*.{name}" for name in every])
+
+
+MEASURE = """
+import sys
+from peftkern.tools.quantize.checkpoint import read_checkpoint
+from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
+
+def peak():
+    with open("/proc/self/status") as file:  # ru_maxrss is inherited from the test's process
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+def run(source, destination):
+    checkpoint = read_checkpoint(source)
+    linear = {name: False for name in checkpoint.tensors if "kept" not in name}
+    quantize_checkpoint(checkpoint, destination, linear, {})
+
+run(sys.argv[1], sys.argv[2] + "-warm")
+before = peak()
+run(sys.argv[3], sys.argv[2])
+print(peak() - before)
+"""
+
+
+def test_memory_is_that_of_one_tensor(tmp_path):
+    """Peak RSS of a process, over that after a small run: four times the largest weight that is
+    quantised covers the weight, its 4 bits twice and the pieces that are compared; the largest
+    tensor of all, which is kept and is larger than that, does not appear in it."""
+    shape, count = (2048, 4096), 12
+    weights = {f"{i}.weight": torch.randn(shape).bfloat16() for i in range(count)}
+    kept = torch.zeros(6 * shape[0], shape[1], dtype=torch.bfloat16)
+    tensors = {**weights, "kept": kept}
+    large = save_tensors(tmp_path / "large", {"model.safetensors": tensors})
+    warm = save_tensors(tmp_path / "warm", {"model.safetensors": {"a.weight": torch.ones(64, 64)}})
+    arguments = [str(warm), str(tmp_path / "out"), str(large)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=HANG_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    largest = 2 * shape[0] * shape[1]
+    assert largest < int(done.stdout) < 4 * largest  # it was in memory, once
+    assert (count + 6) * largest == sum(t.numel() * t.element_size() for t in tensors.values())
