@@ -1,4 +1,4 @@
-"""Looks for tiles that are faster than the counted ones; `bench/tune.py` says for what.
+"""Search for tiles that are faster than the counted ones; `bench/tune.py` says for what.
 
 The search of a problem starts from its counted tiles and walks, one field at a time, to whatever
 neighbor is faster by more than noise. A candidate that does not compile, needs more than the
@@ -48,14 +48,14 @@ SCALING = 0.5
 
 
 def in_turn(shapes: list, rows: list, ranks: list) -> Iterator[tuple[int, int, int, int]]:
-    """(r, M, N, K): for one rank all rows of four weights, a model, before those of the next."""
+    """Yield (r, M, N, K): for one rank all rows of four weights, a model, before the next four."""
     for r, start in itertools.product(ranks, range(0, len(shapes), 4)):
         for m, (n, k) in itertools.product(rows, shapes[start : start + 4]):
             yield r, m, n, k
 
 
 def problems(shapes: list, rows: list, ranks: list) -> Iterator[tuple[Problem, int, int]]:
-    """(problem, N, K) as the launchers ask for them, each once, most wanted first."""
+    """Yield (problem, N, K) as the launchers ask for them, each once, most wanted first."""
     from peftkern.kernels.configs import NF4_FUSED_ROWS_MAX
 
     seen, last = set(), []
@@ -98,8 +98,10 @@ def copies_of(nbytes: int, rotate: int) -> int:
 def runner(
     problem: Problem, n: int, k: int, device: torch.device, rotate: int = 0
 ) -> Callable[[int], tuple]:
-    """call(i): the launch that the problem stands for, on the i-th of equal inputs, which together
-    are as large as `rotate`."""
+    """Return call(i), the problem's launch on the i-th of equal inputs.
+
+    Together they are as large as `rotate`.
+    """
     from peftkern.kernels import dora, low_rank_update, nf4, nf4_lora_linear
 
     torch.manual_seed(0)
@@ -161,7 +163,7 @@ def runner(
 
 
 def seconds_of(calls: dict[str, Callable[[int], object]], device: torch.device) -> dict[str, float]:
-    """The median of each, in turns; on a GPU of replayed graphs, which leave the host out."""
+    """Return the median of each, in turns; on a GPU of replayed graphs, without the host."""
     if device.type == "cpu":
         return {name: t.median for name, t in measure(calls, seconds=0.0).items()}
     one = {
@@ -175,7 +177,7 @@ def seconds_of(calls: dict[str, Callable[[int], object]], device: torch.device) 
 
 
 def checked(call: Callable[[int], tuple]) -> tuple[Tensor, ...]:
-    """What a call returns, over memory that torch fills with NaN in this mode."""
+    """Return a call's results, over memory that torch fills with NaN in this mode."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -185,15 +187,17 @@ def checked(call: Callable[[int], tuple]) -> tuple[Tensor, ...]:
 
 
 def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], sides: int = 1) -> bool:
-    """Within the rounding of the activations, RATIO times: sums run in another order. Two sides
-    that round on different ways have twice that."""
+    """Compare within RATIO times the rounding of the activations: sums run in another order.
+
+    Two sides that round on different ways have twice that.
+    """
     bounds = [sides * RATIO * floor[torch.bfloat16] for floor in (FLOOR_RMS, FLOOR_MAX)]
     pairs = [errors(g, e) for g, e in zip(got, expected, strict=True)]
     return all(rms <= bounds[0] and most <= bounds[1] for rms, most in pairs)
 
 
 def neighbors(config: TileConfig, name: str, kernel: str) -> Iterator[TileConfig]:
-    """Configs for a kernel that differ in one field: half and double, or a stage fewer and more."""
+    """Yield configs that differ in one field: half and double, or a stage fewer and more."""
     value = getattr(config, name)
     steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
     for step in steps:
@@ -204,7 +208,7 @@ def neighbors(config: TileConfig, name: str, kernel: str) -> Iterator[TileConfig
 
 @dataclass(eq=False)
 class Search:
-    """The walk of one problem, from its counted tiles to the best found so far."""
+    """Walk of one problem, from its counted tiles to the best found so far."""
 
     problem: Problem
     n: int
@@ -222,7 +226,7 @@ class Search:
         return cls(problem, n, k, counted, counted, tried={counted})
 
     def candidates(self, step: int) -> list[TileConfig]:
-        """Neighbors in the step-th field that were not tried yet."""
+        """Return neighbors in the step-th field that were not tried yet."""
         names = FIELDS[self.problem.kernel][step : step + 1]
         kernel = self.problem.kernel
         new = [c for name in names for c in neighbors(self.best, name, kernel)]
@@ -233,7 +237,7 @@ class Search:
 
 @functools.lru_cache(maxsize=1)
 def expected(problem: Problem, n: int, k: int, counted: TileConfig, device: torch.device) -> tuple:
-    """The problem's runner, and what it gives with the counted tiles."""
+    """Return the problem's runner, and its results with the counted tiles."""
     run = runner(problem, n, k, device)
     return run, checked(with_tiles(run, problem.kernel, counted))
 
@@ -253,7 +257,7 @@ def with_tiles(
 def refused(
     problem: Problem, n: int, k: int, counted: TileConfig, config: TileConfig, device: torch.device
 ) -> str | None:
-    """Why tiles are no candidate: they do not run here, or give other numbers."""
+    """Return why tiles are no candidate: they do not run here, or give other numbers."""
     try:
         run, right = expected(problem, n, k, counted, device)
         got = checked(with_tiles(run, problem.kernel, config))
@@ -278,7 +282,7 @@ class Workers:
             self.pool = spawn.Pool(self.count)
 
     def refused(self, trials: list[tuple[Search, TileConfig]]) -> list[str | None]:
-        """`refused` of every candidate, each distinct program compiled once."""
+        """Return `refused` of every candidate, each distinct program compiled once."""
         tasks = [(s.problem, s.n, s.k, s.counted, config, self.device) for s, config in trials]
         if self.pool is None:
             return [refused(*task) for task in tasks]
@@ -292,8 +296,10 @@ class Workers:
         return [answers[i] for i in range(len(tasks))]
 
     def _asked(self, tasks: dict[int, tuple]) -> dict[int, str | None]:
-        """One that hangs, or costs its process the device or its life, is out like any other; all
-        processes are replaced then, and those whose answers were on their way are asked again."""
+        """Collect answers; a candidate that hangs, or kills its process or device, is out.
+
+        All processes are replaced then, and those whose answers were on their way are asked again.
+        """
         answers: dict[int, str | None] = {}
         while len(answers) < len(tasks):
             left = [i for i in tasks if i not in answers]
@@ -353,7 +359,7 @@ def search(
 
 
 def fused_rows(shapes: list, device: torch.device, rows: tuple[int, ...]) -> tuple[int, dict]:
-    """Up to which M the fused NF4 kernel is no slower on average, and the ratios behind it."""
+    """Return up to which M the fused NF4 kernel is no slower on average, and the ratios."""
     from peftkern.kernels import low_rank_update, nf4, nf4_lora_linear
 
     def composed(x: Tensor, weight: tuple, n: int, *adapters) -> tuple:

@@ -14,30 +14,23 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from interpreted import INTERPRETED, outside
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
 
-from peftkern.backends.device import triton_interpreted
+from peftkern.kernels import (
+    dora,
+    launch,
+    lora_linear,
+    low_rank_update,
+    nf4,
+    nf4_lora_linear,
+    rosa,
+)
 
-pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(not triton_interpreted(), reason="looks into Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
-if triton_interpreted():
-    from interpreted import outside
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import TensorHandle
-
-    from peftkern.kernels import (
-        dora,
-        launch,
-        lora_linear,
-        low_rank_update,
-        nf4,
-        nf4_lora_linear,
-        rosa,
-    )
+pytestmark = INTERPRETED
 
 GRID_MOST = (2**31 - 1, 65535, 65535)  # programs of a CUDA launch
 ROWS_MOST = 2**30 - 1
