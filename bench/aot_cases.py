@@ -41,14 +41,14 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def nf4_weight(n: int, nested: bool = True, blocksize: int = 64) -> tuple:
-    """Return a packed weight [n, K] as the launchers take it, up to its shape."""
+def nf4_weight(n: int, nested: bool = True, blocksize: int = 64) -> tuple[list[Tensor], list[int]]:
+    """Return tensors and layout of a packed weight [n, K]."""
     blocks = n * K // blocksize
     packed = meta(n * K // 2, dtype=torch.uint8)
     if not nested:
-        return packed, meta(blocks, dtype=F32), None, None, None, blocksize, 0
+        return [packed, meta(blocks, dtype=F32)], [0, blocksize, 0, n, K]
     inner = (meta(blocks // 256, dtype=F32), meta(256, dtype=F32), meta(dtype=F32))
-    return packed, meta(blocks, dtype=torch.uint8), *inner, blocksize, 256
+    return [packed, meta(blocks, dtype=torch.uint8), *inner], [0, blocksize, 256, n, K]
 
 
 def factors(r: int, dtype: torch.dtype, n: int = N) -> tuple[Tensor | None, Tensor | None]:
@@ -71,7 +71,7 @@ def nf4_cases() -> Iterator[Case]:
         (BF16, 32, True),
         (BF16, 4096, True),
     ]:
-        args = (*nf4_weight(14336, nested, blocksize), [14336, K], dtype)
+        args = (*nf4_weight(14336, nested, blocksize), dtype)
         name = f"{NAMES[dtype]}/blocks-of-{blocksize}{'/nested' * nested}"
         yield Case(name, partial(nf4.nf4_dequantize, *args))
     for dtype, blocksize in [(BF16, 64), (F32, 64), (F32, 4096)]:
@@ -118,7 +118,7 @@ def lora_linear_cases() -> Iterator[Case]:
 
 
 def nf4_lora_linear_cases() -> Iterator[Case]:
-    weight = (*nf4_weight(N), [N, K])
+    weight = nf4_weight(N)
     for M, r, dtype, adapter, dropout in [
         (1, 16, BF16, F32, False),
         (1, 0, BF16, BF16, False),
@@ -198,7 +198,7 @@ def dora_cases() -> Iterator[Case]:
         (14336, 16, F16, F16, True, 64),
         (14336, 64, F32, F32, True, 64),
     ]:
-        args = (*nf4_weight(n, nested, blocksize), [n, K], dtype, *factors(r, adapter, n), SCALING)
+        args = (*nf4_weight(n, nested, blocksize), dtype, *factors(r, adapter, n), SCALING)
         name = f"N{n}/r{r}/{NAMES[dtype]}/adapters-{NAMES[adapter]}{'/plain' * (not nested)}"
         name += "" if blocksize == 64 else f"/blocks-of-{blocksize}"
         yield Case(name, partial(dora.nf4_dora_norm, *args))

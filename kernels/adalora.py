@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.backends.native import address_table
+from peftkern.backends.pointers import address_table
 from peftkern.kernels.configs import ceil_div, next_power
 from peftkern.kernels.launch import guard
 

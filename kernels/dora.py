@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.formats.table import stored
 from peftkern.kernels.configs import Problem, block_rank, ceil_div
 from peftkern.kernels.interpreter import dot, narrow
 from peftkern.kernels.launch import code_table, config_for, guard, traits
@@ -160,9 +161,15 @@ def refusal_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *args: object) 
     return refusal_layer(weight.dtype, tuple(weight.shape), lora_A, lora_B)
 
 
-def refusal_nf4_norm(packed: Tensor, *args: object) -> str | None:
-    shape, dtype, lora_A, lora_B = args[6:10]
-    return refusal_layer(dtype, tuple(shape), lora_A, lora_B)
+def refusal_nf4_norm(
+    w: list[Tensor],
+    layout: list[int],
+    dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *args: object,
+) -> str | None:
+    return refusal_layer(dtype, tuple(layout[3:]), lora_A, lora_B)
 
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -191,32 +198,26 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
 
 
 def nf4_dora_norm(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    shape: list[int],
+    w: list[Tensor],
+    layout: list[int],
     dtype: torch.dtype,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
 ) -> Tensor:
     """Compute the norms; a weight whose blocks do not end with rows is dequantized first."""
-    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    (N, K), r = shape, lora_A.shape[0]
-    if K % blocksize:
-        dense = nf4_dequantize(*tensors, blocksize, nested_blocksize, shape, dtype)
+    weight = stored(w, layout)
+    (N, K), r, device = weight.shape, lora_A.shape[0], lora_A.device
+    if K % weight.blocksize:
+        dense = nf4_dequantize(w, layout, dtype)
         return dora_norm(dense, lora_A, lora_B, scaling)
-    norm = torch.empty(N, dtype=torch.float32, device=packed.device)
-    config = config_for(Problem("nf4_dora_norm", 1, N, K, r, 8 * dtype.itemsize), packed.device)
-    on = traits(packed.device)
-    with guard(packed):
+    norm = torch.empty(N, dtype=torch.float32, device=device)
+    config = config_for(Problem("nf4_dora_norm", 1, N, K, r, 8 * dtype.itemsize), device)
+    on = traits(device)
+    with guard(norm):
         _nf4_dora_norm_kernel[(ceil_div(N, config.block_n),)](
-            *tensors,
-            code_table(packed.device),
+            *weight.pointers,
+            code_table(device),
             lora_A.contiguous(),
             lora_B.contiguous(),
             norm,
@@ -224,13 +225,13 @@ def nf4_dora_norm(
             K,
             r,
             scaling,
-            BLOCKSIZE=blocksize,
-            NESTED_BLOCKSIZE=0 if nested_absmax is None else nested_blocksize,
+            BLOCKSIZE=weight.blocksize,
+            NESTED_BLOCKSIZE=weight.nested_blocksize,
             W_TYPE=_TYPES[dtype],
             PTX=on.ptx,
             SEVERAL=r > block_rank(r),
             BLOCK_N=config.block_n,
-            BLOCK_K=min(config.block_k, blocksize),
+            BLOCK_K=min(config.block_k, weight.blocksize),
             BLOCK_R=block_rank(r),
             PRECISION=on.precision,
             enable_fp_fusion=False,  # absmax is a product and a sum, each rounded

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.backends import native
+from peftkern.backends.pointers import address_table
 from peftkern.kernels.configs import TileConfig, block_rank, ceil_div
 from peftkern.kernels.launch import guard, traits
 from peftkern.kernels.low_rank_core import (
@@ -268,7 +268,7 @@ class _Group:
         self.device = factors[0].device
         first_tiles = [0, *itertools.accumulate(tiles)][:-1]
         numbers = [*itertools.chain(*rows[2:]), *first_tiles]
-        self.table = native.address_table(factors, self.device, numbers)
+        self.table = address_table(factors, self.device, numbers)
 
     def cores(self, S: Tensor, rank: Tensor, info: Tensor, accurate: bool) -> Tensor:
         """Fill S, rank and info; return [count, 2, R, R], by which the factors are multiplied."""
