@@ -106,6 +106,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
+def triton_inside_its_tensors() -> Iterator[None]:
+    """Run the test on Triton's kernels in the interpreter, every address of which is checked."""
+    from interpreted import bounds_checked  # which needs Triton
+
+    with peftkern.use_backend("triton"), bounds_checked():
+        yield
+
+
+@pytest.fixture
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Run the test on the CUDA kernels, compiled for this CPU: the module that holds them."""
     module = cuda_emulated.load()

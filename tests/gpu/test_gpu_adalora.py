@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from adalora_cases import SHAPES, assert_near, importance, layers
 from linear_cases import BF16, F16, F32
-from test_kernels_adalora import SHAPES, importance, layers
 from test_low_rank_svd import check, graded
-from tolerances import DETERMINISM_RUNS, FLOOR_MAX, SVD_SIGMA
+from tolerances import DETERMINISM_RUNS, SVD_SIGMA
 from torch import Tensor, nn
 
 import peftkern
@@ -50,11 +50,6 @@ def drawn(shapes, dtype: torch.dtype = F32, grad_dtype: torch.dtype = F32) -> tu
     params, grads, numel = layers(shapes, dtype, grad_dtype)
     state = torch.rand(numel, device=CUDA), torch.rand(numel, device=CUDA)
     return to_cuda(params), to_cuda(grads), *state
-
-
-def assert_near(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=FLOOR_MAX[F32], atol=FLOOR_MAX[F32])
 
 
 # AdaLoRA
