@@ -19,6 +19,7 @@ from peftkern.layers.weight_readers import Read, reader_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ADAPTERS = ("lora_A", "lora_B")  # quantizing an adapter would end its training
+_Places = dict[nn.Linear, list[tuple[nn.Module, str, str]]]  # parent, child's name, whole name
 _NAMED = 3  # layers of a kind that a warning names
 
 
@@ -56,8 +57,27 @@ def quantize_(
     wanted = None if include is None else _patterns("include", include)
     skip = _ADAPTERS + (("lm_head",) if exclude is None else _patterns("exclude", exclude))
     heads = _heads(model) if exclude is None else set()
+    places, names = _chosen(model, wanted, skip, heads)
+    kept = _not_replaceable(model, places)
+    reasons = {name: kept[child] for child in kept for _, _, name in places.pop(child)}
+    kept.clear()
+    for _ in _with_progress(range(len(places)), "Quantizing to NF4"):
+        child, owners = places.popitem()  # nothing here keeps a dense weight that is done with
+        layer = _quantized(child, owners[0][2], blocksize, double_quant)
+        for parent, child_name, _ in owners:
+            setattr(parent, child_name, layer)
+    _warn(reasons, _mostly_dense(model, heads, skip) if wanted is None else None)
+    return [name for name in names if name not in reasons]
 
-    places: dict[nn.Linear, list[tuple[nn.Module, str, str]]] = {}  # one may hang in several
+
+def _chosen(
+    model: nn.Module, wanted: Iterable[str] | None, skip: Iterable[str], heads: set[nn.Module]
+) -> tuple[_Places, list[str]]:
+    """Find the layers to quantize with the places they hang in, and the names of these places.
+
+    Raises: ValueError if an entry of `wanted` is in no layer's name.
+    """
+    places: _Places = {}
     seen, names = [], []
     for path, parent in model.named_modules():
         for child_name, child in parent._modules.items():
@@ -73,17 +93,7 @@ def quantize_(
     for pattern in wanted or ():
         if not any(_has_parts(name, (pattern,)) for name in seen):
             raise ValueError(f"include: no nn.Linear has {pattern!r} in its name")
-
-    kept = _not_replaceable(model, places)
-    reasons = {name: kept[child] for child in kept for _, _, name in places.pop(child)}
-    kept.clear()
-    for _ in _with_progress(range(len(places)), "Quantizing to NF4"):
-        child, owners = places.popitem()  # nothing here keeps a dense weight that is done with
-        layer = _quantized(child, owners[0][2], blocksize, double_quant)
-        for parent, child_name, _ in owners:
-            setattr(parent, child_name, layer)
-    _warn(reasons, _mostly_dense(model, heads, skip) if wanted is None else None)
-    return [name for name in names if name not in reasons]
+    return places, names
 
 
 def _quantized(linear: nn.Linear, name: str, blocksize: int, double_quant: bool) -> NF4Linear:
@@ -96,9 +106,7 @@ def _quantized(linear: nn.Linear, name: str, blocksize: int, double_quant: bool)
     return layer
 
 
-def _not_replaceable(
-    model: nn.Module, places: dict[nn.Linear, list[tuple[nn.Module, str, str]]]
-) -> dict[nn.Linear, str]:
+def _not_replaceable(model: nn.Module, places: _Places) -> dict[nn.Linear, str]:
     """Return the layers that NF4Linear cannot stand for, with the reason."""
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = (p for module in model.modules() for p in module._parameters.values())
