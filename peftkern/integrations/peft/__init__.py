@@ -1,6 +1,11 @@
 """Hugging Face PEFT: `patch` swaps the classes of a model's adapter layers, `unpatch` undoes it."""
 
-from peftkern.integrations.peft.lora import PatchedLinear, PatchedLinear4bit
+from peftkern.integrations.peft import lora
 from peftkern.integrations.peft.patch import PatchReport, patch, unpatch
 
-__all__ = ["PatchReport", "PatchedLinear", "PatchedLinear4bit", "patch", "unpatch"]
+__all__ = ["PatchReport", "patch", "unpatch"]
+
+# Where models that were pickled whole look for the classes of their layers.
+PatchedLinear = lora.PatchedLinear
+if hasattr(lora, "PatchedLinear4bit"):  # where bitsandbytes is installed
+    PatchedLinear4bit = lora.PatchedLinear4bit
