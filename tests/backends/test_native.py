@@ -10,8 +10,18 @@ import time
 
 import pytest
 import torch
-from linear_cases import BF16, F16, F32, SHAPES, check_accuracy, layouts, trials, with_gradients
-from test_nf4_lora_linear import nf4_operands, ours
+from linear_cases import (
+    BF16,
+    F16,
+    F32,
+    SHAPES,
+    check_accuracy,
+    layouts,
+    nf4_operands,
+    ours,
+    trials,
+    with_gradients,
+)
 from tolerances import DETERMINISM_RUNS, HANG_SECONDS
 
 import peftkern

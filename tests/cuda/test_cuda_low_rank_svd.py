@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_cases import scheduled
 from grids import thinned
 from linear_cases import BF16, F16, F32, F64
 from low_rank_svd_cases import (
@@ -37,13 +37,7 @@ SIZES = [1, 2, 3, 5, 16, 17, 31, 32, 33, 64, 65]
 SHARED = [227 * KIB, 163 * KIB, 99 * KIB]
 
 
-@pytest.fixture(autouse=True)
-def served_by_cuda(emulated_cuda) -> Iterator[None]:
-    """Every op that a test calls has to run on the kernels under test."""
-    peftkern.reset_stats()
-    yield
-    assert {backend for _, backend in peftkern.stats().calls} <= {"cuda", "cpu"}
-    peftkern.reset_stats()
+pytestmark = pytest.mark.usefixtures("served_by_cuda")
 
 
 Svd = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -167,11 +161,8 @@ def test_no_order_of_threads_changes_a_bit(emulated_cuda, size, schedule):
     cores = torch.randn(2, r, r, dtype=F64)
     cores[1, 0, 0] = math.nan
     wanted = jacobi(cores, shared)
-    emulated_cuda.set_schedule(schedule)
-    try:
+    with scheduled(emulated_cuda, schedule):
         got = jacobi(cores, shared)
-    finally:
-        emulated_cuda.set_schedule(0)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5))
 
@@ -282,11 +273,8 @@ def test_no_bit_of_a_root_depends_on_where_a_row_lies(emulated_cuda):
         got = native_cuda.gram_roots(grams, limit)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), limit
     for schedule in (1, 2, 3):
-        emulated_cuda.set_schedule(schedule)
-        try:
+        with scheduled(emulated_cuda, schedule):
             got = native_cuda.gram_roots(grams)
-        finally:
-            emulated_cuda.set_schedule(0)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 

@@ -21,7 +21,7 @@ from gpu_cases import (
     same_bits,
 )
 from linear_cases import BF16, DTYPES, F16, F32, F64, SHAPES, Operands, check_accuracy, layouts
-from test_ops import Layer, op_cases, run
+from op_cases import Layer, op_cases, run
 from tolerances import DETERMINISM_RUNS, GOLDEN_RTOL, assert_as_accurate_as_torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
