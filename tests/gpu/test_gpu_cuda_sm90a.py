@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from cuda_cases import OP, check, forward, with_splits
 from gpu_cases import nf4_cases, nf4_operands, on_device, same_bits
+from gpu_runs import NEEDS_GPU, capture, on_a_busy_stream
 from linear_cases import BF16, F16, F32
-from test_cuda_nf4_lora_linear import OP, check, forward
 from tolerances import DETERMINISM_RUNS
 from torch import Tensor
 
 import peftkern
 from peftkern.backends import native_cuda
-from peftkern.functional.linear import _pieces
 
 CUDA = torch.device("cuda:0")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = NEEDS_GPU
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +65,7 @@ def test_equal_bits_every_time(M):
 
 def test_graph_replays_what_it_recorded_on_new_contents():
     o = on_device(nf4_operands((100, 600, 1024, 16), BF16, F32), "cuda")
-    stream = torch.cuda.Stream(CUDA)
-    stream.wait_stream(torch.cuda.current_stream(CUDA))
-    with torch.cuda.stream(stream):
-        forward(o)
-    torch.cuda.current_stream(CUDA).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, S = forward(o)
+    graph, (y, S) = capture(lambda: forward(o))
     o.x.copy_(torch.randn_like(o.x))
     graph.replay()
     wanted = forward(o)
@@ -89,28 +80,17 @@ def test_on_another_stream_and_in_a_graph(splits):
     """
     torch.use_deterministic_algorithms(False)  # which fills new memory
     o = on_device(nf4_operands((100, 600, 4096, 16), BF16, F32), "cuda")
-    rest = (o.lora_A, o.lora_B, o.bias, o.scaling, o.w.shape[0], splits)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        return native_cuda.nf4_lora_linear_forward(x, _pieces(o.w), *rest, prefill=True)
+        return with_splits(replace(o, x=x), splits, prefill=True)
 
     xs = [o.x, o.x.flip(0), o.x.roll(1, 0)]
     wanted = [run(x) for x in xs]
     late = [torch.zeros_like(x) for x in xs]
-    slow = torch.randn(4096, 4096, device=CUDA)
-    stream = torch.cuda.Stream(CUDA)
-    stream.wait_stream(torch.cuda.current_stream(CUDA))
-    with torch.cuda.stream(stream):
-        for _ in range(20):  # every x arrives late, on this stream alone
-            slow = slow @ slow / 64
-        torch._foreach_copy_(late, xs)
-        got = [run(x) for x in late]
-    torch.cuda.current_stream(CUDA).wait_stream(stream)
+    got = on_a_busy_stream(lambda: [run(x) for x in late], late, xs)
     for results, right in zip(got, wanted, strict=True):
         assert all(same_bits(a, b) for a, b in zip(results, right, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = [run(x) for x in late]
+    graph, recorded = capture(lambda: [run(x) for x in late])
     torch._foreach_copy_(late, xs[::-1])
     for _ in range(DETERMINISM_RUNS):
         graph.replay()

@@ -114,6 +114,10 @@ def of_layer(svd: LowRankSVD, layer: int) -> LowRankSVD:
     return LowRankSVD(*(column[layer] for column in svd))
 
 
+def on_cpu(svd: LowRankSVD) -> LowRankSVD:
+    return LowRankSVD(*(tensor.cpu() for tensor in svd))
+
+
 def check_shape(m: int, n: int, r: int, *dtypes: torch.dtype) -> None:
     B, A = torch.randn(m, r).to(dtypes[0]), torch.randn(r, n).to(dtypes[-1])
     svd = low_rank_svd(B, A, -1.5)
