@@ -17,7 +17,7 @@ from cuda_cases import (
     with_splits,
 )
 from gpu_cases import NF4Operands, nf4_cases, same_bits
-from gpu_runs import NEEDS_GPU, capture, on_a_busy_stream
+from gpu_runs import CUDA, NEEDS_GPU, capture, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check as check_svd
 from low_rank_svd_cases import graded, on_cpu
@@ -32,7 +32,6 @@ from peftkern.formats.nf4 import BLOCKSIZES
 from peftkern.functional.linear import _pieces
 from peftkern.functional.low_rank_svd import low_rank_svd
 
-CUDA = torch.device("cuda:0")
 pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("cuda_serves")]
 
 
@@ -131,7 +130,7 @@ def test_more_than_32_bits_of_elements():
 
 
 def linear_operands(shape: tuple[int, int, int, int], **options) -> NF4Operands:
-    return nf4_cases(shape, BF16, F32, device="cuda:0", **options)[0]
+    return nf4_cases(shape, BF16, F32, device=CUDA, **options)[0]
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -140,7 +139,7 @@ def linear_operands(shape: tuple[int, int, int, int], **options) -> NF4Operands:
 def test_linear_every_number_of_rows(M, dtypes, double_quant):
     for N, K, r in ((37, 192, 5), (1000, 4096, 16), (4096, 1024, 64)):
         cases = nf4_cases(
-            (M, N, K, r), *dtypes, device="cuda:0", double_quant=double_quant, bias=M % 2 == 0
+            (M, N, K, r), *dtypes, device=CUDA, double_quant=double_quant, bias=M % 2 == 0
         )
         check(cases)
 
