@@ -17,8 +17,11 @@ from peftkern.backends import ops
 
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
 def test_opcheck(op: str, backend: str) -> None:
+    """Schema and fake on either back end; what torch traces is the same on both."""
+    tests = ("test_schema", "test_faketensor")
+    tests += ("test_autograd_registration", "test_aot_dispatch_dynamic") * (backend == "cpu")
     for args in op_cases()[op]:
-        torch.library.opcheck(getattr(ops, op), args)
+        torch.library.opcheck(getattr(ops, op), args, test_utils=tests)
 
 
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
@@ -38,7 +41,13 @@ def assert_same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("engine", ["eager", "aot_eager", "inductor"])
+LONG = pytest.mark.long  # what inductor does, too
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("eager", marks=LONG), pytest.param("aot_eager", marks=LONG), "inductor"],
+)
 def test_compile_fullgraph_training(kind: str, engine: str) -> None:
     layer, x = Layer(kind), torch.randn(5, K)
     wanted = run(layer, x)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import thinned
 from linear_cases import BF16, F16, F32, F64
 from peft import LoraConfig
 from peft.tuners import lora
@@ -108,18 +109,18 @@ def nf4_weight(N, K, dtype):
     return w, peftkern.dequantize_nf4(w)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "dropout_p", "recompute"),
+    thinned(SHAPES, DTYPES, [0.0, 0.3], [True, False], diagonals=2),
+)
 def test_accuracy_dense(backend, shape, dtypes, dropout_p, recompute):
     check(shape, dtypes, dropout_p, dense_weight, recompute=recompute)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("shape", [(5, 13, 17, 3), (33, 40, 257, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "dropout_p", "recompute"),
+    thinned([(5, 13, 17, 3), (33, 40, 257, 5)], DTYPES[:2], [0.0, 0.3], [True, False], diagonals=2),
+)
 def test_accuracy_nf4(every_backend, shape, dtypes, dropout_p, recompute):
     check(shape, dtypes, dropout_p, nf4_weight, recompute=recompute)
 
@@ -489,8 +490,7 @@ def assert_close(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
         assert errors(a, b)[0] <= DORA_RMS_RATIO * FLOOR_RMS[a.dtype]
 
 
-@pytest.mark.parametrize("nf4", [False, True])
-@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("engine", "nf4"), thinned(["aot_eager", "inductor"], [False, True]))
 def test_compile_fullgraph_training(nf4, engine):
     layer, x = Layer(nf4), torch.randn(5, 70)
     torch._dynamo.reset()

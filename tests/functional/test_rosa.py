@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import BF16, F16, F32, F64
@@ -32,9 +33,10 @@ from peftkern.methods.rosa import RoSALinear, RoSAScheduler, density_report
 from peftkern.methods.top_gradients import TopGradients
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "index"),
+    thinned(SHAPES, [F32, BF16, F16], [torch.int32, torch.int64], diagonals=2),
+)
 def test_products(shape, dtype, index, every_backend):
     check_products(*shape, dtype, index)
 
@@ -218,8 +220,7 @@ def with_gradients(function, o: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
     return [y.detach(), *(leaf.grad for k, leaf in leaves.items() if k != "weight")]
 
 
-@pytest.mark.parametrize("nf4", [False, True])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(("dtype", "nf4"), thinned([F32, BF16, F16], [False, True], diagonals=2))
 def test_function_and_gradients_are_as_accurate_as_torch(dtype, nf4, every_backend):
     T, N, K, nnz = 40, 48, 64, 150
     o, mask, dy = operands(T, N, K, nnz, dtype), random_mask((N, K), nnz), torch.randn(T, N)

@@ -16,15 +16,16 @@ def thinned(*axes: Sequence[Any], diagonals: int = 1) -> list[Any]:
     On a diagonal every value of every axis occurs; each further one pairs the values otherwise.
     """
     kept = {
-        tuple(axis[(i + shift * k) % len(axis)] for k, axis in enumerate(axes))
+        tuple((i + shift * k) % len(axis) for k, axis in enumerate(axes))
         for shift in range(diagonals)
         for i in range(max(map(len, axes)))
     }
-    long = pytest.mark.long
-    return [
-        case if case in kept else pytest.param(*case, marks=long)
-        for case in itertools.product(*axes)
-    ]
+    cases = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        case = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        marks = () if places in kept else (pytest.mark.long,)
+        cases.append(pytest.param(*case, marks=marks, id="-".join(map(str, case))))
+    return cases
 
 
 def examples(share: float) -> settings:
