@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from adalora_cases import SHAPES, importance, layers
+from adalora_cases import SHAPES, assert_near, importance, layers
 from gpu_runs import CUDA, NEEDS_GPU, launches, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check, graded, on_cpu
-from tolerances import DETERMINISM_RUNS, FLOOR_MAX, SVD_SIGMA
+from tolerances import DETERMINISM_RUNS, SVD_SIGMA
 from torch import Tensor, nn
 
 import peftkern
@@ -47,11 +47,6 @@ def drawn(shapes, dtype: torch.dtype = F32, grad_dtype: torch.dtype = F32) -> tu
     params, grads, numel = layers(shapes, dtype, grad_dtype)
     state = torch.rand(numel, device=CUDA), torch.rand(numel, device=CUDA)
     return to_cuda(params), to_cuda(grads), *state
-
-
-def assert_near(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=FLOOR_MAX[F32], atol=FLOOR_MAX[F32])
 
 
 # AdaLoRA

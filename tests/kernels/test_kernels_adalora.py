@@ -6,10 +6,10 @@ import os
 
 import pytest
 import torch
-from adalora_cases import SHAPES, importance, layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import FLOOR_MAX, FUZZ_EXAMPLES
+from torch import Tensor
 
 import peftkern
 from peftkern.backends import ops
@@ -18,6 +18,23 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off"
 )
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SHAPES = [(3, 70, 33), (8, 2500, 1100), (1, 4, 9), (5, 64, 64), (0, 8, 8), (17, 1024, 31)]
+
+
+def layers(shapes, dtype: torch.dtype, grad_dtype: torch.dtype) -> tuple[list, list, int]:
+    """E, A and B of layers (r, K, N), their gradients (one is missing), and how many elements."""
+    sizes = [size for r, K, N in shapes for size in ((r, 1), (r, K), (N, r))]
+    params = [torch.randn(size).to(dtype) for size in sizes]
+    grads = [torch.randn(size).to(grad_dtype) for size in sizes]
+    grads[len(grads) // 2] = None
+    return params, grads, sum(p.numel() for p in params)
+
+
+def importance(backend: str, params, grads, ipt: Tensor, unc: Tensor) -> tuple[Tensor, ...]:
+    ipt, unc = ipt.clone(), unc.clone()
+    with peftkern.use_backend(backend):
+        scores = ops.adalora_importance_(ipt, unc, params, grads, 0.85, 0.9)
+    return scores, ipt, unc
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""Layers of AdaLoRA and one update of their importance, interpreted on a CPU and on a GPU."""
+"""Cases of AdaLoRA's importance for the tests of the interpreted and of the compiled kernels."""
 
 from __future__ import annotations
 
 import torch
+from linear_cases import F32
+from tolerances import FLOOR_MAX
 from torch import Tensor
 
 import peftkern
@@ -25,3 +27,8 @@ def importance(backend: str, params, grads, ipt: Tensor, unc: Tensor) -> tuple[T
     with peftkern.use_backend(backend):
         scores = ops.adalora_importance_(ipt, unc, params, grads, 0.85, 0.9)
     return scores, ipt, unc
+
+
+def assert_near(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=FLOOR_MAX[F32], atol=FLOOR_MAX[F32])
