@@ -22,7 +22,7 @@ from nf4_weights import assert_same_bits
 from tolerances import assert_as_accurate_as_torch
 
 import peftkern
-from peftkern.backends import native_cuda
+from peftkern.backends.cuda import nf4_lora_linear as cuda
 
 pytestmark = pytest.mark.usefixtures("served_by_cuda")
 
@@ -129,14 +129,14 @@ def test_calls_that_are_refused(shape, options, reason):
 
 def test_other_gpus_are_refused_in_words(emulated_cuda, monkeypatch):
     device = torch.device("cuda:0")
-    monkeypatch.setattr(native_cuda, "unserved", lambda device: None)
+    monkeypatch.setattr(cuda, "refusal_device", lambda device: None)
     for architectures, capability, reason in (
         (["sm_80", "sm_90a"], (9, 0), None),
         (["sm_80", "sm_90a"], (8, 0), "compute capability 9.0, not 8.0"),
         (["sm_90"], (9, 0), "not for sm_90a"),
     ):
         module = SimpleNamespace(emulated=False, architectures=lambda a=architectures: a)
-        monkeypatch.setattr(native_cuda, "_module", lambda m=module: m)
+        monkeypatch.setattr(cuda, "library", lambda m=module: m)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        said = native_cuda.unserved_sm90a(device)
+        said = cuda.refusal_sm90a(device)
         assert (said is None) if reason is None else reason in said

@@ -555,7 +555,7 @@ def test_seed_in_place_of_a_mask(monkeypatch):
     seed = torch.tensor([1234567])
     results = []
     for keep in (seed, philox_keep(seed, 6, 40, 0.3)):
-        monkeypatch.setattr(dora, "_draw_keep", lambda x, p, keep=keep: keep)
+        monkeypatch.setattr(dora, "draw_keep", lambda x, p, keep=keep: keep)
         results.append(with_gradients(dora_linear, leaves, weight, dy, dropout_p=0.3))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name])

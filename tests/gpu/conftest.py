@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.backends import native_cuda
+from peftkern.backends.cuda.module import refusal_device
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def triton_serves() -> Iterator[None]:
 
 @pytest.fixture
 def cuda_serves() -> Iterator[None]:
-    if reason := native_cuda.unserved(torch.device("cuda:0")):
+    if reason := refusal_device(torch.device("cuda:0")):
         pytest.skip(reason)
     with peftkern.use_backend("cuda"):
         yield

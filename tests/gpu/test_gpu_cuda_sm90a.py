@@ -15,14 +15,14 @@ from tolerances import DETERMINISM_RUNS
 from torch import Tensor
 
 import peftkern
-from peftkern.backends import native_cuda
+from peftkern.backends.cuda import nf4_lora_linear as cuda
 
 pytestmark = NEEDS_GPU
 
 
 @pytest.fixture(autouse=True)
 def cuda_serves() -> Iterator[None]:
-    if reason := native_cuda.unserved_sm90a(torch.device(CUDA)):
+    if reason := cuda.refusal_sm90a(torch.device(CUDA)):
         pytest.skip(reason)
     peftkern.reset_stats()
     with peftkern.use_backend("cuda"):

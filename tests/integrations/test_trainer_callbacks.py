@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftkern
-from peftkern.backends.native import cpu_isa
+from peftkern.backends.cpu.module import cpu_isa
 from peftkern.integrations.peft.serve import PatchedLinear
 from peftkern.integrations.transformers.callbacks import MonitorCallback, PeftKernCallback
 

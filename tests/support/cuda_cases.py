@@ -14,9 +14,9 @@ from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
-from peftkern.backends import native_cuda, ops, reference
+from peftkern.backends import ops, reference
+from peftkern.backends.cuda.nf4_lora_linear import launch
 from peftkern.formats.nf4 import nf4_midpoints
-from peftkern.functional.linear import _pieces
 
 OP = "nf4_lora_linear_forward"
 Results = tuple[Tensor, Tensor]
@@ -38,15 +38,15 @@ def scheduled(module: ModuleType, schedule: int) -> Iterator[None]:
 def forward(o: NF4Operands, lora: bool = True) -> Results:
     """y and S by the op, on the back end that is forced."""
     adapters = (o.lora_A, o.lora_B) if lora else (None, None)
-    weight = (*_pieces(o.w), o.w.shape)
+    weight = (o.w.tensors, o.w.layout)
     return ops.nf4_lora_linear_forward(o.x, *weight, *adapters, o.bias, o.scaling, None, 0.0)
 
 
 def with_splits(o: NF4Operands, splits: int, lora: bool = True, prefill: bool = False) -> Results:
     """By the kernel for few rows, or `prefill`'s, K split over so many blocks of threads."""
     adapters = (o.lora_A, o.lora_B) if lora else (None, None)
-    rest = (*adapters, o.bias, o.scaling, o.w.shape[0], splits)
-    return native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *rest, prefill=prefill)
+    weight = (o.w.tensors, o.w.layout)
+    return launch(o.x, *weight, *adapters, o.bias, o.scaling, splits, prefill=prefill)
 
 
 def exact(o: NF4Operands, lora: bool = True) -> Results:

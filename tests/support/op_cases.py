@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.formats.nf4 import dynamic_map
-from peftkern.functional.linear import _pieces
 from peftkern.functional.rosa import SparseMask
 
 N, K, R = 24, 70, 4
 
 
-def pieces(double_quant: bool = True) -> tuple:
-    return _pieces(peftkern.quantize_nf4(torch.randn(N, K), double_quant=double_quant))
+def stored(double_quant: bool = True) -> tuple:
+    w = peftkern.quantize_nf4(torch.randn(N, K), double_quant=double_quant)
+    return w.tensors, w.layout
 
 
 def forward_operands(dtype: torch.dtype = torch.bfloat16, dropout_p: float = 0.25) -> tuple:
@@ -35,8 +35,8 @@ def op_cases() -> dict[str, list[tuple]]:
     return {
         "nf4_quantize": [(torch.randn(N, K, dtype=d), 64) for d in (x.dtype, torch.float32)],
         "nf4_quantize_absmax": [(absmax, absmax.mean(), code, 256)],
-        "nf4_dequantize": [(*pieces(q), [N, K], torch.float16) for q in (True, False)],
-        "nf4_dequantize_out": [(*pieces(q), torch.zeros(N, K)) for q in (True, False)],
+        "nf4_dequantize": [(*stored(q), torch.float16) for q in (True, False)],
+        "nf4_dequantize_out": [(*stored(q), torch.zeros(N, K)) for q in (True, False)],
         "lora_linear_forward": [
             (x, weight, A, B, bias, 2.0, keep, 0.25),
             (x[0], weight, A, B, None, 2.0, None, 0.0),
@@ -48,12 +48,12 @@ def op_cases() -> dict[str, list[tuple]]:
             (dy, None, None, None, A, B, 2.0, None, 0.0, none),
         ],
         "nf4_lora_linear_forward": [
-            (x, *pieces(), [N, K], A, B, bias, 2.0, keep, 0.25),
-            (x, *pieces(False), [N, K], None, None, None, 1.0, None, 0.0),
+            (x, *stored(), A, B, bias, 2.0, keep, 0.25),
+            (x, *stored(False), None, None, None, 1.0, None, 0.0),
         ],
         "dora_norm": [(weight, A, B, 2.0), (weight.float(), A, B.bfloat16(), 0.5)],
         "nf4_dora_norm": [
-            (*pieces(q), [N, K], dtype, A, B, 2.0)
+            (*stored(q), dtype, A, B, 2.0)
             for q, dtype in ((True, torch.bfloat16), (False, torch.float32))
         ],
         "low_rank_svd": [
@@ -62,8 +62,8 @@ def op_cases() -> dict[str, list[tuple]]:
             ([B], [A], [1.0], False, "accurate"),
         ],
         "nf4_lora_linear_backward": [
-            (dy, x, S, *pieces(), [N, K], A, B, 2.0, keep, 0.25, every),
-            (dy, None, None, *pieces(False), [N, K], None, None, 1.0, None, 0.0, [True, *none[1:]]),
+            (dy, x, S, *stored(), A, B, 2.0, keep, 0.25, every),
+            (dy, None, None, *stored(False), None, None, 1.0, None, 0.0, [True, *none[1:]]),
         ],
         **adalora_op_cases(),
         **rosa_op_cases(),
