@@ -140,7 +140,7 @@ def test_cpu_given_a_seed_is_close_to_the_reference(nf4, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:triton")
-@pytest.mark.skipif(not triton_interpreted(), reason="test_gpu.py compares what is compiled")
+@pytest.mark.skipif(not triton_interpreted(), reason="tests/gpu compares what is compiled")
 @pytest.mark.parametrize("seed", SEEDS[2:6], ids=hex)
 def test_kernel_draws_the_same_at_every_tile(seed):
     """With A = identity, S is x where it is kept; the last tiles of both are odd."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import linear_cases
 import torch
 from linear_cases import Operands, operands, trials
+from linear_cases import ours as ours
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
