@@ -365,24 +365,15 @@ def gradients(layer, x: Tensor, run=None) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_gives_the_same(reentrant):
+def test_layer_compiles_in_one_graph_and_is_checkpointed():
+    """What its function does, tests/backends/test_ops.py has."""
     layer, x = drawn_layer(nn.Linear(48, 24), density=0.1, lora_dropout=0.3), torch.randn(5, 48)
-    wanted = gradients(layer, x)
-    got = gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=reentrant))
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-
-
-@pytest.mark.parametrize("nf4", [False, True])
-def test_compile_in_one_graph(nf4):
-    linear = nn.Linear(64, 24)
-    base = NF4Linear.from_linear(linear) if nf4 else linear
-    layer, x = drawn_layer(base, density=0.1), torch.randn(5, 64)
-    wanted = gradients(layer, x)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    got = gradients(layer, x, compiled)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    wanted = gradients(layer, x)
+    for run in (compiled, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        got = gradients(layer, x, run)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("nf4", [False, True])

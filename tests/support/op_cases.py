@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from linear_cases import KINDS
 from torch import Tensor, nn
 
 import peftkern
+from peftkern import NF4Weight
 from peftkern.formats.nf4 import dynamic_map
-from peftkern.functional.rosa import SparseMask
+from peftkern.functional.dora import dora_linear
+from peftkern.functional.rosa import SparseMask, rosa_linear
 
 N, K, R = 24, 70, 4
 
@@ -111,8 +114,11 @@ def rosa_op_cases() -> dict[str, list[tuple]]:
     }
 
 
+LAYERS = [*KINDS, "dora_linear", "nf4_dora_linear", "rosa_linear", "nf4_rosa_linear"]
+
+
 class Layer(nn.Module):
-    """The two linear functions over registered tensors, as a user's module would hold them."""
+    """A linear function over registered tensors, as a user's module would hold them."""
 
     def __init__(self, kind: str, dtype: torch.dtype = torch.float32, dropout_p: float = 0.0):
         super().__init__()
@@ -123,15 +129,28 @@ class Layer(nn.Module):
         self.bias = nn.Parameter(torch.randn(N, dtype=dtype))
         self.register_buffer("weight", weight)
         self.w = peftkern.quantize_nf4(weight)
+        if kind.endswith("dora_linear"):
+            self.magnitude = nn.Parameter(torch.rand(N) + K**0.5)
+        if kind.endswith("rosa_linear"):
+            self.values = nn.Parameter(torch.randn(50))
+            flat = torch.randperm(N * K)[:50]
+            self.mask = SparseMask.from_indices(flat // K, flat % K, (N, K))
+
+    @property
+    def frozen(self) -> Tensor | NF4Weight:
+        return self.w if self.kind.startswith("nf4_") else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        arguments = (x, self.frozen, self.lora_A, self.lora_B)
         options = {"scaling": self.scaling, "bias": self.bias, "dropout_p": self.dropout_p}
-        if self.kind == "lora_linear":
-            return peftkern.lora_linear(x, self.weight, self.lora_A, self.lora_B, **options)
-        return peftkern.nf4_lora_linear(x, self.w, self.lora_A, self.lora_B, **options)
+        if self.kind.endswith("dora_linear"):
+            return dora_linear(*arguments, self.magnitude, **options)
+        if self.kind.endswith("rosa_linear"):
+            return rosa_linear(*arguments, self.values, self.mask, **options)
+        return getattr(peftkern, self.kind)(*arguments, **options)
 
 
-def run(layer, x: Tensor, **context) -> tuple[Tensor, ...]:
+def run(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     """Output and every gradient, from the same seed."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
