@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, settings
 from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
 
 import peftkern
-from peftkern import monitor
 from peftkern.backends.cpu import module as cpu
 from peftkern.backends.cuda import module as cuda
+from peftkern.monitor.clocks import WallClock
 
 # How long an example takes, or drawing it, is the machine's business.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -90,11 +90,28 @@ def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched dense layers compute small products too."""
+    import peft_models  # and with it PEFT, transformers and bitsandbytes
+
+    peft_models.take_small_layers(monkeypatch.setattr)
+
+
+@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The monitor's clock on a CPU, which stands still but for the test: `clock.now += 1.0`."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(monitor._WallClock, "mark", staticmethod(lambda: clock.now))
+    monkeypatch.setattr(WallClock, "mark", staticmethod(lambda: clock.now))
     return clock
+
+
+@pytest.fixture
+def triton_inside_its_tensors() -> Iterator[None]:
+    """Run the test on Triton's kernels in the interpreter, every address of which is checked."""
+    from interpreted import bounds_checked  # which needs Triton
+
+    with peftkern.use_backend("triton"), bounds_checked():
+        yield
 
 
 @pytest.fixture

@@ -147,7 +147,8 @@ def test_fork_before_first_use():
         "absmax = torch.zeros(1 << 14)\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
-        "    native.library().nf4_quantize(native.cpu_isa(), 2, w.data_ptr(), 0, 1 << 20, 64,\n"
+        "    isa, _ = native.isa_and_threads()\n"
+        "    native.library().nf4_quantize(isa, 2, w.data_ptr(), 0, 1 << 20, 64,\n"
         "        packed.data_ptr(), 1 << 19, absmax.data_ptr(), 1 << 14)\n"
         "    os._exit(int(packed[0]) != 0x77)\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
@@ -168,7 +169,8 @@ def test_fork_after_use():
     x, a, b = torch.randn(M, K), torch.randn(R, K), torch.randn(N, R)
     out, y, S = torch.zeros(N, K), torch.zeros(M, N), torch.zeros(M, R)
     x_at, a_at, b_at, S_at, y_at = (t.data_ptr() for t in (x, a, b, S, y))
-    best, module = ISAS[-1], native.library()
+    module = native.library()
+    best = module.isas()[ISAS[-1]]
     calls = [
         lambda: module.nf4_dequantize(best, 2, w, out.data_ptr(), 0, N * K, False),
         lambda: module.lora_shrink(best, 2, M, K, R, x_at, 0, a_at, 0, 1.0, S_at),

@@ -15,7 +15,7 @@ from peftkern.backends import ops, pointers
 from peftkern.backends.cpu import module as native
 from peftkern.formats.nf4 import dynamic_map
 
-ISAS = native.cpu_isas()
+ISA = native.library().isas()[native.cpu_isas()[-1]]
 INT64_MAX = 2**63 - 1
 
 
@@ -60,6 +60,7 @@ def weight_tuple(nested: bool = True, **changes) -> tuple:
 
 BAD_WEIGHTS = {
     "format unknown": {"format": 1},
+    "format negative": {"format": -1},
     "nested_offset null": {"nested_offset": 0},
     "packed short": {"packed_bytes": N * K // 2 - 1},
     "packed negative": {"packed_bytes": -1},
@@ -85,7 +86,7 @@ BAD_WEIGHTS = {
 
 def forward_args(**changes) -> tuple:
     good = {
-        "isa": ISAS[-1],
+        "isa": ISA,
         "threads": 1,
         "M": M,
         "N": N,
@@ -110,7 +111,7 @@ def forward_args(**changes) -> tuple:
 def backward_args(**changes) -> tuple:
     changes = {{"x": "dy", "b": "a", "y": "dx"}.get(k, k): v for k, v in changes.items()}
     good = {
-        "isa": ISAS[-1],
+        "isa": ISA,
         "threads": 1,
         "M": M,
         "N": N,
@@ -121,15 +122,36 @@ def backward_args(**changes) -> tuple:
         "w": weight_tuple(),
         "s": address(M, R),
         "a": address(R, K),
+        "adapter": (),
         "dx": address(M, K),
     }
     assert changes.keys() <= good.keys()
     return tuple((good | changes).values())
 
 
+def adapter_fields(**changes) -> tuple:
+    good = {
+        "dy": address(M, N),
+        "dy_dtype": 0,
+        "b": address(R, N),
+        "scaling": 1.0,
+        "ds": address(M, R),
+        "x": address(M, K),
+        "x_dtype": 0,
+        "keep": 0,
+        "keep_scale": 1.0,
+        "da": address(R, K),
+        "s": address(M, R),
+        "db": address(N, R),
+    }
+    assert changes.keys() <= good.keys()
+    return tuple((good | changes).values())
+
+
 BAD_CALLS = {
-    "isa unknown": {"isa": "mmx"},
-    "isa empty": {"isa": ""},
+    "isa unknown": {"isa": 5},
+    "isa negative": {"isa": -1},
+    "isa absurd": {"isa": 2**31 - 1},
     "threads zero": {"threads": 0},
     "threads negative": {"threads": -3},
     "M negative": {"M": -1},
@@ -160,7 +182,8 @@ def test_good_arguments_are_taken(nested):
     module.nf4_lora_linear_backward(*backward_args(w=weight_tuple(nested)))
     module.nf4_lora_linear_forward(*forward_args(r=0, s=0, b=0, bias=0))
     module.nf4_lora_linear_backward(*backward_args(r=0, s=0, b=0))
-    module.nf4_dequantize(ISAS[-1], 1, weight_tuple(nested), address(N, K), 0, N * K, False)
+    module.nf4_lora_linear_backward(*backward_args(s=0, adapter=adapter_fields()))
+    module.nf4_dequantize(ISA, 1, weight_tuple(nested), address(N, K), 0, N * K, False)
 
 
 @pytest.mark.parametrize("bad", BAD_CALLS)
@@ -178,7 +201,7 @@ def test_every_function_refuses_bad_weights(bad):
     for call in (
         lambda: module.nf4_lora_linear_forward(*forward_args(w=w)),
         lambda: module.nf4_lora_linear_backward(*backward_args(w=w)),
-        lambda: module.nf4_dequantize(ISAS[-1], 1, w, address(N, K), 0, N * K, False),
+        lambda: module.nf4_dequantize(ISA, 1, w, address(N, K), 0, N * K, False),
     ):
         with pytest.raises(ValueError):
             call()
@@ -187,7 +210,7 @@ def test_every_function_refuses_bad_weights(bad):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"isa": "mmx"},
+        {"isa": 5},
         {"threads": 0},
         {"src": 0},
         {"src_dtype": 5},
@@ -206,7 +229,7 @@ def test_every_function_refuses_bad_weights(bad):
 )
 def test_quantize_refuses(changes):
     good = {
-        "isa": ISAS[-1],
+        "isa": ISA,
         "threads": 1,
         "src": address(700),
         "src_dtype": 0,
@@ -260,7 +283,7 @@ def test_quantize_absmax_refuses(changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"isa": "mmx"},
+        {"isa": 5},
         {"threads": 0},
         {"M": -1},
         {"K": -1},
@@ -279,12 +302,11 @@ def test_quantize_absmax_refuses(changes):
     [
         ("lora_shrink", "activation dtype factor keep scale s"),
         ("lora_expand", "s factor keep scale activation dtype"),
-        ("lora_outer", "s activation dtype keep scale factor"),
     ],
 )
 def test_lora_products_refuse(product, order, changes):
     good = {
-        "isa": ISAS[-1],
+        "isa": ISA,
         "threads": 1,
         "M": M,
         "K": K,
@@ -302,6 +324,41 @@ def test_lora_products_refuse(product, order, changes):
     bad = good | changes
     with pytest.raises(ValueError):
         function(*(bad[name] for name in names))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dy": 0}, {"dy_dtype": 7}, {"b": 0}, {"ds": 0}, {"x": 0}, {"x_dtype": -1}, {"s": 0}],
+    ids=str,
+)
+def test_backward_refuses_bad_adapters(changes):
+    module, fields = native.library(), adapter_fields(**changes)
+    with pytest.raises(ValueError):
+        module.lora_backward(ISA, 1, M, N, K, R, fields)
+    with pytest.raises(ValueError):
+        module.nf4_lora_linear_backward(*backward_args(adapter=fields))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"isa": 5},
+        {"threads": 0},
+        {"M": -1},
+        {"N": -1},
+        {"K": -1},
+        {"r": -1},
+        {"r": INT64_MAX},
+        {"adapter": ()},
+        {"adapter": (0,) * 13},
+    ],
+    ids=str,
+)
+def test_backward_refuses_bad_sizes(changes):
+    good = {"isa": ISA, "threads": 1, "M": M, "N": N, "K": K, "r": R, "adapter": adapter_fields()}
+    native.library().lora_backward(*good.values())
+    with pytest.raises(ValueError):
+        native.library().lora_backward(*(good | changes).values())
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
         with pytest.raises(ValueError, match=rf"\b{name}"):
             emulated_cuda.nf4_dequantize(0, wrong, *call[2:])
     for position, value, name in (
-        (1, (), "w: expected 13"),
+        (1, (), "w: got 0, expected 13 fields"),
         (2, 0, "out"),
         (3, 9, "dtype"),
         (4, 1, "out"),

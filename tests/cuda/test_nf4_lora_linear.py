@@ -224,7 +224,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
     call = (0, w, 2, 24, 256, *tensors, lora, 1.0, workspace.data_ptr(), size, 2)
     emulated_cuda.nf4_lora_linear_forward(*call)
     for position, value, name in (
-        (1, (), "w: expected 13"),
+        (1, (), "w: got 0, expected 13 fields"),
         (1, (*w[:2], 512, *w[3:]), "absmax|blocksize"),
         (2, 33, "M"),
         (2, -1, "M"),
@@ -238,7 +238,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
         (6, 7, "dtype"),
         (7, 0, "y: null"),
         (8, call[8] + 1, "bias"),
-        (9, (), "lora: expected 6"),
+        (9, (), "lora: got 0, expected 6 fields"),
         (9, (*lora[:5], 65), "r: got 65"),
         (9, (0, *lora[1:]), "lora_A: null"),
         (9, (*lora[:2], lora[2] + 2, *lora[3:]), "lora_B"),

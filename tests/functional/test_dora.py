@@ -24,7 +24,8 @@ from tolerances import (
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.backends import ops, reference
+from peftkern.backends import ops
+from peftkern.backends.reference import dora as reference
 from peftkern.functional.dora import dora_linear, dora_norm
 from peftkern.layers import LoRALinear, NF4Linear
 from peftkern.methods import DoRALinear

@@ -197,6 +197,7 @@ def make_nf4_linear() -> nn.Module:
         *itertools.product(["AdaLoRA", "LoRA"], [make_nf4_linear]),
     ],
 )
+@pytest.mark.usefixtures("small_layers")
 def test_patched_layers(kind: str, make: Callable[[], nn.Module]) -> None:
     model = peft_model(kind, make())
     peftkern.patch(model)
@@ -233,6 +234,7 @@ def test_an_input_that_changes_after_the_call(name: str, frozen_A: bool) -> None
                 y.sum().backward()
 
 
+@pytest.mark.usefixtures("small_layers")
 def test_a_model_that_writes_in_place() -> None:
     """As VGG heads, clip_qkv of OLMo and residual sums do, through the whole patched model."""
 

@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern.backends import ops, reference
+from peftkern.backends import ops
+from peftkern.backends.reference import rosa as reference
 from peftkern.functional.rosa import SparseMask, rosa_linear
 from peftkern.layers import NF4Linear
 from peftkern.methods.rosa import RoSALinear, RoSAScheduler, density_report

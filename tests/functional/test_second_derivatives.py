@@ -257,6 +257,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.usefixtures("small_layers")
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 @pytest.mark.parametrize("make", [make_linear, make_linear4bit])
 def test_patched_layers(kind: str, make: Callable[[], nn.Module]) -> None:

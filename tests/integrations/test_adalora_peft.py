@@ -518,8 +518,10 @@ DDP = """
 import hashlib, json, sys
 import torch, torch.distributed as dist
 from adalora_models import STEPS, adalora_llama, optimizer_of
-from peft_models import text_batch
+from peft_models import take_small_layers, text_batch
 import peftkern
+
+take_small_layers()
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

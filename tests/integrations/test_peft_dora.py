@@ -204,7 +204,7 @@ def test_small_layers_are_left_to_peft(monkeypatch):
     layer = layer_of(model)
     smallest = layer.in_features * layer.out_features
     for minimum, reasons in ((smallest, {}), (smallest + 1, {SMALL: 1})):
-        monkeypatch.setattr("peftkern.integrations.peft.serve._DORA_CPU_MINIMUM", minimum)
+        monkeypatch.setattr("peftkern.integrations.peft.serve.DORA_CPU_MINIMUM", minimum)
         peftkern.patch(model)
         peftkern.reset_stats()
         model(sample(F32))

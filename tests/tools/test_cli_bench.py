@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_run import BUDGET, TINY, bench, environment
-from paths import SUPPORT, TESTS
+from paths import SUPPORT
 from waiting import wait_until
 
 from peftkern.cli import main
@@ -55,7 +55,7 @@ def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
 
 @pytest.fixture(scope="module")
 def rivals(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record]:
-    """One case beside baselines of every kind of misbehaviour, and an earlier run that was better
+    """One case beside baselines of every kind of misbehavior, and an earlier run that was better
     than this one can be."""
     folder = tmp_path_factory.mktemp("rivals")
     names = ["right", "wrong", "raising", "crashing"]
@@ -262,12 +262,12 @@ def is_running(process: str) -> bool:
         (["--csv", "/dev/null"], "--csv: /dev/null is a link or a device"),
         (["--json", "/dev/stdout"], "--json: /dev/stdout is a link or a device"),
         (["--compare", "no/such.json"], "no/such.json"),
-        (["--compare", "conftest.py"], "conftest.py: expected JSON in UTF-8"),
+        (["--compare", "waiting.py"], "waiting.py: expected JSON in UTF-8"),
         (["--fail-if", "5%"], "--fail-if: needs --compare"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_runs(arguments, complaint, capfd, monkeypatch):
-    monkeypatch.chdir(TESTS)
+    monkeypatch.chdir(SUPPORT)
     monkeypatch.setattr(command, "execute", lambda plan: pytest.fail("it ran"))
     assert main(["bench", *arguments]) == 2
     out, error = capfd.readouterr()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import bitsandbytes as bnb
-import peft_models  # noqa: F401  takes small layers too
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,6 +39,7 @@ from peftkern.tools.plan.plan import (
 )
 from peftkern.tools.plan.training_step import Memory, Step
 
+pytestmark = pytest.mark.usefixtures("small_layers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LLAMA = Architecture(256, 2, 4, 2, 704, 1024, 64)
 QWEN = Architecture(192, 2, 6, 2, 512, 1536, 32, tied=True, qkv_bias=True)
@@ -47,7 +47,7 @@ QWEN = Architecture(192, 2, 6, 2, 512, 1536, 32, tied=True, qkv_bias=True)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[Architecture, str]:
-    """Random models as checkpoints: bitsandbytes quantises while transformers loads."""
+    """Random models as checkpoints: bitsandbytes quantizes while transformers loads."""
     made = {}
     for shape, config, kind in (
         (LLAMA, LlamaConfig, LlamaForCausalLM),
@@ -298,7 +298,7 @@ def test_weights_are_counted_to_the_byte(folders, shape, dtype, base):
 
 
 def _tables(weight: Tensor) -> list[Tensor]:
-    """What bitsandbytes keeps beside a quantised weight."""
+    """What bitsandbytes keeps beside a quantized weight."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return []

@@ -1,6 +1,7 @@
 // NF4 matrix products for AMX-BF16: 16 x 32 by 32 x 16 tile products in eight tile registers.
 // Two by two tiles of sums share two rows and two lanes tiles, so that each step loads 4 KiB for
 // 65,536 multiply-adds; loads are placed between products, which run in order.
+#include "kernels.h"
 #include "nf4_bf16.h"
 #include "nf4_gemm.h"
 
@@ -65,6 +66,6 @@ struct AmxBf16Math : BFloat16Panels {
 
 }  // namespace
 
-const NF4LinearKernels kNF4LinearAmxBf16 = {forward_with<AmxBf16Math>, backward_with<AmxBf16Math>};
+constexpr CpuKernels kAmxBf16Kernels = {{forward_with<AmxBf16Math>, backward_with<AmxBf16Math>}};
 
 }  // namespace peftkern

@@ -1,4 +1,5 @@
 // NF4 matrix products for AVX512-BF16: pairs of bfloat16 multiplied into float32 (vdpbf16ps).
+#include "kernels.h"
 #include "nf4_bf16.h"
 #include "nf4_gemm.h"
 
@@ -49,7 +50,7 @@ struct Avx512Bf16Math : BFloat16Panels {
 
 }  // namespace
 
-const NF4LinearKernels kNF4LinearAvx512Bf16 = {forward_with<Avx512Bf16Math>,
-                                               backward_with<Avx512Bf16Math>};
+constexpr CpuKernels kAvx512Bf16Kernels = {
+    {forward_with<Avx512Bf16Math>, backward_with<Avx512Bf16Math>}};
 
 }  // namespace peftkern
