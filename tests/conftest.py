@@ -22,7 +22,7 @@ if not torch.cuda.is_available():  # before Triton's kernels are imported, which
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
-from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG
+from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
 
 import peftkern
 from peftkern.backends.cpu import module as cpu
@@ -31,9 +31,9 @@ from peftkern.monitor.clocks import WallClock
 
 # How long an example takes, or drawing it, is the machine's business.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile(
-    "peftkern", untimed, derandomize=True, database=None, max_examples=FUZZ_EXAMPLES
-)
+fixed = settings(untimed, derandomize=True, database=None)
+settings.register_profile("peftkern", fixed, max_examples=FUZZ_EXAMPLES)
+settings.register_profile("wide", fixed, max_examples=FUZZ_EXAMPLES_WIDE)
 # `pytest --hypothesis-profile=long` draws new examples each time, for as long as it takes.
 settings.register_profile("long", untimed, max_examples=FUZZ_EXAMPLES_LONG)
 settings.load_profile("peftkern")

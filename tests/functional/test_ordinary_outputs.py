@@ -10,9 +10,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import op_cases
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft_models import K, N, Net, fill_adapters, make_linear, make_linear4bit
-from test_ops import op_cases
 from torch import Tensor, nn
 
 import peftkern

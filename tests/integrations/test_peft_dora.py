@@ -21,8 +21,8 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
+from peft_oracle import oracle_for, outputs_and_gradients, sample
 from safetensors.torch import load_file
-from test_peft_numerics import oracle_for, outputs_and_gradients, sample
 from tolerances import (
     BF16_LOSS_RTOL,
     DORA_DROPPED_MAGNITUDE_RMS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,35 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT, SUPPORT
-from tolerances import HANG_SECONDS
+from bench_run import BUDGET, TINY, bench, environment
+from paths import SUPPORT
 from waiting import wait_until
 
 from peftkern.cli import main
 from peftkern.tools.bench import command, instrument
 from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.record import FORMAT, Case, Provider, Record
-
-TINY = ["--device=cpu", "--threads=1", "--shapes=24x64x128", "--r=4", "--seconds=0.1"]
-BUDGET = 600.0  # seconds: seven processes import on one core, which others may use as well
-
-
-def environment() -> dict[str, str]:
-    """A user's: without Triton's interpreter, and finding the package as it is here."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "COLUMNS")}
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
-
-
-def bench(*arguments: str, columns: int | None = None) -> subprocess.CompletedProcess:
-    more = {} if columns is None else {"COLUMNS": str(columns)}
-    return subprocess.run(
-        [sys.executable, "-m", "peftkern", "bench", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=SUPPORT,  # where bench_providers is
-        env={**environment(), **more},
-        timeout=HANG_SECONDS,
-    )
 
 
 def earlier(path: Path, name: str, peer: str, label: str, ratio: float) -> Path:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from plan_configs import LLAMA_CONFIG
 from tolerances import FUZZ_EXAMPLES, PLAN_RTOL
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -446,16 +447,6 @@ def test_config_of_a_saved_model_gives_its_dimensions(folders, tmp_path):
     assert read_model(str(path)) == Architecture(64, 1, 4, 4, 96, 32, 16, **biases)
 
 
-GOOD = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "vocab_size": 32,
-}
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -474,7 +465,7 @@ GOOD = {
     ],
 )
 def test_wrong_config_is_refused_in_words(tmp_path, changes, complaint):
-    (tmp_path / "config.json").write_text(json.dumps({**GOOD, **changes}))
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_CONFIG, **changes}))
     with pytest.raises(ValueError, match=complaint):
         read_model(str(tmp_path))
 
