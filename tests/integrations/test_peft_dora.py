@@ -43,7 +43,7 @@ MAKERS = [make_linear, make_linear4bit]
 
 @pytest.fixture(autouse=True)
 def form_the_product_again(monkeypatch):
-    """As layers of real sizes do; what is kept instead, tests/test_dora.py tests."""
+    """As layers of real sizes do; what is kept instead, tests/functional/test_dora.py tests."""
     monkeypatch.setattr("peftkern.functional.dora._forms_again", lambda x, weights: True)
 
 

@@ -88,7 +88,7 @@ def test_packed_weight_counts_as_the_reference_decodes_it(dtype):
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("left", [1e-2, 1e-4, 0.0])
 def test_update_that_undoes_the_weight(left, nf4):
-    """Relative to what cancels, as on the other back ends (tests/test_dora.py)."""
+    """Relative to what cancels, as on the other back ends (tests/functional/test_dora.py)."""
     N, K = 24, 512
     A, B = torch.randn(2, K), torch.randn(N, 2)
     update = B.double() @ A.double()
