@@ -52,7 +52,7 @@ def fresh(tensor: Tensor | None) -> int:
 
 
 def each(device: torch.device, *rows: tuple[str, Tensor | None, torch.dtype, int]) -> list[int]:
-    """`optional` of several tensors of a device: (name, tensor, dtype, numel) each."""
+    """Return `optional` of several tensors of a device: (name, tensor, dtype, numel) each."""
     found = []
     for name, tensor, dtype, numel in rows:
         if tensor is None:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_records import case, provider
+from bench_records import record as bench_record
 from checkpoint_folders import save_llama
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_bench_report import case, provider
-from test_bench_report import record as bench_record
-from test_plan import GOOD
+from plan_configs import LLAMA_CONFIG
 from tolerances import FUZZ_MODEL_EXAMPLES
 
 from peftkern.cli import main
@@ -98,7 +98,7 @@ def test_only_regular_files_of_a_bounded_size_are_opened(tmp_path):
 # Every command that reads JSON.
 
 HUGE = 10**400
-CONFIG = {**GOOD, "head_dim": 16, "num_key_value_heads": 2, "tie_word_embeddings": False}
+CONFIG = {**LLAMA_CONFIG, "head_dim": 16, "num_key_value_heads": 2, "tie_word_embeddings": False}
 RECORD = bench_record(
     case(provider("peftkern", 1.0), provider("peft", 2.0)), case(provider("peftkern"), r=2)
 )

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import bitsandbytes as bnb
 import pytest
 import torch
+from adalora_models import STEPS, adalora_llama, optimizer_of
+from paths import ROOT, SUPPORT
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
 from peft_models import (
-    TARGETS,
     K,
     Net,
     fallbacks,
@@ -42,30 +43,6 @@ from torch import Tensor, nn
 import peftkern
 from peftkern.integrations.peft import adalora
 from peftkern.integrations.transformers.callbacks import AdaLoraCallback
-
-STEPS = 50
-SCHEDULE = {"total_step": STEPS, "tinit": 5, "tfinal": 12, "deltaT": 3, "target_r": 2, "init_r": 6}
-
-
-def adalora_llama(dtype: torch.dtype = torch.float32, nf4: bool = False, **config) -> PeftModel:
-    base = tiny_llama(dtype)
-    if nf4:
-        for name, module in list(base.named_modules()):
-            if isinstance(module, nn.Linear) and "lm_head" not in name:
-                parent = base.get_submodule(name.rpartition(".")[0])
-                layer = bnb.nn.Linear4bit(
-                    module.in_features, module.out_features, bias=False, quant_type="nf4"
-                )
-                layer.load_state_dict(module.state_dict())
-                setattr(parent, name.rpartition(".")[2], layer.to("cpu"))
-        base.is_loaded_in_4bit = True
-    torch.manual_seed(5)
-    settings = {"target_modules": TARGETS, "task_type": "CAUSAL_LM", "lora_alpha": 16}
-    return get_peft_model(base, AdaLoraConfig(**{**settings, **SCHEDULE, **config}))
-
-
-def optimizer_of(model: nn.Module, **options) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, **options)
 
 
 def train(model: PeftModel, steps: range, optimizer=None) -> tuple[list[float], list]:
@@ -540,8 +517,11 @@ def test_trainer_callback_complains(tmp_path: Path) -> None:
 DDP = """
 import hashlib, json, sys
 import torch, torch.distributed as dist
-from test_adalora_peft import STEPS, adalora_llama, optimizer_of, text_batch
+from adalora_models import STEPS, adalora_llama, optimizer_of
+from peft_models import take_small_layers, text_batch
 import peftkern
+
+take_small_layers()
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -564,12 +544,10 @@ print(digest.hexdigest())
 
 def test_ddp_ranks_draw_the_same_masks(tmp_path: Path) -> None:
     run = [sys.executable, "-c", DDP]
-    tests = Path(__file__).parent
-    path = os.pathsep.join(filter(None, [str(tests.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join([str(SUPPORT), str(ROOT)])
     processes = [
         subprocess.Popen(
             [*run, str(rank), str(tmp_path / "store")],
-            cwd=tests,
             env={**os.environ, "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

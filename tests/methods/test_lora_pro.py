@@ -12,6 +12,7 @@ import torch
 from method_models import (
     ALPHA,
     RANK,
+    Count,
     K,
     N,
     PlainAdamW,
@@ -25,7 +26,6 @@ from method_models import (
     twins,
 )
 from paths import EXAMPLES
-from test_lora_fa import Count
 from tolerances import METHODS_RTOL, METHODS_STEPS_RTOL, errors
 from torch import Tensor, nn
 

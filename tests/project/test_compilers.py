@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_packaging import KERNEL_OBJECTS, ROOT, libraries, run_checked
+from building import KERNEL_OBJECTS, libraries, run_checked
+from paths import ROOT
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

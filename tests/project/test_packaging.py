@@ -20,30 +20,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from building import KERNEL_OBJECTS, libraries, run, run_checked, symbols
 from paths import ROOT
 
 from peftkern.formats import nf4
 
 GENERATOR = ROOT / "csrc" / "generate_nf4_table.py"
-KERNEL_OBJECTS = Path("CMakeFiles", "peftkern_cpu_kernels.dir", "csrc", "cpu")
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="these ISAs are x86-64's")
-
-
-def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    """With the tools beside this Python, and unless `env` says so without CUDA, which has tests of
-    its own: it takes long to compile.
-    """
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    environment = os.environ | {"PEFTKERN_CUDA": "0", "PATH": path} | env
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
-    )
-
-
-def run_checked(*command: str | Path, cwd: Path = ROOT) -> str:
-    answer = run(*command, cwd=cwd)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return answer.stdout
 
 
 # ---- the generated header
@@ -149,10 +132,6 @@ def test_each_isa_object_file_exports_its_table_alone(objects):
             assert re.search(r" [RD] peftkern::k\w+Kernels$", table)
 
 
-def symbols(path: Path, *options: str) -> list[str]:
-    return run_checked("nm", "-C", "--defined-only", *options, path).splitlines()
-
-
 # ---- the module
 
 
@@ -161,10 +140,6 @@ def module_path() -> Path:
     from peftkern import _cpu
 
     return Path(_cpu.__file__)
-
-
-def libraries(path: Path) -> set[str]:
-    return set(re.findall(r"NEEDED\s+(\S+)", run_checked("objdump", "-p", path)))
 
 
 def test_module_links_only_system_libraries(module_path):

@@ -103,6 +103,19 @@ def relative_difference(got: Iterable[Tensor], expected: Iterable[Tensor]) -> fl
     )
 
 
+class Count(TorchDispatchMode):
+    """How often each aten op is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
 class HostCopies(TorchDispatchMode):
     """Counts copies between a CPU and tensors that pretend to be on a GPU."""
 

@@ -8,18 +8,17 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import pytest
-import torch
-from paths import BENCH
-from tolerances import NF4_RANDOM_STD_RTOL, PLAN_RTOL
-
-sys.path.append(str(BENCH))
-
 import bench_e2e
 import gpu
+import outcomes
+import pytest
+import stacks
+import suite
+import torch
+from tolerances import NF4_RANDOM_STD_RTOL, PLAN_RTOL
 
 import peftkern
-from peftkern.tools.bench import machine, memory, stacks, suite
+from peftkern.tools.bench import machine, memory
 from peftkern.tools.plan.plan import PRESETS, Training, plan
 
 CPU = torch.device("cpu")
@@ -34,7 +33,7 @@ def toy(spec):
     return replace(spec, shape=(64, 64))
 
 
-def run(spec: suite.Spec) -> suite.Outcome:
+def run(spec: suite.Spec) -> outcomes.Outcome:
     return suite.run_case(toy(spec), TOY, ROOF, 0.0, lambda share: None)
 
 

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import browser
 import pytest
+from bench_records import case, provider, record
+from bench_run import BUDGET, bench
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli_bench import BUDGET, ROOT, bench
+from paths import ROOT, TESTS
 
 from peftkern.cli import main
 from peftkern.tools.bench import charts, report
 from peftkern.tools.bench import record as records
-from peftkern.tools.bench.record import OURS, Record
+from peftkern.tools.bench.record import Record
 from peftkern.tools.bench.terminal import number
 
 VOID = {"meta"}
@@ -72,84 +74,6 @@ class Page(HTMLParser):
     def record(self) -> Record:
         (text,) = self.texts["textarea"]
         return json.loads(text)
-
-
-def provider(label: str, median: float | None = None, spread: float = 1.05, **more: object) -> dict:
-    """A row; without a median it has no result."""
-    known = median is not None
-    return {
-        "label": label,
-        "median_ms": median,
-        "p20_ms": median / spread if known else None,
-        "p80_ms": median * spread if known else None,
-        "samples_ms": [median / spread, median, median * spread] if known else [],
-        "error_rms": 0.0024,
-        "error_max": 0.0055,
-        "wrong": None,
-        "failed": None,
-        "note": None,
-        "peak_bytes": 123456 if known else None,
-        "gb_s": 1e6 / median / 1e6 if known else None,
-        "tflop_s": 2e6 / median / 1e9 if known else None,
-        "share_of_roof": 0.01 / median if known else None,
-        **more,
-    }
-
-
-def case(ours: dict, *others: dict, m: int | None = 16, r: int | None = 4, **more: object) -> dict:
-    """The others are named by their labels; the first good one is compared with."""
-    good = [row for row in others if row["wrong"] is None and row["failed"] is None]
-    found = {
-        "op": "lora_linear",
-        "shape": "layer",
-        "M": m,
-        "N": 64,
-        "K": 128,
-        "r": r,
-        "dtype": "bfloat16",
-        "mode": "full",
-        "bytes": 10**6,
-        "flops": 2 * 10**6,
-        "floor_ms": 0.01,
-        "against": good[0]["label"] if good else None,
-        "command": f"peftkern bench --rows {m} --r {r}",
-        "providers": {OURS: ours, **{row["label"]: row for row in others}},
-        **more,
-    }
-    return {"name": f"{found['op']}/M{m}/r{r}/{found['mode']}", **found}
-
-
-def record(*cases: dict, **more: object) -> Record:
-    gpu = more.pop("gpu", None)
-    environment = {
-        "cpu": "Some CPU",
-        "isa": "avx2",
-        "isas": ["scalar", "avx2"],
-        "gpu": gpu,
-        "interpreter": False,
-        "threads": 2,
-        "last_level_cache": 1 << 25,
-        "commit": "0123456789ab",
-        "date": "2026-11-24T12:00:00+00:00",
-        "python": "3.11.7",
-        "versions": {"torch": "2.13.0", "peftkern": "0.1.0", "triton": None},
-        "load_average": [0.1, 0.2, 0.3],
-        "variables": {"OMP_NUM_THREADS": "2"},
-    }
-    return {
-        "format": records.FORMAT,
-        "command": "peftkern bench --budget 9s",
-        "device": "cuda" if gpu else "cpu",
-        "seed": 0,
-        "budget_s": 9.0,
-        "elapsed_s": 8.5,
-        "environment": environment,
-        "roof": {"copy": 2e10, "bfloat16": 2e12},
-        "cases": list(cases),
-        "not_reached": [],
-        "not_installed": {},
-        **more,
-    }
 
 
 def with_text(words: str) -> Record:
@@ -374,9 +298,9 @@ def test_losses_stand_beside_wins():
     notes = page.texts["li"][6:]
     assert (
         notes[0]
-        == "Least favourable: 0.50x beside fast, lora_linear layer 16x64x128, r=4, bf16, full"
+        == "Least favorable: 0.50x beside fast, lora_linear layer 16x64x128, r=4, bf16, full"
     )
-    assert notes[1].startswith("Most favourable: 3.00x beside peft, lora_linear layer 32x64x128")
+    assert notes[1].startswith("Most favorable: 3.00x beside peft, lora_linear layer 32x64x128")
     assert "WRONG error 1 (peftkern, lora_linear layer 64x64x128, r=4, bf16, full)" in notes
     assert "FAILED no (peft2, lora_linear layer 32x64x128, r=4, bf16, full)" in notes
 
@@ -481,7 +405,7 @@ def test_every_edge_record_is_a_valid_record(name):
     ],
 )
 def test_bad_options_are_one_line(arguments, complaint, capfd, monkeypatch):
-    monkeypatch.chdir(ROOT / "tests")
+    monkeypatch.chdir(TESTS)
     assert main(["bench", *arguments]) == 2
     said = capfd.readouterr()
     assert said.out == "" and complaint in said.err
@@ -517,7 +441,7 @@ def test_a_busy_machine_is_told_before_all_else(load, tmp_path, capfd):
     assert printed(busy, tmp_path, capfd)[1].splitlines()[0] == said
     page = Page(report.render(busy))
     assert page.texts["li"].index(said) < min(
-        i for i, text in enumerate(page.texts["li"]) if "favourable" in text
+        i for i, text in enumerate(page.texts["li"]) if "favorable" in text
     )
 
 
@@ -578,7 +502,7 @@ def test_the_report_needs_no_plotting_library():
 
 
 WIDTH = "document.documentElement.scrollWidth"
-# Text that its neighbour covers: tick labels of one axis, whose boxes have an area in common.
+# Text that its neighbor covers: tick labels of one axis, whose boxes have an area in common.
 OVERLAPS = """[...document.querySelectorAll("svg")].flatMap(svg => {
   const boxes = [...svg.querySelectorAll("text")].map(one => one.getBoundingClientRect());
   return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b =>
@@ -605,7 +529,7 @@ def test_a_browser_shows_every_record_without_a_complaint(run, tmp_path):
                 assert page.value(OVERLAPS) == 0, where
                 assert page.value("document.querySelector('h1').innerText") == "peftkern bench"
                 seen.add((dark, page.value("getComputedStyle(document.body).backgroundColor")))
-    assert len(seen) == 2 and len({colour for _, colour in seen}) == 2
+    assert len(seen) == 2 and len({color for _, color in seen}) == 2
 
 
 @pytest.mark.skipif(not browser.FOUND, reason="there is no chromium on PATH")

@@ -7,23 +7,15 @@ import itertools
 import os
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 from checkpoint_folders import save_llama
-from paths import ROOT
-from tolerances import HANG_SECONDS
+from command_line import run
 
 import peftkern
 from peftkern.cli import app, main
 from peftkern.cli.frame import InputError, bad_input, dtype_name, parse_bytes
 from peftkern.tools.bench import command as bench_command
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "peftkern", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANG_SECONDS)
 
 
 @pytest.mark.parametrize("argument", ["version", "--version"])

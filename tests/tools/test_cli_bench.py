@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,35 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT
-from tolerances import HANG_SECONDS
+from bench_run import BUDGET, TINY, bench, environment
+from paths import SUPPORT
 from waiting import wait_until
 
 from peftkern.cli import main
 from peftkern.tools.bench import command, instrument
 from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.record import FORMAT, Case, Provider, Record
-
-TINY = ["--device=cpu", "--threads=1", "--shapes=24x64x128", "--r=4", "--seconds=0.1"]
-BUDGET = 600.0  # seconds: seven processes import on one core, which others may use as well
-
-
-def environment() -> dict[str, str]:
-    """A user's: without Triton's interpreter, and finding the package as it is here."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "COLUMNS")}
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
-
-
-def bench(*arguments: str, columns: int | None = None) -> subprocess.CompletedProcess:
-    more = {} if columns is None else {"COLUMNS": str(columns)}
-    return subprocess.run(
-        [sys.executable, "-m", "peftkern", "bench", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT / "tests",  # where bench_providers is
-        env={**environment(), **more},
-        timeout=HANG_SECONDS,
-    )
 
 
 def earlier(path: Path, name: str, peer: str, label: str, ratio: float) -> Path:
@@ -77,7 +55,7 @@ def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
 
 @pytest.fixture(scope="module")
 def rivals(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record]:
-    """One case beside baselines of every kind of misbehaviour, and an earlier run that was better
+    """One case beside baselines of every kind of misbehavior, and an earlier run that was better
     than this one can be."""
     folder = tmp_path_factory.mktemp("rivals")
     names = ["right", "wrong", "raising", "crashing"]
@@ -196,7 +174,7 @@ def test_a_wrong_provider_shows_no_time_and_a_broken_one_costs_nobody_else(rival
 
 def test_a_provider_that_hangs_costs_the_run_its_patience_and_no_more(monkeypatch):
     """It would take an hour. When the others have answered, the patience with it is soon over."""
-    monkeypatch.chdir(ROOT / "tests")  # where bench_providers is
+    monkeypatch.chdir(SUPPORT)  # where bench_providers is
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(instrument, "PATIENCE", 1e-3)
     problem = Problem("lora_linear", "x", 24, 64, 128, 4, "bfloat16", "full")
@@ -235,7 +213,7 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     command += ["--baselines=bench_providers:hanging", "--budget=120s"]
     parent = subprocess.Popen(
         command,
-        cwd=ROOT / "tests",
+        cwd=SUPPORT,
         env={**environment(), "TMPDIR": str(tmp_path)},  # nobody is left to remove its files
         stdout=subprocess.DEVNULL,
     )
@@ -284,12 +262,12 @@ def is_running(process: str) -> bool:
         (["--csv", "/dev/null"], "--csv: /dev/null is a link or a device"),
         (["--json", "/dev/stdout"], "--json: /dev/stdout is a link or a device"),
         (["--compare", "no/such.json"], "no/such.json"),
-        (["--compare", "conftest.py"], "conftest.py: expected JSON in UTF-8"),
+        (["--compare", "waiting.py"], "waiting.py: expected JSON in UTF-8"),
         (["--fail-if", "5%"], "--fail-if: needs --compare"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_runs(arguments, complaint, capfd, monkeypatch):
-    monkeypatch.chdir(ROOT / "tests")
+    monkeypatch.chdir(SUPPORT)
     monkeypatch.setattr(command, "execute", lambda plan: pytest.fail("it ran"))
     assert main(["bench", *arguments]) == 2
     out, error = capfd.readouterr()

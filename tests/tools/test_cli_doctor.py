@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from peft_models import K, lora_net, make_linear4bit, patched_copy
 from site_packages import ROOT, SITE, python, without
-from test_cli import run
 from waiting import wait_until
 
 from peftkern.backends import dispatch, ops

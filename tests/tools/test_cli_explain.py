@@ -7,7 +7,7 @@ import resource
 
 import pytest
 import torch
-from test_cli import run
+from command_line import run
 
 import peftkern
 from peftkern.backends import ops

@@ -6,7 +6,8 @@ import json
 import re
 
 import pytest
-from test_cli import ROOT, run
+from command_line import run
+from paths import ROOT
 
 from peftkern.cli import main
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import bitsandbytes as bnb
-import peft_models  # noqa: F401  takes small layers too
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from plan_configs import LLAMA_CONFIG
 from tolerances import FUZZ_EXAMPLES, PLAN_RTOL
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -39,6 +39,7 @@ from peftkern.tools.plan.plan import (
 )
 from peftkern.tools.plan.training_step import Memory, Step
 
+pytestmark = pytest.mark.usefixtures("small_layers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LLAMA = Architecture(256, 2, 4, 2, 704, 1024, 64)
 QWEN = Architecture(192, 2, 6, 2, 512, 1536, 32, tied=True, qkv_bias=True)
@@ -46,7 +47,7 @@ QWEN = Architecture(192, 2, 6, 2, 512, 1536, 32, tied=True, qkv_bias=True)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[Architecture, str]:
-    """Random models as checkpoints: bitsandbytes quantises while transformers loads."""
+    """Random models as checkpoints: bitsandbytes quantizes while transformers loads."""
     made = {}
     for shape, config, kind in (
         (LLAMA, LlamaConfig, LlamaForCausalLM),
@@ -297,7 +298,7 @@ def test_weights_are_counted_to_the_byte(folders, shape, dtype, base):
 
 
 def _tables(weight: Tensor) -> list[Tensor]:
-    """What bitsandbytes keeps beside a quantised weight."""
+    """What bitsandbytes keeps beside a quantized weight."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return []
@@ -446,16 +447,6 @@ def test_config_of_a_saved_model_gives_its_dimensions(folders, tmp_path):
     assert read_model(str(path)) == Architecture(64, 1, 4, 4, 96, 32, 16, **biases)
 
 
-GOOD = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "vocab_size": 32,
-}
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -474,7 +465,7 @@ GOOD = {
     ],
 )
 def test_wrong_config_is_refused_in_words(tmp_path, changes, complaint):
-    (tmp_path / "config.json").write_text(json.dumps({**GOOD, **changes}))
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_CONFIG, **changes}))
     with pytest.raises(ValueError, match=complaint):
         read_model(str(tmp_path))
 

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from dora_cases import ADAPTERS, check_norms, norm_case, norm_cases
+from gpu_runs import (
+    CUDA,
+    NEEDS_GPU,
+    assert_patched_is_the_same,
+    bf16_linear,
+    capture,
+    launches,
+    linear4bit,
+    on_a_busy_stream,
+)
 from linear_cases import BF16, F16, F32, F64
 from nf4_weights import assert_same_bits
-from test_gpu import Net, capture, launches
-from tolerances import DETERMINISM_RUNS, DORA_NORM_RTOL, GOLDEN_RTOL, assert_as_accurate_as_torch
+from tolerances import DETERMINISM_RUNS, DORA_NORM_RTOL, assert_as_accurate_as_torch
 from torch import Tensor, nn
 
 import peftkern
 from peftkern.functional.dora import dora_linear, dora_norm
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("triton_serves")]
 
-CUDA = "cuda"
 SHAPES = [(1, 1, 1), (40, 320, 17), (130, 257, 3), (1000, 4096, 16), (4096, 1024, 64)]
 LAYOUTS = [None, (64, True)]
-
-
-@pytest.fixture(autouse=True)
-def triton_serves() -> Iterator[None]:
-    """No call of ours may go elsewhere by itself."""
-    peftkern.reset_stats()
-    yield
-    assert [call for call in peftkern.stats().calls if call[1] == "cpu"] == []
 
 
 # The norms
@@ -124,15 +120,11 @@ def test_rank_that_does_not_fit_goes_to_the_reference():
 def test_other_stream():
     case = norm_case((512, 512, 16), BF16, (F32, F32), device=CUDA)
     wanted = dora_norm(*case.arguments, scaling=case.scaling)
-    slow, weight = torch.randn(4096, 4096, device=CUDA), torch.zeros_like(case.weight)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(20):  # the weight arrives late, on this stream alone
-            slow = slow @ slow / 64
-        weight.copy_(case.weight)
-        got = dora_norm(weight, case.lora_A, case.lora_B, scaling=case.scaling)
-    torch.cuda.current_stream().wait_stream(stream)
+    weight = torch.zeros_like(case.weight)
+    arguments = (weight, *case.arguments[1:])
+    got = on_a_busy_stream(
+        lambda: dora_norm(*arguments, scaling=case.scaling), [weight], [case.weight]
+    )
     assert_same_bits(got, wanted)
 
 
@@ -228,52 +220,11 @@ def test_graph_replays_what_eager_computes(nf4, dropout_p):
 # PEFT
 
 
-def assert_patched_is_the_same(proj: nn.Module, norm: str, product: str) -> None:
-    """PEFT's DoRA layer, its output and gradients, before and after the patch."""
-    peft = pytest.importorskip("peft")
-    net = Net(proj)
-    net.is_loaded_in_4bit = norm.startswith("nf4")
-    config = peft.LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules=["proj"])
-    model = peft.get_peft_model(net, config).to(CUDA)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, p in trained.items():
-            if "magnitude" in name:
-                p.mul_(torch.empty_like(p).uniform_(0.8, 1.25))
-            else:
-                p.normal_(std=0.05)
-    x = torch.randn(64, 1024, device=CUDA, dtype=BF16, requires_grad=True)
-
-    def results() -> list[Tensor]:
-        y = model(x)
-        return [y, *torch.autograd.grad(y.float().square().mean(), [x, *trained.values()])]
-
-    wanted = results()
-    assert len(peftkern.patch(model).patched) == 1
-    peftkern.reset_stats()
-    got = results()
-    calls = peftkern.stats().calls
-    assert {op for op, _ in calls} == {norm, f"{product}_forward", f"{product}_backward"}
-    assert {backend for _, backend in calls} == {"triton"}
-    assert peftkern.stats().fallbacks == {}
-    for a, b in zip(got, wanted, strict=True):
-        rtol = GOLDEN_RTOL[BF16]
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item())
-
-
-def test_patched_peft_model_over_bfloat16():
-    proj = nn.Linear(1024, 512, dtype=BF16, device=CUDA).requires_grad_(False)
-    assert_patched_is_the_same(proj, "dora_norm", "lora_linear")
-
-
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_patched_peft_model_over_4_bits(double_quant):
-    bnb = pytest.importorskip("bitsandbytes")
-    dense = nn.Linear(1024, 512, dtype=BF16)
-    proj = bnb.nn.Linear4bit(
-        1024, 512, compute_dtype=BF16, compress_statistics=double_quant, quant_type="nf4"
-    )
-    proj.load_state_dict(dense.state_dict())
-    proj = proj.to(BF16).to(CUDA).requires_grad_(False)  # which quantises
-    assert_patched_is_the_same(copy.deepcopy(proj), "nf4_dora_norm", "nf4_lora_linear")
+@pytest.mark.parametrize(
+    "draw_proj", [bf16_linear, partial(linear4bit, True), partial(linear4bit, False)]
+)
+def test_patched_peft_model(draw_proj):
+    proj = draw_proj()
+    prefix = "" if type(proj) is nn.Linear else "nf4_"
+    ops = {"dora_norm", "lora_linear_forward", "lora_linear_backward"}
+    assert_patched_is_the_same(proj, {prefix + op for op in ops}, use_dora=True)

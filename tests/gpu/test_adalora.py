@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from adalora_cases import SHAPES, assert_near, importance, layers
+from gpu_runs import CUDA, NEEDS_GPU, launches, on_a_busy_stream
 from linear_cases import BF16, F16, F32
-from test_kernels_adalora import SHAPES, importance, layers
-from test_low_rank_svd import check, graded
-from tolerances import DETERMINISM_RUNS, FLOOR_MAX, SVD_SIGMA
+from low_rank_svd_cases import check, graded, on_cpu
+from tolerances import DETERMINISM_RUNS, SVD_SIGMA
 from torch import Tensor, nn
 
 import peftkern
@@ -22,12 +23,8 @@ from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd, low_rank_
 from peftkern.layers import SVDLinear
 from peftkern.methods.adalora import RankAllocator
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = NEEDS_GPU
 
-CUDA = "cuda"
 LLAMA_BLOCK = [(12, 4096, 4096)] * 4 + [(12, 4096, 11008)] * 2 + [(12, 11008, 4096)]  # r, K, N
 PAIRS = [(4096, 4096, 16), (11008, 4096, 16), (1300, 700, 33), (40, 5, 12), (97, 80, 64), (5, 3, 1)]
 LAUNCHES_MOST = 4  # of update_and_allocate
@@ -35,7 +32,7 @@ SVD_LAUNCHES_MOST = 11  # of a list of one dtype and one block of ranks
 
 
 @pytest.fixture(autouse=True)
-def triton_serves() -> Iterator[None]:
+def nothing_falls_back() -> Iterator[None]:
     """No call on the device may go elsewhere by itself."""
     peftkern.reset_stats()
     yield
@@ -50,11 +47,6 @@ def drawn(shapes, dtype: torch.dtype = F32, grad_dtype: torch.dtype = F32) -> tu
     params, grads, numel = layers(shapes, dtype, grad_dtype)
     state = torch.rand(numel, device=CUDA), torch.rand(numel, device=CUDA)
     return to_cuda(params), to_cuda(grads), *state
-
-
-def assert_near(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=FLOOR_MAX[F32], atol=FLOOR_MAX[F32])
 
 
 # AdaLoRA
@@ -98,16 +90,8 @@ def test_importance_on_another_stream():
     """What it reads arrives late, on that stream alone."""
     params, grads, ipt, unc = drawn(LLAMA_BLOCK)
     wanted = importance("triton", params, grads, ipt, unc)
-    slow = torch.randn(4096, 4096, device=CUDA)
     late = [torch.zeros_like(p) for p in params]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(20):
-            slow = slow @ slow / 64
-        torch._foreach_copy_(late, params)
-        got = importance("triton", late, grads, ipt, unc)
-    torch.cuda.current_stream().wait_stream(stream)
+    got = on_a_busy_stream(lambda: importance("triton", late, grads, ipt, unc), late, params)
     assert_near(got, wanted)
 
 
@@ -162,20 +146,6 @@ def test_update_and_allocate_waits_for_nothing():
     assert allocator.mask.sum() == allocator.schedule(4)[0]
 
 
-def launches(function) -> list[str]:
-    """Names of the kernels that a call launches, once everything is compiled and remembered."""
-    torch.use_deterministic_algorithms(False)  # which fills new memory: a launch each
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-        torch.cuda.synchronize()
-    on_gpu = [e.name for e in profile.events() if e.device_type is torch.autograd.DeviceType.CUDA]
-    return [name for name in on_gpu if not name.startswith(("Memcpy", "Memset"))]
-
-
 def test_few_launches_of_update_and_allocate():
     allocator = allocator_on(CUDA, LLAMA_BLOCK * 32)
     names = launches(lambda: allocator.update_and_allocate(4))
@@ -183,10 +153,6 @@ def test_few_launches_of_update_and_allocate():
 
 
 # Low-rank SVD
-
-
-def on_cpu(svd: LowRankSVD) -> LowRankSVD:
-    return LowRankSVD(*(t.cpu() for t in svd))
 
 
 def pairs(shapes, dtype: torch.dtype = F32) -> tuple[list[Tensor], list[Tensor]]:
@@ -234,16 +200,8 @@ def test_svd_of_what_is_not_finite_and_of_nothing():
 def test_svd_on_another_stream():
     Bs, As = (to_cuda(factors) for factors in pairs([(2048, 1024, 16)] * 8))
     wanted = low_rank_svd(Bs, As)
-    slow = torch.randn(4096, 4096, device=CUDA)
     late = [torch.zeros_like(B) for B in Bs]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(20):
-            slow = slow @ slow / 64
-        torch._foreach_copy_(late, Bs)
-        got = low_rank_svd(late, As)
-    torch.cuda.current_stream().wait_stream(stream)
+    got = on_a_busy_stream(lambda: low_rank_svd(late, As), late, Bs)
     for one, other in zip(got, wanted, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 

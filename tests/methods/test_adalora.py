@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import thinned
 from tolerances import COMPACTED_RTOL, GRADCHECK, assert_as_accurate_as_torch
 from torch import Tensor, nn
 
@@ -91,9 +92,13 @@ def test_schedule_names_a_wrong_argument(change: dict, complaint: str) -> None:
         BudgetSchedule(**settings)
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize(
-    "dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16",) * 2]
+    ("dtypes", "kind"),
+    thinned(
+        [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16",) * 2],
+        ["dense", "nf4"],
+        diagonals=2,
+    ),
 )
 def test_svd_linear_against_float64(every_backend: str, kind: str, dtypes) -> None:
     dtype, adapter_dtype = (getattr(torch, name) for name in dtypes)

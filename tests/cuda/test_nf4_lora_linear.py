@@ -7,75 +7,37 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_cases import OP, check, exact, forward, scheduled, with_splits
 from gpu_cases import NF4Operands, nf4_cases, nf4_operands
+from grids import examples, thinned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_cases import BF16, F16, F32, F64, layouts
+from linear_cases import BF16, F16, F32, layouts
 from nf4_weights import assert_same_bits
-from tolerances import FUZZ_EXAMPLES, assert_as_accurate_as_torch
+from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
 from peftkern.backends import ops, reference
-from peftkern.backends.cuda.nf4_lora_linear import launch
 from peftkern.backends.pointers import weight
 
-OP = "nf4_lora_linear_forward"
-
-
-@pytest.fixture(autouse=True)
-def served_by_cuda(emulated_cuda):
-    """Every op that a test calls has to run on the kernels under test."""
-    peftkern.reset_stats()
-    yield
-    assert {backend for _, backend in peftkern.stats().calls} <= {"cuda", "reference"}
-    peftkern.reset_stats()
-
-
-def forward(o: NF4Operands, lora: bool = True) -> tuple[Tensor, Tensor]:
-    """The op on the back end that is forced."""
-    adapters = (o.lora_A, o.lora_B) if lora else (None, None)
-    weight = (o.w.tensors, o.w.layout)
-    return ops.nf4_lora_linear_forward(o.x, *weight, *adapters, o.bias, o.scaling, None, 0.0)
-
-
-def exact(o: NF4Operands, lora: bool = True) -> tuple[Tensor, Tensor]:
-    """y and S in float64."""
-    o = o.to(F64)
-    y, S = o.x @ o.weight.t(), o.x @ o.lora_A.t()
-    y = y + o.scaling * S @ o.lora_B.t() if lora else y
-    return y if o.bias is None else y + o.bias, S if lora else S.new_empty(0)
-
-
-def check(cases: list[NF4Operands], lora: bool = True) -> None:
-    """y and S are as accurate as the reference's."""
-    runs = [[forward(o, lora) for o in cases]]
-    with peftkern.use_backend("reference"):
-        runs.append([forward(o, lora) for o in cases])
-        runs.append([exact(o, lora) for o in cases])
-    for i in range(2):
-        got, eager, oracle = (torch.stack([results[i] for results in run]) for run in runs)
-        assert_as_accurate_as_torch(got, eager, oracle)
-
-
-def with_splits(o: NF4Operands, splits: int) -> tuple[Tensor, Tensor]:
-    adapters = (o.lora_A, o.lora_B, o.bias, o.scaling)
-    return launch(o.x, o.w.tensors, o.w.layout, *adapters, splits)
+pytestmark = pytest.mark.usefixtures("served_by_cuda")
 
 
 # Numerics
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize(
+    ("M", "double_quant", "dtype"),
+    thinned([1, 2, 7, 8, 9, 16, 17, 32], [False, True], [BF16, F16], diagonals=2),
+)
 def test_every_number_of_rows(M, double_quant, dtype):
     check(nf4_cases((M, 37, 192, 5), dtype, F32, double_quant=double_quant))
 
 
 @settings(
+    examples(0.3),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    max_examples=FUZZ_EXAMPLES // 6,
 )
 @given(
     M=st.integers(1, 32),
@@ -102,14 +64,12 @@ def test_large_blocks(blocksize):
     check(nf4_cases((3, 17, blocksize, 4), BF16, F32, blocksize=blocksize, double_quant=True))
 
 
-@pytest.mark.parametrize("r", [1, 16, 33, 64])
-@pytest.mark.parametrize("adapter", [F32, BF16, F16], ids=str)
-def test_ranks_and_adapters(adapter, r):
+@pytest.mark.parametrize(("r", "adapter"), thinned([1, 16, 33, 64], [F32, BF16, F16]))
+def test_ranks_and_adapters(r, adapter):
     check(nf4_cases((4, 40, 128, r), BF16, adapter))
 
 
-@pytest.mark.parametrize("M", [1, 12, 32])
-@pytest.mark.parametrize("splits", [1, 2, 3, 16])
+@pytest.mark.parametrize(("splits", "M"), thinned([1, 2, 3, 16], [1, 12, 32]))
 def test_split_over_blocks(splits, M):
     """The same sums in another order: an error as small, and the same S bit for bit."""
     o = nf4_operands((M, 70, 640, 6), BF16, F32)
@@ -120,17 +80,14 @@ def test_split_over_blocks(splits, M):
     assert_same_bits(S, whole_S)
 
 
-@pytest.mark.parametrize("schedule", [1, 2, 3])
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("M", [1, 11, 20])
+@pytest.mark.parametrize(
+    ("M", "splits", "schedule"), thinned([1, 11, 20], [1, 3], [1, 2, 3], diagonals=2)
+)
 def test_no_order_of_threads_changes_a_bit(emulated_cuda, M, splits, schedule):
     o = nf4_operands((M, 100, 448, 9), BF16, F32)
     wanted = with_splits(o, splits)
-    emulated_cuda.set_schedule(schedule)
-    try:
+    with scheduled(emulated_cuda, schedule):
         got = with_splits(o, splits)
-    finally:
-        emulated_cuda.set_schedule(0)
     for a, b in zip(got, wanted, strict=True):
         assert_same_bits(a, b)
 
@@ -152,9 +109,9 @@ def test_a_weight_is_its_code_rounded_once():
 # NaN and infinity reach what they must and nothing else
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("M", [3, 20])
+@pytest.mark.parametrize(
+    ("M", "splits", "value"), thinned([3, 20], [1, 3], [math.nan, math.inf, -math.inf], diagonals=2)
+)
 def test_not_finite_values_stay_where_they_belong(M, splits, value):
     o = nf4_operands((M, 50, 448, 9), BF16, F32, double_quant=False)
     plain, _ = with_splits(o, splits)

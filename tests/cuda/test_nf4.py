@@ -8,8 +8,16 @@ from types import ModuleType
 
 import pytest
 import torch
+from cuda_cases import (
+    assert_equal_but_for_payloads,
+    assert_quantized_alike,
+    check_extreme_blocks,
+    check_ties,
+    scheduled,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nf4_strategies import weights
 from nf4_weights import (
     DTYPES,
     assert_same_bits,
@@ -17,12 +25,11 @@ from nf4_weights import (
     numpy_dequantize,
     random_weight,
 )
-from test_nf4_fuzz import weights
 from torch import Tensor
 
 import peftkern
 from peftkern import NF4Weight
-from peftkern.backends import dispatch, ops, pointers, reference
+from peftkern.backends import dispatch, ops, pointers
 from peftkern.backends.cuda import module as cuda
 from peftkern.backends.cuda import nf4
 from peftkern.formats.nf4 import BLOCKSIZES
@@ -32,24 +39,7 @@ F32 = torch.float32
 drawn = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(autouse=True)
-def served_by_cuda(emulated_cuda):
-    """Every op that a test calls has to run on the kernels under test."""
-    peftkern.reset_stats()
-    yield
-    assert {backend for _, backend in peftkern.stats().calls} <= {"cuda", "reference"}
-    peftkern.reset_stats()
-
-
-def assert_equal_but_for_payloads(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert torch.equal(got.isnan(), wanted.isnan())
-    assert_same_bits(got.nan_to_num(nan=0.0), wanted.nan_to_num(nan=0.0))
-
-
-def assert_quantized_alike(dense: torch.Tensor, blocksize: int) -> None:
-    got, wanted = ops.nf4_quantize(dense, blocksize), reference.nf4_quantize(dense, blocksize)
-    assert_same_bits(got[0], wanted[0])
-    assert_equal_but_for_payloads(got[1], wanted[1])
+pytestmark = pytest.mark.usefixtures("served_by_cuda")
 
 
 # Dequantise
@@ -134,21 +124,13 @@ def test_quantize_any_weight(shape, blocksize, dtype, exponent, offset, seed):
 @pytest.mark.parametrize(
     "value", [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, 3e38]
 )
-@pytest.mark.parametrize("blocksize", [64, 4096])
-def test_quantize_extreme_blocks(blocksize, value, dtype):
-    dense = random_weight((4, blocksize), dtype)
-    dense[1] = value  # a whole block
-    dense[2, 5] = value
-    assert_quantized_alike(dense, blocksize)
+def test_quantize_extreme_blocks(value, dtype):
+    check_extreme_blocks(value, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantize_ties_take_the_lower_code(dtype):
-    """Midpoints and their neighbours, in a block whose absmax is 1."""
-    midpoints = torch.tensor(peftkern.formats.nf4.nf4_midpoints()).to(dtype)
-    inf = torch.tensor(math.inf, dtype=dtype)
-    near = torch.cat([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)])
-    assert_quantized_alike(torch.cat([near, torch.ones(64 - len(near), dtype=dtype)]), 64)
+    check_ties(dtype)
 
 
 # Both
@@ -158,11 +140,8 @@ def test_quantize_ties_take_the_lower_code(dtype):
 def test_no_order_of_threads_changes_a_bit(emulated_cuda, schedule):
     w, dense = every_byte_weight(64, True, torch.bfloat16), random_weight((70, 64))
     wanted = peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
-    emulated_cuda.set_schedule(schedule)
-    try:
+    with scheduled(emulated_cuda, schedule):
         got = peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
-    finally:
-        emulated_cuda.set_schedule(0)
     for a, b in zip(got, wanted, strict=True):
         assert_same_bits(a, b)
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from gpu_cases import NF4Operands, nf4_cases, on_device, same_bits
-from linear_cases import F16, F32, F64
+from cuda_cases import (
+    assert_equal_but_for_payloads,
+    assert_quantized_alike,
+    check,
+    check_extreme_blocks,
+    check_ties,
+    forward,
+    with_splits,
+)
+from gpu_cases import NF4Operands, nf4_cases, same_bits
+from gpu_runs import CUDA, NEEDS_GPU, capture, on_a_busy_stream
+from linear_cases import BF16, F16, F32
+from low_rank_svd_cases import check as check_svd
+from low_rank_svd_cases import graded, on_cpu
 from nf4_weights import DTYPES, every_byte_weight, numpy_dequantize, random_weight
-from test_low_rank_svd import check, graded
-from tolerances import DETERMINISM_RUNS, SVD_BOUNDS_64, assert_as_accurate_as_torch
+from tolerances import DETERMINISM_RUNS, SVD_BOUNDS_64
 from torch import Tensor
 
 import peftkern
@@ -20,38 +30,11 @@ from peftkern import NF4Weight
 from peftkern.backends import ops, reference
 from peftkern.backends.cuda import low_rank_svd as cuda
 from peftkern.backends.cuda import nf4
-from peftkern.backends.cuda.module import refusal_device
 from peftkern.backends.cuda.nf4_lora_linear import launch
 from peftkern.formats.nf4 import BLOCKSIZES
-from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd
+from peftkern.functional.low_rank_svd import low_rank_svd
 
-CUDA = torch.device("cuda:0")
-BF16 = torch.bfloat16
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-
-@pytest.fixture(autouse=True)
-def cuda_serves() -> Iterator[None]:
-    if reason := refusal_device(CUDA):
-        pytest.skip(reason)
-    with peftkern.use_backend("cuda"):
-        yield
-
-
-def assert_equal_but_for_payloads(got: Tensor, wanted: Tensor) -> None:
-    got = got.cpu()
-    assert torch.equal(got.isnan(), wanted.isnan())
-    assert same_bits(got.nan_to_num(nan=0.0), wanted.nan_to_num(nan=0.0))
-
-
-def assert_quantized_alike(dense: Tensor, blocksize: int) -> None:
-    packed, absmax = ops.nf4_quantize(dense.to(CUDA), blocksize)
-    wanted_packed, wanted_absmax = reference.nf4_quantize(dense, blocksize)
-    assert torch.equal(packed.cpu(), wanted_packed)
-    assert_equal_but_for_payloads(absmax, wanted_absmax)
+pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("cuda_serves")]
 
 
 # Numerics
@@ -69,7 +52,7 @@ def test_dequantize_every_byte(blocksize, dtype, double_quant):
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_quantize_every_blocksize(blocksize, dtype):
     for shape in ((1,), (blocksize - 1,), (9001,), (0, 7), (1024, 4096)):
-        assert_quantized_alike(random_weight(shape, dtype), blocksize)
+        assert_quantized_alike(random_weight(shape, dtype), blocksize, CUDA)
 
 
 @pytest.mark.parametrize(
@@ -81,19 +64,12 @@ def test_extreme_values(dtype, value):
     absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
     w = NF4Weight(packed, absmax, (512,), 64, dtype)
     assert_equal_but_for_payloads(peftkern.dequantize_nf4(w.to(CUDA)), numpy_dequantize(w, dtype))
-    for blocksize in (64, 4096):
-        dense = random_weight((4, blocksize), dtype)
-        dense[1] = value
-        dense[2, 5] = value
-        assert_quantized_alike(dense, blocksize)
+    check_extreme_blocks(value, dtype, CUDA)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ties_take_the_lower_code(dtype):
-    midpoints = torch.tensor(peftkern.formats.nf4.nf4_midpoints()).to(dtype)
-    inf = torch.tensor(math.inf, dtype=dtype)
-    near = torch.cat([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)])
-    assert_quantized_alike(torch.cat([near, torch.ones(64 - len(near), dtype=dtype)]), 64)
+    check_ties(dtype, CUDA)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,33 +131,8 @@ def test_more_than_32_bits_of_elements():
 # nf4_lora_linear, up to 32 rows
 
 
-def linear(o: NF4Operands, lora: bool = True, splits: int | None = None) -> tuple[Tensor, ...]:
-    adapters = (o.lora_A, o.lora_B) if lora else (None, None)
-    weight = (o.w.tensors, o.w.layout)
-    if splits is not None:
-        return launch(o.x, *weight, *adapters, o.bias, o.scaling, splits)
-    return ops.nf4_lora_linear_forward(o.x, *weight, *adapters, o.bias, o.scaling, None, 0.0)
-
-
 def linear_operands(shape: tuple[int, int, int, int], **options) -> NF4Operands:
-    return nf4_cases(shape, BF16, F32, device="cuda:0", **options)[0]
-
-
-def assert_as_accurate_as_the_reference(
-    cases: list[NF4Operands], lora: bool = True, splits: int | None = None
-) -> None:
-    got = [linear(o, lora, splits) for o in cases]
-    with peftkern.use_backend("reference"):
-        eager = [linear(o, lora) for o in cases]
-    exact = [on_device(o, "cpu").to(F64) for o in cases]
-    S = [o.x @ o.lora_A.t() for o in exact]
-    y = [o.x @ o.weight.t() for o in exact]
-    if lora:
-        y = [a + o.scaling * s @ o.lora_B.t() for a, s, o in zip(y, S, exact, strict=True)]
-    y = [a if o.bias is None else a + o.bias for a, o in zip(y, exact, strict=True)]
-    for i, oracle in enumerate((y, S) if lora else (y,)):
-        results = (torch.stack([run[i].cpu() for run in runs]) for runs in (got, eager))
-        assert_as_accurate_as_torch(*results, torch.stack(oracle))
+    return nf4_cases(shape, BF16, F32, device=CUDA, **options)[0]
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -190,22 +141,22 @@ def assert_as_accurate_as_the_reference(
 def test_linear_every_number_of_rows(M, dtypes, double_quant):
     for N, K, r in ((37, 192, 5), (1000, 4096, 16), (4096, 1024, 64)):
         cases = nf4_cases(
-            (M, N, K, r), *dtypes, device="cuda:0", double_quant=double_quant, bias=M % 2 == 0
+            (M, N, K, r), *dtypes, device=CUDA, double_quant=double_quant, bias=M % 2 == 0
         )
-        assert_as_accurate_as_the_reference(cases)
+        check(cases)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 16])
 @pytest.mark.parametrize("M", [1, 16, 32])
 def test_linear_split_over_blocks(M, splits):
-    assert_as_accurate_as_the_reference([linear_operands((M, 500, 4096, 16))], splits=splits)
+    check([linear_operands((M, 500, 4096, 16))], splits=splits)
 
 
 @pytest.mark.parametrize("blocksize", [b for b in BLOCKSIZES if b >= 64])
 def test_linear_every_blocksize(blocksize):
     o = linear_operands((3, 200, 2 * max(blocksize, 512), 8), blocksize=blocksize)
-    assert_as_accurate_as_the_reference([o])
-    assert_as_accurate_as_the_reference([o], lora=False)
+    check([o])
+    check([o], lora=False)
 
 
 @pytest.mark.parametrize("M", [1, 16, 32])
@@ -213,34 +164,24 @@ def test_linear_equal_bits_every_time(M):
     """One tile for each block, several, and a split K."""
     for shape in ((M, 4096, 4096, 16), (M, 14336, 1024, 16), (M, 256, 8192, 16)):
         o = linear_operands(shape)
-        first = linear(o)
+        first = forward(o)
         for _ in range(DETERMINISM_RUNS - 1):
-            assert all(same_bits(a, b) for a, b in zip(linear(o), first, strict=True))
+            assert all(same_bits(a, b) for a, b in zip(forward(o), first, strict=True))
 
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_linear_on_another_stream_and_in_a_graph(splits):
     """The second launch begins while the first, which makes what it needs, still runs."""
     o = linear_operands((4, 512, 4096, 16))
-    wanted = linear(o, splits=splits)
+    wanted = with_splits(o, splits)
     late = replace(o, x=torch.zeros_like(o.x))
-    slow = torch.randn(4096, 4096, device=CUDA)
-    stream = torch.cuda.Stream(CUDA)
-    stream.wait_stream(torch.cuda.current_stream(CUDA))
-    with torch.cuda.stream(stream):
-        for _ in range(20):  # x arrives late, on this stream alone
-            slow = slow @ slow / 64
-        late.x.copy_(o.x)
-        got = linear(late, splits=splits)
-    torch.cuda.current_stream(CUDA).wait_stream(stream)
+    got = on_a_busy_stream(lambda: with_splits(late, splits), [late.x], [o.x])
     assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = [linear(late, splits=splits) for _ in range(3)]
+    graph, recorded = capture(lambda: [with_splits(late, splits) for _ in range(3)])
     late.x.copy_(o.x.flip(0))
     for _ in range(DETERMINISM_RUNS):
         graph.replay()
-    again = linear(late, splits=splits)
+    again = with_splits(late, splits)
     for results in recorded:
         assert all(same_bits(a, b) for a, b in zip(results, again, strict=True))
 
@@ -270,17 +211,11 @@ def test_other_stream():
     ready, source = w.to(CUDA), dense.to(CUDA)
     late = replace(ready, packed=torch.zeros_like(ready.packed))
     late_dense = torch.zeros_like(source)
-    slow = torch.randn(4096, 4096, device=CUDA)
-    stream = torch.cuda.Stream(CUDA)
-    stream.wait_stream(torch.cuda.current_stream(CUDA))
-    with torch.cuda.stream(stream):
-        for _ in range(20):  # the operands arrive late, on this stream alone
-            slow = slow @ slow / 64
-        late.packed.copy_(ready.packed)
-        late_dense.copy_(source)
-        got = peftkern.dequantize_nf4(late)
-        packed, absmax = ops.nf4_quantize(late_dense, 64)
-    torch.cuda.current_stream(CUDA).wait_stream(stream)
+    got, packed, absmax = on_a_busy_stream(
+        lambda: (peftkern.dequantize_nf4(late), *ops.nf4_quantize(late_dense, 64)),
+        [late.packed, late_dense],
+        [ready.packed, source],
+    )
     assert same_bits(got.cpu(), numpy_dequantize(w, BF16))
     wanted = reference.nf4_quantize(dense, 64)
     assert torch.equal(packed.cpu(), wanted[0]) and same_bits(absmax.cpu(), wanted[1])
@@ -292,14 +227,7 @@ def test_graph_replays_what_it_recorded_on_new_contents():
     def call() -> tuple[Tensor, ...]:
         return peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
 
-    stream = torch.cuda.Stream(CUDA)
-    stream.wait_stream(torch.cuda.current_stream(CUDA))
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream(CUDA).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    graph, results = capture(call)
     w.packed.copy_(w.packed.flip(0))
     dense.copy_(torch.randn_like(dense))
     graph.replay()
@@ -362,23 +290,17 @@ def test_jacobi_has_equal_bits_every_time_and_in_graphs():
     first = jacobi(cores)
     for _ in range(DETERMINISM_RUNS - 1):
         assert all(torch.equal(a, b) for a, b in zip(jacobi(cores), first, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = jacobi(cores)
+    graph, recorded = capture(lambda: jacobi(cores))
     cores.copy_(cores.flip(0))
     graph.replay()
     assert all(torch.equal(a, b.flip(0)) for a, b in zip(recorded, first, strict=True))
-
-
-def on_cpu(svd: LowRankSVD) -> LowRankSVD:
-    return LowRankSVD(*(tensor.cpu() for tensor in svd))
 
 
 @pytest.mark.parametrize("kappa", [1, 1e4, 1e6])
 @pytest.mark.parametrize("r", [2, 16, 33, 64, 66, 128])
 def test_low_rank_svd_of_every_rank(r, kappa):
     B, A = (factor.float() for factor in graded(700, 600, r, kappa))
-    check(on_cpu(low_rank_svd(B.to(CUDA), A.to(CUDA), 0.5)), B, A, 0.5)
+    check_svd(on_cpu(low_rank_svd(B.to(CUDA), A.to(CUDA), 0.5)), B, A, 0.5)
 
 
 def test_low_rank_svd_serves_ranks_beyond_triton():
@@ -393,18 +315,11 @@ def test_low_rank_svd_waits_for_nothing_and_keeps_its_stream():
     Bs = [torch.randn(500, 70, device=CUDA) for _ in range(4)]
     As = [torch.randn(70, 400, device=CUDA) for _ in range(4)]
     wanted = low_rank_svd(Bs, As)
-    late, slow = [torch.zeros_like(B) for B in Bs], torch.randn(4096, 4096, device=CUDA)
-    stream = torch.cuda.Stream(CUDA)
-    stream.wait_stream(torch.cuda.current_stream(CUDA))
+    late = [torch.zeros_like(B) for B in Bs]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.stream(stream):
-            for _ in range(20):
-                slow = slow @ slow / 64
-            torch._foreach_copy_(late, Bs)
-            got = low_rank_svd(late, As)
+        got = on_a_busy_stream(lambda: low_rank_svd(late, As), late, Bs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream(CUDA).wait_stream(stream)
     for one, other in zip(got[:3], wanted[:3], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from gpu_runs import NEEDS_GPU
 from paths import ROOT
 
 from peftkern.backends.cuda.module import refusal_device
@@ -28,9 +29,8 @@ def sanitizer() -> str | None:
 
 
 pytestmark = [
-    pytest.mark.gpu,
+    *NEEDS_GPU,
     pytest.mark.slow,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is not on this machine"),
 ]
 
@@ -68,6 +68,6 @@ def test_cuda_kernels(tool):
 
 
 def test_triton_kernels():
-    files = [f"tests/gpu/test_gpu{name}.py" for name in ("", "_dora", "_adalora", "_rosa")]
+    files = [f"tests/gpu/test_{name}.py" for name in ("lora_linear", "dora", "adalora", "rosa")]
     options = ["-q", "-x", "-p", "no:xdist", "-m", "gpu and not slow", "-k", CALLS]
     assert " passed" in watched("memcheck", "-m", "pytest", *options, *files)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,13 +17,34 @@ from gpu_cases import (
     dense_cases,
     draw_seed,
     nf4_cases,
-    ours,
     run_ops,
     same_bits,
 )
-from linear_cases import BF16, DTYPES, F16, F32, F64, SHAPES, Operands, check_accuracy, layouts
-from test_ops import Layer, op_cases, run
-from tolerances import DETERMINISM_RUNS, GOLDEN_RTOL, assert_as_accurate_as_torch
+from gpu_runs import (
+    CUDA,
+    NEEDS_GPU,
+    assert_patched_is_the_same,
+    bf16_linear,
+    capture,
+    launches,
+    linear4bit,
+    on_a_busy_stream,
+)
+from linear_cases import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    KINDS,
+    SHAPES,
+    Operands,
+    check_accuracy,
+    layouts,
+    ours,
+)
+from op_cases import Layer, op_cases, run
+from tolerances import DETERMINISM_RUNS, assert_as_accurate_as_torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,12 +53,8 @@ from peftkern import NF4Weight
 from peftkern.backends import ops
 from peftkern.formats.nf4 import BLOCKSIZES, dynamic_map
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("triton_serves")]
 
-CUDA = "cuda"
 DENSE_SHAPES = [*SHAPES, (40, 21, 50, 130), (16, 512, 256, 256), (512, 1024, 1024, 16)]
 NF4_SHAPES = [
     (1, 33, 64, 3),
@@ -46,21 +64,15 @@ NF4_SHAPES = [
     (128, 512, 1024, 64),
     (300, 512, 1024, 16),
 ]
-KINDS = ["lora_linear", "nf4_lora_linear"]
 LAUNCHES_MOST = 3
 
 
-@pytest.fixture(autouse=True)
-def triton_serves() -> Iterator[None]:
-    """No call of ours may go elsewhere by itself."""
-    peftkern.reset_stats()
-    yield
-    assert [call for call in peftkern.stats().calls if call[1] == "cpu"] == []
+def cases_of(kind: str) -> Callable[..., list[Operands]]:
+    return dense_cases if kind == "lora_linear" else nf4_cases
 
 
 def draw(kind: str, shape: tuple[int, ...], *dtypes: torch.dtype, **options) -> Operands:
-    cases = dense_cases if kind == "lora_linear" else nf4_cases
-    return cases(shape, *dtypes, device=CUDA, **options)[0]
+    return cases_of(kind)(shape, *dtypes, device=CUDA, **options)[0]
 
 
 # Numerics
@@ -88,18 +100,14 @@ def test_nf4_codec_is_the_references_bit_for_bit(shape, blocksize, double_quant)
     peftkern.reset_stats()  # the expected values are a CPU's
 
 
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-@pytest.mark.parametrize("shape", DENSE_SHAPES, ids=str)
-def test_lora_values_and_gradients(shape, dtype, adapter_dtype):
-    cases = dense_cases(shape, dtype, adapter_dtype, device=CUDA, bias=shape[0] != 5)
-    with peftkern.use_backend("triton"):
-        check_accuracy(cases, ours)
-
-
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-@pytest.mark.parametrize("shape", NF4_SHAPES, ids=str)
-def test_nf4_lora_values_and_gradients(shape, dtype, adapter_dtype):
-    cases = nf4_cases(shape, dtype, adapter_dtype, device=CUDA, bias=shape[0] != 5)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [*product(["lora_linear"], DENSE_SHAPES), *product(["nf4_lora_linear"], NF4_SHAPES)],
+    ids=str,
+)
+def test_values_and_gradients(kind, shape, dtypes):
+    cases = cases_of(kind)(shape, *dtypes, device=CUDA, bias=shape[0] != 5)
     with peftkern.use_backend("triton"):
         check_accuracy(cases, ours)
 
@@ -196,17 +204,8 @@ def test_equal_bits_every_time(kind, M):
 def test_other_stream(kind):
     o = draw(kind, (64, 512, 512, 16), BF16, F32)
     wanted = run_ops(o)
-    slow = torch.randn(4096, 4096, device=CUDA)
     x, dy = torch.zeros_like(o.x), torch.zeros_like(o.dy)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(20):  # the operands arrive late, on this stream alone
-            slow = slow @ slow / 64
-        x.copy_(o.x)
-        dy.copy_(o.dy)
-        got = run_ops(replace(o, x=x, dy=dy))
-    torch.cuda.current_stream().wait_stream(stream)
+    got = on_a_busy_stream(lambda: run_ops(replace(o, x=x, dy=dy)), [x, dy], [o.x, o.dy])
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name])
 
@@ -215,19 +214,6 @@ def step(o: Operands, x: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     """Output and gradients of one call, without .grad: what a graph can record."""
     y = ours(o, x, *leaves, None)
     return y, *torch.autograd.grad(y, (x, *leaves), o.dy)
-
-
-def capture(function) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return graph, results
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -351,20 +337,6 @@ def test_backward_obeys_the_block_around_forward(kind):
     assert peftkern.stats().fallbacks == {}
 
 
-def launches(function) -> list[str]:
-    """Names of the kernels that a call launches, once everything is compiled and remembered."""
-    torch.use_deterministic_algorithms(False)  # which fills new memory: a launch each
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-        torch.cuda.synchronize()
-    on_gpu = [e.name for e in profile.events() if e.device_type is torch.autograd.DeviceType.CUDA]
-    return [name for name in on_gpu if not name.startswith(("Memcpy", "Memset"))]
-
-
 @pytest.mark.parametrize(
     ("kind", "M", "dropout_p"),
     [
@@ -384,64 +356,13 @@ def test_few_launches_forward(kind, M, dropout_p):
 # PEFT
 
 
-class Net(nn.Module):
-    """One linear layer called `proj`."""
-
-    def __init__(self, proj: nn.Module) -> None:
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
-def assert_patched_is_the_same(proj: nn.Module, op: str, K: int, *, four_bit: bool) -> None:
-    """PEFT's output and gradients, before and after the patch, with no fallback."""
-    peft = pytest.importorskip("peft")
-    net = Net(proj)
-    net.is_loaded_in_4bit = four_bit
-    model = peft.get_peft_model(net, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["proj"]))
-    model = model.to(CUDA)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for p in trained:
-            p.normal_(std=0.05)
-    x = torch.randn(64, K, device=CUDA, dtype=BF16, requires_grad=True)
-
-    def results() -> list[Tensor]:
-        y = model(x)
-        return [y, *torch.autograd.grad(y.float().square().mean(), [x, *trained])]
-
-    wanted = results()
-    report = peftkern.patch(model)
-    assert len(report.patched) == 1
-    peftkern.reset_stats()
-    got = results()
-    assert set(peftkern.stats().calls) == {
-        (f"{op}_{way}", "triton") for way in ("forward", "backward")
-    }
-    assert peftkern.stats().fallbacks == {}
-    for a, b in zip(got, wanted, strict=True):
-        rtol = GOLDEN_RTOL[BF16]
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item())
-
-
-def test_patched_peft_model_over_bfloat16():
-    proj = nn.Linear(1024, 512, dtype=BF16, device=CUDA).requires_grad_(False)
-    assert_patched_is_the_same(proj, "lora_linear", 1024, four_bit=False)
-
-
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_patched_peft_model_over_4_bits(double_quant):
-    bnb = pytest.importorskip("bitsandbytes")
-    dense = nn.Linear(1024, 512, dtype=BF16)
-    proj = bnb.nn.Linear4bit(
-        1024, 512, compute_dtype=BF16, compress_statistics=double_quant, quant_type="nf4"
-    )
-    proj.load_state_dict(dense.state_dict())
-    proj = proj.to(BF16).to(CUDA).requires_grad_(False)  # which quantises
-    assert_patched_is_the_same(copy.deepcopy(proj), "nf4_lora_linear", 1024, four_bit=True)
+@pytest.mark.parametrize(
+    "draw_proj", [bf16_linear, partial(linear4bit, True), partial(linear4bit, False)]
+)
+def test_patched_peft_model(draw_proj):
+    proj = draw_proj()
+    op = "lora_linear" if type(proj) is nn.Linear else "nf4_lora_linear"
+    assert_patched_is_the_same(proj, {f"{op}_forward", f"{op}_backward"})
 
 
 # Sizes

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from gpu_runs import CUDA, NEEDS_GPU, capture, launches, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from nf4_weights import assert_same_bits
 from rosa_cases import (
@@ -18,7 +17,6 @@ from rosa_cases import (
     uneven_mask,
     whole_numbers,
 )
-from test_gpu import capture, launches
 from tolerances import DETERMINISM_RUNS, assert_as_accurate_as_torch
 from torch import Tensor, nn
 
@@ -28,21 +26,9 @@ from peftkern.functional.rosa import SparseMask
 from peftkern.layers import NF4Linear
 from peftkern.methods.rosa import RoSALinear
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("triton_serves")]
 
-CUDA = "cuda"
 LARGE = [(1, 4096, 4096, 167_772), (500, 1000, 4096, 40_000), (2500, 600, 1000, 6_000)]
-
-
-@pytest.fixture(autouse=True)
-def triton_serves() -> Iterator[None]:
-    """No call of ours may go elsewhere by itself."""
-    peftkern.reset_stats()
-    yield
-    assert [call for call in peftkern.stats().calls if call[1] == "cpu"] == []
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
@@ -135,15 +121,8 @@ def test_other_stream():
     mask = random_mask((512, 512), 3000, device=CUDA)
     x, y, values = drawn(300, mask)
     wanted = products(x, y, values, mask)
-    slow, late = torch.randn(4096, 4096, device=CUDA), torch.zeros_like(x)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(20):  # x arrives late, on this stream alone
-            slow = slow @ slow / 64
-        late.copy_(x)
-        got = products(late, y, values, mask)
-    torch.cuda.current_stream().wait_stream(stream)
+    late = torch.zeros_like(x)
+    got = on_a_busy_stream(lambda: products(late, y, values, mask), [late], [x])
     for a, b in zip(got, wanted, strict=True):
         assert_same_bits(a, b)
 

@@ -12,38 +12,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda_cases import OP, check, exact, forward, with_splits
 from gpu_cases import nf4_cases, nf4_operands
+from grids import examples, thinned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linear_cases import BF16, F16, F32, layouts
 from nf4_weights import assert_same_bits
-from test_cuda_nf4_lora_linear import OP, check, exact, forward
-from tolerances import FUZZ_EXAMPLES, assert_as_accurate_as_torch
+from tolerances import assert_as_accurate_as_torch
 
 import peftkern
 from peftkern.backends.cuda import nf4_lora_linear as cuda
 
-
-@pytest.fixture(autouse=True)
-def served_by_cuda(emulated_cuda):
-    """Every op that a test calls has to run on the kernels under test."""
-    peftkern.reset_stats()
-    yield
-    assert {backend for _, backend in peftkern.stats().calls} <= {"cuda", "reference"}
-    peftkern.reset_stats()
+pytestmark = pytest.mark.usefixtures("served_by_cuda")
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("M", [33, 64, 65, 128, 129])
+@pytest.mark.parametrize(
+    ("M", "double_quant", "dtype"),
+    thinned([33, 64, 65, 128, 129], [False, True], [BF16, F16], diagonals=2),
+)
 def test_every_tile_of_rows(M, double_quant, dtype):
     check(nf4_cases((M, 37, 192, 5), dtype, F32, double_quant=double_quant))
     assert peftkern.stats().calls[OP, "cuda"]
 
 
 @settings(
+    examples(0.2),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    max_examples=FUZZ_EXAMPLES // 10,
 )
 @given(
     M=st.integers(33, 80),
@@ -77,14 +72,12 @@ def test_float16_update_beyond_its_range():
 @pytest.mark.parametrize("splits", [1, 2, 3, 16])
 def test_splits(splits):
     o = nf4_operands((40, 140, 256, 7), BF16, F32)
-    adapters = (o.w.tensors, o.w.layout, o.lora_A, o.lora_B, o.bias, o.scaling, splits)
-    y, S = cuda.launch(o.x, *adapters, prefill=True)
+    y, S = with_splits(o, splits, prefill=True)
     with peftkern.use_backend("reference"):
         eager, oracle = forward(o), exact(o)
     assert_as_accurate_as_torch(y, eager[0], oracle[0])
     assert_as_accurate_as_torch(S, eager[1], oracle[1])
-    again = cuda.launch(o.x, *adapters, prefill=True)
-    assert_same_bits(again[0], y)
+    assert_same_bits(with_splits(o, splits, prefill=True)[0], y)
 
 
 def test_an_infinite_s_stays_infinite():

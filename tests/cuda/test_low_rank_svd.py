@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_cases import scheduled
+from grids import thinned
 from linear_cases import BF16, F16, F32, F64
-from test_low_rank_svd import (
+from low_rank_svd_cases import (
+    SHAPES,
     check,
-    check_outside,
-    equal,
-    graded,
-    of_layer,
+    check_condition,
+    check_cores,
+    check_equal_bits,
+    check_list,
+    check_one_graded_factor,
+    check_shape,
+    check_signs_of_the_cpu,
+    edge_cases,
     orthonormal,
     ragged,
 )
-from tolerances import DETERMINISM_RUNS, SVD_BOUNDS, SVD_BOUNDS_64, SVD_BOUNDS_FAST
+from tolerances import SVD_BOUNDS_64
 from torch import Tensor
 
 import peftkern
 from peftkern import BackendUnavailableError
 from peftkern.backends.cpu import low_rank_svd as cpu
 from peftkern.backends.cuda import low_rank_svd as cuda
-from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
+from peftkern.functional.low_rank_svd import low_rank_svd
 
 KIB = 1024
 SIZES = [1, 2, 3, 5, 16, 17, 31, 32, 33, 64, 65]
@@ -33,13 +38,7 @@ SIZES = [1, 2, 3, 5, 16, 17, 31, 32, 33, 64, 65]
 SHARED = [227 * KIB, 163 * KIB, 99 * KIB]
 
 
-@pytest.fixture(autouse=True)
-def served_by_cuda(emulated_cuda) -> Iterator[None]:
-    """Every op that a test calls has to run on the kernels under test."""
-    peftkern.reset_stats()
-    yield
-    assert {backend for _, backend in peftkern.stats().calls} <= {"cuda", "cpu"}
-    peftkern.reset_stats()
+pytestmark = pytest.mark.usefixtures("served_by_cuda")
 
 
 Svd = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -47,24 +46,6 @@ Svd = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def jacobi(cores: Tensor, shared: int = 0) -> Svd:
     return cuda.jacobi_svd(cores, cuda.JACOBI_SWEEPS, True, shared)
-
-
-def check_cores(svd: Svd, cores: Tensor, scale: float = 1.0) -> None:
-    """Against LAPACK, as far as the singular values say what a vector is."""
-    sigma, left, right, info = svd
-    r, wanted = cores.shape[1], torch.linalg.svdvals(cores / scale)
-    top = wanted[:, :1].clamp(min=1e-300)
-    assert not info.any() and (sigma[:, :-1] >= sigma[:, 1:]).all()
-    assert ((sigma / scale - wanted).abs() / top).max() <= SVD_BOUNDS_64[0]
-    alive = (sigma > 0).double()
-    unit = torch.eye(r, dtype=F64)
-    assert (left.mT @ left - unit).abs().max() <= SVD_BOUNDS_64[2]
-    right = right * alive[:, None]
-    assert (right.mT @ right - torch.diag_embed(alive)).abs().max() <= SVD_BOUNDS_64[2]
-    product = left * (sigma / scale)[:, None] @ right.mT
-    assert ((product - cores / scale).abs() / top[:, :, None]).max() <= SVD_BOUNDS_64[3]
-    largest = left.gather(1, left.abs().argmax(1, keepdim=True))
-    assert (largest > 0).all()
 
 
 def with_sigma(sigma: Tensor) -> Tensor:
@@ -83,8 +64,7 @@ def test_random_cores(r):
     assert torch.equal(cuda.jacobi_svd(cores, cuda.JACOBI_SWEEPS, False)[0], svd[0])
 
 
-@pytest.mark.parametrize("shared", SHARED)
-@pytest.mark.parametrize("r", [100, 121, 128])
+@pytest.mark.parametrize(("r", "shared"), thinned([100, 121, 128], SHARED))
 def test_cores_larger_than_shared_memory(r, shared):
     cores = torch.randn(2, r, r, dtype=F64)
     check_cores(jacobi(cores, shared), cores)
@@ -101,8 +81,7 @@ def test_no_bit_depends_on_where_a_row_lies(emulated_cuda):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), limit
 
 
-@pytest.mark.parametrize("kappa", [1e2, 1e4, 1e8, 1e12])
-@pytest.mark.parametrize("r", [5, 16, 33, 64])
+@pytest.mark.parametrize(("r", "kappa"), thinned([5, 16, 33, 64], [1e2, 1e4, 1e8, 1e12]))
 def test_graded_cores(r, kappa):
     cores = with_sigma(torch.logspace(0, -math.log10(kappa), r, dtype=F64))
     check_cores(jacobi(cores), cores)
@@ -174,17 +153,17 @@ def test_one_bad_core_leaves_the_others(r, bad):
     assert sigma[1].isnan().all() and info.tolist() == [0, -1, 0, -1]
 
 
-@pytest.mark.parametrize("schedule", [1, 2, 3])
-@pytest.mark.parametrize(("r", "shared"), [(16, 0), (33, 0), (66, 64 * KIB), (66, 8 * KIB)])
-def test_no_order_of_threads_changes_a_bit(emulated_cuda, r, shared, schedule):
+@pytest.mark.parametrize(
+    ("size", "schedule"),
+    thinned([(16, 0), (33, 0), (66, 64 * KIB), (66, 8 * KIB)], [1, 2, 3]),
+)
+def test_no_order_of_threads_changes_a_bit(emulated_cuda, size, schedule):
+    r, shared = size
     cores = torch.randn(2, r, r, dtype=F64)
     cores[1, 0, 0] = math.nan
     wanted = jacobi(cores, shared)
-    emulated_cuda.set_schedule(schedule)
-    try:
+    with scheduled(emulated_cuda, schedule):
         got = jacobi(cores, shared)
-    finally:
-        emulated_cuda.set_schedule(0)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5))
 
@@ -295,11 +274,8 @@ def test_no_bit_of_a_root_depends_on_where_a_row_lies(emulated_cuda):
         got = cuda.gram_roots(grams, limit)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), limit
     for schedule in (1, 2, 3):
-        emulated_cuda.set_schedule(schedule)
-        try:
+        with scheduled(emulated_cuda, schedule):
             got = cuda.gram_roots(grams)
-        finally:
-            emulated_cuda.set_schedule(0)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
@@ -330,29 +306,12 @@ def test_gram_matrices_that_do_not_fit_are_refused(emulated_cuda):
 
 # ---- the op
 
-SHAPES = [  # m, n, r: one, odd, primes, more rank than rows or columns, what Triton leaves out
-    (1, 1, 1),
-    (5, 3, 1),
-    (40, 30, 2),
-    (130, 70, 3),
-    (64, 64, 16),
-    (301, 97, 17),
-    (90, 1030, 33),
-    (7, 40, 12),
-    (40, 5, 12),
-    (80, 90, 66),
-]
+EDGES = edge_cases((4, 9, 33), count=4)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), thinned(SHAPES, [F32, BF16, F16]))
 def test_shapes(shape, dtype):
-    m, n, r = shape
-    B, A = torch.randn(m, r).to(dtype), torch.randn(r, n).to(dtype)
-    svd = low_rank_svd(B, A, -1.5)
-    check(svd, B, A, -1.5)
-    assert int(svd.rank) == min(m, n, r)
-    assert torch.equal(low_rank_svdvals(B, A, -1.5), svd.S)
+    check_shape(*shape, dtype)
     assert peftkern.stats().calls == {("low_rank_svd", "cuda"): 2}
 
 
@@ -361,140 +320,33 @@ def test_largest_rank():
     check(low_rank_svd(B, A), B, A)
 
 
-@pytest.mark.parametrize("kappa", [1, 1e2, 1e4, 9e4, 3e5, 1e6, 1e8])
-@pytest.mark.parametrize("r", [2, 16, 33, 66])
+@pytest.mark.parametrize(
+    ("r", "kappa"), thinned([2, 16, 33, 66], [1, 1e2, 1e4, 9e4, 3e5, 1e6, 1e8])
+)
 def test_condition_numbers(r, kappa):
-    B, A = (factor.float() for factor in graded(200, 150, r, kappa))
-    check(low_rank_svd(B, A, 0.5), B, A, 0.5)
-    if kappa <= 1e4:
-        check(low_rank_svd(B, A, mode="fast"), B, A, bounds=SVD_BOUNDS_FAST)
+    check_condition(200, 150, r, kappa)
 
 
 @pytest.mark.parametrize("kappa", [1e3, 1e6])
 def test_one_graded_factor(kappa):
-    """Also the small values keep their digits where only one factor has a large range."""
-    B, A = graded(300, 200, 16, kappa)[0].float(), torch.randn(16, 200)
-    check(low_rank_svd(B, A), B, A)
+    check_one_graded_factor(kappa)
 
 
-@pytest.mark.parametrize("scales", list(itertools.product((1e-20, 1.0, 1e20), repeat=2)))
-def test_scales(scales):
-    B, A = torch.randn(60, 5) * scales[0], torch.randn(5, 50) * scales[1]
-    scaling = 1 / math.prod(scales)
-    check(low_rank_svd(B, A, scaling), B, A, scaling)
-
-
-def test_lengths_traded_between_columns_and_rows():
-    B, A = torch.randn(60, 6), torch.randn(6, 50)
-    trade = 2.0 ** torch.tensor([-60.0, 40.0, -20.0, 0.0, 30.0, 60.0])
-    traded = low_rank_svd(B * trade, A / trade[:, None])
-    check(traded, B, A)
-    assert int(traded.rank) == 6
-
-
-@pytest.mark.parametrize("r", [4, 66])
-def test_singular_values_outside_float32_are_reported(r):
-    check_outside(r)
-
-
-@pytest.mark.parametrize("r", [1, 4, 66])
-def test_zero_factors(r):
-    B, A = torch.zeros(30, r), torch.randn(r, 20)
-    for pair in ((B, A), (A.T, B.T), (A.T, A, 0.0), (B, torch.zeros(r, 20))):
-        svd = low_rank_svd(*pair)
-        assert int(svd.rank) == 0 and int(svd.info) == 0
-        assert not any(tensor.any() for tensor in svd[:3])
-
-
-def test_no_rank_rows_or_columns():
-    sizes = [(3, 4, 0), (0, 4, 2), (3, 0, 2), (0, 0, 0), (6, 5, 2)]
-    Bs = [torch.randn(m, r) for m, _, r in sizes]
-    As = [torch.randn(r, n) for _, n, r in sizes]
-    svd = low_rank_svd(Bs, As)
-    for i, (m, n, _) in enumerate(sizes[:4]):
-        assert [t.shape for t in of_layer(svd, i)[:3]] == [(m, 0), (0,), (0, n)]
-    check(of_layer(svd, 4), Bs[4], As[4])
-    assert svd.rank.tolist() == [0, 0, 0, 0, 2] and not svd.info.any()
-    none = low_rank_svd(Bs[0], As[0])
-    assert int(none.rank) == int(none.info) == 0
-
-
-@pytest.mark.parametrize("r", [4, 9, 66])
-def test_repeated_sigma(r):
-    sigma = torch.ones(r, dtype=F64)
-    sigma[r // 2 :] = 0.25
-    U, V = orthonormal(90, r), orthonormal(80, r)
-    B, A = (U * sigma.sqrt()).float(), (V * sigma.sqrt()).T.float()
-    svd = low_rank_svd(B, A)
-    check(svd, B, A)
-    for got, want in ((svd.U.double(), U), (svd.Vh.T.double(), V)):
-        for group in (slice(0, r // 2), slice(r // 2, r)):
-            difference = got[:, group] @ got[:, group].T - want[:, group] @ want[:, group].T
-            assert difference.abs().max() <= SVD_BOUNDS[2]
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_dependent_columns(dtype):
-    B, A = torch.randn(70, 10).to(dtype), torch.randn(10, 60).to(dtype)
-    B[:, 3], B[:, 7], A[4], A[5] = B[:, 1], -2 * B[:, 1], A[0], 0.0
-    svd = low_rank_svd(B, A)
-    check(svd, B, A)
-    assert int(svd.rank) == torch.linalg.matrix_rank(B.double() @ A.double())
-    B[:, 1], A[1] = B[:, 0], -A[0]  # which cancel
-    svd = low_rank_svd(B[:, :2], A[:2])
-    assert int(svd.rank) == 0 and not svd.S.any()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("where", ["lora_B", "lora_A", "scaling"])
-def test_nan_and_inf(where, bad):
-    Bs, As = [torch.randn(40, 5) for _ in range(4)], [torch.randn(5, 30) for _ in range(4)]
-    scaling = [1.0] * 4
-    wanted = low_rank_svd(Bs, As, scaling)
-    if where == "scaling":
-        scaling[2] = bad
-    else:
-        {"lora_B": Bs, "lora_A": As}[where][2][2, 4] = bad
-    svd = low_rank_svd(Bs, As, scaling)
-    assert svd.info.tolist() == [0, 0, -1, 0] and int(svd.rank[2]) == 0
-    assert all(tensor.isnan().all() for tensor in of_layer(svd, 2)[:3])
-    assert all(equal(of_layer(svd, i), of_layer(wanted, i)) for i in (0, 1, 3))
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge):
+    EDGES[edge]()
 
 
 def test_ragged_lists():
-    """Five ranks, three dtypes, other lengths; each pair right where it stands in the list."""
-    Bs, As, scaling = ragged(15)
-    svd = low_rank_svd(Bs, As, scaling)
-    values = low_rank_svdvals(Bs, As, scaling)
-    for i, (B, A) in enumerate(zip(Bs, As, strict=True)):
-        check(of_layer(svd, i), B, A, scaling[i])
-        assert torch.equal(values[i], svd.S[i])
+    check_list(*ragged(15))
 
 
 def test_bit_identical():
-    Bs, As, scaling = ragged(6)
-    first = low_rank_svd(Bs, As, scaling)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = low_rank_svd(Bs, As, scaling)
-        assert all(equal(of_layer(first, i), of_layer(again, i)) for i in range(6))
-
-
-def test_layouts():
-    B, A = torch.randn(6, 80)[:, ::2].T, torch.randn(50, 6).T
-    before = B.clone(), A.clone()
-    svd = low_rank_svd(B, A)
-    check(svd, B, A)
-    assert torch.equal(B, before[0]) and torch.equal(A, before[1])
-    assert int(low_rank_svd(torch.randn(40, 1).expand(40, 6), A).rank) == 1
+    check_equal_bits(6)
 
 
 def test_same_signs_as_the_cpu_back_end():
-    B, A = torch.randn(40, 6), torch.randn(6, 50)
-    svd = low_rank_svd(B, A)
-    with peftkern.use_backend("cpu"):
-        cpu = low_rank_svd(B, A)
-    assert torch.allclose(svd.U, cpu.U, atol=SVD_BOUNDS[2])
-    assert torch.allclose(svd.Vh, cpu.Vh, atol=SVD_BOUNDS[2])
+    check_signs_of_the_cpu()
 
 
 def test_unconverged_pairs_reach_info(monkeypatch):

@@ -1,0 +1,33 @@
+"""A tiny Llama with AdaLoRA adapters and a schedule that prunes them."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft_models import TARGETS, tiny_llama
+from torch import nn
+
+STEPS = 50
+SCHEDULE = {"total_step": STEPS, "tinit": 5, "tfinal": 12, "deltaT": 3, "target_r": 2, "init_r": 6}
+
+
+def adalora_llama(dtype: torch.dtype = torch.float32, nf4: bool = False, **config) -> PeftModel:
+    base = tiny_llama(dtype)
+    if nf4:
+        for name, module in list(base.named_modules()):
+            if isinstance(module, nn.Linear) and "lm_head" not in name:
+                parent = base.get_submodule(name.rpartition(".")[0])
+                layer = bnb.nn.Linear4bit(
+                    module.in_features, module.out_features, bias=False, quant_type="nf4"
+                )
+                layer.load_state_dict(module.state_dict())
+                setattr(parent, name.rpartition(".")[2], layer.to("cpu"))
+        base.is_loaded_in_4bit = True
+    torch.manual_seed(5)
+    settings = {"target_modules": TARGETS, "task_type": "CAUSAL_LM", "lora_alpha": 16}
+    return get_peft_model(base, AdaLoraConfig(**{**settings, **SCHEDULE, **config}))
+
+
+def optimizer_of(model: nn.Module, **options) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, **options)
