@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import bitsandbytes as bnb
 import pytest
 import torch
+import trainers
 from adalora_models import STEPS, adalora_llama, optimizer_of
 from paths import ROOT, SUPPORT
 from peft import AdaLoraConfig, PeftModel, get_peft_model
@@ -32,6 +34,7 @@ from peft_models import (
 from safetensors.torch import load_file
 from tolerances import (
     AUTOCAST_RTOL,
+    BF16_LOSS_RTOL,
     COMPACTED_RTOL,
     GOLDEN_RTOL,
     HANG_SECONDS,
@@ -115,17 +118,13 @@ def test_training_follows_peft(kind: str) -> None:
     assert fallbacks() == {} and served_by_us() == 14 * STEPS
     assert sum(map(sum, our_patterns[-1].values())) == 2 * 14
     if kind == "bfloat16":  # two runs of PEFT part as far when one bit of a sum changes
-        torch.testing.assert_close(
-            torch.tensor(got[:5]), torch.tensor(wanted[:5]), rtol=2e-2, atol=0
-        )
+        assert_close_losses(got[:5], wanted[:5], BF16_LOSS_RTOL)
         return
-    torch.testing.assert_close(
-        torch.tensor(got), torch.tensor(wanted), rtol=LOSS_CURVE_RTOL, atol=0
-    )
+    assert_close_losses(got, wanted, LOSS_CURVE_RTOL)
     assert our_patterns == their_patterns
 
 
-def one_layer(proj: nn.Module, dtype: torch.dtype | None = None, **config) -> PeftModel:
+def one_layer(proj: nn.Module, **config) -> PeftModel:
     net = Net(proj)
     net.is_loaded_in_4bit = isinstance(proj, bnb.nn.Linear4bit)
     torch.manual_seed(2)
@@ -173,12 +172,8 @@ def test_layer_gives_pefts_output_and_gradients(make, config: dict) -> None:
 
 
 @pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-def test_layer_in_bfloat16(make) -> None:
+def test_layer_in_bfloat16_and_under_autocast(make) -> None:
     assert_same_outputs(one_layer(make(torch.bfloat16)), torch.bfloat16)
-
-
-@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-def test_layer_under_autocast(make) -> None:
     theirs = one_layer(make())
     ours = copy.deepcopy(theirs)
     peftkern.patch(ours)
@@ -251,9 +246,7 @@ def test_patch_and_unpatch_in_the_middle_of_training() -> None:
             peftkern.unpatch(model)
         else:
             peftkern.patch(model)
-    torch.testing.assert_close(
-        torch.tensor(got), torch.tensor(wanted), rtol=LOSS_CURVE_RTOL, atol=0
-    )
+    assert_close_losses(got, wanted, LOSS_CURVE_RTOL)
     assert seen[-1] == patterns[-1]
 
 
@@ -311,7 +304,7 @@ def test_training_goes_on_after_saving_and_loading(tmp_path: Path) -> None:
     assert sum(map(sum, pattern.values())) == 28
 
 
-@pytest.mark.parametrize("target_r", [6, 9])
+@pytest.mark.parametrize("target_r", [pytest.param(6, marks=pytest.mark.long), 9])
 def test_a_budget_of_everything_prunes_nothing(target_r: int) -> None:
     """PEFT's kthvalue refuses k = 0."""
     model = adalora_llama(target_r=target_r)
@@ -444,29 +437,7 @@ def test_compaction_of_a_peft_model(tmp_path: Path) -> None:
     assert_close_logits(loaded, twin.eval())
 
 
-class Texts(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {k: v[0] for k, v in text_batch(rows=1, seed=i).items()}
-
-
-def trainer(model: nn.Module, folder: Path, callbacks: list, **options):
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        **{"max_steps": 20, **options},
-    )
-    return Trainer(model, arguments, train_dataset=Texts(), callbacks=callbacks)
+trainer = functools.partial(trainers.trainer, max_steps=20, gradient_accumulation_steps=2)
 
 
 @pytest.mark.parametrize("patched", [False, True])
