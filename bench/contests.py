@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
-from tiles import GAIN, ROTATE, SCALING, copies_of, in_turn, nf4_weight, pieces, same
+from tiles import GAIN, ROTATE, SCALING, copies_of, in_turn, nf4_weight, same
 from torch import Tensor
 
 import peftkern
@@ -108,17 +108,18 @@ def arguments(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> 
             return [(drawn(m, k), weight, A, B, None, *update) for weight in weights]
         S = drawn(m, r, dtype=f32)
         return [(drawn(m, n), drawn(m, k), S, W, A, B, *update, needs) for W in weights]
-    first, *rest = pieces(nf4_weight(n, k, device))
+    first, *rest = nf4_weight(n, k, device).tensors
+    layout = nf4_weight(n, k, device).layout
     activations = 2 * m * (k if op.endswith("forward") else n + k) if "linear" in op else 0
-    weights = [(packed, *rest) for packed in clones(first, activations)]
+    weights = [((packed, *rest), layout) for packed in clones(first, activations)]
     if op == "nf4_dequantize":
-        return [(*weight, [n, k], BF16) for weight in weights]
+        return [(*weight, BF16) for weight in weights]
     if op == "nf4_dora_norm":
-        return [(*weight, [n, k], BF16, A, B, SCALING) for weight in weights]
+        return [(*weight, BF16, A, B, SCALING) for weight in weights]
     if op == "nf4_lora_linear_forward":
-        return [(drawn(m, k), *weight, [n, k], A, B, None, *update) for weight in weights]
+        return [(drawn(m, k), *weight, A, B, None, *update) for weight in weights]
     S = drawn(m, r, dtype=f32)
-    return [(drawn(m, n), drawn(m, k), S, *W, [n, k], A, B, *update, needs) for W in weights]
+    return [(drawn(m, n), drawn(m, k), S, *W, A, B, *update, needs) for W in weights]
 
 
 def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.device) -> Calls:

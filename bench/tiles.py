@@ -86,11 +86,6 @@ def nf4_weight(n: int, k: int, device: torch.device) -> peftkern.NF4Weight:
     return peftkern.quantize_nf4(weight / k**0.5)
 
 
-def pieces(w: peftkern.NF4Weight) -> tuple:
-    nested = (w.nested_absmax, w.nested_code, w.nested_offset)
-    return (w.packed, w.absmax, *nested, w.blocksize, w.nested_blocksize)
-
-
 def copies_of(nbytes: int, rotate: int) -> int:
     return min(MOST_COPIES, max(1, rotate // max(1, nbytes)))
 
@@ -143,21 +138,21 @@ def runner(
         weights = pool(n, k, scale=k**-0.5)
         return lambda i: (dora.dora_norm(of(weights, i), a, b, SCALING),)
 
-    first = pieces(nf4_weight(n, k, device))
-    copies = copies_of(first[0].nbytes, rotate)
-    packed = [(first[0].clone(), *first[1:]) for _ in range(copies)]
+    weight = nf4_weight(n, k, device)
+    copies = copies_of(weight.packed.nbytes, rotate)
+    packed = [((t[0].clone(), *t[1:]), weight.layout) for t in [weight.tensors] * copies]
     if kernel == "nf4_dequantize":
-        return lambda i: (nf4.nf4_dequantize(*of(packed, i), [n, k], torch.bfloat16),)
+        return lambda i: (nf4.nf4_dequantize(*of(packed, i), torch.bfloat16),)
     if kernel == "nf4_dora_norm":
-        rest = ([n, k], torch.bfloat16, a, b, SCALING)
+        rest = (torch.bfloat16, a, b, SCALING)
         return lambda i: (dora.nf4_dora_norm(*of(packed, i), *rest),)
     if kernel == "nf4_forward":
         x = pool(m, k)[0]
-        rest = (n, a, b, None, SCALING, None, 0.0)
-        return lambda i: nf4_lora_linear._fused_forward(x, of(packed, i), *rest)
+        rest = (a, b, None, SCALING, None, 0.0)
+        return lambda i: nf4_lora_linear._fused_forward(x, *of(packed, i), *rest)
     dy = pool(m, n)[0]
-    rest = (k, None, None, None, 0.0)
-    return lambda i: (nf4_lora_linear._fused_backward(dy, of(packed, i), *rest),)
+    rest = (None, None, None, 0.0)
+    return lambda i: (nf4_lora_linear._fused_backward(dy, *of(packed, i), *rest),)
 
 
 def seconds_of(calls: dict[str, Callable[[int], object]], device: torch.device) -> dict[str, float]:
@@ -356,25 +351,25 @@ def fused_rows(shapes: list, device: torch.device, rows: tuple[int, ...]) -> tup
     """Up to which M the fused NF4 kernel is no slower on average, and the ratios behind it."""
     from peftkern.kernels import lora_linear, nf4, nf4_lora_linear
 
-    def composed(x: Tensor, weight: tuple, n: int, *adapters) -> tuple:
+    def composed(x: Tensor, weight: tuple, *adapters) -> tuple:
         y, s = lora_linear.update_forward(x, *adapters)
-        dense = nf4.nf4_dequantize(*weight, [n, x.shape[1]], x.dtype)
+        dense = nf4.nf4_dequantize(*weight, x.dtype)
         return y.addmm_(x, dense.t()), s
 
     ratios, best = {}, 0
     for m in rows:
         measured = []
         for n, k in shapes:
-            weight = pieces(nf4_weight(n, k, device))
-            copies = copies_of(weight[0].nbytes, ROTATE if device.type == "cuda" else 0)
-            pool = [(weight[0].clone(), *weight[1:]) for _ in range(copies)]
+            weight = nf4_weight(n, k, device)
+            copies = copies_of(weight.packed.nbytes, ROTATE if device.type == "cuda" else 0)
+            pool = [((t[0].clone(), *t[1:]), weight.layout) for t in [weight.tensors] * copies]
             problem = Problem("lora_forward", m, n, k, 16, 16)
             x = torch.randn(m, k, device=device).to(torch.bfloat16)
             a = torch.randn(problem.r, k, device=device) / k**0.5
-            rest = (n, a, torch.randn(n, problem.r, device=device), None, SCALING, None, 0.0)
+            rest = (a, torch.randn(n, problem.r, device=device), None, SCALING, None, 0.0)
             calls = {
                 "fused": lambda i, p=pool, x=x, rest=rest: nf4_lora_linear._fused_forward(
-                    x, p[i % len(p)], *rest
+                    x, *p[i % len(p)], *rest
                 ),
                 "composed": lambda i, p=pool, x=x, rest=rest: composed(x, p[i % len(p)], *rest),
             }

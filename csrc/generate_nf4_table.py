@@ -1,6 +1,6 @@
-"""Write the C++ header peftkern/nf4_table.h from NF4_CODE in peftkern/formats/nf4.py.
+"""Write the C++ header peftkern/nf4_table.h from NF4_CODE in peftkern/formats/table.py.
 
-python csrc/generate_nf4_table.py peftkern/formats/nf4.py OUT/peftkern/nf4_table.h
+python csrc/generate_nf4_table.py peftkern/formats/table.py OUT/peftkern/nf4_table.h
 
 The values are read from the syntax tree: a build machine needs no torch. Literals are hexadecimal
 floats, so what the compiler reads is what Python rounded, bit for bit.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 TEMPLATE = """\
-// Generated from peftkern/formats/nf4.py by csrc/generate_nf4_table.py.
+// Generated from peftkern/formats/table.py by csrc/generate_nf4_table.py.
 #pragma once
 
 namespace peftkern {{
@@ -64,7 +64,7 @@ def _literals(values: list[float]) -> str:
 def main(source: Path, header: Path) -> None:
     text = render(read_code(source.read_text(encoding="utf-8")))
     header.parent.mkdir(parents=True, exist_ok=True)
-    # An unchanged header keeps its time stamp, so editing nf4.py rebuilds nothing needlessly.
+    # An unchanged header keeps its time stamp, so editing table.py rebuilds nothing needlessly.
     if not header.exists() or header.read_text(encoding="utf-8") != text:
         header.write_text(text, encoding="utf-8")
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.backends.native import address_table
+from peftkern.backends.pointers import address_table
 from peftkern.kernels.aot import AotCase
 from peftkern.kernels.configs import TileConfig, ceil_div, next_power
 from peftkern.kernels.launch import guard
@@ -220,7 +220,7 @@ def _adalora_allocate_kernel(
     tl.store(e_ptr + place, tl.zeros((BLOCK,), tl.float32).to(E_TYPE), mask=inside & ~keep)
 
 
-def supports_importance(
+def refusal_importance(
     exp_avg_ipt: Tensor,
     exp_avg_unc: Tensor,
     params: list[Tensor],
@@ -237,7 +237,7 @@ def supports_importance(
     return _one_dtype("params", params) or _one_dtype("grads", present)
 
 
-def supports_allocate(scores: Tensor, lora_E: list[Tensor], *args: object) -> str | None:
+def refusal_allocate(scores: Tensor, lora_E: list[Tensor], *args: object) -> str | None:
     """Reason against adalora_allocate_."""
     if scores.dtype is not torch.float32:
         return f"scores are {scores.dtype}"

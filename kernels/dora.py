@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.formats.table import stored
 from peftkern.kernels.aot import AotCase, tiles
 from peftkern.kernels.configs import Problem, TileConfig, block_rank, ceil_div
 from peftkern.kernels.launch import code_table, config_for, guard, has_ptx, precision
-from peftkern.kernels.lora_linear import supports_layer
+from peftkern.kernels.lora_linear import refusal_layer
 from peftkern.kernels.nf4 import nf4_dequantize
 from peftkern.kernels.primitives import dot, narrow, nf4_absmax, nf4_values
 
@@ -163,13 +164,19 @@ def _nf4_dora_norm_kernel(
     tl.store(norm_ptr + rows, tl.sqrt_rn(tl.sum(squares, 1)), mask=rows < N)
 
 
-def supports_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *args: object) -> str | None:
-    return supports_layer(weight.dtype, tuple(weight.shape), lora_A, lora_B)
+def refusal_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *args: object) -> str | None:
+    return refusal_layer(weight.dtype, tuple(weight.shape), lora_A, lora_B)
 
 
-def supports_nf4_norm(packed: Tensor, *args: object) -> str | None:
-    shape, dtype, lora_A, lora_B = args[6:10]
-    return supports_layer(dtype, tuple(shape), lora_A, lora_B)
+def refusal_nf4_norm(
+    w: list[Tensor],
+    layout: list[int],
+    dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *args: object,
+) -> str | None:
+    return refusal_layer(dtype, tuple(layout[3:]), lora_A, lora_B)
 
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -198,31 +205,25 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
 
 
 def nf4_dora_norm(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    shape: list[int],
+    w: list[Tensor],
+    layout: list[int],
     dtype: torch.dtype,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
 ) -> Tensor:
     """Blocks that do not end with rows: the weight is made dense first."""
-    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    (N, K), r = shape, lora_A.shape[0]
-    if K % blocksize:
-        dense = nf4_dequantize(*tensors, blocksize, nested_blocksize, shape, dtype)
+    weight = stored(w, layout)
+    (N, K), r, device = weight.shape, lora_A.shape[0], lora_A.device
+    if K % weight.blocksize:
+        dense = nf4_dequantize(w, layout, dtype)
         return dora_norm(dense, lora_A, lora_B, scaling)
-    norm = torch.empty(N, dtype=torch.float32, device=packed.device)
-    config = config_for(Problem("nf4_dora_norm", 1, N, K, r, 8 * dtype.itemsize), packed.device)
-    with guard(packed):
+    norm = torch.empty(N, dtype=torch.float32, device=device)
+    config = config_for(Problem("nf4_dora_norm", 1, N, K, r, 8 * dtype.itemsize), device)
+    with guard(norm):
         _nf4_dora_norm_kernel[(ceil_div(N, config.block_n),)](
-            *tensors,
-            code_table(packed.device),
+            *weight.pointers,
+            code_table(device),
             lora_A.contiguous(),
             lora_B.contiguous(),
             norm,
@@ -230,15 +231,15 @@ def nf4_dora_norm(
             K,
             r,
             scaling,
-            BLOCKSIZE=blocksize,
-            NESTED_BLOCKSIZE=0 if nested_absmax is None else nested_blocksize,
+            BLOCKSIZE=weight.blocksize,
+            NESTED_BLOCKSIZE=weight.nested_blocksize,
             W_TYPE=_TYPES[dtype],
-            PTX=has_ptx(packed.device),
+            PTX=has_ptx(device),
             SEVERAL=r > block_rank(r),
             BLOCK_N=config.block_n,
-            BLOCK_K=min(config.block_k, blocksize),
+            BLOCK_K=min(config.block_k, weight.blocksize),
             BLOCK_R=block_rank(r),
-            PRECISION=precision(packed.device),
+            PRECISION=precision(device),
             enable_fp_fusion=False,  # absmax is a product and a sum, each rounded
             **config.launch(),
         )

@@ -309,7 +309,7 @@ def _epilogue_kernel(
     )
 
 
-def supports(
+def refusal(
     activations: Tensor,
     shape: tuple[int, int],
     lora_A: Tensor | None,
@@ -317,7 +317,7 @@ def supports(
     keep: Tensor | None,
 ) -> str | None:
     """Reason against a LoRA linear layer of weight [N, K] on these kernels."""
-    reason = supports_layer(activations.dtype, shape, lora_A, lora_B)
+    reason = refusal_layer(activations.dtype, shape, lora_A, lora_B)
     if reason is not None:
         return reason
     if activations.numel() // activations.shape[-1] > ROWS_MAX:
@@ -327,7 +327,7 @@ def supports(
     return None
 
 
-def supports_layer(
+def refusal_layer(
     dtype: torch.dtype, shape: tuple[int, int], lora_A: Tensor | None, lora_B: Tensor | None
 ) -> str | None:
     """Reason against a weight [N, K] and its factors, whatever is done with them."""
@@ -347,14 +347,14 @@ def supports_layer(
     return None
 
 
-def supports_forward(x: Tensor, weight: Tensor, *args: object) -> str | None:
+def refusal_forward(x: Tensor, weight: Tensor, *args: object) -> str | None:
     lora_A, lora_B, _, _, keep, _ = args
-    return supports(x, tuple(weight.shape), lora_A, lora_B, keep)
+    return refusal(x, tuple(weight.shape), lora_A, lora_B, keep)
 
 
-def supports_backward(dy: Tensor, *args: object) -> str | None:
+def refusal_backward(dy: Tensor, *args: object) -> str | None:
     _, _, _, lora_A, lora_B, _, keep, _, _ = args
-    return supports(dy, (lora_B.shape[0], lora_A.shape[1]), lora_A, lora_B, keep)
+    return refusal(dy, (lora_B.shape[0], lora_A.shape[1]), lora_A, lora_B, keep)
 
 
 def lora_linear_forward(

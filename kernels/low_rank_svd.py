@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.backends import native
 from peftkern.backends.device import arch
+from peftkern.backends.pointers import address_table
 from peftkern.kernels.aot import AotCase
 from peftkern.kernels.configs import TileConfig, block_rank, ceil_div
 from peftkern.kernels.launch import guard
@@ -185,7 +185,7 @@ def _rotate_kernel(
         x = coming
 
 
-def supports(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
+def refusal(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
     """Why the kernels cannot decompose these pairs, or None."""
     if torch.version.hip:
         return "Triton does not compile products of float64 matrices for AMD"
@@ -271,7 +271,7 @@ class _Group:
         self.device = factors[0].device
         first_tiles = [0, *itertools.accumulate(tiles)][:-1]
         numbers = [*itertools.chain(*rows[2:]), *first_tiles]
-        self.table = native.address_table(factors, self.device, numbers)
+        self.table = address_table(factors, self.device, numbers)
 
     def cores(self, S: Tensor, rank: Tensor, info: Tensor, accurate: bool) -> Tensor:
         """Fills S, rank and info; returns [count, 2, R, R], what the factors are multiplied by."""

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.formats.nf4 import ABSMAX_FLOOR, nf4_midpoints
+from peftkern.formats.table import stored
 from peftkern.kernels.aot import AotCase, tiles
 from peftkern.kernels.configs import Problem, ceil_div
 from peftkern.kernels.launch import code_table, config_for, guard, has_ptx
@@ -90,13 +91,16 @@ def _nf4_quantize_kernel(
     tl.store(packed_ptr + byte, (high * 16 + low).to(tl.uint8), mask=byte < (numel + 1) // 2)
 
 
-def supports_quantize(weight: Tensor, blocksize: int) -> str | None:
+def refusal_quantize(weight: Tensor, blocksize: int) -> str | None:
     return None if weight.dtype in DTYPES else f"the dtype is {weight.dtype}"
 
 
-def supports_dequantize(packed: Tensor, *args: object) -> str | None:
-    dtype = args[-1].dtype if isinstance(args[-1], Tensor) else args[-1]
+def refusal_dequantize(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"the dtype is {dtype}"
+
+
+def refusal_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> str | None:
+    return refusal_dequantize(w, layout, out.dtype)
 
 
 def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -117,71 +121,32 @@ def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
-def nf4_dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
-    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    _dequantize(*tensors, blocksize, nested_blocksize, out)
+def nf4_dequantize(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
+    out = torch.empty(tuple(layout[3:]), dtype=dtype, device=w[0].device)
+    nf4_dequantize_out(w, layout, out)
     return out
 
 
-def nf4_dequantize_out(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out: Tensor,
-) -> None:
-    dense = (
-        out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    )
-    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    _dequantize(*tensors, blocksize, nested_blocksize, dense)
-    if dense is not out:
-        out.copy_(dense)
-
-
-def _dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out: Tensor,
-) -> None:
+def nf4_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> None:
+    if not out.is_contiguous():
+        out.copy_(nf4_dequantize(w, layout, out.dtype))
+        return
+    weight = stored(w, layout)
     numel, nbytes = out.numel(), (out.numel() + 1) // 2
     if numel == 0:
         return
-    problem = Problem("nf4_dequantize", 1, numel, blocksize, 1, 8 * out.element_size())
+    problem = Problem("nf4_dequantize", 1, numel, weight.blocksize, 1, 8 * out.element_size())
     config = config_for(problem, out.device)
-    columns = min(blocksize // 2, config.block_n)
+    columns = min(weight.blocksize // 2, config.block_n)
     with guard(out):
         _nf4_dequantize_kernel[(ceil_div(nbytes, config.block_n),)](
-            packed,
-            absmax,
-            nested_absmax,
-            nested_code,
-            nested_offset,
+            *weight.pointers,
             code_table(out.device),
             out,
             numel,
             nbytes,
-            BLOCKSIZE=blocksize,
-            NESTED_BLOCKSIZE=0 if nested_absmax is None else nested_blocksize,
+            BLOCKSIZE=weight.blocksize,
+            NESTED_BLOCKSIZE=weight.nested_blocksize,
             PTX=has_ptx(out.device),
             COLUMNS=columns,
             ROWS=config.block_n // columns,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peftkern.backends.device import arch
 from peftkern.backends.dropout import keep_scale, keep_threshold
+from peftkern.formats.table import stored
 from peftkern.kernels import lora_linear
 from peftkern.kernels.aot import AotCase, tiles
 from peftkern.kernels.configs import RANK_LEAST, Problem, ceil_div, nf4_fused_rows
@@ -184,26 +185,39 @@ def _nf4_backward_kernel(
     tl.store(dx_ptr + (split.to(tl.int64) * M + row) * K + columns[None, :], total, mask=in_rows)
 
 
-def supports_forward(x: Tensor, *args: object) -> str | None:
-    shape, lora_A, lora_B, _, _, keep, _ = args[7:]
-    return lora_linear.supports(x, tuple(shape), lora_A, lora_B, keep)
+def refusal_forward(
+    x: Tensor,
+    w: list[Tensor],
+    layout: list[int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+) -> str | None:
+    return lora_linear.refusal(x, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
-def supports_backward(dy: Tensor, *args: object) -> str | None:
-    shape, lora_A, lora_B, _, keep, _, _ = args[9:]
-    return lora_linear.supports(dy, tuple(shape), lora_A, lora_B, keep)
+def refusal_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    w: list[Tensor],
+    layout: list[int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    *args: object,
+) -> str | None:
+    return lora_linear.refusal(dy, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
 def nf4_lora_linear_forward(
     x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    shape: list[int],
+    w: list[Tensor],
+    layout: list[int],
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -211,19 +225,17 @@ def nf4_lora_linear_forward(
     keep: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    weight = (*tensors, blocksize, nested_blocksize)
-    N, K = shape
+    N, K = layout[3:]
     rows = rows_of(x, K)
     adapters = (lora_A, lora_B, bias, scaling, keep, dropout_p)
-    if _fused(rows.shape[0], K, blocksize, x):
-        y, S = _fused_forward(rows, weight, N, *adapters)
+    if _fused(rows, layout):
+        y, S = _fused_forward(rows, w, layout, *adapters)
     elif lora_A is None:
-        y, S = F.linear(rows, nf4_dequantize(*weight, shape, x.dtype), bias), None
+        y, S = F.linear(rows, nf4_dequantize(w, layout, x.dtype), bias), None
     else:
         y, S = lora_linear.update_forward(rows, *adapters)
         if rows.shape[0]:
-            y.addmm_(rows, nf4_dequantize(*weight, shape, x.dtype).t())
+            y.addmm_(rows, nf4_dequantize(w, layout, x.dtype).t())
     S = x.new_empty(0, dtype=torch.float32) if S is None else S.view(*x.shape[:-1], S.shape[1])
     return y.view(*x.shape[:-1], N), S
 
@@ -232,14 +244,8 @@ def nf4_lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     S: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    shape: list[int],
+    w: list[Tensor],
+    layout: list[int],
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -247,11 +253,9 @@ def nf4_lora_linear_backward(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    weight = (*tensors, blocksize, nested_blocksize)
-    (N, K), (need_dx, need_dA, _, need_dbias) = shape, needs
+    (N, K), (need_dx, need_dA, _, need_dbias) = layout[3:], needs
     rows = rows_of(dy, N)
-    fused = need_dx and _fused(rows.shape[0], K, blocksize, dy)
+    fused = need_dx and _fused(rows, layout)
     dS = dx = dA = dB = dbias = None
     if lora_A is not None:
         dS, dB, dbias = lora_linear.gradients_sb(rows, S, lora_B, scaling, needs)
@@ -260,9 +264,9 @@ def nf4_lora_linear_backward(
     elif need_dbias:
         dbias = rows.sum(0)
     if fused:
-        dx = _fused_backward(rows, weight, K, dS, lora_A, keep, dropout_p)
+        dx = _fused_backward(rows, w, layout, dS, lora_A, keep, dropout_p)
     elif need_dx and rows.shape[0]:
-        dense = nf4_dequantize(*weight, shape, dy.dtype)
+        dense = nf4_dequantize(w, layout, dy.dtype)
         dx = rows @ dense if dx is None else dx.addmm_(rows, dense)
     elif need_dx:
         dx = dy.new_empty((0, K))
@@ -272,15 +276,16 @@ def nf4_lora_linear_backward(
     return tuple(empty if grad is None else grad for grad in (dx, dA, dB, dbias))
 
 
-def _fused(M: int, K: int, blocksize: int, activations: Tensor) -> bool:
+def _fused(rows: Tensor, layout: list[int]) -> bool:
     """Whether the packed weight is multiplied as it is: few rows, and blocks that end with rows."""
-    return 0 < M <= nf4_fused_rows(arch(activations.device)) and K % blocksize == 0
+    _, blocksize, _, _, K = layout
+    return 0 < len(rows) <= nf4_fused_rows(arch(rows.device)) and K % blocksize == 0
 
 
 def _fused_forward(
     x: Tensor,
-    weight: tuple,
-    N: int,
+    w: list[Tensor],
+    layout: list[int],
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -288,10 +293,10 @@ def _fused_forward(
     keep: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor | None]:
-    *tensors, blocksize, nested_blocksize = weight
-    (M, K), r = x.shape, 0 if lora_A is None else lora_A.shape[0]
+    weight = stored(w, layout)
+    (M, K), N, r = x.shape, layout[3], 0 if lora_A is None else lora_A.shape[0]
     config = config_for(Problem("nf4_forward", M, N, K, r, 8 * x.element_size()), x.device)
-    block_k = min(config.block_k, blocksize)
+    block_k = min(config.block_k, weight.blocksize)
     blocks = ceil_div(ceil_div(K, block_k), config.splits)
     splits = ceil_div(K, blocks * block_k)
     parts = x.new_empty((splits, M, N), dtype=torch.float32)
@@ -300,7 +305,7 @@ def _fused_forward(
     with guard(x):
         _nf4_forward_kernel[(tiles, ceil_div(M, config.block_m), splits)](
             x,
-            *tensors,
+            *weight.pointers,
             code_table(x.device),
             lora_A.contiguous() if r else None,
             keep,
@@ -312,8 +317,8 @@ def _fused_forward(
             r,
             blocks,
             keep_threshold(dropout_p),
-            BLOCKSIZE=blocksize,
-            NESTED_BLOCKSIZE=0 if tensors[2] is None else nested_blocksize,
+            BLOCKSIZE=weight.blocksize,
+            NESTED_BLOCKSIZE=weight.nested_blocksize,
             HAS_LORA=r > 0,
             HAS_DROPOUT=keep is not None,
             PTX=has_ptx(x.device),
@@ -334,32 +339,32 @@ def _fused_forward(
 
 def _fused_backward(
     dy: Tensor,
-    weight: tuple,
-    K: int,
+    w: list[Tensor],
+    layout: list[int],
     dS: Tensor | None,
     lora_A: Tensor | None,
     keep: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    *tensors, blocksize, nested_blocksize = weight
-    M, N = dy.shape
+    weight = stored(w, layout)
+    (M, N), K = dy.shape, layout[4]
     config = config_for(Problem("nf4_backward", M, N, K, 1, 8 * dy.element_size()), dy.device)
-    block_k = min(config.block_k, blocksize)
+    block_k = min(config.block_k, weight.blocksize)
     blocks = ceil_div(ceil_div(N, config.block_n), config.splits)
     splits = ceil_div(N, blocks * config.block_n)
     parts = dy.new_empty((splits, M, K), dtype=torch.float32)
     with guard(dy):
         _nf4_backward_kernel[(K // block_k, ceil_div(M, config.block_m), splits)](
             dy,
-            *tensors,
+            *weight.pointers,
             code_table(dy.device),
             parts,
             M,
             N,
             K,
             blocks,
-            BLOCKSIZE=blocksize,
-            NESTED_BLOCKSIZE=0 if tensors[2] is None else nested_blocksize,
+            BLOCKSIZE=weight.blocksize,
+            NESTED_BLOCKSIZE=weight.nested_blocksize,
             PTX=has_ptx(dy.device),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

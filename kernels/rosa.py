@@ -255,7 +255,7 @@ def _rosa_cuts_kernel(
         _add_to_y(y_ptr, sums, group * ROWS + lanes, at, M, N)
 
 
-def supports(first: Tensor, x: Tensor, *args: object) -> str | None:
+def refusal_sddmm(first: Tensor, x: Tensor, *args: object) -> str | None:
     """Reason against rosa_sddmm (dy, x) and rosa_spmm_ (y, x)."""
     if x.dtype not in _DTYPES or first.dtype is not x.dtype:
         return f"the dtypes are {first.dtype} and {x.dtype}"
@@ -263,6 +263,9 @@ def supports(first: Tensor, x: Tensor, *args: object) -> str | None:
     if rows > _GRID_MOST * _BLOCK_M:
         return f"x has {rows} rows, above {_GRID_MOST * _BLOCK_M}"
     return None
+
+
+refusal_spmm = refusal_sddmm
 
 
 def rosa_sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:

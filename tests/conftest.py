@@ -26,7 +26,8 @@ from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG
 
 import peftkern
 from peftkern import monitor
-from peftkern.backends import native, native_cuda
+from peftkern.backends.cpu import module as cpu
+from peftkern.backends.cuda import module as cuda
 
 # How long an example takes, or drawing it, is the machine's business.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -77,14 +78,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[*(native.cpu_isas() or ["no native library"]), "reference"])
-def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(params=[*(cpu.cpu_isas() or ["no native library"]), "reference"])
+def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """`backend`, but once per instruction set of this machine."""
-    name = request.param
-    if name != "reference":
-        monkeypatch.setenv("PEFTKERN_CPU_ISA", name)
-        name = "cpu"
-    with peftkern.use_backend(name):
+    if request.param == "reference":
+        with peftkern.use_backend("reference"):
+            yield request.param
+        return
+    with cpu.use_isa(request.param), peftkern.use_backend("cpu"):
         yield request.param
 
 
@@ -100,6 +101,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Run the test on the CUDA kernels, compiled for this CPU: the module that holds them."""
     module = cuda_emulated.load()
-    monkeypatch.setattr(native_cuda, "cuda_module", lambda: (module, None))
+    monkeypatch.setattr(cuda, "cuda_module", lambda: (module, None))
     with peftkern.use_backend("cuda"):
         yield module

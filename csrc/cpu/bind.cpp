@@ -26,7 +26,9 @@ using namespace peftkern;
 
 NF4View nf4_view(const py::tuple& t) {
   NF4View w = view_from_tuple<NF4View>(t);
-  w.nested_offset = t[kNestedOffset].cast<float>();
+  const float* offset = pointer<const float>(t[kNestedOffset].cast<uintptr_t>());
+  if (w.nested && !offset) throw std::invalid_argument("nested_offset: missing");
+  w.nested_offset = offset ? *offset : 0.0f;
   return w;
 }
 

@@ -1,4 +1,4 @@
-"""What the machine offers, and the errors that say what it lacks."""
+"""Devices of the machine, and the errors about what it lacks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def device_info(device: torch.device | str = "cpu") -> DeviceInfo:
 
 @functools.cache
 def arch(device: torch.device) -> str:
-    """The name of the device's measured table: "sm90", "gfx942", or "interpreter" on a CPU."""
+    """Return the name of a device's measured table: "sm90", "gfx942"; "interpreter" on a CPU."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -51,13 +51,13 @@ def arch(device: torch.device) -> str:
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, which takes tensors of a CPU."""
+    """Return True if Triton's kernels run in its interpreter, which takes tensors of a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def triton_missing(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on a device, or None if they can."""
+    """Return why Triton's kernels cannot run on a device, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda" and torch.version.hip is None:
@@ -65,11 +65,6 @@ def triton_missing(device: torch.device) -> str | None:
         if major < 8:
             return f"compute capability {major}.{minor} is below 8.0"
     return None
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for a device; torch raises for "meta", which has none."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _cpu_name() -> str:

@@ -1,9 +1,8 @@
-"""Which back end serves which op: one table, asked inside the op at every call.
+"""Dispatch: one table of the back ends of each op, asked inside the op at every call.
 
-`_CANDIDATES` lists, per op, the implementations from the most to the least preferred. Each says in
-words why it cannot take a call, or None when it can; the first that can runs. One that belongs to
-another kind of device is passed over. What a kernel raises goes to the caller: an exception never
-turns into a fallback.
+Candidates are asked from the most to the least preferred. Each has a `refusal`, None or the reason
+against a call in words; the first without one runs. One that belongs to another kind of device is
+passed over. What a kernel raises goes to the caller: an exception never turns into a fallback.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from typing import Any
 
 import torch
 
-from peftkern.backends import cpu, cuda, native, native_cuda, reference
+from peftkern.backends.cpu import module as cpu
+from peftkern.backends.cuda.module import emulated
 from peftkern.backends.device import (
     BackendUnavailableError,
     arch,
@@ -30,123 +30,79 @@ from peftkern.backends.device import (
 )
 from peftkern.kernels import configs
 
+# Package and device type of a back end; None: every device.
+_PACKAGES = {
+    "triton": ("peftkern.kernels", "cuda"),
+    "cuda": ("peftkern.backends.cuda", "cuda"),
+    "cpu": ("peftkern.backends.cpu", "cpu"),
+    "reference": ("peftkern.backends.reference", None),
+}
+_BACKENDS = tuple(_PACKAGES)
 
-@dataclass(frozen=True)
+
+# Family of each op, and its back ends from the most to the least preferred where nothing was
+# measured; of two for a GPU the older first. `_in_order` puts what was measured before it.
+_TABLE = {
+    "nf4_quantize": ("nf4", "triton cuda cpu"),
+    "nf4_quantize_absmax": ("nf4", "cpu"),
+    "nf4_dequantize": ("nf4", "triton cuda cpu"),
+    "nf4_dequantize_out": ("nf4", "triton cuda cpu"),
+    "lora_linear_forward": ("lora_linear", "triton cpu"),
+    "lora_linear_backward": ("lora_linear", "triton cpu"),
+    "nf4_lora_linear_forward": ("nf4_lora_linear", "triton cuda cpu"),
+    "nf4_lora_linear_backward": ("nf4_lora_linear", "triton cpu"),
+    "dora_norm": ("dora", "triton cpu"),
+    "nf4_dora_norm": ("dora", "triton cpu"),
+    "low_rank_svd": ("low_rank_svd", "triton cuda cpu"),
+    "adalora_importance_": ("adalora", "triton cpu"),
+    "adalora_allocate_": ("adalora", "triton cpu"),
+    "adalora_orthogonality_forward": ("adalora", "cpu"),
+    "adalora_orthogonality_backward": ("adalora", "cpu"),
+    "rosa_sddmm": ("rosa", "triton cpu"),
+    "rosa_spmm_": ("rosa", "triton cpu"),
+}
+
+
 class Candidate:
-    """One implementation of an op; `supports` and `run` take the op's positional arguments.
+    """One implementation of an op, a function of that name in `<package of the back end>.<family>`.
 
-    `device` is the torch device type it serves, None for every one.
+    `run` and `refusal` take the op's positional arguments. The refusal stands beside the op under
+    the op's name without the family: `refusal_forward` for "lora_linear_forward". The module is
+    imported when a candidate is first asked.
     """
 
-    name: str
-    device: str | None
-    supports: Callable[..., str | None]
-    run: Callable[..., Any]
+    def __init__(self, op: str, name: str, family: str) -> None:
+        self.op, self.name, self.family = op, name, family
+        self.package, self.device = _PACKAGES[name]  # device None: every one
+
+    @functools.cached_property
+    def _module(self) -> Any:
+        return importlib.import_module(f"{self.package}.{self.family}")
+
+    @functools.cached_property
+    def run(self) -> Callable[..., Any]:
+        """Run the op."""
+        return getattr(self._module, self.op)
+
+    @functools.cached_property
+    def refusal(self) -> Callable[..., str | None]:
+        """Give the reason against a call, or None."""
+        if self.name == "reference":
+            return _never
+        suffix = self.op.replace(self.family, "").strip("_").replace("__", "_")
+        name = f"refusal_{suffix}" if suffix else "refusal"
+        if self.name != "triton":
+            return getattr(self._module, name)
+        return lambda *args: triton_missing(_device(args)) or getattr(self._module, name)(*args)
 
 
-def _always(*args: Any) -> None:
+def _never(*args: Any) -> None:
     return None
 
 
-def _cpu(op: str, supports: Callable[..., str | None]) -> Candidate:
-    return Candidate("cpu", "cpu", supports, getattr(cpu, op))
-
-
-def _triton(op: str, stem: str, supports: str) -> Candidate:
-    """A candidate from `peftkern.kernels.<stem>`, which is imported when it is first asked."""
-
-    @functools.cache
-    def kernels() -> Any:
-        return importlib.import_module(f"peftkern.kernels.{stem}")
-
-    def supports_call(*args: Any) -> str | None:
-        return triton_missing(_device(args)) or getattr(kernels(), supports)(*args)
-
-    return Candidate("triton", "cuda", supports_call, lambda *args: getattr(kernels(), op)(*args))
-
-
-def _cuda(op: str, supports: Callable[..., str | None]) -> Candidate:
-    return Candidate("cuda", "cuda", supports, getattr(cuda, op))
-
-
-def _reference(op: str) -> Candidate:
-    return Candidate("reference", None, _always, getattr(reference, op))
-
-
-# From the most to the least preferred where nothing was measured; of two for a GPU the older first.
-# `_in_order` puts what was measured before it.
-_CANDIDATES: dict[str, tuple[Candidate, ...]] = {
-    op: (*candidates, _reference(op))
-    for op, candidates in {
-        "nf4_quantize": (
-            _triton("nf4_quantize", "nf4", "supports_quantize"),
-            _cuda("nf4_quantize", cuda.supports_quantize),
-            _cpu("nf4_quantize", cpu.supports_dense),
-        ),
-        "nf4_quantize_absmax": (_cpu("nf4_quantize_absmax", cpu.supports_device),),
-        "nf4_dequantize": (
-            _triton("nf4_dequantize", "nf4", "supports_dequantize"),
-            _cuda("nf4_dequantize", cuda.supports_dequantize),
-            _cpu("nf4_dequantize", cpu.supports_dequantize),
-        ),
-        "nf4_dequantize_out": (
-            _triton("nf4_dequantize_out", "nf4", "supports_dequantize"),
-            _cuda("nf4_dequantize_out", cuda.supports_dequantize),
-            _cpu("nf4_dequantize_out", cpu.supports_dequantize),
-        ),
-        "lora_linear_forward": (
-            _triton("lora_linear_forward", "lora_linear", "supports_forward"),
-            _cpu("lora_linear_forward", cpu.supports_dense),
-        ),
-        "lora_linear_backward": (
-            _triton("lora_linear_backward", "lora_linear", "supports_backward"),
-            _cpu("lora_linear_backward", cpu.supports_dense),
-        ),
-        "nf4_lora_linear_forward": (
-            _triton("nf4_lora_linear_forward", "nf4_lora_linear", "supports_forward"),
-            _cuda("nf4_lora_linear_forward", cuda.supports_nf4_forward),
-            _cpu("nf4_lora_linear_forward", cpu.supports_nf4_forward),
-        ),
-        "nf4_lora_linear_backward": (
-            _triton("nf4_lora_linear_backward", "nf4_lora_linear", "supports_backward"),
-            _cpu("nf4_lora_linear_backward", cpu.supports_nf4_backward),
-        ),
-        "dora_norm": (
-            _triton("dora_norm", "dora", "supports_norm"),
-            _cpu("dora_norm", cpu.supports_dora_norm),
-        ),
-        "nf4_dora_norm": (
-            _triton("nf4_dora_norm", "dora", "supports_nf4_norm"),
-            _cpu("nf4_dora_norm", cpu.supports_nf4_dora_norm),
-        ),
-        "low_rank_svd": (
-            _triton("low_rank_svd", "low_rank_svd", "supports"),
-            _cuda("low_rank_svd", cuda.supports_low_rank_svd),
-            _cpu("low_rank_svd", cpu.supports_low_rank_svd),
-        ),
-        "adalora_importance_": (
-            _triton("adalora_importance_", "adalora", "supports_importance"),
-            _cpu("adalora_importance_", cpu.supports_adalora_importance),
-        ),
-        "adalora_allocate_": (
-            _triton("adalora_allocate_", "adalora", "supports_allocate"),
-            _cpu("adalora_allocate_", cpu.supports_adalora_allocate),
-        ),
-        "adalora_orthogonality_forward": (
-            _cpu("adalora_orthogonality_forward", cpu.supports_adalora_orthogonality_forward),
-        ),
-        "adalora_orthogonality_backward": (
-            _cpu("adalora_orthogonality_backward", cpu.supports_adalora_orthogonality_backward),
-        ),
-        "rosa_sddmm": (
-            _triton("rosa_sddmm", "rosa", "supports"),
-            _cpu("rosa_sddmm", cpu.supports_rosa),
-        ),
-        "rosa_spmm_": (
-            _triton("rosa_spmm_", "rosa", "supports"),
-            _cpu("rosa_spmm_", cpu.supports_rosa),
-        ),
-    }.items()
+_CANDIDATES = {
+    op: tuple(Candidate(op, name, family) for name in (*names.split(), "reference"))
+    for op, (family, names) in _TABLE.items()
 }
 
 
@@ -158,38 +114,37 @@ def _bits(dtype: torch.dtype) -> int:
     return 8 * dtype.itemsize
 
 
+def _linear_sizes(
+    activations: torch.Tensor, shape: Any, lora_A: torch.Tensor | None
+) -> tuple[int, ...]:
+    r = 1 if lora_A is None else lora_A.shape[0]
+    return (_rows(activations), *shape, r, _bits(activations.dtype))
+
+
 # (M, N, K, r, bits of an element) of a call, for every op whose back ends `make tune` compares. A
 # tensor that is only converted is one long row; of many pairs the first gives the shape.
-_SIZES: dict[str, Callable[..., tuple[int, int, int, int, int]]] = {
+_SIZES: dict[str, Callable[..., tuple[int, ...]]] = {
     "nf4_quantize": lambda weight, *_: (1, weight.numel(), 1, 1, _bits(weight.dtype)),
-    "nf4_dequantize": lambda packed, *rest: (1, 2 * packed.numel(), 1, 1, _bits(rest[-1])),
-    "nf4_dequantize_out": lambda packed, *rest: (
-        *(1, 2 * packed.numel(), 1, 1),
-        _bits(rest[-1].dtype),
+    "nf4_dequantize": lambda w, layout, dtype: (1, 2 * w[0].numel(), 1, 1, _bits(dtype)),
+    "nf4_dequantize_out": lambda w, layout, out: (1, 2 * w[0].numel(), 1, 1, _bits(out.dtype)),
+    "lora_linear_forward": lambda x, weight, lora_A, *_: _linear_sizes(x, weight.shape, lora_A),
+    "lora_linear_backward": lambda dy, x, S, weight, lora_A, lora_B, *_: _linear_sizes(
+        dy, (lora_B.shape[0], lora_A.shape[1]), lora_A
     ),
-    "lora_linear_forward": lambda x, weight, lora_A, *_: (
-        *(_rows(x), *weight.shape, lora_A.shape[0]),
-        _bits(x.dtype),
+    "nf4_lora_linear_forward": lambda x, w, layout, lora_A, *_: _linear_sizes(
+        x, layout[3:], lora_A
     ),
-    "lora_linear_backward": lambda dy, x, S, weight, lora_A, lora_B, *_: (
-        *(_rows(dy), lora_B.shape[0], lora_A.shape[1], lora_A.shape[0]),
-        _bits(dy.dtype),
-    ),
-    "nf4_lora_linear_forward": lambda x, *rest: (
-        *(_rows(x), *rest[7], 1 if rest[8] is None else rest[8].shape[0]),
-        _bits(x.dtype),
-    ),
-    "nf4_lora_linear_backward": lambda dy, *rest: (
-        *(_rows(dy), *rest[9], 1 if rest[10] is None else rest[10].shape[0]),
-        _bits(dy.dtype),
+    "nf4_lora_linear_backward": lambda dy, x, S, w, layout, lora_A, *_: _linear_sizes(
+        dy, layout[3:], lora_A
     ),
     "dora_norm": lambda weight, lora_A, *_: (
-        1,
-        *weight.shape,
-        lora_A.shape[0],
+        *(1, *weight.shape, lora_A.shape[0]),
         _bits(weight.dtype),
     ),
-    "nf4_dora_norm": lambda packed, *rest: (1, *rest[6], len(rest[8]), _bits(rest[7])),
+    "nf4_dora_norm": lambda w, layout, dtype, lora_A, *_: (
+        *(1, *layout[3:], lora_A.shape[0]),
+        _bits(dtype),
+    ),
     "low_rank_svd": lambda lora_B, lora_A, *_: (
         *(len(lora_B), len(lora_B[0]), lora_A[0].shape[1], max(len(A) for A in lora_A)),
         _bits(lora_B[0].dtype),
@@ -197,8 +152,7 @@ _SIZES: dict[str, Callable[..., tuple[int, int, int, int, int]]] = {
 }
 MEASURABLE = tuple(_SIZES)
 # Whether a GPU's back end is there in a form that takes tensors of a CPU.
-_STAND_INS = {"triton": triton_interpreted, "cuda": native_cuda.emulated}
-_BACKENDS = ("triton", "cuda", "cpu", "reference")
+_STAND_INS = {"triton": triton_interpreted, "cuda": emulated}
 
 # Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
 # costs more than the copies it saves (bench/bench_lora_linear.py). Integrations ask; ops do not.
@@ -210,38 +164,49 @@ _calls: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[tuple[str, str]] = Counter()
 
 
-def call(op: str, *args: Any) -> Any:
+def call(op: str, args: tuple[Any, ...]) -> Any:
     """Run `op` on the first candidate that takes these arguments."""
+    first = args[0]
+    device = (first[0] if isinstance(first, (list, tuple)) else first).device
     forced = forced_backend()
-    device = _device(args)
-    for candidate in _in_order(op, args, device):
-        if forced is None:
-            if candidate.device is not None and candidate.device != device.type:
-                continue
-        elif candidate.name != forced:
+    if forced is not None:
+        return _call_forced(op, args, device, forced)
+    candidates = _CANDIDATES[op] if device.type != "cuda" else _in_order(op, args, device)
+    for candidate in candidates:
+        if candidate.device is not None and candidate.device != device.type:
             continue
-        reason = _reason(candidate, args, forced)
+        reason = candidate.refusal(*args)
         if reason is None:
             with _lock:
                 _calls[op, candidate.name] += 1
             return candidate.run(*args)
-        if forced is not None:
-            raise BackendUnavailableError(f"back end {forced!r} cannot run {op}: {reason}")
         record_fallback(op, f"{candidate.name}: {reason}")
-    raise BackendUnavailableError(
-        f"no back end for {op}" if forced is None else f"{op} has no back end {forced!r}"
-    )
+    raise BackendUnavailableError(f"no back end for {op}")
+
+
+def _call_forced(op: str, args: tuple[Any, ...], device: torch.device, forced: str) -> Any:
+    """Run `op` on the back end that is forced."""
+    for candidate in _CANDIDATES[op]:
+        if candidate.name != forced:
+            continue
+        reason = _reason(candidate, args, device, forced)
+        if reason is not None:
+            raise BackendUnavailableError(f"back end {forced!r} cannot run {op}: {reason}")
+        with _lock:
+            _calls[op, forced] += 1
+        return candidate.run(*args)
+    raise BackendUnavailableError(f"{op} has no back end {forced!r}")
 
 
 def _in_order(op: str, args: tuple[Any, ...], device: torch.device) -> tuple[Candidate, ...]:
-    """The candidates of an op; on a GPU the one first that `make tune` found the fastest."""
+    """Return the candidates of an op, on a GPU first the one that `make tune` found the fastest."""
     if device.type != "cuda" or op not in _SIZES:
         return _CANDIDATES[op]
     return preferred(op, args, arch(device))
 
 
 def preferred(op: str, args: tuple[Any, ...], arch: str) -> tuple[Candidate, ...]:
-    """The candidates of an op as an architecture's table orders them."""
+    """Return the candidates of an op in the order of an architecture's table."""
     fastest = configs.fastest(problem_of(op, args), arch)
     if fastest is None:
         return _CANDIDATES[op]
@@ -249,12 +214,12 @@ def preferred(op: str, args: tuple[Any, ...], arch: str) -> tuple[Candidate, ...
 
 
 def problem_of(op: str, args: tuple[Any, ...]) -> configs.Problem:
-    """Under what an op's call stands in the tables."""
+    """Return the key of an op's call in the tables."""
     return configs.Problem(op.removesuffix("_out"), *_SIZES[op](*args))
 
 
 def is_slower(op: str, x: torch.Tensor, shape: tuple[int, ...], r: int, training: bool) -> bool:
-    """Whether PEFT's own layer measured faster than ours, for integrations to ask.
+    """Return True if PEFT's own layer measured faster than a patched one; for integrations.
 
     op: "lora_linear" or "nf4_lora_linear"; x [..., K], weight of `shape` [N, K], rank r; whether
     the layer is in training mode. No table is for a CPU, and a back end that was asked for is taken
@@ -269,50 +234,51 @@ def is_slower(op: str, x: torch.Tensor, shape: tuple[int, ...], r: int, training
     return configs.layer_of(problem, arch(x.device)) == "PEFT"
 
 
-def _reason(candidate: Candidate, args: tuple[Any, ...], forced: str | None) -> str | None:
-    """Why a candidate cannot take a call. What stands in for a GPU runs on a CPU, if asked for."""
-    device = _device(args)
+def _reason(
+    candidate: Candidate, args: tuple[Any, ...], device: torch.device, forced: str | None
+) -> str | None:
+    """Give the reason against a call. What stands in for a GPU runs on a CPU if it is forced."""
     if candidate.device is not None and candidate.device != device.type:
-        asked_for = candidate.name == forced and device.type == "cpu"
-        if not (asked_for and _STAND_INS[candidate.name]()):
+        stands_in = candidate.name == forced and device.type == "cpu"
+        if not (stands_in and _STAND_INS[candidate.name]()):
             return f"tensors are on {device}"
-    return candidate.supports(*args)
+    return candidate.refusal(*args)
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:
-    """Where a call runs: every op begins with a tensor or a list of tensors."""
+    """Return where a call runs: every op begins with a tensor or a list of tensors."""
     first = args[0]
     return (first[0] if isinstance(first, (list, tuple)) else first).device
 
 
 def unserved(device: torch.device) -> str | None:
-    """Why no kernels of ours serve a kind of device, or None where some do."""
+    """Return why no kernel serves a kind of device, or None where some do."""
     if device.type == "cpu":
         return None
     return triton_missing(device) if device.type == "cuda" else f"no kernel for {device.type}"
 
 
 def runs_on_cpu(x: torch.Tensor) -> bool:
-    """Whether the ops of these activations run on a CPU's back ends, stand-ins of a GPU's aside."""
+    """Return True if ops on these activations run on a CPU's back ends, not on stand-ins."""
     if torch.compiler.is_compiling():  # what is forced is asked in the op
         return x.is_cpu
     return x.is_cpu and forced_backend() not in _STAND_INS
 
 
 def serving(device: torch.device) -> tuple[str, str | None]:
-    """What serves tensors of a kind of device, and why no kernels of ours do if none do."""
+    """Return what serves tensors of a kind of device, and why no kernel does if none does."""
     forced = forced_backend()
     if forced is not None:
         return f"{forced}, as asked for", None
     if device.type == "cpu":
-        module, reason = native.cpu_module()
-        return ("plain PyTorch", reason) if module is None else (f"C++ ({native.cpu_isa()})", None)
+        module, reason = cpu.cpu_module()
+        return ("plain PyTorch", reason) if module is None else (f"C++ ({cpu.cpu_isa()})", None)
     reason = unserved(device)
     return ("Triton", None) if reason is None else ("PEFT", reason)
 
 
 def forced_backend() -> str | None:
-    """The back end that `use_backend` or PEFTKERN_BACKEND asks for, or None.
+    """Return the back end that `use_backend` or PEFTKERN_BACKEND forces, or None.
 
     Raises: ValueError listing the back ends if there is none of that name.
     """
@@ -351,7 +317,7 @@ class Stats:
     fallbacks: dict[tuple[str, str], int]
 
     def as_dict(self) -> dict[str, list[dict[str, str | int]]]:
-        """The same for JSON, a record for each count, sorted, so that a script parses no text.
+        """Return the same for JSON, a record per count, sorted: scripts parse no text.
 
         {"calls": [{"op": "nf4_lora_linear_forward", "backend": "cpu", "count": 14}, ...],
          "fallbacks": [{"op": "lora_linear", "reason": "small dense product", "count": 2}, ...]}
@@ -379,7 +345,7 @@ class Stats:
 
 
 def stats() -> Stats:
-    """Which back end served which op how often, and why anything fell back."""
+    """Return how often each back end served each op, and why anything fell back."""
     with _lock:
         return Stats(dict(_calls), dict(_fallbacks))
 
@@ -401,17 +367,17 @@ def record_fallback(op: str, reason: str) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What dispatch would do with one call: rows of (op, back end, verdict), and the machine."""
+    """Verdicts of dispatch on one call: rows of (op, back end, verdict), and the machine."""
 
     rows: tuple[tuple[str, str, str], ...]
     machine: str
 
     def chosen(self, op: str) -> str | None:
-        """The back end that would run `op`; None if none can."""
+        """Return the back end that would run `op`; None if none can."""
         return next((row[1] for row in self.rows if row[0] == op and row[2] == "chosen"), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for JSON, with the candidates of an op from the first to the last asked.
+        """Return the same for JSON, with an op's candidates from the first to the last asked.
 
         {"rows": [{"op": "nf4_quantize", "backend": "cpu", "verdict": "chosen"}, ...],
          "machine": "..."}
@@ -431,8 +397,9 @@ def explain(calls: dict[str, tuple[Any, ...]]) -> Explanation:
     forced = forced_backend()
     for op, args in calls.items():
         taken = False
-        for candidate in _in_order(op, args, _device(args)):
-            reason = _reason(candidate, args, forced)
+        device = _device(args)
+        for candidate in _in_order(op, args, device):
+            reason = _reason(candidate, args, device, forced)
             if forced is not None and candidate.name != forced:
                 verdict = f"not asked: {forced!r} is forced"
             elif reason is not None:
@@ -441,7 +408,7 @@ def explain(calls: dict[str, tuple[Any, ...]]) -> Explanation:
                 verdict = "can" if taken else "chosen"
                 taken = True
             rows.append((op, candidate.name, verdict))
-    return Explanation(tuple(rows), native.describe())
+    return Explanation(tuple(rows), cpu.describe())
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

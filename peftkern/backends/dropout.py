@@ -1,4 +1,4 @@
-"""Dropout as the kernels see it: what is kept is a mask, or a seed from which each draws it again.
+"""Dropout masks, stored or as seeds from which every kernel draws them again.
 
 On a CPU the mask is what nn.Dropout would draw, a byte per element. On a GPU a seed of eight bytes
 stands for it, so that neither the mask nor the dropped activations are ever stored.
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def keep_scale(keep: Tensor | None, dropout_p: float) -> float:
-    """What dropout multiplies the kept values by; nothing is kept at p = 1."""
+    """Return the factor of the kept values, 1 / (1 - p); at p = 1 nothing is kept."""
     return 1.0 if keep is None or dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
 
 
 def keep_threshold(dropout_p: float) -> int:
-    """Of 65,536 equally likely draws, how many are kept: none or all only at p = 1 or 0."""
+    """Return how many of 65,536 equally likely draws are kept: none or all only at p = 1 or 0."""
     threshold = round((1.0 - dropout_p) * 65536)
     return min(max(threshold, 1), 65535) if 0.0 < dropout_p < 1.0 else threshold
 
 
 def philox_keep(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
-    """The mask bool [rows, columns] that a seed stands for.
+    """Draw the mask, bool [rows, columns], of a seed.
 
     Element (row, column) has the 16 bits number column % 8 of Philox4x32 in 7 rounds, with the seed
     as its key and (column // 8, row, 0, 0) as its counter, and is kept if they are below

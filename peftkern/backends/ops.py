@@ -1,4 +1,4 @@
-"""torch.library ops of peftkern: schemas, implementations that call dispatch, fakes.
+"""The ops of `torch.ops.peftkern`: schemas, implementations that call dispatch, fakes.
 
 The ops have no autograd of their own (`functional` owns the backward formulas), mutate only what
 their schema says, return tensors that are neither inputs nor views, and run with autocast off:
@@ -14,31 +14,27 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import dispatch
-from peftkern.backends.device import autocast_enabled
 
-_NF4 = (
-    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
-    "Tensor? nested_offset, int blocksize, int nested_blocksize"
-)
+_W = "Tensor[] w, SymInt[] layout"  # a quantized weight: peftkern/formats/table.py
 SCHEMAS = {
     "nf4_quantize": "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)",
     "nf4_quantize_absmax": "(Tensor absmax, Tensor offset, Tensor code, int blocksize) "
     "-> (Tensor q, Tensor nested_absmax)",
-    "nf4_dequantize": f"({_NF4}, SymInt[] shape, ScalarType dtype) -> Tensor",
-    "nf4_dequantize_out": f"({_NF4}, Tensor(a!) out) -> ()",
+    "nf4_dequantize": f"({_W}, ScalarType dtype) -> Tensor",
+    "nf4_dequantize_out": f"({_W}, Tensor(a!) out) -> ()",
     "lora_linear_forward": "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
     "float scaling, Tensor? keep, float dropout_p) -> (Tensor y, Tensor S)",
     "lora_linear_backward": "(Tensor dy, Tensor? x, Tensor? S, Tensor? weight, Tensor lora_A, "
     "Tensor lora_B, float scaling, Tensor? keep, float dropout_p, bool[4] needs) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
-    "nf4_lora_linear_forward": f"(Tensor x, {_NF4}, SymInt[] shape, Tensor? lora_A, "
+    "nf4_lora_linear_forward": f"(Tensor x, {_W}, Tensor? lora_A, "
     "Tensor? lora_B, Tensor? bias, float scaling, Tensor? keep, float dropout_p) "
     "-> (Tensor y, Tensor S)",
-    "nf4_lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor? S, {_NF4}, SymInt[] shape, "
+    "nf4_lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor? S, {_W}, "
     "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? keep, float dropout_p, "
     "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
     "dora_norm": "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
-    "nf4_dora_norm": f"({_NF4}, SymInt[] shape, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
+    "nf4_dora_norm": f"({_W}, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
     "float scaling) -> Tensor",
     "low_rank_svd": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, bool vectors, str mode) "
     "-> (Tensor U, Tensor S, Tensor Vh, Tensor rank, Tensor info)",
@@ -56,16 +52,26 @@ SCHEMAS = {
 }
 
 
+def _below_autograd_and_autocast() -> torch._C.DispatchKeySet:
+    """Return the dispatch keys that kernels run without.
+
+    ADInplaceOrView is where autograd looks for views: what a back end has reshaped is a tensor like
+    any other, which users may write to.
+    """
+    kinds = torch._C.DispatchKey
+    keys = torch._C.DispatchKeySet(kinds.AutogradFunctionality)
+    for name, kind in kinds.__members__.items():
+        if name == "ADInplaceOrView" or name.startswith("Autocast"):
+            keys = keys | torch._C.DispatchKeySet(kind)
+    return keys
+
+
+_EXCLUDED = _below_autograd_and_autocast()
+
+
 def _call(op: str, *args: Any) -> Any:
-    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-    device_type = first.device.type
-    # Where autograd looks for views: what a back end has reshaped is a tensor like any other to
-    # it, which users may write to.
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        if autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return dispatch.call(op, *args)
-        return dispatch.call(op, *args)
+    with torch._C._ExcludeDispatchKeyGuard(_EXCLUDED):
+        return dispatch.call(op, args)
 
 
 _library = torch.library.Library("peftkern", "DEF")
@@ -93,13 +99,12 @@ def _(absmax: Tensor, offset: Tensor, code: Tensor, blocksize: int) -> tuple[Ten
 
 
 @_fake("nf4_dequantize")
-def _(packed: Tensor, *args: Any) -> Tensor:
-    shape, dtype = args[-2:]
-    return packed.new_empty(shape, dtype=dtype)
+def _(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
+    return w[0].new_empty(layout[3:], dtype=dtype)
 
 
 @_fake("nf4_dequantize_out")
-def _(packed: Tensor, *args: Any) -> None:
+def _(w: list[Tensor], layout: list[int], out: Tensor) -> None:
     return None
 
 
@@ -125,15 +130,25 @@ def _(
 
 
 @_fake("nf4_lora_linear_forward")
-def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    shape, lora_A = args[7:9]
-    return _fake_forward(x, shape, lora_A)
+def _(x: Tensor, w: list[Tensor], layout: list[int], lora_A: Tensor | None, *args: Any) -> Any:
+    return _fake_forward(x, layout[3:], lora_A)
 
 
 @_fake("nf4_lora_linear_backward")
-def _(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, lora_A, lora_B = args[9:12]
-    return _fake_backward(dy, shape, lora_A, lora_B, args[-1])
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    w: list[Tensor],
+    layout: list[int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_backward(dy, layout[3:], lora_A, lora_B, needs)
 
 
 @_fake("dora_norm")
@@ -142,9 +157,15 @@ def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 @_fake("nf4_dora_norm")
-def _(packed: Tensor, *args: Any) -> Tensor:
-    shape, dtype, lora_A, lora_B = args[6:10]
-    return _fake_norm(shape, lora_A, lora_B, dtype)
+def _(
+    w: list[Tensor],
+    layout: list[int],
+    dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    return _fake_norm(layout[3:], lora_A, lora_B, dtype)
 
 
 @_fake("adalora_importance_")
@@ -230,20 +251,5 @@ def _(
     return *values, rank, info
 
 
-nf4_quantize = torch.ops.peftkern.nf4_quantize.default
-nf4_quantize_absmax = torch.ops.peftkern.nf4_quantize_absmax.default
-nf4_dequantize = torch.ops.peftkern.nf4_dequantize.default
-nf4_dequantize_out = torch.ops.peftkern.nf4_dequantize_out.default
-lora_linear_forward = torch.ops.peftkern.lora_linear_forward.default
-lora_linear_backward = torch.ops.peftkern.lora_linear_backward.default
-nf4_lora_linear_forward = torch.ops.peftkern.nf4_lora_linear_forward.default
-nf4_lora_linear_backward = torch.ops.peftkern.nf4_lora_linear_backward.default
-dora_norm = torch.ops.peftkern.dora_norm.default
-nf4_dora_norm = torch.ops.peftkern.nf4_dora_norm.default
-low_rank_svd = torch.ops.peftkern.low_rank_svd.default
-adalora_importance_ = torch.ops.peftkern.adalora_importance_.default
-adalora_allocate_ = torch.ops.peftkern.adalora_allocate_.default
-adalora_orthogonality_forward = torch.ops.peftkern.adalora_orthogonality_forward.default
-adalora_orthogonality_backward = torch.ops.peftkern.adalora_orthogonality_backward.default
-rosa_sddmm = torch.ops.peftkern.rosa_sddmm.default
-rosa_spmm_ = torch.ops.peftkern.rosa_spmm_.default
+for _op in SCHEMAS:
+    globals()[_op] = getattr(torch.ops.peftkern, _op).default

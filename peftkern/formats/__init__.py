@@ -1,1 +1,1 @@
-"""What a quantized weight is: its formats, their values and checks, and their JSON."""
+"""Formats of quantized weights: values, checks, (de)serialization."""

@@ -1,6 +1,6 @@
-"""The NF4 format: values, nibble order, blocks, nested absmax, (de)serialisation, validation.
+"""The NF4 format: nibble order, blocks, nested absmax, (de)serialization, validation.
 
-This is the only place that states the format; the C header is generated from `NF4_CODE`.
+Its code values and block sizes are a row of `peftkern.formats.table`.
 
 A weight of `numel` values is flattened row-major and cut into blocks of `blocksize` values that
 ignore row ends. Value `i` becomes the 4-bit index of one of `NF4_CODE`; the value with the even
@@ -8,12 +8,12 @@ index sits in the HIGH nibble of byte `i // 2`, and an odd tail is padded with c
 
     value[i] = cast(NF4_CODE[code[i]] * absmax[i // blocksize])     product in float32, one rounding
 
-With double quantisation `absmax` is stored in 8 bits, in blocks of 256, and is rebuilt in float32
+With double quantization `absmax` is stored in 8 bits, in blocks of 256, and is rebuilt in float32
 with two roundings (no fused multiply-add):
 
     absmax[j] = nested_code[q[j]] * nested_absmax[j // 256] + nested_offset
 
-Quantisation takes the nearest value of `x * (1 / max(absmax, 1e-38))` in float32 by comparing with
+Quantization takes the nearest value of `x * (1 / max(absmax, 1e-38))` in float32 by comparing with
 the float32 midpoints of neighbours; a tie takes the lower code and a NaN takes the highest, so a
 block of zeros becomes code 7 with absmax 0.
 
@@ -33,31 +33,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-NF4_CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256
+from peftkern.formats.table import FORMATS, NF4, NF4_CODE
+
+BLOCKSIZES = NF4.blocksizes
+NESTED_BLOCKSIZE = NF4.nested_blocksize
 ABSMAX_FLOOR = 1e-38  # smallest divisor of a block: a block of zeros has a finite reciprocal
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+_NF4 = FORMATS.index(NF4)
 _INT64_MAX = 2**63 - 1
 STATE_BYTES = 256  # room for the JSON of a weight of two dimensions
 STATE_KEY = "quant_state.bitsandbytes__nf4"
@@ -74,7 +59,7 @@ class RepackedWeightError(ArgumentError):
     """A weight that bitsandbytes' CPU inference path has repacked in place.
 
     Its nibbles could be put back, but its absmax was rounded to bfloat16 and the nested form was
-    dropped, so the weight that was quantised is gone: reload it, or keep such layers on
+    dropped, so the weight that was quantized is gone: reload it, or keep such layers on
     bitsandbytes.
     """
 
@@ -84,7 +69,7 @@ class TruncatedWeightError(ArgumentError):
 
 
 def nf4_code(device: torch.device | str = "cpu") -> Tensor:
-    """The sixteen values as a new float32 tensor."""
+    """Return the sixteen values as a new float32 tensor."""
     return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
@@ -93,17 +78,17 @@ _CPU_CODE = nf4_code()
 
 @functools.cache
 def nf4_midpoints() -> tuple[float, ...]:
-    """The fifteen float32 decision thresholds: `x > midpoint[i]` means code `i + 1` or higher."""
+    """Return the 15 float32 decision thresholds: `x > midpoint[i]` means code `i + 1` or higher."""
     code = nf4_code()
     return tuple(((code[:-1] + code[1:]) / 2).tolist())
 
 
 @functools.cache
 def dynamic_map() -> tuple[float, ...]:
-    """The 256 ascending float32 values that absmax is quantised to.
+    """Return the 256 ascending float32 values that absmax is quantized to.
 
     A signed dynamic exponent: decade 10^(e-6) for e = 0..6 holds 2^e equal steps of [0.1, 1] at
-    their centres, with both signs, plus 0 and 1. Source: Dettmers 2015, arXiv:1511.04561, with the
+    their centers, with both signs, plus 0 and 1. Source: Dettmers 2015, arXiv:1511.04561, with the
     rounding of bitsandbytes' create_dynamic_map.
     """
     values = [0.0, 1.0]
@@ -114,8 +99,8 @@ def dynamic_map() -> tuple[float, ...]:
         step = ((1 - first) / steps).double()
         i = torch.arange(steps + 1, dtype=torch.float64, device="cpu")
         edges = torch.where(2 * i < steps, first + step * i, 1 - step * (steps - i)).float()
-        centres = (edges[:-1] + edges[1:]) / 2
-        positive = (10.0 ** (exponent - 6) * centres).tolist()
+        centers = (edges[:-1] + edges[1:]) / 2
+        positive = (10.0 ** (exponent - 6) * centers).tolist()
         values += positive + [-value for value in positive]
     return tuple(sorted(values))
 
@@ -123,7 +108,7 @@ def dynamic_map() -> tuple[float, ...]:
 def state_dict_layout(
     shape: tuple[int, ...], *, blocksize: int, double_quant: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of what `NF4Weight.state_dict` will hold, without a weight.
+    """Return dtype and shape of the tensors of `NF4Weight.state_dict`, without a weight.
 
     The JSON is left out, for its length depends on the values: it is shorter than
     `STATE_BYTES` for any weight of two dimensions, and may be padded with spaces.
@@ -142,7 +127,7 @@ def state_dict_layout(
 
 
 def numel_of(shape: Any, field: str = "shape") -> int:
-    """Number of elements of a shape, refusing anything that is not sizes that fit in int64."""
+    """Return the number of elements of a shape; refuse anything but sizes that fit in int64."""
     if not isinstance(shape, (tuple, list)):
         raise _refuse(field, "a tuple of sizes", shape)
     numel = 1
@@ -164,7 +149,7 @@ class NF4Weight:
         absmax: float32 [nblocks], or uint8 [nblocks] when nested.
         shape: shape of the weight; blocks run over its row-major order.
         blocksize: 32, 64, ... or 4096.
-        dtype: float32, float16 or bfloat16: of the weight before it was quantised.
+        dtype: float32, float16 or bfloat16: of the weight before it was quantized.
         nested_absmax: float32 [ceil(nblocks / 256)], or None when absmax is plain.
         nested_code: float32 [256], or None when absmax is plain.
         nested_offset: float32 0-d, or None when absmax is plain.
@@ -234,11 +219,24 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weight keeps in memory, its tables included."""
+        """Size in bytes, tables included."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors that ops take beside `layout`: packed codes, then block scales as stored."""
+        if self.nested_absmax is None:
+            return self.packed, self.absmax
+        nested = (self.nested_absmax, self.nested_code, self.nested_offset)
+        return self.packed, self.absmax, *nested
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Integers by which ops read `tensors`: see `peftkern.formats.table`."""
+        return (_NF4, self.blocksize, self.nested_blocksize, *self.shape)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NF4Weight:
-        """The same weight on another device; itself if it is already there."""
+        """Return the weight on another device; itself if it is already there."""
         moved = {k: t.to(device, non_blocking=non_blocking) for k, t in self._tensors().items()}
         if all(moved[k] is t for k, t in self._tensors().items()):
             return self
@@ -252,17 +250,17 @@ class NF4Weight:
 
     @classmethod
     def from_bitsandbytes(cls, param: Any) -> NF4Weight:
-        """View a quantised bitsandbytes `Params4bit` without copying it.
+        """View a quantized bitsandbytes `Params4bit` without copying it.
 
         Raises: RepackedWeightError if its CPU inference path has rewritten it in place; ValueError
-            naming the field for anything else that is not NF4 (FP4, not quantised yet, malformed).
+            naming the field for anything else that is not NF4 (FP4, not quantized yet, malformed).
         """
         if not isinstance(param, Tensor):
             raise _refuse("weight", "a bitsandbytes Params4bit", param)
         # Read through __dict__: QuantState's own __getattr__ costs 1 us per absent attribute.
         state = getattr(getattr(param, "quant_state", None), "__dict__", None)
         if state is None:
-            raise ArgumentError("quant_state: missing; the weight has not been quantised yet")
+            raise ArgumentError("quant_state: missing; the weight has not been quantized yet")
         if state.get("packing_format_for_cpu"):
             raise RepackedWeightError(
                 "weight: expected bitsandbytes' storage layout, got the one that it repacks into, "
@@ -329,7 +327,7 @@ class NF4Weight:
         return cls(**fields)
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """The weight in bitsandbytes' keys, fit for safetensors, byte for byte what it writes.
+        """Return the weight in bitsandbytes' keys, byte for byte what it writes to safetensors.
 
         `bitsandbytes.nn.Params4bit.from_prequantized` reads it. Packed bytes and absmax are shared
         with this object.
@@ -370,7 +368,7 @@ class NF4Weight:
 
 
 def _brief(value: Any) -> str:
-    """What came, short enough for an error message."""
+    """Describe a value, short enough for an error message."""
     if isinstance(value, Tensor):
         kind = value.dtype if value.layout is torch.strided else f"{value.layout} {value.dtype}"
         return f"a {kind} tensor of shape {tuple(value.shape)} on {value.device}"
@@ -388,7 +386,7 @@ def _refuse(field: str, expected: Any, came: Any) -> ArgumentError:
 def _check_tensor(
     field: str, tensor: Any, dtype: torch.dtype, length: int | None, device: torch.device | None
 ) -> None:
-    """A contiguous tensor of `length` values in one dimension, or 0-d where length is None."""
+    """Check for a contiguous tensor of `length` values in one dimension, 0-d where it is None."""
     if (
         isinstance(tensor, Tensor)
         and tensor.dtype is dtype
@@ -408,7 +406,7 @@ def _check_tensor(
 
 
 def _check_plain(w: NF4Weight) -> None:
-    """Without nested_absmax the other nested fields must be absent too."""
+    """Check that without nested_absmax the other nested fields are absent too."""
     for field, absent in (("nested_code", None), ("nested_offset", None), ("nested_blocksize", 0)):
         value = getattr(w, field)
         if type(value) is not type(absent) or value != absent:
@@ -421,7 +419,7 @@ def _check_quant_type(quant_type: Any) -> None:
 
 
 def _check_nested_dtype(dtype: Any) -> None:
-    """bitsandbytes rounds absmax to this dtype after each step; only float32 is NF4 as defined."""
+    """Check it: bitsandbytes rounds absmax to it after each step; only float32 is NF4."""
     if dtype is not torch.float32:
         raise _refuse("nested_dtype", "float32", dtype)
 
@@ -443,7 +441,7 @@ def _check_quant_map(code: Any) -> None:
 
 
 def _as_bytes(data: Tensor) -> Tensor:
-    """The packed bytes behind any quant_storage, as uint8: a view, never a conversion."""
+    """View the packed bytes behind any quant_storage as uint8; never a conversion."""
     if data.dtype is torch.uint8:
         return data
     if data.dtype not in _STORAGES:
@@ -470,7 +468,7 @@ def _dtype_named(name: Any, field: str) -> torch.dtype:
 
 
 def _float_of(value: Any, field: str) -> float:
-    """A JSON number; a NaN or an infinity stays, for a weight that held one."""
+    """Read a JSON number; a NaN or an infinity stays, for a weight that held one."""
     if isinstance(value, float):
         return value
     if type(value) is int and abs(value) < 2**127:

@@ -1,13 +1,9 @@
-"""The public differentiable functions, a file for each family."""
+"""The public differentiable functions, a file per family."""
 
-from peftkern.functional.linear import (
-    dequantize_nf4,
-    explain,
-    lora_linear,
-    nf4_linear,
-    nf4_lora_linear,
-    quantize_nf4,
-)
+from peftkern.functional.explain import explain
+from peftkern.functional.lora_linear import lora_linear
+from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
+from peftkern.functional.nf4_lora_linear import nf4_linear, nf4_lora_linear
 
 __all__ = [
     "dequantize_nf4",

@@ -119,7 +119,7 @@ def adalora_allocate_(
 def orthogonality_loss(
     lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *, squared: bool = False
 ) -> Tensor:
-    """How far the singular vectors of all layers are from orthonormal.
+    """Measure how far the singular vectors of all layers are from orthonormal.
 
     loss = mean over all matrices of |A @ A.T - I|_F and |B.T @ B - I|_F, or of their squares
 

@@ -1,6 +1,7 @@
-"""Arguments that do not fit: one line that names the argument, what was expected and what came.
+"""Arguments of the public functions: checks, casts under autocast, scaling, dropout.
 
-A call that is right pays for comparisons alone; words are found when one is wrong.
+An argument that does not fit is one line that names it, what was expected and what came. A call
+that is right pays for comparisons alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PRINTED_LENGTH = 120
 
 
 def mismatch(name: str, expected: str, value: Any) -> ArgumentError:
-    """The error of an argument, whatever it is."""
+    """Return the error of an argument, whatever it is."""
     return ArgumentError(f"{name}: expected {expected}, got {_what_came(name, value)}")
 
 
@@ -37,12 +38,12 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def is_listed(values: Any) -> bool:
-    """Whether it is a list or whatever else gives one value after the other, but no tensor."""
+    """Return True for a list and whatever else gives value after value, but no tensor."""
     return not isinstance(values, (Tensor, str)) and hasattr(values, "__iter__")
 
 
 def tensor_list(name: str, values: Any, *, optional: bool = False) -> list[Any]:
-    """What a sequence of tensors holds, None among them if `optional`."""
+    """Return a sequence of tensors as a list, None among them if `optional`."""
     if not is_listed(values):
         raise mismatch(name, "a list of tensors", values)
     found = list(values)
@@ -53,7 +54,7 @@ def tensor_list(name: str, values: Any, *, optional: bool = False) -> list[Any]:
 
 
 def check_dense(name: str, weight: Any) -> None:
-    """A tensor, and not the packed bytes of a quantised weight."""
+    """Check for a tensor that is not the packed bytes of a quantized weight."""
     if (
         not isinstance(weight, Tensor)
         or weight.layout is not torch.strided
@@ -63,7 +64,7 @@ def check_dense(name: str, weight: Any) -> None:
 
 
 def check_frozen(weight: Any) -> None:
-    """A dense weight that is not trained: its gradient is never computed."""
+    """Check for a dense weight that is not trained: its gradient is never computed."""
     check_dense("weight", weight)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ArgumentError("weight: expected a frozen tensor, got one that requires a gradient")
@@ -75,7 +76,7 @@ def check_nf4(name: str, weight: Any) -> None:
 
 
 def check_linear(x: Tensor, N: int, K: int, bias: Any, dropout_p: Any) -> None:
-    """What a linear layer of a weight [N, K] takes; `check_factors` is for its update."""
+    """Check the inputs of a linear layer of a weight [N, K]; its update: `check_factors`."""
     if x.dim() == 0 or x.shape[-1] != K:
         raise mismatch("x", f"[..., {K}] for a weight [{N}, {K}]", x)
     if bias is not None and (
@@ -85,7 +86,14 @@ def check_linear(x: Tensor, N: int, K: int, bias: Any, dropout_p: Any) -> None:
         or bias.device != x.device
     ):
         raise mismatch("bias", f"[{N}] {x.dtype} on {x.device}", bias)
-    check_probability("dropout_p", dropout_p)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
+        check_probability("dropout_p", dropout_p)
+
+
+def check_stored(name: str, x: Tensor, w: NF4Weight) -> None:
+    """Check for a weight [N, K] on the device of x."""
+    if len(w.shape) != 2 or w.packed.device != x.device:
+        raise mismatch(name, f"shape (N, K) on {x.device} like x", w)
 
 
 def check_factors(N: int, K: int, device: torch.device, lora_A: Any, lora_B: Any) -> None:
@@ -95,8 +103,9 @@ def check_factors(N: int, K: int, device: torch.device, lora_A: Any, lora_B: Any
     r = lora_A.shape[0]
     if not isinstance(lora_B, Tensor) or lora_B.shape != (N, r) or lora_B.device != device:
         raise mismatch("lora_B", f"[{N}, {r}] on {device} for lora_A [{r}, {K}]", lora_B)
-    check_float("lora_A", lora_A)
-    check_float("lora_B", lora_B)
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if factor.dtype not in DTYPES or factor.layout is not torch.strided or factor.is_nested:
+            check_float(name, factor)
 
 
 def check_probability(name: str, p: Any) -> None:
@@ -105,7 +114,7 @@ def check_probability(name: str, p: Any) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    """A scalar of Python, numpy or a symbolic shape as a float; text is none."""
+    """Return a scalar of Python, numpy or a symbolic shape as a float; text is none."""
     if not isinstance(value, (str, bytes)):
         try:
             return float(value)
@@ -114,8 +123,51 @@ def number(name: str, value: Any) -> float:
     raise mismatch(name, "a number or a 0-dim tensor", value)
 
 
+def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...] | None:
+    """Return which tensors want a gradient, or None if there is no backward pass at all."""
+    if not torch.is_grad_enabled():
+        return None
+    needs = tuple([tensor is not None and tensor.requires_grad for tensor in tensors])
+    return needs if True in needs else None
+
+
+def fold_scaling(lora_B: Tensor, scaling: float | Tensor, x: Tensor) -> tuple[Tensor, float]:
+    """Return lora_B and a number; a tensor goes into lora_B: the host never waits for its value."""
+    if not isinstance(scaling, Tensor):
+        return lora_B, number("scaling", scaling)
+    if scaling.dim() != 0:
+        raise mismatch("scaling", "a number or a 0-dim tensor", scaling)
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return lora_B.to(wide) * scaling, 1.0
+
+
+def draw_keep(x: Tensor, dropout_p: float) -> Tensor | None:
+    """Draw a dropout mask as nn.Dropout does on a CPU, in its order; elsewhere a mask's seed.
+
+    The seed is drawn on the device, so the host does not wait, a CUDA graph draws a new one at each
+    replay, and checkpointing, which restores the generator, draws the same one again.
+    """
+    if dropout_p == 0.0:
+        return None
+    if not x.is_cpu:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)
+
+
+def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as autocast casts the arguments of F.linear; float64, and what is no tensor, stays."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch raises for "meta"
+        return x, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype in WEIGHT_DTYPES else t
+        for t in (x, *others)
+    )
+
+
 def _is_params4bit(value: Any) -> bool:
-    """A bitsandbytes weight that is quantised; before that it is as dense as any other."""
+    """A bitsandbytes weight that is quantized; before that it is as dense as any other."""
     return type(value).__name__ == "Params4bit" and getattr(value, "quant_state", None) is not None
 
 

@@ -1,28 +1,117 @@
-"""What the backward passes of autograd functions share: frozen weights, and second derivatives.
+"""The autograd function of low-rank updated layers, and the steps that others share with it.
 
-A backward pass runs kernels. Under create_graph torch runs it with gradients enabled, and what
-kernels compute would be constants to it: then it takes torch's own operations, which autograd
-differentiates once more.
+A frozen weight is `(tensors, layout)`: dense ones are `((weight,), ())`, quantized ones what
+`peftkern.formats.table` says. A backward pass runs kernels. Under create_graph torch runs it with
+gradients enabled, and what kernels compute would be constants to it: then it takes torch's own
+operations, which autograd differentiates once more.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftkern.backends import reference
+from peftkern.backends import dispatch, ops, reference
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x @ weight.T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias."""
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, bias, scaling, keep, dropout_p, needs, layout, *weight):
+        y, S = product(x, weight, layout, lora_A, lora_B, bias, scaling, keep, dropout_p)
+        need_dx, need_dA, need_dB, _ = needs
+        read = (
+            x if need_dA else None,
+            S if need_dB else None,
+            keep if need_dx or need_dA else None,
+            lora_A,
+            lora_B,
+        )
+        save_for_backward(ctx, read, weight if need_dx or layout else (None,))
+        ctx.layout, ctx.scaling, ctx.dropout_p, ctx.needs = layout, scaling, dropout_p, needs
+        ctx.backend = None if x.is_cpu else forced_backend()
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, S, keep, lora_A, lora_B, *weight = saved_tensors(ctx)
+        args = (lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, ctx.needs)
+        if torch.is_grad_enabled():
+            weight = dense(weight, ctx.layout, dy.dtype)
+            grads = differentiable_gradients(dy, x, S, weight, *args)
+        else:
+            with use_backend(ctx.backend):
+                grads = gradients(dy, x, S, weight, ctx.layout, *args)
+        return *wanted(grads, ctx.needs), *[None] * (len(ctx.needs_input_grad) - 4)
+
+
+def product(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    layout: Sequence[int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Run the forward op of a dense or quantized weight: y and S."""
+    if layout:
+        return ops.nf4_lora_linear_forward(
+            x, weight, layout, lora_A, lora_B, bias, scaling, keep, dropout_p
+        )
+    return ops.lora_linear_forward(x, *weight, lora_A, lora_B, bias, scaling, keep, dropout_p)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    weight: Sequence[Tensor | None],
+    layout: Sequence[int],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the backward op of a dense or quantized weight: dx, dA, dB and dbias."""
+    if layout:
+        return ops.nf4_lora_linear_backward(dy, x, S, weight, layout, *options)
+    return ops.lora_linear_backward(dy, x, S, *weight, *options)
+
+
+def dense(
+    weight: Sequence[Tensor | None], layout: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """Return a weight as a dense tensor in torch's own operations."""
+    return reference.nf4_dequantize(weight, layout, dtype) if layout else weight[0]
+
+
+def wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return None for each gradient that is not needed."""
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def forced_backend() -> str | None:
+    """Return what `use_backend` forces, for a backward pass that torch runs in its own thread."""
+    return None if torch.compiler.is_compiling() else dispatch.forced_backend()
+
+
+def use_backend(name: str | None) -> contextlib.AbstractContextManager:
+    """Force what the forward pass was forced to; None forces nothing."""
+    return contextlib.nullcontext() if name is None else dispatch.use_backend(name)
 
 
 def save_for_backward(
     ctx: Any, tensors: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
 ) -> None:
-    """Save what backward reads, the tensors of a frozen weight last.
+    """Save what backward reads, a frozen weight last.
 
-    Those were perhaps made in inference mode. Autograd saves no such tensor, since it could not see
-    it change; a frozen weight does not.
+    Its tensors were perhaps made in inference mode. Autograd saves no such tensor, since it could
+    not see it change; a frozen weight does not.
     """
     aside = False
     if not torch.compiler.is_compiling():
@@ -35,7 +124,7 @@ def save_for_backward(
 
 
 def saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What `save_for_backward` was given."""
+    """Return what `save_for_backward` was given."""
     return (*ctx.saved_tensors, *ctx.aside)
 
 
@@ -51,7 +140,7 @@ def differentiable_gradients(
     dropout_p: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    """`lora_linear_backward` in torch's own operations, for autograd to differentiate once more.
+    """Run `lora_linear_backward` in torch's own operations, to be differentiated once more.
 
     Backward passes take it under create_graph, where they run with gradients enabled. The layer is
     linear in each of x, lora_A, lora_B and bias, so what depends on what stands in the formulas.
@@ -77,12 +166,12 @@ def partial_gradients(
     needs: Sequence[bool],
     dy: Tensor,
 ) -> list[Tensor | None]:
-    """Gradients of function(*arguments) where needed, through which autograd can pass again."""
+    """Return gradients of function(*arguments) where needed, differentiable once more."""
     # Each with the others held, though one of them may have been computed from another.
     own = [t.view_as(t) if need else t for t, need in zip(arguments, needs, strict=True)]
-    wanted = [t for t, need in zip(own, needs, strict=True) if need]
-    if not wanted:
+    chosen = [t for t, need in zip(own, needs, strict=True) if need]
+    if not chosen:
         return [None] * len(own)
     with torch.autocast(dy.device.type, enabled=False):
-        grads = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=True))
+        grads = iter(torch.autograd.grad(function(*own), chosen, dy, create_graph=True))
     return [next(grads) if need else None for need in needs]

@@ -1,4 +1,4 @@
-"""DoRA: a linear layer whose rows keep a trained length while a low-rank update turns them.
+"""DoRA: a linear layer with trained row lengths and a low-rank update of their directions.
 
 The products are those of `lora_linear` with their columns scaled, forward and backward. DoRA's own
 are the norm of every row, an op that never makes the updated weight, and the lengths' gradient.
@@ -18,28 +18,33 @@ from peftkern.backends import ops, reference
 from peftkern.backends.dropout import keep_scale, philox_keep
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.arguments import (
+    cast_for_autocast,
     check_dense,
     check_factors,
     check_float,
     check_frozen,
     check_linear,
+    draw_keep,
+    fold_scaling,
     mismatch,
 )
-from peftkern.functional.autograd import partial_gradients, save_for_backward, saved_tensors
-from peftkern.functional.linear import (
-    _autocast,
-    _backend,
-    _draw_keep,
-    _fold_scaling,
-    _forced_backend,
-    _pieces,
+from peftkern.functional.autograd import (
+    dense,
+    forced_backend,
+    gradients,
+    partial_gradients,
+    product,
+    save_for_backward,
+    saved_tensors,
+    use_backend,
+    wanted,
 )
 
 
 def dora_norm(
     weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, *, scaling: float | Tensor
 ) -> Tensor:
-    """Norms of the rows of a weight plus its update, which is never formed as a whole.
+    """Compute the row norms of a weight plus its update, which is never formed as a whole.
 
     norm_n = |weight_n + scaling * lora_B_n @ lora_A|
 
@@ -58,11 +63,10 @@ def dora_norm(
         raise mismatch("weight", "shape (N, K)", weight)
     check_factors(*weight.shape, weight.device, lora_A, lora_B)
     with torch.no_grad():
-        lora_B, scaling = _fold_scaling(lora_B, scaling, lora_B)
+        lora_B, scaling = fold_scaling(lora_B, scaling, lora_B)
         if nf4:
-            return ops.nf4_dora_norm(
-                *_pieces(weight), weight.shape, weight.dtype, lora_A, lora_B, scaling
-            )
+            stored = (weight.tensors, weight.layout, weight.dtype)
+            return ops.nf4_dora_norm(*stored, lora_A, lora_B, scaling)
         return ops.dora_norm(weight, lora_A, lora_B, scaling)
 
 
@@ -78,7 +82,7 @@ def dora_linear(
     dropout_p: float = 0.0,
     recompute: bool | None = None,
 ) -> Tensor:
-    """Linear layer with a low-rank update and a trained length of every row: DoRA and QDoRA.
+    """Apply a linear layer with a low-rank update and a trained length per row: DoRA, QDoRA.
 
     c = magnitude / |weight + scaling * lora_B @ lora_A|, by rows
     y = x @ weight.T + (c - 1) * (d @ weight.T) + c * scaling * (d @ lora_A.T) @ lora_B.T + bias
@@ -108,16 +112,17 @@ def dora_linear(
         check_frozen(weight)
     norm = dora_norm(weight, lora_A, lora_B, scaling=scaling)
     N, K = weight.shape
-    x, dense, lora_A, lora_B, bias = _autocast(x, None if nf4 else weight, lora_A, lora_B, bias)
+    frozen, layout = (weight.tensors, weight.layout) if nf4 else ((weight,), ())
+    x, cast, lora_A, lora_B, bias = cast_for_autocast(
+        x, None if nf4 else weight, lora_A, lora_B, bias
+    )
     if nf4:
-        *frozen, blocksize, nested_blocksize = _pieces(weight)
-        layout = (blocksize, nested_blocksize, weight.shape)
         if isinstance(bias, Tensor) and bias.is_floating_point():
             bias = bias.to(x.dtype)
     else:
-        frozen, layout = (dense,), ()
-        if dense.dtype is not x.dtype:
-            raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", dense)
+        frozen = (cast,)
+        if cast.dtype is not x.dtype:
+            raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", cast)
     if norm.device != x.device:
         raise ValueError(f"weight: expected a tensor on {x.device} like x, got {norm.device}")
     check_linear(x, N, K, bias, dropout_p)  # lora_A and lora_B: by dora_norm
@@ -125,8 +130,8 @@ def dora_linear(
     if magnitude.shape != (N,) or magnitude.device != x.device:
         raise mismatch("magnitude", f"[{N}] on {x.device} for a weight [{N}, {K}]", magnitude)
     norm = norm.to(torch.promote_types(norm.dtype, x.dtype))  # float32 or float64
-    lora_B, scaling = _fold_scaling(lora_B, scaling, x)
-    keep = _draw_keep(x, dropout_p)
+    lora_B, scaling = fold_scaling(lora_B, scaling, x)
+    keep = draw_keep(x, dropout_p)
     leaves = (x, lora_A, lora_B, bias, magnitude)
     args = (*leaves, norm, scaling, keep, dropout_p, layout, *frozen)
     if recompute is None:
@@ -152,7 +157,7 @@ class _DoRALinear(torch.autograd.Function):
         )
         save_for_backward(ctx, (*read, lora_A, lora_B, magnitude, norm), frozen)
         ctx.options, ctx.layout, ctx.needs = (scaling, keep is not None, dropout_p), layout, needs
-        ctx.backend = _forced_backend(x)
+        ctx.backend = None if x.is_cpu else forced_backend()
         return y
 
     @staticmethod
@@ -161,10 +166,9 @@ class _DoRALinear(torch.autograd.Function):
             grads = _differentiable_backward(dy, *saved_tensors(ctx), ctx=ctx)
         else:
             # As its forward pass, whatever autocast is on where backward is called.
-            with _backend(ctx.backend), torch.autocast(dy.device.type, enabled=False):
+            with use_backend(ctx.backend), torch.autocast(dy.device.type, enabled=False):
                 grads = _backward(dy, *saved_tensors(ctx), ctx=ctx)
-        wanted = [grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
-        return None, None, *wanted, *[None] * (len(ctx.needs_input_grad) - 7)
+        return None, None, *wanted(grads, ctx.needs), *[None] * (len(ctx.needs_input_grad) - 7)
 
 
 def _forward(
@@ -180,8 +184,10 @@ def _forward(
     layout: tuple[Any, ...],
     *frozen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, d @ lora_A.T, and d @ (weight + scaling * lora_B @ lora_A).T or, with dropout, what is
-    kept of x @ weight.T."""
+    """Compute y, d @ lora_A.T, and d @ (weight + scaling * lora_B @ lora_A).T.
+
+    With dropout the third is d @ weight.T without dropout's scale.
+    """
     c = magnitude.detach().to(norm.dtype) / norm
     if keep is None:
         u, S = _product(x, frozen, layout, lora_A, lora_B, None, scaling)
@@ -207,7 +213,7 @@ def _backward(
     *frozen: Tensor | None,
     ctx: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, lora_A, lora_B, bias and magnitude; None, or anything, if not wanted.
+    """Compute gradients of x, lora_A, lora_B, bias, magnitude; None, or anything, if not wanted.
 
     With D = scaling * dy.T @ S: d lora_B = c * D, and d magnitude is the sum over rows of dy times
     the frozen part's product, plus the row sums of lora_B * D, over the norm. That product is
@@ -225,7 +231,7 @@ def _backward(
     scaled_B = lora_B.to(acc) * c[:, None]
     if any(needs):
         options = (lora_A, scaled_B, scaling, keep, p, needs)
-        _, dA, D, _ = _gradients(dy, x, S, frozen, layout, *options)
+        _, dA, D, _ = gradients(dy, x, S, frozen, layout, *options)
     if need_dx and dropped:
         q = keep_scale(keep, p)
         inner = _base_gradient(_scaled(dy, (c - 1) * q), frozen, layout)
@@ -233,7 +239,7 @@ def _backward(
         dx = (_base_gradient(dy, frozen, layout) + _kept(inner, keep, p)).to(dy.dtype)
     elif need_dx:
         options = (lora_A, lora_B, scaling, None, p, (True, False, False, False))
-        dx = _gradients(_scaled(dy, c), None, None, frozen, layout, *options)[0]
+        dx = gradients(_scaled(dy, c), None, None, frozen, layout, *options)[0]
     if need_dB:
         dB = (D * c[:, None]).to(lora_B.dtype)
     if need_dbias:
@@ -261,13 +267,11 @@ def _differentiable_backward(
     *frozen: Tensor | None,
     ctx: Any,
 ) -> list[Tensor | None]:
-    """`_backward` for autograd to differentiate once more."""
+    """Run `_backward` in operations that autograd differentiates once more."""
     need_dx, need_dA, need_dB, need_dbias, need_dm = ctx.needs
     scaling, _, p = ctx.options
     acc = norm.dtype
-    weight = frozen[0]
-    if ctx.layout:
-        weight = reference.nf4_dequantize(*frozen, *ctx.layout, dy.dtype)
+    weight = dense(frozen, ctx.layout, dy.dtype)
     if x is None and need_dB:
         raise RuntimeError(
             "lora_A, magnitude: expected one that requires a gradient for second derivatives "
@@ -297,40 +301,22 @@ def _product(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """`lora_linear` or `nf4_lora_linear` without its gradients, or the frozen layer alone."""
-    options = (bias, scaling, keep, dropout_p)
-    if layout:
-        return ops.nf4_lora_linear_forward(x, *frozen, *layout, lora_A, lora_B, *options)
-    if lora_A is None:
+    """Compute the layer without its gradients, or its frozen part alone."""
+    if lora_A is None and not layout:
         return F.linear(x, *frozen, bias), None
-    return ops.lora_linear_forward(x, *frozen, lora_A, lora_B, *options)
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor | None,
-    S: Tensor | None,
-    frozen: Sequence[Tensor | None],
-    layout: tuple[Any, ...],
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if layout:
-        return ops.nf4_lora_linear_backward(dy, x, S, *frozen, *layout, lora_A, lora_B, *options)
-    return ops.lora_linear_backward(dy, x, S, *frozen, lora_A, lora_B, *options)
+    return product(x, frozen, layout, lora_A, lora_B, bias, scaling, keep, dropout_p)
 
 
 def _base_gradient(dy: Tensor, frozen: Sequence[Tensor | None], layout: tuple[Any, ...]) -> Tensor:
-    """dy @ weight."""
+    """Compute dy @ weight."""
     if not layout:
         return dy @ frozen[0]
     needs = (True, False, False, False)
-    return _gradients(dy, None, None, frozen, layout, None, None, 1.0, None, 0.0, needs)[0]
+    return gradients(dy, None, None, frozen, layout, None, None, 1.0, None, 0.0, needs)[0]
 
 
 def _scaled(values: Tensor, c: Tensor, plus: Tensor | None = None) -> Tensor:
-    """values * c (+ plus) in the dtype of c or better, rounded once to that of values."""
+    """Compute values * c (+ plus) in the dtype of c or better, rounded once to that of values."""
     total = values * c
     if plus is not None:
         total += plus
@@ -338,7 +324,7 @@ def _scaled(values: Tensor, c: Tensor, plus: Tensor | None = None) -> Tensor:
 
 
 def _forms_again(x: Tensor, weights: int) -> bool:
-    """Whether another product with the weight takes less than what PEFT does for its norms.
+    """Return True if another product with the weight takes less than PEFT's passes for its norms.
 
     On a CPU PEFT's passes over a weight that caches do not hold take as long as products with some
     1,300 rows in float32, or 6,000 in bfloat16 with AMX (Xeon, one thread, November 2026).
@@ -354,7 +340,7 @@ def _column_sums(values: Tensor) -> Tensor:
 
 
 def _kept(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
-    """What dropout keeps of x, not scaled: exact in every dtype."""
+    """Mask x without scaling it: exact in every dtype."""
     if keep.dtype is torch.int64:
         rows = math.prod(x.shape[:-1])
         keep = philox_keep(keep, rows, x.shape[-1], dropout_p).view(x.shape)

@@ -43,7 +43,7 @@ class LowRankSVD(NamedTuple):
 
 
 class SpectralStats(NamedTuple):
-    """What `spectral_stats` returns: float64, [] or [L]."""
+    """Statistics of `spectral_stats`: float64, [] or [L]."""
 
     energy: Tensor
     stable_rank: Tensor
@@ -72,7 +72,7 @@ def low_rank_svd(
     *,
     mode: str = "accurate",
 ) -> LowRankSVD:
-    """Reduced SVD of scaling * lora_B @ lora_A, of one pair or of lists of pairs.
+    """Compute the reduced SVD of scaling * lora_B @ lora_A, of one pair or of lists of pairs.
 
     Gram matrices in float64, pivoted Cholesky, QR-preconditioned one-sided Jacobi on the core,
     and one rotation of each factor.
@@ -106,7 +106,7 @@ def low_rank_svdvals(
     *,
     mode: str = "accurate",
 ) -> Tensors:
-    """The singular values S of `low_rank_svd`, bit for bit, without its vectors.
+    """Compute the singular values S of `low_rank_svd`, bit for bit, without its vectors.
 
     Args, errors and gradients as there. Returns: [k], or a list of them.
     """
@@ -114,7 +114,7 @@ def low_rank_svdvals(
 
 
 def spectral_stats(S: Tensor | Sequence[Tensor]) -> SpectralStats:
-    """Energy, stable rank and effective rank of singular values [k], or of a list of them.
+    """Compute energy, stable rank and effective rank of singular values [k], or of a list.
 
     energy = sum sigma^2 = |dW|_F^2; stable_rank = energy / sigma_1^2;
     effective_rank = exp(-sum p log p), p = sigma / sum sigma. Both ranks of a zero matrix are 0,
@@ -149,7 +149,7 @@ def allocate_rank(
     r_min: int | Sequence[int] = 0,
     r_max: int | Sequence[int] | None = None,
 ) -> list[int]:
-    """How many singular values each layer keeps so that what is lost is least.
+    """Choose how many singular values each layer keeps so that the loss is least.
 
     Maximises the sum over layers of the first ranks[l] values sigma^2 subject to
     sum cost[l] * ranks[l] <= budget. At unit cost taking the largest is exactly optimal (Eckart and
@@ -212,7 +212,7 @@ def allocate_rank(
 def truncate_lora(
     svd: LowRankSVD, ranks: int | Sequence[int], form: str = "balanced"
 ) -> LoraFactors | AdaLoraFactors | list[LoraFactors] | list[AdaLoraFactors]:
-    """Factors of the best approximation of the given rank, for a scaling of 1.
+    """Return the factors of the best approximation of a given rank, for a scaling of 1.
 
     "balanced": lora_B = U sqrt(S), lora_A = sqrt(S) Vh. "adalora": lora_B = U [m, rank],
     lora_E = S [rank, 1], lora_A = Vh [rank, n].
@@ -250,7 +250,7 @@ def merge_lora(
     *,
     mode: str = "accurate",
 ) -> LowRankSVD:
-    """SVD of a weighted sum of adapters, sum_i weights[i] * lora_B_i @ lora_A_i.
+    """Compute the SVD of a weighted sum of adapters, sum_i weights[i] * lora_B_i @ lora_A_i.
 
     It is the SVD of the concatenated factors, of rank sum r_i at most; no dense matrix is formed.
     `truncate_lora` brings the result back to one rank.
@@ -334,7 +334,7 @@ def _unflatten(flat: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
 def _pairs(
     lora_B: Tensor | Sequence[Tensor], lora_A: Tensor | Sequence[Tensor]
 ) -> tuple[bool, list[Tensor], list[Tensor]]:
-    """Whether it is one pair, and the checked factors as lists."""
+    """Check the factors; return them as lists, and whether it is one pair."""
     single = isinstance(lora_B, Tensor) and isinstance(lora_A, Tensor)
     if not single and not (is_listed(lora_B) and is_listed(lora_A)):
         came = f"a {type(lora_B).__name__} and a {type(lora_A).__name__}"
@@ -382,7 +382,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _each(name: str, value: float | Sequence[float], count: int) -> list:
-    """One number for each of `count`: those given, or the one given."""
+    """Return `count` numbers: those given, or the one given."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, (float, numbers.Real)):

@@ -1,4 +1,4 @@
-"""RoSA's function: a linear layer plus a low-rank and a sparse update, and where the sparse one is.
+"""RoSA: a linear layer plus a low-rank and a sparse update, and the mask of the sparse one.
 
 mask = SparseMask.from_indices(rows, columns, weight.shape)
 y = rosa_linear(x, weight, lora_A, lora_B, values, mask, scaling=2.0)
@@ -12,25 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.backends import ops, reference
+from peftkern.backends import ops
 from peftkern.formats.nf4 import NF4Weight
-from peftkern.functional import linear
 from peftkern.functional.arguments import (
+    cast_for_autocast,
     check_factors,
     check_float,
     check_frozen,
     check_linear,
+    check_stored,
     check_tensor,
+    draw_keep,
+    fold_scaling,
     mismatch,
 )
-from peftkern.functional.autograd import differentiable_gradients, save_for_backward, saved_tensors
+from peftkern.functional.autograd import (
+    dense,
+    differentiable_gradients,
+    forced_backend,
+    gradients,
+    product,
+    save_for_backward,
+    saved_tensors,
+    use_backend,
+    wanted,
+)
 
 _INTEGERS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
 class SparseMask:
-    """The places of a sparse [N, K], row after row, and the same places column after column.
+    """Mask of a sparse [N, K]: its places row after row, and the same column after column.
 
     crow [N + 1] and col [nnz]: the columns of row n are col[crow[n] : crow[n + 1]], ascending.
     ccol [K + 1] and row [nnz] are those of the transposed matrix, whose entry j is entry order[j].
@@ -52,7 +65,7 @@ class SparseMask:
         shape: tuple[int, int],
         dtype: torch.dtype | None = None,
     ) -> SparseMask:
-        """Places given one by one, in any order; the mask has them sorted by row, then by column.
+        """Make a mask of places in any order; it has them sorted by row, then by column.
 
         Args: rows and columns [nnz], int32 or int64; shape (N, K); dtype of the indices, int32 or
             int64, by default int32 if N, K and nnz allow it.
@@ -86,7 +99,7 @@ class SparseMask:
 
     @classmethod
     def from_csr(cls, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> SparseMask:
-        """Places in compressed rows; within a row they may stand in no other than ascending order.
+        """Make a mask of compressed rows, whose columns ascend.
 
         Raises: as `from_indices`, and ValueError if crow does not ascend from 0 to nnz or the
             columns of a row do not ascend: values belong to entries by their order.
@@ -117,7 +130,7 @@ class SparseMask:
         return self.crow, self.col, self.ccol, self.row, self.order
 
     def flat(self) -> Tensor:
-        """The places as indices into the flattened [N, K], int64, ascending."""
+        """Return the places as indices into the flattened [N, K], int64, ascending."""
         N, K = self.shape
         row = torch.repeat_interleave(
             torch.arange(N, device=self.col.device), self.crow.diff().long()
@@ -125,7 +138,7 @@ class SparseMask:
         return row * K + self.col
 
     def to_dense(self, values: Tensor) -> Tensor:
-        """[N, K] with values [nnz] in their places and zero elsewhere."""
+        """Return [N, K] with values [nnz] in their places and zero elsewhere."""
         N, K = self.shape
         return values.new_zeros(N * K).index_put((self.flat(),), values).view(N, K)
 
@@ -142,7 +155,7 @@ def rosa_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Linear layer plus a low-rank and a sparse update.
+    """Apply a linear layer plus a low-rank and a sparse update.
 
     y = x @ (weight + S).T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias
 
@@ -160,18 +173,20 @@ def rosa_linear(
     Source: Nikdan et al. 2024, arXiv:2401.04679
     """
     check_float("x", x)
-    dense = not isinstance(weight, NF4Weight)
-    if dense:
+    quantized = isinstance(weight, NF4Weight)
+    if not quantized:
         check_frozen(weight)
-    dense_weight = weight if dense else None
-    x, dense_weight, lora_A, lora_B, bias = linear._autocast(x, dense_weight, lora_A, lora_B, bias)
-    if dense:
+    dense_weight = None if quantized else weight
+    x, dense_weight, lora_A, lora_B, bias = cast_for_autocast(x, dense_weight, lora_A, lora_B, bias)
+    if quantized:
+        check_stored("weight", x, weight)
+        base, layout = weight.tensors, weight.layout
+        if isinstance(bias, Tensor) and bias.is_floating_point():
+            bias = bias.to(x.dtype)
+    else:
+        base, layout = (dense_weight,), ()
         if weight.dim() != 2 or dense_weight.dtype is not x.dtype or weight.device != x.device:
             raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", dense_weight)
-    elif len(weight.shape) != 2 or weight.packed.device != x.device:
-        raise mismatch("weight", f"shape (N, K) on {x.device} like x", weight)
-    elif isinstance(bias, Tensor) and bias.is_floating_point():
-        bias = bias.to(x.dtype)
     check_linear(x, *weight.shape, bias, dropout_p)
     check_factors(*weight.shape, x.device, lora_A, lora_B)
     if not isinstance(mask, SparseMask):
@@ -184,32 +199,32 @@ def rosa_linear(
     check_float("values", values)
     if values.shape != (mask.nnz,) or values.device != x.device:
         raise mismatch("values", f"[{mask.nnz}] on {x.device} for this mask", values)
-    lora_B, scaling = linear._fold_scaling(lora_B, scaling, x)
+    lora_B, scaling = fold_scaling(lora_B, scaling, x)
     values = values.to(torch.float64 if x.dtype is torch.float64 else torch.float32)
-    keep = linear._draw_keep(x, dropout_p)
-    base = (dense_weight,) if dense else (*linear._pieces(weight), weight.shape)
+    keep = draw_keep(x, dropout_p)
     args = (x, lora_A, lora_B, bias, values, scaling, keep, dropout_p)
     trained = (x, lora_A, lora_B, bias, values)
     needs = tuple(t is not None and t.requires_grad for t in trained)
     if torch.is_grad_enabled() and any(needs):
-        return _RoSALinear.apply(*args, needs, *mask.tensors, *base)
-    return _forward(*args, mask.crow, mask.col, base)[0]
+        return _RoSALinear.apply(*args, needs, layout, *mask.tensors, *base)
+    return _forward(*args, mask.crow, mask.col, base, layout)[0]
 
 
-def _forward(x, lora_A, lora_B, bias, values, scaling, keep, dropout_p, crow, col, base):
-    forward = ops.lora_linear_forward if len(base) == 1 else ops.nf4_lora_linear_forward
-    y, S = forward(x, *base, lora_A, lora_B, bias, scaling, keep, dropout_p)
+def _forward(x, lora_A, lora_B, bias, values, scaling, keep, dropout_p, crow, col, base, layout):
+    y, S = product(x, base, layout, lora_A, lora_B, bias, scaling, keep, dropout_p)
     ops.rosa_spmm_(y, x, values, crow, col, None)
     return y, S
 
 
 class _RoSALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, bias, values, scaling, keep, dropout_p, needs, *rest):
+    def forward(
+        ctx, x, lora_A, lora_B, bias, values, scaling, keep, dropout_p, needs, layout, *rest
+    ):
         crow, col, ccol, row, order, *base = rest
-        y, S = _forward(x, lora_A, lora_B, bias, values, scaling, keep, dropout_p, crow, col, base)
+        args = (x, lora_A, lora_B, bias, values, scaling, keep, dropout_p)
+        y, S = _forward(*args, crow, col, base, layout)
         need_dx, need_dA, need_dB, _, need_dvalues = needs
-        tensors = [t for t in base if isinstance(t, Tensor) or t is None]
         read = (
             x if need_dA or need_dvalues else None,
             S if need_dB else None,
@@ -221,11 +236,10 @@ class _RoSALinear(torch.autograd.Function):
             col,
             *((ccol, row, order) if need_dx else (None, None, None)),
         )
-        frozen = tensors if need_dx or len(base) > 1 else (None,)
-        save_for_backward(ctx, read, frozen)
-        ctx.layout = base[len(tensors) :]
+        save_for_backward(ctx, read, base if need_dx or layout else (None,))
+        ctx.layout = layout
         ctx.scaling, ctx.dropout_p, ctx.needs = scaling, dropout_p, needs
-        ctx.backend = linear._forced_backend(x)
+        ctx.backend = None if x.is_cpu else forced_backend()
         return y
 
     @staticmethod
@@ -235,27 +249,15 @@ class _RoSALinear(torch.autograd.Function):
             return *_differentiable_backward(dy, *saved_tensors(ctx), ctx=ctx), *unused
         x, S, keep, lora_A, lora_B, values, crow, col, ccol, row, order, *base = saved_tensors(ctx)
         need_dx, need_dA, *_, need_dvalues = ctx.needs
-        backward = ops.lora_linear_backward if len(base) == 1 else ops.nf4_lora_linear_backward
         dy, dvalues = dy.contiguous(), None
-        with linear._backend(ctx.backend):
-            grads = backward(
-                dy,
-                x if need_dA else None,
-                S,
-                *base,
-                *ctx.layout,
-                lora_A,
-                lora_B,
-                ctx.scaling,
-                keep,
-                ctx.dropout_p,
-                list(ctx.needs[:4]),
-            )
+        with use_backend(ctx.backend):
+            options = (lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, list(ctx.needs[:4]))
+            grads = gradients(dy, x if need_dA else None, S, base, ctx.layout, *options)
             if need_dx:
                 ops.rosa_spmm_(grads[0], dy, values, ccol, row, order)
             if need_dvalues:
                 dvalues = ops.rosa_sddmm(dy, x, crow, col)
-        dx, dA, dB, dbias = linear._wanted(grads, ctx.needs[:4])
+        dx, dA, dB, dbias = wanted(grads, ctx.needs[:4])
         return dx, dA, dB, dbias, dvalues, *unused
 
 
@@ -275,14 +277,12 @@ def _differentiable_backward(
     *base: Tensor | None,
     ctx: Any,
 ) -> list[Tensor | None]:
-    """`_RoSALinear.backward` for autograd to differentiate once more: with dense matrices."""
-    weight = base[0]
-    if ctx.layout:
-        weight = reference.nf4_dequantize(*base, *ctx.layout, dy.dtype) if ctx.needs[0] else None
+    """Run `_RoSALinear.backward` on dense matrices, to be differentiated once more."""
+    weight = dense(base, ctx.layout, dy.dtype) if ctx.needs[0] else None
     needs = ctx.needs[:4]
     args = (lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, needs)
     grads = differentiable_gradients(dy, x, S, weight, *args)
-    dx, dA, dB, dbias = linear._wanted(grads, needs)
+    dx, dA, dB, dbias = wanted(grads, needs)
     N, K = dy.shape[-1], lora_A.shape[1]
     acc = torch.promote_types(dy.dtype, torch.float32)
     flat = torch.repeat_interleave(crow.diff().long()) * K + col
@@ -303,6 +303,6 @@ def _check_shape(shape: Any) -> None:
 
 
 def _starts(index: Tensor, count: int) -> Tensor:
-    """Where the entries of each of `count` ascending numbers begin, and where the last end."""
+    """Return the start of each of `count` ascending numbers' entries, and the end of the last."""
     counts = torch.bincount(index, minlength=count)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

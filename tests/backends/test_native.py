@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,17 +16,17 @@ from test_nf4_lora_linear import nf4_operands, ours
 from tolerances import DETERMINISM_RUNS, HANG_SECONDS
 
 import peftkern
-from peftkern import functional
-from peftkern.backends import native, reference
+from peftkern.backends import pointers, reference
+from peftkern.backends.cpu import module as native
 
 ISAS = native.cpu_isas()
 
 
 @pytest.fixture(params=ISAS)
-def isa(request, monkeypatch) -> str:
-    monkeypatch.setenv("PEFTKERN_CPU_ISA", request.param)
-    assert native.cpu_isa() == request.param
-    return request.param
+def isa(request) -> Iterator[str]:
+    with native.use_isa(request.param):
+        assert native.cpu_isa() == request.param
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +52,14 @@ def test_isa_follows_the_machine():
 def test_unknown_isa_lists_what_there_is(monkeypatch):
     for wrong in ("mmx", "AVX2", "scalar "):
         monkeypatch.setenv("PEFTKERN_CPU_ISA", wrong)
-        with pytest.raises(ValueError, match=rf"PEFTKERN_CPU_ISA: .*'scalar'.* got '{wrong}'"):
+        error = rf"PEFTKERN_CPU_ISA: .*'scalar'.* got '{wrong}'"
+        with native.use_isa(None), pytest.raises(ValueError, match=error):
             native.cpu_isa()
+        with pytest.raises(ValueError, match=error), native.use_isa(wrong):
+            pass
     monkeypatch.setenv("PEFTKERN_CPU_ISA", "")
-    assert native.cpu_isa() == ISAS[-1]
+    with native.use_isa(None):
+        assert native.cpu_isa() == ISAS[-1]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -101,7 +106,7 @@ def test_codec_on_each_isa_is_bit_exact(isa, numel, dtype, double_quant):
         if not double_quant:
             assert torch.equal(w.absmax, absmax)
         for out_dtype in (F32, BF16, F16):
-            wanted = reference.nf4_dequantize(*functional.linear._pieces(w), w.shape, out_dtype)
+            wanted = reference.nf4_dequantize(w.tensors, w.layout, out_dtype)
             assert torch.equal(peftkern.dequantize_nf4(w, out_dtype), wanted)
 
 
@@ -184,13 +189,13 @@ def test_fork_before_first_use():
     """torch's threads have run, the library has not: its first call is in the child."""
     code = (
         "import os, torch, peftkern\n"
-        "from peftkern import native\n"
+        "from peftkern.backends.cpu import module as native\n"
         "torch.set_num_threads(2); torch.randn(1 << 22).sum()\n"
         "w = torch.zeros(1 << 20); packed = torch.zeros(1 << 19, dtype=torch.uint8)\n"
         "absmax = torch.zeros(1 << 14)\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
-        "    native._module().nf4_quantize(native.cpu_isa(), 2, w.data_ptr(), 0, 1 << 20, 64,\n"
+        "    native.library().nf4_quantize(native.cpu_isa(), 2, w.data_ptr(), 0, 1 << 20, 64,\n"
         "        packed.data_ptr(), 1 << 19, absmax.data_ptr(), 1 << 14)\n"
         "    os._exit(int(packed[0]) != 0x77)\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
@@ -206,12 +211,12 @@ def test_fork_after_use():
     it calls nothing of torch's.
     """
     M, N, K, R = 64, 512, 1024, 8  # enough for two threads' worth of tasks
-    pieces = functional.linear._pieces(peftkern.quantize_nf4(torch.randn(N, K)))
-    w = native._weight(pieces, N * K)
+    weight = peftkern.quantize_nf4(torch.randn(N, K))
+    w = pointers.weight(weight.tensors, weight.layout)
     x, a, b = torch.randn(M, K), torch.randn(R, K), torch.randn(N, R)
     out, y, S = torch.zeros(N, K), torch.zeros(M, N), torch.zeros(M, R)
     x_at, a_at, b_at, S_at, y_at = (t.data_ptr() for t in (x, a, b, S, y))
-    best, module = ISAS[-1], native._module()
+    best, module = ISAS[-1], native.library()
     calls = [
         lambda: module.nf4_dequantize(best, 2, w, out.data_ptr(), 0, N * K, False),
         lambda: module.lora_shrink(best, 2, M, K, R, x_at, 0, a_at, 0, 1.0, S_at),

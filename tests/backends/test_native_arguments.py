@@ -11,8 +11,8 @@ from linear_cases import F16, F32
 from torch import Tensor
 
 import peftkern
-from peftkern import functional
-from peftkern.backends import native, ops
+from peftkern.backends import ops, pointers
+from peftkern.backends.cpu import module as native
 from peftkern.formats.nf4 import dynamic_map
 
 ISAS = native.cpu_isas()
@@ -26,21 +26,22 @@ def on_native_kernels():
 
 
 M, N, K, R = 3, 10, 70, 4
-_W = functional.linear._pieces(peftkern.quantize_nf4(torch.randn(N, K)))
-_PLAIN = functional.linear._pieces(peftkern.quantize_nf4(torch.randn(N, K), double_quant=False))
+_W = peftkern.quantize_nf4(torch.randn(N, K))
+_PLAIN = peftkern.quantize_nf4(torch.randn(N, K), double_quant=False)
 WEIGHT_FIELDS = (
+    "format",
+    "numel",
+    "blocksize",
+    "nested",
+    "nested_blocksize",
     "packed",
     "packed_bytes",
     "absmax",
     "absmax_len",
-    "nested",
     "nested_absmax",
     "nested_absmax_len",
     "nested_code",
     "nested_offset",
-    "blocksize",
-    "nested_blocksize",
-    "numel",
 )
 _KEEP: list[Tensor] = []  # what the addresses below point to
 
@@ -51,12 +52,15 @@ def address(*shape: int, dtype: torch.dtype = F32) -> int:
 
 
 def weight_tuple(nested: bool = True, **changes) -> tuple:
-    good = dict(zip(WEIGHT_FIELDS, native._weight(_W if nested else _PLAIN, N * K), strict=True))
+    w = _W if nested else _PLAIN
+    good = dict(zip(WEIGHT_FIELDS, pointers.weight(w.tensors, w.layout), strict=True))
     assert changes.keys() <= good.keys()
     return tuple((good | changes).values())
 
 
 BAD_WEIGHTS = {
+    "format unknown": {"format": 1},
+    "nested_offset null": {"nested_offset": 0},
     "packed short": {"packed_bytes": N * K // 2 - 1},
     "packed negative": {"packed_bytes": -1},
     "packed null": {"packed": 0},
@@ -144,14 +148,14 @@ BAD_CALLS = {
     "dtype unknown": {"dtype": 9},
     "dtype negative": {"dtype": -1},
     "dtype float16": {"dtype": 2},
-    "w short": {"w": weight_tuple()[:11]},
+    "w short": {"w": weight_tuple()[:12]},
     "w long": {"w": (*weight_tuple(), 0)},
 }
 
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_good_arguments_are_taken(nested):
-    module = native._module()
+    module = native.library()
     module.nf4_lora_linear_forward(*forward_args(w=weight_tuple(nested)))
     module.nf4_lora_linear_backward(*backward_args(w=weight_tuple(nested)))
     module.nf4_lora_linear_forward(*forward_args(r=0, s=0, b=0, bias=0))
@@ -162,15 +166,15 @@ def test_good_arguments_are_taken(nested):
 @pytest.mark.parametrize("bad", BAD_CALLS)
 def test_linear_refuses_bad_arguments(bad):
     with pytest.raises(ValueError):
-        native._module().nf4_lora_linear_forward(*forward_args(**BAD_CALLS[bad]))
+        native.library().nf4_lora_linear_forward(*forward_args(**BAD_CALLS[bad]))
     with pytest.raises(ValueError):
-        native._module().nf4_lora_linear_backward(*backward_args(**BAD_CALLS[bad]))
+        native.library().nf4_lora_linear_backward(*backward_args(**BAD_CALLS[bad]))
 
 
 @pytest.mark.parametrize("bad", BAD_WEIGHTS)
 def test_every_function_refuses_bad_weights(bad):
     w = weight_tuple(**BAD_WEIGHTS[bad])
-    module = native._module()
+    module = native.library()
     for call in (
         lambda: module.nf4_lora_linear_forward(*forward_args(w=w)),
         lambda: module.nf4_lora_linear_backward(*backward_args(w=w)),
@@ -213,9 +217,9 @@ def test_quantize_refuses(changes):
         "absmax": address(11),
         "absmax_len": 11,
     }
-    native._module().nf4_quantize(*good.values())
+    native.library().nf4_quantize(*good.values())
     with pytest.raises(ValueError):
-        native._module().nf4_quantize(*(good | changes).values())
+        native.library().nf4_quantize(*(good | changes).values())
 
 
 @pytest.mark.parametrize(
@@ -248,9 +252,9 @@ def test_quantize_absmax_refuses(changes):
         "nested_absmax": address(3),
         "nested_len": 3,
     }
-    native._module().nf4_quantize_absmax(*good.values())
+    native.library().nf4_quantize_absmax(*good.values())
     with pytest.raises(ValueError):
-        native._module().nf4_quantize_absmax(*(good | changes).values())
+        native.library().nf4_quantize_absmax(*(good | changes).values())
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,7 @@ def test_lora_products_refuse(product, order, changes):
         "s": address(M, R),
     }
     names = ["isa", "threads", "M", "K", "r", *order.split()]
-    function = getattr(native._module(), product)
+    function = getattr(native.library(), product)
     function(*(good[name] for name in names))
     bad = good | changes
     with pytest.raises(ValueError):
@@ -312,21 +316,24 @@ def test_lora_products_refuse(product, order, changes):
         (3, torch.zeros(16), "nested_code: expected 256 contiguous"),
         (4, torch.zeros(2), "nested_offset: expected 1 contiguous"),
         (4, torch.zeros((), dtype=F16), "nested_offset: .*float32"),
-        (5, 0, "blocksize: expected one of"),
-        (5, 128, "absmax: expected 6 contiguous"),
-        (6, 0, "nested_blocksize: expected one of"),
+        (1, 0, "blocksize: expected one of"),
+        (1, 128, "absmax: expected 6 contiguous"),
+        (2, 48, "nested_blocksize: expected one of"),
+        (2, 0, "w: expected 2 tensors, got 5"),
+        (0, 1, "layout: expected a format"),
     ],
 )
 def test_ops_refuse_malformed_pieces(index, value, message):
-    """Whoever calls the ops without NF4Weight meets native.py's own checks."""
-    pieces = list(_W)
-    pieces[index] = value
+    """Whoever calls the ops without NF4Weight meets the checks of pointers.py."""
+    w, layout = list(_W.tensors), list(_W.layout)
+    if isinstance(value, int):
+        layout[index] = value
+    else:
+        w[index] = value
     with pytest.raises(ValueError, match=message):
-        ops.nf4_dequantize(*pieces, [N, K], F32)
+        ops.nf4_dequantize(w, layout, F32)
     with pytest.raises(ValueError, match=message):
-        ops.nf4_lora_linear_forward(
-            torch.zeros(M, K), *pieces, [N, K], None, None, None, 1.0, None, 0.0
-        )
+        ops.nf4_lora_linear_forward(torch.zeros(M, K), w, layout, *[None] * 3, 1.0, None, 0.0)
 
 
 @pytest.mark.parametrize("blocksize", [0, -64, 48, 8192])

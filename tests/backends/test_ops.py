@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern import functional
 from peftkern.backends import ops
 from peftkern.formats.nf4 import dynamic_map
+from peftkern.functional.arguments import draw_keep
 from peftkern.functional.rosa import SparseMask
 
 N, K, R = 24, 70, 4
 
 
-def pieces(double_quant: bool = True) -> tuple:
-    return functional.linear._pieces(peftkern.quantize_nf4(torch.randn(N, K), double_quant=double_quant))
+def stored(double_quant: bool = True) -> tuple:
+    w = peftkern.quantize_nf4(torch.randn(N, K), double_quant=double_quant)
+    return w.tensors, w.layout
 
 
 def forward_operands(dtype: torch.dtype = torch.bfloat16, dropout_p: float = 0.25) -> tuple:
@@ -39,8 +40,8 @@ def op_cases() -> dict[str, list[tuple]]:
     return {
         "nf4_quantize": [(torch.randn(N, K, dtype=d), 64) for d in (x.dtype, torch.float32)],
         "nf4_quantize_absmax": [(absmax, absmax.mean(), code, 256)],
-        "nf4_dequantize": [(*pieces(q), [N, K], torch.float16) for q in (True, False)],
-        "nf4_dequantize_out": [(*pieces(q), torch.zeros(N, K)) for q in (True, False)],
+        "nf4_dequantize": [(*stored(q), torch.float16) for q in (True, False)],
+        "nf4_dequantize_out": [(*stored(q), torch.zeros(N, K)) for q in (True, False)],
         "lora_linear_forward": [
             (x, weight, A, B, bias, 2.0, keep, 0.25),
             (x[0], weight, A, B, None, 2.0, None, 0.0),
@@ -52,12 +53,12 @@ def op_cases() -> dict[str, list[tuple]]:
             (dy, None, None, None, A, B, 2.0, None, 0.0, none),
         ],
         "nf4_lora_linear_forward": [
-            (x, *pieces(), [N, K], A, B, bias, 2.0, keep, 0.25),
-            (x, *pieces(False), [N, K], None, None, None, 1.0, None, 0.0),
+            (x, *stored(), A, B, bias, 2.0, keep, 0.25),
+            (x, *stored(False), None, None, None, 1.0, None, 0.0),
         ],
         "dora_norm": [(weight, A, B, 2.0), (weight.float(), A, B.bfloat16(), 0.5)],
         "nf4_dora_norm": [
-            (*pieces(q), [N, K], dtype, A, B, 2.0)
+            (*stored(q), dtype, A, B, 2.0)
             for q, dtype in ((True, torch.bfloat16), (False, torch.float32))
         ],
         "low_rank_svd": [
@@ -66,8 +67,8 @@ def op_cases() -> dict[str, list[tuple]]:
             ([B], [A], [1.0], False, "accurate"),
         ],
         "nf4_lora_linear_backward": [
-            (dy, x, S, *pieces(), [N, K], A, B, 2.0, keep, 0.25, every),
-            (dy, None, None, *pieces(False), [N, K], None, None, 1.0, None, 0.0, [True, *none[1:]]),
+            (dy, x, S, *stored(), A, B, 2.0, keep, 0.25, every),
+            (dy, None, None, *stored(False), None, None, 1.0, None, 0.0, [True, *none[1:]]),
         ],
         **adalora_op_cases(),
         **rosa_op_cases(),
@@ -284,6 +285,6 @@ def test_dropout_draws_as_nn_dropout(layout: str, adapter_dtype: torch.dtype) ->
     dropped = F.dropout(x.to(adapter_dtype), 0.3)
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    keep = functional.linear._draw_keep(x, 0.3)
+    keep = draw_keep(x, 0.3)
     assert torch.equal(keep, dropped != 0)
     assert torch.equal(torch.get_rng_state(), state)

@@ -24,13 +24,6 @@ def nf4_weight(shape: tuple[int, int]) -> NF4Weight:
     return NF4Weight(packed, absmax, shape, 32, torch.float32)
 
 
-def pieces_of(w: NF4Weight) -> tuple:
-    return (
-        w.packed, w.absmax, w.nested_absmax, w.nested_code, w.nested_offset,
-        w.blocksize, w.nested_blocksize, w.shape,
-    )  # fmt: skip
-
-
 class Differentiable(torch.autograd.Function):
     """The reference forward with the reference backward, so that gradcheck compares the two."""
 
@@ -38,7 +31,7 @@ class Differentiable(torch.autograd.Function):
     def forward(ctx, x, lora_A, lora_B, bias, weight, keep, dropout_p, scaling):
         call, state = reference.lora_linear_forward, (weight,)
         if isinstance(weight, NF4Weight):
-            call, state = reference.nf4_lora_linear_forward, pieces_of(weight)
+            call, state = reference.nf4_lora_linear_forward, (weight.tensors, weight.layout)
         y, S = call(x, *state, lora_A, lora_B, bias, scaling, keep, dropout_p)
         ctx.save_for_backward(x, S, lora_A, lora_B)
         ctx.rest = weight, state, keep, dropout_p, scaling
@@ -107,10 +100,12 @@ def test_empty_batch_gives_empty_results():
     w = nf4_weight((6, 8))
     x, dy = torch.zeros(0, 3, 8), torch.zeros(0, 3, 6)
     lora_A, lora_B = torch.randn(2, 8), torch.randn(6, 2)
-    y, S = reference.nf4_lora_linear_forward(x, *pieces_of(w), lora_A, lora_B, None, 1.0, None, 0.0)
+    y, S = reference.nf4_lora_linear_forward(
+        x, w.tensors, w.layout, lora_A, lora_B, None, 1.0, None, 0.0
+    )
     assert y.shape == (0, 3, 6) and S.shape == (0, 3, 2)
     dx, dA, dB, dbias = reference.nf4_lora_linear_backward(
-        dy, x, S, *pieces_of(w), lora_A, lora_B, 1.0, None, 0.0, [True] * 4
+        dy, x, S, w.tensors, w.layout, lora_A, lora_B, 1.0, None, 0.0, [True] * 4
     )
     assert dx.shape == x.shape
     for grad, like in ((dA, lora_A), (dB, lora_B), (dbias, torch.zeros(6))):
@@ -146,7 +141,8 @@ def test_golden_peft_layer_is_reproduced(name, index, case):
     if name.startswith("nf4"):
         forward = reference.nf4_lora_linear_forward
         backward = reference.nf4_lora_linear_backward
-        state = pieces_of(NF4Weight.from_state_dict(at))
+        w = NF4Weight.from_state_dict(at)
+        state = (w.tensors, w.layout)
     rest = (scaling, keep, case["dropout_p"])
     y, S = forward(at["x"], *state, at["lora_A"], at["lora_B"], at.get("bias"), *rest)
     assert_near(y, at["y"], dtype)
@@ -167,11 +163,8 @@ def test_chunks_join_without_a_seam(shape):
     tail_packed, tail_absmax = reference.nf4_quantize(weight[last - 4096 :], 4096)
     assert torch.equal(packed[(last - 4096) // 2 :], tail_packed)
     assert torch.equal(absmax[-len(tail_absmax) :], tail_absmax)
-    whole = reference.nf4_dequantize(
-        packed, absmax, None, None, None, 4096, 0, (weight.numel(),), torch.float32
-    )
+    whole = reference.nf4_dequantize([packed, absmax], [0, 4096, 0, weight.numel()], F32)
     assert (whole - weight).abs().max() <= NF4_MAX_HALF_GAP * absmax.max()
-    part = reference.nf4_dequantize(
-        tail_packed, tail_absmax, None, None, None, 4096, 0, (weight.numel() - last + 4096,), F32
-    )
+    layout = [0, 4096, 0, weight.numel() - last + 4096]
+    part = reference.nf4_dequantize([tail_packed, tail_absmax], layout, F32)
     assert torch.equal(whole[last - 4096 :], part)

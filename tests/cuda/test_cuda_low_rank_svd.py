@@ -23,7 +23,8 @@ from torch import Tensor
 
 import peftkern
 from peftkern import BackendUnavailableError
-from peftkern.backends import cuda, native, native_cuda
+from peftkern.backends.cpu import low_rank_svd as cpu
+from peftkern.backends.cuda import low_rank_svd as cuda
 from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
 
 KIB = 1024
@@ -45,7 +46,7 @@ Svd = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def jacobi(cores: Tensor, shared: int = 0) -> Svd:
-    return native_cuda.jacobi_svd(cores, cuda.JACOBI_SWEEPS, True, shared)
+    return cuda.jacobi_svd(cores, cuda.JACOBI_SWEEPS, True, shared)
 
 
 def check_cores(svd: Svd, cores: Tensor, scale: float = 1.0) -> None:
@@ -79,7 +80,7 @@ def test_random_cores(r):
     cores = torch.randn(3, r, r, dtype=F64)
     svd = jacobi(cores)
     check_cores(svd, cores)
-    assert torch.equal(native_cuda.jacobi_svd(cores, cuda.JACOBI_SWEEPS, False)[0], svd[0])
+    assert torch.equal(cuda.jacobi_svd(cores, cuda.JACOBI_SWEEPS, False)[0], svd[0])
 
 
 @pytest.mark.parametrize("shared", SHARED)
@@ -108,7 +109,7 @@ def test_graded_cores(r, kappa):
     rows = torch.logspace(0, -math.log10(kappa), r, dtype=F64)[:, None] * torch.randn(1, r, r)
     check_cores(jacobi(rows), rows)
     assert jacobi(rows)[0][0] == pytest.approx(
-        native.jacobi_svd(rows, 30, False)[0][0], rel=SVD_BOUNDS_64[1]
+        cpu.jacobi_svd(rows, 30, False)[0][0], rel=SVD_BOUNDS_64[1]
     )
 
 
@@ -169,7 +170,7 @@ def test_one_bad_core_leaves_the_others(r, bad):
     for got, want in zip(svd[:3], wanted[:3], strict=True):
         assert got[1].isnan().all() and got[3].isnan().all()
         assert torch.equal(got[::2], want[::2])
-    sigma, *_, info = native_cuda.jacobi_svd(cores, cuda.JACOBI_SWEEPS, False)
+    sigma, *_, info = cuda.jacobi_svd(cores, cuda.JACOBI_SWEEPS, False)
     assert sigma[1].isnan().all() and info.tolist() == [0, -1, 0, -1]
 
 
@@ -190,15 +191,15 @@ def test_no_order_of_threads_changes_a_bit(emulated_cuda, r, shared, schedule):
 
 def test_same_vectors_as_on_a_cpu():
     cores = torch.randn(3, 20, 20, dtype=F64)
-    for got, want in zip(jacobi(cores), native.jacobi_svd(cores, 30, True), strict=True):
+    for got, want in zip(jacobi(cores), cpu.jacobi_svd(cores, 30, True), strict=True):
         assert (got - want).abs().max() <= SVD_BOUNDS_64[1]
 
 
 def test_sweeps_are_bounded_and_counted():
     cores = torch.randn(2, 24, 24, dtype=F64)
-    *_, left = native_cuda.jacobi_svd(cores, 1, True)
+    *_, left = cuda.jacobi_svd(cores, 1, True)
     assert (left > 0).all() and (left <= 24 * 23 // 2).all()
-    sigma, U, V, left = native_cuda.jacobi_svd(cores, 0, True)
+    sigma, U, V, left = cuda.jacobi_svd(cores, 0, True)
     assert not left.any() and torch.isfinite(sigma).all()
     # Without a sweep it is the QR decomposition that Jacobi begins with.
     assert (U * sigma[:, None] @ V.mT - cores).abs().max() <= 24 * SVD_BOUNDS_64[3]
@@ -219,7 +220,7 @@ def test_cores_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ValueError, match=r"^cores: expected .* got .* strides"):
         jacobi(torch.randn(2, 3, 3, dtype=F64).mT)
     with pytest.raises(ValueError, match="sweeps: got -1"):
-        native_cuda.jacobi_svd(good, -1, True)
+        cuda.jacobi_svd(good, -1, True)
 
 
 def test_library_checks_sizes_itself(emulated_cuda):
@@ -267,7 +268,7 @@ def test_roots_of_gram_matrices(r):
     factors *= torch.logspace(-9, 9, r, dtype=F64)
     factors[1, :, r // 2] = 0.0
     factors[2, :, r - 1] = 3.0 * factors[2, :, 0] if r > 1 else 0.0
-    root, inverse, norms = native_cuda.gram_roots(gram_of(factors))
+    root, inverse, norms = cuda.gram_roots(gram_of(factors))
     D = torch.diag_embed(norms)
     unit = factors / norms.clamp(min=1e-300)[:, None]
     difference = (root @ D).mT @ (root @ D) - gram_of(factors)
@@ -288,15 +289,15 @@ def test_roots_of_gram_matrices(r):
 
 def test_no_bit_of_a_root_depends_on_where_a_row_lies(emulated_cuda):
     grams = gram_of(torch.randn(2, 100, 72, dtype=F64))
-    wanted = native_cuda.gram_roots(grams)
+    wanted = cuda.gram_roots(grams)
     for limit in (64 * KIB, 48 * KIB, 8 * KIB):
         assert emulated_cuda.jacobi_workspace(72, True, limit) > 0
-        got = native_cuda.gram_roots(grams, limit)
+        got = cuda.gram_roots(grams, limit)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), limit
     for schedule in (1, 2, 3):
         emulated_cuda.set_schedule(schedule)
         try:
-            got = native_cuda.gram_roots(grams)
+            got = cuda.gram_roots(grams)
         finally:
             emulated_cuda.set_schedule(0)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
@@ -305,7 +306,7 @@ def test_no_bit_of_a_root_depends_on_where_a_row_lies(emulated_cuda):
 def test_gram_matrices_that_do_not_fit_are_refused(emulated_cuda):
     for wrong in (torch.zeros(3, 3, dtype=F64), torch.zeros(1, 3, 3)):
         with pytest.raises(ValueError, match=r"^grams: expected .* got "):
-            native_cuda.gram_roots(wrong)
+            cuda.gram_roots(wrong)
     r, limit = 70, 60 * KIB
     square, norms = torch.zeros(1, r, r, dtype=F64), torch.zeros(1, r, dtype=F64)
     others = torch.zeros(2, r, r, dtype=F64)

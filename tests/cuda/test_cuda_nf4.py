@@ -18,12 +18,14 @@ from nf4_weights import (
     random_weight,
 )
 from test_nf4_fuzz import weights
+from torch import Tensor
 
 import peftkern
 from peftkern import NF4Weight
-from peftkern.backends import dispatch, native_cuda, ops, reference
+from peftkern.backends import dispatch, ops, pointers, reference
+from peftkern.backends.cuda import module as cuda
+from peftkern.backends.cuda import nf4
 from peftkern.formats.nf4 import BLOCKSIZES
-from peftkern.functional.linear import _pieces
 
 F32 = torch.float32
 # The fixture is the same for every example.
@@ -179,58 +181,67 @@ def test_empty(shape):
 
 
 def test_weight_that_does_not_fit_is_refused_by_name():
-    pieces, out = _pieces(every_byte_weight(64, True, F32)), torch.zeros(300, 64)
-    native_cuda.nf4_dequantize(pieces, out)
+    w, out = every_byte_weight(64, True, F32), torch.zeros(300, 64)
+    names = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
+    good = dict(zip(names, w.tensors, strict=True))
+
+    def dequantize(
+        out: Tensor, blocksize: int = 64, nested_blocksize: int = 256, **changes
+    ) -> None:
+        layout = [0, blocksize, nested_blocksize, *w.shape]
+        nf4.nf4_dequantize_out(list((good | changes).values()), layout, out)
+
+    dequantize(out)
     changes = {
-        "packed": pieces[0][:-1],
-        "absmax": pieces[1].float(),
-        "nested_absmax": pieces[2].repeat(2)[::2],
-        "nested_code": pieces[3][:255],
-        "nested_offset": pieces[4].double(),
+        "packed": w.packed[:-1],
+        "absmax": w.absmax.float(),
+        "nested_absmax": w.nested_absmax.repeat(2)[::2],
+        "nested_code": w.nested_code[:255],
+        "nested_offset": w.nested_offset.double(),
         "blocksize": 48,
-        "nested_blocksize": 0,
+        "nested_blocksize": 48,
     }
-    for i, (name, value) in enumerate(changes.items()):
+    for name, value in changes.items():
         with pytest.raises(ValueError, match=rf"^{name}: expected .* got "):
-            native_cuda.nf4_dequantize((*pieces[:i], value, *pieces[i + 1 :]), out)
-    for wrong in (out.t(), out.double(), torch.zeros(300, 64, device="meta")):
+            dequantize(out, **{name: value})
+    for wrong in (out.double(), torch.zeros(300, 64, device="meta")):
         with pytest.raises(ValueError, match=r"^(out|packed): expected"):
-            native_cuda.nf4_dequantize(pieces, wrong)
+            dequantize(wrong)
 
 
 def test_dense_weight_that_does_not_fit_is_refused_by_name():
     for wrong, blocksize, name in (
-        (torch.zeros(4, 4).t()[1:], 64, "weight"),
         (torch.zeros(4, dtype=torch.float64), 64, "weight"),
         (torch.zeros(4), 65, "blocksize"),
     ):
         with pytest.raises(ValueError, match=rf"^{name}: expected .* got "):
-            native_cuda.nf4_quantize(wrong, blocksize)
+            nf4.nf4_quantize(wrong, blocksize)
 
 
 def test_library_checks_sizes_itself(emulated_cuda):
     w, out = every_byte_weight(64, True, F32), torch.zeros(300, 64)
-    good = list(native_cuda._weight(_pieces(w), out.numel(), out.device))
+    good = list(pointers.weight(w.tensors, w.layout, out.device))
     call = (0, tuple(good), out.data_ptr(), 0, out.numel())
     emulated_cuda.nf4_dequantize(*call)
     changes = {
-        0: (0, "packed"),
-        1: (good[1] - 1, "packed"),
-        2: (0, "absmax"),
-        3: (good[3] - 1, "absmax"),
-        6: (good[6] - 1, "nested_absmax"),
-        7: (0, "nested_code"),
-        8: (0, "nested_offset"),
-        9: (63, "blocksize"),
-        10: (0, "nested_blocksize"),
-        11: (-1, "numel"),
+        0: (1, "format"),
+        1: (-1, "numel"),
+        2: (63, "blocksize"),
+        4: (0, "nested_blocksize"),
+        5: (0, "packed"),
+        6: (good[6] - 1, "packed"),
+        7: (0, "absmax"),
+        8: (good[8] - 1, "absmax"),
+        10: (good[10] - 1, "nested_absmax"),
+        11: (0, "nested_code"),
+        12: (0, "nested_offset"),
     }
     for field, (value, name) in changes.items():
         wrong = (*good[:field], value, *good[field + 1 :])
         with pytest.raises(ValueError, match=rf"\b{name}"):
             emulated_cuda.nf4_dequantize(0, wrong, *call[2:])
     for position, value, name in (
-        (1, (), "w: expected 12"),
+        (1, (), "w: expected 13"),
         (2, 0, "out"),
         (3, 9, "dtype"),
         (4, 1, "out"),
@@ -271,7 +282,7 @@ def test_refusals_say_why():
 
 def test_a_cpu_is_refused_by_what_runs_on_a_gpu(monkeypatch):
     def says(module, reason):
-        monkeypatch.setattr(native_cuda, "cuda_module", lambda: (module, reason))
+        monkeypatch.setattr(cuda, "cuda_module", lambda: (module, reason))
         with pytest.raises(peftkern.BackendUnavailableError) as error:
             ops.nf4_quantize(torch.zeros(64), 64)
         return str(error.value)
@@ -286,8 +297,8 @@ def test_what_the_library_cannot_serve(monkeypatch):
     gpu = torch.device("cuda:0")
 
     def reason(module, why=None):
-        monkeypatch.setattr(native_cuda, "cuda_module", lambda: (module, why))
-        return native_cuda.unserved(gpu)
+        monkeypatch.setattr(cuda, "cuda_module", lambda: (module, why))
+        return cuda.refusal_device(gpu)
 
     assert reason(None, "it is not built") == "it is not built"
     for driver, end in ((12080, "finds no GPU: the driver is for CUDA 12.8"), (0, "is missing")):
@@ -301,19 +312,19 @@ def test_what_the_library_cannot_serve(monkeypatch):
     for_a_cpu = ModuleType("for_a_cpu")
     for_a_cpu.emulated = True
     assert reason(for_a_cpu) == "the kernels are a CPU's, not for cuda:0"
-    assert native_cuda.unserved(torch.device("cpu")) is None
+    assert cuda.refusal_device(torch.device("cpu")) is None
 
 
 def test_which_code_runs_on_which_gpu():
     usual = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_120"]
     for capability in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 1), (13, 0)):
-        assert native_cuda.covers(usual, capability), capability
+        assert cuda.covers(usual, capability), capability
     for capability in ((7, 5), (11, 0)):
-        assert not native_cuda.covers(usual, capability), capability
-    assert not native_cuda.covers(["sm_90a"], (10, 0))
-    assert not native_cuda.covers(["sm_86"], (8, 0))
-    assert native_cuda.covers(["sm_80", "compute_80"], (9, 0))
-    assert native_cuda.covers(["sm_120a"], (12, 0))
+        assert not cuda.covers(usual, capability), capability
+    assert not cuda.covers(["sm_90a"], (10, 0))
+    assert not cuda.covers(["sm_86"], (8, 0))
+    assert cuda.covers(["sm_80", "compute_80"], (9, 0))
+    assert cuda.covers(["sm_120a"], (12, 0))
 
 
 def test_triton_comes_first_until_a_measurement_says_otherwise():

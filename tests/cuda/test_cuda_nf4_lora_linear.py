@@ -16,8 +16,9 @@ from tolerances import FUZZ_EXAMPLES, assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
-from peftkern.backends import native_cuda, ops
-from peftkern.functional.linear import _pieces
+from peftkern.backends import ops, reference
+from peftkern.backends.cuda.nf4_lora_linear import launch
+from peftkern.backends.pointers import weight
 
 OP = "nf4_lora_linear_forward"
 
@@ -34,7 +35,7 @@ def served_by_cuda(emulated_cuda):
 def forward(o: NF4Operands, lora: bool = True) -> tuple[Tensor, Tensor]:
     """The op on the back end that is forced."""
     adapters = (o.lora_A, o.lora_B) if lora else (None, None)
-    weight = (*_pieces(o.w), o.w.shape)
+    weight = (o.w.tensors, o.w.layout)
     return ops.nf4_lora_linear_forward(o.x, *weight, *adapters, o.bias, o.scaling, None, 0.0)
 
 
@@ -58,8 +59,8 @@ def check(cases: list[NF4Operands], lora: bool = True) -> None:
 
 
 def with_splits(o: NF4Operands, splits: int) -> tuple[Tensor, Tensor]:
-    adapters = (o.lora_A, o.lora_B, o.bias, o.scaling, o.w.shape[0])
-    return native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *adapters, splits)
+    adapters = (o.lora_A, o.lora_B, o.bias, o.scaling)
+    return launch(o.x, o.w.tensors, o.w.layout, *adapters, splits)
 
 
 # Numerics
@@ -140,9 +141,7 @@ def test_a_weight_is_its_code_rounded_once():
     code = torch.tensor(peftkern.formats.nf4.NF4_CODE)
     octets = o.w.packed.view(16, 32).int()
     codes = torch.stack((octets >> 4, octets & 15), -1).view(16, 64)
-    absmax = peftkern.backends.reference.nf4_absmax(
-        o.w.absmax, o.w.nested_absmax, o.w.nested_code, o.w.nested_offset, 256
-    )
+    absmax = reference.nf4_absmax(o.w.tensors, o.w.layout)
     for first in (0, 32):
         o = replace(o, x=torch.eye(64, dtype=BF16)[first : first + 32])
         y, _ = forward(o, lora=False)
@@ -222,7 +221,7 @@ def test_functions_without_gradients():
 
 
 def refusal(o: NF4Operands, keep: Tensor | None = None) -> str:
-    weight = (*_pieces(o.w), o.w.shape)
+    weight = (o.w.tensors, o.w.layout)
     with pytest.raises(peftkern.BackendUnavailableError) as error:
         ops.nf4_lora_linear_forward(o.x, *weight, o.lora_A, o.lora_B, o.bias, 1.0, keep, 0.1)
     return str(error.value)
@@ -259,7 +258,7 @@ def test_tensor_that_does_not_fit_is_refused_by_name():
 
 def test_library_checks_sizes_itself(emulated_cuda):
     o = nf4_operands((2, 24, 256, 3), BF16, F32)
-    w = native_cuda._weight(_pieces(o.w), 24 * 256, o.x.device)
+    w = weight(o.w.tensors, o.w.layout)
     y, S = torch.zeros(2, 24, dtype=BF16), torch.zeros(2, 3)
     workspace = torch.zeros(emulated_cuda.nf4_lora_linear_workspace(2, 24, 256, 2) + 16)
     lora = (o.lora_A.data_ptr(), 0, o.lora_B.data_ptr(), 0, S.data_ptr(), 3)
@@ -268,8 +267,8 @@ def test_library_checks_sizes_itself(emulated_cuda):
     call = (0, w, 2, 24, 256, *tensors, lora, 1.0, workspace.data_ptr(), size, 2)
     emulated_cuda.nf4_lora_linear_forward(*call)
     for position, value, name in (
-        (1, (), "w: expected 12"),
-        (1, (*w[:9], 512, *w[10:]), "absmax|blocksize"),
+        (1, (), "w: expected 13"),
+        (1, (*w[:2], 512, *w[3:]), "absmax|blocksize"),
         (2, 33, "M"),
         (2, -1, "M"),
         (3, 0, "N"),

@@ -21,8 +21,7 @@ from test_cuda_nf4_lora_linear import OP, check, exact, forward
 from tolerances import FUZZ_EXAMPLES, assert_as_accurate_as_torch
 
 import peftkern
-from peftkern.backends import native_cuda
-from peftkern.functional.linear import _pieces
+from peftkern.backends.cuda import nf4_lora_linear as cuda
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +77,13 @@ def test_float16_update_beyond_its_range():
 @pytest.mark.parametrize("splits", [1, 2, 3, 16])
 def test_splits(splits):
     o = nf4_operands((40, 140, 256, 7), BF16, F32)
-    adapters = (o.lora_A, o.lora_B, o.bias, o.scaling, 140, splits)
-    y, S = native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *adapters, prefill=True)
+    adapters = (o.w.tensors, o.w.layout, o.lora_A, o.lora_B, o.bias, o.scaling, splits)
+    y, S = cuda.launch(o.x, *adapters, prefill=True)
     with peftkern.use_backend("reference"):
         eager, oracle = forward(o), exact(o)
     assert_as_accurate_as_torch(y, eager[0], oracle[0])
     assert_as_accurate_as_torch(S, eager[1], oracle[1])
-    again = native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *adapters, prefill=True)
+    again = cuda.launch(o.x, *adapters, prefill=True)
     assert_same_bits(again[0], y)
 
 
@@ -137,14 +136,14 @@ def test_calls_that_are_refused(shape, options, reason):
 
 def test_other_gpus_are_refused_in_words(emulated_cuda, monkeypatch):
     device = torch.device("cuda:0")
-    monkeypatch.setattr(native_cuda, "unserved", lambda device: None)
+    monkeypatch.setattr(cuda, "refusal_device", lambda device: None)
     for architectures, capability, reason in (
         (["sm_80", "sm_90a"], (9, 0), None),
         (["sm_80", "sm_90a"], (8, 0), "compute capability 9.0, not 8.0"),
         (["sm_90"], (9, 0), "not for sm_90a"),
     ):
         module = SimpleNamespace(emulated=False, architectures=lambda a=architectures: a)
-        monkeypatch.setattr(native_cuda, "_module", lambda m=module: m)
+        monkeypatch.setattr(cuda, "library", lambda m=module: m)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        said = native_cuda.unserved_sm90a(device)
+        said = cuda.refusal_sm90a(device)
         assert (said is None) if reason is None else reason in said

@@ -22,7 +22,7 @@ from tolerances import (
 from torch import Tensor
 
 import peftkern
-from peftkern.backends import cpu, native
+from peftkern.backends.cpu import low_rank_svd as cpu
 from peftkern.functional.low_rank_svd import (
     LowRankSVD,
     allocate_rank,
@@ -449,9 +449,9 @@ def test_inputs_are_left_alone_and_nothing_has_a_gradient(every_backend):
 
 def test_sweeps_are_bounded_and_counted():
     cores = torch.randn(3, 24, 24, dtype=F64)
-    *_, left = native.jacobi_svd(cores, 1, True)
+    *_, left = cpu.jacobi_svd(cores, 1, True)
     assert (left > 0).all()
-    sigma, _, _, left = native.jacobi_svd(cores, cpu.JACOBI_SWEEPS, False)
+    sigma, _, _, left = cpu.jacobi_svd(cores, cpu.JACOBI_SWEEPS, False)
     assert not left.any()
     assert torch.allclose(sigma, torch.linalg.svdvals(cores), rtol=SVD_BOUNDS_64[1])
 
@@ -501,7 +501,7 @@ def test_unknown_mode():
 
 
 def test_native_refuses_what_does_not_fit():
-    cores, inverse, *_ = native.low_rank_cores([B0], [A0], 2, [1.0], True)
+    cores, inverse, *_ = cpu.low_rank_cores([B0], [A0], 2, [1.0], True)
     rank, out = torch.tensor([2]), torch.empty(12)
     good = {"U": out, "U_offsets": [0], "Vh": torch.empty(10), "Vh_offsets": [0]}
     for change, message in [
@@ -511,15 +511,13 @@ def test_native_refuses_what_does_not_fit():
         ({"U_offsets": []}, "expected one for each pair"),
     ]:
         with pytest.raises(ValueError, match=message):
-            native.low_rank_rotate([B0], [A0], 2, inverse, cores, cores, rank, **(good | change))
+            cpu.low_rank_rotate([B0], [A0], 2, inverse, cores, cores, rank, **(good | change))
     with pytest.raises(ValueError, match="rank: expected -1 to"):
-        native.low_rank_rotate(
-            [B0], [A0], 2, inverse, cores, cores, torch.tensor([3]), *good.values()
-        )
+        cpu.low_rank_rotate([B0], [A0], 2, inverse, cores, cores, torch.tensor([3]), *good.values())
     with pytest.raises(ValueError, match="lora_B: expected 18 contiguous"):
-        native.low_rank_cores([B0], [A0], 3, [1.0], True)
+        cpu.low_rank_cores([B0], [A0], 3, [1.0], True)
     with pytest.raises(ValueError, match="cores: expected"):
-        native.jacobi_svd(cores.float(), 30, True)
+        cpu.jacobi_svd(cores.float(), 30, True)
 
 
 # ---- statistics, budgets, truncation, merging

@@ -17,9 +17,12 @@ from torch import Tensor
 
 import peftkern
 from peftkern import NF4Weight
-from peftkern.backends import cuda, native_cuda, ops, reference
+from peftkern.backends import ops, reference
+from peftkern.backends.cuda import low_rank_svd as cuda
+from peftkern.backends.cuda import nf4
+from peftkern.backends.cuda.module import refusal_device
+from peftkern.backends.cuda.nf4_lora_linear import launch
 from peftkern.formats.nf4 import BLOCKSIZES
-from peftkern.functional.linear import _pieces
 from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd
 
 CUDA = torch.device("cuda:0")
@@ -32,7 +35,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def cuda_serves() -> Iterator[None]:
-    if reason := native_cuda.unserved(CUDA):
+    if reason := refusal_device(CUDA):
         pytest.skip(reason)
     with peftkern.use_backend("cuda"):
         yield
@@ -154,10 +157,9 @@ def test_more_than_32_bits_of_elements():
 
 def linear(o: NF4Operands, lora: bool = True, splits: int | None = None) -> tuple[Tensor, ...]:
     adapters = (o.lora_A, o.lora_B) if lora else (None, None)
+    weight = (o.w.tensors, o.w.layout)
     if splits is not None:
-        rest = (*adapters, o.bias, o.scaling, o.w.shape[0], splits)
-        return native_cuda.nf4_lora_linear_forward(o.x, _pieces(o.w), *rest)
-    weight = (*_pieces(o.w), o.w.shape)
+        return launch(o.x, *weight, *adapters, o.bias, o.scaling, splits)
     return ops.nf4_lora_linear_forward(o.x, *weight, *adapters, o.bias, o.scaling, None, 0.0)
 
 
@@ -256,10 +258,7 @@ def test_linear_more_than_32_bits_of_elements():
     last = slice(-40 * K // 2, None), slice(-40 * K // 4096, None)
     whole = NF4Weight(packed, absmax, (N, K), 4096, BF16)
     part = NF4Weight(packed[last[0]].clone(), absmax[last[1]].clone(), (40, K), 4096, BF16)
-    got, wanted = (
-        native_cuda.nf4_lora_linear_forward(x, _pieces(w), None, None, None, 1.0, w.shape[0], 1)
-        for w in (whole, part)
-    )
+    got, wanted = (launch(x, w.tensors, w.layout, None, None, None, 1.0, 1) for w in (whole, part))
     assert same_bits(got[0][:, -40:].contiguous(), wanted[0])
 
 
@@ -318,16 +317,16 @@ def test_device_that_is_not_current():
 
 def test_operands_on_two_devices_are_refused_by_name():
     w = every_byte_weight(64, True, BF16).to(CUDA)
-    pieces = [w.packed, w.absmax.cpu(), w.nested_absmax, w.nested_code, w.nested_offset, 64, 256]
+    packed, absmax, *nested = w.tensors
     with pytest.raises(ValueError, match=r"^absmax: expected .* on cuda:0, got .* on cpu"):
-        native_cuda.nf4_dequantize(tuple(pieces), torch.empty(w.shape, dtype=BF16, device=CUDA))
+        nf4.nf4_dequantize([packed, absmax.cpu(), *nested], w.layout, BF16)
 
 
 # The low-rank SVD
 
 
 def jacobi(cores: Tensor, shared: int = 0) -> tuple[Tensor, ...]:
-    return native_cuda.jacobi_svd(cores.to(CUDA), cuda.JACOBI_SWEEPS, True, shared)
+    return cuda.jacobi_svd(cores.to(CUDA), cuda.JACOBI_SWEEPS, True, shared)
 
 
 @pytest.mark.parametrize("r", [1, 2, 3, 5, 16, 17, 31, 32, 33, 64, 65, 100, 128])

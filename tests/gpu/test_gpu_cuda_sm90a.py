@@ -13,8 +13,7 @@ from tolerances import DETERMINISM_RUNS
 from torch import Tensor
 
 import peftkern
-from peftkern.backends import native_cuda
-from peftkern.functional.linear import _pieces
+from peftkern.backends.cuda import nf4_lora_linear as cuda
 
 CUDA = torch.device("cuda:0")
 pytestmark = [
@@ -25,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def cuda_serves() -> Iterator[None]:
-    if reason := native_cuda.unserved_sm90a(CUDA):
+    if reason := cuda.refusal_sm90a(CUDA):
         pytest.skip(reason)
     peftkern.reset_stats()
     with peftkern.use_backend("cuda"):
@@ -89,10 +88,10 @@ def test_on_another_stream_and_in_a_graph(splits):
     """
     torch.use_deterministic_algorithms(False)  # which fills new memory
     o = on_device(nf4_operands((100, 600, 4096, 16), BF16, F32), "cuda")
-    rest = (o.lora_A, o.lora_B, o.bias, o.scaling, o.w.shape[0], splits)
+    rest = (o.w.tensors, o.w.layout, o.lora_A, o.lora_B, o.bias, o.scaling, splits)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        return native_cuda.nf4_lora_linear_forward(x, _pieces(o.w), *rest, prefill=True)
+        return cuda.launch(x, *rest, prefill=True)
 
     xs = [o.x, o.x.flip(0), o.x.roll(1, 0)]
     wanted = [run(x) for x in xs]

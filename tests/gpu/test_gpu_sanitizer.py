@@ -13,7 +13,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from peftkern.backends import native_cuda
+from peftkern.backends.cuda.module import refusal_device
 
 SECONDS = 240  # of one tool
 CALLS = " or ".join(("values", "norms", "codec", "layouts", "importance", "svd_shapes", "products"))
@@ -59,7 +59,7 @@ def watched(tool: str, *command: str) -> str:
 
 
 @pytest.mark.skipif(
-    torch.cuda.is_available() and native_cuda.unserved(torch.device("cuda")) is not None,
+    torch.cuda.is_available() and refusal_device(torch.device("cuda")) is not None,
     reason="the CUDA kernels are not built",
 )
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])

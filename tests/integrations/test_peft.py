@@ -31,8 +31,8 @@ from site_packages import python, without
 from torch import nn
 
 import peftkern
-from peftkern.backends import native
-from peftkern.backends.native import cpu_isa
+from peftkern.backends.cpu import module as native
+from peftkern.backends.cpu.module import cpu_isa
 from peftkern.integrations.peft import serve as peft_integration
 
 CALLS_OF_THE_CHECKS = 24  # Python and C functions, before every forward pass of a layer

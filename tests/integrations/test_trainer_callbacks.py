@@ -16,7 +16,7 @@ from trainers import LENGTH, ROWS, Texts
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftkern
-from peftkern.backends.native import cpu_isa
+from peftkern.backends.cpu.module import cpu_isa
 from peftkern.integrations.peft.serve import PatchedLinear
 from peftkern.integrations.transformers.callbacks import MonitorCallback, PeftKernCallback
 

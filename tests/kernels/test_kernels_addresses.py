@@ -33,7 +33,7 @@ if triton_interpreted():
 
 GRID_MOST = (2**31 - 1, 65535, 65535)  # programs of a CUDA launch
 ROWS_MOST = 2**30 - 1
-COLUMNS_MOST = -1  # stands for the most columns that `supports` admits
+COLUMNS_MOST = -1  # stands for the most columns that `refusal` admits
 CPU = torch.device("cpu")
 SPANS: list[tuple[int, int]] = []  # bytes of the tensors of the launch that runs
 ACCESSES: list[str] = []
@@ -146,7 +146,7 @@ def nf4_weight(N: int, K: int) -> tuple:
     absmax = fake(blocks, dtype=torch.uint8)
     nested = fake(-(-blocks // 256), dtype=torch.float32)
     code, offset = fake(256, dtype=torch.float32), fake(dtype=torch.float32)
-    return packed, absmax, nested, code, offset, 64, 256
+    return [packed, absmax, nested, code, offset], [0, 64, 256, N, K]
 
 
 def most_columns() -> int:
@@ -155,7 +155,7 @@ def most_columns() -> int:
     x, A = fake(1, 1), fake(256, 1)
     while refused - admitted > 1:
         middle = (admitted + refused) // 2
-        if lora_linear.supports(x, (1, middle), A, A, None) is None:
+        if lora_linear.refusal(x, (1, middle), A, A, None) is None:
             admitted = middle
         else:
             refused = middle
@@ -187,10 +187,10 @@ def test_lora_linear(shape, dropout):
     A, B = adapters(N, K, r)
     keep, p = (fake(1, dtype=torch.int64), 0.5) if dropout else (None, 0.0)
     forward = (x, weight, A, B, bias, 2.0, keep, p)
-    assert lora_linear.supports_forward(*forward) is None
+    assert lora_linear.refusal_forward(*forward) is None
     _, S = lora_linear.lora_linear_forward(*forward)
     backward = (dy, x, S, weight, A, B, 2.0, keep, p, [True] * 4)
-    assert lora_linear.supports_backward(*backward) is None
+    assert lora_linear.refusal_backward(*backward) is None
     lora_linear.lora_linear_backward(*backward)
 
 
@@ -209,19 +209,19 @@ def test_nf4_lora_linear(shape):
     x, dy, bias = fake(M, K), fake(M, N), fake(N)
     A, B = adapters(N, K, r)
     keep = fake(1, dtype=torch.int64)
-    weight = (*nf4_weight(N, K), [N, K])
+    weight = nf4_weight(N, K)
     forward = (x, *weight, A, B, bias, 2.0, keep, 0.5)
-    assert nf4_lora_linear.supports_forward(*forward) is None
+    assert nf4_lora_linear.refusal_forward(*forward) is None
     _, S = nf4_lora_linear.nf4_lora_linear_forward(*forward)
     backward = (dy, x, S, *weight, A, B, 2.0, keep, 0.5, [True] * 4)
-    assert nf4_lora_linear.supports_backward(*backward) is None
+    assert nf4_lora_linear.refusal_backward(*backward) is None
     nf4_lora_linear.nf4_lora_linear_backward(*backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_nf4_codec(dtype):
     shape = [(1 << 17) + 1, 1 << 16]
-    nf4.nf4_dequantize(*nf4_weight(*shape), shape, dtype)
+    nf4.nf4_dequantize(*nf4_weight(*shape), dtype)
     nf4.nf4_quantize(fake(*shape, dtype=dtype), 64)
 
 
@@ -231,10 +231,10 @@ def test_dora_norm(shape, r):
     N, K = (most_columns() // 64 * 64 if n == COLUMNS_MOST else n for n in shape)
     A, B = adapters(N, K, r)
     for weight in (fake(N, K), fake(K, N).t()):
-        assert dora.supports_norm(weight, A, B, 2.0) is None
+        assert dora.refusal_norm(weight, A, B, 2.0) is None
         dora.dora_norm(weight, A, B, 2.0)
-    packed = (*nf4_weight(N, K), [N, K], torch.bfloat16, A, B, 2.0)
-    assert dora.supports_nf4_norm(*packed) is None
+    packed = (*nf4_weight(N, K), torch.bfloat16, A, B, 2.0)
+    assert dora.refusal_nf4_norm(*packed) is None
     dora.nf4_dora_norm(*packed)
 
 
@@ -256,7 +256,7 @@ def test_rosa(shape, in_a_row):
     CONTENTS["crow_ptr"] = lambda row: row * in_a_row
     CONTENTS["col_ptr"] = lambda entry: np.where(entry % 2, K - 1, 0)
     x, y, crow, col = fake(M, K), fake(M, N), fake(N + 1, dtype=dtype), fake(nnz, dtype=dtype)
-    assert rosa.supports(y, x) is None
+    assert rosa.refusal_sddmm(y, x) is None
     rosa.rosa_sddmm(y, x, crow, col)
     before = ACCESSES.count("store")
     for order in (None, col):

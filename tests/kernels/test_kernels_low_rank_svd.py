@@ -18,7 +18,7 @@ from test_low_rank_svd import (
 from tolerances import SVD_BOUNDS, SVD_BOUNDS_FAST
 
 import peftkern
-from peftkern.backends import native
+from peftkern.backends import pointers
 from peftkern.backends.device import BackendUnavailableError, triton_interpreted
 from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
 
@@ -200,10 +200,10 @@ def test_what_is_not_supported_is_said(r, dtype, reason):
 
 def test_address_table():
     tensors = [torch.zeros(3), torch.zeros(2, 5)]
-    table = native.address_table(tensors, torch.device("cpu"), [7, -1])
+    table = pointers.address_table(tensors, torch.device("cpu"), [7, -1])
     assert table.tolist() == [*(tensor.data_ptr() for tensor in tensors), 7, -1]
     assert table.dtype is torch.int64
     with pytest.raises(ValueError, match=r"tensors: expected contiguous ones on cpu, got"):
-        native.address_table([torch.zeros(3, 4).T], torch.device("cpu"))
+        pointers.address_table([torch.zeros(3, 4).T], torch.device("cpu"))
     with pytest.raises(ValueError, match="on meta"):
-        native.address_table([torch.zeros(3, device="meta")], torch.device("cpu"))
+        pointers.address_table([torch.zeros(3, device="meta")], torch.device("cpu"))

@@ -310,4 +310,4 @@ def test_reasons_against_it(first, x, reason):
 
 def test_more_rows_than_a_grid_has():
     x = torch.empty(1, 1).expand(9_000_000, 1)
-    assert rosa.supports(x, x) == "x has 9000000 rows, above 8388480"
+    assert rosa.refusal_sddmm(x, x) == "x has 9000000 rows, above 8388480"

@@ -13,9 +13,10 @@ from test_cuda_nf4_lora_linear import check
 from tolerances import SVD_BOUNDS_64, assert_as_accurate_as_torch
 
 import peftkern
-from peftkern.backends import native_cuda, ops, reference
+from peftkern.backends import ops, reference
+from peftkern.backends.cuda import low_rank_svd
+from peftkern.backends.cuda.nf4_lora_linear import launch, refusal_sm90a
 from peftkern.formats.nf4 import BLOCKSIZES
-from peftkern.functional.linear import _pieces
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,12 +35,12 @@ def check_nf4(numel: int, blocksize: int, dtype: torch.dtype, double_quant: bool
 def check_jacobi(r: int, shared: int) -> None:
     """Both small kernels, with as much shared memory as other devices have."""
     cores = torch.randn(3, r, r, dtype=torch.float64)
-    sigma, left, right, info = native_cuda.jacobi_svd(cores.cuda(), 20, True, shared)
+    sigma, left, right, info = low_rank_svd.jacobi_svd(cores.cuda(), 20, True, shared)
     assert not info.any()
     product = (left * sigma[:, None]) @ right.mT
     assert (product.cpu() - cores).norm() <= SVD_BOUNDS_64[3] * cores.norm()
     grams = cores.mT @ cores
-    root, _, norms = native_cuda.gram_roots(grams.cuda(), shared)
+    root, _, norms = low_rank_svd.gram_roots(grams.cuda(), shared)
     root = root * norms[:, None]
     assert ((root.mT @ root).cpu() - grams).norm() <= SVD_BOUNDS_64[3] * grams.norm()
 
@@ -48,10 +49,8 @@ def check_linear(shape: tuple[int, int, int, int], splits: int, dtype: torch.dty
     cases = nf4_cases(shape, dtype, torch.float32, device="cuda", double_quant=splits % 2 == 0)
     got, eager, exact = [], [], []
     for o in cases:
-        adapters = (o.lora_A, o.lora_B, o.bias, o.scaling)
-        call = (o.x, _pieces(o.w), *adapters, shape[1], splits)
-        got.append(native_cuda.nf4_lora_linear_forward(*call)[0].cpu())
-        weight = (*_pieces(o.w), o.w.shape)
+        adapters, weight = (o.lora_A, o.lora_B, o.bias, o.scaling), (o.w.tensors, o.w.layout)
+        got.append(launch(o.x, *weight, *adapters, splits)[0].cpu())
         eager.append(reference.nf4_lora_linear_forward(o.x, *weight, *adapters, None, 0.0)[0].cpu())
         o = o.to(torch.float64)
         update = o.scaling * (o.x @ o.lora_A.t()) @ o.lora_B.t()
@@ -69,7 +68,7 @@ def main() -> None:
         for r, shared in ((1, 0), (3, 0), (16, 0), (17, 0), (33, 0), (64, 0), (65, 48 << 10)):
             check_jacobi(r, shared)
         check_jacobi(65, 8 << 10)
-        if native_cuda.unserved_sm90a(torch.device("cuda")) is None:
+        if refusal_sm90a(torch.device("cuda")) is None:
             for shape in ((33, 140, 192, 5), (130, 57, 640, 16), (300, 140, 1088, 70)):
                 for dtype in (torch.float16, torch.bfloat16):
                     check(nf4_cases(shape, dtype, torch.float32, device="cuda"))

@@ -12,7 +12,6 @@ from torch import Tensor
 import peftkern
 from peftkern import NF4Weight
 from peftkern.backends import ops
-from peftkern.functional.linear import _pieces
 
 GRADIENTS = ("dx", "dA", "dB", "dbias")
 RESULTS = ("y", *GRADIENTS)
@@ -91,7 +90,7 @@ def run_ops(
     """
     adapters = (o.lora_A, o.lora_B) if lora else (None, None)
     packed = isinstance(o, NF4Operands) and o.x.dtype is not torch.float64
-    weight = (*_pieces(o.w), o.w.shape) if packed else (o.weight,)
+    weight = (o.w.tensors, o.w.layout) if packed else (o.weight,)
     forward = ops.nf4_lora_linear_forward if packed else ops.lora_linear_forward
     backward = ops.nf4_lora_linear_backward if packed else ops.lora_linear_backward
     options = (o.scaling, keep, o.dropout_p)

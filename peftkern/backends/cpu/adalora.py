@@ -1,0 +1,168 @@
+"""AdaLoRA's importance, allocation and orthogonality loss in C++."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from peftkern.backends.cpu.module import contiguous, isa_and_threads, library, refusal_list
+from peftkern.backends.pointers import address, addresses, dtype_code, fresh
+
+
+def refusal_importance(
+    exp_avg_ipt: Tensor, exp_avg_unc: Tensor, params: list[Tensor], *args: object
+) -> str | None:
+    """Refuse other EMAs than float32, and tensors that differ in dtype."""
+    if exp_avg_ipt.dtype is not torch.float32:
+        return f"the EMAs are {exp_avg_ipt.dtype}"
+    return refusal_list([*params, *(grad for grad in args[0] if grad is not None)])
+
+
+def refusal_allocate(scores: Tensor, lora_E: list[Tensor], *args: object) -> str | None:
+    """Refuse other scores than float32."""
+    if scores.dtype is not torch.float32:
+        return f"scores are {scores.dtype}"
+    return refusal_list(lora_E)
+
+
+def refusal_orthogonality_forward(
+    lora_A: list[Tensor], lora_B: list[Tensor], *args: object
+) -> str | None:
+    """Refuse matrices that differ in dtype."""
+    return refusal_list([*lora_A, *lora_B])
+
+
+def refusal_orthogonality_backward(
+    dloss: Tensor, residual: Tensor, factors: Tensor, lora_A: list[Tensor], lora_B: list[Tensor]
+) -> str | None:
+    """Refuse what forward refuses."""
+    return refusal_list([*lora_A, *lora_B])
+
+
+def adalora_importance_(
+    exp_avg_ipt: Tensor,
+    exp_avg_unc: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    params, grads = contiguous(params), contiguous(grads)
+    numel, count = exp_avg_ipt.numel(), sum(E.numel() for E in params[::3])
+    scores = torch.empty(count, dtype=torch.float32, device="cpu")
+    library().adalora_importance(
+        *isa_and_threads(),
+        _triplet_table(params, grads),
+        dtype_code("params", params[0]),
+        address("exp_avg_ipt", exp_avg_ipt, torch.float32, numel),
+        address("exp_avg_unc", exp_avg_unc, torch.float32, numel),
+        numel,
+        beta1,
+        beta2,
+        fresh(scores),
+        count,
+    )
+    return scores
+
+
+def adalora_allocate_(
+    scores: Tensor, lora_E: list[Tensor], budget: int, threshold_ties: bool
+) -> Tensor:
+    scores, count = scores.contiguous(), scores.numel()
+    dtype = lora_E[0].dtype
+    table = []
+    for E in lora_E:
+        table += (E.numel(), 1, 1, address("lora_E", E, dtype, E.numel()), 0, 0, 0, 0, 0)
+    keep = torch.empty(count, dtype=torch.bool, device="cpu")
+    library().adalora_allocate(
+        address("scores", scores, torch.float32, count),
+        count,
+        budget,
+        threshold_ties,
+        table,
+        dtype_code("lora_E", lora_E[0]),
+        fresh(keep),
+    )
+    return keep
+
+
+def adalora_orthogonality_forward(
+    lora_A: list[Tensor], lora_B: list[Tensor], squared: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
+    table, size = _gram_table(lora_A, lora_B)
+    residual = torch.empty(size, dtype=torch.float32, device="cpu")
+    norms = library().adalora_gram(
+        *isa_and_threads(),
+        table,
+        len(lora_A),
+        dtype_code("lora_A", lora_A[0]),
+        fresh(residual),
+        size,
+    )
+    n = len(norms)
+    if squared:
+        factors = [4 / n] * n
+    else:
+        norms = [math.sqrt(square) for square in norms]
+        factors = [2 / (n * norm) if norm > 0 else 0.0 for norm in norms]
+    return torch.tensor(math.fsum(norms) / n), residual, torch.tensor(factors)
+
+
+def adalora_orthogonality_backward(
+    dloss: Tensor,
+    residual: Tensor,
+    factors: Tensor,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+) -> list[Tensor]:
+    lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
+    scale = float(dloss)
+    grads = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in lora_A + lora_B]
+    table, size = _gram_table(lora_A, lora_B, grads)
+    library().adalora_gram_backward(
+        *isa_and_threads(),
+        table,
+        len(lora_A),
+        dtype_code("lora_A", lora_A[0]),
+        address("residual", residual, torch.float32, size),
+        size,
+        [scale * factor for factor in factors.tolist()],
+    )
+    return grads
+
+
+def _triplet_table(params: list[Tensor], grads: list[Tensor | None]) -> list[int]:
+    """Return r, K, N and the addresses of E, A, B and their gradients per layer; 0: no gradient."""
+    dtype, shapes, sizes = params[0].dtype, [], []
+    for A, B in zip(params[1::3], params[2::3], strict=True):
+        (r, K), N = A.shape, B.shape[0]
+        shapes.append((r, K, N))
+        sizes += (r, r * K, N * r)
+    owners = addresses("params", params, dtype, sizes)
+    slopes = [0] * len(grads)
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+    at = addresses("grads", [grads[i] for i in present], dtype, [sizes[i] for i in present])
+    for i, slope in zip(present, at, strict=True):
+        slopes[i] = slope
+    table = []
+    for i, shape in enumerate(shapes):
+        table += (*shape, *owners[3 * i : 3 * i + 3], *slopes[3 * i : 3 * i + 3])
+    return table
+
+
+def _gram_table(
+    lora_A: list[Tensor], lora_B: list[Tensor], grads: list[Tensor] | None = None
+) -> tuple[list[int], int]:
+    """Return r, length, addresses of matrix and gradient per matrix; elements of all residuals."""
+    shapes = [A.shape for A in lora_A] + [B.shape[::-1] for B in lora_B]
+    sizes = [r * length for r, length in shapes]
+    matrices, dtype = lora_A + lora_B, lora_A[0].dtype
+    at = addresses("lora_A, lora_B", matrices, dtype, sizes)
+    grads_at = [0] * len(at) if grads is None else addresses("grads", grads, dtype, sizes)
+    table = []
+    for (r, length), matrix, grad in zip(shapes, at, grads_at, strict=True):
+        table += (r, length, matrix, grad)
+    return table, sum(r * r for r, _ in shapes)

@@ -1,0 +1,141 @@
+"""Linear layer over an NF4 weight that is never made dense, with a low-rank update, in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkern.backends.cpu.lora_linear import adapter_gradients, lora_expand_, mask_of
+from peftkern.backends.cpu.module import (
+    float32,
+    isa_and_threads,
+    library,
+    refusal_dense,
+    rows_of,
+)
+from peftkern.backends.dropout import keep_scale
+from peftkern.backends.pointers import CPU, address, each, fresh, optional, weight
+
+_ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def refusal_forward(x: Tensor, w: list[Tensor], layout: list[int], *args: object) -> str | None:
+    """Refuse empty weights, dtypes and devices."""
+    if 0 in layout[3:]:
+        return "the weight is empty"
+    return refusal_dense(x)
+
+
+def refusal_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    w: list[Tensor],
+    layout: list[int],
+    *args: object,
+) -> str | None:
+    """Refuse what forward refuses."""
+    return refusal_forward(dy, w, layout)
+
+
+def nf4_lora_linear_forward(
+    x: Tensor,
+    w: list[Tensor],
+    layout: list[int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    N, K = layout[3:]
+    rows = rows_of(x, K)
+    M, r = rows.shape[0], 0 if lora_A is None else lora_A.shape[0]
+    if x.dtype is torch.float16:
+        rows = rows.float()
+    if keep is not None:
+        keep = mask_of(keep, M, K, dropout_p)
+    if lora_A is not None:
+        lora_A, lora_B = float32(lora_A), float32(lora_B)
+    if bias is not None:
+        bias = float32(bias)
+    y = torch.empty((M, N), dtype=rows.dtype, device="cpu")
+    S = torch.empty((M, r) if lora_A is not None else 0, dtype=torch.float32, device="cpu")
+    f32 = torch.float32
+    x_at, A_at, B_at, keep_at, bias_at, S_at, y_at = each(
+        CPU,
+        ("x", rows, rows.dtype, M * K),
+        ("lora_A", lora_A, f32, r * K),
+        ("lora_B", lora_B, f32, N * r),
+        ("keep", keep, torch.bool, M * K),
+        ("bias", bias, f32, N),
+        ("S", S, f32, M * r),
+        ("y", y, rows.dtype, M * N),
+    )
+    view, code, scale = weight(w, layout), _ACTIVATIONS[rows.dtype], keep_scale(keep, dropout_p)
+    library().nf4_lora_linear_forward(
+        *isa_and_threads(),
+        *(M, N, K, r),
+        *(x_at, code, view, A_at, keep_at, scale, S_at, scaling, B_at, bias_at, y_at),
+    )
+    if x.dtype is torch.float16:
+        y = y.half()
+    if x.dim() == 2:
+        return y, S
+    return y.view(*x.shape[:-1], N), S if lora_A is None else S.view(*x.shape[:-1], r)
+
+
+def nf4_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    w: list[Tensor],
+    layout: list[int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, K = layout[3:]
+    rows = rows_of(dy, N)
+    keep = mask_of(keep, rows.shape[0], K, dropout_p)
+    dx = dy.new_empty(0)
+    dS, dA, dB, dbias = adapter_gradients(
+        rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
+    )
+    if needs[0]:
+        s = a = None
+        if dS is not None and keep is None:
+            s, a = dS, float32(lora_A)
+        dense = rows.float() if dy.dtype is torch.float16 else rows
+        dx = _nf4_linear_backward(dense, w, layout, s, a).to(dy.dtype)
+        if dS is not None and keep is not None:
+            lora_expand_(dx, dS, float32(lora_A), keep_scale(keep, dropout_p), keep)
+        dx = dx.view(*dy.shape[:-1], K)
+    return dx, dA, dB, dbias
+
+
+def _nf4_linear_backward(
+    dy: Tensor, w: list[Tensor], layout: list[int], s: Tensor | None, a: Tensor | None
+) -> Tensor:
+    """Compute dx[M, K] = dy[M, N] W + s[M, r] a[r, K]; s and a float32 or None."""
+    (M, N), K = dy.shape, layout[-1]
+    r = 0 if s is None else s.shape[1]
+    dx = torch.empty((M, K), dtype=dy.dtype, device="cpu")
+    library().nf4_lora_linear_backward(
+        *isa_and_threads(),
+        M,
+        N,
+        K,
+        r,
+        address("dy", dy, dy.dtype, M * N),
+        _ACTIVATIONS[dy.dtype],
+        weight(w, layout),
+        optional("s", s, torch.float32, M * r),
+        optional("lora_A", a, torch.float32, r * K),
+        fresh(dx),
+    )
+    return dx

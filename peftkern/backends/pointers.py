@@ -1,0 +1,171 @@
+"""Addresses of tensors: the only code that takes one.
+
+Everything native code is handed goes through here: dtype, device, contiguity and size are checked
+(C++ checks the sizes again), and the caller holds the tensors over the call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftkern.formats.table import FORMATS
+
+CPU = torch.device("cpu")
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of base.h
+
+
+def address(
+    name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device = CPU
+) -> int:
+    """Return the address of a contiguous tensor that has this dtype, size and device.
+
+    Raises: ValueError naming the argument, what is accepted and what came.
+    """
+    if (
+        tensor.dtype is not dtype
+        or tensor.numel() != numel
+        or tensor.device != device
+        or not tensor.is_contiguous()
+    ):
+        layout = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
+        raise ValueError(
+            f"{name}: expected {numel} contiguous {dtype} values on {device}, got "
+            f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {layout}"
+        )
+    return tensor.data_ptr()
+
+
+def optional(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, numel: int, device: torch.device = CPU
+) -> int:
+    """`address`, 0 for None."""
+    return 0 if tensor is None else address(name, tensor, dtype, numel, device)
+
+
+def fresh(tensor: Tensor | None) -> int:
+    """Return the address of a tensor that the caller has just allocated, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def each(device: torch.device, *rows: tuple[str, Tensor | None, torch.dtype, int]) -> list[int]:
+    """`optional` of several tensors of a device: (name, tensor, dtype, numel) each."""
+    found = []
+    for name, tensor, dtype, numel in rows:
+        if tensor is None:
+            found.append(0)
+        elif (
+            tensor.dtype is dtype
+            and tensor.numel() == numel
+            and tensor.device == device
+            and tensor.is_contiguous()
+        ):
+            found.append(tensor.data_ptr())
+        else:
+            address(name, tensor, dtype, numel, device)  # raises
+    return found
+
+
+def addresses(
+    name: str, tensors: Sequence[Tensor], dtype: torch.dtype, sizes: Sequence[int]
+) -> list[int]:
+    """`address` of hundreds of CPU tensors: each question is asked of all before the next."""
+    if not (
+        [tensor.numel() for tensor in tensors] == list(sizes)
+        and {tensor.dtype for tensor in tensors} <= {dtype}
+        and {tensor.is_cpu for tensor in tensors} <= {True}
+        and {tensor.is_contiguous() for tensor in tensors} <= {True}
+    ):
+        for i, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+            address(f"{name}[{i}]", tensor, dtype, size)
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def address_table(
+    tensors: Sequence[Tensor | None], device: torch.device, numbers: Sequence[int] = ()
+) -> Tensor:
+    """Return int64 on a device: addresses of contiguous tensors there (0 for None), then `numbers`.
+
+    It keeps nothing alive: the tensors have to outlive the launches that read it, in the order of
+    their stream. The copy to a GPU does not wait: pinned memory is reused only after it.
+
+    Raises: RuntimeError while a CUDA graph is captured, whose replays would read that memory later.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a table of addresses cannot be part of a CUDA graph")
+    for tensor in tensors:
+        if tensor is not None and (tensor.device != device or not tensor.is_contiguous()):
+            raise ValueError(
+                f"tensors: expected contiguous ones on {device}, got strides {tensor.stride()} on "
+                f"{tensor.device}"
+            )
+    table = torch.tensor([*map(fresh, tensors), *numbers], dtype=torch.int64, device="cpu")
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def begins_at(tensor: Tensor, multiple: int) -> bool:
+    """Check that a tensor's memory is aligned to this many bytes."""
+    return tensor.data_ptr() % multiple == 0
+
+
+def dtype_code(name: str, tensor: Tensor) -> int:
+    """Return the number of a tensor's dtype in C++.
+
+    Raises: ValueError listing the dtypes if it has none.
+    """
+    code = DTYPE_CODES.get(tensor.dtype)
+    if code is None:
+        raise ValueError(f"{name}: expected one of {list(DTYPE_CODES)}, got {tensor.dtype}")
+    return code
+
+
+def check_blocksize(name: str, blocksize: int, form: int = 0) -> None:
+    """Raise ValueError unless a format has blocks of this size."""
+    accepted = FORMATS[form].blocksizes
+    if blocksize not in accepted:
+        raise ValueError(f"{name}: expected one of {accepted}, got {blocksize}")
+
+
+def weight(
+    tensors: Sequence[Tensor], layout: Sequence[int], device: torch.device = CPU
+) -> tuple[int, ...]:
+    """Return a weight as C++ takes it: the fields of `view_from_tuple` in binding.h.
+
+    Raises: ValueError naming the tensor or the block size that does not fit.
+    """
+    form, blocksize, nested_blocksize, *shape = layout
+    if not 0 <= form < len(FORMATS):
+        raise ValueError(f"layout: expected a format from 0 to {len(FORMATS) - 1}, got {form}")
+    numel = math.prod(shape)
+    accepted = FORMATS[form].blocksizes
+    if blocksize not in accepted or nested_blocksize not in (0, *accepted):
+        check_blocksize("blocksize", blocksize, form)
+        check_blocksize("nested_blocksize", nested_blocksize, form)
+    if len(tensors) != (5 if nested_blocksize else 2):
+        raise ValueError(f"w: expected {5 if nested_blocksize else 2} tensors, got {len(tensors)}")
+    packed_bytes, nblocks = (numel + 1) // 2, -(-numel // blocksize)
+    if not nested_blocksize:
+        packed, absmax = tensors
+        packed_at, absmax_at = each(
+            device,
+            ("packed", packed, torch.uint8, packed_bytes),
+            ("absmax", absmax, torch.float32, nblocks),
+        )
+        scales = (absmax_at, nblocks, 0, 0, 0, 0)
+    else:
+        packed, absmax, nested_absmax, nested_code, nested_offset = tensors
+        nested_len = -(-nblocks // nested_blocksize)
+        packed_at, absmax_at, nested_at, code_at, offset_at = each(
+            device,
+            ("packed", packed, torch.uint8, packed_bytes),
+            ("absmax", absmax, torch.uint8, nblocks),
+            ("nested_absmax", nested_absmax, torch.float32, nested_len),
+            ("nested_code", nested_code, torch.float32, 256),
+            ("nested_offset", nested_offset, torch.float32, 1),
+        )
+        scales = (absmax_at, nblocks, nested_at, nested_len, code_at, offset_at)
+    sizes = (form, numel, blocksize, int(nested_blocksize > 0), nested_blocksize)
+    return (*sizes, packed_at, packed_bytes, *scales)

@@ -1,0 +1,63 @@
+"""Linear layer with a low-rank update: LoRA."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peftkern.backends import ops
+from peftkern.functional.arguments import (
+    cast_for_autocast,
+    check_factors,
+    check_float,
+    check_frozen,
+    check_linear,
+    draw_keep,
+    fold_scaling,
+    mismatch,
+    needs_gradient,
+)
+from peftkern.functional.autograd import LowRankLinear
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Apply a linear layer plus a low-rank update.
+
+    y = x @ weight.T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias
+
+    Args: x [..., K] float16|bfloat16|float32|float64; weight [N, K], dtype of x, frozen; lora_A
+        [r, K] and lora_B [N, r], any float dtype (PEFT keeps them in float32); scaling, a number
+        or a 0-dim tensor (read on its device, never on the host); bias [N], dtype of x; dropout_p
+        in [0, 1], drawn from torch's generator: on a CPU exactly as nn.Dropout draws it, elsewhere
+        as a seed. Under autocast all of them are cast to its dtype, as F.linear does.
+    Returns: [..., N], dtype of x; the update accumulates in float32 (float64 for float64).
+    Raises: ValueError naming both sides on a shape, dtype or device mismatch, and if weight
+        requires a gradient.
+    Gradients: x, lora_A, lora_B, bias, a tensor scaling; twice differentiable unless
+        lora_A is frozen. x is saved only if lora_A requires a gradient.
+        Error bound: kernels/NUMERICS.md#lora_linear
+    Source: Hu et al. 2021, eq. 3, arXiv:2106.09685
+    """
+    check_float("x", x)
+    check_frozen(weight)
+    x, weight, lora_A, lora_B, bias = cast_for_autocast(x, weight, lora_A, lora_B, bias)
+    if weight.dim() != 2 or weight.dtype is not x.dtype or weight.device != x.device:
+        raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", weight)
+    check_linear(x, *weight.shape, bias, dropout_p)
+    check_factors(*weight.shape, x.device, lora_A, lora_B)
+    if type(scaling) is not float:
+        lora_B, scaling = fold_scaling(lora_B, scaling, x)
+    keep = draw_keep(x, dropout_p) if dropout_p else None
+    needs = needs_gradient(x, lora_A, lora_B, bias)
+    args = (lora_A, lora_B, bias, scaling, keep, dropout_p)
+    if needs is None:
+        return ops.lora_linear_forward(x, weight, *args)[0]
+    return LowRankLinear.apply(x, *args, needs, (), weight)

@@ -1,0 +1,73 @@
+"""NF4 codec."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import ops
+from peftkern.formats.nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Weight, dynamic_map
+from peftkern.functional.arguments import (
+    DTYPES,
+    WEIGHT_DTYPES,
+    check_dense,
+    check_float,
+    check_nf4,
+    mismatch,
+)
+
+
+def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
+    """Quantize a weight to NF4.
+
+    Args: weight, any shape, float16|bfloat16|float32; blocksize 32, 64, ... or 4096; double_quant
+        keeps absmax in 8 bits (in blocks of 256) instead of 32.
+    Returns: NF4Weight of the same shape, dtype and device.
+    Raises: ValueError on another dtype or blocksize.
+    Gradients: none.   Source: Dettmers et al. 2023, arXiv:2305.14314
+    """
+    check_dense("weight", weight)
+    check_float("weight", weight, WEIGHT_DTYPES)
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        raise mismatch("blocksize", f"one of {BLOCKSIZES}", blocksize)
+    packed, absmax = ops.nf4_quantize(weight.detach(), blocksize)
+    shape = tuple(weight.shape)
+    if not double_quant:
+        return NF4Weight(packed, absmax, shape, blocksize, weight.dtype)
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    code = torch.tensor(dynamic_map(), dtype=torch.float32, device=absmax.device)
+    q, nested = ops.nf4_quantize_absmax(absmax, offset, code, NESTED_BLOCKSIZE)
+    return NF4Weight(
+        packed, q, shape, blocksize, weight.dtype, nested, code, offset, NESTED_BLOCKSIZE
+    )
+
+
+def dequantize_nf4(
+    w: NF4Weight, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Dequantize an NF4 weight, bit for bit as bitsandbytes does.
+
+    value = cast(NF4_CODE[code] * absmax): the product in float32, then one rounding.
+
+    Args: dtype of the result, that of `out` or of the original weight by default; out, a tensor of
+        the weight's shape on its device to write to, outside of autograd.
+    Returns: a tensor of w.shape, `out` if that is given.
+    Raises: ValueError naming both sides on a shape, dtype or device mismatch of `out`.
+    Gradients: none.   Source: Dettmers et al. 2023, arXiv:2305.14314
+    """
+    check_nf4("w", w)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in DTYPES):
+        raise mismatch("dtype", f"one of {DTYPES}", dtype)
+    if out is None:
+        return ops.nf4_dequantize(w.tensors, w.layout, w.dtype if dtype is None else dtype)
+    check_float("out", out)
+    wanted = out.dtype if dtype is None else dtype
+    if out.shape != w.shape or out.dtype is not wanted or out.device != w.device:
+        raise mismatch("out", f"{list(w.shape)} {wanted} on {w.device}", out)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: expected a tensor outside of autograd, got one that requires grad")
+    ops.nf4_dequantize_out(w.tensors, w.layout, out)
+    # Autograd must see that what it may have saved is gone.
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out

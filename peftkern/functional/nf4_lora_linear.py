@@ -1,0 +1,92 @@
+"""Linear layer over an NF4 weight, alone or with a low-rank update: QLoRA."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peftkern.backends import ops
+from peftkern.formats.nf4 import NF4Weight
+from peftkern.functional.arguments import (
+    cast_for_autocast,
+    check_factors,
+    check_float,
+    check_linear,
+    check_nf4,
+    check_stored,
+    draw_keep,
+    fold_scaling,
+    needs_gradient,
+)
+from peftkern.functional.autograd import LowRankLinear
+
+
+def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear layer over an NF4 weight that is never made dense.
+
+    y = x @ dequantize(w).T + bias
+
+    Args: x [..., K] float16|bfloat16|float32|float64; w of shape (N, K), frozen; bias [N], any
+        float dtype, cast to that of x. Under autocast x and bias are cast to its dtype.
+    Returns: [..., N], dtype of x; each weight is rounded to the dtype of x at most once and
+        products accumulate in float32.
+    Raises: ValueError naming both sides on a shape, dtype or device mismatch.
+    Gradients: x, bias; twice differentiable.   Error bound: kernels/NUMERICS.md#nf4_lora_linear
+    Source: Dettmers et al. 2023, arXiv:2305.14314
+    """
+    return _nf4_lora_linear(x, w, None, None, 1.0, bias, 0.0)
+
+
+def nf4_lora_linear(
+    x: Tensor,
+    w: NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Apply a linear layer over an NF4 weight plus a low-rank update: QLoRA.
+
+    y = x @ dequantize(w).T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias
+
+    Args: x, scaling, dropout_p, lora_A [r, K] and lora_B [N, r] as in `lora_linear`; w and bias as
+        in `nf4_linear`.
+    Returns: [..., N], dtype of x.
+    Raises: ValueError naming both sides on a shape, dtype or device mismatch.
+    Gradients: x, lora_A, lora_B, bias, a tensor scaling; twice differentiable unless
+        lora_A is frozen. x is saved only if lora_A requires a gradient.
+        Error bound: kernels/NUMERICS.md#nf4_lora_linear
+    Source: Dettmers et al. 2023, eq. 5, arXiv:2305.14314
+    """
+    if lora_A is None or lora_B is None:
+        raise ValueError("lora_A, lora_B: expected two tensors, got None; see nf4_linear")
+    return _nf4_lora_linear(x, w, lora_A, lora_B, scaling, bias, dropout_p)
+
+
+def _nf4_lora_linear(
+    x: Tensor,
+    w: NF4Weight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    check_float("x", x)
+    check_nf4("w", w)
+    x, lora_A, lora_B, bias = cast_for_autocast(x, lora_A, lora_B, bias)
+    check_stored("w", x, w)
+    if isinstance(bias, Tensor) and bias.dtype is not x.dtype and bias.is_floating_point():
+        bias = bias.to(x.dtype)
+    check_linear(x, *w.shape, bias, dropout_p)
+    if lora_B is not None:
+        check_factors(*w.shape, x.device, lora_A, lora_B)
+        if type(scaling) is not float:
+            lora_B, scaling = fold_scaling(lora_B, scaling, x)
+    keep = draw_keep(x, dropout_p) if dropout_p else None
+    needs = needs_gradient(x, lora_A, lora_B, bias)
+    args = (lora_A, lora_B, bias, scaling, keep, dropout_p)
+    if needs is None:
+        return ops.nf4_lora_linear_forward(x, w.tensors, w.layout, *args)[0]
+    return LowRankLinear.apply(x, *args, needs, w.layout, *w.tensors)
