@@ -35,15 +35,15 @@ except ImportError:  # not a POSIX system
 ROOT = Path(__file__).resolve().parent
 CMAKE_MINIMUM = (3, 18)
 CUDA = "peftkern._cuda"
-CXX_COMPILERS = ("c++", "CC", "g++", "clang++", "icpx", "icx", "xlC")  # those that CMake looks for
+CXX_COMPILERS = ("c++", "CC", "g++", "clang++", "icpx", "icx", "xlC")  # as CMake searches
 
 
 class Missing(Exception):
-    """A thing that a build needs: what, and how to get it."""
+    """Missing requirement of a build, and how to get it."""
 
 
 def find_tool(name: str, minimum: tuple[int, ...] = ()) -> str:
-    """Path of the build tool `name`: the one beside this Python if there is one, else from PATH."""
+    """Find the build tool `name`: the one beside this Python if there is one, else from PATH."""
     scripts = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
     rejected = ""
     for folder in [*scripts, *os.environ.get("PATH", "").split(os.pathsep)]:
@@ -61,7 +61,7 @@ def find_tool(name: str, minimum: tuple[int, ...] = ()) -> str:
 
 
 def find_compiler() -> str:
-    """The C++ compiler that CMake will take, or the options that tell it of one."""
+    """Find the C++ compiler that CMake will take, or the options that name one."""
     options = os.environ.get("CMAKE_ARGS", "")
     if re.search(r"-DCMAKE_(CXX_COMPILER|TOOLCHAIN_FILE)\b", options):
         return options
@@ -73,7 +73,7 @@ def find_compiler() -> str:
 
 
 def pybind11_include() -> str:
-    """Folder of the pybind11 headers: the package's, the system's, or the copy torch ships."""
+    """Find the pybind11 headers: the package's, the system's, or the copy torch ships."""
     if importlib.util.find_spec("pybind11") is not None:
         import pybind11
 
@@ -90,7 +90,7 @@ def pybind11_include() -> str:
 
 
 def find_requirements() -> dict[str, str]:
-    """Where the things are that a build needs. Raises: CompileError naming all that is missing."""
+    """Locate the build requirements. Raises: CompileError naming all that are missing."""
     finders = {
         "cmake": lambda: find_tool("cmake", CMAKE_MINIMUM),
         "ninja": lambda: find_tool("ninja"),
@@ -109,14 +109,14 @@ def find_requirements() -> dict[str, str]:
 
 
 def build_folder() -> Path:
-    """Where CMake builds for this Python."""
+    """Return CMake's build folder for this Python."""
     if fcntl is None:
         raise CompileError(f"building peftkern needs Linux or a system like it, not {sys.platform}")
     return ROOT / "build" / sysconfig.get_config_var("SOABI")
 
 
 def first_error(log: str) -> str:
-    """The first compiler, linker or CMake error in `log`, with the lines that explain it."""
+    """Return the first compiler, linker or CMake error in `log`, with the lines that explain it."""
     lines = log.splitlines()
     pattern = re.compile(r"\berror:|\bError at\b|CMake Error|undefined reference|^FAILED:")
     hits = [i for i, line in enumerate(lines) if pattern.search(line)]
@@ -150,7 +150,7 @@ def run_tool(command: list[str], step: str, quiet: bool) -> None:
 
 @contextlib.contextmanager
 def locked(build_dir: Path) -> Iterator[None]:
-    """Keep other builds out of `build_dir`: CMake and Ninja do not."""
+    """Lock `build_dir` against other builds: CMake and Ninja do not."""
     build_dir.parent.mkdir(exist_ok=True)
     with open(f"{build_dir}.lock", "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -158,20 +158,20 @@ def locked(build_dir: Path) -> Iterator[None]:
 
 
 def builds_cuda(build_dir: Path) -> bool:
-    """What CMake has decided on peftkern._cuda."""
+    """Return whether CMake builds peftkern._cuda."""
     cache = (build_dir / "CMakeCache.txt").read_text(encoding="utf-8")
     return "\nPEFTKERN_BUILDS_CUDA:INTERNAL=ON\n" in cache
 
 
 def remove_stale(module: Path) -> None:
-    """An earlier build's module would be imported or packed, with the kernels of then."""
+    """Remove an earlier build's module, which would be imported or packed with stale kernels."""
     if module.exists():
         print(f"peftkern: removing {module}, which this build does not make")
         module.unlink()
 
 
 def replace_file(source: Path, destination: Path) -> None:
-    """Copy a module. Replaced, not overwritten: a process may have the old file mapped."""
+    """Replace a module atomically: a process may have the old file mapped."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     staged = destination.with_name(f".{destination.name}.{os.getpid()}")
     shutil.copyfile(source, staged)

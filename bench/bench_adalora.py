@@ -1,11 +1,11 @@
-"""AdaLoRA's per-step work beside PEFT's and beside the best that torch's foreach operators do.
+"""AdaLoRA's work per step against PEFT's and against the best of torch's foreach operators.
 
 Per element: read the parameter, its gradient and two EMAs, write the EMAs: 24 bytes in float32.
 The orthogonality loss reads every matrix forward and backward and writes its gradient: 12 bytes.
 
-On a GPU peftkern is its own RankAllocator, which waits for nothing. Under PEFT (`patched PEFT`) the
-mask has to become rank_pattern, a list on the host. The foreach operators are replayed there as a
-CUDA graph over fixed tensors, the least that torch's own operators can take.
+On a GPU peftkern is its own RankAllocator, which never synchronizes. Under PEFT (`patched PEFT`)
+the mask has to become rank_pattern, a list on the host. The foreach operators are replayed there as
+a CUDA graph over fixed tensors, the least that torch's own operators can take.
 
 python bench/bench_adalora.py [--device cuda] [--only llama] [--seconds 2]
 """
@@ -16,26 +16,15 @@ import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import Tensor, nn
 
 import peftkern
 from peftkern.layers import SVDLinear
 from peftkern.methods.adalora import RankAllocator
 from peftkern.tools.bench import gpu_timer
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
 
 PEFT, FOREACH = "PEFT", "foreach"
 PATCHED, REPLAYED = "patched PEFT", "foreach in a CUDA graph"
@@ -57,12 +46,12 @@ def llama(options: Options) -> Shapes:
 
 
 def models(options: Options, size: int) -> int:
-    """How many to cycle through; thousands of tiny ones would take minutes to build."""
+    """Return the number of models to cycle through; thousands would take minutes to build."""
     return min(64, max(1, options.rotate // size))
 
 
 class Layers(nn.Module):
-    """Linear layers whose weight is one zero seen as a matrix: nobody multiplies by it here."""
+    """Linear layers whose weight is one expanded zero: nothing here multiplies by it."""
 
     def __init__(self, shapes: Shapes, device: torch.device) -> None:
         super().__init__()
@@ -77,7 +66,7 @@ class Layers(nn.Module):
 
 
 def peft_model(shapes: Shapes, device: torch.device, patched: bool) -> nn.Module:
-    """An AdaLoRA model with the same triplets and gradients for every variant."""
+    """Build an AdaLoRA model with the same triplets and gradients for every variant."""
     config = AdaLoraConfig(
         target_modules=r"layers\.\d+", init_r=R, total_step=TOTAL, target_r=TARGET_R
     )
@@ -89,7 +78,7 @@ def peft_model(shapes: Shapes, device: torch.device, patched: bool) -> nn.Module
 
 
 def torch_allocator(shapes: Shapes, device: torch.device) -> RankAllocator:
-    """The same triplets, gradients, schedule and ties without PEFT."""
+    """Build an allocator over the same triplets, gradients, schedule and ties without PEFT."""
     model = Layers(shapes, device)
     model.layers = nn.ModuleList(SVDLinear(layer, r=R) for layer in model.layers)
     allocator = RankAllocator(model, target_r=TARGET_R, total_step=TOTAL, ties="peft")
@@ -113,7 +102,7 @@ def triplets(tuner: nn.Module) -> list[Tensor]:
 
 
 def warmed(call: Callable[[int], object], copies: int) -> Callable[[int], object]:
-    """`call`, after the first update of each copy: it makes the EMAs. The check makes the 0th."""
+    """Return `call` after each copy's first update, which makes the EMAs; 0 is the check's."""
     for i in range(1, copies):
         call(i)
     return call
@@ -162,7 +151,7 @@ def triplet_scores(s: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def foreach_update(params: list[Tensor], ipt: list[Tensor], unc: list[Tensor], budget: int):
-    """Every element-wise step as one foreach operator over all layers."""
+    """Run every element-wise step as one foreach operator over all layers."""
     now = torch._foreach_mul(params, [p.grad for p in params])
     torch._foreach_abs_(now)
     torch._foreach_mul_(ipt, BETA)
@@ -204,7 +193,7 @@ def update_with_foreach(tuners: list[nn.Module], graph: bool) -> Variant:
 def replayed(
     params: list[Tensor], ipt: list[Tensor], unc: list[Tensor], budget: int
 ) -> Callable[[], Tensor]:
-    """`foreach_update` as a graph; making it leaves everything as it was."""
+    """Capture `foreach_update` as a graph; the state is restored afterwards."""
     lora_E = [E.detach().clone() for E in params[::3]]
     masks = []
     graph = gpu_timer.captured(
@@ -222,7 +211,7 @@ def replayed(
 
 
 def by_name(parts: list[Tensor]) -> Tensor:
-    """What lora_E, lora_A, lora_B of the layers hold, in the order of PEFT's sorted names."""
+    """Return lora_E, lora_A, lora_B of the layers in the order of PEFT's sorted names."""
     groups = ("lora_E", "lora_A", "lora_B")
     names = [f"layers.{i}.{group}.default" for i in range(len(parts) // 3) for group in groups]
     ordered = sorted(zip(names, parts, strict=True), key=lambda pair: pair[0])
@@ -230,7 +219,7 @@ def by_name(parts: list[Tensor]) -> Tensor:
 
 
 def oracle(tuner: nn.Module) -> tuple[Tensor, Tensor]:
-    """The mask and the first EMA after one update, in float64."""
+    """Return the mask and the first EMA after one update, in float64."""
     params = triplets(tuner)
     ipt = [0.15 * (p.detach().double() * p.grad.double()).abs() for p in params]
     scores = triplet_scores([e * 0.15 * (e / 0.15 - e).abs() for e in ipt])
@@ -328,7 +317,7 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """The work at every step; the orthogonality loss is torch's own there."""
+    """Return the cases of each step; on a GPU the orthogonality loss is torch's own."""
     return [
         Spec(
             "adalora/update_and_allocate-llama-7b/fp32",
@@ -342,10 +331,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_adalora(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_adalora = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("adalora", SPECS, gpu_specs))

@@ -1,8 +1,8 @@
 """PEFT's DoRA layer, patched and not, and the frozen layer alone, over dense and NF4 weights.
 
 PEFT multiplies an identity matrix by the update to get its norms, makes the dense weight in float32
-for them, and keeps the outputs of both parts for the lengths' gradient. On a GPU the norms alone
-are cases, too, beside plain torch on blocks of rows, which makes each block dense in float32.
+for them, and keeps the outputs of both parts for the gradient of the magnitude. On a GPU the norms
+alone are cases, too, beside plain torch on blocks of rows, which makes each block dense in float32.
 
 python bench/bench_dora.py [--device cuda] [--only forward-M256] [--seconds 2]
 """
@@ -14,9 +14,9 @@ import itertools
 import sys
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import Tensor, nn
 
 import peftkern
@@ -29,17 +29,6 @@ from peftkern.tools.bench.peers import (
     nf4_linear,
     nf4_weight64,
 )
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
 
 BY_BLOCKS = "torch, blocks of rows"
 PEFT, FROZEN = "PEFT", "frozen layer"
@@ -49,7 +38,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class Work:
-    """What the layers do: rows, type, whether there is a backward pass, an NF4 weight."""
+    """Workload of the layers: rows, dtype, backward pass or not, NF4 weight or not."""
 
     m: int
     dtype: torch.dtype
@@ -58,7 +47,7 @@ class Work:
 
 
 def pool(layer: nn.Module, copies: int, r: int, patched: bool) -> list[nn.Module]:
-    """PEFT's DoRA layers over copies of `layer`, with the same numbers in each."""
+    """Build PEFT's DoRA layers over copies of `layer`, with the same numbers in each."""
     config = LoraConfig(r=r, lora_alpha=2 * r, use_dora=True, target_modules=r"layers\.\d+")
     model = get_peft_model(Layers([copy.deepcopy(layer) for _ in range(copies)]), config)
     if patched:
@@ -81,7 +70,7 @@ def parameters(layer: nn.Module) -> list[Tensor]:
 
 
 def step(layers: list[nn.Module], xs: list[Tensor], dy: Tensor):
-    """Output and the gradients of x, both factors and the lengths; of x for the frozen layer."""
+    """Return the output and the gradients of x, both factors and the magnitude; frozen: of x."""
 
     def call(i: int) -> tuple[Tensor, ...]:
         layer, x = layers[i % len(layers)], xs[i % len(xs)]
@@ -93,7 +82,7 @@ def step(layers: list[nn.Module], xs: list[Tensor], dy: Tensor):
 
 
 def oracle(x: Tensor, weight: Tensor, layer: nn.Module | None, dy: Tensor | None):
-    """In float64 what `forward` (no dy) or `step` give; the norm is a constant."""
+    """Return in float64 the results of `forward` (no dy) or `step`; the norm is a constant."""
     x, dy = x.detach().double(), None if dy is None else dy.double()
     if layer is None:
         return (x @ weight.T,) if dy is None else (x @ weight.T, dy @ weight)
@@ -117,7 +106,7 @@ def build(options: Options, work: Work) -> Case:
     dy = torch.randn(m, n, device=options.device).to(dtype) if work.train else None
     base = nf4_linear(weight) if work.nf4 else linear(weight)
     values = nf4_weight64(base) if work.nf4 else weight.double()
-    if work.nf4:  # every variant computes with the values in its own type
+    if work.nf4:  # every variant computes with the values in its own dtype
         values = values.to(dtype).double()
     copies = options.copies(weight.nbytes)
     # A GPU's L2 cache would still hold much of a single x.
@@ -132,7 +121,7 @@ def build(options: Options, work: Work) -> Case:
         right = oracle(x, values, None if name == FROZEN else layers[0], dy)
         return Variant(step(layers, xs, dy) if work.train else forward(layers, xs), right)
 
-    # Dense products: forward, dx, and the one again for the lengths; skinny ones, and the norms.
+    # Dense products: forward, dx, and one again for the magnitude; skinny ones, and the norms.
     flops = (3 if work.train else 1) * 2 * m * n * k + 2 * n * k * (r + 1)
     flops += (4 if work.train else 1) * 2 * m * r * (n + k)
     traffic = (4 if work.train else 2) * (weight.nbytes if not work.nf4 else n * k * 9 // 16)
@@ -141,14 +130,14 @@ def build(options: Options, work: Work) -> Case:
 
 
 def build_norm(options: Options, nf4: bool) -> Case:
-    """The norms alone, of a weight in bfloat16 with float32 factors."""
+    """Build the case of the norms alone, of a weight in bfloat16 with float32 factors."""
     torch.manual_seed(0)
     n, k, r, device = options.n, options.k, options.r, options.device
     weight = (torch.randn(n, k, device=device) / k**0.5).to(BF16)
     a, b = torch.randn(r, k, device=device) / k**0.5, torch.randn(n, r, device=device) * 0.1
     traffic = weight.nbytes
     if nf4:
-        with peftkern.use_backend(None):  # whatever is forced on the case itself
+        with peftkern.use_backend(None):  # even if the case forces a back end
             weight = peftkern.quantize_nf4(weight)
         traffic = weight.packed.nbytes + weight.absmax.nbytes
         copied = [
@@ -187,7 +176,7 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Over NF4 only beside bitsandbytes: PEFT makes no DoRA layer over another packed weight."""
+    """Return the cases; NF4 needs bitsandbytes: PEFT has no DoRA over another packed weight."""
     kinds = (False, True) if bitsandbytes_missing(device) is None else (False,)
     square, wide = (4096, 4096), (14336, 4096)
     specs = []
@@ -209,10 +198,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     return specs
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_dora(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_dora = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("dora", SPECS, gpu_specs))

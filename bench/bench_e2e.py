@@ -26,25 +26,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import pytest
 import torch
+from stacks import Trainer, scaled, stack
+from suite import OURS, Case, Options, Question, Spec, Variant, benchmark_test, main
 from torch import nn
 
 from peftkern.tools.bench import memory
 from peftkern.tools.bench.gpu_timer import first_line
 from peftkern.tools.bench.peers import bitsandbytes_missing
-from peftkern.tools.bench.stacks import Trainer, scaled, stack
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Question,
-    Spec,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
 from peftkern.tools.plan.plan import PRESETS, Architecture, Plan, Training, plan
 
 PEFT = "PEFT"
@@ -52,7 +41,7 @@ BF16 = torch.bfloat16
 LAYERS, VOCABULARY = 4, 8192  # of the stacks that float64 can follow
 LR = 2e-4  # as QLoRA is used; the losses after it show a wrong gradient
 CURVE = 5  # losses that are compared where gradients are not
-# A case's time, counted on the safe side: drawing the model, what each variant runs beside its
+# A case's time, estimated conservatively: drawing the model, what each variant runs beside its
 # curve (timed calls and those before them, one for memory), and what a step reaches at least.
 BUILD_SECONDS, CALLS, FLOPS, HOST_SECONDS = 15.0, 7, 250e12, 0.3
 # bf16 gradients through four layers are off by a percent or two; AdaLoRA's by less.
@@ -62,8 +51,8 @@ STEPS = 2  # the first makes the optimizer's states, the second has them from it
 
 
 def counted(model: Architecture, training: Training) -> tuple[int, int]:
-    """Bytes and FLOPs: weights are read twice and multiplied twice, and once more where activations
-    are computed again."""
+    """Return bytes and FLOPs: weights are read and multiplied twice, and once more where
+    activations are recomputed."""
     weights = sum(k * n for k, n, _ in model.linears().values()) * model.layers
     head = model.hidden * model.vocabulary
     passes = 3 if training.checkpointing else 2
@@ -78,7 +67,7 @@ def beyond_the_model(planned: Plan) -> int:
 
 
 class Bases:
-    """The frozen base that cases share: the last one alone, as two may not fit."""
+    """Cache of the frozen base that cases share: only the last one, as two may not fit."""
 
     def __init__(self) -> None:
         self.drop()
@@ -96,7 +85,7 @@ class Bases:
 
 
 def needed_seconds(model: Architecture, training: Training) -> float:
-    """What both variants of a whole model take, about half of it spent on what is not timed."""
+    """Estimate the seconds of both variants of a whole model; about half of them is not timed."""
     step = max(HOST_SECONDS, counted(model, training)[1] / FLOPS)
     return BUILD_SECONDS + 2 * (CURVE + CALLS) * step
 
@@ -104,8 +93,8 @@ def needed_seconds(model: Architecture, training: Training) -> float:
 def build(
     options: Options, model: Architecture, training: Training, base: nn.Module | None
 ) -> Case:
-    """PEFT and ours. Over a `base` that both share, PEFT's first losses say what is right; without,
-    each has its own, and float64 says it."""
+    """Build the variants of PEFT and ours. Over a shared `base` the oracle is PEFT's first losses;
+    without one each has its own base, and the oracle is float64."""
     exact = base is None
     trainings = {
         OURS: replace(training, patched=True, device=options.device.type),
@@ -136,7 +125,7 @@ def build(
 
 
 def few_layers(options: Options, method: str, tokens: int) -> Case:
-    """Some layers of Llama-3-8B's proportions, whose gradients float64 checks."""
+    """Spec of a few layers of Llama-3-8B's proportions, whose gradients float64 checks."""
     model = scaled(PRESETS["llama3-8b"], options.k, options.depth(LAYERS))
     model = replace(model, vocabulary=min(VOCABULARY, model.vocabulary))
     sequence = max(2, options.m(tokens))
@@ -145,7 +134,7 @@ def few_layers(options: Options, method: str, tokens: int) -> Case:
 
 
 def llama3_8b_spec(bases: Bases, method: str, tokens: int, checkpointing: bool = True) -> Spec:
-    """The whole model."""
+    """Spec of the whole model."""
 
     def sized(options: Options) -> tuple[Architecture, Training]:
         model = scaled(PRESETS["llama3-8b"], options.k, options.depth(32))
@@ -182,7 +171,7 @@ def few_layers_spec(method: str, tokens: int, hidden: int) -> Spec:
 
 @contextlib.contextmanager
 def capped(device: torch.device, cap: int) -> Iterator[None]:
-    """torch's allocator takes no more than `cap` bytes from the GPU; a CPU's has no such limit."""
+    """Cap torch's allocator at `cap` bytes of the GPU; a CPU's has no such limit."""
     if device.type != "cuda":
         yield
         return
@@ -208,12 +197,12 @@ def does_it_fit(
     sequence: int = 512,
     cap: int = CAP,
 ) -> None:
-    """LLaMA-65B in NF4 with r=64 adapters on every linear layer, under gradient checkpointing: do
-    whole optimizer steps stay within `cap` bytes of allocations?
+    """Measure whether whole optimizer steps of LLaMA-65B stay within `cap` bytes of allocations:
+    NF4, r=64 adapters on every linear layer, gradient checkpointing.
 
-    note: hears the prediction, then how far it came, then the answer. The optimizer keeps float32
-    states, which are bitsandbytes' for bf16 adapters; where that does not run, torch's, in bf16.
-    They are not paged: what a driver moves to the host would be in no figure.
+    note: called with the prediction, then the progress, then the answer. The optimizer keeps
+    float32 states, which are bitsandbytes' for bf16 adapters; where that does not run, torch's, in
+    bf16. They are not paged: what a driver moves to the host would be in no figure.
     """
     device = options.device
     model = scaled(PRESETS["llama-65b"], options.k, options.depth(80))
@@ -255,7 +244,7 @@ def does_it_fit(
         for done in range(STEPS):
             within_time()
             started = time.monotonic()
-            losses.append(trainer.step().item())  # which waits for the device
+            losses.append(trainer.step().item())  # synchronizes
             took.append(time.monotonic() - started)
             note(reached=f"step {done + 1}", step_s=took, losses=losses)
 
@@ -266,7 +255,7 @@ def does_it_fit(
 def answer(
     run: Callable[[], None], device: torch.device, cap: int, note: Callable[..., None]
 ) -> None:
-    """Too much memory is an answer like any other; too little time is none."""
+    """Run the steps and note the answer: out of memory is one, out of time is none."""
     try:
         peak = memory.peak_bytes(run, device)
         note(fits=peak <= cap, peak_bytes=peak)
@@ -295,7 +284,7 @@ SPECS = [few_layers_spec(method, 256, 1024) for method in METHODS]
 
 
 def gpu_specs(device: torch.device) -> list[Spec | Question]:
-    """What was asked for first comes first."""
+    """Return the cases and questions, most wanted first."""
     bases = Bases()
     whole = functools.partial(llama3_8b_spec, bases)
 
@@ -313,10 +302,7 @@ def gpu_specs(device: torch.device) -> list[Spec | Question]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_e2e(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_e2e = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("e2e", SPECS, gpu_specs))

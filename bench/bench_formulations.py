@@ -1,15 +1,15 @@
-"""What decides how a layer with an adapter is computed on a GPU, before a kernel is written for it.
+"""Formulations of a layer with an adapter on a GPU, compared before a kernel is written for one.
 
 `update-...`: base-first is F.linear, then addmm of the update; skinny-first writes the update, and
 the base product adds into it (beta = 1); bordered is one product over [x | S] and [W | sB], whose
-inner dimension is 64 longer, with buffers that are concatenated already. All get S for nothing.
+inner dimension is 64 longer, with buffers that are concatenated already. All get S for free.
 `skinny-...`: x @ A.T, which reads x once and does next to nothing else: its share of the floor is
 the share of the copy bandwidth that it reaches. Ours runs with sixteen outputs, as it has to write
 some.
 `product-...`: a dense product alone, by the Triton kernels of triton_gemm.py beside cuBLAS. Ours is
 the persistent one with TMA descriptors: cuBLAS's ratio is the share of cuBLAS that it reaches.
-`lut`: NF4 weights decoded for each clock and multiprocessor by each kind of table (lut.py, lut.cu),
-where nvcc is.
+`lut`: NF4 weights decoded per clock and SM by each kind of lookup table (lut.py, lut.cu), where
+there is an nvcc.
 
 python bench/bench_formulations.py --device cuda [--only skinny]
 """
@@ -21,9 +21,9 @@ import sys
 import lut
 import torch
 import torch.nn.functional as F
+from suite import OURS, Case, Options, Question, Spec, Variant, main
 
 import peftkern
-from peftkern.tools.bench.suite import OURS, Case, Options, Question, Spec, Variant, main
 
 BASE_FIRST, SKINNY_FIRST = "base-first", "skinny-first"
 BORDERED, DENSE = "bordered", "dense"
@@ -100,8 +100,9 @@ def skinny(options: Options, rows: int, r: int) -> Case:
 
 
 def product(options: Options, rows: int) -> Case:
-    """OURS is triton_gemm's best guess; its other tile and its kernel without TMA are peers."""
-    import triton_gemm as gemm  # a module of Triton's, which a CPU may lack
+    """Build a dense product: OURS is triton_gemm's best guess; its other tile and the kernel
+    without TMA are peers."""
+    import triton_gemm as gemm  # imports Triton, which a CPU may lack
 
     torch.manual_seed(0)
     m, n, k = options.m(rows), options.n, options.k

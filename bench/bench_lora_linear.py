@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import pytest
 import torch
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 
 from peftkern.tools.bench.peers import (
     compiled,
@@ -24,17 +24,6 @@ from peftkern.tools.bench.peers import (
     lora_oracle,
     lora_pool,
 )
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
 
 PEFT, COMPILED, DENSE = "PEFT", "PEFT, compiled", "dense"
 NAMES = (OURS, PEFT, DENSE)
@@ -44,7 +33,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class Work:
-    """What the layers do: rows, types, whether there is a backward pass, dropout, autocast."""
+    """Workload of the layers: rows, dtypes, backward pass or not, dropout, autocast."""
 
     m: int
     dtype: torch.dtype
@@ -112,7 +101,7 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Those with a target first; PEFT's default adapters are fp32, its cheaper ones bf16."""
+    """Return the cases, those with a target first; PEFT's default adapters are fp32."""
     square, wide = {"shape": (4096, 4096)}, {"shape": (14336, 4096)}
     frozen, faster = Target(DENSE, 1 / 1.12), Target(PEFT, 1.3)
     few = {**square, "most_launches": 3}
@@ -143,10 +132,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_lora_linear(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_lora_linear = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("lora_linear", SPECS, gpu_specs))

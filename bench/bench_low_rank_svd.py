@@ -1,4 +1,4 @@
-"""SVD of 224 low-rank updates, the adapters of a LLaMA-7B, beside torch's ways to get it.
+"""SVD of 224 low-rank updates, the adapters of a LLaMA-7B, against torch's ways to compute it.
 
 The composition is QR of both factors, SVD of the r x r product, and two products, on tensors that
 were stacked beforehand: batched, which needs layers of one shape; `from-lists` stacks them, too.
@@ -21,25 +21,15 @@ from __future__ import annotations
 
 import sys
 
-import pytest
 import torch
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import Tensor
 
 import peftkern
-from peftkern.backends import cuda, native_cuda
+from peftkern.backends.cuda.low_rank_svd import JACOBI_SWEEPS, jacobi_svd
+from peftkern.backends.cuda.module import refusal_device
 from peftkern.backends.device import triton_interpreted
 from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
 
 LAYERS = 224
 STACKED, LISTS = "torch QR+QR+SVD, stacked", "torch QR+QR+SVD, from lists"
@@ -64,9 +54,9 @@ def composition(
 
 
 def gram_composition(B: Tensor, A: Tensor, vectors: bool) -> tuple[Tensor | None, ...]:
-    """Square roots of both Gram matrices, the core between them, and eigh of that core's Gram.
+    """Compute the SVD from square roots of both Gram matrices and eigh of the Gram of their core.
 
-    It squares the condition number twice: what the fastest batched operators can do, and no more.
+    This squares the condition number twice: the fastest that batched operators can do.
     """
     lambda_B, P_B = torch.linalg.eigh(B.mT @ B)
     lambda_A, P_A = torch.linalg.eigh(A @ A.mT)
@@ -81,7 +71,7 @@ def gram_composition(B: Tensor, A: Tensor, vectors: bool) -> tuple[Tensor | None
 
 
 def first_layer(svd: tuple, vectors: bool) -> tuple[Tensor, ...]:
-    """What is compared: the singular values of layer 0 and, with vectors, the update itself."""
+    """Return the compared results: singular values of layer 0 and, with vectors, its update."""
     U, S, Vh = svd[:3]
     if not vectors:
         return (S[0],)
@@ -148,7 +138,7 @@ def build(options: Options, r: int, vectors: bool, names: tuple[str, ...]) -> Ca
 
 
 def build_cores(options: Options, r: int, names: tuple[str, ...]) -> Case:
-    """SVDs of [LAYERS, r, r]. The floor counts bytes alone: sweeps are as many as it takes."""
+    """Build SVDs of [LAYERS, r, r]. The floor counts bytes alone: the number of sweeps varies."""
     torch.manual_seed(0)
     size = 8 * LAYERS * r * r  # of the cores; both vectors are written
     pool = [
@@ -159,7 +149,7 @@ def build_cores(options: Options, r: int, names: tuple[str, ...]) -> Case:
     oracle = (dense, pool[0])
 
     def ours(i: int) -> tuple:
-        return native_cuda.jacobi_svd(pool[i % len(pool)], cuda.JACOBI_SWEEPS, True)[:3]
+        return jacobi_svd(pool[i % len(pool)], JACOBI_SWEEPS, True)[:3]
 
     def torch_svd(i: int, driver: str | None = None) -> tuple:
         U, S, Vh = torch.linalg.svd(pool[i % len(pool)], driver=driver)
@@ -208,7 +198,7 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    has_cuda = device.type == "cuda" and native_cuda.unserved(device) is None
+    has_cuda = device.type == "cuda" and refusal_device(device) is None
     names = (OURS, *([CUDA] if has_cuda else []), STACKED, LISTS, GESVDA, EIGH)
 
     def core_spec(r: int, at_least: float) -> Spec:
@@ -237,10 +227,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_low_rank_svd(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_low_rank_svd = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("low_rank_svd", SPECS, gpu_specs))

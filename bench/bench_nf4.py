@@ -1,14 +1,14 @@
-"""Quantise and dequantise NF4 (nested absmax, blocks of 64) beside bitsandbytes.
+"""Quantize and dequantize NF4 (nested absmax, blocks of 64) against bitsandbytes.
 
 Traffic of 4096x4096: the packed weight is 8.4 MB of codes and 0.26 MB of absmax; the dense one is
-33.6 MB in bf16 and 67.1 MB in fp32. Dequantising to bf16 so moves 42.2 MB, whatever the method.
+33.6 MB in bf16 and 67.1 MB in fp32. So dequantizing to bf16 moves 42.2 MB, whatever the method.
 
 bitsandbytes' CPU back end takes no `out`: it always returns a new tensor, whose 33.6 MB the system
 has to map and zero page by page. `into-out` sets peftkern writing into a given tensor beside that;
 `new-output` lets both allocate. On a GPU torch's allocator hands out the same memory again, and the
 larger weight is 14336x4096: 30.3 MB packed, 117.4 MB dense.
 
-python bench/bench_nf4.py [--device cuda] [--only dequantise] [--seconds 2]
+python bench/bench_nf4.py [--device cuda] [--only dequantize] [--seconds 2]
 """
 
 from __future__ import annotations
@@ -16,24 +16,13 @@ from __future__ import annotations
 import copy
 import sys
 
-import pytest
 import torch
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 
 import peftkern
-from peftkern.backends import native_cuda
+from peftkern.backends.cuda.module import refusal_device
 from peftkern.layers import NF4Linear
 from peftkern.tools.bench.peers import bitsandbytes_missing, nf4_linear, nf4_weight64
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
 
 BNB, TORCH, CUDA = "bitsandbytes", "plain torch", "peftkern cuda"
 COPY = "copy, same traffic"
@@ -47,7 +36,7 @@ def weights(options: Options, dtype: torch.dtype, copies: int) -> list[torch.Ten
 
 
 def copy_of(traffic: int, options: Options) -> Variant:
-    """Reads half of these bytes and writes the other half."""
+    """Build a copy that reads half of these bytes and writes the other half."""
     copies = options.copies(traffic)
     shape = (2, traffic // 2)
     pool = [torch.ones(shape, dtype=torch.uint8, device=options.device) for _ in range(copies)]
@@ -59,7 +48,7 @@ def copy_of(traffic: int, options: Options) -> Variant:
     return Variant(call)
 
 
-def dequantise(options: Options, dtype: torch.dtype, preallocated: bool, names: tuple) -> Case:
+def dequantize(options: Options, dtype: torch.dtype, preallocated: bool, names: tuple) -> Case:
     (weight,) = weights(options, dtype, 1)
     first = nf4_linear(weight)
     oracle = (nf4_weight64(first),)
@@ -99,7 +88,7 @@ def dequantise(options: Options, dtype: torch.dtype, preallocated: bool, names: 
     return Case(variants, traffic, 0, dtype)
 
 
-def quantise(options: Options, dtype: torch.dtype, names: tuple, double_quant: bool = True) -> Case:
+def quantize(options: Options, dtype: torch.dtype, names: tuple, double_quant: bool = True) -> Case:
     pool = weights(options, dtype, options.copies(options.n * options.k * dtype.itemsize))
     oracle = (pool[0].double(),)
 
@@ -136,38 +125,38 @@ def quantise(options: Options, dtype: torch.dtype, names: tuple, double_quant: b
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
-LOSSY = 0.12  # what rounding normal weights to 4 bits costs, and a bit more
+LOSSY = 0.12  # error of normal weights rounded to 4 bits, with a margin
 SPECS = [
     Spec(
-        "nf4/dequantise/bf16/into-out",
-        lambda options: dequantise(options, BF16, preallocated=True, names=(OURS, BNB, COPY)),
+        "nf4/dequantize/bf16/into-out",
+        lambda options: dequantize(options, BF16, preallocated=True, names=(OURS, BNB, COPY)),
         (OURS, BNB, COPY),
         BNB,
         (Target(BNB, 6.0), Target(COPY, 0.7)),
     ),
     Spec(
-        "nf4/dequantise/bf16/new-output",
-        lambda options: dequantise(options, BF16, preallocated=False, names=(OURS, BNB, COPY)),
+        "nf4/dequantize/bf16/new-output",
+        lambda options: dequantize(options, BF16, preallocated=False, names=(OURS, BNB, COPY)),
         (OURS, BNB, COPY),
         BNB,
     ),
     Spec(
-        "nf4/dequantise/fp32/into-out",
-        lambda options: dequantise(options, FP32, preallocated=True, names=(OURS, BNB, COPY)),
+        "nf4/dequantize/fp32/into-out",
+        lambda options: dequantize(options, FP32, preallocated=True, names=(OURS, BNB, COPY)),
         (OURS, BNB, COPY),
         BNB,
     ),
     Spec(
-        "nf4/quantise/bf16",
-        lambda options: quantise(options, BF16, (OURS, BNB)),
+        "nf4/quantize/bf16",
+        lambda options: quantize(options, BF16, (OURS, BNB)),
         (OURS, BNB),
         BNB,
         (Target(BNB, 20.0),),
         LOSSY,
     ),
     Spec(
-        "nf4/quantise/fp32",
-        lambda options: quantise(options, FP32, (OURS, BNB)),
+        "nf4/quantize/fp32",
+        lambda options: quantize(options, FP32, (OURS, BNB)),
         (OURS, BNB),
         BNB,
         (Target(BNB, 20.0),),
@@ -177,31 +166,31 @@ SPECS = [
 
 
 def has_cuda_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" and native_cuda.unserved(device) is None
+    return device.type == "cuda" and refusal_device(device) is None
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Those with a target first. Without bitsandbytes plain torch is the judge."""
+    """Return the cases, those with a target first; without bitsandbytes torch is the judge."""
     peer = BNB if bitsandbytes_missing(device) is None else TORCH
     ours = (OURS, CUDA) if has_cuda_kernels(device) else (OURS,)
     names = (*ours, peer, COPY)
 
-    def dequantised(shape: tuple[int, int], dtype: torch.dtype, *targets: Target) -> Spec:
-        label = f"nf4/dequantise-{shape[0]}x{shape[1]}/{'bf16' if dtype is BF16 else 'fp32'}"
+    def dequantized(shape: tuple[int, int], dtype: torch.dtype, *targets: Target) -> Spec:
+        label = f"nf4/dequantize-{shape[0]}x{shape[1]}/{'bf16' if dtype is BF16 else 'fp32'}"
         targets = tuple(target for target in targets if target.peer in names)
         return Spec(
             label,
-            lambda options: dequantise(options, dtype, True, names),
+            lambda options: dequantize(options, dtype, True, names),
             names,
             peer,
             targets,
             shape=shape,
         )
 
-    def quantised(kind: str, names: tuple, double_quant: bool) -> Spec:
+    def quantized(kind: str, names: tuple, double_quant: bool) -> Spec:
         return Spec(
             f"nf4/{kind}-14336x4096/bf16",
-            lambda options: quantise(options, BF16, names, double_quant),
+            lambda options: quantize(options, BF16, names, double_quant),
             names,
             peer,
             (),
@@ -210,19 +199,16 @@ def gpu_specs(device: torch.device) -> list[Spec]:
         )
 
     return [
-        dequantised((14336, 4096), BF16, Target(COPY, 0.85), Target(BNB, 2.0)),
-        dequantised((4096, 4096), BF16),
-        dequantised((14336, 4096), FP32),
+        dequantized((14336, 4096), BF16, Target(COPY, 0.85), Target(BNB, 2.0)),
+        dequantized((4096, 4096), BF16),
+        dequantized((14336, 4096), FP32),
         # No kernel for a GPU takes the absmax of absmax: it is not interpreted, nor CUDA's alone.
-        *([quantised("quantise", (OURS, peer), True)] if device.type == "cuda" else []),
-        quantised("quantise-plain", (*ours, peer), False),
+        *([quantized("quantize", (OURS, peer), True)] if device.type == "cuda" else []),
+        quantized("quantize-plain", (*ours, peer), False),
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_nf4(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_nf4 = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("nf4", SPECS, gpu_specs))

@@ -2,7 +2,7 @@
 
 peftkern is PEFT's `lora.Linear4bit` after `peftkern.patch`. Its peers hold the same weight and the
 same adapters (PEFT's default: fp32): the unpatched layer in training mode, where bitsandbytes
-dequantises the weight and multiplies; in eval mode, where bitsandbytes repacks the weight once and
+dequantizes the weight and multiplies; in eval mode, where bitsandbytes repacks the weight once and
 multiplies straight from it (machines with AVX512-BF16); PEFT's `lora.Linear` over the dense weight;
 and the dense layer without LoRA.
 
@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import sys
 
-import pytest
 import torch
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import nn
 
 import peftkern
-from peftkern.backends import native_cuda
+from peftkern.backends.cuda.module import refusal_device
+from peftkern.backends.cuda.nf4_lora_linear import refusal_sm90a
 from peftkern.tools.bench.peers import (
     bitsandbytes_missing,
     compiled,
@@ -32,17 +33,6 @@ from peftkern.tools.bench.peers import (
     lora_pool,
     nf4_linear,
     nf4_weight64,
-)
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
 )
 
 CUDA = "peftkern cuda"  # the same layer on that back end
@@ -65,7 +55,7 @@ def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tupl
     weight = (torch.randn(n, k, device=device) / k**0.5).to(dtype)
     first = torch.randn(m, k, device=device).to(dtype)
     dy = torch.randn(m, n, device=device).to(dtype) if train else None
-    quantised, dense = nf4_linear(weight), linear(weight)
+    quantized, dense = nf4_linear(weight), linear(weight)
     packed = n * k // 2 + n * k // 64  # codes and the bytes of nested absmax
     copies, dense_copies = options.copies(packed), options.copies(weight.nbytes)
     # A GPU's L2 cache would still hold much of a single x.
@@ -80,7 +70,7 @@ def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tupl
         # Training mode keeps bitsandbytes from repacking, also without gradients.
         peer = name in (BNB, COMPILED)
         layers = lora_pool(
-            quantised, copies, r=r, patched=name in (OURS, CUDA), train=train or peer
+            quantized, copies, r=r, patched=name in (OURS, CUDA), train=train or peer
         )
         if name == BNB_EVAL:  # repack every copy now, not while the clock runs
             repack = forward(layers, [torch.zeros(1, k, dtype=dtype, device=device)])
@@ -101,7 +91,7 @@ def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tupl
 
         return Variant(call_cuda if name == CUDA else call, oracle)
 
-    weight4 = nf4_weight64(quantised)
+    weight4 = nf4_weight64(quantized)
     adapters = 4 * r * (n + k)
     lora_flops = 2 * m * r * (n + k)
     flops = 2 * m * n * k + lora_flops
@@ -156,15 +146,15 @@ PREFILL = (64, 128, 256, 512)  # rows between decoding and training
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """Those with a target first. Without bitsandbytes PEFT over the dense weight is the judge."""
+    """Return the cases, those with a target first; without bitsandbytes dense PEFT is the judge."""
     has_bnb = bitsandbytes_missing(device) is None
     judge = BNB if has_bnb else DENSE_LORA
     on_gpu = device.type == "cuda"
-    has_decode = on_gpu and native_cuda.unserved(device) is None
-    has_prefill = has_decode and native_cuda.unserved_sm90a(device) is None
+    has_decode = on_gpu and refusal_device(device) is None
+    has_prefill = has_decode and refusal_sm90a(device) is None
 
     def gpu_spec(m: int, shape: tuple[int, int], *targets: Target, train: bool = False) -> Spec:
-        theirs = (BNB, COMPILED) if m in (32, 4096) else (BNB,)  # compiling takes its time
+        theirs = (BNB, COMPILED) if m in (32, 4096) else (BNB,)  # compiling is slow
         fits = not train and (has_prefill if m in PREFILL else has_decode and m <= 32)
         ours = (OURS, CUDA) if fits else (OURS,)
         names = (*ours, *(theirs if has_bnb else ()), DENSE_LORA, DENSE)
@@ -194,10 +184,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_nf4_lora_linear(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_nf4_lora_linear = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("nf4_lora_linear", SPECS, gpu_specs))

@@ -1,10 +1,11 @@
-"""RoSA's sparse products against the dense ones that they stand for, over the density of the mask.
+"""RoSA's sparse products against the dense ones that they replace, over the density of the mask.
 
 `sddmm`: the gradient of the values, dy.T @ x at the mask's places alone; `dense dW` makes all of it
 and gathers. `forward`: y = x (W + S).T; `dense W + S` writes the sum for each call, as the values
 have changed since the last, and multiplies once; `torch.sparse` adds a CSR product to x W.T, or
 samples dy.T @ x. Where the ratio falls below 1 lies the density from which on the dense way is the
-faster one. On a GPU `torch, in chunks` is what serves there without kernels: it waits for the host.
+faster one. On a GPU `torch, in chunks` is the fallback without kernels: it synchronizes with the
+host.
 
 python bench/bench_rosa.py [--device cuda] [--only sddmm] [--seconds 2]
 """
@@ -16,25 +17,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import Tensor
 
 import peftkern
 from peftkern.backends import ops
 from peftkern.functional.rosa import SparseMask
-from peftkern.tools.bench.suite import (
-    OURS,
-    Case,
-    Options,
-    Spec,
-    Target,
-    Variant,
-    benchmark_ids,
-    main,
-    run_benchmark,
-)
 
 DENSE_DW, DENSE_SUM, TORCH_SPARSE = "dense dW", "dense W + S", "torch.sparse"
 IN_CHUNKS = "torch, in chunks"
@@ -51,7 +41,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Copies enough to leave the caches, and one mask and its values."""
+    """Enough copies to exceed the caches, and one mask and its values."""
 
     x: list[Tensor]
     dy: list[Tensor]
@@ -168,7 +158,7 @@ SPECS = [
 
 
 def gpu_specs(device: torch.device) -> list[Spec]:
-    """At the densities of training, and one beyond the crossover; 0.1% is where a target is set."""
+    """Return cases at training densities and one beyond the crossover; the target is at 0.1%."""
     specs = []
     for kind, dense in (("sddmm", DENSE_DW), ("forward", DENSE_SUM)):
         for m, share in itertools.product((512, 4096), (0.001, 0.01, 0.05)):
@@ -181,10 +171,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
     return [*specs, sampled, spec("forward", 512, FP32, 0.01, device.type), *few]
 
 
-@pytest.mark.parametrize(("spec", "name"), benchmark_ids(SPECS))
-def test_rosa(benchmark, spec: Spec, name: str, options: Options) -> None:
-    run_benchmark(benchmark, spec, name, options)
-
+test_rosa = benchmark_test(SPECS)
 
 if __name__ == "__main__":
     sys.exit(main("rosa", SPECS, gpu_specs))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from suite import CPU, Options
 
 from peftkern.tools.bench.machine import rotation
-from peftkern.tools.bench.suite import CPU, Options
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,8 +1,8 @@
-"""Which back end serves an op fastest, and where PEFT's own layer is faster than the patched one.
+"""Contests: the fastest back end of an op, and where PEFT's own layer beats the patched one.
 
 `bench/tune.py` writes the answers into its table; dispatch and the integrations obey it. A back end
-has to beat the one that dispatch takes of itself by more than noise, and PEFT's layer the patched
-one. The clock is that of single calls: what the host needs to launch them counts, as for a user.
+has to beat the default of dispatch by more than noise, and PEFT's layer the patched one. Single
+calls are timed: the host's launch time counts, as for a user.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peftkern.tools.bench import gpu_timer
 from peftkern.tools.bench.timer import measure
 from peftkern.tools.doctor.sample_calls import Sample
 
-OPS = tuple(op for op in dispatch.MEASURABLE if not op.endswith("_out"))  # which has no own record
+OPS = tuple(op for op in dispatch.MEASURABLE if not op.endswith("_out"))  # these have no own record
 LAYERS = ("nf4_lora_linear", "lora_linear")  # as `dispatch.is_slower` names them
 MODES = ("training", "inference")
 PAIRS = 224  # of an SVD: the linear layers of a LLaMA-7B
@@ -35,7 +35,7 @@ Calls = dict[str, Callable[[int], object]]
 def contests(
     shapes: list, rows: list, ranks: list, device: torch.device
 ) -> Iterator[tuple[str, Problem, Callable[[], Calls]]]:
-    """(section of the table, problem, what prepares the contenders), each once, the back ends of a
+    """Yield (section of the table, problem, contenders' builder), each once, the back ends of a
     layer before the layer.
 
     The contender that comes first keeps its place unless another is faster.
@@ -43,7 +43,7 @@ def contests(
     from peftkern.tools.bench.peers import bitsandbytes_missing
 
     seen = set()
-    lack = bitsandbytes_missing(device) is not None  # then nobody's 4-bit layer can be compared
+    lack = bitsandbytes_missing(device) is not None  # then there is no 4-bit layer to compare with
     for r, m, n, k in in_turn(shapes, rows, ranks):
         for op in OPS:
             problem = problem_for(op, m, n, k, r)
@@ -56,19 +56,19 @@ def contests(
 
 
 def problem_for(op: str, m: int, n: int, k: int, r: int) -> Problem:
-    """What dispatch makes of such a call; of an SVD, of as many pairs."""
+    """Return the problem that dispatch derives from such a call; for an SVD, from PAIRS pairs."""
     if op == "low_rank_svd":
         return Problem(op, PAIRS, n, k, r, 32)
     return dispatch.problem_of(op, Sample(m, n, k, r).arguments(op))
 
 
 def back_ends(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> Calls:
-    """The op on every back end that takes the call, in dispatch's order."""
+    """Build the op on every back end that accepts the call, in dispatch's order."""
     pool = arguments(op, m, n, k, r, device)
     rows = dispatch.explain({op: pool[0]}).rows
     names = [name for _, name, verdict in rows if verdict in ("chosen", "can")]
     if op == "low_rank_svd" and len(names) > 1:
-        names.remove("reference")  # takes seconds, and is the last resort anyway
+        names.remove("reference")  # takes seconds, and is the last fallback anyway
     run = getattr(torch.ops.peftkern, op)
 
     def on(name: str) -> Callable[[int], object]:
@@ -82,7 +82,7 @@ def back_ends(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> 
 
 
 def arguments(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> list[tuple]:
-    """Those of equal calls, on as many copies of the large tensors as exceed the caches."""
+    """Build arguments of equal calls, on enough copies of large tensors to exceed the caches."""
     torch.manual_seed(0)
     rotate = ROTATE if device.type == "cuda" else 0
 
@@ -123,7 +123,7 @@ def arguments(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> 
 
 
 def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.device) -> Calls:
-    """PEFT's layer patched and as it is, over equal weights."""
+    """Build PEFT's layer, patched and not, over equal weights."""
     from peftkern.tools.bench import peers
 
     torch.manual_seed(0)
@@ -143,17 +143,17 @@ def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.dev
 
 
 def held(calls: Calls, op: str, device: torch.device) -> tuple[str, dict[str, float], list[str]]:
-    """(the winner, milliseconds of each, who is out and why). One alone wins without a clock.
+    """Return (winner, milliseconds of each, exclusions with reasons); one alone wins untimed.
 
-    Right is what the reference gives, or the first where that is no contender. Layers are checked
-    by the benches: PEFT's roundings are not ours.
+    Results are checked against the reference, or the first where that is no contender. Layers are
+    checked by the benches: PEFT rounds differently.
     Raises: RuntimeError if nobody is left.
     """
     given, out = {}, []
     for name, call in calls.items():  # also the call that compiles
         try:
             given[name] = results(call(0), op)
-        except Exception as error:  # one that fails, for lack of memory perhaps, is out alone
+        except Exception as error:  # only the one that fails is out, say of memory
             if device.type == "cuda":
                 torch.cuda.synchronize()  # raises again if the device itself is lost
             out.append(f"{name}: {gpu_timer.first_line(error)}")
@@ -179,6 +179,6 @@ def held(calls: Calls, op: str, device: torch.device) -> tuple[str, dict[str, fl
 
 
 def results(got: object, op: str) -> tuple[Tensor, ...]:
-    """What has to agree: of an SVD the singular values, since vectors of equal ones are free."""
+    """Return the results to compare: of an SVD the singular values, as vectors are not unique."""
     tensors = got if isinstance(got, (tuple, list)) else (got,)
     return (tensors[1],) if op == "low_rank_svd" else tuple(t for t in tensors if t.numel())

@@ -1,12 +1,12 @@
-"""Compiles every CUDA kernel for every architecture, without a GPU, and writes what each one uses.
+"""Resources of every CUDA kernel on every architecture, compiled without a GPU.
 
 python bench/cuda_resources.py [--archs "80;90a"] [--out bench/results/cuda_resources.txt]
 
 A line per kernel: registers of a thread, bytes that it spills and bytes of its stack, bytes of
 static shared memory of a block (what a launch asks for comes on top). Exits 1 if anything spills or
 has a stack, if ptxas warns of lost performance, or if a file does not compile. A report of some
-architectures is printed, not written, unless --out says where. What the compiler said is kept in
-build/, by the content of all sources.
+architectures is printed, not written, unless --out names a file. The compiler's output is cached in
+build/, keyed by the content of all sources.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ PROPERTIES = re.compile(
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r"(?:\s+ptxas info\s*: Used (?P<registers>\d+) registers(?P<rest>.*))?"
 )
-# For example wgmma that ptxas serialises.
+# For example wgmma that ptxas serializes.
 WARNING = re.compile(r"Potential Performance Loss.*")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel uses on one architecture."""
+    """Resources of one kernel on one architecture."""
 
     registers: int
     spills: int
@@ -54,11 +54,11 @@ class Usage:
 
 
 class CompileError(Exception):
-    """The compiler's first error."""
+    """Failure of the compiler; the message is its first error."""
 
 
 def find_nvcc() -> str | None:
-    """Where CMakeLists.txt looks, too."""
+    """Find nvcc where CMakeLists.txt looks, too."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     in_home = shutil.which("nvcc", path=f"{home}/bin")
     return os.environ.get("CUDACXX") or shutil.which("nvcc") or in_home
@@ -69,7 +69,7 @@ def output(*command: str) -> str:
 
 
 def known_archs(nvcc: str) -> list[str]:
-    """Those of the usual ones that this nvcc compiles for."""
+    """Return the usual architectures that this nvcc compiles for."""
     known = set(re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch")))
     return [arch for arch in USUAL if arch.rstrip("a") in known]
 
@@ -79,13 +79,13 @@ def version(nvcc: str) -> str:
 
 
 def tasks(archs: list[str]) -> list[tuple[Path, str]]:
-    """Every file with each architecture that it is for."""
+    """Pair every file with each architecture that it is for."""
     files = sorted(CUDA.glob("*.cu"))
     return [(p, a) for a in archs for p in files if a == "90a" or not p.stem.endswith("_sm90a")]
 
 
 def table_header() -> Path:
-    """The folder of the generated headers."""
+    """Generate the headers and return their folder."""
     folder = CACHE / "generated"
     generator, source = ROOT / "csrc" / "generate_nf4_table.py", ROOT / "peftkern" / "nf4.py"
     output(sys.executable, str(generator), str(source), str(folder / "peftkern" / "nf4_table.h"))
@@ -93,7 +93,7 @@ def table_header() -> Path:
 
 
 def fingerprint(compiler: str, generated: Path) -> str:
-    """Of the compiler and every file that a kernel may include."""
+    """Hash the compiler and every file that a kernel may include."""
     folders = (CUDA, ROOT / "csrc" / "include", generated)
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     digest = hashlib.sha256(repr((compiler, FLAGS)).encode())
@@ -103,7 +103,7 @@ def fingerprint(compiler: str, generated: Path) -> str:
 
 
 def compile_kernels(nvcc: str, generated: Path, mark: str, path: Path, arch: str) -> str:
-    """What ptxas says of a file, from the last time if nothing has changed."""
+    """Return the output of ptxas for a file, cached while nothing has changed."""
     kept = CACHE / f"{path.stem}.sm_{arch}.{mark}.txt"
     if kept.exists():
         return kept.read_text(encoding="utf-8")
@@ -125,7 +125,7 @@ def compile_kernels(nvcc: str, generated: Path, mark: str, path: Path, arch: str
 
 
 def short_name(demangled: str) -> str:
-    """The kernel with its template's arguments: no result, namespaces, parameters or spaces."""
+    """Shorten to kernel and template arguments: no result, namespaces, parameters or spaces."""
     name = demangled.removeprefix("void ").replace("(anonymous namespace)::", "")
     if name.endswith(")"):
         depth = 0
@@ -138,9 +138,9 @@ def short_name(demangled: str) -> str:
 
 
 def parse(said: str) -> dict[str, Usage]:
-    """What each kernel uses, by mangled name, and each function that is not inlined (no registers).
+    """Return the usage by mangled name, of kernels and of functions not inlined (no registers).
 
-    Raises: ValueError if ptxas wrote something else than this reads.
+    Raises: ValueError if the output of ptxas is not as expected.
     """
     found = {
         match["name"]: Usage(
@@ -168,7 +168,7 @@ Rows = list[tuple[str, str, str, Usage]]
 
 
 def measure(nvcc: str, archs: list[str], workers: int) -> tuple[Rows, list[str], list[str]]:
-    """(architecture, file, kernel, usage) in the order of the report; errors; ptxas's warnings."""
+    """Return (architecture, file, kernel, usage) in report order; errors; warnings of ptxas."""
     generated = table_header()
     mark = fingerprint(version(nvcc), generated)
     rows, errors, warnings, work = [], [], [], tasks(archs)
@@ -202,7 +202,7 @@ def report(compiler: str, rows: Rows) -> str:
 
 
 def problems(rows: Rows) -> list[str]:
-    """Everything that goes through memory where registers were meant."""
+    """List every spill and stack: memory traffic where registers were meant."""
     found = []
     for arch, stem, kernel, usage in rows:
         if usage.spills or usage.stack:

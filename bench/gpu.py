@@ -1,11 +1,11 @@
-"""Everything that a GPU machine is asked for, within a time limit: `make gpu PART=nf4` runs this.
+"""Tests and benches of a GPU machine within a time limit: `make gpu PART=nf4` runs this.
 
 It needs no network, no virtual environment and no git history: the Python that runs it has torch
 and Triton, and finds peftkern through PYTHONPATH, which make sets. It builds the native libraries
 in place (CUDA's for this GPU alone, where nvcc is), runs the GPU's tests, then the benches, each in
 a process of its own, so that one that fails or hangs costs the others nothing. A part gets its
-share of the time that is left; every bench writes what it has measured after each case, and pytest
-its log line by line. `--archive` packs the results folder into one file after every part.
+share of the remaining time; every bench writes its record after each case, and pytest its log line
+by line. `--archive` packs the results folder into one file after every part.
 
 python bench/gpu.py [--part all | test,nf4,...] [--out bench/results] [--budget 510]
 """
@@ -30,7 +30,7 @@ from peftkern.tools.bench import machine
 
 RESULTS = machine.ROOT / "bench" / "results"
 TUNED = machine.ROOT / "kernels" / "tuned"
-# The share of the time that is left, against the parts after it; `all` goes through them in order.
+# Shares of the remaining time, relative to the parts after it; `all` runs them in order.
 BENCHES = {
     "nf4": 3,
     "nf4_lora_linear": 8,
@@ -43,17 +43,17 @@ BENCHES = {
     "e2e": 20,
 }
 SHARES = {"test": 12, **BENCHES}
-ASIDE = {"sanitize": 40, "tune": 30}  # the shares of what `all` leaves out
+ASIDE = {"sanitize": 40, "tune": 30}  # shares of the parts that `all` leaves out
 PARTS = ("all", *SHARES, "sanitize", "tune")
-GRACE = 10.0  # seconds between the polite signal and the other one
+GRACE = 10.0  # seconds between the interrupt and the kill
 START_UP = 25.0  # of a bench: imports, the ceilings, a case that began just in time
 TEST_SECONDS = 150  # of one test, where pytest-timeout is
 
 
 def run(command: list[str], seconds: float, log: Path | None = None, **defaults: str) -> int:
-    """The exit status of a command and its children, 124 if they had to be stopped.
+    """Run a command and return its exit status, 124 if it and its children had to be stopped.
 
-    defaults: variables of the environment, unless it has them.
+    defaults: environment variables for those that are not set.
     """
     print("+ " + " ".join(command), flush=True)
     environment = {**defaults, **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -76,7 +76,7 @@ def run(command: list[str], seconds: float, log: Path | None = None, **defaults:
         except subprocess.TimeoutExpired:
             stop(process)
             status = 124
-        except BaseException:  # else it would go on without us, on a GPU that others measure
+        except BaseException:  # else it would keep running on a GPU that others measure
             stop(process)
             raise
     if log:
@@ -86,12 +86,12 @@ def run(command: list[str], seconds: float, log: Path | None = None, **defaults:
 
 
 def interruptible() -> None:
-    """In a new process: what a shell starts in the background ignores an interrupt."""
+    """Restore SIGINT in a new process: a shell's background jobs ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Interrupt a command, at which pytest still says what failed; kill what does not end."""
+    """Interrupt a command, so that pytest still reports failures; kill it if it does not end."""
     for kind, wait in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
@@ -100,7 +100,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def cuda_build(device: torch.device) -> dict[str, str]:
-    """What setup.py is told: kernels for this GPU alone, if there is an nvcc."""
+    """Return the environment for setup.py: kernels for this GPU alone, if there is an nvcc."""
     if device.type != "cuda" or torch.version.hip is not None:
         return {"PEFTKERN_CUDA": "0"}
     major, minor = torch.cuda.get_device_capability(device)
@@ -109,14 +109,14 @@ def cuda_build(device: torch.device) -> dict[str, str]:
 
 
 def gpu_test_files() -> list[str]:
-    """Only those: others may import peers that this machine does not have."""
+    """List the GPU tests: others may import peers that this machine does not have."""
     files = sorted((machine.ROOT / "tests").glob("test_*.py"))
     marked = [p for p in files if "mark.gpu" in p.read_text(encoding="utf-8")]
     return [str(path.relative_to(machine.ROOT)) for path in marked]
 
 
 def command(part: str, args: argparse.Namespace, rest: list[str], seconds: float) -> list[str]:
-    """What runs one part within these seconds."""
+    """Return the command that runs one part within these seconds."""
     python, budget = sys.executable, f"{max(seconds / 2, seconds - START_UP):.0f}"
     if part in ("test", "sanitize"):
         wanted = "gpu and slow" if part == "sanitize" else "gpu and not slow"
@@ -144,7 +144,7 @@ def parts(text: str) -> list[str]:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """All results and tables in one file, which is whole at every moment."""
+    """Pack all results and tables into one file, replaced atomically."""
     archive = archive.resolve()
     new = archive.with_name(archive.name + ".new")
     archive.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--archive", type=Path, help="pack the results folder into this .tgz after every part")
     args, rest = parser.parse_known_args(argv)
     args.out = args.out.resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops what runs, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also stops the running part
     deadline = time.monotonic() + args.budget
     try:
         device = machine.device_named(args.device)

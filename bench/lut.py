@@ -1,5 +1,5 @@
-"""Compiles, checks and runs bench/lut.cu: NF4 weights that a multiprocessor decodes in a clock, by
-each kind of table, from registers to registers."""
+"""Throughput of NF4 lookup tables (bench/lut.cu): weights per clock and SM for each kind of table,
+from registers to registers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Library:
         self._values = (ctypes.c_uint16 * 16)(*(value & 0xFFFF for value in bits))
 
     def decode(self, name: str, iterations: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Exclusive ors [threads, 4] of what each thread decoded, int32; clocks of each block.
+        """Return the XOR of each thread's values [threads, 4], int32; clocks of each block.
 
         Raises: RuntimeError if CUDA refuses the launch.
         """
@@ -60,14 +60,14 @@ class Library:
         return sums, clocks
 
     def wrong(self, name: str, device: torch.device) -> str | None:
-        """What differs from the codebook's bits, or None."""
+        """Describe the difference from the codebook's bits, or return None."""
         sums, _ = self.decode(name, CHECKED, device)
         bad = int((sums.cpu() != expected(len(sums), CHECKED)).sum())
         return f"{bad} of {sums.numel()} registers differ from the codebook's" if bad else None
 
 
 def expected(threads: int, iterations: int) -> Tensor:
-    """What `Library.decode` returns, from the codebook alone: [threads, 4], int32."""
+    """Compute the result of `Library.decode` from the codebook alone: [threads, 4], int32."""
     values = torch.tensor(NF4_CODE).to(torch.bfloat16).view(torch.int16).long() & 0xFFFF
     word = torch.arange(1, threads + 1) * FIRST & 0xFFFFFFFF
     sums = torch.zeros(threads, 4, dtype=torch.int64)
@@ -84,7 +84,7 @@ def command(nvcc: str, architecture: str, path: Path) -> list[str]:
 
 
 def compiled(folder: Path, device: torch.device) -> Library:
-    """For this GPU. Raises: RuntimeError saying what is missing or what the compiler said."""
+    """Compile for this GPU. Raises: RuntimeError naming what is missing or the compiler's error."""
     if device.type != "cuda":
         raise RuntimeError("clocks of a GPU are counted, and this is none")
     nvcc = cuda_resources.find_nvcc()
@@ -106,8 +106,8 @@ def compiled(folder: Path, device: torch.device) -> Library:
 
 
 def measured(library: Library, name: str, device: torch.device) -> dict[str, float]:
-    """Medians over blocks and calls: weights for each clock and multiprocessor, by its own clock
-    counter; gigabytes of packed weights a second of the whole GPU, launch included."""
+    """Return medians over blocks and calls: weights per clock and SM, by its own clock counter;
+    gigabytes of packed weights per second of the whole GPU, launch included."""
     rates, seconds = [], []
     for call in range(WARM_UP + CALLS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -126,7 +126,7 @@ def measured(library: Library, name: str, device: torch.device) -> dict[str, flo
 
 
 def ask(options, seconds: float | None, note: Callable[..., None]) -> None:
-    """A `suite.Question`: how fast is each table? Without nvcc or a GPU: why nothing is measured.
+    """Answer a `suite.Question`: the speed of each table, or the lack of nvcc or a GPU.
 
     Raises: RuntimeError at the end, if a table gave other bits than the codebook; it has no rate.
     """

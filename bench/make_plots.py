@@ -1,7 +1,7 @@
-"""Draws the measured speed-ups, from bench/results/<device>/*.json, as SVG files for README.
+"""Plots of the measured speed-ups, from bench/results/<device>/*.json, as SVG files for README.
 
 One file per device and background, with every pair of peftkern and a peer that was timed: bars to
-the right of 1 are peftkern's wins, bars to the left its losses, grey ones are within the noise.
+the right of 1 are peftkern's wins, bars to the left its losses, gray ones are within the noise.
 The same results give the same bytes: no date, no random identifiers, text left to the reader's
 fonts.
 
@@ -19,20 +19,20 @@ from pathlib import Path
 
 from make_tables import OURS, PLOTS, ROOT, THEMES, TITLES, plot_name, shown
 
-# Inches, for nothing is fitted: how wide a text is depends on the fonts of the machine.
+# Inches, because nothing is fitted: the width of text depends on the fonts of the machine.
 WIDTH, LEFT, RIGHT, ROW = 8.0, 3.7, 7.5, 0.2
 TITLE, TICKS, CAPTION = 0.35, 0.35, 0.3
 INK = {"light": "#1f2328", "dark": "#e6edf3"}
 LINES = {"light": "#d1d9e0", "dark": "#3d444d"}
-# Blue and orange differ for the colour-blind, too; both are readable on white and on near-black.
+# Blue and orange differ for the color-blind, too; both are readable on white and on near-black.
 WIN, LOSS, ALIKE = "#3b82c4", "#d9730d", "#8b949e"
 LEGEND = (
-    "the peer's time over peftkern's, log scale: blue faster, orange slower, grey within the noise"
+    "the peer's time over peftkern's, log scale: blue faster, orange slower, gray within the noise"
 )
 
 
 def pairs(record: dict) -> Iterator[tuple[str, float, bool]]:
-    """("case, against peer", how many times peftkern's time the peer's is, within the noise)."""
+    """Return ("case, against peer", peer's time over peftkern's, whether within the noise)."""
     if "cases" not in record:
         alone, ours = (record["runs"][name]["step_ms"] for name in ("peft", OURS))
         yield "whole step · PEFT", alone["median"] / ours["median"], overlap(ours, alone, "")
@@ -47,12 +47,12 @@ def pairs(record: dict) -> Iterator[tuple[str, float, bool]]:
 
 
 def overlap(a: dict, b: dict, unit: str) -> bool:
-    """The intervals from the 20th to the 80th percentile have a time in common."""
+    """Return whether the intervals from the 20th to the 80th percentile overlap."""
     return a["p20" + unit] <= b["p80" + unit] and b["p20" + unit] <= a["p80" + unit]
 
 
 def drawn(records: dict[str, dict], theme: str) -> str:
-    """The SVG of one device."""
+    """Draw the SVG of one device."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -91,12 +91,12 @@ def drawn(records: dict[str, dict], theme: str) -> str:
 
 
 def panel(axis, title: str, bars: list[tuple[str, float, bool]], ink: str, lines: str) -> None:
-    """One stem: a bar from 1 to each ratio."""
+    """Draw one stem: a bar from 1 to each ratio."""
     axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axis.set_xscale("log")
     for y, (_, ratio, alike) in enumerate(bars):
-        colour = ALIKE if alike else WIN if ratio > 1 else LOSS
-        axis.barh(y, ratio - 1, left=1, height=0.7, color=colour)
+        color = ALIKE if alike else WIN if ratio > 1 else LOSS
+        axis.barh(y, ratio - 1, left=1, height=0.7, color=color)
         text = f"{'≈ ' if alike else ''}{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
         side = "left" if ratio >= 1 else "right"
         axis.annotate(
@@ -124,7 +124,7 @@ def panel(axis, title: str, bars: list[tuple[str, float, bool]], ink: str, lines
 
 
 def plots(results: Path) -> dict[str, str]:
-    """{file name: SVG} of every device that was measured."""
+    """Return {file name: SVG} of every device that was measured."""
     return {
         plot_name(device, theme): drawn(records, theme)
         for device, records in shown(results).items()

@@ -1,4 +1,4 @@
-"""Writes README's results between its two markers, from bench/results/<device>/*.json.
+"""README's result tables, written between its two markers from bench/results/<device>/*.json.
 
 python bench/make_tables.py           rewrite the section
 python bench/make_tables.py --check   exit 1 if it is not what the results say
@@ -30,7 +30,7 @@ ORDER = (
 TITLES = {
     "demo": "QLoRA fine-tuning, whole training step",
     "nf4_lora_linear": "NF4 linear layer with LoRA",
-    "nf4": "NF4 quantisation",
+    "nf4": "NF4 quantization",
     "lora_linear": "Dense linear layer with LoRA",
     "dora": "DoRA layer, dense and NF4",
     "rosa": "RoSA's sparse products against dense ones",
@@ -60,7 +60,7 @@ def timing(row: dict) -> str:
 
 
 def peer_cell(case: dict, peer: str) -> str:
-    """Its time, how many times peftkern's that is, and the target for that with its mark."""
+    """Format the peer's time, its ratio to peftkern's, and the target with its mark."""
     ours, theirs = case["variants"][OURS], case["variants"].get(peer)
     if theirs is None:
         return ""
@@ -78,7 +78,7 @@ def peer_cell(case: dict, peer: str) -> str:
 
 
 def gpu_cells(case: dict) -> list[str]:
-    """Time in a replayed graph, kernels that a call launches, peak memory."""
+    """Format the time in a replayed graph, the kernel launches of a call, and peak memory."""
     ours = case["variants"][OURS]
     limits = [target for target in case["targets"] if "launches_at_most" in target]
     launches = str(ours.get("launches", ""))
@@ -103,7 +103,7 @@ def cases_table(record: dict) -> str:
 
 
 def steps_table(record: dict) -> str:
-    """Training steps: what both reach, and the memory of a step beside its prediction."""
+    """Format training steps: throughput of both, peak memory beside its prediction."""
     rows = []
     for case in record["cases"]:
         ours, theirs = case["variants"][OURS], case["variants"]["PEFT"]
@@ -123,7 +123,7 @@ def megabytes(variant: dict) -> str:
 
 
 def answers_table(answers: list[dict]) -> str:
-    """What one run answered: does it fit?"""
+    """Format the answers of runs: whether a model fits."""
     rows = []
     for answer in answers:
         fits = {True: "**fits** ✓", False: "**does not fit** ✗"}.get(
@@ -174,7 +174,7 @@ def demo_table(record: dict) -> str:
 
 
 def heading(stem: str, record: dict) -> str:
-    """What was measured, on what, and with which versions."""
+    """Format the heading: stem, machine and versions."""
     facts, size = record["machine"], record["options"]
     gpu = facts.get("gpu")
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
@@ -192,7 +192,7 @@ def heading(stem: str, record: dict) -> str:
 
 
 def shown(results: Path) -> dict[str, dict[str, dict]]:
-    """{device: {stem: record}} in the order of the tables; the interpreter's times mean nothing."""
+    """Return {device: {stem: record}} in table order, without records of Triton's interpreter."""
     found = {}
     for device in sorted(path for path in results.iterdir() if path.is_dir()):
         records = {path.stem: json.loads(path.read_text()) for path in device.glob("*.json")}
@@ -213,7 +213,7 @@ def plot_name(device: str, theme: str) -> str:
 
 
 def picture(device: str) -> str:
-    """The device's plot, for either background."""
+    """Return the HTML of the device's plot, for either background."""
     light, dark = (f"{PLOTS}/{plot_name(device, theme)}" for theme in THEMES)
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
@@ -222,7 +222,7 @@ def picture(device: str) -> str:
 
 
 def decoders_table(answers: list[dict]) -> str:
-    """How fast each kind of table decodes NF4, or that it gave other bits, or why none was run."""
+    """Format the speed of each NF4 lookup table, or its wrong bits, or why none was run."""
     rows = []
     for answer in answers:
         if not answer["decoders"]:
@@ -235,7 +235,7 @@ def decoders_table(answers: list[dict]) -> str:
 
 
 def alike(cases: list[dict]) -> list[list[dict]]:
-    """The cases that have the same variants, together."""
+    """Group the cases that have the same variants."""
     groups: dict[tuple[str, ...], list[dict]] = {}
     for case in cases:
         groups.setdefault(tuple(case["variants"]), []).append(case)
@@ -256,7 +256,7 @@ def tables(stem: str, record: dict) -> list[str]:
 
 
 def section(results: Path) -> str:
-    """Everything between the markers."""
+    """Format everything between the markers."""
     parts, on_gpu = [], False
     for device, records in shown(results).items():
         parts.append(picture(device))

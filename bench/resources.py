@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for every target, without a GPU, and writes what each one uses.
+"""Resources of every Triton kernel on every target, compiled without a GPU.
 
 python bench/resources.py [--arch sm90] [--out bench/results]
 
@@ -29,7 +29,7 @@ STEMS = ("nf4", "lora_linear", "nf4_lora_linear", "low_rank_svd", "adalora", "do
 
 
 def names(arch: str) -> list[tuple[str, int]]:
-    """(stem, index) of every case of an architecture: what a worker can look up for itself."""
+    """Return (stem, index) of every case of an architecture, which a worker can look up."""
     cases = {stem: importlib.import_module(f"peftkern.kernels.{stem}").AOT_CASES for stem in STEMS}
     return [(stem, i) for stem in STEMS for i, c in enumerate(cases[stem]) if arch in c.targets]
 

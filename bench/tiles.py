@@ -1,11 +1,11 @@
-"""Looks for tiles that are faster than the counted ones; `bench/tune.py` says for what.
+"""Search for tiles that are faster than the counted ones; `bench/tune.py` lists the problems.
 
 The search of a problem starts from its counted tiles and walks, one field at a time, to whatever
-neighbour is faster by more than noise. A candidate that does not compile, needs more than the
-device has, or gives other numbers than the counted tiles is out. Many problems walk in step: for
-each field all candidates are compiled and checked by several processes, on a GPU that nobody
-measures meanwhile, and then timed by this process alone. Compiling takes a second or more, timing
-some hundredths, and problems of different shapes share what is compiled.
+neighbor is faster by more than noise. A candidate that does not compile, needs more than the device
+has, or gives other numbers than the counted tiles is out. Many problems walk in step: for
+each field all candidates are compiled and checked by several processes, on a GPU where
+nothing is timed meanwhile, and then timed by this process alone. Compiling takes a second or more,
+timing some hundredths, and problems of different shapes share compiled programs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftkern.tools.bench import gpu_timer
 from peftkern.tools.bench.timer import measure
 from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
 
-FIELDS = {  # what each kernel reads of its tiles
+FIELDS = {  # of its tiles that each kernel reads
     "lora_forward": ("block_m", "block_n", "block_k", "splits", "num_warps", "num_stages"),
     "lora_backward_sb": ("block_m", "block_n", "splits", "num_warps", "num_stages"),
     "lora_backward_xa": ("block_m", "block_k", "splits", "num_warps", "num_stages"),
@@ -39,23 +39,23 @@ FIELDS = {  # what each kernel reads of its tiles
     "dora_norm": ("block_n", "block_k", "num_warps", "num_stages"),
     "nf4_dora_norm": ("block_n", "num_warps", "num_stages"),
 }
-GAIN = 1.02  # how much faster a candidate has to be: less is noise
+GAIN = 1.02  # minimum speed-up of a candidate: less is noise
 ROTATE = 256 << 20  # bytes of inputs to cycle through, beyond the L2 cache
 MOST_COPIES = 32
-TASK_SECONDS = 60.0  # of a process for one candidate, the wait for others before it included
+TASK_SECONDS = 60.0  # of a process for one candidate, including the wait in the queue
 SLOW_SECONDS = 1e-4  # calls of more fill a graph with fewer
 SCALING = 0.5
 
 
 def in_turn(shapes: list, rows: list, ranks: list) -> Iterator[tuple[int, int, int, int]]:
-    """(r, M, N, K): for one rank all rows of four weights, a model, before those of the next."""
+    """Order (r, M, N, K): for one rank all rows of four weights, a model, before the next."""
     for r, start in itertools.product(ranks, range(0, len(shapes), 4)):
         for m, (n, k) in itertools.product(rows, shapes[start : start + 4]):
             yield r, m, n, k
 
 
 def problems(shapes: list, rows: list, ranks: list) -> Iterator[tuple[Problem, int, int]]:
-    """(problem, N, K) as the launchers ask for them, each once, most wanted first."""
+    """Yield (problem, N, K) as the launchers look them up, each once, most wanted first."""
     from peftkern.kernels.configs import NF4_FUSED_ROWS_MAX
 
     seen, last = set(), []
@@ -93,8 +93,8 @@ def copies_of(nbytes: int, rotate: int) -> int:
 def runner(
     problem: Problem, n: int, k: int, device: torch.device, rotate: int = 0
 ) -> Callable[[int], tuple]:
-    """call(i): the launch that the problem stands for, on the i-th of equal inputs, which together
-    are as large as `rotate`."""
+    """Return call(i), the problem's launch on the i-th of equal inputs, which together are as large
+    as `rotate`."""
     from peftkern.kernels import dora, lora_linear, nf4, nf4_lora_linear
 
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def runner(
 
 
 def seconds_of(calls: dict[str, Callable[[int], object]], device: torch.device) -> dict[str, float]:
-    """The median of each, in turns; on a GPU of replayed graphs, which leave the host out."""
+    """Return the median of each, timed in turns; on a GPU of replayed graphs, without host time."""
     if device.type == "cpu":
         return {name: t.median for name, t in measure(calls, seconds=0.0).items()}
     one = {
@@ -170,7 +170,7 @@ def seconds_of(calls: dict[str, Callable[[int], object]], device: torch.device) 
 
 
 def checked(call: Callable[[int], tuple]) -> tuple[Tensor, ...]:
-    """What a call returns, over memory that torch fills with NaN in this mode."""
+    """Return the result of a call over memory that torch fills with NaN in this mode."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -180,15 +180,15 @@ def checked(call: Callable[[int], tuple]) -> tuple[Tensor, ...]:
 
 
 def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], sides: int = 1) -> bool:
-    """Within the rounding of the activations, RATIO times: sums run in another order. Two sides
-    that round on different ways have twice that."""
+    """Return whether results agree within RATIO roundings of the activations: the summation order
+    differs. Two sides that round at different steps have twice that."""
     bounds = [sides * RATIO * floor[torch.bfloat16] for floor in (FLOOR_RMS, FLOOR_MAX)]
     pairs = [errors(g, e) for g, e in zip(got, expected, strict=True)]
     return all(rms <= bounds[0] and most <= bounds[1] for rms, most in pairs)
 
 
-def neighbours(config: TileConfig, name: str, kernel: str) -> Iterator[TileConfig]:
-    """Configs for a kernel that differ in one field: half and double, or a stage fewer and more."""
+def neighbors(config: TileConfig, name: str, kernel: str) -> Iterator[TileConfig]:
+    """Yield configs that differ in one field: half and double, or one stage fewer and more."""
     value = getattr(config, name)
     steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
     for step in steps:
@@ -199,14 +199,14 @@ def neighbours(config: TileConfig, name: str, kernel: str) -> Iterator[TileConfi
 
 @dataclass(eq=False)
 class Search:
-    """The walk of one problem, from its counted tiles to the best found so far."""
+    """Hill climbing of one problem, from its counted tiles to the best found so far."""
 
     problem: Problem
     n: int
     k: int
     counted: TileConfig
     best: TileConfig
-    ratio: float = 1.0  # how much faster than the counted tiles
+    ratio: float = 1.0  # speed-up over the counted tiles
     tried: set[TileConfig] = field(default_factory=set)
 
     @classmethod
@@ -217,10 +217,10 @@ class Search:
         return cls(problem, n, k, counted, counted, tried={counted})
 
     def candidates(self, step: int) -> list[TileConfig]:
-        """Neighbours in the step-th field that were not tried yet."""
+        """Return untried neighbors in the step-th field."""
         names = FIELDS[self.problem.kernel][step : step + 1]
         kernel = self.problem.kernel
-        new = [c for name in names for c in neighbours(self.best, name, kernel)]
+        new = [c for name in names for c in neighbors(self.best, name, kernel)]
         new = [candidate for candidate in new if candidate not in self.tried]
         self.tried.update(new)
         return new
@@ -228,7 +228,7 @@ class Search:
 
 @functools.lru_cache(maxsize=1)
 def expected(problem: Problem, n: int, k: int, counted: TileConfig, device: torch.device) -> tuple:
-    """The problem's runner, and what it gives with the counted tiles."""
+    """Return the problem's runner and its result with the counted tiles."""
     run = runner(problem, n, k, device)
     return run, checked(with_tiles(run, problem.kernel, counted))
 
@@ -248,12 +248,12 @@ def with_tiles(
 def refused(
     problem: Problem, n: int, k: int, counted: TileConfig, config: TileConfig, device: torch.device
 ) -> str | None:
-    """Why tiles are no candidate: they do not run here, or give other numbers."""
+    """Return the reason against tiles: they do not run here, or give other numbers."""
     try:
         run, right = expected(problem, n, k, counted, device)
         got = checked(with_tiles(run, problem.kernel, config))
         return None if same(got, right) else "other numbers"
-    except Exception as error:  # the compiler's many ways to refuse
+    except Exception as error:  # compilers raise many types
         if device.type == "cuda":
             torch.cuda.synchronize()  # raises again if the device itself is lost
             torch.cuda.empty_cache()
@@ -261,7 +261,7 @@ def refused(
 
 
 class Workers:
-    """Processes that compile and check candidates; with none of them, the caller does."""
+    """Pool of processes that compile and check candidates; without processes the caller does."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         self.device, self.count, self.pool = device, count, None
@@ -273,11 +273,11 @@ class Workers:
             self.pool = spawn.Pool(self.count)
 
     def refused(self, trials: list[tuple[Search, TileConfig]]) -> list[str | None]:
-        """`refused` of every candidate, each distinct program compiled once."""
+        """Map every candidate to its refusal; each distinct program is compiled once."""
         tasks = [(s.problem, s.n, s.k, s.counted, config, self.device) for s, config in trials]
         if self.pool is None:
             return [refused(*task) for task in tasks]
-        # Shapes share programs: the first of each is compiled before the others ask for it.
+        # Shapes share programs: the first of each is compiled before the others need it.
         program = {(t[0].kernel, t[0].r, t[4]): i for i, t in reversed(list(enumerate(tasks)))}
         first = sorted(program.values())
         rest = sorted(set(range(len(tasks))) - set(first))
@@ -287,8 +287,8 @@ class Workers:
         return [answers[i] for i in range(len(tasks))]
 
     def _asked(self, tasks: dict[int, tuple]) -> dict[int, str | None]:
-        """One that hangs, or costs its process the device or its life, is out like any other; all
-        processes are replaced then, and those whose answers were on their way are asked again."""
+        """Check candidates in the pool. One that hangs, or kills its process or the device, is out
+        like any other; all processes are then replaced, and pending candidates resubmitted."""
         answers: dict[int, str | None] = {}
         while len(answers) < len(tasks):
             left = [i for i in tasks if i not in answers]
@@ -316,7 +316,7 @@ class Workers:
 def search(
     searches: list[Search], workers: Workers, left: Callable[[], float]
 ) -> tuple[bool, Counter[str]]:
-    """Walk all of them to their ends. Returns: whether time sufficed; why candidates were out."""
+    """Run all searches to convergence. Returns: whether time sufficed; refusals by reason."""
     device, rejected = workers.device, Counter()
     for step in range(max(len(FIELDS[s.problem.kernel]) for s in searches)):
         if left() <= 0:
@@ -348,7 +348,7 @@ def search(
 
 
 def fused_rows(shapes: list, device: torch.device, rows: tuple[int, ...]) -> tuple[int, dict]:
-    """Up to which M the fused NF4 kernel is no slower on average, and the ratios behind it."""
+    """Find the largest M at which the fused NF4 kernel is no slower on average, and the ratios."""
     from peftkern.kernels import lora_linear, nf4, nf4_lora_linear
 
     def composed(x: Tensor, weight: tuple, *adapters) -> tuple:

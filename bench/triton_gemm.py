@@ -1,8 +1,8 @@
-"""y = x @ w.T in Triton, as good as a short kernel gets: how much of cuBLAS does it reach?
+"""Dense product y = x @ w.T in Triton: the share of cuBLAS that a short kernel reaches.
 
 An experiment, not a kernel of the library. What fuses a low-rank update into a dense product has to
 be built on one of these, so their share of cuBLAS bounds what fusing can gain. Both are persistent:
-a program per multiprocessor walks over the tiles of y, in groups of rows that share w in L2.
+a program per SM walks over the tiles of y, in groups of rows that share w in L2.
 `descriptors` lets the TMA unit copy tiles (sm_90 and newer), `pointers` computes an address for
 every element, as on older GPUs.
 
@@ -25,7 +25,7 @@ from peftkern.kernels.primitives import dot, narrow
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of y, the step along K, and how it is launched; its name says the tile."""
+    """Tile of y, step along K, and launch parameters; named after the tile."""
 
     m: int
     n: int
@@ -50,7 +50,7 @@ SQUARE = Tile(128, 128, 64, warps=4, stages=4)
 
 @triton.jit
 def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr = 8):
-    """The first row and column of a tile: so many tiles of rows come before the next columns."""
+    """Return a tile's first row and column: so many row tiles come before the next columns."""
     across = tl.cdiv(N, BLOCK_N)
     first = tile // (GROUP * across) * GROUP
     rows = min(tl.cdiv(M, BLOCK_M) - first, GROUP)
@@ -109,7 +109,7 @@ def _pointers_kernel(
         row, column = _place(tile, M, N, BLOCK_M, BLOCK_N)
         rows = row + tl.arange(0, BLOCK_M)
         columns = column + tl.arange(0, BLOCK_N)
-        # Past the end the first ones are read again, which costs no mask and is not stored.
+        # Past the end the first ones are read again: no mask, and nothing of it is stored.
         x_rows = x_ptr + (rows % M).to(tl.int64)[:, None] * K + along[None, :]
         w_rows = w_ptr + (columns % N).to(tl.int64)[None, :] * K + along[:, None]
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -132,7 +132,7 @@ def _run(kernel, x: Tensor, w: Tensor, tile: Tile) -> Tensor:
 
 
 def descriptors(x: Tensor, w: Tensor, tile: Tile = WIDE) -> Tensor:
-    """x @ w.T by tensor descriptors, which the kernel writes into memory that it is given."""
+    """Multiply x @ w.T by tensor descriptors, which the kernel writes into given memory."""
 
     def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
         return torch.empty(size, dtype=torch.int8, device=x.device)
@@ -142,5 +142,5 @@ def descriptors(x: Tensor, w: Tensor, tile: Tile = WIDE) -> Tensor:
 
 
 def pointers(x: Tensor, w: Tensor, tile: Tile = WIDE) -> Tensor:
-    """x @ w.T by addresses."""
+    """Multiply x @ w.T by addresses."""
     return _run(_pointers_kernel, x, w, tile)

@@ -1,15 +1,15 @@
-"""Measures on this GPU and writes kernels/tuned/<arch>.json: `make tune`.
+"""Tuner of this GPU, which writes kernels/tuned/<arch>.json: `make tune`.
 
 For the linear layers of Llama-3-8B, Llama-2-7B, Qwen2.5-7B and LLaMA-65B, M from 1 to 8192 and
 ranks up to 16 (which share tiles) and 64, in this order:
 
-- `nf4_fused_rows`: up to how many rows the fused NF4 kernel beats dequantising and cuBLAS;
+- `nf4_fused_rows`: up to how many rows the fused NF4 kernel beats dequantizing and cuBLAS;
 - `configs`: the tiles of every Triton kernel (tiles.py);
 - `back_ends`, `layers`: which back end serves an op fastest, and where PEFT's own layer is faster
   than the patched one (contests.py). They get the last third of the time.
 
-The table is written as it grows and a run goes on where another stopped; `--again` measures all of
-it anew.
+The table is written as it grows and a run resumes where another stopped; `--again` measures it all
+again.
 
 python bench/tune.py [--budget 480] [--shapes 4096x4096 --rows 1 8 --ranks 16]
 Under Triton's interpreter `--device cpu` goes through the same motions, for a tiny problem.
@@ -38,27 +38,23 @@ from tiles import FIELDS, Search, Workers, fused_rows, problems, search
 from peftkern.backends.device import arch, triton_interpreted
 from peftkern.kernels import configs
 from peftkern.tools.bench import gpu_timer, machine
+from peftkern.tools.bench.shapes import PRESETS
 
-MODELS = {  # (N, K) of every linear layer, the most common model first
-    "Llama-3-8B": ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)),
-    "Llama-2-7B": ((11008, 4096), (4096, 11008)),  # and 4096x4096, which Llama-3-8B has
-    "Qwen2.5-7B": ((3584, 3584), (18944, 3584), (3584, 18944), (512, 3584)),
-    "LLaMA-65B": ((8192, 8192), (22016, 8192), (8192, 22016)),
-}
-SHAPES = tuple(dict.fromkeys(shape for shapes in MODELS.values() for shape in shapes))
+MODELS = ("llama3-8b", "llama2-7b", "qwen2.5-7b", "llama-65b")  # the most common first
+PROJECTIONS = ("q_proj", "gate_proj", "down_proj", "k_proj")  # one of each size
+SHAPES = tuple(dict.fromkeys(PRESETS[model][name] for model in MODELS for name in PROJECTIONS))
 ROWS = (1, 8, 32, 8192, 512, 4096, 128, 16, 2048, 1024, 256, 64, 2, 4)  # most wanted first
 RANKS = (16, 64)
 FUSED_ROWS = (16, 32, 48, 64, 96, 128, 192, configs.NF4_FUSED_ROWS_MAX)
-BATCH = 16  # problems that walk in step: enough candidates for every process that compiles
+BATCH = 16  # problems searched in step: enough candidates for every compiling process
 MOST_WORKERS = 12  # processes that compile; each takes about half a GB of the GPU for itself
 FOR_CONTESTS = 1 / 3  # of the time
-LAYER_TILES = ("lora_forward", "nf4_forward")  # of every row and shape; the others come with them
+LAYER_TILES = ("lora_forward", "nf4_forward")  # of every row and shape; the others follow from them
 SECTIONS = ("configs", "gains", "back_ends", "layers", "milliseconds")
 
 
 def begin(path: Path, device: torch.device, args: argparse.Namespace) -> dict:
-    """The table so far if this device, these versions and these kernels wrote it, else an empty
-    one."""
+    """Load the table if this device, versions and kernels wrote it, else an empty one."""
     facts = machine.describe(torch.get_num_threads(), device, args.commit)
     head = {
         "device": facts["gpu"]["name"] if facts["gpu"] else facts["cpu"],
@@ -75,7 +71,7 @@ def begin(path: Path, device: torch.device, args: argparse.Namespace) -> dict:
 
 
 def fingerprint() -> str:
-    """Of the sources of all kernels for a GPU: what was measured of others says nothing."""
+    """Hash the sources of all GPU kernels: measurements of others are void."""
     folders = (machine.ROOT / "kernels", machine.ROOT / "csrc" / "cuda")
     files = sorted(path for folder in folders for path in folder.glob("*.[pc]*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
@@ -136,7 +132,7 @@ def tune_tiles(
 ) -> None:
     # The crossover comes first: it decides more than any tile, and takes a few seconds.
     if "nf4_fused_rows" not in table and "nf4_forward" in args.kernels:
-        on_gpu = device.type == "cuda"  # where it has to hold for all shapes, whatever was asked
+        on_gpu = device.type == "cuda"  # where it has to hold for all shapes
         rows, shapes = (FUSED_ROWS, SHAPES[:3]) if on_gpu else (tuple(args.rows), args.shapes[:3])
         table["nf4_fused_rows"], table["fused_ratios"] = fused_rows(list(shapes), device, rows)
         save(path, table)
@@ -190,13 +186,13 @@ def hold_contests(
         known, shape = table[section].get(problem.class_key(), {}), f"{problem.N}x{problem.K}"
         if (op if section == "back_ends" else section) not in args.contests or shape in known:
             continue
-        # With tiles that will change, a contest would have to be held again.
+        # With tiles that still change, a contest would have to be repeated.
         if left() <= 0 or (problem.r, problem.M, problem.N, problem.K) in untuned:
             missed += 1
             continue
         try:
             winner, times, out = held(prepare(), op, device)
-        except Exception as error:  # one that cannot be held is no reason to lose the others
+        except Exception as error:  # a contest that fails must not lose the others
             if device.type == "cuda":
                 torch.cuda.synchronize()  # raises again if the device itself is lost
             failed[f"{op}: {gpu_timer.first_line(error)}"] += 1
@@ -205,7 +201,7 @@ def hold_contests(
         table[section][problem.class_key()] = {**known, shape: winner}
         table["milliseconds"][problem.key()] = times
         done[winner] += 1
-        configs.fastest.cache_clear()  # the layer after it is served by who has won
+        configs.fastest.cache_clear()  # the layer after it is served by the winner
         save(path, table)
     said = ", ".join(f"{name} {count}" for name, count in done.most_common()) or "none"
     print(f"contests: {sum(done.values())} held, {missed} left for another run; won by: {said}")
@@ -214,8 +210,7 @@ def hold_contests(
 
 
 def use(table: dict, name: str) -> None:
-    """Let this process take the table's tiles and back ends, as they come, but leave no layer to
-    PEFT."""
+    """Apply the table's tiles and back ends to this process, but leave no layer to PEFT."""
     for cached in (configs.load, configs.chosen, configs.fastest, configs.layer_of):
         cached.cache_clear()
     configs.load(name).update({**table, "layers": {}})

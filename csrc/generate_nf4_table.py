@@ -35,7 +35,7 @@ constexpr float kNF4Midpoint[15] = {{
 
 
 def to_float32(value: float) -> float:
-    """The float32 nearest to `value`, as a Python float."""
+    """Return the float32 nearest to `value`, as a Python float."""
     return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
@@ -52,7 +52,7 @@ def read_code(source: str) -> list[float]:
 
 
 def render(code: list[float]) -> str:
-    """The header's text for the 16 float32 values `code`."""
+    """Return the header text for the 16 float32 values `code`."""
     midpoint = [to_float32((low + high) / 2) for low, high in itertools.pairwise(code)]
     return TEMPLATE.format(code=_literals(code), midpoint=_literals(midpoint))
 

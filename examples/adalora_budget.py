@@ -1,4 +1,4 @@
-"""Where does AdaLoRA spend its budget? Planted updates of unequal rank, found again.
+"""AdaLoRA's budget on planted updates of unequal rank, which it has to find.
 
 A teacher is a small transformer whose linear layers carry low-rank updates of planted ranks: some
 none, some high. Students start without them and learn to give the teacher's outputs: AdaLoRA from
@@ -8,7 +8,7 @@ LoRA with as many in equal parts.
     python examples/adalora_budget.py                         # about a minute on two cores
     python examples/adalora_budget.py --plot budget.svg --steps 1200
 
-The picture needs matplotlib; without it none is drawn unless --plot asks for one.
+The picture needs matplotlib; without it none is drawn, and --plot is an error.
 
 Exit status: 0, the planted ranks were found and AdaLoRA ended with the lower loss; 1, not; 2, bad
 input.
@@ -40,7 +40,7 @@ PLOT = Path("adalora_budget.png")
 INIT_R = 8
 UPDATE = 1.0  # spectral norm of a planted update, against about 1.6 of the weight it changes
 ORTHOGONAL = 0.1
-# The share of the budget that may sit in a layer which it was not planted in.
+# Maximum share of the budget in layers without planted rank.
 MISPLACED = 0.25
 
 
@@ -66,12 +66,12 @@ def transformer() -> nn.Sequential:
 
 
 def names() -> dict[str, int]:
-    """{layer: planted rank}"""
+    """Return {layer: planted rank}."""
     return {f"{i}.{n}": r for i, row in PLANTED.items() for n, r in zip(LINEAR, row, strict=True)}
 
 
 def plant(base: nn.Module) -> nn.Module:
-    """The teacher: orthonormal updates of the planted ranks, all of the same strength."""
+    """Build the teacher: orthonormal updates of the planted ranks, all of the same strength."""
     teacher = copy.deepcopy(base)
     for name, r in names().items():
         weight = teacher.get_submodule(name).weight
@@ -81,7 +81,7 @@ def plant(base: nn.Module) -> nn.Module:
 
 
 def adapt(base: nn.Module, make) -> nn.Module:
-    """A student: a copy of the base whose linear layers went through `make`."""
+    """Build a student: a copy of the base whose linear layers went through `make`."""
     student = copy.deepcopy(base)
     for name in names():
         parent, _, child = name.rpartition(".")
@@ -97,7 +97,7 @@ def train(
     allocator: RankAllocator | None,
     tick,
 ) -> tuple[list[float], list[dict[str, int]]]:
-    """Losses against the teacher, and the rank of every layer, at every step."""
+    """Train; return losses against the teacher, and the rank of every layer, at every step."""
     generator = torch.Generator().manual_seed(options.seed)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
@@ -121,7 +121,7 @@ def train(
 
 
 def report(options, planted, found, losses) -> bool:
-    """The table of ranks and the verdict."""
+    """Print the table of ranks and the verdict."""
     from rich.console import Console
     from rich.table import Table
 
@@ -150,7 +150,7 @@ def report(options, planted, found, losses) -> bool:
 
 
 def plot(path: Path, planted, ranks, losses) -> None:
-    """How the budget moved, what was found, and both losses."""
+    """Plot the budget over time, the found ranks, and both losses."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""One DyLoRA run against a run for each rank: how near does each come to a known update?
+"""One DyLoRA run against a run for each rank: distance to a known update.
 
 A linear layer is to become another one, weight + update of rank 4, from random inputs. The table
 gives |W + dW_b - target| for every rank b: the least that any update of rank b reaches
@@ -26,7 +26,7 @@ RANKS = range(1, len(VALUES) + 1)
 
 
 def fit(steps: int, prepare: Callable[[DyLoRALinear], object], **options: bool) -> list[float]:
-    """Train with the rank that `prepare` sets before each step; the distance at every rank."""
+    """Train with the rank that `prepare` sets before each step; return the distance per rank."""
     torch.manual_seed(0)
     base = nn.Linear(SIZE, SIZE, bias=False)
     U, V = (torch.linalg.qr(torch.randn(SIZE, len(VALUES)))[0] for _ in range(2))
@@ -53,7 +53,7 @@ def sampling(train_last_only: bool = False) -> Callable[[DyLoRALinear], object]:
 
 
 def columns(steps: int) -> dict[str, list[float]]:
-    """{column: distance at each rank}; a run for each rank takes a share of the steps."""
+    """Return {column: distance at each rank}; a run for each rank takes a share of the steps."""
     share = max(1, steps // len(VALUES))
     return {
         "least": [VALUES[rank:].norm().item() for rank in RANKS],

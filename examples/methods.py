@@ -1,4 +1,4 @@
-"""Every method on one small language model: what it trains, keeps, takes and reaches.
+"""Every method on one small language model: parameters, memory, time and loss.
 
 A Llama over bytes is first trained in full on prose, the language reference that comes with every
 Python; each method then fine-tunes a copy of it on Python source, modules of the standard library.
@@ -8,8 +8,8 @@ a step, and the loss on source that no step has seen.
     python examples/methods.py                                # minutes on two cores
     python examples/methods.py --only LoRA LoRA-FA --steps 50 --json methods.json
 
-A method joins with a class below: what it changes in the model, its optimizer, and what it does
-before and after a step. Exit status: 0, all were trained; 2, bad input.
+A method is a class below: its change of the model, its optimizer, and its hooks before and after a
+step. Exit status: 0, all were trained; 2, bad input.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from typing import ClassVar
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log lines; read at import
 
 import torch
-from qlora_training import InputError, live_tensor_peak, random_llama, read_text, token_ids
+from qlora_training import InputError, random_llama, read_text, token_ids
 from torch import Tensor, nn
 
 from peftkern import methods
 from peftkern.integrations.transformers.longlora import enable_shifted_sparse_attention
 from peftkern.layers import LoRALinear, NF4Linear, NF4LoRALinear
+from peftkern.tools.bench.memory import peak_bytes
 
 SOURCES = ("argparse", "statistics", "textwrap", "tarfile", "zipfile")  # of the standard library
-HELD_OUT = 0.1  # the share of the text that is kept for the loss in the table
+HELD_OUT = 0.1  # share of the text held out for the loss in the table
 EVALUATED = 8  # batches
 FULL = "full fine-tuning"
 WARM_UP = 2  # steps whose time is not counted
@@ -46,7 +47,7 @@ METHODS: dict[str, type[Method]] = {}
 
 
 def method(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Enter a class into the table under a name."""
+    """Register a class under a name of the table."""
 
     def enter(cls: type[Method]) -> type[Method]:
         METHODS[name] = cls
@@ -64,7 +65,7 @@ def swap(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
 
 
 class Method:
-    """LoRA; a method says what differs. A new object serves each run."""
+    """LoRA; methods override the differences. Each run gets a new object."""
 
     module: ClassVar[str | None] = None  # of peftkern.methods
     lr: ClassVar[float] = 4e-3
@@ -74,7 +75,7 @@ class Method:
 
     @classmethod
     def unfit(cls, options: argparse.Namespace) -> str | None:
-        """Why the method cannot train a model of these sizes, or None."""
+        """Return why the method cannot train a model of these sizes, or None."""
         return None
 
     @property
@@ -91,10 +92,10 @@ class Method:
         return torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
 
     def before_step(self, step: int) -> None:
-        """Before the forward pass of step 1, 2, ..."""
+        """Run before the forward pass of step 1, 2, ..."""
 
     def after_step(self, step: int) -> None:
-        """After the optimizer's step, while gradients are still there."""
+        """Run after the optimizer's step, while gradients still exist."""
 
 
 @method(FULL)
@@ -197,7 +198,7 @@ class QDoRA(Method):
 
 @method("DyLoRA")
 class DyLoRA(Method):
-    """Its loss is that of the largest rank."""
+    """DyLoRA; its loss is that of the largest rank."""
 
     module = "dylora"
 
@@ -223,7 +224,7 @@ class QuantumPEFT(Method):
 
 @method("RoSA")
 class RoSA(Method):
-    """Half the rank, and about as many values in the sparse update as that leaves."""
+    """RoSA of half the rank, with about as many values in the sparse update as that saves."""
 
     module = "rosa"
 
@@ -278,7 +279,7 @@ class Batches:
         return torch.stack([ids[s : s + seq] for s in starts]).long()
 
     def loss(self, model: nn.Module) -> float:
-        """On the held-out text."""
+        """Compute the loss on the held-out text."""
         generator = torch.Generator().manual_seed(1)
         model.eval()
         with torch.no_grad():
@@ -291,7 +292,7 @@ class Batches:
 def train(
     model: nn.Module, work: Method, batches: Batches, steps: int, tick: Callable[[], None]
 ) -> dict[str, float]:
-    """Figures of one run; the model is changed."""
+    """Train one run and return its figures; the model is changed."""
     optimizer = work.optimizer(model)
     generator = torch.Generator().manual_seed(0)
     model.train()
@@ -316,7 +317,7 @@ def train(
     return {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "optimizer_bytes": kept,
-        "peak_bytes": live_tensor_peak(lambda: step(steps + 1)),
+        "peak_bytes": peak_bytes(lambda: step(steps + 1), torch.device("cpu")),
         "step_ms": 1e3 * statistics.median(seconds[WARM_UP:] or seconds),
         "loss": loss,
     }

@@ -1,4 +1,4 @@
-"""How near to full fine-tuning do LoRA and LoRA-Pro train? A planted regression, step by step.
+"""Distance of LoRA and LoRA-Pro from full fine-tuning on a planted regression, step by step.
 
 A linear layer is to become another one, weight + update, from random inputs. Each method starts
 at the same weight with the same learning rate; the table gives its loss, and how far its weight is
@@ -60,7 +60,7 @@ METHODS = {
 
 
 def train(optimizer: str, lr: float, steps: int, seed: int = 0) -> tuple[dict[str, Curve], Tensor]:
-    """The curve of every method, and the planted update."""
+    """Train; return the curve of every method, and the planted update."""
     curves = {}
     for name, make in METHODS[optimizer].items():
         torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def train(optimizer: str, lr: float, steps: int, seed: int = 0) -> tuple[dict[st
 
 
 def distances(curves: dict[str, Curve], planted: Tensor) -> dict[str, list[float]]:
-    """|update - that of full fine-tuning|_F / |planted|_F at every step."""
+    """Return |update - that of full fine-tuning|_F / |planted|_F at every step."""
     full = curves[FULL].updates
     return {
         name: [

@@ -1,7 +1,7 @@
 """QLoRA fine-tuning on the CPU, once with PEFT alone and once with peftkern.
 
 A Llama-architecture transformers model with bitsandbytes 4-bit linears (NF4, double
-quantisation) and PEFT adapters learns real text. Both runs get the same weights, batches and
+quantization) and PEFT adapters learns real text. Both runs get the same weights, batches and
 seeds; each lives in its own process, so that peak memory is that run's own, and the two take
 turns of a few steps, so that a busy machine slows both alike.
 
@@ -38,7 +38,7 @@ AGREE = 1e-2
 
 
 class Run:
-    """One run's process: asked for steps, it answers with losses and times."""
+    """Process of one run: it answers requests for steps with losses and times."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.losses, self.seconds = name, [], []
@@ -76,7 +76,7 @@ class Run:
 
 
 def take_turns(runs: list[Run], options: argparse.Namespace) -> dict[str, dict]:
-    """Set both runs up, then let them train in turns under a progress bar."""
+    """Initialize both runs, then train them in turns under a progress bar."""
     from rich import progress
 
     columns = (
@@ -92,7 +92,7 @@ def take_turns(runs: list[Run], options: argparse.Namespace) -> dict[str, dict]:
             run.name: bars.add_task(TITLES[run.name], total=options.steps, state="import and load")
             for run in runs
         }
-        for run in runs:  # both set themselves up meanwhile
+        for run in runs:  # both initialize concurrently
             results[run.name] = run.answer()["about"]
             bars.update(bar[run.name], state="ready")
         turn = max(1, options.steps // TURNS)
@@ -124,7 +124,7 @@ def percentile(samples: list[float], share: float) -> float:
 
 
 def compare(results: dict[str, dict]) -> dict:
-    """Times without the warm-up steps, and how far the loss curves part."""
+    """Compare times without the warm-up steps, and the distance of the loss curves."""
     for run in results.values():
         steps = run["step_seconds"]
         timed = steps[min(WARM_UP, len(steps) - 1) :]
@@ -236,7 +236,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --model: no config.json in {options.model}")
     if options.json is not None:
         try:
-            open(options.json, "a").close()  # learn of it now rather than after the training
+            open(options.json, "a").close()  # fail now rather than after the training
         except OSError as error:
             parser.error(f"argument --json: {options.json}: {error.strerror}")
     if options.dtype == "auto":
@@ -245,7 +245,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def has_bf16_arithmetic() -> bool:
-    """Without it bf16 matrix products on a CPU are emulated and slower than fp32."""
+    """Return whether the CPU has bf16 instructions; emulated products are slower than fp32."""
     try:
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -260,9 +260,9 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     runs: list[Run] = []
     try:
-        read_text(options.text)  # say so now rather than after the imports
+        read_text(options.text)  # fail now rather than after the imports
         model = options.model or f"random Llama, hidden {options.hidden}, layers {options.layers}"
-        print(f"{model}: NF4 with double quantisation, LoRA r={options.rank}, {options.dtype}")
+        print(f"{model}: NF4 with double quantization, LoRA r={options.rank}, {options.dtype}")
         print(f"{options.steps} steps of {options.batch}x{options.seq} tokens", flush=True)
         runs.extend(Run(name, options) for name in TITLES)
         results = take_turns(runs, options)

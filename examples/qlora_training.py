@@ -16,20 +16,19 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 WARM_UP = 3  # steps whose time and memory are not counted
-LR_WARM_UP = 10  # steps; AdamW's first steps blow rounding noise up to full size
+LR_WARM_UP = 10  # steps; AdamW's first steps amplify rounding noise to full size
 MAX_TEXT_BYTES = 16 << 20
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message is the one line to print."""
+    """Unusable input; the message is the one line to print."""
 
 
 def read_text(path: str | None) -> bytes:
-    """The user's file, or the language reference that comes with every Python."""
+    """Read the user's file, or the language reference that comes with every Python."""
     if path is not None:
         try:
             with open(path, "rb") as file:
@@ -44,7 +43,7 @@ def read_text(path: str | None) -> bytes:
 
 
 def load_model(options: Namespace):
-    """The 4-bit model and its tokenizer (None: bytes are the tokens), as QLoRA users load it."""
+    """Load the 4-bit model and its tokenizer (None: bytes are tokens), as QLoRA users do."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -90,7 +89,7 @@ def random_llama(options: Namespace):
 
 
 def add_adapters(model, options: Namespace):
-    """PEFT's own recipe: prepare for k-bit training (with checkpointing), adapters everywhere."""
+    """Follow PEFT's recipe: prepare for k-bit training (checkpointing), adapters everywhere."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     model = prepare_model_for_kbit_training(
@@ -111,7 +110,7 @@ def add_adapters(model, options: Namespace):
 
 
 def token_ids(text: bytes, tokenizer):
-    """The text as one long vector of token ids."""
+    """Tokenize the text into one long vector of ids."""
     import torch
 
     if tokenizer is not None:
@@ -167,10 +166,6 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss.item(), "seconds": time.perf_counter() - start}
 
-    def live_tensor_peak(self) -> int:
-        """Bytes that one more forward and backward hold at their peak: see `live_tensor_peak`."""
-        return live_tensor_peak(self.forward_backward)
-
     def about(self) -> dict:
         import bitsandbytes
         import peft
@@ -193,40 +188,18 @@ class Training:
         return about
 
 
-def live_tensor_peak(run: Callable[[], object]) -> int:
-    """Bytes that `run` holds at its peak of what it allocates itself, as torch counts them.
-
-    What was there before (the model, the optimizer's state) and the scratch of native code are not
-    in it.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = os.path.join(folder, "trace.json")
-        profiler.export_chrome_trace(trace)
-        with open(trace, encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
 def forget_peak_memory() -> None:
-    """Let the peak start anew, so that loading and quantising do not hide the training's."""
+    """Reset the peak, so that loading and quantizing do not hide the training's."""
     gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # not this kernel: the peak then covers the whole process
+    # Where Linux refuses, the peak covers the whole process.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process, since forget_peak_memory() where Linux lets it."""
+    """Return the peak resident memory of this process, since forget_peak_memory() if supported."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
@@ -236,9 +209,9 @@ def peak_memory_mb() -> float:
 
 
 def serve(options: Namespace) -> None:
-    """A line `n` on stdin asks for n steps, `end` for the final figures; replies are JSON lines."""
+    """Serve requests: a line `n` runs n steps, `end` prints the figures; replies are JSON."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print what they like: it must not mix with the replies
+    os.dup2(2, 1)  # the output of libraries must not mix with the replies
 
     def reply(**message) -> None:
         print(json.dumps(message), file=replies, flush=True)
@@ -258,12 +231,17 @@ def serve(options: Namespace) -> None:
             done += 1
             if done == WARM_UP:
                 forget_peak_memory()
-    figures = {"resident_peak_mb": peak_memory_mb()}
+    figures = {"resident_peak_mb": peak_memory_mb()}  # before anything more is imported
     if training.report is not None:
         import peftkern
 
         figures["stats"] = str(peftkern.stats())  # before the profiled step adds to it
-    figures["tensor_peak_mb"] = training.live_tensor_peak() / 1e6
+    import torch
+
+    from peftkern.tools.bench.memory import peak_bytes
+
+    peak = peak_bytes(training.forward_backward, torch.device("cpu"))
+    figures["tensor_peak_mb"] = peak / 1e6
     reply(figures=figures)
 
 

@@ -68,7 +68,7 @@ def _integration(function: str) -> ModuleType:
         return importlib.import_module("peftkern.integrations.peft")
 
 
-# Modules that are imported when they are first looked at.
+# Modules that are imported when they are first accessed.
 _MODULES = (
     "adalora",
     "dora",
@@ -91,5 +91,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What is for users, for the completion of names."""
+    """List the public names, for completion."""
     return sorted([*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))])

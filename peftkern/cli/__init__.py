@@ -1,4 +1,4 @@
-"""The command line, `peftkern COMMAND` or `python -m peftkern COMMAND`.
+"""Command line, `peftkern COMMAND` or `python -m peftkern COMMAND`.
 
 One module per command, named like it; the work itself is done by a module of the library, whose
 imports wait until the command runs. Bad input is one line on stderr and exit status 2.
@@ -20,7 +20,7 @@ from peftkern.cli.frame import EXIT_BAD_INPUT, InputError
 from peftkern.cli.plan import plan
 from peftkern.cli.quantize import quantize
 
-# click's, which typer carries under a name of its own or imports, by its version.
+# click's, which typer vendors under another name or imports, depending on its version.
 _UsageError: type[Exception] = typer.BadParameter.__base__
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in (bench, doctor, explain, plan, quantize):
-    # typer breaks the lines of a docstring where the source does.
+    # typer keeps the line breaks of a docstring.
     _help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_command.__doc__))
     app.command(help=_help)(_command)
 

@@ -1,4 +1,4 @@
-"""`peftkern bench`: an honest table of this machine, beside the peers that are installed."""
+"""Command `peftkern bench`: a table of this machine against the installed peers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from peftkern.cli.frame import InputError, bad_input
 
-# What still means something when nothing is measured.
+# Options that apply even if nothing is measured.
 WITH_FROM = ("from_", "csv", "html", "compare", "fail_if", "repro")
 
 
@@ -126,7 +126,7 @@ def bench(
 
 
 def _refuse_others(context: typer.Context) -> None:
-    """Options that would only have decided what is measured."""
+    """Refuse options that would only decide what is measured."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name)
         if parameter.name not in WITH_FROM and source is not None and source.name == "COMMANDLINE":

@@ -1,4 +1,4 @@
-"""`peftkern doctor`: what was built, what serves what here, and what is wrong."""
+"""Command `peftkern doctor`: what was built, what serves what here, and what is wrong."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _verdict(result: Result) -> str:
 
 
 def _table(*columns: str, whole: int = 0) -> Table:
-    """Columns of which the first `whole` keep their words in one piece on a narrow terminal."""
+    """Build a table whose first `whole` columns do not break words on a narrow terminal."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")

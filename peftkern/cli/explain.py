@@ -1,4 +1,4 @@
-"""`peftkern explain`: which back end would serve a call, and why not the others."""
+"""Command `peftkern explain`: the back end that would serve a call, and refusals of the others."""
 
 from __future__ import annotations
 

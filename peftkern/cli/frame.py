@@ -1,4 +1,4 @@
-"""What every command shares: how bad input ends it, and how it reads names of dtypes and sizes."""
+"""Input handling shared by the commands: errors, names of dtypes, sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 EXIT_BAD_INPUT = 2
-# What help and output say, and the full name, which is understood as well.
+# The name in help and output, and the full name, which is accepted, too.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -19,12 +19,12 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message says what came and what is accepted."""
+    """Unusable input; the message states what came and what is accepted."""
 
 
 @contextlib.contextmanager
 def bad_input(*options: str) -> Iterator[None]:
-    """Around the calls whose ValueError or OSError is about what the user gave, and around no more:
+    """Turn a ValueError or OSError about the user's input into an InputError. Wrap nothing more:
     the same error from elsewhere is a defect and keeps its traceback.
 
     options: arguments of the library that are options here; a message about one names it as such.
@@ -39,16 +39,16 @@ def bad_input(*options: str) -> Iterator[None]:
 
 
 def in_words(error: ValueError, *options: str) -> str:
-    """Its message in one line: "--adapter-dtype: ..." of "adapter_dtype: ..."."""
+    """Return an error's message in one line: "--adapter-dtype: ..." of "adapter_dtype: ..."."""
     message = " ".join(str(error).split())
     name, colon, rest = message.partition(":")
     return f"--{name.replace('_', '-')}:{rest}" if colon and name in options else message
 
 
 def dtype_name(option: str, text: str, accepted: Sequence[str]) -> str:
-    """ "bf16" of bf16 or bfloat16.
+    """Return "bf16" of bf16 or bfloat16.
 
-    Raises: InputError if that is none of `accepted`.
+    Raises: InputError if it is none of `accepted`.
     """
     short = {name: short for short, name in DTYPES.items()}.get(text, text)
     if short not in accepted:
@@ -57,9 +57,9 @@ def dtype_name(option: str, text: str, accepted: Sequence[str]) -> str:
 
 
 def present_device(text: str | None) -> torch.device:
-    """The device that --device names; without it a GPU if there is one, else the CPU.
+    """Return the device that --device names; without it a GPU if there is one, else the CPU.
 
-    Raises: InputError if it is not here.
+    Raises: InputError if it is not present.
     """
     import torch
 
@@ -77,9 +77,9 @@ def present_device(text: str | None) -> torch.device:
 
 
 def parse_bytes(option: str, text: str) -> int:
-    """ "48GB" is 48 * 10^9 bytes, "48GiB" is 48 * 2^30; case does not matter.
+    """Parse "48GB" as 48 * 10^9 bytes, "48GiB" as 48 * 2^30; case does not matter.
 
-    Raises: InputError saying what is accepted.
+    Raises: InputError stating what is accepted.
     """
     found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?) *([KMGT]I?B)", text.strip().upper(), re.ASCII)
     count = int(float(found[1]) * _UNITS[found[2]]) if found else 0

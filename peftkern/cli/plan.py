@@ -1,4 +1,4 @@
-"""`peftkern plan MODEL`: the memory of a fine-tune before it is run, by part and by phase."""
+"""Command `peftkern plan MODEL`: the memory of a fine-tune, by part and by phase."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(
         typer.Option(help="Frozen linear layers: bf16, fp32 or nf4 (qlora's default)."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Activations and what is not quantised: bf16 or fp32.")
+        str, typer.Option(help="Activations and what is not quantized: bf16 or fp32.")
     ] = "bf16",
     double_quant: Annotated[
         bool, typer.Option(help="NF4's absmax in 8 bits instead of 32.")
@@ -165,8 +165,8 @@ def _describe(name: str, model: Architecture, training: Training, found: Plan) -
     if training.method != "full":
         where = f"{len(training.targets)} of {len(model.linears())} linear layers"
         text += f" r={training.r} on {where}, adapters {training.adapter_dtype}"
-    quantised = " double-quantised" if training.base == "nf4" and training.double_quant else ""
-    text += f", base {training.base}{quantised}, activations {training.dtype}"
+    quantized = " double-quantized" if training.base == "nf4" and training.double_quant else ""
+    text += f", base {training.base}{quantized}, activations {training.dtype}"
     text += f", {training.optimizer}, batch {training.batch}, sequence {training.sequence}"
     text += ", checkpointing" if training.checkpointing else ", no checkpointing"
     text += f", {training.attention} attention, {training.device}"
@@ -196,7 +196,7 @@ def _caveat(training: Training) -> str:
         return "Bytes of tensors, without autocast; oneDNN's scratch and native code's come on top."
     text = "Bytes of tensors, counted, not measured on a GPU: the CUDA context, cuBLAS'"
     text += " workspaces and fragmentation come on top. Without autocast, and without PEFT's"
-    text += " prepare_model_for_kbit_training, which makes what is not quantised float32."
+    text += " prepare_model_for_kbit_training, which makes what is not quantized float32."
     if training.optimizer.startswith("paged"):
         text += " Paged optimizer states may move to the host's memory."
     return text

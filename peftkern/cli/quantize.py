@@ -1,4 +1,4 @@
-"""`peftkern quantize SRC DST`: a checkpoint in NF4, for transformers and bitsandbytes to load."""
+"""Command `peftkern quantize SRC DST`: an NF4 checkpoint for transformers and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peftkern.tools.quantize.nf4_checkpoint import Summary
     from peftkern.tools.quantize.nf4_layout import Sizes
 
-SHARE_TOLD = 0.01  # of experts in all parameters, from which on they are worth a line
+SHARE_TOLD = 0.01  # share of experts in all parameters from which they get a line
 _COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -32,17 +32,17 @@ def quantize(
         typer.Option(help="A linear layer to leave as it is, like q_proj; may be repeated."),
     ] = None,
     shard_size: Annotated[str, typer.Option(help="Largest size of a file: 5GB or 500MiB.")] = "5GB",
-    device: Annotated[str, typer.Option(help="Where to quantise: cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda or cuda:N.")] = "cpu",
     force: Annotated[
         bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
     ] = False,
 ) -> None:
-    """Quantise a safetensors checkpoint to NF4, in memory for about one tensor.
+    """Quantize a safetensors checkpoint to NF4. Peak memory: about one tensor.
 
     DST loads with transformers' from_pretrained (bitsandbytes installed). The linear layers that
-    transformers itself would quantise are in 4 bits; all else is copied, tokenizer and sub-folders
-    included, but for weights in other formats, which are named at the end. A run that was stopped
-    goes on when it is repeated.
+    transformers itself would quantize are in 4 bits; all else is copied, tokenizer and sub-folders
+    included, but for weights in other formats, which are named at the end. A stopped run resumes
+    when it is repeated.
 
     Example: peftkern quantize ~/models/llama3-8b ~/models/llama3-8b-nf4
     """
@@ -56,7 +56,7 @@ def quantize(
     from peftkern.tools.quantize.nf4_layout import Options, plan_shards, sizes_of
     from peftkern.tools.quantize.staging import WORK
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it has not found
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels that it did not find
     shard_bytes = parse_bytes("--shard-size", shard_size)
     device = str(present_device(device))
     if compute_dtype is not None:
@@ -68,7 +68,7 @@ def quantize(
             from peftkern.tools.quantize.linear_weights import find_linear_weights
         except ImportError as error:
             raise CheckpointError(
-                f"expected transformers, accelerate and bitsandbytes, which say what is quantised: "
+                f"expected transformers, accelerate and bitsandbytes, which say what is quantized: "
                 f"pip install 'peftkern[peft]' ({error})"
             ) from None
         plan = find_linear_weights(
@@ -101,7 +101,7 @@ def quantize(
             )
     except CheckpointError as error:
         raise InputError(in_words(error, "blocksize", "skip")) from error
-    except OSError as error:  # a full disk, a file that may not be read
+    except OSError as error:  # a full disk, an unreadable file
         hint = "; the same command goes on from there" if (destination / WORK).exists() else ""
         raise InputError(f"{error}{hint}") from error
     except KeyboardInterrupt:
@@ -116,11 +116,11 @@ def _report(summary: Summary, destination: Path) -> str:
     experts = _experts(summary)
     return "\n".join(
         [
-            f"{summary.quantised} tensors quantised, {summary.kept} kept{resumed}",
+            f"{summary.quantized} tensors quantized, {summary.kept} kept{resumed}",
             f"{_size(summary.bytes_before)} before, {_size(summary.bytes_after)} after: "
             f"{summary.bits_per_parameter:.2f} bits per parameter, "
-            f"{summary.bits_per_quantised_parameter:.2f} in quantised tensors, which hold "
-            f"{summary.quantised_share:.0%} of the parameters",
+            f"{summary.bits_per_quantized_parameter:.2f} in quantized tensors, which hold "
+            f"{summary.quantized_share:.0%} of the parameters",
             *([experts] if experts else []),
             f"largest relative error {summary.largest_error:.2%}, of {summary.largest_error_name}",
             f"{summary.files} file{'s' * (summary.files > 1)} read back, checksums agree",
@@ -132,13 +132,13 @@ def _report(summary: Summary, destination: Path) -> str:
 
 
 def _experts(sizes: Sizes) -> str | None:
-    """What to expect of a mixture of experts; None of another model."""
+    """Describe the sizes of a mixture of experts; None for another model."""
     if sizes.expert_share < SHARE_TOLD:
         return None
     return (
         f"experts: {sizes.expert_share:.0%} of the parameters stay in "
         f"{sizes.bits_per_expert_parameter:.0f} bits (3-D tensors in transformers, which are not "
-        f"quantised): {sizes.bits_per_parameter:.2f} bits per parameter in all"
+        f"quantized): {sizes.bits_per_parameter:.2f} bits per parameter in all"
     )
 
 

@@ -1,1 +1,1 @@
-"""What the command line does: benchmark, plan, quantize, doctor."""
+"""Implementation of the command line: benchmark, plan, quantize, doctor."""

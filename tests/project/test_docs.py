@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-
-import pytest
-from paths import BENCH
-
-sys.path.append(str(BENCH))
 
 import make_plots
 import make_tables
+import pytest
 
 from peftkern.tools.bench import machine
 

@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import suite
 import torch
 from paths import ROOT
 from scripts import run_here
 from site_packages import python, without
 from tolerances import HANG_SECONDS
 
-from peftkern.tools.bench import suite, timer
+from peftkern.tools.bench import timer
 
 TINY = ["--hidden", "64", "--layers", "1", "--seq", "16", "--dtype", "fp32"]
 TINY_BENCH = ["--n", "128", "--k", "128", "--seconds", "0", "--rotate-mb", "1", "--threads", "1"]
@@ -119,7 +120,7 @@ def test_demo_uses_a_local_model_and_text(local_model: Path, tmp_path: Path) -> 
         (["--text", "."], "Is a directory"),
         (["--model", "no/such/model"], "--model: no config.json in no/such/model"),
         (["--json", "no/such/folder/x"], "--json: no/such/folder/x: No such file"),
-        (["--colour"], "--colour"),
+        (["--color"], "--color"),
     ],
 )
 def test_demo_refuses_bad_options_in_one_line(arguments: list[str], says: str) -> None:
@@ -243,7 +244,7 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", str(ROOT / "bench"), "--benchmark-only"),
-            *("--size=128", "-k", "dequantise or qlora", "--benchmark-max-time=0.01"),
+            *("--size=128", "-k", "dequantize or qlora", "--benchmark-max-time=0.01"),
             f"--benchmark-json={out}",
         ],
         capture_output=True,
@@ -254,8 +255,8 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     names = {test["param"] for test in json.loads(out.read_text())["benchmarks"]}
-    assert "nf4/dequantise/bf16/into-out/peftkern" in names
-    assert "nf4/dequantise/bf16/into-out/bitsandbytes" in names
+    assert "nf4/dequantize/bf16/into-out/peftkern" in names
+    assert "nf4/dequantize/bf16/into-out/bitsandbytes" in names
     assert {name for name in names if name.startswith("e2e/")} == {
         f"e2e/qlora-4-layers-256-tokens/nf4/{variant}" for variant in ("peftkern", "PEFT")
     }

@@ -1,4 +1,4 @@
-"""Baselines of tests/test_cli_bench.py, as anybody writes their own: `bench_providers:right`."""
+"""Baselines of tests/tools/test_cli_bench.py, as a user writes them: `bench_providers:right`."""
 
 from __future__ import annotations
 

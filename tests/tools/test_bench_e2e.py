@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-
-import pytest
-import torch
-from paths import BENCH
-from scripts import run_here
-from tolerances import NF4_RANDOM_STD_RTOL, PLAN_RTOL
-
-sys.path.append(str(BENCH))
 
 import bench_e2e
 import gpu
+import outcomes
+import pytest
+import stacks
+import suite
+import torch
+from scripts import run_here
+from tolerances import NF4_RANDOM_STD_RTOL, PLAN_RTOL
 
 import peftkern
-from peftkern.tools.bench import memory, stacks, suite
+from peftkern.tools.bench import memory
 from peftkern.tools.plan.plan import PRESETS, Training, plan
 
 CPU = torch.device("cpu")
@@ -33,7 +31,7 @@ def toy(spec):
     return replace(spec, shape=(64, 64))
 
 
-def run(spec: suite.Spec) -> suite.Outcome:
+def run(spec: suite.Spec) -> outcomes.Outcome:
     return suite.run_case(toy(spec), TOY, ROOF, 0.0, lambda share: None)
 
 

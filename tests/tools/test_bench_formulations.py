@@ -6,26 +6,24 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
-from paths import BENCH
 from processes import run_code
 from scripts import run_here
 from tolerances import FLOOR_MAX
 
 pytest.importorskip("triton")
 
-sys.path.append(str(BENCH))
-
 import bench_formulations
 import cuda_resources
 import lut
 import make_tables
+import outcomes
+import suite
 import triton_gemm
 
-from peftkern.tools.bench import machine, suite, terminal
+from peftkern.tools.bench import machine
 
 ROOT = machine.ROOT
 CPU = torch.device("cpu")
@@ -122,7 +120,7 @@ def test_without_a_gpu_or_nvcc_the_reason_is_recorded(tmp_path, monkeypatch):
     noted: dict = {}
     lut.ask(suite.Options(), None, lambda **facts: noted.update(facts))
     assert noted["said"] == "not measured" and "GPU" in noted["stopped"] and not noted["decoders"]
-    line = terminal.answer({"name": "formulations/lut/bf16", **noted})
+    line = outcomes.answer({"name": "formulations/lut/bf16", **noted})
     assert line == f"formulations/lut/bf16: not measured; {noted['stopped']}"
     assert f"not measured: {noted['stopped']}" in make_tables.decoders_table([noted])
     monkeypatch.setattr(cuda_resources, "find_nvcc", lambda: None)

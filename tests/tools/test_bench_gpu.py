@@ -13,26 +13,24 @@ from collections import Counter
 from dataclasses import replace
 from multiprocessing.pool import AsyncResult, Pool
 
-import pytest
-import torch
-from paths import BENCH
-from scripts import run_here
-from tolerances import HANG_SECONDS
-from waiting import wait_until
-
-sys.path.append(str(BENCH))
-
 import contests
 import gpu
 import make_tables
+import outcomes
+import pytest
+import suite
 import tiles
+import torch
 import tune
+from scripts import run_here
+from tolerances import HANG_SECONDS
+from waiting import wait_until
 
 from peftkern.backends import dispatch
 from peftkern.kernels import configs
 from peftkern.kernels.configs import KERNELS, Problem, TileConfig, as_entry, choose
 from peftkern.kernels.launch import config_for, forced, processors
-from peftkern.tools.bench import gpu_timer, machine, suite
+from peftkern.tools.bench import gpu_timer, machine
 from peftkern.tools.bench.timer import MIN_SAMPLES, Timing
 
 ROOT = machine.ROOT
@@ -143,10 +141,10 @@ def test_slow_calls_are_repeated_as_little_as_they_must():
 
 def test_record_keeps_some_samples_and_the_percentiles_of_all():
     timing = Timing(tuple(i * 1e-3 for i in range(1, 1001)))
-    kept = suite.in_milliseconds(timing)
-    assert len(kept["samples_ms"]) == suite.MOST_SAMPLES
+    kept = outcomes.in_milliseconds(timing)
+    assert len(kept["samples_ms"]) == outcomes.MOST_SAMPLES
     assert kept["samples_ms"][:2] == [1.0, 6.0] and kept["median_ms"] == pytest.approx(500.5)
-    assert len(suite.in_milliseconds(Timing((1.0,) * 7))["samples_ms"]) == 7
+    assert len(outcomes.in_milliseconds(Timing((1.0,) * 7))["samples_ms"]) == 7
 
 
 def test_parts_run_in_the_order_asked_for():
@@ -263,12 +261,12 @@ def test_tuning_tries_only_tiles_that_a_table_may_hold():
     smallest = TileConfig(block_n=64)
     assert smallest.valid("epilogue")
     for kernel, sizes in (("epilogue", [128]), ("nf4_quantize", [32, 128])):
-        assert [c.block_n for c in tiles.neighbours(smallest, "block_n", kernel)] == sizes
+        assert [c.block_n for c in tiles.neighbors(smallest, "block_n", kernel)] == sizes
 
 
 def test_forced_tiles_reach_one_kernel_only():
     counted = choose(PROBLEM, processors(CPU))
-    (other, *_) = tiles.neighbours(counted, "block_n", PROBLEM.kernel)
+    (other, *_) = tiles.neighbors(counted, "block_n", PROBLEM.kernel)
     with forced("nf4_dequantize", other):
         assert config_for(PROBLEM, CPU) == other
         elsewhere = Problem("nf4_quantize", 1, 4096, 64, 1, 16)

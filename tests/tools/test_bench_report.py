@@ -263,9 +263,9 @@ def test_losses_stand_beside_wins():
     notes = page.texts["li"][6:]
     assert (
         notes[0]
-        == "Least favourable: 0.50x beside fast, lora_linear layer 16x64x128, r=4, bf16, full"
+        == "Least favorable: 0.50x beside fast, lora_linear layer 16x64x128, r=4, bf16, full"
     )
-    assert notes[1].startswith("Most favourable: 3.00x beside peft, lora_linear layer 32x64x128")
+    assert notes[1].startswith("Most favorable: 3.00x beside peft, lora_linear layer 32x64x128")
     assert "WRONG error 1 (peftkern, lora_linear layer 64x64x128, r=4, bf16, full)" in notes
     assert "FAILED no (peft2, lora_linear layer 32x64x128, r=4, bf16, full)" in notes
 
@@ -384,7 +384,7 @@ def test_a_busy_machine_is_told_before_all_else(load, tmp_path, capfd):
     assert printed(busy, tmp_path, capfd)[1].splitlines()[0] == said
     page = Page(report.render(busy))
     assert page.texts["li"].index(said) < min(
-        i for i, text in enumerate(page.texts["li"]) if "favourable" in text
+        i for i, text in enumerate(page.texts["li"]) if "favorable" in text
     )
 
 
@@ -444,7 +444,7 @@ def test_the_report_needs_no_plotting_library():
 
 
 WIDTH = "document.documentElement.scrollWidth"
-# Text that its neighbour covers: tick labels of one axis, whose boxes have an area in common.
+# Text that its neighbor covers: tick labels of one axis, whose boxes have an area in common.
 OVERLAPS = """[...document.querySelectorAll("svg")].flatMap(svg => {
   const boxes = [...svg.querySelectorAll("text")].map(one => one.getBoundingClientRect());
   return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b =>
@@ -470,4 +470,4 @@ def test_a_browser_shows_every_record_without_a_complaint(tmp_path):
                 assert page.value(OVERLAPS) == 0, where
                 assert page.value("document.querySelector('h1').innerText") == "peftkern bench"
                 seen.add((dark, page.value("getComputedStyle(document.body).backgroundColor")))
-    assert len(seen) == 2 and len({colour for _, colour in seen}) == 2
+    assert len(seen) == 2 and len({color for _, color in seen}) == 2

@@ -102,8 +102,8 @@ def test_no_safetensors_checkpoint(tmp_path, name, words):
     [
         (None, "expected config.json beside the weights, got none"),
         ("[1]", "JSON object"),
-        ('{"quantization_config": {"quant_method": "gptq"}}', "already quantised ('gptq')"),
-        ('{"quantization_config": 3}', "already quantised (3)"),
+        ('{"quantization_config": {"quant_method": "gptq"}}', "already quantized ('gptq')"),
+        ('{"quantization_config": 3}', "already quantized (3)"),
     ],
 )
 def test_config_that_cannot_be_used(tmp_path, text, words):
@@ -117,10 +117,10 @@ def test_config_that_cannot_be_used(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
-        ("a.weight.absmax", torch.zeros(2), "already quantised"),
-        ("a.qweight", torch.zeros(2, dtype=torch.int32), "already quantised"),
-        ("a.SCB", torch.zeros(2), "already quantised"),
-        ("a.weight.quant_state.bitsandbytes__nf4", torch.zeros(2), "already quantised"),
+        ("a.weight.absmax", torch.zeros(2), "already quantized"),
+        ("a.qweight", torch.zeros(2, dtype=torch.int32), "already quantized"),
+        ("a.SCB", torch.zeros(2), "already quantized"),
+        ("a.weight.quant_state.bitsandbytes__nf4", torch.zeros(2), "already quantized"),
         ("a.weight", torch.zeros(2).to(torch.float8_e4m3fn), "F8_E4M3"),
         ("a.weight", torch.zeros(2, dtype=torch.complex64), "C64"),
         ("a\x1b[2J", torch.zeros(2), "can be printed"),

@@ -57,7 +57,7 @@ def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
 
 @pytest.fixture(scope="module")
 def rivals(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record]:
-    """One case beside baselines of every kind of misbehaviour, and an earlier run that was better
+    """One case beside baselines of every kind of misbehavior, and an earlier run that was better
     than this one can be."""
     folder = tmp_path_factory.mktemp("rivals")
     names = ["right", "wrong", "raising", "crashing"]
@@ -275,7 +275,7 @@ def is_running(process: str) -> bool:
         (["--csv", "/dev/null"], "--csv: /dev/null is a link or a device"),
         (["--json", "/dev/stdout"], "--json: /dev/stdout is a link or a device"),
         (["--compare", "no/such.json"], "no/such.json"),
-        (["--compare", "conftest.py"], "conftest.py: expected JSON in UTF-8"),
+        (["--compare", "waiting.py"], "waiting.py: expected JSON in UTF-8"),
         (["--fail-if", "5%"], "--fail-if: needs --compare"),
     ],
 )

@@ -40,7 +40,7 @@ def command(*arguments: object, python: tuple[str, ...] = ("-m", "peftkern")) ->
     }
 
 
-def test_a_checkpoint_is_quantised_and_described(tmp_path):
+def test_a_checkpoint_is_quantized_and_described(tmp_path):
     source = save_llama(tmp_path / "src", torch.float32, sharded=True)
     (source / "tokenizer.json").write_text("{}")
     (source / "pytorch_model.bin").write_text("the same weights")
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_quantised_and_described(tmp_path):
     done = subprocess.run(**command(source, tmp_path / "dst", *options), timeout=HANG_SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0] == "12 tensors quantised, 9 kept"
+    assert lines[0] == "12 tensors quantized, 9 kept"
     assert "MB before" in lines[1] and "bits per parameter" in lines[1]
     assert lines[2].startswith("largest relative error ") and lines[2].endswith("proj.weight")
     assert "read back, checksums agree" in lines[3]
@@ -63,7 +63,7 @@ def test_a_checkpoint_is_quantised_and_described(tmp_path):
     tensors = load_tensors(source)
     share = sum(t.numel() for name, t in tensors.items() if name.endswith(tuple(names)))
     share /= sum(tensor.numel() for tensor in tensors.values())
-    assert lines[1].endswith(f" in quantised tensors, which hold {share:.0%} of the parameters")
+    assert lines[1].endswith(f" in quantized tensors, which hold {share:.0%} of the parameters")
     before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     after = sum(path.stat().st_size for path in (tmp_path / "dst").glob("*.safetensors"))
     said = [float(part.split()[0]) * 1e6 for part in lines[1].split(":")[0].split(",")]
@@ -96,7 +96,7 @@ def test_experts_that_stay_as_they_are_are_told_before_and_after(tmp_path, capsy
     bits = 8 * sum(t.numel() * t.element_size() for t in written) / total
     line = (
         f"experts: {sum(sizes.values()) / total:.0%} of the parameters stay in 16 bits (3-D tensors"
-        f" in transformers, which are not quantised): {bits:.2f} bits per parameter in all"
+        f" in transformers, which are not quantized): {bits:.2f} bits per parameter in all"
     )
     assert said.err == f"peftkern: note: {line}\n"
     assert said.out.splitlines()[2] == line
@@ -135,13 +135,13 @@ HALTING = """
 import sys, time
 from peftkern import cli
 from peftkern.tools.quantize import nf4_checkpoint
-quantised, begun = nf4_checkpoint._quantised, []
+quantized, begun = nf4_checkpoint._quantized, []
 def halting(*args):
     begun.append(args)
     if len(begun) > 2:
         time.sleep(3600)
-    return quantised(*args)
-nf4_checkpoint._quantised = halting
+    return quantized(*args)
+nf4_checkpoint._quantized = halting
 sys.exit(cli.main(sys.argv[1:]))
 """
 

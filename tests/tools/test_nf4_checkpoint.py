@@ -131,7 +131,7 @@ def test_every_tensor_is_written(tmp_path, small, double_quant, shard_bytes):
         errors.append((difference.norm() / dense.double().norm()).item())
     assert got == {}
     assert summary.largest_error == pytest.approx(max(errors), rel=1e-6)
-    assert (summary.quantised, summary.kept) == (3, 4)
+    assert (summary.quantized, summary.kept) == (3, 4)
     assert summary.parameters == sum(tensor.numel() for tensor in SMALL.values())
     assert summary.bytes_after == sum(
         t.numel() * t.element_size() for t in load_tensors(out).values()
@@ -198,7 +198,7 @@ def four_bit(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
 def assert_same_model(got: nn.Module, expected: nn.Module) -> None:
     """The same layers in 4 bits, the same bytes, and then the same output, bit for bit.
 
-    bitsandbytes' own CPU quantiser of a nested absmax looks codes up by bins, in a table that
+    bitsandbytes' own CPU quantizer of a nested absmax looks codes up by bins, in a table that
     torch.linspace has made: what differs is bounded, and taken over before outputs are compared.
     """
     layers, others = four_bit(got), four_bit(expected)
@@ -238,7 +238,7 @@ def assert_same_model(got: nn.Module, expected: nn.Module) -> None:
     ],
     ids=str,
 )
-def test_transformers_loads_what_it_would_have_quantised(tmp_path, dtype, sharded, tied):
+def test_transformers_loads_what_it_would_have_quantized(tmp_path, dtype, sharded, tied):
     source = save_llama(tmp_path / "src", dtype, sharded=sharded, tie_word_embeddings=tied)
     convert(source, tmp_path / "out", shard_bytes=30_000 if sharded else 10**9)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 or not sharded
@@ -284,7 +284,7 @@ def test_blocksize_reaches_the_loaded_model(tmp_path):
 GPT2 = {"vocab_size": 48, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 2}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 EXPERTS = {**LLAMA, "num_local_experts": 3, "intermediate_size": 32}
-MODELS = {  # and how many of their weights are quantised
+MODELS = {  # and how many of their weights are quantized
     "no head": (lambda: LlamaModel(LlamaConfig(**LLAMA)), 14),
     "Conv1D": (lambda: GPT2LMHeadModel(GPT2Config(**GPT2, **NO_DROPOUT)), 8),
     "fused experts": (lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS)), 8),
@@ -294,12 +294,12 @@ MODELS = {  # and how many of their weights are quantised
 @pytest.mark.parametrize("kind", MODELS)
 def test_other_models(tmp_path, kind):
     """Without a head, with transposed weights, and with experts that transformers fuses."""
-    make, quantised = MODELS[kind]
+    make, quantized = MODELS[kind]
     auto = AutoModel if kind == "no head" else AutoModelForCausalLM
     torch.manual_seed(0)
     make().save_pretrained(tmp_path / "src")
     summary = convert(tmp_path / "src", tmp_path / "out", double_quant=False)
-    assert summary.quantised == quantised
+    assert summary.quantized == quantized
     got = auto.from_pretrained(tmp_path / "out")
     assert_same_model(got, on_the_fly(tmp_path / "src", auto))
 
@@ -345,7 +345,7 @@ def test_files_beside_the_weights_are_copied_or_named(tmp_path, small):
     assert all(copied[name] == f"content of {name}".encode() for name in BESIDE)
 
 
-def test_config_gains_how_it_was_quantised_and_loses_nothing(tmp_path):
+def test_config_gains_how_it_was_quantized_and_loses_nothing(tmp_path):
     source = save_llama(tmp_path / "src", rope_theta=12345.0)
     config = json.loads((source / "config.json").read_text())
     config["time_step_limit"] = [0.0, float("inf")]  # as transformers writes it for Mamba-2
@@ -676,7 +676,7 @@ print(peak() - before)
 
 def test_memory_is_that_of_one_tensor(tmp_path):
     """Peak RSS of a process, over that after a small run: four times the largest weight that is
-    quantised covers the weight, its 4 bits twice and the pieces that are compared; the largest
+    quantized covers the weight, its 4 bits twice and the pieces that are compared; the largest
     tensor of all, which is kept and is larger than that, does not appear in it."""
     shape, count = (2048, 4096), 6
     weights = {f"{i}.weight": torch.randn(shape).bfloat16() for i in range(count)}

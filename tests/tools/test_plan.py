@@ -55,7 +55,7 @@ IN_TRANSFORMERS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[Architecture, str]:
-    """Random models as checkpoints: bitsandbytes quantises while transformers loads."""
+    """Random models as checkpoints: bitsandbytes quantizes while transformers loads."""
     made = {}
     for shape, config, kind in (
         (LLAMA, LlamaConfig, LlamaForCausalLM),
@@ -295,7 +295,7 @@ def test_weights_are_counted_to_the_byte(folders, shape, dtype, base):
 
 
 def _tables(weight: Tensor) -> list[Tensor]:
-    """What bitsandbytes keeps beside a quantised weight."""
+    """What bitsandbytes keeps beside a quantized weight."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return []

@@ -1,12 +1,12 @@
-"""Measures peftkern beside the peers that a machine has: `peftkern bench`, and bench/bench_*.py.
+"""Benchmark of peftkern against the installed peers: `peftkern bench`, and bench/bench_*.py.
 
-record      what a run of `peftkern bench` writes: the JSON, field by field
-command     its options, its plan, its files; instrument: the run; processes, worker: who runs what
-shapes, cases, data, providers    sizes by name, problems, their numbers, who solves them
-compare, terminal                 a record beside an earlier one; for the eye
+record      the JSON of a run of `peftkern bench`, field by field
+command     its options, plan and files; instrument: the run; processes, worker: its processes
+shapes, cases, data, providers    sizes by name, problems, their tensors, implementations
+compare, terminal                 comparison with an earlier record; tables
 report, report_figures, report_style   the HTML report; charts, markup: its SVG, its escaping
 
-tolerances  the bounds between right and wrong, which the tests share
-timer, gpu_timer, memory, machine     clocks, peaks, and what they ran on
-suite, peers                          the scripts of bench/: variants in turns within one process
+tolerances  error bounds, shared with the tests
+timer, gpu_timer, memory, machine     timers, peak memory, description of the machine
+base_layers, peers   layers as users have them, shared with the scripts of bench/
 """

@@ -1,4 +1,4 @@
-"""Which problems `peftkern bench` measures, and what each of them has to move and to compute."""
+"""Problems of `peftkern bench`, with the bytes and FLOPs that each needs at least."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SCALING = 2.0  # lora_alpha / r
 
 @dataclass(frozen=True)
 class Op:
-    """What an op reads: NF4 or dense weight, rows of activations, an adapter. `against`: the
-    baselines that speak for it, the most telling first."""
+    """Operands of an op: NF4 or dense weight, rows of activations, an adapter. `against`: its
+    baselines, the most relevant first."""
 
     nf4: bool
     rows: bool
@@ -27,7 +27,7 @@ class Op:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Those that make sense: what has no gradients has no backward."""
+        """Applicable modes: an op without gradients has no backward."""
         return MODES if self.rows else ("forward", "memory")
 
 
@@ -37,7 +37,7 @@ OPS = {
     "nf4_linear": Op(True, True, False, ("bitsandbytes", "frozen")),
     "nf4_dequantize": Op(True, False, False, ("bitsandbytes", "torch")),
 }
-# What a first look shows: training, where the machine's time goes, within a minute.
+# Defaults: training, where most time is spent, within a minute.
 FIRST_OPS = "nf4_lora_linear,lora_linear,nf4_dequantize"
 FIRST_SHAPES = {"cpu": "llama3-8b-q_proj", "cuda": "llama3-8b"}
 FIRST_ROWS = {"cpu": 256, "cuda": 4096}
@@ -45,7 +45,7 @@ FIRST_ROWS = {"cpu": 256, "cuda": 4096}
 
 @dataclass(frozen=True)
 class Problem:
-    """One case, all of it: with the seed this decides every number that a provider is given.
+    """Complete description of a case: with the seed it decides every number of its tensors.
 
     x [M, K] and weight [N, K] of `dtype`; lora_A [r, K] and lora_B [N, r] in float32 as PEFT keeps
     them. M and r are None where the op has none.
@@ -72,7 +72,7 @@ class Problem:
 
     @property
     def trains(self) -> bool:
-        """Whether a call goes backward; the memory of an op with gradients is that of training."""
+        """True if a call runs backward; the memory of an op with gradients is that of training."""
         return self.kind.rows and self.mode in ("backward", "full", "memory")
 
     @property
@@ -81,12 +81,12 @@ class Problem:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weight as stored: codes and the bytes of a nested absmax, or dense."""
+        """Bytes of the weight as stored: codes and nested absmax, or dense."""
         size = self.N * self.K
         return size // 2 + size // 64 if self.kind.nf4 else size * ITEMSIZE[self.dtype]
 
     def work(self) -> tuple[int, int]:
-        """Bytes that have to be moved and operations that have to be done, at least."""
+        """Return lower bounds of bytes moved and operations done."""
         m, n, k, r, item = self.M or 0, self.N, self.K, self.r or 0, ITEMSIZE[self.dtype]
         if not self.kind.rows:
             return self.weight_bytes + n * k * item, 0
@@ -101,7 +101,7 @@ class Problem:
         return traffic, flops
 
     def needed_memory(self) -> int:
-        """A lower bound: the weight drawn in float32, once dense, and the activations."""
+        """Return a lower bound: the weight drawn in float32, once dense, and the activations."""
         return self.N * self.K * (4 + ITEMSIZE[self.dtype]) + 12 * (self.M or 0) * (self.N + self.K)
 
     def as_dict(self) -> dict:
@@ -117,8 +117,8 @@ def problems(
     rows: Iterable[int] | None,
     device: str,
 ) -> list[Problem]:
-    """Every combination that makes sense, each once, ops in turn; `modes` None: training where
-    there are gradients, else forward; `rows` None: as many as fit the mode and the device.
+    """List every applicable combination once, ops in turn; `modes` None: training where there are
+    gradients, else forward; `rows` None: a default for the mode and the device.
 
     Raises: ValueError naming the option if a mode fits none of the ops, or the memory is too small.
     """
@@ -157,7 +157,7 @@ def problems(
 
 
 def available_memory() -> int | None:
-    """Bytes that the system could give out now; None where it does not say."""
+    """Return the available bytes of the system; None where it does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             sizes = dict(line.split(":", 1) for line in file)

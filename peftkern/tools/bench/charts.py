@@ -1,7 +1,7 @@
-"""The SVG charts of the report: bars of ratios, points and lines over logarithmic axes.
+"""SVG charts of the report: bars of ratios, points and lines over logarithmic axes.
 
 Horizontal positions are shares of the width, vertical ones pixels: a chart is as wide as its place
-and its text keeps its size, on a phone as on a desk. Colours are classes of `report_style`.
+and its text keeps its size, on a phone as on a desk. Colors are classes of `report_style`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from peftkern.tools.bench.markup import Markup, join, tag, text
 
-COLOURS, MARKERS = 8, 5  # .s0 to .s7 in report_style; #m0 to #m4 below
-LEFT, RIGHT = 13.0, 97.0  # where the plot begins and ends, in percent of the width
+COLORS, MARKERS = 8, 5  # .s0 to .s7 in report_style; #m0 to #m4 below
+LEFT, RIGHT = 13.0, 97.0  # edges of the plot, in percent of the width
 TOP, BOTTOM = 22.0, 38.0  # pixels above and below it
-NARROW = 4.2  # percent of the width of bars that a character of their scale takes on a small phone
+NARROW = 4.2  # percent of the bars' width per character of their scale on a small phone
 SHAPES = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",  # a disc: peftkern
     "M-4 -4h8v8h-8z",
@@ -27,7 +27,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Axis:
-    """Logarithmic from `low` to `high`, which are drawn at `start` and `end`."""
+    """Logarithmic axis from `low` to `high`, which are drawn at `start` and `end`."""
 
     low: float
     high: float
@@ -40,11 +40,11 @@ class Axis:
         return self.start + (self.end - self.start) * share
 
     def inside(self, value: float) -> float:
-        """The nearest position on the axis."""
+        """Clamp a position to the axis."""
         return self.at(min(max(value, self.low), self.high))
 
     def ticks(self, most: int) -> list[float]:
-        """Round numbers, at most so many: 1, 2, 5 within a decade or two, else powers of ten."""
+        """Return at most so many round numbers: 1, 2, 5 within a decade or two, else 10^n."""
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         for mantissas in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
             found = [m * 10.0**e for e in range(first, last + 1) for m in mantissas]
@@ -56,7 +56,7 @@ class Axis:
 
 
 def axis(values: Sequence[float], start: float, end: float, *, margin: float, least: float) -> Axis:
-    """Around all values, `margin` times beyond them, and over a factor of at least `least`."""
+    """Build an axis around all values, with a factor of `margin` beyond and of `least` in all."""
     low, high = min(values) / margin, max(values) * margin
     if high / low < least:
         middle = math.sqrt(low) * math.sqrt(high)
@@ -66,7 +66,7 @@ def axis(values: Sequence[float], start: float, end: float, *, margin: float, le
 
 @dataclass(frozen=True)
 class Point:
-    """`low` and `high` are the ends of its whisker."""
+    """Data point; `low` and `high` are the ends of its whisker."""
 
     x: float
     y: float
@@ -77,18 +77,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    number: int  # decides colour and marker
+    number: int  # decides color and marker
     points: tuple[Point, ...]
 
 
 def markers() -> Markup:
-    """What the charts and legends of a page refer to; once on the page."""
+    """Define the markers that the charts and legends refer to; once per page."""
     paths = [tag("path", id=f"m{i}", d=shape) for i, shape in enumerate(SHAPES)]
     return tag("svg", tag("defs", *paths), width=0, height=0, class_="defs", aria_hidden="true")
 
 
 def legend(names: Sequence[tuple[int, str]]) -> Markup:
-    """Of series, by their numbers."""
+    """Draw the legend of series, by their numbers."""
     items = []
     for number, name in names:
         sample = tag("svg", _marker(number, "50%", 7), width=14, height=14, aria_hidden="true")
@@ -108,8 +108,8 @@ def plot(
     joined: bool = False,
     ceiling: tuple[float, float] | None = None,
 ) -> Markup:
-    """Points with whiskers, of each series joined by lines or not, and the roof, if there is one:
-    `ceiling` is what it rises by for each unit of x, and where it becomes flat."""
+    """Plot points with whiskers, optionally joined by lines per series, under a roof if given:
+    `ceiling` is its slope, and the height where it becomes flat."""
     values = [
         value
         for one in series
@@ -128,25 +128,25 @@ def plot(
     for one in reversed(series):  # ours above the others
         if joined:
             parts += [
-                _line(x, y, (a.x, a.y), (b.x, b.y), f"s{one.number % COLOURS} path")
+                _line(x, y, (a.x, a.y), (b.x, b.y), f"s{one.number % COLORS} path")
                 for a, b in zip(one.points, one.points[1:], strict=False)
             ]
         for point in one.points:
             if point.low and point.high:
                 ends = (point.x, point.low), (point.x, point.high)
-                parts.append(_line(x, y, *ends, f"s{one.number % COLOURS} whisker"))
+                parts.append(_line(x, y, *ends, f"s{one.number % COLORS} whisker"))
             at = percent(x.at(point.x)), f"{y.at(point.y):.1f}"
             parts.append(_marker(one.number, *at, tag("title", point.says)))
     return tag("svg", *parts, width="100%", height=height, role="img", aria_label=label)
 
 
 def ratio_axis(ratios: Sequence[float]) -> Axis:
-    """Around 1 and all of them; whiskers that reach beyond are cut, their figures are not."""
+    """Build an axis around 1 and all ratios; longer whiskers are cut, their figures are not."""
     return axis([*ratios, 1.0], 1.0, 99.0, margin=1.6, least=4)
 
 
 def ratio_scale(x: Axis) -> Markup:
-    """The labels above bars."""
+    """Draw the labels above bars."""
     labels: list[Markup] = []
     taken: list[tuple[float, float]] = []
     for tick in sorted({1.0, *x.ticks(5)}, key=lambda tick: abs(math.log(tick))):
@@ -162,7 +162,7 @@ def ratio_scale(x: Axis) -> Markup:
 
 
 def ratio_bar(x: Axis, ratio: float, low: float | None, high: float | None, kind: str) -> Markup:
-    """From 1 to the ratio, with a whisker; `kind` is its class."""
+    """Draw a bar from 1 to the ratio, with a whisker; `kind` is its class."""
     lines = [
         tag("line", x1=at, x2=at, y1=0, y2=24, class_="one" if tick == 1 else "grid")
         for tick in sorted({*x.ticks(5), 1.0})
@@ -187,7 +187,7 @@ def percent(value: float) -> str:
 
 
 def _marker(number: int, x: object, y: object, title: Markup | None = None) -> Markup:
-    classes = f"s{number % COLOURS} mark"
+    classes = f"s{number % COLORS} mark"
     return tag("use", title, href=f"#m{number % MARKERS}", x=x, y=y, class_=classes)
 
 
@@ -203,7 +203,7 @@ def _grid(x: Axis, y: Axis, x_ticks: Sequence[float] | None) -> Markup:
         parts.append(tag("line", x1=percent(LEFT), x2=percent(RIGHT), y1=at, y2=at, class_="grid"))
         where = {"x": percent(LEFT - 1.5), "y": f"{y.at(tick) + 4:.1f}"}
         parts.append(tag("text", f"{tick:g}", **where, text_anchor="end"))
-    free = 0.0  # of labels, from here on
+    free = 0.0  # where the next label may begin
     for tick in x.ticks(6) if x_ticks is None else x_ticks:
         at = percent(x.at(tick))
         parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="grid"))

@@ -1,5 +1,7 @@
-"""What `peftkern bench` does with its options: a plan that is whole before anything runs, the run,
-the files. Bad input is a ValueError of one line, raised by `plan`."""
+"""Execution of `peftkern bench`: a plan completed before anything runs, the run, the files.
+
+Bad input is a ValueError of one line, raised by `plan`.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,12 @@ VARIABLES += ("TRITON_", "BNB_", "MALLOC_", "LD_PRELOAD")
 
 
 class BenchError(Exception):
-    """Nothing could be measured, or not be written; the message is one line."""
+    """Failure to measure anything, or to write a file; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """As typed; see `peftkern bench --help`."""
+    """Options as typed; see `peftkern bench --help`."""
 
     op: str
     shapes: str | None
@@ -72,7 +74,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What becomes of a record."""
+    """Destinations of a record."""
 
     json: Path | None
     csv: Path | None
@@ -96,7 +98,7 @@ class Plan:
 
 
 def plan(options: Options) -> Plan:
-    """Raises: ValueError or OSError, one line, naming the option."""
+    """Check the options. Raises: ValueError or OSError, one line, naming the option."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen("--device", device, ("cpu", "cuda"))
     try:
@@ -138,7 +140,7 @@ def plan(options: Options) -> Plan:
 
 
 def outputs(options: Options, names: set[str]) -> Outputs:
-    """For cases of these names. Raises: as `plan`."""
+    """Check the outputs for cases of these names. Raises: as `plan`."""
     for option in ("json", "csv", "html"):
         if (path := getattr(options, option)) is not None:
             _check_target(f"--{option}", path)
@@ -163,20 +165,20 @@ def outputs(options: Options, names: set[str]) -> Outputs:
 
 
 def _check_target(option: str, path: Path) -> None:
-    """That a file can be written there: before a minute is spent on what it will hold."""
+    """Check that a file can be written there, before a minute is spent on measuring."""
     if not path.parent.is_dir():
         raise ValueError(f"{option}: {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder, expected a file")
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        # /dev/stdout, say, in whose place the new file would be put.
+        # /dev/stdout, say, which the new file would replace.
         raise ValueError(f"{option}: {path} is a link or a device, expected a file")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{option}: {path}: the folder {path.parent} cannot be written to")
 
 
 def execute(plan: Plan) -> int:
-    """Measure, write, print; the exit status.
+    """Measure, write, print; return the exit status.
 
     Raises: BenchError if the run could not measure anything, and as `tell`.
     """
@@ -184,9 +186,10 @@ def execute(plan: Plan) -> int:
 
 
 def tell(record: Record, outputs: Outputs) -> int:
-    """Write and print; the exit status.
+    """Write and print; return the exit status.
 
-    Raises: BenchError if a file could not be written, when all is printed: measuring took a minute.
+    Raises: BenchError if a file could not be written, after all is printed: measuring took a
+    minute.
     """
     on_terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if on_terminal else PIPED_WIDTH, highlight=False)
@@ -208,7 +211,7 @@ def tell(record: Record, outputs: Outputs) -> int:
 
 
 def measure(plan: Plan) -> Record:
-    """The record, with a progress bar on a terminal's standard error."""
+    """Measure and return the record, with a progress bar on a terminal's standard error."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
@@ -217,7 +220,7 @@ def measure(plan: Plan) -> Record:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        auto_refresh=False,  # a thread that draws would take turns with what is measured
+        auto_refresh=False,  # a drawing thread would disturb the measurement
         disable=not sys.stderr.isatty(),
     )
     with ended_by(signal.SIGTERM), pinned(plan.threads) as threads, bar:
@@ -254,7 +257,7 @@ def measure(plan: Plan) -> Record:
 
 @contextlib.contextmanager
 def ended_by(number: signal.Signals) -> Iterator[None]:
-    """That signal ends this process in good order: its workers stopped, its files removed."""
+    """Let that signal end this process cleanly: workers stopped, files removed."""
 
     def stop(*_: object) -> None:
         raise SystemExit(128 + number)
@@ -267,7 +270,7 @@ def ended_by(number: signal.Signals) -> Iterator[None]:
 
 
 def command_of(plan: Plan, problem: Problem) -> str:
-    """What measures one case again, as this run does."""
+    """Return the command that measures one case again, as this run does."""
     kind = problem.kind
     shape, rows = problem.shape, []
     if not kind.rows and shape == f"{problem.N}x{problem.K}":
@@ -292,7 +295,7 @@ def _ops_of(name: str) -> dict[str, str]:
 
 
 def print_commands(record: Record) -> None:
-    """In plain text, to be copied: nothing is wrapped or coloured."""
+    """Print commands as plain text to be copied: neither wrapped nor colored."""
     environment = record["environment"]
     versions = environment["versions"]
     print("\nTo measure one of them again:")
@@ -304,7 +307,7 @@ def print_commands(record: Record) -> None:
 
 
 def write(record: Record, outputs: Outputs) -> None:
-    """The files that were asked for, each whole or not at all."""
+    """Write the requested files, each atomically."""
     if outputs.json is not None:
         machine.write_text(outputs.json, json.dumps(record, allow_nan=False) + "\n")
     if outputs.csv is not None:
@@ -314,7 +317,7 @@ def write(record: Record, outputs: Outputs) -> None:
 
 
 def as_csv(record: Record) -> str:
-    """A line for each provider of each case; the samples are in the JSON alone."""
+    """Format a line for each provider of each case; samples are in the JSON alone."""
     of_case = ("op", "shape", "M", "N", "K", "r", "dtype", "mode", "bytes", "flops", "floor_ms")
     of_row = ("label", "median_ms", "p20_ms", "p80_ms", "error_rms", "error_max", "wrong")
     of_row += ("failed", "note", "peak_bytes", "gb_s", "tflop_s", "share_of_roof")

@@ -1,8 +1,8 @@
-"""A record beside an earlier one: did peftkern become slower?
+"""Comparison of a record with an earlier one: regressions of peftkern.
 
-What is compared is the ratio to a baseline measured in the same run, because that survives another
-machine, another load and another clock; our own time only if no baseline is common to both runs
-and the machine is the same one.
+The ratio to a baseline measured in the same run is compared, because it survives another machine,
+load and clock; our own time only if no baseline is common to both runs and the machine is the same
+one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ SAME_MACHINE = ("cpu", "isa", "threads", "gpu")
 
 @dataclass(frozen=True)
 class Change:
-    """`slower`: how much more of the old ratio (or time) a call of ours takes now: 0.05 is 5%."""
+    """Regression of a case. `slower`: relative growth of the ratio (or time): 0.05 is 5%."""
 
     case: str
-    by: str  # what was compared, in words
+    by: str  # the compared quantity, in words
     before: float
     after: float
     slower: float
 
 
 def read(path: Path) -> Record:
-    """An earlier record.
+    """Read an earlier record.
 
-    Raises: OSError; ValueError naming the file and what is wrong with it.
+    Raises: OSError; ValueError naming the file and its defect.
     """
     record = load(path)
     try:
@@ -46,7 +46,7 @@ def read(path: Path) -> Record:
 
 
 def changes(old: Record, new: Record) -> tuple[list[Change], dict[str, str]]:
-    """What changed in each case of both; of the other cases of `new`, why they tell nothing."""
+    """Compare the common cases; return changes, and reasons against the others of `new`."""
     earlier = {case["name"]: case for case in old["cases"]}
     same = all(old["environment"].get(k) == new["environment"].get(k) for k in SAME_MACHINE)
     found, silent = [], {}
@@ -81,7 +81,7 @@ def _change(old: Case, new: Case, same_machine: bool) -> Change | None:
 
 
 def _median(case: Case, name: str) -> float | None:
-    """Milliseconds; None if there are none. Raises: TypeError if it is no such number."""
+    """Return milliseconds; None if there are none. Raises: TypeError if it is no such number."""
     value = case["providers"].get(name, {}).get("median_ms")
     if value is None:
         return None

@@ -1,9 +1,9 @@
-"""The numbers that every provider of a case is given, and what the right answer is.
+"""Input tensors of a case, the same for every provider, and their float64 results.
 
 One process draws them and writes a safetensors file that the others read: same weights, same
-adapters, same inputs, whatever a library draws or quantises by itself.
+adapters, same inputs, regardless of what a library draws or quantizes by itself.
 
-    weight  [N, K] of the case's dtype; of an NF4 op the packed bytes, dequantised and rounded
+    weight  [N, K] of the case's dtype; of an NF4 op the packed bytes, dequantized and rounded
     nf4.*   the packed weight in bitsandbytes' keys
     x, dy   [M, K], [M, N] of that dtype
     lora_A, lora_B   [r, K], [N, r] float32
@@ -54,7 +54,7 @@ def load(path: Path, device: torch.device) -> dict[str, Tensor]:
 def compare(
     problem: Problem, got: dict[str, Tensor], oracle: dict[str, Tensor], adapted: bool = True
 ) -> dict[str, float]:
-    """Relative errors against float64, the largest over the results that the case asks for.
+    """Return relative errors against float64, the largest over the results of the case.
 
     Raises: ValueError naming the result that is missing, of another shape or of another dtype.
     """
@@ -79,13 +79,13 @@ def compare(
 
 
 def _worst(values) -> float:
-    """The largest; NaN, which no comparison finds, before all others."""
+    """Return the largest; NaN, which no comparison finds, before all others."""
     values = list(values)
     return max(values) if all(value == value for value in values) else float("nan")
 
 
 def wanted(problem: Problem, adapted: bool) -> list[str]:
-    """Names of the results that a call returns."""
+    """Return the names of a call's results."""
     names = ["y"] if problem.goes_forward else []
     if problem.trains:
         names += ["dx"]
@@ -94,7 +94,7 @@ def wanted(problem: Problem, adapted: bool) -> list[str]:
 
 
 def nf4_values64(weight: NF4Weight, start: int, stop: int) -> Tensor:
-    """Values `start` to `stop` of a weight in row-major order, in float64 and in plain torch."""
+    """Decode values `start` to `stop` of a weight, row-major, in float64 and plain torch."""
     packed, device = weight.packed[start // 2 : (stop + 1) // 2], weight.device
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
     codes = codes[start % 2 : start % 2 + stop - start]
@@ -165,7 +165,7 @@ def _oracle(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _eager(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The op in plain torch and its own dtypes, as PEFT writes it."""
+    """Run the op in plain torch and its own dtypes, as PEFT writes it."""
     if not problem.kind.rows:
         return {"y": tensors["weight"]}
     x = tensors["x"].clone().requires_grad_()

@@ -1,9 +1,9 @@
 """Timers for a GPU: single calls between events, and replays of a graph of calls.
 
-Between events a call takes what the device needs, or what the host needs to launch it if that is
-more: what a user gets. In a replayed graph the launches are free, so that the kernels alone count.
-Both take turns among the variants, and each call gets a running number to pick inputs that the L2
-cache does not hold any more. Also: how many kernels a call launches, and its peak memory.
+Between events a call takes the device's time, or the host's launch time if that is longer, as for a
+user. In a replayed graph the launches are free, so that the kernels alone count. Both take turns
+among the variants, and each call gets a running number to pick inputs that have left the L2 cache.
+Also: the kernels that a call launches, and its peak memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peftkern.tools.bench.timer import MIN_SAMPLES, Timing
 TURN_SECONDS = 0.02
 CALLS_IN_GRAPH = 32  # inputs that one replay walks through; a quarter of it if a call is slow
 SLOW_SECONDS = 2e-3
-PATIENCE = 0.1  # seconds of a call from which it is not repeated more than it must be
+PATIENCE = 0.1  # seconds of a call from which it is repeated FEW times only
 FEW = 3  # samples of such a call
 UNCOUNTED = 2  # calls at the start of a turn, which still wait for the host
 
@@ -32,8 +32,8 @@ def measure_events(
     seconds: float,
     tick: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Timing]:
-    """Time every variant for about `seconds`, as `timer.measure` does on a CPU; those that take
-    more than PATIENCE FEW times."""
+    """Time every variant for about `seconds`, as `timer.measure` does on a CPU; those slower than
+    PATIENCE only FEW times."""
     counters = {name: itertools.count() for name in variants}
 
     def some(name: str, calls: int) -> list[float]:
@@ -41,7 +41,7 @@ def measure_events(
 
     estimate = {}
     for name in variants:
-        some(name, 1)  # which may compile, or start a library up
+        some(name, 1)  # may compile, or initialize a library
         (warm,) = some(name, 1)
         estimate[name] = warm if warm > PATIENCE else max(1e-6, min(some(name, 5)))
     bursts = {name: max(1, min(200, round(TURN_SECONDS / estimate[name]))) for name in variants}
@@ -59,8 +59,8 @@ def turn(
     calls: int,
     setup: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """Seconds of each of some calls in a row, `call(setup())`, issued without waiting; what `setup`
-    puts on the stream is not counted."""
+    """Return seconds of each of some calls in a row, `call(setup())`, issued without waiting; the
+    work of `setup` on the stream is not counted."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * calls)]
     for start, end in zip(marks[::2], marks[1::2], strict=True):
         given = setup()
@@ -78,8 +78,8 @@ def measure_graphs(
     calls: Mapping[str, float],
     slow: float = SLOW_SECONDS,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Time replays, and say which variants cannot be captured; `calls`: seconds of one call each,
-    of which more than `slow` make a shorter graph.
+    """Time replays, and return which variants cannot be captured; `calls`: seconds of one call
+    each, of which more than `slow` make a shorter graph.
 
     A sample is a replay over its number of calls.
     """
@@ -88,7 +88,7 @@ def measure_graphs(
         lengths[name] = CALLS_IN_GRAPH if calls[name] < slow else CALLS_IN_GRAPH // 4
         try:
             graphs[name] = captured(call, lengths[name])
-        except Exception as error:  # whatever a peer does that a graph cannot hold
+        except Exception as error:  # of any type: peers run operations that a graph cannot hold
             torch.cuda.synchronize()
             refused[name] = first_line(error)
             end_capture()
@@ -111,7 +111,7 @@ def first_line(error: Exception) -> str:
 
 
 def captured(call: Callable[[int], object], length: int) -> torch.cuda.CUDAGraph:
-    """A graph of calls number 0 to length - 1."""
+    """Capture a graph of calls number 0 to length - 1."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # scratch and cuBLAS's workspace of that stream
@@ -121,7 +121,7 @@ def captured(call: Callable[[int], object], length: int) -> torch.cuda.CUDAGraph
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     collects = gc.isenabled()
-    gc.disable()  # what it frees while a graph is captured may break the capture
+    gc.disable()  # freeing memory during a capture may break it
     try:
         # torch.cuda.graph would collect garbage and empty the allocator's cache at every capture.
         with torch.cuda.stream(stream):
@@ -138,8 +138,8 @@ def captured(call: Callable[[int], object], length: int) -> torch.cuda.CUDAGraph
 
 
 def end_capture() -> None:
-    """After a capture that failed: some failures leave torch's random generator in it, and it would
-    refuse every number and every replay. One that goes well puts it right."""
+    """Reset torch after a failed capture: some failures leave its random generator in the capture,
+    and it would refuse every number and every replay. A successful capture puts it right."""
     with contextlib.suppress(RuntimeError):
         torch.cuda.synchronize()
         one = torch.ones(1, device="cuda")
@@ -147,7 +147,7 @@ def end_capture() -> None:
 
 
 def launches(call: Callable[[int], object]) -> list[str]:
-    """The names of the kernels that one call launches; copies and fills by the driver are none."""
+    """Return the names of the kernels of one call, without the driver's copies and fills."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -161,7 +161,7 @@ def launches(call: Callable[[int], object]) -> list[str]:
 
 
 def peak_bytes(call: Callable[[int], object]) -> int:
-    """What one call holds at its peak beyond what was there before it."""
+    """Return the peak of bytes that one call adds to those allocated before it."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -179,8 +179,8 @@ def _in_turns(
     weights: Mapping[str, int] | None = None,
     least: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
-    """`turn` in shuffled order until each has its time and its `least` samples; one that shall have
-    FEW has no more. A sample stands for `weights` calls."""
+    """Take turns in shuffled order until each has its time and its `least` samples; a `least` of
+    FEW is exact. A sample stands for `weights` calls."""
     samples: dict[str, list[float]] = {name: [] for name in names}
     order, shuffle = list(names), random.Random(0)
 

@@ -1,10 +1,10 @@
 """`peftkern bench`: every case beside every baseline, each provider in a process of its own.
 
-The processes take turns of some 50 ms in shuffled order on the same cores, so that whatever slows
-the machine down slows all of them: ratios come from one stretch of time. A process that crashes or
-hangs costs its provider the case and nobody else anything. A referee, a process too, measures the
-ceilings and draws each case's numbers and their float64 result (`data`). The budget bounds the
-whole run: cases that it does not reach are named.
+The processes take turns of some 50 ms in shuffled order on the same cores, so that a slow machine
+slows all of them: ratios come from one stretch of time. A process that crashes or hangs loses its
+provider the case and affects no other. A referee, also a process, measures the ceilings and draws
+each case's tensors and their float64 results (`data`). The budget bounds the whole run: cases not
+reached are named.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RA
 from peftkern.tools.bench.worker import REFEREE
 
 TURN_SECONDS = 0.05
-SETTLE_SECONDS = 0.004  # in which the threads of the last turn stop spinning
-SLOWEST_CALL = 30.0  # seconds that no call of a provider may take
-PATIENCE = 0.25  # of the budget, for a provider that builds or checks longer than most: compilers
-START_PATIENCE = 0.5  # the same, for what it imports
-GRACE = 1.0  # seconds after the budget in which a turn may still end
+SETTLE_SECONDS = 0.004  # for the threads of the last turn to stop spinning
+SLOWEST_CALL = 30.0  # limit of a provider's call in seconds
+PATIENCE = 0.25  # of the budget, for providers that build or check slowly: compilers
+START_PATIENCE = 0.5  # the same, for imports
+GRACE = 1.0  # seconds after the budget for a turn to end
 MOST_STARTS = 2  # of a provider's process, the first among them
 
 Tick = Callable[[str, float], None]
@@ -51,7 +51,7 @@ Tick = Callable[[str, float], None]
 
 @dataclass
 class Row:
-    """What is known of one provider in one case."""
+    """State of one provider in one case."""
 
     error_rms: float | None = None
     error_max: float | None = None
@@ -85,13 +85,15 @@ class Row:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no NaN; `wrong` says that there was one."""
+    """Replace NaN, which JSON lacks, by None; `wrong` reports it."""
     return value if value is None or math.isfinite(value) else None
 
 
 class Bench:
-    """A run: `with Bench(...) as bench: record = bench.run(tick)`. A provider has measured enough
-    in a case after `seconds` of counted calls; `budget` bounds everything."""
+    """Run of a benchmark: `with Bench(...) as bench: record = bench.run(tick)`.
+
+    A provider is done with a case after `seconds` of counted calls; `budget` bounds everything.
+    """
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class Bench:
         self.commands = commands
         self.processes: dict[str, Process] = {}
         self.starts = dict.fromkeys([REFEREE, *self.names], 0)
-        self.gone: dict[str, str] = {}  # providers that are given up, and why
+        self.gone: dict[str, str] = {}  # abandoned providers, with reasons
         self.environment = machine.describe(threads, torch.device(device))  # its load: before ours
         self.started = time.monotonic()
         self.deadline = self.started + budget
@@ -127,7 +129,7 @@ class Bench:
         self.folder.cleanup()
 
     def run(self, tick: Tick = lambda doing, share: None) -> Record:
-        """Everything that the budget has time for.
+        """Measure as many cases as the budget allows.
 
         Raises: WorkerError if there are no ceilings: the referee failed, or the budget was over.
         """
@@ -146,7 +148,7 @@ class Bench:
             raise self._no_ceilings(str(error)) from error
         cases: list[CaseRow] = []
         left = list(self.problems)
-        overhead = 0.0  # seconds before the clock of a case so far, the mean
+        overhead = 0.0  # mean seconds of a case before its timing starts
         while left and time.monotonic() + overhead < self.deadline:
             problem = left.pop(0)
             began = time.monotonic()
@@ -182,7 +184,7 @@ class Bench:
         return WorkerError(f"the ceilings of this machine could not be measured: {why}")
 
     def _start(self, names: list[str]) -> None:
-        """Processes for those that have none and are not given up."""
+        """Start processes for the providers that have none and are not abandoned."""
         new = {}
         for name in names:
             if name not in self.processes and name not in self.gone:
@@ -191,7 +193,7 @@ class Bench:
         asked = {"do": "start", "device": self.device, "threads": self.threads}
         patience = START_PATIENCE * self.budget
         _, errors = ask_all(new, patience, self.deadline, "starting", **asked)
-        for name, error in errors.items():  # not even its imports work
+        for name, error in errors.items():  # its imports fail
             self._stopped(name, error, for_good=True)
 
     def _stopped(self, name: str, error: WorkerError, for_good: bool = False) -> None:
@@ -202,14 +204,14 @@ class Bench:
     def _case(
         self, problem: Problem, until: float, tick: Callable[[str, float], None]
     ) -> tuple[dict[str, Row] | None, float]:
-        """The rows of a case, None if the budget ended before its clock started; and how long it
-        took until then."""
+        """Measure a case; return its rows, None if the budget ended before its timing started, and
+        the seconds until then."""
         began = time.monotonic()
         names = [name for name in self.names if problem.op in provider_labels(name)]
         self._start([REFEREE, *names])
         rows = {name: Row(failed=self.gone.get(name)) for name in names}
         path = Path(self.folder.name) / "case.safetensors"
-        given = {"problem": problem.as_dict(), "data": str(path)}
+        given = {"problem": problem.as_dict(), "file": str(path)}
         patience = PATIENCE * self.budget
         try:
             tick("float64 result", 0.0)
@@ -260,7 +262,7 @@ class Bench:
 
     @staticmethod
     def _judge(problem: Problem, row: Row, answer: dict, eager: dict | None) -> None:
-        """Ours is held to the rule of the tests; a peer may be a little off, but not wrong."""
+        """Mark wrong results: ours by the rule of the tests, a peer by the wider PEER_WRONG."""
         row.error_rms, row.error_max, row.note = (answer[key] for key in ("rms", "max", "note"))
         dtype = getattr(torch, problem.dtype)
         rms, top = PEER_WRONG, math.inf
@@ -286,7 +288,7 @@ class Bench:
         until: float,
         tick: Callable[[str, float], None],
     ) -> None:
-        """Turns in shuffled order until each has its seconds, or the case's slot is over."""
+        """Take turns in shuffled order until each has its seconds, or the case's slot is over."""
         order = [name for name in right if rows[name].failed is None]
         began = time.monotonic()
 
@@ -326,9 +328,9 @@ class Bench:
             rows[name].unfinished = True
 
     def _rotation(self, workers: int) -> int:
-        """Bytes of weights that each process cycles through. On a CPU all of them together are
-        beyond the caches, and no weight is met twice in a turn: then the turns of the others have
-        emptied them."""
+        """Return bytes of weights that each process cycles through. On a CPU all of them together
+        exceed the caches, and no weight is read twice in a turn: in between, the turns of the
+        others have evicted it."""
         wanted = machine.rotation(None, torch.device(self.device))
         if self.device != "cpu":
             return wanted
@@ -359,13 +361,13 @@ class Bench:
 
 
 def provider_labels(name: str) -> dict[str, str]:
-    """What it is called for each of its ops; one of a module claims to have them all."""
+    """Return the display name per op; a provider from a module claims to have them all."""
     return dict.fromkeys(OPS, name) if ":" in name else provider(name).labels
 
 
 @contextlib.contextmanager
 def pinned(threads: int | None) -> Iterator[int]:
-    """This process and all that it starts on as many fixed cores, as long as it lasts."""
+    """Pin this process and its children to as many fixed cores while the context lasts."""
     allowed, before = os.sched_getaffinity(0), torch.get_num_threads()
     try:
         yield pin_threads(threads)

@@ -1,4 +1,4 @@
-"""What a measurement ran on: device, versions, commit, and what its memory and cores can do."""
+"""Machine of a measurement: device, versions, commit, bandwidth and FLOP ceilings."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pathlib import Path
 import torch
 
 import peftkern
-from peftkern.backends import native
+from peftkern.backends.cpu.module import cpu_isa, cpu_isas
 from peftkern.backends.device import triton_interpreted
 from peftkern.tools.bench.gpu_timer import measure_events
 from peftkern.tools.bench.timer import measure
 
-ROOT = Path(__file__).resolve().parents[2]  # the repository, where it is one
+ROOT = Path(peftkern.__file__).resolve().parents[1]  # the repository, where it is one
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "peftkern")
 COPY_BYTES, GEMM = 256 << 20, 2048  # at least, see roof
-GPU_COPY_BYTES, GPU_GEMM = 2 << 30, 8192  # runs well past a launch, far beyond the L2 cache
+GPU_COPY_BYTES, GPU_GEMM = 2 << 30, 8192  # far longer than a launch, far larger than the L2 cache
 
 
 class DeviceError(Exception):
-    """The device that was asked for is not there; the message is the line to print."""
+    """Absence of the requested device; the message is the line to print."""
 
 
 def device_named(name: str) -> torch.device:
-    """Raises: DeviceError if that is a GPU and torch sees none."""
+    """Return the device of that name. Raises: DeviceError if it is a GPU and torch sees none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device cuda: torch {torch.__version__} sees no GPU on this machine")
     return torch.device(name)
@@ -45,7 +45,7 @@ def cpu_name() -> str:
 
 
 def cache_bytes() -> int:
-    """The last level's size; 32 MiB where the system does not say."""
+    """Return the size of the last-level cache; 32 MiB where the system does not say."""
     sizes = [32 << 20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         number, unit = re.match(r"(\d+)([KM]?)", path.read_text()).groups()
@@ -64,8 +64,8 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit measured, with + if tracked files other than results differ from it; None for an
-    installed package, which may lie within a repository that is not its own."""
+    """Return the commit measured, with + if tracked files other than results differ from it; None
+    for an installed package, which may lie within another repository."""
     if not (ROOT / "csrc").is_dir():
         return None
     head = git("rev-parse", "--short=12", "HEAD")
@@ -74,7 +74,7 @@ def commit() -> str | None:
 
 
 def version(package: str) -> str | None:
-    if package == "peftkern":  # which a bare copy of the tree does not install
+    if package == "peftkern":  # not installed where the tree is a bare copy
         return peftkern.__version__
     try:
         return importlib.metadata.version(package)
@@ -83,11 +83,11 @@ def version(package: str) -> str | None:
 
 
 def describe(threads: int, device: torch.device | None = None, given_commit: str = "") -> dict:
-    """`given_commit` stands in where the tree carries no history."""
+    """Describe the machine; `given_commit` stands in where the tree carries no history."""
     return {
         "cpu": cpu_name(),
-        "isa": native.cpu_isa() if native.cpu_isas() else None,
-        "isas": list(native.cpu_isas()),
+        "isa": cpu_isa() if cpu_isas() else None,
+        "isas": list(cpu_isas()),
         "gpu": gpu(device) if device is not None and device.type == "cuda" else None,
         "interpreter": triton_interpreted(),
         "threads": threads,
@@ -113,7 +113,7 @@ def gpu(device: torch.device) -> dict:
 
 
 def slug(machine: dict) -> str:
-    """A folder name for the device: "h200", "intel-xeon-processor-amx-bf16-2-threads"."""
+    """Return a folder name for the device: "h200", "intel-xeon-processor-amx-bf16-2-threads"."""
     if machine.get("gpu"):
         text = re.sub(r"^(NVIDIA|AMD)\s+", "", machine["gpu"]["name"])
     else:
@@ -124,13 +124,13 @@ def slug(machine: dict) -> str:
 
 
 def write_json(path: Path, record: object, indent: int | None = None) -> None:
-    """Whole or not at all, whenever the process is stopped."""
+    """Write JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, indent=indent) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same; the folder has to be there."""
+    """Write text atomically; the folder has to exist."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         staged.write_text(text, encoding="utf-8")
@@ -145,10 +145,10 @@ def roof(
     small: bool,
     dtypes: tuple[str, ...] = ("bfloat16", "float32"),
 ) -> dict[str, float]:
-    """Measured ceilings: copied bytes (read and written) and dense FLOPs per second.
+    """Measure ceilings: copied bytes (read and written) and dense FLOPs per second.
 
-    What is copied is `copy_bytes` long. Source and target lie beyond the last level of caches, as
-    far as `rotation` goes there, but with `small`, which is for shapes that fit into it.
+    The copy has `copy_bytes`. Source and target exceed the last-level cache, as far as `rotation`
+    does, except with `small`, which is for shapes that fit into it.
     """
     copy_bytes, gemm = GPU_COPY_BYTES, GPU_GEMM
     if device.type == "cpu":
@@ -162,15 +162,15 @@ def roof(
         a, b = (torch.randn(gemm, gemm, device=device).to(getattr(torch, name)) for _ in range(2))
         variants[name] = lambda i, a=a, b=b: torch.nn.functional.linear(a, b)
     timings = (measure_events if device.type == "cuda" else measure)(variants, seconds=seconds)
-    # The best of many: a ceiling that a disturbed run must not lower.
+    # The best of many: a disturbed run must not lower a ceiling.
     best = {name: timing.quantile(0.05) for name, timing in timings.items()}
     rates = {name: 2 * gemm**3 / best[name] for name in dtypes}
     return {"copy": 2 * copy_bytes / best["copy"], "copy_bytes": copy_bytes, **rates}
 
 
 def rotation(given_mb: int | None, device: torch.device) -> int:
-    """Beyond the last level, but at most 640 MB per variant: a virtual machine is told the size of
-    a cache that it shares."""
+    """Return bytes beyond the last-level cache, but at most 640 MB per variant: a virtual machine
+    reports the size of a cache that it shares."""
     if given_mb is not None:
         return given_mb << 20
     if device.type == "cuda":

@@ -1,21 +1,21 @@
-"""HTML and SVG from nested calls; text is escaped because it is text, markup is not because it is
-`Markup`: a label or an error of somebody else's code cannot become a tag."""
+"""HTML and SVG from nested calls. Text is escaped unless it is `Markup`: a label or an error of
+somebody else's code cannot become a tag."""
 
 from __future__ import annotations
 
 import html
 import unicodedata
 
-# Characters that are no text: they end a parse, a line of a terminal, or turn what is read around.
+# Control and bidirectional characters: they end a parse or a line, or reverse the text.
 UNPRINTABLE = {"Cc", "Cf", "Cs"}
 
 
 class Markup(str):
-    """Already escaped."""
+    """Text that is already escaped."""
 
 
 def text(value: object) -> Markup:
-    """`value` as it is to be read; characters that cannot be read are shown as U+FFFD."""
+    """Return `value` as text; control characters become U+FFFD."""
     if isinstance(value, Markup):
         return value
     shown = (
@@ -26,8 +26,8 @@ def text(value: object) -> Markup:
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """`<name attributes>children</name>`. An attribute of None or False is left out, of True has no
-    value; `class_` is class, `stroke_width` stroke-width."""
+    """Build `<name attributes>children</name>`. An attribute of None or False is left out, of True
+    has no value; `class_` is class, `stroke_width` stroke-width."""
     words = [name]
     for key, value in attributes.items():
         if value is not None and value is not False:

@@ -1,4 +1,4 @@
-"""What one call holds at its peak, beyond what was there before it."""
+"""Peak memory of one call, beyond the memory allocated before it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """On a GPU by the allocator; on a CPU the tensors that torch allocates, as its profiler sees
-    them: the scratch of native code is not in it."""
+    """Return the peak: on a GPU by the allocator; on a CPU the tensors that torch allocates, as its
+    profiler sees them, without the workspace of native code."""
     if device.type == "cuda":
         from peftkern.tools.bench import gpu_timer
 

@@ -1,4 +1,4 @@
-"""The peers as users have them: real PEFT layers over bitsandbytes or dense weights.
+"""Peers as users have them: real PEFT layers over bitsandbytes or dense weights.
 
 A pool holds several copies of one layer, together larger than the caches, because a model never
 meets the same weight twice in a row. All copies hold the same numbers.
@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.backends.dropout import philox_keep
-from peftkern.functional import linear as functional_linear
+from peftkern.functional.arguments import draw_keep
 from peftkern.layers import NF4Linear
+from peftkern.tools.bench.base_layers import linear, linear4bit
 from peftkern.tools.bench.data import nf4_values64
 
-SEED = 5  # of the draws that a checked call makes
+SEED = 5  # of the random numbers of a checked call
 
 
 @functools.cache
 def bitsandbytes_missing(device: torch.device) -> str | None:
-    """Why bitsandbytes is no peer on a device, or None: it may lack the library for this CUDA."""
+    """Return why bitsandbytes is no peer on a device, or None: it may lack this CUDA's library."""
     try:
         import bitsandbytes.functional as bnb
 
@@ -43,7 +44,7 @@ def bitsandbytes_missing(device: torch.device) -> str | None:
 
 
 class Layers(nn.Module):
-    """Something for get_peft_model to adapt, which asks a model whether it is in 4 bits."""
+    """Minimal model for get_peft_model, which asks a model whether it is in 4 bits."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -51,37 +52,12 @@ class Layers(nn.Module):
         self.is_loaded_in_4bit = any(type(layer).__name__ == "Linear4bit" for layer in layers)
 
 
-def linear4bit(weight: Tensor, blocksize: int = 64) -> nn.Module:
-    """bitsandbytes' layer over this weight: NF4, double quantisation, computing in its dtype."""
-    import bitsandbytes as bnb
-
-    n, k = weight.shape
-    layer = bnb.nn.Linear4bit(
-        k, n, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
-    )
-    layer.weight = bnb.nn.Params4bit(
-        weight.clone(),
-        requires_grad=False,
-        quant_type="nf4",
-        compress_statistics=True,
-        blocksize=blocksize,
-    )
-    return layer.to(weight.device)
-
-
 def nf4_linear(weight: Tensor) -> nn.Module:
-    """bitsandbytes' layer, or ours with the same weight where there is no bitsandbytes."""
+    """Build bitsandbytes' layer, or ours with the same weight where there is no bitsandbytes."""
     if bitsandbytes_missing(weight.device) is None:
         return linear4bit(weight)
-    with peftkern.use_backend(None):  # whatever is forced on the case itself
+    with peftkern.use_backend(None):  # even if the case forces a back end
         return NF4Linear.from_linear(linear(weight))
-
-
-def linear(weight: Tensor) -> nn.Linear:
-    n, k = weight.shape
-    layer = nn.Linear(k, n, bias=False, device="meta")  # which draws no weight to throw away
-    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    return layer
 
 
 def lora_pool(
@@ -95,10 +71,9 @@ def lora_pool(
     adapter_dtype: torch.dtype = torch.float32,
     adapters: tuple[Tensor, Tensor] | None = None,
 ) -> list:
-    """PEFT's LoRA layers over copies of `layer`; fp32 adapters are PEFT's default. B is not zero.
+    """Build PEFT's LoRA layers over copies of `layer`; fp32 adapters by default, B not zero.
 
-    Copies, because a model never meets the same weight twice in a row. `adapters`: A and B, drawn
-    if not given.
+    `adapters`: A and B, drawn if not given.
     """
     torch.manual_seed(1)
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=r"layers\.\d+")
@@ -122,8 +97,8 @@ def lora_pool(
 
 
 def compiled(layers: list[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
-    """torch.compile of layers that differ in their numbers only: one compilation serves all."""
-    torch._dynamo.reset()  # else a second number of rows asks for kernels of any number
+    """Compile layers that differ only in their numbers: one compilation serves all."""
+    torch._dynamo.reset()  # else a second number of rows compiles dynamic shapes
     run = torch.compile(lambda layer, x: layer(x))
     return [functools.partial(run, layer) for layer in layers]
 
@@ -141,9 +116,9 @@ def forward(layers: list, xs: list[Tensor], autocast: bool = False) -> Callable[
 def forward_backward(
     layers: list, xs: list[Tensor], dy: Tensor, modules: list | None = None, autocast: bool = False
 ) -> Callable[[int], tuple[Tensor, ...]]:
-    """The output and the gradients of x and of both adapters, as training needs them.
+    """Return a call for the output and the gradients of x and of both adapters, as in training.
 
-    `modules`: what holds the adapters, where the layers are functions of them.
+    `modules`: the owners of the adapters, where the layers are functions of them.
     """
     modules = layers if modules is None else modules
 
@@ -164,19 +139,19 @@ def _autocast(x: Tensor, wanted: bool) -> contextlib.AbstractContextManager:
 
 
 def kept(x: Tensor, dropout: float, patched: bool, adapter_dtype: torch.dtype) -> Tensor | None:
-    """What dropout keeps of x in the first call after torch.manual_seed(SEED)."""
+    """Return the mask of dropout in the first call after torch.manual_seed(SEED)."""
     if dropout == 0.0:
         return None
     torch.manual_seed(SEED)
     x = x.detach()
     if patched:
-        keep = functional_linear._draw_keep(x, dropout)
+        keep = draw_keep(x, dropout)
         return keep if keep.dtype is torch.bool else philox_keep(keep, *x.shape, dropout)
     return F.dropout(torch.ones_like(x, dtype=adapter_dtype), dropout) != 0
 
 
 def nf4_weight64(layer: nn.Module) -> Tensor:
-    """The weight that a layer's packed bytes stand for, in float64 and in plain torch."""
+    """Dequantize a layer's weight in float64 and plain torch."""
     weight = layer.nf4 if isinstance(layer, NF4Linear) else None
     if weight is None:
         weight = peftkern.NF4Weight.from_bitsandbytes(layer.weight)
@@ -191,7 +166,7 @@ def lora_oracle(
     keep: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """In float64 what `forward` (no dy) or `forward_backward` give; no layer: without LoRA."""
+    """Compute `forward` (no dy) or `forward_backward` in float64; no layer: no LoRA."""
     x = x.detach().double()
     y = x @ weight64.T
     dy = None if dy is None else dy.double()

@@ -1,4 +1,4 @@
-"""The parent's end of the workers: start them, ask them, notice that one is gone."""
+"""Parent side of the workers: start them, query them, detect their end."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-import peftkern
+from peftkern.tools.bench import machine
 from peftkern.tools.bench.record import OURS
-
-PACKAGE_FOLDER = str(Path(peftkern.__file__).resolve().parents[1])
 
 
 class WorkerError(Exception):
-    """A worker could not do it; the message is one line."""
+    """Failure of a worker's command; the message is one line."""
 
 
 class WorkerGoneError(WorkerError):
-    """It crashed, or was too slow and has been stopped."""
+    """Crash of a worker, or its end for being too slow."""
 
 
 class WorkerSlowError(WorkerGoneError):
-    """It did not answer in time: it would not the next time either."""
+    """Missed deadline of a worker, which would miss the next one, too."""
 
 
 class Process:
@@ -38,9 +35,9 @@ class Process:
     def __init__(self, name: str) -> None:
         self.name = name
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
-        path = [PACKAGE_FOLDER, *filter(None, [os.environ.get("PYTHONPATH")])]
-        # A session of its own, so that what a worker starts can be stopped with it, and so that
-        # Ctrl-C reaches the parent alone.
+        path = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # A session of its own, so that its children can be stopped with it, and Ctrl-C reaches the
+        # parent alone.
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "peftkern.tools.bench.worker", name, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -53,12 +50,12 @@ class Process:
 
     def send(self, do: str, **arguments: object) -> None:
         line = json.dumps({"do": do, **arguments}) + "\n"
-        with contextlib.suppress(BrokenPipeError):  # `receive` says why it is gone
+        with contextlib.suppress(BrokenPipeError):  # `receive` reports the reason
             self.popen.stdin.write(line.encode())
             self.popen.stdin.flush()
 
     def receive(self, deadline: float, doing: str) -> dict:
-        """Its next answer.
+        """Wait for the next answer.
 
         Raises: WorkerError if that is an error; WorkerGoneError if the process ended, or was
             stopped because the deadline (of time.monotonic) passed before it answered.
@@ -74,14 +71,14 @@ class Process:
         return self.answer()
 
     def read(self) -> None:
-        """Take what there is. Raises: WorkerGoneError at the end."""
+        """Read the available bytes. Raises: WorkerGoneError at the end."""
         more = os.read(self.popen.stdout.fileno(), 1 << 20)
         if not more:
             raise WorkerGoneError(self._last_words())
         self.received += more
 
     def answer(self) -> dict:
-        """The answer that was received. Raises: WorkerError if that is an error."""
+        """Parse the received answer. Raises: WorkerError if that is an error."""
         line, _, self.received = self.received.partition(b"\n")
         answer = json.loads(line)
         if "error" in answer:
@@ -97,7 +94,7 @@ class Process:
         return self.receive(deadline, doing)
 
     def _last_words(self) -> str:
-        """How it ended and, if it said so, why."""
+        """Describe how it ended, with the error of its log if there is one."""
         status = self.popen.wait()
         self.log.seek(0)
         said = first_error(self.log.read().decode(errors="replace"))
@@ -109,9 +106,9 @@ class Process:
         return f"{how}: {said}" if said else how
 
     def stop(self) -> None:
-        """Whatever state it is in, it and its children are gone afterwards."""
+        """Kill the process and its children, in any state."""
         if self.popen.stdin.closed:
-            return  # by an earlier call; its number may be another's by now
+            return  # by an earlier call; its pid may be reused by now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
@@ -121,7 +118,7 @@ class Process:
 
 
 def first_error(said: str) -> str:
-    """The line of an output that names the error: of a traceback its end, else the first line."""
+    """Return the line of a log that names the error: of a traceback the last, else the first."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
     fatal = [line for line in lines if "fatal" in line.lower() or "terminate called" in line]
@@ -136,11 +133,11 @@ def ask_all(
     do: str,
     **arguments: object,
 ) -> tuple[dict[str, dict], dict[str, WorkerError]]:
-    """The same question to all at once: their answers, and the errors of those that had none.
+    """Send a command to all at once; return the answers, and the errors of those without one.
 
-    After `patience` seconds those that are still busy are stopped if most have answered and OURS is
-    among them: then it is they that are slow, not the machine, and there is something to measure.
-    At the deadline they are stopped in any case.
+    After `patience` seconds those still busy are stopped if most have answered and OURS is among
+    them: then they are slow, not the machine, and there is something to measure. At the deadline
+    they are stopped in any case.
     """
     answers: dict[str, dict] = {}
     errors: dict[str, WorkerError] = {}

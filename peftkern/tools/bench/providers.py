@@ -1,10 +1,10 @@
-"""The implementations that `peftkern bench` compares, each as its users have it.
+"""Implementations that `peftkern bench` compares, each as its users have it.
 
 A provider turns a case's tensors into copies of a layer (`Layer`): a function of x, or of nothing
 where the op has no input, and the leaves whose gradients training asks for. Every copy holds the
 same numbers in its own memory, because a model never meets the same weight twice in a row.
 
-Anybody's own implementation is a baseline too: `--baselines my_module:build` calls
+A user's own implementation is a baseline, too: `--baselines my_module:build` calls
 `build(problem, tensors, copies)`, which returns such a list.
 """
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.tools.bench.base_layers import linear, prequantized
 from peftkern.tools.bench.cases import OPS, SCALING, Problem
 from peftkern.tools.bench.record import OURS
 
@@ -30,14 +31,14 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """`run(x)`, or `run()`; `adapter`: lora_A and lora_B as leaves, () without an adapter."""
+    """Layer of a provider: `run(x)`, or `run()`; `adapter`: leaves lora_A and lora_B, or ()."""
 
     run: Callable[..., Tensor]
     adapter: tuple[Tensor, ...] = ()
 
 
 def has(package: str) -> bool:
-    """Whether it is installed; a folder of that name is not enough."""
+    """Return whether a package is installed; a folder of that name is not enough."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -47,8 +48,8 @@ Build = Callable[[Problem, Tensors, int], list[Layer]]
 
 @dataclass(frozen=True)
 class Provider:
-    """`labels`: what it is called for each op that it has; `packages`: what has to be importable;
-    `adapted`: whether it computes the update too."""
+    """Implementation. `labels`: display name per op; `packages`: its requirements; `adapted`: it
+    computes the update, too."""
 
     build: Build
     labels: dict[str, str]
@@ -59,7 +60,7 @@ class Provider:
     on_cpu: bool = True
 
     def missing(self, device: str) -> str | None:
-        """Why it cannot take part, as far as can be told without importing it."""
+        """Return why it cannot take part, as far as is known without importing it."""
         for package in self.packages:
             if not has(package):
                 return "not installed" if len(self.packages) == 1 else f"{package} is not installed"
@@ -67,7 +68,7 @@ class Provider:
 
 
 def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    """PEFT's layers after `peftkern.patch`; without PEFT the public functions."""
+    """Build PEFT's layers after `peftkern.patch`; without PEFT the public functions."""
     if not problem.kind.rows:
         weights = _packed(tensors, copies)
         dtype = getattr(torch, problem.dtype)
@@ -76,19 +77,15 @@ def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
         return [Layer(lambda x, w=w: peftkern.nf4_linear(x, w)) for w in _packed(tensors, copies)]
     if not has("peft"):
         return _functional(problem, tensors, copies)
+    from peftkern.tools.bench.peers import bitsandbytes_missing
+
     if not problem.kind.nf4:
-        base = _dense(tensors)
-    elif _bitsandbytes_missing(tensors["weight"].device):
+        base = linear(tensors["weight"])
+    elif bitsandbytes_missing(tensors["weight"].device):
         base = peftkern.layers.NF4Linear._from_nf4(_packed(tensors, 1)[0], None, True)
     else:
         base = _bitsandbytes_layer(tensors)
     return _peft(base, problem, tensors, copies, patched=True)
-
-
-def _bitsandbytes_missing(device: torch.device) -> str | None:
-    from peftkern.tools.bench import peers
-
-    return peers.bitsandbytes_missing(device)
 
 
 def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
@@ -104,12 +101,12 @@ def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
 
 
 def frozen(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    """The dense layer without an adapter."""
-    return [Layer(_dense(tensors)) for _ in range(copies)]
+    """Build the dense layer without an adapter."""
+    return [Layer(linear(tensors["weight"])) for _ in range(copies)]
 
 
 def peft(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    return _peft(_dense(tensors), problem, tensors, copies)
+    return _peft(linear(tensors["weight"]), problem, tensors, copies)
 
 
 def bitsandbytes(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
@@ -125,7 +122,7 @@ def bitsandbytes(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]
 
 
 def compiled(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    """torch.compile of what PEFT's users have: one compilation serves all copies."""
+    """Compile PEFT's layers: one compilation serves all copies."""
     from peftkern.tools.bench import peers
 
     layers = (bitsandbytes if problem.kind.nf4 else peft)(problem, tensors, copies)
@@ -134,7 +131,7 @@ def compiled(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
 
 
 def unsloth(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    """PEFT's layer through unsloth's autograd function, which takes [batch, tokens, K]."""
+    """Build PEFT's layer on unsloth's autograd function, which takes [batch, tokens, K]."""
     import unsloth  # noqa: F401  (first: it changes what the others import)
     from unsloth.kernels.fast_lora import LoRA_W
     from unsloth.kernels.utils import get_lora_parameters
@@ -147,7 +144,7 @@ def unsloth(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
 
 
 def plain(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    """Plain torch: the reference of the tests."""
+    """Build the op in plain torch: the reference of the tests."""
     dtype = getattr(torch, problem.dtype)
 
     def run(w: peftkern.NF4Weight) -> Tensor:
@@ -183,14 +180,14 @@ PROVIDERS = {
     ),
     "torch": Provider(
         plain, {"nf4_dequantize": "plain torch"}, over_peft=False, in_auto=False
-    ),  # a peer that nobody has: it would only flatter us
+    ),  # a peer that no user has would only flatter us
     "unsloth": Provider(
         unsloth,
         dict.fromkeys(("lora_linear", "nf4_lora_linear"), "unsloth"),
         ("unsloth",),
         on_cpu=False,
     ),
-    # Its kernels are losses, norms and activations: nothing here to compare, which is worth saying.
+    # Its kernels are losses, norms and activations: none of these ops, which is worth reporting.
     "liger": Provider(frozen, {}, ("liger_kernel",)),
 }
 BASELINES = tuple(name for name in PROVIDERS if name != OURS)
@@ -198,7 +195,7 @@ ACCEPTED = f"auto, {', '.join(BASELINES)}, or module:function of your own"
 
 
 def provider(name: str) -> Provider:
-    """A built-in one, or that of a module: imports it."""
+    """Return a built-in provider, or import that of a module."""
     if ":" not in name:
         return PROVIDERS[name]
     module, _, function = name.partition(":")
@@ -207,7 +204,7 @@ def provider(name: str) -> Provider:
 
 
 def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], dict[str, str]]:
-    """The baselines that take part, and why the others of "auto" do not.
+    """Select the baselines that take part, and the reasons against the others of "auto".
 
     Raises: ValueError naming --baselines if one that was named is unknown, is not installed, or has
         none of the ops.
@@ -215,7 +212,7 @@ def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], di
     if names == ["auto"]:
         auto = [name for name in BASELINES if PROVIDERS[name].in_auto]
         absent = {name: why for name in auto if (why := _absent(name, ops, device))}
-        # That one has other ops than these is no news.
+        # A baseline of other ops needs no mention.
         said = {
             name: why
             for name, why in absent.items()
@@ -231,7 +228,7 @@ def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], di
 def _absent(name: str, ops: list[str], device: str) -> str | None:
     if ":" in name:
         module = name.partition(":")[0].partition(".")[0]
-        path = [os.getcwd(), *sys.path]  # where the workers look as well
+        path = [os.getcwd(), *sys.path]  # where the workers look, too
         found = importlib.machinery.PathFinder.find_spec(module, path)
         return None if found else f"there is no module {module}"
     if name not in BASELINES:
@@ -254,37 +251,17 @@ def _packed(tensors: Tensors, copies: int) -> list[peftkern.NF4Weight]:
     return [clone() for _ in range(copies)]
 
 
-def _dense(tensors: Tensors) -> nn.Linear:
-    n, k = tensors["weight"].shape
-    layer = nn.Linear(k, n, bias=False, device="meta")
-    layer.weight = nn.Parameter(tensors["weight"].clone(), requires_grad=False)
-    return layer
-
-
 def _bitsandbytes_layer(tensors: Tensors) -> nn.Module:
-    """bitsandbytes' layer over the packed weight as it is: it quantises nothing."""
-    import bitsandbytes as bnb
-
-    n, k = tensors["weight"].shape
-    layer = bnb.nn.Linear4bit(
-        k,
-        n,
-        bias=False,
-        compute_dtype=tensors["weight"].dtype,
-        quant_type="nf4",
-        device="meta",
-    )
+    """Build bitsandbytes' layer over the packed weight without quantizing again."""
     pieces = {name: t.clone() for name, t in tensors.items() if name.startswith("nf4.weight.")}
-    layer.weight = bnb.nn.Params4bit.from_prequantized(
-        tensors["nf4.weight"].clone(), pieces, device=tensors["weight"].device, module=layer
-    )
-    return layer
+    weight = tensors["weight"]
+    return prequantized(tensors["nf4.weight"].clone(), pieces, weight.shape, weight.dtype)
 
 
 def _peft(
     base: nn.Module, problem: Problem, tensors: Tensors, copies: int, patched: bool = False
 ) -> list[Layer]:
-    """PEFT's layers as `get_peft_model` makes them, in eval mode where no gradient is wanted."""
+    """Build PEFT's layers by `get_peft_model`, in eval mode where no gradient is wanted."""
     from peftkern.tools.bench import peers
 
     pool = peers.lora_pool(

@@ -1,5 +1,4 @@
-"""What `peftkern bench --json` writes, field by field: the one description of the format. Files
-are read and checked by it.
+"""Format of `peftkern bench --json`, field by field; files are checked against it.
 
 A record is plain JSON. Every field is always there; what was not measured or does not apply is
 null. Units are in the names: `_ms` milliseconds, `_s` seconds, `_bytes` bytes, `gb_s` 1e9 bytes per
@@ -23,7 +22,7 @@ OURS = "peftkern"
 
 
 class Provider(TypedDict):
-    """What one implementation did in one case."""
+    """Results of one implementation in one case."""
 
     label: str  # for people: "peft+bitsandbytes"
     median_ms: float | None  # of one call
@@ -35,7 +34,7 @@ class Provider(TypedDict):
     wrong: str | None  # why its result is wrong: "error 0.3 rms, 0.9 max; bound 0.0049 rms, ..."
     failed: str | None  # the first line of its error: it crashed, hung, or took too long
     note: str | None  # that it fell back, and why
-    peak_bytes: int | None  # what a call holds at its peak beyond what was there before it
+    peak_bytes: int | None  # peak of a call beyond the bytes allocated before it
     gb_s: float | None  # the case's counted bytes over the median
     tflop_s: float | None  # the case's counted operations over the median
     share_of_roof: float | None  # the case's floor_ms over the median; 1 is the roof
@@ -53,19 +52,19 @@ class Case(TypedDict):
     r: int | None  # LoRA rank; null where an op has none
     dtype: Literal["bfloat16", "float16", "float32"]  # of x and of the dense weight
     mode: str  # "forward", "backward", "full", "no-grad", "memory"
-    bytes: int  # that the work has to move at least: each operand and result once
-    flops: int  # that the work has to do at least
+    bytes: int  # lower bound of the traffic: each operand and result once
+    flops: int  # lower bound of the operations
     floor_ms: float  # max(bytes / roof.copy, flops / roof[dtype]): no call can be faster
-    against: str | None  # the baseline that speaks for the case: the first good one of its op's
+    against: str | None  # the first good baseline of the op, which stands for the case
     command: str  # that measures this case again
     providers: dict[str, Provider]  # by name, "peftkern" first; order of the table
 
 
 class Roof(TypedDict, total=False):
-    """Ceilings measured on this machine in this run; of the dtypes that the cases have."""
+    """Ceilings measured on this machine in this run; of the cases' dtypes."""
 
     copy: float  # bytes per second, read and written
-    copy_bytes: int  # size of what was copied; with its target, within the last cache or beyond
+    copy_bytes: int  # size of the copy; with its target, within the last-level cache or beyond
     bfloat16: float  # FLOP per second of a dense matrix product
     float16: float
     float32: float
@@ -81,7 +80,7 @@ class Gpu(TypedDict):
 
 
 class Environment(TypedDict):
-    """What it ran on: `machine.describe()`, and the variables."""
+    """Environment of a run: `machine.describe()`, and the variables."""
 
     cpu: str
     isa: str | None  # that the native kernels chose
@@ -99,7 +98,7 @@ class Environment(TypedDict):
 
 
 class Record(TypedDict):
-    """A whole run."""
+    """Record of a run."""
 
     format: str  # FORMAT
     command: str  # as typed
@@ -114,11 +113,11 @@ class Record(TypedDict):
     not_installed: dict[str, str]  # baseline -> why it took no part ("not installed", ...)
 
 
-LARGEST, SMALLEST = 1e30, 1e-30  # of numbers other than 0: whatever is computed from two is finite
+LARGEST, SMALLEST = 1e30, 1e-30  # of numbers other than 0: results of two of them are finite
 
 
 def load(path: Path) -> dict:
-    """What says that it is a record, unchecked beyond that.
+    """Load a record; checks only the header.
 
     Raises: OSError; ValueError naming the file.
     """
@@ -129,7 +128,7 @@ def load(path: Path) -> dict:
 
 
 def read(path: Path) -> Record:
-    """A whole record.
+    """Read and check a record.
 
     Raises: OSError; ValueError naming the file and the first field that is not as described here.
     """
@@ -142,7 +141,7 @@ def read(path: Path) -> Record:
 
 
 def check(record: object) -> None:
-    """That each field is there, of its type and of a plausible size, and that they fit together.
+    """Check that each field is there, of its type, of plausible size and consistent.
 
     Raises: ValueError naming the first that is not.
     """
@@ -168,7 +167,7 @@ def check(record: object) -> None:
 
 
 def _check_field(where: str, value: Any, kind: Any) -> None:
-    """`kind` as it stands in an annotation above."""
+    """Check a field; `kind` as in the annotations above."""
     if get_origin(kind) is UnionType:
         if value is None:
             return

@@ -1,4 +1,4 @@
-"""The HTML report of a record: one file that needs no network, no script and no other file.
+"""HTML report of a record: one file without network, scripts or other files.
 
 Its policy forbids everything but its own style sheet; all text of the record is escaped by
 `markup`. The same record gives the same bytes.
@@ -33,7 +33,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 
 def write_html(record: Record, path: Path) -> None:
-    """The report, whole or not at all. Raises: OSError."""
+    """Write the report atomically. Raises: OSError."""
     machine.write_text(path, render(record))
 
 
@@ -113,13 +113,12 @@ def _tile(count: int, says: str, kind: str, more: str | None = None) -> Markup:
 
 
 def _remarks(record: Record) -> Iterator[Markup]:
-    """What a reader has to know before the figures: what makes them doubtful, the extremes, then
-    what is missing, and why."""
+    """List remarks before the figures: doubts, the extremes, then what is missing, with reasons."""
     if busy := busy_machine(record):
         yield tag("li", busy, class_="error")
     found = sorted(beside(record), key=lambda one: one[2])
     for word, (case, name, ratio, noise) in (
-        [("Least favourable", found[0]), ("Most favourable", found[-1])] if found else []
+        [("Least favorable", found[0]), ("Most favorable", found[-1])] if found else []
     ):
         label, level = case["providers"][name]["label"], " (≈)" if noise else ""
         yield tag("li", f"{word}: {figures.times(ratio)}{level} beside {label}, {title(case)}")
@@ -245,7 +244,7 @@ def _environment(record: Record) -> Markup:
 
 
 def _raw(record: Record) -> Markup:
-    """The record itself, a line for each list of numbers."""
+    """Format the record itself, a line for each list of numbers."""
     plain = json.dumps(record, indent=1, allow_nan=False)
     lines = re.sub(  # a line break inside a string would be escaped: this meets only lists
         r"\[\n[^\[\]{}]*?\n *\]", lambda found: re.sub(r"\n *", " ", found[0]), plain

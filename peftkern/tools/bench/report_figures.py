@@ -1,4 +1,4 @@
-"""The figures of the HTML report: bars of speed-ups, roofline, times over M and over r."""
+"""Figures of the HTML report: bars of speed-ups, roofline, times over M and over r."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftkern.tools.bench.markup import Markup, join, tag
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
 from peftkern.tools.bench.terminal import SHORT, copies, is_bound, number, speed_up, title
 
-BOUND = "without the adapter: does less"  # of the frozen layer, where it is the one to compare with
+BOUND = "without the adapter: does less"  # of the frozen layer, where it is the baseline
 KINDS = {"faster": "faster", "slower": "slower", "level": "≈"}
 
 Labels = dict[tuple[str, str], int]
@@ -18,7 +18,7 @@ Span = Callable[[Provider, Provider], tuple[float, float]]
 
 
 def numbered(record: Record) -> Labels:
-    """(name, label) of every provider -> its number: a label may differ from op to op."""
+    """Enumerate every (name, label) of a provider: a label may differ from op to op."""
     found: Labels = {}
     for case in record["cases"]:
         for name, row in case["providers"].items():
@@ -27,8 +27,8 @@ def numbered(record: Record) -> Labels:
 
 
 def speed_ups(record: Record) -> Markup | None:
-    """Their time over ours; the whisker spans what the two intervals allow, so it includes 1
-    exactly if the difference is within the noise."""
+    """Draw their time over ours; the whisker spans the range of the two intervals' ratio, so it
+    includes 1 exactly if the difference is within the noise."""
 
     def span(ours: Provider, theirs: Provider) -> tuple[float, float]:
         return theirs["p20_ms"] / ours["p80_ms"], theirs["p80_ms"] / ours["p20_ms"]
@@ -88,7 +88,7 @@ def _bar(
 
 
 def roofline(record: Record, labels: Labels) -> Markup | None:
-    """Per dtype, as each has a roof of its own; what only moves bytes has no place on it."""
+    """Draw a roofline per dtype, as each has its own roof; ops without FLOPs are left out."""
     figures, used = [], set()
     for dtype, short in SHORT.items():
         cases = [case for case in record["cases"] if case["dtype"] == dtype and case["flops"]]
@@ -124,7 +124,7 @@ def roofline(record: Record, labels: Labels) -> Markup | None:
 
 
 def scaling(record: Record, labels: Labels, over: str) -> Markup | None:
-    """A chart for all cases that differ in `over` ("M" or "r") alone, if there are two or more."""
+    """Draw a chart of the cases that differ only in `over` ("M" or "r"), if at least two."""
     groups: dict[tuple, list[Case]] = {}
     for case in record["cases"]:
         if case[over]:
@@ -168,8 +168,7 @@ def scaling(record: Record, labels: Labels, over: str) -> Markup | None:
 
 
 def _apart_from(case: Case, over: str) -> tuple:
-    """What two cases have in common that differ in `over` alone; a shape given in figures names
-    its rows, too."""
+    """Return the key of cases that differ only in `over`; numeric shapes name rows, too."""
     given = case["shape"] == f"{case['M']}x{case['N']}x{case['K']}"
     shape = "" if given else case["shape"]
     keys = ("op", "M", "N", "K", "r", "dtype", "mode")
@@ -198,7 +197,7 @@ def _legend(labels: Labels, used: set[int]) -> Markup:
 
 
 def why(row: Provider) -> Markup | None:
-    """Why it has no result; None if it has."""
+    """Return why it has no result; None if it has."""
     if (kind := _kind(row)) is None:
         return None
     return join([tag("strong", kind, class_="error"), f" {row['wrong'] or row['failed']}"])
@@ -213,5 +212,5 @@ def _interval(row: Provider) -> str:
 
 
 def times(ratio: float) -> str:
-    """Two decimals where they say something, else three digits."""
+    """Format with two decimals where significant, else three digits."""
     return f"{ratio:.2f}x" if 0.1 <= ratio < 100 else f"{ratio:.3g}x"

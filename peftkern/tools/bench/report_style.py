@@ -1,4 +1,4 @@
-"""The style sheet of the HTML report: light and dark, from a phone's width up, and on paper."""
+"""Style sheet of the HTML report: light and dark, from a phone's width up, and on paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The linear layers of well-known models, and how the command line names shapes."""
+"""Linear layers of well-known models, and the parsers of the command line's lists."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PRESETS = {
     for model, architecture in plan.PRESETS.items()
 }
 ACCEPTED = f"{', '.join(PRESETS)}, one layer of them (llama3-8b-q_proj), or MxNxK (256x4096x4096)"
-LARGEST = 1 << 24  # of one dimension; what fits this machine's memory is checked later
+LARGEST = 1 << 24  # of one dimension; the machine's memory is checked later
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A weight of N rows and K columns; M rows of activations where the shape fixes them."""
+    """Weight of N rows and K columns; M rows of activations where the shape fixes them."""
 
     name: str
     N: int
@@ -27,11 +27,11 @@ class Shape:
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Shapes of a comma-separated list, each size once, in the order given.
+    """Parse shapes of a comma-separated list, each size once, in the order given.
 
     A preset stands for its q, k, v, o, gate, up and down projections; those of equal size are one
     shape, named after the first.
-    Raises: ValueError naming --shapes, what came and what is accepted.
+    Raises: ValueError naming --shapes, the input and the accepted forms.
     """
     shapes: dict[tuple, Shape] = {}
     for part in items("--shapes", text, ACCEPTED):
@@ -55,7 +55,7 @@ def _shapes_of(part: str) -> list[Shape]:
 
 
 def items(option: str, text: str, accepted: str) -> list[str]:
-    """The parts of a comma-separated list, each once."""
+    """Split a comma-separated list into its distinct parts."""
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise ValueError(f"{option}: {text!r} has an empty entry; accepted: {accepted}")
@@ -63,7 +63,7 @@ def items(option: str, text: str, accepted: str) -> list[str]:
 
 
 def numbers(option: str, text: str, largest: int) -> list[int]:
-    """Whole numbers from 1 to `largest` of a comma-separated list, each once."""
+    """Parse a comma-separated list of distinct whole numbers from 1 to `largest`."""
     accepted = f"whole numbers from 1 to {largest}, with commas between them"
     parts = items(option, text, accepted)
     for part in parts:
@@ -73,7 +73,7 @@ def numbers(option: str, text: str, largest: int) -> list[int]:
 
 
 def chosen(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    """The parts of a comma-separated list that are all among `known`, each once."""
+    """Split a comma-separated list into its distinct parts, all of them among `known`."""
     parts = items(option, text, ", ".join(known))
     for part in parts:
         if part not in known:
@@ -82,7 +82,7 @@ def chosen(option: str, text: str, known: tuple[str, ...]) -> list[str]:
 
 
 def seconds(option: str, text: str) -> float:
-    """90, 90s, 1.5m: more than zero, at most a day."""
+    """Parse a time: 90, 90s, 1.5m; more than zero, at most a day."""
     match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(s|m|h)?", text.strip())
     value = float(match[1]) * {"m": 60, "h": 3600}.get(match[2], 1) if match else 0.0
     if not 0 < value <= 86400:
@@ -91,7 +91,7 @@ def seconds(option: str, text: str) -> float:
 
 
 def percent(option: str, text: str) -> float:
-    """ "5%" -> 0.05: from 0% to 1000%, the sign may be left out."""
+    """Parse "5%" to 0.05: from 0% to 1000%, the sign may be left out."""
     match = re.fullmatch(r"([0-9]{1,4}(?:\.[0-9]{1,6})?)\s*%?", text.strip())
     if not match or float(match[1]) > 1000:
         raise ValueError(f"{option}: {text!r}; accepted: a percentage such as 5%")

@@ -1,4 +1,4 @@
-"""Results for the terminal: the outcomes of a bench script, the record of `peftkern bench`."""
+"""Record of `peftkern bench` as text and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -11,74 +11,15 @@ from rich.text import Text
 
 from peftkern.tools.bench.compare import Change
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
-from peftkern.tools.bench.timer import milliseconds
+from peftkern.tools.bench.timer import number
 
-WIDE = 110  # characters from which a table has all columns
+WIDE = 110  # width from which a table has all columns
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-def table(outcomes: Iterable, title: str, gpu: dict | None) -> Table:
-    """A line per peer; on a GPU also the ratio of replayed graphs, and how many kernels run."""
-    grid = Table(title=title, title_justify="left")
-    grid.add_column("case")
-    for name in ("peftkern", "of floor"):
-        grid.add_column(name, justify="right")
-    grid.add_column("peer")
-    for name in ("its time", "ratio", "target", "", "error (ours / its)"):
-        grid.add_column(name, justify="right")
-    for name in ("in a graph", "launches") if gpu else ():
-        grid.add_column(name, justify="right")
-    for outcome in outcomes:
-        ours, (_, *peers) = outcome.rows["peftkern"], outcome.rows
-        targets = {target.peer: target.at_least for target in outcome.spec.targets}
-        share = outcome.share_of_floor
-        head = [
-            outcome.spec.short_name,
-            str(ours.timing) if ours.timing else f"[red]WRONG[/]: {ours.wrong}",
-            f"{share:.0%}" if share else "",
-        ]
-        for peer in peers:
-            theirs, ratio, least = outcome.rows[peer], outcome.ratio(peer), targets.get(peer)
-            mark = ""
-            if least is not None:
-                met = ratio is not None and ratio >= least
-                mark = "[green]✓[/]" if met else "[red]✗[/]"
-            both = ours.rms is not None and theirs.rms is not None
-            cells = [
-                peer,
-                f"{milliseconds(theirs.timing.median)} ms" if theirs.timing else "WRONG",
-                f"{ratio:.2f}x" if ratio else "",
-                f"{least:.3g}x" if least else "",
-                mark,
-                f"{ours.rms:.1e} / {theirs.rms:.1e}" if both else "",
-            ]
-            if gpu:
-                replayed = outcome.ratio(peer, "graph")
-                counts = [len(row.kernels) for row in (ours, theirs) if row.kernels is not None]
-                cells += [f"{replayed:.2f}x" if replayed else "", " / ".join(map(str, counts))]
-            grid.add_row(*head, *cells)
-            head = ["", "", ""]
-        grid.add_section()
-    return grid
-
-
-def answer(facts: dict) -> str:
-    """A line of what `suite.Question` noted: what it says itself, or whether something fits,
-    measured beside planned."""
-    fits, stopped = facts.get("fits"), facts.get("stopped")
-    said = facts.get("said") or {True: "fits", False: "does not fit", None: "no answer"}[fits]
-    sizes = [
-        f"{label} {facts[key] / 1e9:.2f} GB"
-        for label, key in (("peak", "peak_bytes"), ("planned", "planned_bytes"))
-        if key in facts
-    ]
-    limit = f" into {facts['cap_bytes'] / 1e9:.0f} GB" if "cap_bytes" in facts else ""
-    return "; ".join([f"{facts['name']}: {said}{limit}", *sizes, *([stopped] if stopped else [])])
-
-
 def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
-    """How many times peftkern's time another's is; and whether that is within the noise: the
-    intervals from the 20th to the 80th percentile have a time in common."""
+    """Return another's time over peftkern's, and whether that is within the noise: the intervals
+    from the 20th to the 80th percentile overlap."""
     ours, theirs = case["providers"][OURS], case["providers"][name]
     if not (ours["median_ms"] and theirs["median_ms"]) or name == OURS:
         return None
@@ -87,7 +28,7 @@ def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
 
 
 def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
-    """What `peftkern bench` prints: where, the ceilings, a table, what took no part and why."""
+    """Format the output of `peftkern bench`: machine, ceilings, table, absent baselines."""
     facts, roof = record["environment"], record["roof"]
     where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['isa'] or 'no ISA'}"
     rates = [f"{roof[d] / 1e12:.3g} TFLOP/s {short}" for d, short in SHORT.items() if d in roof]
@@ -119,7 +60,7 @@ def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
 
 
 def bench_table(case: Case, record: Record, width: int) -> Table:
-    """A line per provider; a narrow terminal goes without throughput and errors."""
+    """Build a line per provider; a narrow terminal omits throughput and errors."""
     wide = width >= WIDE
     labels = [row["label"] for one in record["cases"] for row in one["providers"].values()]
     columns = {"ms [p20-p80]": 22, "speed-up": 8, "of roof": 7, "peak MB": 7}
@@ -137,7 +78,7 @@ def bench_table(case: Case, record: Record, width: int) -> Table:
 
 
 def busy_machine(record: Record) -> str | None:
-    """That others used the processor that was measured, in words, or None."""
+    """Return a warning that others used the measured processor, or None."""
     facts = record["environment"]
     load, threads = facts["load_average"][0], max(1, facts["threads"])
     if facts["gpu"] or load <= threads:
@@ -146,7 +87,7 @@ def busy_machine(record: Record) -> str | None:
 
 
 def copies(record: Record) -> str:
-    """The ceiling of copies, and whether it is that of a cache."""
+    """Format the copy bandwidth, and whether it is that of a cache."""
     facts, roof = record["environment"], record["roof"]
     cache = facts["gpu"]["l2_cache"] if facts["gpu"] else facts["last_level_cache"]
     where = " in cache" if 0 < 2 * roof.get("copy_bytes", 0) <= cache else ""
@@ -154,7 +95,7 @@ def copies(record: Record) -> str:
 
 
 def above_roof(row: Provider) -> str | None:
-    """What a result says that no call could have: the ceiling was not one."""
+    """Return a warning of results above the roof: the ceiling was not one."""
     share = row["share_of_roof"]
     if share is None or share <= 1.0:
         return None
@@ -163,7 +104,7 @@ def above_roof(row: Provider) -> str | None:
 
 
 def title(case: Case, without: str = "") -> str:
-    """What a case is; `without`: "M" or "r", which is then left out."""
+    """Format a case's title; `without`: "M" or "r" to leave out."""
     size = f"{case['N']}x{case['K']}"
     shape = "" if case["shape"] in (size, f"{case['M']}x{size}") else f"{case['shape']} "
     if case["M"] is not None and without != "M":
@@ -203,8 +144,7 @@ def _speed_up_cell(case: Case, name: str) -> Text:
 
 
 def beside(record: Record) -> list[tuple[Case, str, float, bool]]:
-    """Every comparison with one that does the same: case, provider, speed-up, whether that is
-    within the noise."""
+    """Yield every comparison of equal work: case, provider, speed-up, whether within the noise."""
     return [
         (case, name, *found)
         for case in record["cases"]
@@ -214,12 +154,12 @@ def beside(record: Record) -> list[tuple[Case, str, float, bool]]:
 
 
 def is_bound(case: Case, name: str) -> bool:
-    """The layer without its adapter is a bound, not a rival: it does less."""
+    """Return whether a provider is a bound, not a peer: without an adapter it does less."""
     return name == "frozen" and bool(case["r"])
 
 
 def counts(record: Record) -> tuple[int, int, int]:
-    """How often peftkern was faster, slower, and alike: losses are counted like wins."""
+    """Count how often peftkern was faster, slower, and alike: losses like wins."""
     found = [(ratio, noise) for *_, ratio, noise in beside(record)]
     alike = sum(noise for _, noise in found)
     faster = sum(ratio > 1 and not noise for ratio, noise in found)
@@ -237,7 +177,7 @@ def summary(record: Record) -> Text:
 def comparison(
     found: list[Change], silent: dict[str, str], fail_if: float
 ) -> Iterable[RenderableType]:
-    """What --compare found, the worst last, where it is read first."""
+    """Format the findings of --compare, the worst last, where it is read first."""
     if found:
         grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for name in ("compared", "by", "before", "now", "change", ""):
@@ -255,11 +195,6 @@ def comparison(
     bad = sum(change.slower > fail_if for change in found)
     said = f"{bad} of {len(found)} cases slower by more than {fail_if:.1%}"
     yield Text(said if found else "nothing could be compared", style="" if found else "red")
-
-
-def number(value: float) -> str:
-    """Three significant digits without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def _given(value: float | None, form: str) -> str:

@@ -1,4 +1,4 @@
-"""A small timer for CPU code that runs for 0.1 ms to a few seconds.
+"""Timer for CPU code that runs for 0.1 ms to a few seconds.
 
 Variants take short turns in a shuffled order, so that a machine that slows down for a second slows
 all of them; each call gets a running number to pick inputs that no cache still holds; ratios are
@@ -35,24 +35,23 @@ class Timing:
         return statistics.median(self.samples)
 
     def __str__(self) -> str:
-        return f"{milliseconds(self.median)} [{self.quantile(0.2) * 1e3:.3g}-{self.p80_ms:.3g}] ms"
+        return f"{number(self.median * 1e3)} [{self.quantile(0.2) * 1e3:.3g}-{self.p80_ms:.3g}] ms"
 
     @property
     def p80_ms(self) -> float:
         return self.quantile(0.8) * 1e3
 
 
-def milliseconds(seconds: float) -> str:
-    """Three significant digits without an exponent."""
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def number(value: float) -> str:
+    """Format three significant digits without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def turn(
     call: Callable[[object], object], setup: Callable[[], object], seconds: float, most: int
 ) -> list[float]:
-    """Seconds of each call, `call(setup())`, of a turn of about `seconds` and at most `most` calls.
-    What `setup` does is not counted, nor is the first of several, on cold caches."""
+    """Return seconds of each call, `call(setup())`, of a turn of about `seconds` and at most `most`
+    calls. `setup` is not counted, nor is the first of several, on cold caches."""
     samples: list[float] = []
     end = time.perf_counter() + seconds
     while not samples or (time.perf_counter() < end and len(samples) < most):
@@ -82,7 +81,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Time every variant for about `seconds`, in turns.
 
-    Each is called as `variant(i)` with i = 0, 1, 2, ...; `tick` hears what share of the time is up.
+    Each is called as `variant(i)` with i = 0, 1, 2, ...; `tick` is called with the share of time
+    spent.
     """
     numbers = dict.fromkeys(variants, 0)
     samples: dict[str, list[float]] = {name: [] for name in variants}
@@ -98,7 +98,7 @@ def measure(
     estimate = {}
     for name in variants:
         call(name)
-        estimate[name] = call(name)  # the first call pays for set-up: libraries, JIT, scratch
+        estimate[name] = call(name)  # the first call pays for set-up: libraries, JIT, workspaces
     order, shuffle = list(variants), random.Random(0)
     while any(len(samples[n]) < MIN_SAMPLES or spent[n] < seconds for n in order):
         shuffle.shuffle(order)

@@ -1,7 +1,7 @@
-"""The bounds between a right and a wrong result: for the tests and for the benchmarks, only here.
+"""Error bounds of correct results, for both tests and benchmarks.
 
 The rule: an op's error against float64 is at most RATIO times the error of eager torch in the same
-dtypes, plus a floor that stands for the one rounding of the result which nobody can avoid.
+dtypes, plus a floor for the unavoidable rounding of the result.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 RATIO = 1.5
 # Relative root-mean-square and relative maximum (to the largest value) of a result that is right up
-# to its last rounding; float32 carries the reduction's error as well, float64 serves the oracle.
+# to its last rounding; float32 includes the reduction's error, float64 is for the oracle.
 FLOOR_RMS = {
     torch.float64: 1e-14,
     torch.float32: 1e-6,
@@ -29,7 +29,7 @@ PEER_WRONG = 0.03
 
 
 def errors(got: Tensor, oracle: Tensor) -> tuple[float, float]:
-    """Relative RMS error, and the largest error relative to the oracle's largest value."""
+    """Return the relative RMS error, and the largest error over the oracle's largest value."""
     difference = got.detach().double() - oracle.detach().double()
     if difference.numel() == 0:
         return 0.0, 0.0

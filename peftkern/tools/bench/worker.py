@@ -1,16 +1,16 @@
-"""One provider in a process of its own: `python -m peftkern.tools.bench.worker PROVIDER PARENT`.
+"""Process of one provider: `python -m peftkern.tools.bench.worker PROVIDER PARENT`.
 
-Commands come as JSON lines on standard input, each is answered by one line; what libraries print
+Commands come as JSON lines on standard input, each is answered by one line; the output of libraries
 goes to standard error. The process ends with its input, and is killed with its parent.
 
     {"do": "start", "device", "threads"}                -> {}
-    {"do": "build", "problem", "data", "rotate"}        -> {"note"}: layers from the case's file
+    {"do": "build", "problem", "file", "rotate"}        -> {"note"}: layers from the case's file
     {"do": "check"}                                     -> {"rms", "max", "note"}: of one call
     {"do": "run", "seconds"}                            -> {"samples"}: of the calls of a turn
     {"do": "memory"}                                    -> {"peak_bytes"}
     {"do": "free"}                                      -> {}
     {"do": "roof", "seconds", "dtypes", "small"}        -> the ceilings          (by the referee)
-    {"do": "prepare", "problem", "data", "seed"}        -> {"rms", "max"}: eager (by the referee)
+    {"do": "prepare", "problem", "file", "seed"}        -> {"rms", "max"}: eager (by the referee)
 
 An exception is answered by {"error": its first line}; the process goes on.
 """
@@ -29,18 +29,20 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+import peftkern
+from peftkern.tools.bench import data, gpu_timer, machine, memory, providers, timer
+from peftkern.tools.bench.cases import Problem
+
 REFEREE = "referee"
 PR_SET_PDEATHSIG = 1
 MOST_CALLS = 200  # of a turn on a GPU
-MOST_COPIES = 64  # of a layer; what is smaller, other processes' turns empty the caches of
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+MOST_COPIES = 64  # of a layer; smaller ones are evicted by the turns of other processes
 
 
 class Worker:
-    """What the commands do; one method each."""
+    """Implementation of the commands, one method each."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -54,10 +56,6 @@ class Worker:
 
     def start(self, device: str, threads: int) -> dict:
         """Import what the provider needs, so that no build pays for it."""
-        import torch
-
-        from peftkern.tools.bench import providers
-
         self.device = torch.device(device)
         if device == "cpu":
             torch.set_num_threads(threads)
@@ -66,23 +64,17 @@ class Worker:
         if self.name != REFEREE:
             self.provider = providers.provider(self.name)
             for package in self.provider.packages:
-                if package != "unsloth":  # which changes the packages that are imported after it
+                if package != "unsloth":  # which changes the packages imported after it
                     __import__(package)
             if self.provider.over_peft and providers.has("peft"):
                 from peftkern.tools.bench import peers  # noqa: F401
-        else:
-            from peftkern.tools.bench import data, machine  # noqa: F401
         return {}
 
-    def build(self, problem: dict, data: str, rotate: int) -> dict:
-        import peftkern
-        from peftkern.tools.bench.cases import Problem
-        from peftkern.tools.bench.data import load
-
+    def build(self, problem: dict, file: str, rotate: int) -> dict:
         self.free()
         peftkern.reset_stats()
         self.problem = Problem(**problem)
-        self.tensors = load(Path(data), self.device)
+        self.tensors = data.load(Path(file), self.device)
         self.copies = min(MOST_COPIES, max(2, -(-rotate // self.problem.weight_bytes)))
         layers = self.provider.build(self.problem, self.tensors, self.copies)
         x = self.tensors.get("x")
@@ -93,13 +85,10 @@ class Worker:
         return {}
 
     def check(self) -> dict:
-        """One call against the oracle. Then each copy is met once, so that no clock pays for what a
-        library does to a weight at its first call."""
-        import peftkern
-        from peftkern.tools.bench.data import compare
-
+        """Check one call against the oracle. Then each copy is called once, so that a library's
+        first-call work on a weight is not timed."""
         results = self.collect(self.call(self.setup()))
-        found = compare(self.problem, results, self.tensors, self.provider.adapted)
+        found = data.compare(self.problem, results, self.tensors, self.provider.adapted)
         del results
         fell_back = peftkern.stats().fallbacks if self.name == "peftkern" else {}
         for _ in range(self.copies if self.problem.mode == "no-grad" else 2):
@@ -108,8 +97,6 @@ class Worker:
         return found
 
     def run(self, seconds: float) -> dict:
-        from peftkern.tools.bench import gpu_timer, timer
-
         if self.device.type == "cpu":
             return {"samples": timer.turn(self.call, self.setup, seconds, self.copies)}
         if self.estimate is None:
@@ -119,27 +106,20 @@ class Worker:
         return {"samples": samples[gpu_timer.UNCOUNTED :]}
 
     def memory(self) -> dict:
-        from peftkern.tools.bench.memory import peak_bytes
-
-        return {"peak_bytes": peak_bytes(lambda: self.call(self.setup()), self.device)}
+        return {"peak_bytes": memory.peak_bytes(lambda: self.call(self.setup()), self.device)}
 
     def roof(self, seconds: float, dtypes: list[str], small: bool) -> dict:
-        from peftkern.tools.bench import machine
-
         return machine.roof(seconds, self.device, small, tuple(dtypes))
 
-    def prepare(self, problem: dict, data: str, seed: int) -> dict:
-        from peftkern.tools.bench.cases import Problem
-        from peftkern.tools.bench.data import prepare
-
-        return prepare(Problem(**problem), seed, Path(data), self.device)
+    def prepare(self, problem: dict, file: str, seed: int) -> dict:
+        return data.prepare(Problem(**problem), seed, Path(file), self.device)
 
 
-def calls(problem, layers: list, tensors: dict, inputs: int) -> tuple[Callable, Callable, Callable]:
-    """`call(setup())` is what is timed; `collect` names its results. Copies take turns, and so
-    do as many inputs."""
-    import torch
-
+def calls(
+    problem: Problem, layers: list, tensors: dict, inputs: int
+) -> tuple[Callable, Callable, Callable]:
+    """Return (setup, call, collect): `call(setup())` is timed, `collect` names its results. Copies
+    take turns, and so do as many inputs."""
     numbers = itertools.count()
     count = len(layers)
     if not problem.kind.rows:
@@ -183,7 +163,7 @@ def calls(problem, layers: list, tensors: dict, inputs: int) -> tuple[Callable, 
 
 
 def die_with(parent: int) -> None:
-    """Linux kills this process when the thread that started it ends."""
+    """Ask Linux to kill this process when the thread that started it ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it had ended before
@@ -199,9 +179,9 @@ def main(name: str, parent: int) -> None:
         command = json.loads(line)
         try:
             answer = getattr(worker, command.pop("do"))(**command)
-        except BaseException as error:  # SystemExit too: whatever a library raises is an answer
+        except BaseException as error:  # SystemExit, too: any exception of a library is an answer
             traceback.print_exc()
-            answer = {"error": first_line(error)}
+            answer = {"error": gpu_timer.first_line(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -1,1 +1,1 @@
-"""`peftkern doctor`: what this machine runs, and whether it computes right."""
+"""Diagnosis of an installation, and dry runs of dispatch: `peftkern doctor`, `explain`."""

@@ -1,7 +1,7 @@
-"""What this installation is, what serves what on this machine, and what is wrong with it.
+"""Diagnosis of this installation: its parts, the back end of every op, and defects.
 
-`diagnose` looks and never raises for what it finds: a peer that is missing, broken or too slow to
-import is a finding. Peers are imported in a process of their own, with a time limit.
+`diagnose` never raises for a defect: a peer that is missing, broken or too slow to import is a
+finding. Peers are imported in a process of their own, with a time limit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 import peftkern
-from peftkern.backends import dispatch, native, ops
+from peftkern.backends import dispatch, ops
+from peftkern.backends.cpu import module as cpu_back_end
 from peftkern.backends.device import device_info, triton_interpreted, triton_missing
 from peftkern.integrations.packages import (
     BNB_LIBRARY,
@@ -53,7 +54,7 @@ _REBUILD = "in the source folder: python setup.py build_ext --inplace; or reinst
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong, or worth a note, and what to do about it."""
+    """Defect, or a note, with its remedy."""
 
     wrong: bool
     what: str
@@ -62,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Served:
-    """Which back end would serve an op on a device; why not the ones before it."""
+    """Back end that would serve an op on a device, with the refusals of those before it."""
 
     op: str
     device: str
@@ -72,7 +73,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; `as_dict` is what `peftkern doctor --json` prints."""
+    """Result of `diagnose`; `as_dict` is the JSON of `peftkern doctor --json`."""
 
     machine: dict[str, Any]
     built: dict[str, Any]
@@ -94,7 +95,7 @@ class Diagnosis:
 
 
 def diagnose(import_seconds: float = IMPORT_SECONDS) -> Diagnosis:
-    """Look at everything; it takes as long as importing the peers does, some ten seconds."""
+    """Diagnose everything; it takes as long as importing the peers, some ten seconds."""
     findings = sorted(_environment_findings(), key=lambda finding: not finding.wrong)
     usable = not findings or not findings[0].wrong  # else no op runs at all
     installed = [name for name in PEERS if installed_version(name) is not None]
@@ -145,17 +146,17 @@ def _machine() -> dict[str, Any]:
 
 
 def _built() -> dict[str, Any]:
-    """The native libraries and Triton: what is in them, or why there is none."""
-    module, reason = native.cpu_module()
+    """Describe the native libraries and Triton: their contents, or why there is none."""
+    module, reason = cpu_back_end.cpu_module()
     cpu: dict[str, Any] = {"missing": reason}
     if module is not None:
         cpu = {
             "compiled_in": list(module.built_isas()) if hasattr(module, "built_isas") else None,
-            "usable_here": list(native.cpu_isas()),
+            "usable_here": list(cpu_back_end.cpu_isas()),
             "in_use": None,
         }
         with contextlib.suppress(ValueError):  # of PEFTKERN_CPU_ISA: a finding of its own
-            cpu["in_use"] = native.cpu_isa()
+            cpu["in_use"] = cpu_back_end.cpu_isa()
     try:
         architectures = importlib.import_module("peftkern._cuda").architectures()
         cuda: dict[str, Any] = {"architectures": [str(arch) for arch in architectures]}
@@ -168,7 +169,7 @@ def _built() -> dict[str, Any]:
 
 
 def _devices() -> list[torch.device]:
-    """The CPU, and one GPU of each kind."""
+    """Return the CPU, and one GPU of each kind."""
     found, kinds = [torch.device("cpu")], set()
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.device("cuda", index)
@@ -184,7 +185,7 @@ def _served(device: torch.device) -> Iterator[Served]:
     for op in ops.SCHEMAS:
         try:
             explanation = dispatch.explain({op: sample.arguments(op)})
-        except Exception as error:  # of a Triton, say, that does not import
+        except Exception as error:  # say, of a Triton that does not import
             reason = f"{type(error).__name__}: {one_line(error)}"
             yield Served(op, str(device), None, {"not asked": reason})
             continue
@@ -199,7 +200,7 @@ def _served(device: torch.device) -> Iterator[Served]:
 
 
 def _served_findings(served: list[Served]) -> Iterator[Finding]:
-    """Ops that would raise, all of them with the same reasons in one."""
+    """Report ops that would raise, those with the same reasons in one finding."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row in served:
         if row.backend is None:
@@ -212,7 +213,7 @@ def _served_findings(served: list[Served]) -> Iterator[Finding]:
 
 
 def version_findings(version: Version) -> Iterator[Finding]:
-    """Too old, or not importable. Only `>=` is read, which is all that pyproject.toml uses."""
+    """Report packages too old or not importable. Only `>=` is read: pyproject.toml has no other."""
     minimum = re.fullmatch(r">=([\d.]+)", version.accepted or "")
     name = version.name
     if version.version and minimum and release(version.version) < release(minimum[1]):
@@ -237,7 +238,7 @@ def version_findings(version: Version) -> Iterator[Finding]:
 
 
 def numpy_findings(version: str | None, interpreted: bool) -> list[Finding]:
-    """Triton's interpreter calls int() on arrays of one element, which numpy 2.4 took away."""
+    """Report numpy 2.4, which removed int() of one-element arrays: Triton's interpreter uses it."""
     if not interpreted or version is None or release(version) < (2, 4):
         return []
     return [
@@ -250,7 +251,7 @@ def numpy_findings(version: str | None, interpreted: bool) -> list[Finding]:
 
 
 def _environment_findings() -> Iterator[Finding]:
-    """The switches that the environment sets."""
+    """Report the switches that the environment sets."""
     for check, name in ((dispatch.forced_backend, "PEFTKERN_BACKEND"), (_isa, "PEFTKERN_CPU_ISA")):
         try:
             check()
@@ -264,7 +265,7 @@ def _environment_findings() -> Iterator[Finding]:
 
 
 def _isa() -> str | None:
-    return native.cpu_isa() if native.cpu_isas() else None
+    return cpu_back_end.cpu_isa() if cpu_back_end.cpu_isas() else None
 
 
 def _build_findings(built: dict[str, Any]) -> Iterator[Finding]:
@@ -287,7 +288,7 @@ def _build_findings(built: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _machine_isas() -> list[str]:
-    """Instruction sets with kernels that Linux says this CPU has."""
+    """Return the instruction sets with kernels that this CPU has, according to Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
@@ -298,7 +299,7 @@ def _machine_isas() -> list[str]:
 
 
 def gpu_findings() -> Iterator[Finding]:
-    """What keeps a GPU, or Triton's kernels on it, from being used."""
+    """Report obstacles to using a GPU, or Triton's kernels on it."""
     if not torch.cuda.is_available():
         if not Path("/dev/nvidiactl").exists():
             return  # no NVIDIA GPU here
@@ -338,7 +339,7 @@ def gpu_findings() -> Iterator[Finding]:
 
 
 def compiler_findings(include: Path, compiler: str | None) -> Iterator[Finding]:
-    """Triton builds a launcher in C when a kernel first runs: with a compiler and Python.h."""
+    """Report a missing compiler or Python.h: Triton builds each kernel's launcher in C."""
     if not (include / "Python.h").exists():
         yield Finding(
             True,

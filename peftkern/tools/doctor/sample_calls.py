@@ -1,7 +1,7 @@
 """Arguments of every op for a given shape, without the memory that such a call would need.
 
-Candidates look at shapes, dtypes and devices, never at values: each tensor here is one element,
-expanded to its shape. The arguments of an op are those of its schema, found by their names.
+Dispatch reads shapes, dtypes and devices, never values: each tensor here is one element, expanded
+to its shape. The arguments of an op are those of its schema, found by their names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-# The public functions that are more than the op of their name.
+# Public functions that run more than the op of their name.
 FUNCTIONS = {
     "lora_linear": ("lora_linear_forward", "lora_linear_backward"),
     "nf4_linear": ("nf4_lora_linear_forward", "nf4_lora_linear_backward"),
@@ -41,10 +41,10 @@ _WITH_ROWS = ("x", "dy")
 
 @dataclass(frozen=True)
 class Sample:
-    """A call as a user thinks of it: activations [M, K], weight [N, K], factors of rank r.
+    """Sizes of a user's call: activations [M, K], weight [N, K], factors of rank r.
 
     dtype is that of activations and weight; PEFT keeps the factors in float32.
-    Raises: ValueError naming the field, what is accepted and what came.
+    Raises: ValueError naming the field, the accepted values and the input.
     """
 
     M: int
@@ -70,7 +70,7 @@ class Sample:
         return one.expand(shape)
 
     def value(self, name: str) -> Any:
-        """The argument of that name, alike in all schemas; KeyError if there is none."""
+        """Return the argument of that name, the same in all schemas; KeyError if there is none."""
         M, N, K, r = self.M, self.N, self.K, self.r
         f32 = functools.partial(self.tensor, dtype=torch.float32)
         nblocks = -(-N * K // BLOCKSIZES[1])
@@ -119,9 +119,9 @@ class Sample:
         return values[name]
 
     def arguments(self, op: str) -> tuple[Any, ...]:
-        """Positional arguments of an op of `torch.ops.peftkern`.
+        """Return positional arguments of an op of `torch.ops.peftkern`.
 
-        Raises: LookupError naming an argument that nothing here stands for.
+        Raises: LookupError naming an argument that is unknown here.
         """
         found = []
         for argument in getattr(torch.ops.peftkern, op).default._schema.arguments:
@@ -138,7 +138,7 @@ class Sample:
 
 
 def ops_of(name: str, mode: str = "full") -> tuple[str, ...]:
-    """The ops that a public function, or an op's own name, stands for in a mode.
+    """Return the ops that a public function, or an op's own name, runs in a mode.
 
     Raises: ValueError listing the names, or the modes.
     """
@@ -158,7 +158,7 @@ def ops_of(name: str, mode: str = "full") -> tuple[str, ...]:
 
 
 def sample_of(name: str, shape: str, **options: Any) -> Sample:
-    """The sample of a function or op for a shape in words: MxNxK, or NxK where there are no rows.
+    """Parse the sample of a function or op from MxNxK, or NxK where there are no rows.
 
     Raises: ValueError naming the shape.
     """
@@ -179,14 +179,14 @@ def sample_of(name: str, shape: str, **options: Any) -> Sample:
 
 
 def explain(name: str, sample: Sample, mode: str = "full") -> dispatch.Explanation:
-    """What dispatch would do with a call of that size; nothing runs.
+    """Explain the dispatch of a call of that size; nothing runs.
 
-    Raises: ValueError naming what is wrong.
+    Raises: ValueError naming the defect.
     """
     return dispatch.explain({op: sample.arguments(op) for op in ops_of(name, mode)})
 
 
 def is_small(sample: Sample) -> bool:
-    """Whether a patched dense layer leaves such a call on a CPU to PEFT; see integrations.peft."""
+    """Return whether a patched dense layer leaves such a CPU call to PEFT."""
     small = sample.M * (sample.K + sample.N) < dispatch.DENSE_CPU_MINIMUM
     return small and dispatch.forced_backend() is None

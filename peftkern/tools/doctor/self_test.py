@@ -1,7 +1,7 @@
-"""Every public function on small inputs of this machine, held against float64.
+"""Self-test: every public function on small inputs of this machine, checked against float64.
 
-The rule is that of the tests: an error is at most RATIO times that of plain torch in the same
-dtypes plus a floor (peftkern/tools/bench/tolerances.py); what only moves bits has to be equal.
+The bound is that of the tests: an error is at most RATIO times that of plain torch in the same
+dtypes plus a floor (peftkern/tools/bench/tolerances.py); functions that only move bits are exact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftkern.functional.rosa import SparseMask, rosa_linear
 from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
 from peftkern.tools.doctor.sample_calls import DTYPES
 
-M, N, K, r = 17, 129, 192, 8  # rows and columns that fill no tile
+M, N, K, r = 17, 129, 192, 8  # no multiples of a tile
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Inputs = dict[str, Any]
@@ -34,10 +34,10 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Result:
-    """One function in one dtype on one device.
+    """Result of one function in one dtype on one device.
 
-    share: the largest error of its results, as a share of what is allowed; worst: of which result.
-    backends: what served it. error: what it raised, and then share is infinite.
+    share: the largest error of its results, as a share of the bound; worst: the name of that
+    result. backends: those that served it. error: its exception; share is then infinite.
     """
 
     function: str
@@ -54,7 +54,7 @@ class Result:
 
     @property
     def unserved(self) -> bool:
-        """Whether the back end that was asked for cannot run it, which is no wrong result."""
+        """True if the forced back end cannot run it, which is no wrong result."""
         return (self.error or "").startswith(BackendUnavailableError.__name__)
 
 
@@ -69,8 +69,8 @@ class _Case:
 def run(device: torch.device | str) -> Iterator[Result]:
     """Test every function on a device, one result at a time.
 
-    Forward and all gradients, through whatever dispatch chooses: it should take two seconds on a
-    CPU, and on a GPU what compiling its kernels takes the first time.
+    Forward and all gradients, on the back end that dispatch chooses: about two seconds on a CPU,
+    and on a GPU the time to compile its kernels at first.
     """
     device = torch.device(device)
     for case in _CASES:
@@ -86,7 +86,7 @@ def _result(case: _Case, dtype: torch.dtype, device: torch.device) -> Result:
         got = case.run(inputs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a broken kernel raises is what is to be told
+    except Exception as error:  # any exception of a broken kernel is the result
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Result(*about, "", math.inf, "", text)
     calls = dispatch.stats().calls
@@ -101,7 +101,7 @@ def _result(case: _Case, dtype: torch.dtype, device: torch.device) -> Result:
 
 
 def _share(got: Tensor, plain: Tensor, oracle: Tensor) -> float:
-    """The error of `got` as a share of the bound, the root mean square's or the largest's."""
+    """Return the error of `got` as a share of the bound, the larger of RMS and maximum."""
     if got.shape != oracle.shape or got.dtype is not plain.dtype or not got.isfinite().all():
         return math.inf
     (rms, largest), (plain_rms, plain_largest) = errors(got, oracle), errors(plain, oracle)
@@ -112,7 +112,7 @@ def _share(got: Tensor, plain: Tensor, oracle: Tensor) -> float:
 
 
 def _differing(got: Tensor, plain: Tensor, oracle: Tensor) -> float:
-    """0 if all bits are equal, else infinite."""
+    """Return 0 if all bits are equal, else infinity."""
     if got.shape != plain.shape or got.dtype is not plain.dtype:
         return math.inf
     if got.dtype is not torch.bool:
@@ -121,7 +121,7 @@ def _differing(got: Tensor, plain: Tensor, oracle: Tensor) -> float:
 
 
 def _inputs(dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Drawn on the CPU, so that they are the same on every device."""
+    """Draw inputs on the CPU, so that they are the same on every device."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0, of: torch.dtype = torch.float32) -> Tensor:

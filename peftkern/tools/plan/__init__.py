@@ -1,1 +1,1 @@
-"""`peftkern plan`: the memory of a training step, by counting."""
+"""Memory plan of a training step, by counting: `peftkern plan`."""

@@ -1,9 +1,9 @@
-"""The memory of a fine-tune, counted before it is run.
+"""Memory of a fine-tune, counted before it is run.
 
-`plan` adds what lies there all the time (weights, adapters, optimizer states) to the peaks of one
-training step, which `training_step` walks through allocation by allocation. All of it is
-arithmetic over shapes. tests/test_plan.py holds it to torch's own allocator on a CPU, for small
-models; what a GPU does otherwise is counted and has not been measured:
+`plan` adds the permanent memory (weights, adapters, optimizer states) to the peaks of one training
+step, which `training_step` simulates allocation by allocation. All of it is arithmetic over
+shapes. tests/tools/test_plan.py holds it to torch's own allocator on a CPU, for small models; the
+differences of a GPU are counted and have not been measured:
 
 - the caching allocator rounds to 512 bytes, and reserves more than is allocated;
 - AdamW there updates all tensors at once and needs their square roots at the same time;
@@ -11,9 +11,9 @@ models; what a GPU does otherwise is counted and has not been measured:
 - peftkern makes an NF4 weight dense for one matmul at a time, as bitsandbytes does (neither does
   for a few rows; that is left out).
 
-DoRA is counted as PEFT runs it, patched or not: what `peftkern.patch` does otherwise is left out.
+DoRA is counted as PEFT runs it, patched or not: savings of `peftkern.patch` are left out.
 
-What is planned is a model in one dtype, without autocast. PEFT's prepare_model_for_kbit_training
+The model is planned in one dtype, without autocast. PEFT's prepare_model_for_kbit_training
 makes embeddings, norms and lm_head float32, and with them the activations between layers; neither
 that nor the casts of autocast is counted. The model is trained with use_cache off, one micro-batch
 to a step, on batches without padding, and its `outputs` are dropped before backward.
@@ -55,12 +55,12 @@ _BYTES = {"bf16": 2, "fp32": 4}
 _BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' defaults, and the only ones of its 4-bit config
 _MIN_8BIT, _BLOCK_8BIT = 4096, 256  # of bitsandbytes' 8-bit optimizers
 _LARGEST = 2**32
-_MOST_LAYERS = 1000  # each is walked through
+_MOST_LAYERS = 1000  # each is simulated
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The dimensions of a Llama-shaped decoder."""
+    """Dimensions of a Llama-shaped decoder."""
 
     hidden: int
     layers: int
@@ -75,7 +75,7 @@ class Architecture:
     mlp_bias: bool = False
 
     def linears(self) -> dict[str, tuple[int, int, bool]]:
-        """{name: (K, N, bias)} of one layer."""
+        """Return {name: (K, N, bias)} of one layer."""
         h, i = self.hidden, self.intermediate
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
@@ -114,11 +114,11 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Training:
-    """How the model is trained.
+    """Training configuration.
 
     method: lora, qlora (NF4 base), adalora, dora, full. targets: the linear layers with adapters.
     base: dtype of the frozen linear layers (None: nf4 for qlora, else `dtype`); dtype: of
-    activations and of all weights that are not quantised; adapter_dtype: of the adapters, which
+    activations and of all weights that are not quantized; adapter_dtype: of the adapters, which
     PEFT keeps in float32. double_quant: NF4's absmax in 8 bits. optimizer: adamw (torch's, states
     in the dtype of what is trained), sgd (no momentum), or bitsandbytes' adamw-32bit, adamw-8bit,
     paged-adamw, paged-adamw-8bit. patched: after `peftkern.patch`. device: cuda or cpu.
@@ -207,10 +207,9 @@ class Plan:
 
 
 def read_model(name: str) -> Architecture:
-    """A preset, or the config.json that `name` is or that lies in the folder `name`.
+    """Read a preset, or the config.json at `name` or in the folder `name`.
 
-    Raises: ValueError saying what is wrong with it and what is accepted; OSError if it cannot be
-        read.
+    Raises: ValueError naming the defect and what is accepted; OSError if it cannot be read.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -232,7 +231,7 @@ def read_model(name: str) -> Architecture:
 
 
 def from_config(config: dict[str, Any]) -> Architecture:
-    """The dimensions that a transformers config of a known architecture states.
+    """Read the dimensions of a transformers config of a known architecture.
 
     Raises: ValueError naming the entry, what came and what is accepted.
     """
@@ -281,7 +280,7 @@ def from_config(config: dict[str, Any]) -> Architecture:
 def plan(model: Architecture, training: Training) -> Plan:
     """Count the memory of a training step after the first, when the optimizer has its states.
 
-    Returns: a Plan, in bytes. Raises: nothing; what it takes has been checked when it was made.
+    Returns: a Plan, in bytes. Raises: nothing; the arguments were checked on construction.
     """
     shapes = step_shapes(model, training)
     trained = _trained(model, training, shapes.linears)
@@ -297,7 +296,7 @@ def plan(model: Architecture, training: Training) -> Plan:
 
 
 def largest(model: Architecture, training: Training, name: str, budget: int) -> int:
-    """The largest `name` ("batch" or "sequence") whose peak is within `budget` bytes; 0 if none."""
+    """Find the largest `name` ("batch" or "sequence") whose peak is within `budget` bytes, or 0."""
 
     def fits(value: int) -> bool:
         return plan(model, replace(training, **{name: value})).peak <= budget
@@ -328,7 +327,7 @@ def _linears(model: Architecture, training: Training) -> dict[str, Linear]:
 
 
 def step_shapes(model: Architecture, training: Training) -> Shapes:
-    """What `peftkern.tools.plan.training_step.Step` takes."""
+    """Return the shapes for `peftkern.tools.plan.training_step.Step`."""
     return Shapes(
         layers=model.layers,
         hidden=model.hidden,
@@ -361,7 +360,7 @@ def _parameters(model: Architecture) -> int:
 
 
 def _weights(model: Architecture, training: Training) -> dict[str, int]:
-    """Bytes of the base model as it lies in memory."""
+    """Return bytes of the base model in memory."""
     size = _BYTES[training.dtype]
     layer = sum(_linear_bytes(K * N, training) for K, N, _ in model.linears().values())
     vectors = sum(N for _, N, bias in model.linears().values() if bias) + 2 * model.hidden
@@ -377,7 +376,7 @@ def _weights(model: Architecture, training: Training) -> dict[str, int]:
 
 
 def _linear_bytes(numel: int, training: Training) -> int:
-    """A weight in memory: NF4 as bitsandbytes keeps it, with its tables."""
+    """Return bytes of a weight in memory: NF4 as bitsandbytes keeps it, with its tables."""
     if training.base != "nf4":
         return numel * _BYTES[training.base]
     blocks = -(-numel // _BLOCK)
@@ -389,7 +388,7 @@ def _linear_bytes(numel: int, training: Training) -> int:
 
 
 def _trained(model: Architecture, training: Training, linears: dict[str, Linear]) -> list[int]:
-    """How many elements each trained tensor has."""
+    """Return the element count of each trained tensor."""
     r, sizes = training.r, []
     for linear in linears.values():
         if linear.name == "lm_head":
@@ -418,13 +417,13 @@ def _adapters(model: Architecture, training: Training, trained: list[int]) -> di
         "optimizer states": sum(_state_bytes(n, size, training.optimizer) for n in trained),
     }
     if training.method == "adalora":
-        # Two moving averages of every element; PEFT keeps the importance itself as well.
+        # Two moving averages of every element; PEFT keeps the importance itself, too.
         parts["importance"] = sum(trained) * (2 * F32 if training.patched else 3 * size)
     return parts
 
 
 def _state_bytes(numel: int, size: int, optimizer: str) -> int:
-    """The optimizer's states of one tensor."""
+    """Return bytes of the optimizer's states of one tensor."""
     if optimizer == "sgd":
         return 0
     if optimizer == "adamw":
@@ -435,9 +434,9 @@ def _state_bytes(numel: int, size: int, optimizer: str) -> int:
 
 
 def _optimizer_scratch(training: Training, trained: list[int]) -> int:
-    """torch's AdamW: square roots of all second moments at once on a GPU.
+    """Return the workspace of torch's AdamW: on a GPU the square roots of all second moments.
 
-    On a CPU one by one: the root, its corrected copy, and still the copy of the tensor before.
+    On a CPU one by one: the root, its corrected copy, and the copy of the tensor before.
     """
     if training.optimizer != "adamw":
         return 0

@@ -1,10 +1,10 @@
-"""One training step as the allocations it makes: no tensor, no torch, only their sizes.
+"""Allocations of one training step: no tensor, no torch, only their sizes.
 
 A step of a Llama-shaped decoder is written here as eager PyTorch, transformers and PEFT run it:
 each operation allocates its output, keeps for backward what its autograd formula reads, and
 backward frees that again in reverse. A buffer lives as long as something refers to it, as a torch
-storage does, so the peak of the step and what it consists of follow from the program; no term of it
-is fitted. `plan` adds the weights, and tests/test_plan.py compares with torch's allocator.
+storage does, so the peak of the step and its parts follow from the program; no term of it is
+fitted. `plan` adds the weights, and tests/tools/test_plan.py compares with torch's allocator.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PARTS = (ACTIVATIONS, CHECKPOINTS, LOGITS, GRADIENTS, TEMPORARIES)
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer [N, K]: how its weight is held and what is trained of it.
+    """Linear layer [N, K]: storage of its weight and its trained parts.
 
     method: "frozen", "full", "lora", "dora" or "adalora"; patched: served by a peftkern op.
     """
@@ -38,7 +38,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shapes:
-    """All that the step's allocations depend on. Sizes of elements are in bytes."""
+    """Parameters of the step's allocations. Sizes of elements are in bytes."""
 
     layers: int
     hidden: int
@@ -51,7 +51,7 @@ class Shapes:
     batch: int
     sequence: int
     r: int
-    size: int  # of activations and of weights that are not quantised
+    size: int  # of activations and of weights that are not quantized
     adapter_size: int
     dropout: float
     checkpointing: bool
@@ -64,7 +64,7 @@ class Shapes:
 
 
 class Memory:
-    """What is live, by part, and the moment at which most was."""
+    """Live bytes, by part, and their peak."""
 
     def __init__(self, round_to: int = 1) -> None:
         self.round_to = round_to
@@ -86,7 +86,7 @@ class Memory:
 
 
 class Buffer:
-    """Bytes that are live as long as something refers to this object."""
+    """Allocation that is live as long as something refers to this object."""
 
     __slots__ = ("memory", "nbytes", "part", "saves")
 
@@ -99,7 +99,7 @@ class Buffer:
         self.memory.add(self.part, -self.nbytes)
 
     def save(self, part: str = ACTIVATIONS) -> None:
-        """Kept for backward: what was passing becomes an activation."""
+        """Keep it for backward: a temporary becomes an activation."""
         self.saves += 1
         if self.saves == 1 and self.part == TEMPORARIES:
             self._move(part)
@@ -116,7 +116,7 @@ class Buffer:
 
 
 class Slot:
-    """Where gradients of one tensor gather; a second one is added in place, as autograd does."""
+    """Accumulator of one tensor's gradients; a second one is added in place, as autograd does."""
 
     __slots__ = ("grad",)
 
@@ -125,7 +125,7 @@ class Slot:
 
 
 class Tensor:
-    """A buffer, the bytes of it that this tensor spans, and its slot if it wants a gradient."""
+    """View of a buffer: the bytes that it spans, and its slot if it requires a gradient."""
 
     __slots__ = ("buffer", "nbytes", "slot")
 
@@ -134,7 +134,7 @@ class Tensor:
 
 
 class Frame:
-    """A checkpointed layer: its input, and the program that finds again what it saved."""
+    """Checkpointed layer: its input, and the program that recomputes what it saved."""
 
     def __init__(self, x: Tensor, program: Callable[[Tensor], Tensor]) -> None:
         self.x, self.program = x, program
@@ -151,11 +151,11 @@ class Frame:
 
 
 class _AllFound(Exception):
-    """torch's checkpoint stops to recompute when the last saved tensor is there again."""
+    """Early stop: torch's checkpoint ends recomputation at the last saved tensor."""
 
 
 class Node:
-    """One operation on the tape."""
+    """Operation on the tape."""
 
     __slots__ = ("backward", "frame", "index", "out", "saved")
 
@@ -166,7 +166,7 @@ class Node:
 
 
 class Tape:
-    """Runs operations on sizes: allocation, saving, checkpointing and the backward pass."""
+    """Interpreter of operations on sizes: allocation, saving, checkpointing, backward."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -194,13 +194,13 @@ class Tape:
         forward: int = 0,
         backward: int = 0,
     ) -> Tensor:
-        """An operation: output of `nbytes`, gradients as large as their inputs.
+        """Run an operation: output of `nbytes`, gradients as large as their inputs.
 
         saves: what backward reads, besides the output if saves_output; saves_late: known only after
         the output, as in a custom autograd function; keeps: backward reads weights (they count for
         checkpointing, though they cost nothing); trains: (name, bytes) of the parameters that get
         gradients; alias: the incoming gradient is passed on to inputs of its dtype; forward,
-        backward: bytes of scratch that live until the operation ends.
+        backward: bytes of workspace that live until the operation ends.
         """
         slots = [(x.slot, x.nbytes) for x in inputs if x.slot is not None]
         wants = bool(slots or trains)
@@ -294,7 +294,7 @@ class Step(Tape):
         self.tokens = shapes.batch * shapes.sequence
 
     def run(self) -> dict[str, tuple[int, Counter[str]]]:
-        """(bytes, parts) at the peak of forward and of backward; gradients stay afterwards."""
+        """Return (bytes, parts) at the peak of forward and of backward; gradients stay."""
         self.memory.start_phase()
         loss = self.forward()
         peaks = {"forward": (self.memory.peak, self.memory.at_peak)}
@@ -315,7 +315,7 @@ class Step(Tape):
         embedding = [("embedding", s.vocabulary * s.hidden * s.size)] if s.train_all else []
         embedded = self.op([], T * s.hidden * s.size, trains=embedding)  # held to the end
         if s.checkpointing and embedded.slot is None:
-            embedded.slot = Slot()  # PEFT makes it a leaf that wants a gradient
+            embedded.slot = Slot()  # PEFT makes it a leaf that requires a gradient
         angle = s.sequence * s.head_dim * s.size
         self.cos, self.sin = self.new(angle), self.new(angle)
         self.mask = self.new(s.sequence**2 * s.size * s.batch) if s.eager_attention else None
@@ -324,13 +324,13 @@ class Step(Tape):
             program = self.layer(i)
             x = self.checkpoint(program, x) if s.checkpointing else program(x)
         if not s.checkpointing:
-            self.mask = None  # which no formula reads; a checkpointed layer is run again with it
+            self.mask = None  # no formula reads it; a checkpointed layer is recomputed with it
         return self.norm(x, "norm")
 
     def loss(self, x: Tensor) -> Tensor:
-        """lm_head, the upcast to float32, log_softmax and the negative log-likelihood.
+        """Run lm_head, the upcast to float32, log_softmax and the negative log-likelihood.
 
-        The model's forward holds on to x and the logits meanwhile."""
+        The model's forward keeps x and the logits meanwhile."""
         s, T = self.shapes, self.tokens
         name = "embedding" if s.tied else "lm_head"
         logits = self.linear(x, s.linears["lm_head"], name, part=LOGITS)
@@ -343,7 +343,7 @@ class Step(Tape):
         def program(x: Tensor) -> Tensor:
             residual = x
             x = self.norm(x, f"{i}.input_norm")
-            x, _weights = self.attention(x, i)  # of eager attention, which the layer holds on to
+            x, _weights = self.attention(x, i)  # of eager attention, which the layer keeps
             x = self.add(residual, x)
             residual = x
             x = self.norm(x, f"{i}.post_norm")
@@ -395,7 +395,7 @@ class Step(Tape):
         return self.op([turned, half], x.nbytes, alias=True)
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keeps q, k, v, the output and a log-sum-exp in float32 for each row and head."""
+        """Keep q, k, v, the output and a log-sum-exp in float32 for each row and head."""
         lse = self.new(self.tokens * self.shapes.heads * F32)
         saves = [q.buffer, k.buffer, v.buffer, lse]
         return self.op([q, k, v], q.nbytes, saves=saves, saves_output=True)
@@ -448,7 +448,7 @@ class Step(Tape):
         return self.linear(x, linear, prefix)
 
     def linear(self, x: Tensor, linear: Linear, name: str, part: str = TEMPORARIES) -> Tensor:
-        """x W^T: a frozen weight keeps nothing of x; a quantised one is made dense, and again."""
+        """x W^T: a frozen weight keeps nothing of x; a quantized one is made dense, and again."""
         s, T = self.shapes, self.tokens
         nbytes = T * linear.N * s.size
         weight = linear.K * linear.N * s.size
@@ -463,11 +463,11 @@ class Step(Tape):
         return self.op([x], nbytes, forward=scratch, backward=scratch)
 
     def absmax_scratch(self, linear: Linear) -> int:
-        """Double quantisation: absmax is made float32 again before the weight is read."""
+        """Allocate the float32 absmax of double quantization, made before the weight is read."""
         return -(-linear.K * linear.N // 64) * F32 if self.shapes.double_quant else 0
 
     def fused(self, x: Tensor, linear: Linear, name: str) -> Tensor:
-        """peftkern's op: keeps x in its own dtype and S = x A^T in float32.
+        """Run peftkern's op, which keeps x in its own dtype and S = x A^T in float32.
 
         A CPU keeps dropout's mask too, a GPU its seed; a CPU multiplies with an NF4 weight as it
         is, a GPU makes it dense for the matmul.
@@ -514,7 +514,7 @@ class Step(Tape):
         return self.op([S], out, saves=[S.buffer], trains=[(B, B_bytes)])
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout keeps its mask: a byte for each element on a GPU, the noise itself on a CPU."""
+        """Apply dropout, which keeps a mask: a byte per element on a GPU, the noise on a CPU."""
         s = self.shapes
         if not s.dropout:
             return x
@@ -535,7 +535,7 @@ class Step(Tape):
         return self.cast(y, nbytes)
 
     def base(self, x: Tensor, linear: Linear, name: str) -> Tensor:
-        """The frozen layer; PEFT clones what bitsandbytes gives."""
+        """Run the frozen layer; PEFT clones the output of bitsandbytes."""
         y = self.linear(x, linear, name)
         return self.op([y], y.nbytes, alias=True) if linear.nf4 else y
 
@@ -602,7 +602,7 @@ class Step(Tape):
         dropped = self.drop(x)
         product = [self.new(n * size) for n in (K * K, K * s.r, K * N)]
         if self.frame is not None:
-            del product[:2]  # kept for a backward that never comes, and a checkpoint keeps nothing
+            del product[:2]  # kept for a backward that never comes; a checkpoint keeps nothing
         dense = self.new(K * N * s.size) if linear.nf4 else None
         if size != s.size:
             dense = self.new(K * N * size)
@@ -627,7 +627,7 @@ class Step(Tape):
         return self.cast(y, nbytes)
 
     def cast(self, x: Tensor, nbytes: int, part: str = TEMPORARIES) -> Tensor:
-        """Another dtype, and back for the gradient; the same dtype is the same tensor."""
+        """Cast, and cast the gradient back; the same dtype is the same tensor."""
         return x if nbytes == x.nbytes else self.op([x], nbytes, part=part)
 
     def add(self, x: Tensor, y: Tensor, into: Tensor | None = None) -> Tensor:

@@ -1,1 +1,1 @@
-"""`peftkern quantize`: a checkpoint in NF4, tensor by tensor."""
+"""Quantization of a checkpoint to NF4, tensor by tensor: `peftkern quantize`."""

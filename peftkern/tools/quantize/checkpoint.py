@@ -1,6 +1,6 @@
-"""Read a folder of safetensors as transformers writes it, trusting nothing that it says.
+"""Reader of untrusted safetensors folders, as transformers writes them.
 
-All of the folder is checked before any tensor is read: what `read_checkpoint` returns lies within
+The whole folder is checked before any tensor is read: the tensors of `read_checkpoint` lie within
 the files, which lie within the folder. Pickles are never opened. Tensors are read one at a time
 with plain reads, so that memory holds one of them and a file that shrinks is an error, not a
 signal.
@@ -37,21 +37,21 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CHUNK = 1 << 22  # bytes that are copied at a time
+CHUNK = 1 << 22  # bytes per read
 
-# What quantised checkpoints call their tensors: bitsandbytes, GPTQ, AWQ, compressed-tensors.
-_QUANTISED = re.compile(
+# Tensor names of quantized checkpoints: bitsandbytes, GPTQ, AWQ, compressed-tensors.
+_QUANTIZED = re.compile(
     r"\.((nested_)?absmax|(nested_)?quant_map|SCB|qweight|qzeros|weight_packed|quant_state\..*)$"
 )
 
 
 class CheckpointError(ValueError):
-    """The folder, or what was asked for it, cannot be used; the message is one clear line."""
+    """Unusable folder or options; the message is one clear line."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` of `file` from byte `start` on; dtype as safetensors says."""
+    """Location of a tensor: `nbytes` of `file` from byte `start` on; dtype in safetensors' name."""
 
     name: str
     file: Path
@@ -63,7 +63,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was checked: its config and its tensors, by file and by place in the file."""
+    """Checked folder: its config and its tensors, by file and by place in the file."""
 
     folder: Path
     config: dict[str, Any]
@@ -81,8 +81,8 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     A symbolic link counts if it stays in the folder, or points to the blobs of the same Hugging
     Face cache. Only headers are read.
 
-    Raises: CheckpointError that says what is wrong: no such folder, no safetensors, a pickle or
-        GGUF instead, already quantised, a file that is missing, outside of the folder, damaged, or
+    Raises: CheckpointError naming the defect: no such folder, no safetensors, a pickle or
+        GGUF instead, already quantized, a file that is missing, outside of the folder, damaged, or
         not what the index says, a tensor that comes twice, an unknown dtype.
     """
     folder = Path(folder)
@@ -100,7 +100,7 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise CheckpointError(
-            f"{folder}: already quantised ({brief(method)}); expected the original weights"
+            f"{folder}: already quantized ({brief(method)}); expected the original weights"
         )
     tensors: dict[str, TensorInfo] = {}
     for file in names:
@@ -121,7 +121,7 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 
 def folder_file(folder: Path, name: str) -> Path:
-    """`folder / name`, if that is a regular file that belongs to the folder.
+    """Return `folder / name`, if that is a regular file that belongs to the folder.
 
     Raises: CheckpointError if it is missing, of another kind, or a link to somewhere else.
     """
@@ -141,7 +141,7 @@ def folder_file(folder: Path, name: str) -> Path:
 
 
 def chunks_of(info: TensorInfo) -> Iterator[bytes]:
-    """The bytes of a tensor in order, a few megabytes at a time.
+    """Yield the bytes of a tensor in order, a few megabytes at a time.
 
     Raises: CheckpointError if the file has become shorter.
     """
@@ -157,7 +157,7 @@ def chunks_of(info: TensorInfo) -> Iterator[bytes]:
 
 
 def read_tensor(info: TensorInfo, memory: bytearray | None = None) -> Tensor:
-    """A tensor in memory of its own, or at the beginning of `memory`, which must be long enough.
+    """Read a tensor into new memory, or into the beginning of `memory`, which must be long enough.
 
     Raises: CheckpointError if the file has become shorter.
     """
@@ -181,7 +181,7 @@ def _shorter(info: TensorInfo) -> CheckpointError:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Names of the files with the weights, in transformers' order of preference."""
+    """Find the files with the weights, in transformers' order of preference."""
     if os.path.lexists(folder / SINGLE):
         return [SINGLE]
     if os.path.lexists(folder / INDEX):
@@ -192,7 +192,7 @@ def _weight_files(folder: Path) -> list[str]:
         ((".safetensors",), "safetensors of other names, or shards without their index"),
         ((".bin", ".pt", ".pth", ".ckpt"), "pickles, which run code when they are read: load them "
          "where you trust them and save_pretrained() the model"),
-        ((".gguf",), "GGUF, which is already quantised"),
+        ((".gguf",), "GGUF, which is already quantized"),
     ):  # fmt: skip
         found = [name for name in present if name.lower().endswith(suffixes)]
         if found:
@@ -201,7 +201,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The index: tensor name to file name, which must be a plain name of a safetensors file."""
+    """Read the index: tensor name to file name, which must be a plain safetensors name."""
     weight_map = _json_object(folder_file(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: expected a weight_map with entries")
@@ -226,7 +226,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _tensors_of(path: Path) -> list[TensorInfo]:
-    """The header of one file, in the order of its data."""
+    """Read the header of one file, in the order of its data."""
     try:
         # Proves that shapes, dtypes and offsets agree and that the tensors fill the file.
         with safe_open(path, framework="pt"):
@@ -254,8 +254,8 @@ def _tensors_of(path: Path) -> list[TensorInfo]:
                 f"{path}: {brief(name)} has dtype {brief(entry['dtype'])}, "
                 f"expected one of {', '.join(DTYPES)}"
             )
-        if _QUANTISED.search(name):
-            raise CheckpointError(f"{path}: already quantised, it holds {brief(name)}")
+        if _QUANTIZED.search(name):
+            raise CheckpointError(f"{path}: already quantized, it holds {brief(name)}")
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
         found.append(TensorInfo(name, path, entry["dtype"], shape, 8 + length + begin, end - begin))

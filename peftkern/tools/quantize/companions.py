@@ -1,10 +1,10 @@
-"""The files beside a checkpoint's weights that a copy of it in other weights needs as well.
+"""Files beside a checkpoint's weights that a copy with other weights needs, too.
 
-Taken is everything (tokenizer, processor, chat templates, code, licence, whatever they are called)
-but what would be a second copy of the weights. A file of weights is recognised by its format, and
-taken all the same where the checkpoint does not load without it: an adapter beside its config, and
-in a folder below what has a config beside it, as a Dense layer of sentence-transformers or the
-audio tokenizer of a speech model.
+Everything is copied (tokenizer, processor, chat templates, code, license, under any name) except a
+second copy of the weights. A file of weights is recognized by its format, and copied all the same
+where the checkpoint does not load without it: an adapter beside its config, and in a folder below
+those with a config beside them, such as a Dense layer of sentence-transformers or the audio
+tokenizer of a speech model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftkern.tools.quantize.checkpoint import (
 _OF_TORCH = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _OF_OTHERS = (".h5", ".keras", ".msgpack", ".gguf", ".ggml", ".llamafile", ".tflite", ".ot", ".pte")
 _OF_OTHERS += (".mlmodel", ".mlpackage", ".engine", ".nemo", ".distcp")
-_NO_WEIGHTS = ("vocab", "tokenizer")  # whatever the suffix
+_NO_WEIGHTS = ("vocab", "tokenizer")  # with any suffix
 _NEVER_NEEDED = ("optimizer", "scheduler", "rng_state", "training_args", "openvino")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 # Git's, the hub's download records, Python's; checkpoints that a Trainer left while it ran.
@@ -36,18 +36,18 @@ _FOLDERS_LEFT = re.compile(r"\..*|__pycache__|checkpoint-\d+|global_step\d+")
 
 @dataclass(frozen=True)
 class Companions:
-    """Paths below the checkpoint's folder, of files; in `left` also folders, with / at their end.
+    """Paths of files below the checkpoint's folder; in `left` also folders, with / at their end.
 
     Together with config.json and the weights these are all files of the folder.
     """
 
     copied: tuple[str, ...]
     left: tuple[str, ...]
-    nbytes: int  # of those to copy
+    nbytes: int  # of the files to copy
 
 
 def find_companions(checkpoint: Checkpoint) -> Companions:
-    """What is to be copied with the checkpoint, and what not.
+    """Find the files to be copied with the checkpoint, and those to be left.
 
     Links to files are followed as `folder_file` does; links to folders are left.
 
@@ -73,7 +73,7 @@ def find_companions(checkpoint: Checkpoint) -> Companions:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Every file, and every folder that is left as a whole; whether it is to be copied."""
+    """Yield every file, and every folder left as a whole; and whether it is to be copied."""
     prefixes = [""]
     while prefixes:
         prefix = prefixes.pop()
@@ -92,7 +92,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights, or is the index of files that do."""
+    """Return whether a file of this name holds weights, or is the index of files that do."""
     name = name.lower().removesuffix(".index.json")
     if name.startswith(_NO_WEIGHTS):
         return False
@@ -100,7 +100,7 @@ def is_weights(name: str) -> bool:
 
 
 def _needed(prefix: str, name: str, beside: set[str]) -> bool:
-    """Whether the checkpoint loads only with these weights, too."""
+    """Return whether the checkpoint needs these weights to load, too."""
     if name in _ADAPTERS:
         return "adapter_config.json" in beside
     of_torch = name.removesuffix(".index.json").endswith(_OF_TORCH)

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint transformers would quantise with bitsandbytes.
+"""Tensors of a checkpoint that transformers would quantize with bitsandbytes.
 
-It is asked itself: its quantiser prepares a model without memory for its weights (on the meta
-device), and its loader's rules say which tensor of the checkpoint belongs to which layer.
+transformers itself decides: its quantizer prepares a model without memory for its weights (on the
+meta device), and its loader's rules say which tensor of the checkpoint belongs to which layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_MODULES = 10_000
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """For `peftkern.tools.quantize.nf4_checkpoint.quantize_checkpoint`.
+    """Linear weights for `peftkern.tools.quantize.nf4_checkpoint.quantize_checkpoint`.
 
     `linear` maps the names of the tensors to whether they are kept transposed, as in Conv1D.
     """
@@ -46,16 +46,16 @@ def find_linear_weights(
     double_quant: bool = True,
     compute_dtype: str | None = None,
 ) -> LinearWeights:
-    """The tensors that transformers would turn into Linear4bit, and the config that says so.
+    """Find the tensors that transformers would turn into Linear4bit, and the matching config.
 
-    Those are the weights of nn.Linear and Conv1D but for the output embeddings, what is tied to
-    them, and what the model keeps in float32. The names that are left out stand in the config, so
-    that every version of transformers leaves out the same.
+    These are the weights of nn.Linear and Conv1D except the output embeddings, weights tied to
+    them, and those that the model keeps in float32. The excluded names stand in the config, so that
+    every version of transformers excludes the same.
 
-    Args: skip, more modules to leave out: full names, their beginnings or endings; compute_dtype,
-        the dtype of most of the weights by default.
+    Args: skip, more modules to exclude: full names, their beginnings or endings; compute_dtype, the
+        dtype of most of the weights by default.
     Raises: CheckpointError if transformers does not know the architecture, if the tensors do not
-        fit it, if a name in skip fits no layer, or if a layer's weight is put together on loading.
+        fit it, if a name in skip fits no layer, or if a layer's weight is assembled on loading.
     """
     if compute_dtype not in (None, *COMPUTE_DTYPES):
         raise CheckpointError(
@@ -78,7 +78,7 @@ def find_linear_weights(
     for module_name, module in model.named_modules():
         info = sources.get(f"{module_name}.weight")
         if not isinstance(module, bnb.nn.Linear4bit) or info is None:
-            continue  # a layer without weights in the checkpoint, as a new head, is initialised
+            continue  # a layer without weights in the checkpoint, as a new head, is initialized
         if not isinstance(info, TensorInfo):
             raise CheckpointError(
                 f"{module_name}: transformers puts its weight together from other tensors "
@@ -94,7 +94,7 @@ def find_linear_weights(
     if not linear:
         raise CheckpointError(
             f"{checkpoint.folder}: no tensor is the weight of a linear layer of "
-            f"{type(model).__name__} that may be quantised"
+            f"{type(model).__name__} that may be quantized"
         )
     most = compute_dtype or _most_common_dtype([checkpoint.tensors[name] for name in linear])
     config.bnb_4bit_compute_dtype = getattr(torch, most)
@@ -112,7 +112,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The architecture that config.json names, from transformers' own code only."""
+    """Build the architecture that config.json names, from transformers' own code only."""
     architectures = checkpoint.config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     known = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -128,14 +128,14 @@ def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         )
         with torch.device("meta"):
             return known(config)
-    except Exception as error:  # whatever a config makes its model do
+    except Exception as error:  # a config can make its model raise anything
         raise CheckpointError(
             f"{checkpoint.folder}: transformers cannot build {name} from config.json: {error}"
         ) from error
 
 
 def _check_counts(config: Any) -> None:
-    """Every layer becomes an object, also without memory for its weights: a billion do not fit."""
+    """Bound the counts: every layer becomes an object, even on meta; a billion do not fit."""
     for key, value in config.items():
         if isinstance(value, dict):
             _check_counts(value)
@@ -146,7 +146,7 @@ def _check_counts(config: Any) -> None:
 
 
 def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorInfo | str]:
-    """Parameter name to the tensor that is loaded into it, or to the pattern of those that are."""
+    """Map parameter names to the tensor loaded into each, or to the pattern of several."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -203,5 +203,5 @@ def _most_common_dtype(infos: list[TensorInfo]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """An enumeration of strings as the string that it is in JSON."""
+    """Convert an enumeration of strings to its JSON string."""
     return {k: str(getattr(v, "value", v)) if k == "quant_method" else v for k, v in value.items()}

@@ -1,10 +1,10 @@
-"""Write a checkpoint in NF4 with bitsandbytes' keys, one tensor at a time.
+"""Writer of NF4 checkpoints with bitsandbytes' keys, one tensor at a time.
 
-Where every byte goes follows from shapes alone (`nf4_layout`). Until all is done everything lies
-in a work folder inside of the destination, with a journal that gains a line, with a checksum, for
-every tensor that is written. A run that was stopped, in whatever way, goes on behind the last line
-whose bytes are still there, and ends with the same files. At the end all is read back, then moved,
-config.json last: without that file nothing loads the folder.
+The position of every byte follows from shapes alone (`nf4_layout`). Until all is done everything
+lies in a work folder inside of the destination, with a journal of one line, with a checksum, per
+written tensor. A stopped run, however it ended, resumes after the last line whose bytes are still
+there, and ends with the same files. At the end all is read back, then moved, config.json last:
+without that file nothing loads the folder.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from peftkern.tools.quantize.staging import (
     work_folder,
 )
 
-_ERROR_CHUNK = 1 << 18  # values that are compared with the source at a time, at the least
-Progress = Callable[[int, str], None]  # bytes of the source that are done, and of which tensor
+_ERROR_CHUNK = 1 << 18  # minimum number of values per comparison with the source
+Progress = Callable[[int, str], None]  # finished bytes of the source, and the tensor
 
 
 @dataclass(frozen=True)
 class Summary(Sizes):
-    """What was written. An error is |w - w_nf4| / |w| (2-norms). copied, left: paths below the
+    """Summary of the output. An error is |w - w_nf4| / |w| (2-norms). copied, left: paths below the
     source of the files beside its weights, `left` those that are not in the copy."""
 
     resumed: int
@@ -81,17 +81,17 @@ def quantize_checkpoint(
     The files beside the weights are copied, but for weights in other formats: `find_companions`.
 
     Memory: about one tensor, as read and in 4 bits; what is kept is copied in pieces. Calling it
-    again after an interruption goes on; KeyboardInterrupt and OSError (a full disk) leave a state
+    again after an interruption resumes; KeyboardInterrupt and OSError (a full disk) leave a state
     that allows it, a CheckpointError leaves nothing.
 
     Args:
-        linear: names of the tensors to quantise, [N, K] float32, float16 or bfloat16; True for
+        linear: names of the tensors to quantize, [N, K] float32, float16 or bfloat16; True for
             those that are kept as [K, N] and are transposed first, as transformers does for Conv1D.
         quantization_config: for config.json, as transformers' BitsAndBytesConfig writes it.
         force: replace the checkpoint that `destination` holds, once the new one is complete, and
-            forget an unfinished run with other options. Other files there are left alone.
+            discard an unfinished run with other options. Other files there are left alone.
         progress: called with (bytes of the source, tensor name) after each piece of work.
-    Raises: CheckpointError for anything that cannot be done as asked.
+    Raises: CheckpointError for a request that cannot be met.
     """
     options = options or Options()
     destination = Path(destination)
@@ -132,7 +132,7 @@ def _identity(
     quantization_config: Mapping[str, Any],
     options: Options,
 ) -> dict[str, Any]:
-    """What a run has to have in common with the one that it goes on with."""
+    """Return what a run must have in common with the one that it resumes."""
     files = []
     for path in checkpoint.files:
         status = path.stat()
@@ -150,10 +150,10 @@ def _identity(
 
 
 class _Journal:
-    """What is written, in order: a line of JSON per unit with checksum and error.
+    """Journal of the written units in order: a line of JSON each, with checksum and error.
 
-    Reading it checks the bytes of every unit against its line; it ends before the first that
-    differs, as after a power failure. A last line says that all was read back.
+    Reading it checks the bytes of every unit against its line, up to the first that differs, as
+    after a power failure. A last line states that all was read back.
     """
 
     def __init__(self, work: Path, shards: tuple[Shard, ...]) -> None:
@@ -172,7 +172,7 @@ class _Journal:
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []
-        with contextlib.suppress(FileNotFoundError, ValueError):  # a line that was cut
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a truncated line
             for line in self.path.read_bytes().splitlines():
                 entry = parse_json(line)
                 if not isinstance(entry, dict) or not _is_entry(entry):
@@ -204,7 +204,7 @@ def _is_entry(entry: dict[str, Any]) -> bool:
 
 
 def _checksums(work: Path, shards: Iterable[Shard]) -> Iterator[int | None]:
-    """Of every unit as it lies on the disk; None from the first place that cannot be right."""
+    """Yield the checksum of every unit on disk; None from the first impossible one on."""
     for shard in shards:
         try:
             file = open(work / shard.name, "rb", buffering=0)  # noqa: SIM115
@@ -233,11 +233,11 @@ def _checksum(file: BinaryIO, nbytes: int) -> int | None:
 def _write(
     work: Path, shards: tuple[Shard, ...], journal: _Journal, options: Options, progress: Progress
 ) -> None:
-    """Fill all files from where the journal ends."""
+    """Fill all files from the end of the journal on."""
     number, done = 0, len(journal.entries)
     units = [unit for shard in shards for unit in shard.units]
     # One buffer for all weights: freed and taken again, they leave gaps in the process's heap.
-    memory = bytearray(max((unit.info.nbytes for unit in units if unit.quantised), default=0))
+    memory = bytearray(max((unit.info.nbytes for unit in units if unit.quantized), default=0))
     for shard in shards:
         path = work / shard.name
         if number + len(shard.units) <= done:
@@ -252,8 +252,8 @@ def _write(
                     progress(unit.info.nbytes, unit.info.name)
                     continue
                 file.seek(start)
-                if unit.quantised:
-                    pieces, error = _quantised(unit, options, memory)
+                if unit.quantized:
+                    pieces, error = _quantized(unit, options, memory)
                     checksum = _copy(pieces, file)
                     progress(unit.info.nbytes, unit.info.name)
                 else:
@@ -269,7 +269,7 @@ def _copy(
     progress: Progress | None = None,
     unit: Unit | None = None,
 ) -> int:
-    """Write the pieces; their checksum."""
+    """Write the pieces; return their checksum."""
     checksum = 0
     for piece in pieces:
         _write_all(file, piece)
@@ -285,8 +285,8 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def _quantised(unit: Unit, options: Options, memory: bytearray) -> tuple[Iterator[bytes], float]:
-    """The bytes of a weight's parts, and its error."""
+def _quantized(unit: Unit, options: Options, memory: bytearray) -> tuple[Iterator[bytes], float]:
+    """Return the bytes of a weight's parts, and its error."""
     weight = read_tensor(unit.info, memory).to(options.device)
     if unit.transposed:
         weight = weight.T.contiguous()
@@ -297,7 +297,7 @@ def _quantised(unit: Unit, options: Options, memory: bytearray) -> tuple[Iterato
 
 
 def _bytes_of(tensor: Tensor, nbytes: int) -> bytes:
-    """Its bytes, with spaces behind them up to `nbytes`: the JSON is shorter."""
+    """Return a tensor's bytes, padded with spaces to `nbytes`: the JSON is shorter."""
     data = bytearray(b" " * nbytes)
     used = tensor.numel() * tensor.element_size()
     if used:  # torch.frombuffer takes no empty buffer
@@ -307,9 +307,9 @@ def _bytes_of(tensor: Tensor, nbytes: int) -> bytes:
 
 
 def _relative_error(weight: Tensor, nf4: NF4Weight, info: TensorInfo) -> float:
-    """|w - w_nf4| / |w|, by pieces that begin with a block, and with one of absmax if nested.
+    """Return |w - w_nf4| / |w|, by pieces that begin with a block (of absmax, too, if nested).
 
-    Around 0.1; zeros alone have 1, so that more is no rounding but a defect.
+    Around 0.1; zeros alone have 1, so that more is a defect, not rounding.
     """
     values = weight.view(-1)
     span = nf4.blocksize * NESTED_BLOCKSIZE
@@ -324,12 +324,12 @@ def _relative_error(weight: Tensor, nf4: NF4Weight, info: TensorInfo) -> float:
         raise CheckpointError(f"{info.name}: holds NaN or infinity, which NF4 cannot hold")
     error = math.sqrt(difference / norm) if norm else math.sqrt(difference)
     if not error < 1:
-        raise RuntimeError(f"{info.name}: quantised with a relative error of {error:.3g}")
+        raise RuntimeError(f"{info.name}: quantized with a relative error of {error:.3g}")
     return error
 
 
 def _piece(nf4: NF4Weight, start: int, length: int) -> NF4Weight:
-    """Values start .. start + length as a weight of their own; start begins a nested block."""
+    """Slice values start .. start + length into a weight; start begins a nested block."""
     first, blocks = start // nf4.blocksize, -(-length // nf4.blocksize)
     nested = {}
     if nf4.nested:
@@ -346,12 +346,12 @@ def _piece(nf4: NF4Weight, start: int, length: int) -> NF4Weight:
 
 
 def _read_back(work: Path, shards: tuple[Shard, ...], journal: _Journal) -> None:
-    """Compare what the disk returns with what was written."""
+    """Compare the files on disk with the written checksums."""
     written = [entry["checksum"] for entry in journal.entries]
     if list(_checksums(work, shards)) != written:
         raise OSError(f"{work.parent}: what was written reads back differently: a faulty disk?")
     for shard in shards:
-        with safe_open(work / shard.name, framework="pt"):  # its reader takes the header, too
+        with safe_open(work / shard.name, framework="pt"):  # its reader accepts the header, too
             pass
 
 
@@ -374,6 +374,6 @@ def _largest_error(shards: tuple[Shard, ...], journal: _Journal) -> tuple[float,
     errors = [
         (entry["error"] or 0.0, unit.info.name)
         for unit, entry in zip(units, journal.entries, strict=True)
-        if unit.quantised
+        if unit.quantized
     ]
     return max(errors, default=(0.0, ""))

@@ -1,4 +1,4 @@
-"""What an NF4 checkpoint is made of, known from shapes alone: its tensors, files and sizes.
+"""Layout of an NF4 checkpoint, known from shapes alone: tensors, files and sizes.
 
 Every output file begins with its final header, so that it can be filled from front to back.
 
@@ -22,19 +22,19 @@ from peftkern.tools.quantize.checkpoint import (
     TensorInfo,
 )
 
-WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantise_nf4 takes
+WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantize_nf4 takes
 
 _SHARD_NAME = "model-{:05d}-of-{:05d}.safetensors"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ALIGNMENT = 8  # of a header, and of every quantised weight
+_ALIGNMENT = 8  # of a header, and of every quantized weight
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes that are written: another run goes on only with the same.
+    """Options that decide the written bytes: a run resumes only with the same.
 
     Args: blocksize, double_quant as for `peftkern.quantize_nf4`; shard_bytes, where a new file
-        begins (a larger tensor has one of its own); device that quantises.
+        begins (a larger tensor has one of its own); device that quantizes.
     """
 
     blocksize: int = 64
@@ -51,21 +51,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a quantised checkpoint holds; bytes are those of its tensors.
+    """Sizes of a quantized checkpoint; bytes are those of its tensors.
 
-    `quantised` and `kept` count tensors. Experts are here those that are kept: transformers holds
-    them in tensors of three dimensions, which bitsandbytes does not quantise, whether or not the
-    source has one tensor for each.
+    `quantized` and `kept` count tensors. Experts here are the kept ones: transformers holds them in
+    tensors of three dimensions, which bitsandbytes does not quantize, even if the source has one
+    tensor for each.
     """
 
-    quantised: int
+    quantized: int
     kept: int
     files: int
     parameters: int
     bytes_before: int
     bytes_after: int
-    quantised_parameters: int
-    quantised_bytes: int
+    quantized_parameters: int
+    quantized_bytes: int
     expert_parameters: int
     expert_bytes: int
 
@@ -74,16 +74,16 @@ class Sizes:
         return 8 * self.bytes_after / max(self.parameters, 1)
 
     @property
-    def bits_per_quantised_parameter(self) -> float:
-        return 8 * self.quantised_bytes / max(self.quantised_parameters, 1)
+    def bits_per_quantized_parameter(self) -> float:
+        return 8 * self.quantized_bytes / max(self.quantized_parameters, 1)
 
     @property
     def bits_per_expert_parameter(self) -> float:
         return 8 * self.expert_bytes / max(self.expert_parameters, 1)
 
     @property
-    def quantised_share(self) -> float:
-        return self.quantised_parameters / max(self.parameters, 1)
+    def quantized_share(self) -> float:
+        return self.quantized_parameters / max(self.parameters, 1)
 
     @property
     def expert_share(self) -> float:
@@ -92,10 +92,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Unit:
-    """One tensor of the source and what becomes of it: parts (name, dtype, shape, bytes)."""
+    """Tensor of the source and its output: parts (name, dtype, shape, bytes)."""
 
     info: TensorInfo
-    quantised: bool
+    quantized: bool
     transposed: bool
     parts: tuple[tuple[str, str, tuple[int, ...], int], ...]
 
@@ -110,7 +110,7 @@ class Unit:
     @property
     def experts(self) -> bool:
         shape, names = self.info.shape, self.info.name.split(".")
-        return not self.quantised and (len(shape) == 3 or (len(shape) == 2 and "experts" in names))
+        return not self.quantized and (len(shape) == 3 or (len(shape) == 2 and "experts" in names))
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Shard:
         return sum(unit.nbytes for unit in self.units)
 
     def starts(self) -> Iterator[tuple[Unit, int]]:
-        """Every unit and its place in the file."""
+        """Yield every unit and its position in the file."""
         at = len(self.header)
         for unit in self.units:
             yield unit, at
@@ -134,7 +134,7 @@ class Shard:
 def plan_shards(
     checkpoint: Checkpoint, linear: Mapping[str, bool], options: Options
 ) -> tuple[Shard, ...]:
-    """All files with all of their headers, from shapes alone."""
+    """Plan all files and their headers, from shapes alone."""
     for name in linear:
         info = checkpoint.tensors.get(name)
         if info is None or len(info.shape) != 2 or info.dtype not in WEIGHT_DTYPES:
@@ -171,7 +171,7 @@ def _unit(info: TensorInfo, transposed: bool | None, options: Options) -> Unit:
         for name, (dtype, size) in layout.items()
     ]
     parts.sort(key=lambda part: -DTYPES[part[1]].itemsize)
-    # The JSON takes up what is missing to whole words.
+    # The JSON is padded to whole words.
     length = STATE_BYTES + -(STATE_BYTES + sum(part[-1] for part in parts)) % _ALIGNMENT
     parts.append((f"{info.name}.{STATE_KEY}", "U8", (length,), length))
     return Unit(info, True, transposed, tuple(parts))
@@ -192,17 +192,17 @@ def _header(units: Iterable[Unit]) -> bytes:
 
 def sizes_of(shards: Sequence[Shard]) -> Sizes:
     units = [unit for shard in shards for unit in shard.units]
-    quantised = [unit for unit in units if unit.quantised]
+    quantized = [unit for unit in units if unit.quantized]
     experts = [unit for unit in units if unit.experts]
     return Sizes(
-        quantised=len(quantised),
-        kept=len(units) - len(quantised),
+        quantized=len(quantized),
+        kept=len(units) - len(quantized),
         files=len(shards),
         parameters=sum(unit.parameters for unit in units),
         bytes_before=sum(unit.info.nbytes for unit in units),
         bytes_after=sum(unit.nbytes for unit in units),
-        quantised_parameters=sum(unit.parameters for unit in quantised),
-        quantised_bytes=sum(unit.nbytes for unit in quantised),
+        quantized_parameters=sum(unit.parameters for unit in quantized),
+        quantized_bytes=sum(unit.nbytes for unit in quantized),
         expert_parameters=sum(unit.parameters for unit in experts),
         expert_bytes=sum(unit.nbytes for unit in experts),
     )

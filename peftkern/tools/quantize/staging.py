@@ -1,7 +1,7 @@
-"""A folder that is filled in a work folder inside of it, and is there whole or not at all.
+"""Atomic, resumable output directory, filled in a work folder inside of it.
 
-The work folder belongs to one process and to one set of options, which a run that goes on with it
-has to have, too. What is complete is moved, config.json last: without it nothing loads the folder.
+The work folder belongs to one process and to one set of options; a run that resumes it must have
+the same. Complete output is moved, config.json last: without it nothing loads the folder.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _SPARE_BYTES = 1 << 24  # for the journal and the index
 
 
 def check_destination(source: Path, destination: Path, force: bool, copies: Iterable[str]) -> None:
-    """Raises: CheckpointError unless it is apart from the source, and empty, unfinished or, with
-    `force`, a checkpoint in which `copies` find their places."""
+    """Raise CheckpointError unless the destination is apart from the source, and empty, unfinished
+    or, with `force`, a checkpoint in which `copies` find their places."""
     here, there = os.path.realpath(source), os.path.realpath(destination)
     if os.path.commonpath([here, there]) in (here, there):
         raise CheckpointError(f"{destination}: expected a folder apart from the source {source}")
@@ -48,7 +48,7 @@ def check_destination(source: Path, destination: Path, force: bool, copies: Iter
 
 
 def _check_place(destination: Path, name: str) -> None:
-    """A file goes nowhere through a link, and replaces no folder."""
+    """Refuse a file whose path goes through a link or is a folder."""
     path = destination / name
     if path.is_dir():
         raise CheckpointError(f"{path}: expected a file or nothing, got a folder")
@@ -59,7 +59,7 @@ def _check_place(destination: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def work_folder(destination: Path, identity: dict[str, Any], force: bool) -> Iterator[Path]:
-    """The work folder of this very run, new or as it was left, and locked against a second one."""
+    """Open the work folder of this run, new or resumed, locked against a second process."""
     identity = json.loads(json.dumps(identity))
     work = destination / WORK
     work.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def _difference(other: Any, identity: dict[str, Any]) -> str:
 
 
 def check_space(destination: Path, needed: int) -> None:
-    """Raises: CheckpointError if that many bytes, less what is written already, do not fit."""
+    """Raise CheckpointError if that many bytes, less those already written, do not fit."""
     work = destination / WORK
     there = sum(path.lstat().st_size for path in work.rglob("*") if not path.is_dir())
     parent = Path(os.path.realpath(destination))
@@ -112,7 +112,7 @@ def check_space(destination: Path, needed: int) -> None:
 
 
 def copy_files(source: Path, work: Path, names: Iterable[str]) -> None:
-    """Copy files below `source` into the work folder; what an earlier run had copied goes."""
+    """Copy files below `source` into the work folder; an earlier run's copies are removed."""
     copies = work / _COPIES
     if copies.exists():
         shutil.rmtree(copies)
@@ -123,8 +123,8 @@ def copy_files(source: Path, work: Path, names: Iterable[str]) -> None:
 
 
 def publish(work: Path, destination: Path, weights: list[str], copies: Iterable[str]) -> None:
-    """Move everything to its place; what a checkpoint that was there would mix in goes first."""
-    if (work / CONFIG).exists():  # else all but the work folder's end is done
+    """Move everything to its place, after removing the files of a checkpoint that was there."""
+    if (work / CONFIG).exists():  # else only the work folder is left to remove
         (destination / CONFIG).unlink(missing_ok=True)
         new = {*weights, *copies, *([INDEX] if len(weights) > 1 else [])}
         for pattern in ("*.safetensors", "*.safetensors.index.json"):
@@ -143,7 +143,7 @@ def publish(work: Path, destination: Path, weights: list[str], copies: Iterable[
 
 
 def _read_json(path: Path) -> Any:
-    """What the file holds; None if there is none."""
+    """Return the file's content; None if there is no file."""
     try:
         return read_json(path)
     except FileNotFoundError:
@@ -153,12 +153,12 @@ def _read_json(path: Path) -> Any:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """The whole file or none of it."""
+    """Write JSON atomically."""
     replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """The whole file or none of it."""
+    """Write text atomically."""
     temporary = path.with_name(path.name + ".new")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

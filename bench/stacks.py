@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peftkern
 from peftkern.formats.nf4 import NESTED_BLOCKSIZE, NF4_CODE, NF4Weight, dynamic_map
 from peftkern.layers import NF4Linear
-from peftkern.tools.bench.peers import bitsandbytes_missing, linear, nf4_weight64
+from peftkern.tools.bench.base_layers import linear, prequantized
+from peftkern.tools.bench.peers import bitsandbytes_missing, nf4_weight64
 from peftkern.tools.plan.plan import Architecture, Training
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -31,7 +32,7 @@ VOCABULARY_OVER_HIDDEN = 32  # of Llama 3; a narrow toy need not spend its time 
 
 
 def scaled(model: Architecture, hidden: int, layers: int) -> Architecture:
-    """The same proportions at another width, and at most so many layers."""
+    """Scale to another width with the same proportions, and to at most so many layers."""
     layers = min(layers, model.layers)
     if hidden == model.hidden:
         return dataclasses.replace(model, layers=layers)
@@ -49,7 +50,7 @@ def scaled(model: Architecture, hidden: int, layers: int) -> Architecture:
 
 
 def random_nf4(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> NF4Weight:
-    """An NF4 weight [n, k] with double quantisation, drawn as packed bytes.
+    """Draw an NF4 weight [n, k] with double quantization as packed bytes.
 
     The 16 values are equally likely and absmax is within 10% of what makes the standard deviation
     k^-1/2, that of a layer which keeps the size of its input.
@@ -76,30 +77,21 @@ def random_nf4(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -
 
 
 def nf4_layer(weight: NF4Weight) -> nn.Module:
-    """bitsandbytes' layer over this weight, or ours where bitsandbytes does not run."""
+    """Build bitsandbytes' layer over this weight, or ours where bitsandbytes does not run."""
     if bitsandbytes_missing(weight.device) is not None:
         return NF4Linear._from_nf4(weight, None, True)
-    import bitsandbytes as bnb
-
-    n, k = weight.shape
-    layer = bnb.nn.Linear4bit(
-        k, n, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
-    )
     state = weight.state_dict()
-    data = state.pop("weight")
+    packed = state.pop("weight")
     stats = {name.removeprefix("weight."): tensor for name, tensor in state.items()}
-    layer.weight = bnb.nn.Params4bit.from_prequantized(
-        data, stats, device=weight.device, module=layer
-    )
-    return layer
+    return prequantized(packed, stats, weight.shape, weight.dtype)
 
 
 def stack(
     model: Architecture, training: Training, device: torch.device, tick: Callable[[], None]
 ) -> nn.Module:
-    """A LlamaForCausalLM of this shape, frozen, its weights drawn where they stay.
+    """Build a frozen LlamaForCausalLM of this shape, its weights drawn on the device.
 
-    tick: called after every layer; what it raises ends the building.
+    tick: called after every layer; an exception from it ends the construction.
     """
     dtype = DTYPES[training.dtype]
     config = LlamaConfig(
@@ -153,8 +145,8 @@ def stack(
 
 
 def twin(net: nn.Module) -> nn.Module:
-    """Another tree of modules over the very weights of `net`, so that what is put into one of them
-    (adapters, hooks) is not in the other, and the weights are in memory once."""
+    """Copy the tree of modules but share the weights of `net`, so that adapters and hooks of one
+    are not in the other, and the weights are in memory once."""
     shared = [*net.parameters(), *net.buffers()]
     for module in net.modules():  # what NF4 keeps beside the packed bytes: bitsandbytes, then ours
         shared += [module.__dict__[k] for k in ("quant_state", "_quant") if k in module.__dict__]
@@ -162,8 +154,7 @@ def twin(net: nn.Module) -> nn.Module:
 
 
 class Trainer:
-    """A stack under training as `training` says, on one batch that it learns by heart: a wrong
-    gradient shows in the next loss.
+    """Training loop of a stack on one batch: a wrong gradient shows in the next loss.
 
     model, training: its shape, and how it is trained. `lr` is AdamW's. keep_first: a copy of the
     first step's gradients, for `first`. over: a `stack` whose weights to share, which stays as it
@@ -205,7 +196,7 @@ class Trainer:
         self.first_gradients: tuple[Tensor, ...] = ()
 
     def step(self, i: int = 0) -> Tensor:
-        """Forward, backward, the optimizer's step, AdaLoRA's allocation; the loss."""
+        """Run forward, backward, the optimizer and AdaLoRA's allocation; return the loss."""
         loss = loss_and_backward(self.model, self.ids)
         if self.keep_first and not self.losses:
             self.first_gradients = gradients(self.model)
@@ -217,21 +208,21 @@ class Trainer:
         return loss
 
     def first(self) -> tuple[Tensor, ...]:
-        """The loss and the gradients of the first step, which are given away."""
+        """Return the loss and the gradients of the first step; the gradients are released."""
         found, self.first_gradients = self.first_gradients, ()
         return self.losses[0], *found
 
     def curve(self, steps: int) -> Tensor:
-        """The losses of the first steps; takes those that are missing."""
+        """Return the losses of the first steps, after running those that are missing."""
         while len(self.losses) < steps:
             self.step()
         return torch.stack(self.losses[:steps])
 
     def exact(self) -> tuple[Tensor, ...]:
-        """What `first` gives, in float64 on the exact values of an NF4 weight; before any step.
+        """Compute the results of `first` in float64 on the exact values of an NF4 weight.
 
-        transformers computes RMSNorm, rotary angles and the loss in float32 whatever the model
-        is in, which is 2^16 times as fine as what is compared with it.
+        To be called before any step. transformers computes RMSNorm, rotary angles and the loss in
+        float32 whatever the model is in, which is 2^16 times as fine as what is compared with it.
         """
         wide = copy.deepcopy(self.model)
         for module in wide.modules():
@@ -252,7 +243,7 @@ def loss_and_backward(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module) -> tuple[Tensor, ...]:
-    """Those of all lora_A, of all lora_B and of all lora_E, one after the other."""
+    """Concatenate the gradients of all lora_A, of all lora_B and of all lora_E."""
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for name, parameter in model.named_parameters():
         for kind in KINDS:

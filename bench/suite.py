@@ -1,4 +1,4 @@
-"""Runs cases: checks every result, times the right ones, compares with targets, writes JSON."""
+"""Runner of the bench scripts: checks, times, compares to targets, writes JSON."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import outcomes
 import torch
+from outcomes import Outcome, Row
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import peftkern
 from peftkern.backends.device import triton_interpreted
-from peftkern.tools.bench import gpu_timer, machine, memory, terminal
+from peftkern.tools.bench import gpu_timer, machine, memory
 from peftkern.tools.bench.peers import SEED
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.timer import Timing, measure, pin_threads
 from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO, errors
 
-GRAPH_SHARE = 0.5  # of a variant's time: what replayed graphs get on top
-MOST_SAMPLES = 200  # in a record; medians and percentiles are of all
+GRAPH_SHARE = 0.5  # of a variant's time, added for replayed graphs
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Options:
     """Sizes of the problem. `rotate`: bytes of inputs that each variant cycles through; `rows`:
-    at most so many rows of activations; `layers`: of a stack, at most so many."""
+    maximum rows of activations; `layers`: maximum layers of a stack."""
 
     n: int = 4096
     k: int = 4096
@@ -56,10 +57,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Variant:
-    """`call(i)` runs on the i-th input. `result` turns what it returned into tensors that compare
-    with `oracle` (float64); no oracle: nothing to check. `multiplied`: too slow to be repeated, so
-    one call is timed and its time multiplied by this. `planned_bytes`: the peak to expect.
-    `no_graph`: why a CUDA graph cannot hold it; a failed capture can cost all that comes later."""
+    """Implementation to measure: `call(i)` runs on the i-th input. `result` turns its return value
+    into tensors that compare with `oracle` (float64); no oracle: nothing to check. `multiplied`:
+    too slow to repeat, so one call is timed and its time multiplied by this. `planned_bytes`: the
+    expected peak. `no_graph`: reason against a CUDA graph; a failed capture can break all that
+    comes later."""
 
     call: Callable[[int], object]
     oracle: tuple[Tensor, ...] = ()
@@ -73,8 +75,8 @@ class Variant:
 class Case:
     """Variants that do the same work: at least `bytes` of traffic and `flops` in `dtype`.
 
-    `tokens`: of a training step; then its peak memory is measured on a CPU, too, and on a GPU
-    neither graphs nor launches are: an optimizer's step is not captured.
+    `tokens`: of a training step; its peak memory is measured on a CPU, too, and on a GPU neither
+    graphs nor launches are: an optimizer's step is not captured.
     """
 
     variants: dict[str, Variant]
@@ -86,7 +88,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """The peer's time over peftkern's, at least."""
+    """Lower bound on the peer's time over peftkern's."""
 
     peer: str
     at_least: float
@@ -94,9 +96,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Spec:
-    """A case that is built when its turn comes: `name` is "stem/case/dtype", `names` its variants,
-    `judge` the peer whose error bounds ours, `most_launches` what a call of ours may launch,
-    `seconds` what it takes: with less time left it is not begun."""
+    """Case to be built in its turn: `name` is "stem/case/dtype", `names` its variants, `judge` the
+    peer whose error bounds ours, `most_launches` the bound on kernels of a call of ours, `seconds`
+    the estimated time: with less time left it is not begun."""
 
     name: str
     build: Callable[[Options], Case]
@@ -115,9 +117,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Question:
-    """What one run answers, without peers or a clock: `ask(options, seconds, note)` may take so
-    many seconds (None: any number) and calls `note(name=value, ...)` with all that it learns, when
-    it learns it."""
+    """Experiment without peers or a timer: `ask(options, seconds, note)` may take so many seconds
+    (None: any number) and calls `note(name=value, ...)` with each finding at once."""
 
     name: str
     ask: Callable[[Options, float | None, Callable[..., None]], None]
@@ -129,104 +130,8 @@ class Question:
         return self.name.partition("/")[2]
 
 
-@dataclass
-class Row:
-    """What came out for one variant."""
-
-    rms: float | None = None
-    max: float | None = None
-    wrong: str | None = None
-    timing: Timing | None = None
-    graph: Timing | None = None
-    no_graph: str | None = None
-    peak_bytes: int | None = None
-    planned_bytes: int | None = None
-    tokens: int | None = None
-    kernels: list[str] | None = None
-    not_measured: str | None = None  # why launches or peak memory are missing
-
-    def record(self) -> dict:
-        record = {"error_rms": self.rms, "error_max": self.max, "wrong": self.wrong}
-        if self.timing is not None:
-            record |= in_milliseconds(self.timing)
-        if self.graph is not None:
-            record["graph"] = in_milliseconds(self.graph)
-        more = {
-            "tokens_s": self.tokens_s,
-            "no_graph": self.no_graph,
-            "not_measured": self.not_measured,
-            "peak_bytes": self.peak_bytes,
-            "planned_bytes": self.planned_bytes,
-            "kernels": self.kernels,
-            "launches": None if self.kernels is None else len(self.kernels),
-        }
-        return record | {key: value for key, value in more.items() if value is not None}
-
-    @property
-    def tokens_s(self) -> float | None:
-        return self.tokens / self.timing.median if self.tokens and self.timing else None
-
-
-def in_milliseconds(timing: Timing) -> dict:
-    return {
-        "median_ms": timing.median * 1e3,
-        "p20_ms": timing.quantile(0.2) * 1e3,
-        "p80_ms": timing.quantile(0.8) * 1e3,
-        "samples_ms": [round(s * 1e3, 5) for s in timing.samples[:: _step(timing.samples)]],
-    }
-
-
-def _step(samples: tuple[float, ...]) -> int:
-    """So that a record holds at most MOST_SAMPLES, evenly spread over the run."""
-    return -(-len(samples) // MOST_SAMPLES)
-
-
-@dataclass
-class Outcome:
-    spec: Spec
-    case: dict
-    rows: dict[str, Row] = field(default_factory=dict)
-
-    def ratio(self, peer: str, kind: str = "timing") -> float | None:
-        ours, theirs = (getattr(self.rows[name], kind) for name in (OURS, peer))
-        return theirs.median / ours.median if ours and theirs else None
-
-    @property
-    def share_of_floor(self) -> float | None:
-        ours = self.rows[OURS].timing
-        return self.case["floor_ms"] / 1e3 / ours.median if ours else None
-
-    def record(self) -> dict:
-        targets = [
-            {
-                "peer": target.peer,
-                "at_least": target.at_least,
-                "measured": self.ratio(target.peer),
-                "met": (self.ratio(target.peer) or 0.0) >= target.at_least,
-            }
-            for target in self.spec.targets
-        ]
-        for target in targets:
-            if (graph := self.ratio(target["peer"], "graph")) is not None:
-                target["in_graph"] = graph
-        most, kernels = self.spec.most_launches, self.rows[OURS].kernels
-        if most is not None and kernels is not None:
-            met = len(kernels) <= most
-            targets.append(
-                {"peer": None, "launches_at_most": most, "measured": len(kernels), "met": met}
-            )
-        rows = {name: row.record() for name, row in self.rows.items()}
-        return {
-            "name": self.spec.name,
-            **self.case,
-            "share_of_floor": self.share_of_floor,
-            "targets": targets,
-            "variants": rows,
-        }
-
-
 def check(spec: Spec, case: Case) -> dict[str, Row]:
-    """Errors against float64, and what is wrong: ours is bound by the judge's error."""
+    """Measure errors against float64 and mark wrong results: ours is bound by the judge's error."""
     rows = {name: Row() for name in case.variants}
     dtype = case.dtype
     for name, variant in case.variants.items():
@@ -237,7 +142,7 @@ def check(spec: Spec, case: Case) -> dict[str, Row]:
             if variant.multiplied:
                 rows[name].timing = Timing(((time.perf_counter() - start) * variant.multiplied,))
             result = variant.result(returned)
-        except Exception as error:  # the other variants still have something to say
+        except Exception as error:  # the other variants still count
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises again if the device itself is lost
             rows[name].wrong = gpu_timer.first_line(error)
@@ -261,7 +166,7 @@ def check(spec: Spec, case: Case) -> dict[str, Row]:
 
 
 def sized(spec: Spec | Question, options: Options) -> Options:
-    """The sizes of a case that has its own."""
+    """Replace the sizes of the options by those of a case that has its own."""
     return options if spec.shape is None else replace(options, n=spec.shape[0], k=spec.shape[1])
 
 
@@ -297,7 +202,7 @@ def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> 
 def measure_steps(
     rows: dict[str, Row], case: Case, right: dict, device: torch.device, seconds: float, tick
 ) -> None:
-    """Time and peak memory of training steps."""
+    """Measure time and peak memory of training steps."""
     clock = gpu_timer.measure_events if device.type == "cuda" else measure
     timings = clock(right, seconds=seconds, tick=tick)
     for name, call in right.items():
@@ -307,10 +212,10 @@ def measure_steps(
 
 
 def measure_on_gpu(rows: dict[str, Row], case: Case, right: dict, seconds: float, tick) -> None:
-    """Single calls, replayed graphs, launches and peak memory of the variants that are right.
+    """Measure single calls, replayed graphs, launches and peak memory of the correct variants.
 
-    The clock comes first: what fails after it costs its own number alone. Of calls that take longer
-    than the timer's patience nothing else is measured.
+    Time comes first: a later failure costs its own number alone. Of calls that take longer than the
+    timer's patience nothing else is measured.
     """
     timings = gpu_timer.measure_events(right, seconds=seconds, tick=tick)
     for name, timing in timings.items():
@@ -319,7 +224,7 @@ def measure_on_gpu(rows: dict[str, Row], case: Case, right: dict, seconds: float
     for name, call in quick.items():
         try:
             rows[name].peak_bytes = gpu_timer.peak_bytes(call)
-            rows[name].kernels = gpu_timer.launches(call) or None  # who saw none is blind
+            rows[name].kernels = gpu_timer.launches(call) or None  # the profiler saw nothing at all
         except Exception as error:
             torch.cuda.synchronize()  # raises again if the device itself is lost
             rows[name].not_measured = gpu_timer.first_line(error)
@@ -335,7 +240,7 @@ def measure_on_gpu(rows: dict[str, Row], case: Case, right: dict, seconds: float
 def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"bench_{stem}.py")
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases to run (cpu)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device whose cases to run (cpu)")
     add("--n", type=int, help="rows of the weight (4096, on a GPU what the case says)")
     add("--k", type=int, help="columns of the weight (the same)")
     add("--r", type=int, default=16, help="LoRA rank (16)")
@@ -363,11 +268,11 @@ def main(
     gpu_specs: Callable[[torch.device], list[Spec | Question]] = lambda device: [],
     argv: list[str] | None = None,
 ) -> int:
-    """Run the cases of one bench script; 1 if any of our results is wrong, or the time did not
-    suffice for a single case, 2 without the device.
+    """Run the cases of one bench script; return 1 if any of our results is wrong or no case fit
+    into the time, 2 without the device.
 
     `gpu_specs` are a GPU's, from the most to the least wanted. Under Triton's interpreter they run
-    on the CPU, which shows that they run, and nothing else.
+    on the CPU as a smoke test; its times mean nothing.
     """
     args = parse(stem, argv)
     try:
@@ -391,8 +296,8 @@ def main(
 def _run(
     stem: str, chosen: list[Spec | Question], args: argparse.Namespace, device: torch.device
 ) -> int:
-    started = time.monotonic()
     on_gpu = device.type == "cuda"
+    end = None if args.budget is None else time.monotonic() + args.budget
     seconds = (0.3 if on_gpu else 2.0) if args.seconds is None else args.seconds
     size = (args.n, args.k) if args.n is not None else (4096, 4096)
     rotate = machine.rotation(args.rotate_mb, device)
@@ -417,12 +322,38 @@ def _run(
         "not_reached": [],
     }
     path = args.out / machine.slug(facts) / f"{stem}.json"
-    outcomes = []
+    found = _measure(chosen, options, seconds, end, record, path, console)
+    machine.write_json(path, record)
+    title = f"{stem}, r={args.r}, medians and p20-p80"
+    console.print(outcomes.table(found, title, facts["gpu"]))
+    console.print(f"written: {path}")
+    for answer in record.get("answers", []):
+        console.print(outcomes.answer(answer), markup=False)
+    for name in record["not_reached"]:
+        console.print(f"{name}: not reached within {args.budget:.0f} seconds", markup=False)
+    for outcome in found:
+        for reason, count in outcome.case["fell_back"].items():
+            console.print(f"{outcome.spec.name}: fell back {count} times: {reason}", markup=False)
+    nothing = len(record["not_reached"]) == len(chosen)
+    return int(bool(record["failed"]) or nothing or any(o.rows[OURS].wrong for o in found))
+
+
+def _measure(
+    chosen: list[Spec | Question],
+    options: Options,
+    seconds: float,
+    end: float | None,
+    record: dict,
+    path: Path,
+    console: Console,
+) -> list[Outcome]:
+    """Run the cases in turn; `record` grows, and is written to `path` after each of them."""
+    found: list[Outcome] = []
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(chosen))
         for done, spec in enumerate(chosen):
-            left = args.budget and args.budget - (time.monotonic() - started)
+            left = None if end is None else end - time.monotonic()
             if left is not None and left <= spec.seconds(sized(spec, options)):
                 record["not_reached"].append(spec.name)  # a later one may take less
                 continue
@@ -440,56 +371,43 @@ def _run(
                     record.setdefault("answers", []).append({"name": spec.name})
                     spec.ask(sized(spec, options), left, note)
                 else:
-                    outcomes.append(run_case(spec, options, roof, seconds, tick))
-                    record["cases"].append(outcomes[-1].record())
+                    found.append(run_case(spec, options, record["roof"], seconds, tick))
+                    record["cases"].append(found[-1].record())
             except Exception as error:  # the cases after it are still worth knowing
                 traceback.print_exc()
                 record["failed"][spec.name] = gpu_timer.first_line(error)
             machine.write_json(path, record)  # at once: a run may be stopped at any moment
             gc.collect()
-    machine.write_json(path, record)
-    console.print(
-        terminal.table(outcomes, f"{stem}, r={args.r}, medians and p20-p80", facts["gpu"])
-    )
-    console.print(f"written: {path}")
-    for answer in record.get("answers", []):
-        console.print(terminal.answer(answer), markup=False)
-    for name in record["not_reached"]:
-        console.print(f"{name}: not reached within {args.budget:.0f} seconds", markup=False)
-    for outcome in outcomes:
-        for reason, count in outcome.case["fell_back"].items():
-            console.print(f"{outcome.spec.name}: fell back {count} times: {reason}", markup=False)
-    nothing = len(record["not_reached"]) == len(chosen)
-    return int(bool(record["failed"]) or nothing or any(o.rows[OURS].wrong for o in outcomes))
-
-
-def benchmark_ids(specs: list[Spec]) -> list:
-    """Parameters for pytest-benchmark: one test per case and variant."""
-    import pytest
-
-    return [
-        pytest.param(spec, name, id=f"{spec.name}/{name}") for spec in specs for name in spec.names
-    ]
+    return found
 
 
 _built: dict[str, tuple[Case, dict[str, Row]]] = {}
 
 
-def run_benchmark(benchmark, spec: Spec, name: str, options: Options) -> None:
-    """One pytest-benchmark test; the case is built and checked once for all of its variants. A case
-    with sizes of its own is no larger than `options`."""
-    if spec.shape is not None:
-        spec = replace(spec, shape=(min(spec.shape[0], options.n), min(spec.shape[1], options.k)))
-    if spec.name not in _built:
-        _built.clear()
-        gc.collect()
-        case = spec.build(sized(spec, options))
-        _built[spec.name] = case, check(spec, case)
-    case, rows = _built[spec.name]
-    assert rows[name].wrong is None, rows[name].wrong
-    numbers = itertools.count()
-    benchmark.group = spec.name
-    if case.variants[name].multiplied:
-        benchmark.pedantic(lambda: case.variants[name].call(1), rounds=1)
-        return
-    benchmark(lambda: case.variants[name].call(next(numbers)))
+def benchmark_test(specs: list[Spec]) -> Callable:
+    """Return a pytest-benchmark test of every case and variant. A case is built and checked once
+    for all of its variants; sizes of its own are cut to those of the options."""
+    import pytest
+
+    ids = [pytest.param(s, name, id=f"{s.name}/{name}") for s in specs for name in s.names]
+
+    @pytest.mark.parametrize(("spec", "name"), ids)
+    def test(benchmark, spec: Spec, name: str, options: Options) -> None:
+        if spec.shape is not None:
+            n, k = spec.shape
+            spec = replace(spec, shape=(min(n, options.n), min(k, options.k)))
+        if spec.name not in _built:
+            _built.clear()
+            gc.collect()
+            case = spec.build(sized(spec, options))
+            _built[spec.name] = case, check(spec, case)
+        case, rows = _built[spec.name]
+        assert rows[name].wrong is None, rows[name].wrong
+        variant, numbers = case.variants[name], itertools.count()
+        benchmark.group = spec.name
+        if variant.multiplied:
+            benchmark.pedantic(lambda: variant.call(1), rounds=1)
+        else:
+            benchmark(lambda: variant.call(next(numbers)))
+
+    return test
