@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +13,6 @@ import pytest
 import torch
 import trainers
 from adalora_models import STEPS, adalora_llama, optimizer_of
-from paths import ROOT, SUPPORT
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
@@ -31,13 +27,13 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
+from processes import run_code
 from safetensors.torch import load_file
 from tolerances import (
     AUTOCAST_RTOL,
     BF16_LOSS_RTOL,
     COMPACTED_RTOL,
     GOLDEN_RTOL,
-    HANG_SECONDS,
     LOGITS,
     LOSS_CURVE_RTOL,
 )
@@ -487,44 +483,33 @@ def test_trainer_callback_complains(tmp_path: Path) -> None:
 
 DDP = """
 import hashlib, json, sys
-import torch, torch.distributed as dist
+import torch, torch.distributed as dist, torch.multiprocessing as mp
 from adalora_models import STEPS, adalora_llama, optimizer_of
 from peft_models import text_batch
 import peftkern
 
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-torch.set_num_threads(1 + rank)  # must not matter
-model = adalora_llama(deltaT=1)
-peftkern.patch(model)
-wrapped = torch.nn.parallel.DistributedDataParallel(model)
-optimizer = optimizer_of(model)
-digest = hashlib.sha256()
-for step in range(1, STEPS + 1):
-    wrapped(**text_batch(seed=100 * rank + step)).loss.backward()
-    optimizer.step()
-    model.base_model.update_and_allocate(step)
-    optimizer.zero_grad()
-    digest.update(json.dumps(model.peft_config["default"].rank_pattern).encode())
-assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
-print(digest.hexdigest())
+def work(rank, store):
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+    torch.set_num_threads(1 + rank)  # must not matter
+    model = adalora_llama(deltaT=1)
+    peftkern.patch(model)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = optimizer_of(model)
+    digest = hashlib.sha256()
+    for step in range(1, STEPS + 1):
+        wrapped(**text_batch(seed=100 * rank + step)).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        digest.update(json.dumps(model.peft_config["default"].rank_pattern).encode())
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
+    print(digest.hexdigest())
+    dist.destroy_process_group()
+
+mp.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 
 def test_ddp_ranks_draw_the_same_masks(tmp_path: Path) -> None:
-    run = [sys.executable, "-c", DDP]
-    path = os.pathsep.join([str(SUPPORT), str(ROOT)])
-    processes = [
-        subprocess.Popen(
-            [*run, str(rank), str(tmp_path / "store")],
-            env={**os.environ, "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    results = [process.communicate(timeout=HANG_SECONDS) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
-    digests = {out.split()[-1] for out, _ in results}
-    assert len(digests) == 1
+    first, second = run_code(DDP, tmp_path / "store").split()
+    assert first == second

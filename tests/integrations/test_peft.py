@@ -18,7 +18,6 @@ from peft_models import (
     K,
     Net,
     add_lora,
-    fallbacks,
     fill_adapters,
     layer_of,
     lora_net,
@@ -291,14 +290,6 @@ def test_checks_per_call_are_cheap():
     names = _active_names(layer)
     called = calls_of(_active_names, layer) + calls_of(_unusual_state, layer, names)
     assert len(called) <= CALLS_OF_THE_CHECKS, called
-
-
-def test_stats_count_served_layers_and_no_fallback():
-    model = add_lora(tiny_llama())
-    peftkern.patch(model)
-    peftkern.reset_stats()
-    model(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    assert served_by_us() == 14 and fallbacks() == {}
 
 
 def test_patch_works_without_bitsandbytes(tmp_path):

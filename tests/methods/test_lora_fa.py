@@ -24,6 +24,7 @@ from method_models import (
 )
 from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer
+from processes import run_code
 from tolerances import LORA_FA_PEFT_RTOL, METHODS_RTOL, METHODS_STEPS_RTOL, errors
 from torch import Tensor, nn
 
@@ -230,9 +231,15 @@ def test_a_scaling_of_zero_is_named_under_pefts_formula():
         optimizer.step()
 
 
+DDP = """
+import sys, ddp_steps, torch.multiprocessing as mp
+mp.start_processes(ddp_steps.process, args=(2, sys.argv[1]), nprocs=2, start_method="fork")
+"""
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Under DistributedDataParallel, each with half of every batch."""
-    torch.multiprocessing.spawn(ddp_steps.process, args=(2, str(tmp_path)), nprocs=2)
+    run_code(DDP, tmp_path)
     net = ddp_steps.model()
     before = ddp_steps.trained(net)
     ddp_steps.train(net, LoRAFAOptimizer(net, lr=1e-2), slice(None))

@@ -148,13 +148,15 @@ def test_grad_scaler_unscales_and_skips(make):
             train(plain, reference, [(x, target)])
     assert scaler.get_scale() == 2.0**9
     assert relative_difference(model.parameters(), plain.parameters()) < METHODS_RTOL[F32]
+    if make.func is LoRAProAdamW:  # a power of two takes nothing away
+        assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
 def test_bfloat16_factors(make):
     model = our_net(BF16)
     optimizer = make(model)
-    losses = train(model, optimizer, batches(1, BF16) * 12)
-    assert losses[-1] < losses[0]
+    losses = train(model, optimizer, batches(1, BF16) * 20)
+    assert losses[-1] < (1.0 if make.func is LoRAFAOptimizer else 0.95) * losses[0]
     assert all(p.dtype is BF16 and p.isfinite().all() for p in model.parameters())
     assert optimizer.state[model.up.lora_B]["exp_avg"].dtype is BF16
 

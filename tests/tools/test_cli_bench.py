@@ -14,7 +14,7 @@ import pytest
 import torch
 from bench_run import BUDGET, TINY, bench, environment
 from command_line import refused
-from paths import SUPPORT, TESTS
+from paths import SUPPORT
 from waiting import wait_until
 
 from peftkern.cli import main
@@ -280,7 +280,7 @@ def is_running(process: str) -> bool:
     ],
 )
 def test_bad_input_is_one_line_before_anything_runs(arguments, complaint, capfd, monkeypatch):
-    monkeypatch.chdir(TESTS)
+    monkeypatch.chdir(SUPPORT)
     monkeypatch.setattr(command, "execute", lambda plan: pytest.fail("it ran"))
     refused(capfd, complaint, "bench", *arguments)
 
