@@ -1,5 +1,7 @@
 # make demo      fine-tune one model with PEFT and with peftkern
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
+# make test-long the wider sweeps that `make test` leaves out: every shape on every instruction set,
+#                three times the fuzz
 # make test-as   pytest as on a processor with less: ISA=avx2, or ISA=scalar for no vectors at all;
 #                TESTS=some of the tests, as pytest takes them (for `make pytest`, too)
 # make bench     measure this CPU, then `make docs`
@@ -37,7 +39,7 @@ CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 
-.PHONY: demo test pytest test-as bench docs aot cuda gpu tune lint format sanitize build clean
+.PHONY: demo test pytest test-long test-as bench docs aot cuda gpu tune lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/qlora_finetune.py
@@ -46,7 +48,12 @@ test: sanitize pytest
 
 # Two processes share the cores, so idle OpenMP threads must sleep instead of spinning.
 pytest: build
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
+		-m "not long" $(TESTS)
+
+test-long: build
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
+		-m "long or hypothesis" --hypothesis-profile=wide $(TESTS)
 
 # A stand-in for a machine that is not there: our kernels, torch's, oneDNN's and MKL's take no newer
 # instructions. So does torch.compile, which follows ATEN_CPU_CAPABILITY; its cache, which does not,

@@ -87,7 +87,10 @@ def tasks(archs: list[str]) -> list[tuple[Path, str]]:
 def table_header() -> Path:
     """Generate the headers and return their folder."""
     folder = CACHE / "generated"
-    generator, source = ROOT / "csrc" / "generate_nf4_table.py", ROOT / "peftkern" / "nf4.py"
+    generator, source = (
+        ROOT / "csrc" / "generate_nf4_table.py",
+        ROOT / "peftkern" / "formats" / "nf4.py",
+    )
     output(sys.executable, str(generator), str(source), str(folder / "peftkern" / "nf4_table.h"))
     return folder
 

@@ -110,9 +110,10 @@ def cuda_build(device: torch.device) -> dict[str, str]:
 
 def gpu_test_files() -> list[str]:
     """List the GPU tests: others may import peers that this machine does not have."""
-    files = sorted((machine.ROOT / "tests").glob("test_*.py"))
-    marked = [p for p in files if "mark.gpu" in p.read_text(encoding="utf-8")]
-    return [str(path.relative_to(machine.ROOT)) for path in marked]
+    tests = machine.ROOT / "tests"
+    others = (p for p in tests.rglob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8"))
+    found = {*(tests / "gpu").glob("test_*.py"), *others}
+    return sorted(str(path.relative_to(machine.ROOT)) for path in found)
 
 
 def command(part: str, args: argparse.Namespace, rest: list[str], seconds: float) -> list[str]:

@@ -1,16 +1,18 @@
-"""Resources of every Triton kernel on every target, compiled without a GPU.
+"""Compile every Triton kernel for every target, without a GPU, and write what each one uses.
 
 python bench/resources.py [--arch sm90] [--out bench/results]
 
-A file names the compiler and lists a line per case: registers of a thread, bytes that it spills
-(AMD: registers), bytes of shared memory of a program. Exits 1 if anything spills, if a program uses
-more shared memory than every architecture has, or if a case does not compile.
+A file names the compiler and lists a line per launch that compiles another kernel or another
+specialization: registers of a thread, bytes that it spills, bytes of shared memory of a program.
+Exits 1 if anything spills that is not known to, if a program uses more shared memory than every
+architecture has, if a launch does not compile, or if no case launches a kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -19,38 +21,77 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)  # which would leave nothing to compile
 
 import triton
+from aot_cases import CASES, KNOWN_SPILLS
 from rich.progress import track
 
-from peftkern.kernels.aot import TARGETS, Resources, compile_case
+import peftkern.kernels
+from peftkern.kernels.aot import TARGETS, Launch, Resources, compile_launch, record
 from peftkern.kernels.configs import SHARED_MEMORY
 
 RESULTS = Path(__file__).resolve().parent / "results"
-STEMS = ("nf4", "lora_linear", "nf4_lora_linear", "low_rank_svd", "adalora", "dora", "rosa")
+LAUNCHES: dict[tuple[str, str], Launch] = {}  # by architecture and name, for forked workers
 
 
-def names(arch: str) -> list[tuple[str, int]]:
-    """Return (stem, index) of every case of an architecture, which a worker can look up."""
-    cases = {stem: importlib.import_module(f"peftkern.kernels.{stem}").AOT_CASES for stem in STEMS}
-    return [(stem, i) for stem in STEMS for i, c in enumerate(cases[stem]) if arch in c.targets]
+def launches(arch: str) -> dict[str, Launch]:
+    """Return the launches of all cases by name, those that share a compiled kernel once."""
+    found: dict[str, Launch] = {}
+    known: set[str] = set()
+    for case in CASES:
+        if arch not in case.targets:
+            continue
+        new = {launch.key: launch for launch in record(case.call, arch)}
+        new = [launch for key, launch in new.items() if key not in known]
+        known.update(launch.key for launch in new)
+        for launch in new:
+            name = "/".join([launch.kernel, case.name, *_told_apart(launch, new)])
+            assert name not in found, name
+            found[name] = launch
+    return found
 
 
-def measure(task: tuple[str, int, str]) -> tuple[str, Resources | str]:
-    stem, index, arch = task
-    case = importlib.import_module(f"peftkern.kernels.{stem}").AOT_CASES[index]
+def _told_apart(launch: Launch, others: list[Launch]) -> list[str]:
+    """Constants in which a launch differs from others of its kernel in one case."""
+    own = launch.constants()
+    same = [other.constants() for other in others if other.kernel == launch.kernel]
+    return [f"{k}={v}" for k, v in own.items() if any(other.get(k) != v for other in same)]
+
+
+def without_a_case() -> list[str]:
+    """Return the kernels of the package that no recorded launch compiles."""
+    kernels = set()
+    for folder in peftkern.kernels.__path__:
+        for path in Path(folder).glob("*.py"):
+            module = importlib.import_module(f"peftkern.kernels.{path.stem}")
+            kernels |= {name for name in vars(module) if name.endswith("_kernel")}
+    return sorted(kernels - {launch.source.fn.__name__ for launch in LAUNCHES.values()})
+
+
+def measure(task: tuple[str, str]) -> Resources | str:
     try:
-        return case.name, compile_case(case, arch)
-    except Exception as error:  # the compiler's own; every other case is still worth knowing
-        return case.name, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        return compile_launch(LAUNCHES[task], task[0])
+    except Exception as error:  # the compiler's own; every other launch is still worth knowing
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
 
 
-def report(arch: str, rows: list[tuple[str, Resources | str]]) -> str:
-    width = max(len(name) for name, _ in rows)
+def report(arch: str, rows: dict[str, Resources | str]) -> str:
+    width = max(map(len, rows))
     lines = [
         f"# {arch}, Triton {triton.__version__}: `make aot` writes this file.",
-        f"{'case':<{width}}  regs spills  shared",
+        f"{'launch':<{width}}  regs spills  shared",
     ]
-    lines += [f"{name:<{width}}  {resources}" for name, resources in rows]
+    lines += [f"{name:<{width}}  {resources}" for name, resources in rows.items()]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def complaint(task: tuple[str, str], used: Resources | str) -> str | None:
+    """Return what makes a launch fail the run, None if nothing does."""
+    if isinstance(used, str):
+        return used
+    if used.spills > KNOWN_SPILLS.get(task, 0):
+        return f"spills {used.spills}"
+    if used.shared > SHARED_MEMORY:
+        return f"{used.shared} bytes of shared memory, at most {SHARED_MEMORY}"
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,28 +100,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(argv)
-    tasks = [(stem, i, arch) for arch in args.arch for stem, i in names(arch)]
-    with ProcessPoolExecutor(args.workers) as pool:
-        results = pool.map(measure, tasks)
-        rows = list(track(results, "compiling", len(tasks), disable=not sys.stderr.isatty()))
-    bad = 0
     for arch in args.arch:
-        mine = [row for row, task in zip(rows, tasks, strict=True) if task[2] == arch]
+        LAUNCHES.update({(arch, name): launch for name, launch in launches(arch).items()})
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork")) as pool:
+        results = pool.map(measure, LAUNCHES)
+        show = track(results, "compiling", len(LAUNCHES), disable=not sys.stderr.isatty())
+        found = dict(zip(LAUNCHES, show, strict=True))
+    for arch in args.arch:
         path = args.out / f"resources_{arch}.txt"
-        path.write_text(report(arch, mine), encoding="utf-8")
+        rows = {name: used for (of, name), used in found.items() if of == arch}
+        path.write_text(report(arch, rows), encoding="utf-8")
         print(f"written: {path}")
-        for name, found in mine:
-            if isinstance(found, str):
-                problem = found
-            elif found.spills:
-                problem = f"spills {found.spills}"
-            elif found.shared > SHARED_MEMORY:
-                problem = f"{found.shared} bytes of shared memory, at most {SHARED_MEMORY}"
-            else:
-                continue
-            bad += 1
-            print(f"{arch} {name}: {problem}")
-    return int(bad > 0)
+    complaints = [
+        f"{' '.join(task)}: {complaint(used)}" for task, used in found.items() if complaint(used)
+    ]
+    complaints += [f"no case launches {name}" for name in without_a_case()]
+    print(*complaints, sep="\n")
+    return int(bool(complaints))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Search for tiles that are faster than the counted ones; `bench/tune.py` lists the problems.
+"""Search for tiles that are faster than the counted ones; `bench/tune.py` says for what.
 
 The search of a problem starts from its counted tiles and walks, one field at a time, to whatever
-neighbor is faster by more than noise. A candidate that does not compile, needs more than the device
-has, or gives other numbers than the counted tiles is out. Many problems walk in step: for
-each field all candidates are compiled and checked by several processes, on a GPU where
-nothing is timed meanwhile, and then timed by this process alone. Compiling takes a second or more,
-timing some hundredths, and problems of different shapes share compiled programs.
+neighbor is faster by more than noise. A candidate that does not compile, needs more than the
+device has, or gives other numbers than the counted tiles is out. Many problems walk in step: for
+each field all candidates are compiled and checked by several processes, on a GPU that nobody
+measures meanwhile, and then timed by this process alone. Compiling takes a second or more, timing
+some hundredths, and problems of different shapes share what is compiled.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ SCALING = 0.5
 
 
 def in_turn(shapes: list, rows: list, ranks: list) -> Iterator[tuple[int, int, int, int]]:
-    """Order (r, M, N, K): for one rank all rows of four weights, a model, before the next."""
+    """Yield (r, M, N, K): for one rank all rows of four weights, a model, before the next four."""
     for r, start in itertools.product(ranks, range(0, len(shapes), 4)):
         for m, (n, k) in itertools.product(rows, shapes[start : start + 4]):
             yield r, m, n, k
 
 
 def problems(shapes: list, rows: list, ranks: list) -> Iterator[tuple[Problem, int, int]]:
-    """Yield (problem, N, K) as the launchers look them up, each once, most wanted first."""
+    """Yield (problem, N, K) as the launchers ask for them, each once, most wanted first."""
     from peftkern.kernels.configs import NF4_FUSED_ROWS_MAX
 
     seen, last = set(), []
@@ -93,9 +93,11 @@ def copies_of(nbytes: int, rotate: int) -> int:
 def runner(
     problem: Problem, n: int, k: int, device: torch.device, rotate: int = 0
 ) -> Callable[[int], tuple]:
-    """Return call(i), the problem's launch on the i-th of equal inputs, which together are as large
-    as `rotate`."""
-    from peftkern.kernels import dora, lora_linear, nf4, nf4_lora_linear
+    """Return call(i), the problem's launch on the i-th of equal inputs.
+
+    Together they are as large as `rotate`.
+    """
+    from peftkern.kernels import dora, low_rank_update, nf4, nf4_lora_linear
 
     torch.manual_seed(0)
     m, r, kernel = problem.M, problem.r, problem.kernel
@@ -112,22 +114,22 @@ def runner(
     b = pool(n, r, scale=0.1, dtype=f32)[0]
     if kernel == "lora_forward":
         xs = pool(m, k)
-        return lambda i: lora_linear.update_forward(of(xs, i), a, b, None, SCALING, None, 0.0)
+        return lambda i: low_rank_update.update_forward(of(xs, i), a, b, None, SCALING, None, 0.0)
     if kernel == "lora_backward_sb":
         dys, s = pool(m, n), pool(m, r, dtype=f32)[0]
         needs = [True, True, True, False]
-        return lambda i: lora_linear.gradients_sb(of(dys, i), s, b, SCALING, needs)
+        return lambda i: low_rank_update.gradients_sb(of(dys, i), s, b, SCALING, needs)
     if kernel == "lora_backward_xa":
         xs, ds, dtype = pool(m, k), pool(m, r, dtype=f32)[0], torch.bfloat16
         both = (True, True)
-        return lambda i: lora_linear.gradients_xa(of(xs, i), a, ds, None, 0.0, both, dtype)
+        return lambda i: low_rank_update.gradients_xa(of(xs, i), a, ds, None, 0.0, both, dtype)
     if kernel == "epilogue":
         parts, s, y = pool(4, m, n, dtype=f32), pool(4, m, r, dtype=f32)[0], pool(m, n)[0]
         scales = (1.0, SCALING)
 
         def epilogue(i: int) -> tuple:
             args = (of(parts, i), s, b.t(), None, None, 0.0, scales, None, y)
-            lora_linear.update_epilogue(*args)
+            low_rank_update.update_epilogue(*args)
             return (y.clone() if device.type == "cpu" else y,)
 
         return epilogue
@@ -149,14 +151,14 @@ def runner(
     if kernel == "nf4_forward":
         x = pool(m, k)[0]
         rest = (a, b, None, SCALING, None, 0.0)
-        return lambda i: nf4_lora_linear._fused_forward(x, *of(packed, i), *rest)
+        return lambda i: nf4_lora_linear.fused_forward(x, *of(packed, i), *rest)
     dy = pool(m, n)[0]
     rest = (None, None, None, 0.0)
-    return lambda i: (nf4_lora_linear._fused_backward(dy, *of(packed, i), *rest),)
+    return lambda i: (nf4_lora_linear.fused_backward(dy, *of(packed, i), *rest),)
 
 
 def seconds_of(calls: dict[str, Callable[[int], object]], device: torch.device) -> dict[str, float]:
-    """Return the median of each, timed in turns; on a GPU of replayed graphs, without host time."""
+    """Return the median of each, in turns; on a GPU of replayed graphs, without the host."""
     if device.type == "cpu":
         return {name: t.median for name, t in measure(calls, seconds=0.0).items()}
     one = {
@@ -170,7 +172,7 @@ def seconds_of(calls: dict[str, Callable[[int], object]], device: torch.device) 
 
 
 def checked(call: Callable[[int], tuple]) -> tuple[Tensor, ...]:
-    """Return the result of a call over memory that torch fills with NaN in this mode."""
+    """Return a call's results, over memory that torch fills with NaN in this mode."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -180,15 +182,17 @@ def checked(call: Callable[[int], tuple]) -> tuple[Tensor, ...]:
 
 
 def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], sides: int = 1) -> bool:
-    """Return whether results agree within RATIO roundings of the activations: the summation order
-    differs. Two sides that round at different steps have twice that."""
+    """Compare within RATIO times the rounding of the activations: sums run in another order.
+
+    Two sides that round on different ways have twice that.
+    """
     bounds = [sides * RATIO * floor[torch.bfloat16] for floor in (FLOOR_RMS, FLOOR_MAX)]
     pairs = [errors(g, e) for g, e in zip(got, expected, strict=True)]
     return all(rms <= bounds[0] and most <= bounds[1] for rms, most in pairs)
 
 
 def neighbors(config: TileConfig, name: str, kernel: str) -> Iterator[TileConfig]:
-    """Yield configs that differ in one field: half and double, or one stage fewer and more."""
+    """Yield configs that differ in one field: half and double, or a stage fewer and more."""
     value = getattr(config, name)
     steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
     for step in steps:
@@ -199,7 +203,7 @@ def neighbors(config: TileConfig, name: str, kernel: str) -> Iterator[TileConfig
 
 @dataclass(eq=False)
 class Search:
-    """Hill climbing of one problem, from its counted tiles to the best found so far."""
+    """Walk of one problem, from its counted tiles to the best found so far."""
 
     problem: Problem
     n: int
@@ -211,13 +215,13 @@ class Search:
 
     @classmethod
     def of(cls, problem: Problem, n: int, k: int, device: torch.device) -> Search:
-        from peftkern.kernels.launch import processors
+        from peftkern.kernels.launch import traits
 
-        counted = choose(problem, processors(device))
+        counted = choose(problem, traits(device).processors)
         return cls(problem, n, k, counted, counted, tried={counted})
 
     def candidates(self, step: int) -> list[TileConfig]:
-        """Return untried neighbors in the step-th field."""
+        """Return neighbors in the step-th field that were not tried yet."""
         names = FIELDS[self.problem.kernel][step : step + 1]
         kernel = self.problem.kernel
         new = [c for name in names for c in neighbors(self.best, name, kernel)]
@@ -228,7 +232,7 @@ class Search:
 
 @functools.lru_cache(maxsize=1)
 def expected(problem: Problem, n: int, k: int, counted: TileConfig, device: torch.device) -> tuple:
-    """Return the problem's runner and its result with the counted tiles."""
+    """Return the problem's runner, and its results with the counted tiles."""
     run = runner(problem, n, k, device)
     return run, checked(with_tiles(run, problem.kernel, counted))
 
@@ -248,7 +252,7 @@ def with_tiles(
 def refused(
     problem: Problem, n: int, k: int, counted: TileConfig, config: TileConfig, device: torch.device
 ) -> str | None:
-    """Return the reason against tiles: they do not run here, or give other numbers."""
+    """Return why tiles are no candidate: they do not run here, or give other numbers."""
     try:
         run, right = expected(problem, n, k, counted, device)
         got = checked(with_tiles(run, problem.kernel, config))
@@ -273,7 +277,7 @@ class Workers:
             self.pool = spawn.Pool(self.count)
 
     def refused(self, trials: list[tuple[Search, TileConfig]]) -> list[str | None]:
-        """Map every candidate to its refusal; each distinct program is compiled once."""
+        """Return `refused` of every candidate, each distinct program compiled once."""
         tasks = [(s.problem, s.n, s.k, s.counted, config, self.device) for s, config in trials]
         if self.pool is None:
             return [refused(*task) for task in tasks]
@@ -287,8 +291,10 @@ class Workers:
         return [answers[i] for i in range(len(tasks))]
 
     def _asked(self, tasks: dict[int, tuple]) -> dict[int, str | None]:
-        """Check candidates in the pool. One that hangs, or kills its process or the device, is out
-        like any other; all processes are then replaced, and pending candidates resubmitted."""
+        """Collect answers; a candidate that hangs, or kills its process or device, is out.
+
+        All processes are replaced then, and those whose answers were on their way are asked again.
+        """
         answers: dict[int, str | None] = {}
         while len(answers) < len(tasks):
             left = [i for i in tasks if i not in answers]
@@ -348,11 +354,11 @@ def search(
 
 
 def fused_rows(shapes: list, device: torch.device, rows: tuple[int, ...]) -> tuple[int, dict]:
-    """Find the largest M at which the fused NF4 kernel is no slower on average, and the ratios."""
-    from peftkern.kernels import lora_linear, nf4, nf4_lora_linear
+    """Return up to which M the fused NF4 kernel is no slower on average, and the ratios."""
+    from peftkern.kernels import low_rank_update, nf4, nf4_lora_linear
 
     def composed(x: Tensor, weight: tuple, *adapters) -> tuple:
-        y, s = lora_linear.update_forward(x, *adapters)
+        y, s = low_rank_update.update_forward(x, *adapters)
         dense = nf4.nf4_dequantize(*weight, x.dtype)
         return y.addmm_(x, dense.t()), s
 
@@ -368,7 +374,7 @@ def fused_rows(shapes: list, device: torch.device, rows: tuple[int, ...]) -> tup
             a = torch.randn(problem.r, k, device=device) / k**0.5
             rest = (a, torch.randn(n, problem.r, device=device), None, SCALING, None, 0.0)
             calls = {
-                "fused": lambda i, p=pool, x=x, rest=rest: nf4_lora_linear._fused_forward(
+                "fused": lambda i, p=pool, x=x, rest=rest: nf4_lora_linear.fused_forward(
                     x, *p[i % len(p)], *rest
                 ),
                 "composed": lambda i, p=pool, x=x, rest=rest: composed(x, p[i % len(p)], *rest),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.kernels.launch import processors
+from peftkern.kernels.launch import traits
 from peftkern.kernels.primitives import dot, narrow
 
 
@@ -125,7 +125,7 @@ def _pointers_kernel(
 def _run(kernel, x: Tensor, w: Tensor, tile: Tile) -> Tensor:
     (m, k), n = x.shape, w.shape[0]
     y = x.new_empty(m, n)
-    programs = min(processors(x.device), triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
+    programs = min(traits(x.device).processors, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
     sizes = (m, n, k, programs)
     kernel[(programs,)](x, w, y, *sizes, **tile.constants(), **tile.launch())
     return y

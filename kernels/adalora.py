@@ -1,4 +1,4 @@
-"""AdaLoRA's importance and allocation on a GPU: three launches for a whole model, and no waiting.
+"""AdaLoRA's importance and allocation on a GPU: three launches for a whole model, no host sync.
 
 One program per piece of a lora_A row, or of some lora_B rows, updates both EMAs and leaves the sum
 of their product; a second launch does the same for lora_E and adds up each layer's sums in order; a
@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends.pointers import address_table
-from peftkern.kernels.aot import AotCase
-from peftkern.kernels.configs import TileConfig, ceil_div, next_power
+from peftkern.kernels.configs import ceil_div, next_power
 from peftkern.kernels.launch import guard
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -42,9 +41,10 @@ def _ema_product(
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
 ):
-    """Update both EMAs at some elements of a parameter; their product. No gradient counts as 0.
+    """Update both EMAs at some elements of a parameter and return their product.
 
-    Where it is not finite they stay as they are, and the product is NaN.
+    A missing gradient counts as 0. Where the sensitivity is not finite the EMAs keep their values
+    and the product is NaN.
     """
     w = tl.load(w_ptr.to(tl.pointer_type(W_TYPE)) + offset, mask=mask, other=0.0)
     has_gradient = mask & (g_ptr != 0)
@@ -74,7 +74,7 @@ def _adalora_importance_kernel(
     TILE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """A piece of lora_A[j, :]: the sum of its products; of rows of lora_B: the sums of columns."""
+    """Sum the products of a piece of lora_A[j, :], or of the columns of some rows of lora_B."""
     piece = pieces_ptr + tl.program_id(0) * 3
     layer = tl.load(piece + 1)
     index = tl.load(piece + 2)
@@ -139,7 +139,7 @@ def _adalora_scores_kernel(
     TILE_R: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """score_j = s(E_j) + mean over K of s(A_jk) + mean over N of s(B_nj), one layer a program."""
+    """Compute score_j = s(E_j) + mean_k s(A_jk) + mean_n s(B_nj), one layer per program."""
     layer = tl.program_id(0)
     field = layers_ptr + layer * _FIELDS
     r, K, N = tl.load(field), tl.load(field + 1), tl.load(field + 2)
@@ -227,7 +227,7 @@ def refusal_importance(
     grads: list[Tensor | None],
     *args: object,
 ) -> str | None:
-    """Reason against adalora_importance_."""
+    """Return the refusal of adalora_importance_, None if the kernels take the call."""
     if exp_avg_ipt.dtype is not torch.float32:
         return f"the EMAs are {exp_avg_ipt.dtype}"
     rank = max(A.shape[0] for A in params[1::3])
@@ -238,7 +238,7 @@ def refusal_importance(
 
 
 def refusal_allocate(scores: Tensor, lora_E: list[Tensor], *args: object) -> str | None:
-    """Reason against adalora_allocate_."""
+    """Return the refusal of adalora_allocate_, None if the kernels take the call."""
     if scores.dtype is not torch.float32:
         return f"scores are {scores.dtype}"
     return _one_dtype("lora_E", lora_E)
@@ -335,7 +335,7 @@ def adalora_allocate_(
 def _plan(
     shapes: tuple[tuple[int, int, int], ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Tables for layers of (r, K, N): their fields, the pieces, first scores; how many sums."""
+    """Build the tables for layers of (r, K, N): fields, pieces, first scores; count the sums."""
     rows = _TILE // next_power(max(r for r, _, _ in shapes))
     layers, pieces, element, total = [], [], 0, 0
     for i, (r, K, N) in enumerate(shapes):
@@ -352,7 +352,7 @@ def _plan(
 
 @functools.lru_cache(maxsize=16)
 def _owners(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The layer of each triplet, and the first triplet of each layer."""
+    """Return the layer of each triplet, and the first triplet of each layer."""
     layer = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     first = torch.tensor([0, *accumulate(sizes)][:-1])
     return layer.to(device), first.to(device)
@@ -360,78 +360,3 @@ def _owners(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
 
 def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
-
-
-def _importance_case(w_type: str, g_type: str, r: int) -> AotCase:
-    arguments = {
-        "addresses_ptr": "*i64",
-        "layers_ptr": "*i64",
-        "pieces_ptr": "*i64",
-        "ipt_ptr": "*fp32",
-        "unc_ptr": "*fp32",
-        "sums_ptr": "*fp32",
-        "beta1": "fp32",
-        "beta2": "fp32",
-        "W_TYPE": _NAMED[w_type],
-        "G_TYPE": _NAMED[g_type],
-        "TILE": _TILE,
-        "BLOCK_R": next_power(r),
-    }
-    config = TileConfig(num_warps=8)
-    return AotCase(
-        f"adalora_importance/r{r}/{w_type}/gradients-{g_type}",
-        _adalora_importance_kernel,
-        arguments,
-        config,
-    )
-
-
-def _scores_case(w_type: str, g_type: str, r: int) -> AotCase:
-    arguments = {
-        "addresses_ptr": "*i64",
-        "layers_ptr": "*i64",
-        "first_ptr": "*i64",
-        "ipt_ptr": "*fp32",
-        "unc_ptr": "*fp32",
-        "sums_ptr": "*fp32",
-        "scores_ptr": "*fp32",
-        "beta1": "fp32",
-        "beta2": "fp32",
-        "W_TYPE": _NAMED[w_type],
-        "G_TYPE": _NAMED[g_type],
-        "TILE": _TILE,
-        "TILE_R": _TILE // next_power(r),
-        "BLOCK_R": next_power(r),
-    }
-    config = TileConfig(num_warps=1)
-    name = f"adalora_scores/r{r}/{w_type}/gradients-{g_type}"
-    return AotCase(name, _adalora_scores_kernel, arguments, config)
-
-
-def _allocate_case(e_type: str, threshold: bool) -> AotCase:
-    arguments = {
-        "scores_ptr": "*fp32",
-        "addresses_ptr": "*i64",
-        "layer_ptr": "*i64",
-        "first_ptr": "*i64",
-        "mask_ptr": "*i8",
-        "count": "i32",
-        "budget": "i32",
-        "THRESHOLD": threshold,
-        "E_TYPE": _NAMED[e_type],
-        "BLOCK": _RANKED,
-    }
-    name = f"adalora_allocate/{e_type}/{'threshold' if threshold else 'exact'}"
-    return AotCase(name, _adalora_allocate_kernel, arguments, TileConfig(num_warps=8))
-
-
-_NAMED = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
-AOT_CASES = (
-    _importance_case("fp32", "fp32", 12),
-    _importance_case("bf16", "bf16", 64),
-    _importance_case("bf16", "fp32", 256),
-    _scores_case("fp32", "fp32", 12),
-    _scores_case("bf16", "bf16", 256),
-    _allocate_case("fp32", False),
-    _allocate_case("bf16", True),
-)

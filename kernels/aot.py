@@ -1,8 +1,7 @@
-"""Cases that are compiled where there is no GPU, and what the compiler says they use.
+"""Ahead-of-time compilation of recorded launches, without a GPU.
 
-Every `kernels/<stem>.py` lists its launches in `AOT_CASES`, with the tiles that `choose` gives an
-H200. `make aot` compiles each for every target below and writes registers, spills and shared memory
-to `bench/results/resources_<arch>.txt`, so that a spill shows in a diff.
+`record` runs a launcher on tensors of the "meta" device, which have no memory: Triton's own launch
+decides what to compile for a target, and a hook takes that down instead of compiling it.
 """
 
 from __future__ import annotations
@@ -10,16 +9,18 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from peftkern.kernels.configs import Problem, TileConfig, choose
+from peftkern.kernels.launch import Traits, recorded_for
 
 PROCESSORS = 132  # of an H200
 TARGETS = {
@@ -28,29 +29,37 @@ TARGETS = {
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-CUDA_ONLY = {"tf32x3": "ieee", True: False}  # what AMD's compiler gets for PRECISION and PTX
 
 
 @dataclass(frozen=True)
-class AotCase:
-    """One launch: `arguments` maps each parameter to what Triton would specialise it on.
+class Launch:
+    """Compilation unit of one launch: a kernel with types, constants and hints; its options."""
 
-    "*bf16" is an aligned pointer, "i32" and "fp32" are numbers, "i32:16" one that 16 divides;
-    anything else, None included, is a compile-time constant. `targets` have this launch.
-    """
+    source: ASTSource
+    options: dict[str, Any]
 
-    name: str
-    kernel: Any
-    arguments: Mapping[str, Any]
-    config: TileConfig
-    fp_fusion: bool = True
-    targets: tuple[str, ...] = tuple(TARGETS)
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel without its affixes: "lora_forward" of `_lora_forward_kernel`."""
+        return self.source.fn.__name__.removeprefix("_").removesuffix("_kernel")
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that share one compiled kernel."""
+        return f"{self.source.hash()} {self.options}"
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time constants by parameter."""
+        names = self.source.fn.arg_names
+        return {names[path[0]]: value for path, value in self.source.constants.items()}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses; `spills` in bytes (AMD: in registers)."""
+    """Registers of a thread, bytes of memory to which it spills, shared memory of a program.
+
+    AMD's compiler spills scalar registers to lanes of vector registers first: no memory, no spill.
+    """
 
     registers: int
     spills: int
@@ -60,34 +69,52 @@ class Resources:
         return f"{self.registers:4d} {self.spills:6d} {self.shared:7d}"
 
 
-def tiles(kernel: str, M: int, N: int, K: int, r: int, bits: int) -> TileConfig:
-    """The counted tiles of a problem on an H200."""
-    return choose(Problem(kernel, M, N, K, r, bits), PROCESSORS)
+class _Driver:
+    """Stand-in for the driver of a GPU: what Triton asks of it before it compiles."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.arch]
+
+    def get_current_device(self) -> str:
+        return self.arch  # under which a kernel remembers its target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
 
 
-def compile_case(case: AotCase, arch: str) -> Resources:
-    """Compile a case for an architecture, without a GPU.
+def record(call: Callable[[], object], arch: str) -> list[Launch]:
+    """Return the launches of a call on "meta" tensors, with the counted tiles of an H200."""
+    launches: list[Launch] = []
+
+    def take_down(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        types, constants, (hints,) = (compile[k] for k in ("signature", "constants", "configs"))
+        source = ASTSource(fn.jit_function, types, constants, hints)
+        options = {k: compile[k] for k in ("num_warps", "num_stages", "enable_fp_fusion")}
+        launches.append(Launch(source, options))
+        return True  # so that Triton neither compiles nor launches
+
+    gpu = Traits.of_gpu(arch, PROCESSORS, hip=TARGETS[arch].backend == "hip")
+    driver.set_active(_Driver(arch))
+    try:
+        with recorded_for(replace(gpu, arch="recorded")), knobs.runtime.scope():
+            knobs.runtime.jit_cache_hook = take_down
+            call()
+    finally:
+        driver.set_active(None)
+    return launches
+
+
+def compile_launch(launch: Launch, arch: str) -> Resources:
+    """Compile a recorded launch for its architecture, without a GPU.
 
     Raises: what Triton raises for a kernel that does not compile.
     """
     target = TARGETS[arch]
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(case.kernel.arg_names):
-        value = case.arguments[name]
-        if isinstance(value, str) and re.fullmatch(r"\*?[a-z]+\d+(:16)?", value):
-            signature[name] = value.removesuffix(":16")
-            if value.startswith("*") or value.endswith(":16"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            continue
-        if target.backend == "hip" and name in ("PRECISION", "PTX"):
-            value = CUDA_ONLY.get(value, value)
-        signature[name] = "constexpr"
-        constants[(index,)] = value
-    source = ASTSource(case.kernel, signature, constants, attributes)
-    options = {**case.config.launch(), "enable_fp_fusion": case.fp_fusion}
-    compiled = triton.compile(source, target=target, options=options)
-    read = _read_amd if target.backend == "hip" else _read_nvidia
-    return read(compiled)
+    compiled = triton.compile(launch.source, target=target, options=launch.options)
+    return (_read_amd if target.backend == "hip" else _read_nvidia)(compiled)
 
 
 def _read_nvidia(compiled: Any) -> Resources:
@@ -105,8 +132,8 @@ def _read_nvidia(compiled: Any) -> Resources:
 
 def _read_amd(compiled: Any) -> Resources:
     text = compiled.asm["amdgcn"]
-    vector, spilled, scalar_spilled = (
+    registers, scratch = (
         int(re.search(rf"\.{what}:\s+(\d+)", text)[1])
-        for what in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        for what in ("vgpr_count", "private_segment_fixed_size")
     )
-    return Resources(vector, spilled + scalar_spilled, compiled.metadata.shared)
+    return Resources(registers, scratch, compiled.metadata.shared)

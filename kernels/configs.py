@@ -9,25 +9,26 @@ a table gets the counted tiles, and the back ends in dispatch's own order.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peftkern.formats.json_files import read_json
+
 TUNED = Path(__file__).parent / "tuned"
 RANK_LEAST, RANK_MOST = 16, 64
 SHARED_MEMORY = 99 << 10  # bytes that one program may use on every architecture from sm80 on
 # Rows up to which the fused NF4 kernels run. Counted for an H200: decoding (about 4 operations a
-# weight) and 60% of the tensor cores' rate against dequantising and cuBLAS meet at M = 100 to 150.
+# weight) and 60% of the tensor cores' rate against dequantizing and cuBLAS meet at M = 100 to 150.
 NF4_FUSED_ROWS = 128
 NF4_FUSED_ROWS_MAX = 256  # beyond, a table cannot ask for them either
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One launch: tile sizes, how often the reduction is split, and what the compiler is told.
+    """Tile sizes of one launch, splits of its reduction, and the compiler's options.
 
     A kernel without a dimension ignores its block. `splits` counts slabs of the reduction that
     different programs work on; their partial sums are added in one fixed order.
@@ -41,7 +42,7 @@ class TileConfig:
     num_stages: int = 2
 
     def valid(self, kernel: str = "") -> bool:
-        """Whether a kernel compiles with it: powers of two, and dot's least size.
+        """Check that a kernel compiles with it: powers of two, and dot's least size.
 
         A kernel over NF4 multiplies half of block_k at once; the epilogue's columns are an axis of
         the grid, of which CUDA takes 65,535 programs.
@@ -59,14 +60,13 @@ class TileConfig:
         )
 
     def launch(self) -> dict[str, int]:
-        """The options of a Triton launch."""
+        """Return the options of a Triton launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel, or a whole op, is asked for: y[M, N] from x[M, K] with rank r, `bits` per
-    activation."""
+    """Sizes of a call of a kernel or op: y[M, N] from x[M, K], rank r, `bits` per activation."""
 
     kernel: str
     M: int
@@ -76,18 +76,18 @@ class Problem:
     bits: int
 
     def key(self) -> str:
-        """The name under which tables keep it: rows in powers of two, ranks as tiles take them."""
+        """Return its name in the tables: rows in powers of two, ranks as tiles take them."""
         sizes = f"M{next_power(self.M)}/N{self.N}/K{self.K}/r{block_rank(self.r)}"
         return f"{self.kernel}/{sizes}/{self.bits}-bit"
 
     def class_key(self) -> str:
-        """The same without the weight's shape, and with ranks as they are: for `nearest`."""
+        """Return the same without the weight's shape, and with ranks as they are: for `nearest`."""
         rank = max(RANK_LEAST, next_power(self.r))
         return f"{self.kernel}/M{next_power(self.M)}/r{rank}/{self.bits}-bit"
 
 
 def choose(problem: Problem, processors: int, tuned: Mapping[str, Any] | None = None) -> TileConfig:
-    """The tiles for a problem on a device of so many multiprocessors.
+    """Choose the tiles for a problem on a device of so many multiprocessors.
 
     Args: tuned, the "configs" of a table: {problem.key(): fields of TileConfig}, or None.
     Raises: KeyError for a kernel that is not known; ValueError for a table with an invalid entry.
@@ -103,29 +103,29 @@ def choose(problem: Problem, processors: int, tuned: Mapping[str, Any] | None = 
 
 @functools.lru_cache(maxsize=4096)
 def chosen(problem: Problem, arch: str, processors: int) -> TileConfig:
-    """`choose` with the table of the architecture, remembered."""
+    """Return `choose` with the table of the architecture, cached."""
     return choose(problem, processors, load(arch).get("configs"))
 
 
 def nf4_fused_rows(arch: str) -> int:
-    """Up to how many rows the fused NF4 kernels are chosen on an architecture."""
+    """Return up to how many rows the fused NF4 kernels are chosen on an architecture."""
     return min(load(arch).get("nf4_fused_rows", NF4_FUSED_ROWS), NF4_FUSED_ROWS_MAX)
 
 
 @functools.lru_cache(maxsize=4096)
 def fastest(problem: Problem, arch: str) -> str | None:
-    """The back end that measured fastest for an op on an architecture; see `nearest`."""
+    """Return the back end that measured fastest for an op on an architecture; see `nearest`."""
     return nearest(problem, load(arch).get("back_ends", {}))
 
 
 @functools.lru_cache(maxsize=4096)
 def layer_of(problem: Problem, arch: str) -> str | None:
-    """Whose layer measured faster, "peftkern" or "PEFT"; see `nearest`."""
+    """Return whose layer measured faster, "peftkern" or "PEFT"; see `nearest`."""
     return nearest(problem, load(arch).get("layers", {}))
 
 
 def nearest(problem: Problem, measured: Mapping[str, Mapping[str, str]]) -> str | None:
-    """What a table {problem.class_key(): {"NxK": answer}} says, None if it does not.
+    """Look a problem up in a table {problem.class_key(): {"NxK": answer}}; None if it is not there.
 
     A weight that is not in it goes by the nearest that is, as far as twice or half of N and of K:
     the least |log(N / N')| + |log(K / K')|, the first in the table if two have it.
@@ -142,13 +142,13 @@ def nearest(problem: Problem, measured: Mapping[str, Mapping[str, str]]) -> str 
 
 @functools.cache
 def load(arch: str) -> dict[str, Any]:
-    """The measured table of an architecture ("sm90"); empty if there is none."""
+    """Return the measured table of an architecture ("sm90"); empty if there is none."""
     path = TUNED / f"{arch}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def as_entry(config: TileConfig) -> dict[str, int]:
-    """What a table keeps of a configuration."""
+    """Return what a table keeps of a configuration."""
     return asdict(config)
 
 
@@ -157,7 +157,7 @@ def next_power(n: int) -> int:
 
 
 def block_rank(r: int) -> int:
-    """Ranks of a tile: dot multiplies at least 16, and more than 64 do not fit."""
+    """Return the ranks of a tile: dot multiplies at least 16, and more than 64 do not fit."""
     return min(max(RANK_LEAST, next_power(r)), RANK_MOST)
 
 
@@ -166,12 +166,12 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def slab(length: int, block: int, splits: int) -> int:
-    """Elements that each of `splits` programs walks through, in whole blocks."""
+    """Return the elements that each of `splits` programs walks through, in whole blocks."""
     return ceil_div(ceil_div(length, block), splits) * block
 
 
 def _fill(programs: int, wanted: int, most: int) -> int:
-    """How often to split so that about `wanted` programs run, and no slab is empty."""
+    """Return the splits with which about `wanted` programs run, and no slab is empty."""
     return max(1, min(wanted // max(programs, 1), most))
 
 
@@ -231,7 +231,7 @@ def _nf4_backward(p: Problem, processors: int) -> TileConfig:
 
 
 def _light(p: Problem) -> bool:
-    """Whether a tile of the rank and one of the activations leave registers for bigger tiles.
+    """Check that a tile of the rank and one of the activations leave registers for bigger tiles.
 
     The tiles of what is not light are the largest that spill nowhere (bench/results/resources_*).
     """

@@ -1,4 +1,4 @@
-"""The small matrices of the low-rank SVD on a GPU: one program a factor or a pair, in float64.
+"""Small matrices of the low-rank SVD on a GPU: one program per factor or pair, in float64.
 
 The algorithms of csrc/cpu/low_rank_core.h, on matrices that lie in the registers of a program:
 pivoted Cholesky decomposition of Gram matrices, pivoted QR of the cores, one-sided Jacobi, and what
@@ -45,7 +45,7 @@ def square(matrix_ptr, R: tl.constexpr):
 
 @triton.jit
 def _product(a_ptr, b_ptr, R: tl.constexpr):
-    """a @ b of two matrices in memory: without tensor cores, which few GPUs have for float64."""
+    """Multiply two matrices in memory without tensor cores, which few GPUs have for float64."""
     index = tl.arange(0, R)
     out = tl.zeros((R, R), tl.float64)
     for k in range(R):
@@ -61,7 +61,7 @@ def _reciprocal(x):
 
 @triton.jit
 def _unit_gram(partial_ptr, tiles, R: tl.constexpr):
-    """A factor's Gram matrix with its columns' lengths taken out; all zero unless it is finite.
+    """Scale a factor's Gram matrix to a unit diagonal; all zero unless it is finite.
 
     Returns: the matrix and its diagonal, lengths, their reciprocals, and whether it was finite.
     """
@@ -80,7 +80,7 @@ def _unit_gram(partial_ptr, tiles, R: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
-def factorise_kernel(
+def low_rank_factorize_kernel(
     table_ptr,
     kappa_ptr,
     norms_ptr,
@@ -91,7 +91,7 @@ def factorise_kernel(
     ROWS: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Gram matrix = D root^T root D, D = diag(norms), and the inverse with Q = factor * inverse.
+    """Factorize a Gram matrix = D root^T root D, D = diag(norms); inverse: Q = factor * inverse.
 
     A pivoted Cholesky decomposition of the matrix with unit diagonal; nothing is swapped: rows and
     columns of past pivots are zero. The steps of the elimination, done to a unit matrix as well,
@@ -146,7 +146,7 @@ def factorise_kernel(
 
 @triton.jit
 def _pivoted_qr(a, r, R: tl.constexpr):
-    """Householder's QR of C with column pivots, where a = C^T: R^T in C's column order, and Q."""
+    """Return R^T in C's column order, and Q, of Householder's column-pivoted QR of C = a^T."""
     index = tl.arange(0, R)
     i, j = index[:, None], index[None, :]
     q = tl.where(i == j, 1.0, 0.0).to(tl.float64)
@@ -176,7 +176,7 @@ def _rotated(x, y, s, tau):
 
 @triton.jit
 def _moved(x, y, HALF: tl.constexpr):
-    """Columns of the next round of a tournament: all but x[:, 0] walk once around."""
+    """Permute columns for the next round of a tournament: all but x[:, 0] walk once around."""
     k = tl.arange(0, HALF)[None, :] + tl.zeros(x.shape, tl.int32)
     to_right = tl.gather(tl.where(k == 0, y, x), tl.maximum(k - 1, 0), 1)
     to_left = tl.gather(y, tl.minimum(k + 1, HALF - 1), 1)
@@ -185,7 +185,7 @@ def _moved(x, y, HALF: tl.constexpr):
 
 @triton.jit
 def _products(x, y):
-    """x.x, y.y and x.y of the columns: one reduction, whose warps meet once instead of thrice."""
+    """Return x.x, y.y, x.y of the columns by one reduction, so one barrier instead of three."""
     both = x * y
     squares, gamma = tl.split(tl.sum(tl.join(tl.join(x * x, y * y), tl.join(both, both)), 0))
     alpha, beta = tl.split(squares)
@@ -195,7 +195,7 @@ def _products(x, y):
 
 @triton.jit
 def _lengths(norms_ptr, pair, count, index):
-    """Length of column l of B times that of row l of A, and the largest of these products."""
+    """Return the length of column l of B times that of row l of A, and the largest product."""
     lengths = tl.load(norms_ptr + pair * index.shape[0] + index)
     lengths *= tl.load(norms_ptr + (count + pair) * index.shape[0] + index)
     return lengths, tl.max(lengths, 0)
@@ -208,7 +208,7 @@ def _scaling(table_ptr, pair, count):
 
 @triton.jit
 def _last_pass(factors_ptr, kappa_ptr, factor, ACCURATE: tl.constexpr, R: tl.constexpr):
-    """Where root and inverse of the last pass over a factor lie."""
+    """Return the address of root and inverse of the last pass over a factor."""
     factors_ptr += 4 * factor * R * R
     if ACCURATE:
         factors_ptr += tl.where(tl.load(kappa_ptr + factor) > SECOND_PASS, 2 * R * R, 0)
@@ -216,7 +216,7 @@ def _last_pass(factors_ptr, kappa_ptr, factor, ACCURATE: tl.constexpr, R: tl.con
 
 
 @triton.jit(do_not_specialize=["count"])
-def core_kernel(
+def low_rank_core_kernel(
     table_ptr,
     kappa_ptr,
     norms_ptr,
@@ -227,7 +227,7 @@ def core_kernel(
     ACCURATE: tl.constexpr,
     R: tl.constexpr,
 ):
-    """What Jacobi begins with: R^T and Q of a pair's core. Info: 0, or -1 if not finite."""
+    """Form a pair's core and its QR: R^T and Q, for Jacobi. Info: 0, or -1 if not finite."""
     pair = tl.program_id(0).to(tl.int64)
     kappa = tl.load(kappa_ptr + pair) + tl.load(kappa_ptr + count + pair)
     scaling = _scaling(table_ptr, pair, count)
@@ -253,7 +253,9 @@ def core_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def jacobi_kernel(table_ptr, vectors_ptr, info_ptr, count, SWEEPS: tl.constexpr, R: tl.constexpr):
+def low_rank_jacobi_kernel(
+    table_ptr, vectors_ptr, info_ptr, count, SWEEPS: tl.constexpr, R: tl.constexpr
+):
     """Rotates the columns of R^T until they are orthogonal; Q's columns follow.
 
     Info: how many pairs of columns the last sweep found not orthogonal, if it was not to be one.
@@ -298,7 +300,7 @@ def jacobi_kernel(table_ptr, vectors_ptr, info_ptr, count, SWEEPS: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["count"])
-def combine_kernel(
+def low_rank_combine_kernel(
     table_ptr,
     kappa_ptr,
     norms_ptr,
@@ -312,7 +314,7 @@ def combine_kernel(
     ACCURATE: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Sorts what Jacobi left: S, rank, and the matrices that turn a pair's factors into U and V."""
+    """Sort what Jacobi left into S, rank and the matrices that turn a pair's factors into U, V."""
     pair = tl.program_id(0).to(tl.int64)
     r = field(table_ptr, RANK, pair, count)
     width = tl.minimum(field(table_ptr, LENGTH, pair, count), r)

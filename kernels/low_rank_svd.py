@@ -24,11 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.backends.device import arch
 from peftkern.backends.pointers import address_table
-from peftkern.kernels.aot import AotCase
 from peftkern.kernels.configs import TileConfig, block_rank, ceil_div
-from peftkern.kernels.launch import guard
+from peftkern.kernels.launch import guard, traits
 from peftkern.kernels.low_rank_core import (
     ADDRESS,
     DTYPE_CODE,
@@ -37,24 +35,23 @@ from peftkern.kernels.low_rank_core import (
     OUTPUT,
     RANK,
     SECOND_PASS,
-    combine_kernel,
-    core_kernel,
-    factorise_kernel,
     field,
-    jacobi_kernel,
+    low_rank_combine_kernel,
+    low_rank_core_kernel,
+    low_rank_factorize_kernel,
+    low_rank_jacobi_kernel,
     square,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANK_MAX = 64  # of the cores: their matrices fill the registers of a program
 SWEEPS = 30  # of Jacobi at most; 6 to 12 are usual
-TENSOR_CORES = ("sm80", "sm90")
 _TILES_MAX = 65535  # programs along the second axis of a launch
 _TRITON_TYPES = (tl.float32, tl.bfloat16, tl.float16)
 
 
 def tile_rows(R: int) -> int:
-    """Rows of a factor that one program takes.
+    """Return the rows of a factor that one program takes.
 
     Fixed, as all tiles here are, by the rank and the device alone: a pair has the same bits in
     every list.
@@ -62,19 +59,19 @@ def tile_rows(R: int) -> int:
     return 512 if R < 64 else 1024
 
 
-def tile_config(R: int, arch: str) -> TileConfig:
-    """Gram and rotation, `block_m` rows at a time: the largest tiles that spill nowhere.
+def tile_config(R: int, tensor_cores: bool) -> TileConfig:
+    """Return the tiles of Gram and rotation, `block_m` rows at a time: the largest without spills.
 
-    Triton has float64 tensor cores for two architectures. Elsewhere plain fused multiply-adds want
-    smaller tiles: those of 64 rows with 4 or 8 warps do not compile for sm100.
+    Where Triton has no tensor-core code for float64, plain fused multiply-adds want smaller tiles:
+    those of 64 rows with 4 or 8 warps do not compile for sm100.
     """
-    if arch not in (*TENSOR_CORES, "interpreter"):
+    if not tensor_cores:
         return TileConfig(32, R, num_warps=R // 4, num_stages=1)
     return TileConfig(128 if R == 16 else 64, R, num_warps=4 if R == 16 else 8, num_stages=1)
 
 
 def core_config(R: int) -> TileConfig:
-    """A program whose threads hold its matrices without spilling; one warp needs no barriers."""
+    """Return warps whose registers hold a program's matrices; one warp needs no barriers."""
     return TileConfig(R, R, num_warps={16: 1, 32: 4, 64: 8}[R], num_stages=1)
 
 
@@ -85,7 +82,7 @@ def _dot(a, b):
 
 @triton.jit
 def _offsets(first, end, length, r, SIDE: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr):
-    """Where rows first .. of a side lie, [BLOCK, R], of a matrix [length, r] or [r, length]."""
+    """Return offsets [BLOCK, R] and mask of rows of a side: of a [length, r] or [r, length]."""
     rows = (first + tl.arange(0, BLOCK))[:, None]
     ranks = tl.arange(0, R)[None, :]
     inside = (rows < end) & (ranks < r)
@@ -102,14 +99,14 @@ def _tile(x_ptr, offsets, inside):
 
 @triton.jit
 def _factor(table_ptr, pair, count, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Pointer, length and rank of a factor."""
+    """Return pointer, length and rank of a factor."""
     x_ptr = field(table_ptr, ADDRESS + SIDE, pair, count).to(tl.pointer_type(DTYPE))
     length = field(table_ptr, LENGTH + SIDE, pair, count)
     return x_ptr, length, field(table_ptr, RANK, pair, count)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _gram_kernel(
+def _low_rank_gram_kernel(
     table_ptr,
     kappa_ptr,
     factors_ptr,
@@ -123,7 +120,7 @@ def _gram_kernel(
     BLOCK: tl.constexpr,
     R: tl.constexpr,
 ):
-    """B^T B or A A^T of one tile of rows; OF_Q: of the factor times its inverse."""
+    """Compute B^T B or A A^T of one tile of rows; OF_Q: of the factor times its inverse."""
     pair = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1).to(tl.int64)
     x_ptr, length, r = _factor(table_ptr, pair, count, SIDE, DTYPE)
@@ -151,7 +148,7 @@ def _gram_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _rotate_kernel(
+def _low_rank_rotate_kernel(
     table_ptr,
     combined_ptr,
     out_ptr,
@@ -163,7 +160,7 @@ def _rotate_kernel(
     BLOCK: tl.constexpr,
     R: tl.constexpr,
 ):
-    """A tile of the rows of U, or of the columns of Vh."""
+    """Compute a tile of the rows of U, or of the columns of Vh."""
     pair = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * ROWS
     x_ptr, length, r = _factor(table_ptr, pair, count, SIDE, DTYPE)
@@ -186,7 +183,7 @@ def _rotate_kernel(
 
 
 def refusal(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
-    """Why the kernels cannot decompose these pairs, or None."""
+    """Return why the kernels cannot decompose these pairs, None if they can."""
     if torch.version.hip:
         return "Triton does not compile products of float64 matrices for AMD"
     for tensor in (*lora_B, *lora_A):
@@ -231,7 +228,7 @@ def low_rank_svd(
     vectors: bool,
     mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op. Without `vectors` only the rotation is left out: S has the same bits."""
+    """Decompose lists of pairs; without `vectors` only the rotation is left out, S is the same."""
     device = lora_B[0].device
     groups: dict[int, list[_Pair]] = {}
     U_at = Vh_at = S_at = 0
@@ -258,7 +255,7 @@ def low_rank_svd(
 
 
 class _Group:
-    """The pairs whose ranks fill blocks of one size: their table, and the launches over them."""
+    """Pairs whose ranks fill blocks of one size: their table, and the launches over them."""
 
     def __init__(self, R: int, pairs: list[_Pair]) -> None:
         rows = list(zip(*pairs, strict=True))
@@ -274,7 +271,7 @@ class _Group:
         self.table = address_table(factors, self.device, numbers)
 
     def cores(self, S: Tensor, rank: Tensor, info: Tensor, accurate: bool) -> Tensor:
-        """Fills S, rank and info; returns [count, 2, R, R], what the factors are multiplied by."""
+        """Fill S, rank and info; return [count, 2, R, R], by which the factors are multiplied."""
         R, count, table = self.R, self.count, self.table
         kappa = self._float64(2, count)
         norms = self._float64(2, count, R)
@@ -285,24 +282,26 @@ class _Group:
         options = {"R": R, **core_config(R).launch()}
         for second in (False, True) if accurate else (False,):
             for side in range(2):
-                self._over_tiles(_gram_kernel, side, (kappa, factors, partial), OF_Q=second)
-            factorise_kernel[(2 * count,)](
+                self._over_tiles(
+                    _low_rank_gram_kernel, side, (kappa, factors, partial), OF_Q=second
+                )
+            low_rank_factorize_kernel[(2 * count,)](
                 *passes, partial, count, SECOND=second, ROWS=tile_rows(R), **options
             )
-        core_kernel[(count,)](*passes, vectors, info, count, ACCURATE=accurate, **options)
-        jacobi_kernel[(count,)](table, vectors, info, count, SWEEPS=SWEEPS, **options)
+        low_rank_core_kernel[(count,)](*passes, vectors, info, count, ACCURATE=accurate, **options)
+        low_rank_jacobi_kernel[(count,)](table, vectors, info, count, SWEEPS=SWEEPS, **options)
         results = (vectors, combined, S, rank, info)
-        combine_kernel[(count,)](*passes, *results, count, ACCURATE=accurate, **options)
+        low_rank_combine_kernel[(count,)](*passes, *results, count, ACCURATE=accurate, **options)
         return combined
 
     def rotate(self, combined: Tensor, outputs: tuple[Tensor, Tensor]) -> None:
         for side, out in enumerate(outputs):
-            self._over_tiles(_rotate_kernel, side, (combined, out))
+            self._over_tiles(_low_rank_rotate_kernel, side, (combined, out))
 
     def _over_tiles(self, kernel: Any, side: int, tensors: Sequence[Tensor], **constants) -> None:
-        """A launch over the tiles of a side for each dtype that it has, as a rule one."""
+        """Launch over the tiles of a side once for each of its dtypes, as a rule one."""
         tiles = ceil_div(self.longest[side], tile_rows(self.R))
-        config = tile_config(self.R, arch(self.device))
+        config = tile_config(self.R, traits(self.device).float64_cores)
         for code in self.codes[side] if tiles else ():
             kernel[(self.count, tiles)](
                 self.table,
@@ -320,51 +319,3 @@ class _Group:
 
     def _float64(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self.device)
-
-
-def _case(name: str, kernel: Any, config: TileConfig, R: int, **constants: Any) -> AotCase:
-    types = {"table_ptr": "*i64", "rank_ptr": "*i64", "info_ptr": "*i64"}
-    types |= {"s_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32", "R": R}
-    targets = constants.pop("targets", NVIDIA)
-    arguments = {n: constants.get(n, types.get(n, "*fp64")) for n in kernel.arg_names}
-    return AotCase(f"{name}/r{R}", kernel, arguments, config, targets=targets)
-
-
-def _tile_case(
-    kernel: Any, R: int, dtype: str, side: int, targets: tuple[str, ...], **constants: Any
-) -> AotCase:
-    config, code = tile_config(R, targets[0]), {"fp32": 0, "bf16": 1}[dtype]
-    what = "rotate" if kernel is _rotate_kernel else "gram"
-    name = f"low_rank_{what}/{'BA'[side]}/{dtype}{'/of-q' if constants.get('OF_Q') else ''}"
-    constants |= {"CODE": code, "DTYPE": _TRITON_TYPES[code], "SIDE": side}
-    constants |= {"ROWS": tile_rows(R), "BLOCK": config.block_m, "targets": targets}
-    return _case(name, kernel, config, R, **constants)
-
-
-def _core_cases(R: int) -> list[AotCase]:
-    config, rows = core_config(R), tile_rows(R)
-    return [
-        _case("low_rank_factorise", factorise_kernel, config, R, SECOND=False, ROWS=rows),
-        _case("low_rank_factorise/of-q", factorise_kernel, config, R, SECOND=True, ROWS=rows),
-        _case("low_rank_core", core_kernel, config, R, ACCURATE=True),
-        _case("low_rank_jacobi", jacobi_kernel, config, R, SWEEPS=SWEEPS),
-        _case("low_rank_combine", combine_kernel, config, R, ACCURATE=True),
-    ]
-
-
-NVIDIA = (*TENSOR_CORES, "sm100")
-AOT_CASES = (
-    *(
-        _tile_case(kernel, R, dtype, side, targets, **constants)
-        for kernel, constants in (
-            (_gram_kernel, {"OF_Q": False}),
-            (_gram_kernel, {"OF_Q": True}),
-            (_rotate_kernel, {}),
-        )
-        for R in (16, 32, 64)
-        for dtype in ("bf16", "fp32")
-        for side in range(2)
-        for targets in (TENSOR_CORES, ("sm100",))
-    ),
-    *(case for R in (16, 32, 64) for case in _core_cases(R)),
-)

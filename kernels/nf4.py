@@ -1,7 +1,7 @@
-"""NF4 on a GPU: quantise, and dequantise with nested absmax in one pass.
+"""NF4 on a GPU: quantize, and dequantize with nested absmax in one pass.
 
-Dequantising 14336x4096 to bf16 reads 29.4 MB of codes and 0.9 MB of absmax and writes 117 MB. Both
-kernels walk the flat weight in tiles of [quantisation blocks, values of a block], because blocks
+Dequantizing 14336x4096 to bf16 reads 29.4 MB of codes and 0.9 MB of absmax and writes 117 MB. Both
+kernels walk the flat weight in tiles of [quantization blocks, values of a block], because blocks
 ignore row ends; offsets are int64.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from peftkern.formats.nf4 import ABSMAX_FLOOR, nf4_midpoints
 from peftkern.formats.table import stored
-from peftkern.kernels.aot import AotCase, tiles
 from peftkern.kernels.configs import Problem, ceil_div
-from peftkern.kernels.launch import code_table, config_for, guard, has_ptx
-from peftkern.kernels.primitives import narrow, nf4_absmax, nf4_values
+from peftkern.kernels.interpreter import narrow
+from peftkern.kernels.launch import code_table, config_for, guard, traits
+from peftkern.kernels.primitives import nf4_tile, nf4_values
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOOR = tl.constexpr(ABSMAX_FLOOR)
@@ -41,23 +41,16 @@ def _nf4_dequantize_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """out[i] = cast(table[code[i]] * absmax[i // BLOCKSIZE]), nested absmax if that is not 0."""
+    """Compute out[i] = cast(table[code[i]] * absmax[i // BLOCKSIZE]) for a tile of blocks."""
     start = tl.program_id(0).to(tl.int64) * (ROWS * COLUMNS)
     row_start = start + tl.arange(0, ROWS) * COLUMNS
     byte = row_start[:, None] + tl.arange(0, COLUMNS)[None, :]
-    packed = tl.load(packed_ptr + byte, mask=byte < nbytes, other=0)
-    offset = 0.0
-    if NESTED_BLOCKSIZE:
-        offset = tl.load(offset_ptr)
-    absmax = nf4_absmax(
-        absmax_ptr,
-        nested_absmax_ptr,
-        nested_code_ptr,
-        offset,
-        2 * row_start // BLOCKSIZE,
-        2 * row_start < numel,
-        NESTED_BLOCKSIZE,
-    )
+    block = 2 * row_start // BLOCKSIZE
+    offset = tl.load(offset_ptr) if NESTED_BLOCKSIZE else 0.0
+    weight = (packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset)
+    # The mask compares bytes, of which 16 divide the number: one of elements would split the load.
+    inside = byte < nbytes
+    packed, absmax = nf4_tile(weight, byte, inside, block, 2 * row_start < numel, NESTED_BLOCKSIZE)
     high, low = nf4_values(packed, table_ptr, tl.float32, PTX)
     values = tl.join(high * absmax[:, None], low * absmax[:, None])
     index = 2 * row_start[:, None] + tl.arange(0, 2 * COLUMNS)[None, :]
@@ -74,7 +67,7 @@ def _nan_max(a, b):
 def _nf4_quantize_kernel(
     x_ptr, packed_ptr, absmax_ptr, numel: tl.int64, ROWS: tl.constexpr, BLOCKSIZE: tl.constexpr
 ):
-    """absmax of each block, and how many midpoints each scaled value is not below or at."""
+    """Compute absmax of each block; a code counts the midpoints that a scaled value exceeds."""
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     x = tl.load(x_ptr + index, mask=index < numel, other=0.0).to(tl.float32)
@@ -147,58 +140,9 @@ def nf4_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> None:
             nbytes,
             BLOCKSIZE=weight.blocksize,
             NESTED_BLOCKSIZE=weight.nested_blocksize,
-            PTX=has_ptx(out.device),
+            PTX=traits(out.device).ptx,
             COLUMNS=columns,
             ROWS=config.block_n // columns,
             enable_fp_fusion=False,  # absmax is a product and a sum, each rounded
             **config.launch(),
         )
-
-
-def _dequantize_case(dtype: str, blocksize: int, nested: bool) -> AotCase:
-    config = tiles("nf4_dequantize", 1, 14336 * 4096, blocksize, 1, 32 if dtype == "fp32" else 16)
-    columns = min(blocksize // 2, config.block_n)
-    arguments = {
-        "packed_ptr": "*u8",
-        "absmax_ptr": "*u8" if nested else "*fp32",
-        "nested_absmax_ptr": "*fp32" if nested else None,
-        "nested_code_ptr": "*fp32" if nested else None,
-        "offset_ptr": "*fp32" if nested else None,
-        "table_ptr": "*fp32",
-        "out_ptr": f"*{dtype}",
-        "numel": "i64:16",
-        "nbytes": "i64:16",
-        "BLOCKSIZE": blocksize,
-        "NESTED_BLOCKSIZE": 256 if nested else 0,
-        "PTX": True,
-        "COLUMNS": columns,
-        "ROWS": config.block_n // columns,
-    }
-    name = f"nf4_dequantize/{dtype}/blocks-of-{blocksize}{'/nested' if nested else ''}"
-    return AotCase(name, _nf4_dequantize_kernel, arguments, config, fp_fusion=False)
-
-
-def _quantize_case(dtype: str, blocksize: int) -> AotCase:
-    config = tiles("nf4_quantize", 1, 14336 * 4096, blocksize, 1, 32 if dtype == "fp32" else 16)
-    arguments = {
-        "x_ptr": f"*{dtype}",
-        "packed_ptr": "*u8",
-        "absmax_ptr": "*fp32",
-        "numel": "i64:16",
-        "ROWS": max(1, config.block_n // blocksize),
-        "BLOCKSIZE": blocksize,
-    }
-    name = f"nf4_quantize/{dtype}/blocks-of-{blocksize}"
-    return AotCase(name, _nf4_quantize_kernel, arguments, config)
-
-
-AOT_CASES = (
-    _dequantize_case("bf16", 64, True),
-    _dequantize_case("fp16", 64, False),
-    _dequantize_case("fp32", 64, True),
-    _dequantize_case("bf16", 32, True),
-    _dequantize_case("bf16", 4096, True),
-    _quantize_case("bf16", 64),
-    _quantize_case("fp32", 64),
-    _quantize_case("fp32", 4096),
-)

@@ -3,11 +3,11 @@
 Few rows: one kernel multiplies x with the packed weight (in bitsandbytes' own layout) and with
 lora_A, a second adds the partial sums in a fixed order, the update and the bias. The weight is the
 left operand, its even and odd columns are two products (no interleaving), and absmax scales the
-float32 sums of a block instead of every weight. More rows: dequantise once into scratch in the
+float32 sums of a block instead of every weight. More rows: dequantize once into scratch in the
 dtype of the activations, then as over a dense weight. That scratch comes from torch's caching
 allocator, which hands the same block to every layer on a stream, and is safe in a CUDA graph.
 
-Weight bytes: 0.516 per weight fused, against 0.516 + 2 + 2 for dequantising and cuBLAS.
+Weight bytes: 0.516 per weight fused, against 0.516 + 2 + 2 for dequantizing and cuBLAS.
 """
 
 from __future__ import annotations
@@ -18,24 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.backends.device import arch
 from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.formats.table import stored
-from peftkern.kernels import lora_linear
-from peftkern.kernels.aot import AotCase, tiles
 from peftkern.kernels.configs import RANK_LEAST, Problem, ceil_div, nf4_fused_rows
-from peftkern.kernels.launch import code_table, config_for, guard, has_ptx, precision, rows_of
-from peftkern.kernels.nf4 import nf4_dequantize
-from peftkern.kernels.primitives import (
-    dot,
-    dot_factor,
-    dropped,
-    join_sums,
-    keep_mask,
-    narrow,
-    nf4_absmax,
-    nf4_values,
+from peftkern.kernels.interpreter import dot, dropped, narrow
+from peftkern.kernels.launch import code_table, config_for, guard, rows_of, traits
+from peftkern.kernels.low_rank_update import (
+    gradients_sb,
+    gradients_xa,
+    refusal,
+    update_epilogue,
+    update_forward,
 )
+from peftkern.kernels.nf4 import nf4_dequantize
+from peftkern.kernels.primitives import dot_factor, join_sums, keep_mask, nf4_tile, nf4_values
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "threshold"])
@@ -68,7 +64,7 @@ def _nf4_forward_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Partial x @ W.T [split, M, N]; programs past the last tile of N: x @ A.T [split, M, r]."""
+    """Compute partial x @ W.T [split, M, N]; programs past N's last tile: x @ A.T [split, M, r]."""
     tile = tl.program_id(0)
     split = tl.program_id(2)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -79,21 +75,14 @@ def _nf4_forward_kernel(
     if tile * BLOCK_N < N:
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_row = n.to(tl.int64) * K
-        offset = 0.0
-        if NESTED_BLOCKSIZE:
-            offset = tl.load(offset_ptr)
+        offset = tl.load(offset_ptr) if NESTED_BLOCKSIZE else 0.0
+        weight = (packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for start in range(first, last, BLOCK_K):  # K is whole blocks, and BLOCK_K divides them
             byte = (weight_row + start)[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-            packed = tl.load(packed_ptr + byte, mask=(n < N)[:, None], other=0)
-            absmax = nf4_absmax(
-                absmax_ptr,
-                nested_absmax_ptr,
-                nested_code_ptr,
-                offset,
-                (weight_row + start) // BLOCKSIZE,
-                n < N,
-                NESTED_BLOCKSIZE,
+            block = (weight_row + start) // BLOCKSIZE
+            packed, absmax = nf4_tile(
+                weight, byte, (n < N)[:, None], block, n < N, NESTED_BLOCKSIZE
             )
             columns = start + tl.arange(0, BLOCK_K)
             x = tl.load(
@@ -150,15 +139,14 @@ def _nf4_backward_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Partial dy @ W [split, M, K]: the sum runs over the rows of W, so each weight is scaled."""
+    """Compute partial dy @ W [split, M, K]: the sum is over rows of W, so each weight is scaled."""
     first_column = tl.program_id(0) * BLOCK_K
     split = tl.program_id(2)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = (rows < M)[:, None]
     row = rows.to(tl.int64)[:, None]
-    offset = 0.0
-    if NESTED_BLOCKSIZE:
-        offset = tl.load(offset_ptr)
+    offset = tl.load(offset_ptr) if NESTED_BLOCKSIZE else 0.0
+    weight = (packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset)
     total_even = tl.zeros((BLOCK_M, BLOCK_K // 2), tl.float32)
     total_odd = tl.zeros((BLOCK_M, BLOCK_K // 2), tl.float32)
     first = split * blocks * BLOCK_N
@@ -166,16 +154,8 @@ def _nf4_backward_kernel(
         n = start + tl.arange(0, BLOCK_N)
         place = n.to(tl.int64) * K + first_column
         byte = place[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        packed = tl.load(packed_ptr + byte, mask=(n < N)[:, None], other=0)
-        absmax = nf4_absmax(
-            absmax_ptr,
-            nested_absmax_ptr,
-            nested_code_ptr,
-            offset,
-            place // BLOCKSIZE,
-            n < N,
-            NESTED_BLOCKSIZE,
-        )
+        block = place // BLOCKSIZE
+        packed, absmax = nf4_tile(weight, byte, (n < N)[:, None], block, n < N, NESTED_BLOCKSIZE)
         dy = tl.load(dy_ptr + row * N + n[None, :], mask=in_rows & (n < N)[None, :], other=0.0)
         high, low = nf4_values(packed, table_ptr, tl.float32, PTX)
         total_even += dot(dy, narrow(high * absmax[:, None], dy.dtype), PRECISION)
@@ -196,7 +176,7 @@ def refusal_forward(
     keep: Tensor | None,
     dropout_p: float,
 ) -> str | None:
-    return lora_linear.refusal(x, tuple(layout[3:]), lora_A, lora_B, keep)
+    return refusal(x, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
 def refusal_backward(
@@ -211,7 +191,7 @@ def refusal_backward(
     keep: Tensor | None,
     *args: object,
 ) -> str | None:
-    return lora_linear.refusal(dy, tuple(layout[3:]), lora_A, lora_B, keep)
+    return refusal(dy, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
 def nf4_lora_linear_forward(
@@ -229,11 +209,11 @@ def nf4_lora_linear_forward(
     rows = rows_of(x, K)
     adapters = (lora_A, lora_B, bias, scaling, keep, dropout_p)
     if _fused(rows, layout):
-        y, S = _fused_forward(rows, w, layout, *adapters)
+        y, S = fused_forward(rows, w, layout, *adapters)
     elif lora_A is None:
         y, S = F.linear(rows, nf4_dequantize(w, layout, x.dtype), bias), None
     else:
-        y, S = lora_linear.update_forward(rows, *adapters)
+        y, S = update_forward(rows, *adapters)
         if rows.shape[0]:
             y.addmm_(rows, nf4_dequantize(w, layout, x.dtype).t())
     S = x.new_empty(0, dtype=torch.float32) if S is None else S.view(*x.shape[:-1], S.shape[1])
@@ -258,13 +238,13 @@ def nf4_lora_linear_backward(
     fused = need_dx and _fused(rows, layout)
     dS = dx = dA = dB = dbias = None
     if lora_A is not None:
-        dS, dB, dbias = lora_linear.gradients_sb(rows, S, lora_B, scaling, needs)
+        dS, dB, dbias = gradients_sb(rows, S, lora_B, scaling, needs)
         wanted = (need_dx and not fused, need_dA)
-        dx, dA = lora_linear.gradients_xa(x, lora_A, dS, keep, dropout_p, wanted, dy.dtype)
+        dx, dA = gradients_xa(x, lora_A, dS, keep, dropout_p, wanted, dy.dtype)
     elif need_dbias:
         dbias = rows.sum(0)
     if fused:
-        dx = _fused_backward(rows, w, layout, dS, lora_A, keep, dropout_p)
+        dx = fused_backward(rows, w, layout, dS, lora_A, keep, dropout_p)
     elif need_dx and rows.shape[0]:
         dense = nf4_dequantize(w, layout, dy.dtype)
         dx = rows @ dense if dx is None else dx.addmm_(rows, dense)
@@ -277,12 +257,12 @@ def nf4_lora_linear_backward(
 
 
 def _fused(rows: Tensor, layout: list[int]) -> bool:
-    """Whether the packed weight is multiplied as it is: few rows, and blocks that end with rows."""
+    """Check that the packed weight is multiplied as it is: few rows, blocks that end with rows."""
     _, blocksize, _, _, K = layout
-    return 0 < len(rows) <= nf4_fused_rows(arch(rows.device)) and K % blocksize == 0
+    return 0 < len(rows) <= nf4_fused_rows(traits(rows.device).arch) and K % blocksize == 0
 
 
-def _fused_forward(
+def fused_forward(
     x: Tensor,
     w: list[Tensor],
     layout: list[int],
@@ -321,23 +301,23 @@ def _fused_forward(
             NESTED_BLOCKSIZE=weight.nested_blocksize,
             HAS_LORA=r > 0,
             HAS_DROPOUT=keep is not None,
-            PTX=has_ptx(x.device),
+            PTX=traits(x.device).ptx,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=block_k,
             BLOCK_R=RANK_LEAST,
-            PRECISION=precision(x.device),
+            PRECISION=traits(x.device).precision,
             **config.launch(),
         )
     y = x.new_empty((M, N))
     S = x.new_empty((M, r), dtype=torch.float32) if r else None
     factor = lora_B.contiguous().t() if r else None
     scales = (keep_scale(keep, dropout_p), scaling)
-    lora_linear.update_epilogue(parts, s_parts, factor, bias, None, dropout_p, scales, S, y)
+    update_epilogue(parts, s_parts, factor, bias, None, dropout_p, scales, S, y)
     return y, S
 
 
-def _fused_backward(
+def fused_backward(
     dy: Tensor,
     w: list[Tensor],
     layout: list[int],
@@ -365,87 +345,16 @@ def _fused_backward(
             blocks,
             BLOCKSIZE=weight.blocksize,
             NESTED_BLOCKSIZE=weight.nested_blocksize,
-            PTX=has_ptx(dy.device),
+            PTX=traits(dy.device).ptx,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=block_k,
-            PRECISION=precision(dy.device),
+            PRECISION=traits(dy.device).precision,
             **config.launch(),
         )
     dx = dy.new_empty((M, K))
     s_parts = None if dS is None else dS.unsqueeze(0)
     factor = None if dS is None else lora_A.contiguous()
     scales = (1.0, keep_scale(keep, dropout_p))
-    lora_linear.update_epilogue(parts, s_parts, factor, None, keep, dropout_p, scales, None, dx)
+    update_epilogue(parts, s_parts, factor, None, keep, dropout_p, scales, None, dx)
     return dx
-
-
-def _nf4_arguments(dtype: str) -> dict[str, str | int]:
-    """A nested weight in blocks of 64, as every kernel here takes it."""
-    return {
-        "packed_ptr": "*u8",
-        "absmax_ptr": "*u8",
-        "nested_absmax_ptr": "*fp32",
-        "nested_code_ptr": "*fp32",
-        "offset_ptr": "*fp32",
-        "table_ptr": "*fp32",
-        "BLOCKSIZE": 64,
-        "NESTED_BLOCKSIZE": 256,
-        "PTX": True,
-        "PRECISION": "tf32x3",
-        "M": "i32",
-        "N": "i32:16",
-        "K": "i32:16",
-        "blocks": "i32",
-    }
-
-
-def _forward_case(M: int, r: int, dtype: str, adapter: str, dropout: bool = False) -> AotCase:
-    config = tiles("nf4_forward", M, 4096, 4096, r, 32 if dtype == "fp32" else 16)
-    arguments = {
-        **_nf4_arguments(dtype),
-        "x_ptr": f"*{dtype}",
-        "a_ptr": f"*{adapter}" if r else None,
-        "seed_ptr": "*i64" if dropout else None,
-        "y_ptr": "*fp32",
-        "s_ptr": "*fp32" if r else None,
-        "r": "i32:16",
-        "threshold": "i32",
-        "HAS_LORA": r > 0,
-        "HAS_DROPOUT": dropout,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "BLOCK_R": RANK_LEAST,
-    }
-    name = f"nf4_forward/M{M}/r{r}/{dtype}/adapters-{adapter}{'/dropout' if dropout else ''}"
-    return AotCase(name, _nf4_forward_kernel, arguments, config)
-
-
-def _backward_case(M: int, dtype: str) -> AotCase:
-    config = tiles("nf4_backward", M, 4096, 4096, 1, 32 if dtype == "fp32" else 16)
-    arguments = {
-        **_nf4_arguments(dtype),
-        "dy_ptr": f"*{dtype}",
-        "dx_ptr": "*fp32",
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-    }
-    return AotCase(f"nf4_backward/M{M}/{dtype}", _nf4_backward_kernel, arguments, config)
-
-
-AOT_CASES = (
-    _forward_case(1, 16, "bf16", "fp32"),
-    _forward_case(1, 0, "bf16", "bf16"),
-    _forward_case(8, 16, "fp16", "fp32"),
-    _forward_case(32, 64, "bf16", "fp32", dropout=True),
-    _forward_case(128, 16, "bf16", "fp32"),
-    _forward_case(128, 256, "bf16", "bf16"),
-    _forward_case(16, 16, "fp32", "fp32", dropout=True),
-    _forward_case(128, 64, "fp32", "fp32"),
-    _backward_case(16, "bf16"),
-    _backward_case(128, "bf16"),
-    _backward_case(128, "fp16"),
-    _backward_case(128, "fp32"),
-)

@@ -1,57 +1,23 @@
-"""What the Triton kernels share on the device: products, dropout's mask, NF4's decoding.
+"""Device functions shared by the Triton kernels: products, dropout's mask, NF4's decoding.
 
-Every function here is inlined into the kernels that call it. Under Triton's interpreter
-(TRITON_INTERPRET=1) the same code runs in NumPy on a CPU; what that cannot run has a second form
-that `INTERPRETED` selects.
+Every function here is inlined into the kernels that call it.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
 import triton.language as tl
 
 from peftkern.formats.nf4 import NF4_CODE
+from peftkern.kernels.interpreter import dot, narrow
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 PHILOX_ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """float32 x in dtype, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # whose own cast truncates
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        halves = tl.where(x == x, rounded, 0x7FC0)
-        return halves.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
-def dropped(x, keep):
-    """x where it is kept, 0 elsewhere (NaN for Inf and NaN, as nn.Dropout multiplies)."""
-    if INTERPRETED:  # which would multiply the bits of bfloat16
-        return narrow(x.to(tl.float32) * keep.to(tl.float32), x.dtype)
-    else:
-        return x * keep.to(x.dtype)
-
-
-@triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in float32; float32 operands as PRECISION says, 16-bit products are exact."""
-    if INTERPRETED:  # which would multiply the bits of bfloat16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
 def dot_factor(x, factor, coarse, fine, PRECISION: tl.constexpr):
-    """(coarse, fine) += x @ factor, where x is a tile of activations and factor a low-rank one.
+    """Accumulate x @ factor into (coarse, fine), for a tile of activations and one of a factor.
 
     A bfloat16 x meets a float32 factor as the sum of three bfloat16 ones, whose 24 bits are all of
     its own: three exact products on the tensor cores and no float32 copy of x. The smaller pieces
@@ -74,13 +40,13 @@ def dot_factor(x, factor, coarse, fine, PRECISION: tl.constexpr):
 
 @triton.jit
 def join_sums(coarse, fine):
-    """coarse + fine, or coarse alone where the smaller pieces met an Inf."""
+    """Return coarse + fine, or coarse alone where the smaller pieces met an Inf."""
     return coarse + tl.where(tl.abs(fine) < float("inf"), fine, 0.0)
 
 
 @triton.jit
 def keep_mask(seed, rows, first_column, threshold, BLOCK_K: tl.constexpr):
-    """What dropout keeps of a tile: [rows, first_column + BLOCK_K columns], True for kept.
+    """Draw dropout's mask of a tile, [rows, first_column + BLOCK_K columns], True for kept.
 
     Element (row, column) has the 16 bits number column % 8 of Philox4x32-7 with the seed as its
     key and (column // 8, row, 0, 0) as its counter, and is kept if they are below the threshold.
@@ -95,7 +61,7 @@ def keep_mask(seed, rows, first_column, threshold, BLOCK_K: tl.constexpr):
 
 
 def _prmt_program(dtype: torch.dtype) -> str:
-    """PTX that turns 4 bytes ($4) into the values of their high ($0, $1) and low nibbles ($2, $3).
+    """Return PTX that turns 4 bytes ($4) into values of high ($0, $1) and low nibbles ($2, $3).
 
     A value of 16 bits has two byte planes. `prmt` looks four codes up at once in the eight entries
     of a plane that two registers hold; bit 3 of each code, spread over a byte by prmt's sign mode,
@@ -137,7 +103,7 @@ PRMT_FLOAT16 = tl.constexpr(_prmt_program(torch.float16))
 
 
 def _shuffle_program() -> str:
-    """PTX that turns 4 bytes ($8) into the float32 values of their high ($0 to $3) and low nibbles.
+    """Return PTX that turns 4 bytes ($8) into float32 values of high ($0 to $3) and low nibbles.
 
     Each lane keeps one of the sixteen values, from the table at $9, and a shuffle in halves of a
     warp reads the lane that the low four bits of its index name: one operation and one shift for a
@@ -165,7 +131,7 @@ SHUFFLE = tl.constexpr(_shuffle_program())
 
 @triton.jit
 def nf4_values(packed, table_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
-    """The NF4 values of the high and of the low nibbles of bytes, in dtype.
+    """Decode the high and the low nibbles of bytes to NF4 values in dtype.
 
     PTX: in registers, by NVIDIA's permutations and shuffles. Otherwise from the table of sixteen.
     """
@@ -204,22 +170,17 @@ def nf4_values(packed, table_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def nf4_absmax(
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset,
-    block,
-    mask,
-    NESTED_BLOCKSIZE: tl.constexpr,
-):
-    """The float32 absmax of blocks; nested (not 0): a product and a sum, each rounded.
+def nf4_tile(weight, byte, byte_mask, block, block_mask, NESTED_BLOCKSIZE: tl.constexpr):
+    """Load packed codes at some bytes, and the float32 absmax of some blocks.
 
-    The launch has to forbid fused multiply-adds (`enable_fp_fusion=False`) where bits are promised.
+    weight: pointers to packed, absmax, nested absmax and nested code, and the nested offset as it
+    was read. Nested absmax (NESTED_BLOCKSIZE is not 0) is a product and a sum, each rounded: the
+    launch has to forbid fused multiply-adds (`enable_fp_fusion=False`) where bits are promised.
     """
-    stored = tl.load(absmax_ptr + block, mask=mask, other=0)
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset = weight
+    packed = tl.load(packed_ptr + byte, mask=byte_mask, other=0)
+    absmax = tl.load(absmax_ptr + block, mask=block_mask, other=0)
     if NESTED_BLOCKSIZE:
-        scale = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
-        return tl.load(nested_code_ptr + stored.to(tl.int32)) * scale + offset
-    else:
-        return stored
+        scale = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=block_mask, other=0.0)
+        absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * scale + offset
+    return packed, absmax

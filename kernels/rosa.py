@@ -39,10 +39,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.kernels.aot import AotCase
-from peftkern.kernels.configs import TileConfig, ceil_div, next_power
-from peftkern.kernels.launch import guard, processors
-from peftkern.kernels.primitives import narrow
+from peftkern.kernels.configs import ceil_div, next_power
+from peftkern.kernels.interpreter import narrow
+from peftkern.kernels.launch import guard, traits
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROWS = 16  # of S in a group: a sector of y in 16 bits
@@ -57,7 +56,7 @@ _GRID_MOST = 65_535  # programs along the second axis of a grid
 
 @triton.jit
 def _start(crow_ptr, row, N, nnz):
-    """Where the entries of a row begin, in [0, nnz] whatever crow says; from row N on, the end."""
+    """Return a row's first entry, clamped to [0, nnz] for any crow; from row N on, the end."""
     start = tl.load(crow_ptr + tl.minimum(row, N)).to(tl.int64)
     return tl.minimum(tl.maximum(start, 0), nnz)
 
@@ -66,8 +65,10 @@ def _start(crow_ptr, row, N, nnz):
 def _last_group(
     crow_ptr, target, groups, steps, N, nnz, shift, ROWS: tl.constexpr, NUMBERED: tl.constexpr
 ):
-    """The last group of ROWS rows whose start >> shift is at most target; NUMBERED: that plus its
-    number. 2^steps is more than the groups."""
+    """Bisect for the last group of ROWS rows whose start >> shift is at most target.
+
+    NUMBERED: that plus the group's number. 2^steps is more than the groups.
+    """
     low = target * 0
     high = low + groups
     for _ in range(steps):
@@ -97,7 +98,7 @@ def _rosa_sddmm_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """sums[slab, e] = dy[:, row(e)] . x[:, col(e)] over a slab; dy and x are transposed.
+    """Compute sums[slab, e] = dy[:, row(e)] . x[:, col(e)] over a slab; dy, x are transposed.
 
     A column out of range is not read: its sum is NaN.
     """
@@ -122,7 +123,7 @@ def _rosa_sddmm_kernel(
 
 @triton.jit(do_not_specialize=["nnz", "slabs"])
 def _rosa_slabs_kernel(sums_ptr, values_ptr, nnz, slabs, BLOCK_E: tl.constexpr):
-    """values[e] = the sums of all slabs, from the first to the last."""
+    """Add the sums of all slabs into values[e], from the first to the last."""
     entries = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.float32)
     for slab in range(slabs):
@@ -133,7 +134,7 @@ def _rosa_slabs_kernel(sums_ptr, values_ptr, nnz, slabs, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def _add_to_y(y_ptr, sums, rows, at, M, N):
-    """y[at, rows] += sums [rows, at], rounded once."""
+    """Add sums [rows, at] to y[at, rows], rounded once."""
     place = y_ptr + at.to(tl.int64)[None, :] * N + rows[:, None]
     mask = (rows < N)[:, None] & (at < M)[None, :]
     total = tl.load(place, mask=mask, other=0.0).to(tl.float32) + sums
@@ -161,7 +162,7 @@ def _rosa_spmm_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Entries of one group of rows between two multiples of 2^shift, at `span` rows of x.
+    """Multiply one row group's entries between two multiples of 2^shift by `span` rows of x.
 
     x is transposed, [K, padded]. A group without a cut is added to y. Of one with cuts the first
     part leaves its sums at 2 * (its multiple) + 1, others at 2 * theirs: no other group does. A
@@ -237,7 +238,7 @@ def _rosa_cuts_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """y += the sums of the group whose first cut is this multiple of 2^shift, if there is one."""
+    """Add to y the sums of the row group whose first cut is this multiple of 2^shift, if any."""
     multiple = tl.program_id(0).to(tl.int64) + 1
     before = (multiple << shift) - 1
     group = _last_group(crow_ptr, before, groups, steps, N, nnz, 0, ROWS, False)
@@ -256,7 +257,7 @@ def _rosa_cuts_kernel(
 
 
 def refusal_sddmm(first: Tensor, x: Tensor, *args: object) -> str | None:
-    """Reason against rosa_sddmm (dy, x) and rosa_spmm_ (y, x)."""
+    """Return the refusal of rosa_sddmm (dy, x) and rosa_spmm_ (y, x), None if both are taken."""
     if x.dtype not in _DTYPES or first.dtype is not x.dtype:
         return f"the dtypes are {first.dtype} and {x.dtype}"
     rows = math.prod(x.shape[:-1])
@@ -269,7 +270,7 @@ refusal_spmm = refusal_sddmm
 
 
 def rosa_sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
-    """The reference says what it computes; an index out of range gives NaN, without a word."""
+    """Compute dy.T @ x at the entries, as the reference; an index out of range gives NaN."""
     N, K, nnz = crow.numel() - 1, x.shape[-1], col.numel()
     rows = math.prod(x.shape[:-1])
     values = torch.empty(nnz, dtype=torch.float32, device=x.device)
@@ -303,7 +304,7 @@ def rosa_sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
 def rosa_spmm_(
     y: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, order: Tensor | None
 ) -> None:
-    """The reference says what it computes; an index out of range gives NaN, without a word."""
+    """Add x @ S.T to y in place, as the reference; an index out of range gives NaN."""
     N, K, nnz = crow.numel() - 1, x.shape[-1], col.numel()
     M = math.prod(x.shape[:-1])
     if not M or not nnz:
@@ -313,7 +314,7 @@ def rosa_spmm_(
     values, crow, col = values.float().contiguous(), crow.contiguous(), col.contiguous()
     target, x_t = y.contiguous(), _transposed(x.reshape(M, K))
     padded, groups, block_m = x_t.shape[1], ceil_div(N, _ROWS), _block_m(M)
-    blocks, count = ceil_div(M, block_m), processors(x.device)
+    blocks, count = ceil_div(M, block_m), traits(x.device).processors
     blocks_each = min(max(1, groups * blocks // (8 * count)), _BLOCKS_MOST)
     shift = _shift(nnz, ceil_div(blocks, blocks_each), count)
     cuts = nnz >> shift
@@ -342,7 +343,7 @@ def rosa_spmm_(
 
 
 def _transposed(x: Tensor) -> Tensor:
-    """x[M, K] as [K, M], rows padded with zeros so that each of them begins at an aligned place."""
+    """Return x[M, K] as [K, M], its rows padded with zeros so that each begins aligned."""
     M, K = x.shape
     if M % _ALIGNED == 0:
         return x.t().contiguous()
@@ -353,64 +354,19 @@ def _transposed(x: Tensor) -> Tensor:
 
 
 def _block_m(M: int) -> int:
-    """Rows of x in a tile."""
+    """Return the rows of x in a tile."""
     return min(max(_ALIGNED, next_power(M)), _BLOCK_M)
 
 
 def _block_e(block_m: int) -> int:
-    """Entries in a tile."""
+    """Return the entries in a tile, for its rows of x."""
     return max(_TILE // block_m, _ENTRIES)
 
 
 def _shift(nnz: int, blocks: int, count: int) -> int:
-    """log2 of the entries between cuts: a quarter of what each of `count` processors has to do,
-    so that one long row keeps none of them waiting long."""
+    """Return log2 of the entries between cuts.
+
+    A quarter of what each of `count` processors has to do: one long row delays none for long.
+    """
     share = ceil_div(nnz * blocks, 4 * count)
     return min(next_power(max(share, _LEAST_PIECE)).bit_length() - 1, 30)  # a piece fits 32 bits
-
-
-_CONFIG = TileConfig()  # warps and stages are Triton's own choice
-
-
-def _cases(dtype: str, index: str, block_m: int) -> tuple[AotCase, ...]:
-    sizes = dict.fromkeys(("padded", "slab", "span"), "i32:16")
-    sizes |= dict.fromkeys(("K", "nnz", "groups", "steps", "shift"), "i32")
-    tensors = {f"{name}_ptr": f"*{dtype}" for name in ("dy", "x", "y")}
-    tensors |= {f"{name}_ptr": f"*{index}" for name in ("crow", "col")}
-    tensors |= {f"{name}_ptr": "*fp32" for name in ("values", "sums")}
-    blocks = {"ROWS": _ROWS, "BLOCK_E": _block_e(block_m), "BLOCK_M": block_m}
-    given = {**tensors, **sizes, **blocks}
-    kernels = (  # M and N as far as addresses are made of them
-        ("rosa_sddmm", _rosa_sddmm_kernel, {"M": "i32:16", "N": "i32"}),
-        ("rosa_spmm", _rosa_spmm_kernel, {"M": "i32", "N": "i32:16"}),
-        ("rosa_cuts", _rosa_cuts_kernel, {"M": "i32", "N": "i32:16"}),
-    )
-    return tuple(
-        AotCase(
-            f"{name}/{dtype}/{index}/tile-{block_m}",
-            kernel,
-            {argument: (given | own)[argument] for argument in kernel.arg_names},
-            _CONFIG,
-        )
-        for name, kernel, own in kernels
-    )
-
-
-_SLABS_ARGUMENTS = {
-    "sums_ptr": "*fp32",
-    "values_ptr": "*fp32",
-    "nnz": "i32",
-    "slabs": "i32",
-    "BLOCK_E": _SLAB,
-}
-AOT_CASES = (
-    *_cases("bf16", "i32", 16),
-    *_cases("bf16", "i32", 32),
-    *_cases("bf16", "i32", 64),
-    *_cases("bf16", "i32", 128),
-    *_cases("bf16", "i64", 128),
-    *_cases("fp16", "i32", 64),
-    *_cases("fp32", "i32", 16),
-    *_cases("fp32", "i32", 128),
-    AotCase("rosa_slabs", _rosa_slabs_kernel, _SLABS_ARGUMENTS, _CONFIG),
-)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from peftkern.integrations.peft.serve import PatchReport
+    from peftkern.integrations.peft.patch import PatchReport
     from peftkern.layers import quantize_
 
 __version__ = "0.1.0"

@@ -22,18 +22,18 @@ if not torch.cuda.is_available():  # before Triton's kernels are imported, which
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
-from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG
+from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
 
 import peftkern
-from peftkern import monitor
 from peftkern.backends.cpu import module as cpu
 from peftkern.backends.cuda import module as cuda
+from peftkern.monitor.clocks import WallClock
 
 # How long an example takes, or drawing it, is the machine's business.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile(
-    "peftkern", untimed, derandomize=True, database=None, max_examples=FUZZ_EXAMPLES
-)
+fixed = settings(untimed, derandomize=True, database=None)
+settings.register_profile("peftkern", fixed, max_examples=FUZZ_EXAMPLES)
+settings.register_profile("wide", fixed, max_examples=FUZZ_EXAMPLES_WIDE)
 # `pytest --hypothesis-profile=long` draws new examples each time, for as long as it takes.
 settings.register_profile("long", untimed, max_examples=FUZZ_EXAMPLES_LONG)
 settings.load_profile("peftkern")
@@ -90,11 +90,28 @@ def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched dense layers compute small products too."""
+    import peft_models  # and with it PEFT, transformers and bitsandbytes
+
+    peft_models.take_small_layers(monkeypatch.setattr)
+
+
+@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The monitor's clock on a CPU, which stands still but for the test: `clock.now += 1.0`."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(monitor._WallClock, "mark", staticmethod(lambda: clock.now))
+    monkeypatch.setattr(WallClock, "mark", staticmethod(lambda: clock.now))
     return clock
+
+
+@pytest.fixture
+def triton_inside_its_tensors() -> Iterator[None]:
+    """Run the test on Triton's kernels in the interpreter, every address of which is checked."""
+    from interpreted import bounds_checked  # which needs Triton
+
+    with peftkern.use_backend("triton"), bounds_checked():
+        yield
 
 
 @pytest.fixture

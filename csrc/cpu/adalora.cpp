@@ -1,34 +1,17 @@
-// AdaLoRA: validation, how the work is cut, the selection of the budget, the scalar kernels, and
-// the choice of instruction set.
+// AdaLoRA: argument checks, the partition of the work into tasks, and the selection of the budget.
 #include <algorithm>
+#include <cstring>
 #include <numeric>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "adalora_kernels.h"
-#include "peftkern/isa.h"
+#include "kernels.h"
+#include "peftkern/checks.h"
+#include "tasks.h"
 
 namespace peftkern {
 namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;  // of one parameter, in one task
-
-const AdaLoraKernels& kernels_for(const char* isa_name) {
-  const Isa isa = isa_from_name(isa_name);
-#if PEFTKERN_HAVE_AVX512
-  if (isa >= Isa::kAvx512) return kAdaLoraAvx512;
-#endif
-#if PEFTKERN_HAVE_AVX2
-  if (isa >= Isa::kAvx2) return kAdaLoraAvx2;
-#endif
-  (void)isa;
-  return kAdaLoraScalar;
-}
-
-void require(bool ok, const char* message) {
-  if (!ok) throw std::invalid_argument(message);
-}
 
 // Elements of the state that the layer has; throws std::invalid_argument on a size that is absurd.
 int64_t checked_numel(const Triplets& t) {
@@ -117,10 +100,8 @@ void check_matrices(const GramArgs& args, bool backward) {
 
 }  // namespace
 
-const AdaLoraKernels kAdaLoraScalar = {importance, gram, gram_backward};
-
-void adalora_importance(const char* isa, const ImportanceArgs& args) {
-  const AdaLoraKernels& kernels = kernels_for(isa);
+void adalora_importance(Isa isa, const ImportanceArgs& args) {
+  const AdaLoraKernels& kernels = kernels_for(isa).adalora;
   require(args.threads >= 1, "threads: expected at least 1");
   require(args.state_len == 0 || (args.ipt && args.unc), "exp_avg_ipt, exp_avg_unc: null pointer");
   require(args.scores_len == 0 || args.scores, "scores: null pointer");
@@ -158,15 +139,15 @@ void adalora_allocate(const float* scores, int64_t count, int64_t budget, bool t
   }
 }
 
-void adalora_gram(const char* isa, const GramArgs& args) {
+void adalora_gram(Isa isa, const GramArgs& args) {
   check_matrices(args, false);
   require(args.count == 0 || args.norms, "norms: null pointer");
-  kernels_for(isa).gram(args);
+  kernels_for(isa).adalora.gram(args);
 }
 
-void adalora_gram_backward(const char* isa, const GramArgs& args) {
+void adalora_gram_backward(Isa isa, const GramArgs& args) {
   check_matrices(args, true);
-  kernels_for(isa).gram_backward(args);
+  kernels_for(isa).adalora.gram_backward(args);
 }
 
 }  // namespace peftkern

@@ -2,46 +2,47 @@
 // lora_A and along lora_B as it lies in memory.
 #pragma once
 
-#include "nf4_panel.h"
+#include "load_store.h"
 #include "peftkern/adalora.h"
 
 namespace peftkern {
 namespace {
+namespace adalora {
 
 constexpr int64_t kRun = 4096;  // elements whose float32 lane sums go into one double
 
 struct Ema {
-  F16 beta1, rest1, beta2, rest2;
+  F32x16 beta1, rest1, beta2, rest2;
 };
 
 inline Ema make_ema(const ImportanceArgs& args) {
   // 1 - beta in double, then rounded: the scalars that torch multiplies by.
-  return {f16_set1(static_cast<float>(args.beta1)), f16_set1(static_cast<float>(1 - args.beta1)),
-          f16_set1(static_cast<float>(args.beta2)), f16_set1(static_cast<float>(1 - args.beta2))};
+  return {f32_set1(static_cast<float>(args.beta1)), f32_set1(static_cast<float>(1 - args.beta1)),
+          f32_set1(static_cast<float>(args.beta2)), f32_set1(static_cast<float>(1 - args.beta2))};
 }
 
 // Both EMAs of n <= 16 elements, in place; returns s = ipt unc, zero in the lanes beyond n. Where
 // the gradient is not finite they stay as they are, and s is NaN: one bad step costs that step
 // alone.
-inline F16 update(const Ema& ema, const void* w, const void* g, DType dtype, int64_t i, float* ipt,
-                  float* unc, int n) {
-  const F16 sensitivity =
-      g ? f16_abs(f16_mul(load_any(w, dtype, i, n), load_any(g, dtype, i, n))) : f16_zero();
-  const F16 old_ipt = n == 16 ? f16_load(ipt) : f16_load_n(ipt, n);
-  const F16 old_unc = n == 16 ? f16_load(unc) : f16_load_n(unc, n);
-  const F16 ipt_ema = f16_add(f16_mul(ema.beta1, old_ipt), f16_mul(ema.rest1, sensitivity));
-  const F16 distance = f16_abs(f16_fma(f16_set1(-1.0f), ipt_ema, sensitivity));
-  const F16 unc_ema = f16_add(f16_mul(ema.beta2, old_unc), f16_mul(ema.rest2, distance));
-  const F16 new_ipt = f16_where_finite(sensitivity, ipt_ema, old_ipt);
-  const F16 new_unc = f16_where_finite(sensitivity, unc_ema, old_unc);
+inline F32x16 update(const Ema& ema, const void* w, const void* g, DType dtype, int64_t i,
+                     float* ipt, float* unc, int n) {
+  const F32x16 sensitivity =
+      g ? f32_abs(f32_mul(load_any(w, dtype, i, n), load_any(g, dtype, i, n))) : f32_zero();
+  const F32x16 old_ipt = n == 16 ? f32_load(ipt) : f32_load_n(ipt, n);
+  const F32x16 old_unc = n == 16 ? f32_load(unc) : f32_load_n(unc, n);
+  const F32x16 ipt_ema = f32_add(f32_mul(ema.beta1, old_ipt), f32_mul(ema.rest1, sensitivity));
+  const F32x16 distance = f32_abs(f32_fma(f32_set1(-1.0f), ipt_ema, sensitivity));
+  const F32x16 unc_ema = f32_add(f32_mul(ema.beta2, old_unc), f32_mul(ema.rest2, distance));
+  const F32x16 new_ipt = f32_where_finite(sensitivity, ipt_ema, old_ipt);
+  const F32x16 new_unc = f32_where_finite(sensitivity, unc_ema, old_unc);
   if (n == 16) {
-    f16_store(ipt, new_ipt);
-    f16_store(unc, new_unc);
+    f32_store(ipt, new_ipt);
+    f32_store(unc, new_unc);
   } else {
-    f16_store_n(ipt, new_ipt, n);
-    f16_store_n(unc, new_unc, n);
+    f32_store_n(ipt, new_ipt, n);
+    f32_store_n(unc, new_unc, n);
   }
-  return f16_where_finite(sensitivity, f16_mul(new_ipt, new_unc), f16_set1(bits_float(0x7fc00000)));
+  return f32_where_finite(sensitivity, f32_mul(new_ipt, new_unc), f32_set1(bits_float(0x7fc00000)));
 }
 
 // The sum of s over `count` elements that follow one another from element `first` on.
@@ -50,12 +51,12 @@ inline double update_run(const Ema& ema, const void* w, const void* g, DType dty
   double sum = 0.0;
   for (int64_t start = 0; start < count; start += kRun) {
     const int64_t stop = min64(count, start + kRun);
-    F16 acc = f16_zero();
+    F32x16 acc = f32_zero();
     for (int64_t i = start; i < stop; i += 16) {
       const int n = static_cast<int>(min64(16, stop - i));
-      acc = f16_add(acc, update(ema, w, g, dtype, first + i, ipt + i, unc + i, n));
+      acc = f32_add(acc, update(ema, w, g, dtype, first + i, ipt + i, unc + i, n));
     }
-    sum += static_cast<double>(f16_sum(acc));
+    sum += static_cast<double>(f32_sum(acc));
   }
   return sum;
 }
@@ -88,8 +89,8 @@ inline void update_columns(const ImportanceArgs& args, const Ema& ema, const Imp
   int64_t phase = 0;
   for (int64_t i = 0; i < count; i += 16) {
     const int n = static_cast<int>(min64(16, count - i));
-    const F16 s = update(ema, t.lora_B, t.grad_B, args.dtype, first + i, ipt + i, unc + i, n);
-    f16_store(acc + phase * 16, f16_add(f16_load(acc + phase * 16), s));
+    const F32x16 s = update(ema, t.lora_B, t.grad_B, args.dtype, first + i, ipt + i, unc + i, n);
+    f32_store(acc + phase * 16, f32_add(f32_load(acc + phase * 16), s));
     phase = phase + 1 == period ? 0 : phase + 1;
   }
   for (int64_t j = 0; j < t.r; ++j) task.sums[j] = 0.0;
@@ -113,23 +114,23 @@ constexpr int64_t kGramRun = 1024;  // products whose float32 sums go into one d
 template <int kI, int kJ>
 void gram_rows_tile(const GramMatrix& m, DType dtype, int64_t i0, int64_t j0, double* gram) {
   for (int64_t start = 0; start < m.length; start += kGramRun) {
-    F16 acc[kI][kJ];
+    F32x16 acc[kI][kJ];
     for (auto& row : acc) {
-      for (F16& sum : row) sum = f16_zero();
+      for (F32x16& sum : row) sum = f32_zero();
     }
     const int64_t stop = min64(m.length, start + kGramRun);
     for (int64_t k = start; k < stop; k += 16) {
       const int n = static_cast<int>(min64(16, stop - k));
-      F16 right[kJ];
+      F32x16 right[kJ];
       for (int j = 0; j < kJ; ++j) right[j] = load_any(m.x, dtype, (j0 + j) * m.length + k, n);
       for (int i = 0; i < kI; ++i) {
-        const F16 left = load_any(m.x, dtype, (i0 + i) * m.length + k, n);
-        for (int j = 0; j < kJ; ++j) acc[i][j] = f16_fma(left, right[j], acc[i][j]);
+        const F32x16 left = load_any(m.x, dtype, (i0 + i) * m.length + k, n);
+        for (int j = 0; j < kJ; ++j) acc[i][j] = f32_fma(left, right[j], acc[i][j]);
       }
     }
     for (int i = 0; i < kI; ++i) {
       for (int j = 0; j < kJ; ++j) {
-        gram[(i0 + i) * m.r + j0 + j] += static_cast<double>(f16_sum(acc[i][j]));
+        gram[(i0 + i) * m.r + j0 + j] += static_cast<double>(f32_sum(acc[i][j]));
       }
     }
   }
@@ -156,25 +157,25 @@ constexpr int64_t kBlockRows = 256;
 inline void load_block(const GramMatrix& m, DType dtype, int64_t row, int64_t rows, float* block) {
   const int64_t count = rows * m.r;
   for (int64_t i = 0; i < count; i += 16) {
-    f16_store(block + i,
+    f32_store(block + i,
               load_any(m.x, dtype, row * m.r + i, static_cast<int>(min64(16, count - i))));
   }
-  f16_store(block + count, f16_zero());
+  f32_store(block + count, f32_zero());
 }
 
 // gram[r, r] += products of columns [i0, i0 + kI) and the sixteen from j0 on.
 template <int kI>
 void gram_columns_tile(const float* block, int64_t rows, int64_t r, int64_t i0, int64_t j0,
                        double* gram) {
-  F16 acc[kI];
-  for (F16& sum : acc) sum = f16_zero();
+  F32x16 acc[kI];
+  for (F32x16& sum : acc) sum = f32_zero();
   for (int64_t k = 0; k < rows; ++k) {
-    const F16 right = f16_load(block + k * r + j0);
-    for (int i = 0; i < kI; ++i) acc[i] = f16_fma(f16_set1(block[k * r + i0 + i]), right, acc[i]);
+    const F32x16 right = f32_load(block + k * r + j0);
+    for (int i = 0; i < kI; ++i) acc[i] = f32_fma(f32_set1(block[k * r + i0 + i]), right, acc[i]);
   }
   float sums[16];
   for (int i = 0; i < kI; ++i) {
-    f16_store(sums, acc[i]);
+    f32_store(sums, acc[i]);
     for (int64_t j = j0; j < min64(j0 + 16, r); ++j) {
       gram[(i0 + i) * r + j] += static_cast<double>(sums[j - j0]);
     }
@@ -233,12 +234,12 @@ void gram(const GramArgs& args) {
 template <int kR>
 void spread_rows_tile(const GramMatrix& m, DType dtype, const float* factor, int64_t stride,
                       int64_t j0, int64_t k, int n) {
-  F16 acc[kR];
-  for (F16& sum : acc) sum = f16_zero();
+  F32x16 acc[kR];
+  for (F32x16& sum : acc) sum = f32_zero();
   for (int64_t i = 0; i < m.r; ++i) {
-    const F16 x = load_any(m.x, dtype, i * m.length + k, n);
+    const F32x16 x = load_any(m.x, dtype, i * m.length + k, n);
     for (int j = 0; j < kR; ++j) {
-      acc[j] = f16_fma(f16_set1(factor[(j0 + j) * stride + i]), x, acc[j]);
+      acc[j] = f32_fma(f32_set1(factor[(j0 + j) * stride + i]), x, acc[j]);
     }
   }
   for (int j = 0; j < kR; ++j) store_any(m.grad, dtype, (j0 + j) * m.length + k, acc[j], n);
@@ -258,13 +259,13 @@ inline void spread_rows(const GramMatrix& m, DType dtype, const float* factor, i
 template <int kM>
 void spread_columns_tile(const float* block, const float* factor, int64_t stride, int64_t r,
                          int64_t row, int64_t j, float* out) {
-  F16 acc[kM];
-  for (F16& sum : acc) sum = f16_zero();
+  F32x16 acc[kM];
+  for (F32x16& sum : acc) sum = f32_zero();
   for (int64_t i = 0; i < r; ++i) {
-    const F16 f = f16_load(factor + i * stride + j);
-    for (int m = 0; m < kM; ++m) acc[m] = f16_fma(f16_set1(block[(row + m) * r + i]), f, acc[m]);
+    const F32x16 f = f32_load(factor + i * stride + j);
+    for (int m = 0; m < kM; ++m) acc[m] = f32_fma(f32_set1(block[(row + m) * r + i]), f, acc[m]);
   }
-  for (int m = 0; m < kM; ++m) f16_store(out + (row + m) * r + j, acc[m]);
+  for (int m = 0; m < kM; ++m) f32_store(out + (row + m) * r + j, acc[m]);
 }
 
 // The last vector of a row writes into the next row as well: going from the last columns to the
@@ -283,7 +284,7 @@ inline void spread_columns(const GramMatrix& m, DType dtype, const float* factor
     }
     for (int64_t i = 0; i < count; i += 16) {
       const int n = static_cast<int>(min64(16, count - i));
-      store_any(m.grad, dtype, start * m.r + i, f16_load(out + i), n);
+      store_any(m.grad, dtype, start * m.r + i, f32_load(out + i), n);
     }
   }
 }
@@ -312,5 +313,6 @@ void gram_backward(const GramArgs& args) {
   parallel_for(args.threads, args.count, task);
 }
 
+}  // namespace adalora
 }  // namespace
 }  // namespace peftkern

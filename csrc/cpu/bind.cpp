@@ -24,32 +24,18 @@ namespace {
 
 using namespace peftkern;
 
-NF4View nf4_view(const py::tuple& t) {
-  NF4View w = view_from_tuple<NF4View>(t);
-  const float* offset = pointer<const float>(t[kNestedOffset].cast<uintptr_t>());
-  if (w.nested && !offset) throw std::invalid_argument("nested_offset: missing");
-  w.nested_offset = offset ? *offset : 0.0f;
-  return w;
-}
-
-std::vector<std::string> isas() {
-  std::vector<std::string> names;
+// The instruction sets that satisfy a predicate, weakest first, by name.
+py::dict isas(bool (*predicate)(Isa)) {
+  py::dict codes;
   for (int i = 0; i < kIsaCount; ++i) {
-    if (isa_available(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
+    if (predicate(Isa{i})) codes[isa_name(Isa{i})] = i;
   }
-  return names;
-}
-
-std::vector<std::string> built_isas() {
-  std::vector<std::string> names;
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (isa_built(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
-  }
-  return names;
+  return codes;
 }
 
 NF4LinearArgs linear_args(int threads, int64_t M, int64_t N, int64_t K, int64_t r, uintptr_t in,
-                          int dtype, const py::tuple& w, uintptr_t s, uintptr_t up, uintptr_t out) {
+                          int dtype, const py::tuple& w, uintptr_t s, uintptr_t factor,
+                          uintptr_t out) {
   NF4LinearArgs args;
   args.M = M;
   args.N = N;
@@ -57,9 +43,9 @@ NF4LinearArgs linear_args(int threads, int64_t M, int64_t N, int64_t K, int64_t 
   args.r = r;
   args.in = pointer<const void>(in);
   args.dtype = dtype_from_code(dtype);
-  args.w = nf4_view(w);
+  args.w = view_of(w);
   args.s = pointer<const float>(s);
-  args.up = pointer<const float>(up);
+  args.factor = pointer<const float>(factor);
   args.out = pointer<void>(out);
   args.threads = threads;
   return args;
@@ -74,6 +60,28 @@ void set_lora_args(LoraArgs& args, int threads, int64_t M, int64_t K, int64_t r,
   args.keep = pointer<const uint8_t>(keep);
   args.scale = scale;
   args.threads = threads;
+}
+
+// (dy, its type, b, scaling, ds, x, its type, keep, keep_scale, da, s, db)
+LoraBackwardArgs backward_args(int threads, int64_t M, int64_t N, int64_t K, int64_t r,
+                               const py::tuple& adapter) {
+  Fields fields(adapter, "adapter", 12);
+  LoraBackwardArgs args;
+  args.M = M, args.N = N, args.K = K, args.r = r;
+  args.threads = threads;
+  args.dy = fields.address<const void>();
+  args.dy_dtype = fields.dtype();
+  args.b = fields.address<const float>();
+  args.scaling = fields.real();
+  args.ds = fields.address<float>();
+  args.x = fields.address<const void>();
+  args.x_dtype = fields.dtype();
+  args.keep = fields.address<const uint8_t>();
+  args.keep_scale = fields.real();
+  args.da = fields.address<float>();
+  args.s = fields.address<const float>();
+  args.db = fields.address<float>();
+  return args;
 }
 
 // A row per pair: m, n, address and type of lora_B, address and type of lora_A.
@@ -94,7 +102,7 @@ std::vector<LowRankPair> low_rank_pairs(const std::vector<std::array<int64_t, 6>
 // Nine numbers per layer: r, K, N, then the addresses of lora_E, A, B and of their gradients.
 std::vector<Triplets> triplets_from(const std::vector<int64_t>& table) {
   constexpr size_t kFields = 9;
-  if (table.size() % kFields) throw std::invalid_argument("layers: expected nine fields each");
+  require(table.size() % kFields == 0, "layers: expected nine fields each");
   std::vector<Triplets> layers;
   for (size_t i = 0; i < table.size(); i += kFields) {
     const auto at = [&](size_t field) {
@@ -111,7 +119,7 @@ std::vector<Triplets> triplets_from(const std::vector<int64_t>& table) {
 std::vector<GramMatrix> matrices_from(const std::vector<int64_t>& table, int64_t rows,
                                       uintptr_t residual, int64_t residual_len) {
   constexpr size_t kFields = 4;
-  if (table.size() % kFields) throw std::invalid_argument("lora: expected four fields each");
+  require(table.size() % kFields == 0, "lora: expected four fields each");
   std::vector<GramMatrix> matrices;
   int64_t used = 0;
   for (size_t i = 0; i < table.size(); i += kFields) {
@@ -122,7 +130,7 @@ std::vector<GramMatrix> matrices_from(const std::vector<int64_t>& table, int64_t
     m.grad = pointer<void>(static_cast<uintptr_t>(table[i + 3]));
     m.columns = static_cast<int64_t>(i / kFields) >= rows;
     const int64_t size = checked_mul(m.r, m.r, "residual: r x r");
-    if (size > residual_len - used) throw std::invalid_argument("residual: too short");
+    require(size <= residual_len - used, "residual: too short");
     m.residual = pointer<float>(residual) + used;
     used += size;
     matrices.push_back(m);
@@ -147,18 +155,20 @@ SparseMatrix sparse_matrix(const std::array<int64_t, 6>& t) {
 PYBIND11_MODULE(_cpu, m) {
   load_openmp();  // or the import fails and says why
   m.doc() = "CPU kernels of peftkern; call them through peftkern.native.";
-  m.def("isas", &isas, "Instruction sets compiled in and supported here, weakest first.");
-  m.def("built_isas", &built_isas, "Instruction sets compiled in, weakest first.");
+  m.def(
+      "isas", [] { return isas(isa_available); },
+      "Instruction sets compiled in and supported here: names, weakest first, and codes.");
+  m.def("built_isas", [] { return isas(isa_built); }, "The same of all that are compiled in.");
   m.def("set_fork_child", &set_fork_child, "Stay on one thread from now on (after fork).");
 
-  m.def("nf4_quantize", [](const std::string& isa, int threads, uintptr_t src, int src_dtype,
-                           int64_t numel, int64_t blocksize, uintptr_t packed, int64_t packed_bytes,
-                           uintptr_t absmax, int64_t absmax_len) {
-    const DType dtype = dtype_from_code(src_dtype);
-    py::gil_scoped_release release;
-    nf4_quantize(isa.c_str(), threads, pointer<const void>(src), dtype, numel, blocksize,
-                 pointer<uint8_t>(packed), packed_bytes, pointer<float>(absmax), absmax_len);
-  });
+  m.def("nf4_quantize",
+        [](int isa, int threads, uintptr_t src, int src_dtype, int64_t numel, int64_t blocksize,
+           uintptr_t packed, int64_t packed_bytes, uintptr_t absmax, int64_t absmax_len) {
+          const DType dtype = dtype_from_code(src_dtype);
+          py::gil_scoped_release release;
+          nf4_quantize(Isa{isa}, threads, pointer<const void>(src), dtype, numel, blocksize,
+                       pointer<uint8_t>(packed), packed_bytes, pointer<float>(absmax), absmax_len);
+        });
   m.def("nf4_quantize_absmax",
         [](int threads, uintptr_t absmax, int64_t n, float offset, uintptr_t code,
            int64_t nested_blocksize, uintptr_t q, uintptr_t nested_absmax, int64_t nested_len) {
@@ -167,19 +177,19 @@ PYBIND11_MODULE(_cpu, m) {
                               pointer<const float>(code), nested_blocksize, pointer<uint8_t>(q),
                               pointer<float>(nested_absmax), nested_len);
         });
-  m.def("nf4_dequantize", [](const std::string& isa, int threads, const py::tuple& w, uintptr_t out,
-                             int out_dtype, int64_t out_numel, bool fresh) {
-    const NF4View view = nf4_view(w);
+  m.def("nf4_dequantize", [](int isa, int threads, const py::tuple& w, uintptr_t out, int out_dtype,
+                             int64_t out_numel, bool fresh) {
+    const NF4View view = view_of(w);
     const DType dtype = dtype_from_code(out_dtype);
     py::gil_scoped_release release;
-    nf4_dequantize(isa.c_str(), threads, view, pointer<void>(out), dtype, out_numel, fresh);
+    nf4_dequantize(Isa{isa}, threads, view, pointer<void>(out), dtype, out_numel, fresh);
   });
   // Both products in one call: s[M, r] is written with keep_scale * keep(x) a^T (unscaled), then
   // y with x W^T + scaling s b^T + bias.
   m.def("nf4_lora_linear_forward",
-        [](const std::string& isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r,
-           uintptr_t x, int dtype, const py::tuple& w, uintptr_t a, uintptr_t keep,
-           float keep_scale, uintptr_t s, float scaling, uintptr_t b, uintptr_t bias, uintptr_t y) {
+        [](int isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r, uintptr_t x, int dtype,
+           const py::tuple& w, uintptr_t a, uintptr_t keep, float keep_scale, uintptr_t s,
+           float scaling, uintptr_t b, uintptr_t bias, uintptr_t y) {
           NF4LinearArgs args = linear_args(threads, M, N, K, r, x, dtype, w, s, b, y);
           args.scaling = scaling;
           args.bias = pointer<const float>(bias);
@@ -190,59 +200,60 @@ PYBIND11_MODULE(_cpu, m) {
           shrink.s = pointer<float>(s);
           args.shrink = &shrink;
           py::gil_scoped_release release;
-          nf4_lora_linear_forward(isa.c_str(), args);
+          nf4_lora_linear_forward(Isa{isa}, args);
         });
-  m.def("nf4_lora_linear_backward",
-        [](const std::string& isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r,
-           uintptr_t dy, int dtype, const py::tuple& w, uintptr_t s, uintptr_t a, uintptr_t dx) {
-          const NF4LinearArgs args = linear_args(threads, M, N, K, r, dy, dtype, w, s, a, dx);
-          py::gil_scoped_release release;
-          nf4_lora_linear_backward(isa.c_str(), args);
-        });
-  m.def("lora_shrink",
-        [](const std::string& isa, int threads, int64_t M, int64_t K, int64_t r, uintptr_t x,
-           int dtype, uintptr_t a, uintptr_t keep, float scale, uintptr_t s) {
-          LoraShrinkArgs args;
-          set_lora_args(args, threads, M, K, r, dtype, keep, scale);
-          args.x = pointer<const void>(x);
-          args.a = pointer<const float>(a);
-          args.s = pointer<float>(s);
-          py::gil_scoped_release release;
-          lora_shrink(isa.c_str(), args);
-        });
-  m.def("lora_expand",
-        [](const std::string& isa, int threads, int64_t M, int64_t K, int64_t r, uintptr_t s,
-           uintptr_t a, uintptr_t keep, float scale, uintptr_t y, int dtype) {
-          LoraExpandArgs args;
-          set_lora_args(args, threads, M, K, r, dtype, keep, scale);
-          args.s = pointer<const float>(s);
-          args.a = pointer<const float>(a);
-          args.y = pointer<void>(y);
-          py::gil_scoped_release release;
-          lora_expand(isa.c_str(), args);
-        });
-  m.def("lora_outer",
-        [](const std::string& isa, int threads, int64_t M, int64_t K, int64_t r, uintptr_t s,
-           uintptr_t x, int dtype, uintptr_t keep, float scale, uintptr_t g) {
-          LoraOuterArgs args;
-          set_lora_args(args, threads, M, K, r, dtype, keep, scale);
-          args.s = pointer<const float>(s);
-          args.x = pointer<const void>(x);
-          args.g = pointer<float>(g);
-          py::gil_scoped_release release;
-          lora_outer(isa.c_str(), args);
-        });
+  // `adapter` is as lora_backward takes it, or empty: then s[M, r] is the caller's.
+  m.def(
+      "nf4_lora_linear_backward",
+      [](int isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r, uintptr_t dy, int dtype,
+         const py::tuple& w, uintptr_t s, uintptr_t a, const py::tuple& adapter, uintptr_t dx) {
+        NF4LinearArgs args = linear_args(threads, M, N, K, r, dy, dtype, w, s, a, dx);
+        LoraBackwardArgs gradients;
+        if (adapter.size() > 0) {
+          gradients = backward_args(threads, M, N, K, r, adapter);
+          args.gradients = &gradients;
+          args.s = gradients.ds;
+        }
+        py::gil_scoped_release release;
+        nf4_lora_linear_backward(Isa{isa}, args);
+      });
+  m.def("lora_backward", [](int isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r,
+                            const py::tuple& adapter) {
+    const LoraBackwardArgs args = backward_args(threads, M, N, K, r, adapter);
+    py::gil_scoped_release release;
+    lora_backward(Isa{isa}, args);
+  });
+  m.def("lora_shrink", [](int isa, int threads, int64_t M, int64_t K, int64_t r, uintptr_t x,
+                          int dtype, uintptr_t a, uintptr_t keep, float scale, uintptr_t s) {
+    LoraShrinkArgs args;
+    set_lora_args(args, threads, M, K, r, dtype, keep, scale);
+    args.x = pointer<const void>(x);
+    args.a = pointer<const float>(a);
+    args.s = pointer<float>(s);
+    py::gil_scoped_release release;
+    lora_shrink(Isa{isa}, args);
+  });
+  m.def("lora_expand", [](int isa, int threads, int64_t M, int64_t K, int64_t r, uintptr_t s,
+                          uintptr_t a, uintptr_t keep, float scale, uintptr_t y, int dtype) {
+    LoraExpandArgs args;
+    set_lora_args(args, threads, M, K, r, dtype, keep, scale);
+    args.s = pointer<const float>(s);
+    args.a = pointer<const float>(a);
+    args.y = pointer<void>(y);
+    py::gil_scoped_release release;
+    lora_expand(Isa{isa}, args);
+  });
 
   // `weight` is the address of a dense weight, or a tuple that describes one in NF4.
   m.def("dora_norm",
-        [](const std::string& isa, int threads, int64_t N, int64_t K, int64_t r,
-           const py::object& weight, int dtype, uintptr_t a, uintptr_t b, uintptr_t norm) {
+        [](int isa, int threads, int64_t N, int64_t K, int64_t r, const py::object& weight,
+           int dtype, uintptr_t a, uintptr_t b, uintptr_t norm) {
           DoraNormArgs args;
           args.N = N;
           args.K = K;
           args.r = r;
           if (py::isinstance<py::tuple>(weight)) {
-            args.w = nf4_view(weight.cast<py::tuple>());
+            args.w = view_of(weight.cast<py::tuple>());
           } else {
             args.weight = pointer<const void>(weight.cast<uintptr_t>());
           }
@@ -252,32 +263,31 @@ PYBIND11_MODULE(_cpu, m) {
           args.norm = pointer<float>(norm);
           args.threads = threads;
           py::gil_scoped_release release;
-          dora_norm(isa.c_str(), args);
+          dora_norm(Isa{isa}, args);
         });
 
-  m.def("low_rank_cores",
-        [](const std::string& isa, int threads, const std::vector<std::array<int64_t, 6>>& table,
-           int64_t r, uintptr_t scaling, bool second_pass, uintptr_t cores, uintptr_t inverse,
-           uintptr_t scale, uintptr_t floor, uintptr_t info) {
-          const std::vector<LowRankPair> pairs = low_rank_pairs(table);
-          LowRankCoresArgs args;
-          args.pairs = pairs.data();
-          args.count = static_cast<int64_t>(pairs.size());
-          args.r = r;
-          args.scaling = pointer<const double>(scaling);
-          args.second_pass = second_pass;
-          args.threads = threads;
-          args.cores = pointer<double>(cores);
-          args.inverse = pointer<double>(inverse);
-          args.scale = pointer<double>(scale);
-          args.floor = pointer<double>(floor);
-          args.info = pointer<int64_t>(info);
-          py::gil_scoped_release release;
-          low_rank_cores(isa.c_str(), args);
-        });
+  m.def("low_rank_cores", [](int isa, int threads, const std::vector<std::array<int64_t, 6>>& table,
+                             int64_t r, uintptr_t scaling, bool second_pass, uintptr_t cores,
+                             uintptr_t inverse, uintptr_t scale, uintptr_t floor, uintptr_t info) {
+    const std::vector<LowRankPair> pairs = low_rank_pairs(table);
+    LowRankCoresArgs args;
+    args.pairs = pairs.data();
+    args.count = static_cast<int64_t>(pairs.size());
+    args.r = r;
+    args.scaling = pointer<const double>(scaling);
+    args.second_pass = second_pass;
+    args.threads = threads;
+    args.cores = pointer<double>(cores);
+    args.inverse = pointer<double>(inverse);
+    args.scale = pointer<double>(scale);
+    args.floor = pointer<double>(floor);
+    args.info = pointer<int64_t>(info);
+    py::gil_scoped_release release;
+    low_rank_cores(Isa{isa}, args);
+  });
   m.def("jacobi_svd",
-        [](const std::string& isa, int threads, int64_t count, int64_t r, int sweeps,
-           uintptr_t cores, uintptr_t sigma, uintptr_t left, uintptr_t right, uintptr_t info) {
+        [](int isa, int threads, int64_t count, int64_t r, int sweeps, uintptr_t cores,
+           uintptr_t sigma, uintptr_t left, uintptr_t right, uintptr_t info) {
           JacobiSvdArgs args;
           args.cores = pointer<const double>(cores);
           args.count = count;
@@ -289,17 +299,16 @@ PYBIND11_MODULE(_cpu, m) {
           args.right = pointer<double>(right);
           args.info = pointer<int64_t>(info);
           py::gil_scoped_release release;
-          jacobi_svd(isa.c_str(), args);
+          jacobi_svd(Isa{isa}, args);
         });
   m.def("low_rank_rotate",
-        [](const std::string& isa, int threads, const std::vector<std::array<int64_t, 6>>& table,
-           int64_t r, uintptr_t inverse, uintptr_t left, uintptr_t right, uintptr_t rank,
-           uintptr_t u, int64_t u_len, const std::vector<int64_t>& u_offsets, uintptr_t vh,
-           int64_t vh_len, const std::vector<int64_t>& vh_offsets) {
+        [](int isa, int threads, const std::vector<std::array<int64_t, 6>>& table, int64_t r,
+           uintptr_t inverse, uintptr_t left, uintptr_t right, uintptr_t rank, uintptr_t u,
+           int64_t u_len, const std::vector<int64_t>& u_offsets, uintptr_t vh, int64_t vh_len,
+           const std::vector<int64_t>& vh_offsets) {
           const std::vector<LowRankPair> pairs = low_rank_pairs(table);
-          if (u_offsets.size() != pairs.size() || vh_offsets.size() != pairs.size()) {
-            throw std::invalid_argument("u_offsets, vh_offsets: expected one for each pair");
-          }
+          require(u_offsets.size() == pairs.size() && vh_offsets.size() == pairs.size(),
+                  "u_offsets, vh_offsets: expected one for each pair");
           LowRankRotateArgs args;
           args.pairs = pairs.data();
           args.count = static_cast<int64_t>(pairs.size());
@@ -316,32 +325,31 @@ PYBIND11_MODULE(_cpu, m) {
           args.vh_len = vh_len;
           args.vh_offsets = vh_offsets.data();
           py::gil_scoped_release release;
-          low_rank_rotate(isa.c_str(), args);
+          low_rank_rotate(Isa{isa}, args);
         });
   m.def("map_pages", [](uintptr_t p, int64_t bytes) {
     py::gil_scoped_release release;
     map_pages(pointer<void>(p), bytes);
   });
-  m.def("adalora_importance",
-        [](const std::string& isa, int threads, const std::vector<int64_t>& table, int dtype,
-           uintptr_t ipt, uintptr_t unc, int64_t state_len, double beta1, double beta2,
-           uintptr_t scores, int64_t scores_len) {
-          const std::vector<Triplets> layers = triplets_from(table);
-          ImportanceArgs args;
-          args.layers = layers.data();
-          args.count = static_cast<int64_t>(layers.size());
-          args.dtype = dtype_from_code(dtype);
-          args.ipt = pointer<float>(ipt);
-          args.unc = pointer<float>(unc);
-          args.state_len = state_len;
-          args.beta1 = beta1;
-          args.beta2 = beta2;
-          args.scores = pointer<float>(scores);
-          args.scores_len = scores_len;
-          args.threads = threads;
-          py::gil_scoped_release release;
-          adalora_importance(isa.c_str(), args);
-        });
+  m.def("adalora_importance", [](int isa, int threads, const std::vector<int64_t>& table, int dtype,
+                                 uintptr_t ipt, uintptr_t unc, int64_t state_len, double beta1,
+                                 double beta2, uintptr_t scores, int64_t scores_len) {
+    const std::vector<Triplets> layers = triplets_from(table);
+    ImportanceArgs args;
+    args.layers = layers.data();
+    args.count = static_cast<int64_t>(layers.size());
+    args.dtype = dtype_from_code(dtype);
+    args.ipt = pointer<float>(ipt);
+    args.unc = pointer<float>(unc);
+    args.state_len = state_len;
+    args.beta1 = beta1;
+    args.beta2 = beta2;
+    args.scores = pointer<float>(scores);
+    args.scores_len = scores_len;
+    args.threads = threads;
+    py::gil_scoped_release release;
+    adalora_importance(Isa{isa}, args);
+  });
   m.def("adalora_allocate", [](uintptr_t scores, int64_t count, int64_t budget, bool threshold_ties,
                                const std::vector<int64_t>& table, int dtype, uintptr_t keep) {
     const std::vector<Triplets> layers = triplets_from(table);
@@ -352,8 +360,8 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def(
       "adalora_gram",
-      [](const std::string& isa, int threads, const std::vector<int64_t>& table, int64_t rows,
-         int dtype, uintptr_t residual, int64_t residual_len) {
+      [](int isa, int threads, const std::vector<int64_t>& table, int64_t rows, int dtype,
+         uintptr_t residual, int64_t residual_len) {
         const std::vector<GramMatrix> matrices = matrices_from(table, rows, residual, residual_len);
         std::vector<double> norms(matrices.size());
         GramArgs args;
@@ -364,18 +372,16 @@ PYBIND11_MODULE(_cpu, m) {
         args.threads = threads;
         {
           py::gil_scoped_release release;
-          adalora_gram(isa.c_str(), args);
+          adalora_gram(Isa{isa}, args);
         }
         return norms;
       },
       "Writes the residuals and returns the sum of squares of each.");
   m.def("adalora_gram_backward",
-        [](const std::string& isa, int threads, const std::vector<int64_t>& table, int64_t rows,
-           int dtype, uintptr_t residual, int64_t residual_len, const std::vector<double>& scales) {
+        [](int isa, int threads, const std::vector<int64_t>& table, int64_t rows, int dtype,
+           uintptr_t residual, int64_t residual_len, const std::vector<double>& scales) {
           std::vector<GramMatrix> matrices = matrices_from(table, rows, residual, residual_len);
-          if (scales.size() != matrices.size()) {
-            throw std::invalid_argument("scales: expected one per matrix");
-          }
+          require(scales.size() == matrices.size(), "scales: expected one per matrix");
           for (size_t i = 0; i < scales.size(); ++i) matrices[i].scale = scales[i];
           GramArgs args;
           args.matrices = matrices.data();
@@ -383,11 +389,11 @@ PYBIND11_MODULE(_cpu, m) {
           args.dtype = dtype_from_code(dtype);
           args.threads = threads;
           py::gil_scoped_release release;
-          adalora_gram_backward(isa.c_str(), args);
+          adalora_gram_backward(Isa{isa}, args);
         });
   m.def("rosa_spmm",
-        [](const std::string& isa, int threads, const std::array<int64_t, 6>& matrix,
-           uintptr_t values, uintptr_t order, uintptr_t x, uintptr_t y, int64_t T, int dtype) {
+        [](int isa, int threads, const std::array<int64_t, 6>& matrix, uintptr_t values,
+           uintptr_t order, uintptr_t x, uintptr_t y, int64_t T, int dtype) {
           SpmmArgs args;
           args.s = sparse_matrix(matrix);
           args.values = pointer<const float>(values);
@@ -398,10 +404,10 @@ PYBIND11_MODULE(_cpu, m) {
           args.dtype = dtype_from_code(dtype);
           args.threads = threads;
           py::gil_scoped_release release;
-          rosa_spmm(isa.c_str(), args);
+          rosa_spmm(Isa{isa}, args);
         });
-  m.def("rosa_sddmm", [](const std::string& isa, int threads, const std::array<int64_t, 6>& matrix,
-                         uintptr_t dy, uintptr_t x, uintptr_t values, int64_t T, int dtype) {
+  m.def("rosa_sddmm", [](int isa, int threads, const std::array<int64_t, 6>& matrix, uintptr_t dy,
+                         uintptr_t x, uintptr_t values, int64_t T, int dtype) {
     SddmmArgs args;
     args.s = sparse_matrix(matrix);
     args.dy = pointer<const void>(dy);
@@ -411,6 +417,6 @@ PYBIND11_MODULE(_cpu, m) {
     args.dtype = dtype_from_code(dtype);
     args.threads = threads;
     py::gil_scoped_release release;
-    rosa_sddmm(isa.c_str(), args);
+    rosa_sddmm(Isa{isa}, args);
   });
 }

@@ -8,6 +8,7 @@
 
 namespace peftkern {
 namespace {
+namespace dora {
 
 constexpr int64_t kNormRows = 16;     // of a task
 constexpr int64_t kNormVectors = 16;  // summed in float32, 256 columns
@@ -23,7 +24,7 @@ void pack_factor(const DoraNormArgs& args, float* panels) {
   auto task = [&](int64_t t, int) {
     const int n = static_cast<int>(min64(16, K - t * 16));
     for (int64_t j = 0; j < r; ++j) {
-      f16_store(panels + (t * r + j) * 16, f16_load_n(args.a + j * K + t * 16, n));
+      f32_store(panels + (t * r + j) * 16, f32_load_n(args.a + j * K + t * 16, n));
     }
   };
   parallel_for(args.threads, (K + 15) / 16, task);
@@ -33,22 +34,22 @@ void pack_factor(const DoraNormArgs& args, float* panels) {
 template <int kM>
 void norm_tile(const DoraNormArgs& args, const void* rows, int64_t m0, const float* b,
                const float* panels, int64_t v0, int64_t v1, double* sums) {
-  F16 squares[kM];
-  for (F16& square : squares) square = f16_zero();
+  F32x16 squares[kM];
+  for (F32x16& square : squares) square = f32_zero();
   for (int64_t v = v0; v < v1; ++v) {
     const int n = static_cast<int>(min64(16, args.K - v * 16));
-    F16 acc[kM];
+    F32x16 acc[kM];
     for (int m = 0; m < kM; ++m) {
       acc[m] = load_any(rows, args.dtype, (m0 + m) * args.K + v * 16, n);
     }
     const float* panel = panels + v * args.r * 16;
     for (int64_t j = 0; j < args.r; ++j) {
-      const F16 a = f16_load(panel + j * 16);
-      for (int m = 0; m < kM; ++m) acc[m] = f16_fma(f16_set1(b[m * args.r + j]), a, acc[m]);
+      const F32x16 a = f32_load(panel + j * 16);
+      for (int m = 0; m < kM; ++m) acc[m] = f32_fma(f32_set1(b[m * args.r + j]), a, acc[m]);
     }
-    for (int m = 0; m < kM; ++m) squares[m] = f16_fma(acc[m], acc[m], squares[m]);
+    for (int m = 0; m < kM; ++m) squares[m] = f32_fma(acc[m], acc[m], squares[m]);
   }
-  for (int m = 0; m < kM; ++m) sums[m] += f16_sum(squares[m]);
+  for (int m = 0; m < kM; ++m) sums[m] += f32_sum(squares[m]);
 }
 
 // The dense values of `count` rows from row n0 on, in scratch, and where they begin there.
@@ -102,5 +103,6 @@ void norm(const DoraNormArgs& args) {
   parallel_for(args.threads, (args.N + kNormRows - 1) / kNormRows, task);
 }
 
+}  // namespace dora
 }  // namespace
 }  // namespace peftkern

@@ -1,9 +1,5 @@
 #include "peftkern/isa.h"
 
-#include <cstring>
-#include <stdexcept>
-#include <string>
-
 #if PEFTKERN_X86
 #include <cpuid.h>
 #endif
@@ -81,26 +77,14 @@ bool isa_available(Isa isa) {
   static const bool available[kIsaCount] = {probe(Isa::kScalar), probe(Isa::kAvx2),
                                             probe(Isa::kAvx512), probe(Isa::kAvx512Bf16),
                                             probe(Isa::kAmxBf16)};
-  return available[static_cast<int>(isa)];
+  const int i = static_cast<int>(isa);
+  return i >= 0 && i < kIsaCount && available[i];
 }
 
 bool isa_built(Isa isa) {
   constexpr bool kBuilt[kIsaCount] = {true, PEFTKERN_HAVE_AVX2 != 0, PEFTKERN_HAVE_AVX512 != 0,
                                       PEFTKERN_HAVE_AVX512_BF16 != 0, PEFTKERN_HAVE_AMX != 0};
   return kBuilt[static_cast<int>(isa)];
-}
-
-Isa isa_from_name(const char* name) {
-  std::string known;
-  for (int i = 0; i < kIsaCount; ++i) {
-    const Isa isa = static_cast<Isa>(i);
-    if (!isa_available(isa)) continue;
-    if (std::strcmp(name, kNames[i]) == 0) return isa;
-    known += known.empty() ? "" : ", ";
-    known += kNames[i];
-  }
-  throw std::invalid_argument("isa: '" + std::string(name) +
-                              "' is not available here; available: " + known);
 }
 
 }  // namespace peftkern

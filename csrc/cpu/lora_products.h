@@ -2,39 +2,42 @@
 // Sixteen lanes run along the activation's columns; small blocks of sums stay in registers.
 #pragma once
 
-#include "nf4_panel.h"
+#include "load_store.h"
 #include "peftkern/lora_linear.h"
 
 namespace peftkern {
 namespace {
+namespace lora {
 
 // n <= 16 values of the activation from element i on, zero where dropout does not keep them.
-inline F16 load_kept(const void* x, const LoraArgs& args, int64_t i, int n) {
-  const F16 value = load_any(x, args.dtype, i, n);
-  return args.keep ? f16_keep(value, args.keep + i, n) : value;
+inline F32x16 load_kept(const void* x, const LoraArgs& args, int64_t i, int n) {
+  const F32x16 value = load_any(x, args.dtype, i, n);
+  return args.keep ? f32_keep(value, args.keep + i, n) : value;
 }
 
-inline F16 load_factor(const float* p, int n) { return n == 16 ? f16_load(p) : f16_load_n(p, n); }
+inline F32x16 load_factor(const float* p, int n) {
+  return n == 16 ? f32_load(p) : f32_load_n(p, n);
+}
 
 template <int kM, int kR>
 void shrink_tile(const LoraShrinkArgs& args, int64_t m0, int64_t j0) {
-  F16 acc[kM][kR];
+  F32x16 acc[kM][kR];
   for (auto& row : acc) {
-    for (F16& sum : row) sum = f16_zero();
+    for (F32x16& sum : row) sum = f32_zero();
   }
   const int64_t K = args.K;
   for (int64_t k = 0; k < K; k += 16) {
     const int n = static_cast<int>(min64(16, K - k));
-    F16 a[kR];
+    F32x16 a[kR];
     for (int j = 0; j < kR; ++j) a[j] = load_factor(args.a + (j0 + j) * K + k, n);
     for (int m = 0; m < kM; ++m) {
-      const F16 x = load_kept(args.x, args, (m0 + m) * K + k, n);
-      for (int j = 0; j < kR; ++j) acc[m][j] = f16_fma(x, a[j], acc[m][j]);
+      const F32x16 x = load_kept(args.x, args, (m0 + m) * K + k, n);
+      for (int j = 0; j < kR; ++j) acc[m][j] = f32_fma(x, a[j], acc[m][j]);
     }
   }
   for (int m = 0; m < kM; ++m) {
     for (int j = 0; j < kR; ++j) {
-      args.s[(m0 + m) * args.r + j0 + j] = args.scale * f16_sum(acc[m][j]);
+      args.s[(m0 + m) * args.r + j0 + j] = args.scale * f32_sum(acc[m][j]);
     }
   }
 }
@@ -61,19 +64,19 @@ void shrink(const LoraShrinkArgs& args) {
 
 template <int kM>
 void expand_tile(const LoraExpandArgs& args, int64_t m0, int64_t k, int n) {
-  F16 acc[kM];
-  for (F16& sum : acc) sum = f16_zero();
+  F32x16 acc[kM];
+  for (F32x16& sum : acc) sum = f32_zero();
   for (int64_t j = 0; j < args.r; ++j) {
-    const F16 a = load_factor(args.a + j * args.K + k, n);
+    const F32x16 a = load_factor(args.a + j * args.K + k, n);
     for (int m = 0; m < kM; ++m) {
-      acc[m] = f16_fma(f16_set1(args.s[(m0 + m) * args.r + j]), a, acc[m]);
+      acc[m] = f32_fma(f32_set1(args.s[(m0 + m) * args.r + j]), a, acc[m]);
     }
   }
   for (int m = 0; m < kM; ++m) {
     const int64_t i = (m0 + m) * args.K + k;
-    F16 delta = f16_mul(acc[m], f16_set1(args.scale));
-    if (args.keep) delta = f16_keep(delta, args.keep + i, n);
-    store_any(args.y, args.dtype, i, f16_add(load_any(args.y, args.dtype, i, n), delta), n);
+    F32x16 delta = f32_mul(acc[m], f32_set1(args.scale));
+    if (args.keep) delta = f32_keep(delta, args.keep + i, n);
+    store_any(args.y, args.dtype, i, f32_add(load_any(args.y, args.dtype, i, n), delta), n);
   }
 }
 
@@ -102,14 +105,42 @@ constexpr int64_t kOuterRows = 64, kOuterColumns = 128;
 template <int kR>
 void outer_tile(const LoraOuterArgs& args, const float* block, int64_t m0, int64_t rows, int64_t j0,
                 int64_t column, float* g) {
-  F16 acc[kR];
-  for (int j = 0; j < kR; ++j) acc[j] = f16_load(g + (j0 + j) * kOuterColumns + column);
+  F32x16 acc[kR];
+  for (int j = 0; j < kR; ++j) acc[j] = f32_load(g + (j0 + j) * kOuterColumns + column);
   for (int64_t m = 0; m < rows; ++m) {
-    const F16 x = f16_load(block + m * kOuterColumns + column);
+    const F32x16 x = f32_load(block + m * kOuterColumns + column);
     const float* s = args.s + (m0 + m) * args.r + j0;
-    for (int j = 0; j < kR; ++j) acc[j] = f16_fma(f16_set1(s[j]), x, acc[j]);
+    for (int j = 0; j < kR; ++j) acc[j] = f32_fma(f32_set1(s[j]), x, acc[j]);
   }
-  for (int j = 0; j < kR; ++j) f16_store(g + (j0 + j) * kOuterColumns + column, acc[j]);
+  for (int j = 0; j < kR; ++j) f32_store(g + (j0 + j) * kOuterColumns + column, acc[j]);
+}
+
+inline void store_sums(const LoraOuterArgs& args, const float* g, int64_t k0, int64_t columns) {
+  const F32x16 scale = f32_set1(args.scale);
+  for (int64_t j = 0; j < args.r; ++j) {
+    for (int64_t k = 0; k < columns; k += 16) {
+      const F32x16 value = f32_mul(f32_load(g + j * kOuterColumns + k), scale);
+      f32_store_n(args.g + j * args.K + k0 + k, value, static_cast<int>(min64(16, columns - k)));
+    }
+  }
+}
+
+// Tiles of sixteen rows: past the last row of g lies the block, which is long enough to be read.
+inline void store_transposed(const LoraOuterArgs& args, const float* g, int64_t k0,
+                             int64_t columns) {
+  const F32x16 scale = f32_set1(args.scale);
+  float turned[256];
+  for (int64_t j = 0; j < args.r; j += 16) {
+    const int n = static_cast<int>(min64(16, args.r - j));
+    for (int64_t k = 0; k < columns; k += 16) {
+      transpose_tile(reinterpret_cast<const uint32_t*>(g + j * kOuterColumns + k), kOuterColumns,
+                     reinterpret_cast<uint32_t*>(turned));
+      for (int64_t i = 0; i < min64(16, columns - k); ++i) {
+        const F32x16 value = f32_mul(f32_load(turned + 16 * i), scale);
+        f32_store_n(args.g + (k0 + k + i) * args.r + j, value, n);
+      }
+    }
+  }
 }
 
 void outer(const LoraOuterArgs& args) {
@@ -125,7 +156,7 @@ void outer(const LoraOuterArgs& args) {
       for (int64_t m = 0; m < rows; ++m) {
         for (int64_t k = 0; k < columns; k += 16) {
           const int n = static_cast<int>(min64(16, columns - k));
-          f16_store(block + m * kOuterColumns + k,
+          f32_store(block + m * kOuterColumns + k,
                     load_kept(args.x, args, (m0 + m) * args.K + k0 + k, n));
         }
       }
@@ -135,16 +166,11 @@ void outer(const LoraOuterArgs& args) {
         for (; j < args.r; ++j) outer_tile<1>(args, block, m0, rows, j, k, g);
       }
     }
-    const F16 scale = f16_set1(args.scale);
-    for (int64_t j = 0; j < args.r; ++j) {
-      for (int64_t k = 0; k < columns; k += 16) {
-        const F16 value = f16_mul(f16_load(g + j * kOuterColumns + k), scale);
-        f16_store_n(args.g + j * args.K + k0 + k, value, static_cast<int>(min64(16, columns - k)));
-      }
-    }
+    args.transposed ? store_transposed(args, g, k0, columns) : store_sums(args, g, k0, columns);
   };
   parallel_for(args.threads, (args.K + kOuterColumns - 1) / kOuterColumns, task);
 }
 
+}  // namespace lora
 }  // namespace
 }  // namespace peftkern

@@ -7,6 +7,7 @@
 
 namespace peftkern {
 namespace {
+namespace low_rank {
 
 // Rows of `root` from R^T R = `left` (destroyed), diagonal pivots, in the given column order:
 // nothing is swapped, row t is zero at the pivots before its own. Returns the rank.
@@ -52,7 +53,7 @@ inline void invert(const double* root, int64_t r, int64_t k, const int64_t* pivo
 
 // The Gram matrix is scaled to a unit diagonal first: how dependent a column is has nothing to do
 // with its length, and so the rank does not change when a column of B is traded against a row of A.
-int64_t factorise(const double* gram, int64_t r, double* root, double* inverse, double* norms,
+int64_t factorize(const double* gram, int64_t r, double* root, double* inverse, double* norms,
                   double* kappa, double* scratch) {
   double* left = scratch;
   int64_t* pivots = reinterpret_cast<int64_t*>(scratch + r * r + r);
@@ -284,8 +285,6 @@ int64_t scratch_doubles(int64_t r) {
   return products > matrices ? products : matrices;
 }
 
-constexpr LowRankKernels kKernels = {scratch_doubles, gram,   factorise, product,
-                                     combine,         rotate, kDoubles,  jacobi};
-
+}  // namespace low_rank
 }  // namespace
 }  // namespace peftkern

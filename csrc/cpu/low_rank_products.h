@@ -10,6 +10,7 @@
 
 namespace peftkern {
 namespace {
+namespace low_rank {
 
 #if defined(__AVX512F__)
 constexpr int kBlockRows = 8, kDotRows = 4, kDotColumns = 4;
@@ -40,7 +41,7 @@ inline void widen(const void* src, DType dtype, int64_t i, int64_t n, double* ou
     j = j / 16 * 16;
   }
   for (; j < n; j += 16) {
-    f16_store_doubles(out + j, load_any(src, dtype, i + j, static_cast<int>(min64(16, n - j))));
+    f32_store_doubles(out + j, load_any(src, dtype, i + j, static_cast<int>(min64(16, n - j))));
   }
 }
 
@@ -267,5 +268,6 @@ void rotate(const LowRankFactor& f, int64_t begin, int64_t end, const double* t,
   }
 }
 
+}  // namespace low_rank
 }  // namespace
 }  // namespace peftkern

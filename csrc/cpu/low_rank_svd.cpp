@@ -1,38 +1,21 @@
-// The low-rank SVD: validation, the order of the steps, the scalar kernels, and the choice of
-// instruction set.
+// The low-rank SVD: argument checks and the order of the steps.
 //
 // Work is cut into tiles of fixed size, and the sums of a layer's tiles are added up in order, so
 // that no bit depends on how many threads there are.
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "low_rank_core.h"
-#include "nf4_panel.h"
-#include "peftkern/isa.h"
+#include "kernels.h"
+#include "peftkern/checks.h"
+#include "peftkern/jacobi.h"
+#include "tasks.h"
 
 namespace peftkern {
 namespace {
 
 constexpr int64_t kTileRows = 1024;
-
-const LowRankKernels& kernels_for(const char* isa_name) {
-  const Isa isa = isa_from_name(isa_name);
-#if PEFTKERN_HAVE_AVX512
-  if (isa >= Isa::kAvx512) return kLowRankAvx512;
-#endif
-#if PEFTKERN_HAVE_AVX2
-  if (isa >= Isa::kAvx2) return kLowRankAvx2;
-#endif
-  (void)isa;
-  return kLowRankScalar;
-}
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 void validate(int64_t count, int64_t r, int threads) {
   // With room for the tiles and for a matrix per lane.
@@ -54,9 +37,8 @@ void require_room(const char* name, const float* out, int64_t length, int64_t of
                   int64_t numel) {
   if (numel == 0) return;
   if (!out || offset < 0 || length < numel || offset > length - numel) {
-    throw std::invalid_argument(std::string(name) + ": expected room for " + std::to_string(numel) +
-                                " values from offset " + std::to_string(offset) + " on, got " +
-                                std::to_string(length));
+    fail(std::string(name) + ": expected room for " + std::to_string(numel) +
+         " values from offset " + std::to_string(offset) + " on, got " + std::to_string(length));
   }
 }
 
@@ -182,7 +164,7 @@ class Cores {
       d.rank = -1;
       return;
     }
-    d.rank = kernels_.factorise(d.gram, args_.r, d.root, d.inverse, d.norms, &d.kappa, scratch);
+    d.rank = kernels_.factorize(d.gram, args_.r, d.root, d.inverse, d.norms, &d.kappa, scratch);
   }
 
   // Q' = Q inverse' with Q^T Q = D root'^T root' D, so root becomes root' D root.
@@ -194,7 +176,7 @@ class Cores {
     double* norms = inverse + size_;
     double* work = norms + r;
     double kappa;
-    d.rank = kernels_.factorise(d.gram, r, root, inverse, norms, &kappa, work);
+    d.rank = kernels_.factorize(d.gram, r, root, inverse, norms, &kappa, work);
     scale_columns(root, norms);
     kernels_.product(root, d.root, false, r, work);
     std::memcpy(d.root, work, size_ * 8);
@@ -242,9 +224,7 @@ class Cores {
 
 }  // namespace
 
-const LowRankKernels kLowRankScalar = kKernels;
-
-void low_rank_cores(const char* isa, const LowRankCoresArgs& args) {
+void low_rank_cores(Isa isa, const LowRankCoresArgs& args) {
   validate(args.count, args.r, args.threads);
   validate(args.pairs, args.count, args.r);
   if (args.count == 0) return;
@@ -254,10 +234,10 @@ void low_rank_cores(const char* isa, const LowRankCoresArgs& args) {
     return;
   }
   require(args.cores && args.inverse, "cores, inverse: null pointer");
-  Cores(kernels_for(isa), args).run();
+  Cores(kernels_for(isa).low_rank, args).run();
 }
 
-void jacobi_svd(const char* isa, const JacobiSvdArgs& args) {
+void jacobi_svd(Isa isa, const JacobiSvdArgs& args) {
   validate(args.count, args.r, args.threads);
   require(args.sweeps >= 0, "sweeps: expected at least 0");
   require(!args.left == !args.right, "left, right: expected both or none");
@@ -266,7 +246,7 @@ void jacobi_svd(const char* isa, const JacobiSvdArgs& args) {
   for (int64_t i = 0; i < args.count; ++i) args.info[i] = 0;
   if (args.r == 0) return;
   require(args.cores && args.sigma, "cores, sigma: null pointer");
-  const LowRankKernels& kernels = kernels_for(isa);
+  const LowRankKernels& kernels = kernels_for(isa).low_rank;
   const int64_t groups = (args.count + kernels.lanes - 1) / kernels.lanes;
   for_each(kernels, args.r, args.threads, groups, [&](int64_t group, double* scratch) {
     const int64_t first = group * kernels.lanes;
@@ -274,24 +254,14 @@ void jacobi_svd(const char* isa, const JacobiSvdArgs& args) {
   });
 }
 
-void map_pages(void* p, int64_t bytes) {
-  require(bytes >= 0 && (p || bytes == 0), "p, bytes: expected a buffer");
-  constexpr int64_t kLarge = 4 << 20, kPage = 4096;
-  if (bytes < kLarge) return;
-  ask_for_huge_pages(p, bytes);
-  for (int64_t at = 0; at < bytes; at += kPage) {
-    __atomic_fetch_or(static_cast<uint8_t*>(p) + at, uint8_t{0}, __ATOMIC_RELAXED);
-  }
-}
-
-void low_rank_rotate(const char* isa, const LowRankRotateArgs& args) {
+void low_rank_rotate(Isa isa, const LowRankRotateArgs& args) {
   validate(args.count, args.r, args.threads);
   validate(args.pairs, args.count, args.r);
   const int64_t r = args.r, ld = round_up(r, kLowRankPad);
   if (args.count == 0 || r == 0) return;
   require(args.inverse && args.left && args.right && args.rank, "inverse .. rank: null pointer");
   require(args.u_offsets && args.vh_offsets, "u_offsets, vh_offsets: null pointer");
-  const LowRankKernels& kernels = kernels_for(isa);
+  const LowRankKernels& kernels = kernels_for(isa).low_rank;
   const auto size = [&](int64_t i) { return min64(r, min64(args.pairs[i].m, args.pairs[i].n)); };
   for (int64_t i = 0; i < args.count; ++i) {
     require_room("u", args.u, args.u_len, args.u_offsets[i], args.pairs[i].m * size(i));

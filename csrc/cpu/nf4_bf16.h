@@ -1,5 +1,5 @@
 // bfloat16 panels for the instruction sets with bfloat16 products (AVX512-BF16 and AMX).
-// A dword holds two weights that are neighbours along the reduction.
+// A dword holds two weights that are neighbors along the reduction.
 #pragma once
 
 #include "nf4_panel.h"

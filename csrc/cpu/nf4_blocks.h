@@ -1,4 +1,4 @@
-// Quantise and dequantise one run of blocks on one thread; compiled once per instruction set.
+// Quantize and dequantize one run of blocks on one thread; compiled once per instruction set.
 // Reads 4 (or 2) bytes and writes 0.56 per weight, or the reverse: bound by memory, so the work per
 // block is a table of its sixteen possible values, scaled and rounded once.
 #pragma once
@@ -34,17 +34,17 @@ inline void quantize_blocks(const void* src, DType dtype, int64_t begin, int64_t
   uint8_t codes[4096 + 16];
   for (int64_t start = begin; start < end; start += blocksize) {
     const int64_t count = min64(blocksize, end - start);
-    F16 top = f16_zero();
+    F32x16 top = f32_zero();
     for (int64_t i = 0; i < count; i += 16) {
       const int n = static_cast<int>(min64(16, count - i));
-      top = f16_maxabs(top, load_any(src, dtype, start + i, n));
+      top = f32_maxabs(top, load_any(src, dtype, start + i, n));
     }
-    const float scale = f16_absmax(top);
+    const float scale = f32_absmax(top);
     absmax[start / blocksize] = scale;
-    const F16 inverse = f16_set1(1.0f / (scale < kAbsmaxFloor ? kAbsmaxFloor : scale));
+    const F32x16 inverse = f32_set1(1.0f / (scale < kAbsmaxFloor ? kAbsmaxFloor : scale));
     for (int64_t i = 0; i < count; i += 16) {
       const int n = static_cast<int>(min64(16, count - i));
-      f16_codes(f16_mul(load_any(src, dtype, start + i, n), inverse), codes + i);
+      f32_codes(f32_mul(load_any(src, dtype, start + i, n), inverse), codes + i);
     }
     uint8_t* bytes = packed + start / 2;
     pack_nibbles(codes, count / 2, bytes);
@@ -91,9 +91,9 @@ void dequantize_blocks(const NF4View& w, const float* absmax, int64_t begin, int
 #endif
   while (i < end) {
     const int64_t stop = min64(end, ((i >> log2) + 1) << log2);
-    const F16 table = scaled_table(absmax[(i >> log2) - first], dtype);
+    const F32x16 table = scaled_table(absmax[(i >> log2) - first], dtype);
     for (; i + 16 <= stop; i += 16) {
-      const F16 x = f16_lookup(w.packed + i / 2, table);
+      const F32x16 x = f32_lookup(w.packed + i / 2, table);
 #if defined(__AVX512F__)
       if (stream) {
         _mm512_stream_ps(static_cast<float*>(out) + i, x.v);
@@ -104,7 +104,7 @@ void dequantize_blocks(const NF4View& w, const float* absmax, int64_t begin, int
     }
     if (i < stop) {
       const int n = static_cast<int>(stop - i);
-      store_any(out, dtype, i, f16_lookup_at(w.packed, i, n, table), n);
+      store_any(out, dtype, i, f32_lookup_at(w.packed, i, n, table), n);
       i = stop;
     }
   }

@@ -1,45 +1,18 @@
-// Tables of the sixteen values a block can take, and what is read and written through them;
-// compiled once per instruction set.
+// Tables of the sixteen values that a block can take, and lookups in them; compiled once per
+// instruction set.
 #pragma once
 
+#include "load_store.h"
 #include "peftkern/nf4.h"
-#include "simd.h"
 
 namespace peftkern {
 namespace {
 
-inline F16 load_any(const void* src, DType dtype, int64_t i, int n) {
-  if (dtype == DType::kFloat32) {
-    const float* p = static_cast<const float*>(src) + i;
-    return n == 16 ? f16_load(p) : f16_load_n(p, n);
-  }
-  const uint16_t* p = static_cast<const uint16_t*>(src) + i;
-  uint16_t tail[16] = {};
-  if (n < 16) {
-    std::memcpy(tail, p, static_cast<size_t>(n) * 2);
-    p = tail;
-  }
-  return dtype == DType::kBFloat16 ? f16_load_bf16(p) : f16_load_fp16(p);
-}
-
-inline F16 scaled_table(float absmax, DType dtype) {
-  const F16 table = f16_mul(f16_load(kNF4Code), f16_set1(absmax));
-  if (dtype == DType::kBFloat16) return f16_round_bf16(table);
-  if (dtype == DType::kFloat16) return f16_round_fp16(table);
+inline F32x16 scaled_table(float absmax, DType dtype) {
+  const F32x16 table = f32_mul(f32_load(kNF4Code), f32_set1(absmax));
+  if (dtype == DType::kBFloat16) return f32_round_bf16(table);
+  if (dtype == DType::kFloat16) return f32_round_fp16(table);
   return table;
-}
-
-inline void store_any(void* out, DType dtype, int64_t i, const F16& x, int n) {
-  if (dtype == DType::kFloat32) {
-    float* p = static_cast<float*>(out) + i;
-    n == 16 ? f16_store(p, x) : f16_store_n(p, x, n);
-    return;
-  }
-  uint16_t t[16];
-  uint16_t* p = static_cast<uint16_t*>(out) + i;
-  uint16_t* q = n == 16 ? p : t;
-  dtype == DType::kBFloat16 ? f16_store_bf16(q, x) : f16_store_fp16(q, x);
-  if (n < 16) std::memcpy(p, t, static_cast<size_t>(n) * 2);
 }
 
 #if defined(__AVX512F__)

@@ -29,7 +29,7 @@ inline void prepare_dot(const void* in, DType dtype, int64_t i, int64_t n, float
     float values[kDotGroup] = {};
     for (int64_t j = 0; j < min64(kDotGroup, n - g); j += 16) {
       const int count = static_cast<int>(min64(16, n - g - j));
-      f16_store(values + j, load_any(in, dtype, i + g + j, count));
+      f32_store(values + j, load_any(in, dtype, i + g + j, count));
     }
     for (int64_t j = 0; j < kDotGroup; ++j) out[dot_position(j)] = values[j];
   }
@@ -39,7 +39,7 @@ inline void prepare_dot(const void* in, DType dtype, int64_t i, int64_t n, float
 // blocks with these absmax.
 template <int kRows>
 inline void dot_group(const uint8_t* packed, int64_t bytes, float first, float second,
-                      const float* x, int64_t stride, F16* acc) {
+                      const float* x, int64_t stride, F32x16* acc) {
 #if defined(__AVX512F__)
   const __m512i words = bytes >= 64 ? _mm512_loadu_si512(packed)
                                     : _mm512_maskz_loadu_epi8((__mmask64{1} << bytes) - 1, packed);
@@ -70,16 +70,16 @@ inline void dot_group(const uint8_t* packed, int64_t bytes, float first, float s
     std::memcpy(tail, packed, static_cast<size_t>(bytes));
     packed = tail;
   }
-  const F16 code = f16_load(kNF4Code);
+  const F32x16 code = f32_load(kNF4Code);
   for (int half = 0; half < 2; ++half) {
-    F16 sum[kRows];
-    for (F16& s : sum) s = f16_zero();
+    F32x16 sum[kRows];
+    for (F32x16& s : sum) s = f32_zero();
     for (int j = half * 64; j < half * 64 + 64; j += 16) {
-      const F16 w = f16_lookup(packed + j / 2, code);
-      for (int m = 0; m < kRows; ++m) sum[m] = f16_fma(w, f16_load(x + m * stride + j), sum[m]);
+      const F32x16 w = f32_lookup(packed + j / 2, code);
+      for (int m = 0; m < kRows; ++m) sum[m] = f32_fma(w, f32_load(x + m * stride + j), sum[m]);
     }
-    const F16 scale = f16_set1(half == 0 ? first : second);
-    for (int m = 0; m < kRows; ++m) acc[m] = f16_fma(sum[m], scale, acc[m]);
+    const F32x16 scale = f32_set1(half == 0 ? first : second);
+    for (int m = 0; m < kRows; ++m) acc[m] = f32_fma(sum[m], scale, acc[m]);
   }
 #endif
 }
@@ -87,7 +87,7 @@ inline void dot_group(const uint8_t* packed, int64_t bytes, float first, float s
 // acc[m] += n weights from `element` on times row m of the prepared x.
 template <int kRows>
 inline void dot(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, const float* x,
-                int64_t stride, F16* acc) {
+                int64_t stride, F32x16* acc) {
   if (element % 64 != 0 || w.blocksize < 64) {  // groups that straddle blocks: one by one
     for (int64_t g = 0; g < n; g += kDotGroup, x += kDotGroup) {
       float values[kDotGroup] = {};
@@ -95,8 +95,8 @@ inline void dot(const NF4View& w, const Absmax& absmax, int64_t element, int64_t
         values[dot_position(j)] = weight_at(w, absmax, element + g + j, DType::kFloat32);
       }
       for (int64_t j = 0; j < kDotGroup; j += 16) {
-        const F16 v = f16_load(values + j);
-        for (int m = 0; m < kRows; ++m) acc[m] = f16_fma(v, f16_load(x + m * stride + j), acc[m]);
+        const F32x16 v = f32_load(values + j);
+        for (int m = 0; m < kRows; ++m) acc[m] = f32_fma(v, f32_load(x + m * stride + j), acc[m]);
       }
     }
     return;

@@ -1,7 +1,7 @@
 // Tiles and panels of the NF4 matrix product, compiled once per instruction set.
 //
 // Everything is cut into tiles of 16 x 16 dwords (1 KiB, contiguous), two tiles side by side per
-// step of the reduction. A dword holds one float32 or a pair of bfloat16 that are neighbours along
+// step of the reduction. A dword holds one float32 or a pair of bfloat16 that are neighbors along
 // the reduction, so both types share layouts, loops and epilogues:
 //   "rows" operand: 16 rows of 16 dwords along the reduction   (an AMX left operand)
 //   "lanes" operand: 16 dwords along the reduction x 16 columns (an AMX right operand)
@@ -10,36 +10,21 @@
 
 #include "nf4_decode.h"
 #include "peftkern/nf4_lora_linear.h"
-#include "peftkern/parallel.h"
 
 namespace peftkern {
 namespace {
 
-constexpr int64_t kTile = 256;        // dwords in a tile
-constexpr int64_t kPair = 2 * kTile;  // two tiles: 32 rows or 32 lanes
-
-struct Scratch {
-  explicit Scratch(int64_t bytes) : data(scratch_allocate(bytes)) {}
-  ~Scratch() { scratch_free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* data;
-};
-
-template <class Fn>
-void parallel_for(int threads, int64_t tasks, Fn& fn) {
-  parallel_tasks(
-      threads, tasks,
-      [](void* context, int64_t task, int thread) { (*static_cast<Fn*>(context))(task, thread); },
-      &fn);
-}
+constexpr int64_t kSide = 16;             // rows, or lanes, of a tile
+constexpr int64_t kTile = kSide * kSide;  // dwords in a tile
+constexpr int64_t kPairSide = 2 * kSide;  // rows, or lanes, of two tiles
+constexpr int64_t kPair = 2 * kTile;      // dwords in two tiles
 
 // absmax of blocks [first, first + count) as float32: load_absmax with a vector table look-up.
 inline void expand_absmax(const NF4View& w, int64_t first, int64_t count, float* out) {
 #if defined(__AVX512F__)
   if (w.nested) {
     const uint8_t* q = static_cast<const uint8_t*>(w.absmax) + first;
-    const __m512 offset = _mm512_set1_ps(w.nested_offset);
+    const __m512 offset = _mm512_set1_ps(*w.nested_offset);
     for (int64_t i = 0; i < count;) {
       const int64_t group = (first + i) / w.nested_blocksize;
       const int64_t stop = min64(count, (group + 1) * w.nested_blocksize - first);
@@ -84,38 +69,6 @@ inline void prefetch_row(const NF4View& w, int64_t N, int64_t K, int64_t n, int6
   if (n + kAhead < N) __builtin_prefetch(w.packed + ((n + kAhead) * K + k) / 2);
 }
 
-// Transposes a 16 x 16 tile of dwords.
-inline void transpose_tile(const uint32_t* in, int64_t in_stride, uint32_t* out) {
-#if defined(__AVX512F__)
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * in_stride);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {  // 128-bit lane l of a[i + 4 g] holds column 4 l + i of rows 4 g..
-    const __m512i p = _mm512_shuffle_i64x2(a[i], a[i + 4], 0x88);
-    const __m512i q = _mm512_shuffle_i64x2(a[i], a[i + 4], 0xdd);
-    const __m512i u = _mm512_shuffle_i64x2(a[i + 8], a[i + 12], 0x88);
-    const __m512i v = _mm512_shuffle_i64x2(a[i + 8], a[i + 12], 0xdd);
-    _mm512_storeu_si512(out + 16 * i, _mm512_shuffle_i64x2(p, u, 0x88));
-    _mm512_storeu_si512(out + 16 * (i + 4), _mm512_shuffle_i64x2(q, v, 0x88));
-    _mm512_storeu_si512(out + 16 * (i + 8), _mm512_shuffle_i64x2(p, u, 0xdd));
-    _mm512_storeu_si512(out + 16 * (i + 12), _mm512_shuffle_i64x2(q, v, 0xdd));
-  }
-#else
-  for (int i = 0; i < 16; ++i) {
-    for (int j = 0; j < 16; ++j) out[16 * j + i] = in[i * in_stride + j];
-  }
-#endif
-}
-
 // float32 arithmetic: scalar, AVX2 and AVX-512. bfloat16 input is widened; the weights take the
 // values they have in the input's type.
 struct Float32Math {
@@ -131,8 +84,8 @@ struct Float32Math {
       std::memset(out, 0, 64);
       return;
     }
-    const F16 x = load_any(in, dtype, i, static_cast<int>(min64(n, 16)));
-    f16_store(reinterpret_cast<float*>(out), x);
+    const F32x16 x = load_any(in, dtype, i, static_cast<int>(min64(n, 16)));
+    f32_store(reinterpret_cast<float*>(out), x);
   }
 
   static void load_ordered(const void* in, DType dtype, int64_t i, int64_t n, uint32_t* out) {
@@ -147,10 +100,10 @@ struct Float32Math {
     for (int64_t i = 0; i < n;) {
       if (element % 16 == 0 && n - i >= 16) {
         const int64_t stop = min64(n - 15, i + w.blocksize - ((element + i) & (w.blocksize - 1)));
-        const F16 table = scaled_table(absmax.at(element + i), dtype);
+        const F32x16 table = scaled_table(absmax.at(element + i), dtype);
         for (; i < stop; i += 16) {
-          f16_store(reinterpret_cast<float*>(target(i / 16)),
-                    f16_lookup(w.packed + (element + i) / 2, table));
+          f32_store(reinterpret_cast<float*>(target(i / 16)),
+                    f32_lookup(w.packed + (element + i) / 2, table));
         }
         continue;
       }
@@ -204,32 +157,32 @@ struct Float32Math {
     for (int part = 0; part < kA * 16 / kRows; ++part) {
       const int row = part * kRows;
       for (int b0 = 0; b0 < kB; b0 += kLanes) {
-        F16 acc[kRows][kLanes];
+        F32x16 acc[kRows][kLanes];
         float* tile = c + (row / 16 * 2 + b0) * kTile + row % 16 * 16;
         for (int i = 0; i < kRows; ++i) {
           for (int b = 0; b < kLanes; ++b) {
-            acc[i][b] = f16_zero();
+            acc[i][b] = f32_zero();
           }
         }
         for (int64_t t = 0; t < steps; ++t) {
           const uint32_t* left = rows + t * kPair + row / 16 * kTile + row % 16 * 16;
           const uint32_t* right = lanes + t * kPair + b0 * kTile;
           for (int k = 0; k < 16; ++k) {
-            F16 x[kLanes];
+            F32x16 x[kLanes];
             for (int b = 0; b < kLanes; ++b) {
-              x[b] = f16_load(reinterpret_cast<const float*>(right + b * kTile + k * 16));
+              x[b] = f32_load(reinterpret_cast<const float*>(right + b * kTile + k * 16));
             }
 #pragma GCC unroll 8
             for (int i = 0; i < kRows; ++i) {
-              const F16 y = f16_set1(bits_float(left[i * 16 + k]));
-              for (int b = 0; b < kLanes; ++b) acc[i][b] = f16_fma(y, x[b], acc[i][b]);
+              const F32x16 y = f32_set1(bits_float(left[i * 16 + k]));
+              for (int b = 0; b < kLanes; ++b) acc[i][b] = f32_fma(y, x[b], acc[i][b]);
             }
           }
         }
         for (int i = 0; i < kRows; ++i) {
           for (int b = 0; b < kLanes; ++b) {
             float* sum = tile + b * kTile + i * 16;
-            f16_store(sum, first ? acc[i][b] : f16_add(f16_load(sum), acc[i][b]));
+            f32_store(sum, first ? acc[i][b] : f32_add(f32_load(sum), acc[i][b]));
           }
         }
       }

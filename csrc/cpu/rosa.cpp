@@ -1,32 +1,16 @@
-// RoSA's sparse products: validation, the scalar kernels, and the choice of instruction set.
+// RoSA's sparse products: argument checks, and values in the order of the entries.
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <vector>
 
-#include "peftkern/isa.h"
-#include "rosa_kernels.h"
+#include "kernels.h"
+#include "peftkern/checks.h"
+#include "tasks.h"
 
 namespace peftkern {
 namespace {
 
 constexpr int64_t kCheckedAtOnce = 1 << 16;  // indices
-
-const RosaKernels& kernels_for(const char* isa_name) {
-  const Isa isa = isa_from_name(isa_name);
-#if PEFTKERN_HAVE_AVX512
-  if (isa >= Isa::kAvx512) return kRosaAvx512;
-#endif
-#if PEFTKERN_HAVE_AVX2
-  if (isa >= Isa::kAvx2) return kRosaAvx2;
-#endif
-  (void)isa;
-  return kRosaScalar;
-}
-
-void require(bool ok, const char* message) {
-  if (!ok) throw std::invalid_argument(message);
-}
 
 // Throws std::invalid_argument unless every one of `count` indices is in [0, limit).
 template <class Index>
@@ -84,10 +68,8 @@ void gather(const SpmmArgs& args, float* out) {
 
 }  // namespace
 
-const RosaKernels kRosaScalar = {spmm, sddmm};
-
-void rosa_spmm(const char* isa, const SpmmArgs& args) {
-  const RosaKernels& kernels = kernels_for(isa);
+void rosa_spmm(Isa isa, const SpmmArgs& args) {
+  const RosaKernels& kernels = kernels_for(isa).rosa;
   check_matrix(args.s, args.T, args.threads);
   if (args.T == 0 || args.s.nnz == 0) return;
   require(args.values && args.x && args.y, "values, x, y: null pointer");
@@ -104,8 +86,8 @@ void rosa_spmm(const char* isa, const SpmmArgs& args) {
   kernels.spmm(ordered);
 }
 
-void rosa_sddmm(const char* isa, const SddmmArgs& args) {
-  const RosaKernels& kernels = kernels_for(isa);
+void rosa_sddmm(Isa isa, const SddmmArgs& args) {
+  const RosaKernels& kernels = kernels_for(isa).rosa;
   check_matrix(args.s, args.T, args.threads);
   if (args.s.nnz == 0) return;
   require(args.values, "values: null pointer");

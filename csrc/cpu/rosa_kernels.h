@@ -2,11 +2,12 @@
 // x.
 #pragma once
 
-#include "nf4_panel.h"
+#include "load_store.h"
 #include "peftkern/rosa.h"
 
 namespace peftkern {
 namespace {
+namespace rosa {
 
 constexpr int64_t kTaskRows = 64;        // rows of S in a task
 constexpr int64_t kPackColumns = 256;    // columns of x that a task transposes
@@ -24,10 +25,10 @@ inline void pack_tile(const void* x, DType dtype, int64_t T, int64_t columns, in
                       int n, float* out, int64_t stride) {
   float tile[256], turned[256];
   for (int64_t i = 0; i < 16; ++i) {
-    f16_store(tile + 16 * i, t + i < T ? load_any(x, dtype, (t + i) * columns + k, n) : f16_zero());
+    f32_store(tile + 16 * i, t + i < T ? load_any(x, dtype, (t + i) * columns + k, n) : f32_zero());
   }
   transpose_tile(reinterpret_cast<const uint32_t*>(tile), 16, reinterpret_cast<uint32_t*>(turned));
-  for (int64_t i = 0; i < n; ++i) f16_store(out + i * stride, f16_load(turned + 16 * i));
+  for (int64_t i = 0; i < n; ++i) f32_store(out + i * stride, f32_load(turned + 16 * i));
 }
 
 // The panels of `count` x 16 kV rows of x from t on, each [columns][16 kV], one after the other.
@@ -70,27 +71,27 @@ template <int kV, class Index>
 void multiply_row(const Index* index, const float* values, int64_t begin, int64_t end,
                   const float* panel, float* sums, int64_t stride) {
   constexpr int kU = kV == 1 ? 4 : 2;
-  F16 acc[kU][kV];
+  F32x16 acc[kU][kV];
   for (auto& row : acc) {
-    for (F16& sum : row) sum = f16_zero();
+    for (F32x16& sum : row) sum = f32_zero();
   }
   int64_t j = begin;
   for (; j + kU <= end; j += kU) {
     for (int u = 0; u < kU; ++u) {
-      const F16 value = f16_set1(values[j + u]);
+      const F32x16 value = f32_set1(values[j + u]);
       const float* x = panel + static_cast<int64_t>(index[j + u]) * 16 * kV;
-      for (int v = 0; v < kV; ++v) acc[u][v] = f16_fma(value, f16_load(x + 16 * v), acc[u][v]);
+      for (int v = 0; v < kV; ++v) acc[u][v] = f32_fma(value, f32_load(x + 16 * v), acc[u][v]);
     }
   }
   for (; j < end; ++j) {
-    const F16 value = f16_set1(values[j]);
+    const F32x16 value = f32_set1(values[j]);
     const float* x = panel + static_cast<int64_t>(index[j]) * 16 * kV;
-    for (int v = 0; v < kV; ++v) acc[0][v] = f16_fma(value, f16_load(x + 16 * v), acc[0][v]);
+    for (int v = 0; v < kV; ++v) acc[0][v] = f32_fma(value, f32_load(x + 16 * v), acc[0][v]);
   }
   for (int v = 0; v < kV; ++v) {
-    F16 sum = acc[0][v];
-    for (int u = 1; u < kU; ++u) sum = f16_add(sum, acc[u][v]);
-    f16_store(sums + v * stride, sum);
+    F32x16 sum = acc[0][v];
+    for (int u = 1; u < kU; ++u) sum = f32_add(sum, acc[u][v]);
+    f32_store(sums + v * stride, sum);
   }
 }
 
@@ -118,7 +119,8 @@ void spmm_panels(const SpmmArgs& args) {
                          reinterpret_cast<uint32_t*>(turned));
           for (int64_t r = 0; r < min64(16, args.T - t); ++r) {
             const int64_t at = (t + r) * rows + n0;
-            const F16 y = f16_add(load_any(args.y, args.dtype, at, n), f16_load(turned + 16 * r));
+            const F32x16 y =
+                f32_add(load_any(args.y, args.dtype, at, n), f32_load(turned + 16 * r));
             store_any(args.y, args.dtype, at, y, n);
           }
         }
@@ -130,7 +132,7 @@ void spmm_panels(const SpmmArgs& args) {
 }
 
 // The sum of each of sixteen vectors, in a vector.
-inline F16 sum_each(const F16 acc[16]) {
+inline F32x16 sum_each(const F32x16 acc[16]) {
 #if defined(__AVX512F__)
   __m512 a[8], b[4];
   for (int i = 0; i < 8; ++i) {  // pairs of lanes: of acc[2 i] in even places, of the next in odd
@@ -157,8 +159,8 @@ inline F16 sum_each(const F16 acc[16]) {
   }
   return {half[0], half[1]};
 #else
-  F16 sums;
-  for (int i = 0; i < 16; ++i) sums.v[i] = f16_sum(acc[i]);
+  F32x16 sums;
+  for (int i = 0; i < 16; ++i) sums.v[i] = f32_sum(acc[i]);
   return sums;
 #endif
 }
@@ -182,23 +184,23 @@ void sddmm_panels(const SddmmArgs& args) {
                       16 * kV);
           }
           for (int row = 0; row < rows_here; ++row) {
-            F16 slope[kV];
-            for (int v = 0; v < kV; ++v) slope[v] = f16_load(dy + (row * kV + v) * 16);
+            F32x16 slope[kV];
+            for (int v = 0; v < kV; ++v) slope[v] = f32_load(dy + (row * kV + v) * 16);
             const int64_t end = starts[n0 + row + 1];
             for (int64_t j = starts[n0 + row]; j < end; j += 16) {
               const int n = static_cast<int>(min64(16, end - j));
-              F16 acc[16];
+              F32x16 acc[16];
               for (int e = 0; e < 16; ++e) {
-                acc[e] = f16_zero();
+                acc[e] = f32_zero();
                 if (e >= n) continue;
                 const float* column = x + static_cast<int64_t>(index[j + e]) * 16 * kV;
                 for (int v = 0; v < kV; ++v) {
-                  acc[e] = f16_fma(slope[v], f16_load(column + 16 * v), acc[e]);
+                  acc[e] = f32_fma(slope[v], f32_load(column + 16 * v), acc[e]);
                 }
               }
-              F16 sums = sum_each(acc);
-              if (t > 0) sums = f16_add(sums, f16_load_n(args.values + j, n));
-              f16_store_n(args.values + j, sums, n);
+              F32x16 sums = sum_each(acc);
+              if (t > 0) sums = f32_add(sums, f32_load_n(args.values + j, n));
+              f32_store_n(args.values + j, sums, n);
             }
           }
         }
@@ -241,5 +243,6 @@ void sddmm(const SddmmArgs& args) {
   args.s.wide ? sddmm_typed<int64_t>(args) : sddmm_typed<int32_t>(args);
 }
 
+}  // namespace rosa
 }  // namespace
 }  // namespace peftkern

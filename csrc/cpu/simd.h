@@ -1,5 +1,5 @@
-// F16: sixteen floats in whatever registers the including file is compiled for (one zmm, two ymm,
-// or an array), and the NF4 primitives that differ by instruction set. Everything is in an
+// F32x16: sixteen floats in whatever registers the including file is compiled for (one zmm, two
+// ymm, or an array), and the NF4 primitives that differ by instruction set. Everything is in an
 // anonymous namespace: each instruction set gets its own copy, and the linker can never mix them
 // up.
 //
@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "peftkern/nf4_table.h"
+#include "tasks.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -18,9 +19,6 @@
 
 namespace peftkern {
 namespace {
-
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 inline uint32_t float_bits(float x) {
   uint32_t u;
@@ -74,23 +72,23 @@ inline float float_from_fp16(uint16_t h) {
 
 #if defined(__AVX512F__)
 
-struct F16 {
+struct F32x16 {
   __m512 v;
 };
-inline F16 f16_zero() { return {_mm512_setzero_ps()}; }
-inline F16 f16_set1(float x) { return {_mm512_set1_ps(x)}; }
-inline F16 f16_load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline void f16_store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
-inline F16 f16_fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline F16 f16_mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline F16 f16_add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline float f16_sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
+inline F32x16 f32_zero() { return {_mm512_setzero_ps()}; }
+inline F32x16 f32_set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F32x16 f32_load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void f32_store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
+inline F32x16 f32_fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x16 f32_mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32x16 f32_add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline float f32_sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
 inline __mmask16 mask16(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-inline F16 f16_load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(mask16(n), p)}; }
-inline void f16_store_n(float* p, F16 a, int n) { _mm512_mask_storeu_ps(p, mask16(n), a.v); }
+inline F32x16 f32_load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(mask16(n), p)}; }
+inline void f32_store_n(float* p, F32x16 a, int n) { _mm512_mask_storeu_ps(p, mask16(n), a.v); }
 
 // x times 1 or, where the byte is zero, 0 (a NaN stays one); n <= 16 bytes are read.
-inline F16 f16_keep(F16 x, const uint8_t* keep, int n) {
+inline F32x16 f32_keep(F32x16 x, const uint8_t* keep, int n) {
   const __m128i bytes = _mm_maskz_loadu_epi8(mask16(n), keep);
   const __mmask16 kept = _mm_test_epi8_mask(bytes, bytes);
   return {_mm512_mul_ps(x.v, _mm512_maskz_mov_ps(kept, _mm512_set1_ps(1.0f)))};
@@ -104,30 +102,30 @@ inline __m512i bf16_bits(__m512 x) {  // in the low half of each lane
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
 }
-inline F16 f16_round_bf16(F16 a) {
+inline F32x16 f32_round_bf16(F32x16 a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(a.v), 16))};
 }
-inline F16 f16_round_fp16(F16 a) {
+inline F32x16 f32_round_fp16(F32x16 a) {
   return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
 }
-inline F16 f16_load_bf16(const uint16_t* p) {
+inline F32x16 f32_load_bf16(const uint16_t* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-inline F16 f16_load_fp16(const uint16_t* p) {
+inline F32x16 f32_load_fp16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline void f16_store_bf16(uint16_t* p, F16 a) {
+inline void f32_store_bf16(uint16_t* p, F32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(a.v)));
 }
-inline void f16_store_fp16(uint16_t* p, F16 a) {
+inline void f32_store_fp16(uint16_t* p, F32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 // Sixteen weights from eight packed bytes through a table of 16 floats. vpermps looks at the low
 // four bits of each lane only, so the shifted nibbles need no mask.
-inline F16 f16_lookup(const uint8_t* packed, F16 table) {
+inline F32x16 f32_lookup(const uint8_t* packed, F32x16 table) {
   const __m512i shift = _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4);
   const __m512i spread = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
@@ -135,25 +133,27 @@ inline F16 f16_lookup(const uint8_t* packed, F16 table) {
   return {_mm512_permutexvar_ps(_mm512_srlv_epi32(words, shift), table.v)};
 }
 
-inline float f16_absmax(F16 a) {  // NaN propagates
+inline float f32_absmax(F32x16 a) {  // NaN propagates
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   if (nan) return bits_float(0x7fc00000);
   return _mm512_reduce_max_ps(_mm512_abs_ps(a.v));
 }
-inline F16 f16_abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
-inline F16 f16_where_finite(F16 test, F16 a, F16 b) {  // a where |test| < Inf, else b
+inline F32x16 f32_abs(F32x16 a) { return {_mm512_abs_ps(a.v)}; }
+inline F32x16 f32_where_finite(F32x16 test, F32x16 a,
+                               F32x16 b) {  // a where |test| < Inf, else b
   const __mmask16 finite =
       _mm512_cmp_ps_mask(_mm512_abs_ps(test.v), _mm512_set1_ps(bits_float(0x7f800000)), _CMP_LT_OQ);
   return {_mm512_mask_mov_ps(b.v, finite, a.v)};
 }
-inline F16 f16_maxabs(F16 a, F16 b) {  // lanes where b is NaN become NaN; a NaN in a stays
+inline F32x16 f32_maxabs(F32x16 a,
+                         F32x16 b) {  // lanes where b is NaN become NaN; a NaN in a stays
   const __m512 m = _mm512_max_ps(a.v, _mm512_abs_ps(b.v));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q);
   return {_mm512_mask_mov_ps(m, nan, _mm512_set1_ps(bits_float(0x7fc00000)))};
 }
 
 // Codes of sixteen scaled values: the number of midpoints below x (NaN: all), by binary search.
-inline void f16_codes(F16 x, uint8_t* codes) {
+inline void f32_codes(F32x16 x, uint8_t* codes) {
   const __m512 midpoints = _mm512_maskz_loadu_ps(0x7fff, kNF4Midpoint);
   __m512i code = _mm512_setzero_si512();
   for (int step = 8; step >= 1; step >>= 1) {
@@ -167,35 +167,39 @@ inline void f16_codes(F16 x, uint8_t* codes) {
 
 #elif defined(__AVX2__)
 
-struct F16 {
+struct F32x16 {
   __m256 a, b;
 };
-inline F16 f16_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline F16 f16_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline F16 f16_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline void f16_store(float* p, F16 x) {
+inline F32x16 f32_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline F32x16 f32_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F32x16 f32_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void f32_store(float* p, F32x16 x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
 }
-inline F16 f16_fma(F16 x, F16 y, F16 z) {
+inline F32x16 f32_fma(F32x16 x, F32x16 y, F32x16 z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
-inline F16 f16_mul(F16 x, F16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-inline F16 f16_add(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
-inline float f16_sum(F16 x) {
+inline F32x16 f32_mul(F32x16 x, F32x16 y) {
+  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+inline F32x16 f32_add(F32x16 x, F32x16 y) {
+  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+inline float f32_sum(F32x16 x) {
   const __m256 s = _mm256_add_ps(x.a, x.b);
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 }
-inline F16 f16_load_n(const float* p, int n) {
+inline F32x16 f32_load_n(const float* p, int n) {
   float t[16] = {};
   std::memcpy(t, p, static_cast<size_t>(n) * 4);
-  return f16_load(t);
+  return f32_load(t);
 }
-inline void f16_store_n(float* p, F16 x, int n) {
+inline void f32_store_n(float* p, F32x16 x, int n) {
   float t[16];
-  f16_store(t, x);
+  f32_store(t, x);
   std::memcpy(p, t, static_cast<size_t>(n) * 4);
 }
 
@@ -207,43 +211,43 @@ inline __m256i bf16_bits(__m256 x) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
 }
-inline F16 f16_round_bf16(F16 x) {
+inline F32x16 f32_round_bf16(F32x16 x) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(x.a), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(x.b), 16))};
 }
 inline __m128i fp16_bits(__m256 x) {
   return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline F16 f16_round_fp16(F16 x) {
+inline F32x16 f32_round_fp16(F32x16 x) {
   return {_mm256_cvtph_ps(fp16_bits(x.a)), _mm256_cvtph_ps(fp16_bits(x.b))};
 }
 inline __m256 load8_bf16(const uint16_t* p) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
-inline F16 f16_load_bf16(const uint16_t* p) { return {load8_bf16(p), load8_bf16(p + 8)}; }
-inline F16 f16_load_fp16(const uint16_t* p) {
+inline F32x16 f32_load_bf16(const uint16_t* p) { return {load8_bf16(p), load8_bf16(p + 8)}; }
+inline F32x16 f32_load_fp16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
-inline void f16_store_bf16(uint16_t* p, F16 x) {
+inline void f32_store_bf16(uint16_t* p, F32x16 x) {
   const __m256i packed = _mm256_packus_epi32(bf16_bits(x.a), bf16_bits(x.b));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
-inline void f16_store_fp16(uint16_t* p, F16 x) {
+inline void f32_store_fp16(uint16_t* p, F32x16 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), fp16_bits(x.a));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), fp16_bits(x.b));
 }
 
 // vpermps over eight lanes: look the low three bits up in both halves, let bit 3 choose.
-inline __m256 lookup8(uint32_t word, F16 table) {
+inline __m256 lookup8(uint32_t word, F32x16 table) {
   const __m256i shift = _mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4);
   const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
   const __m256 low = _mm256_permutevar8x32_ps(table.a, code);
   const __m256 high = _mm256_permutevar8x32_ps(table.b, code);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
 }
-inline F16 f16_lookup(const uint8_t* packed, F16 table) {
+inline F32x16 f32_lookup(const uint8_t* packed, F32x16 table) {
   uint32_t words[2];
   std::memcpy(words, packed, 8);
   return {lookup8(words[0], table), lookup8(words[1], table)};
@@ -254,14 +258,14 @@ inline __m256 maxabs8(__m256 a, __m256 b) {
   const __m256 nan = _mm256_cmp_ps(a, b, _CMP_UNORD_Q);
   return _mm256_or_ps(_mm256_max_ps(a, abs8(b)), nan);
 }
-inline F16 f16_abs(F16 x) { return {abs8(x.a), abs8(x.b)}; }
-inline F16 f16_where_finite(F16 test, F16 x, F16 y) {
+inline F32x16 f32_abs(F32x16 x) { return {abs8(x.a), abs8(x.b)}; }
+inline F32x16 f32_where_finite(F32x16 test, F32x16 x, F32x16 y) {
   const __m256 inf = _mm256_set1_ps(bits_float(0x7f800000));
   return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(abs8(test.a), inf, _CMP_LT_OQ)),
           _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(abs8(test.b), inf, _CMP_LT_OQ))};
 }
-inline F16 f16_maxabs(F16 x, F16 y) { return {maxabs8(x.a, y.a), maxabs8(x.b, y.b)}; }
-inline float f16_absmax(F16 x) {
+inline F32x16 f32_maxabs(F32x16 x, F32x16 y) { return {maxabs8(x.a, y.a), maxabs8(x.b, y.b)}; }
+inline float f32_absmax(F32x16 x) {
   const __m256 m = maxabs8(abs8(x.a), x.b);
   if (_mm256_movemask_ps(_mm256_cmp_ps(m, m, _CMP_UNORD_Q))) return bits_float(0x7fc00000);
   __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
@@ -276,7 +280,7 @@ inline __m256i codes8(__m256 x) {
   }
   return code;
 }
-inline void f16_codes(F16 x, uint8_t* codes) {
+inline void f32_codes(F32x16 x, uint8_t* codes) {
   const __m256i words =
       _mm256_permute4x64_epi64(_mm256_packus_epi32(codes8(x.a), codes8(x.b)), 0xd8);
   const __m128i bytes =
@@ -286,84 +290,84 @@ inline void f16_codes(F16 x, uint8_t* codes) {
 
 #else
 
-struct F16 {
+struct F32x16 {
   float v[16];
 };
 template <class Fn>
-inline F16 f16_make(Fn fn) {
-  F16 r;
+inline F32x16 f32_make(Fn fn) {
+  F32x16 r;
   for (int i = 0; i < 16; ++i) r.v[i] = fn(i);
   return r;
 }
-inline F16 f16_set1(float x) {
-  return f16_make([=](int) { return x; });
+inline F32x16 f32_set1(float x) {
+  return f32_make([=](int) { return x; });
 }
-inline F16 f16_zero() { return f16_set1(0.0f); }
-inline F16 f16_load(const float* p) {
-  F16 r;
+inline F32x16 f32_zero() { return f32_set1(0.0f); }
+inline F32x16 f32_load(const float* p) {
+  F32x16 r;
   std::memcpy(r.v, p, 64);
   return r;
 }
-inline void f16_store(float* p, F16 x) { std::memcpy(p, x.v, 64); }
-inline F16 f16_fma(const F16& a, const F16& b, const F16& c) {
-  return f16_make([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+inline void f32_store(float* p, F32x16 x) { std::memcpy(p, x.v, 64); }
+inline F32x16 f32_fma(const F32x16& a, const F32x16& b, const F32x16& c) {
+  return f32_make([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
-inline F16 f16_mul(const F16& a, const F16& b) {
-  return f16_make([&](int i) { return a.v[i] * b.v[i]; });
+inline F32x16 f32_mul(const F32x16& a, const F32x16& b) {
+  return f32_make([&](int i) { return a.v[i] * b.v[i]; });
 }
-inline F16 f16_add(const F16& a, const F16& b) {
-  return f16_make([&](int i) { return a.v[i] + b.v[i]; });
+inline F32x16 f32_add(const F32x16& a, const F32x16& b) {
+  return f32_make([&](int i) { return a.v[i] + b.v[i]; });
 }
-inline float f16_sum(const F16& a) {
+inline float f32_sum(const F32x16& a) {
   float s = 0.0f;
   for (int i = 0; i < 16; ++i) s += a.v[i];
   return s;
 }
-inline F16 f16_load_n(const float* p, int n) {
-  F16 r = f16_zero();
+inline F32x16 f32_load_n(const float* p, int n) {
+  F32x16 r = f32_zero();
   std::memcpy(r.v, p, static_cast<size_t>(n) * 4);
   return r;
 }
-inline void f16_store_n(float* p, const F16& x, int n) {
+inline void f32_store_n(float* p, const F32x16& x, int n) {
   std::memcpy(p, x.v, static_cast<size_t>(n) * 4);
 }
-inline F16 f16_round_bf16(const F16& a) {
-  return f16_make([&](int i) { return float_from_bf16(bf16_from_float(a.v[i])); });
+inline F32x16 f32_round_bf16(const F32x16& a) {
+  return f32_make([&](int i) { return float_from_bf16(bf16_from_float(a.v[i])); });
 }
-inline F16 f16_round_fp16(const F16& a) {
-  return f16_make([&](int i) { return float_from_fp16(fp16_from_float(a.v[i])); });
+inline F32x16 f32_round_fp16(const F32x16& a) {
+  return f32_make([&](int i) { return float_from_fp16(fp16_from_float(a.v[i])); });
 }
-inline F16 f16_load_bf16(const uint16_t* p) {
-  return f16_make([=](int i) { return float_from_bf16(p[i]); });
+inline F32x16 f32_load_bf16(const uint16_t* p) {
+  return f32_make([=](int i) { return float_from_bf16(p[i]); });
 }
-inline F16 f16_load_fp16(const uint16_t* p) {
-  return f16_make([=](int i) { return float_from_fp16(p[i]); });
+inline F32x16 f32_load_fp16(const uint16_t* p) {
+  return f32_make([=](int i) { return float_from_fp16(p[i]); });
 }
-inline void f16_store_bf16(uint16_t* p, const F16& a) {
+inline void f32_store_bf16(uint16_t* p, const F32x16& a) {
   for (int i = 0; i < 16; ++i) p[i] = bf16_from_float(a.v[i]);
 }
-inline void f16_store_fp16(uint16_t* p, const F16& a) {
+inline void f32_store_fp16(uint16_t* p, const F32x16& a) {
   for (int i = 0; i < 16; ++i) p[i] = fp16_from_float(a.v[i]);
 }
-inline F16 f16_lookup(const uint8_t* packed, const F16& table) {
-  return f16_make([&](int i) { return table.v[packed[i >> 1] >> (i & 1 ? 0 : 4) & 15]; });
+inline F32x16 f32_lookup(const uint8_t* packed, const F32x16& table) {
+  return f32_make([&](int i) { return table.v[packed[i >> 1] >> (i & 1 ? 0 : 4) & 15]; });
 }
-inline F16 f16_abs(const F16& a) {
-  return f16_make([&](int i) { return bits_float(float_bits(a.v[i]) & 0x7fffffff); });
+inline F32x16 f32_abs(const F32x16& a) {
+  return f32_make([&](int i) { return bits_float(float_bits(a.v[i]) & 0x7fffffff); });
 }
-inline F16 f16_where_finite(const F16& test, const F16& a, const F16& b) {
-  return f16_make(
+inline F32x16 f32_where_finite(const F32x16& test, const F32x16& a, const F32x16& b) {
+  return f32_make(
       [&](int i) { return (float_bits(test.v[i]) & 0x7fffffff) < 0x7f800000 ? a.v[i] : b.v[i]; });
 }
-inline F16 f16_maxabs(const F16& a, const F16& b) {
-  return f16_make([&](int i) { return maxabs(a.v[i], b.v[i]); });
+inline F32x16 f32_maxabs(const F32x16& a, const F32x16& b) {
+  return f32_make([&](int i) { return maxabs(a.v[i], b.v[i]); });
 }
-inline float f16_absmax(const F16& a) {
+inline float f32_absmax(const F32x16& a) {
   float m = 0.0f;
   for (int i = 0; i < 16; ++i) m = maxabs(m, a.v[i]);
   return m;
 }
-inline void f16_codes(const F16& x, uint8_t* codes) {
+inline void f32_codes(const F32x16& x, uint8_t* codes) {
   for (int i = 0; i < 16; ++i) {
     int code = 0;
     for (int t = 0; t < 15; ++t) code += !(x.v[i] <= kNF4Midpoint[t]);
@@ -375,23 +379,23 @@ inline void f16_codes(const F16& x, uint8_t* codes) {
 
 #if !defined(__AVX512F__)
 // x times 1 or, where the byte is zero, 0 (a NaN stays one); n <= 16 bytes are read.
-inline F16 f16_keep(const F16& x, const uint8_t* keep, int n) {
+inline F32x16 f32_keep(const F32x16& x, const uint8_t* keep, int n) {
   float factor[16] = {};
   for (int i = 0; i < n; ++i) factor[i] = keep[i] ? 1.0f : 0.0f;
-  return f16_mul(x, f16_load(factor));
+  return f32_mul(x, f32_load(factor));
 }
 #endif
 
 // Sixteen weights that start anywhere, an odd element included; n <= 16 are read, the rest repeat
 // code 0.
-inline F16 f16_lookup_at(const uint8_t* packed, int64_t element, int n, const F16& table) {
+inline F32x16 f32_lookup_at(const uint8_t* packed, int64_t element, int n, const F32x16& table) {
   uint8_t aligned[8] = {};
   for (int i = 0; i < n; ++i) {
     const int64_t e = element + i;
     const int code = packed[e >> 1] >> (e & 1 ? 0 : 4) & 15;
     aligned[i >> 1] = static_cast<uint8_t>(aligned[i >> 1] | code << (i & 1 ? 0 : 4));
   }
-  return f16_lookup(aligned, table);
+  return f32_lookup(aligned, table);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 // vectors. Everything is in an anonymous namespace, as in simd.h.
 #pragma once
 
-#include "nf4_decode.h"
+#include "load_store.h"
 #include "peftkern/jacobi.h"
 
 namespace peftkern {
@@ -34,7 +34,7 @@ inline bool any_gt(Doubles a, Doubles b) { return _mm512_cmp_pd_mask(a.v, b.v, _
 inline double doubles_sum(Doubles a) { return _mm512_reduce_add_pd(a.v); }
 inline void doubles_store_floats(float* p, Doubles a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v)); }
 inline Doubles doubles_load_floats(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
-inline void f16_store_doubles(double* p, F16 a) {
+inline void f32_store_doubles(double* p, F32x16 a) {
   _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
   _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
 }
@@ -69,7 +69,7 @@ inline double doubles_sum(Doubles a) {
 }
 inline void doubles_store_floats(float* p, Doubles a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v)); }
 inline Doubles doubles_load_floats(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
-inline void f16_store_doubles(double* p, F16 x) {
+inline void f32_store_doubles(double* p, F32x16 x) {
   _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(x.a)));
   _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(x.a, 1)));
   _mm256_storeu_pd(p + 8, _mm256_cvtps_pd(_mm256_castps256_ps128(x.b)));
@@ -101,7 +101,7 @@ inline void doubles_store_floats(float* p, Doubles a) {
   p[0] = static_cast<float>(a.v[0]), p[1] = static_cast<float>(a.v[1]);
 }
 inline Doubles doubles_load_floats(const float* p) { return {{p[0], p[1]}}; }
-inline void f16_store_doubles(double* p, const F16& a) {
+inline void f32_store_doubles(double* p, const F32x16& a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<double>(a.v[i]);
 }
 

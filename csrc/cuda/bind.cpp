@@ -7,7 +7,6 @@
 #include <pybind11/stl.h>
 
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -19,9 +18,7 @@
 #include "peftkern/cuda_low_rank_svd.h"
 #include "peftkern/cuda_nf4.h"
 #include "peftkern/cuda_nf4_lora_linear.h"
-#if PEFTKERN_CUDA_SM90A || defined(PEFTKERN_CUDA_EMULATED)
 #include "peftkern/cuda_nf4_lora_linear_sm90a.h"
-#endif
 
 namespace py = pybind11;
 
@@ -36,21 +33,15 @@ void check(int error) {
   throw std::runtime_error("CUDA error " + std::to_string(error) + ": " + text);
 }
 
-CudaNF4View nf4_view(const py::tuple& t) {
-  CudaNF4View w = view_from_tuple<CudaNF4View>(t);
-  w.offset = pointer<const float>(t[kNestedOffset].cast<uintptr_t>());
-  return w;
-}
-
 // (lora_A, its dtype, lora_B, its dtype, s, r); r = 0: no adapters.
-void set_lora(CudaNF4LinearArgs& args, const py::tuple& t) {
-  if (t.size() != 6) throw std::invalid_argument("lora: expected 6 fields");
-  args.lora_A = pointer<const void>(t[0].cast<uintptr_t>());
-  args.a_dtype = dtype_from_code(t[1].cast<int>());
-  args.lora_B = pointer<const void>(t[2].cast<uintptr_t>());
-  args.b_dtype = dtype_from_code(t[3].cast<int>());
-  args.s = pointer<float>(t[4].cast<uintptr_t>());
-  args.r = t[5].cast<int64_t>();
+void set_lora(CudaNF4LinearArgs& args, const py::tuple& lora) {
+  Fields fields(lora, "lora", 6);
+  args.lora_A = fields.address<const void>();
+  args.a_dtype = fields.dtype();
+  args.lora_B = fields.address<const void>();
+  args.b_dtype = fields.dtype();
+  args.s = fields.address<float>();
+  args.r = fields.size();
 }
 
 template <int (*kForward)(const CudaNF4LinearArgs&, CudaStream)>
@@ -58,7 +49,7 @@ void linear_forward(uintptr_t stream, const py::tuple& w, int64_t M, int64_t N, 
                     uintptr_t x, int dtype, uintptr_t y, uintptr_t bias, const py::tuple& lora,
                     double scaling, uintptr_t workspace, int64_t workspace_bytes, int64_t splits) {
   CudaNF4LinearArgs args;
-  args.w = nf4_view(w);
+  args.w = view_of(w);
   args.M = M, args.N = N, args.K = K;
   args.x = pointer<const void>(x);
   args.dtype = dtype_from_code(dtype);
@@ -130,7 +121,7 @@ void bind(py::module_& m) {
         });
   m.def("nf4_dequantize",
         [](uintptr_t stream, const py::tuple& w, uintptr_t out, int out_dtype, int64_t out_numel) {
-          const CudaNF4View view = nf4_view(w);
+          const NF4View view = view_of(w);
           const DType dtype = dtype_from_code(out_dtype);
           py::gil_scoped_release release;
           check(cuda_nf4_dequantize(view, pointer<void>(out), dtype, out_numel,
@@ -173,6 +164,14 @@ void bind(py::module_& m) {
     py::gil_scoped_release release;
     check(cuda_gram_roots(args, pointer<CUstream_st>(stream)));
   });
+  m.attr("JACOBI_RANK") = kCudaJacobiRank;
+  m.attr("LINEAR_ROWS") = kCudaLinearRows;
+  m.attr("LINEAR_RANK") = kCudaLinearRank;
+  m.attr("LINEAR_BLOCK") = kCudaLinearBlock;
+  m.attr("LINEAR_SIZE") = kCudaLinearSize;
+  m.attr("PREFILL_ROWS") = kCudaPrefillRows;
+  m.attr("PREFILL_RANK") = kCudaPrefillRank;
+  m.attr("PREFILL_UNIT") = kCudaPrefillUnit;
   m.def("nf4_lora_linear_workspace", &cuda_nf4_lora_linear_workspace,
         "Bytes that nf4_lora_linear_forward needs for M, N, K, splits on the current device.");
   m.def("nf4_lora_linear_forward", &linear_forward<cuda_nf4_lora_linear_forward>);

@@ -318,7 +318,7 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 
 // ---- warps
 
-// Sum over groups of kLanes neighbours, the same bits in each lane of a group.
+// Sum over groups of kLanes neighbors, the same bits in each lane of a group.
 template <int kLanes = 32>
 __device__ __forceinline__ float lanes_sum(float x) {
 #pragma unroll
@@ -410,7 +410,7 @@ void run_mma_m16n8k16(void* const* args, int width) {
 #endif
 
 // D[16, 8] += A[16, 16] B[16, 8], A and B of type T (BF16 or FP16), D float. Each register of A and
-// B holds two values with neighbouring k, the lower in the low half:
+// B holds two values with neighboring k, the lower in the low half:
 //   a[0] A[g][2t]   a[1] A[g+8][2t]   a[2] A[g][2t+8]   a[3] A[g+8][2t+8]
 //   b[0] B[2t][g]   b[1] B[2t+8][g]
 //   d[0], d[1] D[g][2t], D[g][2t+1]   d[2], d[3] D[g+8][2t], D[g+8][2t+1]

@@ -9,8 +9,8 @@
 // before it touches what those before it write, or writes what they read.
 //
 // Arguments convert to the kernel's parameters. The error is the launch's own: a kernel that fails
-// later reports at the next synchronisation. More than 48 KiB of shared memory is asked for as it
-// must be. Neither allocates nor synchronises, so streams may be captured into graphs. The caller
+// later reports at the next synchronization. More than 48 KiB of shared memory is asked for as it
+// must be. Neither allocates nor synchronizes, so streams may be captured into graphs. The caller
 // has made the stream's device current.
 #pragma once
 

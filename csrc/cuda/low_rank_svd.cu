@@ -2,49 +2,12 @@
 // 128: SVD by one-sided Jacobi, and pivoted Cholesky of Gram matrices. jacobi.h has the formulas,
 // and csrc/cpu/low_rank_core.h takes the same steps.
 //
-// Jacobi: QR with column pivots (Householder), C^T = X Q^T with X = R^T in C's column order;
-// rotations of the columns of X and of Q until those of X are orthogonal, X V = right diag(sigma),
-// left = Q V; sort; sign. X and Q lie stacked, 2 r rows in columns, so that a rotation is one loop.
-// A round of the tournament rotates r / 2 disjoint pairs of columns, each by 4 (r <= 16) or 8
-// neighbouring lanes, and ends at a barrier: of the warp for r <= 16, where the block is one.
-//
-// Counted for an SM of an H200 at 1.76 GHz, whose shared memory moves 128 B and which does 64 fused
-// multiply-adds in float64 per clock. A round reads X, keeps it in registers for the rotation (64
-// rows of it at r = 128), writes it, and reads and writes Q: 4 to 4.5 r^2 x 8 B. That is r^2 / 4
-// clocks; arithmetic takes r^2 / 14 for 4.5 r^2 multiply-adds, and 5 r for the rotations' own 80
-// instructions a lane. No bandwidth helps with what follows one upon the other: load, product, 2 or
-// 3 shuffles, two roots, two quotients, store, barrier, some 1000 clocks. A sweep has r - 1 rounds.
-//
-//     r    clocks of a round: memory, arithmetic, chain    a sweep    sweeps, random matrices
-//    16          64         60      1000                     9 us       6 to 7
-//    64        1024        600      1000                    75 us       8
-//   128        4600       1800      1000                   400 us       9
-//
-// 224 matrices on 132 SMs: r = 16 in 0.06 ms and 64 in 0.6 to 1 ms, as two blocks share an SM; r =
-// 128, of which an SM holds one, in two waves, 7 ms. QR before it takes r steps of two barriers and
-// about r / 2 columns of a row for each thread: less than a sweep. So the convergence test has
-// neither root nor quotient (jacobi_exceeds), norms are cached as on a CPU, and at r = 16 only the
-// chain counts. Blocks of 2 x 2 columns would halve the traffic of r = 128: not done.
-//
-// Banks: 16 lanes load 128 B at once, rows of 2 (4) pairs. Neighbouring pairs of a round have
-// neighbouring columns, so a column takes an odd multiple of 8 (4) doubles: conflicts are left only
-// where the ring of the tournament closes.
-//
-// Shared memory: X and Q take 4.6, 18 and 70 KB at r = 16, 32 and 64. The 272 KB of r = 128 fit
-// nowhere. Q in float32 would fit in 227 KB, but drifts from orthogonal by 7e-7: enough for
-// low_rank_svd's float32 vectors, not for what this returns; and a polish that makes it orthogonal
-// again does not bring back Q V. Solving C right = left diag(sigma) instead of carrying Q loses the
-// vectors of small sigma. So columns have their first rows in shared memory and their last ones,
-// Q's, in global memory: for r = 128 the last 40 of 256 rows with 227 KB (sm_90, sm_100), 104 with
-// 163 KB (sm_80). With 227 KB these are 80 KB of traffic per round and SM, 2 us of 5.5 TB/s of L2,
-// beside 2.6 us of shared memory. Where not even X fits (99 KB: sm_86, sm_89, sm_120, r > 104),
-// columns are in global memory: those devices have a 32nd of the arithmetic, which then takes ten
-// times as long as all traffic. Sums have the same order wherever their rows lie.
-//
-// Cholesky: r steps, each of which reads and writes the 2 r x r matrix: 2 r^3 x 16 B, 0.3 ms at r =
-// 128.
-//
-// All counted, none measured.
+// QR with column pivots, C^T = X Q^T with X = R^T in C's column order; rotations of the columns of
+// X and Q until those of X are orthogonal: X V = right diag(sigma), left = Q V; sort; sign. A round
+// rotates r / 2 disjoint pairs, each by 4 (r <= 16) or 8 lanes; a sweep has r - 1 rounds. A round
+// of an H200's SM: the chain load, product, shuffles, roots, quotients, store, barrier 1000 clocks;
+// memory 64 (r = 16), 1024 (64), 4600 (128): 224 matrices take 0.06, 0.6 to 1, and 7 ms.
+// Counted, not measured.
 #include <math.h>
 
 #include "intrinsics.cuh"
@@ -61,7 +24,11 @@ __host__ __device__ constexpr int threads_for(int rank) {  // also one for each 
   return ((rank + 1) / 2 * lanes_for(rank) + 31) / 32 * 32;
 }
 
-// Where columns lie: in shared memory, but for their last rows, not at all.
+// Where columns lie: in shared memory, but for their last rows, not at all. X and Q take 70 KB at r
+// = 64, but the 272 KB of r = 128 fit nowhere: of 256 rows the last 40 (227 KB: sm_90, sm_100) or
+// 104 (163 KB: sm_80) are Q's in global memory, all where not even X fits (99 KB, r > 104). Q in
+// float32 would fit, but drifts from orthogonal by 7e-7; solving for the vectors instead of
+// carrying Q loses those of small sigma. Sums have the same order wherever their rows lie.
 enum class Place { kShared, kTail, kMemory };
 
 // What lies where. Rows of X, then as many of Q, each padded with zeros to whole groups of lanes.
@@ -337,7 +304,7 @@ __device__ __forceinline__ uint32_t sweep(const Layout& layout, const Scratch& s
       }
     }
     const double product = lanes_sum<kLanes>(gamma[0] + gamma[1]);
-    __syncwarp();  // before a norm that a neighbour reads is replaced
+    __syncwarp();  // before a norm that a neighbor reads is replaced
     if (q < r && jacobi_exceeds(alpha, beta, product, kJacobiTolerance)) {
       if (jacobi_exceeds(alpha, beta, product, kJacobiLastSweep)) turned |= kAgain;
       const JacobiRotation<double> rotation = jacobi_rotation(alpha, beta, product, 0.0, 1.0);
@@ -378,7 +345,7 @@ __device__ __forceinline__ uint32_t sweep(const Layout& layout, const Scratch& s
   return all | flags;
 }
 
-// Sorted values, and the vectors of a common sign: row by row, so that neighbours store together.
+// Sorted values, and the vectors of a common sign: row by row, so that neighbors store together.
 template <bool kOneWarp, Place kPlace>
 __device__ __forceinline__ void store_results(const JacobiArgument& a, const Scratch& s,
                                               const Columns<kPlace>& columns, int64_t matrix,
@@ -545,7 +512,7 @@ void check_room(const Layout& layout, int64_t count, const double* workspace, in
   require(count >= 0, "count", count, "at least 0");
   checked_mul(checked_mul(int64_t{layout.r} * layout.r, 8, "r x r"), count, "count x r x r");
   const int64_t wanted = checked_mul(layout.spilled(), count, "workspace");
-  require(length >= wanted, "workspace", length, std::to_string(wanted) + " doubles");
+  require(length >= wanted, "workspace", length, wanted, "doubles");
   if (wanted > 0 && !workspace) fail("workspace: null pointer");
 }
 

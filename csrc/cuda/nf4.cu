@@ -1,28 +1,11 @@
-// NF4 on a GPU: dequantise, nested or plain, and quantise, one launch each.
+// NF4 on a GPU: dequantize, nested or plain, and quantize, one launch each.
 //
 // Bytes per weight, 16-bit dense values, blocks of 64, nested: 0.5 codes + 1/64 absmax + 2 dense =
-// 2.52 (float32: 4.52; quantising a 16-bit weight: 2 + 0.5 + 4/64 = 2.56). At 4.3 TB/s of copy
-// bandwidth an H200 (132 SMs at 1.76 GHz) moves 18.5 B per SM and clock, 7.4 weights dequantised:
-// 14336 x 4096 takes 34.4 us, and while a warp's tile of 1024 weights goes through, in 138 clocks,
-// an SM can issue 552 instructions.
-//
-// Dequantise, for a lane's chunk of 8 weights (16 B of bfloat16): 1 load of 4 B, 3 for absmax; 8 x
-// (shift, shuffle, multiply); 4 conversions; 1 store of 16 B. sm_90 code has 262 instructions for
-// that tile, 47% of the slots. Lookups go through shuffles, with value i in lanes i and i + 16: a
-// shuffle takes 5 bits of its index, of which the top one then does not matter, so nibbles need no
-// mask. Shuffles, loads and stores take 16 of the 34 clocks that the shared-memory pipe has for 256
-// weights. Loads and stores of a warp are contiguous: a lane that loaded 16 B of codes would have
-// to store 64 B on its own, in half-filled sectors, or to send codes through shared memory first.
-// Narrow loads cost no bandwidth: 4 x 128 B and 1 x 512 B of a warp are the same four wavefronts.
-//
-// Quantise: 16 B loads, four in flight; 8 instructions, 2 of them shuffles, for the code of a
-// weight, 3 for its share of absmax, about 18 with all that a chunk needs: 570 for a 16-bit tile,
-// as many as the slots at copy bandwidth (float32: half of them), so there issue is the limit.
-// The code of x is the number of midpoints below it: x falls into one of 31 bins, which hold one
-// midpoint at most, so a lookup gives the midpoint to compare with and the number of those before.
-// Blocks beyond a warp's 32 chunks are read twice, from a cache the second time.
-//
-// All counted, none measured.
+// 2.52 (float32: 4.52; quantizing a 16-bit weight: 2 + 0.5 + 4/64 = 2.56). At 4.3 TB/s of copy
+// bandwidth 14336 x 4096 takes 34.4 us; a warp's tile of 1024 weights goes through in 138 clocks of
+// an H200's SM, of whose 552 issue slots dequantizing takes 262 and quantizing, about all. Lookups
+// are shuffles, with value i in lanes i and i + 16: a shuffle reads five bits of its index, so
+// nibbles need no mask. Loads and stores of a warp are contiguous. Counted, not measured.
 #include <type_traits>
 
 #include "launch.cuh"
@@ -51,7 +34,7 @@ bool is_aligned(const void* packed, const void* dense) {
          reinterpret_cast<uintptr_t>(packed) % sizeof(Codes<T>) == 0;
 }
 
-// ---- dequantise
+// ---- dequantize
 
 template <typename T, bool kAligned>
 __device__ __forceinline__ void store_chunk(T* out, int chunk, const float (&x)[kChunk<T>]) {
@@ -133,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, bool kNested>
-cudaError_t dequantize(const CudaNF4View& w, T* out, cudaStream_t stream) {
+cudaError_t dequantize(const NF4View& w, T* out, cudaStream_t stream) {
   const auto kernel = is_aligned<T>(w.packed, out) ? dequantize_kernel<T, kNested, true>
                                                    : dequantize_kernel<T, kNested, false>;
   const unsigned blocks = grid_size(w.numel, kTile * kChunk<T>);
@@ -141,13 +124,13 @@ cudaError_t dequantize(const CudaNF4View& w, T* out, cudaStream_t stream) {
 }
 
 template <typename T>
-cudaError_t dequantize(const CudaNF4View& w, void* out, cudaStream_t stream) {
+cudaError_t dequantize(const NF4View& w, void* out, cudaStream_t stream) {
   T* values = static_cast<T*>(out);
   return w.nested ? dequantize<T, true>(w, values, stream)
                   : dequantize<T, false>(w, values, stream);
 }
 
-// ---- quantise
+// ---- quantize
 
 constexpr float kBinScale = 15.4f;
 constexpr float kBinOffset = 8388608.0f + 16.0f;  // 2^23: the sum's last bits are an integer
@@ -309,7 +292,7 @@ __device__ __forceinline__ void store_part(uint8_t* packed, uint32_t codes, int 
   for (int i = 0; i < (count + 1) / 2; ++i) packed[i] = static_cast<uint8_t>(codes >> 8 * i);
 }
 
-// Blocks of at most a warp's 32 chunks: neighbouring lanes share a block, one chunk each.
+// Blocks of at most a warp's 32 chunks: neighboring lanes share a block, one chunk each.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const __grid_constant__ QuantizeArgument a, const T* __restrict__ values) {
@@ -444,20 +427,19 @@ cudaError_t quantize(const QuantizeArgument& a, const void* src, cudaStream_t st
 
 }  // namespace
 
-void validate_cuda(const CudaNF4View& w) {
+void validate_cuda(const NF4View& w) {
   validate(w);
   if (!w.nested) return;
   const int64_t group = w.nested_blocksize;
   require((group & (group - 1)) == 0, "nested_blocksize", group, "a power of two");
-  if (w.numel > 0 && !w.offset) fail("nested_offset: null pointer");
 }
 
-int cuda_nf4_dequantize(const CudaNF4View& w, void* out, DType dtype, int64_t out_numel,
+int cuda_nf4_dequantize(const NF4View& w, void* out, DType dtype, int64_t out_numel,
                         CudaStream stream) {
   validate_cuda(w);
-  require(out_numel == w.numel, "out", out_numel, std::to_string(w.numel) + " elements");
+  require(out_numel == w.numel, "out", out_numel, w.numel, "elements");
   if (w.numel == 0) return cudaSuccess;
-  if (!out) fail("out: null pointer");
+  require(out, "out: null pointer");
   if (dtype == DType::kFloat32) return dequantize<float>(w, out, stream);
   if (dtype == DType::kBFloat16) return dequantize<BF16>(w, out, stream);
   return dequantize<FP16>(w, out, stream);
@@ -475,7 +457,7 @@ int cuda_nf4_quantize(const void* src, DType dtype, int64_t numel, int64_t block
   w.numel = numel;
   validate(w);
   if (numel == 0) return cudaSuccess;
-  if (!src) fail("src: null pointer");
+  require(src, "src: null pointer");
   const QuantizeArgument a = {numel, w.blocksize_log2(), packed, absmax, kBins};
   if (dtype == DType::kFloat32) return quantize<float>(a, src, stream);
   if (dtype == DType::kBFloat16) return quantize<BF16>(a, src, stream);

@@ -18,13 +18,13 @@ struct NF4Argument {
   float code[16];
 };
 
-inline NF4Argument nf4_argument(const CudaNF4View& w) {
+inline NF4Argument nf4_argument(const NF4View& w) {
   NF4Argument a = {};
   a.packed = w.packed;
   a.absmax = w.absmax;
   a.nested_absmax = w.nested_absmax;
   a.nested_code = w.nested_code;
-  a.offset = w.offset;
+  a.offset = w.nested_offset;
   a.numel = w.numel;
   a.blocksize_log2 = w.blocksize_log2();
   a.nested_log2 = w.nested ? __builtin_ctzll(static_cast<uint64_t>(w.nested_blocksize)) : 0;

@@ -1,38 +1,13 @@
-// y = x W^T + scaling s lora_B^T + bias with W in NF4, s = x lora_A^T, for 1 to 32 rows of x: two
-// launches that overlap, or one.
+// y = x W^T + scaling s lora_B^T + bias with W in NF4, s = x lora_A^T, for 1 to 32 rows of x: a
+// prologue for s and the products, launches that overlap (the products alone without an adapter).
 //
 // Bytes per weight, blocks of 64, nested: 0.5 codes + 1/64 absmax. At 4.3 TB/s an H200 (132 SMs at
-// 1.76 GHz) moves 18.5 B per SM and clock: 4096 x 4096 takes 2.0 us, 14336 x 4096 7.0 us, 28672 x
-// 8192 28.2 us, and the codes of a unit, 16 rows x 64 columns, 27.7 clocks, in which an SM issues
-// 111 instructions and shared memory and L1 deliver 27 wavefronts.
-//
-// Products: mma.m16n8k16 with W on the left, 16 of its rows and 8 of x at a time. Lane (g, t) has
-// bytes 8t .. 8t+7 of a unit's rows g and g+8, so weights 16t .. 16t+15; step j of a unit's four
-// takes 16t+4j+{0,1} for the instruction's columns 2t, 2t+1 and 16t+4j+{2,3} for 2t+8, 2t+9. Of x a
-// lane so needs 32 contiguous bytes, and nothing is repacked. absmax scales the float32 sum of a
-// block, so a weight is rounded once, as its code. A unit of a warp, up to 8 rows of x: 2 loads of
-// codes, 16 x (byte, address, lookup), half of 2 loads of x (two units above each other share it),
-// 4 mma, 2 shuffles and 4 multiply-adds for absmax: 61 instructions. sm_90 code has 72, with what
-// four columns of units and an item take once 86 to 95 (K = 8192, nested), 78 to 86% of the slots:
-// issue is nearly the limit. Wavefronts: 16 of lookups, 1 (one row of x) to 4 of x.
-//
-// Lookups: a byte is two weights, so a table of 256 pairs, 32 copies (one per bank, 32 KiB): 3
-// instructions of which one is the integer pipe's, 8 of 27.7 clocks. Without it, prmt on the byte
-// planes of the 16 values takes 21 integer instructions for 8 weights, exact too: 42 clocks, so the
-// table wins. Filling it takes 256 wavefronts, while a block's first codes arrive.
-//
-// In flight: up to 128 B of codes per lane, with 2 blocks of 8 warps on an SM 64 KiB; half of that
-// above 8 rows of x, where x from L2 (N / rows of a tile x M K 2 B) and the tensor cores weigh
-// more. The eight warps cut K into contiguous pieces, which are added in order in shared memory.
-// Blocks stay and loop over items, with the next one's loads under way while one is finished. Where
-// tiles do not fill the GPU evenly, K is split over items as well: each writes its sums, and the
-// last to arrive at a tile adds them in order.
-//
-// s, in float32 on plain cores, is a first kernel's, which also clears the counters of arrivals; it
-// lets the second begin at once, which waits for it only when its products are done. The update is
-// float32, too: M N r multiply-adds, with r = 64, 32 rows and K = 4096 a fifth of the instructions.
-//
-// All counted, none measured.
+// 1.76 GHz) moves 18.5 B per SM and clock: 4096 x 4096 takes 2.0 us, 28672 x 8192 28.2 us. A unit
+// of 16 rows x 64 columns comes in 27.7 clocks, 111 issue slots, of which sm_90 code uses 78 to
+// 86%: hence a table of pairs in shared memory (3 instructions for two weights; prmt on byte planes
+// takes 21 integer ones for eight, 42 clocks), absmax on the float32 sum of a block, so that a
+// weight is rounded once, as its code, and mma.m16n8k16 with W on the left, nothing of it repacked.
+// Counted, not measured.
 #include <algorithm>
 
 #include "launch.cuh"
@@ -47,22 +22,25 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kUnit = 64;    // columns
 constexpr int kCopies = 32;  // of the table
 
-// By kEights, the rows of x in eights: 16-row tiles that a warp has above each other (with more of
-// them x is read less often), how many units ahead codes are loaded, and blocks on an SM.
-__host__ __device__ constexpr int tiles_of(int eights) { return eights == 4 ? 4 : 2; }
-__host__ __device__ constexpr int depth_of(int eights) { return eights == 1 ? 4 : 2; }
-__host__ __device__ constexpr int resident_of(int eights) { return eights == 4 ? 1 : 2; }
+// By kRowGroups, groups of eight rows of x: 16-row tiles of W in a warp (with more of them x is
+// read less often), how many units ahead codes are loaded (up to 128 B a lane in flight, 64 KiB on
+// an SM; half of that above one group, where x from L2 and the tensor cores weigh more), blocks on
+// an SM.
+__host__ __device__ constexpr int tiles_of(int row_groups) { return row_groups == 4 ? 4 : 2; }
+__host__ __device__ constexpr int depth_of(int row_groups) { return row_groups == 1 ? 4 : 2; }
+__host__ __device__ constexpr int blocks_per_sm(int row_groups) { return row_groups == 4 ? 1 : 2; }
 
-// What a launch divides: `items` = tiles x splits, by which blocks loop.
+// Work items are tiles x splits of K: blocks stay resident and loop over them, with the next item's
+// loads under way while one is finished. K is split where tiles alone do not fill the GPU evenly.
 struct Plan {
-  int eights, rows;  // of x in eights; of W in a tile
+  int row_groups, rows;  // of x, eight rows each; of W in a tile
   int tiles, splits, items;
   int units, split_units, warp_units;  // along K: all, of a split, of a warp in a split
   int64_t counter_bytes, workspace;
 };
 
-// Clocks of an SM for what each gets: 55 for 1 KiB of codes, 300 to finish an item, 1000 for the
-// last arrival. Estimates, that only have to rank splits.
+// Clocks of an SM: 55 for 1 KiB of codes, 300 to finish an item, 1000 for the last arrival.
+// Estimates that only have to rank splits.
 int64_t cost_of(int64_t tiles, int64_t rows, int64_t units, int64_t splits, int64_t processors) {
   const int64_t rounds = (tiles * splits + processors - 1) / processors;
   const int64_t item = (units + splits - 1) / splits * rows * 55 / 32 + 300;
@@ -71,8 +49,8 @@ int64_t cost_of(int64_t tiles, int64_t rows, int64_t units, int64_t splits, int6
 
 Plan plan_of(int64_t M, int64_t N, int64_t K, int64_t splits) {
   Plan p = {};
-  p.eights = M <= 8 ? 1 : M <= 16 ? 2 : 4;
-  p.rows = 16 * tiles_of(p.eights);
+  p.row_groups = M <= 8 ? 1 : M <= 16 ? 2 : 4;
+  p.rows = 16 * tiles_of(p.row_groups);
   p.tiles = static_cast<int>((N + p.rows - 1) / p.rows);
   p.units = static_cast<int>(K / kUnit);
   if (splits == 0) {
@@ -96,9 +74,9 @@ Plan plan_of(int64_t M, int64_t N, int64_t K, int64_t splits) {
   return p;
 }
 
-// ---- before: s, and counters set to zero
+// ---- prologue: s in float32 on plain cores, and counters of arrivals set to zero
 
-struct BeforeArgument {
+struct PrologueArgument {
   int M, r, tiles;  // tiles = 0: no counters
   int64_t K;
   float* s;
@@ -108,8 +86,8 @@ struct BeforeArgument {
 // Block (rank, eight rows of x): K over the threads, then the sums of lanes and of warps in order.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads)
-    before_kernel(const __grid_constant__ BeforeArgument a, const T* __restrict__ x,
-                  const A* __restrict__ lora_A) {
+    prologue_kernel(const __grid_constant__ PrologueArgument a, const T* __restrict__ x,
+                    const A* __restrict__ lora_A) {
   allow_following();
   const int blocks = static_cast<int>(gridDim.x * gridDim.y);
   const int block = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
@@ -208,9 +186,9 @@ __device__ __forceinline__ int row_at(const LinearArgument& a, int row) {
 
 // absmax of a panel: of its kTiles x kDepth pairs (tile, unit), lane (g, t) has pair 4 slot + t,
 // for rows g and g+8.
-template <int kEights>
+template <int kRowGroups>
 struct Scales {
-  static constexpr int kSlots = tiles_of(kEights) * depth_of(kEights) / 4;
+  static constexpr int kSlots = tiles_of(kRowGroups) * depth_of(kRowGroups) / 4;
   uint32_t raw[kSlots][2];
   float value[kSlots][2];
 
@@ -218,8 +196,8 @@ struct Scales {
   __device__ __forceinline__ static uint32_t block(const LinearArgument& a, const Panel& panel,
                                                    int slot, int half) {
     const int pair = 4 * slot + lane_index() % 4;
-    const int row = row_at(a, panel.row + pair / depth_of(kEights) * 16 + half * 8);
-    const int unit = panel.unit + min(pair % depth_of(kEights), panel.left - 1);
+    const int row = row_at(a, panel.row + pair / depth_of(kRowGroups) * 16 + half * 8);
+    const int unit = panel.unit + min(pair % depth_of(kRowGroups), panel.left - 1);
     return static_cast<uint32_t>(row * a.row_blocks + (unit >> a.unit_shift));
   }
   template <bool kNested>
@@ -241,7 +219,7 @@ struct Scales {
     }
   }
   __device__ __forceinline__ float of(int tile, int unit, int half) const {
-    const int pair = tile * depth_of(kEights) + unit;
+    const int pair = tile * depth_of(kRowGroups) + unit;
     return __shfl_sync(kFullMask, value[pair / 4][half], (lane_index() & ~3) + pair % 4);
   }
 };
@@ -249,11 +227,11 @@ struct Scales {
 // Columns 16t .. 16t+15 of a unit for rows 8c + g of x, as mma takes them. Of two parts one has 16t
 // .. 16t+7, the other the rest. `line` is where they begin in row g, or in the last if there are
 // fewer. A row 8c + g that does not exist is another one: its products are not stored.
-template <int kEights, int kParts>
+template <int kRowGroups, int kParts>
 __device__ __forceinline__ void load_x(const LinearArgument& a, const uint8_t* line, int part,
-                                       uint32_t (&x)[kEights][8 / kParts]) {
+                                       uint32_t (&x)[kRowGroups][8 / kParts]) {
 #pragma unroll
-  for (int c = 0; c < kEights; ++c) {
+  for (int c = 0; c < kRowGroups; ++c) {
     const bool exists = 8 * c + lane_index() / 4 < a.M;
     const uint32_t below = c > 0 && exists ? 16u * c * static_cast<uint32_t>(a.K) : 0;
     const uint4* p = reinterpret_cast<const uint4*>(line + below) + part;
@@ -267,31 +245,31 @@ __device__ __forceinline__ void load_x(const LinearArgument& a, const uint8_t* l
 }
 
 // The update as one more piece of K: rank r is warp r % 8's.
-template <typename B, int kTiles, int kEights>
+template <typename B, int kTiles, int kRowGroups>
 __device__ __forceinline__ void add_update(const LinearArgument& a, int row, int warp,
-                                           float (&acc)[kTiles][kEights][4]) {
+                                           float (&acc)[kTiles][kRowGroups][4]) {
   const B* lora_B = static_cast<const B*>(a.lora_B);
   const int t = lane_index() % 4;
-#pragma unroll(kEights == 1 ? 2 : 1)
+#pragma unroll(kRowGroups == 1 ? 2 : 1)
   for (int rank = warp; rank < a.r; rank += kWarps) {
-    B up[kTiles][2];
-    float s[kEights][2];
+    B factor[kTiles][2];
+    float s[kRowGroups][2];
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      up[i / 2][i % 2] = lora_B[int64_t{row_at(a, row + 8 * i)} * a.r + rank];
+      factor[i / 2][i % 2] = lora_B[int64_t{row_at(a, row + 8 * i)} * a.r + rank];
     }
 #pragma unroll
-    for (int j = 0; j < 2 * kEights; ++j) {
+    for (int j = 0; j < 2 * kRowGroups; ++j) {
       const int m = j / 2 * 8 + 2 * t + j % 2;
       s[j / 2][j % 2] = m < a.M ? load_l2(a.s + m * a.r + rank) : 0.0f;
     }
 #pragma unroll
-    for (int j = 0; j < 2 * kEights; ++j) {
+    for (int j = 0; j < 2 * kRowGroups; ++j) {
       const float scaled = a.scaling * s[j / 2][j % 2];
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         float& sum = acc[i / 2][j / 2][i % 2 * 2 + j % 2];
-        sum = __fmaf_rn(to_float(up[i / 2][i % 2]), scaled, sum);
+        sum = __fmaf_rn(to_float(factor[i / 2][i % 2]), scaled, sum);
       }
     }
   }
@@ -310,10 +288,10 @@ __host__ __device__ constexpr int pitch_of(int rows) { return rows + 4; }
 constexpr int kSlices = kWarps / 2;  // of `sums`: two warps share one
 
 // Adds what the warps have in `sums`; of a split K, the last block to come adds what all have.
-template <typename T, int kEights>
+template <typename T, int kRowGroups>
 __device__ __forceinline__ void finish_item(const LinearArgument& a, int item, const float* sums,
                                             unsigned* arrivals) {
-  constexpr int kRows = 16 * tiles_of(kEights);
+  constexpr int kRows = 16 * tiles_of(kRowGroups);
   const int tile = tile_of(a, item), outputs = a.M * kRows;
   const int row = tile * kRows;
 #pragma unroll 1
@@ -322,7 +300,7 @@ __device__ __forceinline__ void finish_item(const LinearArgument& a, int item, c
     float total = 0.0f;
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
-      total += sums[(slice * 8 * kEights + m) * pitch_of(kRows) + n];
+      total += sums[(slice * 8 * kRowGroups + m) * pitch_of(kRows) + n];
     }
     if (a.splits == 1) {
       store_y<T>(a, m, row + n, total);
@@ -348,16 +326,20 @@ __device__ __forceinline__ void finish_item(const LinearArgument& a, int item, c
   }
 }
 
-constexpr size_t shared_bytes(int eights) {
-  return 4 * (256 * kCopies + kSlices * 8 * eights * pitch_of(16 * tiles_of(eights)) + 4);
+constexpr size_t shared_bytes(int row_groups) {
+  return 4 * (256 * kCopies + kSlices * 8 * row_groups * pitch_of(16 * tiles_of(row_groups)) + 4);
 }
 
-template <typename T, bool kNested, int kEights>
-__global__ void __launch_bounds__(kThreads, resident_of(kEights))
+// Eight warps cut an item's K into contiguous pieces, whose sums are added in order in shared
+// memory. Lane (g, t) has bytes 8t .. 8t+7 of a unit's rows g and g+8, so weights 16t .. 16t+15:
+// step j of a unit's four takes 16t+4j+{0,1} for the instruction's columns 2t, 2t+1 and
+// 16t+4j+{2,3} for 2t+8, 2t+9. Of x a lane so needs 32 contiguous bytes.
+template <typename T, bool kNested, int kRowGroups>
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(kRowGroups))
     linear_kernel(const __grid_constant__ LinearArgument a) {
-  constexpr int kTiles = tiles_of(kEights), kDepth = depth_of(kEights), kRows = 16 * kTiles;
-  constexpr bool kAhead = kEights == 1;   // x, by one unit: a tile's work is too short to hide it
-  constexpr int kParts = kAhead ? 1 : 2;  // of a unit: two need fewer registers, and scale twice
+  constexpr int kTiles = tiles_of(kRowGroups), kDepth = depth_of(kRowGroups), kRows = 16 * kTiles;
+  constexpr bool kAhead = kRowGroups == 1;  // x, by one unit: a tile's work is too short to hide it
+  constexpr int kParts = kAhead ? 1 : 2;    // of a unit: two need fewer registers, and scale twice
   constexpr int kWords = 8 / kParts;
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int warp = __shfl_sync(kFullMask, warp_index(), 0);  // equal in all lanes: ptxas sees it
@@ -365,12 +347,13 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
   const int step = static_cast<int>(gridDim.x);
   uint32_t* table = dynamic_shared<uint32_t>();
   float* sums = reinterpret_cast<float*>(table + 256 * kCopies);
-  unsigned* arrivals = reinterpret_cast<unsigned*>(sums + kSlices * 8 * kEights * pitch_of(kRows));
+  unsigned* arrivals =
+      reinterpret_cast<unsigned*>(sums + kSlices * 8 * kRowGroups * pitch_of(kRows));
   const uint32_t copies = shared_address(table + lane_index() % kCopies);
 
   uint2 codes[kDepth][kTiles][2];
-  uint32_t x[kAhead ? 2 : 1][kEights][kWords];
-  Scales<kEights> scales;
+  uint32_t x[kAhead ? 2 : 1][kRowGroups][kWords];
+  Scales<kRowGroups> scales;
   Panel next = {};
   const uint8_t* line = nullptr;       // where `next` has the codes of its first row
   uint32_t below[2 * kTiles] = {};     // and how far from there those of the others are
@@ -404,13 +387,14 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
   const auto load_codes = [&](int u) {
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      const uint32_t down = kEights == 1 ? below[i] : row_below(i);
+      const uint32_t down = kRowGroups == 1 ? below[i] : row_below(i);
       codes[u][i / 2][i % 2] = load_once8(line + down + u * (kUnit / 2));
     }
   };
   // acc += absmax * (unit u of tile i) x, a part of the unit's four steps.
-  const auto multiply_part = [&](int u, int part, int i, const uint32_t (&right)[kEights][kWords],
-                                 float (&acc)[kEights][4]) {
+  const auto multiply_part = [&](int u, int part, int i,
+                                 const uint32_t (&right)[kRowGroups][kWords],
+                                 float (&acc)[kRowGroups][4]) {
     uint32_t left[kWords / 2][4];  // of a step, in the order of the instruction
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -424,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
     }
     const float scale[2] = {scales.of(i, u, 0), scales.of(i, u, 1)};
 #pragma unroll
-    for (int c = 0; c < kEights; ++c) {
+    for (int c = 0; c < kRowGroups; ++c) {
       float sum[4];
 #pragma unroll
       for (int j = 0; j < kWords / 2; ++j) {
@@ -447,12 +431,12 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
     if (u < next.left) load_codes(u);
   }
   scales.template load<kNested>(a, next);
-  if (kAhead && next.left > 0) load_x<kEights, kParts>(a, x_at(next.unit), 0, x[0]);
+  if (kAhead && next.left > 0) load_x<kRowGroups, kParts>(a, x_at(next.unit), 0, x[0]);
   fill_table<T, kCopies>(table, a.w);
   __syncthreads();
 
   for (; item < a.items; item += step) {
-    float acc[kTiles][kEights][4] = {};
+    float acc[kTiles][kRowGroups][4] = {};
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
       const Panel now = next;
@@ -466,7 +450,7 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
       }
       scales.template load<kNested>(a, next);
       if (kAhead && now.left <= 0 && next.left > 0) {
-        load_x<kEights, kParts>(a, x_at(next.unit), 0, x[0]);
+        load_x<kRowGroups, kParts>(a, x_at(next.unit), 0, x[0]);
       }
 #pragma unroll
       for (int u = 0; u < kDepth; ++u) {
@@ -474,20 +458,20 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
           // The unit after the panel's last is the first of the next, which begins with x[0].
           const bool last = u + 1 == kDepth || u + 1 == now.left;
           if (kAhead && !last) {
-            load_x<kEights, kParts>(a, x_now + (u + 1) * (2 * kUnit), 0, x[(u + 1) % 2]);
+            load_x<kRowGroups, kParts>(a, x_now + (u + 1) * (2 * kUnit), 0, x[(u + 1) % 2]);
           }
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             const auto& right = x[kAhead ? u % 2 : 0];
-            if (!kAhead) load_x<kEights, kParts>(a, x_now + u * (2 * kUnit), part, x[0]);
+            if (!kAhead) load_x<kRowGroups, kParts>(a, x_now + u * (2 * kUnit), part, x[0]);
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
               multiply_part(u, part, i, right, acc[i]);
-              if (kEights > 1) __syncwarp();  // or all tiles' lookups move up here, and spill
+              if (kRowGroups > 1) __syncwarp();  // or all tiles' lookups move up here, and spill
             }
           }
           if (kAhead && last && next.left > 0) {
-            load_x<kEights, kParts>(a, x_at(next.unit), 0, x[0]);
+            load_x<kRowGroups, kParts>(a, x_at(next.unit), 0, x[0]);
           }
         }
         if (u < next.left) load_codes(u);
@@ -498,46 +482,47 @@ __global__ void __launch_bounds__(kThreads, resident_of(kEights))
     const int tile = tile_of(a, item);
     if (a.r > 0 && item == tile * a.splits) {
       const int row = tile * kRows + g;
-      if (a.b_dtype == DType::kFloat32) add_update<float, kTiles, kEights>(a, row, warp, acc);
-      if (a.b_dtype == DType::kBFloat16) add_update<BF16, kTiles, kEights>(a, row, warp, acc);
-      if (a.b_dtype == DType::kFloat16) add_update<FP16, kTiles, kEights>(a, row, warp, acc);
+      if (a.b_dtype == DType::kFloat32) add_update<float, kTiles, kRowGroups>(a, row, warp, acc);
+      if (a.b_dtype == DType::kBFloat16) add_update<BF16, kTiles, kRowGroups>(a, row, warp, acc);
+      if (a.b_dtype == DType::kFloat16) add_update<FP16, kTiles, kRowGroups>(a, row, warp, acc);
     }
-    float* mine = sums + warp % kSlices * (8 * kEights * pitch_of(kRows));
+    float* mine = sums + warp % kSlices * (8 * kRowGroups * pitch_of(kRows));
 #pragma unroll
     for (int turn = 1; turn >= 0; --turn) {  // the upper four warps, then the lower four add theirs
       __syncthreads();
       if (warp / kSlices != turn) continue;
 #pragma unroll
-      for (int i = 0; i < kTiles * kEights * 4; ++i) {
-        const int tile_row = i / 4 / kEights * 16 + g + i % 4 / 2 * 8;
-        const int m = i / 4 % kEights * 8 + 2 * t + i % 2;
+      for (int i = 0; i < kTiles * kRowGroups * 4; ++i) {
+        const int tile_row = i / 4 / kRowGroups * 16 + g + i % 4 / 2 * 8;
+        const int m = i / 4 % kRowGroups * 8 + 2 * t + i % 2;
         float& sum = mine[m * pitch_of(kRows) + tile_row];
-        const float value = acc[i / 4 / kEights][i / 4 % kEights][i % 4];
+        const float value = acc[i / 4 / kRowGroups][i / 4 % kRowGroups][i % 4];
         sum = turn == 1 ? value : sum + value;
       }
     }
     __syncthreads();
-    finish_item<T, kEights>(a, item, sums, arrivals);
+    finish_item<T, kRowGroups>(a, item, sums, arrivals);
   }
 }
 
 // ---- launchers
 
 template <typename T, typename A>
-cudaError_t launch_before(const BeforeArgument& a, const void* x, const void* lora_A,
-                          Chain& chain) {
+cudaError_t launch_prologue(const PrologueArgument& a, const void* x, const void* lora_A,
+                            Chain& chain) {
   const dim3 grid(static_cast<unsigned>(a.r > 0 ? a.r : 1),
                   static_cast<unsigned>(a.r > 0 ? (a.M + 7) / 8 : 1));
-  return chain.launch(before_kernel<T, A>, grid, kThreads, 0, a, static_cast<const T*>(x),
+  return chain.launch(prologue_kernel<T, A>, grid, kThreads, 0, a, static_cast<const T*>(x),
                       static_cast<const A*>(lora_A));
 }
 
-template <typename T, int kEights>
+template <typename T, int kRowGroups>
 cudaError_t launch_linear(const LinearArgument& a, bool nested, Chain& chain) {
-  const auto kernel = nested ? linear_kernel<T, true, kEights> : linear_kernel<T, false, kEights>;
+  const auto kernel =
+      nested ? linear_kernel<T, true, kRowGroups> : linear_kernel<T, false, kRowGroups>;
   const unsigned blocks = static_cast<unsigned>(
-      std::min(int64_t{a.items}, int64_t{resident_of(kEights)} * multiprocessors()));
-  return chain.launch(kernel, blocks, kThreads, shared_bytes(kEights), a);
+      std::min(int64_t{a.items}, int64_t{blocks_per_sm(kRowGroups)} * multiprocessors()));
+  return chain.launch(kernel, blocks, kThreads, shared_bytes(kRowGroups), a);
 }
 
 template <typename T>
@@ -560,25 +545,24 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& plan, cudaStream_
 
   Chain chain(stream);
   if (a.r > 0 || plan.splits > 1) {
-    const BeforeArgument before = {a.M, a.r,    plan.splits > 1 ? plan.tiles : 0,
-                                   a.K, args.s, a.counters};
-    const auto run = args.a_dtype == DType::kFloat32    ? launch_before<T, float>
-                     : args.a_dtype == DType::kBFloat16 ? launch_before<T, BF16>
-                                                        : launch_before<T, FP16>;
-    const cudaError_t error = run(before, args.x, args.lora_A, chain);
+    const PrologueArgument prologue = {a.M, a.r,    plan.splits > 1 ? plan.tiles : 0,
+                                       a.K, args.s, a.counters};
+    const auto run = args.a_dtype == DType::kFloat32    ? launch_prologue<T, float>
+                     : args.a_dtype == DType::kBFloat16 ? launch_prologue<T, BF16>
+                                                        : launch_prologue<T, FP16>;
+    const cudaError_t error = run(prologue, args.x, args.lora_A, chain);
     if (error != cudaSuccess) return error;
   }
-  const auto run = plan.eights == 1   ? launch_linear<T, 1>
-                   : plan.eights == 2 ? launch_linear<T, 2>
-                                      : launch_linear<T, 4>;
+  const auto run = plan.row_groups == 1   ? launch_linear<T, 1>
+                   : plan.row_groups == 2 ? launch_linear<T, 2>
+                                          : launch_linear<T, 4>;
   return run(a, args.w.nested, chain);
 }
 
 void check_sizes(int64_t M, int64_t N, int64_t K, int64_t splits) {
-  constexpr int64_t kMost = int64_t{1} << 26;  // 24 rows of x in 32 bits
   require(M >= 0 && M <= kCudaLinearRows, "M", M, "at most 32 rows of x");
-  require(N > 0 && N <= kMost, "N", N, "1 to 2^26");
-  require(K > 0 && K <= kMost && K % kUnit == 0, "K", K, "a multiple of 64 up to 2^26");
+  require(N > 0 && N <= kCudaLinearSize, "N", N, "1 to 2^26");
+  require(K > 0 && K <= kCudaLinearSize && K % kUnit == 0, "K", K, "a multiple of 64 up to 2^26");
   require(splits >= 0 && splits <= 16, "splits", splits, "0 to 16");
 }
 
@@ -594,7 +578,7 @@ int cuda_nf4_lora_linear_forward(const CudaNF4LinearArgs& args, CudaStream strea
   require(args.r >= 0 && args.r <= kCudaLinearRank, "r", args.r, "at most 64");
   check_linear_args(args, 2);
   require(args.K % args.w.blocksize == 0, "blocksize", args.w.blocksize,
-          "a divisor of K = " + std::to_string(args.K));
+          ("a divisor of K = " + std::to_string(args.K)).c_str());
   require(args.w.nblocks() < int64_t{1} << 31, "w", args.w.nblocks(), "fewer than 2^31 blocks");
   if (args.M == 0) return cudaSuccess;
   const Plan plan = plan_of(args.M, args.N, args.K, args.splits);

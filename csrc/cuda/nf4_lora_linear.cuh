@@ -11,7 +11,7 @@ namespace {
 inline void check_linear_args(const CudaNF4LinearArgs& args, uintptr_t y_alignment) {
   validate_cuda(args.w);
   const int64_t numel = checked_mul(args.N, args.K, "w");
-  require(args.w.numel == numel, "w", args.w.numel, std::to_string(numel) + " weights");
+  require(args.w.numel == numel, "w", args.w.numel, numel, "weights");
   require(args.w.blocksize >= kCudaLinearBlock, "blocksize", args.w.blocksize, "64 or more");
   require(args.dtype != DType::kFloat32, "x dtype", static_cast<int>(args.dtype),
           "bfloat16 (1) or float16 (2)");
@@ -29,8 +29,7 @@ inline void check_linear_args(const CudaNF4LinearArgs& args, uintptr_t y_alignme
 
 inline void check_workspace(const CudaNF4LinearArgs& args, int64_t bytes) {
   if (bytes > 0) require_aligned(args.workspace, 16, "workspace");
-  require(args.workspace_bytes >= bytes, "workspace", args.workspace_bytes,
-          "at least " + std::to_string(bytes) + " bytes");
+  require(args.workspace_bytes >= bytes, "workspace", args.workspace_bytes, bytes, "bytes or more");
 }
 
 }  // namespace

@@ -1,46 +1,16 @@
 // y = x W^T + scaling s lora_B^T + bias with W in NF4, s = x lora_A^T, for 33 to 512 rows of x on
-// sm_90a: up to four launches, each of which begins while the one before ends.
+// sm_90a: up to four launches, each of which begins while the previous one ends.
 //
-//   before   writes x in the order of the products, and s in slices of K
-//   adapter  adds up s; writes s and scaling lora_B as bfloat16 columns beside x and W (if r > 0)
-//   product  y, or where K is split its parts
-//   reduce   adds the parts up in order
+//   prologue  writes x in the order of the products, and s in slices of K
+//   adapter   adds up s; writes s and scaling lora_B as bfloat16 columns beside x and W (if r > 0)
+//   product   y^T = W x^T by wgmma, W from registers; where K is split, its parts
+//   reduce    adds the parts up in order
 //
-// Products: y^T = W x^T by wgmma, which takes only its left operand from registers. A block has 128
-// rows of W, 64 of each warpgroup, and 64, 128 or 256 rows of x; a step is 64 columns. Lane (g, t)
-// of a warp has bytes 8t .. 8t+7 of a step's rows g and g+8, weights 16t .. 16t+15, and its A
-// registers of k16 step j are 16t+4j+{0,1} and 16t+4j+{2,3}: nothing of W is repacked, for `before`
-// has put the columns of x into that order, tile after tile, so that a copy's address is a base and
-// constants. Tiles of x go through a ring in shared memory; codes go to registers two steps ahead.
-// While the tensor cores have a step's products, a warp decodes the next into other registers.
-//
-// Every weight is rounded once, code * absmax to the type of x, as dequantising does. The table of
-// a row and block, 16 values, is scaled by its four lanes together and exchanged by shuffles (8
-// multiplications, 4 conversions, 12 shuffles for 32 weights of a lane), and looked up by prmt on
-// byte planes, 21 instructions for 8 weights. The alternative, pairs of float32 codes in shared
-// memory, 16 copies, costs 128 wavefronts for 64 x 64 weights, of which tiles of x leave too few:
-// with C rows of x a step takes the tensor cores 4C clocks, in which shared memory is written C and
-// read 2C wavefronts; shuffles take 96.
-//
-// Clocks of a step, of which sm_90 code has 192 instructions (C = 128), 120 on the integer pipe at
-// two clocks, for two warps on each quarter of an SM:
-//      C   tensor cores   issue   integers   shared memory   x from L2 at 24 B per clock
-//     64            256     376        474             288                           341
-//    128            512     384        482             480                           683
-//    256           1024     416        498             864                          1365
-// So L2 is the limit from 128 rows on (W's rows in a block decide: 128 weights for each value of
-// x), at best 75% of the tensor cores, the integer pipe below. With the launches before and after,
-// and blocks that fill and drain, 50 to 65% of 790 TFLOP/s may be left, f: against dequantising and
-// cuBLAS the break-even, 235 / (1/f - 1) rows, is then at 235 to 436 rows.
-//
-// Splits: 4096 x 4096 has 32 row tiles for 132 SMs, so K is cut into 4 (M <= 256); with 128 rows
-// that writes and reads 8.4 MB of parts, 3 us, and saves three quarters of 27. 14336 rows fill 112
-// SMs as they are.
-//
-// The update: columns (b high)(s high), (b high)(s rest), (b rest)(s high) of bfloat16 pairs, 16
-// bits of each factor, with float32's range whatever the type of x: r = 16 takes one step more.
-//
-// All counted, none measured.
+// A block has 128 rows of W and C = 64, 128 or 256 of x. Clocks of a step of 64 columns with C =
+// 128: tensor cores 512, issue 384, integer pipe 482, shared memory 480, x from L2 683: L2 is the
+// limit from 128 rows on, at best 75% of the tensor cores, the integer pipe below. If 50 to 65% of
+// 790 TFLOP/s are left, dequantizing and cuBLAS break even at 235 to 436 rows. Counted, not
+// measured.
 #include <algorithm>
 
 #include "intrinsics_sm90a.cuh"
@@ -117,9 +87,9 @@ Plan plan_of(int64_t M, int64_t N, int64_t K, int64_t r, int64_t splits) {
   return p;
 }
 
-// ---- before: x in the order of the products, and s in slices of K
+// ---- prologue: x in the order of the products, and s in slices of K
 
-struct BeforeArgument {
+struct PrologueArgument {
   int M, r;
   int64_t K, rows;
   void* ordered;   // [steps, rows, 64]
@@ -146,8 +116,8 @@ __device__ __forceinline__ float lanes_sums(float (&value)[32]) {
 // Block (slice of K, 32 rows of x), four of them a warp's.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads)
-    before_kernel(const __grid_constant__ BeforeArgument a, const T* __restrict__ x,
-                  const A* __restrict__ lora_A) {
+    prologue_kernel(const __grid_constant__ PrologueArgument a, const T* __restrict__ x,
+                    const A* __restrict__ lora_A) {
   allow_following();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kSlice;
   const int first_row = static_cast<int>(blockIdx.y) * kSliceRows;
@@ -596,13 +566,13 @@ __global__ void __launch_bounds__(kThreads)
 // ---- launches
 
 template <typename T>
-cudaError_t launch_before(const CudaNF4LinearArgs& args, const Plan& p, const BeforeArgument& b,
-                          Chain& chain) {
+cudaError_t launch_prologue(const CudaNF4LinearArgs& args, const Plan& p, const PrologueArgument& b,
+                            Chain& chain) {
   const dim3 grid(static_cast<unsigned>(p.slices), static_cast<unsigned>(p.rows / kSliceRows));
   const T* x = static_cast<const T*>(args.x);
   const auto with = [&](const auto* lora_A) {
     using A = std::decay_t<decltype(*lora_A)>;
-    return chain.launch(before_kernel<T, A>, grid, kThreads, 0, b, x, lora_A);
+    return chain.launch(prologue_kernel<T, A>, grid, kThreads, 0, b, x, lora_A);
   };
   if (args.a_dtype == DType::kFloat32) return with(static_cast<const float*>(args.lora_A));
   if (args.a_dtype == DType::kBFloat16) return with(static_cast<const BF16*>(args.lora_A));
@@ -647,7 +617,7 @@ cudaError_t forward(const CudaNF4LinearArgs& args, const Plan& p, cudaStream_t s
   float* parts = p.splits > 1 ? reinterpret_cast<float*>(work + p.parts) : nullptr;
 
   Chain chain(stream);
-  cudaError_t error = launch_before<T>(args, p, {M, r, args.K, p.rows, ordered, s_parts}, chain);
+  cudaError_t error = launch_prologue<T>(args, p, {M, r, args.K, p.rows, ordered, s_parts}, chain);
   if (error != cudaSuccess) return error;
   if (r > 0) {
     const AdapterArgument adapter = {

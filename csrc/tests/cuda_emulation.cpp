@@ -265,7 +265,7 @@ void prepare(Thread& thread) {
   for (int i = 0; i < m.count; ++i) {
     const Thread& thread = m.threads[static_cast<size_t>(i)];
     const std::string state = thread.done ? "has returned" : std::string("waits at ") + thread.what;
-    if (state == last) continue;  // one line for neighbours in the same state
+    if (state == last) continue;  // one line for neighbors in the same state
     last = state;
     if (++shown <= 20) std::fprintf(stderr, "  %s %s\n", name_of(m, i).c_str(), state.c_str());
   }

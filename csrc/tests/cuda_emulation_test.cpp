@@ -254,7 +254,7 @@ void check_warp() {
   }
 }
 
-void check_fp16() {  // every value and the ties between neighbours
+void check_fp16() {  // every value and the ties between neighbors
   for (uint32_t bits = 0; bits < 0x7c00; ++bits) {
     const float value = to_float(FP16{static_cast<uint16_t>(bits)});
     const float next = bits == 0x7bff ? 65536.0f : to_float(FP16{static_cast<uint16_t>(bits + 1)});

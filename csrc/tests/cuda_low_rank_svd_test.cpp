@@ -60,7 +60,7 @@ void check_against_cpu(const Buffer<double>& cores, int64_t count, int64_t r, in
   args.cores = finite.data(), args.count = count, args.r = r, args.sweeps = kSweeps;
   args.sigma = cpu.sigma.data(), args.info = cpu.info.data();
   args.left = cpu.left.data(), args.right = cpu.right.data();
-  jacobi_svd("scalar", args);
+  jacobi_svd(Isa::kScalar, args);
   for (int64_t m = 0; m < count; ++m) {
     if (m == skip) continue;
     const double top = cpu.sigma[m * r];

@@ -50,17 +50,15 @@ void check(const Case& c) {
   std::memcpy(packed.data(), w.view.packed, static_cast<size_t>(packed.size()));
   w.view.packed = packed.data();
   Half x(c.dtype, c.M * c.K, 1.0f), bias(c.dtype, c.N, 1.0f);
-  Buffer<float> A(c.r * c.K), B(c.N * c.r), s(c.M * c.r), offset(1);
+  Buffer<float> A(c.r * c.K), B(c.N * c.r), s(c.M * c.r);
   for (int64_t i = 0; i < A.size(); ++i) A[i] = normal() / 8;
   for (int64_t i = 0; i < B.size(); ++i) B[i] = normal();
-  offset[0] = w.view.nested_offset;
 
   CudaNF4LinearArgs args;
   args.M = c.M, args.N = c.N, args.K = c.K, args.r = c.r;
   args.x = x.data();
   args.dtype = c.dtype;
-  static_cast<NF4View&>(args.w) = w.view;
-  args.w.offset = c.nested ? offset.data() : nullptr;
+  args.w = w.view;
   args.lora_A = A.data();
   args.lora_B = B.data();
   args.bias = c.bias ? bias.data() : nullptr;
@@ -132,13 +130,11 @@ void check_weights(DType dtype, bool nested, int64_t blocksize) {
   w.view.packed = packed.data();
   Buffer<uint16_t> x(K * K), y(K * N), dense(N * K);
   for (int64_t i = 0; i < x.size(); ++i) x[i] = bits_of(dtype, i % (K + 1) ? 0.0f : 1.0f);
-  float offset = w.view.nested_offset;
   CudaNF4LinearArgs args;
   args.M = K, args.N = N, args.K = K;
   args.x = x.data(), args.y = y.data();
   args.dtype = dtype;
-  static_cast<NF4View&>(args.w) = w.view;
-  args.w.offset = nested ? &offset : nullptr;
+  args.w = w.view;
   Buffer<uint8_t> workspace(cuda_nf4_lora_linear_sm90a_workspace(K, N, K, 0, 0));
   args.workspace = workspace.data();
   args.workspace_bytes = workspace.size();
@@ -163,7 +159,7 @@ void check_malformed() {
   CudaNF4LinearArgs good;
   good.M = 33, good.N = 64, good.K = 128;
   good.x = x.data(), good.y = y.data();
-  static_cast<NF4View&>(good.w) = w.view;
+  good.w = w.view;
   good.w.packed = packed.data();
   good.workspace = workspace.data();
   good.workspace_bytes = workspace.size();

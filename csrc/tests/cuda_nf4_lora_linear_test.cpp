@@ -52,12 +52,10 @@ class Tensor {
 // A weight whose codes begin at a multiple of 8 bytes.
 struct Packed {
   Packed(int64_t numel, int64_t blocksize, bool nested)
-      : weight(numel, blocksize, nested, pick({1, 4, 256})), packed(numel / 2), offset(1) {
+      : weight(numel, blocksize, nested, pick({1, 4, 256})), packed(numel / 2) {
     std::memcpy(packed.data(), weight.view.packed, static_cast<size_t>(packed.size()));
     weight.view.packed = packed.data();
-    static_cast<NF4View&>(view) = weight.view;
-    offset[0] = weight.view.nested_offset;
-    if (nested) view.offset = offset.data();
+    view = weight.view;
   }
   // The value of weight i with its code rounded to `dtype`, as the kernel has it.
   double at(int64_t i, DType dtype) const {
@@ -70,8 +68,7 @@ struct Packed {
   }
   Weight weight;
   Buffer<uint8_t> packed;
-  Buffer<float> offset;
-  CudaNF4View view;
+  NF4View view;
 };
 
 struct Case {
@@ -182,7 +179,7 @@ void check_malformed() {
       [](auto& a) { a.w.blocksize = 32; },
       [](auto& a) { a.w.blocksize = 256; },
       [](auto& a) { a.w.packed += 4; },
-      [](auto& a) { a.w.offset = nullptr; },
+      [](auto& a) { a.w.nested_offset = nullptr; },
       [](auto& a) { a.x = nullptr; },
       [&](auto& a) { a.x = moved(a.x, 2); },
       [](auto& a) { a.y = nullptr; },

@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "peftkern/nf4.h"
@@ -22,6 +24,15 @@ inline int64_t pick(const std::vector<int64_t>& values) { return values[rng() % 
 inline float normal() {
   static std::normal_distribution<float> distribution;
   return distribution(rng);
+}
+
+inline bool rejected(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
 }
 
 // Exactly `size` elements on the heap, all bytes 0xff (NaN for floats), `shift` elements past the
@@ -69,7 +80,7 @@ class Values {
       : dtype_(dtype),
         wide_(dtype == DType::kFloat32 ? n : 0, shift),
         half_(dtype == DType::kFloat32 ? 0 : n, shift) {}
-  void randomise() {
+  void randomize() {
     for (int64_t i = 0; i < wide_.size(); ++i) wide_[i] = normal();
     for (int64_t i = 0; i < half_.size(); ++i) half_[i] = to_bf16(normal());
   }
@@ -94,7 +105,8 @@ class Weight {
         absmax_(nested ? 0 : blocks_),
         absmax_q_(nested ? blocks_ : 0),
         nested_absmax_(nested ? (blocks_ + nested_blocksize - 1) / nested_blocksize : 0),
-        nested_code_(nested ? 256 : 0) {
+        nested_code_(nested ? 256 : 0),
+        nested_offset_(1) {
     for (int64_t i = 0; i < packed_.size(); ++i) packed_[i] = static_cast<uint8_t>(rng());
     for (int64_t i = 0; i < absmax_.size(); ++i) absmax_[i] = std::fabs(normal());
     for (int64_t i = 0; i < absmax_q_.size(); ++i) absmax_q_[i] = static_cast<uint8_t>(rng());
@@ -108,7 +120,8 @@ class Weight {
     view.nested_absmax = nested ? nested_absmax_.data() : nullptr;
     view.nested_absmax_len = nested_absmax_.size();
     view.nested_code = nested ? nested_code_.data() : nullptr;
-    view.nested_offset = nested ? 0.7f : 0.0f;
+    nested_offset_[0] = 0.7f;
+    view.nested_offset = nested ? nested_offset_.data() : nullptr;
     view.blocksize = blocksize;
     view.nested_blocksize = nested ? nested_blocksize : 0;
     view.numel = numel;
@@ -120,7 +133,7 @@ class Weight {
     if (view.nested) {
       const float product =
           nested_code_[absmax_q_[block]] * nested_absmax_[block / view.nested_blocksize];
-      absmax = product + view.nested_offset;
+      absmax = product + nested_offset_[0];
     }
     const uint8_t byte = packed_[i / 2];
     return kNF4Code[i % 2 ? byte & 15 : byte >> 4] * absmax;
@@ -133,7 +146,7 @@ class Weight {
   int64_t blocks_;
   Buffer<float> absmax_;
   Buffer<uint8_t> absmax_q_;
-  Buffer<float> nested_absmax_, nested_code_;
+  Buffer<float> nested_absmax_, nested_code_, nested_offset_;
 };
 
 }  // namespace

@@ -21,9 +21,9 @@
 #include "peftkern/nf4_lora_linear.h"
 #include "peftkern/parallel.h"
 
-void check_low_rank_svd(const char* isa);  // low_rank_svd_test.cpp
-void check_adalora(const char* isa);       // adalora_test.cpp
-void check_rosa(const char* isa);          // rosa_test.cpp
+void check_low_rank_svd(Isa isa);  // low_rank_svd_test.cpp
+void check_adalora(Isa isa);       // adalora_test.cpp
+void check_rosa(Isa isa);          // rosa_test.cpp
 
 namespace {
 
@@ -37,7 +37,7 @@ const std::vector<int64_t> kNumels = {0,    1,    2,    3,    31,    32,   33,  
                                       1024, 4095, 4096, 4097, 12289, 70001};
 const std::vector<int64_t> kBlocksizes = {32, 64, 128, 256, 512, 1024, 2048, 4096};
 
-void check_dequantize(const char* isa) {
+void check_dequantize(Isa isa) {
   for (int64_t numel : kNumels) {
     for (int64_t blocksize : kBlocksizes) {
       const Weight w(numel, blocksize, rng() % 2, pick({1, 3, 256}));
@@ -48,7 +48,7 @@ void check_dequantize(const char* isa) {
         for (int64_t i = 0; i < numel; ++i) {
           const float exact = w.at(i);
           const float wanted = dtype == DType::kFloat32 ? exact : from_bf16(to_bf16(exact));
-          if (out.at(i) != wanted) fail(std::string(isa) + " dequantize: wrong value");
+          if (out.at(i) != wanted) fail(std::string(isa_name(isa)) + " dequantize: wrong value");
         }
       }
       Buffer<uint16_t> half(numel);
@@ -57,13 +57,13 @@ void check_dequantize(const char* isa) {
   }
 }
 
-// Quantise, then dequantise: each value is within half the widest step (0.152 absmax) of itself.
-void check_quantize(const char* isa) {
+// Quantize, then dequantize: each value is within half the widest step (0.152 absmax) of itself.
+void check_quantize(Isa isa) {
   for (int64_t numel : kNumels) {
     for (int64_t blocksize : kBlocksizes) {
       const DType dtype = rng() % 2 ? DType::kFloat32 : DType::kBFloat16;
       Values src(dtype, numel, static_cast<int64_t>(rng() % 3));
-      src.randomise();
+      src.randomize();
       const int64_t blocks = (numel + blocksize - 1) / blocksize;
       Buffer<uint8_t> packed((numel + 1) / 2);
       Buffer<float> absmax(blocks);
@@ -73,7 +73,7 @@ void check_quantize(const char* isa) {
         const int code = i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
         const float scale = absmax[i / blocksize];
         if (!(std::fabs(src.at(i) - kNF4Code[code] * scale) <= 0.153f * scale)) {
-          fail(std::string(isa) + " quantize: value too far from its code");
+          fail(std::string(isa_name(isa)) + " quantize: value too far from its code");
         }
       }
     }
@@ -103,28 +103,29 @@ struct Shape {
   int64_t M, N, K, r;
 };
 
-std::string describe(const char* isa, const char* what, const Shape& c, DType dtype) {
-  return std::string(isa) + " " + what + " M=" + std::to_string(c.M) + " N=" + std::to_string(c.N) +
-         " K=" + std::to_string(c.K) + " r=" + std::to_string(c.r) +
+std::string describe(Isa isa, const char* what, const Shape& c, DType dtype) {
+  return std::string(isa_name(isa)) + " " + what + " M=" + std::to_string(c.M) +
+         " N=" + std::to_string(c.N) + " K=" + std::to_string(c.K) + " r=" + std::to_string(c.r) +
          (dtype == DType::kFloat32 ? " float32" : " bfloat16");
 }
 
-// Forward: out[M, N] = in[M, K] W^T + s up^T + bias. Backward: out[M, K] = in[M, N] W + s up.
-void check_linear(const char* isa, const Shape& c, DType dtype, bool backward) {
+// Forward: out[M, N] = in[M, K] W^T + s factor^T + bias. Backward: out[M, K] = in[M, N] W + s
+// factor.
+void check_linear(Isa isa, const Shape& c, DType dtype, bool backward) {
   const Weight w(c.N * c.K, pick({32, 64, 64, 256, 4096}), rng() % 2);
   const int64_t inner = backward ? c.N : c.K, outer = backward ? c.K : c.N;
   const int64_t shift = static_cast<int64_t>(rng() % 3);
   Values in(dtype, c.M * inner, shift), out(dtype, c.M * outer, shift);
-  Values s(DType::kFloat32, c.M * c.r), up(DType::kFloat32, outer * c.r);
+  Values s(DType::kFloat32, c.M * c.r), factor(DType::kFloat32, outer * c.r);
   Values bias(DType::kFloat32, outer);
-  for (Values* values : {&in, &s, &up, &bias}) values->randomise();
+  for (Values* values : {&in, &s, &factor, &bias}) values->randomize();
   const bool with_bias = !backward && rng() % 2;
 
   NF4LinearArgs args;
   args.M = c.M, args.N = c.N, args.K = c.K, args.r = c.r;
   args.in = in.data(), args.out = out.data(), args.dtype = dtype, args.w = w.view;
   args.s = c.r ? static_cast<float*>(s.data()) : nullptr;
-  args.up = c.r ? static_cast<float*>(up.data()) : nullptr;
+  args.factor = c.r ? static_cast<float*>(factor.data()) : nullptr;
   args.bias = with_bias ? static_cast<float*>(bias.data()) : nullptr;
   args.scaling = 0.5f;
   args.threads = static_cast<int>(pick({1, 2, 3}));
@@ -142,7 +143,8 @@ void check_linear(const char* isa, const Shape& c, DType dtype, bool backward) {
         sum += term, size += std::fabs(term);
       }
       for (int64_t j = 0; j < c.r; ++j) {
-        const double term = 0.5 * s.at(m * c.r + j) * up.at(backward ? j * c.K + o : o * c.r + j);
+        const double term =
+            0.5 * s.at(m * c.r + j) * factor.at(backward ? j * c.K + o : o * c.r + j);
         sum += term, size += std::fabs(term);
       }
       const double bound =
@@ -157,7 +159,63 @@ void check_linear(const char* isa, const Shape& c, DType dtype, bool backward) {
   }
 }
 
-void check_linears(const char* isa) {
+// The adapter's gradients and dx in one call are the bits of the products one after the other.
+void check_backward(Isa isa, const Shape& c, DType dtype) {
+  const Weight w(c.N * c.K, pick({32, 64, 256}), rng() % 2);
+  const bool dropout = rng() % 2;
+  Values dy(dtype, c.M * c.N), x(dtype, c.M * c.K), got(dtype, c.M * c.K), dx(dtype, c.M * c.K);
+  Values a(DType::kFloat32, c.r * c.K), b(DType::kFloat32, c.r * c.N),
+      s(DType::kFloat32, c.M * c.r);
+  for (Values* values : {&dy, &x, &a, &b, &s}) values->randomize();
+  Buffer<uint8_t> keep(c.M * c.K);
+  for (int64_t i = 0; i < keep.size(); ++i) keep[i] = rng() % 4 != 0;
+  Buffer<float> ds(c.M * c.r), da(c.r * c.K), db(c.N * c.r), ds2(c.M * c.r), da2(c.r * c.K),
+      db2(c.r * c.N);
+
+  LoraBackwardArgs gradients;
+  gradients.M = c.M, gradients.N = c.N, gradients.K = c.K, gradients.r = c.r;
+  gradients.dy = dy.data(), gradients.dy_dtype = gradients.x_dtype = dtype, gradients.x = x.data();
+  gradients.b = static_cast<float*>(b.data());
+  gradients.s = static_cast<float*>(s.data()), gradients.scaling = 0.5f;
+  gradients.keep = dropout ? keep.data() : nullptr, gradients.keep_scale = dropout ? 1.25f : 1.0f;
+  gradients.ds = ds.data(), gradients.da = da.data(), gradients.db = db.data();
+  gradients.threads = 2;
+  NF4LinearArgs args;
+  args.M = c.M, args.N = c.N, args.K = c.K, args.r = c.r, args.w = w.view, args.dtype = dtype;
+  args.in = dy.data(), args.out = got.data(), args.factor = static_cast<float*>(a.data());
+  args.s = ds.data(), args.gradients = &gradients, args.threads = 2;
+  nf4_lora_linear_backward(isa, args);
+
+  LoraShrinkArgs shrink;
+  shrink.M = c.M, shrink.K = c.N, shrink.r = c.r, shrink.dtype = dtype, shrink.scale = 0.5f;
+  shrink.x = dy.data(), shrink.a = gradients.b, shrink.s = ds2.data();
+  lora_shrink(isa, shrink);
+  LoraOuterArgs outer;
+  outer.M = c.M, outer.K = c.K, outer.r = c.r, outer.dtype = dtype;
+  outer.scale = gradients.keep_scale, outer.keep = gradients.keep;
+  outer.s = ds2.data(), outer.x = x.data(), outer.g = da2.data();
+  lora_outer(isa, outer);
+  outer.K = c.N, outer.scale = 0.5f, outer.keep = nullptr;
+  outer.s = gradients.s, outer.x = dy.data(), outer.g = db2.data();
+  lora_outer(isa, outer);
+  args.gradients = nullptr, args.out = dx.data(), args.s = ds2.data();
+  args.r = dropout ? 0 : c.r;
+  nf4_lora_linear_backward(isa, args);
+  LoraExpandArgs expand;
+  expand.M = c.M, expand.K = c.K, expand.r = c.r, expand.dtype = dtype;
+  expand.scale = gradients.keep_scale, expand.keep = gradients.keep;
+  expand.s = ds2.data(), expand.a = args.factor, expand.y = dx.data();
+  if (dropout) lora_expand(isa, expand);
+
+  bool same = true;
+  for (int64_t i = 0; i < ds.size(); ++i) same &= ds[i] == ds2[i];
+  for (int64_t i = 0; i < da.size(); ++i) same &= da[i] == da2[i];
+  for (int64_t i = 0; i < db.size(); ++i) same &= db[i] == db2[i % c.r * c.N + i / c.r];
+  for (int64_t i = 0; i < c.M * c.K; ++i) same &= got.at(i) == dx.at(i);
+  if (!same) fail(describe(isa, "backward in one call", c, dtype));
+}
+
+void check_linears(Isa isa) {
   std::vector<Shape> shapes = {{129, 257, 515, 16}, {64, 256, 1024, 8}, {300, 33, 4100, 0},
                                {1, 1000, 1000, 16}, {17, 4097, 64, 3},  {513, 40, 130, 4},
                                {1025, 33, 70, 3},   {2, 3, 8191, 1}};
@@ -170,16 +228,16 @@ void check_linears(const char* isa) {
   for (const Shape& shape : shapes) {
     for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       for (bool backward : {false, true}) check_linear(isa, shape, dtype, backward);
+      if (shape.r > 0) check_backward(isa, shape, dtype);
     }
   }
 }
 
 // The three skinny products against float64; `keep` on every other call.
-void check_product(const char* isa, const char* name, int64_t M, int64_t K, int64_t r,
-                   DType dtype) {
+void check_product(Isa isa, const char* name, int64_t M, int64_t K, int64_t r, DType dtype) {
   Values x(dtype, M * K, static_cast<int64_t>(rng() % 3)), s(DType::kFloat32, M * r),
       a(DType::kFloat32, r * K);
-  x.randomise(), s.randomise(), a.randomise();
+  x.randomize(), s.randomize(), a.randomize();
   Buffer<uint8_t> keep(M * K);
   for (int64_t i = 0; i < M * K; ++i) keep[i] = rng() % 4 != 0;
   const bool masked = rng() % 2;
@@ -246,7 +304,7 @@ void check_product(const char* isa, const char* name, int64_t M, int64_t K, int6
   }
 }
 
-void check_products(const char* isa) {
+void check_products(Isa isa) {
   for (const char* name : {"shrink", "expand", "outer"}) {
     for (int64_t M : {0, 1, 3, 4, 7, 8, 17, 65, 130}) {
       for (int64_t K : {1, 15, 16, 17, 33, 100, 129, 257, 1023}) {
@@ -260,21 +318,12 @@ void check_products(const char* isa) {
   }
 }
 
-bool rejected(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument&) {
-    return true;
-  }
-  return false;
-}
-
 // States whose sizes lie below what their buffers hold: refused, or run within bounds.
 // Row norms of a dense weight, or of one in NF4 that is decoded to `dtype`, against float64.
-void check_dora_norm(const char* isa, int64_t N, int64_t K, int64_t r, DType dtype, bool nf4) {
+void check_dora_norm(Isa isa, int64_t N, int64_t K, int64_t r, DType dtype, bool nf4) {
   Values dense(dtype, nf4 ? 0 : N * K, static_cast<int64_t>(rng() % 3));
   Values a(DType::kFloat32, r * K), b(DType::kFloat32, N * r), norm(DType::kFloat32, N);
-  dense.randomise(), a.randomise(), b.randomise();
+  dense.randomize(), a.randomize(), b.randomize();
   const Weight w(nf4 ? N * K : 0, pick({32, 64, 4096}), rng() % 2);
   DoraNormArgs args;
   args.N = N, args.K = K, args.r = r, args.dtype = dtype, args.threads = 2;
@@ -300,7 +349,7 @@ void check_dora_norm(const char* isa, int64_t N, int64_t K, int64_t r, DType dty
   }
 }
 
-void check_dora_norms(const char* isa) {
+void check_dora_norms(Isa isa) {
   for (int64_t N : {0, 1, 7, 8, 16, 33}) {
     for (int64_t K : {1, 15, 17, 129, 257, 513}) {
       for (int64_t r : {1, 3, 16}) {
@@ -333,7 +382,7 @@ void check_dora_norms(const char* isa) {
   }
 }
 
-void check_malformed_states(const char* isa) {
+void check_malformed_states(Isa isa) {
   const std::vector<int64_t> absurd = {-1,
                                        0,
                                        1,
@@ -359,7 +408,7 @@ void check_malformed_states(const char* isa) {
       size = size > 0 && rng() % 2 ? size - 1 - rng() % size : -size;
     };
     for (uint32_t damage = rng() % 3; damage-- > 0;) {
-      switch (rng() % 10) {
+      switch (rng() % 11) {
         case 0:
           w.numel = pick(absurd);
           break;
@@ -390,6 +439,9 @@ void check_malformed_states(const char* isa) {
         case 9:
           w.nested_code = nullptr;
           break;
+        case 10:
+          w.nested_offset = nullptr;
+          break;
       }
     }
     const int64_t room = w.numel >= 0 && w.numel <= 1 << 20 ? w.numel : 0;
@@ -405,12 +457,12 @@ void check_malformed_states(const char* isa) {
   if (refused < 1000 || ran < 1000) fail("the damaged states no longer exercise both outcomes");
 }
 
-void check_malformed_arguments(const char* isa) {
+void check_malformed_arguments(Isa isa) {
   const Weight w(64 * 64, 64, false);
-  Buffer<float> x(64), y(64), s(4), up(64 * 4);
+  Buffer<float> x(64), y(64), s(4), factor(64 * 4);
   NF4LinearArgs good;
   good.M = 1, good.N = 64, good.K = 64, good.r = 4, good.w = w.view;
-  good.in = x.data(), good.out = y.data(), good.s = s.data(), good.up = up.data();
+  good.in = x.data(), good.out = y.data(), good.s = s.data(), good.factor = factor.data();
   const std::vector<std::function<void(NF4LinearArgs&)>> damages = {
       [](NF4LinearArgs& a) { a.M = -1; },
       [](NF4LinearArgs& a) { a.N = 65; },
@@ -421,7 +473,7 @@ void check_malformed_arguments(const char* isa) {
       [](NF4LinearArgs& a) { a.in = nullptr; },
       [](NF4LinearArgs& a) { a.out = nullptr; },
       [](NF4LinearArgs& a) { a.s = nullptr; },
-      [](NF4LinearArgs& a) { a.up = nullptr; },
+      [](NF4LinearArgs& a) { a.factor = nullptr; },
       [](NF4LinearArgs& a) { a.threads = 0; },
       [](NF4LinearArgs& a) { a.dtype = DType::kFloat16; },
   };
@@ -434,7 +486,9 @@ void check_malformed_arguments(const char* isa) {
       }
     }
   }
-  if (!rejected([&] { nf4_lora_linear_forward("sse9", good); })) fail("isa sse9 was accepted");
+  for (int code : {-1, kIsaCount, 1 << 20, INT32_MIN}) {
+    if (!rejected([&] { nf4_lora_linear_forward(Isa{code}, good); })) fail("isa was accepted");
+  }
 }
 
 }  // namespace
@@ -442,8 +496,8 @@ void check_malformed_arguments(const char* isa) {
 int main() {
   check_quantize_absmax();
   for (int i = 0; i < kIsaCount; ++i) {
-    if (!isa_available(static_cast<Isa>(i))) continue;
-    const char* isa = isa_name(static_cast<Isa>(i));
+    if (!isa_available(Isa{i})) continue;
+    const Isa isa{i};
     check_dequantize(isa);
     check_quantize(isa);
     check_linears(isa);
@@ -454,10 +508,10 @@ int main() {
     check_rosa(isa);
     check_malformed_states(isa);
     check_malformed_arguments(isa);
-    std::printf("native test: %s passed\n", isa);
+    std::printf("native test: %s passed\n", isa_name(isa));
   }
   set_fork_child();
-  check_linear("scalar", {33, 65, 130, 4}, DType::kFloat32, false);
+  check_linear(Isa::kScalar, {33, 65, 130, 4}, DType::kFloat32, false);
   std::printf("native test: all passed\n");
   return 0;
 }

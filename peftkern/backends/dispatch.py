@@ -421,7 +421,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _new_lock_in_child() -> None:
-    """A child forked while another thread held the lock would wait for ever."""
+    """Renew the lock, which a child forked while another thread held it would wait for forever."""
     global _lock
     _lock = threading.Lock()
 

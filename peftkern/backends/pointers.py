@@ -52,7 +52,7 @@ def fresh(tensor: Tensor | None) -> int:
 
 
 def each(device: torch.device, *rows: tuple[str, Tensor | None, torch.dtype, int]) -> list[int]:
-    """`optional` of several tensors of a device: (name, tensor, dtype, numel) each."""
+    """Return `optional` of several tensors of a device: (name, tensor, dtype, numel) each."""
     found = []
     for name, tensor, dtype, numel in rows:
         if tensor is None:
@@ -132,7 +132,7 @@ def check_blocksize(name: str, blocksize: int, form: int = 0) -> None:
 def weight(
     tensors: Sequence[Tensor], layout: Sequence[int], device: torch.device = CPU
 ) -> tuple[int, ...]:
-    """Return a weight as C++ takes it: the fields of `view_from_tuple` in binding.h.
+    """Return a weight as C++ takes it: the fields of `view_of` in binding.h.
 
     Raises: ValueError naming the tensor or the block size that does not fit.
     """

@@ -18,7 +18,7 @@ DEPTH_MAX = 64  # records and configs have less than ten levels
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The value in a regular file; links are followed.
+    """Read the value in a regular file; links are followed.
 
     Raises: OSError if it cannot be read; ValueError naming the file and what is wrong with it: no
         regular file (nothing waits for a pipe), too long, or as `parse_json`.
@@ -38,7 +38,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def parse_json(data: bytes, *, unique: bool = False) -> Any:
-    """The value that UTF-8 bytes hold. unique: no object may have a name twice.
+    """Parse the value that UTF-8 bytes hold. unique: no object may have a name twice.
 
     Raises: ValueError in one line: not UTF-8, not JSON, an integer of thousands of digits, nested
         deeper than DEPTH_MAX, text with half a surrogate pair, or a name twice.
@@ -56,7 +56,7 @@ def parse_json(data: bytes, *, unique: bool = False) -> Any:
 
 
 def brief(value: Any, length: int = 120) -> str:
-    """A value for an error: printable in every terminal, cut where it is too long."""
+    """Format a value for an error: printable in every terminal, cut where it is too long."""
     text = ascii(value)  # it may hold anything, also what a terminal obeys
     return text if len(text) <= length else text[: length - 3] + "..."
 

@@ -167,7 +167,7 @@ def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None,
 
 
 def _is_params4bit(value: Any) -> bool:
-    """A bitsandbytes weight that is quantized; before that it is as dense as any other."""
+    """Return whether a bitsandbytes weight is quantized; before that it is dense."""
     return type(value).__name__ == "Params4bit" and getattr(value, "quant_state", None) is not None
 
 

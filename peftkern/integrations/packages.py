@@ -1,4 +1,4 @@
-"""The packages beside this one: their versions, and whether they import.
+"""Packages beside this one: their versions, and the errors of importing them.
 
 Versions are read from metadata; a package is imported in a process of its own, with a time limit,
 so that one that is missing, broken or slow harms nobody.
@@ -24,7 +24,7 @@ IMPORT_SECONDS = 300.0  # a busy machine may need minutes
 
 @dataclass(frozen=True)
 class Version:
-    """A package beside this one. accepted: ">=0.17", "" if any will do, None if that is unknown.
+    """Package beside this one. accepted: ">=0.17", "" if any will do, None if that is unknown.
 
     imports: None if it was not tried, "" if it imports, else the error. defects: (what it computes
     wrongly here, what to do about it).
@@ -38,7 +38,7 @@ class Version:
 
 
 def installed_version(name: str) -> str | None:
-    """The version that a package's own metadata tell; it is not imported."""
+    """Return the version that a package's own metadata tell; it is not imported."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -46,7 +46,7 @@ def installed_version(name: str) -> str | None:
 
 
 def accepted(name: str) -> str | None:
-    """The versions of a package that this one takes, as in pyproject.toml; "" for any."""
+    """Return the versions of a package that pyproject.toml accepts; "" for any."""
     try:
         requirements = importlib.metadata.requires("peftkern") or []
     except importlib.metadata.PackageNotFoundError:
@@ -60,7 +60,7 @@ def accepted(name: str) -> str | None:
 
 @contextlib.contextmanager
 def needed_by(what: str) -> Iterator[None]:
-    """Around imports of what only the extra "peft" installs: an error says how to install it."""
+    """Guard imports of what only the extra "peft" installs: an error says how to install it."""
     try:
         yield
     except ImportError as error:
@@ -89,7 +89,7 @@ def wrong_rows():  # that are no multiple of the block, on a CPU
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     error = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
     if error > HALF_GAP:
-        return ("dequantises NF4 weights wrongly on a CPU where in_features is no multiple of "
+        return ("dequantizes NF4 weights wrongly on a CPU where in_features is no multiple of "
                 "the block: off by %.2g of the largest value" % error, "peftkern.patch avoids it")
 def no_gradient():  # of what eval mode has repacked, on a CPU with AVX512-BF16
     import torch
@@ -162,7 +162,7 @@ def importing(names: list[str]) -> Iterator[Any]:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version up to what is no number: (2, 13, 0) of 2.13.0+cpu."""
+    """Return the numbers of a version up to what is no number: (2, 13, 0) of 2.13.0+cpu."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(number) for number in found[0].split(".")) if found else ()
 

@@ -4,9 +4,10 @@ layer = NF4LoRALinear.from_linear(linear, r=16, lora_alpha=32)
 quantize_(model)  # then get_peft_model(model, LoraConfig(...)) and patch(model)
 """
 
+from peftkern.layers.dora import DoRALinear
 from peftkern.layers.lora import LoRALinear, NF4LoRALinear
 from peftkern.layers.nf4 import NF4Linear
 from peftkern.layers.quantize import quantize_
 from peftkern.layers.svd import SVDLinear
 
-__all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear", "SVDLinear", "quantize_"]
+__all__ = ["DoRALinear", "LoRALinear", "NF4Linear", "NF4LoRALinear", "SVDLinear", "quantize_"]

@@ -1,8 +1,8 @@
-"""What layers share that add a low-rank update to a frozen base layer, dense or NF4."""
+"""Parts of linear layers over a frozen weight, dense or NF4, that add a low-rank update to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
 from typing import Any
 
 import torch
@@ -13,41 +13,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import dequantize_nf4, lora_linear, nf4_linear, nf4_lora_linear
 
-_BASE_TYPES: set[type] = {nn.Linear}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def serves_as_base(cls: type) -> type:
-    """Class decorator of a layer that `check_base` accepts: its `nf4` and `bias` say it all."""
-    _BASE_TYPES.add(cls)
-    return cls
-
-
-def check_base(base: nn.Module) -> nn.Linear:
-    """A linear layer without an adapter, frozen: nn.Linear or NF4Linear.
-
-    Its weight and bias are used and its forward never called, so that a subclass, which may compute
-    something else, and hooks, which would not be called, are refused.
-    Raises: TypeError if it is another kind of module; ValueError if it has hooks.
-    """
-    if type(base) not in _BASE_TYPES:
-        raise TypeError(
-            "base: expected an nn.Linear without an adapter or a peftkern.layers.NF4Linear, got "
-            f"{_kind(base)}"
-        )
-    hooks = [name for name in _HOOKS if getattr(base, name)]
-    if "forward" in vars(base):  # as accelerate hooks into a layer
-        hooks.append("forward")
-    if hooks:
-        came = ", ".join(name.lstrip("_") for name in hooks)
-        raise ValueError(f"base: its forward is never called, expected no hooks, got {came}")
-    return base.requires_grad_(False)
-
 
 def check_linear(linear: nn.Module) -> None:
-    """Raises: TypeError unless it is an nn.Linear, no subclass, whose weight is a parameter."""
+    """Raise TypeError unless it is an nn.Linear, no subclass, whose weight is a parameter."""
     if type(linear) is not nn.Linear:
-        raise TypeError(f"linear: expected an nn.Linear, got {_kind(linear)}")
+        raise TypeError(f"linear: expected an nn.Linear, got {kind_of(linear)}")
     if linear._parameters.get("weight") is None:
         raise TypeError(
             "linear: expected a weight that is a parameter, got one that is computed "
@@ -55,8 +25,8 @@ def check_linear(linear: nn.Module) -> None:
         )
 
 
-def _kind(module: Any) -> str:
-    """The class of a module that was refused, and what to do instead where that is known."""
+def kind_of(module: Any) -> str:
+    """Name the class of a module that was refused, and what to do instead where that is known."""
     if type(module) is NonDynamicallyQuantizableLinear:
         return (
             "NonDynamicallyQuantizableLinear: nn.MultiheadAttention reads the weight of its "
@@ -69,7 +39,7 @@ def _kind(module: Any) -> str:
 
 
 def check_update(r: int, lora_dropout: float = 0.0) -> None:
-    """Raises: ValueError unless r is positive and lora_dropout in [0, 1)."""
+    """Raise ValueError unless r is positive and lora_dropout in [0, 1)."""
     if type(r) is not int or r < 1:
         raise ValueError(f"r: expected a positive rank, got {r!r}")
     if not 0.0 <= lora_dropout < 1.0:
@@ -77,12 +47,26 @@ def check_update(r: int, lora_dropout: float = 0.0) -> None:
 
 
 def dropout_p(layer: nn.Module) -> float:
-    """The probability with which a layer drops its input now: lora_dropout while it trains."""
+    """Return a layer's dropout probability now: lora_dropout while it trains."""
     return layer.lora_dropout if layer.training else 0.0
 
 
+class LowRankFactors:
+    """Mixin of a module with `in_features` and `out_features`: lora_A [r, K] and lora_B [N, r]."""
+
+    def _add_factors(self, r: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        factory = {"dtype": dtype, "device": device}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
+
+    def reset_lora_parameters(self) -> None:
+        """Draw lora_A as nn.Linear draws its weight, and zero lora_B: the update starts at zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+
 class NamedErrors:
-    """Mixin of a module: a TypeError or ValueError of its forward says which layer it comes from.
+    """Mixin of a module: a TypeError or ValueError of its forward names the layer.
 
     `_forward` computes. `qualified_name` is the layer's place in its model, where it is known.
     """
@@ -98,55 +82,8 @@ class NamedErrors:
             raise
 
 
-class OverFrozenBase(NamedErrors, nn.Module):
-    """A layer that holds its frozen linear layer as `base`, and computes more than it does."""
-
-    base: nn.Linear
-
-    @property
-    def weight(self) -> WeightOfUpdatedLayer:
-        return WeightOfUpdatedLayer(self)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-
-class WeightOfUpdatedLayer:
-    """What a module finds that reads `weight` of a layer whose update it would leave out.
-
-    It has the shape [N, K], dtype and device of the frozen weight and no values: torch's functions
-    raise. torch's fused paths, as in nn.TransformerEncoderLayer, are not for arguments with a
-    `__torch_function__`: they call the layer instead.
-    """
-
-    requires_grad = False
-
-    def __init__(self, layer: OverFrozenBase) -> None:
-        weight = base_weight(layer.base)
-        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
-        self._layer = type(layer).__name__
-
-    def __matmul__(self, other: Tensor) -> None:
-        return torch.matmul(self, other)  # raises as every function does
-
-    def __rmatmul__(self, other: Tensor) -> None:
-        return torch.matmul(other, self)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable, types: Any, args: tuple = (), kwargs: Mapping | None = None
-    ) -> None:
-        read = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls)]
-        layer = read[0]._layer if read else "a layer"
-        raise TypeError(
-            f"weight: expected a call of {layer}, got {function.__name__}() of its weight, which "
-            "would leave the update out; merge() makes an nn.Linear"
-        )
-
-
 def base_weight(base: nn.Linear) -> Tensor | NF4Weight:
-    """The weight of a frozen layer that `check_base` accepts."""
+    """Return the weight of a frozen layer that `check_base` accepts."""
     return base.nf4 if hasattr(type(base), "nf4") else base.weight
 
 
@@ -159,7 +96,9 @@ def low_rank_forward(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """base(x) + scaling * (dropout(x) @ lora_A.T) @ lora_B.T in one op; base(x) without factors.
+    """Apply a frozen layer plus a low-rank update in one op.
+
+    base(x) + scaling * (dropout(x) @ lora_A.T) @ lora_B.T; base(x) without factors.
 
     Sparse and nested inputs, which the kernels do not know, go through torch's functions.
     """
@@ -174,12 +113,12 @@ def low_rank_forward(
 
 
 def is_strided(x: Any) -> bool:
-    """Whether x is no sparse and no nested tensor; what is no tensor passes."""
+    """Return whether x is neither sparse nor nested; what is no tensor passes."""
     return not isinstance(x, Tensor) or (x.layout is torch.strided and not x.is_nested)
 
 
 def check_strided(x: Any) -> None:
-    """Raises: ValueError on a sparse or nested tensor."""
+    """Raise ValueError on a sparse or nested tensor."""
     if not is_strided(x):
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise ValueError(f"x: expected a tensor with strides, got {kind}")
@@ -203,14 +142,14 @@ def _torch_forward(
 
 
 def low_rank_update(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
-    """scaling * lora_B @ lora_A, [N, K], in float32 or what is wider."""
+    """Return scaling * lora_B @ lora_A, [N, K], in float32 or what is wider."""
     wide = torch.promote_types(lora_B.dtype, torch.float32)
     return scaling * (lora_B.to(wide) @ lora_A.to(wide))
 
 
 @torch.no_grad()
 def merged(base: nn.Linear, update: Tensor) -> nn.Linear:
-    """A new dense nn.Linear with the weight of `base` + update [N, K].
+    """Make a dense nn.Linear with the weight of `base` + update [N, K].
 
     Summed in float32 or what is wider, and rounded once to the dtype that the weight has, or had
     before it became NF4.
@@ -222,7 +161,7 @@ def merged(base: nn.Linear, update: Tensor) -> nn.Linear:
 
 
 def linear_like(base: nn.Linear, weight: Tensor) -> nn.Linear:
-    """A new nn.Linear with this dense weight and a copy of the bias of `base`."""
+    """Make an nn.Linear with this dense weight and a copy of the bias of `base`."""
     linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, "meta")
     linear.weight = nn.Parameter(weight.detach())
     if base.bias is not None:
@@ -231,7 +170,7 @@ def linear_like(base: nn.Linear, weight: Tensor) -> nn.Linear:
 
 
 def bare_linear(cls: type, in_features: int, out_features: int, training: bool) -> Any:
-    """An nn.Linear of that class with no parameters yet: its __init__ would draw a weight."""
+    """Make an nn.Linear of that class with no parameters yet: its __init__ would draw a weight."""
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
     layer.register_parameter("weight", None)  # the order that nn.Linear's state dict has

@@ -7,8 +7,6 @@ The layer of plain torch; `peftkern.patch` does the same for PEFT's LoraConfig(u
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -16,18 +14,18 @@ from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import dequantize_nf4
 from peftkern.functional.dora import dora_linear, dora_norm
 from peftkern.layers.base import (
-    OverFrozenBase,
+    LowRankFactors,
     base_weight,
-    check_base,
     check_strided,
     check_update,
     dropout_p,
     linear_like,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 
 
-class DoRALinear(OverFrozenBase):
-    """A frozen linear layer whose rows keep a trained length while a low-rank update turns them.
+class DoRALinear(LowRankFactors, OverFrozenBase):
+    """Frozen linear layer whose rows keep a trained length while a low-rank update turns them.
 
     y = x @ (c * (weight + scaling * lora_B @ lora_A)).T + bias, by rows
     c = magnitude / |weight + scaling * lora_B @ lora_A|, the norm a constant to the gradient
@@ -57,27 +55,22 @@ class DoRALinear(OverFrozenBase):
         recompute: bool | None = None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
         check_update(r, lora_dropout)
-        self.base = check_base(base)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base)
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.lora_dropout, self.recompute = lora_dropout, recompute
-        factory = {"dtype": adapter_dtype, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
-        self.magnitude = nn.Parameter(torch.empty(self.out_features, **factory))
+        self._add_factors(r, adapter_dtype, base.weight.device)
+        self.magnitude = nn.Parameter(self.lora_B.new_empty(self.out_features))
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """Back to the start, at which the layer computes what `base` does."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        """Start again, as a layer that computes what `base` does."""
+        super().reset_lora_parameters()
         with torch.no_grad():
             self.magnitude.copy_(self.norm())
 
     def norm(self) -> Tensor:
-        """The norm of each row of the updated weight, [N]."""
+        """Return the norm of each row of the updated weight, [N]."""
         return dora_norm(base_weight(self.base), self.lora_A, self.lora_B, scaling=self.scaling)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -95,7 +88,7 @@ class DoRALinear(OverFrozenBase):
         )
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, without the update's cost."""
+        """Make a dense nn.Linear that computes the same, without the update's cost."""
         base, weight = self.base, base_weight(self.base)
         with torch.no_grad():
             norm = self.norm()

@@ -1,21 +1,20 @@
-"""LoRA and NF4 layers for plain torch.
-
-Each is an `nn.Linear` in everything but its forward, so that code which looks for linear layers
-(PEFT's target_modules among it) finds them. `quantize_` swaps the linear layers of a model.
+"""LoRA layers for plain torch, over a dense or an NF4 weight.
 
     layer = NF4LoRALinear.from_linear(linear, r=16, lora_alpha=32)
-    quantize_(model)  # then get_peft_model(model, LoraConfig(...)) and patch(model)
+
+Each is an `nn.Linear` in everything but its forward, so that code which looks for linear layers
+(PEFT's target_modules among it) finds them.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftkern.layers.base import (
+    LowRankFactors,
     NamedErrors,
     bare_linear,
     check_linear,
@@ -26,17 +25,17 @@ from peftkern.layers.base import (
     merged,
 )
 from peftkern.layers.nf4 import NF4Linear, quantized
-from peftkern.layers.quantize import quantize_ as quantize_
-from peftkern.layers.svd import SVDLinear as SVDLinear
 
 
 def _keep_fused_paths_away(layer: nn.Module, args: tuple) -> None:
-    """A forward pre-hook that does nothing: nn.TransformerEncoderLayer, which in inference reads
-    the weights of its layers without their update, calls layers that have hooks."""
+    """Do nothing, as a forward pre-hook: nn.TransformerEncoderLayer calls layers that have hooks.
+
+    In inference it reads the weights of others, without their update.
+    """
 
 
-class _Adapter(NamedErrors):
-    """What the two LoRA layers share: lora_A [r, K], lora_B [N, r], scaling and dropout."""
+class _Adapter(LowRankFactors, NamedErrors):
+    """Mixin of the two LoRA layers: lora_A [r, K], lora_B [N, r], scaling and dropout."""
 
     def _add_adapter(
         self,
@@ -51,24 +50,19 @@ class _Adapter(NamedErrors):
         self.lora_alpha = lora_alpha
         self.scaling = lora_alpha / r
         self.lora_dropout = lora_dropout
-        factory = {"dtype": adapter_dtype, "device": device}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self._add_factors(r, adapter_dtype, device)
         self.reset_lora_parameters()
         self.register_forward_pre_hook(_keep_fused_paths_away)
-
-    def reset_lora_parameters(self) -> None:
-        """lora_A as nn.Linear draws its weight and lora_B zero: the update starts at nothing."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
 
     def _forward(self, x: Tensor) -> Tensor:
         options = {"scaling": self.scaling, "dropout_p": dropout_p(self)}
         return low_rank_forward(self, x, self.lora_A, self.lora_B, **options)
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, in the dtype the weight had, without the
-        update's cost."""
+        """Make a dense nn.Linear that computes the same, without the update's cost.
+
+        It has the dtype that the weight had.
+        """
         with torch.no_grad():
             return merged(self, low_rank_update(self.lora_A, self.lora_B, self.scaling))
 
@@ -80,7 +74,7 @@ class _Adapter(NamedErrors):
 
 
 class LoRALinear(_Adapter, nn.Linear):
-    """A frozen linear layer plus a trained low-rank update.
+    """Frozen linear layer plus a trained low-rank update.
 
     y = x @ weight.T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias
 
@@ -115,7 +109,7 @@ class LoRALinear(_Adapter, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **update: Any) -> LoRALinear:
-        """The same layer with an update; it takes over the weight and bias, and freezes them.
+        """Add an update to a linear layer, whose weight and bias are taken over and frozen.
 
         Args: update: r, lora_alpha, lora_dropout and adapter_dtype, as above.
         """
@@ -128,7 +122,7 @@ class LoRALinear(_Adapter, nn.Linear):
 
 
 class NF4LoRALinear(_Adapter, NF4Linear):
-    """A frozen linear layer in NF4 plus a trained low-rank update (QLoRA).
+    """Frozen linear layer in NF4 plus a trained low-rank update (QLoRA).
 
     y = x @ dequantize(weight).T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias
 
@@ -164,7 +158,7 @@ class NF4LoRALinear(_Adapter, NF4Linear):
         double_quant: bool = True,
         **update: Any,
     ) -> NF4LoRALinear:
-        """Quantise a linear layer, or take over an NF4Linear as it is, and add an update.
+        """Quantize a linear layer, or take over an NF4Linear as it is, and add an update.
 
         Args: update: r, lora_alpha, lora_dropout and adapter_dtype, as in `LoRALinear`.
         """

@@ -1,4 +1,4 @@
-"""A frozen linear layer in NF4 for plain torch, and as PEFT's base layer.
+"""Frozen linear layer in NF4 for plain torch, and as PEFT's base layer.
 
 Users find it as `peftkern.layers.NF4Linear`.
 """
@@ -20,26 +20,24 @@ from peftkern.layers.base import (
     check_linear,
     linear_like,
     low_rank_forward,
-    serves_as_base,
 )
 
 _QUANT_FIELDS = tuple(f.name for f in dataclasses.fields(NF4Weight) if f.name != "packed")
 
 
-@serves_as_base
 class NF4Linear(NamedErrors, nn.Linear):
-    """A frozen linear layer whose weight is kept in NF4: y = x @ dequantize(weight).T + bias.
+    """Frozen linear layer whose weight is kept in NF4: y = x @ dequantize(weight).T + bias.
 
     Args:
         in_features, out_features: K and N.
         bias: whether there is a bias.
         blocksize, double_quant: of the format, see `peftkern.quantize_nf4`.
-        dtype: of the weight that is quantised and of the bias.
+        dtype: of the weight that is quantized and of the bias.
 
     `weight` holds the packed bytes, uint8 [numel / 2, 1], and `nf4` is the whole weight. The state
     dict has bitsandbytes' keys: either side loads the other's. A dense checkpoint loads too: it is
-    quantised on the way. Casting the module (`.half()`, `.to(torch.bfloat16)`) changes the bias
-    alone. Merging a PEFT adapter into it raises: dequantise first (`to_linear`).
+    quantized on the way. Casting the module (`.half()`, `.to(torch.bfloat16)`) changes the bias
+    alone. Merging a PEFT adapter into it raises: dequantize first (`to_linear`).
 
     PEFT's methods that add to what the layer puts out, or change what goes in, train over it (LoRA,
     DoRA, AdaLoRA, VeRA, C3A, IA3, OFT, ...). Those that read or write the dense weight do not, and
@@ -68,7 +66,7 @@ class NF4Linear(NamedErrors, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, *, blocksize: int = 64, double_quant: bool = True
     ) -> NF4Linear:
-        """Quantise a linear layer; the bias is taken over and frozen, the weight is left alone."""
+        """Quantize a linear layer; the bias is taken over and frozen, the weight is left alone."""
         check_linear(linear)
         w = quantized(linear.weight, blocksize=blocksize, double_quant=double_quant)
         return cls._from_nf4(w, linear.bias, linear.training)
@@ -83,7 +81,7 @@ class NF4Linear(NamedErrors, nn.Linear):
 
     @property
     def nf4(self) -> NF4Weight:
-        """The weight as it is now; shares memory with the layer."""
+        """NF4 weight as it is now; shares memory with the layer."""
         return NF4Weight(packed=self.weight.detach(), **self._quant)
 
     def _set_nf4(self, w: NF4Weight) -> None:
@@ -100,7 +98,7 @@ class NF4Linear(NamedErrors, nn.Linear):
         return low_rank_forward(self, x)
 
     def dequantize(self) -> Tensor:
-        """The dense weight [N, K] as it is now, in the dtype it had."""
+        """Return the dense weight [N, K] as it is now, in the dtype it had."""
         return dequantize_nf4(self.nf4)
 
     @property
@@ -109,7 +107,7 @@ class NF4Linear(NamedErrors, nn.Linear):
         return self.weight
 
     def to_linear(self) -> nn.Linear:
-        """A new nn.Linear with the dequantised weight, in the dtype it had."""
+        """Make an nn.Linear with the dequantized weight, in the dtype it had."""
         return linear_like(self, self.dequantize())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
@@ -122,9 +120,9 @@ class NF4Linear(NamedErrors, nn.Linear):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        quantised = self.nf4.state_dict(prefix)
-        quantised.pop(f"{prefix}weight")  # super() has written it, as a parameter if asked for
-        destination.update(quantised)
+        state = self.nf4.state_dict(prefix)
+        state.pop(f"{prefix}weight")  # super() has written it, as a parameter if asked for
+        destination.update(state)
 
     def _load_from_state_dict(
         self,
@@ -153,8 +151,7 @@ class NF4Linear(NamedErrors, nn.Linear):
         missing_keys += [key for key in absent if key != name or name not in ours]
 
     def _load_nf4(self, state: dict[str, Tensor], prefix: str, assign: bool) -> None:
-        """Take the tensors themselves if `assign`, as nn.Module does, and else copies of them that
-        are where this layer is."""
+        """Take the tensors themselves if `assign`, as nn.Module does, else copies on its device."""
         dense, device = state[f"{prefix}weight"], self.weight.device
         if device.type == "meta" and not (assign or dense.is_meta):
             warnings.warn(
@@ -181,7 +178,7 @@ class NF4Linear(NamedErrors, nn.Linear):
 
 
 def quantized(weight: Tensor, *, blocksize: int, double_quant: bool) -> NF4Weight:
-    """`quantize_nf4`, so that even under torch.inference_mode the result can be trained with."""
+    """Quantize a weight so that even under torch.inference_mode it can be trained with."""
     with torch.inference_mode(False), torch.no_grad():
         return quantize_nf4(weight.detach(), blocksize=blocksize, double_quant=double_quant)
 

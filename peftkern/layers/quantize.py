@@ -1,4 +1,4 @@
-"""`quantize_`: the linear layers of a model in NF4, in place.
+"""In-place quantization of a model's linear layers to NF4.
 
 Users find it as `peftkern.quantize_` and `peftkern.layers.quantize_`.
 """
@@ -18,7 +18,8 @@ from peftkern.layers.nf4 import NF4Linear
 from peftkern.layers.weight_readers import Read, reader_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ADAPTERS = ("lora_A", "lora_B")  # quantising an adapter would end its training
+_ADAPTERS = ("lora_A", "lora_B")  # quantizing an adapter would end its training
+_Places = dict[nn.Linear, list[tuple[nn.Module, str, str]]]  # parent, child's name, whole name
 _NAMED = 3  # layers of a kind that a warning names
 
 
@@ -47,7 +48,7 @@ def quantize_(
 
     Returns: names of the layers that were replaced.
     Raises: TypeError unless `model` is a module that holds layers; ValueError when an entry of
-        `include` is in no layer's name, or naming a layer that cannot be quantised.
+        `include` is in no layer's name, or naming a layer that cannot be quantized.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -56,8 +57,27 @@ def quantize_(
     wanted = None if include is None else _patterns("include", include)
     skip = _ADAPTERS + (("lm_head",) if exclude is None else _patterns("exclude", exclude))
     heads = _heads(model) if exclude is None else set()
+    places, names = _chosen(model, wanted, skip, heads)
+    kept = _not_replaceable(model, places)
+    reasons = {name: kept[child] for child in kept for _, _, name in places.pop(child)}
+    kept.clear()
+    for _ in _with_progress(range(len(places)), "Quantizing to NF4"):
+        child, owners = places.popitem()  # nothing here keeps a dense weight that is done with
+        layer = _quantized(child, owners[0][2], blocksize, double_quant)
+        for parent, child_name, _ in owners:
+            setattr(parent, child_name, layer)
+    _warn(reasons, _mostly_dense(model, heads, skip) if wanted is None else None)
+    return [name for name in names if name not in reasons]
 
-    places: dict[nn.Linear, list[tuple[nn.Module, str, str]]] = {}  # one may hang in several
+
+def _chosen(
+    model: nn.Module, wanted: Iterable[str] | None, skip: Iterable[str], heads: set[nn.Module]
+) -> tuple[_Places, list[str]]:
+    """Find the layers to quantize with the places they hang in, and the names of these places.
+
+    Raises: ValueError if an entry of `wanted` is in no layer's name.
+    """
+    places: _Places = {}
     seen, names = [], []
     for path, parent in model.named_modules():
         for child_name, child in parent._modules.items():
@@ -73,17 +93,7 @@ def quantize_(
     for pattern in wanted or ():
         if not any(_has_parts(name, (pattern,)) for name in seen):
             raise ValueError(f"include: no nn.Linear has {pattern!r} in its name")
-
-    kept = _not_replaceable(model, places)
-    reasons = {name: kept[child] for child in kept for _, _, name in places.pop(child)}
-    kept.clear()
-    for _ in _with_progress(range(len(places)), "Quantising to NF4"):
-        child, owners = places.popitem()  # nothing here keeps a dense weight that is done with
-        layer = _quantized(child, owners[0][2], blocksize, double_quant)
-        for parent, child_name, _ in owners:
-            setattr(parent, child_name, layer)
-    _warn(reasons, _mostly_dense(model, heads, skip) if wanted is None else None)
-    return [name for name in names if name not in reasons]
+    return places, names
 
 
 def _quantized(linear: nn.Linear, name: str, blocksize: int, double_quant: bool) -> NF4Linear:
@@ -96,10 +106,8 @@ def _quantized(linear: nn.Linear, name: str, blocksize: int, double_quant: bool)
     return layer
 
 
-def _not_replaceable(
-    model: nn.Module, places: dict[nn.Linear, list[tuple[nn.Module, str, str]]]
-) -> dict[nn.Linear, str]:
-    """Layers that NF4Linear cannot stand for, and why not."""
+def _not_replaceable(model: nn.Module, places: _Places) -> dict[nn.Linear, str]:
+    """Return the layers that NF4Linear cannot stand for, with the reason."""
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = (p for module in model.modules() for p in module._parameters.values())
     owners = Counter(id(p) for p in parameters)
@@ -134,7 +142,7 @@ def _not_replaceable(
 
 
 def _transformers_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, model) of the outermost models of transformers, told by what they have."""
+    """Yield (name, model) of the outermost models of transformers, told by what they have."""
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(not outer or f"{name}.".startswith(f"{outer}.") for outer in found)
@@ -144,7 +152,7 @@ def _transformers_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
-    """The output embeddings of transformers' models, and the owners of their last parameters."""
+    """Return the output embeddings of transformers' models and their last parameters' owners."""
     heads = set()
     for _, module in _transformers_models(model):
         heads.add(module.get_output_embeddings())
@@ -156,7 +164,7 @@ def _heads(model: nn.Module) -> set[nn.Module]:
 def _mostly_dense(
     model: nn.Module, heads: set[nn.Module], skip: Iterable[str]
 ) -> dict[str, int] | None:
-    """{kind: numbers} of the matrices that are not in NF4, if they are more than those that are.
+    """Return {kind: numbers} of matrices not in NF4, if they are more than those that are.
 
     Embeddings and what was to be left out do not count.
     """
@@ -176,7 +184,7 @@ def _mostly_dense(
 
 
 def _warn(reasons: dict[str, str], dense: dict[str, int] | None) -> None:
-    """One warning for all that stays as it is against what a user may expect."""
+    """Warn once of all that stays as it is against what a user may expect."""
     said = []
     for reason, count in Counter(reasons.values()).most_common():
         names = [name for name in reasons if reasons[name] == reason]
@@ -200,7 +208,7 @@ def _has_parts(path: str, patterns: Iterable[str]) -> bool:
 
 
 def _with_progress(steps: Iterable, description: str) -> Iterable:
-    """The steps, with a progress bar where somebody may be watching."""
+    """Return the steps, with a progress bar where somebody may be watching."""
     if not sys.stderr.isatty():
         return steps
     from rich.console import Console

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.layers.base import (
-    OverFrozenBase,
-    check_base,
     check_update,
     dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 
 
 def fold_diagonal(lora_A: Tensor, lora_E: Tensor, scaling: float | Tensor) -> Tensor:
-    """scaling * (lora_A * lora_E), [r, K]: the diagonal costs r x K products, not M x r.
+    """Return scaling * (lora_A * lora_E), [r, K]: it costs r x K products, not M x r.
 
     16-bit factors are multiplied in float32, which the layer's products take as it is.
     """
@@ -33,7 +32,7 @@ def fold_diagonal(lora_A: Tensor, lora_E: Tensor, scaling: float | Tensor) -> Te
 
 
 class SVDLinear(OverFrozenBase):
-    """A frozen linear layer plus lora_B @ diag(lora_E) @ lora_A, whose triplets can be pruned.
+    """Frozen linear layer plus lora_B @ diag(lora_E) @ lora_A, whose triplets can be pruned.
 
     y = base(x) + lora_alpha / (ranknum + 1e-5) * (dropout(x) @ (lora_A * lora_E).T) @ lora_B.T
 
@@ -59,10 +58,8 @@ class SVDLinear(OverFrozenBase):
         lora_dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
         check_update(r, lora_dropout)
-        self.base = check_base(base)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base)
         self.lora_alpha = lora_alpha if lora_alpha > 0 else float(r)
         self.lora_dropout = lora_dropout
         factory = {"dtype": adapter_dtype, "device": base.weight.device}
@@ -73,19 +70,19 @@ class SVDLinear(OverFrozenBase):
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """The update starts at nothing, with random singular vectors."""
+        """Start the update at zero, with random singular vectors."""
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.zeros_(self.lora_E)
         nn.init.normal_(self.lora_B, std=0.02)
 
     @property
     def r(self) -> int:
-        """The number of triplets, pruned ones included until they are dropped."""
+        """Number of triplets, pruned ones included until they are dropped."""
         return self.lora_E.shape[0]
 
     @property
     def scaling(self) -> Tensor:
-        """lora_alpha / (ranknum + 1e-5), on the layer's device."""
+        """Factor of the update: lora_alpha / (ranknum + 1e-5), on the layer's device."""
         return self.lora_alpha / (self.ranknum.float() + 1e-5)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -94,7 +91,7 @@ class SVDLinear(OverFrozenBase):
         return low_rank_forward(self.base, x, lora_A, self.lora_B, **options)
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, without the update's cost."""
+        """Make a dense nn.Linear that computes the same, without the update's cost."""
         with torch.no_grad():
             lora_A = fold_diagonal(self.lora_A, self.lora_E, self.scaling)
             return merged(self.base, low_rank_update(lora_A, self.lora_B, 1.0))

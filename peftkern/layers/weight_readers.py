@@ -1,4 +1,4 @@
-"""Which modules read the weight of a linear layer below them themselves.
+"""Modules that read the weight of a linear layer below them themselves.
 
 A layer that keeps its weight in another form, or adds an update to it, is only right where it is
 called. nn.TransformerEncoderLayer, T5 (`self.wo.weight.dtype`), Mamba (`self.dt_proj.weight @ x`)
@@ -28,7 +28,7 @@ _LOOK_UPS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 class Read(NamedTuple):
-    """`method` reads `weight` of the module that it finds by the names of `path`."""
+    """Read of `weight`, by `method`, of the module at the names of `path`."""
 
     method: str  # with its class: "T5DenseActDense.forward"
     path: tuple[str, ...]
@@ -36,7 +36,7 @@ class Read(NamedTuple):
 
 
 def weight_reads(cls: type) -> list[Read]:
-    """What the methods of a module's class, and of the classes that it is made of, read."""
+    """Find the weights that the methods of a module's class and its base classes read."""
     found = []
     for kind in cls.__mro__:
         if kind is nn.Module:
@@ -52,7 +52,7 @@ def weight_reads(cls: type) -> list[Read]:
 def reader_of(
     place: str, modules: dict[str, nn.Module], reads: dict[type, list[Read]]
 ) -> str | None:
-    """The method that reads the weight of the layer at this place in a model; None if none does.
+    """Find the method that reads the weight of the layer at this place in a model, if any.
 
     Args: place, "encoder.layers.0.linear1"; modules, the model's by their places; reads, a cache.
     """
@@ -70,7 +70,7 @@ def reader_of(
 
 
 def _codes(method: Any, seen: set[int]) -> Iterator[types.CodeType]:
-    """The code of a method, of what it defines, and of what its decorators were given."""
+    """Yield the code of a method, of what it defines, and of what its decorators were given."""
     if isinstance(method, property):
         for accessor in (method.fget, method.fset):
             yield from _codes(accessor, seen)
@@ -93,7 +93,7 @@ def _codes(method: Any, seen: set[int]) -> Iterator[types.CodeType]:
 
 
 def _reads_of(code: types.CodeType) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """(path, whether it begins at self) of each `path.weight` that is more than a harmless one."""
+    """Yield (path, whether it begins at self) of each `path.weight` that is not harmless."""
     if "weight" not in code.co_names:
         return
     steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]

@@ -1,4 +1,4 @@
-"""AdaLoRA for plain torch: when how many triplets may live, and which.
+"""AdaLoRA for plain torch: the budget of triplets over training, and its allocation.
 
 wrap layers in peftkern.layers.SVDLinear, then
 allocator = RankAllocator(model, target_r=4, total_step=1000, tinit=100, tfinal=300)
@@ -33,7 +33,7 @@ Triplets = tuple[nn.Parameter, nn.Parameter, nn.Parameter]  # lora_E, lora_A, lo
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """How many triplets of all layers may live at a step, as the official code and PEFT count.
+    """Budget of triplets of all layers at a step, as the official code and PEFT count.
 
     b(t) = init_budget up to tinit, target_budget after total_step - tfinal, and between them
     int((init_budget - target_budget) * (1 - (t - tinit) / (total_step - tfinal - tinit))**3
@@ -65,11 +65,11 @@ class BudgetSchedule:
 
     @property
     def last_step(self) -> int:
-        """The step at which the mask becomes final."""
+        """Step at which the mask becomes final."""
         return self.total_step - self.tfinal
 
     def __call__(self, step: int) -> tuple[int, bool]:
-        """The budget at a step, and whether the mask is drawn anew."""
+        """Return the budget at a step, and whether the mask is drawn anew."""
         if step <= self.tinit:
             return self.init_budget, False
         if step > self.last_step:
@@ -80,7 +80,7 @@ class BudgetSchedule:
 
 
 class Importance:
-    """The two EMAs of the triplets of some layers, flat and in one piece, and their scores.
+    """EMAs of sensitivity and uncertainty of all triplets, each in one buffer, and their scores.
 
     layers: {name: (lora_E, lora_A, lora_B)}; the parameters may change, their shapes may not.
     """
@@ -95,7 +95,7 @@ class Importance:
         self.scores: Tensor | None = None
 
     def update_(self, layers: Mapping[str, Triplets]) -> Tensor:
-        """Take in the present gradients; the new scores.
+        """Take in the present gradients; return the new scores.
 
         Raises: ValueError if no parameter has a gradient, and on a CPU (elsewhere it would have to
             wait; see `check_finite`) if a score is not finite, naming the layer.
@@ -115,7 +115,7 @@ class Importance:
         return self.scores
 
     def rescore(self, layers: Mapping[str, Triplets]) -> Tensor:
-        """Scores of the EMAs as they are, after these have been loaded."""
+        """Compute the scores of the EMAs as they are, after these have been loaded."""
         shapes = [p.shape for p in _flat(layers.values())]
         products = (self.exp_avg_ipt * self.exp_avg_unc).split([shape.numel() for shape in shapes])
         s = [product.view(shape) for product, shape in zip(products, shapes, strict=True)]
@@ -149,7 +149,7 @@ class Importance:
 
 
 class RankAllocator:
-    """Prunes the SVDLinear layers of a model to a budget of triplets that falls over training.
+    """Pruning of a model's SVDLinear layers to a budget of triplets that falls over training.
 
     Args:
         model: a module that holds `SVDLinear` layers.
@@ -221,14 +221,14 @@ class RankAllocator:
         return budget, self.mask
 
     def rank_pattern(self) -> dict[str, list[bool]]:
-        """Which triplets of each layer are alive, by the last mask."""
+        """Return the triplets of each layer that are alive, by the last mask."""
         ranks = [layer.r for layer in self.layers.values()]
         mask = torch.ones(sum(ranks), dtype=torch.bool) if self.mask is None else self.mask
         parts = mask.cpu().split(ranks)
         return {name: part.tolist() for name, part in zip(self.layers, parts, strict=True)}
 
     def orthogonality_loss(self, *, squared: bool = False) -> Tensor:
-        """`functional.adalora.orthogonality_loss` of these layers; PEFT weighs it with 0.5."""
+        """Compute `functional.adalora.orthogonality_loss`; PEFT weighs it with 0.5."""
         triplets = self._triplets().values()
         return orthogonality_loss(
             [A for _, A, _ in triplets], [B for _, _, B in triplets], squared=squared
@@ -255,7 +255,7 @@ class RankAllocator:
         return {name: layer.r for name, layer in self.layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from here; tensors are not copied."""
+        """Return what `load_state_dict` needs to go on from here; tensors are not copied."""
         importance = self.importance
         return {
             "schedule": dataclasses.asdict(self.schedule),

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.layers.base import (
-    OverFrozenBase,
-    check_base,
+    LowRankFactors,
     check_update,
     low_rank_forward,
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 from peftkern.methods.pairs import AdapterPair, find_pairs
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -42,8 +42,8 @@ _WRITABLE = (torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 1 << 22  # elements of the weight that are written at once
 
 
-class DeltaLoRALinear(OverFrozenBase):
-    """A frozen linear layer plus a low-rank update that its weight follows, in telescoped form.
+class DeltaLoRALinear(LowRankFactors, OverFrozenBase):
+    """Frozen linear layer plus a low-rank update that its weight follows, in telescoped form.
 
     y = base(x) + s * (1 + lam) * (x @ lora_A.T) @ lora_B.T - lam * s * (x @ start_A.T) @ start_B.T
 
@@ -74,31 +74,22 @@ class DeltaLoRALinear(OverFrozenBase):
         lam: float = 2.0,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
         check_update(r)
         _check_lam(lam)
-        self.base = check_base(base)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__(base)
         self.r, self.lora_alpha, self.lam = r, lora_alpha, lam
         self.scaling = lora_alpha / r
-        factory = {"dtype": adapter_dtype, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self._add_factors(r, adapter_dtype, base.weight.device)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         self.reset_lora_parameters()
-
-    def reset_lora_parameters(self) -> None:
-        """lora_A as nn.Linear draws its weight and lora_B zero: the update starts at nothing."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
 
     @property
     def started(self) -> bool:
         return self.start_A is not None
 
     def start(self) -> None:
-        """From now on the weight follows the product; the output does not change by this.
+        """Let the weight follow the product from now on; the output does not change by this.
 
         Raises: ValueError if it has started: what the weight has followed so far would be lost.
         """
@@ -111,7 +102,7 @@ class DeltaLoRALinear(OverFrozenBase):
         return low_rank_forward(self.base, x, *self._factors(), scaling=self.scaling)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """One pair of rank 2 r in place of the two, whose product is all that W_0 lacks."""
+        """Return one pair of rank 2 r in place of the two: its product is all that W_0 lacks."""
         if self.start_A is None:
             return self.lora_A, self.lora_B
         # lora_A meets (1 + lam) * lora_B, in backward too: undone there. lora_B meets lora_A.
@@ -123,7 +114,7 @@ class DeltaLoRALinear(OverFrozenBase):
         return torch.cat([lora_A, self.start_A]), torch.cat([lora_B, -self.lam * start_B], dim=1)
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, in the dtype the weight had."""
+        """Make a dense nn.Linear that computes the same, in the dtype the weight had."""
         with torch.no_grad():
             return merged(self.base, low_rank_update(*self._factors(), self.scaling))
 
@@ -139,7 +130,7 @@ class DeltaLoRALinear(OverFrozenBase):
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """A copy of a tensor, whose gradient is multiplied by a number."""
+    """Copy of a tensor, whose gradient is multiplied by a number."""
 
     @staticmethod
     def forward(ctx, tensor, factor):
@@ -152,7 +143,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 class DeltaLoRAScheduler:
-    """Starts the DeltaLoRALinear layers of a model after `start_step` steps of the optimizer.
+    """Start of a model's DeltaLoRALinear layers after `start_step` steps of the optimizer.
 
     Call `step()` after each optimizer step.
     Raises: ValueError if there is no such layer, or on a negative start_step (0: start at once).
@@ -176,7 +167,7 @@ class DeltaLoRAScheduler:
                     layer.start()
 
     def state_dict(self) -> dict[str, int]:
-        """Where it stands; what the layers have taken down is in their own state."""
+        """Return where it stands; what the layers have taken down is in their own state."""
         return {"start_step": self.start_step, "last_step": self.last_step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -184,7 +175,7 @@ class DeltaLoRAScheduler:
 
 
 class InPlaceDeltaLoRA:
-    """Writes each change of the low-rank product into the dense weight of its layer.
+    """Delta-LoRA that writes each change of the low-rank product into the layer's dense weight.
 
     W <- W + lam * scaling * (B' A' - B A) at each `step()` after the first `start_step`, to be
     called after each optimizer step. The forward pass stays that of the layer, LoRA's own. Weights
@@ -261,8 +252,10 @@ class InPlaceDeltaLoRA:
     def _change(
         self, pair: AdapterPair, weight: Tensor, before: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Two factors of lam * scaling * (B' A' - B A), [N, 2 r] and [2 r, K], with no difference
-        of two nearly equal products."""
+        """Return two factors of lam * scaling * (B' A' - B A), [N, 2 r] and [2 r, K].
+
+        Their product is no difference of two nearly equal ones.
+        """
         wide = torch.promote_types(weight.dtype, torch.float32)
         A, B, new_A, new_B = (t.to(wide) for t in (*before, pair.lora_A, pair.lora_B))
         left = torch.cat([new_B - B, B], dim=1) * (self.lam * pair.scaling)
@@ -274,7 +267,7 @@ class InPlaceDeltaLoRA:
         weight.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on; the weights are the model's to save."""
+        """Return what `load_state_dict` needs to go on; the weights are the model's to save."""
         names = (f"{p.name}:{p.adapter}" for p in self.pairs)
         return {
             "start_step": self.start_step,
@@ -283,7 +276,10 @@ class InPlaceDeltaLoRA:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises: ValueError naming the layers if they are others."""
+        """Go on where `state_dict` was taken.
+
+        Raises: ValueError naming the layers if they are others.
+        """
         names = [f"{p.name}:{p.adapter}" for p in self.pairs]
         written = state["written"]
         if written and set(written) != set(names):
@@ -299,7 +295,7 @@ class InPlaceDeltaLoRA:
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """float32 to bfloat16, up or down with the probability that makes the mean x.
+    """Round float32 to bfloat16, up or down with the probability that makes the mean x.
 
     The 16 bits that are dropped are the probability of going up in size. NaN and Inf stay.
     Raises: ValueError unless x is float32.
@@ -312,12 +308,12 @@ def round_stochastically(x: Tensor, generator: torch.Generator | None = None) ->
 
 
 def _norm(left: Tensor, right: Tensor) -> Tensor:
-    """No entry of left @ right is larger; NaN or Inf if one of the two holds such a number."""
+    """Return a bound of the entries of left @ right; NaN or Inf if one of the two holds it."""
     return left.norm() * right.norm()
 
 
 def _dense_weight(pair: AdapterPair) -> Tensor:
-    """The weight [N, K] that a pair updates, to be written to."""
+    """Return the weight [N, K] that a pair updates, to be written to."""
     layer = pair.layer
     if getattr(layer, "merged", False):
         raise ValueError(f"{pair.name}: the adapter is merged into the weight; unmerge it first")

@@ -33,18 +33,17 @@ from torch import Tensor, nn
 
 from peftkern.layers import LoRALinear, NF4LoRALinear
 from peftkern.layers.base import (
-    OverFrozenBase,
-    check_base,
     check_update,
     dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 
 
 class DyLoRALinear(OverFrozenBase):
-    """A frozen linear layer plus an update of which the first b of r ranks are used.
+    """Frozen linear layer plus an update of which the first b of r ranks are used.
 
     y = base(x) + scaling * (dropout(x) @ A[:b].T) @ B[:, :b].T
 
@@ -71,10 +70,8 @@ class DyLoRALinear(OverFrozenBase):
         scale_by_rank: bool = False,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.base = check_base(base)
+        super().__init__(base)
         check_update(r, lora_dropout)
-        self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
         self.scale_by_rank = scale_by_rank
         factory = {"dtype": adapter_dtype, "device": base.weight.device}
@@ -84,7 +81,7 @@ class DyLoRALinear(OverFrozenBase):
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """A as LoRA draws it and B zero: the update starts at nothing."""
+        """Draw A as LoRA does and zero B: the update starts at zero."""
         bound = 1 / math.sqrt(self.in_features)
         for row, column in zip(self.lora_A, self.lora_B, strict=True):
             nn.init.uniform_(row, -bound, bound)
@@ -92,7 +89,7 @@ class DyLoRALinear(OverFrozenBase):
 
     @property
     def r(self) -> int:
-        """The largest rank."""
+        """Largest rank."""
         return len(self.lora_A)
 
     @property
@@ -100,7 +97,7 @@ class DyLoRALinear(OverFrozenBase):
         return self.lora_alpha / (self.rank if self.scale_by_rank else self.r)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [b, K] and B [N, b] of the rank in use."""
+        """Return A [b, K] and B [N, b] of the rank in use."""
         rows, columns = list(self.lora_A)[: self.rank], list(self.lora_B)[: self.rank]
         if self.train_last_only:
             rows[:-1] = [row.detach() for row in rows[:-1]]
@@ -112,7 +109,7 @@ class DyLoRALinear(OverFrozenBase):
         return low_rank_forward(self.base, x, *self.factors(), scaling=self.scaling, **options)
 
     def truncate(self) -> LoRALinear | NF4LoRALinear:
-        """A LoRA layer over the same base with the rank in use; the adapter is copied."""
+        """Make a LoRA layer over the same base with the rank in use; the adapter is copied."""
         nf4 = hasattr(type(self.base), "nf4")
         layer = (NF4LoRALinear if nf4 else LoRALinear).from_linear(
             self.base,
@@ -127,7 +124,7 @@ class DyLoRALinear(OverFrozenBase):
         return layer.train(self.training)
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same at the rank in use."""
+        """Make a dense nn.Linear that computes the same at the rank in use."""
         with torch.no_grad():
             A, B = self.factors()
             return merged(self.base, low_rank_update(A, B, self.scaling))

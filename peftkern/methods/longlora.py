@@ -11,7 +11,7 @@ mask where none is given. With one, heads of keys that serve several heads are r
 torch has a kernel for both together, but one that makes all scores at once.
 `peftkern.integrations.transformers.longlora` switches it on in a transformers model.
 
-LongLoRA also trains embeddings and normalisation layers: with PEFT, `LoraConfig(modules_to_save=
+LongLoRA also trains embeddings and normalization layers: with PEFT, `LoraConfig(modules_to_save=
 ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"])`.
 
 Source: Chen et al. 2024, section 3.2, arXiv:2309.12307
@@ -43,7 +43,7 @@ def shifted_sparse_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Softmax attention within groups, the second half of the heads in groups shifted by half.
+    """Attend within groups of tokens, the second half of the heads in groups shifted by half.
 
     Head h lets token i attend to token j if both are in one group, j <= i if is_causal, and the
     mask allows it. Heads h < H/2: group(i) = i // G; the others: group(i) = (i + G/2) // G.
@@ -84,7 +84,7 @@ def _grouped(
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:
-    """Attention in groups: one of `first` tokens, then full ones, then what remains."""
+    """Attend in groups: one of `first` tokens, then full ones, then what remains."""
     T = q.shape[2]
     full = max(0, T - first) // size
     middle = first + full * size
@@ -125,20 +125,20 @@ def _attend(
 
 
 def _fold(x: Tensor, count: int) -> Tensor:
-    """[B, H, count * g, D] -> [B * count, H, g, D]."""
+    """Reshape [B, H, count * g, D] to [B * count, H, g, D]."""
     B, H, T, D = x.shape
     g = T // count
     return x.view(B, H, count, g, D).transpose(1, 2).reshape(B * count, H, g, D)
 
 
 def _unfold(x: Tensor, B: int, count: int) -> Tensor:
-    """[B * count, H, g, D] -> [B, H, count * g, D]."""
+    """Reshape [B * count, H, g, D] to [B, H, count * g, D]."""
     _, H, g, D = x.shape
     return x.view(B, count, H, g, D).transpose(1, 2).reshape(B, H, count * g, D)
 
 
 def _blocks(mask: Tensor, start: int, count: int, size: int) -> Tensor:
-    """The blocks [B * count, H or 1, size, size] on the diagonal of a mask, from `start` on."""
+    """Return the blocks [B * count, H or 1, size, size] on a mask's diagonal, from `start` on."""
     stop = start + count * size
     square = mask[:, :, start:stop, start:stop]
     B, H = square.shape[:2]

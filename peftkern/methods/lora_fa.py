@@ -35,7 +35,7 @@ _PEFT_DELTA = 1e-8  # what PEFT adds to the diagonal of lora_A @ lora_A.T
 
 
 def freeze_lora_A(model: nn.Module, adapter: str | None = None) -> list[str]:
-    """Take lora_A of every pair whose lora_B is trained out of training; the layers' names.
+    """Freeze lora_A of every pair whose lora_B is trained; return the layers' names.
 
     Raises: as `peftkern.methods.pairs.find_pairs`; ValueError if DistributedDataParallel has
         wrapped the model already, since it would wait for gradients of lora_A for ever.
@@ -60,9 +60,9 @@ def _check_wrapping(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
 def lora_fa_gradients(
     grad_B: Sequence[Tensor], lora_A: Sequence[Tensor], scaling: Sequence[float | Tensor]
 ) -> list[Tensor]:
-    """The gradient of lora_B that moves the weight as its own gradient would, as near as it can.
+    """Compute the gradients of lora_B that move the weights most nearly as their own would.
 
-    g^B = g_B (A A^T)^-1 / scaling^2 minimises |scaling * g^B A - dL/dW|_F. A lora_A whose rows are
+    g^B = g_B (A A^T)^-1 / scaling^2 minimizes |scaling * g^B A - dL/dW|_F. A lora_A whose rows are
     dependent has the pseudo-inverse in place of the inverse.
 
     Args: of each layer, grad_B [N, r], lora_A [r, K] and scaling, which is not 0.
@@ -84,7 +84,7 @@ def lora_fa_gradients(
 
 
 def gram_inverses(lora_A: Sequence[Tensor], delta: float = 0.0) -> list[Tensor]:
-    """(A A^T + delta I)^-1 of each lora_A [r, K], in float64: one Cholesky for all of a rank."""
+    """Invert A A^T + delta I of each lora_A [r, K], in float64: one Cholesky for all of a rank."""
     results: list[Tensor] = [torch.empty(0)] * len(lora_A)
     by_rank: dict[Any, list[tuple[list[int], Tensor]]] = {}
     for indices in chunks(lora_A):
@@ -103,7 +103,7 @@ def gram_inverses(lora_A: Sequence[Tensor], delta: float = 0.0) -> list[Tensor]:
 
 
 def _invert(grams: Tensor, cutoff: float) -> Tensor:
-    """Inverses [L, r, r]; of matrices that are numerically singular, pseudo-inverses."""
+    """Invert matrices [L, r, r]; those that are numerically singular have pseudo-inverses."""
     factors, info = torch.linalg.cholesky_ex(grams)
     pivots = factors.diagonal(dim1=-2, dim2=-1).square()
     regular = (info == 0) & (pivots.amin(-1) > cutoff * pivots.amax(-1))
@@ -119,7 +119,7 @@ def _invert(grams: Tensor, cutoff: float) -> Tensor:
 def _multiply(
     grad_B: Sequence[Tensor], inverses: Sequence[Tensor], scaling: Sequence[float | Tensor]
 ) -> list[Tensor]:
-    """grad_B @ inverse / scaling^2 of each layer, those of equal shape in one product."""
+    """Compute grad_B @ inverse / scaling^2 of each layer, equal shapes in one product."""
     results: list[Tensor] = list(grad_B)
     for indices in chunks(grad_B, inverses):
         first = grad_B[indices[0]]
@@ -187,7 +187,7 @@ class LoRAFAOptimizer(PairAdamW):
         return {**super().__getstate__(), **own}
 
     def _inverse(self) -> list[Tensor]:
-        """(A A^T)^-1 of every pair, as long as no lora_A changes."""
+        """Return (A A^T)^-1 of every pair, kept as long as no lora_A changes."""
         A = [pair.lora_A for pair in self._pairs]
         state = [(a._version, a.device, a.dtype) for a in A]
         if self._inverses[0] != state:
@@ -225,7 +225,7 @@ class LoRAFAOptimizer(PairAdamW):
 
 
 def _peft_product(grad: Tensor, inverse: Tensor, scaling: float | Tensor) -> Tensor:
-    """As PEFT multiplies, under autocast to bfloat16, which leaves float64 alone."""
+    """Multiply as PEFT does, under autocast to bfloat16, which leaves float64 alone."""
     if grad.dtype is torch.float64:
         return grad @ inverse / scaling**2
     product = grad.bfloat16() @ inverse.to(grad.dtype).bfloat16()

@@ -46,7 +46,7 @@ def lora_pro_gradients(
     grad_B: Sequence[Tensor],
     scaling: Sequence[float | Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What to follow in place of grad_A and grad_B, in closed form, of all layers at once.
+    """Compute the gradients that replace grad_A and grad_B, in closed form, of all layers.
 
     With G_B = B^T B, G_A = A A^T and s = scaling:
     g^A = G_B^-1 g_A / s^2 + X A
@@ -97,7 +97,7 @@ def _cores(
     parts: Sequence[list[int]],
     scaling: Sequence[float | Tensor],
 ) -> list[list[Tensor]]:
-    """The r x r matrices of every part: G_B^-1 / s^2, G_A^-1 / s^2, what projects g_B, and X."""
+    """Compute the r x r matrices of every part: G_B^-1 / s^2, G_A^-1 / s^2, g_B's projection, X."""
     small = []
     for indices in parts:
         A, B, gA, gB = (stacked(column, indices) for column in columns)
@@ -130,7 +130,7 @@ def _cores(
 def lora_pro_hook(
     model: nn.Module, adapter: str | None = None
 ) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
-    """A hook that replaces `.grad` of every pair by `lora_pro_gradients` before a step.
+    """Make a hook that replaces `.grad` of every pair by `lora_pro_gradients` before a step.
 
         optimizer.register_step_pre_hook(lora_pro_hook(model))
 
@@ -189,9 +189,11 @@ class LoRAProAdamW(PairAdamW):
         adapter: str | None = None,
         full_moments: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+        defaults["weight_decay"] = weight_decay
         # In the groups it is part of the state dict: moments of one kind are none of the other.
-        super().__init__(model, params, adapter, {**defaults, "full_moments": full_moments})
+        defaults["full_moments"] = full_moments
+        super().__init__(model, params, adapter, defaults)
         self._full_moments = full_moments
         check_unshared(self._pairs, _FACTORS)
 
@@ -199,7 +201,7 @@ class LoRAProAdamW(PairAdamW):
         return {**super().__getstate__(), "_full_moments": self._full_moments}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises: ValueError on a state with the other kind of moments."""
+        """Load a state; ValueError if its moments are of the other kind."""
         for group in state_dict["param_groups"]:
             if group.get("full_moments", self._full_moments) is not self._full_moments:
                 raise ValueError(
@@ -230,7 +232,7 @@ class LoRAProAdamW(PairAdamW):
             p.mul_(1 - lr * decay).sub_((lr * direction).to(p.dtype))
 
     def _direction(self, lora_B: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
-        """Adam's direction for the weight; its moments are kept with lora_B."""
+        """Compute Adam's direction for the weight; its moments are kept with lora_B."""
         state = self._moments(lora_B, g.shape)
         state["step"] += 1
         beta1, beta2 = group["betas"]
@@ -242,7 +244,7 @@ class LoRAProAdamW(PairAdamW):
 
 
 def _with_gradients(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> list[AdapterPair]:
-    """The pairs that take part in this step; one with half of its gradients is an error."""
+    """Return the pairs that take part in this step; half of a pair's gradients is an error."""
     for pair in pairs:
         has_A, has_B = pair.lora_A in grads, pair.lora_B in grads
         if has_A is not has_B:
@@ -262,7 +264,7 @@ def _replaced(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> dict
 
 
 def _equivalent(pair: AdapterPair, grads: dict[Tensor, Tensor]) -> Tensor:
-    """s (g^B A + B g^A), [N, K]: where the weight goes when the factors follow these."""
+    """Return s (g^B A + B g^A), [N, K]: where the weight goes when the factors follow these."""
     A, B = pair.lora_A, pair.lora_B
     product = grads[B] @ A.to(grads[B].dtype) + B.to(grads[A].dtype) @ grads[A]
     return pair.scaling * product

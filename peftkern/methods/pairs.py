@@ -1,4 +1,4 @@
-"""The adapter pairs of a model, and what optimizers that treat them as pairs share.
+"""Adapter pairs of a model, and the parts of optimizers that treat them as pairs.
 
 A pair is lora_A [r, K] and lora_B [N, r] of one layer. Layers of peftkern and of PEFT are told by
 what they have, not by their class, so nothing here imports PEFT.
@@ -20,7 +20,7 @@ _CHUNK = 1 << 24  # elements of float64 copies that are alive at once: 128 MiB
 
 @dataclass(frozen=True, eq=False)
 class AdapterPair:
-    """The two factors of one layer's update, and the layer, which knows their scaling."""
+    """Factors of one layer's update, and the layer, which knows their scaling."""
 
     name: str
     layer: nn.Module
@@ -30,13 +30,13 @@ class AdapterPair:
 
     @property
     def scaling(self) -> float | Tensor:
-        """As the layer has it now: it may change while training."""
+        """Scaling as the layer has it now: it may change while training."""
         scaling = self.layer.scaling
         return scaling if self.adapter is None else scaling[self.adapter]
 
 
 def find_pairs(model: nn.Module, adapter: str | None = None) -> list[AdapterPair]:
-    """Every pair whose lora_B is trained, in the order of `model.named_modules()`.
+    """Find every pair whose lora_B is trained, in the order of `model.named_modules()`.
 
     Args: model, holding layers of peftkern (lora_A and lora_B are parameters) or PEFT's LoRA layers
         (dictionaries of linear layers, by adapter); adapter, to take PEFT's adapter of that name
@@ -86,7 +86,7 @@ def check_scaling(values: Sequence[float | Tensor], names: Iterable[Any] | None 
 
 
 def scalings(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
-    """[L, 1, 1] in float64 on the device of `like`.
+    """Return the scalings [L, 1, 1] in float64 on the device of `like`.
 
     Made there by fills: a list that is copied to a GPU makes the host wait for it.
     """
@@ -115,7 +115,7 @@ def check_unshared(pairs: Sequence[AdapterPair], factors: Sequence[str]) -> None
 
 
 def chunks(*columns: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices that can be stacked: the tensors of every column agree in shape, dtype and device.
+    """Yield indices to stack: each column's tensors agree in shape, dtype and device.
 
     What is stacked at once is bounded, so that the copies stay small next to the model.
     """
@@ -128,12 +128,12 @@ def chunks(*columns: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def stacked(tensors: Sequence[Tensor], indices: Iterable[int]) -> Tensor:
-    """[L, ...] in float64."""
+    """Stack the tensors of these indices, [L, ...] in float64."""
     return torch.stack([tensors[i].detach() for i in indices]).double()
 
 
 def eigenvalue_cutoff(r: int, dtype: torch.dtype) -> float:
-    """Share of the largest eigenvalue of a Gram matrix below which there is only noise.
+    """Return the share of a Gram matrix's largest eigenvalue below which there is only noise.
 
     The factor's own rounding, eps of its dtype, enters the eigenvalues squared; float64 sums of the
     Gram matrix leave 1e-15.
@@ -142,14 +142,14 @@ def eigenvalue_cutoff(r: int, dtype: torch.dtype) -> float:
 
 
 def symmetric_eigen(grams: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [L, r] and vectors [L, r, r]; NaN for a matrix with NaN or Inf, not an error."""
+    """Decompose into eigenvalues [L, r] and vectors [L, r, r]; NaN for a matrix with NaN or Inf."""
     wrong = ~torch.isfinite(grams).all(-1).all(-1)
     values, vectors = torch.linalg.eigh(torch.where(wrong[:, None, None], 0.0, grams))
     return torch.where(wrong[:, None], torch.nan, values), vectors
 
 
 def cut_reciprocal(values: Tensor, cutoff: float) -> Tensor:
-    """1 / values [L, r], and 0 where a value is at most `cutoff` times the largest of its row."""
+    """Return 1 / values [L, r], 0 where a value is at most `cutoff` times its row's largest."""
     least = cutoff * values.amax(-1, keepdim=True).clamp(min=0.0)
     return torch.where(values <= least, 0.0, 1.0 / values)
 
@@ -189,7 +189,7 @@ class PairAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; with a closure, on the gradients that it leaves. Returns what it returns."""
+        """Take a step, on the gradients that a closure leaves if given; return its result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -201,7 +201,7 @@ class PairAdamW(torch.optim.Optimizer):
         return loss
 
     def _replace(self, grads: dict[Tensor, Tensor]) -> None:
-        """Put into `grads`, in place of the gradients of pairs, what is to be followed."""
+        """Replace the gradients of pairs in `grads` by those to follow."""
         raise NotImplementedError
 
     def _moments(self, p: Tensor, shape: torch.Size) -> dict[str, Tensor]:

@@ -17,20 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.layers.base import (
-    OverFrozenBase,
-    check_base,
     check_update,
     dropout_p,
     low_rank_forward,
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 
 _QUBITS = 6  # that one matrix acts on at most: 64 x 64
 
 
 def angle_count(size: int, layers: int) -> int:
-    """The number of angles of an orthogonal matrix with `size` rows.
+    """Return the number of angles of an orthogonal matrix with `size` rows.
 
     (2 L + 1) log2(size) - 2 L for a power of two; other sizes take two circuits of the next lower
     power of two, which overlap and reach every row together. Two rows have one angle, one row none.
@@ -41,7 +40,7 @@ def angle_count(size: int, layers: int) -> int:
 
 
 def orthonormal_columns(angles: Tensor, size: int, r: int) -> Tensor:
-    """The first r columns [size, r] of the orthogonal matrix that the angles describe.
+    """Compute the first r columns [size, r] of the orthogonal matrix that the angles describe.
 
     Args: angles [angle_count(size, L)] for some L >= 0, float32 or float64; 1 <= r <= size.
     Returns: [size, r], dtype of the angles, U.T @ U = 1 to rounding. Zero angles and L = 0 give the
@@ -67,7 +66,7 @@ def orthonormal_columns(angles: Tensor, size: int, r: int) -> Tensor:
 
 
 class QuantumPEFTLinear(OverFrozenBase):
-    """A frozen linear layer plus an update of rank r with a logarithmic number of parameters.
+    """Frozen linear layer plus an update of rank r with a logarithmic number of parameters.
 
     y = base(x) + lora_alpha / r * ((dropout(x) @ V) * singular_values) @ U.T
 
@@ -95,15 +94,13 @@ class QuantumPEFTLinear(OverFrozenBase):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.base = check_base(base)
+        super().__init__(base)
         check_update(r, lora_dropout)
         K, N = base.in_features, base.out_features
         if r > min(N, K):
             raise ValueError(f"r: expected at most {min(N, K)}, the smaller side, got {r}")
         if type(layers) is not int or layers < 0:
             raise ValueError(f"layers: expected a number of at least 0, got {layers!r}")
-        self.in_features, self.out_features = K, N
         self.layers, self.lora_dropout = layers, lora_dropout
         self.scaling = lora_alpha / r
         factory = {"dtype": torch.float32, "device": base.weight.device}
@@ -113,7 +110,7 @@ class QuantumPEFTLinear(OverFrozenBase):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random singular vectors, singular values zero."""
+        """Draw random singular vectors, and zero the singular values."""
         nn.init.normal_(self.angles_U)
         nn.init.normal_(self.angles_V)
         nn.init.zeros_(self.singular_values)
@@ -123,7 +120,7 @@ class QuantumPEFTLinear(OverFrozenBase):
         return self.singular_values.numel()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """lora_A [r, K] = diag(singular_values) @ V.T and lora_B [N, r] = U."""
+        """Return lora_A [r, K] = diag(singular_values) @ V.T and lora_B [N, r] = U."""
         U = orthonormal_columns(self.angles_U, self.out_features, self.r)
         V = orthonormal_columns(self.angles_V, self.in_features, self.r)
         return (V * self.singular_values).T, U
@@ -134,7 +131,7 @@ class QuantumPEFTLinear(OverFrozenBase):
         return low_rank_forward(self.base, x, lora_A, lora_B, scaling=self.scaling, **options)
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, without the update's cost."""
+        """Make a dense nn.Linear that computes the same, without the update's cost."""
         with torch.no_grad():
             return merged(self.base, low_rank_update(*self.factors(), self.scaling))
 
@@ -143,8 +140,10 @@ class QuantumPEFTLinear(OverFrozenBase):
 
 
 class _Circuit(torch.autograd.Function):
-    """The product of small orthogonal matrices, each on some neighbouring qubits, with a block of
-    2^qubits rows of x, from row `start` on."""
+    """Product of small orthogonal matrices with a block of 2^qubits rows of x, from `start` on.
+
+    Each matrix acts on some neighboring qubits.
+    """
 
     @staticmethod
     def forward(ctx, x, start, qubits, positions, *matrices):
@@ -179,19 +178,19 @@ class _Circuit(torch.autograd.Function):
 
 
 def _apply(matrix: Tensor, state: Tensor, position: int) -> Tensor:
-    """matrix on the qubits from `position` on; qubit 0 is the highest bit of a row's number."""
+    """Apply a matrix to the qubits from `position` on; qubit 0 is a row number's highest bit."""
     split = state.reshape(1 << position, matrix.shape[0], -1)
     return torch.matmul(matrix, split).view(state.shape)
 
 
 def _outer(upstream: Tensor, state: Tensor, size: int, position: int) -> Tensor:
-    """The gradient [size, size] of a matrix that `_apply` took."""
+    """Compute the gradient [size, size] of a matrix that `_apply` took."""
     up, st = (t.reshape(1 << position, size, -1) for t in (upstream, state))
     return torch.matmul(up, st.transpose(1, 2)).sum(0)
 
 
 def _matrices(angles: Tensor, qubits: int, layers: int) -> list:
-    """(positions, matrix, matrix, ...) of a circuit, in the order in which they act."""
+    """Return (positions, matrix, matrix, ...) of a circuit, in the order in which they act."""
     if qubits == 0:
         return [()]
     # In float64, since rounded rotations change lengths, and their products by ever more.
@@ -205,7 +204,7 @@ def _matrices(angles: Tensor, qubits: int, layers: int) -> list:
     matrices: list[Tensor] = []
 
     def act(first: int, count: int, entangle: bool) -> None:
-        """CZ on neighbouring pairs, if asked for, then RY on `count` qubits from `first` on."""
+        """Append CZ on neighboring pairs if `entangle`, then RY on `count` qubits from `first`."""
         nonlocal used
         for start in range(first, first + count, _QUBITS):
             members = min(_QUBITS, first + count - start)
@@ -230,7 +229,7 @@ def _matrices(angles: Tensor, qubits: int, layers: int) -> list:
 
 
 def _layers_of(count: int, size: int) -> int:
-    """L of a number of angles."""
+    """Return L of a number of angles."""
     qubits = size.bit_length() - 1
     one = count if size == 1 << qubits else count / 2
     per_layer = 2 * qubits - 2

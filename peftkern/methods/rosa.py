@@ -22,7 +22,6 @@ Source: Nikdan et al. 2024, arXiv:2401.04679
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +31,8 @@ from torch import Tensor, nn
 
 from peftkern.functional.rosa import SparseMask, rosa_linear
 from peftkern.layers.base import (
-    OverFrozenBase,
+    LowRankFactors,
     base_weight,
-    check_base,
     check_strided,
     check_update,
     dropout_p,
@@ -42,14 +40,15 @@ from peftkern.layers.base import (
     low_rank_update,
     merged,
 )
+from peftkern.layers.frozen_base import OverFrozenBase
 from peftkern.methods.top_gradients import TopGradients
 
 IMPORTANCES = {"squared": 2, "absolute": 1}
 _DERIVED = ("ccol", "row", "order")  # of a mask; not in the state dict
 
 
-class RoSALinear(OverFrozenBase):
-    """A frozen linear layer plus a low-rank and a sparse update.
+class RoSALinear(LowRankFactors, OverFrozenBase):
+    """Frozen linear layer plus a low-rank and a sparse update.
 
     y = base(x) + x @ S.T + lora_alpha / r * (dropout(x) @ lora_A.T) @ lora_B.T
 
@@ -81,17 +80,14 @@ class RoSALinear(OverFrozenBase):
         nnz: int | None = None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.base = check_base(base)
+        super().__init__(base)
         check_update(r, lora_dropout)
-        N, K = self.out_features, self.in_features = base.out_features, base.in_features
+        N, K = self.out_features, self.in_features
         nnz = _check_nnz(density, nnz, N * K)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = lora_alpha / r
         device = base.weight.device
-        factory = {"dtype": adapter_dtype, "device": device}
-        self.lora_A = nn.Parameter(torch.empty(r, K, **factory))
-        self.lora_B = nn.Parameter(torch.empty(N, r, **factory))
+        self._add_factors(r, adapter_dtype, device)
         wide = torch.promote_types(adapter_dtype, torch.float32)
         self.values = nn.Parameter(torch.zeros(nnz, dtype=wide, device=device))
         integers = {
@@ -104,11 +100,6 @@ class RoSALinear(OverFrozenBase):
             self.register_buffer(name, None, persistent=False)
         self.collected: TopGradients | None = None  # where backward passes leave gradients
         self.reset_lora_parameters()
-
-    def reset_lora_parameters(self) -> None:
-        """lora_A as nn.Linear draws its weight and lora_B zero: that update starts at nothing."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
 
     def reset_mask(self) -> None:
         """Forget the mask and its values: LoRA again. What an optimizer keeps of them stays."""
@@ -126,12 +117,12 @@ class RoSALinear(OverFrozenBase):
 
     @property
     def drawn(self) -> bool:
-        """Whether the sparse update has its places."""
+        """True once the sparse update has its places."""
         return self.order is not None
 
     @property
     def mask(self) -> SparseMask | None:
-        """Where the sparse update is; None before it is drawn."""
+        """Places of the sparse update; None before they are drawn."""
         if not self.drawn:
             return None
         shape = (self.out_features, self.in_features)
@@ -178,7 +169,7 @@ class RoSALinear(OverFrozenBase):
         return _Collect.apply(y, x.detach(), self.collected)
 
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear that computes the same, in the dtype the weight had."""
+        """Make a dense nn.Linear that computes the same, in the dtype the weight had."""
         with torch.no_grad():
             update = low_rank_update(self.lora_A, self.lora_B, self.scaling)
             mask = self.mask
@@ -221,7 +212,7 @@ class RoSALinear(OverFrozenBase):
 
 
 class _Collect(torch.autograd.Function):
-    """A copy of y; its gradient goes to `collected`, with an x that checkpointing may drop."""
+    """Copy of y; its gradient goes to `collected`, with an x that checkpointing may drop."""
 
     @staticmethod
     def forward(ctx, y, x, collected):
@@ -236,7 +227,7 @@ class _Collect(torch.autograd.Function):
 
 
 class RoSAScheduler:
-    """Draws the masks of a model's RoSALinear layers after a warm-up in which they are LoRA.
+    """Schedule that draws the masks of a model's RoSALinear layers after a warm-up as LoRA.
 
     Call `step()` after each optimizer step. Collecting costs the product dW, T N K multiply-adds a
     layer and pass; outside of the last `collect_steps` steps of the warm-up nothing is collected.
@@ -315,7 +306,7 @@ class RoSAScheduler:
             raise ValueError(f"{name}: {error}") from None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, and what has been collected; the masks are in the layers' own state."""
+        """Return where it stands and what was collected; masks are in the layers' own state."""
         collecting = {n: m.collected for n, m in self.layers.items() if m.collected is not None}
         return {
             "last_step": self.last_step,
@@ -341,7 +332,7 @@ class RoSAScheduler:
 
 @dataclass(frozen=True)
 class Density:
-    """Of one layer: places of the sparse update, those of the weight, and whether it is drawn."""
+    """Places of one layer's sparse update and of its weight, and whether the mask is drawn."""
 
     nnz: int
     numel: int
@@ -353,7 +344,7 @@ class Density:
 
 
 def density_report(model: nn.Module) -> dict[str, Density]:
-    """The density of every RoSALinear of a model, by name.
+    """Return the density of every RoSALinear of a model, by name.
 
     Raises: ValueError if there is none.
     """
@@ -371,7 +362,7 @@ def _layers(model: nn.Module) -> dict[str, RoSALinear]:
 
 
 def _check_nnz(density: float | None, nnz: int | None, numel: int) -> int:
-    """How many places: nnz, or that share of `numel`; 1% by default."""
+    """Return the number of places: nnz, or that share of `numel`; 1% by default."""
     if density is not None and nnz is not None:
         raise ValueError("density, nnz: expected one of them, got both")
     if nnz is None:

@@ -1,4 +1,4 @@
-"""The places where the gradient of a weight was largest, found without a dense gradient."""
+"""Places where the gradient of a weight was largest, found without a dense gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCKS = 8  # and not more than this part of it
 
 
 class TopGradients:
-    """The largest entries of the sum over passes of |dW|^power, in memory of `capacity` entries.
+    """Largest entries of the sum over passes of |dW|^power, in memory of `capacity` entries.
 
     Each backward pass makes dW in blocks of rows, at most an eighth of it and 2^20 entries, adds
     the sums of the entries that are kept to it, and keeps the `capacity` largest of all: index
@@ -44,7 +44,7 @@ class TopGradients:
 
     @torch.no_grad()
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """One backward pass: dy [..., N], x [..., K]. Autocast does not round dW."""
+        """Take in one backward pass: dy [..., N], x [..., K]. Autocast does not round dW."""
         with torch.autocast(x.device.type, enabled=False):
             self._add(dy, x)
 
@@ -80,13 +80,15 @@ class TopGradients:
         self._lost = self._lost or not finite
 
     def take_lost(self) -> bool:
-        """Whether a pass since the last call had nothing finite, or all so far had so little that
-        there are fewer than `capacity` entries."""
+        """Return whether a pass since the last call had nothing finite.
+
+        Also if all so far had so little that there are fewer than `capacity` entries.
+        """
         lost, self._lost = self._lost, False
         return lost or (self.begun and len(self.index) < self.capacity)
 
     def _largest(self, kept: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The `capacity` largest of all, in the order of their index."""
+        """Return the `capacity` largest of all, in the order of their index."""
         index, score = (torch.cat(parts) for parts in zip(*kept, strict=True))
         if len(score) <= self.capacity:
             return index, score
@@ -94,7 +96,7 @@ class TopGradients:
         return index[best], score[best]
 
     def mask(self, nnz: int) -> SparseMask:
-        """The nnz largest.
+        """Return the nnz largest.
 
         Raises: ValueError if fewer were kept: no gradient came, or most of it was not finite.
         """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+from grids import thinned
 from nf4_weights import (
     DTYPES,
     assert_same_bits,
@@ -70,9 +71,9 @@ def test_midpoints_are_float32_and_lie_between_neighbours():
     assert np.array_equal(np.array(nf4_midpoints(), dtype=np.float64), middle.astype(np.float64))
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize(
+    ("blocksize", "dtype", "nested"), thinned(BLOCKSIZES, DTYPES, [False, True], diagonals=2)
+)
 def test_dequantize_every_byte_matches_bitsandbytes(every_backend, blocksize, dtype, nested):
     w = every_byte_weight(blocksize, nested, dtype)
     # For large blocks bitsandbytes uses a function that it compiles: seconds per shape.
@@ -84,11 +85,9 @@ def test_dequantize_every_byte_matches_bitsandbytes(every_backend, blocksize, dt
     assert_same_bits(out, expected)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("blocksize", [32, 64, 4096])
-@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-def test_dequantize_any_shape_matches_the_definition(backend, shape, blocksize, nested):
-    w = peftkern.quantize_nf4(random_weight(shape), blocksize=blocksize, double_quant=nested)
+@pytest.mark.parametrize(("shape", "nested"), thinned(ODD_SHAPES, [False, True]))
+def test_dequantize_any_shape_matches_the_definition(every_backend, shape, nested):
+    w = peftkern.quantize_nf4(random_weight(shape), double_quant=nested)
     for dtype in DTYPES:
         assert_same_bits(peftkern.dequantize_nf4(w, dtype), numpy_dequantize(w, dtype))
 
@@ -100,8 +99,10 @@ def test_dequantize_defaults_to_the_original_dtype(backend):
         assert peftkern.dequantize_nf4(w).dtype == dtype
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, 3e38])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    thinned([float("nan"), float("inf"), -float("inf"), 1e-40, 3e38], DTYPES, diagonals=2),
+)
 def test_dequantize_extreme_absmax_matches_the_definition(every_backend, dtype, value):
     packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
@@ -160,8 +161,7 @@ def test_dequantize_is_deterministic(backend):
         assert_same_bits(peftkern.dequantize_nf4(w), first)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize(("blocksize", "dtype"), thinned(BLOCKSIZES, DTYPES))
 def test_quantize_matches_bitsandbytes(every_backend, blocksize, dtype):
     weight = random_weight((24, 4096), dtype)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")
@@ -188,9 +188,8 @@ def test_quantize_any_shape_matches_bitsandbytes_but_for_ties_in_the_tail(backen
         assert min(abs(value - middle) for middle in nf4_midpoints()) < NF4_TIE_RTOL
 
 
-@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_quantize_takes_the_nearest_code(backend, shape, dtype):
+@pytest.mark.parametrize(("shape", "dtype"), thinned(ODD_SHAPES, DTYPES))
+def test_quantize_takes_the_nearest_code(every_backend, shape, dtype):
     """By brute force in NumPy: count the thresholds below x * (1 / absmax), all in float32."""
     weight = random_weight(shape, dtype)
     w = peftkern.quantize_nf4(weight, blocksize=32, double_quant=False)
@@ -232,8 +231,9 @@ def test_quantize_extreme_scale_matches_bitsandbytes(every_backend, value):
     assert_same_bits(w.packed, packed.view(-1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("value", "dtype"), thinned([float("nan"), float("inf"), -float("inf")], DTYPES)
+)
 def test_quantize_not_finite_matches_bitsandbytes(every_backend, value, dtype):
     """A NaN or an infinity spoils its own block, as in bitsandbytes, and no other."""
     weight = random_weight((4, 64), dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 from typing import Any
 
@@ -14,7 +13,8 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
 from hypothesis import example, given
 from hypothesis import strategies as st
-from nf4_weights import assert_same_bits, bitsandbytes_state, numpy_dequantize
+from nf4_strategies import shapes, weights
+from nf4_weights import DTYPES, assert_same_bits, bitsandbytes_state, numpy_dequantize
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -50,10 +50,7 @@ FIELDS = (
     "state2",
     BLOB.removeprefix("weight."),
 )
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-sizes = st.integers(0, 40)
-shapes = st.lists(sizes, max_size=3).map(tuple)
 numbers = st.one_of(
     st.integers(-4, 5000),
     st.integers(-(2**70), 2**70),
@@ -71,28 +68,6 @@ junk = st.one_of(
 tensor_dtypes = st.sampled_from(
     [*DTYPES, torch.uint8, torch.int8, torch.int64, torch.float64, torch.bool, torch.complex64]
 )
-
-
-@st.composite
-def weights(draw: st.DrawFn) -> NF4Weight:
-    """A valid weight of any content: bytes, absmax and tables are drawn, not quantised."""
-    shape, blocksize = draw(shapes), draw(st.sampled_from(BLOCKSIZES))
-    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
-    numel = math.prod(shape)
-    nblocks = -(-numel // blocksize)
-    packed = torch.randint(0, 256, ((numel + 1) // 2,), dtype=torch.uint8)
-    common = {"shape": shape, "blocksize": blocksize, "dtype": draw(st.sampled_from(DTYPES))}
-    if not draw(st.booleans()):
-        return NF4Weight(packed, torch.randn(nblocks), **common)
-    return NF4Weight(
-        packed,
-        torch.randint(0, 256, (nblocks,), dtype=torch.uint8),
-        **common,
-        nested_absmax=torch.rand(-(-nblocks // 256)),
-        nested_code=torch.tensor(dynamic_map()),
-        nested_offset=torch.randn(()),
-        nested_blocksize=256,
-    )
 
 
 @st.composite

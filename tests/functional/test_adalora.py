@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grids import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import DETERMINISM_RUNS, GRADCHECK, assert_as_accurate_as_torch
@@ -40,8 +41,7 @@ def importance(params: list[Tensor], all_grads: list[list[Tensor | None]], dtype
     return ipt, unc, scores
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("layers", LAYERS, ids=str)
+@pytest.mark.parametrize(("layers", "dtype"), thinned(LAYERS, [F32, BF16, F16]))
 def test_importance_against_float64(every_backend: str, layers, dtype: torch.dtype) -> None:
     params = make_params(layers, dtype)
     all_grads = [[torch.randn_like(p) for p in params] for _ in range(3)]
@@ -240,8 +240,7 @@ def loss_and_gradients(function, params: list[Tensor], **options) -> tuple[Tenso
     return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
 
 
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("layers", LAYERS, ids=str)
+@pytest.mark.parametrize(("layers", "squared"), thinned(LAYERS, [False, True]))
 def test_orthogonality_against_peft_in_float64(every_backend: str, layers, squared: bool) -> None:
     pairs = [t / max(t.shape) ** 0.5 for t in make_params(layers)]
     pairs = [t for i, t in enumerate(pairs) if i % 3]

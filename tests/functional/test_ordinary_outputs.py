@@ -10,9 +10,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import op_cases
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft_models import K, N, Net, fill_adapters, make_linear, make_linear4bit
-from test_ops import op_cases
 from torch import Tensor, nn
 
 import peftkern
@@ -197,6 +197,7 @@ def make_nf4_linear() -> nn.Module:
         *itertools.product(["AdaLoRA", "LoRA"], [make_nf4_linear]),
     ],
 )
+@pytest.mark.usefixtures("small_layers")
 def test_patched_layers(kind: str, make: Callable[[], nn.Module]) -> None:
     model = peft_model(kind, make())
     peftkern.patch(model)
@@ -233,6 +234,7 @@ def test_an_input_that_changes_after_the_call(name: str, frozen_A: bool) -> None
                 y.sum().backward()
 
 
+@pytest.mark.usefixtures("small_layers")
 def test_a_model_that_writes_in_place() -> None:
     """As VGG heads, clip_qkv of OLMo and residual sums do, through the whole patched model."""
 

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import BF16, F16, F32, F64
@@ -25,16 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern.backends import ops, reference
+from peftkern.backends import ops
+from peftkern.backends.reference import rosa as reference
 from peftkern.functional.rosa import SparseMask, rosa_linear
 from peftkern.layers import NF4Linear
 from peftkern.methods.rosa import RoSALinear, RoSAScheduler, density_report
 from peftkern.methods.top_gradients import TopGradients
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "index"),
+    thinned(SHAPES, [F32, BF16, F16], [torch.int32, torch.int64], diagonals=2),
+)
 def test_products(shape, dtype, index, every_backend):
     check_products(*shape, dtype, index)
 
@@ -218,8 +221,7 @@ def with_gradients(function, o: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
     return [y.detach(), *(leaf.grad for k, leaf in leaves.items() if k != "weight")]
 
 
-@pytest.mark.parametrize("nf4", [False, True])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(("dtype", "nf4"), thinned([F32, BF16, F16], [False, True], diagonals=2))
 def test_function_and_gradients_are_as_accurate_as_torch(dtype, nf4, every_backend):
     T, N, K, nnz = 40, 48, 64, 150
     o, mask, dy = operands(T, N, K, nnz, dtype), random_mask((N, K), nnz), torch.randn(T, N)
@@ -364,24 +366,15 @@ def gradients(layer, x: Tensor, run=None) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_gives_the_same(reentrant):
+def test_layer_compiles_in_one_graph_and_is_checkpointed():
+    """What its function does, tests/backends/test_ops.py has."""
     layer, x = drawn_layer(nn.Linear(48, 24), density=0.1, lora_dropout=0.3), torch.randn(5, 48)
-    wanted = gradients(layer, x)
-    got = gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=reentrant))
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-
-
-@pytest.mark.parametrize("nf4", [False, True])
-def test_compile_in_one_graph(nf4):
-    linear = nn.Linear(64, 24)
-    base = NF4Linear.from_linear(linear) if nf4 else linear
-    layer, x = drawn_layer(base, density=0.1), torch.randn(5, 64)
-    wanted = gradients(layer, x)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    got = gradients(layer, x, compiled)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    wanted = gradients(layer, x)
+    for run in (compiled, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        got = gradients(layer, x, run)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("nf4", [False, True])

@@ -485,10 +485,11 @@ DDP = """
 import hashlib, json, sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 from adalora_models import STEPS, adalora_llama, optimizer_of
-from peft_models import text_batch
+from peft_models import take_small_layers, text_batch
 import peftkern
 
 def work(rank, store):
+    take_small_layers()
     dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
     torch.set_num_threads(1 + rank)  # must not matter
     model = adalora_llama(deltaT=1)

@@ -13,7 +13,6 @@ from call_counts import calls_of
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners import lora
 from peft_models import (
-    DENSE_CPU_MINIMUM,
     TARGETS,
     K,
     Net,
@@ -32,9 +31,10 @@ from torch import nn
 import peftkern
 from peftkern.backends.cpu import module as native
 from peftkern.backends.cpu.module import cpu_isa
-from peftkern.integrations.peft import serve as peft_integration
+from peftkern.backends.dispatch import DENSE_CPU_MINIMUM
+from peftkern.integrations.peft import serve
 
-CALLS_OF_THE_CHECKS = 24  # Python and C functions, before every forward pass of a layer
+CALLS_OF_THE_CHECKS = 28  # Python and C functions, before every forward pass of a layer
 
 
 def test_patch_names_every_lora_layer():
@@ -217,12 +217,12 @@ def test_report_names_the_back_end():
 
 
 def test_report_tells_of_small_dense_layers(monkeypatch):
-    monkeypatch.setattr(peft_integration, "_DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
+    monkeypatch.setattr(serve, "DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
     report = peftkern.patch(add_lora(tiny_llama()))
     q_proj = next(name for name in report.small if name.endswith("q_proj"))
     assert len(report.small) == 14 and report.small[q_proj] == DENSE_CPU_MINIMUM // (64 + 64)
     assert "; 14 are small dense layers: kernels pay from 5,462 rows" in str(report)
-    monkeypatch.setattr(peft_integration, "_DORA_CPU_MINIMUM", 1 << 17)
+    monkeypatch.setattr(serve, "DORA_CPU_MINIMUM", 1 << 17)
     report = peftkern.patch(lora_net(make_linear(), use_dora=True))
     assert list(report.small.values()) == [0] and "kernels pay in none of them" in str(report)
 
@@ -284,11 +284,11 @@ def test_patched_model_is_copied(make, copied):
 
 def test_checks_per_call_are_cheap():
     """What patch adds to a call before any arithmetic: attribute and dict look-ups."""
-    from peftkern.integrations.peft.serve import _active_names, _unusual_state
-
-    layer = layer_of(lora_net(make_linear4bit(), lora_dropout=0.1))
-    names = _active_names(layer)
-    called = calls_of(_active_names, layer) + calls_of(_unusual_state, layer, names)
+    model = lora_net(make_linear4bit(), lora_dropout=0.1)
+    peftkern.patch(model)
+    layer = layer_of(model)
+    names = serve.active_names(layer)
+    called = calls_of(serve.active_names, layer) + calls_of(serve.read_state, layer, names)
     assert len(called) <= CALLS_OF_THE_CHECKS, called
 
 

@@ -121,6 +121,20 @@ def test_unusual_state_is_left_to_bitsandbytes(change, reason):
     assert all(why.startswith(reason) for why in fallbacks())
 
 
+def test_absmax_on_another_device_is_left_to_bitsandbytes(monkeypatch):
+    """Its kernel would read where the other device's address points here: it is not run."""
+    model = lora_net(make_linear4bit(double_quant=False))
+    state = layer_of(model).base_layer.weight.quant_state
+    state.absmax = state.absmax.to("meta")
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", lambda self, x: x.new_zeros(len(x), N))
+    report = peftkern.patch(model)
+    reason = "absmax: expected a torch.float32 tensor of shape [96] on cpu"
+    assert [why.startswith(reason) for why in report.falling_back.values()] == [True]
+    peftkern.reset_stats()
+    model(torch.randn(2, K))
+    assert served_by_us() == 0 and fallbacks() == {reason: 1}
+
+
 def repacked(**options: Any) -> nn.Module:
     """A model on which bitsandbytes has run its CPU inference path, which rewrites the weight."""
     model = lora_net(make_linear4bit(**options)).eval()

@@ -36,7 +36,7 @@ MAKERS = [make_linear, make_linear4bit]
 
 @pytest.fixture(autouse=True)
 def form_the_product_again(monkeypatch):
-    """As layers of real sizes do; what is kept instead, tests/test_dora.py tests."""
+    """As layers of real sizes do; what is kept instead, tests/functional/test_dora.py tests."""
     monkeypatch.setattr("peftkern.functional.dora._forms_again", lambda x, weights: True)
 
 
@@ -76,7 +76,7 @@ def test_small_layers_are_left_to_peft(monkeypatch):
     layer = layer_of(model)
     smallest = layer.in_features * layer.out_features
     for minimum, reasons in ((smallest, {}), (smallest + 1, {SMALL: 1})):
-        monkeypatch.setattr("peftkern.integrations.peft.serve._DORA_CPU_MINIMUM", minimum)
+        monkeypatch.setattr("peftkern.integrations.peft.serve.DORA_CPU_MINIMUM", minimum)
         peftkern.patch(model)
         peftkern.reset_stats()
         model(sample(F32))

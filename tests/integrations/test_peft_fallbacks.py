@@ -9,7 +9,6 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig
 from peft_models import (
-    DENSE_CPU_MINIMUM,
     K,
     N,
     assert_falls_back,
@@ -27,7 +26,8 @@ from torch.nn.utils import parametrize
 
 import peftkern
 from peftkern.backends import dispatch
-from peftkern.integrations.peft import serve as peft_integration
+from peftkern.backends.dispatch import DENSE_CPU_MINIMUM
+from peftkern.integrations.peft import serve
 
 MAKERS = [make_linear, make_linear4bit]
 ROLES = ["base_layer", "lora_A", "lora_B", "lora_dropout"]
@@ -40,7 +40,7 @@ def role(model: nn.Module, name: str) -> nn.Module:
 
 def test_small_dense_product(monkeypatch):
     """Below the measured size a dense layer is PEFT's, unless a back end is asked for by name."""
-    monkeypatch.setattr(peft_integration, "_DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
+    monkeypatch.setattr(serve, "DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
     model = lora_net(make_linear())
     assert_falls_back(model, "small dense product: PEFT's own operations are as fast")
     peftkern.patch(model)
@@ -303,6 +303,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from peft_models import *
+take_small_layers()
 store = dist.HashStore()
 dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))

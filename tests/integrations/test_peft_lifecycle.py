@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.integrations.peft.serve import PatchedLinear
+from peftkern.integrations.peft.lora import PatchedLinear
 from peftkern.layers import NF4Linear
 
 Make = Callable[[], nn.Module]

@@ -34,8 +34,7 @@ from peft_models import (
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.integrations.peft.bitsandbytes import PatchedBase
-from peftkern.integrations.peft.serve import PatchedLayer
+from peftkern.integrations.peft.fallback import PatchedForward
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -140,7 +139,7 @@ class Life:
 
     @property
     def patched(self) -> bool:
-        return any(isinstance(m, (PatchedLayer, PatchedBase)) for m in self.twin.modules())
+        return any(isinstance(m, PatchedForward) for m in self.twin.modules())
 
     @property
     def adalora(self) -> bool:

@@ -206,6 +206,7 @@ import os, sys, torch, torch.distributed as dist
 import torch.multiprocessing as mp
 import peftkern
 from peft_models import add_lora, patched_copy, text_batch, tiny_llama, served_by_us, fallbacks
+from peft_models import take_small_layers
 from torch.nn.parallel import DistributedDataParallel
 
 def losses(model, rank):
@@ -228,6 +229,7 @@ def losses(model, rank):
 
 def work(rank, store):
     torch.set_num_threads(1)
+    take_small_layers()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for quantized in (False, True):
         base = tiny_llama()

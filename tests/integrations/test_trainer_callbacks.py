@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftkern
 from peftkern.backends.cpu.module import cpu_isa
-from peftkern.integrations.peft.serve import PatchedLinear
+from peftkern.integrations.peft.lora import PatchedLinear
 from peftkern.integrations.transformers.callbacks import MonitorCallback, PeftKernCallback
 
 STEPS = 5

@@ -20,6 +20,7 @@ from gpu_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import INSIDE_TENSORS
 from linear_cases import (
     BF16,
     DTYPES,
@@ -38,32 +39,15 @@ from torch import Tensor
 import peftkern
 from peftkern import NF4Weight
 from peftkern.backends import ops, reference
-from peftkern.backends.device import triton_interpreted
 from peftkern.formats.nf4 import BLOCKSIZES
+from peftkern.kernels import launch
+from peftkern.kernels.configs import NF4_FUSED_ROWS, Problem
 
-pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(
-        not triton_interpreted(), reason="the kernels are compiled here: test_gpu.py runs them"
-    ),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, of NaN and overflow
-]
-if triton_interpreted():
-    from interpreted import bounds_checked
-
-    from peftkern.kernels import launch
-    from peftkern.kernels.configs import NF4_FUSED_ROWS, Problem
+pytestmark = INSIDE_TENSORS
 
 CPU = torch.device("cpu")
 RANKS = [1, 17, 64, 65, 130, 256]
 NF4_SHAPES = [(1, 33, 64, 3), (5, 40, 320, 17), (130, 20, 64, 4), (3, 21, 70, 5), (17, 7, 129, 2)]
-
-
-@pytest.fixture(autouse=True)
-def triton_inside_its_tensors():
-    with peftkern.use_backend("triton"), bounds_checked():
-        yield
 
 
 def splits(kernel: str, M: int, N: int, K: int, r: int, bits: int = 32) -> int:
@@ -139,7 +123,7 @@ def test_quantize_extreme_blocks(value, dtype):
 
 
 def test_quantize_ties_take_the_lower_code():
-    """Midpoints and their neighbours, in a block whose absmax is 1."""
+    """Midpoints and their neighbors, in a block whose absmax is 1."""
     midpoints = torch.tensor(peftkern.formats.nf4.nf4_midpoints())
     inf = torch.tensor(float("inf"))
     near = torch.cat([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)])

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from adalora_cases import SHAPES, assert_near, importance, layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FLOOR_MAX, FUZZ_EXAMPLES
+from interpreted import INTERPRETED
+from linear_cases import BF16, F16, F32
+from tolerances import FUZZ_EXAMPLES
 from torch import Tensor
 
 import peftkern
 from peftkern.backends import ops
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off"
-)
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-SHAPES = [(3, 70, 33), (8, 2500, 1100), (1, 4, 9), (5, 64, 64), (0, 8, 8), (17, 1024, 31)]
+pytestmark = INTERPRETED
 
 
-def layers(shapes, dtype: torch.dtype, grad_dtype: torch.dtype) -> tuple[list, list, int]:
-    """E, A and B of layers (r, K, N), their gradients (one is missing), and how many elements."""
-    sizes = [size for r, K, N in shapes for size in ((r, 1), (r, K), (N, r))]
-    params = [torch.randn(size).to(dtype) for size in sizes]
-    grads = [torch.randn(size).to(grad_dtype) for size in sizes]
-    grads[len(grads) // 2] = None
-    return params, grads, sum(p.numel() for p in params)
-
-
-def importance(backend: str, params, grads, ipt: Tensor, unc: Tensor) -> tuple[Tensor, ...]:
-    ipt, unc = ipt.clone(), unc.clone()
-    with peftkern.use_backend(backend):
-        scores = ops.adalora_importance_(ipt, unc, params, grads, 0.85, 0.9)
-    return scores, ipt, unc
+def check(params, grads, ipt: Tensor, unc: Tensor) -> None:
+    """As the reference, and with equal bits again."""
+    got, wanted, again = (
+        importance(name, params, grads, ipt, unc) for name in ("triton", "reference", "triton")
+    )
+    assert_near(got, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -42,12 +32,7 @@ def importance(backend: str, params, grads, ipt: Tensor, unc: Tensor) -> tuple[T
 )
 def test_importance(dtype, grad_dtype):
     params, grads, numel = layers(SHAPES, dtype, grad_dtype)
-    ipt, unc = torch.rand(numel), torch.rand(numel)
-    runs = [importance(name, params, grads, ipt, unc) for name in ("triton", "reference")]
-    for got, wanted in zip(*runs, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=FLOOR_MAX[F32], atol=FLOOR_MAX[F32])
-    again = importance("triton", params, grads, ipt, unc)
-    assert all(torch.equal(a, b) for a, b in zip(again, runs[0], strict=True))
+    check(params, grads, torch.rand(numel), torch.rand(numel))
 
 
 def test_importance_of_strided_tensors_and_without_any_gradient():
@@ -55,12 +40,7 @@ def test_importance_of_strided_tensors_and_without_any_gradient():
     params[1] = params[1].t().contiguous().t()
     grads[5] = grads[5].t().contiguous().t()
     for given_grads in (grads, [None] * len(grads)):
-        runs = [
-            importance(name, params, given_grads, torch.ones(numel), torch.ones(numel))
-            for name in ("triton", "reference")
-        ]
-        for got, wanted in zip(*runs, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=FLOOR_MAX[F32], atol=FLOOR_MAX[F32])
+        check(params, given_grads, torch.ones(numel), torch.ones(numel))
 
 
 def test_a_gradient_that_is_not_finite_marks_its_triplets_alone():

@@ -14,22 +14,23 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from interpreted import INTERPRETED, outside
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
 
-from peftkern.backends.device import triton_interpreted
+from peftkern.kernels import (
+    dora,
+    launch,
+    lora_linear,
+    low_rank_update,
+    nf4,
+    nf4_lora_linear,
+    rosa,
+)
 
-pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(not triton_interpreted(), reason="looks into Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
-if triton_interpreted():
-    from interpreted import outside
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import TensorHandle
-
-    from peftkern.kernels import dora, launch, lora_linear, nf4, nf4_lora_linear, rosa
+pytestmark = INTERPRETED
 
 GRID_MOST = (2**31 - 1, 65535, 65535)  # programs of a CUDA launch
 ROWS_MOST = 2**30 - 1
@@ -128,7 +129,7 @@ def far_memory(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", store)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_ends)
-    for module in (dora, lora_linear, nf4, nf4_lora_linear):
+    for module in (dora, low_rank_update, nf4, nf4_lora_linear):
         monkeypatch.setattr(module, "range", ends, raising=False)
     monkeypatch.setattr(rosa, "range", all_or_ends, raising=False)  # it bisects
     with FakeTensorMode():
@@ -155,7 +156,7 @@ def most_columns() -> int:
     x, A = fake(1, 1), fake(256, 1)
     while refused - admitted > 1:
         middle = (admitted + refused) // 2
-        if lora_linear.refusal(x, (1, middle), A, A, None) is None:
+        if low_rank_update.refusal(x, (1, middle), A, A, None) is None:
             admitted = middle
         else:
             refused = middle
@@ -268,5 +269,5 @@ def test_address_behind_a_tensor_is_found():
     x, A = fake(ROWS_MOST - 1, 40), fake(5, 40)
     dS = fake(ROWS_MOST, 5, dtype=torch.float32)  # a row more than x has
     with pytest.raises(AssertionError, match="load of 40 addresses outside of every tensor"):
-        lora_linear.gradients_xa(x, A, dS, None, 0.0, (True, True), x.dtype)
-    lora_linear.gradients_xa(fake(ROWS_MOST, 40), A, dS, None, 0.0, (True, True), x.dtype)
+        low_rank_update.gradients_xa(x, A, dS, None, 0.0, (True, True), x.dtype)
+    low_rank_update.gradients_xa(fake(ROWS_MOST, 40), A, dS, None, 0.0, (True, True), x.dtype)

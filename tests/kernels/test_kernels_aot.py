@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import subprocess
@@ -19,22 +18,11 @@ pytest.importorskip("triton")
 import triton
 
 from peftkern.formats.nf4 import NF4_CODE
-from peftkern.kernels import (
-    adalora,
-    dora,
-    lora_linear,
-    low_rank_svd,
-    nf4,
-    nf4_lora_linear,
-    primitives,
-    rosa,
-)
+from peftkern.kernels import primitives
 from peftkern.kernels.configs import SHARED_MEMORY
 
 RESULTS = ROOT / "bench" / "results"
-MODULES = (nf4, lora_linear, nf4_lora_linear, low_rank_svd, adalora, dora, rosa)
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
-NVIDIA = ("sm80", "sm90", "sm100")
 
 
 def run_without_interpreter(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -52,106 +40,68 @@ def run_without_interpreter(*command: str | Path) -> subprocess.CompletedProcess
 # What the compiler says
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Path:
-    """A folder with the report of every architecture, from one run of the script."""
-    folder = tmp_path_factory.mktemp("resources")
-    answer = run_without_interpreter(ROOT / "bench" / "resources.py", "--out", folder)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return folder
-
-
-def parse(path: Path) -> dict[str, tuple[int, int, int]]:
-    """Registers, spills and shared memory by case."""
-    rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines()[2:]]
+def parse(lines: list[str]) -> dict[str, tuple[int, int, int]]:
+    """Registers, spills and shared memory by launch."""
+    rows = [line.split() for line in lines[2:]]
     return {name: tuple(map(int, numbers)) for name, *numbers in rows}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_case_compiles_and_fits(compiled, arch):
-    rows = parse(compiled / f"resources_{arch}.txt")
-    cases = [case for module in MODULES for case in module.AOT_CASES if arch in case.targets]
-    assert list(rows) == [case.name for case in cases]
-    for name, (registers, spills, shared) in rows.items():
-        assert registers > 0 and 0 <= shared <= SHARED_MEMORY, name
-        assert spills == 0 or arch not in NVIDIA, name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
-def test_committed_report_is_what_the_compiler_says(compiled, arch):
-    committed = (RESULTS / f"resources_{arch}.txt").read_text(encoding="utf-8").splitlines()
-    version = re.search(r"Triton ([^:]+):", committed[0])[1]
+def test_launches_compile_fit_and_use_what_is_committed(tmp_path):
+    """One test, so that one process compiles for all architectures, and once."""
+    answer = run_without_interpreter(ROOT / "bench" / "resources.py", "--out", tmp_path)
+    assert answer.returncode == 0, answer.stdout + answer.stderr  # every kernel has a launch, too
+    names = {f"resources_{arch}.txt" for arch in ARCHS}
+    assert names == {path.name for path in RESULTS.glob("resources_*.txt")}
+    assert names == {path.name for path in tmp_path.iterdir()}
+    for name in names:
+        new, committed = (
+            (folder / name).read_text(encoding="utf-8").splitlines()
+            for folder in (tmp_path, RESULTS)
+        )
+        for launch, (registers, spills, shared) in parse(new).items():
+            assert registers > 0 == spills and 0 <= shared <= SHARED_MEMORY, (name, launch)
+        version = re.search(r"Triton ([^:]+):", committed[0])[1]
+        if version == triton.__version__:
+            assert new == committed, f"{name}: run `make aot` and look at the difference"
     if version != triton.__version__:
         pytest.skip(f"the report is of Triton {version}, installed is {triton.__version__}")
-    new = (compiled / f"resources_{arch}.txt").read_text(encoding="utf-8").splitlines()
-    assert new == committed, "run `make aot` and look at the difference"
 
 
-def kernels_of(path: Path) -> set[str]:
-    """Names of the functions that a file launches: jitted, and called like kernels."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    return {name for name in names if re.fullmatch(r"\w+_kernel", name)}
-
-
-def test_every_kernel_has_a_case():
-    written = set().union(*(kernels_of(path) for path in (ROOT / "kernels").glob("*.py")))
-    assert {"_nf4_dequantize_kernel", "_lora_forward_kernel", "_nf4_backward_kernel"} <= written
-    cases = [case for module in MODULES for case in module.AOT_CASES]
-    assert {case.kernel.__name__ for case in cases} == written
-    names = [(case.name, arch) for case in cases for arch in case.targets]
-    assert len(set(names)) == len(names)
-    for case in cases:
-        assert set(case.kernel.arg_names) == set(case.arguments), case.name
-        assert case.config.valid(), case.name
-
-
-def test_report_of_every_architecture_is_committed():
-    assert {path.stem for path in RESULTS.glob("resources_*.txt")} == {
-        f"resources_{arch}" for arch in ARCHS
-    }
-
-
-BROKEN_CASES = """
-import dataclasses, sys
+BROKEN_LAUNCHES = """
+import sys
 sys.path.insert(0, "bench")
-import resources
-from peftkern.kernels import nf4
+import resources, torch, triton
+import triton.language as tl
+from aot_cases import Case
 
-good = nf4.AOT_CASES[0]
-changed = [{}, {"packed_ptr": "fp32"}, {"ROWS": 3}]
-nf4.AOT_CASES = tuple(
-    dataclasses.replace(good, name=f"case-{i}", arguments={**good.arguments, **change})
-    for i, change in enumerate(changed)
-)
-resources.STEMS = ("nf4",)
-resources.SHARED_MEMORY = int(sys.argv[2])
+@triton.jit
+def _fill_kernel(x_ptr, TILE: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, TILE), 1.0)
 
-class InProcess:
-    def __init__(self, workers): pass
-    def __enter__(self): return self
-    def __exit__(self, *exception): pass
-    map = staticmethod(map)
+def case(name, x, tile):
+    return Case(name, lambda: _fill_kernel[(1,)](x, TILE=tile))
 
-resources.ProcessPoolExecutor = InProcess
+x = torch.empty(16, device="meta")
+resources.CASES = (case("right", x, 16), case("again", x, 16))
+resources.CASES += (case("number", 1.5, 16), case("tile", x, 3))
+resources.SHARED_MEMORY = -1
 sys.exit(resources.main(["--arch", "sm90", "--out", sys.argv[1]]))
 """
 
 
-def test_case_that_does_not_compile_fails_the_run(tmp_path):
-    answer = run_without_interpreter("-c", BROKEN_CASES, tmp_path, SHARED_MEMORY)
+def test_launch_that_does_not_compile_or_fit_fails_the_run(tmp_path):
+    """And so does a kernel that no case launches; equal launches are compiled once."""
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN_LAUNCHES, encoding="utf-8")
+    answer = run_without_interpreter(script, tmp_path)
     assert answer.returncode == 1, answer.stdout + answer.stderr
-    complaints = [line for line in answer.stdout.splitlines() if line.startswith("sm90 case-")]
-    assert [line.split(":")[0] for line in complaints] == ["sm90 case-1", "sm90 case-2"]
-    assert all("Error" in line for line in complaints)
-
-
-def test_shared_memory_beyond_the_limit_fails_the_run(tmp_path):
-    answer = run_without_interpreter("-c", BROKEN_CASES, tmp_path, -1)
-    assert answer.returncode == 1, answer.stdout + answer.stderr
-    assert re.search(r"sm90 case-0: \d+ bytes of shared memory, at most -1", answer.stdout)
+    _, *complaints = answer.stdout.splitlines()
+    assert complaints[0] == "sm90 fill/right: 0 bytes of shared memory, at most -1"
+    for complaint, name in zip(complaints[1:3], ("number", "tile"), strict=True):
+        assert re.match(rf"sm90 fill/{name}: \w+Error: ", complaint)
+    missing = {complaint.removeprefix("no case launches ") for complaint in complaints[3:]}
+    assert {"_nf4_dequantize_kernel", "_lora_forward_kernel", "_nf4_backward_kernel"} <= missing
 
 
 # The assembly written by hand, on a small evaluator of PTX: a register is an array, a lane each

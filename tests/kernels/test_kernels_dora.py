@@ -9,6 +9,7 @@ import torch
 from dora_cases import ADAPTERS, check_norms, norm_case, norm_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import INSIDE_TENSORS
 from linear_cases import BF16, F16, F32, F64, layouts
 from nf4_weights import assert_same_bits, numpy_dequantize
 from tolerances import DETERMINISM_RUNS, DORA_NORM_RTOL, FUZZ_EXAMPLES
@@ -16,32 +17,15 @@ from torch import Tensor
 
 import peftkern
 from peftkern.backends import ops
-from peftkern.backends.device import triton_interpreted
 from peftkern.functional.dora import dora_norm
+from peftkern.kernels import launch
+from peftkern.kernels.configs import Problem
 
-pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(
-        not triton_interpreted(), reason="the kernels are compiled here: test_gpu_dora.py runs them"
-    ),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, of NaN and overflow
-]
-if triton_interpreted():
-    from interpreted import bounds_checked
-
-    from peftkern.kernels import launch
-    from peftkern.kernels.configs import Problem
+pytestmark = INSIDE_TENSORS
 
 SHAPES = [(1, 1, 1), (1, 64, 5), (33, 31, 1), (40, 320, 17), (7, 129, 16), (130, 257, 3)]
 NF4_LAYOUTS = [(32, True), (64, True), (64, False), (128, False), (4096, True)]
 TENSORS = {"weight": (4, 9), "lora_A": (1, 7), "lora_B": (5, 1)}  # and an element of each
-
-
-@pytest.fixture(autouse=True)
-def triton_inside_its_tensors():
-    with peftkern.use_backend("triton"), bounds_checked():
-        yield
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS, ids=str)
@@ -104,7 +88,7 @@ def test_packed_weight_counts_as_the_reference_decodes_it(dtype):
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("left", [1e-2, 1e-4, 0.0])
 def test_update_that_undoes_the_weight(left, nf4):
-    """Relative to what cancels, as on the other back ends (tests/test_dora.py)."""
+    """Relative to what cancels, as on the other back ends (tests/functional/test_dora.py)."""
     N, K = 24, 512
     A, B = torch.randn(2, K), torch.randn(N, 2)
     update = B.double() @ A.double()

@@ -6,30 +6,25 @@ import math
 
 import pytest
 import torch
+from interpreted import INTERPRETED
 from linear_cases import BF16, F16, F32, F64
-from test_low_rank_svd import (
+from low_rank_svd_cases import (
     check,
-    check_outside,
     equal,
     graded,
     of_layer,
     orthonormal,
+    singular_values_outside_float32_are_reported,
 )
 from tolerances import SVD_BOUNDS, SVD_BOUNDS_FAST
 
 import peftkern
 from peftkern.backends import pointers
-from peftkern.backends.device import BackendUnavailableError, triton_interpreted
+from peftkern.backends.device import BackendUnavailableError
 from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
 
-pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(
-        not triton_interpreted(), reason="on a CPU they need TRITON_INTERPRET=1 from the start"
-    ),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, of NaN and overflow
-]
+pytestmark = INTERPRETED
+
 SHAPES = [  # m, n, r: both ends of each block of ranks, more rank than rows or columns
     (1, 1, 1),
     (5, 3, 1),
@@ -64,7 +59,7 @@ def test_dtypes(dtypes):
 
 
 def test_singular_values_outside_float32_are_reported():
-    check_outside(4)
+    singular_values_outside_float32_are_reported(4)
 
 
 @pytest.mark.parametrize("kappa", [1, 1e4, 9e4, 3e5, 1e6])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import INSIDE_TENSORS
 from linear_cases import BF16, F16, F32, F64
 from nf4_weights import assert_same_bits
 from rosa_cases import (
@@ -27,21 +28,10 @@ from torch import Tensor
 
 import peftkern
 from peftkern.backends import ops
-from peftkern.backends.device import triton_interpreted
 from peftkern.functional.rosa import SparseMask, rosa_linear
+from peftkern.kernels import rosa
 
-pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(
-        not triton_interpreted(), reason="the kernels are compiled here: test_gpu_rosa.py runs them"
-    ),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, of NaN and overflow
-]
-if triton_interpreted():
-    from interpreted import bounds_checked
-
-    from peftkern.kernels import rosa
+pytestmark = INSIDE_TENSORS
 
 INDICES = [torch.int32, torch.int64]
 CUT = 16  # entries to a piece, so that small masks are cut many times
@@ -55,12 +45,6 @@ def pieces_of(entries: int) -> Iterator[None]:
         yield
     finally:
         rosa._LEAST_PIECE = before
-
-
-@pytest.fixture(autouse=True)
-def triton_inside_its_tensors():
-    with peftkern.use_backend("triton"), bounds_checked():
-        yield
 
 
 @pytest.mark.parametrize(
@@ -165,7 +149,7 @@ def test_layouts_give_the_same_bits(layout, T):
 @pytest.mark.parametrize("where", ["x", "y", "values"])
 @pytest.mark.parametrize("piece", [CUT, 1024])
 def test_nan_and_inf_go_where_the_reference_lets_them(where, value, piece):
-    """To the rows of S that read them, and not to their neighbours in a program."""
+    """To the rows of S that read them, and not to their neighbors in a program."""
     mask = random_mask((20, 30), 90)
     operands = {"x": torch.randn(9, 30), "y": torch.randn(9, 20), "values": torch.randn(90)}
     operands["values"][7] = 0.0  # which times Inf is NaN

@@ -8,14 +8,14 @@ would pass every check of memory.
 from __future__ import annotations
 
 import torch
+from cuda_cases import check
 from gpu_cases import nf4_cases, same_bits
-from test_cuda_nf4_lora_linear import check
-from tolerances import SVD_BOUNDS_64, assert_as_accurate_as_torch
+from tolerances import SVD_BOUNDS_64
 
 import peftkern
 from peftkern.backends import ops, reference
 from peftkern.backends.cuda import low_rank_svd
-from peftkern.backends.cuda.nf4_lora_linear import launch, refusal_sm90a
+from peftkern.backends.cuda.nf4_lora_linear import refusal_sm90a
 from peftkern.formats.nf4 import BLOCKSIZES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,19 +45,6 @@ def check_jacobi(r: int, shared: int) -> None:
     assert ((root.mT @ root).cpu() - grams).norm() <= SVD_BOUNDS_64[3] * grams.norm()
 
 
-def check_linear(shape: tuple[int, int, int, int], splits: int, dtype: torch.dtype) -> None:
-    cases = nf4_cases(shape, dtype, torch.float32, device="cuda", double_quant=splits % 2 == 0)
-    got, eager, exact = [], [], []
-    for o in cases:
-        adapters, weight = (o.lora_A, o.lora_B, o.bias, o.scaling), (o.w.tensors, o.w.layout)
-        got.append(launch(o.x, *weight, *adapters, splits)[0].cpu())
-        eager.append(reference.nf4_lora_linear_forward(o.x, *weight, *adapters, None, 0.0)[0].cpu())
-        o = o.to(torch.float64)
-        update = o.scaling * (o.x @ o.lora_A.t()) @ o.lora_B.t()
-        exact.append((o.x @ o.weight.t() + update + o.bias).cpu())
-    assert_as_accurate_as_torch(*(torch.stack(results) for results in (got, eager, exact)))
-
-
 def main() -> None:
     torch.manual_seed(0)
     with peftkern.use_backend("cuda"):
@@ -75,7 +62,9 @@ def main() -> None:
         for M in (1, 8, 9, 32):
             for splits in (1, 2, 5):
                 for dtype in (torch.float16, torch.bfloat16):
-                    check_linear((M, 77, 704, 9), splits, dtype)
+                    options = {"device": "cuda", "double_quant": splits % 2 == 0}
+                    cases = nf4_cases((M, 77, 704, 9), dtype, torch.float32, **options)
+                    check(cases, splits=splits)
     torch.cuda.synchronize()
     print("every kernel ran")
 

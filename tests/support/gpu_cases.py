@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import linear_cases
 import torch
 from linear_cases import Operands, operands, trials
+from linear_cases import ours as ours
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
@@ -19,13 +21,8 @@ EVERY = (True, True, True, True)
 
 
 @dataclass(frozen=True)
-class NF4Operands(Operands):
-    """`weight` is what eager torch multiplies: the values of `w` rounded to the dtype of x.
-
-    In another dtype the values are not rounded on the way, so the oracle's weight is the exact one.
-    """
-
-    w: NF4Weight | None = None
+class NF4Operands(linear_cases.NF4Operands):
+    """In another dtype the weight is the exact one, not rounded to the dtype of x on the way."""
 
     def to(self, dtype: torch.dtype) -> NF4Operands:
         with peftkern.use_backend("reference"):  # the only one that knows float64
@@ -46,21 +43,9 @@ def dense_cases(
     return [on_device(o, device) for o in drawn]
 
 
-def nf4_operands(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    adapter_dtype: torch.dtype,
-    *,
-    blocksize: int = 64,
-    double_quant: bool = True,
-    **options,
-) -> NF4Operands:
-    dense = torch.randn(shape[1], shape[2])
+def nf4_operands(shape: tuple[int, int, int, int], *dtypes, **options) -> NF4Operands:
     with peftkern.use_backend("reference"):
-        w = peftkern.quantize_nf4(dense, blocksize=blocksize, double_quant=double_quant)
-        weight = peftkern.dequantize_nf4(w, dtype)
-    o = operands(shape, dtype, adapter_dtype, weight=weight, **options)
-    return NF4Operands(**vars(o), w=w)
+        return NF4Operands(**vars(linear_cases.nf4_operands(shape, *dtypes, **options)))
 
 
 def nf4_cases(
@@ -68,14 +53,6 @@ def nf4_cases(
 ) -> list[NF4Operands]:
     drawn = (nf4_operands(shape, *dtypes, **options) for _ in range(trials(shape)))
     return [on_device(o, device) for o in drawn]
-
-
-def ours(o: Operands, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
-    """The public function on Triton; on a GPU backward remembers what forward was asked for."""
-    options = {"scaling": o.scaling, "bias": bias, "dropout_p": o.dropout_p}
-    if isinstance(o, NF4Operands):
-        return peftkern.nf4_lora_linear(x, o.w, A, B, **options)
-    return peftkern.lora_linear(x, o.weight, A, B, **options)
 
 
 def run_ops(

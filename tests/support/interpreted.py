@@ -10,9 +10,24 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+
+from peftkern.backends.device import triton_interpreted
+
+pytest.importorskip("triton")
+
 from triton.runtime import interpreter
+
+# Of a test module: its tests run in the interpreter or not at all.
+INTERPRETED = [
+    pytest.mark.skipif(not triton_interpreted(), reason="tests/gpu runs them compiled"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, of NaN and overflow
+]
+# The same, and Triton serves every op, at addresses that are checked.
+INSIDE_TENSORS = [*INTERPRETED, pytest.mark.usefixtures("triton_inside_its_tensors")]
 
 
 def span(tensor: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What the tests of both linear functions share: PEFT's formula in torch calls, and its inputs."""
+"""The linear functions over dense and NF4 weights: inputs, PEFT's formula, and their checks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
+
+import peftkern
+from peftkern import NF4Weight
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 SHAPES = [  # M, N, K, r: one, primes, 2^k and its neighbours, more rows than columns and less
@@ -19,11 +22,12 @@ SHAPES = [  # M, N, K, r: one, primes, 2^k and its neighbours, more rows than co
     (257, 40, 96, 5),
 ]
 DTYPES = [(F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F16, F16), (F32, BF16)]
+KINDS = ["lora_linear", "nf4_lora_linear"]
 
 
 @dataclass(frozen=True)
 class Operands:
-    """Inputs of one call; `weight` is dense (for NF4: what the packed weight stands for)."""
+    """Inputs of one call; `weight` is dense."""
 
     x: Tensor
     weight: Tensor
@@ -39,6 +43,13 @@ class Operands:
         names = ("x", "weight", "lora_A", "lora_B", "bias", "dy")
         moved = {name: getattr(self, name) for name in names}
         return replace(self, **{k: v if v is None else v.to(dtype) for k, v in moved.items()})
+
+
+@dataclass(frozen=True)
+class NF4Operands(Operands):
+    """`weight`: the values of `w` rounded to the dtype that the kernels compute in."""
+
+    w: NF4Weight | None = None
 
 
 def operands(
@@ -61,6 +72,34 @@ def operands(
         dropout_p=dropout_p,
         dy=torch.randn(M, N).to(dtype),
     )
+
+
+def nf4_operands(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    **options,
+) -> NF4Operands:
+    dense = torch.randn(shape[1], shape[2])
+    w = peftkern.quantize_nf4(dense, blocksize=blocksize, double_quant=double_quant)
+    weight = peftkern.dequantize_nf4(w, dtype)
+    return NF4Operands(**vars(operands(shape, dtype, adapter_dtype, weight=weight, **options)), w=w)
+
+
+def operands_of(kind: str, shape: tuple[int, int, int, int], *dtypes, **options) -> Operands:
+    draw = operands if kind == "lora_linear" else nf4_operands
+    return draw(shape, *dtypes, **options)
+
+
+def ours(o: Operands, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+    """The public function, on whatever back end serves."""
+    options = {"scaling": o.scaling, "bias": bias, "dropout_p": o.dropout_p}
+    if isinstance(o, NF4Operands):
+        return peftkern.nf4_lora_linear(x, o.w, A, B, **options)
+    return peftkern.lora_linear(x, o.weight, A, B, **options)
 
 
 def peft_formula(o: Operands, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -13,17 +14,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import peftkern
-from peftkern.integrations.peft import serve as peft_integration
-
-# The models here are tiny so that the tests are quick: take them all the same.
-DENSE_CPU_MINIMUM = peft_integration._DENSE_CPU_MINIMUM
-peft_integration._DENSE_CPU_MINIMUM = 0
-peft_integration._DORA_CPU_MINIMUM = 0
+from peftkern.integrations.peft import serve
 
 K, N = 64, 96
 EXACTLY = {"rtol": 0, "atol": 0}
 VOCABULARY = 64
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def take_small_layers(set_attribute: Callable[[object, str, int], None] = setattr) -> None:
+    """Patched dense layers compute small products too, not PEFT: the models here are tiny.
+
+    The fixture `small_layers` does it for a test, a script of a process of its own does it itself.
+    """
+    for name in ("DENSE_CPU_MINIMUM", "DORA_CPU_MINIMUM"):
+        set_attribute(serve, name, 0)
 
 
 class Net(nn.Module):

@@ -58,10 +58,11 @@ DELTA_LORA_STOCHASTIC = 0.02  # how far from all of it stochastic rounding may b
 ROSA_OVERLAP = 0.95  # of masks from streamed and from dense sums of gradients, a planted problem
 PLAN_RTOL = 0.05  # of the bytes at a step's peak, counted against measured
 
-FUZZ_EXAMPLES = 300
-FUZZ_SVD_EXAMPLES = 60  # each one needs a dense SVD
-FUZZ_MODEL_EXAMPLES = 60  # each one builds a model
+FUZZ_EXAMPLES = 100
+FUZZ_EXAMPLES_WIDE = 300  # of `make test-long`
 FUZZ_EXAMPLES_LONG = 100_000
+FUZZ_SVD_SHARE = 0.4  # of the examples: each one needs a dense SVD
+FUZZ_MODEL_EXAMPLES = 60  # each one builds a model
 DETERMINISM_RUNS = 20
 HANG_SECONDS = 900  # until what a test waits for is given up: no measure of speed, however busy
 

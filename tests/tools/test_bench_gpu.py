@@ -29,7 +29,7 @@ from waiting import wait_until
 from peftkern.backends import dispatch
 from peftkern.kernels import configs
 from peftkern.kernels.configs import KERNELS, Problem, TileConfig, as_entry, choose
-from peftkern.kernels.launch import config_for, forced, processors
+from peftkern.kernels.launch import config_for, forced, traits
 from peftkern.tools.bench import gpu_timer, machine
 from peftkern.tools.bench.timer import MIN_SAMPLES, Timing
 
@@ -265,18 +265,18 @@ def test_tuning_tries_only_tiles_that_a_table_may_hold():
 
 
 def test_forced_tiles_reach_one_kernel_only():
-    counted = choose(PROBLEM, processors(CPU))
+    counted = choose(PROBLEM, traits(CPU).processors)
     (other, *_) = tiles.neighbors(counted, "block_n", PROBLEM.kernel)
     with forced("nf4_dequantize", other):
         assert config_for(PROBLEM, CPU) == other
         elsewhere = Problem("nf4_quantize", 1, 4096, 64, 1, 16)
-        assert config_for(elsewhere, CPU) == choose(elsewhere, processors(CPU))
+        assert config_for(elsewhere, CPU) == choose(elsewhere, traits(CPU).processors)
     assert config_for(PROBLEM, CPU) == counted
 
 
 def test_search_takes_the_fastest_of_those_that_are_right(monkeypatch):
     """Smaller tiles give other numbers, more warps do not compile, fewer warps are faster."""
-    counted = choose(PROBLEM, processors(CPU))
+    counted = choose(PROBLEM, traits(CPU).processors)
     used = []
 
     def runner(problem, n, k, device, rotate=0):
@@ -477,7 +477,7 @@ def test_every_kernel_can_be_tuned():
     """Its runner launches it under tiles that are forced: two counted ones give equal results."""
     seen = set()
     for problem, n, k in tiles.problems([(32, 64)], [3], [4]):
-        counted = choose(problem, processors(CPU))
+        counted = choose(problem, traits(CPU).processors)
         run = tiles.runner(problem, n, k, CPU)
         with forced(problem.kernel, counted):
             results = tiles.checked(lambda i, run=run: run(i)), tiles.checked(run)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import bitsandbytes as bnb
-import peft_models  # noqa: F401  takes small layers too
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,6 +40,7 @@ from peftkern.tools.plan.plan import (
 )
 from peftkern.tools.plan.training_step import Memory, Step
 
+pytestmark = pytest.mark.usefixtures("small_layers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LLAMA = Architecture(256, 2, 4, 2, 704, 1024, 64)
 QWEN = Architecture(192, 2, 6, 2, 512, 1536, 32, tied=True, qkv_bias=True)

@@ -11,8 +11,8 @@
 
 #include <vector>
 
+#include "peftkern/base.h"
 #include "peftkern/isa.h"
-#include "peftkern/nf4.h"
 
 namespace peftkern {
 
@@ -49,7 +49,7 @@ struct ImportanceArgs {
   int64_t scores_len = 0;
   int threads = 1;
 };
-void adalora_importance(const char* isa, const ImportanceArgs& args);
+void adalora_importance(Isa isa, const ImportanceArgs& args);
 
 // Writes keep[count] and zeroes the elements of lora_E (of which only E, r and the size of `dtype`
 // matter here) that are not kept. keep[i] = 1 for the `budget` best of scores[count]: by score,
@@ -75,20 +75,7 @@ struct GramArgs {
   double* norms = nullptr;  // [count]: sum of squares of the residual; forward only
   int threads = 1;
 };
-void adalora_gram(const char* isa, const GramArgs& args);
-void adalora_gram_backward(const char* isa, const GramArgs& args);
-
-struct AdaLoraKernels {
-  void (*importance)(const ImportanceArgs& args, const ImportanceTask* tasks, int64_t count);
-  void (*gram)(const GramArgs& args);
-  void (*gram_backward)(const GramArgs& args);
-};
-extern const AdaLoraKernels kAdaLoraScalar;
-#if PEFTKERN_HAVE_AVX2
-extern const AdaLoraKernels kAdaLoraAvx2;
-#endif
-#if PEFTKERN_HAVE_AVX512
-extern const AdaLoraKernels kAdaLoraAvx512;
-#endif
+void adalora_gram(Isa isa, const GramArgs& args);
+void adalora_gram_backward(Isa isa, const GramArgs& args);
 
 }  // namespace peftkern

@@ -1,11 +1,9 @@
-// What both modules read of Python's arguments, for bind.cpp alone: nothing else sees pybind11.
+// How both modules read Python's arguments, for bind.cpp alone: nothing else sees pybind11.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <stdexcept>
-
+#include "peftkern/checks.h"
 #include "peftkern/nf4.h"
 
 namespace peftkern {
@@ -16,26 +14,52 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// (format, numel, blocksize, nested, nested_blocksize, packed, packed_bytes, absmax, absmax_len,
-//  nested_absmax, nested_absmax_len, nested_code, nested_offset): peftkern/backends/pointers.py
-// makes it. nested_offset is an address, the caller's to read.
-constexpr size_t kNestedOffset = 12;
-template <class View>
-View view_from_tuple(const pybind11::tuple& t) {
-  if (t.size() != 13) throw std::invalid_argument("w: expected 13 fields");
-  if (t[0].cast<int64_t>() != 0) throw std::invalid_argument("w: the format is not NF4");
-  View w;
-  w.numel = t[1].cast<int64_t>();
-  w.blocksize = t[2].cast<int64_t>();
-  w.nested = t[3].cast<int64_t>() != 0;
-  w.nested_blocksize = t[4].cast<int64_t>();
-  w.packed = pointer<const uint8_t>(t[5].cast<uintptr_t>());
-  w.packed_bytes = t[6].cast<int64_t>();
-  w.absmax = pointer<const void>(t[7].cast<uintptr_t>());
-  w.absmax_len = t[8].cast<int64_t>();
-  w.nested_absmax = pointer<const float>(t[9].cast<uintptr_t>());
-  w.nested_absmax_len = t[10].cast<int64_t>();
-  w.nested_code = pointer<const float>(t[11].cast<uintptr_t>());
+// Reads a tuple of `count` numbers front to back.
+class Fields {
+ public:
+  Fields(const pybind11::tuple& tuple, const char* name, size_t count) : tuple_(tuple.ptr()) {
+    require(tuple.size() == count, name, static_cast<int64_t>(tuple.size()),
+            static_cast<int64_t>(count), "fields");
+  }
+  int64_t size() { return checked(PyLong_AsLongLong(next())); }
+  float real() { return static_cast<float>(checked(PyFloat_AsDouble(next()))); }
+  DType dtype() { return dtype_from_code(static_cast<int>(size())); }
+  template <class T>
+  T* address() {
+    return pointer<T>(static_cast<uintptr_t>(size()));
+  }
+
+ private:
+  PyObject* next() { return PyTuple_GET_ITEM(tuple_, index_++); }
+  template <class T>
+  static T checked(T value) {
+    if (value == T(-1) && PyErr_Occurred()) throw pybind11::error_already_set();
+    return value;
+  }
+
+  PyObject* tuple_;
+  Py_ssize_t index_ = 0;
+};
+
+// A quantized weight as peftkern/backends/pointers.py describes it: its format (0: NF4), then what
+// that format needs. Addresses are of the memory that the kernels run on: a CPU's or a device's.
+inline NF4View view_of(const pybind11::tuple& weight) {
+  Fields fields(weight, "w", 13);
+  const int64_t format = fields.size();
+  require(format == 0, "w: format", format, "0 (NF4)");
+  NF4View w;
+  w.numel = fields.size();
+  w.blocksize = fields.size();
+  w.nested = fields.size() != 0;
+  w.nested_blocksize = fields.size();
+  w.packed = fields.address<const uint8_t>();
+  w.packed_bytes = fields.size();
+  w.absmax = fields.address<const void>();
+  w.absmax_len = fields.size();
+  w.nested_absmax = fields.address<const float>();
+  w.nested_absmax_len = fields.size();
+  w.nested_code = fields.address<const float>();
+  w.nested_offset = fields.address<const float>();
   return w;
 }
 

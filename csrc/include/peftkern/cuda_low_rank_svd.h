@@ -27,7 +27,7 @@ struct CudaJacobiSvdArgs {
 };
 int cuda_jacobi_svd(const CudaJacobiSvdArgs& args, CudaStream stream);
 
-// Pivoted Cholesky decomposition of finite Gram matrices: factorise() of low_rank_svd.h. gram = D
+// Pivoted Cholesky decomposition of finite Gram matrices: factorize() of low_rank_svd.h. gram = D
 // root^T root D with D = diag(norms), and a factor times its inverse has orthonormal columns; rows
 // of root and columns of inverse are zero from the rank on.
 struct CudaGramRootsArgs {

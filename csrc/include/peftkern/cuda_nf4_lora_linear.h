@@ -10,6 +10,7 @@ namespace peftkern {
 inline constexpr int64_t kCudaLinearRows = 32;   // of x, at most
 inline constexpr int64_t kCudaLinearRank = 64;   // at most
 inline constexpr int64_t kCudaLinearBlock = 64;  // blocks of w, at least: they end where rows end
+inline constexpr int64_t kCudaLinearSize = 1 << 26;  // N, K at most: 24 rows of x in 32 bits
 
 // Contiguous tensors. x and lora_A begin at a multiple of 16 bytes, w.packed at one of 8.
 struct CudaNF4LinearArgs {
@@ -17,7 +18,7 @@ struct CudaNF4LinearArgs {
   const void* x = nullptr;             // [M, K]
   void* y = nullptr;                   // [M, N]
   DType dtype = DType::kBFloat16;      // of x, y and bias: bfloat16 or float16
-  CudaNF4View w;                       // [N, K]
+  NF4View w;                           // [N, K]
   const void* lora_A = nullptr;        // [r, K]
   DType a_dtype = DType::kFloat32;
   const void* lora_B = nullptr;  // [N, r]

@@ -22,17 +22,6 @@ struct DoraNormArgs {
   float* norm = nullptr;
   int threads = 1;
 };
-void dora_norm(const char* isa, const DoraNormArgs& args);
-
-struct DoraKernels {
-  void (*norm)(const DoraNormArgs&);
-};
-extern const DoraKernels kDoraScalar;
-#if PEFTKERN_HAVE_AVX2
-extern const DoraKernels kDoraAvx2;
-#endif
-#if PEFTKERN_HAVE_AVX512
-extern const DoraKernels kDoraAvx512;
-#endif
+void dora_norm(Isa isa, const DoraNormArgs& args);
 
 }  // namespace peftkern

@@ -6,7 +6,8 @@
 // M K itemsize bytes against 2 M K r FLOP.
 #pragma once
 
-#include "peftkern/nf4.h"
+#include "peftkern/base.h"
+#include "peftkern/isa.h"
 
 namespace peftkern {
 
@@ -24,7 +25,7 @@ struct LoraShrinkArgs : LoraArgs {
   const float* a = nullptr;
   float* s = nullptr;
 };
-void lora_shrink(const char* isa, const LoraShrinkArgs& args);
+void lora_shrink(Isa isa, const LoraShrinkArgs& args);
 
 // y[M, K] += scale * keep(s[M, r] a[r, K])
 struct LoraExpandArgs : LoraArgs {
@@ -32,27 +33,35 @@ struct LoraExpandArgs : LoraArgs {
   const float* a = nullptr;
   void* y = nullptr;
 };
-void lora_expand(const char* isa, const LoraExpandArgs& args);
+void lora_expand(Isa isa, const LoraExpandArgs& args);
 
-// g[r, K] = scale * s[M, r]^T keep(x)[M, K]
+// g[r, K] = scale * s[M, r]^T keep(x)[M, K], or its transpose g[K, r]
 struct LoraOuterArgs : LoraArgs {
   const float* s = nullptr;
   const void* x = nullptr;
   float* g = nullptr;
+  bool transposed = false;
 };
-void lora_outer(const char* isa, const LoraOuterArgs& args);
+void lora_outer(Isa isa, const LoraOuterArgs& args);
 
-struct LoraKernels {
-  void (*shrink)(const LoraShrinkArgs&);
-  void (*expand)(const LoraExpandArgs&);
-  void (*outer)(const LoraOuterArgs&);
+// The adapter's part of backward: ds[M, r] = scaling dy[M, N] b[r, N]^T, of which dx takes
+// keep_scale keep(ds lora_A); da[r, K] = keep_scale ds^T keep(x); db[N, r] = scaling dy^T s[M, r].
+struct LoraBackwardArgs {
+  int64_t M = 0, N = 0, K = 0, r = 0;
+  const void* dy = nullptr;
+  DType dy_dtype = DType::kFloat32;
+  const float* b = nullptr;  // lora_B transposed
+  float scaling = 1.0f;
+  float* ds = nullptr;  // null: without ds and da
+  const void* x = nullptr;
+  DType x_dtype = DType::kFloat32;
+  const uint8_t* keep = nullptr;  // [M, K]
+  float keep_scale = 1.0f;
+  float* da = nullptr;  // null: without
+  const float* s = nullptr;
+  float* db = nullptr;  // null: without
+  int threads = 1;
 };
-extern const LoraKernels kLoraScalar;
-#if PEFTKERN_HAVE_AVX2
-extern const LoraKernels kLoraAvx2;
-#endif
-#if PEFTKERN_HAVE_AVX512
-extern const LoraKernels kLoraAvx512;
-#endif
+void lora_backward(Isa isa, const LoraBackwardArgs& args);
 
 }  // namespace peftkern

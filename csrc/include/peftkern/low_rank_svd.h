@@ -8,7 +8,8 @@
 // per element: r for the Gram matrix (half of it is mirrored), 2 r to rotate, all in float64.
 #pragma once
 
-#include "peftkern/nf4.h"
+#include "peftkern/base.h"
+#include "peftkern/isa.h"
 
 namespace peftkern {
 
@@ -32,7 +33,7 @@ struct LowRankCoresArgs {
   double* floor = nullptr;    // [count]: singular values of a core up to this are rounding errors
   int64_t* info = nullptr;    // [count]: -1 where anything is NaN or Inf (the core is 0), or 0
 };
-void low_rank_cores(const char* isa, const LowRankCoresArgs& args);
+void low_rank_cores(Isa isa, const LowRankCoresArgs& args);
 
 // Step 2. Singular values, descending, and vectors (columns) of finite r x r matrices.
 struct JacobiSvdArgs {
@@ -45,7 +46,7 @@ struct JacobiSvdArgs {
   double* right = nullptr;  // [count, r, r]
   int64_t* info = nullptr;  // [count]: pairs of columns that the last sweep found not orthogonal
 };
-void jacobi_svd(const char* isa, const JacobiSvdArgs& args);
+void jacobi_svd(Isa isa, const JacobiSvdArgs& args);
 
 // Step 3. U [m, k] = B inverse[0] left and Vh [k, n] = (inverse[1] right)^T A, k = min(r, m, n).
 struct LowRankRotateArgs {
@@ -62,13 +63,7 @@ struct LowRankRotateArgs {
   const int64_t* vh_offsets = nullptr;
   int64_t u_len = 0, vh_len = 0;
 };
-void low_rank_rotate(const char* isa, const LowRankRotateArgs& args);
-
-// Maps the pages of a large new buffer, huge ones where the system grants them, without changing
-// what is in it. On one thread: two that meet in one new huge page each zero all of it, and two
-// that meet in different ones took longer, too (117 MB: 23 ms against 14, Xeon with AMX, November
-// 2026).
-void map_pages(void* p, int64_t bytes);
+void low_rank_rotate(Isa isa, const LowRankRotateArgs& args);
 
 // One factor as the kernels see it: B has `length` rows of r, A (`wide`) r rows of `length`.
 struct LowRankFactor {
@@ -80,36 +75,5 @@ struct LowRankFactor {
 
 // Leading dimension of matrices that kernels fill with whole vectors.
 inline constexpr int64_t kLowRankPad = 16;
-
-// Serial kernels of one instruction set. `scratch` is scratch_doubles(r) long.
-struct LowRankKernels {
-  int64_t (*scratch_doubles)(int64_t r);
-  // partial [ld, ld], ld = r rounded up to kLowRankPad: the upper triangle of the Gram matrix of
-  // rows [begin, end) of the factor, or of the factor times `inverse` where that is given.
-  void (*gram)(const LowRankFactor& factor, int64_t begin, int64_t end, const double* inverse,
-               double* partial, double* scratch);
-  // gram = D root^T root D with D = diag(norms); B inverse has orthonormal columns. All [r, r]; the
-  // rows of root and the columns of inverse are zero from the returned rank on.
-  int64_t (*factorise)(const double* gram, int64_t r, double* root, double* inverse, double* norms,
-                       double* kappa, double* scratch);
-  // c [r, r] = a b^T, or a b.
-  void (*product)(const double* a, const double* b, bool transposed, int64_t r, double* c);
-  // t [r, ld] = inverse times the first k columns of w; columns from `rank` on are zero.
-  void (*combine)(const double* inverse, const double* w, int64_t r, int64_t rank, double* t,
-                  double* scratch);
-  // Rows [begin, end) of B t, or those columns of t^T A; `out` is the whole [length, k] or [k, n].
-  void (*rotate)(const LowRankFactor& factor, int64_t begin, int64_t end, const double* t,
-                 int64_t k, float* out, double* scratch);
-  int64_t lanes;  // matrices that jacobi takes at once
-  // jacobi_svd of matrices [first, first + count), count <= lanes.
-  void (*jacobi)(const JacobiSvdArgs& args, int64_t first, int64_t count, double* scratch);
-};
-extern const LowRankKernels kLowRankScalar;
-#if PEFTKERN_HAVE_AVX2
-extern const LowRankKernels kLowRankAvx2;
-#endif
-#if PEFTKERN_HAVE_AVX512
-extern const LowRankKernels kLowRankAvx512;
-#endif
 
 }  // namespace peftkern

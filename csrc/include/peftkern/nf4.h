@@ -8,24 +8,13 @@
 // Bytes per weight: 0.5 packed + 4/64 absmax (nested: 1/64), plus what is written.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "peftkern/base.h"
+#include "peftkern/isa.h"
 
 namespace peftkern {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Smallest absmax that is divided by: its reciprocal is finite. The value bitsandbytes uses.
 inline constexpr float kAbsmaxFloor = 1e-38f;
-
-DType dtype_from_code(int code);
-int64_t itemsize(DType dtype);
-
-// a * b for sizes; throws std::invalid_argument naming `what` on a negative factor or on overflow.
-int64_t checked_mul(int64_t a, int64_t b, const char* what);
-
-// First touches of a new large buffer cost more than decoding into it: 4 KiB at a time is 8,192
-// page faults for a 4096 x 4096 bfloat16 weight, 2 MiB at a time 16. A hint; refusal is fine.
-void ask_for_huge_pages(void* p, int64_t bytes);
 
 struct NF4View {
   const uint8_t* packed = nullptr;
@@ -36,7 +25,7 @@ struct NF4View {
   const float* nested_absmax = nullptr;
   int64_t nested_absmax_len = 0;
   const float* nested_code = nullptr;  // 256 entries
-  float nested_offset = 0.0f;
+  const float* nested_offset = nullptr;
   int64_t blocksize = 64;
   int64_t nested_blocksize = 256;
   int64_t numel = 0;
@@ -51,24 +40,7 @@ void validate(const NF4View& w);
 // absmax of blocks [first, first + count) as float32.
 void load_absmax(const NF4View& w, int64_t first, int64_t count, float* out);
 
-// Serial kernels of one instruction set, over element ranges that start at a multiple of 128.
-struct NF4Kernels {
-  // [begin, end) starts at a multiple of the block size; writes those packed bytes and absmax.
-  void (*quantize)(const void* src, DType dtype, int64_t begin, int64_t end, int64_t blocksize,
-                   uint8_t* packed, float* absmax);
-  // `absmax` holds the blocks from begin / blocksize on; `stream` allows non-temporal stores.
-  void (*dequantize)(const NF4View& w, const float* absmax, int64_t begin, int64_t end, void* out,
-                     DType dtype, bool stream);
-};
-extern const NF4Kernels kNF4Scalar;
-#if PEFTKERN_HAVE_AVX2
-extern const NF4Kernels kNF4Avx2;
-#endif
-#if PEFTKERN_HAVE_AVX512
-extern const NF4Kernels kNF4Avx512;
-#endif
-
-void nf4_quantize(const char* isa, int threads, const void* src, DType dtype, int64_t numel,
+void nf4_quantize(Isa isa, int threads, const void* src, DType dtype, int64_t numel,
                   int64_t blocksize, uint8_t* packed, int64_t packed_bytes, float* absmax,
                   int64_t absmax_len);
 
@@ -79,7 +51,7 @@ void nf4_quantize_absmax(int threads, const float* absmax, int64_t n, float offs
                          float* nested_absmax, int64_t nested_len);
 
 // `fresh`: out has just been allocated and its pages are not there yet.
-void nf4_dequantize(const char* isa, int threads, const NF4View& w, void* out, DType dtype,
+void nf4_dequantize(Isa isa, int threads, const NF4View& w, void* out, DType dtype,
                     int64_t out_numel, bool fresh);
 
 }  // namespace peftkern

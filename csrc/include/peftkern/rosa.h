@@ -16,8 +16,8 @@
 // have been written to since the last one.
 #pragma once
 
+#include "peftkern/base.h"
 #include "peftkern/isa.h"
-#include "peftkern/nf4.h"
 
 namespace peftkern {
 
@@ -39,7 +39,7 @@ struct SpmmArgs {
   DType dtype = DType::kFloat32;  // of x and y
   int threads = 1;
 };
-void rosa_spmm(const char* isa, const SpmmArgs& args);
+void rosa_spmm(Isa isa, const SpmmArgs& args);
 
 struct SddmmArgs {
   SparseMatrix s;
@@ -50,18 +50,6 @@ struct SddmmArgs {
   DType dtype = DType::kFloat32;  // of dy and x
   int threads = 1;
 };
-void rosa_sddmm(const char* isa, const SddmmArgs& args);
-
-struct RosaKernels {
-  void (*spmm)(const SpmmArgs&);  // order is null
-  void (*sddmm)(const SddmmArgs&);
-};
-extern const RosaKernels kRosaScalar;
-#if PEFTKERN_HAVE_AVX2
-extern const RosaKernels kRosaAvx2;
-#endif
-#if PEFTKERN_HAVE_AVX512
-extern const RosaKernels kRosaAvx512;
-#endif
+void rosa_sddmm(Isa isa, const SddmmArgs& args);
 
 }  // namespace peftkern

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ from peftkern.backends.cpu.module import (
     rows_of,
 )
 from peftkern.backends.dropout import keep_scale, philox_keep
-from peftkern.backends.pointers import address, dtype_code, fresh, optional
+from peftkern.backends.pointers import CPU, address, dtype_code, each, fresh, optional
 
 refusal_forward = refusal_backward = refusal_dense
 
@@ -52,43 +54,81 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = rows_of(dy, lora_B.shape[0])
     keep = mask_of(keep, rows.shape[0], lora_A.shape[1], dropout_p)
+    gradients = adapter_gradients(rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs)
+    compute(gradients)
     dx = dy.new_empty(0)
-    dS, dA, dB, dbias = adapter_gradients(
-        rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
-    )
     if needs[0]:
         dx = rows @ weight
-        lora_expand_(dx, dS, float32(lora_A), keep_scale(keep, dropout_p), keep)
+        lora_expand_(dx, gradients.dS, float32(lora_A), keep_scale(keep, dropout_p), keep)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    return dx, dA, dB, dbias
+    return dx, *requested(gradients, lora_A, lora_B, rows, needs)
+
+
+class AdapterGradients(NamedTuple):
+    """The adapter's part of a backward pass: outputs, float32 or None, and their description."""
+
+    dS: Tensor | None  # [M, r]: scaling * dy @ lora_B
+    dA: Tensor | None
+    dB: Tensor | None
+    sizes: tuple[int, ...]
+    fields: tuple[float, ...]  # as `backward_args` of bind.cpp reads them
+    inputs: tuple[Tensor | None, ...]  # whose addresses `fields` holds
 
 
 def adapter_gradients(
     dy: Tensor,
     x: Tensor | None,
     S: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
     scaling: float,
     keep: Tensor | None,
     dropout_p: float,
     needs: list[bool],
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Compute scaling * dy @ lora_B where dx or dA needs it, dA, dB and dbias."""
-    need_dx, need_dA, need_dB, need_dbias = needs
-    dS = None
+) -> AdapterGradients:
+    """Allocate scaling * dy @ lora_B where dx or dA needs it, dA and dB, and describe them."""
+    (M, N), (r, K), f32 = dy.shape, lora_A.shape, torch.float32
+    need_dx, need_dA, need_dB, _ = needs
+    x = rows_of(x, K) if need_dA else None
+    S = S.reshape(M, r) if need_dB else None
+    b = float32(lora_B.t())
+    dS = torch.empty((M, r), dtype=f32, device="cpu") if need_dx or need_dA else None
+    dA = torch.empty((r, K), dtype=f32, device="cpu") if need_dA else None
+    dB = torch.empty((N, r), dtype=f32, device="cpu") if need_dB else None
+    dy_at, x_at, S_at, b_at, keep_at = each(
+        CPU,
+        ("dy", dy, dy.dtype, M * N),
+        ("x", x, dy.dtype if x is None else x.dtype, M * K),
+        ("S", S, f32, M * r),
+        ("lora_B", b, f32, r * N),
+        ("keep", keep, torch.bool, M * K),
+    )
+    for_dS = (dy_at, dtype_code("dy", dy), b_at, scaling, fresh(dS))
+    for_dA = (x_at, 0 if x is None else dtype_code("x", x), keep_at, keep_scale(keep, dropout_p))
+    fields = (*for_dS, *for_dA, fresh(dA), S_at, fresh(dB))
+    return AdapterGradients(dS, dA, dB, (M, N, K, r), fields, (dy, x, S, b, keep))
+
+
+def compute(gradients: AdapterGradients) -> None:
+    library().lora_backward(*isa_and_threads(), *gradients.sizes, gradients.fields)
+
+
+def requested(
+    gradients: AdapterGradients | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    dy: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dA, dB and dbias in the dtypes of their parameters; empty where not needed."""
     dA, dB, dbias = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
-    if lora_A is not None and (need_dx or need_dA):
-        dS = lora_shrink(dy, float32(lora_B.t()), scale=scaling)
-    if lora_A is not None and need_dA:
-        rows = rows_of(x, lora_A.shape[1])
-        dA = _lora_outer(dS, rows, keep_scale(keep, dropout_p), keep).to(lora_A.dtype)
-    if lora_A is not None and need_dB:
-        S = S.reshape(dy.shape[0], lora_B.shape[1])
-        dB = _lora_outer(S, dy, scaling).t().to(lora_B.dtype).contiguous()
-    if need_dbias:
+    if gradients is not None and needs[1]:
+        dA = gradients.dA.to(lora_A.dtype)
+    if gradients is not None and needs[2]:
+        dB = gradients.dB.to(lora_B.dtype)
+    if needs[3]:
         dbias = dy.sum(0)
-    return dS, dA, dB, dbias
+    return dA, dB, dbias
 
 
 def lora_shrink(x: Tensor, a: Tensor, keep: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -127,25 +167,6 @@ def lora_expand_(
         address("y", y, y.dtype, M * K),
         dtype_code("y", y),
     )
-
-
-def _lora_outer(s: Tensor, x: Tensor, scale: float = 1.0, keep: Tensor | None = None) -> Tensor:
-    """Compute scale * s[M, r].T @ (x * keep)[M, K], float32 [r, K]; s float32."""
-    (M, K), r = x.shape, s.shape[1]
-    gradient = torch.empty((r, K), dtype=torch.float32, device="cpu")
-    library().lora_outer(
-        *isa_and_threads(),
-        M,
-        K,
-        r,
-        address("s", s, torch.float32, M * r),
-        address("x", x, x.dtype, M * K),
-        dtype_code("x", x),
-        optional("keep", keep, torch.bool, M * K),
-        scale,
-        fresh(gradient),
-    )
-    return gradient
 
 
 def mask_of(keep: Tensor | None, rows: int, columns: int, dropout_p: float) -> Tensor | None:

@@ -61,7 +61,8 @@ def cpu_isas() -> tuple[str, ...]:
     return () if module is None else tuple(module.isas())
 
 
-_chosen: list[str] = []  # by PEFTKERN_CPU_ISA, read once, then by each `use_isa`
+# Name and code, by PEFTKERN_CPU_ISA, read once, then by each `use_isa`.
+_chosen: list[tuple[str, int]] = []
 
 
 def cpu_isa() -> str:
@@ -69,15 +70,20 @@ def cpu_isa() -> str:
 
     Raises: ValueError listing what this machine has if PEFTKERN_CPU_ISA names anything else.
     """
+    return _isa()[0]
+
+
+def _isa() -> tuple[str, int]:
     if not _chosen:
         _chosen.append(_available(os.environ.get("PEFTKERN_CPU_ISA") or cpu_isas()[-1]))
     return _chosen[-1]
 
 
-def _available(name: str) -> str:
-    if name not in cpu_isas():
-        raise ValueError(f"PEFTKERN_CPU_ISA: expected one of {list(cpu_isas())}, got {name!r}")
-    return name
+def _available(name: str) -> tuple[str, int]:
+    isas = library().isas()
+    if name not in isas:
+        raise ValueError(f"PEFTKERN_CPU_ISA: expected one of {list(isas)}, got {name!r}")
+    return name, isas[name]
 
 
 @contextlib.contextmanager
@@ -96,9 +102,9 @@ def use_isa(name: str | None) -> Iterator[None]:
         _chosen[:] = before
 
 
-def isa_and_threads() -> tuple[str, int]:
+def isa_and_threads() -> tuple[int, int]:
     """Return what every parallel kernel takes first."""
-    return (_chosen or [cpu_isa()])[-1], torch.get_num_threads()
+    return _isa()[1], torch.get_num_threads()
 
 
 def describe() -> str:

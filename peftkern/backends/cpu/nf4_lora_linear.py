@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.backends.cpu.lora_linear import adapter_gradients, lora_expand_, mask_of
+from peftkern.backends.cpu.lora_linear import (
+    adapter_gradients,
+    compute,
+    lora_expand_,
+    mask_of,
+    requested,
+)
 from peftkern.backends.cpu.module import (
     float32,
     isa_and_threads,
@@ -14,7 +20,7 @@ from peftkern.backends.cpu.module import (
     rows_of,
 )
 from peftkern.backends.dropout import keep_scale
-from peftkern.backends.pointers import CPU, address, each, fresh, optional, weight
+from peftkern.backends.pointers import CPU, each, fresh, weight
 
 _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -102,40 +108,49 @@ def nf4_lora_linear_backward(
     N, K = layout[3:]
     rows = rows_of(dy, N)
     keep = mask_of(keep, rows.shape[0], K, dropout_p)
+    gradients = a = None
+    if lora_A is not None:
+        gradients = adapter_gradients(rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs)
+        a = float32(lora_A)
     dx = dy.new_empty(0)
-    dS, dA, dB, dbias = adapter_gradients(
-        rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs
-    )
+    if dy.dtype is torch.float16 or not needs[0]:
+        if gradients is not None:
+            compute(gradients)
+        if needs[0]:  # a product in float32, and under dropout the update in float16
+            fused = None if gradients is None or keep is not None else gradients.dS
+            dx = _nf4_linear_backward(rows.float(), w, layout, None if fused is None else a, fused)
+            dx = dx.to(dy.dtype)
+            if gradients is not None and keep is not None:
+                lora_expand_(dx, gradients.dS, a, keep_scale(keep, dropout_p), keep)
+    else:
+        fields = () if gradients is None else gradients.fields
+        dx = _nf4_linear_backward(rows, w, layout, a, None, fields)
     if needs[0]:
-        s = a = None
-        if dS is not None and keep is None:
-            s, a = dS, float32(lora_A)
-        dense = rows.float() if dy.dtype is torch.float16 else rows
-        dx = _nf4_linear_backward(dense, w, layout, s, a).to(dy.dtype)
-        if dS is not None and keep is not None:
-            lora_expand_(dx, dS, float32(lora_A), keep_scale(keep, dropout_p), keep)
         dx = dx.view(*dy.shape[:-1], K)
-    return dx, dA, dB, dbias
+    return dx, *requested(gradients, lora_A, lora_B, rows, needs)
 
 
 def _nf4_linear_backward(
-    dy: Tensor, w: list[Tensor], layout: list[int], s: Tensor | None, a: Tensor | None
+    dy: Tensor,
+    w: list[Tensor],
+    layout: list[int],
+    a: Tensor | None,
+    s: Tensor | None,
+    adapter: tuple[float, ...] = (),
 ) -> Tensor:
-    """Compute dx[M, K] = dy[M, N] W + s[M, r] a[r, K]; s and a float32 or None."""
+    """Compute dx[M, K] = dy[M, N] W + s[M, r] a[r, K]; s and a float32 or None.
+
+    With the fields of `AdapterGradients` these are computed first, and s is their dS.
+    """
     (M, N), K = dy.shape, layout[-1]
-    r = 0 if s is None else s.shape[1]
+    r = 0 if a is None else a.shape[0]
     dx = torch.empty((M, K), dtype=dy.dtype, device="cpu")
+    f32 = torch.float32
+    dy_at, s_at, a_at = each(
+        CPU, ("dy", dy, dy.dtype, M * N), ("s", s, f32, M * r), ("lora_A", a, f32, r * K)
+    )
+    view, code = weight(w, layout), _ACTIVATIONS[dy.dtype]
     library().nf4_lora_linear_backward(
-        *isa_and_threads(),
-        M,
-        N,
-        K,
-        r,
-        address("dy", dy, dy.dtype, M * N),
-        _ACTIVATIONS[dy.dtype],
-        weight(w, layout),
-        optional("s", s, torch.float32, M * r),
-        optional("lora_A", a, torch.float32, r * K),
-        fresh(dx),
+        *isa_and_threads(), *(M, N, K, r), *(dy_at, code, view, s_at, a_at, adapter, fresh(dx))
     )
     return dx

@@ -7,12 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from peftkern.backends.cuda.module import launching_on, library, refusal_device
+from peftkern.backends.cuda.module import (
+    launching_on,
+    library,
+    refusal_device,
+    refusal_library,
+)
 from peftkern.backends.pointers import DTYPE_CODES, address, address_table, fresh
 from peftkern.backends.reference import unrepresentable
 
 JACOBI_SWEEPS = 20  # 6 to 9 are usual
-JACOBI_RANK = 128  # kCudaJacobiRank in cuda_low_rank_svd.h
 
 
 def refusal(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
@@ -24,8 +28,11 @@ def refusal(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | 
         if tensor.device != device:
             return f"tensors are on {device} and {tensor.device}"
     r = max(A.shape[0] for A in lora_A)
-    if r > JACOBI_RANK:
-        return f"the rank is {r}, more than {JACOBI_RANK}"
+    if reason := refusal_library():
+        return reason
+    module = library()
+    if r > module.JACOBI_RANK:
+        return f"the rank is {r}, more than {module.JACOBI_RANK}"
     return refusal_device(device)
 
 
@@ -128,7 +135,7 @@ def _grams(factors: list[Tensor], inverse: Tensor | None = None) -> Tensor:
 def jacobi_svd(
     cores: Tensor, sweeps: int, vectors: bool, shared_limit: int = 0
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Decompose float64 matrices [n, r, r], r up to JACOBI_RANK, that need not be finite.
+    """Decompose float64 matrices [n, r, r], r up to 128, that need not be finite.
 
     One that is not gives NaN and info -1. `shared_limit` bounds the shared memory of a matrix in
     bytes; 0: by the device.
@@ -193,8 +200,9 @@ def gram_roots(grams: Tensor, shared_limit: int = 0) -> tuple[Tensor, Tensor, Te
 def _square(name: str, matrices: Tensor) -> int:
     """Return the address of contiguous float64 matrices [n, r, r] that Jacobi's kernels take."""
     shape = tuple(matrices.shape)
-    if len(shape) != 3 or shape[1] != shape[2] or shape[1] > JACOBI_RANK:
-        raise ValueError(f"{name}: expected [n, r, r] with r up to {JACOBI_RANK}, got {shape}")
+    most = library().JACOBI_RANK
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] > most:
+        raise ValueError(f"{name}: expected [n, r, r] with r up to {most}, got {shape}")
     return address(name, matrices, torch.float64, matrices.numel(), matrices.device)
 
 

@@ -34,6 +34,11 @@ def library() -> ModuleType:
     return module
 
 
+def refusal_library() -> str | None:
+    """Return why the library cannot be used, or None if it can."""
+    return cuda_module()[1]
+
+
 def emulated() -> bool:
     """Return True if the kernels are emulated on a CPU, and so take its tensors."""
     module, _ = cuda_module()

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.backends.cuda.module import launching_on, library, refusal_device
+from peftkern.backends.cuda.module import (
+    launching_on,
+    library,
+    refusal_device,
+    refusal_library,
+)
 from peftkern.backends.pointers import (
     DTYPE_CODES,
     address,
@@ -17,10 +22,6 @@ from peftkern.backends.pointers import (
 )
 
 _DTYPES = (torch.bfloat16, torch.float16)
-# The kernel for few rows: cuda_nf4_lora_linear.h has the same limits.
-ROWS, RANK, BLOCK, SIZE = 32, 64, 64, 1 << 26
-# Its form for more rows: cuda_nf4_lora_linear_sm90a.h has the same limits.
-PREFILL_ROWS, PREFILL_RANK, PREFILL_UNIT = 512, 256, 64
 
 
 def refusal_forward(
@@ -41,21 +42,25 @@ def refusal_forward(
     """
     if x.dtype not in _DTYPES:
         return f"the dtype is {x.dtype}"
+    if reason := refusal_library():
+        return reason
+    module = library()
     _, blocksize, _, N, K = layout
-    if not (0 < N <= SIZE and 0 < K <= SIZE):
-        return f"the weight is {N} x {K}, not 1 to {SIZE} each"
-    rows, unit = x.numel() // K, PREFILL_UNIT
-    few = rows <= ROWS
-    if rows > PREFILL_ROWS:
-        return f"there are more than {PREFILL_ROWS} rows"
-    if few and (blocksize < BLOCK or K % blocksize):
-        return f"blocks of {blocksize} are below {BLOCK} or cross rows of {K}"
+    if not (0 < N <= module.LINEAR_SIZE and 0 < K <= module.LINEAR_SIZE):
+        return f"the weight is {N} x {K}, not 1 to {module.LINEAR_SIZE} each"
+    rows, unit = x.numel() // K, module.PREFILL_UNIT
+    few = rows <= module.LINEAR_ROWS
+    if rows > module.PREFILL_ROWS:
+        return f"there are more than {module.PREFILL_ROWS} rows"
+    if few and (blocksize < module.LINEAR_BLOCK or K % blocksize):
+        return f"blocks of {blocksize} are below {module.LINEAR_BLOCK} or cross rows of {K}"
     if not few and (blocksize < unit or K % unit):
         return f"rows of {K} are not a multiple of {unit}, or blocks of {blocksize} below it"
     if not begins_at(w[0], 8):
         return "the packed weight does not begin at a multiple of 8 bytes"
     if lora_A is not None:
-        reason = _refusal_factors(lora_A, lora_B, RANK if few else PREFILL_RANK)
+        most = module.LINEAR_RANK if few else module.PREFILL_RANK
+        reason = _refusal_factors(lora_A, lora_B, most)
         if reason is not None:
             return reason
     if keep is not None:
@@ -72,7 +77,8 @@ def refusal_sm90a(device: torch.device) -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
-        return f"more than {ROWS} rows need compute capability 9.0, not {major}.{minor}"
+        rows = module.LINEAR_ROWS
+        return f"more than {rows} rows need compute capability 9.0, not {major}.{minor}"
     if "sm_90a" not in module.architectures():
         return f"the kernels are built for {', '.join(module.architectures())}, not for sm_90a"
     return None
@@ -110,7 +116,7 @@ def nf4_lora_linear_forward(
         None if lora_B is None else lora_B.contiguous(),
         None if bias is None else bias.contiguous(),
         scaling,
-        prefill=len(rows) > ROWS,
+        prefill=len(rows) > library().LINEAR_ROWS,
     )
     S = x.new_empty(0, dtype=torch.float32) if S is None else S.view(*x.shape[:-1], S.shape[1])
     return y.view(*x.shape[:-1], N), S
@@ -127,9 +133,9 @@ def launch(
     splits: int = 0,
     prefill: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute y [M, N] and S [M, r] of a contiguous x [M, K] of at most `ROWS` rows.
+    """Compute y [M, N] and S [M, r] of a contiguous x [M, K] of at most LINEAR_ROWS rows.
 
-    With `prefill` the kernel of sm_90a runs, which takes up to `PREFILL_ROWS`. K is cut over
+    With `prefill` the kernel of sm_90a runs, which takes up to PREFILL_ROWS. K is cut over
     `splits` groups of thread blocks (1 to 16); with 0 the library chooses.
     """
     (M, K), N, device, dtype = x.shape, layout[3], x.device, x.dtype

@@ -1,5 +1,11 @@
 """Hugging Face PEFT: `patch` swaps the classes of a model's adapter layers, `unpatch` undoes it."""
 
-from peftkern.integrations.peft.serve import PatchReport, patch, unpatch
+from peftkern.integrations.peft import lora
+from peftkern.integrations.peft.patch import PatchReport, patch, unpatch
 
 __all__ = ["PatchReport", "patch", "unpatch"]
+
+# Where models that were pickled whole look for the classes of their layers.
+PatchedLinear = lora.PatchedLinear
+if hasattr(lora, "PatchedLinear4bit"):  # where bitsandbytes is installed
+    PatchedLinear4bit = lora.PatchedLinear4bit

@@ -30,36 +30,77 @@ from torch import Tensor, nn
 
 from peftkern.backends import dispatch
 from peftkern.functional.adalora import adalora_allocate_, orthogonality_loss
-from peftkern.integrations.peft import serve as lora
+from peftkern.integrations.peft.fallback import (
+    Fallback,
+    hooked,
+    unusual_dropout,
+    unusual_tensor,
+)
+from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, fused
 from peftkern.layers.svd import fold_diagonal
 from peftkern.methods.adalora import Importance, Triplets, apply_mask_, shrink_triplets_
+
+
+class SVDLayer(PatchedLayer):
+    """Mixin of patched layers that keep an adapter as PEFT's AdaLoRA does, with a diagonal."""
+
+    def _is_plain(self, name: str) -> bool:
+        return False
+
+    def _read_adapter(self, names: list[str]) -> Adapter | Fallback:
+        A, E, B, drop = self._tensors_of(names[0])
+        reason = (
+            unusual_tensor(lora_A=A, lora_E=E, lora_B=B)
+            or unusual_dropout(drop)
+            or hooked(lora_dropout=drop)
+        )
+        return Adapter(A, B, drop) if reason is None else Fallback(reason)
+
+    def _fuse_first(self, name: str, adapter: Adapter, base: Base) -> Tensor:
+        E = self._modules["lora_E"]._parameters[name]
+        A = fold_diagonal(adapter.lora_A, E, self._scaling(name))
+        return fused(base, A, adapter.lora_B, 1.0, adapter.dropout_p)
+
+    def _add_adapter(
+        self, result: Tensor, x: Tensor, name: str, base: Base
+    ) -> tuple[Tensor, Tensor]:
+        A, E, B, drop = self._tensors_of(name)
+        x = self._adapter_input(x, A.dtype)
+        update = drop(x) @ (A * E).T @ B.T
+        return (result + update * self._scaling(name)).to(result.dtype), x
+
+    def _tensors_of(self, name: str) -> tuple[Tensor, Tensor, Tensor, nn.Module]:
+        """Return lora_A, lora_E, lora_B and the dropout module of an adapter."""
+        modules = self._modules
+        return (
+            modules["lora_A"]._parameters[name],
+            modules["lora_E"]._parameters[name],
+            modules["lora_B"]._parameters[name],
+            modules["lora_dropout"]._modules[name],
+        )
+
+    def _scaling(self, name: str) -> Tensor:
+        ranknum = self._modules["ranknum"]._parameters[name]
+        return self.scaling[name] / (ranknum.detach() + 1e-5)
+
+
+class PatchedSVDLinear(SVDLayer, SVDLinear):
+    """PEFT's `adalora.SVDLinear` with the base layer and its first adapter as one op."""
+
+    original, op = SVDLinear, "lora_linear"
+
+
+SWAPS: dict[type, type] = {SVDLinear: PatchedSVDLinear}
 
 if is_bnb_4bit_available():
     from peft.tuners.adalora.bnb import SVDLinear4bit
 
+    class PatchedSVDLinear4bit(SVDLayer, SVDLinear4bit):
+        """PEFT's `adalora.SVDLinear4bit` with the base layer and its first adapter as one op."""
 
-class SVDReader:
-    """`LoRAReader` for adapters with a diagonal, which joins lora_A."""
+        original, op, four_bit = SVDLinear4bit, "nf4_lora_linear", True
 
-    @staticmethod
-    def read(layer: Any, name: str) -> lora.Adapter | str:
-        A, B, drop = SVDReader.tensors(layer, name)
-        for role, tensor in (("lora_A", A), ("lora_E", layer.lora_E[name]), ("lora_B", B)):
-            reason = lora.unusual_tensor(role, tensor)
-            if reason is not None:
-                return reason
-        reason = lora.unusual_dropout(drop)
-        return (A, B, drop, None) if reason is None else reason
-
-    @staticmethod
-    def tensors(layer: Any, name: str) -> tuple[Tensor, Tensor, nn.Module]:
-        modules = layer._modules
-        A, B = (modules[group]._parameters[name] for group in ("lora_A", "lora_B"))
-        return A, B, modules["lora_dropout"]._modules[name]
-
-    @staticmethod
-    def factor(layer: Any, name: str, A: Tensor) -> tuple[Tensor, float]:
-        return fold_diagonal(A, layer.lora_E[name], _scaling(layer, name)), 1.0
+    SWAPS[SVDLinear4bit] = PatchedSVDLinear4bit
 
 
 def freeze_ranknum(layer: nn.Module) -> None:
@@ -67,46 +108,6 @@ def freeze_ranknum(layer: nn.Module) -> None:
     if isinstance(layer, AdaLoraLayer):
         for ranknum in layer.ranknum.values():
             ranknum.requires_grad_(False)
-
-
-def _scaling(layer: Any, name: str) -> Tensor:
-    return layer.scaling[name] / (layer.ranknum[name].detach() + 1e-5)
-
-
-def _add_adapter(layer: Any, result: Tensor, x: Tensor, name: str) -> Tensor:
-    A, B, drop = SVDReader.tensors(layer, name)
-    update = drop(x) @ (A * layer.lora_E[name]).T @ B.T
-    return (result + update * _scaling(layer, name)).to(result.dtype)
-
-
-class PatchedSVDLinear(lora.PatchedLayer, SVDLinear):
-    """PEFT's `adalora.SVDLinear` with the base layer and its first adapter as one op."""
-
-    original, op = SVDLinear, "lora_linear"
-    adapter_reader = SVDReader
-
-    def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        x = self._cast_input_dtype(x, self.lora_A[name].dtype)
-        return _add_adapter(self, result, x, name), x
-
-
-SWAPS: dict[type, type] = {SVDLinear: PatchedSVDLinear}
-
-if is_bnb_4bit_available():
-
-    class PatchedSVDLinear4bit(lora.PatchedLayer, SVDLinear4bit):
-        """PEFT's `adalora.SVDLinear4bit` with the base layer and its first adapter as one op."""
-
-        original, op = SVDLinear4bit, "nf4_lora_linear"
-        adapter_reader = SVDReader
-
-        def _add_adapter(self, result: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-            # Asks about CUDA's autocast whatever the device, as PEFT does.
-            if not torch.is_autocast_enabled():
-                x = self._cast_input_dtype(x, self.lora_A[name].dtype)
-            return _add_adapter(self, result, x, name), x
-
-    SWAPS[SVDLinear4bit] = PatchedSVDLinear4bit
 
 
 class PatchedRankAllocator(RankAllocator):
@@ -161,7 +162,7 @@ class PatchedRankAllocator(RankAllocator):
         apply_mask_(lora_E, self._pattern[1])
 
     def _kept(self, rank_pattern: dict, name: str, layers: dict[str, Triplets]) -> list[bool]:
-        """The pattern of one layer; saving takes the adapter's name out of the keys."""
+        """Return the pattern of one layer; saving takes the adapter's name out of the keys."""
         key = f"{name}.lora_E"
         kept = rank_pattern[key if key in rank_pattern else f"{key}.{self.adapter_name}"]
         kept = [bool(alive) for alive in kept]
@@ -177,7 +178,7 @@ class PatchedRankAllocator(RankAllocator):
         self._importance = None
 
     def layers_of(self, model: nn.Module) -> list[tuple[str, AdaLoraLayer]]:
-        """The layers of this adapter by name, found once: walking a model takes milliseconds."""
+        """Return the layers of this adapter by name, found once: a walk takes milliseconds."""
         name = self.adapter_name
         if self._layers is None or any(
             name not in layer._modules["lora_A"]._parameters for _, layer in self._layers
@@ -190,7 +191,7 @@ class PatchedRankAllocator(RankAllocator):
         return self._layers
 
     def triplets(self, model: nn.Module) -> dict[str, Triplets]:
-        """{layer: (lora_E, lora_A, lora_B)}; `_modules` is ten times faster than a dot."""
+        """Return {layer: (lora_E, lora_A, lora_B)}; `_modules` is ten times faster than a dot."""
         name = self.adapter_name
         triplets = {}
         for path, layer in self.layers_of(model):
@@ -203,7 +204,7 @@ class PatchedRankAllocator(RankAllocator):
         return triplets
 
     def adopt_ipt(self, layers: dict[str, Triplets]) -> None:
-        """One buffer for each EMA, with what PEFT's dictionaries hold so far."""
+        """Make one buffer for each EMA, with what PEFT's dictionaries hold so far."""
         importance = Importance(layers, self.beta1, self.beta2)
         keys = [
             f"{path}.{group}.{self.adapter_name}"
@@ -266,7 +267,7 @@ class PatchedAdaLoraModel(AdaLoraModel):
 
 
 def patch_model(module: nn.Module) -> bool:
-    """Swap an AdaLoraModel and its allocator; whether it is one that runs on peftkern now."""
+    """Swap an AdaLoraModel and its allocator; return whether it runs on peftkern now."""
     if type(module) not in (AdaLoraModel, PatchedAdaLoraModel) or "forward" in module.__dict__:
         return False
     module.__class__ = PatchedAdaLoraModel

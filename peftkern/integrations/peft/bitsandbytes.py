@@ -1,8 +1,8 @@
-"""Read a `bitsandbytes.nn.Linear4bit` without running it, and keep its weight as it is.
+"""bitsandbytes' 4-bit layers: read without running them, their weights kept as they are.
 
 bitsandbytes keeps more than a weight in that layer: the dtype it computes in is chosen at the
 first call, and in eval mode on a CPU with AVX512-BF16 it rewrites the weight in place into a layout
-of its own. The functions here honour the first; the classes that a patched model has in the place
+of its own. The functions here honor the first; the classes that a patched model has in the place
 of bitsandbytes' exclude the second.
 """
 
@@ -20,26 +20,29 @@ from torch import Tensor, nn
 from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 from peftkern.functional import nf4_linear
-from peftkern.integrations.peft.tensors import parameter, refusal, unusual_call, unusual_input
+from peftkern.integrations.peft.fallback import (
+    Fallback,
+    PatchedForward,
+    parameters_of,
+    refused,
+    unusual_call,
+)
 
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _REPACK_ROWS = 32  # rows that bitsandbytes interleaves in one tile of its CPU layout
 rewriting = threading.RLock()  # held by whoever changes a weight that other threads may use
 
 
-class PatchedBase:
-    """What a patched model has of bitsandbytes' layers, each a subclass of its class `original`.
+class PatchedBase(PatchedForward):
+    """Mixin of what a patched model has in the place of bitsandbytes' layers.
 
-    On a CPU an NF4 weight is multiplied by the kernel that serves it with an adapter on top, so
+    On a CPU an NF4 weight is multiplied by the kernel that multiplies it with an adapter on top, so
     that a model with its adapters disabled agrees with the one whose adapters are zero. Other
     weights go to bitsandbytes, which is told that this CPU has no AVX512-BF16: there it would
     rewrite them in eval mode, and lose their gradients. FP4 pays for that in inference.
     """
 
-    original: type
-
-    def __init_subclass__(cls) -> None:
-        cls.__name__ = cls.original.__name__  # what repr shows, and PEFT and accelerate ask for
+    op = "nf4_linear"
 
     @property
     def support_avx512bf16_for_cpu(self) -> bool:
@@ -49,15 +52,17 @@ class PatchedBase:
     def support_avx512bf16_for_cpu(self, value: bool) -> None:
         self.__dict__["support_avx512bf16_for_cpu"] = value  # for after `unpatch`
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self, PatchedBase):  # a hook has kept this method over `unpatch`
-            return type(self).forward(self, x)
-        if dispatch.runs_on_cpu(x):
-            served = _serve(self, x)
-            if isinstance(served, Tensor):
-                return served
-            dispatch.record_fallback("nf4_linear", served)
-        return self.original.forward(self, x)
+    def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+        if args or kwargs or not dispatch.runs_on_cpu(x):  # of arguments it takes x alone
+            return self.original.forward(self, x, *args, **kwargs)
+        reason = unusual_call(x, torch.compiler.is_compiling()) or unusual_weight(self)
+        base = read_base(self, x) if reason is None else Fallback(reason)
+        if isinstance(base, Fallback):
+            return base
+        try:
+            return nf4_linear(*base).to(x.dtype)
+        except ArgumentError as error:  # before anything was computed
+            return refused(error)
 
 
 class PatchedLinear4bit(PatchedBase, Linear4bit):
@@ -83,7 +88,7 @@ LINEAR_TYPES = (*SWAPS, *SWAPS.values())
 
 
 def patch_base(module: nn.Module) -> bool:
-    """Swap the class of one of bitsandbytes' layers; whether it is one that is swapped now."""
+    """Swap the class of one of bitsandbytes' layers; return whether it is swapped now."""
     kind = type(module)
     if kind not in LINEAR_TYPES:
         return False
@@ -100,8 +105,8 @@ def unpatch_base(module: nn.Module) -> None:
         module.__class__ = module.original
 
 
-def is_served(base: Linear4bit) -> bool:
-    """Whether a swapped layer runs our kernel by itself, as it is now."""
+def runs_kernel(base: Linear4bit) -> bool:
+    """Return whether a swapped layer runs our kernel by itself, as it is now."""
     if base.weight.device.type != "cpu" or unusual_weight(base) is not None:
         return False
     try:
@@ -111,20 +116,8 @@ def is_served(base: Linear4bit) -> bool:
     return True
 
 
-def _serve(base: Linear4bit, x: Tensor) -> Tensor | str:
-    """The layer's output, or why bitsandbytes has to give it."""
-    reason = unusual_call() or unusual_input(x) or unusual_weight(base)
-    weight = reason or read_weight(base, x)
-    if isinstance(weight, str):
-        return weight
-    try:
-        return nf4_linear(compute_input(base, x), weight, parameter(base, "bias")).to(x.dtype)
-    except ArgumentError as error:  # before anything was computed
-        return refusal(error)
-
-
 class FrozenWeight:
-    """The weight and bias of a layer of bitsandbytes, to be put back after adapters were merged.
+    """Weight and bias of a layer of bitsandbytes, to be put back after adapters were merged.
 
     No module: what it holds takes no part in the state dict.
     """
@@ -136,7 +129,7 @@ class FrozenWeight:
         self.merged, self.version = base.weight, 0
 
     def mark_quantized(self) -> None:
-        """Undo what PEFT's merge does to the weight it reads: that it is quantized is forgotten."""
+        """Undo PEFT's merge on the weight it reads, which forgets that it is quantized."""
         if self.quantized is not None:
             self.weight.__dict__["bnb_quantized"] = self.quantized
 
@@ -145,7 +138,7 @@ class FrozenWeight:
         self.merged, self.version = merged, merged._version
 
     def replaced(self, weight: Tensor) -> bool:
-        """Whether that has been written to or replaced since, other than by a move to a device."""
+        """Return whether that was written to or replaced since, but for a move to a device."""
         if weight is self.merged:
             return weight._version != self.version
         return weight.device == self.merged.device
@@ -160,8 +153,8 @@ class FrozenWeight:
 
 
 def unusual_weight(base: Linear4bit) -> str | None:
-    """Why this weight, whatever the input, is for bitsandbytes to read; None if it is NF4."""
-    weight = parameter(base, "weight")
+    """Return the reason for bitsandbytes to read this weight, whatever the input; None for NF4."""
+    weight, _ = parameters_of(base)
     if hasattr(type(weight), "__tensor_flatten__"):  # DTensor and its like
         return f"base weight is {type(weight).__name__}"
     state = getattr(weight, "quant_state", None)  # pickle keeps it, but not the parameter's class
@@ -169,7 +162,7 @@ def unusual_weight(base: Linear4bit) -> str | None:
         return "quant_state is missing"
     if state.quant_type != "nf4":
         return f"quant_type is {state.quant_type}"
-    if getattr(state, "packing_format_for_cpu", False):
+    if state.__dict__.get("packing_format_for_cpu"):
         return None  # its storage dtype is kept aside
     with torch._C.DisableTorchFunctionSubclass():  # else Params4bit adds 1 us
         dtype = weight.dtype
@@ -179,39 +172,38 @@ def unusual_weight(base: Linear4bit) -> str | None:
     return None
 
 
-def read_weight(base: Linear4bit, x: Tensor) -> NF4Weight | str:
-    """The layer's weight as it is now, viewed in place, or why bitsandbytes has to read it itself.
+def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | None] | Fallback:
+    """Read the layer as it is now, its weight viewed in place, or the reason to call it.
 
+    Returns: x in the dtype that the layer computes in, which the first input decides unless it was
+        set; the weight; the bias.
     Raises: TruncatedWeightError, where bitsandbytes would read on.
     """
-    weight = parameter(base, "weight")
+    weight, bias = parameters_of(base)
     state = weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):  # since it was patched, by other code
+    if state.__dict__.get("packing_format_for_cpu"):  # since it was patched, by other code
         if torch.compiler.is_compiling() or not (base.training or x.requires_grad):
-            return "weight is repacked for bitsandbytes' CPU inference"
+            return Fallback("weight is repacked for bitsandbytes' CPU inference")
         restore_packing(base)
-    if len(state.shape) != 2 or state.shape[1] != x.shape[-1]:
-        return "weight is not quantised as [out_features, in_features]"
+    shape = state.shape
+    if len(shape) != 2 or shape[1] != x.shape[-1]:
+        return Fallback("weight is not quantised as [out_features, in_features]")
     try:
-        return NF4Weight.from_bitsandbytes(weight)
+        w = NF4Weight.from_bitsandbytes(weight)
     except ArgumentError as error:  # no NF4 weight as the format defines it
-        return refusal(error)
-
-
-def compute_input(base: Linear4bit, x: Tensor) -> Tensor:
-    """x in the dtype that the layer computes in; the first input decides it unless it was set."""
+        return refused(error)
     if not base.compute_type_is_set:
         base.set_compute_type(x)
         base.compute_type_is_set = True
     dtype = base.compute_dtype
-    return x if dtype is None or dtype is x.dtype else x.to(dtype)
+    return x if dtype is None or dtype is x.dtype else x.to(dtype), w, bias
 
 
 def restore_packing(base: Linear4bit) -> None:
     """Put a weight that was repacked for CPU inference back into the storage layout, in place.
 
     The codes come back exactly. absmax does not: bitsandbytes has rounded it to bfloat16, and a
-    nested absmax is quantised again here, as bitsandbytes does when it saves such a layer. Its own
+    nested absmax is quantized again here, as bitsandbytes does when it saves such a layer. Its own
     CPU kernel has no gradient, so training on the repacked weight would silently cut the graph.
     """
     with rewriting:  # of several threads the first restores, the others find it done

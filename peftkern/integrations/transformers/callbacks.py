@@ -24,7 +24,7 @@ with needed_by("peftkern.integrations.transformers"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.utils import logging as transformers_logging
 
-    from peftkern.integrations.peft.serve import PatchReport, patch
+    from peftkern.integrations.peft.patch import PatchReport, patch
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -34,7 +34,7 @@ _LOGGED = ("loss", "grad_norm", "learning_rate")  # of the Trainer, also in the 
 
 
 class PeftKernCallback(TrainerCallback):
-    """Patch the Trainer's model, as `peftkern.patch` does, before accelerate wraps it.
+    """Callback that patches the Trainer's model, as `peftkern.patch`, before accelerate wraps it.
 
     It patches when the Trainer is made. When training begins it looks again: at a callback that was
     added later, a model that `model_init` made, or adapters that came in between. What was patched
@@ -81,7 +81,7 @@ class PeftKernCallback(TrainerCallback):
 
 
 class MonitorCallback(TrainerCallback):
-    """What `peftkern.monitor.TrainingMonitor` measures, in the Trainer's own log.
+    """Measurements of `peftkern.monitor.TrainingMonitor` in the Trainer's own log.
 
     Every log of training gets the numbers since the one before as "peftkern/tokens_per_second",
     "peftkern/step_seconds", "peftkern/cuda_allocated_bytes" and so on, see FIELDS there. They reach
@@ -202,7 +202,7 @@ class MonitorCallback(TrainerCallback):
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Prune an AdaLoRA model to its budget after every optimizer step.
+    """Callback that prunes an AdaLoRA model to its budget after every optimizer step.
 
     The Trainer announces `on_optimizer_step` between optimizer.step() and zero_grad(), once per
     step whatever the gradient accumulation: the order that PEFT documents, with gradients of the

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from peftkern.methods.longlora import shifted_sparse_attention
 
 _PREFIX = "peftkern_shifted_sparse_"
-_UNSERVED = ("position_bias", "s_aux", "softcap")  # what changes the weights of an attention
+_UNSUPPORTED = ("position_bias", "s_aux", "softcap")  # what changes the weights of an attention
 
 
 def enable_shifted_sparse_attention(model: nn.Module, group_size: int) -> None:
@@ -75,8 +75,8 @@ def _attention(
     group_size: int,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; [B, T, H, D] as it expects."""
-    for name in _UNSERVED:
+    """Compute attention as transformers calls it in every layer: [B, T, H, D]."""
+    for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{name}: expected None, got {type(kwargs[name]).__name__} from "
@@ -104,7 +104,7 @@ def _attention(
 
 
 def _configs(base: nn.Module) -> Iterator[Any]:
-    """The configuration of a model and of all its parts, each once, the whole before its parts."""
+    """Yield the configurations of a model and of all its parts, each once, the whole first."""
     waiting = [m.config for m in base.modules() if hasattr(m, "set_attn_implementation")]
     seen: set[int] = set()
     while waiting:

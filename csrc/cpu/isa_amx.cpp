@@ -1,0 +1,71 @@
+// NF4 matrix products for AMX-BF16: 16 x 32 by 32 x 16 tile products in eight tile registers.
+// Two by two tiles of sums share two rows and two lanes tiles, so that each step loads 4 KiB for
+// 65,536 multiply-adds; loads are placed between products, which run in order.
+#include "kernels.h"
+#include "nf4_bf16.h"
+#include "nf4_gemm.h"
+
+namespace peftkern {
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+struct AmxBf16Math : BFloat16Panels {
+  static constexpr int64_t kBlock = 256;
+  static constexpr int64_t kDotRows = 2;
+
+  struct Session {
+    Session() {
+      const TileConfig config;
+      _tile_loadconfig(&config);
+    }
+    ~Session() { _tile_release(); }
+  };
+
+  // Tiles 0..3: sums; 4, 5: rows; 6, 7: lanes.
+  template <int kA, int kB>
+  static void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
+                       bool first) {
+    if (first) {
+      _tile_zero(0);
+      if (kB == 2) _tile_zero(1);
+      if (kA == 2) _tile_zero(2);
+      if (kA == 2 && kB == 2) _tile_zero(3);
+    } else {
+      _tile_loadd(0, c, 64);
+      if (kB == 2) _tile_loadd(1, c + kTile, 64);
+      if (kA == 2) _tile_loadd(2, c + 2 * kTile, 64);
+      if (kA == 2 && kB == 2) _tile_loadd(3, c + 3 * kTile, 64);
+    }
+    for (int64_t t = 0; t < steps; ++t, rows += kPair, lanes += kPair) {
+      _tile_loadd(4, rows, 64);
+      _tile_loadd(6, lanes, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (kB == 2) {
+        _tile_loadd(7, lanes + kTile, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (kA == 2) {
+        _tile_loadd(5, rows + kTile, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        if (kB == 2) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, c, 64);
+    if (kB == 2) _tile_stored(1, c + kTile, 64);
+    if (kA == 2) _tile_stored(2, c + 2 * kTile, 64);
+    if (kA == 2 && kB == 2) _tile_stored(3, c + 3 * kTile, 64);
+  }
+};
+
+}  // namespace
+
+constexpr CpuKernels kAmxBf16Kernels = {{forward_with<AmxBf16Math>, backward_with<AmxBf16Math>}};
+
+}  // namespace peftkern

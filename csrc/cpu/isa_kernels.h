@@ -1,0 +1,30 @@
+// Every family's kernels for the instruction set that the including file is compiled for.
+#pragma once
+
+#include "adalora_kernels.h"
+#include "dora_kernels.h"
+#include "kernels.h"
+#include "lora_products.h"
+#include "low_rank_core.h"
+#include "nf4_blocks.h"
+#include "nf4_gemm.h"
+#include "rosa_kernels.h"
+
+namespace peftkern {
+namespace {
+
+constexpr NF4LinearKernels kNF4Linear = {forward_with<Float32Math>, backward_with<Float32Math>};
+constexpr CpuKernels kIsaKernels = {
+    kNF4Linear,
+    kNF4Linear,
+    {quantize_blocks, dequantize_blocks},
+    {lora::shrink, lora::expand, lora::outer},
+    {dora::norm},
+    {low_rank::scratch_doubles, low_rank::gram, low_rank::factorize, low_rank::product,
+     low_rank::combine, low_rank::rotate, kDoubles, low_rank::jacobi},
+    {adalora::importance, adalora::gram, adalora::gram_backward},
+    {rosa::spmm, rosa::sddmm},
+};
+
+}  // namespace
+}  // namespace peftkern

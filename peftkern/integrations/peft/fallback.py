@@ -1,0 +1,127 @@
+"""The forward of every swapped class, and the reasons that they share for a fallback."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from peftkern.backends import dispatch
+from peftkern.formats.nf4 import ArgumentError, TruncatedWeightError
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Fallback(NamedTuple):
+    """Reason in words for the forward of the original class, as `peftkern.stats()` counts it."""
+
+    reason: str
+
+
+class PatchedForward:
+    """Mixin of the swapped classes, each a subclass of its class `original`."""
+
+    original: type
+    op: str  # under which a fallback is counted
+
+    def __init_subclass__(cls) -> None:
+        if "original" in cls.__dict__:
+            # What repr shows, and PEFT and accelerate ask for; pickle goes by __qualname__.
+            cls.__name__ = cls.original.__name__
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, PatchedForward):  # a hook has kept this method over `unpatch`
+            return type(self).forward(self, x, *args, **kwargs)
+        result = self._fused(x, args, kwargs)
+        if not isinstance(result, Fallback):
+            return result
+        dispatch.record_fallback(self.op, result.reason)
+        return self.original.forward(self, x, *args, **kwargs)
+
+    def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+        """Return the output of our ops, or the reason against them with nothing changed."""
+        raise NotImplementedError
+
+
+def unusual_tensor(**tensors: Tensor) -> str | None:
+    """Return the reason to send one of these through torch's operators, named by its keyword.
+
+    None for dense tensors without behavior. DTensor and other wrappers, subclasses that follow the
+    results, and sparse layouts are not.
+    """
+    for role, tensor in tensors.items():
+        kind = type(tensor)
+        if kind not in _PLAIN and (
+            hasattr(kind, "__tensor_flatten__")
+            or kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+        ):
+            return f"{role} is {kind.__name__}"
+        if tensor.layout is not torch.strided:
+            return f"{role} is {tensor.layout}"
+    return None
+
+
+def unusual_call(x: Tensor, compiling: bool) -> str | None:
+    """Return the reason to send a call with this input through torch's operators.
+
+    Beyond `unusual_tensor`: nested activations, those that autograd does not save, and transforms
+    that autograd functions with a plain backward pass take no part in.
+    """
+    reason = unusual_tensor(input=x)
+    if reason is not None:
+        return reason
+    if x.is_nested:
+        return "input is a nested tensor"
+    if not compiling and x.is_inference() and torch.is_grad_enabled():
+        return "input was made in inference mode"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func transform"
+    if not compiling and torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    return None
+
+
+def hooked(**modules: nn.Module) -> str | None:
+    """Return the reason to call one of these, named by its keyword, and not to read it.
+
+    A hook, or a forward of its own, does more than the forward of its class.
+    """
+    for role, module in modules.items():
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return f"hooks on {role}"
+        if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
+            return f"forward of {role} is replaced"
+    return None
+
+
+def unusual_dropout(drop: nn.Module) -> str | None:
+    """Return the reason to call an adapter's dropout module instead of reading its probability."""
+    kind = type(drop)
+    if kind is nn.Identity or (kind is nn.Dropout and drop.p != 1 and not drop.inplace):
+        return None
+    return f"lora_dropout is {drop}"
+
+
+def parameters_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return `module.weight` and `module.bias`, without the time nn.Module takes to find them."""
+    own = module._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return module.weight, module.bias
+
+
+def refused(error: ArgumentError) -> Fallback:
+    """Return the fallback for a refused argument, in words that are the same for every shape.
+
+    Raises: a TruncatedWeightError again, where bitsandbytes would read on.
+    """
+    if isinstance(error, TruncatedWeightError):
+        raise error
+    return Fallback(str(error).partition(", got ")[0])

@@ -1,0 +1,197 @@
+"""The C++ library: each instruction set, threads and fork."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from grids import thinned
+from linear_cases import (
+    BF16,
+    F32,
+    check_accuracy,
+    nf4_operands,
+    ours,
+    with_gradients,
+)
+from tolerances import HANG_SECONDS
+
+import peftkern
+from peftkern.backends import pointers
+from peftkern.backends.cpu import module as native
+
+ISAS = native.cpu_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request) -> Iterator[str]:
+    with native.use_isa(request.param):
+        assert native.cpu_isa() == request.param
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def on_native_kernels():
+    with peftkern.use_backend("cpu"):
+        yield
+
+
+def test_library_is_there():
+    module, reason = native.cpu_module()
+    assert module is not None, reason
+    assert ISAS[0] == "scalar"
+    assert set(ISAS) <= {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"}
+
+
+def test_isa_follows_the_machine():
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        flags = next(line for line in file if line.startswith("flags")).split()
+    for name, flag in {"avx2": "avx2", "avx512": "avx512bw", "avx512_bf16": "avx512_bf16"}.items():
+        assert (name in ISAS) == (flag in flags)
+
+
+def test_unknown_isa_lists_what_there_is(monkeypatch):
+    for wrong in ("mmx", "AVX2", "scalar "):
+        monkeypatch.setenv("PEFTKERN_CPU_ISA", wrong)
+        error = rf"PEFTKERN_CPU_ISA: .*'scalar'.* got '{wrong}'"
+        with native.use_isa(None), pytest.raises(ValueError, match=error):
+            native.cpu_isa()
+        with pytest.raises(ValueError, match=error), native.use_isa(wrong):
+            pass
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", "")
+    with native.use_isa(None):
+        assert native.cpu_isa() == ISAS[-1]
+
+
+@pytest.mark.parametrize(("M", "dtype"), thinned([1, 3, 16, 37, 300], [F32, BF16]))
+def test_many_panels_on_each_isa(isa, M, dtype):
+    """Sizes that no tile divides, over several panels of both dimensions, on two threads."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check_accuracy([nf4_operands((M, 523, 2110, 17), dtype, F32)], ours)
+        aligned = {"blocksize": 128, "bias": False}
+        check_accuracy([nf4_operands((M, 512, 1024, 16), dtype, F32, **aligned)], ours)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_thread_counts(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check_accuracy([nf4_operands((65, 130, 200, 8), BF16, F32)], ours)
+        check_accuracy([nf4_operands((1, 515, 200, 8), BF16, F32)], ours)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_eight_python_threads():
+    """Calls of different shapes at once: no shared scratch, no lock held over a call."""
+    cases = [nf4_operands((1 + 9 * i, 60 + i, 128, 4), BF16, F32) for i in range(8)]
+    wanted = [with_gradients(o, ours) for o in cases]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            o = cases[i]
+            for _ in range(30):
+                y = ours(o, o.x, o.lora_A, o.lora_B, o.bias)
+                if not torch.equal(y, wanted[i]["y"]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+
+
+def in_fork(function) -> None:
+    """Run `function` in a forked child; fail if it fails there or hangs."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    deadline = time.monotonic() + HANG_SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return
+        time.sleep(0.01)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    pytest.fail("the child hangs")
+
+
+def test_fork_before_first_use():
+    """torch's threads have run, the library has not: its first call is in the child."""
+    code = (
+        "import os, torch, peftkern\n"
+        "from peftkern.backends.cpu import module as native\n"
+        "torch.set_num_threads(2); torch.randn(1 << 22).sum()\n"
+        "w = torch.zeros(1 << 20); packed = torch.zeros(1 << 19, dtype=torch.uint8)\n"
+        "absmax = torch.zeros(1 << 14)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    isa, _ = native.isa_and_threads()\n"
+        "    native.library().nf4_quantize(isa, 2, w.data_ptr(), 0, 1 << 20, 64,\n"
+        "        packed.data_ptr(), 1 << 19, absmax.data_ptr(), 1 << 14)\n"
+        "    os._exit(int(packed[0]) != 0x77)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=HANG_SECONDS, check=False)
+    assert done.returncode == 0
+
+
+def test_fork_after_use():
+    """As in a DataLoader's worker: the parent has used its threads, the child has none of them.
+
+    The child asks for two threads all the same; torch's own parallel loops would hang there, so
+    it calls nothing of torch's.
+    """
+    M, N, K, R = 64, 512, 1024, 8  # enough for two threads' worth of tasks
+    weight = peftkern.quantize_nf4(torch.randn(N, K))
+    w = pointers.weight(weight.tensors, weight.layout)
+    x, a, b = torch.randn(M, K), torch.randn(R, K), torch.randn(N, R)
+    out, y, S = torch.zeros(N, K), torch.zeros(M, N), torch.zeros(M, R)
+    x_at, a_at, b_at, S_at, y_at = (t.data_ptr() for t in (x, a, b, S, y))
+    module = native.library()
+    best = module.isas()[ISAS[-1]]
+    calls = [
+        lambda: module.nf4_dequantize(best, 2, w, out.data_ptr(), 0, N * K, False),
+        lambda: module.lora_shrink(best, 2, M, K, R, x_at, 0, a_at, 0, 1.0, S_at),
+        lambda: module.nf4_lora_linear_forward(
+            best, 2, M, N, K, R, x_at, 0, w, a_at, 0, 1.0, S_at, 1.0, b_at, 0, y_at
+        ),
+    ]
+    for call in calls:
+        call()
+    torch.ones(1 << 20).sum()  # torch's threads, from the same pool
+    wanted = [t.tolist() for t in (out, y, S)]
+    for t in (out, y, S):
+        t.fill_(-1.0)
+
+    def child():
+        for call in calls:
+            call()
+        assert [t.tolist() for t in (out, y, S)] == wanted
+        peftkern.reset_stats()
+
+    in_fork(child)
+    for call in calls:  # and the parent still has its threads
+        call()
+    assert [t.tolist() for t in (out, y, S)] == wanted
