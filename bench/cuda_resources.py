@@ -89,7 +89,7 @@ def table_header() -> Path:
     folder = CACHE / "generated"
     generator, source = (
         ROOT / "csrc" / "generate_nf4_table.py",
-        ROOT / "peftkern" / "formats" / "nf4.py",
+        ROOT / "peftkern" / "formats" / "table.py",
     )
     output(sys.executable, str(generator), str(source), str(folder / "peftkern" / "nf4_table.h"))
     return folder

@@ -306,7 +306,7 @@ def test_gram_matrices_that_do_not_fit_are_refused(emulated_cuda):
 
 # ---- the op
 
-EDGES = edge_cases((4, 9, 33), count=4)
+EDGES = edge_cases((4, 9, 33), (math.nan, math.inf), count=4)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), thinned(SHAPES, [F32, BF16, F16]))

@@ -135,7 +135,9 @@ def test_other_gpus_are_refused_in_words(emulated_cuda, monkeypatch):
         (["sm_80", "sm_90a"], (8, 0), "compute capability 9.0, not 8.0"),
         (["sm_90"], (9, 0), "not for sm_90a"),
     ):
-        module = SimpleNamespace(emulated=False, architectures=lambda a=architectures: a)
+        module = SimpleNamespace(
+            emulated=False, LINEAR_ROWS=32, architectures=lambda a=architectures: a
+        )
         monkeypatch.setattr(cuda, "library", lambda m=module: m)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         said = cuda.refusal_sm90a(device)

@@ -1,8 +1,6 @@
-"""dora_linear and DoRALinear against PEFT's formula in float64 and PEFT's own layer."""
+"""dora_linear against PEFT's formula in float64 and PEFT's own layer."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
@@ -27,8 +25,6 @@ import peftkern
 from peftkern.backends import ops
 from peftkern.backends.reference import dora as reference
 from peftkern.functional.dora import dora_linear, dora_norm
-from peftkern.layers import LoRALinear, NF4Linear
-from peftkern.methods import DoRALinear
 
 SHAPES = [(1, 64, 128, 16), (5, 13, 17, 3), (16, 129, 63, 8), (33, 31, 257, 1)]
 DTYPES = [(F32, F32), (BF16, F32), (F16, F32), (BF16, BF16)]
@@ -491,60 +487,6 @@ def test_seed_in_place_of_a_mask(monkeypatch):
         results.append(with_gradients(dora_linear, leaves, weight, dy, dropout_p=0.3))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name])
-
-
-# ---- the layer
-
-
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_layer_starts_as_its_base_and_trains(kind, dtype):
-    base = nn.Linear(64, 48).to(dtype)
-    if kind == "nf4":
-        base = NF4Linear.from_linear(base)
-    before = copy.deepcopy(base)
-    layer = DoRALinear(base, r=4)
-    x = torch.randn(16, 64).to(dtype)
-    assert errors(layer(x), before(x))[0] <= DORA_RMS_RATIO * FLOOR_RMS[dtype]
-    target = torch.randn(16, 48).to(dtype)
-    trained = {n for n, p in layer.named_parameters() if p.requires_grad}
-    assert trained == {"lora_A", "lora_B", "magnitude"}
-    optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(30):
-        loss = F.mse_loss(layer(x).float(), target.float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2
-    assert not torch.equal(layer.magnitude, DoRALinear(before, r=4).magnitude)
-    merged = layer.merge()
-    assert type(merged) is nn.Linear and merged.weight.dtype is dtype
-    assert errors(merged(x), layer(x))[0] <= 2 * DORA_RMS_RATIO * FLOOR_RMS[dtype]
-    twin = DoRALinear(copy.deepcopy(before), r=4)
-    assert list(twin.state_dict()) == list(layer.state_dict())
-    twin.load_state_dict(layer.state_dict())
-    assert torch.equal(twin(x), layer(x))
-
-
-def test_layer_in_eval_drops_nothing():
-    layer = DoRALinear(nn.Linear(16, 12), r=2, lora_dropout=0.5)
-    nn.init.normal_(layer.lora_B)
-    x = torch.randn(3, 16)
-    assert not torch.equal(layer(x), layer(x))
-    assert torch.equal(layer.eval()(x), layer(x))
-
-
-def test_layer_refuses_what_it_cannot_wrap():
-    with pytest.raises(TypeError, match=r"base: expected an nn\.Linear"):
-        DoRALinear(nn.Embedding(3, 4))
-    with pytest.raises(TypeError, match=r"base: expected an nn\.Linear without"):
-        DoRALinear(LoRALinear(8, 8))
-    with pytest.raises(ValueError, match="r: expected a positive rank, got 0"):
-        DoRALinear(nn.Linear(8, 8), r=0)
-    with pytest.raises(ValueError, match="lora_dropout"):
-        DoRALinear(nn.Linear(8, 8), lora_dropout=1.0)
 
 
 def test_ops_are_served_by_the_native_library():

@@ -32,7 +32,7 @@ import peftkern
 from peftkern.backends.cpu import low_rank_svd as cpu
 from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
 
-EDGES = edge_cases((4, 9, 66), bad=(math.nan, math.inf, -math.inf))
+EDGES = edge_cases((4, 9, 66), (math.nan, math.inf, -math.inf), count=11)
 
 
 # ---- accuracy

@@ -158,10 +158,10 @@ def lengths_traded_between_columns_and_rows() -> None:
     check(traded, B, A)
 
 
-def singular_values_outside_float32_are_reported(r: int) -> None:
+def singular_values_outside_float32_are_reported(r: int, names: Iterable[str] = OUTSIDE) -> None:
     """Info says so, of these pairs alone; rank and vectors are right all the same."""
-    pairs = [(torch.randn(90, r), torch.randn(r, 80)) for _ in OUTSIDE]
-    factors = list(OUTSIDE.values())
+    factors = [OUTSIDE[name] for name in names]
+    pairs = [(torch.randn(90, r), torch.randn(r, 80)) for _ in factors]
     Bs = [B * b for (B, _), (b, _, _) in zip(pairs, factors, strict=True)]
     As = [A * a for (_, A), (_, a, _) in zip(pairs, factors, strict=True)]
     Bs, As, scaling = [pairs[0][0], *Bs], [pairs[0][1], *As], [0.5, *(s for _, _, s in factors)]
@@ -183,9 +183,6 @@ def singular_values_outside_float32_are_reported(r: int) -> None:
 def zero_factors(r: int) -> None:
     B, A = torch.zeros(30, r), torch.randn(r, 20)
     pairs = [(B, A, 1.0), (A.T, B.T, 1.0), (A.T, A, 0.0), (B, torch.zeros(r, 20), 1.0)]
-    for svd in (low_rank_svd(*pair) for pair in pairs):
-        assert int(svd.rank) == 0 and int(svd.info) == 0
-        assert not any(tensor.any() for tensor in svd[:3])
     svd = low_rank_svd(*map(list, zip(*pairs, strict=True)))
     assert not svd.rank.any() and not svd.info.any()
     assert not any(tensor.any() for column in svd[:3] for tensor in column)
@@ -240,20 +237,20 @@ def factors_that_cancel() -> None:
     assert int(svd.rank) == 0 and not svd.S.any()
 
 
-def not_finite(where: str, bad: float, count: int = 11) -> None:
+def not_finite(bad: float, count: int = 11) -> None:
     """One bad value makes its pair NaN and leaves the others, those of its vector lanes too."""
     Bs, As = [torch.randn(40, 5) for _ in range(count)], [torch.randn(5, 30) for _ in range(count)]
-    scaling, one = [1.0] * count, count // 3
-    wanted = low_rank_svd(Bs, As, scaling)
-    if where == "scaling":
-        scaling[one] = bad
-    else:
-        {"lora_B": Bs, "lora_A": As}[where][one][2, 4] = bad
+    scaling, places = [1.0] * count, (count // 4, count // 2, 3 * count // 4)
+    wanted = low_rank_svd([*Bs], [*As], [*scaling])
+    Bs[places[0]][2, 4] = As[places[1]][2, 4] = scaling[places[2]] = bad
     svd = low_rank_svd(Bs, As, scaling)
-    assert svd.info.tolist() == [-(i == one) for i in range(count)]
-    assert int(svd.rank[one]) == 0
-    assert all(tensor.isnan().all() for tensor in of_layer(svd, one)[:3])
-    assert all(equal(of_layer(svd, i), of_layer(wanted, i)) for i in range(count) if i != one)
+    assert svd.info.tolist() == [-(i in places) for i in range(count)]
+    for i in range(count):
+        if i in places:
+            assert int(svd.rank[i]) == 0
+            assert all(tensor.isnan().all() for tensor in of_layer(svd, i)[:3])
+        else:
+            assert equal(of_layer(svd, i), of_layer(wanted, i))
 
 
 def strided_factors_are_left_alone() -> None:
@@ -266,31 +263,31 @@ def strided_factors_are_left_alone() -> None:
     assert int(low_rank_svd(torch.randn(40, 1).expand(40, 6), A).rank) == 1
 
 
-def edge_cases(
-    ranks: Iterable[int],
-    sizes: Iterable[tuple[float, float]] = SCALES,
-    bad: Iterable[float] = (math.nan, math.inf),
-    count: int = 11,
-) -> dict[str, Callable[[], None]]:
-    """Every edge by its name; `ranks`: those of the kernels, each group of them once."""
+def named(*calls: tuple[Callable[..., None], tuple]) -> dict[str, Callable[[], None]]:
+    """Checks by a name that tells their arguments."""
+    return {
+        f"{check.__name__}({', '.join(map(str, arguments))})": functools.partial(check, *arguments)
+        for check, arguments in calls
+    }
+
+
+def edge_cases(ranks: Iterable[int], bad: Iterable[float], count: int) -> dict[str, Callable]:
+    """Every edge; `ranks`: those of the kernels, each group of them once; pairs in a list."""
     singles = (
         lengths_traded_between_columns_and_rows,
         no_rank_rows_or_columns,
         factors_that_cancel,
         strided_factors_are_left_alone,
     )
-    table = {check.__name__: check for check in singles}
-    calls = [(scales, pair) for pair in sizes]
-    calls += [(dependent_columns, (dtype,)) for dtype in (F32, BF16)]
-    calls += [(zero_factors, (r,)) for r in (1, *ranks)]
     by_rank = (repeated_sigma, singular_values_outside_float32_are_reported)
-    calls += [(check, (r,)) for check in by_rank for r in ranks]
-    places = itertools.product(("lora_B", "lora_A", "scaling"), bad)
-    calls += [(not_finite, (*place, count)) for place in places]
-    for check, arguments in calls:
-        name = f"{check.__name__}({', '.join(map(str, arguments))})"
-        table[name] = functools.partial(check, *arguments)
-    return table
+    return named(
+        *((check, ()) for check in singles),
+        *((scales, pair) for pair in SCALES),
+        *((dependent_columns, (dtype,)) for dtype in (F32, BF16)),
+        *((zero_factors, (r,)) for r in (1, *ranks)),
+        *((check, (r,)) for check in by_rank for r in ranks),
+        *((not_finite, (value, count)) for value in bad),
+    )
 
 
 # ---- lists

@@ -1,11 +1,13 @@
-"""What the tests of RoSA's sparse products share, on a CPU, interpreted and on a GPU."""
+"""RoSA: masks, its sparse products against dense ones, and its formula, on every back end."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from linear_cases import F32, F64
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern.backends import ops
 from peftkern.functional.rosa import SparseMask
@@ -99,3 +101,27 @@ def whole_numbers(
 def assert_exact(operands: tuple[Tensor, Tensor, Tensor, SparseMask]) -> None:
     for got, wanted in zip(products(*operands), dense_products(*operands), strict=True):
         assert torch.equal(got, wanted)
+
+
+def formula(x, weight, A, B, values, bias, mask, scaling):
+    """RoSA written down, each step rounded as torch rounds it; in float64 the oracle."""
+    wide = torch.promote_types(x.dtype, F32)
+    y = F.linear(x, weight, bias)
+    y = (y.to(wide) + scaling * (x.to(wide) @ A.to(wide).T) @ B.to(wide).T).to(x.dtype)
+    return (y.to(wide) + x.to(wide) @ mask.to_dense(values.to(wide)).T).to(x.dtype)
+
+
+class Sizes(TorchDispatchMode):
+    """The elements of the largest tensor that any op makes, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info is not None for r in func._schema.returns)
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and not is_view:
+                self.largest = max(self.largest, t.numel())
+        return out
