@@ -111,11 +111,11 @@ def main(argv: list[str] | None = None) -> int:
         rows = {name: used for (of, name), used in found.items() if of == arch}
         path.write_text(report(arch, rows), encoding="utf-8")
         print(f"written: {path}")
-    complaints = [
-        f"{' '.join(task)}: {complaint(used)}" for task, used in found.items() if complaint(used)
-    ]
+    reasons = {" ".join(task): complaint(task, used) for task, used in found.items()}
+    complaints = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
     complaints += [f"no case launches {name}" for name in without_a_case()]
-    print(*complaints, sep="\n")
+    for line in complaints:
+        print(line)
     return int(bool(complaints))
 
 

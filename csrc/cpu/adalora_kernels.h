@@ -79,12 +79,12 @@ inline void update_columns(const ImportanceArgs& args, const Ema& ema, const Imp
   const Triplets& t = args.layers[task.layer];
   int64_t common = 16;
   while (t.r % common) common /= 2;
-  const int64_t least = t.r / common, period = (8 + least - 1) / least * least;
+  const int64_t least = t.r / common, period = round_up(8, least);
   const int64_t first = task.begin * t.r, count = (task.end - task.begin) * t.r;
   float* ipt = args.ipt + task.state + t.r + t.r * t.K + first;
   float* unc = args.unc + task.state + t.r + t.r * t.K + first;
   Scratch scratch(period * 64);
-  float* acc = static_cast<float*>(scratch.data);
+  float* acc = scratch.floats();
   std::memset(acc, 0, static_cast<size_t>(period) * 64);
   int64_t phase = 0;
   for (int64_t i = 0; i < count; i += 16) {
@@ -102,10 +102,9 @@ inline void update_columns(const ImportanceArgs& args, const Ema& ema, const Imp
 
 void importance(const ImportanceArgs& args, const ImportanceTask* tasks, int64_t count) {
   const Ema ema = make_ema(args);
-  auto run = [&](int64_t i, int) {
+  parallel_for(args.threads, count, [&](int64_t i, int) {
     tasks[i].columns ? update_columns(args, ema, tasks[i]) : update_rows(args, ema, tasks[i]);
-  };
-  parallel_for(args.threads, count, run);
+  });
 }
 
 constexpr int64_t kGramRun = 1024;  // products whose float32 sums go into one double
@@ -218,7 +217,7 @@ void gram(const GramArgs& args) {
   const int64_t r = widest(args), gram_bytes = round_up(r * r * 8, 64);
   const int64_t per_thread = gram_bytes + round_up((kBlockRows * r + 16) * 4, 64);
   Scratch scratch(args.threads * per_thread);
-  auto task = [&](int64_t i, int thread) {
+  parallel_for(args.threads, args.count, [&](int64_t i, int thread) {
     const GramMatrix& m = args.matrices[i];
     char* own = static_cast<char*>(scratch.data) + thread * per_thread;
     double* sums = reinterpret_cast<double*>(own);
@@ -226,8 +225,7 @@ void gram(const GramArgs& args) {
     m.columns ? gram_columns(m, args.dtype, reinterpret_cast<float*>(own + gram_bytes), sums)
               : gram_rows(m, args.dtype, sums);
     args.norms[i] = store_residual(m, sums);
-  };
-  parallel_for(args.threads, args.count, task);
+  });
 }
 
 // grad[j0 : j0 + kR, sixteen columns from k on] = factor[r, stride] x
@@ -294,7 +292,7 @@ void gram_backward(const GramArgs& args) {
   const int64_t block_bytes = round_up((kBlockRows * r + 16) * 4, 64);
   const int64_t per_thread = factor_bytes + 2 * block_bytes;
   Scratch scratch(args.threads * per_thread);
-  auto task = [&](int64_t t, int thread) {
+  parallel_for(args.threads, args.count, [&](int64_t t, int thread) {
     const GramMatrix& m = args.matrices[t];
     char* own = static_cast<char*>(scratch.data) + thread * per_thread;
     float* factor = reinterpret_cast<float*>(own);
@@ -309,8 +307,7 @@ void gram_backward(const GramArgs& args) {
     float* out = reinterpret_cast<float*>(own + factor_bytes + block_bytes);
     m.columns ? spread_columns(m, args.dtype, factor, stride, block, out)
               : spread_rows(m, args.dtype, factor, stride);
-  };
-  parallel_for(args.threads, args.count, task);
+  });
 }
 
 }  // namespace adalora

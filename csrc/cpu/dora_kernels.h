@@ -21,13 +21,12 @@ constexpr int kNormTile = 4;
 // a[r, K] as panels of sixteen columns [K / 16][r][16], zero beyond K.
 void pack_factor(const DoraNormArgs& args, float* panels) {
   const int64_t r = args.r, K = args.K;
-  auto task = [&](int64_t t, int) {
+  parallel_for(args.threads, ceil_div(K, 16), [&](int64_t t, int) {
     const int n = static_cast<int>(min64(16, K - t * 16));
     for (int64_t j = 0; j < r; ++j) {
       f32_store(panels + (t * r + j) * 16, f32_load_n(args.a + j * K + t * 16, n));
     }
-  };
-  parallel_for(args.threads, (K + 15) / 16, task);
+  });
 }
 
 // sums[m] += |columns [16 v0, 16 v1) of row m0 + m of rows[.., K] + b a|^2.
@@ -67,20 +66,20 @@ const void* decode_rows(const DoraNormArgs& args, int64_t n0, int64_t count, flo
 }
 
 void norm(const DoraNormArgs& args) {
-  const int64_t r = args.r, vectors = (args.K + 15) / 16;
+  const int64_t r = args.r, vectors = ceil_div(args.K, 16);
   Scratch packed((vectors * r * 16 + 16) * 4);
-  float* panels = static_cast<float*>(packed.data);
+  float* panels = packed.floats();
   pack_factor(args, panels);
   const int64_t values = args.weight ? 0 : kNormRows * args.K + args.w.blocksize;
   const int64_t blocks = args.weight ? 0 : round_up(values / args.w.blocksize + 2, 16);
   const int64_t per_thread = round_up(values + blocks, 16);
   Scratch scratch((args.threads * per_thread + 16) * 4);
-  auto task = [&](int64_t t, int thread) {
+  parallel_for(args.threads, ceil_div(args.N, kNormRows), [&](int64_t t, int thread) {
     const int64_t n0 = t * kNormRows, count = min64(kNormRows, args.N - n0);
     const void* rows = args.weight;
     int64_t base = n0;
     if (!rows) {
-      float* own = static_cast<float*>(scratch.data) + thread * per_thread;
+      float* own = scratch.floats() + thread * per_thread;
       rows = decode_rows(args, n0, count, own, own + blocks);
       base = 0;
     }
@@ -99,8 +98,7 @@ void norm(const DoraNormArgs& args) {
     for (int64_t m = 0; m < count; ++m) {
       args.norm[n0 + m] = static_cast<float>(__builtin_sqrt(sums[m]));
     }
-  };
-  parallel_for(args.threads, (args.N + kNormRows - 1) / kNormRows, task);
+  });
 }
 
 }  // namespace dora

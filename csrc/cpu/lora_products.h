@@ -51,15 +51,14 @@ void shrink_rows(const LoraShrinkArgs& args, int64_t m0, int64_t begin, int64_t 
 
 void shrink(const LoraShrinkArgs& args) {
   constexpr int64_t kM = 8, kR = 8;  // of a task
-  const int64_t groups = (args.r + kR - 1) / kR;
-  auto task = [&](int64_t t, int) {
+  const int64_t groups = ceil_div(args.r, kR);
+  parallel_for(args.threads, ceil_div(args.M, kM) * groups, [&](int64_t t, int) {
     const int64_t begin = t % groups * kR, end = min64(args.r, begin + kR);
     int64_t m = t / groups * kM;
     const int64_t stop = min64(args.M, m + kM);
     for (; m + 4 <= stop; m += 4) shrink_rows<4>(args, m, begin, end);
     for (; m < stop; ++m) shrink_rows<1>(args, m, begin, end);
-  };
-  parallel_for(args.threads, (args.M + kM - 1) / kM * groups, task);
+  });
 }
 
 template <int kM>
@@ -82,8 +81,8 @@ void expand_tile(const LoraExpandArgs& args, int64_t m0, int64_t k, int n) {
 
 void expand(const LoraExpandArgs& args) {
   constexpr int64_t kM = 16, kColumns = 512;  // of a task
-  const int64_t groups = (args.K + kColumns - 1) / kColumns;
-  auto task = [&](int64_t t, int) {
+  const int64_t groups = ceil_div(args.K, kColumns);
+  parallel_for(args.threads, ceil_div(args.M, kM) * groups, [&](int64_t t, int) {
     const int64_t begin = t % groups * kColumns, end = min64(args.K, begin + kColumns);
     int64_t m = t / groups * kM;
     const int64_t stop = min64(args.M, m + kM);
@@ -95,8 +94,7 @@ void expand(const LoraExpandArgs& args) {
       }
       m += eight ? 8 : 1;
     }
-  };
-  parallel_for(args.threads, (args.M + kM - 1) / kM * groups, task);
+  });
 }
 
 constexpr int64_t kOuterRows = 64, kOuterColumns = 128;
@@ -146,8 +144,8 @@ inline void store_transposed(const LoraOuterArgs& args, const float* g, int64_t 
 void outer(const LoraOuterArgs& args) {
   const int64_t sums = args.r * kOuterColumns, per_thread = sums + kOuterRows * kOuterColumns;
   Scratch scratch(args.threads * per_thread * 4);
-  auto task = [&](int64_t t, int thread) {
-    float* g = static_cast<float*>(scratch.data) + thread * per_thread;
+  parallel_for(args.threads, ceil_div(args.K, kOuterColumns), [&](int64_t t, int thread) {
+    float* g = scratch.floats() + thread * per_thread;
     float* block = g + sums;
     std::memset(g, 0, static_cast<size_t>(sums) * 4);
     const int64_t k0 = t * kOuterColumns, columns = min64(kOuterColumns, args.K - k0);
@@ -167,8 +165,7 @@ void outer(const LoraOuterArgs& args) {
       }
     }
     args.transposed ? store_transposed(args, g, k0, columns) : store_sums(args, g, k0, columns);
-  };
-  parallel_for(args.threads, (args.K + kOuterColumns - 1) / kOuterColumns, task);
+  });
 }
 
 }  // namespace lora

@@ -45,9 +45,9 @@ inline void widen(const void* src, DType dtype, int64_t i, int64_t n, double* ou
   }
 }
 
-// The next piece of a factor, asked for while the current one is multiplied: a piece is read in one
-// go and then worked on from the cache for microseconds, in which the processor's own prefetching
-// sees nothing.
+// Prefetch of the next piece of a factor while the current one is multiplied: a piece is read in
+// one go and then worked on from the cache for microseconds, in which the processor's own
+// prefetching sees nothing.
 struct Ahead {
   const char* row = nullptr;
   int64_t rows = 0, stride = 0, bytes = 0, at = 0;
@@ -106,7 +106,7 @@ inline void gram_block(const double* x, int64_t rows, int64_t stride, int64_t i0
 // partial += x^T x for x [rows, r]; past column r it collects what lies there, nobody reads it.
 inline void gram_tall(const double* x, int64_t rows, int64_t stride, int64_t r, double* partial,
                       Ahead ahead) {
-  const int64_t ld = padded(r), steps = (r + kBlockRows - 1) / kBlockRows;
+  const int64_t ld = padded(r), steps = ceil_div(r, kBlockRows);
   const int64_t lines = (ahead.lines() + steps - 1) / steps;
   for (int64_t i = 0; i < r; i += kBlockRows) {
     ahead.fetch(lines);
@@ -126,7 +126,7 @@ inline void gram_tall(const double* x, int64_t rows, int64_t stride, int64_t r, 
 // partial += x x^T for x [r, columns], columns a multiple of 16.
 inline void gram_wide(const double* x, int64_t columns, int64_t stride, int64_t r, double* partial,
                       Ahead ahead) {
-  const int64_t ld = padded(r), steps = (r + kDotRows - 1) / kDotRows;
+  const int64_t ld = padded(r), steps = ceil_div(r, kDotRows);
   const int64_t lines = (ahead.lines() + steps - 1) / steps;
   for (int64_t i0 = 0; i0 < r; i0 += kDotRows) {
     ahead.fetch(lines);
@@ -188,7 +188,7 @@ inline void multiply(const double* p, int64_t p_step, int64_t p_row, int64_t row
                      int64_t q_step, int64_t inner, int64_t n, Out* out, int64_t out_row,
                      Ahead ahead = {}) {
   constexpr int64_t kWidth = kBlockColumns * kDoubles;
-  const int64_t steps = (n + kWidth - 1) / kWidth * ((rows + kBlockRows - 1) / kBlockRows);
+  const int64_t steps = ceil_div(n, kWidth) * ceil_div(rows, kBlockRows);
   const int64_t lines = (ahead.lines() + steps - 1) / steps;
   for (int64_t j = 0; j < n; j += kWidth) {
     int64_t i = 0;

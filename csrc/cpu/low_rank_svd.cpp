@@ -76,13 +76,12 @@ void for_each(const LowRankKernels& kernels, int64_t r, int threads, int64_t tas
   const int64_t per_thread = round_up(kernels.scratch_doubles(r), 64);
   const int used = static_cast<int>(min64(threads, tasks));
   Scratch scratch(used * per_thread * 8);
-  auto run = [&](int64_t index, int thread) {
+  parallel_for(used, tasks, [&](int64_t index, int thread) {
     task(index, static_cast<double*>(scratch.data) + thread * per_thread);
-  };
-  parallel_for(used, tasks, run);
+  });
 }
 
-// What becomes of a factor: its Gram matrix and from that root, inverse and norms.
+// Decomposition of a factor: its Gram matrix and from that root, inverse and norms.
 struct Decomposition {
   double* gram;
   double* root;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kDotGroup = 128;  // elements that come in an order of their own
 
-// Where element j of a group lies in x: AVX-512 takes the weights as eight streams, number l of
+// Position in x of element j of a group: AVX-512 takes the weights as eight streams, number l of
 // stream j being element 8 l + j, because shifting the sixteen packed dwords yields them so.
 inline int64_t dot_position(int64_t j) {
 #if defined(__AVX512F__)

@@ -134,7 +134,7 @@ struct Float32Math {
         prefetch_row(w, N, K, n0 + i, k0);
         decode(w, absmax, (n0 + i) * K + k0, valid, dtype, target);
       }
-      for (int64_t j = (valid + 15) / 16; j < 8; ++j) std::memset(target(j), 0, 64);
+      for (int64_t j = ceil_div(valid, 16); j < 8; ++j) std::memset(target(j), 0, 64);
     }
   }
 

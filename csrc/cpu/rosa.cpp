@@ -17,17 +17,16 @@ template <class Index>
 void check_indices(const void* data, int64_t count, int64_t limit, int threads,
                    const char* message) {
   const Index* index = static_cast<const Index*>(data);
-  const int64_t tasks = (count + kCheckedAtOnce - 1) / kCheckedAtOnce;
+  const int64_t tasks = ceil_div(count, kCheckedAtOnce);
   std::vector<char> bad(static_cast<size_t>(tasks), 0);
-  auto task = [&](int64_t i, int) {
+  parallel_for(threads, tasks, [&](int64_t i, int) {
     const int64_t end = std::min(count, (i + 1) * kCheckedAtOnce);
     bool outside = false;
     for (int64_t j = i * kCheckedAtOnce; j < end; ++j) {
       outside |= index[j] < 0 || static_cast<int64_t>(index[j]) >= limit;
     }
     bad[static_cast<size_t>(i)] = outside;
-  };
-  parallel_for(threads, tasks, task);
+  });
   require(std::find(bad.begin(), bad.end(), 1) == bad.end(), message);
 }
 
@@ -59,11 +58,10 @@ void gather(const SpmmArgs& args, float* out) {
   check_indices<Index>(order, args.s.nnz, args.s.nnz, args.threads,
                        "order: a place is out of range");
   const int64_t nnz = args.s.nnz;
-  auto task = [&](int64_t i, int) {
+  parallel_for(args.threads, ceil_div(nnz, kCheckedAtOnce), [&](int64_t i, int) {
     const int64_t end = std::min(nnz, (i + 1) * kCheckedAtOnce);
     for (int64_t j = i * kCheckedAtOnce; j < end; ++j) out[j] = args.values[order[j]];
-  };
-  parallel_for(args.threads, (nnz + kCheckedAtOnce - 1) / kCheckedAtOnce, task);
+  });
 }
 
 }  // namespace
@@ -79,7 +77,7 @@ void rosa_spmm(Isa isa, const SpmmArgs& args) {
   }
   Scratch scratch(args.s.nnz * 4);
   SpmmArgs ordered = args;
-  float* values = static_cast<float*>(scratch.data);
+  float* values = scratch.floats();
   args.s.wide ? gather<int64_t>(args, values) : gather<int32_t>(args, values);
   ordered.values = values;
   ordered.order = nullptr;

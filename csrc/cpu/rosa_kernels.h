@@ -35,8 +35,8 @@ inline void pack_tile(const void* x, DType dtype, int64_t T, int64_t columns, in
 template <int kV>
 void pack_panels(const void* x, DType dtype, int64_t T, int64_t columns, int64_t t, int64_t count,
                  int threads, float* panels) {
-  const int64_t groups = (columns + kPackColumns - 1) / kPackColumns;
-  auto task = [&](int64_t i, int) {
+  const int64_t groups = ceil_div(columns, kPackColumns);
+  parallel_for(threads, count * groups, [&](int64_t i, int) {
     const int64_t panel = i / groups, begin = i % groups * kPackColumns;
     const int64_t end = min64(columns, begin + kPackColumns);
     float* out = panels + panel * columns * 16 * kV;
@@ -47,8 +47,7 @@ void pack_panels(const void* x, DType dtype, int64_t T, int64_t columns, int64_t
                   16 * kV);
       }
     }
-  };
-  parallel_for(threads, count * groups, task);
+  });
 }
 
 // Runs fn(first row of x, number of panels, panels) for groups of panels, as many as there are
@@ -57,7 +56,7 @@ template <int kV, class Fn>
 void for_panels(const void* x, DType dtype, int64_t T, int64_t columns, int threads, const Fn& fn) {
   const int64_t total = (T + 16 * kV - 1) / (16 * kV), group = min64(total, threads);
   Scratch scratch(group * columns * 64 * kV);
-  float* panels = static_cast<float*>(scratch.data);
+  float* panels = scratch.floats();
   for (int64_t first = 0; first < total; first += group) {
     const int64_t count = min64(group, total - first), t = first * 16 * kV;
     pack_panels<kV>(x, dtype, T, columns, t, count, threads, panels);
@@ -100,9 +99,9 @@ void spmm_panels(const SpmmArgs& args) {
   const int64_t rows = args.s.rows, columns = args.s.columns;
   const Index* starts = static_cast<const Index*>(args.s.starts);
   const Index* index = static_cast<const Index*>(args.s.index);
-  const int64_t groups = (rows + kTaskRows - 1) / kTaskRows;
+  const int64_t groups = ceil_div(rows, kTaskRows);
   const auto run = [&](int64_t t0, int64_t count, const float* panels) {
-    auto task = [&](int64_t i, int) {
+    parallel_for(args.threads, count * groups, [&](int64_t i, int) {
       const int64_t panel = i % count, first = i / count * kTaskRows;
       const float* x = panels + panel * columns * 16 * kV;
       for (int64_t n0 = first; n0 < min64(rows, first + kTaskRows); n0 += 16) {
@@ -125,8 +124,7 @@ void spmm_panels(const SpmmArgs& args) {
           }
         }
       }
-    };
-    parallel_for(args.threads, count * groups, task);
+    });
   };
   for_panels<kV>(args.x, args.dtype, args.T, columns, args.threads, run);
 }
@@ -171,7 +169,7 @@ void sddmm_panels(const SddmmArgs& args) {
   const Index* starts = static_cast<const Index*>(args.s.starts);
   const Index* index = static_cast<const Index*>(args.s.index);
   const auto run = [&](int64_t t0, int64_t count, const float* panels) {
-    auto task = [&](int64_t i, int) {
+    parallel_for(args.threads, ceil_div(rows, kTaskRows), [&](int64_t i, int) {
       for (int64_t n0 = i * kTaskRows; n0 < min64(rows, (i + 1) * kTaskRows); n0 += 16) {
         const int rows_here = static_cast<int>(min64(16, rows - n0));
         if (starts[n0] == starts[n0 + rows_here]) continue;
@@ -205,8 +203,7 @@ void sddmm_panels(const SddmmArgs& args) {
           }
         }
       }
-    };
-    parallel_for(args.threads, (rows + kTaskRows - 1) / kTaskRows, task);
+    });
   };
   for_panels<kV>(args.x, args.dtype, args.T, columns, args.threads, run);
 }

@@ -4,7 +4,7 @@
 // 16-bit floats travel as bits: BF16 and FP16 tag them, a uint32_t holds two (element 0 in the low
 // half), and float is what is computed with. Needs sm_80.
 //
-// Shared memory is had in two ways only, because the emulation must know its exact size:
+// There are exactly two ways to declare shared memory, for the emulation must know its exact size:
 //   T* p = dynamic_shared<T>();        what launch() was given, 1024-byte aligned
 //   PEFTKERN_SHARED(name, float[32]);  a static object; name has that type
 #pragma once

@@ -45,10 +45,11 @@ __device__ __forceinline__ void products_wait() {
 #endif
 }
 
-// What a product reads as B: rows of 64 16-bit values (k is along the row), 128 bytes apart, from a
-// multiple of 1024 bytes on, the 16-byte pieces of row i at swizzled(i, piece). Step j of four k16
-// steps is at tile + 2 j. In the 64 bits: address / 16 in bits 0-13, 1 (not used) in 16-29, 64
-// (eight rows take 1024 bytes) in 32-45, 0 (base offset) in 49-51, 1 (128-byte swizzle) in 62-63.
+// Operand B of a product in shared memory: rows of 64 16-bit values (k is along the row), 128 bytes
+// apart, from a multiple of 1024 bytes on, the 16-byte pieces of row i at swizzled(i, piece). Step
+// j of four k16 steps is at tile + 2 j. In the 64 bits: address / 16 in bits 0-13, 1 (not used) in
+// 16-29, 64 (eight rows take 1024 bytes) in 32-45, 0 (base offset) in 49-51, 1 (128-byte swizzle)
+// in 62-63.
 __device__ __forceinline__ int swizzled(int row, int piece) {
   return row * 128 + (piece ^ (row & 7)) * 16;
 }

@@ -24,14 +24,14 @@ __host__ __device__ constexpr int threads_for(int rank) {  // also one for each 
   return ((rank + 1) / 2 * lanes_for(rank) + 31) / 32 * 32;
 }
 
-// Where columns lie: in shared memory, but for their last rows, not at all. X and Q take 70 KB at r
-// = 64, but the 272 KB of r = 128 fit nowhere: of 256 rows the last 40 (227 KB: sm_90, sm_100) or
-// 104 (163 KB: sm_80) are Q's in global memory, all where not even X fits (99 KB, r > 104). Q in
+// Placement of columns: in shared memory, but for their last rows, not at all. X and Q take 70 KB
+// at r = 64, but the 272 KB of r = 128 fit nowhere: of 256 rows the last 40 (227 KB: sm_90, sm_100)
+// or 104 (163 KB: sm_80) are Q's in global memory, all where not even X fits (99 KB, r > 104). Q in
 // float32 would fit, but drifts from orthogonal by 7e-7; solving for the vectors instead of
 // carrying Q loses those of small sigma. Sums have the same order wherever their rows lie.
 enum class Place { kShared, kTail, kMemory };
 
-// What lies where. Rows of X, then as many of Q, each padded with zeros to whole groups of lanes.
+// Memory layout. Rows of X, then as many of Q, each padded with zeros to whole groups of lanes.
 struct Layout {
   int r, rows, total;  // rows of X; of a column
   int held, stride;    // of a column: rows in shared memory, doubles that they take
@@ -95,7 +95,7 @@ struct Columns {
   }
 };
 
-// What else is in shared memory: doubles [r] but for the slots, one for each warp.
+// The rest of shared memory: doubles [r] but for the slots, one for each warp.
 struct Scratch {
   double* base;
   int r;

@@ -25,7 +25,7 @@ constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
 template <typename T>
 using Codes = std::conditional_t<sizeof(T) == 4, uint16_t, uint32_t>;
 
-// Where weight i of a chunk has its code: the even one is the high nibble of its byte.
+// Bit offset of the code of weight i of a chunk: the even one is the high nibble of its byte.
 __host__ __device__ constexpr int code_shift(int i) { return 8 * (i / 2) + (i % 2 ? 0 : 4); }
 
 template <typename T>

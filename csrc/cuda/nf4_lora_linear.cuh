@@ -1,4 +1,4 @@
-// What both kernels of nf4_lora_linear check of their arguments, once the sizes are checked.
+// Argument checks of both nf4_lora_linear kernels, after those of the sizes.
 #pragma once
 
 #include "peftkern/checks.h"

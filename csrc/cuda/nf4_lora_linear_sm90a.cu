@@ -36,7 +36,7 @@ __host__ __device__ constexpr int shared_bytes(int columns) {
   return stages_of(columns) * columns * 128 + (4 * kRows + 256) * 4;
 }
 
-// Where column c of 64 goes, so that lane t's 16 columns from 16t on are what its A registers take:
+// Position of column c of 64 that puts lane t's 16 columns from 16t on into its A registers:
 // 16t+4j+{0,1} is step j's 2t+{0,1}, 16t+4j+{2,3} its 2t+8+{0,1}.
 __host__ __device__ constexpr int position(int c) {
   return c % 16 / 4 * 16 + c % 4 / 2 * 8 + c / 16 * 2 + c % 2;

@@ -15,11 +15,6 @@
 
 namespace {
 
-[[noreturn]] void fail(const std::string& message) {
-  std::fprintf(stderr, "native test failed: %s\n", message.c_str());
-  std::exit(1);
-}
-
 void compare(double got, double wanted, double size, const std::string& what) {
   if (!(std::fabs(got - wanted) <= 1e-5 * size + 1e-30)) fail(what);
 }

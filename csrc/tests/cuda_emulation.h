@@ -18,7 +18,7 @@
 //     memory hold then, and its accumulators are 0xff until then: early reads, early overwrites and
 //     missing waits change results. A product without a fence since the last group, and one after a
 //     barrier that copies passed without fence.proxy.async: abort.
-// What it cannot find: anything about speed, bank conflicts, registers, memory ordering between
+// It cannot find anything about speed, bank conflicts, registers, memory ordering between
 // blocks that run at once.
 //
 // To add an instruction: put a wrapper into csrc/cuda/intrinsics.cuh with its PTX and, beside it,
@@ -134,9 +134,10 @@ void wait_for_preceding();
 // The barrier of all threads of the block; all must come from the same line.
 void barrier(int line);
 
-// What `width` (32 or 128) consecutive threads do together. `args` is this thread's own struct of
-// inputs and outputs, on its stack. When all lanes in `mask` (of a warp; all of a warpgroup) have
-// arrived, run(args of all lanes, width) is called once; then all go on. Absent lanes are null.
+// A step that `width` (32 or 128) consecutive threads take together. `args` is this thread's own
+// struct of inputs and outputs, on its stack. When all lanes in `mask` (of a warp; all of a
+// warpgroup) have arrived, run(args of all lanes, width) is called once; then all go on. Absent
+// lanes are null.
 using Run = void (*)(void* const* args, int width);
 void collective(int width, uint32_t mask, Run run, void* args, const char* what);
 

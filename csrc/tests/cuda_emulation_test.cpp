@@ -15,7 +15,7 @@
 
 namespace {
 
-// Whether `action` aborts with `message` on stderr; it runs in a child process.
+// True if `action` aborts with `message` on stderr; it runs in a child process.
 bool aborts_with(const std::string& message, const std::function<void()>& action) {
   int ends[2];
   if (pipe(ends) != 0) return false;

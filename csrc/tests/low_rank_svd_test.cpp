@@ -15,8 +15,7 @@
 namespace {
 
 [[noreturn]] void fail(Isa isa, const std::string& what) {
-  std::fprintf(stderr, "native test failed: %s low_rank_svd: %s\n", isa_name(isa), what.c_str());
-  std::exit(1);
+  ::fail(std::string(isa_name(isa)) + " low_rank_svd: " + what);
 }
 
 struct Factors {

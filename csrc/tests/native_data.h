@@ -4,11 +4,13 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "peftkern/nf4.h"
@@ -24,6 +26,11 @@ inline int64_t pick(const std::vector<int64_t>& values) { return values[rng() % 
 inline float normal() {
   static std::normal_distribution<float> distribution;
   return distribution(rng);
+}
+
+[[noreturn]] inline void fail(const std::string& message) {
+  std::fprintf(stderr, "native test failed: %s\n", message.c_str());
+  std::exit(1);
 }
 
 inline bool rejected(const std::function<void()>& call) {

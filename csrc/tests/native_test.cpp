@@ -27,11 +27,6 @@ void check_rosa(Isa isa);          // rosa_test.cpp
 
 namespace {
 
-[[noreturn]] void fail(const std::string& message) {
-  std::fprintf(stderr, "native test failed: %s\n", message.c_str());
-  std::exit(1);
-}
-
 const std::vector<int64_t> kNumels = {0,    1,    2,    3,    31,    32,   33,  63,
                                       64,   65,   127,  128,  129,   255,  257, 509,
                                       1024, 4095, 4096, 4097, 12289, 70001};
@@ -383,22 +378,8 @@ void check_dora_norms(Isa isa) {
 }
 
 void check_malformed_states(Isa isa) {
-  const std::vector<int64_t> absurd = {-1,
-                                       0,
-                                       1,
-                                       2,
-                                       31,
-                                       32,
-                                       48,
-                                       64,
-                                       65,
-                                       4096,
-                                       8192,
-                                       1 << 20,
-                                       int64_t{1} << 31,
-                                       int64_t{1} << 60,
-                                       INT64_MAX,
-                                       INT64_MIN};
+  std::vector<int64_t> absurd = {-1, 0, 1, 2, 31, 32, 48, 64, 65, 4096, 8192, 1 << 20};
+  absurd.insert(absurd.end(), {int64_t{1} << 31, int64_t{1} << 60, INT64_MAX, INT64_MIN});
   int64_t refused = 0, ran = 0;
   for (int i = 0; i < 20000; ++i) {
     const Weight good(pick({1, 63, 64, 65, 300, 4097}), pick({32, 64}), rng() % 2,

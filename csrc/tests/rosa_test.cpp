@@ -15,11 +15,6 @@
 
 namespace {
 
-[[noreturn]] void fail(const std::string& message) {
-  std::fprintf(stderr, "native test failed: %s\n", message.c_str());
-  std::exit(1);
-}
-
 // A random sparse matrix; about one row in three is empty.
 template <typename Index>
 struct Entries {

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
+import functools
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
 import torch
+import trainers
 from adalora_models import STEPS, adalora_llama, optimizer_of
-from paths import ROOT, SUPPORT
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
@@ -29,12 +27,13 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
+from processes import run_code
 from safetensors.torch import load_file
 from tolerances import (
     AUTOCAST_RTOL,
+    BF16_LOSS_RTOL,
     COMPACTED_RTOL,
     GOLDEN_RTOL,
-    HANG_SECONDS,
     LOGITS,
     LOSS_CURVE_RTOL,
 )
@@ -115,17 +114,13 @@ def test_training_follows_peft(kind: str) -> None:
     assert fallbacks() == {} and served_by_us() == 14 * STEPS
     assert sum(map(sum, our_patterns[-1].values())) == 2 * 14
     if kind == "bfloat16":  # two runs of PEFT part as far when one bit of a sum changes
-        torch.testing.assert_close(
-            torch.tensor(got[:5]), torch.tensor(wanted[:5]), rtol=2e-2, atol=0
-        )
+        assert_close_losses(got[:5], wanted[:5], BF16_LOSS_RTOL)
         return
-    torch.testing.assert_close(
-        torch.tensor(got), torch.tensor(wanted), rtol=LOSS_CURVE_RTOL, atol=0
-    )
+    assert_close_losses(got, wanted, LOSS_CURVE_RTOL)
     assert our_patterns == their_patterns
 
 
-def one_layer(proj: nn.Module, dtype: torch.dtype | None = None, **config) -> PeftModel:
+def one_layer(proj: nn.Module, **config) -> PeftModel:
     net = Net(proj)
     net.is_loaded_in_4bit = isinstance(proj, bnb.nn.Linear4bit)
     torch.manual_seed(2)
@@ -173,12 +168,8 @@ def test_layer_gives_pefts_output_and_gradients(make, config: dict) -> None:
 
 
 @pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-def test_layer_in_bfloat16(make) -> None:
+def test_layer_in_bfloat16_and_under_autocast(make) -> None:
     assert_same_outputs(one_layer(make(torch.bfloat16)), torch.bfloat16)
-
-
-@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-def test_layer_under_autocast(make) -> None:
     theirs = one_layer(make())
     ours = copy.deepcopy(theirs)
     peftkern.patch(ours)
@@ -251,9 +242,7 @@ def test_patch_and_unpatch_in_the_middle_of_training() -> None:
             peftkern.unpatch(model)
         else:
             peftkern.patch(model)
-    torch.testing.assert_close(
-        torch.tensor(got), torch.tensor(wanted), rtol=LOSS_CURVE_RTOL, atol=0
-    )
+    assert_close_losses(got, wanted, LOSS_CURVE_RTOL)
     assert seen[-1] == patterns[-1]
 
 
@@ -311,7 +300,7 @@ def test_training_goes_on_after_saving_and_loading(tmp_path: Path) -> None:
     assert sum(map(sum, pattern.values())) == 28
 
 
-@pytest.mark.parametrize("target_r", [6, 9])
+@pytest.mark.parametrize("target_r", [pytest.param(6, marks=pytest.mark.long), 9])
 def test_a_budget_of_everything_prunes_nothing(target_r: int) -> None:
     """PEFT's kthvalue refuses k = 0."""
     model = adalora_llama(target_r=target_r)
@@ -444,29 +433,7 @@ def test_compaction_of_a_peft_model(tmp_path: Path) -> None:
     assert_close_logits(loaded, twin.eval())
 
 
-class Texts(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {k: v[0] for k, v in text_batch(rows=1, seed=i).items()}
-
-
-def trainer(model: nn.Module, folder: Path, callbacks: list, **options):
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        **{"max_steps": 20, **options},
-    )
-    return Trainer(model, arguments, train_dataset=Texts(), callbacks=callbacks)
+trainer = functools.partial(trainers.trainer, max_steps=20, gradient_accumulation_steps=2)
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -516,46 +483,34 @@ def test_trainer_callback_complains(tmp_path: Path) -> None:
 
 DDP = """
 import hashlib, json, sys
-import torch, torch.distributed as dist
+import torch, torch.distributed as dist, torch.multiprocessing as mp
 from adalora_models import STEPS, adalora_llama, optimizer_of
 from peft_models import take_small_layers, text_batch
 import peftkern
 
-take_small_layers()
+def work(rank, store):
+    take_small_layers()
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+    torch.set_num_threads(1 + rank)  # must not matter
+    model = adalora_llama(deltaT=1)
+    peftkern.patch(model)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = optimizer_of(model)
+    digest = hashlib.sha256()
+    for step in range(1, STEPS + 1):
+        wrapped(**text_batch(seed=100 * rank + step)).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        digest.update(json.dumps(model.peft_config["default"].rank_pattern).encode())
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
+    print(digest.hexdigest())
+    dist.destroy_process_group()
 
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-torch.set_num_threads(1 + rank)  # must not matter
-model = adalora_llama(deltaT=1)
-peftkern.patch(model)
-wrapped = torch.nn.parallel.DistributedDataParallel(model)
-optimizer = optimizer_of(model)
-digest = hashlib.sha256()
-for step in range(1, STEPS + 1):
-    wrapped(**text_batch(seed=100 * rank + step)).loss.backward()
-    optimizer.step()
-    model.base_model.update_and_allocate(step)
-    optimizer.zero_grad()
-    digest.update(json.dumps(model.peft_config["default"].rank_pattern).encode())
-assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
-print(digest.hexdigest())
+mp.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 
 def test_ddp_ranks_draw_the_same_masks(tmp_path: Path) -> None:
-    run = [sys.executable, "-c", DDP]
-    path = os.pathsep.join([str(SUPPORT), str(ROOT)])
-    processes = [
-        subprocess.Popen(
-            [*run, str(rank), str(tmp_path / "store")],
-            env={**os.environ, "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    results = [process.communicate(timeout=HANG_SECONDS) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
-    digests = {out.split()[-1] for out, _ in results}
-    assert len(digests) == 1
+    first, second = run_code(DDP, tmp_path / "store").split()
+    assert first == second

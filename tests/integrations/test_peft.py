@@ -5,12 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import pickle
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +17,6 @@ from peft_models import (
     K,
     Net,
     add_lora,
-    fallbacks,
     fill_adapters,
     layer_of,
     lora_net,
@@ -31,7 +25,7 @@ from peft_models import (
     served_by_us,
     tiny_llama,
 )
-from tolerances import HANG_SECONDS
+from site_packages import python, without
 from torch import nn
 
 import peftkern
@@ -272,31 +266,20 @@ def test_report_tells_fp4():
     assert report.falling_back == {"base_model.model.proj": "quant_type is fp4"}
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-def test_patched_model_is_deepcopied(make):
+def test_patched_model_is_copied(make, copied):
     model = lora_net(make())
     peftkern.patch(model)
     x = torch.randn(3, K)
     expected = model(x)
     peftkern.reset_stats()
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     assert type(layer_of(twin)) is type(layer_of(model))
     assert torch.equal(twin(x), expected) and served_by_us() == 1
     with torch.no_grad():
         layer_of(twin).lora_B["default"].weight.zero_()
     assert torch.equal(model(x), expected)
-
-
-@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-def test_patched_model_is_pickled(make):
-    model = lora_net(make())
-    peftkern.patch(model)
-    x = torch.randn(3, K)
-    expected = model(x)
-    twin = pickle.loads(pickle.dumps(model))
-    assert type(layer_of(twin)) is type(layer_of(model))
-    peftkern.reset_stats()
-    assert torch.equal(twin(x), expected) and served_by_us() == 1
 
 
 def test_checks_per_call_are_cheap():
@@ -309,21 +292,7 @@ def test_checks_per_call_are_cheap():
     assert len(called) <= CALLS_OF_THE_CHECKS, called
 
 
-def test_stats_count_served_layers_and_no_fallback():
-    model = add_lora(tiny_llama())
-    peftkern.patch(model)
-    peftkern.reset_stats()
-    model(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    assert served_by_us() == 14 and fallbacks() == {}
-
-
 def test_patch_works_without_bitsandbytes(tmp_path):
-    """A site directory with every installed package except bitsandbytes, and nothing else."""
-    site = Path(sysconfig.get_paths()["purelib"])
-    for entry in site.iterdir():
-        if not entry.name.startswith("bitsandbytes") and entry.suffix != ".pth":
-            (tmp_path / entry.name).symlink_to(entry)
-    root = Path(peftkern.__file__).parent.parent
     code = (
         "import torch, peftkern, importlib.util\n"
         "from peft import LoraConfig, get_peft_model\n"
@@ -332,14 +301,7 @@ def test_patch_works_without_bitsandbytes(tmp_path):
         "model = get_peft_model(net, LoraConfig(target_modules=['0']))\n"
         "print(peftkern.patch(model)); model(torch.randn(600, 512)); print(peftkern.stats())\n"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(tmp_path)])}
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
+    done = python(without(tmp_path / "site", "bitsandbytes"), "-c", code)
     assert done.returncode == 0, done.stderr
     assert "1 patched (lora.Linear 1), 0 skipped" in done.stdout
     assert "lora_linear_forward" in done.stdout

@@ -25,10 +25,6 @@ from torch import nn
 import peftkern
 
 
-def test_fp4():
-    assert_falls_back(lora_net(make_linear4bit(quant_type="fp4")), "quant_type is fp4")
-
-
 def test_missing_quant_state():
     model = lora_net(make_linear4bit())
     layer_of(model).base_layer.weight.quant_state = None  # as after FSDP; the module still has it
@@ -43,7 +39,7 @@ def test_missing_quant_state():
     assert served_by_us() == 1
 
 
-def test_not_quantised_yet_fails_as_in_peft():
+def test_not_quantized_yet_fails_as_in_peft():
     base = bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=torch.float32)
     model = lora_net(base)
     peftkern.patch(model)
@@ -53,14 +49,15 @@ def test_not_quantised_yet_fails_as_in_peft():
     assert fallbacks() == {"quant_state is missing": 1}
 
 
-def test_unknown_quant_storage():
+def test_formats_that_our_kernels_do_not_read():
+    assert_falls_back(lora_net(make_linear4bit(quant_type="fp4")), "quant_type is fp4")
     model = lora_net(make_linear4bit(bias=False))
     weight = layer_of(model).base_layer.weight
     weight.data = weight.data.view(-1).view(torch.int16).view(-1, 1)
     assert_falls_back(model, "quant_storage is torch.uint8 over torch.int16 data")
 
 
-def test_weight_quantised_the_other_way_round():
+def test_weight_quantized_the_other_way_round():
     model = lora_net(make_linear4bit(bias=False))
     base = layer_of(model).base_layer
     transposed = bnb.nn.Params4bit(

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from paths import ROOT, SUPPORT
 from peft import LoraConfig
 from peft_models import (
     K,
@@ -26,7 +20,7 @@ from peft_models import (
     make_linear4bit,
     served_by_us,
 )
-from tolerances import HANG_SECONDS
+from processes import run_code
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -77,30 +71,41 @@ def test_shape_that_peft_was_measured_faster_for(make, monkeypatch):
     assert r == layer_of(model).r["default"]
 
 
-def test_disabled():
-    """Of a dense base, for which torch has an operation; of others see test_peft_states.py."""
-    model = lora_net(make_linear())
-    layer_of(model).enable_adapters(False)
-    assert_falls_back(model, "adapters are disabled")
+class Mine(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
 
 
-def test_merged():
-    model = lora_net(make_linear())
-    layer_of(model).merge()
-    assert_falls_back(model, "adapters are merged")
+def hook_the_magnitude(layer: nn.Module) -> None:
+    layer.lora_magnitude_vector["default"].register_forward_hook(lambda *args: None)
 
 
-def test_dora_over_conv1d():
-    model = lora_net(make_conv1d(), use_dora=True, fan_in_fan_out=True)
-    assert_falls_back(model, "DoRA over Conv1D")
+DORA = {"use_dora": True}
+STATES = [  # the reason; what the adapter is over and its config; what is done to the layer
+    # Over a dense base, for which torch has an operation; of others see test_peft_states.py.
+    ("adapters are disabled", make_linear, {}, lambda layer: layer.enable_adapters(False)),
+    ("adapters are merged", make_linear, {}, lambda layer: layer.merge()),
+    ("no active adapter", make_linear, {}, lambda layer: vars(layer).update(NO_ACTIVE)),
+    ("base_layer is Mine", lambda: Mine(K, N).requires_grad_(False), {}, None),
+    ("DoRA over Conv1D", make_conv1d, {**DORA, "fan_in_fan_out": True}, None),
+    ("hooks on lora_magnitude_vector", make_linear, DORA, hook_the_magnitude),
+    ("hooks on lora_magnitude_vector", make_linear4bit, DORA, hook_the_magnitude),
+    (
+        "adapter is torch.bfloat16, its input torch.float32",
+        make_linear,
+        {"adapter_dtype": torch.bfloat16},
+        None,
+    ),
+]
+NO_ACTIVE = {"_active_adapter": ["elsewhere"]}
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_hooks_on_the_magnitude_of_dora(make):
-    model = lora_net(make(), use_dora=True)
-    magnitude = layer_of(model).lora_magnitude_vector["default"]
-    magnitude.register_forward_hook(lambda *args: None)
-    assert_falls_back(model, "hooks on lora_magnitude_vector")
+@pytest.mark.parametrize(("reason", "make", "config", "change"), STATES)
+def test_states_that_are_left_to_peft(reason, make, config, change):
+    model = lora_net(make(), **config)
+    if change is not None:
+        change(layer_of(model))
+    assert_falls_back(model, reason)
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -148,26 +153,20 @@ def test_unknown_arguments_fail_as_in_peft(make):
         layer_of(model)(torch.randn(2, K), attention_mask=torch.ones(2))
 
 
-def zero_forward(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    return output * 0.5
-
-
-def register(kind: str) -> Callable[[nn.Module], Any]:
-    hooks = {
-        "forward": lambda m: m.register_forward_hook(zero_forward),
-        "forward_pre": lambda m: m.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,)),
-        "backward": lambda m: m.register_full_backward_hook(lambda m, gi, go: (gi[0] * 0.5,)),
-        "backward_pre": lambda m: m.register_full_backward_pre_hook(lambda m, go: (go[0] * 0.5,)),
-    }
-    return hooks[kind]
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(lambda m, args, output: output * 0.5),
+    "forward_pre": lambda m: m.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,)),
+    "backward": lambda m: m.register_full_backward_hook(lambda m, gi, go: (gi[0] * 0.5,)),
+    "backward_pre": lambda m: m.register_full_backward_pre_hook(lambda m, go: (go[0] * 0.5,)),
+}
 
 
 @pytest.mark.parametrize("make", [*MAKERS, make_conv1d])
 @pytest.mark.parametrize("name", ROLES)
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "backward", "backward_pre"])
+@pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_on_submodules(make, name, kind):
     model = lora_net(make(), lora_dropout=0.2, fan_in_fan_out=make is make_conv1d)
-    register(kind)(role(model, name))
+    HOOKS[kind](role(model, name))
     assert_falls_back(model, f"hooks on {name}")
 
 
@@ -176,7 +175,7 @@ def test_hooks_come_and_go(name):
     model = lora_net(make_linear(), lora_dropout=0.2)
     peftkern.patch(model)
     x = torch.randn(2, K)
-    handle = register("forward")(role(model, name))
+    handle = HOOKS["forward"](role(model, name))
     for _ in range(2):
         peftkern.reset_stats()
         model(x)
@@ -213,7 +212,7 @@ def test_parametrizations(name):
     parametrize.register_parametrization(role(model, name), "weight", Half())
     twin = lora_net(make_linear())
     parametrize.register_parametrization(role(twin, name), "weight", Half())
-    peftkern.patch(twin)  # a parametrised module cannot be deep-copied
+    peftkern.patch(twin)  # a parametrized module cannot be deep-copied
     x = torch.randn(3, K)
     peftkern.reset_stats()
     assert torch.equal(twin(x), model(x))
@@ -235,15 +234,6 @@ def test_other_dropout():
         assert fallbacks() == {f"lora_dropout is {dropout}": 1}
 
 
-def test_other_base_layer():
-    class Mine(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * 2
-
-    model = lora_net(Mine(K, N).requires_grad_(False))
-    assert_falls_back(model, "base_layer is Mine")
-
-
 def test_trained_base_weight():
     model = lora_net(make_linear())
     layer_of(model).base_layer.weight.requires_grad_(True)
@@ -258,15 +248,9 @@ def test_trained_base_weight():
     assert served_by_us() == 1
 
 
-def test_no_active_adapter_on_this_layer():
-    model = lora_net(make_linear())
-    layer_of(model)._active_adapter = ["elsewhere"]
-    assert_falls_back(model, "no active adapter")
-
-
 def test_no_active_adapter_on_a_4bit_layer_is_served():
     model = lora_net(make_linear4bit())
-    layer_of(model)._active_adapter = ["elsewhere"]
+    vars(layer_of(model)).update(NO_ACTIVE)
     twin = copy.deepcopy(model)
     peftkern.patch(twin)
     x = torch.randn(2, K)
@@ -276,9 +260,6 @@ def test_no_active_adapter_on_a_4bit_layer_is_served():
 
 
 def test_dtypes_that_need_pefts_casts():
-    low = lora_net(make_linear(), adapter_dtype=torch.bfloat16)
-    reason = "adapter is torch.bfloat16, its input torch.float32"
-    assert_falls_back(low, reason)
     mixed = lora_net(make_linear())
     layer_of(mixed).lora_B["default"].to(torch.float64)
     peftkern.patch(mixed)
@@ -366,15 +347,7 @@ print("sharded ok")
 
 
 def test_fsdp_and_dtensor():
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(ROOT)])}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-    assert done.returncode == 0 and "sharded ok" in done.stdout, done.stderr[-3000:]
+    assert "sharded ok" in run_code(SHARDED)
 
 
 def test_reason_is_looked_at_again_at_every_call():

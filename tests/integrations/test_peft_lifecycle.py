@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
+from peft_oracle import dora_net, norms_computed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -34,7 +36,22 @@ import peftkern
 from peftkern.integrations.peft.lora import PatchedLinear
 from peftkern.layers import NF4Linear
 
+Make = Callable[[], nn.Module]
 MAKERS = [make_linear, make_linear4bit]
+NETS = [lora_net, dora_net]
+every_make = pytest.mark.parametrize("make", MAKERS)
+every_net = pytest.mark.parametrize("net_of", NETS)
+
+
+@pytest.fixture(autouse=True)
+def form_the_product_again(monkeypatch):
+    """As layers of real sizes do under DoRA; functional/test_dora.py tests the other way."""
+    monkeypatch.setattr("peftkern.functional.dora._forms_again", lambda x, weights: True)
+
+
+def served() -> int:
+    """Calls of a layer that our ops served; DoRA has one norm in each."""
+    return norms_computed() or served_by_us()
 
 
 def assert_same_model(got: nn.Module, expected: nn.Module, x: Tensor | None = None) -> None:
@@ -51,21 +68,24 @@ def assert_same_model(got: nn.Module, expected: nn.Module, x: Tensor | None = No
     torch.testing.assert_close(got(x), expected(x))
 
 
-def pair(make: Callable[[], nn.Module], **config: object) -> tuple[PeftModel, PeftModel]:
-    model = lora_net(make(), **config)
+def pair(make: Make, net_of: Callable[..., PeftModel] = lora_net, **config: object) -> tuple:
+    model = net_of(make(), **config)
     return model, patched_copy(model)
 
 
-def save_other_adapter(directory: Path, make: Callable[[], nn.Module], **config: object) -> str:
-    other = lora_net(make(), seed=8, **config)
+def save_other_adapter(
+    directory: Path, make: Make, net_of: Callable[..., PeftModel] = lora_net, **config: object
+) -> str:
+    other = net_of(make(), seed=8, **config)
     fill_adapters(other, seed=9)
     other.save_pretrained(directory)
     return str(directory)
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_save_pretrained_writes_the_same_files(make, tmp_path):
-    model, twin = pair(make, lora_bias=True)
+@every_net
+@every_make
+def test_save_pretrained_writes_the_same_files(make, net_of, tmp_path):
+    model, twin = pair(make, net_of, lora_bias=net_of is lora_net)
     model.save_pretrained(tmp_path / "peft")
     twin.save_pretrained(tmp_path / "patched")
     ours, theirs = (
@@ -77,78 +97,88 @@ def test_save_pretrained_writes_the_same_files(make, tmp_path):
     net = Net(make())
     net.is_loaded_in_4bit = make is make_linear4bit
     loaded = PeftModel.from_pretrained(net, tmp_path / "patched")
-    x = torch.randn(2, K)
-    expected = loaded(x.requires_grad_())
-    assert peftkern.patch(loaded).patched
+    x = torch.randn(2, K, requires_grad=True)
+    expected = loaded(x)
+    report = peftkern.patch(loaded)
+    assert report.patched and report.falling_back == {}
     torch.testing.assert_close(loaded(x), expected)
+    torch.testing.assert_close(loaded(x), twin(x))
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_load_set_and_delete_adapter(make, tmp_path):
-    path = save_other_adapter(tmp_path, make, r=7, lora_alpha=3)
-    model, twin = pair(make)
+@every_net
+@every_make
+def test_load_set_disable_and_delete_adapter(make, net_of, tmp_path):
+    path = save_other_adapter(tmp_path, make, net_of, r=7, lora_alpha=3)
+    model, twin = pair(make, net_of)
     for net in (model, twin):
         net.load_adapter(path, "other", is_trainable=True)
     assert_same_model(twin, model)
-    x = torch.randn(3, K)
+    x = torch.randn(3, K, requires_grad=True)
     outputs = {}
     for name in ("other", "default"):
         for net in (model, twin):
             net.set_adapter(name)
-        outputs[name] = model(x)
         peftkern.reset_stats()
-        torch.testing.assert_close(twin(x), outputs[name])
-        assert served_by_us() == 1
+        outputs[name] = twin(x)
+        assert served() == 1
+        torch.testing.assert_close(outputs[name], model(x))
         trained = [n for n, p in twin.named_parameters() if p.requires_grad]
         assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
-    assert not torch.allclose(outputs["other"], outputs["default"])
+    with model.disable_adapter(), twin.disable_adapter():
+        disabled = twin(x)
+        torch.testing.assert_close(disabled, model(x))
+    torch.testing.assert_close(twin(x), outputs["default"])
+    for output in (outputs["other"], disabled):
+        assert not torch.allclose(output, outputs["default"])
     for net in (model, twin):
         net.set_adapter("other")
         net.delete_adapter("default")
     assert_same_model(twin, model)
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_disable_adapter(make):
-    model, twin = pair(make)
-    x = torch.randn(3, K)
-    with model.disable_adapter(), twin.disable_adapter():
-        torch.testing.assert_close(twin(x), model(x))
-        disabled = twin(x)
-    assert not torch.allclose(twin(x), disabled)
-    torch.testing.assert_close(twin(x), model(x))
-
-
-@pytest.mark.parametrize("make", [*MAKERS, make_conv1d])
+@pytest.mark.parametrize(
+    ("make", "net_of"), [*itertools.product(MAKERS, NETS), (make_conv1d, lora_net)]
+)
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit", "ignore:Unmerge lora module")
-def test_merge_and_unmerge(make):
-    model, twin = pair(make, fan_in_fan_out=make is make_conv1d)
+def test_merge_and_unmerge(make, net_of):
+    """DoRA's norm is of the weight as it is: that of PEFT's merge and unmerge through `.data`."""
+    model, twin = pair(make, net_of, fan_in_fan_out=make is make_conv1d)
     x = torch.randn(2, K, requires_grad=True)
-    before = model(x)
+    before = twin(x)
     for net in (model, twin):
         net.merge_adapter()
     assert_same_model(twin, model)
+    around = {"rtol": 1e-4, "atol": 1e-4}
+    if make is not make_linear4bit:
+        torch.testing.assert_close(twin(x), before, **around)
     for net in (model, twin):
         net.train().unmerge_adapter()
+    if make is not make_linear4bit:  # PEFT alone does not come back to 4 bits
+        assert_same_model(twin, model)
     peftkern.reset_stats()
-    torch.testing.assert_close(twin(x), before)  # PEFT alone does not come back to 4 bits
-    assert served_by_us() == 1
+    dense_dora = make is make_linear and net_of is dora_net
+    torch.testing.assert_close(twin(x), before, **(around if dense_dora else {}))
+    assert served() == 1
 
 
-@pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+@pytest.mark.parametrize(
+    ("how", "net_of"),
+    [("merge_and_unload", lora_net), ("merge_and_unload", dora_net), ("unload", lora_net)],
+)
+@every_make
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
-def test_leaving_peft(make, how):
-    model, twin = pair(make)
+def test_leaving_peft(make, how, net_of):
+    model, twin = pair(make, net_of)
     got, expected = getattr(twin, how)(), getattr(model, how)()
     assert isinstance(got.proj, type(expected.proj)) and repr(got) == repr(expected)
     assert_same_model(got, expected)
+    assert not any("lora" in name for name, _ in got.named_parameters())
     peftkern.unpatch(got)
     assert type(got.proj) is type(expected.proj)
 
 
 @pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
-@pytest.mark.parametrize("make", MAKERS)
+@every_make
 def test_add_weighted_adapter(make, combination, tmp_path):
     path = save_other_adapter(tmp_path, make)
     model, twin = pair(make)
@@ -164,7 +194,7 @@ def test_add_weighted_adapter(make, combination, tmp_path):
     assert served_by_us() == 1
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@every_make
 @pytest.mark.parametrize("prepared", [False, True])
 def test_hotswap(make, prepared, tmp_path):
     path = save_other_adapter(tmp_path, make, r=3 if prepared else 4, lora_alpha=9)
@@ -182,7 +212,7 @@ def test_hotswap(make, prepared, tmp_path):
     assert served_by_us() == 1 and not torch.allclose(twin(x), before)
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@every_make
 def test_state_dict_round_trip(make):
     model, twin = pair(make)
     state = copy.deepcopy(model.state_dict())
@@ -217,11 +247,17 @@ def test_a_new_adapter_with_new_targets_needs_another_patch():
     assert served_by_us() == 4
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("make", [*MAKERS, make_conv1d])
-def test_compile_fullgraph(make, dropout):
-    model = lora_net(make(), lora_dropout=dropout, fan_in_fan_out=make is make_conv1d)
+@pytest.mark.parametrize(
+    ("make", "net_of", "dropout"),
+    [
+        *itertools.product(MAKERS, NETS, (0.0, 0.3)),
+        *itertools.product([make_conv1d], [lora_net], (0.0, 0.3)),
+    ],
+)
+def test_compile_fullgraph(make, net_of, dropout):
+    model = net_of(make(), lora_dropout=dropout, fan_in_fan_out=make is make_conv1d)
     peftkern.patch(model)
+    torch._dynamo.reset()
     compiled = torch.compile(layer_of(model), fullgraph=True, backend="aot_eager")
     results = []
     for call in (layer_of(model), compiled):
@@ -232,7 +268,7 @@ def test_compile_fullgraph(make, dropout):
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
         results.append([y.detach(), x.grad, *gradients])
-    assert len(results[0]) == 4
+    assert len(results[0]) == (4 if net_of is lora_net else 5)
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
 

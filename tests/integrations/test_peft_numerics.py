@@ -7,11 +7,12 @@ accurate as PEFT's own forward.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft_models import (
     K,
@@ -24,9 +25,15 @@ from peft_models import (
     make_linear,
     make_linear4bit,
     patched_copy,
-    served_by_us,
 )
-from peft_oracle import oracle_for, outputs_and_gradients, sample
+from peft_oracle import (
+    assert_like_peft,
+    dora_net,
+    norms_computed,
+    outputs_and_gradients,
+    sample,
+    stretch_magnitudes,
+)
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor, nn
 
@@ -36,51 +43,50 @@ from peftkern.layers import NF4Linear
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def assert_like_peft(
-    model: nn.Module, x: Tensor, *, computes_in: torch.dtype, autocast: bool = False
-) -> None:
-    twin = patched_copy(model)
-    oracle = outputs_and_gradients(oracle_for(model, computes_in), x.double(), False)
-    eager = outputs_and_gradients(model, x, autocast)
-    peftkern.reset_stats()
-    got = outputs_and_gradients(twin, x, autocast)
-    assert fallbacks() == {} and served_by_us() == 1
-    assert got.keys() == eager.keys() == oracle.keys()
-    for name in eager:
-        assert_as_accurate_as_torch(got[name], eager[name], oracle[name])
-
-
 VARIANTS = {
     "plain": {},
     "dropout": {"lora_dropout": 0.3},
     "lora_bias": {"lora_bias": True},
     "rank64": {"r": 64, "use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "DoRA, dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "DoRA, rank64": {"use_dora": True, "r": 64, "use_rslora": True},
 }
+MAKERS = [make_linear, make_linear4bit]
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def net_of(variant: str, base: nn.Module, **config: Any) -> PeftModel:
+    config = {**VARIANTS[variant], **config}
+    return (dora_net if config.pop("use_dora", False) else lora_net)(base, **config)
+
+
+@pytest.fixture(autouse=True)
+def form_the_product_again(monkeypatch):
+    """As layers of real sizes do under DoRA; functional/test_dora.py tests the other way."""
+    monkeypatch.setattr("peftkern.functional.dora._forms_again", lambda x, weights: True)
+
+
+@every_variant
 @pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"), [(F32, None), (BF16, None), (BF16, BF16), (F16, None)], ids=str
+    ("dtype", "adapter_dtype", "bias"),
+    [(F32, None, True), (BF16, None, False), (BF16, BF16, True), (F16, None, False)],
+    ids=str,
 )
-def test_dense_like_peft(dtype, adapter_dtype, variant):
-    model = lora_net(make_linear(dtype), adapter_dtype=adapter_dtype, **VARIANTS[variant])
+def test_dense_like_peft(dtype, adapter_dtype, bias, variant):
+    model = net_of(variant, make_linear(dtype, bias), adapter_dtype=adapter_dtype)
     assert layer_of(model).lora_A["default"].weight.dtype is (adapter_dtype or F32)
     assert_like_peft(model, sample(dtype), computes_in=dtype)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["plain", "dropout", "lora_bias", "rank64"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_conv1d_like_peft(dtype, variant):
-    model = lora_net(make_conv1d(dtype), fan_in_fan_out=True, **VARIANTS[variant])
+    model = net_of(variant, make_conv1d(dtype), fan_in_fan_out=True)
     assert_like_peft(model, sample(dtype), computes_in=dtype)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_no_bias_like_peft(dtype):
-    assert_like_peft(lora_net(make_linear(dtype, bias=False)), sample(dtype), computes_in=dtype)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 @pytest.mark.parametrize(
     ("x_dtype", "compute_dtype", "adapter_dtype"),
     [
@@ -97,7 +103,7 @@ def test_no_bias_like_peft(dtype):
 )
 def test_linear4bit_like_peft(x_dtype, compute_dtype, adapter_dtype, variant):
     base = make_linear4bit(x_dtype, compute_dtype=compute_dtype)
-    model = lora_net(base, adapter_dtype=adapter_dtype, **VARIANTS[variant])
+    model = net_of(variant, base, adapter_dtype=adapter_dtype)
     assert_like_peft(model, sample(x_dtype), computes_in=compute_dtype or x_dtype)
 
 
@@ -115,19 +121,24 @@ def test_linear4bit_quant_storage_like_peft(storage):
     assert_like_peft(lora_net(base, adapter_dtype=F32), sample(F32), computes_in=F32)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 @pytest.mark.parametrize(("dtype", "x_dtype"), [(F32, F32), (F32, BF16), (BF16, F32)], ids=str)
 def test_autocast_dense_like_peft(dtype, x_dtype, variant):
-    model = lora_net(make_linear(dtype), **VARIANTS[variant])
+    model = net_of(variant, make_linear(dtype))
     assert_like_peft(model, sample(x_dtype), computes_in=BF16, autocast=True)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("x_dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("compute_dtype", [F32, BF16, None], ids=str)
+@pytest.mark.parametrize(
+    ("x_dtype", "compute_dtype", "variant"),
+    [
+        *itertools.product([F32], [F32, BF16], ["plain", "dropout", "lora_bias", "rank64"]),
+        *itertools.product([BF16], [F32, None], ["plain", "dropout", "lora_bias", "rank64"]),
+        *itertools.product([F32, BF16], [None], ["DoRA", "DoRA, dropout"]),
+    ],
+    ids=str,
+)
 def test_autocast_linear4bit_like_peft(compute_dtype, x_dtype, variant):
-    base = make_linear4bit(F32, compute_dtype=compute_dtype)
-    model = lora_net(base, adapter_dtype=F32, **VARIANTS[variant])
+    model = net_of(variant, make_linear4bit(F32, compute_dtype=compute_dtype), adapter_dtype=F32)
     assert_like_peft(model, sample(x_dtype), computes_in=BF16, autocast=True)
 
 
@@ -137,7 +148,7 @@ def test_lora_linear_over_our_nf4linear_like_peft(dtype):
     assert_like_peft(lora_net(base, adapter_dtype=F32), sample(dtype), computes_in=dtype)
 
 
-@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, 4, K), (0, K), (7, 0, K)], ids=str)
 def test_any_batch_shape_like_peft(make, shape):
     model = lora_net(make())
@@ -155,23 +166,55 @@ def add_second_adapter(model: nn.Module, active: list[str], **config: Any) -> No
     model.base_model.set_adapter(active)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("active", [["default", "second"], ["second", "default"], ["second"]])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+BOTH, TURNED, SECOND = ["default", "second"], ["second", "default"], ["second"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "active", "dropout"),
+    [
+        *((F32, BOTH, 0.3), (F32, TURNED, 0.0), (F32, SECOND, 0.3)),
+        *((BF16, BOTH, 0.0), (BF16, TURNED, 0.3), (BF16, SECOND, 0.0)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", MAKERS)
 def test_several_active_adapters_like_peft(make, dtype, active, dropout):
     model = lora_net(make(dtype), adapter_dtype=F32, lora_dropout=dropout)
     add_second_adapter(model, active, lora_dropout=dropout / 2, lora_bias=True)
-    for parameter in layer_of(model).lora_A.parameters():
-        parameter.data = parameter.data.float()
-    for parameter in layer_of(model).lora_B.parameters():
-        parameter.data = parameter.data.float()
+    for factor in (layer_of(model).lora_A, layer_of(model).lora_B):
+        for parameter in factor.parameters():
+            parameter.data = parameter.data.float()
     assert_like_peft(model, sample(dtype), computes_in=dtype)
 
 
-@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-def test_scaling_as_a_tensor_and_changed_at_run_time(make):
-    model = lora_net(make())
+@pytest.mark.parametrize(
+    ("active", "second_dora", "dropout"),
+    [
+        *((BOTH, True, 0.3), (BOTH, False, 0.0), (TURNED, True, 0.0), (TURNED, False, 0.3)),
+        *((SECOND, True, 0.3), (SECOND, False, 0.0)),
+    ],
+)
+@pytest.mark.parametrize("make", MAKERS)
+def test_several_adapters_beside_dora_like_peft(make, active, second_dora, dropout):
+    model = dora_net(make(), adapter_dtype=F32, lora_dropout=dropout)
+    add_second_adapter(model, active, use_dora=second_dora, lora_dropout=dropout / 2)
+    stretch_magnitudes(model)
+    twin, x = patched_copy(model), sample(F32)
+    expected = outputs_and_gradients(model, x, False)
+    peftkern.reset_stats()
+    got = outputs_and_gradients(twin, x, False)
+    assert fallbacks() == {}
+    assert norms_computed() == ("default" in active) + ("second" in active and second_dora)
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "variant"), [(make_linear, "plain"), (make_linear4bit, "plain"), (make_linear, "DoRA")]
+)
+def test_scaling_as_a_tensor_and_changed_at_run_time(make, variant):
+    model = net_of(variant, make())
     twin = patched_copy(model)
     x = sample(F32)
     for scaling in (0.5, 2.0, torch.tensor(0.25), torch.tensor(-1.5)):
@@ -187,10 +230,16 @@ def test_scaling_as_a_tensor_and_changed_at_run_time(make):
     torch.testing.assert_close(twin(x), model(x))
 
 
-@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
-def test_frozen_half_of_the_adapter(make, frozen):
-    model = lora_net(make(), lora_dropout=0.2)
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(
+    ("variant", "frozen"),
+    [
+        *(("dropout", "lora_A"), ("dropout", "lora_B"), ("DoRA, dropout", "lora_A")),
+        *(("DoRA, dropout", "lora_B"), ("DoRA, dropout", "lora_magnitude_vector")),
+    ],
+)
+def test_frozen_part_of_the_adapter(make, variant, frozen):
+    model = net_of(variant, make())
     getattr(layer_of(model), frozen).requires_grad_(False)
     assert_like_peft(model, sample(F32), computes_in=F32)
 
@@ -263,8 +312,9 @@ def test_a_4bit_bias_keeps_its_dtype():
     assert layer_of(twin).base_layer.bias.dtype is F32
 
 
-def test_a_trained_base_bias_gets_its_gradient():
-    model = lora_net(make_linear(), bias="all")
+@pytest.mark.parametrize("variant", ["plain", "DoRA"])
+def test_a_trained_base_bias_gets_its_gradient(variant):
+    model = net_of(variant, make_linear(), bias="all")
     assert layer_of(model).base_layer.bias.requires_grad
     twin = patched_copy(model)
     x = sample(F32)

@@ -14,6 +14,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from adalora_models import quantize_4bit_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
@@ -329,9 +330,10 @@ def test_any_sequence(kind: str, actions: list[str]) -> None:
             last()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "bias"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 def test_policy_equals_reference(make, dtype, bias, backend) -> None:
     """With lora_B = 0 a model with its adapters and one without them agree bit for bit."""
@@ -340,7 +342,7 @@ def test_policy_equals_reference(make, dtype, bias, backend) -> None:
         if "lora_B" in name:
             nn.init.zeros_(p)
     peftkern.patch(model)
-    for rows in ((1,), (5,), (2, 3), (40,)):
+    for rows in ((1,), (40,)) if backend == "triton" else ((1,), (5,), (2, 3), (40,)):
         x = torch.randn(*rows, K, dtype=dtype)
         for training in (True, False):
             model.train(training)
@@ -362,11 +364,7 @@ def test_policy_equals_reference_in_a_whole_model(make) -> None:
     """As DPO has it: training mode, eval mode, and after them a step."""
     base = tiny_llama(torch.bfloat16)
     if make is make_linear4bit:
-        for module in list(base.model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, quantised(child))
-        base.is_loaded_in_4bit = True
+        quantize_4bit_(base, compute_dtype=torch.bfloat16)
     model = add_lora(base)
     peftkern.patch(model)
     frozen = snapshot(model)
@@ -383,20 +381,8 @@ def test_policy_equals_reference_in_a_whole_model(make) -> None:
         assert all(torch.equal(before[k], now[k]) for k in before)
 
 
-def quantised(linear: nn.Linear) -> bnb.nn.Linear4bit:
-    layer = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=False,
-        compute_dtype=torch.bfloat16,
-        quant_type="nf4",
-    )
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu").requires_grad_(False)
-
-
 def test_unmerge_puts_the_frozen_weight_back() -> None:
-    """PEFT quantises anew when it merges, and once more when it takes the adapter out."""
+    """PEFT quantizes anew when it merges, and once more when it takes the adapter out."""
     model = lora_net(make_linear4bit())
     peftkern.patch(model)
     frozen = snapshot(model)

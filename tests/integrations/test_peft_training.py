@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from paths import ROOT, SUPPORT
 from peft import prepare_model_for_kbit_training
 from peft_models import (
     add_lora,
@@ -24,14 +21,14 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
-from tolerances import HANG_SECONDS, LOSS_CURVE_RTOL, RATIO, errors
+from processes import run_code
+from tolerances import LOSS_CURVE_RTOL, RATIO, errors
 from torch import nn
+from trainers import trainer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    Trainer,
-    TrainingArguments,
 )
 
 import peftkern
@@ -105,8 +102,12 @@ def assert_same_curve(model: nn.Module, *, layers: int = 14, **options: Any) -> 
     assert sum(expected[-8:]) < 0.95 * sum(expected[:8]), "the model has to learn something"
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+long = functools.partial(pytest.param, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [(F32, 0.1), (BF16, 0.0), long(F32, 0.0), long(BF16, 0.1)], ids=str
+)
 def test_lora_loss_curve(dtype, dropout):
     assert_same_curve(add_lora(tiny_llama(dtype), lora_dropout=dropout))
 
@@ -115,8 +116,9 @@ def test_lora_loss_curve_under_autocast():
     assert_same_curve(add_lora(tiny_llama(), lora_dropout=0.1), autocast=True)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [(F32, 0.0), (BF16, 0.1), long(F32, 0.1), long(BF16, 0.0)], ids=str
+)
 def test_qlora_loss_curve(saved_llama, dtype, dropout):
     base = load_4bit(saved_llama, dtype=dtype, compute_dtype=dtype)
     assert_same_curve(add_lora(base, lora_dropout=dropout))
@@ -157,43 +159,31 @@ def test_gradient_checkpointing_replays_the_dropout(saved_llama, kind, reentrant
         torch.testing.assert_close(checkpointed[name], plain[name])
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {k: v[0] for k, v in text_batch(rows=1, seed=index).items()}
-
-
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [("lora", True), ("qlora", False), long("qlora", True)]
+)
 def test_trainer(saved_llama, tmp_path, kind, checkpointing):
     dtypes = {"dtype": BF16, "compute_dtype": BF16}
     base = tiny_llama(BF16) if kind == "lora" else load_4bit(saved_llama, **dtypes)
     model = add_lora(base, lora_dropout=0.1)
     logs, evaluations, twin = [], [], patched_copy(model)
     for side, net in (("peft", model), ("patched", twin)):
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / side),
+        run = trainer(
+            net,
+            tmp_path / side,
             max_steps=6,
-            per_device_train_batch_size=4,
-            logging_steps=1,
+            save_strategy="steps",
             save_steps=3,
             learning_rate=2e-3,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            seed=3,
             gradient_checkpointing=checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         )
-        trainer = Trainer(net, arguments, train_dataset=Rows(), eval_dataset=Rows())
         peftkern.reset_stats()
-        trainer.train()
+        run.train()
         assert served_by_us() == (0 if net is model else 6 * 14 * (2 if checkpointing else 1))
-        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        logs.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
         if kind == "lora":  # evaluating repacks bitsandbytes' weights and changes their values
-            evaluations.append(trainer.evaluate()["eval_loss"])
+            evaluations.append(run.evaluate()["eval_loss"])
         assert (tmp_path / side / "checkpoint-6" / "adapter_model.safetensors").exists()
     assert len(logs[0]) == 6
     torch.testing.assert_close(logs[1], logs[0], rtol=LOSS_CURVE_RTOL, atol=1e-4)  # 4 digits
@@ -241,16 +231,17 @@ def work(rank, store):
     torch.set_num_threads(1)
     take_small_layers()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    base = tiny_llama()
-    if sys.argv[2] == "nf4":
-        peftkern.quantize_(base)
-    model = add_lora(base, lora_dropout=0.1)
-    twin = patched_copy(model)
-    expected = losses(model, rank)
-    peftkern.reset_stats()
-    got = losses(twin, rank)
-    assert served_by_us() == 5 * 14 and fallbacks() == {}
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
+    for quantized in (False, True):
+        base = tiny_llama()
+        if quantized:
+            peftkern.quantize_(base)
+        model = add_lora(base, lora_dropout=0.1)
+        twin = patched_copy(model)
+        expected = losses(model, rank)
+        peftkern.reset_stats()
+        got = losses(twin, rank)
+        assert served_by_us() == 5 * 14 and fallbacks() == {}
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
     dist.destroy_process_group()
 
 if __name__ == "__main__":
@@ -259,19 +250,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_ddp_two_processes(tmp_path, kind):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP, encoding="utf-8")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(ROOT)])}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "store"), kind],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-    assert done.returncode == 0 and "ddp ok" in done.stdout, done.stderr[-3000:]
+def test_ddp_two_processes(tmp_path):
+    assert "ddp ok" in run_code(DDP, tmp_path / "store")
 
 
 def test_gradient_accumulation_and_clipping():

@@ -63,15 +63,15 @@ class Net(nn.Module):
         return self.head(self.down(torch.relu(self.up(x))))
 
 
-def quantised() -> Net:
+def quantized() -> Net:
     torch.manual_seed(0)
     net = Net()
     assert peftkern.quantize_(net, include=["up", "down"]) == ["up", "down"]
     return net
 
 
-def dequantised() -> Net:
-    net = quantised()
+def dequantized() -> Net:
+    net = quantized()
     for name, layer in list(net.named_children()):
         if isinstance(layer, NF4Linear):
             setattr(net, name, layer.to_linear())
@@ -99,8 +99,8 @@ def step(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("method", TRAINED)
-def test_a_training_step_is_that_of_the_dequantised_model(method, patched):
-    model, dense = (add_adapter(net, TRAINED[method]) for net in (quantised(), dequantised()))
+def test_a_training_step_is_that_of_the_dequantized_model(method, patched):
+    model, dense = (add_adapter(net, TRAINED[method]) for net in (quantized(), dequantized()))
     if patched:
         peftkern.patch(model)
     assert any(isinstance(module, BaseTunerLayer) for module in model.modules())
@@ -114,15 +114,15 @@ def test_a_training_step_is_that_of_the_dequantised_model(method, patched):
 @pytest.mark.parametrize("method", REFUSED)
 def test_methods_that_need_the_dense_weight_raise(method):
     with pytest.raises((RuntimeError, TypeError, ValueError)):
-        step(add_adapter(quantised(), REFUSED[method]))
+        step(add_adapter(quantized(), REFUSED[method]))
     if method != "corda":  # which wants statistics of the data first
-        step(add_adapter(dequantised(), REFUSED[method]))
+        step(add_adapter(dequantized(), REFUSED[method]))
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_merging_into_nf4_raises(use_dora, safe_merge):
     config = peft.LoraConfig(r=4, use_dora=use_dora, **WHERE)
-    model = add_adapter(quantised(), config)
+    model = add_adapter(quantized(), config)
     with pytest.raises((RuntimeError, ValueError)):
         model.merge_and_unload(safe_merge=safe_merge)(torch.randn(2, 64))

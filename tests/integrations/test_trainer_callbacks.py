@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
+import trainers
 import transformers
 from peft import AdaLoraConfig, get_peft_model
-from peft_models import TARGETS, add_lora, patched_copy, served_by_us, text_batch, tiny_llama
-from torch import Tensor
-from torch.utils.data import Dataset
+from peft_models import TARGETS, add_lora, patched_copy, served_by_us, tiny_llama
+from trainers import LENGTH, ROWS, Texts
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftkern
@@ -20,7 +20,7 @@ from peftkern.backends.cpu.module import cpu_isa
 from peftkern.integrations.peft.lora import PatchedLinear
 from peftkern.integrations.transformers.callbacks import MonitorCallback, PeftKernCallback
 
-ROWS, LENGTH, STEPS = 4, 16, 5
+STEPS = 5
 LAYERS = 14
 LOGGER = "peftkern.integrations.transformers.callbacks"
 
@@ -34,14 +34,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-class Texts(Dataset):
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {k: v[0] for k, v in text_batch(rows=1, length=LENGTH, seed=i).items()}
-
-
 class Reporter(TrainerCallback):
     """Keeps what TensorBoard and W&B get: the logs, at the place where they stand in the list."""
 
@@ -52,26 +44,7 @@ class Reporter(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def trainer(model, folder: Path, callbacks: list | None = None, **options) -> Trainer:
-    arguments = {
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "per_device_train_batch_size": ROWS,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        **options,
-    }
-    return Trainer(
-        model,
-        TrainingArguments(output_dir=str(folder), **arguments),
-        train_dataset=Texts(),
-        eval_dataset=Texts(),
-        callbacks=callbacks,
-    )
+trainer = functools.partial(trainers.trainer, max_steps=STEPS)
 
 
 def training_logs(done: Trainer) -> list[dict]:
@@ -116,8 +89,7 @@ def test_patches_late_and_only_once(tmp_path, caplog):
     assert len([r for r in caplog.records if r.name == LOGGER]) == 1
 
 
-@pytest.mark.parametrize("disable_tqdm", [True, False])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("disable_tqdm", "late"), [(True, False), (False, True)])
 def test_what_was_patched_is_seen_once_in_a_trainer_s_output(tmp_path, capfd, disable_tqdm, late):
     callback = PeftKernCallback()
     model = add_lora(tiny_llama())
@@ -133,16 +105,12 @@ def test_what_was_patched_is_seen_once_in_a_trainer_s_output(tmp_path, capfd, di
 
 
 @pytest.mark.parametrize("level", ["error", "critical"])
-def test_a_trainer_that_is_told_to_be_quiet_is_quiet(tmp_path, capfd, level):
+def test_a_trainer_or_logger_that_is_told_to_be_quiet_is_quiet(tmp_path, capfd, caplog, level):
     before = transformers.logging.get_verbosity()
     try:
         trainer(add_lora(tiny_llama()), tmp_path, [PeftKernCallback()], log_level=level)
     finally:
         transformers.logging.set_verbosity(before)
-    assert "peftkern" not in "".join(capfd.readouterr())
-
-
-def test_a_logger_that_is_told_to_be_quiet_is_quiet(tmp_path, capfd, caplog):
     with caplog.at_level(logging.ERROR, LOGGER):
         trainer(add_lora(tiny_llama()), tmp_path, [PeftKernCallback()])
     assert "peftkern" not in "".join(capfd.readouterr())
@@ -210,8 +178,7 @@ def test_adalora_is_patched_too(tmp_path):
     assert callback.report.kinds["adalora.SVDLinear"] == LAYERS
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("counted", ["no", "all"])
+@pytest.mark.parametrize(("accumulation", "counted"), [(1, "all"), (2, "no")])
 def test_monitor_s_numbers_reach_the_reporters(tmp_path, accumulation, counted):
     model = add_lora(tiny_llama())
     reporter = Reporter()

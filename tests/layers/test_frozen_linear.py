@@ -58,11 +58,11 @@ def test_a_base_that_computes_something_else_is_refused(cls):
 
 
 def test_the_advice_about_linear4bit_works():
-    quantised = Linear4bit(K, N, quant_type="nf4").to("cpu")
+    quantized = Linear4bit(K, N, quant_type="nf4").to("cpu")
     base = NF4Linear(K, N)
-    base.load_state_dict(quantised.state_dict())
+    base.load_state_dict(quantized.state_dict())
     x = torch.randn(5, K)
-    torch.testing.assert_close(DyLoRALinear(base)(x), quantised(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(DyLoRALinear(base)(x), quantized(x), rtol=1e-4, atol=1e-5)
 
 
 def test_dylora_truncates_over_every_base_that_it_takes():

@@ -105,17 +105,17 @@ def test_quantize_lets_go_of_the_dense_weights_one_by_one():
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
     alive = weakref.WeakSet(layer.weight for layer in model)
     left = []
-    quantised = NF4Linear._set_nf4
+    quantized = NF4Linear._set_nf4
 
     def spy(layer, w):
         left.append(len(alive))
-        quantised(layer, w)
+        quantized(layer, w)
 
     NF4Linear._set_nf4 = spy
     try:
         assert len(peftkern.quantize_(model)) == 8
     finally:
-        NF4Linear._set_nf4 = quantised
+        NF4Linear._set_nf4 = quantized
     assert left[-1] <= 2 and not alive
 
 
@@ -168,7 +168,7 @@ def test_what_transformers_leaves_out_is_left_out(name):
 @pytest.mark.filterwarnings("ignore:quantize_ leaves as they are")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_quantised_models_compute(name, training):
+def test_quantized_models_compute(name, training):
     model = family(name).train(training)
     peftkern.quantize_(model)
     ids = torch.arange(6).view(1, 6)

@@ -48,18 +48,11 @@ def encoder(cls: type, merge: bool = False) -> nn.TransformerEncoder:
 @pytest.mark.parametrize("cls", UPDATED)
 @torch.no_grad()
 def test_the_update_is_applied_in_torchs_fused_encoder(cls):
-    model, dense = encoder(cls), encoder(cls, merge=True)
-    x = torch.randn(3, 7, K)
-    torch.testing.assert_close(model(x), dense(x), **LOGITS)
-    torch.testing.assert_close(model.layers[0](x), dense.layers[0](x), **LOGITS)
-
-
-@pytest.mark.parametrize("cls", UPDATED)
-@torch.no_grad()
-def test_the_update_is_applied_to_padded_batches(cls):
-    """torch's encoder makes nested tensors of them where it may."""
+    """Of padded batches it makes nested tensors where it may."""
     model, dense = encoder(cls), encoder(cls, merge=True)
     x, padding = torch.randn(3, 7, K), torch.arange(7) >= torch.tensor([[7], [4], [2]])
+    torch.testing.assert_close(model(x), dense(x), **LOGITS)
+    torch.testing.assert_close(model.layers[0](x), dense.layers[0](x), **LOGITS)
     got, want = (m(x, src_key_padding_mask=padding) for m in (model, dense))
     torch.testing.assert_close(got[~padding], want[~padding], **LOGITS)
 

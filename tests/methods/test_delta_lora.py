@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from method_models import H, K, N, batches, peft_net, relative_difference, twins
+from method_models import (
+    ALPHA,
+    RANK,
+    K,
+    N,
+    batches,
+    net_of,
+    our_net,
+    peft_net,
+    relative_difference,
+    train,
+    twins,
+)
 from tolerances import (
     AUTOCAST_RTOL,
     DELTA_LORA_NEAREST_KEEPS,
@@ -25,31 +36,14 @@ from peftkern.methods.delta_lora import round_stochastically
 from peftkern.methods.pairs import find_pairs
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
-RANK, ALPHA, LAM, START, STEPS = 4, 6, 2.0, 5, 20
+LAM, START, STEPS = 2.0, 5, 20
 SCALING = ALPHA / RANK
 RTOL = METHODS_RTOL[F64]
-
-
-class Net(nn.Module):
-    """Two layers, made by `make` from the same linear layers."""
-
-    def __init__(self, make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = F64) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        linears = nn.Linear(K, H, dtype=dtype), nn.Linear(H, N, dtype=dtype)
-        self.up, self.down = (make(linear) for linear in linears)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x)))
 
 
 def delta(linear: nn.Linear, **options) -> DeltaLoRALinear:
     options = {"r": RANK, "lora_alpha": ALPHA, "lam": LAM, "adapter_dtype": F64, **options}
     return DeltaLoRALinear(linear, **options)
-
-
-def lora(linear: nn.Linear) -> LoRALinear:
-    return LoRALinear.from_linear(linear, r=RANK, lora_alpha=ALPHA, adapter_dtype=F64)
 
 
 def layers(net: nn.Module) -> list[nn.Module]:
@@ -68,22 +62,13 @@ def adamw(net: nn.Module) -> torch.optim.AdamW:
 
 
 def run(net: nn.Module, schedule, data, optimizer=None) -> list[float]:
-    optimizer = optimizer or adamw(net)
-    losses = []
-    for x, target in data:
-        loss = (net(x) - target).square().mean()
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return losses
+    return train(net, optimizer or adamw(net), data, schedule)
 
 
 class Plain(nn.Module):
     """The paper's algorithm: W is a constant in the graph and changes between steps."""
 
-    def __init__(self, net: Net) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         for name in ("up", "down"):
             layer = net.get_submodule(name)
@@ -114,7 +99,7 @@ class Plain(nn.Module):
 
 
 def test_both_forms_equal_the_paper_over_a_training_run():
-    telescoped, written = Net(delta), Net(lora)
+    telescoped, written = net_of(delta), our_net()
     copy_factors(telescoped, written)
     plain = Plain(telescoped)
     data = batches(STEPS)
@@ -168,7 +153,7 @@ def test_nf4_base(double_quant):
     def make(linear: nn.Linear) -> DeltaLoRALinear:
         return delta(NF4Linear.from_linear(linear, double_quant=double_quant))
 
-    net = Net(make, F32)
+    net = net_of(make, F32)
     packed = [layer.base.weight.clone() for layer in layers(net)]
     plain = Plain(net)
     data = batches(STEPS)
@@ -187,13 +172,13 @@ def test_nf4_base(double_quant):
 
 
 def test_nothing_changes_at_the_start_and_until_it():
-    net, reference = Net(delta), Net(lora)
+    net, reference = net_of(delta), our_net()
     copy_factors(net, reference)
     schedule = DeltaLoRAScheduler(net, START)
     data = batches(START)
     run(net, schedule, data[:-1])
     assert not any(layer.started for layer in layers(net))
-    run(reference, DeltaLoRAScheduler(Net(delta), STEPS), data[:-1])
+    run(reference, DeltaLoRAScheduler(net_of(delta), STEPS), data[:-1])
     x = data[0][0]
     assert torch.equal(net(x), reference(x))
     before = net(x)
@@ -202,60 +187,57 @@ def test_nothing_changes_at_the_start_and_until_it():
     assert relative_difference([net(x)], [before]) < RTOL
     with pytest.raises(ValueError, match="started already"):
         net.up.start()
-    at_once = DeltaLoRAScheduler(Net(delta), 0)
+    at_once = DeltaLoRAScheduler(net_of(delta), 0)
     assert all(layer.started for layer in at_once.layers.values())
 
 
 def test_lam_zero_is_lora():
-    net, reference = Net(lambda linear: delta(linear, lam=0.0)), Net(lora)
+    net, reference = net_of(lambda linear: delta(linear, lam=0.0)), our_net()
     copy_factors(net, reference)
     data = batches(STEPS)
     ours = run(net, DeltaLoRAScheduler(net, 0), data)
-    theirs = run(reference, DeltaLoRAScheduler(Net(delta)), data)
+    theirs = run(reference, DeltaLoRAScheduler(net_of(delta)), data)
     assert all(math.isclose(a, b, rel_tol=RTOL) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_resume_from_a_state_dict():
-    data = batches(STEPS)
-    straight, resumed = twins(Net(delta))
-    run(straight, DeltaLoRAScheduler(straight, START), data)
-    optimizer, schedule = adamw(resumed), DeltaLoRAScheduler(resumed, START)
-    run(resumed, schedule, data[:10], optimizer)
-    states = resumed.state_dict(), optimizer.state_dict(), schedule.state_dict()
-    assert {"up.start_A", "up.start_B", "up.base.weight"} <= set(states[0])
+@pytest.mark.parametrize("written", [False, True])
+def test_resume_from_a_state_dict(written):
+    def make() -> nn.Module:
+        return our_net() if written else net_of(delta)
 
-    again = Net(delta)
-    again.load_state_dict(copy.deepcopy(states[0]))
-    optimizer, schedule = adamw(again), DeltaLoRAScheduler(again, 1)
-    optimizer.load_state_dict(copy.deepcopy(states[1]))
+    schedule_of = InPlaceDeltaLoRA if written else DeltaLoRAScheduler
+    data = batches(STEPS)
+    straight, resumed = twins(make())
+    run(straight, schedule_of(straight, start_step=START), data)
+    optimizer, schedule = adamw(resumed), schedule_of(resumed, start_step=START)
+    run(resumed, schedule, data[:10], optimizer)
+    states = copy.deepcopy([one.state_dict() for one in (resumed, optimizer, schedule)])
+    again = make()
+    again.load_state_dict(states[0])
+    optimizer, schedule = adamw(again), schedule_of(again, start_step=1)
+    optimizer.load_state_dict(states[1])
     schedule.load_state_dict(states[2])
     run(again, schedule, data[10:], optimizer)
     for p, q in zip(again.state_dict().values(), straight.state_dict().values(), strict=True):
         assert torch.equal(p, q)
 
-    fresh = Net(delta).state_dict()
+
+def test_states_of_other_models():
+    net = net_of(delta)
+    fresh = copy.deepcopy(net.state_dict())
     assert not any("start" in key for key in fresh)
-    again.load_state_dict(fresh)
-    assert not again.up.started
+    DeltaLoRAScheduler(net, 0)
+    started = net.state_dict()
+    assert {"up.start_A", "up.start_B", "up.base.weight"} <= set(started)
     with pytest.raises(RuntimeError, match=r"up\.start_B"):
-        again.load_state_dict({k: v for k, v in states[0].items() if k != "up.start_B"})
-
-
-def test_resume_in_place():
-    data = batches(STEPS)
-    straight, resumed = twins(Net(lora))
-    run(straight, InPlaceDeltaLoRA(straight, start_step=START), data)
-    optimizer, schedule = adamw(resumed), InPlaceDeltaLoRA(resumed, start_step=START)
-    run(resumed, schedule, data[:10], optimizer)
-    state = copy.deepcopy(schedule.state_dict())
-    again = InPlaceDeltaLoRA(resumed, start_step=1)
-    again.load_state_dict(state)
-    run(resumed, again, data[10:], optimizer)
-    for p, q in zip(resumed.parameters(), straight.parameters(), strict=True):
-        assert torch.equal(p, q)
+        net.load_state_dict({k: v for k, v in started.items() if k != "up.start_B"})
+    net.load_state_dict(fresh)
+    assert not net.up.started
+    schedule = InPlaceDeltaLoRA(our_net(), start_step=0)
+    state = schedule.state_dict()
     state["written"]["other:None"] = state["written"].pop("up:None")
     with pytest.raises(ValueError, match="other layers: other:None, up:None"):
-        again.load_state_dict(state)
+        schedule.load_state_dict(state)
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}])
@@ -335,14 +317,14 @@ def test_stochastic_rounding_is_right_on_average():
     x = torch.tensor([1.0, 1.0 + 2**-10, -3.3, 1e-39, -0.0, 1e30]).repeat(20_000, 1)
     generator = torch.Generator().manual_seed(0)
     y = round_stochastically(x, generator).double()
-    neighbours = x[0].bfloat16().double()
+    neighbors = x[0].bfloat16().double()
     mean, exact = y.mean(0), x[0].double()
     # The mean of 20,000 draws is off by their spread / sqrt(20,000), six times that at most here.
     spread = y.std(0) / math.sqrt(len(x))
     assert ((mean - exact).abs() <= 6 * spread).all()
     assert (y[:, 0] == 1.0).all() and (y[:, 4] == 0.0).all()
     assert torch.unique(y[:, 1]).tolist() == [1.0, 1.0078125]
-    assert ((y[0] - neighbours).abs() <= 2**-7 * neighbours.abs() + 1e-40).all()
+    assert ((y[0] - neighbors).abs() <= 2**-7 * neighbors.abs() + 1e-40).all()
     odd = torch.tensor([math.nan, math.inf, -math.inf])
     assert torch.equal(round_stochastically(odd).isnan(), odd.isnan())
     assert round_stochastically(odd)[1:].tolist() == [math.inf, -math.inf]
@@ -350,21 +332,19 @@ def test_stochastic_rounding_is_right_on_average():
         round_stochastically(x.double())
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_compile_autocast_and_low_precision(dtype):
-    net = Net(lambda linear: delta(linear, adapter_dtype=dtype), dtype)
+def test_compile():
+    net = net_of(lambda linear: delta(linear, adapter_dtype=F32), F32)
     for layer in layers(net):
         nn.init.normal_(layer.lora_B, std=0.1)
         layer.start()
         nn.init.normal_(layer.lora_B, std=0.1)
-    x = torch.randn(5, K, dtype=dtype)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), net(x))
+    x = torch.randn(5, K)
     grads = []
-    for module in (net, compiled):
+    for module in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
         net.zero_grad()
-        module(x).float().square().sum().backward()
-        grads.append([p.grad.clone() for p in net.parameters() if p.requires_grad])
+        y = module(x)
+        y.square().sum().backward()
+        grads.append([y.detach(), *(p.grad.clone() for p in net.parameters() if p.requires_grad)])
     torch.testing.assert_close(*grads)
 
 
@@ -401,17 +381,8 @@ def test_telescoped_value_in_low_precision_and_under_autocast(dtype):
     layer.start()
     nn.init.normal_(layer.lora_A, std=0.1), nn.init.normal_(layer.lora_B, std=0.1)
     x = torch.randn(9, 256, dtype=dtype)
-    W, b, A, B, start_A, start_B = (
-        t.detach().double()
-        for t in (
-            layer.base.weight,
-            layer.base.bias,
-            layer.lora_A,
-            layer.lora_B,
-            layer.start_A,
-            layer.start_B,
-        )
-    )
+    names = ("base.weight", "base.bias", "lora_A", "lora_B", "start_A", "start_B")
+    W, b, A, B, start_A, start_B = (layer.state_dict()[name].double() for name in names)
     W = W + SCALING * B @ A + LAM * SCALING * (B @ A - start_B @ start_A)
     wanted = x.double() @ W.T + b
     assert errors(layer(x), wanted)[1] <= (AUTOCAST_RTOL if dtype is BF16 else METHODS_RTOL[F32])
@@ -433,7 +404,7 @@ def test_factors_in_16_bits_are_summed_in_float32():
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_in_place_writes_every_block_of_rows(monkeypatch, rows):
     monkeypatch.setattr(delta_lora, "_CHUNK", rows * K)
-    layer = lora(nn.Linear(K, N, dtype=F64))
+    layer = our_net().up
     schedule, first = InPlaceDeltaLoRA(layer, lam=LAM, start_step=0), layer.weight.detach().clone()
     nn.init.normal_(layer.lora_B)
     schedule.step()
@@ -460,7 +431,8 @@ def test_a_step_that_raises_writes_nothing_and_may_be_taken_again():
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e300])
 def test_in_place_never_writes_what_is_not_finite(wrong):
-    net = Net(lora)
+    """Neither in a later step nor in the one that it starts from."""
+    net = our_net()
     schedule = InPlaceDeltaLoRA(net, lam=LAM, start_step=0)
     weights = [layer.weight.detach().clone() for layer in layers(net)]
     with torch.no_grad():
@@ -468,29 +440,20 @@ def test_in_place_never_writes_what_is_not_finite(wrong):
         kept = net.down.lora_B.clone()
         net.down.lora_B[0, 0] = wrong
         net.down.lora_A[0, 0] = 1e10
-    with pytest.raises(
-        ValueError, match=r"^down: the change .* is not finite; nothing was written"
-    ):
+    says = r"^down: the change .* is not finite"
+    with pytest.raises(ValueError, match=f"{says}; nothing was written"):
         schedule.step()
+    with pytest.raises(ValueError, match=says):
+        InPlaceDeltaLoRA(net, start_step=0)
+    late = InPlaceDeltaLoRA(net, start_step=1)
+    with pytest.raises(ValueError, match=says):
+        late.step()
     for layer, weight in zip(layers(net), weights, strict=True):
         assert torch.equal(layer.weight, weight)
     with torch.no_grad():
         net.down.lora_B.copy_(kept)
+    late.step()  # its start: nothing to write yet
+    assert torch.equal(net.up.weight, weights[0])
     schedule.step()
     assert all(layer.weight.isfinite().all() for layer in layers(net))
     assert not torch.equal(net.up.weight, weights[0])
-
-
-def test_in_place_does_not_start_from_what_is_not_finite():
-    net = Net(lora)
-    with torch.no_grad():
-        net.up.lora_B[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"^up: the change of .* is not finite"):
-        InPlaceDeltaLoRA(net, start_step=0)
-    schedule = InPlaceDeltaLoRA(net, start_step=1)
-    with pytest.raises(ValueError, match=r"^up: the change of .* is not finite"):
-        schedule.step()
-    nn.init.zeros_(net.up.lora_B)
-    weight = net.up.weight.detach().clone()
-    schedule.step()
-    assert torch.equal(net.up.weight, weight)

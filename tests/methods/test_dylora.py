@@ -19,8 +19,6 @@ from peftkern.methods.dylora import DyLoRALinear, sample_rank, set_rank
 sys.path.append(str(EXAMPLES))
 import dylora_ranks
 
-COLUMNS = ("least", "own run", "DyLoRA", "DyLoRA, last rank", "LoRA, cut")
-
 
 def layer_with_update(nf4: bool = False, r: int = 4, **options) -> DyLoRALinear:
     base = nn.Linear(64, 24)
@@ -141,28 +139,25 @@ def test_truncate_and_merge_keep_the_function(nf4, kind):
     torch.testing.assert_close(layer.merge()(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def distances() -> dict[str, list[float]]:
-    """Of examples/dylora_ranks.py: to a planted update, at each rank."""
-    return dylora_ranks.columns(1200)
+def test_one_run_gives_a_usable_model_at_every_rank():
+    """The distance to a planted update of examples/dylora_ranks.py: against a run for each rank,
+    and against the best that a rank can do (Eckart-Young)."""
+    fit, sampling, values = dylora_ranks.fit, dylora_ranks.sampling, dylora_ranks.VALUES
+    one, last, cut = (fit(800, p) for p in (sampling(), sampling(True), lambda layer: None))
+    for i, rank in enumerate((1, 2, 3)):
+        least = values[rank:].norm().item()
+        assert fit(200, lambda layer, rank=rank: set_rank(layer, rank))[i] < 1.03 * least
+        assert one[i] < 1.05 * least
+        assert last[i] < 1.2 * least
+        assert cut[i] > 1.3 * least  # LoRA cut to its first ranks is no such model
+    assert max(one[3], last[3]) < 0.1 * values.norm()
 
 
-def test_one_run_gives_a_usable_model_at_every_rank(distances):
-    """Against a run for each rank, and against the best that a rank can do (Eckart-Young)."""
-    rows = list(zip(*(distances[name] for name in COLUMNS), strict=True))
-    for least, own, one, last, cut in rows[:3]:
-        assert own < 1.03 * least
-        assert one < 1.05 * least
-        assert last < 1.2 * least
-        assert cut > 1.3 * least  # LoRA cut to its first ranks is no such model
-    planted = dylora_ranks.VALUES.norm()
-    assert max(distances["DyLoRA"][3], distances["DyLoRA, last rank"][3]) < 0.1 * planted
-
-
-def test_the_papers_scaling_leaves_a_distance(distances):
+def test_the_papers_scaling_leaves_a_distance():
     """What the module's docstring says of lora_alpha / b."""
-    for least, found in zip(distances["least"], distances["DyLoRA, alpha / b"], strict=True):
-        assert found > 1.1 * least
+    distances = dylora_ranks.fit(1200, dylora_ranks.sampling(), scale_by_rank=True)
+    for rank, found in zip(dylora_ranks.RANKS, distances, strict=True):
+        assert found > 1.1 * dylora_ranks.VALUES[rank:].norm().item()
 
 
 def test_state_dict_and_wrong_arguments():

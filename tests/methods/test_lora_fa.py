@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 
 import ddp_steps
 import pytest
@@ -13,13 +12,10 @@ from method_models import (
     ALPHA,
     RANK,
     Count,
-    HostCopies,
     K,
     N,
-    PlainAdamW,
     backward,
     batches,
-    fill_,
     our_net,
     peft_net,
     relative_difference,
@@ -28,6 +24,7 @@ from method_models import (
 )
 from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer
+from processes import run_code
 from tolerances import LORA_FA_PEFT_RTOL, METHODS_RTOL, METHODS_STEPS_RTOL, errors
 from torch import Tensor, nn
 
@@ -35,13 +32,10 @@ import peftkern
 from peftkern.layers import LoRALinear, NF4LoRALinear
 from peftkern.methods import (
     LoRAFAOptimizer,
-    LoRAProAdamW,
     freeze_lora_A,
     lora_fa_gradients,
-    lora_pro_gradients,
-    pairs,
 )
-from peftkern.methods.pairs import find_pairs, scalings
+from peftkern.methods.pairs import find_pairs
 
 F64 = torch.float64
 SCALING = ALPHA / RANK
@@ -125,27 +119,6 @@ def test_dependent_rows_and_zero_take_the_pseudo_inverse():
         assert torch.allclose(result @ a, g @ projection, rtol=0, atol=METHODS_RTOL[F64] * K)
 
 
-@pytest.mark.parametrize("kind", ["ours", "nf4", "peft"])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_steps_equal_a_plain_transcription(kind, weight_decay):
-    model = peft_net() if kind == "peft" else our_net(nf4=kind == "nf4")
-    ours, plain = twins(model)
-    optimizer = LoRAFAOptimizer(ours, lr=1e-2, weight_decay=weight_decay)
-    pairs = find_pairs(plain)
-    by_hand = [PlainAdamW(pair.lora_B, weight_decay=weight_decay) for pair in pairs]
-    for batch in batches(12):
-        train(ours, optimizer, [batch])
-        plain.zero_grad()
-        backward(plain, batch)
-        for pair, adamw in zip(pairs, by_hand, strict=True):
-            A, g = pair.lora_A.detach(), pair.lora_B.grad
-            adamw.step(g @ torch.linalg.inv(A @ A.T) / SCALING**2)
-        got = [pair.lora_B for pair in find_pairs(ours)]
-        assert relative_difference(got, [p.lora_B for p in pairs]) < METHODS_RTOL[F64]
-    for a, b in zip(find_pairs(ours), pairs, strict=True):
-        assert torch.equal(a.lora_A, b.lora_A)
-
-
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"rank_pattern": {"up": 7}}])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_peft_parity_step_by_step(dtype, config):
@@ -207,134 +180,6 @@ def test_cases_that_peft_pairs_wrongly(case):
     assert not any("lora_A" in name or "other" in name for name in moved)
 
 
-def test_a_new_lora_A_and_a_new_scaling_are_seen():
-    model = our_net()
-    optimizer = LoRAFAOptimizer(model, lr=1e-2, betas=(0.0, 0.0))
-    first, second = batches(2)
-    train(model, optimizer, [first])
-    with torch.no_grad():
-        model.up.lora_A.mul_(3.0)
-    model.down.scaling = 0.25
-    backward(model, second)
-    optimizer.step()
-    for layer in (model.up, model.down):
-        A, g = layer.lora_A.detach(), layer.lora_B.grad
-        expected = g @ torch.linalg.inv(A @ A.T) / layer.scaling**2
-        got = optimizer.state[layer.lora_B]["exp_avg"]
-        assert relative_difference([got], [expected]) < METHODS_RTOL[F64]
-
-
-def test_resume_from_a_state_dict_and_copies():
-    data = batches(8)
-    straight, resumed = twins(our_net())
-    optimizer = LoRAFAOptimizer(straight, lr=1e-2)
-    train(straight, optimizer, data)
-
-    half = LoRAFAOptimizer(resumed, lr=1e-2)
-    train(resumed, half, data[:4])
-    states = pickle.loads(pickle.dumps((resumed.state_dict(), half.state_dict())))
-    again = our_net()
-    again.load_state_dict(states[0])
-    third = LoRAFAOptimizer(again, lr=0.5)  # the state brings its own
-    third.load_state_dict(states[1])
-    copied, copied_optimizer = copy.deepcopy((again, third))
-    for model, opt in ((again, third), (copied, copied_optimizer), (resumed, half)):
-        train(model, opt, data[4:])
-        for p, q in zip(model.parameters(), straight.parameters(), strict=True):
-            assert torch.equal(p, q)
-
-
-def test_closure_groups_and_other_parameters():
-    (batch,) = batches(1)
-    model, plain = twins(our_net())
-    for net in (model, plain):
-        net.down.bias.requires_grad_(True)
-    groups = [
-        {"params": [model.up.lora_B], "lr": 1e-3, "weight_decay": 0.5},
-        {"params": [model.down.bias, model.down.lora_B]},
-    ]
-    optimizer = LoRAFAOptimizer(model, groups, lr=1e-2)
-    fill_(model)
-    plain.load_state_dict(model.state_dict())
-
-    def closure():
-        optimizer.zero_grad()
-        return backward(model, batch)
-
-    loss = optimizer.step(closure)
-    assert loss.item() == backward(plain, batch).item()
-    by_hand = {
-        "up": PlainAdamW(plain.up.lora_B, lr=1e-3, weight_decay=0.5),
-        "down": PlainAdamW(plain.down.lora_B),
-    }
-    for name, adamw in by_hand.items():
-        A = getattr(plain, name).lora_A.detach()
-        adamw.step(adamw.p.grad @ torch.linalg.inv(A @ A.T) / SCALING**2)
-    PlainAdamW(plain.down.bias).step(plain.down.bias.grad)
-    assert relative_difference(model.parameters(), plain.parameters()) < METHODS_RTOL[F64]
-
-
-def test_grad_scaler_unscales_and_skips():
-    data = batches(3, torch.float32)
-    model, plain = twins(our_net(torch.float32))
-    optimizer, reference = (LoRAFAOptimizer(m, lr=1e-2) for m in (model, plain))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
-    for i, (x, target) in enumerate(data):
-        x = x.clone()
-        if i == 1:
-            x[0, 0] = math.inf
-        loss = (model(x) - target).square().mean()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if i != 1:
-            train(plain, reference, [(x, target)])
-    assert scaler.get_scale() == 2.0**9
-    assert relative_difference(model.parameters(), plain.parameters()) < METHODS_RTOL[torch.float32]
-
-
-def test_a_gradient_that_is_not_finite_stays_in_its_layer():
-    (batch,) = batches(1)
-    model, plain = twins(our_net())
-    for net in (model, plain):
-        net.up = net.down = None
-        for name in "abc":  # of equal shapes: they share every product
-            layer = LoRALinear.from_linear(nn.Linear(K, N, dtype=F64), adapter_dtype=F64)
-            net.add_module(name, layer)
-    plain.load_state_dict(model.state_dict())
-    optimizer, reference = LoRAFAOptimizer(model), LoRAFAOptimizer(plain)
-    for net in (model, plain):
-        for name in "abc":
-            net.get_submodule(name)(batch[0]).square().sum().backward()
-    model.b.lora_B.grad[0, 0] = math.nan
-    optimizer.step()
-    reference.step()
-    for name in "ac":
-        got, expected = model.get_submodule(name).lora_B, plain.get_submodule(name).lora_B
-        assert torch.equal(got, expected)
-    assert model.b.lora_B.isnan().any()
-
-
-def test_a_layer_without_a_gradient_stays():
-    model = our_net()
-    optimizer = LoRAFAOptimizer(model, lr=1e-2)
-    before = copy.deepcopy(model.state_dict())
-    backward(model, batches(1)[0])
-    model.up.lora_B.grad = None
-    optimizer.step()
-    assert torch.equal(model.up.lora_B, before["up.lora_B"])
-    assert not torch.equal(model.down.lora_B, before["down.lora_B"])
-
-
-def test_bfloat16_factors():
-    model = our_net(torch.bfloat16)
-    optimizer = LoRAFAOptimizer(model, lr=1e-2)
-    losses = train(model, optimizer, batches(1, torch.bfloat16) * 10)
-    assert losses[-1] < losses[0]
-    assert optimizer.state[model.up.lora_B]["exp_avg"].dtype is torch.bfloat16
-
-
 def test_arguments_are_checked():
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got list"):
         LoRAFAOptimizer([torch.ones(1)])
@@ -377,28 +222,24 @@ def test_a_refused_argument_leaves_lora_A_trained():
     assert len(ours) == 2 and all(p.requires_grad for p in ours)
 
 
-@pytest.mark.parametrize("peft_parity", [False, True])
-def test_a_scaling_of_zero_is_named(peft_parity):
+def test_a_scaling_of_zero_is_named_under_pefts_formula():
     model = our_net()
-    optimizer = LoRAFAOptimizer(model, peft_parity=peft_parity)
+    optimizer = LoRAFAOptimizer(model, peft_parity=True)
     model.down.scaling = 0.0
     backward(model, batches(1)[0])
     with pytest.raises(ValueError, match="scaling of layer down: expected a number other than 0"):
         optimizer.step()
 
 
-def test_a_shared_lora_B_is_refused_and_a_shared_lora_A_is_not():
-    shared = nn.ModuleList(LoRALinear(8, 8, r=2) for _ in range(2))
-    shared[1].lora_A = shared[0].lora_A
-    LoRAFAOptimizer(shared)
-    shared[1].lora_B = shared[0].lora_B
-    with pytest.raises(ValueError, match="0 and 1 share a factor"):
-        LoRAFAOptimizer(shared)
+DDP = """
+import sys, ddp_steps, torch.multiprocessing as mp
+mp.start_processes(ddp_steps.process, args=(2, sys.argv[1]), nprocs=2, start_method="fork")
+"""
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Under DistributedDataParallel, each with half of every batch."""
-    torch.multiprocessing.spawn(ddp_steps.process, args=(2, str(tmp_path)), nprocs=2)
+    run_code(DDP, tmp_path)
     net = ddp_steps.model()
     before = ddp_steps.trained(net)
     ddp_steps.train(net, LoRAFAOptimizer(net, lr=1e-2), slice(None))
@@ -409,49 +250,3 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         assert relative_difference(got, wanted) < METHODS_STEPS_RTOL
         refused = (tmp_path / f"{rank}.txt").read_text()
         assert refused.startswith("model: DistributedDataParallel has it already")
-
-
-@pytest.mark.parametrize("optimizer", [LoRAFAOptimizer, LoRAProAdamW])
-def test_steps_are_counted_in_float32_whatever_the_default(optimizer):
-    """bfloat16 counts to 256."""
-    model = our_net(torch.float32)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        made = optimizer(model)
-        backward(model, batches(1, torch.float32)[0])
-        made.step()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert made.state[model.up.lora_B]["step"].dtype is torch.float32
-
-
-def test_nothing_is_copied_from_the_host():
-    """Which would make it wait for a GPU at each step."""
-    with HostCopies() as copies:
-        like, tensor = torch.empty(1, device="cuda"), torch.ones((), device="cuda")
-        scalings([1.5, 1.5, 2.0], like)
-        scalings([1.5, tensor], like)
-    assert copies.count == 0
-    with HostCopies() as copies:
-        torch.tensor([1.5, 2.0], device="cuda")
-    assert copies.count == 1
-    got = scalings([1.5, 1.5, 2.0], torch.empty(1))
-    assert got.view(-1).tolist() == [1.5, 1.5, 2.0] and got.shape == (3, 1, 1)
-    assert scalings([1.5, torch.tensor(2.0)], torch.empty(1)).view(-1).tolist() == [1.5, 2.0]
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_parts_of_a_group_are_all_there(monkeypatch, count):
-    """Some layers at a time, as of large models, give what all at once give."""
-    A = [torch.randn(RANK, K, dtype=F64) for _ in range(5)]
-    B, gA, gB = (
-        [torch.randn(*shape, dtype=F64) for _ in A] for shape in ((N, RANK), (RANK, K), (N, RANK))
-    )
-    scaling = [1.0, 2.0, 3.0, 4.0, 5.0]
-    wanted = lora_fa_gradients(gB, A, scaling), *lora_pro_gradients(A, B, gA, gB, scaling)
-    largest = 2 * (RANK * K + N * RANK)
-    monkeypatch.setattr(pairs, "_CHUNK", count * largest)
-    assert max(len(part) for part in pairs.chunks(A, B, gA, gB)) == count
-    got = lora_fa_gradients(gB, A, scaling), *lora_pro_gradients(A, B, gA, gB, scaling)
-    for mine, theirs in zip(got, wanted, strict=True):
-        assert relative_difference(mine, theirs) < METHODS_RTOL[F64]

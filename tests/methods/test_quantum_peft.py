@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_models import HostCopies
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from peftkern.methods.quantum_peft import (
 
 
 def gate(matrix: Tensor, first: int, qubits: int) -> Tensor:
-    """A gate on neighbouring qubits as a matrix on all of them; qubit 0 is the highest bit."""
+    """A gate on neighboring qubits as a matrix on all of them; qubit 0 is the highest bit."""
     members = matrix.shape[0].bit_length() - 1
     eye = [torch.eye(1 << n, dtype=matrix.dtype) for n in (first, qubits - first - members)]
     return torch.kron(torch.kron(eye[0], matrix), eye[1])
@@ -50,8 +51,9 @@ def circuit(angles: Tensor, qubits: int, layers: int) -> Tensor:
     return U
 
 
-@pytest.mark.parametrize("layers", [0, 1, 2])
-@pytest.mark.parametrize("qubits", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize(
+    ("qubits", "layers"), [*itertools.product((1, 2, 3, 4), (0, 1, 2)), (7, 2), (8, 1)]
+)
 def test_equals_the_circuit_with_gradients(qubits, layers):
     size = 1 << qubits
     angles = torch.randn(angle_count(size, layers), dtype=torch.float64, requires_grad=True)
@@ -64,7 +66,7 @@ def test_equals_the_circuit_with_gradients(qubits, layers):
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [3, 6, 12, 33])
+@pytest.mark.parametrize("size", [3, 6, 12, 17])
 def test_other_sizes_are_two_overlapping_circuits(size):
     angles = torch.randn(angle_count(size, 1), dtype=torch.float64, requires_grad=True)
     qubits = size.bit_length() - 1
@@ -79,9 +81,11 @@ def test_other_sizes_are_two_overlapping_circuits(size):
     assert torch.autograd.gradcheck(lambda a: orthonormal_columns(a, size, 2), angles)
 
 
+@settings(max_examples=settings.default.max_examples // 5)
 @given(size=st.integers(1, 300), layers=st.integers(0, 3), share=st.floats(0, 1))
 def test_columns_are_orthonormal(size, layers, share):
-    r = 1 + round(share * (size - 1))
+    """Up to a rank of 64, as at the sizes of models below."""
+    r = 1 + round(share * (min(size, 64) - 1))
     U = orthonormal_columns(10 * torch.randn(angle_count(size, layers)), size, r).double()
     assert (U.T @ U - torch.eye(r)).abs().max() <= 1e-6
 
@@ -146,7 +150,7 @@ def test_layer_computes_the_formula_and_merges(nf4):
     torch.testing.assert_close(layer.merge()(x).double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(48, 64), (33, 65)])
+@pytest.mark.parametrize("shape", [(33, 64), pytest.param((48, 65), marks=pytest.mark.long)])
 def test_layer_learns_an_update_that_it_can_describe(shape):
     torch.manual_seed(3)
     linear = nn.Linear(shape[1], shape[0])

@@ -100,7 +100,7 @@ def compiled(request, tmp_path_factory) -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
     )
     rules = (folder / "build.ninja").read_text()
-    stems = ("isa", "parallel", "nf4_lora_linear_avx512_bf16", "nf4_lora_linear_amx")
+    stems = ("isa", "parallel", "isa_avx512_bf16", "isa_amx")
     objects = [KERNEL_OBJECTS / f"{stem}.cpp.o" for stem in stems]
     run_checked("ninja", "-C", folder, *(o for o in objects if f"build {o}:" in rules))
     (folder / "probe.cpp").write_text(COMPILER_PROBE)

@@ -66,8 +66,8 @@ def test_losses_are_drawn_like_wins_and_noise_as_noise(results):
     for text in make_plots.plots(results).values():
         for label in ("a/bf16 · fast", ">0.50x<", ">3.00x<", ">≈ 1.05x<"):
             assert label in text
-        for colour in (make_plots.WIN, make_plots.LOSS, make_plots.ALIKE):
-            assert f"fill: {colour}" in text
+        for color in (make_plots.WIN, make_plots.LOSS, make_plots.ALIKE):
+            assert f"fill: {color}" in text
 
 
 def test_a_wrong_result_has_no_bar():

@@ -14,6 +14,7 @@ import pytest
 import suite
 import torch
 from paths import ROOT
+from scripts import run_here
 from site_packages import python, without
 from tolerances import HANG_SECONDS
 
@@ -29,15 +30,15 @@ def users_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-def run(script: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
         env={**users_environment(), "PYTHONPATH": path, "COLUMNS": "120"},
-        **options,
+        cwd=ROOT,
     )
 
 
@@ -130,7 +131,13 @@ def test_demo_refuses_bad_options_in_one_line(arguments: list[str], says: str) -
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("case", ["short text", "empty text", "broken model", "long sequence"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("short text", "broken model", "long sequence"),
+        pytest.param("empty text", marks=pytest.mark.long),
+    ],
+)
 def test_demo_refuses_bad_contents_in_one_line(
     case: str, local_model: Path, tmp_path: Path
 ) -> None:
@@ -170,60 +177,88 @@ def test_demo_notices_curves_that_part(late: float, monkeypatch: pytest.MonkeyPa
     assert summary["loss_max_rel_diff_step"] == 4
 
 
+BENCHES = ("nf4", "nf4_lora_linear", "lora_linear", "dora", "rosa", "adalora", "low_rank_svd")
+SEVERAL = """
+import runpy, sys
+sys.path.insert(0, "bench")
+stems, *options = sys.argv[1:]
+for stem in stems.split(","):
+    sys.argv = [f"bench/bench_{stem}.py", *options]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, (stem, stop.code)
+"""
+
+
+def check_record(stem: str, record: dict) -> None:
+    assert record["machine"]["threads"] == 1
+    assert record["roof"]["copy"] > 0
+    for case in record["cases"]:
+        assert case["name"].startswith(f"{stem}/")
+        small = stem == "lora_linear" or (stem == "dora" and "nf4" not in case["name"])
+        # Dense products this small are left to PEFT.
+        assert bool(case["fell_back"]) == small, case["name"]
+        assert bool(case["served"]) != small, case["name"]
+        for name, variant in case["variants"].items():
+            assert variant["wrong"] is None, case["name"]
+            once = name.startswith("dense torch SVD")  # and multiplied
+            assert len(variant["samples_ms"]) >= (1 if once else 7)
+        for target in case["targets"]:
+            peer = case["variants"][target["peer"]]["median_ms"]
+            ratio = peer / case["variants"]["peftkern"]["median_ms"]
+            assert target["measured"] == pytest.approx(ratio)
+            assert target["met"] == (ratio >= target["at_least"])
+
+
 def test_benchmarks_write_results_and_the_readme(tmp_path: Path) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
-    stems = ("nf4", "nf4_lora_linear", "lora_linear", "dora", "rosa", "adalora", "low_rank_svd")
-    for stem in stems:
-        done = run(f"bench/bench_{stem}.py", *TINY_BENCH, "--out", str(results))
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = run("-c", SEVERAL, ",".join(BENCHES), *TINY_BENCH, "--out", str(results))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stem in BENCHES:
         (path,) = results.glob(f"*/{stem}.json")
-        record = json.loads(path.read_text())
-        assert record["machine"]["threads"] == 1
-        assert record["roof"]["copy"] > 0
-        for case in record["cases"]:
-            assert case["name"].startswith(f"{stem}/")
-            small = stem == "lora_linear" or (stem == "dora" and "nf4" not in case["name"])
-            # Dense products this small are left to PEFT.
-            assert bool(case["fell_back"]) == small, case["name"]
-            assert bool(case["served"]) != small, case["name"]
-            for name, variant in case["variants"].items():
-                assert variant["wrong"] is None, case["name"]
-                once = name.startswith("dense torch SVD")  # and multiplied
-                assert len(variant["samples_ms"]) >= (1 if once else 7)
-            for target in case["targets"]:
-                peer = case["variants"][target["peer"]]["median_ms"]
-                ratio = peer / case["variants"]["peftkern"]["median_ms"]
-                assert target["measured"] == pytest.approx(ratio)
-                assert target["met"] == (ratio >= target["at_least"])
+        check_record(stem, json.loads(path.read_text()))
 
     done = run("bench/bench_demo.py", *TINY, "--steps", "2", "--out", str(results))
     assert done.returncode == 0, done.stdout + done.stderr
 
     readme.write_text("# x\n<!-- results:begin -->\nold\n<!-- results:end -->\nrest\n")
-    where = ["--readme", str(readme), "--results", str(results)]
-    assert run("bench/make_tables.py", *where, "--check").returncode == 1
-    assert run("bench/make_tables.py", *where).returncode == 0
+    where = ["--readme", readme, "--results", results]
+    assert run_here("bench/make_tables.py", *where, "--check")[0] == 1
+    assert run_here("bench/make_tables.py", *where)[0] == 0
     text = readme.read_text()
     assert text.startswith("# x\n")
     assert text.endswith("<!-- results:end -->\nrest\n")
     assert "old" not in text
     assert "| forward+backward-M1024/bf16 |" in text
     assert "| peak process memory, MB |" in text
-    assert run("bench/make_tables.py", *where, "--check").returncode == 0
+    assert run_here("bench/make_tables.py", *where, "--check")[0] == 0
     readme.write_text("no markers")
-    assert run("bench/make_tables.py", *where).returncode == 2
+    assert run_here("bench/make_tables.py", *where)[0] == 2
 
 
-def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
+QLORA = "e2e/qlora-4-layers-256-tokens/nf4"
+DEQUANTIZE = "nf4/dequantize/bf16/into-out"
+
+
+@pytest.mark.parametrize(
+    ("bench", "only", "names"),
+    [
+        ("nf4", "dequantize", {f"{DEQUANTIZE}/peftkern", f"{DEQUANTIZE}/bitsandbytes"}),
+        pytest.param(
+            *("e2e", "qlora", {f"{QLORA}/peftkern", f"{QLORA}/PEFT"}), marks=pytest.mark.long
+        ),
+    ],
+)
+def test_benchmarks_run_under_pytest_benchmark(bench, only, names, tmp_path: Path) -> None:
     out = tmp_path / "benchmark.json"
     # pytest-benchmark measures nothing when it believes to be a worker of xdist.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    script = str(ROOT / "bench" / f"bench_{bench}.py")
+    command = [sys.executable, "-m", "pytest", script, "-k", only]
+    command += ["--benchmark-only", "--size=128", "--benchmark-max-time=0.01"]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", str(ROOT / "bench"), "--benchmark-only"),
-            *("--size=128", "-k", "dequantize or qlora", "--benchmark-max-time=0.01"),
-            f"--benchmark-json={out}",
-        ],
+        [*command, f"--benchmark-json={out}"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -231,12 +266,7 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
         timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout
-    names = {test["param"] for test in json.loads(out.read_text())["benchmarks"]}
-    assert "nf4/dequantize/bf16/into-out/peftkern" in names
-    assert "nf4/dequantize/bf16/into-out/bitsandbytes" in names
-    assert {name for name in names if name.startswith("e2e/")} == {
-        f"e2e/qlora-4-layers-256-tokens/nf4/{variant}" for variant in ("peftkern", "PEFT")
-    }
+    assert names <= {test["param"] for test in json.loads(out.read_text())["benchmarks"]}
 
 
 @pytest.mark.parametrize("damage", [math.nan, 0.1])
@@ -286,15 +316,12 @@ def test_adalora_budget_finds_the_planted_ranks(tmp_path: Path) -> None:
 
 def test_adalora_budget_says_when_it_fails(tmp_path: Path) -> None:
     """Twenty steps are too few to find anything."""
-    done = run("examples/adalora_budget.py", "--steps", "20", "--plot", str(tmp_path / "b.png"))
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "Not found" in done.stdout and (tmp_path / "b.png").exists()
-    for plot, says in (
-        ("b.gif", "a .png or .svg file"),
-        ("no/such/b.png", "no/such is not a folder"),
-    ):
-        refused = run("examples/adalora_budget.py", "--plot", plot)
-        assert refused.returncode == 2 and "--plot: " in refused.stderr and says in refused.stderr
+    script, plot = "examples/adalora_budget.py", tmp_path / "b.png"
+    status, out, _ = run_here(script, "--steps", "20", "--plot", plot)
+    assert status == 1 and "Not found" in out and plot.exists()
+    for wrong, says in (("b.gif", "a .png or .svg file"), ("no/b.png", "no is not a folder")):
+        status, _, error = run_here(script, "--plot", wrong)
+        assert status == 2 and "--plot: " in error and says in error
 
 
 def test_adalora_budget_without_matplotlib(tmp_path: Path) -> None:
@@ -355,22 +382,23 @@ def test_methods_trains_every_method(tmp_path: Path) -> None:
     ],
 )
 def test_methods_refuses_bad_options(arguments: list[str], says: str) -> None:
-    done = run("examples/methods.py", *SMALL, *arguments)
-    assert done.returncode == 2
-    assert says in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout == ""
+    status, out, error = run_here("examples/methods.py", *SMALL, *arguments)
+    assert status == 2 and out == ""
+    assert says in error and "Traceback" not in error
 
 
-def test_dylora_ranks_prints_its_table() -> None:
-    done = run("examples/dylora_ranks.py", "--steps", "4")
-    assert done.returncode == 0, done.stderr
-    assert "own run" in done.stdout and "LoRA, cut" in done.stdout
-    assert run("examples/dylora_ranks.py", "--steps", "0").returncode == 2
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_planted_regression_prints_its_table(optimizer: str) -> None:
-    done = run("examples/planted_regression.py", "--steps", "3", "--optimizer", optimizer)
-    assert done.returncode == 0, done.stderr
-    assert "LoRA-Pro" in done.stdout and "fine-tuning" in done.stdout
-    assert run("examples/planted_regression.py", "--lr", "0").returncode == 2
+@pytest.mark.parametrize(
+    ("script", "options", "wrong", "words"),
+    [
+        ("dylora_ranks", ["--steps", "4"], ["--steps", "0"], ["own run", "LoRA, cut"]),
+        *(
+            ("planted_regression", ["--steps", "3", "--optimizer", o], ["--lr", "0"], ["LoRA-Pro"])
+            for o in ("sgd", "adamw")
+        ),
+    ],
+)
+def test_small_examples_print_their_tables(script, options, wrong, words) -> None:
+    status, out, error = run_here(f"examples/{script}.py", *options)
+    assert status == 0, error
+    assert all(word in out for word in words)
+    assert run_here(f"examples/{script}.py", *wrong)[0] == 2

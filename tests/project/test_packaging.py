@@ -48,7 +48,7 @@ def test_generated_header_equals_python_table(tmp_path):
     midpoints = [(low + high) / 2 for low, high in itertools.pairwise(code)]
     assert header_bits(text, "kNF4Code") == [float32_bits(value) for value in code]
     assert header_bits(text, "kNF4Midpoint") == [float32_bits(value) for value in midpoints]
-    # what the reference quantises with
+    # what the reference quantizes with
     assert header_bits(text, "kNF4Midpoint") == [float32_bits(v) for v in nf4.nf4_midpoints()]
 
 
@@ -121,6 +121,15 @@ def test_isa_object_files_share_no_function(objects):
     }
     assert weak
     assert {stem: lines for stem, lines in weak.items() if lines} == {}
+
+
+@x86_only
+def test_each_isa_object_file_exports_its_table_alone(objects):
+    for stem, path in objects.items():
+        if isa_of(stem) != "plain" or stem == "isa_scalar":
+            exported = [line for line in symbols(path) if re.search(r" [BDRT] ", line)]
+            (table,) = exported
+            assert re.search(r" [RD] peftkern::k\w+Kernels$", table)
 
 
 # ---- the module
@@ -244,15 +253,13 @@ def test_everything_that_is_missing_is_named_at_once(project):
     ), answer.stdout + answer.stderr
 
 
-def test_compiler_that_cxx_names_and_that_is_not_there(project):
+def test_what_cannot_build_gets_one_line(project):
+    """A compiler that CXX names and that is not there; a system without fcntl."""
     answer = build(project, CXX="/nowhere/g++ -m64")
     assert answer.returncode != 0
     assert last_lines(answer).endswith(
         "error: building peftkern needs a C++ compiler (`apt install g++`); CXX is /nowhere/g++"
     )
-
-
-def test_system_without_fcntl_gets_one_line(project):
     code = (
         "import runpy, sys\n"
         "sys.modules['fcntl'] = None\n"
@@ -321,7 +328,8 @@ def cuda_project(project) -> Path:
     (project / "csrc/cuda").mkdir()
     for name, text in files.items():
         (project / "csrc/cuda" / name).write_text(text)
-    (project / "csrc/cpu/nf4_checks.cpp").touch()
+    for name in ("base", "nf4_checks"):
+        (project / f"csrc/cpu/{name}.cpp").touch()
     return project
 
 
@@ -352,18 +360,19 @@ def last_lines(answer: subprocess.CompletedProcess[str]) -> str:
     return " ".join("\n".join(answer.stderr.splitlines()[-14:]).split())
 
 
-def test_without_nvcc_the_cpu_is_built_and_a_notice_printed(cuda_project):
-    answer = build(cuda_project, PEFTKERN_CUDA="auto", **no_nvcc())
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "peftkern: no CUDA kernels: found no nvcc" in answer.stdout
-    assert built(cuda_project) == {"_cpu"}
-
-
-def test_cuda_that_is_wanted_and_missing_fails(cuda_project):
-    answer = build(cuda_project, PEFTKERN_CUDA="1", **no_nvcc())
-    assert answer.returncode != 0
-    assert "PEFTKERN_CUDA=1: found no nvcc on PATH, in CUDA_HOME or in" in last_lines(answer)
-    assert built(cuda_project) == set()
+@pytest.mark.parametrize(
+    ("wanted", "status", "says", "modules"),
+    [
+        ("auto", 0, "peftkern: no CUDA kernels: found no nvcc", {"_cpu"}),
+        ("1", 1, "PEFTKERN_CUDA=1: found no nvcc on PATH, in CUDA_HOME or in", set()),
+        ("yes", 1, "PEFTKERN_CUDA: expected 0, 1 or auto, got 'yes'", set()),
+    ],
+)
+def test_without_nvcc(cuda_project, wanted, status, says, modules):
+    answer = build(cuda_project, PEFTKERN_CUDA=wanted, **no_nvcc())
+    assert answer.returncode == status, answer.stdout + answer.stderr
+    assert says in (last_lines(answer) if status else answer.stdout)
+    assert built(cuda_project) == modules
 
 
 def test_cuda_that_is_not_wanted_leaves_nothing_behind(cuda_project):
@@ -371,18 +380,16 @@ def test_cuda_that_is_not_wanted_leaves_nothing_behind(cuda_project):
     (cuda_project / "peftkern" / name).write_text("of an earlier build")
     answer = build(cuda_project, PEFTKERN_CUDA="0")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert built(cuda_project) == {"_cpu"}
-    assert "nvcc" not in answer.stdout
+    assert built(cuda_project) == {"_cpu"} and "nvcc" not in answer.stdout
 
 
 @pytest.mark.parametrize(
-    ("version", "compiles", "complaint"),
+    ("wanted", "version", "compiles", "complaint"),
     [
-        ("11.8", "true", "is 11.8, older than 12.0"),
-        ("12.4", "echo 'error: unsupported GNU version!'; exit 1", "error: unsupported GNU"),
+        ("auto", "11.8", "true", "is 11.8, older than 12.0"),
+        ("1", "12.4", "echo 'error: unsupported GNU version!'; exit 1", "error: unsupported GNU"),
     ],
 )
-@pytest.mark.parametrize("wanted", ["auto", "1"])
 def test_unusable_nvcc(cuda_project, version, compiles, complaint, wanted):
     nvcc = cuda_project / "nvcc"
     nvcc.write_text(
@@ -404,12 +411,6 @@ def test_unusable_nvcc(cuda_project, version, compiles, complaint, wanted):
         notice = next(line for line in answer.stdout.splitlines() if "no CUDA kernels" in line)
         assert complaint in notice
         assert built(cuda_project) == {"_cpu"}
-
-
-def test_unknown_value_of_the_cuda_switch(cuda_project):
-    answer = build(cuda_project, PEFTKERN_CUDA="yes")
-    assert answer.returncode != 0
-    assert "PEFTKERN_CUDA: expected 0, 1 or auto, got 'yes'" in last_lines(answer)
 
 
 @needs_nvcc

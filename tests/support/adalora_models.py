@@ -12,18 +12,27 @@ STEPS = 50
 SCHEDULE = {"total_step": STEPS, "tinit": 5, "tfinal": 12, "deltaT": 3, "target_r": 2, "init_r": 6}
 
 
+def quantize_4bit_(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
+    """bitsandbytes' layers in place of all linear ones but lm_head, as transformers loads them."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
+            parent, _, leaf = name.rpartition(".")
+            layer = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=compute_dtype,
+                quant_type="nf4",
+            )
+            layer.load_state_dict(module.state_dict())
+            setattr(model.get_submodule(parent), leaf, layer.to("cpu").requires_grad_(False))
+    model.is_loaded_in_4bit = True
+
+
 def adalora_llama(dtype: torch.dtype = torch.float32, nf4: bool = False, **config) -> PeftModel:
     base = tiny_llama(dtype)
     if nf4:
-        for name, module in list(base.named_modules()):
-            if isinstance(module, nn.Linear) and "lm_head" not in name:
-                parent = base.get_submodule(name.rpartition(".")[0])
-                layer = bnb.nn.Linear4bit(
-                    module.in_features, module.out_features, bias=False, quant_type="nf4"
-                )
-                layer.load_state_dict(module.state_dict())
-                setattr(parent, name.rpartition(".")[2], layer.to("cpu"))
-        base.is_loaded_in_4bit = True
+        quantize_4bit_(base)
     torch.manual_seed(5)
     settings = {"target_modules": TARGETS, "task_type": "CAUSAL_LM", "lora_alpha": 16}
     return get_peft_model(base, AdaLoraConfig(**{**settings, **SCHEDULE, **config}))

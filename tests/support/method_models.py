@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,14 +30,19 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def our_net(dtype: torch.dtype = torch.float64, *, nf4: bool = False) -> nn.Module:
+def net_of(make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float64) -> Net:
+    """Net of layers that `make` makes of the same linear ones."""
     torch.manual_seed(1)
-    net = Net(torch.float32 if nf4 else dtype)
-    for name in ("up", "down"):
-        cls = NF4LoRALinear if nf4 else LoRALinear
-        options = {"r": RANK, "lora_alpha": ALPHA, "adapter_dtype": dtype}
-        setattr(net, name, cls.from_linear(getattr(net, name), **options))
+    net = Net(dtype)
+    net.up, net.down = make(net.up), make(net.down)
     return net
+
+
+def our_net(dtype: torch.dtype = torch.float64, *, nf4: bool = False) -> Net:
+    cls = NF4LoRALinear if nf4 else LoRALinear
+    options = {"r": RANK, "lora_alpha": ALPHA, "adapter_dtype": dtype}
+    make = functools.partial(cls.from_linear, **options)
+    return net_of(make, torch.float32 if nf4 else dtype)
 
 
 def peft_net(dtype: torch.dtype = torch.float64, **config) -> nn.Module:
@@ -64,12 +71,16 @@ def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return loss
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable, *schedules: Any
+) -> list[float]:
     losses = []
     for batch in data:
         losses.append(backward(model, batch).item())
         optimizer.step()
         optimizer.zero_grad()
+        for schedule in schedules:
+            schedule.step()
     return losses
 
 
@@ -89,6 +100,22 @@ class PlainAdamW:
         new = self.p - self.lr * self.decay * self.p - self.lr * m / (v.sqrt() + self.eps)
         with torch.no_grad():
             self.p.copy_(new)
+
+
+def plain_lora_fa(A: Tensor, gB: Tensor, s: float) -> Tensor:
+    return gB @ torch.linalg.inv(A @ A.T) / s**2
+
+
+def plain_lora_pro(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, s: float) -> tuple:
+    """The paper's formulas with plain inverses and the Sylvester equation as a linear system."""
+    inverse_B, inverse_A = torch.linalg.inv(B.T @ B), torch.linalg.inv(A @ A.T)
+    r = A.shape[0]
+    one = torch.eye(r, dtype=A.dtype)
+    system = torch.kron(B.T @ B, one) + torch.kron(one, A @ A.T)
+    right = -(inverse_B @ gA @ A.T) / s**2
+    X = torch.linalg.solve(system, right.reshape(-1)).view(r, r)
+    project = torch.eye(B.shape[0], dtype=A.dtype) - B @ inverse_B @ B.T
+    return inverse_B @ gA / s**2 + X @ A, project @ gB @ inverse_A / s**2 - B @ X
 
 
 def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig
-from peft_models import K, N, layer_of, lora_net
+from peft import LoraConfig, PeftModel
+from peft_models import K, N, fallbacks, layer_of, lora_net, patched_copy, served_by_us
+from tolerances import DORA_DROPPED_MAGNITUDE_RMS, assert_as_accurate_as_torch, errors
 from torch import Tensor, nn
 
 import peftkern
@@ -71,3 +72,45 @@ def outputs_and_gradients(model: nn.Module, x: Tensor, autocast: bool) -> dict[s
 
 def sample(dtype: torch.dtype, shape: tuple[int, ...] = (3, 5, K)) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+
+def dora_net(base: nn.Module, **config: Any) -> PeftModel:
+    """A DoRA adapter whose lengths have been trained away from the norms they start at."""
+    model = lora_net(base, use_dora=True, **config)
+    stretch_magnitudes(model)
+    return model
+
+
+def stretch_magnitudes(model: nn.Module) -> None:
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "magnitude" in name:
+                p.mul_(torch.empty_like(p).uniform_(0.5, 1.5))
+
+
+def norms_computed() -> int:
+    """How often a norm came from our op: once per DoRA adapter and call."""
+    calls = peftkern.stats().calls
+    return sum(n for (op, _), n in calls.items() if op in ("dora_norm", "nf4_dora_norm"))
+
+
+def assert_like_peft(
+    model: nn.Module, x: Tensor, *, computes_in: torch.dtype, autocast: bool = False
+) -> None:
+    """Served by our ops, and as near to float64 as PEFT, in values and gradients."""
+    twin, layer = patched_copy(model), layer_of(model)
+    oracle = outputs_and_gradients(oracle_for(model, computes_in), x.double(), False)
+    eager = outputs_and_gradients(model, x, autocast)
+    peftkern.reset_stats()
+    got = outputs_and_gradients(twin, x, autocast)
+    dora = sum(model.peft_config[name].use_dora for name in layer.active_adapters)
+    assert fallbacks() == {} and norms_computed() == dora and (dora or served_by_us() == 1)
+    assert got.keys() == eager.keys() == oracle.keys()
+    dropped = any(getattr(d, "p", 0.0) for d in layer.lora_dropout.values())
+    for name in eager:
+        if "magnitude" in name and dropped and computes_in is not torch.float32 and not autocast:
+            # PEFT casts the whole weight to float32 for this product; ours stays in its dtype.
+            assert errors(got[name], oracle[name])[0] <= DORA_DROPPED_MAGNITUDE_RMS
+        else:
+            assert_as_accurate_as_torch(got[name], eager[name], oracle[name])

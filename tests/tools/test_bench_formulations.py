@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_code
+from scripts import run_here
 from tolerances import FLOOR_MAX
 
 pytest.importorskip("triton")
@@ -67,13 +68,8 @@ for kernel in (gemm._descriptors_kernel, gemm._pointers_kernel):
 
 def test_products_compile_for_tensor_cores_and_the_tma_unit():
     """Without spills and within an sm_90's shared memory: no straw man beside cuBLAS."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    said = run_code(COMPILE, TRITON_INTERPRET="0")
+    found = [list(map(int, line.split())) for line in said.splitlines()]
     assert [row[2:] for row in found] == 2 * [[1, 1, 0]] + 2 * [[1, 0, 1]]
     assert all(spills == 0 and shared <= 227 << 10 for spills, shared, *_ in found)
 
@@ -154,17 +150,15 @@ def test_a_wrong_table_has_no_rate_and_the_others_do(emulated, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
 @pytest.mark.parametrize("only", ["product-M4096", "lut"])
 def test_products_and_tables_go_through_the_bench(only, tmp_path):
-    command = [sys.executable, "bench/bench_formulations.py", "--device", "cpu", "--only", only]
-    command += ["--n", "16", "--k", "16", "--rows", "4", "--seconds", "0", "--rotate-mb", "0"]
-    command += ["--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    options = ["--device", "cpu", "--only", only, "--n", "16", "--k", "16", "--rows", "4"]
+    options += ["--seconds", "0", "--rotate-mb", "0", "--out", tmp_path]
+    status, out, error = run_here("bench/bench_formulations.py", *options)
+    assert status == 0, error
     (path,) = tmp_path.glob("*-interpreter/formulations.json")
     record = json.loads(path.read_text())
     (table,) = make_tables.tables("formulations", record)
     if only == "lut":
-        assert record["answers"][0]["said"] == "not measured" and "not measured" in done.stdout
+        assert record["answers"][0]["said"] == "not measured" and "not measured" in out
         assert "not measured" in table
         return
     (case,) = record["cases"]

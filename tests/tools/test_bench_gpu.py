@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import suite
 import tiles
 import torch
 import tune
+from scripts import run_here
 from tolerances import HANG_SECONDS
 from waiting import wait_until
 
@@ -243,13 +245,11 @@ def test_every_part_has_a_script():
     ],
 )
 def test_gpu_cases_are_right_under_the_interpreter(part, only, peers, tmp_path):
-    command = [sys.executable, f"bench/bench_{part}.py", "--device", "cpu", "--only", only]
     size = "64" if part == "dora" else "16"  # bitsandbytes on a CPU is wrong where rows cut blocks
-    command += ["--n", size, "--k", size, "--rows", "16", "--seconds", "0", "--rotate-mb", "0"]
-    command += ["--out", tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    options = ["--device", "cpu", "--only", only, "--n", size, "--k", size, "--rows", "16"]
+    options += ["--seconds", "0", "--rotate-mb", "0", "--out", tmp_path]
+    status, _, error = run_here(f"bench/bench_{part}.py", *options)
+    assert status == 0, error
     (path,) = tmp_path.glob(f"*-interpreter/{part}.json")
     (case,) = json.loads(path.read_text())["cases"]
     assert peers < case["variants"].keys()
@@ -450,6 +450,8 @@ def test_candidate_that_loses_its_process_costs_itself_alone(monkeypatch):
     monkeypatch.setattr(Pool, "apply_async", ask)
     monkeypatch.setattr(AsyncResult, "get", get_in_time)
     monkeypatch.setattr(tiles, "refused", dies)
+    fork = multiprocessing.get_context("fork")  # quicker, and here no process uses torch
+    monkeypatch.setattr(tiles.multiprocessing, "get_context", lambda method: fork)
     walk = tiles.Search.of(PROBLEM, 16, 64, CPU)
     trials = [(walk, replace(walk.counted, num_warps=n, num_stages=n)) for n in (4, 2, 1, 8)]
     workers = tiles.Workers(CPU, 2)

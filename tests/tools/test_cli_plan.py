@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from command_line import run
+from command_line import refused, run
 from paths import ROOT
 
 from peftkern.cli import main
@@ -64,23 +64,17 @@ def test_small_model_of_a_folder_is_shown_in_mb(tmp_path, capsys):
     ("arguments", "complaint"),
     [
         (["llama9-1b"], "one of llama2-7b, "),
-        (["no/such/folder"], "model: expected a folder with a config.json"),
         (["."], "model: expected a folder with a config.json"),
         (["setup.py"], "setup.py: expected JSON in UTF-8"),
         (["llama3-8b", "--r", "0"], "--r: expected an integer from 1"),
-        (["llama3-8b", "--batch", "-1"], "--batch: expected an integer from 1"),
         (["llama3-8b", "--sequence", "many"], "Invalid value for '--sequence'"),
         (["llama3-8b", "--targets", "wq"], "--targets: expected all-linear or some of q_proj"),
-        (["llama3-8b", "--optimizer", "lion"], "--optimizer: expected one of adamw"),
         (["llama3-8b", "--fit", "48"], "--fit: expected a size like 48GB"),
         (["llama3-8b", "--dtype", "fp16"], "--dtype: expected one of bf16, fp32, got 'fp16'"),
-        (["llama3-8b", "--base", "int8"], "--base: expected one of bf16, fp32, nf4"),
         (["llama3-8b", "--adapter-dtype", "nf4"], "--adapter-dtype: expected one of bf16, fp32"),
         ([], "Missing argument"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments, complaint, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_status_2(arguments, complaint, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main(["plan", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and complaint in said.err and len(said.err.splitlines()) == 1
+    refused(capfd, complaint, "plan", *arguments)

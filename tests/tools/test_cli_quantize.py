@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import LLAMA, contents, load_tensors, save_llama
+from command_line import refused
 from paths import ROOT
 from tolerances import HANG_SECONDS
 from transformers import (
@@ -110,26 +111,15 @@ def test_experts_that_stay_as_they_are_are_told_before_and_after(tmp_path, capsy
         (["--blocksize", "65"], "--blocksize: expected one of (32, 64, "),
         (["--compute-dtype", "int8"], "--compute-dtype: expected one of bf16, fp16, fp32, got"),
         (["--skip", "nonsense"], "--skip: no linear layer is called 'nonsense'"),
+        ([], "model.safetensors: damaged, cut off or not safetensors"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, options, complaint):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capfd, options, complaint):
     source = save_llama(tmp_path / "src")
-    refused(capsys, complaint, source, tmp_path / "dst", *options)
-
-
-def test_damaged_source_is_one_line_and_leaves_nothing(tmp_path, capsys):
-    source = save_llama(tmp_path / "src")
-    os.truncate(source / "model.safetensors", 5000)
-    complaint = "model.safetensors: damaged, cut off or not safetensors"
-    refused(capsys, complaint, source, tmp_path / "dst")
-
-
-def refused(capsys: pytest.CaptureFixture, complaint: str, *arguments: object) -> None:
-    capsys.readouterr()
-    assert main(["quantize", *map(str, arguments)]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and complaint in said.err and len(said.err.splitlines()) == 1
-    assert not arguments[1].exists()
+    if not options:
+        os.truncate(source / "model.safetensors", 5000)
+    refused(capfd, complaint, "quantize", source, tmp_path / "dst", *options)
+    assert not (tmp_path / "dst").exists()
 
 
 @pytest.mark.parametrize(("name", "kept"), [("fp16", "float16"), ("bfloat16", "bfloat16")])

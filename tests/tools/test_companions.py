@@ -31,81 +31,48 @@ def companions(folder: Path) -> Companions:
     return find_companions(read_checkpoint(folder))
 
 
-@pytest.mark.parametrize(
-    ("copied", "left"),
-    [
-        pytest.param(
-            ["source.spm", "target.spm", "vocab.json", "generation_config.json"],
-            ["pytorch_model.bin", "tf_model.h5", "rust_model.ot"],
-            id="Marian",
-        ),
-        pytest.param(
-            ["LICENSE", "USE_POLICY.md", "original/params.json", "original/tokenizer.model"],
-            ["original/consolidated.00.pth", ".gitattributes", ".cache/"],
-            id="Llama",
-        ),
-        pytest.param(
-            ["tokenizer.model.v3", "params.json", "tekken.json"],
-            ["consolidated.safetensors", "consolidated.safetensors.index.json"],
-            id="Mistral",
-        ),
-        pytest.param(
-            [
-                "modules.json",
-                "sentence_bert_config.json",
-                "1_Pooling/config.json",
-                "2_Dense/config.json",
-                "2_Dense/model.safetensors",
-                "2_Dense/pytorch_model.bin",
-                "openvino/openvino_model.xml",
-            ],
-            [
-                "onnx/model.onnx",
-                "onnx/model.onnx_data",
-                "onnx/model_O1.onnx.data",
-                "openvino/openvino_model.bin",
-                "model.fp16.safetensors",
-            ],
-            id="sentence-transformers",
-        ),
-        pytest.param(
-            [
-                "audio/config.json",
-                "audio/model-1.safetensors",
-                "audio/model.safetensors.index.json",
-            ],
-            ["metal/model.bin", "model-Q4_K_M.gguf", "flax_model.msgpack.index.json"],
-            id="a model within the model",
-        ),
-        pytest.param(
-            ["vision-lora/adapter_config.json", "vision-lora/adapter_model.safetensors"],
-            ["vision-lora/optimizer.pt", "adapter_model.bin"],
-            id="adapters below, and one without its config",
-        ),
-        pytest.param(
-            ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"],
-            ["optimizer.pt", "training_args.bin", "checkpoint-500/", "global_step500/"],
-            id="adapter of the model, and training",
-        ),
-        pytest.param(
-            [
-                "additional_chat_templates/rag.jinja",
-                "bpe.codes",
-                "vocab.bpe",
-                "vocab.bin",
-                "prophetnet.tokenizer",
-                "COPYING",
-                "LICENCE",
-                "a name\nof two lines",
-                "deep/er/and/deeper/file",
-                "modeling_own.py",
-            ],
-            ["__pycache__/", "code/__pycache__/", "MODEL.BIN"],
-            id="other names",
-        ),
-    ],
-)
-def test_files_of_repositories(tmp_path, copied, left):
+LAYOUTS = {  # what is copied, and what is left behind
+    "Marian": (
+        "source.spm target.spm vocab.json generation_config.json",
+        "pytorch_model.bin tf_model.h5 rust_model.ot",
+    ),
+    "Llama": (
+        "LICENSE USE_POLICY.md original/params.json original/tokenizer.model",
+        "original/consolidated.00.pth .gitattributes .cache/",
+    ),
+    "Mistral": (
+        "tokenizer.model.v3 params.json tekken.json",
+        "consolidated.safetensors consolidated.safetensors.index.json",
+    ),
+    "sentence-transformers": (
+        "modules.json sentence_bert_config.json 1_Pooling/config.json 2_Dense/config.json "
+        "2_Dense/model.safetensors 2_Dense/pytorch_model.bin openvino/openvino_model.xml",
+        "onnx/model.onnx onnx/model.onnx_data onnx/model_O1.onnx.data openvino/openvino_model.bin "
+        "model.fp16.safetensors",
+    ),
+    "a model within the model": (
+        "audio/config.json audio/model-1.safetensors audio/model.safetensors.index.json",
+        "metal/model.bin model-Q4_K_M.gguf flax_model.msgpack.index.json",
+    ),
+    "adapters below, and one without its config": (
+        "vision-lora/adapter_config.json vision-lora/adapter_model.safetensors",
+        "vision-lora/optimizer.pt adapter_model.bin",
+    ),
+    "adapter of the model, and training": (
+        "adapter_config.json adapter_model.safetensors adapter_model.bin",
+        "optimizer.pt training_args.bin checkpoint-500/ global_step500/",
+    ),
+    "other names": (
+        "additional_chat_templates/rag.jinja bpe.codes vocab.bpe vocab.bin prophetnet.tokenizer "
+        "COPYING LICENCE a_name\nof_two_lines deep/er/and/deeper/file modeling_own.py",
+        "__pycache__/ code/__pycache__/ MODEL.BIN",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_files_of_repositories(tmp_path, kind):
+    copied, left = (names.split(" ") for names in LAYOUTS[kind])
     files = [f"{name}file" if name.endswith("/") else name for name in left]
     found = companions(folder_with(tmp_path / "src", *copied, *files))
     assert (list(found.copied), list(found.left)) == (sorted(copied), sorted(left))

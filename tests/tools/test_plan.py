@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -45,6 +46,13 @@ LLAMA = Architecture(256, 2, 4, 2, 704, 1024, 64)
 QWEN = Architecture(192, 2, 6, 2, 512, 1536, 32, tied=True, qkv_bias=True)
 
 
+IN_TRANSFORMERS = {
+    **{"vocabulary": "vocab_size", "hidden": "hidden_size", "intermediate": "intermediate_size"},
+    **{"layers": "num_hidden_layers", "heads": "num_attention_heads", "head_dim": "head_dim"},
+    **{"kv_heads": "num_key_value_heads", "tied": "tie_word_embeddings"},
+}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[Architecture, str]:
     """Random models as checkpoints: bitsandbytes quantizes while transformers loads."""
@@ -54,23 +62,10 @@ def folders(tmp_path_factory) -> dict[Architecture, str]:
         (QWEN, Qwen2Config, Qwen2ForCausalLM),
     ):
         torch.manual_seed(0)
-        model = kind(
-            config(
-                vocab_size=shape.vocabulary,
-                hidden_size=shape.hidden,
-                intermediate_size=shape.intermediate,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-                tie_word_embeddings=shape.tied,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            )
-        )
+        names = {ours: getattr(shape, name) for name, ours in IN_TRANSFORMERS.items()}
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         made[shape] = str(tmp_path_factory.mktemp("model"))
-        model.save_pretrained(made[shape])
+        kind(config(**names, **tokens)).save_pretrained(made[shape])
     return made
 
 
@@ -200,21 +195,19 @@ def check(folders, shape: Architecture, training: Training, sequences=(96, 224))
         assert_agrees(Measured(model, shape, training), shape, training)
 
 
-@pytest.mark.parametrize("patched", [False, True], ids=["peft", "patched"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpoints"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+STEPS = [*itertools.product(("lora", "qlora"), ("fp32", "bf16"), (False, True), (False, True))]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "checkpointing", "patched"),
+    [  # half of them, in which each pair of choices occurs
+        pytest.param(*step, marks=[pytest.mark.long] * (i.bit_count() % 2))
+        for i, step in enumerate(STEPS)
+    ],
+)
 def test_step_agrees_with_the_allocator(folders, method, dtype, checkpointing, patched):
-    training = Training(
-        method,
-        r=8,
-        dtype=dtype,
-        batch=2,
-        checkpointing=checkpointing,
-        patched=patched,
-        device="cpu",
-    )
-    check(folders, LLAMA, training)
+    choices = {"dtype": dtype, "checkpointing": checkpointing, "patched": patched}
+    check(folders, LLAMA, Training(method, r=8, batch=2, device="cpu", **choices))
 
 
 CPU = Training("lora", r=4, batch=2, patched=False, checkpointing=False, device="cpu")
@@ -271,9 +264,13 @@ def test_saved_tensors_are_those_that_torch_saves(folders):
         del loss, out
 
 
-@pytest.mark.parametrize("shape", [LLAMA, QWEN], ids=["llama", "qwen2"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("base", ["dense", "nf4", "nf4-single"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "base"),
+    [
+        *((LLAMA, "fp32", "dense"), (LLAMA, "bf16", "nf4"), (LLAMA, "fp32", "nf4-single")),
+        *((QWEN, "bf16", "dense"), (QWEN, "fp32", "nf4"), (QWEN, "bf16", "nf4-single")),
+    ],
+)
 def test_weights_are_counted_to_the_byte(folders, shape, dtype, base):
     training = Training(
         "lora" if base == "dense" else "qlora", r=4, dtype=dtype, double_quant=base == "nf4"
@@ -451,17 +448,11 @@ def test_config_of_a_saved_model_gives_its_dimensions(folders, tmp_path):
     ("changes", "complaint"),
     [
         ({"model_type": "mamba"}, "model_type: expected one of llama, mistral, qwen2, got 'mamba'"),
-        ({"model_type": None}, "got None"),
         ({"hidden_size": None}, "hidden_size: expected an integer from 1 to 4294967296, got None"),
-        ({"hidden_size": -4}, "hidden_size: expected an integer from 1 to 4294967296, got -4"),
         ({"vocab_size": 1.5}, "vocab_size: expected an integer from 1 to 4294967296, got 1.5"),
-        (
-            {"num_hidden_layers": True},
-            "num_hidden_layers: expected an integer from 1 to 1000, got True",
-        ),
+        ({"num_hidden_layers": True}, "num_hidden_layers: expected .* 1 to 1000, got True"),
         ({"num_attention_heads": 7}, "num_attention_heads: expected a divisor of 64, got 7"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4, got 3"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected"),
     ],
 )
 def test_wrong_config_is_refused_in_words(tmp_path, changes, complaint):
@@ -475,7 +466,6 @@ def test_wrong_config_is_refused_in_words(tmp_path, changes, complaint):
     [
         ({"method": "prefix"}, "method: expected one of lora, qlora"),
         ({"r": 0}, "r: expected an integer from 1 to 4294967296, got 0"),
-        ({"batch": -2}, "batch: expected"),
         ({"sequence": 2.0}, "sequence: expected"),
         ({"dropout": 1.0}, "dropout: expected"),
         ({"targets": ("q_proj", "wq")}, "targets: expected .* got wq"),

@@ -1,4 +1,4 @@
-// How both modules read Python's arguments, for bind.cpp alone: nothing else sees pybind11.
+// Parsing of Python's arguments in both modules, for bind.cpp alone: nothing else sees pybind11.
 #pragma once
 
 #include <pybind11/pybind11.h>

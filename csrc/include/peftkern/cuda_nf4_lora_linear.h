@@ -31,7 +31,7 @@ struct CudaNF4LinearArgs {
   int64_t splits = 0;  // of K over thread blocks; 0 chooses
 };
 
-// What a launch on the current device needs for these sizes; 0 for many.
+// Workspace bytes of a launch on the current device for these sizes; 0 for many.
 int64_t cuda_nf4_lora_linear_workspace(int64_t M, int64_t N, int64_t K, int64_t splits);
 
 // Sums in float32 in an order that sizes and device fix: deterministic. A weight is its code's

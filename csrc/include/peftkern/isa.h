@@ -10,8 +10,8 @@ const char* isa_name(Isa isa);
 // Compiled in: the compiler knew it.
 bool isa_built(Isa isa);
 
-// Compiled in, and the processor and the operating system support it. False for any other number,
-// which is what a number from Python may be.
+// Compiled in, and the processor and the operating system support it. False for numbers that are no
+// Isa, as Python may pass them.
 bool isa_available(Isa isa);
 
 }  // namespace peftkern

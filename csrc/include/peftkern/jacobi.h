@@ -59,7 +59,7 @@ PEFTKERN_HOST_DEVICE inline T jacobi_cosine(T alpha, T beta, T gamma, T zero, T 
   return select_gt(product, tiny, jacobi_abs(gamma) / jacobi_sqrt(safe), zero);
 }
 
-// Whether |x.y| > tolerance |x| |y|: jacobi_cosine without its root and its quotient.
+// |x.y| > tolerance |x| |y|: jacobi_cosine without its root and its quotient.
 template <class T>
 PEFTKERN_HOST_DEVICE inline bool jacobi_exceeds(T alpha, T beta, T gamma, T tolerance) {
   const T product = alpha * beta;
@@ -108,7 +108,7 @@ PEFTKERN_HOST_DEVICE inline void tournament_pair(I n, I round, I pair, I* p, I* 
   *q = a < b ? b : a;
 }
 
-// Where column j belongs when columns are sorted by descending norm, ties by index.
+// Rank of column j among the columns by descending norm, ties by index.
 template <class T>
 PEFTKERN_HOST_DEVICE inline int64_t sorted_position(const T* norms, int64_t n, int64_t stride,
                                                     int64_t j) {
