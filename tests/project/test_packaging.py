@@ -42,7 +42,8 @@ def header_bits(text: str, name: str) -> list[int]:
 
 
 def test_generated_header_equals_python_table(tmp_path):
-    run_checked(sys.executable, GENERATOR, ROOT / "peftkern" / "nf4.py", tmp_path / "table.h")
+    source = ROOT / "peftkern" / "formats" / "table.py"
+    run_checked(sys.executable, GENERATOR, source, tmp_path / "table.h")
     text = (tmp_path / "table.h").read_text()
     code = [struct.unpack("<f", struct.pack("<f", value))[0] for value in nf4.NF4_CODE]
     midpoints = [(low + high) / 2 for low, high in itertools.pairwise(code)]
@@ -203,7 +204,7 @@ def project(tmp_path) -> Path:
     files = {
         "README.md": "",
         "peftkern/__init__.py": '__version__ = "0"',
-        "peftkern/formats/nf4.py": (ROOT / "peftkern" / "nf4.py").read_text(),
+        "peftkern/formats/table.py": (ROOT / "peftkern" / "formats" / "table.py").read_text(),
         "csrc/cpu/bind.cpp": 'extern "C" int PyInit__cpu() { return 0; }',
         "csrc/cpu/sum.cpp": '#include "peftkern/nf4_table.h"\nfloat sum() { return PEFTKERN_X86; }',
         "csrc/cpu/sum_avx2.cpp": "#include <immintrin.h>\n__m256 a;",
