@@ -122,7 +122,7 @@ def nf4_dequantize(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> Te
 
 def nf4_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> None:
     if not out.is_contiguous():
-        out.copy_(nf4_dequantize(w, layout, out.dtype))
+        out.copy_(nf4_dequantize(w, layout, out.dtype).view(out.shape))
         return
     weight = stored(w, layout)
     numel, nbytes = out.numel(), (out.numel() + 1) // 2

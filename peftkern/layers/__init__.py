@@ -5,7 +5,7 @@ quantize_(model)  # then get_peft_model(model, LoraConfig(...)) and patch(model)
 """
 
 from peftkern.layers.dora import DoRALinear
-from peftkern.layers.lora import LoRALinear, NF4LoRALinear
+from peftkern.layers.lora import LoRALinear, NF4LoRALinear, _keep_fused_paths_away
 from peftkern.layers.nf4 import NF4Linear
 from peftkern.layers.quantize import quantize_
 from peftkern.layers.svd import SVDLinear

@@ -42,7 +42,7 @@ drawn = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.functi
 pytestmark = pytest.mark.usefixtures("served_by_cuda")
 
 
-# Dequantise
+# Dequantize
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -93,7 +93,7 @@ def test_dequantize_into_a_strided_out():
     assert (memory.t()[1::2] == 42.0).all()
 
 
-# Quantise
+# Quantize
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""The NF4 codec: bit for bit what bitsandbytes quantises and rebuilds, on every back end."""
+"""The NF4 codec: bit for bit what bitsandbytes quantizes and rebuilds, on every back end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading NF4: whatever comes, a ValueError that names the field or a weight that dequantises."""
+"""Loading NF4: whatever comes, a ValueError that names the field or a weight that dequantizes."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_broken_quant_state_is_refused_by_name_or_safe(w, data):
 
 
 @given(weights())
-def test_valid_weight_survives_safetensors_and_dequantises(w):
+def test_valid_weight_survives_safetensors_and_dequantizes(w):
     again = NF4Weight.from_state_dict(load(save(w.state_dict("a.b."))), "a.b.")
     assert again.shape == w.shape and again.dtype == w.dtype and again.nested == w.nested
     for name in ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset"):
@@ -196,7 +196,7 @@ def test_valid_weight_survives_safetensors_and_dequantises(w):
     st.integers(-30, 30),
     st.integers(0, 2**32 - 1),
 )
-def test_back_ends_quantise_alike(shape, blocksize, dtype, exponent, seed):
+def test_back_ends_quantize_alike(shape, blocksize, dtype, exponent, seed):
     torch.manual_seed(seed)
     weight = (torch.randn(shape) * 2.0**exponent).to(dtype)
     with peftkern.use_backend("cpu"):

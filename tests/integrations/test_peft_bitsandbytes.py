@@ -65,7 +65,7 @@ def test_weight_quantized_the_other_way_round():
     ).to("cpu")
     base.weight = transposed
     with pytest.warns(DeprecationWarning, match="quantized from a"):
-        assert_falls_back(model, "weight is not quantised as [out_features, in_features]")
+        assert_falls_back(model, "weight is not quantized as [out_features, in_features]")
 
 
 def test_truncated_quant_state_is_an_error_and_reads_nothing():

@@ -31,7 +31,19 @@ FLOORS = (
     {"__init__"},
     {"tools"},
     {"cli"},
-    {"__main__", "adalora", "benchmark", "dora", "importance", "low_rank_svd", "plan", "sparse"},
+    {
+        "__main__",
+        "adalora",
+        "benchmark",
+        "dora",
+        "importance",
+        "low_rank_svd",
+        "nf4",
+        "nf4_layer",
+        "plan",
+        "sparse",
+        "svd_linear",
+    },
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 LIBRARIES = {"_cpu": "backends.cpu.module", "_cuda": "backends.cuda.module"}  # who may import them

@@ -15,7 +15,7 @@ shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 
 @st.composite
 def weights(draw: st.DrawFn) -> NF4Weight:
-    """A valid weight of any content: bytes, absmax and tables are drawn, not quantised."""
+    """A valid weight of any content: bytes, absmax and tables are drawn, not quantized."""
     shape, blocksize = draw(shapes), draw(st.sampled_from(BLOCKSIZES))
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
     numel = math.prod(shape)

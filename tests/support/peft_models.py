@@ -74,7 +74,7 @@ def make_linear4bit(
         quant_storage=quant_storage,
     )
     layer.load_state_dict(dense.state_dict())
-    return layer.to(dtype).to("cpu").requires_grad_(False)  # the second quantises
+    return layer.to(dtype).to("cpu").requires_grad_(False)  # the second quantizes
 
 
 def lora_net(

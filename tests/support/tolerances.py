@@ -30,7 +30,7 @@ NF4_MAX_HALF_GAP = 0.1519036  # of absmax: half of the widest gap of the table, 
 NF4_RANDOM_STD_RTOL = 0.03  # of weights drawn as packed bytes: absmax varies within 10%
 NF4_TIE_RTOL = 1e-6  # how near a threshold x / absmax and x * (1 / absmax) may disagree
 DYNAMIC_MAP_RTOL = 2**-22  # bitsandbytes takes what torch.linspace rounds on this processor
-# bitsandbytes' CPU quantiser of absmax looks codes up in 65,536 bins: this share is off by one.
+# bitsandbytes' CPU quantizer of absmax looks codes up in 65,536 bins: this share is off by one.
 ABSMAX_CODE_MISMATCH = 0.005
 ABSMAX_CODE_BIN = 2**-15  # the width of a bin in [-1, 1]: near 0 it holds several codes
 

@@ -61,8 +61,8 @@ def cpu_isas() -> tuple[str, ...]:
     return () if module is None else tuple(module.isas())
 
 
-# Name and code, by PEFTKERN_CPU_ISA, read once, then by each `use_isa`.
-_chosen: list[tuple[str, int]] = []
+# Name and code by PEFTKERN_CPU_ISA, read once, or by `use_isa`; assigned whole, for threads.
+_chosen: tuple[str, int] | None = None
 
 
 def cpu_isa() -> str:
@@ -74,9 +74,11 @@ def cpu_isa() -> str:
 
 
 def _isa() -> tuple[str, int]:
-    if not _chosen:
-        _chosen.append(_available(os.environ.get("PEFTKERN_CPU_ISA") or cpu_isas()[-1]))
-    return _chosen[-1]
+    global _chosen
+    chosen = _chosen
+    if chosen is None:
+        chosen = _chosen = _available(os.environ.get("PEFTKERN_CPU_ISA") or cpu_isas()[-1])
+    return chosen
 
 
 def _available(name: str) -> tuple[str, int]:
@@ -94,12 +96,12 @@ def use_isa(name: str | None) -> Iterator[None]:
 
     Raises: ValueError listing what this machine has if it has none of that name.
     """
-    before = list(_chosen)
-    _chosen[:] = [] if name is None else [_available(name)]
+    global _chosen
+    before, _chosen = _chosen, None if name is None else _available(name)
     try:
         yield
     finally:
-        _chosen[:] = before
+        _chosen = before
 
 
 def isa_and_threads() -> tuple[int, int]:

@@ -82,7 +82,7 @@ def nf4_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> None:
     if out.is_contiguous():
         _dequantize(w, layout, out, False)
     else:
-        out.copy_(nf4_dequantize(w, layout, out.dtype))
+        out.copy_(nf4_dequantize(w, layout, out.dtype).view(out.shape))
 
 
 def _dequantize(w: list[Tensor], layout: list[int], out: Tensor, is_fresh: bool) -> None:

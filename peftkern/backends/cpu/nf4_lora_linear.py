@@ -110,6 +110,8 @@ def nf4_lora_linear_backward(
     keep = mask_of(keep, rows.shape[0], K, dropout_p)
     gradients = a = None
     if lora_A is not None:
+        if lora_A.shape[1] != K:  # or its mask would be one of another size
+            raise ValueError(f"lora_A: expected [r, {K}] like w, got {list(lora_A.shape)}")
         gradients = adapter_gradients(rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs)
         a = float32(lora_A)
     dx = dy.new_empty(0)

@@ -65,7 +65,7 @@ def nf4_dequantize(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> Te
 
 def nf4_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> None:
     if not out.is_contiguous():
-        out.copy_(nf4_dequantize(w, layout, out.dtype))
+        out.copy_(nf4_dequantize(w, layout, out.dtype).view(out.shape))
         return
     numel, device = out.numel(), out.device
     at, code = address("out", out, out.dtype, numel, device), dtype_code("out", out)

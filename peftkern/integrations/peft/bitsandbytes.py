@@ -187,7 +187,7 @@ def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | 
         restore_packing(base)
     shape = state.shape
     if len(shape) != 2 or shape[1] != x.shape[-1]:
-        return Fallback("weight is not quantised as [out_features, in_features]")
+        return Fallback("weight is not quantized as [out_features, in_features]")
     try:
         w = NF4Weight.from_bitsandbytes(weight)
     except ArgumentError as error:  # no NF4 weight as the format defines it

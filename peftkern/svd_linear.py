@@ -1,0 +1,7 @@
+"""Alias of `peftkern.layers.svd`."""
+
+import sys
+
+from peftkern.layers import svd
+
+sys.modules[__name__] = svd
