@@ -18,11 +18,7 @@ from peft_models import (
     tiny_llama,
 )
 from peft_oracle import dora_net, norms_computed, outputs_and_gradients, sample
-from tolerances import (
-    BF16_LOSS_RTOL,
-    LOSS_CURVE_RTOL,
-    errors,
-)
+from tolerances import BF16_LOSS_RTOL, LOSS_CURVE_RTOL, errors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -25,11 +25,7 @@ from processes import run_code
 from tolerances import LOSS_CURVE_RTOL, RATIO, errors
 from torch import nn
 from trainers import trainer
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-)
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftkern
 

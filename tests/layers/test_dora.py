@@ -8,11 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from linear_cases import BF16, F32
-from tolerances import (
-    DORA_RMS_RATIO,
-    FLOOR_RMS,
-    errors,
-)
+from tolerances import DORA_RMS_RATIO, FLOOR_RMS, errors
 from torch import nn
 
 from peftkern.layers import LoRALinear, NF4Linear

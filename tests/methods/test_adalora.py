@@ -80,11 +80,7 @@ def test_schedule_is_pefts() -> None:
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
-    [
-        ({"tinit": 20}, "tinit"),
-        ({"deltaT": 0}, "deltaT"),
-        ({"target_budget": -1}, "target_budget"),
-    ],
+    [({"tinit": 20}, "tinit"), ({"deltaT": 0}, "deltaT"), ({"target_budget": -1}, "target_budget")],
 )
 def test_schedule_names_a_wrong_argument(change: dict, complaint: str) -> None:
     settings = {"init_budget": 8, "target_budget": 4, "total_step": 20, **change}

@@ -140,11 +140,7 @@ def test_gradients_are_those_at_the_scaling_alone():
     layer(x).backward(G)
     A, B, start_A, start_B = layer.lora_A, layer.lora_B, layer.start_A, layer.start_B
     W = layer.base.weight + LAM * SCALING * (B @ A - start_B @ start_A)
-    expected = (
-        SCALING * (G @ B).T @ x,
-        SCALING * G.T @ (x @ A.T),
-        G @ (W + SCALING * B @ A),
-    )
+    expected = (SCALING * (G @ B).T @ x, SCALING * G.T @ (x @ A.T), G @ (W + SCALING * B @ A))
     assert relative_difference((A.grad, B.grad, x.grad), expected) < RTOL
 
 

@@ -30,11 +30,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.layers import LoRALinear, NF4LoRALinear
-from peftkern.methods import (
-    LoRAFAOptimizer,
-    freeze_lora_A,
-    lora_fa_gradients,
-)
+from peftkern.methods import LoRAFAOptimizer, freeze_lora_A, lora_fa_gradients
 from peftkern.methods.pairs import find_pairs
 
 F64 = torch.float64

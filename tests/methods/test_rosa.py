@@ -11,11 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import BF16, F32
 from rosa_cases import Sizes, formula, random_mask
-from tolerances import (
-    AUTOCAST_RTOL,
-    ROSA_OVERLAP,
-    errors,
-)
+from tolerances import AUTOCAST_RTOL, ROSA_OVERLAP, errors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -39,12 +39,7 @@ def record(**medians: float) -> dict:
         **{"gpu": None, "cpu": "Some CPU", "isa": "avx2", "threads": 2, "commit": "abc"},
         **{"date": "2026-01-01T00:00:00", "versions": {"torch": "2.13.0"}},
     }
-    return {
-        "bench": "nf4",
-        "machine": facts,
-        "options": {"n": 4, "k": 4, "r": 2},
-        "cases": [case],
-    }
+    return {"bench": "nf4", "machine": facts, "options": {"n": 4, "k": 4, "r": 2}, "cases": [case]}
 
 
 @pytest.fixture

@@ -230,7 +230,7 @@ NEEDS = {  # code by what is absent and by what then says that it needs it
     "transformers": {
         "peftkern.integrations.transformers": (
             "from peftkern.integrations.transformers import MonitorCallback"
-        ),
+        )
     },
 }
 TRY = """

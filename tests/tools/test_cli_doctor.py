@@ -194,10 +194,7 @@ def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     with importing(["quick_peer", "slow_peer", "third_peer"]) as peers:
         wait_until(begun.exists)
         answers = peers(0.1)
-    assert answers == {
-        "quick_peer": ("", ()),
-        "slow_peer": ("it is not imported after 0.1 s", ()),
-    }
+    assert answers == {"quick_peer": ("", ()), "slow_peer": ("it is not imported after 0.1 s", ())}
 
 
 def test_self_test_reaches_every_op():

@@ -15,12 +15,7 @@ import torch
 from checkpoint_folders import LLAMA, contents, load_tensors, save_llama, save_tensors
 from processes import run_code
 from safetensors import safe_open
-from tolerances import (
-    ABSMAX_CODE_BIN,
-    ABSMAX_CODE_MISMATCH,
-    DYNAMIC_MAP_RTOL,
-    NF4_MAX_HALF_GAP,
-)
+from tolerances import ABSMAX_CODE_BIN, ABSMAX_CODE_MISMATCH, DYNAMIC_MAP_RTOL, NF4_MAX_HALF_GAP
 from torch import nn
 from transformers import (
     AutoModel,
