@@ -36,9 +36,6 @@ from peftkern.integrations.transformers.longlora import (
 )
 from peftkern.methods.longlora import shifted_sparse_attention
 
-PARTS = ("encoder", "decoder")
-BART_SIZES = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
-
 
 def allowed(H: int, T: int, G: int, is_causal: bool) -> Tensor:
     """[H, T, T], from the definition."""
@@ -199,12 +196,16 @@ def llama() -> LlamaForCausalLM:
 def test_transformers_model_trains_sparse_and_evaluates_full():
     model, plain = llama(), llama()
     ids = torch.randint(0, 64, (2, 24))
-    enable_shifted_sparse_attention(model, 8)
+    for size in (4, 8):
+        enable_shifted_sparse_attention(model, size)
+    assert model.config._attn_implementation.endswith("_8")
     sparse = model.train()(ids).logits
     assert not torch.allclose(sparse, plain.train()(ids).logits, atol=1e-4)
     torch.testing.assert_close(model.eval()(ids).logits, plain.eval()(ids).logits)
     assert torch.equal(model.generate(ids, max_length=30), plain.generate(ids, max_length=30))
-    disable_shifted_sparse_attention(model)
+    for _ in range(2):
+        disable_shifted_sparse_attention(model)
+        assert model.config._attn_implementation == plain.config._attn_implementation
     torch.testing.assert_close(model.train()(ids).logits, plain.train()(ids).logits)
 
 
@@ -257,7 +258,8 @@ def build(kind: str) -> PreTrainedModel:
         layers = {"num_layers": 1, "num_heads": 4, "d_model": 32, "d_kv": 8, "d_ff": 48}
         return T5ForConditionalGeneration(T5Config(vocab_size=64, dropout_rate=0.0, **layers))
     if kind == "bart":
-        layers = {f"{part}_{name}": n for part in PARTS for name, n in BART_SIZES.items()}
+        sizes = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}.items()
+        layers = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in sizes}
         dropout = {"dropout": 0.0, "attention_dropout": 0.0}
         config = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64, "init_std": 0.3}
         return BartForConditionalGeneration(BartConfig(**layers, **dropout, **config))
@@ -269,15 +271,11 @@ def build(kind: str) -> PreTrainedModel:
     if kind == "mpt":
         return MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_heads=4, n_layers=1))
     assert kind == "llava"
-    vision = {"image_size": 8, "patch_size": 4, "num_attention_heads": 4, **SIZES}
-    del vision["vocab_size"]
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            text_config=LlamaConfig(**SIZES, num_attention_heads=4),
-            vision_config=CLIPVisionConfig(**vision),
-            image_token_index=63,
-        )
-    )
+    sizes = {name: n for name, n in SIZES.items() if name != "vocab_size"}
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, num_attention_heads=4, **sizes)
+    text = LlamaConfig(**SIZES, num_attention_heads=4)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=63)
+    return LlavaForConditionalGeneration(config)
 
 
 def inputs_of(kind: str, T: int = 12) -> dict[str, Tensor]:
@@ -378,17 +376,6 @@ def test_scale_and_dropout_of_the_model_are_used():
     assert not torch.allclose(first, wanted, atol=1e-4)
     assert not torch.equal(model(**inputs).logits, first)
     torch.testing.assert_close(model.eval()(**inputs).logits, wanted, **LOGITS)
-
-
-def test_another_size_and_twice_off():
-    model = llama()
-    before = model.config._attn_implementation
-    enable_shifted_sparse_attention(model, 4)
-    enable_shifted_sparse_attention(model, 8)
-    assert model.config._attn_implementation.endswith("_8")
-    disable_shifted_sparse_attention(model)
-    disable_shifted_sparse_attention(model)
-    assert model.config._attn_implementation == before
 
 
 def test_switch_refuses_what_it_cannot_serve():

@@ -190,34 +190,22 @@ def test_full_disk_is_a_warning():
     assert monitor.summary().steps == 2
 
 
-@pytest.mark.parametrize(
-    ("wrong", "error", "complaint"),
-    [
-        ({"every": -1}, ValueError, "every: expected"),
-        ({"every": 2.0}, ValueError, "every: expected"),
-        ({"device": "gpu"}, RuntimeError, "gpu"),
-    ],
-)
-def test_wrong_options_are_named(wrong, error, complaint):
-    with pytest.raises(error, match=complaint):
-        TrainingMonitor(**wrong)
-
-
-def test_wrong_steps_are_named(tmp_path):
-    monitor = TrainingMonitor("cpu", jsonl=tmp_path / "no" / "run.jsonl")
-    with pytest.raises(RuntimeError, match="start"):
-        monitor.step()
-    with pytest.raises(RuntimeError, match="start"):
-        monitor.summary()
-    with pytest.raises(FileNotFoundError, match=r"run\.jsonl"):
-        monitor.start()
-    with TrainingMonitor("cpu") as monitor:
-        with pytest.raises(TypeError, match=r"tokens: expected .* the host would wait"):
-            monitor.step(torch.tensor(3))
-        with pytest.raises(TypeError, match=r"loss: expected .* the host would wait"):
-            monitor.step(loss=torch.tensor(3.0))
-        with pytest.raises(ValueError, match="seconds: a record has"):
-            monitor.step(seconds=3)
+def test_wrong_options_and_steps_are_named(tmp_path):
+    idle = TrainingMonitor("cpu", jsonl=tmp_path / "no" / "run.jsonl")
+    with TrainingMonitor("cpu") as running:
+        for call, error, complaint in (
+            (lambda: TrainingMonitor(every=-1), ValueError, "every: expected"),
+            (lambda: TrainingMonitor(every=2.0), ValueError, "every: expected"),
+            (lambda: TrainingMonitor(device="gpu"), RuntimeError, "gpu"),
+            (idle.step, RuntimeError, "start"),
+            (idle.summary, RuntimeError, "start"),
+            (idle.start, FileNotFoundError, r"run\.jsonl"),
+            (lambda: running.step(torch.tensor(3)), TypeError, "tokens: .* the host would wait"),
+            (lambda: running.step(loss=torch.ones(())), TypeError, "loss: .* the host would wait"),
+            (lambda: running.step(seconds=3), ValueError, "seconds: a record has"),
+        ):
+            with pytest.raises(error, match=complaint):
+                call()
 
 
 LIVE = """
