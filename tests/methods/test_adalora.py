@@ -33,17 +33,16 @@ class Net(nn.Module):
         return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+def ready(lr: float = 0.01, **options) -> tuple[Net, torch.optim.AdamW, RankAllocator]:
+    net = Net()
+    return net, torch.optim.AdamW(parameters(net), lr=lr), RankAllocator(net, **options)
+
+
 def parameters(net: nn.Module) -> list[nn.Parameter]:
     return [p for p in net.parameters() if p.requires_grad]
 
 
-def train(
-    net: Net,
-    optimizer: torch.optim.Optimizer,
-    allocator: RankAllocator,
-    steps: range,
-    orthogonal: float = 0.1,
-) -> list[float]:
+def train(net: Net, optimizer, allocator, steps: range, orthogonal: float = 0.1) -> list[float]:
     """A regression on random data that depends on the step alone."""
     losses = []
     for step in steps:
@@ -151,9 +150,7 @@ def test_svd_linear_starts_at_its_base_and_merges() -> None:
 
 @pytest.mark.parametrize("ties", ["exact", "peft"])
 def test_allocator_follows_the_budget(backend: str, ties: str) -> None:
-    net = Net()
-    allocator = RankAllocator(net, **SCHEDULE, ties=ties)
-    optimizer = torch.optim.AdamW(parameters(net), lr=0.01)
+    net, optimizer, allocator = ready(**SCHEDULE, ties=ties)
     seen = []
     for step in range(1, 31):
         train(net, optimizer, allocator, range(step, step + 1))
@@ -170,26 +167,20 @@ def test_allocator_follows_the_budget(backend: str, ties: str) -> None:
 
 def test_allocator_resumes(backend: str) -> None:
     """State through torch.save, at steps before, in and after the allocation."""
-    whole = Net()
-    optimizer = torch.optim.AdamW(parameters(whole), lr=0.01)
-    allocator = RankAllocator(whole, **SCHEDULE)
+    whole, optimizer, allocator = ready(**SCHEDULE)
     checkpoints, losses = {}, []
     for step in range(1, 31):
         if step in (2, 10, 22, 26):
-            file = io.BytesIO()
-            states = (whole.state_dict(), optimizer.state_dict(), allocator.state_dict())
-            torch.save(states, file)
-            checkpoints[step] = file
+            checkpoints[step] = io.BytesIO()
+            states = [one.state_dict() for one in (whole, optimizer, allocator)]
+            torch.save(states, checkpoints[step])
         losses += train(whole, optimizer, allocator, range(step, step + 1))
     for step, file in checkpoints.items():
-        net = Net()
-        optimizer = torch.optim.AdamW(parameters(net), lr=0.5)
-        allocator = RankAllocator(net, target_r=1, total_step=99)
+        resumed = ready(lr=0.5, target_r=1, total_step=99)
         file.seek(0)
-        states = torch.load(file, weights_only=True)
-        for target, state in zip((net, optimizer, allocator), states, strict=True):
+        for target, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
             target.load_state_dict(state)
-        assert train(net, optimizer, allocator, range(step, 31)) == losses[step - 1 :]
+        assert train(*resumed, range(step, 31)) == losses[step - 1 :]
 
 
 def test_allocator_complains() -> None:
@@ -275,9 +266,7 @@ def test_compaction_to_nothing(backend: str) -> None:
 
 
 def test_compaction_saves_memory() -> None:
-    net = Net()
-    allocator = RankAllocator(net, **SCHEDULE)
-    optimizer = torch.optim.AdamW(parameters(net), lr=0.01)
+    net, optimizer, allocator = ready(**SCHEDULE)
     train(net, optimizer, allocator, range(1, 31))
 
     def held() -> int:

@@ -143,7 +143,8 @@ def test_record_keeps_some_samples_and_the_percentiles_of_all():
     assert len(outcomes.in_milliseconds(Timing((1.0,) * 7))["samples_ms"]) == 7
 
 
-def test_parts_run_in_the_order_asked_for():
+def test_parts_run_in_the_order_asked_for_and_have_scripts():
+    assert all((ROOT / "bench" / f"bench_{part}.py").exists() for part in gpu.BENCHES)
     assert gpu.parts("all") == list(gpu.SHARES)
     assert gpu.parts("tune,nf4") == ["tune", "nf4"]
     assert gpu.parts("all,sanitize") == [*gpu.SHARES, "sanitize"]
@@ -219,11 +220,6 @@ def test_make_gpu_uses_the_machine_as_it_is():
     assert '--archive "/r.tgz"' in make("gpu", "ARCHIVE=/r.tgz")
     assert "pip" not in printed and "venv" not in printed
     assert "bench/tune.py" in make("tune") and "pip" not in make("tune")
-
-
-def test_every_part_has_a_script():
-    for part in gpu.BENCHES:
-        assert (ROOT / "bench" / f"bench_{part}.py").exists()
 
 
 @interpreted
