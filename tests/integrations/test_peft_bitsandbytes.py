@@ -85,23 +85,22 @@ def test_truncated_quant_state_is_an_error_and_reads_nothing():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda s: {"code": s.code.half()}, "quant_map: expected a torch.float32 tensor"),
-        (lambda s: {"code": s.code.flip(0)}, "quant_map: expected NF4's sixteen values"),
         (
-            lambda s: {"absmax": s.absmax.float().half(), "state2": None, "nested": False},
+            lambda s: vars(s).update(code=s.code.half()),
+            "quant_map: expected a torch.float32 tensor",
+        ),
+        (lambda s: vars(s).update(code=s.code.flip(0)), "quant_map: expected NF4's sixteen"),
+        (
+            lambda s: vars(s).update(absmax=s.absmax.float().half(), state2=None, nested=False),
             "absmax: expected a torch.float32 tensor",
         ),
         # As bitsandbytes leaves it when it restores a weight that it has repacked.
-        (
-            lambda s: vars(s.state2).update(dtype=torch.bfloat16) or {},
-            "nested_dtype: expected float32",
-        ),
+        (lambda s: vars(s.state2).update(dtype=torch.bfloat16), "nested_dtype: expected float32"),
     ],
 )
 def test_unusual_state_is_left_to_bitsandbytes(change, reason):
     model = lora_net(make_linear4bit())
-    state = layer_of(model).base_layer.weight.quant_state
-    vars(state).update(change(state))
+    change(layer_of(model).base_layer.weight.quant_state)
     twin = copy.deepcopy(model)
     report = peftkern.patch(twin)
     assert [why.startswith(reason) for why in report.falling_back.values()] == [True]
