@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
 def take_small_layers(small_layers: None) -> None:
     """Patched dense layers compute small products too."""
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products this small cost more to share out than to compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def form_the_product_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As layers of real sizes do under DoRA; functional/test_dora.py tests the other way."""
+    monkeypatch.setattr("peftkern.functional.dora._forms_again", lambda x, weights: True)

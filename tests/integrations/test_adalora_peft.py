@@ -23,6 +23,7 @@ from peft_models import (
     make_conv1d,
     make_linear,
     make_linear4bit,
+    patched_copy,
     served_by_us,
     text_batch,
     tiny_llama,
@@ -149,8 +150,7 @@ def outputs(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor
 
 
 def assert_same_outputs(theirs: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    ours = copy.deepcopy(theirs)
-    peftkern.patch(ours)
+    ours = patched_copy(theirs)
     peftkern.reset_stats()
     got = outputs(ours, dtype)
     assert served_by_us() == 1 and fallbacks() == {}
@@ -171,8 +171,7 @@ def test_layer_gives_pefts_output_and_gradients(make, config: dict) -> None:
 def test_layer_in_bfloat16_and_under_autocast(make) -> None:
     assert_same_outputs(one_layer(make(torch.bfloat16)), torch.bfloat16)
     theirs = one_layer(make())
-    ours = copy.deepcopy(theirs)
-    peftkern.patch(ours)
+    ours = patched_copy(theirs)
     with torch.autocast("cpu", torch.bfloat16):
         got, wanted = outputs(ours), outputs(theirs)
     for g, w in zip(got, wanted, strict=True):
@@ -195,22 +194,16 @@ def test_several_active_adapters(make) -> None:
 
 def test_unusual_states_fall_back() -> None:
     theirs = one_layer(make_linear()).eval()
-    ours = copy.deepcopy(theirs)
-    peftkern.patch(ours)
+    ours = patched_copy(theirs)
     x = torch.randn(2, K)
-    for name, reason in (("merge_adapter", "adapters are merged"), (None, "adapters are disabled")):
-        peftkern.reset_stats()
-        if name is None:
-            with ours.disable_adapter(), theirs.disable_adapter():
-                got, wanted = ours(x), theirs(x)
-        else:
-            for model in (ours, theirs):
-                getattr(model, name)()
-            got, wanted = ours(x), theirs(x)
-            for model in (ours, theirs):
-                model.unmerge_adapter()
-        assert torch.equal(got, wanted)
-        assert fallbacks() == {reason: 1} and served_by_us() == 0
+    peftkern.reset_stats()
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert torch.equal(ours(x), theirs(x))
+    for model in (ours, theirs):
+        model.merge_adapter()
+    assert torch.equal(ours(x), theirs(x))
+    assert fallbacks() == {"adapters are disabled": 1, "adapters are merged": 1}
+    assert served_by_us() == 0
 
 
 def test_patch_changes_classes_alone_and_unpatch_restores_them() -> None:
@@ -271,12 +264,11 @@ def test_saved_adapters_are_pefts(tmp_path: Path) -> None:
     for model, name in zip(models, ("theirs", "ours"), strict=True):
         train(model, range(1, STEPS + 1))
         model.save_pretrained(tmp_path / name)
-    theirs, ours = (
-        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("theirs", "ours")
-    )
+    folders = tmp_path / "theirs", tmp_path / "ours"
+    theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    configs = [(tmp_path / n / "adapter_config.json").read_text() for n in ("theirs", "ours")]
-    assert configs[0] == configs[1]
+    theirs, ours = ((folder / "adapter_config.json").read_text() for folder in folders)
+    assert ours == theirs
 
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours").eval()
     assert_close_logits(loaded, models[1].eval())
@@ -369,8 +361,7 @@ def test_ranknum_does_not_drift() -> None:
 
 def test_orthogonality_term_is_pefts() -> None:
     theirs = adalora_llama(orth_reg_weight=0.7)
-    ours = copy.deepcopy(theirs)
-    peftkern.patch(ours)
+    ours = patched_copy(theirs)
     plain = theirs.base_model.model(**text_batch()).loss
     results = []
     for model in (theirs, ours):

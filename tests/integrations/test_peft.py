@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import pickle
 
@@ -46,18 +47,15 @@ def test_patch_names_every_lora_layer():
     assert str(report).startswith("14 patched (lora.Linear 14), 0 skipped; ")
 
 
-def test_patch_linear4bit():
-    report = peftkern.patch(lora_net(make_linear4bit()))
-    assert report.patched == ["base_model.model.proj"]
-    assert str(report) == f"1 patched (lora.Linear4bit 1), 0 skipped; on cpu: C++ ({cpu_isa()})"
-
-
-@pytest.mark.parametrize("inner", ["base_model", "base_model.model", "base_model.model.proj"])
-def test_patch_takes_any_module_that_holds_layers(inner):
-    model = lora_net(make_linear())
+@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+@pytest.mark.parametrize("inner", ["", "base_model", "base_model.model", "base_model.model.proj"])
+def test_patch_takes_any_module_that_holds_layers(inner, make):
+    model = lora_net(make())
+    kind = type(layer_of(model))
     report = peftkern.patch(model.get_submodule(inner))
-    assert len(report.patched) == 1
-    assert type(layer_of(model)) is not lora.Linear
+    assert [f"{inner}.{name}".strip(".") for name in report.patched] == ["base_model.model.proj"]
+    said = f"1 patched (lora.{kind.__name__} 1), 0 skipped; on cpu: C++ ({cpu_isa()})"
+    assert str(report) == said and type(layer_of(model)) is not kind
 
 
 def test_patch_changes_forward_alone():
@@ -75,19 +73,12 @@ def test_patch_changes_forward_alone():
 
 
 @pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-def test_repr_reads_as_before(make):
+def test_repr_reads_as_before_and_unpatch_restores_exactly(make):
     model = lora_net(make(), lora_dropout=0.1)
-    before = repr(model)
-    peftkern.patch(model)
-    assert repr(model) == before and "Patched" not in before
-
-
-@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-def test_unpatch_restores_exactly(make):
-    model = lora_net(make())
-    layer = layer_of(model)
+    layer, said = layer_of(model), repr(model)
     kinds, before = [type(m) for m in model.modules()], dict(layer.__dict__)
     peftkern.patch(model)
+    assert repr(model) == said and "Patched" not in said
     assert peftkern.unpatch(model) == ["base_model.model.proj"]
     assert [type(m) for m in model.modules()] == kinds and layer.__dict__ == before
     assert peftkern.unpatch(model) == []
@@ -152,56 +143,36 @@ def test_other_layers_are_skipped_with_a_reason():
     torch.testing.assert_close(model(ids), expected)
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (IA3Config(target_modules=["proj"], feedforward_modules=[]), "ia3.Linear has no kernel"),
-        (VeraConfig(target_modules=["proj"], r=4), "vera.Linear has no kernel"),
-    ],
-    ids=["ia3", "vera"],
-)
-def test_other_tuners_are_skipped(config, reason):
+def test_other_tuners_are_skipped():
+    config = IA3Config(target_modules=["proj"], feedforward_modules=[])
     report = peftkern.patch(get_peft_model(Net(make_linear()), config))
     assert report.patched == []
-    assert list(report.skipped.values()) == [reason]
+    assert list(report.skipped.values()) == ["ia3.Linear has no kernel"]
 
 
-def test_a_subclass_is_skipped():
+def test_layers_that_are_not_pefts_own_are_skipped():
     class Mine(lora.Linear):
         pass
 
-    model = lora_net(make_linear())
-    layer_of(model).__class__ = Mine
-    report = peftkern.patch(model)
-    assert report.patched == [] and "Mine has no kernel" in str(report)
-    assert type(layer_of(model)) is Mine
+    replaced, derived = (layer_of(lora_net(make_linear())) for _ in range(2))
+    replaced.forward = functools.partial(lora.Linear.forward, replaced)
+    derived.__class__ = Mine
+    for layer, why in ((replaced, "forward is replaced"), (derived, "Mine has no kernel")):
+        kind = type(layer)
+        report = peftkern.patch(layer)
+        assert report.patched == [] and why in str(report) and type(layer) is kind
 
 
-def test_a_forward_replaced_on_the_instance_is_skipped():
-    model = lora_net(make_linear())
-    layer = layer_of(model)
-    forward = layer.forward
-    layer.forward = lambda *args: forward(*args)
-    report = peftkern.patch(model)
-    assert report.patched == [] and "forward is replaced" in str(report)
-    assert type(layer) is lora.Linear
-
-
-def test_report_tells_what_falls_back_now():
-    model = add_lora(tiny_llama(), alora_invocation_tokens=[1])
-    report = peftkern.patch(model)
-    assert len(report.patched) == 14
-    assert set(report.falling_back.values()) == {"lora_variant ALoraLinearVariant"}
-    told = "; 14 of the patched fall back for now: lora_variant ALoraLinearVariant 14"
-    assert told in str(report)
-
-
-def test_report_is_json():
+def test_report_tells_what_falls_back_now_and_is_json():
     model = add_lora(tiny_llama(), alora_invocation_tokens=[1])
     model.base_model.model.extra = get_peft_model(
         Net(make_linear()), VeraConfig(target_modules=["proj"])
     )
     report = peftkern.patch(model)
+    assert len(report.patched) == 14
+    assert set(report.falling_back.values()) == {"lora_variant ALoraLinearVariant"}
+    told = "; 14 of the patched fall back for now: lora_variant ALoraLinearVariant 14"
+    assert told in str(report)
     read = json.loads(json.dumps(report.as_dict()))
     assert list(read) == [field.name for field in dataclasses.fields(report)]
     assert read == report.as_dict()
@@ -259,11 +230,6 @@ def test_layers_without_an_adapter_are_served():
     peftkern.unpatch(net)
     torch.testing.assert_close(got, net.train()(x))
     assert served_by_us() == 1
-
-
-def test_report_tells_fp4():
-    report = peftkern.patch(lora_net(make_linear4bit(quant_type="fp4")))
-    assert report.falling_back == {"base_model.model.proj": "quant_type is fp4"}
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -50,7 +50,9 @@ def test_not_quantized_yet_fails_as_in_peft():
 
 
 def test_formats_that_our_kernels_do_not_read():
-    assert_falls_back(lora_net(make_linear4bit(quant_type="fp4")), "quant_type is fp4")
+    model, reason = lora_net(make_linear4bit(quant_type="fp4")), "quant_type is fp4"
+    assert_falls_back(model, reason)
+    assert peftkern.patch(model).falling_back == {"base_model.model.proj": reason}
     model = lora_net(make_linear4bit(bias=False))
     weight = layer_of(model).base_layer.weight
     weight.data = weight.data.view(-1).view(torch.int16).view(-1, 1)
@@ -80,30 +82,20 @@ def test_truncated_quant_state_is_an_error_and_reads_nothing():
             model(torch.randn(2, K))
 
 
-def with_code(state: Any) -> None:
-    state.code = state.code.half()
-
-
-def with_other_code(state: Any) -> None:
-    state.code = state.code.flip(0)
-
-
-def with_absmax(state: Any) -> None:
-    state.absmax, state.state2, state.nested = state.absmax.float().half(), None, False
-
-
-def with_nested_dtype(state: Any) -> None:
-    """As bitsandbytes leaves it when it restores a weight that it has repacked."""
-    state.state2.dtype = torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (with_code, "quant_map: expected a torch.float32 tensor"),
-        (with_other_code, "quant_map: expected NF4's sixteen values"),
-        (with_absmax, "absmax: expected a torch.float32 tensor"),
-        (with_nested_dtype, "nested_dtype: expected float32"),
+        (
+            lambda s: vars(s).update(code=s.code.half()),
+            "quant_map: expected a torch.float32 tensor",
+        ),
+        (lambda s: vars(s).update(code=s.code.flip(0)), "quant_map: expected NF4's sixteen"),
+        (
+            lambda s: vars(s).update(absmax=s.absmax.float().half(), state2=None, nested=False),
+            "absmax: expected a torch.float32 tensor",
+        ),
+        # As bitsandbytes leaves it when it restores a weight that it has repacked.
+        (lambda s: vars(s.state2).update(dtype=torch.bfloat16), "nested_dtype: expected float32"),
     ],
 )
 def test_unusual_state_is_left_to_bitsandbytes(change, reason):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -18,6 +16,7 @@ from peft_models import (
     make_conv1d,
     make_linear,
     make_linear4bit,
+    patched_copy,
     served_by_us,
 )
 from processes import run_code
@@ -44,17 +43,10 @@ def test_small_dense_product(monkeypatch):
     model = lora_net(make_linear())
     assert_falls_back(model, "small dense product: PEFT's own operations are as fast")
     peftkern.patch(model)
-    for x, served in (
-        (torch.randn(DENSE_CPU_MINIMUM // (K + N), K), 0),
-        (torch.randn(DENSE_CPU_MINIMUM // (K + N) + 1, K), 1),
-    ):
-        peftkern.reset_stats()
-        model(x)
-        assert served_by_us() == served
-    peftkern.reset_stats()
+    rows = DENSE_CPU_MINIMUM // (K + N)
+    assert [told(model, torch.randn(rows + more, K))[0] for more in (0, 1)] == [0, 1]
     with peftkern.use_backend("cpu"):
-        model(torch.randn(3, K))
-    assert served_by_us() == 1
+        assert told(model, torch.randn(3, K))[0] == 1
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -71,6 +63,13 @@ def test_shape_that_peft_was_measured_faster_for(make, monkeypatch):
     assert r == layer_of(model).r["default"]
 
 
+def told(call, *args: object, **kwargs: object) -> tuple[int, dict[str, int]]:
+    """How many calls of ours one call makes, and what falls back in it."""
+    peftkern.reset_stats()
+    call(*args, **kwargs)
+    return served_by_us(), fallbacks()
+
+
 class Mine(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 2
@@ -80,7 +79,7 @@ def hook_the_magnitude(layer: nn.Module) -> None:
     layer.lora_magnitude_vector["default"].register_forward_hook(lambda *args: None)
 
 
-DORA = {"use_dora": True}
+DORA, IN_BF16 = {"use_dora": True}, {"adapter_dtype": torch.bfloat16}
 STATES = [  # the reason; what the adapter is over and its config; what is done to the layer
     # Over a dense base, for which torch has an operation; of others see test_peft_states.py.
     ("adapters are disabled", make_linear, {}, lambda layer: layer.enable_adapters(False)),
@@ -90,12 +89,7 @@ STATES = [  # the reason; what the adapter is over and its config; what is done 
     ("DoRA over Conv1D", make_conv1d, {**DORA, "fan_in_fan_out": True}, None),
     ("hooks on lora_magnitude_vector", make_linear, DORA, hook_the_magnitude),
     ("hooks on lora_magnitude_vector", make_linear4bit, DORA, hook_the_magnitude),
-    (
-        "adapter is torch.bfloat16, its input torch.float32",
-        make_linear,
-        {"adapter_dtype": torch.bfloat16},
-        None,
-    ),
+    ("adapter is torch.bfloat16, its input torch.float32", make_linear, IN_BF16, None),
 ]
 NO_ACTIVE = {"_active_adapter": ["elsewhere"]}
 
@@ -112,8 +106,7 @@ def test_states_that_are_left_to_peft(reason, make, config, change):
 def test_alora(make):
     model = lora_net(make(), alora_invocation_tokens=[1])
     reason = "lora_variant ALoraLinearVariant"
-    twin = copy.deepcopy(model)
-    peftkern.patch(twin)
+    twin = patched_copy(model)
     x = torch.randn(2, 5, K)
     for kwargs in ({}, {"alora_offsets": [2, None]}):
         peftkern.reset_stats()
@@ -125,8 +118,7 @@ def test_alora(make):
 @pytest.mark.parametrize("make", MAKERS)
 def test_adapter_names(make):
     model = lora_net(make()).eval()
-    twin = copy.deepcopy(model)
-    peftkern.patch(twin)
+    twin = patched_copy(model)
     names = ["default", "__base__", "default"]
     x = torch.randn(3, K, requires_grad=True)  # keeps bitsandbytes from repacking its weight
     peftkern.reset_stats()
@@ -138,11 +130,9 @@ def test_adapter_names(make):
 
 
 def test_arguments_that_are_none_are_no_arguments():
-    model = lora_net(make_linear())
-    peftkern.patch(model)
-    peftkern.reset_stats()
-    layer_of(model)(torch.randn(2, K), adapter_names=None, alora_offsets=None)
-    assert served_by_us() == 1 and fallbacks() == {}
+    model = patched_copy(lora_net(make_linear()))
+    nothing = {"adapter_names": None, "alora_offsets": None}
+    assert told(layer_of(model), torch.randn(2, K), **nothing) == (1, {})
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -176,14 +166,9 @@ def test_hooks_come_and_go(name):
     peftkern.patch(model)
     x = torch.randn(2, K)
     handle = HOOKS["forward"](role(model, name))
-    for _ in range(2):
-        peftkern.reset_stats()
-        model(x)
-        served = served_by_us()
-        assert served == int(handle is None)
-        if handle is not None:
-            handle.remove()
-            handle = None
+    assert told(model, x)[0] == 0
+    handle.remove()
+    assert told(model, x)[0] == 1
 
 
 def test_global_hooks():
@@ -223,8 +208,7 @@ def test_other_dropout():
     model = lora_net(make_linear(), lora_dropout=0.2)
     for dropout in (nn.Dropout(0.2, inplace=True), nn.Dropout(1.0), nn.AlphaDropout(0.2)):
         layer_of(model).lora_dropout["default"] = dropout
-        twin = copy.deepcopy(model)
-        peftkern.patch(twin)
+        twin = patched_copy(model)
         x = torch.randn(3, K)
         peftkern.reset_stats()
         torch.manual_seed(0)
@@ -238,21 +222,17 @@ def test_trained_base_weight():
     model = lora_net(make_linear())
     layer_of(model).base_layer.weight.requires_grad_(True)
     assert_falls_back(model, "base weight is trained")
-    twin = copy.deepcopy(model)
-    peftkern.patch(twin)
+    twin = patched_copy(model)
     twin(torch.randn(2, K)).sum().backward()
     assert layer_of(twin).base_layer.weight.grad is not None
-    peftkern.reset_stats()
     with torch.no_grad():
-        twin(torch.randn(2, K))
-    assert served_by_us() == 1
+        assert told(twin, torch.randn(2, K))[0] == 1
 
 
 def test_no_active_adapter_on_a_4bit_layer_is_served():
     model = lora_net(make_linear4bit())
     vars(layer_of(model)).update(NO_ACTIVE)
-    twin = copy.deepcopy(model)
-    peftkern.patch(twin)
+    twin = patched_copy(model)
     x = torch.randn(2, K)
     peftkern.reset_stats()
     torch.testing.assert_close(twin(x), model(x))
@@ -269,11 +249,9 @@ def test_dtypes_that_need_pefts_casts():
     assert fallbacks() == {"lora_A is torch.float32, lora_B is torch.float64": 1}
     with pytest.raises(RuntimeError, match="dtype"):  # PEFT's own error for a wrong input
         mixed(torch.randn(2, K).bfloat16())
-    double = lora_net(make_linear(torch.float64), adapter_dtype=torch.float64)
-    peftkern.patch(double)
-    peftkern.reset_stats()
-    double(torch.randn(2, K).double())
-    assert fallbacks() == {"input is torch.float64, base weight is torch.float64": 1}
+    double = patched_copy(lora_net(make_linear(torch.float64), adapter_dtype=torch.float64))
+    why = {"input is torch.float64, base weight is torch.float64": 1}
+    assert told(double, torch.randn(2, K).double()) == (0, why)
 
 
 def test_functorch_transforms():
@@ -283,11 +261,8 @@ def test_functorch_transforms():
     peftkern.reset_stats()
     jacobian = torch.func.vmap(torch.func.jacrev(lambda row: model(row)))(x)
     assert jacobian.shape == (3, N, K)
-    layer = layer_of(model)
-    weight = (
-        layer.base_layer.weight
-        + 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    )
+    base, A, B = (role(model, name).weight for name in ("base_layer", "lora_A", "lora_B"))
+    weight = base + 1.5 * B @ A
     torch.testing.assert_close(jacobian, weight.expand(3, N, K))
     assert set(fallbacks()) == {"torch.func transform"}
     with torch.autograd.forward_ad.dual_level():
@@ -356,16 +331,9 @@ def test_reason_is_looked_at_again_at_every_call():
     model.add_adapter("alora", config)
     peftkern.patch(model)
     x = torch.randn(2, K)
-    expected = {"default": 1, "alora": 0}
-    for name in ("default", "alora", "default"):
+    for name, served in (("default", 1), ("alora", 0), ("default", 1)):
         model.set_adapter(name)
-        peftkern.reset_stats()
-        model(x)
-        assert served_by_us() == expected[name]
+        assert told(model, x)[0] == served
     with model.disable_adapter():
-        peftkern.reset_stats()
-        model(x)
-        assert fallbacks() == {"adapters are disabled": 1}
-    peftkern.reset_stats()
-    model(x)
-    assert served_by_us() == 1
+        assert told(model, x) == (0, {"adapters are disabled": 1})
+    assert told(model, x)[0] == 1

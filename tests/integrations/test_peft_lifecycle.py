@@ -36,17 +36,12 @@ import peftkern
 from peftkern.integrations.peft.lora import PatchedLinear
 from peftkern.layers import NF4Linear
 
+pytestmark = pytest.mark.usefixtures("form_the_product_again")
 Make = Callable[[], nn.Module]
 MAKERS = [make_linear, make_linear4bit]
 NETS = [lora_net, dora_net]
 every_make = pytest.mark.parametrize("make", MAKERS)
 every_net = pytest.mark.parametrize("net_of", NETS)
-
-
-@pytest.fixture(autouse=True)
-def form_the_product_again(monkeypatch):
-    """As layers of real sizes do under DoRA; functional/test_dora.py tests the other way."""
-    monkeypatch.setattr("peftkern.functional.dora._forms_again", lambda x, weights: True)
 
 
 def served() -> int:

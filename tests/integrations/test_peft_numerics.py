@@ -40,8 +40,8 @@ from torch import Tensor, nn
 import peftkern
 from peftkern.layers import NF4Linear
 
+pytestmark = pytest.mark.usefixtures("form_the_product_again")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
 
 VARIANTS = {
     "plain": {},
@@ -59,12 +59,6 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 def net_of(variant: str, base: nn.Module, **config: Any) -> PeftModel:
     config = {**VARIANTS[variant], **config}
     return (dora_net if config.pop("use_dora", False) else lora_net)(base, **config)
-
-
-@pytest.fixture(autouse=True)
-def form_the_product_again(monkeypatch):
-    """As layers of real sizes do under DoRA; functional/test_dora.py tests the other way."""
-    monkeypatch.setattr("peftkern.functional.dora._forms_again", lambda x, weights: True)
 
 
 @every_variant

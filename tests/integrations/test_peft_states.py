@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -50,31 +51,25 @@ class Pair(nn.Module):
         return self.down(self.act(self.up(x)))
 
 
-MODELS = {
-    "dense": (
-        make_linear,
-        lambda: LoraConfig(target_modules=["up", "down"], r=4, lora_dropout=0.1),
-    ),
-    "NF4": (make_linear4bit, lambda: LoraConfig(target_modules=["up"], r=4)),
-    "NF4, plain absmax": (
-        lambda: make_linear4bit(double_quant=False),
-        lambda: LoraConfig(target_modules=["up", "down"], r=4),
-    ),
-    "NF4 without an adapter": (make_linear4bit, lambda: LoraConfig(target_modules=["down"], r=4)),
-    "DoRA": (make_linear4bit, lambda: LoraConfig(target_modules=["up"], r=4, use_dora=True)),
-    "AdaLoRA": (
-        make_linear4bit,
-        lambda: AdaLoraConfig(target_modules=["up", "down"], init_r=4, total_step=50),
-    ),
+plain_absmax = functools.partial(make_linear4bit, double_quant=False)
+adalora = functools.partial(AdaLoraConfig, init_r=4, total_step=50)
+lora = functools.partial(LoraConfig, r=4)
+MODELS = {  # the base, the layers with an adapter, and its config
+    "dense": (make_linear, ["up", "down"], functools.partial(lora, lora_dropout=0.1)),
+    "NF4": (make_linear4bit, ["up"], lora),
+    "NF4, plain absmax": (plain_absmax, ["up", "down"], lora),
+    "NF4 without an adapter": (make_linear4bit, ["down"], lora),
+    "DoRA": (make_linear4bit, ["up"], functools.partial(lora, use_dora=True)),
+    "AdaLoRA": (make_linear4bit, ["up", "down"], adalora),
 }
 
 
 def build(kind: str) -> PeftModel:
-    make, config = MODELS[kind]
+    make, targets, config = MODELS[kind]
     net = Pair(make)
     net.is_loaded_in_4bit = make is not make_linear
     torch.manual_seed(2)
-    model = get_peft_model(net, config())
+    model = get_peft_model(net, config(target_modules=targets))
     fill_adapters(model)
     return model
 
@@ -244,15 +239,15 @@ class Life:
         if not self.merged:  # PEFT alone would not give the frozen weight back
             peftkern.unpatch(self.twin)
 
-    def hook(self) -> None:
+    def hook(self, base: bool = False) -> None:
         for model in self.both:
-            add_hook_to_module(model.base_model.model.up, AlignDevicesHook(io_same_device=True))
+            layer = model.base_model.model.up
+            if base and hasattr(layer, "get_base_layer"):
+                layer = layer.get_base_layer()
+            add_hook_to_module(layer, AlignDevicesHook(io_same_device=True))
 
     def hook_base(self) -> None:
-        for model in self.both:
-            up = model.base_model.model.up
-            base = up.get_base_layer() if hasattr(up, "get_base_layer") else up
-            add_hook_to_module(base, AlignDevicesHook(io_same_device=True))
+        self.hook(base=True)
 
     def unhook(self) -> None:
         for model in self.both:
@@ -423,11 +418,11 @@ def test_threads_that_unmerge() -> None:
 def test_dora_leaves_nothing_behind() -> None:
     model = lora_net(make_linear4bit(), use_dora=True)
     peftkern.patch(model)
-    before = dict(model.base_model.model.proj.__dict__)
+    layer = model.base_model.model.proj
+    before = dict(layer.__dict__)
     model.merge_adapter()
     model.unmerge_adapter()
-    assert model.base_model.model.proj._caches == {}
-    assert model.base_model.model.proj.__dict__.keys() == before.keys()
+    assert layer._caches == {} and layer.__dict__.keys() == before.keys()
 
 
 @pytest.mark.parametrize("how", ["load", "assign"])
@@ -436,8 +431,8 @@ def test_a_weight_that_comes_while_merged_is_not_lost(how: str) -> None:
     model, other = lora_net(make_linear4bit()), lora_net(make_linear4bit(double_quant=True), seed=8)
     peftkern.patch(model)
     with torch.no_grad():
-        for lora in (model, other):
-            lora.merge_adapter()
+        for net in (model, other):
+            net.merge_adapter()
     if how == "load":
         loaded = {k: v.clone() for k, v in other.state_dict().items() if "absmax" not in k}
         model.load_state_dict(loaded, strict=False)

@@ -25,25 +25,13 @@ from processes import run_code
 from tolerances import LOSS_CURVE_RTOL, RATIO, errors
 from torch import nn
 from trainers import trainer
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-)
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftkern
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 50
 F32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small cost more to share out than to compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +42,10 @@ def saved_llama(tmp_path_factory) -> Path:
 
 
 def load_4bit(directory: Path, *, dtype: torch.dtype, compute_dtype: torch.dtype) -> nn.Module:
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        directory,
-        quantization_config=quantization,
-        dtype=dtype,
-        device_map="cpu",
-        attn_implementation="eager",
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, **nf4)
+    options = {"quantization_config": config, "device_map": "cpu", "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
 
 
 def train(
@@ -168,16 +147,11 @@ def test_trainer(saved_llama, tmp_path, kind, checkpointing):
     model = add_lora(base, lora_dropout=0.1)
     logs, evaluations, twin = [], [], patched_copy(model)
     for side, net in (("peft", model), ("patched", twin)):
-        run = trainer(
-            net,
-            tmp_path / side,
-            max_steps=6,
-            save_strategy="steps",
-            save_steps=3,
-            learning_rate=2e-3,
-            gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        )
+        options = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 2e-3}
+        if checkpointing:
+            options |= {"gradient_checkpointing": True}
+            options |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        run = trainer(net, tmp_path / side, max_steps=6, **options)
         peftkern.reset_stats()
         run.train()
         assert served_by_us() == (0 if net is model else 6 * 14 * (2 if checkpointing else 1))

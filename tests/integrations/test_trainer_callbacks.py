@@ -7,11 +7,10 @@ import json
 import logging
 
 import pytest
-import torch
 import trainers
 import transformers
-from peft import AdaLoraConfig, get_peft_model
-from peft_models import TARGETS, add_lora, patched_copy, served_by_us, tiny_llama
+from adalora_models import adalora_llama
+from peft_models import add_lora, patched_copy, served_by_us, tiny_llama
 from trainers import LENGTH, ROWS, Texts
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -20,18 +19,10 @@ from peftkern.backends.cpu.module import cpu_isa
 from peftkern.integrations.peft.lora import PatchedLinear
 from peftkern.integrations.transformers.callbacks import MonitorCallback, PeftKernCallback
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 5
 LAYERS = 14
 LOGGER = "peftkern.integrations.transformers.callbacks"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small cost more to share out than to compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Reporter(TrainerCallback):
@@ -142,39 +133,26 @@ def test_patches_adapters_that_came_in_between(tmp_path):
 
 
 def test_model_of_model_init_is_patched(tmp_path):
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
-    )
-    run = Trainer(
-        model_init=lambda: add_lora(tiny_llama()),
-        args=arguments,
-        train_dataset=Texts(),
-        callbacks=[PeftKernCallback()],
-    )
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, **quiet)
+    data = {"train_dataset": Texts(), "callbacks": [PeftKernCallback()]}
+    run = Trainer(model_init=lambda: add_lora(tiny_llama()), args=arguments, **data)
     run.train()
     assert patched_layers(run.model) == LAYERS
 
 
-def test_model_without_adapters_is_a_warning(tmp_path, caplog):
+def test_what_is_not_served_is_a_warning(tmp_path, caplog):
     trainer(tiny_llama(), tmp_path, [PeftKernCallback()], max_steps=1).train()
-    said = [(r.levelname, r.message) for r in caplog.records if r.name == LOGGER]
-    assert said == [("WARNING", "peftkern: 0 patched: the model has no PEFT adapter layers")]
-
-
-def test_layers_that_fall_back_are_a_warning(tmp_path, caplog):
-    model = add_lora(tiny_llama(), lora_dropout=1.0)
-    trainer(model, tmp_path, [PeftKernCallback()], max_steps=1)
-    (said,) = [r for r in caplog.records if r.name == LOGGER]
-    assert said.levelname == "WARNING"
-    assert "14 of the patched fall back for now: lora_dropout is Dropout(p=1.0" in said.message
+    trainer(add_lora(tiny_llama(), lora_dropout=1.0), tmp_path, [PeftKernCallback()])
+    first, second = (r for r in caplog.records if r.name == LOGGER)
+    assert first.levelname == second.levelname == "WARNING"
+    assert first.message == "peftkern: 0 patched: the model has no PEFT adapter layers"
+    assert "14 of the patched fall back for now: lora_dropout is Dropout(p=1.0" in second.message
 
 
 def test_adalora_is_patched_too(tmp_path):
-    config = AdaLoraConfig(
-        init_r=4, target_r=2, total_step=10, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
     callback = PeftKernCallback()
-    trainer(get_peft_model(tiny_llama(), config), tmp_path, [callback], max_steps=1).train()
+    trainer(adalora_llama(), tmp_path, [callback], max_steps=1).train()
     assert callback.report.kinds["adalora.SVDLinear"] == LAYERS
 
 
@@ -182,14 +160,9 @@ def test_adalora_is_patched_too(tmp_path):
 def test_monitor_s_numbers_reach_the_reporters(tmp_path, accumulation, counted):
     model = add_lora(tiny_llama())
     reporter = Reporter()
-    run = trainer(
-        model,
-        tmp_path,
-        [PeftKernCallback(), reporter],
-        gradient_accumulation_steps=accumulation,
-        include_num_input_tokens_seen=counted,
-        logging_steps=2,
-    )
+    options = {"include_num_input_tokens_seen": counted, "logging_steps": 2}
+    options |= {"gradient_accumulation_steps": accumulation}
+    run = trainer(model, tmp_path, [PeftKernCallback(), reporter], **options)
     callback = MonitorCallback.attach(run, jsonl=tmp_path / "run.jsonl")
     run.train()
     tokens = ROWS * LENGTH * accumulation
@@ -233,16 +206,9 @@ def test_evaluating_and_saving_is_in_no_step(tmp_path, clock):
         on_save = on_evaluate
 
     slow = Slow()
-    run = trainer(
-        add_lora(tiny_llama()),
-        tmp_path,
-        [slow, MonitorCallback()],
-        eval_strategy="steps",
-        eval_steps=2,
-        eval_on_start=True,
-        save_strategy="steps",
-        save_steps=1,
-    )
+    options = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    run = trainer(add_lora(tiny_llama()), tmp_path, [slow, MonitorCallback()], **options)
     run.train()
     logged = training_logs(run)
     assert slow.paused >= 3 + STEPS

@@ -17,7 +17,6 @@ from peftkern.methods import (
     DyLoRALinear,
     QuantumPEFTLinear,
     RoSALinear,
-    set_rank,
 )
 
 K, N, RANK, P = 64, 24, 3, 0.4
@@ -41,7 +40,8 @@ def hooked(kind: str) -> nn.Linear:
 
 @pytest.mark.parametrize("cls", LAYERS)
 def test_a_base_that_computes_something_else_is_refused(cls):
-    for base in (Tripled(K, N), LoRALinear(K, N), NF4LoRALinear(K, N), nn.Conv1d(1, 1, 1)):
+    layers = (LoRALinear(K, N), NF4LoRALinear(K, N), cls(nn.Linear(K, N)))
+    for base in (Tripled(K, N), *layers, nn.Conv1d(1, 1, 1)):
         with pytest.raises(TypeError, match=f"^base: expected .* got {type(base).__name__}$"):
             cls(base)
     with pytest.raises(TypeError, match=r"^base: expected .* got ParametrizedLinear"):
@@ -57,22 +57,12 @@ def test_a_base_that_computes_something_else_is_refused(cls):
         assert base.weight.requires_grad  # refused: left alone
 
 
-def test_the_advice_about_linear4bit_works():
-    quantized = Linear4bit(K, N, quant_type="nf4").to("cpu")
-    base = NF4Linear(K, N)
-    base.load_state_dict(quantized.state_dict())
-    x = torch.randn(5, K)
-    torch.testing.assert_close(DyLoRALinear(base)(x), quantized(x), rtol=1e-4, atol=1e-5)
-
-
-def test_dylora_truncates_over_every_base_that_it_takes():
-    for base in (nn.Linear(K, N), NF4Linear(K, N)):
-        layer = DyLoRALinear(base, r=4)
-        for column in layer.lora_B:
-            nn.init.normal_(column)
-        set_rank(layer, 2)
-        x = torch.randn(5, K)
-        assert torch.equal(layer.truncate()(x), layer(x))
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_rank_of_zero_and_a_dropout_of_one_are_refused(cls):
+    for wrong in ({"r": 0}, {"lora_dropout": 1.0}):
+        if cls is not DeltaLoRALinear or "r" in wrong:  # it drops nothing
+            with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
+                cls(nn.Linear(K, N), **wrong)
 
 
 def make(cls: type) -> nn.Module:

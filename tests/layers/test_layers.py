@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -57,12 +58,8 @@ def test_forward_and_gradients(cls, dtype, bias):
     layer = make(cls, dtype, bias)
     weight = dense_weight(layer, dtype)
 
-    def in_dtype(x):
-        return eager(layer, x, weight)
-
-    def in_float64(x):
-        return eager(layer, x, weight.double())
-
+    in_dtype = functools.partial(eager, layer, weight=weight)
+    in_float64 = functools.partial(eager, layer, weight=weight.double())
     results = []
     for run, wide in ((layer, dtype), (in_dtype, dtype), (in_float64, torch.float64)):
         x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -238,21 +235,17 @@ def test_wrong_state_dicts_are_named(nested_in_a_model):
     good = model.state_dict()
     expected = model(torch.ones(1, K))
 
-    def load(**changes):
+    other = {k: v for k, v in NF4Linear(K, 8).state_dict().items() if k != "bias"}
+    for changes, says in (
+        ({"weight.absmax": good[prefix + "weight.absmax"][:1]}, "absmax"),
+        ({"weight.quant_map": None}, r"weight\.quant_map: missing"),
+        (other, r"expected shape \(96, 64\), got \(8, 64\)"),
+        ({"weight": None}, f'Missing key.*"{prefix}weight"'),
+        ({"other": torch.ones(1)}, f'Unexpected key.*"{prefix}other"'),
+    ):
         state = {**good, **{prefix + k: v for k, v in changes.items()}}
-        return model.load_state_dict({k: v for k, v in state.items() if v is not None})
-
-    with pytest.raises(RuntimeError, match="absmax"):
-        load(**{"weight.absmax": good[prefix + "weight.absmax"][:1]})
-    with pytest.raises(RuntimeError, match=r"weight\.quant_map: missing"):
-        load(**{"weight.quant_map": None})
-    with pytest.raises(RuntimeError, match=r"expected shape \(96, 64\), got \(8, 64\)"):
-        other = NF4Linear(K, 8).state_dict()
-        load(**{k: v for k, v in other.items() if k != "bias"})
-    with pytest.raises(RuntimeError, match=f'Missing key.*"{prefix}weight"'):
-        load(weight=None)
-    with pytest.raises(RuntimeError, match=f'Unexpected key.*"{prefix}other"'):
-        load(other=torch.ones(1))
+        with pytest.raises(RuntimeError, match=says):
+            model.load_state_dict({k: v for k, v in state.items() if v is not None})
     assert torch.equal(model(torch.ones(1, K)), expected)
 
 

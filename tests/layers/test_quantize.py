@@ -75,14 +75,9 @@ def test_quantize_leaves_adapters_subclasses_and_odd_dtypes():
     class Mine(nn.Linear):
         pass
 
-    model = nn.ModuleDict(
-        {
-            "lora_A": nn.ModuleDict({"default": nn.Linear(K, 4)}),
-            "mine": Mine(K, K),
-            "wide": nn.Linear(K, K, dtype=torch.float64),
-            "plain": nn.Linear(K, K),
-        }
-    )
+    model = nn.ModuleDict({"mine": Mine(K, K), "plain": nn.Linear(K, K)})
+    model["wide"] = nn.Linear(K, K, dtype=torch.float64)
+    model["lora_A"] = nn.ModuleDict({"default": nn.Linear(K, 4)})
     for replaced in (["plain"], []):
         with pytest.warns(UserWarning, match="most of the weights .* 4,096 in Mine"):
             assert peftkern.quantize_(model) == replaced
@@ -101,33 +96,23 @@ def test_quantize_errors():
     assert kinds(model) == []
 
 
-def test_quantize_lets_go_of_the_dense_weights_one_by_one():
+def test_quantize_lets_go_of_the_dense_weights_one_by_one(monkeypatch):
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
     alive = weakref.WeakSet(layer.weight for layer in model)
-    left = []
-    quantized = NF4Linear._set_nf4
+    left, quantized = [], NF4Linear._set_nf4
 
     def spy(layer, w):
         left.append(len(alive))
         quantized(layer, w)
 
-    NF4Linear._set_nf4 = spy
-    try:
-        assert len(peftkern.quantize_(model)) == 8
-    finally:
-        NF4Linear._set_nf4 = quantized
+    monkeypatch.setattr(NF4Linear, "_set_nf4", spy)
+    assert len(peftkern.quantize_(model)) == 8
     assert left[-1] <= 2 and not alive
 
 
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": K,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 T5 = {"vocab_size": 64, "d_model": K, "d_ff": 96, "num_layers": 1, "num_heads": 4, "d_kv": 16}
 SMALL = {"vocab_size": 64, "hidden_size": K, "num_hidden_layers": 2}
+TINY = {**SMALL, "intermediate_size": 96, "num_attention_heads": 4}
 FAMILIES = {
     "LlamaForCausalLM": transformers.LlamaConfig(**TINY),
     "LlamaForSequenceClassification": transformers.LlamaConfig(**TINY, pad_token_id=0),

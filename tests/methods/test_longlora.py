@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tolerances import LOGITS
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    CLIPVisionConfig,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MptConfig,
-    MptForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from peftkern.integrations.transformers.longlora import (
     disable_shifted_sparse_attention,
     enable_shifted_sparse_attention,
 )
 from peftkern.methods.longlora import shifted_sparse_attention
-
-PARTS = ("encoder", "decoder")
-BART_SIZES = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
 
 
 def allowed(H: int, T: int, G: int, is_causal: bool) -> Tensor:
@@ -189,22 +171,52 @@ def test_wrong_arguments_are_named(change, complaint):
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE = {**SIZES, **HEADS, "head_dim": 8}
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+BART = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64, "init_std": 0.3}
+for part in ("encoder", "decoder"):
+    BART |= {f"{part}_layers": 1, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 48}
+VISION = {"image_size": 8, "patch_size": 4, "num_attention_heads": 4, **SIZES}
+del VISION["vocab_size"]
+MODELS = {
+    "llama": ("LlamaForCausalLM", {**SIZES, **HEADS}),
+    "t5": ("T5ForConditionalGeneration", {**T5, "dropout_rate": 0.0}),
+    "bart": ("BartForConditionalGeneration", {**BART, "dropout": 0.0, "attention_dropout": 0.0}),
+    "gemma2": ("Gemma2ForCausalLM", {**WIDE, "attn_logit_softcapping": 1.0}),
+    "gpt_oss": ("GptOssForCausalLM", {**WIDE, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "mpt": ("MptForCausalLM", {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 1}),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": transformers.LlamaConfig(**SIZES, num_attention_heads=4),
+            "vision_config": transformers.CLIPVisionConfig(**VISION),
+            "image_token_index": 63,
+        },
+    ),
+}
 
 
-def llama() -> LlamaForCausalLM:
+def build(kind: str) -> transformers.PreTrainedModel:
+    """A small model of that kind, whose attention is sharp enough to matter."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS))
+    name, config = MODELS[kind]
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**copy.deepcopy(config)))
 
 
 def test_transformers_model_trains_sparse_and_evaluates_full():
-    model, plain = llama(), llama()
+    model, plain = build("llama"), build("llama")
     ids = torch.randint(0, 64, (2, 24))
-    enable_shifted_sparse_attention(model, 8)
+    for size in (4, 8):
+        enable_shifted_sparse_attention(model, size)
+    assert model.config._attn_implementation.endswith("_8")
     sparse = model.train()(ids).logits
     assert not torch.allclose(sparse, plain.train()(ids).logits, atol=1e-4)
     torch.testing.assert_close(model.eval()(ids).logits, plain.eval()(ids).logits)
     assert torch.equal(model.generate(ids, max_length=30), plain.generate(ids, max_length=30))
-    disable_shifted_sparse_attention(model)
+    for _ in range(2):
+        disable_shifted_sparse_attention(model)
+        assert model.config._attn_implementation == plain.config._attn_implementation
     torch.testing.assert_close(model.train()(ids).logits, plain.train()(ids).logits)
 
 
@@ -212,7 +224,7 @@ def test_transformers_model_trains_sparse_and_evaluates_full():
 def test_padded_batch_equals_its_sequences_alone(side):
     """What the tokens of a sequence get does not depend on the padding after them; before them it
     moves the borders of the groups, so that those are compared with a group's length of padding."""
-    model = llama().train()
+    model = build("llama").train()
     enable_shifted_sparse_attention(model, 8)
     long, short = torch.randint(0, 64, (24,)), torch.randint(0, 64, (16,))
     pad, ones = torch.zeros(8, dtype=torch.long), torch.ones(16, dtype=torch.long)
@@ -230,7 +242,7 @@ def test_padded_batch_equals_its_sequences_alone(side):
 
 
 def test_peft_model_with_checkpointing_trains():
-    base = llama()
+    base = build("llama")
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     enable_shifted_sparse_attention(model, 8)
     base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -245,39 +257,6 @@ def test_peft_model_with_checkpointing_trains():
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < losses[0]
-
-
-def build(kind: str) -> PreTrainedModel:
-    """A small model of that kind, whose attention is sharp enough to matter."""
-    torch.manual_seed(0)
-    heads = {**HEADS, "head_dim": 8}
-    if kind == "llama":
-        return llama()
-    if kind == "t5":
-        layers = {"num_layers": 1, "num_heads": 4, "d_model": 32, "d_kv": 8, "d_ff": 48}
-        return T5ForConditionalGeneration(T5Config(vocab_size=64, dropout_rate=0.0, **layers))
-    if kind == "bart":
-        layers = {f"{part}_{name}": n for part in PARTS for name, n in BART_SIZES.items()}
-        dropout = {"dropout": 0.0, "attention_dropout": 0.0}
-        config = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64, "init_std": 0.3}
-        return BartForConditionalGeneration(BartConfig(**layers, **dropout, **config))
-    if kind == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**SIZES, **heads, attn_logit_softcapping=1.0))
-    if kind == "gpt_oss":
-        experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
-        return GptOssForCausalLM(GptOssConfig(**SIZES, **heads, **experts))
-    if kind == "mpt":
-        return MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_heads=4, n_layers=1))
-    assert kind == "llava"
-    vision = {"image_size": 8, "patch_size": 4, "num_attention_heads": 4, **SIZES}
-    del vision["vocab_size"]
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            text_config=LlamaConfig(**SIZES, num_attention_heads=4),
-            vision_config=CLIPVisionConfig(**vision),
-            image_token_index=63,
-        )
-    )
 
 
 def inputs_of(kind: str, T: int = 12) -> dict[str, Tensor]:
@@ -380,19 +359,8 @@ def test_scale_and_dropout_of_the_model_are_used():
     torch.testing.assert_close(model.eval()(**inputs).logits, wanted, **LOGITS)
 
 
-def test_another_size_and_twice_off():
-    model = llama()
-    before = model.config._attn_implementation
-    enable_shifted_sparse_attention(model, 4)
-    enable_shifted_sparse_attention(model, 8)
-    assert model.config._attn_implementation.endswith("_8")
-    disable_shifted_sparse_attention(model)
-    disable_shifted_sparse_attention(model)
-    assert model.config._attn_implementation == before
-
-
 def test_switch_refuses_what_it_cannot_serve():
     with pytest.raises(ValueError, match="group_size"):
-        enable_shifted_sparse_attention(llama(), 5)
+        enable_shifted_sparse_attention(build("llama"), 5)
     with pytest.raises(ValueError, match="model: expected a transformers"):
         enable_shifted_sparse_attention(torch.nn.Linear(2, 2), 4)

@@ -25,9 +25,8 @@ from method_models import (
 )
 from paths import EXAMPLES
 from tolerances import METHODS_RTOL, METHODS_STEPS_RTOL, errors
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftkern.layers import LoRALinear
 from peftkern.methods import LoRAProAdamW, lora_pro_gradients, lora_pro_hook
 from peftkern.methods.pairs import find_pairs
 
@@ -68,14 +67,6 @@ def test_equivalent_gradient_is_the_projection(s):
     assert relative_difference((got_A, got_B), plain_lora_pro(A, B, gA, gB, s)) < RTOL
 
 
-def test_equivalent_gradient_does_not_depend_on_X():
-    A, B, g, gA, gB = case()
-    (got_A,), (got_B,) = lora_pro_gradients([A], [B], [gA], [gB], [SCALING])
-    shift = torch.randn(RANK, RANK, dtype=F64)
-    moved = equivalent(A, B, got_A + shift @ A, got_B - B @ shift, SCALING)
-    assert relative_difference([moved], [nearest(A, B, g)]) < RTOL
-
-
 def test_the_chosen_X_is_nearest_to_the_factors_own_gradients():
     A, B, _, gA, gB = case()
     (got_A,), (got_B,) = lora_pro_gradients([A], [B], [gA], [gB], [SCALING])
@@ -85,14 +76,6 @@ def test_the_chosen_X_is_nearest_to_the_factors_own_gradients():
 
     gradient = torch.func.grad(distance)(torch.zeros(RANK, RANK, dtype=F64))
     assert gradient.abs().max() < RTOL * (gA @ A.T).abs().max()
-
-
-def test_every_loss_falls_along_them():
-    """<g_A, g^A> + <g_B, g^B> >= 0, and equals |g - (I - P_B) g (I - P_A)|^2."""
-    A, B, g, gA, gB = case()
-    (got_A,), (got_B,) = lora_pro_gradients([A], [B], [gA], [gB], [SCALING])
-    descent = (gA * got_A).sum() + (gB * got_B).sum()
-    assert math.isclose(descent, nearest(A, B, g).square().sum(), rel_tol=RTOL)
 
 
 def test_zero_and_dependent_factors():
@@ -106,9 +89,8 @@ def test_zero_and_dependent_factors():
         assert torch.allclose(moved, nearest(A, b, g), rtol=0, atol=RTOL * g.abs().max())
         if b is zero:
             assert torch.equal(got_A, torch.zeros_like(A))
-            assert (
-                relative_difference([got_B], [gB @ torch.linalg.inv(A @ A.T) / SCALING**2]) < RTOL
-            )
+            expected = gB @ torch.linalg.inv(A @ A.T) / SCALING**2
+            assert relative_difference([got_B], [expected]) < RTOL
 
 
 def test_hundreds_of_layers_take_one_eigenvalue_call():
@@ -170,15 +152,6 @@ def test_full_moments_equal_a_plain_transcription():
     assert elements == [ours.up.weight.shape, ours.down.weight.shape]
 
 
-def test_factored_state_is_that_of_adamw():
-    model = our_net()
-    optimizer = LoRAProAdamW(model)
-    train(model, optimizer, batches(2))
-    for p in model.parameters():
-        if p.requires_grad:
-            assert optimizer.state[p]["exp_avg"].shape == p.shape
-
-
 @pytest.mark.parametrize("full_moments", [False, True])
 @pytest.mark.parametrize("kind", ["ours", "peft"])
 def test_the_first_step_from_zero_leaves_lora_A(kind, full_moments):
@@ -188,13 +161,16 @@ def test_the_first_step_from_zero_leaves_lora_A(kind, full_moments):
     optimizer = LoRAProAdamW(model, lr=1e-2, full_moments=full_moments)
     losses = train(model, optimizer, batches(1) * 30)
     assert losses[-1] < 0.95 * losses[0]
+    if not full_moments:  # the state is that of AdamW
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in trained)
     again = peft_net() if kind == "peft" else our_net()
     train(again, LoRAProAdamW(again, lr=1e-2, full_moments=full_moments), batches(1))
     for pair, A in zip(find_pairs(again), before, strict=True):
         assert torch.equal(pair.lora_A, A) and pair.lora_B.abs().max() > 0
 
 
-def test_half_of_a_pair_and_shared_factors_are_errors():
+def test_half_of_a_pair_and_lists_that_do_not_fit_are_errors():
     model = our_net()
     optimizer = LoRAProAdamW(model)
     backward(model, batches(1)[0])
@@ -203,20 +179,15 @@ def test_half_of_a_pair_and_shared_factors_are_errors():
         optimizer.step()
     model.up.lora_B.grad = None  # not used at all: nothing to do
     optimizer.step()
-    model.down.lora_B = nn.Parameter(torch.zeros(N, RANK, dtype=F64))
-    shared = nn.ModuleList(LoRALinear(8, 8, r=2) for _ in range(2))
-    shared[1].lora_A = shared[0].lora_A
-    with pytest.raises(ValueError, match="0 and 1 share a factor"):
-        LoRAProAdamW(shared)
     A, B, _, gA, gB = case()
-    with pytest.raises(ValueError, match=r"grad_A, grad_B of layer 0: expected \[4, 24\]"):
-        lora_pro_gradients([A], [B], [gB], [gA], [1.0])
-    with pytest.raises(ValueError, match="lora_A, lora_B of layer 0"):
-        lora_pro_gradients([A], [B[:, :1]], [gA], [gB], [1.0])
-    with pytest.raises(ValueError, match="scaling of layer 0: expected a number other than 0"):
-        lora_pro_gradients([A], [B], [gA], [gB], [0])
-    with pytest.raises(ValueError, match=r"expected one of each .* 0 of grad_B"):
-        lora_pro_gradients([A], [B], [gA], [], [1.0])
+    for lists, says in (
+        (([A], [B], [gB], [gA], [1.0]), r"grad_A, grad_B of layer 0: expected \[4, 24\]"),
+        (([A], [B[:, :1]], [gA], [gB], [1.0]), "lora_A, lora_B of layer 0"),
+        (([A], [B], [gA], [gB], [0]), "scaling of layer 0: expected a number other than 0"),
+        (([A], [B], [gA], [], [1.0]), "expected one of each .* 0 of grad_B"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            lora_pro_gradients(*lists)
 
 
 @pytest.fixture
@@ -276,7 +247,7 @@ def test_hook_serves_any_optimizer():
 
 
 @pytest.mark.parametrize("full_moments", [False, True])
-def test_moments_of_the_other_kind_and_a_scaling_of_zero_are_refused(full_moments):
+def test_moments_of_the_other_kind_are_refused(full_moments):
     model = our_net()
     optimizer = LoRAProAdamW(model, full_moments=full_moments)
     train(model, optimizer, batches(1))
@@ -285,7 +256,3 @@ def test_moments_of_the_other_kind_and_a_scaling_of_zero_are_refused(full_moment
     with pytest.raises(ValueError, match=says):
         other.load_state_dict(optimizer.state_dict())
     assert not other.state
-    model.down.scaling = 0.0
-    backward(model, batches(1)[0])
-    with pytest.raises(ValueError, match="scaling of layer down: expected a number other than 0"):
-        optimizer.step()

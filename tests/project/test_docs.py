@@ -24,14 +24,9 @@ def test_the_readme_and_its_plots_are_up_to_date(capsys):
 
 def record(**medians: float) -> dict:
     """Of one machine: a case whose variants took these times, give or take a tenth."""
+    good = {"wrong": None, "error_rms": 0.0}
     rows = {
-        name: {
-            "wrong": None,
-            "median_ms": ms,
-            "p20_ms": 0.9 * ms,
-            "p80_ms": 1.1 * ms,
-            "error_rms": 0.0,
-        }
+        name: {**good, "median_ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.1 * ms}
         for name, ms in medians.items()
     }
     case = {"name": "nf4/a/bf16", "share_of_floor": 0.5, "targets": [], "variants": rows}
@@ -39,12 +34,7 @@ def record(**medians: float) -> dict:
         **{"gpu": None, "cpu": "Some CPU", "isa": "avx2", "threads": 2, "commit": "abc"},
         **{"date": "2026-01-01T00:00:00", "versions": {"torch": "2.13.0"}},
     }
-    return {
-        "bench": "nf4",
-        "machine": facts,
-        "options": {"n": 4, "k": 4, "r": 2},
-        "cases": [case],
-    }
+    return {"bench": "nf4", "machine": facts, "options": {"n": 4, "k": 4, "r": 2}, "cases": [case]}
 
 
 @pytest.fixture

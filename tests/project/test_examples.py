@@ -25,19 +25,16 @@ TINY_BENCH = ["--n", "128", "--k", "128", "--seconds", "0", "--rotate-mb", "1", 
 FP32_CURVES = 1e-5  # relative; float32 rounding over a handful of steps
 
 
-def users_environment() -> dict[str, str]:
-    """Without what conftest sets for the tests alone: Triton's interpreter."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As a user: without what conftest sets for the tests alone, Triton's interpreter."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
-        env={**users_environment(), "PYTHONPATH": path, "COLUMNS": "120"},
+        env={**kept, "PYTHONPATH": path, "COLUMNS": "120"},
         cwd=ROOT,
     )
 
@@ -57,15 +54,9 @@ def local_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="\0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\0").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, **heads, max_position_embeddings=64)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -125,56 +116,42 @@ def test_demo_uses_a_local_model_and_text(local_model: Path, tmp_path: Path) -> 
 )
 def test_demo_refuses_bad_options_in_one_line(arguments: list[str], says: str) -> None:
     done = demo(*arguments)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("arguments", "says"),
     [
-        *("short text", "broken model", "long sequence"),
-        pytest.param("empty text", marks=pytest.mark.long),
+        ([*TINY, "--text", "{tmp}/text"], "the text has only 16 tokens"),
+        pytest.param(
+            *([*TINY, "--text", "{tmp}/none"], "the text has only 0 tokens"), marks=pytest.mark.long
+        ),
+        (["--model", "{tmp}"], "--model {tmp}: "),
+        (["--model", "{model}", "--seq", "65"], "--seq 65: the model takes at most 64 positions"),
     ],
 )
-def test_demo_refuses_bad_contents_in_one_line(
-    case: str, local_model: Path, tmp_path: Path
-) -> None:
+def test_demo_refuses_bad_contents_in_one_line(arguments, says, local_model, tmp_path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "text").write_bytes(b"" if case == "empty text" else b"0123456789abcdef")
-    arguments, says = {
-        "short text": ([*TINY, "--text", str(tmp_path / "text")], "the text has only 16 tokens"),
-        "empty text": ([*TINY, "--text", str(tmp_path / "text")], "the text has only 0 tokens"),
-        "broken model": (["--model", str(tmp_path)], f"--model {tmp_path}: "),
-        "long sequence": (
-            ["--model", str(local_model), "--seq", "65"],
-            "--seq 65: the model takes at most 64 positions",
-        ),
-    }[case]
-    done = demo(*arguments)
+    (tmp_path / "text").write_bytes(b"0123456789abcdef")
+    (tmp_path / "none").touch()
+    done = demo(*(word.format(tmp=tmp_path, model=local_model) for word in arguments))
     assert done.returncode == 2, done.stderr
-    assert says in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert says.format(tmp=tmp_path) in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("late", [4.0, math.nan, math.inf])
 def test_demo_notices_curves_that_part(late: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     compare = importlib.import_module("qlora_finetune").compare
-    steps = [0.2, 0.2, 0.2, 0.1, 0.1]
-    runs = {
-        "peft": {"losses": [5.0, 4.0, 3.0, 2.0, 2.0], "step_seconds": [2 * s for s in steps]},
-        "peftkern": {"losses": [5.0, 4.0, 3.0, 2.0, 2.0], "step_seconds": steps},
-    }
-    same = compare(runs)
-    assert same["losses_agree"]
-    assert same["loss_max_rel_diff"] == 0
+    losses, steps = [5.0, 4.0, 3.0, 2.0, 2.0], [0.2, 0.2, 0.2, 0.1, 0.1]
+    peft = {"losses": losses, "step_seconds": [2 * s for s in steps]}
+    same = compare({"peft": peft, "peftkern": {"losses": losses, "step_seconds": steps}})
+    assert same["losses_agree"] and same["loss_max_rel_diff"] == 0
     assert same["speedup"] == pytest.approx(2.0)
-    runs["peftkern"]["losses"][3] = late
-    summary = compare(runs)
-    assert not summary["losses_agree"]
-    assert summary["loss_max_rel_diff_step"] == 4
+    parted = {"losses": [5.0, 4.0, 3.0, late, 2.0], "step_seconds": steps}
+    summary = compare({"peft": peft, "peftkern": parted})
+    assert not summary["losses_agree"] and summary["loss_max_rel_diff_step"] == 4
 
 
 BENCHES = ("nf4", "nf4_lora_linear", "lora_linear", "dora", "rosa", "adalora", "low_rank_svd")
@@ -330,14 +307,12 @@ def test_adalora_budget_without_matplotlib(tmp_path: Path) -> None:
     script = str(ROOT / "examples" / "adalora_budget.py")
     done = python(site, script, "--steps", "20")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert done.stdout.splitlines()[-1] == (
-        "no picture: matplotlib is not installed (pip install matplotlib)"
-    )
+    said = "no picture: matplotlib is not installed (pip install matplotlib)"
+    assert done.stdout.splitlines()[-1] == said
     done = python(site, script, "--plot", str(tmp_path / "b.png"))
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].endswith(
-        "error: --plot: needs matplotlib, which is not installed: pip install matplotlib"
-    )
+    says = "error: --plot: needs matplotlib, which is not installed: pip install matplotlib"
+    assert done.stderr.splitlines()[-1].endswith(says)
 
 
 SMALL = ["--hidden", "128", "--layers", "1", "--seq", "32", "--batch", "2", "--pretrain", "1"]
@@ -350,15 +325,8 @@ def test_methods_trains_every_method(tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     runs = record["methods"]
     assert {"full fine-tuning", "LoRA", "LoRA-FA", "LoRA-Pro", "Delta-LoRA"} <= set(runs)
-    assert {
-        "DoRA",
-        "DoRA (NF4)",
-        "DyLoRA",
-        "Quantum-PEFT",
-        "RoSA",
-        "RoSA (NF4)",
-        "LongLoRA",
-    } <= set(runs)
+    others = {"DyLoRA", "Quantum-PEFT", "LongLoRA"}
+    assert others | {"DoRA", "DoRA (NF4)", "RoSA", "RoSA (NF4)"} <= set(runs)
     for name, figures in runs.items():
         assert name in done.stdout
         assert all(math.isfinite(value) and value > 0 for value in figures.values())

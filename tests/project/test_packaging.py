@@ -343,12 +343,8 @@ def compilers_of_cuda() -> list[Path]:
 def no_nvcc() -> dict[str, str]:
     """The environment in which CMake finds none."""
     ignored = ";".join(str(path.parent) for path in compilers_of_cuda())
-    return {
-        "CUDACXX": "",
-        "CUDA_HOME": "",
-        "CUDA_PATH": "",
-        "CMAKE_ARGS": shlex.join([f"-DCMAKE_IGNORE_PATH={ignored}"]),
-    }
+    unset = dict.fromkeys(("CUDACXX", "CUDA_HOME", "CUDA_PATH"), "")
+    return {**unset, "CMAKE_ARGS": shlex.join([f"-DCMAKE_IGNORE_PATH={ignored}"])}
 
 
 needs_nvcc = pytest.mark.skipif(not compilers_of_cuda(), reason="needs nvcc")

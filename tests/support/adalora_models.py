@@ -18,11 +18,7 @@ def quantize_4bit_(model: nn.Module, compute_dtype: torch.dtype | None = None) -
         if isinstance(module, nn.Linear) and "lm_head" not in name:
             parent, _, leaf = name.rpartition(".")
             layer = bnb.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                compute_dtype=compute_dtype,
-                quant_type="nf4",
+                module.in_features, module.out_features, False, compute_dtype, quant_type="nf4"
             )
             layer.load_state_dict(module.state_dict())
             setattr(model.get_submodule(parent), leaf, layer.to("cpu").requires_grad_(False))

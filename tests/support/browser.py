@@ -6,7 +6,6 @@ and 4. The page's own policy does not bind what is evaluated from here.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -65,10 +64,6 @@ class Page:
         answer = self.ask("Runtime.evaluate", **given)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
-
-    def screenshot(self, path: Path, whole: bool = False) -> None:
-        answer = self.ask("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(answer["data"]))
 
     def ask(self, method: str, **parameters: object) -> dict:
         self.number += 1

@@ -56,10 +56,7 @@ def nf4_cases(
 
 
 def run_ops(
-    o: Operands,
-    keep: Tensor | None = None,
-    needs: tuple[bool, ...] = EVERY,
-    lora: bool = True,
+    o: Operands, keep: Tensor | None = None, needs: tuple[bool, ...] = EVERY, lora: bool = True
 ) -> dict[str, Tensor]:
     """Forward and backward op of `o` on the back end that is forced, with S between them.
 

@@ -9,13 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from linear_cases import BF16, F16, F32, F64, layouts
-from tolerances import (
-    DETERMINISM_RUNS,
-    SVD_BOUNDS,
-    SVD_BOUNDS_64,
-    SVD_BOUNDS_FAST,
-    SVD_SIGMA_FROM,
-)
+from tolerances import DETERMINISM_RUNS, SVD_BOUNDS, SVD_BOUNDS_64, SVD_BOUNDS_FAST, SVD_SIGMA_FROM
 from torch import Tensor
 
 import peftkern

@@ -64,15 +64,9 @@ def make_linear4bit(
     quant_storage: torch.dtype = torch.uint8,
 ) -> bnb.nn.Linear4bit:
     dense = make_linear(dtype, bias)
-    layer = bnb.nn.Linear4bit(
-        K,
-        N,
-        bias=bias,
-        compute_dtype=compute_dtype,
-        compress_statistics=double_quant,
-        quant_type=quant_type,
-        quant_storage=quant_storage,
-    )
+    layout = {"quant_type": quant_type, "quant_storage": quant_storage}
+    layout |= {"compute_dtype": compute_dtype, "compress_statistics": double_quant}
+    layer = bnb.nn.Linear4bit(K, N, bias=bias, **layout)
     layer.load_state_dict(dense.state_dict())
     return layer.to(dtype).to("cpu").requires_grad_(False)  # the second quantizes
 
@@ -110,16 +104,9 @@ def layer_of(model: nn.Module) -> nn.Module:
 
 def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attn_implementation="eager",
-    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, max_position_embeddings=64, attn_implementation="eager")
     return LlamaForCausalLM(config).to(dtype)
 
 

@@ -77,13 +77,7 @@ def check_mask(mask: SparseMask, T: int, dtype: torch.dtype, device: str = "cpu"
 
 
 def check_products(
-    T: int,
-    N: int,
-    K: int,
-    nnz: int,
-    dtype: torch.dtype,
-    index: torch.dtype,
-    device: str = "cpu",
+    T: int, N: int, K: int, nnz: int, dtype: torch.dtype, index: torch.dtype, device: str = "cpu"
 ) -> None:
     check_mask(random_mask((N, K), nnz, index, device=device), T, dtype, device)
 

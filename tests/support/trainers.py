@@ -24,21 +24,8 @@ class Texts(Dataset):
 def trainer(
     model: nn.Module, folder: Path, callbacks: list[TrainerCallback] | None = None, **options: Any
 ) -> Trainer:
-    arguments = {
-        "per_device_train_batch_size": ROWS,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        **options,
-    }
-    return Trainer(
-        model,
-        TrainingArguments(output_dir=str(folder), **arguments),
-        train_dataset=Texts(),
-        eval_dataset=Texts(),
-        callbacks=callbacks,
-    )
+    quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1}
+    run = {"per_device_train_batch_size": ROWS, "learning_rate": 1e-2, "use_cpu": True, "seed": 3}
+    arguments = TrainingArguments(output_dir=str(folder), **{**quiet, **run, **options})
+    data = {"train_dataset": Texts(), "eval_dataset": Texts()}
+    return Trainer(model, arguments, callbacks=callbacks, **data)

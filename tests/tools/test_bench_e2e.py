@@ -53,34 +53,29 @@ def test_every_step_is_right_and_measured(spec):
         assert "graph" not in variant and "launches" not in variant
 
 
-def test_a_wrong_gradient_has_no_time():
-    spec = bench_e2e.SPECS[0]
+def with_gradients_times(factor: int, spec: suite.Spec, first: int | None = None) -> suite.Spec:
+    """The gradients of our first lora_B, or of all, wrong on purpose."""
 
     def build(options):
         case = spec.build(options)
         trainer = case.variants[suite.OURS].call.__self__
         factors = [p for name, p in trainer.model.named_parameters() if ".lora_B" in name]
-        factors[0].register_hook(lambda gradient: 2 * gradient)
+        for parameter in factors[:first]:
+            parameter.register_hook(lambda gradient: factor * gradient)
         return case
 
-    outcome = run(replace(spec, build=build))
+    return replace(spec, build=build)
+
+
+def test_a_wrong_gradient_has_no_time():
+    outcome = run(with_gradients_times(2, bench_e2e.SPECS[0], first=1))
     assert outcome.rows[suite.OURS].wrong and outcome.rows[suite.OURS].timing is None
     assert outcome.rows[bench_e2e.PEFT].wrong is None
 
 
 def test_a_wrong_gradient_shows_in_the_losses_of_a_whole_model():
     """Where float64 has no room: gradients of the other sign."""
-    spec = STEPS[0]
-
-    def build(options):
-        case = spec.build(options)
-        trainer = case.variants[suite.OURS].call.__self__
-        for name, parameter in trainer.model.named_parameters():
-            if ".lora_B" in name:
-                parameter.register_hook(lambda gradient: -gradient)
-        return case
-
-    assert run(replace(spec, build=build)).rows[suite.OURS].wrong
+    assert run(with_gradients_times(-1, STEPS[0])).rows[suite.OURS].wrong
 
 
 def test_whole_models_come_in_every_length_the_most_wanted_first():
@@ -113,9 +108,8 @@ def test_both_variants_share_one_base_and_nothing_else(method, nf4, monkeypatch)
         assert (ours is pairs[1][name]) == (".lora_" not in name), name
     assert len(patched.report.patched) == 14 and plain.report is None
     assert patched.curve(3)[2] < patched.losses[0]
-    assert not plain.losses and not any(
-        "Patched" in type(m).__name__ for m in plain.model.modules()
-    )
+    kinds = {type(module).__name__ for module in plain.model.modules()}
+    assert not plain.losses and not any("Patched" in kind for kind in kinds)
     assert set(dict(base.named_modules())) == names and not base.model.embed_tokens._forward_hooks
     after = base.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in after)
@@ -125,12 +119,8 @@ def test_both_variants_share_one_base_and_nothing_else(method, nf4, monkeypatch)
 
 def test_longer_cases_ask_for_more_time():
     at_size = suite.Options(n=4096, k=4096)
-    seconds = {
-        n: s.seconds(at_size)
-        for n, s in GPU_SPECS.items()
-        if "llama3-8b-qlora" in n and "no-" not in n
-    }
-    needed = [seconds[f"llama3-8b-qlora-{tokens}-tokens/nf4"] for tokens in (512, 2048, 8192)]
+    names = [f"llama3-8b-qlora-{tokens}-tokens/nf4" for tokens in (512, 2048, 8192)]
+    needed = [GPU_SPECS[name].seconds(at_size) for name in names]
     assert sorted(needed) == needed and 15 < needed[0] < 30 and needed[2] < 90
 
 
@@ -183,32 +173,26 @@ def test_a_step_that_fits_is_measured():
     assert noted["peak_bytes"] > noted["planned_bytes"] / 2
 
 
-def test_a_step_that_does_not_fit_is_an_answer():
+def test_a_step_that_does_not_fit_is_an_answer_and_other_errors_are_none():
     assert asked(adapter="fp32", cap=1)["fits"] is False
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
     noted: dict = {}
 
     def run() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+        raise error
 
     bench_e2e.answer(run, CPU, 1, lambda **facts: noted.update(facts))
-    assert noted == {
-        "fits": False,
-        "stopped": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.",
-    }
+    said = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert noted == {"fits": False, "stopped": said}
+    error = ValueError("on purpose")
+    with pytest.raises(ValueError, match="on purpose"):
+        bench_e2e.answer(run, CPU, 1, lambda **facts: None)
 
 
 def test_a_step_without_time_is_no_answer():
     noted = asked(adapter="bf16", seconds=0.0)
     assert noted["fits"] is None and noted["stopped"] == "no time left after 0 s"
     assert noted["reached"] == "nothing" and noted["planned_bytes"] > 0
-
-
-def test_other_errors_are_no_answer_either():
-    def run() -> None:
-        raise ValueError("on purpose")
-
-    with pytest.raises(ValueError, match="on purpose"):
-        bench_e2e.answer(run, CPU, 1, lambda **facts: None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")

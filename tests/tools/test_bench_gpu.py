@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from peftkern.tools.bench.timer import MIN_SAMPLES, Timing
 
 ROOT = machine.ROOT
 CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off")
 PROBLEM = Problem("nf4_dequantize", 1, 4096, 64, 1, 16)
 
 
@@ -82,13 +84,10 @@ def test_case_that_would_not_end_in_time_is_not_begun(bench):
     assert bench([late]) == 0 and not bench.record()["not_reached"]
 
 
-def test_stopped_bench_leaves_what_it_measured(bench):
+def test_stopped_bench_leaves_what_it_measured_and_a_failed_case_costs_no_other(bench):
     with pytest.raises(KeyboardInterrupt):
         bench([spec("a"), spec("b", KeyboardInterrupt)])
     assert [case["name"] for case in bench.record()["cases"]] == ["fake/a"]
-
-
-def test_failed_case_costs_the_others_nothing(bench):
     assert bench([spec("a", ValueError), spec("b")]) == 1
     assert bench.record()["failed"] == {"fake/a": "ValueError: on purpose"}
     assert [case["name"] for case in bench.record()["cases"]] == ["fake/b"]
@@ -108,21 +107,18 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"),
+    ("facts", "folder"),
     [
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"),
-        ("AMD Instinct MI300X", "instinct-mi300x"),
+        ({"gpu": {"name": "NVIDIA H200"}}, "h200"),
+        ({"gpu": {"name": "NVIDIA A100-SXM4-80GB"}}, "a100-sxm4-80gb"),
+        ({"gpu": {"name": "AMD Instinct MI300X"}}, "instinct-mi300x"),
+        ({}, "some-cpu-avx2-2-threads"),
+        ({"interpreter": True}, "some-cpu-avx2-2-threads-interpreter"),
     ],
 )
-def test_folder_is_named_after_the_gpu(name, folder):
-    assert machine.slug({"gpu": {"name": name}, "cpu": "any", "isa": None, "threads": 1}) == folder
-
-
-def test_interpreter_has_a_folder_of_its_own():
-    facts = {"gpu": None, "cpu": "Some CPU", "isa": "avx2", "threads": 2}
-    assert machine.slug(facts) == "some-cpu-avx2-2-threads"
-    assert machine.slug({**facts, "interpreter": True}) == "some-cpu-avx2-2-threads-interpreter"
+def test_folder_is_named_after_the_machine(facts, folder):
+    cpu = {"gpu": None, "cpu": "Some CPU", "isa": "avx2", "threads": 2}
+    assert machine.slug({**cpu, **facts}) == folder
 
 
 def test_slow_calls_are_repeated_as_little_as_they_must():
@@ -147,7 +143,8 @@ def test_record_keeps_some_samples_and_the_percentiles_of_all():
     assert len(outcomes.in_milliseconds(Timing((1.0,) * 7))["samples_ms"]) == 7
 
 
-def test_parts_run_in_the_order_asked_for():
+def test_parts_run_in_the_order_asked_for_and_have_scripts():
+    assert all((ROOT / "bench" / f"bench_{part}.py").exists() for part in gpu.BENCHES)
     assert gpu.parts("all") == list(gpu.SHARES)
     assert gpu.parts("tune,nf4") == ["tune", "nf4"]
     assert gpu.parts("all,sanitize") == [*gpu.SHARES, "sanitize"]
@@ -225,12 +222,7 @@ def test_make_gpu_uses_the_machine_as_it_is():
     assert "bench/tune.py" in make("tune") and "pip" not in make("tune")
 
 
-def test_every_part_has_a_script():
-    for part in gpu.BENCHES:
-        assert (ROOT / "bench" / f"bench_{part}.py").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+@interpreted
 @pytest.mark.parametrize(
     ("part", "only", "peers"),
     [
@@ -314,7 +306,7 @@ def test_search_takes_the_fastest_of_those_that_are_right(monkeypatch):
 TINY = ["--device", "cpu", "--shapes", "16x64", "--rows", "2", "--ranks", "4"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+@interpreted
 def test_tuning_runs_and_resumes_under_the_interpreter(tmp_path, capsys):
     command = [*TINY, "--kernels", "nf4_dequantize", "epilogue", "--contests"]
     command += ["--out", str(tmp_path)]
@@ -337,20 +329,17 @@ def test_tuning_runs_and_resumes_under_the_interpreter(tmp_path, capsys):
     assert "2 problems measured" in said("--again")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+@interpreted
 def test_candidates_are_checked_in_processes_of_their_own():
     """Those that are right, that do not compile and that were not asked, each in its place."""
     walk = tiles.Search.of(PROBLEM, 16, 64, CPU)
     trials = [(walk, walk.counted), (walk, replace(walk.counted, block_n=48))]
-    workers = tiles.Workers(CPU, 2)
-    try:
+    with contextlib.closing(tiles.Workers(CPU, 2)) as workers:
         reasons = workers.refused([*trials, *trials])
-    finally:
-        workers.close()
     assert reasons[0] is None and reasons[1] is not None and reasons == [*reasons[:2], *reasons[:2]]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+@interpreted
 def test_contests_are_held_recorded_and_resumed(tmp_path, capsys):
     command = [*TINY, "--shapes", "32x64", "--kernels", "--contests", "nf4_lora_linear_forward"]
     command += ["low_rank_svd", "layers", "--out", str(tmp_path)]
@@ -455,11 +444,8 @@ def test_candidate_that_loses_its_process_costs_itself_alone(monkeypatch):
     monkeypatch.setattr(tiles.multiprocessing, "get_context", lambda method: fork)
     walk = tiles.Search.of(PROBLEM, 16, 64, CPU)
     trials = [(walk, replace(walk.counted, num_warps=n, num_stages=n)) for n in (4, 2, 1, 8)]
-    workers = tiles.Workers(CPU, 2)
-    try:
+    with contextlib.closing(tiles.Workers(CPU, 2)) as workers:
         reasons = workers.refused(trials)
-    finally:
-        workers.close()
     assert reasons == [None, "lost: RuntimeError", "lost: TimeoutError", None]
 
 
@@ -473,7 +459,7 @@ def test_contest_is_won_by_more_than_noise(monkeypatch):
         assert contests.held(calls, "lora_linear/training", CPU)[0] == winner
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off beside a GPU")
+@interpreted
 def test_every_kernel_can_be_tuned():
     """Its runner launches it under tiles that are forced: two counted ones give equal results."""
     seen = set()
@@ -500,12 +486,8 @@ def test_tables_show_a_gpu_with_device_and_versions_when_it_was_measured(tmp_pat
     case = {"name": "lora_linear/a", "share_of_floor": 0.5, "targets": targets}
     record = {
         "machine": {
-            "gpu": {"name": "NVIDIA H200", "cuda": "13.0"},
-            "cpu": "Some CPU",
-            "isa": None,
-            "threads": 16,
-            "commit": "abc",
-            "date": "2026-01-01T00:00:00",
+            **{"gpu": {"name": "NVIDIA H200", "cuda": "13.0"}, "cpu": "Some CPU", "isa": None},
+            **{"threads": 16, "commit": "abc", "date": "2026-01-01T00:00:00"},
             "versions": {"torch": "2.11.0", "bitsandbytes": None},
         },
         "options": {"n": 4096, "k": 4096, "r": 16},

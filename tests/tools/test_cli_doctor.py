@@ -37,13 +37,11 @@ def examine(site: Path, *folders: Path, **environment: str) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout)
 
 
-def add_package(site: Path, name: str, version: str, code: str) -> None:
-    (site / name).mkdir()
-    (site / name / "__init__.py").write_text(code)
-    add_metadata(site, name, version)
-
-
-def add_metadata(site: Path, name: str, version: str) -> None:
+def add_package(site: Path, name: str, version: str, code: str | None = None) -> None:
+    """A package of that code, or what an installer says of one that is there."""
+    if code is not None:
+        (site / name).mkdir()
+        (site / name / "__init__.py").write_text(code)
     info = site / f"{name}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -85,7 +83,7 @@ def test_broken_and_old_peers_are_wrong_and_nothing_fails(bare, tmp_path):
     add_package(bare, "transformers", "9.0", "import no_such_module")
     add_package(bare, "accelerate", "2.0", "import os\nos._exit(7)")
     (bare / f"numpy-{doctor.installed_version('numpy')}.dist-info").unlink()
-    add_metadata(bare, "numpy", "2.4.1")
+    add_package(bare, "numpy", "2.4.1")
     status, answer = examine(bare, TRITON_INTERPRET="1", PEFTKERN_BACKEND="reference")
     assert (status, answer["healthy"]) == (1, False)
     assert wrong(answer) == [
@@ -99,7 +97,8 @@ def test_broken_and_old_peers_are_wrong_and_nothing_fails(bare, tmp_path):
 
 
 def test_bitsandbytes_without_its_library_is_told(tmp_path, monkeypatch):
-    shutil.copytree(SITE / "bitsandbytes", tmp_path / "bitsandbytes", ignore=_libraries)
+    libraries = shutil.ignore_patterns("libbitsandbytes_*")
+    shutil.copytree(SITE / "bitsandbytes", tmp_path / "bitsandbytes", ignore=libraries)
     monkeypatch.syspath_prepend(tmp_path)
     with importing(["bitsandbytes"]) as peers:
         imports, defects = peers(300.0)["bitsandbytes"]
@@ -136,15 +135,10 @@ def test_gradients_that_bitsandbytes_loses_after_an_evaluation_are_told():
     assert not any(finding.wrong for finding in told)  # patched models are right
 
 
-def _libraries(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if name.startswith("libbitsandbytes_")]
-
-
 def test_missing_native_library_is_wrong(bare, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(
-        ROOT / "peftkern", source / "peftkern", ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
+    built = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "peftkern", source / "peftkern", ignore=built)
     status, answer = examine(bare, source)
     assert status == 1
     assert "the native library peftkern._cpu is not usable" in answer["built"]["_cpu"]["missing"]
@@ -194,10 +188,7 @@ def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     with importing(["quick_peer", "slow_peer", "third_peer"]) as peers:
         wait_until(begun.exists)
         answers = peers(0.1)
-    assert answers == {
-        "quick_peer": ("", ()),
-        "slow_peer": ("it is not imported after 0.1 s", ()),
-    }
+    assert answers == {"quick_peer": ("", ()), "slow_peer": ("it is not imported after 0.1 s", ())}
 
 
 def test_self_test_reaches_every_op():
@@ -221,20 +212,22 @@ def _off(value):
     return value * 1.005 if value.is_floating_point() else value ^ 1
 
 
+def native_candidate(op: str) -> dispatch.Candidate:
+    return next(candidate for candidate in dispatch._CANDIDATES[op] if candidate.name == "cpu")
+
+
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
 def test_self_test_finds_a_kernel_that_is_slightly_wrong(op, monkeypatch):
-    def run_wrongly(candidate):
-        def run(*args):
-            result = candidate.run(*args)
-            if result is None:  # what writes to its last argument
-                args[-1].mul_(1.005)
-                return None
-            return _off(result)
+    right = native_candidate(op).run
 
-        return replace(candidate, run=run) if candidate.name == "cpu" else candidate
+    def run_wrongly(*args):
+        result = right(*args)
+        if result is None:  # what writes to its last argument
+            args[-1].mul_(1.005)
+            return None
+        return _off(result)
 
-    candidates = tuple(map(run_wrongly, dispatch._CANDIDATES[op]))
-    monkeypatch.setitem(dispatch._CANDIDATES, op, candidates)
+    monkeypatch.setattr(native_candidate(op), "run", run_wrongly)
     found = [result for result in self_test.run("cpu") if not result.ok]
     assert found, op
     finding = doctor._test_finding(found[0])
@@ -245,8 +238,7 @@ def test_self_test_tells_what_a_kernel_raises(monkeypatch):
     def fail(*args):
         raise RuntimeError("broken\nkernel")
 
-    broken = dispatch.Candidate("cpu", "cpu", dispatch._always, fail)
-    monkeypatch.setitem(dispatch._CANDIDATES, "low_rank_svd", (broken,))
+    monkeypatch.setattr(native_candidate("low_rank_svd"), "run", fail)
     (result,) = [result for result in self_test.run("cpu") if not result.ok]
     assert (result.function, result.error) == ("low_rank_svd", "RuntimeError: broken kernel")
 

@@ -34,7 +34,7 @@ def companions(folder: Path) -> Companions:
 LAYOUTS = {  # what is copied, and what is left behind
     "Marian": (
         "source.spm target.spm vocab.json generation_config.json",
-        "pytorch_model.bin tf_model.h5 rust_model.ot",
+        "pytorch_model.bin pytorch_model.bin.index.json tf_model.h5 rust_model.ot",
     ),
     "Llama": (
         "LICENSE USE_POLICY.md original/params.json original/tokenizer.model",

@@ -139,16 +139,6 @@ def test_jsonl_holds_a_run_and_is_appended_to(tmp_path):
     assert records[-1]["steps"] == 5 and records[-1]["process_peak_rss_bytes"] > 0
 
 
-def test_jsonl_starts_a_line_of_its_own_behind_a_torn_one(tmp_path):
-    path = tmp_path / "run.jsonl"
-    path.write_text('{"type": "ste')
-    with TrainingMonitor("cpu", jsonl=path) as monitor:
-        monitor.step()
-    torn, *rest = path.read_text().splitlines()
-    assert torn == '{"type": "ste'
-    assert [json.loads(line)["type"] for line in rest] == ["start", "step", "summary"]
-
-
 KILLED = """
 import sys, peftkern.monitor
 with peftkern.monitor.TrainingMonitor("cpu", jsonl=sys.argv[1], every=1) as monitor:
@@ -171,12 +161,15 @@ def test_jsonl_is_valid_when_the_process_is_killed(tmp_path):
     assert [r["step"] for r in records[1:21]] == list(range(1, 21))
 
 
-def test_error_of_the_loop_passes_and_its_records_stay(tmp_path):
+def test_error_of_the_loop_passes_and_its_records_stay_behind_a_torn_line(tmp_path):
     path = tmp_path / "run.jsonl"
+    path.write_text('{"type": "ste')
     with pytest.raises(ZeroDivisionError), TrainingMonitor("cpu", jsonl=path) as monitor:
         monitor.step()
         raise ZeroDivisionError
-    assert [r["type"] for r in lines(path)] == ["start", "step", "summary"]
+    torn, *rest = path.read_text().splitlines()
+    assert torn == '{"type": "ste'
+    assert [json.loads(line)["type"] for line in rest] == ["start", "step", "summary"]
     assert not monitor.running
 
 
@@ -190,34 +183,22 @@ def test_full_disk_is_a_warning():
     assert monitor.summary().steps == 2
 
 
-@pytest.mark.parametrize(
-    ("wrong", "error", "complaint"),
-    [
-        ({"every": -1}, ValueError, "every: expected"),
-        ({"every": 2.0}, ValueError, "every: expected"),
-        ({"device": "gpu"}, RuntimeError, "gpu"),
-    ],
-)
-def test_wrong_options_are_named(wrong, error, complaint):
-    with pytest.raises(error, match=complaint):
-        TrainingMonitor(**wrong)
-
-
-def test_wrong_steps_are_named(tmp_path):
-    monitor = TrainingMonitor("cpu", jsonl=tmp_path / "no" / "run.jsonl")
-    with pytest.raises(RuntimeError, match="start"):
-        monitor.step()
-    with pytest.raises(RuntimeError, match="start"):
-        monitor.summary()
-    with pytest.raises(FileNotFoundError, match=r"run\.jsonl"):
-        monitor.start()
-    with TrainingMonitor("cpu") as monitor:
-        with pytest.raises(TypeError, match=r"tokens: expected .* the host would wait"):
-            monitor.step(torch.tensor(3))
-        with pytest.raises(TypeError, match=r"loss: expected .* the host would wait"):
-            monitor.step(loss=torch.tensor(3.0))
-        with pytest.raises(ValueError, match="seconds: a record has"):
-            monitor.step(seconds=3)
+def test_wrong_options_and_steps_are_named(tmp_path):
+    idle = TrainingMonitor("cpu", jsonl=tmp_path / "no" / "run.jsonl")
+    with TrainingMonitor("cpu") as running:
+        for call, error, complaint in (
+            (lambda: TrainingMonitor(every=-1), ValueError, "every: expected"),
+            (lambda: TrainingMonitor(every=2.0), ValueError, "every: expected"),
+            (lambda: TrainingMonitor(device="gpu"), RuntimeError, "gpu"),
+            (idle.step, RuntimeError, "start"),
+            (idle.summary, RuntimeError, "start"),
+            (idle.start, FileNotFoundError, r"run\.jsonl"),
+            (lambda: running.step(torch.tensor(3)), TypeError, "tokens: .* the host would wait"),
+            (lambda: running.step(loss=torch.ones(())), TypeError, "loss: .* the host would wait"),
+            (lambda: running.step(seconds=3), ValueError, "seconds: a record has"),
+        ):
+            with pytest.raises(error, match=complaint):
+                call()
 
 
 LIVE = """

@@ -15,12 +15,7 @@ import torch
 from checkpoint_folders import LLAMA, contents, load_tensors, save_llama, save_tensors
 from processes import run_code
 from safetensors import safe_open
-from tolerances import (
-    ABSMAX_CODE_BIN,
-    ABSMAX_CODE_MISMATCH,
-    DYNAMIC_MAP_RTOL,
-    NF4_MAX_HALF_GAP,
-)
+from tolerances import ABSMAX_CODE_BIN, ABSMAX_CODE_MISMATCH, DYNAMIC_MAP_RTOL, NF4_MAX_HALF_GAP
 from torch import nn
 from transformers import (
     AutoModel,
@@ -80,16 +75,9 @@ def convert(source: Path, destination: Path, **options: Any) -> nf4_checkpoint.S
 
 
 def convert_small(source: Path, destination: Path, progress: Any = None, **options: Any):
-    force = options.pop("force", False)
-    return quantize_checkpoint(
-        read_checkpoint(source),
-        destination,
-        options.pop("linear", SMALL_LINEAR),
-        CONFIG,
-        Options(**options),
-        force=force,
-        progress=progress,
-    )
+    how = {"force": options.pop("force", False), "progress": progress}
+    linear, checkpoint = options.pop("linear", SMALL_LINEAR), read_checkpoint(source)
+    return quantize_checkpoint(checkpoint, destination, linear, CONFIG, Options(**options), **how)
 
 
 def stop_after(calls: int, error: BaseException | None = None):
@@ -163,17 +151,11 @@ def check_alignment(data: bytes) -> None:
 @pytest.mark.parametrize("shape", [(2**40, 2**22 - 1), (0, 5), (1, 1)])
 def test_state_fits_its_room(shape):
     """The longest sizes and numbers that there are; nothing of such a weight is in memory."""
+    empty = dict.fromkeys(("absmax", "nested_absmax", "nested_code"), torch.empty(0))
+    settings = {"blocksize": 4096, "nested_blocksize": 256, "dtype": torch.bfloat16}
+    offset, packed = torch.tensor(-1.1754943508222875e-38), torch.empty(0, dtype=torch.uint8)
     w = SimpleNamespace(
-        shape=shape,
-        blocksize=4096,
-        dtype=torch.bfloat16,
-        device="cpu",
-        packed=torch.empty(0, dtype=torch.uint8),
-        absmax=torch.empty(0),
-        nested_absmax=torch.empty(0),
-        nested_code=torch.empty(0),
-        nested_offset=torch.tensor(-1.1754943508222875e-38),
-        nested_blocksize=256,
+        shape=shape, device="cpu", packed=packed, nested_offset=offset, **settings, **empty
     )
     assert len(NF4Weight.state_dict(w)[f"weight.{STATE_KEY}"]) <= STATE_BYTES
 
@@ -182,13 +164,9 @@ def test_state_fits_its_room(shape):
 
 
 def on_the_fly(source: Path, cls: Any = AutoModelForCausalLM, **config: Any) -> nn.Module:
-    settings = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": torch.float32,
-        **config,
-    }
-    return cls.from_pretrained(source, quantization_config=BitsAndBytesConfig(**settings))
+    config = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32, **config}
+    settings = BitsAndBytesConfig(load_in_4bit=True, **config)
+    return cls.from_pretrained(source, quantization_config=settings)
 
 
 def four_bit(model: nn.Module) -> dict[str, bnb.nn.Linear4bit]:
@@ -304,29 +282,11 @@ def test_other_models(tmp_path, kind):
     assert_same_model(got, on_the_fly(tmp_path / "src", auto))
 
 
-BESIDE = {  # what is copied
-    "tokenizer.json",
-    "LICENSE",
-    "USE_POLICY",
-    "source.spm",
-    "tokenizer.model.v3",
-    "additional_chat_templates/tools.jinja",
-    "1_Pooling/config.json",
-    "2_Dense/config.json",
-    "2_Dense/model.safetensors",
-    "adapter_config.json",
-    "adapter_model.safetensors",
+BESIDE = {  # what is copied; tests/tools/test_companions.py has the layouts of repositories
+    *("tokenizer.json", "LICENSE", "USE_POLICY", "additional_chat_templates/tools.jinja"),
+    *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
 }
-NOT_BESIDE = {  # and what is named instead
-    ".gitattributes",
-    ".git/",
-    "checkpoint-7/",
-    "consolidated.safetensors",
-    "optimizer.pt",
-    "original/consolidated.00.pth",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-}
+NOT_BESIDE = {".gitattributes", ".git/", "original/consolidated.00.pth", "pytorch_model.bin"}
 
 
 def add_files(folder: Path, names: set[str]) -> None:
@@ -442,34 +402,27 @@ def test_what_was_lost_is_written_again(tmp_path, small, damage):
     with pytest.raises(KeyboardInterrupt):
         convert_small(small, out, stop_after(5))
     partial = out / WORK / "model.safetensors"
-    data = bytearray(partial.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-        partial.write_bytes(data)
-    elif damage == "truncate":
-        os.truncate(partial, len(data) * 2 // 3)
+    data = partial.read_bytes()
+    middle = len(data) // 2
+    flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    damaged = {"flip": flipped, "truncate": data[: len(data) * 2 // 3]}
+    damaged["header"] = b"\0" * 100 + data[100:]
+    if damage in damaged:
+        partial.write_bytes(damaged[damage])
     elif damage == "delete":
         partial.unlink()
-    elif damage == "journal":
-        os.truncate(out / WORK / "journal", 100)
     else:
-        partial.write_bytes(b"\0" * 100 + data[100:])
+        os.truncate(out / WORK / "journal", 100)
     summary = convert_small(small, out)
     assert summary.resumed < 5
     assert contents(out) == contents(tmp_path / "whole")
 
 
+CHECKSUMS = b'{"checksum": [], "error": {}}', b'{"checksum": 1, "error": NaN}', b'{"checksum": 1}'
+
+
 @pytest.mark.parametrize(
-    "line",
-    [
-        b"[1]",
-        b"[" * 100_000,
-        b'{"checksum": [], "error": {}}',
-        b'{"checksum": 1, "error": NaN}',
-        b'{"checksum": 1}',
-        b"\xff",
-    ],
-    ids=lambda line: repr(line[:20]),
+    "line", [b"[1]", b"[" * 100_000, b"\xff", *CHECKSUMS], ids=lambda line: repr(line[:20])
 )
 def test_journal_ends_before_a_line_that_is_none(tmp_path, small, line):
     convert_small(small, tmp_path / "whole")

@@ -281,17 +281,14 @@ def command_of(plan: Plan, problem: Problem) -> str:
     words = ["peftkern", "bench", "--op", problem.op, "--shapes", shape, *rows]
     words += ["--dtype", short[problem.dtype], "--mode", problem.mode]
     words += ["--r", str(problem.r)] if kind.lora else []
-    has = [name for name in plan.baselines if ":" in name or problem.op in _ops_of(name)]
+    labels = {name: one.labels for name, one in providers.PROVIDERS.items()}
+    has = [name for name in plan.baselines if ":" in name or problem.op in labels[name]]
     words += ["--baselines", ",".join(has)] if has else []
     words += ["--device", plan.device]
     words += ["--threads", str(plan.threads)] if plan.device == "cpu" else []
     words += ["--seed", str(plan.seed)]
     words += ["--seconds", f"{plan.seconds:g}", "--budget", f"{plan.budget:g}s"]
     return shlex.join(words)
-
-
-def _ops_of(name: str) -> dict[str, str]:
-    return providers.PROVIDERS[name].labels
 
 
 def print_commands(record: Record) -> None:

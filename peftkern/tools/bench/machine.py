@@ -15,7 +15,7 @@ import torch
 
 import peftkern
 from peftkern.backends.cpu.module import cpu_isa, cpu_isas
-from peftkern.backends.device import triton_interpreted
+from peftkern.backends.device import device_info, triton_interpreted
 from peftkern.tools.bench.gpu_timer import measure_events
 from peftkern.tools.bench.timer import measure
 
@@ -34,14 +34,6 @@ def device_named(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device cuda: torch {torch.__version__} sees no GPU on this machine")
     return torch.device(name)
-
-
-def cpu_name() -> str:
-    try:
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def cache_bytes() -> int:
@@ -85,7 +77,7 @@ def version(package: str) -> str | None:
 def describe(threads: int, device: torch.device | None = None, given_commit: str = "") -> dict:
     """Describe the machine; `given_commit` stands in where the tree carries no history."""
     return {
-        "cpu": cpu_name(),
+        "cpu": device_info("cpu").name,
         "isa": cpu_isa() if cpu_isas() else None,
         "isas": list(cpu_isas()),
         "gpu": gpu(device) if device is not None and device.type == "cuda" else None,

@@ -57,13 +57,11 @@ def _bars(cases: list[Case], field: str, span: Span | None, note: str) -> Markup
     axis = charts.ratio_axis(list(ratios.values()))
     items = [tag("li", tag("span"), charts.ratio_scale(axis), class_="scale")] if ratios else []
     for index, case in enumerate(cases):
-        items.append(_bar(case, ratios.get(index), axis, field, span))
+        items.append(_bar(case, ratios.get(index), axis, span))
     return join([tag("p", note, class_="muted"), tag("ul", *items, class_="bars")])
 
 
-def _bar(
-    case: Case, ratio: float | None, axis: charts.Axis, field: str, span: Span | None
-) -> Markup:
+def _bar(case: Case, ratio: float | None, axis: charts.Axis, span: Span | None) -> Markup:
     against = case["against"]
     if against in (None, OURS):
         versus = "no baseline with a right result"

@@ -284,7 +284,7 @@ def plan(model: Architecture, training: Training) -> Plan:
     """
     shapes = step_shapes(model, training)
     trained = _trained(model, training, shapes.linears)
-    fixed = {**_weights(model, training), **_adapters(model, training, trained)}
+    fixed = {**_weights(model, training), **_adapters(training, trained)}
     memory = Memory(512 if training.device == "cuda" else 1)
     step = Step(shapes, memory)
     phases = {name: _parts(parts) for name, (_, parts) in step.run().items()}
@@ -409,7 +409,7 @@ def _trained(model: Architecture, training: Training, linears: dict[str, Linear]
     return sizes * model.layers
 
 
-def _adapters(model: Architecture, training: Training, trained: list[int]) -> dict[str, int]:
+def _adapters(training: Training, trained: list[int]) -> dict[str, int]:
     full = training.method == "full"
     size = _BYTES[training.dtype if full else training.adapter_dtype]
     parts = {

@@ -98,7 +98,11 @@ def find_linear_weights(
         )
     most = compute_dtype or _most_common_dtype([checkpoint.tensors[name] for name in linear])
     config.bnb_4bit_compute_dtype = getattr(torch, most)
-    return LinearWeights(linear, _plain(config.to_dict()))
+    settings = config.to_dict()
+    method = settings["quant_method"]  # an enumeration of strings
+    return LinearWeights(
+        linear, {**settings, "quant_method": str(getattr(method, "value", method))}
+    )
 
 
 @contextlib.contextmanager
@@ -200,8 +204,3 @@ def _most_common_dtype(infos: list[TensorInfo]) -> str:
     codes = [info.dtype for info in infos]
     dtype = DTYPES[max(sorted(set(codes)), key=codes.count)]
     return str(dtype).removeprefix("torch.")
-
-
-def _plain(value: Any) -> Any:
-    """Convert an enumeration of strings to its JSON string."""
-    return {k: str(getattr(v, "value", v)) if k == "quant_method" else v for k, v in value.items()}
