@@ -400,3 +400,12 @@ def test_quantize_ops_refuse_blocksizes(blocksize):
     code = torch.tensor(dynamic_map())
     with pytest.raises(ValueError, match="blocksize: expected one of"):
         ops.nf4_quantize_absmax(torch.zeros(64), torch.zeros(()), code, blocksize)
+
+
+def test_backward_refuses_factors_of_another_width():
+    """Their mask would be of another size than the weight's: at rank 0 nothing else says so."""
+    x, w = torch.ones(M, N), (_W.tensors, _W.layout)
+    factors = (torch.zeros(0, 1), torch.zeros(N, 0))
+    options = (1.0, torch.ones(M, 1, dtype=torch.bool), 0.5, [True, False, False, False])
+    with pytest.raises(ValueError, match=r"lora_A: expected \[r, 70\]"):
+        ops.nf4_lora_linear_backward(x, None, None, *w, *factors, *options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import rlcompleter
 from collections.abc import Iterator
@@ -17,6 +18,25 @@ import peftkern
 
 PACKAGE = ROOT / "peftkern"
 
+# Names of earlier versions, in documents and in whole models that were pickled.
+ALIASES = {
+    "adalora": "methods.adalora",
+    "dora": "functional.dora",
+    "importance": "functional.adalora",
+    "low_rank_svd": "functional.low_rank_svd",
+    "nf4": "formats.nf4",
+    "nf4_layer": "layers.nf4",
+    "plan": "tools.plan.plan",
+    "sparse": "functional.rosa",
+    "svd_linear": "layers.svd",
+}
+BELOW = {
+    "benchmark.providers": "tools.bench.providers",
+    "integrations.adalora": "integrations.peft.adalora",
+    "integrations.bitsandbytes": "integrations.peft.bitsandbytes",
+    "integrations.longlora": "integrations.transformers.longlora",
+    "methods.dora": "layers.dora",
+}
 # Folders are floors: a module imports from floors below its own and from its own, where nothing
 # imports in a circle. Triton's kernels are a back end. What lies above `peftkern` itself may import
 # it; aliases, which keep names of earlier versions, lie above all and are imported by nobody.
@@ -31,19 +51,7 @@ FLOORS = (
     {"__init__"},
     {"tools"},
     {"cli"},
-    {
-        "__main__",
-        "adalora",
-        "benchmark",
-        "dora",
-        "importance",
-        "low_rank_svd",
-        "nf4",
-        "nf4_layer",
-        "plan",
-        "sparse",
-        "svd_linear",
-    },
+    {"__main__", "benchmark", *ALIASES},
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 LIBRARIES = {"_cpu": "backends.cpu.module", "_cuda": "backends.cuda.module"}  # who may import them
@@ -159,6 +167,17 @@ def test_wrong_imports_and_circles_are_found(tmp_path):
     found, complaints = violations(tmp_path), {complaint for _, complaint in BROKEN.values()}
     assert all(any(complaint in text for text in found) for complaint in complaints)
     assert len(found) == len(BROKEN) - 1
+
+
+def test_earlier_names_lead_to_the_same_modules():
+    for earlier, now in (ALIASES | BELOW).items():
+        same = [importlib.import_module(f"peftkern.{name}") for name in (earlier, now)]
+        assert same[0] is same[1], earlier
+    from peftkern.integrations.peft import PatchedLinear4bit
+    from peftkern.integrations.transformers import AdaLoraCallback
+    from peftkern.layers import _keep_fused_paths_away  # a hook in every pickled LoRALinear
+
+    assert PatchedLinear4bit and AdaLoraCallback and _keep_fused_paths_away
 
 
 def test_no_module_hides_a_public_function():
