@@ -11,6 +11,7 @@ import torch
 from cuda_cases import (
     assert_equal_but_for_payloads,
     assert_quantized_alike,
+    check_extreme_absmax,
     check_extreme_blocks,
     check_ties,
     scheduled,
@@ -28,7 +29,6 @@ from nf4_weights import (
 from torch import Tensor
 
 import peftkern
-from peftkern import NF4Weight
 from peftkern.backends import dispatch, ops, pointers
 from peftkern.backends.cuda import module as cuda
 from peftkern.backends.cuda import nf4
@@ -78,10 +78,7 @@ def test_dequantize_misaligned_codes(dtype):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-40, 3e38])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dequantize_extreme_absmax(dtype, value):
-    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
-    w = NF4Weight(packed, absmax, (512,), 64, dtype)
-    assert_equal_but_for_payloads(peftkern.dequantize_nf4(w), numpy_dequantize(w, dtype))
+    check_extreme_absmax(value, dtype)
 
 
 def test_dequantize_into_a_strided_out():

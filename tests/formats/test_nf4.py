@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+from cuda_cases import check_extreme_absmax
 from grids import thinned
 from nf4_weights import (
     DTYPES,
@@ -104,13 +105,7 @@ def test_dequantize_defaults_to_the_original_dtype(backend):
     thinned([float("nan"), float("inf"), -float("inf"), 1e-40, 3e38], DTYPES, diagonals=2),
 )
 def test_dequantize_extreme_absmax_matches_the_definition(every_backend, dtype, value):
-    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
-    w = NF4Weight(packed, absmax, (512,), 64, dtype)
-    got = peftkern.dequantize_nf4(w)
-    expected = numpy_dequantize(w, dtype)
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert_same_bits(got.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+    check_extreme_absmax(value, dtype)
 
 
 def test_dequantize_into_a_slice_leaves_its_neighbours(every_backend):

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from adalora_cases import SHAPES, assert_near, importance, layers
+from adalora_cases import (
+    SHAPES,
+    assert_near,
+    check_allocation,
+    importance,
+    layers,
+    random_scores,
+)
 from gpu_runs import CUDA, NEEDS_GPU, launches, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check, graded, on_cpu
@@ -18,7 +25,6 @@ from tolerances import DETERMINISM_RUNS, SVD_SIGMA
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.backends import ops
 from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd, low_rank_svdvals
 from peftkern.layers import SVDLinear
 from peftkern.methods.adalora import RankAllocator
@@ -67,23 +73,10 @@ def test_importance(shapes, dtype, grad_dtype):
 def test_allocation(dtype, kind, threshold):
     ranks = [12] * 224 + [1, 0, 40]
     total = sum(ranks)
-    scores = torch.rand(total)
-    if kind == "ties":
-        scores = torch.randint(0, 3, (total,)).float()
-    elif kind == "zero":
-        scores.zero_()
-    elif kind != "any":
-        scores[torch.rand(total) < 0.3] = float(kind)
+    scores = random_scores(kind, total)
     lora_E = [torch.randn(r, 1).to(dtype) for r in ranks]
     for budget in (0, 1, total // 3, total - 1, total, total + 5):
-        results = []
-        for name, device in (("triton", CUDA), ("reference", "cpu")):
-            mine = [E.to(device, copy=True) for E in lora_E]
-            with peftkern.use_backend(name):
-                mask = ops.adalora_allocate_(scores.to(device), mine, budget, threshold)
-            results.append([t.cpu() for t in (mask, *mine)])
-        for got, wanted in zip(*results, strict=True):
-            assert torch.equal(got, wanted)
+        check_allocation(scores, lora_E, budget, threshold, CUDA)
 
 
 def test_importance_on_another_stream():

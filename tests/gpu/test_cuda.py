@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_cases import (
-    assert_equal_but_for_payloads,
     assert_quantized_alike,
     check,
+    check_extreme_absmax,
     check_extreme_blocks,
     check_ties,
     forward,
@@ -20,7 +20,7 @@ from gpu_cases import NF4Operands, nf4_cases, same_bits
 from gpu_runs import CUDA, NEEDS_GPU, capture, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check as check_svd
-from low_rank_svd_cases import graded, on_cpu
+from low_rank_svd_cases import check_cores, graded, on_cpu
 from nf4_weights import DTYPES, every_byte_weight, numpy_dequantize, random_weight
 from tolerances import DETERMINISM_RUNS, SVD_BOUNDS_64
 from torch import Tensor
@@ -60,10 +60,7 @@ def test_quantize_every_blocksize(blocksize, dtype):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_values(dtype, value):
-    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
-    w = NF4Weight(packed, absmax, (512,), 64, dtype)
-    assert_equal_but_for_payloads(peftkern.dequantize_nf4(w.to(CUDA)), numpy_dequantize(w, dtype))
+    check_extreme_absmax(value, dtype, CUDA)
     check_extreme_blocks(value, dtype, CUDA)
 
 
@@ -267,14 +264,7 @@ def test_jacobi_against_lapack(r):
     assert info.tolist() == [0] * 3 + [-1] + [0] * 296
     assert all(tensor[3].isnan().all() for tensor in (sigma, left, right))
     good = [i for i in range(300) if i != 3]
-    sigma, left, right, cores = (tensor[good] for tensor in (sigma, left, right, cores))
-    wanted = torch.linalg.svdvals(cores)
-    assert ((sigma - wanted).abs().amax(1) <= SVD_BOUNDS_64[0] * wanted[:, 0]).all()
-    unit, alive = torch.eye(r, dtype=torch.float64), torch.diag_embed((sigma > 0).double())
-    assert (left.mT @ left - unit).abs().max() <= SVD_BOUNDS_64[2]
-    assert (right.mT @ right - alive).abs().max() <= SVD_BOUNDS_64[2]
-    product = left * sigma[:, None] @ right.mT
-    assert ((product - cores).abs().amax((1, 2)) <= SVD_BOUNDS_64[3] * wanted[:, 0]).all()
+    check_cores([tensor[good] for tensor in (sigma, left, right, info)], cores[good])
 
 
 def test_jacobi_with_the_shared_memory_of_other_devices():

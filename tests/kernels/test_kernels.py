@@ -7,6 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_cases import (
+    assert_quantized_alike,
+    check_extreme_absmax,
+    check_extreme_blocks,
+    check_ties,
+)
 from gpu_cases import (
     GRADIENTS,
     RESULTS,
@@ -37,8 +43,6 @@ from tolerances import DETERMINISM_RUNS, FUZZ_EXAMPLES, assert_as_accurate_as_to
 from torch import Tensor
 
 import peftkern
-from peftkern import NF4Weight
-from peftkern.backends import ops, reference
 from peftkern.formats.nf4 import BLOCKSIZES
 from peftkern.kernels import launch
 from peftkern.kernels.configs import NF4_FUSED_ROWS, Problem
@@ -82,12 +86,7 @@ def test_dequantize_every_byte(blocksize, dtype, double_quant):
 def test_quantize_and_dequantize_any_shape(shape, blocksize, double_quant):
     for dtype in NF4_DTYPES:
         dense = random_weight(shape, dtype)
-        for got, wanted in zip(
-            ops.nf4_quantize(dense, blocksize),
-            reference.nf4_quantize(dense, blocksize),
-            strict=True,
-        ):
-            assert_same_bits(got, wanted)
+        assert_quantized_alike(dense, blocksize)
         with peftkern.use_backend("reference"):
             w = peftkern.quantize_nf4(dense, blocksize=blocksize, double_quant=double_quant)
         for wanted_dtype in NF4_DTYPES:
@@ -97,10 +96,7 @@ def test_quantize_and_dequantize_any_shape(shape, blocksize, double_quant):
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_quantize_every_blocksize(blocksize):
-    dense = random_weight((9001,))
-    got, wanted = ops.nf4_quantize(dense, blocksize), reference.nf4_quantize(dense, blocksize)
-    assert_same_bits(got[0], wanted[0])
-    assert_same_bits(got[1], wanted[1])
+    assert_quantized_alike(random_weight((9001,)), blocksize)
 
 
 @pytest.mark.parametrize("dtype", NF4_DTYPES, ids=str)
@@ -110,36 +106,17 @@ def test_quantize_every_blocksize(blocksize):
 def test_quantize_extreme_blocks(value, dtype):
     if dtype is BF16 and value == 1e-40:
         pytest.skip("Triton's interpreter widens a subnormal bfloat16 to zero")
-    dense = random_weight((4, 64), dtype)
-    dense[1] = value  # a whole block
-    dense[2, 5] = value
-    (packed, absmax), (wanted_packed, wanted_absmax) = (
-        ops.nf4_quantize(dense, 64),
-        reference.nf4_quantize(dense, 64),
-    )
-    assert_same_bits(packed, wanted_packed)
-    assert torch.equal(absmax.isnan(), wanted_absmax.isnan())
-    assert_same_bits(absmax.nan_to_num(nan=0.0), wanted_absmax.nan_to_num(nan=0.0))
+    check_extreme_blocks(value, dtype)
 
 
 def test_quantize_ties_take_the_lower_code():
-    """Midpoints and their neighbors, in a block whose absmax is 1."""
-    midpoints = torch.tensor(peftkern.formats.nf4.nf4_midpoints())
-    inf = torch.tensor(float("inf"))
-    near = torch.cat([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)])
-    dense = torch.cat([near, torch.ones(64 - len(near))])
-    assert_same_bits(ops.nf4_quantize(dense, 64)[0], reference.nf4_quantize(dense, 64)[0])
+    check_ties(F32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, 3e38])
 @pytest.mark.parametrize("dtype", NF4_DTYPES, ids=str)
 def test_dequantize_extreme_absmax(dtype, value):
-    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
-    w = NF4Weight(packed, absmax, (512,), 64, dtype)
-    got, expected = peftkern.dequantize_nf4(w), numpy_dequantize(w, dtype)
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert_same_bits(got.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+    check_extreme_absmax(value, dtype)
 
 
 def test_dequantize_into_a_strided_and_a_misaligned_out():

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dora_cases import ADAPTERS, check_norms, norm_case, norm_cases
+from dora_cases import (
+    ADAPTERS,
+    check_finite,
+    check_norms,
+    check_undone_weight,
+    norm_case,
+    norm_cases,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import INSIDE_TENSORS
@@ -88,18 +95,8 @@ def test_packed_weight_counts_as_the_reference_decodes_it(dtype):
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("left", [1e-2, 1e-4, 0.0])
 def test_update_that_undoes_the_weight(left, nf4):
-    """Relative to what cancels, as on the other back ends (tests/functional/test_dora.py)."""
-    N, K = 24, 512
-    A, B = torch.randn(2, K), torch.randn(N, 2)
-    update = B.double() @ A.double()
-    weight = dense = ((left - 1) * update).float()
-    if nf4:
-        weight = peftkern.quantize_nf4(dense, double_quant=False)
-        dense = peftkern.dequantize_nf4(weight)
-    oracle = torch.linalg.norm(dense.double() + update, dim=1)
-    got = dora_norm(weight, A, B, scaling=1.0)
-    size = torch.linalg.norm(dense.double(), dim=1)
-    assert ((got.double() - oracle).abs() / size).max() <= DORA_NORM_RTOL
+    """As on the other back ends (tests/functional/test_dora.py)."""
+    check_undone_weight(left, nf4)
 
 
 @pytest.mark.parametrize("layout", [None, (64, True)], ids=str)
@@ -135,15 +132,6 @@ def test_nan_and_inf_of_absmax_and_of_an_overflow_propagate(dtype, value):
     case.weight.absmax[5] = value
     check_finite(case.arguments)
     check_finite((torch.tensor([[1e30, 1.0], [1.0, 2.0]]), torch.ones(1, 2), torch.ones(2, 1)))
-
-
-def check_finite(arguments: tuple) -> None:
-    """Finite where the reference is, and somewhere not."""
-    got = dora_norm(*arguments, scaling=1.5)
-    with peftkern.use_backend("reference"):
-        wanted = dora_norm(*arguments, scaling=1.5)
-    assert torch.equal(got.isnan() | got.isinf(), wanted.isnan() | wanted.isinf())
-    assert not got.isfinite().all() and got.isfinite().any() == wanted.isfinite().any()
 
 
 @pytest.mark.parametrize("layout", [None, (64, True)], ids=str)

@@ -9,11 +9,12 @@ from types import ModuleType
 import torch
 from gpu_cases import NF4Operands
 from linear_cases import F64
-from nf4_weights import assert_same_bits, random_weight
+from nf4_weights import assert_same_bits, numpy_dequantize, random_weight
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
+from peftkern import NF4Weight
 from peftkern.backends import ops, reference
 from peftkern.backends.cuda.nf4_lora_linear import launch
 from peftkern.formats.nf4 import nf4_midpoints
@@ -91,6 +92,14 @@ def check_extreme_blocks(value: float, dtype: torch.dtype, device: str = "cpu") 
         dense[1] = value  # a whole block
         dense[2, 5] = value
         assert_quantized_alike(dense, blocksize, device)
+
+
+def check_extreme_absmax(value: float, dtype: torch.dtype, device: str = "cpu") -> None:
+    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
+    w = NF4Weight(packed, absmax, (512,), 64, dtype)
+    got = peftkern.dequantize_nf4(w.to(device))
+    assert_equal_but_for_payloads(got, numpy_dequantize(w, dtype))
 
 
 def check_ties(dtype: torch.dtype, device: str = "cpu") -> None:
