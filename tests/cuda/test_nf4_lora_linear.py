@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_cases import OP, check, exact, forward, scheduled, with_splits
+from cuda_cases import OP, check, check_refusals, exact, forward, scheduled, with_splits
 from gpu_cases import NF4Operands, nf4_cases, nf4_operands
 from grids import examples, thinned
 from hypothesis import HealthCheck, given, settings
@@ -305,8 +305,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
     tensors = (o.x.data_ptr(), 1, y.data_ptr(), o.bias.data_ptr())
     size = workspace.numel()
     call = (0, w, 2, 24, 256, *tensors, lora, 1.0, workspace.data_ptr(), size, 2)
-    emulated_cuda.nf4_lora_linear_forward(*call)
-    for position, value, name in (
+    cases = (
         (1, (), "w: got 0, expected 13 fields"),
         (1, (*w[:2], 512, *w[3:]), "absmax|blocksize"),
         (2, 33, "M"),
@@ -329,8 +328,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
         (11, 0, "workspace: null"),
         (12, 3, "workspace"),
         (13, 17, "splits"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            emulated_cuda.nf4_lora_linear_forward(*call[:position], value, *call[position + 1 :])
+    )
+    check_refusals(emulated_cuda.nf4_lora_linear_forward, call, cases)
     with pytest.raises(ValueError, match="K"):
         emulated_cuda.nf4_lora_linear_workspace(1, 1, 65, 0)

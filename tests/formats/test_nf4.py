@@ -14,6 +14,7 @@ from grids import thinned
 from nf4_weights import (
     DTYPES,
     assert_same_bits,
+    assert_same_every_time,
     bitsandbytes_state,
     codes_of,
     every_byte_weight,
@@ -25,7 +26,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tolerances import (
     ABSMAX_CODE_MISMATCH,
-    DETERMINISM_RUNS,
     DYNAMIC_MAP_RTOL,
     NF4_MAX_HALF_GAP,
     NF4_TIE_RTOL,
@@ -151,9 +151,7 @@ def test_dequantize_refuses_an_out_that_does_not_fit(backend, out):
 
 def test_dequantize_is_deterministic(backend):
     w = peftkern.quantize_nf4(random_weight((257, 1023), torch.bfloat16))
-    first = peftkern.dequantize_nf4(w)
-    for _ in range(DETERMINISM_RUNS - 1):
-        assert_same_bits(peftkern.dequantize_nf4(w), first)
+    assert_same_every_time(lambda: [peftkern.dequantize_nf4(w)])
 
 
 @pytest.mark.parametrize(("blocksize", "dtype"), thinned(BLOCKSIZES, DTYPES))
@@ -264,12 +262,7 @@ def test_quantize_reads_values_not_memory(backend):
 
 def test_quantize_is_deterministic(backend):
     weight = random_weight((257, 1023), torch.bfloat16)
-    first = peftkern.quantize_nf4(weight)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = peftkern.quantize_nf4(weight)
-        assert_same_bits(again.packed, first.packed)
-        assert_same_bits(again.absmax, first.absmax)
-        assert_same_bits(again.nested_absmax, first.nested_absmax)
+    assert_same_every_time(lambda: peftkern.quantize_nf4(weight).tensors)
 
 
 @pytest.mark.parametrize("blocksize", [0, -64, 16, 48, 8192, 64.0, "64", None])

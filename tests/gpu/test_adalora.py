@@ -6,6 +6,7 @@ a replayed graph would read that memory again after torch has given it to others
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -21,7 +22,8 @@ from adalora_cases import (
 from gpu_runs import CUDA, NEEDS_GPU, launches, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check, graded, on_cpu
-from tolerances import DETERMINISM_RUNS, SVD_SIGMA
+from nf4_weights import assert_same_every_time
+from tolerances import SVD_SIGMA
 from torch import Tensor, nn
 
 import peftkern
@@ -90,10 +92,7 @@ def test_importance_on_another_stream():
 
 def test_equal_bits_of_importance_every_time():
     case = drawn(LLAMA_BLOCK)
-    first = importance("triton", *case)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = importance("triton", *case)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert_same_every_time(lambda: importance("triton", *case))
 
 
 def allocator_on(device: str, shapes) -> RankAllocator:
@@ -201,11 +200,7 @@ def test_svd_on_another_stream():
 
 def test_equal_bits_of_the_svd_every_time():
     Bs, As = (to_cuda(factors) for factors in pairs(PAIRS))
-    first = low_rank_svd(Bs, As)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = low_rank_svd(Bs, As)
-        for one, other in zip(first, again, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert_same_every_time(lambda: itertools.chain(*low_rank_svd(Bs, As)))
 
 
 def test_svd_waits_for_nothing_in_few_launches():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ from gpu_runs import CUDA, NEEDS_GPU, capture, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check as check_svd
 from low_rank_svd_cases import check_cores, graded, on_cpu
-from nf4_weights import DTYPES, every_byte_weight, numpy_dequantize, random_weight
+from nf4_weights import (
+    DTYPES,
+    assert_same_every_time,
+    every_byte_weight,
+    numpy_dequantize,
+    random_weight,
+)
 from tolerances import DETERMINISM_RUNS, SVD_BOUNDS_64
 from torch import Tensor
 
@@ -90,10 +97,7 @@ def test_memory_that_begins_anywhere(dtype):
 
 def test_equal_bits_every_time():
     w, dense = every_byte_weight(64, True, BF16).to(CUDA), random_weight((1024, 4096)).to(CUDA)
-    first = peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
-        assert all(same_bits(a, b) for a, b in zip(again, first, strict=True))
+    assert_same_every_time(lambda: (peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)))
 
 
 def test_more_than_32_bits_of_elements():
@@ -161,9 +165,7 @@ def test_linear_equal_bits_every_time(M):
     """One tile for each block, several, and a split K."""
     for shape in ((M, 4096, 4096, 16), (M, 14336, 1024, 16), (M, 256, 8192, 16)):
         o = linear_operands(shape)
-        first = forward(o)
-        for _ in range(DETERMINISM_RUNS - 1):
-            assert all(same_bits(a, b) for a, b in zip(forward(o), first, strict=True))
+        assert_same_every_time(partial(forward, o))
 
 
 @pytest.mark.parametrize("splits", [1, 4])

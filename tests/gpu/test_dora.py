@@ -26,8 +26,8 @@ from gpu_runs import (
     on_a_busy_stream,
 )
 from linear_cases import BF16, F16, F32, F64
-from nf4_weights import assert_same_bits
-from tolerances import DETERMINISM_RUNS, DORA_NORM_RTOL, assert_as_accurate_as_torch
+from nf4_weights import assert_same_bits, assert_same_every_time
+from tolerances import DORA_NORM_RTOL, assert_as_accurate_as_torch
 from torch import Tensor, nn
 
 import peftkern
@@ -76,9 +76,7 @@ def test_update_that_undoes_the_weight(left):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_equal_bits_every_time(layout):
     case = norm_case((4096, 4096, 16), BF16, (F32, F32), layout, CUDA)
-    first = dora_norm(*case.arguments, scaling=case.scaling)
-    for _ in range(DETERMINISM_RUNS - 1):
-        assert_same_bits(dora_norm(*case.arguments, scaling=case.scaling), first)
+    assert_same_every_time(lambda: [dora_norm(*case.arguments, scaling=case.scaling)])
 
 
 def test_transposed_weight_needs_no_copy():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_runs import CUDA, NEEDS_GPU, capture, launches, on_a_busy_stream
 from linear_cases import BF16, F16, F32
-from nf4_weights import assert_same_bits
+from nf4_weights import assert_same_bits, assert_same_every_time
 from rosa_cases import (
     SHAPES,
     assert_exact,
@@ -18,7 +18,7 @@ from rosa_cases import (
     uneven_mask,
     whole_numbers,
 )
-from tolerances import DETERMINISM_RUNS, assert_as_accurate_as_torch
+from tolerances import assert_as_accurate_as_torch
 from torch import Tensor, nn
 
 import peftkern
@@ -69,10 +69,7 @@ def drawn(T: int, mask: SparseMask, dtype: torch.dtype = BF16) -> tuple[Tensor, 
 def test_equal_bits_every_time(T):
     mask = random_mask((1024, 4096), 40_000, device=CUDA)
     operands = (*drawn(T, mask), mask)
-    first = products(*operands)
-    for _ in range(DETERMINISM_RUNS - 1):
-        for got, wanted in zip(products(*operands), first, strict=True):
-            assert_same_bits(got, wanted)
+    assert_same_every_time(lambda: products(*operands))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

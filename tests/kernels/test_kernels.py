@@ -14,9 +14,9 @@ from cuda_cases import (
     check_ties,
 )
 from gpu_cases import (
-    GRADIENTS,
     RESULTS,
     check_ops_against_reference,
+    check_subsets,
     dense_cases,
     draw_seed,
     nf4_cases,
@@ -38,8 +38,14 @@ from linear_cases import (
     operands,
 )
 from nf4_weights import DTYPES as NF4_DTYPES
-from nf4_weights import assert_same_bits, every_byte_weight, numpy_dequantize, random_weight
-from tolerances import DETERMINISM_RUNS, FUZZ_EXAMPLES, assert_as_accurate_as_torch
+from nf4_weights import (
+    assert_same_bits,
+    assert_same_every_time,
+    every_byte_weight,
+    numpy_dequantize,
+    random_weight,
+)
+from tolerances import FUZZ_EXAMPLES, assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
@@ -201,25 +207,8 @@ def test_nf4_linear_without_adapters(M, bias, dtype):
 @pytest.mark.parametrize("seeded", [False, True])
 def test_every_subset_of_gradients(make, r, seeded):
     o = replace(make((7, 19, 64, r), BF16, F32), dropout_p=0.5 if seeded else 0.0)
-    keep = draw_seed() if seeded else None
-    full = run_ops(o, keep)
-    for needs in itertools.product((False, True), repeat=4):
-        got = run_ops(o, keep, needs)
-        for name, needed in zip(GRADIENTS, needs, strict=True):
-            if needed:
-                assert_same_bits(got[name], full[name])
-            else:
-                assert got[name].shape == (0,)
-
-
-@pytest.mark.parametrize("make", [operands, nf4_operands])
-def test_S_is_float32(make):
-    for dtype in (F32, F16, BF16):
-        o = make((7, 19, 64, 4), dtype, F32)
-        got = run_ops(o)["S"]
-        exact = o.x.double() @ o.lora_A.double().t()
-        assert got.dtype is F32
-        torch.testing.assert_close(got, exact.float())
+    subsets = itertools.product((False, True), repeat=4)
+    check_subsets(o, subsets, draw_seed() if seeded else None)
 
 
 # Layouts and values that are not ordinary
@@ -328,11 +317,7 @@ def test_equal_bits_every_time(case):
     make, shape = case
     o = replace(make(shape, BF16, F32), dropout_p=0.1)
     keep = draw_seed()
-    first = run_ops(o, keep)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = run_ops(o, keep)
-        for name in first:
-            assert_same_bits(again[name], first[name])
+    assert_same_every_time(lambda: run_ops(o, keep).values())
 
 
 @settings(max_examples=FUZZ_EXAMPLES // 15)

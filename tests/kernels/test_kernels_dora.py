@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import INSIDE_TENSORS
 from linear_cases import BF16, F16, F32, F64, layouts
-from nf4_weights import assert_same_bits, numpy_dequantize
-from tolerances import DETERMINISM_RUNS, DORA_NORM_RTOL, FUZZ_EXAMPLES
+from nf4_weights import assert_same_bits, assert_same_every_time, numpy_dequantize
+from tolerances import DORA_NORM_RTOL, FUZZ_EXAMPLES
 from torch import Tensor
 
 import peftkern
@@ -141,9 +141,7 @@ def test_equal_bits_every_time_and_nothing_is_written_to(layout):
     if layout:
         pieces += [t for t in vars(case.weight).values() if isinstance(t, Tensor)]
     before = [t.clone() for t in pieces]
-    first = dora_norm(*case.arguments, scaling=case.scaling)
-    for _ in range(DETERMINISM_RUNS - 1):
-        assert_same_bits(dora_norm(*case.arguments, scaling=case.scaling), first)
+    assert_same_every_time(lambda: [dora_norm(*case.arguments, scaling=case.scaling)])
     assert all(torch.equal(t, old) for t, old in zip(pieces, before, strict=True))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 
+import pytest
 import torch
 from gpu_cases import NF4Operands
 from linear_cases import F64
@@ -31,6 +32,14 @@ def scheduled(module: ModuleType, schedule: int) -> Iterator[None]:
         yield
     finally:
         module.set_schedule(0)
+
+
+def check_refusals(function: Callable, call: Sequence, cases: Iterable[tuple]) -> None:
+    """The call is taken; with another value at a position it is an error that names it."""
+    function(*call)
+    for position, value, name in cases:
+        with pytest.raises((ValueError, OverflowError), match=name):
+            function(*call[:position], value, *call[position + 1 :])
 
 
 # nf4_lora_linear
