@@ -75,9 +75,10 @@ def test_compile_fullgraph_training(kind: str, engine: str) -> None:
     layer.scaling = 0.5  # a run-time value: changing it must show
     wanted = run(layer, x)
     assert_same(run(compiled, x), wanted, kind)
-    with torch.no_grad():
-        assert_same((compiled(x),), wanted[:1], kind)
-    assert_same(run(compiled, x[:3]), run(layer, x[:3]), kind)
+    if kind in KINDS:  # each is a graph more to compile
+        with torch.no_grad():
+            assert torch.equal(compiled(x), wanted[0])
+        assert_same(run(compiled, x[:3]), run(layer, x[:3]))
 
 
 def test_compile_dropout_autocast_and_a_dynamic_batch(any_kind: str) -> None:

@@ -16,6 +16,7 @@ from paths import ROOT
 pytest.importorskip("triton")
 
 import triton
+from aot_cases import KNOWN_SPILLS
 
 from peftkern.formats.nf4 import NF4_CODE
 from peftkern.kernels import primitives
@@ -47,20 +48,23 @@ def parse(lines: list[str]) -> dict[str, tuple[int, int, int]]:
 
 
 @pytest.mark.slow
-def test_launches_compile_fit_and_use_what_is_committed(tmp_path):
-    """One test, so that one process compiles for all architectures, and once."""
-    answer = run_without_interpreter(ROOT / "bench" / "resources.py", "--out", tmp_path)
+@pytest.mark.parametrize("archs", [ARCHS[1:2], pytest.param(ARCHS, marks=pytest.mark.long)])
+def test_launches_compile_fit_and_use_what_is_committed(archs, tmp_path):
+    """One test, so that one process compiles for all architectures, and once; here for one."""
+    only = ["--arch", *archs] if len(archs) == 1 else []
+    answer = run_without_interpreter(ROOT / "bench" / "resources.py", *only, "--out", tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr  # every kernel has a launch, too
-    names = {f"resources_{arch}.txt" for arch in ARCHS}
-    assert names == {path.name for path in RESULTS.glob("resources_*.txt")}
-    assert names == {path.name for path in tmp_path.iterdir()}
-    for name in names:
+    names = [f"resources_{arch}.txt" for arch in archs]
+    assert {path.name for path in tmp_path.glob("resources_*.txt")} == set(names)
+    assert {path.name for path in RESULTS.glob("resources_*.txt")} >= set(names)
+    for arch, name in zip(archs, names, strict=True):
         new, committed = (
             (folder / name).read_text(encoding="utf-8").splitlines()
             for folder in (tmp_path, RESULTS)
         )
         for launch, (registers, spills, shared) in parse(new).items():
-            assert registers > 0 == spills and 0 <= shared <= SHARED_MEMORY, (name, launch)
+            assert registers > 0 and 0 <= shared <= SHARED_MEMORY, (name, launch)
+            assert spills == KNOWN_SPILLS.get((arch, launch), 0), (name, launch)
         version = re.search(r"Triton ([^:]+):", committed[0])[1]
         if version == triton.__version__:
             assert new == committed, f"{name}: run `make aot` and look at the difference"

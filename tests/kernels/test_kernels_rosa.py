@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from grids import thinned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import INSIDE_TENSORS
+from interpreted import INSIDE_TENSORS, RUNS
 from linear_cases import BF16, F16, F32, F64
 from nf4_weights import assert_same_bits, assert_same_every_time
 from rosa_cases import (
@@ -47,24 +48,21 @@ def pieces_of(entries: int) -> Iterator[None]:
         rosa._LEAST_PIECE = before
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [*((s, d) for s in SHAPES for d in (F32, BF16)), (SHAPES[2], F16), (SHAPES[4], F16)],
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "dtype"), thinned(SHAPES, [F32, BF16, F16]))
 def test_products(shape, dtype):
     check_products(*shape, dtype, torch.int32)
 
 
-@pytest.mark.parametrize(("dtype", "index"), [(F32, INDICES[1]), (BF16, INDICES[0])], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES[1:4], (65, 7, 300, 100)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "index"),
+    thinned([*SHAPES[1:4], (65, 7, 300, 100)], [F32, BF16], INDICES[::-1]),
+)
 def test_products_in_pieces(shape, dtype, index):
     with pieces_of(CUT):
         check_products(*shape, dtype, index)
 
 
-@pytest.mark.parametrize("piece", [CUT, 1024])
-@pytest.mark.parametrize("kind", ["rows", "columns", "both"])
+@pytest.mark.parametrize(("kind", "piece"), thinned(["rows", "columns", "both"], [CUT, 1024]))
 def test_uneven_rows(kind, piece):
     """Whole rows next to empty ones; a row is longer than a piece, and a piece than a row."""
     with pieces_of(piece):
@@ -84,7 +82,7 @@ def test_programs_that_take_several_tiles_of_x():
         assert_exact(whole_numbers(random_mask((N, 2), 40), M))
 
 
-@settings(max_examples=FUZZ_EXAMPLES // 12)
+@settings(max_examples=FUZZ_EXAMPLES // 20)
 @given(
     T=st.integers(0, 140),
     N=st.integers(1, 60),
@@ -123,8 +121,9 @@ def test_columns_beyond_sixteen_bits(index):
     torch.testing.assert_close(got, x[:, columns.long()].sum(0))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "3-d", "sliced", "misaligned"])
-@pytest.mark.parametrize("T", [6, 16])
+@pytest.mark.parametrize(
+    ("layout", "T"), thinned(["transposed", "expanded", "3-d", "sliced", "misaligned"], [6, 16])
+)
 def test_layouts_give_the_same_bits(layout, T):
     mask, values = random_mask((24, 40), 60), torch.randn(60)
     x, y = torch.randn(T, 40), torch.randn(T, 24)
@@ -145,9 +144,10 @@ def test_layouts_give_the_same_bits(layout, T):
     assert_same_bits(slope, wanted[2])
 
 
-@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-@pytest.mark.parametrize("where", ["x", "y", "values"])
-@pytest.mark.parametrize("piece", [CUT, 1024])
+@pytest.mark.parametrize(
+    ("where", "value", "piece"),
+    thinned(["x", "y", "values"], [float("nan"), -float("inf")], [CUT, 1024], diagonals=2),
+)
 def test_nan_and_inf_go_where_the_reference_lets_them(where, value, piece):
     """To the rows of S that read them, and not to their neighbors in a program."""
     mask = random_mask((20, 30), 90)
@@ -205,13 +205,14 @@ def test_nothing_to_do():
         assert got.dtype is F32 and torch.equal(got, torch.zeros(m.nnz))
 
 
-def test_equal_bits_every_time_and_nothing_else_is_written_to():
+@pytest.mark.parametrize("runs", RUNS)
+def test_equal_bits_every_time_and_nothing_else_is_written_to(runs):
     mask, values = random_mask((17, 9), 30), torch.randn(30)
     x, y = torch.randn(5, 9).to(BF16), torch.randn(5, 17).to(BF16)
     pieces = (x, y, values, *mask.tensors)
     before = [t.clone() for t in pieces]
     with pieces_of(CUT):
-        assert_same_every_time(lambda: products(x, y, values, mask))
+        assert_same_every_time(lambda: products(x, y, values, mask), runs)
     assert all(torch.equal(t, old) for t, old in zip(pieces, before, strict=True))
 
 

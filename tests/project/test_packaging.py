@@ -23,9 +23,11 @@ import pytest
 from building import KERNEL_OBJECTS, libraries, run, run_checked, symbols
 from paths import ROOT
 
-from peftkern.formats import nf4
+from peftkern.formats.nf4 import nf4_midpoints
+from peftkern.formats.table import NF4_CODE
 
 GENERATOR = ROOT / "csrc" / "generate_nf4_table.py"
+TABLE = ROOT / "peftkern" / "formats" / "table.py"
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="these ISAs are x86-64's")
 
 
@@ -42,22 +44,22 @@ def header_bits(text: str, name: str) -> list[int]:
 
 
 def test_generated_header_equals_python_table(tmp_path):
-    run_checked(sys.executable, GENERATOR, ROOT / "peftkern" / "nf4.py", tmp_path / "table.h")
+    run_checked(sys.executable, GENERATOR, TABLE, tmp_path / "table.h")
     text = (tmp_path / "table.h").read_text()
-    code = [struct.unpack("<f", struct.pack("<f", value))[0] for value in nf4.NF4_CODE]
+    code = [struct.unpack("<f", struct.pack("<f", value))[0] for value in NF4_CODE]
     midpoints = [(low + high) / 2 for low, high in itertools.pairwise(code)]
     assert header_bits(text, "kNF4Code") == [float32_bits(value) for value in code]
     assert header_bits(text, "kNF4Midpoint") == [float32_bits(value) for value in midpoints]
     # what the reference quantizes with
-    assert header_bits(text, "kNF4Midpoint") == [float32_bits(v) for v in nf4.nf4_midpoints()]
+    assert header_bits(text, "kNF4Midpoint") == [float32_bits(v) for v in nf4_midpoints()]
 
 
 @pytest.mark.parametrize(
     "source", ["X = 1", "NF4_CODE = (0.0, 1.0)", f"NF4_CODE = {tuple(range(15, -1, -1))}"]
 )
 def test_generator_refuses_a_broken_table(tmp_path, source):
-    (tmp_path / "nf4.py").write_text(source)
-    answer = run(sys.executable, GENERATOR, tmp_path / "nf4.py", tmp_path / "table.h")
+    (tmp_path / "table.py").write_text(source)
+    answer = run(sys.executable, GENERATOR, tmp_path / "table.py", tmp_path / "table.h")
     assert answer.returncode != 0
     assert "NF4_CODE" in answer.stderr
     assert not (tmp_path / "table.h").exists()
@@ -203,7 +205,7 @@ def project(tmp_path) -> Path:
     files = {
         "README.md": "",
         "peftkern/__init__.py": '__version__ = "0"',
-        "peftkern/formats/nf4.py": (ROOT / "peftkern" / "nf4.py").read_text(),
+        "peftkern/formats/table.py": TABLE.read_text(),
         "csrc/cpu/bind.cpp": 'extern "C" int PyInit__cpu() { return 0; }',
         "csrc/cpu/sum.cpp": '#include "peftkern/nf4_table.h"\nfloat sum() { return PEFTKERN_X86; }',
         "csrc/cpu/sum_avx2.cpp": "#include <immintrin.h>\n__m256 a;",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from tolerances import DETERMINISM_RUNS
 from torch import Tensor
 
 from peftkern.backends.device import triton_interpreted
@@ -28,6 +29,8 @@ INTERPRETED = [
 ]
 # The same, and Triton serves every op, at addresses that are checked.
 INSIDE_TENSORS = [*INTERPRETED, pytest.mark.usefixtures("triton_inside_its_tensors")]
+# How often a call is repeated for its bits: on one thread the interpreter has no order to change.
+RUNS = [3, pytest.param(DETERMINISM_RUNS, marks=pytest.mark.long)]
 
 
 def span(tensor: Tensor) -> tuple[int, int]:

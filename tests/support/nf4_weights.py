@@ -26,10 +26,12 @@ def assert_same_bits(got: Tensor, expected: Tensor) -> None:
     assert torch.equal(got.contiguous().view(bits), expected.contiguous().view(bits))
 
 
-def assert_same_every_time(call: Callable[[], Iterable[Tensor]]) -> None:
+def assert_same_every_time(
+    call: Callable[[], Iterable[Tensor]], runs: int = DETERMINISM_RUNS
+) -> None:
     """Every run gives the same bits."""
     first = tuple(call())
-    for _ in range(DETERMINISM_RUNS - 1):
+    for _ in range(runs - 1):
         for got, wanted in zip(call(), first, strict=True):
             assert_same_bits(got, wanted)
 

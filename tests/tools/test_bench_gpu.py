@@ -30,7 +30,7 @@ from peftkern.backends import dispatch
 from peftkern.kernels import configs
 from peftkern.kernels.configs import KERNELS, Problem, TileConfig, as_entry, choose
 from peftkern.kernels.launch import config_for, forced, traits
-from peftkern.tools.bench import gpu_timer, machine
+from peftkern.tools.bench import gpu_timer, machine, timer
 from peftkern.tools.bench.timer import MIN_SAMPLES, Timing
 
 ROOT = machine.ROOT
@@ -244,7 +244,8 @@ def test_every_part_has_a_script():
         ("rosa", "rosa/forward-M4096-5.0%", {"dense W + S", "torch, in chunks"}),
     ],
 )
-def test_gpu_cases_are_right_under_the_interpreter(part, only, peers, tmp_path):
+def test_gpu_cases_are_right_under_the_interpreter(part, only, peers, tmp_path, monkeypatch):
+    monkeypatch.setattr(timer, "MIN_SAMPLES", 1)  # the interpreter takes its time
     size = "64" if part == "dora" else "16"  # bitsandbytes on a CPU is wrong where rows cut blocks
     options = ["--device", "cpu", "--only", only, "--n", size, "--k", size, "--rows", "16"]
     options += ["--seconds", "0", "--rotate-mb", "0", "--out", tmp_path]
