@@ -280,8 +280,7 @@ def test_jacobi_with_the_shared_memory_of_other_devices():
 def test_jacobi_has_equal_bits_every_time_and_in_graphs():
     cores = torch.randn(30, 33, 33, dtype=torch.float64, device=CUDA)
     first = jacobi(cores)
-    for _ in range(DETERMINISM_RUNS - 1):
-        assert all(torch.equal(a, b) for a, b in zip(jacobi(cores), first, strict=True))
+    assert_same_every_time(lambda: jacobi(cores))
     graph, recorded = capture(lambda: jacobi(cores))
     cores.copy_(cores.flip(0))
     graph.replay()

@@ -80,6 +80,17 @@ def run_ops(
     return {"y": y, "S": S, **dict(zip(GRADIENTS, grads, strict=True))}
 
 
+def check_finite(o: Operands, keep: Tensor | None = None) -> dict[str, Tensor]:
+    """Triton's results, which are finite where the reference's are."""
+    with peftkern.use_backend("triton"):
+        got = run_ops(o, keep)
+    with peftkern.use_backend("reference"):
+        wanted = run_ops(o, keep)
+    for name in wanted:
+        assert torch.equal(got[name].isfinite(), wanted[name].isfinite()), name
+    return got
+
+
 def check_subsets(
     o: Operands, subsets: Iterable[tuple[bool, ...]], keep: Tensor | None = None
 ) -> None:
