@@ -197,7 +197,7 @@ void check_malformed(const Kernel& kernel, int64_t M, const Damages<CudaNF4Linea
   good.lora_A = adapter.data(), good.lora_B = adapter.data(), good.s = s.data();
   good.workspace = workspace.data(), good.workspace_bytes = workspace.size();
   good.splits = 2;
-  const auto needed = workspace_of(kernel, M, 24, 128, 3, 2);
+  const int64_t needed = workspace_of(kernel, M, 24, 128, 3, 2);
   const Damages<CudaNF4LinearArgs> damages = {
       [](auto& a) { a.M = -1; },
       [](auto& a) { a.N = 0; },

@@ -1,4 +1,4 @@
-"""Checks of the CUDA kernels, compiled for this CPU or on a GPU."""
+"""Checks of the CUDA kernels, compiled for this CPU or on a GPU, and of NF4 on any back end."""
 
 from __future__ import annotations
 
