@@ -31,15 +31,8 @@ struct Layer {
   }
   Triplets triplets() {
     const auto grad = [&](int i) { return grads[i] ? grads[i]->data() : nullptr; };
-    return {params[0]->data(),
-            params[1]->data(),
-            params[2]->data(),
-            grad(0),
-            grad(1),
-            grad(2),
-            r,
-            K,
-            N};
+    const auto param = [&](int i) { return params[i]->data(); };
+    return {param(0), param(1), param(2), grad(0), grad(1), grad(2), r, K, N};
   }
   int64_t numel() const { return r * (1 + K + N); }
 
@@ -112,12 +105,9 @@ void check_gram(Isa isa, DType dtype) {
                              " length=" + std::to_string(length) + (columns ? " columns" : " rows");
     double squares = 0.0;
     for (int64_t i = 0; i < r * r; ++i) {
-      double sum = i / r == i % r ? -1.0 : 0.0, size = 1.0;
-      for (int64_t k = 0; k < length; ++k) {
-        const double term = double{at(i / r, k)} * at(i % r, k);
-        sum += term, size += std::fabs(term);
-      }
-      compare(residual[i], sum, size, what);
+      Sum sum{i / r == i % r ? -1.0 : 0.0, 1.0};
+      for (int64_t k = 0; k < length; ++k) sum += double{at(i / r, k)} * at(i % r, k);
+      compare(residual[i], sum.value, sum.size, what);
       squares += double{residual[i]} * residual[i];
     }
     compare(norm[0], squares, squares, what + ": norm");
@@ -125,13 +115,11 @@ void check_gram(Isa isa, DType dtype) {
     const double rounding = dtype == DType::kFloat32 ? 0.0 : 0.004;
     for (int64_t i = 0; i < r; ++i) {
       for (int64_t k = 0; k < length; ++k) {
-        double sum = 0.0, size = 0.0;
-        for (int64_t j = 0; j < r; ++j) {
-          const double term = 0.25 * residual[i * r + j] * at(j, k);
-          sum += term, size += std::fabs(term);
-        }
+        Sum sum;
+        for (int64_t j = 0; j < r; ++j) sum += 0.25 * residual[i * r + j] * at(j, k);
         const double got = grad.at(columns ? k * r + i : i * length + k);
-        compare(got, sum, size + rounding * 1e5 * std::fabs(sum), what + ": gradient");
+        const double size = sum.size + rounding * 1e5 * std::fabs(sum.value);
+        compare(got, sum.value, size, what + ": gradient");
       }
     }
   }
@@ -164,29 +152,25 @@ void check_allocate() {
 void check_malformed(Isa isa) {
   Layer layer(DType::kFloat32, 3, 8, 9);
   Buffer<float> ipt(54), unc(54), scores(3);
-  const Triplets good = layer.triplets();
-  const std::vector<std::function<void(ImportanceArgs&, Triplets&)>> damages = {
-      [](ImportanceArgs& a, Triplets&) { a.state_len = 53; },
-      [](ImportanceArgs& a, Triplets&) { a.state_len = 55; },
-      [](ImportanceArgs& a, Triplets&) { a.scores_len = 2; },
-      [](ImportanceArgs& a, Triplets&) { a.ipt = nullptr; },
-      [](ImportanceArgs& a, Triplets&) { a.scores = nullptr; },
-      [](ImportanceArgs& a, Triplets&) { a.threads = 0; },
-      [](ImportanceArgs&, Triplets& t) { t.r = -1; },
-      [](ImportanceArgs&, Triplets& t) { t.K = 0; },
-      [](ImportanceArgs&, Triplets& t) { t.N = int64_t{1} << 62; },
-      [](ImportanceArgs&, Triplets& t) { t.lora_B = nullptr; },
+  Triplets triplets = layer.triplets();
+  ImportanceArgs good;
+  good.layers = &triplets, good.count = 1, good.ipt = ipt.data(), good.unc = unc.data();
+  good.state_len = 54, good.scores = scores.data(), good.scores_len = 3;
+  const auto call = [&](const ImportanceArgs& args) { adalora_importance(isa, args); };
+  const Damages<ImportanceArgs> damages = {
+      [](auto& a) { a.state_len = 53; },   [](auto& a) { a.state_len = 55; },
+      [](auto& a) { a.scores_len = 2; },   [](auto& a) { a.ipt = nullptr; },
+      [](auto& a) { a.scores = nullptr; }, [](auto& a) { a.threads = 0; },
   };
-  for (size_t i = 0; i < damages.size(); ++i) {
-    Triplets triplets = good;
-    ImportanceArgs args;
-    args.layers = &triplets, args.count = 1, args.ipt = ipt.data(), args.unc = unc.data();
-    args.state_len = 54, args.scores = scores.data(), args.scores_len = 3;
-    damages[i](args, triplets);
-    if (!rejected([&] { adalora_importance(isa, args); })) {
-      fail("malformed importance argument " + std::to_string(i) + " was accepted");
-    }
-  }
+  check_refusals("adalora_importance", good, damages, call);
+  const Damages<Triplets> layer_damages = {
+      [](auto& t) { t.r = -1; },
+      [](auto& t) { t.K = 0; },
+      [](auto& t) { t.N = int64_t{1} << 62; },
+      [](auto& t) { t.lora_B = nullptr; },
+  };
+  check_refusals("layer of adalora_importance", layer.triplets(), layer_damages,
+                 [&](const Triplets& damaged) { triplets = damaged, call(good); });
   GramMatrix m;
   m.r = 3, m.length = 8, m.x = ipt.data();
   GramArgs args;

@@ -43,7 +43,7 @@ bool aborts_with(const std::string& message, const std::function<void()>& action
 }
 
 void expect_abort(const std::string& message, const std::function<void()>& action) {
-  if (!aborts_with(message, action)) cuda_test_failed("the emulation let it pass: " + message);
+  if (!aborts_with(message, action)) fail("the emulation let it pass: " + message);
 }
 
 // ---- tensor cores
@@ -73,7 +73,7 @@ void check_mma() {
   for (int i = 0; i < 128; ++i) B[i] = from_float<T>(normal()).bits;
   for (int i = 0; i < 128; ++i) D[i] = before[i] = normal();
   if (launch(mma_kernel<T>, 1, 32, 0, nullptr, A.data(), B.data(), D.data())) {
-    cuda_test_failed("mma: not launched");
+    fail("mma: not launched");
   }
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < 8; ++column) {
@@ -82,7 +82,7 @@ void check_mma() {
         sum += double{to_float(T{A[row * 16 + k]})} * double{to_float(T{B[k * 8 + column]})};
       }
       const double error = std::fabs(D[row * 8 + column] - sum);
-      if (!(error <= 0x1p-23 * std::fabs(sum))) cuda_test_failed("mma: wrong element");
+      if (!(error <= 0x1p-23 * std::fabs(sum))) fail("mma: wrong element");
     }
   }
 }
@@ -131,7 +131,7 @@ int wrong_products(ProductFault fault, uint64_t damage = 0) {
   for (int i = 0; i < D.size(); ++i) D[i] = before[i] = normal();
   if (launch(product_kernel<T>, 1, 128, 64 * 128, nullptr, A.data(), B.data(), D.data(),
              early.data(), fault, damage)) {
-    cuda_test_failed("wgmma: not launched");
+    fail("wgmma: not launched");
   }
   int wrong = 0;
   for (int i = 0; i < 128; ++i) wrong += !std::isnan(early[i]);
@@ -150,11 +150,11 @@ void check_products() {
   for (uint32_t schedule = 0; schedule < emulation::kSchedules; ++schedule) {
     emulation::set_schedule(schedule);
     if (wrong_products<BF16>(kRight) || wrong_products<FP16>(kRight)) {
-      cuda_test_failed("wgmma: wrong element, or one that was there before the wait");
+      fail("wgmma: wrong element, or one that was there before the wait");
     }
   }
   emulation::set_schedule(0);
-  if (!wrong_products<BF16>(kEarlyWrite)) cuda_test_failed("wgmma: A was read too early");
+  if (!wrong_products<BF16>(kEarlyWrite)) fail("wgmma: A was read too early");
   expect_abort("waiting for its products", [] { wrong_products<BF16>(kNoProductWait); });
   expect_abort("without wgmma.fence", [] { wrong_products<BF16>(kNoProductFence); });
   expect_abort("without fence.proxy.async", [] { wrong_products<BF16>(kNoSharedFence); });
@@ -198,7 +198,7 @@ int wrong_steps(int steps, WaitFault fault, uint32_t schedule) {
     for (int step = 0; step < steps; ++step) {
       const WaitFault own = step == 1 ? fault : kWaits;
       if (chain.launch(step_kernel, blocks, n, n * sizeof(float), values.data(), step, own)) {
-        cuda_test_failed("a chain: not launched");
+        fail("a chain: not launched");
       }
     }
     wrong += !std::isnan(values[size]);  // the first runs when the second waits
@@ -212,13 +212,13 @@ void check_chains() {
   int read_before = 0, one_waits = 0;
   for (uint32_t schedule = 0; schedule < emulation::kSchedules; ++schedule) {
     for (int steps = 1; steps <= 4; ++steps) {
-      if (wrong_steps(steps, kWaits, schedule)) cuda_test_failed("a chain gives wrong results");
+      if (wrong_steps(steps, kWaits, schedule)) fail("a chain gives wrong results");
     }
     read_before += wrong_steps(2, kReadsBefore, schedule);
     one_waits += wrong_steps(3, kOneWaits, schedule);
   }
-  if (!read_before) cuda_test_failed("a read before the wait changed nothing");
-  if (!one_waits) cuda_test_failed("a wait of one thread alone changed nothing");
+  if (!read_before) fail("a read before the wait changed nothing");
+  if (!one_waits) fail("a wait of one thread alone changed nothing");
   expect_abort("has not waited", [] { wrong_steps(2, kNeverWaits, 0); });
   expect_abort("has not waited", [] { wrong_steps(4, kNeverWaits, 0); });
 
@@ -227,7 +227,7 @@ void check_chains() {
   Chain chain(nullptr);
   chain.launch(step_kernel, 1, 64, 256, values.data(), 0, kWaits);
   launch(step_kernel, 1, 64, 256, nullptr, values.data(), 1, kNeverWaits);
-  if (values[2 * 64] != 2.0f) cuda_test_failed("a launch overtakes a chain");
+  if (values[2 * 64] != 2.0f) fail("a launch overtakes a chain");
   chain.launch(step_kernel, 1, 64, 256, values.data(), 2, kWaits);
 }
 
@@ -250,7 +250,7 @@ void check_warp() {
     const bool right = shuffled[i] == 100 + (i + 1) % 32 &&
                        shuffled[32 + i] == 100 + i / 8 * 8 + 1 &&
                        sums[i] == 8.0f * (i / 8 * 8) + 28.0f && ballots[i] == 0x49249249u;
-    if (!right) cuda_test_failed("a warp's shuffles, sums or ballots");
+    if (!right) fail("a warp's shuffles, sums or ballots");
   }
 }
 
@@ -263,7 +263,7 @@ void check_fp16() {  // every value and the ties between neighbors
     const bool right = (pack2<FP16>(value, -value) == (bits | (bits | 0x8000) << 16)) &&
                        pack2<FP16>(tie, std::nextafter(tie, 0.0f)) == (even | bits << 16) &&
                        from_float<FP16>(std::nextafter(tie, 1e9f)).bits == bits + 1;
-    if (!right) cuda_test_failed("fp16: wrong rounding");
+    if (!right) fail("fp16: wrong rounding");
   }
   for (uint32_t bits = 0; bits < 0x7f80; ++bits) {
     const float value = to_float(BF16{static_cast<uint16_t>(bits)});
@@ -271,7 +271,7 @@ void check_fp16() {  // every value and the ties between neighbors
     const bool right = from_float<BF16>(value).bits == bits &&
                        from_float<BF16>(tie).bits == bits + bits % 2 &&
                        from_float<BF16>(-std::nextafter(tie, 0.0f)).bits == (bits | 0x8000);
-    if (!right) cuda_test_failed("bf16: wrong rounding");
+    if (!right) fail("bf16: wrong rounding");
   }
 }
 
@@ -281,10 +281,10 @@ void check_integers() {
     const uint32_t swapped = permute_bytes(a, b, 0x0526);
     if (swapped !=
         ((a & 255) << 24 | (b >> 8 & 255) << 16 | (a >> 16 & 255) << 8 | (b >> 16 & 255))) {
-      cuda_test_failed("permute_bytes");
+      fail("permute_bytes");
     }
   }
-  if (permute_bytes(0x80, 0x7f, 0x4c80) != 0x7f00ff80) cuda_test_failed("permute_bytes: signs");
+  if (permute_bytes(0x80, 0x7f, 0x4c80) != 0x7f00ff80) fail("permute_bytes: signs");
 }
 
 // ---- what must be found
@@ -330,12 +330,12 @@ int wrong_results(Fault fault, uint32_t schedule) {
 void check_pipeline() {
   int without_wait = 0, without_barrier = 0;
   for (uint32_t schedule = 0; schedule < emulation::kSchedules; ++schedule) {
-    if (wrong_results(kNone, schedule)) cuda_test_failed("a correct pipeline gives wrong results");
+    if (wrong_results(kNone, schedule)) fail("a correct pipeline gives wrong results");
     without_wait += wrong_results(kNoWait, schedule);
     without_barrier += wrong_results(kNoBarrier, schedule);
   }
-  if (!without_wait) cuda_test_failed("a missing wait changed nothing");
-  if (!without_barrier) cuda_test_failed("a missing barrier changed nothing");
+  if (!without_wait) fail("a missing wait changed nothing");
+  if (!without_barrier) fail("a missing barrier changed nothing");
 #ifdef __SANITIZE_ADDRESS__
   expect_abort("heap-buffer-overflow", [] { wrong_results(kOverrun, 0); });
 #endif
@@ -396,7 +396,7 @@ void check_findings() {
     Buffer<float> out(128);
     launch(shared_objects_kernel, 2, 64, 0, nullptr, out.data());
     for (int i = 0; i < 64; ++i) {
-      if (!std::isnan(out[i]) || out[64 + i] != 2016.0f) cuda_test_failed("static shared memory");
+      if (!std::isnan(out[i]) || out[64 + i] != 2016.0f) fail("static shared memory");
     }
   }
   emulation::set_schedule(0);
@@ -405,7 +405,7 @@ void check_findings() {
                                 launch(half_barrier_kernel, dim3(1, 65536), 32, 0, nullptr),
                                 launch(half_barrier_kernel, 1, 32, 300000, nullptr)};
   for (const cudaError_t error : errors) {
-    if (error == cudaSuccess) cuda_test_failed("an impossible launch was accepted");
+    if (error == cudaSuccess) fail("an impossible launch was accepted");
   }
 }
 

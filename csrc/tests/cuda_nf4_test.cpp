@@ -46,12 +46,12 @@ void check_dequantize(int64_t numel, int64_t blocksize, DType dtype, bool nested
   Buffer<uint8_t> wanted(numel * size), out(numel * size, shift * size);
   nf4_dequantize(Isa::kScalar, 1, w.view, wanted.data(), dtype, numel, false);
   if (cuda_nf4_dequantize(w.view, out.data(), dtype, numel, nullptr)) {
-    cuda_test_failed("dequantize: not launched");
+    fail("dequantize: not launched");
   }
   for (int64_t i = 0; i < numel; ++i) {
     if (!same(&wanted.data()[i * size], &out.data()[i * size], dtype)) {
-      cuda_test_failed(describe("dequantize", dtype, numel, blocksize, nested) + ": element " +
-                       std::to_string(i));
+      fail(describe("dequantize", dtype, numel, blocksize, nested) + ": element " +
+           std::to_string(i));
     }
   }
 }
@@ -88,15 +88,15 @@ void check_quantize(int64_t numel, int64_t blocksize, DType dtype) {
                wanted_absmax.data(), blocks);
   if (cuda_nf4_quantize(src.data(), dtype, numel, blocksize, packed.data(), packed.size(),
                         absmax.data(), blocks, nullptr)) {
-    cuda_test_failed("quantize: not launched");
+    fail("quantize: not launched");
   }
   const std::string what = describe("quantize", dtype, numel, blocksize, false);
   for (int64_t i = 0; i < wanted.size(); ++i) {
-    if (wanted[i] != packed[i]) cuda_test_failed(what + ": byte " + std::to_string(i));
+    if (wanted[i] != packed[i]) fail(what + ": byte " + std::to_string(i));
   }
   for (int64_t i = 0; i < blocks; ++i) {
     if (std::memcmp(&wanted_absmax[i], &absmax[i], 4)) {
-      cuda_test_failed(what + ": absmax " + std::to_string(i));
+      fail(what + ": absmax " + std::to_string(i));
     }
   }
 }
@@ -118,7 +118,7 @@ void check_ties() {
     cuda_nf4_quantize(src.data(), DType::kFloat32, 64, 64, packed.data(), 32, absmax.data(), 1,
                       nullptr);
     if (std::memcmp(wanted.data(), packed.data(), 32) || wanted_absmax[0] != absmax[0]) {
-      cuda_test_failed("quantize: a tie goes elsewhere");
+      fail("quantize: a tie goes elsewhere");
     }
   }
 }
@@ -127,40 +127,37 @@ void check_malformed() {
   const Weight w(1000, 64, true);
   const NF4View& good = w.view;
   Buffer<float> out(1000);
-  const std::vector<std::function<void(NF4View&)>> damages = {
-      [](NF4View& v) { v.numel = -1; },
-      [](NF4View& v) { v.numel = 1001; },
-      [](NF4View& v) { v.blocksize = 48; },
-      [](NF4View& v) { v.packed_bytes = 499; },
-      [](NF4View& v) { v.packed = nullptr; },
-      [](NF4View& v) { v.absmax_len = 15; },
-      [](NF4View& v) { v.nested_absmax_len = 0; },
-      [](NF4View& v) { v.nested_blocksize = 0; },
-      [](NF4View& v) { v.nested_blocksize = 48; },
-      [](NF4View& v) { v.nested_code = nullptr; },
-      [](NF4View& v) { v.nested_offset = nullptr; },
+  const Damages<NF4View> damages = {
+      [](auto& v) { v.numel = -1; },
+      [](auto& v) { v.numel = 1001; },
+      [](auto& v) { v.blocksize = 48; },
+      [](auto& v) { v.packed_bytes = 499; },
+      [](auto& v) { v.packed = nullptr; },
+      [](auto& v) { v.absmax_len = 15; },
+      [](auto& v) { v.nested_absmax_len = 0; },
+      [](auto& v) { v.nested_blocksize = 0; },
+      [](auto& v) { v.nested_blocksize = 48; },
+      [](auto& v) { v.nested_code = nullptr; },
+      [](auto& v) { v.nested_offset = nullptr; },
   };
-  for (size_t i = 0; i < damages.size(); ++i) {
-    NF4View view = good;
-    damages[i](view);
-    if (!rejected([&] { cuda_nf4_dequantize(view, out.data(), DType::kFloat32, 1000, nullptr); })) {
-      cuda_test_failed("malformed weight " + std::to_string(i) + " was accepted");
-    }
-  }
+  check_refusals("nf4_dequantize", good, damages, [&](const NF4View& view) {
+    cuda_nf4_dequantize(view, out.data(), DType::kFloat32, 1000, nullptr);
+  });
   Buffer<uint8_t> packed(500);
   Buffer<float> absmax(16);
-  const bool all =
-      rejected([&] { cuda_nf4_dequantize(good, nullptr, DType::kFloat32, 1000, nullptr); }) &&
-      rejected([&] { cuda_nf4_dequantize(good, out.data(), DType::kFloat32, 999, nullptr); }) &&
-      rejected([&] {
-        cuda_nf4_quantize(nullptr, DType::kFloat32, 1000, 64, packed.data(), 500, absmax.data(), 16,
-                          nullptr);
-      }) &&
-      rejected([&] {
-        cuda_nf4_quantize(out.data(), DType::kFloat32, 1000, 64, packed.data(), 499, absmax.data(),
-                          16, nullptr);
-      });
-  if (!all) cuda_test_failed("a malformed argument was accepted");
+  const auto dequantize = [&](float* to, int64_t numel) {
+    return [=] { cuda_nf4_dequantize(good, to, DType::kFloat32, numel, nullptr); };
+  };
+  const auto quantize = [&](const float* from, int64_t packed_bytes) {
+    return [=, &packed, &absmax] {
+      cuda_nf4_quantize(from, DType::kFloat32, 1000, 64, packed.data(), packed_bytes, absmax.data(),
+                        16, nullptr);
+    };
+  };
+  if (!rejected(dequantize(nullptr, 1000)) || !rejected(dequantize(out.data(), 999)) ||
+      !rejected(quantize(nullptr, 500)) || !rejected(quantize(out.data(), 499))) {
+    fail("a malformed argument was accepted");
+  }
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ inline float normal() {
 }
 
 [[noreturn]] inline void fail(const std::string& message) {
-  std::fprintf(stderr, "native test failed: %s\n", message.c_str());
+  std::fprintf(stderr, "test failed: %s\n", message.c_str());
   std::exit(1);
 }
 
@@ -41,6 +41,28 @@ inline bool rejected(const std::function<void()>& call) {
   }
   return false;
 }
+
+template <typename Args>
+using Damages = std::vector<std::function<void(Args&)>>;
+
+// `call` refuses what each of the damages makes of good arguments.
+template <typename Args, typename Call>
+void check_refusals(const std::string& what, const Args& good, const Damages<Args>& damages,
+                    const Call& call) {
+  for (size_t i = 0; i < damages.size(); ++i) {
+    Args args = good;
+    damages[i](args);
+    if (!rejected([&] { call(args); })) {
+      fail(what + ": malformed argument " + std::to_string(i) + " was accepted");
+    }
+  }
+}
+
+// A sum in float64 and the size of its terms, which may cancel.
+struct Sum {
+  double value = 0.0, size = 0.0;
+  void operator+=(double term) { value += term, size += std::fabs(term); }
+};
 
 // Exactly `size` elements on the heap, all bytes 0xff (NaN for floats), `shift` elements past the
 // allocator's alignment.

@@ -127,26 +127,22 @@ void check_linear(Isa isa, const Shape& c, DType dtype, bool backward) {
   (backward ? nf4_lora_linear_backward : nf4_lora_linear_forward)(isa, args);
 
   std::vector<double> weight(static_cast<size_t>(c.N * c.K));
-  for (int64_t i = 0; i < c.N * c.K; ++i) {
-    weight[i] = w.at(i);
-  }
+  for (int64_t i = 0; i < c.N * c.K; ++i) weight[i] = w.at(i);
   for (int64_t m = 0; m < c.M; ++m) {
     for (int64_t o = 0; o < outer; ++o) {
-      double sum = with_bias ? bias.at(o) : 0.0, size = std::fabs(sum);
+      Sum sum;
+      sum += with_bias ? bias.at(o) : 0.0;
       for (int64_t i = 0; i < inner; ++i) {
-        const double term = in.at(m * inner + i) * weight[backward ? i * c.K + o : o * c.K + i];
-        sum += term, size += std::fabs(term);
+        sum += in.at(m * inner + i) * weight[backward ? i * c.K + o : o * c.K + i];
       }
       for (int64_t j = 0; j < c.r; ++j) {
-        const double term =
-            0.5 * s.at(m * c.r + j) * factor.at(backward ? j * c.K + o : o * c.r + j);
-        sum += term, size += std::fabs(term);
+        sum += 0.5 * s.at(m * c.r + j) * factor.at(backward ? j * c.K + o : o * c.r + j);
       }
       const double bound =
           dtype == DType::kFloat32
-              ? 1e-5 * size
-              : 0.004 * (std::fabs(sum) + size);  // y, and each weight, rounded to bfloat16
-      if (!(std::fabs(out.at(m * outer + o) - sum) <= bound + 1e-30)) {
+              ? 1e-5 * sum.size
+              : 0.004 * (std::fabs(sum.value) + sum.size);  // y, and each weight, rounded to bf16
+      if (!(std::fabs(out.at(m * outer + o) - sum.value) <= bound + 1e-30)) {
         fail(describe(isa, backward ? "backward" : "forward", c, dtype) + ": row " +
              std::to_string(m) + " column " + std::to_string(o));
       }
@@ -267,35 +263,30 @@ void check_product(Isa isa, const char* name, int64_t M, int64_t K, int64_t r, D
     args.g = static_cast<float*>(a.data());
     lora_outer(isa, args);
   }
-  const auto check = [&](double got, double sum, double size, double rounding, int64_t i) {
-    if (!(std::fabs(got - sum) <= 1e-5 * size + rounding * std::fabs(sum) + 1e-30)) {
+  const auto check = [&](double got, const Sum& sum, int64_t i, double rounding = 0.0) {
+    const double bound = 1e-5 * sum.size + rounding * std::fabs(sum.value) + 1e-30;
+    if (!(std::fabs(got - sum.value) <= bound)) {
       fail(describe(isa, name, {M, 0, K, r}, dtype) + ": element " + std::to_string(i));
     }
   };
-  const auto sum_of = [](int64_t n, auto term) {
-    double sum = 0.0, size = 0.0;
-    for (int64_t i = 0; i < n; ++i) sum += term(i), size += std::fabs(term(i));
-    return std::make_pair(sum, size);
-  };
+  const auto masked_x = [&](int64_t e) { return scale * kept(e) * x.at(e); };
   for (int64_t i = 0; product == "shrink" && i < M * r; ++i) {
-    const auto [sum, size] = sum_of(K, [&](int64_t k) {
-      const int64_t e = i / r * K + k;
-      return scale * kept(e) * x.at(e) * a.at(i % r * K + k);
-    });
-    check(s.at(i), sum, size, 0.0, i);
+    Sum sum;
+    for (int64_t k = 0; k < K; ++k) sum += masked_x(i / r * K + k) * a.at(i % r * K + k);
+    check(s.at(i), sum, i);
   }
   for (int64_t i = 0; product == "expand" && i < M * K; ++i) {
-    const auto [sum, size] = sum_of(
-        r, [&](int64_t j) { return scale * kept(i) * s.at(i / K * r + j) * a.at(j * K + i % K); });
-    check(x.at(i), before[i] + sum, size + std::fabs(before[i]),
-          dtype == DType::kFloat32 ? 0.0 : 0.004, i);
+    Sum sum;
+    sum += before[i];
+    for (int64_t j = 0; j < r; ++j) {
+      sum += scale * kept(i) * s.at(i / K * r + j) * a.at(j * K + i % K);
+    }
+    check(x.at(i), sum, i, dtype == DType::kFloat32 ? 0.0 : 0.004);
   }
   for (int64_t i = 0; product == "outer" && i < r * K; ++i) {
-    const auto [sum, size] = sum_of(M, [&](int64_t m) {
-      const int64_t e = m * K + i % K;
-      return scale * kept(e) * s.at(m * r + i / K) * x.at(e);
-    });
-    check(a.at(i), sum, size, 0.0, i);
+    Sum sum;
+    for (int64_t m = 0; m < M; ++m) sum += masked_x(m * K + i % K) * s.at(m * r + i / K);
+    check(a.at(i), sum, i);
   }
 }
 
@@ -313,7 +304,6 @@ void check_products(Isa isa) {
   }
 }
 
-// States whose sizes lie below what their buffers hold: refused, or run within bounds.
 // Row norms of a dense weight, or of one in NF4 that is decoded to `dtype`, against float64.
 void check_dora_norm(Isa isa, int64_t N, int64_t K, int64_t r, DType dtype, bool nf4) {
   Values dense(dtype, nf4 ? 0 : N * K, static_cast<int64_t>(rng() % 3));
@@ -327,16 +317,14 @@ void check_dora_norm(Isa isa, int64_t N, int64_t K, int64_t r, DType dtype, bool
   args.norm = static_cast<float*>(norm.data());
   dora_norm(isa, args);
   for (int64_t n = 0; n < N; ++n) {
-    double sum = 0.0, size = 0.0;  // size: of the terms, which may cancel
+    double sum = 0.0, size = 0.0;
     for (int64_t k = 0; k < K; ++k) {
-      double value = nf4 ? w.at(n * K + k) : dense.at(n * K + k);
-      if (nf4 && dtype == DType::kBFloat16) value = from_bf16(to_bf16(static_cast<float>(value)));
-      double magnitude = std::fabs(value);
-      for (int64_t j = 0; j < r; ++j) {
-        const double term = static_cast<double>(b.at(n * r + j)) * a.at(j * K + k);
-        value += term, magnitude += std::fabs(term);
-      }
-      sum += value * value, size += magnitude * magnitude;
+      float value = nf4 ? w.at(n * K + k) : dense.at(n * K + k);
+      if (nf4 && dtype == DType::kBFloat16) value = from_bf16(to_bf16(value));
+      Sum total;
+      total += value;
+      for (int64_t j = 0; j < r; ++j) total += double{b.at(n * r + j)} * a.at(j * K + k);
+      sum += total.value * total.value, size += total.size * total.size;
     }
     if (!(std::fabs(norm.at(n) - std::sqrt(sum)) <= 1e-5 * std::sqrt(size))) {
       fail(describe(isa, nf4 ? "nf4 dora norm" : "dora norm", {0, N, K, r}, dtype));
@@ -358,73 +346,45 @@ void check_dora_norms(Isa isa) {
   float* x = static_cast<float*>(values.data());
   DoraNormArgs good;
   good.N = 4, good.K = 4, good.r = 1, good.weight = good.a = good.b = x, good.norm = x;
-  const std::vector<std::function<void(DoraNormArgs&)>> damages = {
-      [](DoraNormArgs& d) { d.N = -1; },
-      [](DoraNormArgs& d) { d.N = int64_t{1} << 40, d.K = int64_t{1} << 40; },
-      [](DoraNormArgs& d) { d.r = -1; },
-      [](DoraNormArgs& d) { d.weight = nullptr; },  // and the NF4 weight is empty
-      [](DoraNormArgs& d) { d.a = nullptr; },
-      [](DoraNormArgs& d) { d.b = nullptr; },
-      [](DoraNormArgs& d) { d.norm = nullptr; },
-      [](DoraNormArgs& d) { d.threads = 0; },
+  const Damages<DoraNormArgs> damages = {
+      [](auto& d) { d.N = -1; },
+      [](auto& d) { d.N = int64_t{1} << 40, d.K = int64_t{1} << 40; },
+      [](auto& d) { d.r = -1; },
+      [](auto& d) { d.weight = nullptr; },  // and the NF4 weight is empty
+      [](auto& d) { d.a = nullptr; },
+      [](auto& d) { d.b = nullptr; },
+      [](auto& d) { d.norm = nullptr; },
+      [](auto& d) { d.threads = 0; },
   };
-  for (size_t i = 0; i < damages.size(); ++i) {
-    DoraNormArgs args = good;
-    damages[i](args);
-    if (!rejected([&] { dora_norm(isa, args); })) {
-      fail("malformed argument " + std::to_string(i) + " of dora_norm was accepted");
-    }
-  }
+  check_refusals("dora_norm", good, damages, [&](const auto& args) { dora_norm(isa, args); });
 }
 
+// States whose sizes lie below what their buffers hold: refused, or run within bounds.
 void check_malformed_states(Isa isa) {
   std::vector<int64_t> absurd = {-1, 0, 1, 2, 31, 32, 48, 64, 65, 4096, 8192, 1 << 20};
   absurd.insert(absurd.end(), {int64_t{1} << 31, int64_t{1} << 60, INT64_MAX, INT64_MIN});
+  const auto shrink = [](int64_t& size) {
+    size = size > 0 && rng() % 2 ? size - 1 - rng() % size : -size;
+  };
+  const Damages<NF4View> damages = {
+      [&](auto& w) { w.numel = pick(absurd); },
+      [&](auto& w) { w.blocksize = pick(absurd); },
+      [&](auto& w) { w.nested_blocksize = pick(absurd); },
+      [&](auto& w) { shrink(w.packed_bytes); },
+      [&](auto& w) { shrink(w.absmax_len); },
+      [&](auto& w) { shrink(w.nested_absmax_len); },
+      [](auto& w) { w.packed = nullptr; },
+      [](auto& w) { w.absmax = nullptr; },
+      [](auto& w) { w.nested_absmax = nullptr; },
+      [](auto& w) { w.nested_code = nullptr; },
+      [](auto& w) { w.nested_offset = nullptr; },
+  };
   int64_t refused = 0, ran = 0;
   for (int i = 0; i < 20000; ++i) {
     const Weight good(pick({1, 63, 64, 65, 300, 4097}), pick({32, 64}), rng() % 2,
                       pick({1, 2, 256}));
     NF4View w = good.view;
-    const auto shrink = [](int64_t& size) {
-      size = size > 0 && rng() % 2 ? size - 1 - rng() % size : -size;
-    };
-    for (uint32_t damage = rng() % 3; damage-- > 0;) {
-      switch (rng() % 11) {
-        case 0:
-          w.numel = pick(absurd);
-          break;
-        case 1:
-          w.blocksize = pick(absurd);
-          break;
-        case 2:
-          w.nested_blocksize = pick(absurd);
-          break;
-        case 3:
-          shrink(w.packed_bytes);
-          break;
-        case 4:
-          shrink(w.absmax_len);
-          break;
-        case 5:
-          shrink(w.nested_absmax_len);
-          break;
-        case 6:
-          w.packed = nullptr;
-          break;
-        case 7:
-          w.absmax = nullptr;
-          break;
-        case 8:
-          w.nested_absmax = nullptr;
-          break;
-        case 9:
-          w.nested_code = nullptr;
-          break;
-        case 10:
-          w.nested_offset = nullptr;
-          break;
-      }
-    }
+    for (uint32_t n = rng() % 3; n-- > 0;) damages[rng() % damages.size()](w);
     const int64_t room = w.numel >= 0 && w.numel <= 1 << 20 ? w.numel : 0;
     Buffer<float> out(room), y(1);
     rejected([&] { nf4_dequantize(isa, 1, w, out.data(), DType::kFloat32, w.numel, false); })
@@ -444,28 +404,22 @@ void check_malformed_arguments(Isa isa) {
   NF4LinearArgs good;
   good.M = 1, good.N = 64, good.K = 64, good.r = 4, good.w = w.view;
   good.in = x.data(), good.out = y.data(), good.s = s.data(), good.factor = factor.data();
-  const std::vector<std::function<void(NF4LinearArgs&)>> damages = {
-      [](NF4LinearArgs& a) { a.M = -1; },
-      [](NF4LinearArgs& a) { a.N = 65; },
-      [](NF4LinearArgs& a) { a.K = -64, a.N = -64; },
-      [](NF4LinearArgs& a) { a.N = int64_t{1} << 32, a.K = (int64_t{1} << 32) + 1; },
-      [](NF4LinearArgs& a) { a.M = int64_t{1} << 60; },
-      [](NF4LinearArgs& a) { a.r = -1; },
-      [](NF4LinearArgs& a) { a.in = nullptr; },
-      [](NF4LinearArgs& a) { a.out = nullptr; },
-      [](NF4LinearArgs& a) { a.s = nullptr; },
-      [](NF4LinearArgs& a) { a.factor = nullptr; },
-      [](NF4LinearArgs& a) { a.threads = 0; },
-      [](NF4LinearArgs& a) { a.dtype = DType::kFloat16; },
+  const Damages<NF4LinearArgs> damages = {
+      [](auto& a) { a.M = -1; },
+      [](auto& a) { a.N = 65; },
+      [](auto& a) { a.K = -64, a.N = -64; },
+      [](auto& a) { a.N = int64_t{1} << 32, a.K = (int64_t{1} << 32) + 1; },
+      [](auto& a) { a.M = int64_t{1} << 60; },
+      [](auto& a) { a.r = -1; },
+      [](auto& a) { a.in = nullptr; },
+      [](auto& a) { a.out = nullptr; },
+      [](auto& a) { a.s = nullptr; },
+      [](auto& a) { a.factor = nullptr; },
+      [](auto& a) { a.threads = 0; },
+      [](auto& a) { a.dtype = DType::kFloat16; },
   };
-  for (size_t i = 0; i < damages.size(); ++i) {
-    NF4LinearArgs args = good;
-    damages[i](args);
-    for (auto* entry : {nf4_lora_linear_forward, nf4_lora_linear_backward}) {
-      if (!rejected([&] { entry(isa, args); })) {
-        fail("malformed argument " + std::to_string(i) + " was accepted");
-      }
-    }
+  for (auto* entry : {nf4_lora_linear_forward, nf4_lora_linear_backward}) {
+    check_refusals("nf4_lora_linear", good, damages, [&](const auto& args) { entry(isa, args); });
   }
   for (int code : {-1, kIsaCount, 1 << 20, INT32_MIN}) {
     if (!rejected([&] { nf4_lora_linear_forward(Isa{code}, good); })) fail("isa was accepted");

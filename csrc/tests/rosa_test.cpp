@@ -69,21 +69,22 @@ void check_products(Isa isa, DType dtype) {
   gradient.values = slopes.data(), gradient.T = T, gradient.dtype = dtype;
   gradient.threads = static_cast<int>(pick({1, 2, 3}));
   rosa_sddmm(isa, gradient);
-  std::vector<double> sums(static_cast<size_t>(T * N)), sizes(static_cast<size_t>(T * N));
-  for (int64_t i = 0; i < T * N; ++i) sums[i] = sizes[i] = 0.0;
+  std::vector<Sum> sums(static_cast<size_t>(T * N));
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t j = s.starts[n]; j < static_cast<int64_t>(s.starts[n + 1]); ++j) {
       const double value = values[ordered ? static_cast<int64_t>(order[j]) : j];
-      double sum = 0.0, size = 0.0;
+      Sum slope;
       for (int64_t t = 0; t < T; ++t) {
-        const double at = x.at(t * K + (*s.index)[j]), term = at * y.at(t * N + n);
-        sum += term, size += std::fabs(term);
-        sums[t * N + n] += at * value, sizes[t * N + n] += std::fabs(at * value);
+        const double at = x.at(t * K + (*s.index)[j]);
+        slope += at * y.at(t * N + n);
+        sums[t * N + n] += at * value;
       }
-      if (!(std::fabs(slopes[j] - sum) <= 1e-5 * size + 1e-30)) fail(what + ": sddmm");
+      if (!(std::fabs(slopes[j] - slope.value) <= 1e-5 * slope.size + 1e-30)) {
+        fail(what + ": sddmm");
+      }
     }
   }
-  for (int64_t i = 0; i < T * N; ++i) sums[i] += y.at(i), sizes[i] += std::fabs(y.at(i));
+  for (int64_t i = 0; i < T * N; ++i) sums[i] += y.at(i);
 
   SpmmArgs product;
   product.s = s.matrix, product.values = values.data(), product.x = x.data();
@@ -92,8 +93,10 @@ void check_products(Isa isa, DType dtype) {
   rosa_spmm(isa, product);
   const double rounding = dtype == DType::kFloat32 ? 1e-5 : 0.004;
   for (int64_t i = 0; i < T * N; ++i) {
-    if (!(std::fabs(y.at(i) - sums[i]) <= 1e-5 * sizes[i] + rounding * std::fabs(sums[i]) + 1e-30))
+    const auto [sum, size] = sums[i];
+    if (!(std::fabs(y.at(i) - sum) <= 1e-5 * size + rounding * std::fabs(sum) + 1e-30)) {
       fail(what + ": spmm");
+    }
   }
 }
 

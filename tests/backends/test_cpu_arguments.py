@@ -29,20 +29,9 @@ M, N, K, R = 3, 10, 70, 4
 _W = peftkern.quantize_nf4(torch.randn(N, K))
 _PLAIN = peftkern.quantize_nf4(torch.randn(N, K), double_quant=False)
 WEIGHT_FIELDS = (
-    "format",
-    "numel",
-    "blocksize",
-    "nested",
-    "nested_blocksize",
-    "packed",
-    "packed_bytes",
-    "absmax",
-    "absmax_len",
-    "nested_absmax",
-    "nested_absmax_len",
-    "nested_code",
-    "nested_offset",
-)
+    "format", "numel", "blocksize", "nested", "nested_blocksize", "packed", "packed_bytes",
+    "absmax", "absmax_len", "nested_absmax", "nested_absmax_len", "nested_code", "nested_offset",
+)  # fmt: skip
 _KEEP: list[Tensor] = []  # what the addresses below point to
 
 
@@ -51,11 +40,71 @@ def address(*shape: int, dtype: torch.dtype = F32) -> int:
     return _KEEP[-1].data_ptr()
 
 
-def weight_tuple(nested: bool = True, **changes) -> tuple:
-    w = _W if nested else _PLAIN
-    good = dict(zip(WEIGHT_FIELDS, pointers.weight(w.tensors, w.layout), strict=True))
+def changed(good: dict, changes: dict) -> tuple:
+    """Arguments in the order of `good`, some of them others."""
     assert changes.keys() <= good.keys()
     return tuple((good | changes).values())
+
+
+def weight_tuple(nested: bool = True, **changes) -> tuple:
+    w = _W if nested else _PLAIN
+    return changed(
+        dict(zip(WEIGHT_FIELDS, pointers.weight(w.tensors, w.layout), strict=True)), changes
+    )
+
+
+SIZES = {"isa": ISA, "threads": 1, "M": M, "N": N, "K": K, "r": R}
+
+
+def forward_args(**changes) -> tuple:
+    good = {
+        **SIZES,
+        "x": address(M, K),
+        "dtype": 0,
+        "w": weight_tuple(),
+        "a": address(R, K),
+        "keep": 0,
+        "keep_scale": 1.0,
+        "s": address(M, R),
+        "scaling": 1.0,
+        "b": address(N, R),
+        "bias": address(N),
+        "y": address(M, N),
+    }
+    return changed(good, changes)
+
+
+def backward_args(**changes) -> tuple:
+    changes = {{"x": "dy", "b": "a", "y": "dx"}.get(k, k): v for k, v in changes.items()}
+    good = {
+        **SIZES,
+        "dy": address(M, N),
+        "dtype": 0,
+        "w": weight_tuple(),
+        "s": address(M, R),
+        "a": address(R, K),
+        "adapter": (),
+        "dx": address(M, K),
+    }
+    return changed(good, changes)
+
+
+def adapter_fields(**changes) -> tuple:
+    good = {
+        "dy": address(M, N),
+        "dy_dtype": 0,
+        "b": address(R, N),
+        "scaling": 1.0,
+        "ds": address(M, R),
+        "x": address(M, K),
+        "x_dtype": 0,
+        "keep": 0,
+        "keep_scale": 1.0,
+        "da": address(R, K),
+        "s": address(M, R),
+        "db": address(N, R),
+    }
+    return changed(good, changes)
 
 
 BAD_WEIGHTS = {
@@ -82,70 +131,6 @@ BAD_WEIGHTS = {
     "numel huge": {"numel": INT64_MAX},
     "numel other": {"numel": N * K - 1},
 }
-
-
-def forward_args(**changes) -> tuple:
-    good = {
-        "isa": ISA,
-        "threads": 1,
-        "M": M,
-        "N": N,
-        "K": K,
-        "r": R,
-        "x": address(M, K),
-        "dtype": 0,
-        "w": weight_tuple(),
-        "a": address(R, K),
-        "keep": 0,
-        "keep_scale": 1.0,
-        "s": address(M, R),
-        "scaling": 1.0,
-        "b": address(N, R),
-        "bias": address(N),
-        "y": address(M, N),
-    }
-    assert changes.keys() <= good.keys()
-    return tuple((good | changes).values())
-
-
-def backward_args(**changes) -> tuple:
-    changes = {{"x": "dy", "b": "a", "y": "dx"}.get(k, k): v for k, v in changes.items()}
-    good = {
-        "isa": ISA,
-        "threads": 1,
-        "M": M,
-        "N": N,
-        "K": K,
-        "r": R,
-        "dy": address(M, N),
-        "dtype": 0,
-        "w": weight_tuple(),
-        "s": address(M, R),
-        "a": address(R, K),
-        "adapter": (),
-        "dx": address(M, K),
-    }
-    assert changes.keys() <= good.keys()
-    return tuple((good | changes).values())
-
-
-def adapter_fields(**changes) -> tuple:
-    good = {
-        "dy": address(M, N),
-        "dy_dtype": 0,
-        "b": address(R, N),
-        "scaling": 1.0,
-        "ds": address(M, R),
-        "x": address(M, K),
-        "x_dtype": 0,
-        "keep": 0,
-        "keep_scale": 1.0,
-        "da": address(R, K),
-        "s": address(M, R),
-        "db": address(N, R),
-    }
-    assert changes.keys() <= good.keys()
-    return tuple((good | changes).values())
 
 
 BAD_CALLS = {
@@ -186,48 +171,34 @@ def test_good_arguments_are_taken(nested):
     module.nf4_dequantize(ISA, 1, weight_tuple(nested), address(N, K), 0, N * K, False)
 
 
+def refused(name: str, *args) -> None:
+    with pytest.raises(ValueError):
+        getattr(native.library(), name)(*args)
+
+
 @pytest.mark.parametrize("bad", BAD_CALLS)
 def test_linear_refuses_bad_arguments(bad):
-    with pytest.raises(ValueError):
-        native.library().nf4_lora_linear_forward(*forward_args(**BAD_CALLS[bad]))
-    with pytest.raises(ValueError):
-        native.library().nf4_lora_linear_backward(*backward_args(**BAD_CALLS[bad]))
+    refused("nf4_lora_linear_forward", *forward_args(**BAD_CALLS[bad]))
+    refused("nf4_lora_linear_backward", *backward_args(**BAD_CALLS[bad]))
 
 
 @pytest.mark.parametrize("bad", BAD_WEIGHTS)
 def test_every_function_refuses_bad_weights(bad):
     w = weight_tuple(**BAD_WEIGHTS[bad])
-    module = native.library()
-    for call in (
-        lambda: module.nf4_lora_linear_forward(*forward_args(w=w)),
-        lambda: module.nf4_lora_linear_backward(*backward_args(w=w)),
-        lambda: module.nf4_dequantize(ISA, 1, w, address(N, K), 0, N * K, False),
-    ):
-        with pytest.raises(ValueError):
-            call()
+    refused("nf4_lora_linear_forward", *forward_args(w=w))
+    refused("nf4_lora_linear_backward", *backward_args(w=w))
+    refused("nf4_dequantize", ISA, 1, w, address(N, K), 0, N * K, False)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"isa": 5},
-        {"threads": 0},
-        {"src": 0},
-        {"src_dtype": 5},
-        {"numel": -1},
-        {"numel": 2**62},
-        {"numel": 702},
-        {"blocksize": 0},
-        {"blocksize": 63},
-        {"packed": 0},
-        {"packed_bytes": 349},
-        {"absmax": 0},
-        {"absmax_len": 10},
-        {"absmax_len": -1},
-    ],
-    ids=str,
-)
-def test_quantize_refuses(changes):
+def check_refusals(name: str, good: dict, bad: dict[str, list]) -> None:
+    """Good arguments are taken, and with any of the bad values in its place they are refused."""
+    getattr(native.library(), name)(*good.values())
+    for argument, values in bad.items():
+        for value in values:
+            refused(name, *changed(good, {argument: value}))
+
+
+def test_quantize_refuses():
     good = {
         "isa": ISA,
         "threads": 1,
@@ -240,29 +211,22 @@ def test_quantize_refuses(changes):
         "absmax": address(11),
         "absmax_len": 11,
     }
-    native.library().nf4_quantize(*good.values())
-    with pytest.raises(ValueError):
-        native.library().nf4_quantize(*(good | changes).values())
+    bad = {
+        "isa": [5],
+        "threads": [0],
+        "src": [0],
+        "src_dtype": [5],
+        "numel": [-1, 2**62, 702],
+        "blocksize": [0, 63],
+        "packed": [0],
+        "packed_bytes": [349],
+        "absmax": [0],
+        "absmax_len": [10, -1],
+    }
+    check_refusals("nf4_quantize", good, bad)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"threads": 0},
-        {"absmax": 0},
-        {"n": -1},
-        {"n": 2**62},
-        {"code": 0},
-        {"nested_blocksize": 0},
-        {"nested_blocksize": -256},
-        {"out_q": 0},
-        {"nested_absmax": 0},
-        {"nested_len": 2},
-        {"nested_len": -1},
-    ],
-    ids=str,
-)
-def test_quantize_absmax_refuses(changes):
+def test_quantize_absmax_refuses():
     _KEEP.append(torch.tensor(dynamic_map()))
     good = {
         "threads": 1,
@@ -275,28 +239,22 @@ def test_quantize_absmax_refuses(changes):
         "nested_absmax": address(3),
         "nested_len": 3,
     }
-    native.library().nf4_quantize_absmax(*good.values())
-    with pytest.raises(ValueError):
-        native.library().nf4_quantize_absmax(*(good | changes).values())
+    bad = {
+        "threads": [0],
+        "absmax": [0],
+        "n": [-1, 2**62],
+        "code": [0],
+        "nested_blocksize": [0, -256],
+        "out_q": [0],
+        "nested_absmax": [0],
+        "nested_len": [2, -1],
+    }
+    check_refusals("nf4_quantize_absmax", good, bad)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"isa": 5},
-        {"threads": 0},
-        {"M": -1},
-        {"K": -1},
-        {"r": -1},
-        {"M": INT64_MAX},
-        {"r": INT64_MAX},
-        {"activation": 0},
-        {"dtype": 7},
-        {"factor": 0},
-        {"s": 0},
-    ],
-    ids=str,
-)
+BAD_SIZES = {"isa": [5], "threads": [0], "M": [-1], "K": [-1], "r": [-1, INT64_MAX]}
+
+
 @pytest.mark.parametrize(
     ("product", "order"),
     [
@@ -304,13 +262,8 @@ def test_quantize_absmax_refuses(changes):
         ("lora_expand", "s factor keep scale activation dtype"),
     ],
 )
-def test_lora_products_refuse(product, order, changes):
-    good = {
-        "isa": ISA,
-        "threads": 1,
-        "M": M,
-        "K": K,
-        "r": R,
+def test_lora_products_refuse(product, order):
+    operands = {
         "activation": address(M, K),
         "dtype": 0,
         "factor": address(R, K),
@@ -318,12 +271,10 @@ def test_lora_products_refuse(product, order, changes):
         "scale": 1.0,
         "s": address(M, R),
     }
-    names = ["isa", "threads", "M", "K", "r", *order.split()]
-    function = getattr(native.library(), product)
-    function(*(good[name] for name in names))
-    bad = good | changes
-    with pytest.raises(ValueError):
-        function(*(bad[name] for name in names))
+    sizes = {name: SIZES[name] for name in ("isa", "threads", "M", "K", "r")}
+    good = {**sizes, **{name: operands[name] for name in order.split()}}
+    bad = {"M": [-1, INT64_MAX], "activation": [0], "dtype": [7], "factor": [0], "s": [0]}
+    check_refusals(product, good, {**BAD_SIZES, **bad})
 
 
 @pytest.mark.parametrize(
@@ -332,33 +283,15 @@ def test_lora_products_refuse(product, order, changes):
     ids=str,
 )
 def test_backward_refuses_bad_adapters(changes):
-    module, fields = native.library(), adapter_fields(**changes)
-    with pytest.raises(ValueError):
-        module.lora_backward(ISA, 1, M, N, K, R, fields)
-    with pytest.raises(ValueError):
-        module.nf4_lora_linear_backward(*backward_args(adapter=fields))
+    fields = adapter_fields(**changes)
+    refused("lora_backward", ISA, 1, M, N, K, R, fields)
+    refused("nf4_lora_linear_backward", *backward_args(adapter=fields))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"isa": 5},
-        {"threads": 0},
-        {"M": -1},
-        {"N": -1},
-        {"K": -1},
-        {"r": -1},
-        {"r": INT64_MAX},
-        {"adapter": ()},
-        {"adapter": (0,) * 13},
-    ],
-    ids=str,
-)
-def test_backward_refuses_bad_sizes(changes):
-    good = {"isa": ISA, "threads": 1, "M": M, "N": N, "K": K, "r": R, "adapter": adapter_fields()}
-    native.library().lora_backward(*good.values())
-    with pytest.raises(ValueError):
-        native.library().lora_backward(*(good | changes).values())
+def test_backward_refuses_bad_sizes():
+    good = {**SIZES, "adapter": adapter_fields()}
+    bad = {**BAD_SIZES, "N": [-1], "adapter": [(), (0,) * 13]}
+    check_refusals("lora_backward", good, bad)
 
 
 @pytest.mark.parametrize(

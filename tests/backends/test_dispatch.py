@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -33,6 +35,16 @@ def w():
     weight = peftkern.quantize_nf4(torch.randn(20, 40))
     peftkern.reset_stats()
     return weight
+
+
+@contextmanager
+def unavailable(backend: str, reason: str) -> Iterator[None]:
+    """A call on the forced back end is refused for this reason."""
+    with (
+        peftkern.use_backend(backend),
+        pytest.raises(peftkern.BackendUnavailableError, match=reason),
+    ):
+        yield
 
 
 def adapters() -> dict[str, torch.Tensor]:
@@ -115,10 +127,7 @@ def test_unknown_backend_lists_the_known(w, monkeypatch):
 
 def test_forced_backend_never_falls_back(w):
     reason = "'cpu' cannot run nf4_lora_linear_forward: the dtype is torch.float64"
-    with (
-        peftkern.use_backend("cpu"),
-        pytest.raises(peftkern.BackendUnavailableError, match=reason),
-    ):
+    with unavailable("cpu", reason):
         peftkern.nf4_linear(X64, w)
 
 
@@ -305,10 +314,7 @@ def test_forced_triton_needs_the_interpreter_on_a_cpu(w, monkeypatch):
     x = torch.zeros(2, 40)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reason = "'triton' cannot run nf4_lora_linear_forward: tensors are on cpu"
-    with (
-        peftkern.use_backend("triton"),
-        pytest.raises(peftkern.BackendUnavailableError, match=reason),
-    ):
+    with unavailable("triton", reason):
         peftkern.nf4_linear(x, w)
     assert peftkern.stats().calls == {}
 
@@ -316,10 +322,7 @@ def test_forced_triton_needs_the_interpreter_on_a_cpu(w, monkeypatch):
 def test_forced_triton_says_that_it_is_not_installed(w, no_triton, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     reason = "'triton' cannot run nf4_lora_linear_forward: triton is not installed"
-    with (
-        peftkern.use_backend("triton"),
-        pytest.raises(peftkern.BackendUnavailableError, match=reason),
-    ):
+    with unavailable("triton", reason):
         peftkern.nf4_linear(torch.zeros(2, 40), w)
     assert dispatch.unserved(torch.device("cuda")) == "triton is not installed"
 
@@ -331,10 +334,7 @@ def test_what_serves_no_device_of_a_kind():
 
 def test_forced_triton_lacks_an_op():
     absmax = torch.rand(300)
-    with (
-        peftkern.use_backend("triton"),
-        pytest.raises(peftkern.BackendUnavailableError, match="has no back end 'triton'"),
-    ):
+    with unavailable("triton", "has no back end 'triton'"):
         ops.nf4_quantize_absmax(absmax, absmax.mean(), torch.linspace(-1, 1, 256), 256)
 
 

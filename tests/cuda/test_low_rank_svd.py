@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cuda_cases import scheduled
+from cuda_cases import check_refusals, scheduled
 from grids import thinned
 from linear_cases import BF16, F16, F32, F64
 from low_rank_svd_cases import (
@@ -210,8 +210,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
     workspace, info = torch.zeros(2 * each, dtype=F64), torch.zeros(2, dtype=torch.int64)
     pointers = [tensor.data_ptr() for tensor in (cores, sigma, left, right, info, workspace)]
     call = [0, 2, r, 20, *pointers, 2 * each, limit]
-    emulated_cuda.jacobi_svd(*call)
-    for position, value, name in (
+    cases = (
         (1, -1, "count"),
         (1, 1 << 60, "count"),
         (2, 129, "r: got 129"),
@@ -226,9 +225,8 @@ def test_library_checks_sizes_itself(emulated_cuda):
         (10, 2 * each - 1, "workspace"),
         (11, -1, "shared_limit"),
         (11, 10, "shared_limit"),
-    ):
-        with pytest.raises((ValueError, OverflowError), match=name):
-            emulated_cuda.jacobi_svd(*call[:position], value, *call[position + 1 :])
+    )
+    check_refusals(emulated_cuda.jacobi_svd, call, cases)
     with pytest.raises(ValueError, match="r: got 129, expected 0 to 128"):
         emulated_cuda.jacobi_workspace(129, True, 0)
 
@@ -287,8 +285,9 @@ def test_gram_matrices_that_do_not_fit_are_refused(emulated_cuda):
     square, norms = torch.zeros(1, r, r, dtype=F64), torch.zeros(1, r, dtype=F64)
     others = torch.zeros(2, r, r, dtype=F64)
     each = emulated_cuda.jacobi_workspace(r, True, limit)
-    pointers = [t.data_ptr() for t in (square, *others, norms, torch.zeros(each, dtype=F64))]
-    for position, value, name in (
+    workspace = torch.zeros(each, dtype=F64)
+    pointers = [t.data_ptr() for t in (square, *others, norms, workspace)]
+    cases = (
         (1, -1, "count"),
         (2, 129, "r: got 129"),
         (3, 0, "grams"),
@@ -297,11 +296,8 @@ def test_gram_matrices_that_do_not_fit_are_refused(emulated_cuda):
         (6, 0, "norms"),
         (7, 0, "workspace"),
         (8, each - 1, "workspace"),
-    ):
-        call = [0, 1, r, *pointers, each, limit]
-        call[position] = value
-        with pytest.raises(ValueError, match=name):
-            emulated_cuda.gram_roots(*call)
+    )
+    check_refusals(emulated_cuda.gram_roots, [0, 1, r, *pointers, each, limit], cases)
 
 
 # ---- the op

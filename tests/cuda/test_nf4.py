@@ -11,7 +11,9 @@ import torch
 from cuda_cases import (
     assert_equal_but_for_payloads,
     assert_quantized_alike,
+    check_extreme_absmax,
     check_extreme_blocks,
+    check_refusals,
     check_ties,
     scheduled,
 )
@@ -28,7 +30,6 @@ from nf4_weights import (
 from torch import Tensor
 
 import peftkern
-from peftkern import NF4Weight
 from peftkern.backends import dispatch, ops, pointers
 from peftkern.backends.cuda import module as cuda
 from peftkern.backends.cuda import nf4
@@ -78,10 +79,7 @@ def test_dequantize_misaligned_codes(dtype):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-40, 3e38])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dequantize_extreme_absmax(dtype, value):
-    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
-    w = NF4Weight(packed, absmax, (512,), 64, dtype)
-    assert_equal_but_for_payloads(peftkern.dequantize_nf4(w), numpy_dequantize(w, dtype))
+    check_extreme_absmax(value, dtype)
 
 
 def test_dequantize_into_a_strided_out():
@@ -201,8 +199,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
     w, out = every_byte_weight(64, True, F32), torch.zeros(300, 64)
     good = list(pointers.weight(w.tensors, w.layout, out.device))
     call = (0, tuple(good), out.data_ptr(), 0, out.numel())
-    emulated_cuda.nf4_dequantize(*call)
-    changes = {
+    fields = {
         0: (1, "format"),
         1: (-1, "numel"),
         2: (63, "blocksize"),
@@ -215,22 +212,20 @@ def test_library_checks_sizes_itself(emulated_cuda):
         11: (0, "nested_code"),
         12: (0, "nested_offset"),
     }
-    for field, (value, name) in changes.items():
+    for field, (value, name) in fields.items():
         wrong = (*good[:field], value, *good[field + 1 :])
         with pytest.raises(ValueError, match=rf"\b{name}"):
             emulated_cuda.nf4_dequantize(0, wrong, *call[2:])
-    for position, value, name in (
+    cases = (
         (1, (), "w: got 0, expected 13 fields"),
         (2, 0, "out"),
         (3, 9, "dtype"),
         (4, 1, "out"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            emulated_cuda.nf4_dequantize(*call[:position], value, *call[position + 1 :])
+    )
+    check_refusals(emulated_cuda.nf4_dequantize, call, cases)
     packed, absmax = torch.zeros(32, dtype=torch.uint8), torch.zeros(1)
     call = [0, out.data_ptr(), 0, 64, 64, packed.data_ptr(), 32, absmax.data_ptr(), 1]
-    emulated_cuda.nf4_quantize(*call)
-    for position, value, name in (
+    cases = (
         (1, 0, "src"),
         (2, 3, "dtype"),
         (3, 65, "packed"),
@@ -240,9 +235,8 @@ def test_library_checks_sizes_itself(emulated_cuda):
         (6, 31, "packed"),
         (7, 0, "absmax"),
         (8, 0, "absmax"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            emulated_cuda.nf4_quantize(*call[:position], value, *call[position + 1 :])
+    )
+    check_refusals(emulated_cuda.nf4_quantize, call, cases)
 
 
 # Dispatch

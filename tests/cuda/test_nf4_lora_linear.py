@@ -1,13 +1,18 @@
-"""nf4_lora_linear's decode kernel, compiled for this CPU, against float64 and eager torch."""
+"""nf4_lora_linear's CUDA kernels, compiled for this CPU, against float64 and eager torch.
+
+One serves up to 32 rows, the other, `prefill`, 33 to 512. The arrangement of its products, on sizes
+that wrap its buffers, is tested in C++: csrc/tests/cuda_nf4_lora_linear_test.cpp.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_cases import OP, check, exact, forward, scheduled, with_splits
+from cuda_cases import OP, check, check_refusals, exact, forward, scheduled, with_splits
 from gpu_cases import NF4Operands, nf4_cases, nf4_operands
 from grids import examples, thinned
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +24,7 @@ from torch import Tensor
 
 import peftkern
 from peftkern.backends import ops, reference
+from peftkern.backends.cuda import nf4_lora_linear as cuda
 from peftkern.backends.pointers import weight
 
 pytestmark = pytest.mark.usefixtures("served_by_cuda")
@@ -29,31 +35,37 @@ pytestmark = pytest.mark.usefixtures("served_by_cuda")
 
 @pytest.mark.parametrize(
     ("M", "double_quant", "dtype"),
-    thinned([1, 2, 7, 8, 9, 16, 17, 32], [False, True], [BF16, F16], diagonals=2),
+    [
+        *thinned([1, 2, 7, 8, 9, 16, 17, 32], [False, True], [BF16, F16], diagonals=2),
+        *thinned([33, 64, 65, 128, 129], [False, True], [BF16, F16], diagonals=2),
+    ],
 )
 def test_every_number_of_rows(M, double_quant, dtype):
     check(nf4_cases((M, 37, 192, 5), dtype, F32, double_quant=double_quant))
+    assert peftkern.stats().calls[OP, "cuda"]
 
 
 @settings(
-    examples(0.3),
+    examples(0.5),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(
-    M=st.integers(1, 32),
-    N=st.integers(1, 80),
-    units=st.integers(1, 9),
-    r=st.integers(1, 20),
+    sizes=st.one_of(  # M, N, K / 64, r
+        st.tuples(*(st.integers(1, most) for most in (32, 80, 9, 20))),
+        st.tuples(st.integers(33, 80), *(st.integers(1, most) for most in (192, 4, 30))),
+    ),
     dtypes=st.sampled_from([(BF16, F32), (F16, F32), (BF16, BF16), (F16, F16), (BF16, F16)]),
-    blocksize=st.sampled_from([64, 64, 128, 256]),
+    blocksize=st.sampled_from([64, 64, 128, 256, 1024]),
     double_quant=st.booleans(),
     bias=st.booleans(),
     lora=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_call(M, N, units, r, dtypes, blocksize, double_quant, bias, lora, seed):
+def test_any_call(sizes, dtypes, blocksize, double_quant, bias, lora, seed):
+    """Blocks of a weight cross rows in prefill alone."""
     torch.manual_seed(seed)
-    K = -(-64 * units // blocksize) * blocksize
+    M, N, units, r = sizes
+    K = 64 * units if M > 32 else -(-64 * units // blocksize) * blocksize
     options = {"blocksize": blocksize, "double_quant": double_quant, "bias": bias}
     check(nf4_cases((M, N, K, r), *dtypes, **options), lora)
     assert peftkern.stats().calls[OP, "cuda"]
@@ -64,9 +76,15 @@ def test_large_blocks(blocksize):
     check(nf4_cases((3, 17, blocksize, 4), BF16, F32, blocksize=blocksize, double_quant=True))
 
 
-@pytest.mark.parametrize(("r", "adapter"), thinned([1, 16, 33, 64], [F32, BF16, F16]))
-def test_ranks_and_adapters(r, adapter):
-    check(nf4_cases((4, 40, 128, r), BF16, adapter))
+@pytest.mark.parametrize(
+    ("M", "r", "adapter"),
+    [
+        *thinned([4], [1, 16, 33, 64], [F32, BF16, F16]),
+        *((35, *case) for case in [(1, F32), (16, F16), (64, BF16), (256, F32)]),
+    ],
+)
+def test_ranks_and_adapters(M, r, adapter):
+    check(nf4_cases((M, 40, 128, r), BF16, adapter))
 
 
 @pytest.mark.parametrize(("splits", "M"), thinned([1, 2, 3, 16], [1, 12, 32]))
@@ -136,12 +154,56 @@ def test_not_finite_values_stay_where_they_belong(M, splits, value):
         assert_same_bits(y[~hit], plain[~hit])
 
 
+# Prefill
+
+
+def test_float16_update_beyond_its_range():
+    """s is neither rounded to float16 nor limited to its range."""
+    o = nf4_operands((33, 40, 64, 4), F16, F32)
+    check([replace(o, lora_A=o.lora_A * 1e5, lora_B=o.lora_B * 1e-5)])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 16])
+def test_split_of_prefill(splits):
+    o = nf4_operands((40, 140, 256, 7), BF16, F32)
+    y, S = with_splits(o, splits, prefill=True)
+    with peftkern.use_backend("reference"):
+        eager, oracle = forward(o), exact(o)
+    assert_as_accurate_as_torch(y, eager[0], oracle[0])
+    assert_as_accurate_as_torch(S, eager[1], oracle[1])
+    assert_same_bits(with_splits(o, splits, prefill=True)[0], y)
+
+
+def test_an_infinite_s_stays_infinite():
+    o = nf4_operands((33, 40, 64, 1), BF16, F32)
+    o.x[:] = 0.0
+    o.x[7, 5] = 1e37  # times W is finite
+    o = replace(o, lora_A=torch.full_like(o.lora_A, 400.0), lora_B=torch.ones_like(o.lora_B))
+    o.lora_B[3] = -math.pi
+    y, S = forward(o)
+    assert S[7, 0] == math.inf and y[7, 3] == -math.inf
+    others = torch.arange(40) != 3
+    assert (y[7, others] == math.inf).all() and y[:7].isfinite().all() and y[8:].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_not_finite_values_reach_their_rows_alone(value):
+    o = nf4_operands((40, 33, 128, 4), BF16, F32)
+    wanted = forward(o)[0]
+    o.x[7, 5] = value
+    y, S = forward(o)
+    assert not y[7].isfinite().any() and not S[7].isfinite().any()
+    rest = torch.arange(40) != 7
+    assert_same_bits(y[rest], wanted[rest])
+
+
 # Layouts
 
 
+@pytest.mark.parametrize("M", [6, 40])
 @pytest.mark.parametrize("name", ["transposed", "sliced", "misaligned", "3-d"])
-def test_layouts(name):
-    o = nf4_operands((6, 33, 128, 3), BF16, F32)
+def test_layouts(name, M):
+    o = nf4_operands((M, 33, 128, 3), BF16, F32)
     wanted = forward(o)
     moved = replace(
         o,
@@ -152,8 +214,8 @@ def test_layouts(name):
     )
     y, S = forward(moved)
     assert y.shape == (*moved.x.shape[:-1], 33) and S.shape == (*moved.x.shape[:-1], 3)
-    assert_same_bits(y.reshape(6, 33), wanted[0])
-    assert_same_bits(S.reshape(6, 3), wanted[1])
+    assert_same_bits(y.reshape(M, 33), wanted[0])
+    assert_same_bits(S.reshape(M, 3), wanted[1])
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -187,17 +249,38 @@ def refusal(o: NF4Operands, keep: Tensor | None = None) -> str:
 def test_refusals_say_why():
     o = nf4_operands((2, 24, 128, 3), BF16, F32)
     assert "the dtype is torch.float32" in refusal(replace(o, x=o.x.float()))
-    assert "more than 512 rows" in refusal(replace(o, x=o.x.new_zeros(513, 128)))
-    assert "blocks of 32 are below 64" in refusal(
-        nf4_operands((2, 24, 128, 3), BF16, F32, blocksize=32)
-    )
-    assert "cross rows of 128" in refusal(nf4_operands((2, 24, 128, 3), BF16, F32, blocksize=256))
-    assert "the rank is 65" in refusal(nf4_operands((2, 24, 128, 65), BF16, F32))
+    for shape, options, reason in (
+        ((2, 24, 128, 3), {"blocksize": 32}, "blocks of 32 are below 64"),
+        ((2, 24, 128, 3), {"blocksize": 256}, "cross rows of 128"),
+        ((2, 24, 128, 65), {}, "the rank is 65"),
+        ((513, 8, 64, 1), {}, "more than 512 rows"),
+        ((33, 8, 96, 1), {}, "not a multiple of 64"),
+        ((33, 8, 64, 1), {"blocksize": 32}, "below it"),
+        ((33, 8, 64, 257), {}, "the rank is 257"),
+    ):
+        assert reason in refusal(nf4_operands(shape, BF16, F32, **options))
     assert "the dtype of lora_B" in refusal(replace(o, lora_B=o.lora_B.double()))
     assert "dropout" in refusal(o, torch.zeros(1, dtype=torch.int64))
     memory = torch.cat((o.w.packed.new_zeros(4), o.w.packed))
     moved = replace(o, w=replace(o.w, packed=memory[4:]))
     assert "does not begin at a multiple of 8 bytes" in refusal(moved)
+
+
+def test_other_gpus_are_refused_in_words(emulated_cuda, monkeypatch):
+    device = torch.device("cuda:0")
+    monkeypatch.setattr(cuda, "refusal_device", lambda device: None)
+    for architectures, capability, reason in (
+        (["sm_80", "sm_90a"], (9, 0), None),
+        (["sm_80", "sm_90a"], (8, 0), "compute capability 9.0, not 8.0"),
+        (["sm_90"], (9, 0), "not for sm_90a"),
+    ):
+        module = SimpleNamespace(
+            emulated=False, LINEAR_ROWS=32, architectures=lambda a=architectures: a
+        )
+        monkeypatch.setattr(cuda, "library", lambda m=module: m)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        said = cuda.refusal_sm90a(device)
+        assert (said is None) if reason is None else reason in said
 
 
 def test_tensor_that_does_not_fit_is_refused_by_name():
@@ -222,8 +305,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
     tensors = (o.x.data_ptr(), 1, y.data_ptr(), o.bias.data_ptr())
     size = workspace.numel()
     call = (0, w, 2, 24, 256, *tensors, lora, 1.0, workspace.data_ptr(), size, 2)
-    emulated_cuda.nf4_lora_linear_forward(*call)
-    for position, value, name in (
+    cases = (
         (1, (), "w: got 0, expected 13 fields"),
         (1, (*w[:2], 512, *w[3:]), "absmax|blocksize"),
         (2, 33, "M"),
@@ -246,8 +328,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
         (11, 0, "workspace: null"),
         (12, 3, "workspace"),
         (13, 17, "splits"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            emulated_cuda.nf4_lora_linear_forward(*call[:position], value, *call[position + 1 :])
+    )
+    check_refusals(emulated_cuda.nf4_lora_linear_forward, call, cases)
     with pytest.raises(ValueError, match="K"):
         emulated_cuda.nf4_lora_linear_workspace(1, 1, 65, 0)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+from cuda_cases import check_extreme_absmax
 from grids import thinned
 from nf4_weights import (
     DTYPES,
     assert_same_bits,
+    assert_same_every_time,
     bitsandbytes_state,
     codes_of,
     every_byte_weight,
@@ -24,7 +26,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tolerances import (
     ABSMAX_CODE_MISMATCH,
-    DETERMINISM_RUNS,
     DYNAMIC_MAP_RTOL,
     NF4_MAX_HALF_GAP,
     NF4_TIE_RTOL,
@@ -104,13 +105,7 @@ def test_dequantize_defaults_to_the_original_dtype(backend):
     thinned([float("nan"), float("inf"), -float("inf"), 1e-40, 3e38], DTYPES, diagonals=2),
 )
 def test_dequantize_extreme_absmax_matches_the_definition(every_backend, dtype, value):
-    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
-    w = NF4Weight(packed, absmax, (512,), 64, dtype)
-    got = peftkern.dequantize_nf4(w)
-    expected = numpy_dequantize(w, dtype)
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert_same_bits(got.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+    check_extreme_absmax(value, dtype)
 
 
 def test_dequantize_into_a_slice_leaves_its_neighbours(every_backend):
@@ -156,9 +151,7 @@ def test_dequantize_refuses_an_out_that_does_not_fit(backend, out):
 
 def test_dequantize_is_deterministic(backend):
     w = peftkern.quantize_nf4(random_weight((257, 1023), torch.bfloat16))
-    first = peftkern.dequantize_nf4(w)
-    for _ in range(DETERMINISM_RUNS - 1):
-        assert_same_bits(peftkern.dequantize_nf4(w), first)
+    assert_same_every_time(lambda: [peftkern.dequantize_nf4(w)])
 
 
 @pytest.mark.parametrize(("blocksize", "dtype"), thinned(BLOCKSIZES, DTYPES))
@@ -269,12 +262,7 @@ def test_quantize_reads_values_not_memory(backend):
 
 def test_quantize_is_deterministic(backend):
     weight = random_weight((257, 1023), torch.bfloat16)
-    first = peftkern.quantize_nf4(weight)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = peftkern.quantize_nf4(weight)
-        assert_same_bits(again.packed, first.packed)
-        assert_same_bits(again.absmax, first.absmax)
-        assert_same_bits(again.nested_absmax, first.nested_absmax)
+    assert_same_every_time(lambda: peftkern.quantize_nf4(weight).tensors)
 
 
 @pytest.mark.parametrize("blocksize", [0, -64, 16, 48, 8192, 64.0, "64", None])

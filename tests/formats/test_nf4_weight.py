@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import pytest
@@ -98,17 +99,8 @@ def test_state_dict_of_bitsandbytes_is_loaded_and_written_alike(dtype, nested, t
 def test_state_dict_of_two_weights_fits_one_safetensors_file(tmp_path):
     """Weights that share a nested table must not share memory in the file."""
     first = every_byte_weight(32, True, torch.float32)
-    second = NF4Weight(
-        first.packed.clone(),
-        first.absmax.clone(),
-        first.shape,
-        32,
-        first.dtype,
-        first.nested_absmax.clone(),
-        first.nested_code,
-        first.nested_offset,
-        256,
-    )
+    own = {name: getattr(first, name).clone() for name in ("packed", "absmax", "nested_absmax")}
+    second = replace(first, **own)
     save_file(first.state_dict("a.") | second.state_dict("b."), tmp_path / "model.safetensors")
 
 
@@ -132,40 +124,33 @@ def test_layer_repacked_by_its_own_eval_is_recognised():
         NF4Weight.from_bitsandbytes(layer.weight)
 
 
-def test_plain_weight_that_bitsandbytes_unpacked_badly_is_refused():
-    """Its inverse restores the nibbles but leaves absmax transposed and in bfloat16."""
-    param = bitsandbytes_param(compress_statistics=False)
+@pytest.mark.parametrize(("nested", "field"), [(False, "absmax"), (True, "nested_dtype")])
+def test_weight_that_bitsandbytes_unpacked_is_refused(nested, field):
+    """Its inverse restores the nibbles but leaves a plain absmax transposed and in bfloat16.
+
+    A nested one is rebuilt with bfloat16 roundings, which is not NF4 as defined.
+    """
+    param = bitsandbytes_param(compress_statistics=nested)
     functional = bnb.functional
     packed = functional._convert_weight_packed_for_cpu(param.data, param.quant_state)
     param.data, param.quant_state = functional._convert_weight_packed_for_cpu_inverse(*packed)
-    with pytest.raises(ValueError, match="absmax"):
-        NF4Weight.from_bitsandbytes(param)
-
-
-def test_nested_weight_that_bitsandbytes_unpacked_in_bfloat16_is_refused():
-    """Its absmax is rebuilt with bfloat16 roundings, which is not NF4 as defined."""
-    param = bitsandbytes_param(compress_statistics=True)
-    functional = bnb.functional
-    packed = functional._convert_weight_packed_for_cpu(param.data, param.quant_state)
-    param.data, param.quant_state = functional._convert_weight_packed_for_cpu_inverse(*packed)
-    with pytest.raises(ValueError, match="nested_dtype"):
+    with pytest.raises(ValueError, match=field):
         NF4Weight.from_bitsandbytes(param)
 
 
 def test_from_bitsandbytes_refuses_what_is_not_nf4():
     weight = random_weight((32, 64))
-    with pytest.raises(ValueError, match="quant_state"):
-        NF4Weight.from_bitsandbytes(Params4bit(weight, quant_type="nf4"))
-    with pytest.raises(ValueError, match="quant_state"):
-        NF4Weight.from_bitsandbytes(torch.nn.Parameter(weight))
-    with pytest.raises(ValueError, match="Params4bit"):
-        NF4Weight.from_bitsandbytes(None)
-    with pytest.raises(ValueError, match="quant_type"):
-        NF4Weight.from_bitsandbytes(Params4bit(weight, quant_type="fp4").to("cpu"))
-    param = bitsandbytes_param()
-    param.quant_state.code = param.quant_state.code.flip(0)
-    with pytest.raises(ValueError, match="quant_map"):
-        NF4Weight.from_bitsandbytes(param)
+    flipped = bitsandbytes_param()
+    flipped.quant_state.code = flipped.quant_state.code.flip(0)
+    for param, field in (
+        (Params4bit(weight, quant_type="nf4"), "quant_state"),
+        (torch.nn.Parameter(weight), "quant_state"),
+        (None, "Params4bit"),
+        (Params4bit(weight, quant_type="fp4").to("cpu"), "quant_type"),
+        (flipped, "quant_map"),
+    ):
+        with pytest.raises(ValueError, match=field):
+            NF4Weight.from_bitsandbytes(param)
 
 
 def test_short_absmax_is_refused_where_bitsandbytes_reads_out_of_bounds():

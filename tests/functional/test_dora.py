@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from grids import thinned
 from linear_cases import BF16, F16, F32, F64
+from nf4_weights import assert_same_every_time
 from op_cases import K, Layer, run
 from peft import LoraConfig
 from peft.tuners import lora
 from tolerances import (
-    DETERMINISM_RUNS,
     DORA_NORM_RTOL,
     DORA_RMS_RATIO,
     FLOOR_RMS,
@@ -62,6 +62,11 @@ def peft_formula(x, weight, A, B, magnitude, *, scaling, bias=None, dropout_p=0.
     c = magnitude / torch.linalg.norm(total, dim=1).detach()
     update = F.linear(F.linear(dropped, A), B) * scaling
     return (result + (c - 1) * base + c * update).to(result.dtype)
+
+
+def ours(leaves: dict[str, Tensor], weight, **options) -> Tensor:
+    x, A, B, bias, magnitude = (leaves[name] for name in NAMES)
+    return dora_linear(x, weight, A, B, magnitude, bias=bias, **options)
 
 
 def with_gradients(function, leaves, weight, dy, *, dropout_p=0.0, **options) -> dict[str, Tensor]:
@@ -137,17 +142,8 @@ def test_float64_equals_the_formula_and_its_gradients(dropout_p, recompute):
 
     def function(x, bias, magnitude):
         torch.manual_seed(1)
-        return dora_linear(
-            x,
-            weight,
-            leaves["A"],
-            leaves["B"],
-            magnitude,
-            scaling=0.7,
-            bias=bias,
-            recompute=recompute,
-            **options,
-        )
+        given = {**leaves, "x": x, "bias": bias, "magnitude": magnitude}
+        return ours(given, weight, scaling=0.7, recompute=recompute, **options)
 
     inputs = [leaves[k].requires_grad_() for k in ("x", "bias", "magnitude")]
     assert torch.autograd.gradcheck(function, inputs, **GRADCHECK)
@@ -229,9 +225,7 @@ def test_norm_of_an_update_that_undoes_the_weight(every_backend, left, nf4):
 
 def test_norm_is_the_same_twenty_times(backend):
     A, B, W = torch.randn(8, 300), torch.randn(70, 8), torch.randn(70, 300)
-    first = dora_norm(W, A, B, scaling=0.5)
-    for _ in range(DETERMINISM_RUNS):
-        assert torch.equal(dora_norm(W, A, B, scaling=0.5), first)
+    assert_same_every_time(lambda: [dora_norm(W, A, B, scaling=0.5)])
 
 
 def test_norm_follows_a_weight_that_changes_behind_its_back(backend):
@@ -290,9 +284,8 @@ def test_frozen_parts_get_no_gradient(backend, dropout_p, make_weight, recompute
         given = {k: v.detach().clone() for k, v in leaves.items()}
         for name, leaf in given.items():
             leaf.requires_grad_(name not in frozen)
-        positional = [given["x"], weight, given["A"], given["B"], given["magnitude"]]
         torch.manual_seed(5)
-        dora_linear(*positional, scaling=1.5, bias=given["bias"], **options).backward(dy)
+        ours(given, weight, scaling=1.5, **options).backward(dy)
         for name, leaf in given.items():
             if leaf.requires_grad:
                 assert torch.equal(leaf.grad, wanted[f"d{name}"]), (frozen, name)
@@ -333,13 +326,11 @@ def test_output_may_be_written_to(backend, dropout_p, with_bias):
     for recompute in (True, False):
         for factor in (None, 2.0):
             given = {k: v.clone().requires_grad_() for k, v in leaves.items()}
-            bias = given.pop("bias") if with_bias else None
-            x, A, B, magnitude = (given[name] for name in ("x", "A", "B", "magnitude"))
+            bias = given["bias"] if with_bias else None
             torch.manual_seed(5)
-            args = (x, weight, A, B, magnitude)
-            y = dora_linear(*args, bias=bias, recompute=recompute, **options)
+            y = ours({**given, "bias": bias}, weight, recompute=recompute, **options)
             (y.sum() if factor is None else y.mul_(factor).sum() / factor).backward()
-            grads.append([leaf.grad for leaf in (x, A, B, magnitude)])
+            grads.append([given[name].grad for name in ("x", "A", "B", "magnitude")])
     for other in grads[1:]:
         for got, wanted in zip(other, grads[0], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

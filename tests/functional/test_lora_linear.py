@@ -33,9 +33,10 @@ from linear_cases import (
     trials,
     with_gradients,
 )
+from nf4_weights import assert_same_every_time
 from paths import GOLDEN, ROOT
 from safetensors import safe_open
-from tolerances import DETERMINISM_RUNS, GOLDEN_RTOL, GRADCHECK, assert_as_accurate_as_torch
+from tolerances import GOLDEN_RTOL, GRADCHECK, assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
@@ -165,10 +166,7 @@ def test_scaling_tensor_equals_number(backend, kind):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_deterministic(every_backend, dtype):
     o = nf4_operands((130, 200, 300, 8), dtype, F32)
-    first = with_gradients(o, ours)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = with_gradients(o, ours)
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_same_every_time(lambda: with_gradients(o, ours).values())
 
 
 # ---- layouts and edges

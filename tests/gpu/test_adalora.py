@@ -6,19 +6,27 @@ a replayed graph would read that memory again after torch has given it to others
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
-from adalora_cases import SHAPES, assert_near, importance, layers
+from adalora_cases import (
+    SHAPES,
+    assert_near,
+    check_allocation,
+    importance,
+    layers,
+    random_scores,
+)
 from gpu_runs import CUDA, NEEDS_GPU, launches, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check, graded, on_cpu
-from tolerances import DETERMINISM_RUNS, SVD_SIGMA
+from nf4_weights import assert_same_every_time
+from tolerances import SVD_SIGMA
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.backends import ops
 from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd, low_rank_svdvals
 from peftkern.layers import SVDLinear
 from peftkern.methods.adalora import RankAllocator
@@ -67,23 +75,10 @@ def test_importance(shapes, dtype, grad_dtype):
 def test_allocation(dtype, kind, threshold):
     ranks = [12] * 224 + [1, 0, 40]
     total = sum(ranks)
-    scores = torch.rand(total)
-    if kind == "ties":
-        scores = torch.randint(0, 3, (total,)).float()
-    elif kind == "zero":
-        scores.zero_()
-    elif kind != "any":
-        scores[torch.rand(total) < 0.3] = float(kind)
+    scores = random_scores(kind, total)
     lora_E = [torch.randn(r, 1).to(dtype) for r in ranks]
     for budget in (0, 1, total // 3, total - 1, total, total + 5):
-        results = []
-        for name, device in (("triton", CUDA), ("reference", "cpu")):
-            mine = [E.to(device, copy=True) for E in lora_E]
-            with peftkern.use_backend(name):
-                mask = ops.adalora_allocate_(scores.to(device), mine, budget, threshold)
-            results.append([t.cpu() for t in (mask, *mine)])
-        for got, wanted in zip(*results, strict=True):
-            assert torch.equal(got, wanted)
+        check_allocation(scores, lora_E, budget, threshold, CUDA)
 
 
 def test_importance_on_another_stream():
@@ -97,10 +92,7 @@ def test_importance_on_another_stream():
 
 def test_equal_bits_of_importance_every_time():
     case = drawn(LLAMA_BLOCK)
-    first = importance("triton", *case)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = importance("triton", *case)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert_same_every_time(lambda: importance("triton", *case))
 
 
 def allocator_on(device: str, shapes) -> RankAllocator:
@@ -208,11 +200,7 @@ def test_svd_on_another_stream():
 
 def test_equal_bits_of_the_svd_every_time():
     Bs, As = (to_cuda(factors) for factors in pairs(PAIRS))
-    first = low_rank_svd(Bs, As)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = low_rank_svd(Bs, As)
-        for one, other in zip(first, again, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert_same_every_time(lambda: itertools.chain(*low_rank_svd(Bs, As)))
 
 
 def test_svd_waits_for_nothing_in_few_launches():

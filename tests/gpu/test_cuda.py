@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from cuda_cases import (
-    assert_equal_but_for_payloads,
     assert_quantized_alike,
     check,
+    check_extreme_absmax,
     check_extreme_blocks,
     check_ties,
     forward,
@@ -20,8 +21,14 @@ from gpu_cases import NF4Operands, nf4_cases, same_bits
 from gpu_runs import CUDA, NEEDS_GPU, capture, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check as check_svd
-from low_rank_svd_cases import graded, on_cpu
-from nf4_weights import DTYPES, every_byte_weight, numpy_dequantize, random_weight
+from low_rank_svd_cases import check_cores, graded, on_cpu
+from nf4_weights import (
+    DTYPES,
+    assert_same_every_time,
+    every_byte_weight,
+    numpy_dequantize,
+    random_weight,
+)
 from tolerances import DETERMINISM_RUNS, SVD_BOUNDS_64
 from torch import Tensor
 
@@ -60,10 +67,7 @@ def test_quantize_every_blocksize(blocksize, dtype):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_values(dtype, value):
-    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
-    w = NF4Weight(packed, absmax, (512,), 64, dtype)
-    assert_equal_but_for_payloads(peftkern.dequantize_nf4(w.to(CUDA)), numpy_dequantize(w, dtype))
+    check_extreme_absmax(value, dtype, CUDA)
     check_extreme_blocks(value, dtype, CUDA)
 
 
@@ -93,10 +97,7 @@ def test_memory_that_begins_anywhere(dtype):
 
 def test_equal_bits_every_time():
     w, dense = every_byte_weight(64, True, BF16).to(CUDA), random_weight((1024, 4096)).to(CUDA)
-    first = peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
-    for _ in range(DETERMINISM_RUNS - 1):
-        again = peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)
-        assert all(same_bits(a, b) for a, b in zip(again, first, strict=True))
+    assert_same_every_time(lambda: (peftkern.dequantize_nf4(w), *ops.nf4_quantize(dense, 64)))
 
 
 def test_more_than_32_bits_of_elements():
@@ -164,9 +165,7 @@ def test_linear_equal_bits_every_time(M):
     """One tile for each block, several, and a split K."""
     for shape in ((M, 4096, 4096, 16), (M, 14336, 1024, 16), (M, 256, 8192, 16)):
         o = linear_operands(shape)
-        first = forward(o)
-        for _ in range(DETERMINISM_RUNS - 1):
-            assert all(same_bits(a, b) for a, b in zip(forward(o), first, strict=True))
+        assert_same_every_time(partial(forward, o))
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -267,14 +266,7 @@ def test_jacobi_against_lapack(r):
     assert info.tolist() == [0] * 3 + [-1] + [0] * 296
     assert all(tensor[3].isnan().all() for tensor in (sigma, left, right))
     good = [i for i in range(300) if i != 3]
-    sigma, left, right, cores = (tensor[good] for tensor in (sigma, left, right, cores))
-    wanted = torch.linalg.svdvals(cores)
-    assert ((sigma - wanted).abs().amax(1) <= SVD_BOUNDS_64[0] * wanted[:, 0]).all()
-    unit, alive = torch.eye(r, dtype=torch.float64), torch.diag_embed((sigma > 0).double())
-    assert (left.mT @ left - unit).abs().max() <= SVD_BOUNDS_64[2]
-    assert (right.mT @ right - alive).abs().max() <= SVD_BOUNDS_64[2]
-    product = left * sigma[:, None] @ right.mT
-    assert ((product - cores).abs().amax((1, 2)) <= SVD_BOUNDS_64[3] * wanted[:, 0]).all()
+    check_cores([tensor[good] for tensor in (sigma, left, right, info)], cores[good])
 
 
 def test_jacobi_with_the_shared_memory_of_other_devices():
@@ -288,8 +280,7 @@ def test_jacobi_with_the_shared_memory_of_other_devices():
 def test_jacobi_has_equal_bits_every_time_and_in_graphs():
     cores = torch.randn(30, 33, 33, dtype=torch.float64, device=CUDA)
     first = jacobi(cores)
-    for _ in range(DETERMINISM_RUNS - 1):
-        assert all(torch.equal(a, b) for a, b in zip(jacobi(cores), first, strict=True))
+    assert_same_every_time(lambda: jacobi(cores))
     graph, recorded = capture(lambda: jacobi(cores))
     cores.copy_(cores.flip(0))
     graph.replay()

@@ -7,7 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from dora_cases import ADAPTERS, check_norms, norm_case, norm_cases
+from dora_cases import (
+    ADAPTERS,
+    check_finite,
+    check_norms,
+    check_undone_weight,
+    norm_case,
+    norm_cases,
+)
 from gpu_runs import (
     CUDA,
     NEEDS_GPU,
@@ -19,8 +26,8 @@ from gpu_runs import (
     on_a_busy_stream,
 )
 from linear_cases import BF16, F16, F32, F64
-from nf4_weights import assert_same_bits
-from tolerances import DETERMINISM_RUNS, DORA_NORM_RTOL, assert_as_accurate_as_torch
+from nf4_weights import assert_same_bits, assert_same_every_time
+from tolerances import DORA_NORM_RTOL, assert_as_accurate_as_torch
 from torch import Tensor, nn
 
 import peftkern
@@ -62,22 +69,14 @@ def test_every_tile_of_the_rank(r, layout):
 @pytest.mark.parametrize("left", [1e-2, 1e-4, 0.0])
 def test_update_that_undoes_the_weight(left):
     """Three products of tf32 must not show where the sum cancels."""
-    A, B = torch.randn(2, 512), torch.randn(24, 2)
-    update = B.double() @ A.double()
-    weight = ((left - 1) * update).float()
-    oracle = torch.linalg.norm(weight.double() + update, dim=1)
     with peftkern.use_backend("triton"):
-        got = dora_norm(weight.to(CUDA), A.to(CUDA), B.to(CUDA), scaling=1.0).cpu()
-    size = torch.linalg.norm(weight.double(), dim=1)
-    assert ((got.double() - oracle).abs() / size).max() <= DORA_NORM_RTOL
+        check_undone_weight(left, device=CUDA)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_equal_bits_every_time(layout):
     case = norm_case((4096, 4096, 16), BF16, (F32, F32), layout, CUDA)
-    first = dora_norm(*case.arguments, scaling=case.scaling)
-    for _ in range(DETERMINISM_RUNS - 1):
-        assert_same_bits(dora_norm(*case.arguments, scaling=case.scaling), first)
+    assert_same_every_time(lambda: [dora_norm(*case.arguments, scaling=case.scaling)])
 
 
 def test_transposed_weight_needs_no_copy():
@@ -98,11 +97,8 @@ def test_nan_and_inf_propagate(dtypes, value):
     for name, place in places.items():
         case = norm_case((37, 70, 5), *dtypes, device=CUDA)
         getattr(case, name)[place] = value
-        results = []
-        for backend in ("triton", "reference"):
-            with peftkern.use_backend(backend):
-                results.append(dora_norm(*case.arguments, scaling=1.5).isfinite())
-        assert torch.equal(*results) and not results[0].all(), name
+        with peftkern.use_backend("triton"):
+            check_finite(case.arguments)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

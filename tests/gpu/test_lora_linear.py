@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from gpu_cases import (
-    EVERY,
-    GRADIENTS,
+    check_finite,
     check_ops_against_reference,
+    check_subsets,
     dense_cases,
     draw_seed,
     nf4_cases,
@@ -43,8 +43,9 @@ from linear_cases import (
     layouts,
     ours,
 )
+from nf4_weights import assert_same_every_time
 from op_cases import Layer, op_cases, run
-from tolerances import DETERMINISM_RUNS, assert_as_accurate_as_torch
+from tolerances import assert_as_accurate_as_torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -165,12 +166,7 @@ def test_nan_and_inf_propagate(kind, name, value):
     for M, dtype in ((20, BF16), (300, F32)):
         o = draw(kind, (M, 20, 64, 4), dtype, F32)
         getattr(o, name).view(-1)[3] = value
-        with peftkern.use_backend("triton"):
-            got = run_ops(o)
-        with peftkern.use_backend("reference"):
-            wanted = run_ops(o)
-        for key in wanted:
-            assert torch.equal(got[key].isfinite(), wanted[key].isfinite()), key
+        check_finite(o)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,10 +187,7 @@ def test_equal_bits_every_time(kind, M):
     o = replace(draw(kind, (M, 1024, 2048, 16), BF16, F32), dropout_p=0.1)
     keep = draw_seed(CUDA)
     with peftkern.use_backend("triton"):
-        first = run_ops(o, keep)
-        for _ in range(DETERMINISM_RUNS - 1):
-            again = run_ops(o, keep)
-            assert all(torch.equal(again[name], first[name]) for name in first)
+        assert_same_every_time(lambda: run_ops(o, keep).values())
 
 
 # Streams, graphs, devices
@@ -407,9 +400,4 @@ def test_more_than_2_to_31_values():
 def test_only_what_is_wanted_is_computed(kind):
     o = draw(kind, (64, 256, 512, 16), BF16, F32)
     with peftkern.use_backend("triton"):
-        full = run_ops(o, needs=EVERY)
-        for wanted in range(4):
-            needs = tuple(i == wanted for i in range(4))
-            got = run_ops(o, needs=needs)
-            for name, needed in zip(GRADIENTS, needs, strict=True):
-                assert torch.equal(got[name], full[name]) if needed else got[name].shape == (0,)
+        check_subsets(o, [tuple(i == wanted for i in range(4)) for wanted in range(4)])

@@ -6,18 +6,19 @@ import pytest
 import torch
 from gpu_runs import CUDA, NEEDS_GPU, capture, launches, on_a_busy_stream
 from linear_cases import BF16, F16, F32
-from nf4_weights import assert_same_bits
+from nf4_weights import assert_same_bits, assert_same_every_time
 from rosa_cases import (
     SHAPES,
     assert_exact,
     check_mask,
     check_products,
+    formula,
     products,
     random_mask,
     uneven_mask,
     whole_numbers,
 )
-from tolerances import DETERMINISM_RUNS, assert_as_accurate_as_torch
+from tolerances import assert_as_accurate_as_torch
 from torch import Tensor, nn
 
 import peftkern
@@ -68,10 +69,7 @@ def drawn(T: int, mask: SparseMask, dtype: torch.dtype = BF16) -> tuple[Tensor, 
 def test_equal_bits_every_time(T):
     mask = random_mask((1024, 4096), 40_000, device=CUDA)
     operands = (*drawn(T, mask), mask)
-    first = products(*operands)
-    for _ in range(DETERMINISM_RUNS - 1):
-        for got, wanted in zip(products(*operands), first, strict=True):
-            assert_same_bits(got, wanted)
+    assert_same_every_time(lambda: products(*operands))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -147,15 +145,14 @@ def step(layer: RoSALinear, x: Tensor, dy: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, (x, *trained), dy)]
 
 
-def formula(layer: RoSALinear, x: Tensor, dy: Tensor, weight: Tensor) -> list[Tensor]:
+def torchs(layer: RoSALinear, x: Tensor, dy: Tensor, weight: Tensor) -> list[Tensor]:
     """The layer in torch calls, in the type of x: float64 is the oracle."""
     wide = torch.promote_types(x.dtype, F32)
     x = x.detach().requires_grad_()
     trained = (layer.lora_A, layer.lora_B, layer.values)
-    A, B, values = leaves = [p.detach().to(wide).requires_grad_() for p in trained]
+    leaves = [p.detach().to(wide).requires_grad_() for p in trained]
     bias = layer.base.bias.detach().to(x.dtype)
-    y = (x @ weight.to(x.dtype).T + bias).to(wide) + layer.scaling * (x.to(wide) @ A.T) @ B.T
-    y = (y.to(x.dtype).to(wide) + x.to(wide) @ layer.mask.to_dense(values).T).to(x.dtype)
+    y = formula(x, weight.to(x.dtype), *leaves, bias, layer.mask, layer.scaling)
     return [y.detach(), *torch.autograd.grad(y, (x, *leaves), dy.to(x.dtype))]
 
 
@@ -172,8 +169,8 @@ def test_layer_and_gradients(T, nf4):
     with peftkern.use_backend("triton"):
         got = step(layer, x, dy)
     assert {backend for _, backend in peftkern.stats().calls} == {"triton"}
-    oracle = formula(layer, x.detach().double(), dy, weight)
-    for results in zip(got, formula(layer, x, dy, weight), oracle, strict=True):
+    oracle = torchs(layer, x.detach().double(), dy, weight)
+    for results in zip(got, torchs(layer, x, dy, weight), oracle, strict=True):
         assert_as_accurate_as_torch(*results)
 
 

@@ -7,10 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_cases import (
+    assert_quantized_alike,
+    check_extreme_absmax,
+    check_extreme_blocks,
+    check_ties,
+)
 from gpu_cases import (
-    GRADIENTS,
     RESULTS,
+    check_finite,
     check_ops_against_reference,
+    check_subsets,
     dense_cases,
     draw_seed,
     nf4_cases,
@@ -33,13 +40,17 @@ from linear_cases import (
     operands,
 )
 from nf4_weights import DTYPES as NF4_DTYPES
-from nf4_weights import assert_same_bits, every_byte_weight, numpy_dequantize, random_weight
+from nf4_weights import (
+    assert_same_bits,
+    assert_same_every_time,
+    every_byte_weight,
+    numpy_dequantize,
+    random_weight,
+)
 from tolerances import FUZZ_EXAMPLES, assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
-from peftkern import NF4Weight
-from peftkern.backends import ops, reference
 from peftkern.formats.nf4 import BLOCKSIZES
 from peftkern.kernels import launch
 from peftkern.kernels.configs import NF4_FUSED_ROWS, Problem
@@ -82,12 +93,7 @@ CODEC_SHAPES = [(), (0,), (0, 7), (1,), (2,), (7, 13), (10, 96), (33, 63), (4097
 def test_quantize_and_dequantize_any_shape(shape, blocksize, double_quant):
     for dtype in NF4_DTYPES:
         dense = random_weight(shape, dtype)
-        for got, wanted in zip(
-            ops.nf4_quantize(dense, blocksize),
-            reference.nf4_quantize(dense, blocksize),
-            strict=True,
-        ):
-            assert_same_bits(got, wanted)
+        assert_quantized_alike(dense, blocksize)
         with peftkern.use_backend("reference"):
             w = peftkern.quantize_nf4(dense, blocksize=blocksize, double_quant=double_quant)
         for wanted_dtype in NF4_DTYPES:
@@ -97,10 +103,7 @@ def test_quantize_and_dequantize_any_shape(shape, blocksize, double_quant):
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_quantize_every_blocksize(blocksize):
-    dense = random_weight((9001,))
-    got, wanted = ops.nf4_quantize(dense, blocksize), reference.nf4_quantize(dense, blocksize)
-    assert_same_bits(got[0], wanted[0])
-    assert_same_bits(got[1], wanted[1])
+    assert_quantized_alike(random_weight((9001,)), blocksize)
 
 
 @pytest.mark.parametrize("dtype", NF4_DTYPES, ids=str)
@@ -110,36 +113,17 @@ def test_quantize_every_blocksize(blocksize):
 def test_quantize_extreme_blocks(value, dtype):
     if dtype is BF16 and value == 1e-40:
         pytest.skip("Triton's interpreter widens a subnormal bfloat16 to zero")
-    dense = random_weight((4, 64), dtype)
-    dense[1] = value  # a whole block
-    dense[2, 5] = value
-    (packed, absmax), (wanted_packed, wanted_absmax) = (
-        ops.nf4_quantize(dense, 64),
-        reference.nf4_quantize(dense, 64),
-    )
-    assert_same_bits(packed, wanted_packed)
-    assert torch.equal(absmax.isnan(), wanted_absmax.isnan())
-    assert_same_bits(absmax.nan_to_num(nan=0.0), wanted_absmax.nan_to_num(nan=0.0))
+    check_extreme_blocks(value, dtype)
 
 
 def test_quantize_ties_take_the_lower_code():
-    """Midpoints and their neighbors, in a block whose absmax is 1."""
-    midpoints = torch.tensor(peftkern.formats.nf4.nf4_midpoints())
-    inf = torch.tensor(float("inf"))
-    near = torch.cat([midpoints, midpoints.nextafter(inf), midpoints.nextafter(-inf)])
-    dense = torch.cat([near, torch.ones(64 - len(near))])
-    assert_same_bits(ops.nf4_quantize(dense, 64)[0], reference.nf4_quantize(dense, 64)[0])
+    check_ties(F32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, 3e38])
 @pytest.mark.parametrize("dtype", NF4_DTYPES, ids=str)
 def test_dequantize_extreme_absmax(dtype, value):
-    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
-    w = NF4Weight(packed, absmax, (512,), 64, dtype)
-    got, expected = peftkern.dequantize_nf4(w), numpy_dequantize(w, dtype)
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert_same_bits(got.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+    check_extreme_absmax(value, dtype)
 
 
 def test_dequantize_into_a_strided_and_a_misaligned_out():
@@ -219,25 +203,8 @@ def test_nf4_linear_without_adapters(M, bias, dtype):
 @pytest.mark.parametrize("seeded", [False, True])
 def test_every_subset_of_gradients(make, r, seeded):
     o = replace(make((7, 19, 64, r), BF16, F32), dropout_p=0.5 if seeded else 0.0)
-    keep = draw_seed() if seeded else None
-    full = run_ops(o, keep)
-    for needs in itertools.product((False, True), repeat=4):
-        got = run_ops(o, keep, needs)
-        for name, needed in zip(GRADIENTS, needs, strict=True):
-            if needed:
-                assert_same_bits(got[name], full[name])
-            else:
-                assert got[name].shape == (0,)
-
-
-@pytest.mark.parametrize("make", [operands, nf4_operands])
-def test_S_is_float32(make):
-    for dtype in (F32, F16, BF16):
-        o = make((7, 19, 64, 4), dtype, F32)
-        got = run_ops(o)["S"]
-        exact = o.x.double() @ o.lora_A.double().t()
-        assert got.dtype is F32
-        torch.testing.assert_close(got, exact.float())
+    subsets = itertools.product((False, True), repeat=4)
+    check_subsets(o, subsets, draw_seed() if seeded else None)
 
 
 # Layouts and values that are not ordinary
@@ -306,11 +273,7 @@ def test_nan_and_inf_propagate(dtypes, dropout_p, name, value):
     for make, M in ((operands, 20), (nf4_operands, 20), (nf4_operands, NF4_FUSED_ROWS + 1)):
         o = replace(make((M, 20, 64, 4), *dtypes), dropout_p=dropout_p)
         getattr(o, name).view(-1)[3] = value
-        got = run_ops(o, keep)
-        with peftkern.use_backend("reference"):
-            wanted = run_ops(o, keep)
-        for key in wanted:
-            assert torch.equal(torch.isfinite(got[key]), torch.isfinite(wanted[key])), key
+        check_finite(o, keep)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -320,12 +283,7 @@ def test_nan_and_inf_of_absmax_propagate(dtype, value):
         o = nf4_operands((M, 20, 128, 4), dtype, F32, double_quant=False)
         o.w.absmax[5] = value
         o = replace(o, weight=numpy_dequantize(o.w, dtype))
-        got = run_ops(o)
-        with peftkern.use_backend("reference"):
-            wanted = run_ops(o)
-        assert not torch.isfinite(got["y"]).all()
-        for key in wanted:
-            assert torch.equal(torch.isfinite(got[key]), torch.isfinite(wanted[key])), key
+        assert not check_finite(o)["y"].isfinite().all()
 
 
 # Split reductions
@@ -353,11 +311,7 @@ def test_equal_bits_every_time(case, runs):
     make, shape = case
     o = replace(make(shape, BF16, F32), dropout_p=0.1)
     keep = draw_seed()
-    first = run_ops(o, keep)
-    for _ in range(runs - 1):
-        again = run_ops(o, keep)
-        for name in first:
-            assert_same_bits(again[name], first[name])
+    assert_same_every_time(lambda: run_ops(o, keep).values(), runs)
 
 
 @settings(max_examples=FUZZ_EXAMPLES // 25)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adalora_cases import SHAPES, assert_near, importance, layers
+from adalora_cases import (
+    SHAPES,
+    assert_near,
+    check_allocation,
+    importance,
+    layers,
+    random_scores,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import INTERPRETED
@@ -61,22 +68,8 @@ def test_a_gradient_that_is_not_finite_marks_its_triplets_alone():
 def test_allocation(ranks, kind, share, threshold, seed):
     torch.manual_seed(seed)
     total = sum(ranks)
-    scores = torch.rand(total)
-    if kind == "ties":
-        scores = torch.randint(0, 3, (total,)).float()
-    elif kind == "zero":
-        scores.zero_()
-    elif kind != "any":
-        scores[torch.rand(total) < 0.3] = float(kind)
-    budget = int(share * total)
-    results = []
-    for name in ("triton", "reference"):
-        torch.manual_seed(seed)
-        lora_E = [torch.randn(r, 1).to(BF16) for r in ranks]
-        with peftkern.use_backend(name):
-            results.append((ops.adalora_allocate_(scores, lora_E, budget, threshold), *lora_E))
-    for got, wanted in zip(*results, strict=True):
-        assert torch.equal(got, wanted)
+    lora_E = [torch.randn(r, 1).to(BF16) for r in ranks]
+    check_allocation(random_scores(kind, total), lora_E, int(share * total), threshold)
 
 
 def test_reasons_against_it():

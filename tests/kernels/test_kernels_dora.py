@@ -6,13 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dora_cases import ADAPTERS, check_norms, norm_case, norm_cases
+from dora_cases import (
+    ADAPTERS,
+    check_finite,
+    check_norms,
+    check_undone_weight,
+    norm_case,
+    norm_cases,
+)
 from grids import thinned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import INSIDE_TENSORS, RUNS
 from linear_cases import BF16, F16, F32, F64, layouts
-from nf4_weights import assert_same_bits, numpy_dequantize
+from nf4_weights import assert_same_bits, assert_same_every_time, numpy_dequantize
 from tolerances import DORA_NORM_RTOL, FUZZ_EXAMPLES
 from torch import Tensor
 
@@ -91,18 +98,8 @@ def test_packed_weight_counts_as_the_reference_decodes_it(dtype):
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("left", [1e-2, 1e-4, 0.0])
 def test_update_that_undoes_the_weight(left, nf4):
-    """Relative to what cancels, as on the other back ends (tests/functional/test_dora.py)."""
-    N, K = 24, 512
-    A, B = torch.randn(2, K), torch.randn(N, 2)
-    update = B.double() @ A.double()
-    weight = dense = ((left - 1) * update).float()
-    if nf4:
-        weight = peftkern.quantize_nf4(dense, double_quant=False)
-        dense = peftkern.dequantize_nf4(weight)
-    oracle = torch.linalg.norm(dense.double() + update, dim=1)
-    got = dora_norm(weight, A, B, scaling=1.0)
-    size = torch.linalg.norm(dense.double(), dim=1)
-    assert ((got.double() - oracle).abs() / size).max() <= DORA_NORM_RTOL
+    """As on the other back ends (tests/functional/test_dora.py)."""
+    check_undone_weight(left, nf4)
 
 
 @pytest.mark.parametrize("layout", [None, (64, True)], ids=str)
@@ -146,15 +143,6 @@ def test_nan_and_inf_of_absmax_and_of_an_overflow_propagate(dtype, value):
     check_finite((torch.tensor([[1e30, 1.0], [1.0, 2.0]]), torch.ones(1, 2), torch.ones(2, 1)))
 
 
-def check_finite(arguments: tuple) -> None:
-    """Finite where the reference is, and somewhere not."""
-    got = dora_norm(*arguments, scaling=1.5)
-    with peftkern.use_backend("reference"):
-        wanted = dora_norm(*arguments, scaling=1.5)
-    assert torch.equal(got.isnan() | got.isinf(), wanted.isnan() | wanted.isinf())
-    assert not got.isfinite().all() and got.isfinite().any() == wanted.isfinite().any()
-
-
 @pytest.mark.parametrize("runs", RUNS)
 @pytest.mark.parametrize("layout", [None, (64, True)], ids=str)
 def test_equal_bits_every_time_and_nothing_is_written_to(layout, runs):
@@ -163,9 +151,7 @@ def test_equal_bits_every_time_and_nothing_is_written_to(layout, runs):
     if layout:
         pieces += [t for t in vars(case.weight).values() if isinstance(t, Tensor)]
     before = [t.clone() for t in pieces]
-    first = dora_norm(*case.arguments, scaling=case.scaling)
-    for _ in range(runs - 1):
-        assert_same_bits(dora_norm(*case.arguments, scaling=case.scaling), first)
+    assert_same_every_time(lambda: [dora_norm(*case.arguments, scaling=case.scaling)], runs)
     assert all(torch.equal(t, old) for t, old in zip(pieces, before, strict=True))
 
 

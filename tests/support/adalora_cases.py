@@ -32,3 +32,29 @@ def importance(backend: str, params, grads, ipt: Tensor, unc: Tensor) -> tuple[T
 def assert_near(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=FLOOR_MAX[F32], atol=FLOOR_MAX[F32])
+
+
+def random_scores(kind: str, total: int) -> Tensor:
+    """Of `kind` any, ties or zero, or with a share of them nan or inf."""
+    scores = torch.rand(total)
+    if kind == "ties":
+        return torch.randint(0, 3, (total,)).float()
+    if kind == "zero":
+        return scores.zero_()
+    if kind != "any":
+        scores[torch.rand(total) < 0.3] = float(kind)
+    return scores
+
+
+def check_allocation(
+    scores: Tensor, lora_E: list[Tensor], budget: int, threshold: bool, device: str = "cpu"
+) -> None:
+    """Mask and lora_E as the reference has them."""
+    results = []
+    for name, place in (("triton", device), ("reference", "cpu")):
+        mine = [E.to(place, copy=True) for E in lora_E]
+        with peftkern.use_backend(name):
+            mask = ops.adalora_allocate_(scores.to(place), mine, budget, threshold)
+        results.append([t.cpu() for t in (mask, *mine)])
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)

@@ -1,19 +1,21 @@
-"""Checks of the CUDA kernels, compiled for this CPU or on a GPU."""
+"""Checks of the CUDA kernels, compiled for this CPU or on a GPU, and of NF4 on any back end."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 
+import pytest
 import torch
 from gpu_cases import NF4Operands
 from linear_cases import F64
-from nf4_weights import assert_same_bits, random_weight
+from nf4_weights import assert_same_bits, numpy_dequantize, random_weight
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
+from peftkern import NF4Weight
 from peftkern.backends import ops, reference
 from peftkern.backends.cuda.nf4_lora_linear import launch
 from peftkern.formats.nf4 import nf4_midpoints
@@ -30,6 +32,14 @@ def scheduled(module: ModuleType, schedule: int) -> Iterator[None]:
         yield
     finally:
         module.set_schedule(0)
+
+
+def check_refusals(function: Callable, call: Sequence, cases: Iterable[tuple]) -> None:
+    """The call is taken; with another value at a position it is an error that names it."""
+    function(*call)
+    for position, value, name in cases:
+        with pytest.raises((ValueError, OverflowError), match=name):
+            function(*call[:position], value, *call[position + 1 :])
 
 
 # nf4_lora_linear
@@ -91,6 +101,14 @@ def check_extreme_blocks(value: float, dtype: torch.dtype, device: str = "cpu") 
         dense[1] = value  # a whole block
         dense[2, 5] = value
         assert_quantized_alike(dense, blocksize, device)
+
+
+def check_extreme_absmax(value: float, dtype: torch.dtype, device: str = "cpu") -> None:
+    packed = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    absmax = torch.tensor([value, 1.0, -value, 0.5]).repeat(2)
+    w = NF4Weight(packed, absmax, (512,), 64, dtype)
+    got = peftkern.dequantize_nf4(w.to(device))
+    assert_equal_but_for_payloads(got, numpy_dequantize(w, dtype))
 
 
 def check_ties(dtype: torch.dtype, device: str = "cpu") -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from linear_cases import BF16, F16, F32
-from tolerances import assert_as_accurate_as_torch
+from tolerances import DORA_NORM_RTOL, assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
@@ -69,3 +69,28 @@ def check_norms(cases: list[NormCase]) -> None:
         A, B = case.lora_A.double(), case.lora_B.double()
         oracle.append(torch.linalg.norm(case.dense().double() + case.scaling * B @ A, dim=1))
     assert_as_accurate_as_torch(torch.stack(got), torch.stack(eager), torch.stack(oracle))
+
+
+def check_undone_weight(left: float, nf4: bool = False, device: str = "cpu") -> None:
+    """The norms of rows of rank 2 that B A takes away but for a share: the sum cancels.
+
+    Relative to what cancels: a row that the update undoes is known to its last bits only.
+    """
+    A, B = torch.randn(2, 512), torch.randn(24, 2)
+    update = B.double() @ A.double()
+    weight = dense = ((left - 1) * update).float()
+    if nf4:
+        weight = peftkern.quantize_nf4(dense, double_quant=False)
+        dense = peftkern.dequantize_nf4(weight)
+    oracle = torch.linalg.norm(dense.double() + update, dim=1)
+    got = dora_norm(weight.to(device), A.to(device), B.to(device), scaling=1.0).cpu()
+    size = torch.linalg.norm(dense.double(), dim=1)
+    assert ((got.double() - oracle).abs() / size).max() <= DORA_NORM_RTOL
+
+
+def check_finite(arguments: tuple) -> None:
+    """Finite where the reference is, and somewhere not."""
+    got = dora_norm(*arguments, scaling=1.5)
+    with peftkern.use_backend("reference"):
+        wanted = dora_norm(*arguments, scaling=1.5)
+    assert torch.equal(got.isfinite(), wanted.isfinite()) and not got.isfinite().all()

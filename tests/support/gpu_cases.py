@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import linear_cases
@@ -74,6 +75,28 @@ def run_ops(
         weight = (o.weight if needs[0] else None,)
     grads = backward(o.dy, *read, *weight, *adapters, *options, list(needs))
     return {"y": y, "S": S, **dict(zip(GRADIENTS, grads, strict=True))}
+
+
+def check_finite(o: Operands, keep: Tensor | None = None) -> dict[str, Tensor]:
+    """Triton's results, which are finite where the reference's are."""
+    with peftkern.use_backend("triton"):
+        got = run_ops(o, keep)
+    with peftkern.use_backend("reference"):
+        wanted = run_ops(o, keep)
+    for name in wanted:
+        assert torch.equal(got[name].isfinite(), wanted[name].isfinite()), name
+    return got
+
+
+def check_subsets(
+    o: Operands, subsets: Iterable[tuple[bool, ...]], keep: Tensor | None = None
+) -> None:
+    """Only the gradients that are asked for are computed, with the bits of all at once."""
+    full = run_ops(o, keep)
+    for needs in subsets:
+        got = run_ops(o, keep, needs)
+        for name, needed in zip(GRADIENTS, needs, strict=True):
+            assert same_bits(got[name], full[name]) if needed else got[name].shape == (0,)
 
 
 def draw_seed(device: str = "cpu") -> Tensor:

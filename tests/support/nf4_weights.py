@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tolerances import DETERMINISM_RUNS
 from torch import Tensor
 
 from peftkern.formats.nf4 import NF4_CODE, NF4Weight, dynamic_map
@@ -22,6 +24,16 @@ def assert_same_bits(got: Tensor, expected: Tensor) -> None:
     assert got.dtype == expected.dtype and got.shape == expected.shape
     bits = BITS.get(got.dtype, got.dtype)
     assert torch.equal(got.contiguous().view(bits), expected.contiguous().view(bits))
+
+
+def assert_same_every_time(
+    call: Callable[[], Iterable[Tensor]], runs: int = DETERMINISM_RUNS
+) -> None:
+    """Every run gives the same bits."""
+    first = tuple(call())
+    for _ in range(runs - 1):
+        for got, wanted in zip(call(), first, strict=True):
+            assert_same_bits(got, wanted)
 
 
 def random_weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
