@@ -2,7 +2,7 @@
 // rows share each load of the update's factor, which is packed so that it streams from cache.
 #pragma once
 
-#include "nf4_blocks.h"
+#include "nf4_kernels.h"
 #include "nf4_panel.h"
 #include "peftkern/dora.h"
 

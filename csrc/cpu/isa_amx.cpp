@@ -3,7 +3,7 @@
 // 65,536 multiply-adds; loads are placed between products, which run in order.
 #include "kernels.h"
 #include "nf4_bf16.h"
-#include "nf4_gemm.h"
+#include "nf4_lora_linear_kernels.h"
 
 namespace peftkern {
 namespace {

@@ -1,7 +1,7 @@
 // NF4 matrix products for AVX512-BF16: pairs of bfloat16 multiplied into float32 (vdpbf16ps).
 #include "kernels.h"
 #include "nf4_bf16.h"
-#include "nf4_gemm.h"
+#include "nf4_lora_linear_kernels.h"
 
 namespace peftkern {
 namespace {

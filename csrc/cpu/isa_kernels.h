@@ -4,10 +4,10 @@
 #include "adalora_kernels.h"
 #include "dora_kernels.h"
 #include "kernels.h"
-#include "lora_products.h"
-#include "low_rank_core.h"
-#include "nf4_blocks.h"
-#include "nf4_gemm.h"
+#include "lora_linear_kernels.h"
+#include "low_rank_svd_kernels.h"
+#include "nf4_kernels.h"
+#include "nf4_lora_linear_kernels.h"
 #include "rosa_kernels.h"
 
 namespace peftkern {

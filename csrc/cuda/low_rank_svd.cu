@@ -1,6 +1,6 @@
 // Small dense algebra of the low-rank SVD in float64, a thread block for each r x r matrix, r <=
 // 128: SVD by one-sided Jacobi, and pivoted Cholesky of Gram matrices. jacobi.h has the formulas,
-// and csrc/cpu/low_rank_core.h takes the same steps.
+// and csrc/cpu/low_rank_svd_kernels.h takes the same steps.
 //
 // QR with column pivots, C^T = X Q^T with X = R^T in C's column order; rotations of the columns of
 // X and Q until those of X are orthogonal: X V = right diag(sigma), left = Q V; sort; sign. A round

@@ -219,7 +219,7 @@ void check_linears(Isa isa) {
   for (const Shape& shape : shapes) {
     for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       for (bool backward : {false, true}) check_linear(isa, shape, dtype, backward);
-      if (shape.r > 0) check_backward(isa, shape, dtype);
+      if (shape.r > 0 && rng() % 3 == 0) check_backward(isa, shape, dtype);
     }
   }
 }
