@@ -1,6 +1,6 @@
 """Small matrices of the low-rank SVD on a GPU: one program per factor or pair, in float64.
 
-The algorithms of csrc/cpu/low_rank_svd_kernels.h, on matrices that lie in the registers of a program:
+The algorithms of csrc/cpu/low_rank_svd_kernels.h, on matrices that lie in a program's registers:
 pivoted Cholesky decomposition of Gram matrices, pivoted QR of the cores, one-sided Jacobi, and what
 is made of its vectors. Matrices are [R, R], R a power of two; ranks below are padded with zeros,
 which no step changes. `low_rank_svd.py` has the long products and the launches.
