@@ -495,7 +495,7 @@ def work(rank, store):
         optimizer.zero_grad()
         digest.update(json.dumps(model.peft_config["default"].rank_pattern).encode())
     assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
-    print(digest.hexdigest())
+    print(digest.hexdigest() + "\\n", end="", flush=True)  # at once: two processes share the pipe
     dist.destroy_process_group()
 
 mp.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")
