@@ -327,6 +327,19 @@ def test_forced_triton_says_that_it_is_not_installed(w, no_triton, monkeypatch):
     assert dispatch.unserved(torch.device("cuda")) == "triton is not installed"
 
 
+@pytest.mark.parametrize("name", ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "gfx908"])
+def test_triton_serves_amd_where_its_kernels_do_not_spill(name, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(device, "arch", lambda of: name)
+    device.triton_missing.cache_clear()
+    reason = device.triton_missing(torch.device("cuda"))
+    device.triton_missing.cache_clear()
+    if name in ("gfx90a", "gfx942", "gfx950"):
+        assert reason is None
+    else:
+        assert reason == f"{name} is none of gfx90a, gfx942, gfx950, where no kernel spills"
+
+
 def test_what_serves_no_device_of_a_kind():
     assert dispatch.unserved(torch.device("cpu")) is None
     assert dispatch.unserved(torch.device("xpu")) == "no kernel for xpu"
