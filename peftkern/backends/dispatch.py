@@ -161,10 +161,6 @@ MEASURABLE = tuple(_SIZES)
 # Whether a GPU's back end is there in a form that takes tensors of a CPU.
 _STAND_INS = {"triton": triton_interpreted, "cuda": emulated}
 
-# Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
-# costs more than the copies it saves (bench/bench_lora_linear.py). Integrations ask; ops do not.
-DENSE_CPU_MINIMUM = 1 << 19
-
 _override: ContextVar[str | None] = ContextVar("peftkern_backend", default=None)
 
 

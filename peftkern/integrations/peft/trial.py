@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.backends import contest, dispatch, programs, trust
+from peftkern.backends.cpu import crossovers
 from peftkern.integrations.peft.fallback import Fallback
 
 UNMEASURED = "PEFT serves until this machine has measured such a layer"
@@ -219,7 +220,7 @@ def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
     """Time both sides, and record whose the class is."""
     rows = x.numel() // x.shape[-1]
     fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
-    least = dispatch.DENSE_CPU_MINIMUM // (layer.in_features + layer.out_features) + 1
+    least = crossovers.crossover("dense") // (layer.in_features + layer.out_features) + 1
     measured = min(rows, max(fit, LEAST_ROWS, least))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)
