@@ -75,6 +75,8 @@ def test_missing_peers_are_not_wrong(bare):
     assert {row["op"] for row in answer["served"]} == set(ops.SCHEMAS)
     assert {row["backend"] for row in answer["served"] if row["device"] == "cpu"} == {"cpu"}
     assert all(result["ok"] for result in answer["tested"])
+    assert answer["trust"]["mode"] == "always" and answer["trust"]["crossovers"]["dense"] > 0
+    assert answer["trust"]["devices"][0]["device"] == "cpu"
     assert answer["built"]["_cpu"]["in_use"] == native.cpu_isa()
 
 
