@@ -261,4 +261,5 @@ def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
     )
     side = trust.PEER if slower else trust.OURS
     verdict = {"side": side, "why": why, "ratios": ratios, "rows": measured}
-    tried.obey(trust.ledger(x.device).decide(tried.name, verdict))
+    ledger = trust.ledger(x.device)
+    tried.obey(ledger.decide(tried.name, verdict, keep=programs.lasting()))
