@@ -201,7 +201,7 @@ def test_report_tells_of_unmeasured_classes(tmp_path, monkeypatch):
         assert said in str(report)
         ledger = trust.ledger(torch.device("cpu"))
         verdict = {"side": trust.PEER, "why": "slower"}
-        ledger.decide("lora_linear/LoRA 64x64 r=4 rows<16 float32", verdict)
+        ledger.decide("lora_linear/LoRA 64x64 r=4 float32 rows<16", verdict)
         assert peftkern.patch(model).unmeasured == 3
         with trust.use_mode("off"):
             assert "; 3 classes unmeasured: PEFT serves them; on cpu" in str(peftkern.patch(model))

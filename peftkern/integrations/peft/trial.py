@@ -115,9 +115,19 @@ def _trusted_in_graph(*key: Any) -> bool:
 
 def name_of(full: tuple) -> str:
     """Write a class as the ledger keeps it."""
-    op, kind, N, K, r, *rest, rows, _ = full
-    dtypes = " ".join(str(part).removeprefix("torch.") for part in rest)
-    return f"{op}/{kind} {N}x{K} r={r} {dtypes} rows<{1 << rows}"
+    *layer, rows, _ = full
+    dtypes = " ".join(str(part).removeprefix("torch.") for part in layer[5:])
+    return f"{_layer_name(*layer[:5])} {dtypes} rows<{1 << rows}"
+
+
+def _layer_name(op: str, kind: str, N: int, K: int, r: int) -> str:
+    return f"{op}/{kind} {N}x{K} r={r}"
+
+
+def unmeasured(layer_key: tuple, device: torch.device) -> bool:
+    """Return whether no such layer has a verdict, whatever its dtypes and rows."""
+    start = f"{_layer_name(*layer_key)} "
+    return not any(name.startswith(start) for name in trust.ledger(device).classes)
 
 
 def sides_of(key: tuple, device: torch.device | str) -> set[str]:
