@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,6 +29,7 @@ from peftkern.tools.bench.processes import WorkerGoneError
 from peftkern.tools.bench.shapes import parse_weights
 from peftkern.tools.tune import cases, job, tune
 from peftkern.tools.tune.cases import Case
+from peftkern.tools.tune.worker import Worker
 
 CPU = torch.device("cpu")
 CASE = Case("tiny", N, K, "nf4", 4, 5, "fp32")
@@ -137,6 +138,16 @@ class Child:
 
     def stop(self) -> None:
         self.sent.append("stop")
+
+
+def test_layer_that_is_peft_s_in_any_case_says_why(monkeypatch):
+    monkeypatch.setattr(trust, "_forced", "auto")
+    case = Case("mixed", N, K, "dense", 4, 8, "fp32", "bf16")
+    answer = Worker("cpu").measure(asdict(case), again=False, small=True)
+    assert answer["side"] == trust.PEER and "ratios" not in answer
+    assert answer["why"] == "adapter is torch.bfloat16, its input torch.float32"
+    small = Worker("cpu").measure(asdict(replace(case, adapter_dtype="fp32")), False, False)
+    assert small["why"].startswith("small dense product")
 
 
 def test_class_that_ends_two_processes_is_peft_s(monkeypatch):

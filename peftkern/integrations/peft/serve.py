@@ -125,7 +125,7 @@ class PatchedLayer(PatchedForward):
                 return Fallback("PEFT's own operations measured faster for this shape")
             return None
         off = switched_off(self)
-        if off is not None and not isinstance(base[1], NF4Weight):
+        if (off or unfused) is not None and not isinstance(base[1], NF4Weight):
             return None  # which PEFT answers in any case
         key = trial_key(self, x, names, adapter, base[0].dtype, autocast)
         return trial.refusal(self, x, key, complete=off is None)

@@ -20,7 +20,7 @@ from peftkern.tools.bench.processes import Process, WorkerError, WorkerGoneError
 from peftkern.tools.tune.cases import Case, Sweep
 from peftkern.tools.tune.job import Job
 
-START_SECONDS = 600.0  # to import PEFT and its friends on a busy machine
+START_SECONDS = 600.0  # to import PEFT and its friends on a busy machine, or to write a verdict
 ATTEMPTS = 2  # at a class that ends its process
 
 Progress = Callable[[int, int, str], None]  # classes done, of all, and what is tried now
@@ -79,6 +79,8 @@ def run(job: Job, progress: Progress = lambda done, of, what: None) -> Outcome:
         campaign.run(begin + job.budget)
     except KeyboardInterrupt:
         campaign.outcome.stopped = True
+    except WorkerError as error:
+        raise TuneError(f"the process that tries layers does not work: {error}") from error
     finally:
         campaign.stop()
     campaign.outcome.seconds = time.monotonic() - begin
@@ -186,14 +188,11 @@ class _Campaign:
         return self._record(case, given, known=False)
 
     def _ask(self, do: str, doing: str, **arguments: Any) -> dict:
-        return self.process.ask(time.monotonic() + self.job.limit, doing, do, **arguments)
+        seconds = self.job.limit if do == "measure" else START_SECONDS
+        return self.process.ask(time.monotonic() + seconds, doing, do, **arguments)
 
     def _start(self) -> dict:
         """Start a child, which reads the journal of the one before."""
         self.process = Process(self.job.device, "peftkern.tools.tune.worker")
         cases = [dataclasses.asdict(case) for case in self.job.cases]
-        deadline = time.monotonic() + START_SECONDS
-        try:
-            return self.process.ask(deadline, "importing PEFT", "start", cases=cases)
-        except WorkerError as error:
-            raise TuneError(f"the process that tries layers does not start: {error}") from error
+        return self._ask("start", "importing PEFT", cases=cases)
