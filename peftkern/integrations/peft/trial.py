@@ -26,6 +26,7 @@ from peftkern.integrations.peft.fallback import Fallback
 
 UNMEASURED = "PEFT serves until this machine has measured such a layer"
 LEAST_ROWS = 128  # below, other kernels would be measured than those that run
+keep_divided = False  # verdicts of rounds that disagree, too: `peftkern tune` was asked for one
 ATTEMPTS = 3  # at a trial that found no memory
 _PASSES = 24  # forward passes that the shortest contest takes about the time of
 
@@ -263,20 +264,20 @@ def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)
     passes = _passes(layer, some.clone(), _leaves(layer))
-    ratios = {}
+    ratios, unanimous = {}, True
     for name, run in passes.items():
         sides = {"PEFT": lambda run=run: run(peer), "ours": lambda run=run: run(_ours)}
-        ratios[name] = contest.ratios(sides, clock, contest.BUDGET / len(passes))["ours"]
-    slower = {
-        f"{name} ({kind})": ratio
+        outcome = contest.outcomes(sides, clock, contest.BUDGET / len(passes))["ours"]
+        ratios[name] = outcome.ratios
+        unanimous &= outcome.unanimous
+    slower = [
+        f"{name} takes ours {ratio:.2f} times as long ({kind})"
         for name, kinds in ratios.items()
         for kind, ratio in kinds.items()
         if ratio > contest.SLOWER
-    }
-    why = ", ".join(
-        f"{name} takes ours {ratio:.2f} times as long" for name, ratio in slower.items()
-    )
-    side = trust.PEER if slower else trust.OURS
+    ]
+    side, why = trust.PEER if slower else trust.OURS, ", ".join(slower)
     verdict = {"side": side, "why": why, "ratios": ratios, "rows": measured}
     ledger = trust.ledger(x.device)
-    tried.obey(ledger.decide(tried.name, verdict, keep=programs.lasting()))
+    keep = programs.lasting() and (unanimous or keep_divided)
+    tried.obey(ledger.decide(tried.name, verdict, keep=keep))

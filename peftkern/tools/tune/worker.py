@@ -39,6 +39,7 @@ class Worker:
 
     def __init__(self, device: str) -> None:
         self.device = torch.empty(0, device=device).device
+        trial.keep_divided = True
 
     @property
     def ledger(self) -> trust.Ledger:
