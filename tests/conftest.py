@@ -10,6 +10,8 @@ from types import ModuleType, SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Kernels are what is tested: they serve from the first call on, and no verdict is read or written.
+os.environ["PEFTKERN_TRUST"] = "always"
 # Inductor's cache of graphs outlives the process, and its key leaves the instruction set out: what
 # was generated for 16 lanes is then compiled for 8, and is wrong (torch 2.13).
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
@@ -25,9 +27,9 @@ from hypothesis import HealthCheck, settings
 from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
 
 import peftkern
-from peftkern.backends import dispatch
 from peftkern.backends.cpu import module as cpu
 from peftkern.backends.cuda import module as cuda
+from peftkern.backends.programs import PLAIN
 from peftkern.monitor.clocks import WallClock
 
 # How long an example takes, or drawing it, is the machine's business.
@@ -72,17 +74,17 @@ def device_is_alive(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.exit(f"{request.node.nodeid}: {error}", returncode=1)
 
 
-@pytest.fixture(params=["cpu", *dispatch.PLAIN_TORCH])
+@pytest.fixture(params=["cpu", *PLAIN])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on the native kernels and on plain torch; a missing library fails the test."""
     with peftkern.use_backend(request.param):
         yield request.param
 
 
-@pytest.fixture(params=[*(cpu.cpu_isas() or ["no native library"]), *dispatch.PLAIN_TORCH])
+@pytest.fixture(params=[*(cpu.cpu_isas() or ["no native library"]), *PLAIN])
 def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """`backend`, but once per instruction set of this machine."""
-    if request.param in dispatch.PLAIN_TORCH:
+    if request.param in PLAIN:
         with peftkern.use_backend(request.param):
             yield request.param
         return

@@ -186,5 +186,6 @@ def _by_rows(keep: Tensor | None, rows: int, columns: int) -> Tensor | None:
 def _mask(keep: Tensor, at: slice, columns: int, dropout_p: float) -> Tensor:
     """Return the rows of a mask, drawn from their seed if it is one."""
     if keep.dtype is torch.int64:
-        return philox_keep(keep, at.stop - at.start, columns, dropout_p, first=at.start)
+        rows = torch.arange(at.start, at.stop, device=keep.device)
+        return philox_keep(keep, rows, columns, dropout_p)
     return keep[at]
