@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,12 @@ def nf4_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> None:
         out.copy_(flat.view(out.shape))
 
 
+@functools.cache
 def _pairs(device: torch.device) -> Tensor:
-    """Return the two float32 values of each byte, high nibble first, as one int64."""
+    """Return the two float32 values of each byte, high nibble first, as one int64.
+
+    2 KB for each device: to copy them at every call would wait for a GPU.
+    """
     code = nf4_code(device)
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
     return pairs.view(torch.int64).view(-1)
