@@ -22,7 +22,7 @@ from peftkern.backends import contest, correctness, trust
 from peftkern.backends.counts import record_call, record_fallback
 from peftkern.backends.device import BackendUnavailableError
 
-PLAIN = ("torch", "reference")  # what others are judged by
+PLAIN = ("torch", "reference")  # torch's own operations, which others are judged by
 CONTESTED = {"cuda"}  # kinds of device where back ends compete; a CPU has one of kernels
 # Arguments that an op writes to.
 _MUTATED = {

@@ -129,12 +129,14 @@ def _print_built(d: Diagnosis, console: Console) -> None:
 
 
 def _print_served(d: Diagnosis, console: Console) -> None:
+    from peftkern.backends.programs import PLAIN
+
     for device in dict.fromkeys(row.device for row in d.served):
         shown = table("op", "served by", "not by", whole=1)
         for row in d.served:
             if row.device == device:
                 others = "; ".join(f"{name}: {why}" for name, why in row.others.items())
-                style = None if row.backend not in (None, "reference") else "yellow"
+                style = None if row.backend not in (None, *PLAIN) else "yellow"
                 shown.add_row(row.op, row.backend or "none", others, style=style)
         section(console, f"Who serves bf16 activations on {device}", shown)
 

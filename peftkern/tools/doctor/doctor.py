@@ -382,4 +382,4 @@ def _test_finding(result: self_test.Result) -> Finding:
         what = (
             f"{where} by {result.backends}: error of {result.worst} is {result.share:.3g} of bound"
         )
-    return Finding(True, what, f"PEFTKERN_BACKEND=reference avoids it; {_REPORT}")
+    return Finding(True, what, f"PEFTKERN_BACKEND=torch avoids it; {_REPORT}")
