@@ -9,19 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import raw_safetensors, save_llama, save_tensors, write_index
+from checkpoint_folders import (
+    load_tensors,
+    raw_safetensors,
+    save_llama,
+    save_tensors,
+    write_index,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from peftkern.tools.quantize import checkpoint as checkpoint_module
 from peftkern.tools.quantize.checkpoint import (
     DTYPES,
     CheckpointError,
-    chunks_of,
     read_checkpoint,
-    read_tensor,
+    read_tensors,
 )
 
 TWO = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.arange(5, dtype=torch.int64)}
@@ -39,22 +43,21 @@ def refused(folder: Path, *words: str) -> None:
     assert "\n" not in message
 
 
+def raw(tensor: Tensor) -> bytes:
+    return bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_tensors_are_those_of_safetensors(tmp_path, sharded):
     found = read_checkpoint(save_llama(tmp_path, sharded=sharded))
     assert len(found.files) > 1 if sharded else len(found.files) == 1
-    names = set()
-    for path in found.files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                info = found.tensors[name]
-                expected = file.get_tensor(name)
-                got = read_tensor(info)
-                assert got.dtype is expected.dtype and torch.equal(got, expected)
-                raw = expected.contiguous().view(-1).view(torch.uint8).tolist()
-                assert b"".join(chunks_of(info)) == bytes(raw)
-                names.add(name)
-    assert names == set(found.tensors)
+    expected = load_tensors(tmp_path)
+    assert expected.keys() == found.tensors.keys()
+    infos = found.tensors.values()
+    for info, got in zip(infos, read_tensors(infos), strict=True):
+        assert got.dtype is expected[info.name].dtype and torch.equal(got, expected[info.name])
+        assert info.nbytes == got.numel() * got.element_size()
+    assert found.nbytes == sum(len(raw(tensor)) for tensor in expected.values())
     assert found.config["model_type"] == "llama"
 
 
@@ -63,16 +66,8 @@ def test_every_dtype_and_an_empty_tensor(tmp_path, dtype):
     tensors = {"x": torch.arange(6).to(dtype), "none": torch.empty(0, 3, dtype=dtype)}
     found = read_checkpoint(save_tensors(tmp_path, {"model.safetensors": tensors}))
     for name, expected in tensors.items():
-        got = read_tensor(found.tensors[name])
+        (got,) = read_tensors([found.tensors[name]])
         assert got.dtype is dtype and torch.equal(got, expected)
-        assert sum(map(len, chunks_of(found.tensors[name]))) == got.numel() * got.element_size()
-
-
-def test_large_tensor_comes_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_module, "CHUNK", 7)
-    found = read_checkpoint(save_tensors(tmp_path, {"model.safetensors": TWO}))
-    pieces = list(chunks_of(found.tensors["a.weight"]))
-    assert [len(piece) for piece in pieces] == [7] * 6 + [6]
 
 
 def test_not_a_folder(tmp_path):
@@ -223,7 +218,7 @@ def test_links_of_a_hub_cache_are_followed(tmp_path):
     blob.parent.mkdir()
     os.replace(folder / "model.safetensors", blob)
     (folder / "model.safetensors").symlink_to("../../blobs/beef")
-    assert torch.equal(read_tensor(read_checkpoint(folder).tensors["b"]), TWO["b"])
+    assert torch.equal(*read_tensors([read_checkpoint(folder).tensors["b"]]), TWO["b"])
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])  # opening a pipe would wait for ever
@@ -236,10 +231,12 @@ def test_pipe_and_folder_instead_of_a_file(tmp_path, make):
 
 def test_file_that_shrinks_after_the_check(tmp_path):
     found = read_checkpoint(save_tensors(tmp_path, {"model.safetensors": TWO}))
-    os.truncate(tmp_path / "model.safetensors", 90)
-    for read in (read_tensor, lambda info: list(chunks_of(info))):
-        with pytest.raises(CheckpointError, match="became shorter"):
-            read(found.tensors["b"])
+    reading = read_tensors(found.tensors.values())  # "b" first: its elements are larger
+    next(reading)
+    os.truncate(tmp_path / "model.safetensors", 200)
+    for rest in (reading, read_tensors([found.tensors["b"]])):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was read"):
+            next(rest)
 
 
 numbers = st.one_of(st.integers(-4, 40), st.integers(-(2**70), 2**70), st.floats(), st.booleans())
@@ -292,13 +289,12 @@ def test_any_file_is_refused_or_lies_within_itself(content):
             found = read_checkpoint(folder)
         except CheckpointError:
             return
-        for info in found.tensors.values():
-            assert info.start >= 8 and info.start + info.nbytes <= len(content)
-            raw = content[info.start : info.start + info.nbytes]
-            assert b"".join(chunks_of(info)) == raw
-            tensor = read_tensor(info)
-            assert tensor.shape == info.shape
-            assert bytes(tensor.reshape(-1).view(torch.uint8).tolist()) == raw
+        infos = found.tensors.values()
+        at = len(content) - found.nbytes  # they fill the file in their order
+        for info, tensor in zip(infos, read_tensors(infos), strict=True):
+            assert tensor.shape == info.shape and tensor.dtype is DTYPES[info.dtype]
+            assert raw(tensor) == content[at : at + info.nbytes]
+            at += info.nbytes
 
 
 @given(st.one_of(junk, st.dictionaries(st.text(max_size=4), st.one_of(st.text(), junk))))
