@@ -69,13 +69,13 @@ def quantize(
     try:
         options = Options(blocksize, double_quant, shard_bytes, device)
         checkpoint = read_checkpoint(source)
-        weights = find_linear_weights(
+        linear, config = find_linear_weights(
             checkpoint,
             skip=skip or (),
             double_quant=double_quant,
             compute_dtype=compute_dtype,
         )
-        experts = _experts(plan_files(checkpoint, weights.linear, options))
+        experts = _experts(plan_files(checkpoint, linear, options))
         if experts:
             print(f"peftkern: note: {experts}", file=sys.stderr)
         columns = (
@@ -91,8 +91,8 @@ def quantize(
             summary = quantize_checkpoint(
                 checkpoint,
                 destination,
-                weights.linear,
-                weights.quantization_config,
+                linear,
+                config,
                 options,
                 force=force,
                 progress=lambda count, name: bar.update(task, advance=count, description=name),

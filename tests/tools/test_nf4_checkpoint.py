@@ -65,19 +65,20 @@ def small(tmp_path: Path) -> Path:
 def convert(source: Path, destination: Path, **options: Any) -> nf4_checkpoint.Summary:
     """As the command does it."""
     checkpoint = read_checkpoint(source)
-    mine = {k: options.pop(k) for k in ("skip", "compute_dtype", "force") if k in options}
-    force = mine.pop("force", False)
-    plan = find_linear_weights(checkpoint, double_quant=options.get("double_quant", True), **mine)
-    settings = Options(**options)
-    return quantize_checkpoint(
-        checkpoint, destination, plan.linear, plan.quantization_config, settings, force=force
-    )
+    mine = {k: options.pop(k) for k in ("skip", "compute_dtype") if k in options}
+    found = find_linear_weights(checkpoint, double_quant=options.get("double_quant", True), **mine)
+    return quantize_checkpoint(checkpoint, destination, *found, Options(**options))
 
 
 def convert_small(source: Path, destination: Path, progress: Any = None, **options: Any):
     how = {"force": options.pop("force", False), "progress": progress}
     linear, checkpoint = options.pop("linear", SMALL_LINEAR), read_checkpoint(source)
     return quantize_checkpoint(checkpoint, destination, linear, CONFIG, Options(**options), **how)
+
+
+def refused(words: str, *folders: Path, **options: Any) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        convert_small(*folders, **options)
 
 
 def stop_after(calls: int, error: BaseException | None = None):
@@ -208,40 +209,32 @@ def assert_same_model(got: nn.Module, expected: nn.Module) -> None:
     assert torch.equal(got(ids)[0], expected(ids)[0])
 
 
+SOME = {"skip": ["model.layers.0.mlp", "v_proj"], "compute_dtype": "float16"}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "sharded", "tied"),
+    ("dtype", "sharded", "tied", "options"),
     [
-        *((torch.float32, False, False), (torch.float16, True, True)),
-        *((torch.bfloat16, True, False), (torch.bfloat16, False, True)),
+        *((torch.float32, False, False, {}), (torch.float16, True, True, {})),
+        *((torch.bfloat16, True, False, {}), (torch.bfloat16, False, True, {})),
+        *((torch.bfloat16, False, False, {"double_quant": two, **SOME}) for two in (True, False)),
     ],
-    ids=str,
 )
-def test_transformers_loads_what_it_would_have_quantized(tmp_path, dtype, sharded, tied):
+def test_transformers_loads_what_it_would_have_quantized(tmp_path, dtype, sharded, tied, options):
+    """With every option, too."""
     source = save_llama(tmp_path / "src", dtype, sharded=sharded, tie_word_embeddings=tied)
-    convert(source, tmp_path / "out", shard_bytes=30_000 if sharded else 10**9)
+    convert(source, tmp_path / "out", shard_bytes=30_000 if sharded else 10**9, **options)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 or not sharded
-    double = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert got.dtype is dtype and len(four_bit(got)) == 14
-    assert_same_model(got, on_the_fly(source, **double))
-
-
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_options_reach_the_loaded_model(tmp_path, double_quant):
-    source = save_llama(tmp_path / "src")
-    skip = ["model.layers.0.mlp", "v_proj"]
-    options = {"double_quant": double_quant, "skip": skip, "compute_dtype": "float16"}
-    convert(source, tmp_path / "out", **options)
-    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert len(four_bit(got)) == 14 - 3 - 2
-    assert got.hf_quantizer.quantization_config.bnb_4bit_compute_dtype is torch.float16
-    expected = on_the_fly(
-        source,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=torch.float16,
-        llm_int8_skip_modules=["lm_head", *skip],
-    )
-    assert_same_model(got, expected)
+    assert got.dtype is dtype and len(four_bit(got)) == (14 - 3 - 2 if options else 14)
+    how = {
+        "bnb_4bit_use_double_quant": options.get("double_quant", True),
+        "bnb_4bit_compute_dtype": torch.float16 if options else dtype,
+        "llm_int8_skip_modules": ["lm_head", *SOME["skip"]] if options else None,
+    }
+    config = got.hf_quantizer.quantization_config
+    assert config.bnb_4bit_compute_dtype is how["bnb_4bit_compute_dtype"]
+    assert_same_model(got, on_the_fly(source, **how))
 
 
 def test_blocksize_reaches_the_loaded_model(tmp_path):
@@ -368,8 +361,7 @@ def test_no_copy_goes_through_a_link_or_replaces_a_folder(tmp_path, small, kind)
     else:
         (out / "1_Pooling" / "config.json").mkdir(parents=True)
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match=r"1_Pooling.*: expected a (folder|file) or nothing"):
-        convert_small(small, out, force=True)
+    refused(r"1_Pooling.*: expected a (folder|file) or nothing", small, out, force=True)
     assert contents(tmp_path) == before and list(elsewhere.iterdir()) == []
 
 
@@ -397,7 +389,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small):
         assert contents(out) == whole
 
 
-def note(**changes: Any) -> bytes:
+def note(**changes: Any) -> str:
     """A manifest that is right for the first file but for its changes."""
     return json.dumps({FILES_OF_SMALL[0]: {"digest": "0", "error": 0.1, "name": "", **changes}})
 
@@ -454,12 +446,10 @@ def test_unfinished_run_with_other_options_or_source(tmp_path, small):
         ({"shard_bytes": 7}, "shard_bytes 5000000000, not 7"),
         ({"linear": {"one.weight": False}}, "another choice of tensors"),
     ):
-        with pytest.raises(CheckpointError, match=words):
-            convert_small(small, out, **options)
+        refused(words, small, out, **options)
     shutil.copytree(small, tmp_path / "other")
     os.utime(tmp_path / "other" / "model-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match="another source"):
-        convert_small(tmp_path / "other", out)
+    refused("another source", tmp_path / "other", out)
     assert contents(out) == before
     (out / WORK / FILES / "2_Dense").mkdir(parents=True)
     (out / WORK / FILES / "2_Dense" / "old").write_text("of a run with other options")
@@ -472,49 +462,35 @@ def test_second_process_is_refused(tmp_path, small):
     out = tmp_path / "out"
 
     def second(count: int, name: str) -> None:
-        with pytest.raises(CheckpointError, match="another process"):
-            convert_small(small, out)
+        refused("another process", small, out)
 
     convert_small(small, out, second)
     assert (out / "config.json").exists()
 
 
-@pytest.mark.parametrize("how", ["flipped", "full"])
-def test_disk_that_returns_other_bytes_or_is_full(tmp_path, small, monkeypatch, how):
+@pytest.mark.parametrize("words", ["reads back differently", "File too large"])
+def test_disk_that_returns_other_bytes_or_is_full(tmp_path, small, monkeypatch, words):
     out, save_file = tmp_path / "out", nf4_checkpoint.save_file
 
     def faulty(tensors: dict, path: Path, metadata: dict) -> None:
-        save_file(tensors, path, metadata)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000 if "large" in words else -1, limits[1]))
+        try:
+            save_file(tensors, path, metadata)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
         path.write_bytes(data)
 
-    if how == "flipped":
-        monkeypatch.setattr(nf4_checkpoint, "save_file", faulty)
-        words = "reads back differently"
-    else:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        words = "File too large"
-    try:
-        if how == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-        with pytest.raises(OSError, match=words):
-            convert_small(small, out)
-    finally:
-        if how == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=words):
+        patch.setattr(nf4_checkpoint, "save_file", faulty)
+        convert_small(small, out)
     assert [path.name for path in out.iterdir()] == [WORK]
-    monkeypatch.undo()
     assert convert_small(small, out).resumed == 0
-    assert (out / "model.safetensors").exists()
 
 
 # Refusals: nothing is left behind.
-
-
-def refused(words: str, source: Path, destination: Path, **options: Any) -> None:
-    with pytest.raises(CheckpointError, match=words):
-        convert_small(source, destination, **options)
 
 
 def test_destination_that_cannot_be_used(tmp_path, small):
@@ -537,8 +513,7 @@ def test_force_replaces_a_checkpoint_and_nothing_else(tmp_path, small):
     out = tmp_path / "out"
     convert_small(small, out, shard_bytes=1500)
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="--force replaces"):
-        convert_small(small, out)
+    refused("--force replaces", small, out)
     before = contents(out)
     with pytest.raises(KeyboardInterrupt):
         convert_small(small, out, stop_after(4), force=True)
@@ -612,13 +587,11 @@ def test_config_that_does_not_fit(tmp_path, change, words):
         find_linear_weights(read_checkpoint(source))
 
 
-def test_names_to_skip_and_dtypes_that_are_unknown(tmp_path):
+def test_names_to_skip_that_are_unknown(tmp_path):
     checkpoint = read_checkpoint(save_llama(tmp_path / "src"))
     for name in ("nonsense", "(", "embed_tokens"):
         with pytest.raises(CheckpointError, match=r"skip: .*q_proj, .*down_proj"):
             find_linear_weights(checkpoint, skip=[name])
-    with pytest.raises(CheckpointError, match="compute_dtype: expected one of"):
-        find_linear_weights(checkpoint, compute_dtype="int8")
     every = ["self_attn", "mlp.*"]
     with pytest.raises(CheckpointError, match="no tensor is the weight of a linear layer"):
         find_linear_weights(checkpoint, skip=[f"model.layers.*.{name}" for name in every])

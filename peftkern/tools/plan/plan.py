@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkern.formats.json_files import brief, read_json
+from peftkern.formats.nf4 import STATE_BYTES, state_dict_bytes
 from peftkern.tools.plan.training_step import (
     ACTIVATIONS,
     CHECKPOINTS,
@@ -49,10 +50,9 @@ ATTENTIONS = ("sdpa", "eager")
 DEVICES = ("cuda", "cpu")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ("llama", "mistral", "qwen2")
-PHASES = ("forward", "backward", "optimizer")
 
 _BYTES = {"bf16": 2, "fp32": 4}
-_BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' defaults, and the only ones of its 4-bit config
+_BLOCK = 64  # bitsandbytes' default, and the only one of its 4-bit config
 _MIN_8BIT, _BLOCK_8BIT = 4096, 256  # of bitsandbytes' 8-bit optimizers
 _LARGEST = 2**32
 _MOST_LAYERS = 1000  # each is simulated
@@ -379,12 +379,9 @@ def _linear_bytes(numel: int, training: Training) -> int:
     """Return bytes of a weight in memory: NF4 as bitsandbytes keeps it, with its tables."""
     if training.base != "nf4":
         return numel * _BYTES[training.base]
-    blocks = -(-numel // _BLOCK)
-    packed, code = -(-numel // 2), 16 * F32
-    if not training.double_quant:
-        return packed + blocks * F32 + code
-    nested = -(-blocks // _NESTED_BLOCK) * F32 + 256 * F32 + F32  # absmax, its code, its offset
-    return packed + blocks + nested + code
+    how = {"blocksize": _BLOCK, "double_quant": training.double_quant}
+    offset = F32 * training.double_quant  # a tensor here, in a file it is in the JSON
+    return state_dict_bytes(numel, **how) - STATE_BYTES + offset
 
 
 def _trained(model: Architecture, training: Training, linears: dict[str, Linear]) -> list[int]:

@@ -7,9 +7,10 @@ meta device), and its loader's rules say which tensor of the checkpoint belongs 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
@@ -23,20 +24,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from peftkern.formats.json_files import brief
 from peftkern.tools.quantize.checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo
 
-COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 _COUNT = re.compile(r"(layers?|experts|blocks)$")  # num_hidden_layers, n_layer, n_routed_experts
 _MOST_MODULES = 10_000
-
-
-@dataclass(frozen=True)
-class LinearWeights:
-    """Linear weights for `peftkern.tools.quantize.nf4_checkpoint.quantize_checkpoint`.
-
-    `linear` maps the names of the tensors to whether they are kept transposed, as in Conv1D.
-    """
-
-    linear: dict[str, bool]
-    quantization_config: dict[str, Any]
 
 
 def find_linear_weights(
@@ -45,22 +34,19 @@ def find_linear_weights(
     skip: Sequence[str] = (),
     double_quant: bool = True,
     compute_dtype: str | None = None,
-) -> LinearWeights:
+) -> tuple[dict[str, bool], dict[str, Any]]:
     """Find the tensors that transformers would turn into Linear4bit, and the matching config.
 
-    These are the weights of nn.Linear and Conv1D except the output embeddings, weights tied to
-    them, and those that the model keeps in float32. The excluded names stand in the config, so that
-    every version of transformers excludes the same.
+    Of each, whether it is kept transposed, as in Conv1D. These are the weights of nn.Linear and
+    Conv1D except the output embeddings, weights tied to them, and those that the model keeps in
+    float32. The excluded names stand in the config, so that every version of transformers excludes
+    the same.
 
     Args: skip, more modules to exclude: full names, their beginnings or endings; compute_dtype, the
         dtype of most of the weights by default.
     Raises: CheckpointError if transformers does not know the architecture, if the tensors do not
         fit it, if a name in skip fits no layer, or if a layer's weight is assembled on loading.
     """
-    if compute_dtype not in (None, *COMPUTE_DTYPES):
-        raise CheckpointError(
-            f"compute_dtype: expected one of {COMPUTE_DTYPES}, got {compute_dtype!r}"
-        )
     with _quiet():
         model = _meta_model(checkpoint)
         sources = _sources(model, checkpoint)
@@ -96,13 +82,11 @@ def find_linear_weights(
             f"{checkpoint.folder}: no tensor is the weight of a linear layer of "
             f"{type(model).__name__} that may be quantized"
         )
-    most = compute_dtype or _most_common_dtype([checkpoint.tensors[name] for name in linear])
-    config.bnb_4bit_compute_dtype = getattr(torch, most)
-    settings = config.to_dict()
-    method = settings["quant_method"]  # an enumeration of strings
-    return LinearWeights(
-        linear, {**settings, "quant_method": str(getattr(method, "value", method))}
-    )
+    most = Counter(sorted(checkpoint.tensors[name].dtype for name in linear)).most_common(1)
+    config.bnb_4bit_compute_dtype = DTYPES[most[0][0]]
+    if compute_dtype is not None:
+        config.bnb_4bit_compute_dtype = getattr(torch, compute_dtype)
+    return linear, json.loads(config.to_json_string(use_diff=False))
 
 
 @contextlib.contextmanager
@@ -198,9 +182,3 @@ def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
         model, list(skip), model._keep_in_fp32_modules, add_default_skips=True
     )
     return sorted(names)
-
-
-def _most_common_dtype(infos: list[TensorInfo]) -> str:
-    codes = [info.dtype for info in infos]
-    dtype = DTYPES[max(sorted(set(codes)), key=codes.count)]
-    return str(dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -155,9 +155,8 @@ class Summary:
     left: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Note:
-    """Note on a finished file: its digest, the largest error of its weights and the name of it."""
+class Note(NamedTuple):
+    """Note on a finished file: its digest, the largest error of its weights, and whose it is."""
 
     digest: str
     error: float
@@ -255,12 +254,9 @@ def _identity(
     options: Options,
 ) -> dict[str, Any]:
     """Return what a run must have in common with the one that it resumes."""
-    files = []
-    for path in checkpoint.files:
-        status = path.stat()
-        files.append([path.name, status.st_size, status.st_mtime_ns])
-    tensors = [(i.name, i.file.name, i.dtype, i.shape) for i in checkpoint.tensors.values()]
-    text = json.dumps([files, tensors, checkpoint.config])
+    states = [(path.name, path.stat()) for path in checkpoint.files]
+    files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    text = json.dumps([files, checkpoint.config])
     return {
         "source": hashlib.sha256(text.encode()).hexdigest(),
         **asdict(options),
@@ -272,11 +268,10 @@ def _identity(
 def _read_manifest(work: Path) -> dict[str, Note]:
     value = try_json(work / MANIFEST)
     notes = {}
-    for name, note in value.items() if isinstance(value, dict) else ():
+    for file, note in value.items() if isinstance(value, dict) else ():
         match note:
-            case {"digest": str(digest), "error": float(error), "name": str(tensor)}:
-                if 0 <= error < 1:
-                    notes[name] = Note(digest, error, tensor)
+            case [str(), float(error), str()] if 0 <= error < 1:
+                notes[file] = Note(*note)
     return notes
 
 
@@ -296,8 +291,7 @@ def _write(
         else:
             path.unlink(missing_ok=True)
             notes[name] = _write_file(path, units, options, progress)
-            manifest = {name: asdict(note) for name, note in notes.items()}
-            replace_json(work / MANIFEST, manifest)
+            replace_json(work / MANIFEST, notes)
         with open_safetensors(path) as file:
             weight_map.update(dict.fromkeys(file.offset_keys(), name))
     if len(plan.files) > 1:
