@@ -63,8 +63,8 @@ def quantize(
         from peftkern.tools.quantize.nf4_checkpoint import Options, plan_files, quantize_checkpoint
     except ImportError as error:
         raise InputError(
-            f"expected transformers, accelerate and bitsandbytes, which say what is quantized: "
-            f"pip install 'peftkern[peft]' ({error})"
+            "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
+            f"quantized: pip install -U 'peftkern[peft]' ({error})"
         ) from None
     try:
         options = Options(blocksize, double_quant, shard_bytes, device)

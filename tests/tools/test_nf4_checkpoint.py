@@ -19,15 +19,19 @@ from safetensors import safe_open
 from tolerances import ABSMAX_CODE_BIN, ABSMAX_CODE_MISMATCH, DYNAMIC_MAP_RTOL, NF4_MAX_HALF_GAP
 from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaModel,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5Model,
 )
 
 import peftkern
@@ -203,10 +207,11 @@ def assert_same_model(got: nn.Module, expected: nn.Module) -> None:
         theirs.absmax = mine.absmax
         if mine.nested:
             theirs.state2.code = mine.state2.code
-    ids = torch.arange(2 * 9).view(2, 9) % LLAMA["vocab_size"]
+    ids = torch.arange(2 * 9).view(2, 9) % 47
+    more = {"decoder_input_ids": ids} if got.config.is_encoder_decoder else {}
     for model in (got, expected):
         model.train()  # in eval mode bitsandbytes repacks weights in place on some CPUs
-    assert torch.equal(got(ids)[0], expected(ids)[0])
+    assert torch.equal(got(ids, **more)[0], expected(ids, **more)[0])
 
 
 SOME = {"skip": ["model.layers.0.mlp", "v_proj"], "compute_dtype": "float16"}
@@ -255,24 +260,33 @@ def test_blocksize_reaches_the_loaded_model(tmp_path):
 GPT2 = {"vocab_size": 48, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 2}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 EXPERTS = {**LLAMA, "num_local_experts": 3, "intermediate_size": 32}
+T5 = {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4, "dropout_rate": 0}
+VISION = {"image_size": 32, "patch_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2}
+VISION = CLIPVisionConfig(hidden_size=64, intermediate_size=96, **VISION)
+PARTS = {"vision_config": VISION, "text_config": LlamaConfig(**LLAMA), "image_token_index": 47}
 MODELS = {  # and how many of their weights are quantized
     "no head": (lambda: LlamaModel(LlamaConfig(**LLAMA)), 14),
     "Conv1D": (lambda: GPT2LMHeadModel(GPT2Config(**GPT2, **NO_DROPOUT)), 8),
     "fused experts": (lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS)), 8),
+    "encoder and decoder": (lambda: T5Model(T5Config(vocab_size=48, **T5)), 28),
+    "vision": (lambda: LlavaModel(LlavaConfig(**PARTS)), 28),
 }
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_other_models(tmp_path, kind):
-    """Without a head, with transposed weights, and with experts that transformers fuses."""
+    """With transposed weights, experts that transformers fuses, layers kept in float32, two parts.
+
+    Those without a head are loaded under prefixes that the tensors do not have.
+    """
     make, quantized = MODELS[kind]
-    auto = AutoModel if kind == "no head" else AutoModelForCausalLM
     torch.manual_seed(0)
-    make().save_pretrained(tmp_path / "src")
+    model = make()
+    model.save_pretrained(tmp_path / "src")
     summary = convert(tmp_path / "src", tmp_path / "out", double_quant=False)
     assert summary.plan.quantized.tensors == quantized
-    got = auto.from_pretrained(tmp_path / "out")
-    assert_same_model(got, on_the_fly(tmp_path / "src", auto))
+    got = type(model).from_pretrained(tmp_path / "out")
+    assert_same_model(got, on_the_fly(tmp_path / "src", type(model)))
 
 
 BESIDE = {  # what is copied; tests/tools/test_companions.py has the layouts of repositories
@@ -389,13 +403,10 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small):
         assert contents(out) == whole
 
 
-def note(**changes: Any) -> str:
-    """A manifest that is right for the first file but for its changes."""
-    return json.dumps({FILES_OF_SMALL[0]: {"digest": "0", "error": 0.1, "name": "", **changes}})
-
-
-MANIFESTS = ["[1]", "[" * 100_000, "\xff", '{"model": 1}', note()]
-MANIFESTS += [note(digest=[]), note(error={}), note(error=float("nan")), note(name=None)]
+# What is noted of the first file: nothing that can be read, or no note, or of another content.
+NOTES = [1, ["0", 0.1], [[], 0.1, ""], ["0", {}, ""], ["0", float("nan"), ""], ["0", 0.1, None]]
+NOTES = [json.dumps({FILES_OF_SMALL[0]: note}) for note in (*NOTES, ["0", 0.1, ""])]
+MANIFESTS = ["[1]", "[" * 100_000, "\xff", *NOTES]
 
 
 @pytest.mark.parametrize(
@@ -554,16 +565,16 @@ def test_zero_and_empty_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("linear", "options", "words"),
+    ("options", "words"),
     [
-        ({"none.weight": False}, {}, "no such tensor"),
-        ({"steps": False}, {}, r"two dimensions.*I64 \[5\]"),
-        ({}, {"blocksize": 65}, f"expected one of \\({BLOCKSIZES[0]}, "),
-        ({}, {"shard_bytes": 0}, "shard_bytes: expected at least 1"),
+        ({"linear": {"none.weight": False}}, "no such tensor"),
+        ({"linear": {"steps": False}}, r"two dimensions.*I64 \[5\]"),
+        ({"blocksize": 65}, f"expected one of \\({BLOCKSIZES[0]}, "),
+        ({"shard_bytes": 0}, "shard_bytes: expected at least 1"),
     ],
 )
-def test_arguments_that_make_no_sense(tmp_path, small, linear, options, words):
-    refused(words, small, tmp_path / "out", linear=linear, **options)
+def test_arguments_that_make_no_sense(tmp_path, small, options, words):
+    refused(words, small, tmp_path / "out", **options)
     (small / "tokenizer.json").symlink_to("/etc/passwd")
     refused(r"tokenizer\.json: a link to outside", small, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -577,24 +588,17 @@ def test_arguments_that_make_no_sense(tmp_path, small, linear, options, words):
         ({"architectures": ["AutoModel"]}, "has no architecture 'AutoModel'"),
         ({"hidden_size": 128}, "does not fit"),
         ({"num_attention_heads": "many"}, "cannot build LlamaForCausalLM"),
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers': expected at most 10000"),
+        *(({"skip": name}, "skip: .*q_proj, .*down_proj") for name in ("no", "(", "embed_tokens")),
+        ({"skip": r"model.layers.*"}, "no tensor is the weight of a linear layer"),
     ],
 )
-def test_config_that_does_not_fit(tmp_path, change, words):
-    source = save_llama(tmp_path / "src")
+def test_config_or_names_to_skip_that_do_not_fit(tmp_path, change, words):
+    source, skip = save_llama(tmp_path / "src"), [change["skip"]] if "skip" in change else []
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(CheckpointError, match=words):
-        find_linear_weights(read_checkpoint(source))
-
-
-def test_names_to_skip_that_are_unknown(tmp_path):
-    checkpoint = read_checkpoint(save_llama(tmp_path / "src"))
-    for name in ("nonsense", "(", "embed_tokens"):
-        with pytest.raises(CheckpointError, match=r"skip: .*q_proj, .*down_proj"):
-            find_linear_weights(checkpoint, skip=[name])
-    every = ["self_attn", "mlp.*"]
-    with pytest.raises(CheckpointError, match="no tensor is the weight of a linear layer"):
-        find_linear_weights(checkpoint, skip=[f"model.layers.*.{name}" for name in every])
+        find_linear_weights(read_checkpoint(source), skip=skip)
 
 
 MEASURE = """

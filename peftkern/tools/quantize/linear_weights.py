@@ -18,8 +18,11 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from peftkern.formats.json_files import brief
 from peftkern.tools.quantize.checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo
@@ -135,17 +138,6 @@ def _check_counts(config: Any) -> None:
 
 def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorInfo | str]:
     """Map parameter names to the tensor loaded into each, or to the pattern of several."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-    except ImportError:
-        raise CheckpointError(
-            f"transformers: expected version 5 or newer, got {transformers.__version__}"
-        ) from None
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -166,8 +158,6 @@ def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor
 
 
 def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     for name in skip:
         try:
