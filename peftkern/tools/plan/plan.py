@@ -23,7 +23,7 @@ The CUDA context, cuBLAS workspaces, fragmentation and what else runs on the dev
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,15 @@ from peftkern.tools.plan.training_step import (
     Step,
 )
 
-METHODS = ("lora", "qlora", "adalora", "dora", "full")
-BASES = ("bf16", "fp32", "nf4")
-DTYPES = ("bf16", "fp32")
-OPTIMIZERS = ("adamw", "adamw-32bit", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd")
-ATTENTIONS = ("sdpa", "eager")
-DEVICES = ("cuda", "cpu")
+ACCEPTED = {  # in the fields of Training that are names
+    "method": ("lora", "qlora", "adalora", "dora", "full"),
+    "dtype": ("bf16", "fp32"),
+    "adapter_dtype": ("bf16", "fp32"),
+    "optimizer": ("adamw", "adamw-32bit", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd"),
+    "attention": ("sdpa", "eager"),
+    "device": ("cuda", "cpu"),
+    "base": ("bf16", "fp32", "nf4"),
+}
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 
@@ -141,15 +144,12 @@ class Training:
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("adapter_dtype", self.adapter_dtype, DTYPES)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _one_of("attention", self.attention, ATTENTIONS)
-        _one_of("device", self.device, DEVICES)
         if self.base is None:
             object.__setattr__(self, "base", "nf4" if self.method == "qlora" else self.dtype)
-        _one_of("base", self.base, BASES)
+        for name, accepted in ACCEPTED.items():
+            value = getattr(self, name)
+            if value not in accepted:
+                raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
         for name in ("r", "batch", "sequence"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
@@ -168,11 +168,6 @@ class Training:
             raise ValueError(
                 f"base: expected nf4 or the dtype of the activations, {self.dtype}, got {self.base}"
             )
-
-
-def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -328,14 +323,9 @@ def _linears(model: Architecture, training: Training) -> dict[str, Linear]:
 
 def step_shapes(model: Architecture, training: Training) -> Shapes:
     """Return the shapes for `peftkern.tools.plan.training_step.Step`."""
+    common = {f.name for f in fields(Shapes)} & {f.name for f in fields(model)}
     return Shapes(
-        layers=model.layers,
-        hidden=model.hidden,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        intermediate=model.intermediate,
-        vocabulary=model.vocabulary,
+        **{name: getattr(model, name) for name in common},
         linears=_linears(model, training),
         batch=training.batch,
         sequence=training.sequence,
@@ -349,7 +339,6 @@ def step_shapes(model: Architecture, training: Training) -> Shapes:
         ranknum_trained=training.dtype != "fp32",
         double_quant=training.double_quant,
         cuda=training.device == "cuda",
-        tied=model.tied,
     )
 
 

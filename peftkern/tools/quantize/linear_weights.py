@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -50,7 +50,9 @@ def find_linear_weights(
     Raises: CheckpointError if transformers does not know the architecture, if the tensors do not
         fit it, if a name in skip fits no layer, or if a layer's weight is assembled on loading.
     """
-    with _quiet():
+    with contextlib.ExitStack() as stack:
+        stack.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
+        transformers.logging.set_verbosity_error()
         model = _meta_model(checkpoint)
         sources = _sources(model, checkpoint)
         config = BitsAndBytesConfig(
@@ -90,16 +92,6 @@ def find_linear_weights(
     if compute_dtype is not None:
         config.bnb_4bit_compute_dtype = getattr(torch, compute_dtype)
     return linear, json.loads(config.to_json_string(use_diff=False))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -94,23 +94,18 @@ def clear_folder(folder: Path, keep: Collection[str]) -> None:
 
 
 def _difference(other: Any, identity: dict[str, Any]) -> str:
-    if isinstance(other, dict):
-        for key, value in identity.items():
-            if other.get(key) != value:
-                if isinstance(value, (int, str)) and key != "source":
-                    return f"{key} {other.get(key)}, not {value}"
-                return f"another {key}"
-    return "other options"
+    other = other if isinstance(other, dict) else {}
+    key, value = next(item for item in identity.items() if other.get(item[0]) != item[1])
+    told = isinstance(value, (int, str)) and key != "source"
+    return f"{key} {other.get(key)}, not {value}" if told else f"another {key}"
 
 
 def check_space(destination: Path, needed: int) -> None:
     """Raise CheckpointError if that many bytes, less those already written, do not fit."""
     work = destination / WORK
     there = sum(path.lstat().st_size for path in work.rglob("*") if not path.is_dir())
-    parent = Path(os.path.realpath(destination))
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    path = Path(os.path.realpath(destination))
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     if needed + _SPARE_BYTES > there + free:
         needed = max(needed + _SPARE_BYTES - there, 0)
         raise CheckpointError(
