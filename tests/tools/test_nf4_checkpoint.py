@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoint_folders import LLAMA, contents, load_tensors, save_llama, save_tensors
 from processes import run_code
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tolerances import ABSMAX_CODE_BIN, ABSMAX_CODE_MISMATCH, DYNAMIC_MAP_RTOL, NF4_MAX_HALF_GAP
 from torch import nn
 from transformers import (
@@ -53,6 +53,8 @@ SMALL = {
     "three.weight": torch.randn(33, 65).half(),
 }
 SMALL_LINEAR = {"one.weight": False, "two.weight": False, "three.weight": True}
+# Of at most 1500 bytes: "one.weight" alone, "three.weight" alone, and the rest.
+FILES_OF_SMALL = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
 @pytest.fixture
@@ -63,7 +65,9 @@ def small(tmp_path: Path) -> Path:
         "model-00001-of-00002.safetensors": {name: SMALL[name] for name in names[:3]},
         "model-00002-of-00002.safetensors": {name: SMALL[name] for name in names[3:]},
     }
-    return save_tensors(tmp_path / "src", shards)
+    folder = save_tensors(tmp_path / "src", shards)
+    (folder / "config.json").write_text('{"model_type": "none", "limit": [0.0, Infinity]}')
+    return folder
 
 
 def convert(source: Path, destination: Path, **options: Any) -> nf4_checkpoint.Summary:
@@ -132,13 +136,11 @@ def test_every_tensor_is_written(tmp_path, small, double_quant, shard_bytes):
     assert weights == sorted(summary.plan.files)
     assert len(weights) in {1: [len(SMALL)], 1500: [2, 3], 10**9: [1]}[shard_bytes]
     if len(weights) > 1:
-        index = json.loads((out / "model.safetensors.index.json").read_text())
-        for path in weights:
-            with safe_open(out / path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    assert index["weight_map"].pop(key) == path
-        assert index == {"metadata": {"total_size": after}, "weight_map": {}}
-    assert json.loads((out / "config.json").read_text())["quantization_config"] == CONFIG
+        weight_map = {key: path for path in weights for key in load_file(out / path)}
+        index = {"metadata": {"total_size": after}, "weight_map": weight_map}
+        assert json.loads((out / "model.safetensors.index.json").read_text()) == index
+    before, config = (json.loads((at / "config.json").read_text()) for at in (small, out))
+    assert config == {**before, "quantization_config": CONFIG}
     for path in weights:
         check_alignment((out / path).read_bytes())
         assert (out / path).stat().st_mode == (out / "config.json").stat().st_mode
@@ -303,31 +305,16 @@ def add_files(folder: Path, names: set[str]) -> None:
         path.write_text(f"content of {name}")
 
 
-def test_files_beside_the_weights_are_copied_or_named(tmp_path, small):
-    add_files(small, BESIDE | NOT_BESIDE)
-    summary = convert_small(small, tmp_path / "out")
-    assert (set(summary.copied), set(summary.left)) == (BESIDE, NOT_BESIDE)
-    copied = contents(tmp_path / "out")
-    assert copied.keys() == {"model.safetensors", "config.json"} | BESIDE
-    assert all(copied[name] == f"content of {name}".encode() for name in BESIDE)
-
-
-def test_config_gains_how_it_was_quantized_and_loses_nothing(tmp_path):
-    source = save_llama(tmp_path / "src", rope_theta=12345.0)
-    config = json.loads((source / "config.json").read_text())
-    config["time_step_limit"] = [0.0, float("inf")]  # as transformers writes it for Mamba-2
-    (source / "config.json").write_text(json.dumps(config))
-    convert(source, tmp_path / "out")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written.pop("quantization_config")["load_in_4bit"] is True
-    assert written == config
-
-
 def test_files_and_folders_are_there_whole_or_not_at_all(tmp_path, small, monkeypatch):
-    """Stopped while they are copied, and again at every second file that is moved."""
-    add_files(small, BESIDE)
+    """Copied or named; stopped while they are copied, and at every second file that is moved."""
+    add_files(small, BESIDE | NOT_BESIDE)
     options = {"shard_bytes": 1500}
-    convert_small(small, tmp_path / "whole", **options)
+    summary = convert_small(small, tmp_path / "whole", **options)
+    assert (set(summary.copied), set(summary.left)) == (BESIDE, NOT_BESIDE)
+    copied = contents(tmp_path / "whole")
+    own = {"config.json", "model.safetensors.index.json", *FILES_OF_SMALL}
+    assert copied.keys() == own | BESIDE
+    assert all(copied[name] == f"content of {name}".encode() for name in BESIDE)
     out, copyfile, replace = tmp_path / "out", shutil.copyfile, os.replace
 
     def stopping(source: Path, target: Path) -> None:
@@ -380,10 +367,6 @@ def test_no_copy_goes_through_a_link_or_replaces_a_folder(tmp_path, small, kind)
 
 
 # Interruptions.
-
-
-# Three files, in this order: "one.weight" alone, "three.weight" alone, and the rest.
-FILES_OF_SMALL = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small):
@@ -471,11 +454,7 @@ def test_unfinished_run_with_other_options_or_source(tmp_path, small):
 
 def test_second_process_is_refused(tmp_path, small):
     out = tmp_path / "out"
-
-    def second(count: int, name: str) -> None:
-        refused("another process", small, out)
-
-    convert_small(small, out, second)
+    convert_small(small, out, lambda count, name: refused("another process", small, out))
     assert (out / "config.json").exists()
 
 
