@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -120,25 +119,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """Files to write, by name, and their tensors."""
+    """Files to write, by name, and their tensors; sizes of all and of some of these."""
 
     files: dict[str, list[Unit]]
-
-    @property
-    def units(self) -> Iterator[Unit]:
-        return itertools.chain(*self.files.values())
-
-    @property
-    def total(self) -> Size:
-        return Size.of(self.units)
-
-    @property
-    def quantized(self) -> Size:
-        return Size.of(unit for unit in self.units if unit.transposed is not None)
-
-    @property
-    def experts(self) -> Size:
-        return Size.of(unit for unit in self.units if unit.experts)
+    total: Size
+    quantized: Size
+    experts: Size
 
 
 @dataclass(frozen=True)
@@ -189,8 +175,12 @@ def plan_files(checkpoint: Checkpoint, linear: Mapping[str, bool], options: Opti
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=options.shard_bytes,
     )
-    files = split.filename_to_tensors.items()
-    return Plan({file: [units[name] for name in names] for file, names in files})
+    return Plan(
+        {file: [units[n] for n in names] for file, names in split.filename_to_tensors.items()},
+        Size.of(units.values()),
+        Size.of(unit for unit in units.values() if unit.transposed is not None),
+        Size.of(unit for unit in units.values() if unit.experts),
+    )
 
 
 def quantize_checkpoint(
