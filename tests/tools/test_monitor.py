@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -219,14 +220,9 @@ def test_live_line_is_for_terminals():
     process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     seen = b""
-    while True:
-        try:
-            chunk = os.read(ours, 4096)
-        except OSError:  # the other side is closed
-            break
-        if not chunk:
-            break
-        seen += chunk
+    with contextlib.suppress(OSError):  # the other side is closed
+        while chunk := os.read(ours, 4096):
+            seen += chunk
     os.close(ours)
     assert process.wait(HANG_SECONDS) == 0
     assert b"step 3" in seen and b"loss 0.25" in seen and b"printed 2" in seen
