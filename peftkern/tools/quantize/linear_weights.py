@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections import Counter
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,10 +87,9 @@ def find_linear_weights(
             f"{checkpoint.folder}: no tensor is the weight of a linear layer of "
             f"{type(model).__name__} that may be quantized"
         )
-    most = Counter(sorted(checkpoint.tensors[name].dtype for name in linear)).most_common(1)
-    config.bnb_4bit_compute_dtype = DTYPES[most[0][0]]
-    if compute_dtype is not None:
-        config.bnb_4bit_compute_dtype = getattr(torch, compute_dtype)
+    most = statistics.mode(sorted(checkpoint.tensors[name].dtype for name in linear))
+    compute = DTYPES[most] if compute_dtype is None else getattr(torch, compute_dtype)
+    config.bnb_4bit_compute_dtype = compute
     return linear, json.loads(config.to_json_string(use_diff=False))
 
 
