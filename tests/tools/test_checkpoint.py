@@ -166,36 +166,6 @@ def test_index_with_names_that_are_not_plain(tmp_path, weight_map):
     refused(tmp_path, "model.safetensors.index.json: expected")
 
 
-@pytest.mark.parametrize("name", [SINGLE, "config.json"])
-def test_link_to_outside(tmp_path, name):
-    outside = save_tensors(tmp_path / "outside", {SINGLE: TWO})
-    folder = save_tensors(tmp_path / "folder", {SINGLE: TWO})
-    (folder / name).unlink()
-    (folder / name).symlink_to(outside / name)
-    refused(folder, name, "a link to outside")
-    (folder / name).unlink()
-    (folder / name).symlink_to(folder / name)
-    refused(folder, name)
-
-
-def test_links_of_a_hub_cache_are_followed(tmp_path):
-    cache = tmp_path / "models--some--model"
-    folder = save_tensors(cache / "snapshots" / "0123", {SINGLE: TWO})
-    blob = cache / "blobs" / "beef"
-    blob.parent.mkdir()
-    os.replace(folder / SINGLE, blob)
-    (folder / SINGLE).symlink_to("../../blobs/beef")
-    assert torch.equal(*read_tensors([read_checkpoint(folder).tensors["b"]]), TWO["b"])
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])  # opening a pipe would wait for ever
-def test_pipe_and_folder_instead_of_a_file(tmp_path, make):
-    path = save_tensors(tmp_path, {SINGLE: TWO}) / SINGLE
-    path.unlink()
-    make(path)
-    refused(tmp_path, "expected a file")
-
-
 def test_file_that_shrinks_after_the_check(tmp_path):
     found = read_checkpoint(save_tensors(tmp_path, {SINGLE: TWO}))
     reading = read_tensors(found.tensors.values())  # "b" first: its elements are larger
