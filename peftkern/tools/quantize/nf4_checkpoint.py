@@ -188,10 +188,10 @@ def quantize_checkpoint(
     destination: str | os.PathLike,
     linear: Mapping[str, bool],
     quantization_config: Mapping[str, Any],
-    options: Options | None = None,
+    options: Options,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = lambda count, name: None,
 ) -> Summary:
     """Write `checkpoint` to the folder `destination` with its linear weights in NF4.
 
@@ -210,7 +210,6 @@ def quantize_checkpoint(
         progress: called with (bytes of the source, tensor name) after each piece of work.
     Raises: CheckpointError for a request that cannot be met.
     """
-    options = options or Options()
     destination = Path(destination)
     plan = plan_files(checkpoint, linear, options)
     identity = _identity(checkpoint, linear, quantization_config, options)
@@ -222,7 +221,7 @@ def quantize_checkpoint(
         notes, resumed = _read_manifest(work), plan.total.tensors
         try:
             if not (work / COMPLETE).exists():
-                resumed = _write(work, plan, notes, options, progress or (lambda count, name: None))
+                resumed = _write(work, plan, notes, options, progress)
                 copy_files(checkpoint.folder, work / FILES, companions.copied)
                 config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
                 replace_json(work / FILES / CONFIG, config)
