@@ -111,6 +111,7 @@ def quantize(
 
 def _report(summary: Summary, destination: Path) -> str:
     resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
+    left = [name if name.isprintable() else ascii(name) for name in summary.left]
     plan = summary.plan
     total, quantized, experts = plan.total, plan.quantized, _experts(plan)
     return "\n".join(
@@ -124,7 +125,7 @@ def _report(summary: Summary, destination: Path) -> str:
             f"largest relative error {summary.largest_error:.2%}, of {summary.largest_error_name}",
             f"{len(plan.files)} file{'s' * (len(plan.files) > 1)} read back, checksums agree",
             f"{len(summary.copied)} other file{'s' * (len(summary.copied) != 1)} copied",
-            *([f"left behind: {', '.join(map(_shown, summary.left))}"] if summary.left else []),
+            *([f"left behind: {', '.join(left)}"] if left else []),
             f"{destination}: written",
         ]
     )
@@ -144,10 +145,6 @@ def _experts(plan: Plan) -> str | None:
 
 def _share(part: Size, total: Size) -> float:
     return part.parameters / max(total.parameters, 1)
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() else ascii(name)
 
 
 def _size(count: int) -> str:

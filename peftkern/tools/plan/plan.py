@@ -323,21 +323,15 @@ def _linears(model: Architecture, training: Training) -> dict[str, Linear]:
 
 def step_shapes(model: Architecture, training: Training) -> Shapes:
     """Return the shapes for `peftkern.tools.plan.training_step.Step`."""
-    common = {f.name for f in fields(Shapes)} & {f.name for f in fields(model)}
+    known = {**vars(model), **vars(training)}
     return Shapes(
-        **{name: getattr(model, name) for name in common},
+        **{f.name: known[f.name] for f in fields(Shapes) if f.name in known},
         linears=_linears(model, training),
-        batch=training.batch,
-        sequence=training.sequence,
-        r=training.r,
         size=_BYTES[training.dtype],
         adapter_size=_BYTES[training.adapter_dtype],
-        dropout=training.dropout,
-        checkpointing=training.checkpointing,
         eager_attention=training.attention == "eager",
         train_all=training.method == "full",
         ranknum_trained=training.dtype != "fp32",
-        double_quant=training.double_quant,
         cuda=training.device == "cuda",
     )
 

@@ -151,13 +151,11 @@ def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor
 def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     for name in skip:
-        try:
-            found = not all(should_convert_module(layer, [name]) for layer in layers)
-        except re.error:
-            found = False
-        if not found:
-            examples = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
-            raise CheckpointError(f"skip: no linear layer is called {name!r}; there are {examples}")
+        with contextlib.suppress(re.error):
+            if not all(should_convert_module(layer, [name]) for layer in layers):
+                continue
+        examples = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+        raise CheckpointError(f"skip: no linear layer is called {name!r}; there are {examples}")
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
     names = quantizer.get_modules_to_not_convert(
         model, list(skip), model._keep_in_fp32_modules, add_default_skips=True

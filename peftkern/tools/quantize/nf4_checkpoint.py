@@ -28,6 +28,7 @@ from torch import Tensor
 
 from peftkern.formats.nf4 import BLOCKSIZES, STATE_BYTES, STATE_KEY, state_dict_bytes
 from peftkern.functional import dequantize_nf4, quantize_nf4
+from peftkern.tools.quantize import staging
 from peftkern.tools.quantize.checkpoint import (
     CONFIG,
     INDEX,
@@ -39,19 +40,6 @@ from peftkern.tools.quantize.checkpoint import (
     read_tensors,
 )
 from peftkern.tools.quantize.companions import find_companions
-from peftkern.tools.quantize.staging import (
-    COMPLETE,
-    FILES,
-    check_destination,
-    check_space,
-    clear_folder,
-    copy_files,
-    publish,
-    replace_json,
-    sync_file,
-    try_json,
-    work_folder,
-)
 
 MANIFEST = "manifest.json"  # in the work folder: a Note of each finished file
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantize_nf4 takes
@@ -214,24 +202,24 @@ def quantize_checkpoint(
     plan = plan_files(checkpoint, linear, options)
     identity = _identity(checkpoint, linear, quantization_config, options)
     companions = find_companions(checkpoint)
-    check_destination(checkpoint.folder, destination, force, companions.copied)
-    check_space(destination, plan.total.bytes_after + companions.nbytes)
+    staging.check_destination(checkpoint.folder, destination, force, companions.copied)
+    staging.check_space(destination, plan.total.bytes_after + companions.nbytes)
     created = not destination.exists()
-    with work_folder(destination, identity, force) as work:
+    with staging.work_folder(destination, identity, force) as work:
         notes, resumed = _read_manifest(work), plan.total.tensors
         try:
-            if not (work / COMPLETE).exists():
+            if not (work / staging.COMPLETE).exists():
                 resumed = _write(work, plan, notes, options, progress)
-                copy_files(checkpoint.folder, work / FILES, companions.copied)
+                staging.copy_files(checkpoint.folder, work / staging.FILES, companions.copied)
                 config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
-                replace_json(work / FILES / CONFIG, config)
+                staging.replace_json(work / staging.FILES / CONFIG, config)
         except CheckpointError:
             shutil.rmtree(work)
             with contextlib.suppress(OSError):
                 if created:
                     destination.rmdir()
             raise
-        publish(work, destination)
+        staging.publish(work, destination)
     largest = max(((note.error, note.name) for note in notes.values()), default=(0.0, ""))
     return Summary(plan, resumed, *largest, companions.copied, companions.left)
 
@@ -255,7 +243,7 @@ def _identity(
 
 
 def _read_manifest(work: Path) -> dict[str, Note]:
-    value = try_json(work / MANIFEST)
+    value = staging.try_json(work / MANIFEST)
     notes = {}
     for file, note in value.items() if isinstance(value, dict) else ():
         match note:
@@ -268,9 +256,9 @@ def _write(
     work: Path, plan: Plan, notes: dict[str, Note], options: Options, progress: Progress
 ) -> int:
     """Write all files and their index, and note them; return how many tensors were there."""
-    folder, resumed = work / FILES, 0
+    folder, resumed = work / staging.FILES, 0
     folder.mkdir(exist_ok=True)
-    clear_folder(folder, keep=plan.files)  # of what a stopped run had begun or copied
+    staging.clear_folder(folder, keep=plan.files)  # of what a stopped run had begun or copied
     weight_map: dict[str, str] = {}
     for name, units in plan.files.items():
         path = folder / name
@@ -280,12 +268,12 @@ def _write(
         else:
             path.unlink(missing_ok=True)
             notes[name] = _write_file(path, units, options, progress)
-            replace_json(work / MANIFEST, notes)
+            staging.replace_json(work / MANIFEST, notes)
         with open_safetensors(path) as file:
             weight_map.update(dict.fromkeys(file.offset_keys(), name))
     if len(plan.files) > 1:
         metadata = {"total_size": plan.total.bytes_after}
-        replace_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+        staging.replace_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
     return resumed
 
 
@@ -308,7 +296,7 @@ def _write_file(path: Path, units: list[Unit], options: Options, progress: Progr
         save_file(tensors, temporary, metadata=_METADATA)
     except SafetensorError as error:  # its own for those of the system
         raise OSError(f"{path}: {error}") from error
-    sync_file(temporary)
+    staging.sync_file(temporary)
     digest = _digest(_METADATA, sorted(tensors.items()))
     if _digest_file(temporary) != digest:
         raise OSError(f"{path}: what was written reads back differently: a faulty disk?")
