@@ -63,12 +63,19 @@ class Order(NamedTuple):
 
 _programs: dict[tuple, Program] = {}
 _orders: dict[tuple, Order] = {}
+_forgiven: set[str] = set()  # demoted in this process alone: verdicts that they shape do not last
 
 
 @trust.on_reset
 def _forget() -> None:
     _programs.clear()
     _orders.clear()
+    _forgiven.clear()
+
+
+def lasting() -> bool:
+    """Return whether what is measured now holds for later processes, too."""
+    return not _forgiven
 
 
 def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) -> Any:
@@ -76,7 +83,7 @@ def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) ->
 
     Raises: what the first candidate raised if all did; BackendUnavailableError if there is none.
     """
-    key = (op, device, *_described(args))
+    key = key_of(op, args, device)
     if device.type in CONTESTED:
         candidates = _ordered(key, args, device, candidates)
     failed: list[tuple[Program, Exception]] = []
@@ -113,8 +120,20 @@ def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) ->
     raise BackendUnavailableError(f"no back end for {op}")
 
 
+def demotion(op: str, args: Args, device: torch.device, backend: str) -> str | None:
+    """Return why a back end's program for such a call is demoted, or None."""
+    if backend in PLAIN or trust.mode() == "always":
+        return None
+    return _program(key_of(op, args, device), backend, device).demoted
+
+
+def key_of(op: str, args: Args, device: torch.device) -> tuple:
+    """Return what an op's kernels are compiled and chosen for; rows in powers of two."""
+    describe = _KEYS.get(op)
+    return (op, device, *(_described(args) if describe is None else describe(*args)))
+
+
 def _described(args: Iterable[Any]) -> list[Any]:
-    """Describe arguments by what kernels are compiled and chosen for; rows in powers of two."""
     key: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
@@ -125,6 +144,36 @@ def _described(args: Iterable[Any]) -> list[Any]:
         else:
             key.append(arg != 0.0 if isinstance(arg, float) else arg)
     return key
+
+
+def _forward_key(x: Tensor, shape: Any, A: Any, bias: Any, keep: Any) -> tuple:
+    update = ("no adapter",) if A is None else (A.dtype, A.shape[0])
+    options = ("bias" if bias is not None else "", "dropout" if keep is not None else "")
+    return (x.dtype, x.numel().bit_length(), *shape, *update, *options)
+
+
+def _backward_key(dy: Tensor, x: Any, shape: Any, A: Any, keep: Any, needs: list[bool]) -> tuple:
+    update = ("no adapter",) if A is None else (A.dtype, A.shape[0])
+    wanted = "".join("01"[need] for need in needs)
+    dropout = "dropout" if keep is not None else ""
+    return (dy.dtype, dy.numel().bit_length(), *shape, *update, dropout, wanted)
+
+
+# Keys of the ops that a layer calls, without what cannot differ: host time counts.
+_KEYS: dict[str, Callable[..., tuple]] = {
+    "lora_linear_forward": lambda x, W, A, B, bias, s, keep, p: _forward_key(
+        x, W.shape, A, bias, keep
+    ),
+    "lora_linear_backward": lambda dy, x, S, W, A, B, s, keep, p, needs: _backward_key(
+        dy, x, (B.shape[0], A.shape[1]), A, keep, needs
+    ),
+    "nf4_lora_linear_forward": lambda x, w, layout, A, B, bias, s, keep, p: _forward_key(
+        x, layout, A, bias, keep
+    ),
+    "nf4_lora_linear_backward": lambda dy, x, S, w, layout, A, B, s, keep, p, needs: _backward_key(
+        dy, x, layout, A, keep, needs
+    ),
+}
 
 
 def _program(key: tuple, backend: str, device: torch.device) -> Program:
@@ -138,7 +187,7 @@ def _program(key: tuple, backend: str, device: torch.device) -> Program:
 
 def _text(described: tuple) -> str:
     """Write a key as the ledger keeps it."""
-    return " ".join(str(part).removeprefix("torch.") for part in described)
+    return " ".join(str(part).removeprefix("torch.") for part in described if part != "")
 
 
 def _unready(program: Program, device: torch.device) -> str | None:
@@ -233,6 +282,8 @@ def _after(failed: list[tuple[Program, Exception]], device: torch.device, result
         program.demoted = f"raised at call {program.calls}: {text}"
         # Memory that was short once need not be short again.
         keep = not isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not keep:
+            _forgiven.add(program.name)
         trust.ledger(device).demote(program.name, program.demoted, keep=keep)
     return result
 
@@ -281,4 +332,4 @@ def _contest(key: tuple, args: Args, device: torch.device, candidates: Iterable[
     side = best if math.isfinite(max(ratios[best].values())) else first
     side = side if contest.not_slower(ratios[best]) else first
     verdict = {"side": side, "ratios": ratios}
-    return trust.ledger(device).decide(_text(key[2:]) + f" {op}", verdict)["side"]
+    return trust.ledger(device).decide(_text(key[2:]) + f" {op}", verdict, keep=lasting())["side"]
