@@ -158,34 +158,6 @@ def _leaves(inputs: Inputs, *names: str) -> Results:
     return {name: inputs[name].detach().requires_grad_() for name in names}
 
 
-def _lora_linear(inputs: Inputs) -> Results:
-    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "bias")
-    y = functional.lora_linear(weight=inputs["weight"], scaling=1.5, **leaves)
-    return _gradients(y, inputs["dy"], **leaves)
-
-
-def _nf4_linear(inputs: Inputs) -> Results:
-    leaves = _leaves(inputs, "x", "bias")
-    y = functional.nf4_linear(leaves["x"], inputs["w"], leaves["bias"])
-    return _gradients(y, inputs["dy"], **leaves)
-
-
-def _nf4_lora_linear(inputs: Inputs) -> Results:
-    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "bias")
-    y = functional.nf4_lora_linear(w=inputs["w"], scaling=1.5, **leaves)
-    return _gradients(y, inputs["dy"], **leaves)
-
-
-def _dora_linear(inputs: Inputs, weight: str = "weight") -> Results:
-    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "magnitude", "bias")
-    y = dora.dora_linear(weight=inputs[weight], scaling=1.5, **leaves)
-    return _gradients(y, inputs["dy"], **leaves)
-
-
-def _nf4_dora_linear(inputs: Inputs) -> Results:
-    return _dora_linear(inputs, "w")
-
-
 def _rosa_linear(inputs: Inputs) -> Results:
     weight = inputs["weight"]
     rows = torch.arange(N, device=weight.device)
@@ -237,12 +209,27 @@ def _orthogonality(inputs: Inputs) -> Results:
 
 
 _16_AND_32 = (torch.float32, torch.bfloat16)
+_LORA = ("x", "lora_A", "lora_B", "bias")
+_DORA = (*_LORA, "magnitude")
+
+
+def _linear(name: str, function: Callable[..., Tensor], *names: str, **fixed: str | float) -> _Case:
+    """Case of a linear function, with the gradients of `names`; of `fixed`, text is a name."""
+
+    def run(inputs: Inputs) -> Results:
+        leaves = _leaves(inputs, *names)
+        others = {k: inputs[v] if isinstance(v, str) else v for k, v in fixed.items()}
+        return _gradients(function(**leaves, **others), inputs["dy"], **leaves)
+
+    return _Case(name, run, _16_AND_32)
+
+
 _CASES = (
-    _Case("lora_linear", _lora_linear, _16_AND_32),
-    _Case("nf4_linear", _nf4_linear, _16_AND_32),
-    _Case("nf4_lora_linear", _nf4_lora_linear, _16_AND_32),
-    _Case("dora_linear", _dora_linear, _16_AND_32),
-    _Case("dora_linear, NF4", _nf4_dora_linear, _16_AND_32),
+    _linear("lora_linear", functional.lora_linear, *_LORA, weight="weight", scaling=1.5),
+    _linear("nf4_linear", functional.nf4_linear, "x", "bias", w="w"),
+    _linear("nf4_lora_linear", functional.nf4_lora_linear, *_LORA, w="w", scaling=1.5),
+    _linear("dora_linear", dora.dora_linear, *_DORA, weight="weight", scaling=1.5),
+    _linear("dora_linear, NF4", dora.dora_linear, *_DORA, weight="w", scaling=1.5),
     _Case("rosa_linear", _rosa_linear, _16_AND_32),
     _Case("quantize_nf4", _quantize_nf4, _16_AND_32, exact=True),
     _Case("dequantize_nf4", _dequantize_nf4, _16_AND_32, exact=True),
