@@ -137,7 +137,7 @@ def _read_nvidia(compiled: Any) -> Resources:
     registers, stack, local = (
         int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
     )
-    waits = re.findall(r"async_wait.* num = (\d+)", compiled.asm["ttgir"])
+    waits = re.findall(r"async_wait.*\bnum = (\d+)", compiled.asm["ttgir"])
     ahead = max(map(int, waits), default=None)
     shared = compiled.metadata.shared
     return Resources(registers, stack + local, shared, ahead, innermost_loops(code))

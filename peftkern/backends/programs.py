@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from peftkern.backends import contest, correctness, trust
 from peftkern.backends.counts import record_call, record_fallback
 from peftkern.backends.device import BackendUnavailableError
 
-PLAIN = ("torch", "reference")  # what others are judged by
+PLAIN = ("torch", "reference")  # torch's own operations, which others are judged by
 CONTESTED = {"cuda"}  # kinds of device where back ends compete; a CPU has one of kernels
 # Arguments that an op writes to.
 _MUTATED = {
@@ -63,12 +62,19 @@ class Order(NamedTuple):
 
 _programs: dict[tuple, Program] = {}
 _orders: dict[tuple, Order] = {}
+_forgiven: set[str] = set()  # demoted in this process alone: verdicts that they shape do not last
 
 
 @trust.on_reset
 def _forget() -> None:
     _programs.clear()
     _orders.clear()
+    _forgiven.clear()
+
+
+def lasting() -> bool:
+    """Return whether what is measured now holds for later processes, too."""
+    return not _forgiven
 
 
 def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) -> Any:
@@ -76,7 +82,7 @@ def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) ->
 
     Raises: what the first candidate raised if all did; BackendUnavailableError if there is none.
     """
-    key = (op, device, *_described(args))
+    key = key_of(op, args, device)
     if device.type in CONTESTED:
         candidates = _ordered(key, args, device, candidates)
     failed: list[tuple[Program, Exception]] = []
@@ -113,8 +119,20 @@ def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) ->
     raise BackendUnavailableError(f"no back end for {op}")
 
 
+def demotion(op: str, args: Args, device: torch.device, backend: str) -> str | None:
+    """Return why a back end's program for such a call is demoted, or None."""
+    if backend in PLAIN or trust.mode() == "always":
+        return None
+    return _program(key_of(op, args, device), backend, device).demoted
+
+
+def key_of(op: str, args: Args, device: torch.device) -> tuple:
+    """Return what an op's kernels are compiled and chosen for; rows in powers of two."""
+    describe = _KEYS.get(op)
+    return (op, device, *(_described(args) if describe is None else describe(*args)))
+
+
 def _described(args: Iterable[Any]) -> list[Any]:
-    """Describe arguments by what kernels are compiled and chosen for; rows in powers of two."""
     key: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
@@ -125,6 +143,36 @@ def _described(args: Iterable[Any]) -> list[Any]:
         else:
             key.append(arg != 0.0 if isinstance(arg, float) else arg)
     return key
+
+
+def _forward_key(x: Tensor, shape: Any, A: Any, bias: Any, keep: Any) -> tuple:
+    update = ("no adapter",) if A is None else (A.dtype, A.shape[0])
+    options = ("bias" if bias is not None else "", "dropout" if keep is not None else "")
+    return (x.dtype, x.numel().bit_length(), *shape, *update, *options)
+
+
+def _backward_key(dy: Tensor, x: Any, shape: Any, A: Any, keep: Any, needs: list[bool]) -> tuple:
+    update = ("no adapter",) if A is None else (A.dtype, A.shape[0])
+    wanted = "".join("01"[need] for need in needs)
+    dropout = "dropout" if keep is not None else ""
+    return (dy.dtype, dy.numel().bit_length(), *shape, *update, dropout, wanted)
+
+
+# Keys of the ops that a layer calls, without what cannot differ: host time counts.
+_KEYS: dict[str, Callable[..., tuple]] = {
+    "lora_linear_forward": lambda x, W, A, B, bias, s, keep, p: _forward_key(
+        x, W.shape, A, bias, keep
+    ),
+    "lora_linear_backward": lambda dy, x, S, W, A, B, s, keep, p, needs: _backward_key(
+        dy, x, (B.shape[0], A.shape[1]), A, keep, needs
+    ),
+    "nf4_lora_linear_forward": lambda x, w, layout, A, B, bias, s, keep, p: _forward_key(
+        x, layout, A, bias, keep
+    ),
+    "nf4_lora_linear_backward": lambda dy, x, S, w, layout, A, B, s, keep, p, needs: _backward_key(
+        dy, x, layout, A, keep, needs
+    ),
+}
 
 
 def _program(key: tuple, backend: str, device: torch.device) -> Program:
@@ -138,7 +186,7 @@ def _program(key: tuple, backend: str, device: torch.device) -> Program:
 
 def _text(described: tuple) -> str:
     """Write a key as the ledger keeps it."""
-    return " ".join(str(part).removeprefix("torch.") for part in described)
+    return " ".join(str(part).removeprefix("torch.") for part in described if part != "")
 
 
 def _unready(program: Program, device: torch.device) -> str | None:
@@ -233,6 +281,8 @@ def _after(failed: list[tuple[Program, Exception]], device: torch.device, result
         program.demoted = f"raised at call {program.calls}: {text}"
         # Memory that was short once need not be short again.
         keep = not isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not keep:
+            _forgiven.add(program.name)
         trust.ledger(device).demote(program.name, program.demoted, keep=keep)
     return result
 
@@ -275,10 +325,9 @@ def _contest(key: tuple, args: Args, device: torch.device, candidates: Iterable[
         fair[candidate.name] = functools.partial(candidate.run, *args)
     if len(fair) < 2:
         return next(iter(fair), None)
-    ratios = contest.ratios(fair, contest.clock_of(device), contest.BUDGET / 2)
-    best = min(ratios, key=lambda name: max(ratios[name].values()))
-    first = next(iter(fair))
-    side = best if math.isfinite(max(ratios[best].values())) else first
-    side = side if contest.not_slower(ratios[best]) else first
-    verdict = {"side": side, "ratios": ratios}
-    return trust.ledger(device).decide(_text(key[2:]) + f" {op}", verdict)["side"]
+    outcomes = contest.outcomes(fair, contest.clock_of(device), contest.BUDGET / 2)
+    best = min(outcomes, key=lambda name: max(outcomes[name].ratios.values()))
+    side = best if outcomes[best].not_slower else next(iter(fair))
+    verdict = {"side": side, "ratios": {name: outcome.ratios for name, outcome in outcomes.items()}}
+    keep = lasting() and outcomes[best].unanimous
+    return trust.ledger(device).decide(_text(key[2:]) + f" {op}", verdict, keep=keep)["side"]

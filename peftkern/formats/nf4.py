@@ -105,25 +105,15 @@ def dynamic_map() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-def state_dict_layout(
-    shape: tuple[int, ...], *, blocksize: int, double_quant: bool
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of the tensors of `NF4Weight.state_dict`, without a weight.
+def state_dict_bytes(numel: int, *, blocksize: int, double_quant: bool) -> int:
+    """Return the size of `NF4Weight.state_dict` without a weight.
 
-    The JSON is left out, for its length depends on the values: it is shorter than
-    `STATE_BYTES` for any weight of two dimensions, and may be padded with spaces.
+    The length of its JSON depends on the values: it is shorter than `STATE_BYTES` for any weight of
+    two dimensions, and may be padded with spaces to that.
     """
-    numel = numel_of(shape)
     nblocks = -(-numel // blocksize)
-    layout = {
-        "weight": (torch.uint8, ((numel + 1) // 2, 1)),
-        "weight.absmax": (torch.uint8 if double_quant else torch.float32, (nblocks,)),
-        "weight.quant_map": (torch.float32, (len(NF4_CODE),)),
-    }
-    if double_quant:
-        layout["weight.nested_absmax"] = (torch.float32, (-(-nblocks // NESTED_BLOCKSIZE),))
-        layout["weight.nested_quant_map"] = (torch.float32, (256,))
-    return layout
+    absmax = nblocks + 4 * (-(-nblocks // NESTED_BLOCKSIZE) + 256) if double_quant else 4 * nblocks
+    return (numel + 1) // 2 + absmax + 4 * len(NF4_CODE) + STATE_BYTES
 
 
 def numel_of(shape: Any, field: str = "shape") -> int:

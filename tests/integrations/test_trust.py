@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import untrusted
 from adalora_models import quantize_4bit_
-from paths import ROOT, SUPPORT
 from peft_models import K, add_lora, lora_net, make_linear4bit, text_batch, tiny_llama
-from tolerances import HANG_SECONDS
+from untrusted import Child
+from waiting import wait_until
 
 import peftkern
 from peftkern.backends import contest, trust
@@ -39,27 +35,9 @@ def expected() -> list[float]:
     return untrusted.steps(STEPS, patched=False)
 
 
-def start(folder: Path, fault: str, steps: int = STEPS, *more: str, **environment: str):
-    path = os.pathsep.join([str(SUPPORT), str(ROOT)])
-    variables = {"PYTHONPATH": path, "PEFTKERN_CACHE": str(folder), "PEFTKERN_TRUST": "auto"}
-    return subprocess.Popen(
-        [sys.executable, str(SUPPORT / "untrusted.py"), fault, str(steps), *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, **variables, **environment},
-    )
-
-
-def finished(process: subprocess.Popen) -> dict:
-    out, _ = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 0
-    return json.loads(out.splitlines()[-1])
-
-
 @pytest.mark.parametrize("fault", ["tail row", "backward", "raises", "no memory", "slow"])
 def test_a_faulty_kernel_costs_nothing(fault: str, tmp_path: Path, expected: list[float]) -> None:
-    first, again = (finished(start(tmp_path, fault)) for _ in range(2))
+    first, again = (Child(tmp_path, fault, STEPS).report() for _ in range(2))
     for run in (first, again):
         assert run["losses"] == pytest.approx(expected, rel=1e-5)
     if fault == "slow":
@@ -78,7 +56,7 @@ def test_a_faulty_kernel_costs_nothing(fault: str, tmp_path: Path, expected: lis
 
 def test_wrong_at_call_100_alone(tmp_path: Path) -> None:
     steps = 120
-    run = finished(start(tmp_path, "call 100", steps, "ours wins"))
+    run = Child(tmp_path, "call 100", steps).report()
     assert run["losses"] == pytest.approx(untrusted.steps(steps, patched=False), rel=1e-4)
     assert [text.split(":")[0] for text in run["demoted"].values()] == ["wrong at call 100"]
 
@@ -87,15 +65,14 @@ def test_wrong_at_call_100_alone(tmp_path: Path) -> None:
 def test_what_ends_the_process_is_not_tried_again(
     fault: str, tmp_path: Path, expected: list[float]
 ) -> None:
-    process = start(tmp_path, fault)
+    child = Child(tmp_path, fault)
     if fault == "hangs":
-        folder = tmp_path / "trust"
-        while not list(folder.glob("*.first-launch-*")) or process.poll() is not None:
-            assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == (-signal.SIGKILL if fault == "hangs" else -signal.SIGSEGV)
-    again = finished(start(tmp_path, fault))
+        wait_until(lambda: list((tmp_path / "trust").glob("*.first-launch-*")))
+        child.process.kill()
+    child.process.join()
+    ended = signal.SIGKILL if fault == "hangs" else signal.SIGSEGV
+    assert child.process.exitcode == -ended
+    again = Child(tmp_path, fault).report()
     assert again["losses"] == pytest.approx(expected, rel=1e-5)
     assert set(again["demoted"].values()) == {"an earlier process ended during its first launch"}
     assert not list((tmp_path / "trust").glob("*.first-launch-*"))
@@ -103,7 +80,7 @@ def test_what_ends_the_process_is_not_tried_again(
 
 def test_training_without_a_folder_to_write_to(expected: list[float]) -> None:
     nowhere = Path("/dev/null/cache")
-    run = finished(start(nowhere, "none", HOME="/dev/null"))
+    run = Child(nowhere, "none", HOME="/dev/null").report()
     assert run["losses"] == pytest.approx(expected, rel=1e-5)
     assert run["sides"] and not run["demoted"] and not run["warned"]
 
@@ -164,41 +141,13 @@ def test_checkpointed_training_is_that_of_always(
         assert all(grad.isfinite().all() for grad in step)
 
 
-RANK = """
-import json, sys, torch, untrusted
-from peftkern.backends import contest, trust
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-if rank:  # for which the other's verdict would be wrong
-    untrusted.fault("slow")
-    torch.distributed.barrier()
-else:
-    contest.SLOWER = float("inf")
-print(json.dumps(untrusted.report(lambda: untrusted.steps(4))["sides"]), flush=True)
-if not rank:
-    torch.distributed.barrier()
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
 def test_ranks_agree(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(SUPPORT), str(ROOT)])
+    """The second rank, where the kernel is slow, adopts what the first has found."""
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": path,
-                "PEFTKERN_TRUST": "auto",
-                "PEFTKERN_CACHE": str(tmp_path / str(rank)),
-            },
-        )
-        for rank in range(2)
+        Child(tmp_path / str(rank), fault, 4, rank=rank, store=tmp_path / "store")
+        for rank, fault in enumerate(("none", "slow"))
     ]
-    sides = [json.loads(rank.communicate(timeout=HANG_SECONDS)[0]) for rank in ranks]
+    sides = [rank.report()["sides"] for rank in ranks]
     assert sides[0] == sides[1] and set(sides[0].values()) == {trust.OURS}
 
 
@@ -237,3 +186,20 @@ def test_a_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(*states) and packed[0] == packed[1]
         for ours, theirs in zip(*grads, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", [trust.OURS, trust.PEER])
+def test_a_reference_pass_follows_the_policy(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever serves: adapters that add zero give the bits of a layer without them (DPO)."""
+    ours = side == trust.OURS
+    monkeypatch.setattr(contest, "SLOWER", float("inf") if ours else 0.0)
+    model = lora_net(make_linear4bit(torch.bfloat16)).train()
+    torch.nn.init.zeros_(model.base_model.model.proj.lora_B["default"].weight)
+    peftkern.patch(model)
+    x = torch.randn(40, K, dtype=torch.bfloat16)
+    for _ in range(4):
+        policy = model(x)
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(x)
+        torch.testing.assert_close(policy, reference, rtol=0, atol=0)
+    assert {verdict["side"] for verdict in trust.ledger(CPU).classes.values()} == {side}

@@ -5,30 +5,30 @@ python untrusted.py FAULT STEPS   -> JSON: losses, fallbacks, demoted, sides
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft_models import K, lora_net, make_linear4bit
 
 import peftkern
-from peftkern.backends import contest, trust
-from peftkern.backends.cpu import nf4_lora_linear as family
+from peftkern.backends import contest, dispatch, trust
 
 FORWARD, BACKWARD = "nf4_lora_linear_forward", "nf4_lora_linear_backward"
 SECONDS = 0.02
 
 
 def fault(name: str) -> None:
-    """Put a fault into the CPU's kernels, before dispatch has asked for them."""
+    """Put a fault into the CPU's kernels of this process."""
     op = BACKWARD if name.startswith("backward") else FORWARD
-    run = getattr(family, op)
+    (candidate,) = (c for c in dispatch.CANDIDATES[op] if c.name == "cpu")
+    run = candidate.run
     calls = 0
 
     def faulty(*args: Any) -> Any:
@@ -45,14 +45,16 @@ def fault(name: str) -> None:
         if name == "slow":
             time.sleep(SECONDS)
         result = run(*args)
-        if name in ("tail row", "backward"):
+        if name == "tail row":
             result[0][-1] += 1.0
+        if name == "backward":
+            result[1][-1] += 1.0  # dA, which every step wants
         if name == "call 100" and calls == 100:
             result[0][-1] += 1.0
         return result
 
     if name != "none":
-        setattr(family, op, faulty)
+        candidate.__dict__["run"] = faulty
 
 
 def steps(count: int, patched: bool = True, dropout: float = 0.0) -> list[float]:
@@ -90,8 +92,61 @@ def report(run: Callable[[], list[float]]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    fault(sys.argv[1])
-    if "ours wins" in sys.argv:
-        contest.SLOWER = float("inf")
-    print(json.dumps(report(lambda: steps(int(sys.argv[2])))))
+class Child:
+    """Steps in a forked child, which has imported everything: `report` once it has ended."""
+
+    def __init__(
+        self,
+        folder: Path,
+        fault_name: str,
+        count: int = 6,
+        rank: int | None = None,
+        store: Path | None = None,
+        **variables: str,
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        self._out, out = context.Pipe(duplex=False)
+        arguments = (
+            out,
+            {"PEFTKERN_CACHE": str(folder), **variables},
+            fault_name,
+            count,
+            rank,
+            store,
+        )
+        self.process = context.Process(target=_child, args=arguments)
+        self.process.start()
+        out.close()
+
+    def report(self) -> dict[str, Any]:
+        found = self._out.recv()
+        self.process.join()
+        return found
+
+
+def _child(
+    out: Any,
+    variables: dict[str, str],
+    fault_name: str,
+    count: int,
+    rank: int | None,
+    store: Path | None,
+) -> None:
+    os.environ.update(variables)
+    torch.set_num_threads(1)  # OpenMP's threads have not come along
+    peftkern.reset_stats()
+    trust.reset()
+    fault(fault_name)
+    with trust.use_mode("auto"):
+        if fault_name == "call 100" or rank == 0:
+            contest.SLOWER = float("inf")
+        if rank is None:
+            out.send(report(lambda: steps(count)))
+            return
+        where = {"init_method": f"file://{store}", "rank": rank, "world_size": 2}
+        torch.distributed.init_process_group("gloo", **where)
+        for turn in range(2):  # one after the other: the second finds the verdict of the first
+            if turn == rank:
+                out.send(report(lambda: steps(count)))
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

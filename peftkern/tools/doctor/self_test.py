@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -167,39 +167,6 @@ def _leaves(inputs: Inputs, *names: str) -> Results:
     return {name: inputs[name].detach().requires_grad_() for name in names}
 
 
-def _lora_linear(inputs: Inputs) -> Results:
-    return _seeded(functional.lora_linear, inputs, weight=inputs["weight"])
-
-
-def _nf4_linear(inputs: Inputs) -> Results:
-    leaves = _leaves(inputs, "x", "bias")
-    y = functional.nf4_linear(leaves["x"], inputs["w"], leaves["bias"])
-    return _gradients(y, inputs["dy"], **leaves)
-
-
-def _nf4_lora_linear(inputs: Inputs) -> Results:
-    return _seeded(functional.nf4_lora_linear, inputs, w=inputs["w"])
-
-
-def _seeded(function: Callable[..., Tensor], inputs: Inputs, **weight: Any) -> Results:
-    """Run with one seed, so that every back end draws the same dropout."""
-    leaves, dropout_p = _leaves(inputs, "x", "lora_A", "lora_B", "bias"), inputs["dropout_p"]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        y = function(scaling=1.5, dropout_p=dropout_p, **weight, **leaves)
-    return _gradients(y, inputs["dy"], **leaves)
-
-
-def _dora_linear(inputs: Inputs, weight: str = "weight") -> Results:
-    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "magnitude", "bias")
-    y = dora.dora_linear(weight=inputs[weight], scaling=1.5, **leaves)
-    return _gradients(y, inputs["dy"], **leaves)
-
-
-def _nf4_dora_linear(inputs: Inputs) -> Results:
-    return _dora_linear(inputs, "w")
-
-
 def _rosa_linear(inputs: Inputs) -> Results:
     weight = inputs["weight"]
     rows = torch.arange(N, device=weight.device)
@@ -252,6 +219,29 @@ def _orthogonality(inputs: Inputs) -> Results:
     return _gradients(loss, torch.ones_like(loss), **leaves)
 
 
+_ROWS_CPU = 200
+_16_AND_32 = (torch.float32, torch.bfloat16)
+_LORA = ("x", "lora_A", "lora_B", "bias")
+_DORA = (*_LORA, "magnitude")
+
+
+def _linear(name: str, function: Callable[..., Tensor], *names: str, **fixed: str | float) -> _Case:
+    """Case of a linear function, with the gradients of `names`; of `fixed`, text is a name.
+
+    One seed, so that every back end draws the same dropout.
+    """
+
+    def run(inputs: Inputs) -> Results:
+        leaves = _leaves(inputs, *names)
+        others = {k: inputs[v] if isinstance(v, str) else v for k, v in fixed.items()}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            y = function(**leaves, **others)
+        return _gradients(y, inputs["dy"], **leaves)
+
+    return _Case(name, run, _16_AND_32)
+
+
 def _training() -> Iterator[_Case]:
     """Yield what training runs: in twelve cases every pair of rows, rank, dropout and adapters.
 
@@ -260,33 +250,24 @@ def _training() -> Iterator[_Case]:
     """
     for i, rows in enumerate((17, 200, 700, 4300)):
         for j, rank in enumerate((8, 16, 64)):
-            dropout_p = 0.1 * ((i + j) % 2)
-            adapters = torch.bfloat16 if (i in (1, 2)) != (j > 0) else torch.float32
-            about = f", M={rows} r={rank} p={dropout_p} {_NAMES[adapters]} adapters"
-            for name, function in (
-                ("lora_linear", _lora_linear),
-                ("nf4_lora_linear", _nf4_lora_linear),
-            ):
-                yield _Case(
-                    name + about,
-                    function,
-                    (torch.bfloat16,),
-                    False,
-                    rows,
-                    rank,
-                    dropout_p,
-                    adapters,
-                )
+            p, wide = 0.1 * ((i + j) % 2), (i in (1, 2)) == (j > 0)
+            adapters = torch.float32 if wide else torch.bfloat16
+            sizes = {"rows": rows, "rank": rank, "dropout_p": p, "adapters": adapters}
+            for case in _LORA_CASES:
+                name = f"{case.function}, M={rows} r={rank} p={p} {_NAMES[adapters]} adapters"
+                yield replace(case, function=name, dtypes=(torch.bfloat16,), **sizes)
 
 
-_ROWS_CPU = 200
-_16_AND_32 = (torch.float32, torch.bfloat16)
+_SCALED = {"scaling": 1.5, "dropout_p": "dropout_p"}
+_LORA_CASES = (
+    _linear("lora_linear", functional.lora_linear, *_LORA, weight="weight", **_SCALED),
+    _linear("nf4_lora_linear", functional.nf4_lora_linear, *_LORA, w="w", **_SCALED),
+)
 _CASES = (
-    _Case("lora_linear", _lora_linear, _16_AND_32),
-    _Case("nf4_linear", _nf4_linear, _16_AND_32),
-    _Case("nf4_lora_linear", _nf4_lora_linear, _16_AND_32),
-    _Case("dora_linear", _dora_linear, _16_AND_32),
-    _Case("dora_linear, NF4", _nf4_dora_linear, _16_AND_32),
+    *_LORA_CASES,
+    _linear("nf4_linear", functional.nf4_linear, "x", "bias", w="w"),
+    _linear("dora_linear", dora.dora_linear, *_DORA, weight="weight", scaling=1.5),
+    _linear("dora_linear, NF4", dora.dora_linear, *_DORA, weight="w", scaling=1.5),
     _Case("rosa_linear", _rosa_linear, _16_AND_32),
     _Case("quantize_nf4", _quantize_nf4, _16_AND_32, exact=True),
     _Case("dequantize_nf4", _dequantize_nf4, _16_AND_32, exact=True),
