@@ -135,8 +135,7 @@ def test_cpu_given_a_seed_is_close_to_the_reference(nf4, dtype):
     for name in ("cpu", "reference"):
         with peftkern.use_backend(name):
             results.append(run(o, seed))
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:triton")
