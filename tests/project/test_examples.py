@@ -288,9 +288,9 @@ def test_timer_numbers_the_calls_of_each_variant() -> None:
 
 def test_adalora_budget_finds_the_planted_ranks(tmp_path: Path) -> None:
     plot = tmp_path / "budget.svg"
-    status, out, error = run_here("examples/adalora_budget.py", "--steps", 300, "--plot", plot)
-    assert status == 0, out + error
-    assert "The planted ranks were found" in out
+    done = run("examples/adalora_budget.py", "--steps", "300", "--plot", str(plot))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The planted ranks were found" in done.stdout
     assert plot.read_text().lstrip().startswith("<?xml")
 
 
