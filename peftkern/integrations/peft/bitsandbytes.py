@@ -25,6 +25,7 @@ from peftkern.integrations.peft.fallback import (
     PatchedForward,
     parameters_of,
     refused,
+    set_class,
     unusual_call,
 )
 
@@ -95,14 +96,14 @@ def patch_base(module: nn.Module) -> bool:
     state = getattr(module.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         restore_packing(module)
-    module.__class__ = SWAPS.get(kind, kind)
+    set_class(module, SWAPS.get(kind, kind))
     return True
 
 
 def unpatch_base(module: nn.Module) -> None:
     """Undo `patch_base`."""
     if isinstance(module, PatchedBase):
-        module.__class__ = module.original
+        set_class(module, module.original)
 
 
 def runs_kernel(base: Linear4bit) -> bool:
