@@ -249,16 +249,19 @@ class NF4Weight:
         )
 
     @classmethod
-    def from_bitsandbytes(cls, param: Any) -> NF4Weight:
+    def from_bitsandbytes(cls, param: Any, quant_state: Any = None) -> NF4Weight:
         """View a quantized bitsandbytes `Params4bit` without copying it.
 
+        Args: quant_state, of a plain tensor, as FSDP leaves of a `Params4bit`.
         Raises: RepackedWeightError if its CPU inference path has rewritten it in place; ValueError
             naming the field for anything else that is not NF4 (FP4, not quantized yet, malformed).
         """
         if not isinstance(param, Tensor):
             raise _refuse("weight", "a bitsandbytes Params4bit", param)
         # Read through __dict__: QuantState's own __getattr__ costs 1 us per absent attribute.
-        state = getattr(getattr(param, "quant_state", None), "__dict__", None)
+        if quant_state is None:
+            quant_state = getattr(param, "quant_state", None)
+        state = getattr(quant_state, "__dict__", None)
         if state is None:
             raise ArgumentError("quant_state: missing; the weight has not been quantized yet")
         if state.get("packing_format_for_cpu"):

@@ -20,23 +20,102 @@ from peft_models import (
     make_linear4bit,
     served_by_us,
 )
+from processes import run_code
 from torch import nn
 
 import peftkern
 
 
-def test_missing_quant_state():
-    model = lora_net(make_linear4bit())
-    layer_of(model).base_layer.weight.quant_state = None  # as after FSDP; the module still has it
+def as_fsdp_leaves_it(base: bnb.nn.Linear4bit, kind: str) -> None:
+    """The weight as a view of other memory, without its state; the layer still has that."""
+    weight = base.weight
+    flat = torch.cat([weight.data.view(-1), weight.data.new_zeros(3)])
+    view = flat[: weight.numel()].view(weight.shape)
+    if kind == "parameter":
+        base.weight = nn.Parameter(view, requires_grad=False)
+    elif kind == "tensor":
+        del base.weight
+        base.weight = view
+    else:
+        weight.quant_state = None
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("kind", ["parameter", "tensor", "Params4bit"])
+def test_quant_state_of_the_layer(kind, storage):
+    model = lora_net(make_linear4bit(quant_storage=storage))
     twin = copy.deepcopy(model)
-    layer_of(twin).base_layer.quant_state = copy.deepcopy(layer_of(model).base_layer.quant_state)
-    peftkern.patch(twin)
-    x = torch.randn(2, K)
+    layer_of(twin).base_layer.quant_state = layer_of(twin).base_layer.weight.quant_state
+    as_fsdp_leaves_it(layer_of(twin).base_layer, kind)
+    held = layer_of(twin).base_layer.weight
+    report = peftkern.patch(twin)
+    assert report.falling_back == {} and len(report.patched) == 1
+    x = torch.randn(2, K, requires_grad=True)
     peftkern.reset_stats()
-    torch.testing.assert_close(twin(x), model(x))
-    assert fallbacks() == {"quant_state is missing": 1}
-    torch.testing.assert_close(twin(x), model(x))  # bitsandbytes has put it back
-    assert served_by_us() == 1
+    outputs = [net(x) for net in (twin, model)]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*[torch.autograd.grad(y.square().sum(), x)[0] for y in outputs])
+    with twin.disable_adapter(), model.disable_adapter():
+        torch.testing.assert_close(twin(x), model(x))
+    assert served_by_us() == 2 and fallbacks() == {}
+    assert layer_of(twin).base_layer.weight is held
+
+
+def test_view_that_fsdp_has_cast_fails_as_in_bitsandbytes():
+    model = lora_net(make_linear4bit(quant_storage=torch.float32))
+    base = layer_of(model).base_layer
+    as_fsdp_leaves_it(base, "parameter")
+    peftkern.patch(model)
+    base.weight.data = base.weight.data.bfloat16()
+    peftkern.reset_stats()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, K))
+    assert fallbacks() == {"quant_storage is torch.float32 over torch.bfloat16 data": 1}
+
+
+FSDP = """
+import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from peft_models import *
+take_small_layers()
+CPU = torch.device("cpu")
+
+def sharded(how):
+    model = lora_net(make_linear4bit(quant_storage=torch.float32))
+    peftkern.patch(model)
+    if how == "fully_shard":
+        return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    parameters = how == "parameters"
+    if not parameters:  # one flat parameter is trained or it is not
+        model.requires_grad_(False)
+    return FullyShardedDataParallel(model, use_orig_params=parameters, device_id=CPU)
+
+def gradients(model, x):
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad]
+
+def process(rank, file):
+    dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(rank))
+    expected = gradients(lora_net(make_linear4bit()), x.clone().requires_grad_())
+    for how in ("parameters", "views", "fully_shard"):
+        model = sharded(how)
+        peftkern.reset_stats()
+        torch.testing.assert_close(gradients(model, x.clone().requires_grad_()), expected)
+        assert served_by_us() == 1 and fallbacks() == {}, (how, peftkern.stats())
+    dist.destroy_process_group()
+
+mp.start_processes(process, args=(sys.argv[1],), nprocs=2, start_method="fork")
+print("sharded ok")
+"""
+
+
+@pytest.mark.slow
+def test_fsdp(tmp_path):
+    """Both generations, with what the weight is in a forward: a view, or a parameter."""
+    assert "sharded ok" in run_code(FSDP, tmp_path / "store", OMP_NUM_THREADS="1")
 
 
 def test_not_quantized_yet_fails_as_in_peft():

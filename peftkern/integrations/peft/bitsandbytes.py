@@ -111,7 +111,7 @@ def runs_kernel(base: Linear4bit) -> bool:
     if base.weight.device.type != "cpu" or unusual_weight(base) is not None:
         return False
     try:
-        NF4Weight.from_bitsandbytes(base.weight)
+        view_weight(base)
     except ArgumentError:
         return False
     return True
@@ -153,12 +153,27 @@ class FrozenWeight:
             base.bias.data = self.bias.to(device)
 
 
+def quant_state_of(base: Linear4bit) -> Any:
+    """Return the state of a layer's weight, None if there is none.
+
+    The layer has it as well, and where FSDP has put a plain view in the place of the parameter the
+    layer alone, from which bitsandbytes would restore it.
+    """
+    state = getattr(parameters_of(base)[0], "quant_state", None)
+    return getattr(base, "quant_state", None) if state is None else state
+
+
+def view_weight(base: Linear4bit) -> NF4Weight:
+    """View the weight of a layer in place. Raises: ArgumentError if it is no NF4 weight."""
+    return NF4Weight.from_bitsandbytes(parameters_of(base)[0], quant_state_of(base))
+
+
 def unusual_weight(base: Linear4bit) -> str | None:
     """Return the reason for bitsandbytes to read this weight, whatever the input; None for NF4."""
     weight, _ = parameters_of(base)
     if hasattr(type(weight), "__tensor_flatten__"):  # DTensor and its like
         return f"base weight is {type(weight).__name__}"
-    state = getattr(weight, "quant_state", None)  # pickle keeps it, but not the parameter's class
+    state = quant_state_of(base)  # pickle keeps the weight's, but not the parameter's class
     if state is None:
         return "quant_state is missing"
     if state.quant_type != "nf4":
@@ -167,7 +182,7 @@ def unusual_weight(base: Linear4bit) -> str | None:
         return None  # its storage dtype is kept aside
     with torch._C.DisableTorchFunctionSubclass():  # else Params4bit adds 1 us
         dtype = weight.dtype
-    storage = getattr(weight, "quant_storage", dtype)
+    storage = getattr(weight, "quant_storage", getattr(base, "quant_storage", dtype))
     if dtype not in _STORAGES or storage is not dtype:
         return f"quant_storage is {storage} over {dtype} data"
     return None
@@ -181,16 +196,17 @@ def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | 
     Raises: TruncatedWeightError, where bitsandbytes would read on.
     """
     weight, bias = parameters_of(base)
-    state = weight.quant_state
+    state = quant_state_of(base)
     if state.__dict__.get("packing_format_for_cpu"):  # since it was patched, by other code
-        if torch.compiler.is_compiling() or not (base.training or x.requires_grad):
+        own = getattr(weight, "quant_state", None) is state  # else FSDP holds the memory
+        if torch.compiler.is_compiling() or not (own and (base.training or x.requires_grad)):
             return Fallback("weight is repacked for bitsandbytes' CPU inference")
         restore_packing(base)
     shape = state.shape
     if len(shape) != 2 or shape[1] != x.shape[-1]:
         return Fallback("weight is not quantized as [out_features, in_features]")
     try:
-        w = NF4Weight.from_bitsandbytes(weight)
+        w = NF4Weight.from_bitsandbytes(weight, state)
     except ArgumentError as error:  # no NF4 weight as the format defines it
         return refused(error)
     if not base.compute_type_is_set:

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peftkern.backends import dispatch
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
+from peftkern.formats.nf4 import ArgumentError
 from peftkern.integrations.peft import adalora, lora
 from peftkern.integrations.peft.fallback import Fallback, kept_forward, set_class
 from peftkern.integrations.peft.serve import (
@@ -193,7 +193,7 @@ def _reason_now(layer: Any) -> str | None:
     base = layer._modules["base_layer"]
     if type(base) in BNB_TYPES:
         try:
-            NF4Weight.from_bitsandbytes(base.weight)
+            bnb.view_weight(base)
         except ArgumentError as error:
             return str(error)
     return switched_off(layer) if type(base) in DENSE_TYPES else None
