@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from adalora_models import quantize_4bit_
 from peft_models import (
     K,
     N,
+    add_lora,
     assert_falls_back,
     fallbacks,
     layer_of,
@@ -19,9 +22,11 @@ from peft_models import (
     make_linear,
     make_linear4bit,
     served_by_us,
+    text_batch,
+    tiny_llama,
 )
 from processes import run_code
-from torch import nn
+from torch import Tensor, nn
 
 import peftkern
 
@@ -204,6 +209,78 @@ def test_absmax_on_another_device_is_left_to_bitsandbytes(monkeypatch):
     peftkern.reset_stats()
     model(torch.randn(2, K))
     assert served_by_us() == 0 and fallbacks() == {reason: 1}
+
+
+class OnGpu(Tensor):
+    """A table that says that it is on a GPU, and counts who waits for that."""
+
+    is_cpu, is_cuda, device = False, True, torch.device("cuda:0")
+    waits = 0
+
+    def cpu(self) -> Tensor:
+        OnGpu.waits += 1
+        return self.as_subclass(Tensor)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch) -> Callable[[bnb.nn.Linear4bit], Tensor]:
+    """Puts the table of a layer there."""
+    monkeypatch.setattr(OnGpu, "waits", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def move(base: bnb.nn.Linear4bit) -> Tensor:
+        state = base.weight.quant_state
+        state.code = state.code.as_subclass(Tensor).clone().as_subclass(OnGpu)
+        return state.code
+
+    return move
+
+
+def test_tables_are_read_once_by_patch(on_gpu):
+    base = tiny_llama()
+    quantize_4bit_(base)
+    model = add_lora(base)
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for layer in layers:
+        on_gpu(layer)
+    peftkern.patch(model)
+    peftkern.reset_stats()
+    for _ in range(2):
+        model(**text_batch())
+    assert served_by_us() == 2 * len(layers) and fallbacks() == {}
+    assert OnGpu.waits == 1
+
+
+def test_table_that_is_changed_is_read_again(on_gpu):
+    model = lora_net(make_linear4bit())
+    code = on_gpu(layer_of(model).base_layer)
+    peftkern.patch(model)
+    x, reason = torch.randn(2, K), "quant_map: expected NF4's sixteen values"
+    for change, served in ((Tensor.neg_, 0), (Tensor.neg_, 1)):
+        waits = OnGpu.waits
+        change(code)
+        peftkern.reset_stats()
+        for _ in range(3):
+            model(x)
+        assert served_by_us() == 3 * served and OnGpu.waits == waits + 1
+        assert fallbacks() == ({} if served else {reason: 3})
+
+
+def test_no_table_is_read_in_a_graph_capture(on_gpu, monkeypatch):
+    """It would wait for the device: what was not read before goes to bitsandbytes."""
+    model = lora_net(make_linear4bit())
+    on_gpu(layer_of(model).base_layer)
+    peftkern.patch(model)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    x = torch.randn(2, K)
+    peftkern.reset_stats()
+    expected = model(x)
+    assert served_by_us() == 1 and fallbacks() == {}
+    on_gpu(layer_of(model).base_layer)
+    peftkern.reset_stats()
+    torch.testing.assert_close(model(x), expected)
+    assert fallbacks() == {"quant_map: expected one that was read before this graph capture": 1}
+    assert OnGpu.waits == 1
 
 
 def repacked(**options: Any) -> nn.Module:

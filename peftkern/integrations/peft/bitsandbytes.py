@@ -18,7 +18,7 @@ from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 from torch import Tensor, nn
 
 from peftkern.backends import dispatch
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
+from peftkern.formats.nf4 import ArgumentError, NF4Weight, compare_quant_maps
 from peftkern.functional import nf4_linear
 from peftkern.integrations.peft.fallback import (
     Fallback,
@@ -161,6 +161,12 @@ def quant_state_of(base: Linear4bit) -> Any:
     """
     state = getattr(parameters_of(base)[0], "quant_state", None)
     return getattr(base, "quant_state", None) if state is None else state
+
+
+def read_quant_maps(model: nn.Module) -> None:
+    """Compare the tables of all layers at once, so that no forward pass waits for one."""
+    states = (quant_state_of(base) for base in model.modules() if type(base) in LINEAR_TYPES)
+    compare_quant_maps(getattr(state, "code", None) for state in states)
 
 
 def view_weight(base: Linear4bit) -> NF4Weight:

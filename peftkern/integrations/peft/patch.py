@@ -136,6 +136,8 @@ def patch(model: nn.Module) -> PatchReport:
             report.kinds["adalora.AdaLoraModel"] += 1
         if BNB_TYPES and bnb.patch_base(module) and module not in bases and bnb.runs_kernel(module):
             report.without_adapter.append(name)
+    if BNB_TYPES:
+        bnb.read_quant_maps(model)
     _describe(model, report)
     for warning in report.warnings:
         warnings.warn(warning, stacklevel=3)
