@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, NF4Weight, compare_quant_maps
 from peftkern.functional import nf4_linear
+from peftkern.integrations.peft.casts import cast
 from peftkern.integrations.peft.fallback import (
     Fallback,
     PatchedForward,
@@ -219,7 +220,7 @@ def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | 
         base.set_compute_type(x)
         base.compute_type_is_set = True
     dtype = base.compute_dtype
-    return x if dtype is None or dtype is x.dtype else x.to(dtype), w, bias
+    return x if dtype is None else cast(x, dtype), w, bias
 
 
 def restore_packing(base: Linear4bit) -> None:
