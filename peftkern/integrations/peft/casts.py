@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftkern.integrations.peft import trial
+
 # Values of x from which an autograd function in Python is worth what it saves, by count: 25 MB.
 GRADIENT_MINIMUM = 1 << 22
 
@@ -69,10 +71,13 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _keeps(x: Tensor) -> bool:
     """Return whether what is computed of x may be used again in a later call.
 
-    Not while operations are recorded, in a graph of CUDA or by a tracer, nor in inference mode,
-    whose tensors autograd does not save and which count no versions.
+    Not while operations are recorded, in a graph of CUDA or by a tracer; nor in inference mode,
+    whose tensors autograd does not save and which count no versions; nor in a trial, which calls a
+    layer many times with one x.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if trial.ours_only.get():
         return False
     if x.is_inference() or torch.is_inference_mode_enabled():
         return False
