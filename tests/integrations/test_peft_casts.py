@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import peftkern
-from peftkern.integrations.peft import bitsandbytes, casts
+from peftkern.integrations.peft import bitsandbytes, casts, trial
 from peftkern.integrations.peft.casts import cast
 
 BF16 = torch.bfloat16
@@ -194,6 +194,14 @@ def test_nothing_is_shared_in_inference_mode():
         assert data_of(cast(inside, BF16)) != data_of(cast(inside, BF16))
     assert casts._last is None and not cast(x, BF16).is_inference()
     assert torch.equal(cast(inside, BF16), inside.bfloat16())
+
+
+def test_nothing_is_shared_in_a_trial():
+    """It would time a layer that casts nothing."""
+    x = torch.randn(6)
+    with trial.only(trial.ours_only):
+        assert data_of(cast(x, BF16)) != data_of(cast(x, BF16))
+    assert casts._last is None
 
 
 def test_nothing_is_shared_with_a_trace():

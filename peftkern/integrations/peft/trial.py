@@ -29,7 +29,7 @@ ATTEMPTS = 3  # at a trial that found no memory
 _PASSES = 24  # forward passes that the shortest contest takes about the time of
 
 peer_only: ContextVar[bool] = ContextVar("peftkern_peer_only", default=False)
-ours_only: ContextVar[bool] = ContextVar("peftkernours_only", default=False)
+ours_only: ContextVar[bool] = ContextVar("peftkern_ours_only", default=False)
 
 
 class _Refused(Exception):
