@@ -72,14 +72,12 @@ def _keeps(x: Tensor) -> bool:
     """Return whether what is computed of x may be used again in a later call.
 
     Not while operations are recorded, in a graph of CUDA or by a tracer; nor in inference mode,
-    whose tensors autograd does not save and which count no versions; nor in a trial, which calls a
-    layer many times with one x.
+    whose tensors autograd does not save and which count no versions; nor in a trial, whose layer
+    would have nothing to cast but once.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if trial.ours_only.get():
-        return False
-    if x.is_inference() or torch.is_inference_mode_enabled():
+    if x.is_inference() or torch.is_inference_mode_enabled() or trial.measuring():
         return False
     return x.is_cpu or (x.is_cuda and not torch.cuda.is_current_stream_capturing())
 
