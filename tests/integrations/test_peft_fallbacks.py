@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig
 from peft_models import (
     K,
@@ -175,15 +174,6 @@ def test_global_hooks():
     with nn.modules.module.register_module_forward_hook(lambda m, a, o: seen.append(m)):
         assert_falls_back(lora_net(make_linear()), "global module hooks")
     assert sum(type(m) is nn.Linear for m in seen) == 2 * 3  # base, A, B of both models
-
-
-@pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("name", ROLES)
-def test_accelerate_hooks(make, name):
-    model = lora_net(make(), lora_dropout=0.2)
-    add_hook_to_module(role(model, name), AlignDevicesHook(execution_device="cpu"))
-    assert role(model, name)._hf_hook is not None
-    assert_falls_back(model, f"forward of {name} is replaced")
 
 
 @pytest.mark.parametrize("name", ["base_layer", "lora_A", "lora_B"])
