@@ -22,7 +22,7 @@ import torch
 from peftkern.backends import probe, programs, trust
 from peftkern.backends.counts import record_call, record_fallback, table_text
 from peftkern.backends.cpu import module as cpu
-from peftkern.backends.cuda.module import emulated
+from peftkern.backends.cuda.module import emulated, refusal_library
 from peftkern.backends.device import (
     BackendUnavailableError,
     arch,
@@ -158,6 +158,9 @@ _SIZES: dict[str, Callable[..., tuple[int, ...]]] = {
     ),
 }
 MEASURABLE = tuple(_SIZES)
+CUDA_ROWS = (
+    32  # up to which the CUDA C++ kernel decodes a weight in a third of Triton's instructions
+)
 # Whether a GPU's back end is there in a form that takes tensors of a CPU.
 _STAND_INS = {"triton": triton_interpreted, "cuda": emulated}
 
@@ -214,8 +217,12 @@ def _in_order(op: str, args: tuple[Any, ...], device: torch.device) -> tuple[Can
 
 
 def preferred(op: str, args: tuple[Any, ...], arch: str) -> tuple[Candidate, ...]:
-    """Return the candidates of an op in the order of an architecture's table."""
-    fastest = configs.fastest(problem_of(op, args), arch)
+    """Return the candidates of an op in the order of an architecture's table, or as counted."""
+    problem = problem_of(op, args)
+    fastest = configs.fastest(problem, arch)
+    few = op == "nf4_lora_linear_forward" and problem.M <= CUDA_ROWS and problem.bits == 16
+    if fastest is None and few and refusal_library() is None:
+        fastest = "cuda"
     if fastest is None:
         return CANDIDATES[op]
     return tuple(sorted(CANDIDATES[op], key=lambda candidate: candidate.name != fastest))

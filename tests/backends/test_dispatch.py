@@ -351,6 +351,19 @@ def test_forced_triton_says_that_it_is_not_installed(w, no_triton, monkeypatch):
     assert dispatch.unserved(torch.device("cuda")) == "triton is not installed"
 
 
+@pytest.mark.parametrize("name", ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "gfx908"])
+def test_triton_serves_amd_where_its_kernels_do_not_spill(name, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(device, "arch", lambda of: name)
+    device.triton_missing.cache_clear()
+    reason = device.triton_missing(torch.device("cuda"))
+    device.triton_missing.cache_clear()
+    if name in ("gfx90a", "gfx942", "gfx950"):
+        assert reason is None
+    else:
+        assert reason == f"{name} is none of gfx90a, gfx942, gfx950, where no kernel spills"
+
+
 def test_what_serves_no_device_of_a_kind():
     assert dispatch.unserved(torch.device("cpu")) is None
     assert dispatch.unserved(torch.device("xpu")) == "no kernel for xpu"
@@ -378,9 +391,10 @@ def names(candidates: tuple) -> list[str]:
     return [candidate.name for candidate in candidates]
 
 
-def test_measured_back_end_is_asked_first(tables):
+def test_measured_back_end_is_asked_first(tables, monkeypatch):
     op = "nf4_lora_linear_forward"
     sample = Sample(8, 4096, 4096)
+    monkeypatch.setattr(dispatch, "refusal_library", lambda: "it is not built")
     counted = names(dispatch.preferred(op, sample.arguments(op), "sm90"))
     assert counted == names(dispatch.CANDIDATES[op])
     table = {"nf4_lora_linear_forward/M8/r16/16-bit": {"4096x4096": "cuda"}}
@@ -392,6 +406,24 @@ def test_measured_back_end_is_asked_first(tables):
     assert names(dispatch.preferred(op, sample.arguments(op), "sm80")) == counted
     other = Sample(64, 4096, 4096).arguments(op)
     assert names(dispatch.preferred(op, other, "sm90")) == counted
+
+
+@pytest.mark.parametrize("reason", [None, "it is not built"])
+def test_cuda_is_asked_first_for_few_rows_where_it_is_built(reason, tables, monkeypatch):
+    monkeypatch.setattr(dispatch, "refusal_library", lambda: reason)
+
+    def first(M: int, op: str = "nf4_lora_linear_forward") -> str:
+        arguments = Sample(M, 4096, 4096).arguments(op)
+        return names(dispatch.preferred(op, arguments, "sm90"))[0]
+
+    few = "triton" if reason else "cuda"
+    assert [first(M) for M in (1, 32, 33, 512)] == [few, few, "triton", "triton"]
+    assert first(1, "nf4_lora_linear_backward") == first(1, "lora_linear_forward") == "triton"
+    table = {"nf4_lora_linear_forward/M1/r16/16-bit": {"4096x4096": "triton"}}
+    (tables / "sm90.json").write_text(json.dumps({"back_ends": table}))
+    configs.load.cache_clear()
+    configs.fastest.cache_clear()
+    assert first(1) == "triton"
 
 
 @pytest.mark.parametrize("op", dispatch.MEASURABLE)
