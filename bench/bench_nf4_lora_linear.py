@@ -127,6 +127,10 @@ SPECS = [
         Target(BNB, 8.0),
         Target(DENSE_LORA, 1.0),
     ),
+    *(
+        spec(f"nf4_lora_linear/forward-M{m}/bf16", m, BF16, False)
+        for m in (2, 4, 8, 32, 64)  # with M = 1 and 16: time grows with M, without a cliff
+    ),
     spec(
         "nf4_lora_linear/forward-M256/bf16",
         256,

@@ -13,6 +13,7 @@ from peftkern.backends.cpu.lora_linear import (
     requested,
 )
 from peftkern.backends.cpu.module import (
+    cpu_isa,
     float32,
     isa_and_threads,
     library,
@@ -23,6 +24,23 @@ from peftkern.backends.dropout import keep_scale
 from peftkern.backends.pointers import CPU, each, fresh, weight
 
 _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+# Rows of x up to which dot products, which decode the weight once for every eight rows, take less
+# time than panels, which decode it once and multiply sixteen rows at a time: for bfloat16 x, and
+# for float32 where the instruction set has no products of its own for bfloat16.
+_FEW_ROWS = {"scalar": 24, "avx2": 24, "avx512": 24, "avx512_bf16": 28, "amx_bf16": 2}
+
+
+def few_rows(isa: str, dtype: torch.dtype) -> int:
+    """Return up to how many rows of x, float32 or bfloat16, forward takes dot products.
+
+    The one place that chooses between the two; any number is right, the results are within the
+    same bounds.
+    """
+    if dtype is torch.float32 and isa in ("avx512_bf16", "amx_bf16"):
+        isa = "avx512"  # whose kernels serve
+    return _FEW_ROWS[isa]
 
 
 def refusal_forward(x: Tensor, w: list[Tensor], layout: list[int], *args: object) -> str | None:
@@ -84,6 +102,7 @@ def nf4_lora_linear_forward(
         *isa_and_threads(),
         *(M, N, K, r),
         *(x_at, code, view, A_at, keep_at, scale, S_at, scaling, B_at, bias_at, y_at),
+        few_rows(cpu_isa(), rows.dtype),
     )
     if x.dtype is torch.float16:
         y = y.half()
