@@ -1,0 +1,347 @@
+"""Checks of a kernel's first results on the user's own tensors, against torch.
+
+The linear ops are judged as the tests judge them: sampled rows of y and dx, and all of dA, dB and
+dbias, against the formula in float32 (float64 for float32 tensors); an error may be RATIO times
+that of the plain torch operations in the same dtypes plus a floor. Ops that move bits must equal
+the reference on sampled blocks; small ones are compared with it whole. Nothing here needs more than
+CHUNK bytes of scratch beyond one result of the op.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import reference
+from peftkern.backends.dropout import keep_scale, philox_keep
+from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
+from peftkern.formats.table import stored
+
+CHUNK = 64 << 20  # bytes
+SAMPLED = 32  # rows, or blocks
+WHOLE = 1 << 22  # values up to which an op is compared whole
+
+Args = tuple[Any, ...]
+
+
+def wrong(op: str, args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
+    """Return what is wrong with the result of an op in words, or None.
+
+    Args: plain, the op on the back end of torch's own operations.
+    """
+    judge = _JUDGES.get(op)
+    if judge is not None:
+        return judge(args, got, plain)
+    if sum(t.numel() for t in tensors(args)) > WHOLE:
+        return None
+    return _compared(_flat(got), _flat(plain()))
+
+
+def tensors(args: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, those in lists too."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from tensors(arg)
+
+
+def sampled(rows: int) -> list[int]:
+    """Return rows to look at: the ends, the edges of tiles, and some drawn without torch's seed."""
+    edges = [0, 1, 15, 16, 31, 32, 63, 64, 127, 128]
+    last = [rows - 1 - i for i in (0, 1, 2, 7, 15, 16)]
+    stride = max(1, rows // (SAMPLED - len(edges) - len(last)))
+    spread = range(rows // 7 % stride, rows, stride)
+    return sorted({row for row in (*edges, *last, *spread) if 0 <= row < rows})
+
+
+def _compared(got: list[Tensor], plain: list[Tensor]) -> str | None:
+    """Compare whole results with plain ones: integers bit for bit, floats to a rounding."""
+    for index, (ours, theirs) in enumerate(zip(got, plain, strict=True)):
+        if ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
+            return f"result {index} is {_kind(ours)}, expected {_kind(theirs)}"
+        if not ours.is_floating_point():
+            if not torch.equal(ours, theirs):
+                return f"result {index} differs from torch"
+        elif not _same_specials(ours, theirs):
+            return f"result {index} has NaN or infinity in other places"
+        else:
+            finite = theirs.isfinite()
+            rms, _ = errors(ours[finite], theirs[finite])
+            if rms > 100 * FLOOR_RMS[ours.dtype]:
+                return f"result {index} is {rms:.1e} away from torch"
+    return None
+
+
+def _linear(name: str, got: Tensor, plain: Tensor, oracle: Tensor, bits: torch.dtype) -> str | None:
+    """Judge one result of a linear op by the rule of the tests."""
+    if got.dtype is not plain.dtype or got.shape != plain.shape:
+        return f"{name} is {_kind(got)}, expected {_kind(plain)}"
+    finite = oracle.isfinite() & plain.isfinite()
+    if not got[finite].isfinite().all():
+        return f"{name} is not finite where torch is"
+    (rms, most), (plain_rms, plain_most) = (errors(t[finite], oracle[finite]) for t in (got, plain))
+    bound_rms = RATIO * plain_rms + max(FLOOR_RMS[got.dtype], FLOOR_RMS[bits])
+    bound_most = RATIO * plain_most + max(FLOOR_MAX[got.dtype], FLOOR_MAX[bits])
+    share = max(rms / bound_rms, most / bound_most)
+    return None if share <= 1.0 else f"{name} has {share:.3g} times the error allowed"
+
+
+def _forward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
+    x, weight, A, B, bias, scaling, keep, p = _forward_arguments(args)
+    rows = math.prod(x.shape[:-1])
+    if rows == 0:
+        return None
+    y, S = got[0].reshape(rows, -1), got[1]
+    plain_y, plain_S = plain()
+    at = torch.tensor(sampled(rows), device=x.device)
+    wide = _wide(x.dtype)
+    x_at = x.reshape(rows, -1)[at].to(wide)
+    oracle = _product(x_at, weight, wide, transposed=True)
+    if bias is not None:
+        oracle += bias.to(wide)
+    if A is not None:
+        S_at = _dropped(x_at, _mask(keep, at, x, p), p) @ A.to(wide).t()
+        oracle.addmm_(S_at, B.to(wide).t(), alpha=scaling)
+        S, plain_S = (t.reshape(rows, -1)[at] for t in (S, plain_S))
+        reason = _linear("S", S, plain_S, S_at, x.dtype)
+        if reason is not None:
+            return reason
+    return _linear("y", y[at], plain_y.reshape(rows, -1)[at], oracle, x.dtype)
+
+
+def _backward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
+    dy, x, S, weight, A, B, scaling, keep, p, needs = _backward_arguments(args)
+    rows = math.prod(dy.shape[:-1])
+    if rows == 0:
+        return None
+    theirs = plain()
+    wide, dy = _wide(dy.dtype), dy.reshape(rows, -1)
+    x = x if x is None else x.reshape(rows, -1)
+    oracles: dict[str, Tensor] = {}
+    if needs[0]:
+        at = torch.tensor(sampled(rows), device=dy.device)
+        dy_at = dy[at].to(wide)
+        oracle = _product(dy_at, weight, wide, transposed=False)
+        if A is not None:
+            update = (dy_at @ B.to(wide)) @ A.to(wide) * scaling
+            mask = _mask(keep, at, oracle.new_empty(rows, A.shape[1]), p)
+            oracle += _dropped(update, mask, p)
+        ours, other = (t[0].reshape(rows, -1)[at] for t in (got, theirs))
+        reason = _linear("dx", ours, other, oracle, dy.dtype)
+        if reason is not None:
+            return reason
+    _sum_gradients(oracles, dy, x, S, A, B, scaling, keep, p, needs, wide)
+    for index, name in enumerate(("dx", "dA", "dB", "dbias")):
+        if name in oracles:
+            reason = _linear(name, got[index], theirs[index], oracles[name], dy.dtype)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _sum_gradients(
+    oracles: dict[str, Tensor],
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    keep: Tensor | None,
+    p: float,
+    needs: list[bool],
+    wide: torch.dtype,
+) -> None:
+    """Compute dA, dB and dbias, the sums over all rows, some rows at a time."""
+    need_dA, need_dB = needs[1] and A is not None, needs[2] and B is not None
+    if not (need_dA or need_dB or needs[3]):
+        return
+    rows, N = dy.shape
+    widest = max(N, 0 if x is None else x.shape[1])
+    step = max(1, CHUNK // (3 * wide.itemsize * widest))
+    totals = {
+        "dA": dy.new_zeros(A.shape, dtype=wide) if need_dA else None,
+        "dB": dy.new_zeros(B.shape, dtype=wide) if need_dB else None,
+        "dbias": dy.new_zeros(N, dtype=wide) if needs[3] else None,
+    }
+    for start in range(0, rows, step):
+        at = torch.arange(start, min(start + step, rows), device=dy.device)
+        dy_at = dy[at].to(wide)
+        if need_dA:
+            x_at = _dropped(x[at].to(wide), _mask(keep, at, x, p), p)
+            totals["dA"].addmm_((dy_at @ B.to(wide)).t(), x_at, alpha=scaling)
+        if need_dB:
+            S_at = S.reshape(rows, -1)[at].to(wide)
+            totals["dB"].addmm_(dy_at.t(), S_at, alpha=scaling)
+        if needs[3]:
+            totals["dbias"] += dy_at.sum(0)
+    oracles.update({name: total for name, total in totals.items() if total is not None})
+
+
+def _forward_arguments(args: Args) -> Args:
+    if isinstance(args[1], (list, tuple)):
+        x, w, layout, *rest = args
+        return x, (w, layout), *rest
+    return args
+
+
+def _backward_arguments(args: Args) -> Args:
+    if isinstance(args[3], (list, tuple)):
+        dy, x, S, w, layout, *rest = args
+        return dy, x, S, (w, layout), *rest
+    return args
+
+
+def _product(left: Tensor, weight: Any, wide: torch.dtype, *, transposed: bool) -> Tensor:
+    """Compute left @ weight.T or left @ weight in `wide`, some rows of the weight at a time."""
+    N, K = weight[1][3:] if isinstance(weight, tuple) else weight.shape
+    out = left.new_zeros(left.shape[0], N if transposed else K)
+    for start, rows in _weight_rows(weight, wide, N, K):
+        stop = start + rows.shape[0]
+        if transposed:
+            out[:, start:stop] = left @ rows.t()
+        else:
+            out.addmm_(left[:, start:stop], rows)
+    return out
+
+
+def _weight_rows(weight: Any, wide: torch.dtype, N: int, K: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, rows in `wide`) of a dense or quantized weight."""
+    step = max(1, CHUNK // (2 * wide.itemsize * max(K, 1)))
+    if not isinstance(weight, tuple):
+        for start in range(0, N, step):
+            yield start, weight[start : start + step].to(wide)
+        return
+    tensors_, layout = weight
+    part = stored(tensors_, layout)
+    absmax = reference.nf4_absmax(tensors_, layout)
+    period = 2 * part.blocksize // math.gcd(K, 2 * part.blocksize)  # rows in whole blocks and bytes
+    step = -(-step // period) * period
+    for start in range(0, N, step):
+        stop = min(start + step, N)
+        packed = part.packed[start * K // 2 : (stop * K + 1) // 2]
+        scales = absmax[start * K // part.blocksize : -(-stop * K // part.blocksize)]
+        plain = [layout[0], part.blocksize, 0, stop - start, K]
+        yield start, reference.nf4_dequantize([packed, scales], plain, torch.float32).to(wide)
+
+
+def _mask(keep: Tensor | None, at: Tensor, like: Tensor, p: float) -> Tensor | None:
+    """Return the dropout mask of some rows of x, stored or drawn again from its seed."""
+    if keep is None:
+        return None
+    if keep.dtype is torch.int64:
+        return philox_keep(keep, at, like.shape[-1], p)
+    return keep.reshape(-1, like.shape[-1])[at]
+
+
+def _dropped(values: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    return values if mask is None else values * (mask.to(values.dtype) * keep_scale(mask, p))
+
+
+def _nf4_quantize(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
+    """Compare sampled blocks and the rest of one with the reference, bit for bit."""
+    weight, blocksize = args
+    packed, absmax = got
+    flat, blocks = weight.detach().reshape(-1), weight.numel() // blocksize
+    at = torch.tensor(sampled(blocks), device=weight.device, dtype=torch.int64)
+    whole = blocks * blocksize
+    codes, scales = reference.nf4_quantize(flat[:whole].view(blocks, -1)[at], blocksize)
+    ours = packed[: whole // 2].view(blocks, -1)[at].reshape(-1)
+    rest = [packed[whole // 2 :], absmax[blocks:]]
+    right = [codes, scales, *reference.nf4_quantize(flat[whole:], blocksize)]
+    return _compared([ours, absmax[at], *rest], right)
+
+
+def _nf4_dequantize(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
+    """Compare sampled blocks and the rest of one with the reference, bit for bit."""
+    w, layout, out = args
+    value = out if isinstance(out, Tensor) else got
+    part = stored(w, layout)
+    size, flat = part.blocksize, value.reshape(-1)
+    blocks, absmax = flat.numel() // size, reference.nf4_absmax(w, layout)
+    at = torch.tensor(sampled(blocks), device=value.device, dtype=torch.int64)
+    packed, whole = part.packed.view(-1), blocks * size
+    pieces = (
+        (packed[: whole // 2].view(blocks, -1)[at].reshape(-1), absmax[at], flat[:whole]),
+        (packed[whole // 2 :], absmax[blocks:], flat[whole:]),
+    )
+    for index, (codes, scales, ours) in enumerate(pieces):
+        ours = ours.view(blocks, size)[at] if index == 0 else ours.view(1, -1)
+        plain_layout = [layout[0], size, 0, *ours.shape]
+        right = reference.nf4_dequantize([codes, scales], plain_layout, value.dtype)
+        if not torch.equal(ours.nan_to_num(), right.nan_to_num()):
+            return "values differ from the format's"
+    return None
+
+
+def _low_rank_svd(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
+    """Compare norms of singular values, and products with a vector from either side."""
+    lora_B, lora_A, scaling, vectors, _ = args
+    U, S, Vh, _, info = got
+    chosen, starts = set(sampled(len(lora_B))), [0, 0, 0]
+    for index, (B, A, s) in enumerate(zip(lora_B, lora_A, scaling, strict=True)):
+        (m, _), n, k = B.shape, A.shape[1], min(B.shape[0], *A.shape)
+        sizes = (m * k, k, k * n)
+        u, values, v = (
+            t[start : start + size].double()
+            for t, start, size in zip((U, S, Vh), starts, sizes, strict=True)
+        )
+        starts = [start + size for start, size in zip(starts, sizes, strict=True)]
+        if index not in chosen or info[index]:
+            continue
+        B, A = B.double() * s, A.double()
+        norm = ((B.t() @ B) * (A @ A.t()).t()).sum().clamp(min=0).sqrt()
+        if not norm.isfinite():
+            continue
+        off = (values.norm() - norm).abs()
+        if vectors:
+            right, left = _waves(n, B), _waves(m, B)
+            u, v = u.view(m, k) * values, v.view(k, n)
+            off = torch.stack(
+                [
+                    off,
+                    (u @ (v @ right) - B @ (A @ right)).abs().max(),
+                    ((left @ u) @ v - (left @ B) @ A).abs().max(),
+                ]
+            ).max()
+        if not off <= 1e-3 * norm:
+            return f"the decomposition of pair {index} is {(off / norm).item():.1e} away"
+    return None
+
+
+def _waves(size: int, like: Tensor) -> Tensor:
+    """Return a vector of length near 1 with no zeros, drawn from no generator."""
+    return torch.arange(1, size + 1, device=like.device, dtype=like.dtype).cos() * size**-0.5
+
+
+_JUDGES: dict[str, Callable[[Args, Any, Callable[[], Any]], str | None]] = {
+    "lora_linear_forward": _forward,
+    "lora_linear_backward": _backward,
+    "nf4_lora_linear_forward": _forward,
+    "nf4_lora_linear_backward": _backward,
+    "nf4_quantize": _nf4_quantize,
+    "nf4_dequantize": _nf4_dequantize,
+    "nf4_dequantize_out": _nf4_dequantize,
+    "low_rank_svd": _low_rank_svd,
+}
+
+
+def _flat(result: Any) -> list[Tensor]:
+    return list(tensors(result if isinstance(result, (tuple, list)) else (result,)))
+
+
+def _same_specials(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
