@@ -136,16 +136,22 @@ _PANELS = {
 }
 
 
+def test_table_of_few_rows_is_in_the_order_of_codes():
+    names = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+    assert len(nf4_lora_linear._FEW_ROWS) == len(names)
+    assert all(names[code] == name for name, code in native.library().isas().items())
+
+
 @pytest.mark.parametrize(
     ("isa", "dtype", "code"),
     [
-        ("avx2", F32, "avx2"),
-        ("avx2", BF16, "avx2"),
-        ("avx512", F32, "avx512"),
-        ("avx512", BF16, "avx512"),
-        ("avx512_bf16", F32, "avx512"),
-        ("avx512_bf16", BF16, "avx512_bf16"),
-        ("amx_bf16", F32, "avx512"),
+        (1, F32, "avx2"),
+        (1, BF16, "avx2"),
+        (2, F32, "avx512"),
+        (2, BF16, "avx512"),
+        (3, F32, "avx512"),
+        (3, BF16, "avx512_bf16"),
+        (4, F32, "avx512"),
     ],
 )
 def test_choice_of_path_makes_no_cliff(isa, dtype, code):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,6 @@ from peftkern.backends.cpu.lora_linear import (
     requested,
 )
 from peftkern.backends.cpu.module import (
-    cpu_isa,
     float32,
     isa_and_threads,
     library,
@@ -27,20 +28,20 @@ _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 # Rows of x up to which dot products, which decode the weight once for every eight rows, take less
-# time than panels, which decode it once and multiply sixteen rows at a time: for bfloat16 x, and
-# for float32 where the instruction set has no products of its own for bfloat16.
-_FEW_ROWS = {"scalar": 24, "avx2": 24, "avx512": 24, "avx512_bf16": 28, "amx_bf16": 2}
+# time than panels, which decode it once and multiply sixteen rows at a time. By instruction set:
+# scalar, AVX2, AVX-512, and for bfloat16 x AVX512-BF16, AMX.
+_FEW_ROWS = (24, 24, 24, 28, 2)
+_AVX512 = 2  # serves float32 x on those after it, too
 
 
-def few_rows(isa: str, dtype: torch.dtype) -> int:
+@functools.cache
+def few_rows(isa: int, dtype: torch.dtype) -> int:
     """Return up to how many rows of x, float32 or bfloat16, forward takes dot products.
 
-    The one place that chooses between the two; any number is right, the results are within the
-    same bounds.
+    isa is the code of an instruction set. The one place that chooses between the two paths; any
+    number gives results within the same bounds.
     """
-    if dtype is torch.float32 and isa in ("avx512_bf16", "amx_bf16"):
-        isa = "avx512"  # whose kernels serve
-    return _FEW_ROWS[isa]
+    return _FEW_ROWS[min(isa, _AVX512) if dtype is torch.float32 else isa]
 
 
 def refusal_forward(x: Tensor, w: list[Tensor], layout: list[int], *args: object) -> str | None:
@@ -98,11 +99,11 @@ def nf4_lora_linear_forward(
         ("y", y, rows.dtype, M * N),
     )
     view, code, scale = weight(w, layout), _ACTIVATIONS[rows.dtype], keep_scale(keep, dropout_p)
+    isa, threads = isa_and_threads()
     library().nf4_lora_linear_forward(
-        *isa_and_threads(),
-        *(M, N, K, r),
+        *(isa, threads, M, N, K, r),
         *(x_at, code, view, A_at, keep_at, scale, S_at, scaling, B_at, bias_at, y_at),
-        few_rows(cpu_isa(), rows.dtype),
+        few_rows(isa, rows.dtype),
     )
     if x.dtype is torch.float16:
         y = y.half()
