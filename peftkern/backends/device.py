@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -68,11 +69,19 @@ def triton_missing(device: torch.device) -> str | None:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return os.uname().machine if hasattr(os, "uname") else "cpu"
+    machine = os.uname().machine if hasattr(os, "uname") else "cpu"
+    return _cpu_field("model name") or machine
+
+
+def cpu_maker() -> str:
+    """Return "GenuineIntel", "AuthenticAMD", ...; "unknown" where the system does not say."""
+    return _cpu_field("vendor_id") or "unknown"
+
+
+def _cpu_field(name: str) -> str | None:
+    """Return a field of the first processor; None where there is no /proc/cpuinfo, or not that."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith(name):
+                return line.split(":", 1)[1].strip()
+    return None

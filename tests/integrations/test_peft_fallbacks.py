@@ -25,8 +25,7 @@ from torch.nn.utils import parametrize
 
 import peftkern
 from peftkern.backends import dispatch
-from peftkern.backends.dispatch import DENSE_CPU_MINIMUM
-from peftkern.integrations.peft import serve
+from peftkern.backends.cpu import crossovers
 
 MAKERS = [make_linear, make_linear4bit]
 ROLES = ["base_layer", "lora_A", "lora_B", "lora_dropout"]
@@ -39,11 +38,11 @@ def role(model: nn.Module, name: str) -> nn.Module:
 
 def test_small_dense_product(monkeypatch):
     """Below the measured size a dense layer is PEFT's, unless a back end is asked for by name."""
-    monkeypatch.setattr(serve, "DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
+    monkeypatch.setattr(crossovers, "crossover", crossovers.COUNTED.get)
     model = lora_net(make_linear())
     assert_falls_back(model, "small dense product: PEFT's own operations are as fast")
     peftkern.patch(model)
-    rows = DENSE_CPU_MINIMUM // (K + N)
+    rows = crossovers.COUNTED["dense"] // (K + N)
     assert [told(model, torch.randn(rows + more, K))[0] for more in (0, 1)] == [0, 1]
     with peftkern.use_backend("cpu"):
         assert told(model, torch.randn(3, K))[0] == 1

@@ -53,14 +53,16 @@ def test_record_counts_steps_tokens_time_and_calls(linear, clock):
     assert first["calls"] == {"nf4_lora_linear_forward on cpu": 2}
     last = monitor.last
     assert (last["step"], last["steps"], last["tokens"]) == (3, 1, 7)
-    assert (last["kernel_calls"], last["reference_calls"], last["fallbacks"]) == (0, 1, 1)
+    # Torch's own operations ask for the decoded weight by an op of its own.
+    assert (last["kernel_calls"], last["reference_calls"], last["fallbacks"]) == (0, 2, 2)
     assert last["fallback_reasons"] == {
-        "nf4_lora_linear_forward: cpu: the dtype is torch.float64": 1
+        f"{op}: cpu: the dtype is torch.float64": 1
+        for op in ("nf4_lora_linear_forward", "nf4_dequantize")
     }
     summary = monitor.summary()
     assert (summary.steps, summary.tokens) == (3, 207)
     assert (summary.seconds, summary.step_seconds) == (1.75, 0.5)
-    assert (summary.kernel_calls, summary.reference_calls, summary.fallbacks) == (2, 1, 1)
+    assert (summary.kernel_calls, summary.reference_calls, summary.fallbacks) == (2, 2, 2)
     assert 0.25 <= summary.step_seconds_p20 <= 0.5 <= summary.step_seconds_p80 <= 1.0
     assert "207 tokens" in str(summary) and "1 x nf4_lora_linear_forward: cpu" in str(summary)
 

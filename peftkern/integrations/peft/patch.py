@@ -17,15 +17,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peftkern.backends import dispatch
+from peftkern.backends import dispatch, trust
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
-from peftkern.integrations.peft import adalora, lora
+from peftkern.integrations.peft import adalora, lora, trial
 from peftkern.integrations.peft.fallback import Fallback, PatchedForward
 from peftkern.integrations.peft.serve import (
     BNB_TYPES,
     DENSE_TYPES,
     PatchedLayer,
     active_names,
+    layer_key,
     read_state,
     rows_to_pay,
     switched_off,
@@ -51,6 +52,7 @@ class PatchReport:
     without_adapter: names of bitsandbytes' layers with no patched adapter that are served as well.
     small: {name: rows} of patched dense layers on a CPU that PEFT computes as fast below so many
         rows (batch times sequence), if those are more than 512; 0 for any number of them.
+    unmeasured: how many classes of patched layers (op, shape, rank, device) have no verdict yet.
     backends: {device type: what serves there}.
     warnings: what the user should put right; `patch` gives them as warnings, too.
     """
@@ -61,6 +63,7 @@ class PatchReport:
     kinds: Counter[str] = field(default_factory=Counter)
     without_adapter: list[str] = field(default_factory=list)
     small: dict[str, int] = field(default_factory=dict)
+    unmeasured: int = 0
     backends: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -73,6 +76,7 @@ class PatchReport:
             "kinds": dict(self.kinds),
             "without_adapter": list(self.without_adapter),
             "small": dict(self.small),
+            "unmeasured": self.unmeasured,
             "backends": dict(self.backends),
             "warnings": list(self.warnings),
         }
@@ -96,6 +100,11 @@ class PatchReport:
             rows = max(self.small.values())
             pays = f"from {rows:,} rows (batch x sequence) on" if rows else "in none of them"
             text += f"; {len(self.small)} are small dense layers: kernels pay {pays}"
+        if self.unmeasured:
+            until = ": PEFT serves them"
+            if trust.mode() != "off":
+                until += " until each was tried (twice called)"
+            text += f"; {_plural(self.unmeasured, 'class', 'classes')} unmeasured{until}"
         for device, backend in self.backends.items():
             text += f"; on {device}: {backend}"
         for warning in self.warnings:
@@ -177,7 +186,7 @@ def _drop_own_forward(layer: nn.Module) -> bool:
 
 def _describe(model: nn.Module, report: PatchReport) -> None:
     """Fill in the state of the patched layers and what serves their devices."""
-    devices = set()
+    devices, classes = set(), set()
     for name in report.patched:
         layer = model.get_submodule(name)
         if not isinstance(layer, PatchedLayer):
@@ -188,10 +197,16 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
         base = layer.get_base_layer()
         device = base.weight.device
         devices.add(device.type)
+        rows = 1
         if device.type == "cpu" and type(base) in DENSE_TYPES:
             rows = rows_to_pay(layer)
             if rows == 0 or rows > _USUAL_ROWS:
                 report.small[name] = rows
+        if reason is None and rows and dispatch.unserved(device) is None:
+            names = active_names(layer)
+            classes.add((layer_key(layer, names, read_state(layer, names)), device))
+    if trust.mode() != "always" and dispatch.forced_backend() is None:
+        report.unmeasured = sum(trial.unmeasured(*one) for one in classes)
     for kind in sorted(devices - {"meta"}):
         report.backends[kind], missing = dispatch.serving(torch.device(kind))
         if missing is not None:
@@ -225,6 +240,10 @@ def _label(kind: type) -> str:
     parts = kind.__module__.split(".")
     family = parts[2] if parts[:2] == ["peft", "tuners"] and len(parts) > 2 else parts[0]
     return f"{family}.{kind.__name__}"
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
 
 
 def _counts(counter: Counter[str]) -> str:
