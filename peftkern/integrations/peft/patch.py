@@ -18,9 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peftkern.backends import dispatch, trust
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
+from peftkern.formats.nf4 import ArgumentError
 from peftkern.integrations.peft import adalora, lora, trial
-from peftkern.integrations.peft.fallback import Fallback, PatchedForward
+from peftkern.integrations.peft.fallback import Fallback, kept_forward, set_class
 from peftkern.integrations.peft.serve import (
     BNB_TYPES,
     DENSE_TYPES,
@@ -131,10 +131,10 @@ def patch(model: nn.Module) -> PatchReport:
         if original not in _SWAPS:
             report.skipped[name] = f"{_label(kind)} has no kernel"
             continue
-        if kind is original and not _drop_own_forward(module):
-            report.skipped[name] = "forward is replaced on the instance (accelerate's hooks?)"
+        if kind is original and kept_forward(module) is None:
+            report.skipped[name] = "forward is replaced on the instance"
             continue
-        module.__class__ = _SWAPS[original]
+        set_class(module, _SWAPS[original])
         adalora.freeze_ranknum(module)
         report.patched.append(name)
         report.kinds[_label(original)] += 1
@@ -145,6 +145,8 @@ def patch(model: nn.Module) -> PatchReport:
             report.kinds["adalora.AdaLoraModel"] += 1
         if BNB_TYPES and bnb.patch_base(module) and module not in bases and bnb.runs_kernel(module):
             report.without_adapter.append(name)
+    if BNB_TYPES:
+        bnb.read_quant_maps(model)
     _describe(model, report)
     for warning in report.warnings:
         warnings.warn(warning, stacklevel=3)
@@ -160,7 +162,7 @@ def unpatch(model: nn.Module) -> list[str]:
     for name, module in _adapter_layers(model):
         original = _ORIGINALS.get(type(module))
         if original is not None:
-            module.__class__ = original
+            set_class(module, original)
             module.__dict__.pop("frozen_weight", None)
             restored.append(name)
     for name, module in model.named_modules():
@@ -169,19 +171,6 @@ def unpatch(model: nn.Module) -> list[str]:
         if BNB_TYPES:
             bnb.unpatch_base(module)
     return restored
-
-
-def _drop_own_forward(layer: nn.Module) -> bool:
-    """Remove the forward that hooks left behind; return whether calls reach the class's now."""
-    own = layer.__dict__.get("forward")
-    if own is None:
-        return True
-    if getattr(own, "__self__", None) is not layer:
-        return False
-    if own.__func__ not in (type(layer).forward, PatchedForward.forward):
-        return False
-    del layer.forward  # accelerate's remove_hook_from_module puts the method there
-    return True
 
 
 def _describe(model: nn.Module, report: PatchReport) -> None:
@@ -204,7 +193,7 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
                 report.small[name] = rows
         if reason is None and rows and dispatch.unserved(device) is None:
             names = active_names(layer)
-            classes.add((layer_key(layer, names, read_state(layer, names)), device))
+            classes.add((layer_key(layer, names, read_state(layer, names, device)), device))
     if trust.mode() != "always" and dispatch.forced_backend() is None:
         report.unmeasured = sum(trial.unmeasured(*one) for one in classes)
     for kind in sorted(devices - {"meta"}):
@@ -215,13 +204,13 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
 
 def _reason_now(layer: Any) -> str | None:
     """Return the reason for PEFT's forward whatever the input, as a patched layer is now."""
-    state = read_state(layer, active_names(layer))
+    state = read_state(layer, active_names(layer), layer.get_base_layer().weight.device)
     if isinstance(state, Fallback):
         return state.reason
     base = layer._modules["base_layer"]
     if type(base) in BNB_TYPES:
         try:
-            NF4Weight.from_bitsandbytes(base.weight)
+            bnb.view_weight(base)
         except ArgumentError as error:
             return str(error)
     return switched_off(layer) if type(base) in DENSE_TYPES else None

@@ -91,7 +91,7 @@ class PatchedLayer(PatchedForward):
         if reason is not None:
             return Fallback(reason)
         names = active_names(self)
-        adapter = read_state(self, names)
+        adapter = read_state(self, names, x.device)
         if isinstance(adapter, Fallback):
             return adapter
         if not (x.is_cpu or compiling):  # in a graph, the op itself falls back
@@ -184,7 +184,7 @@ class PatchedLayer(PatchedForward):
         """Return whether an adapter is LoRA and nothing more: neither DoRA nor AdaLoRA."""
         raise NotImplementedError
 
-    def _read_adapter(self, names: list[str]) -> Adapter | Fallback:
+    def _read_adapter(self, names: list[str], device: torch.device) -> Adapter | Fallback:
         """Read the first active adapter; a fallback also for what `_add_adapter` cannot add."""
         raise NotImplementedError
 
@@ -248,10 +248,10 @@ def active_names(layer: Any) -> list[str]:
     return [name for name in ([active] if isinstance(active, str) else active) if name in adapters]
 
 
-def read_state(layer: Any, names: list[str]) -> Adapter | Fallback | None:
+def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | Fallback | None:
     """Read the first active adapter of a layer whose state our ops express, whatever the input.
 
-    Returns: None if no adapter is active.
+    Args: device, of the input. Returns: None if no adapter is active.
     """
     if layer.merged_adapters and layer.disable_adapters:  # PEFT takes them out of the weight
         return Fallback("adapters are merged and disabled")
@@ -266,12 +266,12 @@ def read_state(layer: Any, names: list[str]) -> Adapter | Fallback | None:
     kind = type(base)
     if kind not in _BASE_TYPES:
         return Fallback(f"base_layer is {kind.__name__}")
-    reason = hooked(base_layer=base)
+    reason = hooked(device, base_layer=base)
     if reason is None and kind in BNB_TYPES:
         reason = bnb.unusual_weight(base)
     if reason is not None:
         return Fallback(reason)
-    return layer._read_adapter(names) if names else None
+    return layer._read_adapter(names, device) if names else None
 
 
 def switched_off(layer: Any) -> str | None:

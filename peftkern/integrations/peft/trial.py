@@ -159,6 +159,11 @@ def peer_answers() -> bool:
     return not torch.compiler.is_compiling() and _peer_only.get()
 
 
+def measuring() -> bool:
+    """Return whether a trial calls our side, many times with one input."""
+    return _ours_only.get()
+
+
 def peer(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run the forward that the layer had before `patch`, over a base that is not ours either."""
     with only(_peer_only):

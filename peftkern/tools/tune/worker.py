@@ -97,7 +97,9 @@ def _key(case: Case, device: torch.device) -> tuple:
     layer, x = build(case, case.N, case.K, case.rows, device)
     names = serve.active_names(layer)
     dtype = getattr(torch, DTYPES[case.dtype])
-    return serve.trial_key(layer, x, names, serve.read_state(layer, names), dtype, case.autocast)
+    return serve.trial_key(
+        layer, x, names, serve.read_state(layer, names, x.device), dtype, case.autocast
+    )
 
 
 def build(case: Case, N: int, K: int, rows: int, device: torch.device) -> tuple[Any, torch.Tensor]:

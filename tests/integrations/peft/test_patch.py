@@ -26,7 +26,7 @@ from peft_models import (
     served_by_us,
     tiny_llama,
 )
-from site_packages import python, without
+from processes import run_code, run_python_over, without
 from torch import nn
 
 import peftkern
@@ -275,9 +275,39 @@ def test_checks_per_call_are_cheap():
     model = lora_net(make_linear4bit(), lora_dropout=0.1)
     peftkern.patch(model)
     layer = layer_of(model)
-    names = serve.active_names(layer)
-    called = calls_of(serve.active_names, layer) + calls_of(serve.read_state, layer, names)
+    names, device = serve.active_names(layer), torch.device("cpu")
+    called = calls_of(serve.active_names, layer) + calls_of(serve.read_state, layer, names, device)
     assert len(called) <= CALLS_OF_THE_CHECKS, called
+
+
+WITHOUT_NATIVE_MODULES = """
+import sys
+for name in ("peftkern._cpu", "peftkern._cuda", "fcntl"):
+    sys.modules[name] = None
+import pytest, torch, peftkern
+from peft_models import *
+take_small_layers()
+for make in (make_linear, make_linear4bit):
+    model = lora_net(make(), lora_dropout=0.1)
+    with pytest.warns(UserWarning, match="plain PyTorch serves: the native library"):
+        twin = patched_copy(model)
+    results = []
+    for net in (twin, model):
+        torch.manual_seed(0)
+        x = torch.ones(3, K, requires_grad=True)
+        y = net(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *[p.grad for p in net.parameters() if p.grad is not None]])
+    torch.testing.assert_close(*results)
+    assert served_by_us() and fallbacks() == {}
+assert {backend for _, backend in peftkern.stats().calls} <= {"torch", "reference"}
+print("served")
+"""
+
+
+def test_without_native_modules_torch_serves():
+    """As on Windows and macOS."""
+    assert "served" in run_code(WITHOUT_NATIVE_MODULES)
 
 
 def test_patch_works_without_bitsandbytes(tmp_path):
@@ -289,7 +319,7 @@ def test_patch_works_without_bitsandbytes(tmp_path):
         "model = get_peft_model(net, LoraConfig(target_modules=['0']))\n"
         "print(peftkern.patch(model)); model(torch.randn(600, 512)); print(peftkern.stats())\n"
     )
-    done = python(without(tmp_path / "site", "bitsandbytes"), "-c", code)
+    done = run_python_over(without(tmp_path / "site", "bitsandbytes"), "-c", code)
     assert done.returncode == 0, done.stderr
     assert "1 patched (lora.Linear 1), 0 skipped" in done.stdout
     assert "lora_linear_forward" in done.stdout
