@@ -217,6 +217,7 @@ def _rows(M: int, most: int) -> int:
 # Tiles over many rows of 16-bit activations, by tensor cores and block of ranks: of what spills
 # with no dtype of the factors, the fewest instructions for an element that leave a processor 8
 # warps. The three products with a float32 factor take registers, so high ranks have small tiles.
+# None for tcgen05: there three stages of dA alone (r = 256) abort Triton 3.6's pipeliner.
 _FORWARD = {
     "mma": {
         16: TileConfig(64, 64, 64, 1, 4, 4),
@@ -224,7 +225,6 @@ _FORWARD = {
         64: TileConfig(32, 64, 32, 1, 4, 3),
     },
     "wgmma": dict.fromkeys((16, 32, 64), TileConfig(64, 64, 64, 1, 8, 3)),
-    "tcgen05": dict.fromkeys((16, 32, 64), TileConfig(64, 64, 64, 1, 8, 3)),
 }
 _BACKWARD_SB = {
     "mma": {
@@ -237,7 +237,6 @@ _BACKWARD_SB = {
         32: TileConfig(32, 128, 16, 1, 4, 4),
         64: TileConfig(64, 128, 16, 1, 8, 3),
     },
-    "tcgen05": dict.fromkeys((16, 32, 64), TileConfig(32, 128, 16, 1, 4, 3)),
 }
 _BACKWARD_XA = {
     "mma": {
@@ -250,7 +249,6 @@ _BACKWARD_XA = {
         32: TileConfig(32, 16, 64, 1, 4, 3),
         64: TileConfig(64, 16, 64, 1, 8, 3),
     },
-    "tcgen05": dict.fromkeys((16, 32, 64), TileConfig(32, 16, 128, 1, 8, 3)),
 }
 
 

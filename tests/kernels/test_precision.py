@@ -1,6 +1,6 @@
 """Roundings of the low-rank products, simulated: those chosen keep the bound, cheaper ones do not.
 
-NUMERICS.md quotes the shares of the bound; the kernels themselves are tested in test_kernels.py.
+NUMERICS.md quotes the shares; the kernels themselves are tested in test_lora_linear.py.
 """
 
 from __future__ import annotations
