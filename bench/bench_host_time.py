@@ -64,11 +64,14 @@ SETTINGS = tuple(
 
 @contextlib.contextmanager
 def autocast(wanted: bool) -> Iterator[None]:
-    """Enable autocast for the CPU, where the tensors are, and CUDA, which PEFT's layer asks for."""
+    """Enable autocast for the CPU, where the tensors are, and CUDA, which PEFT's layer asks for.
+
+    Casts are not kept: in training a step begins with none, and casts each parameter once.
+    """
     before = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", wanted)
     try:
-        with torch.autocast("cpu", BF16, enabled=wanted):
+        with torch.autocast("cpu", BF16, enabled=wanted, cache_enabled=False):
             yield
     finally:
         torch.set_autocast_enabled("cuda", before)

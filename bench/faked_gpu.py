@@ -42,6 +42,7 @@ class _Launcher:
         self.launch = _ignore
 
     def __call__(self, gridX, gridY, gridZ, stream, function, *args) -> None:
+        _, launch_metadata, enter, leave, *_ = args
         def allocate_scratch(size: int) -> None:
             if size > 0:
                 raise NotImplementedError("a kernel with scratch memory")
@@ -49,7 +50,11 @@ class _Launcher:
         scratch = allocate_scratch(self.global_scratch_size)
         profile = allocate_scratch(self.profile_scratch_size)
         options = (self.launch_cooperative_grid, self.launch_pdl, scratch, profile)
+        if enter is not None:  # as the C function asks
+            enter(launch_metadata)
         self.launch(gridX, gridY, gridZ, stream, function, *options, *args)
+        if leave is not None:
+            leave(launch_metadata)
 
 
 class _Utils:
@@ -71,7 +76,7 @@ class _Driver:
         return TARGETS[ARCH]
 
     def get_current_device(self) -> int:
-        return 0
+        return -1  # as tensors of the CPU say
 
     def get_current_stream(self, device: int) -> int:
         return 0

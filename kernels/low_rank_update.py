@@ -21,7 +21,7 @@ from torch import Tensor
 from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.kernels.configs import Problem, TileConfig, block_rank, ceil_div, slab
 from peftkern.kernels.interpreter import dot, dropped, narrow
-from peftkern.kernels.launch import config_for, guard, rows_of, traits
+from peftkern.kernels.launch import config_for, launch, rows_of, traits
 from peftkern.kernels.primitives import dot_factor, join_sums, keep_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -398,32 +398,23 @@ def _launch_forward(
     (M, K), r, N = x.shape, factor.shape[0], 1 if y is None else y.shape[1]
     config = _config("lora_forward", M, N, K, r, x)
     grid = (ceil_div(M, config.block_m), config.splits, ceil_div(r, block_rank(r)))
-    with guard(x):
-        _lora_forward_kernel[grid](
-            x,
-            factor.contiguous(),
-            lora_B,
-            None if bias is None else bias.contiguous(),
-            keep,
-            S,
-            y,
-            M,
-            N,
-            K,
-            r,
-            scale,
-            scaling,
-            keep_threshold(dropout_p),
-            EXPAND=y is not None,
-            HAS_BIAS=bias is not None,
-            HAS_DROPOUT=keep is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            BLOCK_R=block_rank(r),
-            PRECISION=traits(x.device).precision,
-            **config.launch(),
-        )
+    bias = None if bias is None else bias.contiguous()
+    launch(
+        _lora_forward_kernel,
+        x,
+        grid,
+        (x, factor.contiguous(), lora_B, bias, keep, S, y),
+        (M, N, K, r, scale, scaling, keep_threshold(dropout_p)),
+        EXPAND=y is not None,
+        HAS_BIAS=bias is not None,
+        HAS_DROPOUT=keep is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=block_rank(r),
+        PRECISION=traits(x.device).precision,
+        **config.launch(),
+    )
 
 
 def gradients_sb(
@@ -450,28 +441,22 @@ def gradients_sb(
     dB = _partial(need_dB, (slabs, N, r), dy)
     dbias = _partial(need_dbias, (slabs, N), dy)
     if need_dS or need_dB or need_dbias:
-        with guard(dy):
-            _lora_backward_sb_kernel[(tiles, slabs, ceil_div(r, block_rank(r)))](
-                dy,
-                lora_B.contiguous(),
-                S.reshape(M, r) if need_dB else None,
-                parts,
-                dB,
-                dbias,
-                M,
-                N,
-                r,
-                rows,
-                scaling,
-                NEED_DS=need_dS,
-                NEED_DB=need_dB,
-                NEED_DBIAS=need_dbias,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                BLOCK_R=block_rank(r),
-                PRECISION=traits(dy.device).precision,
-                **config.launch(),
-            )
+        S = S.reshape(M, r) if need_dB else None
+        launch(
+            _lora_backward_sb_kernel,
+            dy,
+            (tiles, slabs, ceil_div(r, block_rank(r))),
+            (dy, lora_B.contiguous(), S, parts, dB, dbias),
+            (M, N, r, rows, scaling),
+            NEED_DS=need_dS,
+            NEED_DB=need_dB,
+            NEED_DBIAS=need_dbias,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_R=block_rank(r),
+            PRECISION=traits(dy.device).precision,
+            **config.launch(),
+        )
     if need_dS:
         dS = _added(parts, torch.float32)
     return dS, _added(dB, lora_B.dtype), _added(dbias, dy.dtype)
@@ -508,29 +493,21 @@ def gradients_xa(
     step = slab(M, config.block_m, config.splits)
     slabs = ceil_div(M, step)
     dA = _partial(need_dA, (slabs, r, K), dS)
-    with guard(dS):
-        _lora_backward_xa_kernel[(ceil_div(K, config.block_k), slabs, chunks)](
-            rows,
-            lora_A.contiguous(),
-            dS,
-            keep,
-            dx if need_dx else None,
-            dA,
-            M,
-            K,
-            r,
-            step,
-            keep_scale(keep, dropout_p),
-            keep_threshold(dropout_p),
-            NEED_DX=need_dx,
-            NEED_DA=need_dA,
-            HAS_DROPOUT=keep is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_K=config.block_k,
-            BLOCK_R=block_rank(r),
-            PRECISION=traits(dS.device).precision,
-            **config.launch(),
-        )
+    launch(
+        _lora_backward_xa_kernel,
+        dS,
+        (ceil_div(K, config.block_k), slabs, chunks),
+        (rows, lora_A.contiguous(), dS, keep, dx if need_dx else None, dA),
+        (M, K, r, step, keep_scale(keep, dropout_p), keep_threshold(dropout_p)),
+        NEED_DX=need_dx,
+        NEED_DA=need_dA,
+        HAS_DROPOUT=keep is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=block_rank(r),
+        PRECISION=traits(dS.device).precision,
+        **config.launch(),
+    )
     return dx, _added(dA, lora_A.dtype)
 
 
@@ -552,35 +529,26 @@ def update_epilogue(
     M, N = out.shape
     r = 0 if factor is None else factor.shape[0]
     config = config_for(Problem("epilogue", M, N, 1, r, 8 * out.element_size()), out.device)
-    with guard(out):
-        _epilogue_kernel[(ceil_div(M, config.block_m), ceil_div(N, config.block_n))](
-            parts,
-            s_parts,
-            factor,
-            None if bias is None else bias.contiguous(),
-            keep,
-            S,
-            out,
-            M,
-            N,
-            r,
-            0 if parts is None else len(parts),
-            len(s_parts) if r else 0,
-            factor.stride(0) if r else 0,
-            factor.stride(1) if r else 0,
-            *scales,
-            keep_threshold(dropout_p),
-            HAS_PARTS=parts is not None,
-            HAS_UPDATE=r > 0,
-            STORE_S=S is not None,
-            HAS_BIAS=bias is not None,
-            HAS_DROPOUT=keep is not None and r > 0,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_R=block_rank(r),
-            PRECISION=traits(out.device).precision,
-            **config.launch(),
-        )
+    bias = None if bias is None else bias.contiguous()
+    splits = 0 if parts is None else parts.shape[0], s_parts.shape[0] if r else 0
+    strides = factor.stride() if r else (0, 0)
+    launch(
+        _epilogue_kernel,
+        out,
+        (ceil_div(M, config.block_m), ceil_div(N, config.block_n)),
+        (parts, s_parts, factor, bias, keep, S, out),
+        (M, N, r, *splits, *strides, *scales, keep_threshold(dropout_p)),
+        HAS_PARTS=parts is not None,
+        HAS_UPDATE=r > 0,
+        STORE_S=S is not None,
+        HAS_BIAS=bias is not None,
+        HAS_DROPOUT=keep is not None and r > 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=block_rank(r),
+        PRECISION=traits(out.device).precision,
+        **config.launch(),
+    )
 
 
 def _config(kernel: str, M: int, N: int, K: int, r: int, activations: Tensor) -> TileConfig:

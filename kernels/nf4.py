@@ -16,7 +16,7 @@ from peftkern.formats.nf4 import ABSMAX_FLOOR, nf4_midpoints
 from peftkern.formats.table import stored
 from peftkern.kernels.configs import Problem, ceil_div
 from peftkern.kernels.interpreter import narrow
-from peftkern.kernels.launch import code_table, config_for, guard, traits
+from peftkern.kernels.launch import code_table, config_for, launch, traits
 from peftkern.kernels.primitives import nf4_tile, nf4_values
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -107,10 +107,8 @@ def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     config = config_for(problem, flat.device)
     rows = max(1, config.block_n // blocksize)
     grid = (ceil_div(absmax.numel(), rows),)
-    with guard(flat):
-        _nf4_quantize_kernel[grid](
-            flat, packed, absmax, numel, ROWS=rows, BLOCKSIZE=blocksize, **config.launch()
-        )
+    tensors, constants = (flat, packed, absmax), {"ROWS": rows, "BLOCKSIZE": blocksize}
+    launch(_nf4_quantize_kernel, flat, grid, tensors, (numel,), **constants, **config.launch())
     return packed, absmax
 
 
@@ -131,18 +129,17 @@ def nf4_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> None:
     problem = Problem("nf4_dequantize", 1, numel, weight.blocksize, 1, 8 * out.element_size())
     config = config_for(problem, out.device)
     columns = min(weight.blocksize // 2, config.block_n)
-    with guard(out):
-        _nf4_dequantize_kernel[(ceil_div(nbytes, config.block_n),)](
-            *weight.pointers,
-            code_table(out.device),
-            out,
-            numel,
-            nbytes,
-            BLOCKSIZE=weight.blocksize,
-            NESTED_BLOCKSIZE=weight.nested_blocksize,
-            PTX=traits(out.device).ptx,
-            COLUMNS=columns,
-            ROWS=config.block_n // columns,
-            enable_fp_fusion=False,  # absmax is a product and a sum, each rounded
-            **config.launch(),
-        )
+    launch(
+        _nf4_dequantize_kernel,
+        out,
+        (ceil_div(nbytes, config.block_n),),
+        (*weight.pointers, code_table(out.device), out),
+        (numel, nbytes),
+        BLOCKSIZE=weight.blocksize,
+        NESTED_BLOCKSIZE=weight.nested_blocksize,
+        PTX=traits(out.device).ptx,
+        COLUMNS=columns,
+        ROWS=config.block_n // columns,
+        enable_fp_fusion=False,  # absmax is a product and a sum, each rounded
+        **config.launch(),
+    )

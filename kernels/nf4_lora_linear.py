@@ -22,7 +22,7 @@ from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.formats.table import stored
 from peftkern.kernels.configs import RANK_LEAST, Problem, ceil_div, nf4_fused_rows
 from peftkern.kernels.interpreter import dot, dropped, narrow
-from peftkern.kernels.launch import code_table, config_for, guard, rows_of, traits
+from peftkern.kernels.launch import code_table, config_for, launch, rows_of, traits
 from peftkern.kernels.low_rank_update import (
     gradients_sb,
     gradients_xa,
@@ -282,33 +282,25 @@ def fused_forward(
     parts = x.new_empty((splits, M, N), dtype=torch.float32)
     s_parts = x.new_empty((splits, M, r), dtype=torch.float32) if r else None
     tiles = ceil_div(N, config.block_n) + ceil_div(r, RANK_LEAST)
-    with guard(x):
-        _nf4_forward_kernel[(tiles, ceil_div(M, config.block_m), splits)](
-            x,
-            *weight.pointers,
-            code_table(x.device),
-            lora_A.contiguous() if r else None,
-            keep,
-            parts,
-            s_parts,
-            M,
-            N,
-            K,
-            r,
-            blocks,
-            keep_threshold(dropout_p),
-            BLOCKSIZE=weight.blocksize,
-            NESTED_BLOCKSIZE=weight.nested_blocksize,
-            HAS_LORA=r > 0,
-            HAS_DROPOUT=keep is not None,
-            PTX=traits(x.device).ptx,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=block_k,
-            BLOCK_R=RANK_LEAST,
-            PRECISION=traits(x.device).precision,
-            **config.launch(),
-        )
+    A, table, on = lora_A.contiguous() if r else None, code_table(x.device), traits(x.device)
+    launch(
+        _nf4_forward_kernel,
+        x,
+        (tiles, ceil_div(M, config.block_m), splits),
+        (x, *weight.pointers, table, A, keep, parts, s_parts),
+        (M, N, K, r, blocks, keep_threshold(dropout_p)),
+        BLOCKSIZE=weight.blocksize,
+        NESTED_BLOCKSIZE=weight.nested_blocksize,
+        HAS_LORA=r > 0,
+        HAS_DROPOUT=keep is not None,
+        PTX=on.ptx,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=RANK_LEAST,
+        PRECISION=on.precision,
+        **config.launch(),
+    )
     y = x.new_empty((M, N))
     S = x.new_empty((M, r), dtype=torch.float32) if r else None
     factor = lora_B.contiguous().t() if r else None
@@ -333,25 +325,21 @@ def fused_backward(
     blocks = ceil_div(ceil_div(N, config.block_n), config.splits)
     splits = ceil_div(N, blocks * config.block_n)
     parts = dy.new_empty((splits, M, K), dtype=torch.float32)
-    with guard(dy):
-        _nf4_backward_kernel[(K // block_k, ceil_div(M, config.block_m), splits)](
-            dy,
-            *weight.pointers,
-            code_table(dy.device),
-            parts,
-            M,
-            N,
-            K,
-            blocks,
-            BLOCKSIZE=weight.blocksize,
-            NESTED_BLOCKSIZE=weight.nested_blocksize,
-            PTX=traits(dy.device).ptx,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=block_k,
-            PRECISION=traits(dy.device).precision,
-            **config.launch(),
-        )
+    launch(
+        _nf4_backward_kernel,
+        dy,
+        (K // block_k, ceil_div(M, config.block_m), splits),
+        (dy, *weight.pointers, code_table(dy.device), parts),
+        (M, N, K, blocks),
+        BLOCKSIZE=weight.blocksize,
+        NESTED_BLOCKSIZE=weight.nested_blocksize,
+        PTX=traits(dy.device).ptx,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        PRECISION=traits(dy.device).precision,
+        **config.launch(),
+    )
     dx = dy.new_empty((M, K))
     s_parts = None if dS is None else dS.unsqueeze(0)
     factor = None if dS is None else lora_A.contiguous()
