@@ -22,11 +22,11 @@ from torch import Tensor
 
 import peftkern
 from peftkern.backends.device import triton_interpreted
+from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO, errors
 from peftkern.tools.bench import gpu_timer, machine, memory
 from peftkern.tools.bench.peers import SEED
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.timer import Timing, measure, pin_threads
-from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO, errors
 
 GRAPH_SHARE = 0.5  # of a variant's time, added for replayed graphs
 CPU = torch.device("cpu")
@@ -275,6 +275,7 @@ def main(
     on the CPU as a smoke test; its times mean nothing.
     """
     args = parse(stem, argv)
+    os.environ.setdefault("PEFTKERN_TRUST", "always")  # kernels are what is measured
     try:
         device = machine.device_named(args.device)
     except machine.DeviceError as error:

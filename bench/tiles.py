@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import peftkern
+from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
 from peftkern.kernels.configs import Problem, TileConfig, choose
 from peftkern.tools.bench import gpu_timer
 from peftkern.tools.bench.timer import measure
-from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
 
 FIELDS = {  # of its tiles that each kernel reads
     "lora_forward": ("block_m", "block_n", "block_k", "splits", "num_warps", "num_stages"),

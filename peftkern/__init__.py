@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from peftkern.backends.counts import reset_stats, stats
 from peftkern.backends.device import BackendUnavailableError
-from peftkern.backends.dispatch import reset_stats, stats, use_backend
+from peftkern.backends.dispatch import use_backend
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import (
     dequantize_nf4,

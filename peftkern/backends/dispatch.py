@@ -1,8 +1,9 @@
 """Dispatch: one table of the back ends of each op, asked inside the op at every call.
 
 Candidates are asked from the most to the least preferred. Each has a `refusal`, None or the reason
-against a call in words; the first without one runs. One that belongs to another kind of device is
-passed over. What a kernel raises goes to the caller: an exception never turns into a fallback.
+against a call in words; the first without one that this machine trusts runs (`programs`). One that
+belongs to another kind of device is passed over. What is forced runs as it is, and what it raises
+goes to the caller.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import contextlib
 import functools
 import importlib
 import os
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 
+from peftkern.backends import probe, programs, trust
+from peftkern.backends.counts import record_call, record_fallback, table_text
 from peftkern.backends.cpu import module as cpu
 from peftkern.backends.cuda.module import emulated
 from peftkern.backends.device import (
@@ -93,14 +94,20 @@ class Candidate:
         name = f"refusal_{suffix}" if suffix else "refusal"
         if self.name != "triton":
             return getattr(self._module, name)
-        return lambda *args: triton_missing(_device(args)) or getattr(self._module, name)(*args)
+        return lambda *args: _triton_refusal(args) or getattr(self._module, name)(*args)
+
+
+def _triton_refusal(args: tuple[Any, ...]) -> str | None:
+    """Return why Triton's kernels do not run where a call is."""
+    device = _device(args)
+    return triton_missing(device) or probe.triton_failure(device)
 
 
 def _never(*args: Any) -> None:
     return None
 
 
-_CANDIDATES = {
+CANDIDATES = {
     op: tuple(Candidate(op, name, family) for name in (*names.split(), "reference"))
     for op, (family, names) in _TABLE.items()
 }
@@ -159,26 +166,24 @@ _STAND_INS = {"triton": triton_interpreted, "cuda": emulated}
 DENSE_CPU_MINIMUM = 1 << 19
 
 _override: ContextVar[str | None] = ContextVar("peftkern_backend", default=None)
-_lock = threading.Lock()
-_calls: Counter[tuple[str, str]] = Counter()
-_fallbacks: Counter[tuple[str, str]] = Counter()
 
 
 def call(op: str, args: tuple[Any, ...]) -> Any:
-    """Run `op` on the first candidate that takes these arguments."""
+    """Run `op` on the first candidate that takes these arguments and is trusted with them."""
     first = args[0]
     device = (first[0] if isinstance(first, (list, tuple)) else first).device
     forced = forced_backend()
     if forced is not None:
         return _call_forced(op, args, device, forced)
-    candidates = _CANDIDATES[op] if device.type != "cuda" else _in_order(op, args, device)
+    candidates = CANDIDATES[op] if device.type != "cuda" else _in_order(op, args, device)
+    if trust.mode() != "always":
+        return programs.run(op, args, device, candidates)
     for candidate in candidates:
         if candidate.device is not None and candidate.device != device.type:
             continue
         reason = candidate.refusal(*args)
         if reason is None:
-            with _lock:
-                _calls[op, candidate.name] += 1
+            record_call(op, candidate.name)
             return candidate.run(*args)
         record_fallback(op, f"{candidate.name}: {reason}")
     raise BackendUnavailableError(f"no back end for {op}")
@@ -186,14 +191,13 @@ def call(op: str, args: tuple[Any, ...]) -> Any:
 
 def _call_forced(op: str, args: tuple[Any, ...], device: torch.device, forced: str) -> Any:
     """Run `op` on the back end that is forced."""
-    for candidate in _CANDIDATES[op]:
+    for candidate in CANDIDATES[op]:
         if candidate.name != forced:
             continue
         reason = _reason(candidate, args, device, forced)
         if reason is not None:
             raise BackendUnavailableError(f"back end {forced!r} cannot run {op}: {reason}")
-        with _lock:
-            _calls[op, forced] += 1
+        record_call(op, forced)
         return candidate.run(*args)
     raise BackendUnavailableError(f"{op} has no back end {forced!r}")
 
@@ -201,7 +205,7 @@ def _call_forced(op: str, args: tuple[Any, ...], device: torch.device, forced: s
 def _in_order(op: str, args: tuple[Any, ...], device: torch.device) -> tuple[Candidate, ...]:
     """Return the candidates of an op, on a GPU first the one that `make tune` found the fastest."""
     if device.type != "cuda" or op not in _SIZES:
-        return _CANDIDATES[op]
+        return CANDIDATES[op]
     return preferred(op, args, arch(device))
 
 
@@ -209,8 +213,8 @@ def preferred(op: str, args: tuple[Any, ...], arch: str) -> tuple[Candidate, ...
     """Return the candidates of an op in the order of an architecture's table."""
     fastest = configs.fastest(problem_of(op, args), arch)
     if fastest is None:
-        return _CANDIDATES[op]
-    return tuple(sorted(_CANDIDATES[op], key=lambda candidate: candidate.name != fastest))
+        return CANDIDATES[op]
+    return tuple(sorted(CANDIDATES[op], key=lambda candidate: candidate.name != fastest))
 
 
 def problem_of(op: str, args: tuple[Any, ...]) -> configs.Problem:
@@ -255,7 +259,9 @@ def unserved(device: torch.device) -> str | None:
     """Return why no kernel serves a kind of device, or None where some do."""
     if device.type == "cpu":
         return None
-    return triton_missing(device) if device.type == "cuda" else f"no kernel for {device.type}"
+    if device.type != "cuda":
+        return f"no kernel for {device.type}"
+    return triton_missing(device) or probe.triton_failure(device)
 
 
 def runs_on_cpu(x: torch.Tensor) -> bool:
@@ -310,62 +316,6 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Stats:
-    """Calls since the last reset: per (op, back end), and per (op, reason) of a fallback."""
-
-    calls: dict[tuple[str, str], int]
-    fallbacks: dict[tuple[str, str], int]
-
-    def as_dict(self) -> dict[str, list[dict[str, str | int]]]:
-        """Return the same for JSON, a record per count, sorted: scripts parse no text.
-
-        {"calls": [{"op": "nf4_lora_linear_forward", "backend": "cpu", "count": 14}, ...],
-         "fallbacks": [{"op": "lora_linear", "reason": "small dense product", "count": 2}, ...]}
-        """
-        return {
-            name: [
-                {"op": op, key: value, "count": count}
-                for (op, value), count in sorted(counts.items())
-            ]
-            for name, key, counts in (
-                ("calls", "backend", self.calls),
-                ("fallbacks", "reason", self.fallbacks),
-            )
-        }
-
-    def __str__(self) -> str:
-        if not self.calls and not self.fallbacks:
-            return "peftkern: no calls"
-        calls = [[op, name, str(count)] for (op, name), count in sorted(self.calls.items())]
-        text = _table(["op", "back end", "calls"], calls)
-        if self.fallbacks:
-            rows = [[op, why, str(count)] for (op, why), count in sorted(self.fallbacks.items())]
-            text += "\n\n" + _table(["op", "fell back because", "times"], rows)
-        return text
-
-
-def stats() -> Stats:
-    """Return how often each back end served each op, and why anything fell back."""
-    with _lock:
-        return Stats(dict(_calls), dict(_fallbacks))
-
-
-def reset_stats() -> None:
-    """Forget what `stats` has counted."""
-    with _lock:
-        _calls.clear()
-        _fallbacks.clear()
-
-
-def record_fallback(op: str, reason: str) -> None:
-    """Count one call that did not take the fast way, with the reason in words."""
-    if torch.compiler.is_compiling():
-        return  # counting is no part of a compiled graph
-    with _lock:
-        _fallbacks[op, reason] += 1
-
-
-@dataclass(frozen=True)
 class Explanation:
     """Verdicts of dispatch on one call: rows of (op, back end, verdict), and the machine."""
 
@@ -387,7 +337,7 @@ class Explanation:
         return {"rows": rows, "machine": self.machine}
 
     def __str__(self) -> str:
-        table = _table(["op", "back end", "verdict"], [list(row) for row in self.rows])
+        table = table_text(["op", "back end", "verdict"], [list(row) for row in self.rows])
         return f"{table}\n{self.machine}"
 
 
@@ -409,22 +359,3 @@ def explain(calls: dict[str, tuple[Any, ...]]) -> Explanation:
                 taken = True
             rows.append((op, candidate.name, verdict))
     return Explanation(tuple(rows), cpu.describe())
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _new_lock_in_child() -> None:
-    """Renew the lock, which a child forked while another thread held it would wait for forever."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock_in_child)

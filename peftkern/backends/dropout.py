@@ -21,8 +21,8 @@ def keep_threshold(dropout_p: float) -> int:
     return min(max(threshold, 1), 65535) if 0.0 < dropout_p < 1.0 else threshold
 
 
-def philox_keep(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
-    """Draw the mask, bool [rows, columns], of a seed.
+def philox_keep(seed: Tensor, rows: int | Tensor, columns: int, dropout_p: float) -> Tensor:
+    """Draw the mask, bool [rows, columns], of a seed; rows, how many or the numbers of some.
 
     Element (row, column) has the 16 bits number column % 8 of Philox4x32 in 7 rounds, with the seed
     as its key and (column // 8, row, 0, 0) as its counter, and is kept if they are below
@@ -31,8 +31,9 @@ def philox_keep(seed: Tensor, rows: int, columns: int, dropout_p: float) -> Tens
     """
     low = 0xFFFFFFFF
     key = [seed & low, seed >> 32 & low]
-    row = torch.arange(rows, device=seed.device)[:, None]
-    zero = row.new_zeros(rows, -(-columns // 8))
+    row = rows if isinstance(rows, Tensor) else torch.arange(rows, device=seed.device)
+    row = row[:, None]
+    zero = row.new_zeros(row.shape[0], -(-columns // 8))
     c = [torch.arange(zero.shape[1], device=seed.device) + zero, row + zero, zero, zero]
     for _ in range(7):
         a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # wraps at 64 bits; the shifts below mask

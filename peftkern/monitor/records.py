@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftkern.backends import dispatch
+from peftkern.backends import counts
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -110,8 +110,8 @@ def plain(summary: Summary) -> dict[str, Any]:
     return fields.pop("memory") | fields
 
 
-def kernel_counts(before: dispatch.Stats, now: dispatch.Stats) -> dict[str, Any]:
-    """Return the counts of `dispatch.stats` in between, in numbers and by name."""
+def kernel_counts(before: counts.Stats, now: counts.Stats) -> dict[str, Any]:
+    """Return the counts of `counts.stats` in between, in numbers and by name."""
     calls = dict(_more(before.calls, now.calls))
     fallbacks = dict(_more(before.fallbacks, now.fallbacks))
     reference = sum(count for (_, backend), count in calls.items() if backend == "reference")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from peftkern.backends import dispatch
+from peftkern.backends import counts
 from peftkern.backends.device import device_info
 from peftkern.monitor.clocks import CudaClock, WallClock
 from peftkern.monitor.memory import nvml_figures, process_memory
@@ -95,7 +95,7 @@ class TrainingMonitor:
         self._finished = self._tokens = 0
         self._seconds = array("d")  # of every finished step
         self._since = [0, 0, 0.0]  # steps, tokens and seconds of the coming record
-        self._first = self._before = dispatch.stats()
+        self._first = self._before = counts.stats()
         self._pending: deque[tuple[Any, Any, int]] = deque()
         if self._jsonl is not None:
             self._lines = JSONLines(self._jsonl)
@@ -149,7 +149,7 @@ class TrainingMonitor:
         if not steps:
             return None
         self._since = [0, 0, 0.0]
-        now = dispatch.stats()
+        now = counts.stats()
         record = {
             "type": "step",
             "time": time.time(),
@@ -189,7 +189,7 @@ class TrainingMonitor:
         """Summarize all steps that the device has finished since `start`; stays after `close`."""
         if self._clock is not None:
             self._drain()
-            self._ended = dispatch.stats(), self.memory()
+            self._ended = counts.stats(), self.memory()
         elif not hasattr(self, "_ended"):
             raise RuntimeError("TrainingMonitor: summary() before start() or the with block")
         stats, memory = self._ended
@@ -216,7 +216,7 @@ class TrainingMonitor:
         """
         if self._clock is None:
             return
-        self._ended = dispatch.stats(), {}
+        self._ended = counts.stats(), {}
         try:
             # After an error nothing is waited for, and the device may refuse to answer.
             with contextlib.nullcontext() if wait else contextlib.suppress(RuntimeError):

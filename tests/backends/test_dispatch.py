@@ -52,8 +52,8 @@ def adapters() -> dict[str, torch.Tensor]:
 
 
 def test_every_op_has_candidates_and_a_last_resort():
-    assert dispatch._CANDIDATES.keys() == ops.SCHEMAS.keys()
-    for candidates in dispatch._CANDIDATES.values():
+    assert dispatch.CANDIDATES.keys() == ops.SCHEMAS.keys()
+    for candidates in dispatch.CANDIDATES.values():
         assert candidates[-1].name == "reference"
         assert candidates[-1].refusal() is None
 
@@ -358,7 +358,7 @@ def test_measured_back_end_is_asked_first(tables):
     op = "nf4_lora_linear_forward"
     sample = Sample(8, 4096, 4096)
     counted = names(dispatch.preferred(op, sample.arguments(op), "sm90"))
-    assert counted == names(dispatch._CANDIDATES[op])
+    assert counted == names(dispatch.CANDIDATES[op])
     table = {"nf4_lora_linear_forward/M8/r16/16-bit": {"4096x4096": "cuda"}}
     (tables / "sm90.json").write_text(json.dumps({"back_ends": table}))
     configs.load.cache_clear()
@@ -420,7 +420,7 @@ def test_call_and_explain_obey_the_table(tables, monkeypatch):
     table = {"nf4_quantize/M1/r16/16-bit": {"2048x1": "reference"}}
     (tables / "sm90.json").write_text(json.dumps({"back_ends": table}))
     args = (torch.randn(32, 64, dtype=torch.bfloat16), 64)
-    monkeypatch.setitem(dispatch._CANDIDATES, op, dispatch.preferred(op, args, "sm90"))
+    monkeypatch.setitem(dispatch.CANDIDATES, op, dispatch.preferred(op, args, "sm90"))
     assert dispatch.explain({op: sample.arguments(op)}).chosen(op) == "reference"
     dispatch.call(op, args)
     assert peftkern.stats().calls == {(op, "reference"): 1} and not peftkern.stats().fallbacks

@@ -301,7 +301,7 @@ def test_which_code_runs_on_which_gpu():
 
 
 def test_triton_comes_first_until_a_measurement_says_otherwise():
-    for op, candidates in dispatch._CANDIDATES.items():
+    for op, candidates in dispatch.CANDIDATES.items():
         names = [candidate.name for candidate in candidates]
         if "cuda" in names:
             assert names[:2] == ["triton", "cuda"], op

@@ -1,7 +1,7 @@
 """Every number that a test compares against: nowhere else, and never loosened for a machine.
 
 The rule between right and wrong, and its bounds, ship with the benchmarks, which apply them on
-every machine: peftkern/tools/bench/tolerances.py.
+every machine: peftkern/backends/tolerances.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
+from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
 
 GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}  # torch.autograd.gradcheck's own defaults
 LOSS_CURVE_RTOL = 1e-3  # each of 50 steps, patched against unpatched

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tolerances import FLOOR_MAX, FLOOR_RMS
 from torch import nn
 
+from peftkern.backends.tolerances import PEER_WRONG
 from peftkern.tools.bench import cases, compare, data, providers, shapes
 from peftkern.tools.bench.record import FORMAT
 from peftkern.tools.bench.shapes import LARGEST, PRESETS, Shape, parse_shapes
-from peftkern.tools.bench.tolerances import PEER_WRONG
 from peftkern.tools.bench.worker import calls
 
 SIZES = st.integers(1, LARGEST)

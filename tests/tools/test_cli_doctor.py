@@ -15,7 +15,7 @@ from peft_models import K, lora_net, make_linear4bit, patched_copy
 from site_packages import ROOT, SITE, python, without
 from waiting import wait_until
 
-from peftkern.backends import dispatch, ops
+from peftkern.backends import counts, dispatch, ops
 from peftkern.backends.cpu import module as native
 from peftkern.integrations.packages import Version, accepted, importing, release
 from peftkern.tools.doctor import doctor, self_test
@@ -192,9 +192,9 @@ def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
 
 
 def test_self_test_reaches_every_op():
-    dispatch.reset_stats()
+    counts.reset_stats()
     assert all(result.ok for result in self_test.run("cpu"))
-    assert {op for op, _ in dispatch.stats().calls} == set(ops.SCHEMAS)
+    assert {op for op, _ in counts.stats().calls} == set(ops.SCHEMAS)
 
 
 @pytest.mark.parametrize("isa", native.cpu_isas())
@@ -213,7 +213,7 @@ def _off(value):
 
 
 def native_candidate(op: str) -> dispatch.Candidate:
-    return next(candidate for candidate in dispatch._CANDIDATES[op] if candidate.name == "cpu")
+    return next(candidate for candidate in dispatch.CANDIDATES[op] if candidate.name == "cpu")
 
 
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))

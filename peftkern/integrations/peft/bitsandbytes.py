@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 from peftkern.functional import nf4_linear
+from peftkern.integrations.peft import trial
 from peftkern.integrations.peft.fallback import (
     Fallback,
     PatchedForward,
@@ -53,12 +54,17 @@ class PatchedBase(PatchedForward):
         self.__dict__["support_avx512bf16_for_cpu"] = value  # for after `unpatch`
 
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-        if args or kwargs or not dispatch.runs_on_cpu(x):  # of arguments it takes x alone
+        # Of arguments it takes x alone; under a layer that PEFT answers it is PEFT's.
+        if args or kwargs or trial.peer_only.get() or not dispatch.runs_on_cpu(x):
             return self.original.forward(self, x, *args, **kwargs)
         reason = unusual_call(x, torch.compiler.is_compiling()) or unusual_weight(self)
         base = read_base(self, x) if reason is None else Fallback(reason)
         if isinstance(base, Fallback):
             return base
+        key = (self.op, "no adapter", *base[1].shape, 0, x.dtype, base[0].dtype)
+        refusal = trial.refusal(self, x, key)
+        if refusal is not None:
+            return refusal
         try:
             return nf4_linear(*base).to(x.dtype)
         except ArgumentError as error:  # before anything was computed

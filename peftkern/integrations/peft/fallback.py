@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Fallback(NamedTuple):
-    """Reason in words for the forward of the original class, as `peftkern.stats()` counts it."""
+    """Reason in words for the forward of the original class, as `peftkern.stats()` counts it.
+
+    answer: what gives that forward's result for (layer, x), if it does more than call it.
+    """
 
     reason: str
+    answer: Callable[[Any, Tensor], Tensor] | None = None
 
 
 class PatchedForward:
@@ -38,6 +43,8 @@ class PatchedForward:
         if not isinstance(result, Fallback):
             return result
         dispatch.record_fallback(self.op, result.reason)
+        if result.answer is not None:
+            return result.answer(self, x)
         return self.original.forward(self, x, *args, **kwargs)
 
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from peftkern.backends import dispatch
+from peftkern.backends import dispatch, trust
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
+from peftkern.integrations.peft import trial
 from peftkern.integrations.peft.fallback import (
     Fallback,
     PatchedForward,
@@ -106,10 +107,29 @@ class PatchedLayer(PatchedForward):
         unfused = "no active adapter"
         if adapter is not None:
             unfused = _unfused(adapter, x, base[0].dtype, autocast, self.cast_input_dtype_enabled)
-            plain = not compiling and unfused is None and self._is_plain(names[0])
-            if plain and _is_slower(self, adapter, base):
+        refusal = self._trial(x, names, adapter, base, unfused, autocast)
+        return refusal or self._combine(x, names, adapter, base, unfused)
+
+    def _trial(
+        self,
+        x: Tensor,
+        names: list[str],
+        adapter: Adapter | None,
+        base: Base,
+        unfused: str | None,
+        autocast: bool,
+    ) -> Fallback | None:
+        """Return None where this machine has found our operations right and not slower."""
+        if trust.mode() == "always":
+            plain = unfused is None and self._is_plain(names[0])
+            if plain and not torch.compiler.is_compiling() and _is_slower(self, adapter, base):
                 return Fallback("PEFT's own operations measured faster for this shape")
-        return self._combine(x, names, adapter, base, unfused)
+            return None
+        off = switched_off(self)
+        if off is not None and not isinstance(base[1], NF4Weight):
+            return None  # which PEFT answers in any case
+        key = trial_key(self, x, names, adapter, base[0].dtype, autocast)
+        return trial.refusal(self, x, key, complete=off is None)
 
     def _combine(
         self, x: Tensor, names: list[str], adapter: Adapter | None, base: Base, unfused: str | None
@@ -192,6 +212,26 @@ def fused(
 def frozen_base(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor | None:
     """Compute the base alone; None where torch has an operation of its own for that."""
     return nf4_linear(x, weight, bias) if isinstance(weight, NF4Weight) else None
+
+
+def trial_key(
+    layer: Any,
+    x: Tensor,
+    names: list[str],
+    adapter: Adapter | None,
+    dtype: torch.dtype,
+    autocast: bool,
+) -> tuple:
+    """Return all that a trial's outcome depends on, but for the rows and the device."""
+    kind, r, stored, trained = "no adapter", 0, None, False
+    if adapter is not None:
+        kind = "LoRA" if layer._is_plain(names[0]) else "variant"
+        kind += f" and {len(names) - 1} more" if len(names) > 1 else ""
+        r, stored = adapter.lora_A.shape[0], adapter.lora_A.dtype
+        trained = adapter.lora_A.requires_grad or adapter.lora_B.requires_grad
+    cast = torch.get_autocast_dtype(x.device.type) if autocast else None
+    sizes = (layer.out_features, layer.in_features, r)
+    return (layer.op, kind, *sizes, x.dtype, dtype, stored, cast, trained)
 
 
 def active_names(layer: Any) -> list[str]:

@@ -6,7 +6,6 @@ shapes, cases, data, providers    sizes by name, problems, their tensors, implem
 compare, terminal                 comparison with an earlier record; tables
 report, report_figures, report_style   the HTML report; charts, markup: its SVG, its escaping
 
-tolerances  error bounds, shared with the tests
 timer, gpu_timer, memory, machine     timers, peak memory, description of the machine
 base_layers, peers   layers as users have them, shared with the scripts of bench/
 """

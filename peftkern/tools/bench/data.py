@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftkern
+from peftkern.backends.tolerances import errors
 from peftkern.formats.nf4 import NF4Weight, nf4_code
 from peftkern.tools.bench.cases import SCALING, Problem
-from peftkern.tools.bench.tolerances import errors
 
 CHECKED_ROWS = 64
 CHUNK = 4 << 20  # values that are held in float64 at once

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO
 from peftkern.tools.bench import machine
 from peftkern.tools.bench.cases import OPS, Problem, available_memory
 from peftkern.tools.bench.processes import (
@@ -35,7 +36,6 @@ from peftkern.tools.bench.record import FORMAT, OURS, Record
 from peftkern.tools.bench.record import Case as CaseRow
 from peftkern.tools.bench.record import Provider as ProviderRow
 from peftkern.tools.bench.timer import MIN_SAMPLES, Timing, pin_threads
-from peftkern.tools.bench.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO
 from peftkern.tools.bench.worker import REFEREE
 
 TURN_SECONDS = 0.05

@@ -174,6 +174,7 @@ def main(name: str, parent: int) -> None:
     die_with(parent)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    os.environ.setdefault("PEFTKERN_TRUST", "always")  # kernels are what is measured
     worker = Worker(name)
     for line in sys.stdin:
         command = json.loads(line)

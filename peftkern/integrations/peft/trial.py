@@ -1,0 +1,242 @@
+"""Trials of patched layers against PEFT's own forward, on the user's own tensors.
+
+A class of layers (op, weight, rank, power of two of rows, dtypes) is answered by PEFT until it was
+tried: beside its first call our forward and backward run once, so that every program is checked,
+and beside its second both sides are timed on copies. What a trial draws, saves or computes leaves
+no trace in the user's step. Adapters that are switched off follow the verdict on the layer with
+them, so that a reference pass and the policy it belongs to are served alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkern.backends import contest, dispatch, programs, trust
+from peftkern.integrations.peft.fallback import Fallback
+
+UNMEASURED = "PEFT serves until this machine has measured such a layer"
+LEAST_ROWS = 128  # below, other kernels would be measured than those that run
+ATTEMPTS = 3  # at a trial that found no memory
+_PASSES = 24  # forward passes that the shortest contest takes about the time of
+
+peer_only: ContextVar[bool] = ContextVar("peftkern_peer_only", default=False)
+_ours_only: ContextVar[bool] = ContextVar("peftkern_ours_only", default=False)
+
+
+class _Refused(Exception):
+    """Fallback of the layer in the middle of a trial: its state has changed."""
+
+
+class LayerClass:
+    """State of one class of layers in this process.
+
+    reason: None where ours serves, else why PEFT does. decided: whether that is a verdict. pending:
+    layers whose last forward PEFT has answered; its recomputation has to be PEFT's, too.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.calls = self.failures = 0
+        self.pending: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.decided, self.reason = False, UNMEASURED
+
+    def adopt(self) -> None:
+        """Take over the verdict of the cache or of another rank, if there is one."""
+        verdict = trust.ledger(self.device).adopt(self.name)
+        if verdict is not None:
+            self.obey(verdict)
+
+    def obey(self, verdict: dict[str, Any]) -> None:
+        """Serve as a verdict says."""
+        ours = verdict["side"] == trust.OURS
+        self.decided = True
+        self.reason = None if ours else f"PEFT's own forward serves: {verdict.get('why', '')}"
+
+
+_classes: dict[tuple, LayerClass] = {}
+trust.on_reset(_classes.clear)
+
+
+def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -> Fallback | None:
+    """Return None where ours may answer this call, else the fallback, with its trial if one is due.
+
+    Args: key, (op, kind, N, K, rank, dtypes...), all that a class depends on but rows and device;
+        complete, whether the call is all that a trial has to measure.
+    """
+    mode = trust.mode()
+    if mode == "always" or _ours_only.get() or dispatch.forced_backend() is not None:
+        return None
+    full = (*key, (x.numel() // max(x.shape[-1], 1)).bit_length(), x.device)
+    found = _classes.get(full)
+    if found is None:
+        found = _classes.setdefault(full, LayerClass(name_of(full), x.device))
+        found.adopt()
+    if found.decided and not found.pending:
+        return None if found.reason is None else Fallback(found.reason, peer)
+    recomputed = torch._C._current_graph_task_id() != -1
+    if not found.decided and not recomputed:
+        found.adopt()
+    if not found.decided:
+        found.pending.add(layer)
+        due = complete and not recomputed and mode != "off"
+        return Fallback(UNMEASURED, functools.partial(answered_by_peer, found) if due else peer)
+    if layer in found.pending:
+        if recomputed:
+            return Fallback(UNMEASURED, peer)
+        found.pending.discard(layer)
+    return None if found.reason is None else Fallback(found.reason, peer)
+
+
+def name_of(full: tuple) -> str:
+    """Write a class as the ledger keeps it."""
+    op, kind, N, K, r, *rest, rows, _ = full
+    dtypes = " ".join(str(part).removeprefix("torch.") for part in rest)
+    return f"{op}/{kind} {N}x{K} r={r} rows<{1 << rows} {dtypes}"
+
+
+def unmeasured(layer_key: tuple, device: torch.device) -> bool:
+    """Return whether no number of rows of such layers has a verdict on a device."""
+    start = name_of((*layer_key, 0, device)).split(" rows<")[0] + " "
+    return not any(name.startswith(start) for name in trust.ledger(device).classes)
+
+
+@contextlib.contextmanager
+def only(side: ContextVar[bool]) -> Iterator[None]:
+    """Let one side answer every patched layer inside, those below the layer that is called, too."""
+    token = side.set(True)
+    try:
+        yield
+    finally:
+        side.reset(token)
+
+
+def peer(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Run the forward that the layer had before `patch`, over a base that is not ours either."""
+    with only(peer_only):
+        return layer.original.forward(layer, x, *args, **kwargs)
+
+
+def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor) -> Tensor:
+    """Answer a call with PEFT's forward, and hold what is due of the trial beside it."""
+    begin = time.perf_counter()
+    y = peer(layer, x)
+    seconds = time.perf_counter() - begin
+    if tried.decided or not _possible(x.device):
+        return y
+    tried.calls += 1
+    try:
+        with _aside(x.device):
+            if tried.calls == 1:
+                _rehearse(layer, x)
+            else:
+                _decide(layer, x, tried, seconds)
+    except _Refused:
+        tried.calls -= 1
+    except (torch.OutOfMemoryError, MemoryError):
+        tried.failures += 1
+        tried.calls -= 1
+        if tried.failures == ATTEMPTS:
+            tried.obey({"side": trust.PEER, "why": "no memory to measure ours beside it"})
+    except Exception as error:  # of ours: what the kernels raise, dispatch has answered already
+        text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        tried.obey({"side": trust.PEER, "why": f"ours raised {text}"})
+        trust.ledger(x.device).demote(tried.name, f"raised {text}", keep=False)
+    return y
+
+
+def _possible(device: torch.device) -> bool:
+    """Return whether a trial would go unnoticed: nobody records, traces or captures operations."""
+    return not (
+        programs.capturing(device)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Keep generators, saved-tensor hooks and inference mode out of what runs inside."""
+    cpu = torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+        ):
+            yield
+    finally:
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu, device)
+
+
+def _rehearse(layer: Any, x: Tensor) -> None:
+    """Run our side once in every way that it is timed in, so that its programs are checked."""
+    for run in _passes(layer, x.detach().clone(), _leaves(layer)).values():
+        run(_ours)
+
+
+def _ours(layer: Any, x: Tensor) -> Tensor:
+    with only(_ours_only):
+        result = layer._fused(x, (), {})
+    if isinstance(result, Fallback):
+        raise _Refused(result.reason)
+    return result
+
+
+def _leaves(layer: nn.Module) -> list[Tensor]:
+    """Return what a backward pass gives gradients of; nothing where users hook into them."""
+    leaves = [p for p in layer.parameters() if p.requires_grad]
+    return [] if any(p._backward_hooks for p in leaves) else leaves
+
+
+def _passes(layer: Any, x: Tensor, leaves: list[Tensor]) -> dict[str, Callable[..., Any]]:
+    """Return the passes that count for a layer: forward, and with trained adapters backward."""
+
+    def forward(side: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        with torch.no_grad():
+            return side(layer, x)
+
+    def training(side: Callable[[Any, Tensor], Tensor]) -> tuple:
+        with torch.enable_grad():
+            y = side(layer, x.requires_grad_())
+            with torch.autocast(x.device.type, enabled=False):
+                return torch.autograd.grad(y, [x, *leaves], y.detach(), allow_unused=True)
+
+    return {"forward": forward, "training": training} if leaves else {"forward": forward}
+
+
+def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
+    """Time both sides, and record whose the class is."""
+    rows = x.numel() // x.shape[-1]
+    fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
+    least = dispatch.DENSE_CPU_MINIMUM // (layer.in_features + layer.out_features) + 1
+    measured = min(rows, max(fit, LEAST_ROWS, least))
+    some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
+    clock = contest.clock_of(x.device)
+    passes = _passes(layer, some.clone(), _leaves(layer))
+    ratios = {}
+    for name, run in passes.items():
+        sides = {"PEFT": lambda run=run: run(peer), "ours": lambda run=run: run(_ours)}
+        ratios[name] = contest.ratios(sides, clock, contest.BUDGET / len(passes))["ours"]
+    slower = {
+        f"{name} ({kind})": ratio
+        for name, kinds in ratios.items()
+        for kind, ratio in kinds.items()
+        if ratio > contest.SLOWER
+    }
+    why = ", ".join(
+        f"{name} takes ours {ratio:.2f} times as long" for name, ratio in slower.items()
+    )
+    side = trust.PEER if slower else trust.OURS
+    verdict = {"side": side, "why": why, "ratios": ratios, "rows": measured}
+    tried.obey(trust.ledger(x.device).decide(tried.name, verdict))
