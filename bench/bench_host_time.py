@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -31,6 +32,7 @@ import torch
 from faked_gpu import faked_gpu
 from torch import nn
 
+from peftkern.backends import correctness, trust
 from peftkern.tools.bench.base_layers import linear4bit
 from peftkern.tools.bench.peers import lora_pool
 
@@ -128,12 +130,30 @@ def layers(setting: Setting) -> dict[bool, nn.Module]:
 
 
 @contextlib.contextmanager
+def trusted() -> Iterator[None]:
+    """Let every program and class be one that this machine trusts, as in a run that is under way.
+
+    A GPU that is not there gives no right results, and so small a layer might be PEFT's.
+    """
+    ours = {"side": trust.OURS}
+    with (
+        trust.use_mode("readonly"),
+        mock.patch.object(correctness, "wrong", lambda *args: None),
+        mock.patch.object(trust.Ledger, "adopt", lambda self, name: ours),
+    ):
+        trust.reset()
+        yield
+    trust.reset()
+
+
+@contextlib.contextmanager
 def world(setting: Setting) -> Iterator[None]:
     gpu = contextlib.nullcontext()
     if setting.gpu:
         gpu = faked_gpu(fused_rows=0) if setting.train else faked_gpu()
     # oneDNN takes 30 us to begin a product of 16-bit numbers.
-    with gpu, autocast(setting.autocast), torch.backends.mkldnn.flags(enabled=False):
+    mkldnn = torch.backends.mkldnn.flags(enabled=False, allow_tf32=False)
+    with trusted(), gpu, autocast(setting.autocast), mkldnn:
         yield
 
 

@@ -94,7 +94,7 @@ def faked_gpu(*, fused_rows: int = configs.NF4_FUSED_ROWS) -> Iterator[None]:
         raise RuntimeError("TRITON_INTERPRET: expected Triton's compiler, got its interpreter")
     gpu = Traits.of_gpu(ARCH, PROCESSORS, hip=False)
     with contextlib.ExitStack() as stack:
-        for candidates in dispatch._CANDIDATES.values():
+        for candidates in dispatch.CANDIDATES.values():
             for candidate in candidates:
                 if candidate.name == "triton":
                     stack.enter_context(mock.patch.object(candidate, "device", "cpu"))
