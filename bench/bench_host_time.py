@@ -42,7 +42,7 @@ WARM, BATCH = 40, 20  # calls before the clock runs, calls of one reading
 
 @dataclass(frozen=True)
 class Setting:
-    """A call of a layer; `gpu`: with Triton's launches, as for more rows than the fused kernel's."""
+    """A call of a layer; gpu: with Triton's launches, in training those for many rows."""
 
     name: str
     gpu: bool

@@ -43,6 +43,7 @@ class _Launcher:
 
     def __call__(self, gridX, gridY, gridZ, stream, function, *args) -> None:
         _, launch_metadata, enter, leave, *_ = args
+
         def allocate_scratch(size: int) -> None:
             if size > 0:
                 raise NotImplementedError("a kernel with scratch memory")

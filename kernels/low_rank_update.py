@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends.dropout import keep_scale, keep_threshold
-from peftkern.kernels.configs import Problem, TileConfig, block_rank, ceil_div, slab
+from peftkern.kernels.configs import Problem, block_rank, ceil_div, slab
 from peftkern.kernels.interpreter import dot, dropped, narrow
-from peftkern.kernels.launch import config_for, launch, rows_of, traits
+from peftkern.kernels.launch import Plan, config_for, launch, planned, rows_of, traits
 from peftkern.kernels.primitives import dot_factor, join_sums, keep_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -395,24 +395,42 @@ def _launch_forward(
     y: Tensor | None = None,
 ) -> None:
     """Launch the forward kernel: fill S, and y if it is given."""
-    (M, K), r, N = x.shape, factor.shape[0], 1 if y is None else y.shape[1]
-    config = _config("lora_forward", M, N, K, r, x)
-    grid = (ceil_div(M, config.block_m), config.splits, ceil_div(r, block_rank(r)))
     bias = None if bias is None else bias.contiguous()
-    launch(
+    (M, K), r, N = x.shape, factor.shape[0], 1 if y is None else y.shape[1]
+    flags = (y is not None, bias is not None, keep is not None)
+    bits, scales = 8 * x.element_size(), (scale, scaling)
+    plan = _forward_plan(x.device, M, N, K, r, bits, *scales, dropout_p, *flags)
+    launch(plan, x, x, factor.contiguous(), lora_B, bias, keep, S, y)
+
+
+@planned
+def _forward_plan(
+    device: torch.device,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    bits: int,
+    scale: float,
+    scaling: float,
+    dropout_p: float,
+    expand: bool,
+    bias: bool,
+    dropout: bool,
+) -> Plan:
+    config = config_for(Problem("lora_forward", M, N, K, r, bits), device)
+    return Plan(
         _lora_forward_kernel,
-        x,
-        grid,
-        (x, factor.contiguous(), lora_B, bias, keep, S, y),
+        (ceil_div(M, config.block_m), config.splits, ceil_div(r, block_rank(r))),
         (M, N, K, r, scale, scaling, keep_threshold(dropout_p)),
-        EXPAND=y is not None,
-        HAS_BIAS=bias is not None,
-        HAS_DROPOUT=keep is not None,
+        EXPAND=expand,
+        HAS_BIAS=bias,
+        HAS_DROPOUT=dropout,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_R=block_rank(r),
-        PRECISION=traits(x.device).precision,
+        PRECISION=traits(device).precision,
         **config.launch(),
     )
 
@@ -429,37 +447,53 @@ def gradients_sb(
             lora_B.new_zeros(lora_B.shape) if need_dB else None,
             dy.new_zeros(N) if need_dbias else None,
         )
-    config = _config("lora_backward_sb", M, N, 1, r, dy)
-    tiles, rows = ceil_div(N, config.block_n), slab(M, config.block_m, config.splits)
-    slabs = ceil_div(M, rows)
+    bits = 8 * dy.element_size()
+    plan = _backward_sb_plan(dy.device, M, N, r, bits, scaling, need_dS, need_dB, need_dbias)
+    tiles, slabs, _ = plan.grid
     dS = None
     if need_dS and 8 * r * tiles > N * dy.element_size():
         # Partial sums, written and read, would be more bytes than a second read of dy.
         dS = shrink(dy, lora_B.t(), scaling)
         need_dS = False
+        plan = _backward_sb_plan(dy.device, M, N, r, bits, scaling, False, need_dB, need_dbias)
     parts = _partial(need_dS, (tiles, M, r), dy)
     dB = _partial(need_dB, (slabs, N, r), dy)
     dbias = _partial(need_dbias, (slabs, N), dy)
     if need_dS or need_dB or need_dbias:
         S = S.reshape(M, r) if need_dB else None
-        launch(
-            _lora_backward_sb_kernel,
-            dy,
-            (tiles, slabs, ceil_div(r, block_rank(r))),
-            (dy, lora_B.contiguous(), S, parts, dB, dbias),
-            (M, N, r, rows, scaling),
-            NEED_DS=need_dS,
-            NEED_DB=need_dB,
-            NEED_DBIAS=need_dbias,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_R=block_rank(r),
-            PRECISION=traits(dy.device).precision,
-            **config.launch(),
-        )
+        launch(plan, dy, dy, lora_B.contiguous(), S, parts, dB, dbias)
     if need_dS:
         dS = _added(parts, torch.float32)
     return dS, _added(dB, lora_B.dtype), _added(dbias, dy.dtype)
+
+
+@planned
+def _backward_sb_plan(
+    device: torch.device,
+    M: int,
+    N: int,
+    r: int,
+    bits: int,
+    scaling: float,
+    need_dS: bool,
+    need_dB: bool,
+    need_dbias: bool,
+) -> Plan:
+    config = config_for(Problem("lora_backward_sb", M, N, 1, r, bits), device)
+    rows = slab(M, config.block_m, config.splits)
+    return Plan(
+        _lora_backward_sb_kernel,
+        (ceil_div(N, config.block_n), ceil_div(M, rows), ceil_div(r, block_rank(r))),
+        (M, N, r, rows, scaling),
+        NEED_DS=need_dS,
+        NEED_DB=need_dB,
+        NEED_DBIAS=need_dbias,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=block_rank(r),
+        PRECISION=traits(device).precision,
+        **config.launch(),
+    )
 
 
 def gradients_xa(
@@ -479,8 +513,7 @@ def gradients_xa(
     dx = dS.new_empty((M, K), dtype=dtype) if need_dx else None
     if M == 0:
         return dx, lora_A.new_zeros(lora_A.shape) if need_dA else None
-    chunks = ceil_div(r, block_rank(r))
-    if chunks > 1 and need_dx:
+    if r > block_rank(r) and need_dx:
         scales = (1.0, keep_scale(keep, dropout_p))
         update_epilogue(
             None, dS[None], lora_A.contiguous(), None, keep, dropout_p, scales, None, dx
@@ -489,26 +522,43 @@ def gradients_xa(
         if not need_dA:
             return dx, None
     rows = rows_of(x, K) if need_dA else None
-    config = _config("lora_backward_xa", M, 1, K, r, rows if need_dA else dx)
+    bits = 8 * (rows if need_dA else dx).element_size()
+    flags = (need_dx, need_dA, keep is not None)
+    scale = keep_scale(keep, dropout_p)
+    plan = _backward_xa_plan(dS.device, M, K, r, bits, scale, dropout_p, *flags)
+    dA = _partial(need_dA, (plan.grid[1], r, K), dS)
+    launch(plan, dS, rows, lora_A.contiguous(), dS, keep, dx if need_dx else None, dA)
+    return dx, _added(dA, lora_A.dtype)
+
+
+@planned
+def _backward_xa_plan(
+    device: torch.device,
+    M: int,
+    K: int,
+    r: int,
+    bits: int,
+    scale: float,
+    dropout_p: float,
+    need_dx: bool,
+    need_dA: bool,
+    dropout: bool,
+) -> Plan:
+    config = config_for(Problem("lora_backward_xa", M, 1, K, r, bits), device)
     step = slab(M, config.block_m, config.splits)
-    slabs = ceil_div(M, step)
-    dA = _partial(need_dA, (slabs, r, K), dS)
-    launch(
+    return Plan(
         _lora_backward_xa_kernel,
-        dS,
-        (ceil_div(K, config.block_k), slabs, chunks),
-        (rows, lora_A.contiguous(), dS, keep, dx if need_dx else None, dA),
-        (M, K, r, step, keep_scale(keep, dropout_p), keep_threshold(dropout_p)),
+        (ceil_div(K, config.block_k), ceil_div(M, step), ceil_div(r, block_rank(r))),
+        (M, K, r, step, scale, keep_threshold(dropout_p)),
         NEED_DX=need_dx,
         NEED_DA=need_dA,
-        HAS_DROPOUT=keep is not None,
+        HAS_DROPOUT=dropout,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=block_rank(r),
-        PRECISION=traits(dS.device).precision,
+        PRECISION=traits(device).precision,
         **config.launch(),
     )
-    return dx, _added(dA, lora_A.dtype)
 
 
 def update_epilogue(
@@ -528,32 +578,51 @@ def update_epilogue(
     """
     M, N = out.shape
     r = 0 if factor is None else factor.shape[0]
-    config = config_for(Problem("epilogue", M, N, 1, r, 8 * out.element_size()), out.device)
     bias = None if bias is None else bias.contiguous()
     splits = 0 if parts is None else parts.shape[0], s_parts.shape[0] if r else 0
     strides = factor.stride() if r else (0, 0)
-    launch(
+    flags = (parts is not None, S is not None, bias is not None, keep is not None)
+    bits = 8 * out.element_size()
+    plan = _epilogue_plan(out.device, M, N, r, bits, *splits, *strides, *scales, dropout_p, *flags)
+    launch(plan, out, parts, s_parts, factor, bias, keep, S, out)
+
+
+@planned
+def _epilogue_plan(
+    device: torch.device,
+    M: int,
+    N: int,
+    r: int,
+    bits: int,
+    splits: int,
+    s_splits: int,
+    row_stride: int,
+    column_stride: int,
+    s_scale: float,
+    scale: float,
+    dropout_p: float,
+    parts: bool,
+    store_S: bool,
+    bias: bool,
+    dropout: bool,
+) -> Plan:
+    config = config_for(Problem("epilogue", M, N, 1, r, bits), device)
+    scales = (s_scale, scale, keep_threshold(dropout_p))
+    return Plan(
         _epilogue_kernel,
-        out,
         (ceil_div(M, config.block_m), ceil_div(N, config.block_n)),
-        (parts, s_parts, factor, bias, keep, S, out),
-        (M, N, r, *splits, *strides, *scales, keep_threshold(dropout_p)),
-        HAS_PARTS=parts is not None,
+        (M, N, r, splits, s_splits, row_stride, column_stride, *scales),
+        HAS_PARTS=parts,
         HAS_UPDATE=r > 0,
-        STORE_S=S is not None,
-        HAS_BIAS=bias is not None,
-        HAS_DROPOUT=keep is not None and r > 0,
+        STORE_S=store_S,
+        HAS_BIAS=bias,
+        HAS_DROPOUT=dropout and r > 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=block_rank(r),
-        PRECISION=traits(out.device).precision,
+        PRECISION=traits(device).precision,
         **config.launch(),
     )
-
-
-def _config(kernel: str, M: int, N: int, K: int, r: int, activations: Tensor) -> TileConfig:
-    problem = Problem(kernel, M, N, K, r, 8 * activations.element_size())
-    return config_for(problem, activations.device)
 
 
 def _partial(wanted: bool, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
