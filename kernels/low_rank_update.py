@@ -509,7 +509,7 @@ def gradients_xa(
     need_dx, need_dA = needs
     if not (need_dx or need_dA):
         return None, None
-    (r, K), M = lora_A.shape, len(dS)
+    (r, K), M = lora_A.shape, dS.shape[0]
     dx = dS.new_empty((M, K), dtype=dtype) if need_dx else None
     if M == 0:
         return dx, lora_A.new_zeros(lora_A.shape) if need_dA else None
@@ -633,5 +633,5 @@ def _added(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Add partial sums in order: torch reduces the first dimension deterministically."""
     if parts is None:
         return None
-    total = parts[0] if len(parts) == 1 else parts.sum(0)
-    return total.to(dtype)
+    total = parts.squeeze(0) if parts.shape[0] == 1 else parts.sum(0)
+    return total if total.dtype is dtype else total.to(dtype)

@@ -260,14 +260,13 @@ def nf4_lora_linear_backward(
         dx = dy.new_empty((0, K))
     if need_dx:
         dx = dx.view(*dy.shape[:-1], K)
-    empty = dy.new_empty(0)
-    return tuple(empty if grad is None else grad for grad in (dx, dA, dB, dbias))
+    return tuple([dy.new_empty(0) if g is None else g for g in (dx, dA, dB, dbias)])
 
 
 def _fused(rows: Tensor, layout: list[int]) -> bool:
     """Check that the packed weight is multiplied as it is: few rows, blocks that end with rows."""
     _, blocksize, _, _, K = layout
-    return 0 < len(rows) <= nf4_fused_rows(traits(rows.device).arch) and K % blocksize == 0
+    return 0 < rows.shape[0] <= nf4_fused_rows(traits(rows.device).arch) and K % blocksize == 0
 
 
 def fused_forward(

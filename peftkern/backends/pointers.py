@@ -111,6 +111,11 @@ def begins_at(tensor: Tensor, multiple: int) -> bool:
     return tensor.data_ptr() % multiple == 0
 
 
+def placement(tensor: Tensor) -> tuple[int, int, torch.dtype, bool]:
+    """Return where a tensor's values are, so that another memory or another view of it shows."""
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()
+
+
 def all_begin_at(tensors: Sequence[Tensor | None], multiple: int) -> bool:
     """Check that the memory of tensors is aligned to this many bytes, a power of two."""
     found = 0
