@@ -84,7 +84,7 @@ def run(op: str, *args: Any) -> Any:
     Its way from Python to Python costs a call of few tokens a tenth of its time.
     """
     if torch.compiler.is_compiling() or _dispatched(args):
-        return globals()[op](*args)
+        return _OVERLOADS[op](*args)
     with torch._C._ExcludeDispatchKeyGuard(_EXCLUDED):
         return dispatch.call(op, args)
 
@@ -290,5 +290,5 @@ def _(
     return *values, rank, info
 
 
-for _op in SCHEMAS:
-    globals()[_op] = getattr(torch.ops.peftkern, _op).default
+_OVERLOADS = {op: getattr(torch.ops.peftkern, op).default for op in SCHEMAS}
+globals().update(_OVERLOADS)
