@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import itertools
+import os
 import sys
 import time
 import traceback

@@ -244,48 +244,79 @@ def _dropped(values: Tensor, mask: Tensor | None, p: float) -> Tensor:
 
 
 def _nf4_quantize(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
-    """Compare sampled blocks with the reference, bit for bit."""
+    """Compare sampled blocks and the rest of one with the reference, bit for bit."""
     weight, blocksize = args
     packed, absmax = got
     flat, blocks = weight.detach().reshape(-1), weight.numel() // blocksize
-    if blocks == 0:
-        return _compared(_flat(got), _flat(plain()))
-    at = torch.tensor(sampled(blocks), device=weight.device)
-    values = flat[: blocks * blocksize].view(blocks, blocksize)[at]
-    codes, scales = reference.nf4_quantize(values, blocksize)
-    ours = packed[: blocks * blocksize // 2].view(blocks, -1)[at].reshape(-1)
-    return _compared([ours, absmax[at]], [codes, scales])
+    at = torch.tensor(sampled(blocks), device=weight.device, dtype=torch.int64)
+    whole = blocks * blocksize
+    codes, scales = reference.nf4_quantize(flat[:whole].view(blocks, -1)[at], blocksize)
+    ours = packed[: whole // 2].view(blocks, -1)[at].reshape(-1)
+    rest = [packed[whole // 2 :], absmax[blocks:]]
+    right = [codes, scales, *reference.nf4_quantize(flat[whole:], blocksize)]
+    return _compared([ours, absmax[at], *rest], right)
 
 
 def _nf4_dequantize(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
-    """Compare sampled rows with the reference, bit for bit but for the sign of zero."""
+    """Compare sampled blocks and the rest of one with the reference, bit for bit."""
     w, layout, out = args
     value = out if isinstance(out, Tensor) else got
     part = stored(w, layout)
-    flat, blocks = value.reshape(-1), value.numel() // part.blocksize
-    at = torch.tensor(sampled(blocks), device=value.device)
-    absmax = reference.nf4_absmax(w, layout)[at]
-    packed = part.packed.view(-1)[: blocks * part.blocksize // 2].view(blocks, -1)[at]
-    plain_layout = [layout[0], part.blocksize, 0, len(at), part.blocksize]
-    right = reference.nf4_dequantize([packed.reshape(-1), absmax], plain_layout, value.dtype)
-    ours = flat[: blocks * part.blocksize].view(blocks, -1)[at]
-    return None if torch.equal(ours.nan_to_num(), right.nan_to_num()) else "blocks differ"
+    size, flat = part.blocksize, value.reshape(-1)
+    blocks, absmax = flat.numel() // size, reference.nf4_absmax(w, layout)
+    at = torch.tensor(sampled(blocks), device=value.device, dtype=torch.int64)
+    packed, whole = part.packed.view(-1), blocks * size
+    pieces = (
+        (packed[: whole // 2].view(blocks, -1)[at].reshape(-1), absmax[at], flat[:whole]),
+        (packed[whole // 2 :], absmax[blocks:], flat[whole:]),
+    )
+    for index, (codes, scales, ours) in enumerate(pieces):
+        ours = ours.view(blocks, size)[at] if index == 0 else ours.view(1, -1)
+        plain_layout = [layout[0], size, 0, *ours.shape]
+        right = reference.nf4_dequantize([codes, scales], plain_layout, value.dtype)
+        if not torch.equal(ours.nan_to_num(), right.nan_to_num()):
+            return "values differ from the format's"
+    return None
 
 
 def _low_rank_svd(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
-    """Compare singular values, and their sum of squares with the product's Frobenius norm."""
-    lora_B, lora_A, scaling, *_ = args
-    start, (_, S, _, _, info) = 0, got
+    """Compare norms of singular values, and products with a vector from either side."""
+    lora_B, lora_A, scaling, vectors, _ = args
+    U, S, Vh, _, info = got
+    chosen, starts = set(sampled(len(lora_B))), [0, 0, 0]
     for index, (B, A, s) in enumerate(zip(lora_B, lora_A, scaling, strict=True)):
-        k = min(B.shape[0], *A.shape)
-        values, start = S[start : start + k].double(), start + k
-        if index not in sampled(len(lora_B)) or info[index]:
+        (m, _), n, k = B.shape, A.shape[1], min(B.shape[0], *A.shape)
+        sizes = (m * k, k, k * n)
+        u, values, v = (
+            t[start : start + size].double()
+            for t, start, size in zip((U, S, Vh), starts, sizes, strict=True)
+        )
+        starts = [start + size for start, size in zip(starts, sizes, strict=True)]
+        if index not in chosen or info[index]:
             continue
-        gram = (B.double().t() @ B.double()) @ (A.double() @ A.double().t())
-        right = (s * s * gram.diagonal().sum()).clamp(min=0).sqrt()
-        if right.isfinite() and not torch.isclose(values.norm(), right, rtol=1e-3, atol=1e-30):
-            return f"singular values of pair {index} have norm {values.norm():.6g}, not {right:.6g}"
+        B, A = B.double() * s, A.double()
+        norm = ((B.t() @ B) * (A @ A.t()).t()).sum().clamp(min=0).sqrt()
+        if not norm.isfinite():
+            continue
+        off = (values.norm() - norm).abs()
+        if vectors:
+            right, left = _waves(n, B), _waves(m, B)
+            u, v = u.view(m, k) * values, v.view(k, n)
+            off = torch.stack(
+                [
+                    off,
+                    (u @ (v @ right) - B @ (A @ right)).abs().max(),
+                    ((left @ u) @ v - (left @ B) @ A).abs().max(),
+                ]
+            ).max()
+        if not off <= 1e-3 * norm:
+            return f"the decomposition of pair {index} is {(off / norm).item():.1e} away"
     return None
+
+
+def _waves(size: int, like: Tensor) -> Tensor:
+    """Return a vector of length near 1 with no zeros, drawn from no generator."""
+    return torch.arange(1, size + 1, device=like.device, dtype=like.dtype).cos() * size**-0.5
 
 
 _JUDGES: dict[str, Callable[[Args, Any, Callable[[], Any]], str | None]] = {

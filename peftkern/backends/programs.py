@@ -63,12 +63,19 @@ class Order(NamedTuple):
 
 _programs: dict[tuple, Program] = {}
 _orders: dict[tuple, Order] = {}
+_forgiven: set[str] = set()  # demoted in this process alone: verdicts that they shape do not last
 
 
 @trust.on_reset
 def _forget() -> None:
     _programs.clear()
     _orders.clear()
+    _forgiven.clear()
+
+
+def lasting() -> bool:
+    """Return whether what is measured now holds for later processes, too."""
+    return not _forgiven
 
 
 def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) -> Any:
@@ -233,6 +240,8 @@ def _after(failed: list[tuple[Program, Exception]], device: torch.device, result
         program.demoted = f"raised at call {program.calls}: {text}"
         # Memory that was short once need not be short again.
         keep = not isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not keep:
+            _forgiven.add(program.name)
         trust.ledger(device).demote(program.name, program.demoted, keep=keep)
     return result
 
@@ -281,4 +290,4 @@ def _contest(key: tuple, args: Args, device: torch.device, candidates: Iterable[
     side = best if math.isfinite(max(ratios[best].values())) else first
     side = side if contest.not_slower(ratios[best]) else first
     verdict = {"side": side, "ratios": ratios}
-    return trust.ledger(device).decide(_text(key[2:]) + f" {op}", verdict)["side"]
+    return trust.ledger(device).decide(_text(key[2:]) + f" {op}", verdict, keep=lasting())["side"]

@@ -223,11 +223,15 @@ class Ledger:
             self.programs[program] = RIGHT
             self._write("programs", program, RIGHT)
 
-    def decide(self, name: str, verdict: dict[str, Any]) -> dict[str, Any]:
-        """Record the verdict of a contest, or adopt the one that another rank was first with."""
+    def decide(self, name: str, verdict: dict[str, Any], *, keep: bool = True) -> dict[str, Any]:
+        """Record the verdict of a contest, or adopt the one that another rank was first with.
+
+        keep: for later processes, too.
+        """
         verdict = _agreed(f"{self.device.type}/{name}", verdict)
         self.classes[name] = verdict
-        self._write("classes", name, verdict)
+        if keep:
+            self._write("classes", name, verdict)
         return verdict
 
     def adopt(self, name: str) -> dict[str, Any] | None:

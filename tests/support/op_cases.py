@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern import NF4Weight
+from peftkern.backends import reference
 from peftkern.formats.nf4 import dynamic_map
 from peftkern.functional.dora import dora_linear
 from peftkern.functional.rosa import SparseMask, rosa_linear
@@ -80,7 +81,7 @@ def adalora_op_cases() -> dict[str, list[tuple]]:
     numel = sum(p.numel() for p in params)
     grads = [torch.randn_like(p) for p in params]
     lora_E, lora_A, lora_B = (params[i::3] for i in range(3))
-    residual, factors = torch.randn(2 * (R * R + 9)), torch.rand(4)
+    _, residual, factors = reference.adalora_orthogonality_forward(lora_A, lora_B, False)
     return {
         "adalora_importance_": [
             (torch.rand(numel), torch.rand(numel), params, g, 0.85, 0.9)

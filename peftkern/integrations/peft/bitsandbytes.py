@@ -56,7 +56,7 @@ class PatchedBase(PatchedForward):
 
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
         # Of arguments it takes x alone; under a layer that PEFT answers it is PEFT's.
-        if args or kwargs or trial.peer_only.get() or not dispatch.runs_on_cpu(x):
+        if args or kwargs or trial.peer_answers() or not dispatch.runs_on_cpu(x):
             return self.original.forward(self, x, *args, **kwargs)
         reason = unusual_call(x, torch.compiler.is_compiling()) or unusual_weight(self)
         base = read_base(self, x) if reason is None else Fallback(reason)

@@ -120,9 +120,10 @@ class PatchedLayer(PatchedForward):
         autocast: bool,
     ) -> Fallback | None:
         """Return None where this machine has found our operations right and not slower."""
-        if trust.mode() == "always":
+        compiling = torch.compiler.is_compiling()
+        if not compiling and trust.mode() == "always":
             plain = unfused is None and self._is_plain(names[0])
-            if plain and not torch.compiler.is_compiling() and _is_slower(self, adapter, base):
+            if plain and _is_slower(self, adapter, base):
                 return Fallback("PEFT's own operations measured faster for this shape")
             return None
         off = switched_off(self)

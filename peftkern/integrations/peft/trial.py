@@ -28,7 +28,7 @@ LEAST_ROWS = 128  # below, other kernels would be measured than those that run
 ATTEMPTS = 3  # at a trial that found no memory
 _PASSES = 24  # forward passes that the shortest contest takes about the time of
 
-peer_only: ContextVar[bool] = ContextVar("peftkern_peer_only", default=False)
+_peer_only: ContextVar[bool] = ContextVar("peftkern_peer_only", default=False)
 _ours_only: ContextVar[bool] = ContextVar("peftkern_ours_only", default=False)
 
 
@@ -72,6 +72,9 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
     Args: key, (op, kind, N, K, rank, dtypes...), all that a class depends on but rows and device;
         complete, whether the call is all that a trial has to measure.
     """
+    if torch.compiler.is_compiling():
+        trusted = _trusted_in_graph(*key, x.device.type, x.device.index)
+        return None if trusted else Fallback("compiled before this machine measured such a layer")
     mode = trust.mode()
     if mode == "always" or _ours_only.get() or dispatch.forced_backend() is not None:
         return None
@@ -96,17 +99,31 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
     return None if found.reason is None else Fallback(found.reason, peer)
 
 
+@torch.compiler.assume_constant_result
+def _trusted_in_graph(*key: Any) -> bool:
+    """Return whether a graph may hold our op: trusted with some number of rows, refused with none.
+
+    A graph is for any number of rows, and nothing is tried inside one.
+    """
+    *key, kind, index = key
+    if trust.mode() == "always" or dispatch.forced_backend() is not None:
+        return True
+    sides = sides_of(tuple(key), torch.device(kind, index) if index is not None else kind)
+    return sides == {trust.OURS}
+
+
 def name_of(full: tuple) -> str:
     """Write a class as the ledger keeps it."""
     op, kind, N, K, r, *rest, rows, _ = full
     dtypes = " ".join(str(part).removeprefix("torch.") for part in rest)
-    return f"{op}/{kind} {N}x{K} r={r} rows<{1 << rows} {dtypes}"
+    return f"{op}/{kind} {N}x{K} r={r} {dtypes} rows<{1 << rows}"
 
 
-def unmeasured(layer_key: tuple, device: torch.device) -> bool:
-    """Return whether no number of rows of such layers has a verdict on a device."""
-    start = name_of((*layer_key, 0, device)).split(" rows<")[0] + " "
-    return not any(name.startswith(start) for name in trust.ledger(device).classes)
+def sides_of(key: tuple, device: torch.device | str) -> set[str]:
+    """Return the sides of the verdicts on such layers, for any number of rows."""
+    start = name_of((*key, 0, device)).split(" rows<")[0] + " "
+    classes = trust.ledger(torch.device(device)).classes
+    return {verdict["side"] for name, verdict in classes.items() if name.startswith(start)}
 
 
 @contextlib.contextmanager
@@ -119,9 +136,14 @@ def only(side: ContextVar[bool]) -> Iterator[None]:
         side.reset(token)
 
 
+def peer_answers() -> bool:
+    """Return whether PEFT answers the layer that calls this one."""
+    return not torch.compiler.is_compiling() and _peer_only.get()
+
+
 def peer(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run the forward that the layer had before `patch`, over a base that is not ours either."""
-    with only(peer_only):
+    with only(_peer_only):
         return layer.original.forward(layer, x, *args, **kwargs)
 
 
@@ -239,4 +261,5 @@ def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
     )
     side = trust.PEER if slower else trust.OURS
     verdict = {"side": side, "why": why, "ratios": ratios, "rows": measured}
-    tried.obey(trust.ledger(x.device).decide(tried.name, verdict))
+    ledger = trust.ledger(x.device)
+    tried.obey(ledger.decide(tried.name, verdict, keep=programs.lasting()))

@@ -1,0 +1,188 @@
+"""Patched layers over kernels that err, raise, hang, crash or are slow: the numbers are PEFT's."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import untrusted
+from adalora_models import quantize_4bit_
+from peft_models import K, add_lora, lora_net, make_linear4bit, text_batch, tiny_llama
+from untrusted import Child
+from waiting import wait_until
+
+import peftkern
+from peftkern.backends import contest, trust
+
+STEPS = 6
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A cache folder of the test's own, and the mode that users have."""
+    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
+    trust.reset()
+    with trust.use_mode("auto"):
+        yield
+    trust.reset()
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[float]:
+    return untrusted.steps(STEPS, patched=False)
+
+
+@pytest.mark.parametrize("fault", ["tail row", "backward", "raises", "no memory", "slow"])
+def test_a_faulty_kernel_costs_nothing(fault: str, tmp_path: Path, expected: list[float]) -> None:
+    first, again = (Child(tmp_path, fault, STEPS).report() for _ in range(2))
+    for run in (first, again):
+        assert run["losses"] == pytest.approx(expected, rel=1e-5)
+    if fault == "slow":
+        assert set(first["sides"].values()) == {trust.PEER}
+        assert any("times as long" in reason for reason in again["fallbacks"])
+        assert again["losses"] == expected  # PEFT's own forward, from the first call on
+        return
+    assert first["demoted"] and first["warned"]
+    why = {"raises": "raised at call 1: RuntimeError: no such instruction", "no memory": "raised"}
+    assert all(why.get(fault, "wrong at call 1") in text for text in first["demoted"].values())
+    if fault == "no memory":  # which may be there the next time
+        assert again["demoted"]
+    else:
+        assert not again["warned"] and again["demoted"] == first["demoted"]
+
+
+def test_wrong_at_call_100_alone(tmp_path: Path) -> None:
+    steps = 120
+    run = Child(tmp_path, "call 100", steps).report()
+    assert run["losses"] == pytest.approx(untrusted.steps(steps, patched=False), rel=1e-4)
+    assert [text.split(":")[0] for text in run["demoted"].values()] == ["wrong at call 100"]
+
+
+@pytest.mark.parametrize("fault", ["crashes", "hangs"])
+def test_what_ends_the_process_is_not_tried_again(
+    fault: str, tmp_path: Path, expected: list[float]
+) -> None:
+    child = Child(tmp_path, fault)
+    if fault == "hangs":
+        wait_until(lambda: list((tmp_path / "trust").glob("*.first-launch-*")))
+        child.process.kill()
+    child.process.join()
+    ended = signal.SIGKILL if fault == "hangs" else signal.SIGSEGV
+    assert child.process.exitcode == -ended
+    again = Child(tmp_path, fault).report()
+    assert again["losses"] == pytest.approx(expected, rel=1e-5)
+    assert set(again["demoted"].values()) == {"an earlier process ended during its first launch"}
+    assert not list((tmp_path / "trust").glob("*.first-launch-*"))
+
+
+def test_training_without_a_folder_to_write_to(expected: list[float]) -> None:
+    nowhere = Path("/dev/null/cache")
+    run = Child(nowhere, "none", HOME="/dev/null").report()
+    assert run["losses"] == pytest.approx(expected, rel=1e-5)
+    assert run["sides"] and not run["demoted"] and not run["warned"]
+
+
+def test_two_clocks_have_to_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that only the host's clock finds slow is not taken."""
+    sides = []
+    for slow_on_host in (False, True):
+        trust.reset()
+        trust.forget()
+
+        def clock(call, slow=slow_on_host) -> dict[str, float]:
+            before = peftkern.stats().calls.get((untrusted.FORWARD, "cpu"), 0)
+            call()
+            ours = peftkern.stats().calls.get((untrusted.FORWARD, "cpu"), 0) > before
+            return {"host": 3.0 if ours and slow else 1.0, "device": 0.5 if ours else 1.0}
+
+        monkeypatch.setattr(contest, "clock_of", lambda device, clock=clock: clock)
+        untrusted.steps(3)
+        sides += [verdict["side"] for verdict in trust.ledger(CPU).classes.values()]
+    assert sides == [trust.OURS, trust.PEER]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_training_is_that_of_always(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the third step on, bit for bit; a forward and its recomputation are never mixed."""
+    monkeypatch.setattr(contest, "SLOWER", float("inf"))
+    batch = text_batch()
+
+    def gradients(model, count: int) -> list[list[torch.Tensor]]:
+        found = []
+        for _ in range(count):
+            torch.manual_seed(5)
+            model.zero_grad()
+            model(**batch).loss.backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        return found
+
+    def built():
+        base = tiny_llama()
+        quantize_4bit_(base)
+        model = add_lora(base, lora_dropout=0.3).train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        peftkern.patch(model)
+        return model
+
+    with trust.use_mode("always"):
+        right = gradients(built(), 1)[0]
+    steps = gradients(built(), 4)
+    assert peftkern.stats().calls
+    for step in steps[2:]:
+        for ours, always in zip(step, right, strict=True):
+            torch.testing.assert_close(ours, always, rtol=0, atol=0)
+    for step in steps[:2]:  # PEFT's dropout is drawn otherwise: only finite, and some
+        assert all(grad.isfinite().all() for grad in step)
+
+
+def test_ranks_agree(tmp_path: Path) -> None:
+    """The second rank, where the kernel is slow, adopts what the first has found."""
+    ranks = [
+        Child(tmp_path / str(rank), fault, 4, rank=rank, store=tmp_path / "store")
+        for rank, fault in enumerate(("none", "slow"))
+    ]
+    sides = [rank.report()["sides"] for rank in ranks]
+    assert sides[0] == sides[1] and set(sides[0].values()) == {trust.OURS}
+
+
+def test_modes(tmp_path: Path) -> None:
+    """off serves nothing that is unknown; readonly writes nothing; always asks nobody."""
+    for mode, written, served in (("off", 0, 0), ("readonly", 0, 1), ("always", 0, 1)):
+        peftkern.reset_stats()
+        with trust.use_mode(mode):
+            untrusted.steps(4)
+        assert len(trust.files()) == written
+        assert bool(peftkern.stats().calls) == bool(served), mode
+        trust.reset()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators, gradients and saved tensors of the step are those of PEFT alone."""
+    model = lora_net(make_linear4bit(), lora_dropout=0.5).train()
+    patched = lora_net(make_linear4bit(), lora_dropout=0.5).train()
+    peftkern.patch(patched)
+    x = torch.randn(30, K)
+    for _ in range(2):  # the calls beside which the trial is held
+        states, grads, packed = [], [], []
+        for net in (model, patched):
+            torch.manual_seed(1)
+            net.zero_grad()
+            count: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, count=count: count.append(1) or t, lambda t: t
+            ):
+                y = net(x)
+            y.sum().backward()
+            states.append(torch.get_rng_state())
+            grads.append([p.grad for p in net.parameters() if p.requires_grad])
+            packed.append(len(count))
+        assert torch.equal(*states) and packed[0] == packed[1]
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
