@@ -350,6 +350,8 @@ def explain(calls: dict[str, tuple[Any, ...]]) -> Explanation:
         device = _device(args)
         for candidate in _in_order(op, args, device):
             reason = _reason(candidate, args, device, forced)
+            if forced is None and reason is None:
+                reason = programs.demotion(op, args, device, candidate.name)
             if forced is not None and candidate.name != forced:
                 verdict = f"not asked: {forced!r} is forced"
             elif reason is not None:

@@ -83,7 +83,7 @@ def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) ->
 
     Raises: what the first candidate raised if all did; BackendUnavailableError if there is none.
     """
-    key = (op, device, *_described(args))
+    key = key_of(op, args, device)
     if device.type in CONTESTED:
         candidates = _ordered(key, args, device, candidates)
     failed: list[tuple[Program, Exception]] = []
@@ -120,8 +120,20 @@ def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) ->
     raise BackendUnavailableError(f"no back end for {op}")
 
 
+def demotion(op: str, args: Args, device: torch.device, backend: str) -> str | None:
+    """Return why a back end's program for such a call is demoted, or None."""
+    if backend in PLAIN or trust.mode() == "always":
+        return None
+    return _program(key_of(op, args, device), backend, device).demoted
+
+
+def key_of(op: str, args: Args, device: torch.device) -> tuple:
+    """Return what an op's kernels are compiled and chosen for; rows in powers of two."""
+    describe = _KEYS.get(op)
+    return (op, device, *(_described(args) if describe is None else describe(*args)))
+
+
 def _described(args: Iterable[Any]) -> list[Any]:
-    """Describe arguments by what kernels are compiled and chosen for; rows in powers of two."""
     key: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
@@ -132,6 +144,36 @@ def _described(args: Iterable[Any]) -> list[Any]:
         else:
             key.append(arg != 0.0 if isinstance(arg, float) else arg)
     return key
+
+
+def _forward_key(x: Tensor, shape: Any, A: Any, bias: Any, keep: Any) -> tuple:
+    update = ("no adapter",) if A is None else (A.dtype, A.shape[0])
+    options = ("bias" if bias is not None else "", "dropout" if keep is not None else "")
+    return (x.dtype, x.numel().bit_length(), *shape, *update, *options)
+
+
+def _backward_key(dy: Tensor, x: Any, shape: Any, A: Any, keep: Any, needs: list[bool]) -> tuple:
+    update = ("no adapter",) if A is None else (A.dtype, A.shape[0])
+    wanted = "".join("01"[need] for need in needs)
+    dropout = "dropout" if keep is not None else ""
+    return (dy.dtype, dy.numel().bit_length(), *shape, *update, dropout, wanted)
+
+
+# Keys of the ops that a layer calls, without what cannot differ: host time counts.
+_KEYS: dict[str, Callable[..., tuple]] = {
+    "lora_linear_forward": lambda x, W, A, B, bias, s, keep, p: _forward_key(
+        x, W.shape, A, bias, keep
+    ),
+    "lora_linear_backward": lambda dy, x, S, W, A, B, s, keep, p, needs: _backward_key(
+        dy, x, (B.shape[0], A.shape[1]), A, keep, needs
+    ),
+    "nf4_lora_linear_forward": lambda x, w, layout, A, B, bias, s, keep, p: _forward_key(
+        x, layout, A, bias, keep
+    ),
+    "nf4_lora_linear_backward": lambda dy, x, S, w, layout, A, B, s, keep, p, needs: _backward_key(
+        dy, x, layout, A, keep, needs
+    ),
+}
 
 
 def _program(key: tuple, backend: str, device: torch.device) -> Program:
@@ -145,7 +187,7 @@ def _program(key: tuple, backend: str, device: torch.device) -> Program:
 
 def _text(described: tuple) -> str:
     """Write a key as the ledger keeps it."""
-    return " ".join(str(part).removeprefix("torch.") for part in described)
+    return " ".join(str(part).removeprefix("torch.") for part in described if part != "")
 
 
 def _unready(program: Program, device: torch.device) -> str | None:

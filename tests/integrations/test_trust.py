@@ -186,3 +186,20 @@ def test_a_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(*states) and packed[0] == packed[1]
         for ours, theirs in zip(*grads, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", [trust.OURS, trust.PEER])
+def test_a_reference_pass_follows_the_policy(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever serves: adapters that add zero give the bits of a layer without them (DPO)."""
+    ours = side == trust.OURS
+    monkeypatch.setattr(contest, "SLOWER", float("inf") if ours else 0.0)
+    model = lora_net(make_linear4bit(torch.bfloat16)).train()
+    torch.nn.init.zeros_(model.base_model.model.proj.lora_B["default"].weight)
+    peftkern.patch(model)
+    x = torch.randn(40, K, dtype=torch.bfloat16)
+    for _ in range(4):
+        policy = model(x)
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(x)
+        torch.testing.assert_close(policy, reference, rtol=0, atol=0)
+    assert {verdict["side"] for verdict in trust.ledger(CPU).classes.values()} == {side}

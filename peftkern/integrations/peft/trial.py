@@ -75,23 +75,29 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
     if torch.compiler.is_compiling():
         trusted = _trusted_in_graph(*key, x.device.type, x.device.index)
         return None if trusted else Fallback("compiled before this machine measured such a layer")
-    mode = trust.mode()
-    if mode == "always" or _ours_only.get() or dispatch.forced_backend() is not None:
-        return None
     full = (*key, (x.numel() // max(x.shape[-1], 1)).bit_length(), x.device)
     found = _classes.get(full)
+    if found is not None and found.reason is None and not found.pending:
+        return None
+    if trust.mode() == "always" or _ours_only.get() or dispatch.forced_backend() is not None:
+        return None
     if found is None:
         found = _classes.setdefault(full, LayerClass(name_of(full), x.device))
         found.adopt()
-    if found.decided and not found.pending:
-        return None if found.reason is None else Fallback(found.reason, peer)
+    return _refusal(layer, found, complete)
+
+
+def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | None:
+    """Return the fallback of a class that is not ours, or not for this layer yet."""
     recomputed = torch._C._current_graph_task_id() != -1
-    if not found.decided and not recomputed:
-        found.adopt()
     if not found.decided:
-        found.pending.add(layer)
-        due = complete and not recomputed and mode != "off"
-        return Fallback(UNMEASURED, functools.partial(answered_by_peer, found) if due else peer)
+        if not recomputed:
+            found.adopt()
+        if not found.decided:
+            found.pending.add(layer)
+            due = complete and not recomputed and trust.mode() != "off"
+            answer = functools.partial(answered_by_peer, found) if due else peer
+            return Fallback(UNMEASURED, answer)
     if layer in found.pending:
         if recomputed:
             return Fallback(UNMEASURED, peer)
