@@ -24,6 +24,7 @@ from peftkern.kernels.interpreter import dot, dropped, narrow
 from peftkern.kernels.launch import Plan, config_for, launch, planned, rows_of, traits
 from peftkern.kernels.primitives import dot_factor, join_sums, keep_mask
 
+Sizes, Scales, Flags = tuple[int, ...], tuple[float, ...], tuple[bool, ...]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANK_MAX = 256
 SIZE_MAX = 65535 * 64  # programs that CUDA takes on an axis, columns of the least tile
@@ -398,26 +399,15 @@ def _launch_forward(
     bias = None if bias is None else bias.contiguous()
     (M, K), r, N = x.shape, factor.shape[0], 1 if y is None else y.shape[1]
     flags = (y is not None, bias is not None, keep is not None)
-    bits, scales = 8 * x.element_size(), (scale, scaling)
-    plan = _forward_plan(x.device, M, N, K, r, bits, *scales, dropout_p, *flags)
+    sizes = (M, N, K, r, 8 * x.element_size())
+    plan = _forward_plan(x.device, sizes, (scale, scaling, dropout_p), flags)
     launch(plan, x, x, factor.contiguous(), lora_B, bias, keep, S, y)
 
 
 @planned
-def _forward_plan(
-    device: torch.device,
-    M: int,
-    N: int,
-    K: int,
-    r: int,
-    bits: int,
-    scale: float,
-    scaling: float,
-    dropout_p: float,
-    expand: bool,
-    bias: bool,
-    dropout: bool,
-) -> Plan:
+def _forward_plan(device: torch.device, sizes: Sizes, scales: Scales, flags: Flags) -> Plan:
+    (M, N, K, r, bits), (expand, bias, dropout) = sizes, flags
+    scale, scaling, dropout_p = scales
     config = config_for(Problem("lora_forward", M, N, K, r, bits), device)
     return Plan(
         _lora_forward_kernel,
@@ -447,15 +437,15 @@ def gradients_sb(
             lora_B.new_zeros(lora_B.shape) if need_dB else None,
             dy.new_zeros(N) if need_dbias else None,
         )
-    bits = 8 * dy.element_size()
-    plan = _backward_sb_plan(dy.device, M, N, r, bits, scaling, need_dS, need_dB, need_dbias)
+    sizes = (M, N, r, 8 * dy.element_size())
+    plan = _backward_sb_plan(dy.device, sizes, scaling, (need_dS, need_dB, need_dbias))
     tiles, slabs, _ = plan.grid
     dS = None
     if need_dS and 8 * r * tiles > N * dy.element_size():
         # Partial sums, written and read, would be more bytes than a second read of dy.
         dS = shrink(dy, lora_B.t(), scaling)
         need_dS = False
-        plan = _backward_sb_plan(dy.device, M, N, r, bits, scaling, False, need_dB, need_dbias)
+        plan = _backward_sb_plan(dy.device, sizes, scaling, (need_dS, need_dB, need_dbias))
     parts = _partial(need_dS, (tiles, M, r), dy)
     dB = _partial(need_dB, (slabs, N, r), dy)
     dbias = _partial(need_dbias, (slabs, N), dy)
@@ -468,17 +458,8 @@ def gradients_sb(
 
 
 @planned
-def _backward_sb_plan(
-    device: torch.device,
-    M: int,
-    N: int,
-    r: int,
-    bits: int,
-    scaling: float,
-    need_dS: bool,
-    need_dB: bool,
-    need_dbias: bool,
-) -> Plan:
+def _backward_sb_plan(device: torch.device, sizes: Sizes, scaling: float, flags: Flags) -> Plan:
+    (M, N, r, bits), (need_dS, need_dB, need_dbias) = sizes, flags
     config = config_for(Problem("lora_backward_sb", M, N, 1, r, bits), device)
     rows = slab(M, config.block_m, config.splits)
     return Plan(
@@ -522,28 +503,18 @@ def gradients_xa(
         if not need_dA:
             return dx, None
     rows = rows_of(x, K) if need_dA else None
-    bits = 8 * (rows if need_dA else dx).element_size()
-    flags = (need_dx, need_dA, keep is not None)
-    scale = keep_scale(keep, dropout_p)
-    plan = _backward_xa_plan(dS.device, M, K, r, bits, scale, dropout_p, *flags)
+    sizes = (M, K, r, 8 * (rows if need_dA else dx).element_size())
+    scales, flags = (keep_scale(keep, dropout_p), dropout_p), (need_dx, need_dA, keep is not None)
+    plan = _backward_xa_plan(dS.device, sizes, scales, flags)
     dA = _partial(need_dA, (plan.grid[1], r, K), dS)
     launch(plan, dS, rows, lora_A.contiguous(), dS, keep, dx if need_dx else None, dA)
     return dx, _added(dA, lora_A.dtype)
 
 
 @planned
-def _backward_xa_plan(
-    device: torch.device,
-    M: int,
-    K: int,
-    r: int,
-    bits: int,
-    scale: float,
-    dropout_p: float,
-    need_dx: bool,
-    need_dA: bool,
-    dropout: bool,
-) -> Plan:
+def _backward_xa_plan(device: torch.device, sizes: Sizes, scales: Scales, flags: Flags) -> Plan:
+    (M, K, r, bits), (need_dx, need_dA, dropout) = sizes, flags
+    scale, dropout_p = scales
     config = config_for(Problem("lora_backward_xa", M, 1, K, r, bits), device)
     step = slab(M, config.block_m, config.splits)
     return Plan(
@@ -579,39 +550,25 @@ def update_epilogue(
     M, N = out.shape
     r = 0 if factor is None else factor.shape[0]
     bias = None if bias is None else bias.contiguous()
-    splits = 0 if parts is None else parts.shape[0], s_parts.shape[0] if r else 0
-    strides = factor.stride() if r else (0, 0)
+    splits = (0 if parts is None else parts.shape[0], s_parts.shape[0] if r else 0)
+    splits += factor.stride() if r else (0, 0)
     flags = (parts is not None, S is not None, bias is not None, keep is not None)
-    bits = 8 * out.element_size()
-    plan = _epilogue_plan(out.device, M, N, r, bits, *splits, *strides, *scales, dropout_p, *flags)
+    sizes = (M, N, r, 8 * out.element_size())
+    plan = _epilogue_plan(out.device, sizes, splits, (*scales, dropout_p), flags)
     launch(plan, out, parts, s_parts, factor, bias, keep, S, out)
 
 
 @planned
 def _epilogue_plan(
-    device: torch.device,
-    M: int,
-    N: int,
-    r: int,
-    bits: int,
-    splits: int,
-    s_splits: int,
-    row_stride: int,
-    column_stride: int,
-    s_scale: float,
-    scale: float,
-    dropout_p: float,
-    parts: bool,
-    store_S: bool,
-    bias: bool,
-    dropout: bool,
+    device: torch.device, sizes: Sizes, splits: Sizes, scales: Scales, flags: Flags
 ) -> Plan:
+    (M, N, r, bits), (parts, store_S, bias, dropout) = sizes, flags
+    s_scale, scale, dropout_p = scales
     config = config_for(Problem("epilogue", M, N, 1, r, bits), device)
-    scales = (s_scale, scale, keep_threshold(dropout_p))
     return Plan(
         _epilogue_kernel,
         (ceil_div(M, config.block_m), ceil_div(N, config.block_n)),
-        (M, N, r, splits, s_splits, row_stride, column_stride, *scales),
+        (M, N, r, *splits, s_scale, scale, keep_threshold(dropout_p)),
         HAS_PARTS=parts,
         HAS_UPDATE=r > 0,
         STORE_S=store_S,
