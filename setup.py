@@ -1,5 +1,6 @@
 """Build script: compiles csrc/ with CMake and Ninja into peftkern/_cpu.*.so, and where nvcc is into
-peftkern/_cuda.*.so. Never imports torch.
+peftkern/_cuda.*.so. Never imports torch. Native modules are Linux's: elsewhere a notice says that
+PyTorch's own operations take their place, and the package is installed without them.
 
 From the environment: PEFTKERN_CUDA=0|1|auto (auto: a usable nvcc decides; 1: its lack is an error),
 PEFTKERN_CUDA_ARCHS="80;90a", and CMAKE_ARGS for CMake, for example "-DPEFTKERN_WERROR=ON". Objects
@@ -32,6 +33,7 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None
 
+BUILDS_NATIVE = fcntl is not None and sys.platform == "linux"
 ROOT = Path(__file__).resolve().parent
 CMAKE_MINIMUM = (3, 18)
 CUDA = "peftkern._cuda"
@@ -110,8 +112,8 @@ def find_requirements() -> dict[str, str]:
 
 def build_folder() -> Path:
     """Return CMake's build folder for this Python."""
-    if fcntl is None:
-        raise CompileError(f"building peftkern needs Linux or a system like it, not {sys.platform}")
+    if not BUILDS_NATIVE:
+        raise CompileError(f"native modules are built on Linux, not on {sys.platform}")
     return ROOT / "build" / sysconfig.get_config_var("SOABI")
 
 
@@ -243,8 +245,11 @@ class EmulatedCuda(CMakeBuild):
             self.compile(self.configure(build_dir), build_dir, ["_cuda_emulated"])
 
 
+if not BUILDS_NATIVE:
+    print(f"peftkern: no native kernels on {sys.platform}: PyTorch's own operations serve")
+modules = ("peftkern._cpu", CUDA) if BUILDS_NATIVE else ()
 setup(
     license="Apache-2.0",
-    ext_modules=[Extension("peftkern._cpu", sources=[]), Extension(CUDA, sources=[])],
+    ext_modules=[Extension(name, sources=[]) for name in modules],
     cmdclass={"build_ext": CMakeBuild, "cuda_emulated": EmulatedCuda},
 )

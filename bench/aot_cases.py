@@ -41,18 +41,22 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def nf4_weight(n: int, nested: bool = True, blocksize: int = 64) -> tuple[list[Tensor], list[int]]:
-    """Return tensors and layout of a packed weight [n, K]."""
-    blocks = n * K // blocksize
-    packed = meta(n * K // 2, dtype=torch.uint8)
+def nf4_weight(
+    n: int, nested: bool = True, blocksize: int = 64, k: int = K
+) -> tuple[list[Tensor], list[int]]:
+    """Return tensors and layout of a packed weight [n, k]."""
+    blocks = n * k // blocksize
+    packed = meta(n * k // 2, dtype=torch.uint8)
     if not nested:
-        return [packed, meta(blocks, dtype=F32)], [0, blocksize, 0, n, K]
+        return [packed, meta(blocks, dtype=F32)], [0, blocksize, 0, n, k]
     inner = (meta(blocks // 256, dtype=F32), meta(256, dtype=F32), meta(dtype=F32))
-    return [packed, meta(blocks, dtype=torch.uint8), *inner], [0, blocksize, 256, n, K]
+    return [packed, meta(blocks, dtype=torch.uint8), *inner], [0, blocksize, 256, n, k]
 
 
-def factors(r: int, dtype: torch.dtype, n: int = N) -> tuple[Tensor | None, Tensor | None]:
-    return (meta(r, K, dtype=dtype), meta(n, r, dtype=dtype)) if r else (None, None)
+def factors(
+    r: int, dtype: torch.dtype, n: int = N, k: int = K
+) -> tuple[Tensor | None, Tensor | None]:
+    return (meta(r, k, dtype=dtype), meta(n, r, dtype=dtype)) if r else (None, None)
 
 
 def dropout_of(wanted: bool) -> tuple[Tensor | None, float]:
@@ -87,7 +91,10 @@ def lora_linear_cases() -> Iterator[Case]:
         (8192, 16, BF16, F32, True),
         (8192, 16, BF16, BF16, False),
         (1024, 32, BF16, F32, True),
+        (1024, 64, BF16, F32, True),
+        (8192, 32, BF16, F32, True),
         (8192, 64, BF16, F32, True),
+        (8192, 64, BF16, BF16, True),
         (8192, 256, BF16, F32, True),
         (8192, 64, F16, F32, False),
         (8192, 64, F32, F32, True),
@@ -99,8 +106,14 @@ def lora_linear_cases() -> Iterator[Case]:
         yield Case(named(M, r, dtype, adapter, dropout), call)
     for M, r, dtype, adapter, dropout in [
         (512, 16, BF16, F32, False),
+        (8192, 16, BF16, F32, True),
         (8192, 16, BF16, BF16, True),
+        (8192, 32, BF16, F32, True),
         (8192, 64, BF16, F32, True),
+        (8192, 64, BF16, BF16, True),
+        (8192, 16, F16, F32, True),
+        (8192, 32, F16, F32, True),
+        (8192, 64, F16, F32, True),
         (8192, 256, BF16, F32, True),
         (8192, 64, F32, F32, True),
         (8192, 256, F32, F32, True),
@@ -118,26 +131,28 @@ def lora_linear_cases() -> Iterator[Case]:
 
 
 def nf4_lora_linear_cases() -> Iterator[Case]:
-    weight = nf4_weight(N)
+    wide = 14336  # of which more rows are fused
     for M, r, dtype, adapter, dropout in [
         (1, 16, BF16, F32, False),
         (1, 0, BF16, BF16, False),
         (8, 16, F16, F32, False),
         (32, 64, BF16, F32, True),
-        (128, 16, BF16, F32, False),
-        (128, 256, BF16, F32, False),
-        (128, 256, BF16, BF16, False),
+        (64, 16, BF16, F32, False),
+        (64, 256, BF16, F32, False),
+        (64, 256, BF16, BF16, False),
         (16, 16, F32, F32, True),
-        (128, 64, F32, F32, False),
+        (64, 64, F32, F32, False),
     ]:
-        x, bias = meta(M, K, dtype=dtype), meta(N, dtype=dtype)
-        args = (x, *weight, *factors(r, adapter), bias, SCALING, *dropout_of(dropout))
+        n = wide if M == 64 else N
+        x, bias = meta(M, K, dtype=dtype), meta(n, dtype=dtype)
+        adapters = factors(r, adapter, n)
+        args = (x, *nf4_weight(n), *adapters, bias, SCALING, *dropout_of(dropout))
         call = partial(nf4_lora_linear.nf4_lora_linear_forward, *args)
         yield Case(named(M, r, dtype, adapter, dropout), call)
     needs = [True, False, False, False]  # gradients of factors are as over a dense weight
-    for M, r, dtype in [(16, 0, BF16), (128, 64, BF16), (128, 0, F16), (128, 256, F32)]:
-        dropout = r > 0
-        args = (meta(M, N, dtype=dtype), None, None, *weight, *factors(r, F32), SCALING)
+    for M, r, dtype in [(16, 0, BF16), (64, 64, BF16), (64, 0, F16), (64, 256, F32)]:
+        dropout, weight = r > 0, nf4_weight(N, k=wide)
+        args = (meta(M, N, dtype=dtype), None, None, *weight, *factors(r, F32, k=wide), SCALING)
         call = partial(nf4_lora_linear.nf4_lora_linear_backward, *args, *dropout_of(dropout), needs)
         yield Case(named(M, r, dtype, F32, dropout) + "/backward", call)
 

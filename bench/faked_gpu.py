@@ -22,7 +22,8 @@ from triton.runtime import driver
 
 from peftkern.backends import dispatch
 from peftkern.functional import lora_linear, nf4_lora_linear
-from peftkern.kernels import configs, launch
+from peftkern.kernels import launch
+from peftkern.kernels import nf4_lora_linear as kernels
 from peftkern.kernels.aot import PROCESSORS, TARGETS
 from peftkern.kernels.launch import Traits
 
@@ -89,8 +90,8 @@ def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def faked_gpu(*, fused_rows: int = configs.NF4_FUSED_ROWS) -> Iterator[None]:
-    """Take tensors of the CPU for those of an H200; its fused NF4 kernels take so many rows."""
+def faked_gpu(*, fused: bool = True) -> Iterator[None]:
+    """Take tensors of the CPU for an H200's; fused: if NF4 kernels for few rows serve."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET: expected Triton's compiler, got its interpreter")
     gpu = Traits.of_gpu(ARCH, PROCESSORS, hip=False)
@@ -100,7 +101,8 @@ def faked_gpu(*, fused_rows: int = configs.NF4_FUSED_ROWS) -> Iterator[None]:
                 if candidate.name == "triton":
                     stack.enter_context(mock.patch.object(candidate, "device", "cpu"))
         stack.enter_context(mock.patch.object(launch, "_traits", lambda device: gpu))
-        stack.enter_context(mock.patch.object(configs, "NF4_FUSED_ROWS", fused_rows))
+        if not fused:
+            stack.enter_context(mock.patch.object(kernels, "_fused", lambda *args: False))
         for module in (lora_linear, nf4_lora_linear):
             stack.enter_context(mock.patch.dict(module.__globals__, draw_keep=_seed))
         driver.set_active(_Driver())

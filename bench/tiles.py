@@ -217,7 +217,8 @@ class Search:
     def of(cls, problem: Problem, n: int, k: int, device: torch.device) -> Search:
         from peftkern.kernels.launch import traits
 
-        counted = choose(problem, traits(device).processors)
+        on = traits(device)
+        counted = choose(problem, on.processors, None, on.cores)
         return cls(problem, n, k, counted, counted, tried={counted})
 
     def candidates(self, step: int) -> list[TileConfig]:

@@ -59,14 +59,20 @@ class Resources:
     """Registers of a thread, bytes of memory to which it spills, shared memory of a program.
 
     AMD's compiler spills scalar registers to lanes of vector registers first: no memory, no spill.
+    On NVIDIA also, ahead: groups of copies from memory that a loop leaves in flight when it waits
+    for one (None without such copies); loops: instructions and barriers of each innermost loop.
     """
 
     registers: int
     spills: int
     shared: int
+    ahead: int | None = None
+    loops: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.registers:4d} {self.spills:6d} {self.shared:7d}"
+        ahead = "-" if self.ahead is None else self.ahead
+        loops = "+".join(f"{length}/{barriers}" for length, barriers in self.loops) or "-"
+        return f"{self.registers:4d} {self.spills:6d} {self.shared:7d} {ahead:>6} {loops}"
 
 
 class _Driver:
@@ -118,16 +124,46 @@ def compile_launch(launch: Launch, arch: str) -> Resources:
 
 
 def _read_nvidia(compiled: Any) -> Resources:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run(
+                [str(tools / tool), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
     registers, stack, local = (
         int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
     )
-    return Resources(registers, stack + local, compiled.metadata.shared)
+    waits = re.findall(r"async_wait.* num = (\d+)", compiled.asm["ttgir"])
+    ahead = max(map(int, waits), default=None)
+    shared = compiled.metadata.shared
+    return Resources(registers, stack + local, shared, ahead, innermost_loops(code))
+
+
+def innermost_loops(sass: str) -> tuple[tuple[int, int], ...]:
+    """Return (instructions, barriers of the program) of each loop without another in it.
+
+    A loop is what lies between a label and a branch back to it; one of fewer than eight
+    instructions is a wait.
+    """
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
+            code.append(instruction[1])
+    spans = []
+    for last, instruction in enumerate(code):
+        target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
+        if target and labels[target[1]] < last - 6:
+            spans.append((labels[target[1]], last))
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    bodies = [code[first : last + 1] for first, last in inner]
+    return tuple((len(body), sum("BAR.SYNC" in line for line in body)) for body in bodies)
 
 
 def _read_amd(compiled: Any) -> Resources:

@@ -1,7 +1,9 @@
 """Tile sizes of every Triton kernel: measured where a table knows the shape, counted elsewhere.
 
-`choose` is pure: equal problems on equal devices get equal tiles, so results are bit-identical from
-run to run, and nothing is tuned at a user's first call. `kernels/tuned/<arch>.json` holds what
+Counted tiles are those that spill nowhere and leave enough programs on a processor to hide memory,
+by kind of tensor cores (`make aot` compiles them; bench/results/resources_*). `choose` is pure:
+equal problems on equal devices get equal tiles, so results are bit-identical from run to run, and
+nothing is tuned at a user's first call. `kernels/tuned/<arch>.json` holds what
 `make tune` measured on that architecture, also which back end is the fastest for an op; one without
 a table gets the counted tiles, and the back ends in dispatch's own order.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,20 @@ from peftkern.formats.json_files import read_json
 
 TUNED = Path(__file__).parent / "tuned"
 RANK_LEAST, RANK_MOST = 16, 64
-SHARED_MEMORY = 99 << 10  # bytes that one program may use on every architecture from sm80 on
-# Rows up to which the fused NF4 kernels run. Counted for an H200: decoding (about 4 operations a
-# weight) and 60% of the tensor cores' rate against dequantizing and cuBLAS meet at M = 100 to 150.
-NF4_FUSED_ROWS = 128
-NF4_FUSED_ROWS_MAX = 256  # beyond, a table cannot ask for them either
+# Tensor cores of an architecture, which decide what a tile costs, and the bytes of shared memory
+# that one of its programs may use.
+_TENSOR_CORES = {
+    "sm80": ("mma", 163 << 10),
+    "sm86": ("mma", 99 << 10),
+    "sm87": ("mma", 163 << 10),
+    "sm89": ("mma", 99 << 10),
+    "sm90": ("wgmma", 227 << 10),
+    "sm100": ("tcgen05", 227 << 10),
+    "sm103": ("tcgen05", 227 << 10),
+    "sm120": ("mma", 99 << 10),
+    "sm121": ("mma", 99 << 10),
+}
+NF4_FUSED_ROWS_MAX = 256  # rows beyond which a table cannot ask for the fused NF4 kernels either
 
 
 @dataclass(frozen=True)
@@ -86,15 +97,21 @@ class Problem:
         return f"{self.kernel}/M{next_power(self.M)}/r{rank}/{self.bits}-bit"
 
 
-def choose(problem: Problem, processors: int, tuned: Mapping[str, Any] | None = None) -> TileConfig:
+def choose(
+    problem: Problem,
+    processors: int,
+    tuned: Mapping[str, Any] | None = None,
+    cores: str = "",
+) -> TileConfig:
     """Choose the tiles for a problem on a device of so many multiprocessors.
 
-    Args: tuned, the "configs" of a table: {problem.key(): fields of TileConfig}, or None.
+    Args: tuned, the "configs" of a table: {problem.key(): fields of TileConfig}, or None;
+    cores, as `tensor_cores` names them.
     Raises: KeyError for a kernel that is not known; ValueError for a table with an invalid entry.
     """
     entry = (tuned or {}).get(problem.key())
     if entry is None:
-        return _COUNTED[problem.kernel](problem, processors)
+        return _COUNTED[problem.kernel](problem, processors, cores)
     config = TileConfig(**entry)
     if not config.valid(problem.kernel):
         raise ValueError(f"tuned config {problem.key()}: expected powers of two, got {entry}")
@@ -102,14 +119,32 @@ def choose(problem: Problem, processors: int, tuned: Mapping[str, Any] | None = 
 
 
 @functools.lru_cache(maxsize=4096)
-def chosen(problem: Problem, arch: str, processors: int) -> TileConfig:
+def chosen(problem: Problem, arch: str, processors: int, cores: str) -> TileConfig:
     """Return `choose` with the table of the architecture, cached."""
-    return choose(problem, processors, load(arch).get("configs"))
+    return choose(problem, processors, load(arch).get("configs"), cores)
 
 
-def nf4_fused_rows(arch: str) -> int:
-    """Return up to how many rows the fused NF4 kernels are chosen on an architecture."""
-    return min(load(arch).get("nf4_fused_rows", NF4_FUSED_ROWS), NF4_FUSED_ROWS_MAX)
+def tensor_cores(arch: str) -> str:
+    """Return the kind of tensor cores, whose counted tiles an architecture gets; "" for others."""
+    return _TENSOR_CORES.get(arch, ("", 0))[0]
+
+
+def shared_memory(arch: str) -> int:
+    """Return the bytes of shared memory that one program may use on an architecture."""
+    return _TENSOR_CORES.get(arch, ("", 64 << 10))[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def nf4_fused_rows(arch: str, columns: int, processors: int, cores: str) -> int:
+    """Return up to how many rows the fused NF4 kernels write that many columns on a GPU.
+
+    By count, of instructions against dequantizing and cuBLAS: 128 rows. Beside the memory and the
+    tensor cores of sm90 and sm100 decoding is slower: half as many. Where tiles of 64 columns
+    leave processors idle, the splits that fill them cost partial sums: half again.
+    """
+    rows = 64 if cores in ("wgmma", "tcgen05") else 128
+    counted = rows if ceil_div(columns, 64) >= processors else rows // 2
+    return min(load(arch).get("nf4_fused_rows", counted), NF4_FUSED_ROWS_MAX)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -179,51 +214,106 @@ def _rows(M: int, most: int) -> int:
     return max(16, min(next_power(M), most))
 
 
-def _lora_forward(p: Problem, processors: int) -> TileConfig:
+# Tiles over many rows of 16-bit activations, by tensor cores and block of ranks: of what spills
+# with no dtype of the factors, the fewest instructions for an element that leave a processor 8
+# warps. The three products with a float32 factor take registers, so high ranks have small tiles.
+_FORWARD = {
+    "mma": {
+        16: TileConfig(64, 64, 64, 1, 4, 4),
+        32: TileConfig(64, 64, 32, 1, 4, 3),
+        64: TileConfig(32, 64, 32, 1, 4, 3),
+    },
+    "wgmma": dict.fromkeys((16, 32, 64), TileConfig(64, 64, 64, 1, 8, 3)),
+    "tcgen05": dict.fromkeys((16, 32, 64), TileConfig(64, 64, 64, 1, 8, 3)),
+}
+_BACKWARD_SB = {
+    "mma": {
+        16: TileConfig(32, 128, 16, 1, 4, 4),
+        32: TileConfig(32, 128, 16, 1, 4, 3),
+        64: TileConfig(16, 128, 16, 1, 4, 3),
+    },
+    "wgmma": {
+        16: TileConfig(32, 128, 16, 1, 4, 4),
+        32: TileConfig(32, 128, 16, 1, 4, 4),
+        64: TileConfig(64, 128, 16, 1, 8, 3),
+    },
+    "tcgen05": dict.fromkeys((16, 32, 64), TileConfig(32, 128, 16, 1, 4, 3)),
+}
+_BACKWARD_XA = {
+    "mma": {
+        16: TileConfig(32, 16, 64, 1, 4, 3),
+        32: TileConfig(32, 16, 64, 1, 4, 3),
+        64: TileConfig(32, 16, 32, 1, 4, 4),
+    },
+    "wgmma": {
+        16: TileConfig(32, 16, 128, 1, 8, 3),
+        32: TileConfig(32, 16, 64, 1, 4, 3),
+        64: TileConfig(64, 16, 64, 1, 8, 3),
+    },
+    "tcgen05": dict.fromkeys((16, 32, 64), TileConfig(32, 16, 128, 1, 8, 3)),
+}
+
+
+def _lora_forward(p: Problem, processors: int, cores: str) -> TileConfig:
     # Each program reads its rows of x once and both factors (from L2). Few rows: the columns of y
-    # are dealt out to several programs, each of which computes S again.
-    light = _light(p)
-    block_m = _rows(p.M, 64 if light and 32 * processors <= p.M else 32 if p.M > 512 else 16)
-    splits = _fill(ceil_div(p.M, block_m), processors, ceil_div(p.N, 128))
-    # With few rows the loop over K is a chain of latencies, so its steps are long.
-    few = block_m == 16
-    block_k = (64 if light else 32) * (2 if few else 1)
-    stages = (4 if light else 2) if few else 3
-    return TileConfig(block_m, 64, block_k, splits, 4 if few else 8, stages)
+    # are dealt out to several programs, each of which computes S again, and as the loop over K is a
+    # chain of latencies, its steps are long.
+    known, light = p.bits == 16 and cores in _FORWARD, _light(p)
+    block_k, many = 64 if light else 32, 32 * processors <= p.M
+    if p.M <= 512:
+        tile = TileConfig(16, 64, 2 * block_k, 1, 4, 4 if light else 3 if known else 2)
+    elif known:
+        few = TileConfig(32, 64, block_k, 1, 4, 4)
+        tile = _FORWARD[cores][block_rank(p.r)] if many else few
+    else:
+        tile = TileConfig(64 if light and many else 32, 64, block_k, 1, 8, 3)
+    splits = _fill(ceil_div(p.M, tile.block_m), processors, ceil_div(p.N, 128))
+    return replace(tile, splits=splits)
 
 
-def _lora_backward_sb(p: Problem, processors: int) -> TileConfig:
+def _lora_backward_sb(p: Problem, processors: int, cores: str) -> TileConfig:
     # One read of dy; partial dS for every column tile, partial dB for every slab of rows.
-    block_m = _rows(p.M, 64 if p.bits == 32 else 32)
-    block_n = 128 if _light(p) else 64 if p.bits == 16 else 32
-    splits = _fill(ceil_div(p.N, block_n), 2 * processors, ceil_div(p.M, block_m))
-    stages = 1 if p.bits == 16 and not _light(p) else 2
-    return TileConfig(block_m, block_n, 16, splits, 8, stages)
+    if p.bits == 16 and cores in _BACKWARD_SB:
+        tile = _BACKWARD_SB[cores][block_rank(p.r)]
+    else:
+        block_n = 128 if _light(p) else 64 if p.bits == 16 else 32
+        stages = 1 if p.bits == 16 and not _light(p) else 2
+        tile = TileConfig(64 if p.bits == 32 else 32, block_n, 16, 1, 8, stages)
+    return _dealt(tile, p.M, ceil_div(p.N, tile.block_n), processors)
 
 
-def _lora_backward_xa(p: Problem, processors: int) -> TileConfig:
+def _lora_backward_xa(p: Problem, processors: int, cores: str) -> TileConfig:
     # One read of x and one write of dx; partial dA for every slab of rows.
-    block_m = _rows(p.M, 32)
-    block_k = 128 if _light(p) else 32
-    splits = _fill(ceil_div(p.K, block_k), 2 * processors, ceil_div(p.M, block_m))
-    stages = 1 if p.bits == 16 and not _light(p) else 2
-    return TileConfig(block_m, 16, block_k, splits, 8, stages)
+    if p.bits == 16 and cores in _BACKWARD_XA:
+        tile = _BACKWARD_XA[cores][block_rank(p.r)]
+    else:
+        stages = 1 if p.bits == 16 and not _light(p) else 2
+        tile = TileConfig(32, 16, 128 if _light(p) else 32, 1, 8, stages)
+    return _dealt(tile, p.M, ceil_div(p.K, tile.block_k), processors)
 
 
-def _epilogue(p: Problem, processors: int) -> TileConfig:
+def _dealt(tile: TileConfig, M: int, tiles: int, processors: int) -> TileConfig:
+    """Return a backward tile with as many slabs of rows as give a processor about 16 warps."""
+    block_m = _rows(M, tile.block_m)
+    splits = _fill(tiles, 16 // tile.num_warps * processors, ceil_div(M, block_m))
+    return replace(tile, block_m=block_m, splits=splits)
+
+
+def _epilogue(p: Problem, processors: int, cores: str) -> TileConfig:
     block_m = _rows(p.M, 16 if p.M <= NF4_FUSED_ROWS_MAX else 32)
     return TileConfig(block_m, 64, 16, 1, 4 if block_m == 16 else 8, 2)
 
 
-def _nf4_forward(p: Problem, processors: int) -> TileConfig:
+def _nf4_forward(p: Problem, processors: int, cores: str) -> TileConfig:
     # Bound by the packed weight up to about 50 rows: enough programs to keep every load port busy.
     block_m, block_n = (_rows(p.M, 64), 64) if p.bits == 16 else (_rows(p.M, 32), 32)
     programs = ceil_div(p.M, block_m) * ceil_div(p.N, block_n)
     splits = _fill(programs, 4 * processors, ceil_div(p.K, 256))
-    return TileConfig(block_m, block_n, 64, splits, 4 if block_m == 16 and p.bits == 16 else 8, 3)
+    # Every warp group decodes the whole tile of the weight, so of four warps there is one.
+    return TileConfig(block_m, block_n, 64, splits, 4 if p.bits == 16 else 8, 3)
 
 
-def _nf4_backward(p: Problem, processors: int) -> TileConfig:
+def _nf4_backward(p: Problem, processors: int, cores: str) -> TileConfig:
     block_m = _rows(p.M, 64)
     programs = ceil_div(p.M, block_m) * ceil_div(p.K, 64)
     splits = _fill(programs, 4 * processors, ceil_div(p.N, 256))
@@ -238,17 +328,17 @@ def _light(p: Problem) -> bool:
     return p.bits == 16 and block_rank(p.r) == 16
 
 
-def _nf4_dequantize(p: Problem, processors: int) -> TileConfig:
+def _nf4_dequantize(p: Problem, processors: int, cores: str) -> TileConfig:
     # Bytes of a tile (block_n): four (two) for each of 256 threads become 16 bytes of 16-bit
     # (32-bit) values, so loads and stores are coalesced without an exchange between threads.
     return TileConfig(block_n=1024 if p.bits == 16 else 512, num_warps=8)
 
 
-def _nf4_quantize(p: Problem, processors: int) -> TileConfig:
+def _nf4_quantize(p: Problem, processors: int, cores: str) -> TileConfig:
     return TileConfig(block_n=4096, num_warps=4)  # values of a tile
 
 
-def _dora_norm(p: Problem, processors: int) -> TileConfig:
+def _dora_norm(p: Problem, processors: int, cores: str) -> TileConfig:
     # Every program reads all of lora_A, so it takes as many rows as leave few processors idle. A
     # processor with one program has what that one's stages hold to hide the latency of memory.
     light, most = _light(p), 32 if block_rank(p.r) == RANK_MOST else 64
@@ -258,7 +348,7 @@ def _dora_norm(p: Problem, processors: int) -> TileConfig:
     return TileConfig(16, block_n, 128 if light else 64, 1, warps, 4 if light else 3)
 
 
-_COUNTED: dict[str, Callable[[Problem, int], TileConfig]] = {
+_COUNTED: dict[str, Callable[[Problem, int, str], TileConfig]] = {
     "lora_forward": _lora_forward,
     "lora_backward_sb": _lora_backward_sb,
     "lora_backward_xa": _lora_backward_xa,

@@ -42,4 +42,7 @@ def dot(a, b, PRECISION: tl.constexpr):
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+        if PRECISION == "tf32":  # tensor cores leave the lower 13 bits out
+            a = (a.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+            b = (b.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
     return tl.dot(a, b, input_precision=PRECISION)

@@ -19,7 +19,7 @@ from triton.runtime import JITFunction, driver
 from peftkern.backends.device import arch
 from peftkern.backends.pointers import all_begin_at
 from peftkern.formats.nf4 import nf4_code
-from peftkern.kernels.configs import Problem, TileConfig, chosen
+from peftkern.kernels.configs import Problem, TileConfig, chosen, tensor_cores
 from peftkern.kernels.interpreter import INTERPRETED
 
 
@@ -27,12 +27,14 @@ from peftkern.kernels.interpreter import INTERPRETED
 class Traits:
     """Traits of a device that decide how kernels are launched.
 
-    arch: the name of its measured table; processors: programs that run at once at least; precision:
-    of `tl.dot` for float32, where three tf32 products come within float32's rounding; ptx: NVIDIA's
-    assembly can be written inline; float64_cores: Triton has tensor-core code for float64.
+    arch: the name of its measured table; cores: its kind of tensor cores; processors: programs that
+    run at once at least; precision: of `tl.dot` for float32, where three tf32 products come within
+    float32's rounding; ptx: NVIDIA's assembly can be written inline; float64_cores: Triton has
+    tensor-core code for float64.
     """
 
     arch: str
+    cores: str
     processors: int
     precision: str
     ptx: bool
@@ -41,11 +43,12 @@ class Traits:
     @classmethod
     def of_gpu(cls, arch: str, processors: int, *, hip: bool) -> Traits:
         precision = "ieee" if hip else "tf32x3"
-        return cls(arch, processors, precision, not hip, arch in ("sm80", "sm90"))
+        float64 = arch in ("sm80", "sm90")
+        return cls(arch, tensor_cores(arch), processors, precision, not hip, float64)
 
 
 # Few processors, so that the interpreter meets split reductions on small shapes.
-_INTERPRETER = Traits("interpreter", 4, "ieee", ptx=False, float64_cores=True)
+_INTERPRETER = Traits("interpreter", "", 4, "ieee", ptx=False, float64_cores=True)
 _recorded: ContextVar[Traits] = ContextVar("peftkern_recorded")
 _forced: ContextVar[tuple[str, TileConfig] | None] = ContextVar("peftkern_config", default=None)
 
@@ -89,7 +92,7 @@ def config_for(problem: Problem, device: torch.device) -> TileConfig:
     if force is not None and force[0] == problem.kernel:
         return force[1]
     on = traits(device)
-    return chosen(problem, on.arch, on.processors)
+    return chosen(problem, on.arch, on.processors, on.cores)
 
 
 @functools.cache

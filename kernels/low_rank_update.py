@@ -20,15 +20,16 @@ from torch import Tensor
 
 from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.kernels.configs import Problem, block_rank, ceil_div, slab
-from peftkern.kernels.interpreter import dot, dropped, narrow
+from peftkern.kernels.interpreter import dropped, narrow
 from peftkern.kernels.launch import Plan, config_for, launch, planned, rows_of, traits
-from peftkern.kernels.primitives import dot_factor, join_sums, keep_mask
+from peftkern.kernels.primitives import as_factor, dot_factor, dot_update, join_sums, keep_mask
 
 Sizes, Scales, Flags = tuple[int, ...], tuple[float, ...], tuple[bool, ...]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANK_MAX = 256
 SIZE_MAX = 65535 * 64  # programs that CUDA takes on an axis, columns of the least tile
 ROWS_MAX = 2**30
+PARTIAL_BYTES = 128 << 20  # of partial dS at most: a step's peak memory holds them
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -94,7 +95,7 @@ def _lora_forward_kernel(
                 mask=(columns < N)[None, :] & in_rank[:, None],
                 other=0.0,
             )
-            y = dot(s, b.to(tl.float32), PRECISION)
+            y = dot_update(s, b, y_ptr.dtype.element_ty, PRECISION)
             if HAS_BIAS:
                 y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[
                     None, :
@@ -158,6 +159,7 @@ def _lora_backward_sb_kernel(
             tl.store(ds_ptr + place, ds, mask=in_rows & in_rank)
         if NEED_DB:
             s = tl.load(s_ptr + row * r + ranks[None, :], mask=in_rows & in_rank, other=0.0)
+            s = as_factor(s, b_ptr.dtype.element_ty, dy.dtype)
             coarse, fine = dot_factor(tl.trans(dy), s, coarse, fine, PRECISION)
         if NEED_DBIAS and tl.program_id(2) == 0:
             dbias += tl.sum(dy.to(tl.float32), 0)
@@ -193,10 +195,7 @@ def _lora_backward_xa_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Form dropout'(dS @ A) and partial dA [slab, r, K] of columns of x in a slab of rows.
-
-    NEED_DX is for ranks of one tile, as EXPAND is.
-    """
+    """Form dropout'(dS @ A) (for ranks of one tile) and partial dA [slab, r, K] of some rows."""
     first_column = tl.program_id(0) * BLOCK_K
     columns = first_column + tl.arange(0, BLOCK_K)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -207,7 +206,7 @@ def _lora_backward_xa_kernel(
             a_ptr + ranks[:, None] * K + columns[None, :],
             mask=(ranks < r)[:, None] & in_columns[None, :],
             other=0.0,
-        ).to(tl.float32)
+        )
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     coarse = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
@@ -222,7 +221,7 @@ def _lora_backward_xa_kernel(
         if HAS_DROPOUT:
             keep = keep_mask(seed, rows, first_column, threshold, BLOCK_K)
         if NEED_DX:
-            dx = dot(ds, a, PRECISION)
+            dx = dot_update(ds, a, dx_ptr.dtype.element_ty, PRECISION)
             if HAS_DROPOUT:
                 dx *= keep.to(tl.float32) * keep_scale
             tl.store(
@@ -234,6 +233,7 @@ def _lora_backward_xa_kernel(
             x = tl.load(x_ptr + row * K + columns[None, :], mask=in_tile, other=0.0)
             if HAS_DROPOUT:
                 x = dropped(x, keep)
+            ds = as_factor(ds, a_ptr.dtype.element_ty, x.dtype)
             coarse, fine = dot_factor(tl.trans(x), ds, coarse, fine, PRECISION)
     if NEED_DA:
         da = join_sums(coarse, fine) * keep_scale
@@ -294,7 +294,7 @@ def _epilogue_kernel(
                 mask=(ranks < r)[:, None] & (columns < N)[None, :],
                 other=0.0,
             )
-            out += dot(s * update_scale, factor.to(tl.float32), PRECISION)
+            out += dot_update(s * update_scale, factor, out_ptr.dtype.element_ty, PRECISION)
     if HAS_DROPOUT:
         keep = keep_mask(tl.load(seed_ptr), rows, first_column, threshold, BLOCK_N)
         out *= keep.to(tl.float32)
@@ -441,8 +441,9 @@ def gradients_sb(
     plan = _backward_sb_plan(dy.device, sizes, scaling, (need_dS, need_dB, need_dbias))
     tiles, slabs, _ = plan.grid
     dS = None
-    if need_dS and 8 * r * tiles > N * dy.element_size():
-        # Partial sums, written and read, would be more bytes than a second read of dy.
+    partial_bytes = 4 * tiles * M * r
+    if need_dS and (2 * partial_bytes > dy.nbytes or partial_bytes > PARTIAL_BYTES):
+        # Partial sums, written and read, would be more bytes than a second read of dy, or too many.
         dS = shrink(dy, lora_B.t(), scaling)
         need_dS = False
         plan = _backward_sb_plan(dy.device, sizes, scaling, (need_dS, need_dB, need_dbias))
@@ -452,8 +453,7 @@ def gradients_sb(
     if need_dS or need_dB or need_dbias:
         S = S.reshape(M, r) if need_dB else None
         launch(plan, dy, dy, lora_B.contiguous(), S, parts, dB, dbias)
-    if need_dS:
-        dS = _added(parts, torch.float32)
+    dS = dS if parts is None else _added(parts, torch.float32)
     return dS, _added(dB, lora_B.dtype), _added(dbias, dy.dtype)
 
 

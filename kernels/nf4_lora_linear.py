@@ -216,7 +216,7 @@ def nf4_lora_linear_forward(
     N, K = layout[3:]
     rows = rows_of(x, K)
     adapters = (lora_A, lora_B, bias, scaling, keep, dropout_p)
-    if _fused(rows, layout):
+    if _fused(rows, N, layout):
         y, S = fused_forward(rows, w, layout, *adapters)
     elif lora_A is None:
         y, S = F.linear(rows, nf4_dequantize(w, layout, x.dtype), bias), None
@@ -243,7 +243,7 @@ def nf4_lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (N, K), (need_dx, need_dA, _, need_dbias) = layout[3:], needs
     rows = rows_of(dy, N)
-    fused = need_dx and _fused(rows, layout)
+    fused = need_dx and _fused(rows, K, layout)
     dS = dx = dA = dB = dbias = None
     if lora_A is not None:
         dS, dB, dbias = gradients_sb(rows, S, lora_B, scaling, needs)
@@ -263,10 +263,15 @@ def nf4_lora_linear_backward(
     return tuple([dy.new_empty(0) if g is None else g for g in (dx, dA, dB, dbias)])
 
 
-def _fused(rows: Tensor, layout: list[int]) -> bool:
-    """Check that the packed weight is multiplied as it is: few rows, blocks that end with rows."""
+def _fused(rows: Tensor, columns: int, layout: list[int]) -> bool:
+    """Check that the packed weight is multiplied as it is: few rows, blocks that end with rows.
+
+    columns: those of the result, tiles of which keep the processors busy.
+    """
     _, blocksize, _, _, K = layout
-    return 0 < rows.shape[0] <= nf4_fused_rows(traits(rows.device).arch) and K % blocksize == 0
+    on = traits(rows.device)
+    most = nf4_fused_rows(on.arch, columns, on.processors, on.cores)
+    return 0 < rows.shape[0] <= most and K % blocksize == 0
 
 
 def fused_forward(

@@ -20,8 +20,9 @@ def dot_factor(x, factor, coarse, fine, PRECISION: tl.constexpr):
     """Accumulate x @ factor into (coarse, fine), for a tile of activations and one of a factor.
 
     A bfloat16 x meets a float32 factor as the sum of three bfloat16 ones, whose 24 bits are all of
-    its own: three exact products on the tensor cores and no float32 copy of x. The smaller pieces
-    have a sum to themselves, so that `join_sums` can drop it where an Inf made it NaN.
+    its own: three exact products on the tensor cores and no float32 copy of x. A float16 x is exact
+    in tf32 and meets two pieces of 11 bits, where tf32x3 would cut x, too. The smaller pieces have
+    a sum to themselves, so that `join_sums` can drop it where an Inf made it NaN.
     """
     if x.dtype == tl.bfloat16 and factor.dtype == tl.float32:
         high = narrow(factor, tl.bfloat16)
@@ -31,11 +32,44 @@ def dot_factor(x, factor, coarse, fine, PRECISION: tl.constexpr):
         coarse += dot(x, high, PRECISION)
         fine += dot(x, middle, PRECISION)
         fine += dot(x, low, PRECISION)
+    elif x.dtype == tl.float16 and factor.dtype == tl.float32 and PRECISION == "tf32x3":
+        x = x.to(tl.float32)
+        high = (factor.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        coarse += dot(x, high, "tf32")
+        fine += dot(x, factor - high, "tf32")
     elif x.dtype == factor.dtype:
         coarse += dot(x, factor, PRECISION)
     else:
         coarse += dot(x.to(tl.float32), factor.to(tl.float32), PRECISION)
     return coarse, fine
+
+
+@triton.jit
+def as_factor(s, factor_dtype: tl.constexpr, dtype: tl.constexpr):
+    """Round S or dS, in float32, to bfloat16 where factor and activations are, as eager torch does.
+
+    Its product with either is then one exact product on the tensor cores, where float32 takes three
+    and a float32 copy. float16 keeps float32: it has not the range.
+    """
+    if factor_dtype == tl.bfloat16 and dtype == tl.bfloat16:
+        return narrow(s, tl.bfloat16)
+    else:
+        return s
+
+
+@triton.jit
+def dot_update(s, factor, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply S by a factor as exactly as a result in dtype can show.
+
+    The 11 bits of one tf32 product are beyond bfloat16's 8, not beyond float16's 11.
+    """
+    s = as_factor(s, factor.dtype, dtype)
+    if s.dtype == factor.dtype and s.dtype == tl.bfloat16:
+        return dot(s, factor, PRECISION)
+    elif dtype == tl.bfloat16 and PRECISION == "tf32x3":
+        return dot(s, factor.to(tl.float32), "tf32")
+    else:
+        return dot(s, factor.to(tl.float32), PRECISION)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What every test runs under: poisoned memory, fixed seeds, no network, both back ends."""
+"""What every test runs under: poisoned memory, fixed seeds, no network, every back end."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
 import peftkern
 from peftkern.backends.cpu import module as cpu
 from peftkern.backends.cuda import module as cuda
+from peftkern.backends.programs import PLAIN
 from peftkern.monitor.clocks import WallClock
 
 # How long an example takes, or drawing it, is the machine's business.
@@ -73,18 +74,18 @@ def device_is_alive(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.exit(f"{request.node.nodeid}: {error}", returncode=1)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", *PLAIN])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on the native kernels and on plain torch; a missing library fails the test."""
     with peftkern.use_backend(request.param):
         yield request.param
 
 
-@pytest.fixture(params=[*(cpu.cpu_isas() or ["no native library"]), "reference"])
+@pytest.fixture(params=[*(cpu.cpu_isas() or ["no native library"]), *PLAIN])
 def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """`backend`, but once per instruction set of this machine."""
-    if request.param == "reference":
-        with peftkern.use_backend("reference"):
+    if request.param in PLAIN:
+        with peftkern.use_backend(request.param):
             yield request.param
         return
     with cpu.use_isa(request.param), peftkern.use_backend("cpu"):

@@ -189,8 +189,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("nf4_lora_linear_forward",
         [](int isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r, uintptr_t x, int dtype,
            const py::tuple& w, uintptr_t a, uintptr_t keep, float keep_scale, uintptr_t s,
-           float scaling, uintptr_t b, uintptr_t bias, uintptr_t y) {
+           float scaling, uintptr_t b, uintptr_t bias, uintptr_t y, int64_t few_rows) {
           NF4LinearArgs args = linear_args(threads, M, N, K, r, x, dtype, w, s, b, y);
+          args.few_rows = few_rows;
           args.scaling = scaling;
           args.bias = pointer<const float>(bias);
           LoraShrinkArgs shrink;

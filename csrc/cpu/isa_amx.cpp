@@ -18,7 +18,6 @@ struct alignas(64) TileConfig {
 
 struct AmxBf16Math : BFloat16Panels {
   static constexpr int64_t kBlock = 256;
-  static constexpr int64_t kDotRows = 2;
 
   struct Session {
     Session() {
@@ -28,10 +27,16 @@ struct AmxBf16Math : BFloat16Panels {
     ~Session() { _tile_release(); }
   };
 
+  template <int kB>
+  static void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
+                       bool first, int64_t count) {
+    (count > kSide ? multiply_tiles<2, kB> : multiply_tiles<1, kB>)(rows, lanes, c, steps, first);
+  }
+
   // Tiles 0..3: sums; 4, 5: rows; 6, 7: lanes.
   template <int kA, int kB>
-  static void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
-                       bool first) {
+  static void multiply_tiles(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
+                             bool first) {
     if (first) {
       _tile_zero(0);
       if (kB == 2) _tile_zero(1);
@@ -66,6 +71,7 @@ struct AmxBf16Math : BFloat16Panels {
 
 }  // namespace
 
-constexpr CpuKernels kAmxBf16Kernels = {{forward_with<AmxBf16Math>, backward_with<AmxBf16Math>}};
+constexpr CpuKernels kAmxBf16Kernels = {
+    {forward_with<AmxBf16Math, Float32Dots>, backward_with<AmxBf16Math>}};
 
 }  // namespace peftkern

@@ -8,42 +8,46 @@ namespace {
 
 struct Avx512Bf16Math : BFloat16Panels {
   static constexpr int64_t kBlock = 256;
-  static constexpr int64_t kDotRows = 8;
   struct Session {};
 
-  template <int kA, int kB>
+  template <int kB>
   static void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
-                       bool first) {
-    constexpr int kRows = 8;
-    for (int part = 0; part < kA * 16 / kRows; ++part) {
-      const int row = part * kRows;
-      float* tile = c + row / 16 * 2 * kTile + row % 16 * 16;
-      __m512 acc[kRows][kB];
-      for (int i = 0; i < kRows; ++i) {
+                       bool first, int64_t count) {
+    for (int64_t row = 0; row < count; row += 8) {
+      if (count - row > 4) {
+        multiply_part<8, kB>(row_of(rows, row), lanes, row_of(c, row), steps, first);
+      } else {
+        multiply_part<4, kB>(row_of(rows, row), lanes, row_of(c, row), steps, first);
+      }
+    }
+  }
+
+  template <int kRows, int kB>
+  static void multiply_part(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
+                            bool first) {
+    __m512 acc[kRows][kB];
+    for (int i = 0; i < kRows; ++i) {
+      for (int b = 0; b < kB; ++b) {
+        acc[i][b] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + b * kTile + i * 16);
+      }
+    }
+    for (int64_t t = 0; t < steps; ++t, rows += kPair, lanes += kPair) {
+      for (int k = 0; k < 16; ++k) {
+        __m512bh x[kB];
         for (int b = 0; b < kB; ++b) {
-          acc[i][b] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(tile + b * kTile + i * 16);
+          x[b] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(lanes + b * kTile + k * 16));
         }
-      }
-      for (int64_t t = 0; t < steps; ++t) {
-        const uint32_t* left = rows + t * kPair + row / 16 * kTile + row % 16 * 16;
-        const uint32_t* right = lanes + t * kPair;
-        for (int k = 0; k < 16; ++k) {
-          __m512bh x[kB];
-          for (int b = 0; b < kB; ++b) {
-            x[b] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(right + b * kTile + k * 16));
-          }
 #pragma GCC unroll 8
-          for (int i = 0; i < kRows; ++i) {
-            // _mm512_set1_epi32() would be the same instruction; clang 16 and 17 crash over it.
-            const __m128i pair = _mm_cvtsi32_si128(static_cast<int>(left[i * 16 + k]));
-            const __m512bh y = reinterpret_cast<__m512bh>(_mm512_broadcastd_epi32(pair));
-            for (int b = 0; b < kB; ++b) acc[i][b] = _mm512_dpbf16_ps(acc[i][b], y, x[b]);
-          }
+        for (int i = 0; i < kRows; ++i) {
+          // _mm512_set1_epi32() would be the same instruction; clang 16 and 17 crash over it.
+          const __m128i pair = _mm_cvtsi32_si128(static_cast<int>(rows[i * 16 + k]));
+          const __m512bh y = reinterpret_cast<__m512bh>(_mm512_broadcastd_epi32(pair));
+          for (int b = 0; b < kB; ++b) acc[i][b] = _mm512_dpbf16_ps(acc[i][b], y, x[b]);
         }
       }
-      for (int i = 0; i < kRows; ++i) {
-        for (int b = 0; b < kB; ++b) _mm512_storeu_ps(tile + b * kTile + i * 16, acc[i][b]);
-      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int b = 0; b < kB; ++b) _mm512_storeu_ps(c + b * kTile + i * 16, acc[i][b]);
     }
   }
 };
@@ -51,6 +55,6 @@ struct Avx512Bf16Math : BFloat16Panels {
 }  // namespace
 
 constexpr CpuKernels kAvx512Bf16Kernels = {
-    {forward_with<Avx512Bf16Math>, backward_with<Avx512Bf16Math>}};
+    {forward_with<Avx512Bf16Math, BFloat16Dots>, backward_with<Avx512Bf16Math>}};
 
 }  // namespace peftkern

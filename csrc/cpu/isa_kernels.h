@@ -13,7 +13,8 @@
 namespace peftkern {
 namespace {
 
-constexpr NF4LinearKernels kNF4Linear = {forward_with<Float32Math>, backward_with<Float32Math>};
+constexpr NF4LinearKernels kNF4Linear = {forward_with<Float32Math, Float32Dots>,
+                                         backward_with<Float32Math>};
 constexpr CpuKernels kIsaKernels = {
     kNF4Linear,
     kNF4Linear,

@@ -1,8 +1,8 @@
-// bfloat16 panels for the instruction sets with bfloat16 products (AVX512-BF16 and AMX).
-// A dword holds two weights that are neighbors along the reduction.
+// bfloat16 panels and dot products for the instruction sets with bfloat16 products (AVX512-BF16 and
+// AMX). A dword holds two weights that are neighbors along the reduction.
 #pragma once
 
-#include "nf4_panel.h"
+#include "nf4_dot.h"
 
 namespace peftkern {
 namespace {
@@ -15,10 +15,9 @@ inline __mmask32 mask32(int64_t n) {
   return n >= 32 ? ~__mmask32{0} : (n <= 0 ? 0 : (__mmask32{1} << n) - 1);
 }
 
-// The bfloat16 values of the two 64-blocks from `element` on (the second only where n > 64).
-inline __m512i bf16_tables(const Absmax& absmax, int64_t element, int64_t n) {
+// The bfloat16 values of two 64-blocks with these absmax.
+inline __m512i bf16_tables(float low, float high) {
   const __m512 code = _mm512_loadu_ps(kNF4Code);
-  const float low = absmax.at(element), high = n > 64 ? absmax.at(element + 64) : 0.0f;
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(code, _mm512_set1_ps(high)),
                                                        _mm512_mul_ps(code, _mm512_set1_ps(low))));
 }
@@ -31,8 +30,8 @@ inline bool whole_blocks(const NF4View& w, int64_t element) {
 inline void decode_chunk(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
                          __m512i out[4]) {
   if (whole_blocks(w, element)) {
-    decode128(load_bytes(w.packed + element / 2, (n + 1) / 2), bf16_tables(absmax, element, n),
-              out);
+    decode128(load_bytes(w.packed + element / 2, (n + 1) / 2),
+              bf16_tables(absmax.at(element), n > 64 ? absmax.at(element + 64) : 0.0f), out);
     if (n < 128) {
       for (int j = 0; j < 4; ++j) out[j] = _mm512_maskz_mov_epi16(mask32(n - 32 * j), out[j]);
     }
@@ -45,10 +44,19 @@ inline void decode_chunk(const NF4View& w, const Absmax& absmax, int64_t element
   for (int j = 0; j < 4; ++j) out[j] = _mm512_loadu_si512(values + 32 * j);
 }
 
+// Stream v, 0 <= v < 4, of 128 weights in packed words: elements 4 t + v, the order in which
+// shifting the words yields them. vpermw reads five index bits: four are the nibble, and the fifth
+// chooses between the tables of the two 64-blocks in the low and the high half.
+inline __m512i bf16_stream(__m512i words, __m512i table, int v) {
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  constexpr int kAndOr = 0xea;  // (a & b) | c
+  const __m512i shifted = v == 1 ? words : _mm512_srli_epi16(words, v == 0 ? 4 : v == 2 ? 12 : 8);
+  return _mm512_permutexvar_epi16(
+      _mm512_ternarylogic_epi64(shifted, _mm512_set1_epi16(15), half, kAndOr), table);
+}
+
 // Runs emit(i, v) for every 128 of n weights from `element` on; weights past the n-th are zero.
-// They come as four streams, number t of v[j] being element i + 4 t + j: the order in which
-// shifting the packed words yields them. vpermw reads five index bits: four are the nibble, and the
-// fifth chooses between the tables of the two 64-blocks in the low and the high half.
+// They come as four streams, number t of v[j] being element i + 4 t + j.
 template <class Emit>
 inline void decode_streams(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
                            const Emit& emit) {
@@ -68,23 +76,10 @@ inline void decode_streams(const NF4View& w, const Absmax& absmax, int64_t eleme
   const uint8_t* packed = w.packed + element / 2;
   const int shift = absmax.log2 - 6;
   const int64_t block = element >> 6;
-  const __m512 code = _mm512_loadu_ps(kNF4Code);
-  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  const __m512i nibble = _mm512_set1_epi16(15);
-  const auto scaled = [&](int64_t b) {
-    return _mm512_mul_ps(code, _mm512_set1_ps(absmax.values[(b >> shift) - absmax.first]));
-  };
-  const auto decode = [&](int64_t i, __m512i bytes, __m512 low, __m512 high) {
-    constexpr int kAndOr = 0xea;  // (a & b) | c
-    const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-    const auto value = [&](__m512i shifted) {
-      return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(shifted, nibble, half, kAndOr),
-                                      table);
-    };
-    v[0] = value(_mm512_srli_epi16(bytes, 4));
-    v[1] = value(bytes);
-    v[2] = value(_mm512_srli_epi16(bytes, 12));
-    v[3] = value(_mm512_srli_epi16(bytes, 8));
+  const auto scale = [&](int64_t b) { return absmax.values[(b >> shift) - absmax.first]; };
+  const auto decode = [&](int64_t i, __m512i bytes, float low, float high) {
+    const __m512i table = bf16_tables(low, high);
+    for (int j = 0; j < 4; ++j) v[j] = bf16_stream(bytes, table, j);
     if (n - i < 128) {
       for (int j = 0; j < 4; ++j) v[j] = _mm512_maskz_mov_epi16(mask32((n - i - j + 3) / 4), v[j]);
     }
@@ -92,13 +87,13 @@ inline void decode_streams(const NF4View& w, const Absmax& absmax, int64_t eleme
   };
   int64_t i = 0;
   for (int64_t b = block; i + 128 <= n; i += 128, b += 2) {
-    __builtin_prefetch(packed + i / 2 + kDotAhead);
-    decode(i, _mm512_loadu_si512(packed + i / 2), scaled(b), scaled(b + 1));
+    __builtin_prefetch(packed + i / 2 + kStreamAhead);
+    decode(i, _mm512_loadu_si512(packed + i / 2), scale(b), scale(b + 1));
   }
   if (i < n) {
     const int64_t b = block + i / 64;
-    decode(i, load_bytes(packed + i / 2, (n - i + 1) / 2), scaled(b),
-           n - i > 64 ? scaled(b + 1) : _mm512_setzero_ps());
+    decode(i, load_bytes(packed + i / 2, (n - i + 1) / 2), scale(b),
+           n - i > 64 ? scale(b + 1) : 0.0f);
   }
 }
 
@@ -159,6 +154,31 @@ struct BFloat16Panels {
         _mm512_storeu_si512(line + kTile, _mm512_permutex2var_epi16(v[0][j], high, v[1][j]));
       }
     }
+  }
+};
+
+// Dot products of few rows over groups of 128 weights, of which the last may be a half.
+struct BFloat16Dots {
+  static constexpr int64_t kColumns = 128;
+  using Vector = __m512;
+  static constexpr int weight_rows(int m) { return m <= 4 ? 4 : 2; }
+  static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+  static Vector fma(Vector a, Vector b, Vector c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static Vector narrow(F32x16 x) { return x.v; }
+  static float sum(Vector v) { return _mm512_reduce_add_ps(v); }
+  static void load_group(const void* in, DType dtype, int64_t i, int64_t n, float* out) {
+    BFloat16Panels::load_ordered(in, dtype, i, n, reinterpret_cast<uint32_t*>(out));
+  }
+
+  struct Weights {
+    __m512i words, table;
+    Vector at(int v) const { return _mm512_castsi512_ps(bf16_stream(words, table, v)); }
+  };
+  static Weights weights(const uint8_t* packed, const float* absmax) {
+    return {_mm512_loadu_si512(packed), bf16_tables(absmax[0], absmax[1])};
   }
 };
 

@@ -1,6 +1,7 @@
 // The loops of y = x W^T + s b^T + bias and dx = dy W + s a (s scaled) over NF4 weights, for any
 // Math that supplies tiles (Float32Math, or one of the bfloat16 ones).
 //
+// Few rows of forward are dot products (nf4_dot.h). The others:
 // Forward: W is the rows operand, x (packed once) the lanes operand, and tiles of y^T come out;
 // each thread takes panels of weight rows, decodes kBlock columns at a time into cache, and
 // multiplies them by all of x. Backward: dy (packed once) is the rows operand and W the lanes
@@ -110,14 +111,13 @@ struct NF4Gemm {
     store_any(out, dtype, i, f32_load(values), static_cast<int>(min64(n, 16)));
   }
 
+  // The products of `count` rows, at most two tiles of them, and one tile of lanes or two.
   static void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
-                       bool first, bool two_rows, bool two_lanes) {
-    if (two_rows && two_lanes) {
-      Math::template multiply<2, 2>(rows, lanes, c, steps, first);
-    } else if (two_rows) {
-      Math::template multiply<2, 1>(rows, lanes, c, steps, first);
+                       bool first, int64_t count, bool two_lanes) {
+    if (two_lanes) {
+      Math::template multiply<2>(rows, lanes, c, steps, first, min64(count, kPairSide));
     } else {
-      Math::template multiply<1, 2>(rows, lanes, c, steps, first);
+      Math::template multiply<1>(rows, lanes, c, steps, first, min64(count, kPairSide));
     }
   }
 
@@ -158,14 +158,6 @@ struct NF4Gemm {
     }
   }
 
-  // The absmax of rows [n0, n0 + rows), expanded to `values`.
-  Absmax expand_rows(int64_t n0, int64_t rows, float* values) const {
-    const int log2 = args.w.blocksize_log2();
-    const int64_t first = (n0 * args.K) >> log2, last = ((n0 + rows) * args.K - 1) >> log2;
-    expand_absmax(args.w, first, last - first + 1, values);
-    return {values, first, log2};
-  }
-
   // s[m, j] of the packed rows as out[j * stride + m], zero beyond them.
   void transpose_s(const Packed& x, float* out, int64_t stride) const {
     for (int64_t j = 0; j < args.r; ++j) {
@@ -199,7 +191,7 @@ struct NF4Gemm {
       for (int64_t np = 0; np < p.pairs(); ++np) {
         if (mp + 1 < x.pairs) prefetch_share(x.at(mp + 1, k0 / kStep), count, np, p.pairs());
         multiply(p.weights + np * kPairBlock, lanes, p.sums + (np * x.pairs + mp) * kProduct, count,
-                 k0 == 0, true, x.rows - mp * kPairSide > kSide);
+                 k0 == 0, p.count - np * kPairSide, x.rows - mp * kPairSide > kSide);
       }
     }
   }
@@ -237,7 +229,7 @@ struct NF4Gemm {
       float* own = scratch.floats() + thread * per_thread;
       const Panel p{reinterpret_cast<uint32_t*>(own), own + weights, t * rows,
                     min64(rows, N - t * rows)};
-      const Absmax absmax = expand_rows(p.begin, p.count, own + weights + sums);
+      const Absmax absmax = expand_rows(args.w, p.begin * K, p.count * K, own + weights + sums);
       for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
         decode_panel(p, absmax, k0, rows);
         multiply_panel(p, x, k0);
@@ -246,57 +238,7 @@ struct NF4Gemm {
     });
   }
 
-  // Few rows: dot products of weight rows as they stream by, nothing but x is kept.
-  template <int kRows>
-  void forward_dots(int64_t m0, const float* x, int64_t stride) const {
-    const int64_t N = args.N, K = args.K;
-    constexpr int64_t kRowsPerTask = 64;
-    const int64_t blocks = kRowsPerTask * K / args.w.blocksize + 2;
-    const int64_t per_thread = round_up(blocks, 16);
-    Scratch scratch(args.threads * per_thread * 4);
-    parallel_for(args.threads, ceil_div(N, kRowsPerTask), [&](int64_t t, int thread) {
-      const int64_t n0 = t * kRowsPerTask, end = min64(N, n0 + kRowsPerTask);
-      const Absmax absmax = expand_rows(n0, end - n0, scratch.floats() + thread * per_thread);
-      for (int64_t n = n0; n < end; ++n) {
-        F32x16 acc[kRows];
-        for (int m = 0; m < kRows; ++m) {
-          acc[m] = f32_zero();
-          const float* s = args.s + (m0 + m) * args.r;
-          const float* b = args.factor + n * args.r;
-          for (int64_t j = 0; j < args.r; j += 16) {
-            const int count = static_cast<int>(min64(16, args.r - j));
-            const F32x16 scaled = f32_mul(f32_load_n(s + j, count), f32_set1(args.scaling));
-            acc[m] = f32_fma(scaled, f32_load_n(b + j, count), acc[m]);
-          }
-        }
-        dot<kRows>(args.w, absmax, n * K, K, x, stride, acc);
-        for (int m = 0; m < kRows; ++m) {
-          const float y = f32_sum(acc[m]) + (args.bias ? args.bias[n] : 0.0f);
-          const int64_t i = (m0 + m) * N + n;
-          if (args.dtype == DType::kFloat32) {
-            static_cast<float*>(args.out)[i] = y;
-          } else {
-            static_cast<uint16_t*>(args.out)[i] = bf16_from_float(y);
-          }
-        }
-      }
-    });
-  }
-
   void forward() const {
-    if (args.M <= Math::kDotRows) {
-      const int64_t stride = round_up(args.K, kDotGroup);
-      Scratch prepared(args.M * stride * 4);
-      float* x = prepared.floats();
-      for (int64_t m = 0; m < args.M; ++m) {
-        prepare_dot(args.in, args.dtype, m * args.K, args.K, x + m * stride);
-      }
-      int64_t m = 0;
-      for (; m + 4 <= args.M; m += 4) forward_dots<4>(m, x + m * stride, stride);
-      for (; m + 2 <= args.M; m += 2) forward_dots<2>(m, x + m * stride, stride);
-      for (; m < args.M; ++m) forward_dots<1>(m, x + m * stride, stride);
-      return;
-    }
     for (int64_t m = 0; m < args.M; m += kForwardRows) {
       forward_rows(m, min64(kForwardRows, args.M - m));
     }
@@ -322,7 +264,7 @@ struct NF4Gemm {
       for (int64_t kp = 0; kp < p.pairs(); ++kp) {
         if (mp + 1 < dy.pairs) prefetch_share(dy.at(mp + 1, n0 / kStep), count, kp, p.pairs());
         multiply(rows, p.weights + kp * kPairBlock, strip_sums(p, mp, kp), count, n0 == 0,
-                 dy.rows - mp * kPairSide > kSide, true);
+                 dy.rows - mp * kPairSide, true);
       }
     }
   }
@@ -389,9 +331,22 @@ struct NF4Gemm {
   }
 };
 
-template <class Math>
+// Rows that fill tiles go through panels, few rows and a small rest by dot products.
+template <class Math, class Dots>
 void forward_with(const NF4LinearArgs& args) {
-  NF4Gemm<Math>{args}.forward();
+  int64_t few = 0;
+  if (NF4Dots<Dots>::takes(args.w, args.K)) {
+    const int64_t rest = args.M % kPairSide;
+    few = args.M <= args.few_rows ? args.M : rest <= args.few_rows / 2 ? rest : 0;
+  }
+  NF4LinearArgs panels = args, dots = args;
+  panels.M = args.M - few, dots.M = few;
+  const int64_t size = itemsize(args.dtype);
+  dots.in = static_cast<const char*>(args.in) + panels.M * args.K * size;
+  dots.out = static_cast<char*>(args.out) + panels.M * args.N * size;
+  if (args.r > 0) dots.s = args.s + panels.M * args.r;
+  if (panels.M > 0) NF4Gemm<Math>{panels}.forward();
+  if (dots.M > 0) NF4Dots<Dots>{dots}.forward();
 }
 template <class Math>
 void backward_with(const NF4LinearArgs& args) {

@@ -44,9 +44,17 @@ inline void expand_absmax(const NF4View& w, int64_t first, int64_t count, float*
   load_absmax(w, first, count, out);
 }
 
-// Bytes that a dot product asks for in advance. Rows follow one another in memory, and the window
-// of out-of-order execution holds a dozen cache lines: too few for the latency of main memory.
-constexpr int64_t kDotAhead = 2048;
+// Bytes that a stream of weights asks for in advance. Rows follow one another in memory, and the
+// window of out-of-order execution holds a dozen cache lines: too few for main memory's latency.
+constexpr int64_t kStreamAhead = 2048;
+
+// Where a row begins in a pair of rows tiles, and in the two by two tiles of a product.
+inline const uint32_t* row_of(const uint32_t* rows, int64_t row) {
+  return rows + row / kSide * kTile + row % kSide * kSide;
+}
+inline float* row_of(float* c, int64_t row) {
+  return c + row / kSide * 2 * kTile + row % kSide * kSide;
+}
 
 // The absmax of a run of blocks, read from the weight or from an expanded copy.
 struct Absmax {
@@ -55,6 +63,14 @@ struct Absmax {
   int log2;       // of the block size
   float at(int64_t element) const { return values[(element >> log2) - first]; }
 };
+
+// The absmax of `count` elements from `element` on, expanded to `values`.
+inline Absmax expand_rows(const NF4View& w, int64_t element, int64_t count, float* values) {
+  const int log2 = w.blocksize_log2();
+  const int64_t first = element >> log2, last = (element + count - 1) >> log2;
+  expand_absmax(w, first, last - first + 1, values);
+  return {values, first, log2};
+}
 
 inline float weight_at(const NF4View& w, const Absmax& absmax, int64_t element, DType dtype) {
   const float value =
@@ -75,7 +91,6 @@ struct Float32Math {
   static constexpr int64_t kStep = 16;    // elements of the reduction in a tile
   static constexpr int64_t kOrder = 16;   // elements that may come in an order of their own
   static constexpr int64_t kBlock = 128;  // elements of the reduction decoded at a time
-  static constexpr int64_t kDotRows = 4;  // up to here, dot products instead of tiles
 
   struct Session {};  // nothing to set up per thread
 
@@ -138,53 +153,55 @@ struct Float32Math {
     }
   }
 
-  // C[a][b] (+)= rows tile a x lanes tile b, summed over `steps` pairs of tiles; each block's sum
-  // starts at zero, which keeps the rounding error of long reductions down.
-  template <int kA, int kB>
+  // C[a][b] (+)= rows tile a x lanes tile b for the first `count` rows, summed over `steps` pairs
+  // of tiles; each block's sum starts at zero, which keeps the rounding error of long reductions
+  // down.
+  template <int kB>
   static void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
-                       bool first) {
+                       bool first, int64_t count) {
 #if defined(__AVX512F__)
-    constexpr int kRows = 8;
+    constexpr int kRows = 8, kLanes = kB;
 #else
-    constexpr int kRows = 4;
+    constexpr int kRows = 4, kLanes = 1;
 #endif
-    constexpr int kLanes =
-#if defined(__AVX512F__)
-        kB;
-#else
-        1;
-#endif
-    for (int part = 0; part < kA * 16 / kRows; ++part) {
-      const int row = part * kRows;
-      for (int b0 = 0; b0 < kB; b0 += kLanes) {
-        F32x16 acc[kRows][kLanes];
-        float* tile = c + (row / 16 * 2 + b0) * kTile + row % 16 * 16;
-        for (int i = 0; i < kRows; ++i) {
-          for (int b = 0; b < kLanes; ++b) {
-            acc[i][b] = f32_zero();
-          }
+    for (int64_t row = 0; row < count; row += kRows) {
+      for (int b = 0; b < kB; b += kLanes) {
+        const uint32_t* right = lanes + b * kTile;
+        if (count - row > kRows / 2) {
+          multiply_part<kRows, kLanes>(row_of(rows, row), right, row_of(c, row) + b * kTile, steps,
+                                       first);
+        } else {
+          multiply_part<kRows / 2, kLanes>(row_of(rows, row), right, row_of(c, row) + b * kTile,
+                                           steps, first);
         }
-        for (int64_t t = 0; t < steps; ++t) {
-          const uint32_t* left = rows + t * kPair + row / 16 * kTile + row % 16 * 16;
-          const uint32_t* right = lanes + t * kPair + b0 * kTile;
-          for (int k = 0; k < 16; ++k) {
-            F32x16 x[kLanes];
-            for (int b = 0; b < kLanes; ++b) {
-              x[b] = f32_load(reinterpret_cast<const float*>(right + b * kTile + k * 16));
-            }
+      }
+    }
+  }
+
+  template <int kRows, int kLanes>
+  static void multiply_part(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps,
+                            bool first) {
+    F32x16 acc[kRows][kLanes];
+    for (auto& row : acc) {
+      for (F32x16& sum : row) sum = f32_zero();
+    }
+    for (int64_t t = 0; t < steps; ++t, rows += kPair, lanes += kPair) {
+      for (int k = 0; k < 16; ++k) {
+        F32x16 x[kLanes];
+        for (int b = 0; b < kLanes; ++b) {
+          x[b] = f32_load(reinterpret_cast<const float*>(lanes + b * kTile + k * 16));
+        }
 #pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) {
-              const F32x16 y = f32_set1(bits_float(left[i * 16 + k]));
-              for (int b = 0; b < kLanes; ++b) acc[i][b] = f32_fma(y, x[b], acc[i][b]);
-            }
-          }
-        }
         for (int i = 0; i < kRows; ++i) {
-          for (int b = 0; b < kLanes; ++b) {
-            float* sum = tile + b * kTile + i * 16;
-            f32_store(sum, first ? acc[i][b] : f32_add(f32_load(sum), acc[i][b]));
-          }
+          const F32x16 y = f32_set1(bits_float(rows[i * 16 + k]));
+          for (int b = 0; b < kLanes; ++b) acc[i][b] = f32_fma(y, x[b], acc[i][b]);
         }
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int b = 0; b < kLanes; ++b) {
+        float* sum = c + b * kTile + i * 16;
+        f32_store(sum, first ? acc[i][b] : f32_add(f32_load(sum), acc[i][b]));
       }
     }
   }

@@ -124,6 +124,7 @@ void check_linear(Isa isa, const Shape& c, DType dtype, bool backward) {
   args.bias = with_bias ? static_cast<float*>(bias.data()) : nullptr;
   args.scaling = 0.5f;
   args.threads = static_cast<int>(pick({1, 2, 3}));
+  args.few_rows = pick({0, 8, 1 << 20});
   (backward ? nf4_lora_linear_backward : nf4_lora_linear_forward)(isa, args);
 
   std::vector<double> weight(static_cast<size_t>(c.N * c.K));

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,10 +50,26 @@ def _gpu_clock(call: Callable[[], Any]) -> dict[str, float]:
     return {"host": host, "device": events[0].elapsed_time(events[1]) * 1e-3}
 
 
-def ratios(
+class Outcome(NamedTuple):
+    """Ratios of one contender to the first: {clock: median over the rounds}.
+
+    unanimous: whether every round and clock was on the same side of SLOWER. A busy machine's are
+    not, and such an outcome should not outlive the process.
+    """
+
+    ratios: dict[str, float]
+    unanimous: bool
+
+    @property
+    def not_slower(self) -> bool:
+        """Whether the contender is no slower than the first, on every clock."""
+        return max(self.ratios.values()) <= SLOWER
+
+
+def outcomes(
     contenders: Mapping[str, Callable[[], Any]], clock: Clock, budget: float = BUDGET
-) -> dict[str, dict[str, float]]:
-    """Return the time of each contender over that of the first, on each clock.
+) -> dict[str, Outcome]:
+    """Time each contender against the first.
 
     Each is called once before it is timed. The rounds end when the budget is spent, or when the
     first ones are all clear.
@@ -78,14 +94,10 @@ def ratios(
                 break
             if time.perf_counter() - begin > budget * (1 - 1 / len(rounds)):
                 break
-    return {
-        name: {
-            kind: statistics.median(turn[name][kind] for turn in rounds) for kind in rounds[0][name]
-        }
-        for name in others
-    }
+    return {name: _outcome([turn[name] for turn in rounds]) for name in others}
 
 
-def not_slower(ratio: Mapping[str, float]) -> bool:
-    """Return whether these ratios, on every clock, make a contender no slower than the first."""
-    return max(ratio.values()) <= SLOWER
+def _outcome(rounds: list[dict[str, float]]) -> Outcome:
+    medians = {kind: statistics.median(turn[kind] for turn in rounds) for kind in rounds[0]}
+    slower = {max(turn.values()) > SLOWER for turn in rounds}
+    return Outcome(medians, len(slower) == 1)

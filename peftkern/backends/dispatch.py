@@ -22,7 +22,7 @@ import torch
 from peftkern.backends import probe, programs, trust
 from peftkern.backends.counts import record_call, record_fallback, table_text
 from peftkern.backends.cpu import module as cpu
-from peftkern.backends.cuda.module import emulated
+from peftkern.backends.cuda.module import emulated, refusal_library
 from peftkern.backends.device import (
     BackendUnavailableError,
     arch,
@@ -36,24 +36,24 @@ _PACKAGES = {
     "triton": ("peftkern.kernels", "cuda"),
     "cuda": ("peftkern.backends.cuda", "cuda"),
     "cpu": ("peftkern.backends.cpu", "cpu"),
+    "torch": ("peftkern.backends.torch", None),
     "reference": ("peftkern.backends.reference", None),
 }
 _BACKENDS = tuple(_PACKAGES)
-
 
 # Family of each op, and its back ends from the most to the least preferred where nothing was
 # measured; of two for a GPU the older first. `_in_order` puts what was measured before it.
 _TABLE = {
     "nf4_quantize": ("nf4", "triton cuda cpu"),
     "nf4_quantize_absmax": ("nf4", "cpu"),
-    "nf4_dequantize": ("nf4", "triton cuda cpu"),
-    "nf4_dequantize_out": ("nf4", "triton cuda cpu"),
-    "lora_linear_forward": ("lora_linear", "triton cpu"),
-    "lora_linear_backward": ("lora_linear", "triton cpu"),
-    "nf4_lora_linear_forward": ("nf4_lora_linear", "triton cuda cpu"),
-    "nf4_lora_linear_backward": ("nf4_lora_linear", "triton cpu"),
+    "nf4_dequantize": ("nf4", "triton cuda cpu torch"),
+    "nf4_dequantize_out": ("nf4", "triton cuda cpu torch"),
+    "lora_linear_forward": ("lora_linear", "triton cpu torch"),
+    "lora_linear_backward": ("lora_linear", "triton cpu torch"),
+    "nf4_lora_linear_forward": ("nf4_lora_linear", "triton cuda cpu torch"),
+    "nf4_lora_linear_backward": ("nf4_lora_linear", "triton cpu torch"),
     "dora_norm": ("dora", "triton cpu"),
-    "nf4_dora_norm": ("dora", "triton cpu"),
+    "nf4_dora_norm": ("dora", "triton cpu torch"),
     "low_rank_svd": ("low_rank_svd", "triton cuda cpu"),
     "adalora_importance_": ("adalora", "triton cpu"),
     "adalora_allocate_": ("adalora", "triton cpu"),
@@ -88,7 +88,7 @@ class Candidate:
     @functools.cached_property
     def refusal(self) -> Callable[..., str | None]:
         """Give the reason against a call, or None."""
-        if self.name == "reference":
+        if self.name in programs.PLAIN:
             return _never
         suffix = self.op.replace(self.family, "").strip("_").replace("__", "_")
         name = f"refusal_{suffix}" if suffix else "refusal"
@@ -158,12 +158,11 @@ _SIZES: dict[str, Callable[..., tuple[int, ...]]] = {
     ),
 }
 MEASURABLE = tuple(_SIZES)
+CUDA_ROWS = (
+    32  # up to which the CUDA C++ kernel decodes a weight in a third of Triton's instructions
+)
 # Whether a GPU's back end is there in a form that takes tensors of a CPU.
 _STAND_INS = {"triton": triton_interpreted, "cuda": emulated}
-
-# Elements of x and y from which a dense layer is faster here than in PEFT on a CPU: below, the call
-# costs more than the copies it saves (bench/bench_lora_linear.py). Integrations ask; ops do not.
-DENSE_CPU_MINIMUM = 1 << 19
 
 _override: ContextVar[str | None] = ContextVar("peftkern_backend", default=None)
 
@@ -191,15 +190,23 @@ def call(op: str, args: tuple[Any, ...]) -> Any:
 
 def _call_forced(op: str, args: tuple[Any, ...], device: torch.device, forced: str) -> Any:
     """Run `op` on the back end that is forced."""
+    name = _meant(op, forced)
     for candidate in CANDIDATES[op]:
-        if candidate.name != forced:
+        if candidate.name != name:
             continue
         reason = _reason(candidate, args, device, forced)
         if reason is not None:
             raise BackendUnavailableError(f"back end {forced!r} cannot run {op}: {reason}")
-        record_call(op, forced)
+        record_call(op, name)
         return candidate.run(*args)
     raise BackendUnavailableError(f"{op} has no back end {forced!r}")
+
+
+def _meant(op: str, forced: str | None) -> str | None:
+    """Return the candidate that is forced: "torch" is the reference where that is all there is."""
+    if forced == "torch" and all(candidate.name != forced for candidate in CANDIDATES[op]):
+        return "reference"
+    return forced
 
 
 def _in_order(op: str, args: tuple[Any, ...], device: torch.device) -> tuple[Candidate, ...]:
@@ -210,8 +217,12 @@ def _in_order(op: str, args: tuple[Any, ...], device: torch.device) -> tuple[Can
 
 
 def preferred(op: str, args: tuple[Any, ...], arch: str) -> tuple[Candidate, ...]:
-    """Return the candidates of an op in the order of an architecture's table."""
-    fastest = configs.fastest(problem_of(op, args), arch)
+    """Return the candidates of an op in the order of an architecture's table, or as counted."""
+    problem = problem_of(op, args)
+    fastest = configs.fastest(problem, arch)
+    few = op == "nf4_lora_linear_forward" and problem.M <= CUDA_ROWS and problem.bits == 16
+    if fastest is None and few and refusal_library() is None:
+        fastest = "cuda"
     if fastest is None:
         return CANDIDATES[op]
     return tuple(sorted(CANDIDATES[op], key=lambda candidate: candidate.name != fastest))
@@ -347,12 +358,12 @@ def explain(calls: dict[str, tuple[Any, ...]]) -> Explanation:
     forced = forced_backend()
     for op, args in calls.items():
         taken = False
-        device = _device(args)
+        device, meant = _device(args), _meant(op, forced)
         for candidate in _in_order(op, args, device):
             reason = _reason(candidate, args, device, forced)
             if forced is None and reason is None:
                 reason = programs.demotion(op, args, device, candidate.name)
-            if forced is not None and candidate.name != forced:
+            if forced is not None and candidate.name != meant:
                 verdict = f"not asked: {forced!r} is forced"
             elif reason is not None:
                 verdict = f"cannot: {reason}"

@@ -39,5 +39,6 @@ def philox_keep(seed: Tensor, rows: int | Tensor, columns: int, dropout_p: float
         a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # wraps at 64 bits; the shifts below mask
         c = [(b >> 32 & low) ^ c[1] ^ key[0], b & low, (a >> 32 & low) ^ c[3] ^ key[1], a & low]
         key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
-    bits = torch.stack([half for word in c for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return bits.flatten(1)[:, :columns] < keep_threshold(dropout_p)
+    limit = keep_threshold(dropout_p)
+    kept = [half < limit for word in c for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(kept, dim=-1).flatten(1)[:, :columns].contiguous()

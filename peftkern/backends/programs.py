@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from peftkern.backends import contest, correctness, trust
 from peftkern.backends.counts import record_call, record_fallback
 from peftkern.backends.device import BackendUnavailableError
 
-PLAIN = ("torch", "reference")  # what others are judged by
+PLAIN = ("torch", "reference")  # torch's own operations, which others are judged by
 CONTESTED = {"cuda"}  # kinds of device where back ends compete; a CPU has one of kernels
 # Arguments that an op writes to.
 _MUTATED = {
@@ -326,10 +325,9 @@ def _contest(key: tuple, args: Args, device: torch.device, candidates: Iterable[
         fair[candidate.name] = functools.partial(candidate.run, *args)
     if len(fair) < 2:
         return next(iter(fair), None)
-    ratios = contest.ratios(fair, contest.clock_of(device), contest.BUDGET / 2)
-    best = min(ratios, key=lambda name: max(ratios[name].values()))
-    first = next(iter(fair))
-    side = best if math.isfinite(max(ratios[best].values())) else first
-    side = side if contest.not_slower(ratios[best]) else first
-    verdict = {"side": side, "ratios": ratios}
-    return trust.ledger(device).decide(_text(key[2:]) + f" {op}", verdict, keep=lasting())["side"]
+    outcomes = contest.outcomes(fair, contest.clock_of(device), contest.BUDGET / 2)
+    best = min(outcomes, key=lambda name: max(outcomes[name].ratios.values()))
+    side = best if outcomes[best].not_slower else next(iter(fair))
+    verdict = {"side": side, "ratios": {name: outcome.ratios for name, outcome in outcomes.items()}}
+    keep = lasting() and outcomes[best].unanimous
+    return trust.ledger(device).decide(_text(key[2:]) + f" {op}", verdict, keep=keep)["side"]

@@ -149,12 +149,14 @@ class Ledger:
 
     programs: {program: RIGHT, or the reason for which it is demoted}.
     classes: {class: {"side": OURS or PEER or a back end, "ratio": ours over the peer's, ...}}.
+    crossovers: {name: size}, as `peftkern tune` measured them; see `cpu/crossovers.py`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.programs: dict[str, str] = {}
         self.classes: dict[str, dict[str, Any]] = {}
+        self.crossovers: dict[str, int] = {}
         self._lock = threading.Lock()
         self._unwritable = False
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # no permission: in memory
@@ -175,6 +177,7 @@ class Ledger:
         programs, classes = verdicts(self.path)
         self.programs.update(programs)
         self.classes.update(classes)
+        self.crossovers.update(crossovers(self.path))
 
     def _read_journal(self) -> None:
         """Demote the programs during whose first launch an earlier process ended."""
@@ -234,6 +237,11 @@ class Ledger:
             self._write("classes", name, verdict)
         return verdict
 
+    def cross(self, name: str, size: int) -> None:
+        """Record a crossover that was measured here."""
+        self.crossovers[name] = size
+        self._write("crossovers", name, size)
+
     def adopt(self, name: str) -> dict[str, Any] | None:
         """Return the verdict on a class: this machine's, or that of another rank."""
         verdict = self.classes.get(name)
@@ -254,6 +262,7 @@ class Ledger:
             with self._lock, _file_lock(self.path):
                 programs, classes = verdicts(self.path)
                 kept = {"programs": programs, "classes": classes}
+                kept["crossovers"] = crossovers(self.path)
                 kept[section][name] = value
                 _replace(self.path, {"fingerprint": fingerprint(self.device), **kept})
         except (OSError, RuntimeError):
@@ -270,6 +279,14 @@ def verdicts(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}, {}
     return programs, classes
+
+
+def crossovers(path: Path) -> dict[str, int]:
+    """Read the crossovers of a file; nothing of one that is damaged or not there."""
+    try:
+        return {str(k): int(v) for k, v in read_json(path)["crossovers"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def files() -> list[Path]:

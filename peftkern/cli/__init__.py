@@ -19,6 +19,7 @@ from peftkern.cli.explain import explain
 from peftkern.cli.frame import EXIT_BAD_INPUT, InputError
 from peftkern.cli.plan import plan
 from peftkern.cli.quantize import quantize
+from peftkern.cli.tune import tune
 
 # click's, which typer vendors under another name or imports, depending on its version.
 _UsageError: type[Exception] = typer.BadParameter.__base__
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (bench, doctor, explain, plan, quantize):
+for _command in (bench, doctor, explain, plan, quantize, tune):
     # typer keeps the line breaks of a docstring.
     _help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_command.__doc__))
     app.command(help=_help)(_command)

@@ -92,26 +92,8 @@ def bench(
     from peftkern.tools.bench import command, record
 
     with bad_input():
-        options = command.Options(
-            op=op,
-            shapes=shapes,
-            rows=rows,
-            dtype=dtype,
-            mode=mode,
-            r=r,
-            baselines=baselines,
-            budget=budget,
-            seconds=seconds,
-            device=device,
-            threads=threads,
-            seed=seed,
-            json=json,
-            csv=csv,
-            html=html,
-            compare=compare,
-            fail_if=fail_if,
-            repro=repro,
-        )
+        given = {name: value for name, value in context.params.items() if name != "from_"}
+        options = command.Options(**given)
         if from_ is not None:
             _refuse_others(context)
             earlier = record.read(from_)

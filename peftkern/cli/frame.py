@@ -1,4 +1,4 @@
-"""Input handling shared by the commands: errors, names of dtypes, sizes."""
+"""Handling of input and output shared by the commands: errors, dtypes, sizes, tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
+    from rich.table import Table
 
 EXIT_BAD_INPUT = 2
 # The name in help and output, and the full name, which is accepted, too.
@@ -88,3 +90,20 @@ def parse_bytes(option: str, text: str) -> int:
             f"{option}: expected a size like 48GB (10^9) or 48GiB (2^30), got {text!r}"
         )
     return count
+
+
+def table(*columns: str, whole: int = 0) -> Table:
+    """Build a table whose first `whole` columns do not break words on a narrow terminal."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number < whole)
+    return table
+
+
+def section(console: Console, title: str, table: Table) -> None:
+    """Print a table under a title."""
+    console.print()
+    console.print(title, style="bold")
+    console.print(table)

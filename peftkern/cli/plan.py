@@ -22,6 +22,7 @@ _MODEL = "A preset (llama3-8b, llama-65b, qwen2.5-7b, ...), a config.json, or th
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=_MODEL)],
     method: Annotated[str, typer.Option(help="lora, qlora, adalora, dora or full.")] = "lora",
     r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = 16,
@@ -70,28 +71,19 @@ def plan(
 
     budget = None if fit is None else parse_bytes("--fit", fit)
     if base is not None:
-        base = dtype_name("--base", base, planning.BASES)
+        base = dtype_name("--base", base, planning.ACCEPTED["base"])
     names = [name.strip() for name in targets.split(",") if name.strip()]
     options = [option.name for option in fields(planning.Training)]
+    dtypes = planning.ACCEPTED["dtype"]
     with bad_input(*options):
         architecture = planning.read_model(model)
-        training = planning.Training(
-            method=method,
-            r=r,
-            targets=planning.MODULES if names == ["all-linear"] else tuple(names),
-            base=base,
-            dtype=dtype_name("--dtype", dtype, planning.DTYPES),
-            adapter_dtype=dtype_name("--adapter-dtype", adapter_dtype, planning.DTYPES),
-            double_quant=double_quant,
-            optimizer=optimizer,
-            batch=batch,
-            sequence=sequence,
-            checkpointing=checkpointing,
-            attention=attention,
-            patched=patched,
-            dropout=dropout,
-            device=device,
-        )
+        given = {name: context.params[name] for name in options} | {
+            "targets": planning.MODULES if names == ["all-linear"] else tuple(names),
+            "base": base,
+            "dtype": dtype_name("--dtype", dtype, dtypes),
+            "adapter_dtype": dtype_name("--adapter-dtype", adapter_dtype, dtypes),
+        }
+        training = planning.Training(**given)
     found = planning.plan(architecture, training)
     fitting = None
     if budget is not None:

@@ -11,8 +11,7 @@ import typer
 from peftkern.cli.frame import DTYPES, InputError, dtype_name, in_words, parse_bytes, present_device
 
 if TYPE_CHECKING:
-    from peftkern.tools.quantize.nf4_checkpoint import Summary
-    from peftkern.tools.quantize.nf4_layout import Sizes
+    from peftkern.tools.quantize.nf4_checkpoint import Plan, Size, Summary
 
 SHARE_TOLD = 0.01  # share of experts in all parameters from which they get a line
 _COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
@@ -37,7 +36,7 @@ def quantize(
         bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
     ] = False,
 ) -> None:
-    """Quantize a safetensors checkpoint to NF4. Peak memory: about one tensor.
+    """Quantize a safetensors checkpoint to NF4. Peak memory: about one file.
 
     DST loads with transformers' from_pretrained (bitsandbytes installed). The linear layers that
     transformers itself would quantize are in 4 bits; all else is copied, tokenizer and sub-folders
@@ -52,8 +51,6 @@ def quantize(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
-    from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
-    from peftkern.tools.quantize.nf4_layout import Options, plan_shards, sizes_of
     from peftkern.tools.quantize.staging import WORK
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels that it did not find
@@ -62,22 +59,23 @@ def quantize(
     if compute_dtype is not None:
         compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
     try:
+        from peftkern.tools.quantize.linear_weights import find_linear_weights
+        from peftkern.tools.quantize.nf4_checkpoint import Options, plan_files, quantize_checkpoint
+    except ImportError as error:
+        raise InputError(
+            "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
+            f"quantized: pip install -U 'peftkern[peft]' ({error})"
+        ) from None
+    try:
         options = Options(blocksize, double_quant, shard_bytes, device)
         checkpoint = read_checkpoint(source)
-        try:
-            from peftkern.tools.quantize.linear_weights import find_linear_weights
-        except ImportError as error:
-            raise CheckpointError(
-                f"expected transformers, accelerate and bitsandbytes, which say what is quantized: "
-                f"pip install 'peftkern[peft]' ({error})"
-            ) from None
-        plan = find_linear_weights(
+        linear, config = find_linear_weights(
             checkpoint,
             skip=skip or (),
             double_quant=double_quant,
             compute_dtype=compute_dtype,
         )
-        experts = _experts(sizes_of(plan_shards(checkpoint, plan.linear, options)))
+        experts = _experts(plan_files(checkpoint, linear, options))
         if experts:
             print(f"peftkern: note: {experts}", file=sys.stderr)
         columns = (
@@ -93,8 +91,8 @@ def quantize(
             summary = quantize_checkpoint(
                 checkpoint,
                 destination,
-                plan.linear,
-                plan.quantization_config,
+                linear,
+                config,
                 options,
                 force=force,
                 progress=lambda count, name: bar.update(task, advance=count, description=name),
@@ -113,37 +111,40 @@ def quantize(
 
 def _report(summary: Summary, destination: Path) -> str:
     resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
-    experts = _experts(summary)
+    left = [name if name.isprintable() else ascii(name) for name in summary.left]
+    plan = summary.plan
+    total, quantized, experts = plan.total, plan.quantized, _experts(plan)
     return "\n".join(
         [
-            f"{summary.quantized} tensors quantized, {summary.kept} kept{resumed}",
-            f"{_size(summary.bytes_before)} before, {_size(summary.bytes_after)} after: "
-            f"{summary.bits_per_parameter:.2f} bits per parameter, "
-            f"{summary.bits_per_quantized_parameter:.2f} in quantized tensors, which hold "
-            f"{summary.quantized_share:.0%} of the parameters",
+            f"{quantized.tensors} tensors quantized, {total.tensors - quantized.tensors} kept"
+            f"{resumed}",
+            f"{_size(total.bytes_before)} before, {_size(total.bytes_after)} after: "
+            f"{total.bits:.2f} bits per parameter, {quantized.bits:.2f} in quantized tensors, "
+            f"which hold {_share(quantized, total):.0%} of the parameters",
             *([experts] if experts else []),
             f"largest relative error {summary.largest_error:.2%}, of {summary.largest_error_name}",
-            f"{summary.files} file{'s' * (summary.files > 1)} read back, checksums agree",
+            f"{len(plan.files)} file{'s' * (len(plan.files) > 1)} read back, checksums agree",
             f"{len(summary.copied)} other file{'s' * (len(summary.copied) != 1)} copied",
-            *([f"left behind: {', '.join(map(_shown, summary.left))}"] if summary.left else []),
+            *([f"left behind: {', '.join(left)}"] if left else []),
             f"{destination}: written",
         ]
     )
 
 
-def _experts(sizes: Sizes) -> str | None:
+def _experts(plan: Plan) -> str | None:
     """Describe the sizes of a mixture of experts; None for another model."""
-    if sizes.expert_share < SHARE_TOLD:
+    share = _share(plan.experts, plan.total)
+    if share < SHARE_TOLD:
         return None
     return (
-        f"experts: {sizes.expert_share:.0%} of the parameters stay in "
-        f"{sizes.bits_per_expert_parameter:.0f} bits (3-D tensors in transformers, which are not "
-        f"quantized): {sizes.bits_per_parameter:.2f} bits per parameter in all"
+        f"experts: {share:.0%} of the parameters stay in {plan.experts.bits:.0f} bits (3-D tensors "
+        f"in transformers, which are not quantized): {plan.total.bits:.2f} bits per parameter in "
+        "all"
     )
 
 
-def _shown(name: str) -> str:
-    return name if name.isprintable() else ascii(name)
+def _share(part: Size, total: Size) -> float:
+    return part.parameters / max(total.parameters, 1)
 
 
 def _size(count: int) -> str:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,8 @@ STATE_BYTES = 256  # room for the JSON of a weight of two dimensions
 STATE_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_BYTES_MAX = 1 << 16  # bitsandbytes writes about 200 bytes; anything huge is not its state
 
-_verified_maps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# {a table that is not on a CPU: (version of its data, whether that is NF4's)}
+_compared_maps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class ArgumentError(ValueError):
@@ -105,25 +106,15 @@ def dynamic_map() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-def state_dict_layout(
-    shape: tuple[int, ...], *, blocksize: int, double_quant: bool
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of the tensors of `NF4Weight.state_dict`, without a weight.
+def state_dict_bytes(numel: int, *, blocksize: int, double_quant: bool) -> int:
+    """Return the size of `NF4Weight.state_dict` without a weight.
 
-    The JSON is left out, for its length depends on the values: it is shorter than
-    `STATE_BYTES` for any weight of two dimensions, and may be padded with spaces.
+    The length of its JSON depends on the values: it is shorter than `STATE_BYTES` for any weight of
+    two dimensions, and may be padded with spaces to that.
     """
-    numel = numel_of(shape)
     nblocks = -(-numel // blocksize)
-    layout = {
-        "weight": (torch.uint8, ((numel + 1) // 2, 1)),
-        "weight.absmax": (torch.uint8 if double_quant else torch.float32, (nblocks,)),
-        "weight.quant_map": (torch.float32, (len(NF4_CODE),)),
-    }
-    if double_quant:
-        layout["weight.nested_absmax"] = (torch.float32, (-(-nblocks // NESTED_BLOCKSIZE),))
-        layout["weight.nested_quant_map"] = (torch.float32, (256,))
-    return layout
+    absmax = nblocks + 4 * (-(-nblocks // NESTED_BLOCKSIZE) + 256) if double_quant else 4 * nblocks
+    return (numel + 1) // 2 + absmax + 4 * len(NF4_CODE) + STATE_BYTES
 
 
 def numel_of(shape: Any, field: str = "shape") -> int:
@@ -249,16 +240,19 @@ class NF4Weight:
         )
 
     @classmethod
-    def from_bitsandbytes(cls, param: Any) -> NF4Weight:
+    def from_bitsandbytes(cls, param: Any, quant_state: Any = None) -> NF4Weight:
         """View a quantized bitsandbytes `Params4bit` without copying it.
 
+        Args: quant_state, of a plain tensor, as FSDP leaves of a `Params4bit`.
         Raises: RepackedWeightError if its CPU inference path has rewritten it in place; ValueError
             naming the field for anything else that is not NF4 (FP4, not quantized yet, malformed).
         """
         if not isinstance(param, Tensor):
             raise _refuse("weight", "a bitsandbytes Params4bit", param)
         # Read through __dict__: QuantState's own __getattr__ costs 1 us per absent attribute.
-        state = getattr(getattr(param, "quant_state", None), "__dict__", None)
+        if quant_state is None:
+            quant_state = getattr(param, "quant_state", None)
+        state = getattr(quant_state, "__dict__", None)
         if state is None:
             raise ArgumentError("quant_state: missing; the weight has not been quantized yet")
         if state.get("packing_format_for_cpu"):
@@ -430,14 +424,38 @@ def _check_quant_map(code: Any) -> None:
     if code.is_meta or torch.compiler.is_compiling():
         return  # there is no data to read
     if code.is_cpu:
-        same = torch.equal(code, _CPU_CODE)
-    else:  # reading it waits for the device: once per tensor and version of its data
-        version = 0 if code.is_inference() else code._version
-        same = _verified_maps.get(code) == version
-        if not same and torch.equal(code, _CPU_CODE.to(code.device)):
-            same, _verified_maps[code] = True, version
+        if not torch.equal(code, _CPU_CODE):
+            raise _refuse("quant_map", "NF4's sixteen values", code.tolist())
+        return
+    version, same = _compared_maps.get(code, (None, False))
+    if version != _version(code):
+        if code.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise _refuse("quant_map", "one that was read before this graph capture", code)
+        compare_quant_maps([code])
+        same = _compared_maps[code][1]
     if not same:
-        raise _refuse("quant_map", "NF4's sixteen values", code.tolist())
+        raise _refuse("quant_map", "NF4's sixteen values", code)
+
+
+def compare_quant_maps(codes: Iterable[Tensor]) -> None:
+    """Compare tables with NF4's, and remember it of those that are not on a CPU.
+
+    Reading one waits for its device: here once for all, else once for each of them and version of
+    its data. What is no such table is passed over.
+    """
+    on_device: dict[torch.device, list[Tensor]] = {}
+    for code in codes:
+        known = isinstance(code, Tensor) and not (code.is_cpu or code.is_meta)
+        if known and code.dtype is torch.float32 and code.shape == (len(NF4_CODE),):
+            on_device.setdefault(code.device, []).append(code)
+    for tables in on_device.values():
+        same = (torch.stack(tables).cpu() == _CPU_CODE).all(1).tolist()
+        for code, is_nf4 in zip(tables, same, strict=True):
+            _compared_maps[code] = (_version(code), is_nf4)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _as_bytes(data: Tensor) -> Tensor:

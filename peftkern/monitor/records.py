@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftkern.backends import counts
+from peftkern.backends.programs import PLAIN
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -114,10 +115,10 @@ def kernel_counts(before: counts.Stats, now: counts.Stats) -> dict[str, Any]:
     """Return the counts of `counts.stats` in between, in numbers and by name."""
     calls = dict(_more(before.calls, now.calls))
     fallbacks = dict(_more(before.fallbacks, now.fallbacks))
-    reference = sum(count for (_, backend), count in calls.items() if backend == "reference")
+    in_torch = sum(count for (_, backend), count in calls.items() if backend in PLAIN)
     return {
-        "kernel_calls": sum(calls.values()) - reference,
-        "reference_calls": reference,
+        "kernel_calls": sum(calls.values()) - in_torch,
+        "reference_calls": in_torch,
         "fallbacks": sum(fallbacks.values()),
         "calls": {f"{op} on {backend}": count for (op, backend), count in calls.items()},
         "fallback_reasons": {f"{op}: {why}": count for (op, why), count in fallbacks.items()},

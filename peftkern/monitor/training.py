@@ -11,7 +11,6 @@ import warnings
 from array import array
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -75,12 +74,7 @@ class TrainingMonitor:
     def __enter__(self) -> TrainingMonitor:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.close(wait=kind is None)
 
     def start(self) -> TrainingMonitor:

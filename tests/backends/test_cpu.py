@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tolerances import HANG_SECONDS
 import peftkern
 from peftkern.backends import pointers
 from peftkern.backends.cpu import module as native
+from peftkern.backends.cpu import nf4_lora_linear
 
 ISAS = native.cpu_isas()
 
@@ -80,6 +82,94 @@ def test_many_panels_on_each_isa(isa, M, dtype):
         check_accuracy([nf4_operands((M, 512, 1024, 16), dtype, F32, **aligned)], ours)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["dot products", "panels", "both"])
+def path(request, monkeypatch) -> str:
+    """Forward takes this path, or one for 32 rows and the other for the rest of a few more."""
+    rows = {"dot products": 1 << 20, "panels": 0, "both": 16}[request.param]
+    monkeypatch.setattr(nf4_lora_linear, "few_rows", lambda isa, dtype: rows)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("M", "dtype", "weight"),
+    thinned(
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 23, 37],
+        [F32, BF16],
+        [(33, 4160, 64), (66, 192, 128), (1, 64, 4096)],
+        diagonals=2,
+    ),
+)
+def test_few_rows_on_each_isa(isa, path, M, dtype, weight):
+    """Tiles of every number of rows; several passes over K, with a half of a group at the end."""
+    N, K, blocksize = weight
+    check_accuracy([nf4_operands((M, N, K, 17), dtype, F32, blocksize=blocksize)], ours)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_few_rows_are_deterministic(isa, path, dtype):
+    """Twenty runs, and any number of threads: the same bits."""
+    o = nf4_operands((11, 130, 1088, 8), dtype, F32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for run in range(20):
+            torch.set_num_threads(1 + run % 3)
+            results.append(ours(o, o.x, o.lora_A, o.lora_B, o.bias))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+# Instructions for 128 weights and M rows of x in the compiled loops: about those for 1 to 8 rows of
+# dot products, and what panels take for 16 or 32.
+_DOTS = {
+    "avx2": lambda m: 92 + 18 * m,
+    "avx512": lambda m: 30 + 11 * m,
+    "avx512_bf16": lambda m: 20 + 6 * m,
+}
+_PANELS = {
+    "avx2": lambda M: (M > 0) * 130 + 448 * -(-M // 16),
+    "avx512": lambda M: (M > 0) * 48 + 128 * -(-M // 32) + 144 * -(-M // 16),
+    "avx512_bf16": lambda M: (M > 0) * 22 + 64 * -(-M // 32) + 72 * -(-M // 16),
+}
+
+
+def test_table_of_few_rows_is_in_the_order_of_codes():
+    names = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+    assert len(nf4_lora_linear._FEW_ROWS) == len(names)
+    assert all(names[code] == name for name, code in native.library().isas().items())
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "code"),
+    [
+        (1, F32, "avx2"),
+        (1, BF16, "avx2"),
+        (2, F32, "avx512"),
+        (2, BF16, "avx512"),
+        (3, F32, "avx512"),
+        (3, BF16, "avx512_bf16"),
+        (4, F32, "avx512"),
+    ],
+)
+def test_choice_of_path_makes_no_cliff(isa, dtype, code):
+    """By count, not by time: what is taken is near the cheaper path, a row more is a small step."""
+
+    def dots(M: int) -> int:
+        return M // 8 * _DOTS[code](8) + (_DOTS[code](M % 8) if M % 8 else 0)
+
+    def cost(M: int) -> int:
+        most, rest = nf4_lora_linear.few_rows(isa, dtype), M % 32
+        few = M if most >= M else rest if rest <= most // 2 else 0
+        return _PANELS[code](M - few) + dots(few)
+
+    costs = [cost(M) for M in range(1, 129)]
+    for M, instructions in enumerate(costs, 1):
+        assert instructions <= 1.3 * min(dots(M), _PANELS[code](M)), M
+    for M, (fewer, more) in enumerate(itertools.pairwise(costs), 1):
+        assert fewer / 1.1 <= more <= 1.5 * fewer, M
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -175,7 +265,7 @@ def test_fork_after_use():
         lambda: module.nf4_dequantize(best, 2, w, out.data_ptr(), 0, N * K, False),
         lambda: module.lora_shrink(best, 2, M, K, R, x_at, 0, a_at, 0, 1.0, S_at),
         lambda: module.nf4_lora_linear_forward(
-            best, 2, M, N, K, R, x_at, 0, w, a_at, 0, 1.0, S_at, 1.0, b_at, 0, y_at
+            best, 2, M, N, K, R, x_at, 0, w, a_at, 0, 1.0, S_at, 1.0, b_at, 0, y_at, 0
         ),
     ]
     for call in calls:

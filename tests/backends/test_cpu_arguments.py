@@ -70,6 +70,7 @@ def forward_args(**changes) -> tuple:
         "b": address(N, R),
         "bias": address(N),
         "y": address(M, N),
+        "few_rows": 8,
     }
     return changed(good, changes)
 

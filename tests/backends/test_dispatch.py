@@ -15,6 +15,7 @@ import peftkern
 from peftkern.backends import device, dispatch, ops
 from peftkern.backends.cpu import module as native
 from peftkern.backends.device import device_info
+from peftkern.backends.programs import PLAIN
 from peftkern.functional.dora import dora_linear
 from peftkern.kernels import configs
 from peftkern.tools.doctor.sample_calls import Sample
@@ -114,14 +115,37 @@ def test_environment_variable_and_its_precedence(w, monkeypatch):
     assert peftkern.stats().calls == {(op, "reference"): 1, (op, "cpu"): 2}
 
 
+def test_forced_torch_is_the_reference_where_that_is_all_there_is():
+    """Of families whose reference makes no large copies there is no second one."""
+    weight = torch.randn(4, 64)
+    with peftkern.use_backend("torch"):
+        w = peftkern.quantize_nf4(weight, double_quant=False)
+        peftkern.dequantize_nf4(w)
+        explanation = peftkern.explain("nf4_quantize", weight, 64)
+    calls = {("nf4_quantize", "reference"): 1, ("nf4_dequantize", "torch"): 1}
+    assert peftkern.stats().calls == calls
+    assert explanation.chosen("nf4_quantize") == "reference"
+
+
+def test_kernels_are_asked_before_torch_and_that_before_the_reference():
+    for op, candidates in dispatch.CANDIDATES.items():
+        asked = [candidate.name for candidate in candidates]
+        plain = [name for name in asked if name in PLAIN]
+        assert asked[len(asked) - len(plain) :] == plain, op
+        assert plain in (["reference"], ["torch", "reference"])
+    for name in ("lora_linear", "nf4_lora_linear"):
+        for way in ("forward", "backward"):
+            assert "torch" in [c.name for c in dispatch.CANDIDATES[f"{name}_{way}"]]
+
+
 def test_unknown_backend_lists_the_known(w, monkeypatch):
     with (
-        pytest.raises(ValueError, match=r"'cpu', 'reference'.*got 'cuda9'"),
+        pytest.raises(ValueError, match=r"'cpu', 'torch', 'reference'.*got 'cuda9'"),
         peftkern.use_backend("cuda9"),
     ):
         pass
     monkeypatch.setenv("PEFTKERN_BACKEND", "cuda9")
-    with pytest.raises(ValueError, match=r"'cpu', 'reference'.*got 'cuda9'"):
+    with pytest.raises(ValueError, match=r"'cpu', 'torch', 'reference'.*got 'cuda9'"):
         peftkern.nf4_linear(torch.zeros(2, 40), w)
 
 
@@ -135,11 +159,11 @@ def test_fallback_is_counted_with_its_reason(w):
     assert peftkern.nf4_linear(X64, w).dtype is torch.float64
     peftkern.nf4_linear(X64, w)
     stats = peftkern.stats()
-    op = "nf4_lora_linear_forward"
-    assert stats.calls == {(op, "reference"): 2}
-    assert stats.fallbacks == {(op, "cpu: the dtype is torch.float64"): 2}
+    served = ("nf4_lora_linear_forward", "nf4_dequantize")  # the first asks for the second
+    assert stats.calls == {(op, "torch"): 2 for op in served}
+    assert stats.fallbacks == {(op, "cpu: the dtype is torch.float64"): 2 for op in served}
     text = str(stats)
-    assert "reference  2" in text and "cpu: the dtype is torch.float64  2" in text
+    assert "torch     2" in text and "cpu: the dtype is torch.float64  2" in text
 
 
 def test_exception_of_a_candidate_is_not_a_fallback(w, monkeypatch):
@@ -178,17 +202,17 @@ def test_stats_is_a_snapshot_and_counts_exactly_under_threads(w):
     assert peftkern.stats().calls == {("nf4_lora_linear_forward", "cpu"): 1600}
 
 
-def test_stats_go_into_json_and_come_back(w):
-    peftkern.nf4_linear(X64, w)
-    peftkern.nf4_linear(X64, w)
-    peftkern.nf4_linear(X64.float(), w)
+def test_stats_go_into_json_and_come_back():
+    for x in (X64, X64, X64.float()):
+        weight = torch.zeros(20, 40, dtype=x.dtype)
+        peftkern.lora_linear(x, weight, **adapters(), scaling=1.0)
     dispatch.record_fallback("lora.Linear", "merged")
     stats = peftkern.stats()
-    op, reason = "nf4_lora_linear_forward", "cpu: the dtype is torch.float64"
+    op, reason = "lora_linear_forward", "cpu: the dtype is torch.float64"
     assert json.loads(json.dumps(stats.as_dict())) == {
         "calls": [
             {"op": op, "backend": "cpu", "count": 1},
-            {"op": op, "backend": "reference", "count": 2},
+            {"op": op, "backend": "torch", "count": 2},
         ],
         "fallbacks": [
             {"op": "lora.Linear", "reason": "merged", "count": 1},
@@ -209,8 +233,8 @@ def test_explanation_goes_into_json_and_comes_back(w):
 
 def test_explain_says_what_happens_and_runs_nothing(w):
     explanation = peftkern.explain("nf4_lora_linear", X64, w, **adapters(), scaling=2.0)
-    assert explanation.chosen("nf4_lora_linear_forward") == "reference"
-    assert explanation.chosen("nf4_lora_linear_backward") == "reference"
+    assert explanation.chosen("nf4_lora_linear_forward") == "torch"
+    assert explanation.chosen("nf4_lora_linear_backward") == "torch"
     text = str(explanation)
     assert "cannot: the dtype is torch.float64" in text and "threads" in text
     assert peftkern.stats().calls == {} and peftkern.stats().fallbacks == {}
@@ -327,6 +351,19 @@ def test_forced_triton_says_that_it_is_not_installed(w, no_triton, monkeypatch):
     assert dispatch.unserved(torch.device("cuda")) == "triton is not installed"
 
 
+@pytest.mark.parametrize("name", ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "gfx908"])
+def test_triton_serves_amd_where_its_kernels_do_not_spill(name, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(device, "arch", lambda of: name)
+    device.triton_missing.cache_clear()
+    reason = device.triton_missing(torch.device("cuda"))
+    device.triton_missing.cache_clear()
+    if name in ("gfx90a", "gfx942", "gfx950"):
+        assert reason is None
+    else:
+        assert reason == f"{name} is none of gfx90a, gfx942, gfx950, where no kernel spills"
+
+
 def test_what_serves_no_device_of_a_kind():
     assert dispatch.unserved(torch.device("cpu")) is None
     assert dispatch.unserved(torch.device("xpu")) == "no kernel for xpu"
@@ -354,9 +391,10 @@ def names(candidates: tuple) -> list[str]:
     return [candidate.name for candidate in candidates]
 
 
-def test_measured_back_end_is_asked_first(tables):
+def test_measured_back_end_is_asked_first(tables, monkeypatch):
     op = "nf4_lora_linear_forward"
     sample = Sample(8, 4096, 4096)
+    monkeypatch.setattr(dispatch, "refusal_library", lambda: "it is not built")
     counted = names(dispatch.preferred(op, sample.arguments(op), "sm90"))
     assert counted == names(dispatch.CANDIDATES[op])
     table = {"nf4_lora_linear_forward/M8/r16/16-bit": {"4096x4096": "cuda"}}
@@ -368,6 +406,24 @@ def test_measured_back_end_is_asked_first(tables):
     assert names(dispatch.preferred(op, sample.arguments(op), "sm80")) == counted
     other = Sample(64, 4096, 4096).arguments(op)
     assert names(dispatch.preferred(op, other, "sm90")) == counted
+
+
+@pytest.mark.parametrize("reason", [None, "it is not built"])
+def test_cuda_is_asked_first_for_few_rows_where_it_is_built(reason, tables, monkeypatch):
+    monkeypatch.setattr(dispatch, "refusal_library", lambda: reason)
+
+    def first(M: int, op: str = "nf4_lora_linear_forward") -> str:
+        arguments = Sample(M, 4096, 4096).arguments(op)
+        return names(dispatch.preferred(op, arguments, "sm90"))[0]
+
+    few = "triton" if reason else "cuda"
+    assert [first(M) for M in (1, 32, 33, 512)] == [few, few, "triton", "triton"]
+    assert first(1, "nf4_lora_linear_backward") == first(1, "lora_linear_forward") == "triton"
+    table = {"nf4_lora_linear_forward/M1/r16/16-bit": {"4096x4096": "triton"}}
+    (tables / "sm90.json").write_text(json.dumps({"back_ends": table}))
+    configs.load.cache_clear()
+    configs.fastest.cache_clear()
+    assert first(1) == "triton"
 
 
 @pytest.mark.parametrize("op", dispatch.MEASURABLE)

@@ -12,6 +12,7 @@ import peftkern
 from peftkern.backends import ops
 from peftkern.backends.device import triton_interpreted
 from peftkern.backends.dropout import keep_scale, keep_threshold, philox_keep
+from peftkern.backends.programs import PLAIN
 
 ROUNDS = 7
 LOW = 0xFFFFFFFF
@@ -128,15 +129,16 @@ def test_back_end_given_a_seed_equals_one_given_the_mask(backend, dtype, p):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("nf4", [False, True])
-def test_cpu_given_a_seed_is_close_to_the_reference(nf4, dtype):
+def test_back_ends_given_a_seed_are_close_to_the_reference(nf4, dtype):
     o = operands((9, 20, 64, 4), dtype, F32, dropout_p=0.4)
     seed = seed_of(2**40 + 3)
     results = []
-    for name in ("cpu", "reference"):
+    for name in ("cpu", *PLAIN):
         with peftkern.use_backend(name):
             results.append(run(o, seed))
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted)
+    for result in results[:-1]:
+        for got, wanted in zip(result, results[-1], strict=True):
+            torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:triton")

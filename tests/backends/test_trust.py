@@ -92,7 +92,8 @@ def test_wrong_programs_are_demoted_and_answered(op: str, monkeypatch: pytest.Mo
     with pytest.warns(trust.Distrusted, match="wrong at call 1"):
         got = getattr(ops, op)(*args)
     same((got, args), (right, written))
-    (why,) = trust.ledger(CPU).programs.values()
+    # What answered may have asked for another op, whose program was right.
+    (why,) = [v for v in trust.ledger(CPU).programs.values() if v != trust.RIGHT]
     assert why.startswith("wrong at call 1")
     again = copy.deepcopy(CASES[op][0])
     same((getattr(ops, op)(*again), again), (right, written))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import peftkern
 from peftkern.backends import reference
+from peftkern.backends.programs import PLAIN
 from peftkern.formats.nf4 import BLOCKSIZES, NF4Weight, dynamic_map
 
 BLOB = "weight.quant_state.bitsandbytes__nf4"
@@ -132,7 +133,7 @@ def check(load_weight: Any) -> None:
     if w.device.type == "meta":
         return
     expected = numpy_dequantize(w, torch.float32).nan_to_num()
-    for name in ("cpu", "reference"):
+    for name in ("cpu", *PLAIN):
         with peftkern.use_backend(name):
             got = peftkern.dequantize_nf4(w, torch.float32)
         assert_same_bits(got.nan_to_num(), expected)
@@ -184,7 +185,7 @@ def test_valid_weight_survives_safetensors_and_dequantizes(w):
         if before is not None:
             assert_same_bits(after, before)
     for dtype in DTYPES:
-        for name in ("cpu", "reference"):
+        for name in ("cpu", *PLAIN):
             with peftkern.use_backend(name):
                 assert_same_bits(peftkern.dequantize_nf4(again, dtype), numpy_dequantize(w, dtype))
 

@@ -142,6 +142,18 @@ def test_dropout_from_a_seed(dtypes, dropout_p):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapters", [F32, BF16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("r", [8, 16, 64])
+@pytest.mark.parametrize("M", [17, 200, 700, 4300])
+def test_what_training_runs(M, r, dropout_p, adapters, kind):
+    """Tiles of every size: the largest are for more rows than 32 for each processor."""
+    check_ops_against_reference(
+        cases_of(kind)((M, 512, 1024, r), BF16, adapters, device=CUDA), dropout_p
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "misaligned", "3-d"])
 def test_layouts_give_the_same(kind, layout):
     o = draw(kind, (6, 20, 64, 4), BF16, F32)
@@ -317,7 +329,7 @@ def test_checkpoint_replays_dropout(kind, reentrant):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_obeys_the_block_around_forward(kind):
-    o = draw(kind, (8, 20, 64, 4), BF16, F32)
+    o = draw(kind, (40, 20, 64, 4), BF16, F32)  # more rows than CUDA C++ is preferred for
     x = o.x.clone().requires_grad_()
     peftkern.reset_stats()
     with peftkern.use_backend("reference"):

@@ -26,13 +26,15 @@ from peft_models import (
     served_by_us,
     tiny_llama,
 )
+from processes import run_code
 from site_packages import python, without
 from torch import nn
 
 import peftkern
+from peftkern.backends import trust
+from peftkern.backends.cpu import crossovers
 from peftkern.backends.cpu import module as native
 from peftkern.backends.cpu.module import cpu_isa
-from peftkern.backends.dispatch import DENSE_CPU_MINIMUM
 from peftkern.integrations.peft import serve
 
 CALLS_OF_THE_CHECKS = 28  # Python and C functions, before every forward pass of a layer
@@ -187,13 +189,34 @@ def test_report_names_the_back_end():
         assert peftkern.patch(model).backends == {"cpu": "reference, as asked for"}
 
 
+def test_report_tells_of_unmeasured_classes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path))
+    model = add_lora(tiny_llama())
+    assert peftkern.patch(model).unmeasured == 0  # every test runs under "always"
+    trust.reset()
+    with trust.use_mode("auto"):
+        report = peftkern.patch(model)
+        # q and o, k and v, gate and up, down
+        assert report.unmeasured == report.as_dict()["unmeasured"] == 4
+        said = "; 4 classes unmeasured: PEFT serves them until each was tried (twice called)"
+        assert said in str(report)
+        ledger = trust.ledger(torch.device("cpu"))
+        verdict = {"side": trust.PEER, "why": "slower"}
+        ledger.decide("lora_linear/LoRA 64x64 r=4 float32 rows<16", verdict)
+        assert peftkern.patch(model).unmeasured == 3
+        with trust.use_mode("off"):
+            assert "; 3 classes unmeasured: PEFT serves them; on cpu" in str(peftkern.patch(model))
+        with peftkern.use_backend("cpu"):
+            assert peftkern.patch(model).unmeasured == 0
+    trust.reset()
+
+
 def test_report_tells_of_small_dense_layers(monkeypatch):
-    monkeypatch.setattr(serve, "DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
+    monkeypatch.setattr(crossovers, "crossover", crossovers.COUNTED.get)
     report = peftkern.patch(add_lora(tiny_llama()))
     q_proj = next(name for name in report.small if name.endswith("q_proj"))
-    assert len(report.small) == 14 and report.small[q_proj] == DENSE_CPU_MINIMUM // (64 + 64)
+    assert len(report.small) == 14 and report.small[q_proj] == (1 << 19) // (64 + 64)
     assert "; 14 are small dense layers: kernels pay from 5,462 rows" in str(report)
-    monkeypatch.setattr(serve, "DORA_CPU_MINIMUM", 1 << 17)
     report = peftkern.patch(lora_net(make_linear(), use_dora=True))
     assert list(report.small.values()) == [0] and "kernels pay in none of them" in str(report)
 
@@ -253,9 +276,39 @@ def test_checks_per_call_are_cheap():
     model = lora_net(make_linear4bit(), lora_dropout=0.1)
     peftkern.patch(model)
     layer = layer_of(model)
-    names = serve.active_names(layer)
-    called = calls_of(serve.active_names, layer) + calls_of(serve.read_state, layer, names)
+    names, device = serve.active_names(layer), torch.device("cpu")
+    called = calls_of(serve.active_names, layer) + calls_of(serve.read_state, layer, names, device)
     assert len(called) <= CALLS_OF_THE_CHECKS, called
+
+
+WITHOUT_NATIVE_MODULES = """
+import sys
+for name in ("peftkern._cpu", "peftkern._cuda", "fcntl"):
+    sys.modules[name] = None
+import pytest, torch, peftkern
+from peft_models import *
+take_small_layers()
+for make in (make_linear, make_linear4bit):
+    model = lora_net(make(), lora_dropout=0.1)
+    with pytest.warns(UserWarning, match="plain PyTorch serves: the native library"):
+        twin = patched_copy(model)
+    results = []
+    for net in (twin, model):
+        torch.manual_seed(0)
+        x = torch.ones(3, K, requires_grad=True)
+        y = net(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *[p.grad for p in net.parameters() if p.grad is not None]])
+    torch.testing.assert_close(*results)
+    assert served_by_us() and fallbacks() == {}
+assert {backend for _, backend in peftkern.stats().calls} <= {"torch", "reference"}
+print("served")
+"""
+
+
+def test_without_native_modules_torch_serves():
+    """As on Windows and macOS."""
+    assert "served" in run_code(WITHOUT_NATIVE_MODULES)
 
 
 def test_patch_works_without_bitsandbytes(tmp_path):

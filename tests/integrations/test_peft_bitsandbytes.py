@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from adalora_models import quantize_4bit_
 from peft_models import (
     K,
     N,
+    add_lora,
     assert_falls_back,
     fallbacks,
     layer_of,
@@ -19,24 +22,105 @@ from peft_models import (
     make_linear,
     make_linear4bit,
     served_by_us,
+    text_batch,
+    tiny_llama,
 )
-from torch import nn
+from processes import run_code
+from torch import Tensor, nn
 
 import peftkern
 
 
-def test_missing_quant_state():
-    model = lora_net(make_linear4bit())
-    layer_of(model).base_layer.weight.quant_state = None  # as after FSDP; the module still has it
+def as_fsdp_leaves_it(base: bnb.nn.Linear4bit, kind: str) -> None:
+    """The weight as a view of other memory, without its state; the layer still has that."""
+    weight = base.weight
+    flat = torch.cat([weight.data.view(-1), weight.data.new_zeros(3)])
+    view = flat[: weight.numel()].view(weight.shape)
+    if kind == "parameter":
+        base.weight = nn.Parameter(view, requires_grad=False)
+    elif kind == "tensor":
+        del base.weight
+        base.weight = view
+    else:
+        weight.quant_state = None
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("kind", ["parameter", "tensor", "Params4bit"])
+def test_quant_state_of_the_layer(kind, storage):
+    model = lora_net(make_linear4bit(quant_storage=storage))
     twin = copy.deepcopy(model)
-    layer_of(twin).base_layer.quant_state = copy.deepcopy(layer_of(model).base_layer.quant_state)
-    peftkern.patch(twin)
-    x = torch.randn(2, K)
+    layer_of(twin).base_layer.quant_state = layer_of(twin).base_layer.weight.quant_state
+    as_fsdp_leaves_it(layer_of(twin).base_layer, kind)
+    held = layer_of(twin).base_layer.weight
+    report = peftkern.patch(twin)
+    assert report.falling_back == {} and len(report.patched) == 1
+    x = torch.randn(2, K, requires_grad=True)
     peftkern.reset_stats()
-    torch.testing.assert_close(twin(x), model(x))
-    assert fallbacks() == {"quant_state is missing": 1}
-    torch.testing.assert_close(twin(x), model(x))  # bitsandbytes has put it back
-    assert served_by_us() == 1
+    outputs = [net(x) for net in (twin, model)]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*[torch.autograd.grad(y.square().sum(), x)[0] for y in outputs])
+    with twin.disable_adapter(), model.disable_adapter():
+        torch.testing.assert_close(twin(x), model(x))
+    assert served_by_us() == 2 and fallbacks() == {}
+    assert layer_of(twin).base_layer.weight is held
+
+
+def test_view_that_fsdp_has_cast_fails_as_in_bitsandbytes():
+    model = lora_net(make_linear4bit(quant_storage=torch.float32))
+    base = layer_of(model).base_layer
+    as_fsdp_leaves_it(base, "parameter")
+    peftkern.patch(model)
+    base.weight.data = base.weight.data.bfloat16()
+    peftkern.reset_stats()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, K))
+    assert fallbacks() == {"quant_storage is torch.float32 over torch.bfloat16 data": 1}
+
+
+FSDP = """
+import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from peft_models import *
+take_small_layers()
+CPU = torch.device("cpu")
+
+def sharded(how):
+    model = lora_net(make_linear4bit(quant_storage=torch.float32))
+    peftkern.patch(model)
+    if how == "fully_shard":
+        return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    parameters = how == "parameters"
+    if not parameters:  # one flat parameter is trained or it is not
+        model.requires_grad_(False)
+    return FullyShardedDataParallel(model, use_orig_params=parameters, device_id=CPU)
+
+def gradients(model, x):
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad]
+
+def process(rank, file):
+    dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(rank))
+    expected = gradients(lora_net(make_linear4bit()), x.clone().requires_grad_())
+    for how in ("parameters", "views", "fully_shard"):
+        model = sharded(how)
+        peftkern.reset_stats()
+        torch.testing.assert_close(gradients(model, x.clone().requires_grad_()), expected)
+        assert served_by_us() == 1 and fallbacks() == {}, (how, peftkern.stats())
+    dist.destroy_process_group()
+
+mp.start_processes(process, args=(sys.argv[1],), nprocs=2, start_method="fork")
+print("sharded ok")
+"""
+
+
+@pytest.mark.slow
+def test_fsdp(tmp_path):
+    """Both generations, with what the weight is in a forward: a view, or a parameter."""
+    assert "sharded ok" in run_code(FSDP, tmp_path / "store", OMP_NUM_THREADS="1")
 
 
 def test_not_quantized_yet_fails_as_in_peft():
@@ -125,6 +209,78 @@ def test_absmax_on_another_device_is_left_to_bitsandbytes(monkeypatch):
     peftkern.reset_stats()
     model(torch.randn(2, K))
     assert served_by_us() == 0 and fallbacks() == {reason: 1}
+
+
+class OnGpu(Tensor):
+    """A table that says that it is on a GPU, and counts who waits for that."""
+
+    is_cpu, is_cuda, device = False, True, torch.device("cuda:0")
+    waits = 0
+
+    def cpu(self) -> Tensor:
+        OnGpu.waits += 1
+        return self.as_subclass(Tensor)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch) -> Callable[[bnb.nn.Linear4bit], Tensor]:
+    """Puts the table of a layer there."""
+    monkeypatch.setattr(OnGpu, "waits", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def move(base: bnb.nn.Linear4bit) -> Tensor:
+        state = base.weight.quant_state
+        state.code = state.code.as_subclass(Tensor).clone().as_subclass(OnGpu)
+        return state.code
+
+    return move
+
+
+def test_tables_are_read_once_by_patch(on_gpu):
+    base = tiny_llama()
+    quantize_4bit_(base)
+    model = add_lora(base)
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for layer in layers:
+        on_gpu(layer)
+    peftkern.patch(model)
+    peftkern.reset_stats()
+    for _ in range(2):
+        model(**text_batch())
+    assert served_by_us() == 2 * len(layers) and fallbacks() == {}
+    assert OnGpu.waits == 1
+
+
+def test_table_that_is_changed_is_read_again(on_gpu):
+    model = lora_net(make_linear4bit())
+    code = on_gpu(layer_of(model).base_layer)
+    peftkern.patch(model)
+    x, reason = torch.randn(2, K), "quant_map: expected NF4's sixteen values"
+    for change, served in ((Tensor.neg_, 0), (Tensor.neg_, 1)):
+        waits = OnGpu.waits
+        change(code)
+        peftkern.reset_stats()
+        for _ in range(3):
+            model(x)
+        assert served_by_us() == 3 * served and OnGpu.waits == waits + 1
+        assert fallbacks() == ({} if served else {reason: 3})
+
+
+def test_no_table_is_read_in_a_graph_capture(on_gpu, monkeypatch):
+    """It would wait for the device: what was not read before goes to bitsandbytes."""
+    model = lora_net(make_linear4bit())
+    on_gpu(layer_of(model).base_layer)
+    peftkern.patch(model)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    x = torch.randn(2, K)
+    peftkern.reset_stats()
+    expected = model(x)
+    assert served_by_us() == 1 and fallbacks() == {}
+    on_gpu(layer_of(model).base_layer)
+    peftkern.reset_stats()
+    torch.testing.assert_close(model(x), expected)
+    assert fallbacks() == {"quant_map: expected one that was read before this graph capture": 1}
+    assert OnGpu.waits == 1
 
 
 def repacked(**options: Any) -> nn.Module:

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
+from peftkern.backends.cpu import crossovers
 from peftkern.layers import NF4Linear
 
 pytestmark = pytest.mark.usefixtures("form_the_product_again")
@@ -66,7 +67,7 @@ def test_small_layers_are_left_to_peft(monkeypatch):
     layer = layer_of(model)
     smallest = layer.in_features * layer.out_features
     for minimum, reasons in ((smallest, {}), (smallest + 1, {SMALL: 1})):
-        monkeypatch.setattr("peftkern.integrations.peft.serve.DORA_CPU_MINIMUM", minimum)
+        monkeypatch.setattr(crossovers, "crossover", lambda _, size=minimum: size)
         peftkern.patch(model)
         peftkern.reset_stats()
         model(sample(F32))

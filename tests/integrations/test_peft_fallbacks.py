@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig
 from peft_models import (
     K,
@@ -25,8 +24,7 @@ from torch.nn.utils import parametrize
 
 import peftkern
 from peftkern.backends import dispatch
-from peftkern.backends.dispatch import DENSE_CPU_MINIMUM
-from peftkern.integrations.peft import serve
+from peftkern.backends.cpu import crossovers
 
 MAKERS = [make_linear, make_linear4bit]
 ROLES = ["base_layer", "lora_A", "lora_B", "lora_dropout"]
@@ -39,11 +37,11 @@ def role(model: nn.Module, name: str) -> nn.Module:
 
 def test_small_dense_product(monkeypatch):
     """Below the measured size a dense layer is PEFT's, unless a back end is asked for by name."""
-    monkeypatch.setattr(serve, "DENSE_CPU_MINIMUM", DENSE_CPU_MINIMUM)
+    monkeypatch.setattr(crossovers, "crossover", crossovers.COUNTED.get)
     model = lora_net(make_linear())
     assert_falls_back(model, "small dense product: PEFT's own operations are as fast")
     peftkern.patch(model)
-    rows = DENSE_CPU_MINIMUM // (K + N)
+    rows = crossovers.COUNTED["dense"] // (K + N)
     assert [told(model, torch.randn(rows + more, K))[0] for more in (0, 1)] == [0, 1]
     with peftkern.use_backend("cpu"):
         assert told(model, torch.randn(3, K))[0] == 1
@@ -176,15 +174,6 @@ def test_global_hooks():
     with nn.modules.module.register_module_forward_hook(lambda m, a, o: seen.append(m)):
         assert_falls_back(lora_net(make_linear()), "global module hooks")
     assert sum(type(m) is nn.Linear for m in seen) == 2 * 3  # base, A, B of both models
-
-
-@pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("name", ROLES)
-def test_accelerate_hooks(make, name):
-    model = lora_net(make(), lora_dropout=0.2)
-    add_hook_to_module(role(model, name), AlignDevicesHook(execution_device="cpu"))
-    assert role(model, name)._hf_hook is not None
-    assert_falls_back(model, f"forward of {name} is replaced")
 
 
 @pytest.mark.parametrize("name", ["base_layer", "lora_A", "lora_B"])

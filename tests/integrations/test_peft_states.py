@@ -35,6 +35,7 @@ from peft_models import (
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.backends.programs import PLAIN
 from peftkern.integrations.peft.fallback import PatchedForward
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -329,7 +330,7 @@ def test_any_sequence(kind: str, actions: list[str]) -> None:
     ("dtype", "bias"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
 @pytest.mark.parametrize("make", [make_linear, make_linear4bit])
-@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", *PLAIN, "triton"])
 def test_policy_equals_reference(make, dtype, bias, backend) -> None:
     """With lora_B = 0 a model with its adapters and one without them agree bit for bit."""
     model = lora_net(make(dtype, bias=bias), adapter_dtype=torch.float32)

@@ -52,12 +52,13 @@ from torch import Tensor
 
 import peftkern
 from peftkern.formats.nf4 import BLOCKSIZES
-from peftkern.kernels import launch
-from peftkern.kernels.configs import NF4_FUSED_ROWS, Problem
+from peftkern.kernels import launch, low_rank_update
+from peftkern.kernels.configs import Problem, nf4_fused_rows
 
 pytestmark = INSIDE_TENSORS
 
 CPU = torch.device("cpu")
+FUSED_ROWS = nf4_fused_rows("interpreter", 1, 4, "")  # of results as narrow as those here
 RANKS = [1, 17, 64, 65, 130, 256]
 NF4_SHAPES = [(1, 33, 64, 3), (5, 40, 320, 17), (130, 20, 64, 4), (3, 21, 70, 5), (17, 7, 129, 2)]
 
@@ -153,10 +154,10 @@ def test_nf4_lora_values_and_gradients(shape, dtypes):
 
 
 def test_nf4_shapes_reach_both_paths():
-    fused = {M <= NF4_FUSED_ROWS and K % 64 == 0 for M, _, K, _ in NF4_SHAPES}
+    fused = {M <= FUSED_ROWS and K % 64 == 0 for M, _, K, _ in NF4_SHAPES}
     assert fused == {True, False}
-    assert any(M > NF4_FUSED_ROWS and K % 64 == 0 for M, _, K, _ in NF4_SHAPES)
-    assert any(M <= NF4_FUSED_ROWS and K % 64 for M, _, K, _ in NF4_SHAPES)
+    assert any(M > FUSED_ROWS and K % 64 == 0 for M, _, K, _ in NF4_SHAPES)
+    assert any(M <= FUSED_ROWS and K % 64 for M, _, K, _ in NF4_SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -176,16 +177,40 @@ def test_every_rank(r, dtypes):
         check_accuracy(nf4_cases((M, 21, 64, r), *dtypes), ours)
 
 
+@pytest.mark.parametrize(
+    ("cores", "r", "dtypes"),
+    thinned(["mma", "wgmma", "tcgen05"], [16, 32, 64], [(BF16, F32), (BF16, BF16), (F16, F32)]),
+)
+def test_tiles_of_every_kind_of_tensor_cores(cores, r, dtypes, monkeypatch):
+    """And their products, in tf32 too: the interpreter's own tiles and precision are AMD's."""
+    as_gpu = replace(launch._INTERPRETER, cores=cores, precision="tf32x3")
+    monkeypatch.setattr(launch, "_traits", lambda device: as_gpu)
+    check_ops_against_reference(dense_cases((520, 70, 130, r), *dtypes), 0.1)
+
+
+@pytest.mark.parametrize("r", [4, 64])
+def test_partial_sums_beyond_the_cap_are_a_second_read(r, monkeypatch):
+    """Where partial dS would be more memory than that, dS has the same value by itself."""
+    shrinks = []
+    shrink = low_rank_update.shrink
+    monkeypatch.setattr(low_rank_update, "shrink", lambda *a: shrinks.append(a) or shrink(*a))
+    o = operands((40, 300, 50, r), BF16, F32)
+    for cap in (low_rank_update.PARTIAL_BYTES, 4 * 3 * 40 * r - 1):
+        monkeypatch.setattr(low_rank_update, "PARTIAL_BYTES", cap)
+        check_ops_against_reference([o])
+    assert len(shrinks) == (1 if r == 4 else 2)  # of r = 64 partial sums are the more bytes anyway
+
+
 @pytest.mark.parametrize(("dtypes", "dropout_p", "r"), thinned(DTYPES, [0.1, 0.5, 1.0], [8, 65]))
 def test_dropout_from_a_seed(dtypes, dropout_p, r):
     check_ops_against_reference(dense_cases((21, 33, 77, r), *dtypes), dropout_p)
-    for M in (21, NF4_FUSED_ROWS + 1):
+    for M in (21, FUSED_ROWS + 1):
         check_ops_against_reference(nf4_cases((M, 12, 64, r), *dtypes), dropout_p)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("M", [9, NF4_FUSED_ROWS + 1])
+@pytest.mark.parametrize("M", [9, FUSED_ROWS + 1])
 def test_nf4_linear_without_adapters(M, bias, dtype):
     o = nf4_operands((M, 37, 128, 1), dtype, F32, bias=bias)
     plain = replace(o, lora_B=torch.zeros_like(o.lora_B))
@@ -270,7 +295,7 @@ def test_inputs_are_not_changed(make):
 )
 def test_nan_and_inf_propagate(dtypes, dropout_p, name, value):
     keep = draw_seed() if dropout_p else None
-    for make, M in ((operands, 20), (nf4_operands, 20), (nf4_operands, NF4_FUSED_ROWS + 1)):
+    for make, M in ((operands, 20), (nf4_operands, 20), (nf4_operands, FUSED_ROWS + 1)):
         o = replace(make((M, 20, 64, 4), *dtypes), dropout_p=dropout_p)
         getattr(o, name).view(-1)[3] = value
         check_finite(o, keep)
@@ -279,7 +304,7 @@ def test_nan_and_inf_propagate(dtypes, dropout_p, name, value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_nan_and_inf_of_absmax_propagate(dtype, value):
-    for M in (6, NF4_FUSED_ROWS + 1):
+    for M in (6, FUSED_ROWS + 1):
         o = nf4_operands((M, 20, 128, 4), dtype, F32, double_quant=False)
         o.w.absmax[5] = value
         o = replace(o, weight=numpy_dequantize(o.w, dtype))

@@ -16,7 +16,6 @@ from peftkern.backends.dispatch import _BACKENDS, MEASURABLE
 from peftkern.kernels import configs
 from peftkern.kernels.configs import (
     KERNELS,
-    NF4_FUSED_ROWS,
     NF4_FUSED_ROWS_MAX,
     Problem,
     TileConfig,
@@ -38,6 +37,7 @@ REDUCTIONS = {
 SIZES = (1, 15, 16, 17, 63, 129, 512, 4096, 14336, 8388607)
 RANKS = (1, 16, 17, 64, 65, 256)
 PROCESSORS = (1, 4, 108, 132, 148)
+CORES = ("", "mma", "wgmma", "tcgen05")
 
 problems = st.builds(
     Problem,
@@ -53,6 +53,7 @@ def tables(tmp_path, monkeypatch):
     """A folder for measured tables, read anew."""
     monkeypatch.setattr(configs, "TUNED", tmp_path)
     caches = (configs.load, configs.chosen, configs.fastest, configs.layer_of)
+    caches += (configs.nf4_fused_rows,)
     for cache in caches:
         cache.cache_clear()
     yield tmp_path
@@ -60,11 +61,11 @@ def tables(tmp_path, monkeypatch):
         cache.cache_clear()
 
 
-def assert_serves(problem: Problem, processors: int) -> TileConfig:
+def assert_serves(problem: Problem, processors: int, cores: str = "") -> TileConfig:
     """The choice is one that compiles, and its slabs cover the reduction without an empty one."""
-    config = choose(problem, processors)
-    assert config.valid(), (problem, config)
-    assert config == choose(problem, processors)
+    config = choose(problem, processors, None, cores)
+    assert config.valid(problem.kernel), (problem, config)
+    assert config == choose(problem, processors, None, cores)
     if problem.kernel in REDUCTIONS:
         dimension, block = REDUCTIONS[problem.kernel]
         length = getattr(problem, dimension)
@@ -81,13 +82,42 @@ def test_every_problem_of_a_grid_gets_tiles(kernel):
     for M, N, K in itertools.product(SIZES, repeat=3):
         for r, bits in itertools.product(RANKS, (16, 32)):
             assert_serves(Problem(kernel, M, N, K, r, bits), 132)
-    for processors, M in itertools.product(PROCESSORS, SIZES):
-        assert_serves(Problem(kernel, M, 4096, 4096, 16, 16), processors)
+    for processors, M, r, cores in itertools.product(PROCESSORS, SIZES, RANKS, CORES):
+        assert_serves(Problem(kernel, M, 4096, 4096, r, 16), processors, cores)
 
 
-@given(problem=problems, processors=st.integers(1, 1000))
-def test_any_problem_gets_tiles(problem, processors):
-    assert_serves(problem, processors)
+@given(problem=problems, processors=st.integers(1, 1000), cores=st.sampled_from(CORES))
+def test_any_problem_gets_tiles(problem, processors, cores):
+    assert_serves(problem, processors, cores)
+
+
+def test_loops_over_16_bit_activations_are_prefetched_on_nvidia():
+    """With two stages a loop waits for the copy that it has just begun."""
+    for cores, r, M in itertools.product(CORES[1:], RANKS, SIZES):
+        for kernel in ("lora_forward", "lora_backward_sb", "lora_backward_xa", "nf4_forward"):
+            assert choose(Problem(kernel, M, 4096, 4096, r, 16), 132, None, cores).num_stages >= 3
+
+
+def test_tensor_cores_and_shared_memory_of_architectures():
+    assert {configs.tensor_cores(arch) for arch in ("sm80", "sm86", "sm89", "sm120")} == {"mma"}
+    assert (configs.tensor_cores("sm90"), configs.tensor_cores("sm100")) == ("wgmma", "tcgen05")
+    assert {configs.tensor_cores(arch) for arch in ("gfx942", "interpreter", "sm999")} == {""}
+    sizes = {"sm80": 163, "sm89": 99, "sm90": 227, "sm120": 99, "gfx942": 64}
+    assert all(configs.shared_memory(arch) == size << 10 for arch, size in sizes.items())
+
+
+def test_fused_rows_by_tiles_of_the_result_and_tensor_cores():
+    """A result narrower than the processors is split more, and pays for partial sums."""
+    rows = {
+        (cores, n): configs.nf4_fused_rows("sm999", n, 132, cores)
+        for cores in CORES
+        for n in (64, 131 * 64, 131 * 64 + 1, 14336)
+    }
+    for cores in CORES:
+        wide = 64 if cores in ("wgmma", "tcgen05") else 128
+        narrow = [rows[cores, n] for n in (64, 131 * 64)]
+        assert narrow == [wide // 2] * 2
+        assert [rows[cores, n] for n in (131 * 64 + 1, 14336)] == [wide] * 2
 
 
 @given(length=st.integers(1, 2**31), block=st.sampled_from([16, 64, 128]), n=st.integers(1, 2000))
@@ -165,8 +195,7 @@ def test_table_wins_for_its_key_alone():
 def test_architecture_without_a_table_gets_counted_tiles(tables):
     problem = Problem("nf4_forward", 8, 4096, 4096, 16, 16)
     assert configs.load("sm999") == {}
-    assert configs.chosen(problem, "sm999", 132) == choose(problem, 132)
-    assert configs.nf4_fused_rows("sm999") == NF4_FUSED_ROWS
+    assert configs.chosen(problem, "sm999", 132, "mma") == choose(problem, 132, None, "mma")
 
 
 def test_table_of_an_architecture_is_read(tables):
@@ -174,9 +203,9 @@ def test_table_of_an_architecture_is_read(tables):
     measured = TileConfig(16, 32, 128, 4, 4, 4)
     table = {"nf4_fused_rows": 10_000, "configs": {problem.key(): as_entry(measured)}}
     (tables / "sm90.json").write_text(json.dumps(table))
-    assert configs.chosen(problem, "sm90", 132) == measured
-    assert configs.chosen(problem, "sm80", 132) == choose(problem, 132)
-    assert configs.nf4_fused_rows("sm90") == NF4_FUSED_ROWS_MAX
+    assert configs.chosen(problem, "sm90", 132, "wgmma") == measured
+    assert configs.chosen(problem, "sm80", 132, "mma") == choose(problem, 132, None, "mma")
+    assert configs.nf4_fused_rows("sm90", 4096, 132, "wgmma") == NF4_FUSED_ROWS_MAX
 
 
 def test_nearest_weight_answers_for_one_that_was_not_measured(tables):
@@ -215,7 +244,7 @@ def test_shipped_tables_are_valid():
         for key, entry in table.get("configs", {}).items():
             assert TileConfig(**entry).valid(key.split("/")[0]), (path.name, key)
             assert key.split("/")[0] in KERNELS, (path.name, key)
-        assert 0 <= table.get("nf4_fused_rows", NF4_FUSED_ROWS) <= NF4_FUSED_ROWS_MAX
+        assert 0 <= table.get("nf4_fused_rows", 0) <= NF4_FUSED_ROWS_MAX
         for section, answers in (("back_ends", _BACKENDS), ("layers", ("peftkern", "PEFT"))):
             for key, shapes in table.get(section, {}).items():
                 assert set(shapes.values()) <= set(answers), (path.name, key)

@@ -256,22 +256,32 @@ def test_everything_that_is_missing_is_named_at_once(project):
 
 
 def test_what_cannot_build_gets_one_line(project):
-    """A compiler that CXX names and that is not there; a system without fcntl."""
+    """A compiler that CXX names and that is not there."""
     answer = build(project, CXX="/nowhere/g++ -m64")
     assert answer.returncode != 0
     assert last_lines(answer).endswith(
         "error: building peftkern needs a C++ compiler (`apt install g++`); CXX is /nowhere/g++"
     )
+
+
+@pytest.mark.parametrize("hidden", ["sys.modules['fcntl'] = None", "sys.platform = 'darwin'"])
+def test_elsewhere_than_on_linux_a_notice_takes_the_place_of_native_modules(project, hidden):
+    """As on Windows, which has no fcntl, and on macOS, which has it."""
     code = (
-        "import runpy, sys\n"
-        "sys.modules['fcntl'] = None\n"
-        "sys.argv = ['setup.py', 'build_ext']\n"
+        f"import runpy, setuptools, setuptools.command.bdist_wheel, sys, sysconfig; {hidden}\n"
         "runpy.run_path('setup.py', run_name='__main__')"
     )
-    answer = run(sys.executable, "-c", code, cwd=project)
+    answer = run(sys.executable, "-c", code, "bdist_wheel", cwd=project)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert re.search("^peftkern: no native kernels on .*: PyTorch's own", answer.stdout, re.M)
+    (archive,) = (project / "dist").iterdir()
+    assert archive.name == "peftkern-0-py3-none-any.whl"
+    names = zipfile.ZipFile(archive).namelist()
+    assert "peftkern/__init__.py" in names and not any("_cpu" in name for name in names)
+    answer = run(sys.executable, "-c", code, "cuda_emulated", cwd=project)
     assert answer.returncode != 0
-    assert last_lines(answer).endswith(
-        f"error: building peftkern needs Linux or a system like it, not {sys.platform}"
+    assert (
+        last_lines(answer).splitlines()[-1].startswith("error: native modules are built on Linux")
     )
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import peftkern
-from peftkern.integrations.peft import serve
+from peftkern.backends.cpu import crossovers
 
 K, N = 64, 96
 EXACTLY = {"rtol": 0, "atol": 0}
@@ -22,13 +22,12 @@ VOCABULARY = 64
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def take_small_layers(set_attribute: Callable[[object, str, int], None] = setattr) -> None:
+def take_small_layers(set_attribute: Callable[[object, str, Any], None] = setattr) -> None:
     """Patched dense layers compute small products too, not PEFT: the models here are tiny.
 
     The fixture `small_layers` does it for a test, a script of a process of its own does it itself.
     """
-    for name in ("DENSE_CPU_MINIMUM", "DORA_CPU_MINIMUM"):
-        set_attribute(serve, name, 0)
+    set_attribute(crossovers, "crossover", lambda name: 0)
 
 
 class Net(nn.Module):

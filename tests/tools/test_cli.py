@@ -16,6 +16,7 @@ import peftkern
 from peftkern.cli import app, main
 from peftkern.cli.frame import InputError, bad_input, dtype_name, parse_bytes
 from peftkern.tools.bench import command as bench_command
+from peftkern.tools.tune import tune
 
 
 def test_version_is_the_package_s(capfd):
@@ -30,7 +31,7 @@ def test_bad_input_is_one_line_and_status_2(capfd):
     refused(capfd, "No such option: --loud", "version", "--loud")
 
 
-@pytest.mark.parametrize("command", ["bench", "doctor", "explain", "plan", "quantize"])
+@pytest.mark.parametrize("command", ["bench", "doctor", "explain", "plan", "quantize", "tune"])
 def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"]) == 0
@@ -54,20 +55,22 @@ COMMANDS = {
     for command in app.registered_commands
 }
 EXAMPLES = [name for name, function in COMMANDS.items() if "Example:" in function.__doc__]
-assert set(EXAMPLES) == {"bench", "explain", "plan", "quantize"}
+assert set(EXAMPLES) == {"bench", "explain", "plan", "quantize", "tune"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
-    """`bench` is told apart from a run: that takes five minutes, and has tests of its own."""
+    """`bench` and `tune` are told apart from a run of minutes, which has tests of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     if name == "quantize":
         save_llama(tmp_path / "models" / "llama3-8b")
     ran = []
     monkeypatch.setattr(bench_command, "execute", lambda plan: ran.append(plan.budget) or 0)
+    ready = lambda job, progress: ran.append(job.budget) or tune.Outcome()  # noqa: E731
+    monkeypatch.setattr(tune, "run", ready)
     assert main(example(name)) == 0
-    assert ran == ([300.0] if name == "bench" else [])
+    assert ran == ([300.0] if name in ("bench", "tune") else [])
     assert (tmp_path / "models" / "llama3-8b-nf4").exists() == (name == "quantize")
 
 

@@ -75,6 +75,8 @@ def test_missing_peers_are_not_wrong(bare):
     assert {row["op"] for row in answer["served"]} == set(ops.SCHEMAS)
     assert {row["backend"] for row in answer["served"] if row["device"] == "cpu"} == {"cpu"}
     assert all(result["ok"] for result in answer["tested"])
+    assert answer["trust"]["mode"] == "always" and answer["trust"]["crossovers"]["dense"] > 0
+    assert answer["trust"]["devices"][0]["device"] == "cpu"
     assert answer["built"]["_cpu"]["in_use"] == native.cpu_isa()
 
 
@@ -143,7 +145,8 @@ def test_missing_native_library_is_wrong(bare, tmp_path):
     assert status == 1
     assert "the native library peftkern._cpu is not usable" in answer["built"]["_cpu"]["missing"]
     assert any("plain torch serves it" in what for what in wrong(answer))
-    assert all(r["ok"] and r["backends"] == "reference" for r in answer["tested"])
+    served = {name for r in answer["tested"] for name in r["backends"].split("+")}
+    assert all(r["ok"] for r in answer["tested"]) and served == {"torch", "reference"}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from transformers import (
 from waiting import wait_until
 
 from peftkern.cli import main
+from peftkern.tools.quantize.nf4_checkpoint import MANIFEST
 from peftkern.tools.quantize.staging import WORK
 
 
@@ -86,7 +87,10 @@ def test_experts_that_stay_as_they_are_are_told_before_and_after(tmp_path, capsy
     else:
         MixtralForCausalLM(MixtralConfig(**config)).bfloat16().save_pretrained(source)
     capsys.readouterr()
-    assert main(["quantize", str(source), str(tmp_path / "dst")]) == 0
+    options = ["--compute-dtype", "fp16" if fused else "float32"]  # a short and a full name
+    assert main(["quantize", str(source), str(tmp_path / "dst"), *options]) == 0
+    kept = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
+    assert kept["bnb_4bit_compute_dtype"] == ("float16" if fused else "float32")
     said = capsys.readouterr()
     tensors = load_tensors(source)
     sizes = {name: t.numel() for name, t in tensors.items() if "experts" in name and t.dim() > 1}
@@ -122,38 +126,31 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capfd, options, comp
     assert not (tmp_path / "dst").exists()
 
 
-@pytest.mark.parametrize(("name", "kept"), [("fp16", "float16"), ("bfloat16", "bfloat16")])
-def test_compute_dtype_has_a_short_and_a_full_name(tmp_path, name, kept):
-    source = save_llama(tmp_path / "src")
-    assert main(["quantize", str(source), str(tmp_path / "dst"), "--compute-dtype", name]) == 0
-    config = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
-    assert config["bnb_4bit_compute_dtype"] == kept
-
-
-# The command, which halts at its third tensor, so that a signal always meets it in the middle.
+# The command, which halts at its third file, so that a signal always meets it in the middle.
 HALTING = """
 import sys, time
 from peftkern import cli
 from peftkern.tools.quantize import nf4_checkpoint
-quantized, begun = nf4_checkpoint._quantized, []
-def halting(*args):
+save_file, begun = nf4_checkpoint.save_file, []
+def halting(*args, **options):
     begun.append(args)
     if len(begun) > 2:
         time.sleep(3600)
-    return quantized(*args)
-nf4_checkpoint._quantized = halting
+    save_file(*args, **options)
+nf4_checkpoint.save_file = halting
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def stopped(how: signal.Signals, source: Path, out: Path, lines: int) -> str:
-    """What it says when that signal comes after so many lines of its journal."""
-    with subprocess.Popen(**command(source, out, python=("-c", HALTING))) as process:
-        journal = out / WORK / "journal"
+def stopped(how: signal.Signals, arguments: list, files: int) -> tuple[str, dict]:
+    """What it says when that signal comes after so many files, and its manifest then."""
+    out = Path(arguments[1])
+    with subprocess.Popen(**command(*arguments, python=("-c", HALTING))) as process:
+        manifest = out / WORK / MANIFEST
 
         def is_there() -> bool:
             assert process.poll() is None
-            return journal.exists() and journal.read_bytes().count(b"\n") >= lines
+            return manifest.exists() and len(json.loads(manifest.read_text())) >= files
 
         wait_until(is_there)
         process.send_signal(how)
@@ -161,22 +158,21 @@ def stopped(how: signal.Signals, source: Path, out: Path, lines: int) -> str:
     assert stdout == ""
     assert process.returncode == (130 if how is signal.SIGINT else -how)
     assert [path.name for path in out.iterdir()] == [WORK]
-    return stderr
+    return stderr, json.loads(manifest.read_text())
 
 
 def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys):
     """Twice: by Ctrl-C, then, further on, killed."""
-    source = save_llama(tmp_path / "src", torch.float32)
-    assert main(["quantize", str(source), str(tmp_path / "whole")]) == 0
+    source, options = save_llama(tmp_path / "src", torch.float32), ["--shard-size", "10KB"]
+    assert main(["quantize", str(source), str(tmp_path / "whole"), *options]) == 0
     out = tmp_path / "dst"
-    said = stopped(signal.SIGINT, source, out, 2)
+    said, first = stopped(signal.SIGINT, [source, out, *options], 2)
     # Behind it stands what the frame says of Ctrl-C, which depends on typer's version.
     assert said.startswith("peftkern: stopped; the same command goes on from here\n")
     assert "Traceback" not in said
-    journal = (out / WORK / "journal").read_bytes()
-    stopped(signal.SIGKILL, source, out, journal.count(b"\n") + 2)
-    assert (out / WORK / "journal").read_bytes().startswith(journal)
+    _, second = stopped(signal.SIGKILL, [source, out, *options], 4)
+    assert (len(first), len(second)) == (2, 4) and first.items() < second.items()
     capsys.readouterr()
-    assert main(["quantize", str(source), str(out)]) == 0
+    assert main(["quantize", str(source), str(out), *options]) == 0
     assert "by an earlier run)" in capsys.readouterr().out.splitlines()[0]
     assert contents(out) == contents(tmp_path / "whole")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 from pathlib import Path
 
@@ -13,7 +14,12 @@ from checkpoint_folders import save_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
+from peftkern.tools.quantize.checkpoint import (
+    SINGLE,
+    CheckpointError,
+    read_checkpoint,
+    read_tensors,
+)
 from peftkern.tools.quantize.companions import Companions, find_companions, is_weights
 
 TENSORS = {"a.weight": torch.zeros(2, 2)}
@@ -107,34 +113,44 @@ def test_links(tmp_path):
     cache = tmp_path / "models--some--model"
     folder = folder_with(cache / "snapshots" / "0123", "1_Pooling/config.json")
     (cache / "blobs").mkdir()
-    os.replace(folder / "1_Pooling" / "config.json", cache / "blobs" / "beef")
-    (folder / "1_Pooling" / "config.json").symlink_to("../../../blobs/beef")
+    for name in ("1_Pooling/config.json", SINGLE):
+        blob = cache / "blobs" / Path(name).name
+        os.replace(folder / name, blob)
+        (folder / name).symlink_to(os.path.relpath(blob, (folder / name).parent))
     (folder / "1_Pooling" / "round").symlink_to("..")
     (folder / "logs").symlink_to("/var")
     (folder / "again.json").symlink_to("config.json")
     (folder / "extra.bin").symlink_to("/etc/passwd")
     found = companions(folder)
+    assert torch.equal(*read_tensors(read_checkpoint(folder).tensors.values()), *TENSORS.values())
     assert found.copied == ("1_Pooling/config.json", "again.json")
     assert found.left == ("1_Pooling/round/", "extra.bin", "logs/")
 
 
+NONE = {  # instead of a file: a link, or a pipe, whose opening would wait for ever, or a folder
+    **{"/etc/passwd": "a link to outside of the folder", "none": "No such file"},
+    **{"": "Too many levels of symbolic links", "pipe": "expected a file"},
+}
+
+
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("name", "kind"),
     [
-        ("/etc/passwd", "below/tokenizer.json: a link to outside of the folder"),
-        ("none", "below/tokenizer.json: No such file"),
-        ("tokenizer.json", "below/tokenizer.json: Too many levels of symbolic links"),
-        ("../pipe", "pipe: expected a file"),
+        *itertools.product([SINGLE, "config.json", "below/tokenizer.json"], NONE),
+        *((name, "folder") for name in (SINGLE, "config.json")),
     ],
 )
-def test_link_that_cannot_be_followed_is_refused(tmp_path, target, words):
-    folder = folder_with(tmp_path, "below/file")
-    if target == "../pipe":
-        os.mkfifo(folder / "pipe")
+def test_no_file_or_one_of_elsewhere_is_refused(tmp_path, name, kind):
+    path = folder_with(tmp_path, "below/file") / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
     else:
-        (folder / "below" / "tokenizer.json").symlink_to(target)
-    with pytest.raises(CheckpointError, match=words):
-        companions(folder)
+        path.symlink_to(kind or path.name)
+    with pytest.raises(CheckpointError, match=f"{name}: {NONE.get(kind, 'expected a file')}"):
+        companions(tmp_path)
 
 
 parts = st.sampled_from(["a", "config.json", "model", "1_Pooling", "checkpoint-3", "b.bin"])

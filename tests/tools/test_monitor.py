@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -53,22 +54,27 @@ def test_record_counts_steps_tokens_time_and_calls(linear, clock):
     assert first["calls"] == {"nf4_lora_linear_forward on cpu": 2}
     last = monitor.last
     assert (last["step"], last["steps"], last["tokens"]) == (3, 1, 7)
-    assert (last["kernel_calls"], last["reference_calls"], last["fallbacks"]) == (0, 1, 1)
+    # Torch's own operations ask for the decoded weight by an op of its own.
+    assert (last["kernel_calls"], last["reference_calls"], last["fallbacks"]) == (0, 2, 2)
     assert last["fallback_reasons"] == {
-        "nf4_lora_linear_forward: cpu: the dtype is torch.float64": 1
+        f"{op}: cpu: the dtype is torch.float64": 1
+        for op in ("nf4_lora_linear_forward", "nf4_dequantize")
     }
     summary = monitor.summary()
     assert (summary.steps, summary.tokens) == (3, 207)
     assert (summary.seconds, summary.step_seconds) == (1.75, 0.5)
-    assert (summary.kernel_calls, summary.reference_calls, summary.fallbacks) == (2, 1, 1)
+    assert (summary.kernel_calls, summary.reference_calls, summary.fallbacks) == (2, 2, 2)
     assert 0.25 <= summary.step_seconds_p20 <= 0.5 <= summary.step_seconds_p80 <= 1.0
     assert "207 tokens" in str(summary) and "1 x nf4_lora_linear_forward: cpu" in str(summary)
 
 
-def test_fields_are_those_that_records_have(tmp_path):
+def test_fields_are_those_that_records_have_and_seconds_the_host_s(linear):
+    before = time.perf_counter()
     with TrainingMonitor("cpu") as monitor:
+        linear()
         monitor.step(1)
         record = monitor.record()
+    assert 0 < monitor.summary().seconds <= time.perf_counter() - before
     not_here = {name for name in FIELDS if name.startswith(("cuda_", "nvml_"))}
     assert record.keys() == FIELDS - not_here
     assert all(isinstance(value, (int, float)) for value in scalars(record).values())
@@ -95,14 +101,6 @@ def test_skipped_time_is_in_no_step(clock):
         clock.now += 2.0
         monitor.step(1)
     assert (monitor.summary().steps, monitor.summary().seconds) == (2, 3.0)
-
-
-def test_seconds_on_a_cpu_are_the_host_s(linear):
-    before = time.perf_counter()
-    with TrainingMonitor("cpu") as monitor:
-        linear()
-        monitor.step()
-    assert 0 < monitor.summary().seconds <= time.perf_counter() - before
 
 
 def test_counts_survive_a_reset_in_between(linear):
@@ -219,14 +217,9 @@ def test_live_line_is_for_terminals():
     process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     seen = b""
-    while True:
-        try:
-            chunk = os.read(ours, 4096)
-        except OSError:  # the other side is closed
-            break
-        if not chunk:
-            break
-        seen += chunk
+    with contextlib.suppress(OSError):  # the other side is closed
+        while chunk := os.read(ours, 4096):
+            seen += chunk
     os.close(ours)
     assert process.wait(HANG_SECONDS) == 0
     assert b"step 3" in seen and b"loss 0.25" in seen and b"printed 2" in seen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,23 @@ from peftkern.backends.dropout import keep_scale
 from peftkern.backends.pointers import CPU, each, fresh, weight
 
 _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+# Rows of x up to which dot products, which decode the weight once for every eight rows, take less
+# time than panels, which decode it once and multiply sixteen rows at a time. By instruction set:
+# scalar, AVX2, AVX-512, and for bfloat16 x AVX512-BF16, AMX.
+_FEW_ROWS = (24, 24, 24, 28, 2)
+_AVX512 = 2  # serves float32 x on those after it, too
+
+
+@functools.cache
+def few_rows(isa: int, dtype: torch.dtype) -> int:
+    """Return up to how many rows of x, float32 or bfloat16, forward takes dot products.
+
+    isa is the code of an instruction set. The one place that chooses between the two paths; any
+    number gives results within the same bounds.
+    """
+    return _FEW_ROWS[min(isa, _AVX512) if dtype is torch.float32 else isa]
 
 
 def refusal_forward(x: Tensor, w: list[Tensor], layout: list[int], *args: object) -> str | None:
@@ -80,10 +99,11 @@ def nf4_lora_linear_forward(
         ("y", y, rows.dtype, M * N),
     )
     view, code, scale = weight(w, layout), _ACTIVATIONS[rows.dtype], keep_scale(keep, dropout_p)
+    isa, threads = isa_and_threads()
     library().nf4_lora_linear_forward(
-        *isa_and_threads(),
-        *(M, N, K, r),
+        *(isa, threads, M, N, K, r),
         *(x_at, code, view, A_at, keep_at, scale, S_at, scaling, B_at, bias_at, y_at),
+        few_rows(isa, rows.dtype),
     )
     if x.dtype is torch.float16:
         y = y.half()

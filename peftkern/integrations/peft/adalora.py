@@ -33,6 +33,8 @@ from peftkern.functional.adalora import adalora_allocate_, orthogonality_loss
 from peftkern.integrations.peft.fallback import (
     Fallback,
     hooked,
+    kept_forward,
+    set_class,
     unusual_dropout,
     unusual_tensor,
 )
@@ -47,12 +49,12 @@ class SVDLayer(PatchedLayer):
     def _is_plain(self, name: str) -> bool:
         return False
 
-    def _read_adapter(self, names: list[str]) -> Adapter | Fallback:
+    def _read_adapter(self, names: list[str], device: torch.device) -> Adapter | Fallback:
         A, E, B, drop = self._tensors_of(names[0])
         reason = (
             unusual_tensor(lora_A=A, lora_E=E, lora_B=B)
             or unusual_dropout(drop)
-            or hooked(lora_dropout=drop)
+            or hooked(device, lora_dropout=drop)
         )
         return Adapter(A, B, drop) if reason is None else Fallback(reason)
 
@@ -268,9 +270,9 @@ class PatchedAdaLoraModel(AdaLoraModel):
 
 def patch_model(module: nn.Module) -> bool:
     """Swap an AdaLoraModel and its allocator; return whether it runs on peftkern now."""
-    if type(module) not in (AdaLoraModel, PatchedAdaLoraModel) or "forward" in module.__dict__:
+    if type(module) not in (AdaLoraModel, PatchedAdaLoraModel) or kept_forward(module) is None:
         return False
-    module.__class__ = PatchedAdaLoraModel
+    set_class(module, PatchedAdaLoraModel)
     allocator = getattr(module, "rankallocator", None)
     if type(allocator) is RankAllocator:
         allocator.__class__ = PatchedRankAllocator
@@ -283,7 +285,7 @@ def unpatch_model(module: nn.Module) -> bool:
     """Undo `patch_model`."""
     if type(module) is not PatchedAdaLoraModel:
         return False
-    module.__class__ = AdaLoraModel
+    set_class(module, AdaLoraModel)
     allocator = getattr(module, "rankallocator", None)
     if type(allocator) is PatchedRankAllocator:
         allocator.release_ipt()

@@ -18,14 +18,16 @@ from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 from torch import Tensor, nn
 
 from peftkern.backends import dispatch
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
+from peftkern.formats.nf4 import ArgumentError, NF4Weight, compare_quant_maps
 from peftkern.functional import nf4_linear
 from peftkern.integrations.peft import trial
+from peftkern.integrations.peft.casts import cast
 from peftkern.integrations.peft.fallback import (
     Fallback,
     PatchedForward,
     parameters_of,
     refused,
+    set_class,
     unusual_call,
 )
 from peftkern.integrations.peft.prepared import nf4_weight
@@ -102,14 +104,14 @@ def patch_base(module: nn.Module) -> bool:
     state = getattr(module.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         restore_packing(module)
-    module.__class__ = SWAPS.get(kind, kind)
+    set_class(module, SWAPS.get(kind, kind))
     return True
 
 
 def unpatch_base(module: nn.Module) -> None:
     """Undo `patch_base`."""
     if isinstance(module, PatchedBase):
-        module.__class__ = module.original
+        set_class(module, module.original)
 
 
 def runs_kernel(base: Linear4bit) -> bool:
@@ -117,7 +119,7 @@ def runs_kernel(base: Linear4bit) -> bool:
     if base.weight.device.type != "cpu" or unusual_weight(base) is not None:
         return False
     try:
-        NF4Weight.from_bitsandbytes(base.weight)
+        view_weight(base)
     except ArgumentError:
         return False
     return True
@@ -159,12 +161,33 @@ class FrozenWeight:
             base.bias.data = self.bias.to(device)
 
 
+def quant_state_of(base: Linear4bit) -> Any:
+    """Return the state of a layer's weight, None if there is none.
+
+    The layer has it as well, and where FSDP has put a plain view in the place of the parameter the
+    layer alone, from which bitsandbytes would restore it.
+    """
+    state = getattr(parameters_of(base)[0], "quant_state", None)
+    return getattr(base, "quant_state", None) if state is None else state
+
+
+def read_quant_maps(model: nn.Module) -> None:
+    """Compare the tables of all layers at once, so that no forward pass waits for one."""
+    states = (quant_state_of(base) for base in model.modules() if type(base) in LINEAR_TYPES)
+    compare_quant_maps(getattr(state, "code", None) for state in states)
+
+
+def view_weight(base: Linear4bit) -> NF4Weight:
+    """View the weight of a layer in place. Raises: ArgumentError if it is no NF4 weight."""
+    return NF4Weight.from_bitsandbytes(parameters_of(base)[0], quant_state_of(base))
+
+
 def unusual_weight(base: Linear4bit) -> str | None:
     """Return the reason for bitsandbytes to read this weight, whatever the input; None for NF4."""
     weight, _ = parameters_of(base)
     if hasattr(type(weight), "__tensor_flatten__"):  # DTensor and its like
         return f"base weight is {type(weight).__name__}"
-    state = getattr(weight, "quant_state", None)  # pickle keeps it, but not the parameter's class
+    state = quant_state_of(base)  # pickle keeps the weight's, but not the parameter's class
     if state is None:
         return "quant_state is missing"
     if state.quant_type != "nf4":
@@ -173,7 +196,7 @@ def unusual_weight(base: Linear4bit) -> str | None:
         return None  # its storage dtype is kept aside
     with torch._C.DisableTorchFunctionSubclass():  # else Params4bit adds 1 us
         dtype = weight.dtype
-    storage = getattr(weight, "quant_storage", dtype)
+    storage = getattr(weight, "quant_storage", getattr(base, "quant_storage", dtype))
     if dtype not in _STORAGES or storage is not dtype:
         return f"quant_storage is {storage} over {dtype} data"
     return None
@@ -187,9 +210,10 @@ def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | 
     Raises: TruncatedWeightError, where bitsandbytes would read on.
     """
     weight, bias = parameters_of(base)
-    state = weight.quant_state
+    state = quant_state_of(base)
     if state.__dict__.get("packing_format_for_cpu"):  # since it was patched, by other code
-        if torch.compiler.is_compiling() or not (base.training or x.requires_grad):
+        own = getattr(weight, "quant_state", None) is state  # else FSDP holds the memory
+        if torch.compiler.is_compiling() or not (own and (base.training or x.requires_grad)):
             return Fallback("weight is repacked for bitsandbytes' CPU inference")
         restore_packing(base)
     shape = state.shape
@@ -203,7 +227,7 @@ def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | 
         base.set_compute_type(x)
         base.compute_type_is_set = True
     dtype = base.compute_dtype
-    return x if dtype is None or dtype is x.dtype else x.to(dtype), w, bias
+    return x if dtype is None else cast(x, dtype), w, bias
 
 
 def restore_packing(base: Linear4bit) -> None:

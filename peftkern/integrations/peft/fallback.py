@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -13,6 +16,7 @@ from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, TruncatedWeightError
 
 _PLAIN = (Tensor, nn.Parameter)
+_HOOKS = AlignDevicesHook.__module__
 
 
 class Fallback(NamedTuple):
@@ -90,10 +94,13 @@ def unusual_call(x: Tensor, compiling: bool) -> str | None:
     return None
 
 
-def hooked(**modules: nn.Module) -> str | None:
+def hooked(device: torch.device, **modules: nn.Module) -> str | None:
     """Return the reason to call one of these, named by its keyword, and not to read it.
 
-    A hook, or a forward of its own, does more than the forward of its class.
+    A hook, or a forward of its own, does more than the forward of its class. Those that accelerate
+    puts on every module of a model on two devices do nothing to an input on the module's own.
+
+    Args: device, of the input.
     """
     for role, module in modules.items():
         if (
@@ -104,8 +111,64 @@ def hooked(**modules: nn.Module) -> str | None:
         ):
             return f"hooks on {role}"
         if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
-            return f"forward of {role} is replaced"
+            if kept_forward(module) is None:
+                return f"forward of {role} is replaced"
+            effect = _effect(module.__dict__.get("_hf_hook"), device)
+            if effect is not None:
+                return f"accelerate's hook on {role} {effect}"
     return None
+
+
+def _effect(hook: Any, device: torch.device) -> str | None:
+    """Return what a hook of accelerate does to an input on this device; None for nothing."""
+    if hook is None:  # it is removed
+        return None
+    if type(hook) is SequentialHook:
+        effects = (_effect(one, device) for one in hook.hooks)
+        return next((effect for effect in effects if effect is not None), None)
+    if type(hook) is not AlignDevicesHook:
+        return f"is {type(hook).__name__}"
+    if hook.offload:
+        return "loads its weights"
+    target = hook.execution_device
+    if isinstance(target, int):
+        stays = target == device.index
+    else:
+        target = None if target is None else torch.device(target)
+        stays = target is None or (
+            target.type == device.type and target.index in (None, device.index)
+        )
+    return None if stays else f"moves its input to {target}"
+
+
+def kept_forward(module: nn.Module) -> str | None:
+    """Return the attribute in which a module itself keeps the forward of its class.
+
+    accelerate's hooks keep it in `_old_forward`, and leave it behind in `forward`. Returns: "" if
+    the class alone has it, None if calls of the module do not reach it.
+    """
+    own = module.__dict__
+    name = "forward"
+    if "_hf_hook" in own:
+        wrapper = own.get(name)
+        if type(wrapper) is not functools.partial or wrapper.func.__module__ != _HOOKS:
+            return None
+        name = "_old_forward"
+    method = own.get(name)
+    if method is None:
+        return "" if name == "forward" else None
+    kept = getattr(method, "__self__", None) is module and (
+        method.__func__ in (type(module).forward, PatchedForward.forward)
+    )
+    return name if kept else None
+
+
+def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Swap the class of a module, and with it the forward that its hooks call."""
+    name = kept_forward(module)
+    module.__class__ = kind
+    if name:
+        module.__dict__[name] = MethodType(kind.forward, module)
 
 
 def unusual_dropout(drop: nn.Module) -> str | None:

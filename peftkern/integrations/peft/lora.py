@@ -34,9 +34,9 @@ class LoRALayer(PatchedLayer):
     def _is_plain(self, name: str) -> bool:
         return name not in self.lora_variant
 
-    def _read_adapter(self, names: list[str]) -> Adapter | Fallback:
+    def _read_adapter(self, names: list[str], device: torch.device) -> Adapter | Fallback:
         for name in names if self.lora_variant else ():
-            reason = self._unusual_variant(name)
+            reason = self._unusual_variant(name, device)
             if reason is not None:
                 return Fallback(reason)
         lora_A, lora_B, drop = self._modules_of(names[0])
@@ -45,7 +45,7 @@ class LoRALayer(PatchedLayer):
                 return Fallback(f"{role} is {type(linear).__name__}")
         A, bias_of_A = parameters_of(lora_A)
         B, bias = parameters_of(lora_B)
-        reason = hooked(lora_A=lora_A, lora_B=lora_B, lora_dropout=drop)
+        reason = hooked(device, lora_A=lora_A, lora_B=lora_B, lora_dropout=drop)
         reason = reason or unusual_tensor(lora_A=A, lora_B=B) or unusual_dropout(drop)
         if reason is None and bias_of_A is not None:
             reason = "lora_A has a bias"
@@ -111,7 +111,7 @@ class LoRALayer(PatchedLayer):
     def _magnitude(self, name: str) -> nn.Module:
         return self._modules["lora_magnitude_vector"]._modules[name]
 
-    def _unusual_variant(self, name: str) -> str | None:
+    def _unusual_variant(self, name: str, device: torch.device) -> str | None:
         """Return what our ops do not express of an adapter's variant; None for plain LoRA."""
         if name not in self.lora_variant:
             return None
@@ -125,7 +125,7 @@ class LoRALayer(PatchedLayer):
         weight = magnitude.weight
         if weight.device != self._modules["lora_A"]._modules[name].weight.device:
             return f"lora_magnitude_vector is on {weight.device}"  # ephemeral_gpu_offload
-        return hooked(lora_magnitude_vector=magnitude) or unusual_tensor(
+        return hooked(device, lora_magnitude_vector=magnitude) or unusual_tensor(
             lora_magnitude_vector=weight
         )
 

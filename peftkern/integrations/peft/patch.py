@@ -17,15 +17,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peftkern.backends import dispatch
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
-from peftkern.integrations.peft import adalora, lora
-from peftkern.integrations.peft.fallback import Fallback, PatchedForward
+from peftkern.backends import dispatch, trust
+from peftkern.formats.nf4 import ArgumentError
+from peftkern.integrations.peft import adalora, lora, trial
+from peftkern.integrations.peft.fallback import Fallback, kept_forward, set_class
 from peftkern.integrations.peft.serve import (
     BNB_TYPES,
     DENSE_TYPES,
     PatchedLayer,
     active_names,
+    layer_key,
     read_state,
     rows_to_pay,
     switched_off,
@@ -51,6 +52,7 @@ class PatchReport:
     without_adapter: names of bitsandbytes' layers with no patched adapter that are served as well.
     small: {name: rows} of patched dense layers on a CPU that PEFT computes as fast below so many
         rows (batch times sequence), if those are more than 512; 0 for any number of them.
+    unmeasured: how many classes of patched layers (op, shape, rank, device) have no verdict yet.
     backends: {device type: what serves there}.
     warnings: what the user should put right; `patch` gives them as warnings, too.
     """
@@ -61,6 +63,7 @@ class PatchReport:
     kinds: Counter[str] = field(default_factory=Counter)
     without_adapter: list[str] = field(default_factory=list)
     small: dict[str, int] = field(default_factory=dict)
+    unmeasured: int = 0
     backends: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -73,6 +76,7 @@ class PatchReport:
             "kinds": dict(self.kinds),
             "without_adapter": list(self.without_adapter),
             "small": dict(self.small),
+            "unmeasured": self.unmeasured,
             "backends": dict(self.backends),
             "warnings": list(self.warnings),
         }
@@ -96,6 +100,11 @@ class PatchReport:
             rows = max(self.small.values())
             pays = f"from {rows:,} rows (batch x sequence) on" if rows else "in none of them"
             text += f"; {len(self.small)} are small dense layers: kernels pay {pays}"
+        if self.unmeasured:
+            until = ": PEFT serves them"
+            if trust.mode() != "off":
+                until += " until each was tried (twice called)"
+            text += f"; {_plural(self.unmeasured, 'class', 'classes')} unmeasured{until}"
         for device, backend in self.backends.items():
             text += f"; on {device}: {backend}"
         for warning in self.warnings:
@@ -122,10 +131,10 @@ def patch(model: nn.Module) -> PatchReport:
         if original not in _SWAPS:
             report.skipped[name] = f"{_label(kind)} has no kernel"
             continue
-        if kind is original and not _drop_own_forward(module):
-            report.skipped[name] = "forward is replaced on the instance (accelerate's hooks?)"
+        if kind is original and kept_forward(module) is None:
+            report.skipped[name] = "forward is replaced on the instance"
             continue
-        module.__class__ = _SWAPS[original]
+        set_class(module, _SWAPS[original])
         adalora.freeze_ranknum(module)
         report.patched.append(name)
         report.kinds[_label(original)] += 1
@@ -136,6 +145,8 @@ def patch(model: nn.Module) -> PatchReport:
             report.kinds["adalora.AdaLoraModel"] += 1
         if BNB_TYPES and bnb.patch_base(module) and module not in bases and bnb.runs_kernel(module):
             report.without_adapter.append(name)
+    if BNB_TYPES:
+        bnb.read_quant_maps(model)
     _describe(model, report)
     for warning in report.warnings:
         warnings.warn(warning, stacklevel=3)
@@ -151,7 +162,7 @@ def unpatch(model: nn.Module) -> list[str]:
     for name, module in _adapter_layers(model):
         original = _ORIGINALS.get(type(module))
         if original is not None:
-            module.__class__ = original
+            set_class(module, original)
             module.__dict__.pop("frozen_weight", None)
             restored.append(name)
     for name, module in model.named_modules():
@@ -162,22 +173,9 @@ def unpatch(model: nn.Module) -> list[str]:
     return restored
 
 
-def _drop_own_forward(layer: nn.Module) -> bool:
-    """Remove the forward that hooks left behind; return whether calls reach the class's now."""
-    own = layer.__dict__.get("forward")
-    if own is None:
-        return True
-    if getattr(own, "__self__", None) is not layer:
-        return False
-    if own.__func__ not in (type(layer).forward, PatchedForward.forward):
-        return False
-    del layer.forward  # accelerate's remove_hook_from_module puts the method there
-    return True
-
-
 def _describe(model: nn.Module, report: PatchReport) -> None:
     """Fill in the state of the patched layers and what serves their devices."""
-    devices = set()
+    devices, classes = set(), set()
     for name in report.patched:
         layer = model.get_submodule(name)
         if not isinstance(layer, PatchedLayer):
@@ -188,10 +186,16 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
         base = layer.get_base_layer()
         device = base.weight.device
         devices.add(device.type)
+        rows = 1
         if device.type == "cpu" and type(base) in DENSE_TYPES:
             rows = rows_to_pay(layer)
             if rows == 0 or rows > _USUAL_ROWS:
                 report.small[name] = rows
+        if reason is None and rows and dispatch.unserved(device) is None:
+            names = active_names(layer)
+            classes.add((layer_key(layer, names, read_state(layer, names, device)), device))
+    if trust.mode() != "always" and dispatch.forced_backend() is None:
+        report.unmeasured = sum(trial.unmeasured(*one) for one in classes)
     for kind in sorted(devices - {"meta"}):
         report.backends[kind], missing = dispatch.serving(torch.device(kind))
         if missing is not None:
@@ -200,13 +204,13 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
 
 def _reason_now(layer: Any) -> str | None:
     """Return the reason for PEFT's forward whatever the input, as a patched layer is now."""
-    state = read_state(layer, active_names(layer))
+    state = read_state(layer, active_names(layer), layer.get_base_layer().weight.device)
     if isinstance(state, Fallback):
         return state.reason
     base = layer._modules["base_layer"]
     if type(base) in BNB_TYPES:
         try:
-            NF4Weight.from_bitsandbytes(base.weight)
+            bnb.view_weight(base)
         except ArgumentError as error:
             return str(error)
     return switched_off(layer) if type(base) in DENSE_TYPES else None
@@ -225,6 +229,10 @@ def _label(kind: type) -> str:
     parts = kind.__module__.split(".")
     family = parts[2] if parts[:2] == ["peft", "tuners"] and len(parts) > 2 else parts[0]
     return f"{family}.{kind.__name__}"
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
 
 
 def _counts(counter: Counter[str]) -> str:

@@ -41,7 +41,7 @@ def nf4_weight(param: Tensor, state: Any) -> NF4Weight:
     Raises: what that raises; of such a weight nothing is kept.
     """
     if torch.compiler.is_compiling():
-        return NF4Weight.from_bitsandbytes(param)
+        return NF4Weight.from_bitsandbytes(param, state)
     fields = _fields(param, state)
     record = _records.get(id(param))
     if (
@@ -53,7 +53,7 @@ def nf4_weight(param: Tensor, state: Any) -> NF4Weight:
         and record.placements == _placements(param, fields)
     ):
         return record.weight
-    weight = NF4Weight.from_bitsandbytes(param)
+    weight = NF4Weight.from_bitsandbytes(param, state)
     if weight.packed.device.type != "meta":
         key = id(param)
         owner = weakref.ref(param, lambda _: _records.pop(key, None))

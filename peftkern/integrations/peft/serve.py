@@ -20,6 +20,7 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.backends import dispatch, trust
+from peftkern.backends.cpu import crossovers
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.integrations.peft import trial
@@ -40,9 +41,6 @@ if is_bnb_4bit_available():
 
     BNB_TYPES = bnb.LINEAR_TYPES
 
-DENSE_CPU_MINIMUM = dispatch.DENSE_CPU_MINIMUM
-# Values of a dense weight from which DoRA is faster here (bench/bench_dora.py): below, PEFT is.
-DORA_CPU_MINIMUM = 1 << 17
 DENSE_TYPES = (nn.Linear, Conv1D)
 _BASE_TYPES = frozenset((*BNB_TYPES, *DENSE_TYPES, NF4Linear))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +91,7 @@ class PatchedLayer(PatchedForward):
         if reason is not None:
             return Fallback(reason)
         names = active_names(self)
-        adapter = read_state(self, names)
+        adapter = read_state(self, names, x.device)
         if isinstance(adapter, Fallback):
             return adapter
         if not (x.is_cpu or compiling):  # in a graph, the op itself falls back
@@ -127,7 +125,7 @@ class PatchedLayer(PatchedForward):
                 return Fallback("PEFT's own operations measured faster for this shape")
             return None
         off = switched_off(self)
-        if off is not None and not isinstance(base[1], NF4Weight):
+        if (off or unfused) is not None and not isinstance(base[1], NF4Weight):
             return None  # which PEFT answers in any case
         key = trial_key(self, x, names, adapter, base[0].dtype, autocast)
         return trial.refusal(self, x, key, complete=off is None)
@@ -186,7 +184,7 @@ class PatchedLayer(PatchedForward):
         """Return whether an adapter is LoRA and nothing more: neither DoRA nor AdaLoRA."""
         raise NotImplementedError
 
-    def _read_adapter(self, names: list[str]) -> Adapter | Fallback:
+    def _read_adapter(self, names: list[str], device: torch.device) -> Adapter | Fallback:
         """Read the first active adapter; a fallback also for what `_add_adapter` cannot add."""
         raise NotImplementedError
 
@@ -224,15 +222,22 @@ def trial_key(
     autocast: bool,
 ) -> tuple:
     """Return all that a trial's outcome depends on, but for the rows and the device."""
-    kind, r, stored, trained = "no adapter", 0, None, False
+    stored, trained = None, False
+    if adapter is not None:
+        stored = adapter.lora_A.dtype
+        trained = adapter.lora_A.requires_grad or adapter.lora_B.requires_grad
+    cast = torch.get_autocast_dtype(x.device.type) if autocast else None
+    return (*layer_key(layer, names, adapter), x.dtype, dtype, stored, cast, trained)
+
+
+def layer_key(layer: Any, names: list[str], adapter: Adapter | None) -> tuple:
+    """Return the part of `trial_key` that no input has a say in."""
+    kind, r = "no adapter", 0
     if adapter is not None:
         kind = "LoRA" if layer._is_plain(names[0]) else "variant"
         kind += f" and {len(names) - 1} more" if len(names) > 1 else ""
-        r, stored = adapter.lora_A.shape[0], adapter.lora_A.dtype
-        trained = adapter.lora_A.requires_grad or adapter.lora_B.requires_grad
-    cast = torch.get_autocast_dtype(x.device.type) if autocast else None
-    sizes = (layer.out_features, layer.in_features, r)
-    return (layer.op, kind, *sizes, x.dtype, dtype, stored, cast, trained)
+        r = adapter.lora_A.shape[0]
+    return (layer.op, kind, layer.out_features, layer.in_features, r)
 
 
 def active_names(layer: Any) -> list[str]:
@@ -243,10 +248,10 @@ def active_names(layer: Any) -> list[str]:
     return [name for name in ([active] if isinstance(active, str) else active) if name in adapters]
 
 
-def read_state(layer: Any, names: list[str]) -> Adapter | Fallback | None:
+def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | Fallback | None:
     """Read the first active adapter of a layer whose state our ops express, whatever the input.
 
-    Returns: None if no adapter is active.
+    Args: device, of the input. Returns: None if no adapter is active.
     """
     if layer.merged_adapters and layer.disable_adapters:  # PEFT takes them out of the weight
         return Fallback("adapters are merged and disabled")
@@ -261,12 +266,12 @@ def read_state(layer: Any, names: list[str]) -> Adapter | Fallback | None:
     kind = type(base)
     if kind not in _BASE_TYPES:
         return Fallback(f"base_layer is {kind.__name__}")
-    reason = hooked(base_layer=base)
+    reason = hooked(device, base_layer=base)
     if reason is None and kind in BNB_TYPES:
         reason = bnb.unusual_weight(base)
     if reason is not None:
         return Fallback(reason)
-    return layer._read_adapter(names) if names else None
+    return layer._read_adapter(names, device) if names else None
 
 
 def switched_off(layer: Any) -> str | None:
@@ -280,8 +285,8 @@ def rows_to_pay(layer: Any) -> int:
     """Return the rows from which a dense layer on a CPU is not small; 0 if there are none."""
     K, N = layer.in_features, layer.out_features
     if layer.lora_variant:
-        return 1 if N * K >= DORA_CPU_MINIMUM else 0
-    return max(-(-DENSE_CPU_MINIMUM // max(K + N, 1)), 1)
+        return 1 if crossovers.crossover("dora") <= N * K else 0
+    return max(-(-crossovers.crossover("dense") // max(K + N, 1)), 1)
 
 
 def _is_small(layer: Any, x: Tensor) -> bool:
@@ -291,9 +296,9 @@ def _is_small(layer: Any, x: Tensor) -> bool:
     """
     K, N = layer.in_features, layer.out_features
     if layer.lora_variant:
-        small = N * K < DORA_CPU_MINIMUM
+        small = crossovers.crossover("dora") > N * K
     else:
-        small = x.numel() + x.numel() // max(K, 1) * N < DENSE_CPU_MINIMUM
+        small = x.numel() + x.numel() // max(K, 1) * N < crossovers.crossover("dense")
     if not small:
         return False
     return torch.compiler.is_compiling() or dispatch.forced_backend() is None

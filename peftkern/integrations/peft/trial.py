@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.backends import contest, dispatch, programs, trust
+from peftkern.backends.cpu import crossovers
 from peftkern.integrations.peft.fallback import Fallback
 
 UNMEASURED = "PEFT serves until this machine has measured such a layer"
 LEAST_ROWS = 128  # below, other kernels would be measured than those that run
+keep_divided = False  # verdicts of rounds that disagree, too: `peftkern tune` was asked for one
 ATTEMPTS = 3  # at a trial that found no memory
 _PASSES = 24  # forward passes that the shortest contest takes about the time of
 
@@ -120,9 +122,19 @@ def _trusted_in_graph(*key: Any) -> bool:
 
 def name_of(full: tuple) -> str:
     """Write a class as the ledger keeps it."""
-    op, kind, N, K, r, *rest, rows, _ = full
-    dtypes = " ".join(str(part).removeprefix("torch.") for part in rest)
-    return f"{op}/{kind} {N}x{K} r={r} {dtypes} rows<{1 << rows}"
+    *layer, rows, _ = full
+    dtypes = " ".join(str(part).removeprefix("torch.") for part in layer[5:])
+    return f"{_layer_name(*layer[:5])} {dtypes} rows<{1 << rows}"
+
+
+def _layer_name(op: str, kind: str, N: int, K: int, r: int) -> str:
+    return f"{op}/{kind} {N}x{K} r={r}"
+
+
+def unmeasured(layer_key: tuple, device: torch.device) -> bool:
+    """Return whether no such layer has a verdict, whatever its dtypes and rows."""
+    start = f"{_layer_name(*layer_key)} "
+    return not any(name.startswith(start) for name in trust.ledger(device).classes)
 
 
 def sides_of(key: tuple, device: torch.device | str) -> set[str]:
@@ -145,6 +157,11 @@ def only(side: ContextVar[bool]) -> Iterator[None]:
 def peer_answers() -> bool:
     """Return whether PEFT answers the layer that calls this one."""
     return not torch.compiler.is_compiling() and _peer_only.get()
+
+
+def measuring() -> bool:
+    """Return whether a trial calls our side, many times with one input."""
+    return _ours_only.get()
 
 
 def peer(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -247,25 +264,25 @@ def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
     """Time both sides, and record whose the class is."""
     rows = x.numel() // x.shape[-1]
     fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
-    least = dispatch.DENSE_CPU_MINIMUM // (layer.in_features + layer.out_features) + 1
+    least = crossovers.crossover("dense") // (layer.in_features + layer.out_features) + 1
     measured = min(rows, max(fit, LEAST_ROWS, least))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)
     passes = _passes(layer, some.clone(), _leaves(layer))
-    ratios = {}
+    ratios, unanimous = {}, True
     for name, run in passes.items():
         sides = {"PEFT": lambda run=run: run(peer), "ours": lambda run=run: run(_ours)}
-        ratios[name] = contest.ratios(sides, clock, contest.BUDGET / len(passes))["ours"]
-    slower = {
-        f"{name} ({kind})": ratio
+        outcome = contest.outcomes(sides, clock, contest.BUDGET / len(passes))["ours"]
+        ratios[name] = outcome.ratios
+        unanimous &= outcome.unanimous
+    slower = [
+        f"{name} takes ours {ratio:.2f} times as long ({kind})"
         for name, kinds in ratios.items()
         for kind, ratio in kinds.items()
         if ratio > contest.SLOWER
-    }
-    why = ", ".join(
-        f"{name} takes ours {ratio:.2f} times as long" for name, ratio in slower.items()
-    )
-    side = trust.PEER if slower else trust.OURS
+    ]
+    side, why = trust.PEER if slower else trust.OURS, ", ".join(slower)
     verdict = {"side": side, "why": why, "ratios": ratios, "rows": measured}
     ledger = trust.ledger(x.device)
-    tried.obey(ledger.decide(tried.name, verdict, keep=programs.lasting()))
+    keep = programs.lasting() and (unanimous or keep_divided)
+    tried.obey(ledger.decide(tried.name, verdict, keep=keep))

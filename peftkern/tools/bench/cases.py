@@ -38,7 +38,6 @@ OPS = {
     "nf4_dequantize": Op(True, False, False, ("bitsandbytes", "torch")),
 }
 # Defaults: training, where most time is spent, within a minute.
-FIRST_OPS = "nf4_lora_linear,lora_linear,nf4_dequantize"
 FIRST_SHAPES = {"cpu": "llama3-8b-q_proj", "cuda": "llama3-8b"}
 FIRST_ROWS = {"cpu": 256, "cuda": 4096}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ import torch
 import peftkern
 from peftkern.backends.cpu.module import cpu_isa, cpu_isas
 from peftkern.backends.device import device_info, triton_interpreted
+from peftkern.integrations.packages import installed_version
 from peftkern.tools.bench.gpu_timer import measure_events
 from peftkern.tools.bench.timer import measure
 
@@ -66,12 +66,8 @@ def commit() -> str | None:
 
 
 def version(package: str) -> str | None:
-    if package == "peftkern":  # not installed where the tree is a bare copy
-        return peftkern.__version__
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    # This one is not installed where the tree is a bare copy.
+    return peftkern.__version__ if package == "peftkern" else installed_version(package)
 
 
 def describe(threads: int, device: torch.device | None = None, given_commit: str = "") -> dict:

@@ -70,13 +70,15 @@ def lora_pool(
     dropout: float = 0.0,
     adapter_dtype: torch.dtype = torch.float32,
     adapters: tuple[Tensor, Tensor] | None = None,
+    use_dora: bool = False,
 ) -> list:
     """Build PEFT's LoRA layers over copies of `layer`; fp32 adapters by default, B not zero.
 
     `adapters`: A and B, drawn if not given.
     """
     torch.manual_seed(1)
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=r"layers\.\d+")
+    kind = {"lora_dropout": dropout, "use_dora": use_dora}
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=r"layers\.\d+", **kind)
     model = get_peft_model(Layers([copy.deepcopy(layer) for _ in range(copies)]), config)
     if patched:
         report = peftkern.patch(model)

@@ -30,16 +30,16 @@ class WorkerSlowError(WorkerGoneError):
 
 
 class Process:
-    """A running `peftkern.tools.bench.worker`."""
+    """A running worker: that of this tool, or a `module` of another one."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, module: str = "peftkern.tools.bench.worker") -> None:
         self.name = name
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         path = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         # A session of its own, so that its children can be stopped with it, and Ctrl-C reaches the
         # parent alone.
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "peftkern.tools.bench.worker", name, str(os.getpid())],
+            [sys.executable, "-m", module, name, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

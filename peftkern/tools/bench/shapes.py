@@ -40,12 +40,34 @@ def parse_shapes(text: str) -> list[Shape]:
     return list(shapes.values())
 
 
-def _shapes_of(part: str) -> list[Shape]:
+def parse_weights(option: str, text: str) -> list[Shape]:
+    """Parse the same list with NxK for a weight, as what has no rows to fix.
+
+    Raises: ValueError naming the option, the input and the accepted forms.
+    """
+    accepted = ACCEPTED.replace("MxNxK (256x4096x4096)", "NxK (4096x4096)")
+    shapes: dict[tuple, Shape] = {}
+    for part in items(option, text, accepted):
+        match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", part)
+        found = [Shape(part, *map(int, match.groups()))] if match else _preset(part)
+        if not found or not all(1 <= size <= LARGEST for one in found for size in (one.N, one.K)):
+            raise ValueError(f"{option}: {part!r} is not one of {accepted}, from 1 to {LARGEST}")
+        for shape in found:
+            shapes.setdefault((shape.N, shape.K), shape)
+    return list(shapes.values())
+
+
+def _preset(part: str) -> list[Shape]:
+    """Return the layers of a preset, or one of them; none if that is no name of any."""
     if part in PRESETS:
         return [Shape(f"{part}-{layer}", *size) for layer, size in PRESETS[part].items()]
     preset, _, layer = part.rpartition("-")
-    if layer in PRESETS.get(preset, ()):
-        return [Shape(part, *PRESETS[preset][layer])]
+    return [Shape(part, *PRESETS[preset][layer])] if layer in PRESETS.get(preset, ()) else []
+
+
+def _shapes_of(part: str) -> list[Shape]:
+    if found := _preset(part):
+        return found
     if match := re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", part):
         m, n, k = map(int, match.groups())
         if not all(1 <= size <= LARGEST for size in (m, n, k)):

@@ -28,6 +28,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -170,22 +171,22 @@ def die_with(parent: int) -> None:
         sys.exit(1)
 
 
-def main(name: str, parent: int) -> None:
+def answer(worker: Any, parent: int) -> None:
+    """Answer the commands of standard input by a worker's methods."""
     die_with(parent)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    os.environ.setdefault("PEFTKERN_TRUST", "always")  # kernels are what is measured
-    worker = Worker(name)
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            answer = getattr(worker, command.pop("do"))(**command)
+            said = getattr(worker, command.pop("do"))(**command)
         except BaseException as error:  # SystemExit, too: any exception of a library is an answer
             traceback.print_exc()
-            answer = {"error": gpu_timer.first_line(error)}
-        answers.write(json.dumps(answer) + "\n")
+            said = {"error": gpu_timer.first_line(error)}
+        answers.write(json.dumps(said) + "\n")
         answers.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    os.environ.setdefault("PEFTKERN_TRUST", "always")  # kernels are what is measured
+    answer(Worker(sys.argv[1]), int(sys.argv[2]))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import peftkern
-from peftkern.backends import dispatch, ops
+from peftkern.backends import dispatch, ops, trust
 from peftkern.backends.cpu import module as cpu_back_end
 from peftkern.backends.device import device_info, triton_interpreted, triton_missing
 from peftkern.integrations.packages import (
@@ -41,6 +41,7 @@ from peftkern.integrations.packages import (
 )
 from peftkern.tools.doctor import self_test
 from peftkern.tools.doctor.sample_calls import Sample
+from peftkern.tools.doctor.trusted import Trust, look
 
 _CPU_FLAGS = {  # of /proc/cpuinfo, for every instruction set that has kernels
     "avx2": {"avx2", "fma", "f16c"},
@@ -81,6 +82,7 @@ class Diagnosis:
     versions: list[Version]
     tested: list[self_test.Result]
     tested_seconds: float
+    trust: Trust | None  # None where a switch is wrong
     findings: list[Finding]
 
     @property
@@ -110,13 +112,15 @@ def diagnose(import_seconds: float = IMPORT_SECONDS) -> Diagnosis:
         seconds = time.perf_counter() - begin
         findings += [_test_finding(r) for r in tested if not (r.ok or r.unserved)]
         imports = peers(import_seconds)
+    trusted = look(devices) if usable else None
+    findings += trust_findings(trusted)
     versions = [
         Version(name, installed_version(name), accepted(name), *imports.get(name, ()))
         for name in ("torch", *PEERS)
     ]
     findings += [finding for version in versions for finding in version_findings(version)]
     findings += numpy_findings(installed_version("numpy"), triton_interpreted())
-    return Diagnosis(_machine(), built, served, versions, tested, seconds, findings)
+    return Diagnosis(_machine(), built, served, versions, tested, seconds, trusted, findings)
 
 
 def _machine() -> dict[str, Any]:
@@ -252,14 +256,16 @@ def numpy_findings(version: str | None, interpreted: bool) -> list[Finding]:
 
 def _environment_findings() -> Iterator[Finding]:
     """Report the switches that the environment sets."""
-    for check, name in ((dispatch.forced_backend, "PEFTKERN_BACKEND"), (_isa, "PEFTKERN_CPU_ISA")):
+    checks = {"PEFTKERN_BACKEND": dispatch.forced_backend, "PEFTKERN_CPU_ISA": _isa}
+    checks["PEFTKERN_TRUST"] = trust.mode
+    for name, check in checks.items():
         try:
             check()
         except ValueError as error:
             text = one_line(error).removeprefix("back end: ").removeprefix(f"{name}: ")
             yield Finding(True, f"{name}: {text}", f"unset {name}, or give it one of these")
         else:
-            if os.environ.get(name):
+            if os.environ.get(name) and name != "PEFTKERN_TRUST":  # a section tells of that one
                 what = f"{name}={os.environ[name]} is set: nothing else is used"
                 yield Finding(False, what, f"unset {name} to let peftkern choose")
 
@@ -355,6 +361,19 @@ def compiler_findings(include: Path, compiler: str | None) -> Iterator[Finding]:
         )
 
 
+def trust_findings(trusted: Trust | None) -> Iterator[Finding]:
+    """Report kernels that were demoted here, and a cache of verdicts that does not serve."""
+    for one in trusted.devices if trusted is not None else ():
+        for program, reason in one.demoted.items():
+            do = f"another path serves; `peftkern doctor --forget` tries it again; {_REPORT}"
+            yield Finding(False, f"{program} is demoted on {one.device}: {reason}", do)
+        if one.state is not None and trusted.mode in ("auto", "off"):
+            do = "`peftkern doctor --forget` removes it"
+            if one.state.startswith("read-only"):
+                do = "set PEFTKERN_CACHE to a folder that can be written"
+            yield Finding(False, f"{one.file} is {one.state}", do)
+
+
 def _test_finding(result: self_test.Result) -> Finding:
     where = f"{result.function} in {result.dtype} on {result.device}"
     if result.error is not None:
@@ -363,4 +382,4 @@ def _test_finding(result: self_test.Result) -> Finding:
         what = (
             f"{where} by {result.backends}: error of {result.worst} is {result.share:.3g} of bound"
         )
-    return Finding(True, what, f"PEFTKERN_BACKEND=reference avoids it; {_REPORT}")
+    return Finding(True, what, f"PEFTKERN_BACKEND=torch avoids it; {_REPORT}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from peftkern.backends import dispatch, ops
+from peftkern.backends.cpu import crossovers
 from peftkern.formats.nf4 import BLOCKSIZES, numel_of
 
 DTYPES = {
@@ -188,5 +189,5 @@ def explain(name: str, sample: Sample, mode: str = "full") -> dispatch.Explanati
 
 def is_small(sample: Sample) -> bool:
     """Return whether a patched dense layer leaves such a CPU call to PEFT."""
-    small = sample.M * (sample.K + sample.N) < dispatch.DENSE_CPU_MINIMUM
+    small = crossovers.crossover("dense") > sample.M * (sample.K + sample.N)
     return small and dispatch.forced_backend() is None

@@ -25,7 +25,7 @@ from peftkern.functional.low_rank_svd import low_rank_svd
 from peftkern.functional.rosa import SparseMask, rosa_linear
 from peftkern.tools.doctor.sample_calls import DTYPES
 
-M, N, K, r = 17, 129, 192, 8  # no multiples of a tile
+N, K = 129, 192  # no multiples of a tile
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Inputs = dict[str, Any]
@@ -60,26 +60,33 @@ class Result:
 
 @dataclass(frozen=True)
 class _Case:
+    """A function, and the sizes of its inputs; rows and ranks decide which tiles a GPU takes."""
+
     function: str
     run: Callable[[Inputs], Results]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     exact: bool = False
+    rows: int = 17
+    rank: int = 8
+    dropout_p: float = 0.0
+    adapters: torch.dtype = torch.float32
 
 
 def run(device: torch.device | str) -> Iterator[Result]:
     """Test every function on a device, one result at a time.
 
     Forward and all gradients, on the back end that dispatch chooses: about two seconds on a CPU,
-    and on a GPU the time to compile its kernels at first.
+    and on a GPU the time to compile its kernels at first. A CPU's kernels have no tiles that more
+    rows would reach.
     """
     device = torch.device(device)
-    for case in _CASES:
+    for case in (case for case in _CASES if device.type != "cpu" or case.rows <= _ROWS_CPU):
         for dtype in case.dtypes:
             yield _result(case, dtype, device)
 
 
 def _result(case: _Case, dtype: torch.dtype, device: torch.device) -> Result:
-    inputs = _inputs(dtype, device)
+    inputs = _inputs(case, dtype, device)
     about = (case.function, _NAMES[dtype], str(device))
     before = counts.stats().calls
     try:
@@ -121,9 +128,10 @@ def _differing(got: Tensor, plain: Tensor, oracle: Tensor) -> float:
     return 0.0 if torch.equal(got, plain) else math.inf
 
 
-def _inputs(dtype: torch.dtype, device: torch.device) -> Inputs:
+def _inputs(case: _Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Draw inputs on the CPU, so that they are the same on every device."""
     generator = torch.Generator().manual_seed(0)
+    r = case.rank
 
     def draw(*shape: int, scale: float = 1.0, of: torch.dtype = torch.float32) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(of).to(device)
@@ -132,15 +140,16 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> Inputs:
     with dispatch.use_backend("reference"):
         w = functional.quantize_nf4(weight)
     return {
-        "x": draw(M, K, of=dtype),
-        "dy": draw(M, N, of=dtype),
+        "x": draw(case.rows, K, of=dtype),
+        "dy": draw(case.rows, N, of=dtype),
         "weight": weight.to(dtype),
         "w": w,
         "bias": draw(N, of=dtype),
-        "lora_A": draw(r, K, scale=K**-0.5),
-        "lora_B": draw(N, r, scale=r**-0.5),
+        "lora_A": draw(r, K, scale=K**-0.5, of=case.adapters),
+        "lora_B": draw(N, r, scale=r**-0.5, of=case.adapters),
         "lora_E": draw(r, 1),
         "magnitude": 1.0 + draw(N, scale=0.1),
+        "dropout_p": case.dropout_p,
     }
 
 
@@ -159,9 +168,7 @@ def _leaves(inputs: Inputs, *names: str) -> Results:
 
 
 def _lora_linear(inputs: Inputs) -> Results:
-    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "bias")
-    y = functional.lora_linear(weight=inputs["weight"], scaling=1.5, **leaves)
-    return _gradients(y, inputs["dy"], **leaves)
+    return _seeded(functional.lora_linear, inputs, weight=inputs["weight"])
 
 
 def _nf4_linear(inputs: Inputs) -> Results:
@@ -171,8 +178,15 @@ def _nf4_linear(inputs: Inputs) -> Results:
 
 
 def _nf4_lora_linear(inputs: Inputs) -> Results:
-    leaves = _leaves(inputs, "x", "lora_A", "lora_B", "bias")
-    y = functional.nf4_lora_linear(w=inputs["w"], scaling=1.5, **leaves)
+    return _seeded(functional.nf4_lora_linear, inputs, w=inputs["w"])
+
+
+def _seeded(function: Callable[..., Tensor], inputs: Inputs, **weight: Any) -> Results:
+    """Run with one seed, so that every back end draws the same dropout."""
+    leaves, dropout_p = _leaves(inputs, "x", "lora_A", "lora_B", "bias"), inputs["dropout_p"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        y = function(scaling=1.5, dropout_p=dropout_p, **weight, **leaves)
     return _gradients(y, inputs["dy"], **leaves)
 
 
@@ -226,7 +240,9 @@ def _importance(inputs: Inputs) -> Results:
 
 def _allocate(inputs: Inputs) -> Results:
     lora_E = inputs["lora_E"].clone()
-    mask = importance.adalora_allocate_(inputs["lora_A"][:, 0].contiguous(), [lora_E], r // 2)
+    mask = importance.adalora_allocate_(
+        inputs["lora_A"][:, 0].contiguous(), [lora_E], len(lora_E) // 2
+    )
     return {"mask": mask, "lora_E": lora_E}
 
 
@@ -236,6 +252,34 @@ def _orthogonality(inputs: Inputs) -> Results:
     return _gradients(loss, torch.ones_like(loss), **leaves)
 
 
+def _training() -> Iterator[_Case]:
+    """Yield what training runs: in twelve cases every pair of rows, rank, dropout and adapters.
+
+    Of rank, dropout and adapters every triple. By rows they are the fused NF4 kernel's, the least
+    tiles, the middle ones, and the largest, which more rows than 32 for a processor get.
+    """
+    for i, rows in enumerate((17, 200, 700, 4300)):
+        for j, rank in enumerate((8, 16, 64)):
+            dropout_p = 0.1 * ((i + j) % 2)
+            adapters = torch.bfloat16 if (i in (1, 2)) != (j > 0) else torch.float32
+            about = f", M={rows} r={rank} p={dropout_p} {_NAMES[adapters]} adapters"
+            for name, function in (
+                ("lora_linear", _lora_linear),
+                ("nf4_lora_linear", _nf4_lora_linear),
+            ):
+                yield _Case(
+                    name + about,
+                    function,
+                    (torch.bfloat16,),
+                    False,
+                    rows,
+                    rank,
+                    dropout_p,
+                    adapters,
+                )
+
+
+_ROWS_CPU = 200
 _16_AND_32 = (torch.float32, torch.bfloat16)
 _CASES = (
     _Case("lora_linear", _lora_linear, _16_AND_32),
@@ -250,4 +294,5 @@ _CASES = (
     _Case("adalora_importance_", _importance),
     _Case("adalora_allocate_", _allocate, exact=True),
     _Case("orthogonality_loss", _orthogonality),
+    *_training(),
 )

@@ -23,11 +23,12 @@ The CUDA context, cuBLAS workspaces, fragmentation and what else runs on the dev
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from peftkern.formats.json_files import brief, read_json
+from peftkern.formats.nf4 import STATE_BYTES, state_dict_bytes
 from peftkern.tools.plan.training_step import (
     ACTIVATIONS,
     CHECKPOINTS,
@@ -41,18 +42,20 @@ from peftkern.tools.plan.training_step import (
     Step,
 )
 
-METHODS = ("lora", "qlora", "adalora", "dora", "full")
-BASES = ("bf16", "fp32", "nf4")
-DTYPES = ("bf16", "fp32")
-OPTIMIZERS = ("adamw", "adamw-32bit", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd")
-ATTENTIONS = ("sdpa", "eager")
-DEVICES = ("cuda", "cpu")
+ACCEPTED = {  # in the fields of Training that are names
+    "method": ("lora", "qlora", "adalora", "dora", "full"),
+    "dtype": ("bf16", "fp32"),
+    "adapter_dtype": ("bf16", "fp32"),
+    "optimizer": ("adamw", "adamw-32bit", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd"),
+    "attention": ("sdpa", "eager"),
+    "device": ("cuda", "cpu"),
+    "base": ("bf16", "fp32", "nf4"),
+}
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ("llama", "mistral", "qwen2")
-PHASES = ("forward", "backward", "optimizer")
 
 _BYTES = {"bf16": 2, "fp32": 4}
-_BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' defaults, and the only ones of its 4-bit config
+_BLOCK = 64  # bitsandbytes' default, and the only one of its 4-bit config
 _MIN_8BIT, _BLOCK_8BIT = 4096, 256  # of bitsandbytes' 8-bit optimizers
 _LARGEST = 2**32
 _MOST_LAYERS = 1000  # each is simulated
@@ -141,15 +144,12 @@ class Training:
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("adapter_dtype", self.adapter_dtype, DTYPES)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _one_of("attention", self.attention, ATTENTIONS)
-        _one_of("device", self.device, DEVICES)
         if self.base is None:
             object.__setattr__(self, "base", "nf4" if self.method == "qlora" else self.dtype)
-        _one_of("base", self.base, BASES)
+        for name, accepted in ACCEPTED.items():
+            value = getattr(self, name)
+            if value not in accepted:
+                raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
         for name in ("r", "batch", "sequence"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
@@ -168,11 +168,6 @@ class Training:
             raise ValueError(
                 f"base: expected nf4 or the dtype of the activations, {self.dtype}, got {self.base}"
             )
-
-
-def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -328,28 +323,16 @@ def _linears(model: Architecture, training: Training) -> dict[str, Linear]:
 
 def step_shapes(model: Architecture, training: Training) -> Shapes:
     """Return the shapes for `peftkern.tools.plan.training_step.Step`."""
+    known = {**vars(model), **vars(training)}
     return Shapes(
-        layers=model.layers,
-        hidden=model.hidden,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        intermediate=model.intermediate,
-        vocabulary=model.vocabulary,
+        **{f.name: known[f.name] for f in fields(Shapes) if f.name in known},
         linears=_linears(model, training),
-        batch=training.batch,
-        sequence=training.sequence,
-        r=training.r,
         size=_BYTES[training.dtype],
         adapter_size=_BYTES[training.adapter_dtype],
-        dropout=training.dropout,
-        checkpointing=training.checkpointing,
         eager_attention=training.attention == "eager",
         train_all=training.method == "full",
         ranknum_trained=training.dtype != "fp32",
-        double_quant=training.double_quant,
         cuda=training.device == "cuda",
-        tied=model.tied,
     )
 
 
@@ -379,12 +362,9 @@ def _linear_bytes(numel: int, training: Training) -> int:
     """Return bytes of a weight in memory: NF4 as bitsandbytes keeps it, with its tables."""
     if training.base != "nf4":
         return numel * _BYTES[training.base]
-    blocks = -(-numel // _BLOCK)
-    packed, code = -(-numel // 2), 16 * F32
-    if not training.double_quant:
-        return packed + blocks * F32 + code
-    nested = -(-blocks // _NESTED_BLOCK) * F32 + 256 * F32 + F32  # absmax, its code, its offset
-    return packed + blocks + nested + code
+    how = {"blocksize": _BLOCK, "double_quant": training.double_quant}
+    offset = F32 * training.double_quant  # a tensor here, in a file it is in the JSON
+    return state_dict_bytes(numel, **how) - STATE_BYTES + offset
 
 
 def _trained(model: Architecture, training: Training, linears: dict[str, Linear]) -> list[int]:

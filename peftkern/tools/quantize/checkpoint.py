@@ -1,18 +1,18 @@
 """Reader of untrusted safetensors folders, as transformers writes them.
 
 The whole folder is checked before any tensor is read: the tensors of `read_checkpoint` lie within
-the files, which lie within the folder. Pickles are never opened. Tensors are read one at a time
-with plain reads, so that memory holds one of them and a file that shrinks is an error, not a
-signal.
+the files, which lie within the folder. Pickles are never opened. safetensors reads the tensors, one
+at a time and not through a map, so that a file that shrinks is an error, not a signal.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CHUNK = 1 << 22  # bytes per read
+# What safetensors raises for a file that it cannot read, or that is none.
+READ_ERRORS = (SafetensorError, OSError, ValueError, OverflowError)
 
 # Tensor names of quantized checkpoints: bitsandbytes, GPTQ, AWQ, compressed-tensors.
 _QUANTIZED = re.compile(
@@ -51,13 +52,12 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Location of a tensor: `nbytes` of `file` from byte `start` on; dtype in safetensors' name."""
+    """Place and kind of a tensor; dtype in safetensors' name."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int
     nbytes: int
 
 
@@ -140,44 +140,21 @@ def folder_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def chunks_of(info: TensorInfo) -> Iterator[bytes]:
-    """Yield the bytes of a tensor in order, a few megabytes at a time.
+def read_tensors(infos: Iterable[TensorInfo]) -> Iterator[Tensor]:
+    """Yield tensors one after the other.
 
-    Raises: CheckpointError if the file has become shorter.
+    Raises: CheckpointError if a file has changed since it was checked.
     """
-    left = info.nbytes
-    with open(info.file, "rb", buffering=0) as file:
-        file.seek(info.start)
-        while left:
-            chunk = file.read(min(left, CHUNK))
-            if not chunk:
-                raise _shorter(info)
-            left -= len(chunk)
-            yield chunk
+    for path, group in groupby(infos, key=attrgetter("file")):
+        try:
+            with open_safetensors(path) as file:
+                yield from (file.get_tensor(info.name) for info in group)
+        except READ_ERRORS as error:
+            raise CheckpointError(f"{path}: changed while it was read: {error}") from None
 
 
-def read_tensor(info: TensorInfo, memory: bytearray | None = None) -> Tensor:
-    """Read a tensor into new memory, or into the beginning of `memory`, which must be long enough.
-
-    Raises: CheckpointError if the file has become shorter.
-    """
-    dtype = DTYPES[info.dtype]
-    if not info.nbytes:
-        return torch.empty(info.shape, dtype=dtype)
-    memory = bytearray(info.nbytes) if memory is None else memory
-    left = memoryview(memory)[: info.nbytes]
-    with open(info.file, "rb", buffering=0) as file:
-        file.seek(info.start)
-        while left:
-            count = file.readinto(left)
-            if not count:
-                raise _shorter(info)
-            left = left[count:]
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(info.shape)).view(info.shape)
-
-
-def _shorter(info: TensorInfo) -> CheckpointError:
-    return CheckpointError(f"{info.file}: became shorter while it was read")
+def open_safetensors(path: Path) -> safe_open:
+    return safe_open(path, framework="pt", backend="pread")
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -229,13 +206,12 @@ def _tensors_of(path: Path) -> list[TensorInfo]:
     """Read the header of one file, in the order of its data."""
     try:
         # Proves that shapes, dtypes and offsets agree and that the tensors fill the file.
-        with safe_open(path, framework="pt"):
+        with open_safetensors(path):
             pass
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+    except READ_ERRORS as error:
         raise CheckpointError(f"{path}: damaged, cut off or not safetensors: {error}") from None
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        data = file.read(length)
+        data = file.read(int.from_bytes(file.read(8), "little"))
     try:
         header = parse_json(data, unique=True)
     except ValueError as error:
@@ -246,7 +222,7 @@ def _tensors_of(path: Path) -> list[TensorInfo]:
             f"{path}: expected weights of PyTorch, got format {brief(metadata['format'])}"
         )
     found = []
-    for name, entry in header.items():
+    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
         if not name.isprintable():
             raise CheckpointError(f"{path}: expected names that can be printed, got {brief(name)}")
         if entry["dtype"] not in DTYPES:
@@ -257,6 +233,5 @@ def _tensors_of(path: Path) -> list[TensorInfo]:
         if _QUANTIZED.search(name):
             raise CheckpointError(f"{path}: already quantized, it holds {brief(name)}")
         begin, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        found.append(TensorInfo(name, path, entry["dtype"], shape, 8 + length + begin, end - begin))
-    return sorted(found, key=lambda info: (info.start, info.nbytes, info.name))
+        found.append(TensorInfo(name, path, entry["dtype"], tuple(entry["shape"]), end - begin))
+    return found

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from peftkern.tools.quantize.checkpoint import (
     CONFIG,
@@ -58,37 +56,29 @@ def find_companions(checkpoint: Checkpoint) -> Companions:
     weights = {path.name for path in checkpoint.files}
     own = {CONFIG, *weights, *([INDEX] if weights != {SINGLE} else [])}
     copied, left, nbytes = [], [], 0
-    for path, wanted in _entries(folder):
-        if path in own:
-            continue
-        if not wanted:
-            left.append(path)
-            continue
-        file = folder_file(folder, path)
-        if not os.access(file, os.R_OK):
-            raise CheckpointError(f"{file}: may not be read")
-        copied.append(path)
-        nbytes += file.stat().st_size
+    for where, folders, files in os.walk(folder, onerror=_unreadable):
+        prefix = "" if where == str(folder) else f"{os.path.relpath(where, folder)}/"
+        for name in folders[:]:
+            if os.path.islink(os.path.join(where, name)) or _FOLDERS_LEFT.fullmatch(name):
+                left.append(f"{prefix}{name}/")
+                folders.remove(name)  # and not walked through
+        for path, name in ((prefix + name, name) for name in files):
+            extra = is_weights(name) and not _needed(prefix, name, set(files))
+            if path in own:
+                continue
+            if extra or name.startswith("."):
+                left.append(path)
+                continue
+            file = folder_file(folder, path)
+            if not os.access(file, os.R_OK):
+                raise CheckpointError(f"{file}: may not be read")
+            copied.append(path)
+            nbytes += file.stat().st_size
     return Companions(tuple(sorted(copied)), tuple(sorted(left)), nbytes)
 
 
-def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Yield every file, and every folder left as a whole; and whether it is to be copied."""
-    prefixes = [""]
-    while prefixes:
-        prefix = prefixes.pop()
-        with os.scandir(folder / prefix) as entries:
-            found = list(entries)
-        names = {entry.name for entry in found}
-        for entry in found:
-            path = prefix + entry.name
-            if not os.path.isdir(entry.path):
-                extra = is_weights(entry.name) and not _needed(prefix, entry.name, names)
-                yield path, not (extra or entry.name.startswith("."))
-            elif entry.is_symlink() or _FOLDERS_LEFT.fullmatch(entry.name):
-                yield f"{path}/", False
-            else:
-                prefixes.append(f"{path}/")
+def _unreadable(error: OSError) -> None:
+    raise error
 
 
 def is_weights(name: str) -> bool:

@@ -7,9 +7,10 @@ meta device), and its loader's rules say which tensor of the checkpoint belongs 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -17,26 +18,17 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from peftkern.formats.json_files import brief
 from peftkern.tools.quantize.checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo
 
-COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 _COUNT = re.compile(r"(layers?|experts|blocks)$")  # num_hidden_layers, n_layer, n_routed_experts
 _MOST_MODULES = 10_000
-
-
-@dataclass(frozen=True)
-class LinearWeights:
-    """Linear weights for `peftkern.tools.quantize.nf4_checkpoint.quantize_checkpoint`.
-
-    `linear` maps the names of the tensors to whether they are kept transposed, as in Conv1D.
-    """
-
-    linear: dict[str, bool]
-    quantization_config: dict[str, Any]
 
 
 def find_linear_weights(
@@ -45,23 +37,22 @@ def find_linear_weights(
     skip: Sequence[str] = (),
     double_quant: bool = True,
     compute_dtype: str | None = None,
-) -> LinearWeights:
+) -> tuple[dict[str, bool], dict[str, Any]]:
     """Find the tensors that transformers would turn into Linear4bit, and the matching config.
 
-    These are the weights of nn.Linear and Conv1D except the output embeddings, weights tied to
-    them, and those that the model keeps in float32. The excluded names stand in the config, so that
-    every version of transformers excludes the same.
+    Of each, whether it is kept transposed, as in Conv1D. These are the weights of nn.Linear and
+    Conv1D except the output embeddings, weights tied to them, and those that the model keeps in
+    float32. The excluded names stand in the config, so that every version of transformers excludes
+    the same.
 
     Args: skip, more modules to exclude: full names, their beginnings or endings; compute_dtype, the
         dtype of most of the weights by default.
     Raises: CheckpointError if transformers does not know the architecture, if the tensors do not
         fit it, if a name in skip fits no layer, or if a layer's weight is assembled on loading.
     """
-    if compute_dtype not in (None, *COMPUTE_DTYPES):
-        raise CheckpointError(
-            f"compute_dtype: expected one of {COMPUTE_DTYPES}, got {compute_dtype!r}"
-        )
-    with _quiet():
+    with contextlib.ExitStack() as stack:
+        stack.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
+        transformers.logging.set_verbosity_error()
         model = _meta_model(checkpoint)
         sources = _sources(model, checkpoint)
         config = BitsAndBytesConfig(
@@ -96,23 +87,10 @@ def find_linear_weights(
             f"{checkpoint.folder}: no tensor is the weight of a linear layer of "
             f"{type(model).__name__} that may be quantized"
         )
-    most = compute_dtype or _most_common_dtype([checkpoint.tensors[name] for name in linear])
-    config.bnb_4bit_compute_dtype = getattr(torch, most)
-    settings = config.to_dict()
-    method = settings["quant_method"]  # an enumeration of strings
-    return LinearWeights(
-        linear, {**settings, "quant_method": str(getattr(method, "value", method))}
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
+    most = statistics.mode(sorted(checkpoint.tensors[name].dtype for name in linear))
+    compute = DTYPES[most] if compute_dtype is None else getattr(torch, compute_dtype)
+    config.bnb_4bit_compute_dtype = compute
+    return linear, json.loads(config.to_json_string(use_diff=False))
 
 
 def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -151,17 +129,6 @@ def _check_counts(config: Any) -> None:
 
 def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorInfo | str]:
     """Map parameter names to the tensor loaded into each, or to the pattern of several."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-    except ImportError:
-        raise CheckpointError(
-            f"transformers: expected version 5 or newer, got {transformers.__version__}"
-        ) from None
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -182,25 +149,15 @@ def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor
 
 
 def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     for name in skip:
-        try:
-            found = not all(should_convert_module(layer, [name]) for layer in layers)
-        except re.error:
-            found = False
-        if not found:
-            examples = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
-            raise CheckpointError(f"skip: no linear layer is called {name!r}; there are {examples}")
+        with contextlib.suppress(re.error):
+            if not all(should_convert_module(layer, [name]) for layer in layers):
+                continue
+        examples = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+        raise CheckpointError(f"skip: no linear layer is called {name!r}; there are {examples}")
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
     names = quantizer.get_modules_to_not_convert(
         model, list(skip), model._keep_in_fp32_modules, add_default_skips=True
     )
     return sorted(names)
-
-
-def _most_common_dtype(infos: list[TensorInfo]) -> str:
-    codes = [info.dtype for info in infos]
-    dtype = DTYPES[max(sorted(set(codes)), key=codes.count)]
-    return str(dtype).removeprefix("torch.")

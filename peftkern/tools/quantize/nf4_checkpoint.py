@@ -1,10 +1,9 @@
-"""Writer of NF4 checkpoints with bitsandbytes' keys, one tensor at a time.
+"""Writer of NF4 checkpoints with bitsandbytes' keys, one file at a time.
 
-The position of every byte follows from shapes alone (`nf4_layout`). Until all is done everything
-lies in a work folder inside of the destination, with a journal of one line, with a checksum, per
-written tensor. A stopped run, however it ended, resumes after the last line whose bytes are still
-there, and ends with the same files. At the end all is read back, then moved, config.json last:
-without that file nothing loads the folder.
+safetensors writes each file, which is read back and noted in a manifest with a digest of its
+content. Until all is done everything lies in a work folder inside of the destination. A stopped
+run, however it ended, resumes with the first file whose content is not that of the manifest, and
+ends with the same files.
 """
 
 from __future__ import annotations
@@ -15,50 +14,114 @@ import json
 import math
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from peftkern.formats.json_files import parse_json
-from peftkern.formats.nf4 import NESTED_BLOCKSIZE, NF4Weight
+from peftkern.formats.nf4 import BLOCKSIZES, STATE_BYTES, STATE_KEY, state_dict_bytes
 from peftkern.functional import dequantize_nf4, quantize_nf4
+from peftkern.tools.quantize import staging
 from peftkern.tools.quantize.checkpoint import (
-    CHUNK,
     CONFIG,
     INDEX,
+    READ_ERRORS,
     Checkpoint,
     CheckpointError,
     TensorInfo,
-    chunks_of,
-    read_tensor,
+    open_safetensors,
+    read_tensors,
 )
 from peftkern.tools.quantize.companions import find_companions
-from peftkern.tools.quantize.nf4_layout import Options, Shard, Sizes, Unit, plan_shards, sizes_of
-from peftkern.tools.quantize.staging import (
-    check_destination,
-    check_space,
-    copy_files,
-    publish,
-    replace_json,
-    replace_text,
-    work_folder,
-)
 
-_ERROR_CHUNK = 1 << 18  # minimum number of values per comparison with the source
+MANIFEST = "manifest.json"  # in the work folder: a Note of each finished file
+_WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantize_nf4 takes
+_METADATA = {"format": "pt"}
+_ERROR_CHUNK = 1 << 18  # number of values per comparison with the source
 Progress = Callable[[int, str], None]  # finished bytes of the source, and the tensor
 
 
 @dataclass(frozen=True)
-class Summary(Sizes):
-    """Summary of the output. An error is |w - w_nf4| / |w| (2-norms). copied, left: paths below the
-    source of the files beside its weights, `left` those that are not in the copy."""
+class Options:
+    """Options that decide the written bytes: a run resumes only with the same.
 
+    Args: blocksize, double_quant as for `peftkern.quantize_nf4`; shard_bytes, where a new file
+        begins (a larger tensor has one of its own); device that quantizes.
+    """
+
+    blocksize: int = 64
+    double_quant: bool = True
+    shard_bytes: int = 5 * 10**9
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.blocksize not in BLOCKSIZES:
+            raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {self.blocksize}")
+        if self.shard_bytes < 1:
+            raise CheckpointError(f"shard_bytes: expected at least 1, got {self.shard_bytes}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensor of the source; `nbytes` of it are written. transposed: None if it is kept as it is."""
+
+    info: TensorInfo
+    transposed: bool | None
+    nbytes: int
+
+    @property
+    def experts(self) -> bool:
+        """A kept weight of experts: transformers holds them in tensors of three dimensions, which
+        bitsandbytes does not quantize, even if the source has one tensor for each."""
+        shape, names = self.info.shape, self.info.name.split(".")
+        of_two = len(shape) == 2 and "experts" in names
+        return self.transposed is None and (len(shape) == 3 or of_two)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of some tensors; bytes are those of the tensors themselves."""
+
+    tensors: int
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+
+    @classmethod
+    def of(cls, units: Iterable[Unit]) -> Size:
+        sizes = [(1, math.prod(u.info.shape), u.info.nbytes, u.nbytes) for u in units]
+        return cls(*map(sum, zip((0, 0, 0, 0), *sizes, strict=True)))
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter."""
+        return 8 * self.bytes_after / max(self.parameters, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Files to write, by name, and their tensors; sizes of all and of some of these."""
+
+    files: dict[str, list[Unit]]
+    total: Size
+    quantized: Size
+    experts: Size
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Summary of the output. An error is |w - w_nf4| / |w| (2-norms). resumed: number of tensors
+    that an earlier run had written. copied, left: paths below the source of the files beside its
+    weights, `left` those that are not in the copy."""
+
+    plan: Plan
     resumed: int
     largest_error: float
     largest_error_name: str
@@ -66,23 +129,65 @@ class Summary(Sizes):
     left: tuple[str, ...]
 
 
+class Note(NamedTuple):
+    """Note on a finished file: its digest, the largest error of its weights, and whose it is."""
+
+    digest: str
+    error: float
+    name: str
+
+
+def plan_files(checkpoint: Checkpoint, linear: Mapping[str, bool], options: Options) -> Plan:
+    """Plan all files from shapes alone.
+
+    Raises: CheckpointError for a weight that is none.
+    """
+    for name in linear:
+        info = checkpoint.tensors.get(name)
+        if info is None or len(info.shape) != 2 or info.dtype not in _WEIGHT_DTYPES:
+            came = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(
+                f"{name}: expected a weight of two dimensions in one of {_WEIGHT_DTYPES}, "
+                f"got {came}"
+            )
+    how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
+    units = {
+        name: Unit(info, linear[name], state_dict_bytes(math.prod(info.shape), **how))
+        if name in linear
+        else Unit(info, None, info.nbytes)
+        for name, info in checkpoint.tensors.items()
+    }
+    split = split_state_dict_into_shards_factory(
+        units,
+        get_storage_size=attrgetter("nbytes"),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=options.shard_bytes,
+    )
+    return Plan(
+        {file: [units[n] for n in names] for file, names in split.filename_to_tensors.items()},
+        Size.of(units.values()),
+        Size.of(unit for unit in units.values() if unit.transposed is not None),
+        Size.of(unit for unit in units.values() if unit.experts),
+    )
+
+
 def quantize_checkpoint(
     checkpoint: Checkpoint,
     destination: str | os.PathLike,
     linear: Mapping[str, bool],
     quantization_config: Mapping[str, Any],
-    options: Options | None = None,
+    options: Options,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = lambda count, name: None,
 ) -> Summary:
     """Write `checkpoint` to the folder `destination` with its linear weights in NF4.
 
     The files beside the weights are copied, but for weights in other formats: `find_companions`.
 
-    Memory: about one tensor, as read and in 4 bits; what is kept is copied in pieces. Calling it
-    again after an interruption resumes; KeyboardInterrupt and OSError (a full disk) leave a state
-    that allows it, a CheckpointError leaves nothing.
+    Memory: about one file of the output and one tensor of the source. Calling it again after an
+    interruption resumes; KeyboardInterrupt and OSError (a full disk) leave a state that allows it,
+    a CheckpointError leaves nothing.
 
     Args:
         linear: names of the tensors to quantize, [N, K] float32, float16 or bfloat16; True for
@@ -93,37 +198,30 @@ def quantize_checkpoint(
         progress: called with (bytes of the source, tensor name) after each piece of work.
     Raises: CheckpointError for a request that cannot be met.
     """
-    options = options or Options()
     destination = Path(destination)
-    shards = plan_shards(checkpoint, linear, options)
+    plan = plan_files(checkpoint, linear, options)
     identity = _identity(checkpoint, linear, quantization_config, options)
     companions = find_companions(checkpoint)
-    check_destination(checkpoint.folder, destination, force, companions.copied)
-    weights = sum(len(shard.header) + shard.nbytes for shard in shards)
-    check_space(destination, weights + companions.nbytes)
+    staging.check_destination(checkpoint.folder, destination, force, companions.copied)
+    staging.check_space(destination, plan.total.bytes_after + companions.nbytes)
     created = not destination.exists()
-    with work_folder(destination, identity, force) as work:
+    with staging.work_folder(destination, identity, force) as work:
+        notes, resumed = _read_manifest(work), plan.total.tensors
         try:
-            journal = _Journal(work, shards)
-            resumed = len(journal.entries)
-            if not journal.complete:
-                _write(work, shards, journal, options, progress or (lambda count, name: None))
-                _read_back(work, shards, journal)
-                copy_files(checkpoint.folder, work, companions.copied)
-                _write_index(work, shards)
+            if not (work / staging.COMPLETE).exists():
+                resumed = _write(work, plan, notes, options, progress)
+                staging.copy_files(checkpoint.folder, work / staging.FILES, companions.copied)
                 config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
-                replace_json(work / CONFIG, config)
-                journal.finish()
+                staging.replace_json(work / staging.FILES / CONFIG, config)
         except CheckpointError:
             shutil.rmtree(work)
             with contextlib.suppress(OSError):
                 if created:
                     destination.rmdir()
             raise
-        publish(work, destination, [shard.name for shard in shards], companions.copied)
-    error, name = _largest_error(shards, journal)
-    more = (resumed, error, name, companions.copied, companions.left)
-    return Summary(*astuple(sizes_of(shards)), *more)
+        staging.publish(work, destination)
+    largest = max(((note.error, note.name) for note in notes.values()), default=(0.0, ""))
+    return Summary(plan, resumed, *largest, companions.copied, companions.left)
 
 
 def _identity(
@@ -133,14 +231,9 @@ def _identity(
     options: Options,
 ) -> dict[str, Any]:
     """Return what a run must have in common with the one that it resumes."""
-    files = []
-    for path in checkpoint.files:
-        status = path.stat()
-        files.append([path.name, status.st_size, status.st_mtime_ns])
-    tensors = [
-        (i.name, i.file.name, i.dtype, i.shape, i.start) for i in checkpoint.tensors.values()
-    ]
-    text = json.dumps([files, tensors, checkpoint.config])
+    states = [(path.name, path.stat()) for path in checkpoint.files]
+    files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    text = json.dumps([files, checkpoint.config])
     return {
         "source": hashlib.sha256(text.encode()).hexdigest(),
         **asdict(options),
@@ -149,231 +242,117 @@ def _identity(
     }
 
 
-class _Journal:
-    """Journal of the written units in order: a line of JSON each, with checksum and error.
-
-    Reading it checks the bytes of every unit against its line, up to the first that differs, as
-    after a power failure. A last line states that all was read back.
-    """
-
-    def __init__(self, work: Path, shards: tuple[Shard, ...]) -> None:
-        self.path = work / "journal"
-        lines = self._lines()
-        units = sum(len(shard.units) for shard in shards)
-        self.complete = lines[units:] == [{"complete": True}]
-        self.entries = lines[:-1] if self.complete else []
-        if not self.complete:
-            for entry, checksum in zip(lines, _checksums(work, shards), strict=False):
-                if checksum is None or entry.get("checksum") != checksum:
-                    break
-                self.entries.append(entry)
-            text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-            replace_text(self.path, text)
-
-    def _lines(self) -> list[dict[str, Any]]:
-        lines = []
-        with contextlib.suppress(FileNotFoundError, ValueError):  # a truncated line
-            for line in self.path.read_bytes().splitlines():
-                entry = parse_json(line)
-                if not isinstance(entry, dict) or not _is_entry(entry):
-                    break
-                lines.append(entry)
-        return lines
-
-    def add(self, checksum: int, error: float | None) -> None:
-        self.entries.append({"checksum": checksum, "error": error})
-        self._append(self.entries[-1])
-
-    def finish(self) -> None:
-        self._append({"complete": True})
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def _is_entry(entry: dict[str, Any]) -> bool:
-    if entry == {"complete": True}:
-        return True
-    error = entry.get("error")
-    return (
-        entry.keys() == {"checksum", "error"}
-        and isinstance(entry["checksum"], int)
-        and (error is None or (isinstance(error, float) and math.isfinite(error)))
-    )
-
-
-def _checksums(work: Path, shards: Iterable[Shard]) -> Iterator[int | None]:
-    """Yield the checksum of every unit on disk; None from the first impossible one on."""
-    for shard in shards:
-        try:
-            file = open(work / shard.name, "rb", buffering=0)  # noqa: SIM115
-        except FileNotFoundError:
-            yield None
-            return
-        with file:
-            if file.read(len(shard.header)) != shard.header:
-                yield None
-                return
-            for unit in shard.units:
-                yield _checksum(file, unit.nbytes)
-
-
-def _checksum(file: BinaryIO, nbytes: int) -> int | None:
-    checksum, left = 0, nbytes
-    while left:
-        chunk = file.read(min(left, CHUNK))
-        if not chunk:
-            return None
-        checksum = zlib.crc32(chunk, checksum)
-        left -= len(chunk)
-    return checksum
+def _read_manifest(work: Path) -> dict[str, Note]:
+    value = staging.try_json(work / MANIFEST)
+    notes = {}
+    for file, note in value.items() if isinstance(value, dict) else ():
+        match note:
+            case [str(), float(error), str()] if 0 <= error < 1:
+                notes[file] = Note(*note)
+    return notes
 
 
 def _write(
-    work: Path, shards: tuple[Shard, ...], journal: _Journal, options: Options, progress: Progress
-) -> None:
-    """Fill all files from the end of the journal on."""
-    number, done = 0, len(journal.entries)
-    units = [unit for shard in shards for unit in shard.units]
-    # One buffer for all weights: freed and taken again, they leave gaps in the process's heap.
-    memory = bytearray(max((unit.info.nbytes for unit in units if unit.quantized), default=0))
-    for shard in shards:
-        path = work / shard.name
-        if number + len(shard.units) <= done:
-            number += len(shard.units)
-            progress(sum(unit.info.nbytes for unit in shard.units), shard.name)
-            continue
-        with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file:
-            _write_all(file, shard.header)
-            for unit, start in shard.starts():
-                number += 1
-                if number <= done:
-                    progress(unit.info.nbytes, unit.info.name)
-                    continue
-                file.seek(start)
-                if unit.quantized:
-                    pieces, error = _quantized(unit, options, memory)
-                    checksum = _copy(pieces, file)
-                    progress(unit.info.nbytes, unit.info.name)
-                else:
-                    error, checksum = None, _copy(chunks_of(unit.info), file, progress, unit)
-                journal.add(checksum, error)
-            file.truncate(len(shard.header) + shard.nbytes)
-            os.fsync(file.fileno())
-
-
-def _copy(
-    pieces: Iterable[bytes],
-    file: BinaryIO,
-    progress: Progress | None = None,
-    unit: Unit | None = None,
+    work: Path, plan: Plan, notes: dict[str, Note], options: Options, progress: Progress
 ) -> int:
-    """Write the pieces; return their checksum."""
-    checksum = 0
-    for piece in pieces:
-        _write_all(file, piece)
-        checksum = zlib.crc32(piece, checksum)
-        if progress is not None:
-            progress(len(piece), unit.info.name)
-    return checksum
+    """Write all files and their index, and note them; return how many tensors were there."""
+    folder, resumed = work / staging.FILES, 0
+    folder.mkdir(exist_ok=True)
+    staging.clear_folder(folder, keep=plan.files)  # of what a stopped run had begun or copied
+    weight_map: dict[str, str] = {}
+    for name, units in plan.files.items():
+        path = folder / name
+        if name in notes and notes[name].digest == _digest_file(path):
+            resumed += len(units)
+            progress(sum(unit.info.nbytes for unit in units), name)
+        else:
+            path.unlink(missing_ok=True)
+            notes[name] = _write_file(path, units, options, progress)
+            staging.replace_json(work / MANIFEST, notes)
+        with open_safetensors(path) as file:
+            weight_map.update(dict.fromkeys(file.offset_keys(), name))
+    if len(plan.files) > 1:
+        metadata = {"total_size": plan.total.bytes_after}
+        staging.replace_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+    return resumed
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+def _write_file(path: Path, units: list[Unit], options: Options, progress: Progress) -> Note:
+    """Write one file, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    largest = (0.0, "")
+    sources = read_tensors(unit.info for unit in units)
+    for unit, tensor in zip(units, sources, strict=True):
+        name = unit.info.name
+        if unit.transposed is None:
+            tensors[name] = tensor
+        else:
+            state, error = _quantized(name, tensor, unit.transposed, options)
+            tensors |= state
+            largest = max(largest, (error, name))
+        progress(unit.info.nbytes, name)
+    temporary = path.with_name(path.name + ".new")
+    try:
+        save_file(tensors, temporary, metadata=_METADATA)
+    except SafetensorError as error:  # its own for those of the system
+        raise OSError(f"{path}: {error}") from error
+    staging.sync_file(temporary)
+    digest = _digest(_METADATA, sorted(tensors.items()))
+    if _digest_file(temporary) != digest:
+        raise OSError(f"{path}: what was written reads back differently: a faulty disk?")
+    os.replace(temporary, path)
+    return Note(digest, *largest)
 
 
-def _quantized(unit: Unit, options: Options, memory: bytearray) -> tuple[Iterator[bytes], float]:
-    """Return the bytes of a weight's parts, and its error."""
-    weight = read_tensor(unit.info, memory).to(options.device)
-    if unit.transposed:
+def _digest_file(path: Path) -> str | None:
+    """Return the digest of a file's content, None for a file that is damaged or missing."""
+    try:
+        with open_safetensors(path) as file:
+            names = sorted(file.keys())
+            return _digest(file.metadata(), ((name, file.get_tensor(name)) for name in names))
+    except READ_ERRORS:
+        return None
+
+
+def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256(str(metadata).encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _quantized(
+    name: str, weight: Tensor, transposed: bool, options: Options
+) -> tuple[dict[str, Tensor], float]:
+    """Return the tensors that a weight becomes, and its error."""
+    weight = weight.to(options.device)
+    if transposed:
         weight = weight.T.contiguous()
     nf4 = quantize_nf4(weight, blocksize=options.blocksize, double_quant=options.double_quant)
-    error = _relative_error(weight, nf4, unit.info)
-    state = nf4.state_dict(unit.info.name.removesuffix("weight"))
-    return (_bytes_of(state[name], nbytes) for name, _, _, nbytes in unit.parts), error
+    error = _relative_error(name, weight, dequantize_nf4(nf4))
+    state = nf4.state_dict(name.removesuffix("weight"))
+    key = f"{name}.{STATE_KEY}"  # JSON, in as many bytes for every weight: shapes tell the sizes
+    room = STATE_BYTES - len(state[key])
+    state[key] = torch.nn.functional.pad(state[key], (0, room), value=ord(" "))
+    return {key: tensor.cpu() for key, tensor in state.items()}, error
 
 
-def _bytes_of(tensor: Tensor, nbytes: int) -> bytes:
-    """Return a tensor's bytes, padded with spaces to `nbytes`: the JSON is shorter."""
-    data = bytearray(b" " * nbytes)
-    used = tensor.numel() * tensor.element_size()
-    if used:  # torch.frombuffer takes no empty buffer
-        flat = tensor.contiguous().view(-1).view(torch.uint8)
-        torch.frombuffer(data, dtype=torch.uint8, count=used).copy_(flat)
-    return data
-
-
-def _relative_error(weight: Tensor, nf4: NF4Weight, info: TensorInfo) -> float:
-    """Return |w - w_nf4| / |w|, by pieces that begin with a block (of absmax, too, if nested).
+def _relative_error(name: str, weight: Tensor, dense: Tensor) -> float:
+    """Return |w - w_nf4| / |w|, by pieces: float32 of all would be the largest of all tensors.
 
     Around 0.1; zeros alone have 1, so that more is a defect, not rounding.
     """
-    values = weight.view(-1)
-    span = nf4.blocksize * NESTED_BLOCKSIZE
-    step = -(-_ERROR_CHUNK // span) * span
     difference = norm = 0.0
-    for start in range(0, nf4.numel, step):
-        piece = values[start : start + step].float()
-        dense = dequantize_nf4(_piece(nf4, start, len(piece))).float()
-        difference += torch.linalg.vector_norm(piece - dense, dtype=torch.float64).item() ** 2
+    pieces = (tensor.view(-1).split(_ERROR_CHUNK) for tensor in (weight, dense))
+    for piece, approximation in zip(*pieces, strict=True):
+        piece = piece.float()
+        errors = piece - approximation.float()
+        difference += torch.linalg.vector_norm(errors, dtype=torch.float64).item() ** 2
         norm += torch.linalg.vector_norm(piece, dtype=torch.float64).item() ** 2
     if not math.isfinite(norm):
-        raise CheckpointError(f"{info.name}: holds NaN or infinity, which NF4 cannot hold")
+        raise CheckpointError(f"{name}: holds NaN or infinity, which NF4 cannot hold")
     error = math.sqrt(difference / norm) if norm else math.sqrt(difference)
     if not error < 1:
-        raise RuntimeError(f"{info.name}: quantized with a relative error of {error:.3g}")
+        raise RuntimeError(f"{name}: quantized with a relative error of {error:.3g}")
     return error
-
-
-def _piece(nf4: NF4Weight, start: int, length: int) -> NF4Weight:
-    """Slice values start .. start + length into a weight; start begins a nested block."""
-    first, blocks = start // nf4.blocksize, -(-length // nf4.blocksize)
-    nested = {}
-    if nf4.nested:
-        at = first // NESTED_BLOCKSIZE
-        nested = {
-            "nested_absmax": nf4.nested_absmax[at : at + -(-blocks // NESTED_BLOCKSIZE)],
-            "nested_code": nf4.nested_code,
-            "nested_offset": nf4.nested_offset,
-            "nested_blocksize": nf4.nested_blocksize,
-        }
-    packed = nf4.packed[start // 2 : (start + length + 1) // 2]
-    absmax = nf4.absmax[first : first + blocks]
-    return NF4Weight(packed, absmax, (length,), nf4.blocksize, nf4.dtype, **nested)
-
-
-def _read_back(work: Path, shards: tuple[Shard, ...], journal: _Journal) -> None:
-    """Compare the files on disk with the written checksums."""
-    written = [entry["checksum"] for entry in journal.entries]
-    if list(_checksums(work, shards)) != written:
-        raise OSError(f"{work.parent}: what was written reads back differently: a faulty disk?")
-    for shard in shards:
-        with safe_open(work / shard.name, framework="pt"):  # its reader accepts the header, too
-            pass
-
-
-def _write_index(work: Path, shards: tuple[Shard, ...]) -> None:
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
-            "weight_map": {
-                part[0]: shard.name
-                for shard in shards
-                for unit in shard.units
-                for part in unit.parts
-            },
-        }
-        replace_json(work / INDEX, index)
-
-
-def _largest_error(shards: tuple[Shard, ...], journal: _Journal) -> tuple[float, str]:
-    units = [unit for shard in shards for unit in shard.units]
-    errors = [
-        (entry["error"] or 0.0, unit.info.name)
-        for unit, entry in zip(units, journal.entries, strict=True)
-        if unit.quantized
-    ]
-    return max(errors, default=(0.0, ""))

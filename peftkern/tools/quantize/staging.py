@@ -1,7 +1,8 @@
 """Atomic, resumable output directory, filled in a work folder inside of it.
 
 The work folder belongs to one process and to one set of options; a run that resumes it must have
-the same. Complete output is moved, config.json last: without it nothing loads the folder.
+the same. Its `files` are the output to be; when they are complete they change their name and are
+moved, config.json last: without it nothing loads the folder.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from peftkern.formats.json_files import read_json
-from peftkern.tools.quantize.checkpoint import CONFIG, INDEX, CheckpointError
+from peftkern.tools.quantize.checkpoint import CONFIG, CheckpointError
 
 WORK = ".peftkern-quantize"
-_COPIES = "copies"  # below the work folder: the files that were copied, in their folders
-_SPARE_BYTES = 1 << 24  # for the journal and the index
+FILES = "files"  # in the work folder: the output, until
+COMPLETE = "complete"  # is its name
+_SPARE_BYTES = 1 << 24  # for headers, manifest and index
 
 
 def check_destination(source: Path, destination: Path, force: bool, copies: Iterable[str]) -> None:
@@ -38,7 +40,7 @@ def check_destination(source: Path, destination: Path, force: bool, copies: Iter
                 f"{destination}: expected a new or empty folder, it holds {held[0]!r} "
                 "(--force replaces the checkpoint in it)"
             )
-        config = _read_json(destination / CONFIG)
+        config = try_json(destination / CONFIG)
         if not isinstance(config, dict) or "model_type" not in config:
             raise CheckpointError(
                 f"{destination}: --force replaces a checkpoint, and this folder holds none"
@@ -68,42 +70,42 @@ def work_folder(destination: Path, identity: dict[str, Any], force: bool) -> Ite
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(f"{destination}: another process is writing to it") from None
-        other = _read_json(work / "run.json")
-        if other is not None and other != identity:
-            if not force:
+        other = try_json(work / "run.json")
+        if other != identity:
+            if other is not None and not force:
                 raise CheckpointError(
                     f"{destination}: holds an unfinished run with {_difference(other, identity)}; "
                     "repeat it as it was, or start over with --force"
                 )
-            for path in work.iterdir():
-                if path.name == "lock":
-                    continue
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+            clear_folder(work, keep=("lock",))
         replace_json(work / "run.json", identity)
         yield work
 
 
+def clear_folder(folder: Path, keep: Collection[str]) -> None:
+    """Remove all that lies in a folder, but for the names in `keep`."""
+    for path in folder.iterdir():
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _difference(other: Any, identity: dict[str, Any]) -> str:
-    if isinstance(other, dict):
-        for key, value in identity.items():
-            if other.get(key) != value:
-                if isinstance(value, (int, str)) and key != "source":
-                    return f"{key} {other.get(key)}, not {value}"
-                return f"another {key}"
-    return "other options"
+    other = other if isinstance(other, dict) else {}
+    key, value = next(item for item in identity.items() if other.get(item[0]) != item[1])
+    told = isinstance(value, (int, str)) and key != "source"
+    return f"{key} {other.get(key)}, not {value}" if told else f"another {key}"
 
 
 def check_space(destination: Path, needed: int) -> None:
     """Raise CheckpointError if that many bytes, less those already written, do not fit."""
     work = destination / WORK
     there = sum(path.lstat().st_size for path in work.rglob("*") if not path.is_dir())
-    parent = Path(os.path.realpath(destination))
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    path = Path(os.path.realpath(destination))
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     if needed + _SPARE_BYTES > there + free:
         needed = max(needed + _SPARE_BYTES - there, 0)
         raise CheckpointError(
@@ -111,38 +113,31 @@ def check_space(destination: Path, needed: int) -> None:
         )
 
 
-def copy_files(source: Path, work: Path, names: Iterable[str]) -> None:
-    """Copy files below `source` into the work folder; an earlier run's copies are removed."""
-    copies = work / _COPIES
-    if copies.exists():
-        shutil.rmtree(copies)
-    copies.mkdir()
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     for name in names:
-        (copies / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, copies / name)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
-def publish(work: Path, destination: Path, weights: list[str], copies: Iterable[str]) -> None:
-    """Move everything to its place, after removing the files of a checkpoint that was there."""
-    if (work / CONFIG).exists():  # else only the work folder is left to remove
+def publish(work: Path, destination: Path) -> None:
+    """Move the files to their places, after removing those of a checkpoint that was there."""
+    complete = work / COMPLETE
+    if not complete.exists():
         (destination / CONFIG).unlink(missing_ok=True)
-        new = {*weights, *copies, *([INDEX] if len(weights) > 1 else [])}
         for pattern in ("*.safetensors", "*.safetensors.index.json"):
             for path in destination.glob(pattern):
-                if path.name not in new:
-                    path.unlink()
-        moves = {work / name: name for name in weights}
-        for path in sorted((work / _COPIES).rglob("*")):
-            if path.is_file():
-                moves[path] = str(path.relative_to(work / _COPIES))
-        for path, name in {**moves, work / INDEX: INDEX, work / CONFIG: CONFIG}.items():
-            if path.exists():
-                (destination / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, destination / name)
+                path.unlink()
+        os.replace(work / FILES, complete)
+    for path in sorted(complete.rglob("*"), key=lambda path: path == complete / CONFIG):
+        if path.is_file():
+            target = destination / path.relative_to(complete)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copymode(work / "lock", path)  # safetensors writes for the owner alone
+            os.replace(path, target)
     shutil.rmtree(work)
 
 
-def _read_json(path: Path) -> Any:
+def try_json(path: Path) -> Any:
     """Return the file's content; None if there is no file."""
     try:
         return read_json(path)
@@ -154,14 +149,13 @@ def _read_json(path: Path) -> Any:
 
 def replace_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    replace_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write text atomically."""
     temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sync_file(temporary)
     os.replace(temporary, path)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,64 @@
+"""Crossovers on a CPU: sizes from which a kernel pays, by kind of CPU.
+
+dense: values of x and y together from which a patched dense layer is no slower than PEFT's own;
+    below, a call costs more than the copies it saves.
+dora: values of a dense weight from which the same holds of a layer with DoRA.
+
+What `peftkern tune` measured on this machine comes first, then the row of its kind of CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from peftkern.backends import trust
+from peftkern.backends.cpu import module as cpu
+from peftkern.backends.device import cpu_maker
+
+# By (maker, instruction set in use); bench/bench_lora_linear.py, bench/bench_dora.py, 2026-11.
+MEASURED = {("GenuineIntel", "amx_bf16"): {"dense": 1 << 19, "dora": 1 << 17}}
+# Everywhere else, AMD's Zen 4 among it. Counted, not measured: on both sides stand a call's time
+# in Python and a copy of x and y, so that the sizes measured above are the nearest guess.
+COUNTED = {"dense": 1 << 19, "dora": 1 << 17}
+
+_found: dict[str, int] = {}
+trust.on_reset(_found.clear)
+
+
+def crossover(name: str) -> int:
+    """Return a crossover in force on this machine; the ledger is read once."""
+    value = _found.get(name)
+    if value is None:
+        if torch.compiler.is_compiling():  # a graph reads no files; `patch` has read them
+            return COUNTED[name]
+        _found.update(effective()[0])
+        value = _found[name]
+    return value
+
+
+def effective() -> tuple[dict[str, int], str]:
+    """Return the crossovers of this machine, and their source in words."""
+    tuned = {}
+    if trust.mode() != "always":
+        tuned = trust.ledger(torch.device("cpu")).crossovers
+    missing = cpu.cpu_module()[1]
+    kind = (cpu_maker(), "none" if missing else cpu.cpu_isa())
+    source = "measured" if kind in MEASURED else "counted"
+    shipped = MEASURED.get(kind, COUNTED)
+    by_user = "; `peftkern tune` on this machine: " + ", ".join(sorted(tuned)) if tuned else ""
+    return shipped | tuned, f"{source} for {' '.join(kind)}{by_user}"
+
+
+@contextlib.contextmanager
+def use(**sizes: int) -> Iterator[None]:
+    """Put crossovers in force for the length of a `with` block."""
+    before = dict(_found)
+    _found.update(effective()[0] | sizes)
+    try:
+        yield
+    finally:
+        _found.clear()
+        _found.update(before)

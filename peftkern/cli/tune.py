@@ -1,0 +1,145 @@
+"""Command `peftkern tune`: layers tried against PEFT's own forward before a training meets them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from peftkern.tools.tune.job import Job
+    from peftkern.tools.tune.tune import Outcome
+
+BUSY = 1.2  # load over cores, of which this run is one
+
+
+def tune(
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="NxK of a weight, llama3-8b, qwen2.5-7b-q_proj, ...: as of `peftkern bench`",
+            show_default="llama3-8b, without --model",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a config.json or its folder: the decoder's linear layers")
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="with --model: all-linear, or names such as q_proj,v_proj")
+    ] = "all-linear",
+    base: Annotated[
+        str | None,
+        typer.Option(help="dense, nf4", show_default="both; nf4 if the model is in 4 bits"),
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(help="batch times sequence; a power of two is a class")
+    ] = "1,512,2048",
+    r: Annotated[str, typer.Option("--r", help="LoRA rank")] = "16",
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16, fp32", show_default="the model's, else bf16")
+    ] = None,
+    adapter_dtype: Annotated[str, typer.Option(help="fp32 (PEFT's default), bf16, fp16")] = "fp32",
+    autocast: Annotated[
+        bool, typer.Option("--autocast", help="as under Trainer(bf16=True)")
+    ] = False,
+    budget: Annotated[str, typer.Option(help="for the whole run: 60s, 5m")] = "60s",
+    limit: Annotated[
+        str, typer.Option(help="for one class, after which its process is killed")
+    ] = "60s",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N", show_default="cuda if there is one")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="measure what the cache knows, too")] = (
+        False
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Try layers against PEFT's own forward before a training meets them.
+
+    A patched layer does so by itself at its second call; this keeps the same verdicts in the same
+    cache ahead of time. Lists take commas. Cheap layers come first; what does not fit the budget is
+    listed. A child process does the work: one that hangs or crashes costs its class a demotion.
+    Ctrl-C keeps what is decided, and a second run goes on from there.
+
+    Example: peftkern tune --shape 4096x4096 --base nf4 --rows 512 --budget 5m
+    """
+    from peftkern.cli.frame import InputError, bad_input, present_device
+    from peftkern.tools.tune import job as jobs
+    from peftkern.tools.tune.tune import TuneError
+
+    with bad_input():
+        options = jobs.Options(
+            shape=shape,
+            model=model,
+            targets=targets,
+            base=base,
+            rows=rows,
+            r=r,
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            autocast=autocast,
+            budget=budget,
+            limit=limit,
+            again=again,
+        )
+        job = jobs.plan(options, str(present_device(device)))
+    try:
+        outcome = _run(job)
+    except TuneError as error:
+        raise InputError(str(error)) from error
+    if as_json:
+        print(json.dumps(outcome.as_dict(), indent=2))
+    else:
+        _print(outcome)
+    if outcome.stopped:
+        print("peftkern: stopped", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+def _run(job: Job) -> Outcome:
+    """Try everything under a bar, which standard error gets."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    from peftkern.tools.tune.tune import run
+
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    what = TextColumn("{task.description}", markup=False)
+    console = Console(stderr=True)
+    silent = not console.is_terminal
+    with Bar(*columns, what, console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task("starting", total=None)
+        return run(
+            job,
+            lambda done, of, title: bar.update(task, completed=done, total=of, description=title),
+        )
+
+
+def _print(outcome: Outcome) -> None:
+    from rich.console import Console
+
+    from peftkern.cli.frame import section, table
+
+    console = Console(highlight=False, markup=False)
+    shown = table("layer", "forward", "training", "served by", "")
+    for row in outcome.rows:
+        ratios = ["-" if x is None else f"{x:.2f}" for x in (row.forward, row.training)]
+        note = row.why if row.forward is None else "known before" if row.known else ""
+        style = None if row.side == "peftkern" else "yellow"
+        shown.add_row(row.title, *ratios, row.side, note, style=style)
+    section(console, "Time of ours over PEFT's, and who serves", shown)
+    for name, size in outcome.crossovers.items():
+        console.print(f"{name}: kernels pay from {size:,} values on (see `peftkern doctor`)")
+    for program, reason in outcome.demoted.items():
+        console.print(f"demoted: {program}: {reason}", style="bold red")
+    if outcome.not_reached:
+        console.print(f"\nNot reached within the budget ({len(outcome.not_reached)}):")
+        for title in outcome.not_reached:
+            console.print(f"  {title}")
+    if outcome.load > BUSY:
+        text = f"The machine was busy: load {outcome.load:.1f} times its cores. Ratios may be off;"
+        console.print(f"\n{text} --again measures them anew.", style="yellow")
+    console.print(f"\n{outcome.seconds:.0f} s; verdicts are in {outcome.folder}", soft_wrap=True)

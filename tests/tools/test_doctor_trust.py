@@ -1,0 +1,121 @@
+"""Trust in `peftkern doctor`: verdicts, demotions, the state of the cache, forgetting them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from peftkern.backends import trust
+from peftkern.cli import main
+from peftkern.tools.doctor import doctor, trusted
+
+CPU = torch.device("cpu")
+cli = importlib.import_module("peftkern.cli.doctor")  # whose name the command has in peftkern.cli
+RATIOS = {"forward": {"wall": 0.5}, "training": {"wall": 0.75}}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
+    trust.reset()
+    with trust.use_mode("auto"):
+        yield tmp_path / "cache" / "trust"
+    trust.reset()
+
+
+@pytest.fixture
+def ledger() -> trust.Ledger:
+    """Verdicts as trainings leave them."""
+    found = trust.ledger(CPU)
+    found.approve("op a on cpu")
+    found.approve("op b on cpu")
+    with pytest.warns(trust.Distrusted):
+        found.demote("op c on cpu", "wrong at call 10: y is off")
+    found.decide("class one", {"side": trust.OURS, "why": "", "ratios": RATIOS, "rows": 8})
+    slow = {"forward": {"wall": 1.5}}
+    found.decide("class two", {"side": trust.PEER, "why": "forward is slow", "ratios": slow})
+    found.decide("op a", {"side": "torch", "ratios": {"cuda": {"host": 2.0, "device": 3.0}}})
+    return found
+
+
+def shown(look: trusted.Trust) -> str:
+    console = Console(width=200, highlight=False, markup=False)
+    with console.capture() as told:
+        cli._print_trust(look, console)
+    return told.get()
+
+
+def test_verdicts_and_demotions_are_told(ledger, folder):
+    look = trusted.look([CPU])
+    (cpu,) = look.devices
+    assert (look.mode, look.folder, look.forgettable) == ("auto", str(folder), 1)
+    assert (cpu.right, cpu.state) == (2, None)
+    assert cpu.demoted == {"op c on cpu": "wrong at call 10: y is off"}
+    assert [(c.name, c.side, c.ratio) for c in cpu.classes] == [
+        ("class two", "PEFT", 1.5),
+        ("class one", "peftkern", 0.75),
+        ("op a", "torch", None),
+    ]
+    (finding,) = doctor.trust_findings(look)
+    assert not finding.wrong and "--forget" in finding.do
+    assert finding.what == "op c on cpu is demoted on cpu: wrong at call 10: y is off"
+    text = shown(look)
+    assert "2 right, 1 demoted; classes: 2 ours, 1 PEFT's" in " ".join(text.split())
+    assert ["class", "two", "PEFT", "1.50"] in [line.split() for line in text.splitlines()]
+
+
+def test_many_classes_are_the_worst_ones(ledger):
+    for number in range(20):
+        ratios = {"forward": {"wall": 2.0 + number}}
+        ledger.decide(f"many {number}", {"side": trust.PEER, "why": "slow", "ratios": ratios})
+    text = shown(trusted.look([CPU]))
+    assert "the worst 12; --json has 11 more" in text
+    assert "many 19" in text and "many 8" in text and "many 7 " not in text
+
+
+def test_damaged_and_read_only_caches_are_told(ledger, folder, monkeypatch):
+    ledger.path.write_text("{")
+    trust.reset()
+    look = trusted.look([CPU])
+    assert look.devices[0].state == "damaged: nothing in it counts" in shown(look)
+    (finding,) = doctor.trust_findings(look)
+    assert not finding.wrong and "damaged" in finding.what
+    ledger.path.unlink()
+    monkeypatch.setattr(os, "access", lambda *of: False)  # root may write anywhere
+    look = trusted.look([CPU])
+    (finding,) = doctor.trust_findings(look)
+    assert "read-only" in finding.what and "PEFTKERN_CACHE" in finding.do
+    assert "read-only" in shown(look)
+
+
+def test_nothing_measured_is_no_finding(folder):
+    look = trusted.look([CPU])
+    assert list(doctor.trust_findings(look)) == [] and look.forgettable == 0
+    assert "0 right, 0 demoted" in shown(look) and not folder.exists()
+    assert list(doctor.trust_findings(None)) == []
+
+
+def test_forget_says_what_it_removed(ledger, folder, capfd):
+    (folder / "cpu-0.first-launch-1-0").write_text("mark")
+    assert main(["doctor", "--forget", "--json"]) == 0
+    told = {"files": 1, "programs": 3, "classes": 3, "folder": str(folder)}
+    assert json.loads(capfd.readouterr().out) == told
+    assert list(folder.iterdir()) == [] and trust.ledger(CPU).programs == {}
+    assert main(["doctor", "--forget"]) == 0
+    said = "removed 0 files of verdicts on 0 programs and 0 classes from"
+    assert capfd.readouterr().out.startswith(said)
+
+
+def test_unknown_mode_is_wrong(monkeypatch):
+    def unknown() -> str:
+        raise ValueError("PEFTKERN_TRUST: expected one of ('auto',), got 'maybe'")
+
+    monkeypatch.setattr(trust, "mode", unknown)
+    (finding,) = (f for f in doctor._environment_findings() if "PEFTKERN_TRUST" in f.what)
+    assert finding.wrong and finding.do == "unset PEFTKERN_TRUST, or give it one of these"

@@ -1,0 +1,238 @@
+"""`peftkern tune`: real child processes that hang, crash and go on, on tiny layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from command_line import refused
+from paths import ROOT
+from peft_models import K, N, lora_net, make_linear4bit
+from plan_configs import LLAMA_CONFIG
+from tolerances import HANG_SECONDS
+from waiting import wait_until
+
+import peftkern
+from peftkern.backends import trust
+from peftkern.backends.cpu import crossovers
+from peftkern.cli import main
+from peftkern.integrations.peft import trial
+from peftkern.tools.bench.processes import WorkerGoneError
+from peftkern.tools.bench.shapes import parse_weights
+from peftkern.tools.tune import cases, job, tune
+from peftkern.tools.tune.cases import Case
+from peftkern.tools.tune.worker import Worker
+
+CPU = torch.device("cpu")
+CASE = Case("tiny", N, K, "nf4", 4, 5, "fp32")
+# Faults of a child: Python runs a sitecustomize of PYTHONPATH before anything else.
+FAULTS = """
+import os, signal, sys, time
+if "peftkern.tools.tune.worker" in sys.orig_argv:
+    from peftkern.backends.cpu import nf4_lora_linear as family
+    right = family.nf4_lora_linear_forward
+
+    def faulty(x, *args):
+        if x.shape[-1] == 128:
+            time.sleep(1e4)
+        if x.shape[-1] == 192:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return right(x, *args)
+
+    family.nf4_lora_linear_forward = faulty
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
+    trust.reset()
+    yield tmp_path / "cache" / "trust"
+    trust.reset()
+
+
+@pytest.fixture
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+
+
+def asked(*found: Case, sweeps: tuple = (), **options: float) -> job.Job:
+    times = {"budget": 1e4, "limit": HANG_SECONDS, **options}
+    return job.Job(list(found), list(sweeps), "cpu", **times)
+
+
+def kept(folder: Path) -> dict:
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())
+
+
+def test_verdicts_are_what_a_layer_asks_for_and_a_second_run_knows_them(folder):
+    sweep = replace(cases.sweeps("fp32", 4, "fp32")[0], sizes=(1 << 16, 1 << 18))
+    done = tune.run(asked(CASE, sweeps=(sweep,)))
+    assert (done.not_reached, done.demoted, done.stopped) == ([], {}, False)
+    row = next(row for row in done.rows if row.title == CASE.title)
+    assert row.forward > 0 and row.training > 0 and not row.known
+    assert row.side == (trust.OURS if max(row.forward, row.training) <= 1.02 else trust.PEER)
+    file = kept(folder)
+    assert file["classes"][row.name]["side"] == row.side
+    assert file["crossovers"] == done.crossovers
+    assert done.crossovers["dense"] in (1 << 16, 1 << 18, 1 << 19)
+    ops = {name.split()[0] for name in file["programs"]}
+    assert {"nf4_lora_linear_forward", "nf4_lora_linear_backward"} <= ops
+
+    model = lora_net(make_linear4bit())
+    with trust.use_mode("readonly"):
+        assert peftkern.patch(model).unmeasured == 0
+        peftkern.reset_stats()
+        model(torch.randn(CASE.rows, K))  # the first call is decided
+        assert trial.UNMEASURED not in {why for _, why in peftkern.stats().fallbacks}
+        assert crossovers.crossover("dense") == done.crossovers["dense"]
+
+    other = replace(CASE, rows=500)
+    more = tune.run(asked(CASE, other, sweeps=(sweep,), budget=1e-3))
+    assert [(row.title, row.known) for row in more.rows] == [(CASE.title, True)]
+    assert more.not_reached == [other.title] and more.crossovers == done.crossovers
+
+
+def test_what_hangs_or_crashes_is_demoted_and_the_rest_goes_on(folder, faults):
+    hangs, crashes = (replace(CASE, label=str(k), K=k) for k in (128, 192))
+    done = tune.run(asked(hangs, crashes, CASE, limit=30.0))
+    assert [row.title for row in done.rows] == [hangs.title, crashes.title, CASE.title]
+    assert all(row.forward > 0 for row in done.rows) and done.not_reached == []
+    assert set(done.demoted.values()) == {"an earlier process ended during its first launch"}
+    assert len(done.demoted) == 2
+    assert all(name.startswith("nf4_lora_linear_forward on cpu") for name in done.demoted)
+    assert kept(folder)["programs"].items() >= done.demoted.items()
+    assert not [path for path in folder.iterdir() if "first-launch" in path.name]
+
+
+class Child:
+    """A process that ends at every trial of the case "ends"."""
+
+    sent: ClassVar[list[str]] = []
+    known: ClassVar[dict] = {"class of tiny": {"side": trust.OURS, "ratios": {}}}
+
+    def __init__(self, name: str, module: str) -> None:
+        pass
+
+    def ask(self, deadline: float, doing: str, do: str, **arguments: object) -> dict:
+        label = arguments["case"]["label"] if "case" in arguments else ""
+        self.sent.append(f"{do} {label}".strip())
+        if do == "start":
+            names = [f"class of {case['label']}" for case in arguments["cases"]]
+            return {"names": names, "known": self.known, "crossovers": {}}
+        if do == "measure" and label == "ends":
+            raise WorkerGoneError("killed by SIGSEGV")
+        verdict = {"class": f"class of {label}", "side": trust.PEER, "ratios": {}}
+        return {} if do == "demoted" else verdict | {"why": str(arguments.get("why", ""))}
+
+    def stop(self) -> None:
+        self.sent.append("stop")
+
+
+def test_layer_that_is_peft_s_in_any_case_says_why(monkeypatch):
+    monkeypatch.setattr(trust, "_forced", "auto")
+    case = Case("mixed", N, K, "dense", 4, 8, "fp32", "bf16")
+    answer = Worker("cpu").measure(asdict(case), again=False, small=True)
+    assert answer["side"] == trust.PEER and "ratios" not in answer
+    assert answer["why"] == "adapter is torch.bfloat16, its input torch.float32"
+    small = Worker("cpu").measure(asdict(replace(case, adapter_dtype="fp32")), False, False)
+    assert small["why"].startswith("small dense product")
+
+
+def test_class_that_ends_two_processes_is_peft_s(monkeypatch):
+    monkeypatch.setattr(tune, "Process", Child)
+    ends = replace(CASE, label="ends")
+    done = tune.run(asked(ends, CASE))
+    assert [(row.title, row.side, row.known) for row in done.rows] == [
+        (CASE.title, trust.OURS, True),
+        (ends.title, trust.PEER, False),
+    ]
+    assert done.rows[1].why == "its trial ended the process (killed by SIGSEGV)"
+    one = ["start", "measure ends", "stop"]
+    assert Child.sent == [*one, *one, "start", "give_up ends", "demoted", "stop"]
+    Child.sent.clear()
+    (again,) = tune.run(asked(CASE, again=True)).rows
+    assert Child.sent == ["start", "measure tiny", "demoted", "stop"] and not again.known
+
+
+def test_ctrl_c_leaves_what_is_decided(folder, faults):
+    command = [sys.executable, "-m", "peftkern", "tune", "--base", "nf4", "--dtype", "fp32"]
+    command += ["--shape", "64x64,96x128", "--rows", "4", "--r", "4", "--limit", "1h"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: any("first-launch" in path.name for path in folder.glob("*-launch-*")))
+    wait_until(lambda: list(folder.glob("*.json")) and kept(folder)["classes"])
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 130 and error.endswith("peftkern: stopped\n")
+    assert "Not reached within the budget (1):\n  96x128 nf4" in out
+    (name,) = kept(folder)["classes"]
+    assert " 64x64 " in name
+
+
+def test_classes_are_distinct_and_cheap_ones_first():
+    shapes = parse_weights("--shape", "llama3-8b,64x32,64x32")
+    found = cases.ordered(shapes, cases.BASES, [16], [1, 300, 511, 600], ["bf16"], "fp32", False)
+    assert len(found) == len(shapes) * 2 * 3 and found[0].label == "64x32"
+    assert {case.rows for case in found} == {1, 511, 600}
+    assert [case.cost for case in found] == sorted(case.cost for case in found)
+
+
+def test_layers_of_a_model_are_read_from_its_config(tmp_path):
+    config = {**LLAMA_CONFIG, "num_key_value_heads": 2, "torch_dtype": "float16"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    shapes, dtype, four_bit = cases.model_shapes(str(path), "all-linear")
+    assert [(shape.N, shape.K) for shape in shapes] == [(64, 64), (32, 64), (96, 64), (64, 96)]
+    assert (dtype, four_bit) == ("fp16", False)
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps({**config, "quantization_config": nf4}))
+    (shape,), _, four_bit = cases.model_shapes(str(tmp_path), "k_proj,v_proj")
+    assert (shape.name, four_bit) == ("k_proj 32x64", True)
+    path.write_text(json.dumps({"model_type": "gpt2", "n_embd": 48, "n_layer": 1, "n_head": 2}))
+    shapes, dtype, _ = cases.model_shapes(str(path), "c_attn")  # of Conv1D
+    assert [(shape.N, shape.K) for shape in shapes] == [(144, 48)] and dtype in cases.DTYPES
+
+
+def test_bad_options_are_one_line(capfd, tmp_path, monkeypatch):
+    for complaint, *options in (
+        ("--shape: '64' is not one of llama2-7b", "--shape", "64"),
+        ("--shape: '0x4' is not one of", "--shape", "0x4"),
+        ("--base: 'fp4' is not one of dense, nf4", "--base", "fp4"),
+        ("--model: it has shapes of its own", "--shape", "4x4", "--model", tmp_path),
+        ("expected a config.json, or the folder of one", "--model", tmp_path),
+        ("--limit: 'soon'", "--limit", "soon"),
+    ):
+        refused(capfd, complaint, "tune", *options)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    complaint = "no linear layers of the names 'w1'"
+    refused(capfd, complaint, "tune", "--model", tmp_path, "--targets", "w1")
+    (tmp_path / "cache").write_text("")
+    refused(capfd, "set PEFTKERN_CACHE to another", "tune", "--shape", "4x4")
+    with trust.use_mode("readonly"):
+        refused(capfd, "no verdict would be kept", "tune", "--shape", "4x4")
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
+    refused(capfd, "a back end that is forced takes part in no contest", "tune")
+
+
+def test_outcome_is_a_table_or_json(capfd, monkeypatch):
+    right = tune.Row("a", "class a", trust.OURS, "", 0.5, 0.75, False)
+    slow = tune.Row("b", "class b", trust.PEER, "small dense product", None, None, False)
+    outcome = tune.Outcome([right, slow], {"dense": 65536}, {"p": "wrong"}, ["c"], False, "/f", 2.0)
+    monkeypatch.setattr(tune, "run", lambda job, progress: outcome)
+    assert main(["tune", "--shape", "4x4", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == outcome.as_dict()
+    assert main(["tune", "--shape", "4x4"]) == 0
+    out = capfd.readouterr().out
+    assert ["a", "0.50", "0.75", "peftkern"] in [line.split() for line in out.splitlines()]
+    assert "dense: kernels pay from 65,536 values on" in out and "demoted: p: wrong" in out
