@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from linear_cases import (
     ours,
     with_gradients,
 )
+from processes import run_code
 from tolerances import HANG_SECONDS
 
 import peftkern
@@ -243,8 +242,7 @@ def test_fork_before_first_use():
         "    os._exit(int(packed[0]) != 0x77)\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], timeout=HANG_SECONDS, check=False)
-    assert done.returncode == 0
+    run_code(code)
 
 
 def test_fork_after_use():

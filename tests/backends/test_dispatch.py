@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -93,13 +93,8 @@ def test_backward_obeys_the_block_around_it(w):
 
 
 def test_use_backend_belongs_to_its_thread(w):
-    def other():
-        peftkern.nf4_linear(torch.zeros(2, 40), w)
-
-    with peftkern.use_backend("reference"):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
+    with peftkern.use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        pool.submit(peftkern.nf4_linear, torch.zeros(2, 40), w).result()
     assert peftkern.stats().calls == {("nf4_lora_linear_forward", "cpu"): 1}
 
 
@@ -189,15 +184,12 @@ def test_stats_is_a_snapshot_and_counts_exactly_under_threads(w):
     empty = peftkern.stats()
     x = torch.zeros(1, 40)
 
-    def many():
+    def many(_: int) -> None:
         for _ in range(200):
             peftkern.nf4_linear(x, w)
 
-    threads = [threading.Thread(target=many) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(many, range(8)))
     assert empty.calls == {}
     assert peftkern.stats().calls == {("nf4_lora_linear_forward", "cpu"): 1600}
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from linear_cases import KINDS
-from op_cases import LAYERS, K, Layer, op_cases, run
+from op_cases import LAYERS, Checkpointed, K, Layer, op_cases, run
 from tolerances import DORA_RMS_RATIO, FLOOR_RMS, errors
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 import peftkern
 from peftkern.backends import ops
@@ -60,11 +59,11 @@ LONG = pytest.mark.long  # what inductor does, too
 @pytest.mark.parametrize(
     ("kind", "engine"),
     [
-        *product(["lora_linear", "nf4_lora_linear", "nf4_dora_linear"], ["inductor"]),
-        *product(["dora_linear", "rosa_linear", "nf4_rosa_linear"], ["aot_eager"]),
-        *(pytest.param(*case, marks=LONG) for case in product(KINDS, ["eager", "aot_eager"])),
-        pytest.param("nf4_dora_linear", "aot_eager", marks=LONG),
-        pytest.param("dora_linear", "inductor", marks=LONG),
+        *product(["nf4_lora_linear", "nf4_dora_linear"], ["inductor"]),
+        *product(["lora_linear", "dora_linear", "rosa_linear", "nf4_rosa_linear"], ["aot_eager"]),
+        *(pytest.param(kind, "eager", marks=LONG) for kind in KINDS),
+        *(pytest.param(f"nf4_{name}_linear", "aot_eager", marks=LONG) for name in ("lora", "dora")),
+        *(pytest.param(f"{name}_linear", "inductor", marks=LONG) for name in ("lora", "dora")),
     ],
 )
 def test_compile_fullgraph_training(kind: str, engine: str) -> None:
@@ -144,15 +143,7 @@ def test_checkpoint_replays_dropout(any_kind: str, reentrant: bool) -> None:
     layer, x = Layer(any_kind, dropout_p=0.4), torch.randn(5, K)
     wanted = run(layer, x)
 
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = layer
-
-        def forward(self, x):
-            return checkpoint(self.inner, x, use_reentrant=reentrant)
-
-    assert_same(run(Checkpointed(), x), wanted)
+    assert_same(run(Checkpointed(layer, reentrant), x), wanted)
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,8 @@ import torch
 from grids import thinned
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import DETERMINISM_RUNS, GRADCHECK, assert_as_accurate_as_torch
+from nf4_weights import assert_same_bits, assert_same_every_time
+from tolerances import GRADCHECK, assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
@@ -51,8 +52,7 @@ def test_importance_against_float64(every_backend: str, layers, dtype: torch.dty
         eager = importance(params, all_grads, F32)
         wide = [[g.double() for g in grads] for grads in all_grads]
         oracle = importance([p.double() for p in params], wide, F64)
-    for g, e, o in zip(got, eager, oracle, strict=True):
-        assert_as_accurate_as_torch(g, e, o)
+    assert_as_accurate_as_torch(got, eager, oracle)
     assert torch.equal(got[0], eager[0]) and torch.equal(got[1], eager[1])  # bit for bit
 
 
@@ -65,8 +65,7 @@ def test_importance_misaligned_strided_and_absent_gradients(every_backend: str) 
     dense = [torch.zeros(r, 1), grads[1].contiguous(), grads[2].contiguous()]
     got = importance(params, [grads], F32)
     wanted = importance([p.clone() for p in params], [dense], F32)
-    for g, w in zip(got, wanted, strict=True):
-        assert torch.equal(g, w)
+    assert_same_bits(got, wanted)
 
 
 def test_importance_does_not_depend_on_threads(every_backend: str) -> None:
@@ -87,12 +86,9 @@ def test_importance_does_not_depend_on_threads(every_backend: str) -> None:
 def test_importance_and_loss_are_deterministic(backend: str) -> None:
     params = make_params([(12, 1024, 1024), (5, 77, 99)])
     grads = [torch.randn_like(p) for p in params]
-    first = importance(params, [grads], F32)
-    loss = orthogonality_loss(params[1::3], params[2::3])
-    for _ in range(DETERMINISM_RUNS):
-        again = importance(params, [grads], F32)
-        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
-        assert torch.equal(orthogonality_loss(params[1::3], params[2::3]), loss)
+    assert_same_every_time(
+        lambda: (*importance(params, [grads], F32), orthogonality_loss(params[1::3], params[2::3]))
+    )
 
 
 def test_importance_nan_stays_with_its_triplet(every_backend: str) -> None:
@@ -248,8 +244,7 @@ def test_orthogonality_against_peft_in_float64(every_backend: str, layers, squar
     got = loss_and_gradients(orthogonality_loss, pairs, squared=squared)
     eager = loss_and_gradients(peft_orthogonality, pairs, squared=squared)
     oracle = loss_and_gradients(peft_orthogonality, [p.double() for p in pairs], squared=squared)
-    for g, e, o in zip(got, eager, oracle, strict=True):
-        assert_as_accurate_as_torch(g, e, o)
+    assert_as_accurate_as_torch(got, eager, oracle)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])

@@ -137,8 +137,7 @@ def test_float64_equals_the_formula_and_its_gradients(dropout_p, recompute):
     options = {"dropout_p": dropout_p}
     wanted = with_gradients(peft_formula, leaves, weight, dy, **options)
     got = with_gradients(dora_linear, leaves, weight, dy, **options, recompute=recompute)
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
     def function(x, bias, magnitude):
         torch.manual_seed(1)
@@ -179,8 +178,7 @@ def test_equals_peft_in_float64(dropout, bias):
         else:
             y = layer(leaf)
         results.append([y, *torch.autograd.grad(y, [leaf, A, B, magnitude], dy)])
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
 
 
 # ---- the norm
@@ -253,8 +251,7 @@ def test_zero_magnitude_has_the_right_gradient(backend, dropout_p, recompute):
     eager = with_gradients(peft_formula, leaves, weight, dy, **given)
     oracle = with_gradients(peft_formula, double(leaves), weight.double(), dy.double(), **given)
     assert (got["dmagnitude"][::3] != 0).all()
-    for name in got:
-        assert_as_accurate_as_torch(got[name], eager[name], oracle[name])
+    assert_as_accurate_as_torch(got, eager, oracle)
 
 
 def test_zero_rows_are_nan_as_in_peft(backend):
@@ -332,8 +329,7 @@ def test_output_may_be_written_to(backend, dropout_p, with_bias):
             (y.sum() if factor is None else y.mul_(factor).sum() / factor).backward()
             grads.append([given[name].grad for name in ("x", "A", "B", "magnitude")])
     for other in grads[1:]:
-        for got, wanted in zip(other, grads[0], strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other, grads[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])

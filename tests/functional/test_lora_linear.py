@@ -4,8 +4,6 @@ layouts, memory, errors."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -34,7 +32,8 @@ from linear_cases import (
     with_gradients,
 )
 from nf4_weights import assert_same_every_time
-from paths import GOLDEN, ROOT
+from paths import GOLDEN
+from processes import run_code
 from safetensors import safe_open
 from tolerances import GOLDEN_RTOL, GRADCHECK, assert_as_accurate_as_torch
 from torch import Tensor
@@ -113,8 +112,7 @@ def test_nf4_linear(backend, dtype, bias):
     y.backward(o.dy)
     eager, oracle = with_gradients(plain, peft_formula), with_gradients(plain.to(F64), peft_formula)
     got = {"y": y.detach(), "dx": leaf.grad} | ({"dbias": leaf_bias.grad} if bias else {})
-    for name in got:
-        assert_as_accurate_as_torch(got[name], eager[name], oracle[name])
+    assert_as_accurate_as_torch(got, eager, oracle)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4, 1.0])
@@ -160,8 +158,7 @@ def test_scaling_tensor_equals_number(backend, kind):
     wanted = with_gradients(o, ours)
     got = with_gradients(replace(o, scaling=torch.tensor(o.scaling)), ours)
     oracle = with_gradients(o.to(F64), peft_formula)
-    for name in got:
-        assert_as_accurate_as_torch(got[name], wanted[name], oracle[name])
+    assert_as_accurate_as_torch(got, wanted, oracle)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -337,10 +334,8 @@ def test_no_dense_copy_of_the_weight():
     What a step adds to the highest peak so far, in each dtype: one before it raised that by less
     than a dense copy, which would show all the same.
     """
-    command = [sys.executable, "-c", PEAK_SCRIPT, "bfloat16", "float16", "float32"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert answer.returncode == 0, answer.stderr
-    added = [int(line) for line in answer.stdout.splitlines()]
+    said = run_code(PEAK_SCRIPT, "bfloat16", "float16", "float32")
+    added = [int(line) for line in said.splitlines()]
     assert len(added) == 3 and max(added) < PEAK_STEP_KILOBYTES
 
 

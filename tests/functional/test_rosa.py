@@ -11,17 +11,16 @@ from linear_cases import BF16, F16, F32, F64
 from rosa_cases import (
     SHAPES,
     assert_exact,
+    check_function,
     check_products,
+    check_wide_columns,
     formula,
+    operands,
+    products_of_layout,
     random_mask,
     whole_numbers,
 )
-from tolerances import (
-    DETERMINISM_RUNS,
-    GRADCHECK,
-    assert_as_accurate_as_torch,
-)
-from torch import Tensor
+from tolerances import DETERMINISM_RUNS, GRADCHECK
 
 import peftkern
 from peftkern.backends import ops
@@ -52,34 +51,12 @@ def test_products_of_any_shape(T, N, K, share, index):
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_columns_beyond_sixteen_bits(index, every_backend):
-    K = 70_001
-    columns = torch.tensor([0, 32_767, 32_768, 65_535, 65_536, 70_000], dtype=index)
-    mask = SparseMask.from_indices(torch.zeros_like(columns), columns, (1, K), index)
-    x, y = torch.randn(3, K), torch.zeros(3, 1)
-    ops.rosa_spmm_(y, x, torch.ones(6), mask.crow, mask.col, None)
-    torch.testing.assert_close(y[:, 0], x[:, columns.long()].sum(1))
-    got = ops.rosa_sddmm(torch.ones(3, 1), x, mask.crow, mask.col)
-    torch.testing.assert_close(got, x[:, columns.long()].sum(0))
+    check_wide_columns(index)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "3-d", "sliced"])
 def test_products_of_any_layout(layout, every_backend):
-    mask, values = random_mask((24, 40), 60), torch.randn(60)
-    x, y = torch.randn(6, 40), torch.randn(6, 24)
-    if layout == "transposed":
-        x, y = x.T.contiguous().T, y.T.contiguous().T
-    elif layout == "expanded":
-        x = x[:1].expand(6, 40)
-    elif layout == "3-d":
-        x, y = x.view(2, 3, 40), y.view(2, 3, 24)
-    else:
-        y = torch.randn(6, 48)[:, ::2]
-    S = mask.to_dense(values)
-    wanted = y + x @ S.T
-    slope = (y.reshape(6, 24).T @ x.reshape(6, 40)).view(-1)[mask.flat()]
-    torch.testing.assert_close(ops.rosa_sddmm(y, x, mask.crow, mask.col), slope)
-    ops.rosa_spmm_(y, x, values, mask.crow, mask.col, None)
-    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(*products_of_layout(layout, 6))
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
@@ -190,43 +167,9 @@ def test_compressed_rows_are_checked(crow, col, says):
 # ---- the function
 
 
-def operands(T: int, N: int, K: int, nnz: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    x, weight, bias = torch.randn(T, K), torch.randn(N, K) / K**0.5, torch.randn(N)
-    return {
-        "x": x.to(dtype),
-        "weight": weight.to(dtype),
-        "A": torch.randn(4, K) / K**0.5,
-        "B": torch.randn(N, 4) / 2,
-        "values": torch.randn(nnz) / 4,
-        "bias": bias.to(dtype),
-    }
-
-
-def with_gradients(function, o: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
-    leaves = {k: v.detach().clone().requires_grad_(k != "weight") for k, v in o.items()}
-    y = function(*leaves.values())
-    y.backward(dy.to(y.dtype))
-    return [y.detach(), *(leaf.grad for k, leaf in leaves.items() if k != "weight")]
-
-
 @pytest.mark.parametrize(("dtype", "nf4"), thinned([F32, BF16, F16], [False, True], diagonals=2))
 def test_function_and_gradients_are_as_accurate_as_torch(dtype, nf4, every_backend):
-    T, N, K, nnz = 40, 48, 64, 150
-    o, mask, dy = operands(T, N, K, nnz, dtype), random_mask((N, K), nnz), torch.randn(T, N)
-    w = peftkern.quantize_nf4(o["weight"]) if nf4 else None
-    if nf4:
-        o["weight"] = peftkern.dequantize_nf4(w)
-
-    def ours(x, weight, A, B, values, bias):
-        weight = w if nf4 else weight
-        return rosa_linear(x, weight, A, B, values, mask, scaling=1.5, bias=bias)
-
-    got = with_gradients(ours, o, dy.to(dtype))
-    plain = lambda *leaves: formula(*leaves, mask, 1.5)  # noqa: E731
-    eager = with_gradients(plain, o, dy.to(dtype))
-    oracle = with_gradients(plain, {k: v.double() for k, v in o.items()}, dy.to(dtype).double())
-    for a, b, c in zip(got, eager, oracle, strict=True):
-        assert_as_accurate_as_torch(a, b, c)
+    assert check_function(dtype, nf4) <= {"reference", "cpu"}
 
 
 @pytest.mark.parametrize("nf4", [False, True])

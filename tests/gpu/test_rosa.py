@@ -121,8 +121,7 @@ def test_other_stream():
     wanted = products(x, y, values, mask)
     late = torch.zeros_like(x)
     got = on_a_busy_stream(lambda: products(late, y, values, mask), [late], [x])
-    for a, b in zip(got, wanted, strict=True):
-        assert_same_bits(a, b)
+    assert_same_bits(got, wanted)
 
 
 # The layer
@@ -170,8 +169,7 @@ def test_layer_and_gradients(T, nf4):
         got = step(layer, x, dy)
     assert {backend for _, backend in peftkern.stats().calls} == {"triton"}
     oracle = torchs(layer, x.detach().double(), dy, weight)
-    for results in zip(got, torchs(layer, x, dy, weight), oracle, strict=True):
-        assert_as_accurate_as_torch(*results)
+    assert_as_accurate_as_torch(got, torchs(layer, x, dy, weight), oracle)
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -187,8 +185,7 @@ def test_graph_replays_what_eager_computes(T, nf4):
         x.copy_(torch.randn_like(x))
         layer.values.mul_(2)
     graph.replay()
-    for got, wanted in zip(results, step(layer, x, dy), strict=True):
-        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(results, step(layer, x, dy))
     assert {op for op, _ in peftkern.stats().calls} >= {"rosa_sddmm", "rosa_spmm_"}
     assert {backend for _, backend in peftkern.stats().calls} == {"triton"}
 
@@ -206,8 +203,7 @@ def test_compile_fullgraph(mode):
         y = compiled(x)
         trained = (layer.lora_A, layer.lora_B, layer.values)
         got = [y.detach().clone(), *torch.autograd.grad(y, (x, *trained), dy)]
-        for a, b in zip(got, wanted, strict=True):
-            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(got, wanted)
 
 
 def test_more_than_2_to_31_values():

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import suite
 import torch
-from paths import ROOT
+from paths import EXAMPLES, ROOT
+from processes import run_python, run_python_over, without
 from scripts import run_here
-from site_packages import python, without
-from tolerances import HANG_SECONDS
 
 from peftkern.tools.bench import timer
 
@@ -25,22 +24,8 @@ TINY_BENCH = ["--n", "128", "--k", "128", "--seconds", "0", "--rotate-mb", "1", 
 FP32_CURVES = 1e-5  # relative; float32 rounding over a handful of steps
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """As a user: without what conftest sets for the tests alone, Triton's interpreter."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        env={**kept, "PYTHONPATH": path, "COLUMNS": "120"},
-        cwd=ROOT,
-    )
-
-
-def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return run("examples/qlora_finetune.py", *arguments)
+run = functools.partial(run_python, COLUMNS="120")
+demo = functools.partial(run, "examples/qlora_finetune.py")
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +46,27 @@ def local_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_demo_compares_both_runs(tmp_path: Path) -> None:
-    """Dropout is on: the curves agree only if both runs draw the same masks."""
-    out = tmp_path / "demo.json"
-    done = demo(*TINY, "--steps", "8", "--dropout", "0.3", "--json", str(out))
-    assert done.returncode == 0, done.stderr
-    assert "7 patched" in done.stdout
-    assert "The loss curves agree" in done.stdout
-    assert "Speed-up of the whole training step" in done.stdout
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder that the bench of the demo wrote to, and what the demo said.
 
-    record = json.loads(out.read_text())
+    Dropout is on: the curves agree only if both runs draw the same masks.
+    """
+    folder = tmp_path_factory.mktemp("results")
+    options = [*TINY, "--steps", "8", "--dropout", "0.3", "--out", str(folder)]
+    done = run("bench/bench_demo.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_demo_compares_both_runs(results: tuple[Path, str]) -> None:
+    folder, said = results
+    assert "7 patched" in said
+    assert "The loss curves agree" in said
+    assert "Speed-up of the whole training step" in said
+
+    (path,) = folder.glob("*/demo.json")
+    record = json.loads(path.read_text())
     runs, summary = record["runs"], record["summary"]
     assert record["options"]["steps"] == summary["steps"] == 8
     for run in runs.values():
@@ -120,30 +116,46 @@ def test_demo_refuses_bad_options_in_one_line(arguments: list[str], says: str) -
     assert says in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.fixture
+def finetune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The demo as a module."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("qlora_finetune")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ([*TINY, "--text", "{tmp}/text"], "the text has only 16 tokens"),
-        pytest.param(
-            *([*TINY, "--text", "{tmp}/none"], "the text has only 0 tokens"), marks=pytest.mark.long
-        ),
+        ([*TINY, "--text", "{tmp}/none"], "the text has only 0 tokens"),
         (["--model", "{tmp}"], "--model {tmp}: "),
         (["--model", "{model}", "--seq", "65"], "--seq 65: the model takes at most 64 positions"),
     ],
 )
-def test_demo_refuses_bad_contents_in_one_line(arguments, says, local_model, tmp_path) -> None:
+def test_demo_refuses_bad_contents(arguments, says, finetune, local_model, tmp_path) -> None:
+    """In the process of a run; how the demo passes it on, the next test has."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "text").write_bytes(b"0123456789abcdef")
     (tmp_path / "none").touch()
-    done = demo(*(word.format(tmp=tmp_path, model=local_model) for word in arguments))
-    assert done.returncode == 2, done.stderr
-    assert says.format(tmp=tmp_path) in done.stderr and done.stderr.count("\n") == 1
+    places = {"tmp": tmp_path, "model": local_model}
+    options = finetune.parse_options([word.format(**places) for word in arguments])
+    options.run = "peft"
+    with pytest.raises(finetune.InputError) as caught:
+        importlib.import_module("qlora_training").Training(options)
+    assert says.format(tmp=tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_demo_refuses_what_a_run_refuses_in_one_line(finetune, monkeypatch, capsys) -> None:
+    """The one reason that a run finds before it has imported PEFT."""
+    monkeypatch.setattr(finetune, "read_text", lambda path: b"")  # the demo would find it first
+    assert finetune.main(["--text", "no/such/file"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("no/such/file: No such file or directory\n") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("late", [4.0, math.nan, math.inf])
-def test_demo_notices_curves_that_part(late: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    compare = importlib.import_module("qlora_finetune").compare
+def test_demo_notices_curves_that_part(late: float, finetune: ModuleType) -> None:
+    compare = finetune.compare
     losses, steps = [5.0, 4.0, 3.0, 2.0, 2.0], [0.2, 0.2, 0.2, 0.1, 0.1]
     peft = {"losses": losses, "step_seconds": [2 * s for s in steps]}
     same = compare({"peft": peft, "peftkern": {"losses": losses, "step_seconds": steps}})
@@ -188,16 +200,14 @@ def check_record(stem: str, record: dict) -> None:
             assert target["met"] == (ratio >= target["at_least"])
 
 
-def test_benchmarks_write_results_and_the_readme(tmp_path: Path) -> None:
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+def test_benchmarks_write_results_and_the_readme(results, tmp_path: Path) -> None:
+    """Those of the demo are there already."""
+    (results, _), readme = results, tmp_path / "README.md"
     done = run("-c", SEVERAL, ",".join(BENCHES), *TINY_BENCH, "--out", str(results))
     assert done.returncode == 0, done.stdout + done.stderr
     for stem in BENCHES:
         (path,) = results.glob(f"*/{stem}.json")
         check_record(stem, json.loads(path.read_text()))
-
-    done = run("bench/bench_demo.py", *TINY, "--steps", "2", "--out", str(results))
-    assert done.returncode == 0, done.stdout + done.stderr
 
     readme.write_text("# x\n<!-- results:begin -->\nold\n<!-- results:end -->\nrest\n")
     where = ["--readme", readme, "--results", results]
@@ -227,21 +237,14 @@ DEQUANTIZE = "nf4/dequantize/bf16/into-out"
         ),
     ],
 )
-def test_benchmarks_run_under_pytest_benchmark(bench, only, names, tmp_path: Path) -> None:
+def test_benchmarks_run_under_pytest_benchmark(bench, only, names, tmp_path, monkeypatch) -> None:
     out = tmp_path / "benchmark.json"
     # pytest-benchmark measures nothing when it believes to be a worker of xdist.
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    script = str(ROOT / "bench" / f"bench_{bench}.py")
-    command = [sys.executable, "-m", "pytest", script, "-k", only]
-    command += ["--benchmark-only", "--size=128", "--benchmark-max-time=0.01"]
-    done = subprocess.run(
-        [*command, f"--benchmark-json={out}"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=env,
-        timeout=HANG_SECONDS,
-    )
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    options = ["--benchmark-only", "--size=128", "--benchmark-max-time=0.01"]
+    script = f"bench/bench_{bench}.py"
+    done = run("-m", "pytest", script, "-k", only, *options, f"--benchmark-json={out}")
     assert done.returncode == 0, done.stdout
     assert names <= {test["param"] for test in json.loads(out.read_text())["benchmarks"]}
 
@@ -305,11 +308,11 @@ def test_adalora_budget_without_matplotlib(tmp_path: Path) -> None:
     """Known before the training; no picture is drawn, unless it is asked for."""
     site = without(tmp_path / "site", "matplotlib")
     script = str(ROOT / "examples" / "adalora_budget.py")
-    done = python(site, script, "--steps", "20")
+    done = run_python_over(site, script, "--steps", "20")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     said = "no picture: matplotlib is not installed (pip install matplotlib)"
     assert done.stdout.splitlines()[-1] == said
-    done = python(site, script, "--plot", str(tmp_path / "b.png"))
+    done = run_python_over(site, script, "--plot", str(tmp_path / "b.png"))
     assert done.returncode == 2 and done.stdout == ""
     says = "error: --plot: needs matplotlib, which is not installed: pip install matplotlib"
     assert done.stderr.splitlines()[-1].endswith(says)
@@ -320,15 +323,15 @@ SMALL = ["--hidden", "128", "--layers", "1", "--seq", "32", "--batch", "2", "--p
 
 def test_methods_trains_every_method(tmp_path: Path) -> None:
     out = tmp_path / "methods.json"
-    done = run("examples/methods.py", *SMALL, "--steps", "2", "--json", str(out))
-    assert done.returncode == 0, done.stderr
+    status, said, error = run_here("examples/methods.py", *SMALL, "--steps", 2, "--json", out)
+    assert status == 0, error
     record = json.loads(out.read_text())
     runs = record["methods"]
     assert {"full fine-tuning", "LoRA", "LoRA-FA", "LoRA-Pro", "Delta-LoRA"} <= set(runs)
     others = {"DyLoRA", "Quantum-PEFT", "LongLoRA"}
     assert others | {"DoRA", "DoRA (NF4)", "RoSA", "RoSA (NF4)"} <= set(runs)
     for name, figures in runs.items():
-        assert name in done.stdout
+        assert name in said
         assert all(math.isfinite(value) and value > 0 for value in figures.values())
         assert figures["loss"] != record["loss_before"]
     lora, fa, full = (runs[n] for n in ("LoRA", "LoRA-FA", "LoRA-Pro (full moments)"))

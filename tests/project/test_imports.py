@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
-from processes import run_code
-from site_packages import python, without
+from processes import run_code, run_python_over, without
 
 import peftkern
 
@@ -259,7 +258,7 @@ for code in sys.argv[1:]:
 
 @pytest.mark.parametrize("absent", NEEDS)
 def test_what_is_not_installed_is_told_with_how_to_install_it(absent, tmp_path):
-    answer = python(without(tmp_path / "site", absent), "-c", TRY, *NEEDS[absent].values())
+    answer = run_python_over(without(tmp_path / "site", absent), "-c", TRY, *NEEDS[absent].values())
     assert answer.returncode == 0, answer.stderr
     said = answer.stdout.splitlines()
     assert len(said) == len(NEEDS[absent])

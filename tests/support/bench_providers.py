@@ -1,4 +1,4 @@
-"""Baselines of tests/tools/test_cli_bench.py, as a user writes them: `bench_providers:right`."""
+"""Baselines of tests/cli/test_bench.py, as a user writes them: `bench_providers:right`."""
 
 from __future__ import annotations
 

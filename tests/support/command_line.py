@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
-from paths import ROOT
-from tolerances import HANG_SECONDS
+from processes import run_python
 
 from peftkern.cli import main
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "peftkern", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANG_SECONDS)
+    return run_python("-m", "peftkern", *arguments)
 
 
 def refused(capfd: pytest.CaptureFixture, complaint: str, *arguments: object) -> None:

@@ -95,8 +95,10 @@ def assert_quantized_alike(dense: Tensor, blocksize: int, device: str = "cpu") -
     assert_equal_but_for_payloads(got[1], wanted[1])
 
 
-def check_extreme_blocks(value: float, dtype: torch.dtype, device: str = "cpu") -> None:
-    for blocksize in (64, 4096):
+def check_extreme_blocks(
+    value: float, dtype: torch.dtype, device: str = "cpu", blocksizes: Sequence[int] = (64, 4096)
+) -> None:
+    for blocksize in blocksizes:
         dense = random_weight((4, blocksize), dtype)
         dense[1] = value  # a whole block
         dense[2, 5] = value

@@ -24,7 +24,8 @@ def thinned(*axes: Sequence[Any], diagonals: int = 1) -> list[Any]:
     for places in itertools.product(*(range(len(axis)) for axis in axes)):
         case = [axis[place] for axis, place in zip(axes, places, strict=True)]
         marks = () if places in kept else (pytest.mark.long,)
-        cases.append(pytest.param(*case, marks=marks, id="-".join(map(str, case))))
+        names = (getattr(value, "__name__", str(value)) for value in case)
+        cases.append(pytest.param(*case, marks=marks, id="-".join(names)))
     return cases
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tolerances import DETERMINISM_RUNS
+from tolerances import DETERMINISM_RUNS, paired
 from torch import Tensor
 
 from peftkern.formats.nf4 import NF4_CODE, NF4Weight, dynamic_map
@@ -20,7 +20,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-def assert_same_bits(got: Tensor, expected: Tensor) -> None:
+def assert_same_bits(got: Any, expected: Any) -> None:
+    """Of two tensors, or of each pair in lists or dicts of them."""
+    if not isinstance(got, Tensor):
+        for pair in paired(got, expected):
+            assert_same_bits(*pair)
+        return
     assert got.dtype == expected.dtype and got.shape == expected.shape
     bits = BITS.get(got.dtype, got.dtype)
     assert torch.equal(got.contiguous().view(bits), expected.contiguous().view(bits))
@@ -32,8 +37,7 @@ def assert_same_every_time(
     """Every run gives the same bits."""
     first = tuple(call())
     for _ in range(runs - 1):
-        for got, wanted in zip(call(), first, strict=True):
-            assert_same_bits(got, wanted)
+        assert_same_bits(call(), first)
 
 
 def random_weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from linear_cases import KINDS
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peftkern
 from peftkern import NF4Weight
@@ -149,6 +150,17 @@ class Layer(nn.Module):
         if self.kind.endswith("rosa_linear"):
             return rosa_linear(*arguments, self.values, self.mask, **options)
         return getattr(peftkern, self.kind)(*arguments, **options)
+
+
+class Checkpointed(nn.Module):
+    """A layer whose forward pass runs again in the backward pass."""
+
+    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
 def run(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

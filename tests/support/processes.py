@@ -1,25 +1,59 @@
-"""Python in a process of its own."""
+"""Python in a process of its own: as a user runs it, or with some packages missing."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 from paths import ROOT, SUPPORT
 from tolerances import HANG_SECONDS
 
+SITE = Path(sysconfig.get_path("purelib"))
+OF_TESTS = ("TRITON_INTERPRET", "COLUMNS")  # set for them alone
 
-def run_code(code: str, *arguments: object, **environment: str) -> str:
-    """Run code that finds the package and tests/support; what it prints, if it ends well."""
-    path = os.pathsep.join([str(SUPPORT), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+
+def environment(**more: str) -> dict[str, str]:
+    """A user's, in which the package is found as it is here."""
+    kept = {name: value for name, value in os.environ.items() if name not in OF_TESTS}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", **more}
+
+
+def run_python(
+    *arguments: object, cwd: Path = ROOT, **more: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd=cwd,
+        env=environment(**more),
         timeout=HANG_SECONDS,
     )
+
+
+def run_code(code: str, *arguments: object, **more: str) -> str:
+    """Run code that finds the package and tests/support; what it prints, if it ends well."""
+    path = os.pathsep.join([str(SUPPORT), str(ROOT)])
+    done = run_python("-c", code, *arguments, **{"PYTHONPATH": path, **more})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return done.stdout
+
+
+def without(folder: Path, *names: str) -> Path:
+    """`folder`, new, with a link to each package of this environment but those."""
+    folder.mkdir()
+    for entry in SITE.iterdir():
+        if entry.name.split("-")[0] not in names:
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def run_python_over(
+    site: Path, *arguments: object, folders: tuple[Path, ...] = (), **more: str
+) -> subprocess.CompletedProcess[str]:
+    """With the packages of `site` alone, and peftkern from here or from one of `folders`."""
+    path = os.pathsep.join(map(str, [*folders, ROOT, site]))
+    return run_python("-S", *arguments, cwd=site.parent, **{"PYTHONPATH": path, **more})

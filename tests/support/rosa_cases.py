@@ -9,8 +9,9 @@ from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import peftkern
 from peftkern.backends import ops
-from peftkern.functional.rosa import SparseMask
+from peftkern.functional.rosa import SparseMask, rosa_linear
 
 SHAPES = [  # T, N, K, nnz: one, around 16, 32 and 64 rows of x, empty rows, dense, none
     (1, 1, 1, 1),
@@ -72,8 +73,7 @@ def check_mask(mask: SparseMask, T: int, dtype: torch.dtype, device: str = "cpu"
     x, y = (torch.randn(T, n).to(dtype).to(device) for n in (K, N))
     got, eager = products(x, y, values, mask), dense_products(x, y, values, mask)
     oracle = dense_products(x.double(), y.double(), values.double(), mask)
-    for results in zip(got, eager, oracle, strict=True):
-        assert_as_accurate_as_torch(*results)
+    assert_as_accurate_as_torch(got, eager, oracle)
 
 
 def check_products(
@@ -97,12 +97,90 @@ def assert_exact(operands: tuple[Tensor, Tensor, Tensor, SparseMask]) -> None:
         assert torch.equal(got, wanted)
 
 
+def check_wide_columns(index: torch.dtype) -> None:
+    """Numbers of columns that do not fit into sixteen bits."""
+    K = 70_001
+    columns = torch.tensor([0, 32_767, 32_768, 65_535, 65_536, 70_000], dtype=index)
+    mask = SparseMask.from_indices(torch.zeros_like(columns), columns, (1, K), index)
+    x, y = torch.randn(3, K), torch.zeros(3, 1)
+    ops.rosa_spmm_(y, x, torch.ones(6), mask.crow, mask.col, None)
+    torch.testing.assert_close(y[:, 0], x[:, columns.long()].sum(1))
+    got = ops.rosa_sddmm(torch.ones(3, 1), x, mask.crow, mask.col)
+    torch.testing.assert_close(got, x[:, columns.long()].sum(0))
+
+
+def products_of_layout(
+    layout: str, T: int, dtype: torch.dtype = F32
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Both products with x and y behind other strides and values of `dtype`, and without them."""
+    mask, values = random_mask((24, 40), 60), torch.randn(60)
+    x, y = torch.randn(T, 40), torch.randn(T, 24)
+    if layout == "expanded":
+        x = x[:1].expand(T, 40)
+    wanted, _, wanted_slope = products(x.contiguous(), y, values, mask)
+    if layout == "transposed":
+        x, y = x.T.contiguous().T, y.T.contiguous().T
+    elif layout == "3-d":
+        x, y = x.view(2, T // 2, 40), y.view(2, T // 2, 24)
+    elif layout == "sliced":
+        x, y = torch.stack([x, x], 2)[..., 1], torch.stack([y, y], 2)[..., 1]
+    elif layout == "misaligned":
+        x, y = (torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (x, y))
+    slope = ops.rosa_sddmm(y, x, mask.crow, mask.col)
+    ops.rosa_spmm_(y, x, values.to(dtype), mask.crow, mask.col, None)
+    return (y.reshape(T, 24), slope), (wanted, wanted_slope)
+
+
 def formula(x, weight, A, B, values, bias, mask, scaling):
     """RoSA written down, each step rounded as torch rounds it; in float64 the oracle."""
     wide = torch.promote_types(x.dtype, F32)
     y = F.linear(x, weight, bias)
     y = (y.to(wide) + scaling * (x.to(wide) @ A.to(wide).T) @ B.to(wide).T).to(x.dtype)
     return (y.to(wide) + x.to(wide) @ mask.to_dense(values.to(wide)).T).to(x.dtype)
+
+
+def operands(T: int, N: int, K: int, nnz: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    x, weight, bias = torch.randn(T, K), torch.randn(N, K) / K**0.5, torch.randn(N)
+    return {
+        "x": x.to(dtype),
+        "weight": weight.to(dtype),
+        "A": torch.randn(4, K) / K**0.5,
+        "B": torch.randn(N, 4) / 2,
+        "values": torch.randn(nnz) / 4,
+        "bias": bias.to(dtype),
+    }
+
+
+def with_gradients(function, o: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
+    leaves = {k: v.detach().clone().requires_grad_(k != "weight") for k, v in o.items()}
+    y = function(*leaves.values())
+    y.backward(dy.to(y.dtype))
+    return [y.detach(), *(leaf.grad for k, leaf in leaves.items() if k != "weight")]
+
+
+def check_function(dtype: torch.dtype, nf4: bool) -> set[str]:
+    """Values and gradients are as accurate as torch's; the back ends that served."""
+    T, N, K, nnz = 40, 48, 64, 150
+    o, mask, dy = operands(T, N, K, nnz, dtype), random_mask((N, K), nnz), torch.randn(T, N)
+    w = None
+    if nf4:
+        with peftkern.use_backend("reference"):
+            w = peftkern.quantize_nf4(o["weight"])
+            o["weight"] = peftkern.dequantize_nf4(w)
+
+    def ours(x, weight, A, B, values, bias):
+        return rosa_linear(x, w if nf4 else weight, A, B, values, mask, scaling=1.5, bias=bias)
+
+    def plain(*leaves):
+        return formula(*leaves, mask, 1.5)
+
+    peftkern.reset_stats()
+    got = with_gradients(ours, o, dy.to(dtype))
+    served = {backend for _, backend in peftkern.stats().calls}
+    eager = with_gradients(plain, o, dy.to(dtype))
+    oracle = with_gradients(plain, {k: v.double() for k, v in o.items()}, dy.to(dtype).double())
+    assert_as_accurate_as_torch(got, eager, oracle)
+    return served
 
 
 class Sizes(TorchDispatchMode):

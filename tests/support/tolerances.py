@@ -6,6 +6,9 @@ every machine: peftkern/backends/tolerances.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,8 +70,19 @@ DETERMINISM_RUNS = 20
 HANG_SECONDS = 900  # until what a test waits for is given up: no measure of speed, however busy
 
 
-def assert_as_accurate_as_torch(got: Tensor, eager: Tensor, oracle: Tensor) -> None:
-    """`got` is as near to the float64 `oracle` as eager torch is, in the dtype of `got`."""
+def paired(first: Any, *others: Any) -> Iterable[tuple]:
+    """What stands at the same place, or under the same name, in each of some results."""
+    if isinstance(first, Mapping):
+        return [(value, *(other[name] for other in others)) for name, value in first.items()]
+    return zip(first, *others, strict=True)
+
+
+def assert_as_accurate_as_torch(got: Any, eager: Any, oracle: Any) -> None:
+    """A tensor, or each of some, is as near to the float64 `oracle` as eager torch in its dtype."""
+    if not isinstance(got, Tensor):
+        for results in paired(got, eager, oracle):
+            assert_as_accurate_as_torch(*results)
+        return
     assert got.shape == oracle.shape, f"shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
     assert got.dtype == eager.dtype, f"dtype {got.dtype}, expected {eager.dtype}"
     assert torch.isfinite(got).all(), "not finite"

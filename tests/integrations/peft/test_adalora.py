@@ -28,7 +28,6 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
-from processes import run_code
 from safetensors.torch import load_file
 from tolerances import (
     AUTOCAST_RTOL,
@@ -369,8 +368,7 @@ def test_orthogonality_term_is_pefts() -> None:
         A = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
         results.append((loss.detach(), torch.autograd.grad(loss, A)[0]))
     assert results[0][0] > plain + 0.5
-    for got, wanted in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(results[1], results[0])
     assert peftkern.stats().calls["adalora_orthogonality_backward", "cpu"] >= 1
     ours.peft_config["default"].orth_reg_weight = -1
     with pytest.raises(ValueError, match="orth_reg_weight"):
@@ -470,38 +468,3 @@ def test_trainer_callback_complains(tmp_path: Path) -> None:
     model = adalora_llama(tinit=10, tfinal=10)
     with pytest.raises(ValueError, match="tinit, tfinal"):
         trainer(model, tmp_path, [AdaLoraCallback()]).train()
-
-
-DDP = """
-import hashlib, json, sys
-import torch, torch.distributed as dist, torch.multiprocessing as mp
-from adalora_models import STEPS, adalora_llama, optimizer_of
-from peft_models import take_small_layers, text_batch
-import peftkern
-
-def work(rank, store):
-    take_small_layers()
-    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-    torch.set_num_threads(1 + rank)  # must not matter
-    model = adalora_llama(deltaT=1)
-    peftkern.patch(model)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = optimizer_of(model)
-    digest = hashlib.sha256()
-    for step in range(1, STEPS + 1):
-        wrapped(**text_batch(seed=100 * rank + step)).loss.backward()
-        optimizer.step()
-        model.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
-        digest.update(json.dumps(model.peft_config["default"].rank_pattern).encode())
-    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
-    print(digest.hexdigest() + "\\n", end="", flush=True)  # at once: two processes share the pipe
-    dist.destroy_process_group()
-
-mp.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")
-"""
-
-
-def test_ddp_ranks_draw_the_same_masks(tmp_path: Path) -> None:
-    first, second = run_code(DDP, tmp_path / "store").split()
-    assert first == second

@@ -264,8 +264,7 @@ def test_compile_fullgraph(make, net_of, dropout):
         model.zero_grad()
         results.append([y.detach(), x.grad, *gradients])
     assert len(results[0]) == (4 if net_of is lora_net else 5)
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*results)
 
 
 def code_of(graph: torch.fx.GraphModule) -> str:

@@ -11,6 +11,7 @@ from command_line import refused, run
 
 import peftkern
 from peftkern.backends import ops
+from peftkern.cli import main
 from peftkern.tools.doctor.sample_calls import FUNCTIONS, Sample, explain, ops_of, sample_of
 
 
@@ -24,18 +25,19 @@ def test_says_who_serves_and_why_not_the_others():
     assert "threads" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_dora_is_explained_over_both_kinds_of_weight():
-    done = run("explain", "dora_linear", "16x4096x4096", "--device", "cpu", "--json")
-    rows = {(row["op"], row["backend"]): row["verdict"] for row in json.loads(done.stdout)["rows"]}
+def test_dora_is_explained_over_both_kinds_of_weight(capfd):
+    assert main(["explain", "dora_linear", "16x4096x4096", "--device", "cpu", "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    rows = {(row["op"], row["backend"]): row["verdict"] for row in answer["rows"]}
     for op in ("dora_norm", "nf4_dora_norm"):
         assert rows[op, "triton"] == "cannot: tensors are on cpu"
         assert rows[op, "cpu"] == rows["lora_linear_forward", "cpu"] == "chosen"
 
 
-def test_json_says_the_same():
+def test_json_says_the_same(capfd):
     shape = ("lora_linear", "1x4096x4096", "--dtype", "fp64", "--mode", "no-grad")
-    done = run("explain", *shape, "--device", "cpu", "--json")
-    answer = json.loads(done.stdout)
+    assert main(["explain", *shape, "--device", "cpu", "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
     assert (answer["dtype"], answer["mode"], answer["device"]) == ("fp64", "no-grad", "cpu")
     assert [(row["op"], row["backend"], row["verdict"]) for row in answer["rows"]] == [
         ("lora_linear_forward", "triton", "cannot: tensors are on cpu"),

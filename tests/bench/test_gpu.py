@@ -23,6 +23,7 @@ import suite
 import tiles
 import torch
 import tune
+from processes import run_python
 from scripts import run_here
 from tolerances import HANG_SECONDS
 from waiting import wait_until
@@ -196,9 +197,9 @@ def test_overrunning_part_is_stopped():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_absent_gpu_is_one_clear_error(capfd):
     missing = f"error: device cuda: torch {torch.__version__} sees no GPU"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, ROOT / "bench" / "gpu.py"], env=environment).returncode
-    assert f"gpu.py: {missing}" in (said := capfd.readouterr().err) and "Traceback" not in said
+    done = run_python("bench/gpu.py")
+    assert done.returncode and "Traceback" not in done.stderr
+    assert f"gpu.py: {missing}" in done.stderr
     assert tune.main([]) == 2
     assert f"tune.py: {missing}" in capfd.readouterr().err
     assert suite.main("fake", [], argv=["--device", "cuda"]) == 2

@@ -26,8 +26,7 @@ from peft_models import (
     served_by_us,
     tiny_llama,
 )
-from processes import run_code
-from site_packages import python, without
+from processes import run_code, run_python_over, without
 from torch import nn
 
 import peftkern
@@ -320,7 +319,7 @@ def test_patch_works_without_bitsandbytes(tmp_path):
         "model = get_peft_model(net, LoraConfig(target_modules=['0']))\n"
         "print(peftkern.patch(model)); model(torch.randn(600, 512)); print(peftkern.stats())\n"
     )
-    done = python(without(tmp_path / "site", "bitsandbytes"), "-c", code)
+    done = run_python_over(without(tmp_path / "site", "bitsandbytes"), "-c", code)
     assert done.returncode == 0, done.stderr
     assert "1 patched (lora.Linear 1), 0 skipped" in done.stdout
     assert "lora_linear_forward" in done.stdout

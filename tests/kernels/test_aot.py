@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from paths import ROOT
+from processes import run_python
 
 pytest.importorskip("triton")
 
@@ -25,18 +22,6 @@ from peftkern.kernels.configs import shared_memory
 
 RESULTS = ROOT / "bench" / "results"
 ARCHS = tuple(TARGETS)
-
-
-def run_without_interpreter(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
 
 
 # What the compiler says
@@ -53,7 +38,7 @@ def parse(lines: list[str]) -> dict[str, tuple[int, int, int]]:
 def test_launches_compile_fit_and_use_what_is_committed(archs, tmp_path):
     """One test, so that one process compiles for all architectures, and once; here for one."""
     only = ["--arch", *archs] if len(archs) == 1 else []
-    answer = run_without_interpreter(ROOT / "bench" / "resources.py", *only, "--out", tmp_path)
+    answer = run_python("bench/resources.py", *only, "--out", tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr  # every kernel has a launch, too
     names = [f"resources_{arch}.txt" for arch in archs]
     assert {path.name for path in tmp_path.glob("resources_*.txt")} == set(names)
@@ -102,7 +87,7 @@ def test_launch_that_does_not_compile_or_fit_fails_the_run(tmp_path):
     """And so does a kernel that no case launches; equal launches are compiled once."""
     script = tmp_path / "broken.py"
     script.write_text(BROKEN_LAUNCHES, encoding="utf-8")
-    answer = run_without_interpreter(script, tmp_path)
+    answer = run_python(script, tmp_path)
     assert answer.returncode == 1, answer.stdout + answer.stderr
     _, *complaints = answer.stdout.splitlines()
     assert complaints[0] == "sm90 fill/right: 0 bytes of shared memory, at most -1"

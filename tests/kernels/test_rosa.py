@@ -16,20 +16,21 @@ from nf4_weights import assert_same_bits, assert_same_every_time
 from rosa_cases import (
     SHAPES,
     assert_exact,
+    check_function,
     check_mask,
     check_products,
-    formula,
+    check_wide_columns,
     products,
+    products_of_layout,
     random_mask,
     uneven_mask,
     whole_numbers,
 )
-from tolerances import FUZZ_EXAMPLES, assert_as_accurate_as_torch
-from torch import Tensor
+from tolerances import FUZZ_EXAMPLES
 
 import peftkern
 from peftkern.backends import ops
-from peftkern.functional.rosa import SparseMask, rosa_linear
+from peftkern.functional.rosa import SparseMask
 from peftkern.kernels import rosa
 
 pytestmark = INSIDE_TENSORS
@@ -111,37 +112,14 @@ def test_cuts_between_and_inside_of_groups(ends):
 
 @pytest.mark.parametrize("index", INDICES, ids=str)
 def test_columns_beyond_sixteen_bits(index):
-    K = 70_001
-    columns = torch.tensor([0, 32_767, 32_768, 65_535, 65_536, 70_000], dtype=index)
-    mask = SparseMask.from_indices(torch.zeros_like(columns), columns, (1, K), index)
-    x, y = torch.randn(3, K), torch.zeros(3, 1)
-    ops.rosa_spmm_(y, x, torch.ones(6), mask.crow, mask.col, None)
-    torch.testing.assert_close(y[:, 0], x[:, columns.long()].sum(1))
-    got = ops.rosa_sddmm(torch.ones(3, 1), x, mask.crow, mask.col)
-    torch.testing.assert_close(got, x[:, columns.long()].sum(0))
+    check_wide_columns(index)
 
 
 @pytest.mark.parametrize(
     ("layout", "T"), thinned(["transposed", "expanded", "3-d", "sliced", "misaligned"], [6, 16])
 )
 def test_layouts_give_the_same_bits(layout, T):
-    mask, values = random_mask((24, 40), 60), torch.randn(60)
-    x, y = torch.randn(T, 40), torch.randn(T, 24)
-    if layout == "expanded":
-        x = x[:1].expand(T, 40)
-    wanted = products(x.contiguous(), y, values, mask)
-    if layout == "transposed":
-        x, y = x.T.contiguous().T, y.T.contiguous().T
-    elif layout == "3-d":
-        x, y = x.view(2, T // 2, 40), y.view(2, T // 2, 24)
-    elif layout == "sliced":
-        x, y = torch.stack([x, x], 2)[..., 1], torch.stack([y, y], 2)[..., 1]
-    elif layout == "misaligned":
-        x, y = (torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (x, y))
-    slope = ops.rosa_sddmm(y, x, mask.crow, mask.col)
-    ops.rosa_spmm_(y, x, values.double(), mask.crow, mask.col, None)
-    assert_same_bits(y.reshape(T, 24), wanted[0])
-    assert_same_bits(slope, wanted[2])
+    assert_same_bits(*products_of_layout(layout, T, F64))
 
 
 @pytest.mark.parametrize(
@@ -226,39 +204,7 @@ def test_pieces_share_the_work():
 
 @pytest.mark.parametrize("nf4", [False, True])
 def test_layer_and_gradients_are_as_accurate_as_torch(nf4):
-    T, N, K, nnz = 40, 48, 64, 150
-    mask, weight = random_mask((N, K), nnz), torch.randn(N, K).to(BF16)
-    w = weight
-    if nf4:
-        with peftkern.use_backend("reference"):
-            w = peftkern.quantize_nf4(weight)
-            weight = peftkern.dequantize_nf4(w)
-    drawn = {
-        "x": torch.randn(T, K).to(BF16),
-        "lora_A": torch.randn(4, K) / K**0.5,
-        "lora_B": torch.randn(N, 4) / 2,
-        "values": torch.randn(nnz) / 4,
-    }
-    dy = torch.randn(T, N).to(BF16)
-
-    def ours(x: Tensor, *leaves: Tensor) -> Tensor:
-        return rosa_linear(x, w, *leaves, mask, scaling=1.5)
-
-    def gradients(function, leaves: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
-        leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
-        y = function(*leaves.values())
-        return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy)]
-
-    def torchs(x, *leaves: Tensor) -> Tensor:
-        return formula(x, weight.to(x.dtype), *leaves, None, mask, 1.5)
-
-    peftkern.reset_stats()
-    got = gradients(ours, drawn, dy)
-    assert {name for _, name in peftkern.stats().calls} == {"triton"}
-    eager = gradients(torchs, drawn, dy)
-    oracle = gradients(torchs, {name: t.double() for name, t in drawn.items()}, dy.double())
-    for results in zip(got, eager, oracle, strict=True):
-        assert_as_accurate_as_torch(*results)
+    assert check_function(BF16, nf4) == {"triton"}
 
 
 @pytest.mark.parametrize(

@@ -155,11 +155,18 @@ def test_prepared_data_is_what_eager_torch_computes(op, size, dtype, tmp_path):
     assert path.read_bytes() != first
 
 
+QUICKEST = "lora_linear", "no-grad"  # to compile: seconds
+MODES = [
+    (op, mode, (op, mode) == QUICKEST) for op, kind in cases.OPS.items() for mode in kind.modes
+]
+
+
 @pytest.mark.parametrize(
-    ("op", "mode"), [(op, mode) for op, kind in cases.OPS.items() for mode in kind.modes]
+    ("op", "mode", "compiled"),
+    [*MODES, pytest.param("lora_linear", "full", True, marks=pytest.mark.long)],
 )
-def test_every_provider_answers_every_mode_with_the_right_result(op, mode, tmp_path):
-    """Also what stands in where PEFT is missing; torch.compile once, which takes seconds."""
+def test_every_provider_answers_every_mode_with_the_right_result(op, mode, compiled, tmp_path):
+    """Also what stands in where PEFT is missing."""
     kind = cases.OPS[op]
     rows, rank = (12 if kind.rows else None), (3 if kind.lora else None)
     problem = cases.Problem(op, "x", rows, 64, 128, rank, "float32", mode)
@@ -173,7 +180,7 @@ def test_every_provider_answers_every_mode_with_the_right_result(op, mode, tmp_p
     }
     if kind.lora:
         builds["without PEFT"] = (providers._functional, True)
-    if (op, mode) == ("lora_linear", "full"):
+    if compiled:
         builds["compile"] = (providers.compiled, True)
     assert len(builds) >= 3
     for name, (build, adapted) in builds.items():

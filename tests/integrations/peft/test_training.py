@@ -21,7 +21,6 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
-from processes import run_code
 from tolerances import LOSS_CURVE_RTOL, RATIO, errors
 from torch import nn
 from trainers import trainer
@@ -71,12 +70,12 @@ def train(
     return losses
 
 
-def assert_same_curve(model: nn.Module, *, layers: int = 14, **options: Any) -> None:
+def assert_same_curve(model: nn.Module, **options: Any) -> None:
     twin = patched_copy(model)
     expected = train(model, **options)
     peftkern.reset_stats()
     got = train(twin, **options)
-    assert served_by_us() >= layers * STEPS and fallbacks() == {}
+    assert served_by_us() >= 14 * options.get("steps", STEPS) and fallbacks() == {}
     torch.testing.assert_close(got, expected, rtol=LOSS_CURVE_RTOL, atol=0)
     assert sum(expected[-8:]) < 0.95 * sum(expected[:8]), "the model has to learn something"
 
@@ -92,7 +91,7 @@ def test_lora_loss_curve(dtype, dropout):
 
 
 def test_lora_loss_curve_under_autocast():
-    assert_same_curve(add_lora(tiny_llama(), lora_dropout=0.1), autocast=True)
+    assert_same_curve(add_lora(tiny_llama(), lora_dropout=0.1), autocast=True, steps=32)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ def test_qlora_loss_curve_prepared_for_kbit_training(saved_llama, autocast, reen
     base = prepare_model_for_kbit_training(
         base, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
     )
-    assert_same_curve(add_lora(base, lora_dropout=0.1), autocast=autocast)
+    assert_same_curve(add_lora(base, lora_dropout=0.1), autocast=autocast, steps=32)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -134,8 +133,7 @@ def test_gradient_checkpointing_replays_the_dropout(saved_llama, kind, reentrant
     checkpointed = gradients(model)
     assert served_by_us() == 2 * 14
     assert plain.keys() == checkpointed.keys() and len(plain) == 28
-    for name in plain:
-        torch.testing.assert_close(checkpointed[name], plain[name])
+    torch.testing.assert_close(checkpointed, plain)
 
 
 @pytest.mark.parametrize(
@@ -173,59 +171,6 @@ def test_qlora_trains_through_an_evaluation(saved_llama):
     losses = train(model, steps=4, evaluate=True)
     assert served_by_us() == 8 * 14 and fallbacks() == {}
     assert losses == train(straight, steps=4)
-
-
-DDP = """
-import os, sys, torch, torch.distributed as dist
-import torch.multiprocessing as mp
-import peftkern
-from peft_models import add_lora, patched_copy, text_batch, tiny_llama, served_by_us, fallbacks
-from peft_models import take_small_layers
-from torch.nn.parallel import DistributedDataParallel
-
-def losses(model, rank):
-    model = DistributedDataParallel(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3)
-    torch.manual_seed(rank)
-    found = []
-    for step in range(5):
-        loss = model(**text_batch(seed=10 * step + rank)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.detach())
-    weights = torch.cat([p.detach().reshape(-1) for p in trained])
-    gathered = [torch.empty_like(weights) for _ in range(2)]
-    dist.all_gather(gathered, weights)
-    assert torch.equal(*gathered), "ranks drifted apart"
-    return torch.stack(found)
-
-def work(rank, store):
-    torch.set_num_threads(1)
-    take_small_layers()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for quantized in (False, True):
-        base = tiny_llama()
-        if quantized:
-            peftkern.quantize_(base)
-        model = add_lora(base, lora_dropout=0.1)
-        twin = patched_copy(model)
-        expected = losses(model, rank)
-        peftkern.reset_stats()
-        got = losses(twin, rank)
-        assert served_by_us() == 5 * 14 and fallbacks() == {}
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    mp.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")
-    print("ddp ok")
-"""
-
-
-def test_ddp_two_processes(tmp_path):
-    assert "ddp ok" in run_code(DDP, tmp_path / "store")
 
 
 def test_gradient_accumulation_and_clipping():

@@ -18,7 +18,6 @@ from peft_models import (
     patched_copy,
     served_by_us,
 )
-from processes import run_code
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -79,7 +78,7 @@ def hook_the_magnitude(layer: nn.Module) -> None:
 
 DORA, IN_BF16 = {"use_dora": True}, {"adapter_dtype": torch.bfloat16}
 STATES = [  # the reason; what the adapter is over and its config; what is done to the layer
-    # Over a dense base, for which torch has an operation; of others see test_peft_states.py.
+    # Over a dense base, for which torch has an operation; of others see test_states.py.
     ("adapters are disabled", make_linear, {}, lambda layer: layer.enable_adapters(False)),
     ("adapters are merged", make_linear, {}, lambda layer: layer.merge()),
     ("no active adapter", make_linear, {}, lambda layer: vars(layer).update(NO_ACTIVE)),
@@ -258,60 +257,6 @@ def test_functorch_transforms():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         tangent = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
     torch.testing.assert_close(tangent, weight.sum(1).expand(3, N), rtol=1e-5, atol=1e-5)
-
-
-SHARDED = """
-import sys, torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
-from peft_models import *
-take_small_layers()
-store = dist.HashStore()
-dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-mesh = init_device_mesh("cpu", (1,))
-x = torch.randn(3, K)
-for name in ("base_layer", "lora_A", "lora_B"):
-    model = lora_net(make_linear())
-    expected = model(x)
-    layer = layer_of(model)
-    leaf = layer.base_layer if name == "base_layer" else getattr(layer, name)["default"]
-    peftkern.patch(model)
-    fully_shard(leaf, mesh=mesh)
-    peftkern.reset_stats()
-    torch.testing.assert_close(model(x), expected)
-    assert list(fallbacks()) == [f"{name} is FSDPLinear"], fallbacks()
-for name in ("lora_A", "base_layer"):
-    model = lora_net(make_linear())
-    layer = layer_of(model)
-    peftkern.patch(model)
-    leaf = layer.base_layer if name == "base_layer" else getattr(layer, name)["default"]
-    leaf.weight = nn.Parameter(distribute_tensor(leaf.weight.data, mesh, [Replicate()]), False)
-    peftkern.reset_stats()
-    try:
-        model(x)
-    except RuntimeError as error:  # torch refuses to mix them; PEFT would not get further
-        assert "DTensor" in str(error), error
-    role = "base weight" if name == "base_layer" else name
-    assert fallbacks() == {f"{role} is DTensor": 1}, fallbacks()
-model = lora_net(make_linear())
-expected = model(x)
-peftkern.patch(model)
-fully_shard(layer_of(model), mesh=mesh)  # unsharded before the layer's forward: served
-peftkern.reset_stats()
-y = model(x)
-torch.testing.assert_close(y, expected)
-assert served_by_us() == 1 and fallbacks() == {}, peftkern.stats()
-y.sum().backward()
-assert layer_of(model).lora_B["default"].weight.grad is not None
-dist.destroy_process_group()
-print("sharded ok")
-"""
-
-
-def test_fsdp_and_dtensor():
-    assert "sharded ok" in run_code(SHARDED)
 
 
 def test_reason_is_looked_at_again_at_every_call():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import signal
 import subprocess
@@ -12,15 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_run import BUDGET, TINY, bench, environment
 from command_line import refused
 from paths import SUPPORT
+from processes import environment, run_python
 from waiting import wait_until
 
 from peftkern.cli import main
 from peftkern.tools.bench import command, instrument, report
-from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.record import FORMAT, Case, Provider, Record
+
+TINY = ["--device=cpu", "--threads=1", "--shapes=24x64x128", "--r=4", "--seconds=0.1"]
+BUDGET = 600.0  # seconds: seven processes import on one core, which others may use as well
 
 
 def earlier(path: Path, name: str, peer: str, label: str, ratio: float) -> Path:
@@ -39,8 +43,8 @@ def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
     folder = tmp_path_factory.mktemp("bench")
     case = "nf4_dequantize/64x128/bfloat16/forward"
     old = earlier(folder / "old.json", case, "bitsandbytes", "bitsandbytes", 1e-3)
-    done = bench(
-        *TINY,
+    done = run_python(
+        *("-m", "peftkern", "bench", *TINY),
         "--op=nf4_lora_linear,lora_linear,nf4_linear,nf4_dequantize",
         "--baselines=frozen,peft,bitsandbytes",
         f"--json={folder / 'new.json'}",
@@ -49,30 +53,32 @@ def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
         f"--compare={old}",
         "--repro",
         f"--budget={BUDGET:g}",
-        columns=80,
+        COLUMNS="80",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done, json.loads((folder / "new.json").read_text()), folder
 
 
 @pytest.fixture(scope="module")
-def rivals(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record]:
+def rivals(tmp_path_factory) -> tuple[int, str, Record]:
     """One case beside baselines of every kind of misbehavior, and an earlier run that was better
-    than this one can be."""
-    folder = tmp_path_factory.mktemp("rivals")
-    names = ["right", "wrong", "raising", "crashing"]
+    than this one can be: its status, output and record.
+
+    One of them would hang for an hour. When the others have answered, the patience with it is over.
+    """
+    folder, said = tmp_path_factory.mktemp("rivals"), io.StringIO()
+    names = ["right", "wrong", "raising", "crashing", "hanging"]
     case = "lora_linear/24x64x128/M24/r4/bfloat16/full"
     right = "bench_providers:right"
-    done = bench(
-        *TINY,
-        "--op=lora_linear",
-        f"--baselines={','.join(f'bench_providers:{name}' for name in names)}",
-        f"--json={folder / 'new.json'}",
-        f"--compare={earlier(folder / 'old.json', case, right, right, 1e6)}",
-        f"--budget={BUDGET:g}",
-    )
-    assert (folder / "new.json").exists(), done.stdout + done.stderr
-    return done, json.loads((folder / "new.json").read_text())
+    arguments = ["--op=lora_linear", f"--json={folder / 'new.json'}", f"--budget={BUDGET:g}"]
+    arguments.append(f"--baselines={','.join(f'bench_providers:{name}' for name in names)}")
+    arguments.append(f"--compare={earlier(folder / 'old.json', case, right, right, 1e6)}")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(SUPPORT)  # where bench_providers is
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setattr(instrument, "PATIENCE", 3 / BUDGET)
+        status = main(["bench", *TINY, *arguments])
+    return status, said.getvalue(), json.loads((folder / "new.json").read_text())
 
 
 def test_every_provider_is_right_and_timed(peers):
@@ -155,7 +161,8 @@ def test_a_report_of_an_earlier_record_is_the_same_file(peers, tmp_path, capfd):
 
 
 def test_a_wrong_provider_shows_no_time_and_a_broken_one_costs_nobody_else(rivals):
-    done, record = rivals
+    """A hanging one costs the run its patience and no more."""
+    _, said, record = rivals
     (case,) = record["cases"]
     rows = {name.partition(":")[2]: row for name, row in case["providers"].items()}
     assert rows["right"]["median_ms"] > 0, rows
@@ -163,48 +170,33 @@ def test_a_wrong_provider_shows_no_time_and_a_broken_one_costs_nobody_else(rival
     assert "bound 0.03 rms" in (rows["wrong"]["wrong"] or ""), rows
     assert rows["raising"]["failed"] == "RuntimeError: no kernel for lora_linear"
     assert rows["crashing"]["failed"] == "killed by SIGABRT: Fatal: out of bounds"
-    lines = done.stdout.splitlines()
-    for name in ("wrong", "raising", "crashing"):
+    assert rows["hanging"]["failed"].endswith("while building the layers")
+    assert record["budget_s"] == BUDGET and record["elapsed_s"] < BUDGET
+    lines = said.splitlines()
+    for name in ("wrong", "raising", "crashing", "hanging"):
         assert rows[name]["median_ms"] is None and rows[name]["samples_ms"] == []
         (line,) = [line for line in lines if line.startswith(f"bench_providers:{name} ")]
         assert line.split()[1:] == ["WRONG" if name == "wrong" else "FAILED"]
         assert any(line.startswith(("WRONG", "FAILED")) and name in line for line in lines)
 
 
-def test_a_provider_that_hangs_costs_the_run_its_patience_and_no_more(monkeypatch):
-    """It would take an hour. When the others have answered, the patience with it is soon over."""
-    monkeypatch.chdir(SUPPORT)  # where bench_providers is
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(instrument, "PATIENCE", 1e-3)
-    problem = Problem("lora_linear", "x", 24, 64, 128, 4, "bfloat16", "full")
-    names = ["bench_providers:right", "bench_providers:hanging"]
-    options = {"device": "cpu", "threads": 1, "seed": 0, "seconds": 0.1, "budget": BUDGET}
-    with instrument.Bench([problem], names, **options) as run:
-        record = run.run()
-    (case,) = record["cases"]
-    ours, right, hanging = case["providers"].values()
-    assert ours["median_ms"] > 0 and right["median_ms"] > 0
-    assert hanging["failed"].endswith("while building the layers")
-    assert record["budget_s"] == BUDGET and record["elapsed_s"] < BUDGET
-
-
-def test_a_budget_for_nothing_is_one_clear_line(tmp_path):
-    out = tmp_path / "new.json"
-    done = bench(*TINY, "--baselines=bench_providers:right", "--budget=0.1s", f"--json={out}")
-    assert done.returncode == 2
-    assert done.stderr == ("peftkern: error: --budget: 0.1 s ended before anything was measured\n")
+def test_a_budget_for_nothing_is_one_clear_line(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(SUPPORT)
+    options = ["--baselines=bench_providers:right", f"--json={tmp_path / 'new.json'}"]
+    complaint = "error: --budget: 0.1 s ended before anything was measured\n"
+    refused(capfd, complaint, "bench", *TINY, *options, "--budget=0.1s")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_compare_fails_when_slower_and_only_then(peers, rivals):
     """Both have an earlier record, the one of a slower, the other of a faster peftkern."""
-    better, worse = peers[0], rivals[0]
+    better, (status, worse, _) = peers[0], rivals
     assert better.returncode == 0
     assert "0 of 1 cases slower by more than 5.0%" in better.stdout
     assert "not compared: not in the earlier record" in " ".join(better.stdout.split())
-    assert worse.returncode == 1
-    assert "ratio to bench_providers:right" in worse.stdout and "SLOWER" in worse.stdout
-    assert "1 of 1 cases slower by more than 5.0%" in worse.stdout
+    assert status == 1
+    assert "ratio to bench_providers:right" in worse and "SLOWER" in worse
+    assert "1 of 1 cases slower by more than 5.0%" in worse
 
 
 def test_workers_die_with_a_killed_parent(tmp_path):
@@ -213,7 +205,7 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     parent = subprocess.Popen(
         command,
         cwd=SUPPORT,
-        env={**environment(), "TMPDIR": str(tmp_path)},  # nobody is left to remove its files
+        env=environment(TMPDIR=str(tmp_path)),  # nobody is left to remove its files
         stdout=subprocess.DEVNULL,
     )
     try:

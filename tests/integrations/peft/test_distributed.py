@@ -1,0 +1,141 @@
+"""Patched models under DDP, FSDP and DTensor: processes of their own, forked from one that has
+imported everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from processes import run_code
+
+LORA = """
+def losses(model, rank):
+    model = DistributedDataParallel(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3)
+    torch.manual_seed(rank)
+    found = []
+    for step in range(5):
+        loss = model(**text_batch(seed=10 * step + rank)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    weights = torch.cat([p.detach().reshape(-1) for p in trained])
+    gathered = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(gathered, weights)
+    assert torch.equal(*gathered), "ranks drifted apart"
+    return torch.stack(found)
+
+def lora(rank):
+    for quantized in (False, True):
+        base = tiny_llama()
+        if quantized:
+            peftkern.quantize_(base)
+        model = add_lora(base, lora_dropout=0.1)
+        twin = patched_copy(model)
+        expected = losses(model, rank)
+        peftkern.reset_stats()
+        got = losses(twin, rank)
+        assert served_by_us() == 5 * 14 and fallbacks() == {}
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
+"""
+
+ADALORA = """
+def adalora(rank):
+    torch.set_num_threads(1 + rank)  # must not matter
+    model = adalora_llama(deltaT=1)
+    peftkern.patch(model)
+    wrapped = DistributedDataParallel(model)
+    optimizer = optimizer_of(model)
+    digest = hashlib.sha256()
+    for step in range(1, STEPS + 1):
+        wrapped(**text_batch(seed=100 * rank + step)).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        digest.update(json.dumps(model.peft_config["default"].rank_pattern).encode())
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
+    digests = [None, None]
+    dist.all_gather_object(digests, digest.hexdigest())
+    assert digests[0] == digests[1], "ranks drew other masks"
+"""
+
+SHARDED = """
+def role(model, name):
+    layer = layer_of(model)
+    return layer.base_layer if name == "base_layer" else getattr(layer, name)["default"]
+
+def sharded(rank):
+    mesh = init_device_mesh("cpu", (1,))
+    x = torch.randn(3, K)
+    for name in ("base_layer", "lora_A", "lora_B"):
+        model = lora_net(make_linear())
+        expected = model(x)
+        peftkern.patch(model)
+        fully_shard(role(model, name), mesh=mesh)
+        peftkern.reset_stats()
+        torch.testing.assert_close(model(x), expected)
+        assert list(fallbacks()) == [f"{name} is FSDPLinear"], fallbacks()
+    for name in ("lora_A", "base_layer"):
+        model = lora_net(make_linear())
+        peftkern.patch(model)
+        leaf = role(model, name)
+        leaf.weight = nn.Parameter(distribute_tensor(leaf.weight.data, mesh, [Replicate()]), False)
+        peftkern.reset_stats()
+        try:
+            model(x)
+        except RuntimeError as error:  # torch refuses to mix them; PEFT would not get further
+            assert "DTensor" in str(error), error
+        part = "base weight" if name == "base_layer" else name
+        assert fallbacks() == {f"{part} is DTensor": 1}, fallbacks()
+    model = lora_net(make_linear())
+    expected = model(x)
+    peftkern.patch(model)
+    fully_shard(layer_of(model), mesh=mesh)  # unsharded before the layer's forward: served
+    peftkern.reset_stats()
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    assert served_by_us() == 1 and fallbacks() == {}, peftkern.stats()
+    y.sum().backward()
+    assert layer_of(model).lora_B["default"].weight.grad is not None
+"""
+
+PROCESSES = f"""
+import hashlib, json, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+import peftkern
+from adalora_models import STEPS, adalora_llama, optimizer_of
+from peft_models import *
+{LORA}{ADALORA}{SHARDED}
+def work(rank, name, world_size):
+    torch.set_num_threads(1)
+    take_small_layers()
+    where = f"file://{{sys.argv[1]}}/{{name}}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world_size)
+    globals()[name](rank)
+    dist.destroy_process_group()
+
+for name, count in (("lora", 2), ("adalora", 2), ("sharded", 1)):
+    try:
+        mp.start_processes(work, args=(name, count), nprocs=count, start_method="fork")
+        print(name, "is right")
+    except mp.ProcessRaisedException as error:
+        print(name, error)
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> str:
+    folder: Path = tmp_path_factory.mktemp("stores")
+    return run_code(PROCESSES, folder)
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "sharded"])
+def test_ranks_agree_and_shards_fall_back(said, name):
+    """LoRA trains as unpatched, AdaLoRA draws one mask, a sharded part goes to PEFT by name."""
+    assert f"{name} is right" in said, said
