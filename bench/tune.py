@@ -37,6 +37,7 @@ from tiles import FIELDS, Search, Workers, fused_rows, problems, search
 
 from peftkern.backends.device import arch, triton_interpreted
 from peftkern.kernels import configs
+from peftkern.kernels.launch import forget_plans
 from peftkern.tools.bench import gpu_timer, machine
 from peftkern.tools.bench.shapes import PRESETS
 
@@ -215,6 +216,7 @@ def use(table: dict, name: str) -> None:
     for cached in (configs.load, configs.chosen, configs.fastest, configs.layer_of):
         cached.cache_clear()
     configs.load(name).update({**table, "layers": {}})
+    forget_plans()
 
 
 def save(path: Path, table: dict) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import JITFunction, driver
 
 from peftkern.backends.device import arch
+from peftkern.backends.pointers import all_begin_at
 from peftkern.formats.nf4 import nf4_code
 from peftkern.kernels.configs import Problem, TileConfig, chosen, tensor_cores
 from peftkern.kernels.interpreter import INTERPRETED
@@ -105,6 +109,112 @@ def code_table(device: torch.device) -> Tensor:
 def guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's device current: Triton launches on the current device."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+class Plan:
+    """A launch but for its tensors: kernel, grid, numbers and constants, and the compiled programs.
+
+    numbers: the kernel's parameters between its tensors and its constants.
+    programs: of Triton for dtypes of the tensors, or None where this has to go through Triton.
+    """
+
+    __slots__ = ("constants", "grid", "kernel", "numbers", "programs")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], **constants: Any
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.programs: dict[tuple[torch.dtype | None, ...], Program | None] = {}
+
+
+class Program(NamedTuple):
+    """A compiled kernel between what a launch gives it, as Triton's own launch calls it."""
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    fixed: tuple[Any, ...]  # function, metadata of the kernel and of the launch, hooks
+    rest: tuple[Any, ...]  # numbers and constants in the order of the kernel's parameters
+
+
+_plans: list[Any] = []  # functions that keep them
+_ALIGNMENT = 16  # of addresses, for which Triton compiles wide loads
+# Functions that want to see each launch: before Triton 3.5 a knob that is set, or None.
+_WATCHERS = tuple(
+    getattr(getattr(knobs.runtime, name), "calls", ())
+    for name in ("launch_enter_hook", "launch_exit_hook")
+)
+
+
+def planned(build: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Keep the plans that `build` makes of a device and numbers, for tiles that are not forced."""
+    kept = functools.lru_cache(maxsize=4096)(build)
+    _plans.append(kept)
+
+    @functools.wraps(build)
+    def plan(device: torch.device, *numbers: float) -> Plan:
+        if _forced.get() is None and device.type != "meta":
+            return kept(device, *numbers)
+        return build(device, *numbers)
+
+    return plan
+
+
+def forget_plans() -> None:
+    """Choose tiles anew, after the tables that they come from have changed."""
+    for kept in _plans:
+        kept.cache_clear()
+
+
+def launch(plan: Plan, on: Tensor, *tensors: Tensor | None) -> None:
+    """Launch a plan's kernel with its tensors on the device of `on`.
+
+    Triton's own launch binds, specializes and looks up all arguments anew. A plan remembers what
+    that found and starts it as that does at its end: numbers and constants are the plan's, and of
+    tensors Triton specializes on dtypes and on addresses that are aligned. Whatever is unusual goes
+    through Triton: the interpreter, recorded launches, hooks, a knob that was set, an address that
+    is not aligned, a compiler other than NVIDIA's (AMD's looks at the tensors' sizes, too).
+    """
+    kernel = plan.kernel
+    if (
+        type(kernel) is not JITFunction
+        or on.is_meta
+        or knobs.runtime.__dict__
+        or any(_WATCHERS)
+        or kernel.pre_run_hooks
+        or not all_begin_at(tensors, _ALIGNMENT)
+    ):
+        with guard(on):
+            kernel[plan.grid](*tensors, *plan.numbers, **plan.constants)
+        return
+    active, device = driver.active, on.get_device()
+    if active.get_current_device() != device:
+        with guard(on):
+            launch(plan, on, *tensors)
+        return
+    key = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+    program = plan.programs.get(key)
+    if program is None:
+        compiled = kernel[plan.grid](*tensors, *plan.numbers, **plan.constants)
+        plan.programs[key] = _program(plan, compiled, len(tensors))
+        return
+    run, grid, fixed, rest = program
+    run(*grid, active.get_current_stream(device), *fixed, *tensors, *rest)
+
+
+def _program(plan: Plan, compiled: Any, tensors: int) -> Program | None:
+    """Return what a later launch starts, or None if this Triton keeps it in another way."""
+    names = plan.kernel.arg_names[tensors + len(plan.numbers) :]
+    target = getattr(getattr(compiled, "metadata", None), "target", None)
+    if getattr(target, "backend", None) != "cuda" or not plan.constants.keys() >= set(names):
+        return None
+    run, function, metadata = (
+        getattr(compiled, name, None) for name in ("run", "function", "packed_metadata")
+    )
+    if not callable(run) or function is None or metadata is None:
+        return None
+    constants = [plan.constants[name] for name in names]
+    grid = (*plan.grid, 1, 1)[:3]
+    return Program(run, grid, (function, metadata, None, None, None), (*plan.numbers, *constants))
 
 
 def rows_of(x: Tensor, columns: int) -> Tensor:

@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends.dropout import keep_scale, keep_threshold
-from peftkern.kernels.configs import Problem, TileConfig, block_rank, ceil_div, slab
+from peftkern.kernels.configs import Problem, block_rank, ceil_div, slab
 from peftkern.kernels.interpreter import dropped, narrow
-from peftkern.kernels.launch import config_for, guard, rows_of, traits
+from peftkern.kernels.launch import Plan, config_for, launch, planned, rows_of, traits
 from peftkern.kernels.primitives import as_factor, dot_factor, dot_update, join_sums, keep_mask
 
+Sizes, Scales, Flags = tuple[int, ...], tuple[float, ...], tuple[bool, ...]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANK_MAX = 256
 SIZE_MAX = 65535 * 64  # programs that CUDA takes on an axis, columns of the least tile
@@ -395,35 +396,33 @@ def _launch_forward(
     y: Tensor | None = None,
 ) -> None:
     """Launch the forward kernel: fill S, and y if it is given."""
+    bias = None if bias is None else bias.contiguous()
     (M, K), r, N = x.shape, factor.shape[0], 1 if y is None else y.shape[1]
-    config = _config("lora_forward", M, N, K, r, x)
-    grid = (ceil_div(M, config.block_m), config.splits, ceil_div(r, block_rank(r)))
-    with guard(x):
-        _lora_forward_kernel[grid](
-            x,
-            factor.contiguous(),
-            lora_B,
-            None if bias is None else bias.contiguous(),
-            keep,
-            S,
-            y,
-            M,
-            N,
-            K,
-            r,
-            scale,
-            scaling,
-            keep_threshold(dropout_p),
-            EXPAND=y is not None,
-            HAS_BIAS=bias is not None,
-            HAS_DROPOUT=keep is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            BLOCK_R=block_rank(r),
-            PRECISION=traits(x.device).precision,
-            **config.launch(),
-        )
+    flags = (y is not None, bias is not None, keep is not None)
+    sizes = (M, N, K, r, 8 * x.element_size())
+    plan = _forward_plan(x.device, sizes, (scale, scaling, dropout_p), flags)
+    launch(plan, x, x, factor.contiguous(), lora_B, bias, keep, S, y)
+
+
+@planned
+def _forward_plan(device: torch.device, sizes: Sizes, scales: Scales, flags: Flags) -> Plan:
+    (M, N, K, r, bits), (expand, bias, dropout) = sizes, flags
+    scale, scaling, dropout_p = scales
+    config = config_for(Problem("lora_forward", M, N, K, r, bits), device)
+    return Plan(
+        _lora_forward_kernel,
+        (ceil_div(M, config.block_m), config.splits, ceil_div(r, block_rank(r))),
+        (M, N, K, r, scale, scaling, keep_threshold(dropout_p)),
+        EXPAND=expand,
+        HAS_BIAS=bias,
+        HAS_DROPOUT=dropout,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=block_rank(r),
+        PRECISION=traits(device).precision,
+        **config.launch(),
+    )
 
 
 def gradients_sb(
@@ -438,43 +437,44 @@ def gradients_sb(
             lora_B.new_zeros(lora_B.shape) if need_dB else None,
             dy.new_zeros(N) if need_dbias else None,
         )
-    config = _config("lora_backward_sb", M, N, 1, r, dy)
-    tiles, rows = ceil_div(N, config.block_n), slab(M, config.block_m, config.splits)
-    slabs = ceil_div(M, rows)
+    sizes = (M, N, r, 8 * dy.element_size())
+    plan = _backward_sb_plan(dy.device, sizes, scaling, (need_dS, need_dB, need_dbias))
+    tiles, slabs, _ = plan.grid
     dS = None
     partial_bytes = 4 * tiles * M * r
     if need_dS and (2 * partial_bytes > dy.nbytes or partial_bytes > PARTIAL_BYTES):
         # Partial sums, written and read, would be more bytes than a second read of dy, or too many.
         dS = shrink(dy, lora_B.t(), scaling)
         need_dS = False
+        plan = _backward_sb_plan(dy.device, sizes, scaling, (need_dS, need_dB, need_dbias))
     parts = _partial(need_dS, (tiles, M, r), dy)
     dB = _partial(need_dB, (slabs, N, r), dy)
     dbias = _partial(need_dbias, (slabs, N), dy)
     if need_dS or need_dB or need_dbias:
-        with guard(dy):
-            _lora_backward_sb_kernel[(tiles, slabs, ceil_div(r, block_rank(r)))](
-                dy,
-                lora_B.contiguous(),
-                S.reshape(M, r) if need_dB else None,
-                parts,
-                dB,
-                dbias,
-                M,
-                N,
-                r,
-                rows,
-                scaling,
-                NEED_DS=need_dS,
-                NEED_DB=need_dB,
-                NEED_DBIAS=need_dbias,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                BLOCK_R=block_rank(r),
-                PRECISION=traits(dy.device).precision,
-                **config.launch(),
-            )
+        S = S.reshape(M, r) if need_dB else None
+        launch(plan, dy, dy, lora_B.contiguous(), S, parts, dB, dbias)
     dS = dS if parts is None else _added(parts, torch.float32)
     return dS, _added(dB, lora_B.dtype), _added(dbias, dy.dtype)
+
+
+@planned
+def _backward_sb_plan(device: torch.device, sizes: Sizes, scaling: float, flags: Flags) -> Plan:
+    (M, N, r, bits), (need_dS, need_dB, need_dbias) = sizes, flags
+    config = config_for(Problem("lora_backward_sb", M, N, 1, r, bits), device)
+    rows = slab(M, config.block_m, config.splits)
+    return Plan(
+        _lora_backward_sb_kernel,
+        (ceil_div(N, config.block_n), ceil_div(M, rows), ceil_div(r, block_rank(r))),
+        (M, N, r, rows, scaling),
+        NEED_DS=need_dS,
+        NEED_DB=need_dB,
+        NEED_DBIAS=need_dbias,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=block_rank(r),
+        PRECISION=traits(device).precision,
+        **config.launch(),
+    )
 
 
 def gradients_xa(
@@ -490,12 +490,11 @@ def gradients_xa(
     need_dx, need_dA = needs
     if not (need_dx or need_dA):
         return None, None
-    (r, K), M = lora_A.shape, len(dS)
+    (r, K), M = lora_A.shape, dS.shape[0]
     dx = dS.new_empty((M, K), dtype=dtype) if need_dx else None
     if M == 0:
         return dx, lora_A.new_zeros(lora_A.shape) if need_dA else None
-    chunks = ceil_div(r, block_rank(r))
-    if chunks > 1 and need_dx:
+    if r > block_rank(r) and need_dx:
         scales = (1.0, keep_scale(keep, dropout_p))
         update_epilogue(
             None, dS[None], lora_A.contiguous(), None, keep, dropout_p, scales, None, dx
@@ -504,34 +503,33 @@ def gradients_xa(
         if not need_dA:
             return dx, None
     rows = rows_of(x, K) if need_dA else None
-    config = _config("lora_backward_xa", M, 1, K, r, rows if need_dA else dx)
-    step = slab(M, config.block_m, config.splits)
-    slabs = ceil_div(M, step)
-    dA = _partial(need_dA, (slabs, r, K), dS)
-    with guard(dS):
-        _lora_backward_xa_kernel[(ceil_div(K, config.block_k), slabs, chunks)](
-            rows,
-            lora_A.contiguous(),
-            dS,
-            keep,
-            dx if need_dx else None,
-            dA,
-            M,
-            K,
-            r,
-            step,
-            keep_scale(keep, dropout_p),
-            keep_threshold(dropout_p),
-            NEED_DX=need_dx,
-            NEED_DA=need_dA,
-            HAS_DROPOUT=keep is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_K=config.block_k,
-            BLOCK_R=block_rank(r),
-            PRECISION=traits(dS.device).precision,
-            **config.launch(),
-        )
+    sizes = (M, K, r, 8 * (rows if need_dA else dx).element_size())
+    scales, flags = (keep_scale(keep, dropout_p), dropout_p), (need_dx, need_dA, keep is not None)
+    plan = _backward_xa_plan(dS.device, sizes, scales, flags)
+    dA = _partial(need_dA, (plan.grid[1], r, K), dS)
+    launch(plan, dS, rows, lora_A.contiguous(), dS, keep, dx if need_dx else None, dA)
     return dx, _added(dA, lora_A.dtype)
+
+
+@planned
+def _backward_xa_plan(device: torch.device, sizes: Sizes, scales: Scales, flags: Flags) -> Plan:
+    (M, K, r, bits), (need_dx, need_dA, dropout) = sizes, flags
+    scale, dropout_p = scales
+    config = config_for(Problem("lora_backward_xa", M, 1, K, r, bits), device)
+    step = slab(M, config.block_m, config.splits)
+    return Plan(
+        _lora_backward_xa_kernel,
+        (ceil_div(K, config.block_k), ceil_div(M, step), ceil_div(r, block_rank(r))),
+        (M, K, r, step, scale, keep_threshold(dropout_p)),
+        NEED_DX=need_dx,
+        NEED_DA=need_dA,
+        HAS_DROPOUT=dropout,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=block_rank(r),
+        PRECISION=traits(device).precision,
+        **config.launch(),
+    )
 
 
 def update_epilogue(
@@ -551,41 +549,37 @@ def update_epilogue(
     """
     M, N = out.shape
     r = 0 if factor is None else factor.shape[0]
-    config = config_for(Problem("epilogue", M, N, 1, r, 8 * out.element_size()), out.device)
-    with guard(out):
-        _epilogue_kernel[(ceil_div(M, config.block_m), ceil_div(N, config.block_n))](
-            parts,
-            s_parts,
-            factor,
-            None if bias is None else bias.contiguous(),
-            keep,
-            S,
-            out,
-            M,
-            N,
-            r,
-            0 if parts is None else len(parts),
-            len(s_parts) if r else 0,
-            factor.stride(0) if r else 0,
-            factor.stride(1) if r else 0,
-            *scales,
-            keep_threshold(dropout_p),
-            HAS_PARTS=parts is not None,
-            HAS_UPDATE=r > 0,
-            STORE_S=S is not None,
-            HAS_BIAS=bias is not None,
-            HAS_DROPOUT=keep is not None and r > 0,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_R=block_rank(r),
-            PRECISION=traits(out.device).precision,
-            **config.launch(),
-        )
+    bias = None if bias is None else bias.contiguous()
+    splits = (0 if parts is None else parts.shape[0], s_parts.shape[0] if r else 0)
+    splits += factor.stride() if r else (0, 0)
+    flags = (parts is not None, S is not None, bias is not None, keep is not None)
+    sizes = (M, N, r, 8 * out.element_size())
+    plan = _epilogue_plan(out.device, sizes, splits, (*scales, dropout_p), flags)
+    launch(plan, out, parts, s_parts, factor, bias, keep, S, out)
 
 
-def _config(kernel: str, M: int, N: int, K: int, r: int, activations: Tensor) -> TileConfig:
-    problem = Problem(kernel, M, N, K, r, 8 * activations.element_size())
-    return config_for(problem, activations.device)
+@planned
+def _epilogue_plan(
+    device: torch.device, sizes: Sizes, splits: Sizes, scales: Scales, flags: Flags
+) -> Plan:
+    (M, N, r, bits), (parts, store_S, bias, dropout) = sizes, flags
+    s_scale, scale, dropout_p = scales
+    config = config_for(Problem("epilogue", M, N, 1, r, bits), device)
+    return Plan(
+        _epilogue_kernel,
+        (ceil_div(M, config.block_m), ceil_div(N, config.block_n)),
+        (M, N, r, *splits, s_scale, scale, keep_threshold(dropout_p)),
+        HAS_PARTS=parts,
+        HAS_UPDATE=r > 0,
+        STORE_S=store_S,
+        HAS_BIAS=bias,
+        HAS_DROPOUT=dropout and r > 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=block_rank(r),
+        PRECISION=traits(device).precision,
+        **config.launch(),
+    )
 
 
 def _partial(wanted: bool, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
@@ -596,5 +590,5 @@ def _added(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Add partial sums in order: torch reduces the first dimension deterministically."""
     if parts is None:
         return None
-    total = parts[0] if len(parts) == 1 else parts.sum(0)
-    return total.to(dtype)
+    total = parts.squeeze(0) if parts.shape[0] == 1 else parts.sum(0)
+    return total if total.dtype is dtype else total.to(dtype)

@@ -16,7 +16,7 @@ from peftkern.formats.nf4 import ABSMAX_FLOOR, nf4_midpoints
 from peftkern.formats.table import stored
 from peftkern.kernels.configs import Problem, ceil_div
 from peftkern.kernels.interpreter import narrow
-from peftkern.kernels.launch import code_table, config_for, guard, traits
+from peftkern.kernels.launch import Plan, code_table, config_for, launch, planned, traits
 from peftkern.kernels.primitives import nf4_tile, nf4_values
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -103,15 +103,18 @@ def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     absmax = torch.empty(ceil_div(numel, blocksize), dtype=torch.float32, device=flat.device)
     if numel == 0:
         return packed, absmax
-    problem = Problem("nf4_quantize", 1, numel, blocksize, 1, 8 * flat.element_size())
-    config = config_for(problem, flat.device)
-    rows = max(1, config.block_n // blocksize)
-    grid = (ceil_div(absmax.numel(), rows),)
-    with guard(flat):
-        _nf4_quantize_kernel[grid](
-            flat, packed, absmax, numel, ROWS=rows, BLOCKSIZE=blocksize, **config.launch()
-        )
+    plan = _quantize_plan(flat.device, numel, blocksize, 8 * flat.element_size())
+    launch(plan, flat, flat, packed, absmax)
     return packed, absmax
+
+
+@planned
+def _quantize_plan(device: torch.device, numel: int, blocksize: int, bits: int) -> Plan:
+    config = config_for(Problem("nf4_quantize", 1, numel, blocksize, 1, bits), device)
+    rows = max(1, config.block_n // blocksize)
+    grid = (ceil_div(ceil_div(numel, blocksize), rows),)
+    constants = {"ROWS": rows, "BLOCKSIZE": blocksize, **config.launch()}
+    return Plan(_nf4_quantize_kernel, grid, (numel,), **constants)
 
 
 def nf4_dequantize(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
@@ -125,24 +128,27 @@ def nf4_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> None:
         out.copy_(nf4_dequantize(w, layout, out.dtype).view(out.shape))
         return
     weight = stored(w, layout)
-    numel, nbytes = out.numel(), (out.numel() + 1) // 2
-    if numel == 0:
-        return
-    problem = Problem("nf4_dequantize", 1, numel, weight.blocksize, 1, 8 * out.element_size())
-    config = config_for(problem, out.device)
-    columns = min(weight.blocksize // 2, config.block_n)
-    with guard(out):
-        _nf4_dequantize_kernel[(ceil_div(nbytes, config.block_n),)](
-            *weight.pointers,
-            code_table(out.device),
-            out,
-            numel,
-            nbytes,
-            BLOCKSIZE=weight.blocksize,
-            NESTED_BLOCKSIZE=weight.nested_blocksize,
-            PTX=traits(out.device).ptx,
-            COLUMNS=columns,
-            ROWS=config.block_n // columns,
-            enable_fp_fusion=False,  # absmax is a product and a sum, each rounded
-            **config.launch(),
-        )
+    if out.numel():
+        sizes = (out.numel(), weight.blocksize, weight.nested_blocksize, 8 * out.element_size())
+        plan = _dequantize_plan(out.device, *sizes)
+        launch(plan, out, *weight.pointers, code_table(out.device), out)
+
+
+@planned
+def _dequantize_plan(
+    device: torch.device, numel: int, blocksize: int, nested_blocksize: int, bits: int
+) -> Plan:
+    config = config_for(Problem("nf4_dequantize", 1, numel, blocksize, 1, bits), device)
+    columns, nbytes = min(blocksize // 2, config.block_n), (numel + 1) // 2
+    return Plan(
+        _nf4_dequantize_kernel,
+        (ceil_div(nbytes, config.block_n),),
+        (numel, nbytes),
+        BLOCKSIZE=blocksize,
+        NESTED_BLOCKSIZE=nested_blocksize,
+        PTX=traits(device).ptx,
+        COLUMNS=columns,
+        ROWS=config.block_n // columns,
+        enable_fp_fusion=False,  # absmax is a product and a sum, each rounded
+        **config.launch(),
+    )

@@ -22,7 +22,15 @@ from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.formats.table import stored
 from peftkern.kernels.configs import RANK_LEAST, Problem, ceil_div, nf4_fused_rows
 from peftkern.kernels.interpreter import dot, dropped, narrow
-from peftkern.kernels.launch import code_table, config_for, guard, rows_of, traits
+from peftkern.kernels.launch import (
+    Plan,
+    code_table,
+    config_for,
+    launch,
+    planned,
+    rows_of,
+    traits,
+)
 from peftkern.kernels.low_rank_update import (
     gradients_sb,
     gradients_xa,
@@ -252,8 +260,7 @@ def nf4_lora_linear_backward(
         dx = dy.new_empty((0, K))
     if need_dx:
         dx = dx.view(*dy.shape[:-1], K)
-    empty = dy.new_empty(0)
-    return tuple(empty if grad is None else grad for grad in (dx, dA, dB, dbias))
+    return tuple([dy.new_empty(0) if g is None else g for g in (dx, dA, dB, dbias)])
 
 
 def _fused(rows: Tensor, columns: int, layout: list[int]) -> bool:
@@ -264,7 +271,7 @@ def _fused(rows: Tensor, columns: int, layout: list[int]) -> bool:
     _, blocksize, _, _, K = layout
     on = traits(rows.device)
     most = nf4_fused_rows(on.arch, columns, on.processors, on.cores)
-    return 0 < len(rows) <= most and K % blocksize == 0
+    return 0 < rows.shape[0] <= most and K % blocksize == 0
 
 
 def fused_forward(
@@ -280,46 +287,56 @@ def fused_forward(
 ) -> tuple[Tensor, Tensor | None]:
     weight = stored(w, layout)
     (M, K), N, r = x.shape, layout[3], 0 if lora_A is None else lora_A.shape[0]
-    config = config_for(Problem("nf4_forward", M, N, K, r, 8 * x.element_size()), x.device)
-    block_k = min(config.block_k, weight.blocksize)
-    blocks = ceil_div(ceil_div(K, block_k), config.splits)
-    splits = ceil_div(K, blocks * block_k)
+    bits, dropout = 8 * x.element_size(), keep is not None
+    sizes = (M, N, K, r, bits, dropout_p, dropout, weight.blocksize, weight.nested_blocksize)
+    plan = _forward_plan(x.device, *sizes)
+    splits = plan.grid[2]
     parts = x.new_empty((splits, M, N), dtype=torch.float32)
     s_parts = x.new_empty((splits, M, r), dtype=torch.float32) if r else None
-    tiles = ceil_div(N, config.block_n) + ceil_div(r, RANK_LEAST)
-    with guard(x):
-        _nf4_forward_kernel[(tiles, ceil_div(M, config.block_m), splits)](
-            x,
-            *weight.pointers,
-            code_table(x.device),
-            lora_A.contiguous() if r else None,
-            keep,
-            parts,
-            s_parts,
-            M,
-            N,
-            K,
-            r,
-            blocks,
-            keep_threshold(dropout_p),
-            BLOCKSIZE=weight.blocksize,
-            NESTED_BLOCKSIZE=weight.nested_blocksize,
-            HAS_LORA=r > 0,
-            HAS_DROPOUT=keep is not None,
-            PTX=traits(x.device).ptx,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=block_k,
-            BLOCK_R=RANK_LEAST,
-            PRECISION=traits(x.device).precision,
-            **config.launch(),
-        )
+    A, table = lora_A.contiguous() if r else None, code_table(x.device)
+    launch(plan, x, x, *weight.pointers, table, A, keep, parts, s_parts)
     y = x.new_empty((M, N))
     S = x.new_empty((M, r), dtype=torch.float32) if r else None
     factor = lora_B.contiguous().t() if r else None
     scales = (keep_scale(keep, dropout_p), scaling)
     update_epilogue(parts, s_parts, factor, bias, None, dropout_p, scales, S, y)
     return y, S
+
+
+@planned
+def _forward_plan(
+    device: torch.device,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    bits: int,
+    dropout_p: float,
+    dropout: bool,
+    blocksize: int,
+    nested_blocksize: int,
+) -> Plan:
+    config = config_for(Problem("nf4_forward", M, N, K, r, bits), device)
+    block_k = min(config.block_k, blocksize)
+    blocks = ceil_div(ceil_div(K, block_k), config.splits)
+    tiles = ceil_div(N, config.block_n) + ceil_div(r, RANK_LEAST)
+    on = traits(device)
+    return Plan(
+        _nf4_forward_kernel,
+        (tiles, ceil_div(M, config.block_m), ceil_div(K, blocks * block_k)),
+        (M, N, K, r, blocks, keep_threshold(dropout_p)),
+        BLOCKSIZE=blocksize,
+        NESTED_BLOCKSIZE=nested_blocksize,
+        HAS_LORA=r > 0,
+        HAS_DROPOUT=dropout,
+        PTX=on.ptx,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=RANK_LEAST,
+        PRECISION=on.precision,
+        **config.launch(),
+    )
 
 
 def fused_backward(
@@ -333,33 +350,42 @@ def fused_backward(
 ) -> Tensor:
     weight = stored(w, layout)
     (M, N), K = dy.shape, layout[4]
-    config = config_for(Problem("nf4_backward", M, N, K, 1, 8 * dy.element_size()), dy.device)
-    block_k = min(config.block_k, weight.blocksize)
-    blocks = ceil_div(ceil_div(N, config.block_n), config.splits)
-    splits = ceil_div(N, blocks * config.block_n)
-    parts = dy.new_empty((splits, M, K), dtype=torch.float32)
-    with guard(dy):
-        _nf4_backward_kernel[(K // block_k, ceil_div(M, config.block_m), splits)](
-            dy,
-            *weight.pointers,
-            code_table(dy.device),
-            parts,
-            M,
-            N,
-            K,
-            blocks,
-            BLOCKSIZE=weight.blocksize,
-            NESTED_BLOCKSIZE=weight.nested_blocksize,
-            PTX=traits(dy.device).ptx,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=block_k,
-            PRECISION=traits(dy.device).precision,
-            **config.launch(),
-        )
+    bits = 8 * dy.element_size()
+    plan = _backward_plan(dy.device, M, N, K, bits, weight.blocksize, weight.nested_blocksize)
+    parts = dy.new_empty((plan.grid[2], M, K), dtype=torch.float32)
+    launch(plan, dy, dy, *weight.pointers, code_table(dy.device), parts)
     dx = dy.new_empty((M, K))
     s_parts = None if dS is None else dS.unsqueeze(0)
     factor = None if dS is None else lora_A.contiguous()
     scales = (1.0, keep_scale(keep, dropout_p))
     update_epilogue(parts, s_parts, factor, None, keep, dropout_p, scales, None, dx)
     return dx
+
+
+@planned
+def _backward_plan(
+    device: torch.device,
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    blocksize: int,
+    nested_blocksize: int,
+) -> Plan:
+    config = config_for(Problem("nf4_backward", M, N, K, 1, bits), device)
+    block_k = min(config.block_k, blocksize)
+    blocks = ceil_div(ceil_div(N, config.block_n), config.splits)
+    on = traits(device)
+    return Plan(
+        _nf4_backward_kernel,
+        (K // block_k, ceil_div(M, config.block_m), ceil_div(N, blocks * config.block_n)),
+        (M, N, K, blocks),
+        BLOCKSIZE=blocksize,
+        NESTED_BLOCKSIZE=nested_blocksize,
+        PTX=on.ptx,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        PRECISION=on.precision,
+        **config.launch(),
+    )

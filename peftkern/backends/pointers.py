@@ -111,6 +111,20 @@ def begins_at(tensor: Tensor, multiple: int) -> bool:
     return tensor.data_ptr() % multiple == 0
 
 
+def placement(tensor: Tensor) -> tuple[int, int, torch.dtype, bool]:
+    """Return where a tensor's values are, so that another memory or another view of it shows."""
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()
+
+
+def all_begin_at(tensors: Sequence[Tensor | None], multiple: int) -> bool:
+    """Check that the memory of tensors is aligned to this many bytes, a power of two."""
+    found = 0
+    for tensor in tensors:
+        if tensor is not None:
+            found |= tensor.data_ptr()
+    return found % multiple == 0
+
+
 def dtype_code(name: str, tensor: Tensor) -> int:
     """Return the number of a tensor's dtype in C++.
 

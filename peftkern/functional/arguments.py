@@ -127,8 +127,11 @@ def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...] | None:
     """Return which tensors want a gradient, or None if there is no backward pass at all."""
     if not torch.is_grad_enabled():
         return None
-    needs = tuple([tensor is not None and tensor.requires_grad for tensor in tensors])
-    return needs if True in needs else None
+    needs = [False] * len(tensors)
+    for i, tensor in enumerate(tensors):
+        if tensor is not None and tensor.requires_grad:
+            needs[i] = True
+    return tuple(needs) if True in needs else None
 
 
 def fold_scaling(lora_B: Tensor, scaling: float | Tensor, x: Tensor) -> tuple[Tensor, float]:
@@ -156,14 +159,39 @@ def draw_keep(x: Tensor, dropout_p: float) -> Tensor | None:
 
 def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast as autocast casts the arguments of F.linear; float64, and what is no tensor, stays."""
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return x, *others
+    return tuple([autocast_to(dtype, tensor) for tensor in (x, *others)])
+
+
+def autocast_to(dtype: torch.dtype, tensor: Any) -> Any:
+    """Cast as autocast does where its dtype is `dtype`."""
+    cast = isinstance(tensor, Tensor) and tensor.dtype in WEIGHT_DTYPES
+    return tensor.to(dtype) if cast else tensor
+
+
+def late_cast(
+    dtype: torch.dtype,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    needs: tuple[bool, ...] | None,
+) -> tuple[Tensor | None, Tensor | None, torch.dtype | None]:
+    """Cast factors as autocast does, or leave that to an autograd function, without a node each.
+
+    Returns: lora_A, lora_B, and the dtype to which they are still to be cast, or None.
+    """
+    if needs is not None and not torch.compiler.is_compiling():
+        return lora_A, lora_B, dtype
+    return autocast_to(dtype, lora_A), autocast_to(dtype, lora_B), None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast gives x's operations, None where it is off for its device."""
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch raises for "meta"
-        return x, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype in WEIGHT_DTYPES else t
-        for t in (x, *others)
-    )
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _is_params4bit(value: Any) -> bool:

@@ -16,13 +16,22 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import dispatch, ops, reference
+from peftkern.functional.arguments import autocast_to
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x @ weight.T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias."""
+    """y = x @ weight.T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias.
+
+    options: scaling, dropout_p, needs, layout, and the dtype that autocast gives the factors: cast
+    here, they cost no node of the graph each.
+    """
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, bias, scaling, keep, dropout_p, needs, layout, *weight):
+    def forward(ctx, x, lora_A, lora_B, bias, keep, options, *weight):
+        scaling, dropout_p, needs, layout, dtype = options
+        ctx.options, ctx.factors = options, (lora_A, lora_B)
+        if dtype is not None:
+            lora_A, lora_B = autocast_to(dtype, lora_A), autocast_to(dtype, lora_B)
         y, S = product(x, weight, layout, lora_A, lora_B, bias, scaling, keep, dropout_p)
         need_dx, need_dA, need_dB, _ = needs
         read = (
@@ -33,21 +42,24 @@ class LowRankLinear(torch.autograd.Function):
             lora_B,
         )
         save_for_backward(ctx, read, weight if need_dx or layout else (None,))
-        ctx.layout, ctx.scaling, ctx.dropout_p, ctx.needs = layout, scaling, dropout_p, needs
         ctx.backend = None if x.is_cpu else forced_backend()
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, S, keep, lora_A, lora_B, *weight = saved_tensors(ctx)
-        args = (lora_A, lora_B, ctx.scaling, keep, ctx.dropout_p, ctx.needs)
+        scaling, dropout_p, needs, layout, dtype = ctx.options
         if torch.is_grad_enabled():
-            weight = dense(weight, ctx.layout, dy.dtype)
-            grads = differentiable_gradients(dy, x, S, weight, *args)
+            if dtype is not None:
+                lora_A, lora_B = (autocast_to(dtype, factor) for factor in ctx.factors)
+            args = (lora_A, lora_B, scaling, keep, dropout_p, needs)
+            grads = differentiable_gradients(dy, x, S, dense(weight, layout, dy.dtype), *args)
         else:
+            args = (lora_A, lora_B, scaling, keep, dropout_p, needs)
             with use_backend(ctx.backend):
-                grads = gradients(dy, x, S, weight, ctx.layout, *args)
-        return *wanted(grads, ctx.needs), *[None] * (len(ctx.needs_input_grad) - 4)
+                grads = gradients(dy, x, S, weight, layout, *args)
+        # Autograd casts each to the dtype of its argument.
+        return *wanted(grads, needs), *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 def product(
@@ -62,11 +74,10 @@ def product(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward op of a dense or quantized weight: y and S."""
+    args = (lora_A, lora_B, bias, scaling, keep, dropout_p)
     if layout:
-        return ops.nf4_lora_linear_forward(
-            x, weight, layout, lora_A, lora_B, bias, scaling, keep, dropout_p
-        )
-    return ops.lora_linear_forward(x, *weight, lora_A, lora_B, bias, scaling, keep, dropout_p)
+        return ops.run("nf4_lora_linear_forward", x, weight, layout, *args)
+    return ops.run("lora_linear_forward", x, *weight, *args)
 
 
 def gradients(
@@ -79,8 +90,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the backward op of a dense or quantized weight: dx, dA, dB and dbias."""
     if layout:
-        return ops.nf4_lora_linear_backward(dy, x, S, weight, layout, *options)
-    return ops.lora_linear_backward(dy, x, S, *weight, *options)
+        return ops.run("nf4_lora_linear_backward", dy, x, S, weight, layout, *options)
+    return ops.run("lora_linear_backward", dy, x, S, *weight, *options)
 
 
 def dense(

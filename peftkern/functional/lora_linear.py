@@ -6,6 +6,7 @@ from torch import Tensor
 
 from peftkern.backends import ops
 from peftkern.functional.arguments import (
+    autocast_dtype,
     cast_for_autocast,
     check_factors,
     check_float,
@@ -13,6 +14,7 @@ from peftkern.functional.arguments import (
     check_linear,
     draw_keep,
     fold_scaling,
+    late_cast,
     mismatch,
     needs_gradient,
 )
@@ -48,16 +50,22 @@ def lora_linear(
     """
     check_float("x", x)
     check_frozen(weight)
-    x, weight, lora_A, lora_B, bias = cast_for_autocast(x, weight, lora_A, lora_B, bias)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight, bias = cast_for_autocast(x, weight, bias)
     if weight.dim() != 2 or weight.dtype is not x.dtype or weight.device != x.device:
         raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", weight)
     check_linear(x, *weight.shape, bias, dropout_p)
     check_factors(*weight.shape, x.device, lora_A, lora_B)
     if type(scaling) is not float:
-        lora_B, scaling = fold_scaling(lora_B, scaling, x)
+        _, lora_A, lora_B = cast_for_autocast(x, lora_A, lora_B)
+        (lora_B, scaling), dtype = fold_scaling(lora_B, scaling, x), None
     keep = draw_keep(x, dropout_p) if dropout_p else None
     needs = needs_gradient(x, lora_A, lora_B, bias)
-    args = (lora_A, lora_B, bias, scaling, keep, dropout_p)
+    if dtype is not None:
+        lora_A, lora_B, dtype = late_cast(dtype, lora_A, lora_B, needs)
     if needs is None:
-        return ops.lora_linear_forward(x, weight, *args)[0]
-    return LowRankLinear.apply(x, *args, needs, (), weight)
+        args = (lora_A, lora_B, bias, scaling, keep, dropout_p)
+        return ops.run("lora_linear_forward", x, weight, *args)[0]
+    options = (scaling, dropout_p, needs, (), dtype)
+    return LowRankLinear.apply(x, lora_A, lora_B, bias, keep, options, weight)

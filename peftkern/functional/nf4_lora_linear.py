@@ -7,6 +7,7 @@ from torch import Tensor
 from peftkern.backends import ops
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.arguments import (
+    autocast_dtype,
     cast_for_autocast,
     check_factors,
     check_float,
@@ -15,6 +16,7 @@ from peftkern.functional.arguments import (
     check_stored,
     draw_keep,
     fold_scaling,
+    late_cast,
     needs_gradient,
 )
 from peftkern.functional.autograd import LowRankLinear
@@ -74,19 +76,27 @@ def _nf4_lora_linear(
     dropout_p: float,
 ) -> Tensor:
     check_float("x", x)
-    check_nf4("w", w)
-    x, lora_A, lora_B, bias = cast_for_autocast(x, lora_A, lora_B, bias)
-    check_stored("w", x, w)
+    if type(w) is not NF4Weight:
+        check_nf4("w", w)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, bias = cast_for_autocast(x, bias)
+    if len(w.shape) != 2 or w.packed.device != x.device:
+        check_stored("w", x, w)
     if isinstance(bias, Tensor) and bias.dtype is not x.dtype and bias.is_floating_point():
         bias = bias.to(x.dtype)
     check_linear(x, *w.shape, bias, dropout_p)
     if lora_B is not None:
         check_factors(*w.shape, x.device, lora_A, lora_B)
         if type(scaling) is not float:
-            lora_B, scaling = fold_scaling(lora_B, scaling, x)
+            _, lora_A, lora_B = cast_for_autocast(x, lora_A, lora_B)
+            (lora_B, scaling), dtype = fold_scaling(lora_B, scaling, x), None
     keep = draw_keep(x, dropout_p) if dropout_p else None
     needs = needs_gradient(x, lora_A, lora_B, bias)
-    args = (lora_A, lora_B, bias, scaling, keep, dropout_p)
+    if dtype is not None:
+        lora_A, lora_B, dtype = late_cast(dtype, lora_A, lora_B, needs)
     if needs is None:
-        return ops.nf4_lora_linear_forward(x, w.tensors, w.layout, *args)[0]
-    return LowRankLinear.apply(x, *args, needs, w.layout, *w.tensors)
+        args = (lora_A, lora_B, bias, scaling, keep, dropout_p)
+        return ops.run("nf4_lora_linear_forward", x, w.tensors, w.layout, *args)[0]
+    options = (scaling, dropout_p, needs, w.layout, dtype)
+    return LowRankLinear.apply(x, lora_A, lora_B, bias, keep, options, *w.tensors)

@@ -30,6 +30,7 @@ from peftkern.integrations.peft.fallback import (
     set_class,
     unusual_call,
 )
+from peftkern.integrations.peft.prepared import nf4_weight
 
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _REPACK_ROWS = 32  # rows that bitsandbytes interleaves in one tile of its CPU layout
@@ -219,7 +220,7 @@ def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | 
     if len(shape) != 2 or shape[1] != x.shape[-1]:
         return Fallback("weight is not quantized as [out_features, in_features]")
     try:
-        w = NF4Weight.from_bitsandbytes(weight, state)
+        w = nf4_weight(weight, state)
     except ArgumentError as error:  # no NF4 weight as the format defines it
         return refused(error)
     if not base.compute_type_is_set:
