@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import quantize_blockwise
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
 from peftkern.backends import dispatch
@@ -165,7 +166,7 @@ def quant_state_of(base: Linear4bit) -> Any:
     """Return the state of a layer's weight, None if there is none.
 
     The layer has it as well, and where FSDP has put a plain view in the place of the parameter the
-    layer alone, from which bitsandbytes would restore it.
+    layer alone, from which bitsandbytes restores it in every forward pass.
     """
     state = getattr(parameters_of(base)[0], "quant_state", None)
     return getattr(base, "quant_state", None) if state is None else state
@@ -210,10 +211,12 @@ def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | 
     Raises: TruncatedWeightError, where bitsandbytes would read on.
     """
     weight, bias = parameters_of(base)
-    state = quant_state_of(base)
+    if getattr(weight, "quant_state", None) is None:  # as bitsandbytes does, for saving needs it
+        fix_4bit_weight_quant_state_from_module(base)
+        weight = base.weight
+    state = weight.quant_state
     if state.__dict__.get("packing_format_for_cpu"):  # since it was patched, by other code
-        own = getattr(weight, "quant_state", None) is state  # else FSDP holds the memory
-        if torch.compiler.is_compiling() or not (own and (base.training or x.requires_grad)):
+        if torch.compiler.is_compiling() or not (base.training or x.requires_grad):
             return Fallback("weight is repacked for bitsandbytes' CPU inference")
         restore_packing(base)
     shape = state.shape

@@ -52,7 +52,7 @@ def test_quant_state_of_the_layer(kind, storage):
     twin = copy.deepcopy(model)
     layer_of(twin).base_layer.quant_state = layer_of(twin).base_layer.weight.quant_state
     as_fsdp_leaves_it(layer_of(twin).base_layer, kind)
-    held = layer_of(twin).base_layer.weight
+    held = layer_of(twin).base_layer.weight.data_ptr()
     report = peftkern.patch(twin)
     assert report.falling_back == {} and len(report.patched) == 1
     x = torch.randn(2, K, requires_grad=True)
@@ -63,7 +63,8 @@ def test_quant_state_of_the_layer(kind, storage):
     with twin.disable_adapter(), model.disable_adapter():
         torch.testing.assert_close(twin(x), model(x))
     assert served_by_us() == 2 and fallbacks() == {}
-    assert layer_of(twin).base_layer.weight is held
+    assert layer_of(twin).base_layer.weight.data_ptr() == held
+    assert set(twin.state_dict()) == set(model.state_dict())  # with the quantization state
 
 
 def test_view_that_fsdp_has_cast_fails_as_in_bitsandbytes():
