@@ -2,9 +2,9 @@
 
 The linear ops are judged as the tests judge them: sampled rows of y and dx, and all of dA, dB and
 dbias, against the formula in float32 (float64 for float32 tensors); an error may be RATIO times
-that of the plain torch operations in the same dtypes plus a floor and the order of a sum. Ops that move bits must equal
-the reference on sampled blocks; small ones are compared with it whole. Nothing here needs more than
-CHUNK bytes of scratch beyond one result of the op.
+that of the plain torch operations in the same dtypes, plus a floor and what the order of a sum
+makes. Ops that move bits must equal the reference on sampled blocks; small ones are compared with
+it whole. Nothing here needs more than CHUNK bytes of scratch beyond one result of the op.
 """
 
 from __future__ import annotations
