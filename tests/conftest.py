@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
@@ -81,15 +82,31 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[*(cpu.cpu_isas() or ["no native library"]), *PLAIN])
+_ISAS = cpu.cpu_isas() or ["no native library"]
+
+
+@contextlib.contextmanager
+def _on(name: str) -> Iterator[str]:
+    if name in PLAIN:
+        with peftkern.use_backend(name):
+            yield name
+        return
+    with cpu.use_isa(name), peftkern.use_backend("cpu"):
+        yield name
+
+
+@pytest.fixture(params=[*_ISAS, *PLAIN])
 def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """`backend`, but once per instruction set of this machine."""
-    if request.param in PLAIN:
-        with peftkern.use_backend(request.param):
-            yield request.param
-        return
-    with cpu.use_isa(request.param), peftkern.use_backend("cpu"):
-        yield request.param
+    with _on(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[*_ISAS, "reference"])
+def every_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """`every_backend` of a family for which "torch" means the reference."""
+    with _on(request.param) as name:
+        yield name
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ def rivals(tmp_path_factory) -> tuple[int, str, Record]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.chdir(SUPPORT)  # where bench_providers is
         patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("COLUMNS", "200")  # of the terminal, where this test has one
         patch.setattr(instrument, "PATIENCE", 3 / BUDGET)
         status = main(["bench", *TINY, *arguments])
     return status, said.getvalue(), json.loads((folder / "new.json").read_text())

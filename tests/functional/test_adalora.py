@@ -44,7 +44,7 @@ def importance(params: list[Tensor], all_grads: list[list[Tensor | None]], dtype
 
 
 @pytest.mark.parametrize(("layers", "dtype"), thinned(LAYERS, [F32, BF16, F16]))
-def test_importance_against_float64(every_backend: str, layers, dtype: torch.dtype) -> None:
+def test_importance_against_float64(every_kernel: str, layers, dtype: torch.dtype) -> None:
     params = make_params(layers, dtype)
     all_grads = [[torch.randn_like(p) for p in params] for _ in range(3)]
     got = importance(params, all_grads, F32)
@@ -56,7 +56,7 @@ def test_importance_against_float64(every_backend: str, layers, dtype: torch.dty
     assert torch.equal(got[0], eager[0]) and torch.equal(got[1], eager[1])  # bit for bit
 
 
-def test_importance_misaligned_strided_and_absent_gradients(every_backend: str) -> None:
+def test_importance_misaligned_strided_and_absent_gradients(every_kernel: str) -> None:
     r, K, N = 5, 37, 21
     flat = torch.randn(1 + r + r * K + N * r)
     E, A, B = flat[1:].split([r, r * K, N * r])
@@ -68,7 +68,7 @@ def test_importance_misaligned_strided_and_absent_gradients(every_backend: str) 
     assert_same_bits(got, wanted)
 
 
-def test_importance_does_not_depend_on_threads(every_backend: str) -> None:
+def test_importance_does_not_depend_on_threads(every_kernel: str) -> None:
     params = make_params([(12, 3000, 4000), (7, 5000, 100), (4, 40, 40)])
     grads = [torch.randn_like(p) for p in params]
     threads, results = torch.get_num_threads(), []
@@ -78,7 +78,7 @@ def test_importance_does_not_depend_on_threads(every_backend: str) -> None:
             results.append(importance(params, [grads, grads], F32))
     finally:
         torch.set_num_threads(threads)
-    if every_backend not in PLAIN:
+    if every_kernel not in PLAIN:
         for result in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -91,7 +91,7 @@ def test_importance_and_loss_are_deterministic(backend: str) -> None:
     )
 
 
-def test_importance_nan_stays_with_its_triplet(every_backend: str) -> None:
+def test_importance_nan_stays_with_its_triplet(every_kernel: str) -> None:
     layers = [(12, 64, 96), (3, 17, 13)]
     params = make_params(layers)
     grads = [torch.randn_like(p) for p in params]
@@ -238,7 +238,7 @@ def loss_and_gradients(function, params: list[Tensor], **options) -> tuple[Tenso
 
 
 @pytest.mark.parametrize(("layers", "squared"), thinned(LAYERS, [False, True]))
-def test_orthogonality_against_peft_in_float64(every_backend: str, layers, squared: bool) -> None:
+def test_orthogonality_against_peft_in_float64(every_kernel: str, layers, squared: bool) -> None:
     pairs = [t / max(t.shape) ** 0.5 for t in make_params(layers)]
     pairs = [t for i, t in enumerate(pairs) if i % 3]
     got = loss_and_gradients(orthogonality_loss, pairs, squared=squared)
@@ -248,7 +248,7 @@ def test_orthogonality_against_peft_in_float64(every_backend: str, layers, squar
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_orthogonality_of_16_bit_matrices(every_backend: str, dtype: torch.dtype) -> None:
+def test_orthogonality_of_16_bit_matrices(every_kernel: str, dtype: torch.dtype) -> None:
     """Sums are float32: as near to float64 as float32 torch over the same values."""
     pairs = [(t / 8).to(dtype) for t in make_params([(12, 100, 70), (5, 33, 64)])]
     pairs = [t for i, t in enumerate(pairs) if i % 3]
@@ -274,7 +274,7 @@ def test_orthogonality_gradcheck(squared: bool) -> None:
 
 
 @pytest.mark.parametrize("squared", [False, True])
-def test_orthogonality_of_an_orthonormal_basis(every_backend: str, squared: bool) -> None:
+def test_orthogonality_of_an_orthonormal_basis(every_kernel: str, squared: bool) -> None:
     """The norm is zero: its gradient is taken as zero, not NaN."""
     basis = torch.eye(4, 9)
     loss, *grads = loss_and_gradients(orthogonality_loss, [basis, basis.T], squared=squared)

@@ -40,7 +40,7 @@ EDGES = edge_cases((4, 9, 66), (math.nan, math.inf, -math.inf), count=11)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), thinned([*SHAPES, (1100, 300, 8)], [F32, BF16, F16]))
-def test_shapes(every_backend, shape, dtype):
+def test_shapes(every_kernel, shape, dtype):
     check_shape(*shape, dtype)
 
 
@@ -48,22 +48,22 @@ def test_shapes(every_backend, shape, dtype):
     ("r", "kappa"),
     thinned([2, 7, 16, 33, 66], [1, 1e1, 1e2, 1e3, 1e4, 9e4, 1e5, 3e5, 1e6], diagonals=2),
 )
-def test_condition_numbers(every_backend, r, kappa):
+def test_condition_numbers(every_kernel, r, kappa):
     check_condition(400, 350, r, kappa)
 
 
 @pytest.mark.parametrize("kappa", [1, 1e3, 1e6])
-def test_one_graded_factor(every_backend, kappa):
+def test_one_graded_factor(every_kernel, kappa):
     check_one_graded_factor(kappa)
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_edges(every_backend, edge):
+def test_edges(every_kernel, edge):
     EDGES[edge]()
 
 
 @pytest.mark.parametrize("scaling", [2.0**-126, 1e-37, 1e38, 2.0**127])
-def test_singular_values_at_the_ends_of_float32_are_none_of_these(every_backend, scaling):
+def test_singular_values_at_the_ends_of_float32_are_none_of_these(every_kernel, scaling):
     """Orthonormal columns: every singular value is the scaling."""
     U, V = orthonormal(60, 5).float(), orthonormal(50, 5).float()
     svd = low_rank_svd(U, V.T, 1.001 * scaling)
@@ -71,7 +71,7 @@ def test_singular_values_at_the_ends_of_float32_are_none_of_these(every_backend,
     check(svd._replace(S=svd.S / scaling), U, V.T, 1.001)
 
 
-def test_values_that_rounded_to_zero_still_count(every_backend):
+def test_values_that_rounded_to_zero_still_count(every_kernel):
     """A wide range within one pair: the smallest value is none of float32's, the others are."""
     B, A = torch.zeros(6, 3), torch.zeros(3, 5)
     B[0, 0], B[1, 1], B[2, 2] = 1e-20, 1e-25, 1e-30
@@ -109,7 +109,7 @@ def test_no_product_of_scales_is_beyond_float64_but_the_last(scales):
     check(svd._replace(S=svd.S / 10.0**size), B, A, bounds=SVD_BOUNDS_64)
 
 
-def test_nan_beyond_jacobis_ranks(every_backend):
+def test_nan_beyond_jacobis_ranks(every_kernel):
     B = torch.randn(80, 66)
     B[1, 2] = math.nan
     svd = low_rank_svd(B, torch.randn(66, 70))
@@ -163,11 +163,11 @@ def test_any_factors(m, n, r, B_dtype, A_dtype, scaling, seed):
 # ---- lists, threads
 
 
-def test_ragged_lists_equal_single_pairs(every_backend):
+def test_ragged_lists_equal_single_pairs(every_kernel):
     check_list(*ragged(), alone=range(30))
 
 
-def test_empty_list(every_backend):
+def test_empty_list(every_kernel):
     svd = low_rank_svd([], [])
     assert svd[:3] == ([], [], [])
     assert svd.rank.shape == svd.info.shape == (0,) and svd.rank.dtype is torch.int64
@@ -175,8 +175,8 @@ def test_empty_list(every_backend):
 
 
 @pytest.mark.parametrize("r", [3, 16, 32])
-def test_bits_do_not_depend_on_threads(every_backend, r):
-    if every_backend in PLAIN:
+def test_bits_do_not_depend_on_threads(every_kernel, r):
+    if every_kernel in PLAIN:
         pytest.skip(
             "no code of ours: the reference is torch's LAPACK, whose bits may depend on its threads"
         )
@@ -194,11 +194,11 @@ def test_bits_do_not_depend_on_threads(every_backend, r):
         assert all(equal(of_layer(run, i), of_layer(runs[0], i)) for i in range(3))
 
 
-def test_bit_identical(every_backend):
+def test_bit_identical(every_kernel):
     check_equal_bits(12)
 
 
-def test_nothing_has_a_gradient(every_backend):
+def test_nothing_has_a_gradient(every_kernel):
     B, A = torch.randn(30, 4, requires_grad=True), torch.randn(4, 20, requires_grad=True)
     svd = low_rank_svd(B, A)
     assert not any(tensor.requires_grad for tensor in svd)

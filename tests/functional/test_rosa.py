@@ -33,7 +33,7 @@ from peftkern.functional.rosa import SparseMask, rosa_linear
     ("shape", "dtype", "index"),
     thinned(SHAPES, [F32, BF16, F16], [torch.int32, torch.int64], diagonals=2),
 )
-def test_products(shape, dtype, index, every_backend):
+def test_products(shape, dtype, index, every_kernel):
     check_products(*shape, dtype, index)
 
 
@@ -50,12 +50,12 @@ def test_products_of_any_shape(T, N, K, share, index):
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_columns_beyond_sixteen_bits(index, every_backend):
+def test_columns_beyond_sixteen_bits(index, every_kernel):
     check_wide_columns(index)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "3-d", "sliced"])
-def test_products_of_any_layout(layout, every_backend):
+def test_products_of_any_layout(layout, every_kernel):
     torch.testing.assert_close(*products_of_layout(layout, 6))
 
 
@@ -88,14 +88,14 @@ def test_reference_products_of_every_part(monkeypatch, chunk):
             check_products(*shape, F32, torch.int32)
 
 
-def test_products_are_deterministic(every_backend, monkeypatch):
+def test_products_are_deterministic(every_kernel, monkeypatch):
     mask, values = random_mask((130, 90), 3000), torch.randn(3000)
     x, y = torch.randn(300, 90), torch.randn(300, 130)
     results = []
     before = torch.get_num_threads()
     try:
         for run in range(DETERMINISM_RUNS):
-            if every_backend not in PLAIN:  # torch's sums may depend on threads, ours do not
+            if every_kernel not in PLAIN:  # torch's sums may depend on threads, ours do not
                 torch.set_num_threads(1 + run % 3)
             got = y.clone()
             ops.rosa_spmm_(got, x, values, mask.crow, mask.col, None)
@@ -106,7 +106,7 @@ def test_products_are_deterministic(every_backend, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
 
 
-def test_nan_and_inf_stay_in_their_rows(every_backend):
+def test_nan_and_inf_stay_in_their_rows(every_kernel):
     mask, values = random_mask((9, 12), 40), torch.randn(40)
     x, y = torch.randn(20, 12), torch.zeros(20, 9)
     x[3, 5], x[7, 2] = float("nan"), float("inf")
@@ -168,7 +168,7 @@ def test_compressed_rows_are_checked(crow, col, says):
 
 
 @pytest.mark.parametrize(("dtype", "nf4"), thinned([F32, BF16, F16], [False, True], diagonals=2))
-def test_function_and_gradients_are_as_accurate_as_torch(dtype, nf4, every_backend):
+def test_function_and_gradients_are_as_accurate_as_torch(dtype, nf4, every_kernel):
     assert check_function(dtype, nf4) <= {"reference", "cpu"}
 
 

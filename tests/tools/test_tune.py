@@ -106,7 +106,7 @@ def test_verdicts_are_what_a_layer_asks_for_and_a_second_run_knows_them(folder):
 
 def test_what_hangs_or_crashes_is_demoted_and_the_rest_goes_on(folder, faults):
     hangs, crashes = (replace(CASE, label=str(k), K=k) for k in (128, 192))
-    done = tune.run(asked(hangs, crashes, CASE, limit=30.0))
+    done = tune.run(asked(hangs, crashes, CASE, limit=20.0))
     assert [row.title for row in done.rows] == [hangs.title, crashes.title, CASE.title]
     assert all(row.forward > 0 for row in done.rows) and done.not_reached == []
     assert set(done.demoted.values()) == {"an earlier process ended during its first launch"}
