@@ -78,12 +78,19 @@ def _compared(got: list[Tensor], plain: list[Tensor]) -> str | None:
 
 
 def _linear(
-    name: str, got: Tensor, plain: Tensor, oracle: Tensor, bits: torch.dtype, terms: int
+    name: str,
+    got: Tensor,
+    plain: Tensor,
+    oracle: Tensor,
+    bits: torch.dtype,
+    terms: int,
+    typical: float = 0.0,
 ) -> str | None:
     """Judge one result of a linear op by the rule of the tests.
 
     Beyond it, sums of many terms in float32 may be in another order than torch's: the error of a
-    random walk.
+    random walk. typical: the size of such a sum if its terms do not cancel; where they do, that is
+    what roundings are relative to.
     """
     if got.dtype is not plain.dtype or got.shape != plain.shape:
         return f"{name} is {_kind(got)}, expected {_kind(plain)}"
@@ -91,9 +98,11 @@ def _linear(
     if not got[finite].isfinite().all():
         return f"{name} is not finite where torch is"
     (rms, most), (plain_rms, plain_most) = (errors(t[finite], oracle[finite]) for t in (got, plain))
-    walk = 2.0**-24 * math.sqrt(terms)
-    bound_rms = RATIO * plain_rms + max(FLOOR_RMS[got.dtype], FLOOR_RMS[bits]) + walk
-    bound_most = RATIO * plain_most + max(FLOOR_MAX[got.dtype], FLOOR_MAX[bits]) + 4 * walk
+    walk, size = 2.0**-24 * math.sqrt(terms), oracle[finite].square().mean().sqrt().item()
+    unit = max(1.0, typical / size) if size > 0 else 1.0
+    floors = max(FLOOR_RMS[got.dtype], FLOOR_RMS[bits]), max(FLOOR_MAX[got.dtype], FLOOR_MAX[bits])
+    bound_rms = RATIO * plain_rms + unit * (floors[0] + walk)
+    bound_most = RATIO * plain_most + unit * (floors[1] + 4 * walk)
     share = max(rms / bound_rms, most / bound_most)
     return None if share <= 1.0 else f"{name} has {share:.3g} times the error allowed"
 
@@ -129,7 +138,7 @@ def _backward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
     theirs = plain()
     wide, dy = _wide(dy.dtype), dy.reshape(rows, -1)
     x = x if x is None else x.reshape(rows, -1)
-    oracles: dict[str, Tensor] = {}
+    oracles: dict[str, tuple[Tensor, float]] = {}
     if needs[0]:
         at = torch.tensor(sampled(rows), device=dy.device)
         dy_at = dy[at].to(wide)
@@ -145,14 +154,15 @@ def _backward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
     _sum_gradients(oracles, dy, x, S, A, B, scaling, keep, p, needs, wide)
     for index, name in enumerate(("dx", "dA", "dB", "dbias")):
         if name in oracles:
-            reason = _linear(name, got[index], theirs[index], oracles[name], dy.dtype, rows)
+            oracle, typical = oracles[name]
+            reason = _linear(name, got[index], theirs[index], oracle, dy.dtype, rows, typical)
             if reason is not None:
                 return reason
     return None
 
 
 def _sum_gradients(
-    oracles: dict[str, Tensor],
+    oracles: dict[str, tuple[Tensor, float]],
     dy: Tensor,
     x: Tensor | None,
     S: Tensor | None,
@@ -164,7 +174,7 @@ def _sum_gradients(
     needs: list[bool],
     wide: torch.dtype,
 ) -> None:
-    """Compute dA, dB and dbias, the sums over all rows, some rows at a time."""
+    """Compute dA, dB and dbias, the sums over all rows, and their sizes if nothing cancels."""
     need_dA, need_dB = needs[1] and A is not None, needs[2] and B is not None
     if not (need_dA or need_dB or needs[3]):
         return
@@ -176,18 +186,30 @@ def _sum_gradients(
         "dB": dy.new_zeros(B.shape, dtype=wide) if need_dB else None,
         "dbias": dy.new_zeros(N, dtype=wide) if needs[3] else None,
     }
+    squares = dict.fromkeys(totals, 0.0)  # of the terms' sizes, as means over rows and columns
     for start in range(0, rows, step):
         at = torch.arange(start, min(start + step, rows), device=dy.device)
         dy_at = dy[at].to(wide)
         if need_dA:
             x_at = _dropped(x[at].to(wide), _mask(keep, at, x, p), p)
-            totals["dA"].addmm_((dy_at @ B.to(wide)).t(), x_at, alpha=scaling)
+            dS_at = (dy_at @ B.to(wide)).mul_(scaling)
+            totals["dA"].addmm_(dS_at.t(), x_at)
+            squares["dA"] += (_square(dS_at) * _square(x_at)).sum().item()
         if need_dB:
-            S_at = S.reshape(rows, -1)[at].to(wide)
-            totals["dB"].addmm_(dy_at.t(), S_at, alpha=scaling)
+            S_at = S.reshape(rows, -1)[at].to(wide) * scaling
+            totals["dB"].addmm_(dy_at.t(), S_at)
+            squares["dB"] += (_square(dy_at) * _square(S_at)).sum().item()
         if needs[3]:
             totals["dbias"] += dy_at.sum(0)
-    oracles.update({name: total for name, total in totals.items() if total is not None})
+            squares["dbias"] += _square(dy_at).sum().item()
+    for name, total in totals.items():
+        if total is not None:
+            oracles[name] = total, math.sqrt(squares[name])
+
+
+def _square(rows: Tensor) -> Tensor:
+    """Return the mean square of each row, 0 for one that is not finite."""
+    return rows.square().mean(1).nan_to_num(0.0, 0.0)
 
 
 def _forward_arguments(args: Args) -> Args:

@@ -51,6 +51,14 @@ _PACKAGES = ("torch", "triton", "bitsandbytes", "peft")
 _forced: str | None = None  # of the process: backward passes run in torch's own threads
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether memory was short, which is no fault of a kernel; a CPU says so in words."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 class Distrusted(RuntimeWarning):
     """A kernel was demoted: it raised, gave a wrong result, or ended an earlier process."""
 
@@ -182,8 +190,11 @@ class Ledger:
     def _read_journal(self) -> None:
         """Demote the programs during whose first launch an earlier process ended."""
         for marker in self.path.parent.glob(f"{self._name}.first-launch-*"):
-            host, pid, program = marker.read_text(encoding="utf-8").split("\n", 2)
-            if host == platform.node() and not _alive(int(pid), marker.stat().st_mtime):
+            with contextlib.suppress(OSError, ValueError):  # one that was cut short says nothing
+                text = marker.read_text(encoding="utf-8")
+                host, pid, started, program = text.split("\n", 3)
+                if host != platform.node() or _alive(int(pid), started, marker.stat().st_mtime):
+                    continue
                 self.demote(program, "an earlier process ended during its first launch")
                 if self._writes():
                     marker.unlink(missing_ok=True)
@@ -197,7 +208,8 @@ class Ledger:
             marker = self.path.parent / f"{self._name}.first-launch-{os.getpid()}-{name}"
             try:
                 marker.parent.mkdir(parents=True, exist_ok=True)
-                text = f"{platform.node()}\n{os.getpid()}\n{program}"
+                pid = os.getpid()
+                text = f"{platform.node()}\n{pid}\n{_started(pid)}\n{program}"
                 marker.write_text(text, encoding="utf-8")
             except OSError:
                 marker, self._unwritable = None, True
@@ -211,14 +223,15 @@ class Ledger:
     def demote(self, program: str, reason: str, *, keep: bool = True) -> None:
         """Record, loudly, that a program must not serve; keep: for later processes, too."""
         self.programs[program] = reason
-        warnings.warn(
-            f"peftkern: {program} is demoted: {reason}. Another path serves; "
-            "`peftkern doctor` lists it, `peftkern doctor --forget` tries again.",
-            Distrusted,
-            stacklevel=2,
-        )
         if keep:
             self._write("programs", program, reason)
+        with contextlib.suppress(Distrusted):  # where warnings are errors, too
+            warnings.warn(
+                f"peftkern: {program} is demoted: {reason}. Another path serves; "
+                "`peftkern doctor` lists it, `peftkern doctor --forget` tries again.",
+                Distrusted,
+                stacklevel=2,
+            )
 
     def approve(self, program: str) -> None:
         """Record that a program was right."""
@@ -284,8 +297,9 @@ def verdicts(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
 def crossovers(path: Path) -> dict[str, int]:
     """Read the crossovers of a file; nothing of one that is damaged or not there."""
     try:
-        return {str(k): int(v) for k, v in read_json(path)["crossovers"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        found = {str(k): int(v) for k, v in read_json(path)["crossovers"].items()}
+        return {name: size for name, size in found.items() if size >= 0}
+    except (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError):
         return {}
 
 
@@ -348,14 +362,20 @@ def _agreed(key: str, verdict: dict[str, Any] | None) -> dict[str, Any] | None:
         return verdict
 
 
-def _alive(pid: int, since: float) -> bool:
-    """Return whether a process of this machine runs, and did at that time."""
+def _started(pid: int) -> str:
+    """Return what tells a process from a later one of its number; "" if it does not run."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        return stat.rpartition(")")[2].split()[19]  # clock ticks from boot to its start
+    except OSError:
+        return ""
+
+
+def _alive(pid: int, started: str, since: float) -> bool:
+    """Return whether the process of a mark still runs."""
     if not os.path.isdir("/proc/self"):  # nothing to ask: as long as a first launch may take
         return time.time() - since < 600.0
-    try:
-        return os.stat(f"/proc/{pid}").st_ctime <= since
-    except OSError:
-        return False
+    return started != "" and _started(pid) == started
 
 
 @contextlib.contextmanager

@@ -29,8 +29,9 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, bias, keep, options, *weight):
         scaling, dropout_p, needs, layout, dtype = options
-        ctx.options, ctx.factors = options, (lora_A, lora_B)
+        ctx.options = options
         if dtype is not None:
+            ctx.factors = [(t, _version(t)) for t in (lora_A, lora_B)]
             lora_A, lora_B = autocast_to(dtype, lora_A), autocast_to(dtype, lora_B)
         y, S = product(x, weight, layout, lora_A, lora_B, bias, scaling, keep, dropout_p)
         need_dx, need_dA, need_dB, _ = needs
@@ -51,7 +52,12 @@ class LowRankLinear(torch.autograd.Function):
         scaling, dropout_p, needs, layout, dtype = ctx.options
         if torch.is_grad_enabled():
             if dtype is not None:
-                lora_A, lora_B = (autocast_to(dtype, factor) for factor in ctx.factors)
+                for factor, version in ctx.factors:
+                    if (
+                        _version(factor) != version
+                    ):  # autograd's own check, for what it did not save
+                        raise RuntimeError("lora_A, lora_B: modified by an inplace operation")
+                lora_A, lora_B = (autocast_to(dtype, factor) for factor, _ in ctx.factors)
             args = (lora_A, lora_B, scaling, keep, dropout_p, needs)
             grads = differentiable_gradients(dy, x, S, dense(weight, layout, dy.dtype), *args)
         else:
@@ -60,6 +66,10 @@ class LowRankLinear(torch.autograd.Function):
                 grads = gradients(dy, x, S, weight, layout, *args)
         # Autograd casts each to the dtype of its argument.
         return *wanted(grads, needs), *[None] * (len(ctx.needs_input_grad) - 4)
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def product(

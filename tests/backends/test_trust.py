@@ -224,6 +224,7 @@ def test_marks_of_others_are_left_alone(tmp_path: Path) -> None:
     ended = multiprocessing.get_context("fork").Process(target=int)
     ended.start()
     ended.join()
+    (folder / f"{ledger._name}.first-launch-0-cut").write_text("", encoding="utf-8")
     marks = {
         "running": (platform.node(), os.getpid()),
         "elsewhere": ("another.host", ended.pid),
@@ -231,11 +232,12 @@ def test_marks_of_others_are_left_alone(tmp_path: Path) -> None:
     }
     for program, (host, pid) in marks.items():
         name = f"{ledger._name}.first-launch-{pid}-{program}"
-        (folder / name).write_text(f"{host}\n{pid}\n{program}", encoding="utf-8")
+        text = f"{host}\n{pid}\n{trust._started(pid)}\n{program}"
+        (folder / name).write_text(text, encoding="utf-8")
     with pytest.warns(trust.Distrusted, match="ended is demoted"):
         programs_found = trust.Ledger(CPU).programs
     assert set(programs_found) == {"ended"}
-    assert len(list(folder.glob("*.first-launch-*"))) == 2
+    assert len(list(folder.glob("*.first-launch-*"))) == 3
 
 
 def test_forget(tmp_path: Path) -> None:

@@ -279,3 +279,14 @@ def test_patched_layers(kind: str, make: Callable[[], nn.Module]) -> None:
         grads = [p.grad for p in m.parameters()]
         results.append([g for g in grads if g is not None] + hessian_products(m, x0))
     torch.testing.assert_close(*results[::-1], rtol=1e-4, atol=1e-4)
+
+
+def test_factors_written_to_under_autocast_are_an_error(operands) -> None:
+    """Autograd has not saved the originals, so their versions are looked at here."""
+    A, B = operands["A"], operands["B"]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = peftkern.lora_linear(operands["x"].float(), weights()[0].float(), A, B, scaling=2.0)
+    with torch.no_grad():
+        A.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), A, create_graph=True)

@@ -230,7 +230,7 @@ def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | 
         base.set_compute_type(x)
         base.compute_type_is_set = True
     dtype = base.compute_dtype
-    return x if dtype is None else cast(x, dtype), w, bias
+    return x if dtype is None else cast(x, dtype, base), w, bias
 
 
 def restore_packing(base: Linear4bit) -> None:

@@ -28,6 +28,7 @@ class _Cast(NamedTuple):
     key: tuple[Any, ...]
     source: weakref.ref
     data: Tensor
+    readers: set[int]  # ids of the layers that have had it
 
 
 _last: _Cast | None = None  # assigned whole: a race between threads costs a cast
@@ -46,11 +47,13 @@ class _Shared(torch.autograd.Function):
         return dy.to(ctx.dtype), None
 
 
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype, reader: object) -> Tensor:
     """Return x.to(dtype), on the data of the last call if that had the same x and dtype.
 
-    The data is dropped with x, with the next cast of another tensor, and where x was written to
-    since. Autograd sees a cast for each call.
+    The data is dropped with x, with the next cast of another tensor, where x was written to since,
+    and when a reader that has had it comes again: what writes past autograd's versions (`.data`, a
+    buffer of numpy, a collective) does so between two calls of one layer. Autograd sees a cast for
+    each call.
     """
     global _last
     if x.dtype is dtype:
@@ -61,10 +64,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
     key = (id(x), x._version, dtype, stream)
     last = _last
-    if last is not None and last.key == key:
+    if last is not None and last.key == key and id(reader) not in last.readers:
+        last.readers.add(id(reader))
         return _Shared.apply(x, last.data) if graph else last.data
     result = x.to(dtype)
-    _last = _Cast(key, weakref.ref(x, _drop), result.detach())
+    _last = _Cast(key, weakref.ref(x, _drop), result.detach(), {id(reader)})
     return result
 
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
 from peftkern.integrations.peft.fallback import Fallback
 
 UNMEASURED = "PEFT serves until this machine has measured such a layer"
+IN_FLIGHT = "PEFT serves until the training step that it began is over"
 LEAST_ROWS = 128  # below, other kernels would be measured than those that run
 keep_divided = False  # verdicts of rounds that disagree, too: `peftkern tune` was asked for one
 ATTEMPTS = 3  # at a trial that found no memory
@@ -38,17 +40,53 @@ class _Refused(Exception):
     """Fallback of the layer in the middle of a trial: its state has changed."""
 
 
+class _Pending:
+    """Step of a layer that PEFT has begun.
+
+    It is over when the adapters have been written to, or when a backward pass has come by and left
+    no gradient behind: some optimizers write past autograd's versions.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.version, self.seen = _version(layer), False
+
+    def watch(self, y: Tensor) -> Tensor:
+        """Notice the backward pass through a result."""
+        if y.requires_grad:
+            y.register_hook(self._see)
+        return y
+
+    def _see(self, grad: Tensor) -> None:
+        self.seen = True
+
+    def over(self, layer: nn.Module) -> bool:
+        """Return whether no graph of that step is left to be recomputed."""
+        if _version(layer) != self.version:
+            return True
+        adapters = _adapters(layer)
+        return self.seen and bool(adapters) and all(p.grad is None for p in adapters)
+
+
+def _adapters(layer: nn.Module) -> list[Tensor]:
+    named = layer.named_parameters()
+    return [p for name, p in named if not name.startswith(("base_layer", "weight", "bias"))]
+
+
+def _version(layer: nn.Module) -> int:
+    return sum(p._version for p in _adapters(layer) if not p.is_inference())
+
+
 class LayerClass:
     """State of one class of layers in this process.
 
     reason: None where ours serves, else why PEFT does. decided: whether that is a verdict. pending:
-    layers whose last forward PEFT has answered; its recomputation has to be PEFT's, too.
+    layers of which PEFT has answered a forward that may be recomputed, which has to be PEFT's, too.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
         self.calls = self.failures = 0
-        self.pending: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.pending: weakref.WeakKeyDictionary[nn.Module, _Pending] = weakref.WeakKeyDictionary()
         self.decided, self.reason = False, UNMEASURED
 
     def adopt(self) -> None:
@@ -77,13 +115,15 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
     if torch.compiler.is_compiling():
         trusted = _trusted_in_graph(*key, x.device.type, x.device.index)
         return None if trusted else Fallback("compiled before this machine measured such a layer")
-    full = (*key, (x.numel() // max(x.shape[-1], 1)).bit_length(), x.device)
-    found = _classes.get(full)
+    end = ((x.numel() // max(x.shape[-1], 1)).bit_length(), x.device)
+    found = None if complete else _classes.get((*key[:-1], True, *end))  # PEFT freezes what is off
+    found = found or _classes.get((*key, *end))
     if found is not None and found.reason is None and not found.pending:
         return None
     if trust.mode() == "always" or _ours_only.get() or dispatch.forced_backend() is not None:
         return None
     if found is None:
+        full = (*key, *end)
         found = _classes.setdefault(full, LayerClass(name_of(full), x.device))
         found.adopt()
     return _refusal(layer, found, complete)
@@ -92,18 +132,22 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
 def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | None:
     """Return the fallback of a class that is not ours, or not for this layer yet."""
     recomputed = torch._C._current_graph_task_id() != -1
+    if not found.decided and complete and not recomputed:
+        found.adopt()
+    pending = found.pending.get(layer)
     if not found.decided:
-        if not recomputed:
-            found.adopt()
-        if not found.decided:
-            found.pending.add(layer)
-            due = complete and not recomputed and trust.mode() != "off"
-            answer = functools.partial(answered_by_peer, found) if due else peer
-            return Fallback(UNMEASURED, answer)
-    if layer in found.pending:
-        if recomputed:
-            return Fallback(UNMEASURED, peer)
-        found.pending.discard(layer)
+        if pending is None:
+            pending = found.pending[layer] = _Pending(layer)
+        pending.seen |= recomputed
+        due = complete and not recomputed and trust.mode() != "off"
+        answer = functools.partial(answered_by_peer, found) if due else peer
+        return Fallback(UNMEASURED, answer)
+    if pending is not None:
+        if recomputed or (layer.training and not pending.over(layer)):
+            pending.seen |= recomputed
+            return Fallback(IN_FLIGHT, lambda *call: pending.watch(peer(*call)))
+        if layer.training:
+            del found.pending[layer]
     return None if found.reason is None else Fallback(found.reason, peer)
 
 
@@ -175,7 +219,9 @@ def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor) -> Tensor:
     begin = time.perf_counter()
     y = peer(layer, x)
     seconds = time.perf_counter() - begin
-    if tried.decided or not _possible(x.device):
+    if layer in tried.pending:
+        tried.pending[layer].watch(y)
+    if tried.decided or not _possible(x):
         return y
     tried.calls += 1
     try:
@@ -186,24 +232,32 @@ def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor) -> Tensor:
                 _decide(layer, x, tried, seconds)
     except _Refused:
         tried.calls -= 1
-    except (torch.OutOfMemoryError, MemoryError):
+    except Exception as error:  # of ours: what the kernels raise, dispatch has answered already
+        _give_up(tried, error)
+    return y
+
+
+def _give_up(tried: LayerClass, error: Exception) -> None:
+    """Leave a class to PEFT after a trial that failed; one without memory is held again."""
+    if trust.out_of_memory(error):
         tried.failures += 1
         tried.calls -= 1
         if tried.failures == ATTEMPTS:
             tried.obey({"side": trust.PEER, "why": "no memory to measure ours beside it"})
-    except Exception as error:  # of ours: what the kernels raise, dispatch has answered already
-        text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        tried.obey({"side": trust.PEER, "why": f"ours raised {text}"})
-        trust.ledger(x.device).demote(tried.name, f"raised {text}", keep=False)
-    return y
+        return
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    tried.obey({"side": trust.PEER, "why": f"ours raised {text}"})
+    trust.ledger(tried.device).demote(tried.name, f"raised {text}", keep=False)
 
 
-def _possible(device: torch.device) -> bool:
+def _possible(x: Tensor) -> bool:
     """Return whether a trial would go unnoticed: nobody records, traces or captures operations."""
+    modes = torch.overrides._get_current_function_mode_stack()
     return not (
-        programs.capturing(device)
+        programs.capturing(x.device)
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or any(type(mode) is not DeviceContext for mode in modes)
+        or type(x) not in (Tensor, nn.Parameter)
     )
 
 
@@ -284,5 +338,6 @@ def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
     side, why = trust.PEER if slower else trust.OURS, ", ".join(slower)
     verdict = {"side": side, "why": why, "ratios": ratios, "rows": measured}
     ledger = trust.ledger(x.device)
-    keep = programs.lasting() and (unanimous or keep_divided)
+    whole = bool(_leaves(layer)) or not any(p.requires_grad for p in layer.parameters())
+    keep = programs.lasting() and whole and (unanimous or keep_divided)
     tried.obey(ledger.decide(tried.name, verdict, keep=keep))

@@ -17,9 +17,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import peftkern
 from peftkern.integrations.peft import bitsandbytes, casts, trial
-from peftkern.integrations.peft.casts import cast
+from peftkern.integrations.peft.casts import cast as cast_for
 
 BF16 = torch.bfloat16
+_readers: list[object] = []  # all alive, so that each has an id of its own
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast for a layer that comes for the first time."""
+    if torch.compiler.is_compiling():
+        return cast_for(x, dtype, None)
+    _readers.append(object())
+    return cast_for(x, dtype, _readers[-1])
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +62,10 @@ def count_casts(run: Callable[[], object]) -> int:
     """How many of the casts of a model's layers are not of the tensor before."""
     made = 0
 
-    def counted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    def counted(x: Tensor, dtype: torch.dtype, reader: object) -> Tensor:
         nonlocal made
         before = casts._last
-        result = cast(x, dtype)
+        result = cast_for(x, dtype, reader)
         made += casts._last is not before
         return result
 
@@ -77,7 +86,7 @@ def test_training_is_bit_identical(checkpointing, autocast, dropout, monkeypatch
     assert made == runs * 2 * (3 if autocast else 4)
     got = step(model, autocast)
     assert fallbacks() == {}
-    monkeypatch.setattr(bitsandbytes, "cast", Tensor.to)
+    monkeypatch.setattr(bitsandbytes, "cast", lambda x, dtype, reader: x.to(dtype))
     expected = step(model, autocast)
     assert len(got) == 1 + 2 * 2 * len(TARGETS)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -88,7 +97,7 @@ def test_autograd_keeps_one_copy_for_layers_that_read_the_same_input(monkeypatch
     counts = []
     for shared in (True, False):
         if not shared:
-            monkeypatch.setattr(bitsandbytes, "cast", Tensor.to)
+            monkeypatch.setattr(bitsandbytes, "cast", lambda x, dtype, reader: x.to(dtype))
         kept: dict[int, Tensor] = {}
 
         def pack(t: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
@@ -111,7 +120,7 @@ def test_generate_casts_once(monkeypatch):
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     tokens = []
     assert count_casts(lambda: tokens.append(model.generate(prompt, **options))) == 4 * 2 * 4
-    monkeypatch.setattr(bitsandbytes, "cast", Tensor.to)
+    monkeypatch.setattr(bitsandbytes, "cast", lambda x, dtype, reader: x.to(dtype))
     assert torch.equal(tokens[0], model.generate(prompt, **options))
 
 
@@ -199,7 +208,9 @@ def test_nothing_is_shared_in_inference_mode():
 def test_nothing_is_shared_in_a_trial(monkeypatch):
     """It would time a layer that casts nothing."""
     seen = []
-    monkeypatch.setattr(bitsandbytes, "cast", lambda x, dtype: seen.append(x) or cast(x, dtype))
+    monkeypatch.setattr(
+        bitsandbytes, "cast", lambda x, dtype, reader: seen.append(x) or cast_for(x, dtype, reader)
+    )
     layer, x = next(m for m in qlora().modules() if hasattr(m, "lora_A")), torch.randn(3, 64)
     trial._ours(layer, x)
     assert len(seen) == 1 and casts._last is None
@@ -225,3 +236,17 @@ def test_threads_cast_what_they_are_given():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(run, range(8)))
+
+
+@pytest.mark.parametrize("write", ["data", "numpy"])
+def test_a_layer_that_comes_again_casts_again(write: str) -> None:
+    """What writes past autograd's versions does so between two calls of one layer."""
+    layer, sibling = object(), object()
+    x = torch.zeros(4, 8)
+    for value in range(1, 4):
+        if write == "data":
+            x.data.fill_(value)
+        else:
+            x.numpy().fill(value)
+        for reader in (layer, sibling):
+            assert (cast_for(x, BF16, reader) == value).all()

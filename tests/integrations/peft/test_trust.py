@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from pathlib import Path
 
@@ -203,3 +204,53 @@ def test_a_reference_pass_follows_the_policy(side: str, monkeypatch: pytest.Monk
             reference = model(x)
         torch.testing.assert_close(policy, reference, rtol=0, atol=0)
     assert {verdict["side"] for verdict in trust.ledger(CPU).classes.values()} == {side}
+
+
+@pytest.mark.parametrize("between", ["another forward", "evaluation"])
+def test_a_step_in_flight_keeps_its_side(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes between a checkpointed forward and its backward changes nothing for that."""
+    monkeypatch.setattr(contest, "SLOWER", float("inf"))
+    base = tiny_llama()
+    quantize_4bit_(base)
+    plain = add_lora(base).train()
+    model = copy.deepcopy(plain)
+    peftkern.patch(model)
+    batch, steps = text_batch(), 3
+    for step in range(steps):
+        found = []
+        for net in (plain, model):
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+            net.enable_input_require_grads()
+            net.zero_grad()
+            loss = net(**batch).loss
+            if between == "another forward":
+                loss = loss + net(**batch).loss
+            elif net is model:  # bitsandbytes alone would rewrite its weights here
+                with torch.no_grad():
+                    net.eval()(**batch)
+                net.train()
+            if step == steps - 1:
+                peftkern.reset_stats()
+            loss.backward()
+            found.append([p.grad for p in net.parameters() if p.requires_grad])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert peftkern.stats().calls  # in the end they are ours
+
+
+def test_a_reference_pass_follows_once_the_layer_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under PEFT's own `disable_adapter`, which freezes the adapters."""
+    monkeypatch.setattr(contest, "SLOWER", float("inf"))
+    model = lora_net(make_linear4bit(torch.bfloat16)).train()
+    torch.nn.init.zeros_(model.base_model.model.proj.lora_B["default"].weight)
+    peftkern.patch(model)
+    x = torch.randn(200, K, dtype=torch.bfloat16)
+    for _ in range(4):
+        peftkern.reset_stats()
+        policy = model(x)
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(x)
+        torch.testing.assert_close(policy, reference, rtol=0, atol=0)
+        policy.float().sum().backward()
+        model.zero_grad()
+    assert not peftkern.stats().fallbacks
