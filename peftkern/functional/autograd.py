@@ -31,7 +31,9 @@ class LowRankLinear(torch.autograd.Function):
         scaling, dropout_p, needs, layout, dtype = options
         ctx.options = options
         if dtype is not None:
-            ctx.factors = [(t, _version(t)) for t in (lora_A, lora_B)]
+            known = lora_A is not None and not (lora_A.is_inference() or lora_B.is_inference())
+            ctx.versions = (lora_A._version, lora_B._version) if known else None
+            ctx.factors = lora_A, lora_B
             lora_A, lora_B = autocast_to(dtype, lora_A), autocast_to(dtype, lora_B)
         y, S = product(x, weight, layout, lora_A, lora_B, bias, scaling, keep, dropout_p)
         need_dx, need_dA, need_dB, _ = needs
@@ -52,12 +54,10 @@ class LowRankLinear(torch.autograd.Function):
         scaling, dropout_p, needs, layout, dtype = ctx.options
         if torch.is_grad_enabled():
             if dtype is not None:
-                for factor, version in ctx.factors:
-                    if (
-                        _version(factor) != version
-                    ):  # autograd's own check, for what it did not save
-                        raise RuntimeError("lora_A, lora_B: modified by an inplace operation")
-                lora_A, lora_B = (autocast_to(dtype, factor) for factor, _ in ctx.factors)
+                now = ctx.versions and tuple(factor._version for factor in ctx.factors)
+                if now != ctx.versions:  # autograd's own check, for what it has not saved
+                    raise RuntimeError("lora_A, lora_B: modified by an inplace operation")
+                lora_A, lora_B = (autocast_to(dtype, factor) for factor in ctx.factors)
             args = (lora_A, lora_B, scaling, keep, dropout_p, needs)
             grads = differentiable_gradients(dy, x, S, dense(weight, layout, dy.dtype), *args)
         else:
@@ -66,10 +66,6 @@ class LowRankLinear(torch.autograd.Function):
                 grads = gradients(dy, x, S, weight, layout, *args)
         # Autograd casts each to the dtype of its argument.
         return *wanted(grads, needs), *[None] * (len(ctx.needs_input_grad) - 4)
-
-
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def product(
