@@ -288,5 +288,5 @@ def test_factors_written_to_under_autocast_are_an_error(operands) -> None:
         y = peftkern.lora_linear(operands["x"].float(), weights()[0].float(), A, B, scaling=2.0)
     with torch.no_grad():
         A.mul_(2)
-    with pytest.raises(RuntimeError, match="^lora_A, lora_B: modified by an inplace"):
+    with pytest.raises(RuntimeError, match=r"^lora_A, lora_B: modified by an inplace"):
         torch.autograd.grad(y.sum(), A, create_graph=True)
