@@ -67,7 +67,7 @@ def steps(count: int, patched: bool = True, dropout: float = 0.0) -> list[float]
     generator = torch.Generator().manual_seed(3)
     losses = []
     for _ in range(count):
-        x = torch.randn(20, K, generator=generator)
+        x = torch.randn(20, K, generator=generator).requires_grad_()  # as a trial asks for
         loss = model(x).square().mean()
         loss.backward()
         optimizer.step()

@@ -138,13 +138,16 @@ def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | 
     if not found.decided:
         if pending is None:
             pending = found.pending[layer] = _Pending(layer)
-        pending.seen |= recomputed
+        pending.seen = recomputed
         due = complete and not recomputed and trust.mode() != "off"
         answer = functools.partial(answered_by_peer, found) if due else peer
         return Fallback(UNMEASURED, answer)
     if pending is not None:
-        if recomputed or (layer.training and not pending.over(layer)):
-            pending.seen |= recomputed
+        if recomputed:
+            pending.seen = True
+            return Fallback(IN_FLIGHT, peer)
+        if layer.training and not pending.over(layer):
+            pending.seen = False  # of this forward no backward pass has come by
             return Fallback(IN_FLIGHT, lambda *call: pending.watch(peer(*call)))
         if layer.training:
             del found.pending[layer]

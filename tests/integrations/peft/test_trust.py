@@ -254,3 +254,21 @@ def test_a_reference_pass_follows_once_the_layer_is_ours(monkeypatch: pytest.Mon
         policy.float().sum().backward()
         model.zero_grad()
     assert not peftkern.stats().fallbacks
+
+
+def test_a_new_forward_is_in_flight_until_its_own_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What follows it in the same step, here a reference pass, is not served by the other side."""
+    monkeypatch.setattr(contest, "SLOWER", float("inf"))
+    model = lora_net(make_linear4bit()).train()
+    peftkern.patch(model)
+    x = torch.randn(40, K)
+    for served in (False, False, True):
+        loss = model(x).sum()
+        peftkern.reset_stats()
+        with torch.no_grad(), model.disable_adapter():
+            model(x)
+        assert bool(peftkern.stats().fallbacks) is not served
+        loss.backward()
+        model.zero_grad()
