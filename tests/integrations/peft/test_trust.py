@@ -15,7 +15,7 @@ from untrusted import Child
 from waiting import wait_until
 
 import peftkern
-from peftkern.backends import contest, trust
+from peftkern.backends import contest, journal, trust
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -62,21 +62,34 @@ def test_wrong_at_call_100_alone(tmp_path: Path) -> None:
     assert [text.split(":")[0] for text in run["demoted"].values()] == ["wrong at call 100"]
 
 
-@pytest.mark.parametrize("fault", ["crashes", "hangs"])
-def test_what_ends_the_process_is_not_tried_again(
-    fault: str, tmp_path: Path, expected: list[float]
-) -> None:
-    child = Child(tmp_path, fault)
-    if fault == "hangs":
-        wait_until(lambda: list((tmp_path / "trust").glob("*.first-launch-*")))
-        child.process.kill()
+def test_what_crashes_is_not_tried_again(tmp_path: Path, expected: list[float]) -> None:
+    child = Child(tmp_path, "crashes")
     child.process.join()
-    ended = signal.SIGKILL if fault == "hangs" else signal.SIGSEGV
-    assert child.process.exitcode == -ended
-    again = Child(tmp_path, fault).report()
+    assert child.process.exitcode == -signal.SIGSEGV
+    again = Child(tmp_path, "crashes").report()
     assert again["losses"] == pytest.approx(expected, rel=1e-5)
-    assert set(again["demoted"].values()) == {"an earlier process ended during its first launch"}
-    assert not list((tmp_path / "trust").glob("*.first-launch-*"))
+    (why,) = set(again["demoted"].values())
+    assert "an earlier process ended during its first launch" in why
+    assert "Segmentation fault" in why
+    assert not list(journal.files(tmp_path / "trust"))
+
+
+@pytest.mark.parametrize("cured", [False, True])
+def test_what_is_killed_once_is_tried_again(
+    cured: bool, tmp_path: Path, expected: list[float]
+) -> None:
+    """A scheduler may have done it; what hangs twice is not tried a third time."""
+    for _ in range(1 if cured else 2):
+        child = Child(tmp_path, "hangs")
+        mark = f"*.first-launch-{child.process.pid}-*"
+        wait_until(lambda mark=mark: list((tmp_path / "trust").glob(mark)))
+        child.process.kill()
+        child.process.join()
+    again = Child(tmp_path, "none" if cured else "hangs").report()
+    assert again["losses"] == pytest.approx(expected, rel=1e-5)
+    assert bool(again["demoted"]) is not cured
+    assert all("for the second time" in why for why in again["demoted"].values())
+    assert not list(journal.files(tmp_path / "trust"))
 
 
 def test_training_without_a_folder_to_write_to(expected: list[float]) -> None:
