@@ -171,7 +171,7 @@ def test_ctrl_c_leaves_what_is_decided(folder, faults):
     command = [sys.executable, "-m", "peftkern", "tune", "--base", "nf4", "--dtype", "fp32"]
     command += ["--shape", "64x64,96x128", "--rows", "4", "--r", "4", "--limit", "1h"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    hangs = "nf4_lora_linear_forward on cpu for float32 3 0 64 256 96 128"
+    hangs = " 96 128 "
     wait_until(lambda: list(folder.glob("*.json")) and kept(folder)["classes"])
     wait_until(lambda: any(hangs in mark.read_text() for mark in journal.files(folder)))
     process.send_signal(signal.SIGINT)
