@@ -10,12 +10,22 @@ import pytest
 import torch
 import untrusted
 from adalora_models import quantize_4bit_
-from peft_models import K, add_lora, lora_net, make_linear4bit, text_batch, tiny_llama
+from peft import LoraConfig
+from peft_models import (
+    K,
+    add_lora,
+    layer_of,
+    lora_net,
+    make_linear4bit,
+    text_batch,
+    tiny_llama,
+)
 from untrusted import Child
 from waiting import wait_until
 
 import peftkern
 from peftkern.backends import contest, journal, trust
+from peftkern.integrations.peft import trial
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -285,3 +295,45 @@ def test_a_new_forward_is_in_flight_until_its_own_backward(
         assert bool(peftkern.stats().fallbacks) is not served
         loss.backward()
         model.zero_grad()
+
+
+@pytest.mark.parametrize("checkpoints", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_layers_without_adapters_switch_once_their_step_is_over(
+    checkpoints: dict | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two forwards in flight both are PEFT's, and so are their recomputations."""
+    monkeypatch.setattr(contest, "SLOWER", float("inf"))
+    base = tiny_llama()
+    quantize_4bit_(base)
+    model = add_lora(base, target_modules=["q_proj"]).train()
+    model.enable_input_require_grads()
+    if checkpoints is not None:
+        model.gradient_checkpointing_enable(checkpoints)
+    peftkern.patch(model)
+    batch = text_batch()
+    for step in range(2):
+        losses = []
+        for _ in range(2):
+            peftkern.reset_stats()
+            losses.append(model(**batch).loss)
+            found = {reason for op, reason in peftkern.stats().fallbacks if op == "nf4_linear"}
+            waiting = {trial.IN_FLIGHT} if losses[1:] else {trial.IN_FLIGHT, trial.UNMEASURED}
+            assert found <= waiting and bool(found) is (step == 0)
+        for loss in losses:
+            peftkern.reset_stats()
+            loss.backward()
+            found = {reason for op, reason in peftkern.stats().fallbacks if op == "nf4_linear"}
+            assert found == ({trial.IN_FLIGHT} if checkpoints and step == 0 else set())
+        model.zero_grad()
+
+
+def test_hooks_of_a_second_adapter_see_no_trial() -> None:
+    model = lora_net(make_linear4bit()).train()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    peftkern.patch(model)
+    seen: list[int] = []
+    layer_of(model).lora_A["second"].register_forward_hook(lambda *call: seen.append(1))
+    for calls in range(1, 5):
+        model(torch.randn(20, K)).sum().backward()
+        assert len(seen) == calls
