@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -225,6 +226,9 @@ def _checked(
         except Exception:
             _restore(args, copies, mutated)
             raise
+    if not all(math.isfinite(a) for a in args if isinstance(a, float)):
+        program.due = program.calls + 1  # of a result that is NaN nothing can be learned
+        return got
     plain = functools.cache(lambda: _plain(op, copies, candidates))
 
     def whole(result: Any, of: Args) -> Any:
