@@ -209,6 +209,9 @@ def _reason_now(layer: Any) -> str | None:
         return state.reason
     base = layer._modules["base_layer"]
     if type(base) in BNB_TYPES:
+        reason = bnb.unusual_weight(base)
+        if reason is not None:
+            return reason
         try:
             bnb.view_weight(base)
         except ArgumentError as error:

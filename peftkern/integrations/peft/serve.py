@@ -150,7 +150,7 @@ class PatchedLayer(PatchedForward):
         if result is None:
             return Fallback(off or unfused)
         if type(self._modules["base_layer"]) in BNB_TYPES and result.dtype is not x.dtype:
-            result = result.to(x.dtype)  # bitsandbytes returns its input's dtype
+            result = result.to(dtype=x.dtype)  # bitsandbytes returns its input's dtype
         if off is not None:
             return result
         out_dtype = result.dtype
@@ -160,7 +160,7 @@ class PatchedLayer(PatchedForward):
             names = names[1:]
         for name in names:
             result, x = self._add_adapter(result, x, name, base)
-        return result if result.dtype is out_dtype else result.to(out_dtype)
+        return result if result.dtype is out_dtype else result.to(dtype=out_dtype)
 
     def _fuse_disabled(self, name: str, adapter: Adapter, base: Base) -> Tensor | None:
         """Compute the base of a layer without its adapters, in the bits of an update of zero.
@@ -267,8 +267,6 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
     if kind not in _BASE_TYPES:
         return Fallback(f"base_layer is {kind.__name__}")
     reason = hooked(device, base_layer=base)
-    if reason is None and kind in BNB_TYPES:
-        reason = bnb.unusual_weight(base)
     if reason is not None:
         return Fallback(reason)
     return layer._read_adapter(names, device) if names else None
