@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends.dropout import keep_scale, keep_threshold
-from peftkern.kernels.configs import Problem, block_rank, ceil_div, slab
+from peftkern.kernels.configs import RANK_MOST, Problem, block_rank, ceil_div, slab
 from peftkern.kernels.interpreter import dropped, narrow
 from peftkern.kernels.launch import Plan, config_for, launch, planned, rows_of, traits
 from peftkern.kernels.primitives import as_factor, dot_factor, dot_update, join_sums, keep_mask
@@ -362,7 +362,7 @@ def update_forward(
     """
     M, (N, r) = x.shape[0], lora_B.shape
     y, lora_B = x.new_empty(M, N), lora_B.contiguous()
-    if M and r <= block_rank(r):
+    if M and r <= RANK_MOST:
         S = x.new_empty((M, r), dtype=torch.float32)
         update = {"lora_B": lora_B, "bias": bias, "scaling": scaling, "y": y}
         _launch_forward(x, lora_A, S, keep_scale(keep, dropout_p), keep, dropout_p, **update)
@@ -494,7 +494,7 @@ def gradients_xa(
     dx = dS.new_empty((M, K), dtype=dtype) if need_dx else None
     if M == 0:
         return dx, lora_A.new_zeros(lora_A.shape) if need_dA else None
-    if r > block_rank(r) and need_dx:
+    if r > RANK_MOST and need_dx:
         scales = (1.0, keep_scale(keep, dropout_p))
         update_epilogue(
             None, dS[None], lora_A.contiguous(), None, keep, dropout_p, scales, None, dx

@@ -176,7 +176,7 @@ def call(op: str, args: tuple[Any, ...]) -> Any:
         return _call_forced(op, args, device, forced)
     if trust.mode() != "always":
         return programs.run(op, args, device, _in_order)
-    for candidate in _in_order(op, args, device):
+    for candidate in CANDIDATES[op] if device.type != "cuda" else _in_order(op, args, device):
         if candidate.device is not None and candidate.device != device.type:
             continue
         reason = candidate.refusal(*args)

@@ -86,7 +86,7 @@ def lasting() -> bool:
 def run(op: str, args: Args, device: torch.device, candidates: Callable[..., Any]) -> Any:
     """Run `op` on the first candidate that takes these arguments and is trusted with them.
 
-    Args: candidates, which gives those of (op, args, device); not asked once their order is decided.
+    Args: candidates, which gives those of (op, args, device); not asked once an order is decided.
     Raises: what the first candidate raised if all did; BackendUnavailableError if there is none.
     """
     key, kind = key_of(op, args, device), device.type

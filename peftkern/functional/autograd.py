@@ -121,9 +121,12 @@ def forced_backend() -> str | None:
     return None if torch.compiler.is_compiling() else dispatch.forced_backend()
 
 
+_UNFORCED = contextlib.nullcontext()
+
+
 def use_backend(name: str | None) -> contextlib.AbstractContextManager:
     """Force what the forward pass was forced to; None forces nothing."""
-    return contextlib.nullcontext() if name is None else dispatch.use_backend(name)
+    return _UNFORCED if name is None else dispatch.use_backend(name)
 
 
 def save_for_backward(
