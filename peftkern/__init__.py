@@ -17,12 +17,16 @@ from peftkern.backends.device import BackendUnavailableError
 from peftkern.backends.dispatch import use_backend
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import (
+    ExpertLinear,
     dequantize_nf4,
     explain,
+    grouped_lora_linear,
+    lora_experts,
     lora_linear,
     nf4_linear,
     nf4_lora_linear,
     quantize_nf4,
+    route,
 )
 
 if TYPE_CHECKING:
@@ -36,9 +40,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
+    "ExpertLinear",
     "NF4Weight",
     "dequantize_nf4",
     "explain",
+    "grouped_lora_linear",
+    "lora_experts",
     "lora_linear",
     "nf4_linear",
     "nf4_lora_linear",
@@ -46,6 +53,7 @@ __all__ = [
     "quantize_",
     "quantize_nf4",
     "reset_stats",
+    "route",
     "stats",
     "unpatch",
     "use_backend",
