@@ -117,13 +117,7 @@ def unpatch_base(module: nn.Module) -> None:
 
 def runs_kernel(base: Linear4bit) -> bool:
     """Return whether a swapped layer runs our kernel by itself, as it is now."""
-    if base.weight.device.type != "cpu" or unusual_weight(base) is not None:
-        return False
-    try:
-        view_weight(base)
-    except ArgumentError:
-        return False
-    return True
+    return base.weight.device.type == "cpu" and unreadable(base) is None
 
 
 class FrozenWeight:
@@ -178,13 +172,19 @@ def read_quant_maps(model: nn.Module) -> None:
     compare_quant_maps(getattr(state, "code", None) for state in states)
 
 
-def view_weight(base: Linear4bit) -> NF4Weight:
-    """View the weight of a layer in place. Raises: ArgumentError if it is no NF4 weight."""
-    return NF4Weight.from_bitsandbytes(parameters_of(base)[0], quant_state_of(base))
+def unreadable(base: Linear4bit) -> str | None:
+    """Return the reason for which a weight is not read, whatever the input; None for NF4."""
+    reason = unusual_weight(base)
+    if reason is None:
+        try:
+            NF4Weight.from_bitsandbytes(parameters_of(base)[0], quant_state_of(base))
+        except ArgumentError as error:
+            reason = str(error)
+    return reason
 
 
 def unusual_weight(base: Linear4bit) -> str | None:
-    """Return the reason for bitsandbytes to read this weight, whatever the input; None for NF4."""
+    """Return the reason for bitsandbytes to read this weight before it is looked at closely."""
     weight, _ = parameters_of(base)
     if hasattr(type(weight), "__tensor_flatten__"):  # DTensor and its like
         return f"base weight is {type(weight).__name__}"
