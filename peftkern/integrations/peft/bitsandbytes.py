@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, NF4Weight, compare_quant_maps
 from peftkern.functional import nf4_linear
-from peftkern.integrations.peft import trial
-from peftkern.integrations.peft.casts import cast
+from peftkern.integrations.peft import casts, trial
 from peftkern.integrations.peft.fallback import (
     Fallback,
     PatchedForward,
@@ -76,7 +75,7 @@ class PatchedBase(PatchedForward):
         if refusal is not None:
             return refusal
         try:
-            return nf4_linear(cast(x, dtype, self), weight, bias).to(x.dtype)
+            return nf4_linear(casts.cast(x, dtype, self), weight, bias).to(x.dtype)
         except ArgumentError as error:  # before anything was computed
             return refused(error)
 
