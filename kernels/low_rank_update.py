@@ -453,8 +453,8 @@ def gradients_sb(
     if need_dS or need_dB or need_dbias:
         S = S.reshape(M, r) if need_dB else None
         launch(plan, dy, dy, lora_B.contiguous(), S, parts, dB, dbias)
-    dS = dS if parts is None else _added(parts, torch.float32)
-    return dS, _added(dB, lora_B.dtype), _added(dbias, dy.dtype)
+    dS = dS if parts is None else added(parts, torch.float32)
+    return dS, added(dB, lora_B.dtype), added(dbias, dy.dtype)
 
 
 @planned
@@ -508,7 +508,7 @@ def gradients_xa(
     plan = _backward_xa_plan(dS.device, sizes, scales, flags)
     dA = _partial(need_dA, (plan.grid[1], r, K), dS)
     launch(plan, dS, rows, lora_A.contiguous(), dS, keep, dx if need_dx else None, dA)
-    return dx, _added(dA, lora_A.dtype)
+    return dx, added(dA, lora_A.dtype)
 
 
 @planned
@@ -586,7 +586,7 @@ def _partial(wanted: bool, shape: tuple[int, ...], like: Tensor) -> Tensor | Non
     return like.new_empty(shape, dtype=torch.float32) if wanted else None
 
 
-def _added(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def added(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Add partial sums in order: torch reduces the first dimension deterministically."""
     if parts is None:
         return None
