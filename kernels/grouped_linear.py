@@ -103,7 +103,7 @@ def _refusal(
         return reason
     if R > ROWS_MAX:
         return f"there are more than {ROWS_MAX} rows"
-    if tiles_of_rows(R, E, 16) * ceil_div(max(shape), 32) > PROGRAMS_MAX:  # of the least tiles
+    if tiles_of_rows(R, E, 16) * ceil_div(max(shape), 16) > PROGRAMS_MAX:  # of the least tiles
         return f"the results of {R} rows are more tiles than a launch has"
     return None
 

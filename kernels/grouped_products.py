@@ -185,6 +185,9 @@ def _grouped_product_kernel(
         first_n = within // height * BLOCK_N
         n = first_n + tl.arange(0, BLOCK_N)
         out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + group * N + n, mask=(n < N) & (e < E), other=0.0)
+            out += bias.to(tl.float32)[None, :]
         if HAS_WEIGHT:
             source, known = _source(rows_ptr, rows, in_rows, T, HAS_ROWS)
             base = group * stride_we
@@ -246,9 +249,6 @@ def _grouped_product_kernel(
                     other=0.0,
                 )
                 out += dot_update(s * scale, factor, out_ptr.dtype.element_ty, PRECISION)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + group * N + n, mask=(n < N) & (e < E), other=0.0)
-            out += bias.to(tl.float32)[None, :]
         tl.store(
             out_ptr + row * N + n[None, :],
             narrow(out, out_ptr.dtype.element_ty),
@@ -407,7 +407,8 @@ def product(
     r, factor_strides = (0, (0, 0, 0)) if factor is None else (factor.shape[1], factor.stride())
     sizes = (R, T, E, N, K, r, 8 * out.element_size())
     nf4 = (stack.blocksize, stack.nested_blocksize, stack.inner(N, K))
-    flags = (rows is not None, stack.tensors[0] is not None, bias is not None)
+    half = r > 0 and out.dtype is torch.float16  # whose update is three products in pieces
+    flags = (rows is not None, stack.tensors[0] is not None, bias is not None, half)
     plan = _product_plan(out.device, sizes, stack.strides + factor_strides, nf4, scale, flags)
     launch(plan, out, x, rows, offsets, *stack.tensors, S, factor, bias, out)
 
@@ -426,9 +427,10 @@ def _product_plan(
     decoding = ("rows" if inner else "values") if blocksize else ""
     config = grouped_tile(rows_of_group(R, E), bits, decoding, on.cores)
     items = tiles_of_rows(R, E, config.block_m)
-    block_n = min(config.block_n, blocksize) if inner == "n" else config.block_n
+    has_rows, has_weight, has_bias, half = flags
+    block_n = config.block_n // 2 if half and on.cores == "mma" else config.block_n
+    block_n = min(block_n, blocksize) if inner == "n" else block_n
     block_k = min(config.block_k, blocksize) if inner == "k" else config.block_k
-    has_rows, has_weight, has_bias = flags
     return Plan(
         _grouped_product_kernel,
         (items * ceil_div(N, block_n),),
