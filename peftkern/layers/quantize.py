@@ -96,7 +96,7 @@ def _chosen(
     experts: _Experts = {}
     seen, names = [], []
     for path, parent in model.named_modules():
-        for parameter in _expert_parameters(parent):
+        for parameter in expert_parameters(parent):
             name = f"{path}.{parameter}".lstrip(".")
             seen.append(name)
             if (wanted is None or _has_parts(name, wanted)) and not _has_parts(name, skip):
@@ -117,7 +117,7 @@ def _chosen(
     return places, experts, names + list(experts.values())
 
 
-def _expert_parameters(module: nn.Module) -> list[str]:
+def expert_parameters(module: nn.Module) -> list[str]:
     """Return the names of a module's own weights [E, N, K], if it is one of fused experts."""
     if "expert" not in type(module).__name__.lower():
         return []
