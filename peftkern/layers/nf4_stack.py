@@ -118,14 +118,13 @@ class NF4Stack(Tensor):
         return self._decoded(self._packed[expert], self._absmax[expert])
 
     @torch.no_grad()
-    def set_expert(self, expert: int, weight: Tensor) -> Tensor:
-        """Quantize one expert's weight [N, K] into its place; return what it reads as now."""
+    def set_expert(self, expert: int, weight: Tensor) -> None:
+        """Quantize one expert's weight [N, K] into its place."""
         if weight.shape != self.shape[1:]:
             raise ArgumentError(f"weight: expected {self.shape[1:]}, got {tuple(weight.shape)}")
         w = quantized(weight, blocksize=self.blocksize, double_quant=False)
         self._packed[expert].copy_(w.packed)
         self._absmax[expert].copy_(w.absmax)
-        return self.dequantize(expert)
 
     def _weight(self, packed: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> NF4Weight:
         dtype = self.dtype if self.dtype in _DTYPES else torch.float32
@@ -271,7 +270,8 @@ def _requantize(stack: NF4Stack, other: Tensor, write: Callable) -> NF4Stack:
         after = write(before.clone(), other[expert].to(before))
         if torch.equal(before, after):
             continue
-        now = stack.set_expert(expert, after).float()
+        stack.set_expert(expert, after)
+        now = stack.dequantize(expert).float()
         changed += 1
         moved += (after - before).double().square().sum().item()
         error += (now - after).double().square().sum().item()

@@ -125,7 +125,7 @@ def test_quantizing_takes_no_more_than_one_experts_memory():
     weight = dense()
     with LargestTensor() as largest:
         NF4Stack.from_dense(weight)
-    assert largest.numel == N * K
+    assert 0 < largest.numel <= N * K
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

@@ -2,12 +2,12 @@
 
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=NF4ExpertsConfig())
     model.save_pretrained(folder)
-    AutoModelForCausalLM.from_pretrained(folder)  # once this module is imported
+    AutoModelForCausalLM.from_pretrained(folder)  # once NF4ExpertsConfig was imported
 
 transformers' own `load_in_4bit` leaves fused experts, most of a mixture's weights, in 16 bits. Here
 they are quantized while the checkpoint is read: one expert at a time where it has a tensor for each
 (Qwen3-MoE, Mixtral, DeepSeek, ...), so that a load needs the memory of the quantized model and of
-two experts. Linear layers become bitsandbytes' Linear4bit, as there.
+two experts. Linear layers become bitsandbytes' Linear4bit, as there. The experts run on kernels.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from peftkern.integrations.frozen_experts import serve_nf4_experts
 from peftkern.layers.nf4_stack import NF4Stack, absmax_name, set_nf4_parameter, stacks_of
 from peftkern.layers.quantize import expert_parameters
 
@@ -123,6 +124,7 @@ class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
             for name, stack in stacks_of(module).items():
                 set_nf4_parameter(module, name, stack)
         model._weight_conversions = [c for c in model._weight_conversions if _is_reversible(c)]
+        serve_nf4_experts(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
