@@ -279,6 +279,24 @@ def test_it_loads_what_bitsandbytes_writes_and_dense_weights():
         module.load_state_dict({"gate_up_proj": weight})
 
 
+def test_ddp_keeps_the_bytes_and_trains_beside_them(tmp_path):
+    module = InNF4()
+    module.lora = nn.Parameter(torch.randn(K, K, dtype=torch.bfloat16))
+    module.forward = lambda x: torch.bmm(x @ module.lora, module.gate_up_proj[[0, 2]].mT)
+    before = [module.gate_up_proj.clone(), module.down_proj.clone()]
+    options = {"init_method": f"file://{tmp_path}/start", "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("gloo", **options)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            parallel = nn.parallel.DistributedDataParallel(module)
+        parallel(torch.randn(2, 3, K, dtype=torch.bfloat16)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert module.lora.grad is not None
+    assert equal(module.gate_up_proj, before[0]) and equal(module.down_proj, before[1])
+
+
 def test_it_compiles():
     module = InNF4()
     ids = torch.tensor([3, 0, 3])
