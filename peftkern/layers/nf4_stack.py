@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peftkern.formats.nf4 import BLOCKSIZES, ArgumentError, NF4Weight
 from peftkern.functional import dequantize_nf4
@@ -203,7 +203,7 @@ def _on_dense(function: Any, *args: Any, **kwargs: Any) -> Any:
     for position, argument in enumerate(schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        if writes and isinstance(value, NF4Stack):
+        if writes and any(isinstance(leaf, NF4Stack) for leaf in tree_leaves(value)):
             raise NotImplementedError(
                 f"{schema.name}: expected a dense tensor to write to, got weights kept in NF4"
             )
@@ -219,7 +219,7 @@ def _on_parts(function: Any, stack: NF4Stack, *args: Any, dtype: Any = None, **k
     return NF4Stack(*parts, tuple(stack.shape), dtype or stack.dtype)
 
 
-def _select(function: Any, stack: NF4Stack, dim: int, *args: Any) -> Tensor:
+def _select(function: Any, stack: NF4Stack, dim: int = 0, *args: Any) -> Tensor:
     """Take experts along the first dimension: they alone are decoded."""
     if dim % 3:
         return function(stack.dequantize(), dim, *args)
@@ -227,7 +227,9 @@ def _select(function: Any, stack: NF4Stack, dim: int, *args: Any) -> Tensor:
 
 
 def _index(function: Any, stack: NF4Stack, indices: list) -> Tensor:
-    if not isinstance(stack, NF4Stack) or len(indices) != 1:
+    """Gather experts by ids of any shape: they alone are decoded."""
+    by_id = isinstance(stack, NF4Stack) and len(indices) == 1
+    if not by_id or indices[0].dtype not in (torch.int32, torch.int64):
         return _on_dense(function, stack, indices)
     return stack._decoded(*(function(part, indices) for part in (stack._packed, stack._absmax)))
 

@@ -92,6 +92,8 @@ def test_it_is_a_dense_parameter_to_whoever_reads_it():
         lambda w: w[ids],
         lambda w: w[torch.tensor([True, False, True, False, False])],
         lambda w: w[:, 3],
+        lambda w: w[torch.arange(N) % 2 == torch.zeros(E, 1)],
+        lambda w: torch.ops.aten.slice.Tensor(w, 0, 2),
         lambda w: w[ids, 1],
         lambda w: w.transpose(-2, -1),
         lambda w: w + 1,
@@ -199,6 +201,7 @@ def test_nothing_is_written_that_would_be_lost():
         lambda w: w.add_(1.0),
         lambda w: w.set_(dense()),
         lambda w: torch.add(dense(), 1, out=w),
+        lambda w: torch._foreach_add_([w], 1.0),
     ):
         with pytest.raises((NotImplementedError, TypeError)):
             write(stack)

@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,6 +85,31 @@ def test_load_save_and_load(family, tmp_path):
         assert torch.equal(again(IDS).logits, model(IDS).logits)
     again.save_pretrained(tmp_path / "again")
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == file.keys()
+
+
+def test_peft_trains_a_loaded_model_and_its_adapter_loads_again(tmp_path):
+    saved("Qwen3Moe", tmp_path / "dense")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+    model = prepare_model_for_kbit_training(load(tmp_path / "dense"))
+    packed = [stack._packed.clone() for stack in stacks(model).values()]
+    model = get_peft_model(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(model(input_ids=IDS, labels=IDS).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[2] < losses[0]
+    found = stacks(model)
+    assert all(torch.equal(s._packed, p) for s, p in zip(found.values(), packed, strict=True))
+    model.save_pretrained(tmp_path / "adapter")
+    base = prepare_model_for_kbit_training(load(tmp_path / "dense"))
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
 
 
 def test_options_are_kept_and_modules_left_out(tmp_path):
