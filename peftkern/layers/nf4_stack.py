@@ -311,8 +311,11 @@ def set_nf4_parameter(module: nn.Module, name: str, stack: NF4Stack) -> None:
 
 
 def absmax_name(name: str) -> str:
-    """Return the key of the absmax of a parameter: "gate_up_absmax" of "gate_up_proj"."""
-    return f"{name.removesuffix('_proj')}_absmax"
+    """Return the key of the absmax of a parameter: "gate_up_absmax" of "gate_up_proj".
+
+    That of "weight" is "absmax": transformers takes "weight_absmax" for bitsandbytes' key.
+    """
+    return "absmax" if name == "weight" else f"{name.removesuffix('_proj')}_absmax"
 
 
 def stacks_of(module: nn.Module) -> dict[str, NF4Stack]:

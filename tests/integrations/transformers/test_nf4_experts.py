@@ -26,6 +26,7 @@ LOCAL = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "Qwen3Moe": SIZES | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     "Mixtral": LOCAL,
+    "JetMoe": SIZES | {"kv_channels": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     "GptOss": LOCAL,  # one fused tensor in the checkpoint, [E, K, N]
 }
 IDS = torch.arange(12).view(2, 6)
@@ -51,7 +52,7 @@ def load(folder: Path, **config: object) -> PreTrainedModel:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral", "GptOss"])
 def test_load_save_and_load(family, tmp_path):
     dense = saved(family, tmp_path / "dense")
     model = load(tmp_path / "dense", bnb_4bit_use_double_quant=True)
@@ -110,6 +111,28 @@ def test_peft_trains_a_loaded_model_and_its_adapter_loads_again(tmp_path):
     again = PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_parameters_called_weight_have_keys_of_their_own(tmp_path):
+    saved("JetMoe", tmp_path / "dense")
+    model = load(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "nf4")
+    again = stacks(AutoModelForCausalLM.from_pretrained(tmp_path / "nf4"))
+    assert len(again) == 4
+    for name, stack in stacks(model).items():
+        assert torch.equal(stack._packed, again[name]._packed)
+        assert torch.equal(stack._absmax, again[name]._absmax)
+
+
+def test_a_model_is_dequantized_whole(tmp_path):
+    saved("GptOss", tmp_path)
+    model = load(tmp_path)
+    wanted = {name: stack.dequantize() for name, stack in stacks(model).items()}
+    assert model.config._experts_implementation == "peftkern"
+    model = model.dequantize()
+    assert not stacks(model) and model.config._experts_implementation == "grouped_mm"
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in wanted.items())
+    model(IDS)
 
 
 def test_options_are_kept_and_modules_left_out(tmp_path):
