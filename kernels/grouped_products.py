@@ -34,7 +34,7 @@ from peftkern.kernels.configs import (
 )
 from peftkern.kernels.interpreter import dot, narrow
 from peftkern.kernels.launch import Plan, code_table, launch, planned, traits
-from peftkern.kernels.low_rank_update import added
+from peftkern.kernels.low_rank_update import added, partial_sums
 from peftkern.kernels.primitives import as_factor, dot_factor, dot_update, join_sums, nf4_weight
 
 Sizes, Flags = tuple[int, ...], tuple[bool, ...]
@@ -463,9 +463,10 @@ def shrink(
         return x.new_empty((0, r), dtype=torch.float32)
     sizes = (R, T, E, K, r, 8 * x.element_size())
     plan = _shrink_plan(x.device, sizes, factor.stride(), scale, rows is not None)
-    parts = x.new_empty((plan.grid[1], R, r), dtype=torch.float32)
+    slabs = plan.grid[1]
+    parts = partial_sums(True, x, slabs, R, r)
     launch(plan, x, x, rows, offsets, factor, parts)
-    return added(parts, torch.float32)
+    return added(parts, slabs, torch.float32)
 
 
 @planned
