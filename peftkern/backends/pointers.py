@@ -46,6 +46,19 @@ def optional(
     return 0 if tensor is None else address(name, tensor, dtype, numel, device)
 
 
+def strided(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device = CPU) -> tuple:
+    """Return the address, the number of the dtype and the strides of a tensor of this shape.
+
+    Raises: ValueError naming the argument, what is accepted and what came.
+    """
+    if tuple(tensor.shape) != tuple(shape) or tensor.device != device:
+        raise ValueError(
+            f"{name}: expected {tuple(shape)} on {device}, got {tuple(tensor.shape)} on "
+            f"{tensor.device}"
+        )
+    return tensor.data_ptr(), dtype_code(name, tensor), *tensor.stride()
+
+
 def fresh(tensor: Tensor | None) -> int:
     """Return the address of a tensor that the caller has just allocated, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -111,9 +124,9 @@ def begins_at(tensor: Tensor, multiple: int) -> bool:
     return tensor.data_ptr() % multiple == 0
 
 
-def placement(tensor: Tensor) -> tuple[int, int, torch.dtype, bool]:
-    """Return where a tensor's values are, so that another memory or another view of it shows."""
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()
+def placements(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype, bool]]:
+    """Return where values of tensors are, so that another memory or another view of it shows."""
+    return [(t.data_ptr(), t.numel(), t.dtype, t.is_contiguous()) for t in tensors]
 
 
 def all_begin_at(tensors: Sequence[Tensor | None], multiple: int) -> bool:
