@@ -52,10 +52,10 @@ def test_nothing_is_decoded_and_16_bits_are_nearer_to_float64(folder, monkeypatc
     experts = wrapper_of(dense).get_base_layer()
     for name, stack in stacks_of(experts).items():
         setattr(experts, name, nn.Parameter(stack.dequantize(), requires_grad=False))
-    assert_as_near_as_peft(model, oracle_of(dense), *inputs(40, BF16))
+    assert_as_near_as_peft(model, oracle_of(dense), *inputs(200, BF16))
     twin = patched_copy(model)
     monkeypatch.setattr("peftkern.layers.nf4_stack.dequantize_nf4", None)
-    outputs_and_gradients(twin, *inputs(40, BF16))
+    outputs_and_gradients(twin, *inputs(200, BF16))
 
 
 def test_a_whole_model_is_served_with_adapters_and_without(monkeypatch):
