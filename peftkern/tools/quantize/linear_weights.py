@@ -1,7 +1,8 @@
-"""Tensors of a checkpoint that transformers would quantize with bitsandbytes.
+"""Tensors of a checkpoint that are quantized: weights of linear layers, and of experts.
 
-transformers itself decides: its quantizer prepares a model without memory for its weights (on the
-meta device), and its loader's rules say which tensor of the checkpoint belongs to which layer.
+transformers itself decides on linear layers: its quantizer prepares a model without memory for its
+weights (on the meta device). Its loader's rules say which tensor of the checkpoint belongs to which
+layer, and which tensors are the experts of one stack [E, N, K].
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import contextlib
 import json
 import re
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -19,7 +20,13 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -31,22 +38,35 @@ _COUNT = re.compile(r"(layers?|experts|blocks)$")  # num_hidden_layers, n_layer,
 _MOST_MODULES = 10_000
 
 
-def find_linear_weights(
+class Load(NamedTuple):
+    """Tensor of the checkpoint, the first parameter that it is loaded into, and how; converter:
+    None if it is loaded as it is."""
+
+    info: TensorInfo
+    target: str
+    converter: WeightConverter | None
+
+
+def find_weights(
     checkpoint: Checkpoint,
     *,
     skip: Sequence[str] = (),
+    blocksize: int = 64,
     double_quant: bool = True,
     compute_dtype: str | None = None,
 ) -> tuple[dict[str, bool], dict[str, Any]]:
-    """Find the tensors that transformers would turn into Linear4bit, and the matching config.
+    """Find the tensors to quantize, and the matching config of bitsandbytes.
 
-    Of each, whether it is kept transposed, as in Conv1D. These are the weights of nn.Linear and
-    Conv1D except the output embeddings, weights tied to them, and those that the model keeps in
-    float32. The excluded names stand in the config, so that every version of transformers excludes
-    the same.
+    Of each, whether it is kept transposed, as in Conv1D. These are the weights that transformers
+    would turn into Linear4bit, nn.Linear and Conv1D except the output embeddings, weights tied to
+    them, and those that the model keeps in float32; and experts: tensors [E, N, K] that are a
+    parameter of a module called experts, and tensors [N, K] that are stacked, one after the other,
+    to such a parameter. The excluded names stand in the config, so that every version of
+    transformers excludes the same.
 
-    Args: skip, more modules to exclude: full names, their beginnings or endings; compute_dtype, the
-        dtype of most of the weights by default.
+    Args: skip, more modules to exclude: full names, their beginnings or endings; blocksize, of
+        which every expert must be a multiple; compute_dtype, the dtype of most of the weights by
+        default.
     Raises: CheckpointError if transformers does not know the architecture, if the tensors do not
         fit it, if a name in skip fits no layer, or if a layer's weight is assembled on loading.
     """
@@ -54,43 +74,105 @@ def find_linear_weights(
         stack.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
         transformers.logging.set_verbosity_error()
         model = _meta_model(checkpoint)
-        sources = _sources(model, checkpoint)
+        loads = list(_loads(model, checkpoint))
+        left_out = _left_out(model, skip)
+        experts = _expert_weights(model, loads, left_out, blocksize)
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_quant_storage=torch.uint8,
-            llm_int8_skip_modules=_left_out(model, skip),
+            llm_int8_skip_modules=left_out,
         )
         quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
         quantizer.preprocess_model(model, device_map={"": "cpu"}, dtype=torch.bfloat16)
 
-    linear: dict[str, bool] = {}
-    for module_name, module in model.named_modules():
-        info = sources.get(f"{module_name}.weight")
-        if not isinstance(module, bnb.nn.Linear4bit) or info is None:
-            continue  # a layer without weights in the checkpoint, as a new head, is initialized
-        if not isinstance(info, TensorInfo):
-            raise CheckpointError(
-                f"{module_name}: transformers puts its weight together from other tensors "
-                f"({info!r}); save_pretrained() the model with this version of it first"
-            )
-        transposed = issubclass(module.source_cls, Conv1D)
-        shape = (module.out_features, module.in_features)
-        if info.shape != (shape[::-1] if transposed else shape):
-            raise CheckpointError(
-                f"{info.name}: shape {list(info.shape)} does not fit {list(shape)} of config.json"
-            )
-        linear[info.name] = transposed
-    if not linear:
+    found = _linear_weights(model, loads) | experts
+    if not found:
         raise CheckpointError(
             f"{checkpoint.folder}: no tensor is the weight of a linear layer of "
             f"{type(model).__name__} that may be quantized"
         )
-    most = statistics.mode(sorted(checkpoint.tensors[name].dtype for name in linear))
+    most = statistics.mode(sorted(checkpoint.tensors[name].dtype for name in found))
     compute = DTYPES[most] if compute_dtype is None else getattr(torch, compute_dtype)
     config.bnb_4bit_compute_dtype = compute
-    return linear, json.loads(config.to_json_string(use_diff=False))
+    return found, json.loads(config.to_json_string(use_diff=False))
+
+
+def _linear_weights(model: PreTrainedModel, loads: Iterable[Load]) -> dict[str, bool]:
+    """Find the weights of Linear4bit."""
+    sources: dict[str, Load] = {}
+    for load in loads:  # a converter may make several parameters of one tensor
+        targets = [load.target] if load.converter is None else _targets(load)
+        sources |= dict.fromkeys(targets, load)
+    linear: dict[str, bool] = {}
+    for module_name, module in model.named_modules():
+        load = sources.get(f"{module_name}.weight")
+        if not isinstance(module, bnb.nn.Linear4bit) or load is None:
+            continue  # a layer without weights in the checkpoint, as a new head, is initialized
+        if load.converter is not None:
+            raise CheckpointError(
+                f"{module_name}: transformers puts its weight together from other tensors "
+                f"({load.info.name!r}); save_pretrained() the model with this version of it first"
+            )
+        transposed = issubclass(module.source_cls, Conv1D)
+        shape = (module.out_features, module.in_features)
+        _check_shape(load.info, shape[::-1] if transposed else shape)
+        linear[load.info.name] = transposed
+    return linear
+
+
+def _expert_weights(
+    model: PreTrainedModel, loads: Iterable[Load], skip: Sequence[str], blocksize: int
+) -> dict[str, bool]:
+    """Find the tensors of experts, fused or an expert each.
+
+    A tensor that is turned or rearranged on loading is left out: its blocks would not stay whole.
+    """
+    stacks = {
+        f"{module_name}.{name}": tuple(parameter.shape)
+        for module_name, name, parameter in _stacks(model)
+        if all(should_convert_module(n, skip) for n in (module_name, f"{module_name}.{name}"))
+    }
+    experts: dict[str, bool] = {}
+    for info, target, converter in loads:
+        if target not in stacks or (converter is not None and not _stacks_experts(converter)):
+            continue
+        shape = stacks[target]
+        if converter is not None:
+            shape = (shape[1] // len(converter.source_patterns), shape[2])
+        _check_shape(info, shape)
+        if shape[-2] * shape[-1] % blocksize:
+            raise CheckpointError(
+                f"blocksize: {info.name} has experts of {list(shape[-2:])}, which are no whole "
+                f"blocks of {blocksize}; a smaller one may fit, and skip leaves them as they are"
+            )
+        experts[info.name] = False
+    return experts
+
+
+def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield the module, name and value of each parameter that is a stack of experts."""
+    for module_name, module in model.named_modules():
+        if module_name.rpartition(".")[2] == "experts":  # as everywhere in transformers
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    yield module_name, name, parameter
+
+
+def _stacks_experts(converter: WeightConverter) -> bool:
+    """Return whether experts [N, K] are stacked to [E, N, K], gate and up one after the other."""
+    dims = {type(operation): operation.dim for operation in converter.operations
+            if isinstance(operation, MergeModulelist | Concatenate)}  # fmt: skip
+    only = len(dims) == len(converter.operations)
+    return only and dims in ({MergeModulelist: 0}, {MergeModulelist: 0, Concatenate: 1})
+
+
+def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{info.name}: shape {list(info.shape)} does not fit {list(shape)} of config.json"
+        )
 
 
 def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -127,29 +209,30 @@ def _check_counts(config: Any) -> None:
             )
 
 
-def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorInfo | str]:
-    """Map parameter names to the tensor loaded into each, or to the pattern of several."""
+def _loads(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Load]:
+    """Say of each tensor what transformers' loader does with it."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     parameters = model.state_dict()
     prefix = model.base_model_prefix
-    sources: dict[str, TensorInfo | str] = {}
     for name, info in checkpoint.tensors.items():
         target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
         if target not in parameters and name in parameters:
             target, pattern = rename_source_key(name, [], [], prefix, parameters)
-        if pattern is None:
-            sources[target] = info
-            continue
-        converter = next(c for c in converters if pattern in c.source_patterns)
-        for wanted in converter.target_patterns:  # one tensor may become several
-            sources[target.replace(converter.target_patterns[0], wanted)] = name
-    return sources
+        used = (c for c in converters if pattern in c.source_patterns)
+        yield Load(info, target, None if pattern is None else next(used))
+
+
+def _targets(load: Load) -> list[str]:
+    first, *_ = patterns = load.converter.target_patterns
+    return [load.target.replace(first, wanted) for wanted in patterns]
 
 
 def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    for module_name, name, _ in _stacks(model):
+        layers += [module_name, f"{module_name}.{name}"]
     for name in skip:
         with contextlib.suppress(re.error):
             if not all(should_convert_module(layer, [name]) for layer in layers):

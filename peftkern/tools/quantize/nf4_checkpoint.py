@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,12 +77,13 @@ class Unit:
     nbytes: int
 
     @property
+    def quantized(self) -> bool:
+        return self.transposed is not None
+
+    @property
     def experts(self) -> bool:
-        """A kept weight of experts: transformers holds them in tensors of three dimensions, which
-        bitsandbytes does not quantize, even if the source has one tensor for each."""
-        shape, names = self.info.shape, self.info.name.split(".")
-        of_two = len(shape) == 2 and "experts" in names
-        return self.transposed is None and (len(shape) == 3 or of_two)
+        """A weight of experts: one, or a stack of them."""
+        return "experts" in self.info.name.split(".") and len(self.info.shape) > 1
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """Files to write, by name, and their tensors; sizes of all and of some of these."""
+    """Files to write, by name, and their tensors; sizes of all and of some of these: experts are
+    those in 4 bits, kept_experts the others."""
 
     files: dict[str, list[Unit]]
     total: Size
     quantized: Size
     experts: Size
+    kept_experts: Size
 
 
 @dataclass(frozen=True)
@@ -137,23 +140,23 @@ class Note(NamedTuple):
     name: str
 
 
-def plan_files(checkpoint: Checkpoint, linear: Mapping[str, bool], options: Options) -> Plan:
+def plan_files(checkpoint: Checkpoint, weights: Mapping[str, bool], options: Options) -> Plan:
     """Plan all files from shapes alone.
 
     Raises: CheckpointError for a weight that is none.
     """
-    for name in linear:
+    for name in weights:
         info = checkpoint.tensors.get(name)
-        if info is None or len(info.shape) != 2 or info.dtype not in _WEIGHT_DTYPES:
+        stack = info is not None and _is_stack(info) and info.shape[0] > 0 and not weights[name]
+        if info is None or not (stack or len(info.shape) == 2) or info.dtype not in _WEIGHT_DTYPES:
             came = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
             raise CheckpointError(
-                f"{name}: expected a weight of two dimensions in one of {_WEIGHT_DTYPES}, "
-                f"got {came}"
+                f"{name}: expected a weight of two dimensions, or a stack of them, in one of "
+                f"{_WEIGHT_DTYPES}, got {came}"
             )
-    how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
     units = {
-        name: Unit(info, linear[name], state_dict_bytes(math.prod(info.shape), **how))
-        if name in linear
+        name: Unit(info, weights[name], _written_bytes(info, options))
+        if name in weights
         else Unit(info, None, info.nbytes)
         for name, info in checkpoint.tensors.items()
     }
@@ -166,32 +169,47 @@ def plan_files(checkpoint: Checkpoint, linear: Mapping[str, bool], options: Opti
     return Plan(
         {file: [units[n] for n in names] for file, names in split.filename_to_tensors.items()},
         Size.of(units.values()),
-        Size.of(unit for unit in units.values() if unit.transposed is not None),
-        Size.of(unit for unit in units.values() if unit.experts),
+        Size.of(unit for unit in units.values() if unit.quantized),
+        Size.of(unit for unit in units.values() if unit.experts and unit.quantized),
+        Size.of(unit for unit in units.values() if unit.experts and not unit.quantized),
     )
+
+
+def _written_bytes(info: TensorInfo, options: Options) -> int:
+    double_quant = options.double_quant and not _is_stack(info)
+    return state_dict_bytes(
+        math.prod(info.shape), blocksize=options.blocksize, double_quant=double_quant
+    )
+
+
+def _is_stack(info: TensorInfo) -> bool:
+    """Return whether a weight is [E, N, K]. Its absmax is not nested: one offset for all experts
+    would tie them together, and bitsandbytes' own quantization of a parameter has none either."""
+    return len(info.shape) == 3
 
 
 def quantize_checkpoint(
     checkpoint: Checkpoint,
     destination: str | os.PathLike,
-    linear: Mapping[str, bool],
+    weights: Mapping[str, bool],
     quantization_config: Mapping[str, Any],
     options: Options,
     *,
     force: bool = False,
     progress: Progress = lambda count, name: None,
 ) -> Summary:
-    """Write `checkpoint` to the folder `destination` with its linear weights in NF4.
+    """Write `checkpoint` to the folder `destination` with some of its weights in NF4.
 
     The files beside the weights are copied, but for weights in other formats: `find_companions`.
 
-    Memory: about one file of the output and one tensor of the source. Calling it again after an
-    interruption resumes; KeyboardInterrupt and OSError (a full disk) leave a state that allows it,
-    a CheckpointError leaves nothing.
+    Memory: about one file of the output and one tensor of the source, of a stack one expert.
+    Calling it again after an interruption resumes; KeyboardInterrupt and OSError (a full disk)
+    leave a state that allows it, a CheckpointError leaves nothing.
 
     Args:
-        linear: names of the tensors to quantize, [N, K] float32, float16 or bfloat16; True for
-            those that are kept as [K, N] and are transposed first, as transformers does for Conv1D.
+        weights: names of the tensors to quantize, [N, K] or experts [E, N, K], float32, float16 or
+            bfloat16; True for those that are kept as [K, N] and are transposed first, as
+            transformers does for Conv1D.
         quantization_config: for config.json, as transformers' BitsAndBytesConfig writes it.
         force: replace the checkpoint that `destination` holds, once the new one is complete, and
             discard an unfinished run with other options. Other files there are left alone.
@@ -199,8 +217,8 @@ def quantize_checkpoint(
     Raises: CheckpointError for a request that cannot be met.
     """
     destination = Path(destination)
-    plan = plan_files(checkpoint, linear, options)
-    identity = _identity(checkpoint, linear, quantization_config, options)
+    plan = plan_files(checkpoint, weights, options)
+    identity = _identity(checkpoint, weights, quantization_config, options)
     companions = find_companions(checkpoint)
     staging.check_destination(checkpoint.folder, destination, force, companions.copied)
     staging.check_space(destination, plan.total.bytes_after + companions.nbytes)
@@ -226,7 +244,7 @@ def quantize_checkpoint(
 
 def _identity(
     checkpoint: Checkpoint,
-    linear: Mapping[str, bool],
+    weights: Mapping[str, bool],
     quantization_config: Mapping[str, Any],
     options: Options,
 ) -> dict[str, Any]:
@@ -237,7 +255,7 @@ def _identity(
     return {
         "source": hashlib.sha256(text.encode()).hexdigest(),
         **asdict(options),
-        "choice of tensors": sorted(linear.items()),
+        "choice of tensors": sorted(weights.items()),
         "quantization_config": dict(quantization_config),
     }
 
@@ -281,15 +299,16 @@ def _write_file(path: Path, units: list[Unit], options: Options, progress: Progr
     """Write one file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     largest = (0.0, "")
-    sources = read_tensors(unit.info for unit in units)
-    for unit, tensor in zip(units, sources, strict=True):
+    stacks = {unit.info.name for unit in units if unit.quantized and _is_stack(unit.info)}
+    sources = read_tensors((unit.info for unit in units), stacks)
+    for unit, parts in zip(units, sources, strict=True):
         name = unit.info.name
-        if unit.transposed is None:
-            tensors[name] = tensor
-        else:
-            state, error = _quantized(name, tensor, unit.transposed, options)
+        if unit.quantized:
+            state, error = _quantized(unit, parts, options)
             tensors |= state
             largest = max(largest, (error, name))
+        else:
+            (tensors[name],) = parts
         progress(unit.info.nbytes, name)
     temporary = path.with_name(path.name + ".new")
     try:
@@ -323,15 +342,26 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
 
 
 def _quantized(
-    name: str, weight: Tensor, transposed: bool, options: Options
+    unit: Unit, parts: Iterable[Tensor], options: Options
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the tensors that a weight becomes, and its error."""
-    weight = weight.to(options.device)
-    if transposed:
-        weight = weight.T.contiguous()
-    nf4 = quantize_nf4(weight, blocksize=options.blocksize, double_quant=options.double_quant)
-    error = _relative_error(name, weight, dequantize_nf4(nf4))
-    state = nf4.state_dict(name.removesuffix("weight"))
+    """Return the tensors that a weight becomes, and its error, of a stack the largest one.
+
+    A stack is quantized by experts. Blocks do not cross them, so that it has the same bytes whole.
+    """
+    name, stack = unit.info.name, _is_stack(unit.info)
+    how = {"blocksize": options.blocksize, "double_quant": options.double_quant and not stack}
+    done, error = [], 0.0
+    for weight in parts:
+        weight = weight.to(options.device)
+        if unit.transposed:
+            weight = weight.T.contiguous()
+        done.append(quantize_nf4(weight, **how))
+        error = max(error, _relative_error(name, weight, dequantize_nf4(done[-1])))
+    nf4 = done[0]
+    if stack:
+        packed, absmax = (torch.cat([getattr(w, f) for w in done]) for f in ("packed", "absmax"))
+        nf4 = replace(nf4, packed=packed, absmax=absmax, shape=unit.info.shape)
+    state = {name + key.removeprefix("weight"): t for key, t in nf4.state_dict().items()}
     key = f"{name}.{STATE_KEY}"  # JSON, in as many bytes for every weight: shapes tell the sizes
     room = STATE_BYTES - len(state[key])
     state[key] = torch.nn.functional.pad(state[key], (0, room), value=ord(" "))
