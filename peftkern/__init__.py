@@ -19,10 +19,12 @@ from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import (
     dequantize_nf4,
     explain,
+    grouped_lora_linear,
     lora_linear,
     nf4_linear,
     nf4_lora_linear,
     quantize_nf4,
+    route,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ __all__ = [
     "NF4Weight",
     "dequantize_nf4",
     "explain",
+    "grouped_lora_linear",
     "lora_linear",
     "nf4_linear",
     "nf4_lora_linear",
@@ -46,6 +49,7 @@ __all__ = [
     "quantize_",
     "quantize_nf4",
     "reset_stats",
+    "route",
     "stats",
     "unpatch",
     "use_backend",

@@ -34,6 +34,18 @@ SCHEMAS = {
     "nf4_lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor? S, {_W}, "
     "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? keep, float dropout_p, "
     "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "grouped_linear_forward": "(Tensor x, Tensor? rows, Tensor offsets, Tensor? weight, "
+    "bool transposed, Tensor? lora_A, Tensor? lora_B, Tensor? bias, float scaling) "
+    "-> (Tensor y, Tensor S)",
+    "grouped_linear_backward": "(Tensor dy, Tensor offsets, Tensor? x, Tensor? rows, Tensor? S, "
+    "Tensor? weight, bool transposed, Tensor? lora_A, Tensor? lora_B, float scaling, "
+    "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "nf4_grouped_linear_forward": f"(Tensor x, Tensor? rows, Tensor offsets, {_W}, "
+    "bool transposed, Tensor? lora_A, Tensor? lora_B, Tensor? bias, float scaling) "
+    "-> (Tensor y, Tensor S)",
+    "nf4_grouped_linear_backward": "(Tensor dy, Tensor offsets, Tensor? x, Tensor? rows, "
+    f"Tensor? S, {_W}, bool transposed, Tensor? lora_A, Tensor? lora_B, float scaling, "
+    "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
     "dora_norm": "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
     "nf4_dora_norm": f"({_W}, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
     "float scaling) -> Tensor",
@@ -190,6 +202,76 @@ def _(
     return _fake_backward(dy, layout[3:], lora_A, lora_B, needs)
 
 
+@_fake("grouped_linear_forward")
+def _(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    weight: Tensor | None,
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    N = lora_B.shape[1] if weight is None else weight.shape[2 if transposed else 1]
+    return _fake_grouped_forward(x, rows, N, lora_A)
+
+
+@_fake("nf4_grouped_linear_forward")
+def _(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    return _fake_grouped_forward(x, rows, layout[5 if transposed else 4], lora_A)
+
+
+@_fake("grouped_linear_backward")
+def _(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor | None,
+    rows: Tensor | None,
+    S: Tensor | None,
+    weight: Tensor | None,
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    shape = weight.shape if weight is not None else None
+    K = 0
+    if needs[0]:
+        K = lora_A.shape[2] if shape is None else shape[1 if transposed else 2]
+    return _fake_grouped_backward(dy, offsets, K, lora_A, lora_B, needs)
+
+
+@_fake("nf4_grouped_linear_backward")
+def _(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor | None,
+    rows: Tensor | None,
+    S: Tensor | None,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    return _fake_grouped_backward(
+        dy, offsets, layout[4 if transposed else 5], lora_A, lora_B, needs
+    )
+
+
 @_fake("dora_norm")
 def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return _fake_norm(weight.shape, lora_A, lora_B, weight.dtype)
@@ -265,6 +347,32 @@ def _fake_backward(
     if lora_B is not None and need_dB:
         dB = dy.new_empty(lora_B.shape, dtype=lora_B.dtype)
     return dx, dA, dB, dy.new_empty(shape[0] if need_dbias else 0)
+
+
+def _fake_grouped_forward(
+    x: Tensor, rows: Tensor | None, N: Any, lora_A: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    R = (x if rows is None else rows).shape[0]
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    S = x.new_empty(0 if lora_A is None else (R, lora_A.shape[1]), dtype=dtype)
+    return x.new_empty(R, N), S
+
+
+def _fake_grouped_backward(
+    dy: Tensor,
+    offsets: Tensor,
+    K: Any,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    need_dx, need_dA, need_dB, need_dbias = needs
+    return (
+        dy.new_empty((dy.shape[0], K) if need_dx else 0),
+        torch.empty_like(lora_A) if need_dA and lora_A is not None else dy.new_empty(0),
+        torch.empty_like(lora_B) if need_dB and lora_B is not None else dy.new_empty(0),
+        dy.new_empty((offsets.shape[0], dy.shape[1]) if need_dbias else 0),
+    )
 
 
 def _fake_norm(shape: Any, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:

@@ -70,8 +70,41 @@ def op_cases() -> dict[str, list[tuple]]:
             (dy, x, S, *stored(), A, B, 2.0, keep, 0.25, every),
             (dy, None, None, *stored(False), None, None, 1.0, None, 0.0, [True, *none[1:]]),
         ],
+        **grouped_op_cases(),
         **adalora_op_cases(),
         **rosa_op_cases(),
+    }
+
+
+def grouped_op_cases() -> dict[str, list[tuple]]:
+    """Four groups, one empty, and a row of none; x as it is and read through rows."""
+    E, N, K = 4, 24, 48
+    x, dtype = torch.randn(5, K).bfloat16(), torch.bfloat16
+    rows = torch.randint(5, (9,), dtype=torch.int32)
+    ends = torch.tensor([2, 2, 7, 8], dtype=torch.int32)
+    weight, bias = torch.randn(E, N, K).to(dtype), torch.randn(E, N).to(dtype)
+    w = peftkern.quantize_nf4(torch.randn(E, N, K), double_quant=False)
+    A, B = torch.randn(E, R, K), torch.randn(N, R, E).permute(2, 0, 1)
+    dy, S, every = torch.randn(9, N).to(dtype), torch.randn(9, R), [True] * 4
+    dx_alone = [True, False, False, False]
+    few = ends.clamp(max=5)
+    return {
+        "grouped_linear_forward": [
+            (x, rows, ends, weight, False, A, B, bias, 2.0),
+            (x, None, few, weight.mT.contiguous(), True, None, None, None, 1.0),
+            (x, rows, ends, None, False, A, B, None, 2.0),
+        ],
+        "grouped_linear_backward": [
+            (dy, ends, x, rows, S, weight, False, A, B, 2.0, every),
+            (dy, ends, None, None, None, weight[:1], False, None, None, 1.0, dx_alone),
+            (dy, ends, x, rows, S, None, False, A, B, 2.0, [*every[:3], False]),
+        ],
+        "nf4_grouped_linear_forward": [
+            (x, rows, ends, w.tensors, w.layout, False, A, B, bias, 2.0),
+        ],
+        "nf4_grouped_linear_backward": [
+            (dy, ends, x, rows, S, w.tensors, w.layout, False, A, B, 2.0, every),
+        ],
     }
 
 

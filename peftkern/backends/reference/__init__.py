@@ -11,6 +11,12 @@ from peftkern.backends.reference.adalora import (
     adalora_orthogonality_forward,
 )
 from peftkern.backends.reference.dora import dora_norm, nf4_dora_norm
+from peftkern.backends.reference.grouped_linear import (
+    grouped_linear_backward,
+    grouped_linear_forward,
+    nf4_grouped_linear_backward,
+    nf4_grouped_linear_forward,
+)
 from peftkern.backends.reference.lora_linear import (
     dropped,
     lora_linear_backward,
