@@ -17,9 +17,11 @@ from peftkern.backends.device import BackendUnavailableError
 from peftkern.backends.dispatch import use_backend
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import (
+    ExpertLinear,
     dequantize_nf4,
     explain,
     grouped_lora_linear,
+    lora_experts,
     lora_linear,
     nf4_linear,
     nf4_lora_linear,
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
+    "ExpertLinear",
     "NF4Weight",
     "dequantize_nf4",
     "explain",
     "grouped_lora_linear",
+    "lora_experts",
     "lora_linear",
     "nf4_linear",
     "nf4_lora_linear",

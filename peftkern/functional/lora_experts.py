@@ -1,0 +1,263 @@
+"""Mixture of experts with low-rank updates: two grouped layers, the gate between, routed.
+
+    u = x[rows] @ (W_up[e] + scaling * B_up[e] @ A_up[e]).T + b_up[e]
+    a = gate(u) * routing weight of the row
+    y[t] = sum over the rows of token t of a @ (W_down[e] + scaling * B_down[e] @ A_down[e]).T
+
+The last layer is linear, so the routing weights multiply its narrower input. For backward x, u and
+the two S are kept: no tensor of a row per pair and the model's width, none of the stack's size. The
+gate is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern.formats.nf4 import NF4Weight
+from peftkern.functional.arguments import check_float, check_tensor, mismatch
+from peftkern.functional.autograd import (
+    forced_backend,
+    partial_gradients,
+    save_for_backward,
+    saved_tensors,
+    use_backend,
+    wanted,
+)
+from peftkern.functional.grouped_linear import (
+    GroupedLinear,
+    backward_op,
+    checked,
+    forward_op,
+    route,
+    stored_as,
+)
+
+Gate = Callable[[Tensor], Tensor]
+
+
+class ExpertLinear(NamedTuple):
+    """One linear layer of every expert: arguments of `grouped_lora_linear`."""
+
+    weight: Tensor | NF4Weight
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    scaling: float = 1.0
+    bias: Tensor | None = None
+
+
+class _Options(NamedTuple):
+    gate: Gate
+    up: tuple[Any, ...]  # transposed, scaling, needs and layout, as `forward_op` takes them
+    down: tuple[Any, ...]
+    tensors: int  # of the weight of up; the rest are those of down
+
+
+def swiglu(u: Tensor) -> Tensor:
+    """Compute silu(u[..., :I]) * u[..., I:], the gate of most models."""
+    gate, up = u.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def lora_experts(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: ExpertLinear,
+    down: ExpertLinear,
+    *,
+    gate: Gate = swiglu,
+    transposed: bool = False,
+) -> Tensor:
+    """Apply a mixture of experts with a low-rank update of each of its two layers.
+
+    y[t] = sum over j of w[t, j] * down_e(gate(up_e(hidden[t]))), e = top_k_index[t, j],
+    up_e(x) = x @ up.weight[e].T + up.scaling * (x @ up.lora_A[e].T) @ up.lora_B[e].T + up.bias[e]
+
+    Args: hidden [T, K]; top_k_index int32|int64 [T, top], where ids from E on (other ranks') add
+        nothing; top_k_weights [T, top] of any float dtype; up, with weights [E, 2I, K] (or [E, I,
+        K] where a gate has one half), and down, with weights [E, K, I], as `grouped_lora_linear`
+        takes them, both [E, in, out] if transposed; gate, a differentiable function from [R, 2I] to
+        [R, I], row by row, with no parameters that are trained, called again in backward. Under
+        autocast the dtype of dense weights decides, as in transformers' grouped_mm.
+    Returns: [T, K], dtype of hidden; each row's sum over its experts is rounded once.
+    Raises: ValueError naming both sides on a shape, dtype or device mismatch or an id below 0.
+    Gradients: hidden, top_k_weights, the factors and biases; twice differentiable.
+        Error bound: kernels/NUMERICS.md#grouped_linear
+    Source: Hu et al. 2021, arXiv:2106.09685, in each expert; PEFT's `target_parameters`
+    """
+    check_float("hidden", hidden)
+    if hidden.dim() != 2:
+        raise mismatch("hidden", "[T, K]", hidden)
+    check_tensor("top_k_weights", top_k_weights)
+    if top_k_weights.shape != top_k_index.shape or len(top_k_weights) != len(hidden):
+        raise mismatch("top_k_weights", f"[{len(hidden)}, top] like top_k_index", top_k_weights)
+    routing = route(top_k_index, up.weight.shape[0])
+    rows, offsets, _ = routing
+    x, A1, B1, b1, s1 = checked(hidden, rows, offsets, *up[:3], up.bias, up.scaling, transposed)
+    middle = x.new_empty(0, down.weight.shape[1 if transposed else 2])
+    _, A2, B2, b2, s2 = checked(
+        middle, None, offsets, *down[:3], down.bias, down.scaling, transposed
+    )
+    args = (x, top_k_weights, A1, B1, b1, A2, B2)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in args]
+    need_rows = any(needs[:5])
+    (up_tensors, up_layout), (down_tensors, down_layout) = (
+        stored_as(up.weight),
+        stored_as(down.weight),
+    )
+    options = _Options(
+        gate,
+        (transposed, s1, (needs[0], *needs[2:5]), up_layout),
+        (transposed, s2, (need_rows, *needs[5:], False), down_layout),
+        len(up_tensors),
+    )
+    added = None if b2 is None else _routed_bias(top_k_index, top_k_weights, b2)
+    weights = (*up_tensors, *down_tensors)
+    if not any(needs) and (added is None or not added.requires_grad):
+        y = _forward(*args, added, *routing, options, weights)[0]
+    else:
+        y = LoraExperts.apply(*args, added, *routing, options, *weights)
+    return y.to(hidden.dtype)
+
+
+class LoraExperts(torch.autograd.Function):
+    """Experts routed, run and combined; `added` [T, K] goes into each token's sum."""
+
+    @staticmethod
+    def forward(
+        ctx, x, weights, A1, B1, b1, A2, B2, added, rows, offsets, inverse, options, *tensors
+    ):
+        args = (x, weights, A1, B1, b1, A2, B2, added, rows, offsets, inverse, options, tensors)
+        y, u, S1, S2 = _forward(*args)
+        _, need_A1, need_B1, _ = options.up[2]
+        read = (x if need_A1 else None, weights, A1, B1, b1, A2, B2, rows, offsets, inverse)
+        made = (u, S1 if need_B1 else None, S2 if options.down[2][2] else None)
+        save_for_backward(ctx, (*read, *made), tensors)
+        ctx.options, ctx.added = options, None if added is None else added.dtype
+        ctx.backend = None if x.is_cpu else forced_backend()
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        saved = saved_tensors(ctx)
+        if torch.is_grad_enabled():
+            grads = _differentiable_gradients(ctx, saved, dy)
+        else:
+            with use_backend(ctx.backend):
+                grads = _gradients(ctx, saved, dy)
+        dadded = None if ctx.added is None else dy.to(ctx.added)
+        return *grads, dadded, *[None] * (len(ctx.needs_input_grad) - 8)
+
+
+def _forward(
+    x: Tensor,
+    weights: Tensor,
+    A1: Tensor | None,
+    B1: Tensor | None,
+    b1: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    added: Tensor | None,
+    rows: Tensor,
+    offsets: Tensor,
+    inverse: Tensor,
+    options: _Options,
+    tensors: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute y, and what backward reads: u and the two S."""
+    n = options.tensors
+    u, S1 = forward_op(x, rows, offsets, tensors[:n], options.up, A1, B1, b1)
+    a = (options.gate(u) * _by_row(weights, inverse)[:, None]).to(x.dtype)
+    y, S2 = forward_op(a, None, offsets, tensors[n:], options.down, A2, B2, None)
+    return _combine(y, inverse, added), u, S1, S2
+
+
+def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of x, the routing weights, A1, B1, b1, A2 and B2."""
+    x, weights, A1, B1, _, A2, B2, rows, offsets, inverse, u, S1, S2, *tensors = saved
+    gate, up, down, n = ctx.options
+    need_x, need_weights = ctx.needs_input_grad[:2]
+    with torch.enable_grad():
+        u = u.detach().requires_grad_(any(up[2]))
+        a = gate(u)
+    w, values = _by_row(weights, inverse)[:, None], a.detach()
+    weighted = (values * w).to(dy.dtype) if down[2][1] else None
+    args = (dy.index_select(0, rows), offsets, weighted, None, S2, tensors[n:], down, A2, B2)
+    da, dA2, dB2, _ = backward_op(*args)
+    dweights = dx = dA1 = dB1 = db1 = None
+    if need_weights:
+        by_row = torch.linalg.vecdot(da.to(_wide(da)), values.to(_wide(da)))
+        dweights = by_row[inverse].to(weights.dtype)
+    if any(up[2]):
+        (du,) = torch.autograd.grad(a, u, (da * w).to(a.dtype))
+        args = (du, offsets, x, rows, S1, tensors[:n], up, A1, B1)
+        dx, dA1, dB1, db1 = wanted(backward_op(*args), up[2])
+        dx = _combine(dx, inverse) if need_x else None
+    return dx, dweights, dA1, dB1, db1, *wanted((dA2, dB2), down[2][1:3])
+
+
+def _differentiable_gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> list[Tensor | None]:
+    """Compute the same so that autograd differentiates them once more."""
+    x, *differentiable, rows, offsets, inverse, _, _, _ = saved[:13]
+    (gate, up, down, n), tensors = ctx.options, saved[13:]
+    if x is None:
+        raise RuntimeError(
+            "up.lora_A: expected one that requires a gradient for second derivatives "
+            "(create_graph=True), as hidden is saved only then; got a frozen one"
+        )
+
+    def experts(x, weights, A1, B1, b1, A2, B2):
+        a = gate(_linear(x, rows, offsets, tensors[:n], up, A1, B1, b1))
+        a = (a * _by_row(weights, inverse)[:, None]).to(x.dtype)
+        return _combine(_linear(a, None, offsets, tensors[n:], down, A2, B2, None), inverse)
+
+    return partial_gradients(experts, (x, *differentiable), ctx.needs_input_grad[:7], dy)
+
+
+def _linear(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    tensors: tuple[Tensor, ...],
+    options: tuple[Any, ...],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Run a grouped layer as a node of autograd."""
+    transposed, scaling, _, layout = options
+    needs = [t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)]
+    options = (transposed, scaling, tuple(needs), layout)
+    return GroupedLinear.apply(x, lora_A, lora_B, bias, rows, offsets, options, *tensors)
+
+
+def _routed_bias(index: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    """Compute the sums of the experts' biases [E, K] over each token's routing weights."""
+    E = len(bias)
+    mine = torch.where(index < E, weights, 0).to(_wide(weights))
+    by_expert = mine.new_zeros(len(index), E)
+    by_expert = by_expert.scatter_add(1, index.long().clamp(max=E - 1), mine)
+    return by_expert @ bias.to(mine.dtype)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+def _by_row(weights: Tensor, inverse: Tensor) -> Tensor:
+    """Return the routing weight of each sorted row."""
+    flat = weights.reshape(-1)
+    return torch.empty_like(flat).index_copy(0, inverse.view(-1), flat)
+
+
+def _combine(rows: Tensor, inverse: Tensor, added: Tensor | None = None) -> Tensor:
+    """Add up each token's rows, and `added`, rounded once: in order, so deterministic."""
+    of_tokens = rows.index_select(0, inverse.view(-1)).view(*inverse.shape, rows.shape[1])
+    if added is None:
+        return of_tokens.sum(1)
+    return (of_tokens.sum(1, dtype=_wide(rows)) + added).to(rows.dtype)
