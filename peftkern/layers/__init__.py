@@ -7,7 +7,16 @@ quantize_(model)  # then get_peft_model(model, LoraConfig(...)) and patch(model)
 from peftkern.layers.dora import DoRALinear
 from peftkern.layers.lora import LoRALinear, NF4LoRALinear, _keep_fused_paths_away
 from peftkern.layers.nf4 import NF4Linear
+from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.layers.quantize import quantize_
 from peftkern.layers.svd import SVDLinear
 
-__all__ = ["DoRALinear", "LoRALinear", "NF4Linear", "NF4LoRALinear", "SVDLinear", "quantize_"]
+__all__ = [
+    "DoRALinear",
+    "LoRALinear",
+    "NF4Linear",
+    "NF4LoRALinear",
+    "NF4Stack",
+    "SVDLinear",
+    "quantize_",
+]
