@@ -12,7 +12,8 @@ import typer
 from peftkern.cli.frame import DTYPES, InputError, dtype_name, in_words, parse_bytes, present_device
 
 if TYPE_CHECKING:
-    from peftkern.tools.quantize.nf4_checkpoint import Plan, Size, Summary
+    from peftkern.tools.quantize.file_plan import Plan, Size
+    from peftkern.tools.quantize.nf4_checkpoint import Summary
 
 SHARE_TOLD = 0.01  # share of experts in all parameters from which they get a line
 MOST = 0.5  # share of the parameters that are expected to be quantized
@@ -33,6 +34,14 @@ def quantize(
         list[str] | None,
         typer.Option(help="A linear layer to leave as it is, like q_proj; may be repeated."),
     ] = None,
+    stack: Annotated[
+        bool,
+        typer.Option(
+            "--stack-experts/--no-stack-experts",
+            help="Write the experts of a layer as one tensor, which peftkern loads, or each that"
+            " has tensors of its own like a linear layer.",
+        ),
+    ] = True,
     shard_size: Annotated[str, typer.Option(help="Largest size of a file: 5GB or 500MiB.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda or cuda:N.")] = "cpu",
     force: Annotated[
@@ -44,11 +53,12 @@ def quantize(
 ) -> None:
     """Quantize a safetensors checkpoint to NF4. Peak memory: about one file.
 
-    DST loads with transformers' from_pretrained (bitsandbytes installed). The linear layers that
-    transformers itself would quantize are in 4 bits, and the experts of a mixture; all else is
-    copied, tokenizer and sub-folders included, but for weights in other formats, which are named at
-    the end. A stopped run resumes when it is repeated. If most of the parameters would stay as they
-    are it stops with exit status 1.
+    DST loads with transformers' from_pretrained (bitsandbytes installed), a mixture of experts
+    after `import peftkern.integrations.transformers`. The linear layers that transformers itself
+    would quantize are in 4 bits, and experts; all else is copied, tokenizer and sub-folders
+    included, but for weights in other formats, which are named at the end. A stopped run resumes
+    when it is repeated. Exit status 1, and nothing written, if most parameters would stay as they
+    are.
 
     Example: peftkern quantize ~/models/llama3-8b ~/models/llama3-8b-nf4
     """
@@ -66,8 +76,9 @@ def quantize(
     if compute_dtype is not None:
         compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
     try:
+        from peftkern.tools.quantize.file_plan import Options, plan_files
         from peftkern.tools.quantize.linear_weights import find_weights
-        from peftkern.tools.quantize.nf4_checkpoint import Options, plan_files, quantize_checkpoint
+        from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
     except ImportError as error:
         raise InputError(
             "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
@@ -76,14 +87,15 @@ def quantize(
     try:
         options = Options(blocksize, double_quant, shard_bytes, device)
         checkpoint = read_checkpoint(source)
-        weights, config = find_weights(
+        choice, config = find_weights(
             checkpoint,
             skip=skip or (),
+            stack=stack,
             blocksize=blocksize,
             double_quant=double_quant,
             compute_dtype=compute_dtype,
         )
-        plan = plan_files(checkpoint, weights, options)
+        plan = plan_files(checkpoint, choice, options)
         if _share(plan.quantized, plan.total) < MOST and not partial:
             print(f"peftkern: {_too_little(plan)}", file=sys.stderr)
             raise typer.Exit(TOO_LITTLE)
@@ -100,7 +112,7 @@ def quantize(
             summary = quantize_checkpoint(
                 checkpoint,
                 destination,
-                weights,
+                choice,
                 config,
                 options,
                 force=force,
@@ -155,8 +167,12 @@ def _too_little(plan: Plan) -> str:
 
 def _experts(plan: Plan) -> Iterator[str]:
     """Say which experts of a mixture are quantized and which are not."""
+    stacked = any(unit.shape for units in plan.files.values() for unit in units)
+    loader = "import peftkern.integrations.transformers before from_pretrained"
+    if not stacked:
+        loader = "each as a linear layer, which no model of transformers 5 loads"
     for size, which in (
-        (plan.experts, "are quantized; peftkern loads them, transformers 5 alone refuses"),
+        (plan.experts, f"are quantized: {loader}"),
         (plan.kept_experts, "stay as they are (skipped, or rearranged when they are loaded)"),
     ):
         if (share := _share(size, plan.total)) >= SHARE_TOLD:

@@ -37,7 +37,7 @@ _MOE = {**LLAMA, "head_dim": 16, "num_experts_per_tok": 2}
 _DEEPSEEK = {
     **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 16},
-    **{"q_lora_rank": 16, "moe_intermediate_size": 32},
+    **{"q_lora_rank": 16, "moe_intermediate_size": 32, "num_key_value_heads": 4},
 }
 _QWEN = {"num_experts": 4, "moe_intermediate_size": 32}
 _LLAMA4 = {"num_local_experts": 4, "intermediate_size_mlp": 64}

@@ -9,7 +9,6 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from checkpoint_folders import MOE_FAMILIES, load_tensors, save_moe
 from processes import run_code
 from safetensors.torch import save_file
@@ -18,102 +17,117 @@ from transformers import AutoModelForCausalLM, Qwen3VLMoeConfig, Qwen3VLMoeModel
 
 import peftkern
 from peftkern.formats.nf4 import STATE_KEY, NF4Weight
+from peftkern.integrations.transformers import NF4ExpertsConfig  # noqa: F401  registers itself
+from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
+from peftkern.tools.quantize.file_plan import Options
 from peftkern.tools.quantize.linear_weights import find_weights
-from peftkern.tools.quantize.nf4_checkpoint import Options, Summary, quantize_checkpoint
+from peftkern.tools.quantize.nf4_checkpoint import Summary, quantize_checkpoint
 
 ONE_BY_ONE = [family for family, (*_, fused) in MOE_FAMILIES.items() if not fused]
-FUSED = [family for family, (*_, fused) in MOE_FAMILIES.items() if fused]
 
 
-def convert(source: Path, destination: Path, skip: tuple[str, ...] = (), **how: Any) -> Summary:
+def convert(source: Path, destination: Path, *, stack: bool = True, skip=(), **how: Any) -> Summary:
     checkpoint, options = read_checkpoint(source), Options(**how)
     blocks = {"blocksize": options.blocksize, "double_quant": options.double_quant}
-    weights, config = find_weights(checkpoint, skip=skip, **blocks)
-    return quantize_checkpoint(checkpoint, destination, weights, config, options)
+    choice, config = find_weights(checkpoint, stack=stack, skip=skip, **blocks)
+    return quantize_checkpoint(checkpoint, destination, choice, config, options)
 
 
 def stacks(model: nn.Module) -> dict[str, Tensor]:
-    found = {n: p for n, p in model.state_dict().items() if "experts" in n and p.dim() == 3}
+    found = {n: p for n, p in model.named_parameters() if "experts" in n and p.dim() == 3}
     assert found
     return found
 
 
-def read_weight(tensors: dict[str, Tensor], name: str) -> NF4Weight:
-    keys = [key for key in tensors if key == name or key.startswith(f"{name}.")]
-    return NF4Weight.from_state_dict({f"weight{k[len(name) :]}": tensors[k] for k in keys})
-
-
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("family", ONE_BY_ONE)
-def test_experts_of_their_own_tensors_have_bitsandbytes_keys(tmp_path, family, double_quant):
-    """They are all 4-bit, and with a plain absmax they are the bytes of the model's stack."""
+@pytest.mark.parametrize("shard_bytes", [6000, 10**9], ids=["shards", "one file"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_peftkern_loads_what_quantize_makes_of_the_model(tmp_path, family, shard_bytes):
+    """The same layers and stacks, bit for bit, from experts one by one or fused, and no more."""
     model = save_moe(tmp_path / "src", family)
+    summary = convert(tmp_path / "src", tmp_path / "out", shard_bytes=shard_bytes)
+    assert (len(summary.plan.files) > 4) == (shard_bytes == 6000)
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found, expected = stacks(got), stacks(model)
+    assert found.keys() == expected.keys()
+    errors = []
+    for name, stack in found.items():
+        right = NF4Stack.from_dense(expected[name])
+        assert isinstance(stack, NF4Stack) and stack.dtype is torch.bfloat16
+        assert torch.equal(stack.nf4.packed, right.nf4.packed)
+        assert torch.equal(stack.nf4.absmax, right.nf4.absmax)
+        difference = (right.dequantize() - expected[name]).detach().double().flatten(1)
+        norms = expected[name].detach().double().flatten(1).norm(dim=1)
+        errors.append((difference.norm(dim=1) / norms).max().item())
+    assert summary.largest_error >= max(errors) * 0.999
+    linear = [m for m in got.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(linear) == summary.plan.quantized.tensors - summary.plan.experts.tensors > 0
+    plain = {n: p for n, p in got.state_dict().items() if p.dtype is not torch.uint8}
+    for name, parameter in model.state_dict().items():
+        if name in plain and "experts" not in name:
+            assert torch.equal(plain[name], parameter)
+    ids = torch.arange(16).view(2, 8)
+    assert got(ids).logits.isfinite().all()
+    total = sum(tensor.nbytes for tensor in load_tensors(tmp_path / "out").values())
+    assert summary.plan.total.bytes_after == total
+    count = sum(p.numel() for p in expected.values())
+    assert summary.plan.experts.parameters == count
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_keys_are_those_of_the_model_s_own_state(tmp_path, family):
+    """And so is the config: loaded and saved again, the checkpoint is the same."""
+    save_moe(tmp_path / "src", family)
+    convert(tmp_path / "src", tmp_path / "out", blocksize=32)
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    got.save_pretrained(tmp_path / "again")
+    one, two = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "again")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        if name.endswith(STATE_KEY):
+            texts = [json.loads(bytes(t.tolist())) for t in (tensor, two[name])]
+            assert texts[0].keys() == texts[1].keys()
+        else:
+            assert torch.equal(tensor, two[name]), name
+    configs = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        for name in ("out", "again")
+    ]
+    assert configs[0] == configs[1]
+    assert configs[0]["experts_blocksize"] == 32
+
+
+@pytest.mark.parametrize("family", ONE_BY_ONE)
+def test_experts_can_have_the_keys_of_linear_layers(tmp_path, family):
+    save_moe(tmp_path / "src", family)
     source = load_tensors(tmp_path / "src")
-    summary = convert(tmp_path / "src", tmp_path / "out", double_quant=double_quant)
+    summary = convert(tmp_path / "src", tmp_path / "out", stack=False)
     got = load_tensors(tmp_path / "out")
     names = [name for name in source if ".experts." in name]
-    parts = {}
     for name in names:
-        w = parts[name] = read_weight(got, name)
-        expected = peftkern.quantize_nf4(source[name], double_quant=double_quant)
-        assert w.nested == double_quant and w.shape == tuple(source[name].shape)
+        w = NF4Weight.from_state_dict(got, name.removesuffix("weight"))
+        expected = peftkern.quantize_nf4(source[name])
+        assert w.shape == tuple(source[name].shape) and w.nested
         assert torch.equal(w.packed, expected.packed) and torch.equal(w.absmax, expected.absmax)
     assert summary.plan.experts.tensors == len(names) and not summary.plan.kept_experts.tensors
-    assert summary.plan.experts.parameters == sum(t.numel() for t in stacks(model).values())
-    if double_quant:
-        return
-    for name, stack in stacks(model).items():
-        whole = peftkern.quantize_nf4(stack, double_quant=False)
-        layer, kind = name.rsplit(".experts.")
-        layer = layer.rpartition(".")[0]
-        ours = {n: w for n, w in parts.items() if n.startswith(f"{layer}.")}
-        downs = ("w2.weight", "down_proj.weight")
-        if kind == "down_proj":
-            order = sorted(n for n in ours if n.endswith(downs))
-        else:  # gate of an expert, its up, and the next one's
-            order = sorted(n for n in ours if not n.endswith(downs))
-        for field in ("packed", "absmax"):
-            joined = torch.cat([getattr(ours[n], field) for n in order])
-            assert torch.equal(joined, getattr(whole, field))
-
-
-@pytest.mark.parametrize("family", FUSED)
-def test_a_stack_has_the_bytes_and_the_keys_of_a_quantized_parameter(tmp_path, family):
-    """Those of bitsandbytes.nn.parametrize, whether or not other layers have a nested absmax."""
-    model = save_moe(tmp_path / "src", family)
-    for double_quant in (True, False):
-        out = tmp_path / str(double_quant)
-        summary = convert(tmp_path / "src", out, double_quant=double_quant)
-        got = load_tensors(out)
-        for name, stack in stacks(model).items():
-            holder = nn.Module()
-            holder.stack = nn.Parameter(stack.clone())
-            replace_parameter_4bit(holder, "stack", quant_type="nf4", blocksize=64)
-            expected = holder.state_dict()
-            keys = {k.replace(name, "stack") for k in got if k == name or f"{name}." in k}
-            assert keys == expected.keys()
-            for key, value in expected.items():
-                mine = got[key.replace("stack", name, 1)]
-                if key.endswith(STATE_KEY):
-                    mine, theirs = (json.loads(bytes(x.tolist())) for x in (mine, value))
-                    assert mine == theirs
-                else:
-                    assert mine.dtype is value.dtype and torch.equal(mine, value), key
-        assert summary.plan.experts.tensors == len(stacks(model))
-        biases = [name for name in got if name.endswith("_bias")]
-        assert len(biases) == (4 if family == "gpt_oss" else 0)
-        assert summary.plan.kept_experts.tensors == len(biases)
-        total = sum(tensor.nbytes for tensor in got.values())
-        assert summary.plan.total.bytes_after == total
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_transformers_alone_does_not_load_them_wrongly(tmp_path, family):
-    save_moe(tmp_path / "src", family)
-    convert(tmp_path / "src", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "bitsandbytes" and config["load_in_4bit"]
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1])
+"""
+
+
+def test_transformers_alone_does_not_load_stacks_wrongly(tmp_path):
+    save_moe(tmp_path / "src", "mixtral")
+    convert(tmp_path / "src", tmp_path / "out")
+    with pytest.raises(AssertionError, match="ignore_mismatched_sizes"):
+        run_code(LOAD, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["experts", "gate_up_proj", "model.layers.1.mlp"])
@@ -126,12 +140,14 @@ def test_skipped_experts_stay_as_they_are(tmp_path, name):
         "model.layers.1.mlp": lambda n: ".1.block_sparse_moe.experts." in n,
     }[name]
     for key in (key for key in source if ".experts." in key):
-        assert (f"{key}.absmax" in got) != kept(key)
+        assert (key in got) == kept(key)
     assert summary.plan.kept_experts.tensors > 0
-    if name == "experts":
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert stacks(loaded).keys() == stacks(model).keys()
-        assert any(isinstance(module, bnb.nn.Linear4bit) for module in loaded.modules())
+    loaded = stacks(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert loaded.keys() == stacks(model).keys()
+    assert any(isinstance(stack, NF4Stack) for stack in loaded.values()) == (name != "experts")
+    for key, stack in loaded.items():
+        if not isinstance(stack, NF4Stack):
+            assert torch.equal(stack, model.get_parameter(key))
 
 
 def test_stacks_that_are_turned_on_loading_are_left(tmp_path):
@@ -155,7 +171,7 @@ def test_stacks_that_are_turned_on_loading_are_left(tmp_path):
 def test_experts_that_are_no_whole_blocks_are_refused(tmp_path, family):
     sizes = {"intermediate_size": 33, "moe_intermediate_size": 33}
     save_moe(tmp_path / "src", family, **sizes)
-    with pytest.raises(CheckpointError, match=r"blocksize: .*no whole blocks of 128; a"):
+    with pytest.raises(CheckpointError, match="expected experts of a multiple of 128 values"):
         convert(tmp_path / "src", tmp_path / "out", blocksize=128)
     convert(tmp_path / "src", tmp_path / "out", blocksize=64)
 
@@ -168,12 +184,26 @@ def test_shapes_that_do_not_fit_the_config(tmp_path):
         convert(tmp_path / "src", tmp_path / "out")
 
 
+def test_experts_that_are_missing(tmp_path):
+    save_moe(tmp_path / "src", "mixtral")
+    tensors = load_tensors(tmp_path / "src")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="expected 2 tensors of each of 4 experts, got 7"):
+        convert(tmp_path / "src", tmp_path / "out")
+    tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"] = torch.ones(96, 64)
+    save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="expected tensors of one dtype"):
+        convert(tmp_path / "src", tmp_path / "out")
+
+
 MEASURE = """
 import sys
 import torch
 from safetensors.torch import save_file
 from peftkern.tools.quantize.checkpoint import read_checkpoint
-from peftkern.tools.quantize.nf4_checkpoint import Options, quantize_checkpoint
+from peftkern.tools.quantize.file_plan import Choice, Options, Stack
+from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
 
 def peak():
     with open("/proc/self/status") as file:
@@ -181,7 +211,9 @@ def peak():
 
 def run(source, destination):
     checkpoint = read_checkpoint(source)
-    quantize_checkpoint(checkpoint, destination, {"m.experts.w": False}, {}, Options())
+    (name, info), = checkpoint.tensors.items()
+    choice = Choice({}, {name: Stack(info.shape, (name,))})
+    quantize_checkpoint(checkpoint, destination, choice, {}, Options())
 
 run(sys.argv[1], sys.argv[2] + "-warm")
 before = peak()
@@ -191,8 +223,7 @@ print(peak() - before)
 
 
 def test_memory_of_a_stack_is_that_of_an_expert(tmp_path):
-    """Peak RSS over that after a small run: the stack in 4 bits twice, when its experts are put
-    together, and a few experts; dense it is twice as large as that."""
+    """Peak RSS over that after a small run: the stack in 4 bits, and a few experts."""
     shapes = {"warm": (2, 64, 64), "large": (48, 1024, 1024)}
     for name, shape in shapes.items():
         folder = tmp_path / name

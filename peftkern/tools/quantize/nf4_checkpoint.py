@@ -1,4 +1,4 @@
-"""Writer of NF4 checkpoints with bitsandbytes' keys, one file at a time.
+"""Writer of NF4 checkpoints, one file at a time: kernels/FORMATS.md.
 
 safetensors writes each file, which is read back and noted in a manifest with a digest of its
 content. Until all is done everything lies in a work folder inside of the destination. A stopped
@@ -14,108 +14,38 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftkern.formats.nf4 import BLOCKSIZES, STATE_BYTES, STATE_KEY, state_dict_bytes
+from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY
 from peftkern.functional import dequantize_nf4, quantize_nf4
+from peftkern.layers.nf4_stack import NF4Stack, absmax_name
 from peftkern.tools.quantize import staging
 from peftkern.tools.quantize.checkpoint import (
     CONFIG,
+    DTYPES,
     INDEX,
     READ_ERRORS,
     Checkpoint,
     CheckpointError,
-    TensorInfo,
     open_safetensors,
     read_tensors,
 )
 from peftkern.tools.quantize.companions import find_companions
+from peftkern.tools.quantize.file_plan import Choice, Options, Plan, Size, Unit, plan_files
 
 MANIFEST = "manifest.json"  # in the work folder: a Note of each finished file
-_WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantize_nf4 takes
 _METADATA = {"format": "pt"}
 _ERROR_CHUNK = 1 << 18  # number of values per comparison with the source
 Progress = Callable[[int, str], None]  # finished bytes of the source, and the tensor
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options that decide the written bytes: a run resumes only with the same.
-
-    Args: blocksize, double_quant as for `peftkern.quantize_nf4`; shard_bytes, where a new file
-        begins (a larger tensor has one of its own); device that quantizes.
-    """
-
-    blocksize: int = 64
-    double_quant: bool = True
-    shard_bytes: int = 5 * 10**9
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.blocksize not in BLOCKSIZES:
-            raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {self.blocksize}")
-        if self.shard_bytes < 1:
-            raise CheckpointError(f"shard_bytes: expected at least 1, got {self.shard_bytes}")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Tensor of the source; `nbytes` of it are written. transposed: None if it is kept as it is."""
-
-    info: TensorInfo
-    transposed: bool | None
-    nbytes: int
-
-    @property
-    def quantized(self) -> bool:
-        return self.transposed is not None
-
-    @property
-    def experts(self) -> bool:
-        """A weight of experts: one, or a stack of them."""
-        return "experts" in self.info.name.split(".") and len(self.info.shape) > 1
-
-
-@dataclass(frozen=True)
-class Size:
-    """Size of some tensors; bytes are those of the tensors themselves."""
-
-    tensors: int
-    parameters: int
-    bytes_before: int
-    bytes_after: int
-
-    @classmethod
-    def of(cls, units: Iterable[Unit]) -> Size:
-        sizes = [(1, math.prod(u.info.shape), u.info.nbytes, u.nbytes) for u in units]
-        return cls(*map(sum, zip((0, 0, 0, 0), *sizes, strict=True)))
-
-    @property
-    def bits(self) -> float:
-        """Bits per parameter."""
-        return 8 * self.bytes_after / max(self.parameters, 1)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Files to write, by name, and their tensors; sizes of all and of some of these: experts are
-    those in 4 bits, kept_experts the others."""
-
-    files: dict[str, list[Unit]]
-    total: Size
-    quantized: Size
-    experts: Size
-    kept_experts: Size
 
 
 @dataclass(frozen=True)
@@ -140,58 +70,10 @@ class Note(NamedTuple):
     name: str
 
 
-def plan_files(checkpoint: Checkpoint, weights: Mapping[str, bool], options: Options) -> Plan:
-    """Plan all files from shapes alone.
-
-    Raises: CheckpointError for a weight that is none.
-    """
-    for name in weights:
-        info = checkpoint.tensors.get(name)
-        stack = info is not None and _is_stack(info) and info.shape[0] > 0 and not weights[name]
-        if info is None or not (stack or len(info.shape) == 2) or info.dtype not in _WEIGHT_DTYPES:
-            came = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
-            raise CheckpointError(
-                f"{name}: expected a weight of two dimensions, or a stack of them, in one of "
-                f"{_WEIGHT_DTYPES}, got {came}"
-            )
-    units = {
-        name: Unit(info, weights[name], _written_bytes(info, options))
-        if name in weights
-        else Unit(info, None, info.nbytes)
-        for name, info in checkpoint.tensors.items()
-    }
-    split = split_state_dict_into_shards_factory(
-        units,
-        get_storage_size=attrgetter("nbytes"),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=options.shard_bytes,
-    )
-    return Plan(
-        {file: [units[n] for n in names] for file, names in split.filename_to_tensors.items()},
-        Size.of(units.values()),
-        Size.of(unit for unit in units.values() if unit.quantized),
-        Size.of(unit for unit in units.values() if unit.experts and unit.quantized),
-        Size.of(unit for unit in units.values() if unit.experts and not unit.quantized),
-    )
-
-
-def _written_bytes(info: TensorInfo, options: Options) -> int:
-    double_quant = options.double_quant and not _is_stack(info)
-    return state_dict_bytes(
-        math.prod(info.shape), blocksize=options.blocksize, double_quant=double_quant
-    )
-
-
-def _is_stack(info: TensorInfo) -> bool:
-    """Return whether a weight is [E, N, K]. Its absmax is not nested: one offset for all experts
-    would tie them together, and bitsandbytes' own quantization of a parameter has none either."""
-    return len(info.shape) == 3
-
-
 def quantize_checkpoint(
     checkpoint: Checkpoint,
     destination: str | os.PathLike,
-    weights: Mapping[str, bool],
+    choice: Choice,
     quantization_config: Mapping[str, Any],
     options: Options,
     *,
@@ -207,18 +89,19 @@ def quantize_checkpoint(
     leave a state that allows it, a CheckpointError leaves nothing.
 
     Args:
-        weights: names of the tensors to quantize, [N, K] or experts [E, N, K], float32, float16 or
-            bfloat16; True for those that are kept as [K, N] and are transposed first, as
-            transformers does for Conv1D.
-        quantization_config: for config.json, as transformers' BitsAndBytesConfig writes it.
+        choice: the weights to quantize, float32, float16 or bfloat16. Linear layers have
+            bitsandbytes' keys, a stack of experts those of the model's parameter, whatever the
+            source calls them.
+        quantization_config: for config.json, as transformers' BitsAndBytesConfig writes it,
+            or with stacks NF4ExpertsConfig.
         force: replace the checkpoint that `destination` holds, once the new one is complete, and
             discard an unfinished run with other options. Other files there are left alone.
         progress: called with (bytes of the source, tensor name) after each piece of work.
     Raises: CheckpointError for a request that cannot be met.
     """
     destination = Path(destination)
-    plan = plan_files(checkpoint, weights, options)
-    identity = _identity(checkpoint, weights, quantization_config, options)
+    plan = plan_files(checkpoint, choice, options)
+    identity = _identity(checkpoint, choice, quantization_config, options)
     companions = find_companions(checkpoint)
     staging.check_destination(checkpoint.folder, destination, force, companions.copied)
     staging.check_space(destination, plan.total.bytes_after + companions.nbytes)
@@ -244,7 +127,7 @@ def quantize_checkpoint(
 
 def _identity(
     checkpoint: Checkpoint,
-    weights: Mapping[str, bool],
+    choice: Choice,
     quantization_config: Mapping[str, Any],
     options: Options,
 ) -> dict[str, Any]:
@@ -255,7 +138,7 @@ def _identity(
     return {
         "source": hashlib.sha256(text.encode()).hexdigest(),
         **asdict(options),
-        "choice of tensors": sorted(weights.items()),
+        "choice of tensors": [sorted(choice.linear.items()), sorted(choice.stacks.items())],
         "quantization_config": dict(quantization_config),
     }
 
@@ -281,8 +164,8 @@ def _write(
     for name, units in plan.files.items():
         path = folder / name
         if name in notes and notes[name].digest == _digest_file(path):
-            resumed += len(units)
-            progress(sum(unit.info.nbytes for unit in units), name)
+            resumed += Size.of(units).tensors
+            progress(sum(unit.nbytes_before for unit in units), name)
         else:
             path.unlink(missing_ok=True)
             notes[name] = _write_file(path, units, options, progress)
@@ -299,17 +182,19 @@ def _write_file(path: Path, units: list[Unit], options: Options, progress: Progr
     """Write one file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     largest = (0.0, "")
-    stacks = {unit.info.name for unit in units if unit.quantized and _is_stack(unit.info)}
-    sources = read_tensors((unit.info for unit in units), stacks)
-    for unit, parts in zip(units, sources, strict=True):
-        name = unit.info.name
+    infos = [info for unit in units for info in unit.infos]
+    fused = {unit.infos[0].name for unit in units if unit.shape and len(unit.infos[0].shape) == 3}
+    sources = read_tensors(infos, fused)
+    for unit in units:
+        parts = (part for source in islice(sources, len(unit.infos)) for part in source)
         if unit.quantized:
-            state, error = _quantized(unit, parts, options)
+            written = _stacked if unit.shape else _quantized
+            state, error = written(unit, parts, options)
             tensors |= state
-            largest = max(largest, (error, name))
+            largest = max(largest, (error, unit.name))
         else:
-            (tensors[name],) = parts
-        progress(unit.info.nbytes, name)
+            (tensors[unit.name],) = parts
+        progress(unit.nbytes_before, unit.name)
     temporary = path.with_name(path.name + ".new")
     try:
         save_file(tensors, temporary, metadata=_METADATA)
@@ -342,30 +227,43 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
 
 
 def _quantized(
-    unit: Unit, parts: Iterable[Tensor], options: Options
+    unit: Unit, parts: Iterator[Tensor], options: Options
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the tensors that a weight becomes, and its error, of a stack the largest one.
-
-    A stack is quantized by experts. Blocks do not cross them, so that it has the same bytes whole.
-    """
-    name, stack = unit.info.name, _is_stack(unit.info)
-    how = {"blocksize": options.blocksize, "double_quant": options.double_quant and not stack}
-    done, error = [], 0.0
-    for weight in parts:
-        weight = weight.to(options.device)
-        if unit.transposed:
-            weight = weight.T.contiguous()
-        done.append(quantize_nf4(weight, **how))
-        error = max(error, _relative_error(name, weight, dequantize_nf4(done[-1])))
-    nf4 = done[0]
-    if stack:
-        packed, absmax = (torch.cat([getattr(w, f) for w in done]) for f in ("packed", "absmax"))
-        nf4 = replace(nf4, packed=packed, absmax=absmax, shape=unit.info.shape)
-    state = {name + key.removeprefix("weight"): t for key, t in nf4.state_dict().items()}
+    """Return the tensors that the weight of a linear layer becomes, and its error."""
+    name, (weight,) = unit.name, parts
+    weight = weight.to(options.device)
+    if unit.transposed:
+        weight = weight.T.contiguous()
+    nf4 = quantize_nf4(weight, blocksize=options.blocksize, double_quant=options.double_quant)
+    error = _relative_error(name, weight, dequantize_nf4(nf4))
+    state = nf4.state_dict(name.removesuffix("weight"))
     key = f"{name}.{STATE_KEY}"  # JSON, in as many bytes for every weight: shapes tell the sizes
     room = STATE_BYTES - len(state[key])
     state[key] = torch.nn.functional.pad(state[key], (0, room), value=ord(" "))
     return {key: tensor.cpu() for key, tensor in state.items()}, error
+
+
+def _stacked(
+    unit: Unit, parts: Iterator[Tensor], options: Options
+) -> tuple[dict[str, Tensor], float]:
+    """Return the two tensors that a stack of experts becomes, and the largest error of one."""
+    count, *shape = unit.shape
+    dtype = DTYPES[unit.infos[0].dtype]
+    how = {"blocksize": options.blocksize, "device": options.device}
+    stack = NF4Stack.empty(unit.shape, dtype=dtype, **how)
+    pieces = max(len(unit.infos) // count, 1)  # of an expert
+    error = 0.0
+    for expert in range(count):
+        weight = torch.cat(list(islice(parts, pieces))).view(shape).to(options.device)
+        now = stack.set_expert(expert, weight)
+        error = max(error, _relative_error(unit.name, weight, now))
+    module, dot, name = unit.name.rpartition(".")
+    nf4 = stack.nf4
+    absmax = nf4.absmax.view(count, -1).cpu()
+    return {
+        unit.name: nf4.packed.view(count, -1).cpu(),
+        f"{module}{dot}{absmax_name(name)}": absmax,
+    }, error
 
 
 def _relative_error(name: str, weight: Tensor, dense: Tensor) -> float:
