@@ -10,6 +10,7 @@
 #include "peftkern/adalora.h"
 #include "peftkern/binding.h"
 #include "peftkern/dora.h"
+#include "peftkern/grouped_linear.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
 #include "peftkern/low_rank_svd.h"
@@ -138,6 +139,28 @@ std::vector<GramMatrix> matrices_from(const std::vector<int64_t>& table, int64_t
   return matrices;
 }
 
+// (R, E, T, offsets, rows)
+RowGroups row_groups(const py::tuple& tuple) {
+  Fields fields(tuple, "groups", 5);
+  RowGroups groups;
+  groups.R = fields.size();
+  groups.E = fields.size();
+  groups.T = fields.size();
+  groups.offsets = fields.address<const int32_t>();
+  groups.rows = fields.address<const int32_t>();
+  return groups;
+}
+
+// (address, type, strides of group, rank and column)
+FactorStack factor_stack(const py::tuple& tuple) {
+  Fields fields(tuple, "factor", 5);
+  FactorStack factor;
+  factor.data = fields.address<const void>();
+  factor.dtype = fields.dtype();
+  factor.strides = {fields.size(), fields.size(), fields.size()};
+  return factor;
+}
+
 // (starts, index, int64 instead of int32, rows, columns, nnz)
 SparseMatrix sparse_matrix(const std::array<int64_t, 6>& t) {
   SparseMatrix s;
@@ -244,6 +267,53 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     lora_expand(Isa{isa}, args);
   });
+
+  // `weight`: address, transposed, strides of groups and of rows.
+  m.def("grouped_linear",
+        [](int isa, int threads, const py::tuple& groups, int64_t N, int64_t K, int64_t r,
+           uintptr_t x, int dtype, const py::tuple& weight, uintptr_t base, uintptr_t bias,
+           const py::tuple& a, const py::tuple& b, float s_scale, float scaling, uintptr_t s,
+           uintptr_t y, int y_dtype) {
+          GroupedLinearArgs args;
+          args.groups = row_groups(groups);
+          args.N = N, args.K = K, args.r = r;
+          args.x = pointer<const void>(x);
+          args.dtype = dtype_from_code(dtype);
+          Fields fields(weight, "weight", 4);
+          args.weight = fields.address<const void>();
+          args.transposed = fields.size() != 0;
+          args.weight_group = fields.size();
+          args.weight_row = fields.size();
+          args.base = pointer<const float>(base);
+          args.bias = pointer<const void>(bias);
+          args.a = factor_stack(a);
+          args.b = factor_stack(b);
+          args.s_scale = s_scale, args.scaling = scaling;
+          args.s = pointer<float>(s);
+          args.y = pointer<void>(y);
+          args.y_dtype = dtype_from_code(y_dtype);
+          args.threads = threads;
+          py::gil_scoped_release release;
+          grouped_linear(Isa{isa}, args);
+        });
+  m.def("grouped_outer",
+        [](int isa, int threads, const py::tuple& groups, int64_t K, int64_t r, uintptr_t x,
+           int dtype, uintptr_t s, float scale, const py::tuple& g) {
+          GroupedOuterArgs args;
+          args.groups = row_groups(groups);
+          args.K = K, args.r = r;
+          args.x = pointer<const void>(x);
+          args.dtype = dtype_from_code(dtype);
+          args.s = pointer<const float>(s);
+          args.scale = scale;
+          const FactorStack gradient = factor_stack(g);
+          args.g = const_cast<void*>(gradient.data);
+          args.g_dtype = gradient.dtype;
+          args.strides = gradient.strides;
+          args.threads = threads;
+          py::gil_scoped_release release;
+          grouped_outer(Isa{isa}, args);
+        });
 
   // `weight` is the address of a dense weight, or a tuple that describes one in NF4.
   m.def("dora_norm",

@@ -1,6 +1,8 @@
 // NF4 matrix products for AMX-BF16: 16 x 32 by 32 x 16 tile products in eight tile registers.
 // Two by two tiles of sums share two rows and two lanes tiles, so that each step loads 4 KiB for
 // 65,536 multiply-adds; loads are placed between products, which run in order.
+#include "grouped_bf16.h"
+#include "grouped_linear_kernels.h"
 #include "kernels.h"
 #include "nf4_bf16.h"
 #include "nf4_lora_linear_kernels.h"
@@ -72,6 +74,8 @@ struct AmxBf16Math : BFloat16Panels {
 }  // namespace
 
 constexpr CpuKernels kAmxBf16Kernels = {
-    {forward_with<AmxBf16Math, Float32Dots>, backward_with<AmxBf16Math>}};
+    {forward_with<AmxBf16Math, Float32Dots>, backward_with<AmxBf16Math>},
+    {grouped::linear<AmxBf16Math, grouped::BFloat16Tiles>,
+     grouped::outer<AmxBf16Math, grouped::BFloat16Tiles>}};
 
 }  // namespace peftkern

@@ -1,4 +1,6 @@
 // NF4 matrix products for AVX512-BF16: pairs of bfloat16 multiplied into float32 (vdpbf16ps).
+#include "grouped_bf16.h"
+#include "grouped_linear_kernels.h"
 #include "kernels.h"
 #include "nf4_bf16.h"
 #include "nf4_lora_linear_kernels.h"
@@ -55,6 +57,8 @@ struct Avx512Bf16Math : BFloat16Panels {
 }  // namespace
 
 constexpr CpuKernels kAvx512Bf16Kernels = {
-    {forward_with<Avx512Bf16Math, BFloat16Dots>, backward_with<Avx512Bf16Math>}};
+    {forward_with<Avx512Bf16Math, BFloat16Dots>, backward_with<Avx512Bf16Math>},
+    {grouped::linear<Avx512Bf16Math, grouped::BFloat16Tiles>,
+     grouped::outer<Avx512Bf16Math, grouped::BFloat16Tiles>}};
 
 }  // namespace peftkern

@@ -3,6 +3,7 @@
 
 #include "adalora_kernels.h"
 #include "dora_kernels.h"
+#include "grouped_linear_kernels.h"
 #include "kernels.h"
 #include "lora_linear_kernels.h"
 #include "low_rank_svd_kernels.h"
@@ -15,9 +16,13 @@ namespace {
 
 constexpr NF4LinearKernels kNF4Linear = {forward_with<Float32Math, Float32Dots>,
                                          backward_with<Float32Math>};
+constexpr GroupedKernels kGrouped = {grouped::linear<Float32Math, grouped::Float32Tiles>,
+                                     grouped::outer<Float32Math, grouped::Float32Tiles>};
 constexpr CpuKernels kIsaKernels = {
     kNF4Linear,
+    kGrouped,
     kNF4Linear,
+    kGrouped,
     {quantize_blocks, dequantize_blocks},
     {lora::shrink, lora::expand, lora::outer},
     {dora::norm},

@@ -18,6 +18,7 @@ Tables make_tables() {
     CpuKernels& table = tables[static_cast<size_t>(isa)];
     table = own.nf4.quantize ? own : tables[static_cast<size_t>(Isa::kAvx512)];
     table.nf4_linear_bf16 = own.nf4_linear_bf16;
+    table.grouped_bf16 = own.grouped_bf16;
   };
   set(Isa::kScalar, kScalarKernels);
 #if PEFTKERN_HAVE_AVX2

@@ -4,6 +4,7 @@
 
 #include "peftkern/adalora.h"
 #include "peftkern/dora.h"
+#include "peftkern/grouped_linear.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
 #include "peftkern/low_rank_svd.h"
@@ -31,6 +32,11 @@ struct LoraKernels {
   void (*shrink)(const LoraShrinkArgs& args);
   void (*expand)(const LoraExpandArgs& args);
   void (*outer)(const LoraOuterArgs& args);
+};
+
+struct GroupedKernels {
+  void (*linear)(const GroupedLinearArgs& args, const GroupedPlan& plan);
+  void (*outer)(const GroupedOuterArgs& args, const GroupedPlan& plan);
 };
 
 struct DoraKernels {
@@ -76,7 +82,9 @@ struct RosaKernels {
 // kernels_for takes the rest from AVX-512's.
 struct CpuKernels {
   NF4LinearKernels nf4_linear_bf16 = {};  // bfloat16 activations
+  GroupedKernels grouped_bf16 = {};       // the same
   NF4LinearKernels nf4_linear = {};       // float32
+  GroupedKernels grouped = {};            // and other types
   NF4Kernels nf4 = {};
   LoraKernels lora = {};
   DoraKernels dora = {};

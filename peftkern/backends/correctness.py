@@ -16,13 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.backends import reference
+from peftkern.backends import grouped_correctness, reference
 from peftkern.backends.dropout import keep_scale, philox_keep
-from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
+from peftkern.backends.error_rule import (
+    compared,
+    flat,
+    judged,
+    mean_square,
+    sampled,
+    tensors,
+    wide_dtype,
+)
 from peftkern.formats.table import stored
 
 CHUNK = 64 << 20  # bytes
-SAMPLED = 32  # rows, or blocks
 WHOLE = 1 << 22  # values up to which an op is compared whole
 
 Args = tuple[Any, ...]
@@ -38,73 +45,7 @@ def wrong(op: str, args: Args, got: Any, plain: Callable[[], Any]) -> str | None
         return judge(args, got, plain)
     if sum(t.numel() for t in tensors(args)) > WHOLE:
         return None
-    return _compared(_flat(got), _flat(plain()))
-
-
-def tensors(args: Any) -> Iterator[Tensor]:
-    """Yield the tensors among arguments, those in lists too."""
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from tensors(arg)
-
-
-def sampled(rows: int) -> list[int]:
-    """Return rows to look at: the ends, the edges of tiles, and some drawn without torch's seed."""
-    edges = [0, 1, 15, 16, 31, 32, 63, 64, 127, 128]
-    last = [rows - 1 - i for i in (0, 1, 2, 7, 15, 16)]
-    stride = max(1, rows // (SAMPLED - len(edges) - len(last)))
-    spread = range(rows // 7 % stride, rows, stride)
-    return sorted({row for row in (*edges, *last, *spread) if 0 <= row < rows})
-
-
-def _compared(got: list[Tensor], plain: list[Tensor]) -> str | None:
-    """Compare whole results with plain ones: integers bit for bit, floats to a rounding."""
-    for index, (ours, theirs) in enumerate(zip(got, plain, strict=True)):
-        if ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
-            return f"result {index} is {_kind(ours)}, expected {_kind(theirs)}"
-        if not ours.is_floating_point():
-            if not torch.equal(ours, theirs):
-                return f"result {index} differs from torch"
-        elif not _same_specials(ours, theirs):
-            return f"result {index} has NaN or infinity in other places"
-        else:
-            finite = theirs.isfinite()
-            rms, _ = errors(ours[finite], theirs[finite])
-            if rms > 100 * FLOOR_RMS[ours.dtype]:
-                return f"result {index} is {rms:.1e} away from torch"
-    return None
-
-
-def _linear(
-    name: str,
-    got: Tensor,
-    plain: Tensor,
-    oracle: Tensor,
-    bits: torch.dtype,
-    terms: int,
-    typical: float = 0.0,
-) -> str | None:
-    """Judge one result of a linear op by the rule of the tests.
-
-    Beyond it, sums of many terms in float32 may be in another order than torch's: the error of a
-    random walk. typical: the size of such a sum if its terms do not cancel; where they do, that is
-    what roundings are relative to.
-    """
-    if got.dtype is not plain.dtype or got.shape != plain.shape:
-        return f"{name} is {_kind(got)}, expected {_kind(plain)}"
-    finite = oracle.isfinite() & plain.isfinite()
-    if not got[finite].isfinite().all():
-        return f"{name} is not finite where torch is"
-    (rms, most), (plain_rms, plain_most) = (errors(t[finite], oracle[finite]) for t in (got, plain))
-    walk, size = 2.0**-24 * math.sqrt(terms), oracle[finite].square().mean().sqrt().item()
-    unit = max(1.0, typical / size) if size > 0 else 1.0
-    floors = max(FLOOR_RMS[got.dtype], FLOOR_RMS[bits]), max(FLOOR_MAX[got.dtype], FLOOR_MAX[bits])
-    bound_rms = RATIO * plain_rms + unit * (floors[0] + walk)
-    bound_most = RATIO * plain_most + unit * (floors[1] + 4 * walk)
-    share = max(rms / bound_rms, most / bound_most)
-    return None if share <= 1.0 else f"{name} has {share:.3g} times the error allowed"
+    return compared(flat(got), flat(plain()))
 
 
 def _forward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
@@ -115,7 +56,7 @@ def _forward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
     y, S = got[0].reshape(rows, -1), got[1]
     plain_y, plain_S = plain()
     at = torch.tensor(sampled(rows), device=x.device)
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x.dtype)
     x_at = x.reshape(rows, -1)[at].to(wide)
     oracle = _product(x_at, weight, wide, transposed=True)
     if bias is not None:
@@ -124,10 +65,10 @@ def _forward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
         S_at = _dropped(x_at, _mask(keep, at, x, p), p) @ A.to(wide).t()
         oracle.addmm_(S_at, B.to(wide).t(), alpha=scaling)
         S, plain_S = (t.reshape(rows, -1)[at] for t in (S, plain_S))
-        reason = _linear("S", S, plain_S, S_at, x.dtype, x.shape[-1])
+        reason = judged("S", S, plain_S, S_at, x.dtype, x.shape[-1])
         if reason is not None:
             return reason
-    return _linear("y", y[at], plain_y.reshape(rows, -1)[at], oracle, x.dtype, x.shape[-1])
+    return judged("y", y[at], plain_y.reshape(rows, -1)[at], oracle, x.dtype, x.shape[-1])
 
 
 def _backward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
@@ -136,7 +77,7 @@ def _backward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
     if rows == 0:
         return None
     theirs = plain()
-    wide, dy = _wide(dy.dtype), dy.reshape(rows, -1)
+    wide, dy = wide_dtype(dy.dtype), dy.reshape(rows, -1)
     x = x if x is None else x.reshape(rows, -1)
     oracles: dict[str, tuple[Tensor, float]] = {}
     if needs[0]:
@@ -148,14 +89,14 @@ def _backward(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
             mask = _mask(keep, at, oracle.new_empty(rows, A.shape[1]), p)
             oracle += _dropped(update, mask, p)
         ours, other = (t[0].reshape(rows, -1)[at] for t in (got, theirs))
-        reason = _linear("dx", ours, other, oracle, dy.dtype, dy.shape[1])
+        reason = judged("dx", ours, other, oracle, dy.dtype, dy.shape[1])
         if reason is not None:
             return reason
     _sum_gradients(oracles, dy, x, S, A, B, scaling, keep, p, needs, wide)
     for index, name in enumerate(("dx", "dA", "dB", "dbias")):
         if name in oracles:
             oracle, typical = oracles[name]
-            reason = _linear(name, got[index], theirs[index], oracle, dy.dtype, rows, typical)
+            reason = judged(name, got[index], theirs[index], oracle, dy.dtype, rows, typical)
             if reason is not None:
                 return reason
     return None
@@ -194,22 +135,17 @@ def _sum_gradients(
             x_at = _dropped(x[at].to(wide), _mask(keep, at, x, p), p)
             dS_at = (dy_at @ B.to(wide)).mul_(scaling)
             totals["dA"].addmm_(dS_at.t(), x_at)
-            squares["dA"] += (_square(dS_at) * _square(x_at)).sum().item()
+            squares["dA"] += (mean_square(dS_at) * mean_square(x_at)).sum().item()
         if need_dB:
             S_at = S.reshape(rows, -1)[at].to(wide) * scaling
             totals["dB"].addmm_(dy_at.t(), S_at)
-            squares["dB"] += (_square(dy_at) * _square(S_at)).sum().item()
+            squares["dB"] += (mean_square(dy_at) * mean_square(S_at)).sum().item()
         if needs[3]:
             totals["dbias"] += dy_at.sum(0)
-            squares["dbias"] += _square(dy_at).sum().item()
+            squares["dbias"] += mean_square(dy_at).sum().item()
     for name, total in totals.items():
         if total is not None:
             oracles[name] = total, math.sqrt(squares[name])
-
-
-def _square(rows: Tensor) -> Tensor:
-    """Return the mean square of each row, 0 for one that is not finite."""
-    return rows.square().mean(1).nan_to_num(0.0, 0.0)
 
 
 def _forward_arguments(args: Args) -> Args:
@@ -283,7 +219,7 @@ def _nf4_quantize(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
     ours = packed[: whole // 2].view(blocks, -1)[at].reshape(-1)
     rest = [packed[whole // 2 :], absmax[blocks:]]
     right = [codes, scales, *reference.nf4_quantize(flat[whole:], blocksize)]
-    return _compared([ours, absmax[at], *rest], right)
+    return compared([ours, absmax[at], *rest], right)
 
 
 def _nf4_dequantize(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
@@ -353,24 +289,12 @@ _JUDGES: dict[str, Callable[[Args, Any, Callable[[], Any]], str | None]] = {
     "lora_linear_backward": _backward,
     "nf4_lora_linear_forward": _forward,
     "nf4_lora_linear_backward": _backward,
+    "grouped_linear_forward": grouped_correctness.forward,
+    "grouped_linear_backward": grouped_correctness.backward,
+    "nf4_grouped_linear_forward": grouped_correctness.forward,
+    "nf4_grouped_linear_backward": grouped_correctness.backward,
     "nf4_quantize": _nf4_quantize,
     "nf4_dequantize": _nf4_dequantize,
     "nf4_dequantize_out": _nf4_dequantize,
     "low_rank_svd": _low_rank_svd,
 }
-
-
-def _flat(result: Any) -> list[Tensor]:
-    return list(tensors(result if isinstance(result, (tuple, list)) else (result,)))
-
-
-def _same_specials(ours: Tensor, theirs: Tensor) -> bool:
-    return torch.equal(ours.isfinite(), theirs.isfinite())
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize == 2 else torch.float64
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"

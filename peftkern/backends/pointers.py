@@ -46,6 +46,19 @@ def optional(
     return 0 if tensor is None else address(name, tensor, dtype, numel, device)
 
 
+def strided(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device = CPU) -> tuple:
+    """Return the address, the number of the dtype and the strides of a tensor of this shape.
+
+    Raises: ValueError naming the argument, what is accepted and what came.
+    """
+    if tuple(tensor.shape) != tuple(shape) or tensor.device != device:
+        raise ValueError(
+            f"{name}: expected {tuple(shape)} on {device}, got {tuple(tensor.shape)} on "
+            f"{tensor.device}"
+        )
+    return tensor.data_ptr(), dtype_code(name, tensor), *tensor.stride()
+
+
 def fresh(tensor: Tensor | None) -> int:
     """Return the address of a tensor that the caller has just allocated, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,140 @@
+// Grouped linear layers: argument checks, and the division of groups into chunks.
+#include "peftkern/grouped_linear.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+#include "peftkern/checks.h"
+
+namespace peftkern {
+namespace {
+
+// Throws std::invalid_argument unless offsets ascend within [0, R] and rows are those of x.
+void check_groups(const RowGroups& groups) {
+  require(groups.R >= 0 && groups.E >= 0 && groups.T >= 0, "R, E, T: expected at least 0");
+  checked_mul(groups.E, 64, "E");
+  require(groups.E == 0 || groups.offsets, "offsets: null pointer");
+  int64_t before = 0;
+  for (int64_t e = 0; e < groups.E; ++e) {
+    require(groups.offsets[e] >= before, "offsets: expected to ascend from 0");
+    before = groups.offsets[e];
+  }
+  require(before <= groups.R, "offsets: the last one is past the rows");
+  if (!groups.rows) {
+    require(groups.R == groups.T, "rows: expected unless x has as many rows as there are");
+    return;
+  }
+  bool inside = true;
+  for (int64_t i = 0; i < before; ++i) {
+    inside &= groups.rows[i] >= 0 && groups.rows[i] < groups.T;
+  }
+  require(inside, "rows: a row is out of range");
+}
+
+// The distance from a stack's first element to its last fits int64, in bytes.
+void check_stack(const char* name, const void* data, const FactorStrides& by, int64_t E, int64_t r,
+                 int64_t columns) {
+  require(by.group >= 0 && by.rank >= 0 && by.column >= 0, "strides: expected at least 0");
+  int64_t last = 0;
+  const int64_t sizes[] = {E, r, columns}, strides[] = {by.group, by.rank, by.column};
+  for (int i = 0; i < 3; ++i) {
+    const int64_t reach = checked_mul(sizes[i], strides[i], name);
+    require(!__builtin_add_overflow(last, reach, &last), "strides: too large");
+  }
+  checked_mul(last, 8, name);
+  require(E * r * columns == 0 || data, name);
+}
+
+// r and columns, with room for tiles around them.
+void check_sizes(const RowGroups& groups, int64_t r, int64_t columns, int threads) {
+  require(threads >= 1, "threads: expected at least 1");
+  checked_mul(checked_mul(groups.R + groups.E, 64, "R"), checked_mul(columns, 4, "columns"),
+              "R x columns: bytes");
+  checked_mul(checked_mul(groups.T, columns, "T x columns"), 4, "T x columns: bytes");
+  checked_mul(checked_mul(groups.R + groups.E, 64, "R"), checked_mul(r, 16, "r"), "R x r: bytes");
+  checked_mul(checked_mul(groups.E, columns, "E x columns"), checked_mul(r, 16, "r"),
+              "E x r x columns: bytes");
+  checked_mul(checked_mul(r, 1 << 14, "r"), threads, "r x threads");
+}
+
+class Plan {
+ public:
+  // Chunks of at most `longest` rows.
+  Plan(const RowGroups& groups, int64_t longest) {
+    for (int64_t e = 0; e < groups.E; ++e) {
+      const int64_t begin = end_, rows = groups.offsets[e] - begin;
+      if (rows == 0) empty_.push_back(e);
+      for (int64_t at = 0; at < rows; at += longest) {
+        chunks_.push_back({e, begin + at, std::min(longest, rows - at), 0});
+      }
+      end_ = groups.offsets[e];
+    }
+    std::stable_sort(chunks_.begin(), chunks_.end(),
+                     [](const auto& a, const auto& b) { return a.count > b.count; });
+    for (GroupedChunk& chunk : chunks_) {  // the long ones come first, and at even slots
+      chunk.slot = slots_;
+      slots_ += chunk.count > 16 ? (chunk.count + 31) / 32 * 2 : 1;
+    }
+  }
+
+  GroupedPlan view() const {
+    GroupedPlan plan;
+    plan.chunks = chunks_.data();
+    plan.count = static_cast<int64_t>(chunks_.size());
+    plan.slots = slots_;
+    plan.end = end_;
+    plan.empty = empty_.data();
+    plan.empty_count = static_cast<int64_t>(empty_.size());
+    return plan;
+  }
+
+ private:
+  std::vector<GroupedChunk> chunks_;
+  std::vector<int64_t> empty_;
+  int64_t slots_ = 0, end_ = 0;
+};
+
+const GroupedKernels& kernels_of(Isa isa, DType dtype) {
+  const CpuKernels& kernels = kernels_for(isa);
+  return dtype == DType::kBFloat16 ? kernels.grouped_bf16 : kernels.grouped;
+}
+
+}  // namespace
+
+void grouped_linear(Isa isa, const GroupedLinearArgs& args) {
+  const GroupedKernels& kernels = kernels_of(isa, args.dtype);
+  const RowGroups& groups = args.groups;
+  check_groups(groups);
+  check_sizes(groups, args.r, args.K, args.threads);
+  check_sizes(groups, args.r, args.N, args.threads);
+  const int64_t rows = args.transposed ? args.K : args.N;
+  const FactorStrides weight{args.weight_group, args.weight_row, 1};
+  if (args.weight) {
+    check_stack("weight: bytes", args.weight, weight, groups.E, rows, args.N + args.K - rows);
+  }
+  if (args.r > 0) {
+    check_stack("a: bytes, or a null pointer", args.a.data, args.a.strides, groups.E, args.r,
+                args.K);
+    if (args.y) {
+      check_stack("b: bytes, or a null pointer", args.b.data, args.b.strides, groups.E, args.r,
+                  args.N);
+    }
+    require(groups.R == 0 || args.s, "s: null pointer");
+  }
+  require(groups.T * args.K == 0 || args.x, "x: null pointer");
+  kernels.linear(args, Plan(groups, kGroupedRows).view());
+}
+
+void grouped_outer(Isa isa, const GroupedOuterArgs& args) {
+  const GroupedKernels& kernels = kernels_of(isa, args.dtype);
+  const RowGroups& groups = args.groups;
+  check_groups(groups);
+  check_sizes(groups, args.r, args.K, args.threads);
+  check_stack("g: bytes, or a null pointer", args.g, args.strides, groups.E, args.r, args.K);
+  require(groups.T * args.K == 0 || args.x, "x: null pointer");
+  require(groups.R * args.r == 0 || args.s, "s: null pointer");
+  kernels.outer(args, Plan(groups, groups.R + 1).view());
+}
+
+}  // namespace peftkern

@@ -1,0 +1,492 @@
+// y = x W^T + scaling s b and s = x a^T over groups of rows, for any Math that multiplies tiles and
+// the Tiles that go with it. Compiled once per instruction set.
+//
+// The activations of a chunk (at most 512 rows of a group) are packed once as rows tiles, sixteen
+// rows a slot, and s is computed while they are at hand. Then each task takes a strip of outputs of
+// one chunk: it turns a block of the weight into lanes tiles in cache, multiplies, and goes on along
+// the reduction; the ranks of s b are a few more steps of that product, so that the update costs no
+// pass of its own and y is rounded once. Nobody writes what another task writes and every sum has
+// one fixed order: results do not depend on the number of threads.
+#pragma once
+
+#include "grouped_tiles.h"
+
+namespace peftkern {
+namespace {
+namespace grouped {
+
+constexpr int64_t kProduct = 4 * kTile;  // floats of a product of two pairs
+constexpr int64_t kAhead = 512;          // bytes that a row of a strip is asked for in advance
+
+// How many rows tiles two by two products take: one for up to sixteen rows.
+template <class Math>
+void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps, bool first,
+              int64_t count, bool two_lanes) {
+  if (two_lanes) {
+    Math::template multiply<2>(rows, lanes, c, steps, first, min64(count, kPairSide));
+  } else {
+    Math::template multiply<1>(rows, lanes, c, steps, first, min64(count, kPairSide));
+  }
+}
+
+inline float* quadrant(float* c, int64_t row, int64_t lane) {
+  return c + (row / kSide * 2 + lane / kSide) * kTile;
+}
+
+template <class Math, class Tiles>
+struct Linear {
+  const GroupedLinearArgs& args;
+  const GroupedPlan& plan;
+
+  static constexpr int64_t kStep = Tiles::kStep;
+  static constexpr int64_t kShrinkRows = 128;                 // that share one turned factor
+  static constexpr int64_t kShrinkBlock = 8 * kStep;          // columns of it at a time
+  static constexpr int64_t kRanks = Tiles::kRankSteps * kPair;  // dwords of 16 ranks of two tiles
+
+  // What the tasks of the second pass read: x and s of every slot, as [pair of slots][step][2].
+  struct Packed {
+    uint32_t *x, *s;
+    int64_t steps, rank_steps;
+    uint32_t* x_at(int64_t slot) const {
+      return x + slot / 2 * steps * kPair + slot % 2 * kTile;
+    }
+    uint32_t* s_at(int64_t slot) const {
+      return s + slot / 2 * rank_steps * kPair + slot % 2 * kTile;
+    }
+  };
+
+  // A task's share of a weight: so many outputs, so much of the reduction at a time.
+  struct Strip {
+    int64_t columns, block;
+  };
+  // Rows that run along the outputs are read in wide strips where reading is all that counts.
+  Strip strip_of(int64_t rows) const {
+    if (args.transposed && rows <= kPairSide) return {256, 2 * kStep};
+    return {64, 8 * kStep};
+  }
+
+  int64_t source(int64_t row) const {  // element of x where a sorted row begins
+    return (args.groups.rows ? args.groups.rows[row] : row) * args.K;
+  }
+
+  // Sixteen rows from `row` on, of which `count` exist, as rows tiles. What is multiplied along with
+  // them is zero: leftovers in memory may be slow to multiply.
+  void pack_rows(int64_t row, int64_t count, uint32_t* tile, int64_t steps) const {
+    for (int64_t i = count; i < round_up(count, 4); ++i) {
+      for (int64_t t = 0; t < steps; ++t) std::memset(tile + t * kPair + 16 * i, 0, 64);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t from = source(row + i);
+      for (int64_t t = 0; t < steps; ++t) {
+        Math::load_dwords(args.x, args.dtype, from + t * kStep, args.K - t * kStep,
+                          tile + t * kPair + 16 * i);
+      }
+    }
+  }
+
+  // s[row : row + count, rank0 : rank0 + 16] from the sums of a piece, and its tiles.
+  void finish_shrink(float* c, int64_t row, int64_t count, int64_t rank0, uint32_t* tiles) const {
+    const int n = static_cast<int>(min64(16, args.r - rank0));
+    for (int64_t i = 0; i < count; ++i) {
+      F32x16 sum = f32_load(c + 16 * i);
+      if (Tiles::kParts > 1) {
+        const F32x16 rest = f32_add(f32_load(c + kTile + 16 * i), f32_load(c + kProduct + 16 * i));
+        sum = f32_add(sum, rest);
+      }
+      sum = f32_mul(sum, f32_set1(args.s_scale));
+      float* out = args.s + (row + i) * args.r + rank0;
+      n == 16 ? f32_store(out, sum) : f32_store_n(out, sum, n);
+      Tiles::expand_row(f32_mul(sum, f32_set1(args.scaling)), tiles + 16 * i);
+    }
+    for (int64_t i = count; i < round_up(count, 4); ++i) {
+      Tiles::expand_row(f32_zero(), tiles + 16 * i);
+    }
+  }
+
+  // s of sixteen ranks for a piece of a chunk.
+  void shrink(const Packed& p, const GroupedChunk& chunk, int64_t first, int64_t count,
+              int64_t rank0, float* scratch) const {
+    constexpr int64_t kSums = kShrinkRows / kPairSide * 2 * kProduct;
+    uint32_t* lanes = reinterpret_cast<uint32_t*>(scratch + kSums);
+    constexpr int64_t kThird = kShrinkBlock / kStep * kPair;
+    for (int64_t k0 = 0; k0 < args.K; k0 += kShrinkBlock) {
+      const int64_t steps = ceil_div(min64(kShrinkBlock, args.K - k0), kStep);
+      for (int64_t t = 0; t < steps; ++t) {
+        float blocks[Tiles::kBlocks * kTile];
+        for (int64_t i = 0; i < Tiles::kBlocks; ++i) {
+          fetch_block(args.a, chunk.group, rank0, k0 + t * kStep + 16 * i, args.r, args.K,
+                      blocks + i * kTile);
+        }
+        Tiles::shrink_lanes(blocks, lanes + t * kPair, kThird);
+      }
+      for (int64_t m = 0; m < count; m += kPairSide) {
+        const uint32_t* rows = p.x_at(chunk.slot + (first + m) / kSide) + k0 / kStep * kPair;
+        float* c = scratch + m / kPairSide * 2 * kProduct;
+        multiply<Math>(rows, lanes, c, steps, k0 == 0, count - m, Tiles::kParts > 1);
+        if (Tiles::kParts > 1) {
+          multiply<Math>(rows, lanes + kThird, c + kProduct, steps, k0 == 0, count - m, false);
+        }
+      }
+    }
+    for (int64_t m = 0; m < count; m += kSide) {
+      float* c = quadrant(scratch + m / kPairSide * 2 * kProduct, m % kPairSide, 0);
+      finish_shrink(c, chunk.begin + first + m, min64(kSide, count - m), rank0,
+                    p.s_at(chunk.slot + (first + m) / kSide) + rank0 / 16 * kRanks);
+    }
+  }
+
+  // Rows [first, first + count) of a chunk: x, and s from it.
+  void prepare(const Packed& p, const GroupedChunk& chunk, int64_t first, int64_t count,
+               float* scratch) const {
+    for (int64_t m = 0; m < count; m += kSide) {
+      pack_rows(chunk.begin + first + m, min64(kSide, count - m),
+                p.x_at(chunk.slot + (first + m) / kSide), p.steps);
+    }
+    for (int64_t rank = 0; rank < args.r; rank += 16) {
+      shrink(p, chunk, first, count, rank, scratch);
+    }
+  }
+
+  int64_t weight_at(int64_t group, int64_t row, int64_t column) const {
+    return group * args.weight_group + row * args.weight_row + column;
+  }
+
+  void prefetch(int64_t element, int64_t bytes) const {
+    const char* p = static_cast<const char*>(args.weight) + element * itemsize_of(args.dtype);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  }
+  static int64_t itemsize_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+  // Outputs [n0, n0 + columns) and reduction [k0, k0 + count) of a group's weight, in pairs of
+  // lanes tiles `stride` dwords apart.
+  void load_weight(int64_t group, int64_t n0, int64_t columns, int64_t k0, int64_t count,
+                   uint32_t* out, int64_t stride) const {
+    const int64_t steps = ceil_div(count, kStep);
+    if (args.transposed) {
+      for (int64_t t = 0; t < steps; ++t) {
+        int64_t starts[kStep];
+        const int64_t rows = min64(kStep, count - t * kStep);
+        for (int64_t i = 0; i < rows; ++i) {
+          starts[i] = weight_at(group, k0 + t * kStep + i, n0);
+        }
+        for (int64_t j = 0; j < columns; j += kPairSide) {
+          Tiles::lanes(args.weight, args.dtype, starts, rows, min64(kPairSide, columns - j),
+                       out + j / kPairSide * stride + t * kPair);
+          for (int64_t i = 0; i < rows; ++i) starts[i] += kPairSide;
+        }
+      }
+      return;
+    }
+    for (int64_t j = 0; j < columns; j += kSide) {
+      uint32_t* tiles = out + j / kPairSide * stride + j % kPairSide / kSide * kTile;
+      for (int64_t t = 0; t < steps; ++t) {
+        uint32_t lines[kTile];
+        for (int64_t i = 0; i < kSide; ++i) {
+          const int64_t n = j + i < columns ? count - t * kStep : 0;
+          const int64_t at = n > 0 ? weight_at(group, n0 + j + i, k0 + t * kStep) : 0;
+          Math::load_dwords(args.weight, args.dtype, at, n, lines + 16 * i);
+        }
+        transpose_tile(lines, 16, tiles + t * kPair);
+      }
+    }
+  }
+
+  // The ranks of b for a strip.
+  void load_ranks(int64_t group, int64_t n0, int64_t columns, int64_t rank0, uint32_t* out,
+                  int64_t stride) const {
+    for (int64_t j = 0; j < columns; j += kSide) {
+      float block[kTile];
+      fetch_block(args.b, group, rank0, n0 + j, args.r, args.N, block);
+      Tiles::expand_lanes(block, out + j / kPairSide * stride + j % kPairSide / kSide * kTile);
+    }
+  }
+
+  // Sums of a strip over so many steps, `lanes` being pairs `stride` dwords apart.
+  void multiply_strip(const GroupedChunk& chunk, const uint32_t* rows, int64_t pair_stride,
+                      const uint32_t* lanes, int64_t stride, int64_t columns, int64_t steps,
+                      bool first, float* sums) const {
+    const int64_t pairs = ceil_div(columns, kPairSide);
+    for (int64_t m = 0; m < chunk.count; m += kPairSide, rows += pair_stride) {
+      for (int64_t j = 0; j < pairs; ++j, sums += kProduct) {
+        multiply<Math>(rows, lanes + j * stride, sums, steps, first, chunk.count - m,
+                       columns - j * kPairSide > kSide);
+      }
+    }
+  }
+
+  void finish(float* c, const GroupedChunk& chunk, int64_t row0, int64_t rows, int64_t n0) const {
+    const int n = static_cast<int>(min64(kSide, args.N - n0));
+    F32x16 bias = f32_zero();
+    if (args.bias) bias = load_any(args.bias, args.dtype, chunk.group * args.N + n0, n);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (row0 + i) * args.N + n0;
+      F32x16 sum = f32_load(c + 16 * i);
+      if (args.base) sum = f32_add(sum, load_any(args.base, DType::kFloat32, at, n));
+      if (args.bias) sum = f32_add(sum, bias);
+      store_any(args.y, args.y_dtype, at, sum, n);
+    }
+  }
+
+  void strip(const Packed& p, const GroupedChunk& chunk, int64_t n0, float* scratch) const {
+    const Strip shape = strip_of(chunk.count);
+    const int64_t columns = min64(shape.columns, args.N - n0);
+    const int64_t pairs = ceil_div(columns, kPairSide);
+    const int64_t stride = shape.block / kStep * kPair;
+    uint32_t* lanes = reinterpret_cast<uint32_t*>(scratch);
+    float* sums = scratch + kLanes;
+    bool first = true;
+    for (int64_t k0 = 0; args.weight && k0 < args.K; k0 += shape.block) {
+      const int64_t count = min64(shape.block, args.K - k0);
+      load_weight(chunk.group, n0, columns, k0, count, lanes, stride);
+      multiply_strip(chunk, p.x_at(chunk.slot) + k0 / kStep * kPair, p.steps * kPair, lanes, stride,
+                     columns, ceil_div(count, kStep), first, sums);
+      first = false;
+    }
+    for (int64_t rank = 0; rank < args.r; rank += 16) {
+      load_ranks(chunk.group, n0, columns, rank, lanes, kRanks);
+      multiply_strip(chunk, p.s_at(chunk.slot) + rank / 16 * kRanks, p.rank_steps * kPair, lanes,
+                     kRanks, columns, Tiles::kRankSteps, first, sums);
+      first = false;
+    }
+    if (first) std::memset(sums, 0, static_cast<size_t>(sums_of(chunk, pairs)) * 4);
+    for (int64_t m = 0; m < chunk.count; m += kSide) {
+      for (int64_t j = 0; j < columns; j += kSide) {
+        float* product = sums + (m / kPairSide * pairs + j / kPairSide) * kProduct;
+        finish(quadrant(product, m % kPairSide, j % kPairSide), chunk, chunk.begin + m,
+               min64(kSide, chunk.count - m), n0 + j);
+      }
+    }
+  }
+
+  static constexpr int64_t kLanes = 256 / kPairSide * 2 * kPair;  // 64 x 8 steps, or 256 x 2
+  static int64_t sums_of(const GroupedChunk& chunk, int64_t pairs) {
+    return ceil_div(chunk.count, kPairSide) * pairs * kProduct;
+  }
+
+  void run() const {
+    const int64_t steps = args.weight || args.r > 0 ? ceil_div(args.K, kStep) : 0;
+    const int64_t rank_steps = ceil_div(args.r, 16) * Tiles::kRankSteps;
+    const int64_t slot_pairs = ceil_div(plan.slots, 2);
+    Scratch x(slot_pairs * steps * kPair * 4), s(slot_pairs * rank_steps * kPair * 4);
+    const Packed p{static_cast<uint32_t*>(x.data), static_cast<uint32_t*>(s.data), steps,
+                   rank_steps};
+    constexpr int64_t kShrink = kShrinkRows / kPairSide * 2 * kProduct + 2 * 8 * kPair;
+    constexpr int64_t kStrip = kLanes + kGroupedRows / kPairSide * 2 * kProduct;
+    constexpr int64_t kOwn = kShrink > kStrip ? kShrink : kStrip;
+    Scratch scratch(args.threads * kOwn * 4);
+
+    // Pieces of chunks and strips of chunks, in the order of the chunks.
+    Scratch first(2 * (plan.count + 1) * 8);
+    int64_t* pieces = static_cast<int64_t*>(first.data);
+    int64_t* strips = pieces + plan.count + 1;
+    pieces[0] = strips[0] = 0;
+    for (int64_t i = 0; i < plan.count; ++i) {
+      const int64_t rows = plan.chunks[i].count;
+      pieces[i + 1] = pieces[i] + ceil_div(rows, kShrinkRows);
+      strips[i + 1] = strips[i] + (args.y ? ceil_div(args.N, strip_of(rows).columns) : 0);
+    }
+    parallel_for(args.threads, pieces[plan.count], [&](int64_t task, int thread) {
+      typename Math::Session session;
+      (void)session;
+      const int64_t i = chunk_of(pieces, task), at = (task - pieces[i]) * kShrinkRows;
+      const GroupedChunk& chunk = plan.chunks[i];
+      prepare(p, chunk, at, min64(kShrinkRows, chunk.count - at),
+              scratch.floats() + thread * kOwn);
+    });
+    parallel_for(args.threads, strips[plan.count], [&](int64_t task, int thread) {
+      typename Math::Session session;
+      (void)session;
+      const int64_t i = chunk_of(strips, task);
+      const GroupedChunk& chunk = plan.chunks[i];
+      strip(p, chunk, (task - strips[i]) * strip_of(chunk.count).columns,
+            scratch.floats() + thread * kOwn);
+    });
+    clear_rest();
+  }
+
+  // The chunk that a task belongs to: the last whose first task is not after it.
+  int64_t chunk_of(const int64_t* first, int64_t task) const {
+    int64_t low = 0, high = plan.count;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first[middle] <= task ? low : high) = middle;
+    }
+    return low;
+  }
+
+  // Rows of no group.
+  void clear_rest() const {
+    const int64_t rows = args.groups.R - plan.end;
+    if (rows == 0) return;
+    if (args.y) {
+      const int64_t size = args.N * itemsize_of(args.y_dtype);
+      std::memset(static_cast<char*>(args.y) + plan.end * size, 0, static_cast<size_t>(rows * size));
+    }
+    if (args.r > 0) {
+      std::memset(args.s + plan.end * args.r, 0, static_cast<size_t>(rows * args.r) * 4);
+    }
+  }
+};
+
+template <class Math, class Tiles>
+void linear(const GroupedLinearArgs& args, const GroupedPlan& plan) {
+  Linear<Math, Tiles>{args, plan}.run();
+}
+
+// A factor's gradient, a strip of columns of one group at a time: s and x go by a block of rows
+// at a time.
+template <class Math, class Tiles>
+struct Outer {
+  const GroupedOuterArgs& args;
+  const GroupedPlan& plan;
+
+  static constexpr int64_t kStep = Tiles::kStep;
+  static constexpr int64_t kColumns = 128;
+  static constexpr int64_t kPairs = kColumns / kPairSide;
+  static constexpr int64_t kSteps = 4;  // of a block of rows
+  static constexpr int64_t kThird = kSteps * kPair;
+  static constexpr int64_t kProducts = Tiles::kParts > 1 ? 2 : 1;  // of sixteen ranks and a pair
+
+  int64_t source(int64_t row) const {
+    return (args.groups.rows ? args.groups.rows[row] : row) * args.K;
+  }
+
+  // Rows [row, row + count) of s, sixteen ranks of them.
+  void load_s(int64_t row, int64_t count, int64_t rank0, uint32_t* out) const {
+    const int n = static_cast<int>(min64(16, args.r - rank0));
+    for (int64_t t = 0; t < ceil_div(count, kStep); ++t) {
+      float s[kStep * 16];
+      for (int64_t i = 0; i < kStep; ++i) {
+        const bool valid = t * kStep + i < count;
+        const float* from = args.s + (row + t * kStep + i) * args.r + rank0;
+        f32_store(s + 16 * i, valid ? load_any(from, DType::kFloat32, 0, n) : f32_zero());
+      }
+      Tiles::outer_rows(s, out + t * kPair, kThird);
+    }
+  }
+
+  void load_x(int64_t row, int64_t count, int64_t k0, int64_t columns, uint32_t* out) const {
+    for (int64_t t = 0; t < ceil_div(count, kStep); ++t) {
+      int64_t starts[kStep];
+      const int64_t rows = min64(kStep, count - t * kStep);
+      for (int64_t i = 0; i < rows; ++i) starts[i] = source(row + t * kStep + i) + k0;
+      for (int64_t j = 0; j < columns; j += kPairSide) {
+        Tiles::lanes(args.x, args.dtype, starts, rows, min64(kPairSide, columns - j),
+                     out + (j / kPairSide * kSteps + t) * kPair);
+        for (int64_t i = 0; i < rows; ++i) starts[i] += kPairSide;
+      }
+    }
+  }
+
+  void strip(const GroupedChunk& chunk, int64_t k0, float* scratch) const {
+    const int64_t columns = min64(kColumns, args.K - k0), ranks = ceil_div(args.r, 16);
+    uint32_t* x = reinterpret_cast<uint32_t*>(scratch);
+    uint32_t* s = x + kPairs * kThird;
+    float* sums = scratch + kPairs * kThird + 2 * kThird;
+    for (int64_t m = 0; m < chunk.count; m += kSteps * kStep) {
+      const int64_t count = min64(kSteps * kStep, chunk.count - m), steps = ceil_div(count, kStep);
+      load_x(chunk.begin + m, count, k0, columns, x);
+      for (int64_t g = 0; g < ranks; ++g) {
+        load_s(chunk.begin + m, count, 16 * g, s);
+        for (int64_t j = 0; j < columns; j += kPairSide) {
+          float* c = sums + (g * kPairs + j / kPairSide) * kProducts * kProduct;
+          const uint32_t* lanes = x + j / kPairSide * kThird;
+          const bool two = columns - j > kSide;
+          multiply<Math>(s, lanes, c, steps, m == 0, Tiles::kParts > 1 ? 32 : 16, two);
+          if (Tiles::kParts > 1) {
+            multiply<Math>(s + kThird, lanes, c + kProduct, steps, m == 0, 16, two);
+          }
+        }
+      }
+    }
+    for (int64_t g = 0; g < ranks; ++g) {
+      for (int64_t j = 0; j < columns; j += kSide) {
+        float* c = sums + (g * kPairs + j / kPairSide) * kProducts * kProduct;
+        finish(quadrant(c, 0, j % kPairSide), chunk.group, 16 * g, k0 + j);
+      }
+    }
+  }
+
+  // g[group, rank0 : rank0 + 16, column0 : column0 + 16]
+  void finish(float* c, int64_t group, int64_t rank0, int64_t column0) const {
+    const FactorStrides& by = args.strides;
+    const int64_t ranks = min64(16, args.r - rank0), columns = min64(16, args.K - column0);
+    float block[kTile], turned[kTile];
+    for (int64_t i = 0; i < 16; ++i) {
+      F32x16 sum = f32_load(c + 16 * i);
+      if (Tiles::kParts > 1) {
+        const F32x16 rest =
+            f32_add(f32_load(c + 2 * kTile + 16 * i), f32_load(c + kProduct + 16 * i));
+        sum = f32_add(sum, rest);
+      }
+      f32_store(block + 16 * i, f32_mul(sum, f32_set1(args.scale)));
+    }
+    const int64_t at = group * by.group + rank0 * by.rank + column0 * by.column;
+    if (by.column == 1) {
+      for (int64_t i = 0; i < ranks; ++i) {
+        store_any(args.g, args.g_dtype, at + i * by.rank, f32_load(block + 16 * i),
+                  static_cast<int>(columns));
+      }
+      return;
+    }
+    transpose_tile(reinterpret_cast<const uint32_t*>(block), 16,
+                   reinterpret_cast<uint32_t*>(turned));
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t to = at + j * by.column;
+      if (by.rank == 1) {
+        store_any(args.g, args.g_dtype, to, f32_load(turned + 16 * j), static_cast<int>(ranks));
+        continue;
+      }
+      for (int64_t i = 0; i < ranks; ++i) {
+        store_any(args.g, args.g_dtype, to + i * by.rank, f32_set1(turned[16 * j + i]), 1);
+      }
+    }
+  }
+
+  // Zero for the group whose gradient nobody computes.
+  void clear(int64_t group, int64_t k0) const {
+    const FactorStrides& by = args.strides;
+    const int64_t columns = min64(kColumns, args.K - k0);
+    const bool along = by.column == 1;
+    const int64_t lines = along ? args.r : columns, length = along ? columns : args.r;
+    const int64_t line = along ? by.rank : by.column, step = along ? by.column : by.rank;
+    const int64_t at = group * by.group + k0 * by.column;
+    const int64_t size = args.g_dtype == DType::kFloat32 ? 4 : 2;
+    for (int64_t i = 0; i < lines; ++i) {
+      char* p = static_cast<char*>(args.g) + (at + i * line) * size;
+      if (step == 1) {
+        std::memset(p, 0, static_cast<size_t>(length * size));
+        continue;
+      }
+      for (int64_t j = 0; j < length; ++j) {
+        std::memset(p + j * step * size, 0, static_cast<size_t>(size));
+      }
+    }
+  }
+
+  void run() const {
+    const int64_t strips = ceil_div(args.K, kColumns), ranks = ceil_div(args.r, 16);
+    const int64_t own = kPairs * kThird + 2 * kThird + ranks * kPairs * kProducts * kProduct;
+    Scratch scratch(args.threads * own * 4);
+    const int64_t full = plan.count * strips;
+    parallel_for(args.threads, full + plan.empty_count * strips, [&](int64_t task, int thread) {
+      if (task >= full) {
+        clear(plan.empty[(task - full) / strips], (task - full) % strips * kColumns);
+        return;
+      }
+      typename Math::Session session;
+      (void)session;
+      strip(plan.chunks[task / strips], task % strips * kColumns,
+            scratch.floats() + thread * own);
+    });
+  }
+};
+
+template <class Math, class Tiles>
+void outer(const GroupedOuterArgs& args, const GroupedPlan& plan) {
+  Outer<Math, Tiles>{args, plan}.run();
+}
+
+}  // namespace grouped
+}  // namespace
+}  // namespace peftkern

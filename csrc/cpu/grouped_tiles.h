@@ -1,0 +1,80 @@
+// Operands of grouped products as tiles (nf4_panel.h): activations and weights in their own type,
+// float32 factors in as many tiles as it takes. Float32Tiles are float32 throughout.
+#pragma once
+
+#include "nf4_panel.h"
+#include "peftkern/grouped_linear.h"
+
+namespace peftkern {
+namespace {
+namespace grouped {
+
+// Elements (group, rank0 + i, column0 + j), i and j < 16, as float32; zero past r and columns.
+inline void fetch_block(const FactorStack& f, int64_t group, int64_t rank0, int64_t column0,
+                        int64_t r, int64_t columns, float* block) {
+  const FactorStrides& by = f.strides;
+  const int64_t at = group * by.group + rank0 * by.rank + column0 * by.column;
+  const int ranks = static_cast<int>(min64(16, r - rank0));
+  const int n = static_cast<int>(min64(16, columns - column0));
+  if (ranks < 16 || n < 16) std::memset(block, 0, kTile * 4);
+  if (n <= 0) return;
+  if (by.column == 1) {
+    for (int i = 0; i < ranks; ++i) {
+      f32_store(block + 16 * i, load_any(f.data, f.dtype, at + i * by.rank, n));
+    }
+    return;
+  }
+  float turned[kTile] = {};
+  const bool whole = by.rank == 1;
+  for (int j = 0; j < n; ++j) {
+    const int64_t from = at + j * by.column;
+    if (whole) {
+      f32_store(turned + 16 * j, load_any(f.data, f.dtype, from, ranks));
+      continue;
+    }
+    for (int i = 0; i < ranks; ++i) {
+      float lanes[16];
+      f32_store(lanes, load_any(f.data, f.dtype, from + i * by.rank, 1));
+      turned[16 * j + i] = lanes[0];
+    }
+  }
+  transpose_tile(reinterpret_cast<const uint32_t*>(turned), 16, reinterpret_cast<uint32_t*>(block));
+}
+
+struct Float32Tiles {
+  static constexpr int64_t kStep = 16;      // elements of the reduction in a tile
+  static constexpr int kParts = 1;          // tiles that make up a float32 operand
+  static constexpr int kRankSteps = 1;      // steps of sixteen ranks in s b
+  static constexpr int64_t kBlocks = 1;     // of sixteen columns in a step
+
+  // A step of `rows` rows, each from its own element on, and up to 32 columns, as lanes tiles.
+  static void lanes(const void* in, DType dtype, const int64_t* starts, int64_t rows,
+                    int64_t columns, uint32_t* pair) {
+    for (int64_t i = 0; i < 16; ++i) {
+      for (int64_t j = 0; j < 2; ++j) {
+        const int64_t n = i < rows ? columns - 16 * j : 0;
+        Float32Math::load_dwords(in, dtype, n > 0 ? starts[i] + 16 * j : 0, n,
+                                 pair + j * kTile + 16 * i);
+      }
+    }
+  }
+
+  // Columns along the reduction: a lane per rank.
+  static void shrink_lanes(const float* blocks, uint32_t* out, int64_t) {
+    transpose_tile(reinterpret_cast<const uint32_t*>(blocks), 16, out);
+  }
+  // Ranks along the reduction: a lane per column.
+  static void expand_lanes(const float* block, uint32_t* out) { std::memcpy(out, block, kTile * 4); }
+  // Sixteen ranks of a row of s.
+  static void expand_row(const F32x16& s, uint32_t* out) {
+    f32_store(reinterpret_cast<float*>(out), s);
+  }
+  // Rows of s along the reduction: s[16][16] to a row per rank.
+  static void outer_rows(const float* s, uint32_t* out, int64_t) {
+    transpose_tile(reinterpret_cast<const uint32_t*>(s), 16, out);
+  }
+};
+
+}  // namespace grouped
+}  // namespace
+}  // namespace peftkern

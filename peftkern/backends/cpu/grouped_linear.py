@@ -1,0 +1,276 @@
+"""Linear layers over groups of rows with low-rank updates, in C++: dense products and adapters.
+
+Forward and backward are one call of C++ each way round: the product of a group's weight, the update
+and the bias are summed in float32 and rounded once. Where another function has computed the product
+(of an NF4 weight), the same call adds the update to its float32 result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkern.backends.cpu.module import isa_and_threads, library, refusal_dense
+from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, optional, strided
+
+_NO_FACTOR = (0, 0, 0, 0, 0)
+
+
+def refusal_forward(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    weight: Tensor | None,
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> str | None:
+    """Refuse dtypes and devices."""
+    return refusal_dense(x) or _refusal_factors(lora_A, lora_B)
+
+
+def refusal_backward(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor | None,
+    rows: Tensor | None,
+    S: Tensor | None,
+    weight: Tensor | None,
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> str | None:
+    """Refuse dtypes and devices."""
+    return refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+
+
+def _refusal_factors(*factors: Tensor | None) -> str | None:
+    for factor in factors:
+        if factor is not None and factor.dtype not in DTYPE_CODES:
+            return f"the factors are {factor.dtype}"
+    return None
+
+
+class Groups(NamedTuple):
+    """Sorted rows and the groups they fall into, as C++ takes them."""
+
+    R: int
+    E: int
+    T: int  # rows of the activation
+    offsets: Tensor  # int32 [E]
+    rows: Tensor | None  # int32 [R]
+
+    def fields(self) -> tuple[int, ...]:
+        offsets = address("offsets", self.offsets, torch.int32, self.E)
+        rows = optional("rows", self.rows, torch.int32, self.R)
+        return self.R, self.E, self.T, offsets, rows
+
+
+def groups_of(x: Tensor, offsets: Tensor, rows: Tensor | None) -> Groups:
+    """Describe the groups of x [T, K], read through `rows` or as it is."""
+    T = x.shape[0]
+    R = T if rows is None else rows.shape[0]
+    rows = None if rows is None else rows.contiguous()
+    return Groups(R, offsets.shape[0], T, offsets.contiguous(), rows)
+
+
+def grouped_linear_forward(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    weight: Tensor | None,
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    groups = groups_of(x, offsets, rows)
+    if weight is not None:
+        N = weight.shape[2 if transposed else 1]
+    else:
+        N = lora_B.shape[1]
+    return forward(x, groups, N, weight, transposed, None, lora_A, lora_B, bias, scaling)
+
+
+def grouped_linear_backward(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor | None,
+    rows: Tensor | None,
+    S: Tensor | None,
+    weight: Tensor | None,
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    K = 0
+    if weight is not None:
+        K = weight.shape[1 if transposed else 2]
+    elif lora_A is not None:
+        K = lora_A.shape[2]
+    factors = (lora_A, lora_B, scaling)
+    return backward(dy, offsets, x, rows, S, K, weight, transposed, None, *factors, needs)
+
+
+def forward(
+    x: Tensor,
+    groups: Groups,
+    N: int,
+    weight: Tensor | None,
+    transposed: bool,
+    base: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute y = x W^T + base + scaling * S B^T + bias and S = x A^T.
+
+    Args: base, float32 [R, N] or None, a product that another function has computed.
+    """
+    y = torch.empty((groups.R, N), dtype=x.dtype, device="cpu")
+    a, b = _factor("lora_A", lora_A), _factor("lora_B", lora_B, turned=True)
+    S = _linear(x, groups, N, weight, transposed, base, bias, a, b, 1.0, scaling, y)
+    return y, S
+
+
+def backward(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor | None,
+    rows: Tensor | None,
+    S: Tensor | None,
+    K: int,
+    weight: Tensor | None,
+    transposed: bool,
+    base: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute dx = dy W + base + dS A with dS = scaling * dy B, dA, dB and dbias.
+
+    Args: base, float32 [R, K] or None, a product that another function has computed.
+    """
+    dy = dy.contiguous()
+    groups = groups_of(dy, offsets, None)
+    E, R, N = groups.E, groups.R, dy.shape[1]
+    dx, dA, dB, dbias = (dy.new_empty(0) for _ in range(4))
+    need_dx, need_dA, need_dB, need_dbias = needs
+    need_dA, need_dB = need_dA and lora_A is not None, need_dB and lora_B is not None
+    if need_dx or need_dA:
+        if need_dx:
+            dx = torch.empty((R, K), dtype=dy.dtype, device="cpu")
+        a, b = _factor("lora_B", lora_B, turned=True), _factor("lora_A", lora_A)
+        weight = weight if need_dx else None
+        outputs = dx if need_dx else None
+        dS = _linear(dy, groups, K, weight, not transposed, base, None, a, b, scaling, 1.0, outputs)
+    if need_dA:
+        dA = torch.empty_like(lora_A)
+        _outer_(dA, x, groups_of(x, offsets, rows), dS)
+    if need_dB:
+        dB = torch.empty_like(lora_B)
+        _outer_(dB, dy, groups, S, scaling, turned=True)
+    if need_dbias:
+        dbias = torch.empty((E, N), dtype=dy.dtype, device="cpu")
+        ones = torch.ones((R, 1), dtype=torch.float32, device="cpu")
+        _outer_(dbias.unsqueeze(1), dy, groups, ones)
+    return dx, dA, dB, dbias
+
+
+def _linear(
+    x: Tensor,
+    groups: Groups,
+    N: int,
+    weight: Tensor | None,
+    transposed: bool,
+    base: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    s_scale: float,
+    scaling: float,
+    y: Tensor | None,
+) -> Tensor:
+    """Compute y in place, if it is given, and return s = s_scale x a^T.
+
+    Args: a, b, [E, r, K] and [E, r, N] of any strides, or None; transposed, of rows along y's.
+    """
+    x, K, R, E = x.contiguous(), x.shape[1], groups.R, groups.E
+    r = 0 if a is None else a.shape[1]
+    s = torch.empty((R, r) if r else 0, dtype=torch.float32, device="cpu")
+    bias = None if bias is None else bias.contiguous()
+    library().grouped_linear(
+        *isa_and_threads(),
+        groups.fields(),
+        *(N, K, r),
+        address("x", x, x.dtype, groups.T * K),
+        dtype_code("x", x),
+        _weight(weight, E, (K, N) if transposed else (N, K), x.dtype, transposed),
+        optional("base", base, torch.float32, R * N),
+        optional("bias", bias, x.dtype, E * N),
+        _NO_FACTOR if a is None else strided("a", a, (E, r, K)),
+        _NO_FACTOR if b is None else strided("b", b, (E, r, N)),
+        *(s_scale, scaling),
+        fresh(s),
+        fresh(y),
+        dtype_code("x", x),
+    )
+    return s
+
+
+def _outer_(
+    g: Tensor, x: Tensor, groups: Groups, s: Tensor, scale: float = 1.0, turned: bool = False
+) -> None:
+    """Write g [E, r, K], or [E, K, r] if turned, with scale * s^T x of each group."""
+    x = x.contiguous()
+    g = g.transpose(1, 2) if turned else g
+    (E, r, K), s = g.shape, s.contiguous()
+    whole = g if min(g.stride()[1:]) == 1 else torch.empty((E, r, K), dtype=g.dtype, device="cpu")
+    library().grouped_outer(
+        *isa_and_threads(),
+        groups.fields(),
+        *(K, r),
+        address("x", x, x.dtype, groups.T * K),
+        dtype_code("x", x),
+        address("s", s, torch.float32, groups.R * r),
+        scale,
+        strided("g", whole, (groups.E, r, K)),
+    )
+    if whole is not g:
+        g.copy_(whole)
+
+
+def _factor(name: str, factor: Tensor | None, turned: bool = False) -> Tensor | None:
+    """Return a stack of factors [E, r, columns] whose ranks or columns lie together."""
+    if factor is None:
+        return None
+    if min(factor.stride()[1:]) != 1:
+        factor = factor.contiguous()
+    return factor.transpose(1, 2) if turned else factor
+
+
+def _weight(
+    weight: Tensor | None, E: int, shape: tuple[int, int], dtype: torch.dtype, transposed: bool
+) -> tuple[int, int, int, int]:
+    """Return a weight as C++ takes it; one for all groups if its first dimension is 1."""
+    if weight is None:
+        return 0, 0, 0, 0
+    if weight.dtype is not dtype:
+        raise ValueError(f"weight: expected {dtype} like x, got {weight.dtype}")
+    if weight.stride(2) != 1 and weight.shape[2] != 1:
+        weight = weight.contiguous()
+    at, _, group, row, _ = strided("weight", weight, (weight.shape[0], *shape))
+    if weight.shape[0] not in (1, E):
+        raise ValueError(f"weight: expected 1 or {E} groups, got {weight.shape[0]}")
+    return at, int(transposed), group if weight.shape[0] > 1 else 0, row
