@@ -276,12 +276,11 @@ def test_all_linear_trains_the_router_and_doubles_a_rank():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_model_gives_what_the_plain_one_does():
-    model = patched_copy(expert_net()).eval()
+def test_training_compiles_into_one_graph():
+    """Where PEFT's parametrizations break it."""
+    model = patched_copy(expert_net())
     given = inputs()
-    compiled = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*given), model(*given))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = outputs_and_gradients(model, *given)
     got = outputs_and_gradients(compiled, *given)
     for value, found in zip(expected.values(), got.values(), strict=True):
