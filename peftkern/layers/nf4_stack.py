@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peftkern.formats.nf4 import BLOCKSIZES, ArgumentError, NF4Weight
 from peftkern.functional import dequantize_nf4
@@ -118,14 +118,13 @@ class NF4Stack(Tensor):
         return self._decoded(self._packed[expert], self._absmax[expert])
 
     @torch.no_grad()
-    def set_expert(self, expert: int, weight: Tensor) -> Tensor:
-        """Quantize one expert's weight [N, K] into its place; return what it reads as now."""
+    def set_expert(self, expert: int, weight: Tensor) -> None:
+        """Quantize one expert's weight [N, K] into its place."""
         if weight.shape != self.shape[1:]:
             raise ArgumentError(f"weight: expected {self.shape[1:]}, got {tuple(weight.shape)}")
         w = quantized(weight, blocksize=self.blocksize, double_quant=False)
         self._packed[expert].copy_(w.packed)
         self._absmax[expert].copy_(w.absmax)
-        return self.dequantize(expert)
 
     def _weight(self, packed: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> NF4Weight:
         dtype = self.dtype if self.dtype in _DTYPES else torch.float32
@@ -204,7 +203,7 @@ def _on_dense(function: Any, *args: Any, **kwargs: Any) -> Any:
     for position, argument in enumerate(schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        if writes and isinstance(value, NF4Stack):
+        if writes and any(isinstance(leaf, NF4Stack) for leaf in tree_leaves(value)):
             raise NotImplementedError(
                 f"{schema.name}: expected a dense tensor to write to, got weights kept in NF4"
             )
@@ -220,7 +219,7 @@ def _on_parts(function: Any, stack: NF4Stack, *args: Any, dtype: Any = None, **k
     return NF4Stack(*parts, tuple(stack.shape), dtype or stack.dtype)
 
 
-def _select(function: Any, stack: NF4Stack, dim: int, *args: Any) -> Tensor:
+def _select(function: Any, stack: NF4Stack, dim: int = 0, *args: Any) -> Tensor:
     """Take experts along the first dimension: they alone are decoded."""
     if dim % 3:
         return function(stack.dequantize(), dim, *args)
@@ -228,7 +227,9 @@ def _select(function: Any, stack: NF4Stack, dim: int, *args: Any) -> Tensor:
 
 
 def _index(function: Any, stack: NF4Stack, indices: list) -> Tensor:
-    if not isinstance(stack, NF4Stack) or len(indices) != 1:
+    """Gather experts by ids of any shape: they alone are decoded."""
+    by_id = isinstance(stack, NF4Stack) and len(indices) == 1
+    if not by_id or indices[0].dtype not in (torch.int32, torch.int64):
         return _on_dense(function, stack, indices)
     return stack._decoded(*(function(part, indices) for part in (stack._packed, stack._absmax)))
 
@@ -271,7 +272,8 @@ def _requantize(stack: NF4Stack, other: Tensor, write: Callable) -> NF4Stack:
         after = write(before.clone(), other[expert].to(before))
         if torch.equal(before, after):
             continue
-        now = stack.set_expert(expert, after).float()
+        stack.set_expert(expert, after)
+        now = stack.dequantize(expert).float()
         changed += 1
         moved += (after - before).double().square().sum().item()
         error += (now - after).double().square().sum().item()
@@ -309,8 +311,11 @@ def set_nf4_parameter(module: nn.Module, name: str, stack: NF4Stack) -> None:
 
 
 def absmax_name(name: str) -> str:
-    """Return the key of the absmax of a parameter: "gate_up_absmax" of "gate_up_proj"."""
-    return f"{name.removesuffix('_proj')}_absmax"
+    """Return the key of the absmax of a parameter: "gate_up_absmax" of "gate_up_proj".
+
+    That of "weight" is "absmax": transformers takes "weight_absmax" for bitsandbytes' key.
+    """
+    return "absmax" if name == "weight" else f"{name.removesuffix('_proj')}_absmax"
 
 
 def stacks_of(module: nn.Module) -> dict[str, NF4Stack]:

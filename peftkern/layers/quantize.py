@@ -39,7 +39,8 @@ def quantize_(
     An nn.Linear becomes an NF4Linear. A parameter [E, N, K] of a module whose class is called
     experts ("Qwen3MoeExperts.gate_up_proj") becomes an `NF4Stack`, an expert at a time: what reads
     it still reads dense values, and `patch` lets kernels read the stored ones. It makes no
-    difference whether PEFT has wrapped the model before or wraps it afterwards.
+    difference whether PEFT has wrapped the model before or wraps it afterwards. transformers'
+    `save_pretrained` takes experts in NF4 of a model that `NF4ExpertsConfig` has loaded alone.
 
     Args:
         double_quant: of linear layers; experts keep their absmax in float32.

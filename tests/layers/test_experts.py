@@ -18,6 +18,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+import peftkern
 from peftkern.layers import Experts, LoRAExperts, NF4Experts, NF4Stack
 from peftkern.layers.experts import experts_forward
 
@@ -193,6 +194,14 @@ def test_a_new_layer_changes_nothing_and_trains_its_factors_alone():
     assert trained == {f"lora_{f}.{n}_proj" for f in "AB" for n in ("gate_up", "down")}
     assert layer.lora_A["gate_up_proj"].abs().max() <= K**-0.5
     assert "r=2, scaling=8, lora_dropout=0" in repr(layer)
+
+
+def test_quantize_takes_the_experts_under_an_update():
+    layer = filled(LoRAExperts(family("mixtral"), r=2))
+    names = peftkern.quantize_(nn.ModuleDict({"mlp": layer}))
+    assert names == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    inputs = routed()
+    close(layer(*inputs), layer.merge()(*inputs))
 
 
 def test_what_is_no_module_of_experts_is_refused():

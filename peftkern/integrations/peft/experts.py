@@ -22,6 +22,7 @@ from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 from peftkern.functional.arguments import WEIGHT_DTYPES
 from peftkern.functional.lora_experts import ExpertLinear, lora_experts
+from peftkern.integrations import frozen_experts
 from peftkern.integrations.peft import trial
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
@@ -33,6 +34,7 @@ from peftkern.integrations.peft.fallback import (
     unusual_tensor,
 )
 from peftkern.integrations.peft.serve import active_names, switched_off
+from peftkern.layers.nf4_stack import NF4Stack, expert_weight
 
 try:
     from transformers.integrations.moe import use_experts_implementation
@@ -44,8 +46,9 @@ else:
     _CODE = use_experts_implementation(type("Experts", (nn.Module,), {})).forward.__code__
 
 _OWN_LOOP = "eager"  # of each class, by F.linear
-_CASTS_ITSELF = "grouped_mm"  # x to the dtype of the weights, and no autocast
-_IMPLEMENTATIONS = (_OWN_LOOP, _CASTS_ITSELF, "batched_mm")
+# These cast x to the dtype of the weights, and know no autocast.
+_CAST_THEMSELVES = ("grouped_mm", frozen_experts.IMPLEMENTATION)
+_IMPLEMENTATIONS = (_OWN_LOOP, *_CAST_THEMSELVES, "batched_mm")
 _ROUTING = (("top_k_index", "router_indices"), ("top_k_weights", "routing_weights"))
 
 
@@ -135,11 +138,6 @@ def read_stack(layer: Any, device: torch.device) -> Stack | Fallback:
     return Stack(up, down, gate, experts.is_transposed, implementation, key)
 
 
-def expert_weight(param: Tensor) -> Tensor | NF4Weight:
-    """Return the frozen weights of all experts as the ops take them."""
-    return param
-
-
 def _unusual_experts(
     experts: nn.Module, wrapped: dict[str, nn.Module], device: torch.device
 ) -> str | None:
@@ -161,7 +159,8 @@ def _unusual_experts(
         return f"experts_implementation is {implementation}"
     children = {name: child for name, child in experts._modules.items() if child is not None}
     reason = hooked(device, experts=experts, **children)
-    reason = reason or unusual_tensor(**{name: p for name, p in own.items() if p is not None})
+    plain = {name: p for name, p in own.items() if not (p is None or isinstance(p, NF4Stack))}
+    reason = reason or unusual_tensor(**plain)
     if reason is not None or not torch.is_grad_enabled():
         return reason
     return "base weight is trained" if any(p.requires_grad for p in experts.parameters()) else None
@@ -220,7 +219,7 @@ def _other_products(stack: Stack, x: Tensor) -> str | None:
     dtype = stack.up.weight.dtype
     if x.dim() != 2 or x.dtype not in WEIGHT_DTYPES:
         return f"input is {x.dtype} of {x.dim()} dimensions"
-    if stack.implementation == _CASTS_ITSELF:
+    if stack.implementation in _CAST_THEMSELVES:
         return None
     computed = x.dtype
     if torch.is_autocast_enabled(x.device.type):
@@ -251,6 +250,7 @@ def _key(
     kind = f"LoRA on {E} experts of {width}, {implementation}"
     kind += ", transposed" if transposed else ""
     kind += "" if up.bias is None else ", bias"
+    kind += ", NF4" if isinstance(up.weight, NF4Weight) else ""
     kind += "" if ranks[0] == ranks[1] else f", rank {ranks[1]} down"
     kind += f", {adapters} adapters" if adapters > 1 else ""
     return PatchedParamWrapper.op, kind, N, K, ranks[0]

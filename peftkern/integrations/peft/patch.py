@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peftkern.backends import dispatch, trust
+from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
 from peftkern.integrations.peft import adalora, experts, lora, trial
 from peftkern.integrations.peft.fallback import Fallback, kept_forward, set_class
 from peftkern.integrations.peft.serve import (
@@ -51,7 +52,8 @@ class PatchReport:
     falling_back: {name: reason} of patched layers whose present state sends them to PEFT's forward;
         it is looked at again at every call.
     kinds: how many layers of each PEFT class were patched.
-    without_adapter: names of bitsandbytes' layers with no patched adapter that are served as well.
+    without_adapter: names of bitsandbytes' layers, and of experts in NF4, with no patched adapter
+        that are served as well.
     small: {name: rows} of patched dense layers on a CPU that PEFT computes as fast below so many
         rows (batch times sequence), if those are more than 512; 0 for any number of them.
     unmeasured: how many classes of patched layers (op, shape, rank, device) have no verdict yet.
@@ -150,6 +152,9 @@ def patch(model: nn.Module) -> PatchReport:
             report.kinds["adalora.AdaLoraModel"] += 1
         if BNB_TYPES and bnb.patch_base(module) and module not in bases and bnb.runs_kernel(module):
             report.without_adapter.append(name)
+    for name in serve_nf4_experts(model):
+        if model.get_submodule(name) not in bases:
+            report.without_adapter.append(name)
     if BNB_TYPES:
         bnb.read_quant_maps(model)
     _describe(model, report)
@@ -175,6 +180,7 @@ def unpatch(model: nn.Module) -> list[str]:
             restored.append(name)
         if BNB_TYPES:
             bnb.unpatch_base(module)
+    stop_serving(model)
     return restored
 
 

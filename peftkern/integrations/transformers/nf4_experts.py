@@ -2,12 +2,12 @@
 
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=NF4ExpertsConfig())
     model.save_pretrained(folder)
-    AutoModelForCausalLM.from_pretrained(folder)  # once this module is imported
+    AutoModelForCausalLM.from_pretrained(folder)  # once NF4ExpertsConfig was imported
 
 transformers' own `load_in_4bit` leaves fused experts, most of a mixture's weights, in 16 bits. Here
 they are quantized while the checkpoint is read: one expert at a time where it has a tensor for each
 (Qwen3-MoE, Mixtral, DeepSeek, ...), so that a load needs the memory of the quantized model and of
-two experts. Linear layers become bitsandbytes' Linear4bit, as there.
+two experts. Linear layers become bitsandbytes' Linear4bit, as there. The experts run on kernels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import (
@@ -29,6 +30,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
 from peftkern.layers.nf4_stack import NF4Stack, absmax_name, set_nf4_parameter, stacks_of
 from peftkern.layers.quantize import expert_parameters
 
@@ -123,7 +125,17 @@ class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
             for name, stack in stacks_of(module).items():
                 set_nf4_parameter(module, name, stack)
         model._weight_conversions = [c for c in model._weight_conversions if _is_reversible(c)]
+        serve_nf4_experts(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        model = super()._dequantize(model, dtype=dtype)
+        for module in model.modules():
+            for name, stack in stacks_of(module).items():
+                dense = stack.dequantize().to(dtype)
+                module._parameters[name] = nn.Parameter(dense, requires_grad=False)
+        stop_serving(model)
+        return model
 
 
 class _Quantize(ConversionOps):

@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +26,7 @@ LOCAL = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "Qwen3Moe": SIZES | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     "Mixtral": LOCAL,
+    "JetMoe": SIZES | {"kv_channels": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     "GptOss": LOCAL,  # one fused tensor in the checkpoint, [E, K, N]
 }
 IDS = torch.arange(12).view(2, 6)
@@ -50,7 +52,7 @@ def load(folder: Path, **config: object) -> PreTrainedModel:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral", "GptOss"])
 def test_load_save_and_load(family, tmp_path):
     dense = saved(family, tmp_path / "dense")
     model = load(tmp_path / "dense", bnb_4bit_use_double_quant=True)
@@ -84,6 +86,53 @@ def test_load_save_and_load(family, tmp_path):
         assert torch.equal(again(IDS).logits, model(IDS).logits)
     again.save_pretrained(tmp_path / "again")
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == file.keys()
+
+
+def test_peft_trains_a_loaded_model_and_its_adapter_loads_again(tmp_path):
+    saved("Qwen3Moe", tmp_path / "dense")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+    model = prepare_model_for_kbit_training(load(tmp_path / "dense"))
+    packed = [stack._packed.clone() for stack in stacks(model).values()]
+    model = get_peft_model(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(model(input_ids=IDS, labels=IDS).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[2] < losses[0]
+    found = stacks(model)
+    assert all(torch.equal(s._packed, p) for s, p in zip(found.values(), packed, strict=True))
+    model.save_pretrained(tmp_path / "adapter")
+    base = prepare_model_for_kbit_training(load(tmp_path / "dense"))
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_parameters_called_weight_have_keys_of_their_own(tmp_path):
+    saved("JetMoe", tmp_path / "dense")
+    model = load(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "nf4")
+    again = stacks(AutoModelForCausalLM.from_pretrained(tmp_path / "nf4"))
+    assert len(again) == 4
+    for name, stack in stacks(model).items():
+        assert torch.equal(stack._packed, again[name]._packed)
+        assert torch.equal(stack._absmax, again[name]._absmax)
+
+
+def test_a_model_is_dequantized_whole(tmp_path):
+    saved("GptOss", tmp_path)
+    model = load(tmp_path)
+    wanted = {name: stack.dequantize() for name, stack in stacks(model).items()}
+    assert model.config._experts_implementation == "peftkern"
+    model = model.dequantize()
+    assert not stacks(model) and model.config._experts_implementation == "grouped_mm"
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in wanted.items())
+    model(IDS)
 
 
 def test_options_are_kept_and_modules_left_out(tmp_path):
