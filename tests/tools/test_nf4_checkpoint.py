@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
 import resource
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +39,7 @@ from transformers import (
 
 import peftkern
 from peftkern.formats.nf4 import BLOCKSIZES, STATE_BYTES, STATE_KEY, NF4Weight, dynamic_map
-from peftkern.tools.quantize import nf4_checkpoint
+from peftkern.tools.quantize import nf4_checkpoint, staging
 from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
 from peftkern.tools.quantize.file_plan import Choice, Options, Size
 from peftkern.tools.quantize.linear_weights import find_weights
@@ -622,3 +624,13 @@ def test_memory_is_that_of_one_file_and_one_tensor(tmp_path):
     assert largest < grown < 4 * largest
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert written > 7 * largest
+
+
+def test_a_work_folder_without_fcntl(tmp_path, monkeypatch):
+    """As on Windows, where nothing locks it."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("staging_elsewhere", staging.__file__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    with elsewhere.work_folder(tmp_path / "new", {"format": 1}, force=False) as work:
+        assert work.name == WORK and json.loads((work / "run.json").read_text()) == {"format": 1}
