@@ -269,51 +269,49 @@ PYBIND11_MODULE(_cpu, m) {
   });
 
   // `weight`: address, transposed, strides of groups and of rows.
-  m.def("grouped_linear",
-        [](int isa, int threads, const py::tuple& groups, int64_t N, int64_t K, int64_t r,
-           uintptr_t x, int dtype, const py::tuple& weight, uintptr_t base, uintptr_t bias,
-           const py::tuple& a, const py::tuple& b, float s_scale, float scaling, uintptr_t s,
-           uintptr_t y, int y_dtype) {
-          GroupedLinearArgs args;
-          args.groups = row_groups(groups);
-          args.N = N, args.K = K, args.r = r;
-          args.x = pointer<const void>(x);
-          args.dtype = dtype_from_code(dtype);
-          Fields fields(weight, "weight", 4);
-          args.weight = fields.address<const void>();
-          args.transposed = fields.size() != 0;
-          args.weight_group = fields.size();
-          args.weight_row = fields.size();
-          args.base = pointer<const float>(base);
-          args.bias = pointer<const void>(bias);
-          args.a = factor_stack(a);
-          args.b = factor_stack(b);
-          args.s_scale = s_scale, args.scaling = scaling;
-          args.s = pointer<float>(s);
-          args.y = pointer<void>(y);
-          args.y_dtype = dtype_from_code(y_dtype);
-          args.threads = threads;
-          py::gil_scoped_release release;
-          grouped_linear(Isa{isa}, args);
-        });
-  m.def("grouped_outer",
-        [](int isa, int threads, const py::tuple& groups, int64_t K, int64_t r, uintptr_t x,
-           int dtype, uintptr_t s, float scale, const py::tuple& g) {
-          GroupedOuterArgs args;
-          args.groups = row_groups(groups);
-          args.K = K, args.r = r;
-          args.x = pointer<const void>(x);
-          args.dtype = dtype_from_code(dtype);
-          args.s = pointer<const float>(s);
-          args.scale = scale;
-          const FactorStack gradient = factor_stack(g);
-          args.g = const_cast<void*>(gradient.data);
-          args.g_dtype = gradient.dtype;
-          args.strides = gradient.strides;
-          args.threads = threads;
-          py::gil_scoped_release release;
-          grouped_outer(Isa{isa}, args);
-        });
+  m.def("grouped_linear", [](int isa, int threads, const py::tuple& groups, int64_t N, int64_t K,
+                             int64_t r, uintptr_t x, int dtype, const py::tuple& weight,
+                             uintptr_t base, uintptr_t bias, const py::tuple& a, const py::tuple& b,
+                             float s_scale, float scaling, uintptr_t s, uintptr_t y, int y_dtype) {
+    GroupedLinearArgs args;
+    args.groups = row_groups(groups);
+    args.N = N, args.K = K, args.r = r;
+    args.x = pointer<const void>(x);
+    args.dtype = dtype_from_code(dtype);
+    Fields fields(weight, "weight", 4);
+    args.weight = fields.address<const void>();
+    args.transposed = fields.size() != 0;
+    args.weight_group = fields.size();
+    args.weight_row = fields.size();
+    args.base = pointer<const float>(base);
+    args.bias = pointer<const void>(bias);
+    args.a = factor_stack(a);
+    args.b = factor_stack(b);
+    args.s_scale = s_scale, args.scaling = scaling;
+    args.s = pointer<float>(s);
+    args.y = pointer<void>(y);
+    args.y_dtype = dtype_from_code(y_dtype);
+    args.threads = threads;
+    py::gil_scoped_release release;
+    grouped_linear(Isa{isa}, args);
+  });
+  m.def("grouped_outer", [](int isa, int threads, const py::tuple& groups, int64_t K, int64_t r,
+                            uintptr_t x, int dtype, uintptr_t s, float scale, const py::tuple& g) {
+    GroupedOuterArgs args;
+    args.groups = row_groups(groups);
+    args.K = K, args.r = r;
+    args.x = pointer<const void>(x);
+    args.dtype = dtype_from_code(dtype);
+    args.s = pointer<const float>(s);
+    args.scale = scale;
+    const FactorStack gradient = factor_stack(g);
+    args.g = const_cast<void*>(gradient.data);
+    args.g_dtype = gradient.dtype;
+    args.strides = gradient.strides;
+    args.threads = threads;
+    py::gil_scoped_release release;
+    grouped_outer(Isa{isa}, args);
+  });
 
   // `weight` is the address of a dense weight, or a tuple that describes one in NF4.
   m.def("dora_norm",

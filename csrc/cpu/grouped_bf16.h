@@ -18,8 +18,8 @@ inline __m512i upper_half(__m512 x) {
 // x less its upper half; zero where that is not finite.
 inline __m512 remainder(__m512 x, __m512i half) {
   const __m512 upper = _mm512_castsi512_ps(_mm512_slli_epi32(half, 16));
-  const __mmask16 finite = _mm512_cmp_ps_mask(
-      _mm512_abs_ps(upper), _mm512_set1_ps(bits_float(0x7f800000)), _CMP_LT_OQ);
+  const __mmask16 finite =
+      _mm512_cmp_ps_mask(_mm512_abs_ps(upper), _mm512_set1_ps(bits_float(0x7f800000)), _CMP_LT_OQ);
   return _mm512_maskz_sub_ps(finite, x, upper);
 }
 inline __m512i pair_up(__m512i low, __m512i high) {
@@ -42,10 +42,10 @@ struct BFloat16Tiles {
     const __mmask32 mask = mask32(columns);
     const uint16_t* p = static_cast<const uint16_t*>(in);
     for (int64_t i = 0; i < 32; i += 2, pair += 16) {
-      const __m512i a = i < rows ? _mm512_maskz_loadu_epi16(mask, p + starts[i])
-                                 : _mm512_setzero_si512();
-      const __m512i b = i + 1 < rows ? _mm512_maskz_loadu_epi16(mask, p + starts[i + 1])
-                                     : _mm512_setzero_si512();
+      const __m512i a =
+          i < rows ? _mm512_maskz_loadu_epi16(mask, p + starts[i]) : _mm512_setzero_si512();
+      const __m512i b =
+          i + 1 < rows ? _mm512_maskz_loadu_epi16(mask, p + starts[i + 1]) : _mm512_setzero_si512();
       _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(a, low, b));
       _mm512_storeu_si512(pair + kTile, _mm512_permutex2var_epi16(a, high, b));
     }

@@ -10,28 +10,6 @@
 namespace peftkern {
 namespace {
 
-// Throws std::invalid_argument unless offsets ascend within [0, R] and rows are those of x.
-void check_groups(const RowGroups& groups) {
-  require(groups.R >= 0 && groups.E >= 0 && groups.T >= 0, "R, E, T: expected at least 0");
-  checked_mul(groups.E, 64, "E");
-  require(groups.E == 0 || groups.offsets, "offsets: null pointer");
-  int64_t before = 0;
-  for (int64_t e = 0; e < groups.E; ++e) {
-    require(groups.offsets[e] >= before, "offsets: expected to ascend from 0");
-    before = groups.offsets[e];
-  }
-  require(before <= groups.R, "offsets: the last one is past the rows");
-  if (!groups.rows) {
-    require(groups.R == groups.T, "rows: expected unless x has as many rows as there are");
-    return;
-  }
-  bool inside = true;
-  for (int64_t i = 0; i < before; ++i) {
-    inside &= groups.rows[i] >= 0 && groups.rows[i] < groups.T;
-  }
-  require(inside, "rows: a row is out of range");
-}
-
 // The distance from a stack's first element to its last fits int64, in bytes.
 void check_stack(const char* name, const void* data, const FactorStrides& by, int64_t E, int64_t r,
                  int64_t columns) {
@@ -49,12 +27,11 @@ void check_stack(const char* name, const void* data, const FactorStrides& by, in
 // r and columns, with room for tiles around them.
 void check_sizes(const RowGroups& groups, int64_t r, int64_t columns, int threads) {
   require(threads >= 1, "threads: expected at least 1");
-  checked_mul(checked_mul(groups.R + groups.E, 64, "R"), checked_mul(columns, 4, "columns"),
-              "R x columns: bytes");
-  checked_mul(checked_mul(groups.T, columns, "T x columns"), 4, "T x columns: bytes");
-  checked_mul(checked_mul(groups.R + groups.E, 64, "R"), checked_mul(r, 16, "r"), "R x r: bytes");
-  checked_mul(checked_mul(groups.E, columns, "E x columns"), checked_mul(r, 16, "r"),
-              "E x r x columns: bytes");
+  checked_mul(r, 4096, "r");
+  const int64_t bytes = checked_mul(checked_mul(columns, r + 64, "columns"), 1024, "columns");
+  checked_mul(groups.R, bytes, "R x columns: bytes");
+  checked_mul(groups.T, bytes, "T x columns: bytes");
+  checked_mul(groups.E, bytes, "E x r x columns: bytes");
   checked_mul(checked_mul(r, 1 << 14, "r"), threads, "r x threads");
 }
 
@@ -105,7 +82,7 @@ const GroupedKernels& kernels_of(Isa isa, DType dtype) {
 void grouped_linear(Isa isa, const GroupedLinearArgs& args) {
   const GroupedKernels& kernels = kernels_of(isa, args.dtype);
   const RowGroups& groups = args.groups;
-  check_groups(groups);
+  validate(groups);
   check_sizes(groups, args.r, args.K, args.threads);
   check_sizes(groups, args.r, args.N, args.threads);
   const int64_t rows = args.transposed ? args.K : args.N;
@@ -129,7 +106,7 @@ void grouped_linear(Isa isa, const GroupedLinearArgs& args) {
 void grouped_outer(Isa isa, const GroupedOuterArgs& args) {
   const GroupedKernels& kernels = kernels_of(isa, args.dtype);
   const RowGroups& groups = args.groups;
-  check_groups(groups);
+  validate(groups);
   check_sizes(groups, args.r, args.K, args.threads);
   check_stack("g: bytes, or a null pointer", args.g, args.strides, groups.E, args.r, args.K);
   require(groups.T * args.K == 0 || args.x, "x: null pointer");

@@ -3,10 +3,10 @@
 //
 // The activations of a chunk (at most 512 rows of a group) are packed once as rows tiles, sixteen
 // rows a slot, and s is computed while they are at hand. Then each task takes a strip of outputs of
-// one chunk: it turns a block of the weight into lanes tiles in cache, multiplies, and goes on along
-// the reduction; the ranks of s b are a few more steps of that product, so that the update costs no
-// pass of its own and y is rounded once. Nobody writes what another task writes and every sum has
-// one fixed order: results do not depend on the number of threads.
+// one chunk: it turns a block of the weight into lanes tiles in cache, multiplies, and goes on
+// along the reduction; the ranks of s b are a few more steps of that product, so that the update
+// costs no pass of its own and y is rounded once. Nobody writes what another task writes and every
+// sum has one fixed order: results do not depend on the number of threads.
 #pragma once
 
 #include "grouped_tiles.h"
@@ -16,7 +16,6 @@ namespace {
 namespace grouped {
 
 constexpr int64_t kProduct = 4 * kTile;  // floats of a product of two pairs
-constexpr int64_t kAhead = 512;          // bytes that a row of a strip is asked for in advance
 
 // How many rows tiles two by two products take: one for up to sixteen rows.
 template <class Math>
@@ -33,44 +32,48 @@ inline float* quadrant(float* c, int64_t row, int64_t lane) {
   return c + (row / kSide * 2 + lane / kSide) * kTile;
 }
 
+inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 template <class Math, class Tiles>
 struct Linear {
   const GroupedLinearArgs& args;
   const GroupedPlan& plan;
 
   static constexpr int64_t kStep = Tiles::kStep;
-  static constexpr int64_t kShrinkRows = 128;                 // that share one turned factor
-  static constexpr int64_t kShrinkBlock = 8 * kStep;          // columns of it at a time
+  static constexpr int64_t kShrinkRows = 128;                   // that share one turned factor
+  static constexpr int64_t kShrinkBlock = 8 * kStep;            // columns of it at a time
   static constexpr int64_t kRanks = Tiles::kRankSteps * kPair;  // dwords of 16 ranks of two tiles
 
   // What the tasks of the second pass read: x and s of every slot, as [pair of slots][step][2].
   struct Packed {
     uint32_t *x, *s;
     int64_t steps, rank_steps;
-    uint32_t* x_at(int64_t slot) const {
-      return x + slot / 2 * steps * kPair + slot % 2 * kTile;
-    }
+    uint32_t* x_at(int64_t slot) const { return x + slot / 2 * steps * kPair + slot % 2 * kTile; }
     uint32_t* s_at(int64_t slot) const {
       return s + slot / 2 * rank_steps * kPair + slot % 2 * kTile;
     }
   };
 
+  static constexpr int64_t kWidest = 256;
+  static constexpr int64_t kLanes = kWidest / kPairSide * 8 * kPair;  // dwords of the largest block
+
   // A task's share of a weight: so many outputs, so much of the reduction at a time.
   struct Strip {
     int64_t columns, block;
   };
-  // Rows that run along the outputs are read in wide strips where reading is all that counts.
+  // Rows that run along the outputs are read in wide pieces: a page of memory holds few rows. A few
+  // rows of x leave the sums in the first-level cache, where they are added to after every block.
   Strip strip_of(int64_t rows) const {
-    if (args.transposed && rows <= kPairSide) return {256, 2 * kStep};
-    return {64, 8 * kStep};
+    if (!args.transposed) return {64, 8 * kStep};
+    return {kWidest, rows <= kPairSide ? 2 * kStep : 8 * kStep};
   }
 
   int64_t source(int64_t row) const {  // element of x where a sorted row begins
     return (args.groups.rows ? args.groups.rows[row] : row) * args.K;
   }
 
-  // Sixteen rows from `row` on, of which `count` exist, as rows tiles. What is multiplied along with
-  // them is zero: leftovers in memory may be slow to multiply.
+  // Sixteen rows from `row` on, of which `count` exist, as rows tiles. What is multiplied along
+  // with them is zero: leftovers in memory may be slow to multiply.
   void pack_rows(int64_t row, int64_t count, uint32_t* tile, int64_t steps) const {
     for (int64_t i = count; i < round_up(count, 4); ++i) {
       for (int64_t t = 0; t < steps; ++t) std::memset(tile + t * kPair + 16 * i, 0, 64);
@@ -152,22 +155,22 @@ struct Linear {
   }
 
   void prefetch(int64_t element, int64_t bytes) const {
-    const char* p = static_cast<const char*>(args.weight) + element * itemsize_of(args.dtype);
+    const char* p = static_cast<const char*>(args.weight) + element * size_of(args.dtype);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
   }
-  static int64_t itemsize_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
   // Outputs [n0, n0 + columns) and reduction [k0, k0 + count) of a group's weight, in pairs of
-  // lanes tiles `stride` dwords apart.
+  // lanes tiles `stride` dwords apart. What is needed next lies `ahead` elements further.
   void load_weight(int64_t group, int64_t n0, int64_t columns, int64_t k0, int64_t count,
-                   uint32_t* out, int64_t stride) const {
-    const int64_t steps = ceil_div(count, kStep);
+                   int64_t ahead, uint32_t* out, int64_t stride) const {
+    const int64_t steps = ceil_div(count, kStep), size = size_of(args.dtype);
     if (args.transposed) {
       for (int64_t t = 0; t < steps; ++t) {
         int64_t starts[kStep];
         const int64_t rows = min64(kStep, count - t * kStep);
         for (int64_t i = 0; i < rows; ++i) {
           starts[i] = weight_at(group, k0 + t * kStep + i, n0);
+          prefetch(starts[i] + ahead, columns * size);
         }
         for (int64_t j = 0; j < columns; j += kPairSide) {
           Tiles::lanes(args.weight, args.dtype, starts, rows, min64(kPairSide, columns - j),
@@ -184,11 +187,21 @@ struct Linear {
         for (int64_t i = 0; i < kSide; ++i) {
           const int64_t n = j + i < columns ? count - t * kStep : 0;
           const int64_t at = n > 0 ? weight_at(group, n0 + j + i, k0 + t * kStep) : 0;
+          prefetch(at + ahead, kStep * size);
           Math::load_dwords(args.weight, args.dtype, at, n, lines + 16 * i);
         }
         transpose_tile(lines, 16, tiles + t * kPair);
       }
     }
+  }
+
+  // From a block of a strip to the strip's next, or to the first of the one this thread may have
+  // next.
+  int64_t ahead_of(int64_t k0, const Strip& shape) const {
+    const int64_t along = args.transposed ? args.weight_row : 1;
+    const int64_t across = args.transposed ? 1 : args.weight_row;
+    if (k0 + shape.block < args.K) return shape.block * along;
+    return shape.columns * args.threads * across - k0 * along;
   }
 
   // The ranks of b for a strip.
@@ -237,7 +250,7 @@ struct Linear {
     bool first = true;
     for (int64_t k0 = 0; args.weight && k0 < args.K; k0 += shape.block) {
       const int64_t count = min64(shape.block, args.K - k0);
-      load_weight(chunk.group, n0, columns, k0, count, lanes, stride);
+      load_weight(chunk.group, n0, columns, k0, count, ahead_of(k0, shape), lanes, stride);
       multiply_strip(chunk, p.x_at(chunk.slot) + k0 / kStep * kPair, p.steps * kPair, lanes, stride,
                      columns, ceil_div(count, kStep), first, sums);
       first = false;
@@ -258,7 +271,6 @@ struct Linear {
     }
   }
 
-  static constexpr int64_t kLanes = 256 / kPairSide * 2 * kPair;  // 64 x 8 steps, or 256 x 2
   static int64_t sums_of(const GroupedChunk& chunk, int64_t pairs) {
     return ceil_div(chunk.count, kPairSide) * pairs * kProduct;
   }
@@ -271,7 +283,7 @@ struct Linear {
     const Packed p{static_cast<uint32_t*>(x.data), static_cast<uint32_t*>(s.data), steps,
                    rank_steps};
     constexpr int64_t kShrink = kShrinkRows / kPairSide * 2 * kProduct + 2 * 8 * kPair;
-    constexpr int64_t kStrip = kLanes + kGroupedRows / kPairSide * 2 * kProduct;
+    constexpr int64_t kStrip = kLanes + kGroupedRows / kPairSide * (kWidest / kPairSide) * kProduct;
     constexpr int64_t kOwn = kShrink > kStrip ? kShrink : kStrip;
     Scratch scratch(args.threads * kOwn * 4);
 
@@ -290,8 +302,7 @@ struct Linear {
       (void)session;
       const int64_t i = chunk_of(pieces, task), at = (task - pieces[i]) * kShrinkRows;
       const GroupedChunk& chunk = plan.chunks[i];
-      prepare(p, chunk, at, min64(kShrinkRows, chunk.count - at),
-              scratch.floats() + thread * kOwn);
+      prepare(p, chunk, at, min64(kShrinkRows, chunk.count - at), scratch.floats() + thread * kOwn);
     });
     parallel_for(args.threads, strips[plan.count], [&](int64_t task, int thread) {
       typename Math::Session session;
@@ -319,8 +330,9 @@ struct Linear {
     const int64_t rows = args.groups.R - plan.end;
     if (rows == 0) return;
     if (args.y) {
-      const int64_t size = args.N * itemsize_of(args.y_dtype);
-      std::memset(static_cast<char*>(args.y) + plan.end * size, 0, static_cast<size_t>(rows * size));
+      const int64_t size = args.N * size_of(args.y_dtype);
+      std::memset(static_cast<char*>(args.y) + plan.end * size, 0,
+                  static_cast<size_t>(rows * size));
     }
     if (args.r > 0) {
       std::memset(args.s + plan.end * args.r, 0, static_cast<size_t>(rows * args.r) * 4);
@@ -451,7 +463,7 @@ struct Outer {
     const int64_t lines = along ? args.r : columns, length = along ? columns : args.r;
     const int64_t line = along ? by.rank : by.column, step = along ? by.column : by.rank;
     const int64_t at = group * by.group + k0 * by.column;
-    const int64_t size = args.g_dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t size = size_of(args.g_dtype);
     for (int64_t i = 0; i < lines; ++i) {
       char* p = static_cast<char*>(args.g) + (at + i * line) * size;
       if (step == 1) {
@@ -476,8 +488,7 @@ struct Outer {
       }
       typename Math::Session session;
       (void)session;
-      strip(plan.chunks[task / strips], task % strips * kColumns,
-            scratch.floats() + thread * own);
+      strip(plan.chunks[task / strips], task % strips * kColumns, scratch.floats() + thread * own);
     });
   }
 };

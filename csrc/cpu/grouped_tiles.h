@@ -42,10 +42,10 @@ inline void fetch_block(const FactorStack& f, int64_t group, int64_t rank0, int6
 }
 
 struct Float32Tiles {
-  static constexpr int64_t kStep = 16;      // elements of the reduction in a tile
-  static constexpr int kParts = 1;          // tiles that make up a float32 operand
-  static constexpr int kRankSteps = 1;      // steps of sixteen ranks in s b
-  static constexpr int64_t kBlocks = 1;     // of sixteen columns in a step
+  static constexpr int64_t kStep = 16;   // elements of the reduction in a tile
+  static constexpr int kParts = 1;       // tiles that make up a float32 operand
+  static constexpr int kRankSteps = 1;   // steps of sixteen ranks in s b
+  static constexpr int64_t kBlocks = 1;  // of sixteen columns in a step
 
   // A step of `rows` rows, each from its own element on, and up to 32 columns, as lanes tiles.
   static void lanes(const void* in, DType dtype, const int64_t* starts, int64_t rows,
@@ -64,7 +64,9 @@ struct Float32Tiles {
     transpose_tile(reinterpret_cast<const uint32_t*>(blocks), 16, out);
   }
   // Ranks along the reduction: a lane per column.
-  static void expand_lanes(const float* block, uint32_t* out) { std::memcpy(out, block, kTile * 4); }
+  static void expand_lanes(const float* block, uint32_t* out) {
+    std::memcpy(out, block, kTile * 4);
+  }
   // Sixteen ranks of a row of s.
   static void expand_row(const F32x16& s, uint32_t* out) {
     f32_store(reinterpret_cast<float*>(out), s);

@@ -178,10 +178,9 @@ def call(op: str, args: tuple[Any, ...]) -> Any:
     forced = forced_backend()
     if forced is not None:
         return _call_forced(op, args, device, forced)
-    candidates = CANDIDATES[op] if device.type != "cuda" else _in_order(op, args, device)
     if trust.mode() != "always":
-        return programs.run(op, args, device, candidates)
-    for candidate in candidates:
+        return programs.run(op, args, device, _in_order)
+    for candidate in CANDIDATES[op] if device.type != "cuda" else _in_order(op, args, device):
         if candidate.device is not None and candidate.device != device.type:
             continue
         reason = candidate.refusal(*args)

@@ -11,14 +11,9 @@
 
 #include "peftkern/base.h"
 #include "peftkern/isa.h"
+#include "peftkern/row_groups.h"
 
 namespace peftkern {
-
-struct RowGroups {
-  int64_t R = 0, E = 0, T = 0;       // sorted rows, groups, rows of the activation
-  const int32_t* offsets = nullptr;  // [E]: where each group ends; rows past the last are nobody's
-  const int32_t* rows = nullptr;     // [R]: rows of the activation; null: each its own, R = T
-};
 
 // Element (group, rank, column) of a stack of factors is at the sum of the products with these.
 struct FactorStrides {
@@ -66,8 +61,8 @@ void grouped_outer(Isa isa, const GroupedOuterArgs& args);
 constexpr int64_t kGroupedRows = 512;  // of a chunk at most: what is packed of x, and the sums of a
                                        // strip, have to stay in the second-level cache
 
-// Rows [begin, begin + count) of a group. Its activations lie packed from a multiple of sixteen rows
-// on: `slot`, which is even if there are more than sixteen.
+// Rows [begin, begin + count) of a group. Its activations lie packed from a multiple of sixteen
+// rows on: `slot`, which is even if there are more than sixteen.
 struct GroupedChunk {
   int64_t group, begin, count, slot;
 };

@@ -134,7 +134,7 @@ def nf4_lora_linear_backward(
             raise ValueError(f"lora_A: expected [r, {K}] like w, got {list(lora_A.shape)}")
         gradients = adapter_gradients(rows, x, S, lora_A, lora_B, scaling, keep, dropout_p, needs)
         a = float32(lora_A)
-    dx = dy.new_empty(0)
+    dx = None
     if dy.dtype is torch.float16 or not needs[0]:
         if gradients is not None:
             compute(gradients)
@@ -147,8 +147,7 @@ def nf4_lora_linear_backward(
     else:
         fields = () if gradients is None else gradients.fields
         dx = _nf4_linear_backward(rows, w, layout, a, None, fields)
-    if needs[0]:
-        dx = dx.view(*dy.shape[:-1], K)
+    dx = dx.view(*dy.shape[:-1], K) if needs[0] else dy.new_empty(0)
     return dx, *requested(gradients, lora_A, lora_B, rows, needs)
 
 

@@ -18,13 +18,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peftkern.backends import dispatch, trust
-from peftkern.formats.nf4 import ArgumentError
 from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
 from peftkern.integrations.peft import adalora, lora, trial
 from peftkern.integrations.peft.fallback import Fallback, kept_forward, set_class
 from peftkern.integrations.peft.serve import (
     BNB_TYPES,
     DENSE_TYPES,
+    Adapter,
     PatchedLayer,
     active_names,
     layer_key,
@@ -184,11 +184,12 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
         layer = model.get_submodule(name)
         if not isinstance(layer, PatchedLayer):
             continue
-        reason = _reason_now(layer)
+        base, names = layer.get_base_layer(), active_names(layer)
+        device = base.weight.device
+        state = read_state(layer, names, device)
+        reason = _reason_now(layer, state)
         if reason is not None:
             report.falling_back[name] = reason
-        base = layer.get_base_layer()
-        device = base.weight.device
         devices.add(device.type)
         rows = 1
         if device.type == "cpu" and type(base) in DENSE_TYPES:
@@ -196,8 +197,7 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
             if rows == 0 or rows > _USUAL_ROWS:
                 report.small[name] = rows
         if reason is None and rows and dispatch.unserved(device) is None:
-            names = active_names(layer)
-            classes.add((layer_key(layer, names, read_state(layer, names, device)), device))
+            classes.add((layer_key(layer, names, state), device))
     if trust.mode() != "always" and dispatch.forced_backend() is None:
         report.unmeasured = sum(trial.unmeasured(*one) for one in classes)
     for kind in sorted(devices - {"meta"}):
@@ -206,17 +206,13 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
             report.warnings.append(f"{report.backends[kind]} serves: {missing}")
 
 
-def _reason_now(layer: Any) -> str | None:
+def _reason_now(layer: Any, state: Adapter | Fallback | None) -> str | None:
     """Return the reason for PEFT's forward whatever the input, as a patched layer is now."""
-    state = read_state(layer, active_names(layer), layer.get_base_layer().weight.device)
     if isinstance(state, Fallback):
         return state.reason
     base = layer._modules["base_layer"]
     if type(base) in BNB_TYPES:
-        try:
-            bnb.view_weight(base)
-        except ArgumentError as error:
-            return str(error)
+        return bnb.unreadable(base)
     return switched_off(layer) if type(base) in DENSE_TYPES else None
 
 

@@ -23,6 +23,7 @@ from peftkern.backends import dispatch, trust
 from peftkern.backends.cpu import crossovers
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
+from peftkern.functional.arguments import autocast_dtype
 from peftkern.integrations.peft import trial
 from peftkern.integrations.peft.fallback import (
     Fallback,
@@ -98,46 +99,35 @@ class PatchedLayer(PatchedForward):
             reason = dispatch.unserved(x.device)
             if reason is not None and dispatch.forced_backend() is None:
                 return Fallback(reason)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        base = _read_base(base_layer, x, autocast)
+        cast = autocast_dtype(x)
+        base = _read_base(base_layer, x, cast is not None)
         if isinstance(base, Fallback):
             return base
-        unfused = "no active adapter"
+        off, unfused = switched_off(self), "no active adapter"
         if adapter is not None:
-            unfused = _unfused(adapter, x, base[0].dtype, autocast, self.cast_input_dtype_enabled)
-        refusal = self._trial(x, names, adapter, base, unfused, autocast)
-        return refusal or self._combine(x, names, adapter, base, unfused)
+            unfused = _unfused(adapter, x, base[0].dtype, cast, self.cast_input_dtype_enabled)
+        refusal = None
+        if compiling or trust.mode() != "always":
+            if (off or unfused) is None or isinstance(base[1], NF4Weight):  # else PEFT has its word
+                key = trial_key(self, x, names, adapter, base[0].dtype, cast)
+                refusal = trial.refusal(self, x, key, complete=off is None)
+        elif unfused is None and self._is_plain(names[0]) and _is_slower(self, adapter, base):
+            refusal = Fallback("PEFT's own operations measured faster for this shape")
+        return refusal or self._combine(x, names, adapter, base, off, unfused)
 
-    def _trial(
+    def _combine(
         self,
         x: Tensor,
         names: list[str],
         adapter: Adapter | None,
         base: Base,
+        off: str | None,
         unfused: str | None,
-        autocast: bool,
-    ) -> Fallback | None:
-        """Return None where this machine has found our operations right and not slower."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and trust.mode() == "always":
-            plain = unfused is None and self._is_plain(names[0])
-            if plain and _is_slower(self, adapter, base):
-                return Fallback("PEFT's own operations measured faster for this shape")
-            return None
-        off = switched_off(self)
-        if (off or unfused) is not None and not isinstance(base[1], NF4Weight):
-            return None  # which PEFT answers in any case
-        key = trial_key(self, x, names, adapter, base[0].dtype, autocast)
-        return trial.refusal(self, x, key, complete=off is None)
-
-    def _combine(
-        self, x: Tensor, names: list[str], adapter: Adapter | None, base: Base, unfused: str | None
     ) -> Tensor | Fallback:
         """Compute the base with its active adapters, the first in one op if nothing is against it.
 
-        Args: unfused, the reason against that.
+        Args: off, the reason for the base alone; unfused, the one against that op.
         """
-        off = switched_off(self)
         try:
             if unfused is not None:
                 result = frozen_base(*base)
@@ -150,7 +140,7 @@ class PatchedLayer(PatchedForward):
         if result is None:
             return Fallback(off or unfused)
         if type(self._modules["base_layer"]) in BNB_TYPES and result.dtype is not x.dtype:
-            result = result.to(x.dtype)  # bitsandbytes returns its input's dtype
+            result = result.to(dtype=x.dtype)  # bitsandbytes returns its input's dtype
         if off is not None:
             return result
         out_dtype = result.dtype
@@ -160,7 +150,7 @@ class PatchedLayer(PatchedForward):
             names = names[1:]
         for name in names:
             result, x = self._add_adapter(result, x, name, base)
-        return result if result.dtype is out_dtype else result.to(out_dtype)
+        return result if result.dtype is out_dtype else result.to(dtype=out_dtype)
 
     def _fuse_disabled(self, name: str, adapter: Adapter, base: Base) -> Tensor | None:
         """Compute the base of a layer without its adapters, in the bits of an update of zero.
@@ -219,14 +209,16 @@ def trial_key(
     names: list[str],
     adapter: Adapter | None,
     dtype: torch.dtype,
-    autocast: bool,
+    cast: torch.dtype | None,
 ) -> tuple:
-    """Return all that a trial's outcome depends on, but for the rows and the device."""
+    """Return all that a trial's outcome depends on, but for the rows and the device.
+
+    Args: dtype, of the base's input; cast, the dtype of autocast, None where it is off.
+    """
     stored, trained = None, False
     if adapter is not None:
         stored = adapter.lora_A.dtype
         trained = adapter.lora_A.requires_grad or adapter.lora_B.requires_grad
-    cast = torch.get_autocast_dtype(x.device.type) if autocast else None
     return (*layer_key(layer, names, adapter), x.dtype, dtype, stored, cast, trained)
 
 
@@ -267,8 +259,6 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
     if kind not in _BASE_TYPES:
         return Fallback(f"base_layer is {kind.__name__}")
     reason = hooked(device, base_layer=base)
-    if reason is None and kind in BNB_TYPES:
-        reason = bnb.unusual_weight(base)
     if reason is not None:
         return Fallback(reason)
     return layer._read_adapter(names, device) if names else None
@@ -333,14 +323,14 @@ def _read_base(base: nn.Module, x: Tensor, autocast: bool) -> Base | Fallback:
 
 
 def _unfused(
-    adapter: Adapter, x: Tensor, base_dtype: torch.dtype, autocast: bool, cast_input: bool
+    adapter: Adapter, x: Tensor, base_dtype: torch.dtype, cast: torch.dtype | None, cast_input: bool
 ) -> str | None:
     """Return the reason for which base and first adapter in one op would not be what PEFT does."""
     dtype, x_dtype = adapter.lora_A.dtype, x.dtype
     if adapter.lora_B.dtype is not dtype or dtype not in _DTYPES:
         return f"lora_A is {dtype}, lora_B is {adapter.lora_B.dtype}"
-    if autocast:
-        exact = (x_dtype, torch.float32, torch.get_autocast_dtype(x.device.type))
+    if cast is not None:
+        exact = (x_dtype, torch.float32, cast)
         return None if base_dtype in exact else f"base computes in {base_dtype} under autocast"
     if x_dtype is not base_dtype:
         return f"adapter input is {x_dtype}, base computes in {base_dtype}"

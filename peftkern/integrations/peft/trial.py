@@ -23,7 +23,7 @@ from torch.utils._device import DeviceContext
 
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
-from peftkern.integrations.peft.fallback import Fallback
+from peftkern.integrations.peft.fallback import Fallback, hooked
 
 UNMEASURED = "PEFT serves until this machine has measured such a layer"
 IN_FLIGHT = "PEFT serves until the training step that it began is over"
@@ -44,27 +44,41 @@ class _Pending:
     """Step of a layer that PEFT has begun.
 
     It is over when the adapters have been written to, or when a backward pass has come by and left
-    no gradient behind: some optimizers write past autograd's versions.
+    no gradient behind: some optimizers write past autograd's versions. A layer without adapters has
+    none of these signs: its step is over when each forward has had its backward pass, or without a
+    graph of its own (reentrant checkpointing) has been recomputed in one.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self.version, self.seen = _version(layer), False
+        self.graphs = self.bare = 0  # forwards that wait for a backward pass, for a recomputation
 
-    def watch(self, y: Tensor) -> Tensor:
+    def watch(self, y: Tensor, training: bool) -> Tensor:
         """Notice the backward pass through a result."""
         if y.requires_grad:
             y.register_hook(self._see)
+            self.graphs += training
+        else:
+            self.bare += training
         return y
 
     def _see(self, grad: Tensor) -> None:
         self.seen = True
+        self.graphs = max(self.graphs - 1, 0)
+
+    def recomputed(self) -> None:
+        """Notice that a forward is computed again, in a backward pass."""
+        self.seen = True
+        self.bare = max(self.bare - 1, 0)
 
     def over(self, layer: nn.Module) -> bool:
         """Return whether no graph of that step is left to be recomputed."""
         if _version(layer) != self.version:
             return True
         adapters = _adapters(layer)
-        return self.seen and bool(adapters) and all(p.grad is None for p in adapters)
+        if not adapters:
+            return not (self.graphs or self.bare)
+        return self.seen and all(p.grad is None for p in adapters)
 
 
 def _adapters(layer: nn.Module) -> list[Tensor]:
@@ -138,17 +152,19 @@ def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | 
     if not found.decided:
         if pending is None:
             pending = found.pending[layer] = _Pending(layer)
-        pending.seen = recomputed
+        pending.seen = False
+        if recomputed:
+            pending.recomputed()
         due = complete and not recomputed and trust.mode() != "off"
         answer = functools.partial(answered_by_peer, found) if due else peer
         return Fallback(UNMEASURED, answer)
     if pending is not None:
         if recomputed:
-            pending.seen = True
+            pending.recomputed()
             return Fallback(IN_FLIGHT, peer)
         if layer.training and not pending.over(layer):
             pending.seen = False  # of this forward no backward pass has come by
-            return Fallback(IN_FLIGHT, lambda *call: pending.watch(peer(*call)))
+            return Fallback(IN_FLIGHT, lambda *call: pending.watch(peer(*call), True))
         if layer.training:
             del found.pending[layer]
     return None if found.reason is None else Fallback(found.reason, peer)
@@ -223,8 +239,8 @@ def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor) -> Tensor:
     y = peer(layer, x)
     seconds = time.perf_counter() - begin
     if layer in tried.pending:
-        tried.pending[layer].watch(y)
-    if tried.decided or not _possible(x):
+        tried.pending[layer].watch(y, layer.training)
+    if tried.decided or not _possible(layer, x):
         return y
     tried.calls += 1
     try:
@@ -253,14 +269,18 @@ def _give_up(tried: LayerClass, error: Exception) -> None:
     trust.ledger(tried.device).demote(tried.name, f"raised {text}", keep=False)
 
 
-def _possible(x: Tensor) -> bool:
-    """Return whether a trial would go unnoticed: nobody records, traces or captures operations."""
+def _possible(layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a trial would go unnoticed: nobody records, traces or captures operations.
+
+    Nor does anybody hook into a module that the layer calls, say one of a second adapter.
+    """
     modes = torch.overrides._get_current_function_mode_stack()
     return not (
         programs.capturing(x.device)
         or torch._C._len_torch_dispatch_stack()
         or any(type(mode) is not DeviceContext for mode in modes)
         or type(x) not in (Tensor, nn.Parameter)
+        or any(hooked(x.device, it=part) for part in layer.modules() if part is not layer)
     )
 
 

@@ -22,7 +22,8 @@ def quantized(double_quant: bool = True) -> bnb.nn.Params4bit:
 
 
 def view(weight: bnb.nn.Params4bit) -> NF4Weight:
-    return prepared.nf4_weight(weight, weight.quant_state)
+    read = weight, weight.quant_state
+    return prepared.kept(*read) or prepared.prepare(*read)
 
 
 def as_read_anew(weight: bnb.nn.Params4bit) -> bool:
