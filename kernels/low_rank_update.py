@@ -447,14 +447,14 @@ def gradients_sb(
         dS = shrink(dy, lora_B.t(), scaling)
         need_dS = False
         plan = _backward_sb_plan(dy.device, sizes, scaling, (need_dS, need_dB, need_dbias))
-    parts = _partial(need_dS, dy, tiles, M, r)
-    dB = _partial(need_dB, dy, slabs, N, r)
-    dbias = _partial(need_dbias, dy, slabs, N)
+    parts = partial_sums(need_dS, dy, tiles, M, r)
+    dB = partial_sums(need_dB, dy, slabs, N, r)
+    dbias = partial_sums(need_dbias, dy, slabs, N)
     if need_dS or need_dB or need_dbias:
         S = S.reshape(M, r) if need_dB else None
         launch(plan, dy, dy, lora_B.contiguous(), S, parts, dB, dbias)
-    dS = dS if parts is None else _added(parts, tiles, torch.float32)
-    return dS, _added(dB, slabs, lora_B.dtype), _added(dbias, slabs, dy.dtype)
+    dS = dS if parts is None else added(parts, tiles, torch.float32)
+    return dS, added(dB, slabs, lora_B.dtype), added(dbias, slabs, dy.dtype)
 
 
 @planned
@@ -507,9 +507,9 @@ def gradients_xa(
     scales, flags = (keep_scale(keep, dropout_p), dropout_p), (need_dx, need_dA, keep is not None)
     plan = _backward_xa_plan(dS.device, sizes, scales, flags)
     slabs = plan.grid[1]
-    dA = _partial(need_dA, dS, slabs, r, K)
+    dA = partial_sums(need_dA, dS, slabs, r, K)
     launch(plan, dS, rows, lora_A.contiguous(), dS, keep, dx if need_dx else None, dA)
-    return dx, _added(dA, slabs, lora_A.dtype)
+    return dx, added(dA, slabs, lora_A.dtype)
 
 
 @planned
@@ -583,14 +583,14 @@ def _epilogue_plan(
     )
 
 
-def _partial(wanted: bool, like: Tensor, parts: int, *shape: int) -> Tensor | None:
+def partial_sums(wanted: bool, like: Tensor, parts: int, *shape: int) -> Tensor | None:
     """Return memory for partial sums [parts, *shape], or for the sum itself of one part."""
     if not wanted:
         return None
     return like.new_empty(shape if parts == 1 else (parts, *shape), dtype=torch.float32)
 
 
-def _added(sums: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor | None:
+def added(sums: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor | None:
     """Add partial sums in order: torch reduces the first dimension deterministically."""
     if sums is None:
         return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.cpu.module import isa_and_threads, library, refusal_dense
+from peftkern.backends.cpu.nf4_grouped_products import backward_product, forward_product
 from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, optional, strided
 
 _NO_FACTOR = (0, 0, 0, 0, 0)
@@ -48,6 +49,44 @@ def refusal_backward(
 ) -> str | None:
     """Refuse dtypes and devices."""
     return refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+
+
+def refusal_nf4_forward(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> str | None:
+    """Refuse empty weights, dtypes and devices."""
+    return _refusal_stack(layout) or refusal_dense(x) or _refusal_factors(lora_A, lora_B)
+
+
+def refusal_nf4_backward(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor | None,
+    rows: Tensor | None,
+    S: Tensor | None,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> str | None:
+    """Refuse empty weights, dtypes and devices."""
+    return _refusal_stack(layout) or refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+
+
+def _refusal_stack(layout: list[int]) -> str | None:
+    return "the weight is empty" if 0 in layout[3:] else None
 
 
 def _refusal_factors(*factors: Tensor | None) -> str | None:
@@ -92,10 +131,7 @@ def grouped_linear_forward(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     groups = groups_of(x, offsets, rows)
-    if weight is not None:
-        N = weight.shape[2 if transposed else 1]
-    else:
-        N = lora_B.shape[1]
+    N = lora_B.shape[1] if weight is None else weight.shape[2 if transposed else 1]
     return forward(x, groups, N, weight, transposed, None, lora_A, lora_B, bias, scaling)
 
 
@@ -119,6 +155,55 @@ def grouped_linear_backward(
         K = lora_A.shape[2]
     factors = (lora_A, lora_B, scaling)
     return backward(dy, offsets, x, rows, S, K, weight, transposed, None, *factors, needs)
+
+
+def nf4_grouped_linear_forward(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    groups, N = groups_of(x, offsets, rows), layout[5 if transposed else 4]
+    bare, wide = lora_A is None and bias is None, _float32_of_half(x)
+    dtype = wide.dtype if bare else torch.float32
+    base = torch.empty((groups.R, N), dtype=dtype, device="cpu")
+    forward_product(wide, groups.rows, groups.offsets, w, layout, transposed, base)
+    if bare:
+        return base.to(x.dtype), torch.empty(0, dtype=torch.float32, device="cpu")
+    return forward(x, groups, N, None, False, base, lora_A, lora_B, bias, scaling)
+
+
+def nf4_grouped_linear_backward(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor | None,
+    rows: Tensor | None,
+    S: Tensor | None,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    K, base = layout[4 if transposed else 5], None
+    if needs[0]:
+        base = torch.empty((len(dy), K), dtype=torch.float32, device="cpu")
+        backward_product(_float32_of_half(dy), offsets.contiguous(), w, layout, transposed, base)
+    factors = (lora_A, lora_B, scaling)
+    return backward(dy, offsets, x, rows, S, K, None, False, base, *factors, needs)
+
+
+def _float32_of_half(x: Tensor) -> Tensor:
+    """Return x without gaps, and what no NF4 product takes, float16, in float32."""
+    return x.contiguous().float() if x.dtype is torch.float16 else x.contiguous()
 
 
 def forward(

@@ -1,8 +1,9 @@
 """Class swaps that drop peftkern into a PEFT model, and undo it.
 
 `patch` gives every layer whose class is exactly one of PEFT's `lora.Linear`, `lora.Linear4bit`,
-`adalora.SVDLinear` or `adalora.SVDLinear4bit` a subclass of that class in which `forward` alone
-differs, so keys, saving, loading, merging and adapter switching stay PEFT's own code.
+`lora.ParamWrapper`, `adalora.SVDLinear` or `adalora.SVDLinear4bit` a subclass of that class in
+which `forward` alone differs, so keys, saving, loading, merging and adapter switching stay PEFT's
+own code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 
 from peftkern.backends import dispatch, trust
 from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
-from peftkern.integrations.peft import adalora, lora, trial
+from peftkern.integrations.peft import adalora, experts, lora, trial
 from peftkern.integrations.peft.fallback import Fallback, kept_forward, set_class
 from peftkern.integrations.peft.serve import (
     BNB_TYPES,
@@ -36,7 +37,7 @@ from peftkern.integrations.peft.serve import (
 if BNB_TYPES:
     from peftkern.integrations.peft import bitsandbytes as bnb
 
-_SWAPS: dict[type, type] = {**lora.SWAPS, **adalora.SWAPS}  # {PEFT's class: ours}
+_SWAPS: dict[type, type] = {**lora.SWAPS, **adalora.SWAPS, **experts.SWAPS}  # {PEFT's class: ours}
 _ORIGINALS = {patched: original for original, patched in _SWAPS.items()}
 _USUAL_ROWS = 512  # below which a dense layer that does not pay is worth a word in the report
 
@@ -45,7 +46,8 @@ _USUAL_ROWS = 512  # below which a dense layer that does not pay is worth a word
 class PatchReport:
     """Report of what `patch` did.
 
-    patched: names of the layers that run peftkern's forward now, those of an earlier call included.
+    patched: names of the layers that run peftkern's forward now, those of an earlier call included;
+        of the wrappers around one module of experts the outermost, which answers for all.
     skipped: {name: reason} of PEFT layers that were left alone.
     falling_back: {name: reason} of patched layers whose present state sends them to PEFT's forward;
         it is looked at again at every call.
@@ -128,6 +130,9 @@ def patch(model: nn.Module) -> PatchReport:
     report = PatchReport()
     bases = set()
     for name, module in _adapter_layers(model):
+        if module in bases:  # a wrapper inside another one
+            bases.add(module._modules["base_layer"])
+            continue
         kind = type(module)
         original = _ORIGINALS.get(kind, kind)
         if original not in _SWAPS:
@@ -147,7 +152,9 @@ def patch(model: nn.Module) -> PatchReport:
             report.kinds["adalora.AdaLoraModel"] += 1
         if BNB_TYPES and bnb.patch_base(module) and module not in bases and bnb.runs_kernel(module):
             report.without_adapter.append(name)
-    report.without_adapter += serve_nf4_experts(model)
+    for name in serve_nf4_experts(model):
+        if model.get_submodule(name) not in bases:
+            report.without_adapter.append(name)
     if BNB_TYPES:
         bnb.read_quant_maps(model)
     _describe(model, report)
@@ -182,6 +189,14 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
     devices, classes = set(), set()
     for name in report.patched:
         layer = model.get_submodule(name)
+        if isinstance(layer, experts.PatchedParamWrapper):
+            device = layer.get_param().device
+            devices.add(device.type)
+            stack = experts.read_stack(layer, device)
+            if isinstance(stack, Fallback):
+                report.falling_back[name] = stack.reason
+            elif dispatch.unserved(device) is None:
+                classes.add((stack.key, device))
         if not isinstance(layer, PatchedLayer):
             continue
         base, names = layer.get_base_layer(), active_names(layer)

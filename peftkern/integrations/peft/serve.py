@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from peft.import_utils import is_bnb_4bit_available
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.backends import dispatch, trust
@@ -26,6 +25,7 @@ from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.functional.arguments import autocast_dtype
 from peftkern.integrations.peft import trial
 from peftkern.integrations.peft.fallback import (
+    GLOBAL_HOOKS,
     Fallback,
     PatchedForward,
     hooked,
@@ -247,13 +247,9 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
     """
     if layer.merged_adapters and layer.disable_adapters:  # PEFT takes them out of the weight
         return Fallback("adapters are merged and disabled")
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
-        return Fallback("global module hooks")
+    for hooks in GLOBAL_HOOKS:
+        if hooks:
+            return Fallback("global module hooks")
     base = layer._modules["base_layer"]
     kind = type(base)
     if kind not in _BASE_TYPES:

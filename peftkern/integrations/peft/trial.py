@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
+from torch.utils._pytree import tree_map_only
 
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
@@ -34,6 +35,9 @@ _PASSES = 24  # forward passes that the shortest contest takes about the time of
 
 _peer_only: ContextVar[bool] = ContextVar("peftkern_peer_only", default=False)
 _ours_only: ContextVar[bool] = ContextVar("peftkern_ours_only", default=False)
+
+
+Beside = tuple[tuple, dict[str, Any]]  # what a call gives a layer beside x, a row for each of x's
 
 
 class _Refused(Exception):
@@ -164,7 +168,9 @@ def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | 
             return Fallback(IN_FLIGHT, peer)
         if layer.training and not pending.over(layer):
             pending.seen = False  # of this forward no backward pass has come by
-            return Fallback(IN_FLIGHT, lambda *call: pending.watch(peer(*call), True))
+            return Fallback(
+                IN_FLIGHT, lambda *call, **named: pending.watch(peer(*call, **named), True)
+            )
         if layer.training:
             del found.pending[layer]
     return None if found.reason is None else Fallback(found.reason, peer)
@@ -233,22 +239,23 @@ def peer(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return layer.original.forward(layer, x, *args, **kwargs)
 
 
-def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor) -> Tensor:
+def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Answer a call with PEFT's forward, and hold what is due of the trial beside it."""
     begin = time.perf_counter()
-    y = peer(layer, x)
+    y = peer(layer, x, *args, **kwargs)
     seconds = time.perf_counter() - begin
     if layer in tried.pending:
         tried.pending[layer].watch(y, layer.training)
     if tried.decided or not _possible(layer, x):
         return y
     tried.calls += 1
+    beside = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     try:
         with _aside(x.device):
             if tried.calls == 1:
-                _rehearse(layer, x)
+                _rehearse(layer, x, beside)
             else:
-                _decide(layer, x, tried, seconds)
+                _decide(layer, x, beside, tried, seconds)
     except _Refused:
         tried.calls -= 1
     except Exception as error:  # of ours: what the kernels raise, dispatch has answered already
@@ -301,15 +308,15 @@ def _aside(device: torch.device) -> Iterator[None]:
             torch.cuda.set_rng_state(gpu, device)
 
 
-def _rehearse(layer: Any, x: Tensor) -> None:
+def _rehearse(layer: Any, x: Tensor, beside: Beside) -> None:
     """Run our side once in every way that it is timed in, so that its programs are checked."""
-    for run in _passes(layer, x.detach().clone(), _leaves(layer)).values():
+    for run in _passes(layer, x.detach().clone(), beside, _leaves(layer)).values():
         run(_ours)
 
 
-def _ours(layer: Any, x: Tensor) -> Tensor:
+def _ours(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     with only(_ours_only):
-        result = layer._fused(x, (), {})
+        result = layer._fused(x, args, kwargs)
     if isinstance(result, Fallback):
         raise _Refused(result.reason)
     return result
@@ -321,23 +328,26 @@ def _leaves(layer: nn.Module) -> list[Tensor]:
     return [] if any(p._backward_hooks for p in leaves) else leaves
 
 
-def _passes(layer: Any, x: Tensor, leaves: list[Tensor]) -> dict[str, Callable[..., Any]]:
+def _passes(
+    layer: Any, x: Tensor, beside: Beside, leaves: list[Tensor]
+) -> dict[str, Callable[..., Any]]:
     """Return the passes that count for a layer: forward, and with trained adapters backward."""
+    args, kwargs = beside
 
-    def forward(side: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    def forward(side: Callable[..., Tensor]) -> Tensor:
         with torch.no_grad():
-            return side(layer, x)
+            return side(layer, x, *args, **kwargs)
 
-    def training(side: Callable[[Any, Tensor], Tensor]) -> tuple:
+    def training(side: Callable[..., Tensor]) -> tuple:
         with torch.enable_grad():
-            y = side(layer, x.requires_grad_())
+            y = side(layer, x.requires_grad_(), *args, **kwargs)
             with torch.autocast(x.device.type, enabled=False):
                 return torch.autograd.grad(y, [x, *leaves], y.detach(), allow_unused=True)
 
     return {"forward": forward, "training": training} if leaves else {"forward": forward}
 
 
-def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
+def _decide(layer: Any, x: Tensor, beside: Beside, tried: LayerClass, seconds: float) -> None:
     """Time both sides, and record whose the class is."""
     rows = x.numel() // x.shape[-1]
     fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
@@ -345,7 +355,8 @@ def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
     measured = min(rows, max(fit, LEAST_ROWS, least))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)
-    passes = _passes(layer, some.clone(), _leaves(layer))
+    beside = tree_map_only(Tensor, lambda t: t[:measured], beside)
+    passes = _passes(layer, some.clone(), beside, _leaves(layer))
     ratios, unanimous = {}, True
     for name, run in passes.items():
         sides = {"PEFT": lambda run=run: run(peer), "ours": lambda run=run: run(_ours)}
