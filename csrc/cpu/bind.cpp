@@ -15,6 +15,7 @@
 #include "peftkern/lora_linear.h"
 #include "peftkern/low_rank_svd.h"
 #include "peftkern/nf4.h"
+#include "peftkern/nf4_grouped_linear.h"
 #include "peftkern/nf4_lora_linear.h"
 #include "peftkern/parallel.h"
 #include "peftkern/rosa.h"
@@ -227,20 +228,21 @@ PYBIND11_MODULE(_cpu, m) {
           nf4_lora_linear_forward(Isa{isa}, args);
         });
   // `adapter` is as lora_backward takes it, or empty: then s[M, r] is the caller's.
-  m.def(
-      "nf4_lora_linear_backward",
-      [](int isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r, uintptr_t dy, int dtype,
-         const py::tuple& w, uintptr_t s, uintptr_t a, const py::tuple& adapter, uintptr_t dx) {
-        NF4LinearArgs args = linear_args(threads, M, N, K, r, dy, dtype, w, s, a, dx);
-        LoraBackwardArgs gradients;
-        if (adapter.size() > 0) {
-          gradients = backward_args(threads, M, N, K, r, adapter);
-          args.gradients = &gradients;
-          args.s = gradients.ds;
-        }
-        py::gil_scoped_release release;
-        nf4_lora_linear_backward(Isa{isa}, args);
-      });
+  m.def("nf4_lora_linear_backward",
+        [](int isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r, uintptr_t dy,
+           int dtype, const py::tuple& w, uintptr_t s, uintptr_t a, const py::tuple& adapter,
+           uintptr_t dx, int64_t few_rows) {
+          NF4LinearArgs args = linear_args(threads, M, N, K, r, dy, dtype, w, s, a, dx);
+          args.few_rows = few_rows;
+          LoraBackwardArgs gradients;
+          if (adapter.size() > 0) {
+            gradients = backward_args(threads, M, N, K, r, adapter);
+            args.gradients = &gradients;
+            args.s = gradients.ds;
+          }
+          py::gil_scoped_release release;
+          nf4_lora_linear_backward(Isa{isa}, args);
+        });
   m.def("lora_backward", [](int isa, int threads, int64_t M, int64_t N, int64_t K, int64_t r,
                             const py::tuple& adapter) {
     const LoraBackwardArgs args = backward_args(threads, M, N, K, r, adapter);
@@ -312,6 +314,24 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     grouped_outer(Isa{isa}, args);
   });
+  m.def("nf4_grouped_linear",
+        [](int isa, int threads, const py::tuple& groups, int64_t N, int64_t K, const py::tuple& w,
+           bool over_rows, uintptr_t x, int dtype, uintptr_t out, int out_dtype, int64_t few_rows) {
+          NF4GroupedArgs args;
+          args.groups = row_groups(groups);
+          args.N = N;
+          args.K = K;
+          args.w = view_of(w);
+          args.over_rows = over_rows;
+          args.x = pointer<const void>(x);
+          args.dtype = dtype_from_code(dtype);
+          args.out = pointer<void>(out);
+          args.out_dtype = dtype_from_code(out_dtype);
+          args.few_rows = few_rows;
+          args.threads = threads;
+          py::gil_scoped_release release;
+          nf4_grouped_linear(Isa{isa}, args);
+        });
 
   // `weight` is the address of a dense weight, or a tuple that describes one in NF4.
   m.def("dora_norm",

@@ -14,8 +14,8 @@
 namespace peftkern {
 namespace {
 
-constexpr NF4LinearKernels kNF4Linear = {forward_with<Float32Math, Float32Dots>,
-                                         backward_with<Float32Math>};
+constexpr NF4LinearKernels kNF4Linear = {forward_panels<Float32Math>, forward_few<Float32Dots>,
+                                         backward_panels<Float32Math>, backward_few<Float32Axpy>};
 constexpr GroupedKernels kGrouped = {grouped::linear<Float32Math, grouped::Float32Tiles>,
                                      grouped::outer<Float32Math, grouped::Float32Tiles>};
 constexpr CpuKernels kIsaKernels = {

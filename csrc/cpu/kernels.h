@@ -2,13 +2,13 @@
 // file that is compiled for its instruction set; the rest is chosen and called through here.
 #pragma once
 
+#include "nf4_pieces.h"
 #include "peftkern/adalora.h"
 #include "peftkern/dora.h"
 #include "peftkern/grouped_linear.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
 #include "peftkern/low_rank_svd.h"
-#include "peftkern/nf4_lora_linear.h"
 #include "peftkern/rosa.h"
 
 namespace peftkern {
@@ -24,8 +24,8 @@ struct NF4Kernels {
 };
 
 struct NF4LinearKernels {
-  void (*forward)(const NF4LinearArgs& args);
-  void (*backward)(const NF4LinearArgs& args);
+  using Product = void (*)(const NF4PieceArgs& args, const NF4Wave& wave);
+  Product forward_panels, forward_few, backward_panels, backward_few;
 };
 
 struct LoraKernels {

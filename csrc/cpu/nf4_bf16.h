@@ -2,7 +2,7 @@
 // AMX). A dword holds two weights that are neighbors along the reduction.
 #pragma once
 
-#include "nf4_dot.h"
+#include "nf4_axpy.h"
 
 namespace peftkern {
 namespace {
@@ -44,15 +44,35 @@ inline void decode_chunk(const NF4View& w, const Absmax& absmax, int64_t element
   for (int j = 0; j < 4; ++j) out[j] = _mm512_loadu_si512(values + 32 * j);
 }
 
-// Stream v, 0 <= v < 4, of 128 weights in packed words: elements 4 t + v, the order in which
-// shifting the words yields them. vpermw reads five index bits: four are the nibble, and the fifth
-// chooses between the tables of the two 64-blocks in the low and the high half.
-inline __m512i bf16_stream(__m512i words, __m512i table, int v) {
-  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+// Stream v, 0 <= v < 4, of packed words: elements 4 t + v, the order in which shifting the words
+// yields them. vpermw reads five index bits: four are the nibble, and the fifth, given by `second`,
+// chooses between the tables of two blocks in the low and the high half.
+inline __m512i bf16_stream(__m512i words, __m512i table, int v, __m512i second) {
   constexpr int kAndOr = 0xea;  // (a & b) | c
   const __m512i shifted = v == 1 ? words : _mm512_srli_epi16(words, v == 0 ? 4 : v == 2 ? 12 : 8);
   return _mm512_permutexvar_epi16(
-      _mm512_ternarylogic_epi64(shifted, _mm512_set1_epi16(15), half, kAndOr), table);
+      _mm512_ternarylogic_epi64(shifted, _mm512_set1_epi16(15), second, kAndOr), table);
+}
+
+// Of 128 weights, those of the second 64-block in the high half.
+inline __m512i bf16_stream(__m512i words, __m512i table, int v) {
+  return bf16_stream(words, table, v,
+                     _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1));
+}
+
+// 64 weights each of two rows, both whole blocks: dword t of stream v is a pair of elements 4 t +
+// v.
+struct RowPair {
+  __m512i words, table;
+  __m512i at(int v) const { return bf16_stream(words, table, v, _mm512_set1_epi32(16 << 16)); }
+};
+inline RowPair row_pair(const uint8_t* first, const uint8_t* second, float low, float high) {
+  const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i alternating =
+      _mm512_or_si512(ramp, _mm512_slli_epi32(_mm512_add_epi32(ramp, _mm512_set1_epi32(16)), 16));
+  const __m512i rows = join(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+  return {_mm512_permutexvar_epi16(alternating, rows), bf16_tables(low, high)};
 }
 
 // Runs emit(i, v) for every 128 of n weights from `element` on; weights past the n-th are zero.
@@ -180,6 +200,36 @@ struct BFloat16Dots {
   static Weights weights(const uint8_t* packed, const float* absmax) {
     return {_mm512_loadu_si512(packed), bf16_tables(absmax[0], absmax[1])};
   }
+};
+
+// Sums of weight rows, two at a time.
+struct BFloat16Axpy {
+  static constexpr int kPart = 2, kMaxRows = 16, kSums = 24;
+  using Vector = __m512;
+  static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+  static Vector fma(Vector a, Vector b, Vector c) { return BFloat16Dots::fma(a, b, c); }
+  static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+
+  struct Weights {
+    RowPair pair;
+    Vector at(int v) const { return _mm512_castsi512_ps(pair.at(v)); }
+  };
+  static Weights weights(const NF4View& w, const Absmax& absmax, int64_t element, int64_t K,
+                         int64_t rows) {
+    const int64_t second = rows > 1 ? element + K : element;
+    return {row_pair(w.packed + element / 2, w.packed + second / 2, absmax.at(element),
+                     rows > 1 ? absmax.at(second) : 0.0f)};
+  }
+  static void load_row(const void* dy, DType, int64_t i, int64_t n, float* out, int64_t stride) {
+    const uint16_t* p = static_cast<const uint16_t*>(dy) + i;
+    for (int64_t j = 0; j < n; j += 2) {
+      const uint32_t low = p[j], high = j + 1 < n ? p[j + 1] : 0;
+      out[j / 2 * stride] = bits_float(low | high << 16);
+    }
+  }
+  static int64_t place(int64_t c) { return c % 4 * 16 + c / 4; }
 };
 
 }  // namespace

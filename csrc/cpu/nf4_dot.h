@@ -111,15 +111,13 @@ struct Float32Dots {
 
 template <class Dots>
 struct NF4Dots {
-  const NF4LinearArgs& args;
+  const NF4PieceArgs& args;
+  const NF4Wave& wave;
 
   using Vector = typename Dots::Vector;
   static constexpr int64_t kLanes = sizeof(Vector) / 4;
   static constexpr int kVectors = kDotGroup / kLanes;  // in a group
   static constexpr int64_t kColumns = Dots::kColumns;  // of a group
-
-  // Where 64 weights from a multiple of 64 on share their absmax; others go through panels.
-  static bool takes(const NF4View& w, int64_t K) { return K % 64 == 0 && w.blocksize >= 64; }
 
   // What all tasks read: x as [tile of rows][group][row][kDotGroup], s scaled and padded.
   struct Prepared {
@@ -179,20 +177,23 @@ struct NF4Dots {
     multiply<kN, kM>(padded, 1, 0, x, sums);
   }
 
-  // Weight rows [begin, begin + count), with their absmax, and a scratch for sums.
+  // Weight rows [begin, begin + count) of a piece, with their absmax, and a scratch for sums.
   struct Task {
+    const NF4Piece& piece;
     int64_t begin, count;
-    float *absmax, *sums;
+    const float* absmax;
+    float* sums;
+    int64_t row(int64_t i) const { return piece.weight + begin + i; }
   };
 
-  // absmax of the task's rows, one for every 64 weights: those of larger blocks more than once.
-  void expand_task(const Task& t) const {
-    const int64_t first = t.begin * args.K, n = t.count * args.K / 64;
-    const int shift = args.w.blocksize_log2() - 6;
-    if (shift == 0) return expand_absmax(args.w, first / 64, n, t.absmax);
-    float* blocks = t.absmax + n;
-    const Absmax absmax = expand_rows(args.w, first, t.count * args.K, blocks);
-    for (int64_t i = 0; i < n; ++i) t.absmax[i] = absmax.at(first + 64 * i);
+  // absmax of so many rows, one for every 64 weights: those of larger blocks more than once.
+  const float* expand_task(int64_t row, int64_t count, float* out) const {
+    const int64_t first = row * args.K, n = count * args.K / 64;
+    const bool expanded = args.w.blocksize > 64;
+    const Absmax absmax = expand_rows(args.w, first, count * args.K, expanded ? out + n : out);
+    if (!expanded) return absmax.values + (first / 64 - absmax.first);
+    for (int64_t i = 0; i < n; ++i) out[i] = absmax.at(first + 64 * i);
+    return out;
   }
 
   // sums[row][kM][kLanes]: the low-rank update, spread over the lanes.
@@ -223,7 +224,8 @@ struct NF4Dots {
         }
         F32x16 out = f32_load(y);
         if (args.bias) out = f32_add(out, f32_load_n(args.bias + t.begin + i, count));
-        store_any(args.out, args.dtype, (m0 + m) * args.N + t.begin + i, out, count);
+        store_any(args.out, args.out_dtype, (t.piece.first + m0 + m) * args.N + t.begin + i, out,
+                  count);
       }
     }
   }
@@ -233,8 +235,8 @@ struct NF4Dots {
   void tile(const Prepared& p, const Task& t, int64_t m0) const {
     constexpr int kN = Dots::weight_rows(kM);
     constexpr int64_t kPass = kDotCache / (kM * kDotGroup * 4) * kColumns;
-    const float* x = p.x + m0 * p.groups * kDotGroup;
-    start<kM>(t, p.s + m0 * p.stride, p.stride);
+    const float* x = p.x + (t.piece.start + m0) * p.groups * kDotGroup;
+    start<kM>(t, p.s + (t.piece.start + m0) * p.stride, p.stride);
     for (int64_t k0 = 0; k0 < args.K; k0 += kPass, x += kPass / kColumns * kM * kDotGroup) {
       const int64_t n = min64(kPass, args.K - k0), groups = n / kColumns;
       const int64_t below = round_up(ceil_div(2 * kStreamAhead, n), kN);
@@ -242,7 +244,7 @@ struct NF4Dots {
         Rows<kN> rows;
         for (int64_t j = 0; j < kN; ++j) {
           const int64_t row = min64(i + j, t.count - 1);  // the last one again, for nobody
-          rows.packed[j] = args.w.packed + ((t.begin + row) * args.K + k0) / 2;
+          rows.packed[j] = args.w.packed + (t.row(row) * args.K + k0) / 2;
           rows.absmax[j] = t.absmax + (row * args.K + k0) / 64;
         }
         const bool here = i + below < t.count;
@@ -280,35 +282,42 @@ struct NF4Dots {
     }
   }
 
-  // Row m of x and of s.
-  void prepare(const Prepared& p, int64_t m) const {
-    const int64_t m0 = m / kDotRows * kDotRows, rows = min64(kDotRows, args.M - m0);
-    float* x = p.x + m0 * p.groups * kDotGroup + (m - m0) * kDotGroup;
+  // Row i of the wave.
+  void prepare(const Prepared& p, int64_t i) const {
+    const NF4Piece& piece = piece_of(wave, i);
+    const int64_t m = i - piece.start, m0 = m / kDotRows * kDotRows;
+    if (m >= piece.M) return;
+    const int64_t rows = min64(kDotRows, piece.M - m0);
+    const int64_t source = source_row(args, piece.first + m) * args.K;
+    float* x = p.x + (piece.start + m0) * p.groups * kDotGroup + (m - m0) * kDotGroup;
     for (int64_t g = 0; g < p.groups; ++g, x += rows * kDotGroup) {
-      Dots::load_group(args.in, args.dtype, m * args.K + g * kColumns,
+      Dots::load_group(args.in, args.dtype, source + g * kColumns,
                        min64(kColumns, args.K - g * kColumns), x);
     }
     for (int64_t j = 0; j < p.stride; ++j) {
-      p.s[m * p.stride + j] = j < args.r ? args.scaling * args.s[m * args.r + j] : 0.0f;
+      const int64_t at = (piece.first + m) * args.r + j;
+      p.s[i * p.stride + j] = j < args.r ? args.scaling * args.s[at] : 0.0f;
     }
   }
 
   void forward() const {
     const int64_t groups = ceil_div(args.K, kColumns), stride = round_up(args.r, 16);
-    Scratch x(args.M * groups * kDotGroup * 4), s(args.M * stride * 4);
+    Scratch x(wave.rows * groups * kDotGroup * 4), s(wave.rows * stride * 4);
     const Prepared p{x.floats(), s.floats(), groups, stride};
-    parallel_for(args.threads, args.M, [&](int64_t m, int) { prepare(p, m); });
+    parallel_for(args.threads, wave.rows, [&](int64_t i, int) { prepare(p, i); });
 
     constexpr int64_t kSums = kDotTaskRows * kDotRows * kLanes;
     const int64_t per_thread = round_up(kSums + 2 * kDotTaskRows * args.K / 64, 16);
+    const int64_t tasks = ceil_div(args.N, kDotTaskRows);
     Scratch scratch(args.threads * per_thread * 4);
-    parallel_for(args.threads, ceil_div(args.N, kDotTaskRows), [&](int64_t i, int thread) {
+    parallel_for(args.threads, wave.count * tasks, [&](int64_t i, int thread) {
       float* own = scratch.floats() + thread * per_thread;
-      const int64_t begin = i * kDotTaskRows;
-      const Task t{begin, min64(kDotTaskRows, args.N - begin), own + kSums, own};
-      expand_task(t);
-      for (int64_t m0 = 0; m0 < args.M; m0 += kDotRows) {
-        tile_of(min64(kDotRows, args.M - m0), p, t, m0);
+      const NF4Piece& piece = wave.pieces[i / tasks];
+      const int64_t begin = i % tasks * kDotTaskRows, count = min64(kDotTaskRows, args.N - begin);
+      const float* absmax = expand_task(piece.weight + begin, count, own + kSums);
+      const Task t{piece, begin, count, absmax, own};
+      for (int64_t m0 = 0; m0 < piece.M; m0 += kDotRows) {
+        tile_of(min64(kDotRows, piece.M - m0), p, t, m0);
       }
     });
   }

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "nf4_decode.h"
-#include "peftkern/nf4_lora_linear.h"
+#include "nf4_pieces.h"
 
 namespace peftkern {
 namespace {
@@ -61,15 +61,67 @@ struct Absmax {
   const float* values;
   int64_t first;  // block that values[0] belongs to
   int log2;       // of the block size
-  float at(int64_t element) const { return values[(element >> log2) - first]; }
+  const float* of(int64_t element) const { return values + ((element >> log2) - first); }
+  float at(int64_t element) const { return *of(element); }
 };
 
-// The absmax of `count` elements from `element` on, expanded to `values`.
+// The absmax of `count` elements from `element` on, expanded to `values` unless the weight holds
+// float32.
 inline Absmax expand_rows(const NF4View& w, int64_t element, int64_t count, float* values) {
   const int log2 = w.blocksize_log2();
+  if (!w.nested) return {static_cast<const float*>(w.absmax), 0, log2};
   const int64_t first = element >> log2, last = (element + count - 1) >> log2;
   expand_absmax(w, first, last - first + 1, values);
   return {values, first, log2};
+}
+
+// The absmax of each piece's weight.
+class WaveAbsmax {
+ public:
+  WaveAbsmax(const NF4PieceArgs& args, const NF4Wave& wave)
+      : args_(args),
+        wave_(wave),
+        blocks_(args.w.nested ? args.N * args.K / args.w.blocksize + 2 : 0),
+        expanded_(wave.count * blocks_ * 4) {
+    constexpr int64_t kChunk = 1 << 14;
+    const int64_t chunks = ceil_div(blocks_, kChunk);
+    parallel_for(args.threads, wave.count * chunks, [&](int64_t t, int) {
+      const int64_t i = t / chunks, begin = t % chunks * kChunk;
+      const int64_t first = first_block(i) + begin;
+      const int64_t count = min64(min64(kChunk, blocks_ - begin), args.w.nblocks() - first);
+      if (count > 0) expand_absmax(args.w, first, count, expanded(i) + begin);
+    });
+  }
+  Absmax of(int64_t i) const {
+    const int log2 = args_.w.blocksize_log2();
+    if (!args_.w.nested) return {static_cast<const float*>(args_.w.absmax), 0, log2};
+    return {expanded(i), first_block(i), log2};
+  }
+
+ private:
+  int64_t first_block(int64_t i) const {
+    return wave_.pieces[i].weight * args_.K >> args_.w.blocksize_log2();
+  }
+  float* expanded(int64_t i) const { return expanded_.floats() + i * blocks_; }
+
+  const NF4PieceArgs& args_;
+  const NF4Wave& wave_;
+  int64_t blocks_;
+  Scratch expanded_;
+};
+
+// The piece that a row of the wave's packed rows belongs to; where it pads, the one before.
+inline const NF4Piece& piece_of(const NF4Wave& wave, int64_t row) {
+  int64_t low = 0, high = wave.count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (wave.pieces[middle].start <= row ? low : high) = middle;
+  }
+  return wave.pieces[low];
+}
+
+inline int64_t source_row(const NF4PieceArgs& args, int64_t row) {
+  return args.rows ? args.rows[row] : row;
 }
 
 inline float weight_at(const NF4View& w, const Absmax& absmax, int64_t element, DType dtype) {

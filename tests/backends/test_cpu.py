@@ -85,9 +85,10 @@ def test_many_panels_on_each_isa(isa, M, dtype):
 
 @pytest.fixture(params=["dot products", "panels", "both"])
 def path(request, monkeypatch) -> str:
-    """Forward takes this path, or one for 32 rows and the other for the rest of a few more."""
+    """Both passes take this path, or forward one for 32 rows and the other for the rest."""
     rows = {"dot products": 1 << 20, "panels": 0, "both": 16}[request.param]
-    monkeypatch.setattr(nf4_lora_linear, "few_rows", lambda isa, dtype: rows)
+    for name in ("few_rows", "few_rows_backward"):
+        monkeypatch.setattr(nf4_lora_linear, name, lambda isa, dtype: rows)
     return request.param
 
 
@@ -137,7 +138,8 @@ _PANELS = {
 
 def test_table_of_few_rows_is_in_the_order_of_codes():
     names = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-    assert len(nf4_lora_linear._FEW_ROWS) == len(names)
+    for table in (nf4_lora_linear._FEW_ROWS, nf4_lora_linear._FEW_ROWS_BACKWARD):
+        assert len(table) == len(names)
     assert all(names[code] == name for name, code in native.library().isas().items())
 
 

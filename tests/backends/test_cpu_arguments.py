@@ -86,6 +86,7 @@ def backward_args(**changes) -> tuple:
         "a": address(R, K),
         "adapter": (),
         "dx": address(M, K),
+        "few_rows": 8,
     }
     return changed(good, changes)
 

@@ -17,7 +17,7 @@ struct NF4LinearArgs {
   float scaling = 1.0f;           // of s
   const float* factor = nullptr;  // forward: lora_B [N, r]; backward: lora_A [r, K]
   const float* bias = nullptr;    // [N], forward only
-  int64_t few_rows = 0;           // forward: up to so many rows by dot products, not by panels
+  int64_t few_rows = 0;           // up to so many rows as dot products or sums, not by panels
   // Computed first if given: forward's s, or backward's adapter, whose ds is s. Under dropout dx
   // then gets its low-rank part after it is rounded.
   const LoraShrinkArgs* shrink = nullptr;

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftkern.backends.cpu import nf4_grouped_products
 from peftkern.backends.cpu.module import isa_and_threads, library, refusal_dense
 from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, optional, strided
 
@@ -48,6 +49,47 @@ def refusal_backward(
 ) -> str | None:
     """Refuse dtypes and devices."""
     return refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+
+
+def refusal_nf4_forward(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> str | None:
+    """Refuse empty weights, blocks that cross them, dtypes and devices."""
+    return _refusal_nf4(layout) or refusal_dense(x) or _refusal_factors(lora_A, lora_B)
+
+
+def refusal_nf4_backward(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor | None,
+    rows: Tensor | None,
+    S: Tensor | None,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> str | None:
+    """Refuse what forward refuses."""
+    return _refusal_nf4(layout) or refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+
+
+def _refusal_nf4(layout: list[int]) -> str | None:
+    _, blocksize, _, E, N, K = layout
+    if 0 in (E, N, K):
+        return "the weight is empty"
+    return "blocks cross the groups' weights" if N * K % blocksize else None
 
 
 def _refusal_factors(*factors: Tensor | None) -> str | None:
@@ -119,6 +161,54 @@ def grouped_linear_backward(
         K = lora_A.shape[2]
     factors = (lora_A, lora_B, scaling)
     return backward(dy, offsets, x, rows, S, K, weight, transposed, None, *factors, needs)
+
+
+def nf4_grouped_linear_forward(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    x, groups = x.contiguous(), groups_of(x, offsets, rows)
+    N = layout[5 if transposed else 4]
+    plain = lora_A is None and bias is None and x.dtype is not torch.float16
+    base = torch.empty((groups.R, N), dtype=x.dtype if plain else torch.float32, device="cpu")
+    wide = x.float() if x.dtype is torch.float16 else x
+    product = nf4_grouped_products.forward_product
+    product(wide, groups.rows, groups.offsets, w, layout, transposed, base)
+    if plain:
+        return base, torch.empty(0, dtype=torch.float32, device="cpu")
+    return forward(x, groups, N, None, transposed, base, lora_A, lora_B, bias, scaling)
+
+
+def nf4_grouped_linear_backward(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor | None,
+    rows: Tensor | None,
+    S: Tensor | None,
+    w: list[Tensor],
+    layout: list[int],
+    transposed: bool,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy, K, base = dy.contiguous(), layout[4 if transposed else 5], None
+    if needs[0]:
+        base = torch.empty((dy.shape[0], K), dtype=torch.float32, device="cpu")
+        wide = dy.float() if dy.dtype is torch.float16 else dy
+        product = nf4_grouped_products.backward_product
+        product(wide, offsets.contiguous(), w, layout, transposed, base)
+    factors = (lora_A, lora_B, scaling)
+    return backward(dy, offsets, x, rows, S, K, None, transposed, base, *factors, needs)
 
 
 def forward(

@@ -31,6 +31,8 @@ _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1}
 # time than panels, which decode it once and multiply sixteen rows at a time. By instruction set:
 # scalar, AVX2, AVX-512, and for bfloat16 x AVX512-BF16, AMX.
 _FEW_ROWS = (24, 24, 24, 28, 2)
+# The same of dy and sums of weight rows, which all rows of dy, up to 16, share when decoded.
+_FEW_ROWS_BACKWARD = (16, 16, 16, 16, 16)
 _AVX512 = 2  # serves float32 x on those after it, too
 
 
@@ -42,6 +44,12 @@ def few_rows(isa: int, dtype: torch.dtype) -> int:
     number gives results within the same bounds.
     """
     return _FEW_ROWS[min(isa, _AVX512) if dtype is torch.float32 else isa]
+
+
+@functools.cache
+def few_rows_backward(isa: int, dtype: torch.dtype) -> int:
+    """Return up to how many rows of dy backward takes sums of weight rows; else as `few_rows`."""
+    return _FEW_ROWS_BACKWARD[min(isa, _AVX512) if dtype is torch.float32 else isa]
 
 
 def refusal_forward(x: Tensor, w: list[Tensor], layout: list[int], *args: object) -> str | None:
@@ -172,7 +180,10 @@ def _nf4_linear_backward(
         CPU, ("dy", dy, dy.dtype, M * N), ("s", s, f32, M * r), ("lora_A", a, f32, r * K)
     )
     view, code = weight(w, layout), _ACTIVATIONS[dy.dtype]
+    isa, threads = isa_and_threads()
     library().nf4_lora_linear_backward(
-        *isa_and_threads(), *(M, N, K, r), *(dy_at, code, view, s_at, a_at, adapter, fresh(dx))
+        *(isa, threads, M, N, K, r),
+        *(dy_at, code, view, s_at, a_at, adapter, fresh(dx)),
+        few_rows_backward(isa, dy.dtype),
     )
     return dx

@@ -1,0 +1,214 @@
+// dx = dy W + s a for few rows of dy: weight rows are decoded as they stream by and added, times
+// dy, to sums of dx. Compiled once per instruction set.
+//
+// All rows of dy share a decoded weight. A task takes a strip of columns: of kAxpyRows weight rows
+// at a time it sums 64 columns in registers and adds them to the strip's sums, which stay in the
+// first-level cache with the strip's packed weights. Bytes per weight: 0.56. Every sum has one
+// order, whatever the strips are.
+#pragma once
+
+#include "nf4_dot.h"
+
+namespace peftkern {
+namespace {
+
+constexpr int64_t kAxpyRows = 64;       // weight rows whose products are summed in registers
+constexpr int64_t kAxpyStrip = 512;     // columns of a task at most
+constexpr int64_t kAxpySums = 4 << 10;  // floats of a task's sums: 16 KiB
+
+// float32 codes: vectors of 64 columns are those of the dot products, in their order.
+struct Float32Axpy : Float32Dots {
+  static constexpr int kPart = 1;  // weight rows that a vector holds
+  // kMaxRows: rows of dy that share a decoded weight; kSums: vectors of sums in registers.
+#if defined(__AVX512F__)
+  static constexpr int kMaxRows = 16, kSums = 24;
+  static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+#elif defined(__AVX2__)
+  static constexpr int kMaxRows = 8, kSums = 8;
+  static Vector broadcast(const float* p) { return _mm256_set1_ps(*p); }
+  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+#else
+  static constexpr int kMaxRows = 8, kSums = 8;
+  static Vector broadcast(const float* p) { return f32_set1(*p); }
+  static Vector add(const Vector& a, const Vector& b) { return f32_add(a, b); }
+#endif
+  // 64 weights from `element` on, a multiple of 64, of kPart rows of K, of which so many exist.
+  static Weights weights(const NF4View& w, const Absmax& absmax, int64_t element, int64_t,
+                         int64_t) {
+    return Float32Dots::weights(w.packed + element / 2, absmax.of(element));
+  }
+  // n elements of dy from i on, for weight rows one after the other.
+  static void load_row(const void* dy, DType dtype, int64_t i, int64_t n, float* out,
+                       int64_t stride) {
+    for (int64_t j = 0; j < n; j += 16) {
+      const int count = static_cast<int>(min64(16, n - j));
+      float values[16];
+      f32_store(values, load_any(dy, dtype, i + j, count));
+      for (int k = 0; k < count; ++k) out[(j + k) * stride] = values[k];
+    }
+  }
+  // Column c of 64 is at this place of their vectors.
+  static int64_t place(int64_t c) { return c % 8 * 8 + c / 8; }
+};
+
+template <class Axpy>
+struct NF4Axpy {
+  const NF4PieceArgs& args;
+  const NF4Wave& wave;
+
+  using Vector = typename Axpy::Vector;
+  static constexpr int64_t kLanes = sizeof(Vector) / 4;
+  static constexpr int kVectors = 64 / kLanes;
+
+  // dy of the wave as [tile of rows][weight rows of a vector][rows of the tile], each padded to a
+  // number of rows that there is a kernel for.
+  struct Prepared {
+    float* dy;
+    int64_t parts;  // of N
+  };
+
+  // Columns [begin, begin + count) of a piece.
+  struct Task {
+    const NF4Piece& piece;
+    const Absmax& absmax;
+    int64_t begin, count;
+    float* sums;
+  };
+
+  // kV vectors, from v0 on, of 64 columns from k on, times weight rows [n0, n1), added to
+  // sums[kV][kM][kLanes].
+  template <int kM, int kV>
+  void multiply(const Task& t, const float* dy, int64_t n0, int64_t n1, int64_t k, int v0,
+                float* sums) const {
+    Vector acc[kV][kM];
+    for (auto& vector : acc) {
+      for (Vector& sum : vector) sum = Vector{};
+    }
+    int64_t element = (t.piece.weight + n0) * args.K + k;
+    dy += n0 / Axpy::kPart * kM;
+    for (int64_t n = n0; n < n1; n += Axpy::kPart, element += Axpy::kPart * args.K, dy += kM) {
+      const auto weights = Axpy::weights(args.w, t.absmax, element, args.K, n1 - n);
+      for (int64_t i = 0; v0 == 0 && i < Axpy::kPart; ++i) {
+        __builtin_prefetch(args.w.packed + (element + (kAxpyRows + i) * args.K) / 2);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) {
+        const Vector weight = weights.at(v0 + v);
+#pragma GCC unroll 16
+        for (int m = 0; m < kM; ++m) {
+          acc[v][m] = Axpy::fma(weight, Axpy::broadcast(dy + m), acc[v][m]);
+        }
+      }
+    }
+    for (int v = 0; v < kV; ++v) {
+      for (int m = 0; m < kM; ++m) {
+        float* sum = sums + (v * kM + m) * kLanes;
+        Axpy::store(sum, Axpy::add(Axpy::load(sum), acc[v][m]));
+      }
+    }
+  }
+
+  // dx[m0 : m0 + rows, the columns of the task], rows <= kM.
+  template <int kM>
+  void tile(const Prepared& p, const Task& t, int64_t m0, int64_t rows) const {
+    constexpr int kFit = Axpy::kSums / kM;
+    constexpr int kV = kFit >= kVectors ? kVectors : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+    const float* dy = p.dy + (t.piece.start + m0) * p.parts;
+    std::memset(t.sums, 0, static_cast<size_t>(t.count * kM) * 4);
+    for (int64_t n0 = 0; n0 < args.N; n0 += kAxpyRows) {
+      const int64_t n1 = min64(args.N, n0 + kAxpyRows);
+      for (int64_t c = 0; c < t.count; c += 64) {
+        for (int v = 0; v < kVectors; v += kV) {
+          multiply<kM, kV>(t, dy, n0, n1, t.begin + c, v, t.sums + (c + v * kLanes) * kM);
+        }
+      }
+    }
+    for (int64_t m = 0; m < rows; ++m) finish(t, t.piece.first + m0 + m, t.sums, m, kM);
+  }
+
+  // Row `row` of dx, the m-th of kM in sums.
+  void finish(const Task& t, int64_t row, const float* sums, int64_t m, int64_t kM) const {
+    for (int64_t c = 0; c < t.count; c += 64, sums += 64 * kM) {
+      float dx[64];
+      for (int64_t j = 0; j < 64; ++j) {
+        const int64_t place = Axpy::place(j);
+        dx[j] = sums[(place / kLanes * kM + m) * kLanes + place % kLanes];
+      }
+      for (int64_t j = 0; j < 64; j += 16) {
+        F32x16 sum = f32_load(dx + j);
+        for (int64_t i = 0; i < args.r; ++i) {
+          const F32x16 s = f32_set1(args.scaling * args.s[row * args.r + i]);
+          sum = f32_fma(s, f32_load(args.factor + i * args.K + t.begin + c + j), sum);
+        }
+        store_any(args.out, args.out_dtype, row * args.K + t.begin + c + j, sum, 16);
+      }
+    }
+  }
+
+  // A kernel's number of rows for so many.
+  static int64_t padded(int64_t rows) {
+    return rows <= 4 ? rows : rows <= 8 ? round_up(rows, 2) : round_up(rows, 4);
+  }
+
+  void tile_of(const Prepared& p, const Task& t, int64_t m0, int64_t rows) const {
+    switch (padded(rows)) {
+      case 1:
+        return tile<1>(p, t, m0, rows);
+      case 2:
+        return tile<2>(p, t, m0, rows);
+      case 3:
+        return tile<3>(p, t, m0, rows);
+      case 4:
+        return tile<4>(p, t, m0, rows);
+      case 6:
+        return tile<6>(p, t, m0, rows);
+      case 8:
+        return tile<8>(p, t, m0, rows);
+      case 12:
+        return tile<Axpy::kMaxRows == 16 ? 12 : 8>(p, t, m0, rows);
+      default:
+        return tile<Axpy::kMaxRows == 16 ? 16 : 8>(p, t, m0, rows);
+    }
+  }
+
+  // Row i of the wave; rows that pad a tile are zero.
+  void prepare(const Prepared& p, int64_t i) const {
+    const NF4Piece& piece = piece_of(wave, i);
+    const int64_t m = i - piece.start, m0 = m / Axpy::kMaxRows * Axpy::kMaxRows;
+    const int64_t kM = padded(min64(Axpy::kMaxRows, piece.M - m0));
+    if (m0 >= piece.M || m - m0 >= kM) return;
+    float* out = p.dy + (piece.start + m0) * p.parts + m - m0;
+    for (int64_t n = 0; n < p.parts; ++n) out[n * kM] = 0.0f;
+    if (m >= piece.M) return;
+    const int64_t source = source_row(args, piece.first + m) * args.N;
+    Axpy::load_row(args.in, args.dtype, source, args.N, out, kM);
+  }
+
+  void backward() const {
+    const int64_t parts = ceil_div(args.N, Axpy::kPart);
+    Scratch dy(wave.rows * parts * 4);
+    const Prepared p{dy.floats(), parts};
+    parallel_for(args.threads, wave.rows, [&](int64_t i, int) { prepare(p, i); });
+    const WaveAbsmax absmax(args, wave);
+
+    const int64_t most = padded(min64(Axpy::kMaxRows, wave.pieces[0].M));
+    const int64_t share = round_up(ceil_div(wave.count * args.K, 4 * args.threads), 128);
+    const int64_t fit = round_up(min64(kAxpyStrip, kAxpySums / most), 128);
+    const int64_t strip = min64(share, fit), strips = ceil_div(args.K, strip);
+    Scratch sums(args.threads * strip * most * 4);
+    parallel_for(args.threads, wave.count * strips, [&](int64_t i, int thread) {
+      const NF4Piece& piece = wave.pieces[i / strips];
+      const Absmax own = absmax.of(i / strips);
+      const int64_t begin = i % strips * strip;
+      const Task t{piece, own, begin, min64(strip, args.K - begin),
+                   sums.floats() + thread * strip * most};
+      for (int64_t m0 = 0; m0 < piece.M; m0 += Axpy::kMaxRows) {
+        tile_of(p, t, m0, min64(Axpy::kMaxRows, piece.M - m0));
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace peftkern
