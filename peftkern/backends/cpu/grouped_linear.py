@@ -134,10 +134,7 @@ def grouped_linear_forward(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     groups = groups_of(x, offsets, rows)
-    if weight is not None:
-        N = weight.shape[2 if transposed else 1]
-    else:
-        N = lora_B.shape[1]
+    N = lora_B.shape[1] if weight is None else weight.shape[2 if transposed else 1]
     return forward(x, groups, N, weight, transposed, None, lora_A, lora_B, bias, scaling)
 
 
@@ -314,7 +311,6 @@ def _linear(
         *(s_scale, scaling),
         fresh(s),
         fresh(y),
-        dtype_code("x", x),
     )
     return s
 
