@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from tolerances import EXPERTS_RTOL, RATIO, errors, floors
 from torch import Tensor, nn
 
 import peftkern
@@ -181,11 +182,12 @@ def expert_net(
     implementation: str = "grouped_mm",
     adapter_dtype: torch.dtype | None = None,
     num_experts: int = E,
+    quantized: bool = False,
     **config: Any,
 ) -> PeftModel:
     """A PeftModel around an ExpertNet.
 
-    adapter_dtype: of the factors; PEFT's own is float32.
+    adapter_dtype: of the factors; PEFT's own is float32. quantized: experts are, before PEFT.
     """
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     kind = getattr(module, ALONE.get(folder) or REFUSED_ALONE[folder][0])
@@ -193,6 +195,8 @@ def expert_net(
     settings = SimpleNamespace(**sizes, **_ALONE, _experts_implementation=implementation)
     model = ExpertNet(kind(settings)).to(dtype)
     config = {"target_parameters": expert_parameters(model), **config}
+    if quantized:
+        peftkern.quantize_(model)
     adapted = add_experts_lora(model, **config)
     if adapter_dtype is not None:
         for name, p in adapted.named_parameters():
@@ -233,6 +237,24 @@ def outputs_and_gradients(model: nn.Module, *given: Tensor) -> dict[str, Tensor]
     return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_as_near_as_peft(model: nn.Module, oracle: nn.Module, *given: Tensor) -> None:
+    """Served, and on the root of the mean square as near to float64 as PEFT's fold.
+
+    The largest error of a few hundred values that were rounded three times on the way is luck.
+    """
+    x, index, weights = given
+    exact = outputs_and_gradients(oracle, x.double(), index, weights.double())
+    eager = outputs_and_gradients(model, *given)
+    twin = patched_copy(model)
+    peftkern.reset_stats()
+    got = outputs_and_gradients(twin, *given)
+    assert served() == 1 and fallbacks() == {} and got.keys() == eager.keys()
+    for name, theirs in eager.items():
+        assert got[name].dtype is theirs.dtype and got[name].isfinite().all()
+        bound = RATIO * errors(theirs, exact[name])[0] + floors(x.dtype)[0]
+        assert errors(got[name], exact[name])[0] <= bound, name
+
+
 def oracle_of(model: nn.Module) -> nn.Module:
     """The same experts and adapters in float64, as PEFT computes them by the experts' own loop."""
     twin = copy.deepcopy(model).double()
@@ -258,3 +280,16 @@ def fallbacks() -> dict[str, int]:
     """Reasons for which experts went to PEFT's forward since the last reset."""
     counted = peftkern.stats().fallbacks
     return {why: n for (op, why), n in counted.items() if op == "lora_experts"}
+
+
+def assert_like_peft(model: nn.Module, *given: Tensor, layers: int = 1) -> None:
+    """Served by our ops; output and gradients are those of PEFT's fold, relative to the largest."""
+    twin = patched_copy(model)
+    expected = outputs_and_gradients(model, *given)
+    peftkern.reset_stats()
+    got = outputs_and_gradients(twin, *given)
+    assert served() == layers and fallbacks() == {}
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (got[name] - value).abs().max() / value.abs().max().clamp(min=1e-30)
+        assert error <= EXPERTS_RTOL, f"{name}: {error:.3g}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from torch import Tensor, nn
 from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, NF4Weight, compare_quant_maps
 from peftkern.functional import nf4_linear
-from peftkern.integrations.peft import trial
-from peftkern.integrations.peft.casts import cast
+from peftkern.integrations.peft import casts, trial
 from peftkern.integrations.peft.fallback import (
     Fallback,
     PatchedForward,
@@ -31,7 +31,7 @@ from peftkern.integrations.peft.fallback import (
     set_class,
     unusual_call,
 )
-from peftkern.integrations.peft.prepared import kept, prepare
+from peftkern.integrations.peft.prepared import forget, kept, prepare
 
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _REPACK_ROWS = 32  # rows that bitsandbytes interleaves in one tile of its CPU layout
@@ -57,20 +57,25 @@ class PatchedBase(PatchedForward):
     def support_avx512bf16_for_cpu(self, value: bool) -> None:
         self.__dict__["support_avx512bf16_for_cpu"] = value  # for after `unpatch`
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        forget(self.weight)  # its memory is replaced: by `to`, `cuda`, `half` and the like
+        return super()._apply(fn, recurse)
+
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
         # Of arguments it takes x alone; under a layer that PEFT answers it is PEFT's.
         if args or kwargs or trial.peer_answers() or not dispatch.runs_on_cpu(x):
             return self.original.forward(self, x, *args, **kwargs)
         reason = unusual_call(x, torch.compiler.is_compiling())
-        base = read_base(self, x) if reason is None else Fallback(reason)
-        if isinstance(base, Fallback):
-            return base
-        key = (self.op, "no adapter", *base[1].shape, 0, x.dtype, base[0].dtype)
+        read = read_base(self, x) if reason is None else Fallback(reason)
+        if isinstance(read, Fallback):
+            return read
+        dtype, weight, bias = read
+        key = (self.op, "no adapter", *weight.shape, 0, x.dtype, dtype)
         refusal = trial.refusal(self, x, key)
         if refusal is not None:
             return refusal
         try:
-            return nf4_linear(*base).to(x.dtype)
+            return nf4_linear(casts.cast(x, dtype, self), weight, bias).to(x.dtype)
         except ArgumentError as error:  # before anything was computed
             return refused(error)
 
@@ -203,11 +208,13 @@ def unusual_weight(base: Linear4bit) -> str | None:
     return None
 
 
-def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | None] | Fallback:
+def read_base(
+    base: Linear4bit, x: Tensor
+) -> tuple[torch.dtype, NF4Weight, Tensor | None] | Fallback:
     """Read the layer as it is now, its weight viewed in place, or the reason to call it.
 
-    Returns: x in the dtype that the layer computes in, which the first input decides unless it was
-        set; the weight; the bias.
+    Returns: the dtype that the layer computes in, which the first input decides unless it was set;
+        the weight; the bias.
     Raises: TruncatedWeightError, where bitsandbytes would read on.
     """
     weight, bias = parameters_of(base)
@@ -222,8 +229,7 @@ def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | 
     if not base.compute_type_is_set:
         base.set_compute_type(x)
         base.compute_type_is_set = True
-    dtype = base.compute_dtype
-    return x if dtype is None else cast(x, dtype, base), w, bias
+    return base.compute_dtype or x.dtype, w, bias
 
 
 def _read_weight(base: Linear4bit, x: Tensor) -> NF4Weight | Fallback:

@@ -3,7 +3,9 @@
 To read and check a weight takes longer than to see that nothing has changed since. A record is
 believed only if all that it was made of is the same: objects by identity, tensors also by address,
 size and dtype, the table of values by its version. It is kept beside the weight and not on it, so
-that no copy, pickle or state dict holds one, and goes when the weight goes.
+that no copy, pickle or state dict holds one. It goes, and with it the hold on memory, when the
+weight goes or its module is moved. DeepSpeed's stage 3 puts other memory into a weight for every
+pass: of that nothing is kept. What else replaces `weight.data` keeps the old to the next forward.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def prepare(param: Tensor, state: Any) -> NF4Weight:
     Raises: what that raises; of such a weight nothing is kept.
     """
     weight = NF4Weight.from_bitsandbytes(param, state)
-    if weight.packed.device.type != "meta" and not torch.compiler.is_compiling():
+    lasting = weight.packed.device.type != "meta" and not hasattr(param, "ds_id")  # of DeepSpeed
+    if lasting and not torch.compiler.is_compiling():
         key, fields = id(param), _fields(param, state)
         owner = weakref.ref(param, lambda _: _records.pop(key, None))
         tensors = [field for field in fields if isinstance(field, Tensor)]
@@ -65,6 +68,11 @@ def prepare(param: Tensor, state: Any) -> NF4Weight:
             found = placements([param, *tensors])
         _records[key] = _Record(owner, fields, tensors, found, _version(fields[0]), weight)
     return weight
+
+
+def forget(param: Tensor) -> None:
+    """Drop what is kept of a weight, and with it the memory that it may have had."""
+    _records.pop(id(param), None)
 
 
 def _fields(param: Tensor, state: Any) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from peftkern.backends.cpu import crossovers
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.functional.arguments import autocast_dtype
-from peftkern.integrations.peft import trial
+from peftkern.integrations.peft import casts, trial
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
@@ -100,20 +100,24 @@ class PatchedLayer(PatchedForward):
             if reason is not None and dispatch.forced_backend() is None:
                 return Fallback(reason)
         cast = autocast_dtype(x)
-        base = _read_base(base_layer, x, cast is not None)
-        if isinstance(base, Fallback):
-            return base
+        read = _read_base(base_layer, x, cast is not None)
+        if isinstance(read, Fallback):
+            return read
+        dtype, weight, bias = read
         off, unfused = switched_off(self), "no active adapter"
         if adapter is not None:
-            unfused = _unfused(adapter, x, base[0].dtype, cast, self.cast_input_dtype_enabled)
-        refusal = None
-        if compiling or trust.mode() != "always":
-            if (off or unfused) is None or isinstance(base[1], NF4Weight):  # else PEFT has its word
-                key = trial_key(self, x, names, adapter, base[0].dtype, cast)
-                refusal = trial.refusal(self, x, key, complete=off is None)
-        elif unfused is None and self._is_plain(names[0]) and _is_slower(self, adapter, base):
-            refusal = Fallback("PEFT's own operations measured faster for this shape")
-        return refusal or self._combine(x, names, adapter, base, off, unfused)
+            unfused = _unfused(adapter, x, dtype, cast, self.cast_input_dtype_enabled)
+        asks = compiling or trust.mode() != "always"
+        if asks and ((off or unfused) is None or isinstance(weight, NF4Weight)):  # else PEFT serves
+            key = trial_key(self, x, names, adapter, dtype, cast)
+            refusal = trial.refusal(self, x, key, complete=off is None)
+            if refusal is not None:
+                return refusal
+        base = (casts.cast(x, dtype, base_layer), weight, bias)
+        plain = unfused is None and self._is_plain(names[0])
+        if plain and not asks and _is_slower(self, adapter, base):
+            return Fallback("PEFT's own operations measured faster for this shape")
+        return self._combine(x, names, adapter, base, off, unfused)
 
     def _combine(
         self,
@@ -297,13 +301,18 @@ def _is_slower(layer: Any, adapter: Adapter, base: Base) -> bool:
     return dispatch.is_slower(op, x, tuple(weight.shape), adapter.lora_A.shape[0], layer.training)
 
 
-def _read_base(base: nn.Module, x: Tensor, autocast: bool) -> Base | Fallback:
-    """Read the base as it is at this call, or return the reason to call it."""
+def _read_base(
+    base: nn.Module, x: Tensor, autocast: bool
+) -> tuple[torch.dtype, Tensor | NF4Weight, Tensor | None] | Fallback:
+    """Read the base as it is at this call, or return the reason to call it.
+
+    Returns: the dtype in which it takes x, its weight and its bias.
+    """
     kind = type(base)
     if kind in BNB_TYPES:
         return bnb.read_base(base, x)
     if kind is NF4Linear:
-        return x, base.nf4, base.bias
+        return x.dtype, base.nf4, base.bias
 
     weight, bias = parameters_of(base)
     reason = unusual_tensor(**{"base weight": weight})
@@ -315,7 +324,7 @@ def _read_base(base: nn.Module, x: Tensor, autocast: bool) -> Base | Fallback:
     same = x.dtype is dtype and (bias is None or bias.dtype is dtype)
     if dtype not in _DTYPES or not (same or (autocast and x.dtype in _DTYPES)):
         return Fallback(f"input is {x.dtype}, base weight is {dtype}")
-    return x, weight.t() if kind is Conv1D else weight, bias
+    return x.dtype, weight.t() if kind is Conv1D else weight, bias
 
 
 def _unfused(

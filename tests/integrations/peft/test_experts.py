@@ -14,6 +14,8 @@ from expert_models import (
     E,
     K,
     add_experts_lora,
+    assert_as_near_as_peft,
+    assert_like_peft,
     expert_net,
     fallbacks,
     fill_lora_B,
@@ -27,8 +29,7 @@ from expert_models import (
     wrappers_of,
 )
 from peft import LoraConfig
-from tolerances import EXPERTS_RTOL, assert_as_accurate_as_torch
-from torch import nn
+from tolerances import assert_as_accurate_as_torch
 
 import peftkern
 
@@ -36,19 +37,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(8))
 every_layout = pytest.mark.parametrize("folder", LAYOUTS)
-
-
-def assert_like_peft(model: nn.Module, *given: torch.Tensor, layers: int = 1) -> None:
-    """Served by our ops; output and gradients are those of PEFT's fold, relative to the largest."""
-    twin = patched_copy(model)
-    expected = outputs_and_gradients(model, *given)
-    peftkern.reset_stats()
-    got = outputs_and_gradients(twin, *given)
-    assert served() == layers and fallbacks() == {}
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        error = (got[name] - value).abs().max() / value.abs().max().clamp(min=1e-30)
-        assert error <= EXPERTS_RTOL, f"{name}: {error:.3g}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,15 +78,7 @@ def test_half_precision_is_nearer_to_float64(folder, dtype, adapter_dtype, weigh
     wrapper_of(model).get_base_layer().limit = 9.0  # at a clamp the last bit decides a gradient
     x, index, weights = inputs(40, dtype)
     weights = weights.to(weights_dtype)
-    twin = patched_copy(model)
-    oracle = outputs_and_gradients(oracle_of(model), x.double(), index, weights.double())
-    eager = outputs_and_gradients(model, x, index, weights)
-    peftkern.reset_stats()
-    got = outputs_and_gradients(twin, x, index, weights)
-    assert served() == 1 and fallbacks() == {} and got.keys() == eager.keys()
-    for name in eager:  # on both sides all has been in 16 bits, also what is kept in 32
-        ours, theirs = got[name].to(dtype), eager[name].to(dtype)
-        assert_as_accurate_as_torch(ours, theirs, oracle[name])
+    assert_as_near_as_peft(model, oracle_of(model), x, index, weights)
 
 
 @pytest.mark.parametrize("hidden", [F32, BF16])

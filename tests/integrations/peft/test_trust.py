@@ -25,7 +25,7 @@ from waiting import wait_until
 
 import peftkern
 from peftkern.backends import contest, journal, trust
-from peftkern.integrations.peft import trial
+from peftkern.integrations.peft import casts, trial
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -337,3 +337,18 @@ def test_hooks_of_a_second_adapter_see_no_trial() -> None:
     for calls in range(1, 5):
         model(torch.randn(20, K)).sum().backward()
         assert len(seen) == calls
+
+
+def test_an_input_is_not_cast_where_peft_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "SLOWER", 0.0)
+    model = lora_net(make_linear4bit(compute_dtype=torch.bfloat16)).train()
+    peftkern.patch(model)
+    x = torch.randn(40, K)
+    for _ in range(2):
+        model(x)
+    assert {verdict["side"] for verdict in trust.ledger(CPU).classes.values()} == {trust.PEER}
+    monkeypatch.setattr(casts, "_last", None)
+    model(x)
+    with torch.no_grad(), model.disable_adapter():
+        model(x)
+    assert casts._last is None
