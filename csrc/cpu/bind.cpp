@@ -274,7 +274,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("grouped_linear", [](int isa, int threads, const py::tuple& groups, int64_t N, int64_t K,
                              int64_t r, uintptr_t x, int dtype, const py::tuple& weight,
                              uintptr_t base, uintptr_t bias, const py::tuple& a, const py::tuple& b,
-                             float s_scale, float scaling, uintptr_t s, uintptr_t y, int y_dtype) {
+                             float s_scale, float scaling, uintptr_t s, uintptr_t y) {
     GroupedLinearArgs args;
     args.groups = row_groups(groups);
     args.N = N, args.K = K, args.r = r;
@@ -292,7 +292,6 @@ PYBIND11_MODULE(_cpu, m) {
     args.s_scale = s_scale, args.scaling = scaling;
     args.s = pointer<float>(s);
     args.y = pointer<void>(y);
-    args.y_dtype = dtype_from_code(y_dtype);
     args.threads = threads;
     py::gil_scoped_release release;
     grouped_linear(Isa{isa}, args);

@@ -51,6 +51,22 @@ struct BFloat16Tiles {
     }
   }
 
+  static void turned(const void* in, DType, const int64_t* starts, int64_t rows, int64_t n,
+                     uint32_t* tile) {
+    const __mmask32 mask = mask32(n);
+    const uint16_t* p = static_cast<const uint16_t*>(in);
+    __m512i lines[16];
+    for (int i = 0; i < 16; ++i) {
+      lines[i] = i < rows ? _mm512_maskz_loadu_epi16(mask, p + starts[i]) : _mm512_setzero_si512();
+    }
+    store_transposed_rows(lines, tile);
+  }
+
+  static void store(void* out, DType, int64_t i, const F32x16& a, const F32x16& b, int64_t n) {
+    const __m512i values = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v));
+    _mm512_mask_storeu_epi16(static_cast<uint16_t*>(out) + i, mask32(n), values);
+  }
+
   // Two parts as a pair of tiles, the third `third` dwords further.
   static void store_parts(const __m512i (&lines)[3][16], uint32_t* out, int64_t third) {
     for (int part = 0; part < 3; ++part) {

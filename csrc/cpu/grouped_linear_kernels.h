@@ -181,16 +181,14 @@ struct Linear {
       return;
     }
     for (int64_t j = 0; j < columns; j += kSide) {
-      uint32_t* tiles = out + j / kPairSide * stride + j % kPairSide / kSide * kTile;
-      for (int64_t t = 0; t < steps; ++t) {
-        uint32_t lines[kTile];
-        for (int64_t i = 0; i < kSide; ++i) {
-          const int64_t n = j + i < columns ? count - t * kStep : 0;
-          const int64_t at = n > 0 ? weight_at(group, n0 + j + i, k0 + t * kStep) : 0;
-          prefetch(at + ahead, kStep * size);
-          Math::load_dwords(args.weight, args.dtype, at, n, lines + 16 * i);
-        }
-        transpose_tile(lines, 16, tiles + t * kPair);
+      uint32_t* tile = out + j / kPairSide * stride + j % kPairSide / kSide * kTile;
+      const int64_t rows = min64(kSide, columns - j);
+      int64_t starts[kSide];
+      for (int64_t i = 0; i < rows; ++i) starts[i] = weight_at(group, n0 + j + i, k0);
+      for (int64_t t = 0; t < steps; ++t, tile += kPair) {
+        for (int64_t i = 0; i < rows; ++i) prefetch(starts[i] + ahead, kStep * size);
+        Tiles::turned(args.weight, args.dtype, starts, rows, min64(kStep, count - t * kStep), tile);
+        for (int64_t i = 0; i < rows; ++i) starts[i] += kStep;
       }
     }
   }
@@ -227,16 +225,23 @@ struct Linear {
     }
   }
 
-  void finish(float* c, const GroupedChunk& chunk, int64_t row0, int64_t rows, int64_t n0) const {
-    const int n = static_cast<int>(min64(kSide, args.N - n0));
-    F32x16 bias = f32_zero();
-    if (args.bias) bias = load_any(args.bias, args.dtype, chunk.group * args.N + n0, n);
+  // y of sixteen rows and up to 32 columns from two tiles of sums.
+  void finish(const float* c, const GroupedChunk& chunk, int64_t row0, int64_t rows, int64_t n0,
+              int64_t columns) const {
+    const int low = static_cast<int>(min64(kSide, columns));
+    const int high = static_cast<int>(columns - low);
+    F32x16 bias[2] = {f32_zero(), f32_zero()};
+    const auto add = [&](DType dtype, const void* values, int64_t at, F32x16& a, F32x16& b) {
+      a = f32_add(a, load_any(values, dtype, at, low));
+      if (high > 0) b = f32_add(b, load_any(values, dtype, at + kSide, high));
+    };
+    if (args.bias) add(args.dtype, args.bias, chunk.group * args.N + n0, bias[0], bias[1]);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (row0 + i) * args.N + n0;
-      F32x16 sum = f32_load(c + 16 * i);
-      if (args.base) sum = f32_add(sum, load_any(args.base, DType::kFloat32, at, n));
-      if (args.bias) sum = f32_add(sum, bias);
-      store_any(args.y, args.y_dtype, at, sum, n);
+      F32x16 a = f32_load(c + 16 * i), b = high > 0 ? f32_load(c + kTile + 16 * i) : f32_zero();
+      if (args.base) add(DType::kFloat32, args.base, at, a, b);
+      if (args.bias) a = f32_add(a, bias[0]), b = f32_add(b, bias[1]);
+      Tiles::store(args.y, args.dtype, at, a, b, columns);
     }
   }
 
@@ -263,10 +268,10 @@ struct Linear {
     }
     if (first) std::memset(sums, 0, static_cast<size_t>(sums_of(chunk, pairs)) * 4);
     for (int64_t m = 0; m < chunk.count; m += kSide) {
-      for (int64_t j = 0; j < columns; j += kSide) {
+      for (int64_t j = 0; j < columns; j += kPairSide) {
         float* product = sums + (m / kPairSide * pairs + j / kPairSide) * kProduct;
-        finish(quadrant(product, m % kPairSide, j % kPairSide), chunk, chunk.begin + m,
-               min64(kSide, chunk.count - m), n0 + j);
+        finish(quadrant(product, m % kPairSide, 0), chunk, chunk.begin + m,
+               min64(kSide, chunk.count - m), n0 + j, min64(kPairSide, columns - j));
       }
     }
   }
@@ -330,7 +335,7 @@ struct Linear {
     const int64_t rows = args.groups.R - plan.end;
     if (rows == 0) return;
     if (args.y) {
-      const int64_t size = args.N * size_of(args.y_dtype);
+      const int64_t size = args.N * size_of(args.dtype);
       std::memset(static_cast<char*>(args.y) + plan.end * size, 0,
                   static_cast<size_t>(rows * size));
     }

@@ -59,6 +59,25 @@ struct Float32Tiles {
     }
   }
 
+  // A lanes tile of columns along the reduction: up to sixteen rows, each from its own element on,
+  // of which n elements exist.
+  static void turned(const void* in, DType dtype, const int64_t* starts, int64_t rows, int64_t n,
+                     uint32_t* tile) {
+    uint32_t lines[kTile];
+    for (int64_t i = 0; i < 16; ++i) {
+      Float32Math::load_dwords(in, dtype, i < rows ? starts[i] : 0, i < rows ? n : 0,
+                               lines + 16 * i);
+    }
+    transpose_tile(lines, 16, tile);
+  }
+
+  // Two tiles' parts of a row of y, n <= 32 values.
+  static void store(void* out, DType dtype, int64_t i, const F32x16& a, const F32x16& b,
+                    int64_t n) {
+    store_any(out, dtype, i, a, static_cast<int>(min64(n, 16)));
+    if (n > 16) store_any(out, dtype, i + 16, b, static_cast<int>(n - 16));
+  }
+
   // Columns along the reduction: a lane per rank.
   static void shrink_lanes(const float* blocks, uint32_t* out, int64_t) {
     transpose_tile(reinterpret_cast<const uint32_t*>(blocks), 16, out);

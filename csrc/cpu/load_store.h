@@ -33,11 +33,10 @@ inline void store_any(void* out, DType dtype, int64_t i, const F32x16& x, int n)
   if (n < 16) std::memcpy(p, t, static_cast<size_t>(n) * 2);
 }
 
-// Transposes a 16 x 16 tile of dwords.
-inline void transpose_tile(const uint32_t* in, int64_t in_stride, uint32_t* out) {
 #if defined(__AVX512F__)
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * in_stride);
+// Stores the transpose of sixteen rows of dwords.
+inline void store_transposed_rows(__m512i (&a)[16], uint32_t* out) {
+  __m512i b[16];
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -58,6 +57,15 @@ inline void transpose_tile(const uint32_t* in, int64_t in_stride, uint32_t* out)
     _mm512_storeu_si512(out + 16 * (i + 8), _mm512_shuffle_i64x2(p, u, 0xdd));
     _mm512_storeu_si512(out + 16 * (i + 12), _mm512_shuffle_i64x2(q, v, 0xdd));
   }
+}
+#endif
+
+// Transposes a 16 x 16 tile of dwords.
+inline void transpose_tile(const uint32_t* in, int64_t in_stride, uint32_t* out) {
+#if defined(__AVX512F__)
+  __m512i a[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * in_stride);
+  store_transposed_rows(a, out);
 #else
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 16; ++j) out[16 * j + i] = in[i * in_stride + j];

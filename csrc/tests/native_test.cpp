@@ -24,6 +24,7 @@
 void check_low_rank_svd(Isa isa);        // low_rank_svd_test.cpp
 void check_adalora(Isa isa);             // adalora_test.cpp
 void check_rosa(Isa isa);                // rosa_test.cpp
+void check_grouped_linear(Isa isa);      // grouped_linear_test.cpp
 void check_nf4_grouped_linear(Isa isa);  // nf4_grouped_linear_test.cpp
 
 namespace {
@@ -443,6 +444,7 @@ int main() {
     check_low_rank_svd(isa);
     check_adalora(isa);
     check_rosa(isa);
+    check_grouped_linear(isa);
     check_nf4_grouped_linear(isa);
     check_malformed_states(isa);
     check_malformed_arguments(isa);

@@ -38,8 +38,7 @@ struct GroupedLinearArgs {
   FactorStack a, b;                          // [E, r, K], [E, r, N]
   float s_scale = 1.0f, scaling = 1.0f;
   float* s = nullptr;  // [R, r]
-  void* y = nullptr;   // [R, N]; null: s alone
-  DType y_dtype = DType::kFloat32;
+  void* y = nullptr;   // [R, N] of dtype; null: s alone
   int threads = 1;
 };
 void grouped_linear(Isa isa, const GroupedLinearArgs& args);

@@ -1,8 +1,8 @@
 """Hugging Face transformers: callbacks of the Trainer, LongLoRA's attention, NF4 experts."""
 
+import importlib
 from typing import Any
 
-from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
 from peftkern.integrations.transformers.callbacks import (
     AdaLoraCallback,
     MonitorCallback,
@@ -19,9 +19,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "NF4ExpertsConfig":  # which needs transformers 5, and registers a quantizer there
-        from peftkern.integrations.transformers.nf4_experts import NF4ExpertsConfig
+# Modules that are imported when one of their names is first asked for: NF4ExpertsConfig needs
+# transformers 5, and registers a quantizer there.
+_MODULES = {
+    "NF4ExpertsConfig": "peftkern.integrations.transformers.nf4_experts",
+    "serve_nf4_experts": "peftkern.integrations.frozen_experts",
+    "stop_serving": "peftkern.integrations.frozen_experts",
+}
 
-        return NF4ExpertsConfig
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -131,9 +131,10 @@ class Sample:
         value = self.value(name)
         if name in ("weight", "lora_A", "lora_B") and value is not None:
             return value.expand(_GROUPS, *value.shape)
-        if name == "w":
-            return [part[:1].expand(_GROUPS * len(part)) for part in value]
-        return [*value[:3], _GROUPS, *value[3:]] if name == "layout" else value
+        if name == "w":  # no block is shared by two groups
+            sizes = (self.N * self.K // 2, self.N * self.K // BLOCKSIZES[0])
+            return [part[:1].expand(_GROUPS * n) for part, n in zip(value, sizes, strict=True)]
+        return [0, BLOCKSIZES[0], 0, _GROUPS, self.N, self.K] if name == "layout" else value
 
     def arguments(self, op: str) -> tuple[Any, ...]:
         """Return positional arguments of an op of `torch.ops.peftkern`.

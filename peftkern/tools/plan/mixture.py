@@ -7,10 +7,9 @@ layers and no row of the model's width; without as transformers' grouped_mm, whi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from peftkern.tools.plan.training_step import Step, Tensor
+Step = Tensor = Any  # of training_step, which imports this
 
 F32, INT32, INT64 = 4, 4, 8  # bytes
 

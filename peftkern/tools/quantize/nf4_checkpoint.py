@@ -255,7 +255,8 @@ def _stacked(
     error = 0.0
     for expert in range(count):
         weight = torch.cat(list(islice(parts, pieces))).view(shape).to(options.device)
-        now = stack.set_expert(expert, weight)
+        stack.set_expert(expert, weight)
+        now = stack.dequantize(expert)
         error = max(error, _relative_error(unit.name, weight, now))
     module, dot, name = unit.name.rpartition(".")
     nf4 = stack.nf4
