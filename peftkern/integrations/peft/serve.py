@@ -114,8 +114,8 @@ class PatchedLayer(PatchedForward):
             if refusal is not None:
                 return refusal
         base = (casts.cast(x, dtype, base_layer), weight, bias)
-        plain = unfused is None and self._is_plain(names[0])
-        if plain and not asks and _is_slower(self, adapter, base):
+        contested = not asks and unfused is None and self._is_plain(names[0])
+        if contested and _is_slower(self, adapter, base):
             return Fallback("PEFT's own operations measured faster for this shape")
         return self._combine(x, names, adapter, base, off, unfused)
 
