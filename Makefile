@@ -9,7 +9,8 @@
 # make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
 # make cuda      compile every CUDA kernel (CUDA_ARCHS="80;90a": for those), write what each uses
 # make gpu       on a GPU: build, test, measure; PART=all or some of test,sanitize,nf4,
-#                nf4_lora_linear,lora_linear,adalora,low_rank_svd,dora,rosa,formulations,e2e,tune;
+#                nf4_lora_linear,lora_linear,grouped_linear,adalora,low_rank_svd,dora,rosa,
+#                formulations,e2e,tune;
 #                OUT=folder of the results, ARCHIVE=file to pack it into, BUDGET=seconds
 # make tune      on a GPU: measure tiles and back ends, write kernels/tuned/<arch>.json
 # make lint | format | clean

@@ -5,38 +5,49 @@ peers: the unpatched wrapper, which adds each update to the weights of all exper
 with each layer as three `F.grouped_mm` (base, A, B), which anyone can write; and the frozen experts
 without LoRA (transformers' grouped_mm).
 
-python bench/bench_grouped_linear.py [--only E64-K1024-I512-T1] [--rows 256] [--seconds 2]
+On a GPU the sizes are those of models, and the experts are also in NF4 (`peftkern.quantize_`). PEFT
+alone has no such experts; the other peers then keep theirs in bf16, with four times the bytes.
+
+python bench/bench_grouped_linear.py [--device cuda] [--only E64-K1024-I512-top8-T1/] [--seconds 2]
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig
+from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import peftkern
-from peftkern.tools.bench.data import grouped_mm
+from peftkern.layers.nf4_stack import NF4Stack
+from peftkern.tools.bench.data import grouped_mm, nf4_values64
 from peftkern.tools.bench.peers import Layers
+from peftkern.tools.bench.shapes import EXPERT_PRESETS
 
 PEFT, COMPOSED, FROZEN = "PEFT", "three grouped_mm", "frozen"
 NAMES = (OURS, PEFT, COMPOSED, FROZEN)
+NF4_NAMES = (OURS, COMPOSED, FROZEN)
 BF16 = torch.bfloat16
 SCALING = 2.0
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, experts of each token, their weights
 
 
 @dataclass(frozen=True)
 class Work:
-    """E experts of width I between K and K; each of T tokens has `top` of them; backward or not."""
+    """E experts of width I between K and K; each of T tokens has `top` of them; backward or not.
+
+    model: whose sizes these are; gpt-oss keeps its weights transposed and has biases. nf4: of ours.
+    """
 
     E: int
     K: int
@@ -44,12 +55,20 @@ class Work:
     top: int
     T: int
     train: bool
+    model: str = ""
+    nf4: bool = False
 
     @property
     def name(self) -> str:
-        direction = "forward+backward" if self.train else "forward"
-        sizes = f"E{self.E}-K{self.K}-I{self.width}-top{self.top}-T{self.T}"
-        return f"grouped_linear/{direction}-{sizes}/bf16"
+        direction = "nf4-" if self.nf4 else ""
+        direction += "forward+backward" if self.train else "forward"
+        sizes = self.model or f"E{self.E}-K{self.K}-I{self.width}-top{self.top}"
+        return f"grouped_linear/{direction}-{sizes}-T{self.T}/bf16"
+
+    def spec(self, names: tuple[str, ...], *targets: Target) -> Spec:
+        """Return the case; the command line's n and k are the width and K."""
+        build_it = functools.partial(build, work=self, names=names)
+        return Spec(self.name, build_it, names, COMPOSED, targets, shape=(self.width, self.K))
 
 
 @dataclass(frozen=True)
@@ -61,18 +80,34 @@ class Routed:
     weights: Tensor
 
 
-def make_experts(work: Work, device: torch.device) -> nn.Module:
-    sizes = {"hidden_size": work.K, "moe_intermediate_size": work.width, "num_experts": work.E}
-    config = Qwen3MoeConfig(**sizes, num_experts_per_tok=work.top)
+def make_experts(work: Work, options: Options) -> nn.Module:
+    sizes = {"hidden_size": options.k, "num_experts": work.E, "num_local_experts": work.E}
+    sizes |= {"moe_intermediate_size": options.n, "intermediate_size": options.n}
+    transposed = work.model.startswith("gpt-oss")
+    config = (GptOssConfig if transposed else Qwen3MoeConfig)(**sizes)
     config._experts_implementation = "grouped_mm"
-    experts = Qwen3MoeExperts(config).to(device, BF16)
+    with options.device:
+        experts = (GptOssExperts if transposed else Qwen3MoeExperts)(config).to(BF16)
     for weight in experts.parameters():
         nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     return experts.requires_grad_(False)
 
 
-def make_routed(work: Work, tokens: int, device: torch.device) -> Routed:
-    x = torch.randn(tokens, work.K, device=device).to(BF16).requires_grad_(work.train)
+def quantized(experts: nn.Module) -> nn.Module:
+    pool = Layers([copy.deepcopy(experts)])
+    with peftkern.use_backend(None):  # even if the case forces a back end
+        peftkern.quantize_(pool)
+    return pool.layers[0]
+
+
+def stored_bytes(experts: nn.Module) -> int:
+    stacks = [p.nf4.tensors if isinstance(p, NF4Stack) else (p,) for p in experts.parameters()]
+    return sum(tensor.nbytes for tensors in stacks for tensor in tensors)
+
+
+def make_routed(work: Work, options: Options) -> Routed:
+    tokens, device = options.m(work.T), options.device
+    x = torch.randn(tokens, options.k, device=device).to(BF16).requires_grad_(work.train)
     scores = torch.randn(tokens, work.E, device=device).softmax(dim=-1)
     weights, index = scores.topk(work.top)
     return Routed(x, index, (weights / weights.sum(dim=-1, keepdim=True)).to(BF16))
@@ -111,42 +146,50 @@ def by_expert(A: Tensor, B: Tensor, E: int) -> tuple[Tensor, Tensor]:
     return A.view(E, r, -1), B.view(-1, r, E).permute(2, 0, 1)
 
 
-def composed(experts: nn.Module, factors: tuple, routed: Routed) -> Run:
+def composed(experts: nn.Module, factors: tuple) -> Run:
     """Build the experts of three grouped products to a layer, sorted as transformers does."""
-    E, top = experts.num_experts, routed.index.shape[1]
+    E = experts.num_experts
 
-    def adapted(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offsets: Tensor) -> Tensor:
-        A, B = (factor.to(x.dtype).contiguous() for factor in by_expert(A, B, E))
+    def adapted(x: Tensor, name: str, pair: tuple, offsets: Tensor, ids: Tensor) -> Tensor:
+        weight = getattr(experts, name)
+        A, B = (factor.to(x.dtype).contiguous() for factor in by_expert(*pair, E))
         update = grouped_mm(grouped_mm(x, A, offsets), B, offsets)
-        return grouped_mm(x, weight, offsets) + update * SCALING
+        y = grouped_mm(x, weight.mT if experts.is_transposed else weight, offsets)
+        if experts.has_bias:
+            y = y + getattr(experts, f"{name}_bias")[ids]
+        return y + update * SCALING
 
-    def run(x: Tensor) -> Tensor:
-        ids, order = routed.index.reshape(-1).sort(stable=True)
-        offsets = torch.bincount(ids, minlength=E).cumsum(0).to(torch.int32)
-        rows = x[order // top]
-        gate, up = adapted(rows, experts.gate_up_proj, *factors[:2], offsets).chunk(2, dim=-1)
-        y = adapted(F.silu(gate) * up, experts.down_proj, *factors[2:], offsets)
-        y = y * routed.weights.reshape(-1, 1)[order]
+    def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        ids, order = index.reshape(-1).sort(stable=True)
+        ends = torch.arange(E, device=x.device)
+        offsets = torch.searchsorted(ids, ends, right=True, out_int32=True)  # never waits for a GPU
+        rows = x[order // index.shape[1]]
+        inner = experts._apply_gate(adapted(rows, "gate_up_proj", factors[:2], offsets, ids))
+        y = adapted(inner, "down_proj", factors[2:], offsets, ids)
+        y = y * weights.reshape(-1, 1)[order]
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=x.device)
-        return y[back].view(*routed.index.shape, -1).sum(dim=1).to(x.dtype)
+        return y[back].view(*index.shape, -1).sum(dim=1).to(x.dtype)
 
     return run
 
 
 def oracle(
-    experts: nn.Module, factors: tuple | None, routed: Routed, dy: Tensor | None
+    experts: nn.Module, factors: tuple, routed: Routed, dy: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Run the experts one by one in float64: y, and with dy the gradients."""
     x = routed.x.detach().double().requires_grad_(dy is not None)
-    leaves = [factor.detach().double().requires_grad_(dy is not None) for factor in factors or ()]
+    leaves = [factor.detach().double().requires_grad_(dy is not None) for factor in factors]
     E = experts.num_experts
     pairs = [by_expert(*leaves[i : i + 2], E) for i in (0, 2)] if factors else None
     parts = [[factor.unbind() for factor in pair] for pair in pairs or ()]
     y = torch.zeros_like(x)
 
-    def layer(x: Tensor, weight: Tensor, e: int, number: int) -> Tensor:
-        out = x @ weight[e].double().T
+    def layer(x: Tensor, name: str, e: int, number: int) -> Tensor:
+        weight = weight64(getattr(experts, name), e)
+        out = x @ (weight if experts.is_transposed else weight.T)
+        if experts.has_bias:
+            out = out + getattr(experts, f"{name}_bias")[e].double()
         if not parts:
             return out
         A, B = parts[number]
@@ -155,78 +198,108 @@ def oracle(
     for e in range(E):
         token, slot = (routed.index == e).nonzero(as_tuple=True)
         if len(token):
-            gate, up = layer(x[token], experts.gate_up_proj, e, 0).chunk(2, dim=-1)
-            out = layer(F.silu(gate) * up, experts.down_proj, e, 1)
+            inner = experts._apply_gate(layer(x[token], "gate_up_proj", e, 0))
+            out = layer(inner, "down_proj", e, 1)
             y = y.index_add(0, token, out * routed.weights[token, slot].double()[:, None])
     if dy is None:
         return (y,)
     return y.detach(), *torch.autograd.grad(y, [x, *leaves], dy.double())
 
 
-def build(options: Options, work: Work) -> Case:
+def weight64(weight: Tensor, e: int) -> Tensor:
+    """Return the values of an expert that the stored ones stand for."""
+    if not isinstance(weight, NF4Stack):
+        return weight[e].double()
+    values = math.prod(weight.shape[1:])
+    return nf4_values64(weight.nf4, e * values, (e + 1) * values).view(weight.shape[1:])
+
+
+def build(options: Options, work: Work, names: tuple[str, ...]) -> Case:
     torch.manual_seed(0)
-    device, tokens, r = options.device, options.m(work.T), options.r
-    experts, routed = make_experts(work, device), make_routed(work, tokens, device)
-    dy = torch.randn(tokens, work.K, device=device).to(BF16) if work.train else None
-    size = sum(weight.nbytes for weight in experts.parameters())
+    experts, routed = make_experts(work, options), make_routed(work, options)
+    dy = torch.randn_like(routed.x) if work.train else None
+    ours = quantized(experts) if work.nf4 else experts
+    size = stored_bytes(ours)
+    # Few tokens read few experts: others at the next call, else a cache would hold them.
+    hit = len(routed.index.unique()) * (size // work.E)
+    inputs = [routed, *(make_routed(work, options) for _ in range(options.copies(hit) - 1))]
     copies = options.copies(size)
+    oracles: dict[tuple[bool, bool], tuple[Tensor, ...]] = {}
 
     def variant(name: str) -> Variant:
+        base = ours if name == OURS else experts
         if name == FROZEN:
-            layers, factors = [copy.deepcopy(experts) for _ in range(copies)], [()] * copies
+            layers, factors = [copy.deepcopy(base) for _ in range(copies)], [()] * copies
         else:
-            layers, factors = wrap(experts, copies, r)
-        expected = oracle(experts, factors[0] or None, routed, dy)
+            layers, factors = wrap(base, copies, options.r)
+        kind = base is experts, name == FROZEN
+        if kind not in oracles:
+            oracles[kind] = oracle(base, factors[0], routed, dy)
         if name == COMPOSED:
-            bases = [layer.base_layer.base_layer for layer in layers]
-            runs = [composed(*pair, routed) for pair in zip(bases, factors, strict=True)]
-        else:
-            if name == OURS:
-                holder = nn.ModuleList(layers)
-                report = peftkern.patch(holder)
-                layers = list(holder)
-                if len(report.patched) != copies:
-                    raise RuntimeError(f"peftkern.patch left experts out: {report}")
-            runs = [lambda x, one=one: one(x, routed.index, routed.weights) for one in layers]
+            layers = [
+                composed(layer.base_layer.base_layer, f)
+                for layer, f in zip(layers, factors, strict=True)
+            ]
+        elif name == OURS:
+            holder = nn.ModuleList(layers)
+            report = peftkern.patch(holder)
+            if len(report.patched) != copies:
+                raise RuntimeError(f"peftkern.patch left experts out: {report}")
+            layers = list(holder)
 
         def call(i: int) -> object:
+            given, number = inputs[i % len(inputs)], i % copies
+            with torch.set_grad_enabled(work.train):
+                y = layers[number](given.x, given.index, given.weights)
             if not work.train:
-                with torch.no_grad():
-                    return runs[i % copies](routed.x)
-            y = runs[i % copies](routed.x)
-            return y.detach(), *torch.autograd.grad(y, [routed.x, *factors[i % copies]], dy)
+                return y
+            return y.detach(), *torch.autograd.grad(y, [given.x, *factors[number]], dy)
 
-        return Variant(call, expected)
+        return Variant(call, oracles[kind])
 
-    return Case({name: variant(name) for name in NAMES}, *counted(work, routed, size, r), BF16)
+    floor = counted(work, options, routed, size)
+    return Case({name: variant(name) for name in names}, *floor, BF16)
 
 
-def counted(work: Work, routed: Routed, size: int, r: int) -> tuple[int, int]:
+def counted(work: Work, options: Options, routed: Routed, size: int) -> tuple[int, int]:
     """Return lower bounds of bytes and operations; only weights of experts with a row are read."""
     rows, hit = routed.index.numel(), len(routed.index.unique())
-    passes = 2 if work.train else 1
-    widths = 2 * work.K + 3 * work.width  # in and out of both layers
+    width, K, r, passes = options.n, options.k, options.r, 2 if work.train else 1
+    widths = 2 * K + 3 * width  # in and out of both layers
     adapters = 4 * r * widths
-    traffic = passes * hit * (size // work.E + adapters) + 2 * len(routed.x) * 2 * work.K
-    flops = (
-        passes * 6 * rows * work.width * work.K + (3 if work.train else 1) * 2 * rows * r * widths
-    )
+    traffic = passes * hit * (size // work.E + adapters) + 2 * len(routed.x) * 2 * K
+    flops = passes * 6 * rows * width * K + (3 if work.train else 1) * 2 * rows * r * widths
     if work.train:
-        traffic += 2 * len(routed.x) * work.K * 2 + work.E * adapters
+        traffic += 2 * len(routed.x) * K * 2 + work.E * adapters
     return traffic, flops
 
 
 SIZES = [(8, 1024, 2048, 2, 256), (128, 512, 256, 8, 256), (64, 1024, 512, 8, 256)]
 SIZES += [(64, 1024, 512, 8, tokens) for tokens in (1, 16, 2048)]
-SPECS = [
-    Spec(work.name, lambda options, work=work: build(options, work), NAMES, COMPOSED,
-         (Target(PEFT, 1.0), Target(COMPOSED, 1.0)))
-    for size in SIZES
-    for train in (False, True)
-    for work in [Work(*size, train)]
-]  # fmt: skip
+FOR_DENSE = (Target(PEFT, 1.0), Target(COMPOSED, 1.0))
+SPECS = [Work(*size, train).spec(NAMES, *FOR_DENSE) for size in SIZES for train in (False, True)]
+
+TOP = {"qwen3-30b-a3b": 8, "mixtral-8x7b": 2, "gpt-oss-20b": 4}
+# A fourth of the bytes of the frozen bf16 experts: few tokens take less time, more not much longer.
+FOR_NF4 = {1: (Target(FROZEN, 1.0),), 16: (Target(FROZEN, 1.0),), 256: (Target(FROZEN, 1 / 1.5),)}
+
+
+def gpu_specs(device: torch.device) -> list[Spec]:
+    """Return the cases of a GPU: training and one token of every model before all else."""
+    found = []
+    for tokens in (256, 1, 16, 2048):
+        for train in (True, False):
+            for model, top in TOP.items():
+                E, _, K = EXPERT_PRESETS[model]["gate_up_proj"]
+                width = EXPERT_PRESETS[model]["down_proj"][2]
+                work = Work(E, K, width, top, tokens, train, model)
+                found.append(work.spec(NAMES, *FOR_DENSE))
+                in_nf4 = replace(work, nf4=True)
+                found.append(in_nf4.spec(NF4_NAMES, *FOR_NF4.get(tokens, ())))
+    return found
+
 
 test_grouped_linear = benchmark_test(SPECS)
 
 if __name__ == "__main__":
-    sys.exit(main("grouped_linear", SPECS))
+    sys.exit(main("grouped_linear", SPECS, gpu_specs))

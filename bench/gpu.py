@@ -35,6 +35,7 @@ BENCHES = {
     "nf4": 3,
     "nf4_lora_linear": 8,
     "lora_linear": 8,
+    "grouped_linear": 8,
     "adalora": 3,
     "low_rank_svd": 4,
     "dora": 3,

@@ -21,6 +21,7 @@ ORDER = (
     "nf4_lora_linear",
     "nf4",
     "lora_linear",
+    "grouped_linear",
     "dora",
     "rosa",
     "adalora",
@@ -32,6 +33,7 @@ TITLES = {
     "nf4_lora_linear": "NF4 linear layer with LoRA",
     "nf4": "NF4 quantization",
     "lora_linear": "Dense linear layer with LoRA",
+    "grouped_linear": "Experts of a mixture with LoRA",
     "dora": "DoRA layer, dense and NF4",
     "rosa": "RoSA's sparse products against dense ones",
     "low_rank_svd": "SVD of 224 low-rank updates",
@@ -39,7 +41,7 @@ TITLES = {
     "e2e": "Whole training steps of Llama-shaped stacks",
     "formulations": "Ways to compute the update",
 }
-NAMES_SAY_SIZES = ("adalora", "dora", "e2e")
+NAMES_SAY_SIZES = ("adalora", "dora", "e2e", "grouped_linear")
 OURS = "peftkern"
 
 

@@ -151,6 +151,8 @@ def test_parts_run_in_the_order_asked_for_and_have_scripts():
     assert gpu.parts("all,sanitize") == [*gpu.SHARES, "sanitize"]
     with pytest.raises(argparse.ArgumentTypeError, match="no part 'nf5'; there are all, test"):
         gpu.parts("nf4,nf5")
+    for page in ("Makefile", "CONTRIBUTING.md", "bench/README.md"):
+        assert [part for part in gpu.BENCHES if part not in (ROOT / page).read_text()] == []
 
 
 def test_interrupted_pytest_still_says_what_failed(tmp_path, monkeypatch):
@@ -232,6 +234,8 @@ def test_make_gpu_uses_the_machine_as_it_is():
         ("dora", "dora/forward+backward-M512-4096x4096", {"PEFT", "frozen layer"}),
         ("dora", "nf4-forward+backward-M512-14336x4096", {"PEFT", "frozen layer"}),
         ("dora", "dora/nf4-norm-4096x4096", {"torch, blocks of rows"}),
+        ("grouped_linear", "/forward-gpt-oss-20b-T1/", {"PEFT", "three grouped_mm", "frozen"}),
+        ("grouped_linear", "nf4-forward+backward-mixtral-8x7b-T1/", {"three grouped_mm", "frozen"}),
         ("rosa", "rosa/sddmm-M4096-5.0%", {"dense dW", "torch, in chunks"}),
         ("rosa", "rosa/sddmm-M512-1.0%/fp32", {"dense dW", "torch.sparse", "torch, in chunks"}),
         ("rosa", "rosa/forward-M4096-5.0%", {"dense W + S", "torch, in chunks"}),
