@@ -24,7 +24,7 @@ def tune(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="a config.json or its folder: the decoder's linear layers")
+        str | None, typer.Option(help="a config.json or its folder: the decoder's linear layers, not its experts")
     ] = None,
     targets: Annotated[
         str, typer.Option(help="with --model: all-linear, or names such as q_proj,v_proj")
@@ -138,6 +138,10 @@ def _print(outcome: Outcome) -> None:
     if outcome.not_reached:
         console.print(f"\nNot reached within the budget ({len(outcome.not_reached)}):")
         for title in outcome.not_reached:
+            console.print(f"  {title}")
+    if outcome.experts:
+        console.print("\nExperts were skipped: a patched model tries them itself, in training:")
+        for title in outcome.experts:
             console.print(f"  {title}")
     if outcome.load > BUSY:
         text = f"The machine was busy: load {outcome.load:.1f} times its cores. Ratios may be off;"

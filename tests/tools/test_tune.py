@@ -211,16 +211,46 @@ def test_layers_of_a_model_are_read_from_its_config(tmp_path):
     config = {**LLAMA_CONFIG, "num_key_value_heads": 2, "torch_dtype": "float16"}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    shapes, dtype, four_bit = cases.model_shapes(str(path), "all-linear")
+    shapes, experts, dtype, four_bit = cases.model_layers(str(path), "all-linear")
     assert [(shape.N, shape.K) for shape in shapes] == [(64, 64), (32, 64), (96, 64), (64, 96)]
-    assert (dtype, four_bit) == ("fp16", False)
+    assert (experts, dtype, four_bit) == ([], "fp16", False)
     nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     path.write_text(json.dumps({**config, "quantization_config": nf4}))
-    (shape,), _, four_bit = cases.model_shapes(str(tmp_path), "k_proj,v_proj")
+    (shape,), *_, four_bit = cases.model_layers(str(tmp_path), "k_proj,v_proj")
     assert (shape.name, four_bit) == ("k_proj 32x64", True)
     path.write_text(json.dumps({"model_type": "gpt2", "n_embd": 48, "n_layer": 1, "n_head": 2}))
-    shapes, dtype, _ = cases.model_shapes(str(path), "c_attn")  # of Conv1D
+    shapes, _, dtype, _ = cases.model_layers(str(path), "c_attn")  # of Conv1D
     assert [(shape.N, shape.K) for shape in shapes] == [(144, 48)] and dtype in cases.DTYPES
+
+
+MIXTURE = {**LLAMA_CONFIG, "model_type": "qwen3_moe", "num_experts": 4, "num_key_value_heads": 2}
+MIXTURE |= {"head_dim": 16, "moe_intermediate_size": 32}
+
+
+def test_experts_of_a_model_are_skipped_and_named(capfd, folder, tmp_path, monkeypatch):
+    """Whose trial is the training's; the router beside them is a parameter, too."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
+    words = ["gate_up_proj [4, 64, 64]", "down_proj [4, 64, 32]"]
+    found = cases.model_layers(str(tmp_path), "all-linear")
+    assert found.experts == words
+    assert [(shape.N, shape.K) for shape in found.shapes] == [(64, 64), (32, 64)]
+    assert cases.model_layers(str(tmp_path), "q_proj,down_proj").experts == words[1:]
+    refused(
+        capfd,
+        "which only a training tries",
+        "tune",
+        "--model",
+        tmp_path,
+        "--targets",
+        words[0].split()[0],
+    )
+    monkeypatch.setattr(tune._Campaign, "run", lambda campaign, end: None)
+    assert main(["tune", "--model", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    assert "Experts were skipped: a patched model tries them itself, in training:" in said
+    assert all(f"  {word}" in said.splitlines() for word in words)
+    assert main(["tune", "--model", str(tmp_path), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["experts"] == words
 
 
 def test_bad_options_are_one_line(capfd, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from peftkern.tools.bench.shapes import Shape
 
@@ -65,17 +66,30 @@ def ordered(
     return sorted(found, key=lambda case: case.cost)
 
 
-def model_shapes(path: str, targets: str) -> tuple[list[Shape], str, bool]:
-    """Read the distinct linear layers of a model from its config alone.
+class ModelLayers(NamedTuple):
+    """Distinct layers of a model, its dtype ("bf16", ...), and if it is in 4 bits.
+
+    experts: the weights of fused experts, in words; only a training tries them.
+    """
+
+    shapes: list[Shape]
+    experts: list[str]
+    dtype: str
+    four_bit: bool
+
+
+def model_layers(path: str, targets: str) -> ModelLayers:
+    """Read the distinct linear layers and experts of a model from its config alone.
 
     Args: path, a config.json or its folder; targets, "all-linear" (all but the output embeddings,
         as PEFT takes it) or names of modules.
-    Returns: the shapes, the model's dtype ("bf16", ...), and whether it is in 4 bits.
-    Raises: OSError or ValueError in one line if there is no config, or nothing of those names.
+    Raises: OSError or ValueError in one line if there is no config, or no layer of those names.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
+
+    from peftkern.layers.quantize import expert_parameters
 
     folder = Path(path)
     folder = folder.parent if folder.name == "config.json" else folder
@@ -88,19 +102,24 @@ def model_shapes(path: str, targets: str) -> tuple[list[Shape], str, bool]:
     head = model.get_output_embeddings()
     names = None if targets == "all-linear" else {name.strip() for name in targets.split(",")}
     shapes: dict[tuple[int, int], Shape] = {}
+    experts: dict[str, None] = {}
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
+        for own in expert_parameters(module):
+            if names is None or own in names:
+                experts[f"{own} {list(module._parameters[own].shape)}"] = None
         if module is head or not isinstance(module, (torch.nn.Linear, Conv1D)):
             continue
         if names is None or last in names:
             N, K = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
             shapes.setdefault((N, K), Shape(f"{last} {N}x{K}", N, K))
     if not shapes:
-        raise ValueError(f"--targets: {path} has no linear layers of the names {targets!r}")
+        other = f", but {', '.join(experts)}, which only a training tries" if experts else ""
+        raise ValueError(f"--targets: {path} has no linear layers of the names {targets!r}{other}")
     known = {f"torch.{long}": short for short, long in DTYPES.items()}
     dtype = known.get(str(config.dtype), "bf16")
     four_bit = isinstance(quantized, dict) and bool(quantized.get("load_in_4bit"))
-    return list(shapes.values()), dtype, four_bit
+    return ModelLayers(list(shapes.values()), list(experts), dtype, four_bit)
 
 
 @dataclass(frozen=True)

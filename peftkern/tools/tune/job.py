@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peftkern.backends import dispatch, trust
 from peftkern.tools.bench.shapes import LARGEST, chosen, numbers, parse_weights, seconds
@@ -32,7 +32,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """Layers to try on a device, and the time for it in seconds: for all, and for a class."""
+    """Layers to try on a device, and the time for it in seconds: for all, and for a class.
+
+    experts: those of the model, which are left to a training.
+    """
 
     cases: list[cases.Case]
     sweeps: list[cases.Sweep]
@@ -40,6 +43,7 @@ class Job:
     budget: float
     limit: float
     again: bool = False
+    experts: list[str] = field(default_factory=list)
 
 
 def plan(options: Options, device: str) -> Job:
@@ -50,7 +54,7 @@ def plan(options: Options, device: str) -> Job:
         raise ValueError("PEFTKERN_TRUST=readonly: no verdict would be kept; expected auto")
     if options.shape is not None and options.model is not None:
         raise ValueError("--model: it has shapes of its own, so that --shape has no place")
-    bases, dtypes = list(cases.BASES), ["bf16"]
+    bases, dtypes, experts = list(cases.BASES), ["bf16"], []
     known = tuple(cases.DTYPES)
     if options.dtype is not None:
         dtypes = chosen("--dtype", options.dtype, known)
@@ -61,7 +65,7 @@ def plan(options: Options, device: str) -> Job:
     if options.model is None:
         shapes = parse_weights("--shape", options.shape or FIRST_SHAPES)
     else:
-        shapes, own, four_bit = cases.model_shapes(options.model, options.targets)
+        shapes, experts, own, four_bit = cases.model_layers(options.model, options.targets)
         dtypes = dtypes if options.dtype is not None else [own]
         bases = ["nf4"] if four_bit else bases
     if options.base is not None:
@@ -69,4 +73,4 @@ def plan(options: Options, device: str) -> Job:
     found = cases.ordered(shapes, bases, ranks, rows, dtypes, adapter_dtype, options.autocast)
     on_cpu = device == "cpu" and "dense" in bases
     sweeps = cases.sweeps(dtypes[0], ranks[0], adapter_dtype) if on_cpu else []
-    return Job(found, sweeps, device, budget, limit, options.again)
+    return Job(found, sweeps, device, budget, limit, options.again, experts)

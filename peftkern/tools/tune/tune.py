@@ -55,6 +55,7 @@ class Outcome:
     folder: str = ""
     seconds: float = 0.0
     load: float = 0.0  # of the machine, over its cores; above 1 others had a share in the times
+    experts: list[str] = field(default_factory=list)  # of the model, left to a training
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -73,7 +74,7 @@ def run(job: Job, progress: Progress = lambda done, of, what: None) -> Outcome:
     except OSError as error:
         raise TuneError(f"{folder}: {error.strerror}: set PEFTKERN_CACHE to another") from error
     campaign = _Campaign(job, progress)
-    campaign.outcome.folder = str(folder)
+    campaign.outcome.folder, campaign.outcome.experts = str(folder), job.experts
     begin = time.monotonic()
     try:
         campaign.run(begin + job.budget)
