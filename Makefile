@@ -108,8 +108,9 @@ sanitize: $(INSTALLED)
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DPEFTKERN_MODULE=OFF \
 		-DPEFTKERN_NATIVE_TEST=ON -DPEFTKERN_SANITIZE=address,undefined $(CMAKE_ARGS)
 	$(BIN)/cmake --build $(SANITIZE_DIR)
-	$(SANITIZE_DIR)/peftkern_native_test
-	$(SANITIZE_DIR)/peftkern_cuda_emulated_test
+	$(SANITIZE_DIR)/peftkern_native_test & native=$$!; \
+		$(SANITIZE_DIR)/peftkern_cuda_emulated_test; emulated=$$?; \
+		wait $$native && exit $$emulated
 
 # Cheap when nothing changed, so native code is never stale.
 build $(INSTALLED): export PEFTKERN_CUDA ?= 0

@@ -13,7 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peftkern.kernels import adalora, dora, lora_linear, low_rank_svd, nf4, nf4_lora_linear, rosa
+from peftkern.kernels import (
+    adalora,
+    dora,
+    grouped_linear,
+    lora_linear,
+    low_rank_svd,
+    nf4,
+    nf4_lora_linear,
+    rosa,
+)
 from peftkern.kernels.aot import TARGETS
 from peftkern.kernels.low_rank_update import gradients_sb, update_epilogue
 
@@ -244,6 +253,41 @@ def rosa_cases() -> Iterator[Case]:
         yield Case(name, partial(rosa.rosa_spmm_, dy, x, values, crow, col, None))
 
 
+def grouped_linear_cases() -> Iterator[Case]:
+    """Yield tiles of 16, 32 and 128 rows; the factors, in float32, lie as PEFT keeps them."""
+    E, n, k = 128, 1536, 2048
+    for R, r, dtype, blocksize, ways in [
+        (8, 16, BF16, 0, ["forward"]),
+        (2048, 16, BF16, 64, ["forward", "dx"]),
+        (8192, 16, BF16, 0, ["forward", "dx", "dA", "dB"]),
+        (8192, 16, BF16, 64, ["forward", "dx"]),
+        (8192, 16, BF16, 4096, ["forward"]),  # of which rows of 2048 are not whole blocks
+        (8192, 64, F16, 0, ["forward", "dA", "dB"]),
+        (8192, 16, F32, 64, ["forward", "dx"]),
+    ]:
+        kind, weight = "grouped_linear", (meta(E, n, k, dtype=dtype),)
+        if blocksize:
+            kind, weight = "nf4_grouped_linear", nf4_stack(E, n, k, blocksize)
+        x, rows, offsets = meta(R // 8, k, dtype=dtype), meta(R, dtype=I32), meta(E, dtype=I32)
+        A, B = meta(E, r, k, dtype=F32), meta(n, r, E, dtype=F32).permute(2, 0, 1)
+        forward = (x, rows, offsets, *weight, False, A, B, meta(E, n, dtype=dtype), SCALING)
+        dy, S = meta(R, n, dtype=dtype), meta(R, r, dtype=F32)
+        backward = (dy, offsets, x, rows, S, *weight, False, A, B, SCALING)
+        needs = {"dx": [True, False, False, False], "dA": [False, True, False, False]}
+        needs["dB"] = [False, False, True, True]
+        for way in ways:
+            op = getattr(grouped_linear, f"{kind}_{'backward' if way in needs else way}")
+            args = (*backward, needs[way]) if way in needs else forward
+            packed = f"/nf4-{blocksize}" if blocksize else ""
+            yield Case(f"R{R}/r{r}/{NAMES[dtype]}{packed}/{way}", partial(op, *args))
+
+
+def nf4_stack(E: int, n: int, k: int, blocksize: int) -> tuple[list[Tensor], list[int]]:
+    """Return tensors and layout of packed weights [E, n, k]."""
+    tensors, layout = nf4_weight(E * n, nested=False, blocksize=blocksize, k=k)
+    return tensors, [*layout[:3], E, n, k]
+
+
 CASES = (
     *nf4_cases(),
     *lora_linear_cases(),
@@ -252,4 +296,5 @@ CASES = (
     *adalora_cases(),
     *dora_cases(),
     *rosa_cases(),
+    *grouped_linear_cases(),
 )

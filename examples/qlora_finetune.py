@@ -40,12 +40,14 @@ AGREE = 1e-2
 class Run:
     """Process of one run: it answers requests for steps with losses and times."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(
+        self, name: str, options: argparse.Namespace, script: str = "qlora_training.py"
+    ) -> None:
         self.name, self.losses, self.seconds = name, [], []
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in stop()
-        script = Path(__file__).with_name("qlora_training.py")
+        path = Path(__file__).with_name(script)
         self.process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps({**vars(options), "run": name})],
+            [sys.executable, str(path), json.dumps({**vars(options), "run": name})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

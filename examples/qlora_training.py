@@ -121,11 +121,14 @@ def token_ids(text: bytes, tokenizer):
 class Training:
     """Model, data and optimizer of one run, advanced step by step."""
 
+    load = staticmethod(load_model)
+    adapt = staticmethod(add_adapters)
+
     def __init__(self, options: Namespace) -> None:
         import torch
 
         text = read_text(options.text)
-        model, tokenizer = load_model(options)
+        model, tokenizer = self.load(options)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and options.seq > limit:
             raise InputError(f"--seq {options.seq}: the model takes at most {limit} positions")
@@ -134,7 +137,7 @@ class Training:
             raise InputError(f"--seq {options.seq}: the text has only {len(self.ids)} tokens")
         torch.manual_seed(options.seed)  # adapters' initial values, then dropout
         self.options = options
-        self.model = add_adapters(model, options)
+        self.model = self.adapt(model, options)
         self.report = None
         if options.run == "peftkern":
             import peftkern
@@ -208,7 +211,7 @@ def peak_memory_mb() -> float:
         return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def serve(options: Namespace) -> None:
+def serve(options: Namespace, training_class: type[Training] = Training) -> None:
     """Serve requests: a line `n` runs n steps, `end` prints the figures; replies are JSON."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the output of libraries must not mix with the replies
@@ -217,7 +220,7 @@ def serve(options: Namespace) -> None:
         print(json.dumps(message), file=replies, flush=True)
 
     try:
-        training = Training(options)
+        training = training_class(options)
     except InputError as error:
         reply(error=str(error))
         return

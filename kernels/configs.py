@@ -252,6 +252,28 @@ _BACKWARD_XA = {
 }
 
 
+def rows_of_group(R: int, groups: int) -> int:
+    """Return the mean of groups that have rows, as far as the host can know: at most R have."""
+    return ceil_div(R, max(1, min(groups, R)))
+
+
+def grouped_tile(rows: int, bits: int, decoding: str, cores: str) -> TileConfig:
+    """Choose the tiles of the products of groups of so many rows, in the mean.
+
+    decoding: "" of dense weights, "rows" of blocks that end with rows of the weight, or "values".
+    A tile of rows holds twice the mean: most groups are then one tile, and read their weight once.
+    """
+    if decoding == "values":
+        return TileConfig(_rows(2 * rows, 64), 32, 32, 1, 4, 2)
+    if bits == 32:
+        return TileConfig(_rows(2 * rows, 64), 32 if decoding else 64, 32, 1, 8, 2)
+    block_m = _rows(2 * rows, 128)
+    if block_m <= 32:
+        return TileConfig(block_m, 64, 64 if decoding or not cores else 128, 1, 4, 4)
+    block_k = 32 if cores == "mma" and not decoding else 64
+    return TileConfig(block_m, 128, block_k, 1, 4 if block_m == 64 and not decoding else 8, 3)
+
+
 def _lora_forward(p: Problem, processors: int, cores: str) -> TileConfig:
     # Each program reads its rows of x once and both factors (from L2). Few rows: the columns of y
     # are dealt out to several programs, each of which computes S again, and as the loop over K is a

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends.dropout import keep_scale, keep_threshold
-from peftkern.kernels.configs import Problem, block_rank, ceil_div, slab
+from peftkern.kernels.configs import RANK_MOST, Problem, block_rank, ceil_div, slab
 from peftkern.kernels.interpreter import dropped, narrow
 from peftkern.kernels.launch import Plan, config_for, launch, planned, rows_of, traits
 from peftkern.kernels.primitives import as_factor, dot_factor, dot_update, join_sums, keep_mask
@@ -361,8 +361,8 @@ def update_forward(
     A rank of one tile takes one launch; of several, `update_epilogue` multiplies S by lora_B.
     """
     M, (N, r) = x.shape[0], lora_B.shape
-    y, lora_B = x.new_empty((M, N)), lora_B.contiguous()
-    if M and r <= block_rank(r):
+    y, lora_B = x.new_empty(M, N), lora_B.contiguous()
+    if M and r <= RANK_MOST:
         S = x.new_empty((M, r), dtype=torch.float32)
         update = {"lora_B": lora_B, "bias": bias, "scaling": scaling, "y": y}
         _launch_forward(x, lora_A, S, keep_scale(keep, dropout_p), keep, dropout_p, **update)
@@ -447,14 +447,14 @@ def gradients_sb(
         dS = shrink(dy, lora_B.t(), scaling)
         need_dS = False
         plan = _backward_sb_plan(dy.device, sizes, scaling, (need_dS, need_dB, need_dbias))
-    parts = _partial(need_dS, (tiles, M, r), dy)
-    dB = _partial(need_dB, (slabs, N, r), dy)
-    dbias = _partial(need_dbias, (slabs, N), dy)
+    parts = partial_sums(need_dS, dy, tiles, M, r)
+    dB = partial_sums(need_dB, dy, slabs, N, r)
+    dbias = partial_sums(need_dbias, dy, slabs, N)
     if need_dS or need_dB or need_dbias:
         S = S.reshape(M, r) if need_dB else None
         launch(plan, dy, dy, lora_B.contiguous(), S, parts, dB, dbias)
-    dS = dS if parts is None else _added(parts, torch.float32)
-    return dS, _added(dB, lora_B.dtype), _added(dbias, dy.dtype)
+    dS = dS if parts is None else added(parts, tiles, torch.float32)
+    return dS, added(dB, slabs, lora_B.dtype), added(dbias, slabs, dy.dtype)
 
 
 @planned
@@ -494,7 +494,7 @@ def gradients_xa(
     dx = dS.new_empty((M, K), dtype=dtype) if need_dx else None
     if M == 0:
         return dx, lora_A.new_zeros(lora_A.shape) if need_dA else None
-    if r > block_rank(r) and need_dx:
+    if r > RANK_MOST and need_dx:
         scales = (1.0, keep_scale(keep, dropout_p))
         update_epilogue(
             None, dS[None], lora_A.contiguous(), None, keep, dropout_p, scales, None, dx
@@ -506,9 +506,10 @@ def gradients_xa(
     sizes = (M, K, r, 8 * (rows if need_dA else dx).element_size())
     scales, flags = (keep_scale(keep, dropout_p), dropout_p), (need_dx, need_dA, keep is not None)
     plan = _backward_xa_plan(dS.device, sizes, scales, flags)
-    dA = _partial(need_dA, (plan.grid[1], r, K), dS)
+    slabs = plan.grid[1]
+    dA = partial_sums(need_dA, dS, slabs, r, K)
     launch(plan, dS, rows, lora_A.contiguous(), dS, keep, dx if need_dx else None, dA)
-    return dx, _added(dA, lora_A.dtype)
+    return dx, added(dA, slabs, lora_A.dtype)
 
 
 @planned
@@ -582,13 +583,16 @@ def _epilogue_plan(
     )
 
 
-def _partial(wanted: bool, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    return like.new_empty(shape, dtype=torch.float32) if wanted else None
-
-
-def _added(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Add partial sums in order: torch reduces the first dimension deterministically."""
-    if parts is None:
+def partial_sums(wanted: bool, like: Tensor, parts: int, *shape: int) -> Tensor | None:
+    """Return memory for partial sums [parts, *shape], or for the sum itself of one part."""
+    if not wanted:
         return None
-    total = parts.squeeze(0) if parts.shape[0] == 1 else parts.sum(0)
-    return total if total.dtype is dtype else total.to(dtype)
+    return like.new_empty(shape if parts == 1 else (parts, *shape), dtype=torch.float32)
+
+
+def added(sums: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor | None:
+    """Add partial sums in order: torch reduces the first dimension deterministically."""
+    if sums is None:
+        return None
+    total = sums if parts == 1 else sums.sum(0)
+    return total if total.dtype is dtype else total.to(dtype=dtype)

@@ -218,3 +218,66 @@ def nf4_tile(weight, byte, byte_mask, block, block_mask, NESTED_BLOCKSIZE: tl.co
         scale = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=block_mask, other=0.0)
         absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * scale + offset
     return packed, absmax
+
+
+@triton.jit
+def _nf4_rows(
+    weight,
+    table_ptr,
+    place,
+    inside,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    PTX: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Decode SIZE values from each place on, whole bytes of one block, in float32."""
+    byte = place[:, None] // 2 + tl.arange(0, SIZE // 2)[None, :]
+    packed, absmax = nf4_tile(
+        weight, byte, inside[:, None], place // BLOCKSIZE, inside, NESTED_BLOCKSIZE
+    )
+    high, low = nf4_values(packed, table_ptr, tl.float32, PTX)
+    values = tl.join(high * absmax[:, None], low * absmax[:, None])
+    return tl.reshape(values, (place.shape[0], SIZE))
+
+
+@triton.jit
+def nf4_weight(
+    weight,
+    table_ptr,
+    base,
+    first_n,
+    first_k,
+    N,
+    K,
+    stride_n,
+    stride_k,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    INNER: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Decode a tile [BLOCK_K, BLOCK_N] of a flat packed stack in float32.
+
+    INNER: which of the two is contiguous, "n" or "k", where blocks end with rows, so that a row of
+    the tile lies in one. "" decodes value by value, from wherever in a byte.
+    """
+    n = first_n + tl.arange(0, BLOCK_N)
+    k = first_k + tl.arange(0, BLOCK_K)
+    if INNER == "k":
+        place = base + n.to(tl.int64) * stride_n + first_k
+        return tl.trans(
+            _nf4_rows(weight, table_ptr, place, n < N, BLOCKSIZE, NESTED_BLOCKSIZE, PTX, BLOCK_K)
+        )
+    elif INNER == "n":
+        place = base + k.to(tl.int64) * stride_k + first_n
+        return _nf4_rows(weight, table_ptr, place, k < K, BLOCKSIZE, NESTED_BLOCKSIZE, PTX, BLOCK_N)
+    else:
+        place = base + n.to(tl.int64)[None, :] * stride_n + k.to(tl.int64)[:, None] * stride_k
+        inside = (n < N)[None, :] & (k < K)[:, None]
+        block = place // BLOCKSIZE
+        packed, absmax = nf4_tile(weight, place // 2, inside, block, inside, NESTED_BLOCKSIZE)
+        code = tl.where(place % 2 == 0, packed >> 4, packed & 15)
+        return tl.load(table_ptr + code.to(tl.int32)) * absmax

@@ -1,10 +1,11 @@
 // dx = dy W + s a for few rows of dy: weight rows are decoded as they stream by and added, times
 // dy, to sums of dx. Compiled once per instruction set.
 //
-// All rows of dy share a decoded weight. A task takes a strip of columns: of kAxpyRows weight rows
-// at a time it sums 64 columns in registers and adds them to the strip's sums, which stay in the
-// first-level cache with the strip's packed weights. Bytes per weight: 0.56. Every sum has one
-// order, whatever the strips are.
+// All rows of dy share a decoded weight. A task takes a strip of columns, wide, for memory is fast
+// where it is read in order, and few weight rows at a time, each a stream of its own: more would
+// evict one another from the first-level cache where they are a power of two apart. Their products
+// of 64 columns are summed in registers and added to the strip's sums. Bytes per weight: 0.56.
+// Every sum has one order, whatever the strips are.
 #pragma once
 
 #include "nf4_dot.h"
@@ -12,16 +13,15 @@
 namespace peftkern {
 namespace {
 
-constexpr int64_t kAxpyRows = 64;       // weight rows whose products are summed in registers
-constexpr int64_t kAxpyStrip = 512;     // columns of a task at most
-constexpr int64_t kAxpySums = 4 << 10;  // floats of a task's sums: 16 KiB
+constexpr int64_t kAxpyStrip = 2048;     // columns of a task at most
+constexpr int64_t kAxpySums = 16 << 10;  // floats of a task's sums at most: 64 KiB
 
 // float32 codes: vectors of 64 columns are those of the dot products, in their order.
 struct Float32Axpy : Float32Dots {
   static constexpr int kPart = 1;  // weight rows that a vector holds
   // kMaxRows: rows of dy that share a decoded weight; kSums: vectors of sums in registers.
 #if defined(__AVX512F__)
-  static constexpr int kMaxRows = 16, kSums = 24;
+  static constexpr int kMaxRows = 16, kSums = 16;
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 #elif defined(__AVX2__)
@@ -33,7 +33,7 @@ struct Float32Axpy : Float32Dots {
   static Vector broadcast(const float* p) { return f32_set1(*p); }
   static Vector add(const Vector& a, const Vector& b) { return f32_add(a, b); }
 #endif
-  // 64 weights from `element` on, a multiple of 64, of kPart rows of K, of which so many exist.
+  // 64 weights of kPart rows of K, from `element` on, a multiple of 64; so many rows exist.
   static Weights weights(const NF4View& w, const Absmax& absmax, int64_t element, int64_t,
                          int64_t) {
     return Float32Dots::weights(w.packed + element / 2, absmax.of(element));
@@ -71,26 +71,29 @@ struct NF4Axpy {
   // Columns [begin, begin + count) of a piece.
   struct Task {
     const NF4Piece& piece;
-    const Absmax& absmax;
+    const Absmax absmax;
     int64_t begin, count;
     float* sums;
   };
 
-  // kV vectors, from v0 on, of 64 columns from k on, times weight rows [n0, n1), added to
-  // sums[kV][kM][kLanes].
+  // Weight rows at a time: the more rows of dy, the more sums to load and store for them.
+  template <int kM>
+  static constexpr int64_t kRows = kM <= 4 ? 8 : 16;
+
+  // kV vectors, from v0 on, of 64 columns from c of the task on, times weight rows [n0, n0 + rows),
+  // added to sums[kV][kM][kLanes].
   template <int kM, int kV>
-  void multiply(const Task& t, const float* dy, int64_t n0, int64_t n1, int64_t k, int v0,
+  void multiply(const Task& t, int64_t n0, int64_t rows, int64_t c, const float* dy, int v0,
                 float* sums) const {
     Vector acc[kV][kM];
     for (auto& vector : acc) {
       for (Vector& sum : vector) sum = Vector{};
     }
-    int64_t element = (t.piece.weight + n0) * args.K + k;
-    dy += n0 / Axpy::kPart * kM;
-    for (int64_t n = n0; n < n1; n += Axpy::kPart, element += Axpy::kPart * args.K, dy += kM) {
-      const auto weights = Axpy::weights(args.w, t.absmax, element, args.K, n1 - n);
-      for (int64_t i = 0; v0 == 0 && i < Axpy::kPart; ++i) {
-        __builtin_prefetch(args.w.packed + (element + (kAxpyRows + i) * args.K) / 2);
+    int64_t element = (t.piece.weight + n0) * args.K + t.begin + c;
+    for (int64_t n = 0; n < rows; n += Axpy::kPart, dy += kM) {
+      const auto weights = Axpy::weights(args.w, t.absmax, element, args.K, rows - n);
+      for (int i = 0; i < Axpy::kPart; ++i, element += args.K) {  // of the next rows
+        if (v0 == 0) __builtin_prefetch(args.w.packed + (element + kRows<kM> * args.K) / 2, 0, 2);
       }
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) {
@@ -116,11 +119,12 @@ struct NF4Axpy {
     constexpr int kV = kFit >= kVectors ? kVectors : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
     const float* dy = p.dy + (t.piece.start + m0) * p.parts;
     std::memset(t.sums, 0, static_cast<size_t>(t.count * kM) * 4);
-    for (int64_t n0 = 0; n0 < args.N; n0 += kAxpyRows) {
-      const int64_t n1 = min64(args.N, n0 + kAxpyRows);
+    for (int64_t n0 = 0; n0 < args.N; n0 += kRows<kM>) {
+      const int64_t valid = min64(kRows<kM>, args.N - n0);
       for (int64_t c = 0; c < t.count; c += 64) {
         for (int v = 0; v < kVectors; v += kV) {
-          multiply<kM, kV>(t, dy, n0, n1, t.begin + c, v, t.sums + (c + v * kLanes) * kM);
+          multiply<kM, kV>(t, n0, valid, c, dy + n0 / Axpy::kPart * kM, v,
+                           t.sums + (c + v * kLanes) * kM);
         }
       }
     }
@@ -193,15 +197,14 @@ struct NF4Axpy {
     const WaveAbsmax absmax(args, wave);
 
     const int64_t most = padded(min64(Axpy::kMaxRows, wave.pieces[0].M));
-    const int64_t share = round_up(ceil_div(wave.count * args.K, 4 * args.threads), 128);
+    const int64_t share = round_up(ceil_div(wave.count * args.K, 2 * args.threads), 128);
     const int64_t fit = round_up(min64(kAxpyStrip, kAxpySums / most), 128);
     const int64_t strip = min64(share, fit), strips = ceil_div(args.K, strip);
     Scratch sums(args.threads * strip * most * 4);
     parallel_for(args.threads, wave.count * strips, [&](int64_t i, int thread) {
       const NF4Piece& piece = wave.pieces[i / strips];
-      const Absmax own = absmax.of(i / strips);
       const int64_t begin = i % strips * strip;
-      const Task t{piece, own, begin, min64(strip, args.K - begin),
+      const Task t{piece, absmax.of(i / strips), begin, min64(strip, args.K - begin),
                    sums.floats() + thread * strip * most};
       for (int64_t m0 = 0; m0 < piece.M; m0 += Axpy::kMaxRows) {
         tile_of(p, t, m0, min64(Axpy::kMaxRows, piece.M - m0));

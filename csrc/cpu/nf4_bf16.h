@@ -26,24 +26,6 @@ inline bool whole_blocks(const NF4View& w, int64_t element) {
   return element % 64 == 0 && w.blocksize >= 64;
 }
 
-// 128 weights from `element` on, of which n exist; the others are zero.
-inline void decode_chunk(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
-                         __m512i out[4]) {
-  if (whole_blocks(w, element)) {
-    decode128(load_bytes(w.packed + element / 2, (n + 1) / 2),
-              bf16_tables(absmax.at(element), n > 64 ? absmax.at(element + 64) : 0.0f), out);
-    if (n < 128) {
-      for (int j = 0; j < 4; ++j) out[j] = _mm512_maskz_mov_epi16(mask32(n - 32 * j), out[j]);
-    }
-    return;
-  }
-  uint16_t values[128] = {};
-  for (int64_t j = 0; j < min64(n, 128); ++j) {
-    values[j] = bf16_from_float(weight_at(w, absmax, element + j, DType::kFloat32));
-  }
-  for (int j = 0; j < 4; ++j) out[j] = _mm512_loadu_si512(values + 32 * j);
-}
-
 // Stream v, 0 <= v < 4, of packed words: elements 4 t + v, the order in which shifting the words
 // yields them. vpermw reads five index bits: four are the nibble, and the fifth, given by `second`,
 // chooses between the tables of two blocks in the low and the high half.
@@ -120,6 +102,7 @@ inline void decode_streams(const NF4View& w, const Absmax& absmax, int64_t eleme
 struct BFloat16Panels {
   static constexpr int64_t kStep = 32;
   static constexpr int64_t kOrder = 128;  // each stream fills a tile row
+  static constexpr int64_t kColumns = 64;
 
   static void load_dwords(const void* in, DType, int64_t i, int64_t n, uint32_t* out) {
     const uint16_t* p = static_cast<const uint16_t*>(in) + i;
@@ -152,26 +135,75 @@ struct BFloat16Panels {
     });
   }
 
-  static void decode_lanes(const NF4View& w, const Absmax& absmax, int64_t N, int64_t K, int64_t n0,
-                           int64_t rows, int64_t k0, DType, uint32_t* out, int64_t stride) {
-    const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    // Word pairs (i, 32 + i): a word of the first row beside the same word of the second.
-    const __m512i low =
-        _mm512_or_si512(ramp, _mm512_slli_epi32(_mm512_add_epi32(ramp, _mm512_set1_epi32(32)), 16));
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    const int64_t columns = min64(128, K - k0);
-    for (int64_t i = 0; i < round_up(rows, 32); i += 2) {
-      __m512i v[2][4] = {};
-      for (int64_t p = 0; p < 2; ++p) {
-        const int64_t n = n0 + i + p;
-        if (i + p >= rows) continue;
-        prefetch_row(w, N, K, n, k0);
-        decode_chunk(w, absmax, n * K + k0, columns, v[p]);
-      }
+  // Tile v of each 64 columns holds every fourth, from v on.
+  static void decode_lanes(const NF4View& w, const Absmax& absmax, RowsAhead& ahead, int64_t K,
+                           int64_t n0, int64_t rows, int64_t k0, DType, uint32_t* out,
+                           int64_t stride) {
+    int64_t i = 0;
+    if (K % 64 == 0 && w.blocksize >= 64) {
+      i = K - k0 >= 128 ? decode_whole<2>(w, absmax, ahead, K, n0, rows, k0, out, stride)
+                        : decode_whole<1>(w, absmax, ahead, K, n0, rows, k0, out, stride);
+    }
+    for (; i < round_up(rows, 32); i += 2) {
       uint32_t* line = out + i / 32 * kPair + i % 32 / 2 * 16;
-      for (int j = 0; j < 4; ++j, line += stride) {
-        _mm512_storeu_si512(line, _mm512_permutex2var_epi16(v[0][j], low, v[1][j]));
-        _mm512_storeu_si512(line + kTile, _mm512_permutex2var_epi16(v[0][j], high, v[1][j]));
+      for (int64_t k = k0; k < k0 + 128; k += 64, line += 2 * stride) {
+        decode_pair(w, absmax, (n0 + i) * K + k, K, min64(2, rows - i), min64(64, K - k), line,
+                    line + stride);
+      }
+    }
+  }
+
+  // Pairs of rows over kGroups 64 columns of whole blocks. Returns the number of rows.
+  template <int kGroups>
+  static int64_t decode_whole(const NF4View& w, const Absmax& absmax, RowsAhead& ahead, int64_t K,
+                              int64_t n0, int64_t rows, int64_t k0, uint32_t* out, int64_t stride) {
+    int64_t element = n0 * K + k0, i = 0;
+    for (; i + 2 <= rows; i += 2, element += 2 * K) {
+      ahead.next();
+      ahead.next();
+      const uint8_t* packed = w.packed + element / 2;
+      uint32_t* line = out + i / 32 * kPair + i % 32 / 2 * 16;
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g, line += 2 * stride) {
+        const RowPair pair = row_pair(packed + 32 * g, packed + 32 * g + K / 2,
+                                      absmax.at(element + 64 * g), absmax.at(element + 64 * g + K));
+        _mm512_storeu_si512(line, pair.at(0));
+        _mm512_storeu_si512(line + kTile, pair.at(1));
+        _mm512_storeu_si512(line + stride, pair.at(2));
+        _mm512_storeu_si512(line + stride + kTile, pair.at(3));
+      }
+      for (int64_t j = 0; kGroups == 1 && j < 4; ++j) {
+        std::memset(line + j / 2 * stride + j % 2 * kTile, 0, kSide * 4);
+      }
+    }
+    return i;
+  }
+
+  // `columns` of 64 weights from `element` on, and those of the row below, of which `rows` exist.
+  static void decode_pair(const NF4View& w, const Absmax& absmax, int64_t element, int64_t K,
+                          int64_t rows, int64_t columns, uint32_t* low, uint32_t* high) {
+    uint32_t* const lines[4] = {low, low + kTile, high, high + kTile};
+    for (uint32_t* line : lines) std::memset(line, 0, kSide * 4);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < columns; ++c) {
+        const float value = weight_at(w, absmax, element + i * K + c, DType::kFloat32);
+        lines[c % 4][c / 4] |= static_cast<uint32_t>(bf16_from_float(value)) << 16 * i;
+      }
+    }
+  }
+
+  // Four tiles of sums of 64 columns as decode_lanes orders them: after this in order.
+  static void arrange(float* const tiles[4]) {
+    const __m512i lanes = _mm512_set_epi32(0, 0, 19, 3, 0, 0, 18, 2, 0, 0, 17, 1, 0, 0, 16, 0);
+    for (int64_t i = 0; i < kSide; ++i) {
+      __m512 c[4];
+      for (int v = 0; v < 4; ++v) c[v] = _mm512_loadu_ps(tiles[v] + kSide * i);
+      for (int v = 0; v < 4; ++v) {  // columns 16 v to 16 v + 15: lanes 4 v to 4 v + 3 of all four
+        const __m512i low = _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * v));
+        const __m512i high = _mm512_shuffle_epi32(low, _MM_PERM_BADC);
+        const __m512 left = _mm512_permutex2var_ps(c[0], low, c[1]);
+        const __m512 right = _mm512_permutex2var_ps(c[2], high, c[3]);
+        _mm512_storeu_ps(tiles[v] + kSide * i, _mm512_mask_mov_ps(left, 0xcccc, right));
       }
     }
   }
@@ -204,7 +236,7 @@ struct BFloat16Dots {
 
 // Sums of weight rows, two at a time.
 struct BFloat16Axpy {
-  static constexpr int kPart = 2, kMaxRows = 16, kSums = 24;
+  static constexpr int kPart = 2, kMaxRows = 16, kSums = 16;
   using Vector = __m512;
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }

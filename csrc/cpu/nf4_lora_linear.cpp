@@ -68,7 +68,8 @@ void run(NF4LinearKernels::Product kernel, const NF4PieceArgs& args, int64_t pad
     while (end < pieces.size()) {
       const int64_t padded = (pieces[end].M + pad - 1) / pad * pad;
       const int64_t count = static_cast<int64_t>(end - first) + 1;
-      if (count > 1 && (rows + padded > kWaveRows || count * blocks > kWaveBlocks)) break;
+      const bool other = pieces[first].M > kPairRows && pieces[end].M <= kPairRows;
+      if (count > 1 && (rows + padded > kWaveRows || count * blocks > kWaveBlocks || other)) break;
       pieces[end++].start = rows;
       rows += padded;
     }

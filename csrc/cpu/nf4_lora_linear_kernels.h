@@ -5,7 +5,7 @@
 // Forward: W is the rows operand, x (packed once) the lanes operand, and tiles of y^T come out;
 // a task decodes a panel of weight rows, kBlock columns at a time, into cache and multiplies it by
 // all of its piece's x. Backward: dy (packed once) is the rows operand and W the lanes operand; a
-// task takes a strip of 256 weight columns and reduces over n. Nobody writes what another thread
+// task takes a strip of weight columns and reduces over n. Nobody writes what another thread
 // writes and every sum has one fixed order, so results do not depend on the number of threads.
 // Extra memory: the wave's x or dy packed, one panel and its float32 sums a thread, and in backward
 // the absmax of nested blocks as float32 (1/16 byte per weight of the wave at block size 64).
@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kPanelRows = 256;      // weight rows in a forward panel
 constexpr int64_t kStrip = 256;          // weight columns in a backward panel
+constexpr int64_t kWideStrip = 1024;     // the same for few rows
 constexpr int64_t kProduct = 4 * kTile;  // floats of a product of two pairs
 
 template <class Math>
@@ -264,35 +265,56 @@ struct NF4Gemm {
     });
   }
 
-  // Rows [n0, n0 + kBlock) of the strip's columns.
-  void decode_strip(const Panel& p, const NF4Piece& piece, const Absmax& absmax, int64_t n0) const {
-    const int64_t rows = min64(kBlock, args.N - n0);
-    for (int64_t c = 0; c < p.count; c += 128) {
-      Math::decode_lanes(args.w, absmax, piece.weight + args.N, args.K, piece.weight + n0, rows,
-                         p.begin + c, args.dtype, p.weights + c / kPairSide * kPairBlock,
+  // Columns of a task, and the columns and weight rows of it that are decoded at a time. For one
+  // pair of rows of dy the decoded part stays in the first-level cache, and a strip is wide, for
+  // memory is fast where it is read in order; for more, what is loaded of dy per weight counts.
+  struct Blocking {
+    int64_t strip, columns, rows;
+  };
+  Blocking blocking() const {
+    if (wave.pieces[0].M > kPairSide) return {kStrip, kStrip, kBlock};
+    const int64_t share = ceil_div(wave.count * args.K, 2 * args.threads);
+    return {min64(kWideStrip, round_up(share, 128)), 128, kBlock / 4};
+  }
+
+  // Pairs of tiles that so many columns of a strip are in: of whole groups that share an order.
+  static int64_t strip_pairs(int64_t count) {
+    return ceil_div(round_up(count, Math::kColumns), kPairSide);
+  }
+  static float* strip_sums(const Panel& p, int64_t mp, int64_t kp) {
+    return p.sums + (mp * strip_pairs(p.count) + kp) * kProduct;
+  }
+
+  // Weight rows [n0, n0 + rows) times columns [begin, begin + count) of the strip.
+  void multiply_strip(const Panel& p, const Rows& dy, const Absmax& absmax, RowsAhead& ahead,
+                      int64_t n0, int64_t rows, int64_t begin, int64_t count) const {
+    for (int64_t c = 0; c < count; c += 128) {
+      Math::decode_lanes(args.w, absmax, ahead, args.K, dy.piece.weight + n0, rows,
+                         p.begin + begin + c, args.dtype, p.weights + c / kPairSide * kPairBlock,
                          kPairBlock);
     }
-  }
-
-  static float* strip_sums(const Panel& p, int64_t mp, int64_t kp) {
-    return p.sums + (mp * (kStrip / kPairSide) + kp) * kProduct;
-  }
-
-  void multiply_strip(const Panel& p, const Rows& dy, int64_t n0) const {
-    const int64_t count = ceil_div(min64(kBlock, args.N - n0), kStep);
+    const int64_t steps = ceil_div(rows, kStep), pairs = strip_pairs(count);
     for (int64_t mp = 0; mp < dy.pairs(); ++mp) {
-      const uint32_t* rows = dy.at(mp, n0 / kStep);
-      for (int64_t kp = 0; kp < p.pairs(); ++kp) {
-        if (mp + 1 < dy.pairs()) prefetch_share(dy.at(mp + 1, n0 / kStep), count, kp, p.pairs());
-        multiply(rows, p.weights + kp * kPairBlock, strip_sums(p, mp, kp), count, n0 == 0,
-                 dy.piece.M - mp * kPairSide, true);
+      const uint32_t* left = dy.at(mp, n0 / kStep);
+      for (int64_t kp = 0; kp < pairs; ++kp) {
+        if (mp + 1 < dy.pairs()) prefetch_share(dy.at(mp + 1, n0 / kStep), steps, kp, pairs);
+        multiply(left, p.weights + kp * kPairBlock, strip_sums(p, mp, begin / kPairSide + kp),
+                 steps, n0 == 0, dy.piece.M - mp * kPairSide, true);
       }
     }
   }
 
   void finish_strip(const Panel& p, const NF4Piece& piece) const {
     for (int64_t mp = 0; mp < ceil_div(piece.M, kPairSide); ++mp) {
-      for (int64_t kp = 0; kp < p.pairs(); ++kp) {
+      for (int64_t kp = 0; Math::kColumns > kPairSide && kp < strip_pairs(p.count); kp += 2) {
+        for (int64_t i = 0; i < 2; ++i) {
+          float* left = strip_sums(p, mp, kp) + i * kPair;
+          float* right = strip_sums(p, mp, kp + 1) + i * kPair;
+          float* const tiles[4] = {left, left + kTile, right, right + kTile};
+          Math::arrange(tiles);
+        }
+      }
+      for (int64_t kp = 0; kp < strip_pairs(p.count); ++kp) {
         for_quadrants(strip_sums(p, mp, kp), [&](float* c, int64_t i, int64_t j) {
           const int64_t m = mp * kPairSide + i, k = p.begin + kp * kPairSide + j;
           if (m < piece.M && k < args.K) finish_backward(piece, c, m, k);
@@ -320,21 +342,26 @@ struct NF4Gemm {
     pack<false>(dy, N);
     const WaveAbsmax absmax(args, wave);
 
-    const int64_t weights = kStrip / kPairSide * kPairBlock, strips = ceil_div(K, kStrip);
+    const Blocking block = blocking();
+    const int64_t weights = kStrip / kPairSide * kPairBlock, strips = ceil_div(K, block.strip);
     const int64_t pairs = ceil_div(wave.pieces[0].M, kPairSide);
-    const int64_t per_thread = weights + pairs * (kStrip / kPairSide) * kProduct;
+    const int64_t per_thread = weights + pairs * strip_pairs(block.strip) * kProduct;
     Scratch scratch(args.threads * per_thread * 4);
     parallel_for(args.threads, wave.count * strips, [&](int64_t t, int thread) {
       typename Math::Session session;
       (void)session;
       float* own = scratch.floats() + thread * per_thread;
       const NF4Piece& piece = wave.pieces[t / strips];
-      const int64_t begin = t % strips * kStrip;
-      const Panel p{reinterpret_cast<uint32_t*>(own), own + weights, begin,
-                    min64(kStrip, K - begin)};
-      for (int64_t n0 = 0; n0 < N; n0 += kBlock) {
-        decode_strip(p, piece, absmax.of(t / strips), n0);
-        multiply_strip(p, {piece, dy}, n0);
+      const Absmax scales = absmax.of(t / strips);
+      const int64_t begin = t % strips * block.strip, count = min64(block.strip, K - begin);
+      const Panel p{reinterpret_cast<uint32_t*>(own), own + weights, begin, count};
+      for (int64_t n0 = 0; n0 < N; n0 += block.rows) {
+        const int64_t rows = min64(block.rows, N - n0);
+        RowsAhead ahead(args.w, scales, (piece.weight + n0 + block.rows) * K + begin, count, K);
+        for (int64_t c = 0; c < count; c += block.columns) {
+          multiply_strip(p, {piece, dy}, scales, ahead, n0, rows, c,
+                         min64(block.columns, count - c));
+        }
       }
       finish_strip(p, piece);
     });

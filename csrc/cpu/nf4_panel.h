@@ -130,19 +130,32 @@ inline float weight_at(const NF4View& w, const Absmax& absmax, int64_t element, 
   return dtype == DType::kBFloat16 ? float_from_bf16(bf16_from_float(value)) : value;
 }
 
-// A strip of 128 columns touches one cache line of each row, too far apart for the processor to
-// guess: ask for the line of a row that comes soon.
-inline void prefetch_row(const NF4View& w, int64_t N, int64_t K, int64_t n, int64_t k) {
-  constexpr int64_t kAhead = 24;
-  if (n + kAhead < N) __builtin_prefetch(w.packed + ((n + kAhead) * K + k) / 2);
-}
+// Asks for the rows of a strip in the order of memory, a line of 128 weights at a time, while
+// others are decoded in the order of tiles: memory is fast where it is read in order.
+class RowsAhead {
+ public:
+  RowsAhead(const NF4View& w, const Absmax& absmax, int64_t element, int64_t columns, int64_t K)
+      : w_(w), absmax_(absmax), element_(element), columns_(columns), K_(K) {}
+  void next() {
+    __builtin_prefetch(w_.packed + (element_ + at_) / 2, 0, 2);
+    if (at_ == 0) __builtin_prefetch(absmax_.of(element_), 0, 2);
+    at_ += 128;
+    if (at_ >= columns_) at_ = 0, element_ += K_;
+  }
+
+ private:
+  const NF4View& w_;
+  const Absmax absmax_;
+  int64_t element_, columns_, K_, at_ = 0;
+};
 
 // float32 arithmetic: scalar, AVX2 and AVX-512. bfloat16 input is widened; the weights take the
 // values they have in the input's type.
 struct Float32Math {
-  static constexpr int64_t kStep = 16;    // elements of the reduction in a tile
-  static constexpr int64_t kOrder = 16;   // elements that may come in an order of their own
-  static constexpr int64_t kBlock = 128;  // elements of the reduction decoded at a time
+  static constexpr int64_t kStep = 16;     // elements of the reduction in a tile
+  static constexpr int64_t kOrder = 16;    // elements that may come in an order of their own
+  static constexpr int64_t kBlock = 128;   // elements of the reduction decoded at a time
+  static constexpr int64_t kColumns = 16;  // lanes that come in an order of their own
 
   struct Session {};  // nothing to set up per thread
 
@@ -190,20 +203,23 @@ struct Float32Math {
   }
 
   // Rows [n0, n0 + rows) x columns [k0, k0 + 128) as lanes tiles, pairs `stride` dwords apart.
-  static void decode_lanes(const NF4View& w, const Absmax& absmax, int64_t N, int64_t K, int64_t n0,
-                           int64_t rows, int64_t k0, DType dtype, uint32_t* out, int64_t stride) {
+  static void decode_lanes(const NF4View& w, const Absmax& absmax, RowsAhead& ahead, int64_t K,
+                           int64_t n0, int64_t rows, int64_t k0, DType dtype, uint32_t* out,
+                           int64_t stride) {
     const int64_t columns = min64(128, K - k0);
     for (int64_t i = 0; i < round_up(rows, 16); ++i) {
       uint32_t* line = out + i / 16 * kPair + i % 16 * 16;
       const auto target = [=](int64_t j) { return line + j / 2 * stride + j % 2 * kTile; };
       const int64_t valid = i < rows ? columns : 0;
       if (valid > 0) {
-        prefetch_row(w, N, K, n0 + i, k0);
+        ahead.next();
         decode(w, absmax, (n0 + i) * K + k0, valid, dtype, target);
       }
       for (int64_t j = ceil_div(valid, 16); j < 8; ++j) std::memset(target(j), 0, 64);
     }
   }
+
+  static void arrange(float* const[4]) {}  // lanes are in order
 
   // C[a][b] (+)= rows tile a x lanes tile b for the first `count` rows, summed over `steps` pairs
   // of tiles; each block's sum starts at zero, which keeps the rounding error of long reductions

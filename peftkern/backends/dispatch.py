@@ -52,10 +52,10 @@ _TABLE = {
     "lora_linear_backward": ("lora_linear", "triton cpu torch"),
     "nf4_lora_linear_forward": ("nf4_lora_linear", "triton cuda cpu torch"),
     "nf4_lora_linear_backward": ("nf4_lora_linear", "triton cpu torch"),
-    "grouped_linear_forward": ("grouped_linear", "cpu torch"),
-    "grouped_linear_backward": ("grouped_linear", "cpu torch"),
-    "nf4_grouped_linear_forward": ("grouped_linear", "cpu torch"),
-    "nf4_grouped_linear_backward": ("grouped_linear", "cpu torch"),
+    "grouped_linear_forward": ("grouped_linear", "triton cpu torch"),
+    "grouped_linear_backward": ("grouped_linear", "triton cpu torch"),
+    "nf4_grouped_linear_forward": ("grouped_linear", "triton cpu torch"),
+    "nf4_grouped_linear_backward": ("grouped_linear", "triton cpu torch"),
     "dora_norm": ("dora", "triton cpu"),
     "nf4_dora_norm": ("dora", "triton cpu torch"),
     "low_rank_svd": ("low_rank_svd", "triton cuda cpu"),
@@ -178,10 +178,9 @@ def call(op: str, args: tuple[Any, ...]) -> Any:
     forced = forced_backend()
     if forced is not None:
         return _call_forced(op, args, device, forced)
-    candidates = CANDIDATES[op] if device.type != "cuda" else _in_order(op, args, device)
     if trust.mode() != "always":
-        return programs.run(op, args, device, candidates)
-    for candidate in candidates:
+        return programs.run(op, args, device, _in_order)
+    for candidate in CANDIDATES[op] if device.type != "cuda" else _in_order(op, args, device):
         if candidate.device is not None and candidate.device != device.type:
             continue
         reason = candidate.refusal(*args)

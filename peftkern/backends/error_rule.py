@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
+from peftkern.backends.tolerances import FLOOR_RMS, RATIO, errors, floors
 
 SAMPLED = 32  # rows, or blocks
 
@@ -77,9 +77,9 @@ def judged(
     (rms, most), (plain_rms, plain_most) = (errors(t[finite], oracle[finite]) for t in (got, plain))
     walk, size = 2.0**-24 * math.sqrt(terms), oracle[finite].square().mean().sqrt().item()
     unit = max(1.0, typical / size) if size > 0 else 1.0
-    floors = max(FLOOR_RMS[got.dtype], FLOOR_RMS[bits]), max(FLOOR_MAX[got.dtype], FLOOR_MAX[bits])
-    bound_rms = RATIO * plain_rms + unit * (floors[0] + walk)
-    bound_most = RATIO * plain_most + unit * (floors[1] + 4 * walk)
+    floor_rms, floor_most = floors(got.dtype, bits)
+    bound_rms = RATIO * plain_rms + unit * (floor_rms + walk)
+    bound_most = RATIO * plain_most + unit * (floor_most + 4 * walk)
     share = max(rms / bound_rms, most / bound_most)
     return None if share <= 1.0 else f"{name} has {share:.3g} times the error allowed"
 

@@ -87,7 +87,8 @@ def _call(op: str, *args: Any) -> Any:
         return dispatch.call(op, args)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_NUMBERS = frozenset((int, float, bool))  # a list that begins with one holds no tensors
 
 
 def run(op: str, *args: Any) -> Any:
@@ -115,13 +116,20 @@ def _dispatched(args: Iterable[Any]) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return True
+    parts: list[Any] = []
     for arg in args:
-        for part in arg if isinstance(arg, (tuple, list)) else (arg,):
-            if type(part) in _PLAIN:
-                if part.is_meta or part.is_neg() or part._is_zerotensor():
-                    return True
-            elif isinstance(part, Tensor):
+        kind = type(arg)
+        if kind is tuple or kind is list:
+            if arg and type(arg[0]) not in _NUMBERS:
+                parts += arg
+        elif arg is not None and kind not in _NUMBERS:
+            parts.append(arg)
+    for part in parts:
+        if type(part) in _PLAIN:
+            if part.is_meta or part.is_neg() or part._is_zerotensor():
                 return True
+        elif isinstance(part, Tensor):
+            return True
     return False
 
 

@@ -124,9 +124,9 @@ def begins_at(tensor: Tensor, multiple: int) -> bool:
     return tensor.data_ptr() % multiple == 0
 
 
-def placement(tensor: Tensor) -> tuple[int, int, torch.dtype, bool]:
-    """Return where a tensor's values are, so that another memory or another view of it shows."""
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()
+def placements(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype, bool]]:
+    """Return where values of tensors are, so that another memory or another view of it shows."""
+    return [(t.data_ptr(), t.numel(), t.dtype, t.is_contiguous()) for t in tensors]
 
 
 def all_begin_at(tensors: Sequence[Tensor | None], multiple: int) -> bool:

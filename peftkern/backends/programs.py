@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,22 +54,28 @@ class Program:
         self.due = next((n for n in trust.CHECKED_CALLS if n > self.calls), _NEVER)
 
 
-class Order(NamedTuple):
-    """Order of an op's candidates for one key: None until a contest has decided."""
+class Standing:
+    """State of an op's candidates for one key in this process.
 
-    calls: itertools.count
-    winner: str | None
+    programs: {back end: program}. order: the candidates, the winner of a contest first; None where
+    one is to decide.
+    """
+
+    __slots__ = ("calls", "order", "programs")
+
+    def __init__(self) -> None:
+        self.calls = itertools.count(1)
+        self.order: list[Any] | None = None
+        self.programs: dict[str, Program] = {}
 
 
-_programs: dict[tuple, Program] = {}
-_orders: dict[tuple, Order] = {}
+_standings: dict[tuple, Standing] = {}
 _forgiven: set[str] = set()  # demoted in this process alone: verdicts that they shape do not last
 
 
 @trust.on_reset
 def _forget() -> None:
-    _programs.clear()
-    _orders.clear()
+    _standings.clear()
     _forgiven.clear()
 
 
@@ -77,17 +84,20 @@ def lasting() -> bool:
     return not _forgiven
 
 
-def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) -> Any:
+def run(op: str, args: Args, device: torch.device, candidates: Callable[..., Any]) -> Any:
     """Run `op` on the first candidate that takes these arguments and is trusted with them.
 
+    Args: candidates, which gives those of (op, args, device); not asked once an order is decided.
     Raises: what the first candidate raised if all did; BackendUnavailableError if there is none.
     """
-    key = key_of(op, args, device)
-    if device.type in CONTESTED:
-        candidates = _ordered(key, args, device, candidates)
+    key, kind = key_of(op, args, device), device.type
+    standing = _standings.get(key)
+    if standing is None:
+        standing = _standings.setdefault(key, Standing())
+    order = standing.order or _ordered(standing, key, args, device, candidates(op, args, device))
     failed: list[tuple[Program, Exception]] = []
-    for candidate in candidates:
-        if candidate.device is not None and candidate.device != device.type:
+    for candidate in order:
+        if candidate.device is not None and candidate.device != kind:
             continue
         reason = candidate.refusal(*args)
         if reason is not None:
@@ -96,7 +106,9 @@ def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) ->
         if candidate.name in PLAIN:
             record_call(op, candidate.name)
             return _after(failed, device, candidate.run(*args))
-        program = _program(key, candidate.name, device)
+        program = standing.programs.get(candidate.name)
+        if program is None:
+            program = _program(standing, key, candidate.name, device)
         reason = program.demoted or _unready(program, device)
         if reason is not None:
             record_fallback(op, f"{candidate.name}: {reason}")
@@ -107,7 +119,7 @@ def run(op: str, args: Args, device: torch.device, candidates: Iterable[Any]) ->
             if program.calls < program.due or trust.mode() == "off":
                 result = candidate.run(*args)
             else:
-                result = _checked(op, args, candidate, program, candidates)
+                result = _checked(op, args, candidate, program, order)
         except Exception as error:
             if op in _MUTATED and program.calls > 1:
                 raise  # what it has written so far cannot be taken back
@@ -123,7 +135,9 @@ def demotion(op: str, args: Args, device: torch.device, backend: str) -> str | N
     """Return why a back end's program for such a call is demoted, or None."""
     if backend in PLAIN or trust.mode() == "always":
         return None
-    return _program(key_of(op, args, device), backend, device).demoted
+    key = key_of(op, args, device)
+    standing = _standings.setdefault(key, Standing())
+    return _program(standing, key, backend, device).demoted
 
 
 def key_of(op: str, args: Args, device: torch.device) -> tuple:
@@ -153,7 +167,7 @@ def _forward_key(x: Tensor, shape: Any, A: Any, bias: Any, keep: Any) -> tuple:
 
 def _backward_key(dy: Tensor, x: Any, shape: Any, A: Any, keep: Any, needs: list[bool]) -> tuple:
     update = ("no adapter",) if A is None else (A.dtype, A.shape[0])
-    wanted = "".join("01"[need] for need in needs)
+    wanted = f"{needs[0]:d}{needs[1]:d}{needs[2]:d}{needs[3]:d}"
     dropout = "dropout" if keep is not None else ""
     return (dy.dtype, dy.numel().bit_length(), *shape, *update, dropout, wanted)
 
@@ -175,13 +189,12 @@ _KEYS: dict[str, Callable[..., tuple]] = {
 }
 
 
-def _program(key: tuple, backend: str, device: torch.device) -> Program:
-    full = (backend, *key)
-    program = _programs.get(full)
-    if program is None:
+def _program(standing: Standing, key: tuple, backend: str, device: torch.device) -> Program:
+    found = standing.programs.get(backend)
+    if found is None:
         name = f"{key[0]} on {backend} for {_text(key[2:])}"
-        program = _programs.setdefault(full, Program(name, device))
-    return program
+        found = standing.programs.setdefault(backend, Program(name, device))
+    return found
 
 
 def _text(described: tuple) -> str:
@@ -225,6 +238,9 @@ def _checked(
         except Exception:
             _restore(args, copies, mutated)
             raise
+    if not all(math.isfinite(a) for a in args if isinstance(a, float)):
+        program.due = program.calls + 1  # of a result that is NaN nothing can be learned
+        return got
     plain = functools.cache(lambda: _plain(op, copies, candidates))
 
     def whole(result: Any, of: Args) -> Any:
@@ -288,22 +304,27 @@ def _after(failed: list[tuple[Program, Exception]], device: torch.device, result
 
 
 def _ordered(
-    key: tuple, args: Args, device: torch.device, candidates: Iterable[Any]
+    standing: Standing, key: tuple, args: Args, device: torch.device, candidates: Iterable[Any]
 ) -> Iterable[Any]:
     """Put the winner of a key's contest first; hold the contest at the second call."""
-    order = _orders.get(key)
-    if order is None:
-        verdict = trust.ledger(device).adopt(_text(key[2:]) + f" {key[0]}")
-        winner = None if verdict is None else verdict["side"]
-        order = _orders.setdefault(key, Order(itertools.count(1), winner))
-    if order.winner is None and next(order.calls) == 2:
-        order = _orders[key] = Order(order.calls, _contest(key, args, device, candidates))
-    if order.winner is None:
+    if device.type not in CONTESTED:
+        standing.order = candidates
         return candidates
-    return sorted(candidates, key=lambda candidate: candidate.name != order.winner)
+    call, winner = next(standing.calls), None
+    if call == 1:
+        verdict = trust.ledger(device).adopt(f"{_text(key[2:])} {key[0]}")
+        winner = None if verdict is None else verdict["side"]
+    elif call == 2:
+        winner = _contest(standing, key, args, device, candidates)
+    if winner is None:
+        return candidates
+    standing.order = sorted(candidates, key=lambda candidate: candidate.name != winner)
+    return standing.order
 
 
-def _contest(key: tuple, args: Args, device: torch.device, candidates: Iterable[Any]) -> str | None:
+def _contest(
+    standing: Standing, key: tuple, args: Args, device: torch.device, candidates: Iterable[Any]
+) -> str | None:
     """Time the back ends that were right, torch's own operations first; None if none compete."""
     op = key[0]
     if op in _MUTATED or trust.mode() == "off" or capturing(device):
@@ -315,7 +336,7 @@ def _contest(key: tuple, args: Args, device: torch.device, candidates: Iterable[
         if candidate.refusal(*args) is not None:
             continue
         if candidate.name not in PLAIN:
-            program = _program(key, candidate.name, device)
+            program = _program(standing, key, candidate.name, device)
             if program.calls == 0:  # not asked so far: its first call is a check
                 program.calls += 1
                 with contextlib.suppress(Exception):
@@ -330,4 +351,4 @@ def _contest(key: tuple, args: Args, device: torch.device, candidates: Iterable[
     side = best if outcomes[best].not_slower else next(iter(fair))
     verdict = {"side": side, "ratios": {name: outcome.ratios for name, outcome in outcomes.items()}}
     keep = lasting() and outcomes[best].unanimous
-    return trust.ledger(device).decide(_text(key[2:]) + f" {op}", verdict, keep=keep)["side"]
+    return trust.ledger(device).decide(f"{_text(key[2:])} {op}", verdict, keep=keep)["side"]

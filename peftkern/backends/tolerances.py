@@ -1,7 +1,8 @@
 """Error bounds of correct results, for both tests and benchmarks.
 
 The rule: an op's error against float64 is at most RATIO times the error of eager torch in the same
-dtypes, plus a floor for the unavoidable rounding of the result.
+dtypes, plus a floor for the unavoidable rounding of the result: to the narrowest dtype that it has
+been in. A product under autocast is rounded to bfloat16, whatever it is stored in afterwards.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ FLOOR_MAX = {
 }
 # Relative RMS error from which a peer's result counts as wrong and its time means nothing.
 PEER_WRONG = 0.03
+
+
+def floors(*dtypes: torch.dtype) -> tuple[float, float]:
+    """Return the floors of the RMS and of the largest error of what has been in these dtypes."""
+    return max(FLOOR_RMS[dtype] for dtype in dtypes), max(FLOOR_MAX[dtype] for dtype in dtypes)
 
 
 def errors(got: Tensor, oracle: Tensor) -> tuple[float, float]:

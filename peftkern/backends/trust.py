@@ -22,7 +22,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import tempfile
 import threading
 import time
@@ -33,6 +32,7 @@ from typing import Any
 
 import torch
 
+from peftkern.backends import journal
 from peftkern.backends.cpu import module as cpu
 from peftkern.backends.device import device_info
 from peftkern.formats.json_files import read_json
@@ -169,7 +169,9 @@ class Ledger:
         self._unwritable = False
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # no permission: in memory
             self._read()
-            self._read_journal()
+            found = journal.guilty(self.path.parent, self._name, self._writes())
+            for program, reason in found.items():
+                self.demote(program, reason)
 
     @functools.cached_property
     def path(self) -> Path:
@@ -187,38 +189,20 @@ class Ledger:
         self.classes.update(classes)
         self.crossovers.update(crossovers(self.path))
 
-    def _read_journal(self) -> None:
-        """Demote the programs during whose first launch an earlier process ended."""
-        for marker in self.path.parent.glob(f"{self._name}.first-launch-*"):
-            with contextlib.suppress(OSError, ValueError):  # one that was cut short says nothing
-                text = marker.read_text(encoding="utf-8")
-                host, pid, started, program = text.split("\n", 3)
-                if host != platform.node() or _alive(int(pid), started, marker.stat().st_mtime):
-                    continue
-                self.demote(program, "an earlier process ended during its first launch")
-                if self._writes():
-                    marker.unlink(missing_ok=True)
-
     @contextlib.contextmanager
     def first_launch(self, program: str) -> Iterator[None]:
-        """Leave a mark for the next process while a program runs that may take this one down."""
-        marker = None
-        if self._writes():
-            name = hashlib.sha256(program.encode()).hexdigest()[:16]
-            marker = self.path.parent / f"{self._name}.first-launch-{os.getpid()}-{name}"
+        """Let the next process know if a program takes this one down, or its context on a GPU."""
+        with contextlib.ExitStack() as stack:
+            if self._writes():
+                try:
+                    stack.enter_context(journal.launch(self.path.parent, self._name, program))
+                except OSError:
+                    self._unwritable = True
             try:
-                marker.parent.mkdir(parents=True, exist_ok=True)
-                pid = os.getpid()
-                text = f"{platform.node()}\n{pid}\n{_started(pid)}\n{program}"
-                marker.write_text(text, encoding="utf-8")
-            except OSError:
-                marker, self._unwritable = None, True
-        try:
-            yield
-        finally:
-            if marker is not None:
-                with contextlib.suppress(OSError):
-                    marker.unlink()
+                yield
+            finally:
+                if _context_is_lost(self.device):  # then nobody answers, and no call demotes it
+                    self.demote(program, "its first launch ended the context of the device")
 
     def demote(self, program: str, reason: str, *, keep: bool = True) -> None:
         """Record, loudly, that a program must not serve; keep: for later processes, too."""
@@ -242,9 +226,9 @@ class Ledger:
     def decide(self, name: str, verdict: dict[str, Any], *, keep: bool = True) -> dict[str, Any]:
         """Record the verdict of a contest, or adopt the one that another rank was first with.
 
-        keep: for later processes, too.
+        Args: keep, for later processes, too. Ranks of another fingerprint have their own.
         """
-        verdict = _agreed(f"{self.device.type}/{name}", verdict)
+        verdict = _agreed(f"{self._name}/{name}", verdict)
         self.classes[name] = verdict
         if keep:
             self._write("classes", name, verdict)
@@ -259,7 +243,7 @@ class Ledger:
         """Return the verdict on a class: this machine's, or that of another rank."""
         verdict = self.classes.get(name)
         if verdict is None:
-            verdict = _agreed(f"{self.device.type}/{name}", None)
+            verdict = _agreed(f"{self._name}/{name}", None)
             if verdict is not None:
                 self.classes[name] = verdict
         return verdict
@@ -310,13 +294,12 @@ def files() -> list[Path]:
 
 def forget() -> int:
     """Remove every verdict and mark from the cache folder and this process; returns the files."""
-    removed = 0
-    for path in (cache_folder() / "trust").glob("*"):
-        if path.suffix == ".json" or ".first-launch-" in path.name or path.suffix == ".lock":
-            path.unlink(missing_ok=True)
-            removed += path.suffix == ".json"
+    folder, verdicts_ = cache_folder() / "trust", files()
+    rests = (path for suffix in (".lock", ".tmp") for path in folder.glob(f"*{suffix}"))
+    for path in (*verdicts_, *rests, *journal.files(folder)):
+        path.unlink(missing_ok=True)
     reset()
-    return removed
+    return len(verdicts_)
 
 
 _ledgers: dict[torch.device, Ledger] = {}
@@ -362,20 +345,15 @@ def _agreed(key: str, verdict: dict[str, Any] | None) -> dict[str, Any] | None:
         return verdict
 
 
-def _started(pid: int) -> str:
-    """Return what tells a process from a later one of its number; "" if it does not run."""
+def _context_is_lost(device: torch.device) -> bool:
+    """Return whether an error has left a GPU's context of no use to this process."""
+    if device.type != "cuda":
+        return False
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-        return stat.rpartition(")")[2].split()[19]  # clock ticks from boot to its start
-    except OSError:
-        return ""
-
-
-def _alive(pid: int, started: str, since: float) -> bool:
-    """Return whether the process of a mark still runs."""
-    if not os.path.isdir("/proc/self"):  # nothing to ask: as long as a first launch may take
-        return time.time() - since < 600.0
-    return started != "" and _started(pid) == started
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

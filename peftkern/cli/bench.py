@@ -18,15 +18,17 @@ def bench(
     op: Annotated[
         str,
         typer.Option(
-            help="one or more of nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize"
+            help="one or more of nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize; or"
+            " grouped_linear, the layers of experts"
         ),
     ] = "nf4_lora_linear,lora_linear,nf4_dequantize",
     shapes: Annotated[
         str | None,
         typer.Option(
             help="llama3-8b, llama2-7b, qwen2.5-7b, llama-65b, ...: their linear layers, or one of"
-            " them (llama3-8b-q_proj); MxNxK: M rows, a weight [N, K]",
-            show_default="llama3-8b-q_proj, on a GPU llama3-8b",
+            " them (llama3-8b-q_proj); MxNxK: M rows, a weight [N, K]; of grouped_linear"
+            " qwen3-30b-a3b, mixtral-8x7b, gpt-oss-20b, deepseek-v3, or MxNxKxE: E weights",
+            show_default="llama3-8b-q_proj, on a GPU llama3-8b; 256x512x512x32, qwen3-30b-a3b",
         ),
     ] = None,
     rows: Annotated[
@@ -48,8 +50,8 @@ def bench(
     baselines: Annotated[
         str,
         typer.Option(
-            help="auto: what is installed; or of frozen, peft, bitsandbytes, compile, torch,"
-            " unsloth, liger, module:function"
+            help="auto: what is installed; or of frozen, peft, grouped_mm, bitsandbytes, compile,"
+            " torch, unsloth, liger, module:function"
         ),
     ] = "auto",
     budget: Annotated[str, typer.Option(help="how long the whole run may take: 60s, 5m")] = "60s",

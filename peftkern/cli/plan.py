@@ -27,7 +27,7 @@ def plan(
     method: Annotated[str, typer.Option(help="lora, qlora, adalora, dora or full.")] = "lora",
     r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = 16,
     targets: Annotated[
-        str, typer.Option(help="all-linear, or names such as q_proj,v_proj.")
+        str, typer.Option(help="all-linear, experts too, or names such as q_proj,v_proj.")
     ] = "all-linear",
     base: Annotated[
         str | None,
@@ -78,13 +78,13 @@ def plan(
     with bad_input(*options):
         architecture = planning.read_model(model)
         given = {name: context.params[name] for name in options} | {
-            "targets": planning.MODULES if names == ["all-linear"] else tuple(names),
+            "targets": architecture.targets() if names == ["all-linear"] else tuple(names),
             "base": base,
             "dtype": dtype_name("--dtype", dtype, dtypes),
             "adapter_dtype": dtype_name("--adapter-dtype", adapter_dtype, dtypes),
         }
         training = planning.Training(**given)
-    found = planning.plan(architecture, training)
+        found = planning.plan(architecture, training)
     fitting = None
     if budget is not None:
         fitting = {
@@ -155,7 +155,8 @@ def _describe(name: str, model: Architecture, training: Training, found: Plan) -
     text = f"{name}: {_count(found.parameters)} parameters, {_count(found.trainable)} trained. "
     text += training.method
     if training.method != "full":
-        where = f"{len(training.targets)} of {len(model.linears())} linear layers"
+        where = f"{len(training.targets)} of {len(model.targets())} "
+        where += "linear layers" if model.mixture is None else "linear layers and stacks of experts"
         text += f" r={training.r} on {where}, adapters {training.adapter_dtype}"
     quantized = " double-quantized" if training.base == "nf4" and training.double_quant else ""
     text += f", base {training.base}{quantized}, activations {training.dtype}"

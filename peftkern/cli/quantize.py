@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,12 @@ import typer
 from peftkern.cli.frame import DTYPES, InputError, dtype_name, in_words, parse_bytes, present_device
 
 if TYPE_CHECKING:
-    from peftkern.tools.quantize.nf4_checkpoint import Plan, Size, Summary
+    from peftkern.tools.quantize.file_plan import Plan, Size
+    from peftkern.tools.quantize.nf4_checkpoint import Summary
 
 SHARE_TOLD = 0.01  # share of experts in all parameters from which they get a line
+MOST = 0.5  # share of the parameters that are expected to be quantized
+TOO_LITTLE = 1  # exit status if they are not
 _COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -30,18 +34,31 @@ def quantize(
         list[str] | None,
         typer.Option(help="A linear layer to leave as it is, like q_proj; may be repeated."),
     ] = None,
+    stack: Annotated[
+        bool,
+        typer.Option(
+            "--stack-experts/--no-stack-experts",
+            help="Write the experts of a layer as one tensor, which peftkern loads, or each that"
+            " has tensors of its own like a linear layer.",
+        ),
+    ] = True,
     shard_size: Annotated[str, typer.Option(help="Largest size of a file: 5GB or 500MiB.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda or cuda:N.")] = "cpu",
     force: Annotated[
         bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
     ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Go on if most parameters stay as they are.")
+    ] = False,
 ) -> None:
     """Quantize a safetensors checkpoint to NF4. Peak memory: about one file.
 
-    DST loads with transformers' from_pretrained (bitsandbytes installed). The linear layers that
-    transformers itself would quantize are in 4 bits; all else is copied, tokenizer and sub-folders
+    DST loads with transformers' from_pretrained (bitsandbytes installed), a mixture of experts
+    after `import peftkern.integrations.transformers`. The linear layers that transformers itself
+    would quantize are in 4 bits, and experts; all else is copied, tokenizer and sub-folders
     included, but for weights in other formats, which are named at the end. A stopped run resumes
-    when it is repeated.
+    when it is repeated. Exit status 1, and nothing written, if most parameters would stay as they
+    are.
 
     Example: peftkern quantize ~/models/llama3-8b ~/models/llama3-8b-nf4
     """
@@ -59,8 +76,9 @@ def quantize(
     if compute_dtype is not None:
         compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
     try:
-        from peftkern.tools.quantize.linear_weights import find_linear_weights
-        from peftkern.tools.quantize.nf4_checkpoint import Options, plan_files, quantize_checkpoint
+        from peftkern.tools.quantize.file_plan import Options, plan_files
+        from peftkern.tools.quantize.linear_weights import find_weights
+        from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
     except ImportError as error:
         raise InputError(
             "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
@@ -69,15 +87,18 @@ def quantize(
     try:
         options = Options(blocksize, double_quant, shard_bytes, device)
         checkpoint = read_checkpoint(source)
-        linear, config = find_linear_weights(
+        choice, config = find_weights(
             checkpoint,
             skip=skip or (),
+            stack=stack,
+            blocksize=blocksize,
             double_quant=double_quant,
             compute_dtype=compute_dtype,
         )
-        experts = _experts(plan_files(checkpoint, linear, options))
-        if experts:
-            print(f"peftkern: note: {experts}", file=sys.stderr)
+        plan = plan_files(checkpoint, choice, options)
+        if _share(plan.quantized, plan.total) < MOST and not partial:
+            print(f"peftkern: {_too_little(plan)}", file=sys.stderr)
+            raise typer.Exit(TOO_LITTLE)
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -91,7 +112,7 @@ def quantize(
             summary = quantize_checkpoint(
                 checkpoint,
                 destination,
-                linear,
+                choice,
                 config,
                 options,
                 force=force,
@@ -113,7 +134,7 @@ def _report(summary: Summary, destination: Path) -> str:
     resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
     left = [name if name.isprintable() else ascii(name) for name in summary.left]
     plan = summary.plan
-    total, quantized, experts = plan.total, plan.quantized, _experts(plan)
+    total, quantized = plan.total, plan.quantized
     return "\n".join(
         [
             f"{quantized.tensors} tensors quantized, {total.tensors - quantized.tensors} kept"
@@ -121,7 +142,7 @@ def _report(summary: Summary, destination: Path) -> str:
             f"{_size(total.bytes_before)} before, {_size(total.bytes_after)} after: "
             f"{total.bits:.2f} bits per parameter, {quantized.bits:.2f} in quantized tensors, "
             f"which hold {_share(quantized, total):.0%} of the parameters",
-            *([experts] if experts else []),
+            *_experts(plan),
             f"largest relative error {summary.largest_error:.2%}, of {summary.largest_error_name}",
             f"{len(plan.files)} file{'s' * (len(plan.files) > 1)} read back, checksums agree",
             f"{len(summary.copied)} other file{'s' * (len(summary.copied) != 1)} copied",
@@ -131,16 +152,31 @@ def _report(summary: Summary, destination: Path) -> str:
     )
 
 
-def _experts(plan: Plan) -> str | None:
-    """Describe the sizes of a mixture of experts; None for another model."""
-    share = _share(plan.experts, plan.total)
-    if share < SHARE_TOLD:
-        return None
-    return (
-        f"experts: {share:.0%} of the parameters stay in {plan.experts.bits:.0f} bits (3-D tensors "
-        f"in transformers, which are not quantized): {plan.total.bits:.2f} bits per parameter in "
-        "all"
+def _too_little(plan: Plan) -> str:
+    """Say why nothing is written although it could be."""
+    total = plan.total
+    return "; ".join(
+        [
+            f"{1 - _share(plan.quantized, total):.0%} of the parameters would stay as they are: "
+            f"{total.bits:.2f} bits per parameter in all",
+            *_experts(plan),
+            "--partial writes it all the same",
+        ]
     )
+
+
+def _experts(plan: Plan) -> Iterator[str]:
+    """Say which experts of a mixture are quantized and which are not."""
+    stacked = any(unit.shape for units in plan.files.values() for unit in units)
+    loader = "import peftkern.integrations.transformers before from_pretrained"
+    if not stacked:
+        loader = "each as a linear layer, which no model of transformers 5 loads"
+    for size, which in (
+        (plan.experts, f"are quantized: {loader}"),
+        (plan.kept_experts, "stay as they are (skipped, or rearranged when they are loaded)"),
+    ):
+        if (share := _share(size, plan.total)) >= SHARE_TOLD:
+            yield f"experts: {share:.0%} of the parameters, at {size.bits:.2f} bits, {which}"
 
 
 def _share(part: Size, total: Size) -> float:

@@ -167,8 +167,9 @@ def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None,
 
 def autocast_to(dtype: torch.dtype, tensor: Any) -> Any:
     """Cast as autocast does where its dtype is `dtype`."""
-    cast = isinstance(tensor, Tensor) and tensor.dtype in WEIGHT_DTYPES
-    return tensor.to(dtype) if cast else tensor
+    if not isinstance(tensor, Tensor) or tensor.dtype is dtype or tensor.dtype not in WEIGHT_DTYPES:
+        return tensor
+    return tensor.to(dtype=dtype)  # by its keyword torch finds it sooner
 
 
 def late_cast(

@@ -22,20 +22,23 @@ from peftkern.functional.arguments import autocast_to
 class LowRankLinear(torch.autograd.Function):
     """y = x @ weight.T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias.
 
-    options: scaling, dropout_p, needs, layout, and the dtype that autocast gives the factors: cast
-    here, they cost no node of the graph each.
+    weight: a dense one, or None. options: scaling, dropout_p, needs, the dtype that autocast gives
+    the factors, and a quantized weight's tensors and layout. What stands there costs no node of the
+    graph and no look of autograd each: factors are cast here, and a quantized weight, which is
+    frozen, is kept and not saved, as bitsandbytes does.
     """
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, bias, keep, options, *weight):
-        scaling, dropout_p, needs, layout, dtype = options
+    def forward(ctx, x, lora_A, lora_B, bias, keep, weight, options):
+        scaling, dropout_p, needs, dtype, packed, layout = options
         ctx.options = options
         if dtype is not None:
             known = lora_A is not None and not (lora_A.is_inference() or lora_B.is_inference())
             ctx.versions = (lora_A._version, lora_B._version) if known else None
             ctx.factors = lora_A, lora_B
             lora_A, lora_B = autocast_to(dtype, lora_A), autocast_to(dtype, lora_B)
-        y, S = product(x, weight, layout, lora_A, lora_B, bias, scaling, keep, dropout_p)
+        frozen = packed or (weight,)
+        y, S = product(x, frozen, layout, lora_A, lora_B, bias, scaling, keep, dropout_p)
         need_dx, need_dA, need_dB, _ = needs
         read = (
             x if need_dA else None,
@@ -44,14 +47,15 @@ class LowRankLinear(torch.autograd.Function):
             lora_A,
             lora_B,
         )
-        save_for_backward(ctx, read, weight if need_dx or layout else (None,))
+        save_for_backward(ctx, read, (weight if need_dx else None,))
         ctx.backend = None if x.is_cpu else forced_backend()
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, S, keep, lora_A, lora_B, *weight = saved_tensors(ctx)
-        scaling, dropout_p, needs, layout, dtype = ctx.options
+        x, S, keep, lora_A, lora_B, weight = saved_tensors(ctx)
+        scaling, dropout_p, needs, dtype, packed, layout = ctx.options
+        frozen = packed or (weight,)
         if torch.is_grad_enabled():
             if dtype is not None:
                 now = ctx.versions and tuple(factor._version for factor in ctx.factors)
@@ -59,13 +63,13 @@ class LowRankLinear(torch.autograd.Function):
                     raise RuntimeError("lora_A, lora_B: modified by an inplace operation")
                 lora_A, lora_B = (autocast_to(dtype, factor) for factor in ctx.factors)
             args = (lora_A, lora_B, scaling, keep, dropout_p, needs)
-            grads = differentiable_gradients(dy, x, S, dense(weight, layout, dy.dtype), *args)
+            grads = differentiable_gradients(dy, x, S, dense(frozen, layout, dy.dtype), *args)
         else:
             args = (lora_A, lora_B, scaling, keep, dropout_p, needs)
             with use_backend(ctx.backend):
-                grads = gradients(dy, x, S, weight, layout, *args)
+                grads = gradients(dy, x, S, frozen, layout, *args)
         # Autograd casts each to the dtype of its argument.
-        return *wanted(grads, needs), *[None] * (len(ctx.needs_input_grad) - 4)
+        return *wanted(grads, needs), None, None, None
 
 
 def product(
@@ -117,9 +121,12 @@ def forced_backend() -> str | None:
     return None if torch.compiler.is_compiling() else dispatch.forced_backend()
 
 
+_UNFORCED = contextlib.nullcontext()
+
+
 def use_backend(name: str | None) -> contextlib.AbstractContextManager:
     """Force what the forward pass was forced to; None forces nothing."""
-    return contextlib.nullcontext() if name is None else dispatch.use_backend(name)
+    return _UNFORCED if name is None else dispatch.use_backend(name)
 
 
 def save_for_backward(

@@ -120,6 +120,8 @@ def lora_experts(
     weights = (*up_tensors, *down_tensors)
     if not any(needs) and (added is None or not added.requires_grad):
         y = _forward(*args, added, *routing, options, weights)[0]
+    elif torch.compiler.is_compiling():  # no graph holds a gate that is differentiated in a node
+        y = _as_nodes(*args, added, *routing, options, weights)
     else:
         y = LoraExperts.apply(*args, added, *routing, options, *weights)
     return y.to(hidden.dtype)
@@ -204,19 +206,38 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | N
 def _differentiable_gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> list[Tensor | None]:
     """Compute the same so that autograd differentiates them once more."""
     x, *differentiable, rows, offsets, inverse, _, _, _ = saved[:13]
-    (gate, up, down, n), tensors = ctx.options, saved[13:]
     if x is None:
         raise RuntimeError(
             "up.lora_A: expected one that requires a gradient for second derivatives "
             "(create_graph=True), as hidden is saved only then; got a frozen one"
         )
 
-    def experts(x, weights, A1, B1, b1, A2, B2):
-        a = gate(_linear(x, rows, offsets, tensors[:n], up, A1, B1, b1))
-        a = (a * _by_row(weights, inverse)[:, None]).to(x.dtype)
-        return _combine(_linear(a, None, offsets, tensors[n:], down, A2, B2, None), inverse)
+    def experts(*args):
+        return _as_nodes(*args, None, rows, offsets, inverse, ctx.options, saved[13:])
 
     return partial_gradients(experts, (x, *differentiable), ctx.needs_input_grad[:7], dy)
+
+
+def _as_nodes(
+    x: Tensor,
+    weights: Tensor,
+    A1: Tensor | None,
+    B1: Tensor | None,
+    b1: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    added: Tensor | None,
+    rows: Tensor,
+    offsets: Tensor,
+    inverse: Tensor,
+    options: _Options,
+    tensors: tuple[Tensor, ...],
+) -> Tensor:
+    """Compute y in steps that autograd differentiates, the gate among them."""
+    gate, up, down, n = options
+    a = gate(_linear(x, rows, offsets, tensors[:n], up, A1, B1, b1))
+    a = (a * _by_row(weights, inverse)[:, None]).to(x.dtype)
+    return _combine(_linear(a, None, offsets, tensors[n:], down, A2, B2, None), inverse, added)
 
 
 def _linear(

@@ -7,6 +7,7 @@ from torch import Tensor
 from peftkern.backends import ops
 from peftkern.functional.arguments import (
     autocast_dtype,
+    autocast_to,
     cast_for_autocast,
     check_factors,
     check_float,
@@ -52,7 +53,7 @@ def lora_linear(
     check_frozen(weight)
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight, bias = cast_for_autocast(x, weight, bias)
+        x, weight, bias = [autocast_to(dtype, tensor) for tensor in (x, weight, bias)]
     if weight.dim() != 2 or weight.dtype is not x.dtype or weight.device != x.device:
         raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", weight)
     check_linear(x, *weight.shape, bias, dropout_p)
@@ -67,5 +68,5 @@ def lora_linear(
     if needs is None:
         args = (lora_A, lora_B, bias, scaling, keep, dropout_p)
         return ops.run("lora_linear_forward", x, weight, *args)[0]
-    options = (scaling, dropout_p, needs, (), dtype)
-    return LowRankLinear.apply(x, lora_A, lora_B, bias, keep, options, weight)
+    options = (scaling, dropout_p, needs, dtype, (), ())
+    return LowRankLinear.apply(x, lora_A, lora_B, bias, keep, weight, options)

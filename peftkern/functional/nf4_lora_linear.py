@@ -8,6 +8,7 @@ from peftkern.backends import ops
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.arguments import (
     autocast_dtype,
+    autocast_to,
     cast_for_autocast,
     check_factors,
     check_float,
@@ -79,8 +80,8 @@ def _nf4_lora_linear(
     if type(w) is not NF4Weight:
         check_nf4("w", w)
     dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, bias = cast_for_autocast(x, bias)
+    if dtype is not None and x.dtype is not dtype:
+        x = autocast_to(dtype, x)
     if len(w.shape) != 2 or w.packed.device != x.device:
         check_stored("w", x, w)
     if isinstance(bias, Tensor) and bias.dtype is not x.dtype and bias.is_floating_point():
@@ -98,5 +99,5 @@ def _nf4_lora_linear(
     if needs is None:
         args = (lora_A, lora_B, bias, scaling, keep, dropout_p)
         return ops.run("nf4_lora_linear_forward", x, w.tensors, w.layout, *args)[0]
-    options = (scaling, dropout_p, needs, w.layout, dtype)
-    return LowRankLinear.apply(x, lora_A, lora_B, bias, keep, options, *w.tensors)
+    options = (scaling, dropout_p, needs, dtype, w.tensors, w.layout)
+    return LowRankLinear.apply(x, lora_A, lora_B, bias, keep, None, options)

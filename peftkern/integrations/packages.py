@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 PEERS = ("peft", "transformers", "bitsandbytes", "accelerate", "trl", "triton")
@@ -70,51 +71,7 @@ def needed_by(what: str) -> Iterator[None]:
 
 # How the error of a bitsandbytes begins that imports, and then fails when it is used.
 BNB_LIBRARY = "its native library is not usable"
-_IMPORT = """
-import importlib, json, sys
-def say(*words):
-    print("\\n" + sys.argv[1] + json.dumps(words), flush=True)
-def unusable(name):
-    if name == "bitsandbytes":  # imports without its library, and fails when it is used
-        library = getattr(importlib.import_module("bitsandbytes.cextension"), "lib", None)
-        if type(library).__name__.startswith("ErrorHandler"):
-            return LIBRARY + ": " + str(getattr(library, "error_msg", ""))
-    return ""
-def defects(name):
-    return [wrong_rows(), no_gradient()] if name == "bitsandbytes" else []
-def wrong_rows():  # that are no multiple of the block, on a CPU
-    import torch
-    from bitsandbytes import functional
-    weight = torch.linspace(-1, 1, 960).view(10, 96)
-    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    error = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
-    if error > HALF_GAP:
-        return ("dequantizes NF4 weights wrongly on a CPU where in_features is no multiple of "
-                "the block: off by %.2g of the largest value" % error, "peftkern.patch avoids it")
-def no_gradient():  # of what eval mode has repacked, on a CPU with AVX512-BF16
-    import torch
-    from bitsandbytes.nn import Linear4bit
-    layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").cpu()
-    x, grads = torch.linspace(-1, 1, 256).view(4, 64).bfloat16(), []
-    for evaluated in (False, True):
-        with torch.no_grad():
-            evaluated and layer.eval()(x)
-        leaf = x.clone().requires_grad_()
-        layer.train()(leaf).sum().backward()
-        grads.append(leaf.grad)
-    if grads[1] is None or (grads[1] - grads[0]).norm() > grads[0].norm() / 10:
-        return ("repacks a 4-bit weight in place when its layer runs in eval mode on this CPU, and "
-                "then no gradient passes the layer: training after an evaluation goes wrong",
-                "peftkern.patch before the first evaluation avoids it; else load the model again")
-for name in sys.argv[2:]:
-    say(name, None, [])
-    try:
-        importlib.import_module(name)
-        say(name, unusable(name), [])
-        say(name, unusable(name), [found for found in defects(name) if found])
-    except BaseException as caught:
-        say(name, type(caught).__name__ + ": " + str(caught), [])
-""".replace("LIBRARY", repr(BNB_LIBRARY)).replace("HALF_GAP", "0.152")  # of absmax
+_PROBES = Path(__file__).with_name("package_probes.py")
 
 
 @contextlib.contextmanager
@@ -125,7 +82,9 @@ def importing(names: list[str]) -> Iterator[Any]:
     and () if there is none, without the packages after one that crashed or took too long.
     """
     mark = secrets.token_hex()  # of the lines that are not the packages' own
-    command = [sys.executable, "-c", _IMPORT, mark, *names]
+    # As text: run as a file, its folder would hide the packages that modules here are named after.
+    program = _PROBES.read_text(encoding="utf-8")
+    command = [sys.executable, "-c", program, mark, BNB_LIBRARY, *names]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     process = subprocess.Popen(
         command,

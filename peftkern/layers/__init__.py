@@ -1,13 +1,26 @@
-"""Layers for plain torch, drop-ins for nn.Linear, and `quantize_`, which swaps those of a model.
+"""Layers for plain torch: drop-ins for nn.Linear, and mixtures of experts; `quantize_`.
 
 layer = NF4LoRALinear.from_linear(linear, r=16, lora_alpha=32)
 quantize_(model)  # then get_peft_model(model, LoraConfig(...)) and patch(model)
 """
 
 from peftkern.layers.dora import DoRALinear
+from peftkern.layers.experts import Experts, LoRAExperts, NF4Experts
 from peftkern.layers.lora import LoRALinear, NF4LoRALinear, _keep_fused_paths_away
 from peftkern.layers.nf4 import NF4Linear
+from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.layers.quantize import quantize_
 from peftkern.layers.svd import SVDLinear
 
-__all__ = ["DoRALinear", "LoRALinear", "NF4Linear", "NF4LoRALinear", "SVDLinear", "quantize_"]
+__all__ = [
+    "DoRALinear",
+    "Experts",
+    "LoRAExperts",
+    "LoRALinear",
+    "NF4Experts",
+    "NF4Linear",
+    "NF4LoRALinear",
+    "NF4Stack",
+    "SVDLinear",
+    "quantize_",
+]

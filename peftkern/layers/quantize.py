@@ -1,4 +1,4 @@
-"""In-place quantization of a model's linear layers to NF4.
+"""In-place quantization of a model's linear layers and fused experts to NF4.
 
 Users find it as `peftkern.quantize_` and `peftkern.layers.quantize_`.
 """
@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.formats.nf4 import BLOCKSIZES
 from peftkern.layers.nf4 import NF4Linear
+from peftkern.layers.nf4_stack import NF4Stack, refusal, set_nf4_parameter, stacks_of
 from peftkern.layers.weight_readers import Read, reader_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ADAPTERS = ("lora_A", "lora_B")  # quantizing an adapter would end its training
 _Places = dict[nn.Linear, list[tuple[nn.Module, str, str]]]  # parent, child's name, whole name
+_Experts = dict[tuple[nn.Module, str], str]  # {(module, its parameter): whole name}
 _NAMED = 3  # layers of a kind that a warning names
 
 
@@ -31,24 +34,32 @@ def quantize_(
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
 ) -> list[str]:
-    """Replace the nn.Linear layers of a model by NF4Linear, in place.
+    """Keep the nn.Linear layers and the fused experts of a model in NF4, in place.
+
+    An nn.Linear becomes an NF4Linear. A parameter [E, N, K] of a module whose class is called
+    experts ("Qwen3MoeExperts.gate_up_proj") becomes an `NF4Stack`, an expert at a time: what reads
+    it still reads dense values, and `patch` lets kernels read the stored ones. It makes no
+    difference whether PEFT has wrapped the model before or wraps it afterwards. transformers'
+    `save_pretrained` takes experts in NF4 of a model that `NF4ExpertsConfig` has loaded alone.
 
     Args:
-        include: only layers whose name has one of these as consecutive dotted parts ("q_proj",
-            "layers.0", "mlp.up_proj"); None takes all.
-        exclude: never layers whose name has one of these. None leaves out "lm_head", and of a model
+        double_quant: of linear layers; experts keep their absmax in float32.
+        include: only layers and parameters whose name has one of these as consecutive dotted parts
+            ("q_proj", "layers.0", "mlp.up_proj"); None takes all.
+        exclude: never those whose name has one of these. None leaves out "lm_head", and of a model
             of transformers its output embeddings and the layer of its last parameter, as
             transformers does with bitsandbytes: such a head is often trained.
 
     PEFT's lora_A and lora_B, subclasses of nn.Linear, and weights that are not float32, float16 or
     bfloat16 always stay. So do, with one warning that names them, layers that would not work: whose
     weight is read by a module above them (`weight_readers`), is tied to another module's or is
-    computed (weight_norm), and those that transformers keeps in float32. A model most of whose
+    computed (weight_norm), and those that transformers keeps in float32. Experts stay that are
+    tied, or whose values are no multiple of `blocksize`. A model most of whose
     weights are in no layer that could be replaced is warned about, too, unless `include` is given.
 
-    Returns: names of the layers that were replaced.
+    Returns: names of the layers that were replaced, then of the experts' parameters.
     Raises: TypeError unless `model` is a module that holds layers; ValueError when an entry of
-        `include` is in no layer's name, or naming a layer that cannot be quantized.
+        `include` is in no name, or naming a layer that cannot be quantized.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -57,29 +68,40 @@ def quantize_(
     wanted = None if include is None else _patterns("include", include)
     skip = _ADAPTERS + (("lm_head",) if exclude is None else _patterns("exclude", exclude))
     heads = _heads(model) if exclude is None else set()
-    places, names = _chosen(model, wanted, skip, heads)
+    places, experts, names = _chosen(model, wanted, skip, heads)
     kept = _not_replaceable(model, places)
     reasons = {name: kept[child] for child in kept for _, _, name in places.pop(child)}
     kept.clear()
-    for _ in _with_progress(range(len(places)), "Quantizing to NF4"):
+    reasons |= _experts_that_stay(model, experts, blocksize)
+    steps = iter(_with_progress(range(len(places) + len(experts)), "Quantizing to NF4"))
+    for _ in zip(range(len(places)), steps, strict=False):
         child, owners = places.popitem()  # nothing here keeps a dense weight that is done with
         layer = _quantized(child, owners[0][2], blocksize, double_quant)
         for parent, child_name, _ in owners:
             setattr(parent, child_name, layer)
+    for (module, name), _ in zip(experts, steps, strict=True):
+        stack = NF4Stack.from_dense(module._parameters[name], blocksize=blocksize)
+        set_nf4_parameter(module, name, stack)
     _warn(reasons, _mostly_dense(model, heads, skip) if wanted is None else None)
     return [name for name in names if name not in reasons]
 
 
 def _chosen(
     model: nn.Module, wanted: Iterable[str] | None, skip: Iterable[str], heads: set[nn.Module]
-) -> tuple[_Places, list[str]]:
-    """Find the layers to quantize with the places they hang in, and the names of these places.
+) -> tuple[_Places, _Experts, list[str]]:
+    """Find the layers to quantize with the places they hang in, the experts, and all their names.
 
-    Raises: ValueError if an entry of `wanted` is in no layer's name.
+    Raises: ValueError if an entry of `wanted` is in no name.
     """
     places: _Places = {}
+    experts: _Experts = {}
     seen, names = [], []
     for path, parent in model.named_modules():
+        for parameter in expert_parameters(parent):
+            name = f"{path}.{parameter}".lstrip(".")
+            seen.append(name)
+            if (wanted is None or _has_parts(name, wanted)) and not _has_parts(name, skip):
+                experts[parent, parameter] = name
         for child_name, child in parent._modules.items():
             if type(child) is not nn.Linear:
                 continue
@@ -92,8 +114,37 @@ def _chosen(
                 names.append(name)
     for pattern in wanted or ():
         if not any(_has_parts(name, (pattern,)) for name in seen):
-            raise ValueError(f"include: no nn.Linear has {pattern!r} in its name")
-    return places, names
+            raise ValueError(f"include: no nn.Linear has {pattern!r} in its name, nor have experts")
+    return places, experts, names + list(experts.values())
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's own weights [E, N, K], if it is one of fused experts."""
+    if "expert" not in type(module).__name__.lower():
+        return []
+    own = module._parameters.items()
+    dense = {name: p for name, p in own if type(p) is nn.Parameter and p.dtype in _DTYPES}
+    return [name for name, parameter in dense.items() if parameter.dim() == 3]
+
+
+def _experts_that_stay(model: nn.Module, experts: _Experts, blocksize: int) -> dict[str, str]:
+    """Take out of `experts` those that cannot be quantized; return the reasons by name."""
+    if blocksize not in BLOCKSIZES:
+        return {}  # an error of the first one that is quantized
+    owners = _owners(model)
+    in_float32 = _in_float32(model)
+    reasons = {}
+    for (module, parameter), name in experts.items():
+        weight = module._parameters[parameter]
+        if refusal(tuple(weight.shape), blocksize) is not None:
+            reasons[name] = f"whose experts' sizes are no multiple of blocksize {blocksize}"
+        elif owners[id(weight)] > 1:
+            reasons[name] = "whose weight is tied to another module's"
+        elif _has_prefix_and_parts(name, in_float32):
+            reasons[name] = "that transformers keeps in float32"
+    for place in [place for place, name in experts.items() if name in reasons]:
+        del experts[place]
+    return reasons
 
 
 def _quantized(linear: nn.Linear, name: str, blocksize: int, double_quant: bool) -> NF4Linear:
@@ -109,13 +160,9 @@ def _quantized(linear: nn.Linear, name: str, blocksize: int, double_quant: bool)
 def _not_replaceable(model: nn.Module, places: _Places) -> dict[nn.Linear, str]:
     """Return the layers that NF4Linear cannot stand for, with the reason."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    parameters = (p for module in model.modules() for p in module._parameters.values())
-    owners = Counter(id(p) for p in parameters)
+    owners = _owners(model)
     reads: dict[type, list[Read]] = {}
-    in_float32 = [
-        (prefix, tuple(module._keep_in_fp32_modules or ()))
-        for prefix, module in _transformers_models(model)
-    ]
+    in_float32 = _in_float32(model)
 
     def reason(linear: nn.Linear, name: str) -> str | None:
         weight = linear._parameters.get("weight")
@@ -126,10 +173,7 @@ def _not_replaceable(model: nn.Module, places: _Places) -> dict[nn.Linear, str]:
         reader = reader_of(name, modules, reads)
         if reader is not None:
             return f"whose weight {reader} reads"
-        if any(
-            (not prefix or name.startswith(f"{prefix}.")) and _has_parts(name, kept)
-            for prefix, kept in in_float32
-        ):
+        if _has_prefix_and_parts(name, in_float32):
             return "that transformers keeps in float32"
         return None
 
@@ -139,6 +183,18 @@ def _not_replaceable(model: nn.Module, places: _Places) -> dict[nn.Linear, str]:
         if any(reasons):
             found[linear] = next(filter(None, reasons))
     return found
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """Count the modules that have each parameter, by its id."""
+    parameters = (p for module in model.modules() for p in module._parameters.values())
+    return Counter(id(p) for p in parameters)
+
+
+def _in_float32(model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+    """Return (name of a model of transformers, parts of names that it keeps in float32)."""
+    models = _transformers_models(model)
+    return [(name, tuple(module._keep_in_fp32_modules or ())) for name, module in models]
 
 
 def _transformers_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -173,13 +229,13 @@ def _mostly_dense(
         if isinstance(module, NF4Linear):
             in_nf4 += module.in_features * module.out_features
         elif not (isinstance(module, nn.Embedding) or module in heads or _has_parts(name, skip)):
-            for parameter in module._parameters.values():
-                if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+            stacks = stacks_of(module)
+            in_nf4 += sum(stack.numel() for stack in stacks.values())
+            for own, parameter in module._parameters.items():
+                if own in stacks or parameter is None or parameter.dim() < 2:
                     continue
-                kind = type(module).__name__
-                if parameter.dim() == 3 and "expert" in kind.lower():
-                    kind += " (3-D parameters: fused experts)"
-                dense[kind] += parameter.numel()
+                if parameter.is_floating_point():
+                    dense[type(module).__name__] += parameter.numel()
     return dict(dense.most_common()) if dense.total() > in_nf4 else None
 
 
@@ -192,7 +248,7 @@ def _warn(reasons: dict[str, str], dense: dict[str, int] | None) -> None:
         said.append(f"layers {reason}: {', '.join(names[:_NAMED])}{more}")
     if dense is not None:
         kinds = ", ".join(f"{count:,} in {kind}" for kind, count in dense.items())
-        said.append(f"most of the weights (nn.Linear alone becomes NF4): {kinds}")
+        said.append(f"most of the weights (nn.Linear and fused experts alone become NF4): {kinds}")
     if said:
         warnings.warn(f"quantize_ leaves as they are: {'; '.join(said)}", stacklevel=3)
 
@@ -205,6 +261,11 @@ def _patterns(argument: str, value: Iterable[str]) -> tuple[str, ...]:
 
 def _has_parts(path: str, patterns: Iterable[str]) -> bool:
     return any(f".{pattern}." in f".{path}." for pattern in patterns)
+
+
+def _has_prefix_and_parts(path: str, patterns: list[tuple[str, tuple[str, ...]]]) -> bool:
+    under = [parts for prefix, parts in patterns if not prefix or path.startswith(f"{prefix}.")]
+    return any(_has_parts(path, parts) for parts in under)
 
 
 def _with_progress(steps: Iterable, description: str) -> Iterable:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from op_cases import op_cases
 from torch import Tensor
 
 import peftkern
-from peftkern.backends import contest, correctness, dispatch, ops, probe, programs, trust
+from peftkern.backends import (
+    contest,
+    correctness,
+    dispatch,
+    journal,
+    ops,
+    probe,
+    programs,
+    trust,
+)
 
 CPU = torch.device("cpu")
 CASES = op_cases()
@@ -216,34 +226,111 @@ def test_a_damaged_file_is_as_none(damage: str) -> None:
     assert json.loads(ledger.path.read_text(encoding="utf-8"))["programs"] == {"another": "right"}
 
 
-def test_marks_of_others_are_left_alone(tmp_path: Path) -> None:
-    """Of a process that runs, and of another machine; those of ended processes demote."""
+def ended_process() -> int:
+    process = multiprocessing.get_context("fork").Process(target=int)
+    process.start()
+    process.join()
+    return process.pid
+
+
+def leave_mark(program: str, pid: int, said: str = "", host: str = "") -> Path:
+    """What a process leaves behind that has ended in a first launch."""
     ledger = trust.ledger(CPU)
     folder = ledger.path.parent
-    folder.mkdir(parents=True)
-    ended = multiprocessing.get_context("fork").Process(target=int)
-    ended.start()
-    ended.join()
-    (folder / f"{ledger._name}.first-launch-0-cut").write_text("", encoding="utf-8")
-    marks = {
-        "running": (platform.node(), os.getpid()),
-        "elsewhere": ("another.host", ended.pid),
-        "ended": (platform.node(), ended.pid),
-    }
-    for program, (host, pid) in marks.items():
-        name = f"{ledger._name}.first-launch-{pid}-{program}"
-        text = f"{host}\n{pid}\n{trust._started(pid)}\n{program}"
-        (folder / name).write_text(text, encoding="utf-8")
-    with pytest.warns(trust.Distrusted, match="ended is demoted"):
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f"{ledger._name}.first-launch-{pid}-{program}"
+    started = journal._started(pid)
+    mark.write_text(f"{host or platform.node()}\n{pid}\n{started}\n{program}\n{said}")
+    return mark
+
+
+def test_marks_of_others_are_left_alone() -> None:
+    """Of a process that runs, and of another machine; those of crashed processes demote."""
+    pid = ended_process()
+    leave_mark("running", os.getpid(), "crash")
+    leave_mark("elsewhere", pid, "crash", host="another.host")
+    leave_mark("cut", pid).write_text("")
+    gone = leave_mark("crashed", pid, "Fatal Python error: Segmentation fault\n\nStack ...")
+    why = r"first launch \(Fatal Python error: Segmentation fault\)"
+    with pytest.warns(trust.Distrusted, match=f"crashed is demoted: .*{why}"):
         programs_found = trust.Ledger(CPU).programs
-    assert set(programs_found) == {"ended"}
-    assert len(list(folder.glob("*.first-launch-*"))) == 3
+    assert set(programs_found) == {"crashed"}
+    assert not gone.exists() and len(list(gone.parent.glob("*.first-launch-*"))) == 3
+
+
+def test_a_process_killed_from_outside_proves_nothing() -> None:
+    """Nor do all ranks of one job; a second time does, unless the program has been well since."""
+    first, second = ended_process(), ended_process()
+    folder = trust.ledger(CPU).path.parent
+    for killed in range(3):
+        marks = [leave_mark("program", pid) for pid in (first, second)]
+        if killed == 2:  # for the second time in a row
+            with pytest.warns(trust.Distrusted, match="for the second time"):
+                assert set(trust.Ledger(CPU).programs) == {"program"}
+        else:
+            assert trust.Ledger(CPU).programs == {}
+        assert not any(mark.exists() for mark in marks)
+        if killed == 0:
+            with trust.ledger(CPU).first_launch("program"):
+                assert len(list(journal.files(folder))) == 2  # its mark, and what is noted
+            assert not list(journal.files(folder))
+        time.sleep(0.02)  # a clock of files may tick that slowly
+    assert not list(journal.files(folder))
+
+
+def test_marks_that_cannot_be_noted_stay() -> None:
+    mark = leave_mark("program", ended_process())
+    with trust.use_mode("readonly"):
+        assert trust.Ledger(CPU).programs == {}
+    assert list(journal.files(mark.parent)) == [mark]
+
+
+def test_a_context_that_is_lost_demotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the process goes on to raise for itself."""
+    monkeypatch.setattr(trust, "_context_is_lost", lambda device: True)
+    lost = pytest.warns(trust.Distrusted, match="ended the context of the device")
+    with lost, pytest.raises(RuntimeError), trust.ledger(CPU).first_launch("program"):
+        raise RuntimeError("an illegal memory access was encountered")
+    assert set(trust.Ledger(CPU).programs) == {"program"}
+
+
+def test_ranks_share_verdicts_by_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank on another model of GPU has its own."""
+    store = torch.distributed.HashStore()
+    group = torch.distributed.distributed_c10d
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(group, "_get_default_store", lambda: store)
+    ranks = []
+    for fingerprint in ("one model", "one model", "another"):
+        ranks.append(trust.Ledger(CPU))
+        ranks[-1].__dict__["_name"] = fingerprint
+    ranks[0].decide("class", {"side": trust.OURS}, keep=False)
+    assert ranks[1].decide("class", {"side": trust.PEER}, keep=False)["side"] == trust.OURS
+    assert ranks[2].adopt("class") is None
+    assert ranks[2].decide("class", {"side": trust.PEER}, keep=False)["side"] == trust.PEER
+
+
+@pytest.mark.parametrize("case", range(2))
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf")])
+def test_a_scaling_that_is_not_finite_proves_nothing(case: int, scaling: float) -> None:
+    """The program is checked at the next call."""
+    args = list(CASES["lora_linear_forward"][case])
+    right, args[5] = args[5], scaling
+    ops.lora_linear_forward(*args)
+    assert trust.ledger(CPU).programs == {}
+    args[5] = right
+    ops.lora_linear_forward(*args)
+    assert set(trust.ledger(CPU).programs.values()) == {trust.RIGHT}
 
 
 def test_forget(tmp_path: Path) -> None:
-    trust.ledger(CPU).approve("a program")
+    ledger = trust.ledger(CPU)
+    ledger.approve("a program")
+    leave_mark("program", os.getpid())
+    ledger.path.with_suffix(".abc.tmp").touch()  # of a process that ended while it wrote
+    ledger.path.with_name(f"{ledger._name}.ended-0").touch()
     assert len(trust.files()) == 1
-    assert trust.forget() == 1 and not trust.files()
+    assert trust.forget() == 1 and not list(ledger.path.parent.iterdir())
     assert trust.ledger(CPU).programs == {}
 
 

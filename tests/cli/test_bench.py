@@ -236,6 +236,8 @@ def is_running(process: str) -> bool:
         (["--shapes", "12x12"], "--shapes: '12x12' is not one of llama2-7b"),
         (["--shapes", "0x8x8"], "each of M, N and K must be from 1"),
         (["--shapes", "8x16777216x16777216"], "this machine has"),
+        (["--op", "grouped_linear,lora_linear"], "--op: grouped_linear has shapes of its own"),
+        (["--op", "grouped_linear", "--shapes", "8x8x8"], "is not one of qwen3-30b-a3b, mixtral"),
         (["--rows", "none"], "--rows: 'none'; accepted: whole numbers"),
         (["--dtype", "int8"], "--dtype: 'int8' is not one of bf16"),
         (["--mode", "sideways"], "--mode: 'sideways' is not one of forward"),

@@ -19,6 +19,7 @@ from waiting import wait_until
 
 from peftkern.backends import counts, dispatch, ops
 from peftkern.backends.cpu import module as native
+from peftkern.integrations import package_probes
 from peftkern.integrations.packages import Version, accepted, importing, release
 from peftkern.tools.doctor import doctor, self_test
 
@@ -141,6 +142,15 @@ def test_gradients_that_bitsandbytes_loses_after_an_evaluation_are_told(here):
     said, lost = " ".join(here.stdout.split()), _error_after_an_evaluation(model) > 0.5
     assert ("training after an evaluation goes wrong" in said) == lost
     assert ("peftkern.patch before the first evaluation" in said) == lost
+
+
+def test_what_goes_wrong_with_experts_is_told(here):
+    """Each defect that its probe finds in these versions, with its remedy, as a note."""
+    said = " ".join(here.stdout.split())
+    for name in ("peft", "transformers"):
+        for what, do in package_probes.defects(name):
+            assert f"note {name} {doctor.installed_version(name)} {what}" in said
+            assert f"do {do}" in said
 
 
 def test_missing_native_library_is_wrong(bare, tmp_path):

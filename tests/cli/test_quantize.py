@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,17 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_folders import LLAMA, contents, load_tensors, save_llama
+from checkpoint_folders import contents, load_tensors, save_llama, save_moe
 from command_line import refused
 from paths import ROOT
 from tolerances import HANG_SECONDS
-from transformers import (
-    AutoModelForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 from waiting import wait_until
 
 from peftkern.cli import main
@@ -77,33 +72,58 @@ def test_a_checkpoint_is_quantized_and_described(tmp_path):
     assert torch.isfinite(model.train()(torch.arange(8)[None]).logits).all()
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["an expert a tensor", "fused"])
-def test_experts_that_stay_as_they_are_are_told_before_and_after(tmp_path, capsys, fused):
-    """In the source each expert has its tensors, or all of a layer have one: both are kept."""
-    source = tmp_path / "src"
-    config = {**LLAMA, "num_local_experts": 3, "intermediate_size": 96}
-    if fused:
-        GptOssForCausalLM(GptOssConfig(**config)).bfloat16().save_pretrained(source)
-    else:
-        MixtralForCausalLM(MixtralConfig(**config)).bfloat16().save_pretrained(source)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_are_told(tmp_path, capsys, family):
+    """In the source each expert has its tensors, or all of a layer have one."""
+    save_moe(tmp_path / "src", family)
     capsys.readouterr()
-    options = ["--compute-dtype", "fp16" if fused else "float32"]  # a short and a full name
-    assert main(["quantize", str(source), str(tmp_path / "dst"), *options]) == 0
-    kept = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
-    assert kept["bnb_4bit_compute_dtype"] == ("float16" if fused else "float32")
+    options = ["--compute-dtype", "fp16" if family == "gpt_oss" else "float32"]  # short and full
+    assert main(["quantize", str(tmp_path / "src"), str(tmp_path / "dst"), *options]) == 0
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_compute_dtype"] == ("float16" if family == "gpt_oss" else "float32")
     said = capsys.readouterr()
-    tensors = load_tensors(source)
-    sizes = {name: t.numel() for name, t in tensors.items() if "experts" in name and t.dim() > 1}
-    assert {tensors[name].dim() for name in sizes} == ({2, 3} if fused else {2})
+    assert said.err == ""
+    tensors = load_tensors(tmp_path / "src")
+    names = [name for name in tensors if ".experts." in name and not name.endswith("_bias")]
+    count = sum(tensors[name].numel() for name in names)
     total = sum(tensor.numel() for tensor in tensors.values())
-    written = load_tensors(tmp_path / "dst").values()
-    bits = 8 * sum(t.numel() * t.element_size() for t in written) / total
-    line = (
-        f"experts: {sum(sizes.values()) / total:.0%} of the parameters stay in 16 bits (3-D tensors"
-        f" in transformers, which are not quantized): {bits:.2f} bits per parameter in all"
+    assert said.out.splitlines()[2] == (
+        f"experts: {count / total:.0%} of the parameters, at 4.50 bits, are quantized: "
+        "import peftkern.integrations.transformers before from_pretrained"
     )
-    assert said.err == f"peftkern: note: {line}\n"
-    assert said.out.splitlines()[2] == line
+    import peftkern.integrations.transformers  # noqa: F401
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    if family == "mixtral":
+        options = ["--no-stack-experts", "--force"]
+        assert main(["quantize", str(tmp_path / "src"), str(tmp_path / "dst"), *options]) == 0
+        line = capsys.readouterr().out.splitlines()[2]
+        assert line.endswith("each as a linear layer, which no model of transformers 5 loads")
+
+
+def test_most_parameters_that_would_stay_as_they_are(tmp_path, capsys):
+    """Then nothing is written, unless it is wanted."""
+    save_moe(tmp_path / "src", "mixtral")
+    tensors = load_tensors(tmp_path / "src")
+    experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
+    share = experts / sum(tensor.numel() for tensor in tensors.values())
+    line = (
+        f"experts: {share:.0%} of the parameters, at 16.00 bits, stay as they are (skipped, or "
+        "rearranged when they are loaded)"
+    )
+    arguments = ["quantize", str(tmp_path / "src"), str(tmp_path / "dst"), "--skip", "experts"]
+    capsys.readouterr()
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and not (tmp_path / "dst").exists()
+    words = r"peftkern: (\d+)% of the parameters would stay as they are: [\d.]+ bits per parameter"
+    found = re.match(words + " in all; ", said.err)
+    assert found and 50 < int(found[1]) < 100
+    assert said.err.endswith(f"; {line}; --partial writes it all the same\n")
+    assert main([*arguments, "--partial"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.splitlines()[2] == line
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
 
 
 @pytest.mark.parametrize(

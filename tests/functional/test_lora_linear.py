@@ -278,7 +278,10 @@ def test_frozen_parts_get_no_gradient(backend, kind, frozen):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_saved_bytes(backend, kind, dropout_p):
-    """Of what the graph alone keeps alive: weights and factors live anyway."""
+    """Of what the graph alone keeps alive: weights and factors live anyway.
+
+    A quantized weight is kept and not saved: hooks that move what is saved do not move it.
+    """
     M, N, K, r = 32, 24, 64, 4
     o = operands_of(kind, (M, N, K, r), BF16, F32, dropout_p=dropout_p, bias=False)
     own = {t.untyped_storage().data_ptr() for k, t in tensors_of(o).items() if k not in ("x", "dy")}
@@ -304,6 +307,8 @@ def test_saved_bytes(backend, kind, dropout_p):
             ours(o, *leaves, None)
         kept = sum(nbytes for address, nbytes in saved.items() if address not in own)
         assert kept == expected, needs
+        if isinstance(o, NF4Operands):
+            assert saved.keys().isdisjoint(t.untyped_storage().data_ptr() for t in o.w.tensors)
 
 
 PEAK_SCRIPT = """

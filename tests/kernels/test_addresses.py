@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from grids import thinned
 from interpreted import INTERPRETED, outside
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +23,8 @@ from triton.runtime.interpreter import TensorHandle
 
 from peftkern.kernels import (
     dora,
+    grouped_linear,
+    grouped_products,
     launch,
     lora_linear,
     low_rank_update,
@@ -129,7 +132,7 @@ def far_memory(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", store)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_ends)
-    for module in (dora, low_rank_update, nf4, nf4_lora_linear):
+    for module in (dora, grouped_products, low_rank_update, nf4, nf4_lora_linear):
         monkeypatch.setattr(module, "range", ends, raising=False)
     monkeypatch.setattr(rosa, "range", all_or_ends, raising=False)  # it bisects
     with FakeTensorMode():
@@ -237,6 +240,38 @@ def test_dora_norm(shape, r):
     packed = (*nf4_weight(N, K), torch.bfloat16, A, B, 2.0)
     assert dora.refusal_nf4_norm(*packed) is None
     dora.nf4_dora_norm(*packed)
+
+
+GROUPED = [  # R, E, N, K and r; rows or columns beyond 2^31 in a weight, and 2^37 in the stack
+    (ROWS_MOST, 3, 40, 64, 5),
+    (40, 300, 1 << 13, 1 << 16, 16),
+    (40, 300, 1 << 16, 1 << 13, 70),
+    (40, 4096, 4096, 72, 16),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "transposed", "nf4"), thinned(GROUPED, [False, True], [False, True], diagonals=2)
+)
+def test_grouped_linear(shape, transposed, nf4):
+    R, E, N, K, r = shape
+    CONTENTS["offsets_ptr"] = lambda e: (e + 1) * (R - 1) // E  # a row of no group
+    CONTENTS["rows_ptr"] = lambda row: row // 2
+    x, rows = fake(R // 2 + 1, K), fake(R, dtype=torch.int32)
+    offsets = fake(E, dtype=torch.int32)
+    A, B = fake(E, r, K, dtype=torch.float32), fake(N, r, E, dtype=torch.float32).permute(2, 0, 1)
+    rest = (transposed, A, B)
+    matrix = (K, N) if transposed else (N, K)
+    kind, weight = "", (fake(E, *matrix),)
+    if nf4:
+        tensors, layout = nf4_weight(E * matrix[0], matrix[1])
+        kind, weight = "nf4_", (tensors, [*layout[:3], E, *matrix])
+    forward = (x, rows, offsets, *weight, *rest, fake(E, N), 2.0)
+    backward = (fake(R, N), offsets, x, rows, fake(R, r, dtype=torch.float32), *weight, *rest)
+    backward += (2.0, [True] * 4)
+    for way, args in (("forward", forward), ("backward", backward)):
+        assert getattr(grouped_linear, f"refusal_{kind}{way}")(*args) is None
+        getattr(grouped_linear, f"{kind}grouped_linear_{way}")(*args)
 
 
 @pytest.mark.parametrize(

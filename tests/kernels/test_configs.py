@@ -120,6 +120,18 @@ def test_fused_rows_by_tiles_of_the_result_and_tensor_cores():
         assert [rows[cores, n] for n in (131 * 64 + 1, 14336)] == [wide] * 2
 
 
+@given(
+    rows=st.integers(1, 1 << 30),
+    bits=st.sampled_from([16, 32]),
+    decoding=st.sampled_from(["", "rows", "values"]),
+    cores=st.sampled_from(CORES),
+)
+def test_tiles_of_groups_compile_and_hold_most_groups(rows, bits, decoding, cores):
+    config = configs.grouped_tile(rows, bits, decoding, cores)
+    assert config.valid()
+    assert config.block_m >= min(2 * rows, 64)
+
+
 @given(length=st.integers(1, 2**31), block=st.sampled_from([16, 64, 128]), n=st.integers(1, 2000))
 def test_slabs_cover_the_length_and_none_is_empty(length, block, n):
     step = slab(length, block, n)

@@ -213,9 +213,11 @@ def test_the_heads_of_transformers_models_can_be_asked_for():
 
 
 def test_models_that_mostly_stay_dense_say_so():
-    experts = transformers.MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=4)
-    with pytest.warns(UserWarning, match="most of the weights .* in MixtralExperts .3-D param"):
-        peftkern.quantize_(transformers.MixtralForCausalLM(experts))
+    sizes = TINY | {"num_key_value_heads": 2, "num_local_experts": 4, "intermediate_size": 40}
+    experts = transformers.MixtralConfig(**sizes)
+    with pytest.warns(UserWarning, match="most of the weights .* in MixtralExperts") as caught:
+        peftkern.quantize_(transformers.MixtralForCausalLM(experts), blocksize=4096)
+    assert "experts' sizes are no multiple of blocksize 4096: model.lay" in str(caught[0].message)
     gpt2 = transformers.GPT2Config(vocab_size=64, n_embd=K, n_layer=1, n_head=4)
     with pytest.warns(UserWarning, match="most of the weights .* 49,152 in Conv1D"):
         assert peftkern.quantize_(transformers.GPT2LMHeadModel(gpt2)) == []

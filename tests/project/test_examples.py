@@ -153,6 +153,31 @@ def test_demo_refuses_what_a_run_refuses_in_one_line(finetune, monkeypatch, caps
     assert error.endswith("no/such/file: No such file or directory\n") and error.count("\n") == 1
 
 
+TINY_MOE = ["--hidden", "64", "--layers", "1", "--experts", "4", "--top", "2", "--seq", "16"]
+
+
+def test_mixture_of_experts_trains_over_nf4(tmp_path: Path) -> None:
+    """Dense experts in 16 bits beside stacks in NF4: the losses begin and end alike."""
+    out = tmp_path / "moe.json"
+    options = [*TINY_MOE, "--steps", "4", "--pretrain", "3", "--dtype", "fp32", "--json", str(out)]
+    done = run("examples/moe_qlora.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "peftkern, NF4 experts" in done.stdout and "steps per second" in done.stdout
+    record = json.loads(out.read_text())
+    dense, packed = (record["runs"][name] for name in ("peft", "peftkern"))
+    assert dense["trainable"] == packed["trainable"] > 0
+    assert packed["losses"][0] == pytest.approx(dense["losses"][0], rel=0.02)
+    assert record["summary"]["ratio"] == pytest.approx(1.0, abs=0.1)
+    assert packed["report"]["skipped"] == {} and len(packed["report"]["patched"]) == 5
+    for wrong, says in (
+        (["--hidden", "100"], "--hidden: 100 is not a multiple of 64"),
+        (["--top", "5"], "--top: 5 of 4 experts"),
+        (["--text", "no/such/file"], "no/such/file: No such file"),
+    ):
+        status, _, error = run_here("examples/moe_qlora.py", *TINY_MOE, *wrong)
+        assert status == 2 and says in error, error
+
+
 @pytest.mark.parametrize("late", [4.0, math.nan, math.inf])
 def test_demo_notices_curves_that_part(late: float, finetune: ModuleType) -> None:
     compare = finetune.compare

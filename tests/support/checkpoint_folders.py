@@ -9,13 +9,62 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 LLAMA = {
     **{"vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
     "attn_implementation": "eager",
 }
+
+_MOE = {**LLAMA, "head_dim": 16, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 16},
+    **{"q_lora_rank": 16, "moe_intermediate_size": 32, "num_key_value_heads": 4},
+}
+_QWEN = {"num_experts": 4, "moe_intermediate_size": 32}
+_LLAMA4 = {"num_local_experts": 4, "intermediate_size_mlp": 64}
+# Of mixtures of experts: the model, its config, and how a file holds the experts: one by one, or
+# a stack of all.
+MOE_FAMILIES = {
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, _QWEN, False),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4}, False),
+    "deepseek_v3": (DeepseekV3ForCausalLM, DeepseekV3Config, _DEEPSEEK, False),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": 4}, False),
+    "gpt_oss": (GptOssForCausalLM, GptOssConfig, {"num_local_experts": 4}, True),
+    "llama4_text": (Llama4ForCausalLM, Llama4TextConfig, _LLAMA4, True),
+}
+
+
+def save_moe(
+    folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **config: Any
+) -> PreTrainedModel:
+    """A tiny mixture of experts as transformers saves it."""
+    torch.manual_seed(5)
+    cls, config_cls, sizes, _ = MOE_FAMILIES[family]
+    model = cls(config_cls(**{**_MOE, **sizes, **config})).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "experts" in name:  # of some families these begin as whatever was in memory
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return model
 
 
 def save_llama(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
 from peftkern import NF4Weight
+from peftkern.backends import ops
 
 # None, one, a few, and both sides of what kernels take at once; then rows of no group.
 SIZES = (0, 1, 2, 5, 0, 6, 15, 16, 17, 33, 0)
 PAST = 3
+GRADIENTS = ("dx", "dA", "dB", "dbias")
 
 
 @dataclass(frozen=True)
@@ -125,3 +130,30 @@ def with_gradients(o: Grouped, function) -> dict[str, Tensor]:
     y = function(o, **leaves)
     y.backward(o.dy)
     return {"y": y.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+
+
+def check(o: Grouped) -> None:
+    """Every result is as accurate as eager torch's loop, and rows of no group are zero."""
+    got, eager = with_gradients(o, ours), with_gradients(o, looped)
+    oracle = with_gradients(o.to(torch.float64), looped)
+    assert got["y"][-PAST:].eq(0).all()
+    assert got.keys() == oracle.keys()
+    for name, value in got.items():
+        assert value.dtype is eager[name].dtype, name
+        assert_as_accurate_as_torch(value, eager[name], oracle[name])
+
+
+def run_ops(o: Grouped, needs: Sequence[bool] = (True,) * 4, of: Any = ops) -> dict[str, Tensor]:
+    """Forward and backward op, or functions `of` a back end, with S between them."""
+    adapters = (o.lora_A, o.lora_B)
+    weight, kind = (o.weight,), "grouped_linear"
+    if o.w is not None:
+        weight, kind = (o.w.tensors, o.w.layout), "nf4_grouped_linear"
+    forward, backward = (getattr(of, f"{kind}_{way}") for way in ("forward", "backward"))
+    y, S = forward(o.x, o.rows, o.offsets, *weight, o.transposed, *adapters, o.bias, o.scaling)
+    read = (o.x if needs[1] else None, o.rows, S if needs[2] else None)
+    if o.w is None and not needs[0]:
+        weight = (None,)
+    options = (o.transposed, *adapters, o.scaling, list(needs))
+    grads = backward(o.dy, o.offsets, *read, *weight, *options)
+    return {"y": y, "S": S, **dict(zip(GRADIENTS, grads, strict=True))}

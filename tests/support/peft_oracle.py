@@ -113,4 +113,4 @@ def assert_like_peft(
             # PEFT casts the whole weight to float32 for this product; ours stays in its dtype.
             assert errors(got[name], oracle[name])[0] <= DORA_DROPPED_MAGNITUDE_RMS
         else:
-            assert_as_accurate_as_torch(got[name], eager[name], oracle[name])
+            assert_as_accurate_as_torch(got[name], eager[name], oracle[name], x.dtype, computes_in)

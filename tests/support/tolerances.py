@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
+from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors, floors  # noqa: F401
 
 GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}  # torch.autograd.gradcheck's own defaults
 LOSS_CURVE_RTOL = 1e-3  # each of 50 steps, patched against unpatched
@@ -22,6 +22,7 @@ COMPACTED_RTOL = (
 BF16_LOSS_RTOL = 2e-2  # each of the first steps in bfloat16, where one rounding more is a new path
 AUTOCAST_RTOL = 2**-5  # of the largest value: a few roundings to bfloat16 in another order
 LOGITS = {"rtol": 1e-4, "atol": 1e-5}  # of one model in float32 after another order of sums
+EXPERTS_RTOL = 1e-5  # of the largest value: float32 experts against PEFT's fold, in another order
 GOLDEN_RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # another machine's reduction order
 
 DORA_NORM_RTOL = 2e-6  # of a row norm in float32, relative to the terms that may cancel
@@ -77,18 +78,21 @@ def paired(first: Any, *others: Any) -> Iterable[tuple]:
     return zip(first, *others, strict=True)
 
 
-def assert_as_accurate_as_torch(got: Any, eager: Any, oracle: Any) -> None:
-    """A tensor, or each of some, is as near to the float64 `oracle` as eager torch in its dtype."""
+def assert_as_accurate_as_torch(got: Any, eager: Any, oracle: Any, *bits: torch.dtype) -> None:
+    """A tensor, or each of some, is as near to the float64 `oracle` as eager torch in its dtype.
+
+    Args: bits, dtypes that both sides have rounded to on the way, beside that of the result.
+    """
     if not isinstance(got, Tensor):
         for results in paired(got, eager, oracle):
-            assert_as_accurate_as_torch(*results)
+            assert_as_accurate_as_torch(*results, *bits)
         return
     assert got.shape == oracle.shape, f"shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
     assert got.dtype == eager.dtype, f"dtype {got.dtype}, expected {eager.dtype}"
     assert torch.isfinite(got).all(), "not finite"
     got_rms, got_max = errors(got, oracle)
     eager_rms, eager_max = errors(eager, oracle)
-    rms_bound = RATIO * eager_rms + FLOOR_RMS[got.dtype]
-    max_bound = RATIO * eager_max + FLOOR_MAX[got.dtype]
+    floor_rms, floor_max = floors(got.dtype, *bits)
+    rms_bound, max_bound = RATIO * eager_rms + floor_rms, RATIO * eager_max + floor_max
     assert got_rms <= rms_bound, f"RMS error {got_rms:.3g} > {rms_bound:.3g}"
     assert got_max <= max_bound, f"largest error {got_max:.3g} > {max_bound:.3g}"

@@ -5,6 +5,7 @@ python untrusted.py FAULT STEPS   -> JSON: losses, fallbacks, demoted, sides
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -134,6 +135,7 @@ def _child(
 ) -> None:
     os.environ.update(variables)
     torch.set_num_threads(1)  # OpenMP's threads have not come along
+    faulthandler.disable()  # pytest's, which few users have
     peftkern.reset_stats()
     trust.reset()
     fault(fault_name)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import bitsandbytes as bnb
@@ -15,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from plan_configs import LLAMA_CONFIG
+from plan_steps import DTYPES, Measured, counted, nbytes
 from tolerances import FUZZ_EXAMPLES, PLAN_RTOL
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -41,7 +39,6 @@ from peftkern.tools.plan.plan import (
 from peftkern.tools.plan.training_step import Memory, Step
 
 pytestmark = pytest.mark.usefixtures("small_layers")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LLAMA = Architecture(256, 2, 4, 2, 704, 1024, 64)
 QWEN = Architecture(192, 2, 6, 2, 512, 1536, 32, tied=True, qkv_bias=True)
 
@@ -104,80 +101,6 @@ def make_model(folder: str, training: Training) -> nn.Module:
         report = peftkern.patch(model)
         assert (report.skipped, report.falling_back) == ({}, {})
     return model.train()
-
-
-def allocations(**phases: Callable[[], None]) -> dict[str, list[int]]:
-    """Bytes held, as torch's allocator counts them, after each of its calls in each phase."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for name, function in phases.items():
-            with record_function(name):
-                function()
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    ends = {e.name(): e.start_ns() + e.duration_ns() for e in events if e.name() in phases}
-    held = {name: [] for name in phases}
-    total = 0
-    for event in events:
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            phase = next(name for name in phases if event.start_ns() <= ends[name])
-            held[phase].append(total)
-    return held
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-class Measured:
-    """Bytes of a second training step."""
-
-    def __init__(self, model: nn.Module, shape: Architecture, training: Training) -> None:
-        ids = torch.randint(shape.vocabulary, (training.batch, training.sequence))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        optimizer = kinds[training.optimizer](trained, lr=1e-4)
-        losses = []
-
-        def forward() -> None:
-            losses.append(model(input_ids=ids, labels=ids).loss)
-
-        def backward() -> None:
-            losses.pop().backward()
-
-        forward()
-        backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        held = allocations(forward=forward, backward=backward, optimizer=optimizer.step)
-        optimizer.zero_grad()
-        self.forward, self.held = max(held["forward"]), held["forward"][-1]
-        self.step = max(held["forward"] + held["backward"])
-        self.gradients = held["backward"][-1]
-        self.optimizer = max(held["optimizer"], default=self.gradients) - self.gradients
-        states = optimizer.state.values()
-        self.states = nbytes(t for state in states for t in state.values() if t is not None)
-        assert min(self.forward, self.held, self.gradients) > 0
-
-
-def counted(shape: Architecture, training: Training) -> dict[str, int]:
-    """The same figures as `Measured`, from the plan and the step that it is made of."""
-    plan = planning.plan(shape, training)
-    phases = {name: sum(parts.values()) for name, parts in plan.phases.items()}
-    memory = Memory()
-    step = Step(planning.step_shapes(shape, training), memory)
-    loss = step.forward()
-    held = memory.total
-    del loss
-    return {
-        "forward": phases["forward"],
-        "step": max(phases["forward"], phases["backward"]),
-        "held": held,
-        "gradients": plan.phases["optimizer"]["gradients"],
-        "states": plan.fixed["optimizer states"],
-        "optimizer": plan.phases["optimizer"]["temporaries"],
-    }
 
 
 def check(folders, shape: Architecture, training: Training) -> None:
@@ -362,12 +285,16 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "olmoe-1b-7b": 6_919_161_856,
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_preset_has_the_published_number_of_parameters(name):
-    assert planning.plan(PRESETS[name], Training(sequence=8)).parameters == PUBLISHED[name]
+    training = Training(sequence=8, targets=PRESETS[name].targets())
+    assert planning.plan(PRESETS[name], training).parameters == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.backends.cpu import nf4_grouped_products
 from peftkern.backends.cpu.module import isa_and_threads, library, refusal_dense
+from peftkern.backends.cpu.nf4_grouped_products import backward_product, forward_product
 from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, optional, strided
 
 _NO_FACTOR = (0, 0, 0, 0, 0)
@@ -63,8 +63,8 @@ def refusal_nf4_forward(
     bias: Tensor | None,
     scaling: float,
 ) -> str | None:
-    """Refuse empty weights, blocks that cross them, dtypes and devices."""
-    return _refusal_nf4(layout) or refusal_dense(x) or _refusal_factors(lora_A, lora_B)
+    """Refuse empty weights, dtypes and devices."""
+    return _refusal_stack(layout) or refusal_dense(x) or _refusal_factors(lora_A, lora_B)
 
 
 def refusal_nf4_backward(
@@ -81,15 +81,12 @@ def refusal_nf4_backward(
     scaling: float,
     needs: list[bool],
 ) -> str | None:
-    """Refuse what forward refuses."""
-    return _refusal_nf4(layout) or refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+    """Refuse empty weights, dtypes and devices."""
+    return _refusal_stack(layout) or refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
 
 
-def _refusal_nf4(layout: list[int]) -> str | None:
-    _, blocksize, _, E, N, K = layout
-    if 0 in (E, N, K):
-        return "the weight is empty"
-    return "blocks cross the groups' weights" if N * K % blocksize else None
+def _refusal_stack(layout: list[int]) -> str | None:
+    return "the weight is empty" if 0 in layout[3:] else None
 
 
 def _refusal_factors(*factors: Tensor | None) -> str | None:
@@ -172,16 +169,14 @@ def nf4_grouped_linear_forward(
     bias: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    x, groups = x.contiguous(), groups_of(x, offsets, rows)
-    N = layout[5 if transposed else 4]
-    plain = lora_A is None and bias is None and x.dtype is not torch.float16
-    base = torch.empty((groups.R, N), dtype=x.dtype if plain else torch.float32, device="cpu")
-    wide = x.float() if x.dtype is torch.float16 else x
-    product = nf4_grouped_products.forward_product
-    product(wide, groups.rows, groups.offsets, w, layout, transposed, base)
-    if plain:
-        return base, torch.empty(0, dtype=torch.float32, device="cpu")
-    return forward(x, groups, N, None, transposed, base, lora_A, lora_B, bias, scaling)
+    groups, N = groups_of(x, offsets, rows), layout[5 if transposed else 4]
+    bare, wide = lora_A is None and bias is None, _float32_of_half(x)
+    dtype = wide.dtype if bare else torch.float32
+    base = torch.empty((groups.R, N), dtype=dtype, device="cpu")
+    forward_product(wide, groups.rows, groups.offsets, w, layout, transposed, base)
+    if bare:
+        return base.to(x.dtype), torch.empty(0, dtype=torch.float32, device="cpu")
+    return forward(x, groups, N, None, False, base, lora_A, lora_B, bias, scaling)
 
 
 def nf4_grouped_linear_backward(
@@ -198,14 +193,17 @@ def nf4_grouped_linear_backward(
     scaling: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy, K, base = dy.contiguous(), layout[4 if transposed else 5], None
+    K, base = layout[4 if transposed else 5], None
     if needs[0]:
-        base = torch.empty((dy.shape[0], K), dtype=torch.float32, device="cpu")
-        wide = dy.float() if dy.dtype is torch.float16 else dy
-        product = nf4_grouped_products.backward_product
-        product(wide, offsets.contiguous(), w, layout, transposed, base)
+        base = torch.empty((len(dy), K), dtype=torch.float32, device="cpu")
+        backward_product(_float32_of_half(dy), offsets.contiguous(), w, layout, transposed, base)
     factors = (lora_A, lora_B, scaling)
-    return backward(dy, offsets, x, rows, S, K, None, transposed, base, *factors, needs)
+    return backward(dy, offsets, x, rows, S, K, None, False, base, *factors, needs)
+
+
+def _float32_of_half(x: Tensor) -> Tensor:
+    """Return x without gaps, and what no NF4 product takes, float16, in float32."""
+    return x.contiguous().float() if x.dtype is torch.float16 else x.contiguous()
 
 
 def forward(

@@ -121,14 +121,12 @@ def requested(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dA, dB and dbias in the dtypes of their parameters; empty where not needed."""
-    dA, dB, dbias = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
-    if gradients is not None and needs[1]:
-        dA = gradients.dA.to(lora_A.dtype)
-    if gradients is not None and needs[2]:
-        dB = gradients.dB.to(lora_B.dtype)
-    if needs[3]:
-        dbias = dy.sum(0)
-    return dA, dB, dbias
+    dA, dB = (None, None) if gradients is None else (gradients.dA, gradients.dB)
+    return (
+        dy.new_empty(0) if dA is None else dA.to(dtype=lora_A.dtype),
+        dy.new_empty(0) if dB is None else dB.to(dtype=lora_B.dtype),
+        dy.sum(0) if needs[3] else dy.new_empty(0),
+    )
 
 
 def lora_shrink(x: Tensor, a: Tensor, keep: Tensor | None = None, scale: float = 1.0) -> Tensor:

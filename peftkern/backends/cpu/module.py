@@ -146,9 +146,9 @@ def refusal_list(tensors: Sequence[Tensor]) -> str | None:
 
 def float32(tensor: Tensor) -> Tensor:
     """Return a contiguous float32 tensor: the same one if it is."""
-    if tensor.dtype is torch.float32 and tensor.is_contiguous():
-        return tensor
-    return tensor.to(torch.float32).contiguous()
+    if tensor.dtype is torch.float32:
+        return tensor.contiguous()
+    return tensor.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def rows_of(x: Tensor, columns: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from torch import Tensor, nn
 from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, NF4Weight, compare_quant_maps
 from peftkern.functional import nf4_linear
-from peftkern.integrations.peft import trial
-from peftkern.integrations.peft.casts import cast
+from peftkern.integrations.peft import casts, trial
 from peftkern.integrations.peft.fallback import (
     Fallback,
     PatchedForward,
@@ -31,7 +31,7 @@ from peftkern.integrations.peft.fallback import (
     set_class,
     unusual_call,
 )
-from peftkern.integrations.peft.prepared import nf4_weight
+from peftkern.integrations.peft.prepared import forget, kept, prepare
 
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _REPACK_ROWS = 32  # rows that bitsandbytes interleaves in one tile of its CPU layout
@@ -57,20 +57,25 @@ class PatchedBase(PatchedForward):
     def support_avx512bf16_for_cpu(self, value: bool) -> None:
         self.__dict__["support_avx512bf16_for_cpu"] = value  # for after `unpatch`
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        forget(self.weight)  # its memory is replaced: by `to`, `cuda`, `half` and the like
+        return super()._apply(fn, recurse)
+
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
         # Of arguments it takes x alone; under a layer that PEFT answers it is PEFT's.
         if args or kwargs or trial.peer_answers() or not dispatch.runs_on_cpu(x):
             return self.original.forward(self, x, *args, **kwargs)
-        reason = unusual_call(x, torch.compiler.is_compiling()) or unusual_weight(self)
-        base = read_base(self, x) if reason is None else Fallback(reason)
-        if isinstance(base, Fallback):
-            return base
-        key = (self.op, "no adapter", *base[1].shape, 0, x.dtype, base[0].dtype)
+        reason = unusual_call(x, torch.compiler.is_compiling())
+        read = read_base(self, x) if reason is None else Fallback(reason)
+        if isinstance(read, Fallback):
+            return read
+        dtype, weight, bias = read
+        key = (self.op, "no adapter", *weight.shape, 0, x.dtype, dtype)
         refusal = trial.refusal(self, x, key)
         if refusal is not None:
             return refusal
         try:
-            return nf4_linear(*base).to(x.dtype)
+            return nf4_linear(casts.cast(x, dtype, self), weight, bias).to(x.dtype)
         except ArgumentError as error:  # before anything was computed
             return refused(error)
 
@@ -117,13 +122,7 @@ def unpatch_base(module: nn.Module) -> None:
 
 def runs_kernel(base: Linear4bit) -> bool:
     """Return whether a swapped layer runs our kernel by itself, as it is now."""
-    if base.weight.device.type != "cpu" or unusual_weight(base) is not None:
-        return False
-    try:
-        view_weight(base)
-    except ArgumentError:
-        return False
-    return True
+    return base.weight.device.type == "cpu" and unreadable(base) is None
 
 
 class FrozenWeight:
@@ -178,13 +177,19 @@ def read_quant_maps(model: nn.Module) -> None:
     compare_quant_maps(getattr(state, "code", None) for state in states)
 
 
-def view_weight(base: Linear4bit) -> NF4Weight:
-    """View the weight of a layer in place. Raises: ArgumentError if it is no NF4 weight."""
-    return NF4Weight.from_bitsandbytes(parameters_of(base)[0], quant_state_of(base))
+def unreadable(base: Linear4bit) -> str | None:
+    """Return the reason for which a weight is not read, whatever the input; None for NF4."""
+    reason = unusual_weight(base)
+    if reason is None:
+        try:
+            NF4Weight.from_bitsandbytes(parameters_of(base)[0], quant_state_of(base))
+        except ArgumentError as error:
+            reason = str(error)
+    return reason
 
 
 def unusual_weight(base: Linear4bit) -> str | None:
-    """Return the reason for bitsandbytes to read this weight, whatever the input; None for NF4."""
+    """Return the reason for bitsandbytes to read this weight before it is looked at closely."""
     weight, _ = parameters_of(base)
     if hasattr(type(weight), "__tensor_flatten__"):  # DTensor and its like
         return f"base weight is {type(weight).__name__}"
@@ -203,34 +208,46 @@ def unusual_weight(base: Linear4bit) -> str | None:
     return None
 
 
-def read_base(base: Linear4bit, x: Tensor) -> tuple[Tensor, NF4Weight, Tensor | None] | Fallback:
+def read_base(
+    base: Linear4bit, x: Tensor
+) -> tuple[torch.dtype, NF4Weight, Tensor | None] | Fallback:
     """Read the layer as it is now, its weight viewed in place, or the reason to call it.
 
-    Returns: x in the dtype that the layer computes in, which the first input decides unless it was
-        set; the weight; the bias.
+    Returns: the dtype that the layer computes in, which the first input decides unless it was set;
+        the weight; the bias.
     Raises: TruncatedWeightError, where bitsandbytes would read on.
     """
     weight, bias = parameters_of(base)
-    if getattr(weight, "quant_state", None) is None:  # as bitsandbytes does, for saving needs it
-        fix_4bit_weight_quant_state_from_module(base)
-        weight = base.weight
-    state = weight.quant_state
-    if state.__dict__.get("packing_format_for_cpu"):  # since it was patched, by other code
-        if torch.compiler.is_compiling() or not (base.training or x.requires_grad):
-            return Fallback("weight is repacked for bitsandbytes' CPU inference")
-        restore_packing(base)
-    shape = state.shape
-    if len(shape) != 2 or shape[1] != x.shape[-1]:
+    state = getattr(weight, "quant_state", None)
+    w = None if state is None else kept(weight, state)
+    if w is None:
+        w = _read_weight(base, x)
+        if isinstance(w, Fallback):
+            return w
+    if len(w.shape) != 2 or w.shape[1] != x.shape[-1]:
         return Fallback("weight is not quantized as [out_features, in_features]")
-    try:
-        w = nf4_weight(weight, state)
-    except ArgumentError as error:  # no NF4 weight as the format defines it
-        return refused(error)
     if not base.compute_type_is_set:
         base.set_compute_type(x)
         base.compute_type_is_set = True
-    dtype = base.compute_dtype
-    return x if dtype is None else cast(x, dtype, base), w, bias
+    return base.compute_dtype or x.dtype, w, bias
+
+
+def _read_weight(base: Linear4bit, x: Tensor) -> NF4Weight | Fallback:
+    """Read a weight that is not known as it is, or the reason for bitsandbytes to do it."""
+    reason = unusual_weight(base)
+    if reason is not None:
+        return Fallback(reason)
+    if getattr(base.weight, "quant_state", None) is None:  # as it does, for saving needs it
+        fix_4bit_weight_quant_state_from_module(base)
+    weight = base.weight
+    if weight.quant_state.__dict__.get("packing_format_for_cpu"):  # by others, since it was patched
+        if torch.compiler.is_compiling() or not (base.training or x.requires_grad):
+            return Fallback("weight is repacked for bitsandbytes' CPU inference")
+        restore_packing(base)
+    try:
+        return prepare(weight, weight.quant_state)
+    except ArgumentError as error:  # no NF4 weight as the format defines it
+        return refused(error)
 
 
 def restore_packing(base: Linear4bit) -> None:

@@ -60,14 +60,14 @@ def cast(x: Tensor, dtype: torch.dtype, reader: object) -> Tensor:
         return x
     graph = x.requires_grad and torch.is_grad_enabled()
     if (graph and x.numel() < GRADIENT_MINIMUM) or not _keeps(x):
-        return x.to(dtype)
+        return x.to(dtype=dtype)
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
     key = (id(x), x._version, dtype, stream)
     last = _last
     if last is not None and last.key == key and id(reader) not in last.readers:
         last.readers.add(id(reader))
         return _Shared.apply(x, last.data) if graph else last.data
-    result = x.to(dtype)
+    result = x.to(dtype=dtype)
     _last = _Cast(key, weakref.ref(x, _drop), result.detach(), {id(reader)})
     return result
 

@@ -11,10 +11,18 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
 
 from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, TruncatedWeightError
 
+# What is called around every module of the process, those that an op stands for among them.
+GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
 _PLAIN = (Tensor, nn.Parameter)
 _HOOKS = AlignDevicesHook.__module__
 
@@ -22,11 +30,11 @@ _HOOKS = AlignDevicesHook.__module__
 class Fallback(NamedTuple):
     """Reason in words for the forward of the original class, as `peftkern.stats()` counts it.
 
-    answer: what gives that forward's result for (layer, x), if it does more than call it.
+    answer: what gives that forward's result for (layer, *inputs), if it does more than call it.
     """
 
     reason: str
-    answer: Callable[[Any, Tensor], Tensor] | None = None
+    answer: Callable[..., Tensor] | None = None
 
 
 class PatchedForward:
@@ -48,7 +56,7 @@ class PatchedForward:
             return result
         dispatch.record_fallback(self.op, result.reason)
         if result.answer is not None:
-            return result.answer(self, x)
+            return result.answer(self, x, *args, **kwargs)
         return self.original.forward(self, x, *args, **kwargs)
 
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:

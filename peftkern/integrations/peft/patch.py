@@ -1,8 +1,9 @@
 """Class swaps that drop peftkern into a PEFT model, and undo it.
 
 `patch` gives every layer whose class is exactly one of PEFT's `lora.Linear`, `lora.Linear4bit`,
-`adalora.SVDLinear` or `adalora.SVDLinear4bit` a subclass of that class in which `forward` alone
-differs, so keys, saving, loading, merging and adapter switching stay PEFT's own code.
+`lora.ParamWrapper`, `adalora.SVDLinear` or `adalora.SVDLinear4bit` a subclass of that class in
+which `forward` alone differs, so keys, saving, loading, merging and adapter switching stay PEFT's
+own code.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peftkern.backends import dispatch, trust
-from peftkern.formats.nf4 import ArgumentError
-from peftkern.integrations.peft import adalora, lora, trial
+from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
+from peftkern.integrations.peft import adalora, experts, lora, trial
 from peftkern.integrations.peft.fallback import Fallback, kept_forward, set_class
 from peftkern.integrations.peft.serve import (
     BNB_TYPES,
     DENSE_TYPES,
+    Adapter,
     PatchedLayer,
     active_names,
     layer_key,
@@ -35,7 +37,7 @@ from peftkern.integrations.peft.serve import (
 if BNB_TYPES:
     from peftkern.integrations.peft import bitsandbytes as bnb
 
-_SWAPS: dict[type, type] = {**lora.SWAPS, **adalora.SWAPS}  # {PEFT's class: ours}
+_SWAPS: dict[type, type] = {**lora.SWAPS, **adalora.SWAPS, **experts.SWAPS}  # {PEFT's class: ours}
 _ORIGINALS = {patched: original for original, patched in _SWAPS.items()}
 _USUAL_ROWS = 512  # below which a dense layer that does not pay is worth a word in the report
 
@@ -44,12 +46,14 @@ _USUAL_ROWS = 512  # below which a dense layer that does not pay is worth a word
 class PatchReport:
     """Report of what `patch` did.
 
-    patched: names of the layers that run peftkern's forward now, those of an earlier call included.
+    patched: names of the layers that run peftkern's forward now, those of an earlier call included;
+        of the wrappers around one module of experts the outermost, which answers for all.
     skipped: {name: reason} of PEFT layers that were left alone.
     falling_back: {name: reason} of patched layers whose present state sends them to PEFT's forward;
         it is looked at again at every call.
     kinds: how many layers of each PEFT class were patched.
-    without_adapter: names of bitsandbytes' layers with no patched adapter that are served as well.
+    without_adapter: names of bitsandbytes' layers, and of experts in NF4, with no patched adapter
+        that are served as well.
     small: {name: rows} of patched dense layers on a CPU that PEFT computes as fast below so many
         rows (batch times sequence), if those are more than 512; 0 for any number of them.
     unmeasured: how many classes of patched layers (op, shape, rank, device) have no verdict yet.
@@ -126,6 +130,9 @@ def patch(model: nn.Module) -> PatchReport:
     report = PatchReport()
     bases = set()
     for name, module in _adapter_layers(model):
+        if module in bases:  # a wrapper inside another one
+            bases.add(module._modules["base_layer"])
+            continue
         kind = type(module)
         original = _ORIGINALS.get(kind, kind)
         if original not in _SWAPS:
@@ -144,6 +151,9 @@ def patch(model: nn.Module) -> PatchReport:
             report.patched.append(name)
             report.kinds["adalora.AdaLoraModel"] += 1
         if BNB_TYPES and bnb.patch_base(module) and module not in bases and bnb.runs_kernel(module):
+            report.without_adapter.append(name)
+    for name in serve_nf4_experts(model):
+        if model.get_submodule(name) not in bases:
             report.without_adapter.append(name)
     if BNB_TYPES:
         bnb.read_quant_maps(model)
@@ -170,6 +180,7 @@ def unpatch(model: nn.Module) -> list[str]:
             restored.append(name)
         if BNB_TYPES:
             bnb.unpatch_base(module)
+    stop_serving(model)
     return restored
 
 
@@ -178,13 +189,22 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
     devices, classes = set(), set()
     for name in report.patched:
         layer = model.get_submodule(name)
+        if isinstance(layer, experts.PatchedParamWrapper):
+            device = layer.get_param().device
+            devices.add(device.type)
+            stack = experts.read_stack(layer, device)
+            if isinstance(stack, Fallback):
+                report.falling_back[name] = stack.reason
+            elif dispatch.unserved(device) is None:
+                classes.add((stack.key, device))
         if not isinstance(layer, PatchedLayer):
             continue
-        reason = _reason_now(layer)
+        base, names = layer.get_base_layer(), active_names(layer)
+        device = base.weight.device
+        state = read_state(layer, names, device)
+        reason = _reason_now(layer, state)
         if reason is not None:
             report.falling_back[name] = reason
-        base = layer.get_base_layer()
-        device = base.weight.device
         devices.add(device.type)
         rows = 1
         if device.type == "cpu" and type(base) in DENSE_TYPES:
@@ -192,8 +212,7 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
             if rows == 0 or rows > _USUAL_ROWS:
                 report.small[name] = rows
         if reason is None and rows and dispatch.unserved(device) is None:
-            names = active_names(layer)
-            classes.add((layer_key(layer, names, read_state(layer, names, device)), device))
+            classes.add((layer_key(layer, names, state), device))
     if trust.mode() != "always" and dispatch.forced_backend() is None:
         report.unmeasured = sum(trial.unmeasured(*one) for one in classes)
     for kind in sorted(devices - {"meta"}):
@@ -202,17 +221,13 @@ def _describe(model: nn.Module, report: PatchReport) -> None:
             report.warnings.append(f"{report.backends[kind]} serves: {missing}")
 
 
-def _reason_now(layer: Any) -> str | None:
+def _reason_now(layer: Any, state: Adapter | Fallback | None) -> str | None:
     """Return the reason for PEFT's forward whatever the input, as a patched layer is now."""
-    state = read_state(layer, active_names(layer), layer.get_base_layer().weight.device)
     if isinstance(state, Fallback):
         return state.reason
     base = layer._modules["base_layer"]
     if type(base) in BNB_TYPES:
-        try:
-            bnb.view_weight(base)
-        except ArgumentError as error:
-            return str(error)
+        return bnb.unreadable(base)
     return switched_off(layer) if type(base) in DENSE_TYPES else None
 
 

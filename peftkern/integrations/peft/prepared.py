@@ -3,7 +3,9 @@
 To read and check a weight takes longer than to see that nothing has changed since. A record is
 believed only if all that it was made of is the same: objects by identity, tensors also by address,
 size and dtype, the table of values by its version. It is kept beside the weight and not on it, so
-that no copy, pickle or state dict holds one, and goes when the weight goes.
+that no copy, pickle or state dict holds one. It goes, and with it the hold on memory, when the
+weight goes or its module is moved. DeepSpeed's stage 3 puts other memory into a weight for every
+pass: of that nothing is kept. What else replaces `weight.data` keeps the old to the next forward.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.backends.pointers import placement
+from peftkern.backends.pointers import placements
 from peftkern.formats.nf4 import NF4Weight
 
 # What `NF4Weight.from_bitsandbytes` reads of a state, and of the state of its scales.
@@ -27,7 +29,8 @@ _NESTED = ("absmax", "code", "blocksize", "dtype")
 class _Record(NamedTuple):
     owner: weakref.ref
     fields: tuple[Any, ...]
-    placements: list[tuple[Any, ...]]
+    tensors: list[Tensor]  # those of `fields`
+    placements: list[tuple[Any, ...]]  # of the owner and of them
     version: int
     weight: NF4Weight
 
@@ -35,31 +38,41 @@ class _Record(NamedTuple):
 _records: dict[int, _Record] = {}
 
 
-def nf4_weight(param: Tensor, state: Any) -> NF4Weight:
-    """View a weight of bitsandbytes with its state, as `NF4Weight.from_bitsandbytes` does.
+def kept(param: Tensor, state: Any) -> NF4Weight | None:
+    """Return a weight of bitsandbytes as it was prepared, None if it was not or is another now."""
+    record = None if torch.compiler.is_compiling() else _records.get(id(param))
+    if record is None or record.owner() is not param:
+        return None
+    fields, known = _fields(param, state), record.fields
+    if len(fields) != len(known) or not all(map(operator.is_, fields, known)):
+        return None
+    if record.version != _version(fields[0]):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():  # else Params4bit adds 1 us to each attribute
+        same = record.placements == placements([param, *record.tensors])
+    return record.weight if same else None
+
+
+def prepare(param: Tensor, state: Any) -> NF4Weight:
+    """View a weight with its state as `NF4Weight.from_bitsandbytes` does, and keep that.
 
     Raises: what that raises; of such a weight nothing is kept.
     """
-    if torch.compiler.is_compiling():
-        return NF4Weight.from_bitsandbytes(param, state)
-    fields = _fields(param, state)
-    record = _records.get(id(param))
-    if (
-        record is not None
-        and record.owner() is param
-        and len(fields) == len(record.fields)
-        and all(map(operator.is_, fields, record.fields))
-        and record.version == _version(fields[0])
-        and record.placements == _placements(param, fields)
-    ):
-        return record.weight
     weight = NF4Weight.from_bitsandbytes(param, state)
-    if weight.packed.device.type != "meta":
-        key = id(param)
+    lasting = weight.packed.device.type != "meta" and not hasattr(param, "ds_id")  # of DeepSpeed
+    if lasting and not torch.compiler.is_compiling():
+        key, fields = id(param), _fields(param, state)
         owner = weakref.ref(param, lambda _: _records.pop(key, None))
-        version, placements = _version(fields[0]), _placements(param, fields)
-        _records[key] = _Record(owner, fields, placements, version, weight)
+        tensors = [field for field in fields if isinstance(field, Tensor)]
+        with torch._C.DisableTorchFunctionSubclass():
+            found = placements([param, *tensors])
+        _records[key] = _Record(owner, fields, tensors, found, _version(fields[0]), weight)
     return weight
+
+
+def forget(param: Tensor) -> None:
+    """Drop what is kept of a weight, and with it the memory that it may have had."""
+    _records.pop(id(param), None)
 
 
 def _fields(param: Tensor, state: Any) -> tuple[Any, ...]:
@@ -70,11 +83,6 @@ def _fields(param: Tensor, state: Any) -> tuple[Any, ...]:
     if nested is not None:
         found += tuple(map(nested.get, _NESTED))
     return (*found, state, getattr(param, "quant_storage", None))
-
-
-def _placements(param: Tensor, fields: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    with torch._C.DisableTorchFunctionSubclass():  # else Params4bit adds 1 us to each attribute
-        return [placement(param), *(placement(f) for f in fields if isinstance(f, Tensor))]
 
 
 def _version(code: Any) -> int:

@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from peft.import_utils import is_bnb_4bit_available
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.backends import dispatch, trust
 from peftkern.backends.cpu import crossovers
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
-from peftkern.integrations.peft import trial
+from peftkern.functional.arguments import autocast_dtype
+from peftkern.integrations.peft import casts, trial
 from peftkern.integrations.peft.fallback import (
+    GLOBAL_HOOKS,
     Fallback,
     PatchedForward,
     hooked,
@@ -98,46 +99,39 @@ class PatchedLayer(PatchedForward):
             reason = dispatch.unserved(x.device)
             if reason is not None and dispatch.forced_backend() is None:
                 return Fallback(reason)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        base = _read_base(base_layer, x, autocast)
-        if isinstance(base, Fallback):
-            return base
-        unfused = "no active adapter"
+        cast = autocast_dtype(x)
+        read = _read_base(base_layer, x, cast is not None)
+        if isinstance(read, Fallback):
+            return read
+        dtype, weight, bias = read
+        off, unfused = switched_off(self), "no active adapter"
         if adapter is not None:
-            unfused = _unfused(adapter, x, base[0].dtype, autocast, self.cast_input_dtype_enabled)
-        refusal = self._trial(x, names, adapter, base, unfused, autocast)
-        return refusal or self._combine(x, names, adapter, base, unfused)
+            unfused = _unfused(adapter, x, dtype, cast, self.cast_input_dtype_enabled)
+        asks = compiling or trust.mode() != "always"
+        if asks and ((off or unfused) is None or isinstance(weight, NF4Weight)):  # else PEFT serves
+            key = trial_key(self, x, names, adapter, dtype, cast)
+            refusal = trial.refusal(self, x, key, complete=off is None)
+            if refusal is not None:
+                return refusal
+        base = (casts.cast(x, dtype, base_layer), weight, bias)
+        plain = unfused is None and self._is_plain(names[0])
+        if plain and not asks and _is_slower(self, adapter, base):
+            return Fallback("PEFT's own operations measured faster for this shape")
+        return self._combine(x, names, adapter, base, off, unfused)
 
-    def _trial(
+    def _combine(
         self,
         x: Tensor,
         names: list[str],
         adapter: Adapter | None,
         base: Base,
+        off: str | None,
         unfused: str | None,
-        autocast: bool,
-    ) -> Fallback | None:
-        """Return None where this machine has found our operations right and not slower."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and trust.mode() == "always":
-            plain = unfused is None and self._is_plain(names[0])
-            if plain and _is_slower(self, adapter, base):
-                return Fallback("PEFT's own operations measured faster for this shape")
-            return None
-        off = switched_off(self)
-        if (off or unfused) is not None and not isinstance(base[1], NF4Weight):
-            return None  # which PEFT answers in any case
-        key = trial_key(self, x, names, adapter, base[0].dtype, autocast)
-        return trial.refusal(self, x, key, complete=off is None)
-
-    def _combine(
-        self, x: Tensor, names: list[str], adapter: Adapter | None, base: Base, unfused: str | None
     ) -> Tensor | Fallback:
         """Compute the base with its active adapters, the first in one op if nothing is against it.
 
-        Args: unfused, the reason against that.
+        Args: off, the reason for the base alone; unfused, the one against that op.
         """
-        off = switched_off(self)
         try:
             if unfused is not None:
                 result = frozen_base(*base)
@@ -150,7 +144,7 @@ class PatchedLayer(PatchedForward):
         if result is None:
             return Fallback(off or unfused)
         if type(self._modules["base_layer"]) in BNB_TYPES and result.dtype is not x.dtype:
-            result = result.to(x.dtype)  # bitsandbytes returns its input's dtype
+            result = result.to(dtype=x.dtype)  # bitsandbytes returns its input's dtype
         if off is not None:
             return result
         out_dtype = result.dtype
@@ -160,7 +154,7 @@ class PatchedLayer(PatchedForward):
             names = names[1:]
         for name in names:
             result, x = self._add_adapter(result, x, name, base)
-        return result if result.dtype is out_dtype else result.to(out_dtype)
+        return result if result.dtype is out_dtype else result.to(dtype=out_dtype)
 
     def _fuse_disabled(self, name: str, adapter: Adapter, base: Base) -> Tensor | None:
         """Compute the base of a layer without its adapters, in the bits of an update of zero.
@@ -219,14 +213,16 @@ def trial_key(
     names: list[str],
     adapter: Adapter | None,
     dtype: torch.dtype,
-    autocast: bool,
+    cast: torch.dtype | None,
 ) -> tuple:
-    """Return all that a trial's outcome depends on, but for the rows and the device."""
+    """Return all that a trial's outcome depends on, but for the rows and the device.
+
+    Args: dtype, of the base's input; cast, the dtype of autocast, None where it is off.
+    """
     stored, trained = None, False
     if adapter is not None:
         stored = adapter.lora_A.dtype
         trained = adapter.lora_A.requires_grad or adapter.lora_B.requires_grad
-    cast = torch.get_autocast_dtype(x.device.type) if autocast else None
     return (*layer_key(layer, names, adapter), x.dtype, dtype, stored, cast, trained)
 
 
@@ -255,20 +251,14 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
     """
     if layer.merged_adapters and layer.disable_adapters:  # PEFT takes them out of the weight
         return Fallback("adapters are merged and disabled")
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
-        return Fallback("global module hooks")
+    for hooks in GLOBAL_HOOKS:
+        if hooks:
+            return Fallback("global module hooks")
     base = layer._modules["base_layer"]
     kind = type(base)
     if kind not in _BASE_TYPES:
         return Fallback(f"base_layer is {kind.__name__}")
     reason = hooked(device, base_layer=base)
-    if reason is None and kind in BNB_TYPES:
-        reason = bnb.unusual_weight(base)
     if reason is not None:
         return Fallback(reason)
     return layer._read_adapter(names, device) if names else None
@@ -311,13 +301,18 @@ def _is_slower(layer: Any, adapter: Adapter, base: Base) -> bool:
     return dispatch.is_slower(op, x, tuple(weight.shape), adapter.lora_A.shape[0], layer.training)
 
 
-def _read_base(base: nn.Module, x: Tensor, autocast: bool) -> Base | Fallback:
-    """Read the base as it is at this call, or return the reason to call it."""
+def _read_base(
+    base: nn.Module, x: Tensor, autocast: bool
+) -> tuple[torch.dtype, Tensor | NF4Weight, Tensor | None] | Fallback:
+    """Read the base as it is at this call, or return the reason to call it.
+
+    Returns: the dtype in which it takes x, its weight and its bias.
+    """
     kind = type(base)
     if kind in BNB_TYPES:
         return bnb.read_base(base, x)
     if kind is NF4Linear:
-        return x, base.nf4, base.bias
+        return x.dtype, base.nf4, base.bias
 
     weight, bias = parameters_of(base)
     reason = unusual_tensor(**{"base weight": weight})
@@ -329,18 +324,18 @@ def _read_base(base: nn.Module, x: Tensor, autocast: bool) -> Base | Fallback:
     same = x.dtype is dtype and (bias is None or bias.dtype is dtype)
     if dtype not in _DTYPES or not (same or (autocast and x.dtype in _DTYPES)):
         return Fallback(f"input is {x.dtype}, base weight is {dtype}")
-    return x, weight.t() if kind is Conv1D else weight, bias
+    return x.dtype, weight.t() if kind is Conv1D else weight, bias
 
 
 def _unfused(
-    adapter: Adapter, x: Tensor, base_dtype: torch.dtype, autocast: bool, cast_input: bool
+    adapter: Adapter, x: Tensor, base_dtype: torch.dtype, cast: torch.dtype | None, cast_input: bool
 ) -> str | None:
     """Return the reason for which base and first adapter in one op would not be what PEFT does."""
     dtype, x_dtype = adapter.lora_A.dtype, x.dtype
     if adapter.lora_B.dtype is not dtype or dtype not in _DTYPES:
         return f"lora_A is {dtype}, lora_B is {adapter.lora_B.dtype}"
-    if autocast:
-        exact = (x_dtype, torch.float32, torch.get_autocast_dtype(x.device.type))
+    if cast is not None:
+        exact = (x_dtype, torch.float32, cast)
         return None if base_dtype in exact else f"base computes in {base_dtype} under autocast"
     if x_dtype is not base_dtype:
         return f"adapter input is {x_dtype}, base computes in {base_dtype}"

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
+from torch.utils._pytree import tree_map_only
 
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
-from peftkern.integrations.peft.fallback import Fallback
+from peftkern.integrations.peft.fallback import Fallback, hooked
 
 UNMEASURED = "PEFT serves until this machine has measured such a layer"
 IN_FLIGHT = "PEFT serves until the training step that it began is over"
@@ -36,6 +37,9 @@ _peer_only: ContextVar[bool] = ContextVar("peftkern_peer_only", default=False)
 _ours_only: ContextVar[bool] = ContextVar("peftkern_ours_only", default=False)
 
 
+Beside = tuple[tuple, dict[str, Any]]  # what a call gives a layer beside x, a row for each of x's
+
+
 class _Refused(Exception):
     """Fallback of the layer in the middle of a trial: its state has changed."""
 
@@ -44,27 +48,41 @@ class _Pending:
     """Step of a layer that PEFT has begun.
 
     It is over when the adapters have been written to, or when a backward pass has come by and left
-    no gradient behind: some optimizers write past autograd's versions.
+    no gradient behind: some optimizers write past autograd's versions. A layer without adapters has
+    none of these signs: its step is over when each forward has had its backward pass, or without a
+    graph of its own (reentrant checkpointing) has been recomputed in one.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self.version, self.seen = _version(layer), False
+        self.graphs = self.bare = 0  # forwards that wait for a backward pass, for a recomputation
 
-    def watch(self, y: Tensor) -> Tensor:
+    def watch(self, y: Tensor, training: bool) -> Tensor:
         """Notice the backward pass through a result."""
         if y.requires_grad:
             y.register_hook(self._see)
+            self.graphs += training
+        else:
+            self.bare += training
         return y
 
     def _see(self, grad: Tensor) -> None:
         self.seen = True
+        self.graphs = max(self.graphs - 1, 0)
+
+    def recomputed(self) -> None:
+        """Notice that a forward is computed again, in a backward pass."""
+        self.seen = True
+        self.bare = max(self.bare - 1, 0)
 
     def over(self, layer: nn.Module) -> bool:
         """Return whether no graph of that step is left to be recomputed."""
         if _version(layer) != self.version:
             return True
         adapters = _adapters(layer)
-        return self.seen and bool(adapters) and all(p.grad is None for p in adapters)
+        if not adapters:
+            return not (self.graphs or self.bare)
+        return self.seen and all(p.grad is None for p in adapters)
 
 
 def _adapters(layer: nn.Module) -> list[Tensor]:
@@ -138,17 +156,21 @@ def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | 
     if not found.decided:
         if pending is None:
             pending = found.pending[layer] = _Pending(layer)
-        pending.seen = recomputed
+        pending.seen = False
+        if recomputed:
+            pending.recomputed()
         due = complete and not recomputed and trust.mode() != "off"
         answer = functools.partial(answered_by_peer, found) if due else peer
         return Fallback(UNMEASURED, answer)
     if pending is not None:
         if recomputed:
-            pending.seen = True
+            pending.recomputed()
             return Fallback(IN_FLIGHT, peer)
         if layer.training and not pending.over(layer):
             pending.seen = False  # of this forward no backward pass has come by
-            return Fallback(IN_FLIGHT, lambda *call: pending.watch(peer(*call)))
+            return Fallback(
+                IN_FLIGHT, lambda *call, **named: pending.watch(peer(*call, **named), True)
+            )
         if layer.training:
             del found.pending[layer]
     return None if found.reason is None else Fallback(found.reason, peer)
@@ -217,22 +239,23 @@ def peer(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return layer.original.forward(layer, x, *args, **kwargs)
 
 
-def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor) -> Tensor:
+def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Answer a call with PEFT's forward, and hold what is due of the trial beside it."""
     begin = time.perf_counter()
-    y = peer(layer, x)
+    y = peer(layer, x, *args, **kwargs)
     seconds = time.perf_counter() - begin
     if layer in tried.pending:
-        tried.pending[layer].watch(y)
-    if tried.decided or not _possible(x):
+        tried.pending[layer].watch(y, layer.training)
+    if tried.decided or not _possible(layer, x):
         return y
     tried.calls += 1
+    beside = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     try:
         with _aside(x.device):
             if tried.calls == 1:
-                _rehearse(layer, x)
+                _rehearse(layer, x, beside)
             else:
-                _decide(layer, x, tried, seconds)
+                _decide(layer, x, beside, tried, seconds)
     except _Refused:
         tried.calls -= 1
     except Exception as error:  # of ours: what the kernels raise, dispatch has answered already
@@ -253,14 +276,18 @@ def _give_up(tried: LayerClass, error: Exception) -> None:
     trust.ledger(tried.device).demote(tried.name, f"raised {text}", keep=False)
 
 
-def _possible(x: Tensor) -> bool:
-    """Return whether a trial would go unnoticed: nobody records, traces or captures operations."""
+def _possible(layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a trial would go unnoticed: nobody records, traces or captures operations.
+
+    Nor does anybody hook into a module that the layer calls, say one of a second adapter.
+    """
     modes = torch.overrides._get_current_function_mode_stack()
     return not (
         programs.capturing(x.device)
         or torch._C._len_torch_dispatch_stack()
         or any(type(mode) is not DeviceContext for mode in modes)
         or type(x) not in (Tensor, nn.Parameter)
+        or any(hooked(x.device, it=part) for part in layer.modules() if part is not layer)
     )
 
 
@@ -281,15 +308,15 @@ def _aside(device: torch.device) -> Iterator[None]:
             torch.cuda.set_rng_state(gpu, device)
 
 
-def _rehearse(layer: Any, x: Tensor) -> None:
+def _rehearse(layer: Any, x: Tensor, beside: Beside) -> None:
     """Run our side once in every way that it is timed in, so that its programs are checked."""
-    for run in _passes(layer, x.detach().clone(), _leaves(layer)).values():
+    for run in _passes(layer, x.detach().clone(), beside, _leaves(layer)).values():
         run(_ours)
 
 
-def _ours(layer: Any, x: Tensor) -> Tensor:
+def _ours(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     with only(_ours_only):
-        result = layer._fused(x, (), {})
+        result = layer._fused(x, args, kwargs)
     if isinstance(result, Fallback):
         raise _Refused(result.reason)
     return result
@@ -301,23 +328,26 @@ def _leaves(layer: nn.Module) -> list[Tensor]:
     return [] if any(p._backward_hooks for p in leaves) else leaves
 
 
-def _passes(layer: Any, x: Tensor, leaves: list[Tensor]) -> dict[str, Callable[..., Any]]:
+def _passes(
+    layer: Any, x: Tensor, beside: Beside, leaves: list[Tensor]
+) -> dict[str, Callable[..., Any]]:
     """Return the passes that count for a layer: forward, and with trained adapters backward."""
+    args, kwargs = beside
 
-    def forward(side: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    def forward(side: Callable[..., Tensor]) -> Tensor:
         with torch.no_grad():
-            return side(layer, x)
+            return side(layer, x, *args, **kwargs)
 
-    def training(side: Callable[[Any, Tensor], Tensor]) -> tuple:
+    def training(side: Callable[..., Tensor]) -> tuple:
         with torch.enable_grad():
-            y = side(layer, x.requires_grad_())
+            y = side(layer, x.requires_grad_(), *args, **kwargs)
             with torch.autocast(x.device.type, enabled=False):
                 return torch.autograd.grad(y, [x, *leaves], y.detach(), allow_unused=True)
 
     return {"forward": forward, "training": training} if leaves else {"forward": forward}
 
 
-def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
+def _decide(layer: Any, x: Tensor, beside: Beside, tried: LayerClass, seconds: float) -> None:
     """Time both sides, and record whose the class is."""
     rows = x.numel() // x.shape[-1]
     fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
@@ -325,7 +355,8 @@ def _decide(layer: Any, x: Tensor, tried: LayerClass, seconds: float) -> None:
     measured = min(rows, max(fit, LEAST_ROWS, least))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)
-    passes = _passes(layer, some.clone(), _leaves(layer))
+    beside = tree_map_only(Tensor, lambda t: t[:measured], beside)
+    passes = _passes(layer, some.clone(), beside, _leaves(layer))
     ratios, unanimous = {}, True
     for name, run in passes.items():
         sides = {"PEFT": lambda run=run: run(peer), "ours": lambda run=run: run(_ours)}

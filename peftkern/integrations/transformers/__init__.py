@@ -1,4 +1,7 @@
-"""Hugging Face transformers: callbacks of the Trainer, and LongLoRA's attention."""
+"""Hugging Face transformers: callbacks of the Trainer, LongLoRA's attention, NF4 experts."""
+
+import importlib
+from typing import Any
 
 from peftkern.integrations.transformers.callbacks import (
     AdaLoraCallback,
@@ -6,4 +9,26 @@ from peftkern.integrations.transformers.callbacks import (
     PeftKernCallback,
 )
 
-__all__ = ["AdaLoraCallback", "MonitorCallback", "PeftKernCallback"]
+__all__ = [
+    "AdaLoraCallback",
+    "MonitorCallback",
+    "NF4ExpertsConfig",
+    "PeftKernCallback",
+    "serve_nf4_experts",
+    "stop_serving",
+]
+
+
+# Modules that are imported when one of their names is first asked for: NF4ExpertsConfig needs
+# transformers 5, and registers a quantizer there.
+_MODULES = {
+    "NF4ExpertsConfig": "peftkern.integrations.transformers.nf4_experts",
+    "serve_nf4_experts": "peftkern.integrations.frozen_experts",
+    "stop_serving": "peftkern.integrations.frozen_experts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

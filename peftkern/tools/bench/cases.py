@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import os
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,13 +20,14 @@ SCALING = 2.0  # lora_alpha / r
 
 @dataclass(frozen=True)
 class Op:
-    """Operands of an op: NF4 or dense weight, rows of activations, an adapter. `against`: its
-    baselines, the most relevant first."""
+    """Operands of an op: NF4 or dense weight, rows of activations, an adapter, a weight and an
+    adapter for each group of rows. `against`: its baselines, the most relevant first."""
 
     nf4: bool
     rows: bool
     lora: bool
     against: tuple[str, ...]
+    grouped: bool = False
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -36,10 +40,12 @@ OPS = {
     "lora_linear": Op(False, True, True, ("peft", "frozen")),
     "nf4_linear": Op(True, True, False, ("bitsandbytes", "frozen")),
     "nf4_dequantize": Op(True, False, False, ("bitsandbytes", "torch")),
+    "grouped_linear": Op(False, True, True, ("peft", "grouped_mm", "frozen"), grouped=True),
 }
 # Defaults: training, where most time is spent, within a minute.
 FIRST_SHAPES = {"cpu": "llama3-8b-q_proj", "cuda": "llama3-8b"}
 FIRST_ROWS = {"cpu": 256, "cuda": 4096}
+FIRST_GROUPED = {"cpu": "256x512x512x32", "cuda": "qwen3-30b-a3b"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Problem:
     """Complete description of a case: with the seed it decides every number of its tensors.
 
     x [M, K] and weight [N, K] of `dtype`; lora_A [r, K] and lora_B [N, r] in float32 as PEFT keeps
-    them. M and r are None where the op has none.
+    them. M, r and E are None where the op has none; with E the weight is [E, N, K], lora_A [E * r,
+    K] and lora_B [N, r * E].
     """
 
     op: str
@@ -58,6 +65,7 @@ class Problem:
     r: int | None
     dtype: str
     mode: str
+    E: int | None = None
 
     @property
     def kind(self) -> Op:
@@ -81,30 +89,47 @@ class Problem:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight as stored: codes and nested absmax, or dense."""
-        size = self.N * self.K
+        size = (self.E or 1) * self.N * self.K
         return size // 2 + size // 64 if self.kind.nf4 else size * ITEMSIZE[self.dtype]
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Rows of each group: drawn for each row, alike, so that few rows leave groups empty."""
+        return _group_sizes(self.M, self.E)
 
     def work(self) -> tuple[int, int]:
         """Return lower bounds of bytes moved and operations done."""
         m, n, k, r, item = self.M or 0, self.N, self.K, self.r or 0, ITEMSIZE[self.dtype]
         if not self.kind.rows:
             return self.weight_bytes + n * k * item, 0
+        groups = self.E or 1
+        hit = sum(size > 0 for size in self.group_sizes) if self.E else 1  # of which W is read
+        weight = hit * self.weight_bytes // groups
         adapters, update = 4 * r * (n + k), 2 * m * r * (n + k)
         traffic = flops = 0
         if self.goes_forward:
-            traffic += self.weight_bytes + adapters + m * (n + k) * item
+            traffic += weight + hit * adapters + m * (n + k) * item
             flops += 2 * m * n * k + update
-        if self.trains:  # W, dy, x and dx; the adapters and their gradients
-            traffic += self.weight_bytes + 3 * adapters + m * (n + (2 if r else 1) * k) * item
+        if self.trains:  # W, dy, x and dx; the adapters and the gradients, of all groups
+            traffic += weight + (2 * hit + groups) * adapters
+            traffic += m * (n + (2 if r else 1) * k) * item
             flops += 2 * m * n * k + 2 * update
         return traffic, flops
 
     def needed_memory(self) -> int:
         """Return a lower bound: the weight drawn in float32, once dense, and the activations."""
-        return self.N * self.K * (4 + ITEMSIZE[self.dtype]) + 12 * (self.M or 0) * (self.N + self.K)
+        size = (self.E or 1) * self.N * self.K
+        return size * (4 + ITEMSIZE[self.dtype]) + 12 * (self.M or 0) * (self.N + self.K)
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+
+@functools.cache
+def _group_sizes(rows: int, groups: int) -> list[int]:
+    draw = random.Random(0)
+    counts = collections.Counter(draw.randrange(groups) for _ in range(rows))
+    return [counts[group] for group in range(groups)]
 
 
 def problems(
@@ -128,6 +153,8 @@ def problems(
     for shape in shapes:
         for op in ops:
             kind = OPS[op]
+            if kind.grouped != bool(shape.E):
+                continue
             for mode in modes or (("full",) if kind.rows else ("forward",)):
                 if mode not in kind.modes:
                     continue
@@ -142,7 +169,8 @@ def problems(
                 for m in given:
                     for dtype in dtypes:
                         for r in ranks if kind.lora else (None,):
-                            problem = Problem(op, label, m, shape.N, shape.K, r, dtype, mode)
+                            sizes = (m, shape.N, shape.K, r, dtype, mode, shape.E)
+                            problem = Problem(op, label, *sizes)
                             found.setdefault(problem.name, problem)
     free = available_memory()
     for problem in found.values():

@@ -22,7 +22,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from peftkern.tools.bench import compare, machine, providers, report, terminal
-from peftkern.tools.bench.cases import DTYPES, FIRST_SHAPES, MODES, OPS, Problem, problems
+from peftkern.tools.bench.cases import (
+    DTYPES,
+    FIRST_GROUPED,
+    FIRST_SHAPES,
+    MODES,
+    OPS,
+    Problem,
+    problems,
+)
 from peftkern.tools.bench.instrument import Bench, pinned
 from peftkern.tools.bench.processes import WorkerError
 from peftkern.tools.bench.record import OURS, Record
@@ -31,6 +39,7 @@ from peftkern.tools.bench.shapes import (
     chosen,
     items,
     numbers,
+    parse_expert_shapes,
     parse_shapes,
     percent,
     seconds,
@@ -117,9 +126,16 @@ def plan(options: Options) -> Plan:
     names, absent = providers.select(
         items("--baselines", options.baselines, providers.ACCEPTED), ops, device
     )
+    grouped = {OPS[op].grouped for op in ops}
+    if len(grouped) == 2:
+        raise ValueError("--op: grouped_linear has shapes of its own, measure it by itself")
+    if grouped == {True}:
+        shapes = parse_expert_shapes(options.shapes or FIRST_GROUPED[device])
+    else:
+        shapes = parse_shapes(options.shapes or FIRST_SHAPES[device])
     found = problems(
         ops,
-        parse_shapes(options.shapes or FIRST_SHAPES[device]),
+        shapes,
         list(dict.fromkeys(dtypes)),
         None if options.mode is None else chosen("--mode", options.mode, MODES),
         numbers("--r", options.r, MAX_RANK),
@@ -275,7 +291,7 @@ def command_of(plan: Plan, problem: Problem) -> str:
     shape, rows = problem.shape, []
     if not kind.rows and shape == f"{problem.N}x{problem.K}":
         shape = f"1x{shape}"
-    elif kind.rows and shape != f"{problem.M}x{problem.N}x{problem.K}":
+    elif kind.rows and not shape.startswith(f"{problem.M}x{problem.N}x{problem.K}"):
         rows = ["--rows", str(problem.M)]
     short = {long: name for name, long in DTYPES.items()}
     words = ["peftkern", "bench", "--op", problem.op, "--shapes", shape, *rows]

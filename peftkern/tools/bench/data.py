@@ -7,6 +7,8 @@ adapters, same inputs, regardless of what a library draws or quantizes by itself
     nf4.*   the packed weight in bitsandbytes' keys
     x, dy   [M, K], [M, N] of that dtype
     lora_A, lora_B   [r, K], [N, r] float32
+    offsets int32 [E]: ends of the groups' rows, of a grouped op; its weight is [E, N, K], and the
+            adapters are as PEFT keeps them, [E * r, K] and [N, r * E]
     rows    [<= 64] int64: those of y and dx that are compared
     y, dx, lora_A.grad, lora_B.grad   float64, of the whole op
     frozen.y, frozen.dx   float64, of the layer without its adapter
@@ -18,6 +20,7 @@ adapters' gradients are sums over all rows and are compared whole.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -110,12 +113,16 @@ def nf4_values64(weight: NF4Weight, start: int, stop: int) -> Tensor:
 def _inputs(problem: Problem, seed: int, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     m, n, k, r, dtype = problem.M, problem.N, problem.K, problem.r, getattr(torch, problem.dtype)
+    groups = problem.E or 1
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    weight = draw(n, k).div_(k**0.5).to(dtype)
+    weight = draw(*([groups] if problem.E else []), n, k).div_(k**0.5).to(dtype)
     tensors = {"weight": weight}
+    if problem.E:
+        ends = torch.tensor(problem.group_sizes).cumsum(0)
+        tensors["offsets"] = ends.to(torch.int32).to(device)
     if problem.kind.nf4:
         packed = peftkern.quantize_nf4(weight)
         tensors |= packed.state_dict("nf4.")
@@ -126,11 +133,14 @@ def _inputs(problem: Problem, seed: int, device: torch.device) -> dict[str, Tens
         count = min(m, CHECKED_ROWS)
         tensors["rows"] = torch.linspace(0, m - 1, count, dtype=torch.float64).round().long()
     if problem.kind.lora:
-        tensors |= {"lora_A": draw(r, k) / k**0.5, "lora_B": draw(n, r) * 0.1}
+        tensors["lora_A"] = draw(groups * r, k) / k**0.5
+        tensors["lora_B"] = draw(n, r * groups) * 0.1
     return tensors
 
 
 def _oracle(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if problem.E:
+        return _grouped_oracle(problem, tensors)
     n, k, weight = problem.N, problem.K, tensors["weight"]
     packed = NF4Weight.from_state_dict(tensors, "nf4.") if problem.kind.nf4 else None
 
@@ -164,16 +174,82 @@ def _oracle(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def by_group(problem: Problem, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the adapters of each group, [E, r, K] and [E, N, r], as views."""
+    a, b = (tensors[name] for name in ("lora_A", "lora_B"))
+    e, r = problem.E, problem.r
+    return a.view(e, r, problem.K), b.view(problem.N, r, e).permute(2, 0, 1)
+
+
+def _grouped_oracle(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute group by group: of y and dx the compared rows, of the adapters everything."""
+    a, b = by_group(problem, tensors)
+    grad_a, grad_b = (torch.zeros_like(t, dtype=torch.float64) for t in (a, b))
+    rows = tensors["rows"].to(a.device)
+    y = a.new_zeros(len(rows), problem.N, dtype=torch.float64)
+    dx = a.new_zeros(len(rows), problem.K, dtype=torch.float64)
+    adapted = {"y": y.clone(), "dx": dx.clone()}
+    begin = 0
+    for group, end in enumerate(tensors["offsets"].tolist()):
+        here = (rows >= begin) & (rows < end)
+        x, dy = (tensors[name][begin:end].double() for name in ("x", "dy"))
+        a64, b64 = a[group].double(), b[group].double()
+        s, ds = SCALING * (x @ a64.T), SCALING * (dy @ b64)
+        grad_a[group], grad_b[group] = ds.T @ x, dy.T @ s
+        if here.any():
+            weight, local = tensors["weight"][group].double(), rows[here] - begin
+            y[here], dx[here] = x[local] @ weight.T, dy[local] @ weight
+            adapted["y"][here] = y[here] + s[local] @ b64.T
+            adapted["dx"][here] = dx[here] + ds[local] @ a64
+        begin = end
+    return {
+        "frozen.y": y,
+        "frozen.dx": dx,
+        **adapted,
+        "lora_A.grad": grad_a.view(-1, problem.K),
+        "lora_B.grad": grad_b.permute(1, 2, 0).reshape(problem.N, -1),
+    }
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x @ weight[e].T of each group, as transformers runs frozen experts."""
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+def grouped_update(problem: Problem, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """Compute the update as two more products over the groups, in the dtype of x."""
+    a, b = (t.to(x.dtype).contiguous() for t in by_group(problem, tensors))
+    offsets = tensors["offsets"]
+    return grouped_mm(grouped_mm(x, a, offsets), b, offsets) * SCALING
+
+
 def _eager(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Run the op in plain torch and its own dtypes, as PEFT writes it."""
     if not problem.kind.rows:
         return {"y": tensors["weight"]}
-    x = tensors["x"].clone().requires_grad_()
-    y = F.linear(x, tensors["weight"])
-    wrt = {"dx": x}
-    if problem.kind.lora:
-        a, b = (tensors[name].clone().requires_grad_() for name in ("lora_A", "lora_B"))
-        y = (y + F.linear(F.linear(x.float(), a), b) * SCALING).to(x.dtype)
-        wrt |= {"lora_A.grad": a, "lora_B.grad": b}
-    gradients = torch.autograd.grad(y, list(wrt.values()), tensors["dy"])
-    return {"y": y.detach(), **dict(zip(wrt, gradients, strict=True))}
+    leaves = {name: tensors[name].clone().requires_grad_() for name in _leaves(problem)}
+    y = (
+        _eager_grouped(problem, tensors, leaves)
+        if problem.E
+        else _eager_linear(
+            leaves["x"], tensors["weight"], leaves.get("lora_A"), leaves.get("lora_B")
+        )
+    )
+    gradients = torch.autograd.grad(y, list(leaves.values()), tensors["dy"])
+    names = wanted(dataclasses.replace(problem, mode="full"), adapted=True)
+    return dict(zip(names, (y.detach(), *gradients), strict=True))
+
+
+def _leaves(problem: Problem) -> tuple[str, ...]:
+    return ("x", "lora_A", "lora_B") if problem.kind.lora else ("x",)
+
+
+def _eager_linear(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    y = F.linear(x, weight)
+    return y if a is None else (y + F.linear(F.linear(x.float(), a), b) * SCALING).to(x.dtype)
+
+
+def _eager_grouped(problem: Problem, tensors: dict[str, Tensor], leaves: dict[str, Tensor]):
+    groups = leaves["x"].split(problem.group_sizes)
+    operands = zip(groups, tensors["weight"], *by_group(problem, leaves), strict=True)
+    return torch.cat([_eager_linear(*one) for one in operands])

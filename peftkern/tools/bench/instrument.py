@@ -136,7 +136,7 @@ class Bench:
         tick("starting", 0.0)
         self._start(list(self.starts))
         dtypes = sorted({problem.dtype for problem in self.problems})
-        small = max(p.N * p.K for p in self.problems) < 1 << 20
+        small = max(p.N * p.K * (p.E or 1) for p in self.problems) < 1 << 20
         tick("ceilings of this machine", 0.0)
         if REFEREE not in self.processes:
             raise self._no_ceilings(self.gone[REFEREE])
@@ -348,9 +348,11 @@ class Bench:
         good = [n for n, row in rows.items() if row.wrong is None and row.failed is None]
         against = [name for name in problem.kind.against if name in good]
         against += [name for name in good if name != OURS and name not in against]
+        facts = problem.as_dict()
+        del facts["E"]  # the shape tells
         return {
             "name": problem.name,
-            **problem.as_dict(),
+            **facts,
             "bytes": work[0],
             "flops": work[1],
             "floor_ms": floor * 1e3,

@@ -24,7 +24,8 @@ from peftkern.backends.dropout import philox_keep
 from peftkern.functional.arguments import draw_keep
 from peftkern.layers import NF4Linear
 from peftkern.tools.bench.base_layers import linear, linear4bit
-from peftkern.tools.bench.data import nf4_values64
+from peftkern.tools.bench.cases import SCALING, Problem
+from peftkern.tools.bench.data import grouped_mm, nf4_values64
 
 SEED = 5  # of the random numbers of a checked call
 
@@ -96,6 +97,31 @@ def lora_pool(
                 part["default"].to(adapter_dtype).weight.copy_(new)
     model.train(train)
     return pool
+
+
+class Experts(nn.Module):
+    """Experts' layer as transformers runs it: one product over the groups."""
+
+    def __init__(self, weight: Tensor, offsets: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        self.offsets = offsets
+
+    def forward(self, x: Tensor) -> Tensor:
+        return grouped_mm(x, self.weight, self.offsets)
+
+
+def expert_pool(problem: Problem, tensors: dict[str, Tensor], copies: int) -> list:
+    """Build PEFT's wrappers of a stack of experts, which add the update to the weight."""
+    layers = [Experts(tensors["weight"], tensors["offsets"]) for _ in range(copies)]
+    r, names = problem.r, [f"layers.{i}.weight" for i in range(copies)]
+    config = LoraConfig(r=r, lora_alpha=SCALING * r, target_modules=[], target_parameters=names)
+    pool = list(get_peft_model(Layers(layers), config).base_model.model.layers)
+    with torch.no_grad():
+        for one in pool:
+            for name in ("lora_A", "lora_B"):
+                getattr(one, name)["default"].weight.copy_(tensors[name])
+    return [one.train(problem.mode != "no-grad") for one in pool]
 
 
 def compiled(layers: list[nn.Module]) -> list[Callable[[Tensor], Tensor]]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import peftkern
 from peftkern.tools.bench.base_layers import linear, prequantized
 from peftkern.tools.bench.cases import OPS, SCALING, Problem
+from peftkern.tools.bench.data import by_group, grouped_mm, grouped_update
 from peftkern.tools.bench.record import OURS
 
 Tensors = dict[str, Tensor]
@@ -73,6 +74,8 @@ def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
         weights = _packed(tensors, copies)
         dtype = getattr(torch, problem.dtype)
         return [Layer(lambda w=w: peftkern.dequantize_nf4(w, dtype)) for w in weights]
+    if problem.E:
+        return _grouped(problem, tensors, copies, _grouped_ours)
     if not problem.kind.lora:
         return [Layer(lambda x, w=w: peftkern.nf4_linear(x, w)) for w in _packed(tensors, copies)]
     if not has("peft"):
@@ -100,12 +103,49 @@ def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     return [layer(weight) for weight in weights]
 
 
+def _grouped(problem: Problem, tensors: Tensors, copies: int, run: Callable) -> list[Layer]:
+    """Build layers that are functions of x and of tensors of their own."""
+
+    def layer() -> Layer:
+        own = {**tensors, "weight": tensors["weight"].clone()}
+        own |= {name: tensors[name].clone().requires_grad_() for name in ("lora_A", "lora_B")}
+        return Layer(lambda x: run(problem, x, own), (own["lora_A"], own["lora_B"]))
+
+    return [layer() for _ in range(copies)]
+
+
+def _grouped_ours(problem: Problem, x: Tensor, own: Tensors) -> Tensor:
+    a, b = by_group(problem, own)
+    weight, offsets = own["weight"], own["offsets"]
+    return peftkern.grouped_lora_linear(x, weight, offsets, a, b, scaling=SCALING)
+
+
+def _three_grouped_mm(problem: Problem, x: Tensor, own: Tensors) -> Tensor:
+    y = grouped_mm(x, own["weight"], own["offsets"])
+    return y + grouped_update(problem, x, own)
+
+
+def composed(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    """Build the layer of three grouped products, as anyone can write it."""
+    return _grouped(problem, tensors, copies, _three_grouped_mm)
+
+
 def frozen(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     """Build the dense layer without an adapter."""
+    if problem.E:
+        weights = _clones(tensors["weight"], copies)
+        return [Layer(lambda x, w=w: grouped_mm(x, w, tensors["offsets"])) for w in weights]
     return [Layer(linear(tensors["weight"])) for _ in range(copies)]
 
 
 def peft(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    if problem.E:
+        from peftkern.tools.bench import peers
+
+        pool = peers.expert_pool(problem, tensors, copies)
+        return [
+            Layer(one, (one.lora_A["default"].weight, one.lora_B["default"].weight)) for one in pool
+        ]
     return _peft(linear(tensors["weight"]), problem, tensors, copies)
 
 
@@ -159,13 +199,16 @@ PROVIDERS = {
     "frozen": Provider(
         frozen,
         dict.fromkeys(("nf4_lora_linear", "lora_linear"), "linear without LoRA")
-        | {"nf4_linear": "dense linear"},
+        | {"nf4_linear": "dense linear", "grouped_linear": "grouped_mm without LoRA"},
         adapted=False,
         over_peft=False,
     ),
     "peft": Provider(
-        peft, {"lora_linear": "peft", "nf4_lora_linear": "peft, dense weight"}, ("peft",)
+        peft,
+        {"lora_linear": "peft", "nf4_lora_linear": "peft, dense weight", "grouped_linear": "peft"},
+        ("peft",),
     ),
+    "grouped_mm": Provider(composed, {"grouped_linear": "three grouped_mm"}, over_peft=False),
     "bitsandbytes": Provider(
         bitsandbytes,
         dict.fromkeys(("nf4_linear", "nf4_dequantize"), "bitsandbytes")

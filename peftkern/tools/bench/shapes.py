@@ -12,18 +12,31 @@ PRESETS = {
     model: {name: (N, K) for name, (K, N, _) in architecture.linears().items()}
     for model, architecture in plan.PRESETS.items()
 }
+# (E, N, K) of the experts' layers, from the config.json that the authors publish.
+EXPERT_PRESETS = {
+    "qwen3-30b-a3b": {"gate_up_proj": (128, 1536, 2048), "down_proj": (128, 2048, 768)},
+    "mixtral-8x7b": {"gate_up_proj": (8, 28672, 4096), "down_proj": (8, 4096, 14336)},
+    "gpt-oss-20b": {"gate_up_proj": (32, 5760, 2880), "down_proj": (32, 2880, 2880)},
+    "deepseek-v3": {"gate_up_proj": (256, 4096, 7168), "down_proj": (256, 7168, 2048)},
+}
 ACCEPTED = f"{', '.join(PRESETS)}, one layer of them (llama3-8b-q_proj), or MxNxK (256x4096x4096)"
+OF_EXPERTS = (
+    f"{', '.join(EXPERT_PRESETS)}, one layer of them (qwen3-30b-a3b-down_proj), or MxNxKxE "
+    "(256x1024x512x64)"
+)
 LARGEST = 1 << 24  # of one dimension; the machine's memory is checked later
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Weight of N rows and K columns; M rows of activations where the shape fixes them."""
+    """Weight of N rows and K columns, or E of them; M rows of activations where the shape fixes
+    them."""
 
     name: str
     N: int
     K: int
     M: int | None = None
+    E: int | None = None
 
 
 def parse_shapes(text: str) -> list[Shape]:
@@ -37,6 +50,33 @@ def parse_shapes(text: str) -> list[Shape]:
     for part in items("--shapes", text, ACCEPTED):
         for shape in _shapes_of(part):
             shapes.setdefault((shape.M, shape.N, shape.K), shape)
+    return list(shapes.values())
+
+
+def parse_expert_shapes(text: str) -> list[Shape]:
+    """Parse shapes of layers over experts of a comma-separated list, in the order given.
+
+    Raises: ValueError naming --shapes, the input and the accepted forms.
+    """
+    shapes: dict[str, Shape] = {}
+    for part in items("--shapes", text, OF_EXPERTS):
+        preset, _, layer = part.rpartition("-")
+        if part in EXPERT_PRESETS:
+            found = {f"{part}-{name}": sizes for name, sizes in EXPERT_PRESETS[part].items()}
+        elif layer in EXPERT_PRESETS.get(preset, ()):
+            found = {part: EXPERT_PRESETS[preset][layer]}
+        else:
+            found = {}
+        shapes |= {name: Shape(name, n, k, E=e) for name, (e, n, k) in found.items()}
+        match = re.fullmatch(r"([0-9]{1,9})" + r"x([0-9]{1,9})" * 3, part)
+        sizes = [*map(int, match.groups())] if match else []
+        if match and all(1 <= size <= LARGEST for size in sizes):
+            m, n, k, e = sizes
+            shapes[part] = Shape(part, n, k, m, e)
+        elif not found:
+            raise ValueError(
+                f"--shapes: {part!r} is not one of {OF_EXPERTS}, each from 1 to {LARGEST}"
+            )
     return list(shapes.values())
 
 

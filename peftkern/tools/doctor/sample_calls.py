@@ -34,10 +34,15 @@ FUNCTIONS = {
         *("dora_norm", "lora_linear_forward", "lora_linear_backward"),
         *("nf4_dora_norm", "nf4_lora_linear_forward", "nf4_lora_linear_backward"),
     ),
+    "grouped_lora_linear": (  # over a dense weight, and over an NF4 one
+        *("grouped_linear_forward", "grouped_linear_backward"),
+        *("nf4_grouped_linear_forward", "nf4_grouped_linear_backward"),
+    ),
     "orthogonality_loss": ("adalora_orthogonality_forward", "adalora_orthogonality_backward"),
 }
 MODES = ("forward", "backward", "full", "no-grad")
 _WITH_ROWS = ("x", "dy")
+_GROUPS = 8  # of the rows of a grouped layer
 
 
 @dataclass(frozen=True)
@@ -116,19 +121,31 @@ class Sample:
             "crow": self.tensor(N + 1, dtype=torch.int32),
             "col": self.tensor(N, dtype=torch.int32),
             "order": self.tensor(N, dtype=torch.int32),
+            "offsets": self.tensor(_GROUPS, dtype=torch.int32),
+            "transposed": False,
         }
         return values[name]
+
+    def value_of_groups(self, name: str) -> Any:
+        """Return the argument of that name of a grouped layer, which has a matrix per group."""
+        value = self.value(name)
+        if name in ("weight", "lora_A", "lora_B") and value is not None:
+            return value.expand(_GROUPS, *value.shape)
+        if name == "w":
+            return [part[:1].expand(_GROUPS * len(part)) for part in value]
+        return [*value[:3], _GROUPS, *value[3:]] if name == "layout" else value
 
     def arguments(self, op: str) -> tuple[Any, ...]:
         """Return positional arguments of an op of `torch.ops.peftkern`.
 
         Raises: LookupError naming an argument that is unknown here.
         """
+        value_of = self.value_of_groups if "grouped" in op else self.value
         found = []
         for argument in getattr(torch.ops.peftkern, op).default._schema.arguments:
             kind = str(argument.type)
             try:
-                value = self.value(argument.name)
+                value = value_of(argument.name)
             except KeyError:
                 if not kind.startswith("Optional["):
                     raise LookupError(f"no sample of its argument {argument.name!r}") from None

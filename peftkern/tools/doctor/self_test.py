@@ -26,6 +26,7 @@ from peftkern.functional.rosa import SparseMask, rosa_linear
 from peftkern.tools.doctor.sample_calls import DTYPES
 
 N, K = 129, 192  # no multiples of a tile
+_EXPERTS = 3
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Inputs = dict[str, Any]
@@ -137,8 +138,10 @@ def _inputs(case: _Case, dtype: torch.dtype, device: torch.device) -> Inputs:
         return (torch.randn(*shape, generator=generator) * scale).to(of).to(device)
 
     weight = draw(N, K, scale=K**-0.5)
+    experts = draw(_EXPERTS, N, K, scale=K**-0.5)
     with dispatch.use_backend("reference"):
         w = functional.quantize_nf4(weight)
+        w_experts = functional.quantize_nf4(experts, double_quant=False)
     return {
         "x": draw(case.rows, K, of=dtype),
         "dy": draw(case.rows, N, of=dtype),
@@ -150,6 +153,11 @@ def _inputs(case: _Case, dtype: torch.dtype, device: torch.device) -> Inputs:
         "lora_E": draw(r, 1),
         "magnitude": 1.0 + draw(N, scale=0.1),
         "dropout_p": case.dropout_p,
+        "experts": experts.to(dtype),
+        "w_experts": w_experts,
+        "experts_A": draw(_EXPERTS, r, K, scale=K**-0.5, of=case.adapters),
+        "experts_B": draw(_EXPERTS, N, r, scale=r**-0.5, of=case.adapters),
+        "experts_bias": draw(_EXPERTS, N, of=dtype),
     }
 
 
@@ -175,6 +183,20 @@ def _rosa_linear(inputs: Inputs) -> Results:
     values = leaves.pop("magnitude")
     y = rosa_linear(weight=weight, values=values, mask=mask, scaling=1.5, **leaves)
     return _gradients(y, inputs["dy"], values=values, **leaves)
+
+
+def _experts(weight: str) -> Callable[[Inputs], Results]:
+    """Of the rows the first is in group 0, none in 1, the last in no group at all."""
+
+    def run(inputs: Inputs) -> Results:
+        leaves = _leaves(inputs, "x", "experts_A", "experts_B", "experts_bias")
+        x, lora_A, lora_B, bias = leaves.values()
+        ends = torch.tensor([1, 1, len(x) - 1], dtype=torch.int32, device=x.device)
+        how = {"scaling": 1.5, "bias": bias}
+        y = functional.grouped_lora_linear(x, inputs[weight], ends, lora_A, lora_B, **how)
+        return _gradients(y, inputs["dy"], **leaves)
+
+    return run
 
 
 def _quantize_nf4(inputs: Inputs) -> Results:
@@ -269,6 +291,8 @@ _CASES = (
     _linear("dora_linear", dora.dora_linear, *_DORA, weight="weight", scaling=1.5),
     _linear("dora_linear, NF4", dora.dora_linear, *_DORA, weight="w", scaling=1.5),
     _Case("rosa_linear", _rosa_linear, _16_AND_32),
+    _Case("grouped_lora_linear", _experts("experts"), _16_AND_32),
+    _Case("grouped_lora_linear, NF4", _experts("w_experts"), _16_AND_32),
     _Case("quantize_nf4", _quantize_nf4, _16_AND_32, exact=True),
     _Case("dequantize_nf4", _dequantize_nf4, _16_AND_32, exact=True),
     _Case("low_rank_svd", _low_rank_svd),

@@ -9,7 +9,7 @@ differences of a GPU are counted and have not been measured:
 - AdamW there updates all tensors at once and needs their square roots at the same time;
 - dropout keeps one byte for each element, and peftkern's a seed;
 - peftkern makes an NF4 weight dense for one matmul at a time, as bitsandbytes does (neither does
-  for a few rows; that is left out).
+  for a few rows; that is left out), and of experts in NF4 one at a time.
 
 DoRA is counted as PEFT runs it, patched or not: savings of `peftkern.patch` are left out.
 
@@ -29,6 +29,7 @@ from typing import Any
 
 from peftkern.formats.json_files import brief, read_json
 from peftkern.formats.nf4 import STATE_BYTES, state_dict_bytes
+from peftkern.tools.plan.mixture import Mixture
 from peftkern.tools.plan.training_step import (
     ACTIVATIONS,
     CHECKPOINTS,
@@ -52,7 +53,9 @@ ACCEPTED = {  # in the fields of Training that are names
     "base": ("bf16", "fp32", "nf4"),
 }
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ARCHITECTURES = ("llama", "mistral", "qwen2")
+TARGETS = (*MODULES, "gate_up_proj")  # the last one of a mixture of experts alone
+MIXTURES = ("mixtral", "olmoe", "qwen3_moe")
+ARCHITECTURES = ("llama", "mistral", "qwen2", *MIXTURES)
 
 _BYTES = {"bf16": 2, "fp32": 4}
 _BLOCK = 64  # bitsandbytes' default, and the only one of its 4-bit config
@@ -63,7 +66,8 @@ _MOST_LAYERS = 1000  # each is simulated
 
 @dataclass(frozen=True)
 class Architecture:
-    """Dimensions of a Llama-shaped decoder."""
+    """Dimensions of a Llama-shaped decoder; mixture: experts in the place of the MLP; qk_norm: q
+    and k are normalized by heads ("head") or whole ("all")."""
 
     hidden: int
     layers: int
@@ -76,16 +80,36 @@ class Architecture:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    mixture: Mixture | None = None
+    qk_norm: str = ""
+
+    def stacks(self) -> dict[str, tuple[int, int]]:
+        """Return {parameter: (K, N)} of an expert of one layer."""
+        return {} if self.mixture is None else self.mixture.stacks(self.hidden)
+
+    def targets(self) -> tuple[str, ...]:
+        """Return the names of all that can have an adapter."""
+        return (*self.linears(), *self.stacks())
+
+    def norms(self) -> int:
+        """Return the number of weights of one layer's norms."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return 2 * self.hidden + {"": 0, "head": 2 * self.head_dim, "all": q + kv}[self.qk_norm]
 
     def linears(self) -> dict[str, tuple[int, int, bool]]:
         """Return {name: (K, N, bias)} of one layer."""
         h, i = self.hidden, self.intermediate
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
+        attention = {
             "q_proj": (h, q, self.qkv_bias),
             "k_proj": (h, kv, self.qkv_bias),
             "v_proj": (h, kv, self.qkv_bias),
             "o_proj": (q, h, self.o_bias),
+        }
+        if self.mixture is not None:
+            return attention
+        return {
+            **attention,
             "gate_proj": (h, i, self.mlp_bias),
             "up_proj": (h, i, self.mlp_bias),
             "down_proj": (i, h, self.mlp_bias),
@@ -112,6 +136,19 @@ PRESETS = {
     "qwen2.5-7b": _preset(3584, 28, 28, 4, 18944, 152064, qkv_bias=True),
     "qwen2.5-14b": _preset(5120, 48, 40, 8, 13824, 152064, qkv_bias=True),
     "qwen2.5-32b": _preset(5120, 64, 40, 8, 27648, 152064, qkv_bias=True),
+    "mixtral-8x7b": _preset(
+        *(4096, 32, 32, 8, 14336, 32000), mixture=Mixture(8, 2, 14336, normalized=True, wide=True)
+    ),
+    "qwen3-30b-a3b": Architecture(
+        *(2048, 48, 32, 4, 768, 151936, 128),
+        mixture=Mixture(128, 8, 768, normalized=True, wide=False),
+        qk_norm="head",
+    ),
+    "olmoe-1b-7b": _preset(
+        *(2048, 16, 16, 16, 1024, 50304),
+        mixture=Mixture(64, 8, 1024, normalized=False, wide=False),
+        qk_norm="all",
+    ),
 }
 
 
@@ -119,7 +156,8 @@ PRESETS = {
 class Training:
     """Training configuration.
 
-    method: lora, qlora (NF4 base), adalora, dora, full. targets: the linear layers with adapters.
+    method: lora, qlora (NF4 base), adalora, dora, full. targets: the linear layers with adapters,
+    and of a mixture the experts' gate_up_proj and down_proj, which have one for each expert.
     base: dtype of the frozen linear layers (None: nf4 for qlora, else `dtype`); dtype: of
     activations and of all weights that are not quantized; adapter_dtype: of the adapters, which
     PEFT keeps in float32. double_quant: NF4's absmax in 8 bits. optimizer: adamw (torch's, states
@@ -156,9 +194,9 @@ class Training:
                 raise ValueError(f"{name}: expected an integer from 1 to {_LARGEST}, got {value!r}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
-        unknown = [name for name in self.targets if name not in MODULES]
+        unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets:
-            names = f"all-linear or some of {', '.join(MODULES)}"
+            names = f"all-linear or some of {', '.join(TARGETS)}"
             raise ValueError(f"targets: expected {names}, got {', '.join(unknown) or 'none'}")
         if self.method == "qlora" and self.base != "nf4":
             raise ValueError(f"base: qlora has an nf4 base, got {self.base}; see method lora")
@@ -256,27 +294,54 @@ def from_config(config: dict[str, Any]) -> Architecture:
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ValueError(f"num_key_value_heads: expected a divisor of {heads}, got {kv_heads}")
-    biased = kind == "llama" and flag("attention_bias")
+    biased = kind in ("llama", "olmoe", "qwen3_moe") and flag("attention_bias")
+    mixture = _mixture(config, kind, size, flag) if kind in MIXTURES else None
     return Architecture(
         hidden=hidden,
         layers=size("num_hidden_layers", most=_MOST_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
-        intermediate=size("intermediate_size"),
+        intermediate=size("intermediate_size") if mixture is None else mixture.width,
         vocabulary=size("vocab_size"),
         head_dim=size("head_dim", hidden // heads),
         tied=flag("tie_word_embeddings"),
         qkv_bias=biased or kind == "qwen2",
         o_bias=biased,
         mlp_bias=kind == "llama" and flag("mlp_bias"),
+        mixture=mixture,
+        qk_norm={"qwen3_moe": "head", "olmoe": "all"}.get(kind, ""),
     )
+
+
+def _mixture(config: dict[str, Any], kind: str, size: Any, flag: Any) -> Mixture:
+    """Read the experts; refuse layers that the step does not describe.
+
+    Args: size, flag: readers of a positive integer and of a boolean of `config`.
+    """
+    # Of layers without experts, of noise in the router's input, of clamps: what is accepted.
+    plain = {
+        "qwen3_moe": {"mlp_only_layers": ([], None), "decoder_sparse_step": (1, None)},
+        "mixtral": {"router_jitter_noise": (0, None)},
+        "olmoe": {"clip_qkv": (None,)},
+    }[kind]
+    for key, accepted in plain.items():
+        if config.get(key) not in accepted:
+            raise ValueError(f"{key}: expected {accepted[0]}, got {brief(config[key])}")
+    names = ("num_experts", "num_local_experts")
+    experts = size(next((name for name in names if config.get(name) is not None), names[0]))
+    top = size("num_experts_per_tok", most=experts)
+    width = size("moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size")
+    normalized = kind == "mixtral" or flag("norm_topk_prob")
+    return Mixture(experts, top, width, normalized, wide=kind == "mixtral")
 
 
 def plan(model: Architecture, training: Training) -> Plan:
     """Count the memory of a training step after the first, when the optimizer has its states.
 
-    Returns: a Plan, in bytes. Raises: nothing; the arguments were checked on construction.
+    Returns: a Plan, in bytes. Raises: ValueError for a training of which the model has not all
+        targets, or that is not counted for a mixture of experts.
     """
+    _check(model, training)
     shapes = step_shapes(model, training)
     trained = _trained(model, training, shapes.linears)
     fixed = {**_weights(model, training), **_adapters(training, trained)}
@@ -307,6 +372,31 @@ def largest(model: Architecture, training: Training, name: str, budget: int) -> 
     return low
 
 
+def _check(model: Architecture, training: Training) -> None:
+    """Refuse what the step does not describe."""
+    names = {**model.linears(), **model.stacks()}
+    unknown = [name for name in training.targets if name not in names]
+    if unknown and training.method != "full":
+        raise ValueError(
+            f"targets: expected all-linear or some of {', '.join(names)}, got {', '.join(unknown)}"
+        )
+    if model.mixture is None:
+        return
+    if training.method not in ("lora", "qlora"):
+        raise ValueError(f"method: expected lora or qlora for experts, got {training.method}")
+    adapted = any(name in training.targets for name in model.stacks())
+    if adapted and (not training.patched or training.dropout):
+        raise ValueError(
+            "targets: experts with adapters are counted as peftkern.patch runs them, without "
+            "dropout; PEFT alone makes a second stack of them"
+        )
+    if not adapted and training.base == "nf4":
+        raise ValueError(
+            "targets: experts in nf4 without adapters are made dense by transformers, which is "
+            "not counted; add gate_up_proj,down_proj"
+        )
+
+
 def _linears(model: Architecture, training: Training) -> dict[str, Linear]:
     linears = {}
     for name, (K, N, bias) in model.linears().items():
@@ -327,6 +417,7 @@ def step_shapes(model: Architecture, training: Training) -> Shapes:
     return Shapes(
         **{f.name: known[f.name] for f in fields(Shapes) if f.name in known},
         linears=_linears(model, training),
+        adapted_stacks=tuple(name for name in model.stacks() if name in training.targets),
         size=_BYTES[training.dtype],
         adapter_size=_BYTES[training.adapter_dtype],
         eager_attention=training.attention == "eager",
@@ -338,7 +429,10 @@ def step_shapes(model: Architecture, training: Training) -> Shapes:
 
 def _parameters(model: Architecture) -> int:
     h = model.hidden
-    layer = sum(K * N + N * bias for K, N, bias in model.linears().values()) + 2 * h
+    layer = sum(K * N + N * bias for K, N, bias in model.linears().values()) + model.norms()
+    if model.mixture is not None:
+        per_expert = sum(K * N for K, N in model.stacks().values())
+        layer += model.mixture.experts * (per_expert + h)  # and a row of the router
     return model.layers * layer + model.vocabulary * h * (2 - model.tied) + h
 
 
@@ -346,16 +440,28 @@ def _weights(model: Architecture, training: Training) -> dict[str, int]:
     """Return bytes of the base model in memory."""
     size = _BYTES[training.dtype]
     layer = sum(_linear_bytes(K * N, training) for K, N, _ in model.linears().values())
-    vectors = sum(N for _, N, bias in model.linears().values() if bias) + 2 * model.hidden
+    vectors = sum(N for _, N, bias in model.linears().values() if bias) + model.norms()
     table = model.vocabulary * model.hidden * size
     # Rotary frequencies: half a head in float32, twice (transformers keeps the original too).
     rotary = 2 * -(-model.head_dim // 2) * F32
     return {
         "linear layers": model.layers * layer,
+        **_expert_weights(model, training),
         "embeddings": table,
         "lm_head": 0 if model.tied else table,
         "norms, biases": (model.layers * vectors + model.hidden) * size + rotary,
     }
+
+
+def _expert_weights(model: Architecture, training: Training) -> dict[str, int]:
+    """Return bytes of the experts, in NF4 as peftkern keeps them: their absmax is not nested."""
+    if model.mixture is None:
+        return {}
+    numel = model.mixture.experts * sum(K * N for K, N in model.stacks().values())
+    nf4 = numel // 2 + numel // _BLOCK * F32
+    size = nf4 if training.base == "nf4" else numel * _BYTES[training.base]
+    router = model.mixture.experts * model.hidden * _BYTES[training.dtype]
+    return {"experts": model.layers * size, "routers": model.layers * router}
 
 
 def _linear_bytes(numel: int, training: Training) -> int:
@@ -382,6 +488,10 @@ def _trained(model: Architecture, training: Training, linears: dict[str, Linear]
         if linear.method == "adalora":
             ranknum_trained = training.dtype != "fp32" and not linear.patched
             sizes += [r, *([1] if ranknum_trained else [])]
+    if model.mixture is not None:
+        per_rank = model.mixture.experts * r
+        for name, (K, N) in model.stacks().items():
+            sizes += [per_rank * K, per_rank * N] if name in training.targets else []
     if training.method == "full":
         table = model.vocabulary * model.hidden
         sizes = [*sizes, model.hidden, model.hidden] * model.layers

@@ -1,10 +1,11 @@
 """Allocations of one training step: no tensor, no torch, only their sizes.
 
-A step of a Llama-shaped decoder is written here as eager PyTorch, transformers and PEFT run it:
-each operation allocates its output, keeps for backward what its autograd formula reads, and
-backward frees that again in reverse. A buffer lives as long as something refers to it, as a torch
-storage does, so the peak of the step and its parts follow from the program; no term of it is
-fitted. `plan` adds the weights, and tests/tools/test_plan.py compares with torch's allocator.
+A step of a Llama-shaped decoder, with an MLP or a mixture of experts, is written here as eager
+PyTorch, transformers and PEFT run it: each operation allocates its output, keeps for backward what
+its autograd formula reads, and backward frees that again in reverse. A buffer lives as long as
+something refers to it, as a torch storage does, so the peak of the step and its parts follow from
+the program; no term of it is fitted. `plan` adds the weights, and tests/tools/test_plan.py compares
+with torch's allocator.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-F32 = 4  # bytes
+from peftkern.tools.plan.mixture import F32, Mixture, mixture
+
 ACTIVATIONS, CHECKPOINTS, LOGITS = "saved activations", "checkpoints", "logits"
 GRADIENTS, TEMPORARIES = "gradients", "temporaries"
 PARTS = (ACTIVATIONS, CHECKPOINTS, LOGITS, GRADIENTS, TEMPORARIES)
@@ -61,6 +63,9 @@ class Shapes:
     double_quant: bool
     cuda: bool
     tied: bool
+    mixture: Mixture | None = None
+    adapted_stacks: tuple[str, ...] = ()
+    qk_norm: str = ""  # "head": q and k are normalized by heads; "all": whole
 
 
 class Memory:
@@ -347,16 +352,17 @@ class Step(Tape):
             x = self.add(residual, x)
             residual = x
             x = self.norm(x, f"{i}.post_norm")
-            x = self.mlp(x, i)
+            x = self.mlp(x, i) if self.shapes.mixture is None else mixture(self, x, i)
             return self.add(residual, x)
 
         return program
 
-    def norm(self, x: Tensor, name: str) -> Tensor:
+    def norm(self, x: Tensor, name: str, width: int = 0) -> Tensor:
         """weight * cast(x32 * rsqrt(mean(x32^2) + eps)): x32 and the square root are kept."""
-        s, T = self.shapes, self.tokens
-        wide = T * s.hidden * F32
+        s = self.shapes
         nbytes = x.nbytes
+        wide = nbytes // s.size * F32
+        T = nbytes // s.size // (width or s.hidden)
         x = self.cast(x, wide)
         squares = self.op([x], wide, saves=[x.buffer])
         mean = self.op([squares], T * F32)
@@ -376,6 +382,8 @@ class Step(Tape):
     def attention(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
         q = self.projection(x, "q_proj", i)
         k = self.projection(x, "k_proj", i)
+        if self.shapes.qk_norm:
+            q, k = self.norm_part(q, f"{i}.q_norm"), self.norm_part(k, f"{i}.k_norm")
         v = self.projection(x, "v_proj", i)
         q, k = self.rotate(q, k)
         if self.shapes.eager_attention:
@@ -383,6 +391,11 @@ class Step(Tape):
         else:
             out, weights = self.sdpa(q, k, v), None
         return self.projection(out, "o_proj", i), weights
+
+    def norm_part(self, x: Tensor, name: str) -> Tensor:
+        s = self.shapes
+        of_token = x.nbytes // s.size // self.tokens
+        return self.norm(x, name, s.head_dim if s.qk_norm == "head" else of_token)
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """x * cos + rotate_half(x) * sin: only the two angles are kept."""

@@ -7,9 +7,10 @@ at a time and not through a map, so that a file that shrinks is an error, not a 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -52,13 +53,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Place and kind of a tensor; dtype in safetensors' name."""
+    """Place and kind of a tensor; dtype in safetensors' name; offset in the file."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,44 @@ def folder_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_tensors(infos: Iterable[TensorInfo]) -> Iterator[Tensor]:
-    """Yield tensors one after the other.
+def read_tensors(
+    infos: Iterable[TensorInfo], stacks: Container[str] = ()
+) -> Iterator[Iterator[Tensor]]:
+    """Yield tensors one after the other, each as its parts: the items along the first dimension of
+    those named in `stacks`, read one at a time, the whole of others. Read the parts of one before
+    the next.
 
     Raises: CheckpointError if a file has changed since it was checked.
     """
     for path, group in groupby(infos, key=attrgetter("file")):
-        try:
-            with open_safetensors(path) as file:
-                yield from (file.get_tensor(info.name) for info in group)
-        except READ_ERRORS as error:
-            raise CheckpointError(f"{path}: changed while it was read: {error}") from None
+        with _unchanged(path), open_safetensors(path) as file:
+            for info in group:
+                yield _parts(file, info, info.name in stacks)
+
+
+def _parts(file: safe_open, info: TensorInfo, stack: bool) -> Iterator[Tensor]:
+    with _unchanged(info.file):
+        yield from _items(info) if stack else (file.get_tensor(info.name),)
+
+
+def _items(info: TensorInfo) -> Iterator[Tensor]:
+    """Yield the items of a stack; safetensors' slices read the whole of it for each of them."""
+    count, *shape = info.shape
+    with open(info.file, "rb") as file:
+        file.seek(info.offset)
+        for _ in range(count):
+            data = bytearray(info.nbytes // count)
+            if file.readinto(data) != len(data):
+                raise OSError("cut off")
+            yield torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(shape)
+
+
+@contextlib.contextmanager
+def _unchanged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{path}: changed while it was read: {error}") from None
 
 
 def open_safetensors(path: Path) -> safe_open:
@@ -212,6 +241,7 @@ def _tensors_of(path: Path) -> list[TensorInfo]:
         raise CheckpointError(f"{path}: damaged, cut off or not safetensors: {error}") from None
     with open(path, "rb") as file:
         data = file.read(int.from_bytes(file.read(8), "little"))
+        start = file.tell()
     try:
         header = parse_json(data, unique=True)
     except ValueError as error:
@@ -233,5 +263,6 @@ def _tensors_of(path: Path) -> list[TensorInfo]:
         if _QUANTIZED.search(name):
             raise CheckpointError(f"{path}: already quantized, it holds {brief(name)}")
         begin, end = entry["data_offsets"]
-        found.append(TensorInfo(name, path, entry["dtype"], tuple(entry["shape"]), end - begin))
+        shape, at = tuple(entry["shape"]), start + begin
+        found.append(TensorInfo(name, path, entry["dtype"], shape, end - begin, at))
     return found

@@ -1,4 +1,4 @@
-"""Writer of NF4 checkpoints with bitsandbytes' keys, one file at a time.
+"""Writer of NF4 checkpoints, one file at a time: kernels/FORMATS.md.
 
 safetensors writes each file, which is read back and noted in a manifest with a digest of its
 content. Until all is done everything lies in a work folder inside of the destination. A stopped
@@ -14,105 +14,38 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from operator import attrgetter
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftkern.formats.nf4 import BLOCKSIZES, STATE_BYTES, STATE_KEY, state_dict_bytes
+from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY
 from peftkern.functional import dequantize_nf4, quantize_nf4
+from peftkern.layers.nf4_stack import NF4Stack, absmax_name
 from peftkern.tools.quantize import staging
 from peftkern.tools.quantize.checkpoint import (
     CONFIG,
+    DTYPES,
     INDEX,
     READ_ERRORS,
     Checkpoint,
     CheckpointError,
-    TensorInfo,
     open_safetensors,
     read_tensors,
 )
 from peftkern.tools.quantize.companions import find_companions
+from peftkern.tools.quantize.file_plan import Choice, Options, Plan, Size, Unit, plan_files
 
 MANIFEST = "manifest.json"  # in the work folder: a Note of each finished file
-_WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantize_nf4 takes
 _METADATA = {"format": "pt"}
 _ERROR_CHUNK = 1 << 18  # number of values per comparison with the source
 Progress = Callable[[int, str], None]  # finished bytes of the source, and the tensor
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options that decide the written bytes: a run resumes only with the same.
-
-    Args: blocksize, double_quant as for `peftkern.quantize_nf4`; shard_bytes, where a new file
-        begins (a larger tensor has one of its own); device that quantizes.
-    """
-
-    blocksize: int = 64
-    double_quant: bool = True
-    shard_bytes: int = 5 * 10**9
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.blocksize not in BLOCKSIZES:
-            raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {self.blocksize}")
-        if self.shard_bytes < 1:
-            raise CheckpointError(f"shard_bytes: expected at least 1, got {self.shard_bytes}")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Tensor of the source; `nbytes` of it are written. transposed: None if it is kept as it is."""
-
-    info: TensorInfo
-    transposed: bool | None
-    nbytes: int
-
-    @property
-    def experts(self) -> bool:
-        """A kept weight of experts: transformers holds them in tensors of three dimensions, which
-        bitsandbytes does not quantize, even if the source has one tensor for each."""
-        shape, names = self.info.shape, self.info.name.split(".")
-        of_two = len(shape) == 2 and "experts" in names
-        return self.transposed is None and (len(shape) == 3 or of_two)
-
-
-@dataclass(frozen=True)
-class Size:
-    """Size of some tensors; bytes are those of the tensors themselves."""
-
-    tensors: int
-    parameters: int
-    bytes_before: int
-    bytes_after: int
-
-    @classmethod
-    def of(cls, units: Iterable[Unit]) -> Size:
-        sizes = [(1, math.prod(u.info.shape), u.info.nbytes, u.nbytes) for u in units]
-        return cls(*map(sum, zip((0, 0, 0, 0), *sizes, strict=True)))
-
-    @property
-    def bits(self) -> float:
-        """Bits per parameter."""
-        return 8 * self.bytes_after / max(self.parameters, 1)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Files to write, by name, and their tensors; sizes of all and of some of these."""
-
-    files: dict[str, list[Unit]]
-    total: Size
-    quantized: Size
-    experts: Size
 
 
 @dataclass(frozen=True)
@@ -137,70 +70,38 @@ class Note(NamedTuple):
     name: str
 
 
-def plan_files(checkpoint: Checkpoint, linear: Mapping[str, bool], options: Options) -> Plan:
-    """Plan all files from shapes alone.
-
-    Raises: CheckpointError for a weight that is none.
-    """
-    for name in linear:
-        info = checkpoint.tensors.get(name)
-        if info is None or len(info.shape) != 2 or info.dtype not in _WEIGHT_DTYPES:
-            came = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
-            raise CheckpointError(
-                f"{name}: expected a weight of two dimensions in one of {_WEIGHT_DTYPES}, "
-                f"got {came}"
-            )
-    how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
-    units = {
-        name: Unit(info, linear[name], state_dict_bytes(math.prod(info.shape), **how))
-        if name in linear
-        else Unit(info, None, info.nbytes)
-        for name, info in checkpoint.tensors.items()
-    }
-    split = split_state_dict_into_shards_factory(
-        units,
-        get_storage_size=attrgetter("nbytes"),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=options.shard_bytes,
-    )
-    return Plan(
-        {file: [units[n] for n in names] for file, names in split.filename_to_tensors.items()},
-        Size.of(units.values()),
-        Size.of(unit for unit in units.values() if unit.transposed is not None),
-        Size.of(unit for unit in units.values() if unit.experts),
-    )
-
-
 def quantize_checkpoint(
     checkpoint: Checkpoint,
     destination: str | os.PathLike,
-    linear: Mapping[str, bool],
+    choice: Choice,
     quantization_config: Mapping[str, Any],
     options: Options,
     *,
     force: bool = False,
     progress: Progress = lambda count, name: None,
 ) -> Summary:
-    """Write `checkpoint` to the folder `destination` with its linear weights in NF4.
+    """Write `checkpoint` to the folder `destination` with some of its weights in NF4.
 
     The files beside the weights are copied, but for weights in other formats: `find_companions`.
 
-    Memory: about one file of the output and one tensor of the source. Calling it again after an
-    interruption resumes; KeyboardInterrupt and OSError (a full disk) leave a state that allows it,
-    a CheckpointError leaves nothing.
+    Memory: about one file of the output and one tensor of the source, of a stack one expert.
+    Calling it again after an interruption resumes; KeyboardInterrupt and OSError (a full disk)
+    leave a state that allows it, a CheckpointError leaves nothing.
 
     Args:
-        linear: names of the tensors to quantize, [N, K] float32, float16 or bfloat16; True for
-            those that are kept as [K, N] and are transposed first, as transformers does for Conv1D.
-        quantization_config: for config.json, as transformers' BitsAndBytesConfig writes it.
+        choice: the weights to quantize, float32, float16 or bfloat16. Linear layers have
+            bitsandbytes' keys, a stack of experts those of the model's parameter, whatever the
+            source calls them.
+        quantization_config: for config.json, as transformers' BitsAndBytesConfig writes it,
+            or with stacks NF4ExpertsConfig.
         force: replace the checkpoint that `destination` holds, once the new one is complete, and
             discard an unfinished run with other options. Other files there are left alone.
         progress: called with (bytes of the source, tensor name) after each piece of work.
     Raises: CheckpointError for a request that cannot be met.
     """
     destination = Path(destination)
-    plan = plan_files(checkpoint, linear, options)
-    identity = _identity(checkpoint, linear, quantization_config, options)
+    plan = plan_files(checkpoint, choice, options)
+    identity = _identity(checkpoint, choice, quantization_config, options)
     companions = find_companions(checkpoint)
     staging.check_destination(checkpoint.folder, destination, force, companions.copied)
     staging.check_space(destination, plan.total.bytes_after + companions.nbytes)
@@ -226,7 +127,7 @@ def quantize_checkpoint(
 
 def _identity(
     checkpoint: Checkpoint,
-    linear: Mapping[str, bool],
+    choice: Choice,
     quantization_config: Mapping[str, Any],
     options: Options,
 ) -> dict[str, Any]:
@@ -237,7 +138,7 @@ def _identity(
     return {
         "source": hashlib.sha256(text.encode()).hexdigest(),
         **asdict(options),
-        "choice of tensors": sorted(linear.items()),
+        "choice of tensors": [sorted(choice.linear.items()), sorted(choice.stacks.items())],
         "quantization_config": dict(quantization_config),
     }
 
@@ -263,8 +164,8 @@ def _write(
     for name, units in plan.files.items():
         path = folder / name
         if name in notes and notes[name].digest == _digest_file(path):
-            resumed += len(units)
-            progress(sum(unit.info.nbytes for unit in units), name)
+            resumed += Size.of(units).tensors
+            progress(sum(unit.nbytes_before for unit in units), name)
         else:
             path.unlink(missing_ok=True)
             notes[name] = _write_file(path, units, options, progress)
@@ -281,16 +182,19 @@ def _write_file(path: Path, units: list[Unit], options: Options, progress: Progr
     """Write one file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     largest = (0.0, "")
-    sources = read_tensors(unit.info for unit in units)
-    for unit, tensor in zip(units, sources, strict=True):
-        name = unit.info.name
-        if unit.transposed is None:
-            tensors[name] = tensor
-        else:
-            state, error = _quantized(name, tensor, unit.transposed, options)
+    infos = [info for unit in units for info in unit.infos]
+    fused = {unit.infos[0].name for unit in units if unit.shape and len(unit.infos[0].shape) == 3}
+    sources = read_tensors(infos, fused)
+    for unit in units:
+        parts = (part for source in islice(sources, len(unit.infos)) for part in source)
+        if unit.quantized:
+            written = _stacked if unit.shape else _quantized
+            state, error = written(unit, parts, options)
             tensors |= state
-            largest = max(largest, (error, name))
-        progress(unit.info.nbytes, name)
+            largest = max(largest, (error, unit.name))
+        else:
+            (tensors[unit.name],) = parts
+        progress(unit.nbytes_before, unit.name)
     temporary = path.with_name(path.name + ".new")
     try:
         save_file(tensors, temporary, metadata=_METADATA)
@@ -323,11 +227,12 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
 
 
 def _quantized(
-    name: str, weight: Tensor, transposed: bool, options: Options
+    unit: Unit, parts: Iterator[Tensor], options: Options
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the tensors that a weight becomes, and its error."""
+    """Return the tensors that the weight of a linear layer becomes, and its error."""
+    name, (weight,) = unit.name, parts
     weight = weight.to(options.device)
-    if transposed:
+    if unit.transposed:
         weight = weight.T.contiguous()
     nf4 = quantize_nf4(weight, blocksize=options.blocksize, double_quant=options.double_quant)
     error = _relative_error(name, weight, dequantize_nf4(nf4))
@@ -336,6 +241,29 @@ def _quantized(
     room = STATE_BYTES - len(state[key])
     state[key] = torch.nn.functional.pad(state[key], (0, room), value=ord(" "))
     return {key: tensor.cpu() for key, tensor in state.items()}, error
+
+
+def _stacked(
+    unit: Unit, parts: Iterator[Tensor], options: Options
+) -> tuple[dict[str, Tensor], float]:
+    """Return the two tensors that a stack of experts becomes, and the largest error of one."""
+    count, *shape = unit.shape
+    dtype = DTYPES[unit.infos[0].dtype]
+    how = {"blocksize": options.blocksize, "device": options.device}
+    stack = NF4Stack.empty(unit.shape, dtype=dtype, **how)
+    pieces = max(len(unit.infos) // count, 1)  # of an expert
+    error = 0.0
+    for expert in range(count):
+        weight = torch.cat(list(islice(parts, pieces))).view(shape).to(options.device)
+        now = stack.set_expert(expert, weight)
+        error = max(error, _relative_error(unit.name, weight, now))
+    module, dot, name = unit.name.rpartition(".")
+    nf4 = stack.nf4
+    absmax = nf4.absmax.view(count, -1).cpu()
+    return {
+        unit.name: nf4.packed.view(count, -1).cpu(),
+        f"{module}{dot}{absmax_name(name)}": absmax,
+    }, error
 
 
 def _relative_error(name: str, weight: Tensor, dense: Tensor) -> float:

@@ -8,7 +8,6 @@ moved, config.json last: without it nothing loads the folder.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,11 @@ from typing import Any
 
 from peftkern.formats.json_files import read_json
 from peftkern.tools.quantize.checkpoint import CONFIG, CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: nothing stops a second process that writes to the same folder
+    fcntl = None
 
 WORK = ".peftkern-quantize"
 FILES = "files"  # in the work folder: the output, until
@@ -67,7 +71,8 @@ def work_folder(destination: Path, identity: dict[str, Any], force: bool) -> Ite
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(f"{destination}: another process is writing to it") from None
         other = try_json(work / "run.json")

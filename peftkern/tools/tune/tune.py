@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftkern.backends import trust
+from peftkern.backends import journal, trust
 from peftkern.tools.bench.processes import Process, WorkerError, WorkerGoneError, WorkerSlowError
 from peftkern.tools.tune.cases import Case, Sweep
 from peftkern.tools.tune.job import Job
@@ -177,6 +177,7 @@ class _Campaign:
                 return self._record(case, verdict, known=False)
             except WorkerSlowError:
                 reason = f"its trial did not end within {self.job.limit:.0f} s"
+                journal.accuse(trust.cache_folder() / "trust", self.process.popen.pid, reason)
             except WorkerGoneError as error:
                 reason = f"its trial ended the process ({error})"
             except WorkerError as error:

@@ -95,11 +95,9 @@ def name_of(case: Case, device: torch.device) -> str:
 def _key(case: Case, device: torch.device) -> tuple:
     """Return the key by which a layer of other sizes would be tried."""
     layer, x = build(case, case.N, case.K, case.rows, device)
-    names = serve.active_names(layer)
+    names, cast = serve.active_names(layer), torch.bfloat16 if case.autocast else None
     dtype = getattr(torch, DTYPES[case.dtype])
-    return serve.trial_key(
-        layer, x, names, serve.read_state(layer, names, x.device), dtype, case.autocast
-    )
+    return serve.trial_key(layer, x, names, serve.read_state(layer, names, x.device), dtype, cast)
 
 
 def build(case: Case, N: int, K: int, rows: int, device: torch.device) -> tuple[Any, torch.Tensor]:

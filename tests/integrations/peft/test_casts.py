@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import peftkern
-from peftkern.integrations.peft import bitsandbytes, casts, trial
+from peftkern.integrations.peft import casts, trial
 from peftkern.integrations.peft.casts import cast as cast_for
 
 BF16 = torch.bfloat16
@@ -70,7 +70,7 @@ def count_casts(run: Callable[[], object]) -> int:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bitsandbytes, "cast", counted)
+        patch.setattr(casts, "cast", counted)
         run()
     return made
 
@@ -86,7 +86,7 @@ def test_training_is_bit_identical(checkpointing, autocast, dropout, monkeypatch
     assert made == runs * 2 * (3 if autocast else 4)
     got = step(model, autocast)
     assert fallbacks() == {}
-    monkeypatch.setattr(bitsandbytes, "cast", lambda x, dtype, reader: x.to(dtype))
+    monkeypatch.setattr(casts, "cast", lambda x, dtype, reader: x.to(dtype))
     expected = step(model, autocast)
     assert len(got) == 1 + 2 * 2 * len(TARGETS)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -97,7 +97,7 @@ def test_autograd_keeps_one_copy_for_layers_that_read_the_same_input(monkeypatch
     counts = []
     for shared in (True, False):
         if not shared:
-            monkeypatch.setattr(bitsandbytes, "cast", lambda x, dtype, reader: x.to(dtype))
+            monkeypatch.setattr(casts, "cast", lambda x, dtype, reader: x.to(dtype))
         kept: dict[int, Tensor] = {}
 
         def pack(t: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
@@ -120,7 +120,7 @@ def test_generate_casts_once(monkeypatch):
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     tokens = []
     assert count_casts(lambda: tokens.append(model.generate(prompt, **options))) == 4 * 2 * 4
-    monkeypatch.setattr(bitsandbytes, "cast", lambda x, dtype, reader: x.to(dtype))
+    monkeypatch.setattr(casts, "cast", lambda x, dtype, reader: x.to(dtype))
     assert torch.equal(tokens[0], model.generate(prompt, **options))
 
 
@@ -209,7 +209,7 @@ def test_nothing_is_shared_in_a_trial(monkeypatch):
     """It would time a layer that casts nothing."""
     seen = []
     monkeypatch.setattr(
-        bitsandbytes, "cast", lambda x, dtype, reader: seen.append(x) or cast_for(x, dtype, reader)
+        casts, "cast", lambda x, dtype, reader: seen.append(x) or cast_for(x, dtype, reader)
     )
     layer, x = next(m for m in qlora().modules() if hasattr(m, "lora_A")), torch.randn(3, 64)
     trial._ours(layer, x)

@@ -41,6 +41,17 @@ def lora(rank):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
 """
 
+EXPERTS = """
+def experts(rank):
+    model = expert_models.add_experts_lora(expert_models.tiny_moe()).train()
+    twin = patched_copy(model)
+    expected = losses(model, rank)
+    peftkern.reset_stats()
+    got = losses(twin, rank)
+    assert expert_models.served() == 5 * 2 and expert_models.fallbacks() == {}
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
+"""
+
 ADALORA = """
 def adalora(rank):
     torch.set_num_threads(1 + rank)  # must not matter
@@ -89,6 +100,7 @@ def sharded(rank):
             assert "DTensor" in str(error), error
         part = "base weight" if name == "base_layer" else name
         assert fallbacks() == {f"{part} is DTensor": 1}, fallbacks()
+    sharded_experts(mesh)
     model = lora_net(make_linear())
     expected = model(x)
     peftkern.patch(model)
@@ -99,6 +111,27 @@ def sharded(rank):
     assert served_by_us() == 1 and fallbacks() == {}, peftkern.stats()
     y.sum().backward()
     assert layer_of(model).lora_B["default"].weight.grad is not None
+
+def sharded_experts(mesh):
+    model = expert_models.expert_net()
+    expected = model(*expert_models.inputs())
+    peftkern.patch(model)
+    wrapper = expert_models.wrapper_of(model)
+    fully_shard(wrapper, mesh=mesh)  # unsharded before its forward: served
+    peftkern.reset_stats()
+    torch.testing.assert_close(model(*expert_models.inputs()), expected)
+    assert expert_models.served() == 1 and expert_models.fallbacks() == {}, peftkern.stats()
+    model = expert_models.expert_net()
+    peftkern.patch(model)
+    experts = expert_models.wrapper_of(model).get_base_layer()
+    data = experts.down_proj.data
+    experts.down_proj = nn.Parameter(distribute_tensor(data, mesh, [Replicate()]), False)
+    peftkern.reset_stats()
+    try:
+        model(*expert_models.inputs())
+    except RuntimeError as error:  # torch refuses to mix them; PEFT would not get further
+        assert "DTensor" in str(error), error
+    assert expert_models.fallbacks() == {"down_proj is DTensor": 1}, expert_models.fallbacks()
 """
 
 PROCESSES = f"""
@@ -108,10 +141,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-import peftkern
+import expert_models, peftkern
 from adalora_models import STEPS, adalora_llama, optimizer_of
 from peft_models import *
-{LORA}{ADALORA}{SHARDED}
+{LORA}{EXPERTS}{ADALORA}{SHARDED}
 def work(rank, name, world_size):
     torch.set_num_threads(1)
     take_small_layers()
@@ -120,7 +153,7 @@ def work(rank, name, world_size):
     globals()[name](rank)
     dist.destroy_process_group()
 
-for name, count in (("lora", 2), ("adalora", 2), ("sharded", 1)):
+for name, count in (("lora", 2), ("experts", 2), ("adalora", 2), ("sharded", 1)):
     try:
         mp.start_processes(work, args=(name, count), nprocs=count, start_method="fork")
         print(name, "is right")
@@ -135,7 +168,7 @@ def said(tmp_path_factory) -> str:
     return run_code(PROCESSES, folder)
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "sharded"])
+@pytest.mark.parametrize("name", ["lora", "experts", "adalora", "sharded"])
 def test_ranks_agree_and_shards_fall_back(said, name):
     """LoRA trains as unpatched, AdaLoRA draws one mask, a sharded part goes to PEFT by name."""
     assert f"{name} is right" in said, said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -22,7 +23,8 @@ def quantized(double_quant: bool = True) -> bnb.nn.Params4bit:
 
 
 def view(weight: bnb.nn.Params4bit) -> NF4Weight:
-    return prepared.nf4_weight(weight, weight.quant_state)
+    read = weight, weight.quant_state
+    return prepared.kept(*read) or prepared.prepare(*read)
 
 
 def as_read_anew(weight: bnb.nn.Params4bit) -> bool:
@@ -125,6 +127,35 @@ def test_record_goes_with_its_weight():
     del weight
     gc.collect()
     assert key not in prepared._records
+
+
+def in_an_array(weight: bnb.nn.Params4bit) -> weakref.ref:
+    """Put codes into memory that tells when it is given back."""
+    codes = weight.data.numpy().copy()
+    weight.data = torch.from_numpy(codes)
+    return weakref.ref(codes)
+
+
+def test_memory_of_a_moved_layer_is_free_at_once():
+    model = lora_net(make_linear4bit())
+    peftkern.patch(model)
+    base = layer_of(model).base_layer
+    codes = in_an_array(base.weight)
+    model(torch.randn(2, K))
+    assert id(base.weight) in prepared._records
+    model._apply(torch.clone)  # as `to` does from one device to another
+    gc.collect()
+    assert codes() is None
+
+
+def test_nothing_is_kept_of_memory_that_deepspeed_gathers():
+    weight = quantized()
+    weight.ds_id = 0
+    codes = in_an_array(weight)
+    assert as_read_anew(weight) and id(weight) not in prepared._records
+    weight.data = torch.empty(0, dtype=torch.uint8)
+    gc.collect()
+    assert codes() is None
 
 
 def test_copies_pickles_and_moved_layers_have_none():

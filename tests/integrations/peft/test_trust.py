@@ -10,12 +10,22 @@ import pytest
 import torch
 import untrusted
 from adalora_models import quantize_4bit_
-from peft_models import K, add_lora, lora_net, make_linear4bit, text_batch, tiny_llama
+from peft import LoraConfig
+from peft_models import (
+    K,
+    add_lora,
+    layer_of,
+    lora_net,
+    make_linear4bit,
+    text_batch,
+    tiny_llama,
+)
 from untrusted import Child
 from waiting import wait_until
 
 import peftkern
-from peftkern.backends import contest, trust
+from peftkern.backends import contest, journal, trust
+from peftkern.integrations.peft import casts, trial
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -62,21 +72,34 @@ def test_wrong_at_call_100_alone(tmp_path: Path) -> None:
     assert [text.split(":")[0] for text in run["demoted"].values()] == ["wrong at call 100"]
 
 
-@pytest.mark.parametrize("fault", ["crashes", "hangs"])
-def test_what_ends_the_process_is_not_tried_again(
-    fault: str, tmp_path: Path, expected: list[float]
-) -> None:
-    child = Child(tmp_path, fault)
-    if fault == "hangs":
-        wait_until(lambda: list((tmp_path / "trust").glob("*.first-launch-*")))
-        child.process.kill()
+def test_what_crashes_is_not_tried_again(tmp_path: Path, expected: list[float]) -> None:
+    child = Child(tmp_path, "crashes")
     child.process.join()
-    ended = signal.SIGKILL if fault == "hangs" else signal.SIGSEGV
-    assert child.process.exitcode == -ended
-    again = Child(tmp_path, fault).report()
+    assert child.process.exitcode == -signal.SIGSEGV
+    again = Child(tmp_path, "crashes").report()
     assert again["losses"] == pytest.approx(expected, rel=1e-5)
-    assert set(again["demoted"].values()) == {"an earlier process ended during its first launch"}
-    assert not list((tmp_path / "trust").glob("*.first-launch-*"))
+    (why,) = set(again["demoted"].values())
+    assert "an earlier process ended during its first launch" in why
+    assert "Segmentation fault" in why
+    assert not list(journal.files(tmp_path / "trust"))
+
+
+@pytest.mark.parametrize("cured", [False, True])
+def test_what_is_killed_once_is_tried_again(
+    cured: bool, tmp_path: Path, expected: list[float]
+) -> None:
+    """A scheduler may have done it; what hangs twice is not tried a third time."""
+    for _ in range(1 if cured else 2):
+        child = Child(tmp_path, "hangs")
+        mark = f"*.first-launch-{child.process.pid}-*"
+        wait_until(lambda mark=mark: list((tmp_path / "trust").glob(mark)))
+        child.process.kill()
+        child.process.join()
+    again = Child(tmp_path, "none" if cured else "hangs").report()
+    assert again["losses"] == pytest.approx(expected, rel=1e-5)
+    assert bool(again["demoted"]) is not cured
+    assert all("for the second time" in why for why in again["demoted"].values())
+    assert not list(journal.files(tmp_path / "trust"))
 
 
 def test_training_without_a_folder_to_write_to(expected: list[float]) -> None:
@@ -272,3 +295,60 @@ def test_a_new_forward_is_in_flight_until_its_own_backward(
         assert bool(peftkern.stats().fallbacks) is not served
         loss.backward()
         model.zero_grad()
+
+
+@pytest.mark.parametrize("checkpoints", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_layers_without_adapters_switch_once_their_step_is_over(
+    checkpoints: dict | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two forwards in flight both are PEFT's, and so are their recomputations."""
+    monkeypatch.setattr(contest, "SLOWER", float("inf"))
+    base = tiny_llama()
+    quantize_4bit_(base)
+    model = add_lora(base, target_modules=["q_proj"]).train()
+    model.enable_input_require_grads()
+    if checkpoints is not None:
+        model.gradient_checkpointing_enable(checkpoints)
+    peftkern.patch(model)
+    batch = text_batch()
+    for step in range(2):
+        losses = []
+        for _ in range(2):
+            peftkern.reset_stats()
+            losses.append(model(**batch).loss)
+            found = {reason for op, reason in peftkern.stats().fallbacks if op == "nf4_linear"}
+            waiting = {trial.IN_FLIGHT} if losses[1:] else {trial.IN_FLIGHT, trial.UNMEASURED}
+            assert found <= waiting and bool(found) is (step == 0)
+        for loss in losses:
+            peftkern.reset_stats()
+            loss.backward()
+            found = {reason for op, reason in peftkern.stats().fallbacks if op == "nf4_linear"}
+            assert found == ({trial.IN_FLIGHT} if checkpoints and step == 0 else set())
+        model.zero_grad()
+
+
+def test_hooks_of_a_second_adapter_see_no_trial() -> None:
+    model = lora_net(make_linear4bit()).train()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    peftkern.patch(model)
+    seen: list[int] = []
+    layer_of(model).lora_A["second"].register_forward_hook(lambda *call: seen.append(1))
+    for calls in range(1, 5):
+        model(torch.randn(20, K)).sum().backward()
+        assert len(seen) == calls
+
+
+def test_an_input_is_not_cast_where_peft_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "SLOWER", 0.0)
+    model = lora_net(make_linear4bit(compute_dtype=torch.bfloat16)).train()
+    peftkern.patch(model)
+    x = torch.randn(40, K)
+    for _ in range(2):
+        model(x)
+    assert {verdict["side"] for verdict in trust.ledger(CPU).classes.values()} == {trust.PEER}
+    monkeypatch.setattr(casts, "_last", None)
+    model(x)
+    with torch.no_grad(), model.disable_adapter():
+        model(x)
+    assert casts._last is None

@@ -100,6 +100,42 @@ def test_presets_agree_with_transformers():
         assert sizes == PRESETS[preset]
 
 
+def test_presets_of_experts_agree_with_transformers():
+    from transformers import (
+        AutoModel,
+        DeepseekV3Config,
+        GptOssConfig,
+        MixtralConfig,
+        Qwen3MoeConfig,
+    )
+
+    qwen = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128}
+    oss = {"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32}
+    configs = {
+        "qwen3-30b-a3b": Qwen3MoeConfig(**qwen, num_hidden_layers=1),
+        "mixtral-8x7b": MixtralConfig(num_hidden_layers=1),
+        "gpt-oss-20b": GptOssConfig(**oss, num_hidden_layers=1),
+        "deepseek-v3": DeepseekV3Config(num_hidden_layers=1, first_k_dense_replace=0),
+    }
+    assert configs.keys() == shapes.EXPERT_PRESETS.keys()
+    for preset, config in configs.items():
+        with torch.device("meta"):
+            experts = AutoModel.from_config(config).layers[0].mlp.experts
+        for name, (e, n, k) in shapes.EXPERT_PRESETS[preset].items():
+            stored = (e, k, n) if experts.is_transposed else (e, n, k)
+            assert experts.get_parameter(name).shape == stored
+    found = shapes.parse_expert_shapes("mixtral-8x7b,qwen3-30b-a3b-down_proj,4x8x16x3")
+    assert [(one.name, one.E, one.N, one.K, one.M) for one in found] == [
+        ("mixtral-8x7b-gate_up_proj", 8, 28672, 4096, None),
+        ("mixtral-8x7b-down_proj", 8, 4096, 14336, None),
+        ("qwen3-30b-a3b-down_proj", 128, 2048, 768, None),
+        ("4x8x16x3", 3, 8, 16, 4),
+    ]
+    for text in ("mixtral", "4x8x16", "0x8x8x8", "llama3-8b", "qwen3-30b-a3b-q_proj"):
+        with pytest.raises(ValueError, match=r"--shapes: .* is not one of qwen3-30b-a3b"):
+            shapes.parse_expert_shapes(text)
+
+
 def test_combinations_that_make_sense_once():
     ops, shapes = ["lora_linear", "nf4_dequantize"], parse_shapes("8x64x128,16x64x128")
     found = cases.problems(ops, shapes, ["float32"], None, [4, 8], None, "cpu")
@@ -127,6 +163,11 @@ def test_counted_work_is_that_of_the_table_in_bench_readme():
     assert work("nf4_lora_linear", 1, "forward") == (9.2, 0.03)
     assert work("nf4_lora_linear", 256, "no-grad") == (13.4, 8.66)
     assert work("nf4_lora_linear", 1024, "full") == (61.3, 69.52)
+    grouped = cases.Problem("grouped_linear", "x", 8, 64, 128, 16, "bfloat16", "forward", 1000)
+    hit = sum(size > 0 for size in grouped.group_sizes)
+    assert sum(grouped.group_sizes) == 8 and len(grouped.group_sizes) == 1000 and 1 < hit <= 8
+    bytes_of_one = 2 * 64 * 128 + 4 * 16 * (64 + 128)
+    assert grouped.work()[0] == hit * bytes_of_one + 2 * 8 * (64 + 128)
     forward, backward, full = (work("lora_linear", 64, m) for m in ("forward", "backward", "full"))
     assert full == pytest.approx([sum(pair) for pair in zip(forward, backward, strict=True)], 1e-2)
 
@@ -141,7 +182,7 @@ def test_prepared_data_is_what_eager_torch_computes(op, size, dtype, tmp_path):
     kind = cases.OPS[op]
     mode = "full" if kind.rows else "forward"
     rows, rank = (m if kind.rows else None), (3 if kind.lora else None)
-    problem = cases.Problem(op, "x", rows, n, k, rank, dtype, mode)
+    problem = cases.Problem(op, "x", rows, n, k, rank, dtype, mode, 5 if kind.grouped else None)
     path = tmp_path / "case"
     cpu = torch.device("cpu")
     eager = data.prepare(problem, 0, path, cpu)
@@ -169,7 +210,8 @@ def test_every_provider_answers_every_mode_with_the_right_result(op, mode, compi
     """Also what stands in where PEFT is missing."""
     kind = cases.OPS[op]
     rows, rank = (12 if kind.rows else None), (3 if kind.lora else None)
-    problem = cases.Problem(op, "x", rows, 64, 128, rank, "float32", mode)
+    sizes = (64, 128, 4, "float32", mode, 5) if kind.grouped else (64, 128, rank, "float32", mode)
+    problem = cases.Problem(op, "x", rows, *sizes)
     cpu = torch.device("cpu")
     data.prepare(problem, 0, tmp_path / "case", cpu)
     tensors = data.load(tmp_path / "case", cpu)
@@ -178,7 +220,7 @@ def test_every_provider_answers_every_mode_with_the_right_result(op, mode, compi
         for name, one in providers.PROVIDERS.items()
         if op in one.labels and name not in ("compile", "unsloth")
     }
-    if kind.lora:
+    if kind.lora and not kind.grouped:
         builds["without PEFT"] = (providers._functional, True)
     if compiled:
         builds["compile"] = (providers.compiled, True)

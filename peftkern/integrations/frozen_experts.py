@@ -1,0 +1,90 @@
+"""Frozen NF4 experts of a transformers model on kernels, which read the stored weights.
+
+transformers' own ways to run experts decode whole stacks (grouped_mm), or an expert at a time in a
+loop (eager), and keep what they decoded for backward. It has a registry for others, asked at each
+call; the one of this module joins it when it is first chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peftkern.backends import dispatch
+from peftkern.layers.experts import experts_forward
+from peftkern.layers.nf4_stack import stacks_of
+
+try:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError:  # before 5.0, whose experts are modules of their own
+    ALL_EXPERTS_FUNCTIONS = None
+
+IMPLEMENTATION = "peftkern"
+_DEFAULT = "grouped_mm"  # of transformers, and what runs experts that are not in NF4
+_BEFORE = "_peftkern_experts_before"  # a model's choices until then
+
+
+def serve_nf4_experts(model: nn.Module) -> list[str]:
+    """Run NF4 experts of the transformers models in `model` on kernels; return their names.
+
+    Their `experts_implementation` becomes "peftkern", where it was transformers' default. Classes
+    that do not ask for it (Llama4, JetMoE) decode their weights as they read them.
+    """
+    served: list[str] = []
+    if ALL_EXPERTS_FUNCTIONS is None:
+        return served
+    for path, base in _models(model):
+        chosen = base.get_experts_implementation()
+        names = [name for name, module in base.named_modules() if _reason(module) is None]
+        if names and _DEFAULT in chosen.values():
+            ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+            ours = {k: IMPLEMENTATION if v == _DEFAULT else v for k, v in chosen.items()}
+            base.__dict__.setdefault(_BEFORE, chosen)
+            base.set_experts_implementation(ours)
+        if IMPLEMENTATION in base.get_experts_implementation().values():
+            served += [f"{path}.{name}".lstrip(".") for name in names]
+    return served
+
+
+def stop_serving(model: nn.Module) -> None:
+    """Undo `serve_nf4_experts`."""
+    for _, base in _models(model):
+        before = base.__dict__.pop(_BEFORE, None)
+        if before is not None:
+            base.set_experts_implementation(before)
+
+
+def _models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield (name, model) of the outermost models of transformers."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(not outer or f"{name}.".startswith(f"{outer}.") for outer in found)
+        if not inside and isinstance(module, PreTrainedModel):
+            found.append(name)
+            yield name, module
+
+
+def _reason(experts: nn.Module) -> str | None:
+    """Return the reason to run experts as transformers does."""
+    if not hasattr(experts, "has_post_expert_norm"):  # which its decorator gives every class
+        return "no fused experts that ask for an implementation"
+    if experts.has_post_expert_norm:
+        return "the experts end in a norm"
+    if len(stacks_of(experts)) != 2:  # PEFT's fold among others
+        return "the experts are not in NF4"
+    return None
+
+
+def _forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run experts [T, K] as transformers' other functions do, and in the dtype that they do."""
+    reason = _reason(self)
+    if reason is not None:
+        dispatch.record_fallback("lora_experts", reason)
+        function = ALL_EXPERTS_FUNCTIONS[_DEFAULT]
+        return function(self, hidden_states, top_k_index, top_k_weights)
+    x = hidden_states.to(self.down_proj.dtype)
+    return experts_forward(self, x, top_k_index, top_k_weights).to(hidden_states.dtype)

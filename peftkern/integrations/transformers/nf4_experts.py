@@ -1,0 +1,233 @@
+"""Checkpoints loaded into 4-bit linear layers and NF4 experts, and saved from them.
+
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=NF4ExpertsConfig())
+    model.save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder)  # once NF4ExpertsConfig was imported
+
+transformers' own `load_in_4bit` leaves fused experts, most of a mixture's weights, in 16 bits. Here
+they are quantized while the checkpoint is read: one expert at a time where it has a tensor for each
+(Qwen3-MoE, Mixtral, DeepSeek, ...), so that a load needs the memory of the quantized model and of
+two experts. Linear layers become bitsandbytes' Linear4bit, as there. The experts run on kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    log_conversion_errors,
+)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
+from peftkern.layers.nf4_stack import NF4Stack, absmax_name, set_nf4_parameter, stacks_of
+from peftkern.layers.quantize import expert_parameters
+
+METHOD = "peftkern_nf4_experts"
+# With these as own keys a saved config would be read back as bitsandbytes', whatever its method.
+_BNB_KEYS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
+
+
+@register_quantization_config(METHOD)
+class NF4ExpertsConfig(BitsAndBytesConfig):
+    """Config of `from_pretrained` for NF4 in linear layers and fused experts.
+
+    Args:
+        experts_blocksize: of the experts; bitsandbytes has 64 for linear layers.
+        bnb_4bit_compute_dtype, bnb_4bit_use_double_quant, llm_int8_skip_modules, ...: of
+            BitsAndBytesConfig; modules that are skipped keep their experts, too.
+    """
+
+    def __init__(self, experts_blocksize: int = 64, **bitsandbytes: Any) -> None:
+        chosen = {k: v for k, v in bitsandbytes.items() if k not in ("quant_method", *_BNB_KEYS)}
+        chosen |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        super().__init__(**chosen)
+        self.quant_method = METHOD
+        self.experts_blocksize = experts_blocksize
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for config.json."""
+        return {key: value for key, value in super().to_dict().items() if key not in _BNB_KEYS}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return all fields: defaults may change."""
+        return self.to_dict()
+
+
+@register_quantizer(METHOD)
+class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
+    """bitsandbytes' quantizer, and NF4 for the parameters of fused experts."""
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        """Return whether a parameter is quantized while it is loaded."""
+        module, name = get_module_from_name(model, param_name)
+        if name in stacks_of(module) or name in expert_parameters(module):
+            places = (param_name, param_name.rpartition(".")[0])
+            return all(
+                should_convert_module(place, self.modules_to_not_convert) for place in places
+            )
+        return super().param_needs_quantization(model, param_name)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(super().get_quantize_ops(), self.quantization_config.experts_blocksize)
+
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
+        """Let converters that fuse one tensor per expert do so an expert at a time."""
+        updated = super().update_weight_conversions(weight_conversions, model)
+        if self.pre_quantized:
+            return updated
+        return [_one_by_one(c) if _fuses_experts(c) else c for c in updated]
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        self.packed: list[tuple[nn.Module, str, NF4Stack]] = []
+        for path, module in model.named_modules():
+            for name in expert_parameters(module):
+                if self.param_needs_quantization(model, f"{path}.{name}"):
+                    stack = self._stack_like(module._parameters[name], f"{path}.{name}")
+                    if self.pre_quantized:
+                        self.packed.append((module, name, stack))
+                        # The checkpoint has two plain tensors, which are read into these.
+                        module._parameters[name] = nn.Parameter(stack._packed, requires_grad=False)
+                        module.register_buffer(absmax_name(name), stack._absmax)
+
+    def _stack_like(self, weight: Tensor, name: str) -> NF4Stack:
+        """Return one on the meta device.
+
+        Raises: ValueError, naming it, if such weights cannot be kept in NF4.
+        """
+        options = {"blocksize": self.quantization_config.experts_blocksize, "dtype": weight.dtype}
+        try:
+            return NF4Stack.empty(tuple(weight.shape), **options, device="meta")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; llm_int8_skip_modules leaves it dense") from error
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        for module, name, stack in self.packed:
+            absmax, packed = module._buffers.pop(absmax_name(name)), module._parameters[name]
+            if not all(getattr(part, "_is_hf_initialized", False) for part in (packed, absmax)):
+                raise ValueError(f"{name}, {absmax_name(name)}: missing from the checkpoint")
+            parts = (packed.detach(), absmax)
+            set_nf4_parameter(module, name, NF4Stack(*parts, tuple(stack.shape), stack.dtype))
+        self.packed = []
+        for module in model.modules():
+            for name, stack in stacks_of(module).items():
+                set_nf4_parameter(module, name, stack)
+        model._weight_conversions = [c for c in model._weight_conversions if _is_reversible(c)]
+        serve_nf4_experts(model)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        model = super()._dequantize(model, dtype=dtype)
+        for module in model.modules():
+            for name, stack in stacks_of(module).items():
+                dense = stack.dequantize().to(dtype)
+                module._parameters[name] = nn.Parameter(dense, requires_grad=False)
+        stop_serving(model)
+        return model
+
+
+class _Quantize(ConversionOps):
+    """Quantization of a fused parameter that the checkpoint has as it is; linear layers as ever."""
+
+    def __init__(self, linear: ConversionOps, blocksize: int) -> None:
+        self.linear, self.blocksize = linear, blocksize
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Quantize each parameter: {its full name: dense weights, or a list of them}."""
+        result = {}
+        for name, value in input_dict.items():
+            module, own = get_module_from_name(model, name)
+            if own in expert_parameters(module):
+                weight = value[0] if isinstance(value, list) else value
+                stack = NF4Stack.from_dense(weight, blocksize=self.blocksize)
+                result[name] = nn.Parameter(stack, requires_grad=False)
+            else:
+                result |= self.linear.convert({name: value}, model=model, **kwargs)
+        return result
+
+
+class _ExpertConverter(WeightConverter):
+    """Converter that reads, fuses and quantizes one expert at a time."""
+
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, Tensor]:
+        """Return {full name: the parameter in NF4}, or dense as ever if it is to stay so."""
+        if not isinstance(self.quantization_operation, _Quantize):
+            return super().convert(layer_name, model, config, hf_quantizer, loading_info)
+        sources = dict(self.collected_tensors)
+        self.collected_tensors.clear()
+        with log_conversion_errors(layer_name, loading_info, (len(sources), layer_name), self):
+            shape = tuple(model.get_parameter(layer_name).shape)
+            stack = None
+            for expert in range(shape[0]):
+                (weight,) = self._fused(sources, expert, model, config)
+                if stack is None:  # the first one tells the dtype and the device
+                    options = {"dtype": weight.dtype, "device": weight.device}
+                    blocksize = self.quantization_operation.blocksize
+                    stack = NF4Stack.empty(shape, blocksize=blocksize, **options)
+                stack.set_expert(expert, weight)
+        return {layer_name: nn.Parameter(stack, requires_grad=False)}
+
+    def _fused(
+        self, sources: dict[str, list[Callable[[], Tensor]]], expert: int, model: Any, config: Any
+    ) -> Tensor:
+        """Run the operations on the tensors of one expert: [1, N, K]."""
+        tensors: Any = {pattern: [read[expert]()] for pattern, read in sources.items()}
+        for operation in self.operations:
+            tensors = operation.convert(
+                tensors,
+                source_patterns=self.source_patterns,
+                target_patterns=self.target_patterns,
+                model=model,
+                config=config,
+            )
+        (fused,) = tensors.values()
+        return fused
+
+
+def _fuses_experts(converter: Any) -> bool:
+    """Return whether a converter makes one parameter of a tensor per expert, each by itself."""
+    if not isinstance(converter, WeightConverter) or len(converter.target_patterns) != 1:
+        return False
+    first, *others = converter.operations
+    return (isinstance(first, MergeModulelist) and first.dim == 0) and all(
+        (isinstance(op, Concatenate) and op.dim != 0)
+        or (isinstance(op, Transpose) and 0 not in (op.dim0, op.dim1))
+        for op in others
+    )
+
+
+def _is_reversible(converter: Any) -> bool:
+    """Return whether saving is to undo what a converter has done.
+
+    Not so where it would cut packed bytes into experts, or make dense weights of 4-bit ones.
+    """
+    operations = getattr(converter, "operations", ())
+    return not (_fuses_experts(converter) or any(hasattr(op, "hf_quantizer") for op in operations))
+
+
+def _one_by_one(converter: WeightConverter) -> WeightConverter:
+    patterns = (converter._original_source_patterns, converter._original_target_patterns)
+    one = _ExpertConverter(*(p.copy() for p in patterns), converter.operations, converter.force_cpu)
+    one.scope_prefix, one.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+    return one

@@ -1,0 +1,182 @@
+"""Plan of the files of a quantized checkpoint: what becomes of each tensor, and its size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from types import MappingProxyType
+from typing import NamedTuple
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from peftkern.formats.nf4 import BLOCKSIZES, state_dict_bytes
+from peftkern.layers.nf4_stack import refusal
+from peftkern.tools.quantize.checkpoint import Checkpoint, CheckpointError, TensorInfo
+
+_WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantize_nf4 takes
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that decide the written bytes: a run resumes only with the same.
+
+    Args: blocksize, double_quant as for `peftkern.quantize_nf4`; shard_bytes, where a new file
+        begins (a larger tensor has one of its own); device that quantizes.
+    """
+
+    blocksize: int = 64
+    double_quant: bool = True
+    shard_bytes: int = 5 * 10**9
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.blocksize not in BLOCKSIZES:
+            raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {self.blocksize}")
+        if self.shard_bytes < 1:
+            raise CheckpointError(f"shard_bytes: expected at least 1, got {self.shard_bytes}")
+
+
+class Stack(NamedTuple):
+    """Experts [E, N, K] and the tensors of the source that they are: one, or as many for each as
+    its rows are put together from, expert after expert."""
+
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+
+
+class Choice(NamedTuple):
+    """Tensors to quantize.
+
+    linear: names of weights [N, K], True for those that are kept as [K, N] and are transposed
+    first, as transformers does for Conv1D. stacks: of each parameter of the model that is one.
+    """
+
+    linear: Mapping[str, bool]
+    stacks: Mapping[str, Stack] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What becomes of some tensors of the source; `nbytes` of them are written.
+
+    name: of the tensor, or the parameter that is a stack. transposed: None if it is kept as it is;
+    shape: that of a stack, else None.
+    """
+
+    name: str
+    infos: tuple[TensorInfo, ...]
+    nbytes: int
+    transposed: bool | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return self.transposed is not None
+
+    @property
+    def experts(self) -> bool:
+        """Weights of experts: one, or a stack of them."""
+        return "experts" in self.name.split(".") and len(self.infos[0].shape) > 1
+
+    @property
+    def nbytes_before(self) -> int:
+        return sum(info.nbytes for info in self.infos)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of some tensors; bytes are those of the tensors themselves."""
+
+    tensors: int
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+
+    @classmethod
+    def of(cls, units: Iterable[Unit]) -> Size:
+        sizes = [
+            (len(u.infos), sum(math.prod(i.shape) for i in u.infos), u.nbytes_before, u.nbytes)
+            for u in units
+        ]
+        return cls(*map(sum, zip((0, 0, 0, 0), *sizes, strict=True)))
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter."""
+        return 8 * self.bytes_after / max(self.parameters, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Files to write, by name, and their tensors; sizes of all and of some of these: experts are
+    those in 4 bits, kept_experts the others."""
+
+    files: dict[str, list[Unit]]
+    total: Size
+    quantized: Size
+    experts: Size
+    kept_experts: Size
+
+
+def plan_files(checkpoint: Checkpoint, choice: Choice, options: Options) -> Plan:
+    """Plan all files from shapes alone.
+
+    Raises: CheckpointError for a weight that is none.
+    """
+    units = _units(checkpoint, choice, options)
+    split = split_state_dict_into_shards_factory(
+        units,
+        get_storage_size=attrgetter("nbytes"),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=options.shard_bytes,
+    )
+    return Plan(
+        {file: [units[n] for n in names] for file, names in split.filename_to_tensors.items()},
+        Size.of(units.values()),
+        Size.of(unit for unit in units.values() if unit.quantized),
+        Size.of(unit for unit in units.values() if unit.experts and unit.quantized),
+        Size.of(unit for unit in units.values() if unit.experts and not unit.quantized),
+    )
+
+
+def _units(checkpoint: Checkpoint, choice: Choice, options: Options) -> dict[str, Unit]:
+    """Find what becomes of every tensor, in the order of the source; a stack has the place of the
+    first tensor that it is made of."""
+    how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
+    stacks = {source: name for name, stack in choice.stacks.items() for source in stack.sources}
+    for name in (*choice.linear, *stacks):
+        info = checkpoint.tensors.get(name)
+        dimensions = (2,) if name in choice.linear else (2, 3)
+        if info is None or len(info.shape) not in dimensions or info.dtype not in _WEIGHT_DTYPES:
+            came = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(
+                f"{name}: expected a weight of two dimensions in one of {_WEIGHT_DTYPES}, "
+                f"got {came}"
+            )
+    units = {}
+    for name, info in checkpoint.tensors.items():
+        if name in choice.linear:
+            nbytes = state_dict_bytes(math.prod(info.shape), **how)
+            units[name] = Unit(name, (info,), nbytes, choice.linear[name])
+        elif name not in stacks:
+            units[name] = Unit(name, (info,), info.nbytes)
+        elif stacks[name] not in units:
+            stack = choice.stacks[stacks[name]]
+            units[stacks[name]] = _stack_unit(checkpoint, stacks[name], stack, options)
+    return units
+
+
+def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Options) -> Unit:
+    reason = refusal(stack.shape, options.blocksize)
+    if reason is not None:
+        raise CheckpointError(f"{name}: {reason}; skip leaves them as they are")
+    infos = tuple(checkpoint.tensors[source] for source in stack.sources)
+    numel = math.prod(stack.shape)
+    if sum(math.prod(info.shape) for info in infos) != numel or len({i.dtype for i in infos}) != 1:
+        raise CheckpointError(
+            f"{name}: expected tensors of one dtype that make up {list(stack.shape)}, got "
+            f"{len(infos)} of {list(infos[0].shape)}"
+        )
+    return Unit(name, infos, numel // 2 + 4 * numel // options.blocksize, False, stack.shape)

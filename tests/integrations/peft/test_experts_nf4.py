@@ -1,0 +1,80 @@
+"""LoRA on fused experts in NF4: kernels read the stored weights; PEFT decodes and folds all."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from expert_models import (
+    LAYOUTS,
+    add_experts_lora,
+    assert_as_near_as_peft,
+    assert_like_peft,
+    expert_net,
+    fallbacks,
+    inputs,
+    oracle_of,
+    outputs_and_gradients,
+    patched_copy,
+    served,
+    tiny_moe,
+    wrapper_of,
+)
+from torch import nn
+
+import peftkern
+from peftkern.layers.nf4_stack import stacks_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BF16 = torch.bfloat16
+every_layout = pytest.mark.parametrize("folder", LAYOUTS)
+
+
+def net(folder: str, order: str, **options) -> nn.Module:
+    model = expert_net(folder, quantized=order == "quantized first", **options)
+    peftkern.quantize_(model, include=["experts"])
+    assert len(stacks_of(wrapper_of(model).get_base_layer())) == 2
+    return model
+
+
+@every_layout
+@pytest.mark.parametrize("order", ["quantized first", "adapted first"])
+def test_like_pefts_fold_of_the_decoded_weights(folder, order):
+    assert_like_peft(net(folder, order), *inputs())
+
+
+@every_layout
+def test_nothing_is_decoded_and_16_bits_are_nearer_to_float64(folder, monkeypatch):
+    model = net(folder, "quantized first", dtype=BF16)
+    wrapper_of(model).get_base_layer().limit = 9.0  # at a clamp the last bit decides a gradient
+    dense = copy.deepcopy(model)
+    experts = wrapper_of(dense).get_base_layer()
+    for name, stack in stacks_of(experts).items():
+        setattr(experts, name, nn.Parameter(stack.dequantize(), requires_grad=False))
+    assert_as_near_as_peft(model, oracle_of(dense), *inputs(200, BF16))
+    twin = patched_copy(model)
+    monkeypatch.setattr("peftkern.layers.nf4_stack.dequantize_nf4", None)
+    outputs_and_gradients(twin, *inputs(200, BF16))
+
+
+def test_a_whole_model_is_served_with_adapters_and_without(monkeypatch):
+    model = tiny_moe("Qwen3Moe")
+    peftkern.quantize_(model, include=["experts"])
+    model = add_experts_lora(model)
+    twin = copy.deepcopy(model)
+    report = peftkern.patch(twin)
+    assert report.kinds == {"lora.ParamWrapper": 2}
+    assert report.without_adapter == [] and report.falling_back == {}
+    ids = torch.randint(3, 60, (2, 9))
+    expected = outputs_and_gradients(model, ids)
+    with model.disable_adapter():
+        base = model(ids).logits
+    monkeypatch.setattr("peftkern.layers.nf4_stack.dequantize_nf4", None)
+    peftkern.reset_stats()
+    got = outputs_and_gradients(twin, ids)
+    assert served() == 2 and fallbacks() == {}
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+    with twin.disable_adapter():  # the experts alone, by the implementation that `patch` chose
+        torch.testing.assert_close(twin(ids).logits, base, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,166 @@
+"""Frozen NF4 experts of transformers models: on kernels, with nothing decoded, when asked for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import peftkern
+from peftkern.integrations.transformers import serve_nf4_experts, stop_serving
+from peftkern.layers.nf4_stack import NF4Stack, stacks_of
+
+SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+LOCAL = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES = {
+    "Qwen3Moe": SIZES | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    "GptOss": LOCAL,
+    "Mixtral": LOCAL,
+}
+IDS = torch.arange(12).view(2, 6)
+
+
+def quantized(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    peftkern.quantize_(model, include=["experts"])
+    return model
+
+
+def step(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of what is embedded."""
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded).logits
+    (grad,) = torch.autograd.grad(logits.float().square().sum(), embedded)
+    return logits, grad
+
+
+@pytest.fixture
+def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("weights were decoded")
+
+    monkeypatch.setattr("peftkern.layers.nf4_stack.dequantize_nf4", refuse)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_served_experts_compute_the_same(family, request):
+    model = quantized(family)
+    wanted = step(model)
+    before = model.get_experts_implementation()
+    assert "peftkern" not in before.values()
+    names = serve_nf4_experts(model)
+    assert names == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    request.getfixturevalue("nothing_is_decoded")
+    for found, reference in zip(step(model), wanted, strict=True):
+        assert (found - reference).norm() <= 1e-5 * reference.norm()
+    assert torch.equal(step(copy.deepcopy(model))[0], step(model)[0])
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, 8)
+    assert serve_nf4_experts(model) == names
+    stop_serving(model)
+    assert model.get_experts_implementation() == before
+
+
+def test_16_bit_experts_take_inputs_of_32_as_grouped_mm_does():
+    model = quantized("Mixtral", torch.bfloat16)
+    experts = model.model.layers[0].mlp.experts
+    x, ids, weights = torch.randn(5, 32), torch.tensor([[0, 3]] * 5), torch.rand(5, 2)
+    experts.config._experts_implementation = "grouped_mm"
+    wanted = experts(x, ids, weights)
+    serve_nf4_experts(model)
+    found = experts(x, ids, weights)
+    assert found.dtype is wanted.dtype is torch.float32
+    exact = copy.deepcopy(experts).float()(x, ids, weights)
+    assert (found - exact).norm() <= 1.5 * (wanted - exact).norm() + 1e-3 * exact.norm()
+
+
+def test_what_was_chosen_stays():
+    model = quantized("Mixtral")
+    model.set_experts_implementation("eager")
+    assert serve_nf4_experts(model) == []
+    assert model.config._experts_implementation == "eager"
+    dense = transformers.MixtralForCausalLM(transformers.MixtralConfig(**LOCAL))
+    assert serve_nf4_experts(dense) == []
+    assert dense.config._experts_implementation == "grouped_mm"
+
+
+def test_experts_that_are_not_in_nf4_go_the_usual_way():
+    model = quantized("Mixtral")
+    experts = model.model.layers[1].mlp.experts
+    for name, stack in stacks_of(experts).items():
+        experts._parameters[name] = nn.Parameter(stack.dequantize(), requires_grad=False)
+    wanted = model(IDS).logits
+    assert serve_nf4_experts(model) == ["model.layers.0.mlp.experts"]
+    peftkern.reset_stats()
+    assert (model(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+    reasons = peftkern.stats().fallbacks
+    assert reasons[("lora_experts", "the experts are not in NF4")] == 1
+
+
+def test_patch_serves_experts_without_an_adapter(request):
+    model = get_peft_model(quantized("Qwen3Moe"), LoraConfig(r=2, target_modules=["q_proj"]))
+    request.getfixturevalue("nothing_is_decoded")
+    report = peftkern.patch(model)
+    names = [f"base_model.model.model.layers.{i}.mlp.experts" for i in (0, 1)]
+    assert [name for name in report.without_adapter if name.endswith("experts")] == names
+    model(IDS, labels=IDS).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad is not None for grad in grads)
+    peftkern.unpatch(model)
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize("first", ["quantize", "adapt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patched_adapters_read_the_stored_weights(family, first, request):
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    if first == "quantize":
+        torch.manual_seed(1)
+        model = get_peft_model(quantized(family), config)
+    else:
+        base = quantized(family)
+        for experts in (layer.mlp.experts for layer in base.model.layers):
+            for name, stack in stacks_of(experts).items():
+                experts._parameters[name] = nn.Parameter(stack.dequantize(), requires_grad=False)
+        torch.manual_seed(1)
+        model = get_peft_model(base, config)
+        peftkern.quantize_(model, include=["experts"])  # of what is in NF4's values: the same bytes
+    outputs = []
+    for patched in (False, True):
+        if patched:
+            report = peftkern.patch(model)
+            assert len(report.patched) == 2 and not report.falling_back
+            assert not any(name.endswith("experts") for name in report.without_adapter)
+            request.getfixturevalue("nothing_is_decoded")
+            peftkern.reset_stats()
+        model.zero_grad()
+        output = model(IDS, labels=IDS)
+        output.loss.backward()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        assert len(grads) == 8
+        outputs.append([output.logits, *grads])
+    assert not peftkern.stats().fallbacks
+    for found, reference in zip(*reversed(outputs), strict=True):
+        assert (found - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_pefts_fold_over_served_experts_is_pefts():
+    torch.manual_seed(1)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    model = get_peft_model(quantized("Qwen3Moe"), config)
+    wanted = model(IDS).logits
+    serve_nf4_experts(model)
+    assert torch.equal(model(IDS).logits, wanted)
+    assert isinstance(model.base_model.model.model.layers[0].mlp.experts.get_param(), NF4Stack)

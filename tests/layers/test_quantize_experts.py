@@ -1,0 +1,171 @@
+"""`quantize_` on models with fused experts, alone and with PEFT before or after it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+import peftkern
+from peftkern.layers.nf4_stack import NF4Stack, stacks_of
+
+SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+EXPERTS = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS)),
+    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**EXPERTS)),
+    "llama4": lambda: Llama4ForCausalLM(Llama4TextConfig(**EXPERTS, intermediate_size_mlp=32)),
+    "jetmoe": lambda: JetMoeForCausalLM(
+        JetMoeConfig(**SIZES, kv_channels=16, num_local_experts=4, num_experts_per_tok=2)
+    ),
+}
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+IDS = torch.arange(12).view(2, 6)
+
+
+def mixtral(implementation: str = "eager", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = FAMILIES["mixtral"]().to(dtype)
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def adapted(model: nn.Module) -> PeftModel:
+    torch.manual_seed(1)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    settings = {"r": 2, "target_modules": [], "target_parameters": targets}
+    return get_peft_model(model, LoraConfig(**settings, init_lora_weights=False))
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A copy with the dense values of its experts, its linear layers as they are."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        for name, stack in stacks_of(module).items():
+            module._parameters[name] = nn.Parameter(stack.dequantize())
+    return twin.requires_grad_(False)
+
+
+def step(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Logits, and the gradients of what is trained."""
+    model.zero_grad()
+    output = model(input_ids=IDS, labels=IDS)
+    output.loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert found and all(grad is not None for grad in found.values())
+    return {"logits": output.logits, **found}
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reads_its_experts(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    names = peftkern.quantize_(model)
+    stacks = {f"{path}.{own}" for path, m in model.named_modules() for own in stacks_of(m)}
+    assert len(stacks) == (4 if family == "jetmoe" else 2) and stacks <= set(names)
+    assert torch.equal(model(input_ids=IDS).logits, dequantized(model)(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_peft_before_and_after(implementation, dtype):
+    before = mixtral(implementation, dtype)
+    names = peftkern.quantize_(before)
+    assert names[-2:] == [f"model.layers.0.mlp.experts.{n}_proj" for n in ("gate_up", "down")]
+    wanted = step(adapted(dequantized(before)))
+    assert_same(step(adapted(before)), wanted)
+    after = adapted(mixtral(implementation, dtype))
+    peftkern.quantize_(after)
+    assert_same(step(after), wanted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_k_bit_preparation_keeps_the_bytes_and_trains(reentrant):
+    model = mixtral(dtype=torch.bfloat16)
+    peftkern.quantize_(model)
+    experts = model.model.layers[0].mlp.experts
+    packed = experts.gate_up_proj._packed.clone()
+    model.is_loaded_in_4bit = True
+    kwargs = {"use_reentrant": reentrant}
+    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=kwargs)
+    stack = experts.gate_up_proj
+    assert isinstance(stack, NF4Stack) and torch.equal(stack._packed, packed)
+    model = adapted(model)
+    found = step(model)
+    model.base_model.model.gradient_checkpointing_disable()
+    assert_same(found, step(model))
+
+
+def test_a_merge_is_quantized_again_and_reported():
+    model = adapted(mixtral())
+    peftkern.quantize_(model, include=["experts"])
+    with torch.no_grad():
+        adapter = model(input_ids=IDS).logits
+        with pytest.warns(UserWarning, match="4 of 4 experts were quantized to NF4 again"):
+            model.merge_adapter()
+        merged = model(input_ids=IDS).logits
+        with model.disable_adapter(), pytest.warns(UserWarning, match="quantized to NF4 again"):
+            frozen = model(input_ids=IDS).logits
+    assert (merged - adapter).norm() < 0.5 * (frozen - adapter).norm()
+
+
+def test_save_and_load():
+    model = adapted(mixtral())
+    peftkern.quantize_(model)
+    twin = adapted(mixtral())
+    torch.manual_seed(7)
+    for parameter in twin.parameters():
+        nn.init.normal_(parameter)
+    peftkern.quantize_(twin)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    wanted = step(model)
+    assert_same(step(twin), wanted)
+    assert_same(step(copy.deepcopy(twin)), wanted)
+
+
+def test_the_dense_weights_are_let_go_of_one_by_one(monkeypatch):
+    model = mixtral()
+    weights = [weakref.ref(p) for p in model.model.layers[0].mlp.experts.parameters()]
+    alive = []
+    whole = NF4Stack.from_dense.__func__
+
+    def from_dense(cls, *args, **kwargs):
+        alive.append(sum(weight() is not None for weight in weights))
+        return whole(cls, *args, **kwargs)
+
+    monkeypatch.setattr(NF4Stack, "from_dense", classmethod(from_dense))
+    peftkern.quantize_(model)
+    assert alive == [2, 1] and all(weight() is None for weight in weights)
+
+
+def test_experts_can_be_chosen_and_left_out():
+    down = "model.layers.0.mlp.experts.down_proj"
+    assert peftkern.quantize_(mixtral(), include=["down_proj"]) == [down]
+    names = peftkern.quantize_(mixtral(), exclude=["lm_head", "experts"])
+    assert len(names) == 4 and "experts" not in "".join(names)
