@@ -223,7 +223,7 @@ def forward(
     Args: base, float32 [R, N] or None, a product that another function has computed.
     """
     y = torch.empty((groups.R, N), dtype=x.dtype, device="cpu")
-    a, b = _factor("lora_A", lora_A), _factor("lora_B", lora_B, turned=True)
+    a, b = _factor(lora_A, groups), _factor(lora_B, groups, turned=True)
     S = _linear(x, groups, N, weight, transposed, base, bias, a, b, 1.0, scaling, y)
     return y, S
 
@@ -256,16 +256,14 @@ def backward(
     if need_dx or need_dA:
         if need_dx:
             dx = torch.empty((R, K), dtype=dy.dtype, device="cpu")
-        a, b = _factor("lora_B", lora_B, turned=True), _factor("lora_A", lora_A)
+        a, b = _factor(lora_B, groups, turned=True), _factor(lora_A, groups)
         weight = weight if need_dx else None
         outputs = dx if need_dx else None
         dS = _linear(dy, groups, K, weight, not transposed, base, None, a, b, scaling, 1.0, outputs)
     if need_dA:
-        dA = torch.empty_like(lora_A)
-        _outer_(dA, x, groups_of(x, offsets, rows), dS)
+        dA = _gradient(lora_A, x, groups_of(x, offsets, rows), dS)
     if need_dB:
-        dB = torch.empty_like(lora_B)
-        _outer_(dB, dy, groups, S, scaling, turned=True)
+        dB = _gradient(lora_B, dy, groups, S, scaling, turned=True)
     if need_dbias:
         dbias = torch.empty((E, N), dtype=dy.dtype, device="cpu")
         ones = torch.ones((R, 1), dtype=torch.float32, device="cpu")
@@ -313,13 +311,37 @@ def _linear(
     return s
 
 
+def _gradient(
+    factor: Tensor, x: Tensor, groups: Groups, s: Tensor, scale: float = 1.0, turned: bool = False
+) -> Tensor:
+    """Return scale * s^T x of each group, [E, r, K] or turned, with the strides of a factor."""
+    if _adjacent(factor):
+        gradient = torch.empty_like(factor)
+        _outer_(gradient, x, groups, s, scale, turned)
+        return gradient
+    groups_last = factor.permute(1, 2, 0).is_contiguous()
+    if groups_last and 2 * groups.R <= groups.E:  # most are empty: the others alone are computed
+        starts = torch.cat((groups.offsets.new_zeros(1), groups.offsets[:-1]))
+        hit = (groups.offsets > starts).nonzero().view(-1)
+        groups = groups._replace(E=len(hit), offsets=groups.offsets[hit])
+        parts = factor.new_empty((len(hit), *factor.shape[1:]))
+        _outer_(parts, x, groups, s, scale, turned)
+        inner = factor.new_zeros((*factor.shape[1:], factor.shape[0]))  # in one sweep of memory
+        return inner.index_copy_(2, hit, parts.permute(1, 2, 0).contiguous()).permute(2, 0, 1)
+    gradient, parts = torch.empty_like(factor), factor.new_empty(factor.shape)
+    _outer_(parts, x, groups, s, scale, turned)
+    if not groups_last:
+        return gradient.copy_(parts)
+    _groups_innermost(gradient).copy_(parts.flatten(1).t())
+    return gradient
+
+
 def _outer_(
     g: Tensor, x: Tensor, groups: Groups, s: Tensor, scale: float = 1.0, turned: bool = False
 ) -> None:
     """Write g [E, r, K], or [E, K, r] if turned, with scale * s^T x of each group."""
     x, s = x.contiguous(), s.contiguous()
-    whole = g if min(g.stride()[1:]) == 1 else torch.empty(g.shape, dtype=g.dtype, device="cpu")
-    target = whole.transpose(1, 2) if turned else whole
+    target = g.transpose(1, 2) if turned else g
     r, K = target.shape[1:]
     library().grouped_outer(
         *isa_and_threads(),
@@ -331,13 +353,26 @@ def _outer_(
         scale,
         strided("g", target, (groups.E, r, K)),
     )
-    if whole is g:
-        return
-    matrix = _groups_innermost(g)
-    if matrix is None:
-        g.copy_(whole)
-    else:
-        matrix.copy_(whole.flatten(1).t())
+
+
+def _factor(factor: Tensor | None, groups: Groups, turned: bool = False) -> Tensor | None:
+    """Return a stack of factors [E, r, columns] whose ranks or columns lie together.
+
+    A few rows read a few groups' factors alone, value by value, where they are.
+    """
+    if factor is None:
+        return None
+    if not _adjacent(factor) and max(groups.E, 16) < 8 * groups.R:
+        matrix = _groups_innermost(factor)
+        if matrix is None:
+            factor = factor.contiguous()
+        else:
+            factor = matrix.t().contiguous().view(factor.shape)
+    return factor.transpose(1, 2) if turned else factor
+
+
+def _adjacent(stack: Tensor) -> bool:
+    return min(stack.stride()[1:]) == 1
 
 
 def _groups_innermost(stack: Tensor) -> Tensor | None:
@@ -347,19 +382,6 @@ def _groups_innermost(stack: Tensor) -> Tensor | None:
     """
     inner = stack.permute(1, 2, 0)
     return inner.flatten(0, 1) if inner.is_contiguous() else None
-
-
-def _factor(name: str, factor: Tensor | None, turned: bool = False) -> Tensor | None:
-    """Return a stack of factors [E, r, columns] whose ranks or columns lie together."""
-    if factor is None:
-        return None
-    if min(factor.stride()[1:]) != 1:
-        matrix = _groups_innermost(factor)
-        if matrix is None:
-            factor = factor.contiguous()
-        else:
-            factor = matrix.t().contiguous().view(factor.shape)
-    return factor.transpose(1, 2) if turned else factor
 
 
 def _weight(
