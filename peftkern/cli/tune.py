@@ -24,7 +24,8 @@ def tune(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="a config.json or its folder: the decoder's linear layers, not its experts")
+        str | None,
+        typer.Option(help="a config.json or its folder: its linear layers, not its experts"),
     ] = None,
     targets: Annotated[
         str, typer.Option(help="with --model: all-linear, or names such as q_proj,v_proj")
