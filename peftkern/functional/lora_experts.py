@@ -55,6 +55,7 @@ class _Options(NamedTuple):
     up: tuple[Any, ...]  # transposed, scaling, needs and layout, as `forward_op` takes them
     down: tuple[Any, ...]
     tensors: int  # of the weight of up; the rest are those of down
+    dtype: torch.dtype  # of the input of down, which autocast may give another one than up's
 
 
 def swiglu(u: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def lora_experts(
     rows, offsets, _ = routing
     x, A1, B1, b1, s1 = checked(hidden, rows, offsets, *up[:3], up.bias, up.scaling, transposed)
     middle = x.new_empty(0, down.weight.shape[1 if transposed else 2])
-    _, A2, B2, b2, s2 = checked(
+    middle, A2, B2, b2, s2 = checked(
         middle, None, offsets, *down[:3], down.bias, down.scaling, transposed
     )
     args = (x, top_k_weights, A1, B1, b1, A2, B2)
@@ -115,6 +116,7 @@ def lora_experts(
         (transposed, s1, (needs[0], *needs[2:5]), up_layout),
         (transposed, s2, (need_rows, *needs[5:], False), down_layout),
         len(up_tensors),
+        middle.dtype,
     )
     added = None if b2 is None else _routed_bias(top_k_index, top_k_weights, b2)
     weights = (*up_tensors, *down_tensors)
@@ -174,7 +176,7 @@ def _forward(
     """Compute y, and what backward reads: u and the two S."""
     n = options.tensors
     u, S1 = forward_op(x, rows, offsets, tensors[:n], options.up, A1, B1, b1)
-    a = (options.gate(u) * _by_row(weights, inverse)[:, None]).to(x.dtype)
+    a = (options.gate(u) * _by_row(weights, inverse)[:, None]).to(options.dtype)
     y, S2 = forward_op(a, None, offsets, tensors[n:], options.down, A2, B2, None)
     return _combine(y, inverse, added), u, S1, S2
 
@@ -182,7 +184,7 @@ def _forward(
 def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, the routing weights, A1, B1, b1, A2 and B2."""
     x, weights, A1, B1, _, A2, B2, rows, offsets, inverse, u, S1, S2, *tensors = saved
-    gate, up, down, n = ctx.options
+    gate, up, down, n, _ = ctx.options
     need_x, need_weights = ctx.needs_input_grad[:2]
     with torch.enable_grad():
         u = u.detach().requires_grad_(any(up[2]))
@@ -234,9 +236,9 @@ def _as_nodes(
     tensors: tuple[Tensor, ...],
 ) -> Tensor:
     """Compute y in steps that autograd differentiates, the gate among them."""
-    gate, up, down, n = options
+    gate, up, down, n, dtype = options
     a = gate(_linear(x, rows, offsets, tensors[:n], up, A1, B1, b1))
-    a = (a * _by_row(weights, inverse)[:, None]).to(x.dtype)
+    a = (a * _by_row(weights, inverse)[:, None]).to(dtype)
     return _combine(_linear(a, None, offsets, tensors[n:], down, A2, B2, None), inverse, added)
 
 
@@ -260,10 +262,11 @@ def _linear(
 def _routed_bias(index: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
     """Compute the sums of the experts' biases [E, K] over each token's routing weights."""
     E = len(bias)
-    mine = torch.where(index < E, weights, 0).to(_wide(weights))
+    wide = torch.promote_types(_wide(weights), _wide(bias))
+    mine = torch.where(index < E, weights, 0).to(wide)
     by_expert = mine.new_zeros(len(index), E)
     by_expert = by_expert.scatter_add(1, index.long().clamp(max=E - 1), mine)
-    return by_expert @ bias.to(mine.dtype)
+    return by_expert @ bias.to(wide)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

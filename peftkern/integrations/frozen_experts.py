@@ -2,7 +2,7 @@
 
 transformers' own ways to run experts decode whole stacks (grouped_mm), or an expert at a time in a
 loop (eager), and keep what they decoded for backward. It has a registry for others, asked at each
-call; the one of this module joins it when it is first chosen.
+call, in which this module puts its own: a name, which nobody takes unless asked to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ try:
 except ImportError:  # before 5.0, whose experts are modules of their own
     ALL_EXPERTS_FUNCTIONS = None
 
-IMPLEMENTATION = "peftkern"
+
+class _Registered(str):
+    """A name whose unpickling imports this module, which makes it known to transformers."""
+
+
+IMPLEMENTATION = _Registered("peftkern")
 _DEFAULT = "grouped_mm"  # of transformers, and what runs experts that are not in NF4
 _BEFORE = "_peftkern_experts_before"  # a model's choices until then
 
@@ -39,7 +44,6 @@ def serve_nf4_experts(model: nn.Module) -> list[str]:
         chosen = base.get_experts_implementation()
         names = [name for name, module in base.named_modules() if _reason(module) is None]
         if names and _DEFAULT in chosen.values():
-            ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
             ours = {k: IMPLEMENTATION if v == _DEFAULT else v for k, v in chosen.items()}
             base.__dict__.setdefault(_BEFORE, chosen)
             base.set_experts_implementation(ours)
@@ -88,3 +92,7 @@ def _forward(
         return function(self, hidden_states, top_k_index, top_k_weights)
     x = hidden_states.to(self.down_proj.dtype)
     return experts_forward(self, x, top_k_index, top_k_weights).to(hidden_states.dtype)
+
+
+if ALL_EXPERTS_FUNCTIONS is not None:
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)

@@ -98,7 +98,7 @@ class NF4Stack(Tensor):
     @property
     def nf4(self) -> NF4Weight:
         """NF4 weight of shape (E, N, K) as it is now; shares memory with this."""
-        return self._weight(self._packed, self._absmax, tuple(self.shape))
+        return expert_weight(self)
 
     @property
     def data(self) -> Tensor:
@@ -126,14 +126,10 @@ class NF4Stack(Tensor):
         self._packed[expert].copy_(w.packed)
         self._absmax[expert].copy_(w.absmax)
 
-    def _weight(self, packed: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> NF4Weight:
-        dtype = self.dtype if self.dtype in _DTYPES else torch.float32
-        return NF4Weight(packed.reshape(-1), absmax.reshape(-1), shape, self.blocksize, dtype)
-
     def _decoded(self, packed: Tensor, absmax: Tensor) -> Tensor:
         """Return dense values of any number of experts: parts [..., n] give [..., N, K]."""
         shape = (*packed.shape[:-1], *self.shape[1:])
-        return dequantize_nf4(self._weight(packed, absmax, shape), self.dtype)
+        return dequantize_nf4(_weight(self, packed, absmax, shape), self.dtype)
 
     def __repr__(self, **kwargs: Any) -> str:
         return (
@@ -164,8 +160,19 @@ class NF4Stack(Tensor):
 
 
 def expert_weight(parameter: Tensor) -> Tensor | NF4Weight:
-    """Return a parameter of fused experts as kernels take it."""
-    return parameter.nf4 if isinstance(parameter, NF4Stack) else parameter
+    """Return a parameter of fused experts as kernels take it.
+
+    From its parts: what a graph reads of a subclass by property is another object at each call.
+    """
+    if not isinstance(parameter, NF4Stack):
+        return parameter
+    return _weight(parameter, parameter._packed, parameter._absmax, tuple(parameter.shape))
+
+
+def _weight(stack: NF4Stack, packed: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> NF4Weight:
+    dtype = stack.dtype if stack.dtype in _DTYPES else torch.float32
+    blocksize = 2 * stack._packed.shape[1] // max(stack._absmax.shape[1], 1)
+    return NF4Weight(packed.reshape(-1), absmax.reshape(-1), shape, blocksize, dtype)
 
 
 def refusal(shape: tuple[int, ...], blocksize: int) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import assert_as_accurate_as_torch
+from tolerances import AUTOCAST_RTOL, assert_as_accurate_as_torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -178,6 +178,25 @@ def test_float32_experts_under_autocast():
         y = case.ours(hidden.bfloat16(), *rest)
     assert y.dtype is BF16
     torch.testing.assert_close(y, case.ours(hidden.bfloat16().float(), *rest).bfloat16())
+
+
+@pytest.mark.parametrize("nf4", [(True, False), (False, True)])
+def test_weights_of_two_kinds_under_autocast(backend, nf4):
+    """An NF4 weight is computed with in autocast's dtype, a dense one in its own."""
+    case = Mixture(F32, bias=False)
+    quantized = [peftkern.quantize_nf4(w, double_quant=False) for w in case.dense]
+    case.weights = [
+        q if packed else w for q, w, packed in zip(quantized, case.dense, nf4, strict=True)
+    ]
+    case.dense = [
+        peftkern.dequantize_nf4(w, F32) if p else w for w, p in zip(case.weights, nf4, strict=True)
+    ]
+    oracle = case.with_gradients(case.looped)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = case.with_gradients(case.ours)
+    for name, value in oracle.items():
+        assert got[name].dtype is F32
+        assert (got[name] - value).norm() <= AUTOCAST_RTOL * value.norm(), name
 
 
 def test_no_token():

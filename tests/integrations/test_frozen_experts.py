@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from processes import run_code
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -164,3 +165,13 @@ def test_pefts_fold_over_served_experts_is_pefts():
     serve_nf4_experts(model)
     assert torch.equal(model(IDS).logits, wanted)
     assert isinstance(model.base_model.model.model.layers[0].mlp.experts.get_param(), NF4Stack)
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path):
+    """Where nothing has named our implementation yet."""
+    model = quantized("Qwen3Moe")
+    serve_nf4_experts(model)
+    torch.save(model, tmp_path / "model.pt")
+    code = "import sys, torch; model = torch.load(sys.argv[1], weights_only=False)\n"
+    code += "print(tuple(model(torch.arange(12).view(2, 6)).logits.shape))"
+    assert run_code(code, tmp_path / "model.pt").strip().endswith("(2, 6, 32)")

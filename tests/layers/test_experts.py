@@ -219,3 +219,18 @@ def test_what_is_no_module_of_experts_is_refused():
         Experts(torch.randn(2, 4, 4), torch.randn(3, 4, 2))
     with pytest.raises(ValueError, match="two tensors or none"):
         Experts(torch.randn(2, 4, 4), torch.randn(2, 4, 2), up_bias=torch.randn(2, 4))
+
+
+def test_two_stacks_in_one_graph():
+    """Kernels read both in a compiled module, forward and backward."""
+    torch.manual_seed(0)
+    frozen = NF4Experts(torch.randn(E, 2 * INNER, K) / 8, torch.randn(E, K, INNER) / 4)
+    layer = LoRAExperts(frozen, r=4)
+    hidden, index = torch.randn(T, K), torch.randint(E, (T, TOP))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (layer, compiled):
+        x = hidden.clone().requires_grad_()
+        y = run(x, index, torch.full((T, TOP), 0.5))
+        results.append((y, *torch.autograd.grad(y.sum(), x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

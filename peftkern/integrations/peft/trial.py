@@ -249,9 +249,9 @@ def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor, *args: Any, **kwa
     if tried.decided or not _possible(layer, x):
         return y
     tried.calls += 1
-    beside = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     try:
         with _aside(x.device):
+            beside = tree_map_only(Tensor, _own, (args, kwargs))
             if tried.calls == 1:
                 _rehearse(layer, x, beside)
             else:
@@ -261,6 +261,11 @@ def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor, *args: Any, **kwa
     except Exception as error:  # of ours: what the kernels raise, dispatch has answered already
         _give_up(tried, error)
     return y
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a tensor beside x without its graph, and so that a pass may save it."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _give_up(tried: LayerClass, error: Exception) -> None:

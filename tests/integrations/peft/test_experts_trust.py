@@ -116,3 +116,15 @@ def test_a_fault_of_ours_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(twin(*inputs()), model(*inputs()))
     (reason,) = fallbacks()
     assert "ours raised RuntimeError: no such instruction" in reason
+
+
+def test_a_trial_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands beside x there can be saved for the trial's backward pass, too."""
+    monkeypatch.setattr(contest, "SLOWER", float("inf"))
+    twin = patched_copy(expert_net().train())
+    with torch.inference_mode():
+        given = inputs(200)
+        for _ in range(2):
+            twin(*given)
+    ((_, verdict),) = trust.ledger(CPU).classes.items()
+    assert verdict["side"] == trust.OURS
