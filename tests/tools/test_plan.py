@@ -366,7 +366,11 @@ def test_config_of_a_saved_model_gives_its_dimensions(folders, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model_type": "mamba"}, "model_type: expected one of llama, mistral, qwen2, got 'mamba'"),
+        (
+            {"model_type": "mamba"},
+            "model_type: expected one of llama, mistral, qwen2, mixtral, olmoe, qwen3_moe, "
+            "got 'mamba'",
+        ),
         ({"hidden_size": None}, "hidden_size: expected an integer from 1 to 4294967296, got None"),
         ({"vocab_size": 1.5}, "vocab_size: expected an integer from 1 to 4294967296, got 1.5"),
         ({"num_hidden_layers": True}, "num_hidden_layers: expected .* 1 to 1000, got True"),
