@@ -180,7 +180,7 @@ def defects(name):
         "transformers": (dense_experts, unsaved_experts),
     }
     for probe in of_experts.get(name, ()):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # a version that a probe does not fit: nothing known
             yield from probe()
 
 
