@@ -297,7 +297,8 @@ PYBIND11_MODULE(_cpu, m) {
     grouped_linear(Isa{isa}, args);
   });
   m.def("grouped_outer", [](int isa, int threads, const py::tuple& groups, int64_t K, int64_t r,
-                            uintptr_t x, int dtype, uintptr_t s, float scale, const py::tuple& g) {
+                            uintptr_t x, int dtype, uintptr_t s, float scale, const py::tuple& g,
+                            bool skip_empty) {
     GroupedOuterArgs args;
     args.groups = row_groups(groups);
     args.K = K, args.r = r;
@@ -309,9 +310,22 @@ PYBIND11_MODULE(_cpu, m) {
     args.g = const_cast<void*>(gradient.data);
     args.g_dtype = gradient.dtype;
     args.strides = gradient.strides;
+    args.skip_empty = skip_empty;
     args.threads = threads;
     py::gil_scoped_release release;
     grouped_outer(Isa{isa}, args);
+  });
+  m.def("grouped_columns", [](int threads, const py::tuple& groups, int64_t columns, int dtype,
+                              uintptr_t in, uintptr_t out, bool spread) {
+    GroupColumnsArgs args;
+    args.groups = row_groups(groups);
+    args.columns = columns;
+    args.dtype = dtype_from_code(dtype);
+    args.in = pointer<const void>(in);
+    args.out = pointer<void>(out);
+    args.threads = threads;
+    py::gil_scoped_release release;
+    (spread ? grouped_spread : grouped_collect)(args);
   });
   m.def("nf4_grouped_linear",
         [](int isa, int threads, const py::tuple& groups, int64_t N, int64_t K, const py::tuple& w,

@@ -7,6 +7,7 @@ and the bias are summed in float32 and rounded once. Where another function has 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -324,15 +325,11 @@ def _gradient(
         gradient = torch.empty_like(factor)
         _outer_(gradient, x, groups, s, scale, turned)
         return gradient
-    groups_last = factor.permute(1, 2, 0).is_contiguous()
-    if groups_last and 2 * groups.R <= groups.E:  # most are empty: the others alone are computed
-        starts = torch.cat((groups.offsets.new_zeros(1), groups.offsets[:-1]))
-        hit = (groups.offsets > starts).nonzero().view(-1)
-        groups = groups._replace(E=len(hit), offsets=groups.offsets[hit])
-        parts = factor.new_empty((len(hit), *factor.shape[1:]))
-        _outer_(parts, x, groups, s, scale, turned)
-        inner = factor.new_zeros((*factor.shape[1:], factor.shape[0]))  # in one sweep of memory
-        return inner.index_copy_(2, hit, parts.permute(1, 2, 0).contiguous()).permute(2, 0, 1)
+    groups_last = _groups_innermost(factor) is not None
+    if groups_last and _few(groups):
+        parts = factor.new_empty(factor.shape)
+        _outer_(parts, x, groups, s, scale, turned, skip_empty=True)
+        return _move_columns(groups, parts, torch.empty_like(factor), spread=True)
     gradient = torch.empty_like(factor)
     step = max(1, min(_TURNED_BYTES // max(1, factor[0].nbytes), groups.E // 4))
     for first in range(0, groups.E, step):
@@ -363,9 +360,16 @@ def _slice(
 
 
 def _outer_(
-    g: Tensor, x: Tensor, groups: Groups, s: Tensor, scale: float = 1.0, turned: bool = False
+    g: Tensor,
+    x: Tensor,
+    groups: Groups,
+    s: Tensor,
+    scale: float = 1.0,
+    turned: bool = False,
+    skip_empty: bool = False,
 ) -> None:
-    """Write g [E, r, K], or [E, K, r] if turned, with scale * s^T x of each group."""
+    """Write g [E, r, K], or [E, K, r] if turned, with scale * s^T x of each group; where there are
+    no rows with 0, or not at all."""
     x, s = x.contiguous(), s.contiguous()
     target = g.transpose(1, 2) if turned else g
     r, K = target.shape[1:]
@@ -378,20 +382,47 @@ def _outer_(
         address("s", s, torch.float32, groups.R * r),
         scale,
         strided("g", target, (groups.E, r, K)),
+        skip_empty,
     )
+
+
+def _few(groups: Groups) -> bool:
+    """Return whether most groups are empty, however the rows fall into them."""
+    return 2 * groups.R <= groups.E
+
+
+def _move_columns(groups: Groups, source: Tensor, target: Tensor, spread: bool) -> Tensor:
+    """Copy a stack of groups innermost to a contiguous one, or back if `spread`: of the groups that
+    have rows alone; the others' places of a contiguous stack are not touched, of the other are 0.
+    """
+    if source.dtype is not target.dtype or source.shape != target.shape:
+        raise ValueError(f"target: expected {source.dtype} {tuple(source.shape)}")
+    library().grouped_columns(
+        isa_and_threads()[1],
+        groups.fields(),
+        math.prod(source.shape[1:]),
+        dtype_code("source", source),
+        fresh(source),
+        fresh(target),
+        spread,
+    )
+    return target
 
 
 def _factor(factor: Tensor | None, groups: Groups, turned: bool = False) -> Tensor | None:
     """Return a stack of factors [E, r, columns] whose ranks or columns lie together.
 
-    A few rows read a few groups' factors alone, value by value, where they are.
+    Of a few rows' groups alone, where most are empty.
     """
     if factor is None:
         return None
-    if not _adjacent(factor) and max(groups.E, 16) < 8 * groups.R:
+    if not _adjacent(factor):
         matrix = _groups_innermost(factor)
         if matrix is None:
             factor = factor.contiguous()
+        elif _few(groups):
+            stack = factor.new_empty(factor.shape)
+            factor = _move_columns(groups, factor, stack, spread=False)
         else:
             factor = matrix.t().contiguous().view(factor.shape)
     return factor.transpose(1, 2) if turned else factor
