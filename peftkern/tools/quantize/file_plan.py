@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -85,8 +86,7 @@ class Unit:
         return sum(info.nbytes for info in self.infos)
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Size of some tensors; bytes are those of the tensors themselves."""
 
     tensors: int
@@ -107,6 +107,9 @@ class Size:
         """Bits per parameter."""
         return 8 * self.bytes_after / max(self.parameters, 1)
 
+    def as_dict(self) -> dict[str, float]:
+        return {**self._asdict(), "bits_per_parameter": self.bits}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -118,6 +121,16 @@ class Plan:
     quantized: Size
     experts: Size
     kept_experts: Size
+
+    def kept(self) -> dict[str, Size]:
+        """Return the sizes of what is not quantized, the largest first, under names with * for
+        numbers."""
+        groups: dict[str, list[Unit]] = {}
+        for unit in (unit for units in self.files.values() for unit in units):
+            if not unit.quantized:
+                groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", unit.name), []).append(unit)
+        sizes = {name: Size.of(units) for name, units in groups.items()}
+        return dict(sorted(sizes.items(), key=lambda item: -item[1].parameters))
 
 
 def plan_files(checkpoint: Checkpoint, choice: Choice, options: Options) -> Plan:

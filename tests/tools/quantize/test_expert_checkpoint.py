@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from checkpoint_folders import MOE_FAMILIES, load_tensors, save_moe
 from processes import run_code
+from quantized_folders import convert
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3VLMoeConfig, Qwen3VLMoeModel
@@ -19,19 +18,9 @@ import peftkern
 from peftkern.formats.nf4 import STATE_KEY, NF4Weight
 from peftkern.integrations.transformers import NF4ExpertsConfig  # noqa: F401  registers itself
 from peftkern.layers.nf4_stack import NF4Stack
-from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
-from peftkern.tools.quantize.file_plan import Options
-from peftkern.tools.quantize.linear_weights import find_weights
-from peftkern.tools.quantize.nf4_checkpoint import Summary, quantize_checkpoint
+from peftkern.tools.quantize.checkpoint import CheckpointError
 
 ONE_BY_ONE = [family for family, (*_, fused) in MOE_FAMILIES.items() if not fused]
-
-
-def convert(source: Path, destination: Path, *, stack: bool = True, skip=(), **how: Any) -> Summary:
-    checkpoint, options = read_checkpoint(source), Options(**how)
-    blocks = {"blocksize": options.blocksize, "double_quant": options.double_quant}
-    choice, config = find_weights(checkpoint, stack=stack, skip=skip, **blocks)
-    return quantize_checkpoint(checkpoint, destination, choice, config, options)
 
 
 def stacks(model: nn.Module) -> dict[str, Tensor]:
