@@ -41,10 +41,11 @@ class Options:
 
 class Stack(NamedTuple):
     """Experts [E, N, K] and the tensors of the source that they are: one, or as many for each as
-    its rows are put together from, expert after expert."""
+    its rows are put together from, expert after expert. transposed: the one is [E, K, N]."""
 
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    transposed: bool = False
 
 
 class Choice(NamedTuple):
@@ -192,4 +193,5 @@ def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Option
             f"{name}: expected tensors of one dtype that make up {list(stack.shape)}, got "
             f"{len(infos)} of {list(infos[0].shape)}"
         )
-    return Unit(name, infos, numel // 2 + 4 * numel // options.blocksize, False, stack.shape)
+    nbytes = numel // 2 + 4 * numel // options.blocksize
+    return Unit(name, infos, nbytes, stack.transposed, stack.shape)

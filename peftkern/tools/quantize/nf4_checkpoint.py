@@ -273,7 +273,8 @@ def _stacked(
     pieces = max(len(unit.infos) // count, 1)  # of an expert
     error = 0.0
     for expert in range(count):
-        weight = torch.cat(list(islice(parts, pieces))).view(shape).to(options.device)
+        weight = torch.cat(list(islice(parts, pieces))).to(options.device)
+        weight = weight.T.contiguous() if unit.transposed else weight.view(shape)
         stack.set_expert(expert, weight)
         now = stack.dequantize(expert)
         error = max(error, _relative_error(unit.name, weight, now))
