@@ -17,7 +17,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from make_tables import OURS, PLOTS, ROOT, THEMES, TITLES, plot_name, shown
+from make_tables import PLOTS, ROOT, THEMES, TITLES, plot_name, short, shown
+
+from peftkern.tools.bench.record import OURS
+from peftkern.tools.bench.rows import ratio, within_noise
 
 # Inches, because nothing is fitted: the width of text depends on the fonts of the machine.
 WIDTH, LEFT, RIGHT, ROW = 8.0, 3.7, 7.5, 0.2
@@ -33,22 +36,11 @@ LEGEND = (
 
 def pairs(record: dict) -> Iterator[tuple[str, float, bool]]:
     """Return ("case, against peer", peer's time over peftkern's, whether within the noise)."""
-    if "cases" not in record:
-        alone, ours = (record["runs"][name]["step_ms"] for name in ("peft", OURS))
-        yield "whole step · PEFT", alone["median"] / ours["median"], overlap(ours, alone, "")
-        return
     for case in record["cases"]:
-        ours = case["variants"][OURS]
-        for peer, theirs in case["variants"].items():
-            if peer == OURS or any(v["wrong"] or "median_ms" not in v for v in (ours, theirs)):
-                continue
-            label = f"{case['name'].partition('/')[2]} · {peer}"
-            yield label, theirs["median_ms"] / ours["median_ms"], overlap(ours, theirs, "_ms")
-
-
-def overlap(a: dict, b: dict, unit: str) -> bool:
-    """Return whether the intervals from the 20th to the 80th percentile overlap."""
-    return a["p20" + unit] <= b["p80" + unit] and b["p20" + unit] <= a["p80" + unit]
+        ours = case["providers"][OURS]
+        for peer, theirs in case["providers"].items():
+            if peer != OURS and (found := ratio(case, peer)):
+                yield f"{short(case)} · {theirs['label']}", found, within_noise(ours, theirs)
 
 
 def drawn(records: dict[str, dict], theme: str) -> str:
@@ -94,21 +86,21 @@ def panel(axis, title: str, bars: list[tuple[str, float, bool]], ink: str, lines
     """Draw one stem: a bar from 1 to each ratio."""
     axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axis.set_xscale("log")
-    for y, (_, ratio, alike) in enumerate(bars):
-        color = ALIKE if alike else WIN if ratio > 1 else LOSS
-        axis.barh(y, ratio - 1, left=1, height=0.7, color=color)
-        text = f"{'≈ ' if alike else ''}{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
-        side = "left" if ratio >= 1 else "right"
+    for y, (_, times, alike) in enumerate(bars):
+        color = ALIKE if alike else WIN if times > 1 else LOSS
+        axis.barh(y, times - 1, left=1, height=0.7, color=color)
+        text = f"{'≈ ' if alike else ''}{times:.2f}x" if times < 100 else f"{times:.0f}x"
+        side = "left" if times >= 1 else "right"
         axis.annotate(
             text,
-            (ratio, y),
-            xytext=(3 if ratio >= 1 else -3, 0),
+            (times, y),
+            xytext=(3 if times >= 1 else -3, 0),
             textcoords="offset points",
             ha=side,
             va="center",
             fontsize=7,
         )
-    ratios = [ratio for _, ratio, _ in bars]
+    ratios = [times for _, times, _ in bars]
     axis.set_xlim(min(0.5, 0.4 * min(ratios)), max(2.0, 2.0 * max(ratios)))
     axis.set_ylim(len(bars) - 0.4, -0.6)  # from the top down
     axis.axvline(1, color=ink, linewidth=0.8)

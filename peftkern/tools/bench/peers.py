@@ -71,14 +71,15 @@ def lora_pool(
     dropout: float = 0.0,
     adapter_dtype: torch.dtype = torch.float32,
     adapters: tuple[Tensor, Tensor] | None = None,
+    magnitude: Tensor | None = None,
     use_dora: bool = False,
 ) -> list:
     """Build PEFT's LoRA layers over copies of `layer`; fp32 adapters by default, B not zero.
 
-    `adapters`: A and B, drawn if not given.
+    `adapters`: A and B, drawn if not given; `magnitude`: of DoRA.
     """
     torch.manual_seed(1)
-    kind = {"lora_dropout": dropout, "use_dora": use_dora}
+    kind = {"lora_dropout": dropout, "use_dora": use_dora or magnitude is not None}
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=r"layers\.\d+", **kind)
     model = get_peft_model(Layers([copy.deepcopy(layer) for _ in range(copies)]), config)
     if patched:
@@ -95,8 +96,16 @@ def lora_pool(
         for member in pool:
             for part, new in zip((member.lora_A, member.lora_B), adapters, strict=True):
                 part["default"].to(adapter_dtype).weight.copy_(new)
+            if magnitude is not None:
+                member.lora_magnitude_vector["default"].weight.copy_(magnitude)
     model.train(train)
     return pool
+
+
+def adapter_of(layer: nn.Module) -> tuple[Tensor, ...]:
+    """Return the trained parameters of PEFT's layer: A, B, and DoRA's magnitude."""
+    groups = (layer.lora_A, layer.lora_B, getattr(layer, "lora_magnitude_vector", {}))
+    return tuple(group["default"].weight for group in groups if "default" in group)
 
 
 class Experts(nn.Module):
@@ -166,16 +175,16 @@ def _autocast(x: Tensor, wanted: bool) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, x.dtype) if wanted else contextlib.nullcontext()
 
 
-def kept(x: Tensor, dropout: float, patched: bool, adapter_dtype: torch.dtype) -> Tensor | None:
+def kept(x: Tensor, problem: Problem, patched: bool) -> Tensor:
     """Return the mask of dropout in the first call after torch.manual_seed(SEED)."""
-    if dropout == 0.0:
-        return None
     torch.manual_seed(SEED)
-    x = x.detach()
     if patched:
-        keep = draw_keep(x, dropout)
-        return keep if keep.dtype is torch.bool else philox_keep(keep, *x.shape, dropout)
-    return F.dropout(torch.ones_like(x, dtype=adapter_dtype), dropout) != 0
+        keep = draw_keep(x, problem.dropout)
+        if keep.dtype is torch.bool:
+            return keep
+        return philox_keep(keep, *x.shape, problem.dropout)
+    ones = torch.ones_like(x, dtype=getattr(torch, problem.adapter_dtype))
+    return F.dropout(ones, problem.dropout) != 0
 
 
 def nf4_weight64(layer: nn.Module) -> Tensor:
