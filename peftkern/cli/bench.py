@@ -18,10 +18,12 @@ def bench(
     op: Annotated[
         str,
         typer.Option(
-            help="one or more of nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize; or"
-            " grouped_linear, the layers of experts"
+            help="one or more of nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize,"
+            " nf4_quantize, dora_linear, nf4_dora_linear, rosa_forward, rosa_sddmm; of as many"
+            " layers as M says: low_rank_svd, low_rank_svdvals, adalora_update,"
+            " adalora_orthogonality; or grouped_linear, the layers of experts"
         ),
-    ] = "nf4_lora_linear,lora_linear,nf4_dequantize",
+    ] = "nf4_dequantize,nf4_lora_linear,lora_linear",  # the cheapest first
     shapes: Annotated[
         str | None,
         typer.Option(
@@ -50,8 +52,8 @@ def bench(
     baselines: Annotated[
         str,
         typer.Option(
-            help="auto: what is installed; or of frozen, peft, grouped_mm, bitsandbytes, compile,"
-            " torch, unsloth, liger, module:function"
+            help="auto: what is installed; or of frozen, peft, grouped_mm, composed (torch's own"
+            " operators), bitsandbytes, compile, torch, unsloth, liger, module:function"
         ),
     ] = "auto",
     budget: Annotated[str, typer.Option(help="how long the whole run may take: 60s, 5m")] = "60s",

@@ -1,8 +1,10 @@
-"""Frozen linear layers as users have them: dense, or bitsandbytes' NF4."""
+"""Layers of providers, and frozen linear layers as users have them: dense, or bitsandbytes' NF4."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,30 @@ from torch import Tensor, nn
 from peftkern.formats.nf4 import NESTED_BLOCKSIZE, NF4_CODE, NF4Weight, dynamic_map
 
 BLOCKSIZE = 64
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Layer of a provider: `run(x)`, or `run()` of what is no layer.
+
+    adapter: leaves lora_A, lora_B and DoRA's magnitude, or (). collect: names the results of
+    `run()`, a single tensor's name is that of the op. no_graph: a reason against a CUDA graph; a
+    failed capture can break all that comes later. multiplied: too slow to repeat, so one call is
+    timed and its time multiplied by this.
+    """
+
+    run: Callable[..., object]
+    adapter: tuple[Tensor, ...] = ()
+    collect: Callable[[object], Tensors] | None = None
+    no_graph: str | None = None
+    multiplied: int = 0
+
+
+def has(package: str) -> bool:
+    """Return whether a package is installed; a folder of that name is not enough."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def linear(weight: Tensor) -> nn.Linear:
