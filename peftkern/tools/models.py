@@ -21,12 +21,14 @@ def read_config(path: str) -> Any:
 
     Raises: OSError, or ValueError in one line that names --model.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, logging
 
+    logging.set_verbosity_error()  # its advice on configs would interrupt the output of a command
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not Path(path).parent.is_dir():
+        name = r"[\w-][\w.-]*"
+        if re.fullmatch(f"{name}(/{name})?(?<!json)", path) and not Path(path).exists():
             get = f"hf download {path} config.json --local-dir DIR"
             raise ValueError(f"--model: no folder {path} here; download config.json first: {get}")
         raise ValueError(f"--model: {path}: expected a config.json, or the folder of one")
@@ -35,10 +37,13 @@ def read_config(path: str) -> Any:
     if not isinstance(kind, str):
         raise ValueError(f"--model: {file}: expected the config of a transformers model")
     try:
-        return AutoConfig.from_pretrained(str(file), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(file), trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds, in several lines
         why = " ".join(str(error).split()).split(". ")[0]
         raise ValueError(f"--model: {file}: model_type {kind!r}: {why}") from error
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0  # as T5's; no config without weights needs to say it
+    return config
 
 
 def auto_class(config: Any) -> Any:
@@ -54,7 +59,7 @@ def auto_class(config: Any) -> Any:
         if type(config) in getattr(transformers, name)._model_mapping:
             return getattr(transformers, name)
     kind = f"model_type {config.model_type!r}"
-    raise ValueError(f"--model: {kind} trains on no tokens: {' and '.join(names)} lack it")
+    raise ValueError(f"--model: {kind} does not learn from tokens alone: no {' or '.join(names)}")
 
 
 def has_weights(path: str) -> bool:
@@ -74,6 +79,11 @@ def quantization(config: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) or found is None else found.to_dict()
 
 
+def saved_with_nf4_experts(config: Any) -> bool:
+    """Return whether weights are of a model that `NF4ExpertsConfig` had loaded."""
+    return "nf4_experts" in str((quantization(config) or {}).get("quant_method"))
+
+
 def set_layers(config: Any, layers: int) -> int:
     """Shorten a model to at most so many layers, in place; return how many it had."""
     text = config.get_text_config()
@@ -87,12 +97,16 @@ def set_layers(config: Any, layers: int) -> int:
     return had
 
 
-def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """Build the model of a config without memory: parameters on meta, buffers on the CPU."""
+def empty_model(config: Any, dtype: torch.dtype, *, buffers: bool = False) -> Any:
+    """Build the model of a config, whose dtype becomes this one, on meta: without memory.
+
+    buffers: they alone are real, on the CPU.
+    """
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        return auto_class(config).from_config(config, dtype=dtype)
+    auto = auto_class(config)
+    with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+        return auto.from_config(config, dtype=dtype)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -89,7 +89,7 @@ def model_layers(path: str, targets: str) -> ModelLayers:
 
     config = models.read_config(path)
     dtype = models.dtype_of(config)
-    model = models.empty_model(config, torch.bfloat16)  # whose dtype becomes the config's, too
+    model = models.empty_model(config, torch.bfloat16)
     layers, fused = models.linear_layers(model), models.expert_weights(model)
     names, parameters = models.adapter_targets(model, targets)
     shapes: dict[tuple[int, int], Shape] = {}
