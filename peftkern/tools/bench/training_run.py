@@ -43,7 +43,6 @@ class TrainingBench:
         self.deadline = self.started + budget
         self.rows = {OURS: Row(), PEFT: Row()}
         self.losses: dict[str, list[float]] = {}
-        self.held: dict[str, int] = {}
         self.said = list(job.said)
 
     def __enter__(self) -> TrainingBench:
@@ -74,11 +73,9 @@ class TrainingBench:
             roof=roof,
             labels={OURS: OURS, PEFT: PEFT},
             tokens=facts["M"],
+            said=self.said,
             command=self.job.command(self.threads, self.budget),
         )
-        case["said"] = self.said
-        for name, row in case["providers"].items():
-            row["held_bytes"] = self.held.get(name)
         return new_record(
             self.environment,
             roof,
@@ -141,12 +138,12 @@ class TrainingBench:
             self.said += found["said"]
         if memory is not None:
             self.rows[name].peak_bytes = memory["peak_bytes"]
-            self.held[name], self.free = memory["held_bytes"], memory["free_bytes"]
+            self.rows[name].held_bytes, self.free = memory["held_bytes"], memory["free_bytes"]
         return None if first is None else first["losses"]
 
     def _room(self) -> bool:
         """Return whether a second process fits beside the first."""
-        held = self.held.get(PEFT)
+        held = self.rows[PEFT].held_bytes
         if held is None or self.free is None or self.free >= ROOM * held:
             return True
         sizes = f"{PEFT} holds {held / 1e9:.1f} GB, {self.free / 1e9:.1f} GB are free"
