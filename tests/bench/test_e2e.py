@@ -15,7 +15,7 @@ from scripts import run_here
 from tolerances import NF4_RANDOM_STD_RTOL, PLAN_RTOL
 
 import peftkern
-from peftkern.tools.bench import memory
+from peftkern.tools.bench import memory, peers
 from peftkern.tools.plan.plan import PRESETS, Training, plan
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def test_whole_models_come_in_every_length_the_most_wanted_first():
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 def test_both_variants_share_one_base_and_nothing_else(method, nf4, monkeypatch):
     if nf4 == "peftkern":
-        monkeypatch.setattr(stacks, "bitsandbytes_missing", lambda device: "on purpose")
+        monkeypatch.setattr(peers, "bitsandbytes_missing", lambda device: "on purpose")
     model = stacks.scaled(PRESETS["llama3-8b"], 64, 2)
     training = Training(method, r=4, sequence=8, device="cpu")
     bases = bench_e2e.Bases()

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftkern.formats.nf4 import NESTED_BLOCKSIZE, NF4_CODE, NF4Weight, dynamic_map
+
+BLOCKSIZE = 64
 Tensors = dict[str, Tensor]
 
 
@@ -68,6 +71,33 @@ def prequantized(
         packed, stats, device=packed.device, module=layer
     )
     return layer
+
+
+def random_nf4(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> NF4Weight:
+    """Draw an NF4 weight [n, k] with double quantization as packed bytes.
+
+    The 16 values are equally likely and absmax is within 10% of what makes the standard deviation
+    k^-1/2, that of a layer which keeps the size of its input.
+    """
+    device = generator.device
+    blocks = -(-n * k // BLOCKSIZE)
+
+    def octets(count: int) -> Tensor:
+        return torch.randint(256, (count,), dtype=torch.uint8, device=device, generator=generator)
+
+    rms = (sum(value * value for value in NF4_CODE) / len(NF4_CODE)) ** 0.5
+    offset = torch.tensor(k**-0.5 / rms, device=device)
+    return NF4Weight(
+        packed=octets((n * k + 1) // 2),
+        absmax=octets(blocks),
+        shape=(n, k),
+        blocksize=BLOCKSIZE,
+        dtype=dtype,
+        nested_absmax=(0.1 * offset).repeat(-(-blocks // NESTED_BLOCKSIZE)),
+        nested_code=torch.tensor(dynamic_map(), device=device),
+        nested_offset=offset,
+        nested_blocksize=NESTED_BLOCKSIZE,
+    )
 
 
 def _empty_linear4bit(shape: tuple[int, int], dtype: torch.dtype) -> nn.Module:

@@ -22,7 +22,7 @@ import peftkern
 from peftkern.backends.dropout import philox_keep
 from peftkern.functional.arguments import draw_keep
 from peftkern.layers import NF4Linear
-from peftkern.tools.bench.base_layers import linear, linear4bit
+from peftkern.tools.bench.base_layers import linear, linear4bit, prequantized
 from peftkern.tools.bench.cases import SCALING, Problem
 from peftkern.tools.bench.data import grouped_mm, nf4_values64
 
@@ -58,6 +58,18 @@ def nf4_linear(weight: Tensor) -> nn.Module:
         return linear4bit(weight)
     with peftkern.use_backend(None):  # even if the case forces a back end
         return NF4Linear.from_linear(linear(weight))
+
+
+def nf4_layer(weight: peftkern.NF4Weight, bias: nn.Parameter | None = None) -> nn.Module:
+    """Build bitsandbytes' layer over this weight, or ours where bitsandbytes does not run."""
+    if bitsandbytes_missing(weight.device) is not None:
+        return NF4Linear._from_nf4(weight, bias, True)
+    state = weight.state_dict()
+    packed = state.pop("weight")
+    stats = {name.removeprefix("weight."): tensor for name, tensor in state.items()}
+    layer = prequantized(packed, stats, weight.shape, weight.dtype)
+    layer.bias = bias
+    return layer
 
 
 def lora_pool(

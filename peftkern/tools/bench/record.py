@@ -25,6 +25,7 @@ OURS = "peftkern"
 class LaterProvider(TypedDict, total=False):
     planned_bytes: int | None  # what `peftkern plan` predicts in the place of peak_bytes
     tokens_s: float | None  # of a training step: the case's tokens over the median
+    held_bytes: int | None  # in it: by torch's allocator on a GPU, else by the whole process
     launches: int | None  # kernels of a call, on a GPU
     kernels: list[str] | None  # their names
     graph_ms: float | None  # median of a call in a replayed CUDA graph: without launches
@@ -62,6 +63,7 @@ class Target(TypedDict):
 
 class LaterCase(TypedDict, total=False):
     tokens: int | None  # of a training step
+    said: list[str]  # of a training step: what was built, and how its losses compare
     targets: list[Target]
     served: dict[str, int]  # "op on back end" -> our calls that it took; of bench/ alone
     fell_back: dict[str, int]  # "op: reason" -> our calls that went to others

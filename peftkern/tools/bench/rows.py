@@ -24,6 +24,7 @@ class Row:
     note: str | None = None
     peak_bytes: int | None = None
     planned_bytes: int | None = None
+    held_bytes: int | None = None
     kernels: list[str] | None = None
     graph: float | None = None  # seconds of a call in a replayed graph
     no_graph: str | None = None
@@ -68,6 +69,7 @@ class Row:
             "tflop_s": work[1] / median / 1e12 if timing and work[1] else None,
             "share_of_roof": floor / median if timing and floor else None,
             "planned_bytes": self.planned_bytes,
+            "held_bytes": self.held_bytes if self.good else None,
             "tokens_s": tokens / median if timing and tokens else None,
             "launches": None if self.kernels is None else len(self.kernels),
             "kernels": self.kernels,
@@ -98,6 +100,7 @@ def case_record(
     against: Iterable[str] = (),
     targets: Iterable[Target] = (),
     tokens: int | None = None,
+    said: Iterable[str] = (),
     command: str = "",
 ) -> Case:
     """Make a case's record of its facts (name, op, shape, M, N, K, r, dtype, mode) and its rows.
@@ -115,6 +118,7 @@ def case_record(
         "against": first[0] if first else None,
         "command": command,
         "tokens": tokens,
+        "said": list(said),
         "targets": list(targets),
         "served": {},
         "fell_back": {},

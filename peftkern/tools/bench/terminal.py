@@ -52,6 +52,8 @@ def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
                 yield Text(f"{row['label']}, {case['name']}: {above}", style="yellow")
             if row["note"]:
                 yield Text(f"{row['label']}, {case['name']}: left to others: {row['note']}")
+        for said in case.get("said", []):
+            yield Text(said)
         for reason, count in case.get("fell_back", {}).items():
             yield Text(f"{case['name']}: fell back {count} times: {reason}")
     for facts in record.get("answers", []):
@@ -85,7 +87,7 @@ def bench_table(case: Case, record: Record, width: int) -> Table:
     columns = {"ms [p20-p80]": 22, "speed-up": 8, "of roof": 7, "peak MB": 7}
     if wide:
         columns |= {"GB/s": 6, "TFLOP/s": 7, "error": 7}
-    more = extras(record)
+    more = extras(record, wide)
     columns |= dict.fromkeys(more, 8)
     grid = Table(box=None, pad_edge=False, title=title(case), title_justify="left")
     grid.title_style = "bold"
@@ -100,9 +102,11 @@ def bench_table(case: Case, record: Record, width: int) -> Table:
     return grid
 
 
-def extras(record: Record) -> dict[str, Callable[[Case, str], RenderableType]]:
-    """Return the columns that only some records have, by header."""
+def extras(record: Record, wide: bool) -> dict[str, Callable[[Case, str], RenderableType]]:
+    """Return the columns that only some records have, by header; a narrow table omits steps/s."""
     every = {"target": _target_cell, "in a graph": _graph_cell, "launches": _launches_cell}
+    every |= {"tokens/s": _tokens_cell, "held MB": _held_cell}
+    every |= {"steps/s": _steps_cell} if wide else {}
     return {
         header: cell
         for header, cell in every.items()
@@ -126,6 +130,21 @@ def _graph_cell(case: Case, name: str) -> str:
 
 def _launches_cell(case: Case, name: str) -> str:
     return _given(case["providers"][name].get("launches"), "{}")
+
+
+def _steps_cell(case: Case, name: str) -> str:
+    median = case["providers"][name]["median_ms"]
+    return number(1e3 / median) if median and case.get("tokens") else ""
+
+
+def _tokens_cell(case: Case, name: str) -> str:
+    rate = case["providers"][name].get("tokens_s")
+    return number(rate) if rate else ""
+
+
+def _held_cell(case: Case, name: str) -> str:
+    held = case["providers"][name].get("held_bytes")
+    return number(held / 1e6) if held else ""
 
 
 def busy_machine(record: Record) -> str | None:
@@ -156,10 +175,10 @@ def above_roof(row: Provider) -> str | None:
 
 def title(case: Case, without: str = "") -> str:
     """Format a case's title; `without`: "M" or "r" to leave out."""
-    size = f"{case['N']}x{case['K']}"
+    size = f"{case['N']}x{case['K']}" if case["N"] else ""
     shape = "" if case["shape"] in (size, f"{case['M']}x{size}") else f"{case['shape']} "
     if case["M"] is not None and without != "M":
-        size = f"{case['M']}x{size}"
+        size = f"{case['M']}x{size}" if size else f"{case['M']} tokens"
     rank = f", r={case['r']}" if case["r"] and without != "r" else ""
     return f"{case['op']} {shape}{size}{rank}, {SHORT[case['dtype']]}, {case['mode']}"
 
