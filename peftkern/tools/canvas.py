@@ -116,13 +116,13 @@ class Canvas:
     def names(self, axis: Axes, names: Sequence[tuple[float, str]], series) -> None:
         taken: list[tuple[float, float]] = []
         for x, name in names:
-            y = max(y for one in series for a, y in zip(one.x, one.y, strict=True) if a == x)
+            y = min(y for one in series for a, y in zip(one.x, one.y, strict=True) if a == x)
             at = axis.transData.transform((x, y))
             half = 0.28 * (SIZE - 1) * len(name)
             middle = min(max(at[0], 56 + half), self.width - half)
             if all(middle - half > end or middle + half < begin for begin, end in taken):
                 taken.append((middle - half, middle + half))
-                where = middle, self.height - at[1] - 9
+                where = middle, self.height - max(at[1] - 17, axis.bbox.y0 + 4)
                 self.text(*where, name, color=MUTED, size=SIZE - 1, anchor="center")
 
 

@@ -153,8 +153,8 @@ def lines(
 ) -> Figure:
     """Draw points, joined or not, with their names in their colors above.
 
-    `roof`: slope up to its ridge, and the height where it is flat. `names`: texts at an x, above
-    the highest point there, as far as there is room.
+    `roof`: slope up to its ridge, and the height where it is flat. `names`: texts at an x, below
+    the lowest point there, as far as there is room.
     """
     page = Canvas(width, height, title, description)
     rows = page.key(series)
@@ -165,7 +165,7 @@ def lines(
     if roof is not None:
         values, xs = [*values, roof[1]], [*xs, roof[1] / roof[0]]
     scale(axis, "x", xs, log_x, 1.5 if roof else 1.12, ticks)
-    scale(axis, "y", values, log_y, 1.3, ())
+    scale(axis, "y", values, log_y, 1.8 if names else 1.3, ())
     axis.grid(color=LINE, linewidth=1)
     page.text(0, top + 4, y_label, color=MUTED, size=SIZE - 1)
     middle = 52 + (width - 62) / 2

@@ -273,6 +273,13 @@ def test_losses_stand_beside_wins():
     ]
 
 
+def test_a_whole_step_has_no_weight_and_a_script_no_budget():
+    step = case(provider("peftkern", 1.0), N=None, K=None, r=None, command="", op="training_step")
+    page = Page(report.render(record(step, budget_s=None, not_reached=["a"])))
+    assert page.rows[1][0] == "layer, 16 tokenstraining step, forward + backward, bf16"
+    assert "budget" not in page.texts["dt"] and "Not reached: a" in page.texts["p"]
+
+
 @pytest.mark.parametrize(
     ("medians", "said"),
     [
