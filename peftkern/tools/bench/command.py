@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from peftkern.tools.bench import compare, machine, providers, report, terminal, training_step
+from peftkern.tools import pages
+from peftkern.tools.bench import compare, machine, providers, terminal, training_step
 from peftkern.tools.bench.cases import (
     DTYPES,
     FIRST_GROUPED,
@@ -181,6 +182,8 @@ def outputs(options: Options, names: set[str]) -> Outputs:
     for option in ("json", "csv", "html"):
         if (path := getattr(options, option)) is not None:
             _check_target(f"--{option}", path)
+    if options.html is not None:
+        pages.require("--html")
     if options.fail_if is not None and options.compare is None:
         raise ValueError("--fail-if: needs --compare and an earlier record")
     earlier = None if options.compare is None else compare.read(options.compare)
@@ -350,7 +353,9 @@ def write(record: Record, outputs: Outputs) -> None:
     if outputs.csv is not None:
         machine.write_text(outputs.csv, as_csv(record))
     if outputs.html is not None:
-        report.write_html(record, outputs.html)
+        from peftkern.tools.bench import report  # imports matplotlib
+
+        report.write_html(record, outputs.html, outputs.earlier, outputs.fail_if)
 
 
 def as_csv(record: Record) -> str:
