@@ -113,4 +113,4 @@ def test_bad_input_is_one_line(tmp_path, capfd):
     refused(capfd, "no: No such file or directory", "monitor", tmp_path / "no")
     refused(capfd, "expected a file", "monitor", tmp_path)
     refused(capfd, "bad: expected the JSON lines", "monitor", good, bad)
-    refused(capfd, "--json is not accepted", "monitor", good, "--follow", "--json")
+    refused(capfd, "--follow: accepted without", "monitor", good, "--follow", "--json")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from peftkern.monitor.records import bytes_text, ms_text, name_of
+from peftkern.monitor.records import name_of, value_text
 from peftkern.tools.monitor.run import COUNTS, Run
 
 MEDIANS = ("step_seconds", "tokens_per_second")
@@ -115,15 +115,6 @@ def loss_difference(one: Run, other: Run) -> tuple[list[int], list[float]]:
     return list(apart), list(apart.values())
 
 
-def value_text(name: str, value: float) -> str:
-    """Format a value of a record."""
-    if name.endswith("_bytes"):
-        return bytes_text(value)
-    if name.endswith("seconds"):
-        return ms_text(value)
-    return f"{value:,.0f}" if name == "tokens_per_second" else f"{value:,.4g}"
-
-
 def _quantities(facts: dict[str, Any]) -> dict[str, tuple[float, str]]:
     """Return the number of each quantity that is there, to be divided, and a text of it."""
     found = {"steps": (facts["steps"], f"{facts['steps']:,}")}
@@ -141,7 +132,7 @@ def _quantities(facts: dict[str, Any]) -> dict[str, tuple[float, str]]:
             found[name] = (course["last"], text)
         if course["not_finite"]:
             found[f"{name}, not finite"] = (math.nan, f"{course['not_finite']:,} records")
-    found |= {name: (peak, bytes_text(peak)) for name, peak in facts["peaks"].items()}
+    found |= {name: (peak, value_text(name, peak)) for name, peak in facts["peaks"].items()}
     return found | {name: (facts[name], f"{facts[name]:,}") for name in COUNTS}
 
 

@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from peftkern.monitor.records import line_of, name_of
+from peftkern.monitor.records import line_of, name_of, value_text
 from peftkern.tools.monitor.run import Run
-from peftkern.tools.monitor.summary import losses_apart, names, state, table, value_text
+from peftkern.tools.monitor.summary import losses_apart, names, state, table
 
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*%#"
 ROWS = 4  # of a chart
