@@ -88,6 +88,7 @@ class Series:
         return COLORS[f"series-{self.number % SERIES}"][0]
 
 
+@matplotlib.rc_context(STYLE)
 def bars(
     panels: Sequence[tuple[str, Sequence[Bar]]],
     *,
@@ -107,7 +108,9 @@ def bars(
     head = [30 if name else 6 for name, _ in panels]
     height = sum(top + row * len(rows) + 26 for top, (_, rows) in zip(head, panels, strict=True))
     page = _Canvas(width, height, title, description)
-    left, right = (int(width * 0.36), width - 118) if beside else (6, width - 6)
+    longest = max((len(bar.label) for _, rows in panels for bar in rows), default=0)
+    labels = min(max(0.56 * SIZE * longest + 14, 0.3 * width), 0.5 * width) if beside else width
+    left, right = (labels, width - 118) if beside else (6, width - 6)
     top = 0.0
     for space, (name, rows) in zip(head, panels, strict=True):
         if name:
@@ -116,26 +119,27 @@ def bars(
         values = [bar.value for bar in rows if bar.value]
         axis = page.axes(left, top, right - left, row * len(rows))
         axis.set_ylim(row * len(rows), 0)
-        ticks = _ratios(axis, values) if origin else _amounts(axis, values)
+        ticks = _ratios(axis, values, not beside) if origin else _amounts(axis, values)
         for index, bar in enumerate(rows):
-            _bar(page, axis, bar, (top, index * row, row), ticks, origin, beside)
+            _bar(page, axis, bar, (top, index * row, row), ticks, origin, labels if beside else 0)
         axis.set_xticks(ticks if values else [], [f"{tick:g}{unit}" for tick in ticks if values])
         top += row * len(rows) + 26
     return page.figure
 
 
-def _bar(page, axis, bar: Bar, place, ticks, origin: float, beside: bool) -> None:
-    """Draw one row; `place`: top of the panel on the page, of the row in it, and its height."""
+def _bar(page, axis, bar: Bar, place, ticks, origin: float, beside: float) -> None:
+    """Draw one row; `place`: top of the panel on the page, of the row in it, and its height;
+    `beside`: width of the labels at its left, 0 for labels above."""
     (top, start, row), color = place, COLORS[bar.color][0]
     middle = start + (row / 2 if beside else row - 10)
     words = top + (middle + 4 if beside and not bar.note else start + 15)
-    room = page.width * 0.35 if beside else page.width - 8 - 0.6 * SIZE * len(bar.says)
+    room = beside - 8 if beside else page.width - 8 - 0.6 * SIZE * len(bar.says)
     page.text(0, words, bar.label, room=room, tip=bar.tip or bar.label)
     if bar.note:
         page.text(0, words + 14, bar.note, color=MUTED, size=SIZE - 1, room=room)
     says = {"color": color, "weight": "bold", "tip": bar.tip}
     if beside and bar.value is None:
-        page.text(page.width * 0.36 + 6, top + middle + 4, bar.says, **says, room=page.width * 0.6)
+        page.text(beside + 6, top + middle + 4, bar.says, **says, room=page.width - beside)
     elif beside:
         page.text(page.width - 108, top + middle + 4, bar.says, **says)
     else:
@@ -156,6 +160,7 @@ def _bar(page, axis, bar: Bar, place, ticks, origin: float, beside: bool) -> Non
     axis.vlines(origin, middle - 11, middle + 11, color=INK, linewidth=1.2)
 
 
+@matplotlib.rc_context(STYLE)
 def lines(
     series: Sequence[Series],
     *,
@@ -223,6 +228,7 @@ def _points(axis: Axes, one: Series, joined: bool, markers: bool) -> None:
         spot.set_gid(f"tip:{clean(tip)}")
 
 
+@matplotlib.rc_context(STYLE)
 def strips(
     rows: Sequence[tuple[str, int, Sequence[float], float]],
     *,
@@ -366,8 +372,7 @@ class _Canvas:
     """Page in pixels from the top left, for text and axes."""
 
     def __init__(self, width: float, height: float, title: str, description: str) -> None:
-        with matplotlib.rc_context(STYLE):
-            self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+        self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         self.figure.patch.set_visible(False)
         self.figure.words = clean(title), clean(description)
         self.width, self.height = width, height
@@ -378,15 +383,13 @@ class _Canvas:
         if len(text) > most:
             text, tip = f"{text[: max(most - 1, 1)]}…", tip or text
         at = x / self.width, 1 - y / self.height
-        with matplotlib.rc_context(STYLE):
-            drawn = self.figure.text(*at, text, color=color, size=size, weight=weight, ha=anchor)
+        drawn = self.figure.text(*at, text, color=color, size=size, weight=weight, ha=anchor)
         if tip:
             drawn.set_gid(f"tip:{clean(tip)}")
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         place = left / self.width, 1 - (top + height) / self.height
-        with matplotlib.rc_context(STYLE):
-            axis = self.figure.add_axes((*place, width / self.width, height / self.height))
+        axis = self.figure.add_axes((*place, width / self.width, height / self.height))
         axis.patch.set_visible(False)
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0, labelsize=SIZE - 1, labelcolor=MUTED, which="both")
@@ -423,12 +426,13 @@ class _Canvas:
                 self.text(*where, name, color=MUTED, size=SIZE - 1, anchor="center")
 
 
-def _ratios(axis: Axes, values: Sequence[float]) -> list[float]:
+def _ratios(axis: Axes, values: Sequence[float], narrow: bool) -> list[float]:
     """Set a logarithmic axis around 1 and the values; return its ticks."""
     low, high = min([*values, 0.8]) / 1.15, max([*values, 1.25]) * 1.15
     axis.set_xscale("log")
+    axis.xaxis.set_minor_locator(FixedLocator([]))
     axis.set_xlim(low, high)
-    return _decimal(low, high, 6)
+    return _spaced(_decimal(low, high, 6), math.log(high / low) * (0.13 if narrow else 0.1))
 
 
 def _amounts(axis: Axes, values: Sequence[float]) -> list[float]:
@@ -440,7 +444,7 @@ def _amounts(axis: Axes, values: Sequence[float]) -> list[float]:
 def _decimal(low: float, high: float, most: int) -> list[float]:
     """Return at most so many round numbers, evenly spread on a logarithmic axis."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for mantissas in ((1, 1.25, 1.5, 2, 3, 4, 6, 8), (1, 2, 4, 8), (1, 2, 5), (1, 3), (1,)):
+    for mantissas in ((1, 1.25, 1.5, 2, 3, 4, 6, 8), (1, 2, 5), (1, 3), (1,)):
         found = [float(f"{m}e{e}") for e in range(first, last + 1) for m in mantissas]
         found = [tick for tick in found if low <= tick <= high]
         if len(found) <= most:
@@ -449,8 +453,18 @@ def _decimal(low: float, high: float, most: int) -> list[float]:
     return [tick for tick in found if round(math.log10(tick)) % step == 0]
 
 
+def _spaced(ticks: Sequence[float], gap: float) -> list[float]:
+    """Leave out those nearer to another than a ratio of e^gap; those next to 1 stay."""
+    kept: list[float] = []
+    for tick in sorted(ticks, key=lambda tick: abs(math.log(tick))):
+        if all(abs(math.log(tick / one)) >= gap for one in kept):
+            kept.append(tick)
+    return sorted(kept)
+
+
 def _scale(axis, which: str, values: Sequence[float], log: bool, margin: float, ticks) -> None:
-    """Set an axis around the values; `ticks`, if given, are thinned until they have room."""
+    """Set an axis around the values; `ticks`, if given, are thinned until they have room
+    on a logarithmic axis."""
     low, high = min(values, default=1.0), max(values, default=1.0)
     if log:
         low, high = low / margin, high * margin
@@ -465,13 +479,8 @@ def _scale(axis, which: str, values: Sequence[float], log: bool, margin: float, 
         found = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
     getattr(axis, f"set_{which}lim")(low, high)
     one = getattr(axis, f"{which}axis")
-    if ticks:
-        kept, length = [], math.log(high / low) if log else high - low
-        for tick in found:
-            gap = math.log(tick / kept[-1]) if kept and log else tick - kept[-1] if kept else length
-            if gap / length > 0.11:
-                kept.append(tick)
-        found = kept
+    if ticks and log:
+        found = _spaced(found, 0.11 * math.log(high / low))
     one.set_major_locator(FixedLocator(found))
     one.set_minor_locator(FixedLocator([]))
     one.set_major_formatter(lambda value, _: f"{value:g}")
