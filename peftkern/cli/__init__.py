@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,10 +64,20 @@ def _options(
     pass
 
 
+def _command() -> Any:
+    """Return the command line as click has it, without the "<bool>" that typer puts after flags."""
+    group = typer.main.get_command(app)
+    for command in (group, *group.commands.values()):
+        for parameter in command.get_params(typer.Context(command)):
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+    return group
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line (default: that of this process) and return its exit status."""
     try:
-        return app(args=arguments, prog_name="peftkern", standalone_mode=False) or 0
+        return _command()(args=arguments, prog_name="peftkern", standalone_mode=False) or 0
     except typer.Exit as done:
         return done.exit_code
     except (typer.Abort, KeyboardInterrupt):

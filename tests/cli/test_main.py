@@ -13,6 +13,7 @@ from checkpoint_folders import save_llama
 from command_line import refused, run
 from monitor_runs import start
 from monitor_runs import write as write_run
+from processes import run_code
 
 import peftkern
 from peftkern.cli import app, main
@@ -26,6 +27,20 @@ def test_version_is_the_package_s(capfd):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{peftkern.__version__}\n", "")
     assert main(["--version"]) == 0
     assert capfd.readouterr() == (done.stdout, "")
+
+
+LIGHT = """
+import sys
+from peftkern.cli import main
+for arguments in sys.argv[1:]:
+    main(arguments.split())
+print(*{"torch", "numpy", "peft", "transformers"}.intersection(sys.modules), "end")
+"""
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    asked = ["--help", "--version", "version", "nonsense", *(f"{name} --help" for name in COMMANDS)]
+    assert run_code(LIGHT, *asked).splitlines()[-1] == "end"
 
 
 def test_bad_input_is_one_line_and_status_2(capfd):
@@ -43,6 +58,7 @@ def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     assert any(f"peftkern {command}" in line for line in lines)
     prose = lines[: next(i for i, line in enumerate(lines) if line.startswith("╭"))]
     assert max(map(len, lines)) <= 80
+    assert not any("<bool>" in line for line in lines)
     # Filled, not broken where the source is: the next word would not have fitted.
     for line, after in itertools.pairwise(prose):
         assert not (line and after) or len(line) + 1 + len(after.split()[0]) > 79
