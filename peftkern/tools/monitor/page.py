@@ -82,13 +82,14 @@ def _thinned(at: list[int], values: list[float]) -> tuple[list[float], list[floa
 def _ranks(name: str, run: Run) -> Figure:
     """Draw the rank of each layer over the steps, layers of a kind together."""
     last = max(run.ranks[-1][0] + 1, run.points[-1][0] if run.points else 0)
-    rows = []
-    for layer in sorted(run.ranks[-1][1], key=lambda layer: layer.rpartition(".")[2]):
+    kinds = {layer: layer.rpartition(".")[2] for layer in run.ranks[-1][1]}
+    order, rows = list(kinds.values()), []
+    for layer in sorted(kinds, key=lambda layer: order.index(kinds[layer])):
         history = [(step, ranks.get(layer, 0)) for step, ranks in run.ranks]
         changes = history[:1] + [b for a, b in itertools.pairwise(history) if a[1] != b[1]]
         ends = [step for step, _ in changes[1:]] + [last]
         parts = [(step, end, rank) for (step, rank), end in zip(changes, ends, strict=True)]
         tip = f"{layer}: {history[0][1]} to {history[-1][1]}"
-        rows.append((layer.rpartition(".")[2], tip, parts))
+        rows.append((kinds[layer], tip, parts))
     label = f"rank of each layer, {name}"
     return charts.stretches(rows, title=label, y_label=label, x_label="step")
