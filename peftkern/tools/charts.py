@@ -8,6 +8,7 @@ and the others are. Text stays text, in the reader's fonts. The same data gives 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -16,7 +17,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
+import matplotlib.colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -148,6 +149,7 @@ def lines(
     ticks: Sequence[float] = (),
     joined: bool = True,
     markers: bool = True,
+    from_zero: bool = False,
     roof: tuple[float, float] | None = None,
     names: Sequence[tuple[float, str]] = (),
 ) -> Figure:
@@ -165,7 +167,10 @@ def lines(
     if roof is not None:
         values, xs = [*values, roof[1]], [*xs, roof[1] / roof[0]]
     scale(axis, "x", xs, log_x, 1.5 if roof else 1.12, ticks)
-    scale(axis, "y", values, log_y, 1.8 if names else 1.3, ())
+    above = 1.8 if names else 1.3
+    scale(axis, "y", [*values, 0.0] if from_zero else values, log_y, above, ())
+    if from_zero:
+        axis.set_ylim(bottom=min([*values, 0.0]))
     axis.grid(color=LINE, linewidth=1)
     page.text(0, top + 4, y_label, color=MUTED, size=SIZE - 1)
     middle = 52 + (width - 62) / 2
@@ -220,6 +225,51 @@ def strips(
         ys = [y for _ in samples for y in (top + 18, top + 30, math.nan)]
         axis.add_line(Line2D(xs, ys, color=color, linewidth=1, alpha=0.6))
         axis.vlines(median, top + 16, top + 33, color=INK, linewidth=2)
+    return page.figure
+
+
+def stretches(
+    rows: Sequence[tuple[str, str, Sequence[tuple[float, float, float]]]],
+    *,
+    title: str,
+    description: str = "",
+    x_label: str = "",
+    y_label: str = "",
+    width: int = NARROW,
+) -> Figure:
+    """Draw values over stretches of x as colors, from none at 0 to the fullest at the largest.
+
+    rows: (label, tip, stretches of (begin, end, value)); rows in turn that share a label have it
+    once, at their middle.
+    """
+    row = min(max(200 / max(len(rows), 1), 3), 16)
+    page = Canvas(width, 24 + row * len(rows) + 40, title, description)
+    every = [part for _, _, parts in rows for part in parts]
+    most = max((value for _, _, value in every), default=0) or 1
+    blue = matplotlib.colors.to_rgb(COLORS["series-0"][0])
+    axis = page.axes(84, 24, width - 94, row * len(rows))
+    scale(axis, "x", [x for begin, end, _ in every for x in (begin, end)], False, 1.0, ())
+    axis.set_ylim(len(rows), 0)
+    for index, (_, tip, parts) in enumerate(rows):
+        spans = [(begin, end - begin) for begin, end, _ in parts]
+        shades = [(*blue, value / most) for _, _, value in parts]
+        drawn = axis.broken_barh(spans, (index, 1), facecolors=shades, linewidth=0)
+        drawn.set_gid(f"tip:{clean(tip)}")
+    first = 0
+    for label, group in itertools.groupby(label for label, _, _ in rows):
+        last = first + len(list(group))
+        axis.axhline(first, color=LINE, linewidth=1)
+        page.text(0, 28 + row * (first + last) / 2, label, size=SIZE - 1, room=80)
+        first = last
+    key = page.axes(width - 82, 4, 50, 10)
+    key.set_xticks([])
+    for fifth in range(6):
+        key.axvspan(fifth, fifth + 1, facecolor=(*blue, fifth / 5), linewidth=0)
+    page.text(width - 86, 13, "0", color=MUTED, size=SIZE - 1, anchor="right")
+    page.text(width - 28, 13, f"{most:g}", color=MUTED, size=SIZE - 1)
+    page.text(0, 13, y_label, color=MUTED, size=SIZE - 1, room=width - 100)
+    middle, below = 84 + (width - 94) / 2, 24 + row * len(rows) + 34
+    page.text(middle, below, x_label, color=MUTED, size=SIZE - 1, anchor="center")
     return page.figure
 
 
