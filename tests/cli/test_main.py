@@ -11,6 +11,8 @@ import shlex
 import pytest
 from checkpoint_folders import save_llama
 from command_line import refused, run
+from monitor_runs import start
+from monitor_runs import write as write_run
 from processes import run_code
 
 import peftkern
@@ -46,7 +48,9 @@ def test_bad_input_is_one_line_and_status_2(capfd):
     refused(capfd, "No such option: --loud", "version", "--loud")
 
 
-@pytest.mark.parametrize("command", ["bench", "doctor", "explain", "plan", "quantize", "tune"])
+@pytest.mark.parametrize(
+    "command", ["bench", "doctor", "explain", "monitor", "plan", "quantize", "tune"]
+)
 def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"]) == 0
@@ -71,7 +75,7 @@ COMMANDS = {
     for command in app.registered_commands
 }
 EXAMPLES = [name for name, function in COMMANDS.items() if "Example:" in function.__doc__]
-assert set(EXAMPLES) == {"bench", "explain", "plan", "quantize", "tune"}
+assert set(EXAMPLES) == {"bench", "explain", "monitor", "plan", "quantize", "tune"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -81,6 +85,7 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     if name == "quantize":
         save_llama(tmp_path / "models" / "llama3-8b")
+    write_run(tmp_path / "run.jsonl", start())
     ran = []
     monkeypatch.setattr(bench_command, "execute", lambda plan: ran.append(plan.budget) or 0)
     ready = lambda job, progress: ran.append(job.budget) or tune.Outcome()  # noqa: E731
