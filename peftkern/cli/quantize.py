@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftkern.cli.frame import DTYPES, InputError, dtype_name, in_words, parse_bytes, present_device
+from peftkern.cli.frame import (
+    DTYPES,
+    InputError,
+    Stopped,
+    dtype_name,
+    in_words,
+    parse_bytes,
+    present_device,
+)
 
 if TYPE_CHECKING:
     from peftkern.tools.quantize.file_plan import Plan, Size
@@ -121,11 +130,11 @@ def quantize(
     except CheckpointError as error:
         raise InputError(in_words(error, "blocksize", "skip")) from error
     except OSError as error:  # a full disk, an unreadable file
-        hint = "; the same command goes on from there" if (destination / WORK).exists() else ""
+        hint = "; the same command goes on from there" if os.path.exists(destination / WORK) else ""
         raise InputError(f"{error}{hint}") from error
     except KeyboardInterrupt:
-        if (destination / WORK).exists():
-            print("peftkern: stopped; the same command goes on from here", file=sys.stderr)
+        if os.path.exists(destination / WORK):
+            raise Stopped("stopped; the same command goes on from here") from None
         raise
     print(_report(summary, destination))
 
