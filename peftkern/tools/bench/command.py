@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from peftkern.tools.bench import compare, machine, providers, report, terminal
+from peftkern.tools.bench import compare, machine, providers, report, terminal, training_step
 from peftkern.tools.bench.cases import (
     DTYPES,
     FIRST_GROUPED,
@@ -44,6 +44,7 @@ from peftkern.tools.bench.shapes import (
     percent,
     seconds,
 )
+from peftkern.tools.bench.training_run import TrainingBench
 
 PIPED_WIDTH = 120
 MAX_RANK = 4096
@@ -64,7 +65,7 @@ class Options:
     op: str
     shapes: str | None
     rows: str | None
-    dtype: str
+    dtype: str | None
     mode: str | None
     r: str
     baselines: str
@@ -79,6 +80,7 @@ class Options:
     compare: Path | None
     fail_if: str | None
     repro: bool
+    training: training_step.Options | None  # of --model
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Plan:
     seconds: float
     budget: float
     outputs: Outputs
+    job: training_step.Job | None = None  # in the place of problems
 
 
 def plan(options: Options) -> Plan:
@@ -118,10 +121,12 @@ def plan(options: Options) -> Plan:
         raise ValueError(f"--seed: expected 0 to {MAX_SEED}, got {options.seed}")
     with pinned(options.threads) as threads:  # only to check their number
         pass
+    if options.training is not None:
+        return _training_plan(options, device, threads)
     ops = chosen("--op", options.op, tuple(OPS))
     dtypes = [
         DTYPES.get(one, one)
-        for one in chosen("--dtype", options.dtype, (*DTYPES, *DTYPES.values()))
+        for one in chosen("--dtype", options.dtype or "bf16", (*DTYPES, *DTYPES.values()))
     ]
     names, absent = providers.select(
         items("--baselines", options.baselines, providers.ACCEPTED), ops, device
@@ -152,6 +157,22 @@ def plan(options: Options) -> Plan:
         seconds=seconds("--seconds", options.seconds),
         budget=seconds("--budget", options.budget),
         outputs=outputs(options, {problem.name for problem in found}),
+    )
+
+
+def _training_plan(options: Options, device: str, threads: int) -> Plan:
+    job = training_step.plan(options.training, options.r, options.dtype, device, options.seed)
+    return Plan(
+        problems=[],
+        baselines=[],
+        not_installed={},
+        device=device,
+        threads=threads,
+        seed=options.seed,
+        seconds=0.0,
+        budget=seconds("--budget", options.budget),
+        outputs=outputs(options, {job.facts["name"]}),
+        job=job,
     )
 
 
@@ -241,16 +262,19 @@ def measure(plan: Plan) -> Record:
     )
     with ended_by(signal.SIGTERM), pinned(plan.threads) as threads, bar:
         task = bar.add_task("", total=1.0)
-        bench = Bench(
-            plan.problems,
-            plan.baselines,
-            device=plan.device,
-            threads=threads,
-            seed=plan.seed,
-            seconds=plan.seconds,
-            budget=plan.budget,
-            commands=lambda problem: command_of(plan, problem),
-        )
+        if plan.job is not None:
+            bench = TrainingBench(plan.job, threads=threads, budget=plan.budget)
+        else:
+            bench = Bench(
+                plan.problems,
+                plan.baselines,
+                device=plan.device,
+                threads=threads,
+                seed=plan.seed,
+                seconds=plan.seconds,
+                budget=plan.budget,
+                commands=lambda problem: command_of(plan, problem),
+            )
 
         def tick(doing: str, share: float) -> None:
             bar.update(task, description=doing, completed=share, refresh=True)
