@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftkern.cli.frame import DTYPES, InputError, dtype_name, in_words, parse_bytes, present_device
+from peftkern.cli.frame import (
+    DTYPES,
+    InputError,
+    Stopped,
+    dtype_name,
+    in_words,
+    parse_bytes,
+    present_device,
+)
 
 if TYPE_CHECKING:
     from peftkern.tools.quantize.file_plan import Plan, Size
@@ -124,7 +133,7 @@ def _one_line(destination: Path | None) -> Iterator[None]:
     from peftkern.tools.quantize.staging import WORK
 
     def resumable() -> bool:
-        return destination is not None and (destination / WORK).exists()
+        return destination is not None and os.path.exists(destination / WORK)
 
     try:
         yield
@@ -135,7 +144,7 @@ def _one_line(destination: Path | None) -> Iterator[None]:
         raise InputError(f"{error}{hint}") from error
     except KeyboardInterrupt:
         if resumable():
-            print("peftkern: stopped; the same command goes on from here", file=sys.stderr)
+            raise Stopped("stopped; the same command goes on from here") from None
         raise
 
 

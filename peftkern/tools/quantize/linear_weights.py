@@ -275,7 +275,7 @@ def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
         layers += [module_name, f"{module_name}.{name}"]
     for name in skip:
         with contextlib.suppress(re.error):
-            if not all(should_convert_module(layer, [name]) for layer in layers):
+            if name and not all(should_convert_module(layer, [name]) for layer in layers):
                 continue
         examples = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
         raise CheckpointError(f"skip: no linear layer is called {name!r}; there are {examples}")
