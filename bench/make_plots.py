@@ -12,20 +12,15 @@ python bench/make_plots.py --check   exit 1 if a file is missing or outdated
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from make_tables import OURS, PLOTS, ROOT, THEMES, TITLES, plot_name, shown
 
-# Inches, because nothing is fitted: the width of text depends on the fonts of the machine.
-WIDTH, LEFT, RIGHT, ROW = 8.0, 3.7, 7.5, 0.2
-TITLE, TICKS, CAPTION = 0.35, 0.35, 0.3
-INK = {"light": "#1f2328", "dark": "#e6edf3"}
-LINES = {"light": "#d1d9e0", "dark": "#3d444d"}
-# Blue and orange differ for the color-blind, too; both are readable on white and on near-black.
-WIN, LOSS, ALIKE = "#3b82c4", "#d9730d", "#8b949e"
+from peftkern.tools import charts
+
+WIDTH = 720  # of README's column, about
 LEGEND = (
     "the peer's time over peftkern's, log scale: blue faster, orange slower, gray within the noise"
 )
@@ -53,74 +48,18 @@ def overlap(a: dict, b: dict, unit: str) -> bool:
 
 def drawn(records: dict[str, dict], theme: str) -> str:
     """Draw the SVG of one device."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    panels = {stem: list(pairs(record)) for stem, record in records.items()}
-    panels = {stem: bars for stem, bars in panels.items() if bars}
-    ink, lines = INK[theme], LINES[theme]
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "peftkern",
-        "font.family": "sans-serif",
-        "font.size": 8,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "axes.edgecolor": lines,
-    }
-    with matplotlib.rc_context(style):
-        height = sum(TITLE + len(bars) * ROW + TICKS for bars in panels.values()) + CAPTION
-        figure = pyplot.figure(figsize=(WIDTH, height))
-        figure.patch.set_alpha(0)
-        top = height
-        for stem, bars in panels.items():
-            bottom = top - TITLE - len(bars) * ROW
-            place = (LEFT / WIDTH, bottom / height)
-            size = ((RIGHT - LEFT) / WIDTH, len(bars) * ROW / height)
-            panel(figure.add_axes((*place, *size)), TITLES[stem], bars, ink, lines)
-            top = bottom - TICKS
-        figure.text(0.5, 0.1 / height, LEGEND, ha="center")
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-        pyplot.close(figure)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+    panels = []
+    for stem, record in records.items():
+        if rows := [bar(*pair) for pair in pairs(record)]:
+            panels.append((TITLES[stem], rows))
+    figure = charts.bars(panels, title="Speed-up over each peer", description=LEGEND, width=WIDTH)
+    return charts.svg(figure, theme)
 
 
-def panel(axis, title: str, bars: list[tuple[str, float, bool]], ink: str, lines: str) -> None:
-    """Draw one stem: a bar from 1 to each ratio."""
-    axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
-    axis.set_xscale("log")
-    for y, (_, ratio, alike) in enumerate(bars):
-        color = ALIKE if alike else WIN if ratio > 1 else LOSS
-        axis.barh(y, ratio - 1, left=1, height=0.7, color=color)
-        text = f"{'≈ ' if alike else ''}{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
-        side = "left" if ratio >= 1 else "right"
-        axis.annotate(
-            text,
-            (ratio, y),
-            xytext=(3 if ratio >= 1 else -3, 0),
-            textcoords="offset points",
-            ha=side,
-            va="center",
-            fontsize=7,
-        )
-    ratios = [ratio for _, ratio, _ in bars]
-    axis.set_xlim(min(0.5, 0.4 * min(ratios)), max(2.0, 2.0 * max(ratios)))
-    axis.set_ylim(len(bars) - 0.4, -0.6)  # from the top down
-    axis.axvline(1, color=ink, linewidth=0.8)
-    axis.set_yticks(range(len(bars)), [label for label, _, _ in bars])
-    axis.tick_params(axis="y", length=0)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axis.xaxis.set_minor_formatter("")
-    axis.grid(axis="x", color=lines, linewidth=0.5)
-    axis.set_axisbelow(True)
-    axis.set_facecolor("none")
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
+def bar(label: str, ratio: float, alike: bool) -> charts.Bar:
+    says = f"{'≈ ' if alike else ''}{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
+    color = "level" if alike else "faster" if ratio > 1 else "slower"
+    return charts.Bar(label, says, ratio, color)
 
 
 def plots(results: Path) -> dict[str, str]:

@@ -3,8 +3,9 @@
     model = get_peft_model(base, LoraConfig(...))
     report = peftkern.patch(model)
 
-Importing this package imports neither peft, transformers, bitsandbytes nor triton: what needs them
-is imported when it is first used.
+Importing this package imports nothing, torch not either: each name below brings its module when it
+is first used, and what needs peft, transformers, bitsandbytes or triton imports them then. The ops
+`torch.ops.peftkern.*` exist from the first use on, or from `import peftkern.functional`.
 """
 
 from __future__ import annotations
@@ -12,28 +13,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from peftkern.backends.counts import reset_stats, stats
-from peftkern.backends.device import BackendUnavailableError
-from peftkern.backends.dispatch import use_backend
-from peftkern.formats.nf4 import NF4Weight
-from peftkern.functional import (
-    ExpertLinear,
-    dequantize_nf4,
-    explain,
-    grouped_lora_linear,
-    lora_experts,
-    lora_linear,
-    nf4_linear,
-    nf4_lora_linear,
-    quantize_nf4,
-    route,
-)
-
 if TYPE_CHECKING:
     from types import ModuleType
 
     from torch import nn
 
+    from peftkern.backends.counts import reset_stats, stats
+    from peftkern.backends.device import BackendUnavailableError
+    from peftkern.backends.dispatch import use_backend
+    from peftkern.formats.nf4 import NF4Weight
+    from peftkern.functional import (
+        ExpertLinear,
+        dequantize_nf4,
+        explain,
+        grouped_lora_linear,
+        lora_experts,
+        lora_linear,
+        nf4_linear,
+        nf4_lora_linear,
+        quantize_nf4,
+        route,
+    )
     from peftkern.integrations.peft.patch import PatchReport
     from peftkern.layers import quantize_
 
@@ -77,7 +77,7 @@ def _integration(function: str) -> ModuleType:
         return importlib.import_module("peftkern.integrations.peft")
 
 
-# Modules that are imported when they are first accessed.
+# What is imported when it is first accessed: modules, and public names that are not functional's.
 _MODULES = (
     "adalora",
     "dora",
@@ -89,14 +89,24 @@ _MODULES = (
     "monitor",
     "sparse",
 )
+_FLOORS = ("backends", "formats", "functional")  # not for users, and therefore not listed
+_HOMES = {
+    "BackendUnavailableError": "backends.device",
+    "NF4Weight": "formats.nf4",
+    "quantize_": "layers",
+    "reset_stats": "backends.counts",
+    "stats": "backends.counts",
+    "use_backend": "backends.dispatch",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name in _MODULES or name in _FLOORS:
         return importlib.import_module(f"peftkern.{name}")
-    if name == "quantize_":
-        return importlib.import_module("peftkern.layers").quantize_
-    raise AttributeError(f"module 'peftkern' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'peftkern' has no attribute {name!r}")
+    home = importlib.import_module(f"peftkern.{_HOMES.get(name, 'functional')}")
+    return globals().setdefault(name, getattr(home, name))
 
 
 def __dir__() -> list[str]:

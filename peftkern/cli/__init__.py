@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from peftkern.cli.bench import bench
 from peftkern.cli.doctor import doctor
 from peftkern.cli.explain import explain
 from peftkern.cli.frame import EXIT_BAD_INPUT, InputError
+from peftkern.cli.monitor import monitor
 from peftkern.cli.plan import plan
 from peftkern.cli.quantize import quantize
 from peftkern.cli.tune import tune
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (bench, doctor, explain, plan, quantize, tune):
+for _command in (bench, doctor, explain, monitor, plan, quantize, tune):
     # typer keeps the line breaks of a docstring.
     _help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_command.__doc__))
     app.command(help=_help)(_command)
@@ -63,10 +64,20 @@ def _options(
     pass
 
 
+def _command() -> Any:
+    """Return the command line as click has it, without the "<bool>" that typer puts after flags."""
+    group = typer.main.get_command(app)
+    for command in (group, *group.commands.values()):
+        for parameter in command.get_params(typer.Context(command)):
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+    return group
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line (default: that of this process) and return its exit status."""
     try:
-        return app(args=arguments, prog_name="peftkern", standalone_mode=False) or 0
+        return _command()(args=arguments, prog_name="peftkern", standalone_mode=False) or 0
     except typer.Exit as done:
         return done.exit_code
     except (typer.Abort, KeyboardInterrupt):

@@ -38,6 +38,7 @@ from peftkern.functional.grouped_linear import (
 )
 
 Gate = Callable[[Tensor], Tensor]
+_GATE_BYTES = 1 << 19  # of the rows of u whose gradient is computed together on a CPU
 
 
 class ExpertLinear(NamedTuple):
@@ -186,23 +187,42 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | N
     x, weights, A1, B1, _, A2, B2, rows, offsets, inverse, u, S1, S2, *tensors = saved
     gate, up, down, n, _ = ctx.options
     need_x, need_weights = ctx.needs_input_grad[:2]
-    with torch.enable_grad():
-        u = u.detach().requires_grad_(any(up[2]))
-        a = gate(u)
-    w, values = _by_row(weights, inverse)[:, None], a.detach()
-    weighted = (values * w).to(dy.dtype) if down[2][1] else None
+    w = _by_row(weights, inverse)[:, None]
+    weighted = (gate(u) * w).to(dy.dtype) if down[2][1] else None
     args = (dy.index_select(0, rows), offsets, weighted, None, S2, tensors[n:], down, A2, B2)
     da, dA2, dB2, _ = backward_op(*args)
-    dweights = dx = dA1 = dB1 = db1 = None
-    if need_weights:
-        by_row = torch.linalg.vecdot(da.to(_wide(da)), values.to(_wide(da)))
-        dweights = by_row[inverse].to(weights.dtype)
-    if any(up[2]):
-        (du,) = torch.autograd.grad(a, u, (da * w).to(a.dtype))
+    del args, weighted  # of a row per pair, as the rest: each is freed before the next is made
+    du, by_row = _gate_gradients(gate, u, da, w, any(up[2]), need_weights)
+    del da
+    dweights = by_row[inverse].to(weights.dtype) if need_weights else None
+    dx = dA1 = dB1 = db1 = None
+    if du is not None:
         args = (du, offsets, x, rows, S1, tensors[:n], up, A1, B1)
         dx, dA1, dB1, db1 = wanted(backward_op(*args), up[2])
+        del args, du
         dx = _combine(dx, inverse) if need_x else None
     return dx, dweights, dA1, dB1, db1, *wanted((dA2, dB2), down[2][1:3])
+
+
+def _gate_gradients(
+    gate: Gate, u: Tensor, da: Tensor, w: Tensor, need_u: bool, need_weights: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the gradients of u and of each row's routing weight; in blocks that fit a CPU's cache
+    there, as a gate's gradient holds several tensors of the size of u."""
+    step = max(1, len(u))
+    if u.is_cpu and not torch.compiler.is_compiling():
+        step = max(1, _GATE_BYTES // max(1, u.shape[1] * u.element_size()))
+    du = torch.empty_like(u) if need_u else None
+    by_row = da.new_empty(len(da), dtype=_wide(da)) if need_weights else None
+    for block in (slice(i, i + step) for i in range(0, len(u), step)):
+        with torch.enable_grad():
+            part = u[block].detach().requires_grad_(need_u)
+            a = gate(part)
+        if by_row is not None:
+            by_row[block] = torch.linalg.vecdot(da[block].to(_wide(da)), a.detach().to(_wide(da)))
+        if du is not None:
+            (du[block],) = torch.autograd.grad(a, part, (da[block] * w[block]).to(a.dtype))
+    return du, by_row
 
 
 def _differentiable_gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> list[Tensor | None]:

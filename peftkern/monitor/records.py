@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 Number = int | float
+FORMAT = "peftkern monitor 1"  # of a file; every "start" line states it
 # What a record may say of itself; `values` of the caller have other names.
 FIELDS = frozenset(
     {
@@ -60,12 +61,12 @@ class Summary:
         if not self.steps:
             return "no steps"
         lines = [
-            f"{self.steps:,} steps in {self.seconds:.4g} s, {_ms(self.step_seconds)} each "
-            f"[{_ms(self.step_seconds_p20)} - {_ms(self.step_seconds_p80)}]"
+            f"{self.steps:,} steps in {self.seconds:.4g} s, {ms_text(self.step_seconds)} each "
+            f"[{ms_text(self.step_seconds_p20)} - {ms_text(self.step_seconds_p80)}]"
         ]
         if self.tokens:
             lines.append(f"{self.tokens:,} tokens, {self.tokens_per_second:,.0f} a second")
-        lines += [f"{_name(key)} {_bytes(value)}" for key, value in self.memory.items()]
+        lines += [f"{name_of(key)} {bytes_text(value)}" for key, value in self.memory.items()]
         lines.append(
             f"{self.kernel_calls:,} calls of kernels, {self.reference_calls:,} of plain torch, "
             f"{self.fallbacks:,} fallbacks"
@@ -160,7 +161,7 @@ def line_of(record: dict[str, Any]) -> Text:
     """Format a record as one line of a terminal, what matters most first."""
     from rich.text import Text
 
-    parts = [f"step {record['step']:,}", f"{_ms(record['step_seconds'])}/step"]
+    parts = [f"step {record['step']:,}", f"{ms_text(record['step_seconds'])}/step"]
     if record["tokens"]:
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     parts += [f"{key} {value:.4g}" for key, value in record.items() if key not in FIELDS]
@@ -169,7 +170,7 @@ def line_of(record: dict[str, Any]) -> Text:
         shown = ("process_rss",)
     for key in shown:
         if f"{key}_bytes" in record:
-            parts.append(f"{_name(key)} {_bytes(record[f'{key}_bytes'])}")
+            parts.append(f"{name_of(key)} {bytes_text(record[f'{key}_bytes'])}")
     if "nvml_utilization_percent" in record:
         parts.append(f"busy {record['nvml_utilization_percent']}%")
     steps = record["steps"]
@@ -179,15 +180,15 @@ def line_of(record: dict[str, Any]) -> Text:
     return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
 
 
-def _name(key: str) -> str:
+def name_of(key: str) -> str:
     """Name a field: "peak allocated" of cuda_peak_allocated_bytes, "NVML used"."""
     words = key.removesuffix("_bytes").replace("rss", "RSS").replace("nvml", "NVML").split("_")
     return " ".join(words[1:] if words[0] == "cuda" else words)
 
 
-def _bytes(count: float) -> str:
+def bytes_text(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 10 else f"{seconds * 1e3:.3g} ms"
+def ms_text(seconds: float) -> str:
+    return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -10,6 +10,7 @@ import time
 import warnings
 from array import array
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from peftkern.backends.device import device_info
 from peftkern.monitor.clocks import CudaClock, WallClock
 from peftkern.monitor.memory import nvml_figures, process_memory
 from peftkern.monitor.records import (
+    FORMAT,
     JSONLines,
     Number,
     Summary,
@@ -86,6 +88,7 @@ class TrainingMonitor:
         nvml = nvml_figures(self.device)
         self._nvml_reason = nvml if isinstance(nvml, str) else None
         self.steps = 0
+        self._ranks: dict[str, int] = {}  # as they were last written
         self._finished = self._tokens = 0
         self._seconds = array("d")  # of every finished step
         self._since = [0, 0, 0.0]  # steps, tokens and seconds of the coming record
@@ -95,6 +98,7 @@ class TrainingMonitor:
             self._lines = JSONLines(self._jsonl)
             about = {
                 "type": "start",
+                "format": FORMAT,
                 "time": time.time(),
                 "device": str(self.device),
                 "device_name": device_info(self.device).name,
@@ -163,6 +167,20 @@ class TrainingMonitor:
         if self._live is not None:
             self._live.update(line_of(record), refresh=True)
         return record
+
+    def ranks(self, pattern: Mapping[str, int | Sequence[bool]], **values: Number) -> None:
+        """Write the rank of each layer, where a budget moves them, if one has changed.
+
+        pattern: ranks, or masks of triplets as `methods.adalora.RankAllocator.rank_pattern` returns
+            them: on a GPU that waits, so ask for it where a mask was drawn.
+        """
+        self._started()
+        check_values(values)
+        ranks = {k: v if isinstance(v, int) else sum(v) for k, v in pattern.items()}
+        if ranks != self._ranks:
+            self._ranks = ranks
+            record = {"type": "ranks", "time": time.time(), "step": self.steps}
+            self._write({**record, "ranks": ranks, **values})
 
     def memory(self) -> dict[str, int]:
         """Return bytes now and NVML's utilization in percent: what this device has of FIELDS."""

@@ -11,6 +11,9 @@ import shlex
 import pytest
 from checkpoint_folders import save_llama
 from command_line import refused, run
+from monitor_runs import start
+from monitor_runs import write as write_run
+from processes import run_code
 
 import peftkern
 from peftkern.cli import app, main
@@ -26,12 +29,28 @@ def test_version_is_the_package_s(capfd):
     assert capfd.readouterr() == (done.stdout, "")
 
 
+LIGHT = """
+import sys
+from peftkern.cli import main
+for arguments in sys.argv[1:]:
+    main(arguments.split())
+print(*{"torch", "numpy", "peft", "transformers"}.intersection(sys.modules), "end")
+"""
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    asked = ["--help", "--version", "version", "nonsense", *(f"{name} --help" for name in COMMANDS)]
+    assert run_code(LIGHT, *asked).splitlines()[-1] == "end"
+
+
 def test_bad_input_is_one_line_and_status_2(capfd):
     refused(capfd, "No such command 'nonsense'", "nonsense")
     refused(capfd, "No such option: --loud", "version", "--loud")
 
 
-@pytest.mark.parametrize("command", ["bench", "doctor", "explain", "plan", "quantize", "tune"])
+@pytest.mark.parametrize(
+    "command", ["bench", "doctor", "explain", "monitor", "plan", "quantize", "tune"]
+)
 def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"]) == 0
@@ -39,6 +58,7 @@ def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     assert any(f"peftkern {command}" in line for line in lines)
     prose = lines[: next(i for i, line in enumerate(lines) if line.startswith("╭"))]
     assert max(map(len, lines)) <= 80
+    assert not any("<bool>" in line for line in lines)
     # Filled, not broken where the source is: the next word would not have fitted.
     for line, after in itertools.pairwise(prose):
         assert not (line and after) or len(line) + 1 + len(after.split()[0]) > 79
@@ -55,7 +75,7 @@ COMMANDS = {
     for command in app.registered_commands
 }
 EXAMPLES = [name for name, function in COMMANDS.items() if "Example:" in function.__doc__]
-assert set(EXAMPLES) == {"bench", "explain", "plan", "quantize", "tune"}
+assert set(EXAMPLES) == {"bench", "explain", "monitor", "plan", "quantize", "tune"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -65,6 +85,7 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     if name == "quantize":
         save_llama(tmp_path / "models" / "llama3-8b")
+    write_run(tmp_path / "run.jsonl", start())
     ran = []
     monkeypatch.setattr(bench_command, "execute", lambda plan: ran.append(plan.budget) or 0)
     ready = lambda job, progress: ran.append(job.budget) or tune.Outcome()  # noqa: E731

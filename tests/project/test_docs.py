@@ -9,6 +9,7 @@ import make_plots
 import make_tables
 import pytest
 
+from peftkern.tools import charts
 from peftkern.tools.bench import machine
 
 
@@ -53,11 +54,11 @@ def test_losses_are_drawn_like_wins_and_noise_as_noise(results):
         ("a/bf16 · slow", 3.0, False),
         ("a/bf16 · same", 1.05, True),
     ]
-    for text in make_plots.plots(results).values():
+    for name, text in make_plots.plots(results).items():
         for label in ("a/bf16 · fast", ">0.50x<", ">3.00x<", ">≈ 1.05x<"):
             assert label in text
-        for color in (make_plots.WIN, make_plots.LOSS, make_plots.ALIKE):
-            assert f"fill: {color}" in text
+        for kind in ("faster", "slower", "level"):
+            assert f'fill="{charts.COLORS[kind]["dark" in name]}"' in text
 
 
 def test_a_wrong_result_has_no_bar():

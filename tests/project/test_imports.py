@@ -209,14 +209,29 @@ def test_native_code_includes_no_torch_header():
         assert bad == [], path
 
 
-def test_import_loads_no_peer():
+@pytest.mark.parametrize(
+    ("code", "heavy"), [("peftkern", HEAVY | {"torch"}), ("peftkern.stats", HEAVY)]
+)
+def test_import_loads_no_peer_and_torch_at_the_first_use(code, heavy):
     code = (
-        "import sys, torch; before = set(sys.modules); import peftkern; "
-        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+        f"import sys, peftkern; {code}; "
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     loaded = set(run_code(code).split())
     assert "peftkern" in loaded
-    assert loaded & HEAVY == set()
+    assert loaded & heavy == set()
+    assert ("torch" in loaded) == ("torch" not in heavy)
+
+
+def test_first_use_inside_a_compiled_function():
+    code = (
+        "import torch, peftkern\n"
+        "@torch.compile(backend='eager', fullgraph=True)\n"
+        "def f(x, w, A, B): return peftkern.lora_linear(x, w, A, B, scaling=2.0)\n"
+        "x, w, A, B = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)\n"
+        "print(f(x, w, A, B).unique().tolist())"
+    )
+    assert run_code(code) == "[12.0]\n"
 
 
 def completions(text: str) -> list[str]:

@@ -17,6 +17,7 @@ from peftkern.backends.cpu.nf4_grouped_products import backward_product, forward
 from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, optional, strided
 
 _NO_FACTOR = (0, 0, 0, 0, 0)
+_TURNED_BYTES = 1 << 20  # of a gradient on its way to another order, a quarter of it at most
 
 
 def refusal_forward(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
@@ -221,6 +222,7 @@ def backward(
         weight = weight if need_dx else None
         outputs = dx if need_dx else None
         dS = _linear(dy, groups, K, weight, not transposed, base, None, a, b, scaling, 1.0, outputs)
+        del a, b, base  # copies as large as the gradients below
     if need_dA:
         dA = _gradient(lora_A, x, groups_of(x, offsets, rows), dS)
     if need_dB:
@@ -289,12 +291,33 @@ def _gradient(
         _outer_(parts, x, groups, s, scale, turned)
         inner = factor.new_zeros((*factor.shape[1:], factor.shape[0]))  # in one sweep of memory
         return inner.index_copy_(2, hit, parts.permute(1, 2, 0).contiguous()).permute(2, 0, 1)
-    gradient, parts = torch.empty_like(factor), factor.new_empty(factor.shape)
-    _outer_(parts, x, groups, s, scale, turned)
-    if not groups_last:
-        return gradient.copy_(parts)
-    _groups_innermost(gradient).copy_(parts.flatten(1).t())
+    gradient = torch.empty_like(factor)
+    step = max(1, min(_TURNED_BYTES // max(1, factor[0].nbytes), groups.E // 4))
+    for first in range(0, groups.E, step):
+        some, part = slice(first, first + step), _slice(groups, x, s, first, first + step)
+        parts = factor.new_empty((part[0].E, *factor.shape[1:]))
+        _outer_(parts, part[1], part[0], part[2], scale, turned)
+        if groups_last:
+            _groups_innermost(gradient)[:, some].copy_(parts.flatten(1).t())
+        else:
+            gradient[some].copy_(parts)
+        del parts  # before the next ones are made
     return gradient
+
+
+def _slice(
+    groups: Groups, x: Tensor, s: Tensor, first: int, end: int
+) -> tuple[Groups, Tensor, Tensor]:
+    """Return the groups from `first` to before `end`, and the rows of x and s that are theirs."""
+    offsets = groups.offsets[first:end]
+    if not len(offsets):
+        return groups._replace(E=0, offsets=offsets), x, s
+    rows = slice(int(groups.offsets[first - 1]) if first else 0, int(offsets[-1]))
+    s, offsets = s[rows], offsets - rows.start
+    if groups.rows is None:
+        x = x[rows]
+        return Groups(len(x), len(offsets), len(x), offsets, None), x, s
+    return Groups(len(s), len(offsets), groups.T, offsets, groups.rows[rows]), x, s
 
 
 def _outer_(

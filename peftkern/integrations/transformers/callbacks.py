@@ -19,6 +19,7 @@ from peftkern.integrations.packages import needed_by
 from peftkern.monitor import FIELDS, TrainingMonitor, scalars
 
 with needed_by("peftkern.integrations.transformers"):
+    from peft.tuners.adalora.layer import AdaLoraLayer
     from peft.tuners.adalora.model import AdaLoraModel
     from tqdm.auto import tqdm
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -91,7 +92,8 @@ class MonitorCallback(TrainerCallback):
     Tokens are those that the shapes of the inputs of this process tell, padding included; with
     `include_num_input_tokens_seen` they are what the Trainer counted, in all processes. They are
     missing under `torch_compile` without that option. Loading data is part of a step; evaluating
-    and saving are not, though the calls of an evaluation count with those of the next steps.
+    and saving are not, though the calls of an evaluation count with those of the next steps. Of an
+    AdaLoRA model the file also gets the ranks of all layers, whenever they have changed.
 
     Args: jsonl, a file for the records (only of the first process); device, as for TrainingMonitor.
     """
@@ -106,6 +108,8 @@ class MonitorCallback(TrainerCallback):
         self._options = {"jsonl": jsonl, "device": device}
         self._hook: Any = None
         self._tokens = 0
+        self._tuner: AdaLoraModel | None = None
+        self._pattern: dict[str, list[bool]] | None = None
 
     @classmethod
     def attach(cls, trainer: Trainer, **options: Any) -> MonitorCallback:
@@ -133,6 +137,9 @@ class MonitorCallback(TrainerCallback):
         self.monitor = TrainingMonitor(**options, every=0).start()
         if model is not None and not self._counted and not args.torch_compile:
             self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+        self._tuner = _find_tuner(model)
+        if self._tuner is not None:
+            self._write_ranks(state)
 
     def on_step_end(
         self,
@@ -147,6 +154,8 @@ class MonitorCallback(TrainerCallback):
         else:
             tokens, self._tokens = self._tokens, 0
         self.monitor.step(tokens)
+        if self._tuner is not None and self._pattern is not _rank_pattern(self._tuner):
+            self._write_ranks(state)
 
     def on_log(
         self,
@@ -187,6 +196,18 @@ class MonitorCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._stop()
+
+    def _write_ranks(self, state: TrainerState) -> None:
+        """Write the ranks of the mask that is there; before the first one those of the layers."""
+        adapter = self._tuner.trainable_adapter_name
+        self._pattern = _rank_pattern(self._tuner)
+        ranks = self._pattern or {
+            name: len(module.lora_E[adapter])
+            for name, module in self._tuner.model.named_modules()
+            if isinstance(module, AdaLoraLayer) and adapter in module.lora_E
+        }
+        ranks = {name.partition(".lora_E")[0]: rank for name, rank in ranks.items()}
+        self.monitor.ranks(ranks, global_step=state.global_step)
 
     def _count_tokens(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
@@ -259,9 +280,20 @@ class AdaLoraCallback(TrainerCallback):
         tuner.update_and_allocate(step)
 
 
-def _tuner(model: nn.Module | None) -> AdaLoraModel:
+def _find_tuner(model: nn.Module | None) -> AdaLoraModel | None:
     modules = () if model is None else model.modules()
-    for module in modules:
-        if isinstance(module, AdaLoraModel) and hasattr(module, "rankallocator"):
-            return module
-    raise ValueError("model: AdaLoraCallback expects an AdaLoRA adapter in training, found none")
+    trained = (m for m in modules if isinstance(m, AdaLoraModel) and hasattr(m, "rankallocator"))
+    return next(trained, None)
+
+
+def _rank_pattern(tuner: AdaLoraModel) -> dict[str, list[bool]] | None:
+    return tuner.peft_config[tuner.trainable_adapter_name].rank_pattern
+
+
+def _tuner(model: nn.Module | None) -> AdaLoraModel:
+    tuner = _find_tuner(model)
+    if tuner is None:
+        raise ValueError(
+            "model: AdaLoraCallback expects an AdaLoRA adapter in training, found none"
+        )
+    return tuner

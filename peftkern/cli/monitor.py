@@ -1,0 +1,50 @@
+"""Command `peftkern monitor`: a recorded run, finished or not, or two of them compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def monitor(
+    run: Annotated[Path, typer.Argument(help="JSONL file of a TrainingMonitor or callback.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="One to compare with it.", show_default=False)
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on while the file grows, until Ctrl-C.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Show a run that peftkern.monitor records: loss, tokens/s, memory, ranks, kernels, fallbacks.
+
+    The file may still be growing. Of two runs: their curves side by side, medians with the ratio of
+    the second to the first, and how far their losses are apart.
+
+    Example: peftkern monitor run.jsonl
+    """
+    import contextlib
+    import json
+
+    from peftkern.cli.frame import InputError, bad_input
+    from peftkern.tools.monitor import terminal
+    from peftkern.tools.monitor.run import Run
+    from peftkern.tools.monitor.summary import compare, summary
+
+    runs = [Run(path) for path in (run, other) if path is not None]
+    if follow and as_json:
+        raise InputError("--follow: shows a terminal; --json is not accepted with it")
+    with bad_input():
+        for one in runs:
+            one.read()
+    if follow:
+        with bad_input(), contextlib.suppress(KeyboardInterrupt):
+            terminal.follow(runs)
+    elif as_json:
+        answer = {"runs": [summary(one) for one in runs]}
+        answer["comparison"] = compare(*runs) if runs[1:] else None
+        print(json.dumps(answer, indent=2, allow_nan=False))
+    else:
+        terminal.show(runs)

@@ -1,0 +1,155 @@
+"""One run, or two side by side, in a terminal of 80 columns: a table, small charts, counts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from peftkern.monitor.records import line_of, name_of
+from peftkern.tools.monitor.run import Run
+from peftkern.tools.monitor.summary import losses_apart, names, state, table, value_text
+
+BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*%#"
+ROWS = 4  # of a chart
+REFRESH_SECONDS = 1.0
+
+
+def show(runs: Sequence[Run]) -> None:
+    """Print what has been read."""
+    console = Console(highlight=False, markup=False)
+    console.print(_view(runs, console))
+
+
+def follow(runs: Sequence[Run]) -> None:
+    """Show runs until all have ended; where the output is no terminal, a line for each record.
+
+    Raises: as `Run.read`.
+    """
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.print(_view(runs, console))
+        while not all(run.finished for run in runs):
+            time.sleep(REFRESH_SECONDS)
+            for run in runs:
+                for record in run.read():
+                    console.print(Text(f"{run.path.name}  ") + line_of(record), soft_wrap=True)
+        return
+    with Live(_view(runs, console), console=console, auto_refresh=False) as live:
+        while not all(run.finished for run in runs):
+            time.sleep(REFRESH_SECONDS)
+            for run in runs:
+                run.read()
+            live.update(_view(runs, console), refresh=True)
+
+
+def plot(
+    at: Sequence[int],
+    values: Sequence[float],
+    span: tuple[int, int],
+    bounds: tuple[float, float],
+    size: tuple[int, int],
+    levels: str = BLOCKS,
+) -> list[str]:
+    """Draw values over steps as lines of blocks, as high in each column as the mean there.
+
+    span, bounds: steps and values at the edges; size: columns and rows. A column that no step falls
+    into repeats the one before; NaN leaves it empty.
+    """
+    (columns, rows), (begin, end), (low, high) = size, span, bounds
+    found: list[list[float]] = [[] for _ in range(columns)]
+    for step, value in zip(at, values, strict=True):
+        found[min((step - begin) * columns // max(end - begin, 1), columns - 1)].append(value)
+    heights, last = [], math.nan
+    for column in found:
+        last = sum(column) / len(column) if column else last
+        share = (last - low) / (high - low) if high > low else 0.5
+        heights.append(1 + round(share * (8 * rows - 1)) if math.isfinite(share) else 0)
+    return [
+        "".join(levels[min(max(height - 8 * row, 0), 8)] for height in heights)
+        for row in reversed(range(rows))
+    ]
+
+
+def _view(runs: Sequence[Run], console: Console) -> Group:
+    parts: list[RenderableType] = []
+    for name, run in zip(names(runs), runs, strict=True):
+        parts.append(Text.assemble((name, "bold"), f"  {state(run)}"))
+    if any(run.points for run in runs):
+        levels = ASCII if console.options.ascii_only else BLOCKS
+        parts += [_charts(runs, console.width, levels), Text()]
+        parts.append(_grid(["", *names(runs), "ratio"] if runs[1:] else ["", ""], table(runs)))
+        parts += [Text(losses_apart(*runs))] if runs[1:] else []
+        for name, run in zip(names(runs), runs, strict=True):
+            title = f" of {name}" if runs[1:] else ""
+            parts += [*_ranks(run, console.width, levels, title), *_calls(run, title)]
+    return Group(*parts)
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    grid = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def _charts(runs: Sequence[Run], width: int, levels: str) -> Table:
+    """Draw the charts two beside each other: the same quantity of two runs, on one scale."""
+    values = runs[0].values()
+    memory = "cuda_allocated_bytes" if runs[0].curve("cuda_allocated_bytes")[0] else ""
+    cells = []
+    for name in (*values[:1], "tokens_per_second", memory or "process_rss_bytes", "fallbacks"):
+        curves = [run.curve(name) for run in runs]
+        finite = [y for _, ys in curves for y in ys if math.isfinite(y)]
+        if not finite or not any(finite):
+            continue
+        bounds = (min(finite) if name in values else 0.0, max(finite))
+        span = (min(at[0] for at, _ in curves if at), max(at[-1] for at, _ in curves if at))
+        for at, ys in curves:
+            lines = plot(at, ys, span, bounds, (width // 2 - 12, ROWS), levels)
+            edges = [value_text(name, value) for value in reversed(bounds)]
+            labels = [edges[0], *[""] * (ROWS - 2), edges[1]]
+            each = " per step" if name == "fallbacks" else ""
+            title = f"{name_of(name)}{each}, steps {span[0]:,} - {span[1]:,}"
+            text = "\n".join(f"{a:>9} {b}" for a, b in zip(labels, lines, strict=True))
+            cells.append(Text(f"\n{title}\n{text}", no_wrap=True))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for i in range(0, len(cells), 2):
+        grid.add_row(*cells[i : i + 2])
+    return grid
+
+
+def _ranks(run: Run, width: int, levels: str, title: str) -> list[RenderableType]:
+    if not run.ranks:
+        return []
+    rows = []
+    at = [step for step, _ in run.ranks]
+    span = (at[0], max(at[-1], run.points[-1][0] if run.points else 0))
+    curves = run.mean_ranks()
+    most = max(max(means) for _, means in curves.values())
+    for kind, (at, means) in curves.items():
+        (line,) = plot(at, means, span, (0.0, most), (width // 2, 1), levels)
+        rows.append([kind, f"{means[0]:.3g} to {means[-1]:.3g}", line])
+    return [Text(), _grid([f"mean rank{title}", "", ""], rows)]
+
+
+def _calls(run: Run, title: str) -> list[RenderableType]:
+    steps = run.totals["steps"]
+    rows = [
+        [*name.split(" on "), f"{count:,}", f"{count / steps:,.4g}"]
+        for name, count in run.calls.most_common()
+    ]
+    parts: list[RenderableType] = []
+    if rows:
+        parts += [Text(), _grid([f"op{title}", "on", "calls", "per step"], rows)]
+    if run.fallback_reasons:
+        rows = [[f"{count:,}", why] for why, count in run.fallback_reasons.most_common()]
+        parts += [Text(), _grid(["fallbacks", ""], rows)]
+    return parts
