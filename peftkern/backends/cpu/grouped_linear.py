@@ -21,70 +21,28 @@ _NO_FACTOR = (0, 0, 0, 0, 0)
 _TURNED_BYTES = 1 << 20  # of a gradient on its way to another order, a quarter of it at most
 
 
-def refusal_forward(
-    x: Tensor,
-    rows: Tensor | None,
-    offsets: Tensor,
-    weight: Tensor | None,
-    transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-) -> str | None:
+def refusal_forward(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
     """Refuse dtypes and devices."""
     return refusal_dense(x) or _refusal_factors(lora_A, lora_B)
 
 
-def refusal_backward(
-    dy: Tensor,
-    offsets: Tensor,
-    x: Tensor | None,
-    rows: Tensor | None,
-    S: Tensor | None,
-    weight: Tensor | None,
-    transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    needs: list[bool],
-) -> str | None:
-    """Refuse dtypes and devices."""
-    return refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+def refusal_backward(dy: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
+    """Refuse what forward refuses."""
+    return refusal_forward(dy, lora_A, lora_B)
 
 
 def refusal_nf4_forward(
-    x: Tensor,
-    rows: Tensor | None,
-    offsets: Tensor,
-    w: list[Tensor],
-    layout: list[int],
-    transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
+    x: Tensor, layout: list[int], lora_A: Tensor | None, lora_B: Tensor | None
 ) -> str | None:
     """Refuse empty weights, blocks that cross them, dtypes and devices."""
-    return _refusal_stack(layout) or refusal_dense(x) or _refusal_factors(lora_A, lora_B)
+    return _refusal_stack(layout) or refusal_forward(x, lora_A, lora_B)
 
 
 def refusal_nf4_backward(
-    dy: Tensor,
-    offsets: Tensor,
-    x: Tensor | None,
-    rows: Tensor | None,
-    S: Tensor | None,
-    w: list[Tensor],
-    layout: list[int],
-    transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    needs: list[bool],
+    dy: Tensor, layout: list[int], lora_A: Tensor | None, lora_B: Tensor | None
 ) -> str | None:
-    """Refuse empty weights, blocks that cross them, dtypes and devices."""
-    return _refusal_stack(layout) or refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+    """Refuse what forward refuses."""
+    return refusal_nf4_forward(dy, layout, lora_A, lora_B)
 
 
 def _refusal_stack(layout: list[int]) -> str | None:
