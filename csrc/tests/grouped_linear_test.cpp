@@ -139,7 +139,9 @@ void check_columns(Case& c, DType dtype) {
   Values in(dtype, c.E * columns, 1), stack(dtype, c.E * columns), out(dtype, c.E * columns, 1);
   in.randomize();
   out.randomize();
-  for (int64_t i = 0; i < c.E * columns; ++i) stack.set(i, 7);
+  stack.randomize();
+  std::vector<float> before;
+  for (int64_t i = 0; i < c.E * columns; ++i) before.push_back(stack.at(i));
   GroupColumnsArgs args;
   args.groups = c.groups(), args.columns = columns, args.dtype = dtype;
   args.in = in.data(), args.out = stack.data(), args.threads = static_cast<int>(pick({1, 3}));
@@ -149,8 +151,9 @@ void check_columns(Case& c, DType dtype) {
   for (int64_t e = 0; e < c.E; ++e) {
     const bool empty = c.offsets[e] == (e > 0 ? c.offsets[e - 1] : 0);
     for (int64_t i = 0; i < columns; ++i) {
-      const double value = in.at(i * c.E + e);
-      if (stack.at(e * columns + i) != (empty ? 7 : value)) fail("grouped_collect differs");
+      const int64_t at = e * columns + i;
+      const float value = in.at(i * c.E + e);
+      if (stack.at(at) != (empty ? before[at] : value)) fail("grouped_collect differs");
       if (out.at(i * c.E + e) != (empty ? 0 : value)) fail("grouped_spread differs");
     }
   }
@@ -231,8 +234,7 @@ void check_malformed(Isa isa) {
       [](auto& args) { args.in = nullptr; },
       [](auto& args) { args.out = nullptr; },
   };
-  check_refusals("grouped_collect", moved, wrong,
-                 [](const auto& args) { grouped_collect(args); });
+  check_refusals("grouped_collect", moved, wrong, [](const auto& args) { grouped_collect(args); });
   check_refusals("grouped_spread", moved, wrong, [](const auto& args) { grouped_spread(args); });
 }
 
