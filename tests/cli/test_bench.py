@@ -154,9 +154,11 @@ def test_csv_has_a_line_per_case_and_provider(peers):
 def test_a_report_of_an_earlier_record_is_the_same_file(peers, tmp_path, capfd):
     _, record, folder = peers
     written = (folder / "new.html").read_text(encoding="utf-8")
-    assert written == report.render(record)
+    old = folder / "old.json"
+    assert written == report.render(record, json.loads(old.read_text()))
     again = tmp_path / "again.html"
-    assert main(["bench", f"--from={folder / 'new.json'}", f"--html={again}"]) == 0
+    given = (f"--from={folder / 'new.json'}", f"--compare={old}", f"--html={again}")
+    assert main(["bench", *given]) == 0
     assert "speed-up" in capfd.readouterr().out
     assert again.read_text(encoding="utf-8") == written
 
