@@ -49,7 +49,9 @@ demo: build
 test: $(INSTALLED)
 	$(MAKE) --jobs=2 sanitize pytest
 
-# Two processes share the cores, so idle OpenMP threads must sleep instead of spinning.
+# Two processes share the cores, so idle OpenMP threads must sleep instead of spinning. Tests start
+# hundreds of processes, each of which would compile the package again were bytecode not kept.
+pytest test-long: export PYTHONDONTWRITEBYTECODE =
 pytest: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
 		-m "not long" $(TESTS)

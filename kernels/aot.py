@@ -67,11 +67,13 @@ class Resources:
     spills: int
     shared: int
     ahead: int | None = None
-    loops: tuple[tuple[int, int], ...] = ()
+    loops: tuple[tuple[int, int], ...] | None = ()
 
     def __str__(self) -> str:
         ahead = "-" if self.ahead is None else self.ahead
-        loops = "+".join(f"{length}/{barriers}" for length, barriers in self.loops) or "-"
+        loops = "?"
+        if self.loops is not None:
+            loops = "+".join(f"{length}/{barriers}" for length, barriers in self.loops) or "-"
         return f"{self.registers:4d} {self.spills:6d} {self.shared:7d} {ahead:>6} {loops}"
 
 
@@ -113,26 +115,27 @@ def record(call: Callable[[], object], arch: str) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, arch: str) -> Resources:
-    """Compile a recorded launch for its architecture, without a GPU.
+def compile_launch(launch: Launch, arch: str, loops: bool = True) -> Resources:
+    """Compile a recorded launch for its architecture, without a GPU; its loops unread if told.
 
     Raises: what Triton raises for a kernel that does not compile.
     """
     target = TARGETS[arch]
     compiled = triton.compile(launch.source, target=target, options=launch.options)
-    return (_read_amd if target.backend == "hip" else _read_nvidia)(compiled)
+    return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled, loops)
 
 
-def _read_nvidia(compiled: Any) -> Resources:
+def _read_nvidia(compiled: Any, loops: bool = True) -> Resources:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (
+        wanted = [("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c")][: 1 + loops]
+        usage, *code = (
             subprocess.run(
                 [str(tools / tool), option, file.name], capture_output=True, text=True, check=True
             ).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+            for tool, option in wanted
         )
     registers, stack, local = (
         int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
@@ -140,7 +143,8 @@ def _read_nvidia(compiled: Any) -> Resources:
     waits = re.findall(r"async_wait.*\bnum = (\d+)", compiled.asm["ttgir"])
     ahead = max(map(int, waits), default=None)
     shared = compiled.metadata.shared
-    return Resources(registers, stack + local, shared, ahead, innermost_loops(code))
+    found = innermost_loops(*code) if loops else None
+    return Resources(registers, stack + local, shared, ahead, found)
 
 
 def innermost_loops(sass: str) -> tuple[tuple[int, int], ...]:

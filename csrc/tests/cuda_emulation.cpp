@@ -14,7 +14,7 @@
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
-#ifdef __SANITIZE_ADDRESS__
+#ifdef PEFTKERN_ASAN
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -86,7 +86,7 @@ struct Context {
 };
 
 void arrived(void* fake_stack, Context* from) {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef PEFTKERN_ASAN
   __sanitizer_finish_switch_fiber(fake_stack, from ? &from->bottom : nullptr,
                                   from ? &from->size : nullptr);
 #else
@@ -98,7 +98,7 @@ void arrived(void* fake_stack, Context* from) {
 // `learn` is whose stack limits are unknown until somebody comes from it.
 void switch_context(Context& from, Context& to, Context* learn) {
   void* fake_stack = nullptr;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef PEFTKERN_ASAN
   __sanitizer_start_switch_fiber(&fake_stack, to.bottom, to.size);
 #endif
 #ifdef __x86_64__

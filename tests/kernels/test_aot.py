@@ -33,11 +33,21 @@ def parse(lines: list[str]) -> dict[str, tuple[int, int, int]]:
     return {name: tuple(map(int, numbers[:3])) for name, *numbers in rows}
 
 
+def equal(new: str, committed: str) -> bool:
+    """The lines of one launch; "?" stands for loops that were not read."""
+    if not new.endswith(" ?"):
+        return new == committed
+    return committed.startswith(new[:-1]) and len(committed) > len(new[:-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("archs", [("sm90",), pytest.param(ARCHS, marks=pytest.mark.long)])
 def test_launches_compile_fit_and_use_what_is_committed(archs, tmp_path):
-    """One test, so that one process compiles for all architectures, and once; here for one."""
-    only = ["--arch", *archs] if len(archs) == 1 else []
+    """One test, so that one process compiles for all architectures, and once; here for one.
+
+    Of that one the loops of each kernel's first launch are compared, and the rest of every launch.
+    """
+    only = ["--quick", "--arch", *archs] if len(archs) == 1 else []
     answer = run_python("bench/resources.py", *only, "--out", tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr  # every kernel has a launch, too
     names = [f"resources_{arch}.txt" for arch in archs]
@@ -56,7 +66,10 @@ def test_launches_compile_fit_and_use_what_is_committed(archs, tmp_path):
             assert spills == KNOWN_SPILLS.get((arch, launch), 0), (name, launch)
         version = re.search(r"Triton ([^:]+):", committed[0])[1]
         if version == triton.__version__:
-            assert new == committed, f"{name}: run `make aot` and look at the difference"
+            changed = [line for line in zip(new, committed, strict=True) if not equal(*line)]
+            assert not changed, f"{name}: run `make aot` and look at the difference"
+            read = {line.split("/")[0] for line in new if not line.endswith(" ?")}
+            assert read >= {launch.split("/")[0] for launch in parse(new)}
     if version != triton.__version__:
         pytest.skip(f"the report is of Triton {version}, installed is {triton.__version__}")
 
