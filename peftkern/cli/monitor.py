@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 
 def monitor(
@@ -19,6 +16,7 @@ def monitor(
     follow: Annotated[
         bool, typer.Option("--follow", help="Go on while the file grows, until Ctrl-C.")
     ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page, one file for a browser.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the charts, one SVG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -33,14 +31,21 @@ def monitor(
     import json
 
     from peftkern.cli.frame import InputError, bad_input
+    from peftkern.tools import pages
     from peftkern.tools.bench.machine import write_text
     from peftkern.tools.monitor import terminal
     from peftkern.tools.monitor.run import Run
     from peftkern.tools.monitor.summary import compare, summary
 
-    if follow and (as_json or svg):
-        raise InputError("--follow: accepted without --json and --svg")
-    page = _page("--svg", svg)
+    files = {"--html": html, "--svg": svg}
+    files = {option: path for option, path in files.items() if path is not None}
+    if follow and (as_json or files):
+        raise InputError("--follow: accepted without --html, --svg and --json")
+    for option, path in files.items():
+        with bad_input():
+            if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+                raise InputError(f"{option}: {path}: expected a file in a folder that is there")
+            pages.require(option)
     runs = [Run(path) for path in (run, other) if path is not None]
     with bad_input(), contextlib.suppress(KeyboardInterrupt):
         for one in runs:
@@ -48,29 +53,13 @@ def monitor(
         if follow:
             terminal.follow(runs)
             return
-    if svg is not None:
-        write_text(svg, page.svg(runs))
+    for option, path in files.items():
+        from peftkern.tools.monitor import page
+
+        write_text(path, {"--html": page.html, "--svg": page.svg}[option](runs))
     if as_json:
         answer = {"runs": [summary(one) for one in runs]}
         answer["comparison"] = compare(*runs) if runs[1:] else None
         print(json.dumps(answer, indent=2, allow_nan=False))
     else:
         terminal.show(runs)
-
-
-def _page(option: str, path: Path | None) -> ModuleType | None:
-    """Return what draws, if that is wanted, before anything is read.
-
-    Raises: InputError if it cannot draw or the file cannot be one.
-    """
-    from peftkern.cli.frame import InputError
-
-    if path is None:
-        return None
-    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
-        raise InputError(f"{option}: {path}: expected a file in a folder that is there")
-    try:
-        from peftkern.tools.monitor import page
-    except ModuleNotFoundError as error:
-        raise InputError(f"{option}: needs `pip install 'peftkern[report]'` ({error})") from error
-    return page

@@ -109,10 +109,18 @@ def test_a_followed_run_is_a_line_per_record_in_a_pipe_until_it_ends(tmp_path, c
     assert "step 8" in second and "loss nan" in second
 
 
+def test_files_are_written_beside_what_is_told(run, tmp_path, capfd):
+    html, svg = tmp_path / "run.html", tmp_path / "run.svg"
+    assert main(["monitor", str(run), "--html", str(html), "--svg", str(svg), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["runs"][0]["steps"] == STEPS
+    assert html.read_text().startswith("<!DOCTYPE html>") and svg.read_text().startswith("<svg")
+
+
 def test_bad_input_is_one_line(tmp_path, capfd):
     good, bad = write(tmp_path / "good", start()), write(tmp_path / "bad", {"a": 1})
     refused(capfd, "no: No such file or directory", "monitor", tmp_path / "no")
     refused(capfd, "expected a file", "monitor", tmp_path)
     refused(capfd, "bad: expected the JSON lines", "monitor", good, bad)
+    refused(capfd, "--html: ", "monitor", good, "--html", tmp_path / "no" / "out.html")
     refused(capfd, "--svg: ", "monitor", good, "--svg", tmp_path)
     refused(capfd, "--follow: accepted without", "monitor", good, "--follow", "--json")

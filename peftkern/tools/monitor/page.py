@@ -9,9 +9,17 @@ from collections.abc import Iterator, Sequence
 from matplotlib.figure import Figure
 
 from peftkern.monitor.records import name_of
-from peftkern.tools import charts
+from peftkern.tools import charts, pages
 from peftkern.tools.monitor.run import COUNTS, Run
-from peftkern.tools.monitor.summary import loss_difference, names
+from peftkern.tools.monitor.summary import (
+    COUNTED,
+    counts,
+    loss_difference,
+    losses_apart,
+    names,
+    state,
+    table,
+)
 
 POINTS = 400  # of a curve, at most: it has fewer pixels
 COLUMNS, GAP = 3, 24  # of an SVG file: charts beside each other, and pixels around them
@@ -42,6 +50,19 @@ def figures(runs: Sequence[Run]) -> Iterator[Figure]:
     for name, run in zip(called, runs, strict=True):
         if run.ranks:
             yield _ranks(name, run)
+
+
+def html(runs: Sequence[Run]) -> str:
+    """Return the page."""
+    return pages.render(
+        "monitor.html.j2",
+        names=names(runs),
+        states=[state(run) for run in runs],
+        apart=losses_apart(*runs) if runs[1:] else None,
+        figures=list(figures(runs)),
+        rows=table(runs),
+        counts={title: counts(runs, of) for of, title in COUNTED.items()},
+    )
 
 
 def svg(runs: Sequence[Run]) -> str:

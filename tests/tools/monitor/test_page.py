@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+import browser
 import pytest
 from monitor_runs import record_adalora, start, step, write
 
@@ -66,3 +67,26 @@ def test_numbers_that_are_not_finite_leave_no_trace(tmp_path):
     run.read()
     ET.fromstring(page.svg([run]))
     assert labels([run]) == []
+
+
+def test_a_page_holds_charts_tables_and_nothing_that_a_name_smuggles_in(run, tmp_path):
+    path = write(tmp_path / "<img src=x>.jsonl", start(device_name="<script>"), step(1))
+    hostile = Run(path)
+    hostile.read()
+    text = page.html([run, hostile])
+    assert text.count("<svg") == len(labels([run, hostile]))
+    assert "<img" not in text and text.count("<script") == 1  # the base template's own
+    assert "small dense product" in text and "losses" in text
+    assert text == page.html([run, hostile])
+
+
+@pytest.mark.skipif(not browser.FOUND, reason="there is no chromium on PATH")
+def test_a_browser_shows_it_without_a_complaint(run, other, tmp_path):
+    path = tmp_path / "run.html"
+    with browser.page(tmp_path / "profile") as tab:
+        for runs in ([run], [run, other]):
+            path.write_text(page.html(runs), encoding="utf-8")
+            for width, dark in ((360, True), (1440, False)):
+                tab.open(path, width, 800, dark)
+                assert tab.messages == [] and tab.requests == [path.as_uri()]
+                assert tab.value("document.documentElement.scrollWidth") == width
