@@ -187,7 +187,7 @@ def refusal_backward(
     lora_B: Tensor | None,
     keep: Tensor | None,
 ) -> str | None:
-    return refusal_forward(dy, layout, lora_A, lora_B, keep)
+    return refusal(dy, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
 def nf4_lora_linear_forward(

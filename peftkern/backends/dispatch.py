@@ -29,7 +29,7 @@ from peftkern.backends.device import (
     triton_interpreted,
     triton_missing,
 )
-from peftkern.backends.schemas import by_name
+from peftkern.backends.schemas import by_name, reads
 from peftkern.kernels import configs
 
 # Package and device type of a back end; None: every device.
@@ -96,15 +96,12 @@ class Candidate:
         """Give the reason against a call, or None."""
         if self.name in programs.PLAIN:
             return _never
-        if self.name != "triton":
-            return self._refusal
-        return lambda *args: _triton_refusal(args) or self._refusal(*args)
-
-    @functools.cached_property
-    def _refusal(self) -> Callable[..., str | None]:
         suffix = self.op.replace(self.family, "").strip("_").replace("__", "_")
-        name = f"refusal_{suffix}" if suffix else "refusal"
-        return by_name(self.op, getattr(self._module, name))
+        function = getattr(self._module, f"refusal_{suffix}" if suffix else "refusal")
+        if self.name != "triton":
+            return by_name(self.op, function)
+        pick = reads(self.op, function)  # without a function around it: each call costs host time
+        return lambda *args: _triton_refusal(args) or function(*pick(args))
 
 
 def _triton_refusal(args: tuple[Any, ...]) -> str | None:

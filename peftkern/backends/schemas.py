@@ -70,16 +70,21 @@ def operands(op: str) -> tuple[str, ...]:
     return tuple(argument.name for argument in schema.arguments)
 
 
-def by_name(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of some of an op's operands, by their names, as one of all of them.
+def reads(op: str, function: Callable[..., Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return what picks, of a tuple of all of an op's operands, those that a function names.
 
-    One that takes `*args` is given all of them by position, as it is.
+    For one that takes `*args` that is `tuple`: all of them, as they are.
     """
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values()):
-        return function
+        return tuple
     places = [operands(op).index(name) for name in parameters]
     if len(places) == 1:
-        return lambda *args: function(args[places[0]])
-    pick = operator.itemgetter(*places)
-    return lambda *args: function(*pick(args))
+        return operator.itemgetter(slice(places[0], places[0] + 1))
+    return operator.itemgetter(*places)
+
+
+def by_name(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of some of an op's operands, by their names, as one of all of them."""
+    pick = reads(op, function)
+    return function if pick is tuple else lambda *args: function(*pick(args))

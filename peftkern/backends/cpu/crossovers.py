@@ -35,7 +35,6 @@ FEW_ROWS = {"few_rows": (24, 24, 24, 28, 2), "few_rows_backward": (12, 8, 16, 6,
 _AVX512 = 2  # serves float32 on those after it, too
 
 _found: dict[str, int] = {}
-trust.on_reset(_found.clear)
 
 
 def crossover(name: str) -> int:
@@ -49,6 +48,7 @@ def crossover(name: str) -> int:
     return value
 
 
+@functools.cache  # asked by every product
 def few_rows(name: str, isa: int, dtype: torch.dtype) -> int:
     """Return up to how many rows, float32 or bfloat16, an NF4 product takes the path of few rows.
 
@@ -80,13 +80,20 @@ def effective() -> tuple[dict[str, int], str]:
     return shipped | tuned, f"{source} for {' '.join(kind)}{by_user}"
 
 
+@trust.on_reset
+def _forget() -> None:
+    _found.clear()
+    few_rows.cache_clear()
+
+
 @contextlib.contextmanager
 def use(**sizes: int) -> Iterator[None]:
     """Put crossovers in force for the length of a `with` block."""
     before = dict(_found)
     _found.update(effective()[0] | sizes)
+    few_rows.cache_clear()
     try:
         yield
     finally:
-        _found.clear()
+        _forget()
         _found.update(before)

@@ -33,7 +33,9 @@ def refusal_forward(x: Tensor, w: list[Tensor], layout: list[int], *args: object
     return refusal_dense(x)
 
 
-def refusal_backward(dy: Tensor, w: list[Tensor], layout: list[int]) -> str | None:
+def refusal_backward(
+    dy: Tensor, x: object, S: object, w: list[Tensor], layout: list[int], *args: object
+) -> str | None:
     """Refuse what forward refuses."""
     return refusal_forward(dy, w, layout)
 
