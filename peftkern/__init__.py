@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         route,
     )
     from peftkern.integrations.peft.patch import PatchReport
-    from peftkern.layers import quantize_
+    from peftkern.integrations.quantize import quantize_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -93,7 +93,7 @@ _FLOORS = ("backends", "formats", "functional")  # not for users, and therefore 
 _HOMES = {
     "BackendUnavailableError": "backends.device",
     "NF4Weight": "formats.nf4",
-    "quantize_": "layers",
+    "quantize_": "integrations.quantize",
     "reset_stats": "backends.counts",
     "stats": "backends.counts",
     "use_backend": "backends.dispatch",

@@ -40,7 +40,7 @@ def serve_nf4_experts(model: nn.Module) -> list[str]:
     served: list[str] = []
     if ALL_EXPERTS_FUNCTIONS is None:
         return served
-    for path, base in _models(model):
+    for path, base in models_of(model):
         chosen = base.get_experts_implementation()
         names = [name for name, module in base.named_modules() if _reason(module) is None]
         if names and _DEFAULT in chosen.values():
@@ -54,13 +54,13 @@ def serve_nf4_experts(model: nn.Module) -> list[str]:
 
 def stop_serving(model: nn.Module) -> None:
     """Undo `serve_nf4_experts`."""
-    for _, base in _models(model):
+    for _, base in models_of(model):
         before = base.__dict__.pop(_BEFORE, None)
         if before is not None:
             base.set_experts_implementation(before)
 
 
-def _models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+def models_of(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
     """Yield (name, model) of the outermost models of transformers."""
     found: list[str] = []
     for name, module in model.named_modules():

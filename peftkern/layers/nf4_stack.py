@@ -25,6 +25,7 @@ from peftkern.layers.nf4 import quantized
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PARTS = ("_packed", "_absmax")
+_LOST = "subtracting does not bring back what was there before (a patched model keeps that): "
 
 
 class NF4Stack(Tensor):
@@ -263,10 +264,11 @@ def _add(function: Any, stack: Tensor, other: Tensor, *, alpha: float = 1) -> Te
     """Add to a stack, or subtract from it, as merging and unmerging an adapter do."""
     if not (isinstance(stack, NF4Stack) and isinstance(other, Tensor)):
         return _on_dense(function, stack, other, alpha=alpha)
-    return _requantize(stack, other, lambda before, new: function(before, new, alpha=alpha))
+    said = _LOST if function is aten.sub_.Tensor else ""
+    return _requantize(stack, other, lambda w, new: function(w, new, alpha=alpha), said)
 
 
-def _requantize(stack: NF4Stack, other: Tensor, write: Callable) -> NF4Stack:
+def _requantize(stack: NF4Stack, other: Tensor, write: Callable, said: str = "") -> NF4Stack:
     """Write to dense experts, quantize again those that change, and warn of the error.
 
     One that is given the values that it reads as keeps its bytes: DDP copies a model onto itself.
@@ -288,8 +290,8 @@ def _requantize(stack: NF4Stack, other: Tensor, write: Callable) -> NF4Stack:
         error += (now - after).double().square().sum().item()
     if changed:
         warnings.warn(
-            f"{changed} of {len(stack)} experts were quantized to NF4 again: what was added has "
-            f"norm {math.sqrt(moved):.3g}, the rounding error has {math.sqrt(error):.3g}",
+            f"{said}{changed} of {len(stack)} experts were quantized to NF4 again: what was added "
+            f"has norm {math.sqrt(moved):.3g}, the rounding error has {math.sqrt(error):.3g}",
             stacklevel=2,
         )
     return stack

@@ -1,6 +1,6 @@
 """In-place quantization of a model's linear layers and fused experts to NF4.
 
-Users find it as `peftkern.quantize_` and `peftkern.layers.quantize_`.
+Users find it as `peftkern.quantize_`, which lets transformers save such a model, too.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def quantize_(
     An nn.Linear becomes an NF4Linear. A parameter [E, N, K] of a module whose class is called
     experts ("Qwen3MoeExperts.gate_up_proj") becomes an `NF4Stack`, an expert at a time: what reads
     it still reads dense values, and `patch` lets kernels read the stored ones. It makes no
-    difference whether PEFT has wrapped the model before or wraps it afterwards. transformers'
-    `save_pretrained` takes experts in NF4 of a model that `NF4ExpertsConfig` has loaded alone.
+    difference whether PEFT has wrapped the model before or wraps it afterwards.
+
+    After `peftkern.quantize_`, `save_pretrained` of a model of transformers 5 writes these bytes
+    and a config by which `from_pretrained` reads them: bitsandbytes', or if there are experts in
+    NF4 `NF4ExpertsConfig`, which has to be imported before it is read.
 
     Args:
         double_quant: of linear layers; experts keep their absmax in float32.
@@ -250,7 +253,16 @@ def _warn(reasons: dict[str, str], dense: dict[str, int] | None) -> None:
         kinds = ", ".join(f"{count:,} in {kind}" for kind, count in dense.items())
         said.append(f"most of the weights (nn.Linear and fused experts alone become NF4): {kinds}")
     if said:
-        warnings.warn(f"quantize_ leaves as they are: {'; '.join(said)}", stacklevel=3)
+        told = f"quantize_ leaves as they are: {'; '.join(said)}"
+        warnings.warn(told, stacklevel=_level_of_the_caller())
+
+
+def _level_of_the_caller() -> int:
+    """Return the `stacklevel` for the function that asks: of the first frame outside of here."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("peftkern."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _patterns(argument: str, value: Iterable[str]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from peftkern.integrations.peft.fallback import (
     PatchedForward,
     hooked,
     refused,
+    set_class,
     unusual_call,
     unusual_tensor,
 )
@@ -67,7 +68,68 @@ class Stack(NamedTuple):
     key: tuple
 
 
-class PatchedParamWrapper(PatchedForward, lora.ParamWrapper):
+class _Frozen(NamedTuple):
+    """Experts from before adapters were merged, and what tells that the merged ones are there."""
+
+    stack: NF4Stack
+    packed: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, stack: NF4Stack, merged: NF4Stack) -> _Frozen:
+        return cls(stack, merged._packed, _version(merged))
+
+    def replaced(self, now: NF4Stack) -> bool:
+        """Return whether the merged ones were written to or replaced, but for a move."""
+        if now._packed is self.packed:
+            return _version(now) != self.version
+        return now.device == self.packed.device
+
+
+def _version(stack: NF4Stack) -> int:
+    return 0 if stack.is_inference() else stack._version
+
+
+class InnerParamWrapper(lora.ParamWrapper):
+    """PEFT's `lora.ParamWrapper`, after which experts in NF4 are what they were before merging.
+
+    A merge quantizes them again, and what is subtracted from that later is not what was there. The
+    stored bytes, half a byte and a scale of 4 bytes for each block of weights, are kept beside the
+    merged ones while adapters are merged, and `unmerge` puts them back.
+    """
+
+    original = lora.ParamWrapper
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        param, frozen = self.get_param(), self.__dict__.pop("frozen_weight", None)
+        if frozen is not None and (not self.merged or frozen.replaced(param)):
+            frozen = None
+        if not self.merged and isinstance(param, NF4Stack):  # else adapters are in it already
+            with torch.inference_mode(False), torch.no_grad():
+                frozen = _Frozen.of(param.data, param)
+                param.data = param.data.clone()
+        try:
+            super().merge(safe_merge, adapter_names)
+        finally:
+            if frozen is not None and self.merged:
+                self.__dict__["frozen_weight"] = _Frozen.of(frozen.stack, param)
+            elif frozen is not None:
+                param.data = frozen.stack
+
+    def unmerge(self) -> None:
+        frozen, param = self.__dict__.pop("frozen_weight", None), self.get_param()
+        if frozen is None or not self.merged or frozen.replaced(param):
+            super().unmerge()
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            param.data = frozen.stack.to(param.device, param.dtype)
+        self.merged_adapters.clear()
+
+
+InnerParamWrapper.__name__ = "ParamWrapper"  # what repr shows
+
+
+class PatchedParamWrapper(PatchedForward, InnerParamWrapper):
     """PEFT's `lora.ParamWrapper` with the experts below it and their adapters as grouped ops."""
 
     original, op = lora.ParamWrapper, "lora_experts"
@@ -95,6 +157,12 @@ class PatchedParamWrapper(PatchedForward, lora.ParamWrapper):
 
 
 SWAPS: dict[type, type] = {lora.ParamWrapper: PatchedParamWrapper}
+
+
+def patch_inner(module: nn.Module) -> None:
+    """Swap the class of a wrapper inside one that is patched."""
+    if isinstance(module, lora.ParamWrapper):
+        set_class(module, InnerParamWrapper)
 
 
 def read_stack(layer: Any, device: torch.device) -> Stack | Fallback:

@@ -6,6 +6,10 @@ PEFT's operations run with the norms from `dora_norm`.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft.import_utils import is_bnb_4bit_available
@@ -26,6 +30,8 @@ from peftkern.integrations.peft.fallback import (
     unusual_tensor,
 )
 from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, fused
+from peftkern.layers import NF4Linear
+from peftkern.layers.base import linear_like
 
 
 class LoRALayer(PatchedLayer):
@@ -131,9 +137,80 @@ class LoRALayer(PatchedLayer):
 
 
 class PatchedLinear(LoRALayer, lora.Linear):
-    """PEFT's `lora.Linear` with the base layer and its first adapter as one op."""
+    """PEFT's `lora.Linear` with the base layer and its first adapter as one op.
+
+    Over `NF4Linear`, to whose bytes PEFT cannot add, a merge quantizes again and warns of the
+    error. The bytes from before are kept meanwhile, and `unmerge` puts them back.
+    """
 
     original, op = lora.Linear, "lora_linear"
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = self.base_layer
+        if type(base) is not NF4Linear:
+            super().merge(safe_merge, adapter_names)
+            return
+        frozen = _stored(base)
+        kept, merged = self.__dict__.pop("frozen_weight", None), list(self.merged_adapters)
+        if merged:  # what is there has adapters in it already
+            frozen = None if kept is None or kept[1] is not base.weight else kept[0]
+        dense = self._with_dense_base(super().merge, safe_merge, adapter_names)
+        if self.merged_adapters != merged:
+            _requantize(base, dense)
+        if frozen is not None and self.merged:
+            self.__dict__["frozen_weight"] = (frozen, base.weight)
+
+    def unmerge(self) -> None:
+        base, kept = self.base_layer, self.__dict__.pop("frozen_weight", None)
+        if type(base) is not NF4Linear or not self.merged:
+            super().unmerge()
+        elif kept is None or kept[1] is not base.weight:  # other weights came since
+            _requantize(base, self._with_dense_base(super().unmerge))
+        else:
+            base.load_state_dict(kept[0])
+            for name in self.merged_adapters:
+                self._caches.pop(f"{name}-weight_norm", None)  # of DoRA
+            self.merged_adapters.clear()
+
+    def _with_dense_base(self, function: Callable[..., None], *args: Any) -> nn.Linear:
+        """Let PEFT change a dense base layer, which it returns, while `base_layer` stays.
+
+        Raises: what PEFT raises, or ValueError if the weights are not finite then: nothing has
+        changed.
+        """
+        base, merged = self.base_layer, list(self.merged_adapters)
+        dense = linear_like(base, base.dequantize().float())
+        self.base_layer = dense
+        try:
+            function(*args)
+            if not torch.isfinite(dense.weight).all():
+                raise ValueError(
+                    "NF4 has no infinity and no NaN: expected adapters that are finite"
+                )
+        except BaseException:
+            self.merged_adapters[:] = merged
+            raise
+        finally:
+            self.base_layer = base
+        return dense
+
+
+def _stored(base: NF4Linear) -> dict[str, Tensor]:
+    """Return a layer's state, which loading into the layer does not write to."""
+    return {k: v.clone() if k == "bias" else v for k, v in base.state_dict().items()}
+
+
+@torch.no_grad()
+def _requantize(base: NF4Linear, dense: nn.Linear) -> None:
+    before = base.dequantize().float()
+    state = dense.state_dict()
+    base.load_state_dict({**state, "weight": state["weight"].to(base.nf4.dtype)})
+    moved, error = dense.weight - before, base.dequantize().float() - dense.weight
+    warnings.warn(
+        f"a weight was quantized to NF4 again: what was added has norm {moved.norm().item():.3g}, "
+        f"the rounding error has {error.norm().item():.3g}",
+        stacklevel=3,
+    )
 
 
 SWAPS: dict[type, type] = {lora.Linear: PatchedLinear}

@@ -122,8 +122,8 @@ def patch(model: nn.Module) -> PatchReport:
     Takes a PeftModel, the model inside it, any module that holds LoRA layers, or one such layer.
     Layers that are patched already stay so. Layers that PEFT adds later (an adapter with new target
     modules) need another call. bitsandbytes' 4-bit layers inside it are swapped, too, so that none
-    of them is repacked for its CPU inference. While adapters are merged into a 4-bit weight, the
-    frozen one is kept beside it.
+    of them is repacked for its CPU inference. While adapters are merged into a 4-bit weight, or
+    experts in NF4, the frozen one is kept beside it.
 
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
@@ -132,6 +132,7 @@ def patch(model: nn.Module) -> PatchReport:
     for name, module in _adapter_layers(model):
         if module in bases:  # a wrapper inside another one
             bases.add(module._modules["base_layer"])
+            experts.patch_inner(module)
             continue
         kind = type(module)
         original = _ORIGINALS.get(kind, kind)
@@ -175,6 +176,9 @@ def unpatch(model: nn.Module) -> list[str]:
             set_class(module, original)
             module.__dict__.pop("frozen_weight", None)
             restored.append(name)
+        elif type(module) is experts.InnerParamWrapper:
+            set_class(module, module.original)
+            module.__dict__.pop("frozen_weight", None)
     for name, module in model.named_modules():
         if adalora.unpatch_model(module):
             restored.append(name)

@@ -3,12 +3,6 @@
 import importlib
 from typing import Any
 
-from peftkern.integrations.transformers.callbacks import (
-    AdaLoraCallback,
-    MonitorCallback,
-    PeftKernCallback,
-)
-
 __all__ = [
     "AdaLoraCallback",
     "MonitorCallback",
@@ -19,10 +13,13 @@ __all__ = [
 ]
 
 
-# Modules that are imported when one of their names is first asked for: NF4ExpertsConfig needs
-# transformers 5, and registers a quantizer there.
+# Modules that are imported when one of their names is first asked for: the callbacks need PEFT,
+# NF4ExpertsConfig needs transformers 5, and registers a quantizer there.
 _MODULES = {
+    "AdaLoraCallback": "peftkern.integrations.transformers.callbacks",
+    "MonitorCallback": "peftkern.integrations.transformers.callbacks",
     "NF4ExpertsConfig": "peftkern.integrations.transformers.nf4_experts",
+    "PeftKernCallback": "peftkern.integrations.transformers.callbacks",
     "serve_nf4_experts": "peftkern.integrations.frozen_experts",
     "stop_serving": "peftkern.integrations.frozen_experts",
 }

@@ -4,6 +4,8 @@
     model.save_pretrained(folder)
     AutoModelForCausalLM.from_pretrained(folder)  # once NF4ExpertsConfig was imported
 
+A model that `peftkern.quantize_` has quantized in place is saved and loaded in the same way.
+
 transformers' own `load_in_4bit` leaves fused experts, most of a mixture's weights, in 16 bits. Here
 they are quantized while the checkpoint is read: one expert at a time where it has a tensor for each
 (Qwen3-MoE, Mixtral, DeepSeek, ...), so that a load needs the memory of the quantized model and of
@@ -16,21 +18,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
     MergeModulelist,
+    PrefixChange,
     Transpose,
     WeightConverter,
     log_conversion_errors,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
+from peftkern.integrations.frozen_experts import models_of, serve_nf4_experts, stop_serving
+from peftkern.layers.nf4 import NF4Linear
 from peftkern.layers.nf4_stack import NF4Stack, absmax_name, set_nf4_parameter, stacks_of
 from peftkern.layers.quantize import expert_parameters
 
@@ -73,10 +80,7 @@ class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
         """Return whether a parameter is quantized while it is loaded."""
         module, name = get_module_from_name(model, param_name)
         if name in stacks_of(module) or name in expert_parameters(module):
-            places = (param_name, param_name.rpartition(".")[0])
-            return all(
-                should_convert_module(place, self.modules_to_not_convert) for place in places
-            )
+            return _is_converted(_places(param_name), self.modules_to_not_convert)
         return super().param_needs_quantization(model, param_name)
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -124,18 +128,104 @@ class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
         for module in model.modules():
             for name, stack in stacks_of(module).items():
                 set_nf4_parameter(module, name, stack)
-        model._weight_conversions = [c for c in model._weight_conversions if _is_reversible(c)]
+        model._weight_conversions = _reversible(model)
         serve_nf4_experts(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
+        """Let the config say what is in NF4 as the model is now; saving then goes on as ever."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else the adapter alone is saved
+            self._describe(model)
+        return super().get_state_dict_and_metadata(model)
+
+    def _describe(self, model: PreTrainedModel) -> None:
+        config, kept = self.quantization_config, model._keep_in_fp32_modules
+        in_nf4, dense = _in_nf4_and_dense(model)
+        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept)
+        if _wrong(in_nf4, dense, skip) is not None:
+            config.llm_int8_skip_modules = sorted(name for name, *_ in dense)
+            skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept)
+        wrong = _wrong(in_nf4, dense, skip)
+        if wrong is not None:
+            raise ValueError(
+                f"{wrong}: expected a name by which transformers can tell what is in NF4; it fits "
+                "the end or the beginning of another one"
+            )
+        blocksizes = {stack.blocksize for m in model.modules() for stack in stacks_of(m).values()}
+        if len(blocksizes) > 1:
+            raise ValueError(
+                "experts_blocksize: expected experts of one blocksize to be saved, got "
+                f"{sorted(blocksizes)}"
+            )
+        if blocksizes:
+            (config.experts_blocksize,) = blocksizes
+            model._weight_conversions = _reversible(model)
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        model = super()._dequantize(model, dtype=dtype)
-        for module in model.modules():
+        if any(isinstance(module, Linear4bit) for module in model.modules()):
+            model = super()._dequantize(model, dtype=dtype)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, NF4Linear):
+                model.set_submodule(path, module.to_linear().to(dtype))
             for name, stack in stacks_of(module).items():
                 dense = stack.dequantize().to(dtype)
                 module._parameters[name] = nn.Parameter(dense, requires_grad=False)
         stop_serving(model)
         return model
+
+
+def describe(model: nn.Module) -> None:
+    """Let the transformers models in `model` be saved with the NF4 weights that they have.
+
+    A model that was quantized by another method stays described by it.
+    """
+    for _, base in models_of(model):
+        found = getattr(base, "hf_quantizer", None)
+        chosen = {"bnb_4bit_compute_dtype": base.dtype}
+        if found is not None:
+            chosen = found.quantization_config.to_dict()
+            if chosen.get("bnb_4bit_quant_type") != "nf4":
+                continue
+        if any(stacks_of(module) for module in base.modules()):
+            config = NF4ExpertsConfig(**chosen)
+        elif found is None:
+            config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **chosen)
+        else:
+            config = found.quantization_config
+        base.hf_quantizer = NF4ExpertsQuantizer(config, pre_quantized=True)
+        base.config.quantization_config = config
+
+
+_Places = tuple[str, ...]  # names, none of which a pattern may fit if what has them is converted
+
+
+def _in_nf4_and_dense(model: nn.Module) -> tuple[list[_Places], list[_Places]]:
+    """Return what is in NF4, and what a quantizer would put there by itself."""
+    in_nf4: list[_Places] = []
+    dense: list[_Places] = []
+    for path, module in model.named_modules():
+        if isinstance(module, NF4Linear | Linear4bit):
+            in_nf4.append((path,))
+        elif type(module) is nn.Linear or isinstance(module, Conv1D):
+            dense.append((path,))
+        in_nf4 += [_places(f"{path}.{name}") for name in stacks_of(module)]
+        dense += [_places(f"{path}.{name}") for name in expert_parameters(module)]
+    return in_nf4, dense
+
+
+def _places(parameter: str) -> _Places:
+    return parameter, parameter.rpartition(".")[0]
+
+
+def _is_converted(places: _Places, skip: list[str]) -> bool:
+    return all(should_convert_module(name, skip) for name in places)
+
+
+def _wrong(in_nf4: list[_Places], dense: list[_Places], skip: list[str]) -> str | None:
+    """Return the first name for which patterns say the contrary of what is so."""
+    lost = [places for places in in_nf4 if not _is_converted(places, skip)]
+    lost += [places for places in dense if _is_converted(places, skip)]
+    return lost[0][0] if lost else None
 
 
 class _Quantize(ConversionOps):
@@ -215,6 +305,15 @@ def _fuses_experts(converter: Any) -> bool:
         or (isinstance(op, Transpose) and 0 not in (op.dim0, op.dim1))
         for op in others
     )
+
+
+def _reversible(model: PreTrainedModel) -> list:
+    """Return the conversions that saving is to undo, of those that loading does or would do."""
+    found = getattr(model, "_weight_conversions", None)
+    if found is None:  # made of a config: as transformers then does it
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        found = [c for c in mapping if not isinstance(c, PrefixChange)]
+    return [c for c in found if _is_reversible(c)]
 
 
 def _is_reversible(converter: Any) -> bool:

@@ -78,3 +78,75 @@ def test_a_whole_model_is_served_with_adapters_and_without(monkeypatch):
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
     with twin.disable_adapter():  # the experts alone, by the implementation that `patch` chose
         torch.testing.assert_close(twin(ids).logits, base, rtol=1e-4, atol=1e-5)
+
+
+def parts(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The bytes of a model's experts."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, stack in stacks_of(module).items():
+            found |= {f"{path}.{name}": stack._packed, f"{path}.{name}.absmax": stack._absmax}
+    return {name: part.clone() for name, part in found.items()}
+
+
+@pytest.mark.parametrize("way", ["unmerge", "disable", "safely", "two", "inference"])
+@pytest.mark.filterwarnings("ignore:.*quantized to NF4 again", "ignore:Already unmerged")
+def test_a_patched_model_has_its_bytes_back_after_a_merge(way):
+    model = patched_copy(net(LAYOUTS[-1], "quantized first"))
+    if way == "two":
+        model.add_adapter("other", model.peft_config["default"])
+    given = inputs()
+    before, expected = parts(model), model(*given)
+    with torch.inference_mode(way == "inference"):
+        model.merge_adapter(safe_merge=way == "safely")
+        if way == "two":
+            model.merge_adapter(["other"])
+        assert all(not torch.equal(parts(model)[name], part) for name, part in before.items())
+        if way == "disable":
+            with model.disable_adapter():
+                model(*given)
+        else:
+            model.unmerge_adapter()
+    after = parts(model)
+    assert all(torch.equal(after[name], part) for name, part in before.items())
+    assert torch.equal(model(*given), expected)
+    assert all("frozen_weight" not in module.__dict__ for module in model.modules())
+
+
+def test_weights_that_came_while_merged_are_not_replaced():
+    model = patched_copy(net(LAYOUTS[0], "quantized first"))
+    with pytest.warns(UserWarning, match="quantized to NF4 again"):
+        model.merge_adapter()
+    state = {name: part.flip(0) for name, part in model.state_dict().items()}
+    model.load_state_dict(state)
+    loaded = parts(model)
+    with pytest.warns(UserWarning, match="does not bring back what was there before"):
+        model.unmerge_adapter()
+    after = parts(model)
+    assert all(not torch.equal(after[name], part) for name, part in loaded.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized to NF4 again")
+def test_a_merge_from_before_patch_is_subtracted():
+    model = net(LAYOUTS[0], "quantized first")
+    model.merge_adapter()
+    merged = parts(model)
+    peftkern.patch(model)
+    model.merge_adapter()  # finds nothing to merge
+    model.unmerge_adapter()
+    after = parts(model)
+    assert all(not torch.equal(after[name], part) for name, part in merged.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized to NF4 again")
+def test_a_merge_that_fails_changes_nothing():
+    model = patched_copy(net(LAYOUTS[0], "quantized first"))
+    before = parts(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.constant_(parameter, torch.nan)
+    with pytest.raises(ValueError, match=r"NaN"):
+        model.merge_adapter()
+    after = parts(model)
+    assert all(torch.equal(after[name], part) for name, part in before.items())
+    assert all("frozen_weight" not in module.__dict__ for module in model.modules())

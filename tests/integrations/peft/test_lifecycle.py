@@ -337,9 +337,12 @@ def test_quantize_then_peft_then_patch():
     peftkern.reset_stats()
     twin(**batch).loss.backward()
     assert served_by_us() == 14 and fallbacks() == {}
-    with pytest.raises(RuntimeError):
-        twin.merge_and_unload()
-    assert type(twin.base_model.model.lm_head) is nn.Linear
+    with pytest.raises(RuntimeError):  # PEFT cannot add to bytes
+        model.merge_and_unload()
+    with pytest.warns(UserWarning, match="a weight was quantized to NF4 again"):
+        merged = twin.merge_and_unload()
+    assert sum(type(module) is NF4Linear for module in merged.modules()) == 14
+    assert type(merged.lm_head) is nn.Linear
 
 
 def test_lora_over_our_nf4linear_is_served_by_nf4():
@@ -348,3 +351,56 @@ def test_lora_over_our_nf4linear_is_served_by_nf4():
     peftkern.reset_stats()
     assert model(torch.randn(2, K)).shape == (2, N)
     assert [op for op, _ in peftkern.stats().calls] == ["nf4_lora_linear_forward"]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_a_merge_into_our_nf4linear_is_quantized_and_taken_back_exactly(config, double_quant):
+    base = NF4Linear.from_linear(make_linear(torch.bfloat16), double_quant=double_quant)
+    model = lora_net(base, **config)
+    peftkern.patch(model)
+    model.add_adapter("other", model.peft_config["default"])
+    x = torch.randn(5, K, dtype=torch.bfloat16)
+    expected, state = model(x), {k: v.clone() for k, v in base.state_dict().items()}
+    with model.disable_adapter():
+        frozen = model(x)
+    with pytest.warns(UserWarning, match="quantized to NF4 again: what was added has norm"):
+        model.merge_adapter()
+    assert base.nf4.dtype is torch.bfloat16 and base.nf4.nested is double_quant
+    assert (model(x) - expected).norm() < 0.5 * (frozen - expected).norm()
+    with pytest.warns(UserWarning, match="quantized to NF4 again"):
+        model.merge_adapter(adapter_names=["other"])
+    model.unmerge_adapter()
+    found = base.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert torch.equal(model(x), expected) and "frozen_weight" not in layer_of(model).__dict__
+
+
+def test_a_merge_into_our_nf4linear_that_fails_changes_nothing():
+    model = lora_net(NF4Linear.from_linear(make_linear()))
+    peftkern.patch(model)
+    layer = layer_of(model)
+    before = layer.base_layer.weight
+    with torch.no_grad():
+        layer.lora_B["default"].weight[0, 0] = torch.nan
+    for safely in (False, True):
+        with pytest.raises(ValueError, match="NaN"):
+            model.merge_adapter(safe_merge=safely)
+    assert layer.base_layer.weight is before and not layer.merged
+    assert type(layer.base_layer) is NF4Linear
+
+
+def test_weights_of_our_nf4linear_that_came_while_merged_are_not_replaced():
+    model = lora_net(NF4Linear.from_linear(make_linear()))
+    peftkern.patch(model)
+    layer = layer_of(model)
+    other = NF4Linear.from_linear(make_linear())
+    with pytest.warns(UserWarning, match="quantized to NF4 again"):
+        model.merge_adapter()
+    layer.base_layer.load_state_dict(other.state_dict())
+    wanted = other.dequantize() - layer.get_delta_weight("default")
+    with pytest.warns(UserWarning, match="quantized to NF4 again"):
+        model.unmerge_adapter()
+    wanted = peftkern.quantize_nf4(wanted.detach())
+    assert torch.equal(layer.base_layer.weight.flatten(), wanted.packed)
