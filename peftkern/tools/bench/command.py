@@ -394,6 +394,8 @@ def as_csv(record: Record) -> str:
 
 def _ours_is_fine(record: Record) -> bool:
     ours = [case["providers"][OURS] for case in record["cases"]]
+    if record["failed"]:
+        return False
     return bool(ours) and all(row["wrong"] is None and row["failed"] is None for row in ours)
 
 
