@@ -129,7 +129,7 @@ class InProcess(Runner[Spec | Question]):
         for name, timing in timings.items():
             rows[name].samples = list(timing.samples)
         if self.on_gpu and checked.case.tokens is None:
-            measure_more(rows, timings, calls, self.seconds)
+            measure_more(rows, timings, calls, self.seconds, self.options.device)
         return True
 
     def case_record(self, case: Spec, checked: Built) -> dict:
@@ -186,7 +186,9 @@ def reached(spec: Spec, record: dict) -> Iterator[dict]:
         }
 
 
-def measure_more(rows: dict[str, Row], timings: dict, right: dict, seconds: float) -> None:
+def measure_more(
+    rows: dict[str, Row], timings: dict, right: dict, seconds: float, device: torch.device
+) -> None:
     """Measure peak memory, launches and replayed graphs of the correct variants on a GPU.
 
     Time came first: a failure here costs its own number alone. Of calls that take longer than the
@@ -195,7 +197,7 @@ def measure_more(rows: dict[str, Row], timings: dict, right: dict, seconds: floa
     quick = {n: call for n, call in right.items() if timings[n].median <= gpu_timer.PATIENCE}
     for name, call in quick.items():
         try:
-            rows[name].peak_bytes = gpu_timer.peak_bytes(call)
+            rows[name].peak_bytes = peak_bytes(lambda call=call: call(0), device)
             rows[name].kernels = graphs.launches(call) or None  # the profiler saw nothing at all
         except Exception as error:
             torch.cuda.synchronize()  # raises again if the device itself is lost
