@@ -17,12 +17,14 @@ import sys
 
 import graphs
 import torch
-from suite import OURS, Case, Options, Spec, Target, benchmark_test, main, of_problem
+from specs import Case, Options, Spec, Target, of_problem
+from suite import benchmark_test, main
 from torch import Tensor
 
 from peftkern.tools.bench import adalora
 from peftkern.tools.bench.base_layers import Layer, Tensors
 from peftkern.tools.bench.cases import WHOLE_LLAMA, Problem
+from peftkern.tools.bench.record import OURS
 
 PEFT, FOREACH = "PEFT", "foreach"
 PATCHED, REPLAYED = "patched PEFT", "foreach in a CUDA graph"

@@ -14,7 +14,8 @@ import sys
 from dataclasses import replace
 
 import torch
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main, spec_of
+from specs import Case, Options, Spec, Target, Variant, spec_of
+from suite import benchmark_test, main
 from torch import Tensor
 
 import peftkern
@@ -23,6 +24,7 @@ from peftkern.tools.bench import providers
 from peftkern.tools.bench.base_layers import Layer, Tensors
 from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.peers import bitsandbytes_missing
+from peftkern.tools.bench.record import OURS
 
 BY_BLOCKS = "torch, blocks of rows"
 PEFT, FROZEN = "PEFT", "frozen layer"

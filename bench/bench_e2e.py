@@ -27,13 +27,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from specs import Case, Options, Question, Spec, Variant
 from stacks import Trainer, scaled, stack
-from suite import OURS, Case, Options, Question, Spec, Variant, benchmark_test, main
+from suite import benchmark_test, main
 from torch import nn
 
 from peftkern.tools.bench import memory
 from peftkern.tools.bench.gpu_timer import first_line
 from peftkern.tools.bench.peers import bitsandbytes_missing
+from peftkern.tools.bench.record import OURS
 from peftkern.tools.plan.plan import PRESETS, Architecture, Plan, Training, plan
 
 PEFT = "PEFT"

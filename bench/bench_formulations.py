@@ -21,9 +21,11 @@ import sys
 import lut
 import torch
 import torch.nn.functional as F
-from suite import OURS, Case, Options, Question, Spec, Variant, main
+from specs import Case, Options, Question, Spec, Variant
+from suite import main
 
 import peftkern
+from peftkern.tools.bench.record import OURS
 
 BASE_FIRST, SKINNY_FIRST = "base-first", "skinny-first"
 BORDERED, DENSE = "bordered", "dense"

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, get_peft_model
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
+from specs import Case, Options, Spec, Target, Variant
+from suite import benchmark_test, main
 from torch import Tensor, nn
 from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -32,6 +33,7 @@ import peftkern
 from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.tools.bench.data import grouped_mm, nf4_values64
 from peftkern.tools.bench.peers import Layers
+from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.shapes import EXPERT_PRESETS
 
 PEFT, COMPOSED, FROZEN = "PEFT", "three grouped_mm", "frozen"

@@ -12,9 +12,11 @@ from __future__ import annotations
 import sys
 
 import torch
-from suite import OURS, Spec, Target, benchmark_test, main, spec_of
+from specs import Spec, Target, spec_of
+from suite import benchmark_test, main
 
 from peftkern.tools.bench.cases import Problem
+from peftkern.tools.bench.record import OURS
 
 PEFT, COMPILED, DENSE = "PEFT", "PEFT, compiled", "dense"
 PROVIDERS = {OURS: "peftkern", PEFT: "peft", COMPILED: "compile", DENSE: "frozen"}

@@ -23,7 +23,8 @@ import functools
 import sys
 
 import torch
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main, of_problem
+from specs import Case, Options, Spec, Target, Variant, of_problem
+from suite import benchmark_test, main
 from torch import Tensor
 
 from peftkern.backends.cuda.low_rank_svd import JACOBI_SWEEPS, jacobi_svd
@@ -34,6 +35,7 @@ from peftkern.tools.bench.base_layers import Layer, Tensors
 from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.low_rank_svd import WAITS, build_by, composition, named
 from peftkern.tools.bench.providers import on_backend
+from peftkern.tools.bench.record import OURS
 
 LAYERS = 224
 STACKED, LISTS = "torch QR+QR+SVD, stacked", "torch QR+QR+SVD, from lists"

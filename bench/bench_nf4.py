@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main, spec_of
+from specs import Case, Options, Spec, Target, Variant, spec_of
+from suite import benchmark_test, main
 
 import peftkern
 from peftkern.backends.cuda.module import refusal_device
@@ -27,6 +28,7 @@ from peftkern.tools.bench.base_layers import Layer, Tensors
 from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.peers import bitsandbytes_missing
 from peftkern.tools.bench.providers import on_backend, packed, quantizers
+from peftkern.tools.bench.record import OURS
 
 BNB, TORCH, CUDA = "bitsandbytes", "plain torch", "peftkern cuda"
 COPY = "copy, same traffic"

@@ -18,7 +18,8 @@ import sys
 from dataclasses import replace
 
 import torch
-from suite import OURS, Spec, Target, benchmark_test, main, spec_of
+from specs import Spec, Target, spec_of
+from suite import benchmark_test, main
 from torch import Tensor
 
 from peftkern.backends.cuda.module import refusal_device
@@ -26,6 +27,7 @@ from peftkern.backends.cuda.nf4_lora_linear import refusal_sm90a
 from peftkern.tools.bench import providers
 from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.peers import bitsandbytes_missing
+from peftkern.tools.bench.record import OURS
 
 CUDA = "peftkern cuda"  # the same layer on that back end
 BNB, BNB_EVAL = "bitsandbytes + PEFT", "bitsandbytes + PEFT, eval"

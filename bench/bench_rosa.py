@@ -13,11 +13,13 @@ import itertools
 import sys
 
 import torch
-from suite import OURS, Spec, Target, benchmark_test, main, spec_of
+from specs import Spec, Target, spec_of
+from suite import benchmark_test, main
 
 from peftkern.tools.bench import rosa
 from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.providers import on_backend
+from peftkern.tools.bench.record import OURS
 
 TORCH_SPARSE, IN_CHUNKS = "torch.sparse", "torch, in chunks"
 DENSITIES = (0.001, 0.01, 0.05, 0.2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from suite import CPU, Options
+from specs import CPU, Options
 
 from peftkern.tools.bench.machine import rotation
 

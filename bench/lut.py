@@ -126,7 +126,7 @@ def measured(library: Library, name: str, device: torch.device) -> dict[str, flo
 
 
 def ask(options, seconds: float | None, note: Callable[..., None]) -> None:
-    """Answer a `suite.Question`: the speed of each table, or the lack of nvcc or a GPU.
+    """Answer a `specs.Question`: the speed of each table, or the lack of nvcc or a GPU.
 
     Raises: RuntimeError at the end, if a table gave other bits than the codebook; it has no rate.
     """

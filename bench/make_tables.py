@@ -19,30 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PLOTS = "bench/plots"  # where bench/make_plots.py writes
 THEMES = ("light", "dark")
-ORDER = (
-    "demo",
-    "e2e",
-    "nf4_lora_linear",
-    "nf4",
-    "lora_linear",
-    "grouped_linear",
-    "dora",
-    "rosa",
-    "adalora",
-    "low_rank_svd",
-    "formulations",
-)
-TITLES = {
+TITLES = {  # in the order of the tables
     "demo": "QLoRA fine-tuning, whole training step",
+    "e2e": "Whole training steps of Llama-shaped stacks",
     "nf4_lora_linear": "NF4 linear layer with LoRA",
     "nf4": "NF4 quantization",
     "lora_linear": "Dense linear layer with LoRA",
     "grouped_linear": "Experts of a mixture with LoRA",
     "dora": "DoRA layer, dense and NF4",
     "rosa": "RoSA's sparse products against dense ones",
-    "low_rank_svd": "SVD of 224 low-rank updates",
     "adalora": "AdaLoRA, per step",
-    "e2e": "Whole training steps of Llama-shaped stacks",
+    "low_rank_svd": "SVD of 224 low-rank updates",
     "formulations": "Ways to compute the update",
 }
 SIDE_BY_SIDE = {
@@ -215,7 +202,7 @@ def measured(results: Path) -> dict[str, dict[str, dict]]:
     """Return {device: {stem: record}} of all that was measured and not interpreted."""
     found = {}
     for device in sorted(path for path in results.iterdir() if path.is_dir()):
-        paths = {stem: device / f"{stem}.json" for stem in ORDER}
+        paths = {stem: device / f"{stem}.json" for stem in TITLES}
         read = {stem: records.read(path) for stem, path in paths.items() if path.is_file()}
         found[device.name] = {
             stem: one

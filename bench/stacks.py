@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peftkern
 from peftkern.layers import NF4Linear
 from peftkern.tools.bench.base_layers import linear, random_nf4
-from peftkern.tools.bench.peers import nf4_layer, nf4_weight64
+from peftkern.tools.bench.data import nf4_values64
+from peftkern.tools.bench.peers import nf4_layer
 from peftkern.tools.plan.plan import Architecture, Training
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -27,6 +28,14 @@ KINDS = ("lora_A", "lora_B", "lora_E")
 # AdaLoRA in the middle of its schedule, where it allocates at every step.
 ADALORA_STEPS, ADALORA_START = 1_000_000, 500_000
 VOCABULARY_OVER_HIDDEN = 32  # of Llama 3; a narrow toy need not spend its time on the vocabulary
+
+
+def nf4_weight64(layer: nn.Module) -> Tensor:
+    """Dequantize a layer's weight in float64 and plain torch."""
+    weight = layer.nf4 if isinstance(layer, NF4Linear) else None
+    if weight is None:
+        weight = peftkern.NF4Weight.from_bitsandbytes(layer.weight)
+    return nf4_values64(weight, 0, weight.numel).view(weight.shape)
 
 
 def scaled(model: Architecture, hidden: int, layers: int) -> Architecture:

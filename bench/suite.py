@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import gc
 import itertools
+import math
 import os
 import re
 import shlex
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,200 +20,32 @@ import graphs
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
+from specs import Case, Options, Question, Spec, sized
 
 import peftkern
 from peftkern.backends.device import triton_interpreted
-from peftkern.backends.tolerances import PEER_WRONG, errors
-from peftkern.tools.bench import data, gpu_timer, machine, terminal
-from peftkern.tools.bench.cases import ITEMSIZE, Problem
+from peftkern.backends.tolerances import errors
+from peftkern.tools.bench import gpu_timer, machine, terminal
 from peftkern.tools.bench.gpu_timer import first_line, measure_events
 from peftkern.tools.bench.memory import peak_bytes
-from peftkern.tools.bench.peers import SEED, kept
-from peftkern.tools.bench.providers import PROVIDERS, Build, Provider
+from peftkern.tools.bench.peers import SEED
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.rows import Row, case_record, new_record, ratio
+from peftkern.tools.bench.runner import Checked, Runner, Tick
 from peftkern.tools.bench.timer import measure, pin_threads
-from peftkern.tools.bench.worker import calls
 
-MOST_COPIES = 128  # of a layer; a call of so small a one takes longer than to evict it
 GRAPH_SHARE = 0.5  # of a variant's time, added for replayed graphs
-CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Options:
-    """Sizes of the problem. `rotate`: bytes of inputs that each variant cycles through; `rows`:
-    maximum rows of activations; `layers`: maximum layers of a stack."""
+@dataclass
+class Built(Checked):
+    """State of a case that was built in this process."""
 
-    n: int = 4096
-    k: int = 4096
-    r: int = 16
-    rotate: int = 256 << 20
-    device: torch.device = CPU
-    rows: int | None = None
-    layers: int | None = None
-
-    def copies(self, size: int) -> int:
-        return max(2, -(-self.rotate // size))
-
-    def m(self, rows: int) -> int:
-        return rows if self.rows is None else min(rows, self.rows)
-
-    def depth(self, layers: int) -> int:
-        return layers if self.layers is None else min(layers, self.layers)
+    case: Case | None = None
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Implementation to measure: `call(i)` runs on the i-th input. `result` turns its return value
-    into tensors that compare with `oracle` (float64); no oracle: nothing to check. `multiplied`:
-    too slow to repeat, so one call is timed and its time multiplied by this. `planned_bytes`: the
-    expected peak. `no_graph`: reason against a CUDA graph; a failed capture can break all that
-    comes later. `errors` compares what `call` returns, in the place of `result` and `oracle`;
-    `warm`: calls before the clock runs, of copies that do some work once."""
-
-    call: Callable[[int], object]
-    oracle: tuple[Tensor, ...] = ()
-    result: Callable[[object], object] = lambda returned: returned
-    multiplied: int = 0
-    planned_bytes: int | None = None
-    no_graph: str | None = None
-    errors: Callable[[object], tuple[float, float]] | None = None
-    warm: int = 0
-
-
-@dataclass(frozen=True)
-class Case:
-    """Variants that do the same work: at least `bytes` of traffic and `flops` in `dtype`.
-
-    `tokens`: of a training step; its peak memory is measured on a CPU, too, and on a GPU neither
-    graphs nor launches are: an optimizer's step is not captured.
-    """
-
-    variants: dict[str, Variant]
-    bytes: int
-    flops: int
-    dtype: torch.dtype
-    tokens: int | None = None
-    problem: Problem | None = None  # of `peftkern bench`, where it is one of its cases
-
-
-@dataclass(frozen=True)
-class Target:
-    """Lower bound on the peer's time over peftkern's."""
-
-    peer: str
-    at_least: float
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Case to be built in its turn: `name` is "stem/case/dtype", `names` its variants, `judge` the
-    peer whose error bounds ours, `most_launches` the bound on kernels of a call of ours, `seconds`
-    the estimated time: with less time left it is not begun."""
-
-    name: str
-    build: Callable[[Options], Case]
-    names: tuple[str, ...]
-    judge: str
-    targets: tuple[Target, ...] = ()
-    peer_wrong: float = PEER_WRONG
-    shape: tuple[int, int] | None = None  # (n, k) where the command line gives none
-    most_launches: int | None = None
-    seconds: Callable[[Options], float] = lambda options: 0.0
-
-    @property
-    def short_name(self) -> str:
-        return self.name.partition("/")[2]
-
-
-@dataclass(frozen=True)
-class Question:
-    """Experiment without peers or a timer: `ask(options, seconds, note)` may take so many seconds
-    (None: any number) and calls `note(name=value, ...)` with each finding at once."""
-
-    name: str
-    ask: Callable[[Options, float | None, Callable[..., None]], None]
-    shape: tuple[int, int] | None = None
-    seconds: Callable[[Options], float] = lambda options: 0.0
-
-    @property
-    def short_name(self) -> str:
-        return self.name.partition("/")[2]
-
-
-def of_problem(
-    options: Options, problem: Problem, peers: Mapping[str, str | Build | Provider]
-) -> Case:
-    """Build a case of `peftkern bench` in this process, at the sizes of the options.
-
-    peers: its variants by name, peftkern's first; each a provider, or the name of a provider of
-    `peftkern bench`, or a function that builds its layers.
-    """
-    device, rows = options.device, problem.M
-    rows = rows if problem.kind.counts == "layers" or rows is None else options.m(rows)
-    # On a CPU dropout's mask is a tensor, which the interpreted kernels do not take.
-    dropout = problem.dropout if device.type == "cuda" else 0.0
-    problem = replace(problem, M=rows, dropout=dropout)
-    tensors = data.inputs(problem, 0, device)
-    right = {**tensors, **data.oracle_of(problem, tensors)}
-    dense_bytes = problem.N * problem.K * ITEMSIZE[problem.dtype]
-
-    def variant(name: str, provider: str | Build | Provider) -> Variant:
-        one = PROVIDERS[provider] if isinstance(provider, str) else provider
-        one = one if isinstance(one, Provider) else Provider(one, {})
-        copies = options.copies(dense_bytes if one.dense else problem.weight_bytes)
-        layers = one.build(problem, tensors, min(MOST_COPIES, copies))
-        # A GPU's L2 cache would still hold much of a single x.
-        setup, call, collect = calls(
-            problem, layers, tensors, copies if device.type != "cpu" else 1
-        )
-        expected = right
-        if problem.dropout and one.adapted:
-            keep = kept(tensors["x"], problem, patched=name == OURS)
-            expected = right | data.oracle_of(problem, tensors, keep)
-
-        def errors(returned: object) -> tuple[float, float]:
-            found = data.compare(problem, collect(returned), expected, one.adapted)
-            return found["rms"], found["max"]
-
-        checked = not (problem.dropout and provider == "compile")  # which draws a mask of its own
-        return Variant(
-            lambda i: call(setup()),
-            errors=errors if checked else None,
-            multiplied=layers[0].multiplied,
-            no_graph=layers[0].no_graph,
-            warm=0 if problem.trains else len(layers),
-        )
-
-    variants = {name: variant(name, provider) for name, provider in peers.items()}
-    return Case(variants, *problem.work(), getattr(torch, problem.dtype), problem=problem)
-
-
-def spec_of(
-    name: str,
-    problem: Problem,
-    peers: Mapping[str, str | Build | Provider],
-    *targets: Target,
-    judge: str | None = None,
-    **more: object,
-) -> Spec:
-    """Return the spec of such a case; the judge is the second of its variants."""
-    names = tuple(peers)
-    return Spec(
-        name,
-        lambda o: of_problem(o, replace(problem, N=o.n, K=o.k, r=problem.r and o.r), peers),
-        names,
-        judge or names[1],
-        tuple(target for target in targets if target.peer in names),
-        peer_wrong=problem.kind.peer_wrong,
-        **more,
-    )
-
-
-def check(spec: Spec, case: Case) -> dict[str, Row]:
-    """Measure errors against float64 and mark wrong results: ours is bound by the judge's error."""
+def check(spec: Spec, case: Case) -> Built:
+    """Compare one call of each variant with float64; the judge's error bounds ours."""
     rows = {name: Row() for name in case.variants}
     for name, variant in case.variants.items():
         torch.manual_seed(SEED)
@@ -240,51 +72,81 @@ def check(spec: Spec, case: Case) -> dict[str, Row]:
             row.error_rms, row.error_max = (max(pair[i] for pair in pairs) for i in (0, 1))
     judge = rows[spec.judge]
     eager = None if judge.error_rms is None else (judge.error_rms, judge.error_max)
-    for name, row in rows.items():
-        if row.error_rms is not None:
-            row.judge(case.dtype, eager if name == OURS else None, spec.peer_wrong)
-    return rows
+    return Built(rows, case.dtype, eager, spec.peer_wrong, case)
 
 
-def sized(spec: Spec | Question, options: Options) -> Options:
-    """Replace the sizes of the options by those of a case that has its own."""
-    return options if spec.shape is None else replace(options, n=spec.shape[0], k=spec.shape[1])
+class InProcess(Runner[Spec | Question]):
+    """Runner of specs in this process, each variant for `seconds`; `write`: the record's file."""
 
+    def __init__(
+        self,
+        record: dict,
+        options: Options,
+        seconds: float,
+        deadline: float = math.inf,
+        write: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.record, self.options, self.seconds = record, options, seconds
+        self.deadline, self.written = deadline, write
+        self.on_gpu = options.device.type == "cuda"
 
-def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> dict:
-    """Build, check and measure a case; return its record."""
-    options = sized(spec, options)
-    case = spec.build(options)
-    if tuple(case.variants) != spec.names:
-        raise RuntimeError(f"{spec.name}: built {tuple(case.variants)}, expected {spec.names}")
-    peftkern.reset_stats()
-    rows = check(spec, case)
-    right = {
-        name: variant.call
-        for name, variant in case.variants.items()
-        if rows[name].good and not variant.multiplied
-    }
-    on_gpu = options.device.type == "cuda"
-    timings = (measure_events if on_gpu else measure)(right, seconds=seconds, tick=tick)
-    for name, timing in timings.items():
-        rows[name].samples = list(timing.samples)
-    if case.tokens is not None:
-        for name, call in right.items():
-            rows[name].peak_bytes = peak_bytes(lambda call=call: call(0), options.device)
-    elif on_gpu:
-        measure_more(rows, timings, case, right, seconds)
-    record = case_record(
-        facts_of(spec, options, case),
-        rows,
-        work=(case.bytes, case.flops),
-        roof=roof,
-        labels={name: name for name in rows},
-        tokens=case.tokens,
-    )
-    record["targets"] = [*reached(spec, record)]
-    record["served"] = {f"{op} on {name}": n for (op, name), n in peftkern.stats().calls.items()}
-    record["fell_back"] = {f"{op}: {w}": n for (op, w), n in peftkern.stats().fallbacks.items()}
-    return record
+    def seconds_before_clock(self, case: Spec | Question) -> float:
+        return case.seconds(sized(case, self.options))
+
+    def run_case(self, case: Spec | Question, until: float, tick: Tick) -> bool:
+        if isinstance(case, Spec):
+            return super().run_case(case, until, tick)
+
+        def note(**facts: object) -> None:
+            self.record["answers"][-1].update(facts)
+            self.written()
+
+        self.record["answers"].append({"name": case.name})
+        left = None if self.deadline == math.inf else self.deadline - time.monotonic()
+        case.ask(sized(case, self.options), left, note)
+        return True
+
+    def check(self, case: Spec, tick: Tick) -> Built:
+        tick(case.short_name, 0.0)
+        built = case.build(sized(case, self.options))
+        if tuple(built.variants) != case.names:
+            raise RuntimeError(f"{case.name}: built {tuple(built.variants)}, not {case.names}")
+        peftkern.reset_stats()
+        return check(case, built)
+
+    def measure_peak(self, name: str, checked: Built) -> None:
+        if checked.case.tokens is not None:
+            call = checked.case.variants[name].call
+            checked.rows[name].peak_bytes = peak_bytes(lambda: call(0), self.options.device)
+
+    def time(self, case: Spec, checked: Built, right: list[str], until: float, tick: Tick) -> bool:
+        """Time every variant for its seconds, whatever the deadline: the case was begun."""
+        variants, rows = checked.case.variants, checked.rows
+        calls = {name: variants[name].call for name in right if not variants[name].multiplied}
+        timings = (measure_events if self.on_gpu else measure)(
+            calls, seconds=self.seconds, tick=lambda share: tick(case.short_name, share)
+        )
+        for name, timing in timings.items():
+            rows[name].samples = list(timing.samples)
+        if self.on_gpu and checked.case.tokens is None:
+            measure_more(rows, timings, calls, self.seconds, self.options.device)
+        return True
+
+    def case_record(self, case: Spec, checked: Built) -> dict:
+        built, rows = checked.case, checked.rows
+        record = case_record(
+            facts_of(case, sized(case, self.options), built),
+            rows,
+            work=(built.bytes, built.flops),
+            roof=self.record["roof"],
+            labels={name: name for name in rows},
+            tokens=built.tokens,
+        )
+        stats = peftkern.stats()
+        record["targets"] = [*reached(case, record)]
+        record["served"] = {f"{op} on {name}": n for (op, name), n in stats.calls.items()}
+        record["fell_back"] = {f"{op}: {why}": n for (op, why), n in stats.fallbacks.items()}
+        return record
 
 
 def facts_of(spec: Spec, options: Options, case: Case) -> dict:
@@ -324,7 +186,9 @@ def reached(spec: Spec, record: dict) -> Iterator[dict]:
         }
 
 
-def measure_more(rows: dict[str, Row], timings: dict, case: Case, right: dict, seconds: float):
+def measure_more(
+    rows: dict[str, Row], timings: dict, right: dict, seconds: float, device: torch.device
+) -> None:
     """Measure peak memory, launches and replayed graphs of the correct variants on a GPU.
 
     Time came first: a failure here costs its own number alone. Of calls that take longer than the
@@ -333,7 +197,7 @@ def measure_more(rows: dict[str, Row], timings: dict, case: Case, right: dict, s
     quick = {n: call for n, call in right.items() if timings[n].median <= gpu_timer.PATIENCE}
     for name, call in quick.items():
         try:
-            rows[name].peak_bytes = gpu_timer.peak_bytes(call)
+            rows[name].peak_bytes = peak_bytes(lambda call=call: call(0), device)
             rows[name].kernels = graphs.launches(call) or None  # the profiler saw nothing at all
         except Exception as error:
             torch.cuda.synchronize()  # raises again if the device itself is lost
@@ -409,7 +273,7 @@ def _run(
 ) -> int:
     on_gpu = device.type == "cuda"
     began = time.monotonic()
-    end = None if args.budget is None else began + args.budget
+    end = math.inf if args.budget is None else began + args.budget
     seconds = (0.3 if on_gpu else 2.0) if args.seconds is None else args.seconds
     size = (args.n, args.k) if args.n is not None else (4096, 4096)
     rotate = machine.rotation(args.rotate_mb, device)
@@ -436,7 +300,14 @@ def _run(
         record["elapsed_s"] = time.monotonic() - began
         machine.write_json(path, record)
 
-    _measure(chosen, options, seconds, end, record, write, console)
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=1.0)
+
+        def tick(doing: str, share: float) -> None:
+            progress.update(bar, description=doing, completed=share)
+
+        InProcess(record, options, seconds, end, write).run_cases(chosen, tick)
     write()
     for line in terminal.bench_report(record, console.width):
         console.print(line)
@@ -447,48 +318,7 @@ def _run(
     return int(bool(record["failed"]) or nothing or bad)
 
 
-def _measure(
-    chosen: list[Spec | Question],
-    options: Options,
-    seconds: float,
-    end: float | None,
-    record: dict,
-    write: Callable[[], None],
-    console: Console,
-) -> None:
-    """Run the cases in turn; `record` grows, and is written after each of them."""
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=len(chosen))
-        for done, spec in enumerate(chosen):
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= spec.seconds(sized(spec, options)):
-                record["not_reached"].append(spec.name)  # a later one may take less
-                continue
-            progress.update(bar, description=spec.short_name, completed=done)
-
-            def tick(share: float, done: int = done) -> None:
-                progress.update(bar, completed=done + share)
-
-            def note(**facts: object) -> None:
-                record["answers"][-1].update(facts)
-                write()
-
-            try:
-                if isinstance(spec, Question):
-                    record["answers"].append({"name": spec.name})
-                    spec.ask(sized(spec, options), left, note)
-                else:
-                    found = run_case(spec, options, record["roof"], seconds, tick)
-                    record["cases"].append(found)
-            except Exception as error:  # the cases after it are still worth knowing
-                traceback.print_exc()
-                record["failed"][spec.name] = first_line(error)
-            write()
-            gc.collect()
-
-
-_built: dict[str, tuple[Case, dict[str, Row]]] = {}
+_built: dict[str, Built] = {}
 
 
 def benchmark_test(specs: list[Spec]) -> Callable:
@@ -506,11 +336,11 @@ def benchmark_test(specs: list[Spec]) -> Callable:
         if spec.name not in _built:
             _built.clear()
             gc.collect()
-            case = spec.build(sized(spec, options))
-            _built[spec.name] = case, check(spec, case)
-        case, rows = _built[spec.name]
-        assert rows[name].good, rows[name].wrong or rows[name].failed
-        variant, numbers = case.variants[name], itertools.count()
+            _built[spec.name] = check(spec, spec.build(sized(spec, options)))
+            _built[spec.name].judge()
+        row, variant = _built[spec.name].rows[name], _built[spec.name].case.variants[name]
+        assert row.good, row.wrong or row.failed
+        numbers = itertools.count()
         benchmark.group = spec.name
         if variant.multiplied:
             benchmark.pedantic(lambda: variant.call(1), rounds=1)

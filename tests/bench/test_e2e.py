@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import bench_e2e
 import gpu
 import pytest
+import specs
 import stacks
 import suite
 import torch
@@ -16,13 +18,15 @@ from tolerances import NF4_RANDOM_STD_RTOL, PLAN_RTOL
 
 import peftkern
 from peftkern.tools.bench import memory, peers
+from peftkern.tools.bench.record import OURS
+from peftkern.tools.bench.rows import new_record
 from peftkern.tools.plan.plan import PRESETS, Training, plan
 
 CPU = torch.device("cpu")
-TOY = suite.Options(n=64, k=64, r=4, rows=24, layers=2)
+TOY = specs.Options(n=64, k=64, r=4, rows=24, layers=2)
 ROOF = {"copy": 1e9, "bfloat16": 1e9, "float32": 1e9}
 GPU_SPECS = {spec.short_name: spec for spec in bench_e2e.gpu_specs(CPU)}
-STEPS = [spec for spec in GPU_SPECS.values() if isinstance(spec, suite.Spec)]
+STEPS = [spec for spec in GPU_SPECS.values() if isinstance(spec, specs.Spec)]
 FIT = GPU_SPECS["llama-65b-r64-512-tokens-48GB-bf16-adapters/nf4"]
 
 
@@ -30,8 +34,10 @@ def toy(spec):
     return replace(spec, shape=(64, 64))
 
 
-def run(spec: suite.Spec) -> dict:
-    return suite.run_case(toy(spec), TOY, ROOF, 0.0, lambda share: None)
+def run(spec: specs.Spec) -> dict:
+    record = new_record({}, ROOF)
+    assert suite.InProcess(record, TOY, 0.0).run_case(toy(spec), math.inf, lambda *_: None)
+    return record["cases"][0]
 
 
 # At toy sizes the others differ from these in their names alone.
@@ -43,7 +49,7 @@ def test_every_step_is_right_and_measured(spec):
     record = run(spec)
     assert record["tokens"] == 24 and record["op"] == "training_step" and record["N"] is None
     assert record["served"] or "small dense product" in str(record["fell_back"])
-    for name in (suite.OURS, bench_e2e.PEFT):
+    for name in (OURS, bench_e2e.PEFT):
         row = record["providers"][name]
         assert row["wrong"] is None
         assert row["tokens_s"] == pytest.approx(24e3 / row["median_ms"])
@@ -51,12 +57,12 @@ def test_every_step_is_right_and_measured(spec):
         assert row["graph_ms"] is None and row["launches"] is None
 
 
-def with_gradients_times(factor: int, spec: suite.Spec, first: int | None = None) -> suite.Spec:
+def with_gradients_times(factor: int, spec: specs.Spec, first: int | None = None) -> specs.Spec:
     """The gradients of our first lora_B, or of all, wrong on purpose."""
 
     def build(options):
         case = spec.build(options)
-        trainer = case.variants[suite.OURS].call.__self__
+        trainer = case.variants[OURS].call.__self__
         factors = [p for name, p in trainer.model.named_parameters() if ".lora_B" in name]
         for parameter in factors[:first]:
             parameter.register_hook(lambda gradient: factor * gradient)
@@ -67,13 +73,13 @@ def with_gradients_times(factor: int, spec: suite.Spec, first: int | None = None
 
 def test_a_wrong_gradient_has_no_time():
     rows = run(with_gradients_times(2, bench_e2e.SPECS[0], first=1))["providers"]
-    assert rows[suite.OURS]["wrong"] and rows[suite.OURS]["median_ms"] is None
+    assert rows[OURS]["wrong"] and rows[OURS]["median_ms"] is None
     assert rows[bench_e2e.PEFT]["wrong"] is None
 
 
 def test_a_wrong_gradient_shows_in_the_losses_of_a_whole_model():
     """Where float64 has no room: gradients of the other sign."""
-    assert run(with_gradients_times(-1, STEPS[0]))["providers"][suite.OURS]["wrong"]
+    assert run(with_gradients_times(-1, STEPS[0]))["providers"][OURS]["wrong"]
 
 
 def test_whole_models_come_in_every_length_the_most_wanted_first():
@@ -116,7 +122,7 @@ def test_both_variants_share_one_base_and_nothing_else(method, nf4, monkeypatch)
 
 
 def test_longer_cases_ask_for_more_time():
-    at_size = suite.Options(n=4096, k=4096)
+    at_size = specs.Options(n=4096, k=4096)
     names = [f"llama3-8b-qlora-{tokens}-tokens/nf4" for tokens in (512, 2048, 8192)]
     needed = [GPU_SPECS[name].seconds(at_size) for name in names]
     assert sorted(needed) == needed and 15 < needed[0] < 30 and needed[2] < 90
@@ -157,7 +163,7 @@ def test_random_weights_are_nf4_of_the_size_that_keeps_activations():
 
 def asked(seconds: float | None = None, **how: object) -> dict:
     noted: dict = {}
-    options = suite.sized(toy(FIT), TOY)
+    options = specs.sized(toy(FIT), TOY)
     bench_e2e.does_it_fit(options, seconds, lambda **facts: noted.update(facts), **how)
     return noted
 

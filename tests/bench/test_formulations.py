@@ -19,7 +19,7 @@ import bench_formulations
 import cuda_resources
 import lut
 import make_tables
-import suite
+import specs
 import triton_gemm
 
 from peftkern.tools.bench import machine, terminal
@@ -117,7 +117,7 @@ def test_tables_compile_for_an_h200_without_spills(tmp_path):
 
 def test_without_a_gpu_or_nvcc_the_reason_is_recorded(tmp_path, monkeypatch):
     noted: dict = {}
-    lut.ask(suite.Options(), None, lambda **facts: noted.update(facts))
+    lut.ask(specs.Options(), None, lambda **facts: noted.update(facts))
     assert noted["said"] == "not measured" and "GPU" in noted["stopped"] and not noted["decoders"]
     line = terminal.answer({"name": "formulations/lut/bf16", **noted})
     assert line == f"formulations/lut/bf16: not measured; {noted['stopped']}"
@@ -140,7 +140,7 @@ def test_a_wrong_table_has_no_rate_and_the_others_do(emulated, monkeypatch):
     rate = {"weights_per_clock": 12.34, "packed_gb_s": 1234.5}
     monkeypatch.setattr(lut, "measured", lambda library, name, device: rate)
     with pytest.raises(RuntimeError, match="pairs: on purpose"):
-        lut.ask(suite.Options(), None, lambda **facts: noted.update(facts))
+        lut.ask(specs.Options(), None, lambda **facts: noted.update(facts))
     assert noted["said"].startswith("weights for each clock") and "shuffle 12.3" in noted["said"]
     table = make_tables.decoders_table([noted])
     assert "| permute | 12.3 | 1234 |" in table and "| pairs | WRONG |  |" in table

@@ -19,6 +19,7 @@ import contests
 import gpu
 import make_tables
 import pytest
+import specs
 import suite
 import tiles
 import torch
@@ -35,6 +36,7 @@ from peftkern.kernels import configs
 from peftkern.kernels.configs import KERNELS, Problem, TileConfig, as_entry, choose
 from peftkern.kernels.launch import config_for, forced, traits
 from peftkern.tools.bench import gpu_timer, machine, timer
+from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.timer import Timing
 
 ROOT = machine.ROOT
@@ -51,22 +53,22 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = ["--n", "8", "--k", "8", "--seconds", "0", "--out", str(tmp_path)]
 
-    def run(specs: list, *more: str) -> int:
-        return suite.main("fake", specs, argv=[*options, *more])
+    def run(wanted: list, *more: str) -> int:
+        return suite.main("fake", wanted, argv=[*options, *more])
 
     run.record = lambda: json.loads((tmp_path / "device" / "fake.json").read_text())
     return run
 
 
-def spec(name: str, stop: type[BaseException] | None = None) -> suite.Spec:
-    def build(options: suite.Options) -> suite.Case:
+def spec(name: str, stop: type[BaseException] | None = None) -> specs.Spec:
+    def build(options: specs.Options) -> specs.Case:
         if stop is not None:
             raise stop("on purpose")
         one = torch.ones(2)
-        variants = {n: suite.Variant(lambda i: one, (one.double(),)) for n in (suite.OURS, "peer")}
-        return suite.Case(variants, 1, 1, torch.float32)
+        variants = {n: specs.Variant(lambda i: one, (one.double(),)) for n in (OURS, "peer")}
+        return specs.Case(variants, 1, 1, torch.float32)
 
-    return suite.Spec(f"fake/{name}", build, (suite.OURS, "peer"), "peer")
+    return specs.Spec(f"fake/{name}", build, (OURS, "peer"), "peer")
 
 
 def test_budget_ends_a_bench_between_cases(bench):

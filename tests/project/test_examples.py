@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import specs
 import suite
 import torch
 from paths import EXAMPLES, ROOT
@@ -19,6 +20,8 @@ from scripts import run_here
 
 from peftkern.tools.bench import record as records
 from peftkern.tools.bench import timer
+from peftkern.tools.bench.record import OURS
+from peftkern.tools.bench.rows import new_record
 
 TINY = ["--hidden", "64", "--layers", "1", "--seq", "16", "--dtype", "fp32"]
 TINY_BENCH = ["--n", "128", "--k", "128", "--seconds", "0", "--rotate-mb", "1", "--threads", "1"]
@@ -286,19 +289,21 @@ def test_benchmark_gives_no_time_to_a_wrong_result(damage: float) -> None:
 
     def spec(ours: torch.Tensor, theirs: torch.Tensor):
         variants = {
-            suite.OURS: suite.Variant(lambda i: ours, (right.double(),)),
-            "peer": suite.Variant(lambda i: theirs, (right.double(),)),
+            OURS: specs.Variant(lambda i: ours, (right.double(),)),
+            "peer": specs.Variant(lambda i: theirs, (right.double(),)),
         }
-        case = suite.Case(variants, 256, 0, torch.float32)
-        targets = (suite.Target("peer", 0.0),)
-        return suite.Spec("x/y", lambda options: case, tuple(variants), "peer", targets)
+        case = specs.Case(variants, 256, 0, torch.float32)
+        targets = (specs.Target("peer", 0.0),)
+        return specs.Spec("x/y", lambda options: case, tuple(variants), "peer", targets)
 
     roof = {"copy": 1e9, "float32": 1e9}
-    good = suite.run_case(spec(right, right), suite.Options(), roof, 0.0, lambda share: None)
+    record = new_record({}, roof)
+    runner = suite.InProcess(record, specs.Options(), 0.0)
+    runner.run_cases([spec(right, right), spec(wrong, right)], lambda *_: None)
+    good, bad = record["cases"]
     assert good["targets"][0]["met"]
-    bad = suite.run_case(spec(wrong, right), suite.Options(), roof, 0.0, lambda share: None)
-    assert "bound" in bad["providers"][suite.OURS]["wrong"]
-    assert bad["providers"][suite.OURS]["median_ms"] is None
+    assert "bound" in bad["providers"][OURS]["wrong"]
+    assert bad["providers"][OURS]["median_ms"] is None
     assert bad["targets"][0]["measured"] is None
     assert bad["providers"]["peer"]["median_ms"] > 0
 

@@ -1,7 +1,8 @@
 """Benchmark of peftkern against the installed peers: `peftkern bench`, and bench/bench_*.py.
 
 record      the JSON of a run of `peftkern bench`, field by field
-command     its options, plan and files; instrument: the run; processes, worker: its processes
+command     its options, plan and files; runner: the loop over cases, shared with bench/
+instrument  the run in processes of their own; processes, worker: these
 shapes, cases, data, providers    sizes by name, problems, their tensors, implementations
 compare, terminal                 comparison with an earlier record; tables
 report, report_figures, names     the HTML report, its figures, names of cases for people

@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -98,16 +98,18 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Plan:
-    problems: list[Problem]
-    baselines: list[str]
-    not_installed: dict[str, str]
+    """What to measure: problems, or a job."""
+
     device: str
     threads: int
     seed: int
-    seconds: float
     budget: float
     outputs: Outputs
-    job: training_step.Job | None = None  # in the place of problems
+    problems: list[Problem] = field(default_factory=list)
+    baselines: list[str] = field(default_factory=list)
+    not_installed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    job: training_step.Job | None = None
 
 
 def plan(options: Options) -> Plan:
@@ -149,15 +151,12 @@ def plan(options: Options) -> Plan:
         device,
     )
     return Plan(
+        *(device, threads, options.seed, seconds("--budget", options.budget)),
+        outputs=outputs(options, {problem.name for problem in found}),
         problems=found,
         baselines=names,
         not_installed=absent,
-        device=device,
-        threads=threads,
-        seed=options.seed,
         seconds=seconds("--seconds", options.seconds),
-        budget=seconds("--budget", options.budget),
-        outputs=outputs(options, {problem.name for problem in found}),
     )
 
 
@@ -180,14 +179,7 @@ def naming(option: str) -> Iterator[None]:
 def _training_plan(options: Options, device: str, threads: int) -> Plan:
     job = training_step.plan(options.training, options.r, options.dtype, device, options.seed)
     return Plan(
-        problems=[],
-        baselines=[],
-        not_installed={},
-        device=device,
-        threads=threads,
-        seed=options.seed,
-        seconds=0.0,
-        budget=seconds("--budget", options.budget),
+        *(device, threads, options.seed, seconds("--budget", options.budget)),
         outputs=outputs(options, {job.facts["name"]}),
         job=job,
     )
@@ -394,6 +386,8 @@ def as_csv(record: Record) -> str:
 
 def _ours_is_fine(record: Record) -> bool:
     ours = [case["providers"][OURS] for case in record["cases"]]
+    if record["failed"]:
+        return False
     return bool(ours) and all(row["wrong"] is None and row["failed"] is None for row in ours)
 
 

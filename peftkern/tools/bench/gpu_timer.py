@@ -1,14 +1,12 @@
 """Timer for a GPU: single calls between events.
 
 A call takes the device's time, or the host's launch time if that is longer, as for a user. Variants
-take turns, and each call gets a running number to pick inputs that have left the L2 cache. Also:
-the peak memory of a call.
+take turns, and each call gets a running number to pick inputs that have left the L2 cache.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 from collections.abc import Callable, Mapping
 
@@ -70,14 +68,3 @@ def turn(
 
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
-def peak_bytes(call: Callable[[int], object]) -> int:
-    """Return the peak of bytes that one call adds to those allocated before it."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call(0)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +32,8 @@ from peftkern.tools.bench.processes import (
 )
 from peftkern.tools.bench.providers import provider
 from peftkern.tools.bench.record import OURS, Record
-from peftkern.tools.bench.record import Case as CaseRow
 from peftkern.tools.bench.rows import Row, case_record, new_record
+from peftkern.tools.bench.runner import Checked, Runner, Tick
 from peftkern.tools.bench.timer import MIN_SAMPLES, in_turns, pin_threads
 from peftkern.tools.bench.worker import REFEREE
 
@@ -44,10 +45,8 @@ START_PATIENCE = 0.5  # the same, for imports
 GRACE = 1.0  # seconds after the budget for a turn to end
 MOST_STARTS = 2  # of a provider's process, the first among them
 
-Tick = Callable[[str, float], None]
 
-
-class Bench:
+class Bench(Runner[Problem]):
     """Run of a benchmark: `with Bench(...) as bench: record = bench.run(tick)`.
 
     A provider is done with a case after `seconds` of counted calls; `budget` bounds everything.
@@ -66,6 +65,7 @@ class Bench:
         commands: Callable[[Problem], str] = lambda problem: "",
     ) -> None:
         self.problems, self.names = problems, [OURS, *baselines]
+        self.overhead: list[float] = []  # seconds of each case before its timing starts
         self.device, self.threads, self.seed = device, threads, seed
         self.seconds, self.budget = seconds, budget
         self.commands = commands
@@ -104,34 +104,14 @@ class Bench:
             roof = referee.ask(self.deadline, "measuring the ceilings", "roof", **asked)
         except WorkerError as error:
             raise self._no_ceilings(str(error)) from error
-        cases: list[CaseRow] = []
-        left = list(self.problems)
-        overhead = 0.0  # mean seconds of a case before its timing starts
-        while left and time.monotonic() + overhead < self.deadline:
-            problem = left.pop(0)
-            began = time.monotonic()
-            slot = (self.deadline - began) / (len(left) + 1)
-
-            def part(doing: str, share: float, op: str = problem.op) -> None:
-                number = f"{len(cases) + 1}/{len(self.problems)}"
-                tick(f"{number} {op}: {doing}", (len(cases) + share) / len(self.problems))
-
-            rows, before_clock = self._case(problem, began + slot, part)
-            if rows is None:
-                left.insert(0, problem)
-                break
-            overhead += (before_clock - overhead) / (len(cases) + 1)
-            cases.append(self._record(problem, rows, roof))
-        return new_record(
+        self.record = new_record(
             self.environment,
             roof,
-            device=self.device,
-            seed=self.seed,
-            budget_s=self.budget,
-            elapsed_s=time.monotonic() - self.started,
-            cases=cases,
-            not_reached=[problem.name for problem in left],
+            **{"device": self.device, "seed": self.seed, "budget_s": self.budget, "elapsed_s": 0.0},
         )
+        self.run_cases(self.problems, tick)
+        self.record["elapsed_s"] = time.monotonic() - self.started
+        return self.record
 
     def _no_ceilings(self, why: str) -> WorkerError:
         if time.monotonic() >= self.deadline:
@@ -156,61 +136,48 @@ class Bench:
         if for_good or self.starts[name] >= MOST_STARTS:
             self.gone[name] = str(error)
 
-    def _case(
-        self, problem: Problem, until: float, tick: Callable[[str, float], None]
-    ) -> tuple[dict[str, Row] | None, float]:
-        """Measure a case; return its rows, None if the budget ended before its timing started, and
-        the seconds until then."""
-        began = time.monotonic()
-        names = [name for name in self.names if problem.op in provider_labels(name)]
+    def seconds_before_clock(self, case: Problem) -> float:
+        """Return the mean of the cases before it."""
+        return statistics.fmean(self.overhead) if self.overhead else 0.0
+
+    def check(self, case: Problem, tick: Tick) -> Checked | None:
+        """Let the referee draw the tensors, and each process build its layers and check a call."""
+        self.began = time.monotonic()
+        names = [name for name in self.names if case.op in provider_labels(name)]
         self._start([REFEREE, *names])
         rows = {name: Row(failed=self.gone.get(name)) for name in names}
-        path = Path(self.folder.name) / "case.safetensors"
-        given = {"problem": problem.as_dict(), "file": str(path)}
-        patience = PATIENCE * self.budget
+        given = {
+            "problem": case.as_dict(),
+            "file": str(Path(self.folder.name) / "case.safetensors"),
+        }
+        tick(f"{case.op}: float64 result", 0.0)
         try:
-            tick("float64 result", 0.0)
             if REFEREE in self.gone:
                 raise WorkerError(self.gone[REFEREE])
             referee = self.processes[REFEREE]
             eager = referee.ask(self.deadline, "preparing", "prepare", seed=self.seed, **given)
         except WorkerError as error:
             if time.monotonic() >= self.deadline:
-                return None, 0.0
+                return None
             if isinstance(error, WorkerGoneError) and REFEREE in self.processes:
                 self._stopped(REFEREE, error)
-            return {name: Row(failed=f"no data: {error}") for name in names}, 0.0
-        rotate = self._rotation(len(names))
+            return Checked({name: Row(failed=f"no data: {error}") for name in names})
         for do, doing, more in (
-            ("build", "building the layers", {**given, "rotate": rotate}),
+            ("build", "building the layers", {**given, "rotate": self._rotation(len(names))}),
             ("check", "checking the results", {}),
         ):
-            tick(doing, 0.0)
+            tick(f"{case.op}: {doing}", 0.0)
             asked = {name: self.processes[name] for name in names if rows[name].failed is None}
+            patience = PATIENCE * self.budget
             answers, errors = ask_all(asked, patience, self.deadline, doing, do, **more)
             self._note_failures(rows, errors)
         if time.monotonic() >= self.deadline:
-            return None, 0.0
+            return None
         for name, answer in answers.items():
             row = rows[name]
             row.error_rms, row.error_max, row.note = (answer[k] for k in ("rms", "max", "note"))
-            bound = (eager["rms"], eager["max"]) if name == OURS else None
-            row.judge(getattr(torch, problem.dtype), bound, problem.kind.peer_wrong)
-        right = [name for name in names if rows[name].good]
-        for name in right:
-            self._peak(name, rows[name])
-        before_clock = time.monotonic() - began
-        if problem.mode != "memory":
-            self._time(rows, right, until, tick)
-            if rows[OURS].unfinished:
-                return None, 0.0
-        if time.monotonic() < self.deadline:  # else they are about to be stopped anyway
-            asked = {name: self.processes[name] for name in names if name in self.processes}
-            _, errors = ask_all(asked, SLOWEST_CALL, self.deadline, "letting go of a case", "free")
-            for name, error in errors.items():
-                self._stopped(name, error)
-        path.unlink(missing_ok=True)
-        return rows, before_clock
+        bound, dtype = (eager["rms"], eager["max"]), getattr(torch, case.dtype)
+        return Checked(rows, dtype, bound, case.kind.peer_wrong)
 
     def _note_failures(self, rows: dict[str, Row], errors: dict[str, WorkerError]) -> None:
         for name, error in errors.items():
@@ -218,7 +185,8 @@ class Bench:
             if isinstance(error, WorkerGoneError):
                 self._stopped(name, error, for_good=isinstance(error, WorkerSlowError))
 
-    def _peak(self, name: str, row: Row) -> None:
+    def measure_peak(self, name: str, checked: Checked) -> None:
+        row = checked.rows[name]
         try:
             deadline = min(time.monotonic() + SLOWEST_CALL, self.deadline + GRACE)
             answer = self.processes[name].ask(deadline, "measuring memory", "memory")
@@ -226,44 +194,56 @@ class Bench:
         except WorkerError as error:
             self._note_failures({name: row}, {name: error})
 
-    def _time(
-        self,
-        rows: dict[str, Row],
-        right: list[str],
-        until: float,
-        tick: Callable[[str, float], None],
-    ) -> None:
-        """Take turns until each has its seconds, or the case's slot is over."""
-        began = time.monotonic()
+    def time(
+        self, case: Problem, checked: Checked, right: list[str], until: float, tick: Tick
+    ) -> bool:
+        """Take turns until each has its seconds, or the case's slot is over; then let go of it."""
+        rows, began = checked.rows, time.monotonic()
+        self.overhead.append(began - self.began)
+        if case.mode != "memory":
+            turns = {
+                name: functools.partial(self._turn, name, rows, began, until, tick)
+                for name in right
+                if rows[name].failed is None
+            }
 
-        def over(short: bool) -> bool:
-            now = time.monotonic()
-            return now >= self.deadline or (now >= until and not short)
+            def over(short: bool) -> bool:
+                now = time.monotonic()
+                return now >= self.deadline or (now >= until and not short)
 
-        def turn(name: str) -> list[float] | None:
-            now, row = time.monotonic(), rows[name]
-            if now >= self.deadline:
-                return []
-            tick("measuring", min(1.0, (now - began) / max(1e-9, until - began)))
-            limit = min(now + SLOWEST_CALL, self.deadline + GRACE)
+            timings = in_turns(turns, seconds=self.seconds, over=over, shuffle=self.shuffle)
+            for name, timing in timings.items():
+                row, got = rows[name], len(timing.samples)
+                row.samples = list(timing.samples)
+                if row.failed is None and got < MIN_SAMPLES:
+                    row.failed = f"only {got} of {MIN_SAMPLES} calls within the budget"
+                    row.unfinished = True
+            if rows[OURS].unfinished:
+                return False
+        if time.monotonic() < self.deadline:  # else they are about to be stopped anyway
+            asked = {name: self.processes[name] for name in rows if name in self.processes}
+            _, errors = ask_all(asked, SLOWEST_CALL, self.deadline, "letting go of a case", "free")
+            for name, error in errors.items():
+                self._stopped(name, error)
+        return True
+
+    def _turn(
+        self, name: str, rows: dict[str, Row], began: float, until: float, tick: Tick
+    ) -> list[float] | None:
+        now, row = time.monotonic(), rows[name]
+        if now >= self.deadline:
+            return []
+        tick("measuring", min(1.0, (now - began) / max(1e-9, until - began)))
+        limit = min(now + SLOWEST_CALL, self.deadline + GRACE)
+        try:
             asked = {"seconds": TURN_SECONDS}
-            try:
-                answer = self.processes[name].ask(limit, "being measured", "run", **asked)
-            except WorkerError as error:
-                self._note_failures(rows, {name: error})
-                row.unfinished = time.monotonic() >= self.deadline
-                return None
-            time.sleep(SETTLE_SECONDS)
-            return answer["samples"]
-
-        turns = {n: functools.partial(turn, n) for n in right if rows[n].failed is None}
-        timings = in_turns(turns, seconds=self.seconds, over=over, shuffle=self.shuffle)
-        for name, timing in timings.items():
-            row, got = rows[name], len(timing.samples)
-            row.samples = list(timing.samples)
-            if row.failed is None and got < MIN_SAMPLES:
-                row.failed = f"only {got} of {MIN_SAMPLES} calls within the budget"
-                row.unfinished = True
+            answer = self.processes[name].ask(limit, "being measured", "run", **asked)
+        except WorkerError as error:
+            self._note_failures(rows, {name: error})
+            row.unfinished = time.monotonic() >= self.deadline
+            return None
+        time.sleep(SETTLE_SECONDS)
+        return answer["samples"]
 
     def _rotation(self, workers: int) -> int:
         """Return bytes of weights that each process cycles through. On a CPU all of them together
@@ -276,17 +256,15 @@ class Bench:
         least = wanted // max(1, workers - 1)
         return least if free is None else min(least, free // (3 * workers))
 
-    def _record(self, problem: Problem, rows: dict[str, Row], roof: dict) -> CaseRow:
-        facts = problem.facts()
-        labels = {name: provider_labels(name)[problem.op] for name in rows}
+    def case_record(self, case: Problem, checked: Checked) -> dict:
         return case_record(
-            {"name": problem.name, **facts},
-            rows,
-            work=problem.work(),
-            roof=roof,
-            labels=labels,
-            against=problem.kind.against,
-            command=self.commands(problem),
+            {"name": case.name, **case.facts()},
+            checked.rows,
+            work=case.work(),
+            roof=self.record["roof"],
+            labels={name: provider_labels(name)[case.op] for name in checked.rows},
+            against=case.kind.against,
+            command=self.commands(case),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 
@@ -12,9 +13,13 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Return the peak: on a GPU by the allocator; on a CPU the tensors that torch allocates, as its
     profiler sees them, without the workspace of native code."""
     if device.type == "cuda":
-        from peftkern.tools.bench import gpu_timer
-
-        return gpu_timer.peak_bytes(lambda i: call())
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

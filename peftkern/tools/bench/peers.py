@@ -24,7 +24,7 @@ from peftkern.functional.arguments import draw_keep
 from peftkern.layers import NF4Linear
 from peftkern.tools.bench.base_layers import linear, linear4bit, prequantized
 from peftkern.tools.bench.cases import SCALING, Problem
-from peftkern.tools.bench.data import grouped_mm, nf4_values64
+from peftkern.tools.bench.data import grouped_mm
 
 SEED = 5  # of the random numbers of a checked call
 
@@ -161,11 +161,3 @@ def kept(x: Tensor, problem: Problem, patched: bool) -> Tensor:
         return philox_keep(keep, *x.shape, problem.dropout)
     ones = torch.ones_like(x, dtype=getattr(torch, problem.adapter_dtype))
     return F.dropout(ones, problem.dropout) != 0
-
-
-def nf4_weight64(layer: nn.Module) -> Tensor:
-    """Dequantize a layer's weight in float64 and plain torch."""
-    weight = layer.nf4 if isinstance(layer, NF4Linear) else None
-    if weight is None:
-        weight = peftkern.NF4Weight.from_bitsandbytes(layer.weight)
-    return nf4_values64(weight, 0, weight.numel).view(weight.shape)

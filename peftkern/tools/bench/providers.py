@@ -69,14 +69,10 @@ def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
         return [Layer(lambda x, w=w: peftkern.nf4_linear(x, w)) for w in packed(tensors, copies)]
     if not has("peft"):
         return _functional(problem, tensors, copies)
-    from peftkern.tools.bench.peers import bitsandbytes_missing
+    from peftkern.tools.bench import peers
 
-    if not problem.kind.nf4:
-        base = linear(tensors["weight"])
-    elif bitsandbytes_missing(tensors["weight"].device):
-        base = peftkern.layers.NF4Linear._from_nf4(packed(tensors, 1)[0], None, True)
-    else:
-        base = _bitsandbytes_layer(tensors)
+    nf4 = problem.kind.nf4
+    base = peers.nf4_layer(packed(tensors, 1)[0]) if nf4 else linear(tensors["weight"])
     return _peft(base, problem, tensors, copies, patched=True)
 
 
@@ -109,27 +105,15 @@ def quantizers(double_quant: bool = True) -> tuple[Build, Build]:
 
 
 def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    if problem.kind.dora:
-        return _functional_dora(problem, tensors, copies)
-    nf4 = problem.kind.nf4
+    nf4, names = problem.kind.nf4, ["lora_A", "lora_B"]
     call = peftkern.nf4_lora_linear if nf4 else peftkern.lora_linear
+    if problem.kind.dora:
+        call, names = dora_linear, [*names, "magnitude"]
     weights = packed(tensors, copies) if nf4 else _clones(tensors["weight"], copies)
 
     def layer(weight) -> Layer:
-        a, b = (tensors[name].clone().requires_grad_() for name in ("lora_A", "lora_B"))
-        return Layer(lambda x: call(x, weight, a, b, scaling=SCALING), (a, b))
-
-    return [layer(weight) for weight in weights]
-
-
-def _functional_dora(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    nf4 = problem.kind.nf4
-    weights = packed(tensors, copies) if nf4 else _clones(tensors["weight"], copies)
-
-    def layer(weight) -> Layer:
-        names = ("lora_A", "lora_B", "magnitude")
         leaves = tuple(tensors[name].clone().requires_grad_() for name in names)
-        return Layer(lambda x: dora_linear(x, weight, *leaves, scaling=SCALING), leaves)
+        return Layer(lambda x: call(x, weight, *leaves, scaling=SCALING), leaves)
 
     return [layer(weight) for weight in weights]
 

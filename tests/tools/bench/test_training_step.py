@@ -20,13 +20,14 @@ import pytest
 import torch
 from command_line import refused
 from peft.tuners.lora import LoraLayer
+from stacks import nf4_weight64
 
 import peftkern
 from peftkern.backends.cpu import crossovers
 from peftkern.cli import main
 from peftkern.tools import models
-from peftkern.tools.bench import peers, training_run, training_worker
 from peftkern.tools.bench import record as records
+from peftkern.tools.bench import training_run, training_worker
 from peftkern.tools.bench.processes import WorkerError, WorkerGoneError, WorkerSlowError
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.training_step import Options, plan
@@ -175,7 +176,7 @@ def test_weights_of_a_folder_are_loaded_and_quantized(missing, tmp_path, monkeyp
     layer = net.model.layers[0].self_attn.q_proj
     assert type(layer).__name__ == ("NF4Linear" if missing else "Linear4bit")
     wanted = model.model.layers[0].self_attn.q_proj.weight
-    assert (peers.nf4_weight64(layer) - wanted).abs().max() < 0.2 * wanted.abs().max()
+    assert (nf4_weight64(layer) - wanted).abs().max() < 0.2 * wanted.abs().max()
     experts = net.model.layers[0].mlp.experts.gate_up_proj
     assert torch.equal(experts, model.model.layers[0].mlp.experts.gate_up_proj.bfloat16())
 
