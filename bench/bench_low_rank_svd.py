@@ -19,17 +19,21 @@ python bench/bench_low_rank_svd.py [--device cuda] [--only r16] [--seconds 2]
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
+from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main, of_problem
 from torch import Tensor
 
-import peftkern
 from peftkern.backends.cuda.low_rank_svd import JACOBI_SWEEPS, jacobi_svd
 from peftkern.backends.cuda.module import refusal_device
 from peftkern.backends.device import triton_interpreted
-from peftkern.functional.low_rank_svd import low_rank_svd, low_rank_svdvals
+from peftkern.tools.bench import low_rank_svd
+from peftkern.tools.bench.base_layers import Layer, Tensors
+from peftkern.tools.bench.cases import Problem
+from peftkern.tools.bench.low_rank_svd import WAITS, build_by, composition, named
+from peftkern.tools.bench.providers import on_backend
 
 LAYERS = 224
 STACKED, LISTS = "torch QR+QR+SVD, stacked", "torch QR+QR+SVD, from lists"
@@ -37,20 +41,6 @@ GESVDA, EIGH = "torch QR+QR+gesvda, stacked", "torch Gram+eigh, stacked"
 CUDA = "peftkern cuda"
 SVD, SVD_GESVDA, GRAM_EIGH = "torch.linalg.svd", "torch.linalg.svd, gesvda", "torch Gram+eigh"
 DENSE = f"dense torch SVD, one x {LAYERS}"
-ADDRESSES = "a graph would read addresses from host memory that torch reuses"
-WAITS = "cuSOLVER waits for the host"
-Factors = tuple[list[Tensor], list[Tensor]]
-
-
-def composition(
-    B: Tensor, A: Tensor, vectors: bool, driver: str | None = None
-) -> tuple[Tensor | None, ...]:
-    if not vectors:
-        R_B, R_A = torch.linalg.qr(B, mode="r")[1], torch.linalg.qr(A.mT, mode="r")[1]
-        return None, torch.linalg.svdvals(R_B @ R_A.mT, driver=driver), None
-    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, driver=driver)
-    return Q_B @ U, S, Vh @ Q_A.mT
 
 
 def gram_composition(B: Tensor, A: Tensor, vectors: bool) -> tuple[Tensor | None, ...]:
@@ -70,71 +60,41 @@ def gram_composition(B: Tensor, A: Tensor, vectors: bool) -> tuple[Tensor | None
     return B @ ((P_B / root_B) @ U), S, ((P_A / root_A) @ V).mT @ A
 
 
-def first_layer(svd: tuple, vectors: bool) -> tuple[Tensor, ...]:
-    """Return the compared results: singular values of layer 0 and, with vectors, its update."""
-    U, S, Vh = svd[:3]
-    if not vectors:
-        return (S[0],)
-    return S[0], (U[0].double() * S[0].double()) @ Vh[0].double()
+def gesvda(B: Tensor, A: Tensor, vectors: bool) -> low_rank_svd.SVD:
+    return composition(
+        B, A, vectors, "gesvda" if B.is_cuda else None
+    )  # torch has it on a GPU alone
+
+
+def dense_svd(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    """Build the SVD of the first layer's update as a whole."""
+    update, r = tensors["B"][0] @ tensors["A"][0], problem.r
+
+    def run() -> low_rank_svd.SVD:
+        U, S, Vh = torch.linalg.svd(update, full_matrices=False)
+        return U[None, :, :r], S[None, :r], Vh[None, :r]
+
+    return [Layer(run, collect=lambda svd: named(problem, svd), multiplied=LAYERS)]
+
+
+PROVIDERS = {
+    OURS: "peftkern",
+    CUDA: on_backend("cuda"),
+    STACKED: "composed",
+    LISTS: low_rank_svd.from_lists,
+    GESVDA: build_by(gesvda, WAITS),
+    EIGH: build_by(gram_composition, WAITS),
+    DENSE: dense_svd,
+}
 
 
 def build(options: Options, r: int, vectors: bool, names: tuple[str, ...]) -> Case:
-    torch.manual_seed(0)
     layers = LAYERS
     if triton_interpreted():  # which takes seconds for each layer, minutes for large ranks
         layers, r = 2, min(r, 4)
-    on_device = {"device": options.device}
-    size = 4 * layers * r * (options.n + options.k)
-    pool: list[Factors] = [
-        (
-            [torch.randn(options.n, r, **on_device) for _ in range(layers)],
-            [torch.randn(r, options.k, **on_device) / options.k**0.5 for _ in range(layers)],
-        )
-        for _ in range(options.copies(size))
-    ]
-    stacks = [(torch.stack(B), torch.stack(A)) for B, A in pool]
-    update = pool[0][0][0].double() @ pool[0][1][0].double()
-    sigma = composition(pool[0][0][0].double(), pool[0][1][0].double(), vectors=False)[1]
-    oracle = (sigma, update) if vectors else (sigma,)
-    driver = "gesvda" if options.device.type == "cuda" else None  # which torch has nowhere else
-
-    def ours(i: int) -> tuple:
-        B, A = pool[i % len(pool)]
-        return low_rank_svd(B, A) if vectors else (None, low_rank_svdvals(B, A), None)
-
-    def on_cuda(i: int) -> tuple:
-        with peftkern.use_backend("cuda"):
-            return ours(i)
-
-    def from_lists(i: int) -> tuple:
-        B, A = pool[i % len(pool)]
-        return composition(torch.stack(B), torch.stack(A), vectors)
-
-    def dense_svd(i: int) -> tuple:
-        U, S, Vh = torch.linalg.svd(update.float(), full_matrices=False)
-        return U[None, :, :r], S[None, :r], Vh[None, :r]
-
-    calls = {
-        OURS: ours,
-        CUDA: on_cuda,
-        STACKED: lambda i: composition(*stacks[i % len(pool)], vectors),
-        LISTS: from_lists,
-        GESVDA: lambda i: composition(*stacks[i % len(pool)], vectors, driver),
-        EIGH: lambda i: gram_composition(*stacks[i % len(pool)], vectors),
-        DENSE: dense_svd,
-    }
-
-    def result(svd: tuple) -> tuple[Tensor, ...]:
-        return first_layer(svd, vectors)
-
-    def variant(name: str) -> Variant:
-        multiplied = LAYERS if name == DENSE else 0
-        why = ADDRESSES if name in (OURS, CUDA) else WAITS
-        return Variant(calls[name], oracle, result, multiplied=multiplied, no_graph=why)
-
-    variants = {name: variant(name) for name in names}
-    flops = 2 * (3 if vectors else 1) * layers * r * r * (options.n + options.k)
-    return Case(variants, size * (2 if vectors else 1), flops, torch.float32)
+    op = "low_rank_svd" if vectors else "low_rank_svdvals"
+    problem = Problem(op, "", layers, options.n, options.k, r, "float32", "forward")
+    return of_problem(options, problem, {name: PROVIDERS[name] for name in names})
 
 
 def build_cores(options: Options, r: int, names: tuple[str, ...]) -> Case:
@@ -178,22 +138,17 @@ def build_cores(options: Options, r: int, names: tuple[str, ...]) -> Case:
     return Case(variants, 3 * size, 0, torch.float64)
 
 
-def spec(name: str, r: int, vectors: bool, *targets: Target, dense: bool = False) -> Spec:
-    names = (OURS, STACKED, LISTS, *([DENSE] if dense else []))
-    return Spec(name, lambda o: build(o, r, vectors, names), names, STACKED, targets)
+def spec(r: int, vectors: bool, *targets: Target, names: tuple[str, ...], **more) -> Spec:
+    label = f"low_rank_svd/{LAYERS}-layers-r{r}{'' if vectors else '-values'}/fp32"
+    build_it = functools.partial(build, r=r, vectors=vectors, names=names)
+    return Spec(label, build_it, names, STACKED, targets, **more)
 
 
+THREE = (OURS, STACKED, LISTS)
 SPECS = [
-    spec(
-        "low_rank_svd/224-layers-r16/fp32",
-        16,
-        True,
-        Target(STACKED, 5.0),
-        Target(DENSE, 1000.0),
-        dense=True,
-    ),
-    spec("low_rank_svd/224-layers-r64/fp32", 64, True, Target(STACKED, 1.0)),
-    spec("low_rank_svd/224-layers-r16-values/fp32", 16, False),
+    spec(16, True, Target(STACKED, 5.0), Target(DENSE, 1000.0), names=(*THREE, DENSE)),
+    spec(64, True, Target(STACKED, 1.0), names=THREE),
+    spec(16, False, names=THREE),
 ]
 
 
@@ -209,14 +164,7 @@ def gpu_specs(device: torch.device) -> list[Spec]:
         return Spec(name, lambda o: build_cores(o, r, variants), variants, SVD, targets)
 
     def gpu_spec(r: int, vectors: bool, *targets: Target) -> Spec:
-        return Spec(
-            f"low_rank_svd/{LAYERS}-layers-r{r}{'' if vectors else '-values'}/fp32",
-            lambda o: build(o, r, vectors, names),
-            names,
-            STACKED,
-            targets,
-            shape=(4096, 4096),
-        )
+        return spec(r, vectors, *targets, names=names, shape=(4096, 4096))
 
     return [
         gpu_spec(16, True, Target(STACKED, 20.0)),

@@ -15,25 +15,17 @@ python bench/bench_nf4_lora_linear.py [--device cuda] [--only forward-M1] [--sec
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
-from suite import OURS, Case, Options, Spec, Target, Variant, benchmark_test, main
-from torch import nn
+from suite import OURS, Spec, Target, benchmark_test, main, spec_of
+from torch import Tensor
 
-import peftkern
 from peftkern.backends.cuda.module import refusal_device
 from peftkern.backends.cuda.nf4_lora_linear import refusal_sm90a
-from peftkern.tools.bench.peers import (
-    bitsandbytes_missing,
-    compiled,
-    forward,
-    forward_backward,
-    linear,
-    lora_oracle,
-    lora_pool,
-    nf4_linear,
-    nf4_weight64,
-)
+from peftkern.tools.bench import providers
+from peftkern.tools.bench.cases import Problem
+from peftkern.tools.bench.peers import bitsandbytes_missing
 
 CUDA = "peftkern cuda"  # the same layer on that back end
 BNB, BNB_EVAL = "bitsandbytes + PEFT", "bitsandbytes + PEFT, eval"
@@ -49,87 +41,48 @@ def repacks_in_eval() -> bool:
     return has_avx512bf16()
 
 
-def build(options: Options, m: int, dtype: torch.dtype, train: bool, names: tuple) -> Case:
-    torch.manual_seed(0)
-    n, k, r, device, m = options.n, options.k, options.r, options.device, options.m(m)
-    weight = (torch.randn(n, k, device=device) / k**0.5).to(dtype)
-    first = torch.randn(m, k, device=device).to(dtype)
-    dy = torch.randn(m, n, device=device).to(dtype) if train else None
-    quantized, dense = nf4_linear(weight), linear(weight)
-    packed = n * k // 2 + n * k // 64  # codes and the bytes of nested absmax
-    copies, dense_copies = options.copies(packed), options.copies(weight.nbytes)
-    # A GPU's L2 cache would still hold much of a single x.
-    count = options.copies(first.nbytes + packed) if device.type == "cuda" else 1
-    xs = [first.clone().requires_grad_(train) for _ in range(count)]
-
-    def pool(name: str) -> list[nn.Module]:
-        if name == DENSE:
-            return [linear(weight) for _ in range(dense_copies)]
-        if name == DENSE_LORA:
-            return lora_pool(dense, dense_copies, r=r, patched=False, train=train)
-        # Training mode keeps bitsandbytes from repacking, also without gradients.
-        peer = name in (BNB, COMPILED)
-        layers = lora_pool(
-            quantized, copies, r=r, patched=name in (OURS, CUDA), train=train or peer
-        )
-        if name == BNB_EVAL:  # repack every copy now, not while the clock runs
-            repack = forward(layers, [torch.zeros(1, k, dtype=dtype, device=device)])
-            for i in range(copies):
-                repack(i)
-        return layers
-
-    def variant(name: str) -> Variant:
-        modules = pool(name)
-        layers = compiled(modules) if name == COMPILED else modules
-        base = weight.double() if name in (DENSE, DENSE_LORA) else weight4
-        oracle = lora_oracle(xs[0], base, None if name == DENSE else modules[0], dy)
-        call = forward_backward(layers, xs, dy, modules) if train else forward(layers, xs)
-
-        def call_cuda(i: int) -> object:
-            with peftkern.use_backend("cuda"):
-                return call(i)
-
-        return Variant(call_cuda if name == CUDA else call, oracle)
-
-    weight4 = nf4_weight64(quantized)
-    adapters = 4 * r * (n + k)
-    lora_flops = 2 * m * r * (n + k)
-    flops = 2 * m * n * k + lora_flops
-    traffic = packed + adapters + m * (n + k) * dtype.itemsize
-    if train:  # dX; dS and dB, dX's share and dA; W and dy again, dx, both adapters' gradients
-        flops += 2 * m * n * k + 2 * lora_flops
-        traffic += packed + 3 * adapters + m * (n + 2 * k) * dtype.itemsize
-    return Case({name: variant(name) for name in names}, traffic, flops, dtype)
+def training_mode(problem: Problem, tensors: dict[str, Tensor], copies: int) -> list:
+    """Build the layers that bitsandbytes does not repack, also without gradients."""
+    return providers.bitsandbytes(replace(problem, mode="full"), tensors, copies)
 
 
-def spec(name: str, m: int, dtype: torch.dtype, train: bool, *targets: Target) -> Spec:
-    names = (OURS, BNB, BNB_EVAL, DENSE_LORA, DENSE)
-    if train or not repacks_in_eval():
-        names = tuple(n for n in names if n != BNB_EVAL)
-    return Spec(name, lambda options: build(options, m, dtype, train, names), names, BNB, targets)
+PROVIDERS = {
+    OURS: "peftkern",
+    CUDA: providers.on_backend("cuda"),
+    BNB: training_mode,
+    BNB_EVAL: "bitsandbytes",
+    COMPILED: "compile",
+    DENSE_LORA: "peft",
+    DENSE: "frozen",
+}
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
+def spec(
+    name: str,
+    m: int,
+    *targets: Target,
+    dtype: str = "bfloat16",
+    without: tuple[str, ...] = (CUDA, COMPILED),
+    **more,
+) -> Spec:
+    mode = "full" if "backward" in name else "no-grad"
+    problem = Problem("nf4_lora_linear", "", m, 4096, 4096, 16, dtype, mode)
+    if mode == "full" or not repacks_in_eval():
+        without += (BNB_EVAL,)
+    peers = {name: one for name, one in PROVIDERS.items() if name not in without}
+    label = f"nf4_lora_linear/{name}/{'bf16' if dtype == 'bfloat16' else 'fp32'}"
+    judge = BNB if BNB in peers else DENSE_LORA
+    return spec_of(label, problem, peers, *targets, judge=judge, **more)
+
+
 # Few rows: time grows with M, without a cliff.
 FEW_ROWS = {1: (Target(BNB, 25.0), Target(DENSE_LORA, 2.5)), 2: (), 4: (), 8: ()}
 FEW_ROWS |= {16: (Target(BNB, 8.0), Target(DENSE_LORA, 1.0)), 32: (), 64: ()}
+FEW_ROWS |= {256: (Target(BNB, 1.7), Target(DENSE, 1 / 1.15))}
 SPECS = [
-    *(
-        spec(f"nf4_lora_linear/forward-M{m}/bf16", m, BF16, False, *targets)
-        for m, targets in FEW_ROWS.items()
-    ),
-    spec(
-        "nf4_lora_linear/forward-M256/bf16",
-        256,
-        BF16,
-        False,
-        Target(BNB, 1.7),
-        Target(DENSE, 1 / 1.15),
-    ),
-    spec("nf4_lora_linear/forward+backward-M1024/bf16", 1024, BF16, True, Target(BNB, 1.25)),
-    spec(
-        "nf4_lora_linear/forward-M256/fp32", 256, FP32, False, Target(BNB, 2.0), Target(DENSE, 1.0)
-    ),
+    *(spec(f"forward-M{m}", m, *targets) for m, targets in FEW_ROWS.items()),
+    spec("forward+backward-M1024", 1024, Target(BNB, 1.25)),
+    spec("forward-M256", 256, Target(BNB, 2.0), Target(DENSE, 1.0), dtype="float32"),
 ]
 
 
@@ -139,25 +92,17 @@ PREFILL = (64, 128, 256, 512)  # rows between decoding and training
 def gpu_specs(device: torch.device) -> list[Spec]:
     """Return the cases, those with a target first; without bitsandbytes dense PEFT is the judge."""
     has_bnb = bitsandbytes_missing(device) is None
-    judge = BNB if has_bnb else DENSE_LORA
-    on_gpu = device.type == "cuda"
-    has_decode = on_gpu and refusal_device(device) is None
+    has_decode = device.type == "cuda" and refusal_device(device) is None
     has_prefill = has_decode and refusal_sm90a(device) is None
 
     def gpu_spec(m: int, shape: tuple[int, int], *targets: Target, train: bool = False) -> Spec:
-        theirs = (BNB, COMPILED) if m in (32, 4096) else (BNB,)  # compiling is slow
+        without = (BNB_EVAL,) if has_bnb else (BNB, BNB_EVAL, COMPILED)
+        without += () if m in (32, 4096) else (COMPILED,)  # compiling is slow
         fits = not train and (has_prefill if m in PREFILL else has_decode and m <= 32)
-        ours = (OURS, CUDA) if fits else (OURS,)
-        names = (*ours, *(theirs if has_bnb else ()), DENSE_LORA, DENSE)
+        without += () if fits else (CUDA,)
         direction = "forward+backward" if train else "forward"
-        return Spec(
-            f"nf4_lora_linear/{direction}-M{m}-{shape[0]}x{shape[1]}/bf16",
-            lambda options: build(options, m, BF16, train, names),
-            names,
-            judge,
-            tuple(target for target in targets if target.peer in names),
-            shape=shape,
-        )
+        name = f"{direction}-M{m}-{shape[0]}x{shape[1]}"
+        return spec(name, m, *targets, without=without, shape=shape)
 
     square, wide, large = (4096, 4096), (14336, 4096), (28672, 8192)
     return [

@@ -137,9 +137,31 @@ def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.dev
 
     def of(patched: bool) -> Callable[[int], object]:
         pool = peers.lora_pool(layer, copies, r=r, patched=patched, train=train)
-        return peers.forward_backward(pool, xs, dy) if train else peers.forward(pool, xs)
+        return _forward_backward(pool, xs, dy) if train else _forward(pool, xs)
 
     return {"peftkern": of(True), "PEFT": of(False)}
+
+
+def _forward(layers: list, xs: list[Tensor]) -> Callable[[int], Tensor]:
+    @torch.no_grad()
+    def call(i: int) -> Tensor:
+        return layers[i % len(layers)](xs[i % len(xs)])
+
+    return call
+
+
+def _forward_backward(
+    layers: list, xs: list[Tensor], dy: Tensor
+) -> Callable[[int], tuple[Tensor, ...]]:
+    """Return a call for the output and the gradients of x and of both adapters, as in training."""
+
+    def call(i: int) -> tuple[Tensor, ...]:
+        layer, x = layers[i % len(layers)], xs[i % len(xs)]
+        y = layer(x)
+        wanted = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        return y.detach(), *torch.autograd.grad(y, wanted, dy)
+
+    return call
 
 
 def held(calls: Calls, op: str, device: torch.device) -> tuple[str, dict[str, float], list[str]]:

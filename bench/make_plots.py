@@ -16,9 +16,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from make_tables import OURS, PLOTS, ROOT, THEMES, TITLES, plot_name, shown
+from make_tables import PLOTS, ROOT, THEMES, TITLES, plot_name, short, shown
 
 from peftkern.tools import charts
+from peftkern.tools.bench.record import OURS
+from peftkern.tools.bench.rows import ratio, within_noise
 
 WIDTH = 720  # of README's column, about
 LEGEND = (
@@ -28,22 +30,11 @@ LEGEND = (
 
 def pairs(record: dict) -> Iterator[tuple[str, float, bool]]:
     """Return ("case, against peer", peer's time over peftkern's, whether within the noise)."""
-    if "cases" not in record:
-        alone, ours = (record["runs"][name]["step_ms"] for name in ("peft", OURS))
-        yield "whole step · PEFT", alone["median"] / ours["median"], overlap(ours, alone, "")
-        return
     for case in record["cases"]:
-        ours = case["variants"][OURS]
-        for peer, theirs in case["variants"].items():
-            if peer == OURS or any(v["wrong"] or "median_ms" not in v for v in (ours, theirs)):
-                continue
-            label = f"{case['name'].partition('/')[2]} · {peer}"
-            yield label, theirs["median_ms"] / ours["median_ms"], overlap(ours, theirs, "_ms")
-
-
-def overlap(a: dict, b: dict, unit: str) -> bool:
-    """Return whether the intervals from the 20th to the 80th percentile overlap."""
-    return a["p20" + unit] <= b["p80" + unit] and b["p20" + unit] <= a["p80" + unit]
+        ours = case["providers"][OURS]
+        for peer, theirs in case["providers"].items():
+            if peer != OURS and (found := ratio(case, peer)):
+                yield f"{short(case)} · {theirs['label']}", found, within_noise(ours, theirs)
 
 
 def drawn(records: dict[str, dict], theme: str) -> str:
@@ -56,10 +47,10 @@ def drawn(records: dict[str, dict], theme: str) -> str:
     return charts.svg(figure, theme)
 
 
-def bar(label: str, ratio: float, alike: bool) -> charts.Bar:
-    says = f"{'≈ ' if alike else ''}{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
-    color = "level" if alike else "faster" if ratio > 1 else "slower"
-    return charts.Bar(label, says, ratio, color)
+def bar(label: str, times: float, alike: bool) -> charts.Bar:
+    says = f"{'≈ ' if alike else ''}{times:.2f}x" if times < 100 else f"{times:.0f}x"
+    color = "level" if alike else "faster" if times > 1 else "slower"
+    return charts.Bar(label, says, times, color)
 
 
 def plots(results: Path) -> dict[str, str]:

@@ -7,9 +7,13 @@ python bench/make_tables.py --check   exit 1 if it is not what the results say
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
 from pathlib import Path
+
+from peftkern.tools.bench import record as records
+from peftkern.tools.bench.record import OURS
+from peftkern.tools.bench.rows import ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -41,8 +45,12 @@ TITLES = {
     "e2e": "Whole training steps of Llama-shaped stacks",
     "formulations": "Ways to compute the update",
 }
+SIDE_BY_SIDE = {
+    "bitsandbytes + PEFT": "bnb",
+    "bitsandbytes + PEFT, eval": "bnb eval",
+    "dense + PEFT": "dense",
+}
 NAMES_SAY_SIZES = ("adalora", "dora", "e2e", "grouped_linear")
-OURS = "peftkern"
 
 
 def milliseconds(value: float) -> str:
@@ -55,73 +63,78 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def timing(row: dict) -> str:
-    if row["wrong"]:
-        return "WRONG"
+    if row["median_ms"] is None:
+        return "WRONG" if row["wrong"] else "FAILED"
     middle = milliseconds(row["median_ms"])
     return f"{middle} [{milliseconds(row['p20_ms'])}-{milliseconds(row['p80_ms'])}]"
 
 
 def peer_cell(case: dict, peer: str) -> str:
     """Format the peer's time, its ratio to peftkern's, and the target with its mark."""
-    ours, theirs = case["variants"][OURS], case["variants"].get(peer)
+    theirs = case["providers"].get(peer)
     if theirs is None:
         return ""
-    if theirs["wrong"] or ours["wrong"]:
-        return "WRONG" if theirs["wrong"] else milliseconds(theirs["median_ms"])
+    if theirs["median_ms"] is None:
+        return timing(theirs)
     text = milliseconds(theirs["median_ms"])
-    text += f", **{theirs['median_ms'] / ours['median_ms']:.2f}x**"
-    if "graph" in ours and "graph" in theirs:
-        text += f" / {theirs['graph']['median_ms'] / ours['graph']['median_ms']:.2f}x"
+    if (found := ratio(case, peer)) is None:
+        return text
+    text += f", **{found:.2f}x**"
+    if replayed := ratio(case, peer, "graph_ms"):
+        text += f" / {replayed:.2f}x"
     for target in case["targets"]:
         if target["peer"] == peer:
-            mark = "✓" if target["met"] else "✗"
-            text += f" ({target['at_least']:.3g}x {mark})"
+            text += f" ({target['at_least']:.3g}x {'✓' if target['met'] else '✗'})"
     return text
 
 
 def gpu_cells(case: dict) -> list[str]:
     """Format the time in a replayed graph, the kernel launches of a call, and peak memory."""
-    ours = case["variants"][OURS]
-    limits = [target for target in case["targets"] if "launches_at_most" in target]
-    launches = str(ours.get("launches", ""))
-    for limit in limits:
-        launches += f" ({limit['launches_at_most']} {'✓' if limit['met'] else '✗'})"
-    peak = f"{ours['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in ours else ""
-    return [milliseconds(ours["graph"]["median_ms"]) if "graph" in ours else "", launches, peak]
+    ours = case["providers"][OURS]
+    launches = str(ours["launches"] or "")
+    for target in case["targets"]:
+        if most := target["launches_at_most"]:
+            launches += f" ({most} {'✓' if target['met'] else '✗'})"
+    graph, peak = ours["graph_ms"], ours["peak_bytes"]
+    return [milliseconds(graph) if graph else "", launches, f"{peak / 1e6:.0f}" if peak else ""]
 
 
 def cases_table(record: dict) -> str:
-    peers = list(dict.fromkeys(p for c in record["cases"] for p in c["variants"] if p != OURS))
-    on_gpu = record["machine"].get("gpu") is not None
+    cases = record["cases"]
+    labels = {n: row["label"] for c in cases for n, row in c["providers"].items() if n != OURS}
+    on_gpu = record["environment"]["gpu"] is not None
     rows = []
-    for case in record["cases"]:
-        share = case["share_of_floor"]
-        floor = f"{share:.0%}" if share is not None else ""
-        cells = [case["name"].partition("/")[2], timing(case["variants"][OURS]), floor]
+    for case in cases:
+        ours = case["providers"][OURS]
+        share = ours["share_of_roof"]
+        cells = [short(case), timing(ours), f"{share:.0%}" if share else ""]
         cells += gpu_cells(case) if on_gpu else []
-        rows.append(cells + [peer_cell(case, peer) for peer in peers])
+        rows.append(cells + [peer_cell(case, peer) for peer in labels])
     more = ["in a graph", "launches", "peak MB"] if on_gpu else []
-    return markdown(["ms", OURS, "of floor", *more, *peers], rows)
+    return markdown(["ms", OURS, "of floor", *more, *labels.values()], rows)
+
+
+def short(case: dict) -> str:
+    return case["name"].partition("/")[2]
 
 
 def steps_table(record: dict) -> str:
     """Format training steps: throughput of both, peak memory beside its prediction."""
     rows = []
     for case in record["cases"]:
-        ours, theirs = case["variants"][OURS], case["variants"]["PEFT"]
-        cells = [case["name"].partition("/")[2], timing(ours), peer_cell(case, "PEFT")]
-        for variant in (ours, theirs):
-            speed = variant.get("tokens_s")
-            cells += [f"{speed:.0f}" if speed else "", megabytes(variant)]
+        ours, theirs = case["providers"][OURS], case["providers"]["PEFT"]
+        cells = [short(case), timing(ours), peer_cell(case, "PEFT")]
+        for row in (ours, theirs):
+            cells += [f"{row['tokens_s']:.0f}" if row["tokens_s"] else "", megabytes(row)]
         rows.append(cells)
     header = ["ms", OURS, "PEFT", "tokens/s", "MB (planned)", "PEFT tokens/s", "PEFT MB (planned)"]
     return markdown(header, rows)
 
 
-def megabytes(variant: dict) -> str:
-    if "peak_bytes" not in variant:
+def megabytes(row: dict) -> str:
+    if row["peak_bytes"] is None:
         return ""
-    return f"{variant['peak_bytes'] / 1e6:.0f} ({variant['planned_bytes'] / 1e6:.0f})"
+    return f"{row['peak_bytes'] / 1e6:.0f} ({row['planned_bytes'] / 1e6:.0f})"
 
 
 def answers_table(answers: list[dict]) -> str:
@@ -148,40 +161,35 @@ def answers_table(answers: list[dict]) -> str:
 
 
 def demo_table(record: dict) -> str:
-    alone, patched = record["runs"]["peft"], record["runs"]["peftkern"]
-    summary = record["summary"]
-
-    def step(run: dict) -> str:
-        return timing({**{f"{k}_ms": v for k, v in run["step_ms"].items()}, "wrong": None})
+    (case,), (answer,) = record["cases"], record["answers"]
+    rows, runs, summary = case["providers"], answer["runs"], answer["summary"]
+    alone, patched = runs["peft"], runs[OURS]
 
     def memory(label: str, key: str) -> list[str]:
         less = patched[key] - alone[key]
         mark = "✓" if less < 0 else "✗"
         return [label, f"{alone[key]:.0f}", f"{patched[key]:.0f}", f"{less:+.0f} ({mark})"]
 
-    faster = f"**{summary['speedup']:.2f}x** ({'✓' if summary['speedup'] > 1 else '✗'})"
-    rows = [
-        ["step, ms", step(alone), step(patched), faster],
+    faster = ratio(case, "PEFT")
+    losses = [f"{run['final_loss']:.4f}" for run in (alone, patched)]
+    apart = f"curves part by {summary['loss_mean_rel_diff']:.1e} on average, at most "
+    mark = "✓" if faster > 1 else "✗"
+    cells = [
+        ["step, ms", timing(rows["PEFT"]), timing(rows[OURS]), f"**{faster:.2f}x** ({mark})"],
         memory("peak process memory, MB", "resident_peak_mb"),
         memory("peak tensors in a step, MB", "tensor_peak_mb"),
-        [
-            "final loss",
-            f"{alone['final_loss']:.4f}",
-            f"{patched['final_loss']:.4f}",
-            f"curves part by {summary['loss_mean_rel_diff']:.1e} on average, at most "
-            f"{summary['loss_max_rel_diff']:.1e}",
-        ],
+        ["final loss", *losses, apart + f"{summary['loss_max_rel_diff']:.1e}"],
     ]
-    return markdown(["", "PEFT", "PEFT + peftkern", ""], rows)
+    return markdown(["", "PEFT", "PEFT + peftkern", ""], cells)
 
 
 def heading(stem: str, record: dict) -> str:
     """Format the heading: stem, machine and versions."""
-    facts, size = record["machine"], record["options"]
-    gpu = facts.get("gpu")
+    facts, size = record["environment"], record["options"]
+    gpu = facts["gpu"]
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
     text = f"**{TITLES[stem]}**"
-    if "cases" not in record:
+    if stem == "demo":
         text += f" ({size['steps']} steps, {size['batch']}x{size['seq']} tokens)"
     elif gpu:
         text += f" (r={size['r']})"
@@ -194,20 +202,71 @@ def heading(stem: str, record: dict) -> str:
 
 
 def shown(results: Path) -> dict[str, dict[str, dict]]:
-    """Return {device: {stem: record}} in table order, without records of Triton's interpreter."""
+    """Return {device: {stem: record}} in table order, without records of Triton's interpreter and
+    of an instruction set that stands in for another machine's."""
+    return {
+        device: kept
+        for device, records in measured(results).items()
+        if (kept := {stem: one for stem, one in records.items() if not stands_in(one)})
+    }
+
+
+def measured(results: Path) -> dict[str, dict[str, dict]]:
+    """Return {device: {stem: record}} of all that was measured and not interpreted."""
     found = {}
     for device in sorted(path for path in results.iterdir() if path.is_dir()):
-        records = {path.stem: json.loads(path.read_text()) for path in device.glob("*.json")}
-        kept = {
-            stem: records[stem]
-            for stem in ORDER
-            if stem in records
-            and not records[stem]["machine"].get("interpreter")
-            and (records[stem].get("cases") != [] or records[stem].get("answers"))
+        paths = {stem: device / f"{stem}.json" for stem in ORDER}
+        read = {stem: records.read(path) for stem, path in paths.items() if path.is_file()}
+        found[device.name] = {
+            stem: one
+            for stem, one in read.items()
+            if not one["environment"]["interpreter"] and (one["cases"] or one["answers"])
         }
-        if kept:
-            found[device.name] = kept
     return found
+
+
+def stands_in(record: dict) -> bool:
+    """Return whether PEFTKERN_CPU_ISA held the kernels back from what the machine has."""
+    facts = record["environment"]
+    return facts["gpu"] is None and bool(facts["isas"]) and facts["isa"] != facts["isas"][-1]
+
+
+def side_by_side(results: Path, stem: str = "nf4_lora_linear") -> list[str]:
+    """Format the forward passes of a stem with a group of columns for every CPU and instruction
+    set, if there are several; where one lacks a case, its cells are empty."""
+    found = [one[stem] for one in measured(results).values() if stem in one]
+    found = [r for r in found if r["environment"]["gpu"] is None and r["environment"]["isa"]]
+    if len(found) < 2:
+        return []
+    found.sort(key=lambda one: one["environment"]["isas"].index(one["environment"]["isa"]))
+    facts = [one["environment"] for one in found]
+    several = len({(f["cpu"], f["threads"]) for f in facts}) > 1
+    names = {one["name"]: None for record in found for one in record["cases"]}
+    names = [n for n in names if "/forward-M" in n]
+    names.sort(key=lambda name: (name.rpartition("/")[2], int(re.findall("-M([0-9]+)", name)[0])))
+    header, rows = [""], [[name.partition("/")[2]] for name in names]
+    for record, fact in zip(found, facts, strict=True):
+        where = f"{fact['cpu']}, {fact['threads']} threads, " if several else ""
+        header += [f"{where}{fact['isa']}: ms", *(f"{label} x" for label in SIDE_BY_SIDE.values())]
+        cases = {case["name"]: case for case in record["cases"]}
+        for name, cells in zip(names, rows, strict=True):
+            cells += compared(cases[name]) if name in cases else [""] * (1 + len(SIDE_BY_SIDE))
+    text = (
+        f"**{TITLES[stem]}, forward, by instruction set**. peftkern's time, and how many times that"
+        " each peer took beside it in the same run. A set that is not the machine's best is forced"
+        " (`PEFTKERN_CPU_ISA`, and those of torch, oneDNN and MKL) and stands in for machines that"
+        " have no more; clock and caches are still this machine's. bitsandbytes' kernel of eval"
+        " mode chooses its set itself and cannot be held back: beside a forced avx2 or avx512 it"
+        " runs AVX-512-BF16. Measured: "
+    )
+    text += "; ".join(f"{f['isa']} {f['date'][:10]}, commit {f['commit']}" for f in facts)
+    return [f"{text}.", markdown(header, rows)]
+
+
+def compared(case: dict) -> list[str]:
+    """Format peftkern's time and the ratios of those that stand side by side."""
+    found = [ratio(case, peer) for peer in SIDE_BY_SIDE]
+    return [timing(case["providers"][OURS]), *(f"**{one:.2f}x**" if one else "" for one in found)]
 
 
 def plot_name(device: str, theme: str) -> str:
@@ -240,31 +299,33 @@ def alike(cases: list[dict]) -> list[list[dict]]:
     """Group the cases that have the same variants."""
     groups: dict[tuple[str, ...], list[dict]] = {}
     for case in cases:
-        groups.setdefault(tuple(case["variants"]), []).append(case)
+        groups.setdefault(tuple(case["providers"]), []).append(case)
     return list(groups.values())
 
 
 def tables(stem: str, record: dict) -> list[str]:
-    if "cases" not in record:
+    if stem == "demo":
         return [demo_table(record)]
     if stem == "formulations":
         found = [cases_table({**record, "cases": cases}) for cases in alike(record["cases"])]
-        decoders = [answer for answer in record.get("answers", []) if "decoders" in answer]
+        decoders = [answer for answer in record["answers"] if "decoders" in answer]
         return [*found, *([decoders_table(decoders)] if decoders else [])]
     if stem != "e2e":
         return [cases_table(record)]
     found = [steps_table(record)] if record["cases"] else []
-    return [*found, *([answers_table(record["answers"])] if record.get("answers") else [])]
+    return [*found, *([answers_table(record["answers"])] if record["answers"] else [])]
 
 
 def section(results: Path) -> str:
     """Format everything between the markers."""
-    parts, on_gpu = [], False
-    for device, records in shown(results).items():
+    parts, on_gpu, above = [], False, False
+    for device, found in shown(results).items():
         parts.append(picture(device))
-        for stem, record in records.items():
-            on_gpu |= record["machine"].get("gpu") is not None
+        for stem, record in found.items():
+            on_gpu |= record["environment"]["gpu"] is not None
+            above |= any((c["providers"][OURS]["share_of_roof"] or 0) > 1 for c in record["cases"])
             parts += [heading(stem, record), *tables(stem, record)]
+    parts += side_by_side(results)
     if not parts:
         return "No results are recorded yet: `make bench` measures this machine."
     legend = (
@@ -273,6 +334,11 @@ def section(results: Path) -> str:
         " at the measured copy bandwidth and dense matrix product. Method, and what bounds the"
         " misses: [bench/README.md](bench/README.md)."
     )
+    if above:
+        legend += (
+            " Above 100% of it: what was written stayed in a cache, or more was read than written;"
+            " the copy, beyond the caches and half of it writing, is no bound for that."
+        )
     if on_gpu:
         legend += (
             " On a GPU single calls are timed, launches included; after the slash is the ratio in"

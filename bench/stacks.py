@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkern
-from peftkern.formats.nf4 import NESTED_BLOCKSIZE, NF4_CODE, NF4Weight, dynamic_map
 from peftkern.layers import NF4Linear
-from peftkern.tools.bench.base_layers import linear, prequantized
-from peftkern.tools.bench.peers import bitsandbytes_missing, nf4_weight64
+from peftkern.tools.bench.base_layers import linear, random_nf4
+from peftkern.tools.bench.peers import nf4_layer, nf4_weight64
 from peftkern.tools.plan.plan import Architecture, Training
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-BLOCKSIZE = 64
 KINDS = ("lora_A", "lora_B", "lora_E")
 # AdaLoRA in the middle of its schedule, where it allocates at every step.
 ADALORA_STEPS, ADALORA_START = 1_000_000, 500_000
@@ -47,43 +45,6 @@ def scaled(model: Architecture, hidden: int, layers: int) -> Architecture:
         intermediate=hidden * model.intermediate // model.hidden,
         vocabulary=min(model.vocabulary, VOCABULARY_OVER_HIDDEN * hidden),
     )
-
-
-def random_nf4(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> NF4Weight:
-    """Draw an NF4 weight [n, k] with double quantization as packed bytes.
-
-    The 16 values are equally likely and absmax is within 10% of what makes the standard deviation
-    k^-1/2, that of a layer which keeps the size of its input.
-    """
-    device = generator.device
-    blocks = -(-n * k // BLOCKSIZE)
-
-    def octets(count: int) -> Tensor:
-        return torch.randint(256, (count,), dtype=torch.uint8, device=device, generator=generator)
-
-    rms = (sum(value * value for value in NF4_CODE) / len(NF4_CODE)) ** 0.5
-    offset = torch.tensor(k**-0.5 / rms, device=device)
-    return NF4Weight(
-        packed=octets((n * k + 1) // 2),
-        absmax=octets(blocks),
-        shape=(n, k),
-        blocksize=BLOCKSIZE,
-        dtype=dtype,
-        nested_absmax=(0.1 * offset).repeat(-(-blocks // NESTED_BLOCKSIZE)),
-        nested_code=torch.tensor(dynamic_map(), device=device),
-        nested_offset=offset,
-        nested_blocksize=NESTED_BLOCKSIZE,
-    )
-
-
-def nf4_layer(weight: NF4Weight) -> nn.Module:
-    """Build bitsandbytes' layer over this weight, or ours where bitsandbytes does not run."""
-    if bitsandbytes_missing(weight.device) is not None:
-        return NF4Linear._from_nf4(weight, None, True)
-    state = weight.state_dict()
-    packed = state.pop("weight")
-    stats = {name.removeprefix("weight."): tensor for name, tensor in state.items()}
-    return prequantized(packed, stats, weight.shape, weight.dtype)
 
 
 def stack(

@@ -7,28 +7,36 @@ import contextlib
 import gc
 import itertools
 import os
+import re
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import outcomes
+import graphs
 import torch
-from outcomes import Outcome, Row
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import peftkern
 from peftkern.backends.device import triton_interpreted
-from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO, errors
-from peftkern.tools.bench import gpu_timer, machine, memory
-from peftkern.tools.bench.peers import SEED
+from peftkern.backends.tolerances import PEER_WRONG, errors
+from peftkern.tools.bench import data, gpu_timer, machine, terminal
+from peftkern.tools.bench.cases import ITEMSIZE, Problem
+from peftkern.tools.bench.gpu_timer import first_line, measure_events
+from peftkern.tools.bench.memory import peak_bytes
+from peftkern.tools.bench.peers import SEED, kept
+from peftkern.tools.bench.providers import PROVIDERS, Build, Provider
 from peftkern.tools.bench.record import OURS
-from peftkern.tools.bench.timer import Timing, measure, pin_threads
+from peftkern.tools.bench.rows import Row, case_record, new_record, ratio
+from peftkern.tools.bench.timer import measure, pin_threads
+from peftkern.tools.bench.worker import calls
 
+MOST_COPIES = 128  # of a layer; a call of so small a one takes longer than to evict it
 GRAPH_SHARE = 0.5  # of a variant's time, added for replayed graphs
 CPU = torch.device("cpu")
 
@@ -62,7 +70,8 @@ class Variant:
     into tensors that compare with `oracle` (float64); no oracle: nothing to check. `multiplied`:
     too slow to repeat, so one call is timed and its time multiplied by this. `planned_bytes`: the
     expected peak. `no_graph`: reason against a CUDA graph; a failed capture can break all that
-    comes later."""
+    comes later. `errors` compares what `call` returns, in the place of `result` and `oracle`;
+    `warm`: calls before the clock runs, of copies that do some work once."""
 
     call: Callable[[int], object]
     oracle: tuple[Tensor, ...] = ()
@@ -70,6 +79,8 @@ class Variant:
     multiplied: int = 0
     planned_bytes: int | None = None
     no_graph: str | None = None
+    errors: Callable[[object], tuple[float, float]] | None = None
+    warm: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ class Case:
     flops: int
     dtype: torch.dtype
     tokens: int | None = None
+    problem: Problem | None = None  # of `peftkern bench`, where it is one of its cases
 
 
 @dataclass(frozen=True)
@@ -131,38 +143,106 @@ class Question:
         return self.name.partition("/")[2]
 
 
+def of_problem(
+    options: Options, problem: Problem, peers: Mapping[str, str | Build | Provider]
+) -> Case:
+    """Build a case of `peftkern bench` in this process, at the sizes of the options.
+
+    peers: its variants by name, peftkern's first; each a provider, or the name of a provider of
+    `peftkern bench`, or a function that builds its layers.
+    """
+    device, rows = options.device, problem.M
+    rows = rows if problem.kind.counts == "layers" or rows is None else options.m(rows)
+    # On a CPU dropout's mask is a tensor, which the interpreted kernels do not take.
+    dropout = problem.dropout if device.type == "cuda" else 0.0
+    problem = replace(problem, M=rows, dropout=dropout)
+    tensors = data.inputs(problem, 0, device)
+    right = {**tensors, **data.oracle_of(problem, tensors)}
+    dense_bytes = problem.N * problem.K * ITEMSIZE[problem.dtype]
+
+    def variant(name: str, provider: str | Build | Provider) -> Variant:
+        one = PROVIDERS[provider] if isinstance(provider, str) else provider
+        one = one if isinstance(one, Provider) else Provider(one, {})
+        copies = options.copies(dense_bytes if one.dense else problem.weight_bytes)
+        layers = one.build(problem, tensors, min(MOST_COPIES, copies))
+        # A GPU's L2 cache would still hold much of a single x.
+        setup, call, collect = calls(
+            problem, layers, tensors, copies if device.type != "cpu" else 1
+        )
+        expected = right
+        if problem.dropout and one.adapted:
+            keep = kept(tensors["x"], problem, patched=name == OURS)
+            expected = right | data.oracle_of(problem, tensors, keep)
+
+        def errors(returned: object) -> tuple[float, float]:
+            found = data.compare(problem, collect(returned), expected, one.adapted)
+            return found["rms"], found["max"]
+
+        checked = not (problem.dropout and provider == "compile")  # which draws a mask of its own
+        return Variant(
+            lambda i: call(setup()),
+            errors=errors if checked else None,
+            multiplied=layers[0].multiplied,
+            no_graph=layers[0].no_graph,
+            warm=0 if problem.trains else len(layers),
+        )
+
+    variants = {name: variant(name, provider) for name, provider in peers.items()}
+    return Case(variants, *problem.work(), getattr(torch, problem.dtype), problem=problem)
+
+
+def spec_of(
+    name: str,
+    problem: Problem,
+    peers: Mapping[str, str | Build | Provider],
+    *targets: Target,
+    judge: str | None = None,
+    **more: object,
+) -> Spec:
+    """Return the spec of such a case; the judge is the second of its variants."""
+    names = tuple(peers)
+    return Spec(
+        name,
+        lambda o: of_problem(o, replace(problem, N=o.n, K=o.k, r=problem.r and o.r), peers),
+        names,
+        judge or names[1],
+        tuple(target for target in targets if target.peer in names),
+        peer_wrong=problem.kind.peer_wrong,
+        **more,
+    )
+
+
 def check(spec: Spec, case: Case) -> dict[str, Row]:
     """Measure errors against float64 and mark wrong results: ours is bound by the judge's error."""
     rows = {name: Row() for name in case.variants}
-    dtype = case.dtype
     for name, variant in case.variants.items():
         torch.manual_seed(SEED)
+        row = rows[name]
+        row.planned_bytes, row.no_graph = variant.planned_bytes, variant.no_graph
         try:
             start = time.perf_counter()
             returned = variant.call(0)
             if variant.multiplied:
-                rows[name].timing = Timing(((time.perf_counter() - start) * variant.multiplied,))
+                row.samples = [(time.perf_counter() - start) * variant.multiplied]
+            if variant.errors is not None:
+                row.error_rms, row.error_max = variant.errors(returned)
             result = variant.result(returned)
+            for i in range(variant.warm if not variant.multiplied else 0):
+                variant.call(i + 1)
         except Exception as error:  # the other variants still count
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises again if the device itself is lost
-            rows[name].wrong = gpu_timer.first_line(error)
+            row.failed = first_line(error)
             continue
-        if not variant.oracle:
-            continue
-        result = result if isinstance(result, tuple) else (result,)
-        pairs = [errors(g, o) for g, o in zip(result, variant.oracle, strict=True)]
-        rows[name].rms, rows[name].max = (max(pair[i] for pair in pairs) for i in (0, 1))
+        if variant.oracle:
+            result = result if isinstance(result, tuple) else (result,)
+            pairs = [errors(g, o) for g, o in zip(result, variant.oracle, strict=True)]
+            row.error_rms, row.error_max = (max(pair[i] for pair in pairs) for i in (0, 1))
     judge = rows[spec.judge]
+    eager = None if judge.error_rms is None else (judge.error_rms, judge.error_max)
     for name, row in rows.items():
-        if row.rms is None:
-            continue
-        if name == OURS and judge.rms is not None:
-            bound = RATIO * judge.rms + FLOOR_RMS[dtype], RATIO * judge.max + FLOOR_MAX[dtype]
-        else:
-            bound = spec.peer_wrong, float("inf")
-        if not (row.rms <= bound[0] and row.max <= bound[1]):  # NaN is wrong too
-            row.wrong = f"error {row.rms:.2g} rms, {row.max:.2g} max; bound {bound[0]:.2g}"
+        if row.error_rms is not None:
+            row.judge(case.dtype, eager if name == OURS else None, spec.peer_wrong)
     return rows
 
 
@@ -171,71 +251,100 @@ def sized(spec: Spec | Question, options: Options) -> Options:
     return options if spec.shape is None else replace(options, n=spec.shape[0], k=spec.shape[1])
 
 
-def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> Outcome:
+def run_case(spec: Spec, options: Options, roof: dict, seconds: float, tick) -> dict:
+    """Build, check and measure a case; return its record."""
     options = sized(spec, options)
     case = spec.build(options)
     if tuple(case.variants) != spec.names:
         raise RuntimeError(f"{spec.name}: built {tuple(case.variants)}, expected {spec.names}")
-    dtype = str(case.dtype).removeprefix("torch.")
-    floor = max(case.bytes / roof["copy"], case.flops / roof[dtype] if case.flops else 0.0)
-    facts = {"bytes": case.bytes, "flops": case.flops, "floor_ms": floor * 1e3}
-    if case.tokens is not None:
-        facts["tokens"] = case.tokens
     peftkern.reset_stats()
-    outcome = Outcome(spec, facts, check(spec, case))
+    rows = check(spec, case)
     right = {
         name: variant.call
         for name, variant in case.variants.items()
-        if outcome.rows[name].wrong is None and not variant.multiplied
+        if rows[name].good and not variant.multiplied
     }
+    on_gpu = options.device.type == "cuda"
+    timings = (measure_events if on_gpu else measure)(right, seconds=seconds, tick=tick)
+    for name, timing in timings.items():
+        rows[name].samples = list(timing.samples)
     if case.tokens is not None:
-        measure_steps(outcome.rows, case, right, options.device, seconds, tick)
-    elif options.device.type == "cuda":
-        measure_on_gpu(outcome.rows, case, right, seconds, tick)
-    else:
-        for name, timing in measure(right, seconds=seconds, tick=tick).items():
-            outcome.rows[name].timing = timing
-    facts["served"] = {f"{op} on {name}": n for (op, name), n in peftkern.stats().calls.items()}
-    facts["fell_back"] = {f"{op}: {w}": n for (op, w), n in peftkern.stats().fallbacks.items()}
-    return outcome
+        for name, call in right.items():
+            rows[name].peak_bytes = peak_bytes(lambda call=call: call(0), options.device)
+    elif on_gpu:
+        measure_more(rows, timings, case, right, seconds)
+    record = case_record(
+        facts_of(spec, options, case),
+        rows,
+        work=(case.bytes, case.flops),
+        roof=roof,
+        labels={name: name for name in rows},
+        tokens=case.tokens,
+    )
+    record["targets"] = [*reached(spec, record)]
+    record["served"] = {f"{op} on {name}": n for (op, name), n in peftkern.stats().calls.items()}
+    record["fell_back"] = {f"{op}: {w}": n for (op, w), n in peftkern.stats().fallbacks.items()}
+    return record
 
 
-def measure_steps(
-    rows: dict[str, Row], case: Case, right: dict, device: torch.device, seconds: float, tick
-) -> None:
-    """Measure time and peak memory of training steps."""
-    clock = gpu_timer.measure_events if device.type == "cuda" else measure
-    timings = clock(right, seconds=seconds, tick=tick)
-    for name, call in right.items():
-        rows[name].timing, rows[name].tokens = timings[name], case.tokens
-        rows[name].peak_bytes = memory.peak_bytes(lambda call=call: call(0), device)
-        rows[name].planned_bytes = case.variants[name].planned_bytes
+def facts_of(spec: Spec, options: Options, case: Case) -> dict:
+    """Return a case's size and kind; its rows are those of its name."""
+    stem, _, short = spec.name.partition("/")
+    if case.problem is not None:
+        size = f"{case.problem.N}x{case.problem.K}"
+        return {"name": spec.name, **case.problem.facts(), "shape": size}
+    rows = re.search(r"-[MT]([0-9]+)\b", short)
+    return {
+        "name": spec.name,
+        "op": "training_step" if case.tokens else stem,
+        "shape": short,
+        "M": case.tokens or (options.m(int(rows[1])) if rows else None),
+        "N": None if case.tokens else options.n,
+        "K": None if case.tokens else options.k,
+        "r": options.r,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "mode": "full" if case.tokens or "backward" in short else "forward",
+    }
 
 
-def measure_on_gpu(rows: dict[str, Row], case: Case, right: dict, seconds: float, tick) -> None:
-    """Measure single calls, replayed graphs, launches and peak memory of the correct variants.
+def reached(spec: Spec, record: dict) -> Iterator[dict]:
+    """Yield the targets with what was measured."""
+    for target in spec.targets:
+        found = ratio(record, target.peer)
+        met = found is not None and found >= target.at_least
+        yield {
+            **{"peer": target.peer, "at_least": target.at_least, "launches_at_most": None},
+            **{"measured": found, "met": met},
+        }
+    launches = record["providers"][OURS]["launches"]
+    if spec.most_launches is not None and launches is not None:
+        yield {
+            **{"peer": None, "at_least": None, "launches_at_most": spec.most_launches},
+            **{"measured": launches, "met": launches <= spec.most_launches},
+        }
 
-    Time comes first: a later failure costs its own number alone. Of calls that take longer than the
+
+def measure_more(rows: dict[str, Row], timings: dict, case: Case, right: dict, seconds: float):
+    """Measure peak memory, launches and replayed graphs of the correct variants on a GPU.
+
+    Time came first: a failure here costs its own number alone. Of calls that take longer than the
     timer's patience nothing else is measured.
     """
-    timings = gpu_timer.measure_events(right, seconds=seconds, tick=tick)
-    for name, timing in timings.items():
-        rows[name].timing = timing
     quick = {n: call for n, call in right.items() if timings[n].median <= gpu_timer.PATIENCE}
     for name, call in quick.items():
         try:
             rows[name].peak_bytes = gpu_timer.peak_bytes(call)
-            rows[name].kernels = gpu_timer.launches(call) or None  # the profiler saw nothing at all
+            rows[name].kernels = graphs.launches(call) or None  # the profiler saw nothing at all
         except Exception as error:
             torch.cuda.synchronize()  # raises again if the device itself is lost
-            rows[name].not_measured = gpu_timer.first_line(error)
-    held = {name: call for name, call in quick.items() if case.variants[name].no_graph is None}
+            rows[name].note = first_line(error)
+    held = {name: call for name, call in quick.items() if rows[name].no_graph is None}
     medians = {name: timings[name].median for name in held}
-    graphs, refused = gpu_timer.measure_graphs(held, seconds=GRAPH_SHARE * seconds, calls=medians)
+    found, refused = graphs.measure_graphs(held, seconds=GRAPH_SHARE * seconds, calls=medians)
     for name in right:
-        rows[name].graph = graphs.get(name)
+        rows[name].graph = found[name].median if name in found else None
         slow = None if name in quick else f"a call takes over {gpu_timer.PATIENCE:g} s"
-        rows[name].no_graph = case.variants[name].no_graph or slow or refused.get(name)
+        rows[name].no_graph = rows[name].no_graph or slow or refused.get(name)
 
 
 def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
@@ -299,45 +408,43 @@ def _run(
     stem: str, chosen: list[Spec | Question], args: argparse.Namespace, device: torch.device
 ) -> int:
     on_gpu = device.type == "cuda"
-    end = None if args.budget is None else time.monotonic() + args.budget
+    began = time.monotonic()
+    end = None if args.budget is None else began + args.budget
     seconds = (0.3 if on_gpu else 2.0) if args.seconds is None else args.seconds
     size = (args.n, args.k) if args.n is not None else (4096, 4096)
     rotate = machine.rotation(args.rotate_mb, device)
     options = Options(*size, args.r, rotate, device, args.rows, args.layers)
     threads = torch.get_num_threads() if on_gpu else pin_threads(args.threads)
-    facts = machine.describe(threads, device, args.commit)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    where = facts["gpu"]["name"] if on_gpu else f"{facts['cpu']}, {facts['isa']}"
-    console.print(f"{where}, {facts['threads']} threads", end="; ")
-    roof = machine.roof(min(seconds, 1.0), device, small=size[0] * size[1] < 1 << 20)
-    console.print(
-        f"copies {roof['copy'] / 1e9:.1f} GB/s (read + written), dense matrix products"
-        f" {roof['bfloat16'] / 1e9:.0f} bf16 and {roof['float32'] / 1e9:.0f} fp32 GFLOP/s"
+    environment = machine.describe(threads, device, args.commit)
+    record = new_record(
+        environment,
+        {},
+        bench=stem,
+        command=shlex.join(["python", f"bench/bench_{stem}.py", *sys.argv[1:]]),
+        device=device.type,
+        options={"n": size[0], "k": size[1], "r": args.r, "rotate": rotate},
+        **{"seed": 0, "budget_s": args.budget, "elapsed_s": 0.0},
     )
-    record = {
-        "bench": stem,
-        "machine": facts,
-        "roof": roof,
-        "options": {"n": size[0], "k": size[1], "r": args.r, "rotate": rotate},
-        "cases": [],
-        "failed": {},
-        "not_reached": [],
-    }
-    path = args.out / machine.slug(facts) / f"{stem}.json"
-    found = _measure(chosen, options, seconds, end, record, path, console)
-    machine.write_json(path, record)
-    title = f"{stem}, r={args.r}, medians and p20-p80"
-    console.print(outcomes.table(found, title, facts["gpu"]))
+    if busy := terminal.busy_machine(record):
+        console.print(busy, style="yellow")
+    small = size[0] * size[1] < 1 << 20
+    record["roof"] = machine.roof(min(seconds, 1.0), device, small)
+    path = args.out / machine.slug(environment) / f"{stem}.json"
+
+    def write() -> None:  # at once: a run may be stopped at any moment
+        record["elapsed_s"] = time.monotonic() - began
+        machine.write_json(path, record)
+
+    _measure(chosen, options, seconds, end, record, write, console)
+    write()
+    for line in terminal.bench_report(record, console.width):
+        console.print(line)
     console.print(f"written: {path}")
-    for answer in record.get("answers", []):
-        console.print(outcomes.answer(answer), markup=False)
-    for name in record["not_reached"]:
-        console.print(f"{name}: not reached within {args.budget:.0f} seconds", markup=False)
-    for outcome in found:
-        for reason, count in outcome.case["fell_back"].items():
-            console.print(f"{outcome.spec.name}: fell back {count} times: {reason}", markup=False)
     nothing = len(record["not_reached"]) == len(chosen)
-    return int(bool(record["failed"]) or nothing or any(o.rows[OURS].wrong for o in found))
+    ours = [case["providers"][OURS] for case in record["cases"]]
+    bad = any(row["wrong"] or row["failed"] for row in ours)
+    return int(bool(record["failed"]) or nothing or bad)
 
 
 def _measure(
@@ -346,11 +453,10 @@ def _measure(
     seconds: float,
     end: float | None,
     record: dict,
-    path: Path,
+    write: Callable[[], None],
     console: Console,
-) -> list[Outcome]:
-    """Run the cases in turn; `record` grows, and is written to `path` after each of them."""
-    found: list[Outcome] = []
+) -> None:
+    """Run the cases in turn; `record` grows, and is written after each of them."""
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(chosen))
@@ -366,21 +472,20 @@ def _measure(
 
             def note(**facts: object) -> None:
                 record["answers"][-1].update(facts)
-                machine.write_json(path, record)
+                write()
 
             try:
                 if isinstance(spec, Question):
-                    record.setdefault("answers", []).append({"name": spec.name})
+                    record["answers"].append({"name": spec.name})
                     spec.ask(sized(spec, options), left, note)
                 else:
-                    found.append(run_case(spec, options, record["roof"], seconds, tick))
-                    record["cases"].append(found[-1].record())
+                    found = run_case(spec, options, record["roof"], seconds, tick)
+                    record["cases"].append(found)
             except Exception as error:  # the cases after it are still worth knowing
                 traceback.print_exc()
-                record["failed"][spec.name] = gpu_timer.first_line(error)
-            machine.write_json(path, record)  # at once: a run may be stopped at any moment
+                record["failed"][spec.name] = first_line(error)
+            write()
             gc.collect()
-    return found
 
 
 _built: dict[str, tuple[Case, dict[str, Row]]] = {}
@@ -404,7 +509,7 @@ def benchmark_test(specs: list[Spec]) -> Callable:
             case = spec.build(sized(spec, options))
             _built[spec.name] = case, check(spec, case)
         case, rows = _built[spec.name]
-        assert rows[name].wrong is None, rows[name].wrong
+        assert rows[name].good, rows[name].wrong or rows[name].failed
         variant, numbers = case.variants[name], itertools.count()
         benchmark.group = spec.name
         if variant.multiplied:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import graphs
 import torch
 from torch import Tensor
 
@@ -165,7 +166,7 @@ def seconds_of(calls: dict[str, Callable[[int], object]], device: torch.device) 
         name: min(gpu_timer.turn(call, 3, itertools.count().__next__))
         for name, call in calls.items()
     }
-    timings, refused = gpu_timer.measure_graphs(calls, seconds=0.004, calls=one, slow=SLOW_SECONDS)
+    timings, refused = graphs.measure_graphs(calls, seconds=0.004, calls=one, slow=SLOW_SECONDS)
     if refused:
         raise RuntimeError(f"not capturable: {refused}")
     return {name: timing.median for name, timing in timings.items()}

@@ -221,11 +221,7 @@ def _adalora_allocate_kernel(
 
 
 def refusal_importance(
-    exp_avg_ipt: Tensor,
-    exp_avg_unc: Tensor,
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    *args: object,
+    exp_avg_ipt: Tensor, params: list[Tensor], grads: list[Tensor | None]
 ) -> str | None:
     """Return the refusal of adalora_importance_, None if the kernels take the call."""
     if exp_avg_ipt.dtype is not torch.float32:
@@ -237,7 +233,7 @@ def refusal_importance(
     return _one_dtype("params", params) or _one_dtype("grads", present)
 
 
-def refusal_allocate(scores: Tensor, lora_E: list[Tensor], *args: object) -> str | None:
+def refusal_allocate(scores: Tensor, lora_E: list[Tensor]) -> str | None:
     """Return the refusal of adalora_allocate_, None if the kernels take the call."""
     if scores.dtype is not torch.float32:
         return f"scores are {scores.dtype}"

@@ -157,17 +157,12 @@ def _nf4_dora_norm_kernel(
     tl.store(norm_ptr + rows, tl.sqrt_rn(tl.sum(squares, 1)), mask=rows < N)
 
 
-def refusal_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *args: object) -> str | None:
+def refusal_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     return refusal_layer(weight.dtype, tuple(weight.shape), lora_A, lora_B)
 
 
 def refusal_nf4_norm(
-    w: list[Tensor],
-    layout: list[int],
-    dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *args: object,
+    layout: list[int], dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor
 ) -> str | None:
     return refusal_layer(dtype, tuple(layout[3:]), lora_A, lora_B)
 

@@ -14,6 +14,8 @@ forward, bf16 / NF4, even routing. Bytes: each hit expert's N K weights (2 or 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,6 @@ def refusal_forward(
     transposed: bool,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    *args: object,
 ) -> str | None:
     N = _columns(weight, not transposed, lora_B, 1)
     return _refusal(_rows(x, rows), x.dtype, offsets, (N, x.shape[1]), lora_A, lora_B)
@@ -42,14 +43,10 @@ def refusal_forward(
 def refusal_backward(
     dy: Tensor,
     offsets: Tensor,
-    x: Tensor | None,
-    rows: Tensor | None,
-    S: Tensor | None,
     weight: Tensor | None,
     transposed: bool,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    *args: object,
 ) -> str | None:
     N, K = dy.shape[1], _columns(weight, transposed, lora_A, 2)
     return _refusal(dy.shape[0], dy.dtype, offsets, (N, K), lora_A, lora_B)
@@ -59,30 +56,17 @@ def refusal_nf4_forward(
     x: Tensor,
     rows: Tensor | None,
     offsets: Tensor,
-    w: list[Tensor],
     layout: list[int],
-    transposed: bool,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    *args: object,
 ) -> str | None:
     return _refusal(_rows(x, rows), x.dtype, offsets, tuple(layout[4:]), lora_A, lora_B)
 
 
 def refusal_nf4_backward(
-    dy: Tensor,
-    offsets: Tensor,
-    x: Tensor | None,
-    rows: Tensor | None,
-    S: Tensor | None,
-    w: list[Tensor],
-    layout: list[int],
-    transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    *args: object,
+    dy: Tensor, offsets: Tensor, layout: list[int], lora_A: Tensor | None, lora_B: Tensor | None
 ) -> str | None:
-    return _refusal(dy.shape[0], dy.dtype, offsets, tuple(layout[4:]), lora_A, lora_B)
+    return refusal_nf4_forward(dy, None, offsets, layout, lora_A, lora_B)
 
 
 def _refusal(
@@ -131,14 +115,10 @@ def nf4_grouped_linear_forward(
     w: list[Tensor],
     layout: list[int],
     transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
+    *adapter: Any,
 ) -> tuple[Tensor, Tensor]:
-    stack = Stack.packed(w, layout, transposed)
-    N = layout[5 if transposed else 4]
-    return _forward(x, rows, offsets, stack, N, lora_A, lora_B, bias, scaling)
+    stack, N = Stack.packed(w, layout, transposed), layout[5 if transposed else 4]
+    return _forward(x, rows, offsets, stack, N, *adapter)
 
 
 def grouped_linear_backward(
@@ -150,13 +130,11 @@ def grouped_linear_backward(
     weight: Tensor | None,
     transposed: bool,
     lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    needs: list[bool],
+    *adapter: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     K = _columns(weight, transposed, lora_A, 2)
     stack = Stack.dense(weight, transposed).backward()
-    return _backward(dy, offsets, x, rows, S, stack, K, lora_A, lora_B, scaling, needs)
+    return _backward(dy, offsets, x, rows, S, stack, K, lora_A, *adapter)
 
 
 def nf4_grouped_linear_backward(
@@ -168,14 +146,10 @@ def nf4_grouped_linear_backward(
     w: list[Tensor],
     layout: list[int],
     transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    needs: list[bool],
+    *adapter: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stack = Stack.packed(w, layout, transposed).backward()
-    K = layout[4 if transposed else 5]
-    return _backward(dy, offsets, x, rows, S, stack, K, lora_A, lora_B, scaling, needs)
+    stack, K = Stack.packed(w, layout, transposed).backward(), layout[4 if transposed else 5]
+    return _backward(dy, offsets, x, rows, S, stack, K, *adapter)
 
 
 def _rows(x: Tensor, rows: Tensor | None) -> int:

@@ -182,7 +182,7 @@ def _low_rank_rotate_kernel(
         x = coming
 
 
-def refusal(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
+def refusal(lora_B: list[Tensor], lora_A: list[Tensor]) -> str | None:
     """Return why the kernels cannot decompose these pairs, None if they can."""
     if torch.version.hip:
         return "Triton does not compile products of float64 matrices for AMD"

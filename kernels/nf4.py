@@ -84,16 +84,16 @@ def _nf4_quantize_kernel(
     tl.store(packed_ptr + byte, (high * 16 + low).to(tl.uint8), mask=byte < (numel + 1) // 2)
 
 
-def refusal_quantize(weight: Tensor, blocksize: int) -> str | None:
+def refusal_quantize(weight: Tensor) -> str | None:
     return None if weight.dtype in DTYPES else f"the dtype is {weight.dtype}"
 
 
-def refusal_dequantize(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> str | None:
+def refusal_dequantize(dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"the dtype is {dtype}"
 
 
-def refusal_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> str | None:
-    return refusal_dequantize(w, layout, out.dtype)
+def refusal_dequantize_out(out: Tensor) -> str | None:
+    return refusal_dequantize(out.dtype)
 
 
 def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

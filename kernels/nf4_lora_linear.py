@@ -12,6 +12,8 @@ Weight bytes: 0.516 per weight fused, against 0.516 + 2 + 2 for dequantizing and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -31,13 +33,8 @@ from peftkern.kernels.launch import (
     rows_of,
     traits,
 )
-from peftkern.kernels.low_rank_update import (
-    gradients_sb,
-    gradients_xa,
-    refusal,
-    update_epilogue,
-    update_forward,
-)
+from peftkern.kernels.lora_linear import update_gradients
+from peftkern.kernels.low_rank_update import refusal, update_epilogue, update_forward
 from peftkern.kernels.nf4 import nf4_dequantize
 from peftkern.kernels.primitives import dot_factor, join_sums, keep_mask, nf4_tile, nf4_values
 
@@ -175,53 +172,35 @@ def _nf4_backward_kernel(
 
 def refusal_forward(
     x: Tensor,
-    w: list[Tensor],
     layout: list[int],
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
     keep: Tensor | None,
-    dropout_p: float,
 ) -> str | None:
     return refusal(x, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
 def refusal_backward(
     dy: Tensor,
-    x: Tensor | None,
-    S: Tensor | None,
-    w: list[Tensor],
     layout: list[int],
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    scaling: float,
     keep: Tensor | None,
-    *args: object,
 ) -> str | None:
-    return refusal(dy, tuple(layout[3:]), lora_A, lora_B, keep)
+    return refusal_forward(dy, layout, lora_A, lora_B, keep)
 
 
 def nf4_lora_linear_forward(
-    x: Tensor,
-    w: list[Tensor],
-    layout: list[int],
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    keep: Tensor | None,
-    dropout_p: float,
+    x: Tensor, w: list[Tensor], layout: list[int], *adapter: Any
 ) -> tuple[Tensor, Tensor]:
-    N, K = layout[3:]
+    (N, K), (lora_A, _, bias, *_) = layout[3:], adapter
     rows = rows_of(x, K)
-    adapters = (lora_A, lora_B, bias, scaling, keep, dropout_p)
     if _fused(rows, N, layout):
-        y, S = fused_forward(rows, w, layout, *adapters)
+        y, S = fused_forward(rows, w, layout, *adapter)
     elif lora_A is None:
         y, S = F.linear(rows, nf4_dequantize(w, layout, x.dtype), bias), None
     else:
-        y, S = update_forward(rows, *adapters)
+        y, S = update_forward(rows, *adapter)
         if rows.shape[0]:
             y.addmm_(rows, nf4_dequantize(w, layout, x.dtype).t())
     S = x.new_empty(0, dtype=torch.float32) if S is None else S.view(*x.shape[:-1], S.shape[1])
@@ -234,21 +213,15 @@ def nf4_lora_linear_backward(
     S: Tensor | None,
     w: list[Tensor],
     layout: list[int],
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    keep: Tensor | None,
-    dropout_p: float,
-    needs: list[bool],
+    *adapter: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (N, K), (need_dx, need_dA, _, need_dbias) = layout[3:], needs
+    N, K = layout[3:]
+    lora_A, _, _, keep, dropout_p, (need_dx, _, _, need_dbias) = adapter
     rows = rows_of(dy, N)
     fused = need_dx and _fused(rows, K, layout)
     dS = dx = dA = dB = dbias = None
     if lora_A is not None:
-        dS, dB, dbias = gradients_sb(rows, S, lora_B, scaling, needs)
-        wanted = (need_dx and not fused, need_dA)
-        dx, dA = gradients_xa(x, lora_A, dS, keep, dropout_p, wanted, dy.dtype)
+        dS, dx, dA, dB, dbias = update_gradients(rows, x, S, *adapter, with_dx=not fused)
     elif need_dbias:
         dbias = rows.sum(0)
     if fused:

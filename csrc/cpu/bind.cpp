@@ -296,22 +296,36 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     grouped_linear(Isa{isa}, args);
   });
-  m.def("grouped_outer", [](int isa, int threads, const py::tuple& groups, int64_t K, int64_t r,
-                            uintptr_t x, int dtype, uintptr_t s, float scale, const py::tuple& g) {
-    GroupedOuterArgs args;
+  m.def("grouped_outer",
+        [](int isa, int threads, const py::tuple& groups, int64_t K, int64_t r, uintptr_t x,
+           int dtype, uintptr_t s, float scale, const py::tuple& g, bool skip_empty) {
+          GroupedOuterArgs args;
+          args.groups = row_groups(groups);
+          args.K = K, args.r = r;
+          args.x = pointer<const void>(x);
+          args.dtype = dtype_from_code(dtype);
+          args.s = pointer<const float>(s);
+          args.scale = scale;
+          const FactorStack gradient = factor_stack(g);
+          args.g = const_cast<void*>(gradient.data);
+          args.g_dtype = gradient.dtype;
+          args.strides = gradient.strides;
+          args.skip_empty = skip_empty;
+          args.threads = threads;
+          py::gil_scoped_release release;
+          grouped_outer(Isa{isa}, args);
+        });
+  m.def("grouped_columns", [](int threads, const py::tuple& groups, int64_t columns, int dtype,
+                              uintptr_t in, uintptr_t out, bool spread) {
+    GroupColumnsArgs args;
     args.groups = row_groups(groups);
-    args.K = K, args.r = r;
-    args.x = pointer<const void>(x);
+    args.columns = columns;
     args.dtype = dtype_from_code(dtype);
-    args.s = pointer<const float>(s);
-    args.scale = scale;
-    const FactorStack gradient = factor_stack(g);
-    args.g = const_cast<void*>(gradient.data);
-    args.g_dtype = gradient.dtype;
-    args.strides = gradient.strides;
+    args.in = pointer<const void>(in);
+    args.out = pointer<void>(out);
     args.threads = threads;
     py::gil_scoped_release release;
-    grouped_outer(Isa{isa}, args);
+    (spread ? grouped_spread : grouped_collect)(args);
   });
   m.def("nf4_grouped_linear",
         [](int isa, int threads, const py::tuple& groups, int64_t N, int64_t K, const py::tuple& w,

@@ -133,6 +133,32 @@ void check_outer(Isa isa, Case& c, DType dtype, DType factors) {
   }
 }
 
+// To a stack and back: the values of groups with rows return, the others are 0.
+void check_columns(Case& c, DType dtype) {
+  const int64_t columns = c.K * c.r;
+  Values in(dtype, c.E * columns, 1), stack(dtype, c.E * columns), out(dtype, c.E * columns, 1);
+  in.randomize();
+  out.randomize();
+  stack.randomize();
+  std::vector<float> before;
+  for (int64_t i = 0; i < c.E * columns; ++i) before.push_back(stack.at(i));
+  GroupColumnsArgs args;
+  args.groups = c.groups(), args.columns = columns, args.dtype = dtype;
+  args.in = in.data(), args.out = stack.data(), args.threads = static_cast<int>(pick({1, 3}));
+  grouped_collect(args);
+  args.in = stack.data(), args.out = out.data();
+  grouped_spread(args);
+  for (int64_t e = 0; e < c.E; ++e) {
+    const bool empty = c.offsets[e] == (e > 0 ? c.offsets[e - 1] : 0);
+    for (int64_t i = 0; i < columns; ++i) {
+      const int64_t at = e * columns + i;
+      const float value = in.at(i * c.E + e);
+      if (stack.at(at) != (empty ? before[at] : value)) fail("grouped_collect differs");
+      if (out.at(i * c.E + e) != (empty ? 0 : value)) fail("grouped_spread differs");
+    }
+  }
+}
+
 void check_malformed(Isa isa) {
   Buffer<int32_t> offsets(3), descending(3), negative(3), beyond(3), rows(5), outside(5);
   Buffer<float> x(5 * 8), w(3 * 4 * 8), a(3 * 2 * 8), b(3 * 2 * 4), s(5 * 2), y(5 * 4);
@@ -197,6 +223,19 @@ void check_malformed(Isa isa) {
   };
   check_refusals("grouped_outer", outer, others,
                  [&](const auto& args) { grouped_outer(isa, args); });
+  GroupColumnsArgs moved;
+  moved.groups = good.groups, moved.columns = 16, moved.in = a.data(), moved.out = w.data();
+  const Damages<GroupColumnsArgs> wrong = {
+      [&](auto& args) { args.groups.offsets = beyond.data(); },
+      [](auto& args) { args.groups.E = -1; },
+      [](auto& args) { args.columns = -1; },
+      [](auto& args) { args.columns = kLarge; },
+      [](auto& args) { args.threads = 0; },
+      [](auto& args) { args.in = nullptr; },
+      [](auto& args) { args.out = nullptr; },
+  };
+  check_refusals("grouped_collect", moved, wrong, [](const auto& args) { grouped_collect(args); });
+  check_refusals("grouped_spread", moved, wrong, [](const auto& args) { grouped_spread(args); });
 }
 
 }  // namespace
@@ -211,6 +250,7 @@ void check_grouped_linear(Isa isa) {
     for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       check_linear(isa, c, dtype, rng() % 2 ? DType::kFloat32 : DType::kBFloat16);
       check_outer(isa, c, dtype, rng() % 2 ? DType::kFloat32 : DType::kBFloat16);
+      check_columns(c, dtype);
     }
   }
   check_malformed(isa);

@@ -29,6 +29,7 @@ from peftkern.backends.device import (
     triton_interpreted,
     triton_missing,
 )
+from peftkern.backends.schemas import by_name
 from peftkern.kernels import configs
 
 # Package and device type of a back end; None: every device.
@@ -71,7 +72,8 @@ _TABLE = {
 class Candidate:
     """One implementation of an op, a function of that name in `<package of the back end>.<family>`.
 
-    `run` and `refusal` take the op's positional arguments. The refusal stands beside the op under
+    `run` and `refusal` are called with the op's positional arguments; what is written as a refusal
+    names those that it reads (`schemas.by_name`). It stands beside the op under
     the op's name without the family: `refusal_forward` for "lora_linear_forward". The module is
     imported when a candidate is first asked.
     """
@@ -94,11 +96,15 @@ class Candidate:
         """Give the reason against a call, or None."""
         if self.name in programs.PLAIN:
             return _never
+        if self.name != "triton":
+            return self._refusal
+        return lambda *args: _triton_refusal(args) or self._refusal(*args)
+
+    @functools.cached_property
+    def _refusal(self) -> Callable[..., str | None]:
         suffix = self.op.replace(self.family, "").strip("_").replace("__", "_")
         name = f"refusal_{suffix}" if suffix else "refusal"
-        if self.name != "triton":
-            return getattr(self._module, name)
-        return lambda *args: _triton_refusal(args) or getattr(self._module, name)(*args)
+        return by_name(self.op, getattr(self._module, name))
 
 
 def _triton_refusal(args: tuple[Any, ...]) -> str | None:
@@ -135,32 +141,29 @@ def _linear_sizes(
 # (M, N, K, r, bits of an element) of a call, for every op whose back ends `make tune` compares. A
 # tensor that is only converted is one long row; of many pairs the first gives the shape.
 _SIZES: dict[str, Callable[..., tuple[int, ...]]] = {
-    "nf4_quantize": lambda weight, *_: (1, weight.numel(), 1, 1, _bits(weight.dtype)),
-    "nf4_dequantize": lambda w, layout, dtype: (1, 2 * w[0].numel(), 1, 1, _bits(dtype)),
-    "nf4_dequantize_out": lambda w, layout, out: (1, 2 * w[0].numel(), 1, 1, _bits(out.dtype)),
-    "lora_linear_forward": lambda x, weight, lora_A, *_: _linear_sizes(x, weight.shape, lora_A),
-    "lora_linear_backward": lambda dy, x, S, weight, lora_A, lora_B, *_: _linear_sizes(
+    "nf4_quantize": lambda weight: (1, weight.numel(), 1, 1, _bits(weight.dtype)),
+    "nf4_dequantize": lambda w, dtype: (1, 2 * w[0].numel(), 1, 1, _bits(dtype)),
+    "nf4_dequantize_out": lambda w, out: (1, 2 * w[0].numel(), 1, 1, _bits(out.dtype)),
+    "lora_linear_forward": lambda x, weight, lora_A: _linear_sizes(x, weight.shape, lora_A),
+    "lora_linear_backward": lambda dy, lora_A, lora_B: _linear_sizes(
         dy, (lora_B.shape[0], lora_A.shape[1]), lora_A
     ),
-    "nf4_lora_linear_forward": lambda x, w, layout, lora_A, *_: _linear_sizes(
-        x, layout[3:], lora_A
-    ),
-    "nf4_lora_linear_backward": lambda dy, x, S, w, layout, lora_A, *_: _linear_sizes(
-        dy, layout[3:], lora_A
-    ),
-    "dora_norm": lambda weight, lora_A, *_: (
+    "nf4_lora_linear_forward": lambda x, layout, lora_A: _linear_sizes(x, layout[3:], lora_A),
+    "nf4_lora_linear_backward": lambda dy, layout, lora_A: _linear_sizes(dy, layout[3:], lora_A),
+    "dora_norm": lambda weight, lora_A: (
         *(1, *weight.shape, lora_A.shape[0]),
         _bits(weight.dtype),
     ),
-    "nf4_dora_norm": lambda w, layout, dtype, lora_A, *_: (
+    "nf4_dora_norm": lambda layout, dtype, lora_A: (
         *(1, *layout[3:], lora_A.shape[0]),
         _bits(dtype),
     ),
-    "low_rank_svd": lambda lora_B, lora_A, *_: (
+    "low_rank_svd": lambda lora_B, lora_A: (
         *(len(lora_B), len(lora_B[0]), lora_A[0].shape[1], max(len(A) for A in lora_A)),
         _bits(lora_B[0].dtype),
     ),
 }
+_SIZES = {op: by_name(op, sizes) for op, sizes in _SIZES.items()}
 MEASURABLE = tuple(_SIZES)
 CUDA_ROWS = (
     32  # up to which the CUDA C++ kernel decodes a weight in a third of Triton's instructions

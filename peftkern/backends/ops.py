@@ -8,61 +8,14 @@ their callers have cast what had to be cast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkern.backends import dispatch
-
-_W = "Tensor[] w, SymInt[] layout"  # a quantized weight: peftkern/formats/table.py
-SCHEMAS = {
-    "nf4_quantize": "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)",
-    "nf4_quantize_absmax": "(Tensor absmax, Tensor offset, Tensor code, int blocksize) "
-    "-> (Tensor q, Tensor nested_absmax)",
-    "nf4_dequantize": f"({_W}, ScalarType dtype) -> Tensor",
-    "nf4_dequantize_out": f"({_W}, Tensor(a!) out) -> ()",
-    "lora_linear_forward": "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
-    "float scaling, Tensor? keep, float dropout_p) -> (Tensor y, Tensor S)",
-    "lora_linear_backward": "(Tensor dy, Tensor? x, Tensor? S, Tensor? weight, Tensor lora_A, "
-    "Tensor lora_B, float scaling, Tensor? keep, float dropout_p, bool[4] needs) "
-    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
-    "nf4_lora_linear_forward": f"(Tensor x, {_W}, Tensor? lora_A, "
-    "Tensor? lora_B, Tensor? bias, float scaling, Tensor? keep, float dropout_p) "
-    "-> (Tensor y, Tensor S)",
-    "nf4_lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor? S, {_W}, "
-    "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? keep, float dropout_p, "
-    "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
-    "grouped_linear_forward": "(Tensor x, Tensor? rows, Tensor offsets, Tensor? weight, "
-    "bool transposed, Tensor? lora_A, Tensor? lora_B, Tensor? bias, float scaling) "
-    "-> (Tensor y, Tensor S)",
-    "grouped_linear_backward": "(Tensor dy, Tensor offsets, Tensor? x, Tensor? rows, Tensor? S, "
-    "Tensor? weight, bool transposed, Tensor? lora_A, Tensor? lora_B, float scaling, "
-    "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
-    "nf4_grouped_linear_forward": f"(Tensor x, Tensor? rows, Tensor offsets, {_W}, "
-    "bool transposed, Tensor? lora_A, Tensor? lora_B, Tensor? bias, float scaling) "
-    "-> (Tensor y, Tensor S)",
-    "nf4_grouped_linear_backward": "(Tensor dy, Tensor offsets, Tensor? x, Tensor? rows, "
-    f"Tensor? S, {_W}, bool transposed, Tensor? lora_A, Tensor? lora_B, float scaling, "
-    "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
-    "dora_norm": "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
-    "nf4_dora_norm": f"({_W}, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
-    "float scaling) -> Tensor",
-    "low_rank_svd": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, bool vectors, str mode) "
-    "-> (Tensor U, Tensor S, Tensor Vh, Tensor rank, Tensor info)",
-    "adalora_importance_": "(Tensor(a!) exp_avg_ipt, Tensor(b!) exp_avg_unc, Tensor[] params, "
-    "Tensor?[] grads, float beta1, float beta2) -> Tensor",
-    "adalora_allocate_": "(Tensor scores, Tensor(a!)[] lora_E, SymInt budget, "
-    "bool threshold_ties) -> Tensor",
-    "adalora_orthogonality_forward": "(Tensor[] lora_A, Tensor[] lora_B, bool squared) "
-    "-> (Tensor loss, Tensor residual, Tensor factors)",
-    "adalora_orthogonality_backward": "(Tensor dloss, Tensor residual, Tensor factors, "
-    "Tensor[] lora_A, Tensor[] lora_B) -> Tensor[]",
-    "rosa_sddmm": "(Tensor dy, Tensor x, Tensor crow, Tensor col) -> Tensor",
-    "rosa_spmm_": "(Tensor(a!) y, Tensor x, Tensor values, Tensor crow, Tensor col, "
-    "Tensor? order) -> ()",
-}
+from peftkern.backends.schemas import SCHEMAS, by_name
 
 
 def _below_autograd_and_autocast() -> torch._C.DispatchKeySet:
@@ -139,8 +92,13 @@ for _op, _schema in SCHEMAS.items():
     _library.impl(_op, functools.partial(_call, _op), "CompositeExplicitAutograd")
 
 
-def _fake(op: str) -> Any:
-    return torch.library.register_fake(f"peftkern::{op}", lib=_library)
+def _fake(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Register a function of some of an op's operands as its fake."""
+
+    def register(function: Callable[..., Any]) -> None:
+        torch.library.register_fake(f"peftkern::{op}", by_name(op, function), lib=_library)
+
+    return register
 
 
 @_fake("nf4_quantize")
@@ -151,7 +109,7 @@ def _(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 @_fake("nf4_quantize_absmax")
-def _(absmax: Tensor, offset: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def _(absmax: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     n = absmax.numel()
     q = absmax.new_empty(n, dtype=torch.uint8)
     return q, absmax.new_empty((n + blocksize - 1) // blocksize)
@@ -163,50 +121,29 @@ def _(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
 
 
 @_fake("nf4_dequantize_out")
-def _(w: list[Tensor], layout: list[int], out: Tensor) -> None:
+def _(out: Tensor) -> None:
     return None
 
 
 @_fake("lora_linear_forward")
-def _(x: Tensor, weight: Tensor, lora_A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     return _fake_forward(x, weight.shape, lora_A)
 
 
 @_fake("lora_linear_backward")
-def _(
-    dy: Tensor,
-    x: Tensor | None,
-    S: Tensor | None,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    keep: Tensor | None,
-    dropout_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(dy: Tensor, lora_A: Tensor, lora_B: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
     return _fake_backward(dy, (lora_B.shape[0], lora_A.shape[1]), lora_A, lora_B, needs)
 
 
 @_fake("nf4_lora_linear_forward")
-def _(x: Tensor, w: list[Tensor], layout: list[int], lora_A: Tensor | None, *args: Any) -> Any:
+def _(x: Tensor, layout: list[int], lora_A: Tensor | None) -> tuple[Tensor, Tensor]:
     return _fake_forward(x, layout[3:], lora_A)
 
 
 @_fake("nf4_lora_linear_backward")
 def _(
-    dy: Tensor,
-    x: Tensor | None,
-    S: Tensor | None,
-    w: list[Tensor],
-    layout: list[int],
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    keep: Tensor | None,
-    dropout_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, layout: list[int], lora_A: Tensor | None, lora_B: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, ...]:
     return _fake_backward(dy, layout[3:], lora_A, lora_B, needs)
 
 
@@ -214,12 +151,10 @@ def _(
 def _(
     x: Tensor,
     rows: Tensor | None,
-    offsets: Tensor,
     weight: Tensor | None,
     transposed: bool,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    *args: Any,
 ) -> tuple[Tensor, Tensor]:
     N = lora_B.shape[1] if weight is None else weight.shape[2 if transposed else 1]
     return _fake_grouped_forward(x, rows, N, lora_A)
@@ -227,14 +162,7 @@ def _(
 
 @_fake("nf4_grouped_linear_forward")
 def _(
-    x: Tensor,
-    rows: Tensor | None,
-    offsets: Tensor,
-    w: list[Tensor],
-    layout: list[int],
-    transposed: bool,
-    lora_A: Tensor | None,
-    *args: Any,
+    x: Tensor, rows: Tensor | None, layout: list[int], transposed: bool, lora_A: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return _fake_grouped_forward(x, rows, layout[5 if transposed else 4], lora_A)
 
@@ -243,20 +171,15 @@ def _(
 def _(
     dy: Tensor,
     offsets: Tensor,
-    x: Tensor | None,
-    rows: Tensor | None,
-    S: Tensor | None,
     weight: Tensor | None,
     transposed: bool,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    scaling: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    shape = weight.shape if weight is not None else None
     K = 0
     if needs[0]:
-        K = lora_A.shape[2] if shape is None else shape[1 if transposed else 2]
+        K = lora_A.shape[2] if weight is None else weight.shape[1 if transposed else 2]
     return _fake_grouped_backward(dy, offsets, K, lora_A, lora_B, needs)
 
 
@@ -264,51 +187,38 @@ def _(
 def _(
     dy: Tensor,
     offsets: Tensor,
-    x: Tensor | None,
-    rows: Tensor | None,
-    S: Tensor | None,
-    w: list[Tensor],
     layout: list[int],
     transposed: bool,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    scaling: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    return _fake_grouped_backward(
-        dy, offsets, layout[4 if transposed else 5], lora_A, lora_B, needs
-    )
+    K = layout[4 if transposed else 5]
+    return _fake_grouped_backward(dy, offsets, K, lora_A, lora_B, needs)
 
 
 @_fake("dora_norm")
-def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return _fake_norm(weight.shape, lora_A, lora_B, weight.dtype)
 
 
 @_fake("nf4_dora_norm")
-def _(
-    w: list[Tensor],
-    layout: list[int],
-    dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-) -> Tensor:
+def _(layout: list[int], dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return _fake_norm(layout[3:], lora_A, lora_B, dtype)
 
 
 @_fake("adalora_importance_")
-def _(exp_avg_ipt: Tensor, exp_avg_unc: Tensor, params: list[Tensor], *args: Any) -> Tensor:
+def _(exp_avg_ipt: Tensor, params: list[Tensor]) -> Tensor:
     return exp_avg_ipt.new_empty(sum(E.numel() for E in params[::3]))
 
 
 @_fake("adalora_allocate_")
-def _(scores: Tensor, *args: Any) -> Tensor:
+def _(scores: Tensor) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
 @_fake("adalora_orthogonality_forward")
-def _(lora_A: list[Tensor], lora_B: list[Tensor], squared: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(lora_A: list[Tensor], lora_B: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if lora_A[0].dtype is torch.float64 else torch.float32
     size = sum(A.shape[0] ** 2 for A in lora_A) + sum(B.shape[1] ** 2 for B in lora_B)
     sizes = ((), (size,), (len(lora_A) + len(lora_B),))
@@ -316,9 +226,7 @@ def _(lora_A: list[Tensor], lora_B: list[Tensor], squared: bool) -> tuple[Tensor
 
 
 @_fake("adalora_orthogonality_backward")
-def _(
-    dloss: Tensor, residual: Tensor, factors: Tensor, lora_A: list[Tensor], lora_B: list[Tensor]
-) -> list[Tensor]:
+def _(lora_A: list[Tensor], lora_B: list[Tensor]) -> list[Tensor]:
     return [matrix.new_empty(matrix.shape) for matrix in (*lora_A, *lora_B)]
 
 
@@ -331,7 +239,7 @@ def _(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor) -> Tensor:
 
 
 @_fake("rosa_spmm_")
-def _(y: Tensor, x: Tensor, values: Tensor, crow: Tensor, *args: Any) -> None:
+def _(y: Tensor, x: Tensor, crow: Tensor) -> None:
     torch._check(y.shape[:-1] == x.shape[:-1])
     torch._check(y.shape[-1] == crow.shape[0] - 1)
 
@@ -391,7 +299,7 @@ def _fake_norm(shape: Any, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -
 
 @_fake("low_rank_svd")
 def _(
-    lora_B: list[Tensor], lora_A: list[Tensor], scaling: list[float], vectors: bool, mode: str
+    lora_B: list[Tensor], lora_A: list[Tensor], vectors: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     U = S = Vh = 0
     for B, A in zip(lora_B, lora_A, strict=True):

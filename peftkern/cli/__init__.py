@@ -6,7 +6,9 @@ imports wait until the command runs. Bad input is one line on stderr and exit st
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 import re
 import sys
 from typing import Annotated, Any
@@ -16,12 +18,15 @@ import typer
 from peftkern.cli.bench import bench
 from peftkern.cli.doctor import doctor
 from peftkern.cli.explain import explain
-from peftkern.cli.frame import EXIT_BAD_INPUT, InputError
+from peftkern.cli.frame import EXIT_BAD_INPUT, InputError, Stopped
 from peftkern.cli.monitor import monitor
 from peftkern.cli.plan import plan
 from peftkern.cli.quantize import quantize
 from peftkern.cli.tune import tune
 
+EXIT_STOPPED = 130
+EXIT_PIPE = 1  # as typer's
+_UNWRITABLE = {errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
 # click's, which typer vendors under another name or imports, depending on its version.
 _UsageError: type[Exception] = typer.BadParameter.__base__
 
@@ -76,18 +81,49 @@ def _command() -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line (default: that of this process) and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _command()(args=arguments, prog_name="peftkern", standalone_mode=False) or 0
+        status = _command()(args=arguments, prog_name="peftkern", standalone_mode=False) or 0
+        if status == EXIT_STOPPED:  # so typer answers Ctrl-C, or leaves it to others
+            raise KeyboardInterrupt
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is told here, not when Python ends
+        return status
     except typer.Exit as done:
         return done.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        print("peftkern: stopped", file=sys.stderr)
-        return 130
+    except (typer.Abort, KeyboardInterrupt, Stopped) as done:
+        print(f"peftkern: {str(done) or 'stopped'}", file=sys.stderr)
+        return EXIT_STOPPED
     except InputError as error:
-        print(f"peftkern: error: {error}", file=sys.stderr)
+        complaint = str(error)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or error.filename is not None:
+            raise
+        _drop_output()
+        if error.errno == errno.EPIPE:  # `| head`: whoever reads has enough
+            return EXIT_PIPE
+        complaint = f"the output cannot be written: {error.strerror}"
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
-        else:
-            print(f"peftkern: error: {error.format_message()}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        complaint = _with_value(error, arguments)
+    print("peftkern: error:", " ".join(complaint.split()), file=sys.stderr)
     return EXIT_BAD_INPUT
+
+
+def _with_value(error: Any, arguments: list[str]) -> str:
+    """Return a complaint of typer's, which leaves out what came for an option."""
+    text, names = error.format_message(), getattr(getattr(error, "param", None), "opts", ())
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in names and (value := value if equals else following) not in text:
+            return f"{text}, got {value!r}"
+    return text
+
+
+def _drop_output() -> None:
+    """Let Python's last flush of standard output succeed."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,15 @@ import typer
 
 from peftkern.cli.frame import InputError, bad_input
 
-# Options that apply even if nothing is measured.
+# Options that apply even if nothing is measured; of --model alone, and of all but --model.
 WITH_FROM = ("from_", "csv", "html", "compare", "fail_if", "repro")
+OF_MODEL = ("model", "base", "targets", "batch", "sequence", "layers", "checkpointing", "steps")
+PANEL = "With --model"
+OF_OPS = ("op", "shapes", "rows", "mode", "baselines", "seconds")
+FROM = (
+    "--from: measures nothing, so that {} has no effect; accepted with it: --csv, --html,"
+    " --compare, --fail-if, --repro"
+)
 
 
 def bench(
@@ -18,10 +26,12 @@ def bench(
     op: Annotated[
         str,
         typer.Option(
-            help="one or more of nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize; or"
-            " grouped_linear, the layers of experts"
+            help="one or more of nf4_lora_linear, lora_linear, nf4_linear, nf4_dequantize,"
+            " nf4_quantize, dora_linear, nf4_dora_linear, rosa_forward, rosa_sddmm; of as many"
+            " layers as M says: low_rank_svd, low_rank_svdvals, adalora_update,"
+            " adalora_orthogonality; or grouped_linear, the layers of experts"
         ),
-    ] = "nf4_lora_linear,lora_linear,nf4_dequantize",
+    ] = "nf4_dequantize,nf4_lora_linear,lora_linear",  # the cheapest first
     shapes: Annotated[
         str | None,
         typer.Option(
@@ -38,7 +48,10 @@ def bench(
             show_default="256, on a GPU 4096; 1 with no-grad",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32")] = "bf16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bf16, fp16, fp32", show_default="bf16; with --model its own"),
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -50,8 +63,8 @@ def bench(
     baselines: Annotated[
         str,
         typer.Option(
-            help="auto: what is installed; or of frozen, peft, grouped_mm, bitsandbytes, compile,"
-            " torch, unsloth, liger, module:function"
+            help="auto: what is installed; or of frozen, peft, grouped_mm, composed (torch's own"
+            " operators), bitsandbytes, compile, torch, unsloth, liger, module:function"
         ),
     ] = "auto",
     budget: Annotated[str, typer.Option(help="how long the whole run may take: 60s, 5m")] = "60s",
@@ -82,6 +95,44 @@ def bench(
         ),
     ] = None,
     repro: Annotated[bool, typer.Option(help="print how to measure each case again")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="measure training steps of this model of transformers: its folder, or its"
+            " config.json; random weights where there are none",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="its weights: bf16, fp16, fp32, nf4",
+            show_default="as its config says",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
+    targets: Annotated[
+        str,
+        typer.Option(
+            help="what gets LoRA: all-linear, experts included, or names such as q_proj,v_proj",
+            rich_help_panel=PANEL,
+        ),
+    ] = "all-linear",
+    batch: Annotated[int, typer.Option(help="sequences of a step", rich_help_panel=PANEL)] = 1,
+    sequence: Annotated[
+        int, typer.Option(help="tokens of a sequence", rich_help_panel=PANEL)
+    ] = 512,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            help="only so many layers, so that it fits", show_default="all", rich_help_panel=PANEL
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="recompute activations", rich_help_panel=PANEL),
+    ] = False,
+    steps: Annotated[int, typer.Option(help="steps that are timed", rich_help_panel=PANEL)] = 10,
 ) -> None:
     """Measure peftkern beside the peers installed here: in a minute, every result checked first.
 
@@ -89,18 +140,27 @@ def bench(
     inputs; a wrong result shows WRONG and no time, a crash FAILED. Exit status 1: peftkern was
     wrong or failed, nothing was measured, or --compare found a case slower.
 
+    With --model DIR: whole steps (forward, backward, AdamW) of PEFT beside PEFT and peftkern.patch;
+    losses that differ by more than rounding errors explain are WRONG.
+
     Example: peftkern bench --shapes llama3-8b --dtype bf16 --budget 5m --json new.json
     """
-    from peftkern.tools.bench import command, record
+    from peftkern.tools.bench import command, record, training_step
 
     with bad_input():
         given = {name: value for name, value in context.params.items() if name != "from_"}
-        options = command.Options(**given)
+        own = {name: given.pop(name) for name in OF_MODEL}
+        training = None if model is None else training_step.Options(**own)
+        options = command.Options(**given, training=training)
         if from_ is not None:
-            _refuse_others(context)
+            _refuse(context, lambda name: name not in WITH_FROM, FROM)
             earlier = record.read(from_)
             outputs = command.outputs(options, {case["name"] for case in earlier["cases"]})
         else:
+            if model is None:
+                _refuse(context, lambda name: name in OF_MODEL, "{}: needs --model")
+            else:
+                _refuse(context, lambda name: name in OF_OPS, "{}: has no effect with --model")
             plan = command.plan(options)
     try:
         status = command.execute(plan) if from_ is None else command.tell(earlier, outputs)
@@ -109,12 +169,9 @@ def bench(
     raise typer.Exit(status)
 
 
-def _refuse_others(context: typer.Context) -> None:
-    """Refuse options that would only decide what is measured."""
+def _refuse(context: typer.Context, useless: Callable[[str], bool], why: str) -> None:
+    """Refuse options that have no effect. Raises: ValueError with `why` about the first of them."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name)
-        if parameter.name not in WITH_FROM and source is not None and source.name == "COMMANDLINE":
-            raise ValueError(
-                f"--from: measures nothing, so that {parameter.opts[0]} has no effect; accepted"
-                " with it: --csv, --html, --compare, --fail-if, --repro"
-            )
+        if useless(parameter.name) and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(why.format(parameter.opts[0]))

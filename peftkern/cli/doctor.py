@@ -1,36 +1,51 @@
-"""Command `peftkern doctor`: what was built, what serves what here, and what is wrong."""
+"""Command `peftkern doctor`: is this installation well, and what to do if not."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftkern.cli.frame import section, table
+from peftkern.cli.frame import bad_input, section, table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from peftkern.integrations.packages import Version
     from peftkern.tools.doctor.doctor import Diagnosis
-    from peftkern.tools.doctor.self_test import Result
-    from peftkern.tools.doctor.trusted import Trust
 
+_STYLES = {"wrong": "bold red", "note": "yellow"}
 _SHOWN = 12  # classes; the others are in --json
-PEER = "PEFT"
+# Lists of the diagnosis that --verbose shows: field, title, columns, how many of them stay whole.
+_DETAILS = (
+    ("served", "Who serves bf16 activations", ("op", "device", "backend", "others"), 3),
+    ("versions", "Packages", ("name", "version", "accepted", "imports", "error"), 4),
+    ("probes", "Known defects", ("package", "probe", "answer", "cause"), 3),
+    (
+        "tested",
+        "Self-test against float64: share is the error over its bound",
+        ("function", "dtype", "device", "share", "worst"),
+        4,
+    ),
+)
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all of it as JSON, for a bug report.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print everything that was looked at, too.")
+    ] = False,
     forget: Annotated[
         bool, typer.Option("--forget", help="Clear what this machine trusts, and nothing else.")
     ] = False,
 ) -> None:
-    """Say what was built, what serves what here and why not the rest, and what is wrong.
+    """Say whether this installation is well, and what to do about what is not.
 
     Every function is tested on small inputs against float64. The packages around this one are
-    imported in another process; one that is not installed is not wrong. Exit status: 0 if all is
-    well, 1 if something is wrong; a note is not.
+    imported in another process, where their known defects are tried; one that is not installed is
+    not wrong. Exit status: 0 if all is well, 1 if something is wrong; a note is not.
     """
     import json
 
@@ -46,34 +61,12 @@ def doctor(
     if as_json:
         print(json.dumps(diagnosis.as_dict(), indent=2, allow_nan=False))
     else:
-        _print(diagnosis, Console(highlight=False, markup=False))
+        console = Console(highlight=False, markup=False)
+        _print(diagnosis, console)
+        if verbose:
+            _print_details(diagnosis.as_dict(), console)
     if not diagnosis.healthy:
         raise typer.Exit(1)
-
-
-def _print(d: Diagnosis, console: Console) -> None:
-    machine = d.machine
-    console.print(
-        f"peftkern {machine['peftkern']}, Python {machine['python']}, {machine['system']}",
-        style="bold",
-    )
-    console.print(machine["folder"], soft_wrap=True)
-    _print_built(d, console)
-    _print_served(d, console)
-    _print_versions(d, console)
-    _print_tested(d, console)
-    if d.trust is not None:
-        _print_trust(d.trust, console)
-    findings = table("", "")
-    for finding in d.findings:
-        style = "bold red" if finding.wrong else "yellow"
-        findings.add_row("wrong" if finding.wrong else "note", finding.what, style=style)
-        findings.add_row("  do", finding.do)
-    if d.findings:
-        section(console, "Findings", findings)
-    console.print()
-    wrong = sum(finding.wrong for finding in d.findings)
-    console.print(f"{wrong} wrong" if wrong else "healthy", style="red" if wrong else "green")
 
 
 def _forget(as_json: bool) -> None:
@@ -81,7 +74,6 @@ def _forget(as_json: bool) -> None:
     import json
 
     from peftkern.backends import trust
-    from peftkern.cli.frame import bad_input
 
     folder = trust.cache_folder() / "trust"
     found = [trust.verdicts(path) for path in trust.files()]
@@ -100,105 +92,86 @@ def _forget(as_json: bool) -> None:
         )
 
 
-def _print_built(d: Diagnosis, console: Console) -> None:
-    machine, built = d.machine, d.built
+def _print(d: Diagnosis, console: Console) -> None:
+    """Print the verdict, what to do, and what this installation is."""
+    wrong = sum(finding.severity == "wrong" for finding in d.findings)
+    verdict = f"{wrong} wrong" if wrong else "healthy"
+    console.print(f"peftkern {d.machine['peftkern']}: {verdict}", style="red" if wrong else "green")
     shown = table("", "")
-    shown.add_row("CPU", f"{machine['cpu']}, {machine['threads']} threads")
-    cpu = built["_cpu"]
-    if "missing" in cpu:
-        shown.add_row("_cpu", cpu["missing"])
-    else:
-        shown.add_row("_cpu", f"compiled in: {', '.join(cpu['compiled_in'] or ['unknown'])}")
-        shown.add_row("", f"usable here: {', '.join(cpu['usable_here'])}")
-        shown.add_row("", f"in use: {cpu['in_use'] or 'none, see below'}")
-    for gpu in machine["gpus"]:
-        memory = f"{gpu['memory_bytes'] / 1e9:.0f} GB"
-        text = f"{gpu['name']}, compute capability {gpu['capability']}, {memory}"
-        shown.add_row(gpu["device"], text)
-    if not machine["gpus"]:
-        backend = machine["torch_cuda"] and f"CUDA {machine['torch_cuda']}"
-        backend = backend or (machine["torch_hip"] and f"ROCm {machine['torch_hip']}")
-        built_for = f"built for {backend}" if backend else "built without CUDA"
-        shown.add_row("GPU", f"none that torch can use; torch is {built_for}")
-    triton, cuda = built["triton"], built["_cuda"]
-    shown.add_row("Triton", triton.get("version") or triton["missing"])
-    shown.add_row(
-        "_cuda", cuda.get("missing") or f"compiled for {', '.join(cuda['architectures'])}"
-    )
-    section(console, "Built", shown)
+    for finding, following in zip(d.findings, [*d.findings[1:], None], strict=True):
+        shown.add_row(finding.severity, finding.cause, style=_STYLES[finding.severity])
+        if following is None or following.cure != finding.cure:
+            shown.add_row("  do", finding.cure)
+    for title, text in _summary(d):
+        shown.add_row(title, text, style="dim")
+    console.print(shown)
 
 
-def _print_served(d: Diagnosis, console: Console) -> None:
-    from peftkern.backends.programs import PLAIN
-
+def _summary(d: Diagnosis) -> Iterator[tuple[str, str]]:
+    names = {"cpu": d.machine["cpu"]} | {gpu["device"]: gpu["name"] for gpu in d.machine["gpus"]}
     for device in dict.fromkeys(row.device for row in d.served):
-        shown = table("op", "served by", "not by", whole=1)
-        for row in d.served:
-            if row.device == device:
-                others = "; ".join(f"{name}: {why}" for name, why in row.others.items())
-                style = None if row.backend not in (None, *PLAIN) else "yellow"
-                shown.add_row(row.op, row.backend or "none", others, style=style)
-        section(console, f"Who serves bf16 activations on {device}", shown)
+        served = [row.backend for row in d.served if row.device == device]
+        by = [f"{served.count(one)} ops by {one or 'nothing'}" for one in dict.fromkeys(served)]
+        right = [one.ok for one in d.tested if one.device == device]
+        tests = f"{sum(right)} of {len(right)} self-tests right"
+        isa = [f"{d.backends['cpu']['in_use']}"] if device == "cpu" else []
+        yield device, "; ".join([names[device], *isa, *by, tests])
+    for name, backend in d.backends.items():
+        if backend["why"] is not None:
+            yield name, f"not used: {backend['why']}"
+    packages = (f"{one.name} {one.version}" for one in d.versions if one.version is not None)
+    yield "with", ", ".join(packages)
 
 
-def _print_versions(d: Diagnosis, console: Console) -> None:
-    shown = table("package", "version", "accepted", "imports")
-    for version in d.versions:
-        accepted = {None: "unknown", "": "any"}.get(version.accepted, version.accepted)
-        shown.add_row(version.name, version.version or "-", accepted, _imports(version))
-    section(console, "Packages", shown)
+def _print_details(told: dict[str, Any], console: Console) -> None:
+    for part in ("machine", "backends"):
+        _print_facts(console, part.capitalize(), told[part])
+    for field, *how in _DETAILS:
+        _print_records(console, told[field], *how)
+    if told["trust"] is not None:
+        _print_trust(told["trust"], console)
 
 
-def _imports(version: Version) -> str:
-    if version.version is None:
-        return "not installed"
-    if version.name == "torch":
-        return "yes"
-    return {None: "not tried", "": "yes"}.get(version.imports, "no, see below")
+def _print_trust(trust: dict[str, Any], console: Console) -> None:
+    lists = ("devices", "classes")
+    _print_facts(console, "Trust", {k: v for k, v in trust.items() if k not in lists})
+    for one in trust["devices"]:
+        facts = {k: v for k, v in one.items() if k not in lists}
+        _print_facts(console, f"Trusted on {one['device']}", facts)
+        more = len(one["classes"]) - _SHOWN
+        title = f"Classes measured on {one['device']}; ratio: ours over PEFT's, the worst"
+        title += f"; --json has {more} more" if more > 0 else ""
+        columns = ("name", "side", "ratio", "why")
+        _print_records(console, one["classes"][:_SHOWN], title, columns, 0)
 
 
-def _print_tested(d: Diagnosis, console: Console) -> None:
-    if not d.tested:
-        console.print("\nSelf-test: not run, see below", style="bold")
-        return
-    shown = table("function", "dtype", "device", "served by", "error / bound", whole=4)
-    for result in d.tested:
-        style = None if result.ok else "bold red"
-        row = (result.function, result.dtype, result.device, result.backends, _verdict(result))
-        shown.add_row(*row, style=style)
-    section(console, f"Self-test against float64, {d.tested_seconds:.1f} s", shown)
-
-
-def _print_trust(trust: Trust, console: Console) -> None:
+def _print_facts(console: Console, title: str, facts: dict[str, Any]) -> None:
     shown = table("", "")
-    shown.add_row("mode", f"{trust.mode} (PEFTKERN_TRUST)")
-    shown.add_row("folder", f"{trust.folder}, {trust.forgettable} files")
-    sizes = ", ".join(f"{name} {size:,}" for name, size in trust.crossovers.items())
-    shown.add_row("crossovers", f"{sizes}: {trust.crossovers_are}")
-    for one in trust.devices:
-        ours = sum(verdict.side != PEER for verdict in one.classes)
-        shown.add_row(
-            one.device,
-            f"programs: {one.right} right, {len(one.demoted)} demoted; classes: {ours} ours, "
-            f"{len(one.classes) - ours} PEFT's{f'; {one.state}' if one.state else ''}",
-        )
-    section(console, "Trust", shown)
-    for one in trust.devices:
-        if not one.classes:
-            continue
-        shown = table("class", "served by", "ours / PEFT")
-        for verdict in one.classes[:_SHOWN]:
-            ratio = "-" if verdict.ratio is None else f"{verdict.ratio:.2f}"
-            style = "yellow" if verdict.side == PEER else None
-            shown.add_row(verdict.name, verdict.side, ratio, style=style)
-        more = len(one.classes) - _SHOWN
-        of = f", the worst {_SHOWN}; --json has {more} more" if more > 0 else ""
-        section(console, f"Classes measured on {one.device}{of}", shown)
+    for name, value in facts.items():
+        shown.add_row(name, _text(value))
+    section(console, title, shown)
 
 
-def _verdict(result: Result) -> str:
-    if result.error is not None:
-        return "not served" if result.unserved else "failed, see below"
-    if result.share == 0.0:
-        return "ok, same bits"
-    return f"{'ok' if result.ok else 'WRONG'}, {result.share:.2f} ({result.worst})"
+def _print_records(
+    console: Console,
+    records: list[dict[str, Any]],
+    title: str,
+    columns: tuple[str, ...],
+    whole: int,
+) -> None:
+    shown = table(*columns, whole=whole)
+    for record in records:
+        shown.add_row(*(_text(record[column]) for column in columns))
+    if records:
+        section(console, title, shown)
+
+
+def _text(value: Any) -> str:
+    """Return a value of the JSON in words."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_text(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    if value is None or isinstance(value, bool):
+        return "-" if value is None else "yes" if value else "no"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -24,6 +24,10 @@ class InputError(Exception):
     """Unusable input; the message states what came and what is accepted."""
 
 
+class Stopped(Exception):
+    """Ctrl-C, with the line to tell about it."""
+
+
 @contextlib.contextmanager
 def bad_input(*options: str) -> Iterator[None]:
     """Turn a ValueError or OSError about the user's input into an InputError. Wrap nothing more:

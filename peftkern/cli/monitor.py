@@ -16,6 +16,8 @@ def monitor(
     follow: Annotated[
         bool, typer.Option("--follow", help="Go on while the file grows, until Ctrl-C.")
     ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page, one file for a browser.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the charts, one SVG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Show a run that peftkern.monitor records: loss, tokens/s, memory, ranks, kernels, fallbacks.
@@ -29,20 +31,33 @@ def monitor(
     import json
 
     from peftkern.cli.frame import InputError, bad_input
+    from peftkern.tools import pages
+    from peftkern.tools.bench.machine import write_text
     from peftkern.tools.monitor import terminal
     from peftkern.tools.monitor.run import Run
     from peftkern.tools.monitor.summary import compare, summary
 
+    files = {"--html": html, "--svg": svg}
+    files = {option: path for option, path in files.items() if path is not None}
+    if follow and (as_json or files):
+        raise InputError("--follow: accepted without --html, --svg and --json")
+    for option, path in files.items():
+        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+            raise InputError(f"{option}: {path}: expected a file in a folder that is there")
+        with bad_input():
+            pages.require(option)
     runs = [Run(path) for path in (run, other) if path is not None]
-    if follow and as_json:
-        raise InputError("--follow: shows a terminal; --json is not accepted with it")
-    with bad_input():
+    with bad_input(), contextlib.suppress(KeyboardInterrupt):
         for one in runs:
             one.read()
-    if follow:
-        with bad_input(), contextlib.suppress(KeyboardInterrupt):
+        if follow:
             terminal.follow(runs)
-    elif as_json:
+            return
+    for option, path in files.items():
+        from peftkern.tools.monitor import page
+
+        write_text(path, {"--html": page.html, "--svg": page.svg}[option](runs))
+    if as_json:
         answer = {"runs": [summary(one) for one in runs]}
         answer["comparison"] = compare(*runs) if runs[1:] else None
         print(json.dumps(answer, indent=2, allow_nan=False))

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftkern.cli.frame import DTYPES, InputError, dtype_name, in_words, parse_bytes, present_device
+from peftkern.cli.frame import (
+    DTYPES,
+    InputError,
+    Stopped,
+    dtype_name,
+    in_words,
+    parse_bytes,
+    present_device,
+)
 
 if TYPE_CHECKING:
     from peftkern.tools.quantize.file_plan import Plan, Size
@@ -18,12 +29,15 @@ if TYPE_CHECKING:
 SHARE_TOLD = 0.01  # share of experts in all parameters from which they get a line
 MOST = 0.5  # share of the parameters that are expected to be quantized
 TOO_LITTLE = 1  # exit status if they are not
+_SHOWN = 6  # kinds of tensors that stay as they are
 _COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
 
 
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with safetensors.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="New folder to write.", show_default=False)
+    ] = None,
     blocksize: Annotated[int, typer.Option(help="Values that share one absmax: 32 to 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Keep absmax in 8 bits instead of 32.")] = True,
     compute_dtype: Annotated[
@@ -50,6 +64,10 @@ def quantize(
     partial: Annotated[
         bool, typer.Option("--partial", help="Go on if most parameters stay as they are.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Quantize a safetensors checkpoint to NF4. Peak memory: about one file.
 
@@ -64,27 +82,24 @@ def quantize(
     """
     import logging
 
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
-    from peftkern.tools.quantize.staging import WORK
-
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels that it did not find
+    if destination is None and not dry_run:
+        raise InputError("DST: expected a new folder to write, or --dry-run")
     shard_bytes = parse_bytes("--shard-size", shard_size)
     device = str(present_device(device))
     if compute_dtype is not None:
         compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
     try:
+        from peftkern.tools.quantize.checkpoint import read_checkpoint
         from peftkern.tools.quantize.file_plan import Options, plan_files
         from peftkern.tools.quantize.linear_weights import find_weights
-        from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
+        from peftkern.tools.quantize.nf4_checkpoint import check_request, quantize_checkpoint
     except ImportError as error:
         raise InputError(
             "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
             f"quantized: pip install -U 'peftkern[peft]' ({error})"
         ) from None
-    try:
+    with _one_line(destination):
         options = Options(blocksize, double_quant, shard_bytes, device)
         checkpoint = read_checkpoint(source)
         choice, config = find_weights(
@@ -96,60 +111,100 @@ def quantize(
             compute_dtype=compute_dtype,
         )
         plan = plan_files(checkpoint, choice, options)
-        if _share(plan.quantized, plan.total) < MOST and not partial:
-            print(f"peftkern: {_too_little(plan)}", file=sys.stderr)
-            raise typer.Exit(TOO_LITTLE)
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TimeRemainingColumn(),
-        )
-        console = Console(stderr=True)
-        terminal = console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=not terminal) as bar:
-            task = bar.add_task("", total=checkpoint.nbytes)
-            summary = quantize_checkpoint(
-                checkpoint,
-                destination,
-                choice,
-                config,
-                options,
-                force=force,
-                progress=lambda count, name: bar.update(task, advance=count, description=name),
-            )
+        too_little = _share(plan.quantized, plan.total) < MOST and not partial
+        summary = check_request(checkpoint, destination, plan, force)
+        if not too_little and not dry_run:
+            with _bar(checkpoint.nbytes) as progress:
+                parts = (checkpoint, destination, choice, config, options)
+                summary = quantize_checkpoint(*parts, force=force, progress=progress)
+    if as_json and (dry_run or not too_little):
+        print(json.dumps(_record(summary, written=not dry_run), indent=2))
+    elif dry_run or not too_little:
+        print("\n".join(_report(summary, None if dry_run else destination)))
+    if too_little:
+        print(f"peftkern: {_too_little(plan)}", file=sys.stderr)
+        raise typer.Exit(TOO_LITTLE)
+
+
+@contextlib.contextmanager
+def _one_line(destination: Path | None) -> Iterator[None]:
+    """Turn what can go wrong into an InputError, and say whether the run can be repeated."""
+    from peftkern.tools.quantize.checkpoint import CheckpointError
+    from peftkern.tools.quantize.staging import WORK
+
+    def resumable() -> bool:
+        return destination is not None and os.path.exists(destination / WORK)
+
+    try:
+        yield
     except CheckpointError as error:
         raise InputError(in_words(error, "blocksize", "skip")) from error
     except OSError as error:  # a full disk, an unreadable file
-        hint = "; the same command goes on from there" if (destination / WORK).exists() else ""
+        hint = "; the same command goes on from there" if resumable() else ""
         raise InputError(f"{error}{hint}") from error
     except KeyboardInterrupt:
-        if (destination / WORK).exists():
-            print("peftkern: stopped; the same command goes on from here", file=sys.stderr)
+        if resumable():
+            raise Stopped("stopped; the same command goes on from here") from None
         raise
-    print(_report(summary, destination))
 
 
-def _report(summary: Summary, destination: Path) -> str:
-    resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
-    left = [name if name.isprintable() else ascii(name) for name in summary.left]
-    plan = summary.plan
+@contextlib.contextmanager
+def _bar(nbytes: int) -> Iterator[Any]:
+    """Show a bar on a terminal; yield what takes finished bytes and the name of a tensor."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    silent = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task("", total=nbytes)
+        yield lambda count, name: bar.update(task, advance=count, description=name)
+
+
+def _report(summary: Summary, destination: Path | None) -> Iterator[str]:
+    """Describe what is written, or, without a destination, what would be."""
+    plan, to_be = summary.plan, "to be " if destination is None else ""
     total, quantized = plan.total, plan.quantized
-    return "\n".join(
-        [
-            f"{quantized.tensors} tensors quantized, {total.tensors - quantized.tensors} kept"
-            f"{resumed}",
-            f"{_size(total.bytes_before)} before, {_size(total.bytes_after)} after: "
-            f"{total.bits:.2f} bits per parameter, {quantized.bits:.2f} in quantized tensors, "
-            f"which hold {_share(quantized, total):.0%} of the parameters",
-            *_experts(plan),
-            f"largest relative error {summary.largest_error:.2%}, of {summary.largest_error_name}",
-            f"{len(plan.files)} file{'s' * (len(plan.files) > 1)} read back, checksums agree",
-            f"{len(summary.copied)} other file{'s' * (len(summary.copied) != 1)} copied",
-            *([f"left behind: {', '.join(left)}"] if left else []),
-            f"{destination}: written",
-        ]
+    resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
+    yield (
+        f"{quantized.tensors} tensors {to_be}quantized, {total.tensors - quantized.tensors} kept"
+        f"{resumed}"
     )
+    yield (
+        f"{_size(total.bytes_before)} before, {_size(total.bytes_after)} after: "
+        f"{total.bits:.2f} bits per parameter, {quantized.bits:.2f} in quantized tensors, "
+        f"which hold {_share(quantized, total):.0%} of the parameters"
+    )
+    yield from _experts(plan)
+    files = f"{len(plan.files)} file{'s' * (len(plan.files) > 1)}"
+    if destination is None:
+        yield from (_kept(plan), f"{files} to be written")
+    else:
+        yield f"largest relative error {summary.largest_error:.2%}, of {summary.largest_error_name}"
+        yield f"{files} read back, checksums agree"
+    yield f"{len(summary.copied)} other file{'s' * (len(summary.copied) != 1)} {to_be}copied"
+    left = [name if name.isprintable() else ascii(name) for name in summary.left]
+    if left:
+        yield f"left behind: {', '.join(left)}"
+    yield "a dry run: nothing is written" if destination is None else f"{destination}: written"
+
+
+def _record(summary: Summary, written: bool) -> dict[str, Any]:
+    """Return the same for JSON; sizes in bytes."""
+    plan = summary.plan
+    sizes = {"total": plan.total, "quantized": plan.quantized, "experts": plan.experts}
+    return {
+        "written": written,
+        **{name: size.as_dict() for name, size in sizes.items()},
+        "kept": {name: size.as_dict() for name, size in plan.kept().items()},
+        "files": {name: sum(u.nbytes for u in units) for name, units in plan.files.items()},
+        "copied": summary.copied,
+        "left_behind": summary.left,
+        "resumed_tensors": summary.resumed,
+        "largest_error": {summary.largest_error_name: summary.largest_error} if written else {},
+    }
 
 
 def _too_little(plan: Plan) -> str:
@@ -177,6 +232,14 @@ def _experts(plan: Plan) -> Iterator[str]:
     ):
         if (share := _share(size, plan.total)) >= SHARE_TOLD:
             yield f"experts: {share:.0%} of the parameters, at {size.bits:.2f} bits, {which}"
+
+
+def _kept(plan: Plan) -> str:
+    """Name the largest of what stays as it is."""
+    kept = plan.kept()
+    names = [f"{_share(size, plan.total):.1%} {name}" for name, size in kept.items()][:_SHOWN]
+    more = [f"{len(kept) - _SHOWN} more kinds"] if len(kept) > _SHOWN else []
+    return f"as they are stay: {', '.join(names + more) or 'none'}"
 
 
 def _share(part: Size, total: Size) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,7 +65,7 @@ def tune(
 
     Example: peftkern tune --shape 4096x4096 --base nf4 --rows 512 --budget 5m
     """
-    from peftkern.cli.frame import InputError, bad_input, present_device
+    from peftkern.cli.frame import InputError, Stopped, bad_input, present_device
     from peftkern.tools.tune import job as jobs
     from peftkern.tools.tune.tune import TuneError
 
@@ -95,8 +94,7 @@ def tune(
     else:
         _print(outcome)
     if outcome.stopped:
-        print("peftkern: stopped", file=sys.stderr)
-        raise typer.Exit(130)
+        raise Stopped
 
 
 def _run(job: Job) -> Outcome:

@@ -1,14 +1,13 @@
 """Program that imports packages one by one and tries what some versions of them do wrongly.
 
-`importing` in packages.py runs it in a process that may crash or hang: `python -c TEXT MARK LIBRARY
-PACKAGE...`. Lines that begin with MARK are JSON: a package, its error (null while it is tried, ""
-for none, LIBRARY and the reason for a bitsandbytes without its own), and [what is wrong, what to do
-about it] of each defect. A defect of experts counts only if it shows: a probe that cannot be run,
-say without bitsandbytes, tells nothing.
+`importing` in packages.py runs it in a process that may crash or hang: `... MARK LIBRARY
+PACKAGE...`. Lines that begin with MARK are JSON, [package, error] or [package, probe, answer,
+cause, cure]; a later one replaces an earlier one, and null stands for the reason why the process
+ended. An error is "" for none, or LIBRARY and the reason for a bitsandbytes without its own.
 """
 
-import contextlib
 import importlib
+import importlib.util
 import json
 import sys
 import tempfile
@@ -34,10 +33,9 @@ def wrong_rows():
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     error = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
     if error > _HALF_GAP:
-        yield (
-            "dequantizes NF4 weights wrongly on a CPU where in_features is no multiple of "
-            f"the block: off by {error:.2g} of the largest value",
-            "peftkern.patch avoids it",
+        return (
+            "dequantizes NF4 weights wrongly on a CPU where in_features is no multiple of the "
+            f"block: off by {error:.2g} of the largest value"
         )
 
 
@@ -55,10 +53,9 @@ def no_gradient():
         layer.train()(leaf).sum().backward()
         grads.append(leaf.grad)
     if grads[1] is None or (grads[1] - grads[0]).norm() > grads[0].norm() / 10:
-        yield (
-            "repacks a 4-bit weight in place when its layer runs in eval mode on this CPU, and "
-            "then no gradient passes the layer: training after an evaluation goes wrong",
-            "peftkern.patch before the first evaluation avoids it; else load the model again",
+        return (
+            "repacks 4-bit weights in eval mode on this CPU and loses their gradients: training "
+            "after an evaluation goes wrong"
         )
 
 
@@ -95,11 +92,7 @@ def wide_experts():
     model.is_loaded_in_4bit = True
     peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if model.experts.gate_up_proj.dtype is torch.float32:
-        yield (
-            "makes the experts of a 4-bit mixture float32 in prepare_model_for_kbit_training: "
-            "twice their bytes",
-            "peftkern.quantize_(model) first: experts in 4 bits are left as they are",
-        )
+        return "makes the experts of a 4-bit mixture float32 in prepare_model_for_kbit_training"
 
 
 def parametrized_experts():
@@ -117,34 +110,25 @@ def parametrized_experts():
         before = model(x).detach()
         model(x)
     except RuntimeError as error:
-        yield (
-            "trains no adapter of experts that bitsandbytes.nn.parametrize has quantized: the "
-            f"second forward pass raises {str(error).splitlines()[0]!r}",
-            "quantize them with peftkern.quantize_(model) instead",
+        return (
+            "trains no experts that bitsandbytes.nn.parametrize has quantized: "
+            f"{str(error).splitlines()[0]!r}"
         )
-        return
     model.merge_adapter()
     if (model(x) - before).abs().max() > before.abs().max() / 10:
-        yield (
-            "loses the adapter of quantized experts in merge_adapter, silently",
-            "quantize them with peftkern.quantize_(model) instead",
-        )
+        return "loses the adapter of quantized experts in merge_adapter, silently"
 
 
 def dense_experts():
     """Ask whether load_in_4bit quantizes a stack of experts."""
     import torch
-    import transformers.integrations.moe  # noqa: F401  before transformers 5 each is a Linear
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
     model = make_experts(torch.bfloat16)
     if not quantizer.param_needs_quantization(model, "experts.gate_up_proj"):
-        yield (
-            "leaves the experts of a mixture in 16 bits with load_in_4bit",
-            "peftkern.quantize_(model) quantizes them, peftkern quantize a checkpoint's",
-        )
+        return "leaves the experts of a mixture in 16 bits with load_in_4bit"
 
 
 def unsaved_experts():
@@ -162,38 +146,68 @@ def unsaved_experts():
         try:
             model.save_pretrained(folder)
         except ValueError as error:
-            yield (
-                "does not save a mixture whose experts bitsandbytes.nn.parametrize has quantized: "
-                f"save_pretrained raises {str(error).splitlines()[0]!r}",
-                "quantize them with peftkern.quantize_(model), or the checkpoint with peftkern "
-                "quantize",
+            return (
+                "saves no experts that bitsandbytes.nn.parametrize has quantized: "
+                f"{str(error).splitlines()[0]!r}"
             )
 
 
-def defects(name):
-    """Yield the defects of a package that show here."""
-    if name == "bitsandbytes":
-        yield from wrong_rows()
-        yield from no_gradient()
-    of_experts = {
-        "peft": (wide_experts, parametrized_experts),
-        "transformers": (dense_experts, unsaved_experts),
-    }
-    for probe in of_experts.get(name, ()):
-        with contextlib.suppress(Exception):  # a version that a probe does not fit: nothing known
-            yield from probe()
+_OURS = "quantize experts by peftkern.quantize_(model) or `peftkern quantize`"
+_AVOIDED = "peftkern.patch avoids it"
+_EARLY = "peftkern.patch before the first evaluation; else load the model again"
+_PARAMETRIZE = "bitsandbytes.nn.parametrize"
+_STACKED = "transformers.integrations.moe"  # before transformers 5 each expert is a Linear
+# By package (probe, the modules without which its defect cannot show, what to do about that).
+PROBES = {
+    "bitsandbytes": ((wrong_rows, (), _AVOIDED), (no_gradient, (), _EARLY)),
+    "peft": (
+        (wide_experts, ("bitsandbytes",), _OURS),
+        (parametrized_experts, (_PARAMETRIZE,), _OURS),
+    ),
+    "transformers": (
+        (dense_experts, ("bitsandbytes", _STACKED), _OURS),
+        (unsaved_experts, (_PARAMETRIZE, _STACKED), _OURS),
+    ),
+}
+
+
+def is_here(module):
+    """Return whether a module is installed; its packages are imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def answers(name):
+    """Yield (probe, answer, cause, cure) of the probes of a package, each first as unfinished.
+
+    "present": cause says what is wrong. "unknown": it says why the probe cannot be run.
+    """
+    for probe, modules, cure in PROBES.get(name, ()):
+        yield probe.__name__, "unknown", None, ""
+        try:
+            if not all(map(is_here, modules)):
+                yield probe.__name__, "absent", "", ""
+                continue
+            cause = probe()
+            yield (probe.__name__, *(("present", cause, cure) if cause else ("absent", "", "")))
+        except Exception as caught:
+            yield probe.__name__, "unknown", f"{type(caught).__name__}: {caught}", ""
 
 
 def main(names):
     """Import each package, and say how that went."""
     for name in names:
-        say(name, None, [])
+        say(name, None)
         try:
             importlib.import_module(name)
-            say(name, unusable(name), [])
-            say(name, unusable(name), list(defects(name)))
+            say(name, unusable(name))
         except BaseException as caught:
-            say(name, f"{type(caught).__name__}: {caught}", [])
+            say(name, f"{type(caught).__name__}: {caught}")
+            continue
+        for answer in answers(name):
+            say(name, *answer)
 
 
 def say(*words):

@@ -14,10 +14,9 @@ import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 PEERS = ("peft", "transformers", "bitsandbytes", "accelerate", "trl", "triton")
 IMPORT_SECONDS = 300.0  # a busy machine may need minutes
@@ -27,15 +26,29 @@ IMPORT_SECONDS = 300.0  # a busy machine may need minutes
 class Version:
     """Package beside this one. accepted: ">=0.17", "" if any will do, None if that is unknown.
 
-    imports: None if it was not tried, "" if it imports, else the error. defects: (what it computes
-    wrongly here, what to do about it).
+    imports: None if that was not tried, else whether it does, and its error if not.
     """
 
     name: str
     version: str | None
     accepted: str | None
-    imports: str | None = None
-    defects: tuple[tuple[str, str], ...] = ()
+    imports: bool | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer of a probe of an installed package: does it go wrong here as some versions do?
+
+    answer: "present", "absent", or "unknown" where the probe cannot be run. cause: what goes wrong,
+    or why that is unknown; cure: what to do if it is present.
+    """
+
+    package: str
+    probe: str
+    answer: str
+    cause: str
+    cure: str
 
 
 def installed_version(name: str) -> str | None:
@@ -71,15 +84,17 @@ def needed_by(what: str) -> Iterator[None]:
 
 # How the error of a bitsandbytes begins that imports, and then fails when it is used.
 BNB_LIBRARY = "its native library is not usable"
+Found = tuple[dict[str, str], list[Answer]]
 _PROBES = Path(__file__).with_name("package_probes.py")
 
 
 @contextlib.contextmanager
-def importing(names: list[str]) -> Iterator[Any]:
+def importing(names: list[str]) -> Iterator[Callable[[float], Found]]:
     """Import packages in another process meanwhile; gives a function that waits for the answers.
 
-    Its argument is how many seconds to wait from then on; it returns {name: (error, defects)}, ""
-    and () if there is none, without the packages after one that crashed or took too long.
+    Its argument is how many seconds to wait from then on; it returns the errors by package, "" if
+    there is none, without the packages after one that crashed or took too long, and the answers of
+    the probes.
     """
     mark = secrets.token_hex()  # of the lines that are not the packages' own
     # As text: run as a file, its folder would hide the packages that modules here are named after.
@@ -96,21 +111,26 @@ def importing(names: list[str]) -> Iterator[Any]:
         env={**os.environ, "PYTHONPATH": path},
     )
 
-    def wait(seconds: float) -> dict[str, tuple[str, tuple[tuple[str, str], ...]]]:
+    def wait(seconds: float) -> Found:
         try:
             output, _ = process.communicate(timeout=seconds)
-            unfinished = f"it ends Python with status {process.returncode} while it is imported"
+            unfinished = f"ends Python with status {process.returncode}"
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
-            unfinished = f"it is not imported after {seconds:g} s"
-        answers = {}
+            unfinished = f"takes more than {seconds:g} s"
+        errors, answers = {}, {}
         for line in output.splitlines():
-            if line.startswith(mark):
-                name, error, defects = json.loads(line.removeprefix(mark))
-                text = unfinished if error is None else one_line(error)
-                answers[name] = (text, tuple(map(tuple, defects)))
-        return answers
+            if not line.startswith(mark):
+                continue
+            name, *words = json.loads(line.removeprefix(mark))
+            doing = "importing" if len(words) == 1 else "trying"
+            words = [f"{doing} it {unfinished}" if w is None else one_line(w) for w in words]
+            if len(words) == 1:
+                errors[name] = words[0]
+            else:
+                answers[name, words[0]] = Answer(name, *words)
+        return errors, list(answers.values())
 
     try:
         yield wait

@@ -60,13 +60,12 @@ class Summary:
     def __str__(self) -> str:
         if not self.steps:
             return "no steps"
-        lines = [
-            f"{self.steps:,} steps in {self.seconds:.4g} s, {ms_text(self.step_seconds)} each "
-            f"[{ms_text(self.step_seconds_p20)} - {ms_text(self.step_seconds_p80)}]"
-        ]
+        times = (self.step_seconds, self.step_seconds_p20, self.step_seconds_p80)
+        each = "{} each [{} - {}]".format(*(value_text("seconds", time) for time in times))
+        lines = [f"{self.steps:,} steps in {self.seconds:.4g} s, {each}"]
         if self.tokens:
             lines.append(f"{self.tokens:,} tokens, {self.tokens_per_second:,.0f} a second")
-        lines += [f"{name_of(key)} {bytes_text(value)}" for key, value in self.memory.items()]
+        lines += [f"{name_of(key)} {value_text(key, value)}" for key, value in self.memory.items()]
         lines.append(
             f"{self.kernel_calls:,} calls of kernels, {self.reference_calls:,} of plain torch, "
             f"{self.fallbacks:,} fallbacks"
@@ -158,22 +157,23 @@ def live_line() -> Live | None:
 
 
 def line_of(record: dict[str, Any]) -> Text:
-    """Format a record as one line of a terminal, what matters most first."""
+    """Format a record as one line of a terminal, what matters most first; null stands for NaN."""
     from rich.text import Text
 
-    parts = [f"step {record['step']:,}", f"{ms_text(record['step_seconds'])}/step"]
+    record = {key: math.nan if value is None else value for key, value in record.items()}
+    steps = record["steps"]
+    parts = [f"step {record['step']:,}", f"{value_text('seconds', record['step_seconds'])}/step"]
     if record["tokens"]:
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     parts += [f"{key} {value:.4g}" for key, value in record.items() if key not in FIELDS]
     shown = ("cuda_allocated", "cuda_reserved", "cuda_peak_allocated", "nvml_used")
     if "cuda_allocated_bytes" not in record:
         shown = ("process_rss",)
-    for key in shown:
-        if f"{key}_bytes" in record:
-            parts.append(f"{name_of(key)} {bytes_text(record[f'{key}_bytes'])}")
+    for key in (f"{key}_bytes" for key in shown):
+        if key in record:
+            parts.append(f"{name_of(key)} {value_text(key, record[key])}")
     if "nvml_utilization_percent" in record:
         parts.append(f"busy {record['nvml_utilization_percent']}%")
-    steps = record["steps"]
     parts.append(f"{record['kernel_calls'] / steps:.4g} kernels/step")
     if record["fallbacks"]:
         parts.append(f"{record['fallbacks'] / steps:.4g} fallbacks/step")
@@ -186,9 +186,10 @@ def name_of(key: str) -> str:
     return " ".join(words[1:] if words[0] == "cuda" else words)
 
 
-def bytes_text(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def ms_text(seconds: float) -> str:
-    return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+def value_text(name: str, value: float) -> str:
+    """Format a value of a record, with its unit."""
+    if name.endswith("_bytes"):
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+    if name.endswith("seconds"):
+        return f"{value:,.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    return f"{value:,.0f}" if name == "tokens_per_second" else f"{value:,.4g}"

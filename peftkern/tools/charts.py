@@ -8,52 +8,40 @@ and the others are. Text stays text, in the reader's fonts. The same data gives 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
-import unicodedata
+import textwrap
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
+import matplotlib.colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator
 
-NARROW, WIDE = 328, 1040  # pixels between the margins of a phone and of a desk
-COLORS = {  # name: light, dark; each light one only once, as `svg` finds a color by it
-    "ink": ("#1b1f24", "#e6edf3"),
-    "muted": ("#5b6470", "#98a1ab"),
-    "line": ("#dbe0e6", "#2f363e"),
-    # Blue and orange differ for the color-blind, too.
-    "faster": ("#0b69c7", "#58a6ff"),
-    "slower": ("#c4510a", "#f0883e"),
-    "level": ("#8a939d", "#7d8691"),
-    "error": ("#c9242f", "#ff7b72"),
-    "series-0": ("#0a68c6", "#57a5fe"),  # peftkern's
-    "series-1": ("#7a4fd6", "#bc8cff"),
-    "series-2": ("#1b7d38", "#3fb950"),
-    "series-3": ("#b93585", "#f778ba"),
-    "series-4": ("#946400", "#d4a72c"),
-    "series-5": ("#0b7084", "#39c5cf"),
-    "series-6": ("#59626d", "#99a2ac"),
-}
-INK, MUTED, LINE = (COLORS[name][0] for name in ("ink", "muted", "line"))
-SERIES = sum(name.startswith("series") for name in COLORS)
-MARKERS = "osD^v"
-SIZE = 12  # of text; of notes and ticks one less
+from peftkern.tools.canvas import (
+    COLORS,
+    INK,
+    LINE,
+    MARKERS,
+    MUTED,
+    NARROW,
+    SERIES,
+    SIZE,
+    STYLE,
+    WIDE,
+    Canvas,
+    Series,
+    amounts_axis,
+    clean,
+    ratios_axis,
+    scale,
+)
+
 NAMESPACE = "http://www.w3.org/2000/svg"
-STYLE = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar sign in somebody's label
-    "axes.unicode_minus": False,
-    "path.simplify": True,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: what is measured is alike everywhere
-    "font.size": SIZE,
-    "text.color": INK,
-}
 
 
 @dataclass(frozen=True)
@@ -68,23 +56,6 @@ class Bar:
     high: float | None = None
     note: str = ""  # under the label
     tip: str = ""  # shown to a pointer
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points of one color; `low` and `high` are the ends of their whiskers, `tips` their texts."""
-
-    name: str
-    number: int
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    tips: Sequence[str] = ()
-
-    @property
-    def color(self) -> str:
-        return COLORS[f"series-{self.number % SERIES}"][0]
 
 
 @matplotlib.rc_context(STYLE)
@@ -102,13 +73,15 @@ def bars(
     With an origin of 1 the axis is logarithmic, so that half as fast is as far from 1 as twice as
     fast; with 0 it is linear. Where there is little room, the labels stand above their bars.
     """
-    beside, noted = width >= 560, any(bar.note for _, rows in panels for bar in rows)
-    row = (38 if noted else 24) if beside else (54 if noted else 40)
+    beside, notes = width >= 560, [bar.note for _, rows in panels for bar in rows]
+    longest = max(map(len, [bar.label for _, rows in panels for bar in rows] + notes), default=0)
+    labels = min(max(0.56 * SIZE * longest + 14, 0.3 * width), 0.5 * width) if beside else 0
+    wrap = width if beside else int(width / (0.54 * SIZE))
+    lines = max(len(textwrap.wrap(note, wrap)[:2]) for note in [*notes, ""])
+    row = (24 if beside else 40) + 14 * lines
     head = [30 if name else 6 for name, _ in panels]
     height = sum(top + row * len(rows) + 26 for top, (_, rows) in zip(head, panels, strict=True))
-    page = _Canvas(width, height, title, description)
-    longest = max((len(bar.label) for _, rows in panels for bar in rows), default=0)
-    labels = min(max(0.56 * SIZE * longest + 14, 0.3 * width), 0.5 * width) if beside else width
+    page = Canvas(width, height, title, description)
     left, right = (labels, width - 118) if beside else (6, width - 6)
     top = 0.0
     for space, (name, rows) in zip(head, panels, strict=True):
@@ -118,45 +91,47 @@ def bars(
         values = [bar.value for bar in rows if bar.value]
         axis = page.axes(left, top, right - left, row * len(rows))
         axis.set_ylim(row * len(rows), 0)
-        ticks = _ratios(axis, values, not beside) if origin else _amounts(axis, values)
+        ticks = ratios_axis(axis, values, not beside) if origin else amounts_axis(axis, values)
         for index, bar in enumerate(rows):
-            _bar(page, axis, bar, (top, index * row, row), ticks, origin, labels if beside else 0)
+            _label(page, bar, top + row * index, row, labels, wrap)
+            if bar.value is not None:
+                _bar(axis, bar, row * index + (row / 2 if beside else row - 10), ticks, origin)
         axis.set_xticks(ticks if values else [], [f"{tick:g}{unit}" for tick in ticks if values])
         top += row * len(rows) + 26
     return page.figure
 
 
-def _bar(page, axis, bar: Bar, place, ticks, origin: float, beside: float) -> None:
-    """Draw one row; `place`: top of the panel on the page, of the row in it, and its height;
-    `beside`: width of the labels at its left, 0 for labels above."""
-    (top, start, row), color = place, COLORS[bar.color][0]
-    middle = start + (row / 2 if beside else row - 10)
-    words = top + (middle + 4 if beside and not bar.note else start + 15)
-    room = beside - 8 if beside else page.width - 8 - 0.6 * SIZE * len(bar.says)
-    page.text(0, words, bar.label, room=room, tip=bar.tip or bar.label)
-    if bar.note:
-        page.text(0, words + 14, bar.note, color=MUTED, size=SIZE - 1, room=room)
-    says = {"color": color, "weight": "bold", "tip": bar.tip}
-    if beside and bar.value is None:
-        page.text(beside + 6, top + middle + 4, bar.says, **says, room=page.width - beside)
-    elif beside:
-        page.text(page.width - 108, top + middle + 4, bar.says, **says)
+def _label(page, bar: Bar, top: float, row: float, labels: float, wrap: int) -> None:
+    """Write a row's words: at the left of its bar, in a column of that width if any, or above."""
+    first = top + (row / 2 + 4 if labels and not bar.note else 15)
+    room = labels - 8 if labels else page.width - 8 - 0.6 * SIZE * len(bar.says)
+    page.text(0, first, bar.label, room=room, tip=bar.tip or bar.label)
+    for number, line in enumerate(textwrap.wrap(bar.note, wrap)[:2], 1):
+        room = labels - 8 if labels else page.width
+        page.text(0, first + 14 * number, line, color=MUTED, size=SIZE - 1, room=room)
+    says = {"color": COLORS[bar.color][0], "weight": "bold", "tip": bar.tip}
+    if labels and bar.value is None:
+        says["room"] = page.width - labels
+        page.text(labels + 6, top + row / 2 + 4, bar.says, **says)
+    elif labels:
+        page.text(page.width - 108, top + row / 2 + 4, bar.says, **says)
     else:
-        page.text(page.width, words, bar.says, **says, anchor="right")
-    if bar.value is None:
-        return
+        page.text(page.width, first, bar.says, anchor="right", **says)
+
+
+def _bar(axis: Axes, bar: Bar, middle: float, ticks: Sequence[float], origin: float) -> None:
     low, high = axis.get_xlim()
     axis.vlines(ticks, middle - 9, middle + 9, color=LINE, linewidth=1, zorder=0)
     ends = sorted((origin, min(max(bar.value, low), high)))
-    tip = bar.tip or f"{bar.label}: {bar.says}"
+    color = COLORS[bar.color][0]
     (drawn,) = axis.barh(middle, ends[1] - ends[0], left=ends[0], height=13, color=color)
-    drawn.set_gid(f"tip:{clean(tip)}")
+    drawn.set_gid(f"tip:{clean(bar.tip or f'{bar.label}: {bar.says}')}")
     if bar.low and bar.high:
         ends = [min(max(end, low), high) for end in (bar.low, bar.high)]
         axis.hlines(middle, *ends, color=INK, linewidth=1)
         inside = [end for end in (bar.low, bar.high) if low <= end <= high]
         axis.vlines(inside, middle - 3.5, middle + 3.5, color=INK, linewidth=1)
-    axis.vlines(origin, middle - 11, middle + 11, color=INK, linewidth=1.2)
+    axis.vlines(origin, middle - 10, middle + 10, color=INK, linewidth=1.2)
 
 
 @matplotlib.rc_context(STYLE)
@@ -174,15 +149,16 @@ def lines(
     ticks: Sequence[float] = (),
     joined: bool = True,
     markers: bool = True,
+    from_zero: bool = False,
     roof: tuple[float, float] | None = None,
     names: Sequence[tuple[float, str]] = (),
 ) -> Figure:
     """Draw points, joined or not, with their names in their colors above.
 
-    `roof`: slope up to its ridge, and the height where it is flat. `names`: texts at an x, above
-    the highest point there, as far as there is room.
+    `roof`: slope up to its ridge, and the height where it is flat. `names`: texts at an x, below
+    the lowest point there, as far as there is room.
     """
-    page = _Canvas(width, height, title, description)
+    page = Canvas(width, height, title, description)
     rows = page.key(series)
     top, below = 12 + 16 * rows, 40 if x_label else 24
     axis = page.axes(52, top + 14, width - 62, height - top - 14 - below)
@@ -190,8 +166,11 @@ def lines(
     xs = [x for one in series for x in one.x]
     if roof is not None:
         values, xs = [*values, roof[1]], [*xs, roof[1] / roof[0]]
-    _scale(axis, "x", xs, log_x, 1.5 if roof else 1.12, ticks)
-    _scale(axis, "y", values, log_y, 1.3, ())
+    scale(axis, "x", xs, log_x, 1.5 if roof else 1.12, ticks)
+    above = 1.8 if names else 1.3
+    scale(axis, "y", [*values, 0.0] if from_zero else values, log_y, above, ())
+    if from_zero:
+        axis.set_ylim(bottom=min([*values, 0.0]))
     axis.grid(color=LINE, linewidth=1)
     page.text(0, top + 4, y_label, color=MUTED, size=SIZE - 1)
     middle = 52 + (width - 62) / 2
@@ -200,7 +179,7 @@ def lines(
         (left, right), (bottom, _), ridge = axis.get_xlim(), axis.get_ylim(), roof[1] / roof[0]
         left = max(left, bottom / roof[0])
         at = [left, ridge, right], [left * roof[0], roof[1], roof[1]]
-        axis.add_line(Line2D(*at, color=INK, linewidth=1.5, clip_on=False))
+        axis.add_line(Line2D(*at, color=INK, linewidth=1.5))
         for x in sorted(set(xs[:-1])):
             column = [y for one in series for a, y in zip(one.x, one.y, strict=True) if a == x]
             axis.vlines(x, min(column), max(column), color=LINE, linewidth=2)
@@ -211,7 +190,7 @@ def lines(
 
 
 def _points(axis: Axes, one: Series, joined: bool, markers: bool) -> None:
-    style = {"color": one.color, "clip_on": False, "linewidth": 1.8 if joined else 0}
+    style = {"color": one.color, "linewidth": 1.8 if joined else 0}
     marks = MARKERS[one.number % len(MARKERS)]
     if markers:
         style |= {"marker": marks, "markersize": 6}
@@ -220,7 +199,7 @@ def _points(axis: Axes, one: Series, joined: bool, markers: bool) -> None:
     (drawn,) = axis.plot(one.x, one.y, **style)
     drawn.set_gid(f"tip:{clean(one.name)}")
     for x, y, tip in zip(one.x, one.y, one.tips, strict=False):  # seen by a pointer alone
-        (spot,) = axis.plot(x, y, marker="o", markersize=12, color=INK, alpha=0, clip_on=False)
+        (spot,) = axis.plot(x, y, marker="o", markersize=12, color=INK, alpha=0)
         spot.set_gid(f"tip:{clean(tip)}")
 
 
@@ -234,23 +213,70 @@ def strips(
     width: int = NARROW,
 ) -> Figure:
     """Draw every sample as a tick, a row for each (name, number of its color, samples, median)."""
-    page = _Canvas(width, 36 * len(rows) + 24, title, description)
+    page = Canvas(width, 36 * len(rows) + 24, title, description)
     axis = page.axes(6, 0, width - 12, 36 * len(rows))
     axis.set_ylim(36 * len(rows), 0)
-    _scale(axis, "x", [value for _, _, samples, _ in rows for value in samples], False, 1.02, ())
+    scale(axis, "x", [value for _, _, samples, _ in rows for value in samples], False, 1.02, ())
     axis.set_xticks(ticks := list(axis.get_xticks()), [f"{tick:g} {unit}" for tick in ticks])
     for index, (name, number, samples, median) in enumerate(rows):
         color, top = COLORS[f"series-{number % SERIES}"][0], 36 * index
         page.text(0, top + 13, name, color=color, size=SIZE - 1, weight="bold", room=width)
         xs = [x for value in samples for x in (value, value, math.nan)]
         ys = [y for _ in samples for y in (top + 18, top + 30, math.nan)]
-        axis.add_line(Line2D(xs, ys, color=color, linewidth=1, alpha=0.6, clip_on=False))
+        axis.add_line(Line2D(xs, ys, color=color, linewidth=1, alpha=0.6))
         axis.vlines(median, top + 16, top + 33, color=INK, linewidth=2)
+    return page.figure
+
+
+def stretches(
+    rows: Sequence[tuple[str, str, Sequence[tuple[float, float, float]]]],
+    *,
+    title: str,
+    description: str = "",
+    x_label: str = "",
+    y_label: str = "",
+    width: int = NARROW,
+) -> Figure:
+    """Draw values over stretches of x as colors, from none at 0 to the fullest at the largest.
+
+    rows: (label, tip, stretches of (begin, end, value)); rows in turn that share a label have it
+    once, at their middle.
+    """
+    row = min(max(200 / max(len(rows), 1), 3), 16)
+    page = Canvas(width, 24 + row * len(rows) + 40, title, description)
+    every = [part for _, _, parts in rows for part in parts]
+    most = max((value for _, _, value in every), default=0) or 1
+    blue = matplotlib.colors.to_rgb(COLORS["series-0"][0])
+    axis = page.axes(84, 24, width - 94, row * len(rows))
+    scale(axis, "x", [x for begin, end, _ in every for x in (begin, end)], False, 1.0, ())
+    axis.set_ylim(len(rows), 0)
+    for index, (_, tip, parts) in enumerate(rows):
+        spans = [(begin, end - begin) for begin, end, _ in parts]
+        shades = [(*blue, value / most) for _, _, value in parts]
+        drawn = axis.broken_barh(spans, (index, 1), facecolors=shades, linewidth=0)
+        drawn.set_gid(f"tip:{clean(tip)}")
+    first = 0
+    for label, group in itertools.groupby(label for label, _, _ in rows):
+        last = first + len(list(group))
+        axis.axhline(first, color=LINE, linewidth=1)
+        page.text(0, 28 + row * (first + last) / 2, label, size=SIZE - 1, room=80)
+        first = last
+    key = page.axes(width - 82, 4, 50, 10)
+    key.set_xticks([])
+    for fifth in range(6):
+        key.axvspan(fifth, fifth + 1, facecolor=(*blue, fifth / 5), linewidth=0)
+    page.text(width - 86, 13, "0", color=MUTED, size=SIZE - 1, anchor="right")
+    page.text(width - 28, 13, f"{most:g}", color=MUTED, size=SIZE - 1)
+    page.text(0, 13, y_label, color=MUTED, size=SIZE - 1, room=width - 100)
+    middle, below = 84 + (width - 94) / 2, 24 + row * len(rows) + 34
+    page.text(middle, below, x_label, color=MUTED, size=SIZE - 1, anchor="center")
     return page.figure
 
 
 def svg(figure: Figure, theme: str = "light", salt: str = "peftkern") -> str:
     """Return the SVG; of figures on one page each has a `salt` of its own, that ids differ."""
+    for artist in figure.findobj():  # nothing lies outside, and a clip path would need a reference
+        artist.set_clip_on(False)
     file = io.StringIO()
     # A glyph that matplotlib's font has not is drawn with the reader's.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
@@ -311,127 +337,3 @@ def _attributes(one: ET.Element, theme: str, used: set[str]):
             yield "tip", value[4:]
         elif (key != "id" or f"#{value}" in used) and not value.startswith("rotate(-0 "):
             yield key, re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.5g}", value)
-
-
-def clean(text: str) -> str:
-    """Replace characters that end a line or a parse, or reverse the text, by U+FFFD."""
-    odd = {"Cc", "Cf", "Cs"}
-    return "".join("\ufffd" if unicodedata.category(one) in odd else one for one in str(text))
-
-
-class _Canvas:
-    """Page in pixels from the top left, for text and axes."""
-
-    def __init__(self, width: float, height: float, title: str, description: str) -> None:
-        self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-        self.figure.patch.set_visible(False)
-        self.figure.words = clean(title), clean(description)
-        self.width, self.height = width, height
-
-    def text(self, x, y, text, *, color=INK, size=SIZE, weight="normal", room=None, **more) -> None:
-        text, anchor, tip = clean(text), more.get("anchor", "left"), more.get("tip")
-        most = int(room / (0.56 * size)) if room else len(text)
-        if len(text) > most:
-            text, tip = f"{text[: max(most - 1, 1)]}…", tip or text
-        at = x / self.width, 1 - y / self.height
-        drawn = self.figure.text(*at, text, color=color, size=size, weight=weight, ha=anchor)
-        if tip:
-            drawn.set_gid(f"tip:{clean(tip)}")
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        place = left / self.width, 1 - (top + height) / self.height
-        axis = self.figure.add_axes((*place, width / self.width, height / self.height))
-        axis.patch.set_visible(False)
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=0, labelsize=SIZE - 1, labelcolor=MUTED, which="both")
-        axis.yaxis.set_tick_params(pad=6)
-        axis.set_axisbelow(True)
-        axis.set_yticks([])
-        return axis
-
-    def key(self, series: Sequence[Series]) -> int:
-        """Write the names of the series in their colors; return the number of lines."""
-        x, row = 0.0, 1
-        for one in series:
-            length = 18 + 0.62 * (SIZE - 1) * min(len(one.name), 40)
-            if x and x + length > self.width:
-                x, row = 0.0, row + 1
-            y = 1 - (16 * row - 8) / self.height
-            mark = MARKERS[one.number % len(MARKERS)]
-            at = [(x + 4) / self.width], [y]
-            self.figure.add_artist(Line2D(*at, marker=mark, markersize=6, color=one.color))
-            self.text(x + 12, 16 * row - 4, one.name, color=one.color, size=SIZE - 1, room=260)
-            x += length
-        return row
-
-    def names(self, axis: Axes, names: Sequence[tuple[float, str]], series) -> None:
-        taken: list[tuple[float, float]] = []
-        for x, name in names:
-            y = max(y for one in series for a, y in zip(one.x, one.y, strict=True) if a == x)
-            at = axis.transData.transform((x, y))
-            half = 0.28 * (SIZE - 1) * len(name)
-            middle = min(max(at[0], half), self.width - half)
-            if all(middle - half > end or middle + half < begin for begin, end in taken):
-                taken.append((middle - half, middle + half))
-                where = middle, self.height - at[1] - 9
-                self.text(*where, name, color=MUTED, size=SIZE - 1, anchor="center")
-
-
-def _ratios(axis: Axes, values: Sequence[float], narrow: bool) -> list[float]:
-    """Set a logarithmic axis around 1 and the values; return its ticks."""
-    low, high = min([*values, 0.8]) / 1.15, max([*values, 1.25]) * 1.15
-    axis.set_xscale("log")
-    axis.xaxis.set_minor_locator(FixedLocator([]))
-    axis.set_xlim(low, high)
-    return _spaced(_decimal(low, high, 6), math.log(high / low) * (0.13 if narrow else 0.1))
-
-
-def _amounts(axis: Axes, values: Sequence[float]) -> list[float]:
-    high = max(values, default=1.0) * 1.05
-    axis.set_xlim(0, high)
-    return [float(tick) for tick in MaxNLocator(5).tick_values(0, high) if tick <= high]
-
-
-def _decimal(low: float, high: float, most: int) -> list[float]:
-    """Return at most so many round numbers, evenly spread on a logarithmic axis."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for mantissas in ((1, 1.25, 1.5, 2, 3, 4, 6, 8), (1, 2, 5), (1, 3), (1,)):
-        found = [float(f"{m}e{e}") for e in range(first, last + 1) for m in mantissas]
-        found = [tick for tick in found if low <= tick <= high]
-        if len(found) <= most:
-            return found
-    step = -(-len(found) // most)
-    return [tick for tick in found if round(math.log10(tick)) % step == 0]
-
-
-def _spaced(ticks: Sequence[float], gap: float) -> list[float]:
-    """Leave out those nearer to another than a ratio of e^gap; those next to 1 stay."""
-    kept: list[float] = []
-    for tick in sorted(ticks, key=lambda tick: abs(math.log(tick))):
-        if all(abs(math.log(tick / one)) >= gap for one in kept):
-            kept.append(tick)
-    return sorted(kept)
-
-
-def _scale(axis, which: str, values: Sequence[float], log: bool, margin: float, ticks) -> None:
-    """Set an axis around the values; `ticks`, if given, are thinned until they have room
-    on a logarithmic axis."""
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    if log:
-        low, high = low / margin, high * margin
-        if high / low < 4:
-            middle = math.sqrt(low) * math.sqrt(high)
-            low, high = middle / 2, middle * 2
-        getattr(axis, f"set_{which}scale")("log")
-        found = list(ticks) or _decimal(low, high, 6)
-    else:
-        pad = (margin - 1) / 2 * (high - low) or abs(high) * 0.1 or 1.0
-        low, high = low - pad, high + pad
-        found = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
-    getattr(axis, f"set_{which}lim")(low, high)
-    one = getattr(axis, f"{which}axis")
-    if ticks and log:
-        found = _spaced(found, 0.11 * math.log(high / low))
-    one.set_major_locator(FixedLocator(found))
-    one.set_minor_locator(FixedLocator([]))
-    one.set_major_formatter(lambda value, _: f"{value:g}")

@@ -19,11 +19,10 @@ import bench_formulations
 import cuda_resources
 import lut
 import make_tables
-import outcomes
 import suite
 import triton_gemm
 
-from peftkern.tools.bench import machine
+from peftkern.tools.bench import machine, terminal
 
 ROOT = machine.ROOT
 CPU = torch.device("cpu")
@@ -120,7 +119,7 @@ def test_without_a_gpu_or_nvcc_the_reason_is_recorded(tmp_path, monkeypatch):
     noted: dict = {}
     lut.ask(suite.Options(), None, lambda **facts: noted.update(facts))
     assert noted["said"] == "not measured" and "GPU" in noted["stopped"] and not noted["decoders"]
-    line = outcomes.answer({"name": "formulations/lut/bf16", **noted})
+    line = terminal.answer({"name": "formulations/lut/bf16", **noted})
     assert line == f"formulations/lut/bf16: not measured; {noted['stopped']}"
     assert f"not measured: {noted['stopped']}" in make_tables.decoders_table([noted])
     monkeypatch.setattr(cuda_resources, "find_nvcc", lambda: None)
@@ -162,9 +161,9 @@ def test_products_and_tables_go_through_the_bench(only, tmp_path):
         assert "not measured" in table
         return
     (case,) = record["cases"]
-    assert all(v["wrong"] is None and v["median_ms"] for v in case["variants"].values())
-    assert bench_formulations.CUBLAS in case["variants"]
-    other = {**case, "variants": dict(list(case["variants"].items())[:2])}
+    assert all(row["wrong"] is None and row["median_ms"] for row in case["providers"].values())
+    assert bench_formulations.CUBLAS in case["providers"]
+    other = {**case, "providers": dict(list(case["providers"].items())[:2])}
     record["cases"] = [case, other, case]
     assert [len(group) for group in make_tables.alike(record["cases"])] == [2, 1]
     assert len(make_tables.tables("formulations", record)) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -17,12 +18,13 @@ from multiprocessing.pool import AsyncResult, Pool
 import contests
 import gpu
 import make_tables
-import outcomes
 import pytest
 import suite
 import tiles
 import torch
 import tune
+from bench_records import case, provider
+from bench_records import record as record_of
 from processes import run_python
 from scripts import run_here
 from tolerances import HANG_SECONDS
@@ -33,7 +35,7 @@ from peftkern.kernels import configs
 from peftkern.kernels.configs import KERNELS, Problem, TileConfig, as_entry, choose
 from peftkern.kernels.launch import config_for, forced, traits
 from peftkern.tools.bench import gpu_timer, machine, timer
-from peftkern.tools.bench.timer import MIN_SAMPLES, Timing
+from peftkern.tools.bench.timer import Timing
 
 ROOT = machine.ROOT
 CPU = torch.device("cpu")
@@ -130,18 +132,18 @@ def test_slow_calls_are_repeated_as_little_as_they_must():
         taken[name] += 1
         return [gpu_timer.PATIENCE * 2 if name == "slow" else 0.01]
 
-    least = {"slow": gpu_timer.FEW, "quick": MIN_SAMPLES}
-    timings = gpu_timer._in_turns(list(least), turn, 0.5, lambda share: None, least=least)
+    turns = {name: functools.partial(turn, name) for name in ("slow", "quick")}
+    timings = timer.in_turns(turns, seconds=0.5, few={"slow": gpu_timer.FEW})
     assert taken["slow"] == gpu_timer.FEW and taken["quick"] >= 50
     assert len(timings["slow"].samples) == gpu_timer.FEW
 
 
 def test_record_keeps_some_samples_and_the_percentiles_of_all():
     timing = Timing(tuple(i * 1e-3 for i in range(1, 1001)))
-    kept = outcomes.in_milliseconds(timing)
-    assert len(kept["samples_ms"]) == outcomes.MOST_SAMPLES
+    kept = timing.in_milliseconds()
+    assert len(kept["samples_ms"]) == timer.MOST_SAMPLES
     assert kept["samples_ms"][:2] == [1.0, 6.0] and kept["median_ms"] == pytest.approx(500.5)
-    assert len(outcomes.in_milliseconds(Timing((1.0,) * 7))["samples_ms"]) == 7
+    assert len(Timing((1.0,) * 7).in_milliseconds()["samples_ms"]) == 7
 
 
 def test_parts_run_in_the_order_asked_for_and_have_scripts():
@@ -250,8 +252,8 @@ def test_gpu_cases_are_right_under_the_interpreter(part, only, peers, tmp_path, 
     assert status == 0, error
     (path,) = tmp_path.glob(f"*-interpreter/{part}.json")
     (case,) = json.loads(path.read_text())["cases"]
-    assert peers < case["variants"].keys()
-    assert all(v["wrong"] is None and v["median_ms"] for v in case["variants"].values())
+    assert peers < case["providers"].keys()
+    assert all(row["wrong"] is None and row["median_ms"] for row in case["providers"].values())
     assert case["served"] and not case["fell_back"]
 
 
@@ -480,28 +482,21 @@ def test_every_kernel_can_be_tuned():
 
 def test_tables_show_a_gpu_with_device_and_versions_when_it_was_measured(tmp_path):
     assert "No results" in make_tables.section(tmp_path)
-    row = {"wrong": None, "median_ms": 1.0, "p20_ms": 0.9, "p80_ms": 1.1}
-    ours = {**row, "graph": row, "launches": 2, "peak_bytes": 3_000_000}
-    targets = [
-        {"peer": "PEFT", "at_least": 1.3, "measured": 2.0, "met": True},
-        {"peer": None, "launches_at_most": 3, "measured": 2, "met": True},
+    gpu = {"name": "NVIDIA H200", "capability": "9.0", "multiprocessors": 132, "memory": 1 << 37}
+    gpu |= {"l2_cache": 1 << 26, "cuda": "13.0"}
+    more = {"launches": 2, "peak_bytes": 3_000_000, "share_of_roof": 0.5}
+    rows = [
+        provider("peftkern", 1.0, p20_ms=0.9, p80_ms=1.1, graph_ms=1.0, **more),
+        provider("PEFT", 2.0, graph_ms=3.0, **more),
     ]
-    peft = {**row, "median_ms": 2.0, "graph": {**row, "median_ms": 3.0}}
-    variants = {"peftkern": ours, "PEFT": peft}
-    case = {"name": "lora_linear/a", "share_of_floor": 0.5, "targets": targets}
-    record = {
-        "machine": {
-            **{"gpu": {"name": "NVIDIA H200", "cuda": "13.0"}, "cpu": "Some CPU", "isa": None},
-            **{"threads": 16, "commit": "abc", "date": "2026-01-01T00:00:00"},
-            "versions": {"torch": "2.11.0", "bitsandbytes": None},
-        },
-        "options": {"n": 4096, "k": 4096, "r": 16},
-        "cases": [{**case, "variants": variants}],
-    }
+    of = dict.fromkeys(("peer", "at_least", "launches_at_most")) | {"measured": 2, "met": True}
+    targets = [{**of, "peer": "PEFT", "at_least": 1.3}, {**of, "launches_at_most": 3}]
+    record = record_of(case(*rows, targets=targets) | {"name": "lora_linear/a"}, gpu=gpu)
+    record |= {"options": {"n": 4096, "k": 4096, "r": 16}, "answers": []}
     machine.write_json(tmp_path / "h200" / "lora_linear.json", record)
     text = make_tables.section(tmp_path)
-    assert "NVIDIA H200, CUDA 13.0; commit abc, 2026-01-01; torch 2.11.0." in text
+    assert "NVIDIA H200, CUDA 13.0; commit 0123456789ab, 2026-11-24; torch 2.13.0, peftkern" in text
     assert "| a | 1 [0.9-1.1] | 50% | 1 | 2 (3 ✓) | 3 | 2, **2.00x** / 3.00x (1.3x ✓) |" in text
-    record["machine"]["interpreter"] = True
+    record["environment"]["interpreter"] = True
     machine.write_json(tmp_path / "h200" / "lora_linear.json", record)
     assert "No results" in make_tables.section(tmp_path)

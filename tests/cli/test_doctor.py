@@ -17,12 +17,34 @@ from peft_models import K, lora_net, make_linear4bit, patched_copy
 from processes import SITE, run_python_over, without
 from waiting import wait_until
 
+import peftkern
 from peftkern.backends import counts, dispatch, ops
 from peftkern.backends.cpu import module as native
+from peftkern.cli import main
 from peftkern.integrations import package_probes
-from peftkern.integrations.packages import Version, accepted, importing, release
-from peftkern.tools.doctor import doctor, self_test
+from peftkern.integrations.packages import Answer, Version, accepted, importing, release
+from peftkern.tools.doctor import doctor, findings, self_test
 
+FIELDS = {  # of `peftkern doctor --json`, which reports of bugs quote
+    "machine": [
+        "peftkern",
+        "folder",
+        "python",
+        "system",
+        "cpu",
+        "threads",
+        "torch_cuda",
+        "torch_hip",
+        "gpus",
+    ],
+    "backends": ["cpu", "triton", "cuda"],
+    "served": ["op", "device", "backend", "others"],
+    "versions": ["name", "version", "accepted", "imports", "error"],
+    "probes": ["package", "probe", "answer", "cause", "cure"],
+    "tested": ["function", "dtype", "device", "backends", "share", "worst", "error", "ok"],
+    "trust": ["mode", "folder", "forgettable", "crossovers", "crossovers_are", "devices"],
+    "findings": ["id", "severity", "cause", "cure"],
+}
 PEERS = ("peft", "transformers", "bitsandbytes", "accelerate", "trl", "triton")
 
 
@@ -51,7 +73,7 @@ def add_package(site: Path, name: str, version: str, code: str | None = None) ->
 
 
 def wrong(answer: dict) -> list[str]:
-    return [finding["what"] for finding in answer["findings"] if finding["wrong"]]
+    return [one["cause"] for one in answer["findings"] if one["severity"] == "wrong"]
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +85,32 @@ def here() -> subprocess.CompletedProcess:
 def test_this_machine_is_healthy(here):
     done = here
     assert done.returncode == 0, done.stdout
-    assert done.stdout.endswith("\nhealthy\n") and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert max(len(line) for line in lines if not line.startswith("/")) <= 80
-    assert any(line.split() == ["in", "use:", native.cpu_isa()] for line in lines)
-    assert [line.split()[:3] for line in lines if line.startswith("peft ")] == [
-        ["peft", Version("peft", doctor.installed_version("peft"), "").version, accepted("peft")]
-    ]
-    assert "WRONG" not in done.stdout and "failed" not in done.stdout
+    assert lines[0] == f"peftkern {peftkern.__version__}: healthy" and done.stderr == ""
+    assert len(lines) <= 30 and max(map(len, lines)) <= 80  # a screen
+    said = " ".join(done.stdout.split())
+    tests = len([result for result in self_test.run("cpu") if result.ok])
+    assert f"{len(ops.SCHEMAS)} ops by cpu; {tests} of {tests} self-tests right" in said
+    assert f"; {native.cpu_isa()}; " in said and f"peft {doctor.installed_version('peft')}" in said
+    assert "tensors are on cpu" not in said
+
+
+def test_details_are_told_when_asked(capfd):
+    """After the same screen, as wide."""
+    assert main(["doctor", "--verbose"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "/" not in line) <= 80
+    titles = ("Machine", "Backends", "Who serves", "Packages", "Known", "Self-test", "Trust")
+    assert all(any(line.startswith(title) for line in lines) for title in titles)
+    peft = ["peft", doctor.installed_version("peft"), accepted("peft"), "yes"]
+    assert peft in [line.split() for line in lines]
+    assert [line.split()[-1] for line in lines if line.startswith("nf4_quantize ")] == ["cpu"]
 
 
 def test_missing_peers_are_not_wrong(bare):
     status, answer = examine(bare)
     assert (status, answer["healthy"], wrong(answer)) == (0, True, [])
-    assert answer["built"]["triton"] == {"missing": "triton is not installed"}
+    assert answer["backends"]["triton"] == {"why": "triton is not installed", "version": None}
     versions = {v["name"]: v for v in answer["versions"]}
     assert versions.keys() == {"torch", *PEERS}
     assert {versions[name]["version"] for name in PEERS} == {None}
@@ -86,7 +120,12 @@ def test_missing_peers_are_not_wrong(bare):
     assert all(result["ok"] for result in answer["tested"])
     assert answer["trust"]["mode"] == "always" and answer["trust"]["crossovers"]["dense"] > 0
     assert answer["trust"]["devices"][0]["device"] == "cpu"
-    assert answer["built"]["_cpu"]["in_use"] == native.cpu_isa()
+    assert answer["backends"]["cpu"]["in_use"] == native.cpu_isa()
+    assert answer["probes"] == []
+    for name, fields in FIELDS.items():
+        value = answer[name] if isinstance(answer[name], dict) else (answer[name] or [None])[0]
+        assert value is None or list(value) == fields, name
+    assert answer.keys() == {"healthy", "tested_seconds", *FIELDS}
 
 
 def test_broken_and_old_peers_are_wrong_and_nothing_fails(bare, tmp_path):
@@ -100,10 +139,10 @@ def test_broken_and_old_peers_are_wrong_and_nothing_fails(bare, tmp_path):
     assert wrong(answer) == [
         "peft 0.16.9 is older than 0.17, the oldest that is supported",
         "transformers does not work: ModuleNotFoundError: No module named 'no_such_module'",
-        "accelerate does not work: it ends Python with status 7 while it is imported",
+        "accelerate does not work: importing it ends Python with status 7",
         "TRITON_INTERPRET=1 with numpy 2.4.1: Triton's interpreter needs one before 2.4",
     ]
-    assert all(finding["do"] for finding in answer["findings"])
+    assert all(finding["cure"] for finding in answer["findings"])
     assert {result["backends"] for result in answer["tested"]} == {"reference"}
 
 
@@ -113,12 +152,13 @@ def test_bitsandbytes_without_its_library_is_told(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # without its library it compiles what it does
     with importing(["bitsandbytes"]) as peers:
-        imports, defects = peers(300.0)["bitsandbytes"]
-    assert imports.startswith("its native library is not usable: ")
-    version = Version("bitsandbytes", "0.50", ">=0.46", imports, defects)
-    (finding,) = [f for f in doctor.version_findings(version) if imports in f.what]
-    assert "force-reinstall" in finding.do
-    assert finding.wrong == torch.cuda.is_available()  # a CPU has slower ways
+        error = peers(300.0)[0]["bitsandbytes"]
+    assert error.startswith("its native library is not usable: ")
+    version = Version("bitsandbytes", "0.50", ">=0.46", False, error)
+    (finding,) = findings.version_findings(version)
+    assert error in finding.cause and "force-reinstall" in finding.cure
+    severity = "wrong" if torch.cuda.is_available() else "note"  # a CPU has slower ways
+    assert finding.severity == severity
 
 
 def _gradient(model: torch.nn.Module) -> torch.Tensor:
@@ -148,9 +188,10 @@ def test_what_goes_wrong_with_experts_is_told(here):
     """Each defect that its probe finds in these versions, with its remedy, as a note."""
     said = " ".join(here.stdout.split())
     for name in ("peft", "transformers"):
-        for what, do in package_probes.defects(name):
-            assert f"note {name} {doctor.installed_version(name)} {what}" in said
-            assert f"do {do}" in said
+        for _, answer, cause, cure in package_probes.answers(name):
+            if answer == "present":
+                assert f"note {name} {doctor.installed_version(name)} {cause}" in said
+                assert f"do {cure}" in said
 
 
 def test_missing_native_library_is_wrong(bare, tmp_path):
@@ -159,7 +200,7 @@ def test_missing_native_library_is_wrong(bare, tmp_path):
     shutil.copytree(ROOT / "peftkern", source / "peftkern", ignore=built)
     status, answer = examine(bare, source)
     assert status == 1
-    assert "the native library peftkern._cpu is not usable" in answer["built"]["_cpu"]["missing"]
+    assert "the native library peftkern._cpu is not usable" in answer["backends"]["cpu"]["why"]
     assert any("plain torch serves it" in what for what in wrong(answer))
     served = {name for r in answer["tested"] for name in r["backends"].split("+")}
     assert all(r["ok"] for r in answer["tested"]) and served == {"torch", "reference"}
@@ -183,18 +224,17 @@ def test_wrong_switches_are_wrong(bare, name, value, complaint, tested):
 def test_instruction_set_that_is_not_here_is_wrong(monkeypatch):
     monkeypatch.setenv("PEFTKERN_CPU_ISA", "mmx")
     with native.use_isa(None):
-        (finding,) = doctor._environment_findings()
-    assert finding.wrong and finding.what.startswith("PEFTKERN_CPU_ISA: expected one of")
+        (finding,) = findings.environment_findings()
+    assert finding.id == "switch"
+    assert finding.cause.startswith("PEFTKERN_CPU_ISA: expected one of")
 
 
 def test_stale_or_weak_build_is_found():
-    stale = {"_cpu": {"compiled_in": None, "usable_here": ["scalar"], "in_use": "scalar"}}
-    (finding,) = doctor._build_findings(stale)
-    assert finding.wrong and "older sources" in finding.what
-    weak = {"_cpu": {"compiled_in": ["scalar"], "usable_here": ["scalar"], "in_use": "scalar"}}
-    found = list(doctor._build_findings(weak))
-    assert [f.wrong for f in found] == ([False] if doctor._machine_isas() else [])
-    assert set(doctor._machine_isas()) >= set(native.cpu_isas()) - {"scalar"}
+    (finding,) = findings.build_findings({"why": None, "compiled_in": None})
+    assert finding.severity == "wrong" and "older sources" in finding.cause
+    found = findings.build_findings({"why": None, "compiled_in": ["scalar"]})
+    assert [f.severity for f in found] == (["note"] if findings.machine_isas() else [])
+    assert set(findings.machine_isas()) >= set(native.cpu_isas()) - {"scalar"}
 
 
 def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
@@ -207,7 +247,25 @@ def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     with importing(["quick_peer", "slow_peer", "third_peer"]) as peers:
         wait_until(begun.exists)
         answers = peers(0.1)
-    assert answers == {"quick_peer": ("", ()), "slow_peer": ("it is not imported after 0.1 s", ())}
+    slow = "importing it takes more than 0.1 s"
+    assert answers == ({"quick_peer": "", "slow_peer": slow}, [])
+
+
+def test_probe_that_takes_the_process_down_is_told(tmp_path, monkeypatch):
+    """The package itself imports, and stays healthy; its later probes and packages are unknown."""
+    (tmp_path / "peft.py").write_text(
+        "import os\ndef prepare_model_for_kbit_training(*args, **options): os._exit(9)"
+    )
+    (tmp_path / "bitsandbytes.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with importing(["peft", "transformers"]) as peers:
+        errors, answers = peers(300.0)
+    assert errors == {"peft": ""}
+    ended = Answer("peft", "wide_experts", "unknown", "trying it ends Python with status 9", "")
+    assert answers == [ended]
+    (finding,) = findings.probe_findings(answers, {"peft": "0.99"})
+    assert (finding.id, finding.severity) == ("untried", "note")
+    assert finding.cause == f"peft 0.99: probe wide_experts tells nothing: {ended.cause}"
 
 
 def test_self_test_reaches_every_op():
@@ -249,8 +307,8 @@ def test_self_test_finds_a_kernel_that_is_slightly_wrong(op, monkeypatch):
     monkeypatch.setattr(native_candidate(op), "run", run_wrongly)
     found = [result for result in self_test.run("cpu") if not result.ok]
     assert found, op
-    finding = doctor._test_finding(found[0])
-    assert finding.wrong and found[0].function in finding.what
+    finding = next(findings.test_findings(found))
+    assert finding.severity == "wrong" and found[0].function in finding.cause
 
 
 def test_self_test_tells_what_a_kernel_raises(monkeypatch):
@@ -263,17 +321,17 @@ def test_self_test_tells_what_a_kernel_raises(monkeypatch):
 
 
 def test_compiler_and_headers_are_looked_for(tmp_path):
-    findings = list(doctor.compiler_findings(tmp_path, "no-such-compiler"))
-    assert [finding.wrong for finding in findings] == [True, True]
-    assert "Python.h" in findings[0].what and "no-such-compiler" in findings[1].what
+    headers, compiler = findings.compiler_findings(tmp_path, "no-such-compiler")
+    assert (headers.severity, compiler.severity) == ("wrong", "wrong")
+    assert "Python.h" in headers.cause and "no-such-compiler" in compiler.cause
     (tmp_path / "Python.h").touch()
-    assert list(doctor.compiler_findings(tmp_path, sys.executable)) == []
+    assert list(findings.compiler_findings(tmp_path, sys.executable)) == []
 
 
 def test_versions_compare_by_their_numbers():
     assert release("2.13.0+cpu") == (2, 13, 0)
     assert release("0.9.2") < release("0.17") < release("0.17.0.dev1")
     old = Version("torch", "2.8", ">=2.10")
-    assert [finding.wrong for finding in doctor.version_findings(old)] == [True]
-    assert list(doctor.version_findings(replace(old, version="2.10.0"))) == []
-    assert list(doctor.version_findings(replace(old, accepted=None))) == []
+    assert [finding.id for finding in findings.version_findings(old)] == ["old"]
+    assert list(findings.version_findings(replace(old, version="2.10.0"))) == []
+    assert list(findings.version_findings(replace(old, accepted=None))) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,7 @@ from paths import ROOT
 from tolerances import HANG_SECONDS
 
 from peftkern.cli import main
-
-MONITOR = (sys.executable, "-m", "peftkern", "monitor")
+from peftkern.tools.monitor import terminal
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,10 @@ def test_a_run_is_told_in_80_columns(run, capfd, monkeypatch):
     lines = told.splitlines()
     assert lines[0].startswith(f"run.jsonl  finished, at step {STEPS}")
     assert max(map(len, lines)) <= 80
-    assert f"loss, steps 1 - {STEPS}" in told and "█" in told
+    assert {"loss", "fallbacks per step"} < {*re.split(r"\n| {2,}", told)} and "█" in told
     rows = [line.split() for line in lines]
     assert ["steps", str(STEPS)] in rows
-    assert ["adalora_orthogonality_forward", "cpu", str(STEPS), "1"] in rows
+    assert f"adalora_orthogonality_forward on cpu {STEPS} (1 per step)".split() in rows
     (mean,) = [row for row in rows if row[:3] == ["q_proj", "6", "to"]]
     assert float(mean[3]) < 6
     assert "lora_linear: small dense product" in told
@@ -76,36 +76,44 @@ def test_a_run_without_steps_says_so(tmp_path, capfd):
         assert json.loads(capfd.readouterr().out)["runs"][0]["step_seconds"] is None
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_run_is_followed_until_it_ends_or_ctrl_c(tmp_path, terminal):
+def test_a_run_is_followed_until_ctrl_c(tmp_path):
     path = write(tmp_path / "run.jsonl", start(), step(1))
     ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "peftkern", "monitor", "--follow", str(path)]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "40"}
-    output = theirs if terminal else subprocess.PIPE
-    process = subprocess.Popen(
-        [*MONITOR, "--follow", str(path)], cwd=ROOT, stdout=output, env=environment
-    )
+    process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, env=environment)
     os.close(theirs)
-    source = ours if terminal else process.stdout.fileno()
     seen = b""
-
-    def wait_for(text: bytes) -> None:
-        nonlocal seen
-        while text not in seen:
-            seen += os.read(source, 4096)
-
-    wait_for(b"at step 1")
-    with path.open("a") as file:
-        file.write(json.dumps(step(7, loss=0.125)) + "\n")
-    wait_for(b"at step 7" if terminal else b"step 7  500 ms/step  20 tokens/s  loss 0.125")
-    assert (b"\x1b" in seen) == terminal
-    if terminal:
-        process.send_signal(signal.SIGINT)
-    else:
+    for number in (1, 7):
+        while f"at step {number}".encode() not in seen:
+            seen += os.read(ours, 4096)
         with path.open("a") as file:
-            file.write(json.dumps({"type": "summary"}) + "\n")
+            file.write(json.dumps(step(7)) + "\n")
+    process.send_signal(signal.SIGINT)
     assert process.wait(HANG_SECONDS) == 0
     os.close(ours)
+
+
+def test_a_followed_run_is_a_line_per_record_in_a_pipe_until_it_ends(tmp_path, capfd, monkeypatch):
+    path = write(tmp_path / "run.jsonl", start(), step(1))
+    coming = iter([step(7, loss=0.125), step(8, loss=None), {"type": "summary"}])
+
+    def sleep(seconds: float) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(next(coming)) + "\n")
+
+    monkeypatch.setattr(terminal.time, "sleep", sleep)
+    assert main(["monitor", "--follow", str(path)]) == 0
+    *_, first, second = capfd.readouterr().out.splitlines()
+    assert first.startswith("run.jsonl  step 7  500 ms/step  20 tokens/s  loss 0.125")
+    assert "step 8" in second and "loss nan" in second
+
+
+def test_files_are_written_beside_what_is_told(run, tmp_path, capfd):
+    html, svg = tmp_path / "run.html", tmp_path / "run.svg"
+    assert main(["monitor", str(run), "--html", str(html), "--svg", str(svg), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["runs"][0]["steps"] == STEPS
+    assert html.read_text().startswith("<!DOCTYPE html>") and svg.read_text().startswith("<svg")
 
 
 def test_bad_input_is_one_line(tmp_path, capfd):
@@ -113,4 +121,6 @@ def test_bad_input_is_one_line(tmp_path, capfd):
     refused(capfd, "no: No such file or directory", "monitor", tmp_path / "no")
     refused(capfd, "expected a file", "monitor", tmp_path)
     refused(capfd, "bad: expected the JSON lines", "monitor", good, bad)
-    refused(capfd, "--json is not accepted", "monitor", good, "--follow", "--json")
+    refused(capfd, "--html: ", "monitor", good, "--html", tmp_path / "no" / "out.html")
+    refused(capfd, "--svg: ", "monitor", good, "--svg", tmp_path)
+    refused(capfd, "--follow: accepted without", "monitor", good, "--follow", "--json")

@@ -126,6 +126,42 @@ def test_most_parameters_that_would_stay_as_they_are(tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
 
 
+def test_a_dry_run_says_what_the_run_does_then(tmp_path, capsys):
+    source, out = save_moe(tmp_path / "src", "mixtral"), tmp_path / "dst"
+    arguments = ["quantize", str(tmp_path / "src")]
+    capsys.readouterr()
+    assert main([*arguments, "--dry-run"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "32 tensors to be quantized, 9 kept"
+    share = source.lm_head.weight.numel() / sum(p.numel() for p in source.parameters())
+    heads = [f"{share:.1%} {name}.weight" for name in ("lm_head", "model.embed_tokens")]
+    assert told[3].startswith(f"as they are stay: {', '.join(heads)}, ")
+    assert "% model.layers.*.block_sparse_moe.gate.weight, " in told[3]
+    assert told[4:] == [
+        "1 file to be written",
+        "1 other file to be copied",
+        "a dry run: nothing is written",
+    ]
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    dry = json.loads(capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert main([*arguments, str(out), "--json"]) == 0
+    said = capsys.readouterr()
+    record = json.loads(said.out)
+    assert said.err == "" and (dry.pop("written"), record.pop("written")) == (False, True)
+    ((name, error),) = record.pop("largest_error").items()
+    assert dry.pop("largest_error") == {} and name.endswith("weight") and 0 < error < 0.2
+    assert dry == record
+    tensors = load_tensors(out)
+    assert record["total"]["bytes_after"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert record["files"] == {"model.safetensors": record["total"]["bytes_after"]}
+    assert record["kept"]["model.layers.*.input_layernorm.weight"]["tensors"] == 2
+    whole = contents(tmp_path)
+    for options, status in (([], 2), (["--force"], 0), (["--force", "--skip", "experts"], 1)):
+        assert main([*arguments, str(out), "--dry-run", *options]) == status
+    assert contents(tmp_path) == whole
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -143,6 +179,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capfd, options, comp
     if not options:
         os.truncate(source / "model.safetensors", 5000)
     refused(capfd, complaint, "quantize", source, tmp_path / "dst", *options)
+    refused(capfd, "DST: expected a new folder to write, or --dry-run", "quantize", source)
     assert not (tmp_path / "dst").exists()
 
 

@@ -14,9 +14,14 @@ from peftkern.integrations import package_probes as probes
 
 
 def told(probe) -> list[str]:
-    for what, do in (found := list(probe())):
-        assert what and "peftkern" in do
-    return [what for what, _ in found]
+    """What one probe says, through the table: nothing if its defect is absent."""
+    (name,) = [name for name, rows in probes.PROBES.items() if probe in [row[0] for row in rows]]
+    *_, answer = [one for one in probes.answers(name) if one[0] == probe.__name__]
+    assert (answer[1], bool(answer[2]), "peftkern" in answer[3]) in (
+        ("present", True, True),
+        ("absent", False, False),
+    )
+    return [answer[2]] if answer[1] == "present" else []
 
 
 def test_a_mixture_that_is_made_wide_is_told(tmp_path, monkeypatch):
@@ -70,14 +75,31 @@ def test_experts_that_are_not_saved_are_told(monkeypatch, error):
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     said = told(probes.unsaved_experts)
-    assert said == [] if error is None else said[0].endswith("raises 'Undefined'")
+    assert said == [] if error is None else said[0].endswith(": 'Undefined'")
 
 
-def test_a_probe_that_cannot_be_run_tells_nothing(monkeypatch):
-    def broken():
-        raise RuntimeError
-        yield
+def test_a_probe_that_cannot_be_run_is_unknown(monkeypatch):
+    """And says why; the others answer."""
 
-    for name in ("wide_experts", "parametrized_experts", "dense_experts", "unsaved_experts"):
-        monkeypatch.setattr(probes, name, broken)
-    assert list(probes.defects("peft")) == list(probes.defects("transformers")) == []
+    def no_gradient():
+        raise RuntimeError("no such\nthing")
+
+    def never():
+        raise AssertionError("its module is not here")
+
+    rows = (
+        (no_gradient, (), "cure"),
+        (never, ("no_such_module",), "cure"),
+        (never, ("torch.no_such_module", "torch"), "cure"),
+        (lambda: "goes wrong", ("torch.nn",), "cure"),
+    )
+    monkeypatch.setattr(probes, "PROBES", {"torch": rows})
+    told = list(probes.answers("torch"))
+    assert [one[1:3] for one in told[::2]] == [("unknown", None)] * 4  # until they end
+    assert [one[1:] for one in told[1::2]] == [
+        ("unknown", "RuntimeError: no such\nthing", ""),
+        ("absent", "", ""),
+        ("absent", "", ""),
+        ("present", "goes wrong", "cure"),
+    ]
+    assert list(probes.answers("numpy")) == []

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
+from peftkern.backends.schemas import by_name
 from peftkern.kernels import (
     dora,
     grouped_linear,
@@ -191,10 +192,10 @@ def test_lora_linear(shape, dropout):
     A, B = adapters(N, K, r)
     keep, p = (fake(1, dtype=torch.int64), 0.5) if dropout else (None, 0.0)
     forward = (x, weight, A, B, bias, 2.0, keep, p)
-    assert lora_linear.refusal_forward(*forward) is None
+    assert lora_linear.refusal_forward(x, weight, A, B, keep) is None
     _, S = lora_linear.lora_linear_forward(*forward)
     backward = (dy, x, S, weight, A, B, 2.0, keep, p, [True] * 4)
-    assert lora_linear.refusal_backward(*backward) is None
+    assert lora_linear.refusal_backward(dy, A, B, keep) is None
     lora_linear.lora_linear_backward(*backward)
 
 
@@ -215,10 +216,10 @@ def test_nf4_lora_linear(shape):
     keep = fake(1, dtype=torch.int64)
     weight = nf4_weight(N, K)
     forward = (x, *weight, A, B, bias, 2.0, keep, 0.5)
-    assert nf4_lora_linear.refusal_forward(*forward) is None
+    assert nf4_lora_linear.refusal_forward(x, weight[1], A, B, keep) is None
     _, S = nf4_lora_linear.nf4_lora_linear_forward(*forward)
     backward = (dy, x, S, *weight, A, B, 2.0, keep, 0.5, [True] * 4)
-    assert nf4_lora_linear.refusal_backward(*backward) is None
+    assert nf4_lora_linear.refusal_backward(dy, weight[1], A, B, keep) is None
     nf4_lora_linear.nf4_lora_linear_backward(*backward)
 
 
@@ -235,10 +236,10 @@ def test_dora_norm(shape, r):
     N, K = (most_columns() // 64 * 64 if n == COLUMNS_MOST else n for n in shape)
     A, B = adapters(N, K, r)
     for weight in (fake(N, K), fake(K, N).t()):
-        assert dora.refusal_norm(weight, A, B, 2.0) is None
+        assert dora.refusal_norm(weight, A, B) is None
         dora.dora_norm(weight, A, B, 2.0)
     packed = (*nf4_weight(N, K), torch.bfloat16, A, B, 2.0)
-    assert dora.refusal_nf4_norm(*packed) is None
+    assert dora.refusal_nf4_norm(*packed[1:-1]) is None
     dora.nf4_dora_norm(*packed)
 
 
@@ -270,8 +271,9 @@ def test_grouped_linear(shape, transposed, nf4):
     backward = (fake(R, N), offsets, x, rows, fake(R, r, dtype=torch.float32), *weight, *rest)
     backward += (2.0, [True] * 4)
     for way, args in (("forward", forward), ("backward", backward)):
-        assert getattr(grouped_linear, f"refusal_{kind}{way}")(*args) is None
-        getattr(grouped_linear, f"{kind}grouped_linear_{way}")(*args)
+        op = f"{kind}grouped_linear_{way}"
+        assert by_name(op, getattr(grouped_linear, f"refusal_{kind}{way}"))(*args) is None
+        getattr(grouped_linear, op)(*args)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_refusals():
     weight = (o.weight, False)
 
     def forward(x=o.x, offsets=o.offsets, A=o.lora_A, B=o.lora_B, rows=o.rows):
-        return grouped_linear.refusal_forward(x, rows, offsets, *weight, A, B, o.bias, 1.0)
+        return grouped_linear.refusal_forward(x, rows, offsets, *weight, A, B)
 
     assert forward() is None and forward(A=None, B=None) is None
     assert forward(o.x.double()) == "the dtype is torch.float64"
@@ -217,18 +217,15 @@ def test_refusals():
     many = o.rows[:1].expand(2**30 + 1)
     assert "more than 1073741824 rows" in forward(rows=many)
     wide = o.weight[:1, :1].expand(1, 1 << 20, 24)
-    more = grouped_linear.refusal_forward(
-        o.x, many[: 1 << 28], o.offsets, wide, False, None, None, None, 1.0
-    )
+    many = many[: 1 << 28]
+    more = grouped_linear.refusal_forward(o.x, many, o.offsets, wide, False, None, None)
     assert "more tiles than a launch has" in more
-    backward = (o.dy, o.offsets, o.x, o.rows, None)
-    rest = (o.lora_A, o.lora_B, 1.0, [True] * 4)
-    assert grouped_linear.refusal_backward(*backward, *weight, *rest) is None
-    assert grouped_linear.refusal_backward(*backward, None, False, *rest) is None
-    nothing = (None, None, 1.0, [False, False, False, True])
-    assert grouped_linear.refusal_backward(*backward, None, False, *nothing) is None
-    packed = ([], [0, 64, 0, 3, 20, 24], False)
-    args = (o.x, o.rows, o.offsets, *packed, o.lora_A, o.lora_B, None, 1.0)
+    factors, layout = (o.lora_A, o.lora_B), [0, 64, 0, 3, 20, 24]
+    backward = grouped_linear.refusal_backward
+    assert backward(o.dy, o.offsets, *weight, *factors) is None
+    assert backward(o.dy, o.offsets, None, False, *factors) is None
+    assert backward(o.dy, o.offsets, None, False, None, None) is None
+    args = (o.x, o.rows, o.offsets, layout, *factors)
     assert grouped_linear.refusal_nf4_forward(*args) is None
-    double = (o.dy.double(), *backward[1:], *packed, *rest)
+    double = (o.dy.double(), o.offsets, layout, *factors)
     assert "float64" in grouped_linear.refusal_nf4_backward(*double)

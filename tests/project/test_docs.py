@@ -8,6 +8,8 @@ from pathlib import Path
 import make_plots
 import make_tables
 import pytest
+from bench_records import case, provider
+from bench_records import record as record_of
 
 from peftkern.tools import charts
 from peftkern.tools.bench import machine
@@ -24,18 +26,14 @@ def test_the_readme_and_its_plots_are_up_to_date(capsys):
 
 
 def record(**medians: float) -> dict:
-    """Of one machine: a case whose variants took these times, give or take a tenth."""
-    good = {"wrong": None, "error_rms": 0.0}
+    """Of one machine: a case whose providers took these times, give or take a tenth."""
+    more = dict.fromkeys(("graph_ms", "launches", "planned_bytes", "tokens_s", "peak_bytes"))
     rows = {
-        name: {**good, "median_ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.1 * ms}
-        for name, ms in medians.items()
+        n: provider(n, ms, p20_ms=0.9 * ms, p80_ms=1.1 * ms, **more) for n, ms in medians.items()
     }
-    case = {"name": "nf4/a/bf16", "share_of_floor": 0.5, "targets": [], "variants": rows}
-    facts = {
-        **{"gpu": None, "cpu": "Some CPU", "isa": "avx2", "threads": 2, "commit": "abc"},
-        **{"date": "2026-01-01T00:00:00", "versions": {"torch": "2.13.0"}},
-    }
-    return {"bench": "nf4", "machine": facts, "options": {"n": 4, "k": 4, "r": 2}, "cases": [case]}
+    ours, *others = rows.values()
+    one = case(ours, *others) | {"name": "nf4/a/bf16", "targets": [], "tokens": None}
+    return record_of(one, bench="nf4", options={"n": 4, "k": 4, "r": 2}, answers=[])
 
 
 @pytest.fixture
@@ -63,7 +61,7 @@ def test_losses_are_drawn_like_wins_and_noise_as_noise(results):
 
 def test_a_wrong_result_has_no_bar():
     wrong = record(peftkern=2.0, peer=4.0)
-    wrong["cases"][0]["variants"]["peer"] = {"wrong": "error 1 rms", "error_rms": 1.0}
+    wrong["cases"][0]["providers"]["peer"] = provider("peer", wrong="error 1 rms")
     assert list(make_plots.pairs(wrong)) == []
 
 
@@ -86,7 +84,7 @@ def test_the_same_results_give_the_same_bytes_and_others_are_noticed(results, tm
 def test_what_was_run_in_the_interpreter_is_not_shown(results):
     path = results / "cpu" / "nf4.json"
     interpreted = json.loads(path.read_text())
-    interpreted["machine"]["interpreter"] = True
+    interpreted["environment"]["interpreter"] = True
     machine.write_json(path, interpreted)
     assert make_tables.shown(results) == {} == make_plots.plots(results)
 
@@ -94,8 +92,9 @@ def test_what_was_run_in_the_interpreter_is_not_shown(results):
 def test_steps_and_answers_have_tables(results):
     steps = record(peftkern=200.0, PEFT=300.0)
     steps["bench"] = "e2e"
-    for row in steps["cases"][0]["variants"].values():
-        row |= {"tokens_s": 2048e3 / row["median_ms"], "peak_bytes": 5e6, "planned_bytes": 4e6}
+    for row in steps["cases"][0]["providers"].values():
+        row |= {"tokens_s": 2048e3 / row["median_ms"]}
+        row |= {"peak_bytes": 5_000_000, "planned_bytes": 4_000_000}
     steps["answers"] = [
         {"name": "e2e/big", "fits": True, "peak_bytes": 44.6e9, "planned_bytes": 44.6e9},
         {"name": "e2e/bigger", "fits": False, "planned_bytes": 50e9, "stopped": "out of memory"},
@@ -107,3 +106,36 @@ def test_steps_and_answers_have_tables(results):
     assert "| big | **fits** ✓ | 44.60 | 44.60 |  |" in text
     assert "| bigger | **does not fit** ✗ |  | 50.00 |  |" in text
     assert "| slow | no answer: no time left after 9 s |  |  | 2.0 |" in text
+
+
+def forced(isa: str, ms: float) -> dict:
+    """A record of the QLoRA layer on a machine that has more than this instruction set."""
+    one = record(**{"peftkern": ms, "bitsandbytes + PEFT": 4 * ms})
+    one["cases"][0]["name"] = f"nf4_lora_linear/forward-M{16 if isa == 'avx2' else 1}/bf16"
+    one["environment"] |= {"isa": isa, "isas": ["scalar", "avx2", "avx512"]}
+    return one
+
+
+def test_instruction_sets_stand_side_by_side_and_stand_ins_have_no_section(results):
+    for isa, ms in (("avx512", 2.0), ("avx2", 3.0)):
+        machine.write_json(results / f"cpu-{isa}" / "nf4_lora_linear.json", forced(isa, ms))
+    assert list(make_tables.shown(results)) == ["cpu", "cpu-avx512"]
+    text = make_tables.section(results)
+    assert "|  | avx2: ms | bnb x | bnb eval x | dense x | avx512: ms |" in text
+    assert "| forward-M1/bf16 |  |  |  |  | 2 [1.8-2.2] | **4.00x** |  |  |" in text
+    assert "| forward-M16/bf16 | 3 [2.7-3.3] | **4.00x** |  |  |  |  |  |  |" in text
+    assert "cannot be held back" in text and "cpu-avx2-light" not in text
+
+
+def test_a_result_above_the_floor_is_explained(results):
+    assert "Above 100%" not in make_tables.section(results)
+    fast = record(peftkern=2.0, peer=4.0)
+    fast["cases"][0]["providers"]["peftkern"]["share_of_roof"] = 1.3
+    machine.write_json(results / "cpu" / "nf4.json", fast)
+    assert "Above 100% of it" in make_tables.section(results)
+
+
+def test_a_file_of_another_format_is_one_clear_line(results):
+    machine.write_json(results / "cpu" / "rosa.json", {"bench": "rosa", "machine": {}, "cases": []})
+    with pytest.raises(ValueError, match=r"rosa.json: not a record of `peftkern bench"):
+        make_tables.section(results)

@@ -17,6 +17,7 @@ from paths import EXAMPLES, ROOT
 from processes import run_python, run_python_over, without
 from scripts import run_here
 
+from peftkern.tools.bench import record as records
 from peftkern.tools.bench import timer
 
 TINY = ["--hidden", "64", "--layers", "1", "--seq", "16", "--dtype", "fp32"]
@@ -66,8 +67,11 @@ def test_demo_compares_both_runs(results: tuple[Path, str]) -> None:
     assert "Speed-up of the whole training step" in said
 
     (path,) = folder.glob("*/demo.json")
-    record = json.loads(path.read_text())
-    runs, summary = record["runs"], record["summary"]
+    record = records.read(path)
+    (answer,), (step,) = record["answers"], record["cases"]
+    runs, summary = answer["runs"], answer["summary"]
+    assert step["op"] == "training_step" and step["providers"]["PEFT"]["tokens_s"] > 0
+    assert step["providers"]["peftkern"]["median_ms"] == runs["peftkern"]["step_ms"]["median"]
     assert record["options"]["steps"] == summary["steps"] == 8
     for run in runs.values():
         assert len(run["losses"]) == len(run["step_seconds"]) == 8
@@ -206,7 +210,7 @@ for stem in stems.split(","):
 
 
 def check_record(stem: str, record: dict) -> None:
-    assert record["machine"]["threads"] == 1
+    assert record["environment"]["threads"] == 1
     assert record["roof"]["copy"] > 0
     for case in record["cases"]:
         assert case["name"].startswith(f"{stem}/")
@@ -214,13 +218,13 @@ def check_record(stem: str, record: dict) -> None:
         # Dense products this small are left to PEFT.
         assert bool(case["fell_back"]) == small, case["name"]
         assert bool(case["served"]) != small, case["name"]
-        for name, variant in case["variants"].items():
-            assert variant["wrong"] is None, case["name"]
+        for name, row in case["providers"].items():
+            assert row["wrong"] is None and row["failed"] is None, case["name"]
             once = name.startswith("dense torch SVD")  # and multiplied
-            assert len(variant["samples_ms"]) >= (1 if once else 7)
+            assert len(row["samples_ms"]) >= (1 if once else 7)
         for target in case["targets"]:
-            peer = case["variants"][target["peer"]]["median_ms"]
-            ratio = peer / case["variants"]["peftkern"]["median_ms"]
+            peer = case["providers"][target["peer"]]["median_ms"]
+            ratio = peer / case["providers"]["peftkern"]["median_ms"]
             assert target["measured"] == pytest.approx(ratio)
             assert target["met"] == (ratio >= target["at_least"])
 
@@ -232,7 +236,7 @@ def test_benchmarks_write_results_and_the_readme(results, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     for stem in BENCHES:
         (path,) = results.glob(f"*/{stem}.json")
-        check_record(stem, json.loads(path.read_text()))
+        check_record(stem, records.read(path))
 
     readme.write_text("# x\n<!-- results:begin -->\nold\n<!-- results:end -->\nrest\n")
     where = ["--readme", readme, "--results", results]
@@ -291,12 +295,12 @@ def test_benchmark_gives_no_time_to_a_wrong_result(damage: float) -> None:
 
     roof = {"copy": 1e9, "float32": 1e9}
     good = suite.run_case(spec(right, right), suite.Options(), roof, 0.0, lambda share: None)
-    assert good.record()["targets"][0]["met"]
+    assert good["targets"][0]["met"]
     bad = suite.run_case(spec(wrong, right), suite.Options(), roof, 0.0, lambda share: None)
-    assert "bound" in bad.rows[suite.OURS].wrong
-    assert "median_ms" not in bad.record()["variants"][suite.OURS]
-    assert bad.record()["targets"][0]["measured"] is None
-    assert bad.record()["variants"]["peer"]["median_ms"] > 0
+    assert "bound" in bad["providers"][suite.OURS]["wrong"]
+    assert bad["providers"][suite.OURS]["median_ms"] is None
+    assert bad["targets"][0]["measured"] is None
+    assert bad["providers"]["peer"]["median_ms"] > 0
 
 
 def test_timer_numbers_the_calls_of_each_variant() -> None:

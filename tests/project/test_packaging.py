@@ -175,6 +175,8 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
             if path.suffix in {".cpp", ".h", ".py", ".cu", ".cuh"}:
                 wanted.append(path.relative_to(ROOT).as_posix())
     wanted += [f"peftkern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.*")]
+    templates = ROOT / "peftkern/tools/templates"
+    wanted += [path.relative_to(ROOT).as_posix() for path in templates.iterdir()]
     assert set(wanted) - set(members) == set()
     assert all(members[name].isfile() for name in wanted)
     assert not any(name.endswith(".so") for name in members)
@@ -191,6 +193,8 @@ def test_wheel_holds_the_package_only(tmp_path):
     assert "peftkern/kernels/NUMERICS.md" in names
     assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "peftkern").rglob("*.py")} <= names
     assert {f"peftkern/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").glob("*.*")} <= names
+    templates = ROOT / "peftkern/tools/templates"
+    assert {path.relative_to(ROOT).as_posix() for path in templates.iterdir()} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"peftkern"}
 
 

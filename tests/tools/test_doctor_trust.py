@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from peftkern.backends import trust
 from peftkern.cli import main
-from peftkern.tools.doctor import doctor, trusted
+from peftkern.tools.doctor import findings, trusted
 
 CPU = torch.device("cpu")
 cli = importlib.import_module("peftkern.cli.doctor")  # whose name the command has in peftkern.cli
@@ -47,7 +48,7 @@ def ledger() -> trust.Ledger:
 def shown(look: trusted.Trust) -> str:
     console = Console(width=200, highlight=False, markup=False)
     with console.capture() as told:
-        cli._print_trust(look, console)
+        cli._print_trust(asdict(look), console)
     return told.get()
 
 
@@ -62,12 +63,26 @@ def test_verdicts_and_demotions_are_told(ledger, folder):
         ("class one", "peftkern", 0.75),
         ("op a", "torch", None),
     ]
-    (finding,) = doctor.trust_findings(look)
-    assert not finding.wrong and "--forget" in finding.do
-    assert finding.what == "op c on cpu is demoted on cpu: wrong at call 10: y is off"
-    text = shown(look)
-    assert "2 right, 1 demoted; classes: 2 ours, 1 PEFT's" in " ".join(text.split())
-    assert ["class", "two", "PEFT", "1.50"] in [line.split() for line in text.splitlines()]
+    (finding,) = findings.trust_findings(look)
+    assert (finding.severity, "--forget" in finding.cure) == ("note", True)
+    assert finding.cause == "op c on cpu is demoted on cpu: wrong at call 10: y is off"
+    lines = [line.split() for line in shown(look).splitlines()]
+    assert ["right", "2"] in lines
+    assert [
+        "demoted",
+        "op",
+        "c",
+        "on",
+        "cpu:",
+        "wrong",
+        "at",
+        "call",
+        "10:",
+        "y",
+        "is",
+        "off",
+    ] in lines
+    assert ["class", "two", "PEFT", "1.50", "forward", "is", "slow"] in lines
 
 
 def test_many_classes_are_the_worst_ones(ledger):
@@ -75,7 +90,7 @@ def test_many_classes_are_the_worst_ones(ledger):
         ratios = {"forward": {"wall": 2.0 + number}}
         ledger.decide(f"many {number}", {"side": trust.PEER, "why": "slow", "ratios": ratios})
     text = shown(trusted.look([CPU]))
-    assert "the worst 12; --json has 11 more" in text
+    assert "the worst; --json has 11 more" in text
     assert "many 19" in text and "many 8" in text and "many 7 " not in text
 
 
@@ -84,21 +99,21 @@ def test_damaged_and_read_only_caches_are_told(ledger, folder, monkeypatch):
     trust.reset()
     look = trusted.look([CPU])
     assert look.devices[0].state == "damaged: nothing in it counts" in shown(look)
-    (finding,) = doctor.trust_findings(look)
-    assert not finding.wrong and "damaged" in finding.what
+    (finding,) = findings.trust_findings(look)
+    assert finding.severity == "note" and "damaged" in finding.cause
     ledger.path.unlink()
     monkeypatch.setattr(os, "access", lambda *of: False)  # root may write anywhere
     look = trusted.look([CPU])
-    (finding,) = doctor.trust_findings(look)
-    assert "read-only" in finding.what and "PEFTKERN_CACHE" in finding.do
+    (finding,) = findings.trust_findings(look)
+    assert "read-only" in finding.cause and "PEFTKERN_CACHE" in finding.cure
     assert "read-only" in shown(look)
 
 
 def test_nothing_measured_is_no_finding(folder):
     look = trusted.look([CPU])
-    assert list(doctor.trust_findings(look)) == [] and look.forgettable == 0
-    assert "0 right, 0 demoted" in shown(look) and not folder.exists()
-    assert list(doctor.trust_findings(None)) == []
+    assert list(findings.trust_findings(look)) == [] and look.forgettable == 0
+    assert ["right", "0"] in [line.split() for line in shown(look).splitlines()]
+    assert list(findings.trust_findings(None)) == [] and not folder.exists()
 
 
 def test_forget_says_what_it_removed(ledger, folder, capfd):
@@ -117,5 +132,6 @@ def test_unknown_mode_is_wrong(monkeypatch):
         raise ValueError("PEFTKERN_TRUST: expected one of ('auto',), got 'maybe'")
 
     monkeypatch.setattr(trust, "mode", unknown)
-    (finding,) = (f for f in doctor._environment_findings() if "PEFTKERN_TRUST" in f.what)
-    assert finding.wrong and finding.do == "unset PEFTKERN_TRUST, or give it one of these"
+    (finding,) = (f for f in findings.environment_findings() if "PEFTKERN_TRUST" in f.cause)
+    assert finding.severity == "wrong"
+    assert finding.cure == "unset PEFTKERN_TRUST, or give it one of these"

@@ -264,7 +264,7 @@ def test_bad_options_are_one_line(capfd, tmp_path, monkeypatch):
     ):
         refused(capfd, complaint, "tune", *options)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
-    complaint = "no linear layers of the names 'w1'"
+    complaint = "'w1' is no linear layer; accepted: all-linear, down_proj"
     refused(capfd, complaint, "tune", "--model", tmp_path, "--targets", "w1")
     (tmp_path / "cache").write_text("")
     refused(capfd, "set PEFTKERN_CACHE to another", "tune", "--shape", "4x4")

@@ -50,12 +50,28 @@ struct GroupedOuterArgs {
   DType dtype = DType::kFloat32;
   const float* s = nullptr;  // [R, r]
   float scale = 1.0f;
-  void* g = nullptr;  // [E, r, K], all of it is written: zero for groups without rows
+  void* g = nullptr;  // [E, r, K]: zero for groups without rows
   DType g_dtype = DType::kFloat32;
   FactorStrides strides;
+  bool skip_empty = false;  // leave groups without rows as they are
   int threads = 1;
 };
 void grouped_outer(Isa isa, const GroupedOuterArgs& args);
+
+// PEFT keeps factors with the groups innermost, [columns, E], where a few groups' values lie on
+// cache lines of their own. These read or write all lines in one sweep.
+struct GroupColumnsArgs {
+  RowGroups groups;  // E and offsets
+  int64_t columns = 0;
+  DType dtype = DType::kFloat32;
+  const void* in = nullptr;
+  void* out = nullptr;
+  int threads = 1;
+};
+// out[e, c] = in[c, e] of the groups that have rows; the others' part of out is not touched.
+void grouped_collect(const GroupColumnsArgs& args);
+// out[c, e] = in[e, c] of the groups that have rows, and 0 of the others.
+void grouped_spread(const GroupColumnsArgs& args);
 
 constexpr int64_t kGroupedRows = 512;  // of a chunk at most: what is packed of x, and the sums of a
                                        // strip, have to stay in the second-level cache

@@ -12,33 +12,27 @@ from peftkern.backends.pointers import address, addresses, dtype_code, fresh
 
 
 def refusal_importance(
-    exp_avg_ipt: Tensor, exp_avg_unc: Tensor, params: list[Tensor], *args: object
+    exp_avg_ipt: Tensor, params: list[Tensor], grads: list[Tensor | None]
 ) -> str | None:
     """Refuse other EMAs than float32, and tensors that differ in dtype."""
     if exp_avg_ipt.dtype is not torch.float32:
         return f"the EMAs are {exp_avg_ipt.dtype}"
-    return refusal_list([*params, *(grad for grad in args[0] if grad is not None)])
+    return refusal_list([*params, *(grad for grad in grads if grad is not None)])
 
 
-def refusal_allocate(scores: Tensor, lora_E: list[Tensor], *args: object) -> str | None:
+def refusal_allocate(scores: Tensor, lora_E: list[Tensor]) -> str | None:
     """Refuse other scores than float32."""
     if scores.dtype is not torch.float32:
         return f"scores are {scores.dtype}"
     return refusal_list(lora_E)
 
 
-def refusal_orthogonality_forward(
-    lora_A: list[Tensor], lora_B: list[Tensor], *args: object
-) -> str | None:
-    """Refuse matrices that differ in dtype."""
+def refusal_orthogonality_forward(lora_A: list[Tensor], lora_B: list[Tensor]) -> str | None:
+    """Refuse mixed dtypes and devices."""
     return refusal_list([*lora_A, *lora_B])
 
 
-def refusal_orthogonality_backward(
-    dloss: Tensor, residual: Tensor, factors: Tensor, lora_A: list[Tensor], lora_B: list[Tensor]
-) -> str | None:
-    """Refuse what forward refuses."""
-    return refusal_list([*lora_A, *lora_B])
+refusal_orthogonality_backward = refusal_orthogonality_forward
 
 
 def adalora_importance_(

@@ -9,19 +9,12 @@ from peftkern.backends.cpu.module import float32, isa_and_threads, library, refu
 from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, weight
 
 
-def refusal_norm(dense: Tensor, lora_A: Tensor, lora_B: Tensor, *args: object) -> str | None:
+def refusal_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     """Refuse float64 and integers."""
-    return refusal_dense(lora_A) or refusal_dense(lora_B) or refusal_dense(dense)
+    return refusal_dense(lora_A) or refusal_dense(lora_B) or refusal_dense(weight)
 
 
-def refusal_nf4_norm(
-    w: list[Tensor],
-    layout: list[int],
-    dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *args: object,
-) -> str | None:
+def refusal_nf4_norm(dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor) -> str | None:
     """Refuse float64 and integers."""
     if dtype not in DTYPE_CODES:
         return f"the dtype is {dtype}"

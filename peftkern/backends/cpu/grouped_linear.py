@@ -7,6 +7,7 @@ and the bias are summed in float32 and rounded once. Where another function has 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,70 +21,28 @@ _NO_FACTOR = (0, 0, 0, 0, 0)
 _TURNED_BYTES = 1 << 20  # of a gradient on its way to another order, a quarter of it at most
 
 
-def refusal_forward(
-    x: Tensor,
-    rows: Tensor | None,
-    offsets: Tensor,
-    weight: Tensor | None,
-    transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-) -> str | None:
+def refusal_forward(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
     """Refuse dtypes and devices."""
     return refusal_dense(x) or _refusal_factors(lora_A, lora_B)
 
 
-def refusal_backward(
-    dy: Tensor,
-    offsets: Tensor,
-    x: Tensor | None,
-    rows: Tensor | None,
-    S: Tensor | None,
-    weight: Tensor | None,
-    transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    needs: list[bool],
-) -> str | None:
-    """Refuse dtypes and devices."""
-    return refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+def refusal_backward(dy: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
+    """Refuse what forward refuses."""
+    return refusal_forward(dy, lora_A, lora_B)
 
 
 def refusal_nf4_forward(
-    x: Tensor,
-    rows: Tensor | None,
-    offsets: Tensor,
-    w: list[Tensor],
-    layout: list[int],
-    transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
+    x: Tensor, layout: list[int], lora_A: Tensor | None, lora_B: Tensor | None
 ) -> str | None:
     """Refuse empty weights, blocks that cross them, dtypes and devices."""
-    return _refusal_stack(layout) or refusal_dense(x) or _refusal_factors(lora_A, lora_B)
+    return _refusal_stack(layout) or refusal_forward(x, lora_A, lora_B)
 
 
 def refusal_nf4_backward(
-    dy: Tensor,
-    offsets: Tensor,
-    x: Tensor | None,
-    rows: Tensor | None,
-    S: Tensor | None,
-    w: list[Tensor],
-    layout: list[int],
-    transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    needs: list[bool],
+    dy: Tensor, layout: list[int], lora_A: Tensor | None, lora_B: Tensor | None
 ) -> str | None:
-    """Refuse empty weights, blocks that cross them, dtypes and devices."""
-    return _refusal_stack(layout) or refusal_dense(dy) or _refusal_factors(lora_A, lora_B)
+    """Refuse what forward refuses."""
+    return refusal_nf4_forward(dy, layout, lora_A, lora_B)
 
 
 def _refusal_stack(layout: list[int]) -> str | None:
@@ -324,15 +283,11 @@ def _gradient(
         gradient = torch.empty_like(factor)
         _outer_(gradient, x, groups, s, scale, turned)
         return gradient
-    groups_last = factor.permute(1, 2, 0).is_contiguous()
-    if groups_last and 2 * groups.R <= groups.E:  # most are empty: the others alone are computed
-        starts = torch.cat((groups.offsets.new_zeros(1), groups.offsets[:-1]))
-        hit = (groups.offsets > starts).nonzero().view(-1)
-        groups = groups._replace(E=len(hit), offsets=groups.offsets[hit])
-        parts = factor.new_empty((len(hit), *factor.shape[1:]))
-        _outer_(parts, x, groups, s, scale, turned)
-        inner = factor.new_zeros((*factor.shape[1:], factor.shape[0]))  # in one sweep of memory
-        return inner.index_copy_(2, hit, parts.permute(1, 2, 0).contiguous()).permute(2, 0, 1)
+    groups_last = _groups_innermost(factor) is not None
+    if groups_last and _few(groups):
+        parts = factor.new_empty(factor.shape)
+        _outer_(parts, x, groups, s, scale, turned, skip_empty=True)
+        return _move_columns(groups, parts, torch.empty_like(factor), spread=True)
     gradient = torch.empty_like(factor)
     step = max(1, min(_TURNED_BYTES // max(1, factor[0].nbytes), groups.E // 4))
     for first in range(0, groups.E, step):
@@ -363,9 +318,16 @@ def _slice(
 
 
 def _outer_(
-    g: Tensor, x: Tensor, groups: Groups, s: Tensor, scale: float = 1.0, turned: bool = False
+    g: Tensor,
+    x: Tensor,
+    groups: Groups,
+    s: Tensor,
+    scale: float = 1.0,
+    turned: bool = False,
+    skip_empty: bool = False,
 ) -> None:
-    """Write g [E, r, K], or [E, K, r] if turned, with scale * s^T x of each group."""
+    """Write g [E, r, K], or [E, K, r] if turned, with scale * s^T x of each group; where there are
+    no rows with 0, or not at all."""
     x, s = x.contiguous(), s.contiguous()
     target = g.transpose(1, 2) if turned else g
     r, K = target.shape[1:]
@@ -378,20 +340,47 @@ def _outer_(
         address("s", s, torch.float32, groups.R * r),
         scale,
         strided("g", target, (groups.E, r, K)),
+        skip_empty,
     )
+
+
+def _few(groups: Groups) -> bool:
+    """Return whether most groups are empty, however the rows fall into them."""
+    return 2 * groups.R <= groups.E
+
+
+def _move_columns(groups: Groups, source: Tensor, target: Tensor, spread: bool) -> Tensor:
+    """Copy a stack of groups innermost to a contiguous one, or back if `spread`: of the groups that
+    have rows alone; the others' places of a contiguous stack are not touched, of the other are 0.
+    """
+    if source.dtype is not target.dtype or source.shape != target.shape:
+        raise ValueError(f"target: expected {source.dtype} {tuple(source.shape)}")
+    library().grouped_columns(
+        isa_and_threads()[1],
+        groups.fields(),
+        math.prod(source.shape[1:]),
+        dtype_code("source", source),
+        fresh(source),
+        fresh(target),
+        spread,
+    )
+    return target
 
 
 def _factor(factor: Tensor | None, groups: Groups, turned: bool = False) -> Tensor | None:
     """Return a stack of factors [E, r, columns] whose ranks or columns lie together.
 
-    A few rows read a few groups' factors alone, value by value, where they are.
+    Of a few rows' groups alone, where most are empty.
     """
     if factor is None:
         return None
-    if not _adjacent(factor) and max(groups.E, 16) < 8 * groups.R:
+    if not _adjacent(factor):
         matrix = _groups_innermost(factor)
         if matrix is None:
             factor = factor.contiguous()
+        elif _few(groups):
+            stack = factor.new_empty(factor.shape)
+            factor = _move_columns(groups, factor, stack, spread=False)
         else:
             factor = matrix.t().contiguous().view(factor.shape)
     return factor.transpose(1, 2) if turned else factor

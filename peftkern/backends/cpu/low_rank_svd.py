@@ -19,7 +19,7 @@ JACOBI_RANK = 32
 JACOBI_SWEEPS = 30  # 6 to 12 are usual
 
 
-def refusal(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
+def refusal(lora_B: list[Tensor], lora_A: list[Tensor]) -> str | None:
     """Refuse other devices and float64, which deserves better than a float64 Gram matrix."""
     for tensor in (*lora_B, *lora_A):
         if (reason := refusal_dense(tensor)) is not None:

@@ -60,14 +60,7 @@ def refusal_forward(x: Tensor, w: list[Tensor], layout: list[int], *args: object
     return refusal_dense(x)
 
 
-def refusal_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    S: Tensor | None,
-    w: list[Tensor],
-    layout: list[int],
-    *args: object,
-) -> str | None:
+def refusal_backward(dy: Tensor, w: list[Tensor], layout: list[int]) -> str | None:
     """Refuse what forward refuses."""
     return refusal_forward(dy, w, layout)
 

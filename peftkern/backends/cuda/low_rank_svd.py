@@ -19,7 +19,7 @@ from peftkern.backends.reference import unrepresentable
 JACOBI_SWEEPS = 20  # 6 to 9 are usual
 
 
-def refusal(lora_B: list[Tensor], lora_A: list[Tensor], *args: object) -> str | None:
+def refusal(lora_B: list[Tensor], lora_A: list[Tensor]) -> str | None:
     """Refuse devices, ranks, and float64, which deserves better than a float64 Gram matrix."""
     device = lora_B[0].device
     for tensor in (*lora_B, *lora_A):

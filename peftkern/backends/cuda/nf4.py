@@ -16,23 +16,23 @@ from peftkern.backends.pointers import (
 )
 
 
-def refusal_quantize(weight: Tensor, *args: object) -> str | None:
+def refusal_quantize(weight: Tensor) -> str | None:
     """Refuse dtypes and devices."""
     if weight.dtype not in DTYPE_CODES:
         return f"the dtype is {weight.dtype}"
     return refusal_device(weight.device)
 
 
-def refusal_dequantize(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> str | None:
+def refusal_dequantize(w: list[Tensor], dtype: torch.dtype) -> str | None:
     """Refuse dtypes of the result, and devices."""
     if dtype not in DTYPE_CODES:
         return f"the dtype is {dtype}"
     return refusal_device(w[0].device)
 
 
-def refusal_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> str | None:
+def refusal_dequantize_out(w: list[Tensor], out: Tensor) -> str | None:
     """Refuse dtypes of `out`, and devices."""
-    return refusal_dequantize(w, layout, out.dtype)
+    return refusal_dequantize(w, out.dtype)
 
 
 def nf4_quantize(dense: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,7 @@ def refusal_forward(
     layout: list[int],
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
     keep: Tensor | None,
-    dropout_p: float,
 ) -> str | None:
     """Refuse calls that neither kernel takes: one is for few rows, another for more of them.
 

@@ -18,6 +18,7 @@ from peftkern.backends.reference.nf4 import nf4_absmax, nf4_dequantize
 from peftkern.formats.table import stored
 
 Expert = Callable[[int, torch.dtype], Tensor]
+Linear = Callable[..., Any]  # lora_linear_forward or _backward of a back end
 
 
 def grouped_linear_forward(
@@ -30,6 +31,8 @@ def grouped_linear_forward(
     lora_B: Tensor | None,
     bias: Tensor | None,
     scaling: float,
+    *,
+    linear: Linear = lora_linear_forward,
 ) -> tuple[Tensor, Tensor]:
     """Compute y = x @ weight[e].T + bias[e] + scaling * S @ lora_B[e].T with S = x @ lora_A[e].T.
 
@@ -39,13 +42,13 @@ def grouped_linear_forward(
     Args: x [T, K]; rows int32 [R] or None; offsets int32 [E], the ends of the groups; weight
         [E, N, K], [E, K, N] if transposed, of one matrix if all groups share it, or None; lora_A
         [E, r, K] and lora_B [E, N, r] in any float dtype and with any strides, or both None; bias
-        [E, N] in the dtype of x.
+        [E, N] in the dtype of x; linear, a back end's `lora_linear_forward`, run on one group after
+        the other.
     Returns: y [R, N] in the dtype of x and S [R, r] in the accumulation dtype ([0] without
         adapters), both zero for rows of no group.
     """
-    N, expert = dense_experts(weight, transposed, lora_B, 1)
-    args = (x, rows, offsets, N, expert, lora_A, lora_B, bias, scaling)
-    return grouped_forward(lora_linear_forward, *args)
+    N, expert = _dense_experts(weight, transposed, lora_B, 1)
+    return _forward(linear, x, rows, offsets, N, expert, lora_A, lora_B, bias, scaling)
 
 
 def grouped_linear_backward(
@@ -60,6 +63,8 @@ def grouped_linear_backward(
     lora_B: Tensor | None,
     scaling: float,
     needs: list[bool],
+    *,
+    linear: Linear = lora_linear_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of `grouped_linear_forward`.
 
@@ -71,9 +76,9 @@ def grouped_linear_backward(
     Returns: dx [R, K], a row for each row of dy; dA and dB with the dtypes and strides of lora_A
         and lora_B, zero for empty groups; dbias [E, N]; an empty tensor [0] for what is not wanted.
     """
-    K, expert = dense_experts(weight, transposed, lora_A, 2)
-    args = (dy, offsets, x, rows, S, K, expert, lora_A, lora_B, scaling, needs)
-    return grouped_backward(lora_linear_backward, *args)
+    K, expert = _dense_experts(weight, transposed, lora_A, 2)
+    factors = (lora_A, lora_B, scaling)
+    return _backward(linear, dy, offsets, x, rows, S, K, expert, *factors, needs)
 
 
 def nf4_grouped_linear_forward(
@@ -83,15 +88,13 @@ def nf4_grouped_linear_forward(
     w: list[Tensor],
     layout: list[int],
     transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
+    *adapter: Any,
+    linear: Linear = lora_linear_forward,
+    dequantize: Callable[..., Tensor] = nf4_dequantize,
 ) -> tuple[Tensor, Tensor]:
     """Run `grouped_linear_forward` over weights dequantized one at a time to the dtype of x."""
-    expert, N = nf4_experts(w, layout, transposed, nf4_dequantize), layout[5 if transposed else 4]
-    args = (x, rows, offsets, N, expert, lora_A, lora_B, bias, scaling)
-    return grouped_forward(lora_linear_forward, *args)
+    expert, N = _nf4_experts(w, layout, transposed, dequantize), layout[5 if transposed else 4]
+    return _forward(linear, x, rows, offsets, N, expert, *adapter)
 
 
 def nf4_grouped_linear_backward(
@@ -103,15 +106,13 @@ def nf4_grouped_linear_backward(
     w: list[Tensor],
     layout: list[int],
     transposed: bool,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    needs: list[bool],
+    *adapter: Any,
+    linear: Linear = lora_linear_backward,
+    dequantize: Callable[..., Tensor] = nf4_dequantize,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run `grouped_linear_backward` likewise."""
-    expert, K = nf4_experts(w, layout, transposed, nf4_dequantize), layout[4 if transposed else 5]
-    args = (dy, offsets, x, rows, S, K, expert, lora_A, lora_B, scaling, needs)
-    return grouped_backward(lora_linear_backward, *args)
+    expert, K = _nf4_experts(w, layout, transposed, dequantize), layout[4 if transposed else 5]
+    return _backward(linear, dy, offsets, x, rows, S, K, expert, *adapter)
 
 
 def groups(offsets: Tensor, R: int) -> Iterator[tuple[int, slice]]:
@@ -131,7 +132,7 @@ def groups(offsets: Tensor, R: int) -> Iterator[tuple[int, slice]]:
         start = stop
 
 
-def dense_experts(
+def _dense_experts(
     weight: Tensor | None, transposed: bool, factor: Tensor | None, dim: int
 ) -> tuple[int, Expert | None]:
     """Return a size of the weights and a function of (e, dtype) that gives a group's [N, K].
@@ -149,7 +150,7 @@ def dense_experts(
     return weight.shape[3 - dim if transposed else dim], expert
 
 
-def nf4_experts(
+def _nf4_experts(
     w: list[Tensor], layout: list[int], transposed: bool, dequantize: Callable[..., Tensor]
 ) -> Expert:
     """Return the same function of a quantized stack: `dequantize` decodes what is asked for."""
@@ -167,8 +168,8 @@ def nf4_experts(
     return expert
 
 
-def grouped_forward(
-    linear: Callable[..., tuple[Tensor, Tensor]],
+def _forward(
+    linear: Linear,
     x: Tensor,
     rows: Tensor | None,
     offsets: Tensor,
@@ -197,8 +198,8 @@ def grouped_forward(
     return y, S
 
 
-def grouped_backward(
-    linear: Callable[..., Any],
+def _backward(
+    linear: Linear,
     dy: Tensor,
     offsets: Tensor,
     x: Tensor | None,

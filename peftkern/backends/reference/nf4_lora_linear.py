@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from peftkern.backends.reference.lora_linear import lora_linear_backward, lora_linear_forward
@@ -12,16 +15,12 @@ def nf4_lora_linear_forward(
     x: Tensor,
     w: list[Tensor],
     layout: list[int],
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    keep: Tensor | None,
-    dropout_p: float,
+    *adapter: Any,
+    linear: Callable[..., tuple[Tensor, Tensor]] = lora_linear_forward,
+    dequantize: Callable[..., Tensor] = nf4_dequantize,
 ) -> tuple[Tensor, Tensor]:
-    """Run `lora_linear_forward` over a weight dequantized straight to the dtype of x."""
-    weight = nf4_dequantize(w, layout, x.dtype)
-    return lora_linear_forward(x, weight, lora_A, lora_B, bias, scaling, keep, dropout_p)
+    """Run a back end's `lora_linear_forward` over a weight dequantized to the dtype of x."""
+    return linear(x, dequantize(w, layout, x.dtype), *adapter)
 
 
 def nf4_lora_linear_backward(
@@ -30,13 +29,11 @@ def nf4_lora_linear_backward(
     S: Tensor | None,
     w: list[Tensor],
     layout: list[int],
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    keep: Tensor | None,
-    dropout_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run `lora_linear_backward` over a weight dequantized straight to the dtype of dy."""
-    weight = nf4_dequantize(w, layout, dy.dtype) if needs[0] else None  # only dx reads it
-    return lora_linear_backward(dy, x, S, weight, lora_A, lora_B, scaling, keep, dropout_p, needs)
+    *adapter: Any,
+    linear: Callable[..., tuple[Tensor, ...]] = lora_linear_backward,
+    dequantize: Callable[..., Tensor] = nf4_dequantize,
+) -> tuple[Tensor, ...]:
+    """Run a back end's `lora_linear_backward` likewise; only dx reads the weight."""
+    *_, (need_dx, _, _, _) = adapter
+    weight = dequantize(w, layout, dy.dtype) if need_dx else None
+    return linear(dy, x, S, weight, *adapter)

@@ -197,7 +197,7 @@ def unusual_weight(base: Linear4bit) -> str | None:
     if state is None:
         return "quant_state is missing"
     if state.quant_type != "nf4":
-        return f"quant_type is {state.quant_type}"
+        return f'quant_type is {state.quant_type}: load with bnb_4bit_quant_type="nf4"'
     if state.__dict__.get("packing_format_for_cpu"):
         return None  # its storage dtype is kept aside
     with torch._C.DisableTorchFunctionSubclass():  # else Params4bit adds 1 us

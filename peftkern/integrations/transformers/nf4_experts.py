@@ -220,10 +220,15 @@ def _fuses_experts(converter: Any) -> bool:
 def _is_reversible(converter: Any) -> bool:
     """Return whether saving is to undo what a converter has done.
 
-    Not so where it would cut packed bytes into experts, or make dense weights of 4-bit ones.
+    Not so where it would cut packed bytes into experts or turn them, or make dense weights of 4-bit
+    ones.
     """
     operations = getattr(converter, "operations", ())
-    return not (_fuses_experts(converter) or any(hasattr(op, "hf_quantizer") for op in operations))
+    turns = any("experts" in pattern for pattern in converter.target_patterns) and any(
+        isinstance(op, Transpose) for op in operations
+    )
+    quantizes = any(hasattr(op, "hf_quantizer") for op in operations)
+    return not (_fuses_experts(converter) or turns or quantizes)
 
 
 def _one_by_one(converter: WeightConverter) -> WeightConverter:

@@ -10,29 +10,50 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from peftkern.backends.tolerances import PEER_WRONG
 from peftkern.tools.bench.shapes import Shape
 
 MODES = ("forward", "backward", "full", "no-grad", "memory")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALING = 2.0  # lora_alpha / r
+FACTS = ("op", "shape", "M", "N", "K", "r", "dtype", "mode")
+WHOLE_LLAMA = "llama-7b"  # all linear layers of the model; K is its width
 
 
 @dataclass(frozen=True)
 class Op:
     """Operands of an op: NF4 or dense weight, rows of activations, an adapter, a weight and an
-    adapter for each group of rows. `against`: its baselines, the most relevant first."""
+    adapter for each group of rows. `against`: its baselines, the most relevant first.
+
+    Of an op that is no layer, `counts` says what M is ("rows" of its inputs, "layers" that it takes
+    at once; None: it has none), and `results` names what it gives.
+    """
 
     nf4: bool
     rows: bool
     lora: bool
     against: tuple[str, ...]
     grouped: bool = False
+    dora: bool = False
+    counts: str | None = None
+    results: tuple[str, ...] = ("y",)
+    dtypes: tuple[str, ...] = tuple(ITEMSIZE)
+    peer_wrong: float = PEER_WRONG  # error from which a peer's result is wrong
 
     @property
     def modes(self) -> tuple[str, ...]:
         """Applicable modes: an op without gradients has no backward."""
         return MODES if self.rows else ("forward", "memory")
+
+    @property
+    def ranked(self) -> bool:
+        return self.lora or self.counts == "layers"
+
+
+def _of_layers(*results: str, against: tuple[str, ...]) -> Op:
+    own = {"counts": "layers", "results": results, "dtypes": ("float32",)}
+    return Op(False, False, False, against, **own)
 
 
 OPS = {
@@ -40,12 +61,27 @@ OPS = {
     "lora_linear": Op(False, True, True, ("peft", "frozen")),
     "nf4_linear": Op(True, True, False, ("bitsandbytes", "frozen")),
     "nf4_dequantize": Op(True, False, False, ("bitsandbytes", "torch")),
+    "nf4_quantize": Op(
+        *(False, False, False, ("bitsandbytes", "torch")),
+        results=("values",),
+        peer_wrong=0.12,  # error of normal weights rounded to 4 bits, with a margin
+    ),
     "grouped_linear": Op(False, True, True, ("peft", "grouped_mm", "frozen"), grouped=True),
+    "dora_linear": Op(False, True, True, ("peft", "frozen"), dora=True),
+    "nf4_dora_linear": Op(True, True, True, ("bitsandbytes", "frozen"), dora=True),
+    "rosa_forward": Op(False, False, False, ("composed",), counts="rows"),
+    "rosa_sddmm": Op(False, False, False, ("composed",), counts="rows", results=("values.grad",)),
+    "low_rank_svd": _of_layers("S", "update", against=("composed",)),
+    "low_rank_svdvals": _of_layers("S", against=("composed",)),
+    "adalora_update": _of_layers("mask", "importance", against=("peft", "composed")),
+    "adalora_orthogonality": _of_layers("loss", "gradients", against=("peft",)),
 }
 # Defaults: training, where most time is spent, within a minute.
 FIRST_SHAPES = {"cpu": "llama3-8b-q_proj", "cuda": "llama3-8b"}
 FIRST_ROWS = {"cpu": 256, "cuda": 4096}
+FIRST_LAYERS = 32
 FIRST_GROUPED = {"cpu": "256x512x512x32", "cuda": "qwen3-30b-a3b"}
+DENSITY = 0.01  # of RoSA's mask
 
 
 @dataclass(frozen=True)
@@ -54,7 +90,8 @@ class Problem:
 
     x [M, K] and weight [N, K] of `dtype`; lora_A [r, K] and lora_B [N, r] in float32 as PEFT keeps
     them. M, r and E are None where the op has none; with E the weight is [E, N, K], lora_A [E * r,
-    K] and lora_B [N, r * E].
+    K] and lora_B [N, r * E]. `density`: share of the places of RoSA's mask; `dropout`, the dtype of
+    the adapters and `autocast` are the scripts' of bench/.
     """
 
     op: str
@@ -66,6 +103,10 @@ class Problem:
     dtype: str
     mode: str
     E: int | None = None
+    density: float = DENSITY
+    dropout: float = 0.0
+    adapter_dtype: str = "float32"
+    autocast: bool = False
 
     @property
     def kind(self) -> Op:
@@ -75,6 +116,7 @@ class Problem:
     def name(self) -> str:
         sizes = [f"M{self.M}"] if self.M else []
         sizes += [f"r{self.r}"] if self.r else []
+        sizes += [f"{self.density:.1%}"] if self.op.startswith("rosa") else []
         return "/".join([self.op, self.shape, *sizes, self.dtype, self.mode])
 
     @property
@@ -88,9 +130,29 @@ class Problem:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weight as stored: codes and nested absmax, or dense."""
+        """Bytes of the weight as stored: codes and nested absmax, or dense; of an op that is no
+        layer, of what a call reads."""
+        if self.kind.counts == "layers":
+            return 4 * self.elements * (4 if self.op == "adalora_update" else 1)
+        if self.kind.counts:
+            return self.M * (self.N + self.K) * ITEMSIZE[self.dtype]
         size = (self.E or 1) * self.N * self.K
         return size // 2 + size // 64 if self.kind.nf4 else size * ITEMSIZE[self.dtype]
+
+    @property
+    def layer_sizes(self) -> list[tuple[int, int]]:
+        """N and K of each layer of an op over layers; those of a whole Llama come in blocks."""
+        if self.shape != WHOLE_LLAMA:
+            return [(self.N, self.K)] * self.M
+        wide = 11008 * self.K // 4096
+        block = [(self.K, self.K)] * 4 + [(wide, self.K)] * 2 + [(self.K, wide)]
+        return block * (self.M // len(block))
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the factors of all layers; AdaLoRA's have singular values, too."""
+        of_values = self.op == "adalora_update"
+        return sum(self.r * (n + k + of_values) for n, k in self.layer_sizes)
 
     @property
     def group_sizes(self) -> list[int]:
@@ -100,13 +162,18 @@ class Problem:
     def work(self) -> tuple[int, int]:
         """Return lower bounds of bytes moved and operations done."""
         m, n, k, r, item = self.M or 0, self.N, self.K, self.r or 0, ITEMSIZE[self.dtype]
+        if self.kind.counts:
+            return self._other_work()
         if not self.kind.rows:
-            return self.weight_bytes + n * k * item, 0
+            packed = n * k // 2 + n * k // 64
+            return packed + n * k * item, 0
         groups = self.E or 1
         hit = sum(size > 0 for size in self.group_sizes) if self.E else 1  # of which W is read
         weight = hit * self.weight_bytes // groups
-        adapters, update = 4 * r * (n + k), 2 * m * r * (n + k)
+        adapters, update = ITEMSIZE[self.adapter_dtype] * r * (n + k), 2 * m * r * (n + k)
         traffic = flops = 0
+        if self.kind.dora:  # the norms of all rows, once a call
+            traffic, flops = weight, 2 * n * k * (r + 1)
         if self.goes_forward:
             traffic += weight + hit * adapters + m * (n + k) * item
             flops += 2 * m * n * k + update
@@ -116,10 +183,37 @@ class Problem:
             flops += 2 * m * n * k + 2 * update
         return traffic, flops
 
+    def _other_work(self) -> tuple[int, int]:
+        """Count an op that is no layer.
+
+        AdaLoRA's update reads the parameter, its gradient and two EMAs, and writes the EMAs; its
+        loss reads each matrix twice and writes a gradient. The SVD reads factors and writes
+        vectors; r^2 float64 FLOPs a row make the Gram matrix, whose other half is mirrored, and
+        2 r^2 rotate: they count twice, as float64 has half the rate of float32.
+        """
+        n, k, r, item = self.N, self.K, self.r or 0, ITEMSIZE[self.dtype]
+        if self.op == "adalora_update":
+            return 24 * self.elements, 9 * self.elements
+        if self.op == "adalora_orthogonality":
+            return 12 * self.elements, 8 * r * self.elements
+        if self.kind.counts == "layers":
+            vectors = self.op == "low_rank_svd"
+            return self.weight_bytes * (1 + vectors), 2 * (1 + 2 * vectors) * r * self.elements
+        nnz = max(1, round(self.density * n * k))
+        if self.op == "rosa_sddmm":
+            return self.weight_bytes + 8 * nnz, 2 * self.M * nnz
+        return self.weight_bytes + n * k * item + 8 * nnz, 2 * self.M * (n * k + nnz)
+
     def needed_memory(self) -> int:
         """Return a lower bound: the weight drawn in float32, once dense, and the activations."""
+        if self.kind.counts == "layers":
+            return 2 * self.weight_bytes
         size = (self.E or 1) * self.N * self.K
         return size * (4 + ITEMSIZE[self.dtype]) + 12 * (self.M or 0) * (self.N + self.K)
+
+    def facts(self) -> dict:
+        """Return the fields of a record; the shape or the name tells the others."""
+        return {key: getattr(self, key) for key in FACTS}
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -152,23 +246,27 @@ def problems(
             raise ValueError(f"--mode: {', '.join(ops)} has no {mode}")
     for shape in shapes:
         for op in ops:
-            kind = OPS[op]
+            kind, given = OPS[op], ()
             if kind.grouped != bool(shape.E):
                 continue
             for mode in modes or (("full",) if kind.rows else ("forward",)):
                 if mode not in kind.modes:
                     continue
                 label = shape.name
-                if not kind.rows:
+                if kind.counts:
+                    of_rows = kind.counts == "rows"
+                    first = rows or (FIRST_ROWS[device],) if of_rows else (FIRST_LAYERS,)
+                    given = (shape.M,) if shape.M else first
+                elif not kind.rows:
                     label = f"{shape.N}x{shape.K}" if shape.M else label
-                    given: Iterable[int | None] = (None,)
+                    given = (None,)
                 elif shape.M:
                     given = (shape.M,)
                 else:
                     given = rows or (1 if mode == "no-grad" else FIRST_ROWS[device],)
                 for m in given:
-                    for dtype in dtypes:
-                        for r in ranks if kind.lora else (None,):
+                    for dtype in [d for d in dtypes if d in kind.dtypes] or kind.dtypes[:1]:
+                        for r in ranks if kind.ranked else (None,):
                             sizes = (m, shape.N, shape.K, r, dtype, mode, shape.E)
                             problem = Problem(op, label, *sizes)
                             found.setdefault(problem.name, problem)

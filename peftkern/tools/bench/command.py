@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from peftkern.tools.bench import compare, machine, providers, report, terminal
+from peftkern.tools import pages
+from peftkern.tools.bench import compare, machine, providers, terminal, training_step
 from peftkern.tools.bench.cases import (
     DTYPES,
     FIRST_GROUPED,
@@ -44,6 +45,7 @@ from peftkern.tools.bench.shapes import (
     percent,
     seconds,
 )
+from peftkern.tools.bench.training_run import TrainingBench
 
 PIPED_WIDTH = 120
 MAX_RANK = 4096
@@ -64,7 +66,7 @@ class Options:
     op: str
     shapes: str | None
     rows: str | None
-    dtype: str
+    dtype: str | None
     mode: str | None
     r: str
     baselines: str
@@ -79,6 +81,7 @@ class Options:
     compare: Path | None
     fail_if: str | None
     repro: bool
+    training: training_step.Options | None  # of --model
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Plan:
     seconds: float
     budget: float
     outputs: Outputs
+    job: training_step.Job | None = None  # in the place of problems
 
 
 def plan(options: Options) -> Plan:
@@ -118,10 +122,12 @@ def plan(options: Options) -> Plan:
         raise ValueError(f"--seed: expected 0 to {MAX_SEED}, got {options.seed}")
     with pinned(options.threads) as threads:  # only to check their number
         pass
+    if options.training is not None:
+        return _training_plan(options, device, threads)
     ops = chosen("--op", options.op, tuple(OPS))
     dtypes = [
         DTYPES.get(one, one)
-        for one in chosen("--dtype", options.dtype, (*DTYPES, *DTYPES.values()))
+        for one in chosen("--dtype", options.dtype or "bf16", (*DTYPES, *DTYPES.values()))
     ]
     names, absent = providers.select(
         items("--baselines", options.baselines, providers.ACCEPTED), ops, device
@@ -155,11 +161,29 @@ def plan(options: Options) -> Plan:
     )
 
 
+def _training_plan(options: Options, device: str, threads: int) -> Plan:
+    job = training_step.plan(options.training, options.r, options.dtype, device, options.seed)
+    return Plan(
+        problems=[],
+        baselines=[],
+        not_installed={},
+        device=device,
+        threads=threads,
+        seed=options.seed,
+        seconds=0.0,
+        budget=seconds("--budget", options.budget),
+        outputs=outputs(options, {job.facts["name"]}),
+        job=job,
+    )
+
+
 def outputs(options: Options, names: set[str]) -> Outputs:
     """Check the outputs for cases of these names. Raises: as `plan`."""
     for option in ("json", "csv", "html"):
         if (path := getattr(options, option)) is not None:
             _check_target(f"--{option}", path)
+    if options.html is not None:
+        pages.require("--html")
     if options.fail_if is not None and options.compare is None:
         raise ValueError("--fail-if: needs --compare and an earlier record")
     earlier = None if options.compare is None else compare.read(options.compare)
@@ -241,16 +265,19 @@ def measure(plan: Plan) -> Record:
     )
     with ended_by(signal.SIGTERM), pinned(plan.threads) as threads, bar:
         task = bar.add_task("", total=1.0)
-        bench = Bench(
-            plan.problems,
-            plan.baselines,
-            device=plan.device,
-            threads=threads,
-            seed=plan.seed,
-            seconds=plan.seconds,
-            budget=plan.budget,
-            commands=lambda problem: command_of(plan, problem),
-        )
+        if plan.job is not None:
+            bench = TrainingBench(plan.job, threads=threads, budget=plan.budget)
+        else:
+            bench = Bench(
+                plan.problems,
+                plan.baselines,
+                device=plan.device,
+                threads=threads,
+                seed=plan.seed,
+                seconds=plan.seconds,
+                budget=plan.budget,
+                commands=lambda problem: command_of(plan, problem),
+            )
 
         def tick(doing: str, share: float) -> None:
             bar.update(task, description=doing, completed=share, refresh=True)
@@ -326,7 +353,9 @@ def write(record: Record, outputs: Outputs) -> None:
     if outputs.csv is not None:
         machine.write_text(outputs.csv, as_csv(record))
     if outputs.html is not None:
-        report.write_html(record, outputs.html)
+        from peftkern.tools.bench import report  # imports matplotlib
+
+        report.write_html(record, outputs.html, outputs.earlier, outputs.fail_if)
 
 
 def as_csv(record: Record) -> str:

@@ -9,13 +9,15 @@ adapters, same inputs, regardless of what a library draws or quantizes by itself
     lora_A, lora_B   [r, K], [N, r] float32
     offsets int32 [E]: ends of the groups' rows, of a grouped op; its weight is [E, N, K], and the
             adapters are as PEFT keeps them, [E * r, K] and [N, r * E]
+    magnitude   [N] float32, of DoRA
     rows    [<= 64] int64: those of y and dx that are compared
     y, dx, lora_A.grad, lora_B.grad   float64, of the whole op
     frozen.y, frozen.dx   float64, of the layer without its adapter
 
 The oracle takes the values that the packed bytes stand for, in float64. A product's rows do not
 depend on each other, so that 64 of them, the first and the last among them, are enough; the
-adapters' gradients are sums over all rows and are compared whole.
+adapters' gradients are sums over all rows and are compared whole. An op that is no layer has a
+module of its own (rosa, low_rank_svd, adalora), whose plain expression runs in both precisions.
 """
 
 from __future__ import annotations
@@ -32,16 +34,22 @@ from torch import Tensor
 import peftkern
 from peftkern.backends.tolerances import errors
 from peftkern.formats.nf4 import NF4Weight, nf4_code
+from peftkern.tools.bench import adalora, low_rank_svd, rosa
 from peftkern.tools.bench.cases import SCALING, Problem
 
 CHECKED_ROWS = 64
 CHUNK = 4 << 20  # values that are held in float64 at once
 
 
+OWN = dict.fromkeys(("rosa_forward", "rosa_sddmm"), rosa)
+OWN |= dict.fromkeys(("low_rank_svd", "low_rank_svdvals"), low_rank_svd)
+OWN |= dict.fromkeys(("adalora_update", "adalora_orthogonality"), adalora)
+
+
 def prepare(problem: Problem, seed: int, path: Path, device: torch.device) -> dict[str, float]:
     """Write the case's file; return the error of eager torch in the same dtypes, for the bound."""
-    tensors = _inputs(problem, seed, device)
-    oracle = _oracle(problem, tensors)
+    tensors = inputs(problem, seed, device)
+    oracle = oracle_of(problem, tensors)
     eager = _eager(problem, tensors)
     kept = {name: tensor.contiguous().cpu() for name, tensor in {**tensors, **oracle}.items()}
     staged = path.with_suffix(".part")
@@ -67,7 +75,7 @@ def compare(
             raise ValueError(f"{name}: expected a tensor, got none")
         result = got[name].detach()
         right = oracle[name if adapted or name not in ("y", "dx") else f"frozen.{name}"]
-        if "grad" not in name and result.dtype is not dtype:
+        if name in ("y", "dx") and result.dtype is not dtype:
             raise ValueError(f"{name}: expected {dtype}, got {result.dtype}")
         if name in ("y", "dx") and problem.kind.rows:
             result = result.reshape(-1, result.shape[-1])
@@ -89,10 +97,14 @@ def _worst(values) -> float:
 
 def wanted(problem: Problem, adapted: bool) -> list[str]:
     """Return the names of a call's results."""
+    if not problem.kind.rows:
+        return list(problem.kind.results)
     names = ["y"] if problem.goes_forward else []
     if problem.trains:
         names += ["dx"]
-        names += ["lora_A.grad", "lora_B.grad"] if adapted and problem.kind.lora else []
+        if adapted and problem.kind.lora:
+            names += ["lora_A.grad", "lora_B.grad"]
+            names += ["magnitude.grad"] if problem.kind.dora else []
     return names
 
 
@@ -110,7 +122,7 @@ def nf4_values64(weight: NF4Weight, start: int, stop: int) -> Tensor:
     return nf4_code(device).double()[codes.long()] * absmax[blocks]
 
 
-def _inputs(problem: Problem, seed: int, device: torch.device) -> dict[str, Tensor]:
+def inputs(problem: Problem, seed: int, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     m, n, k, r, dtype = problem.M, problem.N, problem.K, problem.r, getattr(torch, problem.dtype)
     groups = problem.E or 1
@@ -118,13 +130,16 @@ def _inputs(problem: Problem, seed: int, device: torch.device) -> dict[str, Tens
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
+    if problem.op in OWN:
+        return OWN[problem.op].inputs(problem, draw)
     weight = draw(*([groups] if problem.E else []), n, k).div_(k**0.5).to(dtype)
     tensors = {"weight": weight}
     if problem.E:
         ends = torch.tensor(problem.group_sizes).cumsum(0)
         tensors["offsets"] = ends.to(torch.int32).to(device)
     if problem.kind.nf4:
-        packed = peftkern.quantize_nf4(weight)
+        with peftkern.use_backend(None):  # even if the case forces a back end
+            packed = peftkern.quantize_nf4(weight)
         tensors |= packed.state_dict("nf4.")
         with peftkern.use_backend("reference"):
             tensors["weight"] = peftkern.dequantize_nf4(packed, dtype)
@@ -133,12 +148,21 @@ def _inputs(problem: Problem, seed: int, device: torch.device) -> dict[str, Tens
         count = min(m, CHECKED_ROWS)
         tensors["rows"] = torch.linspace(0, m - 1, count, dtype=torch.float64).round().long()
     if problem.kind.lora:
-        tensors["lora_A"] = draw(groups * r, k) / k**0.5
-        tensors["lora_B"] = draw(n, r * groups) * 0.1
+        kind = getattr(torch, problem.adapter_dtype)
+        tensors["lora_A"] = (draw(groups * r, k) / k**0.5).to(kind)
+        tensors["lora_B"] = (draw(n, r * groups) * 0.1).to(kind)
+    if problem.kind.dora:
+        tensors["magnitude"] = weight.float().norm(dim=1) * (1 + 0.1 * draw(n).clamp(-2, 2))
     return tensors
 
 
-def _oracle(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def oracle_of(
+    problem: Problem, tensors: dict[str, Tensor], keep: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Compute a case's results in float64; `keep`: the mask of dropout, where there is any."""
+    if problem.op in OWN:
+        wide = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+        return OWN[problem.op].results(problem, wide)
     if problem.E:
         return _grouped_oracle(problem, tensors)
     n, k, weight = problem.N, problem.K, tensors["weight"]
@@ -149,6 +173,8 @@ def _oracle(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return weight[start:stop].double()
         return nf4_values64(packed, start * k, stop * k).view(-1, k)
 
+    if problem.op == "nf4_quantize":
+        return {"values": weight.double()}
     if not problem.kind.rows:
         return {"y": weight64(0, n)}
     rows = tensors["rows"].to(weight.device)
@@ -164,13 +190,35 @@ def _oracle(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**oracle, "y": y.clone(), "dx": dx.clone()}
     a, b = tensors["lora_A"].double(), tensors["lora_B"].double()
     x, dy = tensors["x"].double(), tensors["dy"].double()
-    s, ds = SCALING * (x @ a.T), SCALING * (dy @ b)
+    if problem.kind.dora:
+        # Every provider computes with the values in its own dtype.
+        return oracle | _dora_oracle(tensors, weight.double(), rows)
+    factor = 1.0 if keep is None else keep.double() / (1.0 - problem.dropout)
+    dropped = x * factor
+    s, ds = SCALING * (dropped @ a.T), SCALING * (dy @ b)
     return {
         **oracle,
         "y": y + s[rows] @ b.T,
-        "dx": dx + ds[rows] @ a,
-        "lora_A.grad": ds.T @ x,
+        "dx": dx + ((ds @ a) * factor)[rows],
+        "lora_A.grad": ds.T @ dropped,
         "lora_B.grad": dy.T @ s,
+    }
+
+
+def _dora_oracle(tensors: dict[str, Tensor], weight: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    """Compute DoRA, whose norm is a constant to the gradients, as in PEFT."""
+    names = ("lora_A", "lora_B", "magnitude", "x", "dy")
+    a, b, magnitude, x, dy = (tensors[name].double() for name in names)
+    total = weight + SCALING * b @ a
+    norm = torch.linalg.norm(total, dim=1)
+    z, scaled = x @ total.T, dy * (magnitude / norm)
+    ds = SCALING * scaled @ b
+    return {
+        "y": z[rows] * (magnitude / norm),
+        "dx": scaled[rows] @ total,
+        "lora_A.grad": ds.T @ x,
+        "lora_B.grad": SCALING * scaled.T @ (x @ a.T),
+        "magnitude.grad": (dy * z).sum(0) / norm,
     }
 
 
@@ -225,28 +273,45 @@ def grouped_update(problem: Problem, x: Tensor, tensors: dict[str, Tensor]) -> T
 
 def _eager(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Run the op in plain torch and its own dtypes, as PEFT writes it."""
+    if problem.op in OWN:
+        return OWN[problem.op].results(problem, tensors)
+    if problem.op == "nf4_quantize":
+        with peftkern.use_backend("reference"):
+            return {"values": quantized_values(peftkern.quantize_nf4(tensors["weight"]))}
     if not problem.kind.rows:
         return {"y": tensors["weight"]}
-    leaves = {name: tensors[name].clone().requires_grad_() for name in _leaves(problem)}
-    y = (
-        _eager_grouped(problem, tensors, leaves)
-        if problem.E
-        else _eager_linear(
-            leaves["x"], tensors["weight"], leaves.get("lora_A"), leaves.get("lora_B")
-        )
-    )
+    names = ("lora_A", "lora_B", *(["magnitude"] if problem.kind.dora else []))
+    names = ("x", *(names if problem.kind.lora else ()))
+    leaves = {name: tensors[name].clone().requires_grad_() for name in names}
+    adapter = {name: leaf for name, leaf in leaves.items() if name != "x"}
+    if problem.E:
+        y = _eager_grouped(problem, tensors, leaves)
+    else:
+        y = _eager_linear(leaves["x"], tensors["weight"], *adapter.values())
     gradients = torch.autograd.grad(y, list(leaves.values()), tensors["dy"])
     names = wanted(dataclasses.replace(problem, mode="full"), adapted=True)
     return dict(zip(names, (y.detach(), *gradients), strict=True))
 
 
-def _leaves(problem: Problem) -> tuple[str, ...]:
-    return ("x", "lora_A", "lora_B") if problem.kind.lora else ("x",)
+def quantized_values(weight: NF4Weight) -> Tensor:
+    return peftkern.dequantize_nf4(weight, torch.float32)
 
 
-def _eager_linear(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+def _eager_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    magnitude: Tensor | None = None,
+) -> Tensor:
     y = F.linear(x, weight)
-    return y if a is None else (y + F.linear(F.linear(x.float(), a), b) * SCALING).to(x.dtype)
+    if a is None:
+        return y
+    update = F.linear(F.linear(x.to(a.dtype), a), b) * SCALING
+    if magnitude is None:
+        return (y + update).to(x.dtype)
+    norm = (weight.to(a.dtype) + SCALING * b @ a).norm(dim=1).detach()
+    return ((y + update) * (magnitude / norm)).to(x.dtype)
 
 
 def _eager_grouped(problem: Problem, tensors: dict[str, Tensor], leaves: dict[str, Tensor]):

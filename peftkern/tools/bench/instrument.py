@@ -10,18 +10,16 @@ reached are named.
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO
 from peftkern.tools.bench import machine
 from peftkern.tools.bench.cases import OPS, Problem, available_memory
 from peftkern.tools.bench.processes import (
@@ -32,10 +30,10 @@ from peftkern.tools.bench.processes import (
     ask_all,
 )
 from peftkern.tools.bench.providers import provider
-from peftkern.tools.bench.record import FORMAT, OURS, Record
+from peftkern.tools.bench.record import OURS, Record
 from peftkern.tools.bench.record import Case as CaseRow
-from peftkern.tools.bench.record import Provider as ProviderRow
-from peftkern.tools.bench.timer import MIN_SAMPLES, Timing, pin_threads
+from peftkern.tools.bench.rows import Row, case_record, new_record
+from peftkern.tools.bench.timer import MIN_SAMPLES, in_turns, pin_threads
 from peftkern.tools.bench.worker import REFEREE
 
 TURN_SECONDS = 0.05
@@ -47,46 +45,6 @@ GRACE = 1.0  # seconds after the budget for a turn to end
 MOST_STARTS = 2  # of a provider's process, the first among them
 
 Tick = Callable[[str, float], None]
-
-
-@dataclass
-class Row:
-    """State of one provider in one case."""
-
-    error_rms: float | None = None
-    error_max: float | None = None
-    wrong: str | None = None
-    failed: str | None = None
-    note: str | None = None
-    peak_bytes: int | None = None
-    samples: list[float] = field(default_factory=list)
-    unfinished: bool = False  # the budget ended before it had enough calls
-
-    def record(self, label: str, work: tuple[int, int], floor: float) -> ProviderRow:
-        good = self.wrong is None and self.failed is None
-        timing = Timing(tuple(self.samples)) if good and self.samples else None
-        median = timing.median if timing else None
-        return {
-            "label": label,
-            "median_ms": median * 1e3 if timing else None,
-            "p20_ms": timing.quantile(0.2) * 1e3 if timing else None,
-            "p80_ms": timing.quantile(0.8) * 1e3 if timing else None,
-            "samples_ms": [round(s * 1e3, 5) for s in timing.samples] if timing else [],
-            "error_rms": _finite(self.error_rms),
-            "error_max": _finite(self.error_max),
-            "wrong": self.wrong,
-            "failed": self.failed,
-            "note": self.note,
-            "peak_bytes": self.peak_bytes if good else None,
-            "gb_s": work[0] / median / 1e9 if timing else None,
-            "tflop_s": work[1] / median / 1e12 if timing and work[1] else None,
-            "share_of_roof": floor / median if timing else None,
-        }
-
-
-def _finite(value: float | None) -> float | None:
-    """Replace NaN, which JSON lacks, by None; `wrong` reports it."""
-    return value if value is None or math.isfinite(value) else None
 
 
 class Bench:
@@ -164,19 +122,16 @@ class Bench:
                 break
             overhead += (before_clock - overhead) / (len(cases) + 1)
             cases.append(self._record(problem, rows, roof))
-        return {
-            "format": FORMAT,
-            "command": "",
-            "device": self.device,
-            "seed": self.seed,
-            "budget_s": self.budget,
-            "elapsed_s": time.monotonic() - self.started,
-            "environment": self.environment,
-            "roof": roof,
-            "cases": cases,
-            "not_reached": [problem.name for problem in left],
-            "not_installed": {},
-        }
+        return new_record(
+            self.environment,
+            roof,
+            device=self.device,
+            seed=self.seed,
+            budget_s=self.budget,
+            elapsed_s=time.monotonic() - self.started,
+            cases=cases,
+            not_reached=[problem.name for problem in left],
+        )
 
     def _no_ceilings(self, why: str) -> WorkerError:
         if time.monotonic() >= self.deadline:
@@ -237,8 +192,11 @@ class Bench:
         if time.monotonic() >= self.deadline:
             return None, 0.0
         for name, answer in answers.items():
-            self._judge(problem, rows[name], answer, eager if name == OURS else None)
-        right = [name for name in names if rows[name].failed is None and rows[name].wrong is None]
+            row = rows[name]
+            row.error_rms, row.error_max, row.note = (answer[k] for k in ("rms", "max", "note"))
+            bound = (eager["rms"], eager["max"]) if name == OURS else None
+            row.judge(getattr(torch, problem.dtype), bound, problem.kind.peer_wrong)
+        right = [name for name in names if rows[name].good]
         for name in right:
             self._peak(name, rows[name])
         before_clock = time.monotonic() - began
@@ -260,19 +218,6 @@ class Bench:
             if isinstance(error, WorkerGoneError):
                 self._stopped(name, error, for_good=isinstance(error, WorkerSlowError))
 
-    @staticmethod
-    def _judge(problem: Problem, row: Row, answer: dict, eager: dict | None) -> None:
-        """Mark wrong results: ours by the rule of the tests, a peer by the wider PEER_WRONG."""
-        row.error_rms, row.error_max, row.note = (answer[key] for key in ("rms", "max", "note"))
-        dtype = getattr(torch, problem.dtype)
-        rms, top = PEER_WRONG, math.inf
-        if eager is not None:
-            rms = RATIO * eager["rms"] + FLOOR_RMS[dtype]
-            top = RATIO * eager["max"] + FLOOR_MAX[dtype]
-        if not (row.error_rms <= rms and row.error_max <= top):  # NaN is wrong too
-            row.wrong = f"error {row.error_rms:.2g} rms, {row.error_max:.2g} max; bound {rms:.2g}"
-            row.wrong += f" rms, {top:.2g} max" if eager is not None else " rms"
-
     def _peak(self, name: str, row: Row) -> None:
         try:
             deadline = min(time.monotonic() + SLOWEST_CALL, self.deadline + GRACE)
@@ -288,44 +233,37 @@ class Bench:
         until: float,
         tick: Callable[[str, float], None],
     ) -> None:
-        """Take turns in shuffled order until each has its seconds, or the case's slot is over."""
-        order = [name for name in right if rows[name].failed is None]
+        """Take turns until each has its seconds, or the case's slot is over."""
         began = time.monotonic()
 
-        def wanting(name: str) -> bool:
-            samples = rows[name].samples
-            return rows[name].failed is None and (
-                len(samples) < MIN_SAMPLES or sum(samples) < self.seconds
-            )
-
-        def short(name: str) -> bool:
-            return rows[name].failed is None and len(rows[name].samples) < MIN_SAMPLES
-
-        while any(map(wanting, order)):
+        def over(short: bool) -> bool:
             now = time.monotonic()
-            if now >= self.deadline or (now >= until and not any(map(short, order))):
-                break
+            return now >= self.deadline or (now >= until and not short)
+
+        def turn(name: str) -> list[float] | None:
+            now, row = time.monotonic(), rows[name]
+            if now >= self.deadline:
+                return []
             tick("measuring", min(1.0, (now - began) / max(1e-9, until - began)))
-            self.shuffle.shuffle(order)
-            for name in order:
-                row = rows[name]
-                if row.failed is not None or time.monotonic() >= self.deadline:
-                    continue
-                limit = min(time.monotonic() + SLOWEST_CALL, self.deadline + GRACE)
-                try:
-                    answer = self.processes[name].ask(
-                        limit, "being measured", "run", seconds=TURN_SECONDS
-                    )
-                except WorkerError as error:
-                    self._note_failures(rows, {name: error})
-                    row.unfinished = time.monotonic() >= self.deadline
-                    continue
-                row.samples += answer["samples"]
-                time.sleep(SETTLE_SECONDS)
-        for name in filter(short, order):
-            got = len(rows[name].samples)
-            rows[name].failed = f"only {got} of {MIN_SAMPLES} calls within the budget"
-            rows[name].unfinished = True
+            limit = min(now + SLOWEST_CALL, self.deadline + GRACE)
+            asked = {"seconds": TURN_SECONDS}
+            try:
+                answer = self.processes[name].ask(limit, "being measured", "run", **asked)
+            except WorkerError as error:
+                self._note_failures(rows, {name: error})
+                row.unfinished = time.monotonic() >= self.deadline
+                return None
+            time.sleep(SETTLE_SECONDS)
+            return answer["samples"]
+
+        turns = {n: functools.partial(turn, n) for n in right if rows[n].failed is None}
+        timings = in_turns(turns, seconds=self.seconds, over=over, shuffle=self.shuffle)
+        for name, timing in timings.items():
+            row, got = rows[name], len(timing.samples)
+            row.samples = list(timing.samples)
+            if row.failed is None and got < MIN_SAMPLES:
+                row.failed = f"only {got} of {MIN_SAMPLES} calls within the budget"
+                row.unfinished = True
 
     def _rotation(self, workers: int) -> int:
         """Return bytes of weights that each process cycles through. On a CPU all of them together
@@ -339,27 +277,17 @@ class Bench:
         return least if free is None else min(least, free // (3 * workers))
 
     def _record(self, problem: Problem, rows: dict[str, Row], roof: dict) -> CaseRow:
-        work = problem.work()
-        floor = max(work[0] / roof["copy"], work[1] / roof[problem.dtype])
-        providers = {
-            name: row.record(provider_labels(name)[problem.op], work, floor)
-            for name, row in rows.items()
-        }
-        good = [n for n, row in rows.items() if row.wrong is None and row.failed is None]
-        against = [name for name in problem.kind.against if name in good]
-        against += [name for name in good if name != OURS and name not in against]
-        facts = problem.as_dict()
-        del facts["E"]  # the shape tells
-        return {
-            "name": problem.name,
-            **facts,
-            "bytes": work[0],
-            "flops": work[1],
-            "floor_ms": floor * 1e3,
-            "against": against[0] if against else None,
-            "command": self.commands(problem),
-            "providers": providers,
-        }
+        facts = problem.facts()
+        labels = {name: provider_labels(name)[problem.op] for name in rows}
+        return case_record(
+            {"name": problem.name, **facts},
+            rows,
+            work=problem.work(),
+            roof=roof,
+            labels=labels,
+            against=problem.kind.against,
+            command=self.commands(problem),
+        )
 
 
 def provider_labels(name: str) -> dict[str, str]:

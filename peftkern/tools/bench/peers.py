@@ -6,7 +6,6 @@ meets the same weight twice in a row. All copies hold the same numbers.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
@@ -23,7 +22,7 @@ import peftkern
 from peftkern.backends.dropout import philox_keep
 from peftkern.functional.arguments import draw_keep
 from peftkern.layers import NF4Linear
-from peftkern.tools.bench.base_layers import linear, linear4bit
+from peftkern.tools.bench.base_layers import linear, linear4bit, prequantized
 from peftkern.tools.bench.cases import SCALING, Problem
 from peftkern.tools.bench.data import grouped_mm, nf4_values64
 
@@ -61,6 +60,18 @@ def nf4_linear(weight: Tensor) -> nn.Module:
         return NF4Linear.from_linear(linear(weight))
 
 
+def nf4_layer(weight: peftkern.NF4Weight, bias: nn.Parameter | None = None) -> nn.Module:
+    """Build bitsandbytes' layer over this weight, or ours where bitsandbytes does not run."""
+    if bitsandbytes_missing(weight.device) is not None:
+        return NF4Linear._from_nf4(weight, bias, True)
+    state = weight.state_dict()
+    packed = state.pop("weight")
+    stats = {name.removeprefix("weight."): tensor for name, tensor in state.items()}
+    layer = prequantized(packed, stats, weight.shape, weight.dtype)
+    layer.bias = bias
+    return layer
+
+
 def lora_pool(
     layer: nn.Module,
     copies: int,
@@ -71,14 +82,15 @@ def lora_pool(
     dropout: float = 0.0,
     adapter_dtype: torch.dtype = torch.float32,
     adapters: tuple[Tensor, Tensor] | None = None,
+    magnitude: Tensor | None = None,
     use_dora: bool = False,
 ) -> list:
     """Build PEFT's LoRA layers over copies of `layer`; fp32 adapters by default, B not zero.
 
-    `adapters`: A and B, drawn if not given.
+    `adapters`: A and B, drawn if not given; `magnitude`: of DoRA.
     """
     torch.manual_seed(1)
-    kind = {"lora_dropout": dropout, "use_dora": use_dora}
+    kind = {"lora_dropout": dropout, "use_dora": use_dora or magnitude is not None}
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=r"layers\.\d+", **kind)
     model = get_peft_model(Layers([copy.deepcopy(layer) for _ in range(copies)]), config)
     if patched:
@@ -95,8 +107,16 @@ def lora_pool(
         for member in pool:
             for part, new in zip((member.lora_A, member.lora_B), adapters, strict=True):
                 part["default"].to(adapter_dtype).weight.copy_(new)
+            if magnitude is not None:
+                member.lora_magnitude_vector["default"].weight.copy_(magnitude)
     model.train(train)
     return pool
+
+
+def adapter_of(layer: nn.Module) -> tuple[Tensor, ...]:
+    """Return the trained parameters of PEFT's layer: A, B, and DoRA's magnitude."""
+    groups = (layer.lora_A, layer.lora_B, getattr(layer, "lora_magnitude_vector", {}))
+    return tuple(group["default"].weight for group in groups if "default" in group)
 
 
 class Experts(nn.Module):
@@ -131,51 +151,16 @@ def compiled(layers: list[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
     return [functools.partial(run, layer) for layer in layers]
 
 
-def forward(layers: list, xs: list[Tensor], autocast: bool = False) -> Callable[[int], Tensor]:
-    @torch.no_grad()
-    def call(i: int) -> Tensor:
-        x = xs[i % len(xs)]
-        with _autocast(x, autocast):
-            return layers[i % len(layers)](x)
-
-    return call
-
-
-def forward_backward(
-    layers: list, xs: list[Tensor], dy: Tensor, modules: list | None = None, autocast: bool = False
-) -> Callable[[int], tuple[Tensor, ...]]:
-    """Return a call for the output and the gradients of x and of both adapters, as in training.
-
-    `modules`: the owners of the adapters, where the layers are functions of them.
-    """
-    modules = layers if modules is None else modules
-
-    def call(i: int) -> tuple[Tensor, ...]:
-        module, x = modules[i % len(modules)], xs[i % len(xs)]
-        with _autocast(x, autocast):
-            y = layers[i % len(layers)](x)
-        wanted = [x]
-        if hasattr(module, "lora_A"):
-            wanted += [module.lora_A["default"].weight, module.lora_B["default"].weight]
-        return y.detach(), *torch.autograd.grad(y, wanted, dy)
-
-    return call
-
-
-def _autocast(x: Tensor, wanted: bool) -> contextlib.AbstractContextManager:
-    return torch.autocast(x.device.type, x.dtype) if wanted else contextlib.nullcontext()
-
-
-def kept(x: Tensor, dropout: float, patched: bool, adapter_dtype: torch.dtype) -> Tensor | None:
+def kept(x: Tensor, problem: Problem, patched: bool) -> Tensor:
     """Return the mask of dropout in the first call after torch.manual_seed(SEED)."""
-    if dropout == 0.0:
-        return None
     torch.manual_seed(SEED)
-    x = x.detach()
     if patched:
-        keep = draw_keep(x, dropout)
-        return keep if keep.dtype is torch.bool else philox_keep(keep, *x.shape, dropout)
-    return F.dropout(torch.ones_like(x, dtype=adapter_dtype), dropout) != 0
+        keep = draw_keep(x, problem.dropout)
+        if keep.dtype is torch.bool:
+            return keep
+        return philox_keep(keep, *x.shape, problem.dropout)
+    ones = torch.ones_like(x, dtype=getattr(torch, problem.adapter_dtype))
+    return F.dropout(ones, problem.dropout) != 0
 
 
 def nf4_weight64(layer: nn.Module) -> Tensor:
@@ -184,29 +169,3 @@ def nf4_weight64(layer: nn.Module) -> Tensor:
     if weight is None:
         weight = peftkern.NF4Weight.from_bitsandbytes(layer.weight)
     return nf4_values64(weight, 0, weight.numel).view(weight.shape)
-
-
-def lora_oracle(
-    x: Tensor,
-    weight64: Tensor,
-    layer: nn.Module | None,
-    dy: Tensor | None,
-    keep: Tensor | None = None,
-    dropout: float = 0.0,
-) -> tuple[Tensor, ...]:
-    """Compute `forward` (no dy) or `forward_backward` in float64; no layer: no LoRA."""
-    x = x.detach().double()
-    y = x @ weight64.T
-    dy = None if dy is None else dy.double()
-    if layer is None:
-        return (y,) if dy is None else (y, dy @ weight64)
-    factor = 1.0 if keep is None else keep.double() / (1.0 - dropout)
-    a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
-    scaling = layer.scaling["default"]
-    dropped = x * factor
-    s = scaling * (dropped @ a.T)
-    y += s @ b.T
-    if dy is None:
-        return (y,)
-    ds = scaling * (dy @ b)
-    return y, dy @ weight64 + (ds @ a) * factor, ds.T @ dropped, dy.T @ s

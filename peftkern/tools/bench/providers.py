@@ -12,37 +12,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.tools.bench.base_layers import linear, prequantized
+from peftkern.functional.dora import dora_linear
+from peftkern.tools.bench import rosa
+from peftkern.tools.bench.base_layers import Layer, Tensors, has, linear, prequantized
 from peftkern.tools.bench.cases import OPS, SCALING, Problem
-from peftkern.tools.bench.data import by_group, grouped_mm, grouped_update
+from peftkern.tools.bench.data import OWN, by_group, grouped_mm, grouped_update, quantized_values
 from peftkern.tools.bench.record import OURS
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Layer of a provider: `run(x)`, or `run()`; `adapter`: leaves lora_A and lora_B, or ()."""
-
-    run: Callable[..., Tensor]
-    adapter: tuple[Tensor, ...] = ()
-
-
-def has(package: str) -> bool:
-    """Return whether a package is installed; a folder of that name is not enough."""
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None
-
 
 Build = Callable[[Problem, Tensors, int], list[Layer]]
 
@@ -57,6 +41,7 @@ class Provider:
     packages: tuple[str, ...] = ()
     adapted: bool = True
     over_peft: bool = True  # its layers are PEFT's where there is PEFT
+    dense: bool = False  # its weight is dense where the op's is packed
     in_auto: bool = True
     on_cpu: bool = True
 
@@ -70,14 +55,18 @@ class Provider:
 
 def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     """Build PEFT's layers after `peftkern.patch`; without PEFT the public functions."""
+    if problem.op in OWN:
+        return OWN[problem.op].ours(problem, tensors, copies)
+    if problem.op == "nf4_quantize":
+        return quantizers()[0](problem, tensors, copies)
     if not problem.kind.rows:
-        weights = _packed(tensors, copies)
+        weights = packed(tensors, copies)
         dtype = getattr(torch, problem.dtype)
         return [Layer(lambda w=w: peftkern.dequantize_nf4(w, dtype)) for w in weights]
     if problem.E:
         return _grouped(problem, tensors, copies, _grouped_ours)
     if not problem.kind.lora:
-        return [Layer(lambda x, w=w: peftkern.nf4_linear(x, w)) for w in _packed(tensors, copies)]
+        return [Layer(lambda x, w=w: peftkern.nf4_linear(x, w)) for w in packed(tensors, copies)]
     if not has("peft"):
         return _functional(problem, tensors, copies)
     from peftkern.tools.bench.peers import bitsandbytes_missing
@@ -85,20 +74,62 @@ def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     if not problem.kind.nf4:
         base = linear(tensors["weight"])
     elif bitsandbytes_missing(tensors["weight"].device):
-        base = peftkern.layers.NF4Linear._from_nf4(_packed(tensors, 1)[0], None, True)
+        base = peftkern.layers.NF4Linear._from_nf4(packed(tensors, 1)[0], None, True)
     else:
         base = _bitsandbytes_layer(tensors)
     return _peft(base, problem, tensors, copies, patched=True)
 
 
+def quantizers(double_quant: bool = True) -> tuple[Build, Build]:
+    """Return the functions of peftkern and of bitsandbytes for the op nf4_quantize."""
+
+    def build(call: Callable[[Tensor], object], values: Callable[[object], Tensor]) -> Build:
+        def layers(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+            return [
+                Layer(lambda w=w: call(w), collect=lambda got: {"values": values(got)})
+                for w in _clones(tensors["weight"], copies)
+            ]
+
+        return layers
+
+    def theirs(weight: Tensor) -> tuple:
+        from bitsandbytes.functional import quantize_4bit
+
+        return quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
+
+    def their_values(pair: tuple) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(*pair)
+
+    def ours(weight: Tensor) -> peftkern.NF4Weight:
+        return peftkern.quantize_nf4(weight, double_quant=double_quant)
+
+    return build(ours, quantized_values), build(theirs, their_values)
+
+
 def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    if problem.kind.dora:
+        return _functional_dora(problem, tensors, copies)
     nf4 = problem.kind.nf4
     call = peftkern.nf4_lora_linear if nf4 else peftkern.lora_linear
-    weights = _packed(tensors, copies) if nf4 else _clones(tensors["weight"], copies)
+    weights = packed(tensors, copies) if nf4 else _clones(tensors["weight"], copies)
 
     def layer(weight) -> Layer:
         a, b = (tensors[name].clone().requires_grad_() for name in ("lora_A", "lora_B"))
         return Layer(lambda x: call(x, weight, a, b, scaling=SCALING), (a, b))
+
+    return [layer(weight) for weight in weights]
+
+
+def _functional_dora(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    nf4 = problem.kind.nf4
+    weights = packed(tensors, copies) if nf4 else _clones(tensors["weight"], copies)
+
+    def layer(weight) -> Layer:
+        names = ("lora_A", "lora_B", "magnitude")
+        leaves = tuple(tensors[name].clone().requires_grad_() for name in names)
+        return Layer(lambda x: dora_linear(x, weight, *leaves, scaling=SCALING), leaves)
 
     return [layer(weight) for weight in weights]
 
@@ -125,9 +156,14 @@ def _three_grouped_mm(problem: Problem, x: Tensor, own: Tensors) -> Tensor:
     return y + grouped_update(problem, x, own)
 
 
-def composed(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+def grouped_products(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     """Build the layer of three grouped products, as anyone can write it."""
     return _grouped(problem, tensors, copies, _three_grouped_mm)
+
+
+def composed(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    """Build what torch's own operators do best."""
+    return OWN[problem.op].composed(problem, tensors, copies)
 
 
 def frozen(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
@@ -139,6 +175,8 @@ def frozen(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
 
 
 def peft(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    if problem.op in OWN:
+        return OWN[problem.op].peft(problem, tensors, copies)
     if problem.E:
         from peftkern.tools.bench import peers
 
@@ -150,6 +188,8 @@ def peft(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
 
 
 def bitsandbytes(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+    if problem.op == "nf4_quantize":
+        return quantizers()[1](problem, tensors, copies)
     if not problem.kind.rows:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -183,36 +223,56 @@ def unsloth(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     return [Layer(through(layer.run), layer.adapter) for layer in layers]
 
 
-def plain(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    """Build the op in plain torch: the reference of the tests."""
-    dtype = getattr(torch, problem.dtype)
+def on_backend(name: str, build: Build = ours) -> Build:
+    """Return the function of a provider whose layers run on one back end."""
 
-    def run(w: peftkern.NF4Weight) -> Tensor:
-        with peftkern.use_backend("reference"):
-            return peftkern.dequantize_nf4(w, dtype)
+    def forced(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+        def over(run: Callable) -> Callable:
+            def call(*given: Tensor) -> object:
+                with peftkern.use_backend(name):
+                    return run(*given)
 
-    return [Layer(lambda w=w: run(w)) for w in _packed(tensors, copies)]
+            return call
+
+        return [replace(one, run=over(one.run)) for one in build(problem, tensors, copies)]
+
+    return forced
 
 
+OVER_BITSANDBYTES = ("nf4_lora_linear", "nf4_dora_linear")
 PROVIDERS = {
     OURS: Provider(ours, dict.fromkeys(OPS, OURS)),
     "frozen": Provider(
         frozen,
         dict.fromkeys(("nf4_lora_linear", "lora_linear"), "linear without LoRA")
+        | dict.fromkeys(("dora_linear", "nf4_dora_linear"), "linear without DoRA")
         | {"nf4_linear": "dense linear", "grouped_linear": "grouped_mm without LoRA"},
         adapted=False,
         over_peft=False,
+        dense=True,
     ),
     "peft": Provider(
         peft,
-        {"lora_linear": "peft", "nf4_lora_linear": "peft, dense weight", "grouped_linear": "peft"},
+        dict.fromkeys(("lora_linear", "grouped_linear", "dora_linear"), "peft")
+        | dict.fromkeys(("adalora_update", "adalora_orthogonality"), "peft")
+        | {"nf4_lora_linear": "peft, dense weight"},
         ("peft",),
+        dense=True,
     ),
-    "grouped_mm": Provider(composed, {"grouped_linear": "three grouped_mm"}, over_peft=False),
+    "grouped_mm": Provider(
+        grouped_products, {"grouped_linear": "three grouped_mm"}, over_peft=False
+    ),
+    "composed": Provider(
+        composed,
+        rosa.DENSE
+        | dict.fromkeys(("low_rank_svd", "low_rank_svdvals"), "torch QR+QR+SVD")
+        | {"adalora_update": "foreach"},
+        over_peft=False,
+    ),
     "bitsandbytes": Provider(
         bitsandbytes,
-        dict.fromkeys(("nf4_linear", "nf4_dequantize"), "bitsandbytes")
-        | ({"nf4_lora_linear": "peft+bitsandbytes"} if has("peft") else {}),
+        dict.fromkeys(("nf4_linear", "nf4_dequantize", "nf4_quantize"), "bitsandbytes")
+        | dict.fromkeys(OVER_BITSANDBYTES if has("peft") else (), "peft+bitsandbytes"),
         ("bitsandbytes",),
     ),
     "compile": Provider(
@@ -222,7 +282,10 @@ PROVIDERS = {
         ("peft",),
     ),
     "torch": Provider(
-        plain, {"nf4_dequantize": "plain torch"}, over_peft=False, in_auto=False
+        on_backend("reference"),
+        dict.fromkeys(("nf4_dequantize", "nf4_quantize"), "plain torch"),
+        over_peft=False,
+        in_auto=False,
     ),  # a peer that no user has would only flatter us
     "unsloth": Provider(
         unsloth,
@@ -286,7 +349,7 @@ def _clones(tensor: Tensor, copies: int) -> list[Tensor]:
     return [tensor.clone() for _ in range(copies)]
 
 
-def _packed(tensors: Tensors, copies: int) -> list[peftkern.NF4Weight]:
+def packed(tensors: Tensors, copies: int) -> list[peftkern.NF4Weight]:
     def clone() -> peftkern.NF4Weight:
         pieces = {name: t.clone() for name, t in tensors.items() if name.startswith("nf4.")}
         return peftkern.NF4Weight.from_state_dict(pieces, "nf4.")
@@ -313,8 +376,9 @@ def _peft(
         r=problem.r,
         patched=patched,
         train=problem.mode != "no-grad",
+        dropout=problem.dropout,
+        adapter_dtype=getattr(torch, problem.adapter_dtype),
         adapters=(tensors["lora_A"], tensors["lora_B"]),
+        magnitude=tensors.get("magnitude"),
     )
-    return [
-        Layer(one, (one.lora_A["default"].weight, one.lora_B["default"].weight)) for one in pool
-    ]
+    return [Layer(one, peers.adapter_of(one)) for one in pool]

@@ -1,8 +1,9 @@
-"""Format of `peftkern bench --json`, field by field; files are checked against it.
+"""Format of `peftkern bench --json` and of bench/results, field by field; files are checked.
 
-A record is plain JSON. Every field is always there; what was not measured or does not apply is
-null. Units are in the names: `_ms` milliseconds, `_s` seconds, `_bytes` bytes, `gb_s` 1e9 bytes per
-second, `tflop_s` 1e12 floating-point operations per second.
+A record is plain JSON. Every field is always written; what was not measured or does not apply is
+null. Those of the classes named `Later...` may be missing in files of earlier versions. Units are
+in the names: `_ms` milliseconds, `_s` seconds, `_bytes` bytes, `gb_s` 1e9 bytes per second,
+`tflop_s` 1e12 floating-point operations per second.
 
 A cell is good if `wrong` and `failed` are null. Only then are there times, and what follows from
 them; with mode "memory" there is `peak_bytes` alone. Ratios are not stored: they are
@@ -21,36 +22,64 @@ FORMAT = "peftkern bench 1"
 OURS = "peftkern"
 
 
-class Provider(TypedDict):
+class LaterProvider(TypedDict, total=False):
+    planned_bytes: int | None  # what `peftkern plan` predicts in the place of peak_bytes
+    tokens_s: float | None  # of a training step: the case's tokens over the median
+    held_bytes: int | None  # in it: by torch's allocator on a GPU, else by the whole process
+    launches: int | None  # kernels of a call, on a GPU
+    kernels: list[str] | None  # their names
+    graph_ms: float | None  # median of a call in a replayed CUDA graph: without launches
+    no_graph: str | None  # why it was not captured
+
+
+class Provider(LaterProvider):
     """Results of one implementation in one case."""
 
     label: str  # for people: "peft+bitsandbytes"
     median_ms: float | None  # of one call
     p20_ms: float | None
     p80_ms: float | None
-    samples_ms: list[float]  # every counted call, in the order in which they were made
+    samples_ms: list[float]  # counted calls in their order, at most 200 spread over the run
     error_rms: float | None  # of the worst of its results, relative to the float64 oracle
     error_max: float | None  # largest difference over the oracle's largest value
     wrong: str | None  # why its result is wrong: "error 0.3 rms, 0.9 max; bound 0.0049 rms, ..."
     failed: str | None  # the first line of its error: it crashed, hung, or took too long
-    note: str | None  # that it fell back, and why
+    note: str | None  # that it fell back, and why; why launches or memory were not measured
     peak_bytes: int | None  # peak of a call beyond the bytes allocated before it
     gb_s: float | None  # the case's counted bytes over the median
     tflop_s: float | None  # the case's counted operations over the median
     share_of_roof: float | None  # the case's floor_ms over the median; 1 is the roof
 
 
-class Case(TypedDict):
+class Target(TypedDict):
+    """What a case of bench/ should reach: a ratio to a peer, or a number of launches."""
+
+    peer: str | None
+    at_least: float | None  # the peer's time over ours
+    launches_at_most: int | None
+    measured: float | None
+    met: bool
+
+
+class LaterCase(TypedDict, total=False):
+    tokens: int | None  # of a training step
+    said: list[str]  # of a training step: what was built, and how its losses compare
+    targets: list[Target]
+    served: dict[str, int]  # "op on back end" -> our calls that it took; of bench/ alone
+    fell_back: dict[str, int]  # "op: reason" -> our calls that went to others
+
+
+class Case(LaterCase):
     """One problem; every provider has the same weights, adapters and inputs."""
 
     name: str  # unique in a record: "lora_linear/llama3-8b-q_proj/M256/r16/bfloat16/full"
-    op: str  # one of cases.OPS
+    op: str  # one of cases.OPS, "training_step", or the stem of a script of bench/
     shape: str  # "llama3-8b-q_proj", or "256x4096x4096" as it was given
-    M: int | None  # rows of x; null where an op has none (nf4_dequantize)
-    N: int  # rows of the weight
-    K: int  # columns of the weight
+    M: int | None  # rows of x, tokens of a step; null where an op has none (nf4_dequantize)
+    N: int | None  # rows of the weight; null for a whole model
+    K: int | None  # columns of the weight
     r: int | None  # LoRA rank; null where an op has none
-    dtype: Literal["bfloat16", "float16", "float32"]  # of x and of the dense weight
+    dtype: Literal["bfloat16", "float16", "float32", "float64"]  # of x and of the dense weight
     mode: str  # "forward", "backward", "full", "no-grad", "memory"
     bytes: int  # lower bound of the traffic: each operand and result once
     flops: int  # lower bound of the operations
@@ -97,14 +126,21 @@ class Environment(TypedDict):
     variables: dict[str, str]  # of the environment: those set that change what is measured
 
 
-class Record(TypedDict):
+class LaterRecord(TypedDict, total=False):
+    bench: str | None  # the stem of a script of bench/; null of the command
+    options: dict[str, int]  # sizes that a script's cases share: n, k, r, rotate
+    failed: dict[str, str]  # case -> why it has no results at all
+    answers: list[dict]  # findings of questions without peers: {"name", ...}
+
+
+class Record(LaterRecord):
     """Record of a run."""
 
     format: str  # FORMAT
     command: str  # as typed
     device: str  # "cpu" or "cuda"
     seed: int
-    budget_s: float
+    budget_s: float | None
     elapsed_s: float
     environment: Environment
     roof: Roof
@@ -148,15 +184,13 @@ def check(record: object) -> None:
     _check_field("record", record, Record)
     if not record["environment"]["load_average"]:
         raise ValueError("record.environment.load_average: empty")
-    if record["cases"] and "copy" not in record["roof"]:
-        raise ValueError("record.roof.copy: missing")
     for number, case in enumerate(record["cases"]):
         where = f"record.cases[{number}]"
         for field, key in (("against", case["against"] or OURS), ("providers", OURS)):
             if key not in case["providers"]:
                 raise ValueError(f"{where}.{field}: there is no provider {key!r}")
-        for key in ("copy", case["dtype"]):
-            if not record["roof"].get(key):
+        for key, amount in (("copy", case["bytes"]), (case["dtype"], case["flops"])):
+            if amount and not record["roof"].get(key):
                 raise ValueError(f"record.roof.{key}: missing, for {where}")
         for name, row in case["providers"].items():
             times = [row[key] for key in ("median_ms", "p20_ms", "p80_ms")]
@@ -187,6 +221,8 @@ def _check_field(where: str, value: Any, kind: Any) -> None:
         _expect(where, value, isinstance(value, dict), "an object")
         for name, one in value.items():
             _check_field(f"{where}[{name!r}]", one, get_args(kind)[1])
+    elif kind is dict:
+        _expect(where, value, isinstance(value, dict), "an object")
     elif get_origin(kind) is Literal:
         accepted = get_args(kind)
         _expect(where, value, value in accepted, f"one of {', '.join(accepted)}")

@@ -1,24 +1,23 @@
-"""Figures of the HTML report: bars of speed-ups, roofline, times over M and over r."""
+"""Figures of the HTML report: speed-ups, roofline, times over M and r, memory, samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from matplotlib.figure import Figure
 
-from peftkern.tools.bench import charts
-from peftkern.tools.bench.charts import Point, Series
-from peftkern.tools.bench.markup import Markup, join, tag
+from peftkern.tools import charts
+from peftkern.tools.bench.compare import Change
+from peftkern.tools.bench.names import about, people, times
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
-from peftkern.tools.bench.terminal import SHORT, copies, is_bound, number, speed_up, title
+from peftkern.tools.bench.terminal import SHORT, copies, is_bound, number, speed_up
 
 BOUND = "without the adapter: does less"  # of the frozen layer, where it is the baseline
-KINDS = {"faster": "faster", "slower": "slower", "level": "≈"}
-
+WIDTHS = {"wide": charts.WIDE, "narrow": charts.NARROW}
 Labels = dict[tuple[str, str], int]
-Span = Callable[[Provider, Provider], tuple[float, float]]
 
 
 def numbered(record: Record) -> Labels:
-    """Enumerate every (name, label) of a provider: a label may differ from op to op."""
+    """Enumerate every (name, label) of a provider, peftkern first: a label may differ from op to
+    op."""
     found: Labels = {}
     for case in record["cases"]:
         for name, row in case["providers"].items():
@@ -26,143 +25,145 @@ def numbered(record: Record) -> Labels:
     return found
 
 
-def speed_ups(record: Record) -> Markup | None:
-    """Draw their time over ours; the whisker spans the range of the two intervals' ratio, so it
+def bars(record: Record) -> list[charts.Bar]:
+    """Bars of every timed case: the time of the baseline that speaks for it over ours. The whisker
     includes 1 exactly if the difference is within the noise."""
-
-    def span(ours: Provider, theirs: Provider) -> tuple[float, float]:
-        return theirs["p20_ms"] / ours["p80_ms"], theirs["p80_ms"] / ours["p20_ms"]
-
-    cases = [case for case in record["cases"] if case["mode"] != "memory"]
-    note = "Their median over peftkern's, beside the baseline that speaks for each case. Whiskers"
-    note += " and brackets: from their p20 over our p80 to their p80 over our p20. The axis is"
-    note += " logarithmic, so that half as fast is as far from 1 as twice as fast."
-    return _bars(cases, "median_ms", span, note)
+    return [_bar(case) for case in record["cases"] if case["mode"] != "memory"]
 
 
-def memory(record: Record) -> Markup | None:
-    cases = [case for case in record["cases"] if case["mode"] == "memory"]
-    note = "Their peak over peftkern's: what a call holds beyond what was there before it."
-    return _bars(cases, "peak_bytes", None, note)
+def _bar(case: Case) -> charts.Bar:
+    against, ours = case["against"], case["providers"][OURS]
+    found = None if against is None else speed_up(case, against)
+    if found is None:
+        bad = "wrong" if ours["wrong"] is not None else "failed" if ours["failed"] else None
+        note = f"{about(case)}; no baseline with a right result"
+        return charts.Bar(
+            people(case), bad or "alone", None, "error" if bad else "level", note=note
+        )
+    (ratio, noise), theirs = found, case["providers"][against]
+    low, high = theirs["p20_ms"] / ours["p80_ms"], theirs["p80_ms"] / ours["p20_ms"]
+    color = "level" if noise else "faster" if ratio > 1 else "slower"
+    bound = f" ({BOUND})" if is_bound(case, against) else ""
+    note = f"{about(case)}; against {theirs['label']}{bound}"
+    tip = f"{case['name']}: {times(ratio)} [{times(low)} to {times(high)}]"
+    says = f"{'≈ ' if noise else ''}{times(ratio)}"
+    return charts.Bar(people(case), says, ratio, color, low, high, note, tip)
 
 
-def _bars(cases: list[Case], field: str, span: Span | None, note: str) -> Markup | None:
-    if not cases:
-        return None
-    ratios = {}
-    for index, case in enumerate(cases):
-        ours, theirs = case["providers"][OURS], case["providers"].get(case["against"] or OURS)
-        if case["against"] not in (None, OURS) and ours[field] and theirs[field]:
-            ratios[index] = theirs[field] / ours[field]
-    axis = charts.ratio_axis(list(ratios.values()))
-    items = [tag("li", tag("span"), charts.ratio_scale(axis), class_="scale")] if ratios else []
-    for index, case in enumerate(cases):
-        items.append(_bar(case, ratios.get(index), axis, span))
-    return join([tag("p", note, class_="muted"), tag("ul", *items, class_="bars")])
+def speed_ups(record: Record) -> dict[str, Figure]:
+    """Draw the bars; {} without any. Of a phone's and of a desk's width, as all in a dict."""
+    title = "Speed-up of peftkern, case by case"
+    return (
+        _both([("", found)], title, "Right of 1x peftkern is faster")
+        if (found := bars(record))
+        else {}
+    )
 
 
-def _bar(case: Case, ratio: float | None, axis: charts.Axis, span: Span | None) -> Markup:
-    against = case["against"]
-    if against in (None, OURS):
-        versus = "no baseline with a right result"
-    else:
-        versus = f"beside {case['providers'][against]['label']}"
-        versus += f" ({BOUND})" if is_bound(case, against) else ""
-    label = tag("div", title(case), tag("div", versus, class_="versus"))
-    ours = case["providers"][OURS]
-    if ratio is None:
-        what = why(ours) or "nothing to compare with"
-        return tag("li", label, tag("div", what, class_="only"))
-    low, high = span(ours, case["providers"][against]) if span else (None, None)
-    found = speed_up(case, against) if span else None
-    level = found[1] if found else ratio == 1
-    kind = "level" if level else "faster" if ratio > 1 else "slower"
-    words = KINDS if span else {"faster": "less", "slower": "more", "level": "the same"}
-    value = [tag("span", f"{times(ratio)} ({words[kind]})", class_=kind)]
-    if span:
-        value.append(tag("small", f"[{times(low)} - {times(high)}]"))
-    bar = charts.ratio_bar(axis, ratio, low, high, kind)
-    return tag("li", label, bar, tag("div", *value, class_="value"))
+def changes(found: list[Change], fail_if: float, cases: dict[str, Case]) -> dict[str, Figure]:
+    rows = []
+    for one in found:
+        ratio, case = 1 / (1 + one.slower), cases[one.case]
+        level = abs(one.slower) <= fail_if
+        color = "level" if level else "slower" if ratio < 1 else "faster"
+        note = f"{about(case)}; by {one.by}"
+        rows.append(charts.Bar(people(case), times(ratio), ratio, color, note=note))
+    return _both([("", rows)], "Speed now over speed before", "Right of 1x is faster than before")
 
 
-def roofline(record: Record, labels: Labels) -> Markup | None:
+def _both(panels, title: str, description: str) -> dict[str, Figure]:
+    return {
+        name: charts.bars(panels, title=title, description=description, width=width)
+        for name, width in WIDTHS.items()
+    }
+
+
+def rooflines(record: Record, labels: Labels) -> list[tuple[str, dict[str, Figure]]]:
     """Draw a roofline per dtype, as each has its own roof; ops without FLOPs are left out."""
-    figures, used = [], set()
+    figures = []
     for dtype, short in SHORT.items():
+        series: dict[int, charts.Series] = {}
+        names: dict[float, str] = {}
         cases = [case for case in record["cases"] if case["dtype"] == dtype and case["flops"]]
-        points: dict[int, list[Point]] = {}
+        one_weight = len({people(case, without="M") for case in cases}) == 1
         for case in cases:
             for name, row in case["providers"].items():
-                if row["tflop_s"] and case["bytes"]:
-                    says = f"{row['label']}, {title(case)}: {row['tflop_s']:.3g} TFLOP/s"
-                    point = Point(case["flops"] / case["bytes"], row["tflop_s"], says)
-                    points.setdefault(labels[name, row["label"]], []).append(point)
-        if not points:
+                if not (row["tflop_s"] and case["bytes"]):
+                    continue
+                at, key = case["flops"] / case["bytes"], (name, row["label"])
+                one = charts.Series(row["label"], labels[key], [], [], tips=[])
+                one = series.setdefault(labels[key], one)
+                one.x.append(at)
+                one.y.append(row["tflop_s"])
+                one.tips.append(f"{row['label']}, {case['name']}: {row['tflop_s']:.3g} TFLOP/s")
+                said = f"{case['M']} tokens" if one_weight and case["M"] else people(case)
+                names.setdefault(at, said)
+        if not series:
             continue
-        used.update(points)
-        copy, top = record["roof"]["copy"] / 1e12, record["roof"][dtype] / 1e12
-        xs = [point.x for series in points.values() for point in series]
-        svg = charts.plot(
-            _series(points),
-            charts.axis([*xs, top / copy], charts.LEFT, charts.RIGHT, margin=1.5, least=10),
-            340,
-            label=f"Roofline in {short}: floating-point operations per byte against TFLOP/s",
-            x_label="FLOP per byte",
-            y_label="TFLOP/s",
-            ceiling=(copy, top),
-        )
-        said = f"{copies(record)}, dense products {top:.3g} TFLOP/s"
-        caption = tag("figcaption", short, tag("small", f"Roof, measured in this run: {said}"))
-        figures.append(tag("figure", caption, svg, class_="wide"))
-    if not figures:
-        return None
-    note = "Each result at the operations per byte that its case needs at least. The line is what"
-    note += " this machine's memory and its dense products allow."
-    return join([tag("p", note, class_="muted"), _legend(labels, used), *figures])
+        roof = record["roof"]["copy"] / 1e12, record["roof"][dtype] / 1e12
+        drawn = {
+            name: charts.lines(
+                [series[number] for number in sorted(series)],
+                title=f"Roofline in {short}",
+                description="Operations per byte against TFLOP/s, below what the machine allows",
+                x_label="FLOP per byte",
+                y_label="TFLOP/s",
+                width=min(width, 900),
+                height=360,
+                log_x=True,
+                log_y=True,
+                joined=False,
+                roof=roof,
+                names=list(names.items()),
+            )
+            for name, width in WIDTHS.items()
+        }
+        said = f"{short}: {copies(record)}, dense products {roof[1]:.3g} TFLOP/s"
+        figures.append((said, drawn))
+    return figures
 
 
-def scaling(record: Record, labels: Labels, over: str) -> Markup | None:
-    """Draw a chart of the cases that differ only in `over` ("M" or "r"), if at least two."""
+def scaling(record: Record, labels: Labels, over: str) -> list[tuple[Case, Figure, list[str]]]:
+    """Draw a chart of the cases that differ only in `over` ("M" or "r"), if at least two; with
+    what has no point in it."""
     groups: dict[tuple, list[Case]] = {}
     for case in record["cases"]:
         if case[over]:
             groups.setdefault(_apart_from(case, over), []).append(case)
-    figures, used = [], set()
+    figures = []
     for cases in groups.values():
         values = sorted({case[over] for case in cases})
         if len(values) < 2:
             continue
         memory = cases[0]["mode"] == "memory"
-        points: dict[int, list[Point]] = {}
+        series: dict[int, charts.Series] = {}
         silent = []
         for case in sorted(cases, key=lambda case: case[over]):
             for name, row in case["providers"].items():
-                if point := _measured(case, row, over, memory):
-                    points.setdefault(labels[name, row["label"]], []).append(point)
-                else:
-                    silent.append(f"{row['label']} at {case[over]}: {_kind(row) or 'no result'}")
-        if not points:
-            continue
-        used.update(points)
-        unit = "peak MB" if memory else "ms"
-        svg = charts.plot(
-            _series(points),
-            charts.axis(values, charts.LEFT, charts.RIGHT, margin=1.15, least=2),
-            240,
-            label=f"{title(cases[0], without=over)}: {unit} over {over}",
-            x_label="rows M" if over == "M" else "rank r",
-            y_label=unit,
-            x_ticks=values,
-            joined=True,
-        )
-        missing = tag("small", "; ".join(silent), class_="error") if silent else None
-        caption = tag("figcaption", title(cases[0], without=over), missing)
-        figures.append(tag("figure", caption, svg))
-    if not figures:
-        return None
-    note = "Median of one call, whiskers p20 to p80; lower is better. Both axes are logarithmic."
-    grid = tag("div", *figures, class_="charts")
-    return join([tag("p", note, class_="muted"), _legend(labels, used), grid])
+                points = _measured(row, memory)
+                if points is None:
+                    silent.append(f"{row['label']} at {case[over]}: no result")
+                    continue
+                number = labels[name, row["label"]]
+                one = charts.Series(row["label"], number, [], [], [], [], [])
+                one = series.setdefault(number, one)
+                tip = f"{row['label']}, {over}={case[over]}: {points[-1]}"
+                parts = one.x, one.y, one.low, one.high, one.tips
+                for part, value in zip(parts, (case[over], *points[:-1], tip), strict=True):
+                    part.append(value)
+        if series:
+            figure = charts.lines(
+                [series[number] for number in sorted(series)],
+                title=f"{people(cases[0], over)}, {about(cases[0], over)}: over {over}",
+                description="lower is better",
+                x_label="tokens (rows M)" if over == "M" else "rank r",
+                y_label="peak MB" if memory else "ms",
+                log_x=True,
+                log_y=True,
+                ticks=values,
+            )
+            figures.append((cases[0], figure, silent))
+    return figures
 
 
 def _apart_from(case: Case, over: str) -> tuple:
@@ -173,42 +174,54 @@ def _apart_from(case: Case, over: str) -> tuple:
     return (shape, *(case[key] for key in keys if key != over))
 
 
-def _measured(case: Case, row: Provider, over: str, memory: bool) -> Point | None:
+def _measured(row: Provider, memory: bool) -> tuple[float, float, float, str] | None:
+    """Return the height, the ends of the whisker, and the text of a point."""
     if memory:
-        if not row["peak_bytes"]:
-            return None
-        peak = row["peak_bytes"] / 1e6
-        return Point(case[over], peak, f"{row['label']}, {over}={case[over]}: {number(peak)} MB")
+        peak = (row["peak_bytes"] or 0) / 1e6
+        return (peak, peak, peak, f"{number(peak)} MB") if peak else None
     if not row["median_ms"]:
         return None
-    low, high = row["p20_ms"], row["p80_ms"]
-    says = f"{row['label']}, {over}={case[over]}: {_interval(row)} ms"
-    return Point(case[over], row["median_ms"], says, low, high)
+    middle, low, high = (row[key] for key in ("median_ms", "p20_ms", "p80_ms"))
+    return middle, low, high, f"{number(middle)} [{number(low)}-{number(high)}] ms"
 
 
-def _series(points: dict[int, list[Point]]) -> list[Series]:
-    return [Series(one, tuple(points[one])) for one in sorted(points)]
+def memory(record: Record) -> list[tuple[Case, Figure]]:
+    """Draw peaks: those of the cases that measure nothing else, or all if there are none."""
+    cases = [
+        case
+        for case in record["cases"]
+        if any(row["peak_bytes"] for row in case["providers"].values())
+    ]
+    apart = [case for case in cases if case["mode"] == "memory"]
+    figures = []
+    for case in apart or cases:
+        rows = [
+            charts.Bar(
+                row["label"],
+                f"{number(row['peak_bytes'] / 1e6)} MB",
+                row["peak_bytes"] / 1e6,
+                "faster" if name == OURS else "level",
+            )
+            for name, row in case["providers"].items()
+            if row["peak_bytes"]
+        ]
+        title = f"Peak memory of {people(case)}, {about(case)}"
+        panels = [("", rows)]
+        figure = charts.bars(panels, title=title, width=charts.NARROW, origin=0, unit="")
+        figures.append((case, figure))
+    return figures
 
 
-def _legend(labels: Labels, used: set[int]) -> Markup:
-    return charts.legend([(index, label) for (_, label), index in labels.items() if index in used])
-
-
-def why(row: Provider) -> Markup | None:
-    """Return why it has no result; None if it has."""
-    if (kind := _kind(row)) is None:
-        return None
-    return join([tag("strong", kind, class_="error"), f" {row['wrong'] or row['failed']}"])
-
-
-def _kind(row: Provider) -> str | None:
-    return "WRONG" if row["wrong"] is not None else "FAILED" if row["failed"] is not None else None
-
-
-def _interval(row: Provider) -> str:
-    return f"{number(row['median_ms'])} [{number(row['p20_ms'])}-{number(row['p80_ms'])}]"
-
-
-def times(ratio: float) -> str:
-    """Format with two decimals where significant, else three digits."""
-    return f"{ratio:.2f}x" if 0.1 <= ratio < 100 else f"{ratio:.3g}x"
+def samples(record: Record, labels: Labels) -> list[tuple[Case, Figure]]:
+    """Draw every timed call of every provider."""
+    figures = []
+    for case in record["cases"]:
+        rows = [
+            (row["label"], labels[name, row["label"]], row["samples_ms"], row["median_ms"])
+            for name, row in case["providers"].items()
+            if row["samples_ms"] and row["median_ms"]
+        ]
+        if rows:
+            title = f"Calls of {people(case)}, {about(case)}"
+            figures.append((case, charts.strips(rows, title=title)))
+    return figures

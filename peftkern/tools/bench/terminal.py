@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich import box
 from rich.console import RenderableType
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from peftkern.tools.bench.compare import Change
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
+from peftkern.tools.bench.rows import ratio, within_noise
 from peftkern.tools.bench.timer import number
 
 WIDE = 110  # width from which a table has all columns
@@ -23,8 +24,7 @@ def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
     ours, theirs = case["providers"][OURS], case["providers"][name]
     if not (ours["median_ms"] and theirs["median_ms"]) or name == OURS:
         return None
-    apart = ours["p80_ms"] < theirs["p20_ms"] or theirs["p80_ms"] < ours["p20_ms"]
-    return theirs["median_ms"] / ours["median_ms"], not apart
+    return theirs["median_ms"] / ours["median_ms"], within_noise(ours, theirs)
 
 
 def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
@@ -52,20 +52,43 @@ def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
                 yield Text(f"{row['label']}, {case['name']}: {above}", style="yellow")
             if row["note"]:
                 yield Text(f"{row['label']}, {case['name']}: left to others: {row['note']}")
-    for name, why in record["not_installed"].items():
+        for said in case.get("said", []):
+            yield Text(said)
+        for reason, count in case.get("fell_back", {}).items():
+            yield Text(f"{case['name']}: fell back {count} times: {reason}")
+    for facts in record.get("answers", []):
+        yield Text(answer(facts))
+    for name, why in (record["not_installed"] | record.get("failed", {})).items():
         yield Text(f"{name}: {why}")
-    budget = f"{record['budget_s']:g} s"
     for name in record["not_reached"]:
+        budget = f"{record['budget_s']:g} s"
         yield Text(f"{name}: not reached within {budget} (--budget)", style="yellow")
 
 
+def answer(facts: dict) -> str:
+    """Format the notes of a question in a line: its own text, or whether something fits, measured
+    beside planned."""
+    fits, stopped = facts.get("fits"), facts.get("stopped")
+    said = facts.get("said") or {True: "fits", False: "does not fit", None: "no answer"}[fits]
+    sizes = [
+        f"{label} {facts[key] / 1e9:.2f} GB"
+        for label, key in (("peak", "peak_bytes"), ("planned", "planned_bytes"))
+        if key in facts
+    ]
+    limit = f" into {facts['cap_bytes'] / 1e9:.0f} GB" if "cap_bytes" in facts else ""
+    return "; ".join([f"{facts['name']}: {said}{limit}", *sizes, *([stopped] if stopped else [])])
+
+
 def bench_table(case: Case, record: Record, width: int) -> Table:
-    """Build a line per provider; a narrow terminal omits throughput and errors."""
+    """Build a line per provider; a narrow terminal omits throughput and errors. Targets, graphs and
+    launches have columns where the record has them."""
     wide = width >= WIDE
     labels = [row["label"] for one in record["cases"] for row in one["providers"].values()]
     columns = {"ms [p20-p80]": 22, "speed-up": 8, "of roof": 7, "peak MB": 7}
     if wide:
         columns |= {"GB/s": 6, "TFLOP/s": 7, "error": 7}
+    more = extras(record, wide)
+    columns |= dict.fromkeys(more, 8)
     grid = Table(box=None, pad_edge=False, title=title(case), title_justify="left")
     grid.title_style = "bold"
     longest = max(len(label) for label in labels)
@@ -73,8 +96,55 @@ def bench_table(case: Case, record: Record, width: int) -> Table:
     for name, least in columns.items():
         grid.add_column(Text(name), justify="right", no_wrap=True, width=least)
     for name, row in case["providers"].items():
-        grid.add_row(*_cells(case, name, row, wide))
+        cells = _cells(case, name, row, wide)
+        cells += [""] * (len(columns) + 1 - len(more) - len(cells))
+        grid.add_row(*cells, *(cell(case, name) for cell in more.values()))
     return grid
+
+
+def extras(record: Record, wide: bool) -> dict[str, Callable[[Case, str], RenderableType]]:
+    """Return the columns that only some records have, by header; a narrow table omits steps/s."""
+    every = {"target": _target_cell, "in a graph": _graph_cell, "launches": _launches_cell}
+    every |= {"tokens/s": _tokens_cell, "held MB": _held_cell}
+    every |= {"steps/s": _steps_cell} if wide else {}
+    return {
+        header: cell
+        for header, cell in every.items()
+        if any(str(cell(case, name)) for case in record["cases"] for name in case["providers"])
+    }
+
+
+def _target_cell(case: Case, name: str) -> Text:
+    for target in case.get("targets", []):
+        if target["peer"] == name:
+            style = "green" if target["met"] else "red"
+            return Text(f"{target['at_least']:.3g}x {'✓' if target['met'] else '✗'}", style=style)
+    return Text("")
+
+
+def _graph_cell(case: Case, name: str) -> str:
+    if name == OURS or (found := ratio(case, name, "graph_ms")) is None:
+        return ""
+    return f"{found:.2f}x"
+
+
+def _launches_cell(case: Case, name: str) -> str:
+    return _given(case["providers"][name].get("launches"), "{}")
+
+
+def _steps_cell(case: Case, name: str) -> str:
+    median = case["providers"][name]["median_ms"]
+    return number(1e3 / median) if median and case.get("tokens") else ""
+
+
+def _tokens_cell(case: Case, name: str) -> str:
+    rate = case["providers"][name].get("tokens_s")
+    return number(rate) if rate else ""
+
+
+def _held_cell(case: Case, name: str) -> str:
+    held = case["providers"][name].get("held_bytes")
+    return number(held / 1e6) if held else ""
 
 
 def busy_machine(record: Record) -> str | None:
@@ -83,7 +153,7 @@ def busy_machine(record: Record) -> str | None:
     load, threads = facts["load_average"][0], max(1, facts["threads"])
     if facts["gpu"] or load <= threads:
         return None
-    return f"machine busy: load {load:.1f} on {threads} threads; re-run when it is idle"
+    return f"machine busy: load {load:.1f} on {threads} threads; numbers will be noisy"
 
 
 def copies(record: Record) -> str:
@@ -105,10 +175,10 @@ def above_roof(row: Provider) -> str | None:
 
 def title(case: Case, without: str = "") -> str:
     """Format a case's title; `without`: "M" or "r" to leave out."""
-    size = f"{case['N']}x{case['K']}"
+    size = f"{case['N']}x{case['K']}" if case["N"] else ""
     shape = "" if case["shape"] in (size, f"{case['M']}x{size}") else f"{case['shape']} "
     if case["M"] is not None and without != "M":
-        size = f"{case['M']}x{size}"
+        size = f"{case['M']}x{size}" if size else f"{case['M']} tokens"
     rank = f", r={case['r']}" if case["r"] and without != "r" else ""
     return f"{case['op']} {shape}{size}{rank}, {SHORT[case['dtype']]}, {case['mode']}"
 

@@ -7,6 +7,8 @@ taken between medians of one run only.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import random
 import statistics
@@ -17,7 +19,8 @@ from dataclasses import dataclass
 import torch
 
 MIN_SAMPLES = 7
-TURN_SECONDS = 0.03  # short calls run in bursts of this length; the first of a burst is not counted
+MOST_SAMPLES = 200  # in a record; medians and percentiles are of all
+TURN_SECONDS, MOST_CALLS = 0.03, 20  # of a turn; the first call of several is not counted
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,15 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.samples)
 
-    def __str__(self) -> str:
-        return f"{number(self.median * 1e3)} [{self.quantile(0.2) * 1e3:.3g}-{self.p80_ms:.3g}] ms"
-
-    @property
-    def p80_ms(self) -> float:
-        return self.quantile(0.8) * 1e3
+    def in_milliseconds(self) -> dict:
+        """Return the fields of a record, with at most MOST_SAMPLES, spread evenly over the run."""
+        stride = -(-len(self.samples) // MOST_SAMPLES)
+        return {
+            "median_ms": self.median * 1e3,
+            "p20_ms": self.quantile(0.2) * 1e3,
+            "p80_ms": self.quantile(0.8) * 1e3,
+            "samples_ms": [round(s * 1e3, 5) for s in self.samples[::stride]],
+        }
 
 
 def number(value: float) -> str:
@@ -84,32 +90,53 @@ def measure(
     Each is called as `variant(i)` with i = 0, 1, 2, ...; `tick` is called with the share of time
     spent.
     """
-    numbers = dict.fromkeys(variants, 0)
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    spent = dict.fromkeys(variants, 0.0)
+    counters = {name: itertools.count() for name in variants}
+    for name, call in variants.items():
+        call(next(counters[name]))  # pays for set-up: libraries, JIT, workspaces
+    turns = {
+        name: functools.partial(turn, call, counters[name].__next__, TURN_SECONDS, MOST_CALLS)
+        for name, call in variants.items()
+    }
+    return in_turns(turns, seconds=seconds, tick=tick)
 
-    def call(name: str) -> float:
-        number = numbers[name]
-        numbers[name] += 1
-        start = time.perf_counter()
-        variants[name](number)
-        return time.perf_counter() - start
 
-    estimate = {}
-    for name in variants:
-        call(name)
-        estimate[name] = call(name)  # the first call pays for set-up: libraries, JIT, workspaces
-    order, shuffle = list(variants), random.Random(0)
-    while any(len(samples[n]) < MIN_SAMPLES or spent[n] < seconds for n in order):
+def in_turns(
+    turns: Mapping[str, Callable[[], list[float] | None]],
+    *,
+    seconds: float,
+    tick: Callable[[float], None] = lambda share: None,
+    weights: Mapping[str, int] | None = None,
+    few: Mapping[str, int] | None = None,
+    over: Callable[[bool], bool] = lambda short: False,
+    shuffle: random.Random | None = None,
+) -> dict[str, Timing]:
+    """Let all take turns in shuffled order until each has its seconds and MIN_SAMPLES.
+
+    A turn returns the seconds of its calls, None if it can have no other; a sample stands for
+    `weights` calls. Those in `few` are so slow that they have so many samples and no more.
+    `over(short)` ends it early; short: some have fewer than MIN_SAMPLES.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in turns}
+    weights, few, shuffle = weights or {}, few or {}, shuffle or random.Random(0)
+
+    def spent(name: str) -> float:
+        return sum(samples[name]) * weights.get(name, 1)
+
+    def short(name: str) -> bool:
+        return len(samples[name]) < few.get(name, MIN_SAMPLES)
+
+    def wants(name: str) -> bool:
+        return short(name) or (name not in few and spent(name) < seconds)
+
+    order = list(turns)
+    while any(map(wants, order)) and not over(any(map(short, order))):
         shuffle.shuffle(order)
-        for name in order:
-            if len(samples[name]) >= MIN_SAMPLES and spent[name] >= seconds:
+        for name in list(order):
+            if name in few and not wants(name):
                 continue
-            burst = max(1, min(20, round(TURN_SECONDS / estimate[name])))
-            if burst > 1:
-                spent[name] += call(name)
-            for _ in range(burst):
-                samples[name].append(call(name))
-                spent[name] += samples[name][-1]
-        tick(min(1.0, min(spent.values()) / seconds if seconds else 1.0))
+            if (more := turns[name]()) is None:
+                order.remove(name)
+            else:
+                samples[name] += more
+        tick(min(1.0, min(map(spent, order), default=0.0) / seconds if seconds else 1.0))
     return {name: Timing(tuple(values)) for name, values in samples.items()}

@@ -92,7 +92,8 @@ class Worker:
         found = data.compare(self.problem, results, self.tensors, self.provider.adapted)
         del results
         fell_back = peftkern.stats().fallbacks if self.name == "peftkern" else {}
-        for _ in range(self.copies if self.problem.mode == "no-grad" else 2):
+        each = self.problem.mode == "no-grad" or not self.problem.kind.rows
+        for _ in range(self.copies if each else 2):
             self.call(self.setup())
         found["note"] = "; ".join(f"{op}: {why}" for (op, why) in fell_back) or None
         return found
@@ -124,7 +125,8 @@ def calls(
     numbers = itertools.count()
     count = len(layers)
     if not problem.kind.rows:
-        return lambda: layers[next(numbers) % count], lambda one: one.run(), lambda y: {"y": y}
+        collect = layers[0].collect or (lambda y: {problem.kind.results[0]: y})
+        return lambda: layers[next(numbers) % count], lambda one: one.run(), collect
     dy, train = tensors["dy"], problem.mode != "no-grad"
     xs = [tensors["x"].clone().requires_grad_(train) for _ in range(inputs)]
 
@@ -134,7 +136,8 @@ def calls(
 
     def forward(given: tuple) -> torch.Tensor:
         one, x = given
-        return one.run(x)
+        with torch.autocast(x.device.type, x.dtype, enabled=problem.autocast):
+            return one.run(x)
 
     def backward(given: tuple) -> tuple:
         one, x, y = given
@@ -146,14 +149,14 @@ def calls(
 
     def full(given: tuple) -> tuple:
         one, x = given
-        y = one.run(x)
+        y = forward(given)
         return y.detach(), *backward((one, x, y))
 
     def no_grad(given: tuple) -> torch.Tensor:
         with torch.no_grad():
             return forward(given)
 
-    gradients = ("dx", "lora_A.grad", "lora_B.grad")
+    gradients = ("dx", "lora_A.grad", "lora_B.grad", "magnitude.grad")
     if problem.mode == "no-grad":
         return pick, no_grad, lambda y: {"y": y}
     if problem.mode == "forward":

@@ -7,15 +7,9 @@ finding. Peers are imported in a process of their own, with a time limit.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.metadata
 import importlib.util
 import math
-import os
 import platform
-import re
-import shutil
-import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,69 +19,62 @@ from typing import Any
 import torch
 
 import peftkern
-from peftkern.backends import dispatch, ops, trust
+from peftkern.backends import dispatch, ops
 from peftkern.backends.cpu import module as cpu_back_end
-from peftkern.backends.device import device_info, triton_interpreted, triton_missing
+from peftkern.backends.cuda import module as cuda_back_end
+from peftkern.backends.device import device_info, triton_interpreted
 from peftkern.integrations.packages import (
-    BNB_LIBRARY,
     IMPORT_SECONDS,
     PEERS,
+    Answer,
     Version,
     accepted,
     importing,
     installed_version,
     one_line,
-    release,
 )
+from peftkern.tools.doctor import findings as check
 from peftkern.tools.doctor import self_test
+from peftkern.tools.doctor.findings import WRONG, Finding, Served
 from peftkern.tools.doctor.sample_calls import Sample
 from peftkern.tools.doctor.trusted import Trust, look
-
-_CPU_FLAGS = {  # of /proc/cpuinfo, for every instruction set that has kernels
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx512_bf16": {"avx512_bf16"},
-    "amx_bf16": {"amx_tile", "amx_bf16"},
-}
-_REPORT = "please report it with this output"
-_REBUILD = "in the source folder: python setup.py build_ext --inplace; or reinstall peftkern"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Defect, or a note, with its remedy."""
-
-    wrong: bool
-    what: str
-    do: str
-
-
-@dataclass(frozen=True)
-class Served:
-    """Back end that would serve an op on a device, with the refusals of those before it."""
-
-    op: str
-    device: str
-    backend: str | None
-    others: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Result of `diagnose`; `as_dict` is the JSON of `peftkern doctor --json`."""
+    """Result of `diagnose`; `as_dict` is the JSON of `peftkern doctor --json`, with "healthy".
+
+    Its fields keep their names; later versions may add others.
+    machine: peftkern, folder, python, system, cpu, threads, torch_cuda, torch_hip, gpus (a list of
+        device, name, capability, memory_bytes).
+    backends: {"cpu", "triton", "cuda": why it is not available here or None if it is, and what it
+        is: compiled_in, usable_here, in_use (instruction sets); version; architectures}.
+    served: per op and device the back end of bf16 activations, with the reasons of `others`, which
+        were asked before it and could not.
+    versions: name, version (None: not installed), accepted ("": any), imports (None: not tried),
+        error ("": none).
+    probes: package, probe, answer (present, absent, unknown), cause, cure.
+    tested: of the self-test function, dtype, device, backends, share (error over bound, None if the
+        function failed), worst, error, ok; tested_seconds.
+    trust: mode, folder, forgettable, crossovers, crossovers_are, devices (a list of device, file,
+        state, right, demoted, classes (a list of name, side, ratio, why)); None where a switch is
+        wrong.
+    findings: id, severity ("wrong", "note"), cause, cure; first what is wrong.
+    """
 
     machine: dict[str, Any]
-    built: dict[str, Any]
+    backends: dict[str, dict[str, Any]]
     served: list[Served]
     versions: list[Version]
+    probes: list[Answer]
     tested: list[self_test.Result]
     tested_seconds: float
-    trust: Trust | None  # None where a switch is wrong
+    trust: Trust | None
     findings: list[Finding]
 
     @property
     def healthy(self) -> bool:
-        return not any(finding.wrong for finding in self.findings)
+        return not any(finding.severity == WRONG for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         tested = [{**asdict(result), "ok": result.ok} for result in self.tested]
@@ -97,30 +84,37 @@ class Diagnosis:
 
 
 def diagnose(import_seconds: float = IMPORT_SECONDS) -> Diagnosis:
-    """Diagnose everything; it takes as long as importing the peers, some ten seconds."""
-    findings = sorted(_environment_findings(), key=lambda finding: not finding.wrong)
-    usable = not findings or not findings[0].wrong  # else no op runs at all
-    installed = [name for name in PEERS if installed_version(name) is not None]
-    with importing(installed) as peers:
-        built, devices = _built(), _devices()
-        findings += _build_findings(built)
-        findings += gpu_findings()
+    """Diagnose everything; it takes as long as importing the peers, a few seconds."""
+    found = list(check.environment_findings())
+    usable = not any(one.severity == WRONG for one in found)  # else no op runs at all
+    versions = {name: installed_version(name) for name in ("torch", *PEERS)}
+    with importing([name for name in PEERS if versions[name] is not None]) as peers:
+        backends, devices = _backends(versions["triton"]), _devices()
         served = [row for device in devices for row in _served(device)] if usable else []
-        findings += _served_findings(served)
         begin = time.perf_counter()
         tested = [r for device in devices for r in self_test.run(device)] if usable else []
         seconds = time.perf_counter() - begin
-        findings += [_test_finding(r) for r in tested if not (r.ok or r.unserved)]
-        imports = peers(import_seconds)
+        errors, probes = peers(import_seconds)
     trusted = look(devices) if usable else None
-    findings += trust_findings(trusted)
-    versions = [
-        Version(name, installed_version(name), accepted(name), *imports.get(name, ()))
-        for name in ("torch", *PEERS)
+    packages = []
+    for name, version in versions.items():
+        imports = not errors[name] if name in errors else None
+        error = errors.get(name, "")
+        packages.append(Version(name, version, accepted(name), imports, error))
+    found += [
+        *check.build_findings(backends["cpu"]),
+        *check.gpu_findings(devices[1:]),
+        *check.served_findings(served),
+        *check.test_findings(tested),
+        *check.trust_findings(trusted),
+        *(finding for package in packages for finding in check.version_findings(package)),
+        *check.numpy_findings(installed_version("numpy"), triton_interpreted()),
+        *check.probe_findings(probes, versions),
     ]
-    findings += [finding for version in versions for finding in version_findings(version)]
-    findings += numpy_findings(installed_version("numpy"), triton_interpreted())
-    return Diagnosis(_machine(), built, served, versions, tested, seconds, trusted, findings)
+    found.sort(key=lambda one: one.severity != WRONG)
+    return Diagnosis(
+        _machine(), backends, served, packages, probes, tested, seconds, trusted, found
+    )
 
 
 def _machine() -> dict[str, Any]:
@@ -143,33 +137,39 @@ def _machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu.name,
         "threads": cpu.threads,
-        "gpus": gpus,
         "torch_cuda": torch.version.cuda,
         "torch_hip": torch.version.hip,
+        "gpus": gpus,
     }
 
 
-def _built() -> dict[str, Any]:
-    """Describe the native libraries and Triton: their contents, or why there is none."""
-    module, reason = cpu_back_end.cpu_module()
-    cpu: dict[str, Any] = {"missing": reason}
+def _backends(triton: str | None) -> dict[str, dict[str, Any]]:
+    """Describe each back end: why it is not available here, and what it was built for."""
+    module, why = cpu_back_end.cpu_module()
+    cpu: dict[str, Any] = {"why": why, "compiled_in": None, "usable_here": [], "in_use": None}
     if module is not None:
-        cpu = {
-            "compiled_in": list(module.built_isas()) if hasattr(module, "built_isas") else None,
-            "usable_here": list(cpu_back_end.cpu_isas()),
-            "in_use": None,
-        }
+        compiled = list(module.built_isas()) if hasattr(module, "built_isas") else None
+        cpu |= {"compiled_in": compiled, "usable_here": list(cpu_back_end.cpu_isas())}
         with contextlib.suppress(ValueError):  # of PEFTKERN_CPU_ISA: a finding of its own
             cpu["in_use"] = cpu_back_end.cpu_isa()
-    try:
-        architectures = importlib.import_module("peftkern._cuda").architectures()
-        cuda: dict[str, Any] = {"architectures": [str(arch) for arch in architectures]}
-    except ImportError as error:
-        absent = importlib.util.find_spec("peftkern._cuda") is None
-        cuda = {"missing": "not built" if absent else one_line(error)}
-    version = installed_version("triton")
-    triton = {"version": version} if version else {"missing": "triton is not installed"}
-    return {"_cpu": cpu, "_cuda": cuda, "triton": triton}
+    library, no_library = cuda_back_end.cuda_module()
+    if importlib.util.find_spec("peftkern._cuda") is None:
+        no_library = "not built: there was no nvcc, or it was not wanted"
+    no_gpu = None
+    if not torch.cuda.is_available():
+        built = (
+            "for CUDA" if torch.version.cuda else "for ROCm" if torch.version.hip else "for CPUs"
+        )
+        no_gpu = f"no GPU that torch can use; torch is built {built}"
+    no_triton = None if triton else "triton is not installed"
+    return {
+        "cpu": cpu,
+        "triton": {"why": no_triton or no_gpu, "version": triton},
+        "cuda": {
+            "why": no_library or no_gpu,
+            "architectures": list(map(str, library.architectures())) if library else [],
+        },
+    }
 
 
 def _devices() -> list[torch.device]:
@@ -186,6 +186,7 @@ def _devices() -> list[torch.device]:
 
 def _served(device: torch.device) -> Iterator[Served]:
     sample = Sample(M=16, N=256, K=256, r=8, device=device)
+    forced = dispatch.forced_backend()
     for op in ops.SCHEMAS:
         try:
             explanation = dispatch.explain({op: sample.arguments(op)})
@@ -193,193 +194,12 @@ def _served(device: torch.device) -> Iterator[Served]:
             reason = f"{type(error).__name__}: {one_line(error)}"
             yield Served(op, str(device), None, {"not asked": reason})
             continue
+        kinds = {one.name: one.device for one in dispatch.CANDIDATES[op]}
         chosen = explanation.chosen(op)
         others = {}
         for _, name, verdict in explanation.rows:
             if name == chosen:
                 break
-            if not verdict.startswith("not asked"):
+            if name == forced or (forced is None and kinds[name] in (None, device.type)):
                 others[name] = verdict.removeprefix("cannot: ")
         yield Served(op, str(device), chosen, others)
-
-
-def _served_findings(served: list[Served]) -> Iterator[Finding]:
-    """Report ops that would raise, those with the same reasons in one finding."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for row in served:
-        if row.backend is None:
-            text = "; ".join(f"{name}: {why}" for name, why in row.others.items()) or "no kernel"
-            groups.setdefault((row.device, text), []).append(row.op)
-    forced = dispatch.forced_backend() if groups else None
-    do = _REPORT if forced is None else f"unset PEFTKERN_BACKEND, which asks for {forced} alone"
-    for (device, text), names in groups.items():
-        yield Finding(True, f"nothing serves {', '.join(names)} on {device} ({text})", do)
-
-
-def version_findings(version: Version) -> Iterator[Finding]:
-    """Report packages too old or not importable. Only `>=` is read: pyproject.toml has no other."""
-    minimum = re.fullmatch(r">=([\d.]+)", version.accepted or "")
-    name = version.name
-    if version.version and minimum and release(version.version) < release(minimum[1]):
-        yield Finding(
-            True,
-            f"{name} {version.version} is older than {minimum[1]}, the oldest that is supported",
-            f"pip install -U '{name}{version.accepted}'",
-        )
-    for what, do in version.defects:
-        yield Finding(False, f"{name} {version.version} {what}", do)
-    if not version.imports:
-        return
-    wrong = True
-    do = f"python -c 'import {name}' shows all of it; pip install --force-reinstall {name}"
-    if version.imports.startswith(BNB_LIBRARY):
-        wrong = torch.cuda.is_available()  # on a CPU it has slower ways
-        do = (
-            "pip install -U --force-reinstall bitsandbytes, or set BNB_CUDA_VERSION to a version "
-            "whose library it has; python -m bitsandbytes says more"
-        )
-    yield Finding(wrong, f"{name} does not work: {version.imports}", do)
-
-
-def numpy_findings(version: str | None, interpreted: bool) -> list[Finding]:
-    """Report numpy 2.4, which removed int() of one-element arrays: Triton's interpreter uses it."""
-    if not interpreted or version is None or release(version) < (2, 4):
-        return []
-    return [
-        Finding(
-            True,
-            f"TRITON_INTERPRET=1 with numpy {version}: Triton's interpreter needs one before 2.4",
-            "pip install 'numpy<2.4', or unset TRITON_INTERPRET",
-        )
-    ]
-
-
-def _environment_findings() -> Iterator[Finding]:
-    """Report the switches that the environment sets."""
-    checks = {"PEFTKERN_BACKEND": dispatch.forced_backend, "PEFTKERN_CPU_ISA": _isa}
-    checks["PEFTKERN_TRUST"] = trust.mode
-    for name, check in checks.items():
-        try:
-            check()
-        except ValueError as error:
-            text = one_line(error).removeprefix("back end: ").removeprefix(f"{name}: ")
-            yield Finding(True, f"{name}: {text}", f"unset {name}, or give it one of these")
-        else:
-            if os.environ.get(name) and name != "PEFTKERN_TRUST":  # a section tells of that one
-                what = f"{name}={os.environ[name]} is set: nothing else is used"
-                yield Finding(False, what, f"unset {name} to let peftkern choose")
-
-
-def _isa() -> str | None:
-    return cpu_back_end.cpu_isa() if cpu_back_end.cpu_isas() else None
-
-
-def _build_findings(built: dict[str, Any]) -> Iterator[Finding]:
-    if "missing" in built["_cpu"]:
-        yield Finding(
-            True,
-            f"no kernels for the CPU, plain torch serves it: {built['_cpu']['missing']}",
-            _REBUILD,
-        )
-    elif built["_cpu"]["compiled_in"] is None:
-        yield Finding(True, "the native library was built from older sources", _REBUILD)
-    else:
-        lacking = [isa for isa in _machine_isas() if isa not in built["_cpu"]["compiled_in"]]
-        if lacking:
-            yield Finding(
-                False,
-                f"this CPU has {', '.join(lacking)}, the native library was built without",
-                f"with a newer compiler (gcc 13 or clang 16), {_REBUILD}",
-            )
-
-
-def _machine_isas() -> list[str]:
-    """Return the instruction sets with kernels that this CPU has, according to Linux."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        return []
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    flags = set(found[1].split()) if found else set()
-    return [isa for isa, wanted in _CPU_FLAGS.items() if wanted <= flags]
-
-
-def gpu_findings() -> Iterator[Finding]:
-    """Report obstacles to using a GPU, or Triton's kernels on it."""
-    if not torch.cuda.is_available():
-        if not Path("/dev/nvidiactl").exists():
-            return  # no NVIDIA GPU here
-        if torch.version.cuda is None:
-            yield Finding(
-                False,
-                f"this machine has an NVIDIA GPU, torch {torch.__version__} is built without CUDA",
-                "install torch for CUDA: https://pytorch.org/get-started/locally",
-            )
-            return
-        try:
-            torch.cuda.init()
-            reason = "no device is visible"
-        except (RuntimeError, AssertionError) as error:
-            reason = one_line(error)
-        yield Finding(
-            True,
-            f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPU: {reason}",
-            "nvidia-smi shows the driver and what it supports; CUDA_VISIBLE_DEVICES may hide GPUs",
-        )
-        return
-    if importlib.util.find_spec("triton") is None:
-        yield Finding(True, "a GPU, but no Triton: plain torch serves it", "pip install triton")
-        return
-    if triton_interpreted():
-        yield Finding(
-            True,
-            "TRITON_INTERPRET=1: Triton's kernels run on the CPU, in Python",
-            "unset TRITON_INTERPRET",
-        )
-    yield from compiler_findings(Path(sysconfig.get_path("include")), os.environ.get("CC"))
-    for device in _devices()[1:]:
-        reason = triton_missing(device)
-        if reason is not None:
-            name = torch.cuda.get_device_name(device)
-            yield Finding(False, f"{name} has no kernels here: {reason}", "plain torch serves it")
-
-
-def compiler_findings(include: Path, compiler: str | None) -> Iterator[Finding]:
-    """Report a missing compiler or Python.h: Triton builds each kernel's launcher in C."""
-    if not (include / "Python.h").exists():
-        yield Finding(
-            True,
-            f"no {include / 'Python.h'}: Triton cannot build the launchers of its kernels",
-            "install Python's headers (python3-dev, python3-devel), or a Python that has them",
-        )
-    names = [compiler] if compiler else ["gcc", "clang", "cc"]
-    if not any(shutil.which(name) for name in names):
-        yield Finding(
-            True,
-            f"no C compiler ({', '.join(names)}): Triton cannot build the launchers of its kernels",
-            "install gcc, or set CC",
-        )
-
-
-def trust_findings(trusted: Trust | None) -> Iterator[Finding]:
-    """Report kernels that were demoted here, and a cache of verdicts that does not serve."""
-    for one in trusted.devices if trusted is not None else ():
-        for program, reason in one.demoted.items():
-            do = f"another path serves; `peftkern doctor --forget` tries it again; {_REPORT}"
-            yield Finding(False, f"{program} is demoted on {one.device}: {reason}", do)
-        if one.state is not None and trusted.mode in ("auto", "off"):
-            do = "`peftkern doctor --forget` removes it"
-            if one.state.startswith("read-only"):
-                do = "set PEFTKERN_CACHE to a folder that can be written"
-            yield Finding(False, f"{one.file} is {one.state}", do)
-
-
-def _test_finding(result: self_test.Result) -> Finding:
-    where = f"{result.function} in {result.dtype} on {result.device}"
-    if result.error is not None:
-        what = f"{where} failed: {result.error}"
-    else:
-        what = (
-            f"{where} by {result.backends}: error of {result.worst} is {result.share:.3g} of bound"
-        )
-    return Finding(True, what, f"PEFTKERN_BACKEND=torch avoids it; {_REPORT}")

@@ -166,7 +166,8 @@ def _wide(value: Tensor | NF4Weight) -> Tensor | NF4Weight:
 
 
 def _gradients(y: Tensor, dy: Tensor, **leaves: Tensor) -> Results:
-    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    # The gradient of y is dy; given as an argument it would make torch import sympy.
+    grads = torch.autograd.grad((y * dy).sum(), list(leaves.values()))
     named = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {"y": y.detach(), **named}
 

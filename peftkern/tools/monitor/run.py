@@ -127,6 +127,8 @@ class Run:
         values |= {name: record[name] / record["steps"] for name in COUNTS}
         _append(self.points, self._step_of(record), values)
         for name in ("steps", "tokens", "seconds", *COUNTS):
+            if not math.isfinite(values[name]):
+                raise ArithmeticError(f"{name} is not finite")
             self.totals[name] += record[name]
         self.calls.update(_counts(record["calls"]))
         self.fallback_reasons.update(_counts(record["fallback_reasons"]))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from peftkern.monitor.records import bytes_text, ms_text, name_of
+from peftkern.monitor.records import name_of, value_text
 from peftkern.tools.monitor.run import COUNTS, Run
 
 MEDIANS = ("step_seconds", "tokens_per_second")
+COUNTED = {"calls": "Calls of kernels and of plain torch", "fallback_reasons": "Fallbacks"}
 PEAKS = (
     *("cuda_peak_allocated_bytes", "cuda_peak_reserved_bytes", "nvml_used_bytes"),
     "process_peak_rss_bytes",
@@ -26,22 +28,20 @@ TITLES = {
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """Summarize a run, for JSON: what was never measured is null."""
+    """Summarize a run, for JSON: what was never measured is null or missing."""
     start = run.starts[-1] if run.starts else {}
-    memory = {name for _, values in run.points for name in values if name in PEAKS}
     return {
         "file": str(run.path),
         "finished": run.finished,
         "starts": len(run.starts),
         **{key: start.get(key) for key in ("device", "device_name", "torch")},
         "last_step": run.points[-1][0] if run.points else 0,
-        **{key: run.totals[key] for key in ("steps", "tokens", "seconds")},
-        **{key: _spread(run.curve(key)[1]) for key in MEDIANS},
-        "values": {name: _course(run.curve(name)[1]) for name in run.values()},
-        "peaks": {name: int(max(run.curve(name)[1])) for name in PEAKS if name in memory},
-        **{key: run.totals[key] for key in COUNTS},
-        "calls": dict(run.calls.most_common()),
-        "fallback_reasons": dict(run.fallback_reasons.most_common()),
+        **{key: run.totals[key] for key in ("steps", "tokens", "seconds", *COUNTS)},
+        **{key: _spread(_finite(run, key)) for key in MEDIANS},
+        "values": {name: _ends(_finite(run, name)) for name in run.values()},
+        "not_finite": {n: len(run.curve(n)[1]) - len(_finite(run, n)) for n in run.values()},
+        "peaks": {name: int(max(_finite(run, name))) for name in PEAKS if _finite(run, name)},
+        **{key: dict(getattr(run, key).most_common()) for key in COUNTED},
         "ranks": run.ranks[-1][1] if run.ranks else None,
         "ignored_lines": run.ignored,
     }
@@ -59,9 +59,8 @@ def state(run: Run) -> str:
     if run.finished:
         words.insert(0, "finished")
     else:
-        age = max(time.time() - run.changed, 0)
-        text = f"{age:.0f} s" if age < 120 else f"{age / 60:,.0f} min"
-        words.append(f"not finished, last written {text} ago")
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.changed))
+        words.append(f"not finished, last written {written}")
     words += [f"{len(run.starts)} starts"] if len(run.starts) > 1 else []
     words += [f"{run.ignored} unfinished lines ignored"] if run.ignored else []
     words += [start["device_name"] for start in run.starts[-1:] if start.get("device_name")]
@@ -79,6 +78,15 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
             cells.append("" if ratio is None else f"{ratio:.3g}x")
         rows.append([TITLES.get(name, name_of(name)), *cells])
     return rows
+
+
+def counts(runs: Sequence[Run], of: str) -> list[list[str]]:
+    """Return rows of what was counted, one of COUNTED, and each run's counts."""
+    tallies = [(getattr(run, of), max(run.totals["steps"], 1)) for run in runs]
+    return [
+        [name, *(f"{one[name]:,} ({one[name] / steps:.3g} per step)" for one, steps in tallies)]
+        for name, _ in sum((one for one, _ in tallies), Counter()).most_common()
+    ]
 
 
 def compare(one: Run, other: Run) -> dict[str, Any]:
@@ -115,33 +123,22 @@ def loss_difference(one: Run, other: Run) -> tuple[list[int], list[float]]:
     return list(apart), list(apart.values())
 
 
-def value_text(name: str, value: float) -> str:
-    """Format a value of a record."""
-    if name.endswith("_bytes"):
-        return bytes_text(value)
-    if name.endswith("seconds"):
-        return ms_text(value)
-    return f"{value:,.0f}" if name == "tokens_per_second" else f"{value:,.4g}"
-
-
 def _quantities(facts: dict[str, Any]) -> dict[str, tuple[float, str]]:
     """Return the number of each quantity that is there, to be divided, and a text of it."""
-    found = {"steps": (facts["steps"], f"{facts['steps']:,}")}
-    if facts["tokens"]:
-        found["tokens"] = (facts["tokens"], f"{facts['tokens']:,}")
+    found = {name: (facts[name], f"{facts[name]:,}") for name in ("steps", "tokens")}
     found["seconds"] = (facts["seconds"], f"{facts['seconds']:,.1f} s")
     for name in MEDIANS:
         if facts[name] is not None and facts[name]["median"]:
             unit = 1e3 if name == "step_seconds" else 1
             low, median, high = (f"{value * unit:,.4g}" for value in facts[name].values())
             found[name] = (facts[name]["median"], f"{median} [{low} - {high}]")
-    for name, course in facts["values"].items():
-        if course["last"] is not None:
-            text = f"{value_text(name, course['first'])} to {value_text(name, course['last'])}"
-            found[name] = (course["last"], text)
-        if course["not_finite"]:
-            found[f"{name}, not finite"] = (math.nan, f"{course['not_finite']:,} records")
-    found |= {name: (peak, bytes_text(peak)) for name, peak in facts["peaks"].items()}
+    for name, ends in facts["values"].items():
+        if ends is not None:
+            texts = (value_text(name, value) for value in ends.values())
+            found[name] = (ends["last"], " to ".join(texts))
+        if odd := facts["not_finite"][name]:
+            found[f"{name}, not finite"] = (math.nan, f"{odd:,} records")
+    found |= {name: (peak, value_text(name, peak)) for name, peak in facts["peaks"].items()}
     return found | {name: (facts[name], f"{facts[name]:,}") for name in COUNTS}
 
 
@@ -152,17 +149,16 @@ def _ratio(name: str, one: dict[str, tuple], other: dict[str, tuple]) -> float |
     return ratio if math.isfinite(ratio) else None
 
 
+def _finite(run: Run, name: str) -> list[float]:
+    return [value for value in run.curve(name)[1] if math.isfinite(value)]
+
+
+def _ends(values: list[float]) -> dict[str, float] | None:
+    return {"first": values[0], "last": values[-1]} if values else None
+
+
 def _spread(values: list[float]) -> dict[str, float] | None:
-    values = [value for value in values if math.isfinite(value)]
     if not values:
         return None
     cuts = statistics.quantiles(values, n=10, method="inclusive") if values[1:] else values * 9
     return {"p20": cuts[1], "median": statistics.median(values), "p80": cuts[7]}
-
-
-def _course(values: list[float]) -> dict[str, float | None]:
-    finite = [value for value in values if math.isfinite(value)]
-    ends = {"first": finite[0], "last": finite[-1], "lowest": min(finite)} if finite else {}
-    return {"first": None, "last": None, "lowest": None, **ends} | {
-        "not_finite": len(values) - len(finite)
-    }

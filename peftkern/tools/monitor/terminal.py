@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from peftkern.monitor.records import line_of, name_of
+from peftkern.monitor.records import line_of, name_of, value_text
 from peftkern.tools.monitor.run import Run
-from peftkern.tools.monitor.summary import losses_apart, names, state, table, value_text
+from peftkern.tools.monitor.summary import COUNTED, counts, losses_apart, names, state, table
 
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*%#"
 ROWS = 4  # of a chart
@@ -65,10 +65,12 @@ def plot(
     found: list[list[float]] = [[] for _ in range(columns)]
     for step, value in zip(at, values, strict=True):
         found[min((step - begin) * columns // max(end - begin, 1), columns - 1)].append(value)
+    if high == low:
+        low, high = low - 1, high + 1
     heights, last = [], math.nan
     for column in found:
         last = sum(column) / len(column) if column else last
-        share = (last - low) / (high - low) if high > low else 0.5
+        share = (last - low) / (high - low)
         heights.append(1 + round(share * (8 * rows - 1)) if math.isfinite(share) else 0)
     return [
         "".join(levels[min(max(height - 8 * row, 0), 8)] for height in heights)
@@ -77,17 +79,20 @@ def plot(
 
 
 def _view(runs: Sequence[Run], console: Console) -> Group:
-    parts: list[RenderableType] = []
-    for name, run in zip(names(runs), runs, strict=True):
+    called, parts = names(runs), []
+    for name, run in zip(called, runs, strict=True):
         parts.append(Text.assemble((name, "bold"), f"  {state(run)}"))
     if any(run.points for run in runs):
         levels = ASCII if console.options.ascii_only else BLOCKS
         parts += [_charts(runs, console.width, levels), Text()]
-        parts.append(_grid(["", *names(runs), "ratio"] if runs[1:] else ["", ""], table(runs)))
+        parts.append(_grid(["", *called, "ratio"] if runs[1:] else ["", ""], table(runs)))
         parts += [Text(losses_apart(*runs))] if runs[1:] else []
-        for name, run in zip(names(runs), runs, strict=True):
+        for name, run in zip(called, runs, strict=True):
             title = f" of {name}" if runs[1:] else ""
-            parts += [*_ranks(run, console.width, levels, title), *_calls(run, title)]
+            parts += _ranks(run, console.width, levels, title)
+        for of, title in COUNTED.items():
+            if rows := counts(runs, of):
+                parts += [Text(), _grid([title, *(called if runs[1:] else [""])], rows)]
     return Group(*parts)
 
 
@@ -102,27 +107,30 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 def _charts(runs: Sequence[Run], width: int, levels: str) -> Table:
     """Draw the charts two beside each other: the same quantity of two runs, on one scale."""
-    values = runs[0].values()
-    memory = "cuda_allocated_bytes" if runs[0].curve("cuda_allocated_bytes")[0] else ""
+    lead = runs[0]
+    memory = (
+        "cuda_allocated_bytes" if lead.curve("cuda_allocated_bytes")[0] else "process_rss_bytes"
+    )
+    speed = "tokens_per_second" if lead.totals["tokens"] else "step_seconds"
+    across = 2 if width >= 60 else 1
     cells = []
-    for name in (*values[:1], "tokens_per_second", memory or "process_rss_bytes", "fallbacks"):
+    for name in (*lead.values()[:1], speed, memory, "fallbacks"):
         curves = [run.curve(name) for run in runs]
         finite = [y for _, ys in curves for y in ys if math.isfinite(y)]
-        if not finite or not any(finite):
+        if not any(finite):
             continue
-        bounds = (min(finite) if name in values else 0.0, max(finite))
+        bounds = (min(finite) if name in lead.values() else 0.0, max(finite))
         span = (min(at[0] for at, _ in curves if at), max(at[-1] for at, _ in curves if at))
-        for at, ys in curves:
-            lines = plot(at, ys, span, bounds, (width // 2 - 12, ROWS), levels)
-            edges = [value_text(name, value) for value in reversed(bounds)]
-            labels = [edges[0], *[""] * (ROWS - 2), edges[1]]
-            each = " per step" if name == "fallbacks" else ""
-            title = f"{name_of(name)}{each}, steps {span[0]:,} - {span[1]:,}"
+        labels = [value_text(name, bounds[1]), *[""] * (ROWS - 2), value_text(name, bounds[0])]
+        title = f"{name_of(name)} per step" if name == "fallbacks" else name_of(name)
+        for called, (at, ys) in zip(names(runs), curves, strict=True):
+            lines = plot(at, ys, span, bounds, (max(width // across - 12, 8), ROWS), levels)
             text = "\n".join(f"{a:>9} {b}" for a, b in zip(labels, lines, strict=True))
-            cells.append(Text(f"\n{title}\n{text}", no_wrap=True))
+            text = f"\n{title}{f', {called}' if runs[1:] else ''}\n{text}"
+            cells.append(Text(text, no_wrap=True, overflow="crop"))
     grid = Table.grid(padding=(0, 2, 0, 0))
-    for i in range(0, len(cells), 2):
-        grid.add_row(*cells[i : i + 2])
+    for i in range(0, len(cells), across):
+        grid.add_row(*cells[i : i + across])
     return grid
 
 
@@ -138,18 +146,3 @@ def _ranks(run: Run, width: int, levels: str, title: str) -> list[RenderableType
         (line,) = plot(at, means, span, (0.0, most), (width // 2, 1), levels)
         rows.append([kind, f"{means[0]:.3g} to {means[-1]:.3g}", line])
     return [Text(), _grid([f"mean rank{title}", "", ""], rows)]
-
-
-def _calls(run: Run, title: str) -> list[RenderableType]:
-    steps = run.totals["steps"]
-    rows = [
-        [*name.split(" on "), f"{count:,}", f"{count / steps:,.4g}"]
-        for name, count in run.calls.most_common()
-    ]
-    parts: list[RenderableType] = []
-    if rows:
-        parts += [Text(), _grid([f"op{title}", "on", "calls", "per step"], rows)]
-    if run.fallback_reasons:
-        rows = [[f"{count:,}", why] for why, count in run.fallback_reasons.most_common()]
-        parts += [Text(), _grid(["fallbacks", ""], rows)]
-    return parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -40,10 +41,11 @@ class Options:
 
 class Stack(NamedTuple):
     """Experts [E, N, K] and the tensors of the source that they are: one, or as many for each as
-    its rows are put together from, expert after expert."""
+    its rows are put together from, expert after expert. transposed: the one is [E, K, N]."""
 
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    transposed: bool = False
 
 
 class Choice(NamedTuple):
@@ -85,8 +87,7 @@ class Unit:
         return sum(info.nbytes for info in self.infos)
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Size of some tensors; bytes are those of the tensors themselves."""
 
     tensors: int
@@ -107,6 +108,9 @@ class Size:
         """Bits per parameter."""
         return 8 * self.bytes_after / max(self.parameters, 1)
 
+    def as_dict(self) -> dict[str, float]:
+        return {**self._asdict(), "bits_per_parameter": self.bits}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -118,6 +122,16 @@ class Plan:
     quantized: Size
     experts: Size
     kept_experts: Size
+
+    def kept(self) -> dict[str, Size]:
+        """Return the sizes of what is not quantized, the largest first, under names with * for
+        numbers."""
+        groups: dict[str, list[Unit]] = {}
+        for unit in (unit for units in self.files.values() for unit in units):
+            if not unit.quantized:
+                groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", unit.name), []).append(unit)
+        sizes = {name: Size.of(units) for name, units in groups.items()}
+        return dict(sorted(sizes.items(), key=lambda item: -item[1].parameters))
 
 
 def plan_files(checkpoint: Checkpoint, choice: Choice, options: Options) -> Plan:
@@ -179,4 +193,5 @@ def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Option
             f"{name}: expected tensors of one dtype that make up {list(stack.shape)}, got "
             f"{len(infos)} of {list(infos[0].shape)}"
         )
-    return Unit(name, infos, numel // 2 + 4 * numel // options.blocksize, False, stack.shape)
+    nbytes = numel // 2 + 4 * numel // options.blocksize
+    return Unit(name, infos, nbytes, stack.transposed, stack.shape)

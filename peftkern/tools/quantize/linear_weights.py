@@ -24,10 +24,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
 )
+from transformers.initialization import no_tie_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -138,7 +140,7 @@ def _expert_weights(
     model: PreTrainedModel, loads: Iterable[Load], skip: Sequence[str]
 ) -> tuple[dict[str, Stack], list[str]]:
     """Find the stacks of experts, and those that stay dense without being skipped: which loading
-    turns or rearranges, so that blocks would not stay whole.
+    rearranges, so that blocks would not stay whole.
 
     Raises: CheckpointError for tensors that are not those of the model's experts.
     """
@@ -154,9 +156,11 @@ def _expert_weights(
     stacks = {}
     for target, found in parts.items():
         converter = found[0].converter
-        if converter is None:
-            _check_shape(found[0].info, wanted[target])
-            stacks[target] = Stack(wanted[target], (found[0].info.name,))
+        if converter is None or _transposes_experts(converter):
+            info, (E, N, K) = found[0].info, wanted[target]
+            transposed = converter is not None and info.shape == (E, K, N) != (E, N, K)
+            _check_shape(info, (E, K, N) if transposed else (E, N, K))
+            stacks[target] = Stack(wanted[target], (info.name,), transposed)
         elif _stacks_experts(converter):
             stacks[target] = _stacked(target, wanted[target], found)
     return stacks, [target for target in wanted if target not in stacks]
@@ -197,6 +201,13 @@ def _stacks_experts(converter: WeightConverter) -> bool:
     return plain and dims in ({MergeModulelist: 0}, {MergeModulelist: 0, Concatenate: 1})
 
 
+def _transposes_experts(converter: WeightConverter) -> bool:
+    """Return whether experts [K, N] become [N, K] if they have to: what is written never has."""
+    (operation,) = converter.operations if len(converter.operations) == 1 else (None,)
+    turns = isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {1, 2}
+    return turns and operation.check_dims
+
+
 def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
     if info.shape != shape:
         raise CheckpointError(
@@ -219,7 +230,7 @@ def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=False, local_files_only=True
         )
-        with torch.device("meta"):
+        with torch.device("meta"), no_tie_weights():  # as from_pretrained does
             return known(config)
     except Exception as error:  # a config can make its model raise anything
         raise CheckpointError(
@@ -264,7 +275,7 @@ def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
         layers += [module_name, f"{module_name}.{name}"]
     for name in skip:
         with contextlib.suppress(re.error):
-            if not all(should_convert_module(layer, [name]) for layer in layers):
+            if name and not all(should_convert_module(layer, [name]) for layer in layers):
                 continue
         examples = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
         raise CheckpointError(f"skip: no linear layer is called {name!r}; there are {examples}")

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +55,11 @@ class Summary:
     weights, `left` those that are not in the copy."""
 
     plan: Plan
-    resumed: int
-    largest_error: float
-    largest_error_name: str
     copied: tuple[str, ...]
     left: tuple[str, ...]
+    resumed: int = 0
+    largest_error: float = 0.0
+    largest_error_name: str = ""
 
 
 class Note(NamedTuple):
@@ -102,27 +102,40 @@ def quantize_checkpoint(
     destination = Path(destination)
     plan = plan_files(checkpoint, choice, options)
     identity = _identity(checkpoint, choice, quantization_config, options)
-    companions = find_companions(checkpoint)
-    staging.check_destination(checkpoint.folder, destination, force, companions.copied)
-    staging.check_space(destination, plan.total.bytes_after + companions.nbytes)
+    summary = check_request(checkpoint, destination, plan, force)
     created = not destination.exists()
     with staging.work_folder(destination, identity, force) as work:
-        notes, resumed = _read_manifest(work), plan.total.tensors
+        notes = _read_manifest(work)
         try:
-            if not (work / staging.COMPLETE).exists():
-                resumed = _write(work, plan, notes, options, progress)
-                staging.copy_files(checkpoint.folder, work / staging.FILES, companions.copied)
-                config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
-                staging.replace_json(work / staging.FILES / CONFIG, config)
+            resumed = _write(work, plan, notes, options, progress)
+            if _identity(checkpoint, choice, quantization_config, options) != identity:
+                raise CheckpointError(f"{checkpoint.folder}: changed while it was read")
+            staging.copy_files(checkpoint.folder, work / staging.FILES, summary.copied)
+            config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
+            staging.replace_json(work / staging.FILES / CONFIG, config)
         except CheckpointError:
             shutil.rmtree(work)
             with contextlib.suppress(OSError):
                 if created:
                     destination.rmdir()
             raise
-        staging.publish(work, destination)
-    largest = max(((note.error, note.name) for note in notes.values()), default=(0.0, ""))
-    return Summary(plan, resumed, *largest, companions.copied, companions.left)
+        staging.publish(work, destination, plan.files)
+    error, name = max(((note.error, note.name) for note in notes.values()), default=(0.0, ""))
+    return replace(summary, resumed=resumed, largest_error=error, largest_error_name=name)
+
+
+def check_request(
+    checkpoint: Checkpoint, destination: Path | None, plan: Plan, force: bool
+) -> Summary:
+    """Describe what would be written. Raises: CheckpointError if the destination is unfit for it.
+
+    Without a destination that alone is not known.
+    """
+    companions = find_companions(checkpoint)
+    if destination is not None:
+        staging.check_destination(checkpoint.folder, destination, force, companions.copied)
+        staging.check_space(destination, plan.total.bytes_after + companions.nbytes, plan.files)
+    return Summary(plan, companions.copied, companions.left)
 
 
 def _identity(
@@ -156,18 +169,24 @@ def _read_manifest(work: Path) -> dict[str, Note]:
 def _write(
     work: Path, plan: Plan, notes: dict[str, Note], options: Options, progress: Progress
 ) -> int:
-    """Write all files and their index, and note them; return how many tensors were there."""
+    """Write all files and their index, and note them; return how many tensors were there.
+
+    What a stopped run has noted may have been moved to the destination already.
+    """
     folder, resumed = work / staging.FILES, 0
     folder.mkdir(exist_ok=True)
     staging.clear_folder(folder, keep=plan.files)  # of what a stopped run had begun or copied
     weight_map: dict[str, str] = {}
     for name, units in plan.files.items():
-        path = folder / name
-        if name in notes and notes[name].digest == _digest_file(path):
+        places = (folder / name, work.parent / name) if name in notes else ()
+        path = next((p for p in places if _digest_file(p) == notes[name].digest), None)
+        if path != folder / name:
+            (folder / name).unlink(missing_ok=True)
+        if path is not None:
             resumed += Size.of(units).tensors
             progress(sum(unit.nbytes_before for unit in units), name)
         else:
-            path.unlink(missing_ok=True)
+            path = folder / name
             notes[name] = _write_file(path, units, options, progress)
             staging.replace_json(work / MANIFEST, notes)
         with open_safetensors(path) as file:
@@ -254,7 +273,8 @@ def _stacked(
     pieces = max(len(unit.infos) // count, 1)  # of an expert
     error = 0.0
     for expert in range(count):
-        weight = torch.cat(list(islice(parts, pieces))).view(shape).to(options.device)
+        weight = torch.cat(list(islice(parts, pieces))).to(options.device)
+        weight = weight.T.contiguous() if unit.transposed else weight.view(shape)
         stack.set_expert(expert, weight)
         now = stack.dequantize(expert)
         error = max(error, _relative_error(unit.name, weight, now))

@@ -1,8 +1,8 @@
 """Atomic, resumable output directory, filled in a work folder inside of it.
 
 The work folder belongs to one process and to one set of options; a run that resumes it must have
-the same. Its `files` are the output to be; when they are complete they change their name and are
-moved, config.json last: without it nothing loads the folder.
+the same. Its `files` are the output to be; when all are there they are moved, config.json last:
+without it nothing loads the folder.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ except ImportError:  # not POSIX: nothing stops a second process that writes to 
     fcntl = None
 
 WORK = ".peftkern-quantize"
-FILES = "files"  # in the work folder: the output, until
-COMPLETE = "complete"  # is its name
+FILES = "files"  # in the work folder: the output, until it is moved
 _SPARE_BYTES = 1 << 24  # for headers, manifest and index
 
 
@@ -105,10 +104,16 @@ def _difference(other: Any, identity: dict[str, Any]) -> str:
     return f"{key} {other.get(key)}, not {value}" if told else f"another {key}"
 
 
-def check_space(destination: Path, needed: int) -> None:
-    """Raise CheckpointError if that many bytes, less those already written, do not fit."""
+def check_space(destination: Path, needed: int, moved: Iterable[str]) -> None:
+    """Raise CheckpointError if that many bytes, less those already written, do not fit.
+
+    moved: names of files that lie in the destination if a run was stopped while it moved them.
+    """
     work = destination / WORK
-    there = sum(path.lstat().st_size for path in work.rglob("*") if not path.is_dir())
+    written = [path for path in work.rglob("*") if not path.is_dir()]
+    if written and not (destination / CONFIG).exists():
+        written += [destination / name for name in moved if (destination / name).exists()]
+    there = sum(path.lstat().st_size for path in written)
     path = Path(os.path.realpath(destination))
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     if needed + _SPARE_BYTES > there + free:
@@ -124,18 +129,20 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def publish(work: Path, destination: Path) -> None:
-    """Move the files to their places, after removing those of a checkpoint that was there."""
-    complete = work / COMPLETE
-    if not complete.exists():
-        (destination / CONFIG).unlink(missing_ok=True)
-        for pattern in ("*.safetensors", "*.safetensors.index.json"):
-            for path in destination.glob(pattern):
+def publish(work: Path, destination: Path, weights: Collection[str]) -> None:
+    """Move the files to their places, after removing those of a checkpoint that was there.
+
+    weights: names of the new files of weights, some of which an earlier run may have moved.
+    """
+    (destination / CONFIG).unlink(missing_ok=True)
+    files = work / FILES
+    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+        for path in destination.glob(pattern):
+            if path.name not in weights:
                 path.unlink()
-        os.replace(work / FILES, complete)
-    for path in sorted(complete.rglob("*"), key=lambda path: path == complete / CONFIG):
+    for path in sorted(files.rglob("*"), key=lambda path: path == files / CONFIG):
         if path.is_file():
-            target = destination / path.relative_to(complete)
+            target = destination / path.relative_to(files)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copymode(work / "lock", path)  # safetensors writes for the owner alone
             os.replace(path, target)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from peftkern.tools.bench.shapes import Shape
@@ -86,40 +84,24 @@ def model_layers(path: str, targets: str) -> ModelLayers:
     Raises: OSError or ValueError in one line if there is no config, or no layer of those names.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
-    from peftkern.layers.quantize import expert_parameters
+    from peftkern.tools import models
 
-    folder = Path(path)
-    folder = folder.parent if folder.name == "config.json" else folder
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model: {path}: expected a config.json, or the folder of one")
-    config = AutoConfig.from_pretrained(os.fspath(folder), local_files_only=True)
-    quantized = getattr(config, "quantization_config", None) or {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    names = None if targets == "all-linear" else {name.strip() for name in targets.split(",")}
+    config = models.read_config(path)
+    dtype = models.dtype_of(config)
+    model = models.empty_model(config, torch.bfloat16)
+    layers, fused = models.linear_layers(model), models.expert_weights(model)
+    names, parameters = models.adapter_targets(model, targets)
     shapes: dict[tuple[int, int], Shape] = {}
-    experts: dict[str, None] = {}
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        for own in expert_parameters(module):
-            if names is None or own in names:
-                experts[f"{own} {list(module._parameters[own].shape)}"] = None
-        if module is head or not isinstance(module, (torch.nn.Linear, Conv1D)):
-            continue
-        if names is None or last in names:
-            N, K = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
-            shapes.setdefault((N, K), Shape(f"{last} {N}x{K}", N, K))
+    for name in names:
+        N, K = models.sizes(layers[name])
+        shapes.setdefault((N, K), Shape(f"{name.rpartition('.')[2]} {N}x{K}", N, K))
+    experts = [f"{name.rpartition('.')[2]} {list(fused[name].shape)}" for name in parameters]
+    experts = list(dict.fromkeys(experts))
     if not shapes:
-        other = f", but {', '.join(experts)}, which only a training tries" if experts else ""
-        raise ValueError(f"--targets: {path} has no linear layers of the names {targets!r}{other}")
-    known = {f"torch.{long}": short for short, long in DTYPES.items()}
-    dtype = known.get(str(config.dtype), "bf16")
-    four_bit = isinstance(quantized, dict) and bool(quantized.get("load_in_4bit"))
-    return ModelLayers(list(shapes.values()), list(experts), dtype, four_bit)
+        raise ValueError(f"--targets: {path}: {', '.join(experts)}, which only a training tries")
+    quantized = models.quantization(config) or {}
+    return ModelLayers(list(shapes.values()), experts, dtype, bool(quantized.get("load_in_4bit")))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from peftkern.tools.tune import cases
 
 FIRST_SHAPES = "llama3-8b"
 MAX_RANK = 4096
+ALL = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def plan(options: Options, device: str) -> Job:
     ranks = numbers("--r", options.r, MAX_RANK)
     (adapter_dtype,) = chosen("--adapter-dtype", options.adapter_dtype, known)
     if options.model is None:
-        shapes = parse_weights("--shape", options.shape or FIRST_SHAPES)
+        if options.targets != ALL:
+            raise ValueError("--targets: of the layers of --model, which is not given")
+        shapes = parse_weights("--shape", FIRST_SHAPES if options.shape is None else options.shape)
     else:
         shapes, experts, own, four_bit = cases.model_layers(options.model, options.targets)
         dtypes = dtypes if options.dtype is not None else [own]

@@ -135,7 +135,8 @@ def test_not_quantized_yet_fails_as_in_peft():
 
 
 def test_formats_that_our_kernels_do_not_read():
-    model, reason = lora_net(make_linear4bit(quant_type="fp4")), "quant_type is fp4"
+    model = lora_net(make_linear4bit(quant_type="fp4"))
+    reason = 'quant_type is fp4: load with bnb_4bit_quant_type="nf4"'
     assert_falls_back(model, reason)
     assert peftkern.patch(model).falling_back == {"base_model.model.proj": reason}
     model = lora_net(make_linear4bit(bias=False))

@@ -17,7 +17,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import peftkern
 from peftkern.backends.cpu.module import cpu_isa
 from peftkern.integrations.peft.lora import PatchedLinear
-from peftkern.integrations.transformers.callbacks import MonitorCallback, PeftKernCallback
+from peftkern.integrations.transformers.callbacks import (
+    AdaLoraCallback,
+    MonitorCallback,
+    PeftKernCallback,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 5
@@ -182,6 +186,21 @@ def test_monitor_s_numbers_reach_the_reporters(tmp_path, accumulation, counted):
     assert [r["loss"] for r in records[1:3]] == [entry["loss"] for entry in logged]
     assert records[2]["global_step"] == 4
     assert not model._forward_pre_hooks
+
+
+def test_ranks_are_recorded_when_a_mask_moves_them(tmp_path):
+    model = adalora_llama(total_step=8, tinit=1, tfinal=3, deltaT=2)
+    run = trainer(model, tmp_path, [AdaLoraCallback()], max_steps=8)
+    MonitorCallback.attach(run, jsonl=tmp_path / "run.jsonl")
+    run.train()
+    records = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    first, *moved = [r for r in records if r["type"] == "ranks"]
+    assert first["global_step"] == 0 and [*first["ranks"].values()] == [6] * LAYERS
+    # By deltaT; the final mask, at step 5, has the budget of step 4.
+    assert [r["global_step"] for r in moved][:2] == [2, 4] and len(moved) <= 3
+    pattern = model.peft_config["default"].rank_pattern.items()
+    assert moved[-1]["ranks"] == {name.split(".lora_E")[0]: sum(kept) for name, kept in pattern}
+    assert moved[-1]["ranks"].keys() == first["ranks"].keys()
 
 
 def test_monitor_in_the_trainer_s_list_reaches_the_history(tmp_path):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from checkpoint_folders import MOE_FAMILIES, load_tensors, save_moe
 from processes import run_code
+from quantized_folders import convert
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3VLMoeConfig, Qwen3VLMoeModel
@@ -19,19 +18,10 @@ import peftkern
 from peftkern.formats.nf4 import STATE_KEY, NF4Weight
 from peftkern.integrations.transformers import NF4ExpertsConfig  # noqa: F401  registers itself
 from peftkern.layers.nf4_stack import NF4Stack
-from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
-from peftkern.tools.quantize.file_plan import Options
-from peftkern.tools.quantize.linear_weights import find_weights
-from peftkern.tools.quantize.nf4_checkpoint import Summary, quantize_checkpoint
+from peftkern.tools.quantize import linear_weights
+from peftkern.tools.quantize.checkpoint import CheckpointError
 
 ONE_BY_ONE = [family for family, (*_, fused) in MOE_FAMILIES.items() if not fused]
-
-
-def convert(source: Path, destination: Path, *, stack: bool = True, skip=(), **how: Any) -> Summary:
-    checkpoint, options = read_checkpoint(source), Options(**how)
-    blocks = {"blocksize": options.blocksize, "double_quant": options.double_quant}
-    choice, config = find_weights(checkpoint, stack=stack, skip=skip, **blocks)
-    return quantize_checkpoint(checkpoint, destination, choice, config, options)
 
 
 def stacks(model: nn.Module) -> dict[str, Tensor]:
@@ -150,21 +140,35 @@ def test_skipped_experts_stay_as_they_are(tmp_path, name):
             assert torch.equal(stack, model.get_parameter(key))
 
 
-def test_stacks_that_are_turned_on_loading_are_left(tmp_path):
-    """Qwen3-VL's file holds [E, K, 2I], its model [E, 2I, K]."""
+@pytest.mark.parametrize("known", [True, False])
+def test_stacks_that_are_turned_on_loading(tmp_path, monkeypatch, known):
+    """Qwen3-VL's file holds [E, K, 2I], its model [E, 2I, K]; other rearrangements leave it so."""
     text = {
         **{"vocab_size": 48, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
         **{"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64},
-        **{"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2},
         "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]},
     }
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
     vision |= {"out_hidden_size": 64, "deepstack_visual_indexes": [0]}
     config = Qwen3VLMoeConfig(text_config=text, vision_config=vision)
-    Qwen3VLMoeModel(config).save_pretrained(tmp_path / "src")
+    model = Qwen3VLMoeModel(config).bfloat16()
+    model.save_pretrained(tmp_path / "src")
+    if not known:
+        monkeypatch.setattr(linear_weights, "_transposes_experts", lambda converter: False)
     summary = convert(tmp_path / "src", tmp_path / "out")
-    assert summary.plan.kept_experts.tensors == 2 and not summary.plan.experts.tensors
-    Qwen3VLMoeModel.from_pretrained(tmp_path / "out")
+    plan = summary.plan
+    assert (plan.experts.tensors, plan.kept_experts.tensors) == ((2, 0) if known else (0, 2))
+    loaded = [Qwen3VLMoeModel.from_pretrained(tmp_path / "out")]
+    if known:  # as it is saved again
+        loaded[0].save_pretrained(tmp_path / "again")
+        loaded.append(Qwen3VLMoeModel.from_pretrained(tmp_path / "again"))
+    for found in loaded:
+        for name, stack in stacks(found).items():
+            weight = model.get_parameter(name)
+            right = NF4Stack.from_dense(weight).dequantize() if known else weight
+            assert isinstance(stack, NF4Stack) == known
+            assert torch.equal(stack.dequantize() if known else stack, right), name
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

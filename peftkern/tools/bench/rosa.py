@@ -1,0 +1,96 @@
+"""RoSA's sparse products beside the dense ones that they replace, as cases of `peftkern bench`.
+
+rosa_sddmm: the gradient of the values, dy.T @ x at the mask's places alone; `dense dW` makes all of
+it and gathers. rosa_forward: y = x (W + S).T; `dense W + S` writes the sum at each call, as the
+values have changed since the last, and multiplies once; torch.sparse adds a CSR product to x W.T,
+or samples dy.T @ x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern.backends import ops
+from peftkern.functional.rosa import SparseMask
+from peftkern.tools.bench.base_layers import Layer, Tensors
+from peftkern.tools.bench.cases import Problem
+
+DENSE = {"rosa_sddmm": "dense dW", "rosa_forward": "dense W + S"}
+
+
+def inputs(problem: Problem, draw: Callable[..., Tensor]) -> Tensors:
+    m, n, k = problem.M, problem.N, problem.K
+    dtype = getattr(torch, problem.dtype)
+    x, dy = draw(m, k).to(dtype), draw(m, n).to(dtype)
+    nnz = max(1, round(problem.density * n * k))
+    flat = draw(n * k).argsort()[:nnz]
+    mask = SparseMask.from_indices(flat // k, flat % k, (n, k))
+    tensors = {"x": x, "dy": dy, "crow": mask.crow, "col": mask.col, "flat": mask.flat()}
+    tensors["mask_values"] = draw(nnz) / 4
+    if problem.op == "rosa_forward":
+        tensors["weight"] = (draw(n, k) / k**0.5).to(dtype)
+    return tensors
+
+
+def results(problem: Problem, tensors: Tensors) -> Tensors:
+    """Run the dense way in the dtype of the tensors."""
+    if problem.op == "rosa_sddmm":
+        return {"values.grad": _dense_gradient(tensors, tensors["x"], tensors["dy"])}
+    return {"y": _dense_forward(tensors, tensors["x"], tensors["dy"])}
+
+
+def _dense_gradient(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
+    return (dy.T @ x).view(-1)[tensors["flat"]]
+
+
+def _dense_forward(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
+    total = tensors["weight"].clone()
+    total.view(-1)[tensors["flat"]] += tensors["mask_values"].to(total.dtype)
+    return F.linear(x, total)
+
+
+def _ours_gradient(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
+    return ops.rosa_sddmm(dy, x, tensors["crow"], tensors["col"])
+
+
+def _ours_forward(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
+    y = F.linear(x, tensors["weight"])
+    ops.rosa_spmm_(y, x, tensors["mask_values"], tensors["crow"], tensors["col"], None)
+    return y
+
+
+def _csr(tensors: Tensors, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(tensors["crow"], tensors["col"], values, shape)
+
+
+def _sparse_gradient(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
+    S = _csr(tensors, tensors["mask_values"], (dy.shape[1], x.shape[1]))
+    return torch.sparse.sampled_addmm(S, dy.T, x, beta=0.0).values()
+
+
+def _sparse_forward(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
+    weight = tensors["weight"]
+    S = _csr(tensors, tensors["mask_values"].to(x.dtype), weight.shape)
+    return F.linear(x, weight) + (S @ x.T).T
+
+
+def _build(gradient: Callable, forward: Callable) -> Callable:
+    def build(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
+        call = gradient if problem.op == "rosa_sddmm" else forward
+
+        def layer() -> Layer:
+            x, dy = tensors["x"].clone(), tensors["dy"].clone()
+            return Layer(lambda: call(tensors, x, dy))
+
+        return [layer() for _ in range(copies)]
+
+    return build
+
+
+ours = _build(_ours_gradient, _ours_forward)
+composed = _build(_dense_gradient, _dense_forward)
+torch_sparse = _build(_sparse_gradient, _sparse_forward)
