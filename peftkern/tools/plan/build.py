@@ -1,31 +1,40 @@
 """Models without memory: built on the meta device as a user builds them, then made of fake tensors.
 
 transformers makes the base, its own rules say which linear layers bitsandbytes gets, PEFT adds the
-adapters, `peftkern.patch` swaps classes. Fake tensors are a CPU's: torch without CUDA has no others.
+adapters, `peftkern.patch` swaps classes. Fake tensors are a CPU's: torch without CUDA has no
+others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
-import bitsandbytes as bnb
 import peft
 import torch
-import transformers
-from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 from torch import Tensor, nn
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.quantizers.base import HfQuantizer
 
 from peftkern.layers.nf4_stack import NF4Stack, refusal, set_nf4_parameter
 from peftkern.layers.quantize import expert_parameters
+from peftkern.tools.models import adapter_targets, auto_class
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' defaults
-_AUTO = ("CausalLM", "Seq2SeqLM", "ImageTextToText", "MaskedLM")
 _SCHEDULE = {"total_step": 100, "tinit": 5, "tfinal": 5}  # AdaLoRA has to be told one
+
+
+@contextlib.contextmanager
+def said_of_the_model() -> Iterator[None]:
+    """Turn what a model raises into one line: of sizes in its config that do not fit each other, of
+    an adapter on a layer whose results are not those of a linear one."""
+    try:
+        yield
+    except Exception as error:  # of any kind
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"model: a step of it does not run: {said}") from error
 
 
 def base_model(config: Any, training: Any) -> nn.Module:
@@ -33,33 +42,25 @@ def base_model(config: Any, training: Any) -> nn.Module:
 
     Raises: ValueError for a config of no model that trains on tokens and labels.
     """
-    config = copy.deepcopy(config)
+    auto, config = auto_class(config, "model"), copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         part.use_cache = False
     eager = {"attn_implementation": "eager"} if training.attention == "eager" else {}
-    with torch.device("meta"):
-        model = _auto(config)._from_config(config, dtype=DTYPES[training.dtype], **eager)
+    with torch.device("meta"), said_of_the_model():
+        model = auto.from_config(config, dtype=DTYPES[training.dtype], **eager)
     return model.requires_grad_(False)
 
 
-def _auto(config: Any) -> type:
-    """Return the class of the model: that which the config names, or the first of a head's kind."""
-    for name in config.architectures or ():
-        if name.startswith("Bert") or hasattr(transformers, name):
-            return getattr(transformers, name)
-    for kind in _AUTO:
-        known = getattr(transformers, f"AutoModelFor{kind}")._model_mapping
-        if type(config) in known:
-            found = known[type(config)]
-            return found[0] if isinstance(found, tuple) else found
-    raise ValueError(f"model_type: {config.model_type} has no head that trains on labels")
-
-
 def quantize(model: nn.Module, training: Any) -> None:
-    """Put bitsandbytes' layers in the place of linear ones, and stacks in NF4 in that of experts."""
+    """Put bitsandbytes' layers in the place of linear ones, NF4 stacks in that of experts."""
+    import bitsandbytes as bnb
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import HfQuantizer
+
     skip = HfQuantizer.get_modules_to_not_convert(model)
     chosen = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    how = transformers.BitsAndBytesConfig(
+    how = BitsAndBytesConfig(
         **chosen,
         bnb_4bit_use_double_quant=training.double_quant,
         bnb_4bit_compute_dtype=DTYPES[training.dtype],
@@ -78,6 +79,9 @@ def quantize(model: nn.Module, training: Any) -> None:
 
 def _quantize_layer(layer: Any, training: Any) -> None:
     """Give a layer the weight that bitsandbytes makes on a device; its table alone has values."""
+    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+    from bitsandbytes.nn import Params4bit
+
     weight = layer.weight
     blocks = -(-weight.numel() // _BLOCK)
     nested = {}
@@ -93,59 +97,72 @@ def _quantize_layer(layer: Any, training: Any) -> None:
     layer.quant_state = QuantState(absmax, weight.shape, code, **how, **nested)
     packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
     options = {"compress_statistics": training.double_quant, "quant_type": "nf4"}
-    layer.weight = bnb.nn.Params4bit(
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(DTYPES[training.dtype])
+    layer.weight = Params4bit(
         packed, quant_state=layer.quant_state, bnb_quantized=True, module=layer, **options
     )
 
 
-def add_adapters(model: nn.Module, training: Any) -> nn.Module:
-    """Prepare a base for training and wrap it, as `training` says."""
+def add_adapters(model: nn.Module, training: Any, config: Any) -> nn.Module:
+    """Prepare a base for training and wrap it; config: its `peft_config`.
+
+    Raises: ValueError in one line for adapters that PEFT cannot give it.
+    """
     checkpointing = training.checkpointing
-    with torch.device("meta"):
-        if training.prepare_kbit:
-            model = peft.prepare_model_for_kbit_training(model, checkpointing)
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            model.enable_input_require_grads()
-        if training.method == "full":
-            return model.requires_grad_(True).train()
-        wide = training.adapter_dtype == "fp32"
-        return peft.get_peft_model(
-            model, _peft_config(model, training), autocast_adapter_dtype=wide
-        ).train()
+    if training.prepare_kbit:
+        model = peft.prepare_model_for_kbit_training(model, checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    if config is None:
+        return model.requires_grad_(True).train()
+    wide = training.adapter_dtype == "fp32"
+    try:
+        with mock.patch.object(nn.Module, "to", _to):
+            model = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"adapter: {' '.join(str(error).split())}") from error
+    for parameter in model.parameters():  # PEFT leaves them float32 over 4-bit weights
+        if parameter.requires_grad and not wide:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.train()
 
 
-def _peft_config(model: nn.Module, training: Any) -> Any:
+def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """Cast a module of fake tensors, whose device stays; Module.to would swap them."""
+    dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+    for parameter in module.parameters() if dtype is not None else ():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def peft_config(model: nn.Module, training: Any) -> Any:
+    """Return the PEFT config of a training for a base that is not quantized yet, None for full.
+
+    Raises: ValueError in one line for adapters that the model cannot have.
+    """
+    if training.method == "full":
+        return None
     if training.adapter is not None:
-        return peft.get_peft_config(dict(training.adapter))
-    targets, parameters = _targets(model, training.targets)
-    common = {"target_modules": targets, "lora_dropout": training.dropout}
+        try:
+            return peft.get_peft_config(dict(training.adapter))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"adapter: PEFT has no such config: {error}") from error
+    modules, experts = adapter_targets(model, ",".join(training.targets))
+    common = {"target_modules": modules, "lora_dropout": training.dropout}
+    if experts and training.method in ("adalora", "dora"):
+        names = sorted({name.rpartition(".")[2] for name in experts})
+        raise ValueError(
+            f"targets: experts' {', '.join(names)} have adapters of lora and qlora alone, not of "
+            f"{training.method}; name linear layers"
+        )
     if training.method == "adalora":
         return peft.AdaLoraConfig(init_r=training.r, target_r=1, **_SCHEDULE, **common)
-    experts = {"target_parameters": parameters} if parameters else {}
+    parameters = {"target_parameters": experts} if experts else {}
     dora = training.method == "dora"
-    return peft.LoraConfig(r=training.r, use_dora=dora, **common, **experts)
-
-
-def _targets(model: nn.Module, wanted: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Return names of linear layers and of parameters of experts, of one layer or of all.
-
-    Raises: ValueError naming what the model has, for a name that is none of these.
-    """
-    head = model.get_output_embeddings()
-    linears, experts = set(), set()
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, transformers.Conv1D)) and module is not head:
-            linears.add(name.rpartition(".")[2])
-        experts.update(expert_parameters(module))
-        experts.update(k for k, p in module._parameters.items() if isinstance(p, NF4Stack))
-    if wanted == ("all-linear",):
-        wanted = tuple(sorted(linears | experts))
-    unknown = [name for name in wanted if name not in linears | experts]
-    if unknown or not wanted:
-        names = f"all-linear or some of {', '.join(sorted(linears | experts))}"
-        raise ValueError(f"targets: expected {names}, got {', '.join(unknown) or 'none'}")
-    return [n for n in wanted if n in linears], [n for n in wanted if n in experts - linears]
+    return peft.LoraConfig(r=training.r, use_dora=dora, **common, **parameters)
 
 
 def make_fake(model: nn.Module) -> None:
@@ -194,7 +211,7 @@ def _like(tensor: Tensor, fake: Any) -> Tensor:
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Yield (name, module, tensor) of all that a model holds, what lies beside 4-bit weights too."""
+    """Yield (name, module, tensor) of all that a model holds, also beside 4-bit weights."""
     for path, module in model.named_modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if isinstance(tensor, NF4Stack):

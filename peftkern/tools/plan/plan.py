@@ -19,12 +19,16 @@ fragmentation and what else runs on the device are not in it.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peftkern.formats.json_files import brief, read_json
+from peftkern.formats.json_files import brief
 from peftkern.tools.plan.presets import PRESETS
 
 ACCEPTED = {  # in the fields of Training that are names
@@ -130,6 +134,20 @@ class Plan:
         return {**asdict(self), "peak": self.peak, "peak_phase": self.peak_phase}
 
 
+@contextlib.contextmanager
+def _libraries() -> Iterator[None]:
+    """Silence the libraries' advice, and turn an ImportError into what planning needs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels that it did not find
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ImportError as error:
+        raise ValueError(
+            f"planning needs transformers and PEFT, and bitsandbytes for nf4: {error}"
+        ) from error
+
+
 def read_model(name: str) -> Any:
     """Read the transformers config of a preset, or the config.json at `name` or in that folder.
 
@@ -137,21 +155,18 @@ def read_model(name: str) -> Any:
     """
     if name in PRESETS:
         return from_config(PRESETS[name])
-    path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
+    if not Path(name).exists():
         raise ValueError(
             f"model: expected a folder with a config.json (of a model on the Hub download it "
             f"first), its path, or one of {', '.join(PRESETS)}; got {name!r}"
         )
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    try:
-        return from_config(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with _libraries():
+        from peftkern.tools.models import read_config
+
+        config = read_config(name, "model")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # a training names its own base
+    return config
 
 
 def from_config(config: dict[str, Any]) -> Any:
@@ -159,10 +174,11 @@ def from_config(config: dict[str, Any]) -> Any:
 
     Raises: ValueError in one line if transformers has no such model, or refuses a field.
     """
-    try:
+    with _libraries():
         from transformers import CONFIG_MAPPING, AutoConfig
-    except ImportError as error:
-        raise ValueError(f"model: planning needs transformers and PEFT: {error}") from None
+        from transformers import logging as advice
+
+        advice.set_verbosity_error()
     fields = {k: v for k, v in config.items() if k != "quantization_config"}
     kind = fields.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
@@ -171,7 +187,7 @@ def from_config(config: dict[str, Any]) -> Any:
         return AutoConfig.for_model(kind, **fields)
     except Exception as error:  # each config class has its own
         said = " ".join(str(error).split())
-        raise ValueError(f"{kind}: {said}") from None
+        raise ValueError(f"{kind}: {said}") from error
 
 
 def plan(model: Any, training: Training) -> Plan:
@@ -181,7 +197,12 @@ def plan(model: Any, training: Training) -> Plan:
     Returns: a Plan, in bytes.
     Raises: ValueError for a training that this model cannot have.
     """
-    return Planner(model, training).plan(training.batch, training.sequence)
+    return Planner(model, training).plan()
+
+
+def largest(model: Any, training: Training, name: str, budget: int) -> int:
+    """Find the largest `name` ("batch" or "sequence") whose peak is within `budget` bytes, or 0."""
+    return Planner(model, training).largest(name, budget)
 
 
 class Planner:
@@ -189,50 +210,51 @@ class Planner:
 
     def __init__(self, model: Any, training: Training) -> None:
         config = from_config(model) if isinstance(model, dict) else model
-        try:
+        with _libraries():
             from peftkern.tools.plan.step import Steps
-        except ImportError as error:
-            raise ValueError(f"model: planning needs transformers, PEFT, ...: {error}") from None
-        self.steps = Steps(config, training)
 
-    def plan(self, batch: int, sequence: int) -> Plan:
-        """Return the plan of a batch."""
-        trace = self.steps.trace(batch, sequence)
-        counts, fixed = trace.pop("counts"), trace.pop("fixed")
-        phases = {}
-        for phase in PHASES:
-            found = (parts for segment, parts in trace.items() if segment[0] == phase)
-            phases[phase] = dict(max(found, key=Counter.total))
-        return Plan(counts["parameters"], counts["trainable"], dict(fixed), phases)
+            if training.base == "nf4":
+                import bitsandbytes  # noqa: F401
+            self.training, self._steps = training, Steps(config, training)
+        self._plans: dict[tuple[int, int], Plan] = {}
 
+    def plan(self, **sizes: int) -> Plan:
+        """Return the plan of the training, with another batch or sequence if given."""
+        asked = replace(self.training, **sizes)
+        key = (asked.batch, asked.sequence)
+        if key not in self._plans:
+            with _libraries():
+                trace = self._steps.trace(*key)
+            counts, fixed = trace.pop("counts"), trace.pop("fixed")
+            phases = {}
+            for phase in PHASES:
+                found = (parts for segment, parts in trace.items() if segment[0] == phase)
+                phases[phase] = dict(max(found, key=Counter.total))
+            self._plans[key] = Plan(counts["parameters"], counts["trainable"], dict(fixed), phases)
+        return self._plans[key]
 
-def largest(model: Any, training: Training, name: str, budget: int) -> int:
-    """Find the largest `name` ("batch" or "sequence") whose peak is within `budget` bytes, or 0.
+    def largest(self, name: str, budget: int) -> int:
+        """Find the largest `name` whose peak is within `budget` bytes, or 0.
 
-    The next one is guessed from the line through the last that fits and the first that does not;
-    both neighbors of the answer have been run.
-    """
-    planner = Planner(model, training)
-    peaks: dict[int, int] = {}
+        The next one is guessed from the line through the last that fits and the first that does
+        not; both neighbors of the answer have been run.
+        """
 
-    def peak(value: int) -> int:
-        if value not in peaks:
-            asked = replace(training, **{name: value})
-            peaks[value] = planner.plan(asked.batch, asked.sequence).peak
-        return peaks[value]
+        def peak(value: int) -> int:
+            return self.plan(**{name: value}).peak
 
-    if peak(1) > budget:
-        return 0
-    low, high = 1, 2
-    while high < _LARGEST and peak(high) <= budget:
-        slope = max((peak(high) - peak(low)) / (high - low), 1.0)
-        guess = high + int((budget - peak(high)) / slope) + 1
-        low, high = high, min(max(guess, high + 1), 64 * high, _LARGEST)
-    turn = 0
-    while high - low > 1:
-        share = (budget - peak(low)) / max(peak(high) - peak(low), 1)
-        guess = low + int(share * (high - low)) if turn % 3 < 2 else (low + high) // 2
-        guess = min(max(guess, low + 1), high - 1)
-        low, high = (guess, high) if peak(guess) <= budget else (low, guess)
-        turn += 1
-    return low
+        if peak(1) > budget:
+            return 0
+        low, high = 1, 2
+        while high < _LARGEST and peak(high) <= budget:
+            slope = max((peak(high) - peak(low)) / (high - low), 1.0)
+            guess = high + int((budget - peak(high)) / slope) + 1
+            low, high = high, min(max(guess, high + 1), 64 * high, _LARGEST)
+        turn = 0
+        while high - low > 1:
+            share = (budget - peak(low)) / max(peak(high) - peak(low), 1)
+            guess = low + int(share * (high - low)) if turn % 3 < 2 else (low + high) // 2
+            guess = min(max(guess, low + 1), high - 1)
+            low, high = (guess, high) if peak(guess) <= budget else (low, guess)
+            turn += 1
+        return low

@@ -65,10 +65,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return {name: (K, N)} of the linear layers of a block shaped like Llama's."""
+    """Return {name: (K, N)} of the linear layers of a block, beside experts; none if its attention
+    is not shaped like Llama's."""
+    if config["model_type"] in ("deepseek_v3", "phi3"):
+        return {}
     h, i, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
     attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
     if config["model_type"] not in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
-        return attention  # experts, or projections that are fused
+        return attention  # experts
     return {**attention, "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+from peft.tuners.lora import dora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
 from transformers import Conv1D
 from transformers.utils import import_utils
 
@@ -76,12 +77,13 @@ class Steps:
             model = build.base_model(self.config, self.training)
             _truncate(model, self.kinds, counts)
             parameters = sum(p.numel() for p in model.parameters())
+            adapters = build.peft_config(model, self.training)
             if self.training.base == "nf4":
                 build.quantize(model, self.training)
-            head, own = model.get_output_embeddings(), [t for _, _, t in build.tensors(model)]
-            model = build.add_adapters(model, self.training)
-            fixed = _fixed(model, head, {id(t) for t in own})
         build.make_fake(model)
+        head, own = model.get_output_embeddings(), [t for _, _, t in build.tensors(model)]
+        model = build.add_adapters(model, self.training, adapters)
+        fixed = _fixed(model, head, {id(t) for t in own})
         if self.training.patched and self.training.method != "full":
             with unset_fake_temporarily():  # tables of 4-bit weights are real, and compared
                 patch(model)
@@ -122,12 +124,14 @@ class _Run:
                 handle.remove()
             for p in trained:
                 p.grad = None
+            if self.training.method == "adalora":
+                self.model.base_model.rankallocator.reset_ipt()
         self.trace |= {segment: Counter(parts) for segment, parts in self.tracker.peaks.items()}
 
     def _step(self, ids: Tensor, trained: list[Tensor]) -> None:
         bf16 = torch.autocast("cpu", torch.bfloat16, enabled=self.training.autocast)
         self.tracker.enter(("forward", "start"), ACTIVATIONS)
-        with bf16:
+        with bf16, build.said_of_the_model():
             loss = self.model(input_ids=ids, labels=ids).loss
         self.tracker.enter(("backward", "start"), TEMPORARIES)
         loss.backward()
@@ -221,10 +225,10 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
-            if next(module[0].parameters(), None) is not None:
-                found.append(name)
-                yield name, module
+        several = isinstance(module, nn.ModuleList) and len(module) > 1
+        if several and not inside and next(module[0].parameters(), None) is not None:
+            found.append(name)
+            yield name, module
 
 
 def _kinds(model: nn.Module) -> Kinds:
@@ -251,12 +255,13 @@ def _kind(layer: nn.Module) -> tuple:
 
 
 def _truncate(model: nn.Module, kinds: Kinds, counts: dict[Any, int]) -> None:
-    """Keep so many layers of each kind, the first ones; each has its kind and number as a label."""
+    """Keep so many layers of each kind, the last one and the first ones, so that the whole list's
+    last layer stays the last; each has its kind and place as a label."""
     for name, layers in list(_stacks(model)):
         kept = []
         for kind, found in kinds.items():
             if kind[0] == name:
-                ids = found[: counts[kind]]
+                ids = found[: counts[kind] - 1] + found[-1:]
                 kept += [(i, kind, j == 0, j == len(ids) - 1) for j, i in enumerate(ids)]
         kept.sort(key=lambda one: one[0])
         chosen = nn.ModuleList()
@@ -267,18 +272,21 @@ def _truncate(model: nn.Module, kinds: Kinds, counts: dict[Any, int]) -> None:
         setattr(model.get_submodule(parent), child, chosen)
 
 
-class _NativeDropout(TorchFunctionMode):
-    """Dropout as a GPU has it, with a mask of bytes."""
+def _dense(module: nn.Module) -> Tensor:
+    """Dequantize for DoRA, where PEFT asks for the class of the weight."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return module.weight
+    from bitsandbytes.functional import dequantize_4bit
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.dropout:
-            p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-            training = kwargs.get("training", args[2] if len(args) > 2 else True)
-            return torch.native_dropout(args[0], p, training)[0] if p and training else args[0]
-        return func(*args, **kwargs)
+    return dequantize_4bit(module.weight.data, state)
+
+
+def _native_dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """Dropout as a GPU has it, with a mask of bytes."""
+    return torch.native_dropout(input, p, training)[0] if p and training else input
 
 
 @contextlib.contextmanager
@@ -290,9 +298,12 @@ def _as_if_run(training: Any) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(trust.use_mode("always"))
+        stack.enter_context(mock.patch.object(dora, "dequantize_module_weight", _dense))
+        stack.enter_context(mock.patch.object(dora, "deepcopy", copy))  # of a layer, to read it
         not_fake = mock.patch.object(import_utils, "is_fake_tensor", lambda x: False, create=True)
         stack.enter_context(not_fake)
         if training.device == "cuda":
             stack.enter_context(dispatch.use_backend("triton"))
-            stack.enter_context(_NativeDropout())
+            native = mock.patch.object(nn.functional, "dropout", _native_dropout)
+            stack.enter_context(native)
         yield
