@@ -45,7 +45,9 @@ GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 demo: build
 	$(BIN)/python examples/qlora_finetune.py
 
-test: sanitize pytest
+# Side by side: one takes the processors while the other waits for a process, a file or its last test.
+test: $(INSTALLED)
+	$(MAKE) --jobs=2 sanitize pytest
 
 # Two processes share the cores, so idle OpenMP threads must sleep instead of spinning.
 pytest: build
@@ -108,8 +110,8 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B $(SANITIZE_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DPEFTKERN_MODULE=OFF \
 		-DPEFTKERN_NATIVE_TEST=ON -DPEFTKERN_SANITIZE=address,undefined $(CMAKE_ARGS)
-	$(BIN)/cmake --build $(SANITIZE_DIR)
-	$(SANITIZE_DIR)/peftkern_native_test & native=$$!; \
+	$(BIN)/cmake --build $(SANITIZE_DIR) --parallel $(WORKERS)
+	export OMP_WAIT_POLICY=passive; $(SANITIZE_DIR)/peftkern_native_test & native=$$!; \
 		$(SANITIZE_DIR)/peftkern_cuda_emulated_test; emulated=$$?; \
 		wait $$native && exit $$emulated
 

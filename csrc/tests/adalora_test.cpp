@@ -53,7 +53,7 @@ void check_importance(Isa isa, DType dtype) {
   for (Layer& layer : layers) triplets.push_back(layer.triplets());
   Buffer<float> ipt(state, 1), unc(state, 2), scores(count);
   std::vector<double> wanted;
-  for (int64_t i = 0; i < state; ++i) ipt[i] = std::fabs(normal()), unc[i] = std::fabs(normal());
+  for (int64_t i = 0; i < state; ++i) ipt[i] = std::fabs(uniform()), unc[i] = std::fabs(uniform());
   int64_t at = 0;
   for (const Layer& layer : layers) {
     std::vector<double> sums(static_cast<size_t>(layer.r), 0.0);

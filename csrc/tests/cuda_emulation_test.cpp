@@ -69,9 +69,9 @@ template <typename T>
 void check_mma() {
   Buffer<uint16_t> A(256), B(128);
   Buffer<float> D(128), before(128);
-  for (int i = 0; i < 256; ++i) A[i] = from_float<T>(normal()).bits;
-  for (int i = 0; i < 128; ++i) B[i] = from_float<T>(normal()).bits;
-  for (int i = 0; i < 128; ++i) D[i] = before[i] = normal();
+  for (int i = 0; i < 256; ++i) A[i] = from_float<T>(uniform()).bits;
+  for (int i = 0; i < 128; ++i) B[i] = from_float<T>(uniform()).bits;
+  for (int i = 0; i < 128; ++i) D[i] = before[i] = uniform();
   if (launch(mma_kernel<T>, 1, 32, 0, nullptr, A.data(), B.data(), D.data())) {
     fail("mma: not launched");
   }
@@ -126,9 +126,9 @@ template <typename T>
 int wrong_products(ProductFault fault, uint64_t damage = 0) {
   Buffer<uint16_t> A(64 * 32), B(64 * 64);
   Buffer<float> D(64 * 64), before(64 * 64), early(128);
-  for (int i = 0; i < A.size(); ++i) A[i] = from_float<T>(normal()).bits;
-  for (int i = 0; i < B.size(); ++i) B[i] = from_float<T>(normal()).bits;
-  for (int i = 0; i < D.size(); ++i) D[i] = before[i] = normal();
+  for (int i = 0; i < A.size(); ++i) A[i] = from_float<T>(uniform()).bits;
+  for (int i = 0; i < B.size(); ++i) B[i] = from_float<T>(uniform()).bits;
+  for (int i = 0; i < D.size(); ++i) D[i] = before[i] = uniform();
   if (launch(product_kernel<T>, 1, 128, 64 * 128, nullptr, A.data(), B.data(), D.data(),
              early.data(), fault, damage)) {
     fail("wgmma: not launched");
@@ -317,7 +317,7 @@ int wrong_results(Fault fault, uint32_t schedule) {
   const int n = 64, tiles = 5;
   Buffer<float4> in(n * tiles);
   Buffer<float> out(n * tiles);
-  for (int i = 0; i < n * tiles; ++i) in[i].y = normal();
+  for (int i = 0; i < n * tiles; ++i) in[i].y = uniform();
   emulation::set_schedule(schedule);
   launch(pipeline_kernel, 1, n, 2 * n * sizeof(float4), nullptr, in.data(), out.data(), tiles,
          fault);

@@ -93,7 +93,7 @@ void check_jacobi(int64_t r, int64_t limit) {
   Buffer<double> cores(count * r * r, static_cast<int64_t>(rng() % 3));
   const double grade = std::pow(10.0, -static_cast<double>(rng() % 12) / static_cast<double>(r));
   for (int64_t i = 0; i < cores.size(); ++i) {
-    cores[i] = normal() * std::pow(grade, static_cast<double>(i / r % r));
+    cores[i] = uniform() * std::pow(grade, static_cast<double>(i / r % r));
   }
   if (r > 2 && rng() % 2) {
     for (int64_t i = 0; i < r; ++i) cores[i * r + 1] = cores[i * r];  // a column twice
@@ -126,7 +126,7 @@ void check_jacobi(int64_t r, int64_t limit) {
 void check_roots(int64_t r, int64_t limit) {
   const int64_t length = r + 5, dead = r > 3 ? 2 : -1;
   Buffer<double> factor(length * r), gram(r * r);
-  for (int64_t i = 0; i < factor.size(); ++i) factor[i] = i % r == dead ? 0.0 : normal();
+  for (int64_t i = 0; i < factor.size(); ++i) factor[i] = i % r == dead ? 0.0 : uniform();
   for (int64_t i = 0; i < r * r; ++i) {
     gram[i] = 0.0;
     for (int64_t k = 0; k < length; ++k) gram[i] += factor[k * r + i / r] * factor[k * r + i % r];

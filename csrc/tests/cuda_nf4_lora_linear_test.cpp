@@ -22,7 +22,7 @@ class Tensor {
   Tensor(DType dtype, int64_t n, float size, int64_t shift = 0)
       : dtype_(dtype), bytes_(n * itemsize(dtype), shift * itemsize(dtype)) {
     for (int64_t i = 0; i < n; ++i) {
-      const float x = normal() * size;
+      const float x = uniform() * size;
       const uint16_t half = dtype == kFP32 ? 0 : bits_of(dtype, x);
       std::memcpy(&bytes_[itemsize(dtype) * i],
                   dtype == kFP32 ? static_cast<const void*>(&x) : &half,

@@ -60,7 +60,7 @@ void check_dequantize(int64_t numel, int64_t blocksize, DType dtype, bool nested
 void fill(Buffer<uint8_t>& bytes, DType dtype, int64_t numel, int64_t blocksize) {
   const int special = static_cast<int>(rng() % 6);
   for (int64_t i = 0; i < numel; ++i) {
-    float x = normal();
+    float x = uniform();
     const int64_t block = i / blocksize;
     if (special == 1 && block % 2) x = 0.0f;
     if (special == 2) x *= 1e-38f;

@@ -65,7 +65,7 @@ void check_linear(Isa isa, Case& c, DType dtype, DType factors) {
   Values a(factors, c.E * c.r * c.K), b(factors, c.E * c.r * c.N);
   Buffer<float> base(c.R * c.N), s(c.R * c.r);
   x.randomize(), w.randomize(), bias.randomize(), a.randomize(), b.randomize();
-  for (int64_t i = 0; i < base.size(); ++i) base[i] = normal();
+  for (int64_t i = 0; i < base.size(); ++i) base[i] = uniform();
   GroupedLinearArgs args;
   args.groups = c.groups(), args.N = c.N, args.K = c.K, args.r = c.r;
   args.x = x.data(), args.dtype = dtype, args.weight = dense ? w.data() : nullptr;
@@ -110,7 +110,7 @@ void check_outer(Isa isa, Case& c, DType dtype, DType factors) {
   Values x(dtype, c.T * c.K, 1), g(factors, c.E * c.r * c.K);
   Buffer<float> s(c.R * c.r);
   x.randomize();
-  for (int64_t i = 0; i < s.size(); ++i) s[i] = normal();
+  for (int64_t i = 0; i < s.size(); ++i) s[i] = uniform();
   GroupedOuterArgs args;
   args.groups = c.groups(), args.K = c.K, args.r = c.r;
   args.x = x.data(), args.dtype = dtype, args.s = s.data(), args.scale = 0.5f;

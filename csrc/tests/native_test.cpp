@@ -84,7 +84,7 @@ void check_quantize_absmax() {
     const int64_t groups = (n + 255) / 256;
     Buffer<float> absmax(n), nested_absmax(groups);
     Buffer<uint8_t> q(n);
-    for (int64_t i = 0; i < n; ++i) absmax[i] = std::fabs(normal());
+    for (int64_t i = 0; i < n; ++i) absmax[i] = std::fabs(uniform());
     nf4_quantize_absmax(2, absmax.data(), n, 0.5f, code.data(), 256, q.data(), nested_absmax.data(),
                         groups);
     for (int64_t i = 0; i < n; ++i) {
@@ -383,7 +383,7 @@ void check_malformed_states(Isa isa) {
       [](auto& w) { w.nested_offset = nullptr; },
   };
   int64_t refused = 0, ran = 0;
-  for (int i = 0; i < 20000; ++i) {
+  for (int i = 0; i < 4000; ++i) {  // what refuses is shared by all instruction sets
     const Weight good(pick({1, 63, 64, 65, 300, 4097}), pick({32, 64}), rng() % 2,
                       pick({1, 2, 256}));
     NF4View w = good.view;
@@ -398,7 +398,7 @@ void check_malformed_states(Isa isa) {
     args.w = w;
     rejected([&] { nf4_lora_linear_forward(isa, args); });
   }
-  if (refused < 1000 || ran < 1000) fail("the damaged states no longer exercise both outcomes");
+  if (refused < 200 || ran < 200) fail("the damaged states no longer exercise both outcomes");
 }
 
 void check_malformed_arguments(Isa isa) {

@@ -55,7 +55,7 @@ void check_products(Isa isa, DType dtype) {
   Buffer<float> values(nnz, 2), slopes(nnz);
   Buffer<Index> order(nnz, 1);
   for (int64_t j = 0; j < nnz; ++j) {
-    values[j] = normal();
+    values[j] = uniform();
     order[j] = static_cast<Index>(j);
   }
   std::shuffle(order.data(), order.data() + nnz, rng);

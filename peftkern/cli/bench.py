@@ -154,7 +154,8 @@ def bench(
         options = command.Options(**given, training=training)
         if from_ is not None:
             _refuse(context, lambda name: name not in WITH_FROM, FROM)
-            earlier = record.read(from_)
+            with command.naming("--from"):
+                earlier = record.read(from_)
             outputs = command.outputs(options, {case["name"] for case in earlier["cases"]})
         else:
             if model is None:

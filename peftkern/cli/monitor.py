@@ -42,9 +42,9 @@ def monitor(
     if follow and (as_json or files):
         raise InputError("--follow: accepted without --html, --svg and --json")
     for option, path in files.items():
-        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
-            raise InputError(f"{option}: {path}: expected a file in a folder that is there")
         with bad_input():
+            if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+                raise InputError(f"{option}: {path}: expected a file in a folder that is there")
             pages.require(option)
     runs = [Run(path) for path in (run, other) if path is not None]
     with bad_input(), contextlib.suppress(KeyboardInterrupt):

@@ -131,7 +131,10 @@ def _print(outcome: Outcome) -> None:
         shown.add_row(row.title, *ratios, row.side, note, style=style)
     section(console, "Time of ours over PEFT's, and who serves", shown)
     for name, size in outcome.crossovers.items():
-        console.print(f"{name}: kernels pay from {size:,} values on (see `peftkern doctor`)")
+        if name.startswith("few_rows"):
+            console.print(f"{name}: up to {size:,} rows take the path of few rows")
+        else:
+            console.print(f"{name}: kernels pay from {size:,} values on (see `peftkern doctor`)")
     for program, reason in outcome.demoted.items():
         console.print(f"demoted: {program}: {reason}", style="bold red")
     if outcome.not_reached:

@@ -149,6 +149,7 @@ class NF4Stack(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
+    @torch.compiler.disable  # what a graph leaves to Python has no graph of its own in here
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
@@ -172,7 +173,8 @@ def expert_weight(parameter: Tensor) -> Tensor | NF4Weight:
 def _weight(stack: NF4Stack, packed: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> NF4Weight:
     dtype = stack.dtype if stack.dtype in _DTYPES else torch.float32
     blocksize = 2 * stack._packed.shape[1] // max(stack._absmax.shape[1], 1)
-    return NF4Weight(packed.reshape(-1), absmax.reshape(-1), shape, blocksize, dtype)
+    sizes = tuple(int(size) for size in shape)  # a graph for each: kernels take no symbols
+    return NF4Weight(packed.reshape(-1), absmax.reshape(-1), sizes, int(blocksize), dtype)
 
 
 def refusal(shape: tuple[int, ...], blocksize: int) -> str | None:

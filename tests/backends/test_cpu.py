@@ -24,8 +24,8 @@ from tolerances import HANG_SECONDS
 
 import peftkern
 from peftkern.backends import pointers
+from peftkern.backends.cpu import crossovers, nf4_lora_linear
 from peftkern.backends.cpu import module as native
-from peftkern.backends.cpu import nf4_lora_linear
 
 ISAS = native.cpu_isas()
 
@@ -87,8 +87,7 @@ def test_many_panels_on_each_isa(isa, M, dtype):
 def path(request, monkeypatch) -> str:
     """Both passes take this path, or forward one for 32 rows and the other for the rest."""
     rows = {"dot products": 1 << 20, "panels": 0, "both": 16}[request.param]
-    for name in ("few_rows", "few_rows_backward"):
-        monkeypatch.setattr(nf4_lora_linear, name, lambda isa, dtype: rows)
+    monkeypatch.setattr(nf4_lora_linear, "few_rows", lambda name, isa, dtype: rows)
     return request.param
 
 
@@ -138,7 +137,7 @@ _PANELS = {
 
 def test_table_of_few_rows_is_in_the_order_of_codes():
     names = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-    for table in (nf4_lora_linear._FEW_ROWS, nf4_lora_linear._FEW_ROWS_BACKWARD):
+    for table in crossovers.FEW_ROWS.values():
         assert len(table) == len(names)
     assert all(names[code] == name for name, code in native.library().isas().items())
 
@@ -162,7 +161,7 @@ def test_choice_of_path_makes_no_cliff(isa, dtype, code):
         return M // 8 * _DOTS[code](8) + (_DOTS[code](M % 8) if M % 8 else 0)
 
     def cost(M: int) -> int:
-        most, rest = nf4_lora_linear.few_rows(isa, dtype), M % 32
+        most, rest = crossovers.few_rows("few_rows", isa, dtype), M % 32
         few = M if most >= M else rest if rest <= most // 2 else 0
         return _PANELS[code](M - few) + dots(few)
 

@@ -154,9 +154,11 @@ def test_csv_has_a_line_per_case_and_provider(peers):
 def test_a_report_of_an_earlier_record_is_the_same_file(peers, tmp_path, capfd):
     _, record, folder = peers
     written = (folder / "new.html").read_text(encoding="utf-8")
-    assert written == report.render(record)
+    old = folder / "old.json"
+    assert written == report.render(record, json.loads(old.read_text()))
     again = tmp_path / "again.html"
-    assert main(["bench", f"--from={folder / 'new.json'}", f"--html={again}"]) == 0
+    given = (f"--from={folder / 'new.json'}", f"--compare={old}", f"--html={again}")
+    assert main(["bench", *given]) == 0
     assert "speed-up" in capfd.readouterr().out
     assert again.read_text(encoding="utf-8") == written
 
@@ -233,6 +235,17 @@ def is_running(process: str) -> bool:
     [
         (["--op", "nonsense"], "--op: 'nonsense' is not one of nf4_lora_linear, lora_linear"),
         (["--op", ""], "--op: '' has an empty entry"),
+        (["--shapes", ""], "--shapes: '' has an empty entry"),
+        (["--op", "grouped_linear", "--shapes", ""], "--shapes: '' has an empty entry"),
+        (["--rows", ""], "--rows: '' has an empty entry"),
+        (["--dtype", ""], "--dtype: '' has an empty entry"),
+        (["--mode", ""], "--mode: '' has an empty entry"),
+        (["--baselines", ""], "--baselines: '' has an empty entry"),
+        (["--budget", ""], "--budget: ''; accepted: a time up to a day"),
+        (["--device", ""], "--device: '' has an empty entry"),
+        (["--compare", "", "--fail-if", ""], "--compare: .: expected a file of JSON, got a folder"),
+        (["--from", "no/such.json"], "--from: no/such.json: No such file or directory"),
+        (["--from", "waiting.py"], "--from: waiting.py: expected JSON in UTF-8"),
         (["--shapes", "12x12"], "--shapes: '12x12' is not one of llama2-7b"),
         (["--shapes", "0x8x8"], "each of M, N and K must be from 1"),
         (["--shapes", "8x16777216x16777216"], "this machine has"),
@@ -255,8 +268,8 @@ def is_running(process: str) -> bool:
         (["--csv", "."], "--csv: . is a folder"),
         (["--csv", "/dev/null"], "--csv: /dev/null is a link or a device"),
         (["--json", "/dev/stdout"], "--json: /dev/stdout is a link or a device"),
-        (["--compare", "no/such.json"], "no/such.json"),
-        (["--compare", "waiting.py"], "waiting.py: expected JSON in UTF-8"),
+        (["--compare", "no/such.json"], "--compare: no/such.json: No such file or directory"),
+        (["--compare", "waiting.py"], "--compare: waiting.py: expected JSON in UTF-8"),
         (["--fail-if", "5%"], "--fail-if: needs --compare"),
     ],
 )

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftkern
 from peftkern.functional.lora_experts import ExpertLinear, lora_experts, swiglu
+from peftkern.tools.bench.memory import peak_bytes
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 T, K, INNER, E, TOP, R = 13, 64, 32, 6, 3, 4
@@ -219,3 +220,31 @@ def test_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             case.ours(*changed, *rest)
+
+
+def test_peak_memory_is_counted():
+    """A step holds its gradients, what it returns, u with its gradient and x's rows: the rest goes
+    through in pieces, two megabytes at once."""
+    rows, width, inner, groups = 512, 512, 1024, 8
+    up, down = torch.randn(groups, 2 * inner, width), torch.randn(groups, width, inner)
+    shapes = (
+        (groups, 16, width),
+        (2 * inner, 16, groups),
+        (groups, 16, inner),
+        (width, 16, groups),
+    )
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    hidden = torch.randn(rows // 2, width, requires_grad=True)
+    weights, index = torch.rand(rows // 2, groups).topk(2)
+
+    def step() -> None:
+        A1, B1, A2, B2 = leaves
+        up_layer = ExpertLinear(up, A1, B1.permute(2, 0, 1))
+        down_layer = ExpertLinear(down, A2, B2.permute(2, 0, 1))
+        y = lora_experts(hidden, index, weights, up_layer, down_layer)
+        torch.autograd.grad(y, [hidden, *leaves], torch.ones_like(y))
+
+    step()  # verdicts and workspaces of the first call are not of a step
+    of_rows = rows * (2 * 2 * inner + width) + 2 * hidden.numel()
+    counted = 4 * (sum(leaf.numel() for leaf in leaves) + of_rows) + (2 << 20)
+    assert peak_bytes(step, hidden.device) <= counted

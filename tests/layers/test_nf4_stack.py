@@ -312,3 +312,11 @@ def test_it_compiles():
     assert torch.equal(compiled(x, ids), function(x, ids))
     (grad,) = torch.autograd.grad(compiled(x, ids).sum(), x)
     assert torch.equal(grad, torch.autograd.grad(function(x, ids).sum(), x)[0])
+
+
+def test_a_compiled_function_takes_stacks_of_other_sizes():
+    ids = torch.tensor([1, 3])
+    compiled = torch.compile(lambda w: w[ids] + 1, backend="aot_eager", fullgraph=True)
+    for shape in ((E, N, K), (E, 2 * N, K), (E + 1, N, 2 * K)):
+        stack = NF4Stack.from_dense(dense(shape=shape))
+        assert torch.equal(compiled(stack), stack[ids] + 1)

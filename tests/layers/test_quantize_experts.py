@@ -102,6 +102,21 @@ def test_peft_before_and_after(implementation, dtype):
     assert_same(step(after), wanted)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "backend"),
+    [("eager", "eager"), ("eager", "aot_eager"), ("batched_mm", "eager")],
+)
+def test_every_implementation_compiles(implementation, backend):
+    """The loop over experts breaks the graph: what it reads is decoded between two of them."""
+    model = mixtral(implementation)
+    peftkern.quantize_(model)
+    torch._dynamo.reset()  # what it has compiled for other models counts against its limit
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_k_bit_preparation_keeps_the_bytes_and_trains(reentrant):
     model = mixtral(dtype=torch.bfloat16)

@@ -163,10 +163,10 @@ TINY_MOE = ["--hidden", "64", "--layers", "1", "--experts", "4", "--top", "2", "
 def test_mixture_of_experts_trains_over_nf4(tmp_path: Path) -> None:
     """Dense experts in 16 bits beside stacks in NF4: the losses begin and end alike."""
     out = tmp_path / "moe.json"
-    options = [*TINY_MOE, "--steps", "4", "--pretrain", "3", "--dtype", "fp32", "--json", str(out)]
-    done = run("examples/moe_qlora.py", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "peftkern, NF4 experts" in done.stdout and "steps per second" in done.stdout
+    options = [*TINY_MOE, "--steps", "4", "--pretrain", "3", "--dtype", "fp32", "--json", out]
+    status, said, error = run_here("examples/moe_qlora.py", *options)
+    assert status == 0, said + error
+    assert "peftkern, NF4 experts" in said and "steps per second" in said
     record = json.loads(out.read_text())
     dense, packed = (record["runs"][name] for name in ("peft", "peftkern"))
     assert dense["trainable"] == packed["trainable"] > 0
@@ -317,9 +317,9 @@ def test_timer_numbers_the_calls_of_each_variant() -> None:
 
 def test_adalora_budget_finds_the_planted_ranks(tmp_path: Path) -> None:
     plot = tmp_path / "budget.svg"
-    done = run("examples/adalora_budget.py", "--steps", "300", "--plot", str(plot))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "The planted ranks were found" in done.stdout
+    status, said, error = run_here("examples/adalora_budget.py", "--steps", "300", "--plot", plot)
+    assert status == 0, said + error
+    assert "The planted ranks were found" in said
     assert plot.read_text().lstrip().startswith("<?xml")
 
 

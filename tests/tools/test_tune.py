@@ -80,8 +80,10 @@ def kept(folder: Path) -> dict:
 
 
 def test_verdicts_are_what_a_layer_asks_for_and_a_second_run_knows_them(folder):
-    sweep = replace(cases.sweeps("fp32", 4, "fp32")[0], sizes=(1 << 16, 1 << 18))
-    done = tune.run(asked(CASE, sweeps=(sweep,)))
+    sweep, _, *few = cases.sweeps("fp32", 4, "fp32", cases.BASES)
+    few_rows = [replace(one, sizes=(1, 512)) for one in few]
+    sweeps = (replace(sweep, sizes=(1 << 16, 1 << 18)), *few_rows)
+    done = tune.run(asked(CASE, sweeps=sweeps))
     assert (done.not_reached, done.demoted, done.stopped) == ([], {}, False)
     row = next(row for row in done.rows if row.title == CASE.title)
     assert row.forward > 0 and row.training > 0 and not row.known
@@ -90,6 +92,8 @@ def test_verdicts_are_what_a_layer_asks_for_and_a_second_run_knows_them(folder):
     assert file["classes"][row.name]["side"] == row.side
     assert file["crossovers"] == done.crossovers
     assert done.crossovers["dense"] in (1 << 16, 1 << 18, 1 << 19)
+    for one in few_rows:  # of one row, and of 512, one way is faster anywhere
+        assert 1 <= done.crossovers[one.name] < 512, done.crossovers
     ops = {name.split()[0] for name in file["programs"]}
     assert {"nf4_lora_linear_forward", "nf4_lora_linear_backward"} <= ops
 
@@ -100,9 +104,12 @@ def test_verdicts_are_what_a_layer_asks_for_and_a_second_run_knows_them(folder):
         model(torch.randn(CASE.rows, K))  # the first call is decided
         assert trial.UNMEASURED not in {why for _, why in peftkern.stats().fallbacks}
         assert crossovers.crossover("dense") == done.crossovers["dense"]
+        for one in few_rows:
+            name = one.name.removesuffix("_fp32")
+            assert crossovers.few_rows(name, 1, torch.float32) == done.crossovers[one.name]
 
     other = replace(CASE, rows=500)
-    more = tune.run(asked(CASE, other, sweeps=(sweep,), budget=1e-3))
+    more = tune.run(asked(CASE, other, sweeps=sweeps, budget=1e-3))
     assert [(row.title, row.known) for row in more.rows] == [(CASE.title, True)]
     assert more.not_reached == [other.title] and more.crossovers == done.crossovers
 

@@ -3,6 +3,8 @@
 dense: values of x and y together from which a patched dense layer is no slower than PEFT's own;
     below, a call costs more than the copies it saves.
 dora: values of a dense weight from which the same holds of a layer with DoRA.
+few_rows_bf16, few_rows_fp32, few_rows_backward_bf16, few_rows_backward_fp32: rows of x, or of dy,
+    up to which products with an NF4 weight take the path of few rows (`few_rows`).
 
 What `peftkern tune` measured on this machine comes first, then the row of its kind of CPU.
 """
@@ -10,6 +12,7 @@ What `peftkern tune` measured on this machine comes first, then the row of its k
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +27,13 @@ MEASURED = {("GenuineIntel", "amx_bf16"): {"dense": 1 << 19, "dora": 1 << 17}}
 # in Python and a copy of x and y, so that the sizes measured above are the nearest guess.
 COUNTED = {"dense": 1 << 19, "dora": 1 << 17}
 
+# By instruction set: scalar, AVX2, AVX-512, and for bfloat16 x AVX512-BF16, AMX. Up to so many rows
+# of x, dot products, which decode the weight once for every eight rows, take less time than panels,
+# which decode it once and multiply sixteen rows at a time; up to so many rows of dy, sums of weight
+# rows, for which no tiles are written. Measured on a Xeon with AMX, 2026-11, 2048x2048.
+FEW_ROWS = {"few_rows": (24, 24, 24, 28, 2), "few_rows_backward": (12, 8, 16, 6, 2)}
+_AVX512 = 2  # serves float32 on those after it, too
+
 _found: dict[str, int] = {}
 trust.on_reset(_found.clear)
 
@@ -37,6 +47,24 @@ def crossover(name: str) -> int:
         _found.update(effective()[0])
         value = _found[name]
     return value
+
+
+def few_rows(name: str, isa: int, dtype: torch.dtype) -> int:
+    """Return up to how many rows, float32 or bfloat16, an NF4 product takes the path of few rows.
+
+    name: a key of FEW_ROWS; isa: the code of an instruction set. The one place that chooses between
+    the two paths; any number gives results within the same bounds.
+    """
+    if not _found:
+        crossover("dense")
+    wide = dtype is torch.float32
+    tuned = _found.get(few_rows_name(name, wide))
+    return FEW_ROWS[name][min(isa, _AVX512) if wide else isa] if tuned is None else tuned
+
+
+@functools.cache
+def few_rows_name(name: str, wide: bool) -> str:
+    return f"{name}_{'fp32' if wide else 'bf16'}"
 
 
 def effective() -> tuple[dict[str, int], str]:

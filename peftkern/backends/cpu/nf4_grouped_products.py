@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.backends.cpu import nf4_lora_linear
+from peftkern.backends.cpu.crossovers import few_rows
 from peftkern.backends.cpu.module import isa_and_threads, library
 from peftkern.backends.pointers import CPU, dtype_code, each, weight
 
@@ -64,9 +64,9 @@ def _product(
         ("out", out, out.dtype, R * outer),
     )
     isa, threads = isa_and_threads()
-    few = nf4_lora_linear.few_rows_backward if over_rows else nf4_lora_linear.few_rows
+    few = "few_rows_backward" if over_rows else "few_rows"
     library().nf4_grouped_linear(
         *(isa, threads, (R, E, T, offsets_at, rows_at), N, K, weight(w, layout), over_rows),
         *(x_at, dtype_code("x", x), out_at, dtype_code("out", out)),
-        few(isa, x.dtype),
+        few_rows(few, isa, x.dtype),
     )

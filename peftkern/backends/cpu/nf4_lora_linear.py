@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
+from peftkern.backends.cpu.crossovers import few_rows
 from peftkern.backends.cpu.lora_linear import (
     adapter_gradients,
     compute,
@@ -25,32 +24,6 @@ from peftkern.backends.dropout import keep_scale
 from peftkern.backends.pointers import CPU, each, fresh, weight
 
 _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1}
-
-
-# Rows of x up to which dot products, which decode the weight once for every eight rows, take less
-# time than panels, which decode it once and multiply sixteen rows at a time. By instruction set:
-# scalar, AVX2, AVX-512, and for bfloat16 x AVX512-BF16, AMX.
-_FEW_ROWS = (24, 24, 24, 28, 2)
-# The same of dy and sums of weight rows, for which no tiles are written: measured on a Xeon with
-# AMX, November 2026, 2048 x 2048.
-_FEW_ROWS_BACKWARD = (12, 8, 16, 6, 2)
-_AVX512 = 2  # serves float32 x on those after it, too
-
-
-@functools.cache
-def few_rows(isa: int, dtype: torch.dtype) -> int:
-    """Return up to how many rows of x, float32 or bfloat16, forward takes dot products.
-
-    isa is the code of an instruction set. The one place that chooses between the two paths; any
-    number gives results within the same bounds.
-    """
-    return _FEW_ROWS[min(isa, _AVX512) if dtype is torch.float32 else isa]
-
-
-@functools.cache
-def few_rows_backward(isa: int, dtype: torch.dtype) -> int:
-    """Return up to how many rows of dy backward takes sums of weight rows; else as `few_rows`."""
-    return _FEW_ROWS_BACKWARD[min(isa, _AVX512) if dtype is torch.float32 else isa]
 
 
 def refusal_forward(x: Tensor, w: list[Tensor], layout: list[int], *args: object) -> str | None:
@@ -105,7 +78,7 @@ def nf4_lora_linear_forward(
     library().nf4_lora_linear_forward(
         *(isa, threads, M, N, K, r),
         *(x_at, code, view, A_at, keep_at, scale, S_at, scaling, B_at, bias_at, y_at),
-        few_rows(isa, rows.dtype),
+        few_rows("few_rows", isa, rows.dtype),
     )
     if x.dtype is torch.float16:
         y = y.half()
@@ -177,6 +150,6 @@ def _nf4_linear_backward(
     library().nf4_lora_linear_backward(
         *(isa, threads, M, N, K, r),
         *(dy_at, code, view, s_at, a_at, adapter, fresh(dx)),
-        few_rows_backward(isa, dy.dtype),
+        few_rows("few_rows_backward", isa, dy.dtype),
     )
     return dx

@@ -112,7 +112,7 @@ class Plan:
 
 def plan(options: Options) -> Plan:
     """Check the options. Raises: ValueError or OSError, one line, naming the option."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = given(options.device, "cuda" if torch.cuda.is_available() else "cpu")
     chosen("--device", device, ("cpu", "cuda"))
     try:
         machine.device_named(device)
@@ -127,7 +127,7 @@ def plan(options: Options) -> Plan:
     ops = chosen("--op", options.op, tuple(OPS))
     dtypes = [
         DTYPES.get(one, one)
-        for one in chosen("--dtype", options.dtype or "bf16", (*DTYPES, *DTYPES.values()))
+        for one in chosen("--dtype", given(options.dtype, "bf16"), (*DTYPES, *DTYPES.values()))
     ]
     names, absent = providers.select(
         items("--baselines", options.baselines, providers.ACCEPTED), ops, device
@@ -136,9 +136,9 @@ def plan(options: Options) -> Plan:
     if len(grouped) == 2:
         raise ValueError("--op: grouped_linear has shapes of its own, measure it by itself")
     if grouped == {True}:
-        shapes = parse_expert_shapes(options.shapes or FIRST_GROUPED[device])
+        shapes = parse_expert_shapes(given(options.shapes, FIRST_GROUPED[device]))
     else:
-        shapes = parse_shapes(options.shapes or FIRST_SHAPES[device])
+        shapes = parse_shapes(given(options.shapes, FIRST_SHAPES[device]))
     found = problems(
         ops,
         shapes,
@@ -159,6 +159,22 @@ def plan(options: Options) -> Plan:
         budget=seconds("--budget", options.budget),
         outputs=outputs(options, {problem.name for problem in found}),
     )
+
+
+def given(option: str | None, default: str) -> str:
+    """Return the option unless it was left out; an empty one is an error of its parser."""
+    return default if option is None else option
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Say in an error about a file which option named it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{option}: {error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _training_plan(options: Options, device: str, threads: int) -> Plan:
@@ -186,7 +202,10 @@ def outputs(options: Options, names: set[str]) -> Outputs:
         pages.require("--html")
     if options.fail_if is not None and options.compare is None:
         raise ValueError("--fail-if: needs --compare and an earlier record")
-    earlier = None if options.compare is None else compare.read(options.compare)
+    earlier = None
+    if options.compare is not None:
+        with naming("--compare"):
+            earlier = compare.read(options.compare)
     if earlier is not None:
         known = {case["name"] for case in earlier["cases"]}
         if not known & names:
@@ -199,7 +218,7 @@ def outputs(options: Options, names: set[str]) -> Outputs:
         csv=options.csv,
         html=options.html,
         earlier=earlier,
-        fail_if=percent("--fail-if", options.fail_if or "5%"),
+        fail_if=percent("--fail-if", given(options.fail_if, "5%")),
         repro=options.repro,
     )
 

@@ -120,10 +120,29 @@ class Sweep:
         return replace(self.first, label=f"crossover {side}x{side}", N=side, K=side)
 
 
-def sweeps(dtype: str, r: int, adapter_dtype: str) -> list[Sweep]:
+@dataclass(frozen=True)
+class RowSweep:
+    """Products with an NF4 weight of more and more rows: the most for which the path of few rows
+    takes less time is `few_rows` of `backends/cpu/crossovers.py`."""
+
+    name: str
+    sizes: tuple[int, ...] = (2, 3, 5, 7, 9, 13, 17, 25, 33, 49, 65)
+
+
+def sweeps(dtype: str, r: int, adapter_dtype: str, bases: Iterable[str]) -> list[Sweep | RowSweep]:
     """Return what is measured for `backends/cpu/crossovers.py`."""
+    from peftkern.backends.cpu import crossovers
+
     layer = Case("crossover 1024x1024", 1024, 1024, "dense", r, 256, dtype, adapter_dtype)
-    return [
-        Sweep("dense", layer, tuple(1 << power for power in range(15, 22))),
-        Sweep("dora", replace(layer, dora=True), tuple(1 << power for power in range(12, 21, 2))),
-    ]
+    found = []
+    if "dense" in bases:
+        found = [
+            Sweep("dense", layer, tuple(1 << power for power in range(15, 22))),
+            Sweep("dora", replace(layer, dora=True), tuple(1 << p for p in range(12, 21, 2))),
+        ]
+    if "nf4" in bases:
+        found += [
+            RowSweep(crossovers.few_rows_name(name, dtype == "fp32"))
+            for name in crossovers.FEW_ROWS
+        ]
+    return found

@@ -39,7 +39,7 @@ class Job:
     """
 
     cases: list[cases.Case]
-    sweeps: list[cases.Sweep]
+    sweeps: list[cases.Sweep | cases.RowSweep]
     device: str
     budget: float
     limit: float
@@ -74,6 +74,6 @@ def plan(options: Options, device: str) -> Job:
     if options.base is not None:
         bases = chosen("--base", options.base, cases.BASES)
     found = cases.ordered(shapes, bases, ranks, rows, dtypes, adapter_dtype, options.autocast)
-    on_cpu = device == "cpu" and "dense" in bases
-    sweeps = cases.sweeps(dtypes[0], ranks[0], adapter_dtype) if on_cpu else []
+    on_cpu = device == "cpu"
+    sweeps = cases.sweeps(dtypes[0], ranks[0], adapter_dtype, bases) if on_cpu else []
     return Job(found, sweeps, device, budget, limit, options.again, experts)

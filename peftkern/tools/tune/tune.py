@@ -17,7 +17,7 @@ from typing import Any
 
 from peftkern.backends import journal, trust
 from peftkern.tools.bench.processes import Process, WorkerError, WorkerGoneError, WorkerSlowError
-from peftkern.tools.tune.cases import Case, Sweep
+from peftkern.tools.tune.cases import Case, RowSweep, Sweep
 from peftkern.tools.tune.job import Job
 
 START_SECONDS = 600.0  # to import PEFT and its friends on a busy machine, or to write a verdict
@@ -151,19 +151,30 @@ class _Campaign:
         self._reached(case.title)
         return row
 
-    def _sweep(self, sweep: Sweep, end: float) -> None:
+    def _sweep(self, sweep: Sweep | RowSweep, end: float) -> None:
         """Find the smallest size that pays, taking it that all larger ones do, too."""
         low, high = 0, len(sweep.sizes)
         while low < high:
             if time.monotonic() >= end:
                 return
             middle = (low + high) // 2
-            row = self._try(sweep.case(sweep.sizes[middle]), small=True)
-            low, high = (low, middle) if row.side == trust.OURS else (middle + 1, high)
+            low, high = (low, middle) if self._pays(sweep, middle) else (middle + 1, high)
         size = sweep.sizes[high] if high < len(sweep.sizes) else 2 * sweep.sizes[-1]
+        if isinstance(sweep, RowSweep):
+            size -= 1  # the most rows that do not
         self._ask("cross", "writing", name=sweep.name, size=size)
         self.outcome.crossovers[sweep.name] = size
         self._reached(f"crossover of {sweep.name}")
+
+    def _pays(self, sweep: Sweep | RowSweep, place: int) -> bool:
+        """Return whether layers of a size are ours, or panels take so many rows in less time."""
+        size = sweep.sizes[place]
+        if isinstance(sweep, Sweep):
+            return self._try(sweep.case(size), small=True).side == trust.OURS
+        total = len(self.job.cases) + len(self.job.sweeps)
+        done = total - len(self.outcome.not_reached)
+        self.progress(done, total, f"crossover of {sweep.name}, {size} rows")
+        return self._ask("panels", f"timing {size} rows", name=sweep.name, rows=size)["ratio"] < 1
 
     def _try(self, case: Case, small: bool = False) -> Row:
         """Try a layer, in another process if the first one hangs or ends."""

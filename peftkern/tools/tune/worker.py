@@ -5,6 +5,7 @@ Commands come as JSON lines on standard input (`peftkern.tools.bench.worker.answ
     {"do": "start", "cases"}        -> {"names", "known", "crossovers", "folder"}
     {"do": "measure", "case", "again", "small"} -> {"class", "side", "why", "ratios", "rows"}
     {"do": "give_up", "case", "why"} -> the same: PEFT serves
+    {"do": "panels", "name", "rows"} -> {"ratio"}
     {"do": "cross", "name", "size"} -> {}
     {"do": "demoted"}               -> {program: reason}
 
@@ -20,6 +21,7 @@ import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +32,13 @@ from peftkern.backends.cpu import crossovers
 from peftkern.integrations.peft import serve, trial
 from peftkern.tools.bench import peers
 from peftkern.tools.bench.base_layers import linear
+from peftkern.tools.bench.timer import measure
 from peftkern.tools.bench.worker import answer
 from peftkern.tools.tune.cases import DTYPES, Case
+
+# Of the products that `few_rows` is measured on: a weight of a model, in turn with others so that
+# none is met in a core's own cache, and the time for both ways.
+SIDE, COPIES, SECONDS = 2048, 4, 0.3
 
 
 class Worker:
@@ -59,6 +66,30 @@ class Worker:
     def cross(self, name: str, size: int) -> dict:
         self.ledger.cross(name, size)
         return {}
+
+    def panels(self, name: str, rows: int) -> dict:
+        """Time NF4 products of so many rows both ways: panels over the path of few rows."""
+        dtype = torch.float32 if name.endswith("fp32") else torch.bfloat16
+        weights = [peftkern.quantize_nf4(torch.randn(SIDE, SIDE)) for _ in range(COPIES)]
+        x = torch.randn(rows, SIDE, dtype=dtype, requires_grad="backward" in name)
+        outputs = [peftkern.nf4_linear(x, weight) for weight in weights]
+
+        def call(i: int) -> None:
+            if x.requires_grad:
+                torch.autograd.grad(outputs[i % COPIES], x, x, retain_graph=True)
+            else:
+                peftkern.nf4_linear(x, weights[i % COPIES])
+
+        def forced(most: int) -> Callable[[int], None]:
+            def run(i: int) -> None:
+                with crossovers.use(**{name: most}):
+                    call(i)
+
+            return run
+
+        with trust.use_mode("always"), peftkern.use_backend("cpu"):
+            found = measure({"panels": forced(0), "few": forced(rows)}, seconds=SECONDS)
+        return {"ratio": found["panels"].median / found["few"].median}
 
     def give_up(self, case: dict, why: str) -> dict:
         name = name_of(Case(**case), self.device)
