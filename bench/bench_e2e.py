@@ -28,7 +28,7 @@ from dataclasses import replace
 
 import torch
 from specs import Case, Options, Question, Spec, Variant
-from stacks import Trainer, scaled, stack
+from stacks import Config, Trainer, scaled, stack
 from suite import benchmark_test, main
 from torch import nn
 
@@ -36,7 +36,8 @@ from peftkern.tools.bench import memory
 from peftkern.tools.bench.gpu_timer import first_line
 from peftkern.tools.bench.peers import bitsandbytes_missing
 from peftkern.tools.bench.record import OURS
-from peftkern.tools.plan.plan import PRESETS, Architecture, Plan, Training, plan
+from peftkern.tools.plan.plan import PRESETS, Plan, Training, plan
+from peftkern.tools.plan.presets import linears
 
 PEFT = "PEFT"
 BF16 = torch.bfloat16
@@ -52,11 +53,11 @@ CAP = 48 * 10**9
 STEPS = 2  # the first makes the optimizer's states, the second has them from its start
 
 
-def counted(model: Architecture, training: Training) -> tuple[int, int]:
+def counted(model: Config, training: Training) -> tuple[int, int]:
     """Return bytes and FLOPs: weights are read and multiplied twice, and once more where
     activations are recomputed."""
-    weights = sum(k * n for k, n, _ in model.linears().values()) * model.layers
-    head = model.hidden * model.vocabulary
+    weights = sum(k * n for k, n in linears(model).values()) * model["num_hidden_layers"]
+    head = model["hidden_size"] * model["vocab_size"]
     passes = 3 if training.checkpointing else 2
     size = {"nf4": 0.516, "bf16": 2.0, "fp32": 4.0}[training.base]
     tokens = training.batch * training.sequence
@@ -77,7 +78,7 @@ class Bases:
     def drop(self) -> None:
         self.key, self.net = None, None
 
-    def get(self, model: Architecture, training: Training, device: torch.device) -> nn.Module:
+    def get(self, model: Config, training: Training, device: torch.device) -> nn.Module:
         key = (model, training.base, training.dtype, device)
         if key != self.key:
             self.drop()
@@ -86,15 +87,13 @@ class Bases:
         return self.net
 
 
-def needed_seconds(model: Architecture, training: Training) -> float:
+def needed_seconds(model: Config, training: Training) -> float:
     """Estimate the seconds of both variants of a whole model; about half of them is not timed."""
     step = max(HOST_SECONDS, counted(model, training)[1] / FLOPS)
     return BUILD_SECONDS + 2 * (CURVE + CALLS) * step
 
 
-def build(
-    options: Options, model: Architecture, training: Training, base: nn.Module | None
-) -> Case:
+def build(options: Options, model: Config, training: Training, base: nn.Module | None) -> Case:
     """Build the variants of PEFT and ours. Over a shared `base` the oracle is PEFT's first losses;
     without one each has its own base, and the oracle is float64."""
     exact = base is None
@@ -107,7 +106,7 @@ def build(
         for name, one in trainings.items()
     }
     report = trainers[OURS].report
-    if report.skipped or len(report.patched) < model.layers * len(training.targets):
+    if report.skipped or len(report.patched) < model["num_hidden_layers"] * len(linears(model)):
         raise RuntimeError(f"peftkern.patch left layers out: {report}")
     oracle = trainers[PEFT].exact() if exact else (trainers[PEFT].curve(CURVE).double(),)
     gc.collect()
@@ -129,7 +128,7 @@ def build(
 def few_layers(options: Options, method: str, tokens: int) -> Case:
     """Spec of a few layers of Llama-3-8B's proportions, whose gradients float64 checks."""
     model = scaled(PRESETS["llama3-8b"], options.k, options.depth(LAYERS))
-    model = replace(model, vocabulary=min(VOCABULARY, model.vocabulary))
+    model["vocab_size"] = min(VOCABULARY, model["vocab_size"])
     sequence = max(2, options.m(tokens))
     training = Training(method, r=options.r, sequence=sequence, checkpointing=False)
     return build(options, model, training, base=None)
@@ -138,7 +137,7 @@ def few_layers(options: Options, method: str, tokens: int) -> Case:
 def llama3_8b_spec(bases: Bases, method: str, tokens: int, checkpointing: bool = True) -> Spec:
     """Spec of the whole model."""
 
-    def sized(options: Options) -> tuple[Architecture, Training]:
+    def sized(options: Options) -> tuple[Config, Training]:
         model = scaled(PRESETS["llama3-8b"], options.k, options.depth(32))
         sequence = max(2, options.m(tokens))
         return model, Training(method, r=options.r, sequence=sequence, checkpointing=checkpointing)
@@ -223,7 +222,7 @@ def does_it_fit(
         cap_bytes=cap,
         planned_bytes=planned.peak,
         planned_fit=planned.peak <= cap,
-        layers=model.layers,
+        layers=model["num_hidden_layers"],
         parameters=planned.parameters,
         trained=planned.trainable,
         tokens=training.sequence,

@@ -30,6 +30,7 @@ TITLES = {  # in the order of the tables
     "rosa": "RoSA's sparse products against dense ones",
     "adalora": "AdaLoRA, per step",
     "low_rank_svd": "SVD of 224 low-rank updates",
+    "plan": "Memory of a step, planned and measured",
     "formulations": "Ways to compute the update",
 }
 SIDE_BY_SIDE = {
@@ -37,7 +38,7 @@ SIDE_BY_SIDE = {
     "bitsandbytes + PEFT, eval": "bnb eval",
     "dense + PEFT": "dense",
 }
-NAMES_SAY_SIZES = ("adalora", "dora", "e2e", "grouped_linear")
+NAMES_SAY_SIZES = ("adalora", "dora", "e2e", "grouped_linear", "plan")
 
 
 def milliseconds(value: float) -> str:
@@ -122,6 +123,18 @@ def megabytes(row: dict) -> str:
     if row["peak_bytes"] is None:
         return ""
     return f"{row['peak_bytes'] / 1e6:.0f} ({row['planned_bytes'] / 1e6:.0f})"
+
+
+def plan_table(record: dict) -> str:
+    """Format peaks of steps as measured, with how far their plans are off."""
+    rows = []
+    for case in record["cases"]:
+        cells = [short(case)]
+        for row in (case["providers"][OURS], case["providers"]["PEFT"]):
+            measured, planned = row["peak_bytes"], row["planned_bytes"]
+            cells += [f"{measured / 1e6:.2f}", f"{planned / measured - 1:+.1%}"]
+        rows.append(cells)
+    return markdown(["MB beyond the model", OURS, "plan", "PEFT", "plan"], rows)
 
 
 def answers_table(answers: list[dict]) -> str:
@@ -293,6 +306,8 @@ def alike(cases: list[dict]) -> list[list[dict]]:
 def tables(stem: str, record: dict) -> list[str]:
     if stem == "demo":
         return [demo_table(record)]
+    if stem == "plan":
+        return [plan_table(record)]
     if stem == "formulations":
         found = [cases_table({**record, "cases": cases}) for cases in alike(record["cases"])]
         decoders = [answer for answer in record["answers"] if "decoders" in answer]

@@ -8,8 +8,8 @@ says how a stack is trained, so that `plan.plan` predicts the memory of the very
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
@@ -21,8 +21,10 @@ from peftkern.layers import NF4Linear
 from peftkern.tools.bench.base_layers import linear, random_nf4
 from peftkern.tools.bench.data import nf4_values64
 from peftkern.tools.bench.peers import nf4_layer
-from peftkern.tools.plan.plan import Architecture, Training
+from peftkern.tools.plan.plan import Training
+from peftkern.tools.plan.presets import linears
 
+Config = dict[str, Any]  # fields of a config.json: of a preset, scaled
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KINDS = ("lora_A", "lora_B", "lora_E")
 # AdaLoRA in the middle of its schedule, where it allocates at every step.
@@ -38,26 +40,25 @@ def nf4_weight64(layer: nn.Module) -> Tensor:
     return nf4_values64(weight, 0, weight.numel).view(weight.shape)
 
 
-def scaled(model: Architecture, hidden: int, layers: int) -> Architecture:
+def scaled(model: Config, hidden: int, layers: int) -> Config:
     """Scale to another width with the same proportions, and to at most so many layers."""
-    layers = min(layers, model.layers)
-    if hidden == model.hidden:
-        return dataclasses.replace(model, layers=layers)
-    heads = max(1, hidden // model.head_dim)
-    return dataclasses.replace(
-        model,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=max(1, heads * model.kv_heads // model.heads),
-        head_dim=hidden // heads,
-        intermediate=hidden * model.intermediate // model.hidden,
-        vocabulary=min(model.vocabulary, VOCABULARY_OVER_HIDDEN * hidden),
-    )
+    model = {**model, "num_hidden_layers": min(layers, model["num_hidden_layers"])}
+    if hidden == model["hidden_size"]:
+        return model
+    heads = max(1, hidden // model["head_dim"])
+    kv_heads = heads * model["num_key_value_heads"] // model["num_attention_heads"]
+    return model | {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, kv_heads),
+        "head_dim": hidden // heads,
+        "intermediate_size": hidden * model["intermediate_size"] // model["hidden_size"],
+        "vocab_size": min(model["vocab_size"], VOCABULARY_OVER_HIDDEN * hidden),
+    }
 
 
 def stack(
-    model: Architecture, training: Training, device: torch.device, tick: Callable[[], None]
+    model: Config, training: Training, device: torch.device, tick: Callable[[], None]
 ) -> nn.Module:
     """Build a frozen LlamaForCausalLM of this shape, its weights drawn on the device.
 
@@ -65,13 +66,7 @@ def stack(
     """
     dtype = DTYPES[training.dtype]
     config = LlamaConfig(
-        vocab_size=model.vocabulary,
-        hidden_size=model.hidden,
-        intermediate_size=model.intermediate,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
+        **model,
         max_position_embeddings=max(8192, training.sequence),
         attn_implementation=training.attention,
         use_cache=False,
@@ -87,14 +82,14 @@ def stack(
         return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
 
     def ones(norm: nn.Module) -> None:
-        norm.weight = nn.Parameter(torch.ones(model.hidden, dtype=dtype, device=device))
+        norm.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype, device=device))
 
     def dense(n: int, k: int) -> nn.Module:
         return linear(drawn(n, k, std=k**-0.5))
 
     body = net.model
-    body.embed_tokens.weight = nn.Parameter(drawn(model.vocabulary, model.hidden, std=1.0))
-    net.lm_head = dense(model.vocabulary, model.hidden)
+    body.embed_tokens.weight = nn.Parameter(drawn(config.vocab_size, config.hidden_size, std=1.0))
+    net.lm_head = dense(config.vocab_size, config.hidden_size)
     with device:
         body.rotary_emb = type(body.rotary_emb)(config)  # has no weight, but frequencies
     ones(body.norm)
@@ -102,7 +97,7 @@ def stack(
         ones(layer.input_layernorm)
         ones(layer.post_attention_layernorm)
         for part in (layer.self_attn, layer.mlp):
-            for name, (k, n, _) in model.linears().items():
+            for name, (k, n) in linears(model).items():
                 if not hasattr(part, name):
                     continue
                 if training.base == "nf4":
@@ -133,7 +128,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Architecture,
+        model: Config,
         training: Training,
         device: torch.device,
         *,
@@ -148,7 +143,7 @@ class Trainer:
             net.enable_input_require_grads()
         self.adalora = training.method == "adalora"
         torch.manual_seed(1)
-        self.model = get_peft_model(net, _peft_config(training)).train()
+        self.model = get_peft_model(net, _peft_config(model, training)).train()
         generator = torch.Generator(device).manual_seed(2)
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name:
@@ -158,7 +153,7 @@ class Trainer:
             parameter.data = parameter.data.to(DTYPES[training.adapter_dtype])
         self.report = peftkern.patch(self.model) if training.patched else None
         ids = (training.batch, training.sequence)
-        self.ids = torch.randint(model.vocabulary, ids, device=device, generator=generator)
+        self.ids = torch.randint(model["vocab_size"], ids, device=device, generator=generator)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(training.optimizer)(trained, lr=lr)
         self.keep_first = keep_first
@@ -222,11 +217,11 @@ def gradients(model: nn.Module) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts) for parts in found.values() if parts)
 
 
-def _peft_config(training: Training) -> LoraConfig:
+def _peft_config(model: Config, training: Training) -> LoraConfig:
     common = {
         "lora_alpha": 2 * training.r,
         "lora_dropout": training.dropout,
-        "target_modules": list(training.targets),
+        "target_modules": list(linears(model)),
         "task_type": "CAUSAL_LM",
     }
     if training.method != "adalora":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import textwrap
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from peftkern.tools.plan.plan import Architecture, Plan, Training
+    from peftkern.tools.plan.plan import Plan, Training
 
 DOES_NOT_FIT = 1
 _PHASES = {
@@ -51,6 +52,14 @@ def plan(
     ] = True,
     attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
     dropout: Annotated[float, typer.Option(help="lora_dropout.")] = 0.0,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="adapter_config.json in the place of --r, --targets, --dropout."),
+    ] = None,
+    autocast: Annotated[bool, typer.Option(help="Under torch.autocast in bf16.")] = False,
+    prepare_kbit: Annotated[
+        bool, typer.Option(help="After PEFT's prepare_model_for_kbit_training.")
+    ] = False,
     patched: Annotated[bool, typer.Option(help="After peftkern.patch, or PEFT alone.")] = True,
     device: Annotated[str, typer.Option(help="To train on: cuda or cpu.")] = "cuda",
     fit: Annotated[
@@ -76,42 +85,49 @@ def plan(
     options = [option.name for option in fields(planning.Training)]
     dtypes = planning.ACCEPTED["dtype"]
     with bad_input(*options):
-        architecture = planning.read_model(model)
         given = {name: context.params[name] for name in options} | {
-            "targets": architecture.targets() if names == ["all-linear"] else tuple(names),
+            "targets": tuple(names),
             "base": base,
+            "adapter": None if adapter is None else _read_adapter(adapter),
             "dtype": dtype_name("--dtype", dtype, dtypes),
             "adapter_dtype": dtype_name("--adapter-dtype", adapter_dtype, dtypes),
         }
         training = planning.Training(**given)
-        found = planning.plan(architecture, training)
+        config = planning.read_model(model)
+        planner = planning.Planner(config, training)
+        found = planner.plan()
     fitting = None
     if budget is not None:
         fitting = {
             "budget": budget,
             "fits": found.peak <= budget,
-            **{
-                f"largest_{name}": planning.largest(architecture, training, name, budget)
-                for name in ("batch", "sequence")
-            },
+            **{f"largest_{name}": planner.largest(name, budget) for name in ("batch", "sequence")},
         }
     if as_json:
         report = {
-            "model": {"name": model, **asdict(architecture)},
+            "model": {"name": model, "config": json.loads(config.to_json_string())},
             "training": asdict(training),
             "plan": found.as_dict(),
             "fit": fitting,
         }
         print(json.dumps(report, indent=2))
     else:
-        _print(model, architecture, training, found, fitting)
+        _print(model, training, found, fitting)
     if fitting is not None and not fitting["fits"]:
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _print(
-    name: str, model: Architecture, training: Training, found: Plan, fitting: dict | None
-) -> None:
+def _read_adapter(path: Path) -> dict:
+    """Read a PEFT config, or that in a folder."""
+    from peftkern.formats.json_files import read_json
+
+    found = read_json(path / "adapter_config.json" if path.is_dir() else path)
+    if not isinstance(found, dict) or "peft_type" not in found:
+        raise ValueError(f"adapter: {path}: expected a PEFT config with a peft_type")
+    return found
+
+
+def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -125,7 +141,7 @@ def _print(
     def say(text: str) -> None:
         console.print(textwrap.fill(text, console.width), markup=False)
 
-    say(_describe(name, model, training, found))
+    say(_describe(name, training, found))
     phases = list(found.phases)
     table = Table("")
     for phase in phases:
@@ -151,13 +167,15 @@ def _print(
     say(_caveat(training))
 
 
-def _describe(name: str, model: Architecture, training: Training, found: Plan) -> str:
+def _describe(name: str, training: Training, found: Plan) -> str:
     text = f"{name}: {_count(found.parameters)} parameters, {_count(found.trainable)} trained. "
-    text += training.method
-    if training.method != "full":
-        where = f"{len(training.targets)} of {len(model.targets())} "
-        where += "linear layers" if model.mixture is None else "linear layers and stacks of experts"
-        text += f" r={training.r} on {where}, adapters {training.adapter_dtype}"
+    if training.adapter is not None:
+        text += f"adapters of the given config in {training.adapter_dtype}"
+    elif training.method == "full":
+        text += "full"
+    else:
+        text += f"{training.method} r={training.r} on {', '.join(training.targets)}"
+        text += f", adapters {training.adapter_dtype}"
     quantized = " double-quantized" if training.base == "nf4" and training.double_quant else ""
     text += f", base {training.base}{quantized}, activations {training.dtype}"
     text += f", {training.optimizer}, batch {training.batch}, sequence {training.sequence}"
@@ -165,9 +183,8 @@ def _describe(name: str, model: Architecture, training: Training, found: Plan) -
     text += f", {training.attention} attention, {training.device}"
     if training.method != "full":
         text += ", patched by peftkern" if training.patched else ", PEFT alone"
-    if training.method == "dora" and training.patched:
-        text += " (DoRA counted as PEFT runs it)"
-    return text
+    text += ", autocast" if training.autocast else ""
+    return text + (", prepared for k-bit training" if training.prepare_kbit else "")
 
 
 def _count(n: int) -> str:
@@ -186,10 +203,9 @@ def _verdict(training: Training, found: Plan, fitting: dict) -> str:
 
 def _caveat(training: Training) -> str:
     if training.device == "cpu":
-        return "Bytes of tensors, without autocast; oneDNN's scratch and native code's come on top."
+        return "Bytes of tensors; oneDNN's scratch and native code's come on top."
     text = "Bytes of tensors, counted, not measured on a GPU: the CUDA context, cuBLAS'"
-    text += " workspaces and fragmentation come on top. Without autocast, and without PEFT's"
-    text += " prepare_model_for_kbit_training, which makes what is not quantized float32."
+    text += " workspaces and fragmentation come on top."
     if training.optimizer.startswith("paged"):
         text += " Paged optimizer states may move to the host's memory."
     return text

@@ -16,10 +16,10 @@ from peftkern.layers.quantize import expert_parameters
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def read_config(path: str) -> Any:
+def read_config(path: str, argument: str = "--model") -> Any:
     """Read the config of a model: its config.json, or the folder of one.
 
-    Raises: OSError, or ValueError in one line that names --model.
+    Raises: OSError, or ValueError in one line that names the argument.
     """
     from transformers import AutoConfig, logging
 
@@ -30,23 +30,25 @@ def read_config(path: str) -> Any:
         name = r"[\w-][\w.-]*"
         if re.fullmatch(f"{name}(/{name})?(?<!json)", path) and not Path(path).exists():
             get = f"hf download {path} config.json --local-dir DIR"
-            raise ValueError(f"--model: no folder {path} here; download config.json first: {get}")
-        raise ValueError(f"--model: {path}: expected a config.json, or the folder of one")
+            raise ValueError(
+                f"{argument}: no folder {path} here; download config.json first: {get}"
+            )
+        raise ValueError(f"{argument}: {path}: expected a config.json, or the folder of one")
     found = read_json(file)
     kind = found.get("model_type") if isinstance(found, dict) else None
     if not isinstance(kind, str):
-        raise ValueError(f"--model: {file}: expected the config of a transformers model")
+        raise ValueError(f"{argument}: {file}: expected the config of a transformers model")
     try:
         config = AutoConfig.from_pretrained(str(file), trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds, in several lines
         why = " ".join(str(error).split()).split(". ")[0]
-        raise ValueError(f"--model: {file}: model_type {kind!r}: {why}") from error
+        raise ValueError(f"{argument}: {file}: model_type {kind!r}: {why}") from error
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0  # as T5's; no config without weights needs to say it
     return config
 
 
-def auto_class(config: Any) -> Any:
+def auto_class(config: Any, argument: str = "--model") -> Any:
     """Return the Auto class that builds the model of a config for training on tokens.
 
     Raises: ValueError in one line if there is none.
@@ -59,7 +61,9 @@ def auto_class(config: Any) -> Any:
         if type(config) in getattr(transformers, name)._model_mapping:
             return getattr(transformers, name)
     kind = f"model_type {config.model_type!r}"
-    raise ValueError(f"--model: {kind} does not learn from tokens alone: no {' or '.join(names)}")
+    raise ValueError(
+        f"{argument}: {kind} does not learn from tokens alone: no {' or '.join(names)}"
+    )
 
 
 def has_weights(path: str) -> bool:

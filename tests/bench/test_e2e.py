@@ -145,11 +145,12 @@ def test_predicted_memory_is_beside_the_measured(patched):
 @pytest.mark.parametrize("preset", ["llama3-8b", "llama-65b"])
 def test_presets_keep_their_shape_and_toys_their_proportions(preset):
     model = PRESETS[preset]
-    assert stacks.scaled(model, model.hidden, model.layers) == model
+    assert stacks.scaled(model, model["hidden_size"], model["num_hidden_layers"]) == model
     small = stacks.scaled(model, 256, 3)
-    assert (small.hidden, small.layers, small.heads, small.head_dim) == (256, 3, 2, 128)
-    assert small.intermediate * model.hidden == 256 * model.intermediate
-    assert stacks.scaled(model, 7, 1).heads == 1
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    assert [small[key] for key in keys] == [256, 3, 2, 128]
+    assert small["intermediate_size"] * model["hidden_size"] == 256 * model["intermediate_size"]
+    assert stacks.scaled(model, 7, 1)["num_attention_heads"] == 1
 
 
 def test_random_weights_are_nf4_of_the_size_that_keeps_activations():

@@ -43,7 +43,7 @@ RUNS = {  # what each command is given besides the option that is wrong
     "doctor": "--forget",
     "explain": "lora_linear 2x64x64",
     "monitor": "run.jsonl",
-    "plan": "llama3-8b",
+    "plan": "llama",
     "quantize": "llama out",
     "tune": "--shape 64x64 --rows 1",
     "version": "",

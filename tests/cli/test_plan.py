@@ -46,6 +46,7 @@ def test_json_holds_the_sums_and_status_1_says_that_it_does_not_fit(capsys):
 def test_small_model_of_a_folder_is_shown_in_mb(tmp_path, capsys):
     config = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
     config |= {"intermediate_size": 96, "num_attention_heads": 4, "tie_word_embeddings": True}
+    config |= {"num_key_value_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = ["--method", "full", "--sequence", "16", "--device", "cpu", "--dtype", "bfloat16"]
     assert main(["plan", str(tmp_path), *options]) == 0
@@ -60,11 +61,12 @@ def test_small_model_of_a_folder_is_shown_in_mb(tmp_path, capsys):
     ("arguments", "complaint"),
     [
         (["llama9-1b"], "one of llama2-7b, "),
-        (["."], "model: expected a folder with a config.json"),
+        (["."], "model: .: expected a config.json, or the folder of one"),
         (["setup.py"], "setup.py: expected JSON in UTF-8"),
         (["llama3-8b", "--r", "0"], "--r: expected an integer from 1"),
         (["llama3-8b", "--sequence", "many"], "Invalid value for '--sequence'"),
-        (["llama3-8b", "--targets", "wq"], "--targets: expected all-linear or some of q_proj"),
+        (["llama3-8b", "--targets", "wq"], "--targets: 'wq' is no linear layer; accepted: "),
+        (["llama3-8b", "--adapter", "no/such"], "no/such: No such file"),
         (["llama3-8b", "--fit", "48"], "--fit: expected a size like 48GB"),
         (["llama3-8b", "--dtype", "fp16"], "--dtype: expected one of bf16, fp32, got 'fp16'"),
         (["llama3-8b", "--adapter-dtype", "nf4"], "--adapter-dtype: expected one of bf16, fp32"),
@@ -74,3 +76,14 @@ def test_small_model_of_a_folder_is_shown_in_mb(tmp_path, capsys):
 def test_bad_input_is_one_line_and_status_2(arguments, complaint, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     refused(capfd, complaint, "plan", *arguments)
+
+
+def test_adapters_of_a_config_are_planned(tmp_path, capfd):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}))
+    asked = ["plan", "qwen2.5-0.5b", "--sequence", "8", "--adapter", str(tmp_path), "--json"]
+    assert main(asked) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["plan"]["trainable"] == 24 * 4 * 2 * 896
+    path.write_text("{}")
+    refused(capfd, f"--adapter: {path.parent}: expected a PEFT config with a peft_type", *asked)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import pytest
 import torch
+from tolerances import PLAN_RTOL
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from peftkern.tools.plan import plan as planning
-from peftkern.tools.plan.plan import Architecture, Training
-from peftkern.tools.plan.training_step import Memory, Step
+from peftkern.tools.plan.plan import Training
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def allocations(**phases: Callable[[], None]) -> dict[str, list[int]]:
@@ -40,51 +43,54 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-class Measured:
-    """Bytes of a second training step."""
+def measured(model: nn.Module, training: Training) -> dict[str, int]:
+    """Bytes of a second training step: the peak of each phase; gradients and states to the byte."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (training.batch, training.sequence))
+    optimizer = OPTIMIZERS[training.optimizer](
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4
+    )
+    losses = []
 
-    def __init__(self, model: nn.Module, shape: Architecture, training: Training) -> None:
-        ids = torch.randint(shape.vocabulary, (training.batch, training.sequence))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        optimizer = kinds[training.optimizer](trained, lr=1e-4)
-        losses = []
-
-        def forward() -> None:
+    def forward() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.autocast):
             losses.append(model(input_ids=ids, labels=ids).loss)
 
-        def backward() -> None:
-            losses.pop().backward()
+    def backward() -> None:
+        losses.pop().backward()
 
-        forward()
-        backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        held = allocations(forward=forward, backward=backward, optimizer=optimizer.step)
-        optimizer.zero_grad()
-        self.forward, self.held = max(held["forward"]), held["forward"][-1]
-        self.step = max(held["forward"] + held["backward"])
-        self.gradients = held["backward"][-1]
-        self.optimizer = max(held["optimizer"], default=self.gradients) - self.gradients
-        states = optimizer.state.values()
-        self.states = nbytes(t for state in states for t in state.values() if t is not None)
-        assert min(self.forward, self.held, self.gradients) > 0
-
-
-def counted(shape: Architecture, training: Training) -> dict[str, int]:
-    """The same figures as `Measured`, from the plan and the step that it is made of."""
-    plan = planning.plan(shape, training)
-    phases = {name: sum(parts.values()) for name, parts in plan.phases.items()}
-    memory = Memory()
-    step = Step(planning.step_shapes(shape, training), memory)
-    loss = step.forward()
-    held = memory.total
-    del loss
+    forward()
+    backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    held = allocations(forward=forward, backward=backward, optimizer=optimizer.step)
+    optimizer.zero_grad()
+    states = optimizer.state.values()
+    gradients = held["backward"][-1]
+    assert min(gradients, *held["forward"]) > 0
     return {
-        "forward": phases["forward"],
-        "step": max(phases["forward"], phases["backward"]),
-        "held": held,
+        "forward": max(held["forward"]),
+        "backward": max(held["backward"]),
+        "optimizer": max(held["optimizer"], default=gradients),
+        "gradients": gradients,
+        "states": nbytes(t for state in states for t in state.values() if t is not None),
+    }
+
+
+def counted(config: Any, training: Training) -> dict[str, int]:
+    """The same figures of the plan."""
+    plan = planning.plan(config, training)
+    return {
+        **{name: sum(parts.values()) for name, parts in plan.phases.items()},
         "gradients": plan.phases["optimizer"]["gradients"],
         "states": plan.fixed["optimizer states"],
-        "optimizer": plan.phases["optimizer"]["temporaries"],
     }
+
+
+def check(model: nn.Module, config: Any, training: Training) -> None:
+    """Hold the plan to what the allocator counts of the model's step."""
+    found, count = measured(model, training), counted(config, training)
+    for name in ("gradients", "states"):
+        assert count[name] == found[name], name
+    for name in planning.PHASES:
+        assert count[name] == pytest.approx(found[name], rel=PLAN_RTOL), name

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from peftkern.tools.plan import plan
+from peftkern.tools.plan import presets
 
-# (N, K) of the linear layers of a block, of the models that `peftkern plan` knows.
+# (N, K) of the linear layers of a block, of the models that `peftkern plan` knows by name.
 PRESETS = {
-    model: {name: (N, K) for name, (K, N, _) in architecture.linears().items()}
-    for model, architecture in plan.PRESETS.items()
+    model: {name: (N, K) for name, (K, N) in presets.linears(config).items()}
+    for model, config in presets.PRESETS.items()
+    if presets.linears(config)
 }
 # (E, N, K) of the experts' layers, from the config.json that the authors publish.
 EXPERT_PRESETS = {
