@@ -131,8 +131,16 @@ def run_tool(command: list[str], step: str, quiet: bool) -> None:
     """Run one build step; raise with its first error if it fails. `quiet`: notices and failures."""
     if not quiet:
         print("+ " + shlex.join(command), flush=True)
+    # A `make` above may name its job server's file descriptors here: they are not inherited, and
+    # Ninja refuses to start without them.
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
     )
     log = []
     for line in process.stdout:

@@ -122,9 +122,9 @@ def lora_experts(
     added = None if b2 is None else _routed_bias(top_k_index, top_k_weights, b2)
     weights = (*up_tensors, *down_tensors)
     if not any(needs) and (added is None or not added.requires_grad):
-        y = _forward(*args, added, *routing, options, weights)[0]
+        y = _forward(*args, added, routing, options, weights)[0]
     elif torch.compiler.is_compiling():  # no graph holds a gate that is differentiated in a node
-        y = _as_nodes(*args, added, *routing, options, weights)
+        y = _as_nodes(*args, added, routing, options, weights)
     else:
         y = LoraExperts.apply(*args, added, *routing, options, *weights)
     return y.to(hidden.dtype)
@@ -137,7 +137,7 @@ class LoraExperts(torch.autograd.Function):
     def forward(
         ctx, x, weights, A1, B1, b1, A2, B2, added, rows, offsets, inverse, options, *tensors
     ):
-        args = (x, weights, A1, B1, b1, A2, B2, added, rows, offsets, inverse, options, tensors)
+        args = (x, weights, A1, B1, b1, A2, B2, added, (rows, offsets, inverse), options, tensors)
         y, u, S1, S2 = _forward(*args)
         _, need_A1, need_B1, _ = options.up[2]
         read = (x if need_A1 else None, weights, A1, B1, b1, A2, B2, rows, offsets, inverse)
@@ -168,14 +168,12 @@ def _forward(
     A2: Tensor | None,
     B2: Tensor | None,
     added: Tensor | None,
-    rows: Tensor,
-    offsets: Tensor,
-    inverse: Tensor,
+    routing: tuple[Tensor, Tensor, Tensor],
     options: _Options,
     tensors: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute y, and what backward reads: u and the two S."""
-    n = options.tensors
+    (rows, offsets, inverse), n = routing, options.tensors
     u, S1 = forward_op(x, rows, offsets, tensors[:n], options.up, A1, B1, b1)
     a = (options.gate(u) * _by_row(weights, inverse)[:, None]).to(options.dtype)
     y, S2 = forward_op(a, None, offsets, tensors[n:], options.down, A2, B2, None)
@@ -227,7 +225,8 @@ def _gate_gradients(
 
 def _differentiable_gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> list[Tensor | None]:
     """Compute the same so that autograd differentiates them once more."""
-    x, *differentiable, rows, offsets, inverse, _, _, _ = saved[:13]
+    x, *differentiable = saved[:7]
+    routing = saved[7:10]
     if x is None:
         raise RuntimeError(
             "up.lora_A: expected one that requires a gradient for second derivatives "
@@ -235,7 +234,7 @@ def _differentiable_gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> l
         )
 
     def experts(*args):
-        return _as_nodes(*args, None, rows, offsets, inverse, ctx.options, saved[13:])
+        return _as_nodes(*args, None, routing, ctx.options, saved[13:])
 
     return partial_gradients(experts, (x, *differentiable), ctx.needs_input_grad[:7], dy)
 
@@ -249,13 +248,12 @@ def _as_nodes(
     A2: Tensor | None,
     B2: Tensor | None,
     added: Tensor | None,
-    rows: Tensor,
-    offsets: Tensor,
-    inverse: Tensor,
+    routing: tuple[Tensor, Tensor, Tensor],
     options: _Options,
     tensors: tuple[Tensor, ...],
 ) -> Tensor:
     """Compute y in steps that autograd differentiates, the gate among them."""
+    rows, offsets, inverse = routing
     gate, up, down, n, dtype = options
     a = gate(_linear(x, rows, offsets, tensors[:n], up, A1, B1, b1))
     a = (a * _by_row(weights, inverse)[:, None]).to(dtype)

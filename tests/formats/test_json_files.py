@@ -205,7 +205,7 @@ def test_bench_reads_files_only(tmp_path, option):
 def test_plan_reads_files_only(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     for path in (tmp_path, tmp_path / "config.json", "/dev/zero"):
-        assert "model: expected a folder with a config.json" in refused("plan", path)
+        assert "expected a config.json, or the folder of one" in refused("plan", path)
 
 
 leaves = st.one_of(

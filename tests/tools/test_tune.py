@@ -92,8 +92,8 @@ def test_verdicts_are_what_a_layer_asks_for_and_a_second_run_knows_them(folder):
     assert file["classes"][row.name]["side"] == row.side
     assert file["crossovers"] == done.crossovers
     assert done.crossovers["dense"] in (1 << 16, 1 << 18, 1 << 19)
-    for one in few_rows:  # of one row, and of 512, one way is faster anywhere
-        assert 1 <= done.crossovers[one.name] < 512, done.crossovers
+    for one in few_rows:  # of 512 rows panels are faster anywhere
+        assert 0 <= done.crossovers[one.name] < 512, done.crossovers
     ops = {name.split()[0] for name in file["programs"]}
     assert {"nf4_lora_linear_forward", "nf4_lora_linear_backward"} <= ops
 

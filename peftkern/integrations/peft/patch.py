@@ -3,7 +3,7 @@
 `patch` gives every layer whose class is exactly one of PEFT's `lora.Linear`, `lora.Linear4bit`,
 `lora.ParamWrapper`, `adalora.SVDLinear` or `adalora.SVDLinear4bit` a subclass of that class in
 which `forward` alone differs, so keys, saving, loading, merging and adapter switching stay PEFT's
-own code.
+own code; but for merging over NF4 weights of peftkern's own, to which PEFT cannot add.
 """
 
 from __future__ import annotations

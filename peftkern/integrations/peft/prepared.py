@@ -59,9 +59,10 @@ def prepare(param: Tensor, state: Any) -> NF4Weight:
     Raises: what that raises; of such a weight nothing is kept.
     """
     weight = NF4Weight.from_bitsandbytes(param, state)
+    if torch.compiler.is_compiling():
+        return weight
     memory = weight.packed.untyped_storage().device.type  # "meta" of a fake tensor as well
-    lasting = memory != "meta" and not hasattr(param, "ds_id")  # of DeepSpeed
-    if lasting and not torch.compiler.is_compiling():
+    if memory != "meta" and not hasattr(param, "ds_id"):  # of DeepSpeed
         key, fields = id(param), _fields(param, state)
         owner = weakref.ref(param, lambda _: _records.pop(key, None))
         tensors = [field for field in fields if isinstance(field, Tensor)]
