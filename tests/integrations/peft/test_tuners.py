@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
+from unittest import mock
 
 import peft
 import pytest
@@ -95,6 +98,13 @@ def step(model: nn.Module) -> dict[str, Tensor]:
     y.square().mean().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"output": y.detach(), **grads}
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """PEFT's BOFT leaves its choice of a compiler there when its kernel fails."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.mark.parametrize("patched", [False, True])
