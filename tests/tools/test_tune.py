@@ -28,7 +28,7 @@ from peftkern.backends.cpu import crossovers
 from peftkern.cli import main
 from peftkern.integrations.peft import trial
 from peftkern.tools.bench.processes import Process, WorkerGoneError
-from peftkern.tools.bench.shapes import parse_weights
+from peftkern.tools.bench.shapes import parse_shapes
 from peftkern.tools.tune import cases, job, tune
 from peftkern.tools.tune.cases import Case
 from peftkern.tools.tune.worker import Worker
@@ -207,7 +207,7 @@ def test_ctrl_c_leaves_what_is_decided(folder, faults):
 
 
 def test_classes_are_distinct_and_cheap_ones_first():
-    shapes = parse_weights("--shape", "llama3-8b,64x32,64x32")
+    shapes = parse_shapes("llama3-8b,64x32,64x32", "--shape", "NK")
     found = cases.ordered(shapes, cases.BASES, [16], [1, 300, 511, 600], ["bf16"], "fp32", False)
     assert len(found) == len(shapes) * 2 * 3 and found[0].label == "64x32"
     assert {case.rows for case in found} == {1, 511, 600}
