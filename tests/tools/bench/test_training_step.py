@@ -20,7 +20,6 @@ import pytest
 import torch
 from command_line import refused
 from peft.tuners.lora import LoraLayer
-from stacks import nf4_weight64
 
 import peftkern
 from peftkern.backends.cpu import crossovers
@@ -28,6 +27,7 @@ from peftkern.cli import main
 from peftkern.tools import models
 from peftkern.tools.bench import record as records
 from peftkern.tools.bench import training_run, training_worker
+from peftkern.tools.bench.data import nf4_values64
 from peftkern.tools.bench.processes import WorkerError, WorkerGoneError, WorkerSlowError
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.training_step import Options, plan
@@ -49,8 +49,8 @@ CONFIGS = {
     "t5": T5,
 }
 OPTIONS = Options(
-    model="", base=None, targets="all-linear", batch=2, sequence=24, checkpointing=False,
-    layers=None, steps=3,
+    model="", method="lora", base=None, targets="all-linear", batch=2, sequence=24,
+    checkpointing=False, layers=None, steps=3,
 )  # fmt: skip
 
 
@@ -176,7 +176,9 @@ def test_weights_of_a_folder_are_loaded_and_quantized(missing, tmp_path, monkeyp
     layer = net.model.layers[0].self_attn.q_proj
     assert type(layer).__name__ == ("NF4Linear" if missing else "Linear4bit")
     wanted = model.model.layers[0].self_attn.q_proj.weight
-    assert (nf4_weight64(layer) - wanted).abs().max() < 0.2 * wanted.abs().max()
+    weight = layer.nf4 if missing else peftkern.NF4Weight.from_bitsandbytes(layer.weight)
+    values = nf4_values64(weight, 0, weight.numel).view(weight.shape)
+    assert (values - wanted).abs().max() < 0.2 * wanted.abs().max()
     experts = net.model.layers[0].mlp.experts.gate_up_proj
     assert torch.equal(experts, model.model.layers[0].mlp.experts.gate_up_proj.bfloat16())
 
@@ -204,7 +206,7 @@ class Side:
     def ask(self, deadline: float, doing: str, do: str, **more: object) -> object:
         usual = {
             "start": {},
-            "losses": {"losses": [6.0, 5.0], "resolution": 1e-7, "note": None, "said": []},
+            "losses": {"losses": [6.0, 5.0], "resolution": 1e-7, "calls": {}, "said": []},
             "memory": {"peak_bytes": 100, "held_bytes": 1000, "free_bytes": 10**9},
             "run": {"samples": [0.25 if self.name == "peft" else 0.125]},
             "roof": {"copy": 1e9, "bfloat16": 1e12},
@@ -268,7 +270,7 @@ def test_side_that_fails_is_a_row_that_says_so(measured):
     case = measured(peftkern={"run": WorkerSlowError("no answer")})
     assert case["providers"][OURS]["failed"] == "60 s ended while step 1 of 3 (--budget)"
     assert case["providers"]["peft"]["median_ms"] == 250.0
-    wrong = {"losses": [6.0, 5.5], "resolution": 1e-7, "note": None, "said": []}
+    wrong = {"losses": [6.0, 5.5], "resolution": 1e-7, "calls": {}, "said": []}
     row = measured(peftkern={"losses": wrong})["providers"][OURS]
     assert row["wrong"] == "losses differ from PEFT's by 0.1; bound 1e-05" and not row["median_ms"]
 
@@ -357,6 +359,8 @@ def test_wrong_input_is_one_line(capfd, tmp_path):
         ("--base: 'int8' is not one of nf4, bf16", llama, "--base=int8"),
         ("--base: with --model one value, got nf4, bf16", llama, "--base=nf4,bf16"),
         ("--dtype: fp32, but --base is bf16", llama, "--base=bf16", "--dtype=fp32"),
+        ("--method: 'vera' is not one of lora, adalora, dora", llama, "--method=vera"),
+        ("--targets: experts have no dora", saved(tmp_path, "qwen3_moe"), "--method=dora"),
         ("--r: with --model one value, got 4, 8", llama, "--r=4,8"),
         (
             "--targets: 'w1' is no linear layer; accepted: all-linear, down_proj",
