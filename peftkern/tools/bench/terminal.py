@@ -22,10 +22,9 @@ NARROW, WIDE, LABEL = 60, 110, 16
 def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
     """Return another's time over peftkern's, and whether that is within the noise: the intervals
     from the 20th to the 80th percentile overlap."""
-    ours, theirs = case["providers"][OURS], case["providers"][name]
-    if not (ours["median_ms"] and theirs["median_ms"]) or name == OURS:
+    if name == OURS or (found := ratio(case, name)) is None:
         return None
-    return theirs["median_ms"] / ours["median_ms"], within_noise(ours, theirs)
+    return found, within_noise(case["providers"][OURS], case["providers"][name])
 
 
 def bench_report(record: Record, width: int) -> Iterable[RenderableType]:

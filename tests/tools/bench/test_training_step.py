@@ -30,7 +30,7 @@ from peftkern.tools.bench import training_run, training_worker
 from peftkern.tools.bench.data import nf4_values64
 from peftkern.tools.bench.processes import WorkerError, WorkerGoneError, WorkerSlowError
 from peftkern.tools.bench.record import OURS
-from peftkern.tools.bench.training_step import Options, plan
+from peftkern.tools.bench.training_step import Options, plan, planned_bytes
 from peftkern.tools.bench.training_worker import Worker
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -103,6 +103,31 @@ def test_models_of_every_kind_learn_as_with_peft(kind, base, tmp_path):
     served = {op for op, _ in peftkern.stats().calls}
     assert any(op.startswith("nf4_lora_linear") for op in served) == (base == "nf4")
     assert any(op.startswith("grouped") for op in served) == (kind == "qwen3_moe")
+
+
+@pytest.mark.parametrize("method", ["adalora", "dora"])
+def test_other_methods_learn_as_with_peft(method, tmp_path):
+    job = tiny_job(tmp_path, method=method, base="nf4", dtype="fp32")
+    assert job.facts["name"].startswith(f"training_step/llama-nf4-{method}/2x24/")
+    assert f"--method {method} " in job.command(threads=1, budget=9.0)
+    bench, ours = sides(job)
+    assert bench.rows[OURS].wrong is None, bench.said
+    served = {op for op, _ in peftkern.stats().calls}
+    assert any(method in op or "dora" in op for op in served)
+    assert sum(f".lora_{'E' if method == 'adalora' else 'magnitude'}" in n
+               for n, _ in ours.model.named_parameters()) == 14  # fmt: skip
+
+
+def test_preset_is_a_model_and_its_memory_is_planned():
+    options = dataclasses.replace(OPTIONS, model="llama3.2-1b", layers=1, sequence=8)
+    job = plan(options, "4", "bf16", "cpu", seed=0)
+    assert job.facts["name"] == "training_step/llama3.2-1b-bf16-1-layers/2x8/r4/bfloat16"
+    assert not job.step.weights and "1 of 16 layers (--layers)" in job.said
+    ours, theirs = (planned_bytes(job.step, patched) for patched in (True, False))
+    assert 0 < ours <= theirs  # what the vocabulary's logits take alone
+    assert ours > 2 * 8 * 128256 * 4
+    other = dataclasses.replace(job.step, base="fp16", dtype="float16")
+    assert planned_bytes(other, True) is None
 
 
 def half_the_update(model) -> None:
@@ -318,7 +343,7 @@ def test_run_is_a_record_like_any_other(run):
 def test_run_says_what_was_built_and_how_losses_compare(run):
     said, record, _ = run
     assert "training_step qwen3_moe-nf4 48 tokens, r=4, bf16, full" in said
-    for column in ("steps/s", "tokens/s", "held MB", "speed-up"):
+    for column in ("steps/s", "tokens/s", "held MB", "planned MB", "speed-up"):
         assert column in said
     for line in (
         "Qwen3MoeForCausalLM, 107,392 parameters, random weights, random tokens in batches of 2 x",
