@@ -1,0 +1,168 @@
+"""Pages that mkdocs gets from the code: the reference, the cures of every reason, what was tested.
+
+`make site` runs these as hooks of mkdocs; tests call the functions without it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels that it did not find
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "peftkern"
+SHIM = "https://unpkg.com/iframe-worker/shim"
+FROM_NETWORK = re.compile(r"(?:src=|<link [^>]*href=|url\()[\"']?((?:https?:)?//[^\"' )>]+)")
+MARK = "<!-- {} -->"
+
+
+def public_modules() -> list[str]:
+    """Return the modules that have an `__all__`, `peftkern` first."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        names = (t for n in body if isinstance(n, ast.Assign) for t in n.targets)
+        if any(isinstance(name, ast.Name) and name.id == "__all__" for name in names):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return found
+
+
+def public_names(module: str) -> dict[str, str]:
+    """Return {name: where it is defined} for the `__all__` of a module."""
+    found = {}
+    package = importlib.import_module(module)
+    for name in sorted(package.__all__, key=str.lower):
+        value = getattr(package, name)
+        home, own = getattr(value, "__module__", module), getattr(value, "__qualname__", name)
+        found[name] = f"{home}.{own}" if home.startswith("peftkern") else f"{module}.{name}"
+    return found
+
+
+def reference() -> dict[str, str]:
+    """Return {page: text}: a page for each public module, and one that lists them.
+
+    A name that several modules offer stands on the page of the first; the others link to it.
+    """
+    pages: dict[str, str] = {}
+    shown: dict[str, str] = {}
+    index = ["# API reference", "", "What is listed here is public; [versioning](../versioning.md)"]
+    index += ["says what that promises.", ""]
+    for module in public_modules():
+        page = f"{module}.md"
+        summary = (importlib.import_module(module).__doc__ or "").strip().partition("\n\n")[0]
+        lines = [f"# {module}", "", *summary.splitlines(), ""]
+        index += [f"## [`{module}`]({page})", "", *summary.splitlines(), ""]
+        elsewhere = []
+        for name, path in public_names(module).items():
+            index.append(f"- [`{name}`][{path}]")
+            if path in shown:
+                elsewhere.append(f"- [`{name}`][{path}], of `{shown[path]}`")
+            else:
+                shown[path] = module
+                lines += [f"::: {path}", ""]
+        index.append("")
+        if elsewhere:
+            lines += ["## Also here", "", *elsewhere, ""]
+        pages[f"reference/{page}"] = "\n".join(lines)
+    return {"reference/index.md": "\n".join(index), **pages}
+
+
+def cures() -> str:
+    """Return the tables of reasons and warnings, as Markdown."""
+    from peftkern.backends.reasons import TABLE, WARNINGS
+
+    def table(title: str, rows: dict[str, str]) -> Iterator[str]:
+        yield from (f"### {title}", "", f"| {title} | What to do |", "| --- | --- |")
+        for template, cure in rows.items():
+            said = re.sub(r"\{(\w+)\}", r"…", template).replace("|", "\\|")
+            code = "``" if "`" in said else "`"
+            yield f"| {code} {said} {code} | {cure} |" if code == "``" else f"| `{said}` | {cure} |"
+        yield ""
+
+    lines = ["## Reasons", ""]
+    for title, rows in TABLE.items():
+        lines += table(title, rows)
+    return "\n".join([*lines, "## Warnings", "", *list(table("Warning", WARNINGS))[2:]])
+
+
+def tested() -> str:
+    """Return what `tests/compat` has recorded as tested, or that nothing was."""
+    page = ROOT / "docs" / "compatibility-results.md"
+    data = page.with_suffix(".json")
+    if page.exists():
+        return page.read_text(encoding="utf-8")
+    if not data.exists():
+        return "Not tested: no results of the matrix are recorded."
+    rows: list[dict[str, Any]] = json.loads(data.read_text(encoding="utf-8"))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    lines += [f"| {' | '.join(str(row.get(n, 'not tested')) for n in names)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def changelog() -> str:
+    """Return CHANGELOG.md; its links into the repository lead to what this site has of it."""
+    path = ROOT / "CHANGELOG.md"
+    if not path.exists():
+        return "# Changelog\n\nNothing was released yet."
+    return path.read_text(encoding="utf-8").replace("](docs/", "](")
+
+
+GENERATED = {"reasons": cures, "tested": tested, "changelog": changelog}
+
+
+def on_config(config: Any) -> Any:
+    """Put the pages of the reference into the navigation."""
+    for section in config["nav"]:
+        if isinstance(section, dict) and "Reference" in section:
+            section["Reference"] += [page for page in reference() if not page.endswith("index.md")]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages of the reference, which are nowhere on disk."""
+    from mkdocs.structure.files import File
+
+    for page, text in reference().items():
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put what is generated in the place of its mark."""
+    for name, text in GENERATED.items():
+        mark = MARK.format(name)
+        if mark in markdown:
+            markdown = markdown.replace(mark, text())
+    return markdown
+
+
+def on_post_page(output: str, config: Any, page: Any) -> str:
+    """Take the stand-in for workers from here, which mkdocs-material takes from the network."""
+    from mkdocs.utils import get_relative_url
+
+    return output.replace(SHIM, get_relative_url("worker.js", page.url))
+
+
+def on_post_build(config: Any) -> None:
+    """Fail where a public name has no entry in the built reference."""
+    from mkdocs.exceptions import PluginError
+
+    site = Path(config["site_dir"]) / "reference"
+    built = "".join(page.read_text(encoding="utf-8") for page in site.glob("*.html"))
+    paths = {path for module in public_modules() for path in public_names(module).values()}
+    missing = sorted(path for path in paths if f'id="{path}"' not in built)
+    if missing:
+        raise PluginError(f"without an entry in the reference: {', '.join(missing)}")
+    for page in site.parent.rglob("*.html"):
+        asked = FROM_NETWORK.findall(page.read_text(encoding="utf-8"))
+        if asked:
+            raise PluginError(f"{page}: takes {asked[0]} from the network")
