@@ -62,7 +62,7 @@ def reference() -> dict[str, str]:
         index += [f"## [`{module}`]({page})", "", *summary.splitlines(), ""]
         elsewhere = []
         for name, path in public_names(module).items():
-            index.append(f"- [`{name}`][{path}]")
+            index.append(f"[`{name}`][{path}]{{ .name }}")
             if path in shown:
                 elsewhere.append(f"- [`{name}`][{path}], of `{shown[path]}`")
             else:
@@ -79,18 +79,18 @@ def cures() -> str:
     """Return the tables of reasons and warnings, as Markdown."""
     from peftkern.backends.reasons import TABLE, WARNINGS
 
-    def table(title: str, rows: dict[str, str]) -> Iterator[str]:
-        yield from (f"### {title}", "", f"| {title} | What to do |", "| --- | --- |")
+    def table(title: str, head: str, rows: dict[str, str]) -> Iterator[str]:
+        yield from (title, "", f"| {head} | What to do |", "| --- | --- |")
         for template, cure in rows.items():
-            said = re.sub(r"\{(\w+)\}", r"…", template).replace("|", "\\|")
-            code = "``" if "`" in said else "`"
-            yield f"| {code} {said} {code} | {cure} |" if code == "``" else f"| `{said}` | {cure} |"
+            ticks = "``" if "`" in template else "`"
+            space = " " if "`" in template else ""
+            yield f"| {ticks}{space}{template}{space}{ticks} | {cure} |"
         yield ""
 
     lines = ["## Reasons", ""]
     for title, rows in TABLE.items():
-        lines += table(title, rows)
-    return "\n".join([*lines, "## Warnings", "", *list(table("Warning", WARNINGS))[2:]])
+        lines += table(f"### {title}", "Reason", rows)
+    return "\n".join([*lines, *table("## Warnings", "Warning", WARNINGS)])
 
 
 def tested() -> str:
@@ -150,6 +150,11 @@ def on_post_page(output: str, config: Any, page: Any) -> str:
     from mkdocs.utils import get_relative_url
 
     return output.replace(SHIM, get_relative_url("worker.js", page.url))
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """Do the same on the page for addresses that lead nowhere."""
+    return output_content.replace(SHIM, "/worker.js")
 
 
 def on_post_build(config: Any) -> None:
