@@ -11,8 +11,10 @@ from types import ModuleType
 
 import pytest
 import torch
+import typer
 from paths import ROOT
 
+from peftkern import cli
 from peftkern.backends import reasons
 
 DOCS = ROOT / "docs"
@@ -66,6 +68,22 @@ def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyP
     for block in BLOCK.finditer(text):
         line = text[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], str(page), "exec"), session)
+
+
+def test_command_lines_have_options_that_exist() -> None:
+    """In blocks, and in text as `peftkern bench --html`."""
+    commands = typer.main.get_command(cli.app).commands
+    seen = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for command, rest in re.findall(r"[$`] ?peftkern (\w+)((?: [^\n#`]*)?)", text):
+            known = {
+                name for p in commands[command].params for name in (*p.opts, *p.secondary_opts)
+            }
+            given = set(re.findall(r"(?<= )--[\w-]+", rest))
+            assert given <= known, f"{name(page)}: peftkern {command} {given - known}"
+            seen += 1
+    assert seen > 20
 
 
 def slug(heading: str) -> str:
