@@ -83,7 +83,7 @@ docs: $(INSTALLED)
 	$(BIN)/python bench/make_tables.py
 
 # Strict: a link or an anchor that leads nowhere, or a public name without an entry, fails it.
-site: build $(SITE_INSTALLED)
+site: $(SITE_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --quiet
 	@echo "build/site/index.html"
 

