@@ -158,6 +158,7 @@ def on_config(config: Any) -> Any:
             if name == "Reference":
                 entries += [page for page in pages if page not in entries]
             entries[:] = [page for page in entries if page in pages or (DOCS / page).exists()]
+    config["nav"] = [entry for entry in config["nav"] if entry not in ({"Frameworks": []},)]
     return config
 
 
