@@ -2,11 +2,11 @@
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
 # make test-long the wider sweeps that `make test` leaves out: every shape on every instruction set,
 #                three times the fuzz
+# make site      the documentation, build/site/index.html: docs/, and the reference from docstrings
 # make test-as   pytest as on a processor with less: ISA=avx2, or ISA=scalar for no vectors at all;
 #                TESTS=some of the tests, as pytest takes them (for `make pytest`, too)
 # make bench     measure this CPU, then `make docs`
 # make docs      README's tables and plots from bench/results/
-# make site      the documentation, build/site/index.html: docs/, and the reference from docstrings
 # make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
 # make cuda      compile every CUDA kernel (CUDA_ARCHS="80;90a": for those), write what each uses
 # make gpu       on a GPU: build, test, measure; PART=all or some of test,sanitize,nf4,
@@ -36,13 +36,12 @@ COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-SITE_INSTALLED := $(VENV)/.site-installed
 SANITIZE_DIR := build/sanitize
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 
-.PHONY: demo test pytest test-long test-as bench docs site aot cuda gpu tune lint format sanitize build clean
+.PHONY: demo test pytest test-long test-as bench docs aot cuda gpu tune lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/qlora_finetune.py
@@ -83,11 +82,12 @@ docs: $(INSTALLED)
 	$(BIN)/python bench/make_tables.py
 
 # Strict: a link or an anchor that leads nowhere, or a public name without an entry, fails it.
-site: $(SITE_INSTALLED)
+.PHONY: site
+site: $(VENV)/.site-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --quiet
 	@echo "build/site/index.html"
 
-$(SITE_INSTALLED): requirements-docs.txt $(INSTALLED)
+$(VENV)/.site-installed: requirements-docs.txt $(INSTALLED)
 	$(PIP) -r requirements-docs.txt
 	touch $@
 
