@@ -14,6 +14,7 @@
 #                formulations,e2e,tune;
 #                OUT=folder of the results, ARCHIVE=file to pack it into, BUDGET=seconds
 # make tune      on a GPU: measure tiles and back ends, write kernels/tuned/<arch>.json
+# make wheel     a wheel in dist/ for this Python, as it would be published
 # make lint | format | clean
 #
 # Everything but `gpu` and `tune` runs in .venv, which the first target that needs it creates.
@@ -41,7 +42,7 @@ CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 
-.PHONY: demo test pytest test-long test-as bench docs aot cuda gpu tune lint format sanitize build clean
+.PHONY: demo test pytest test-long test-as bench docs aot cuda gpu tune wheel lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/qlora_finetune.py
@@ -107,6 +108,9 @@ gpu:
 tune:
 	$(GPU_RUN) bench/tune.py --budget $(BUDGET) --commit "$(COMMIT)"
 
+wheel: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" ci/wheels.sh $(abspath $(BIN))/python
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -129,7 +133,6 @@ sanitize: $(INSTALLED)
 		wait $$native && exit $$emulated
 
 # Cheap when nothing changed, so native code is never stale.
-build $(INSTALLED): export PEFTKERN_CUDA ?= 0
 build: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
