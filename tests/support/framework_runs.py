@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 
 import torch
+from peft_models import fallbacks, served_by_us
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tolerances import LOGITS
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import peftkern
 
 CHAT = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
 QUESTIONS = 16
+TOLD = "told: "
 
 
 def letters_tokenizer() -> PreTrainedTokenizerFast:
@@ -49,3 +54,26 @@ def write_lines(file: Path, rows: list[dict]) -> Path:
     """Write a JSONL file."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def tell(history: list[dict]) -> None:
+    """Print what a run's log says of its steps, and how many layers our ops served, as JSON."""
+    steps = [entry for entry in history if "loss" in entry]
+    logged = {name: [float(step[name]) for step in steps] for name in ("loss", "grad_norm")}
+    print(TOLD + json.dumps({**logged, "served": served_by_us(), "fallbacks": fallbacks()}))
+    peftkern.reset_stats()
+
+
+def told(output: str) -> list[dict]:
+    """Read what the runs of a process told."""
+    lines = [line for line in output.splitlines() if line.startswith(TOLD)]
+    return [json.loads(line.removeprefix(TOLD)) for line in lines]
+
+
+def assert_same(plain: dict, patched: dict, steps: int, layers: int) -> None:
+    """Two runs log the same losses, the second one served by our ops in every layer."""
+    assert plain["served"] == 0 and patched["served"] >= steps * layers
+    assert plain["fallbacks"] == patched["fallbacks"] == {}
+    assert len(plain["loss"]) == steps and len({*plain["loss"]}) == steps
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(torch.tensor(patched[name]), torch.tensor(plain[name]), **LOGITS)
