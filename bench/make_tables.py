@@ -91,29 +91,31 @@ def summary(results: Path, stem: str = "nf4_lora_linear") -> str:
         return NO_RESULTS
     layers = [one[stem] for one in found]
     cases = [{case["name"]: case for case in record["cases"]} for record in layers]
-    rows = []
+    header, rows = [""], [[place] for place in places(layers)]
     for name in cases[0]:
         said = re.fullmatch(rf"{stem}/forward-M([0-9]+)/(\w+)", name)
         if said and all(name in others for others in cases):
-            label = f"{said[1]} token{'' if said[1] == '1' else 's'}, {said[2]}"
-            rows.append([label, *(headline(one[name]) for one in cases)])
+            header.append(f"{said[1]} token{'' if said[1] == '1' else 's'}, {said[2]}")
+            for row, one in zip(rows, cases, strict=True):
+                row.append(headline(one[name]))
     if any("demo" in one for one in found):
-        steps = [one["demo"]["cases"][0] if "demo" in one else None for one in found]
-        cells = [f"**{ratio(step, 'PEFT'):.2f}x**" if step else "not measured" for step in steps]
-        rows.append(["training step of `make demo`", *cells])
+        header.append("step of `make demo`")
+        for row, one in zip(rows, found, strict=True):
+            faster = ratio(one["demo"]["cases"][0], "PEFT") if "demo" in one else None
+            row.append(f"**{faster:.2f}x**" if faster else "not measured")
     size, facts = layers[0]["options"], [one["environment"] for one in layers]
     machines = dict.fromkeys(map(machine, facts))
     dates = ", ".join(f"{f['isa']} {f['date'][:10]}" for f in facts)
     text = (
-        "PEFT's time over peftkern's; the first rows are the forward of one NF4 layer with LoRA"
-        f" ({size['n']}x{size['k']}, r={size['r']}). Bold: PEFT over bitsandbytes as it trains. In"
-        " brackets: the fastest of that, of bitsandbytes' kernel of eval mode, and of PEFT over the"
-        " dense weight; below 1x peftkern is the slower one. Measured on"
-        f" {' and '.join(machines)}: {dates}. A set that is not the machine's best is forced, which"
-        " bitsandbytes' kernel of eval mode escapes. Times, spreads, versions and all other"
-        " results: [measurements](docs/measurements.md)."
+        "PEFT's time over peftkern's, for the forward of one NF4 layer with LoRA"
+        f" ({size['n']}x{size['k']}, r={size['r']}) and for a training step. Bold: PEFT over"
+        " bitsandbytes as it trains. In brackets: the fastest of that, of bitsandbytes' kernel of"
+        " eval mode, and of PEFT over the dense weight; below 1x peftkern is the slower one."
+        f" Measured on {' and '.join(machines)}: {dates}. A set that is not the machine's best is"
+        " forced, which bitsandbytes' kernel of eval mode escapes. Times, spreads, versions and all"
+        " other results: [measurements](docs/measurements.md)."
     )
-    return f"{markdown(['', *places(layers)], rows)}\n\n{text}"
+    return f"{markdown(header, rows)}\n\n{text}"
 
 
 def headline(case: dict) -> str:

@@ -139,19 +139,24 @@ def test_readme_has_the_cases_that_every_instruction_set_has(results):
         one["cases"].append(both)
         machine.write_json(results / f"cpu-{isa}" / "nf4_lora_linear.json", one)
     text = make_tables.summary(results)
-    assert "|  | avx2 | avx512 |" in text  # one machine: its name is below
-    assert "| 256 tokens, fp32 | **4.00x** (0.50x) | **4.00x** (0.50x) |" in text
-    assert "1 token," not in text and "16 tokens" not in text and "training step" not in text
+    assert "|  | 256 tokens, fp32 |" in text
+    for isa in ("avx2", "avx512"):  # one machine: its name is below
+        assert f"| {isa} | **4.00x** (0.50x) |" in text
+    assert "1 token," not in text and "16 tokens" not in text and "demo" not in text
     assert "on Some CPU, 2 threads: avx2 2026-11-24, avx512 2026-11-24." in text
     demo = record(peftkern=100.0, PEFT=150.0)
     machine.write_json(results / "cpu-avx512" / "demo.json", demo)
-    row = "| training step of `make demo` | not measured | **1.50x** |"
-    assert row in make_tables.summary(results)
+    text = make_tables.summary(results)
+    assert "| 256 tokens, fp32 | step of `make demo` |" in text
+    assert "| avx2 | **4.00x** (0.50x) | not measured |" in text
+    assert "| avx512 | **4.00x** (0.50x) | **1.50x** |" in text
     other = forced("avx512", 2.0)
     other["environment"]["cpu"] = "Another CPU"
     machine.write_json(results / "other" / "nf4_lora_linear.json", other)
     text = make_tables.summary(results)
-    assert "| Some CPU, 2 threads, avx2 | Some CPU, 2 threads, avx512 | Another CPU, 2 th" in text
+    assert (
+        "| Some CPU, 2 threads, avx512 |" in text and "| Another CPU, 2 threads, avx512 |" in text
+    )
 
 
 def test_a_result_above_the_floor_is_explained(results):
