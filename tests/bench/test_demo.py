@@ -226,7 +226,7 @@ def test_benchmarks_write_results_and_the_pages(results, tmp_path: Path) -> None
     for text in texts:
         assert text.startswith("# x\n")
         assert text.endswith("<!-- results:end -->\nrest\n")
-        assert "old" not in text
+        assert "\nold\n" not in text
     assert " 256 tokens, bf16 |" in texts[0]
     assert "| forward+backward-M1024/bf16 |" in text
     assert "| peak process memory, MB |" in text
