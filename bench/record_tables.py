@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.rows import ratio
+from peftkern.tools.bench.timer import number
 
 TITLES = {  # in the order of the tables
     "demo": "QLoRA fine-tuning, whole training step",
@@ -22,10 +23,6 @@ TITLES = {  # in the order of the tables
 NAMES_SAY_SIZES = ("adalora", "dora", "e2e", "grouped_linear", "plan")
 
 
-def milliseconds(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
@@ -34,8 +31,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def timing(row: dict) -> str:
     if row["median_ms"] is None:
         return "WRONG" if row["wrong"] else "FAILED"
-    middle = milliseconds(row["median_ms"])
-    return f"{middle} [{milliseconds(row['p20_ms'])}-{milliseconds(row['p80_ms'])}]"
+    middle = number(row["median_ms"])
+    return f"{middle} [{number(row['p20_ms'])}-{number(row['p80_ms'])}]"
 
 
 def peer_cell(case: dict, peer: str) -> str:
@@ -45,7 +42,7 @@ def peer_cell(case: dict, peer: str) -> str:
         return ""
     if theirs["median_ms"] is None:
         return timing(theirs)
-    text = milliseconds(theirs["median_ms"])
+    text = number(theirs["median_ms"])
     if (found := ratio(case, peer)) is None:
         return text
     text += f", **{found:.2f}x**"
@@ -65,7 +62,7 @@ def gpu_cells(case: dict) -> list[str]:
         if most := target["launches_at_most"]:
             launches += f" ({most} {'✓' if target['met'] else '✗'})"
     graph, peak = ours["graph_ms"], ours["peak_bytes"]
-    return [milliseconds(graph) if graph else "", launches, f"{peak / 1e6:.0f}" if peak else ""]
+    return [number(graph) if graph else "", launches, f"{peak / 1e6:.0f}" if peak else ""]
 
 
 def cases_table(record: dict) -> str:
