@@ -2,6 +2,7 @@
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
 # make test-long the wider sweeps that `make test` leaves out: every shape on every instruction set,
 #                three times the fuzz
+# make site      the documentation, build/site/index.html: docs/, and the reference from docstrings
 # make test-as   pytest as on a processor with less: ISA=avx2, or ISA=scalar for no vectors at all;
 #                TESTS=some of the tests, as pytest takes them (for `make pytest`, too)
 # make bench     measure this CPU, then `make docs`
@@ -80,6 +81,16 @@ bench: build
 docs: $(INSTALLED)
 	$(BIN)/python bench/make_plots.py
 	$(BIN)/python bench/make_tables.py
+
+# Strict: a link or an anchor that leads nowhere, or a public name without an entry, fails it.
+.PHONY: site
+site: $(VENV)/.site-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --quiet
+	@echo "build/site/index.html"
+
+$(VENV)/.site-installed: requirements-docs.txt $(INSTALLED)
+	$(PIP) -r requirements-docs.txt
+	touch $@
 
 aot: $(INSTALLED)
 	$(BIN)/python bench/resources.py
