@@ -199,6 +199,33 @@ def test_addresses_are_taken_in_one_place():
     assert takers == {ADDRESSES}
 
 
+def test_addresses_are_of_tensors_that_outlive_them():
+    """A function returns addresses of what it was given, never of a copy that ends with it."""
+    makers = {"contiguous", "to", "float", "clone", "copy", "empty", "zeros", "stack", "cat"}
+    takers = {"address", "optional", "strided", "fresh", "each", "addresses", "weight"}
+
+    def called(node: ast.AST) -> set[str]:
+        calls = (one.func for one in ast.walk(node) if isinstance(one, ast.Call))
+        return {getattr(one, "attr", getattr(one, "id", "")) for one in calls}
+
+    def holds_address(value: ast.AST, names: set[str]) -> bool:
+        parts = value.elts if isinstance(value, ast.Tuple) else [value]
+        return any(getattr(p, "id", None) in names or called(p) & takers for p in parts)
+
+    found = []
+    for path in modules(PACKAGE / "backends").values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or path.stem == "pointers":
+                continue
+            assigned = [one for one in ast.walk(node) if isinstance(one, ast.Assign)]
+            taken = [one.targets for one in assigned if called(one.value) & takers]
+            names = {n.id for to in taken for t in to for n in ast.walk(t) if hasattr(n, "id")}
+            returns = [one for one in ast.walk(node) if isinstance(one, ast.Return) and one.value]
+            if any(holds_address(one.value, names) for one in returns) and called(node) & makers:
+                found.append(f"{path.name}: {node.name}")
+    assert found == []
+
+
 def test_native_code_includes_no_torch_header():
     suffixes = {".cpp", ".h", ".cu", ".cuh"}
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
