@@ -167,18 +167,29 @@ def patch(model: nn.Module) -> PatchReport:
 def unpatch(model: nn.Module) -> list[str]:
     """Give every patched layer its own class back; returns the names of the adapter layers.
 
+    Layers that are merged over NF4 weights of peftkern's own keep those from before, which PEFT
+    cannot take its adapters out of: a warning names them, and `patch` finds those weights again.
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
-    restored = []
+    restored, merged = [], []
     for name, module in _adapter_layers(model):
         original = _ORIGINALS.get(type(module))
+        if original is None and type(module) is not experts.InnerParamWrapper:
+            continue
+        if "frozen_weight" in module.__dict__:
+            if getattr(module, "four_bit", False):  # from which PEFT subtracts
+                del module.frozen_weight
+            else:
+                merged.append(name)
+        set_class(module, original or module.original)
         if original is not None:
-            set_class(module, original)
-            module.__dict__.pop("frozen_weight", None)
             restored.append(name)
-        elif type(module) is experts.InnerParamWrapper:
-            set_class(module, module.original)
-            module.__dict__.pop("frozen_weight", None)
+    if merged:
+        warnings.warn(
+            f"{', '.join(merged)}: merged into NF4 weights, which PEFT cannot undo: unmerge before "
+            "`unpatch`, or `patch` again before `unmerge`",
+            stacklevel=2,
+        )
     for name, module in model.named_modules():
         if adalora.unpatch_model(module):
             restored.append(name)
