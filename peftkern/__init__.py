@@ -14,11 +14,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
     from types import ModuleType
 
     from torch import nn
 
-    from peftkern.backends.counts import reset_stats, stats
+    from peftkern.backends.counts import on_fallback, reset_stats, stats
     from peftkern.backends.device import BackendUnavailableError
     from peftkern.backends.dispatch import use_backend
     from peftkern.formats.nf4 import NF4Weight
@@ -45,11 +47,14 @@ __all__ = [
     "dequantize_nf4",
     "explain",
     "grouped_lora_linear",
+    "is_patched",
     "lora_experts",
     "lora_linear",
     "nf4_linear",
     "nf4_lora_linear",
+    "on_fallback",
     "patch",
+    "patched",
     "quantize_",
     "quantize_nf4",
     "reset_stats",
@@ -60,14 +65,39 @@ __all__ = [
 ]
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(
+    model: nn.Module,
+    *,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+) -> PatchReport:
     """Make the LoRA layers of a PEFT model run on peftkern; see `peftkern.integrations.peft`."""
-    return _integration("patch").patch(model)
+    options = {"include": include, "exclude": exclude, "dry_run": dry_run, "strict": strict}
+    return _integration("patch").patch(model, **options)
 
 
 def unpatch(model: nn.Module) -> list[str]:
     """Undo `patch` and name the layers; see `peftkern.integrations.peft`."""
     return _integration("unpatch").unpatch(model)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Return True if a layer, or any layer of a model, runs peftkern's forward."""
+    return _integration("is_patched").is_patched(model)
+
+
+def patched(
+    model: nn.Module,
+    *,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    strict: bool = False,
+) -> AbstractContextManager[PatchReport]:
+    """Patch a model for the length of a `with` block; see `peftkern.integrations.peft`."""
+    options = {"include": include, "exclude": exclude, "strict": strict}
+    return _integration("patched").patched(model, **options)
 
 
 def _integration(function: str) -> ModuleType:
@@ -93,6 +123,7 @@ _FLOORS = ("backends", "formats", "functional")  # not for users, and therefore 
 _HOMES = {
     "BackendUnavailableError": "backends.device",
     "NF4Weight": "formats.nf4",
+    "on_fallback": "backends.counts",
     "quantize_": "integrations.quantize",
     "reset_stats": "backends.counts",
     "stats": "backends.counts",

@@ -27,7 +27,9 @@ from peftkern.integrations.peft import casts, trial
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
+    Outlook,
     PatchedForward,
+    extra_arguments,
     hooked,
     parameters_of,
     refused,
@@ -79,10 +81,9 @@ class PatchedLayer(PatchedForward):
 
         Raises: TruncatedWeightError, where bitsandbytes would read on.
         """
-        if args or kwargs:
-            given = sorted(k for k, v in kwargs.items() if v is not None)
-            if args or given:
-                return Fallback(f"extra arguments: {', '.join(given) or 'positional'}")
+        reason = extra_arguments(args, kwargs) if args or kwargs else None
+        if reason is not None:
+            return Fallback(reason)
         base_layer = self._modules["base_layer"]
         if type(base_layer) in DENSE_TYPES and x.is_cpu and _is_small(self, x):
             # Asked first: to such a product every check is a loss.
@@ -118,6 +119,19 @@ class PatchedLayer(PatchedForward):
         if contested and _is_slower(self, adapter, base):
             return Fallback("PEFT's own operations measured faster for this shape")
         return self._combine(x, names, adapter, base, off, unfused)
+
+    def outlook(self) -> Outlook:
+        base, names = self.get_base_layer(), active_names(self)
+        device = base.weight.device
+        state = read_state(self, names, device)
+        reason = state.reason if isinstance(state, Fallback) else None
+        if reason is None and type(base) in BNB_TYPES:
+            reason = bnb.unreadable(base)
+        elif reason is None and type(base) in DENSE_TYPES:
+            reason = switched_off(self)
+        dense = device.type == "cpu" and type(base) in DENSE_TYPES
+        key = None if reason is not None else layer_key(self, names, state)
+        return Outlook(device, reason, rows_to_pay(self) if dense else 1, key)
 
     def _combine(
         self,
