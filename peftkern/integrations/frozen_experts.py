@@ -16,6 +16,7 @@ from peftkern.backends import dispatch
 from peftkern.layers.experts import experts_forward
 from peftkern.layers.nf4_stack import stacks_of
 
+__all__ = ["serve_nf4_experts", "stop_serving"]
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError:  # before 5.0, whose experts are modules of their own

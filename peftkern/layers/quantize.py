@@ -20,6 +20,7 @@ from peftkern.layers.nf4 import NF4Linear
 from peftkern.layers.nf4_stack import NF4Stack, refusal, set_nf4_parameter, stacks_of
 from peftkern.layers.weight_readers import Read, reader_of
 
+__all__ = ["quantize_"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ADAPTERS = ("lora_A", "lora_B")  # quantizing an adapter would end its training
 _Places = dict[nn.Linear, list[tuple[nn.Module, str, str]]]  # parent, child's name, whole name

@@ -2,8 +2,17 @@
 
 from peftkern.integrations.peft import lora
 from peftkern.integrations.peft.patch import PatchReport, is_patched, patch, patched, unpatch
+from peftkern.integrations.peft.register import LoRAParts, register_layer
 
-__all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
+__all__ = [
+    "LoRAParts",
+    "PatchReport",
+    "is_patched",
+    "patch",
+    "patched",
+    "register_layer",
+    "unpatch",
+]
 
 # Where models that were pickled whole look for the classes of their layers.
 PatchedLinear = lora.PatchedLinear

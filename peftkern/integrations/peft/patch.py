@@ -3,7 +3,8 @@
 `patch` gives every layer whose class is exactly one of PEFT's `lora.Linear`, `lora.Linear4bit`,
 `lora.ParamWrapper`, `adalora.SVDLinear` or `adalora.SVDLinear4bit` a subclass of that class in
 which `forward` alone differs, so keys, saving, loading, merging and adapter switching stay PEFT's
-own code; but for merging over NF4 weights of peftkern's own, to which PEFT cannot add.
+own code; but for merging over NF4 weights of peftkern's own, to which PEFT cannot add. Layers of
+other classes are swapped if those were registered (`register_layer`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from peftkern.integrations.frozen_experts import (
     serve_nf4_experts,
     stop_serving,
 )
-from peftkern.integrations.peft import adalora, experts, lora, trial
+from peftkern.integrations.peft import adalora, experts, read_check, trial
 from peftkern.integrations.peft.bypass import FirstForward, bypassed
 from peftkern.integrations.peft.fallback import PatchedForward, kept_forward, set_class
+from peftkern.integrations.peft.own_layers import UNCHECKED, OwnLayer
+from peftkern.integrations.peft.register import SWAPS
 from peftkern.integrations.peft.report import PatchReport, counted
 from peftkern.integrations.peft.serve import BNB_TYPES
 from peftkern.layers.names import Chosen
@@ -38,7 +41,6 @@ if BNB_TYPES:
 
 __all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
 
-_SWAPS: dict[type, type] = {**lora.SWAPS, **adalora.SWAPS, **experts.SWAPS}  # {PEFT's class: ours}
 _USUAL_ROWS = 512  # below which a dense layer that does not pay is worth a word in the report
 _NAMED = 5  # layers that an error names
 
@@ -47,14 +49,15 @@ class _Plan(NamedTuple):
     """Modules that change their class, and the report so far.
 
     swaps: adapter layers by name, with the class that each gets. inner: wrappers inside one of
-    them. bases: bitsandbytes' layers. tuners: AdaLoRA models. stacks: whether NF4 experts are
-    served.
+    them. bases: bitsandbytes' layers. tuners: AdaLoRA models. unchecked: registered layers without
+    an adapter to check. stacks: whether NF4 experts are served.
     """
 
     swaps: dict[str, tuple[nn.Module, type]]
     inner: list[nn.Module]
     bases: list[nn.Module]
     tuners: list[nn.Module]
+    unchecked: list[nn.Module]
     stacks: bool
     report: PatchReport
 
@@ -167,7 +170,7 @@ def _plan(model: nn.Module, chosen: Chosen) -> _Plan:
 
     Raises: ValueError if an entry of `include` is in no name.
     """
-    plan, everything = _Plan({}, [], [], [], False, PatchReport()), chosen == Chosen(None, ())
+    plan, everything = _Plan({}, [], [], [], [], False, PatchReport()), chosen == Chosen(None, ())
     report, wrapped, names = plan.report, set(), []
     for name, module in _adapter_layers(model):
         names.append(name)
@@ -180,15 +183,18 @@ def _plan(model: nn.Module, chosen: Chosen) -> _Plan:
         against = chosen.reason_against(name) if kind is original else None
         if against is not None:
             report.left_out[name] = against
-        elif original not in _SWAPS:
+        elif original not in SWAPS:
             report.skipped[name] = f"{_label(kind)} has no kernel"
         elif kind is original and kept_forward(module) is None:
             report.skipped[name] = "forward is replaced on the instance"
+        elif (wrong := _other_parts(module, SWAPS[original], plan)) is not None:
+            report.skipped[name] = wrong
         else:
-            plan.swaps[name] = module, _SWAPS[original]
+            plan.swaps[name] = module, SWAPS[original]
             report.patched.append(name)
             report.kinds[_label(original)] += 1
-            wrapped.add(module._modules["base_layer"])
+            inside = module._modules.get("base_layer")
+            wrapped.update(module.children() if inside is None else (inside,))
     for name, module in model.named_modules():
         if adalora.is_tuner(module) and (everything or _has_svd(plan)):
             plan.tuners.append(module)
@@ -210,6 +216,19 @@ def _plan(model: nn.Module, chosen: Chosen) -> _Plan:
     return plan._replace(stacks=served)
 
 
+def _other_parts(module: nn.Module, kind: type, plan: _Plan) -> str | None:
+    """Return how a registered layer differs from its parts; None of one that is patched already."""
+    if type(module) is kind or not issubclass(kind, OwnLayer):
+        return None
+    try:
+        if not read_check.has_adapter(module, kind.read_parts):
+            plan.unchecked.append(module)
+            return None
+    except read_check.WrongPartsError as error:
+        return str(error)
+    return read_check.disagreement(module, kind.original, kind.read_parts)
+
+
 def _has_svd(plan: _Plan) -> bool:
     return any(isinstance(module, AdaLoraLayer) for module, _ in plan.swaps.values())
 
@@ -219,6 +238,8 @@ def _swap(model: nn.Module, plan: _Plan) -> None:
     for module, kind in plan.swaps.values():
         set_class(module, kind)
         adalora.freeze_ranknum(module)
+    for module in plan.unchecked:
+        module.__dict__[UNCHECKED] = None
     for module in plan.inner:
         experts.patch_inner(module)
     for module in plan.tuners:
@@ -240,6 +261,7 @@ def _unpatch(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
                 restored.append(name)
             set_class(module, module.original)
             module.__dict__.pop("frozen_weight", None)
+            module.__dict__.pop(UNCHECKED, None)
     for name, module in model.named_modules():
         if module in keep:
             continue
@@ -321,8 +343,9 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     _modules(model)
+    kinds = (BaseTunerLayer, *SWAPS)
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, kinds):
             yield name, module
 
 

@@ -30,6 +30,7 @@ with needed_by("peftkern.integrations.transformers"):
 if TYPE_CHECKING:
     from transformers import Trainer
 
+__all__ = ["AdaLoraCallback", "MonitorCallback", "PeftKernCallback"]
 logger = logging.getLogger("peftkern")
 _LOGGED = ("loss", "grad_norm", "learning_rate")  # of the Trainer, also in the JSONL records
 
