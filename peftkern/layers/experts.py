@@ -310,7 +310,7 @@ def _with_dropout(
 
     up, down = linears
     y = linear(down, gate(linear(up, hidden, rows)), None)
-    of_tokens = y.index_select(0, inverse.view(-1)).view(*inverse.shape, -1)
+    of_tokens = y.index_select(0, inverse.view(-1)).view(*inverse.shape, y.shape[1])
     return (of_tokens * top_k_weights[..., None]).sum(1).to(hidden.dtype)
 
 

@@ -128,6 +128,15 @@ class NF4Stack(Tensor):
         self._packed[expert].copy_(w.packed)
         self._absmax[expert].copy_(w.absmax)
 
+    def share_memory_(self) -> NF4Stack:
+        """Move both parts to memory that processes share, as of a tensor with a storage."""
+        for part in _PARTS:
+            getattr(self, part).share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return all(getattr(self, part).is_shared() for part in _PARTS)
+
     def _decoded(self, packed: Tensor, absmax: Tensor) -> Tensor:
         """Return dense values of any number of experts: parts [..., n] give [..., N, K]."""
         shape = (*packed.shape[:-1], *self.shape[1:])

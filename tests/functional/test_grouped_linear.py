@@ -3,6 +3,8 @@ memory, errors."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from grids import thinned
@@ -51,6 +53,19 @@ def test_values_and_gradients(every_backend, shape, dtypes, transposed, through_
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_variants(every_backend, dtype, options):
     check(grouped_operands(dtype, F32, **options))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("lying", ["turned", "apart"])
+def test_weights_of_any_strides(every_backend, transposed, lying):
+    """Nothing is read from a copy that is gone: new tensors take its place at once."""
+    o = grouped_operands(BF16, F32, transposed=transposed)
+    if lying == "turned":
+        weight = o.weight.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        weight = torch.stack([o.weight, o.weight], dim=3)[..., 0]
+    assert weight.stride(2) != 1 and weight.equal(o.weight)
+    check(replace(o, weight=weight))
 
 
 def test_factors_keep_their_strides(backend):

@@ -71,6 +71,17 @@ def test_the_same_bytes_come_back(family, options, tmp_path):
         round_trip(again, tmp_path / "twice")
 
 
+def test_a_dense_model_of_the_same_config_stays_one(tmp_path):
+    model = make("Llama")
+    dense = type(model)(model.config)
+    peftkern.quantize_(model)
+    assert dense.config is not model.config and model.model.config is model.config
+    dense.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(isinstance(module, NF4Linear) for module in again.modules())
+    assert torch.equal(logits(again), logits(dense))
+
+
 def test_a_loaded_models_experts_are_fused_already_and_stay_so(tmp_path):
     make("Qwen3Moe").save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)

@@ -174,6 +174,7 @@ def test_dropout_is_on_the_updates_inputs_alone(name):
     close(found, evaluated)
     factors = [*layer.lora_A.values(), *layer.lora_B.values()]
     assert_same_gradients(found, evaluated, (*inputs[::2], *factors))
+    assert layer(*[part[:0] for part in inputs]).shape == (0, evaluated.shape[1])
     layer.lora_dropout = 0.5
     with torch.no_grad():
         mean = torch.stack([layer(*inputs) for _ in range(400)]).mean(0)

@@ -163,6 +163,14 @@ def test_copies_are_their_own():
     assert equal(module.gate_up_proj, before)
 
 
+def test_processes_share_both_parts():
+    module = InNF4()
+    before = module.gate_up_proj.clone()
+    assert not module.gate_up_proj.is_shared()
+    module.share_memory()
+    assert module.gate_up_proj.is_shared() and equal(module.gate_up_proj, before)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_what_is_added_is_quantized_again_and_the_error_reported(sign):
     stack = nn.Parameter(NF4Stack.from_dense(dense()), requires_grad=False)

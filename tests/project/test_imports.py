@@ -189,6 +189,29 @@ def test_no_module_hides_a_public_function():
     assert {path.stem for path in PACKAGE.glob("*.py")} & set(public) == set()
 
 
+PUBLIC = ["functional", "layers", "methods", "monitor", "integrations.peft"]
+PUBLIC += ["integrations.transformers"]
+
+
+def test_public_names_are_stated_where_they_are_made_and_documented():
+    for package in ("peftkern", *(f"peftkern.{name}" for name in PUBLIC)):
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            value = getattr(module, name)
+            assert value.__doc__, f"{package}.{name}"
+            home = importlib.import_module(value.__module__)
+            assert name in home.__all__, f"{package}.{name} is made in {home.__name__}"
+
+
+def test_what_a_module_states_is_there():
+    for name, path in modules(PACKAGE).items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        stated = any(ast.unparse(node).startswith("__all__ = ") for node in tree.body)
+        if stated and name != "__init__" and not name.startswith("kernels"):
+            module = importlib.import_module(f"peftkern.{name}")
+            assert all(hasattr(module, one) for one in module.__all__), name
+
+
 def test_addresses_are_taken_in_one_place():
     takers = {
         name
@@ -197,6 +220,33 @@ def test_addresses_are_taken_in_one_place():
         if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
     }
     assert takers == {ADDRESSES}
+
+
+def test_addresses_are_of_tensors_that_outlive_them():
+    """A function returns addresses of what it was given, never of a copy that ends with it."""
+    makers = {"contiguous", "to", "float", "clone", "copy", "empty", "zeros", "stack", "cat"}
+    takers = {"address", "optional", "strided", "fresh", "each", "addresses", "weight"}
+
+    def called(node: ast.AST) -> set[str]:
+        calls = (one.func for one in ast.walk(node) if isinstance(one, ast.Call))
+        return {getattr(one, "attr", getattr(one, "id", "")) for one in calls}
+
+    def holds_address(value: ast.AST, names: set[str]) -> bool:
+        parts = value.elts if isinstance(value, ast.Tuple) else [value]
+        return any(getattr(p, "id", None) in names or called(p) & takers for p in parts)
+
+    found = []
+    for path in modules(PACKAGE / "backends").values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or path.stem == "pointers":
+                continue
+            assigned = [one for one in ast.walk(node) if isinstance(one, ast.Assign)]
+            taken = [one.targets for one in assigned if called(one.value) & takers]
+            names = {n.id for to in taken for t in to for n in ast.walk(t) if hasattr(n, "id")}
+            returns = [one for one in ast.walk(node) if isinstance(one, ast.Return) and one.value]
+            if any(holds_address(one.value, names) for one in returns) and called(node) & makers:
+                found.append(f"{path.name}: {node.name}")
+    assert found == []
 
 
 def test_native_code_includes_no_torch_header():

@@ -257,6 +257,7 @@ def _linear(
     r = 0 if a is None else a.shape[1]
     s = torch.empty((R, r) if r else 0, dtype=torch.float32, device="cpu")
     bias = None if bias is None else bias.contiguous()
+    weight, transposed = _rows_together(weight, transposed)
     library().grouped_linear(
         *isa_and_threads(),
         groups.fields(),
@@ -399,6 +400,16 @@ def _groups_innermost(stack: Tensor) -> Tensor | None:
     return inner.flatten(0, 1) if inner.is_contiguous() else None
 
 
+def _rows_together(weight: Tensor | None, transposed: bool) -> tuple[Tensor | None, bool]:
+    """Return a weight whose last dimension lies together, turned or copied, and if it is turned."""
+    if weight is None or weight.stride(2) == 1 or weight.shape[2] == 1:
+        return weight, transposed
+    turned = weight.transpose(1, 2)
+    if turned.stride(2) == 1 or turned.shape[2] == 1:
+        return turned, not transposed
+    return weight.contiguous(), transposed
+
+
 def _weight(
     weight: Tensor | None, E: int, shape: tuple[int, int], dtype: torch.dtype, transposed: bool
 ) -> tuple[int, int, int, int]:
@@ -407,8 +418,6 @@ def _weight(
         return 0, 0, 0, 0
     if weight.dtype is not dtype:
         raise ValueError(f"weight: expected {dtype} like x, got {weight.dtype}")
-    if weight.stride(2) != 1 and weight.shape[2] != 1:
-        weight = weight.contiguous()
     at, _, group, row, _ = strided("weight", weight, (weight.shape[0], *shape))
     if weight.shape[0] not in (1, E):
         raise ValueError(f"weight: expected 1 or {E} groups, got {weight.shape[0]}")

@@ -31,6 +31,7 @@ from peftkern.integrations.peft.fallback import (
     set_class,
     unusual_call,
 )
+from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.prepared import forget, kept, prepare
 
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
@@ -132,7 +133,7 @@ class FrozenWeight:
         self.weight = base.weight
         self.quantized = base.weight.__dict__.get("bnb_quantized")
         self.bias = None if base.bias is None else base.bias.data  # merging makes another
-        self.merged, self.version = base.weight, 0
+        self.merged: tuple[int, ...] = ()
 
     def mark_quantized(self) -> None:
         """Undo PEFT's merge on the weight it reads, which forgets that it is quantized."""
@@ -141,13 +142,11 @@ class FrozenWeight:
 
     def expect(self, merged: Tensor) -> None:
         """Remember what merging has put in the place of the weight."""
-        self.merged, self.version = merged, merged._version
+        self.merged = _fingerprint(merged)
 
     def replaced(self, weight: Tensor) -> bool:
         """Return whether that was written to or replaced since, but for a move to a device."""
-        if weight is self.merged:
-            return weight._version != self.version
-        return weight.device == self.merged.device
+        return _fingerprint(weight) != self.merged
 
     def restore(self, base: Linear4bit) -> None:
         """Put both back, on the device where the layer is now."""
@@ -156,6 +155,10 @@ class FrozenWeight:
         base.quant_state = base.weight.quant_state
         if self.bias is not None:
             base.bias.data = self.bias.to(device)
+
+
+def _fingerprint(weight: Tensor) -> tuple[int, ...]:
+    return fingerprint([weight.data, weight.quant_state.absmax])
 
 
 def quant_state_of(base: Linear4bit) -> Any:

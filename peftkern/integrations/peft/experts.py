@@ -35,6 +35,7 @@ from peftkern.integrations.peft.fallback import (
     unusual_call,
     unusual_tensor,
 )
+from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.serve import active_names, switched_off
 from peftkern.layers.nf4_stack import NF4Stack, expert_weight
 
@@ -73,22 +74,19 @@ class _Frozen(NamedTuple):
     """Experts from before adapters were merged, and what tells that the merged ones are there."""
 
     stack: NF4Stack
-    packed: Tensor
-    version: int
+    merged: tuple[int, ...]  # fingerprint
 
     @classmethod
     def of(cls, stack: NF4Stack, merged: NF4Stack) -> _Frozen:
-        return cls(stack, merged._packed, _version(merged))
+        return cls(stack, _fingerprint(merged))
 
     def replaced(self, now: NF4Stack) -> bool:
-        """Return whether the merged ones were written to or replaced, but for a move."""
-        if now._packed is self.packed:
-            return _version(now) != self.version
-        return now.device == self.packed.device
+        """Return whether the merged ones were written to or replaced, but for a move or a cast."""
+        return _fingerprint(now) != self.merged
 
 
-def _version(stack: NF4Stack) -> int:
-    return 0 if stack.is_inference() else stack._version
+def _fingerprint(stack: NF4Stack) -> tuple[int, ...]:
+    return fingerprint([stack._packed, stack._absmax])
 
 
 class InnerParamWrapper(lora.ParamWrapper):
@@ -107,7 +105,7 @@ class InnerParamWrapper(lora.ParamWrapper):
             frozen = None
         if not self.merged and isinstance(param, NF4Stack):  # else adapters are in it already
             with torch.inference_mode(False), torch.no_grad():
-                frozen = _Frozen.of(param.data, param)
+                frozen = _Frozen(param.data, ())
                 param.data = param.data.clone()
         try:
             super().merge(safe_merge, adapter_names)

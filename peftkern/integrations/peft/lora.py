@@ -29,6 +29,7 @@ from peftkern.integrations.peft.fallback import (
     unusual_dropout,
     unusual_tensor,
 )
+from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, fused
 from peftkern.layers import NF4Linear
 from peftkern.layers.base import linear_like
@@ -150,21 +151,25 @@ class PatchedLinear(LoRALayer, lora.Linear):
         if type(base) is not NF4Linear:
             super().merge(safe_merge, adapter_names)
             return
-        frozen = _stored(base)
-        kept, merged = self.__dict__.pop("frozen_weight", None), list(self.merged_adapters)
-        if merged:  # what is there has adapters in it already
-            frozen = None if kept is None or kept[1] is not base.weight else kept[0]
+        kept, merged = self.__dict__.get("frozen_weight"), list(self.merged_adapters)
+        if not merged:
+            frozen = _stored(base)
+        else:  # what is there has adapters in it already
+            frozen = None if kept is None or kept[1] != _fingerprint(base) else kept[0]
         dense = self._with_dense_base(super().merge, safe_merge, adapter_names)
+        self.__dict__.pop("frozen_weight", None)
         if self.merged_adapters != merged:
             _requantize(base, dense)
         if frozen is not None and self.merged:
-            self.__dict__["frozen_weight"] = (frozen, base.weight)
+            self.__dict__["frozen_weight"] = (frozen, _fingerprint(base))
 
     def unmerge(self) -> None:
-        base, kept = self.base_layer, self.__dict__.pop("frozen_weight", None)
-        if type(base) is not NF4Linear or not self.merged:
+        base = self.base_layer
+        if type(base) is not NF4Linear or not self.merged:  # PEFT's DoRA unmerges within `merge`
             super().unmerge()
-        elif kept is None or kept[1] is not base.weight:  # other weights came since
+            return
+        kept = self.__dict__.pop("frozen_weight", None)
+        if kept is None or kept[1] != _fingerprint(base):  # other weights came since
             _requantize(base, self._with_dense_base(super().unmerge))
         else:
             base.load_state_dict(kept[0])
@@ -193,6 +198,10 @@ class PatchedLinear(LoRALayer, lora.Linear):
         finally:
             self.base_layer = base
         return dense
+
+
+def _fingerprint(base: NF4Linear) -> tuple[int, ...]:
+    return fingerprint([v for k, v in base.state_dict().items() if k != "bias"])
 
 
 def _stored(base: NF4Linear) -> dict[str, Tensor]:

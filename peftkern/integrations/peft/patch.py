@@ -116,6 +116,8 @@ def patch(
 def unpatch(model: nn.Module) -> list[str]:
     """Give every patched layer its own class back; returns the names of the adapter layers.
 
+    Layers that are merged over NF4 weights of peftkern's own keep those from before, which PEFT
+    cannot take its adapters out of: a warning names them, and `patch` finds those weights again.
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
     return _unpatch(model, keep=())
@@ -252,16 +254,25 @@ def _swap(model: nn.Module, plan: _Plan) -> None:
 
 def _unpatch(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
     """Undo `patch`, but for the modules to keep."""
-    restored = []
+    restored, merged = [], []
     for name, module in _adapter_layers(model):
-        if module in keep:
+        if module in keep or _original(type(module)) is type(module):
             continue
-        if isinstance(module, (PatchedForward, experts.InnerParamWrapper)):
-            if isinstance(module, PatchedForward):
-                restored.append(name)
-            set_class(module, module.original)
-            module.__dict__.pop("frozen_weight", None)
-            module.__dict__.pop(UNCHECKED, None)
+        if "frozen_weight" in module.__dict__:
+            if getattr(module, "four_bit", False):  # from which PEFT subtracts
+                del module.frozen_weight
+            else:
+                merged.append(name)
+        if isinstance(module, PatchedForward):
+            restored.append(name)
+        set_class(module, module.original)
+        module.__dict__.pop(UNCHECKED, None)
+    if merged:
+        warnings.warn(
+            f"{', '.join(merged)}: merged into NF4 weights, which PEFT cannot undo: unmerge before "
+            "`unpatch`, or `patch` again before `unmerge`",
+            stacklevel=level_of_the_caller(),
+        )
     for name, module in model.named_modules():
         if module in keep:
             continue

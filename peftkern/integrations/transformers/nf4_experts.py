@@ -14,6 +14,7 @@ two experts. Linear layers become bitsandbytes' Linear4bit, as there. The expert
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -194,7 +195,10 @@ def describe(model: nn.Module) -> None:
         else:
             config = found.quantization_config
         base.hf_quantizer = NF4ExpertsQuantizer(config, pre_quantized=True)
-        base.config.quantization_config = config
+        own = copy.deepcopy(base.config)  # a dense model may have the same one
+        own.quantization_config = config
+        for module in [m for m in base.modules() if vars(m).get("config") is base.config]:
+            module.config = own
 
 
 _Places = tuple[str, ...]  # names, none of which a pattern may fit if what has them is converted

@@ -89,7 +89,9 @@ def parts(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: part.clone() for name, part in found.items()}
 
 
-@pytest.mark.parametrize("way", ["unmerge", "disable", "safely", "two", "inference"])
+@pytest.mark.parametrize(
+    "way", ["unmerge", "disable", "safely", "two", "inference", "moved", "cast", "patched anew"]
+)
 @pytest.mark.filterwarnings("ignore:.*quantized to NF4 again", "ignore:Already unmerged")
 def test_a_patched_model_has_its_bytes_back_after_a_merge(way):
     model = patched_copy(net(LAYOUTS[-1], "quantized first"))
@@ -102,6 +104,14 @@ def test_a_patched_model_has_its_bytes_back_after_a_merge(way):
         if way == "two":
             model.merge_adapter(["other"])
         assert all(not torch.equal(parts(model)[name], part) for name, part in before.items())
+        if way == "moved":
+            model.cpu()
+        elif way == "cast":
+            model.double().float()
+        elif way == "patched anew":
+            with pytest.warns(UserWarning, match="merged into NF4 weights, which PEFT cannot undo"):
+                peftkern.unpatch(model)
+            peftkern.patch(model)
         if way == "disable":
             with model.disable_adapter():
                 model(*given)

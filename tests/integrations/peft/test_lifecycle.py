@@ -359,7 +359,9 @@ def test_a_merge_into_our_nf4linear_is_quantized_and_taken_back_exactly(config, 
     base = NF4Linear.from_linear(make_linear(torch.bfloat16), double_quant=double_quant)
     model = lora_net(base, **config)
     peftkern.patch(model)
-    model.add_adapter("other", model.peft_config["default"])
+    for name in ("other", "broken"):
+        model.add_adapter(name, model.peft_config["default"])
+    nn.init.constant_(layer_of(model).lora_B["broken"].weight, torch.nan)
     x = torch.randn(5, K, dtype=torch.bfloat16)
     expected, state = model(x), {k: v.clone() for k, v in base.state_dict().items()}
     with model.disable_adapter():
@@ -370,6 +372,12 @@ def test_a_merge_into_our_nf4linear_is_quantized_and_taken_back_exactly(config, 
     assert (model(x) - expected).norm() < 0.5 * (frozen - expected).norm()
     with pytest.warns(UserWarning, match="quantized to NF4 again"):
         model.merge_adapter(adapter_names=["other"])
+    with pytest.raises(ValueError, match="finite"):
+        model.merge_adapter(adapter_names=["broken"])
+    base.float().cpu().bfloat16()
+    with pytest.warns(UserWarning, match="merged into NF4 weights, which PEFT cannot undo"):
+        peftkern.unpatch(model)
+    peftkern.patch(model)
     model.unmerge_adapter()
     found = base.state_dict()
     assert found.keys() == state.keys()
