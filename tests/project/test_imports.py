@@ -307,12 +307,16 @@ NEEDS = {  # code by what is absent and by what then says that it needs it
     "peft": {
         "peftkern.patch": "peftkern.patch(torch.nn.Linear(1, 1))",
         "peftkern.unpatch": "peftkern.unpatch(torch.nn.Linear(1, 1))",
+        "peftkern.is_patched": "peftkern.is_patched(torch.nn.Linear(1, 1))",
+        "peftkern.patched": "peftkern.patched(torch.nn.Linear(1, 1))",
+        "peftkern.register_layer": "peftkern.register_layer(torch.nn.Linear)",
         CALLBACKS: f"from {CALLBACKS} import PeftKernCallback",
     },
     "transformers": {CALLBACKS: f"from {CALLBACKS} import MonitorCallback"},
 }
 TRY = """
 import sys, torch, peftkern
+from peftkern import *  # only to look at the names needs nothing
 for code in sys.argv[1:]:
     try:
         exec(code)

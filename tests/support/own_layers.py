@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 import peftkern
 
 
-class LoRALinear(nn.Module):
+class AdapterModule(Protocol):
+    """torchtune's, whose metaclass is not that of nn.Module."""
+
+    def adapter_params(self) -> list[str]: ...
+
+
+class LoRALinear(nn.Module, AdapterModule):
     """As torchtune's, but for its quantized base."""
 
     def __init__(
@@ -32,6 +39,9 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Linear(in_dim, rank, bias=False)
         self.lora_b = nn.Linear(rank, out_dim, bias=False)
         nn.init.zeros_(self.lora_b.weight)
+
+    def adapter_params(self) -> list[str]:
+        return ["lora_a.weight", "lora_b.weight"]
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight, self.bias)

@@ -317,7 +317,7 @@ def _describe(model: nn.Module, plan: _Plan) -> None:
 
 def _as(kind: type, module: nn.Module) -> Any:
     """Return a module that shares all attributes and has another class."""
-    twin = kind.__new__(kind)
+    twin = object.__new__(kind)
     object.__setattr__(twin, "__dict__", module.__dict__)
     return twin
 

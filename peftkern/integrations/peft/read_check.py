@@ -200,6 +200,8 @@ def _other_dropout(layer: nn.Module, original: type, read: Callable[[Any], Any])
     if isinstance(found, str):
         return f"read gives no parts in training mode: {found}"
     p, x = dropout_p(found, True), _rows(found)
+    if x.device.type not in ("cpu", "cuda"):  # where nothing is served either
+        return None
     before = _random_state(x.device)
     original.forward(layer, x)
     drawn = not torch.equal(before, _random_state(x.device))
