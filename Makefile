@@ -2,6 +2,7 @@
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
 # make test-long the wider sweeps that `make test` leaves out: every shape on every instruction set,
 #                three times the fuzz
+# make site      the documentation, build/site/index.html: docs/, and the reference from docstrings
 # make test-as   pytest as on a processor with less: ISA=avx2, or ISA=scalar for no vectors at all;
 #                TESTS=some of the tests, as pytest takes them (for `make pytest`, too)
 # make bench     measure this CPU, then `make docs`
@@ -13,6 +14,7 @@
 #                formulations,e2e,tune;
 #                OUT=folder of the results, ARCHIVE=file to pack it into, BUDGET=seconds
 # make tune      on a GPU: measure tiles and back ends, write kernels/tuned/<arch>.json
+# make wheel     a wheel in dist/ for this Python, as it would be published
 # make lint | format | clean
 #
 # Everything but `gpu` and `tune` runs in .venv, which the first target that needs it creates.
@@ -40,7 +42,7 @@ CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 
-.PHONY: demo test pytest test-long test-as bench docs aot cuda gpu tune lint format sanitize build clean
+.PHONY: demo test pytest test-long test-as bench docs aot cuda gpu tune wheel lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/qlora_finetune.py
@@ -80,6 +82,16 @@ docs: $(INSTALLED)
 	$(BIN)/python bench/make_plots.py
 	$(BIN)/python bench/make_tables.py
 
+# Strict: a link or an anchor that leads nowhere, or a public name without an entry, fails it.
+.PHONY: site
+site: $(VENV)/.site-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --quiet
+	@echo "build/site/index.html"
+
+$(VENV)/.site-installed: requirements-docs.txt $(INSTALLED)
+	$(PIP) -r requirements-docs.txt
+	touch $@
+
 aot: $(INSTALLED)
 	$(BIN)/python bench/resources.py
 
@@ -95,6 +107,9 @@ gpu:
 
 tune:
 	$(GPU_RUN) bench/tune.py --budget $(BUDGET) --commit "$(COMMIT)"
+
+wheel: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" ci/wheels.sh $(abspath $(BIN))/python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -118,7 +133,6 @@ sanitize: $(INSTALLED)
 		wait $$native && exit $$emulated
 
 # Cheap when nothing changed, so native code is never stale.
-build $(INSTALLED): export PEFTKERN_CUDA ?= 0
 build: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 

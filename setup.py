@@ -1,10 +1,11 @@
-"""Build script: compiles csrc/ with CMake and Ninja into peftkern/_cpu.*.so, and where nvcc is into
-peftkern/_cuda.*.so. Never imports torch. Native modules are Linux's: elsewhere a notice says that
-PyTorch's own operations take their place, and the package is installed without them.
+"""Build script: compiles csrc/ with CMake and Ninja into peftkern/_cpu.*.so, and where it is asked
+to into peftkern/_cuda.*.so. Never imports torch. Native modules are Linux's: elsewhere, and with
+PEFTKERN_NATIVE=0, a notice says that PyTorch's own operations take their place, and the package is
+installed without them, as pure Python.
 
-From the environment: PEFTKERN_CUDA=0|1|auto (auto: a usable nvcc decides; 1: its lack is an error),
-PEFTKERN_CUDA_ARCHS="80;90a", and CMAKE_ARGS for CMake, for example "-DPEFTKERN_WERROR=ON". Objects
-stay in build/<python abi>/: rebuilding is incremental.
+From the environment: PEFTKERN_NATIVE=1|0, PEFTKERN_CUDA=0|1|auto (0: the default; 1: without a
+usable nvcc an error; auto: nvcc decides), PEFTKERN_CUDA_ARCHS="80;90a", and CMAKE_ARGS for CMake,
+for example "-DPEFTKERN_WERROR=ON". Objects stay in build/<python abi>/: rebuilding is incremental.
 
 `python setup.py cuda_emulated` builds build/<python abi>/_cuda_emulated.so: the CUDA kernels,
 compiled for the CPU, which tests load.
@@ -33,11 +34,21 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None
 
-BUILDS_NATIVE = fcntl is not None and sys.platform == "linux"
 ROOT = Path(__file__).resolve().parent
 CMAKE_MINIMUM = (3, 18)
-CUDA = "peftkern._cuda"
+MODULES = ("peftkern._cpu", "peftkern._cuda")
+CUDA = MODULES[1]
 CXX_COMPILERS = ("c++", "CC", "g++", "clang++", "icpx", "icx", "xlC")  # as CMake searches
+
+
+def not_native() -> str | None:
+    """Return why no native module is built, or None if they are."""
+    wanted = os.environ.get("PEFTKERN_NATIVE") or "1"
+    if wanted not in ("0", "1"):
+        raise SystemExit(f"error: PEFTKERN_NATIVE: expected 0 or 1, got {wanted!r}")
+    if fcntl is None or sys.platform != "linux":
+        return f"on {sys.platform}"
+    return "with PEFTKERN_NATIVE=0" if wanted == "0" else None
 
 
 class Missing(Exception):
@@ -112,8 +123,8 @@ def find_requirements() -> dict[str, str]:
 
 def build_folder() -> Path:
     """Return CMake's build folder for this Python."""
-    if not BUILDS_NATIVE:
-        raise CompileError(f"native modules are built on Linux, not on {sys.platform}")
+    if NOT_NATIVE:
+        raise CompileError(f"no native modules are built {NOT_NATIVE}")
     return ROOT / "build" / sysconfig.get_config_var("SOABI")
 
 
@@ -191,6 +202,12 @@ def replace_file(source: Path, destination: Path) -> None:
 class CMakeBuild(build_ext):
     """Configure, build, and copy the modules to where setuptools expects them."""
 
+    def run(self) -> None:
+        super().run()
+        if NOT_NATIVE and self.inplace:
+            for name in MODULES:
+                remove_stale(ROOT / self.get_ext_filename(name))
+
     def build_extensions(self) -> None:
         build_dir = build_folder()
         with locked(build_dir):
@@ -202,6 +219,8 @@ class CMakeBuild(build_ext):
             self.compile(cmake, build_dir, targets)
             for ext, target in zip(self.extensions, targets, strict=True):
                 replace_file(build_dir / f"{target}.so", Path(self.get_ext_fullpath(ext.name)))
+        hint = "" if "_cuda" in targets else "; PEFTKERN_CUDA=1 builds CUDA's kernels, too"
+        print(f"peftkern: built {' and '.join(targets)}{hint}")
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
@@ -220,7 +239,7 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DPEFTKERN_PYBIND11_INCLUDE={found['pybind11']}",
-                f"-DPEFTKERN_CUDA={os.environ.get('PEFTKERN_CUDA') or 'auto'}",
+                f"-DPEFTKERN_CUDA={os.environ.get('PEFTKERN_CUDA') or '0'}",
                 f"-DPEFTKERN_CUDA_ARCHS={os.environ.get('PEFTKERN_CUDA_ARCHS', '')}",
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
@@ -253,11 +272,11 @@ class EmulatedCuda(CMakeBuild):
             self.compile(self.configure(build_dir), build_dir, ["_cuda_emulated"])
 
 
-if not BUILDS_NATIVE:
-    print(f"peftkern: no native kernels on {sys.platform}: PyTorch's own operations serve")
-modules = ("peftkern._cpu", CUDA) if BUILDS_NATIVE else ()
+NOT_NATIVE = not_native()
+if NOT_NATIVE:
+    print(f"peftkern: no native kernels {NOT_NATIVE}: PyTorch's own operations serve")
 setup(
     license="Apache-2.0",
-    ext_modules=[Extension(name, sources=[]) for name in modules],
+    ext_modules=[] if NOT_NATIVE else [Extension(name, sources=[]) for name in MODULES],
     cmdclass={"build_ext": CMakeBuild, "cuda_emulated": EmulatedCuda},
 )

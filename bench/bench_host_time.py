@@ -33,8 +33,7 @@ from faked_gpu import faked_gpu
 from torch import nn
 
 from peftkern.backends import correctness, trust
-from peftkern.tools.bench.base_layers import linear4bit
-from peftkern.tools.bench.peers import lora_pool
+from peftkern.tools.bench.peers import lora_pool, nf4_linear
 
 SIZE, RANK, BF16 = 64, 8, torch.bfloat16
 WARM, BATCH = 40, 20  # calls before the clock runs, calls of one reading
@@ -124,7 +123,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 def layers(setting: Setting) -> dict[bool, nn.Module]:
     """Build the layer, patched and not, over one weight; bitsandbytes does not repack it."""
     torch.manual_seed(0)
-    base = linear4bit(torch.randn(SIZE, SIZE, dtype=BF16 if setting.autocast else torch.float32))
+    base = nf4_linear(torch.randn(SIZE, SIZE, dtype=BF16 if setting.autocast else torch.float32))
     how = {"r": RANK, "train": True, "dropout": setting.dropout}
     return {patched: lora_pool(base, 1, patched=patched, **how)[0] for patched in (False, True)}
 

@@ -125,11 +125,12 @@ def arguments(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> 
 def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.device) -> Calls:
     """Build PEFT's layer, patched and not, over equal weights."""
     from peftkern.tools.bench import peers
+    from peftkern.tools.bench.base_layers import linear
 
     torch.manual_seed(0)
     weight = (torch.randn(n, k, device=device) * k**-0.5).to(BF16)
     train = mode == "training"
-    layer = peers.nf4_linear(weight) if op.startswith("nf4") else peers.linear(weight)
+    layer = peers.nf4_linear(weight) if op.startswith("nf4") else linear(weight)
     rotate = LAYERS_ROTATE if device.type == "cuda" else 0
     copies = copies_of(n * k // 2 if op.startswith("nf4") else weight.nbytes, rotate)
     xs = [torch.randn(m, k, device=device).to(BF16).requires_grad_(train) for _ in range(copies)]

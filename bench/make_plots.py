@@ -1,7 +1,8 @@
 """Plots of the measured speed-ups, from bench/results/<device>/*.json, as SVG files for README.
 
-One file per device and background, with every pair of peftkern and a peer that was timed: bars to
-the right of 1 are peftkern's wins, bars to the left its losses, gray ones are within the noise.
+One file per device and background, with every pair of peftkern and a peer that was timed, drawn as
+in the report of `peftkern bench`: bars to the right of 1 are peftkern's wins, bars to the left its
+losses, gray ones are within the noise.
 The same results give the same bytes: no date, no random identifiers, text left to the reader's
 fonts.
 
@@ -13,44 +14,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from make_tables import PLOTS, ROOT, THEMES, TITLES, plot_name, short, shown
 
 from peftkern.tools import charts
-from peftkern.tools.bench.record import OURS
-from peftkern.tools.bench.rows import ratio, within_noise
+from peftkern.tools.bench.report_figures import bar_of
+from peftkern.tools.bench.terminal import speed_up
 
 WIDTH = 720  # of README's column, about
 LEGEND = (
-    "the peer's time over peftkern's, log scale: blue faster, orange slower, gray within the noise"
+    "the peer's time over peftkern's, log scale, p20 to p80: blue faster, orange slower, gray noise"
 )
 
 
-def pairs(record: dict) -> Iterator[tuple[str, float, bool]]:
-    """Return ("case, against peer", peer's time over peftkern's, whether within the noise)."""
-    for case in record["cases"]:
-        ours = case["providers"][OURS]
-        for peer, theirs in case["providers"].items():
-            if peer != OURS and (found := ratio(case, peer)):
-                yield f"{short(case)} · {theirs['label']}", found, within_noise(ours, theirs)
+def pairs(record: dict) -> list[charts.Bar]:
+    return [
+        bar_of(case, peer, f"{short(case)} · {theirs['label']}")
+        for case in record["cases"]
+        for peer, theirs in case["providers"].items()
+        if speed_up(case, peer)
+    ]
 
 
 def drawn(records: dict[str, dict], theme: str) -> str:
     """Draw the SVG of one device."""
-    panels = []
-    for stem, record in records.items():
-        if rows := [bar(*pair) for pair in pairs(record)]:
-            panels.append((TITLES[stem], rows))
+    panels = [(TITLES[stem], rows) for stem, one in records.items() if (rows := pairs(one))]
     figure = charts.bars(panels, title="Speed-up over each peer", description=LEGEND, width=WIDTH)
     return charts.svg(figure, theme)
-
-
-def bar(label: str, times: float, alike: bool) -> charts.Bar:
-    says = f"{'≈ ' if alike else ''}{times:.2f}x" if times < 100 else f"{times:.0f}x"
-    color = "level" if alike else "faster" if times > 1 else "slower"
-    return charts.Bar(label, says, times, color)
 
 
 def plots(results: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from peftkern.tools.bench import record as records
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.rows import ratio
+from peftkern.tools.bench.timer import number
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -41,10 +42,6 @@ SIDE_BY_SIDE = {
 NAMES_SAY_SIZES = ("adalora", "dora", "e2e", "grouped_linear", "plan")
 
 
-def milliseconds(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
@@ -53,8 +50,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def timing(row: dict) -> str:
     if row["median_ms"] is None:
         return "WRONG" if row["wrong"] else "FAILED"
-    middle = milliseconds(row["median_ms"])
-    return f"{middle} [{milliseconds(row['p20_ms'])}-{milliseconds(row['p80_ms'])}]"
+    middle = number(row["median_ms"])
+    return f"{middle} [{number(row['p20_ms'])}-{number(row['p80_ms'])}]"
 
 
 def peer_cell(case: dict, peer: str) -> str:
@@ -64,7 +61,7 @@ def peer_cell(case: dict, peer: str) -> str:
         return ""
     if theirs["median_ms"] is None:
         return timing(theirs)
-    text = milliseconds(theirs["median_ms"])
+    text = number(theirs["median_ms"])
     if (found := ratio(case, peer)) is None:
         return text
     text += f", **{found:.2f}x**"
@@ -84,7 +81,7 @@ def gpu_cells(case: dict) -> list[str]:
         if most := target["launches_at_most"]:
             launches += f" ({most} {'✓' if target['met'] else '✗'})"
     graph, peak = ours["graph_ms"], ours["peak_bytes"]
-    return [milliseconds(graph) if graph else "", launches, f"{peak / 1e6:.0f}" if peak else ""]
+    return [number(graph) if graph else "", launches, f"{peak / 1e6:.0f}" if peak else ""]
 
 
 def cases_table(record: dict) -> str:

@@ -6,7 +6,8 @@ A case is one of `peftkern bench` (`spec_of`), or a set of functions that do the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from peftkern.tools.bench.cases import ITEMSIZE, Problem
 from peftkern.tools.bench.peers import kept
 from peftkern.tools.bench.providers import PROVIDERS, Build, Provider
 from peftkern.tools.bench.record import OURS
+from peftkern.tools.bench.training_step import Job
 from peftkern.tools.bench.worker import calls
 
 MOST_COPIES = 128  # of a layer; a call of so small a one takes longer than to evict it
@@ -50,16 +52,15 @@ class Options:
 class Variant:
     """Implementation to measure: `call(i)` runs on the i-th input. `result` turns its return value
     into tensors that compare with `oracle` (float64); no oracle: nothing to check. `multiplied`:
-    too slow to repeat, so one call is timed and its time multiplied by this. `planned_bytes`: the
-    expected peak. `no_graph`: reason against a CUDA graph; a failed capture can break all that
-    comes later. `errors` compares what `call` returns, in the place of `result` and `oracle`;
-    `warm`: calls before the clock runs, of copies that do some work once."""
+    too slow to repeat, so one call is timed and its time multiplied by this. `no_graph`: reason
+    against a CUDA graph; a failed capture can break all that comes later. `errors` compares what
+    `call` returns, in the place of `result` and `oracle`; `warm`: calls before the clock runs, of
+    copies that do some work once."""
 
     call: Callable[[int], object]
     oracle: tuple[Tensor, ...] = ()
     result: Callable[[object], object] = lambda returned: returned
     multiplied: int = 0
-    planned_bytes: int | None = None
     no_graph: str | None = None
     errors: Callable[[object], tuple[float, float]] | None = None
     warm: int = 0
@@ -67,17 +68,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """Variants that do the same work: at least `bytes` of traffic and `flops` in `dtype`.
-
-    `tokens`: of a training step; its peak memory is measured on a CPU, too, and on a GPU neither
-    graphs nor launches are: an optimizer's step is not captured.
-    """
+    """Variants that do the same work: at least `bytes` of traffic and `flops` in `dtype`."""
 
     variants: dict[str, Variant]
     bytes: int
     flops: int
     dtype: torch.dtype
-    tokens: int | None = None
     problem: Problem | None = None  # of `peftkern bench`, where it is one of its cases
 
 
@@ -90,20 +86,13 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Spec:
-    """Case to be built in its turn: `name` is "stem/case/dtype", `names` its variants, `judge` the
-    peer whose error bounds ours, `most_launches` the bound on kernels of a call of ours, `seconds`
-    the estimated time: with less time left it is not begun."""
+class Named:
+    """What is measured in its turn: `name` is "stem/case/dtype", `shape` its (n, k) where the
+    command line gives none, `seconds` the estimated time: with less left it is not begun."""
 
     name: str
-    build: Callable[[Options], Case]
-    names: tuple[str, ...]
-    judge: str
-    targets: tuple[Target, ...] = ()
-    peer_wrong: float = PEER_WRONG
-    shape: tuple[int, int] | None = None  # (n, k) where the command line gives none
-    most_launches: int | None = None
-    seconds: Callable[[Options], float] = lambda options: 0.0
+    shape: tuple[int, int] | None = field(default=None, kw_only=True)
+    seconds: Callable[[Options], float] = field(default=lambda options: 0.0, kw_only=True)
 
     @property
     def short_name(self) -> str:
@@ -111,18 +100,32 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Question:
+class Spec(Named):
+    """Case to be built: `names` are its variants, `judge` the peer whose error bounds ours,
+    `most_launches` the bound on kernels of a call of ours."""
+
+    build: Callable[[Options], Case]
+    names: tuple[str, ...]
+    judge: str
+    targets: tuple[Target, ...] = ()
+    peer_wrong: float = PEER_WRONG
+    most_launches: int | None = None
+
+
+@dataclass(frozen=True)
+class Question(Named):
     """Experiment without peers or a timer: `ask(options, seconds, note)` may take so many seconds
     (None: any number) and calls `note(name=value, ...)` with each finding at once."""
 
-    name: str
     ask: Callable[[Options, float | None, Callable[..., None]], None]
-    shape: tuple[int, int] | None = None
-    seconds: Callable[[Options], float] = lambda options: 0.0
 
-    @property
-    def short_name(self) -> str:
-        return self.name.partition("/")[2]
+
+@dataclass(frozen=True)
+class Steps(Named):
+    """Training steps of a model, by PEFT and by ours in processes: `job(options, folder)` is what
+    `peftkern bench --model` would measure, with its config in the folder."""
+
+    job: Callable[[Options, Path], Job]
 
 
 def of_problem(
@@ -194,6 +197,6 @@ def spec_of(
     )
 
 
-def sized(spec: Spec | Question, options: Options) -> Options:
+def sized(spec: Named, options: Options) -> Options:
     """Replace the sizes of the options by those of a case that has its own."""
     return options if spec.shape is None else replace(options, n=spec.shape[0], k=spec.shape[1])

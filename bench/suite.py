@@ -11,18 +11,22 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
+from unittest import mock
 
 import graphs
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from specs import Case, Options, Question, Spec, sized
+from specs import Case, Named, Options, Spec, Steps, sized
 
 import peftkern
+from peftkern.backends import dispatch
 from peftkern.backends.device import triton_interpreted
 from peftkern.backends.tolerances import errors
 from peftkern.tools.bench import gpu_timer, machine, terminal
@@ -30,11 +34,15 @@ from peftkern.tools.bench.gpu_timer import first_line, measure_events
 from peftkern.tools.bench.memory import peak_bytes
 from peftkern.tools.bench.peers import SEED
 from peftkern.tools.bench.record import OURS
-from peftkern.tools.bench.rows import Row, case_record, new_record, ratio
+from peftkern.tools.bench.rows import Row, calls_of_ours, case_record, new_record, ratio
 from peftkern.tools.bench.runner import Checked, Runner, Tick
 from peftkern.tools.bench.timer import measure, pin_threads
+from peftkern.tools.bench.training_run import TrainingBench
+from peftkern.tools.bench.training_worker import Worker
 
 GRAPH_SHARE = 0.5  # of a variant's time, added for replayed graphs
+MOST_SECONDS = 3600.0  # of training steps without a budget
+One = TypeVar("One", bound=Named)
 
 
 @dataclass
@@ -50,7 +58,7 @@ def check(spec: Spec, case: Case) -> Built:
     for name, variant in case.variants.items():
         torch.manual_seed(SEED)
         row = rows[name]
-        row.planned_bytes, row.no_graph = variant.planned_bytes, variant.no_graph
+        row.no_graph = variant.no_graph
         try:
             start = time.perf_counter()
             returned = variant.call(0)
@@ -75,8 +83,11 @@ def check(spec: Spec, case: Case) -> Built:
     return Built(rows, case.dtype, eager, spec.peer_wrong, case)
 
 
-class InProcess(Runner[Spec | Question]):
-    """Runner of specs in this process, each variant for `seconds`; `write`: the record's file."""
+class InProcess(Runner[Named]):
+    """Runner of specs in this process, each variant for `seconds`; `write`: the record's file.
+
+    Training steps are run by the processes of `peftkern bench --model`.
+    """
 
     def __init__(
         self,
@@ -90,21 +101,39 @@ class InProcess(Runner[Spec | Question]):
         self.deadline, self.written = deadline, write
         self.on_gpu = options.device.type == "cuda"
 
-    def seconds_before_clock(self, case: Spec | Question) -> float:
+    def seconds_before_clock(self, case: Named) -> float:
         return case.seconds(sized(case, self.options))
 
-    def run_case(self, case: Spec | Question, until: float, tick: Tick) -> bool:
+    def run_case(self, case: Named, until: float, tick: Tick) -> bool:
         if isinstance(case, Spec):
             return super().run_case(case, until, tick)
+        left = self.deadline - time.monotonic()
+        if isinstance(case, Steps):
+            self.record["cases"].append(self.trained(case, min(left, MOST_SECONDS), tick))
+            return True
 
         def note(**facts: object) -> None:
             self.record["answers"][-1].update(facts)
             self.written()
 
         self.record["answers"].append({"name": case.name})
-        left = None if self.deadline == math.inf else self.deadline - time.monotonic()
-        case.ask(sized(case, self.options), left, note)
+        case.ask(sized(case, self.options), None if left == math.inf else left, note)
         return True
+
+    def trained(self, case: Steps, seconds: float, tick: Tick) -> dict:
+        """Measure training steps; return the record of the case."""
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if forced := dispatch.forced_backend():
+                stack.enter_context(mock.patch.dict(os.environ, PEFTKERN_BACKEND=forced))
+            job, threads = case.job(sized(case, self.options), folder), torch.get_num_threads()
+            roof = self.record["roof"]
+            bench = TrainingBench(job, threads=threads, budget=seconds, roof=roof)
+            (found,) = stack.enter_context(bench).run(tick)["cases"]
+        ours, theirs = found["providers"].values()
+        found["providers"] = {OURS: ours, "PEFT": theirs | {"label": "PEFT"}}
+        found["against"] = found["against"] and "PEFT"
+        return found | {"name": case.name, "shape": case.short_name, "command": ""}
 
     def check(self, case: Spec, tick: Tick) -> Built:
         tick(case.short_name, 0.0)
@@ -113,11 +142,6 @@ class InProcess(Runner[Spec | Question]):
             raise RuntimeError(f"{case.name}: built {tuple(built.variants)}, not {case.names}")
         peftkern.reset_stats()
         return check(case, built)
-
-    def measure_peak(self, name: str, checked: Built) -> None:
-        if checked.case.tokens is not None:
-            call = checked.case.variants[name].call
-            checked.rows[name].peak_bytes = peak_bytes(lambda: call(0), self.options.device)
 
     def time(self, case: Spec, checked: Built, right: list[str], until: float, tick: Tick) -> bool:
         """Time every variant for its seconds, whatever the deadline: the case was begun."""
@@ -128,7 +152,7 @@ class InProcess(Runner[Spec | Question]):
         )
         for name, timing in timings.items():
             rows[name].samples = list(timing.samples)
-        if self.on_gpu and checked.case.tokens is None:
+        if self.on_gpu:
             measure_more(rows, timings, calls, self.seconds, self.options.device)
         return True
 
@@ -140,13 +164,8 @@ class InProcess(Runner[Spec | Question]):
             work=(built.bytes, built.flops),
             roof=self.record["roof"],
             labels={name: name for name in rows},
-            tokens=built.tokens,
         )
-        stats = peftkern.stats()
-        record["targets"] = [*reached(case, record)]
-        record["served"] = {f"{op} on {name}": n for (op, name), n in stats.calls.items()}
-        record["fell_back"] = {f"{op}: {why}": n for (op, why), n in stats.fallbacks.items()}
-        return record
+        return record | {"targets": [*reached(case, record)], **calls_of_ours()}
 
 
 def facts_of(spec: Spec, options: Options, case: Case) -> dict:
@@ -158,14 +177,14 @@ def facts_of(spec: Spec, options: Options, case: Case) -> dict:
     rows = re.search(r"-[MT]([0-9]+)\b", short)
     return {
         "name": spec.name,
-        "op": "training_step" if case.tokens else stem,
+        "op": stem,
         "shape": short,
-        "M": case.tokens or (options.m(int(rows[1])) if rows else None),
-        "N": None if case.tokens else options.n,
-        "K": None if case.tokens else options.k,
+        "M": options.m(int(rows[1])) if rows else None,
+        "N": options.n,
+        "K": options.k,
         "r": options.r,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "mode": "full" if case.tokens or "backward" in short else "forward",
+        "mode": "full" if "backward" in short else "forward",
     }
 
 
@@ -238,8 +257,8 @@ def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
 
 def main(
     stem: str,
-    specs: list[Spec],
-    gpu_specs: Callable[[torch.device], list[Spec | Question]] = lambda device: [],
+    specs: list[Named],
+    gpu_specs: Callable[[torch.device], list[Named]] = lambda device: [],
     argv: list[str] | None = None,
 ) -> int:
     """Run the cases of one bench script; return 1 if any of our results is wrong or no case fit
@@ -268,9 +287,7 @@ def main(
         return _run(stem, chosen, args, device)
 
 
-def _run(
-    stem: str, chosen: list[Spec | Question], args: argparse.Namespace, device: torch.device
-) -> int:
+def _run(stem: str, chosen: list[Named], args: argparse.Namespace, device: torch.device) -> int:
     on_gpu = device.type == "cuda"
     began = time.monotonic()
     end = math.inf if args.budget is None else began + args.budget
@@ -318,21 +335,27 @@ def _run(
     return int(bool(record["failed"]) or nothing or bad)
 
 
+def cut(spec: One, options: Options) -> One:
+    """Cut the sizes that a case has of its own to those of the options."""
+    if spec.shape is None:
+        return spec
+    n, k = spec.shape
+    return replace(spec, shape=(min(n, options.n), min(k, options.k)))
+
+
 _built: dict[str, Built] = {}
 
 
 def benchmark_test(specs: list[Spec]) -> Callable:
     """Return a pytest-benchmark test of every case and variant. A case is built and checked once
-    for all of its variants; sizes of its own are cut to those of the options."""
+    for all of its variants."""
     import pytest
 
     ids = [pytest.param(s, name, id=f"{s.name}/{name}") for s in specs for name in s.names]
 
     @pytest.mark.parametrize(("spec", "name"), ids)
     def test(benchmark, spec: Spec, name: str, options: Options) -> None:
-        if spec.shape is not None:
-            n, k = spec.shape
-            spec = replace(spec, shape=(min(n, options.n), min(k, options.k)))
+        spec = cut(spec, options)
         if spec.name not in _built:
             _built.clear()
             gc.collect()
@@ -346,5 +369,23 @@ def benchmark_test(specs: list[Spec]) -> Callable:
             benchmark.pedantic(lambda: variant.call(1), rounds=1)
         else:
             benchmark(lambda: variant.call(next(numbers)))
+
+    return test
+
+
+def steps_test(cases: list[Steps]) -> Callable:
+    """Return a pytest-benchmark test of the steps of every case and side."""
+    import pytest
+
+    ids = [pytest.param(c, name, id=f"{c.name}/{name}") for c in cases for name in (OURS, "PEFT")]
+
+    @pytest.mark.parametrize(("case", "name"), ids)
+    def test(benchmark, case: Steps, name: str, options: Options, tmp_path: Path) -> None:
+        worker = Worker(name)
+        step = case.job(sized(cut(case, options), options), tmp_path).step
+        worker.start(asdict(step), torch.get_num_threads())
+        worker.restart()
+        benchmark.group = case.name
+        benchmark(worker.run)
 
     return test

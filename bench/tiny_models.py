@@ -10,9 +10,9 @@ from torch import nn
 
 import peftkern
 from peftkern.tools import models
-from peftkern.tools.plan.plan import Training, from_config
+from peftkern.tools.plan.build import DTYPES
+from peftkern.tools.plan.plan import Training
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIZES = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1024}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 704}
 SIZES |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def tiny_config(kind: str) -> Any:
     """Make the config of transformers of one of ARCHITECTURES."""
-    return from_config({"model_type": kind, **SIZES, **ARCHITECTURES[kind]})
+    return models.from_config({"model_type": kind, **SIZES, **ARCHITECTURES[kind]})
 
 
 def make_model(kind: str, training: Training) -> nn.Module:

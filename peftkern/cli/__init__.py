@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import os
 import re
 import sys
@@ -82,6 +83,9 @@ def _command() -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line (default: that of this process) and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks becomes "?"
+            stream.reconfigure(errors="replace")
     try:
         status = _command()(args=arguments, prog_name="peftkern", standalone_mode=False) or 0
         if status == EXIT_STOPPED:  # so typer answers Ctrl-C, or leaves it to others

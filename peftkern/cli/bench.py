@@ -12,7 +12,8 @@ from peftkern.cli.frame import InputError, bad_input
 
 # Options that apply even if nothing is measured; of --model alone, and of all but --model.
 WITH_FROM = ("from_", "csv", "html", "compare", "fail_if", "repro")
-OF_MODEL = ("model", "base", "targets", "batch", "sequence", "layers", "checkpointing", "steps")
+OF_MODEL = ("model", "method", "base", "targets", "batch", "sequence", "layers", "checkpointing")
+OF_MODEL += ("steps",)
 PANEL = "With --model"
 OF_OPS = ("op", "shapes", "rows", "mode", "baselines", "seconds")
 FROM = (
@@ -98,11 +99,14 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="measure training steps of this model of transformers: its folder, or its"
-            " config.json; random weights where there are none",
+            help="measure training steps of this model of transformers: its folder, its"
+            " config.json, or llama3-8b, ...; random weights where there are none",
             rich_help_panel=PANEL,
         ),
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="lora, adalora, dora", rich_help_panel=PANEL)
+    ] = "lora",
     base: Annotated[
         str | None,
         typer.Option(

@@ -32,7 +32,7 @@ def monitor(
 
     from peftkern.cli.frame import InputError, bad_input
     from peftkern.tools import pages
-    from peftkern.tools.bench.machine import write_text
+    from peftkern.tools.bench import machine
     from peftkern.tools.monitor import terminal
     from peftkern.tools.monitor.run import Run
     from peftkern.tools.monitor.summary import compare, summary
@@ -43,8 +43,7 @@ def monitor(
         raise InputError("--follow: accepted without --html, --svg and --json")
     for option, path in files.items():
         with bad_input():
-            if not path.parent.is_dir() or (path.exists() and not path.is_file()):
-                raise InputError(f"{option}: {path}: expected a file in a folder that is there")
+            machine.check_target(option, path)
             pages.require(option)
     runs = [Run(path) for path in (run, other) if path is not None]
     with bad_input(), contextlib.suppress(KeyboardInterrupt):
@@ -56,7 +55,9 @@ def monitor(
     for option, path in files.items():
         from peftkern.tools.monitor import page
 
-        write_text(path, {"--html": page.html, "--svg": page.svg}[option](runs))
+        text = {"--html": page.html, "--svg": page.svg}[option](runs)
+        with bad_input():  # a full disk
+            machine.write_text(path, text)
     if as_json:
         answer = {"runs": [summary(one) for one in runs]}
         answer["comparison"] = compare(*runs) if runs[1:] else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +16,7 @@ BUSY = 1.2  # load over cores, of which this run is one
 
 
 def tune(
+    context: typer.Context,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -70,21 +72,8 @@ def tune(
     from peftkern.tools.tune.tune import TuneError
 
     with bad_input():
-        options = jobs.Options(
-            shape=shape,
-            model=model,
-            targets=targets,
-            base=base,
-            rows=rows,
-            r=r,
-            dtype=dtype,
-            adapter_dtype=adapter_dtype,
-            autocast=autocast,
-            budget=budget,
-            limit=limit,
-            again=again,
-        )
-        job = jobs.plan(options, str(present_device(device)))
+        given = {field.name: context.params[field.name] for field in fields(jobs.Options)}
+        job = jobs.plan(jobs.Options(**given), str(present_device(device)))
     try:
         outcome = _run(job)
     except TuneError as error:

@@ -59,6 +59,15 @@ def installed_version(name: str) -> str | None:
         return None
 
 
+def installed_pure() -> bool:
+    """Return True if peftkern was installed without native modules: asked for, or not Linux."""
+    try:
+        told = importlib.metadata.distribution("peftkern").read_text("WHEEL")
+    except importlib.metadata.PackageNotFoundError:
+        return False  # run from a folder that was never installed
+    return "Root-Is-Purelib: true" in (told or "")
+
+
 def accepted(name: str) -> str | None:
     """Return the versions of a package that pyproject.toml accepts; "" for any."""
     try:

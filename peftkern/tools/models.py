@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkern.formats.json_files import read_json
+from peftkern.formats.json_files import brief, read_json
 from peftkern.layers.quantize import expert_parameters
+from peftkern.tools.plan.presets import PRESETS
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def read_config(path: str, argument: str = "--model") -> Any:
-    """Read the config of a model: its config.json, or the folder of one.
+    """Read the config of a model: a preset, a config.json, or the folder of one.
 
     Raises: OSError, or ValueError in one line that names the argument.
     """
+    if path in PRESETS:
+        return from_config(PRESETS[path])
     from transformers import AutoConfig, logging
 
     logging.set_verbosity_error()  # its advice on configs would interrupt the output of a command
@@ -31,7 +34,8 @@ def read_config(path: str, argument: str = "--model") -> Any:
         if re.fullmatch(f"{name}(/{name})?(?<!json)", path) and not Path(path).exists():
             get = f"hf download {path} config.json --local-dir DIR"
             raise ValueError(
-                f"{argument}: no folder {path} here; download config.json first: {get}"
+                f"{argument}: no folder {path} here; download config.json first: {get}; or take one"
+                f" of {', '.join(PRESETS)}"
             )
         raise ValueError(f"{argument}: {path}: expected a config.json, or the folder of one")
     found = read_json(file)
@@ -46,6 +50,24 @@ def read_config(path: str, argument: str = "--model") -> Any:
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0  # as T5's; no config without weights needs to say it
     return config
+
+
+def from_config(fields: dict[str, Any]) -> Any:
+    """Make a transformers config of the fields of a config.json, but for its quantization.
+
+    Raises: ValueError in one line if transformers has no such model, or refuses a field.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, logging
+
+    logging.set_verbosity_error()
+    fields = {k: v for k, v in fields.items() if k != "quantization_config"}
+    kind = fields.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type: transformers has no {brief(kind)}")
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # each config class has its own
+        raise ValueError(f"{kind}: {' '.join(str(error).split())}") from error
 
 
 def auto_class(config: Any, argument: str = "--model") -> Any:
@@ -68,7 +90,7 @@ def auto_class(config: Any, argument: str = "--model") -> Any:
 
 def has_weights(path: str) -> bool:
     """Return whether the folder of a config holds weights, too."""
-    return Path(path).is_dir() and any(any(Path(path).glob(kind)) for kind in WEIGHTS)
+    return path not in PRESETS and any(any(Path(path).glob(kind)) for kind in WEIGHTS)
 
 
 def dtype_of(config: Any) -> str:

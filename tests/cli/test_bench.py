@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import bench_records as of
 import pytest
 import torch
 from command_line import refused
@@ -29,10 +30,9 @@ BUDGET = 600.0  # seconds: seven processes import on one core, which others may 
 
 def earlier(path: Path, name: str, peer: str, label: str, ratio: float) -> Path:
     """As if that peer had taken so many times as long as ours in an earlier run."""
-    medians = {"peftkern": 1.0, peer: ratio}
-    rows = {n: {"label": label, "median_ms": median} for n, median in medians.items()}
-    case = {"name": name, "against": peer, "providers": rows}
-    path.write_text(json.dumps({"format": FORMAT, "environment": {}, "cases": [case]}))
+    one = of.case(of.provider("peftkern", 1.0), of.provider(label, ratio), against=peer)
+    one["providers"][peer] = one["providers"].pop(label)
+    path.write_text(json.dumps(of.record(one | {"name": name})))
     return path
 
 
@@ -247,7 +247,7 @@ def is_running(process: str) -> bool:
         (["--from", "no/such.json"], "--from: no/such.json: No such file or directory"),
         (["--from", "waiting.py"], "--from: waiting.py: expected JSON in UTF-8"),
         (["--shapes", "12x12"], "--shapes: '12x12' is not one of llama2-7b"),
-        (["--shapes", "0x8x8"], "each of M, N and K must be from 1"),
+        (["--shapes", "0x8x8"], "MxNxK (256x4096x4096), each from 1 to"),
         (["--shapes", "8x16777216x16777216"], "this machine has"),
         (["--op", "grouped_linear,lora_linear"], "--op: grouped_linear has shapes of its own"),
         (["--op", "grouped_linear", "--shapes", "8x8x8"], "is not one of qwen3-30b-a3b, mixtral"),

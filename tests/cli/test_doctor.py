@@ -237,6 +237,18 @@ def test_stale_or_weak_build_is_found():
     assert set(findings.machine_isas()) >= set(native.cpu_isas()) - {"scalar"}
 
 
+@pytest.mark.parametrize(("pure", "found"), [("true", "pure"), ("false", "no_native")])
+def test_native_code_that_was_not_wanted_is_no_fault(tmp_path, monkeypatch, pure, found):
+    """The installed wheel tells it, as pip records it."""
+    add_package(tmp_path, "peftkern", "0")
+    told = f"Wheel-Version: 1.0\nRoot-Is-Purelib: {pure}\nTag: py3-none-any\n"
+    (tmp_path / "peftkern-0.dist-info/WHEEL").write_text(told)
+    monkeypatch.syspath_prepend(tmp_path)
+    (finding,) = findings.build_findings({"why": "there is none", "compiled_in": None})
+    assert (finding.id, finding.severity == "note") == (found, found == "pure")
+    assert "plain torch serves" in finding.cause
+
+
 def test_package_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     begun = tmp_path / "begun"
     (tmp_path / "quick_peer.py").write_text("print('[1, 2]')")

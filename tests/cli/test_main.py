@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import io
 import itertools
+import json
 import os
 import re
 import shlex
+import sys
 
+import bench_records as of
 import pytest
 from checkpoint_folders import save_llama
 from command_line import refused, run
@@ -137,3 +141,31 @@ def test_file_that_cannot_be_read_is_named():
     with pytest.raises(InputError) as caught, bad_input():
         open("no/such/file")  # noqa: SIM115  (it does not open)
     assert str(caught.value) == "no/such/file: No such file or directory"
+
+
+def test_an_output_without_unicode_is_no_traceback(tmp_path, monkeypatch):
+    one = of.case(of.provider("peftkern", 1.0), of.provider("peft", 1.01))
+    (tmp_path / "run.json").write_text(json.dumps(of.record(one)))
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(["bench", f"--from={tmp_path / 'run.json'}"]) == 0
+    assert "? 1.01x" in output.buffer.getvalue().decode("ascii")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_tables_fit_the_terminal_and_names_stand_whole(columns, tmp_path, monkeypatch, capfd):
+    ours, theirs = of.provider("peftkern", 1.0), of.provider("bitsandbytes + PEFT, eval", 1.5)
+    (tmp_path / "run.json").write_text(json.dumps(of.record(of.case(ours, theirs))))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["bench", f"--from={tmp_path / 'run.json'}"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "peftkern" in [line.split(" ")[0] for line in lines] and "1.50x" in "".join(lines)
+    assert ("[0.952-1.05]" in "".join(lines)) == (columns > 40)
+
+
+def test_a_file_where_none_can_be_written_is_one_line(tmp_path, capfd):
+    write_run(tmp_path / "run.jsonl", start())
+    for option in ("--html", "--svg"):
+        complaint = f"{option}: {tmp_path / 'no' / 'x'}: there is no folder"
+        refused(capfd, complaint, "monitor", tmp_path / "run.jsonl", option, tmp_path / "no" / "x")

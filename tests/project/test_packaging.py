@@ -268,25 +268,44 @@ def test_what_cannot_build_gets_one_line(project):
     )
 
 
-@pytest.mark.parametrize("hidden", ["sys.modules['fcntl'] = None", "sys.platform = 'darwin'"])
-def test_elsewhere_than_on_linux_a_notice_takes_the_place_of_native_modules(project, hidden):
-    """As on Windows, which has no fcntl, and on macOS, which has it."""
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        "sys.modules['fcntl'] = None",
+        "sys.platform = 'darwin'",
+        "import os; os.environ['PEFTKERN_NATIVE'] = '0'",
+    ],
+)
+def test_a_notice_takes_the_place_of_native_modules(project, hidden):
+    """As on Windows, which has no fcntl, on macOS, which has it, and where they are not wanted."""
     code = (
         f"import runpy, setuptools, setuptools.command.bdist_wheel, sys, sysconfig; {hidden}\n"
         "runpy.run_path('setup.py', run_name='__main__')"
     )
     answer = run(sys.executable, "-c", code, "bdist_wheel", cwd=project)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert re.search("^peftkern: no native kernels on .*: PyTorch's own", answer.stdout, re.M)
+    assert re.search(
+        "^peftkern: no native kernels (on|with) .*: PyTorch's own", answer.stdout, re.M
+    )
     (archive,) = (project / "dist").iterdir()
     assert archive.name == "peftkern-0-py3-none-any.whl"
     names = zipfile.ZipFile(archive).namelist()
     assert "peftkern/__init__.py" in names and not any("_cpu" in name for name in names)
     answer = run(sys.executable, "-c", code, "cuda_emulated", cwd=project)
     assert answer.returncode != 0
-    assert (
-        last_lines(answer).splitlines()[-1].startswith("error: native modules are built on Linux")
-    )
+    assert last_lines(answer).splitlines()[-1].startswith("error: no native modules are built ")
+
+
+def test_native_modules_that_are_not_wanted_leave_nothing_behind(project):
+    for name in ("_cpu", "_cuda"):
+        file = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        (project / "peftkern" / file).write_text("of an earlier build")
+    answer = build(project, PEFTKERN_NATIVE="0", CXX="/nowhere/g++")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert built(project) == set()
+    answer = build(project, PEFTKERN_NATIVE="no")
+    assert answer.returncode != 0
+    assert last_lines(answer) == "error: PEFTKERN_NATIVE: expected 0 or 1, got 'no'"
 
 
 @x86_only
@@ -375,6 +394,7 @@ def last_lines(answer: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("wanted", "status", "says", "modules"),
     [
+        ("", 0, "peftkern: built _cpu; PEFTKERN_CUDA=1 builds CUDA's kernels, too", {"_cpu"}),
         ("auto", 0, "peftkern: no CUDA kernels: found no nvcc", {"_cpu"}),
         ("1", 1, "PEFTKERN_CUDA=1: found no nvcc on PATH, in CUDA_HOME or in", set()),
         ("yes", 1, "PEFTKERN_CUDA: expected 0, 1 or auto, got 'yes'", set()),
@@ -393,6 +413,13 @@ def test_cuda_that_is_not_wanted_leaves_nothing_behind(cuda_project):
     answer = build(cuda_project, PEFTKERN_CUDA="0")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert built(cuda_project) == {"_cpu"} and "nvcc" not in answer.stdout
+
+
+@needs_nvcc
+def test_cuda_is_not_built_because_nvcc_happens_to_be_here(cuda_project):
+    answer = build(cuda_project, PEFTKERN_CUDA="")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert built(cuda_project) == {"_cpu"}
 
 
 @pytest.mark.parametrize(
@@ -440,6 +467,7 @@ def test_architectures_become_options_of_each_file(cuda_project):
     answer = build(cuda_project, PEFTKERN_CUDA="1", PEFTKERN_CUDA_ARCHS="80;90a")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert built(cuda_project) == {"_cpu", "_cuda"}
+    assert "peftkern: built _cpu and _cuda\n" in answer.stdout
     commands = compile_commands(cuda_project)
     targets = {name: re.findall(r"-gencode[= ]\S*code=(\w+)", commands[name]) for name in commands}
     assert targets["cuda/one.cu"] == ["sm_80", "sm_90a", "compute_80"]

@@ -27,7 +27,8 @@ from transformers import (
 import peftkern
 from peftkern.tools.plan import plan as planning
 from peftkern.tools.plan import step
-from peftkern.tools.plan.plan import PRESETS, Planner, Training, from_config, largest, read_model
+from peftkern.tools.plan.plan import Planner, Training, largest, read_model
+from peftkern.tools.plan.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("small_layers")
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -286,7 +287,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_preset_has_the_published_number_of_parameters(name):
-    from peftkern.tools.models import empty_model
+    from peftkern.tools.models import empty_model, from_config
 
     model = empty_model(from_config(PRESETS[name]), torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]

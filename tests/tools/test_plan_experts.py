@@ -14,7 +14,8 @@ from tolerances import PLAN_RTOL
 from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.plan import plan as planning
-from peftkern.tools.plan.plan import PRESETS, Training
+from peftkern.tools.plan.plan import Training
+from peftkern.tools.plan.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("small_layers")
 CPU = Training("lora", r=8, batch=2, sequence=160, device="cpu")

@@ -27,8 +27,9 @@ from peftkern.backends import journal, trust
 from peftkern.backends.cpu import crossovers
 from peftkern.cli import main
 from peftkern.integrations.peft import trial
+from peftkern.tools.bench.cases import DTYPES
 from peftkern.tools.bench.processes import Process, WorkerGoneError
-from peftkern.tools.bench.shapes import parse_weights
+from peftkern.tools.bench.shapes import parse_shapes
 from peftkern.tools.tune import cases, job, tune
 from peftkern.tools.tune.cases import Case
 from peftkern.tools.tune.worker import Worker
@@ -207,7 +208,7 @@ def test_ctrl_c_leaves_what_is_decided(folder, faults):
 
 
 def test_classes_are_distinct_and_cheap_ones_first():
-    shapes = parse_weights("--shape", "llama3-8b,64x32,64x32")
+    shapes = parse_shapes("llama3-8b,64x32,64x32", "--shape", "NK")
     found = cases.ordered(shapes, cases.BASES, [16], [1, 300, 511, 600], ["bf16"], "fp32", False)
     assert len(found) == len(shapes) * 2 * 3 and found[0].label == "64x32"
     assert {case.rows for case in found} == {1, 511, 600}
@@ -227,7 +228,7 @@ def test_layers_of_a_model_are_read_from_its_config(tmp_path):
     assert (shape.name, four_bit) == ("k_proj 32x64", True)
     path.write_text(json.dumps({"model_type": "gpt2", "n_embd": 48, "n_layer": 1, "n_head": 2}))
     shapes, _, dtype, _ = cases.model_layers(str(path), "c_attn")  # of Conv1D
-    assert [(shape.N, shape.K) for shape in shapes] == [(144, 48)] and dtype in cases.DTYPES
+    assert [(shape.N, shape.K) for shape in shapes] == [(144, 48)] and dtype in DTYPES
 
 
 MIXTURE = {**LLAMA_CONFIG, "model_type": "qwen3_moe", "num_experts": 4, "num_key_value_heads": 2}

@@ -45,13 +45,18 @@ class PeftKernCallback(TrainerCallback):
     logger "peftkern" are told to say less than warnings. Layers that were skipped, fall back or are
     never called are a warning, and so is a model without any.
 
-    Args: args and trainer are not read; ms-swift gives them to every callback.
+    Args: args and trainer are not read; ms-swift gives them to every callback. options are those
+        of `peftkern.patch`.
     """
 
     def __init__(
-        self, args: TrainingArguments | None = None, trainer: Trainer | None = None
+        self,
+        args: TrainingArguments | None = None,
+        trainer: Trainer | None = None,
+        **options: Any,
     ) -> None:
         self.report: PatchReport | None = None
+        self._options = options
         self._said: set[str] = set()
 
     def on_init_end(
@@ -68,7 +73,7 @@ class PeftKernCallback(TrainerCallback):
     on_train_begin = on_init_end
 
     def _patch(self, model: nn.Module, state: TrainerState) -> None:
-        self.report = patch(model)
+        self.report = patch(model, **self._options)
         said = f"peftkern: {self.report}"
         if said in self._said or not state.is_world_process_zero:
             return

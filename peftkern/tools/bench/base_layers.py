@@ -45,28 +45,14 @@ def linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def linear4bit(weight: Tensor) -> nn.Module:
-    """Quantize to bitsandbytes' layer: NF4, double quantization, compute in weight's dtype."""
-    import bitsandbytes as bnb
-
-    layer = _empty_linear4bit(weight.shape, weight.dtype)
-    layer.weight = bnb.nn.Params4bit(
-        weight.clone(),
-        requires_grad=False,
-        quant_type="nf4",
-        compress_statistics=True,
-        blocksize=64,
-    )
-    return layer.to(weight.device)
-
-
 def prequantized(
     packed: Tensor, stats: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
 ) -> nn.Module:
     """Build bitsandbytes' layer over packed bytes and their `stats`, in its own keys."""
     import bitsandbytes as bnb
 
-    layer = _empty_linear4bit(shape, dtype)
+    (n, k), kind = shape, {"compute_dtype": dtype, "quant_type": "nf4"}
+    layer = bnb.nn.Linear4bit(k, n, bias=False, device="meta", **kind)
     layer.weight = bnb.nn.Params4bit.from_prequantized(
         packed, stats, device=packed.device, module=layer
     )
@@ -98,10 +84,3 @@ def random_nf4(n: int, k: int, dtype: torch.dtype, generator: torch.Generator) -
         nested_offset=offset,
         nested_blocksize=NESTED_BLOCKSIZE,
     )
-
-
-def _empty_linear4bit(shape: tuple[int, int], dtype: torch.dtype) -> nn.Module:
-    import bitsandbytes as bnb
-
-    n, k = shape
-    return bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")

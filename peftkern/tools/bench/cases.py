@@ -15,6 +15,7 @@ from peftkern.tools.bench.shapes import Shape
 
 MODES = ("forward", "backward", "full", "no-grad", "memory")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SHORT = {long: name for name, long in DTYPES.items()} | {"float64": "fp64"}  # of some records
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALING = 2.0  # lora_alpha / r
 FACTS = ("op", "shape", "M", "N", "K", "r", "dtype", "mode")

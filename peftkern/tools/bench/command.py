@@ -29,18 +29,18 @@ from peftkern.tools.bench.cases import (
     FIRST_SHAPES,
     MODES,
     OPS,
+    SHORT,
     Problem,
     problems,
 )
 from peftkern.tools.bench.instrument import Bench, pinned
 from peftkern.tools.bench.processes import WorkerError
-from peftkern.tools.bench.record import OURS, Record
+from peftkern.tools.bench.record import OURS, Record, read
 from peftkern.tools.bench.shapes import (
     LARGEST,
     chosen,
     items,
     numbers,
-    parse_expert_shapes,
     parse_shapes,
     percent,
     seconds,
@@ -137,10 +137,8 @@ def plan(options: Options) -> Plan:
     grouped = {OPS[op].grouped for op in ops}
     if len(grouped) == 2:
         raise ValueError("--op: grouped_linear has shapes of its own, measure it by itself")
-    if grouped == {True}:
-        shapes = parse_expert_shapes(given(options.shapes, FIRST_GROUPED[device]))
-    else:
-        shapes = parse_shapes(given(options.shapes, FIRST_SHAPES[device]))
+    first, sizes = (FIRST_GROUPED, "MNKE") if grouped == {True} else (FIRST_SHAPES, "MNK")
+    shapes = parse_shapes(given(options.shapes, first[device]), sizes=sizes)
     found = problems(
         ops,
         shapes,
@@ -189,7 +187,7 @@ def outputs(options: Options, names: set[str]) -> Outputs:
     """Check the outputs for cases of these names. Raises: as `plan`."""
     for option in ("json", "csv", "html"):
         if (path := getattr(options, option)) is not None:
-            _check_target(f"--{option}", path)
+            machine.check_target(f"--{option}", path)
     if options.html is not None:
         pages.require("--html")
     if options.fail_if is not None and options.compare is None:
@@ -197,7 +195,7 @@ def outputs(options: Options, names: set[str]) -> Outputs:
     earlier = None
     if options.compare is not None:
         with naming("--compare"):
-            earlier = compare.read(options.compare)
+            earlier = read(options.compare)
     if earlier is not None:
         known = {case["name"] for case in earlier["cases"]}
         if not known & names:
@@ -213,19 +211,6 @@ def outputs(options: Options, names: set[str]) -> Outputs:
         fail_if=percent("--fail-if", given(options.fail_if, "5%")),
         repro=options.repro,
     )
-
-
-def _check_target(option: str, path: Path) -> None:
-    """Check that a file can be written there, before a minute is spent on measuring."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{option}: {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"{option}: {path} is a folder, expected a file")
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        # /dev/stdout, say, which the new file would replace.
-        raise ValueError(f"{option}: {path} is a link or a device, expected a file")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{option}: {path}: the folder {path.parent} cannot be written to")
 
 
 def execute(plan: Plan) -> int:
@@ -331,9 +316,8 @@ def command_of(plan: Plan, problem: Problem) -> str:
         shape = f"1x{shape}"
     elif kind.rows and not shape.startswith(f"{problem.M}x{problem.N}x{problem.K}"):
         rows = ["--rows", str(problem.M)]
-    short = {long: name for name, long in DTYPES.items()}
     words = ["peftkern", "bench", "--op", problem.op, "--shapes", shape, *rows]
-    words += ["--dtype", short[problem.dtype], "--mode", problem.mode]
+    words += ["--dtype", SHORT[problem.dtype], "--mode", problem.mode]
     words += ["--r", str(problem.r)] if kind.lora else []
     labels = {name: one.labels for name, one in providers.PROVIDERS.items()}
     has = [name for name in plan.baselines if ":" in name or problem.op in labels[name]]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from peftkern.functional import low_rank_svd as functional
+from peftkern.tools.bench.adalora import ADDRESSES
 from peftkern.tools.bench.base_layers import Layer, Tensors
 from peftkern.tools.bench.cases import Problem
 
-ADDRESSES = "a graph would read addresses from host memory that torch reuses"
 WAITS = "cuSOLVER waits for the host"
 SVD = tuple[Tensor | None, Tensor, Tensor | None]
 

@@ -117,6 +117,22 @@ def write_json(path: Path, record: object, indent: int | None = None) -> None:
     write_text(path, json.dumps(record, indent=indent) + "\n")
 
 
+def check_target(option: str, path: Path) -> None:
+    """Check that a file can be written there, before a minute is spent.
+
+    Raises: ValueError naming the option.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder, expected a file")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        # /dev/stdout, say, which the new file would replace.
+        raise ValueError(f"{option}: {path} is a link or a device, expected a file")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}: {path}: the folder {path.parent} cannot be written to")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text atomically; the folder has to exist."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")

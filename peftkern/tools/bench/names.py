@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from peftkern.tools.bench.cases import SHORT
 from peftkern.tools.bench.record import Case
-from peftkern.tools.bench.terminal import SHORT
+from peftkern.tools.bench.timer import number
 
 OPS = {
     "nf4_lora_linear": "NF4 layer with LoRA",
@@ -47,4 +48,4 @@ def about(case: Case, without: str = "") -> str:
 
 def times(ratio: float) -> str:
     """Format with two decimals where significant, else three digits."""
-    return f"{ratio:.2f}x" if 0.1 <= ratio < 100 else f"{ratio:.3g}x"
+    return f"{ratio:.2f}x" if 0.1 <= ratio < 100 else f"{number(ratio)}x"

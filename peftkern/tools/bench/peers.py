@@ -22,7 +22,7 @@ import peftkern
 from peftkern.backends.dropout import philox_keep
 from peftkern.functional.arguments import draw_keep
 from peftkern.layers import NF4Linear
-from peftkern.tools.bench.base_layers import linear, linear4bit, prequantized
+from peftkern.tools.bench.base_layers import prequantized
 from peftkern.tools.bench.cases import SCALING, Problem
 from peftkern.tools.bench.data import grouped_mm
 
@@ -53,11 +53,9 @@ class Layers(nn.Module):
 
 
 def nf4_linear(weight: Tensor) -> nn.Module:
-    """Build bitsandbytes' layer, or ours with the same weight where there is no bitsandbytes."""
-    if bitsandbytes_missing(weight.device) is None:
-        return linear4bit(weight)
+    """Quantize to bitsandbytes' layer, double quantization included, or ours without it."""
     with peftkern.use_backend(None):  # even if the case forces a back end
-        return NF4Linear.from_linear(linear(weight))
+        return nf4_layer(peftkern.quantize_nf4(weight))
 
 
 def nf4_layer(weight: peftkern.NF4Weight, bias: nn.Parameter | None = None) -> nn.Module:

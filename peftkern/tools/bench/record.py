@@ -152,23 +152,14 @@ class Record(LaterRecord):
 LARGEST, SMALLEST = 1e30, 1e-30  # of numbers other than 0: results of two of them are finite
 
 
-def load(path: Path) -> dict:
-    """Load a record; checks only the header.
-
-    Raises: OSError; ValueError naming the file.
-    """
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a record of `peftkern bench --json` ({FORMAT!r})")
-    return found
-
-
 def read(path: Path) -> Record:
     """Read and check a record.
 
     Raises: OSError; ValueError naming the file and the first field that is not as described here.
     """
-    found = load(path)
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a record of `peftkern bench --json` ({FORMAT!r})")
     try:
         check(found)
     except ValueError as error:

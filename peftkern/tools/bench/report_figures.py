@@ -5,10 +5,11 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from peftkern.tools import charts
+from peftkern.tools.bench.cases import SHORT
 from peftkern.tools.bench.compare import Change
 from peftkern.tools.bench.names import about, people, times
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
-from peftkern.tools.bench.terminal import SHORT, copies, is_bound, number, speed_up
+from peftkern.tools.bench.terminal import copies, is_bound, number, speed_up
 
 BOUND = "without the adapter: does less"  # of the frozen layer, where it is the baseline
 WIDTHS = {"wide": charts.WIDE, "narrow": charts.NARROW}
@@ -33,21 +34,29 @@ def bars(record: Record) -> list[charts.Bar]:
 
 def _bar(case: Case) -> charts.Bar:
     against, ours = case["against"], case["providers"][OURS]
-    found = None if against is None else speed_up(case, against)
-    if found is None:
+    if against is None or speed_up(case, against) is None:
         bad = "wrong" if ours["wrong"] is not None else "failed" if ours["failed"] else None
         note = f"{about(case)}; no baseline with a right result"
         return charts.Bar(
             people(case), bad or "alone", None, "error" if bad else "level", note=note
         )
-    (ratio, noise), theirs = found, case["providers"][against]
+    bound = f" ({BOUND})" if is_bound(case, against) else ""
+    note = f"{about(case)}; against {case['providers'][against]['label']}{bound}"
+    return bar_of(case, against, people(case), note)
+
+
+def bar_of(case: Case, name: str, label: str, note: str = "") -> charts.Bar:
+    """Return the bar of a baseline that has a speed-up."""
+    (ratio, noise), ours, theirs = (
+        speed_up(case, name),
+        case["providers"][OURS],
+        case["providers"][name],
+    )
     low, high = theirs["p20_ms"] / ours["p80_ms"], theirs["p80_ms"] / ours["p20_ms"]
     color = "level" if noise else "faster" if ratio > 1 else "slower"
-    bound = f" ({BOUND})" if is_bound(case, against) else ""
-    note = f"{about(case)}; against {theirs['label']}{bound}"
     tip = f"{case['name']}: {times(ratio)} [{times(low)} to {times(high)}]"
     says = f"{'≈ ' if noise else ''}{times(ratio)}"
-    return charts.Bar(people(case), says, ratio, color, low, high, note, tip)
+    return charts.Bar(label, says, ratio, color, low, high, note, tip)
 
 
 def speed_ups(record: Record) -> dict[str, Figure]:

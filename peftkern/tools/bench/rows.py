@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+import peftkern
 from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO
 from peftkern.tools.bench.record import FORMAT, OURS, Case, Provider, Record, Target
 from peftkern.tools.bench.timer import Timing
@@ -143,6 +144,15 @@ def new_record(environment: dict, roof: dict, **more: object) -> Record:
         "not_reached": [],
         "not_installed": {},
         **more,
+    }
+
+
+def calls_of_ours() -> dict[str, dict[str, int]]:
+    """Return the fields of a case that say who took our calls since `peftkern.reset_stats()`."""
+    stats = peftkern.stats()
+    return {
+        "served": {f"{op} on {name}": n for (op, name), n in stats.calls.items()},
+        "fell_back": {f"{op}: {why}": n for (op, why), n in stats.fallbacks.items()},
     }
 
 

@@ -92,13 +92,12 @@ class Runner(ABC, Generic[One]):
     def written(self) -> None:
         """Write the record as far as it is complete: a run may be stopped at any moment."""
 
+    def measure_peak(self, name: str, checked: Checked) -> None:
+        """Measure the peak memory of a call, where that is done before it is timed."""
+
     @abstractmethod
     def check(self, case: One, tick: Tick) -> Checked | None:
         """Build each implementation and compare one call of it with float64."""
-
-    @abstractmethod
-    def measure_peak(self, name: str, checked: Checked) -> None:
-        """Measure the peak memory of a call."""
 
     @abstractmethod
     def time(self, case: One, checked: Checked, right: list[str], until: float, tick: Tick) -> bool:

@@ -20,11 +20,8 @@ EXPERT_PRESETS = {
     "gpt-oss-20b": {"gate_up_proj": (32, 5760, 2880), "down_proj": (32, 2880, 2880)},
     "deepseek-v3": {"gate_up_proj": (256, 4096, 7168), "down_proj": (256, 7168, 2048)},
 }
-ACCEPTED = f"{', '.join(PRESETS)}, one layer of them (llama3-8b-q_proj), or MxNxK (256x4096x4096)"
-OF_EXPERTS = (
-    f"{', '.join(EXPERT_PRESETS)}, one layer of them (qwen3-30b-a3b-down_proj), or MxNxKxE "
-    "(256x1024x512x64)"
-)
+# Sizes in the order of their letters, and an example.
+FORMS = {"MNK": "256x4096x4096", "NK": "4096x4096", "MNKE": "256x1024x512x64"}
 LARGEST = 1 << 24  # of one dimension; the machine's memory is checked later
 
 
@@ -40,81 +37,29 @@ class Shape:
     E: int | None = None
 
 
-def parse_shapes(text: str) -> list[Shape]:
+def parse_shapes(text: str, option: str = "--shapes", sizes: str = "MNK") -> list[Shape]:
     """Parse shapes of a comma-separated list, each size once, in the order given.
 
-    A preset stands for its q, k, v, o, gate, up and down projections; those of equal size are one
-    shape, named after the first.
-    Raises: ValueError naming --shapes, the input and the accepted forms.
-    """
-    shapes: dict[tuple, Shape] = {}
-    for part in items("--shapes", text, ACCEPTED):
-        for shape in _shapes_of(part):
-            shapes.setdefault((shape.M, shape.N, shape.K), shape)
-    return list(shapes.values())
-
-
-def parse_expert_shapes(text: str) -> list[Shape]:
-    """Parse shapes of layers over experts of a comma-separated list, in the order given.
-
-    Raises: ValueError naming --shapes, the input and the accepted forms.
-    """
-    shapes: dict[str, Shape] = {}
-    for part in items("--shapes", text, OF_EXPERTS):
-        preset, _, layer = part.rpartition("-")
-        if part in EXPERT_PRESETS:
-            found = {f"{part}-{name}": sizes for name, sizes in EXPERT_PRESETS[part].items()}
-        elif layer in EXPERT_PRESETS.get(preset, ()):
-            found = {part: EXPERT_PRESETS[preset][layer]}
-        else:
-            found = {}
-        shapes |= {name: Shape(name, n, k, E=e) for name, (e, n, k) in found.items()}
-        match = re.fullmatch(r"([0-9]{1,9})" + r"x([0-9]{1,9})" * 3, part)
-        sizes = [*map(int, match.groups())] if match else []
-        if match and all(1 <= size <= LARGEST for size in sizes):
-            m, n, k, e = sizes
-            shapes[part] = Shape(part, n, k, m, e)
-        elif not found:
-            raise ValueError(
-                f"--shapes: {part!r} is not one of {OF_EXPERTS}, each from 1 to {LARGEST}"
-            )
-    return list(shapes.values())
-
-
-def parse_weights(option: str, text: str) -> list[Shape]:
-    """Parse the same list with NxK for a weight, as what has no rows to fix.
-
+    A preset stands for its q, k, v, o, gate, up and down projections, or those of its experts;
+    those of equal size are one shape, named after the first. sizes: one of FORMS.
     Raises: ValueError naming the option, the input and the accepted forms.
     """
-    accepted = ACCEPTED.replace("MxNxK (256x4096x4096)", "NxK (4096x4096)")
+    presets = EXPERT_PRESETS if "E" in sizes else PRESETS
+    layers = {f"{model}-{name}": n for model, of in presets.items() for name, n in of.items()}
+    accepted = f"{', '.join(presets)}, one layer of them ({next(iter(layers))}), or"
+    accepted += f" {'x'.join(sizes)} ({FORMS[sizes]}), each from 1 to {LARGEST}"
     shapes: dict[tuple, Shape] = {}
     for part in items(option, text, accepted):
-        match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", part)
-        found = [Shape(part, *map(int, match.groups()))] if match else _preset(part)
-        if not found or not all(1 <= size <= LARGEST for one in found for size in (one.N, one.K)):
-            raise ValueError(f"{option}: {part!r} is not one of {accepted}, from 1 to {LARGEST}")
-        for shape in found:
-            shapes.setdefault((shape.N, shape.K), shape)
+        found = {name: n for name, n in layers.items() if part in (name, name.rpartition("-")[0])}
+        given = [dict(zip("ENK" if "E" in sizes else "NK", n, strict=True)) for n in found.values()]
+        if re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", part) and part.count("x") == len(sizes) - 1:
+            given = [dict(zip(sizes, map(int, part.split("x")), strict=True))]
+            found = ["x".join(map(str, given[0].values()))]
+        if not found or not all(1 <= n <= LARGEST for one in given for n in one.values()):
+            raise ValueError(f"{option}: {part!r} is not one of {accepted}")
+        for name, one in zip(found, given, strict=True):
+            shapes.setdefault(tuple(one.values()), Shape(name, **one))
     return list(shapes.values())
-
-
-def _preset(part: str) -> list[Shape]:
-    """Return the layers of a preset, or one of them; none if that is no name of any."""
-    if part in PRESETS:
-        return [Shape(f"{part}-{layer}", *size) for layer, size in PRESETS[part].items()]
-    preset, _, layer = part.rpartition("-")
-    return [Shape(part, *PRESETS[preset][layer])] if layer in PRESETS.get(preset, ()) else []
-
-
-def _shapes_of(part: str) -> list[Shape]:
-    if found := _preset(part):
-        return found
-    if match := re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", part):
-        m, n, k = map(int, match.groups())
-        if not all(1 <= size <= LARGEST for size in (m, n, k)):
-            raise ValueError(f"--shapes: {part}: each of M, N and K must be from 1 to {LARGEST}")
-        return [Shape(f"{m}x{n}x{k}", n, k, m)]
-    raise ValueError(f"--shapes: {part!r} is not one of {ACCEPTED}")
 
 
 def items(option: str, text: str, accepted: str) -> list[str]:

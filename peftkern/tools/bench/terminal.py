@@ -9,22 +9,22 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from peftkern.tools.bench.cases import SHORT
 from peftkern.tools.bench.compare import Change
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
 from peftkern.tools.bench.rows import ratio, within_noise
 from peftkern.tools.bench.timer import number
 
-WIDE = 110  # width from which a table has all columns
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# Widths from which a table has intervals, and throughput and errors; of names, if there is no more.
+NARROW, WIDE, LABEL = 60, 110, 16
 
 
 def speed_up(case: Case, name: str) -> tuple[float, bool] | None:
     """Return another's time over peftkern's, and whether that is within the noise: the intervals
     from the 20th to the 80th percentile overlap."""
-    ours, theirs = case["providers"][OURS], case["providers"][name]
-    if not (ours["median_ms"] and theirs["median_ms"]) or name == OURS:
+    if name == OURS or (found := ratio(case, name)) is None:
         return None
-    return theirs["median_ms"] / ours["median_ms"], within_noise(ours, theirs)
+    return found, within_noise(case["providers"][OURS], case["providers"][name])
 
 
 def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
@@ -79,39 +79,75 @@ def answer(facts: dict) -> str:
     return "; ".join([f"{facts['name']}: {said}{limit}", *sizes, *([stopped] if stopped else [])])
 
 
+Cell = Callable[[Case, str], RenderableType]
+
+
 def bench_table(case: Case, record: Record, width: int) -> Table:
-    """Build a line per provider; a narrow terminal omits throughput and errors. Targets, graphs and
-    launches have columns where the record has them."""
-    wide = width >= WIDE
+    """Build a line per provider, of as many columns as leave room for the names."""
     labels = [row["label"] for one in record["cases"] for row in one["providers"].values()]
-    columns = {"ms [p20-p80]": 22, "speed-up": 8, "of roof": 7, "peak MB": 7}
-    if wide:
-        columns |= {"GB/s": 6, "TFLOP/s": 7, "error": 7}
-    more = extras(record, wide)
-    columns |= dict.fromkeys(more, 8)
+    longest = max(map(len, labels))
+    room, columns = width - min(longest, LABEL), {}
+    for header, cell in _columns(record, width).items():
+        least = max(len(header), 22 if "[" in header else 7)
+        if room >= least + 2:
+            room, columns[header] = room - least - 2, (least, cell)
     grid = Table(box=None, pad_edge=False, title=title(case), title_justify="left")
     grid.title_style = "bold"
-    longest = max(len(label) for label in labels)
-    grid.add_column("", width=min(longest, width - sum(columns.values()) - 2 * len(columns)))
-    for name, least in columns.items():
-        grid.add_column(Text(name), justify="right", no_wrap=True, width=least)
+    grid.add_column("", width=min(longest, min(longest, LABEL) + room), overflow="fold")
+    for header, (least, _) in columns.items():
+        grid.add_column(Text(header), justify="right", no_wrap=True, width=least)
     for name, row in case["providers"].items():
-        cells = _cells(case, name, row, wide)
-        cells += [""] * (len(columns) + 1 - len(more) - len(cells))
-        grid.add_row(*cells, *(cell(case, name) for cell in more.values()))
+        label = Text(row["label"], style="bold" if name == OURS else "")
+        grid.add_row(label, *(cell(case, name) for _, cell in columns.values()))
     return grid
 
 
-def extras(record: Record, wide: bool) -> dict[str, Callable[[Case, str], RenderableType]]:
-    """Return the columns that only some records have, by header; a narrow table omits steps/s."""
-    every = {"target": _target_cell, "in a graph": _graph_cell, "launches": _launches_cell}
-    every |= {"tokens/s": _tokens_cell, "held MB": _held_cell}
-    every |= {"steps/s": _steps_cell} if wide else {}
-    return {
+def _columns(record: Record, width: int) -> dict[str, Cell]:
+    """Return the cells by header, the most important first; those that no row has are left out."""
+    every: dict[str, Cell] = {
+        "ms [p20-p80]" if width >= NARROW else "ms": lambda case, name: _time(case, name, width),
+        **{"speed-up": _speed_up_cell, "of roof": _share_cell, "peak MB": _of("peak_bytes", 1e6)},
+        **{"target": _target_cell, "in a graph": _graph_cell, "launches": _of("launches")},
+        **{"tokens/s": _of("tokens_s"), "held MB": _of("held_bytes", 1e6)},
+        **{"steps/s": _steps_cell, "planned MB": _of("planned_bytes", 1e6)},
+    }
+    known = {
         header: cell
         for header, cell in every.items()
         if any(str(cell(case, name)) for case in record["cases"] for name in case["providers"])
     }
+    more = {"GB/s": "gb_s", "TFLOP/s": "tflop_s", "error": "error_rms"} if width >= WIDE else {}
+    forms = {"error_rms": "{:.1e}"}
+    return known | {h: _of(key, form=forms.get(key, "{:.3g}")) for h, key in more.items()}
+
+
+def _of(key: str, unit: float = 1.0, form: str = "") -> Cell:
+    """Return the cells of a field, which are empty where the result is not good."""
+
+    def cell(case: Case, name: str) -> str:
+        row = case["providers"][name]
+        if row.get(key) is None or row["wrong"] or row["failed"]:
+            return ""
+        return form.format(row[key]) if form else number(row[key] / unit)
+
+    return cell
+
+
+def _time(case: Case, name: str, width: int) -> Text:
+    row = case["providers"][name]
+    if row["wrong"] or row["failed"]:
+        return Text("WRONG" if row["wrong"] else "FAILED", style="bold red")
+    if not row["median_ms"]:
+        return Text("")
+    median, low, high = (number(row[key]) for key in ("median_ms", "p20_ms", "p80_ms"))
+    return Text(f"{median} [{low}-{high}]" if width >= NARROW else median)
+
+
+def _share_cell(case: Case, name: str) -> Text:
+    share = case["providers"][name]["share_of_roof"]
+    if share is None:
+        return Text("")
+    return Text(f"{share:.0%}!", style="yellow") if share > 1 else Text(f"{share:.0%}")
 
 
 def _target_cell(case: Case, name: str) -> Text:
@@ -128,23 +164,9 @@ def _graph_cell(case: Case, name: str) -> str:
     return f"{found:.2f}x"
 
 
-def _launches_cell(case: Case, name: str) -> str:
-    return _given(case["providers"][name].get("launches"), "{}")
-
-
 def _steps_cell(case: Case, name: str) -> str:
     median = case["providers"][name]["median_ms"]
     return number(1e3 / median) if median and case.get("tokens") else ""
-
-
-def _tokens_cell(case: Case, name: str) -> str:
-    rate = case["providers"][name].get("tokens_s")
-    return number(rate) if rate else ""
-
-
-def _held_cell(case: Case, name: str) -> str:
-    held = case["providers"][name].get("held_bytes")
-    return number(held / 1e6) if held else ""
 
 
 def busy_machine(record: Record) -> str | None:
@@ -181,26 +203,6 @@ def title(case: Case, without: str = "") -> str:
         size = f"{case['M']}x{size}" if size else f"{case['M']} tokens"
     rank = f", r={case['r']}" if case["r"] and without != "r" else ""
     return f"{case['op']} {shape}{size}{rank}, {SHORT[case['dtype']]}, {case['mode']}"
-
-
-def _cells(case: Case, name: str, row: Provider, wide: bool) -> list[RenderableType]:
-    label = Text(row["label"], style="bold" if name == OURS else "")
-    if row["wrong"] or row["failed"]:
-        return [label, Text("WRONG" if row["wrong"] else "FAILED", style="bold red")]
-    time = ""
-    if row["median_ms"]:
-        low, high = (number(row[key]) for key in ("p20_ms", "p80_ms"))
-        time = f"{number(row['median_ms'])} [{low}-{high}]"
-    share = Text(_given(row["share_of_roof"], "{:.0%}"))
-    if above_roof(row):
-        share = Text(f"{share}!", style="yellow")
-    cells = [label, time, _speed_up_cell(case, name), share]
-    peak = row["peak_bytes"]
-    cells.append("" if peak is None else number(peak / 1e6))
-    if wide:
-        cells += [_given(row["gb_s"], "{:.3g}"), _given(row["tflop_s"], "{:.3g}")]
-        cells.append(_given(row["error_rms"], "{:.1e}"))
-    return cells
 
 
 def _speed_up_cell(case: Case, name: str) -> Text:
@@ -265,7 +267,3 @@ def comparison(
     bad = sum(change.slower > fail_if for change in found)
     said = f"{bad} of {len(found)} cases slower by more than {fail_if:.1%}"
     yield Text(said if found else "nothing could be compared", style="" if found else "red")
-
-
-def _given(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)

@@ -20,7 +20,7 @@ from peftkern.tools.bench import machine
 from peftkern.tools.bench.processes import Process, WorkerError, WorkerSlowError
 from peftkern.tools.bench.record import OURS, Record
 from peftkern.tools.bench.rows import Row, case_record, new_record
-from peftkern.tools.bench.training_step import Job
+from peftkern.tools.bench.training_step import Job, planned_bytes
 from peftkern.tools.bench.worker import REFEREE
 
 PEFT = "peft"
@@ -36,18 +36,21 @@ ROOM = 1.1  # times what the first process holds, for the second
 class TrainingBench:
     """Run: `with TrainingBench(...) as bench: record = bench.run(tick)`."""
 
-    def __init__(self, job: Job, *, threads: int, budget: float) -> None:
-        self.job, self.threads, self.budget = job, threads, budget
+    def __init__(
+        self, job: Job, *, threads: int, budget: float, roof: dict[str, float] | None = None
+    ) -> None:
+        self.job, self.threads, self.budget, self.roof = job, threads, budget, roof
         self.environment = machine.describe(threads, torch.device(job.step.device))
         self.started = time.monotonic()
         self.deadline = self.started + budget
         self.rows = {OURS: Row(), PEFT: Row()}
         self.losses: dict[str, list[float]] = {}
-        self.said = list(job.said)
+        self.said, self.calls = list(job.said), {}
 
     def __enter__(self) -> TrainingBench:
         self.processes = {name: Process(name, WORKER) for name in (PEFT, OURS)}
-        self.processes[REFEREE] = Process(REFEREE)
+        if self.roof is None:
+            self.processes[REFEREE] = Process(REFEREE)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -57,8 +60,11 @@ class TrainingBench:
     def run(self, tick: Callable[[str, float], None] = lambda doing, share: None) -> Record:
         """Measure both. Raises: WorkerError if there are no ceilings: the budget was over."""
         self.tick = tick
+        tick("planning its memory", 0.0)
+        for name, row in self.rows.items():
+            row.planned_bytes = planned_bytes(self.job.step, patched=name == OURS)
         noise = self._prepare(PEFT)
-        roof = self._roof()  # when the others have been imported
+        roof = self.roof or self._roof()  # when the others have been imported
         together = self._room()
         if not together:
             self._time([PEFT], (time.monotonic() + self.deadline) / 2)
@@ -83,7 +89,7 @@ class TrainingBench:
             seed=self.job.step.seed,
             budget_s=self.budget,
             elapsed_s=time.monotonic() - self.started,
-            cases=[case],
+            cases=[case | self.calls],
         )
 
     def _roof(self) -> dict:
@@ -133,8 +139,8 @@ class TrainingBench:
         found = self._ask(name, doing, "losses", steps=steps)
         memory = self._ask(name, "measuring its memory", "memory")
         if found is not None:
-            self.losses[name], self.rows[name].note = found["losses"], found["note"]
-            self.resolution = found["resolution"]
+            self.losses[name], self.resolution = found["losses"], found["resolution"]
+            self.calls |= found["calls"]
             self.said += found["said"]
         if memory is not None:
             self.rows[name].peak_bytes = memory["peak_bytes"]

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 
 from peftkern.tools import models
-from peftkern.tools.bench.cases import DTYPES, available_memory
+from peftkern.tools.bench.cases import DTYPES, SHORT, available_memory
 from peftkern.tools.bench.shapes import LARGEST, chosen, numbers
+from peftkern.tools.plan.plan import Training, read_model
+from peftkern.tools.plan.plan import plan as plan_memory
+from peftkern.tools.plan.presets import PRESETS
 
 OP = "training_step"
 BASES = ("nf4", *DTYPES)
+METHODS = ("lora", "adalora", "dora")
 MAX_RANK = 4096
 NF4_BYTES = 0.516  # of a value with double quantization
 
@@ -28,6 +32,7 @@ class Options:
     """Options as typed; see `peftkern bench --help`."""
 
     model: str
+    method: str
     base: str | None
     targets: str
     batch: int
@@ -71,7 +76,9 @@ class Job:
         size = f"{step.batch}x{step.sequence}"
         path = Path(step.model).resolve()
         file = path.parent.name if path.stem == "config" else path.stem
-        parts = [path.name if path.is_dir() else file, step.base]
+        named = step.model in PRESETS or path.is_dir()
+        parts = [path.name if named else file, step.base]
+        parts += [step.method] if step.method != METHODS[0] else []
         parts += [f"{step.layers}-layers"] if step.layers else []
         parts += ["checkpointing"] if step.checkpointing else []
         parts += [step.targets.replace(",", "+")] if step.targets != "all-linear" else []
@@ -92,8 +99,7 @@ class Job:
             if value is None or value is False or (field.name == "base" and value not in BASES):
                 continue
             words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
-        short = {long: name for name, long in DTYPES.items()}
-        words += ["--dtype", short[step.dtype], "--r", str(step.r), "--device", step.device]
+        words += ["--dtype", SHORT[step.dtype], "--r", str(step.r), "--device", step.device]
         words += ["--threads", str(threads)] if step.device == "cpu" else []
         return shlex.join([*words, "--seed", str(step.seed), "--budget", f"{budget:g}s"])
 
@@ -105,6 +111,7 @@ def plan(options: Options, r: str, dtype: str | None, device: str, seed: int) ->
         if value is not None and not least <= value <= LARGEST:
             raise ValueError(f"--{name}: expected {least} to {LARGEST}, got {value}")
     rank = _one("--r", numbers("--r", r, MAX_RANK))
+    _one("--method", chosen("--method", options.method, METHODS))
     config, weights = models.read_config(options.model), models.has_weights(options.model)
     models.auto_class(config)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -119,6 +126,8 @@ def plan(options: Options, r: str, dtype: str | None, device: str, seed: int) ->
     if options.checkpointing and not model.supports_gradient_checkpointing:
         raise ValueError(f"--checkpointing: {type(model).__name__} does not support it")
     modules, parameters = models.adapter_targets(model, options.targets)
+    if parameters and options.method != METHODS[0]:
+        raise ValueError(f"--targets: experts have no {options.method}; name linear layers")
     size = _weight_bytes(model, base)
     _check_fit(size, device)
     step = Step(
@@ -133,6 +142,31 @@ def plan(options: Options, r: str, dtype: str | None, device: str, seed: int) ->
     )
     routed = dtype != "float32" and bool(models.expert_weights(model))
     return Job(step, (2 * size, _flops(model, step)), _said(model, step, had), routed)
+
+
+def planned_bytes(step: Step, patched: bool) -> int | None:
+    """Return what `peftkern plan` says of a step's peak beyond model and optimizer; None of what it
+    does not plan."""
+    try:
+        training = Training(
+            step.method,
+            r=step.r,
+            targets=tuple(step.targets.split(",")),
+            base=step.base,
+            dtype=SHORT[step.dtype],
+            batch=step.batch,
+            sequence=step.sequence,
+            checkpointing=step.checkpointing,
+            patched=patched,
+            device=step.device,
+        )
+        config = read_model(step.model)
+        if step.layers is not None:
+            models.set_layers(config, step.layers)
+        found = plan_memory(config, training)
+    except ValueError:
+        return None
+    return found.peak - sum(found.fixed.values())
 
 
 def _said(model: Any, step: Step, had: int | None) -> list[str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -36,11 +36,15 @@ from peftkern.tools.bench.base_layers import random_nf4
 from peftkern.tools.bench.cases import available_memory
 from peftkern.tools.bench.peers import bitsandbytes_missing, nf4_layer
 from peftkern.tools.bench.record import OURS
+from peftkern.tools.bench.rows import calls_of_ours
 from peftkern.tools.bench.training_step import Step
 from peftkern.tools.bench.worker import answer
 
 LR = 1e-3
-LORA_B_STD = 0.02  # zero in a new adapter, which would hide its errors
+# Of what is zero in a new adapter, which would hide its errors.
+STD = {"lora_B": 0.02, "lora_E": 2.0}
+# AdaLoRA in the middle of its schedule, where it allocates at every step.
+ADALORA_STEPS, ADALORA_START = 1_000_000, 500_000
 # Errors of a product's results in units of the dtype's eps: 16-bit results are rounded once or
 # twice, float32 sums thousands of terms in an order of its own.
 ROUNDING = {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 8.0}
@@ -64,16 +68,11 @@ class Worker:
             net.gradient_checkpointing_enable({"use_reentrant": False})
             net.enable_input_require_grads()
         torch.manual_seed(step.seed + 1)
-        config = LoraConfig(
-            r=step.r,
-            lora_alpha=2 * step.r,
-            target_modules=step.modules,
-            target_parameters=step.parameters or None,
-        )
-        self.model = get_peft_model(net, config).train()
+        self.model = get_peft_model(net, adapters(step)).train()
         for name, parameter in self.model.named_parameters():
-            if ".lora_B" in name:
-                parameter.data.normal_(0, LORA_B_STD)
+            for group in STD:
+                if f".{group}" in name:
+                    parameter.data.normal_(0, STD[group])
         self.patched()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.first = [p.detach().to("cpu", copy=True) for p in self.trained]
@@ -90,10 +89,14 @@ class Worker:
             return [f"peftkern.patch: {peftkern.patch(self.model)}"]
 
     def restart(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.trained, lr=LR)
         for parameter, value in zip(self.trained, self.first, strict=True):
             parameter.data.copy_(value)
-        self.done = 0
+        self.begin(torch.optim.AdamW(self.trained, lr=LR))
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.done = optimizer, 0
+        if self.step.method == "adalora":
+            self.model.base_model.rankallocator.reset_ipt()
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """Draw a batch. Tokens are of the vocabulary's first half: the last ones stand for
@@ -111,6 +114,8 @@ class Worker:
         loss = self.model(**batch).loss
         loss.backward()
         self.optimizer.step()
+        if self.step.method == "adalora":
+            self.model.base_model.update_and_allocate(ADALORA_START + self.done)
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         self.resolution = torch.finfo(loss.dtype).eps
@@ -123,10 +128,9 @@ class Worker:
         peftkern.reset_stats()
         with rounding_errors(self.model) if noise else contextlib.nullcontext():
             found = [self.train(batch) for _ in range(steps)]
-        fell_back = "; ".join(f"{op}: {why}" for op, why in peftkern.stats().fallbacks)
-        note = fell_back if self.name == OURS and fell_back else None
-        answer = {"losses": found, "resolution": self.resolution}
-        return answer | {"note": note, "said": self.patched()}
+        calls = calls_of_ours() if self.name == OURS else {}
+        answer = {"losses": found, "resolution": self.resolution, "calls": calls}
+        return answer | {"said": self.patched()}
 
     def run(self) -> dict:
         batch = self.batch(self.done)
@@ -142,6 +146,16 @@ class Worker:
         batch = self.batch(self.done)
         peak = memory.peak_bytes(lambda: self.train(batch), self.device)
         return {"peak_bytes": peak, "held_bytes": held, "free_bytes": free_bytes(self.device)}
+
+
+def adapters(step: Step) -> LoraConfig:
+    """Return the PEFT config of a step's method."""
+    common = {"lora_alpha": 2 * step.r, "target_modules": step.modules}
+    if step.method == "adalora":
+        schedule = {"tinit": 1, "tfinal": 1, "total_step": ADALORA_STEPS}
+        return AdaLoraConfig(init_r=step.r, target_r=max(1, step.r // 2), **schedule, **common)
+    experts = {"target_parameters": step.parameters} if step.parameters else {}
+    return LoraConfig(r=step.r, use_dora=step.method == "dora", **experts, **common)
 
 
 def base_model(step: Step, device: torch.device) -> Any:

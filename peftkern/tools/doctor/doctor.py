@@ -154,7 +154,7 @@ def _backends(triton: str | None) -> dict[str, dict[str, Any]]:
             cpu["in_use"] = cpu_back_end.cpu_isa()
     library, no_library = cuda_back_end.cuda_module()
     if importlib.util.find_spec("peftkern._cuda") is None:
-        no_library = "not built: there was no nvcc, or it was not wanted"
+        no_library = "not in this build: PEFTKERN_CUDA=1 builds it"
     no_gpu = None
     if not torch.cuda.is_available():
         built = (

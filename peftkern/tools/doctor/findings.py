@@ -17,7 +17,14 @@ import torch
 from peftkern.backends import dispatch, trust
 from peftkern.backends.cpu import module as cpu_back_end
 from peftkern.backends.device import triton_interpreted, triton_missing
-from peftkern.integrations.packages import BNB_LIBRARY, Answer, Version, one_line, release
+from peftkern.integrations.packages import (
+    BNB_LIBRARY,
+    Answer,
+    Version,
+    installed_pure,
+    one_line,
+    release,
+)
 from peftkern.tools.doctor.self_test import Result
 from peftkern.tools.doctor.trusted import Trust
 
@@ -45,6 +52,12 @@ _TABLE = {
         "unset PEFTKERN_BACKEND, which asks for {forced} alone",
     ),
     "no_native": (WRONG, "no kernels for the CPU, plain torch serves it: {why}", _REBUILD),
+    "pure": (
+        NOTE,
+        "installed without native code, plain torch serves the CPU",
+        "on Linux with a C++ compiler, and PEFTKERN_NATIVE unset: pip install --force-reinstall "
+        "--no-deps --no-cache-dir from where peftkern came from",
+    ),
     "stale_native": (WRONG, "the native library was built from older sources", _REBUILD),
     "weak_native": (
         NOTE,
@@ -160,9 +173,9 @@ def _isa() -> str | None:
 
 
 def build_findings(cpu: dict[str, Any]) -> Iterator[Finding]:
-    """Report a native library that is missing, old, or weaker than the CPU."""
+    """Report a native library that is missing, on purpose or not, old, or weaker than the CPU."""
     if cpu["why"] is not None:
-        yield finding("no_native", why=cpu["why"])
+        yield finding("pure") if installed_pure() else finding("no_native", why=cpu["why"])
     elif cpu["compiled_in"] is None:
         yield finding("stale_native")
     else:

@@ -25,11 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
-
-from peftkern.formats.json_files import brief
-from peftkern.tools.plan.presets import PRESETS
 
 ACCEPTED = {  # in the fields of Training that are names
     "method": ("lora", "qlora", "adalora", "dora", "full"),
@@ -153,13 +149,6 @@ def read_model(name: str) -> Any:
 
     Raises: ValueError naming the defect and what is accepted; OSError if it cannot be read.
     """
-    if name in PRESETS:
-        return from_config(PRESETS[name])
-    if not Path(name).exists():
-        raise ValueError(
-            f"model: expected a folder with a config.json (of a model on the Hub download it "
-            f"first), its path, or one of {', '.join(PRESETS)}; got {name!r}"
-        )
     with _libraries():
         from peftkern.tools.models import read_config
 
@@ -167,27 +156,6 @@ def read_model(name: str) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # a training names its own base
     return config
-
-
-def from_config(config: dict[str, Any]) -> Any:
-    """Make a transformers config of the fields of a config.json.
-
-    Raises: ValueError in one line if transformers has no such model, or refuses a field.
-    """
-    with _libraries():
-        from transformers import CONFIG_MAPPING, AutoConfig
-        from transformers import logging as advice
-
-        advice.set_verbosity_error()
-    fields = {k: v for k, v in config.items() if k != "quantization_config"}
-    kind = fields.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(f"model_type: transformers has no {brief(kind)}")
-    try:
-        return AutoConfig.for_model(kind, **fields)
-    except Exception as error:  # each config class has its own
-        said = " ".join(str(error).split())
-        raise ValueError(f"{kind}: {said}") from error
 
 
 def plan(model: Any, training: Training) -> Plan:
@@ -209,10 +177,11 @@ class Planner:
     """Plans of one training for several batches and sequences: the model is built once."""
 
     def __init__(self, model: Any, training: Training) -> None:
-        config = from_config(model) if isinstance(model, dict) else model
         with _libraries():
+            from peftkern.tools import models
             from peftkern.tools.plan.step import Steps
 
+            config = models.from_config(model) if isinstance(model, dict) else model
             if training.base == "nf4":
                 import bitsandbytes  # noqa: F401
             self.training, self._steps = training, Steps(config, training)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from peftkern.tools.bench.shapes import Shape
 
 BASES = ("dense", "nf4")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)

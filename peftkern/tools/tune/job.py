@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from peftkern.backends import dispatch, trust
-from peftkern.tools.bench.shapes import LARGEST, chosen, numbers, parse_weights, seconds
+from peftkern.tools.bench.cases import DTYPES
+from peftkern.tools.bench.shapes import LARGEST, chosen, numbers, parse_shapes, seconds
 from peftkern.tools.tune import cases
 
 FIRST_SHAPES = "llama3-8b"
@@ -56,7 +57,7 @@ def plan(options: Options, device: str) -> Job:
     if options.shape is not None and options.model is not None:
         raise ValueError("--model: it has shapes of its own, so that --shape has no place")
     bases, dtypes, experts = list(cases.BASES), ["bf16"], []
-    known = tuple(cases.DTYPES)
+    known = tuple(DTYPES)
     if options.dtype is not None:
         dtypes = chosen("--dtype", options.dtype, known)
     budget, limit = seconds("--budget", options.budget), seconds("--limit", options.limit)
@@ -66,7 +67,9 @@ def plan(options: Options, device: str) -> Job:
     if options.model is None:
         if options.targets != ALL:
             raise ValueError("--targets: of the layers of --model, which is not given")
-        shapes = parse_weights("--shape", FIRST_SHAPES if options.shape is None else options.shape)
+        shapes = parse_shapes(
+            FIRST_SHAPES if options.shape is None else options.shape, "--shape", "NK"
+        )
     else:
         shapes, experts, own, four_bit = cases.model_layers(options.model, options.targets)
         dtypes = dtypes if options.dtype is not None else [own]

@@ -131,8 +131,11 @@ class _Campaign:
         left = self.outcome.not_reached
         if title in left:
             left.remove(title)
+        self._tell(title)
+
+    def _tell(self, what: str) -> None:
         total = len(self.job.cases) + len(self.job.sweeps)
-        self.progress(total - len(left), total, title)
+        self.progress(total - len(self.outcome.not_reached), total, what)
 
     def _record(self, case: Case, verdict: dict, known: bool) -> Row:
         worst = {name: max(clock.values()) for name, clock in verdict.get("ratios", {}).items()}
@@ -171,19 +174,15 @@ class _Campaign:
         size = sweep.sizes[place]
         if isinstance(sweep, Sweep):
             return self._try(sweep.case(size), small=True).side == trust.OURS
-        total = len(self.job.cases) + len(self.job.sweeps)
-        done = total - len(self.outcome.not_reached)
-        self.progress(done, total, f"crossover of {sweep.name}, {size} rows")
+        self._tell(f"crossover of {sweep.name}, {size} rows")
         return self._ask("panels", f"timing {size} rows", name=sweep.name, rows=size)["ratio"] < 1
 
     def _try(self, case: Case, small: bool = False) -> Row:
         """Try a layer, in another process if the first one hangs or ends."""
-        total = len(self.job.cases) + len(self.job.sweeps)
-        self.progress(total - len(self.outcome.not_reached), total, case.title)
-        again = self.job.again
-        reason = ""
+        self._tell(case.title)
+        reason, given = "", dataclasses.asdict(case)
         for _ in range(ATTEMPTS):
-            arguments = {"case": dataclasses.asdict(case), "again": again, "small": small}
+            arguments = {"case": given, "again": self.job.again, "small": small}
             try:
                 verdict = self._ask("measure", f"trying {case.title}", **arguments)
                 return self._record(case, verdict, known=False)
@@ -197,8 +196,8 @@ class _Campaign:
                 break
             self.stop()
             self._start()
-        given = self._ask("give_up", "writing", case=dataclasses.asdict(case), why=reason)
-        return self._record(case, given, known=False)
+        verdict = self._ask("give_up", "writing", case=given, why=reason)
+        return self._record(case, verdict, known=False)
 
     def _ask(self, do: str, doing: str, **arguments: Any) -> dict:
         seconds = self.job.limit if do == "measure" else START_SECONDS

@@ -32,9 +32,10 @@ from peftkern.backends.cpu import crossovers
 from peftkern.integrations.peft import serve, trial
 from peftkern.tools.bench import peers
 from peftkern.tools.bench.base_layers import linear
+from peftkern.tools.bench.cases import DTYPES
 from peftkern.tools.bench.timer import measure
 from peftkern.tools.bench.worker import answer
-from peftkern.tools.tune.cases import DTYPES, Case
+from peftkern.tools.tune.cases import Case
 
 # Of the products that `few_rows` is measured on: a weight of a model, in turn with others so that
 # none is met in a core's own cache, and the time for both ways.

@@ -15,6 +15,7 @@ from torch import nn
 
 from peftkern.tools.bench import adalora, cases, compare, data, providers, shapes
 from peftkern.tools.bench.record import FORMAT, OURS
+from peftkern.tools.bench.record import read as read_record
 from peftkern.tools.bench.shapes import LARGEST, PRESETS, Shape, parse_shapes
 from peftkern.tools.bench.worker import calls
 
@@ -124,7 +125,7 @@ def test_presets_of_experts_agree_with_transformers():
         for name, (e, n, k) in shapes.EXPERT_PRESETS[preset].items():
             stored = (e, k, n) if experts.is_transposed else (e, n, k)
             assert experts.get_parameter(name).shape == stored
-    found = shapes.parse_expert_shapes("mixtral-8x7b,qwen3-30b-a3b-down_proj,4x8x16x3")
+    found = parse_shapes("mixtral-8x7b,qwen3-30b-a3b-down_proj,4x8x16x3", sizes="MNKE")
     assert [(one.name, one.E, one.N, one.K, one.M) for one in found] == [
         ("mixtral-8x7b-gate_up_proj", 8, 28672, 4096, None),
         ("mixtral-8x7b-down_proj", 8, 4096, 14336, None),
@@ -133,7 +134,7 @@ def test_presets_of_experts_agree_with_transformers():
     ]
     for text in ("mixtral", "4x8x16", "0x8x8x8", "llama3-8b", "qwen3-30b-a3b-q_proj"):
         with pytest.raises(ValueError, match=r"--shapes: .* is not one of qwen3-30b-a3b"):
-            shapes.parse_expert_shapes(text)
+            parse_shapes(text, sizes="MNKE")
 
 
 def test_combinations_that_make_sense_once():
@@ -353,7 +354,7 @@ def test_any_json_is_a_record_or_one_clear_line(tmp_path_factory, value):
         value["format"] = FORMAT
     path.write_text(json.dumps(value))
     try:
-        read = compare.read(path)
+        read = read_record(path)
     except ValueError as error:
         assert str(error).startswith(str(path)) and "\n" not in str(error)
     else:

@@ -20,7 +20,6 @@ import pytest
 import torch
 from command_line import refused
 from peft.tuners.lora import LoraLayer
-from stacks import nf4_weight64
 
 import peftkern
 from peftkern.backends.cpu import crossovers
@@ -28,9 +27,10 @@ from peftkern.cli import main
 from peftkern.tools import models
 from peftkern.tools.bench import record as records
 from peftkern.tools.bench import training_run, training_worker
+from peftkern.tools.bench.data import nf4_values64
 from peftkern.tools.bench.processes import WorkerError, WorkerGoneError, WorkerSlowError
 from peftkern.tools.bench.record import OURS
-from peftkern.tools.bench.training_step import Options, plan
+from peftkern.tools.bench.training_step import Options, plan, planned_bytes
 from peftkern.tools.bench.training_worker import Worker
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -49,8 +49,8 @@ CONFIGS = {
     "t5": T5,
 }
 OPTIONS = Options(
-    model="", base=None, targets="all-linear", batch=2, sequence=24, checkpointing=False,
-    layers=None, steps=3,
+    model="", method="lora", base=None, targets="all-linear", batch=2, sequence=24,
+    checkpointing=False, layers=None, steps=3,
 )  # fmt: skip
 
 
@@ -103,6 +103,31 @@ def test_models_of_every_kind_learn_as_with_peft(kind, base, tmp_path):
     served = {op for op, _ in peftkern.stats().calls}
     assert any(op.startswith("nf4_lora_linear") for op in served) == (base == "nf4")
     assert any(op.startswith("grouped") for op in served) == (kind == "qwen3_moe")
+
+
+@pytest.mark.parametrize("method", ["adalora", "dora"])
+def test_other_methods_learn_as_with_peft(method, tmp_path):
+    job = tiny_job(tmp_path, method=method, base="nf4", dtype="fp32")
+    assert job.facts["name"].startswith(f"training_step/llama-nf4-{method}/2x24/")
+    assert f"--method {method} " in job.command(threads=1, budget=9.0)
+    bench, ours = sides(job)
+    assert bench.rows[OURS].wrong is None, bench.said
+    served = {op for op, _ in peftkern.stats().calls}
+    assert any(method in op or "dora" in op for op in served)
+    assert sum(f".lora_{'E' if method == 'adalora' else 'magnitude'}" in n
+               for n, _ in ours.model.named_parameters()) == 14  # fmt: skip
+
+
+def test_preset_is_a_model_and_its_memory_is_planned():
+    options = dataclasses.replace(OPTIONS, model="llama3.2-1b", layers=1, sequence=8)
+    job = plan(options, "4", "bf16", "cpu", seed=0)
+    assert job.facts["name"] == "training_step/llama3.2-1b-bf16-1-layers/2x8/r4/bfloat16"
+    assert not job.step.weights and "1 of 16 layers (--layers)" in job.said
+    ours, theirs = (planned_bytes(job.step, patched) for patched in (True, False))
+    assert 0 < ours <= theirs  # what the vocabulary's logits take alone
+    assert ours > 2 * 8 * 128256 * 4
+    other = dataclasses.replace(job.step, base="fp16", dtype="float16")
+    assert planned_bytes(other, True) is None
 
 
 def half_the_update(model) -> None:
@@ -176,7 +201,9 @@ def test_weights_of_a_folder_are_loaded_and_quantized(missing, tmp_path, monkeyp
     layer = net.model.layers[0].self_attn.q_proj
     assert type(layer).__name__ == ("NF4Linear" if missing else "Linear4bit")
     wanted = model.model.layers[0].self_attn.q_proj.weight
-    assert (nf4_weight64(layer) - wanted).abs().max() < 0.2 * wanted.abs().max()
+    weight = layer.nf4 if missing else peftkern.NF4Weight.from_bitsandbytes(layer.weight)
+    values = nf4_values64(weight, 0, weight.numel).view(weight.shape)
+    assert (values - wanted).abs().max() < 0.2 * wanted.abs().max()
     experts = net.model.layers[0].mlp.experts.gate_up_proj
     assert torch.equal(experts, model.model.layers[0].mlp.experts.gate_up_proj.bfloat16())
 
@@ -204,7 +231,7 @@ class Side:
     def ask(self, deadline: float, doing: str, do: str, **more: object) -> object:
         usual = {
             "start": {},
-            "losses": {"losses": [6.0, 5.0], "resolution": 1e-7, "note": None, "said": []},
+            "losses": {"losses": [6.0, 5.0], "resolution": 1e-7, "calls": {}, "said": []},
             "memory": {"peak_bytes": 100, "held_bytes": 1000, "free_bytes": 10**9},
             "run": {"samples": [0.25 if self.name == "peft" else 0.125]},
             "roof": {"copy": 1e9, "bfloat16": 1e12},
@@ -268,7 +295,7 @@ def test_side_that_fails_is_a_row_that_says_so(measured):
     case = measured(peftkern={"run": WorkerSlowError("no answer")})
     assert case["providers"][OURS]["failed"] == "60 s ended while step 1 of 3 (--budget)"
     assert case["providers"]["peft"]["median_ms"] == 250.0
-    wrong = {"losses": [6.0, 5.5], "resolution": 1e-7, "note": None, "said": []}
+    wrong = {"losses": [6.0, 5.5], "resolution": 1e-7, "calls": {}, "said": []}
     row = measured(peftkern={"losses": wrong})["providers"][OURS]
     assert row["wrong"] == "losses differ from PEFT's by 0.1; bound 1e-05" and not row["median_ms"]
 
@@ -316,7 +343,7 @@ def test_run_is_a_record_like_any_other(run):
 def test_run_says_what_was_built_and_how_losses_compare(run):
     said, record, _ = run
     assert "training_step qwen3_moe-nf4 48 tokens, r=4, bf16, full" in said
-    for column in ("steps/s", "tokens/s", "held MB", "speed-up"):
+    for column in ("steps/s", "tokens/s", "held MB", "planned MB", "speed-up"):
         assert column in said
     for line in (
         "Qwen3MoeForCausalLM, 107,392 parameters, random weights, random tokens in batches of 2 x",
@@ -357,6 +384,8 @@ def test_wrong_input_is_one_line(capfd, tmp_path):
         ("--base: 'int8' is not one of nf4, bf16", llama, "--base=int8"),
         ("--base: with --model one value, got nf4, bf16", llama, "--base=nf4,bf16"),
         ("--dtype: fp32, but --base is bf16", llama, "--base=bf16", "--dtype=fp32"),
+        ("--method: 'vera' is not one of lora, adalora, dora", llama, "--method=vera"),
+        ("--targets: experts have no dora", saved(tmp_path, "qwen3_moe"), "--method=dora"),
         ("--r: with --model one value, got 4, 8", llama, "--r=4,8"),
         (
             "--targets: 'w1' is no linear layer; accepted: all-linear, down_proj",

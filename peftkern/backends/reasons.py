@@ -1,0 +1,260 @@
+"""Reasons and warnings of this library in one table, each with its cure.
+
+`peftkern.stats()` counts why a call fell back, in the words of the place that refused it. The table
+has the template of each of them, `{...}` for what a call fills in, so that the troubleshooting page
+is written from it. Nothing imports this where a model runs; a test holds it to the code.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+_NOTHING = "Nothing to do: the result is the same, from {}."
+_PEFT = _NOTHING.format("PEFT's own forward")
+_NEXT = _NOTHING.format("the next back end")
+_DTYPE = f"{_NEXT} float32, bfloat16 and float16 are what kernels take."
+_HOOK = "A hook must see the call, so PEFT makes it. Remove the hook, or put it on an outer module."
+_MERGED = "`model.unmerge_adapter()` or `model.enable_adapter_layers()`, if you did not mean it."
+_SUBCLASS = "Kernels read plain dense tensors. Convert it, or leave the call to PEFT."
+_MOVE = "Move the tensors to one device; a GPU needs one that torch sees (`peftkern doctor`)."
+_FORGET = "`peftkern doctor --forget` tries again; report it with `peftkern doctor --json`."
+_TUNE = "Two calls decide; `peftkern tune` decides ahead of time."
+_EXPERTS = "PEFT computes these experts; their other layers are served."
+_ARCH = "Rebuild with `PEFTKERN_CUDA_ARCHS` for this GPU; Triton's kernels serve it meanwhile."
+
+# {group: {template: cure}}
+TABLE: dict[str, dict[str, str]] = {
+    "The state of a layer": {
+        "adapters are disabled": f"Expected in `disable_adapter()`. Else {_MERGED}",
+        "adapters are merged": f"Expected after merging. To train: {_MERGED}",
+        "adapters are merged and disabled": f"PEFT takes the adapters out again. {_MERGED}",
+        "no active adapter": "`model.set_adapter(name)`, if one should be active.",
+        "{class} has no kernel": "Only PEFT's own LoRA and AdaLoRA layers are patched. " + _PEFT,
+        "forward is replaced on the instance": "Patch before whatever replaces it, or undo that.",
+        "global module hooks": "Remove the hook registered for every module of the process.",
+        "hooks on {role}": _HOOK,
+        "forward of {role} is replaced": "Another library has put a forward there: undo that.",
+        "accelerate's hook on {role} {does}": (
+            "Use a device map that offloads nothing and keeps a layer on one device."
+        ),
+        "extra arguments: {names}": "For example `adapter_names`, one adapter per row. " + _PEFT,
+        "{role} is {kind}": _SUBCLASS,
+        "base_layer is {kind}": (
+            "Served are nn.Linear, Conv1D, Linear4bit (NF4) and NF4Linear; for experts, those of "
+            "transformers' own functions."
+        ),
+        "base weight is {kind}": _SUBCLASS,
+        "base weight is trained": "Freeze it: `weight.requires_grad_(False)`.",
+        "lora_A has a bias": _PEFT,
+        "lora_dropout is {module}": "Only nn.Dropout with p below 1, and not in place, is served.",
+        "lora_variant {kind}": "Of PEFT's variants DoRA alone is served. " + _PEFT,
+        "lora_magnitude_vector is {kind}": _PEFT,
+        "lora_magnitude_vector is on {device}": "Set `ephemeral_gpu_offload=False`.",
+        "DoRA over Conv1D": _PEFT,
+    },
+    "Inputs and dtypes": {
+        "input is a nested tensor": "Pad it: `torch.nested.to_padded_tensor`.",
+        "input was made in inference mode": "Use `torch.no_grad()`, or clone the input.",
+        "torch.func transform": "Use autograd: vmap, grad and jvp go through PEFT.",
+        "torch.jit.trace": "Use `torch.compile` or `torch.export`.",
+        "input is {dtype}, base weight is {dtype}": "Cast one of them, or train under autocast.",
+        "lora_A is {dtype}, lora_B is {dtype}": "Cast the adapter to one floating dtype.",
+        "base computes in {dtype} under autocast": (
+            "`bnb_4bit_compute_dtype` should be the dtype of autocast, or float32."
+        ),
+        "adapter input is {dtype}, base computes in {dtype}": (
+            "`bnb_4bit_compute_dtype` should be the dtype of the activations."
+        ),
+        "adapter is {dtype}, its input {dtype}": "Keep adapters in float32 or the input's dtype.",
+        "{argument}: expected {what}": (
+            "The kernels do not take this argument and PEFT may: it answers, with its own error "
+            "if there is one."
+        ),
+    },
+    "4-bit weights": {
+        'quant_type is {type}: load with bnb_4bit_quant_type="nf4"': (
+            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"); the default is FP4.'
+        ),
+        "quant_state is missing": "The weight is quantized when the layer moves: `model.to(...)`.",
+        "quant_state: missing; the weight has not been quantized yet": (
+            "The weight is quantized when the layer moves: `model.to(...)`."
+        ),
+        "quant_storage is {dtype} over {dtype} data": (
+            "Load again with one `bnb_4bit_quant_storage`, and do not cast the model."
+        ),
+        "weight is not quantized as [out_features, in_features]": "Quantize a matrix.",
+        "weight is repacked for bitsandbytes' CPU inference": (
+            "Call `peftkern.patch` before the first evaluation, then nothing is repacked."
+        ),
+    },
+    "Experts": {
+        "target parameter {name}": "Served are the gate, up and down projections. " + _PEFT,
+        "experts are {dtype} and {dtype}": "Load them in one floating dtype.",
+        "adapter of {name} does not fit the experts": "The adapter is of another model.",
+        "base_layer is parametrized": "Remove the parametrization.",
+        "{name} has {count} dimensions": "A router's weight is no stack of experts. " + _PEFT,
+        "there is one expert": _PEFT,
+        "the experts end in a norm": _EXPERTS,
+        "experts_implementation is {name}": (
+            "`model.set_experts_implementation(...)`: eager, grouped_mm or batched_mm."
+        ),
+        "input is {dtype} of {count} dimensions": "Experts take [tokens, K] in a floating dtype.",
+        "{implementation} computes in {dtype}, experts are {dtype}": (
+            "`grouped_mm` casts the input itself; or use one dtype for both."
+        ),
+        "no fused experts that ask for an implementation": _EXPERTS,
+        "the experts are not in NF4": "`peftkern.quantize_(model)`, or load NF4 experts.",
+    },
+    "AdaLoRA": {
+        "DeepSpeed holds the gradients": "PEFT computes the importance. Results are PEFT's.",
+        "rankallocator is {kind}": "`peftkern.patch(model)` again: the allocator is not patched.",
+        "parameters are sharded": "PEFT computes the term. Use ZeRO stage 1 or 2.",
+    },
+    "Speed": {
+        "small dense product: PEFT's own operations are as fast": (
+            "Nothing to do: kernels pay from more rows on (`print(report)` says how many)."
+        ),
+        "PEFT's own operations measured faster for this shape": (
+            "Nothing to do: `peftkern tune` on this GPU may find a faster kernel."
+        ),
+        "PEFT's own forward serves: {why}": (
+            "Measured here: ours was slower, or failed. If the machine was busy then: "
+            "`peftkern tune --again`."
+        ),
+        "PEFT serves until this machine has measured such a layer": _TUNE,
+        "PEFT serves until the training step that it began is over": (
+            "Nothing to do: forward and recomputation of a step are one side's."
+        ),
+        "compiled before this machine measured such a layer": (
+            "Run two steps before `torch.compile`, or `peftkern tune` first."
+        ),
+    },
+    "Trust": {
+        "unchecked on this machine (PEFTKERN_TRUST=off)": "Unset PEFTKERN_TRUST, or tune first.",
+        "unchecked, and a graph is being captured": "Run one step before capturing the graph.",
+        "wrong at call {n}: {what}": f"A kernel was wrong; torch's result is used. {_FORGET}",
+        "raised at call {n}: {error}": f"A kernel failed, and another one answered. {_FORGET}",
+        "an earlier process ended during its first launch ({how})": _FORGET,
+        "its first launch ended the context of the device": _FORGET,
+        "raised {error}": f"Our side of a trial failed, and PEFT serves. {_FORGET}",
+    },
+    "Triton": {
+        "triton is not installed": "`pip install triton`.",
+        "no kernel for {device}": "CPUs and CUDA or ROCm GPUs have kernels. " + _PEFT,
+        "{arch} is none of {archs}, where no kernel spills": _NEXT,
+        "compute capability {major}.{minor} is below 8.0": (
+            "Kernels need an Ampere GPU or newer. " + _PEFT
+        ),
+        "Triton was not tried before this graph was captured": "Run one step before capturing.",
+        "the result of a test kernel is wrong": f"Triton is broken here. {_FORGET}",
+        "{name}Error: {text}": (
+            "Triton's first kernel did not run; the end of the line says what to install. Then "
+            "`peftkern doctor --forget`."
+        ),
+        "dropout's mask is given, and the kernels draw it from a seed": _NEXT,
+        "there are more than {count} rows": "Use a smaller batch. " + _NEXT,
+        "the weight has {count} rows or columns, above {limit}": _NEXT,
+        "there are {count} groups, not 1 to {limit}": _NEXT,
+        "the results of {count} rows are more tiles than a launch has": "Use a smaller batch.",
+        "the dtypes are {dtype} and {dtype}": _DTYPE,
+        "x has {count} rows, above {limit}": _NEXT,
+        "a factor of length {length} has more than {count} tiles": _NEXT,
+        "Triton does not compile products of float64 matrices for AMD": _NEXT,
+    },
+    "CUDA C++": {
+        "the CUDA library peftkern._cuda is not usable ({error})": (
+            "Optional. Install with nvcc on PATH and `PEFTKERN_CUDA=1`; Triton serves without it."
+        ),
+        "the kernels are a CPU's, not for {device}": "A test's emulation: rebuild the library.",
+        "the kernels are CUDA's, and this PyTorch is ROCm's": "Triton's kernels serve ROCm.",
+        "the kernels are built with CUDA {version}, which finds no GPU: the driver {state}": (
+            "Update the driver, or rebuild with an older CUDA."
+        ),
+        "the kernels are built for {archs}, not for sm_{major}{minor}": _ARCH,
+        "the kernels are built for {archs}, not for sm_90a": _ARCH,
+        "the weight is {N} x {K}, not 1 to {limit} each": _NEXT,
+        "blocks of {size} are below {least} or cross rows of {K}": _NEXT,
+        "rows of {K} are not a multiple of {unit}, or blocks of {size} below it": _NEXT,
+        "the packed weight does not begin at a multiple of 8 bytes": _NEXT,
+        "dropout is left to other back ends": _NEXT,
+        "more than {count} rows need compute capability 9.0, not {major}.{minor}": _NEXT,
+        "the rank is {r}, more than {limit}": _NEXT,
+    },
+    "Any back end": {
+        "the native library peftkern._cpu is not usable ({error})": (
+            "Plain torch serves. `peftkern doctor` says how to build or reinstall it."
+        ),
+        "tensors are on {device}": _MOVE,
+        "tensors are on {device} and {device}": _MOVE,
+        "tensors are {dtypes}": _DTYPE,
+        "the dtype is {dtype}": _DTYPE,
+        "the dtype of {name} is {dtype}": _DTYPE,
+        "{name} are {dtype}": _DTYPE,
+        "the factors are {dtype}": _DTYPE,
+        "the EMAs are {dtype}": "Keep them in float32.",
+        "scores are {dtype}": "Keep them in float32.",
+        "the rank is {r}, not 1 to {limit}": _NEXT,
+        "the rank is {r}, above {limit}": _NEXT,
+        "the weight is empty": _NEXT,
+        "blocks cross the groups' weights": "Use a blocksize that divides an expert's weight.",
+    },
+}
+
+# What is said by `warnings.warn` or the log, once, and not counted.
+WARNINGS: dict[str, str] = {
+    "peftkern: {program} is demoted: {reason}. Another path serves; `peftkern doctor` lists it, "
+    "`peftkern doctor --forget` tries again.": (
+        f"A kernel was wrong, raised, or ended an earlier process. Results are right. {_FORGET}"
+    ),
+    "peftkern: Triton's kernels do not serve {device}: {reason}. PEFT's own forward, or plain "
+    "torch, serves instead.": "Install what the reason names, then `peftkern doctor --forget`.",
+    "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
+    "A 4-bit weight had been repacked by bitsandbytes' CPU inference path, which rounds its absmax "
+    "to bfloat16; it is back in the storage layout so that gradients pass through it.": (
+        "Call `peftkern.patch` before the first evaluation; to have the exact weights, reload."
+    ),
+    "a weight was quantized to NF4 again: what was added has norm {x}, the rounding error has "
+    "{y}": "Expected when adapters merge into NF4. Merge into 16 bits to lose nothing.",
+    "{said}{count} of {count} experts were quantized to NF4 again: what was added has norm {x}, "
+    "the rounding error has {y}": (
+        "Expected when adapters merge into NF4 experts; unmerging puts the old bytes back."
+    ),
+    "{prefix}weight: not loaded, for this layer has no memory (it is on the meta device) and "
+    "nothing can be copied into it; pass assign=True": "`load_state_dict(state, assign=True)`.",
+    "quantize_ leaves as they are: {what}": (
+        "Layers that cannot be NF4, with the reason. `skip=` says that you meant it."
+    ),
+    "total_step of the AdaLoRA config is {count}, this training takes {count} steps: using "
+    "{count}": "Set `AdaLoraConfig(total_step=...)` to the steps of the training.",
+    "{file}: no further records ({error})": "The monitor's file cannot be written: free the disk.",
+    "peftkern: {report}": (
+        "From PeftKernCallback: nothing was patched, or layers were skipped or fall back; the "
+        "reasons are in the text and above."
+    ),
+}
+
+
+def cure(reason: str) -> str | None:
+    """Return the cure of a reason that was counted, with or without its back end in front."""
+    _, found, bare = reason.partition(": ")
+    for text in (bare, reason) if found and reason.split(": ")[0] in _BACKENDS else (reason,):
+        for pattern, does in _patterns():
+            if pattern.fullmatch(text):
+                return does
+    return None
+
+
+_BACKENDS = ("triton", "cuda", "cpu", "torch")
+
+
+@functools.cache
+def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
+    """Return a pattern for every template, the one with the most words of its own first."""
+    rows = [row for group in TABLE.values() for row in group.items()]
+    rows.sort(key=lambda row: -len(re.sub(r"\{\w+\}", "", row[0])))
+    return tuple((re.compile(_pattern(template), re.DOTALL), does) for template, does in rows)
+
+
+def _pattern(template: str) -> str:
+    return ".*".join(re.escape(part) for part in re.split(r"\{\w+\}", template))

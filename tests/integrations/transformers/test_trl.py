@@ -1,0 +1,86 @@
+"""PeftKernCallback in TRL's trainers, which make the adapter from their peft_config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft_models
+import pytest
+import torch
+from framework_runs import letters_llama, letters_tokenizer, sums
+from peft import LoraConfig
+from peft_models import TARGETS, served_by_us
+from tolerances import LOGITS
+from transformers import Trainer
+
+import peftkern
+from peftkern.integrations.transformers import PeftKernCallback
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+Dataset = pytest.importorskip("datasets").Dataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS, LAYERS = 3, 14
+ANSWERS = {
+    "sft": [{"prompt": q, "completion": a} for q, a in sums()],
+    "dpo": [{"prompt": q, "chosen": a, "rejected": a[::-1]} for q, a in sums()],
+    "grpo": [{"prompt": q} for q, _ in sums()],
+}
+TRAINERS = {
+    "sft": (trl.SFTTrainer, trl.SFTConfig, {}),
+    "dpo": (trl.DPOTrainer, trl.DPOConfig, {}),
+    "grpo": (trl.GRPOTrainer, trl.GRPOConfig, {"num_generations": 2, "max_completion_length": 8}),
+}
+
+
+def digits(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward that differs among completions."""
+    return [sum(letter.isalnum() for letter in text) / 8 for text in completions]
+
+
+def train(kind: str, folder: Path, *, patched: bool, **options: Any) -> Trainer:
+    trainer_class, config_class, more = TRAINERS[kind]
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    quiet |= {"use_cpu": True, "bf16": False}
+    run = {"per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-2, "seed": 3}
+    arguments = config_class(str(folder), **quiet, **run, **more, **options)
+    keywords = {"reward_funcs": digits} if kind == "grpo" else {}
+    trainer = trainer_class(
+        model=letters_llama(),
+        args=arguments,
+        train_dataset=Dataset.from_list(ANSWERS[kind]),
+        processing_class=letters_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        callbacks=[PeftKernCallback()] if patched else None,
+        **keywords,
+    )
+    peftkern.reset_stats()
+    trainer.train()
+    return trainer
+
+
+def column(trainer: Trainer, name: str) -> torch.Tensor:
+    return torch.tensor([entry[name] for entry in trainer.state.log_history if name in entry])
+
+
+CASES = [
+    ("sft", {}, "loss"),
+    ("sft", {"packing": True, "max_length": 64}, "loss"),
+    ("dpo", {}, "loss"),
+    ("dpo", {"precompute_ref_log_probs": True}, "loss"),
+    ("grpo", {"beta": 0.1}, "kl"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "reference"), CASES)
+def test_the_losses_are_those_without_it(tmp_path, kind, options, reference):
+    plain = train(kind, tmp_path, patched=False, **options)
+    assert served_by_us() == 0
+    ours = train(kind, tmp_path, patched=True, **options)
+    assert served_by_us() >= STEPS * LAYERS
+    assert set(peft_models.fallbacks()) <= {"adapters are disabled"}  # the reference, in float32
+    for name in {"loss", "grad_norm", reference}:
+        expected, got = column(plain, name), column(ours, name)
+        assert len(expected) == STEPS, name
+        torch.testing.assert_close(got, expected, **LOGITS)
