@@ -41,6 +41,8 @@ from peftkern.layers.base import (
 )
 from peftkern.layers.frozen_base import OverFrozenBase
 
+__all__ = ["DyLoRALinear", "sample_rank", "set_rank"]
+
 
 class DyLoRALinear(OverFrozenBase):
     """Frozen linear layer plus an update of which the first b of r ranks are used.

@@ -36,6 +36,7 @@ from peftkern.methods.pairs import (
     symmetric_eigen,
 )
 
+__all__ = ["LoRAProAdamW", "lora_pro_gradients", "lora_pro_hook"]
 _FACTORS = ("lora_A", "lora_B")
 
 
