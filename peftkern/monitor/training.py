@@ -33,6 +33,8 @@ from peftkern.monitor.records import (
     plain,
 )
 
+__all__ = ["TrainingMonitor"]
+
 
 class TrainingMonitor:
     """Counter and timer of a loop's steps; a context manager, or `start` and `close` by hand.

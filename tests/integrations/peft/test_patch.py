@@ -307,7 +307,7 @@ def test_checks_per_call_are_cheap():
     layer(x)  # of bitsandbytes' weight a record is kept
     called = calls_of(serve.active_names, layer)
     called += calls_of(serve.read_state, layer, names, x.device)
-    called += calls_of(serve._read_base, layer.get_base_layer(), x, False)
+    called += calls_of(serve.read_base, layer.get_base_layer(), x, False)
     assert len(called) <= CALLS_OF_THE_CHECKS, called
 
 
