@@ -19,18 +19,12 @@ if TYPE_CHECKING:
     from peftkern.backends.device import BackendUnavailableError
     from peftkern.backends.dispatch import use_backend
     from peftkern.formats.nf4 import NF4Weight
-    from peftkern.functional import (
-        ExpertLinear,
-        dequantize_nf4,
-        explain,
-        grouped_lora_linear,
-        lora_experts,
-        lora_linear,
-        nf4_linear,
-        nf4_lora_linear,
-        quantize_nf4,
-        route,
-    )
+    from peftkern.functional.explain import explain
+    from peftkern.functional.grouped_linear import grouped_lora_linear, route
+    from peftkern.functional.lora_experts import ExpertLinear, lora_experts
+    from peftkern.functional.lora_linear import lora_linear
+    from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
+    from peftkern.functional.nf4_lora_linear import nf4_linear, nf4_lora_linear
     from peftkern.integrations.parts import LoRAParts
     from peftkern.integrations.peft.patch import is_patched, patch, patched, unpatch
     from peftkern.integrations.peft.register import register_layer

@@ -244,6 +244,8 @@ WARNINGS: dict[str, str] = {
     ),
     "peftkern: Triton's kernels do not serve {device}: {reason}. PEFT's own forward, or plain "
     "torch, serves instead.": "Install what the reason names, then `peftkern doctor --forget`.",
+    "{name}: merged into NF4 weights, which PEFT cannot undo: unmerge before `unpatch`, or `patch` "
+    "again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
     "{count} of the patched layers are never called, for fused kernels read their weights: "
     "{functions}; switch those off for peftkern to serve the layers": (

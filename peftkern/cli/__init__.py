@@ -28,6 +28,7 @@ from peftkern.cli.tune import tune
 EXIT_STOPPED = 130
 EXIT_PIPE = 1  # as typer's
 _UNWRITABLE = {errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
+_EXTRA = {"peft", "transformers", "accelerate", "bitsandbytes"}
 # click's, which typer vendors under another name or imports, depending on its version.
 _UsageError: type[Exception] = typer.BadParameter.__base__
 
@@ -100,6 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_STOPPED
     except InputError as error:
         complaint = str(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        complaint = f"this needs pip install 'peftkern[peft]': {error}"
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is not None:
             raise

@@ -17,7 +17,7 @@ from checkpoint_folders import save_llama
 from command_line import refused, run
 from monitor_runs import start
 from monitor_runs import write as write_run
-from processes import run_code
+from processes import run_code, run_python_over, without
 
 import peftkern
 from peftkern.cli import app, main
@@ -169,3 +169,24 @@ def test_a_file_where_none_can_be_written_is_one_line(tmp_path, capfd):
     for option in ("--html", "--svg"):
         complaint = f"{option}: {tmp_path / 'no' / 'x'}: there is no folder"
         refused(capfd, complaint, "monitor", tmp_path / "run.jsonl", option, tmp_path / "no" / "x")
+
+
+WITHOUT = """
+import sys
+from peftkern.cli import main
+sys.stderr = sys.stdout
+print([main(arguments.split()) for arguments in sys.argv[1:]])
+"""
+
+
+def test_what_needs_an_extra_says_so_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    commands = ["bench --model llama3.2-1b", f"tune --model {tmp_path}", "plan llama3.2-1b"]
+    commands.append(f"quantize {tmp_path} {tmp_path / 'new'}")
+    absent = without(tmp_path / "site", "peft", "transformers", "accelerate")
+    done = run_python_over(absent, "-c", WITHOUT, *commands)
+    *lines, statuses = done.stdout.splitlines()
+    assert statuses == "[2, 2, 2, 2]" and len(lines) == 4, lines
+    for line in lines:
+        assert line.startswith("peftkern: error: ") and "pip install" in line
+        assert "peftkern[peft]" in line

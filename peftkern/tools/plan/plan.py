@@ -140,7 +140,8 @@ def _libraries() -> Iterator[None]:
             yield
     except ImportError as error:
         raise ValueError(
-            f"planning needs transformers and PEFT, and bitsandbytes for nf4: {error}"
+            f"planning needs transformers and PEFT, and bitsandbytes for nf4: pip install"
+            f" 'peftkern[peft]' ({error})"
         ) from error
 
 
