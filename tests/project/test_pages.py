@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import typer
+from framework_runs import letters_tokenizer
 from paths import ROOT
 
 from peftkern import cli
@@ -36,7 +37,7 @@ def hooks() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With what the pages call "model" and "moe": checkpoints of two small models."""
+    """With what the pages call "model", which has a tokenizer, and "moe"."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     found = tmp_path_factory.mktemp("pages")
@@ -44,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(found / "model")
+    letters_tokenizer().save_pretrained(found / "model")
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     config = Qwen3MoeConfig(**sizes, **experts, head_dim=16)
     Qwen3MoeForCausalLM(config).save_pretrained(found / "moe")
