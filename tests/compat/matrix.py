@@ -25,11 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECK = Path(__file__).with_name("check.py")
 TABLE = ROOT / "docs" / "compatibility-results.md"
 COLUMNS = ("python", "torch", "transformers", "peft", "bitsandbytes", "result", "date")
-HEADER = """# Compatibility: what was run
-
-`tests/compat/matrix.py` writes this table. Each row is a fresh environment without a compiler on
-its path: the wheel, these versions, `tests/compat/check.py` (a dense, an NF4 and a bitsandbytes
-training step equal to PEFT's, saving and loading, the Trainer) and `peftkern doctor`, on a CPU.
+HEADER = """`tests/compat/matrix.py` writes this table. Each row is a fresh environment, with no
+compiler on its path: the wheel, these versions, `tests/compat/check.py` (a dense, an NF4 and a
+bitsandbytes training step equal to PEFT's, saving and loading, the Trainer) and `peftkern doctor`,
+on a CPU.
 """
 
 

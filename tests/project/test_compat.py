@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from types import ModuleType
 
 import pytest
@@ -13,7 +14,7 @@ from paths import TESTS
 def script(name: str) -> ModuleType:
     path = TESTS / "compat" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"compat_{name}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look
     spec.loader.exec_module(module)
     return module
 
