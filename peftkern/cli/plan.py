@@ -193,9 +193,10 @@ def _count(n: int) -> str:
 
 def _verdict(training: Training, found: Plan, fitting: dict) -> str:
     budget = fitting["budget"]
-    left = (budget - found.peak) / 1e9
-    text = f"{'fits' if fitting['fits'] else 'DOES NOT FIT'} {budget / 1e9:.2f} GB: "
-    text += f"{left:.2f} GB left" if fitting["fits"] else f"{-left:.2f} GB too much"
+    unit, size = ("GB", 1e9) if budget >= 1e9 else ("MB", 1e6)
+    left = (budget - found.peak) / size
+    text = f"{'fits' if fitting['fits'] else 'DOES NOT FIT'} {budget / size:.2f} {unit}: "
+    text += f"{left:.2f} {unit} left" if fitting["fits"] else f"{-left:.2f} {unit} too much"
     batch, sequence = fitting["largest_batch"], fitting["largest_sequence"]
     text += f"; largest batch at sequence {training.sequence}: {batch or 'none'}"
     return text + f"; longest sequence at batch {training.batch}: {sequence or 'none'}"
