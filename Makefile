@@ -6,7 +6,7 @@
 # make test-as   pytest as on a processor with less: ISA=avx2, or ISA=scalar for no vectors at all;
 #                TESTS=some of the tests, as pytest takes them (for `make pytest`, too)
 # make bench     measure this CPU, then `make docs`
-# make docs      README's tables and plots from bench/results/
+# make docs      tables of README and docs/, plots, from bench/results/
 # make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
 # make cuda      compile every CUDA kernel (CUDA_ARCHS="80;90a": for those), write what each uses
 # make gpu       on a GPU: build, test, measure; PART=all or some of test,sanitize,nf4,
@@ -45,7 +45,7 @@ GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 .PHONY: demo test pytest test-long test-as bench docs aot cuda gpu tune wheel lint format sanitize build clean
 
 demo: build
-	$(BIN)/python examples/qlora_finetune.py
+	$(BIN)/python bench/studies/qlora_finetune.py
 
 # Side by side: one takes the processors while the other waits for a process, a file or its last test.
 test: $(INSTALLED)
@@ -114,6 +114,7 @@ wheel: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(INSTALLED)

@@ -25,6 +25,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -275,8 +276,10 @@ class EmulatedCuda(CMakeBuild):
 NOT_NATIVE = not_native()
 if NOT_NATIVE:
     print(f"peftkern: no native kernels {NOT_NATIVE}: PyTorch's own operations serve")
+# The field's name changed with setuptools 77, as did its spelling in pyproject.toml.
+LICENSE = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
 setup(
-    license="Apache-2.0",
+    **{LICENSE: "Apache-2.0"},
     ext_modules=[] if NOT_NATIVE else [Extension(name, sources=[]) for name in MODULES],
     cmdclass={"build_ext": CMakeBuild, "cuda_emulated": EmulatedCuda},
 )

@@ -1,6 +1,6 @@
 """The demo as a measurement: whole training steps, with PEFT alone and with peftkern.
 
-Options of examples/qlora_finetune.py may follow: python bench/bench_demo.py --steps 400
+Options of bench/studies/qlora_finetune.py may follow: python bench/bench_demo.py --steps 400
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results")
     args, argv = parser.parse_known_args(argv)
     environment = machine.describe(torch.get_num_threads())
-    script = machine.ROOT / "examples" / "qlora_finetune.py"
+    script = machine.ROOT / "bench" / "studies" / "qlora_finetune.py"
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "demo.json"
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def as_record(found: dict, environment: dict, **more: object) -> Record:
-    """Turn what the example wrote into a record: the steps are its case, both runs its answer."""
+    """Turn what the demo wrote into a record: the steps are its case, both runs its answer."""
     options, runs = found["options"], found["runs"]
     keys = {OURS: "peftkern", "PEFT": "peft"}
     rows = {

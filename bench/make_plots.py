@@ -1,4 +1,4 @@
-"""Plots of the measured speed-ups, from bench/results/<device>/*.json, as SVG files for README.
+"""Plots of the measured speed-ups, from bench/results/<device>/*.json, as SVG files for docs/.
 
 One file per device and background, with every pair of peftkern and a peer that was timed, drawn as
 in the report of `peftkern bench`: bars to the right of 1 are peftkern's wins, bars to the left its
@@ -6,7 +6,7 @@ losses, gray ones are within the noise.
 The same results give the same bytes: no date, no random identifiers, text left to the reader's
 fonts.
 
-python bench/make_plots.py           write bench/plots/
+python bench/make_plots.py           write docs/plots/
 python bench/make_plots.py --check   exit 1 if a file is missing or outdated
 """
 
@@ -16,13 +16,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from make_tables import PLOTS, ROOT, THEMES, TITLES, plot_name, short, shown
+from make_tables import PLOTS, ROOT, THEMES, plot_name, shown
+from record_tables import TITLES, short
 
 from peftkern.tools import charts
 from peftkern.tools.bench.report_figures import bar_of
 from peftkern.tools.bench.terminal import speed_up
 
-WIDTH = 720  # of README's column, about
+WIDTH = 720  # of a page's column, about
 LEGEND = (
     "the peer's time over peftkern's, log scale, p20 to p80: blue faster, orange slower, gray noise"
 )

@@ -1,7 +1,9 @@
-"""README's result tables, written between its two markers from bench/results/<device>/*.json.
+"""Result tables of README and docs/, written between their markers from bench/results/.
 
-python bench/make_tables.py           rewrite the section
-python bench/make_tables.py --check   exit 1 if it is not what the results say
+README gets a few rows of every CPU, docs/measurements.md all that was measured.
+
+python bench/make_tables.py           rewrite both sections
+python bench/make_tables.py --check   exit 1 if one of them is not what the results say
 """
 
 from __future__ import annotations
@@ -11,191 +13,22 @@ import re
 import sys
 from pathlib import Path
 
+from record_tables import TITLES, heading, markdown, tables, timing
+
 from peftkern.tools.bench import record as records
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.rows import ratio
-from peftkern.tools.bench.timer import number
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PLOTS = "bench/plots"  # where bench/make_plots.py writes
+PLOTS = "docs/plots"  # where bench/make_plots.py writes
 THEMES = ("light", "dark")
-TITLES = {  # in the order of the tables
-    "demo": "QLoRA fine-tuning, whole training step",
-    "e2e": "Whole training steps of Llama-shaped stacks",
-    "nf4_lora_linear": "NF4 linear layer with LoRA",
-    "nf4": "NF4 quantization",
-    "lora_linear": "Dense linear layer with LoRA",
-    "grouped_linear": "Experts of a mixture with LoRA",
-    "dora": "DoRA layer, dense and NF4",
-    "rosa": "RoSA's sparse products against dense ones",
-    "adalora": "AdaLoRA, per step",
-    "low_rank_svd": "SVD of 224 low-rank updates",
-    "plan": "Memory of a step, planned and measured",
-    "formulations": "Ways to compute the update",
-}
 SIDE_BY_SIDE = {
     "bitsandbytes + PEFT": "bnb",
     "bitsandbytes + PEFT, eval": "bnb eval",
     "dense + PEFT": "dense",
 }
-NAMES_SAY_SIZES = ("adalora", "dora", "e2e", "grouped_linear", "plan")
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
-
-
-def timing(row: dict) -> str:
-    if row["median_ms"] is None:
-        return "WRONG" if row["wrong"] else "FAILED"
-    middle = number(row["median_ms"])
-    return f"{middle} [{number(row['p20_ms'])}-{number(row['p80_ms'])}]"
-
-
-def peer_cell(case: dict, peer: str) -> str:
-    """Format the peer's time, its ratio to peftkern's, and the target with its mark."""
-    theirs = case["providers"].get(peer)
-    if theirs is None:
-        return ""
-    if theirs["median_ms"] is None:
-        return timing(theirs)
-    text = number(theirs["median_ms"])
-    if (found := ratio(case, peer)) is None:
-        return text
-    text += f", **{found:.2f}x**"
-    if replayed := ratio(case, peer, "graph_ms"):
-        text += f" / {replayed:.2f}x"
-    for target in case["targets"]:
-        if target["peer"] == peer:
-            text += f" ({target['at_least']:.3g}x {'✓' if target['met'] else '✗'})"
-    return text
-
-
-def gpu_cells(case: dict) -> list[str]:
-    """Format the time in a replayed graph, the kernel launches of a call, and peak memory."""
-    ours = case["providers"][OURS]
-    launches = str(ours["launches"] or "")
-    for target in case["targets"]:
-        if most := target["launches_at_most"]:
-            launches += f" ({most} {'✓' if target['met'] else '✗'})"
-    graph, peak = ours["graph_ms"], ours["peak_bytes"]
-    return [number(graph) if graph else "", launches, f"{peak / 1e6:.0f}" if peak else ""]
-
-
-def cases_table(record: dict) -> str:
-    cases = record["cases"]
-    labels = {n: row["label"] for c in cases for n, row in c["providers"].items() if n != OURS}
-    on_gpu = record["environment"]["gpu"] is not None
-    rows = []
-    for case in cases:
-        ours = case["providers"][OURS]
-        share = ours["share_of_roof"]
-        cells = [short(case), timing(ours), f"{share:.0%}" if share else ""]
-        cells += gpu_cells(case) if on_gpu else []
-        rows.append(cells + [peer_cell(case, peer) for peer in labels])
-    more = ["in a graph", "launches", "peak MB"] if on_gpu else []
-    return markdown(["ms", OURS, "of floor", *more, *labels.values()], rows)
-
-
-def short(case: dict) -> str:
-    return case["name"].partition("/")[2]
-
-
-def steps_table(record: dict) -> str:
-    """Format training steps: throughput of both, peak memory beside its prediction."""
-    rows = []
-    for case in record["cases"]:
-        ours, theirs = case["providers"][OURS], case["providers"]["PEFT"]
-        cells = [short(case), timing(ours), peer_cell(case, "PEFT")]
-        for row in (ours, theirs):
-            cells += [f"{row['tokens_s']:.0f}" if row["tokens_s"] else "", megabytes(row)]
-        rows.append(cells)
-    header = ["ms", OURS, "PEFT", "tokens/s", "MB (planned)", "PEFT tokens/s", "PEFT MB (planned)"]
-    return markdown(header, rows)
-
-
-def megabytes(row: dict) -> str:
-    if row["peak_bytes"] is None:
-        return ""
-    return f"{row['peak_bytes'] / 1e6:.0f} ({row['planned_bytes'] / 1e6:.0f})"
-
-
-def plan_table(record: dict) -> str:
-    """Format peaks of steps as measured, with how far their plans are off."""
-    rows = []
-    for case in record["cases"]:
-        cells = [short(case)]
-        for row in (case["providers"][OURS], case["providers"]["PEFT"]):
-            measured, planned = row["peak_bytes"], row["planned_bytes"]
-            cells += [f"{measured / 1e6:.2f}", f"{planned / measured - 1:+.1%}"]
-        rows.append(cells)
-    return markdown(["MB beyond the model", OURS, "plan", "PEFT", "plan"], rows)
-
-
-def answers_table(answers: list[dict]) -> str:
-    """Format the answers of runs: whether a model fits."""
-    rows = []
-    for answer in answers:
-        fits = {True: "**fits** ✓", False: "**does not fit** ✗"}.get(
-            answer.get("fits"), "no answer"
-        )
-        if answer.get("stopped") and answer.get("fits") is None:
-            fits += f": {answer['stopped']}"
-        peak = answer.get("peak_bytes")
-        steps = answer.get("step_s") or []
-        rows.append(
-            [
-                answer["name"].partition("/")[2],
-                fits,
-                f"{peak / 1e9:.2f}" if peak else "",
-                f"{answer['planned_bytes'] / 1e9:.2f}" if "planned_bytes" in answer else "",
-                ", ".join(f"{seconds:.1f}" for seconds in steps),
-            ]
-        )
-    return markdown(["one model, a given memory", "", "peak GB", "planned GB", "steps, s"], rows)
-
-
-def demo_table(record: dict) -> str:
-    (case,), (answer,) = record["cases"], record["answers"]
-    rows, runs, summary = case["providers"], answer["runs"], answer["summary"]
-    alone, patched = runs["peft"], runs[OURS]
-
-    def memory(label: str, key: str) -> list[str]:
-        less = patched[key] - alone[key]
-        mark = "✓" if less < 0 else "✗"
-        return [label, f"{alone[key]:.0f}", f"{patched[key]:.0f}", f"{less:+.0f} ({mark})"]
-
-    faster = ratio(case, "PEFT")
-    losses = [f"{run['final_loss']:.4f}" for run in (alone, patched)]
-    apart = f"curves part by {summary['loss_mean_rel_diff']:.1e} on average, at most "
-    mark = "✓" if faster > 1 else "✗"
-    cells = [
-        ["step, ms", timing(rows["PEFT"]), timing(rows[OURS]), f"**{faster:.2f}x** ({mark})"],
-        memory("peak process memory, MB", "resident_peak_mb"),
-        memory("peak tensors in a step, MB", "tensor_peak_mb"),
-        ["final loss", *losses, apart + f"{summary['loss_max_rel_diff']:.1e}"],
-    ]
-    return markdown(["", "PEFT", "PEFT + peftkern", ""], cells)
-
-
-def heading(stem: str, record: dict) -> str:
-    """Format the heading: stem, machine and versions."""
-    facts, size = record["environment"], record["options"]
-    gpu = facts["gpu"]
-    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)
-    text = f"**{TITLES[stem]}**"
-    if stem == "demo":
-        text += f" ({size['steps']} steps, {size['batch']}x{size['seq']} tokens)"
-    elif gpu:
-        text += f" (r={size['r']})"
-    elif stem not in NAMES_SAY_SIZES:
-        text += f" ({size['n']}x{size['k']}, r={size['r']})"
-    where = f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
-    if gpu:
-        where = f"{gpu['name']}, CUDA {gpu['cuda']}"
-    return f"{text}. {where}; commit {facts['commit']}, {facts['date'][:10]}; {versions}."
+NO_RESULTS = "No results are recorded yet: `make bench` measures this machine."
 
 
 def shown(results: Path) -> dict[str, dict[str, dict]]:
@@ -228,23 +61,82 @@ def stands_in(record: dict) -> bool:
     return facts["gpu"] is None and bool(facts["isas"]) and facts["isa"] != facts["isas"][-1]
 
 
+def on_cpus(results: Path, stem: str = "nf4_lora_linear") -> list[dict[str, dict]]:
+    """Return {stem: record} of every CPU and instruction set with this stem, oldest set first."""
+
+    def age(one: dict[str, dict]) -> int:
+        facts = one[stem]["environment"]
+        return facts["isas"].index(facts["isa"])
+
+    found = [one for one in measured(results).values() if stem in one]
+    found = [one for one in found if one[stem]["environment"]["gpu"] is None]
+    return sorted((one for one in found if one[stem]["environment"]["isa"]), key=age)
+
+
+def machine(facts: dict) -> str:
+    return f"{facts['cpu']}, {facts['threads']} threads"
+
+
+def places(found: list[dict]) -> list[str]:
+    """Name the instruction sets, and the machines if there are several."""
+    facts = [one["environment"] for one in found]
+    several = len(set(map(machine, facts))) > 1
+    return [f"{machine(f)}, {f['isa']}" if several else f["isa"] for f in facts]
+
+
+def summary(results: Path, stem: str = "nf4_lora_linear") -> str:
+    """Format README's rows: peers' time over peftkern's, of cases that every CPU and set has."""
+    found = on_cpus(results)
+    if not found:
+        return NO_RESULTS
+    layers = [one[stem] for one in found]
+    cases = [{case["name"]: case for case in record["cases"]} for record in layers]
+    header, rows = [""], [[place] for place in places(layers)]
+    for name in cases[0]:
+        said = re.fullmatch(rf"{stem}/forward-M([0-9]+)/(\w+)", name)
+        if said and all(name in others for others in cases):
+            header.append(f"{said[1]} token{'' if said[1] == '1' else 's'}, {said[2]}")
+            for row, one in zip(rows, cases, strict=True):
+                row.append(headline(one[name]))
+    if any("demo" in one for one in found):
+        header.append("step of `make demo`")
+        for row, one in zip(rows, found, strict=True):
+            faster = ratio(one["demo"]["cases"][0], "PEFT") if "demo" in one else None
+            row.append(f"**{faster:.2f}x**" if faster else "not measured")
+    size, facts = layers[0]["options"], [one["environment"] for one in layers]
+    machines = dict.fromkeys(map(machine, facts))
+    dates = ", ".join(f"{f['isa']} {f['date'][:10]}" for f in facts)
+    text = (
+        "PEFT's time over peftkern's, for the forward of one NF4 layer with LoRA"
+        f" ({size['n']}x{size['k']}, r={size['r']}) and for a training step. Bold: PEFT over"
+        " bitsandbytes as it trains. In brackets: the fastest of that, of bitsandbytes' kernel of"
+        " eval mode, and of PEFT over the dense weight; below 1x peftkern is the slower one."
+        f" Measured on {' and '.join(machines)}: {dates}. A set that is not the machine's best is"
+        " forced, which bitsandbytes' kernel of eval mode escapes. Times, spreads, versions and all"
+        " other results: [measurements](docs/measurements.md)."
+    )
+    return f"{markdown(header, rows)}\n\n{text}"
+
+
+def headline(case: dict) -> str:
+    """Format the ratio of bitsandbytes under PEFT as it trains, then that of the fastest peer."""
+    found = {peer: one for peer in SIDE_BY_SIDE if (one := ratio(case, peer))}
+    in_training = found.get("bitsandbytes + PEFT")
+    return f"**{in_training:.2f}x** ({min(found.values()):.2f}x)" if in_training else ""
+
+
 def side_by_side(results: Path, stem: str = "nf4_lora_linear") -> list[str]:
     """Format the forward passes of a stem with a group of columns for every CPU and instruction
     set, if there are several; where one lacks a case, its cells are empty."""
-    found = [one[stem] for one in measured(results).values() if stem in one]
-    found = [r for r in found if r["environment"]["gpu"] is None and r["environment"]["isa"]]
+    found = [one[stem] for one in on_cpus(results, stem)]
     if len(found) < 2:
         return []
-    found.sort(key=lambda one: one["environment"]["isas"].index(one["environment"]["isa"]))
-    facts = [one["environment"] for one in found]
-    several = len({(f["cpu"], f["threads"]) for f in facts}) > 1
     names = {one["name"]: None for record in found for one in record["cases"]}
     names = [n for n in names if "/forward-M" in n]
     names.sort(key=lambda name: (name.rpartition("/")[2], int(re.findall("-M([0-9]+)", name)[0])))
     header, rows = [""], [[name.partition("/")[2]] for name in names]
-    for record, fact in zip(found, facts, strict=True):
-        where = f"{fact['cpu']}, {fact['threads']} threads, " if several else ""
-        header += [f"{where}{fact['isa']}: ms", *(f"{label} x" for label in SIDE_BY_SIDE.values())]
+    for record, where in zip(found, places(found), strict=True):
+        header += [f"{where}: ms", *(f"{label} x" for label in SIDE_BY_SIDE.values())]
         cases = {case["name"]: case for case in record["cases"]}
         for name, cells in zip(names, rows, strict=True):
             cells += compared(cases[name]) if name in cases else [""] * (1 + len(SIDE_BY_SIDE))
@@ -254,10 +146,14 @@ def side_by_side(results: Path, stem: str = "nf4_lora_linear") -> list[str]:
         " (`PEFTKERN_CPU_ISA`, and those of torch, oneDNN and MKL) and stands in for machines that"
         " have no more; clock and caches are still this machine's. bitsandbytes' kernel of eval"
         " mode chooses its set itself and cannot be held back: beside a forced avx2 or avx512 it"
-        " runs AVX-512-BF16. Measured: "
+        f" runs AVX-512-BF16. Measured: {when(found)}."
     )
-    text += "; ".join(f"{f['isa']} {f['date'][:10]}, commit {f['commit']}" for f in facts)
-    return [f"{text}.", markdown(header, rows)]
+    return [text, markdown(header, rows)]
+
+
+def when(found: list[dict]) -> str:
+    facts = [one["environment"] for one in found]
+    return "; ".join(f"{f['isa']} {f['date'][:10]}, commit {f['commit']}" for f in facts)
 
 
 def compared(case: dict) -> list[str]:
@@ -271,48 +167,13 @@ def plot_name(device: str, theme: str) -> str:
 
 
 def picture(device: str) -> str:
-    """Return the HTML of the device's plot, for either background."""
-    light, dark = (f"{PLOTS}/{plot_name(device, theme)}" for theme in THEMES)
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="Speed-up over each peer, {device}"></picture>'
+    """Return the device's plot for either background, as GitHub and mkdocs-material read it."""
+    folder = PLOTS.removeprefix("docs/")
+    return " ".join(
+        f"![Speed-up over each peer, {device}]({folder}/{plot_name(device, theme)}"
+        f"#gh-{theme}-mode-only)"
+        for theme in THEMES
     )
-
-
-def decoders_table(answers: list[dict]) -> str:
-    """Format the speed of each NF4 lookup table, or its wrong bits, or why none was run."""
-    rows = []
-    for answer in answers:
-        if not answer["decoders"]:
-            rows.append([f"not measured: {answer.get('stopped', 'cut off')}", "", ""])
-        for name, found in answer["decoders"].items():
-            rates = [found.get(key) for key in ("weights_per_clock", "packed_gb_s")]
-            cells = [f"{rates[0]:.1f}", f"{rates[1]:.0f}"] if all(rates) else ["WRONG", ""]
-            rows.append([name, *cells])
-    return markdown(["decoding", "weights per clock and SM", "packed GB/s"], rows)
-
-
-def alike(cases: list[dict]) -> list[list[dict]]:
-    """Group the cases that have the same variants."""
-    groups: dict[tuple[str, ...], list[dict]] = {}
-    for case in cases:
-        groups.setdefault(tuple(case["providers"]), []).append(case)
-    return list(groups.values())
-
-
-def tables(stem: str, record: dict) -> list[str]:
-    if stem == "demo":
-        return [demo_table(record)]
-    if stem == "plan":
-        return [plan_table(record)]
-    if stem == "formulations":
-        found = [cases_table({**record, "cases": cases}) for cases in alike(record["cases"])]
-        decoders = [answer for answer in record["answers"] if "decoders" in answer]
-        return [*found, *([decoders_table(decoders)] if decoders else [])]
-    if stem != "e2e":
-        return [cases_table(record)]
-    found = [steps_table(record)] if record["cases"] else []
-    return [*found, *([answers_table(record["answers"])] if record["answers"] else [])]
 
 
 def section(results: Path) -> str:
@@ -326,12 +187,12 @@ def section(results: Path) -> str:
             parts += [heading(stem, record), *tables(stem, record)]
     parts += side_by_side(results)
     if not parts:
-        return "No results are recorded yet: `make bench` measures this machine."
+        return NO_RESULTS
     legend = (
         "Medians [p20-p80] of one interleaved run. Peers: their time, how many times peftkern's"
         " that is, and the target for that ratio (✓ met, ✗ missed). Floor: counted bytes and FLOPs"
         " at the measured copy bandwidth and dense matrix product. Method, and what bounds the"
-        " misses: [bench/README.md](bench/README.md)."
+        " misses: `bench/README.md`."
     )
     if above:
         legend += (
@@ -346,22 +207,32 @@ def section(results: Path) -> str:
     return "\n\n".join([legend, *parts])
 
 
+PAGES = {"README.md": summary, "docs/measurements.md": section}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make_tables.py")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if outdated")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of the pages")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args(argv)
-    text = args.readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        print(f"make_tables.py: error: {args.readme} needs {BEGIN} and {END}", file=sys.stderr)
-        return 2
-    head, rest = text.split(BEGIN)
-    new = f"{head}{BEGIN}\n{section(args.results)}\n{END}{rest.split(END)[1]}"
+    stale = {}
+    for name, write in PAGES.items():
+        path = args.root / name
+        text = path.read_text(encoding="utf-8")
+        if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+            print(f"make_tables.py: error: {path} needs {BEGIN} and {END}", file=sys.stderr)
+            return 2
+        head, rest = text.split(BEGIN)
+        new = f"{head}{BEGIN}\n{write(args.results)}\n{END}{rest.split(END)[1]}"
+        if new != text:
+            stale[path] = new
     if args.check:
-        print("README's results are up to date" if new == text else "run bench/make_tables.py")
-        return int(new != text)
-    args.readme.write_text(new, encoding="utf-8")
+        names = ", ".join(path.name for path in stale)
+        print(f"run bench/make_tables.py: {names}" if stale else "the tables are up to date")
+        return int(bool(stale))
+    for path, new in stale.items():
+        path.write_text(new, encoding="utf-8")
     return 0
 
 

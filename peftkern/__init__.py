@@ -10,71 +10,54 @@ is first used, and what needs peft, transformers, bitsandbytes or triton imports
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
-    from torch import nn
-
-    from peftkern.backends.counts import reset_stats, stats
+    from peftkern.backends.counts import on_fallback, reset_stats, stats
     from peftkern.backends.device import BackendUnavailableError
     from peftkern.backends.dispatch import use_backend
     from peftkern.formats.nf4 import NF4Weight
-    from peftkern.functional import (
-        ExpertLinear,
-        dequantize_nf4,
-        explain,
-        grouped_lora_linear,
-        lora_experts,
-        lora_linear,
-        nf4_linear,
-        nf4_lora_linear,
-        quantize_nf4,
-        route,
-    )
-    from peftkern.integrations.peft.patch import PatchReport
+    from peftkern.functional.explain import explain
+    from peftkern.functional.grouped_linear import grouped_lora_linear, route
+    from peftkern.functional.lora_experts import ExpertLinear, lora_experts
+    from peftkern.functional.lora_linear import lora_linear
+    from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
+    from peftkern.functional.nf4_lora_linear import nf4_linear, nf4_lora_linear
+    from peftkern.integrations.parts import LoRAParts
+    from peftkern.integrations.peft.patch import is_patched, patch, patched, unpatch
+    from peftkern.integrations.peft.register import register_layer
+    from peftkern.integrations.peft.report import PatchReport
     from peftkern.integrations.quantize import quantize_
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "ExpertLinear",
+    "LoRAParts",
     "NF4Weight",
+    "PatchReport",
     "dequantize_nf4",
     "explain",
     "grouped_lora_linear",
+    "is_patched",
     "lora_experts",
     "lora_linear",
     "nf4_linear",
     "nf4_lora_linear",
+    "on_fallback",
     "patch",
+    "patched",
     "quantize_",
     "quantize_nf4",
+    "register_layer",
     "reset_stats",
     "route",
     "stats",
     "unpatch",
     "use_backend",
 ]
-
-
-def patch(model: nn.Module) -> PatchReport:
-    """Make the LoRA layers of a PEFT model run on peftkern; see `peftkern.integrations.peft`."""
-    return _integration("patch").patch(model)
-
-
-def unpatch(model: nn.Module) -> list[str]:
-    """Undo `patch` and name the layers; see `peftkern.integrations.peft`."""
-    return _integration("unpatch").unpatch(model)
-
-
-def _integration(function: str) -> ModuleType:
-    from peftkern.integrations.packages import needed_by
-
-    with needed_by(f"peftkern.{function}"):
-        return importlib.import_module("peftkern.integrations.peft")
 
 
 # What is imported when it is first accessed: modules, and public names that are not functional's.
@@ -92,11 +75,21 @@ _MODULES = (
 _FLOORS = ("backends", "formats", "functional")  # not for users, and therefore not listed
 _HOMES = {
     "BackendUnavailableError": "backends.device",
+    "LoRAParts": "integrations.parts",
     "NF4Weight": "formats.nf4",
+    "on_fallback": "backends.counts",
     "quantize_": "integrations.quantize",
     "reset_stats": "backends.counts",
     "stats": "backends.counts",
     "use_backend": "backends.dispatch",
+}
+_OF_PEFT = {  # which PEFT has to be there for
+    "PatchReport": "report",
+    "is_patched": "patch",
+    "patch": "patch",
+    "patched": "patch",
+    "register_layer": "register",
+    "unpatch": "patch",
 }
 
 
@@ -105,8 +98,21 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"peftkern.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'peftkern' has no attribute {name!r}")
-    home = importlib.import_module(f"peftkern.{_HOMES.get(name, 'functional')}")
+    if name not in _OF_PEFT:
+        home = importlib.import_module(f"peftkern.{_HOMES.get(name, 'functional')}")
+        return globals().setdefault(name, getattr(home, name))
+    from peftkern.integrations.packages import needed_by
+
+    try:
+        with needed_by(f"peftkern.{name}"):
+            home = importlib.import_module(f"peftkern.integrations.peft.{_OF_PEFT[name]}")
+    except ImportError as error:
+        return functools.partial(_raise, error)  # who only looks at all names needs no PEFT
     return globals().setdefault(name, getattr(home, name))
+
+
+def _raise(error: ImportError, *args: Any, **kwargs: Any) -> None:
+    raise error
 
 
 def __dir__() -> list[str]:

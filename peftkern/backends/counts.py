@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Stats", "on_fallback", "reset_stats", "stats"]
+logger = logging.getLogger("peftkern")  # the one logger of the package
 
 _lock = threading.Lock()
 _calls: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[tuple[str, str]] = Counter()
+_forgotten = 0  # calls and fallbacks of before the last reset
+
+
+@dataclass(frozen=True)
+class _Listener:
+    function: Callable[[str, str], object]
+    told: set[tuple[str, str]] = field(default_factory=set)
+
+
+_listeners: OrderedDict[int, _Listener] = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -57,9 +73,40 @@ def stats() -> Stats:
 
 def reset_stats() -> None:
     """Forget what `stats` has counted."""
+    global _forgotten
     with _lock:
+        _forgotten += _calls.total() + _fallbacks.total()
         _calls.clear()
         _fallbacks.clear()
+
+
+def recorded() -> int:
+    """Return how much was counted in this process, whatever was reset."""
+    with _lock:
+        return _forgotten + _calls.total() + _fallbacks.total()
+
+
+def on_fallback(function: Callable[[str, str], object]) -> RemovableHandle:
+    """Call a function at the first fallback of each op for each reason, from now on.
+
+    function(op, reason) gets both as `stats` lists them: op is "lora_linear", "nf4_lora_linear" or
+    "lora_experts" for a patched layer that the forward from before `patch` answers, the name of an
+    op where one of its back ends refuses a call; reason is in words, the same for all layers and
+    shapes but where it tells a measurement. The same pair does not come again, after `reset_stats`
+    neither. It is called in the thread that falls back, in the middle of a forward or backward
+    pass; inside a compiled graph nothing is counted, and nothing is told. What it raises is logged
+    as an error of the logger "peftkern" and goes no further. That logger is told of each pair, too,
+    at level INFO.
+
+    Args: function, called with two strings; what it returns is not read.
+    Returns: a handle: its `remove()` ends the calls, and so does the end of a `with` block over it.
+    Raises: TypeError if `function` cannot be called.
+    """
+    if not callable(function):
+        raise TypeError(f"function: expected a callable, got a {type(function).__name__}")
+    handle = RemovableHandle(_listeners)
+    _listeners[handle.id] = _Listener(function)
+    return handle
 
 
 def record_call(op: str, backend: str) -> None:
@@ -74,6 +121,24 @@ def record_fallback(op: str, reason: str) -> None:
         return  # counting is no part of a compiled graph
     with _lock:
         _fallbacks[op, reason] += 1
+        first = _fallbacks[op, reason] == 1
+    if first:
+        logger.info("%s falls back: %s", op, reason)
+    if _listeners:
+        _tell(op, reason)
+
+
+def _tell(op: str, reason: str) -> None:
+    for listener in list(_listeners.values()):
+        with _lock:
+            known = (op, reason) in listener.told
+            listener.told.add((op, reason))
+        if known:
+            continue
+        try:
+            listener.function(op, reason)
+        except Exception:
+            logger.exception("a function given to on_fallback raised at %s: %s", op, reason)
 
 
 def table_text(header: list[str], rows: list[list[str]]) -> str:

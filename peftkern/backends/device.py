@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+__all__ = ["BackendUnavailableError"]
 # Architectures of AMD for which all kernels compile without spills. On gfx1100 half of them spill,
 # up to 900 registers; nothing was measured on either.
 _AMD = ("gfx90a", "gfx942", "gfx950")

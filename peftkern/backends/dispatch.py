@@ -32,6 +32,7 @@ from peftkern.backends.device import (
 from peftkern.backends.schemas import by_name, reads
 from peftkern.kernels import configs
 
+__all__ = ["Explanation", "use_backend"]
 # Package and device type of a back end; None: every device.
 _PACKAGES = {
     "triton": ("peftkern.kernels", "cuda"),

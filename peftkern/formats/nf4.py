@@ -35,6 +35,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from peftkern.formats.table import FORMATS, NF4, NF4_CODE
 
+__all__ = ["NF4Weight"]
 BLOCKSIZES = NF4.blocksizes
 NESTED_BLOCKSIZE = NF4.nested_blocksize
 ABSMAX_FLOOR = 1e-38  # smallest divisor of a block: a block of zeros has a finite reciprocal

@@ -17,6 +17,7 @@ from peftkern.backends import ops
 from peftkern.functional.arguments import DTYPES, check_tensor, mismatch, tensor_list
 from peftkern.functional.autograd import partial_gradients
 
+__all__ = ["adalora_allocate_", "adalora_importance_", "orthogonality_loss"]
 TIES = ("exact", "peft")
 
 

@@ -40,6 +40,8 @@ from peftkern.functional.autograd import (
     wanted,
 )
 
+__all__ = ["dora_linear", "dora_norm"]
+
 
 def dora_norm(
     weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, *, scaling: float | Tensor

@@ -18,6 +18,8 @@ from peftkern.functional.arguments import (
     mismatch,
 )
 
+__all__ = ["explain"]
+
 
 def explain(op_name: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
     """Explain which back end would serve a call, and why others would not; computes nothing.

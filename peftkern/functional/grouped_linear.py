@@ -27,6 +27,7 @@ from peftkern.functional.autograd import (
     wanted,
 )
 
+__all__ = ["Routing", "grouped_lora_linear", "route"]
 _INDICES = (torch.int32, torch.int64)
 
 

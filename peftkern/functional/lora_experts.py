@@ -37,6 +37,7 @@ from peftkern.functional.grouped_linear import (
     stored_as,
 )
 
+__all__ = ["ExpertLinear", "lora_experts", "swiglu"]
 Gate = Callable[[Tensor], Tensor]
 _GATE_BYTES = 1 << 19  # of the rows of u whose gradient is computed together on a CPU
 

@@ -21,6 +21,8 @@ from peftkern.functional.arguments import (
 )
 from peftkern.functional.autograd import LowRankLinear
 
+__all__ = ["lora_linear"]
+
 
 def lora_linear(
     x: Tensor,

@@ -23,6 +23,8 @@ from torch import Tensor
 from peftkern.backends import ops
 from peftkern.functional.arguments import is_listed, mismatch
 
+__all__ = ["AdaLoraFactors", "LoraFactors", "LowRankSVD", "SpectralStats", "allocate_rank"]
+__all__ += ["low_rank_svd", "low_rank_svdvals", "merge_lora", "spectral_stats", "truncate_lora"]
 MODES = ("accurate", "fast")
 FORMS = ("balanced", "adalora")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

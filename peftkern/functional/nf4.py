@@ -16,6 +16,8 @@ from peftkern.functional.arguments import (
     mismatch,
 )
 
+__all__ = ["dequantize_nf4", "quantize_nf4"]
+
 
 def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
     """Quantize a weight to NF4.

@@ -22,6 +22,8 @@ from peftkern.functional.arguments import (
 )
 from peftkern.functional.autograd import LowRankLinear
 
+__all__ = ["nf4_linear", "nf4_lora_linear"]
+
 
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """Apply a linear layer over an NF4 weight that is never made dense.

@@ -38,6 +38,7 @@ from peftkern.functional.autograd import (
     wanted,
 )
 
+__all__ = ["SparseMask", "rosa_linear"]
 _INTEGERS = (torch.int32, torch.int64)
 
 

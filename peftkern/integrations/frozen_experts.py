@@ -7,7 +7,7 @@ call, in which this module puts its own: a name, which nobody takes unless asked
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from peftkern.backends import dispatch
 from peftkern.layers.experts import experts_forward
 from peftkern.layers.nf4_stack import stacks_of
 
+__all__ = ["serve_nf4_experts", "stop_serving"]
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError:  # before 5.0, whose experts are modules of their own
@@ -38,23 +39,40 @@ def serve_nf4_experts(model: nn.Module) -> list[str]:
     that do not ask for it (Llama4, JetMoE) decode their weights as they read them.
     """
     served: list[str] = []
-    if ALL_EXPERTS_FUNCTIONS is None:
-        return served
-    for path, base in models_of(model):
+    for base, names in _servable(model):
         chosen = base.get_experts_implementation()
-        names = [name for name, module in base.named_modules() if _reason(module) is None]
-        if names and _DEFAULT in chosen.values():
+        if _DEFAULT in chosen.values():
             ours = {k: IMPLEMENTATION if v == _DEFAULT else v for k, v in chosen.items()}
             base.__dict__.setdefault(_BEFORE, chosen)
             base.set_experts_implementation(ours)
-        if IMPLEMENTATION in base.get_experts_implementation().values():
-            served += [f"{path}.{name}".lstrip(".") for name in names]
+        served += names
     return served
 
 
-def stop_serving(model: nn.Module) -> None:
-    """Undo `serve_nf4_experts`."""
+def nf4_experts(model: nn.Module) -> list[str]:
+    """Return the names of the experts that `serve_nf4_experts` would serve, or does."""
+    return [name for _, names in _servable(model) for name in names]
+
+
+def _servable(model: nn.Module) -> Iterator[tuple[PreTrainedModel, list[str]]]:
+    """Yield the models of transformers that have NF4 experts for us, with the names of these."""
+    for path, base in models_of(model) if ALL_EXPERTS_FUNCTIONS is not None else ():
+        chosen = base.get_experts_implementation().values()
+        names = [name for name, module in base.named_modules() if _reason(module) is None]
+        if names and (_DEFAULT in chosen or IMPLEMENTATION in chosen):
+            yield base, [f"{path}.{name}".lstrip(".") for name in names]
+
+
+def is_serving(module: nn.Module) -> bool:
+    """Return whether `serve_nf4_experts` has changed a model of transformers."""
+    return _BEFORE in module.__dict__
+
+
+def stop_serving(model: nn.Module, keep: Collection[nn.Module] = ()) -> None:
+    """Undo `serve_nf4_experts`, but for some models."""
     for _, base in models_of(model):
+        if base in keep:
+            continue
         before = base.__dict__.pop(_BEFORE, None)
         if before is not None:
             base.set_experts_implementation(before)

@@ -10,6 +10,8 @@ from torch import nn
 
 from peftkern import layers
 
+__all__ = ["quantize_"]
+
 
 @functools.wraps(layers.quantize_)
 def quantize_(model: nn.Module, **options: Any) -> list[str]:

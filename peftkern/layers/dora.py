@@ -23,6 +23,8 @@ from peftkern.layers.base import (
 )
 from peftkern.layers.frozen_base import OverFrozenBase
 
+__all__ = ["DoRALinear"]
+
 
 class DoRALinear(LowRankFactors, OverFrozenBase):
     """Frozen linear layer whose rows keep a trained length while a low-rank update turns them.

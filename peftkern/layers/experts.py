@@ -22,6 +22,7 @@ from peftkern.functional.lora_experts import swiglu
 from peftkern.layers.base import check_update, low_rank_update
 from peftkern.layers.nf4_stack import NF4Stack, expert_weight, set_nf4_parameter
 
+__all__ = ["Experts", "LoRAExperts", "NF4Experts"]
 Gate = Callable[[Tensor], Tensor]
 
 

@@ -26,6 +26,8 @@ from peftkern.layers.base import (
 )
 from peftkern.layers.nf4 import NF4Linear, quantized
 
+__all__ = ["LoRALinear", "NF4LoRALinear"]
+
 
 def _keep_fused_paths_away(layer: nn.Module, args: tuple) -> None:
     """Do nothing, as a forward pre-hook: nn.TransformerEncoderLayer calls layers that have hooks.

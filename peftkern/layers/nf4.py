@@ -22,6 +22,7 @@ from peftkern.layers.base import (
     low_rank_forward,
 )
 
+__all__ = ["NF4Linear"]
 _QUANT_FIELDS = tuple(f.name for f in dataclasses.fields(NF4Weight) if f.name != "packed")
 
 

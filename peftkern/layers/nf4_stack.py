@@ -22,6 +22,7 @@ from peftkern.formats.nf4 import BLOCKSIZES, ArgumentError, NF4Weight
 from peftkern.functional import dequantize_nf4
 from peftkern.layers.nf4 import quantized
 
+__all__ = ["NF4Stack"]
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PARTS = ("_packed", "_absmax")

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from peftkern.formats.nf4 import BLOCKSIZES
+from peftkern.layers.names import Chosen, has_parts
 from peftkern.layers.nf4 import NF4Linear
 from peftkern.layers.nf4_stack import NF4Stack, refusal, set_nf4_parameter, stacks_of
 from peftkern.layers.weight_readers import Read, reader_of
 
+__all__ = ["quantize_"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ADAPTERS = ("lora_A", "lora_B")  # quantizing an adapter would end its training
 _Places = dict[nn.Linear, list[tuple[nn.Module, str, str]]]  # parent, child's name, whole name
@@ -68,10 +70,10 @@ def quantize_(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if type(model) is nn.Linear:
         raise TypeError("model: an nn.Linear cannot replace itself; use NF4Linear.from_linear")
-    wanted = None if include is None else _patterns("include", include)
-    skip = _ADAPTERS + (("lm_head",) if exclude is None else _patterns("exclude", exclude))
+    chosen = Chosen.of(include, exclude, default=("lm_head",))
+    chosen = chosen._replace(exclude=_ADAPTERS + chosen.exclude)
     heads = _heads(model) if exclude is None else set()
-    places, experts, names = _chosen(model, wanted, skip, heads)
+    places, experts, names = _chosen(model, chosen, heads)
     kept = _not_replaceable(model, places)
     reasons = {name: kept[child] for child in kept for _, _, name in places.pop(child)}
     kept.clear()
@@ -85,16 +87,16 @@ def quantize_(
     for (module, name), _ in zip(experts, steps, strict=True):
         stack = NF4Stack.from_dense(module._parameters[name], blocksize=blocksize)
         set_nf4_parameter(module, name, stack)
-    _warn(reasons, _mostly_dense(model, heads, skip) if wanted is None else None)
+    _warn(reasons, _mostly_dense(model, heads, chosen.exclude) if include is None else None)
     return [name for name in names if name not in reasons]
 
 
 def _chosen(
-    model: nn.Module, wanted: Iterable[str] | None, skip: Iterable[str], heads: set[nn.Module]
+    model: nn.Module, chosen: Chosen, heads: set[nn.Module]
 ) -> tuple[_Places, _Experts, list[str]]:
     """Find the layers to quantize with the places they hang in, the experts, and all their names.
 
-    Raises: ValueError if an entry of `wanted` is in no name.
+    Raises: ValueError if an entry of `include` is in no name.
     """
     places: _Places = {}
     experts: _Experts = {}
@@ -103,21 +105,20 @@ def _chosen(
         for parameter in expert_parameters(parent):
             name = f"{path}.{parameter}".lstrip(".")
             seen.append(name)
-            if (wanted is None or _has_parts(name, wanted)) and not _has_parts(name, skip):
+            if chosen.reason_against(name) is None:
                 experts[parent, parameter] = name
         for child_name, child in parent._modules.items():
             if type(child) is not nn.Linear:
                 continue
             name = f"{path}.{child_name}".lstrip(".")
             seen.append(name)
-            chosen = wanted is None or _has_parts(name, wanted)
-            left_out = child in heads or _has_parts(name, skip) or child.weight.dtype not in _DTYPES
-            if chosen and not left_out:
+            left_out = child in heads or child.weight.dtype not in _DTYPES
+            if not left_out and chosen.reason_against(name) is None:
                 places.setdefault(child, []).append((parent, child_name, name))
                 names.append(name)
-    for pattern in wanted or ():
-        if not any(_has_parts(name, (pattern,)) for name in seen):
-            raise ValueError(f"include: no nn.Linear has {pattern!r} in its name, nor have experts")
+    unknown = chosen.unknown(seen)
+    if unknown is not None:
+        raise ValueError(f"include: no nn.Linear has {unknown!r} in its name, nor have experts")
     return places, experts, names + list(experts.values())
 
 
@@ -231,7 +232,7 @@ def _mostly_dense(
     for name, module in model.named_modules():
         if isinstance(module, NF4Linear):
             in_nf4 += module.in_features * module.out_features
-        elif not (isinstance(module, nn.Embedding) or module in heads or _has_parts(name, skip)):
+        elif not (isinstance(module, nn.Embedding) or module in heads or has_parts(name, skip)):
             stacks = stacks_of(module)
             in_nf4 += sum(stack.numel() for stack in stacks.values())
             for own, parameter in module._parameters.items():
@@ -254,30 +255,21 @@ def _warn(reasons: dict[str, str], dense: dict[str, int] | None) -> None:
         said.append(f"most of the weights (nn.Linear and fused experts alone become NF4): {kinds}")
     if said:
         told = f"quantize_ leaves as they are: {'; '.join(said)}"
-        warnings.warn(told, stacklevel=_level_of_the_caller())
+        warnings.warn(told, stacklevel=level_of_the_caller())
 
 
-def _level_of_the_caller() -> int:
+def level_of_the_caller() -> int:
     """Return the `stacklevel` for the function that asks: of the first frame outside of here."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("peftkern."):
+    within = ("peftkern", "contextlib")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in within:
         frame, level = frame.f_back, level + 1
     return level
 
 
-def _patterns(argument: str, value: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise TypeError(f"{argument}: expected names in a list or tuple, got the string {value!r}")
-    return tuple(value)
-
-
-def _has_parts(path: str, patterns: Iterable[str]) -> bool:
-    return any(f".{pattern}." in f".{path}." for pattern in patterns)
-
-
 def _has_prefix_and_parts(path: str, patterns: list[tuple[str, tuple[str, ...]]]) -> bool:
     under = [parts for prefix, parts in patterns if not prefix or path.startswith(f"{prefix}.")]
-    return any(_has_parts(path, parts) for parts in under)
+    return any(has_parts(path, parts) for parts in under)
 
 
 def _with_progress(steps: Iterable, description: str) -> Iterable:

@@ -19,6 +19,8 @@ from peftkern.layers.base import (
 )
 from peftkern.layers.frozen_base import OverFrozenBase
 
+__all__ = ["SVDLinear"]
+
 
 def fold_diagonal(lora_A: Tensor, lora_E: Tensor, scaling: float | Tensor) -> Tensor:
     """Return scaling * (lora_A * lora_E), [r, K]: it costs r x K products, not M x r.

@@ -8,7 +8,17 @@ Names are looked up when they are first used; importing this package imports non
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftkern.layers.dora import DoRALinear
+    from peftkern.methods.delta_lora import DeltaLoRALinear, DeltaLoRAScheduler, InPlaceDeltaLoRA
+    from peftkern.methods.dylora import DyLoRALinear, sample_rank, set_rank
+    from peftkern.methods.longlora import shifted_sparse_attention
+    from peftkern.methods.lora_fa import LoRAFAOptimizer, freeze_lora_A, lora_fa_gradients
+    from peftkern.methods.lora_pro import LoRAProAdamW, lora_pro_gradients, lora_pro_hook
+    from peftkern.methods.quantum_peft import QuantumPEFTLinear, orthonormal_columns
+    from peftkern.methods.rosa import RoSALinear, RoSAScheduler, density_report
 
 _MODULE_OF = {
     "DeltaLoRALinear": "delta_lora",

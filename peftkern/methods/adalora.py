@@ -28,6 +28,7 @@ from peftkern.functional.adalora import (
 )
 from peftkern.layers.svd import SVDLinear
 
+__all__ = ["BudgetSchedule", "Importance", "RankAllocator"]
 Triplets = tuple[nn.Parameter, nn.Parameter, nn.Parameter]  # lora_E, lora_A, lora_B of a layer
 
 

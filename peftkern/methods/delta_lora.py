@@ -37,6 +37,7 @@ from peftkern.layers.base import (
 from peftkern.layers.frozen_base import OverFrozenBase
 from peftkern.methods.pairs import AdapterPair, find_pairs
 
+__all__ = ["DeltaLoRALinear", "DeltaLoRAScheduler", "InPlaceDeltaLoRA"]
 ROUNDINGS = ("stochastic", "nearest")
 _WRITABLE = (torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 1 << 22  # elements of the weight that are written at once

@@ -18,8 +18,8 @@ that is seeded alike.
 The paper scales rank b by lora_alpha / b. Rows that all ranks share then count less in the larger
 ones, and no values of them suit two ranks: fitting a known update of rank 4, one run stays at 1.1
 to 3 times the distance that a run for each rank reaches. Scaled by lora_alpha / r whatever the
-rank, it comes within 3% of the best that ranks 1 to 3 can do: examples/dylora_ranks.py prints both,
-and that is the default.
+rank, it comes within 3% of the best that ranks 1 to 3 can do, and that is the default:
+bench/studies/dylora_ranks.py prints both.
 
 Source: Valipour et al. 2023, algorithm 1, arXiv:2210.07558
 """
@@ -40,6 +40,8 @@ from peftkern.layers.base import (
     merged,
 )
 from peftkern.layers.frozen_base import OverFrozenBase
+
+__all__ = ["DyLoRALinear", "sample_rank", "set_rank"]
 
 
 class DyLoRALinear(OverFrozenBase):

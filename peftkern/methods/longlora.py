@@ -31,6 +31,8 @@ from peftkern.functional.arguments import (
     number,
 )
 
+__all__ = ["shifted_sparse_attention"]
+
 
 def shifted_sparse_attention(
     q: Tensor,

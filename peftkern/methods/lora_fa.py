@@ -31,6 +31,7 @@ from peftkern.methods.pairs import (
     symmetric_eigen,
 )
 
+__all__ = ["LoRAFAOptimizer", "freeze_lora_A", "lora_fa_gradients"]
 _PEFT_DELTA = 1e-8  # what PEFT adds to the diagonal of lora_A @ lora_A.T
 
 

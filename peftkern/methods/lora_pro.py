@@ -10,7 +10,7 @@ P_A the projections on the columns of lora_B and the rows of lora_A: the nearest
 That holds for the step itself with a plain gradient step (`lora_pro_hook` on torch.optim.SGD). Adam
 rescales what it follows element by element: with full_moments it does so to the weight's gradient,
 as full fine-tuning does; with the factors' own moments, the default, what the rescaled factors do
-to the weight is no longer the nearest (examples/planted_regression.py prints both).
+to the weight is no longer the nearest (bench/studies/planted_regression.py prints both).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from peftkern.methods.pairs import (
     symmetric_eigen,
 )
 
+__all__ = ["LoRAProAdamW", "lora_pro_gradients", "lora_pro_hook"]
 _FACTORS = ("lora_A", "lora_B")
 
 

@@ -25,6 +25,7 @@ from peftkern.layers.base import (
 )
 from peftkern.layers.frozen_base import OverFrozenBase
 
+__all__ = ["QuantumPEFTLinear", "orthonormal_columns"]
 _QUBITS = 6  # that one matrix acts on at most: 64 x 64
 
 

@@ -43,6 +43,7 @@ from peftkern.layers.base import (
 from peftkern.layers.frozen_base import OverFrozenBase
 from peftkern.methods.top_gradients import TopGradients
 
+__all__ = ["RoSALinear", "RoSAScheduler", "density_report"]
 IMPORTANCES = {"squared": 2, "absolute": 1}
 _DERIVED = ("ccol", "row", "order")  # of a mask; not in the state dict
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
+__all__ = ["FIELDS", "Summary", "scalars"]
 Number = int | float
 FORMAT = "peftkern monitor 1"  # of a file; every "start" line states it
 # What a record may say of itself; `values` of the caller have other names.
@@ -166,9 +167,9 @@ def line_of(record: dict[str, Any]) -> Text:
     if record["tokens"]:
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     parts += [f"{key} {value:.4g}" for key, value in record.items() if key not in FIELDS]
-    shown = ("cuda_allocated", "cuda_reserved", "cuda_peak_allocated", "nvml_used")
+    shown = ["cuda_allocated", "cuda_reserved", "cuda_peak_allocated", "nvml_used"]
     if "cuda_allocated_bytes" not in record:
-        shown = ("process_rss",)
+        shown = ["process_rss"]
     for key in (f"{key}_bytes" for key in shown):
         if key in record:
             parts.append(f"{name_of(key)} {value_text(key, record[key])}")

@@ -33,6 +33,8 @@ from peftkern.monitor.records import (
     plain,
 )
 
+__all__ = ["TrainingMonitor"]
+
 
 class TrainingMonitor:
     """Counter and timer of a loop's steps; a context manager, or `start` and `close` by hand.
@@ -252,9 +254,10 @@ class TrainingMonitor:
 
     def _drain(self) -> None:
         """Take in the steps whose end has passed on the device."""
-        while self._pending and self._clock.passed(self._pending[0][1]):
+        clock = self._started()
+        while self._pending and clock.passed(self._pending[0][1]):
             begin, end, tokens = self._pending.popleft()
-            seconds = self._clock.seconds(begin, end)
+            seconds = clock.seconds(begin, end)
             self._seconds.append(seconds)
             self._finished += 1
             self._tokens += tokens

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import bench_formulations
 import cuda_resources
 import lut
-import make_tables
+import record_tables
 import specs
 import triton_gemm
 
@@ -121,7 +121,7 @@ def test_without_a_gpu_or_nvcc_the_reason_is_recorded(tmp_path, monkeypatch):
     assert noted["said"] == "not measured" and "GPU" in noted["stopped"] and not noted["decoders"]
     line = terminal.answer({"name": "formulations/lut/bf16", **noted})
     assert line == f"formulations/lut/bf16: not measured; {noted['stopped']}"
-    assert f"not measured: {noted['stopped']}" in make_tables.decoders_table([noted])
+    assert f"not measured: {noted['stopped']}" in record_tables.decoders_table([noted])
     monkeypatch.setattr(cuda_resources, "find_nvcc", lambda: None)
     with pytest.raises(RuntimeError, match="found no nvcc"):
         lut.compiled(tmp_path, torch.device("cuda"))
@@ -142,7 +142,7 @@ def test_a_wrong_table_has_no_rate_and_the_others_do(emulated, monkeypatch):
     with pytest.raises(RuntimeError, match="pairs: on purpose"):
         lut.ask(specs.Options(), None, lambda **facts: noted.update(facts))
     assert noted["said"].startswith("weights for each clock") and "shuffle 12.3" in noted["said"]
-    table = make_tables.decoders_table([noted])
+    table = record_tables.decoders_table([noted])
     assert "| permute | 12.3 | 1234 |" in table and "| pairs | WRONG |  |" in table
 
 
@@ -155,7 +155,7 @@ def test_products_and_tables_go_through_the_bench(only, tmp_path):
     assert status == 0, error
     (path,) = tmp_path.glob("*-interpreter/formulations.json")
     record = json.loads(path.read_text())
-    (table,) = make_tables.tables("formulations", record)
+    (table,) = record_tables.tables("formulations", record)
     if only == "lut":
         assert record["answers"][0]["said"] == "not measured" and "not measured" in out
         assert "not measured" in table
@@ -165,8 +165,8 @@ def test_products_and_tables_go_through_the_bench(only, tmp_path):
     assert bench_formulations.CUBLAS in case["providers"]
     other = {**case, "providers": dict(list(case["providers"].items())[:2])}
     record["cases"] = [case, other, case]
-    assert [len(group) for group in make_tables.alike(record["cases"])] == [2, 1]
-    assert len(make_tables.tables("formulations", record)) == 2
+    assert [len(group) for group in record_tables.alike(record["cases"])] == [2, 1]
+    assert len(record_tables.tables("formulations", record)) == 2
 
 
 def test_the_questions_of_the_issue_are_all_asked():

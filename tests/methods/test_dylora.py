@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from paths import EXAMPLES
+from paths import STUDIES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +16,7 @@ import peftkern
 from peftkern.layers import LoRALinear, NF4Linear, NF4LoRALinear
 from peftkern.methods.dylora import DyLoRALinear, sample_rank, set_rank
 
-sys.path.append(str(EXAMPLES))
+sys.path.append(str(STUDIES))
 import dylora_ranks
 
 
@@ -135,7 +135,7 @@ def test_truncate_and_merge_keep_the_function(nf4, kind):
 
 
 def test_one_run_gives_a_usable_model_at_every_rank():
-    """The distance to a planted update of examples/dylora_ranks.py: against a run for each rank,
+    """The distance to the planted update of dylora_ranks.py: against a run for each rank,
     and against the best that a rank can do (Eckart-Young)."""
     fit, sampling, values = dylora_ranks.fit, dylora_ranks.sampling, dylora_ranks.VALUES
     one, last, cut = (fit(800, p) for p in (sampling(), sampling(True), lambda layer: None))

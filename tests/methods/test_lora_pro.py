@@ -23,7 +23,7 @@ from method_models import (
     train,
     twins,
 )
-from paths import EXAMPLES
+from paths import STUDIES
 from tolerances import METHODS_RTOL, METHODS_STEPS_RTOL, errors
 from torch import Tensor
 
@@ -192,7 +192,7 @@ def test_half_of_a_pair_and_lists_that_do_not_fit_are_errors():
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(STUDIES))
     return importlib.import_module("planted_regression")
 
 

@@ -1,4 +1,4 @@
-"""README's tables and plots are what bench/results/ says, and would be found out if not."""
+"""Tables and plots of README and docs/ are what bench/results/ says; else it would be found out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from peftkern.tools import charts
 from peftkern.tools.bench import machine
 
 
-def test_the_readme_and_its_plots_are_up_to_date(capsys):
+def test_the_tables_and_plots_are_up_to_date(capsys):
     assert make_tables.main(["--check"]) == 0, "run `make docs`"
     assert make_plots.main(["--check"]) == 0, "run `make docs`"
-    readme = (machine.ROOT / "README.md").read_text(encoding="utf-8")
+    page = (machine.ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
     for device in make_tables.shown(machine.ROOT / "bench" / "results"):
         for theme in make_tables.THEMES:
-            path = f"{make_tables.PLOTS}/{make_tables.plot_name(device, theme)}"
-            assert path in readme and (machine.ROOT / path).is_file()
+            name = make_tables.plot_name(device, theme)
+            assert f"(plots/{name}#gh-{theme}-mode-only)" in page
+            assert (machine.ROOT / "docs" / "plots" / name).is_file()
 
 
 def record(**medians: float) -> dict:
@@ -125,6 +126,37 @@ def test_instruction_sets_stand_side_by_side_and_stand_ins_have_no_section(resul
     assert "| forward-M1/bf16 |  |  |  |  | 2 [1.8-2.2] | **4.00x** |  |  |" in text
     assert "| forward-M16/bf16 | 3 [2.7-3.3] | **4.00x** |  |  |  |  |  |  |" in text
     assert "cannot be held back" in text and "cpu-avx2-light" not in text
+
+
+def test_readme_has_the_cases_that_every_instruction_set_has(results):
+    assert make_tables.summary(results) == make_tables.NO_RESULTS
+    for isa, ms in (("avx512", 2.0), ("avx2", 3.0)):
+        one = forced(isa, ms)
+        both = json.loads(json.dumps(one["cases"][0]))
+        both["name"] = "nf4_lora_linear/forward-M256/fp32"
+        dense = both["providers"]["bitsandbytes + PEFT"]
+        both["providers"]["dense + PEFT"] = {**dense, "median_ms": 0.5 * ms}
+        one["cases"].append(both)
+        machine.write_json(results / f"cpu-{isa}" / "nf4_lora_linear.json", one)
+    text = make_tables.summary(results)
+    assert "|  | 256 tokens, fp32 |" in text
+    for isa in ("avx2", "avx512"):  # one machine: its name is below
+        assert f"| {isa} | **4.00x** (0.50x) |" in text
+    assert "1 token," not in text and "16 tokens" not in text and "demo" not in text
+    assert "on Some CPU, 2 threads: avx2 2026-11-24, avx512 2026-11-24." in text
+    demo = record(peftkern=100.0, PEFT=150.0)
+    machine.write_json(results / "cpu-avx512" / "demo.json", demo)
+    text = make_tables.summary(results)
+    assert "| 256 tokens, fp32 | step of `make demo` |" in text
+    assert "| avx2 | **4.00x** (0.50x) | not measured |" in text
+    assert "| avx512 | **4.00x** (0.50x) | **1.50x** |" in text
+    other = forced("avx512", 2.0)
+    other["environment"]["cpu"] = "Another CPU"
+    machine.write_json(results / "other" / "nf4_lora_linear.json", other)
+    text = make_tables.summary(results)
+    assert (
+        "| Some CPU, 2 threads, avx512 |" in text and "| Another CPU, 2 threads, avx512 |" in text
+    )
 
 
 def test_a_result_above_the_floor_is_explained(results):

@@ -189,6 +189,33 @@ def test_no_module_hides_a_public_function():
     assert {path.stem for path in PACKAGE.glob("*.py")} & set(public) == set()
 
 
+PUBLIC = ["functional", "layers", "methods", "monitor", "integrations.peft"]
+PUBLIC += ["integrations.transformers"]
+
+
+def test_public_names_are_stated_where_they_are_made_and_documented():
+    for package in ("peftkern", *(f"peftkern.{name}" for name in PUBLIC)):
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not hasattr(value, "__module__"):  # a constant
+                continue
+            assert value.__doc__, f"{package}.{name}"
+            if not hasattr(value, "__module__"):  # data
+                continue
+            home = importlib.import_module(value.__module__)
+            assert name in home.__all__, f"{package}.{name} is made in {home.__name__}"
+
+
+def test_what_a_module_states_is_there():
+    for name, path in modules(PACKAGE).items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        stated = any(ast.unparse(node).startswith("__all__ = ") for node in tree.body)
+        if stated and name != "__init__" and not name.startswith("kernels"):
+            module = importlib.import_module(f"peftkern.{name}")
+            assert all(hasattr(module, one) for one in module.__all__), name
+
+
 def test_addresses_are_taken_in_one_place():
     takers = {
         name
@@ -284,12 +311,16 @@ NEEDS = {  # code by what is absent and by what then says that it needs it
     "peft": {
         "peftkern.patch": "peftkern.patch(torch.nn.Linear(1, 1))",
         "peftkern.unpatch": "peftkern.unpatch(torch.nn.Linear(1, 1))",
+        "peftkern.is_patched": "peftkern.is_patched(torch.nn.Linear(1, 1))",
+        "peftkern.patched": "peftkern.patched(torch.nn.Linear(1, 1))",
+        "peftkern.register_layer": "peftkern.register_layer(torch.nn.Linear)",
         CALLBACKS: f"from {CALLBACKS} import PeftKernCallback",
     },
     "transformers": {CALLBACKS: f"from {CALLBACKS} import MonitorCallback"},
 }
 TRY = """
 import sys, torch, peftkern
+from peftkern import *  # only to look at the names needs nothing
 for code in sys.argv[1:]:
     try:
         exec(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import importlib.util
 import itertools
 import json
@@ -182,20 +183,65 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     assert not any(name.endswith(".so") for name in members)
 
 
-def test_wheel_holds_the_package_only(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     run_checked(
-        *(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path),
-        *("build", "--build-base", tmp_path / "build", "bdist_wheel", "--dist-dir", tmp_path),
+        *(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder),
+        *("build", "--build-base", folder / "build", "bdist_wheel", "--dist-dir", folder),
     )
-    (archive,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(archive).namelist())
+    (archive,) = folder.glob("*.whl")
+    return archive
+
+
+def test_wheel_holds_the_package_only(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
     assert f"peftkern/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}" in names
-    assert "peftkern/kernels/NUMERICS.md" in names
+    assert {"peftkern/kernels/NUMERICS.md", "peftkern/py.typed"} <= names
     assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "peftkern").rglob("*.py")} <= names
     assert {f"peftkern/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").glob("*.*")} <= names
     templates = ROOT / "peftkern/tools/templates"
     assert {path.relative_to(ROOT).as_posix() for path in templates.iterdir()} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"peftkern"}
+
+
+def test_wheel_takes_the_torch_that_is_there(wheel):
+    """Any build of 2.8 or newer satisfies it: pip replaces no CPU build by one for CUDA."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        told = email.message_from_bytes(archive.read(name))
+    assert "torch>=2.8" in told.get_all("Requires-Dist")
+    assert [one for one in told.get_all("Requires-Dist") if "nvidia" in one] == []
+    assert (told["License-Expression"] or told["License"]) == "Apache-2.0"
+    assert "Typing :: Typed" in told.get_all("Classifier")
+
+
+ONE_OPENMP = """
+import pathlib, re, torch, peftkern
+torch.set_num_threads(2)
+w = peftkern.quantize_nf4(torch.randn(256, 256))
+peftkern.nf4_linear(torch.randn(64, 256), w)
+assert {name for _, name in peftkern.stats().calls} == {"cpu"}, peftkern.stats()
+maps = pathlib.Path("/proc/self/maps").read_text()
+print(peftkern.__file__)
+print(*set(re.findall("/.*/lib(?:gomp|omp|iomp5)[-.].*", maps)), sep="\\n")
+"""
+
+
+def test_published_wheel_brings_no_second_openmp(wheel, tmp_path):
+    """As `ci/wheels.sh` packs it: torch's runtime has threads, another would have some more."""
+    pytest.importorskip("auditwheel", reason="of `make wheel`")
+    options = ("--exclude", "libgomp.so.1", "--wheel-dir", tmp_path)
+    run_checked(sys.executable, "-m", "auditwheel", "repair", *options, wheel)
+    (archive,) = tmp_path.glob("*manylinux*.whl")
+    names = zipfile.ZipFile(archive).namelist()
+    assert [name for name in names if ".libs/" in name] == []
+    zipfile.ZipFile(archive).extractall(tmp_path / "site")
+    path = str(tmp_path / "site")
+    answer = run(sys.executable, "-c", ONE_OPENMP, cwd=tmp_path, PYTHONPATH=path)
+    assert answer.returncode == 0, answer.stderr
+    package, *runtimes = answer.stdout.splitlines()
+    assert package.startswith(path) and len(runtimes) == 1, answer.stdout
 
 
 # ---- building on other machines: a small project under the same CMakeLists.txt and setup.py

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 import typer
 from paths import ROOT
 
@@ -21,7 +20,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if p.stem != "compatibility-results")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-NEEDS = re.compile(r"<!-- needs: (\w+) -->")  # a package without which a page's blocks are not run
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
@@ -36,17 +34,18 @@ def hooks() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With what the pages call "model" and "moe": checkpoints of two small models."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    """With small models for "model", "moe" and the one that pages of frameworks load by name."""
+    from framework_runs import letters_llama, letters_tokenizer
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     found = tmp_path_factory.mktemp("pages")
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(found / "model")
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    config = Qwen3MoeConfig(**sizes, **experts, head_dim=16)
-    Qwen3MoeForCausalLM(config).save_pretrained(found / "moe")
+    for path in (found / "model", found / "HuggingFaceTB" / "SmolLM2-135M"):
+        letters_llama().save_pretrained(path)
+        letters_tokenizer().save_pretrained(path)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(found / "moe")
     return found
 
 
@@ -61,8 +60,9 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf
 def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader pastes them into one session."""
     text = page.read_text(encoding="utf-8")
-    for package in NEEDS.findall(text):
-        pytest.importorskip(package)
+    if page.parent.name == "frameworks":
+        for package in re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE):
+            pytest.importorskip(package)
     monkeypatch.chdir(folder)
     session: dict[str, object] = {"__name__": "__main__"}
     for block in BLOCK.finditer(text):

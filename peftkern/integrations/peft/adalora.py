@@ -42,6 +42,8 @@ from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, fused
 from peftkern.layers.svd import fold_diagonal
 from peftkern.methods.adalora import Importance, Triplets, apply_mask_, shrink_triplets_
 
+__all__ = ["compact_"]
+
 
 class SVDLayer(PatchedLayer):
     """Mixin of patched layers that keep an adapter as PEFT's AdaLoRA does, with a diagonal."""
@@ -268,17 +270,20 @@ class PatchedAdaLoraModel(AdaLoraModel):
         return None
 
 
-def patch_model(module: nn.Module) -> bool:
-    """Swap an AdaLoraModel and its allocator; return whether it runs on peftkern now."""
-    if type(module) not in (AdaLoraModel, PatchedAdaLoraModel) or kept_forward(module) is None:
-        return False
+def is_tuner(module: nn.Module) -> bool:
+    """Return whether a module is an AdaLoraModel that can be patched, or is."""
+    kinds = (AdaLoraModel, PatchedAdaLoraModel)
+    return type(module) in kinds and kept_forward(module) is not None
+
+
+def patch_model(module: nn.Module) -> None:
+    """Swap an AdaLoraModel and its allocator."""
     set_class(module, PatchedAdaLoraModel)
     allocator = getattr(module, "rankallocator", None)
     if type(allocator) is RankAllocator:
         allocator.__class__ = PatchedRankAllocator
         if allocator.exp_avg_ipt:  # in the middle of training
             allocator.adopt_ipt(allocator.triplets(module.model))
-    return True
 
 
 def unpatch_model(module: nn.Module) -> bool:

@@ -103,16 +103,13 @@ SWAPS = {kind.original: kind for kind in (PatchedLinear4bit, PatchedLinearNF4, P
 LINEAR_TYPES = (*SWAPS, *SWAPS.values())
 
 
-def patch_base(module: nn.Module) -> bool:
-    """Swap the class of one of bitsandbytes' layers; return whether it is swapped now."""
+def patch_base(module: nn.Module) -> None:
+    """Swap the class of one of bitsandbytes' layers."""
     kind = type(module)
-    if kind not in LINEAR_TYPES:
-        return False
     state = getattr(module.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         restore_packing(module)
     set_class(module, SWAPS.get(kind, kind))
-    return True
 
 
 def unpatch_base(module: nn.Module) -> None:
@@ -122,7 +119,7 @@ def unpatch_base(module: nn.Module) -> None:
 
 
 def runs_kernel(base: Linear4bit) -> bool:
-    """Return whether a swapped layer runs our kernel by itself, as it is now."""
+    """Return whether a layer will run our kernel by itself when it is swapped."""
     return base.weight.device.type == "cpu" and unreadable(base) is None
 
 
@@ -181,9 +178,12 @@ def read_quant_maps(model: nn.Module) -> None:
 
 
 def unreadable(base: Linear4bit) -> str | None:
-    """Return the reason for which a weight is not read, whatever the input; None for NF4."""
+    """Return the reason for which a weight is not read, whatever the input; None for NF4.
+
+    One that is repacked for CPU inference is put back when it is patched.
+    """
     reason = unusual_weight(base)
-    if reason is None:
+    if reason is None and not getattr(quant_state_of(base), "packing_format_for_cpu", False):
         try:
             NF4Weight.from_bitsandbytes(parameters_of(base)[0], quant_state_of(base))
         except ArgumentError as error:

@@ -27,6 +27,7 @@ from peftkern.integrations.peft import trial
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
+    Outlook,
     PatchedForward,
     hooked,
     refused,
@@ -152,6 +153,13 @@ class PatchedParamWrapper(PatchedForward, InnerParamWrapper):
             return Fallback(reason)
         refusal = trial.refusal(self, x, _trial_key(stack, x, *routing))
         return refusal or _served(stack, x, *routing)
+
+    def outlook(self) -> Outlook:
+        device = self.get_param().device
+        stack = read_stack(self, device)
+        if isinstance(stack, Fallback):
+            return Outlook(device, stack.reason)
+        return Outlook(device, None, key=stack.key)
 
 
 SWAPS: dict[type, type] = {lora.ParamWrapper: PatchedParamWrapper}

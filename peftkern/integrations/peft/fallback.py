@@ -37,6 +37,19 @@ class Fallback(NamedTuple):
     answer: Callable[..., Tensor] | None = None
 
 
+class Outlook(NamedTuple):
+    """State of a patched layer as a report tells it, whatever the input.
+
+    reason: for the forward of the original class, None if ours can serve. rows: from which on its
+    kernels pay, 0 if from none. key: (op, kind, N, K, rank) of its trials, None if there is none.
+    """
+
+    device: torch.device
+    reason: str | None
+    rows: int = 1
+    key: tuple | None = None
+
+
 class PatchedForward:
     """Mixin of the swapped classes, each a subclass of its class `original`."""
 
@@ -62,6 +75,18 @@ class PatchedForward:
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
         """Return the output of our ops, or the reason against them with nothing changed."""
         raise NotImplementedError
+
+    def outlook(self) -> Outlook:
+        """Look at a layer with an adapter as it is now."""
+        raise NotImplementedError
+
+
+def extra_arguments(args: tuple, kwargs: dict) -> str | None:
+    """Return the reason for a call with more than x that says something."""
+    given = sorted(name for name, value in kwargs.items() if value is not None)
+    if not args and not given:
+        return None
+    return f"extra arguments: {', '.join(given) or 'positional'}"
 
 
 def unusual_tensor(**tensors: Tensor) -> str | None:

@@ -27,7 +27,9 @@ from peftkern.integrations.peft import casts, trial
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
+    Outlook,
     PatchedForward,
+    extra_arguments,
     hooked,
     parameters_of,
     refused,
@@ -43,7 +45,7 @@ if is_bnb_4bit_available():
     BNB_TYPES = bnb.LINEAR_TYPES
 
 DENSE_TYPES = (nn.Linear, Conv1D)
-_BASE_TYPES = frozenset((*BNB_TYPES, *DENSE_TYPES, NF4Linear))
+BASE_TYPES = frozenset((*BNB_TYPES, *DENSE_TYPES, NF4Linear))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,10 +81,9 @@ class PatchedLayer(PatchedForward):
 
         Raises: TruncatedWeightError, where bitsandbytes would read on.
         """
-        if args or kwargs:
-            given = sorted(k for k, v in kwargs.items() if v is not None)
-            if args or given:
-                return Fallback(f"extra arguments: {', '.join(given) or 'positional'}")
+        reason = extra_arguments(args, kwargs) if args or kwargs else None
+        if reason is not None:
+            return Fallback(reason)
         base_layer = self._modules["base_layer"]
         if type(base_layer) in DENSE_TYPES and x.is_cpu and _is_small(self, x):
             # Asked first: to such a product every check is a loss.
@@ -100,13 +101,13 @@ class PatchedLayer(PatchedForward):
             if reason is not None and dispatch.forced_backend() is None:
                 return Fallback(reason)
         cast = autocast_dtype(x)
-        read = _read_base(base_layer, x, cast is not None)
+        read = read_base(base_layer, x, cast is not None)
         if isinstance(read, Fallback):
             return read
         dtype, weight, bias = read
         off, unfused = switched_off(self), "no active adapter"
         if adapter is not None:
-            unfused = _unfused(adapter, x, dtype, cast, self.cast_input_dtype_enabled)
+            unfused = unfusable(adapter, x, dtype, cast, self.cast_input_dtype_enabled)
         asks = compiling or trust.mode() != "always"
         if asks and ((off or unfused) is None or isinstance(weight, NF4Weight)):  # else PEFT serves
             key = trial_key(self, x, names, adapter, dtype, cast)
@@ -115,9 +116,23 @@ class PatchedLayer(PatchedForward):
                 return refusal
         base = (casts.cast(x, dtype, base_layer), weight, bias)
         contested = not asks and unfused is None and self._is_plain(names[0])
-        if contested and _is_slower(self, adapter, base):
+        if contested and is_slower(self, adapter, base):
             return Fallback("PEFT's own operations measured faster for this shape")
         return self._combine(x, names, adapter, base, off, unfused)
+
+    def outlook(self) -> Outlook:
+        base, names = self.get_base_layer(), active_names(self)
+        device = base.weight.device
+        state = read_state(self, names, device)
+        reason = state.reason if isinstance(state, Fallback) else None
+        if reason is None and type(base) in BNB_TYPES:
+            reason = bnb.unreadable(base)
+        elif reason is None and type(base) in DENSE_TYPES:
+            reason = switched_off(self)
+        dense = device.type == "cpu" and type(base) in DENSE_TYPES
+        key = None if reason is not None else layer_key(self, names, state)
+        sizes = self.in_features, self.out_features, bool(self.lora_variant)
+        return Outlook(device, reason, rows_to_pay(*sizes) if dense else 1, key)
 
     def _combine(
         self,
@@ -256,7 +271,7 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
             return Fallback("global module hooks")
     base = layer._modules["base_layer"]
     kind = type(base)
-    if kind not in _BASE_TYPES:
+    if kind not in BASE_TYPES:
         return Fallback(f"base_layer is {kind.__name__}")
     reason = hooked(device, base_layer=base)
     if reason is not None:
@@ -271,10 +286,9 @@ def switched_off(layer: Any) -> str | None:
     return "adapters are merged" if layer.merged_adapters else None
 
 
-def rows_to_pay(layer: Any) -> int:
+def rows_to_pay(K: int, N: int, dora: bool = False) -> int:
     """Return the rows from which a dense layer on a CPU is not small; 0 if there are none."""
-    K, N = layer.in_features, layer.out_features
-    if layer.lora_variant:
+    if dora:
         return 1 if crossovers.crossover("dora") <= N * K else 0
     return max(-(-crossovers.crossover("dense") // max(K + N, 1)), 1)
 
@@ -294,14 +308,14 @@ def _is_small(layer: Any, x: Tensor) -> bool:
     return torch.compiler.is_compiling() or dispatch.forced_backend() is None
 
 
-def _is_slower(layer: Any, adapter: Adapter, base: Base) -> bool:
+def is_slower(layer: Any, adapter: Adapter, base: Base) -> bool:
     """Return whether PEFT was measured faster for this shape; see `dispatch.is_slower`."""
     x, weight, _ = base
     op = "nf4_lora_linear" if isinstance(weight, NF4Weight) else "lora_linear"
     return dispatch.is_slower(op, x, tuple(weight.shape), adapter.lora_A.shape[0], layer.training)
 
 
-def _read_base(
+def read_base(
     base: nn.Module, x: Tensor, autocast: bool
 ) -> tuple[torch.dtype, Tensor | NF4Weight, Tensor | None] | Fallback:
     """Read the base as it is at this call, or return the reason to call it.
@@ -327,7 +341,7 @@ def _read_base(
     return x.dtype, weight.t() if kind is Conv1D else weight, bias
 
 
-def _unfused(
+def unfusable(
     adapter: Adapter, x: Tensor, base_dtype: torch.dtype, cast: torch.dtype | None, cast_input: bool
 ) -> str | None:
     """Return the reason for which base and first adapter in one op would not be what PEFT does."""

@@ -26,8 +26,8 @@ from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
 from peftkern.integrations.peft.fallback import Fallback, hooked
 
-UNMEASURED = "PEFT serves until this machine has measured such a layer"
-IN_FLIGHT = "PEFT serves until the training step that it began is over"
+UNMEASURED = "the layer's own forward serves until this machine has measured such a layer"
+IN_FLIGHT = "the layer's own forward serves until the training step that it began is over"
 LEAST_ROWS = 128  # below, other kernels would be measured than those that run
 keep_divided = False  # verdicts of rounds that disagree, too: `peftkern tune` was asked for one
 ATTEMPTS = 3  # at a trial that found no memory
@@ -101,8 +101,8 @@ class LayerClass:
     layers of which PEFT has answered a forward that may be recomputed, which has to be PEFT's, too.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name, self.device = name, device
+    def __init__(self, name: str, device: torch.device, width: int) -> None:
+        self.name, self.device, self.width = name, device, width  # N + K
         self.calls = self.failures = 0
         self.pending: weakref.WeakKeyDictionary[nn.Module, _Pending] = weakref.WeakKeyDictionary()
         self.decided, self.reason = False, UNMEASURED
@@ -117,7 +117,7 @@ class LayerClass:
         """Serve as a verdict says."""
         ours = verdict["side"] == trust.OURS
         self.decided = True
-        self.reason = None if ours else f"PEFT's own forward serves: {verdict.get('why', '')}"
+        self.reason = None if ours else f"the layer's own forward serves: {verdict.get('why', '')}"
 
 
 _classes: dict[tuple, LayerClass] = {}
@@ -142,7 +142,7 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
         return None
     if found is None:
         full = (*key, *end)
-        found = _classes.setdefault(full, LayerClass(name_of(full), x.device))
+        found = _classes.setdefault(full, LayerClass(name_of(full), x.device, full[2] + full[3]))
         found.adopt()
     return _refusal(layer, found, complete)
 
@@ -250,7 +250,7 @@ def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor, *args: Any, **kwa
         return y
     tried.calls += 1
     try:
-        with _aside(x.device):
+        with aside(x.device):
             beside = tree_map_only(Tensor, _own, (args, kwargs))
             if tried.calls == 1:
                 _rehearse(layer, x, beside)
@@ -297,7 +297,7 @@ def _possible(layer: nn.Module, x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _aside(device: torch.device) -> Iterator[None]:
+def aside(device: torch.device) -> Iterator[None]:
     """Keep generators, saved-tensor hooks and inference mode out of what runs inside."""
     cpu = torch.get_rng_state()
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -356,7 +356,7 @@ def _decide(layer: Any, x: Tensor, beside: Beside, tried: LayerClass, seconds: f
     """Time both sides, and record whose the class is."""
     rows = x.numel() // x.shape[-1]
     fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
-    least = crossovers.crossover("dense") // (layer.in_features + layer.out_features) + 1
+    least = crossovers.crossover("dense") // tried.width + 1
     measured = min(rows, max(fit, LEAST_ROWS, least))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)

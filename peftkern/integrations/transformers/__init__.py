@@ -1,7 +1,16 @@
 """Hugging Face transformers: callbacks of the Trainer, LongLoRA's attention, NF4 experts."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
+    from peftkern.integrations.transformers.callbacks import (
+        AdaLoraCallback,
+        MonitorCallback,
+        PeftKernCallback,
+    )
+    from peftkern.integrations.transformers.nf4_experts import NF4ExpertsConfig
 
 __all__ = [
     "AdaLoraCallback",

@@ -30,7 +30,8 @@ with needed_by("peftkern.integrations.transformers"):
 if TYPE_CHECKING:
     from transformers import Trainer
 
-logger = logging.getLogger(__name__)
+__all__ = ["AdaLoraCallback", "MonitorCallback", "PeftKernCallback"]
+logger = logging.getLogger("peftkern")
 _LOGGED = ("loss", "grad_norm", "learning_rate")  # of the Trainer, also in the JSONL records
 
 
@@ -40,9 +41,9 @@ class PeftKernCallback(TrainerCallback):
     It patches when the Trainer is made. When training begins it looks again: at a callback that was
     added later, a model that `model_init` made, or adapters that came in between. What was patched
     is in `report` and is said once, by the first process: through logging, and where that does not
-    show level INFO, as by default, as the Trainer writes its own logs, unless transformers or this
-    logger are told to say less than warnings. Layers that were skipped or fall back are a warning,
-    and so is a model without any.
+    show level INFO, as by default, as the Trainer writes its own logs, unless transformers or the
+    logger "peftkern" are told to say less than warnings. Layers that were skipped, fall back or are
+    never called are a warning, and so is a model without any.
 
     Args: args and trainer are not read; ms-swift gives them to every callback. options are those
         of `peftkern.patch`.
@@ -78,7 +79,7 @@ class PeftKernCallback(TrainerCallback):
             return
         self._said.add(said)
         levels = logger.getEffectiveLevel(), transformers_logging.get_verbosity()
-        if not self.report.patched or self.report.skipped or self.report.falling_back:
+        if not self.report.patched or self.report.unserved:
             logger.warning("%s", said)
         elif logger.isEnabledFor(logging.INFO):
             logger.info("%s", said)

@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from peftkern.methods.longlora import shifted_sparse_attention
 
+__all__ = ["disable_shifted_sparse_attention", "enable_shifted_sparse_attention"]
 _PREFIX = "peftkern_shifted_sparse_"
 _UNSUPPORTED = ("position_bias", "s_aux", "softcap")  # what changes the weights of an attention
 

@@ -26,7 +26,7 @@ from peftkern.integrations.transformers.callbacks import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 5
 LAYERS = 14
-LOGGER = "peftkern.integrations.transformers.callbacks"
+LOGGER = "peftkern"
 
 
 class Reporter(TrainerCallback):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import peft_models
 import pytest
 import torch
-from framework_runs import letters_llama, letters_tokenizer, sums
+from framework_runs import letters_llama, letters_tokenizer, save_model, sums
 from peft import LoraConfig
 from peft_models import TARGETS, served_by_us
 from tolerances import LOGITS
-from transformers import Trainer
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 
 import peftkern
 from peftkern.integrations.transformers import PeftKernCallback
@@ -39,7 +40,14 @@ def digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(letter.isalnum() for letter in text) / 8 for text in completions]
 
 
-def train(kind: str, folder: Path, *, patched: bool, **options: Any) -> Trainer:
+def train(
+    kind: str,
+    folder: Path,
+    *,
+    patched: bool,
+    model: PreTrainedModel | None = None,
+    **options: Any,
+) -> Trainer:
     trainer_class, config_class, more = TRAINERS[kind]
     quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     quiet |= {"use_cpu": True, "bf16": False}
@@ -47,7 +55,7 @@ def train(kind: str, folder: Path, *, patched: bool, **options: Any) -> Trainer:
     arguments = config_class(str(folder), **quiet, **run, **more, **options)
     keywords = {"reward_funcs": digits} if kind == "grpo" else {}
     trainer = trainer_class(
-        model=letters_llama(),
+        model=model or letters_llama(),
         args=arguments,
         train_dataset=Dataset.from_list(ANSWERS[kind]),
         processing_class=letters_tokenizer(),
@@ -84,3 +92,14 @@ def test_the_losses_are_those_without_it(tmp_path, kind, options, reference):
         expected, got = column(plain, name), column(ours, name)
         assert len(expected) == STEPS, name
         torch.testing.assert_close(got, expected, **LOGITS)
+
+
+def test_policy_and_reference_agree_over_nf4_until_the_first_step(tmp_path):
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    folder = save_model(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(folder, quantization_config=nf4, device_map="cpu")
+    trainer = train("dpo", tmp_path, patched=True, model=model, gradient_checkpointing=False)
+    margins = column(trainer, "rewards/margins")
+    assert margins[0] == 0 and margins[1:].abs().min() > 0
+    assert column(trainer, "loss")[0] == pytest.approx(math.log(2), abs=0, rel=2**-12)
+    assert peft_models.fallbacks() == {}

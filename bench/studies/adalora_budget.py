@@ -5,8 +5,8 @@ none, some high. Students start without them and learn to give the teacher's out
 the same rank everywhere, pruned by the cubic schedule to as many triplets as were planted, and
 LoRA with as many in equal parts.
 
-    python examples/adalora_budget.py                         # about a minute on two cores
-    python examples/adalora_budget.py --plot budget.svg --steps 1200
+    python bench/studies/adalora_budget.py                         # about a minute on two cores
+    python bench/studies/adalora_budget.py --plot budget.svg --steps 1200
 
 The picture needs matplotlib; without it none is drawn, and --plot is an error.
 

@@ -5,7 +5,7 @@ gives |W + dW_b - target| for every rank b: the least that any update of rank b 
 (Eckart-Young), a LoRA run of that rank, one DyLoRA run (all ranks of a step trained, or the last
 alone), DyLoRA with the paper's scaling lora_alpha / b, and LoRA of rank 4 cut to its first b ranks.
 
-    python examples/dylora_ranks.py        # about ten seconds
+    python bench/studies/dylora_ranks.py        # about ten seconds
 """
 
 from __future__ import annotations

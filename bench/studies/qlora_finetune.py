@@ -5,9 +5,9 @@ quantization) and PEFT adapters learns real text. Both runs get the same weights
 seeds; each lives in its own process, so that peak memory is that run's own, and the two take
 turns of a few steps, so that a busy machine slows both alike.
 
-    python examples/qlora_finetune.py                      # random weights, nothing downloaded
-    python examples/qlora_finetune.py --model ./my-llama   # a local model and its tokenizer
-    python examples/qlora_finetune.py --text notes.txt --steps 400
+    python bench/studies/qlora_finetune.py                      # random weights, nothing downloaded
+    python bench/studies/qlora_finetune.py --model ./my-llama   # a local model and its tokenizer
+    python bench/studies/qlora_finetune.py --text notes.txt --steps 400
 
 Exit status: 0, the loss curves agree; 1, they do not, or a run failed; 2, bad input.
 """

@@ -5,8 +5,8 @@ Python; each method then fine-tunes a copy of it on Python source, modules of th
 One table: trained parameters, bytes of optimizer state, the peak of what a step allocates, time of
 a step, and the loss on source that no step has seen.
 
-    python examples/methods.py                                # minutes on two cores
-    python examples/methods.py --only LoRA LoRA-FA --steps 50 --json methods.json
+    python bench/studies/methods.py                                # minutes on two cores
+    python bench/studies/methods.py --only LoRA LoRA-FA --steps 50 --json methods.json
 
 A method is a class below: its change of the model, its optimizer, and its hooks before and after a
 step. Exit status: 0, all were trained; 2, bad input.

@@ -4,8 +4,8 @@ A linear layer is to become another one, weight + update, from random inputs. Ea
 at the same weight with the same learning rate; the table gives its loss, and how far its weight is
 from the one that full fine-tuning has at that step, next to the size of the planted update.
 
-    python examples/planted_regression.py                     # seconds
-    python examples/planted_regression.py --optimizer adamw --lr 0.005
+    python bench/studies/planted_regression.py                     # seconds
+    python bench/studies/planted_regression.py --optimizer adamw --lr 0.005
 """
 
 from __future__ import annotations

@@ -1,0 +1,68 @@
+"""README's code runs, its links lead somewhere; the files around it agree with the package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from paths import ROOT
+from processes import run_python
+
+import peftkern
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/measurements.md")
+CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?:\]\(|(?:src|srcset|href)=\")([^)\"\s]+)")
+TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("code", CODE.findall(README))
+def test_code_of_readme_runs(code: str, tmp_path: Path):
+    """As it is pasted into a file, kernels being trusted by what they do there alone."""
+    assert len([line for line in code.splitlines() if line]) <= 15
+    (tmp_path / "pasted.py").write_text(code)
+    trust = {"PEFTKERN_TRUST": "auto", "PEFTKERN_CACHE": str(tmp_path / "cache")}
+    done = run_python("pasted.py", cwd=tmp_path, **trust)
+    assert done.returncode == 0, done.stderr
+    assert "14 patched" in done.stdout and "nf4_lora_linear_backward" in done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_lead_somewhere(page: str):
+    targets = LINK.findall((ROOT / page).read_text(encoding="utf-8"))
+    files = [one.partition("#")[0] for one in targets if not one.startswith(("https://", "#"))]
+    assert [name for name in files if not (ROOT / page).parent.joinpath(name).exists()] == []
+
+
+def test_the_picture_is_the_same_on_both_backgrounds():
+    """But for its colors."""
+    light, dark = (
+        (ROOT / "docs" / "images" / f"how-it-fits-{theme}.svg").read_text(encoding="utf-8")
+        for theme in ("light", "dark")
+    )
+    color = re.compile(r"#[0-9a-f]{6}")
+    assert light != dark and color.sub("", light) == color.sub("", dark)
+
+
+def test_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == peftkern.__version__ and citation["license"] == "Apache-2.0"
+    newest = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == peftkern.__version__
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_issue_templates_ask_for_the_doctor(path: Path):
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert form["name"] and form["description"]
+    fields = {field["id"]: field for field in form["body"]}
+    assert len(fields) == len(form["body"])
+    assert all(field["type"] == "textarea" for field in fields.values())
+    assert "peftkern doctor --json" in fields["doctor"]["attributes"]["label"]
