@@ -128,8 +128,11 @@ def _read_adapter(path: Path) -> dict:
 
 
 def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from peftkern.cli.frame import NARROW
 
     unit, size = ("GB", 1e9) if found.peak >= 1e9 else ("MB", 1e6)
 
@@ -143,9 +146,9 @@ def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> 
 
     say(_describe(name, training, found))
     phases = list(found.phases)
-    table = Table("")
-    for phase in phases:
-        table.add_column(phase, justify="right")
+    table = Table(box=box.HEAVY_HEAD if console.width >= NARROW else None)
+    for phase in ("", *phases):
+        table.add_column(phase, justify="right" if phase else "left", overflow="fold")
     for part, nbytes in found.fixed.items():
         if nbytes:
             table.add_row(part, *[number(nbytes)] * len(phases))
