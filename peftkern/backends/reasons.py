@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import re
 
-_NOTHING = "Nothing to do: the result is the same, from {}."
-_PEFT = _NOTHING.format("PEFT's own forward")
-_NEXT = _NOTHING.format("the next back end")
+NOTHING = "Nothing to do"
+_PEFT = f"{NOTHING}: the result is the same, from PEFT's own forward."
+_NEXT = f"{NOTHING}: the result is the same, from the next back end."
+_READ = "Give the parts that the layer's forward computes with; else it stays as it is."
 _DTYPE = f"{_NEXT} float32, bfloat16 and float16 are what kernels take."
 _HOOK = "A hook must see the call, so PEFT makes it. Remove the hook, or put it on an outer module."
 _MERGED = "`model.unmerge_adapter()` or `model.enable_adapter_layers()`, if you did not mean it."
@@ -140,7 +141,29 @@ TABLE: dict[str, dict[str, str]] = {
         "rankallocator is {kind}": "`peftkern.patch(model)` again: the allocator is not patched.",
         "parameters are sharded": "PEFT computes the term. Use ZeRO stage 1 or 2.",
     },
+    "Layers that were registered": {
+        "input is given by its name": "Call the layer as `layer(x)`.",
+        "base is {kind}": "Served are nn.Linear, Conv1D, Linear4bit (NF4), NF4Linear and tensors.",
+        "its weights are on meta: patch it when they are loaded": "Patch after loading.",
+        "its forward cannot be compared with its parts: {error}": _READ,
+        "read raised {error}": _READ,
+        "read gives {kind}{name}, expected {what}": _READ,
+        "read gives no parts in eval mode: {reason}": _READ,
+        "read gives no parts in training mode: {reason}": _READ,
+        "forward gives {what}, expected {dtype} {shape} of such an input": _READ,
+        "forward differs from the parts that read gives by {share} of their size": _READ,
+        "the gradient of {name} differs from that of the parts that read gives": _READ,
+        "forward draws random numbers in training, read gives no dropout": _READ,
+        "read gives a dropout of {p}, forward draws no random numbers in training": _READ,
+        "compiled before its parts were checked": "Run a step before `torch.compile`.",
+    },
     "Speed": {
+        "small dense product: torch's own operations are as fast": (
+            "Nothing to do: kernels pay from more rows on (`print(report)` says how many)."
+        ),
+        "torch's own operations measured faster for this shape": (
+            "Nothing to do: `peftkern tune` on this GPU may find a faster kernel."
+        ),
         "small dense product: PEFT's own operations are as fast": (
             "Nothing to do: kernels pay from more rows on (`print(report)` says how many)."
         ),
@@ -246,6 +269,15 @@ WARNINGS: dict[str, str] = {
     "torch, serves instead.": "Install what the reason names, then `peftkern doctor --forget`.",
     "{name}: merged into NF4 weights, which PEFT cannot undo: unmerge before `unpatch`, or `patch` "
     "again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
+    "{count} of the patched layers are never called, for fused kernels read their weights: {all}; "
+    "switch those off for peftkern to serve the layers": (
+        "Switch off the framework's own LoRA kernels (Axolotl: `lora_*_kernel`)."
+    ),
+    "none of the {count} layers that peftkern has patched was called in a forward pass of the "
+    "model: nothing was served. Fused kernels of another library that read the weights past the "
+    "layers do this, and so do inputs that take another way": (
+        "Switch those kernels off, or call the model that holds the patched layers."
+    ),
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
     "{count} of the patched layers are never called, for fused kernels read their weights: "
     "{functions}; switch those off for peftkern to serve the layers": (
