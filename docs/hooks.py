@@ -18,7 +18,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels that 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "peftkern"
 INTERNAL = ("backends", "formats", "tools", "cli")  # not for users
-ENTRIES = ("peftkern.functional",)  # which users import, though `peftkern` has all of its names
 SHIM = "https://unpkg.com/iframe-worker/shim"
 FROM_NETWORK = re.compile(r"(?:src=|<link [^>]*href=|url\()[\"']?((?:https?:)?//[^\"' )>]+)")
 MARK = "<!-- {} -->"
@@ -27,18 +26,18 @@ MARK = "<!-- {} -->"
 def public_modules() -> list[str]:
     """Return the modules that have an `__all__`, `peftkern` first, without the internal ones.
 
-    A module whose names its package offers, too, is a detail of that package.
+    A module whose names the packages offer, too, is a detail of these.
     """
-    found: dict[str, set[str]] = {}
-    for path in sorted(PACKAGE.rglob("*.py"), key=lambda path: (len(path.parts), path)):
+    packages, modules = [], []
+    for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if parts[1] in INTERNAL or listed(path) is None:
-            continue
-        paths = set(public_names(module).values())
-        if not paths <= found.get(module.rpartition(".")[0], set()) or module in ENTRIES:
-            found[module] = paths
-    return list(found)
+        if parts[1] not in INTERNAL and listed(path) is not None:
+            is_package = parts[-1] == "__init__"
+            found = packages if is_package else modules
+            found.append(".".join(parts[:-1] if is_package else parts))
+    offered = {path for module in packages for path in public_names(module).values()}
+    own = [module for module in modules if not set(public_names(module).values()) <= offered]
+    return sorted(packages + own)
 
 
 def listed(path: Path) -> ast.expr | None:

@@ -91,11 +91,12 @@ def on_fallback(function: Callable[[str, str], object]) -> RemovableHandle:
 
     function(op, reason) gets both as `stats` lists them: op is "lora_linear", "nf4_lora_linear" or
     "lora_experts" for a patched layer that the forward from before `patch` answers, the name of an
-    op where one of its back ends refuses a call; reason is in words that are the same for all
-    layers and shapes. The same pair does not come again, after `reset_stats` neither. It is
-    called in the thread that falls back, in the middle of a forward or backward pass; inside a
-    compiled graph nothing is counted, and nothing is told. What it raises is logged as an error of
-    the logger "peftkern" and goes no further. That logger is told of each pair, too, at level INFO.
+    op where one of its back ends refuses a call; reason is in words, the same for all layers and
+    shapes but where it tells a measurement. The same pair does not come again, after `reset_stats`
+    neither. It is called in the thread that falls back, in the middle of a forward or backward
+    pass; inside a compiled graph nothing is counted, and nothing is told. What it raises is logged
+    as an error of the logger "peftkern" and goes no further. That logger is told of each pair, too,
+    at level INFO.
 
     Args: function, called with two strings; what it returns is not read.
     Returns: a handle: its `remove()` ends the calls, and so does the end of a `with` block over it.

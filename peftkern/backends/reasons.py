@@ -21,6 +21,7 @@ _MOVE = "Move the tensors to one device; a GPU needs one that torch sees (`peftk
 _FORGET = "`peftkern doctor --forget` tries again; report it with `peftkern doctor --json`."
 _TUNE = "Two calls decide; `peftkern tune` decides ahead of time."
 _EXPERTS = "PEFT computes these experts; their other layers are served."
+_READ = "Correct the function given to `register_layer`; until then the layer is left alone."
 _ARCH = "Rebuild with `PEFTKERN_CUDA_ARCHS` for this GPU; Triton's kernels serve it meanwhile."
 
 # {group: {template: cure}}
@@ -30,7 +31,10 @@ TABLE: dict[str, dict[str, str]] = {
         "adapters are merged": f"Expected after merging. To train: {_MERGED}",
         "adapters are merged and disabled": f"PEFT takes the adapters out again. {_MERGED}",
         "no active adapter": "`model.set_adapter(name)`, if one should be active.",
-        "{class} has no kernel": "Only PEFT's own LoRA and AdaLoRA layers are patched. " + _PEFT,
+        "{class} has no kernel": (
+            "Patched are PEFT's own LoRA and AdaLoRA layers, and those of registered classes: "
+            "`peftkern.register_layer(cls, read=...)`."
+        ),
         "forward is replaced on the instance": "Patch before whatever replaces it, or undo that.",
         "global module hooks": "Remove the hook registered for every module of the process.",
         "hooks on {role}": _HOOK,
@@ -52,6 +56,31 @@ TABLE: dict[str, dict[str, str]] = {
         "lora_magnitude_vector is {kind}": _PEFT,
         "lora_magnitude_vector is on {device}": "Set `ephemeral_gpu_offload=False`.",
         "DoRA over Conv1D": _PEFT,
+    },
+    "Registered layers": {
+        "base is {kind}": (
+            "A base that is a layer is nn.Linear, Conv1D, Linear4bit (NF4) or NF4Linear; of others "
+            "`read` may give the weight."
+        ),
+        "input is given by its name": "Call the layer as `layer(x)`.",
+        "compiled before its parts were checked": (
+            "Run the layer once with its adapter before `torch.compile`."
+        ),
+        "its weights are on meta: patch it when they are loaded": "`peftkern.patch` after loading.",
+        "read gives {what}, expected {what}": _READ,
+        "read raised {error}": _READ,
+        "read gives no parts in eval mode: {reason}": _READ,
+        "read gives no parts in training mode: {reason}": _READ,
+        "read gives a dropout of {p}, forward draws no random numbers in training": _READ,
+        "its forward cannot be compared with its parts: {error}": (
+            "The shapes of the parts do not fit, or the forward takes more than x."
+        ),
+        "forward gives {what}, expected {dtype} {shape} of such an input": (
+            "Served are layers that give [..., N] in the dtype of their input."
+        ),
+        "forward differs from the parts that read gives by {share} of their size": _READ,
+        "the gradient of {name} differs from that of the parts that read gives": _READ,
+        "forward draws random numbers in training, read gives no dropout": _READ,
     },
     "Inputs and dtypes": {
         "input is a nested tensor": "Pad it: `torch.nested.to_padded_tensor`.",
@@ -118,13 +147,19 @@ TABLE: dict[str, dict[str, str]] = {
         "PEFT's own operations measured faster for this shape": (
             "Nothing to do: `peftkern tune` on this GPU may find a faster kernel."
         ),
-        "PEFT's own forward serves: {why}": (
+        "the layer's own forward serves: {why}": (
             "Measured here: ours was slower, or failed. If the machine was busy then: "
             "`peftkern tune --again`."
         ),
-        "PEFT serves until this machine has measured such a layer": _TUNE,
-        "PEFT serves until the training step that it began is over": (
+        "the layer's own forward serves until this machine has measured such a layer": _TUNE,
+        "the layer's own forward serves until the training step that it began is over": (
             "Nothing to do: forward and recomputation of a step are one side's."
+        ),
+        "small dense product: torch's own operations are as fast": (
+            "Nothing to do: kernels pay from more rows on (`print(report)` says how many)."
+        ),
+        "torch's own operations measured faster for this shape": (
+            "Nothing to do: `peftkern tune` on this GPU may find a faster kernel."
         ),
         "compiled before this machine measured such a layer": (
             "Run two steps before `torch.compile`, or `peftkern tune` first."
@@ -212,6 +247,19 @@ WARNINGS: dict[str, str] = {
     "{name}: merged into NF4 weights, which PEFT cannot undo: unmerge before `unpatch`, or `patch` "
     "again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
+    "{count} of the patched layers are never called, for fused kernels read their weights: "
+    "{functions}; switch those off for peftkern to serve the layers": (
+        "Axolotl: `lora_mlp_kernel`, `lora_qkv_kernel` and `lora_o_kernel` to false. Or leave "
+        "these layers to those kernels: results are right either way."
+    ),
+    "none of the {count} layers that peftkern has patched was called in a forward pass of the "
+    "model: nothing was served. Fused kernels of another library that read the weights past the "
+    "layers do this, and so do inputs that take another way": (
+        "`print(report)` names fused kernels that are known; switch them off, or do without "
+        "`patch`."
+    ),
+    "{names}: merged into NF4 weights, which PEFT cannot undo: unmerge before `unpatch`, or "
+    "`patch` again before `unmerge`": "`model.unmerge_adapter()` before `peftkern.unpatch`.",
     "A 4-bit weight had been repacked by bitsandbytes' CPU inference path, which rounds its absmax "
     "to bfloat16; it is back in the storage layout so that gradients pass through it.": (
         "Call `peftkern.patch` before the first evaluation; to have the exact weights, reload."

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from peftkern.integrations.peft import PatchReport, patch
 
+__all__ = ["PeftKernCallback"]
+
 
 class PeftKernCallback(pl.Callback):
     """Callback that patches the LightningModule, as `peftkern.patch`.

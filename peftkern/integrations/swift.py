@@ -14,6 +14,8 @@ from transformers import TrainerState
 
 from peftkern.integrations.transformers.callbacks import PeftKernCallback
 
+__all__ = ["SwiftCallback"]
+
 
 class SwiftCallback(PeftKernCallback):
     """Callback that patches the trainer's model, as `PeftKernCallback`.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
+__all__ = ["FIELDS", "Summary", "scalars"]
 Number = int | float
 FORMAT = "peftkern monitor 1"  # of a file; every "start" line states it
 # What a record may say of itself; `values` of the caller have other names.

@@ -11,6 +11,7 @@ import peftkern
 SERVED = {  # what must have been served, and what the program says at the end
     "adalora_trainer": ("nf4_lora_linear_backward", "rank "),
     "moe_qlora": ("nf4_grouped_linear_backward", "in NF4: 12 linear layers"),
+    "own_layer": ("nf4_lora_linear_backward", "2 patched (__main__.MyLoRA 2)"),
     "plain_torch": ("nf4_lora_linear_backward", "adapters: hidden.lora_A (16, 512)"),
     "qlora_trainer": ("nf4_lora_linear_backward", "peftkern/tokens_per_second"),
     "quickstart": ("nf4_lora_linear_backward", "step 20: loss"),

@@ -93,7 +93,7 @@ class PatchReport:
             pays = f"from {rows:,} rows (batch x sequence) on" if rows else "in none of them"
             text += f"; {len(self.small)} are small dense layers: kernels pay {pays}"
         if self.unmeasured:
-            until = ": PEFT serves them"
+            until = ": their own forward serves"
             if trust.mode() != "off":
                 until += " until each was tried (twice called)"
             text += f"; {_plural(self.unmeasured, 'class', 'classes')} unmeasured{until}"

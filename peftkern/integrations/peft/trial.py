@@ -26,8 +26,8 @@ from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
 from peftkern.integrations.peft.fallback import Fallback, hooked
 
-UNMEASURED = "PEFT serves until this machine has measured such a layer"
-IN_FLIGHT = "PEFT serves until the training step that it began is over"
+UNMEASURED = "the layer's own forward serves until this machine has measured such a layer"
+IN_FLIGHT = "the layer's own forward serves until the training step that it began is over"
 LEAST_ROWS = 128  # below, other kernels would be measured than those that run
 keep_divided = False  # verdicts of rounds that disagree, too: `peftkern tune` was asked for one
 ATTEMPTS = 3  # at a trial that found no memory
@@ -117,7 +117,7 @@ class LayerClass:
         """Serve as a verdict says."""
         ours = verdict["side"] == trust.OURS
         self.decided = True
-        self.reason = None if ours else f"PEFT's own forward serves: {verdict.get('why', '')}"
+        self.reason = None if ours else f"the layer's own forward serves: {verdict.get('why', '')}"
 
 
 _classes: dict[tuple, LayerClass] = {}

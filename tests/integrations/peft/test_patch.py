@@ -202,14 +202,18 @@ def test_report_tells_of_unmeasured_classes(tmp_path, monkeypatch):
         report = peftkern.patch(model)
         # q and o, k and v, gate and up, down
         assert report.unmeasured == report.as_dict()["unmeasured"] == 4
-        said = "; 4 classes unmeasured: PEFT serves them until each was tried (twice called)"
+        said = (
+            "; 4 classes unmeasured: their own forward serves until each was tried (twice called)"
+        )
         assert said in str(report)
         ledger = trust.ledger(torch.device("cpu"))
         verdict = {"side": trust.PEER, "why": "slower"}
         ledger.decide("lora_linear/LoRA 64x64 r=4 float32 rows<16", verdict)
         assert peftkern.patch(model).unmeasured == 3
         with trust.use_mode("off"):
-            assert "; 3 classes unmeasured: PEFT serves them; on cpu" in str(peftkern.patch(model))
+            assert "; 3 classes unmeasured: their own forward serves; on cpu" in str(
+                peftkern.patch(model)
+            )
         with peftkern.use_backend("cpu"):
             assert peftkern.patch(model).unmeasured == 0
     trust.reset()
