@@ -290,8 +290,6 @@ WARNINGS: dict[str, str] = {
         "`print(report)` names fused kernels that are known; switch them off, or do without "
         "`patch`."
     ),
-    "{names}: merged into NF4 weights, which PEFT cannot undo: unmerge before `unpatch`, or "
-    "`patch` again before `unmerge`": "`model.unmerge_adapter()` before `peftkern.unpatch`.",
     "A 4-bit weight had been repacked by bitsandbytes' CPU inference path, which rounds its absmax "
     "to bfloat16; it is back in the storage layout so that gradients pass through it.": (
         "Call `peftkern.patch` before the first evaluation; to have the exact weights, reload."
