@@ -351,7 +351,8 @@ void linear(const GroupedLinearArgs& args, const GroupedPlan& plan) {
 }
 
 // A factor's gradient, a strip of columns of one group at a time: s and x go by a block of rows
-// at a time.
+// at a time. Where the groups lie innermost, as PEFT keeps lora_B, a cache line holds a value of
+// each of them: then a task is a strip of all groups, of so few columns that it stays in cache.
 template <class Math, class Tiles>
 struct Outer {
   const GroupedOuterArgs& args;
@@ -395,8 +396,8 @@ struct Outer {
     }
   }
 
-  void strip(const GroupedChunk& chunk, int64_t k0, float* scratch) const {
-    const int64_t columns = min64(kColumns, args.K - k0), ranks = ceil_div(args.r, 16);
+  void strip(const GroupedChunk& chunk, int64_t k0, int64_t columns, float* scratch) const {
+    const int64_t ranks = ceil_div(args.r, 16);
     uint32_t* x = reinterpret_cast<uint32_t*>(scratch);
     uint32_t* s = x + kPairs * kThird;
     float* sums = scratch + kPairs * kThird + 2 * kThird;
@@ -450,14 +451,22 @@ struct Outer {
                    reinterpret_cast<uint32_t*>(turned));
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t to = at + j * by.column;
+      const F32x16 values = f32_load(turned + 16 * j);
       if (by.rank == 1) {
-        store_any(args.g, args.g_dtype, to, f32_load(turned + 16 * j), static_cast<int>(ranks));
-        continue;
-      }
-      for (int64_t i = 0; i < ranks; ++i) {
-        store_any(args.g, args.g_dtype, to + i * by.rank, f32_set1(turned[16 * j + i]), 1);
+        store_any(args.g, args.g_dtype, to, values, static_cast<int>(ranks));
+      } else if (args.g_dtype == DType::kFloat32) {
+        scatter(turned + 16 * j, static_cast<float*>(args.g) + to, ranks);
+      } else {
+        uint16_t rounded[16];
+        store_any(rounded, args.g_dtype, 0, values, 16);
+        scatter(rounded, static_cast<uint16_t*>(args.g) + to, ranks);
       }
     }
+  }
+
+  template <class T>
+  void scatter(const T* values, T* to, int64_t ranks) const {
+    for (int64_t i = 0; i < ranks; ++i) to[i * args.strides.rank] = values[i];
   }
 
   // Zero for the group whose gradient nobody computes.
@@ -482,19 +491,49 @@ struct Outer {
   }
 
   void run() const {
-    const int64_t strips = ceil_div(args.K, kColumns), ranks = ceil_div(args.r, 16);
+    const int64_t ranks = ceil_div(args.r, 16);
     const int64_t own = kPairs * kThird + 2 * kThird + ranks * kPairs * kProducts * kProduct;
     Scratch scratch(args.threads * own * 4);
-    const int64_t full = plan.count * strips;
+    const FactorStrides& by = args.strides;
+    const int64_t line = args.r * args.groups.E;  // of a column
+    if (by.group == 1 && by.rank == args.groups.E && by.column == line) {
+      const int64_t columns = columns_at_once(line);
+      parallel_for(args.threads, ceil_div(args.K, columns), [&](int64_t task, int thread) {
+        const int64_t k0 = task * columns;
+        strip_of_all(k0, min64(columns, args.K - k0), scratch.floats() + thread * own);
+      });
+      return;
+    }
+    const int64_t strips = ceil_div(args.K, kColumns), full = plan.count * strips;
     parallel_for(args.threads, full + plan.empty_count * strips, [&](int64_t task, int thread) {
+      const int64_t k0 = (task < full ? task : task - full) % strips * kColumns;
       if (task >= full) {
-        clear(plan.empty[(task - full) / strips], (task - full) % strips * kColumns);
+        clear(plan.empty[(task - full) / strips], k0);
         return;
       }
       typename Math::Session session;
       (void)session;
-      strip(plan.chunks[task / strips], task % strips * kColumns, scratch.floats() + thread * own);
+      strip(plan.chunks[task / strips], k0, min64(kColumns, args.K - k0),
+            scratch.floats() + thread * own);
     });
+  }
+
+  // Some for every thread, and what fits the first-level cache.
+  int64_t columns_at_once(int64_t line) const {
+    const int64_t cached = (1 << 15) / (line * size_of(args.g_dtype) + 1);
+    const int64_t fair = args.K / (4 * args.threads);
+    const int64_t columns = min64(cached, fair) / kPairSide * kPairSide;
+    return columns < kPairSide ? kPairSide : min64(columns, kColumns);
+  }
+
+  void strip_of_all(int64_t k0, int64_t columns, float* scratch) const {
+    typename Math::Session session;
+    (void)session;
+    if (plan.empty_count > 0) {
+      const int64_t line = args.strides.column * size_of(args.g_dtype);
+      std::memset(static_cast<char*>(args.g) + k0 * line, 0, static_cast<size_t>(columns * line));
+    }
+    for (int64_t i = 0; i < plan.count; ++i) strip(plan.chunks[i], k0, columns, scratch);
   }
 };
 
