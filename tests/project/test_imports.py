@@ -58,6 +58,7 @@ ADDRESSES = "backends.pointers"
 NOT_SHIPPED = {"tests", "bench", "examples", "setup"}
 PEERS = {"peft", "transformers", "bitsandbytes", "accelerate"}
 HEAVY = PEERS | {"triton", "matplotlib"}
+FRAMEWORKS = {"axolotl", "lightning", "llamafactory", "swift"}  # whose plug-ins need them
 
 
 def module_name(path: Path, package: Path) -> str:
@@ -212,7 +213,11 @@ def test_what_a_module_states_is_there():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         stated = any(ast.unparse(node).startswith("__all__ = ") for node in tree.body)
         if stated and name != "__init__" and not name.startswith("kernels"):
-            module = importlib.import_module(f"peftkern.{name}")
+            try:
+                module = importlib.import_module(f"peftkern.{name}")
+            except ModuleNotFoundError as error:
+                assert error.name in FRAMEWORKS, error
+                continue
             assert all(hasattr(module, one) for one in module.__all__), name
 
 

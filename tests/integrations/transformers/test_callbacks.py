@@ -124,6 +124,12 @@ def test_the_callback_is_made_as_ms_swift_makes_it(tmp_path):
     assert PeftKernCallback(run.args, run).report is None
 
 
+def test_its_options_are_those_of_patch(tmp_path):
+    callback = PeftKernCallback(exclude=["layers.0"])
+    trainer(add_lora(tiny_llama()), tmp_path, [callback])
+    assert len(callback.report.patched) == LAYERS // 2
+
+
 def test_patches_adapters_that_came_in_between(tmp_path):
     model = add_lora(tiny_llama(), target_modules=["q_proj"])
     callback = PeftKernCallback()
