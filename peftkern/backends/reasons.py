@@ -13,7 +13,6 @@ import re
 NOTHING = "Nothing to do"
 _PEFT = f"{NOTHING}: the result is the same, from PEFT's own forward."
 _NEXT = f"{NOTHING}: the result is the same, from the next back end."
-_READ = "Give the parts that the layer's forward computes with; else it stays as it is."
 _DTYPE = f"{_NEXT} float32, bfloat16 and float16 are what kernels take."
 _HOOK = "A hook must see the call, so PEFT makes it. Remove the hook, or put it on an outer module."
 _MERGED = "`model.unmerge_adapter()` or `model.enable_adapter_layers()`, if you did not mean it."
@@ -57,31 +56,6 @@ TABLE: dict[str, dict[str, str]] = {
         "lora_magnitude_vector is {kind}": _PEFT,
         "lora_magnitude_vector is on {device}": "Set `ephemeral_gpu_offload=False`.",
         "DoRA over Conv1D": _PEFT,
-    },
-    "Registered layers": {
-        "base is {kind}": (
-            "A base that is a layer is nn.Linear, Conv1D, Linear4bit (NF4) or NF4Linear; of others "
-            "`read` may give the weight."
-        ),
-        "input is given by its name": "Call the layer as `layer(x)`.",
-        "compiled before its parts were checked": (
-            "Run the layer once with its adapter before `torch.compile`."
-        ),
-        "its weights are on meta: patch it when they are loaded": "`peftkern.patch` after loading.",
-        "read gives {what}, expected {what}": _READ,
-        "read raised {error}": _READ,
-        "read gives no parts in eval mode: {reason}": _READ,
-        "read gives no parts in training mode: {reason}": _READ,
-        "read gives a dropout of {p}, forward draws no random numbers in training": _READ,
-        "its forward cannot be compared with its parts: {error}": (
-            "The shapes of the parts do not fit, or the forward takes more than x."
-        ),
-        "forward gives {what}, expected {dtype} {shape} of such an input": (
-            "Served are layers that give [..., N] in the dtype of their input."
-        ),
-        "forward differs from the parts that read gives by {share} of their size": _READ,
-        "the gradient of {name} differs from that of the parts that read gives": _READ,
-        "forward draws random numbers in training, read gives no dropout": _READ,
     },
     "Inputs and dtypes": {
         "input is a nested tensor": "Pad it: `torch.nested.to_padded_tensor`.",
@@ -142,20 +116,29 @@ TABLE: dict[str, dict[str, str]] = {
         "parameters are sharded": "PEFT computes the term. Use ZeRO stage 1 or 2.",
     },
     "Layers that were registered": {
+        "base is {kind}": (
+            "A base that is a layer is nn.Linear, Conv1D, Linear4bit (NF4) or NF4Linear; of others "
+            "`read` may give the weight."
+        ),
         "input is given by its name": "Call the layer as `layer(x)`.",
-        "base is {kind}": "Served are nn.Linear, Conv1D, Linear4bit (NF4), NF4Linear and tensors.",
-        "its weights are on meta: patch it when they are loaded": "Patch after loading.",
-        "its forward cannot be compared with its parts: {error}": _READ,
+        "compiled before its parts were checked": (
+            "Run the layer once with its adapter before `torch.compile`."
+        ),
+        "its weights are on meta: patch it when they are loaded": "`peftkern.patch` after loading.",
+        "read gives {what}{name}, expected {what}": _READ,
         "read raised {error}": _READ,
-        "read gives {kind}{name}, expected {what}": _READ,
         "read gives no parts in eval mode: {reason}": _READ,
         "read gives no parts in training mode: {reason}": _READ,
-        "forward gives {what}, expected {dtype} {shape} of such an input": _READ,
+        "read gives a dropout of {p}, forward draws no random numbers in training": _READ,
+        "its forward cannot be compared with its parts: {error}": (
+            "The shapes of the parts do not fit, or the forward takes more than x."
+        ),
+        "forward gives {what}, expected {dtype} {shape} of such an input": (
+            "Served are layers that give [..., N] in the dtype of their input."
+        ),
         "forward differs from the parts that read gives by {share} of their size": _READ,
         "the gradient of {name} differs from that of the parts that read gives": _READ,
         "forward draws random numbers in training, read gives no dropout": _READ,
-        "read gives a dropout of {p}, forward draws no random numbers in training": _READ,
-        "compiled before its parts were checked": "Run a step before `torch.compile`.",
     },
     "Speed": {
         "small dense product: torch's own operations are as fast": (
@@ -177,12 +160,6 @@ TABLE: dict[str, dict[str, str]] = {
         "the layer's own forward serves until this machine has measured such a layer": _TUNE,
         "the layer's own forward serves until the training step that it began is over": (
             "Nothing to do: forward and recomputation of a step are one side's."
-        ),
-        "small dense product: torch's own operations are as fast": (
-            "Nothing to do: kernels pay from more rows on (`print(report)` says how many)."
-        ),
-        "torch's own operations measured faster for this shape": (
-            "Nothing to do: `peftkern tune` on this GPU may find a faster kernel."
         ),
         "compiled before this machine measured such a layer": (
             "Run two steps before `torch.compile`, or `peftkern tune` first."
@@ -269,15 +246,6 @@ WARNINGS: dict[str, str] = {
     "torch, serves instead.": "Install what the reason names, then `peftkern doctor --forget`.",
     "{name}: merged into NF4 weights, which PEFT cannot undo: unmerge before `unpatch`, or `patch` "
     "again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
-    "{count} of the patched layers are never called, for fused kernels read their weights: {all}; "
-    "switch those off for peftkern to serve the layers": (
-        "Switch off the framework's own LoRA kernels (Axolotl: `lora_*_kernel`)."
-    ),
-    "none of the {count} layers that peftkern has patched was called in a forward pass of the "
-    "model: nothing was served. Fused kernels of another library that read the weights past the "
-    "layers do this, and so do inputs that take another way": (
-        "Switch those kernels off, or call the model that holds the patched layers."
-    ),
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
     "{count} of the patched layers are never called, for fused kernels read their weights: "
     "{functions}; switch those off for peftkern to serve the layers": (
