@@ -352,11 +352,12 @@ void linear(const GroupedLinearArgs& args, const GroupedPlan& plan) {
 
 // A factor's gradient, a strip of columns of one group at a time: s and x go by a block of rows
 // at a time. Where the groups lie innermost, as PEFT keeps lora_B, a cache line holds a value of
-// each of them: then a task is a strip of all groups, of so few columns that it stays in cache.
+// each of them: then a task is a strip of all groups, turned around while it is in cache.
 template <class Math, class Tiles>
 struct Outer {
   const GroupedOuterArgs& args;
   const GroupedPlan& plan;
+  int64_t column = 0;  // of the first of g
 
   static constexpr int64_t kStep = Tiles::kStep;
   static constexpr int64_t kColumns = 128;
@@ -439,7 +440,7 @@ struct Outer {
       }
       f32_store(block + 16 * i, f32_mul(sum, f32_set1(args.scale)));
     }
-    const int64_t at = group * by.group + rank0 * by.rank + column0 * by.column;
+    const int64_t at = group * by.group + rank0 * by.rank + (column0 - column) * by.column;
     if (by.column == 1) {
       for (int64_t i = 0; i < ranks; ++i) {
         store_any(args.g, args.g_dtype, at + i * by.rank, f32_load(block + 16 * i),
@@ -451,22 +452,14 @@ struct Outer {
                    reinterpret_cast<uint32_t*>(turned));
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t to = at + j * by.column;
-      const F32x16 values = f32_load(turned + 16 * j);
       if (by.rank == 1) {
-        store_any(args.g, args.g_dtype, to, values, static_cast<int>(ranks));
-      } else if (args.g_dtype == DType::kFloat32) {
-        scatter(turned + 16 * j, static_cast<float*>(args.g) + to, ranks);
-      } else {
-        uint16_t rounded[16];
-        store_any(rounded, args.g_dtype, 0, values, 16);
-        scatter(rounded, static_cast<uint16_t*>(args.g) + to, ranks);
+        store_any(args.g, args.g_dtype, to, f32_load(turned + 16 * j), static_cast<int>(ranks));
+        continue;
+      }
+      for (int64_t i = 0; i < ranks; ++i) {
+        store_any(args.g, args.g_dtype, to + i * by.rank, f32_set1(turned[16 * j + i]), 1);
       }
     }
-  }
-
-  template <class T>
-  void scatter(const T* values, T* to, int64_t ranks) const {
-    for (int64_t i = 0; i < ranks; ++i) to[i * args.strides.rank] = values[i];
   }
 
   // Zero for the group whose gradient nobody computes.
@@ -498,9 +491,11 @@ struct Outer {
     const int64_t line = args.r * args.groups.E;  // of a column
     if (by.group == 1 && by.rank == args.groups.E && by.column == line) {
       const int64_t columns = columns_at_once(line);
+      Scratch stacks(args.threads * columns * line * 4);
       parallel_for(args.threads, ceil_div(args.K, columns), [&](int64_t task, int thread) {
         const int64_t k0 = task * columns;
-        strip_of_all(k0, min64(columns, args.K - k0), scratch.floats() + thread * own);
+        char* stack = static_cast<char*>(stacks.data) + thread * columns * line * 4;
+        strip_of_all(k0, min64(columns, args.K - k0), scratch.floats() + thread * own, stack);
       });
       return;
     }
@@ -518,28 +513,48 @@ struct Outer {
     });
   }
 
-  // Some for every thread, and what fits the first-level cache.
+  // Some for every thread, and a quarter of a second-level cache at most.
   int64_t columns_at_once(int64_t line) const {
-    const int64_t cached = (1 << 15) / (line * size_of(args.g_dtype) + 1);
+    const int64_t cached = (1 << 19) / (line * size_of(args.g_dtype) + 1);
     const int64_t fair = args.K / (4 * args.threads);
     const int64_t columns = min64(cached, fair) / kPairSide * kPairSide;
     return columns < kPairSide ? kPairSide : min64(columns, kColumns);
   }
 
-  void strip_of_all(int64_t k0, int64_t columns, float* scratch) const {
+  // [E, columns, r] of a strip, and from there to [columns, r, E].
+  void strip_of_all(int64_t k0, int64_t columns, float* scratch, void* stack) const {
     typename Math::Session session;
     (void)session;
-    if (plan.empty_count > 0) {
-      const int64_t line = args.strides.column * size_of(args.g_dtype);
-      std::memset(static_cast<char*>(args.g) + k0 * line, 0, static_cast<size_t>(columns * line));
+    GroupedOuterArgs own = args;
+    own.g = stack;
+    own.strides = {columns * args.r, 1, args.r};
+    const Outer part{own, plan, k0};
+    for (int64_t i = 0; i < plan.count; ++i) part.strip(plan.chunks[i], k0, columns, scratch);
+    if (args.g_dtype == DType::kFloat32) return spread<float>(k0, columns, stack);
+    spread<uint16_t>(k0, columns, stack);
+  }
+
+  template <class T>
+  void spread(int64_t k0, int64_t columns, const void* stack) const {
+    const int64_t E = args.groups.E, values = columns * args.r;
+    T* out = static_cast<T*>(args.g) + k0 * args.strides.column;
+    if (plan.empty_count > 0) std::memset(out, 0, static_cast<size_t>(values * E) * sizeof(T));
+    constexpr int64_t kLine = 32;  // values of each group that are read together
+    for (int64_t first = 0; first < values; first += kLine) {
+      const int64_t count = min64(kLine, values - first);
+      for (int64_t i = 0; i < plan.count; ++i) {
+        const int64_t e = plan.chunks[i].group;
+        const T* from = static_cast<const T*>(stack) + e * values + first;
+        T* to = out + first * E + e;
+        for (int64_t j = 0; j < count; ++j) to[j * E] = from[j];
+      }
     }
-    for (int64_t i = 0; i < plan.count; ++i) strip(plan.chunks[i], k0, columns, scratch);
   }
 };
 
 template <class Math, class Tiles>
 void outer(const GroupedOuterArgs& args, const GroupedPlan& plan) {
-  Outer<Math, Tiles>{args, plan}.run();
+  Outer<Math, Tiles>{args, plan, 0}.run();
 }
 
 }  // namespace grouped

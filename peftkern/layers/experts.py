@@ -245,7 +245,8 @@ class LoRAExperts(nn.Module):
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
 
 
-_TRANSFORMERS_GATE = "transformers.integrations.moe"  # whose experts are there if it is imported
+# Asked for only where it is imported: no experts of transformers come without it.
+_TRANSFORMERS_GATE = "transformers.integrations.moe"
 _Updates = Mapping[str, tuple[Tensor, Tensor, float]]
 
 
