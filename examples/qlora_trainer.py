@@ -34,7 +34,8 @@ nf4 = BitsAndBytesConfig(
 model = AutoModelForCausalLM.from_pretrained(
     folder.name, quantization_config=nf4, dtype=torch.bfloat16
 )
-model = prepare_model_for_kbit_training(model)  # with gradient checkpointing
+checkpointing = {"use_reentrant": False}
+model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=checkpointing)
 model = get_peft_model(model, LoraConfig(r=16, lora_dropout=0.05, target_modules="all-linear"))
 
 text = torch.tensor(list("\n".join(topics.values()).encode()))
