@@ -17,11 +17,12 @@ staged=$(mktemp -d)
 trap 'rm -rf "$staged"' EXIT
 for python in "$@"; do
     "$python" -m pip wheel --no-deps --wheel-dir "$staged" .
-done
-for wheel in "$staged"/*.whl; do
-    case $wheel in
-        *-none-any.whl) cp "$wheel" dist/ ;;  # PEFTKERN_NATIVE=0
-        *) auditwheel repair --exclude libgomp.so.1 --wheel-dir dist "$wheel" ;;
-    esac
+    for wheel in "$staged"/*.whl; do
+        case $wheel in
+            *-none-any.whl) cp "$wheel" dist/ ;;  # PEFTKERN_NATIVE=0
+            *) auditwheel repair --exclude libgomp.so.1 --wheel-dir dist "$wheel" ;;
+        esac
+        rm "$wheel"
+    done
 done
 ls -l dist/*.whl

@@ -122,8 +122,9 @@ def cures() -> str:
 
 
 def tested() -> str:
-    """Return the table that `tests/compat` has written."""
-    return (DOCS / "compatibility-results.md").read_text(encoding="utf-8")
+    """Return the table that `tests/compat` writes, if it has."""
+    page = DOCS / "compatibility-results.md"
+    return page.read_text(encoding="utf-8") if page.exists() else "Not tested."
 
 
 def changelog() -> str:

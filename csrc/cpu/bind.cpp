@@ -19,6 +19,7 @@
 #include "peftkern/nf4_lora_linear.h"
 #include "peftkern/parallel.h"
 #include "peftkern/rosa.h"
+#include "peftkern/swiglu.h"
 
 namespace py = pybind11;
 
@@ -296,28 +297,26 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     grouped_linear(Isa{isa}, args);
   });
-  m.def("grouped_outer",
-        [](int isa, int threads, const py::tuple& groups, int64_t K, int64_t r, uintptr_t x,
-           int dtype, uintptr_t s, float scale, const py::tuple& g, bool skip_empty) {
-          GroupedOuterArgs args;
-          args.groups = row_groups(groups);
-          args.K = K, args.r = r;
-          args.x = pointer<const void>(x);
-          args.dtype = dtype_from_code(dtype);
-          args.s = pointer<const float>(s);
-          args.scale = scale;
-          const FactorStack gradient = factor_stack(g);
-          args.g = const_cast<void*>(gradient.data);
-          args.g_dtype = gradient.dtype;
-          args.strides = gradient.strides;
-          args.skip_empty = skip_empty;
-          args.threads = threads;
-          py::gil_scoped_release release;
-          grouped_outer(Isa{isa}, args);
-        });
-  m.def("grouped_columns", [](int threads, const py::tuple& groups, int64_t columns, int dtype,
-                              uintptr_t in, uintptr_t out, bool spread) {
-    GroupColumnsArgs args;
+  m.def("grouped_outer", [](int isa, int threads, const py::tuple& groups, int64_t K, int64_t r,
+                            uintptr_t x, int dtype, uintptr_t s, float scale, const py::tuple& g) {
+    GroupedOuterArgs args;
+    args.groups = row_groups(groups);
+    args.K = K, args.r = r;
+    args.x = pointer<const void>(x);
+    args.dtype = dtype_from_code(dtype);
+    args.s = pointer<const float>(s);
+    args.scale = scale;
+    const FactorStack gradient = factor_stack(g);
+    args.g = const_cast<void*>(gradient.data);
+    args.g_dtype = gradient.dtype;
+    args.strides = gradient.strides;
+    args.threads = threads;
+    py::gil_scoped_release release;
+    grouped_outer(Isa{isa}, args);
+  });
+  m.def("grouped_collect", [](int threads, const py::tuple& groups, int64_t columns, int dtype,
+                              uintptr_t in, uintptr_t out) {
+    GroupedCollectArgs args;
     args.groups = row_groups(groups);
     args.columns = columns;
     args.dtype = dtype_from_code(dtype);
@@ -325,7 +324,33 @@ PYBIND11_MODULE(_cpu, m) {
     args.out = pointer<void>(out);
     args.threads = threads;
     py::gil_scoped_release release;
-    (spread ? grouped_spread : grouped_collect)(args);
+    grouped_collect(args);
+  });
+  m.def("swiglu_forward", [](int isa, int threads, int64_t R, int64_t I, uintptr_t u, int dtype,
+                             uintptr_t w, uintptr_t a) {
+    SwigluArgs args;
+    args.R = R, args.I = I;
+    args.u = pointer<const void>(u);
+    args.dtype = dtype_from_code(dtype);
+    args.w = pointer<const float>(w);
+    args.a = pointer<void>(a);
+    args.threads = threads;
+    py::gil_scoped_release release;
+    swiglu_forward(Isa{isa}, args);
+  });
+  m.def("swiglu_backward", [](int isa, int threads, int64_t R, int64_t I, uintptr_t u, int dtype,
+                              uintptr_t w, uintptr_t da, uintptr_t du, uintptr_t dw) {
+    SwigluBackwardArgs args;
+    args.R = R, args.I = I;
+    args.u = pointer<const void>(u);
+    args.dtype = dtype_from_code(dtype);
+    args.w = pointer<const float>(w);
+    args.da = pointer<const void>(da);
+    args.du = pointer<void>(du);
+    args.dw = pointer<float>(dw);
+    args.threads = threads;
+    py::gil_scoped_release release;
+    swiglu_backward(Isa{isa}, args);
   });
   m.def("nf4_grouped_linear",
         [](int isa, int threads, const py::tuple& groups, int64_t N, int64_t K, const py::tuple& w,

@@ -2,7 +2,6 @@
 #include "peftkern/grouped_linear.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -79,56 +78,37 @@ const GroupedKernels& kernels_of(Isa isa, DType dtype) {
   return dtype == DType::kBFloat16 ? kernels.grouped_bf16 : kernels.grouped;
 }
 
-// Groups that have rows, of checked arguments.
-std::vector<int64_t> occupied(const GroupColumnsArgs& args) {
-  validate(args.groups);
-  require(args.threads >= 1, "threads: expected at least 1");
-  const int64_t E = args.groups.E;
-  checked_mul(checked_mul(args.columns, 8, "columns"), E, "columns x E: bytes");
-  require(args.columns * E == 0 || (args.in && args.out), "in, out: null pointer");
-  std::vector<int64_t> found;
-  for (int64_t e = 0; e < E; ++e) {
-    if (args.groups.offsets[e] > (e > 0 ? args.groups.offsets[e - 1] : 0)) found.push_back(e);
-  }
-  return found;
+// Columns of a task, of which the first-level cache holds all groups' values.
+int64_t columns_at_once(const GroupedCollectArgs& args) {
+  return std::max<int64_t>(64, (1 << 13) / (args.groups.E + 1));
 }
 
-// fn(a value of the element's size, first column, columns) for strips of columns.
-template <class Fn>
-void for_strips(const GroupColumnsArgs& args, const Fn& fn) {
-  constexpr int64_t kStrip = 64;
-  parallel_for(args.threads, ceil_div(args.columns, kStrip), [&](int64_t task, int) {
-    const int64_t first = task * kStrip, count = min64(kStrip, args.columns - first);
-    if (args.dtype == DType::kFloat32) return fn(uint32_t{}, first, count);
-    fn(uint16_t{}, first, count);
+template <class T>
+void collect(const GroupedCollectArgs& args, const std::vector<int64_t>& groups) {
+  const int64_t at_once = columns_at_once(args), E = args.groups.E;
+  parallel_for(args.threads, ceil_div(args.columns, at_once), [&](int64_t task, int) {
+    const int64_t first = task * at_once, count = min64(at_once, args.columns - first);
+    const T* in = static_cast<const T*>(args.in) + first * E;
+    for (const int64_t e : groups) {
+      T* out = static_cast<T*>(args.out) + e * args.columns + first;
+      for (int64_t c = 0; c < count; ++c) out[c] = in[c * E + e];
+    }
   });
 }
 
 }  // namespace
 
-void grouped_collect(const GroupColumnsArgs& args) {
-  const std::vector<int64_t> groups = occupied(args);
-  for_strips(args, [&](auto value, int64_t first, int64_t count) {
-    using T = decltype(value);
-    const T* in = static_cast<const T*>(args.in) + first * args.groups.E;
-    T* out = static_cast<T*>(args.out) + first;
-    for (int64_t c = 0; c < count; ++c, in += args.groups.E) {
-      for (const int64_t e : groups) out[e * args.columns + c] = in[e];
-    }
-  });
-}
-
-void grouped_spread(const GroupColumnsArgs& args) {
-  const std::vector<int64_t> groups = occupied(args);
-  for_strips(args, [&](auto value, int64_t first, int64_t count) {
-    using T = decltype(value);
-    const T* in = static_cast<const T*>(args.in) + first;
-    T* out = static_cast<T*>(args.out) + first * args.groups.E;
-    std::memset(out, 0, static_cast<size_t>(count * args.groups.E) * sizeof(T));
-    for (int64_t c = 0; c < count; ++c, out += args.groups.E) {
-      for (const int64_t e : groups) out[e] = in[e * args.columns + c];
-    }
-  });
+void grouped_collect(const GroupedCollectArgs& args) {
+  validate(args.groups);
+  require(args.threads >= 1, "threads: expected at least 1");
+  const int64_t E = args.groups.E;
+  checked_mul(checked_mul(args.columns, 8, "columns"), E, "columns x E: bytes");
+  require(args.columns * E == 0 || (args.in && args.out), "in, out: null pointer");
+  std::vector<int64_t> groups;
+  for (int64_t e = 0; e < E; ++e) {
+    if (args.groups.offsets[e] > (e > 0 ? args.groups.offsets[e - 1] : 0)) groups.push_back(e);
+  }
+  args.dtype == DType::kFloat32 ? collect<uint32_t>(args, groups) : collect<uint16_t>(args, groups);
 }
 
 void grouped_linear(Isa isa, const GroupedLinearArgs& args) {
@@ -163,10 +143,7 @@ void grouped_outer(Isa isa, const GroupedOuterArgs& args) {
   check_stack("g: bytes, or a null pointer", args.g, args.strides, groups.E, args.r, args.K);
   require(groups.T * args.K == 0 || args.x, "x: null pointer");
   require(groups.R * args.r == 0 || args.s, "s: null pointer");
-  const Plan all(groups, groups.R + 1);
-  GroupedPlan plan = all.view();
-  if (args.skip_empty) plan.empty_count = 0;
-  kernels.outer(args, plan);
+  kernels.outer(args, Plan(groups, groups.R + 1).view());
 }
 
 }  // namespace peftkern

@@ -351,11 +351,13 @@ void linear(const GroupedLinearArgs& args, const GroupedPlan& plan) {
 }
 
 // A factor's gradient, a strip of columns of one group at a time: s and x go by a block of rows
-// at a time.
+// at a time. Where the groups lie innermost, as PEFT keeps lora_B, a cache line holds a value of
+// each of them: then a task is a strip of all groups, turned around while it is in cache.
 template <class Math, class Tiles>
 struct Outer {
   const GroupedOuterArgs& args;
   const GroupedPlan& plan;
+  int64_t column = 0;  // of the first of g
 
   static constexpr int64_t kStep = Tiles::kStep;
   static constexpr int64_t kColumns = 128;
@@ -395,8 +397,8 @@ struct Outer {
     }
   }
 
-  void strip(const GroupedChunk& chunk, int64_t k0, float* scratch) const {
-    const int64_t columns = min64(kColumns, args.K - k0), ranks = ceil_div(args.r, 16);
+  void strip(const GroupedChunk& chunk, int64_t k0, int64_t columns, float* scratch) const {
+    const int64_t ranks = ceil_div(args.r, 16);
     uint32_t* x = reinterpret_cast<uint32_t*>(scratch);
     uint32_t* s = x + kPairs * kThird;
     float* sums = scratch + kPairs * kThird + 2 * kThird;
@@ -438,7 +440,7 @@ struct Outer {
       }
       f32_store(block + 16 * i, f32_mul(sum, f32_set1(args.scale)));
     }
-    const int64_t at = group * by.group + rank0 * by.rank + column0 * by.column;
+    const int64_t at = group * by.group + rank0 * by.rank + (column0 - column) * by.column;
     if (by.column == 1) {
       for (int64_t i = 0; i < ranks; ++i) {
         store_any(args.g, args.g_dtype, at + i * by.rank, f32_load(block + 16 * i),
@@ -482,25 +484,77 @@ struct Outer {
   }
 
   void run() const {
-    const int64_t strips = ceil_div(args.K, kColumns), ranks = ceil_div(args.r, 16);
+    const int64_t ranks = ceil_div(args.r, 16);
     const int64_t own = kPairs * kThird + 2 * kThird + ranks * kPairs * kProducts * kProduct;
     Scratch scratch(args.threads * own * 4);
-    const int64_t full = plan.count * strips;
+    const FactorStrides& by = args.strides;
+    const int64_t line = args.r * args.groups.E;  // of a column
+    if (by.group == 1 && by.rank == args.groups.E && by.column == line) {
+      const int64_t columns = columns_at_once(line);
+      Scratch stacks(args.threads * columns * line * 4);
+      parallel_for(args.threads, ceil_div(args.K, columns), [&](int64_t task, int thread) {
+        const int64_t k0 = task * columns;
+        char* stack = static_cast<char*>(stacks.data) + thread * columns * line * 4;
+        strip_of_all(k0, min64(columns, args.K - k0), scratch.floats() + thread * own, stack);
+      });
+      return;
+    }
+    const int64_t strips = ceil_div(args.K, kColumns), full = plan.count * strips;
     parallel_for(args.threads, full + plan.empty_count * strips, [&](int64_t task, int thread) {
+      const int64_t k0 = (task < full ? task : task - full) % strips * kColumns;
       if (task >= full) {
-        clear(plan.empty[(task - full) / strips], (task - full) % strips * kColumns);
+        clear(plan.empty[(task - full) / strips], k0);
         return;
       }
       typename Math::Session session;
       (void)session;
-      strip(plan.chunks[task / strips], task % strips * kColumns, scratch.floats() + thread * own);
+      strip(plan.chunks[task / strips], k0, min64(kColumns, args.K - k0),
+            scratch.floats() + thread * own);
     });
+  }
+
+  // Some for every thread, and a quarter of a second-level cache at most.
+  int64_t columns_at_once(int64_t line) const {
+    const int64_t cached = (1 << 19) / (line * size_of(args.g_dtype) + 1);
+    const int64_t fair = args.K / (4 * args.threads);
+    const int64_t columns = min64(cached, fair) / kPairSide * kPairSide;
+    return columns < kPairSide ? kPairSide : min64(columns, kColumns);
+  }
+
+  // [E, columns, r] of a strip, and from there to [columns, r, E].
+  void strip_of_all(int64_t k0, int64_t columns, float* scratch, void* stack) const {
+    typename Math::Session session;
+    (void)session;
+    GroupedOuterArgs own = args;
+    own.g = stack;
+    own.strides = {columns * args.r, 1, args.r};
+    const Outer part{own, plan, k0};
+    for (int64_t i = 0; i < plan.count; ++i) part.strip(plan.chunks[i], k0, columns, scratch);
+    if (args.g_dtype == DType::kFloat32) return spread<float>(k0, columns, stack);
+    spread<uint16_t>(k0, columns, stack);
+  }
+
+  template <class T>
+  void spread(int64_t k0, int64_t columns, const void* stack) const {
+    const int64_t E = args.groups.E, values = columns * args.r;
+    T* out = static_cast<T*>(args.g) + k0 * args.strides.column;
+    if (plan.empty_count > 0) std::memset(out, 0, static_cast<size_t>(values * E) * sizeof(T));
+    constexpr int64_t kLine = 32;  // values of each group that are read together
+    for (int64_t first = 0; first < values; first += kLine) {
+      const int64_t count = min64(kLine, values - first);
+      for (int64_t i = 0; i < plan.count; ++i) {
+        const int64_t e = plan.chunks[i].group;
+        const T* from = static_cast<const T*>(stack) + e * values + first;
+        T* to = out + first * E + e;
+        for (int64_t j = 0; j < count; ++j) to[j * E] = from[j];
+      }
+    }
   }
 };
 
 template <class Math, class Tiles>
 void outer(const GroupedOuterArgs& args, const GroupedPlan& plan) {
-  Outer<Math, Tiles>{args, plan}.run();
+  Outer<Math, Tiles>{args, plan, 0}.run();
 }
 
 }  // namespace grouped

@@ -10,6 +10,7 @@
 #include "nf4_kernels.h"
 #include "nf4_lora_linear_kernels.h"
 #include "rosa_kernels.h"
+#include "swiglu_kernels.h"
 
 namespace peftkern {
 namespace {
@@ -30,6 +31,7 @@ constexpr CpuKernels kIsaKernels = {
      low_rank::combine, low_rank::rotate, kDoubles, low_rank::jacobi},
     {adalora::importance, adalora::gram, adalora::gram_backward},
     {rosa::spmm, rosa::sddmm},
+    {swiglu::forward, swiglu::backward},
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "peftkern/lora_linear.h"
 #include "peftkern/low_rank_svd.h"
 #include "peftkern/rosa.h"
+#include "peftkern/swiglu.h"
 
 namespace peftkern {
 
@@ -37,6 +38,12 @@ struct LoraKernels {
 struct GroupedKernels {
   void (*linear)(const GroupedLinearArgs& args, const GroupedPlan& plan);
   void (*outer)(const GroupedOuterArgs& args, const GroupedPlan& plan);
+};
+
+// Serial, over rows [begin, end).
+struct SwigluKernels {
+  void (*forward)(const SwigluArgs& args, int64_t begin, int64_t end);
+  void (*backward)(const SwigluBackwardArgs& args, int64_t begin, int64_t end);
 };
 
 struct DoraKernels {
@@ -91,6 +98,7 @@ struct CpuKernels {
   LowRankKernels low_rank = {};
   AdaLoraKernels adalora = {};
   RosaKernels rosa = {};
+  SwigluKernels swiglu = {};
 };
 
 // Defined where the instruction set is built.

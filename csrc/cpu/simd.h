@@ -82,6 +82,15 @@ inline void f32_store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
 inline F32x16 f32_fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32x16 f32_mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32x16 f32_add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32x16 f32_div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+// The first where it is smaller, or larger, else the second, a NaN among others.
+inline F32x16 f32_min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F32x16 f32_max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+// 2^n, -127 < n < 128, of n + kIntegers.
+inline F32x16 f32_pow2(F32x16 n) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(n.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)))};
+}
 inline float f32_sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
 inline __mmask16 mask16(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline F32x16 f32_load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(mask16(n), p)}; }
@@ -186,6 +195,20 @@ inline F32x16 f32_mul(F32x16 x, F32x16 y) {
 inline F32x16 f32_add(F32x16 x, F32x16 y) {
   return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
 }
+inline F32x16 f32_div(F32x16 x, F32x16 y) {
+  return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+}
+inline F32x16 f32_min(F32x16 x, F32x16 y) {
+  return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)};
+}
+inline F32x16 f32_max(F32x16 x, F32x16 y) {
+  return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
+}
+inline __m256 pow2(__m256 n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
+}
+inline F32x16 f32_pow2(F32x16 n) { return {pow2(n.a), pow2(n.b)}; }
 inline float f32_sum(F32x16 x) {
   const __m256 s = _mm256_add_ps(x.a, x.b);
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -318,6 +341,18 @@ inline F32x16 f32_mul(const F32x16& a, const F32x16& b) {
 inline F32x16 f32_add(const F32x16& a, const F32x16& b) {
   return f32_make([&](int i) { return a.v[i] + b.v[i]; });
 }
+inline F32x16 f32_div(const F32x16& a, const F32x16& b) {
+  return f32_make([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F32x16 f32_min(const F32x16& a, const F32x16& b) {
+  return f32_make([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F32x16 f32_max(const F32x16& a, const F32x16& b) {
+  return f32_make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F32x16 f32_pow2(const F32x16& n) {
+  return f32_make([&](int i) { return bits_float((float_bits(n.v[i]) << 23) + 0x3f800000); });
+}
 inline float f32_sum(const F32x16& a) {
   float s = 0.0f;
   for (int i = 0; i < 16; ++i) s += a.v[i];
@@ -385,6 +420,32 @@ inline F32x16 f32_keep(const F32x16& x, const uint8_t* keep, int n) {
   return f32_mul(x, f32_load(factor));
 }
 #endif
+
+constexpr float kIntegers = 0x1.8p23f;  // to which an integer is added exactly, in the low bits
+
+// e^x within 2^-21 of itself, or of 2^-126; beyond the range of floats 0 and infinity.
+inline F32x16 f32_exp(const F32x16& x) {
+  const F32x16 integers = f32_set1(kIntegers), none = f32_set1(-kIntegers);
+  const F32x16 at = f32_max(f32_set1(-104.0f), f32_min(f32_set1(89.0f), x));
+  const F32x16 n = f32_add(f32_fma(at, f32_set1(0x1.715476p0f), integers), none);  // at / log 2
+  // n log 2 in two parts, of which the first is exact: |rest| is about half of log 2 at most.
+  F32x16 rest = f32_fma(n, f32_set1(-0x1.63p-1f), at);
+  rest = f32_fma(n, f32_set1(0x1.bd0106p-13f), rest);
+  constexpr float kSeries[] = {0x1.a0d2cep-13f,
+                               0x1.6e879cp-10f,
+                               0x1.11121p-7f,
+                               0x1.555382p-5f,
+                               0x1.555554p-3f,
+                               0.5f,
+                               1.0f,
+                               1.0f};
+  F32x16 series = f32_set1(kSeries[0]);
+  for (int i = 1; i < 8; ++i) series = f32_fma(series, rest, f32_set1(kSeries[i]));
+  // By 2^n in two steps, since 2^128 and what is below 2^-126 have no float of that form.
+  const F32x16 half = f32_fma(n, f32_set1(0.5f), integers);
+  const F32x16 other = f32_add(n, f32_fma(f32_add(half, none), f32_set1(-1.0f), integers));
+  return f32_mul(f32_mul(series, f32_pow2(half)), f32_pow2(other));
+}
 
 // Sixteen weights that start anywhere, an odd element included; n <= 16 are read, the rest repeat
 // code 0.

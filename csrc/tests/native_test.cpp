@@ -26,6 +26,7 @@ void check_adalora(Isa isa);             // adalora_test.cpp
 void check_rosa(Isa isa);                // rosa_test.cpp
 void check_grouped_linear(Isa isa);      // grouped_linear_test.cpp
 void check_nf4_grouped_linear(Isa isa);  // nf4_grouped_linear_test.cpp
+void check_swiglu(Isa isa);              // swiglu_test.cpp
 
 namespace {
 
@@ -446,6 +447,7 @@ int main() {
     check_rosa(isa);
     check_grouped_linear(isa);
     check_nf4_grouped_linear(isa);
+    check_swiglu(isa);
     check_malformed_states(isa);
     check_malformed_arguments(isa);
     std::printf("native test: %s passed\n", isa_name(isa));

@@ -54,6 +54,13 @@ class Stats:
             )
         }
 
+    def _cures(self) -> dict[str, str]:
+        """Return what helps against the reasons that something helps against."""
+        from peftkern.backends.reasons import NOTHING, cure
+
+        found = {reason: cure(reason) for reason in sorted({why for _, why in self.fallbacks})}
+        return {reason: does for reason, does in found.items() if does and NOTHING not in does}
+
     def __str__(self) -> str:
         if not self.calls and not self.fallbacks:
             return "peftkern: no calls"
@@ -62,6 +69,7 @@ class Stats:
         if self.fallbacks:
             rows = [[op, why, str(count)] for (op, why), count in sorted(self.fallbacks.items())]
             text += "\n\n" + table_text(["op", "fell back because", "times"], rows)
+            text += "".join(f"\n{reason}: {cure}" for reason, cure in self._cures().items())
         return text
 
 

@@ -58,6 +58,8 @@ _TABLE = {
     "grouped_linear_backward": ("grouped_linear", "triton cpu torch"),
     "nf4_grouped_linear_forward": ("grouped_linear", "triton cpu torch"),
     "nf4_grouped_linear_backward": ("grouped_linear", "triton cpu torch"),
+    "swiglu_forward": ("swiglu", "cpu"),
+    "swiglu_backward": ("swiglu", "cpu"),
     "dora_norm": ("dora", "triton cpu"),
     "nf4_dora_norm": ("dora", "triton cpu torch"),
     "low_rank_svd": ("low_rank_svd", "triton cuda cpu"),

@@ -197,6 +197,18 @@ def _(
     return _fake_grouped_backward(dy, offsets, K, lora_A, lora_B, needs)
 
 
+@_fake("swiglu_forward")
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@_fake("swiglu_backward")
+def _(gate_up: Tensor, need_gate_up: bool, need_weights: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if gate_up.dtype is torch.float64 else torch.float32
+    dw = gate_up.new_empty(gate_up.shape[0] if need_weights else 0, dtype=wide)
+    return gate_up.new_empty(gate_up.shape if need_gate_up else 0), dw
+
+
 @_fake("dora_norm")
 def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return _fake_norm(weight.shape, lora_A, lora_B, weight.dtype)

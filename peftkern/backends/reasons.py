@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import re
 
-_NOTHING = "Nothing to do: the result is the same, from {}."
-_PEFT = _NOTHING.format("PEFT's own forward")
-_NEXT = _NOTHING.format("the next back end")
+NOTHING = "Nothing to do"
+_PEFT = f"{NOTHING}: the result is the same, from PEFT's own forward."
+_NEXT = f"{NOTHING}: the result is the same, from the next back end."
 _DTYPE = f"{_NEXT} float32, bfloat16 and float16 are what kernels take."
 _HOOK = "A hook must see the call, so PEFT makes it. Remove the hook, or put it on an outer module."
 _MERGED = "`model.unmerge_adapter()` or `model.enable_adapter_layers()`, if you did not mean it."
@@ -56,31 +56,6 @@ TABLE: dict[str, dict[str, str]] = {
         "lora_magnitude_vector is {kind}": _PEFT,
         "lora_magnitude_vector is on {device}": "Set `ephemeral_gpu_offload=False`.",
         "DoRA over Conv1D": _PEFT,
-    },
-    "Registered layers": {
-        "base is {kind}": (
-            "A base that is a layer is nn.Linear, Conv1D, Linear4bit (NF4) or NF4Linear; of others "
-            "`read` may give the weight."
-        ),
-        "input is given by its name": "Call the layer as `layer(x)`.",
-        "compiled before its parts were checked": (
-            "Run the layer once with its adapter before `torch.compile`."
-        ),
-        "its weights are on meta: patch it when they are loaded": "`peftkern.patch` after loading.",
-        "read gives {what}, expected {what}": _READ,
-        "read raised {error}": _READ,
-        "read gives no parts in eval mode: {reason}": _READ,
-        "read gives no parts in training mode: {reason}": _READ,
-        "read gives a dropout of {p}, forward draws no random numbers in training": _READ,
-        "its forward cannot be compared with its parts: {error}": (
-            "The shapes of the parts do not fit, or the forward takes more than x."
-        ),
-        "forward gives {what}, expected {dtype} {shape} of such an input": (
-            "Served are layers that give [..., N] in the dtype of their input."
-        ),
-        "forward differs from the parts that read gives by {share} of their size": _READ,
-        "the gradient of {name} differs from that of the parts that read gives": _READ,
-        "forward draws random numbers in training, read gives no dropout": _READ,
     },
     "Inputs and dtypes": {
         "input is a nested tensor": "Pad it: `torch.nested.to_padded_tensor`.",
@@ -140,7 +115,38 @@ TABLE: dict[str, dict[str, str]] = {
         "rankallocator is {kind}": "`peftkern.patch(model)` again: the allocator is not patched.",
         "parameters are sharded": "PEFT computes the term. Use ZeRO stage 1 or 2.",
     },
+    "Layers that were registered": {
+        "base is {kind}": (
+            "A base that is a layer is nn.Linear, Conv1D, Linear4bit (NF4) or NF4Linear; of others "
+            "`read` may give the weight."
+        ),
+        "input is given by its name": "Call the layer as `layer(x)`.",
+        "compiled before its parts were checked": (
+            "Run the layer once with its adapter before `torch.compile`."
+        ),
+        "its weights are on meta: patch it when they are loaded": "`peftkern.patch` after loading.",
+        "read gives {what}{name}, expected {what}": _READ,
+        "read raised {error}": _READ,
+        "read gives no parts in eval mode: {reason}": _READ,
+        "read gives no parts in training mode: {reason}": _READ,
+        "read gives a dropout of {p}, forward draws no random numbers in training": _READ,
+        "its forward cannot be compared with its parts: {error}": (
+            "The shapes of the parts do not fit, or the forward takes more than x."
+        ),
+        "forward gives {what}, expected {dtype} {shape} of such an input": (
+            "Served are layers that give [..., N] in the dtype of their input."
+        ),
+        "forward differs from the parts that read gives by {share} of their size": _READ,
+        "the gradient of {name} differs from that of the parts that read gives": _READ,
+        "forward draws random numbers in training, read gives no dropout": _READ,
+    },
     "Speed": {
+        "small dense product: torch's own operations are as fast": (
+            "Nothing to do: kernels pay from more rows on (`print(report)` says how many)."
+        ),
+        "torch's own operations measured faster for this shape": (
+            "Nothing to do: `peftkern tune` on this GPU may find a faster kernel."
+        ),
         "small dense product: PEFT's own operations are as fast": (
             "Nothing to do: kernels pay from more rows on (`print(report)` says how many)."
         ),
@@ -154,12 +160,6 @@ TABLE: dict[str, dict[str, str]] = {
         "the layer's own forward serves until this machine has measured such a layer": _TUNE,
         "the layer's own forward serves until the training step that it began is over": (
             "Nothing to do: forward and recomputation of a step are one side's."
-        ),
-        "small dense product: torch's own operations are as fast": (
-            "Nothing to do: kernels pay from more rows on (`print(report)` says how many)."
-        ),
-        "torch's own operations measured faster for this shape": (
-            "Nothing to do: `peftkern tune` on this GPU may find a faster kernel."
         ),
         "compiled before this machine measured such a layer": (
             "Run two steps before `torch.compile`, or `peftkern tune` first."
@@ -258,8 +258,6 @@ WARNINGS: dict[str, str] = {
         "`print(report)` names fused kernels that are known; switch them off, or do without "
         "`patch`."
     ),
-    "{names}: merged into NF4 weights, which PEFT cannot undo: unmerge before `unpatch`, or "
-    "`patch` again before `unmerge`": "`model.unmerge_adapter()` before `peftkern.unpatch`.",
     "A 4-bit weight had been repacked by bitsandbytes' CPU inference path, which rounds its absmax "
     "to bfloat16; it is back in the storage layout so that gradients pass through it.": (
         "Call `peftkern.patch` before the first evaluation; to have the exact weights, reload."

@@ -44,6 +44,9 @@ SCHEMAS = {
     "nf4_grouped_linear_backward": "(Tensor dy, Tensor offsets, Tensor? x, Tensor? rows, "
     f"Tensor? S, {_W}, bool transposed, Tensor? lora_A, Tensor? lora_B, float scaling, "
     "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "swiglu_forward": "(Tensor gate_up, Tensor row_weights) -> Tensor",
+    "swiglu_backward": "(Tensor da, Tensor gate_up, Tensor row_weights, bool need_gate_up, "
+    "bool need_weights) -> (Tensor dgate_up, Tensor drow_weights)",
     "dora_norm": "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
     "nf4_dora_norm": f"({_W}, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
     "float scaling) -> Tensor",

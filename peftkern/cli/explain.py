@@ -76,22 +76,18 @@ def explain(
 
 
 def _print(title: str, explanation: Explanation, note: str | None) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from peftkern.cli.frame import table
 
     console = Console(highlight=False, markup=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("op", no_wrap=True)
-    table.add_column("back end", no_wrap=True)
-    table.add_column("verdict", overflow="fold")
-    last = None
+    shown, last = table("op", "back end", "verdict", whole=2), None
     for op, backend, verdict in explanation.rows:
         style = "bold green" if verdict == "chosen" else None
-        table.add_row("" if op == last else op, backend, verdict, style=style)
+        shown.add_row("" if op == last else op, backend, verdict, style=style)
         last = op
     console.print(title, style="bold")
-    console.print(table)
+    console.print(shown)
     console.print(explanation.machine)
     if note:
         console.print(note)

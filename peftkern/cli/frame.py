@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXIT_BAD_INPUT = 2
+NARROW = 60  # columns of a terminal
 # The name in help and output, and the full name, which is accepted, too.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
@@ -97,9 +98,12 @@ def parse_bytes(option: str, text: str) -> int:
 
 
 def table(*columns: str, whole: int = 0) -> Table:
-    """Build a table whose first `whole` columns do not break words on a narrow terminal."""
+    """Build a table whose first `whole` columns do not break words, but on a terminal so narrow
+    that the others would have no room."""
+    from rich.console import Console
     from rich.table import Table
 
+    whole = whole if Console().width >= NARROW else 0
     table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")
     for number, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=number < whole)

@@ -128,8 +128,11 @@ def _read_adapter(path: Path) -> dict:
 
 
 def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from peftkern.cli.frame import NARROW
 
     unit, size = ("GB", 1e9) if found.peak >= 1e9 else ("MB", 1e6)
 
@@ -143,9 +146,9 @@ def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> 
 
     say(_describe(name, training, found))
     phases = list(found.phases)
-    table = Table("")
-    for phase in phases:
-        table.add_column(phase, justify="right")
+    table = Table(box=box.HEAVY_HEAD if console.width >= NARROW else None)
+    for phase in ("", *phases):
+        table.add_column(phase, justify="right" if phase else "left", overflow="fold")
     for part, nbytes in found.fixed.items():
         if nbytes:
             table.add_row(part, *[number(nbytes)] * len(phases))
@@ -193,9 +196,10 @@ def _count(n: int) -> str:
 
 def _verdict(training: Training, found: Plan, fitting: dict) -> str:
     budget = fitting["budget"]
-    left = (budget - found.peak) / 1e9
-    text = f"{'fits' if fitting['fits'] else 'DOES NOT FIT'} {budget / 1e9:.2f} GB: "
-    text += f"{left:.2f} GB left" if fitting["fits"] else f"{-left:.2f} GB too much"
+    unit, size = ("GB", 1e9) if budget >= 1e9 else ("MB", 1e6)
+    left = (budget - found.peak) / size
+    text = f"{'fits' if fitting['fits'] else 'DOES NOT FIT'} {budget / size:.2f} {unit}: "
+    text += f"{left:.2f} {unit} left" if fitting["fits"] else f"{-left:.2f} {unit} too much"
     batch, sequence = fitting["largest_batch"], fitting["largest_sequence"]
     text += f"; largest batch at sequence {training.sequence}: {batch or 'none'}"
     return text + f"; longest sequence at batch {training.batch}: {sequence or 'none'}"

@@ -6,7 +6,7 @@
 
 The last layer is linear, so the routing weights multiply its narrower input. For backward x, u and
 the two S are kept: no tensor of a row per pair and the model's width, none of the stack's size. The
-gate is computed again.
+gate is computed again; `swiglu` with its weights and gradients by kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.backends import ops
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.arguments import check_float, check_tensor, mismatch
 from peftkern.functional.autograd import (
@@ -54,6 +55,7 @@ class ExpertLinear(NamedTuple):
 
 class _Options(NamedTuple):
     gate: Gate
+    fused: bool  # the gate, its weights and its gradients are ops
     up: tuple[Any, ...]  # transposed, scaling, needs and layout, as `forward_op` takes them
     down: tuple[Any, ...]
     tensors: int  # of the weight of up; the rest are those of down
@@ -113,8 +115,10 @@ def lora_experts(
         stored_as(up.weight),
         stored_as(down.weight),
     )
+    fused = gate is swiglu and x.is_cpu and middle.dtype is x.dtype
     options = _Options(
         gate,
+        fused and not torch.compiler.is_compiling(),  # where torch fuses the steps of any gate
         (transposed, s1, (needs[0], *needs[2:5]), up_layout),
         (transposed, s2, (need_rows, *needs[5:], False), down_layout),
         len(up_tensors),
@@ -176,22 +180,33 @@ def _forward(
     """Compute y, and what backward reads: u and the two S."""
     (rows, offsets, inverse), n = routing, options.tensors
     u, S1 = forward_op(x, rows, offsets, tensors[:n], options.up, A1, B1, b1)
-    a = (options.gate(u) * _by_row(weights, inverse)[:, None]).to(options.dtype)
+    a = _weighted(u, _by_row(weights, inverse), options)
     y, S2 = forward_op(a, None, offsets, tensors[n:], options.down, A2, B2, None)
     return _combine(y, inverse, added), u, S1, S2
+
+
+def _weighted(u: Tensor, w: Tensor, options: _Options) -> Tensor:
+    """Compute the gate times each row's routing weight."""
+    if options.fused:
+        return ops.run("swiglu_forward", u, w)
+    return (options.gate(u) * w[:, None]).to(options.dtype)
 
 
 def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, the routing weights, A1, B1, b1, A2 and B2."""
     x, weights, A1, B1, _, A2, B2, rows, offsets, inverse, u, S1, S2, *tensors = saved
-    gate, up, down, n, _ = ctx.options
+    gate, fused, up, down, n, _ = ctx.options
     need_x, need_weights = ctx.needs_input_grad[:2]
-    w = _by_row(weights, inverse)[:, None]
-    weighted = (gate(u) * w).to(dy.dtype) if down[2][1] else None
+    w = _by_row(weights, inverse)
+    weighted = _weighted(u, w, ctx.options) if down[2][1] else None
     args = (dy.index_select(0, rows), offsets, weighted, None, S2, tensors[n:], down, A2, B2)
     da, dA2, dB2, _ = backward_op(*args)
     del args, weighted  # of a row per pair, as the rest: each is freed before the next is made
-    du, by_row = _gate_gradients(gate, u, da, w, any(up[2]), need_weights)
+    needs = (any(up[2]), need_weights)
+    if fused and any(needs):
+        du, by_row = wanted(ops.run("swiglu_backward", da, u, w, *needs), needs)
+    else:
+        du, by_row = _gate_gradients(gate, u, da, w[:, None], *needs)
     del da
     dweights = by_row[inverse].to(weights.dtype) if need_weights else None
     dx = dA1 = dB1 = db1 = None
@@ -255,7 +270,7 @@ def _as_nodes(
 ) -> Tensor:
     """Compute y in steps that autograd differentiates, the gate among them."""
     rows, offsets, inverse = routing
-    gate, up, down, n, dtype = options
+    gate, _, up, down, n, dtype = options
     a = gate(_linear(x, rows, offsets, tensors[:n], up, A1, B1, b1))
     a = (a * _by_row(weights, inverse)[:, None]).to(dtype)
     return _combine(_linear(a, None, offsets, tensors[n:], down, A2, B2, None), inverse, added)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -244,6 +245,8 @@ class LoRAExperts(nn.Module):
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
 
 
+# Asked for only where it is imported: no experts of transformers come without it.
+_TRANSFORMERS_GATE = "transformers.integrations.moe"
 _Updates = Mapping[str, tuple[Tensor, Tensor, float]]
 
 
@@ -267,6 +270,26 @@ def weight_names(experts: nn.Module) -> tuple[str, str]:
         "experts: expected Experts or fused experts of transformers with gate_up_proj and "
         f"down_proj, got {type(experts).__name__}"
     )
+
+
+def gate_of(experts: nn.Module) -> Gate:
+    """Return the gate of fused experts, `swiglu` in the place of what computes exactly that."""
+    if not experts.has_gate:
+        return experts.act_fn
+    return swiglu if _is_swiglu(experts._apply_gate) else experts._apply_gate
+
+
+def _is_swiglu(gate: Gate) -> bool:
+    """Return whether a gate is transformers' own with SiLU, and nobody looks on or has a say."""
+    default = getattr(sys.modules.get(_TRANSFORMERS_GATE), "_default_apply_gate", None)
+    if default is None or getattr(gate, "__func__", None) is not default:
+        return False
+    act = getattr(gate.__self__, "act_fn", None)
+    silu = getattr(sys.modules.get("transformers.activations"), "SiLUActivation", nn.SiLU)
+    if type(act) not in (nn.SiLU, silu) or "forward" in vars(act):
+        return False
+    hooks = (act._forward_hooks, act._forward_pre_hooks, act._backward_hooks)
+    return not any((*hooks, act._backward_pre_hooks, nn.modules.module._has_any_global_hook()))
 
 
 def experts_forward(
@@ -317,6 +340,6 @@ def _with_dropout(
 def _read(experts: nn.Module) -> tuple[Gate, dict[str, ExpertLinear]]:
     names = weight_names(experts)
     own = experts._parameters
-    gate = experts._apply_gate if experts.has_gate else experts.act_fn
+    gate = gate_of(experts)
     biases = {name: own[f"{name}_bias"] if experts.has_bias else None for name in names}
     return gate, {n: ExpertLinear(expert_weight(own[n]), bias=biases[n]) for n in names}

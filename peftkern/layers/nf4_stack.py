@@ -49,15 +49,29 @@ class NF4Stack(Tensor):
 
     @staticmethod
     def __new__(
-        cls, packed: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+        cls,
+        packed: Tensor,
+        absmax: Tensor | None = None,
+        shape: tuple[int, ...] = (),
+        dtype: torch.dtype | None = None,
+        *,
+        requires_grad: bool = False,
     ) -> NF4Stack:
+        if isinstance(packed, NF4Stack):  # as accelerate makes a parameter of what it has moved
+            absmax, shape, dtype = packed._absmax, tuple(packed.shape), packed.dtype
+            packed = packed._packed
+        if absmax is None or dtype is None or requires_grad:
+            raise TypeError(
+                "NF4Stack: expected packed, absmax, shape and dtype, or another stack, and no "
+                "requires_grad; experts in NF4 cannot be offloaded part by part"
+            )
         _check_parts(packed, absmax, shape)
         options = {"dtype": dtype, "device": packed.device, "requires_grad": False}
         return Tensor._make_wrapper_subclass(cls, shape, **options)
 
-    def __init__(
-        self, packed: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, packed: Tensor, absmax: Tensor | None = None, *_: Any, **__: Any) -> None:
+        if isinstance(packed, NF4Stack):
+            packed, absmax = packed._packed, packed._absmax
         self._packed, self._absmax = packed, absmax
 
     @classmethod

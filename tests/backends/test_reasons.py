@@ -25,7 +25,6 @@ CALLS = {"Fallback": 0, "record_fallback": 1, "demote": 1}  # which argument is 
 ASSEMBLED = {"{}: {}", "{}{}", ""}  # a back end and its reason, an error and its cure
 ERRORS = ("ArgumentError", "RepackedWeightError")
 OF_ERRORS = {"{argument}", "{name}Error", "quant_state"}  # rows for errors that are caught
-OF_ERRORS |= {"read gives {what}, expected {what}", "read raised {error}"}
 
 
 def files(*folders: str) -> Iterator[Path]:

@@ -25,6 +25,13 @@ def test_says_who_serves_and_why_not_the_others():
     assert "threads" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
 
 
+def test_verdicts_have_room_in_a_narrow_terminal(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["explain", "nf4_lora_linear", "16x256x256", "--device", "cpu"]) == 0
+    out = capfd.readouterr().out
+    assert max(map(len, out.splitlines())) <= 40 and "chosen" in out and "…" not in out
+
+
 def test_dora_is_explained_over_both_kinds_of_weight(capfd):
     assert main(["explain", "dora_linear", "16x4096x4096", "--device", "cpu", "--json"]) == 0
     answer = json.loads(capfd.readouterr().out)

@@ -19,8 +19,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import peftkern
+from peftkern.functional.lora_experts import swiglu
 from peftkern.layers import Experts, LoRAExperts, NF4Experts, NF4Stack
-from peftkern.layers.experts import experts_forward
+from peftkern.layers.experts import experts_forward, gate_of
 
 E, K, INNER, T, TOP = 4, 32, 16, 11, 2
 SIZES = {"hidden_size": K, "intermediate_size": INNER, "num_experts_per_tok": TOP}
@@ -63,6 +64,57 @@ def assert_same_gradients(found: Tensor, wanted: Tensor, inputs: tuple[Tensor, .
     grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (found, wanted)]
     for ours, theirs in zip(*grads, strict=True):
         close(ours, theirs)
+
+
+def test_which_gate_is_swiglu():
+    """Transformers' own with SiLU: kernels take its place."""
+    assert gate_of(family("mixtral")) is swiglu
+    assert gate_of(Experts.from_experts(family("mixtral"))) is swiglu
+    for name in ("gpt_oss", "nemotron_h"):
+        assert gate_of(family(name)) is not swiglu
+    swish = family("mixtral")
+    swish.act_fn = nn.SiLU()
+    assert gate_of(swish) is swiglu
+
+
+class OtherSiLU(nn.SiLU):
+    pass
+
+
+class OtherExperts(MixtralExperts):
+    def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
+        return super()._apply_gate(gate_up_out)
+
+
+def _own_gate(experts: nn.Module) -> None:
+    experts._apply_gate = lambda u: u.chunk(2, dim=-1)[0]
+
+
+def _own_forward(experts: nn.Module) -> None:
+    experts.act_fn.forward = torch.relu
+
+
+CHANGES = {
+    "another activation": lambda experts: setattr(experts, "act_fn", nn.GELU()),
+    "a class of its own": lambda experts: setattr(experts, "act_fn", OtherSiLU()),
+    "a method of a subclass": lambda experts: setattr(experts, "__class__", OtherExperts),
+    "a gate of the module": _own_gate,
+    "a forward of the activation": _own_forward,
+    "a hook": lambda experts: experts.act_fn.register_forward_hook(lambda *args: None),
+    "a hook before": lambda experts: experts.act_fn.register_forward_pre_hook(lambda *args: None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_gate_that_is_changed_is_called(change):
+    experts = family("mixtral")
+    CHANGES[change](experts)
+    assert gate_of(experts) == experts._apply_gate
+
+
+def test_a_hook_of_all_modules_sees_the_activation():
+    with torch.nn.modules.module.register_module_forward_hook(lambda *args: None):
+        assert gate_of(family("mixtral")) is not swiglu
 
 
 @pytest.mark.parametrize("name", FAMILIES)

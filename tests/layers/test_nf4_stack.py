@@ -10,6 +10,7 @@ import warnings
 import bitsandbytes as bnb
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,6 +162,17 @@ def test_copies_are_their_own():
         assert not equal(other.gate_up_proj, before)
         assert set(other.state_dict()) == set(module.state_dict())
     assert equal(module.gate_up_proj, before)
+
+
+def test_accelerate_moves_both_parts():
+    module = InNF4()
+    before = module.gate_up_proj.clone()
+    set_module_tensor_to_device(module, "gate_up_proj", "cpu")
+    assert equal(module.gate_up_proj, before)
+    set_module_tensor_to_device(module, "gate_up_proj", "meta")
+    assert type(module.gate_up_proj) is NF4Stack and module.gate_up_proj.is_meta
+    with pytest.raises(TypeError, match="cannot be offloaded part by part"):
+        NF4Stack(before._packed, requires_grad=False)
 
 
 def test_processes_share_both_parts():

@@ -24,12 +24,36 @@ def patches(model: nn.Module) -> None:
     report = peftkern.patch(model)
     assert_type(report.patched, list[str])
     assert_type(report.skipped, dict[str, str])
+    assert_type(report.unserved, dict[str, str])
+    assert_type(peftkern.patch(model, include=["q_proj"], dry_run=True), peftkern.PatchReport)
+    with peftkern.patched(model, exclude=("lm_head",), strict=True) as told:
+        assert_type(told, peftkern.PatchReport)
+    assert_type(peftkern.is_patched(model), bool)
     assert_type(peftkern.unpatch(model), list[str])
     assert_type(peftkern.quantize_(model, blocksize=64, exclude=["lm_head"]), list[str])
     with peftkern.use_backend("torch"):
         assert_type(peftkern.stats().fallbacks, dict[tuple[str, str], int])
     peftkern.reset_stats()
     raise peftkern.BackendUnavailableError("cuda")
+
+
+class LoRA(nn.Module):
+    """A framework's own layer."""
+
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+
+
+def told(op: str, reason: str) -> None:
+    print(op, reason)
+
+
+def registered() -> None:
+    peftkern.register_layer(LoRA, read=lambda layer: peftkern.LoRAParts(layer.weight, None, None))
+    peftkern.register_layer(LoRA)
+    with peftkern.on_fallback(told) as handle:
+        handle.remove()
 
 
 def dense(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> None:

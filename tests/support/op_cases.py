@@ -71,6 +71,7 @@ def op_cases() -> dict[str, list[tuple]]:
             (dy, None, None, *stored(False), None, None, 1.0, None, 0.0, [True, *none[1:]]),
         ],
         **grouped_op_cases(),
+        **swiglu_op_cases(),
         **adalora_op_cases(),
         **rosa_op_cases(),
     }
@@ -104,6 +105,20 @@ def grouped_op_cases() -> dict[str, list[tuple]]:
         ],
         "nf4_grouped_linear_backward": [
             (dy, ends, x, rows, S, w.tensors, w.layout, False, A, B, 2.0, every),
+        ],
+    }
+
+
+def swiglu_op_cases() -> dict[str, list[tuple]]:
+    """Rows that no vector's length divides, in two dtypes."""
+    u, w, da = torch.randn(7, 66), torch.rand(7), torch.randn(7, 33)
+    half = torch.bfloat16
+    return {
+        "swiglu_forward": [(u, w), (u.to(half), w.to(half))],
+        "swiglu_backward": [
+            (da, u, w, True, True),
+            (da.to(half), u.to(half), w.to(half), True, False),
+            (da.to(half), u.to(half), w, False, True),
         ],
     }
 

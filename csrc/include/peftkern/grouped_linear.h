@@ -53,25 +53,21 @@ struct GroupedOuterArgs {
   void* g = nullptr;  // [E, r, K]: zero for groups without rows
   DType g_dtype = DType::kFloat32;
   FactorStrides strides;
-  bool skip_empty = false;  // leave groups without rows as they are
   int threads = 1;
 };
 void grouped_outer(Isa isa, const GroupedOuterArgs& args);
 
-// PEFT keeps factors with the groups innermost, [columns, E], where a few groups' values lie on
-// cache lines of their own. These read or write all lines in one sweep.
-struct GroupColumnsArgs {
+// out[e, c] = in[c, e] of the groups that have rows; the others' part of out is not touched. PEFT
+// keeps lora_B so, with the groups innermost, where the values of one lie on cache lines of others.
+struct GroupedCollectArgs {
   RowGroups groups;  // E and offsets
   int64_t columns = 0;
   DType dtype = DType::kFloat32;
-  const void* in = nullptr;
-  void* out = nullptr;
+  const void* in = nullptr;  // [columns, E]
+  void* out = nullptr;       // [E, columns]
   int threads = 1;
 };
-// out[e, c] = in[c, e] of the groups that have rows; the others' part of out is not touched.
-void grouped_collect(const GroupColumnsArgs& args);
-// out[c, e] = in[e, c] of the groups that have rows, and 0 of the others.
-void grouped_spread(const GroupColumnsArgs& args);
+void grouped_collect(const GroupedCollectArgs& args);
 
 constexpr int64_t kGroupedRows = 512;  // of a chunk at most: what is packed of x, and the sums of a
                                        // strip, have to stay in the second-level cache

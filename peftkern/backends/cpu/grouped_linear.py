@@ -18,7 +18,6 @@ from peftkern.backends.cpu.nf4_grouped_products import backward_product, forward
 from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, optional, strided
 
 _NO_FACTOR = (0, 0, 0, 0, 0)
-_TURNED_BYTES = 1 << 20  # of a gradient on its way to another order, a quarter of it at most
 
 
 def refusal_forward(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
@@ -280,42 +279,9 @@ def _gradient(
     factor: Tensor, x: Tensor, groups: Groups, s: Tensor, scale: float = 1.0, turned: bool = False
 ) -> Tensor:
     """Return scale * s^T x of each group, [E, r, K] or turned, with the strides of a factor."""
-    if _adjacent(factor):
-        gradient = torch.empty_like(factor)
-        _outer_(gradient, x, groups, s, scale, turned)
-        return gradient
-    groups_last = _groups_innermost(factor) is not None
-    if groups_last and _few(groups):
-        parts = factor.new_empty(factor.shape)
-        _outer_(parts, x, groups, s, scale, turned, skip_empty=True)
-        return _move_columns(groups, parts, torch.empty_like(factor), spread=True)
     gradient = torch.empty_like(factor)
-    step = max(1, min(_TURNED_BYTES // max(1, factor[0].nbytes), groups.E // 4))
-    for first in range(0, groups.E, step):
-        some, part = slice(first, first + step), _slice(groups, x, s, first, first + step)
-        parts = factor.new_empty((part[0].E, *factor.shape[1:]))
-        _outer_(parts, part[1], part[0], part[2], scale, turned)
-        if groups_last:
-            _groups_innermost(gradient)[:, some].copy_(parts.flatten(1).t())
-        else:
-            gradient[some].copy_(parts)
-        del parts  # before the next ones are made
+    _outer_(gradient, x, groups, s, scale, turned)
     return gradient
-
-
-def _slice(
-    groups: Groups, x: Tensor, s: Tensor, first: int, end: int
-) -> tuple[Groups, Tensor, Tensor]:
-    """Return the groups from `first` to before `end`, and the rows of x and s that are theirs."""
-    offsets = groups.offsets[first:end]
-    if not len(offsets):
-        return groups._replace(E=0, offsets=offsets), x, s
-    rows = slice(int(groups.offsets[first - 1]) if first else 0, int(offsets[-1]))
-    s, offsets = s[rows], offsets - rows.start
-    if groups.rows is None:
-        x = x[rows]
-        return Groups(len(x), len(offsets), len(x), offsets, None), x, s
-    return Groups(len(s), len(offsets), groups.T, offsets, groups.rows[rows]), x, s
 
 
 def _outer_(
@@ -325,10 +291,8 @@ def _outer_(
     s: Tensor,
     scale: float = 1.0,
     turned: bool = False,
-    skip_empty: bool = False,
 ) -> None:
-    """Write g [E, r, K], or [E, K, r] if turned, with scale * s^T x of each group; where there are
-    no rows with 0, or not at all."""
+    """Write g [E, r, K], or [E, K, r] if turned, with scale * s^T x of each group."""
     x, s = x.contiguous(), s.contiguous()
     target = g.transpose(1, 2) if turned else g
     r, K = target.shape[1:]
@@ -341,63 +305,42 @@ def _outer_(
         address("s", s, torch.float32, groups.R * r),
         scale,
         strided("g", target, (groups.E, r, K)),
-        skip_empty,
     )
-
-
-def _few(groups: Groups) -> bool:
-    """Return whether most groups are empty, however the rows fall into them."""
-    return 2 * groups.R <= groups.E
-
-
-def _move_columns(groups: Groups, source: Tensor, target: Tensor, spread: bool) -> Tensor:
-    """Copy a stack of groups innermost to a contiguous one, or back if `spread`: of the groups that
-    have rows alone; the others' places of a contiguous stack are not touched, of the other are 0.
-    """
-    if source.dtype is not target.dtype or source.shape != target.shape:
-        raise ValueError(f"target: expected {source.dtype} {tuple(source.shape)}")
-    library().grouped_columns(
-        isa_and_threads()[1],
-        groups.fields(),
-        math.prod(source.shape[1:]),
-        dtype_code("source", source),
-        fresh(source),
-        fresh(target),
-        spread,
-    )
-    return target
 
 
 def _factor(factor: Tensor | None, groups: Groups, turned: bool = False) -> Tensor | None:
     """Return a stack of factors [E, r, columns] whose ranks or columns lie together.
 
-    Of a few rows' groups alone, where most are empty.
+    Of the groups alone that have rows.
     """
     if factor is None:
         return None
     if not _adjacent(factor):
-        matrix = _groups_innermost(factor)
-        if matrix is None:
-            factor = factor.contiguous()
-        elif _few(groups):
-            stack = factor.new_empty(factor.shape)
-            factor = _move_columns(groups, factor, stack, spread=False)
-        else:
-            factor = matrix.t().contiguous().view(factor.shape)
+        factor = _collected(factor, groups) if _groups_innermost(factor) else factor.contiguous()
     return factor.transpose(1, 2) if turned else factor
+
+
+def _collected(factor: Tensor, groups: Groups) -> Tensor:
+    """Copy a stack whose groups lie innermost to a contiguous one, where groups have rows."""
+    stack = factor.new_empty(factor.shape)
+    library().grouped_collect(
+        isa_and_threads()[1],
+        groups.fields(),
+        math.prod(factor.shape[1:]),
+        dtype_code("factor", factor),
+        fresh(factor),
+        fresh(stack),
+    )
+    return stack
 
 
 def _adjacent(stack: Tensor) -> bool:
     return min(stack.stride()[1:]) == 1
 
 
-def _groups_innermost(stack: Tensor) -> Tensor | None:
-    """Return a stack [E, rows, columns] that lies as [rows, columns, E] as a matrix [.., E].
-
-    As a matrix torch transposes it in blocks, several times as fast as three dimensions.
-    """
-    inner = stack.permute(1, 2, 0)
-    return inner.flatten(0, 1) if inner.is_contiguous() else None
+def _groups_innermost(stack: Tensor) -> bool:
+    """Return whether a stack [E, rows, columns] lies as [rows, columns, E]."""
+    return stack.permute(1, 2, 0).is_contiguous()
 
 
 def _rows_together(weight: Tensor | None, transposed: bool) -> tuple[Tensor | None, bool]:

@@ -37,6 +37,7 @@ from peftkern.integrations.peft.fallback import (
 )
 from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.serve import active_names, switched_off
+from peftkern.layers.experts import gate_of
 from peftkern.layers.nf4_stack import NF4Stack, expert_weight
 
 try:
@@ -206,10 +207,9 @@ def read_stack(layer: Any, device: torch.device) -> Stack | Fallback:
         return Fallback("no active adapter")
     if up.weight.dtype is not down.weight.dtype or up.weight.dtype not in WEIGHT_DTYPES:
         return Fallback(f"experts are {up.weight.dtype} and {down.weight.dtype}")
-    gate = experts._apply_gate if experts.has_gate else experts.act_fn
     implementation = _implementation(experts)
     key = _key(up, down, experts.is_transposed, implementation, adapters)
-    return Stack(up, down, gate, experts.is_transposed, implementation, key)
+    return Stack(up, down, gate_of(experts), experts.is_transposed, implementation, key)
 
 
 def _unusual_experts(

@@ -195,7 +195,7 @@ def describe(model: nn.Module) -> None:
         else:
             config = found.quantization_config
         base.hf_quantizer = NF4ExpertsQuantizer(config, pre_quantized=True)
-        own = copy.deepcopy(base.config)  # a dense model may have the same one
+        own = copy.copy(base.config)  # a dense model may have the same one
         own.quantization_config = config
         for module in [m for m in base.modules() if vars(m).get("config") is base.config]:
             module.config = own

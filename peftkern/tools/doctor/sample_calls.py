@@ -41,7 +41,7 @@ FUNCTIONS = {
     "orthogonality_loss": ("adalora_orthogonality_forward", "adalora_orthogonality_backward"),
 }
 MODES = ("forward", "backward", "full", "no-grad")
-_WITH_ROWS = ("x", "dy")
+_WITH_ROWS = ("x", "dy", "gate_up")
 _GROUPS = 8  # of the rows of a grouped layer
 
 
@@ -123,6 +123,11 @@ class Sample:
             "order": self.tensor(N, dtype=torch.int32),
             "offsets": self.tensor(_GROUPS, dtype=torch.int32),
             "transposed": False,
+            "gate_up": self.tensor(M, 2 * N),
+            "row_weights": f32(M),
+            "da": self.tensor(M, N),
+            "need_gate_up": True,
+            "need_weights": True,
         }
         return values[name]
 
