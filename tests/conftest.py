@@ -52,12 +52,16 @@ def poisoned_memory_and_seeds() -> Iterator[None]:
     """
     random.seed(0)
     torch.manual_seed(0)
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(autouse=True)

@@ -185,9 +185,14 @@ def _forward(
     return _combine(y, inverse, added), u, S1, S2
 
 
+def _in_one_pass(options: _Options) -> bool:
+    """Return whether the gate is a kernel's; back ends that are forced and have none take steps."""
+    return options.fused and forced_backend() in (None, "cpu", "reference")
+
+
 def _weighted(u: Tensor, w: Tensor, options: _Options) -> Tensor:
     """Compute the gate times each row's routing weight."""
-    if options.fused:
+    if _in_one_pass(options):
         return ops.run("swiglu_forward", u, w)
     return (options.gate(u) * w[:, None]).to(options.dtype)
 
@@ -195,7 +200,7 @@ def _weighted(u: Tensor, w: Tensor, options: _Options) -> Tensor:
 def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, the routing weights, A1, B1, b1, A2 and B2."""
     x, weights, A1, B1, _, A2, B2, rows, offsets, inverse, u, S1, S2, *tensors = saved
-    gate, fused, up, down, n, _ = ctx.options
+    gate, _, up, down, n, _ = ctx.options
     need_x, need_weights = ctx.needs_input_grad[:2]
     w = _by_row(weights, inverse)
     weighted = _weighted(u, w, ctx.options) if down[2][1] else None
@@ -203,7 +208,7 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | N
     da, dA2, dB2, _ = backward_op(*args)
     del args, weighted  # of a row per pair, as the rest: each is freed before the next is made
     needs = (any(up[2]), need_weights)
-    if fused and any(needs):
+    if _in_one_pass(ctx.options) and any(needs):
         du, by_row = wanted(ops.run("swiglu_backward", da, u, w, *needs), needs)
     else:
         du, by_row = _gate_gradients(gate, u, da, w[:, None], *needs)

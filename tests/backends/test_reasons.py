@@ -21,7 +21,12 @@ NO_REASONS = {
 }
 JUDGES = {"correctness.py", "error_rule.py", "grouped_correctness.py"}  # say how a result is wrong
 TARGETS = {"reason", "demoted", "skipped[]", "found[]", "UNMEASURED", "IN_FLIGHT"}  # what gets one
-CALLS = {"Fallback": 0, "record_fallback": 1, "demote": 1}  # which argument is one
+CALLS = {  # which argument is one
+    "Fallback": 0,
+    "WrongPartsError": 0,
+    "record_fallback": 1,
+    "demote": 1,
+}
 ASSEMBLED = {"{}: {}", "{}{}", ""}  # a back end and its reason, an error and its cure
 ERRORS = ("ArgumentError", "RepackedWeightError")
 OF_ERRORS = {"{argument}", "{name}Error", "quant_state"}  # rows for errors that are caught

@@ -111,6 +111,12 @@ def test_values_and_gradients(backend, dtype, gate, transposed, nf4):
     check(Mixture(dtype, transposed=transposed, nf4=nf4, gate=gate, bias=gate is clipped))
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_back_ends_without_a_gate_take_its_steps(name):
+    with peftkern.use_backend(name):
+        check(Mixture(F32))
+
+
 def test_second_derivatives():
     """Of a function of first ones, as the loop's are."""
     case = Mixture(F64).to(F64)

@@ -286,4 +286,4 @@ def test_two_stacks_in_one_graph():
         x = hidden.clone().requires_grad_()
         y = run(x, index, torch.full((T, TOP), 0.5))
         results.append((y, *torch.autograd.grad(y.sum(), x)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch.testing.assert_close(*results)  # a graph has the gate in torch's own operations

@@ -200,6 +200,13 @@ def _experts(weight: str) -> Callable[[Inputs], Results]:
     return run
 
 
+def _swiglu(inputs: Inputs) -> Results:
+    u, da = inputs["x"], inputs["dy"][:, : K // 2]
+    w = u[:, 0].float()
+    du, dw = torch.ops.peftkern.swiglu_backward(da, u, w, True, True)
+    return {"y": torch.ops.peftkern.swiglu_forward(u, w), "dgate_up": du, "drow_weights": dw}
+
+
 def _quantize_nf4(inputs: Inputs) -> Results:
     w = functional.quantize_nf4(inputs["weight"])
     return {"packed": w.packed, "absmax": w.absmax, "nested_absmax": w.nested_absmax}
@@ -294,6 +301,7 @@ _CASES = (
     _Case("rosa_linear", _rosa_linear, _16_AND_32),
     _Case("grouped_lora_linear", _experts("experts"), _16_AND_32),
     _Case("grouped_lora_linear, NF4", _experts("w_experts"), _16_AND_32),
+    _Case("swiglu", _swiglu, _16_AND_32),
     _Case("quantize_nf4", _quantize_nf4, _16_AND_32, exact=True),
     _Case("dequantize_nf4", _dequantize_nf4, _16_AND_32, exact=True),
     _Case("low_rank_svd", _low_rank_svd),

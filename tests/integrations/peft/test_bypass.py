@@ -10,10 +10,18 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.utils
 from peft_models import K, add_lora, layer_of, lora_net, make_linear, text_batch, tiny_llama
 from torch import Tensor, nn
 
 import peftkern
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """After any compilation in the process the general warning stays away."""
+    torch._dynamo.utils.counters.clear()
+
 
 NOBODY = r"none of the \d+ layers that peftkern has patched was called in a forward pass"
 

@@ -45,6 +45,7 @@ def qlora(checkpointing: dict | None = None, **config: object) -> PeftModel:
     model = add_lora(base, **config)
     fill_adapters(model)
     peftkern.patch(model)
+    peftkern.reset_stats()
     return model.train()
 
 
