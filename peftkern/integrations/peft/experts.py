@@ -18,7 +18,6 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 from peftkern.functional.arguments import WEIGHT_DTYPES
 from peftkern.functional.lora_experts import ExpertLinear, lora_experts
@@ -135,17 +134,12 @@ class PatchedParamWrapper(PatchedForward, InnerParamWrapper):
     original, op = lora.ParamWrapper, "lora_experts"
 
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-        compiling = torch.compiler.is_compiling()
-        reason = unusual_call(x, compiling)
+        reason = unusual_call(x, torch.compiler.is_compiling())
         if reason is not None:
             return Fallback(reason)
         stack = read_stack(self, x.device)
         if isinstance(stack, Fallback):
             return stack
-        if not (x.is_cpu or compiling):  # in a graph, the op itself falls back
-            reason = dispatch.unserved(x.device)
-            if reason is not None and dispatch.forced_backend() is None:
-                return Fallback(reason)
         routing = _routing(args, kwargs)
         if isinstance(routing, Fallback):
             return routing

@@ -110,8 +110,8 @@ def unusual_tensor(**tensors: Tensor) -> str | None:
 def unusual_call(x: Tensor, compiling: bool) -> str | None:
     """Return the reason to send a call with this input through torch's operators.
 
-    Beyond `unusual_tensor`: nested activations, those that autograd does not save, and transforms
-    that autograd functions with a plain backward pass take no part in.
+    Beyond `unusual_tensor`: nested activations, those that autograd does not save, transforms that
+    autograd functions with a plain backward pass take no part in, devices that no kernel serves.
     """
     reason = unusual_tensor(input=x)
     if reason is not None:
@@ -124,6 +124,10 @@ def unusual_call(x: Tensor, compiling: bool) -> str | None:
         return "torch.func transform"
     if not compiling and torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
+    if not (x.is_cpu or compiling):  # in a graph, the op itself falls back
+        reason = dispatch.unserved(x.device)
+        if reason is not None and dispatch.forced_backend() is None:
+            return reason
     return None
 
 

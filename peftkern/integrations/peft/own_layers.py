@@ -37,6 +37,7 @@ from peftkern.integrations.peft.serve import (
     frozen_base,
     fused,
     is_slower,
+    is_small,
     read_base,
     rows_to_pay,
     unfusable,
@@ -87,16 +88,11 @@ class OwnLayer(Remade, PatchedForward):
         return self.original.forward(self, **kwargs)
 
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-        compiling = torch.compiler.is_compiling()
         reason = extra_arguments(args, kwargs) if args or kwargs else None
-        reason = reason or unusual_call(x, compiling)
+        reason = reason or unusual_call(x, torch.compiler.is_compiling())
         parts = Fallback(reason) if reason is not None else parts_of(self, x.device)
         if isinstance(parts, Fallback):
             return parts
-        if not (x.is_cpu or compiling):  # in a graph, the op itself falls back
-            reason = dispatch.unserved(x.device)
-            if reason is not None and dispatch.forced_backend() is None:
-                return Fallback(reason)
         cast = autocast_dtype(x)
         read = _read(parts, x, cast is not None)
         if isinstance(read, Fallback):
@@ -104,7 +100,7 @@ class OwnLayer(Remade, PatchedForward):
         dtype, weight, bias = read
         N, K = weight.shape
         four_bit = isinstance(weight, NF4Weight)
-        if not four_bit and x.is_cpu and _is_small(x, N, K):
+        if not four_bit and x.is_cpu and is_small(x, N, K):
             return Fallback("small dense product: torch's own operations are as fast")
         adapter = adapter_of(self, parts)
         if adapter is not None:
@@ -200,13 +196,6 @@ def _read(
     if x.dtype is not base.dtype and not autocast:
         return Fallback(f"input is {x.dtype}, base weight is {base.dtype}")
     return x.dtype, base, parts.bias
-
-
-def _is_small(x: Tensor, N: int, K: int) -> bool:
-    """Return whether a dense product on a CPU is too small to win back the cost of a call."""
-    if x.numel() // max(K, 1) >= rows_to_pay(K, N):
-        return False
-    return torch.compiler.is_compiling() or dispatch.forced_backend() is None
 
 
 def _computed(

@@ -85,8 +85,11 @@ class PatchedLayer(PatchedForward):
         if reason is not None:
             return Fallback(reason)
         base_layer = self._modules["base_layer"]
-        if type(base_layer) in DENSE_TYPES and x.is_cpu and _is_small(self, x):
-            # Asked first: to such a product every check is a loss.
+        if (
+            type(base_layer) in DENSE_TYPES
+            and x.is_cpu
+            and is_small(x, self.out_features, self.in_features, bool(self.lora_variant))
+        ):  # asked first: to such a product every check is a loss
             return Fallback("small dense product: PEFT's own operations are as fast")
         compiling = torch.compiler.is_compiling()
         reason = unusual_call(x, compiling)
@@ -96,10 +99,6 @@ class PatchedLayer(PatchedForward):
         adapter = read_state(self, names, x.device)
         if isinstance(adapter, Fallback):
             return adapter
-        if not (x.is_cpu or compiling):  # in a graph, the op itself falls back
-            reason = dispatch.unserved(x.device)
-            if reason is not None and dispatch.forced_backend() is None:
-                return Fallback(reason)
         cast = autocast_dtype(x)
         read = read_base(base_layer, x, cast is not None)
         if isinstance(read, Fallback):
@@ -293,13 +292,12 @@ def rows_to_pay(K: int, N: int, dora: bool = False) -> int:
     return max(-(-crossovers.crossover("dense") // max(K + N, 1)), 1)
 
 
-def _is_small(layer: Any, x: Tensor) -> bool:
+def is_small(x: Tensor, N: int, K: int, dora: bool = False) -> bool:
     """Return whether a dense product on a CPU is too small to win back the cost of a call.
 
     A back end that is forced takes it all the same.
     """
-    K, N = layer.in_features, layer.out_features
-    if layer.lora_variant:
+    if dora:
         small = crossovers.crossover("dora") > N * K
     else:
         small = x.numel() + x.numel() // max(K, 1) * N < crossovers.crossover("dense")
