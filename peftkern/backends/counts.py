@@ -67,9 +67,9 @@ class Stats:
         calls = [[op, name, str(count)] for (op, name), count in sorted(self.calls.items())]
         text = table_text(["op", "back end", "calls"], calls)
         if self.fallbacks:
-            rows = [[op, why, str(count)] for (op, why), count in sorted(self.fallbacks.items())]
-            text += "\n\n" + table_text(["op", "fell back because", "times"], rows)
-            text += "".join(f"\n{reason}: {cure}" for reason, cure in self._cures().items())
+            rows = [[op, str(count), why] for (op, why), count in sorted(self.fallbacks.items())]
+            text += "\n\n" + table_text(["op", "times", "fell back because"], rows)
+            text += "".join(f"\n\n{reason}:\n  {cure}" for reason, cure in self._cures().items())
         return text
 
 
@@ -150,8 +150,9 @@ def _tell(op: str, reason: str) -> None:
 
 
 def table_text(header: list[str], rows: list[list[str]]) -> str:
-    """Align columns under their names."""
+    """Align columns under their names; the last one may be as long as it likes."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths[-1] = len(header[-1])
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
