@@ -29,6 +29,7 @@ from peftkern.tools.adapters.adapter import (
     AdapterError,
     Update,
     changed_base,
+    check_finite,
 )
 from peftkern.tools.adapters.convert import base as bases
 from peftkern.tools.adapters.convert import diffusers, grouped, kohya, mlx, per_expert, to_lora
@@ -99,6 +100,7 @@ def convert_adapter(
     rounded = [key for key, one in folded.updates.items() if not _exact(adapter.updates[key], one)]
     if to == "lora":
         folded, losses = _plain(folded, base, initial, rank)
+    check_finite(folded)
     files = TARGETS[to](folded, bases.model_type(base, adapter.config), base)
     publish(destination, files)
     names = str(source), str(destination), reader.name, to
