@@ -23,7 +23,13 @@ from torch import Tensor
 
 from peftkern.formats.json_files import brief
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
-from peftkern.tools.adapters.convert.per_expert import PROJECTIONS, fused_parameters, projections
+from peftkern.tools.adapters.convert.per_expert import (
+    PROJECTIONS,
+    checkpoint_name,
+    fused_parameters,
+    model_name,
+    projections,
+)
 from peftkern.tools.adapters.source import CONFIG, Source
 
 FILE = "adapters.safetensors"
@@ -99,7 +105,8 @@ def _update(module: str, parts: Mapping[str, Tensor], scaling: float, source: st
         fits = lora_a.shape[:2] == (lora_b.shape[0], lora_b.shape[2]) and M not in parts
         holder, _, name = module.rpartition(".")
         fits &= name in PROJECTIONS
-        holder = holder.removesuffix(_SWITCH) + _EXPERTS if holder.endswith(_SWITCH) else holder
+        if holder.endswith(_SWITCH):
+            holder = model_name(holder.removesuffix(_SWITCH) + _EXPERTS)
         if fits:
             return Update(holder, name, "experts", lora_a, lora_b, scaling)
     elif lora_a.ndim == lora_b.ndim == 2 and lora_a.shape[1] == lora_b.shape[0]:
@@ -113,8 +120,10 @@ def _update(module: str, parts: Mapping[str, Tensor], scaling: float, source: st
     )
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def write(adapter: Adapter, *, mixtral: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the config, of updates whose scaling is 1.
+
+    mixtral: its experts are in a block_sparse_moe.
 
     Raises: AdapterError for what the layout cannot hold.
     """
@@ -131,7 +140,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{adapter.source}: {update.key}: mlx-lm's layout has DoRA in all modules or none, "
                 f"{dora[0].key} has it"
             )
-        tensors |= _parts(adapter, update)
+        tensors |= _parts(adapter, update, mixtral)
     keys = dict.fromkeys(_key(name.rpartition(".")[0]) for name in tensors)
     return tensors, {
         "fine_tune_type": "dora" if dora else "lora",
@@ -146,10 +155,11 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
 
 
-def _parts(adapter: Adapter, update: Update) -> dict[str, Tensor]:
+def _parts(adapter: Adapter, update: Update, mixtral: bool) -> dict[str, Tensor]:
     if update.kind == "experts":
-        holder = update.module.removesuffix(_EXPERTS)
-        holder = holder + _SWITCH if holder != update.module else holder
+        holder = checkpoint_name(update.module, mixtral)
+        if holder.endswith(_EXPERTS):
+            holder = holder.removesuffix(_EXPERTS) + _SWITCH
         found = {}
         for name, (lora_A, lora_B) in projections(adapter, update):
             found |= {f"{holder}.{name}{A}": lora_A, f"{holder}.{name}{B}": lora_B}

@@ -18,8 +18,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MIXTRAL = ("w1", "w3", "w2")  # the same, as Mixtral and its kin name them
 _ONE = re.compile(rf"(.*\bexperts)\.(0|[1-9]\d*)\.({'|'.join((*PROJECTIONS, *MIXTRAL))})")
-# transformers 5 renames the module that holds w1, w2, w3.
-_BLOCK, _MLP = ".block_sparse_moe.", ".mlp."
+_BLOCK, _MLP = ".block_sparse_moe.", ".mlp."  # what holds them, before transformers 5 and since
 
 
 def is_per_expert(update: Update) -> bool:
@@ -39,8 +38,7 @@ def gather_experts(adapter: Adapter) -> Adapter:
             updates.append(update)
             continue
         module, number, name = _ONE.fullmatch(update.module).groups()
-        if name in MIXTRAL:
-            module = module.replace(_BLOCK, _MLP)
+        module = model_name(module)
         name = dict(zip(MIXTRAL, PROJECTIONS, strict=True)).get(name, name)
         _check_plain(adapter, update)
         stacks.setdefault(module, {}).setdefault(name, {})[int(number)] = update
@@ -126,12 +124,22 @@ def projections(adapter: Adapter, update: Update) -> Iterator[tuple[str, Pair]]:
         )
 
 
-def scatter_experts(adapter: Adapter, names: tuple[str, ...] = PROJECTIONS) -> Adapter:
-    """Give every expert updates of its own; `names` are those of gate, up and down.
+def model_name(module: str) -> str:
+    """Return what transformers 5 calls a module of experts."""
+    return module.replace(_BLOCK, _MLP)
+
+
+def checkpoint_name(module: str, mixtral: bool) -> str:
+    """Return what checkpoints call a module of experts, of Mixtral and its kin or of others."""
+    return module.replace(_MLP, _BLOCK) if mixtral else module
+
+
+def scatter_experts(adapter: Adapter, mixtral: bool) -> Adapter:
+    """Give every expert updates of its own, named as in Mixtral's checkpoints or in others.
 
     Raises: AdapterError as `projections`.
     """
-    renamed = dict(zip(PROJECTIONS, names, strict=True))
+    names = dict(zip(PROJECTIONS, MIXTRAL if mixtral else PROJECTIONS, strict=True))
     updates = []
     for update in adapter.updates.values():
         if update.kind != "experts":
@@ -139,6 +147,6 @@ def scatter_experts(adapter: Adapter, names: tuple[str, ...] = PROJECTIONS) -> A
             continue
         for name, (lora_A, lora_B) in projections(adapter, update):
             for expert, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-                module = f"{update.module}.{expert}.{renamed[name]}"
+                module = f"{checkpoint_name(update.module, mixtral)}.{expert}.{names[name]}"
                 updates.append(Update(module, "weight", "linear", A, B, update.scaling))
     return adapter.with_updates(updates)

@@ -217,8 +217,7 @@ def _peft_old_moe(adapter: Adapter, *_: Any) -> Files:
 def _per_expert(adapter: Adapter, kind: str, *_: Any) -> Files:
     adapter = _with_experts(adapter, "per-expert")
     bases.check_halves(adapter, kind)
-    names = per_expert.MIXTRAL if bases.is_mixtral(kind) else per_expert.PROJECTIONS
-    return _peft(fold(per_expert.scatter_experts(adapter, names)))
+    return _peft(fold(per_expert.scatter_experts(adapter, bases.is_mixtral(kind))))
 
 
 def _grouped(adapter: Adapter, *_: Any) -> Files:
@@ -248,7 +247,7 @@ def _mlx(adapter: Adapter, kind: str, *_: Any) -> Files:
     _check_portable(adapter, "mlx")
     adapter = _gathered(adapter)
     bases.check_halves(adapter, kind)
-    tensors, config = mlx.write(adapter)
+    tensors, config = mlx.write(adapter, mixtral=bases.is_mixtral(kind))
     return Files(mlx.FILE, tensors, {"format": "pt"}, config)
 
 
