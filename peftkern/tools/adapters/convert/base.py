@@ -109,6 +109,7 @@ class Weights:
 
     def _read(self, info: TensorInfo) -> Tensor:
         try:
-            return next(next(read_tensors([info])))
+            [[tensor]] = map(list, read_tensors([info]))
+            return tensor
         except CheckpointError as error:
             raise AdapterError(str(error)) from None

@@ -15,6 +15,7 @@ Scaling becomes 1 in all of them: lora_B takes it, rounded once unless it is a p
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,13 @@ class Conversion:
     rounded: tuple[str, ...] = ()
     losses: dict[str, to_lora.Loss] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> float:
+        """What all losses leave out of all of DoRA's updates, relative to their norm."""
+        parts = self.losses.values()
+        norm = math.sqrt(sum(one.norm**2 for one in parts))
+        return math.sqrt(sum(one.lost**2 for one in parts)) / norm if norm else 0.0
 
 
 def convert_adapter(

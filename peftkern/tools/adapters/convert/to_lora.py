@@ -11,6 +11,7 @@ AdaLoRA needs nothing: an update holds lora_E in lora_A, and only the triplets t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +106,7 @@ def merged_dora(weight: Tensor, update: Update) -> Tensor:
 def _truncate(
     adapter: Adapter, update: Update, weight: Tensor, rank: int | None
 ) -> tuple[Update, Loss]:
-    from peftkern.functional import truncated_svd
+    from peftkern.functional.truncated_svd import truncated_svd
 
     if tuple(weight.shape) != update.size:
         raise AdapterError(
@@ -115,7 +116,8 @@ def _truncate(
     rank = min(rank or update.rank, *update.size)
     found = truncated_svd(merged_dora(weight, update), rank, minus=weight)
     root = found.S.sqrt()
-    lost = max(found.norm**2 - found.S.double().square().sum().item(), 0.0) ** 0.5
+    norm, kept = float(found.norm), found.S.double().square().sum().item()
+    lost = math.sqrt(max(norm**2 - kept, 0.0))
     plain = dataclasses.replace(
         update,
         lora_A=(root[:, None] * found.Vh).contiguous(),
@@ -124,7 +126,7 @@ def _truncate(
         shape=(rank, *update.shape[1:]) if update.shape else (),
         magnitude=None,
     )
-    return plain, Loss(rank, lost, float(found.norm))
+    return plain, Loss(rank, lost, norm)
 
 
 def check_lora(adapter: Adapter, *, initial: bool, base: bool) -> None:
