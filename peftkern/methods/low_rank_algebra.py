@@ -31,6 +31,7 @@ __all__ = ["Loss", "above", "best_pair", "concatenate", "keeping", "loss_of", "l
 __all__ += ["total_error", "truncate"]
 
 CHUNK_BYTES = 256 << 20  # of factors that are decomposed at a time; their vectors take as much
+RESOLVED = 1e-6  # of the largest singular value: smaller ones are `truncated_svd`'s rounding
 FIRST = 64  # singular values that are computed before a rank is chosen by them
 Progress = Callable[[int], None]
 Choice = Callable[[Tensor, float], int | None]
@@ -145,11 +146,15 @@ def best_pair(
         if rank is not None or seen == limit:
             break
         seen = min(2 * seen, limit)
-    rank = int((S > 0).sum()) if rank is None else rank
+    rank = _resolved(S, 0.0) if rank is None else rank
     rank = max(1, min(rank, seen))
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
     root = S.sqrt()
     return LoraFactors(U * root, root[:, None] * Vh), S, norm.item()
+
+
+def _resolved(values: Tensor, edge: float) -> int:
+    return int((values > max(edge, RESOLVED * values[0].item())).sum())
 
 
 def keeping(share: float) -> Choice:
@@ -164,10 +169,10 @@ def keeping(share: float) -> Choice:
 
 
 def above(edge: float) -> Choice:
-    """Choose the number of singular values above an edge."""
+    """Choose the number of singular values above an edge, of those that float32 resolves."""
 
     def choose(S: Tensor, energy: float) -> int | None:
-        rank = int((edge < S).sum())
+        rank = _resolved(S, edge)
         return rank if rank < len(S) else None
 
     return choose

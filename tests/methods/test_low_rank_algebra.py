@@ -150,3 +150,5 @@ def test_ranks_of_the_best_pair_are_chosen(monkeypatch, first):
     assert len(best_pair(weight, above(edge))[1]) == 11
     assert len(best_pair(weight, above(2 * sigma[0].item()))[1]) == 1
     assert len(best_pair(weight, above(0.0))[1]) == 50
+    exact = torch.randn(50, 6) @ torch.randn(6, 80)
+    assert len(best_pair(exact, above(0.0))[1]) == 6
