@@ -90,7 +90,7 @@ def quantize(
     if compute_dtype is not None:
         compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
     try:
-        from peftkern.tools.quantize.checkpoint import read_checkpoint
+        from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.quantize.file_plan import Options, plan_files
         from peftkern.tools.quantize.linear_weights import find_weights
         from peftkern.tools.quantize.nf4_checkpoint import check_request, quantize_checkpoint
@@ -129,8 +129,8 @@ def quantize(
 @contextlib.contextmanager
 def _one_line(destination: Path | None) -> Iterator[None]:
     """Turn what can go wrong into an InputError, and say whether the run can be repeated."""
-    from peftkern.tools.quantize.checkpoint import CheckpointError
-    from peftkern.tools.quantize.staging import WORK
+    from peftkern.tools.checkpoints.checkpoint import CheckpointError
+    from peftkern.tools.checkpoints.staging import WORK
 
     def resumable() -> bool:
         return destination is not None and os.path.exists(destination / WORK)

@@ -18,8 +18,8 @@ import peftkern
 from peftkern.formats.nf4 import STATE_KEY, NF4Weight
 from peftkern.integrations.transformers import NF4ExpertsConfig  # noqa: F401  registers itself
 from peftkern.layers.nf4_stack import NF4Stack
+from peftkern.tools.checkpoints.checkpoint import CheckpointError
 from peftkern.tools.quantize import linear_weights
-from peftkern.tools.quantize.checkpoint import CheckpointError
 
 ONE_BY_ONE = [family for family, (*_, fused) in MOE_FAMILIES.items() if not fused]
 
@@ -205,7 +205,7 @@ MEASURE = """
 import sys
 import torch
 from safetensors.torch import save_file
-from peftkern.tools.quantize.checkpoint import read_checkpoint
+from peftkern.tools.checkpoints.checkpoint import read_checkpoint
 from peftkern.tools.quantize.file_plan import Choice, Options, Stack
 from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
 
