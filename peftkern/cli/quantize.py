@@ -99,7 +99,7 @@ def quantize(
             "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
             f"quantized: pip install -U 'peftkern[peft]' ({error})"
         ) from None
-    with _one_line(destination):
+    with one_line(destination, "blocksize", "skip"):
         options = Options(blocksize, double_quant, shard_bytes, device)
         checkpoint = read_checkpoint(source)
         choice, config = find_weights(
@@ -114,7 +114,7 @@ def quantize(
         too_little = _share(plan.quantized, plan.total) < MOST and not partial
         summary = check_request(checkpoint, destination, plan, force)
         if not too_little and not dry_run:
-            with _bar(checkpoint.nbytes) as progress:
+            with bar(checkpoint.nbytes) as progress:
                 parts = (checkpoint, destination, choice, config, options)
                 summary = quantize_checkpoint(*parts, force=force, progress=progress)
     if as_json and (dry_run or not too_little):
@@ -127,8 +127,11 @@ def quantize(
 
 
 @contextlib.contextmanager
-def _one_line(destination: Path | None) -> Iterator[None]:
-    """Turn what can go wrong into an InputError, and say whether the run can be repeated."""
+def one_line(destination: Path | None, *options: str) -> Iterator[None]:
+    """Turn what can go wrong into an InputError, and say whether the run can be repeated.
+
+    options: as for `bad_input`.
+    """
     from peftkern.tools.checkpoints.checkpoint import CheckpointError
     from peftkern.tools.checkpoints.staging import WORK
 
@@ -138,7 +141,7 @@ def _one_line(destination: Path | None) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise InputError(in_words(error, "blocksize", "skip")) from error
+        raise InputError(in_words(error, *options)) from error
     except OSError as error:  # a full disk, an unreadable file
         hint = "; the same command goes on from there" if resumable() else ""
         raise InputError(f"{error}{hint}") from error
@@ -149,7 +152,7 @@ def _one_line(destination: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(nbytes: int) -> Iterator[Any]:
+def bar(nbytes: int) -> Iterator[Any]:
     """Show a bar on a terminal; yield what takes finished bytes and the name of a tensor."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -158,9 +161,9 @@ def _bar(nbytes: int) -> Iterator[Any]:
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), DownloadColumn(), TimeRemainingColumn())
     silent = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task("", total=nbytes)
-        yield lambda count, name: bar.update(task, advance=count, description=name)
+    with Progress(*columns, console=console, transient=True, disable=silent) as shown:
+        task = shown.add_task("", total=nbytes)
+        yield lambda count, name: shown.update(task, advance=count, description=name)
 
 
 def _report(summary: Summary, destination: Path | None) -> Iterator[str]:
