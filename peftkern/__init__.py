@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
     from peftkern.functional.nf4_lora_linear import nf4_linear, nf4_lora_linear
     from peftkern.integrations.parts import LoRAParts
+    from peftkern.integrations.peft.adalora_export import export_lora
     from peftkern.integrations.peft.patch import is_patched, patch, patched, unpatch
     from peftkern.integrations.peft.register import register_layer
     from peftkern.integrations.peft.report import PatchReport
@@ -40,6 +41,7 @@ __all__ = [
     "PatchReport",
     "dequantize_nf4",
     "explain",
+    "export_lora",
     "grouped_lora_linear",
     "is_patched",
     "lora_experts",
@@ -85,6 +87,7 @@ _HOMES = {
 }
 _OF_PEFT = {  # which PEFT has to be there for
     "PatchReport": "report",
+    "export_lora": "adalora_export",
     "is_patched": "patch",
     "patch": "patch",
     "patched": "patch",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
 
@@ -44,7 +45,7 @@ class AdaLoraSteps:
         self.tuner = prepare(model)
         self.step = 0
         set_total_step(self.tuner, total_step, self.step)
-        self._model = next(m for m in model.modules() if getattr(m, "base_model", 0) is self.tuner)
+        self._model = next(m for m in model.modules() if isinstance(m, PeftModel))
         inner = getattr(optimizer, "optimizer", optimizer)
         self._hook = inner.register_step_post_hook(self._after_step)
 
@@ -53,7 +54,7 @@ class AdaLoraSteps:
         self._hook.remove()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter as PEFT does, and beside it what `load` goes on from."""
+        """Write, in one process, the adapter as PEFT does and beside it what `load` needs."""
         self._model.save_pretrained(str(folder))
         save_state(self.tuner, folder, self.step)
 
