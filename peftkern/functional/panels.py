@@ -93,6 +93,28 @@ class _Rows:
 
 
 @contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 as float32, whatever was set for the speed of a training."""
+    switches = (torch.backends.mkldnn, torch.backends.cuda)
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    precisions = [switch.matmul.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, precision in zip(switches, precisions, strict=True):
+            switch.matmul.fp32_precision = precision
+
+
+@contextlib.contextmanager
 def parallel(device: torch.device) -> Iterator[Run]:
     """Yield a `map` whose calls run on as many threads as torch has, each of which has one.
 

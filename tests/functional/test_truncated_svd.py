@@ -223,12 +223,19 @@ def test_inference_mode_and_a_forced_back_end_reach_all_threads():
     assert "reference" in str(peftkern.stats()) and "cpu" not in str(peftkern.stats())
 
 
-def test_nothing_has_a_gradient_and_autocast_changes_nothing():
+def test_nothing_has_a_gradient_and_lower_precisions_do_not_reach_it():
     W = power_law(600, 640, 0.5).requires_grad_()
     svd = truncated_svd(W, 8)
     assert not svd.U.requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(truncated_svd(W, 8).S, svd.S)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(truncated_svd(W, 8).S, svd.S)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 DENSE = torch.ones(6, 5)
