@@ -96,6 +96,10 @@ def convert_adapter(
     destination = Path(destination)
     if to not in TARGETS:
         raise AdapterError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
+    if initial is not None and to != "lora":
+        raise AdapterError(f"initial: makes plain LoRA, and {to} was asked for")
+    if rank is not None and rank < 1:
+        raise AdapterError(f"rank: expected an integer above 0, got {rank}")
     check_destination(destination, force)
     opened = open_source(source)
     reader = reader_of(opened)
@@ -170,7 +174,7 @@ def _plain(
         return fold(to_lora.subtract_initial(adapter, start)), {}
     if base is None or all(one.magnitude is None for one in adapter.updates.values()):
         return adapter, {}
-    plain, losses = to_lora.undo_dora(adapter, bases.Weights(base, adapter.config), rank)
+    plain, losses = to_lora.undo_dora(adapter, bases.Weights(base, adapter), rank)
     return fold(plain), losses
 
 
@@ -188,6 +192,11 @@ def _check_portable(adapter: Adapter, to: str) -> None:
     for name, why in UNMERGEABLE.items():
         if adapter.config.get(name):
             raise AdapterError(f"{adapter.source}: {name}: {why}, which {to}'s layout cannot say")
+    for key, update in adapter.updates.items():
+        if update.parameter != "weight" and update.kind != "experts":
+            raise AdapterError(
+                f"{adapter.source}: {key}: {to}'s layout has updates of modules alone"
+            )
 
 
 def _with_experts(adapter: Adapter, to: str) -> Adapter:

@@ -216,6 +216,7 @@ BAD = {
         {"lora_unet_conv_in.dora_scale": torch.ones(1, 3, 1, 1)},
         ("lora_unet_conv_in.dora_scale", "5 outputs", "[1, 3, 1, 1]"),
     ),
+    "integers": ({DOWN: torch.ones(2, 3, 3, 3).int()}, (DOWN, "floating point", "int32")),
     "not finite": ({UP: torch.full((5, 2, 1, 1), torch.inf)}, ("conv_in", "NaN or infinity")),
 }
 
@@ -255,6 +256,8 @@ def write_diffusers(folder: Path, change: dict, fields: dict | str) -> Path:
 WRONG = {
     "no partner": ({"unet.x.lora_B.weight": None}, {}, ("unet.x.lora_B.weight",)),
     "another rank": ({"unet.x.lora_B.weight": torch.ones(4, 3)}, {}, ("unet.x", "[4, 3]")),
+    "integers": ({"unet.x.lora_B.weight": torch.ones(4, 2).int()}, {}, ("lora_B", "int32")),
+    "a bias": ({"unet.x.lora_B.bias": torch.ones(3)}, {}, ("unet.x", "bias of 4", "[3]")),
     "a stranger": ({"unet.y.hada_w1": torch.ones(1)}, {}, ("unet.y.hada_w1",)),
     "an earlier name": (
         {"unet.y.to_q_lora.down.weight": torch.ones(1)}, {}, ("to_q_lora.down", "before 0.26")),
