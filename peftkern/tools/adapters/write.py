@@ -36,7 +36,7 @@ from peftkern.tools.adapters.experts import settled
 from peftkern.tools.adapters.scaling import scale_of
 from peftkern.tools.adapters.source import CONFIG, MODEL, NAMES
 from peftkern.tools.adapters.targets import target_name
-from peftkern.tools.quantize.staging import sync_file
+from peftkern.tools.checkpoints.staging import sync_file
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Fields of AdaLoRA's config that LoRA's has not.
