@@ -20,7 +20,7 @@ from torch import Tensor
 from peftkern.formats.json_files import parse_json
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update, check_config
 from peftkern.tools.adapters.convert.pairs import check_floating, from_update, to_update
-from peftkern.tools.adapters.scaling import scale_of
+from peftkern.tools.adapters.scaling import rank_fields, scale_of
 from peftkern.tools.adapters.source import Source
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -134,16 +134,9 @@ def _parts(update: Update) -> dict[str, Tensor]:
 
 def _config(updates: Mapping[str, Update]) -> dict[str, Any]:
     """Return the arguments of LoraConfig for one component."""
-    ranks = [update.rank for update in updates.values()]
-    rank = max(ranks, key=ranks.count)
-    others = {name: update.rank for name, update in updates.items() if update.rank != rank}
     return {
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        **rank_fields({name: update.rank for name, update in updates.items()}),
         "target_modules": list(updates),
-        "use_rslora": False,
         "use_dora": any(update.magnitude is not None for update in updates.values()),
         "lora_bias": any(update.bias is not None for update in updates.values()),
         "bias": "none",

@@ -297,3 +297,16 @@ def test_what_these_layouts_cannot_hold(tmp_path):
     twins = {f"unet.y_{z}.lora_{x}.weight": torch.ones(1, 1) for x in "AB" for z in "z"}
     twins |= {f"unet.y.{z}.lora_{x}.weight": torch.ones(1, 1) for x in "AB" for z in "z"}
     refused(write_diffusers(tmp_path / "c", twins, {}), "kohya", "unet.y", "another module")
+
+
+def test_ranks_are_told_by_whole_names(tmp_path):
+    """PEFT takes a pattern for the end of a name, so that "q" would be "a.q", too."""
+    ranks = {"q": 3, "a.q": 2, "b.q": 2, "c+": 4}
+    state = {f"unet.{name}.lora_A.weight": torch.ones(r, 5) for name, r in ranks.items()}
+    state |= {f"unet.{name}.lora_B.weight": torch.ones(6, r) for name, r in ranks.items()}
+    (tmp_path / "a").mkdir()
+    save_file(state, tmp_path / "a" / FILE)
+    convert_adapter(tmp_path / "a", tmp_path / "b", "diffusers")
+    found = read_adapter(tmp_path / "b").updates
+    assert {name.removeprefix("unet."): one.rank for name, one in found.items()} == ranks
+    assert all(update.scaling == 1 for update in found.values())
