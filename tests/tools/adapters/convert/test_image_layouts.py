@@ -279,12 +279,12 @@ def test_diffusers_files_with_a_defect(case, tmp_path):
 def test_components_are_asked_for(tmp_path):
     make("plain", tmp_path)
     for to in ("diffusers", "kohya"):
-        refused(tmp_path / "a", to, "--component", "unet", "got none")
-        refused(tmp_path / "a", to, "--component", "got vae", component="vae")
+        refused(tmp_path / "a", to, "component: ", "unet", "got none")
+        refused(tmp_path / "a", to, "component: ", "got vae", component="vae")
     extra = {f"text_encoder.y.lora_{x}.weight": torch.ones(1, 1) for x in "AB"}
     folder = write_diffusers(tmp_path / "d", extra, {})
-    refused(folder, "peft", "--component", "text_encoder, unet", "got none")
-    refused(folder, "peft", "--component", "got text_encoder_2", component="text_encoder_2")
+    refused(folder, "peft", "component: ", "text_encoder, unet", "got none")
+    refused(folder, "peft", "component: ", "got text_encoder_2", component="text_encoder_2")
 
 
 def test_what_these_layouts_cannot_hold(tmp_path):
