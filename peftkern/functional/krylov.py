@@ -13,7 +13,7 @@ from peftkern.functional.panels import Panels, Run
 
 # A bound on a norm from Krylov spaces of random vectors holds with a probability of 1 - FAILURE.
 FAILURE = 1e-3
-PROBES, STEPS = 4, 8
+PROBES, STEPS = 8, 5
 
 
 class Krylov:
@@ -158,7 +158,7 @@ def energy_bound(space: Krylov, outside: float, rank: int) -> float:
 
     W^T W is [[T, R^T], [R, C]] in a basis that begins with K, with R in the newest block alone and
     |C| <= outside. So for every t > outside its eigenvalues are at most those of
-    T + R^T R / (t - outside), or t. The t is the best to first order, and its neighbors.
+    T + R^T R / (t - outside), or t. The search for the best t begins at that to first order.
     """
     R = space.outside(space.outside(space.rest)).double()
     gram, T = R @ R.T, space.T
@@ -166,10 +166,14 @@ def energy_bound(space: Krylov, outside: float, rank: int) -> float:
     newest = vectors[space.newest]
     slopes = (newest * (gram @ newest)).sum(0)[-rank:]
     top = values[-rank:].clamp(min=float(values[-1]) * 1e-12)
-    steps = top[0] * 2.0 ** -torch.arange(24.0, dtype=T.dtype, device=T.device)[:, None]
-    first = torch.maximum(top + slopes / steps, outside + steps).sum(1)
-    step = steps[first.argmin()] * torch.tensor([0.5, 1.0, 2.0], device=T.device)
-    shifted = T.repeat(len(step), 1, 1)
-    shifted[:, space.newest, space.newest] += gram / step[:, None, None]
-    best = torch.linalg.eigvalsh(shifted)[:, -rank:]
-    return float(torch.maximum(best, outside + step[:, None]).sum(1).amin())
+    steps = top[0] * 2.0 ** -torch.arange(24.0, dtype=T.dtype, device=T.device)
+    first = torch.maximum(top + slopes / steps[:, None], outside + steps[:, None]).sum(1)
+    best, step = math.inf, float(steps[first.argmin()])
+    for factors in ((1.0, 4.0, 16.0), (0.5, 2.0), (0.7, 1.4)):
+        for tried in [step * factor for factor in factors]:
+            shifted = T.clone()
+            shifted[space.newest, space.newest] += gram / tried
+            bound = torch.linalg.eigvalsh(shifted)[-rank:].clamp(min=outside + tried).sum().item()
+            if bound < best:
+                best, step = bound, tried
+    return best

@@ -11,6 +11,7 @@ from torch import nn
 
 from peftkern.tools.adapters import peft_keys
 from peftkern.tools.adapters.adapter import Adapter, AdapterError
+from peftkern.tools.adapters.convert import diffusers, grouped, kohya, mlx
 from peftkern.tools.adapters.source import CONFIG, Source, open_source
 from peftkern.tools.adapters.targets import PREFIX
 
@@ -32,9 +33,14 @@ def read_adapter(path: str | os.PathLike, *, expert_layout: str | None = None) -
     Raises: AdapterError, one line that names the file and the tensor.
     """
     source = open_source(path)
+    return reader_of(source).read(source, expert_layout)
+
+
+def reader_of(source: Source) -> Reader:
+    """Return the reader of a file. Raises: AdapterError if none recognizes it."""
     for reader in READERS:
         if reader.recognizes(source):
-            return reader.read(source, expert_layout)
+            return reader
     first = next(iter(source.tensors))
     raise AdapterError(
         f"{source.path}: {first}: expected an adapter as {', '.join(r.name for r in READERS)} "
@@ -91,4 +97,10 @@ def _read_peft(source: Source, layout: str | None) -> Adapter:
     )
 
 
-READERS = (Reader("PEFT", _is_peft, _read_peft),)
+READERS = (
+    Reader("grouped", grouped.recognizes, grouped.read),
+    Reader("PEFT", _is_peft, _read_peft),
+    Reader("kohya", kohya.recognizes, kohya.read),
+    Reader("mlx", mlx.recognizes, mlx.read),
+    Reader("diffusers", diffusers.recognizes, diffusers.read),
+)
