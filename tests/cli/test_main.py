@@ -15,11 +15,10 @@ import bench_records as of
 import pytest
 from checkpoint_folders import save_llama
 from command_line import commands_of, refused, run
+from merged_folders import load, save_adapter
 from monitor_runs import start
 from monitor_runs import write as write_run
-from peft import LoraConfig, get_peft_model
 from processes import run_code, run_python_over, without
-from transformers import AutoModelForCausalLM
 
 import peftkern
 from peftkern.cli import app, main
@@ -76,7 +75,7 @@ def example(name: str) -> list[str]:
 
 COMMANDS = {name: command.callback for name, command in commands_of(app).items()}
 EXAMPLES = [name for name, function in COMMANDS.items() if "Example:" in function.__doc__]
-assert set(EXAMPLES) > {"bench", "explain", "monitor", "plan", "quantize", "tune"}
+assert {"bench", "explain", "merge", "monitor", "plan", "quantize", "tune"} < set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -84,12 +83,12 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     """`bench` and `tune` are told apart from a run of minutes, which has tests of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    if name == "quantize" or name.startswith("adapter"):
-        folder = save_llama(tmp_path / "models" / "llama3-8b")
-    if name.startswith("adapter"):
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        config = LoraConfig(target_modules=["q_proj", "down_proj"])
-        get_peft_model(model, config).save_pretrained(tmp_path / "my-adapter")
+    models, about_adapters = tmp_path / "models", name == "merge" or name.startswith("adapter")
+    if name == "quantize" or about_adapters:
+        base = save_llama(models / "llama3-8b")
+    if about_adapters:
+        for folder in ("my-adapter", "runs/adapter"):
+            save_adapter(tmp_path / folder, load(base), target_modules=["q_proj"])
     write_run(tmp_path / "run.jsonl", start())
     ran = []
     monkeypatch.setattr(bench_command, "execute", lambda plan: ran.append(plan.budget) or 0)
@@ -97,7 +96,8 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "run", ready)
     assert main(example(name)) == 0
     assert ran == ([300.0] if name in ("bench", "tune") else [])
-    assert (tmp_path / "models" / "llama3-8b-nf4").exists() == (name == "quantize")
+    written = {"quantize": {"llama3-8b-nf4"}, "merge": {"merged"}}.get(name, set())
+    assert {one.name for one in models.glob("*")} - {"llama3-8b"} == written
 
 
 def test_help_is_shown_when_asked_and_when_nothing_is(capfd):
@@ -184,10 +184,11 @@ def test_what_needs_an_extra_says_so_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     commands = ["bench --model llama3.2-1b", f"tune --model {tmp_path}", "plan llama3.2-1b"]
     commands.append(f"quantize {tmp_path} {tmp_path / 'new'}")
+    commands.append(f"merge {tmp_path} {tmp_path} {tmp_path / 'new'}")
     absent = without(tmp_path / "site", "peft", "transformers", "accelerate")
     done = run_python_over(absent, "-c", WITHOUT, *commands)
     *lines, statuses = done.stdout.splitlines()
-    assert statuses == "[2, 2, 2, 2]" and len(lines) == 4, lines
+    assert statuses == "[2, 2, 2, 2, 2]" and len(lines) == 5, lines
     for line in lines:
         assert line.startswith("peftkern: error: ") and "pip install" in line
         assert "peftkern[peft]" in line

@@ -11,6 +11,7 @@ from torch import nn
 
 from peftkern.tools.adapters import experts, peft_keys
 from peftkern.tools.adapters.adapter import Adapter, AdapterError
+from peftkern.tools.adapters.convert import diffusers, grouped, kohya, mlx
 from peftkern.tools.adapters.source import CONFIG, Source, open_source
 from peftkern.tools.adapters.targets import PREFIX
 
@@ -35,14 +36,19 @@ def read_adapter(path: str | os.PathLike, *, expert_layout: str | None = None) -
         expected = ", ".join(experts.LAYOUTS)
         raise AdapterError(f"expert_layout: expected one of {expected}, got {expert_layout!r}")
     source = open_source(path)
+    return reader_of(source).read(source, expert_layout)
+
+
+def reader_of(source: Source) -> Reader:
+    """Return the reader of a file. Raises: AdapterError if none recognizes it."""
     for reader in READERS:
         if reader.recognizes(source):
-            return reader.read(source, expert_layout)
-    first = next(iter(source.tensors))
-    raise AdapterError(
-        f"{source.path}: {first}: expected an adapter as {', '.join(r.name for r in READERS)} "
-        f"names its tensors, with {CONFIG} beside a file of PEFT's"
-    )
+            return reader
+    first, formats = next(iter(source.tensors)), ", ".join(reader.name for reader in READERS)
+    expected = f"tensors as one of {formats} names them"
+    if first.startswith(PREFIX):
+        expected = f"{CONFIG} with a peft_type beside it"
+    raise AdapterError(f"{source.path}: {first}: expected {expected}")
 
 
 def from_model(model: nn.Module, adapter_name: str = "default") -> Adapter:
@@ -94,4 +100,10 @@ def _read_peft(source: Source, layout: str | None) -> Adapter:
     )
 
 
-READERS = (Reader("PEFT", _is_peft, _read_peft),)
+READERS = (
+    Reader("grouped", grouped.recognizes, grouped.read),
+    Reader("PEFT", _is_peft, _read_peft),
+    Reader("kohya", kohya.recognizes, kohya.read),
+    Reader("mlx", mlx.recognizes, mlx.read),
+    Reader("diffusers", diffusers.recognizes, diffusers.read),
+)

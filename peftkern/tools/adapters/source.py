@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftkern.formats.json_files import brief, parse_json, read_json
 from peftkern.tools.adapters.adapter import AdapterError
-from peftkern.tools.quantize.checkpoint import (
+from peftkern.tools.checkpoints.checkpoint import (
     DTYPES,
     READ_ERRORS,
     CheckpointError,

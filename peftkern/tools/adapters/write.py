@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -35,15 +35,24 @@ from peftkern.tools.adapters.adapter import (
 )
 from peftkern.tools.adapters.experts import settled
 from peftkern.tools.adapters.scaling import scale_of
-from peftkern.tools.adapters.source import CONFIG, MODEL
+from peftkern.tools.adapters.source import CONFIG, MODEL, NAMES
 from peftkern.tools.adapters.targets import target_name
-from peftkern.tools.quantize.staging import sync_file
+from peftkern.tools.checkpoints.staging import sync_file
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Fields of AdaLoRA's config that LoRA's has not.
 _ADALORA = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step")
 _ADALORA += ("orth_reg_weight",)
-_OWN = {CONFIG, MODEL}  # files that replace those of an adapter that was there
+_OWN = {CONFIG, *NAMES}  # files that give way to those of an adapter
+
+
+class Files(NamedTuple):
+    """What an adapter's folder holds."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    metadata: dict[str, str]
+    config: Mapping[str, Any] | None
 
 
 def write_adapter(
@@ -67,14 +76,14 @@ def write_adapter(
     path = Path(path)
     if dtype is not None and dtype not in DTYPES:
         raise AdapterError(f"dtype: expected one of {DTYPES}, got {dtype}")
-    _check_destination(path, force)
+    check_destination(path, force)
     check_finite(adapter)
     folded = fold(adapter, dtype)
-    tensors = _named(folded)
+    tensors = file_tensors(folded)
     for name, tensor in tensors.items():
         if not_finite(tensor):
             raise AdapterError(f"{adapter.source}: {name}: beyond {tensor.dtype}")
-    _publish(path, tensors, folded.config)
+    publish(path, Files(MODEL, tensors, {"format": "pt"}, folded.config))
 
 
 def fold(adapter: Adapter, dtype: torch.dtype | None = None) -> Adapter:
@@ -138,21 +147,24 @@ def _ranks(config: Mapping[str, Any], adapter: Adapter) -> list[int | None]:
     return [scale_of(config, name, adapter.source).rank for name in names]
 
 
-def _named(adapter: Adapter) -> dict[str, Tensor]:
-    """Return the tensors of the file, each with memory of its own."""
+def file_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Return the tensors of PEFT's file."""
     parameters: dict[str, list[str]] = {}
     for one in adapter.updates.values():
         parameters.setdefault(one.module, []).append(one.parameter)
     named = [pair for one in adapter.updates.values() for pair in peft_keys.named(one, parameters)]
-    own = {}
-    for key, tensor in [*named, *adapter.extras.items()]:
-        tensor = tensor.detach().cpu().contiguous()
-        shared = tensor.untyped_storage().nbytes() != tensor.nbytes
-        own[key] = tensor.clone() if shared else tensor
-    return own
+    return dict([*named, *adapter.extras.items()])
 
 
-def _check_destination(path: Path, force: bool) -> None:
+def _own(tensor: Tensor) -> Tensor:
+    """Return a tensor with memory of its own."""
+    tensor = tensor.detach().cpu().contiguous()
+    shared = tensor.untyped_storage().nbytes() != tensor.nbytes
+    return tensor.clone() if shared else tensor
+
+
+def check_destination(path: Path, force: bool) -> None:
+    """Raise AdapterError unless a folder is new, empty or, with `force`, an adapter's."""
     if os.path.lexists(path) and not path.is_dir():
         raise AdapterError(f"{path}: expected a new or empty folder, got a file")
     held = sorted(one.name for one in path.iterdir()) if path.exists() else []
@@ -165,25 +177,34 @@ def _check_destination(path: Path, force: bool) -> None:
         raise AdapterError(f"{path}: --force replaces an adapter, and this folder holds none")
 
 
-def _publish(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write both files to a folder beside the destination, which takes its place.
+def publish(path: Path, files: Files) -> None:
+    """Write an adapter's files to a folder beside the destination, which takes its place.
 
-    Where other files are there, the files are moved, the config last: without it nothing loads.
+    Where other files are there, those of an adapter are replaced, the config last: without it
+    nothing loads.
     """
+    path = Path(os.path.abspath(path))  # "." has no name
     work = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        save_file(dict(tensors), work / MODEL, metadata={"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (work / CONFIG).write_text(text, encoding="utf-8")
-        for name in _OWN:
-            shutil.copymode(work / CONFIG, work / name)  # safetensors writes for the owner alone
-            sync_file(work / name)
+        (work / files.name).touch()
+        mode = (work / files.name).stat().st_mode  # safetensors writes for the owner alone
+        tensors = {name: _own(tensor) for name, tensor in files.tensors.items()}
+        save_file(tensors, work / files.name, metadata=files.metadata)
+        (work / files.name).chmod(mode)
+        if files.config is not None:
+            text = json.dumps(files.config, indent=2, sort_keys=True) + "\n"
+            (work / CONFIG).write_text(text, encoding="utf-8")
+        written = sorted(work.iterdir(), key=lambda file: file.name == CONFIG)
+        for file in written:
+            sync_file(file)
         if path.is_dir() and any(path.iterdir()):
             (path / CONFIG).unlink(missing_ok=True)
-            os.replace(work / MODEL, path / MODEL)
-            os.replace(work / CONFIG, path / CONFIG)
+            for name in _OWN - {file.name for file in written}:
+                (path / name).unlink(missing_ok=True)
+            for file in written:
+                os.replace(file, path / file.name)
         else:
             os.replace(work, path)
     except SafetensorError as error:  # its own for those of the system

@@ -28,8 +28,8 @@ from torch import Tensor
 from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY
 from peftkern.functional import dequantize_nf4, quantize_nf4
 from peftkern.layers.nf4_stack import NF4Stack, absmax_name
-from peftkern.tools.quantize import staging
-from peftkern.tools.quantize.checkpoint import (
+from peftkern.tools.checkpoints import staging
+from peftkern.tools.checkpoints.checkpoint import (
     CONFIG,
     DTYPES,
     INDEX,
@@ -39,7 +39,7 @@ from peftkern.tools.quantize.checkpoint import (
     open_safetensors,
     read_tensors,
 )
-from peftkern.tools.quantize.companions import find_companions
+from peftkern.tools.checkpoints.companions import find_companions
 from peftkern.tools.quantize.file_plan import Choice, Options, Plan, Size, Unit, plan_files
 
 MANIFEST = "manifest.json"  # in the work folder: a Note of each finished file
