@@ -31,6 +31,7 @@ from peftkern.tools.adapters.adapter import (
     Update,
     changed_base,
     check_finite,
+    not_finite,
 )
 from peftkern.tools.adapters.experts import settled
 from peftkern.tools.adapters.scaling import scale_of
@@ -80,7 +81,7 @@ def write_adapter(
     folded = fold(adapter, dtype)
     tensors = file_tensors(folded)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not_finite(tensor):
             raise AdapterError(f"{adapter.source}: {name}: beyond {tensor.dtype}")
     publish(path, Files(MODEL, tensors, {"format": "pt"}, folded.config))
 
@@ -182,6 +183,7 @@ def publish(path: Path, files: Files) -> None:
     Where other files are there, those of an adapter are replaced, the config last: without it
     nothing loads.
     """
+    path = Path(os.path.abspath(path))  # "." has no name
     work = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
