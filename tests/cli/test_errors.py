@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from adapters import save
 from checkpoint_folders import save_llama
 from command_line import commands_of, refused
 from merged_folders import load, save_adapter
@@ -40,8 +39,8 @@ KINDS = {
     "unwritable": "/proc/self/mem/x",
 }
 RUNS = {  # what each command is given besides the option that is wrong
-    "adapter inspect": "lora",
-    "adapter verify": "lora",
+    "adapter inspect": "adapter",
+    "adapter verify": "adapter",
     "bench": "--shapes 2x64x64 --op lora_linear --baselines frozen",
     "doctor": "--forget",
     "explain": "lora_linear 2x64x64",
@@ -69,7 +68,6 @@ def files(tmp_path_factory) -> Path:
     (folder / "list.json").write_text("[]")
     write(folder / "run.jsonl", start(), step(1))
     save_adapter(folder / "adapter", load(save_llama(folder / "llama")), target_modules=["q_proj"])
-    save("linear", folder / "lora")
     return folder
 
 

@@ -46,11 +46,11 @@ def reader_of(source: Source) -> Reader:
     for reader in READERS:
         if reader.recognizes(source):
             return reader
-    first = next(iter(source.tensors))
-    raise AdapterError(
-        f"{source.path}: {first}: expected an adapter as {', '.join(r.name for r in READERS)} "
-        f"names its tensors, with {CONFIG} beside a file of PEFT's"
-    )
+    first, formats = next(iter(source.tensors)), ", ".join(reader.name for reader in READERS)
+    expected = f"tensors as one of {formats} names them"
+    if first.startswith(PREFIX):
+        expected = f"{CONFIG} with a peft_type beside it"
+    raise AdapterError(f"{source.path}: {first}: expected {expected}")
 
 
 def from_model(model: nn.Module, adapter_name: str = "default") -> Adapter:

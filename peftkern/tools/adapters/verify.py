@@ -19,7 +19,7 @@ from peftkern.tools.adapters.adapter import (
     not_finite,
 )
 from peftkern.tools.adapters.targets import PREFIX
-from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
+from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
 
 Shape = tuple[int, ...]
 # Where a checkpoint has the tensors of a parameter of one expert, in the order of its rows.

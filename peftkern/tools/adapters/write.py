@@ -171,6 +171,7 @@ def publish(path: Path, files: Files) -> None:
     Where other files are there, those of an adapter are replaced, the config last: without it
     nothing loads.
     """
+    path = Path(os.path.abspath(path))  # "." has no name
     work = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

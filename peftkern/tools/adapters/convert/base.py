@@ -13,7 +13,6 @@ from torch import Tensor
 from peftkern.formats.json_files import read_json
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
 from peftkern.tools.adapters.convert.diffusers import COMPONENTS
-from peftkern.tools.adapters.peft_keys import PREFIX
 from peftkern.tools.checkpoints.checkpoint import (
     READ_ERRORS,
     CheckpointError,
@@ -25,7 +24,7 @@ from peftkern.tools.checkpoints.checkpoint import (
 
 # Fused gate and up whose rows alternate: no projections can be cut out of them.
 _INTERLEAVED = re.compile(r"gpt[-_]oss|openai[-_]privacy[-_]filter", re.IGNORECASE)
-_MIXTRAL = re.compile("mixtral|minimax", re.IGNORECASE)
+_MIXTRAL = ("mixtral", "minimax", "minimax_m2")
 
 
 def component_modules(base: str | os.PathLike) -> Iterator[str]:
@@ -66,7 +65,7 @@ def model_type(base: str | os.PathLike | None, config: Mapping[str, Any]) -> str
 
 def is_mixtral(kind: str) -> bool:
     """Return whether its experts' projections are w1, w3 and w2 in a block_sparse_moe."""
-    return _MIXTRAL.search(kind) is not None
+    return kind in _MIXTRAL
 
 
 def check_halves(adapter: Adapter, kind: str) -> None:
@@ -79,34 +78,24 @@ def check_halves(adapter: Adapter, kind: str) -> None:
         )
 
 
-def base_table(update: Update) -> str:
-    """Return the name of the base's own weight in PEFT's file, where it is kept with an update."""
-    return f"{PREFIX}{update.module}.base_layer.weight"
-
-
 class Weights:
-    """Weights of a base's checkpoint, one at a time, as an update has them: [m, n].
+    """Weights of a base's checkpoint, one at a time, as an update has them: [m, n]."""
 
-    A table of the base that the adapter holds counts, as it does for PEFT.
-    """
-
-    def __init__(self, base: str | os.PathLike, adapter: Adapter) -> None:
+    def __init__(self, base: str | os.PathLike, config: Mapping[str, Any]):
         try:
             self._tensors = read_checkpoint(base).tensors
         except CheckpointError as error:
             raise AdapterError(str(error)) from None
-        self._transposed = bool(adapter.config.get("fan_in_fan_out"))
-        self._tables = adapter.extras
+        self._transposed = bool(config.get("fan_in_fan_out"))
         self._base = base
 
     def __call__(self, update: Update) -> Tensor:
         """Read a weight. Raises: AdapterError if the base has none of that name and shape."""
         name = f"{update.module}.{update.parameter}"
-        weight = self._tables.get(base_table(update))
-        if weight is None:
-            if name not in self._tensors:
-                raise AdapterError(f"{self._base}: {name}: expected it in the base")
-            weight = self._read(self._tensors[name])
+        info = self._tensors.get(name)
+        if info is None:
+            raise AdapterError(f"{self._base}: {name}: expected it in the base")
+        weight = self._read(info)
         weight = weight.flatten(1) if update.kind == "conv" else weight
         square = weight.ndim == 2 and weight.shape[0] == weight.shape[1]
         turned = self._transposed if square else tuple(weight.shape) == update.size[::-1]
