@@ -7,6 +7,7 @@ panels of rows in float32 and with one rounding to the weight's dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import Panels
 from peftkern.functional.truncated_svd import TruncatedSVD, Weight, truncated_svd
+
+_PIECE = 1 << 17  # values
 
 
 class Factors(NamedTuple):
@@ -46,6 +49,17 @@ def check_scaling(scaling: float) -> None:
     """Raise ValueError unless both factors can have the same share of it."""
     if not 0 < scaling < math.inf:
         raise mismatch("scaling", "a finite number above 0", scaling)
+
+
+def check_finite(weight: Weight) -> float:
+    """Return the squared norm of a weight. Raises: ValueError if that is not finite."""
+    return _finite(sum(squared_norm(piece) for _, piece in pieces(weight)))
+
+
+def _finite(squares: float) -> float:
+    if not math.isfinite(squares):
+        raise ArgumentError("weight: expected finite values, got NaN or Inf")
+    return squares
 
 
 def balanced(svd: TruncatedSVD, scaling: float) -> Factors:
@@ -89,30 +103,47 @@ def olora(weight: Weight, rank: int) -> Factors:
     lora_B, _ = torch.linalg.qr(leading)
     lora_A = lora_B.new_zeros(rank, weight.shape[1])
     total = 0.0
-    for rows, panel in Panels(weight, None):
-        lora_A.addmm_(lora_B[rows].T, panel)
-        total += squared_norm(panel)
-    if not math.isfinite(total):
-        raise ArgumentError("weight: expected finite values, got NaN or Inf")
-    energy = squared_norm(lora_A) / total if total else 0.0
+    for rows, piece in pieces(weight):
+        lora_A.addmm_(lora_B[rows].T, piece)
+        total += squared_norm(piece)
+    energy = squared_norm(lora_A) / total if _finite(total) else 0.0
     return Factors(lora_A, lora_B, min(energy, 1.0))
 
 
-def subtract_update_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
+def subtract_update_(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> float | None:
     """Subtract scaling * lora_B @ lora_A from a dense weight, in place.
 
-    Returns: the relative error |W - (W' + scaling * lora_B lora_A)| / |W|, from rounding W'.
+    Returns: the relative error |W - (W' + scaling * lora_B lora_A)| / |W|, from rounding W' to 16
+        bits; None in float32, where it costs more to see than it is.
     """
     lora_A, lora_B = lora_A.float(), lora_B.float()
     lost = total = 0.0
-    for rows, before in Panels(weight, None):
+    for rows, before in pieces(weight):
+        if weight.dtype is torch.float32:
+            before.addmm_(lora_B[rows], lora_A, alpha=-scaling)
+            continue
         update = lora_B[rows] @ lora_A
         after = torch.sub(before, update, alpha=scaling).to(weight.dtype)
         total += squared_norm(before)
         lost += squared_norm((after.float() - before).add_(update, alpha=scaling))
         weight[rows] = after
+    if weight.dtype is torch.float32:
+        return None
     return math.sqrt(lost / total) if total else 0.0
 
 
-def squared_norm(panel: Tensor) -> float:
-    return torch.linalg.vector_norm(panel).item() ** 2
+def pieces(weight: Weight) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows and their values in float32, views of a weight that is: few enough for a core's
+    second-level cache, so that a product and a norm read memory once."""
+    for rows, panel in Panels(weight, None):
+        step = max(1, _PIECE // panel.shape[1]) if panel.is_cpu else len(panel)
+        for start in range(rows.start, rows.stop, step):
+            part = slice(start, min(start + step, rows.stop))
+            yield part, panel[part.start - rows.start : part.stop - rows.start]
+
+
+def squared_norm(values: Tensor) -> float:
+    flat = values.reshape(-1)
+    return torch.dot(flat, flat).item()  # on a CPU twice as fast as a norm

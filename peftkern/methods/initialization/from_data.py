@@ -12,7 +12,13 @@ from torch import Tensor
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import Panels
 from peftkern.functional.truncated_svd import Weight, truncated_svd
-from peftkern.methods.initialization.factors import Factors, check_rank, check_scaling, quality
+from peftkern.methods.initialization.factors import (
+    Factors,
+    check_rank,
+    check_scaling,
+    pieces,
+    quality,
+)
 
 DAMPING = 0.01  # of the mean of the covariance's diagonal, added to it, as in PEFT
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
@@ -65,8 +71,8 @@ def corda(weight: Weight, covariance: Tensor, rank: int, scaling: float, **optio
         torch.mm(panel, damped, out=product[rows])
     svd = truncated_svd(product, rank, **options)
     lora_A = svd.U.new_zeros(rank, n)
-    for rows, panel in Panels(weight, None):
-        lora_A.addmm_(svd.U[rows].T, panel)
+    for rows, piece in pieces(weight):
+        lora_A.addmm_(svd.U[rows].T, piece)
     root = (svd.S * scaling).sqrt()
     lora_A = torch.where(root > 0, 1 / root, 0)[:, None] * lora_A
     return Factors(lora_A, svd.U * (svd.S / scaling).sqrt(), *quality(svd))

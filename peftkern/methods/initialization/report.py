@@ -17,20 +17,21 @@ class LayerStart:
     """Start of one layer.
 
     shape [m, n] and scaling of its update; error, |W - (base + update)| / |W|, of the weight that
-    the layer had; energy, excess and certificate as in `Factors`.
+    the layer had, None for a base that stays as it is or in float32, where it is rounding alone;
+    energy, excess and certificate as in `Factors`.
     """
 
     name: str
     shape: tuple[int, int]
     rank: int
     scaling: float
-    error: float
+    error: float | None
     energy: float
     excess: float | None = None
     certificate: float | None = None
 
     @classmethod
-    def of(cls, name: str, factors: Factors, scaling: float, error: float) -> LayerStart:
+    def of(cls, name: str, factors: Factors, scaling: float, error: float | None) -> LayerStart:
         shape = (len(factors.lora_B), factors.lora_A.shape[1])
         return cls(name, shape, len(factors.lora_A), scaling, error, *factors[2:])
 
@@ -49,9 +50,9 @@ class InitReport:
     model: nn.Module | None = None
 
     @property
-    def error(self) -> float:
-        """Largest relative error of a layer."""
-        return max(layer.error for layer in self.layers)
+    def error(self) -> float | None:
+        """Largest relative error of a layer, None if all bases are in float32."""
+        return max((la.error for la in self.layers if la.error is not None), default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but the model as values fit for json.dumps."""
@@ -63,8 +64,9 @@ class InitReport:
         said = [
             f"{self.method}: {len(self.layers)} layers",
             f"energy kept {energies[0]:.1%} to {energies[-1]:.1%}",
-            f"largest error {self.error:.2e}",
         ]
+        if self.error is not None:
+            said.append(f"largest error {self.error:.2e}")
         bounds = [layer.certificate for layer in self.layers if layer.certificate is not None]
         if bounds:
             said.append(f"excess error at most {max(bounds):.1e}")

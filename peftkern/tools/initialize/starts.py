@@ -63,7 +63,7 @@ class Starts:
         return 2 * 4 * self.request.rank * sides
 
     @torch.no_grad()
-    def rewrite(self, unit: Unit, weight: Tensor) -> tuple[NF4Weight | Tensor, float] | None:
+    def rewrite(self, unit: Unit, weight: Tensor) -> tuple[NF4Weight | Tensor, float | None] | None:
         """Start a layer; return what its weight becomes, and its error."""
         target = self.targets.get(unit.name)
         if target is None:
@@ -81,7 +81,7 @@ class Starts:
             self._tensors[key] = getattr(factors, side).cpu().contiguous()
         return (weight.cpu() if base is None else base), error
 
-    def _start(self, weight: Tensor) -> tuple[Factors, NF4Weight | None, float]:
+    def _start(self, weight: Tensor) -> tuple[Factors, NF4Weight | None, float | None]:
         """Return the factors, the base unless it is the weight itself, and the error."""
         request, base = self.request, None
         how = (weight, request.rank, request.scaling)

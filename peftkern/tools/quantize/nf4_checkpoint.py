@@ -79,8 +79,8 @@ class Rewriter(Protocol):
     identity: dict[str, Any]
     nbytes: int
 
-    def rewrite(self, unit: Unit, weight: Tensor) -> tuple[NF4Weight | Tensor, float] | None:
-        """Return what becomes of a weight, and its error; None of others."""
+    def rewrite(self, unit: Unit, weight: Tensor) -> tuple[NF4Weight | Tensor, float | None] | None:
+        """Return what becomes of a weight, and its error if that is known; None of others."""
 
     def keep(self, work: Path, file: str) -> None:
         """Store what was found while a file was written, before the file counts as finished."""

@@ -159,7 +159,8 @@ def test_the_model_computes_what_it_did(method, dtype):
     after = logits(model).float()
     tolerance = 1e-4 if dtype is torch.float32 else 0.05
     assert (after - before).norm() <= tolerance * before.norm()
-    assert report.error < torch.finfo(dtype).eps
+    if method != "eva":
+        assert report.error is None if dtype is torch.float32 else report.error < 2**-8
     after = {name: p.requires_grad for name, p in model.named_parameters()}
     assert all(after[name] == wanted[name] for name in after.keys() & wanted.keys())
     assert not any(m.training or m._forward_hooks for m in model.modules())
@@ -397,6 +398,14 @@ def test_what_does_not_fit_is_named_and_changes_nothing(make, arguments, complai
     after = model.state_dict()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_plain_model_stays_plain_where_its_adapters_cannot_start():
+    net = Net(make_linear())
+    config = LoraConfig(r=40, target_modules=["proj"])
+    with pytest.raises(ValueError, match="proj: rank: expected 1 to 32, half"):
+        peftkern.initialize_(net, "lora_ga", config, batches=[torch.ones(2, 64)])
+    assert type(net.proj) is nn.Linear
 
 
 @pytest.mark.parametrize("model", [None, make_conv1d(), Net(make_linear())])

@@ -74,15 +74,17 @@ def test_base_and_update_are_the_weight_again(dtype):
         update = 2.0 * factors.lora_B.double() @ factors.lora_A.double()
         torch.testing.assert_close(weight, (before - update).to(dtype), rtol=1e-2, atol=1e-6)
         missed = (weight.double() + update - before.double()).norm() / before.double().norm()
-        assert error == pytest.approx(missed.item(), rel=0.1, abs=1e-7)
-        assert error < torch.finfo(dtype).eps
+        assert missed < 4 * torch.finfo(dtype).eps
+        assert error is None or error == pytest.approx(missed.item(), rel=1e-3)
+        assert (error is None) is (dtype is torch.float32)
 
 
 def test_a_weight_of_zeros_gets_an_update_of_zeros():
     for factors in (pissa(torch.zeros(20, 10), 4, 1.0), olora(torch.zeros(20, 10), 4)):
         assert factors.energy == 0
         assert not (factors.lora_B @ factors.lora_A).any()
-    assert subtract_update_(torch.zeros(20, 10), factors.lora_A, factors.lora_B, 1.0) == 0
+    weight = torch.zeros(20, 10, dtype=torch.bfloat16)
+    assert subtract_update_(weight, factors.lora_A, factors.lora_B, 1.0) == 0
 
 
 @pytest.mark.parametrize("rank", [0, 11, 2.0, True])
