@@ -21,6 +21,7 @@ from peftkern.cli.doctor import doctor
 from peftkern.cli.explain import explain
 from peftkern.cli.frame import EXIT_BAD_INPUT, InputError, Stopped
 from peftkern.cli.init import init
+from peftkern.cli.merge import merge
 from peftkern.cli.monitor import monitor
 from peftkern.cli.plan import plan
 from peftkern.cli.quantize import quantize
@@ -40,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (bench, doctor, explain, init, monitor, plan, quantize, tune):
+for _command in (bench, doctor, explain, init, merge, monitor, plan, quantize, tune):
     # typer keeps the line breaks of a docstring.
     _help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_command.__doc__))
     app.command(help=_help)(_command)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,6 +52,44 @@ def in_words(error: ValueError, *options: str) -> str:
     message = " ".join(str(error).split())
     name, colon, rest = message.partition(":")
     return f"--{name.replace('_', '-')}:{rest}" if colon and name in options else message
+
+
+@contextlib.contextmanager
+def checkpoint_run(destination: Path | None, *options: str) -> Iterator[None]:
+    """Turn what can go wrong with checkpoints into an InputError, and say whether the run can be
+    repeated. options: as for `bad_input`."""
+    from peftkern.tools.checkpoints.checkpoint import CheckpointError
+    from peftkern.tools.checkpoints.staging import WORK
+
+    def resumable() -> bool:
+        return destination is not None and os.path.exists(destination / WORK)
+
+    try:
+        yield
+    except CheckpointError as error:
+        raise InputError(in_words(error, *options)) from error
+    except OSError as error:  # a full disk, an unreadable file
+        hint = "; the same command goes on from there" if resumable() else ""
+        raise InputError(f"{error}{hint}") from error
+    except KeyboardInterrupt:
+        if resumable():
+            raise Stopped("stopped; the same command goes on from here") from None
+        raise
+
+
+@contextlib.contextmanager
+def byte_bar(nbytes: int) -> Iterator[Callable[[int, str], None]]:
+    """Show a bar on a terminal; yield what takes finished bytes and the name of a tensor."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    silent = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task("", total=nbytes)
+        yield lambda count, name: bar.update(task, advance=count, description=name)
 
 
 def dtype_name(option: str, text: str, accepted: Sequence[str]) -> str:

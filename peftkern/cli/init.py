@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftkern.cli.frame import InputError, parse_bytes, present_device, table
-from peftkern.cli.quantize import bar, one_line
+from peftkern.cli.frame import (
+    InputError,
+    byte_bar,
+    checkpoint_run,
+    parse_bytes,
+    present_device,
+    table,
+)
 
 if TYPE_CHECKING:
     from peftkern.methods.initialization.report import InitReport
@@ -89,7 +95,7 @@ def init(
             f"pip install -U 'peftkern[peft]' ({error})"
         ) from None
     names = tuple(target or ())
-    with one_line(destination, *_OPTIONS):
+    with checkpoint_run(destination, *_OPTIONS):
         request = Request(method, rank, alpha, rslora, tol, certify, steps, seed)
         base = read_checkpoint(source)
         if method in FROM_DATA:
@@ -102,7 +108,7 @@ def init(
             options = Options(blocksize, double_quant, shard_bytes, device)
             job = checkpoint.prepare(base, destination, request, options, names)
             job.check(force)
-            with bar(base.nbytes) as progress:
+            with byte_bar(base.nbytes) as progress:
                 report = job.run(force, progress)
     if as_json:
         print(json.dumps({"written": str(destination), **report.as_dict()}, indent=2))

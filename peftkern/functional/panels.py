@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import contextvars
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,10 +12,8 @@ from peftkern.backends import ops
 from peftkern.backends.reference.nf4 import nf4_absmax
 from peftkern.formats.nf4 import NF4Weight
 
-_ON_CPU = 1 << 20  # values of a panel: 4 MB, most of which stays in cache between two products
+_ON_CPU = 1 << 21  # values of a panel: 8 MB, which stay in cache between two products
 _ELSEWHERE = 1 << 25  # fewer launches, 128 MB
-Item, Found = TypeVar("Item"), TypeVar("Found")
-Run = Callable[[Callable[[Item], Found], Iterable[Item]], Iterator[Found]]
 
 
 class Panels:
@@ -40,35 +32,31 @@ class Panels:
         steps = [part.step for part in self._parts]
         step = math.lcm(*steps, blocksize // math.gcd(blocksize, self.n))
         size = _ON_CPU if self.device.type == "cpu" else _ELSEWHERE
-        self.rows = max(1, size // (step * self.n)) * step
-        self._buffers = threading.local()
-
-    @property
-    def slices(self) -> list[slice]:
-        """Rows of every panel."""
-        return [slice(i, min(i + self.rows, self.m)) for i in range(0, self.m, self.rows)]
+        self.rows = max(1, size // max(1, step * self.n)) * step
+        self._buffers: list[Tensor] = []
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield rows and their panel, one after the other."""
-        return ((rows, self.read(rows)) for rows in self.slices)
+        """Yield rows and their values, which the next panel may overwrite."""
+        for start in range(0, self.m, self.rows):
+            yield self.at(start)
 
-    def read(self, rows: slice, place: int = 0) -> Tensor:
-        """Return a panel, which this thread's next of the same place may overwrite."""
+    def at(self, start: int, own: int = 0) -> tuple[slice, Tensor]:
+        """Return the panel that begins at a row, in the `own`-th buffer if it is no view."""
+        rows = slice(start, min(start + self.rows, self.m))
         first, *minus = self._parts
-        panel = first.read(rows, self._buffer, 2 * place)
+        panel = first.read(rows, self._buffer, 2 * own)
         for part in minus:
-            values = part.read(rows, self._buffer, 2 * place + 1)
-            panel = torch.sub(panel, values, out=self._buffer(2 * place, rows))
+            values = part.read(rows, self._buffer, 2 * own + 1)
+            panel = torch.sub(panel, values, out=self._buffer(2 * own, rows))
         if self.scale != 1.0:
-            panel = torch.mul(panel, self.scale, out=self._buffer(2 * place, rows))
-        return panel
+            panel = torch.mul(panel, self.scale, out=self._buffer(2 * own, rows))
+        return rows, panel
 
     def _buffer(self, index: int, rows: slice) -> Tensor:
-        buffers = self._buffers.__dict__
-        if index not in buffers:
+        while len(self._buffers) <= index:
             shape = (min(self.rows, self.m), self.n)
-            buffers[index] = torch.empty(shape, dtype=torch.float32, device=self.device)
-        return buffers[index][: rows.stop - rows.start]
+            self._buffers.append(torch.empty(shape, dtype=torch.float32, device=self.device))
+        return self._buffers[index][: rows.stop - rows.start]
 
 
 class _Rows:
@@ -98,34 +86,3 @@ class _Rows:
         layout = (weight.layout[0], blocksize, 0, rows.stop - rows.start, n)
         ops.nf4_dequantize_out((packed, absmax), layout, out)
         return out
-
-
-@contextlib.contextmanager
-def parallel(device: torch.device) -> Iterator[Run]:
-    """Yield a `map` whose calls run on as many threads as torch has, each of which has one.
-
-    So BLAS and LAPACK give the same bits for any number of threads. A GPU's map is Python's own.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu":
-        yield map
-        return
-    torch.set_num_threads(1)  # of this thread, and the default of those that start from here on
-    try:
-        if threads == 1:
-            yield map
-            return
-        with ThreadPoolExecutor(threads) as pool:
-
-            def run(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
-                begun: collections.deque[Future[Found]] = collections.deque()
-                for item in items:
-                    begun.append(pool.submit(contextvars.copy_context().run, function, item))
-                    if len(begun) > 2 * threads:  # results that wait are memory
-                        yield begun.popleft().result()
-                while begun:
-                    yield begun.popleft().result()
-
-            yield run
-    finally:
-        torch.set_num_threads(threads)

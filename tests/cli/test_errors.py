@@ -14,6 +14,7 @@ import pytest
 import typer
 from checkpoint_folders import save_llama
 from command_line import refused
+from merged_folders import load, save_adapter
 from monitor_runs import start, step, write
 from paths import ROOT
 from processes import environment
@@ -42,6 +43,7 @@ RUNS = {  # what each command is given besides the option that is wrong
     "bench": "--shapes 2x64x64 --op lora_linear --baselines frozen",
     "doctor": "--forget",
     "explain": "lora_linear 2x64x64",
+    "merge": "llama adapter out",
     "monitor": "run.jsonl",
     "plan": "llama",
     "quantize": "llama out",
@@ -64,7 +66,7 @@ def files(tmp_path_factory) -> Path:
     (folder / "file").write_text("x")
     (folder / "list.json").write_text("[]")
     write(folder / "run.jsonl", start(), step(1))
-    save_llama(folder / "llama")
+    save_adapter(folder / "adapter", load(save_llama(folder / "llama")), target_modules=["q_proj"])
     return folder
 
 
@@ -120,7 +122,8 @@ def test_wrong_values_are_one_line_that_names_them(name, parameter, files, capfd
 @pytest.mark.parametrize("name", RUNS)
 def test_unknown_options_and_words_too_many_are_told(name, capfd):
     refused(capfd, "No such option: --loud", name, "--loud")
-    refused(capfd, "one-more", name, *RUNS[name].split(), *["one-more"] * 3)
+    complaint = "out: expected an adapter" if name == "merge" else "one-more"  # it takes many
+    refused(capfd, complaint, name, *RUNS[name].split(), *["one-more"] * 3)
 
 
 def test_what_typer_says_of_a_number_has_the_value(capfd):

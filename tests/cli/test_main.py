@@ -15,6 +15,7 @@ import bench_records as of
 import pytest
 from checkpoint_folders import save_llama
 from command_line import refused, run
+from merged_folders import load, save_adapter
 from monitor_runs import start
 from monitor_runs import write as write_run
 from processes import run_code, run_python_over, without
@@ -53,7 +54,7 @@ def test_bad_input_is_one_line_and_status_2(capfd):
 
 
 @pytest.mark.parametrize(
-    "command", ["bench", "doctor", "explain", "monitor", "plan", "quantize", "tune"]
+    "command", ["bench", "doctor", "explain", "merge", "monitor", "plan", "quantize", "tune"]
 )
 def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -79,7 +80,7 @@ COMMANDS = {
     for command in app.registered_commands
 }
 EXAMPLES = [name for name, function in COMMANDS.items() if "Example:" in function.__doc__]
-assert set(EXAMPLES) == {"bench", "explain", "monitor", "plan", "quantize", "tune"}
+assert set(EXAMPLES) == {"bench", "explain", "merge", "monitor", "plan", "quantize", "tune"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -87,8 +88,11 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     """`bench` and `tune` are told apart from a run of minutes, which has tests of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    if name == "quantize":
-        save_llama(tmp_path / "models" / "llama3-8b")
+    models = tmp_path / "models"
+    if name in ("quantize", "merge"):
+        base = save_llama(models / "llama3-8b")
+    if name == "merge":
+        save_adapter(tmp_path / "runs" / "adapter", load(base), target_modules=["q_proj"])
     write_run(tmp_path / "run.jsonl", start())
     ran = []
     monkeypatch.setattr(bench_command, "execute", lambda plan: ran.append(plan.budget) or 0)
@@ -96,7 +100,8 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "run", ready)
     assert main(example(name)) == 0
     assert ran == ([300.0] if name in ("bench", "tune") else [])
-    assert (tmp_path / "models" / "llama3-8b-nf4").exists() == (name == "quantize")
+    written = {"quantize": ["llama3-8b", "llama3-8b-nf4"], "merge": ["llama3-8b", "merged"]}
+    assert sorted(one.name for one in models.glob("*")) == written.get(name, [])
 
 
 def test_help_is_shown_when_asked_and_when_nothing_is(capfd):
@@ -183,10 +188,11 @@ def test_what_needs_an_extra_says_so_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     commands = ["bench --model llama3.2-1b", f"tune --model {tmp_path}", "plan llama3.2-1b"]
     commands.append(f"quantize {tmp_path} {tmp_path / 'new'}")
+    commands.append(f"merge {tmp_path} {tmp_path} {tmp_path / 'new'}")
     absent = without(tmp_path / "site", "peft", "transformers", "accelerate")
     done = run_python_over(absent, "-c", WITHOUT, *commands)
     *lines, statuses = done.stdout.splitlines()
-    assert statuses == "[2, 2, 2, 2]" and len(lines) == 4, lines
+    assert statuses == "[2, 2, 2, 2, 2]" and len(lines) == 5, lines
     for line in lines:
         assert line.startswith("peftkern: error: ") and "pip install" in line
         assert "peftkern[peft]" in line

@@ -155,7 +155,7 @@ def test_stacks_that_are_turned_on_loading(tmp_path, monkeypatch, known):
     model = Qwen3VLMoeModel(config).bfloat16()
     model.save_pretrained(tmp_path / "src")
     if not known:
-        monkeypatch.setattr(linear_weights, "_transposes_experts", lambda converter: False)
+        monkeypatch.setattr(linear_weights, "transposes_experts", lambda converter: False)
     summary = convert(tmp_path / "src", tmp_path / "out")
     plan = summary.plan
     assert (plan.experts.tensors, plan.kept_experts.tensors) == ((2, 0) if known else (0, 2))
