@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peftkern.cli.adapter_convert import convert
 from peftkern.cli.frame import InputError, add_commands, bad_input
 
 if TYPE_CHECKING:
@@ -121,3 +122,4 @@ def verify(
 
 
 add_commands(app, inspect, verify)
+add_commands(app, convert)

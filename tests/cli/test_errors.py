@@ -39,6 +39,7 @@ KINDS = {
     "unwritable": "/proc/self/mem/x",
 }
 RUNS = {  # what each command is given besides the option that is wrong
+    "adapter convert": "adapter out --to mlx",
     "adapter inspect": "adapter",
     "adapter verify": "adapter",
     "bench": "--shapes 2x64x64 --op lora_linear --baselines frozen",
@@ -86,7 +87,8 @@ def given(name: str, parameter, value: str) -> list[str]:
         return [*name.split(), *words, options[0], value]
     arguments = [one.name for one in COMMANDS[name].params if one.param_type_name == "argument"]
     at = arguments.index(parameter.name)
-    return [*name.split(), "--", *words[:at], value, *words[at + 1 :]]
+    words, options = words[: len(arguments)], words[len(arguments) :]
+    return [*name.split(), *options, "--", *words[:at], value, *words[at + 1 :]]
 
 
 def new_files(folder: Path, before: set[Path]) -> Iterator[Path]:
