@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
     from peftkern.functional.nf4_lora_linear import nf4_linear, nf4_lora_linear
     from peftkern.integrations.parts import LoRAParts
+    from peftkern.integrations.peft.adalora_export import export_lora
     from peftkern.integrations.peft.initialize import InitReport, initialize_
     from peftkern.integrations.peft.patch import is_patched, patch, patched, unpatch
     from peftkern.integrations.peft.register import register_layer
@@ -42,6 +43,7 @@ __all__ = [
     "PatchReport",
     "dequantize_nf4",
     "explain",
+    "export_lora",
     "grouped_lora_linear",
     "initialize_",
     "is_patched",
@@ -90,6 +92,7 @@ _OF_PEFT = {  # which PEFT has to be there for
     "InitReport": "initialize",
     "PatchReport": "report",
     "initialize_": "initialize",
+    "export_lora": "adalora_export",
     "is_patched": "patch",
     "patch": "patch",
     "patched": "patch",
