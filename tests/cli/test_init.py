@@ -110,14 +110,14 @@ def test_weights_that_are_kept_transposed(tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("method", ["corda", "eva", "lora_ga"])
+@pytest.mark.parametrize("method", ["corda", "eva", "lora_ga", "lora-ga"])
 def test_texts_start_adapters(source, tmp_path, capsys, method):
     texts = tmp_path / "texts.txt"
     texts.write_text("thequickbrownfox\n\nx\njumpsoverthelazydog\n")
     destination = tmp_path / "dst"
     options = ("--rank", 4, "--data", texts, "--target", "q_proj", "--target", "down_proj")
     assert run(method, source, destination, *options) == 0
-    assert f"{method}: " in capsys.readouterr().out
+    assert f"{method.replace('-', '_')}: " in capsys.readouterr().out
     expected = logits(AutoModelForCausalLM.from_pretrained(source))
     torch.testing.assert_close(logits(loaded(destination)), expected, rtol=1e-3, atol=1e-4)
     assert (destination / "tokenizer.json").exists()
