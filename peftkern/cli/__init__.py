@@ -19,6 +19,7 @@ from peftkern.cli.bench import bench
 from peftkern.cli.doctor import doctor
 from peftkern.cli.explain import explain
 from peftkern.cli.frame import EXIT_BAD_INPUT, InputError, Stopped, add_commands
+from peftkern.cli.init import init
 from peftkern.cli.merge import merge
 from peftkern.cli.monitor import monitor
 from peftkern.cli.plan import plan
@@ -40,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(adapter.app)
-add_commands(app, bench, doctor, explain, merge, monitor, plan, quantize, tune)
+add_commands(app, bench, doctor, explain, init, merge, monitor, plan, quantize, tune)
 
 
 @app.command()

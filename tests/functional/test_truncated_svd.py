@@ -10,6 +10,7 @@ from linear_cases import BF16, F16, F32, F64
 from low_rank_svd_cases import orthonormal
 from torch import Tensor
 
+import peftkern
 from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
 from peftkern.functional.truncated_svd import FLOOR, TruncatedSVD, truncated_svd
 
@@ -155,6 +156,41 @@ def test_same_bits_in_every_run_and_another_seed():
     W = torch.randn(600, 640)
     svd, again, other = (truncated_svd(W, 8, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(svd.Vh, again.Vh) and not torch.equal(svd.Vh, other.Vh)
+
+
+@pytest.mark.parametrize("rank", [8, 40])
+def test_bits_do_not_depend_on_threads(rank):
+    """Panels of several heights, layers of one panel, small ones of both orientations."""
+    w = quantize_nf4(torch.randn(1100, 2048))
+    weights = [power_law(2048, 1030, 0.5), w, torch.randn(530, 600), torch.randn(9, 300_000)]
+    weights += [torch.randn(6000, 400), torch.randn(400, 6000)]
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            runs.append(truncated_svd(weights, rank, sweeps=3, certify=True))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for column, first in zip(run, runs[0], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(column, first, strict=True))
+
+
+def test_inference_mode_and_a_forced_back_end_reach_all_threads():
+    w, before = quantize_nf4(torch.randn(1100, 2048)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        svd = truncated_svd(w, 4)
+        with torch.inference_mode():
+            assert torch.equal(truncated_svd(w, 4).S, svd.S)
+        peftkern.reset_stats()
+        with peftkern.use_backend("reference"):
+            again = truncated_svd(w, 4)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(again.S, svd.S, rtol=1e-5)
+    assert "reference" in str(peftkern.stats()) and "cpu" not in str(peftkern.stats())
 
 
 def test_nothing_has_a_gradient_and_autocast_changes_nothing():
