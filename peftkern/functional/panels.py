@@ -40,7 +40,7 @@ class Panels:
         steps = [part.step for part in self._parts]
         step = math.lcm(*steps, blocksize // math.gcd(blocksize, self.n))
         size = _ON_CPU if self.device.type == "cpu" else _ELSEWHERE
-        self.rows = max(1, size // (step * self.n)) * step
+        self.rows = max(1, size // max(1, step * self.n)) * step
         self._buffers = threading.local()
 
     @property
@@ -98,6 +98,28 @@ class _Rows:
         layout = (weight.layout[0], blocksize, 0, rows.stop - rows.start, n)
         ops.nf4_dequantize_out((packed, absmax), layout, out)
         return out
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 as float32, whatever was set for the speed of a training."""
+    switches = (torch.backends.mkldnn, torch.backends.cuda)
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    precisions = [switch.matmul.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, precision in zip(switches, precisions, strict=True):
+            switch.matmul.fp32_precision = precision
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from peftkern.functional.arguments import (
 )
 from peftkern.functional.krylov import Krylov, energy_bound, extend, multiply, norm_bounds
 from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd
-from peftkern.functional.panels import Found, Panels, Run, parallel
+from peftkern.functional.panels import Found, Panels, Run, full_float32, parallel
 
 __all__ = ["TruncatedSVD", "truncated_svd"]
 Weight = Tensor | NF4Weight
@@ -126,7 +126,7 @@ def truncated_svd(
     job, found = _Job(rank, rank + oversample, sweeps, tol, certify, seed), []
     device = layers[0].panels.device if layers else torch.device("cpu")
     off = torch.autocast(device.type, enabled=False)
-    with torch.no_grad(), off, parallel(device) as run:
+    with torch.no_grad(), off, full_float32(), parallel(device) as run:
         for group in _groups(layers):
             found.append(_decompose(group, job, run))
     U, S, Vh = ([tensor for svd in found for tensor in svd[i]] for i in range(3))

@@ -87,7 +87,8 @@ def _beside_triplets(model: PeftModel, name: str) -> dict[str, Tensor]:
     """Return what PEFT saves of an adapter beside its triplets: modules_to_save, biases, rows."""
     config = model.peft_config[name]
     pattern = config.rank_pattern
-    saved = get_peft_model_state_dict(model, adapter_name=name)
+    # Of a state that it is given PEFT does not complain that ranks of 0 were lost shards.
+    saved = get_peft_model_state_dict(model, model.state_dict(), name)
     config.rank_pattern = pattern  # of which PEFT renames the keys
     triplets = re.compile(r"\.lora_[AEB]$")
     return {k: v.cpu().contiguous() for k, v in saved.items() if not triplets.search(k)}

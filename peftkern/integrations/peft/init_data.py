@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import EvaConfig, LoraGAConfig, initialize_lora_eva_weights
 from torch import Tensor, nn
 
@@ -97,11 +97,8 @@ class DataRuns:
                         )
         return factors
 
-    def eva(
-        self, layers: Sequence[Layer], config: EvaConfig
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return EVA's lora_A of each layer, [0, n] where it gets no rank, and what share of the
-        variance of its inputs that explains."""
+    def eva(self, layers: Sequence[Layer], config: EvaConfig) -> dict[str, Factors]:
+        """Return EVA's factors of each layer, of rank 0 where none of its directions is chosen."""
         modules = {layer.name: layer.base for layer in layers}
         rows = _rows_of(config)
         with _base_alone(self.model, training=False):
@@ -122,14 +119,16 @@ class DataRuns:
             with named(name):
                 explained[name] = found[leaders[name]].explained()
         ranks = share_ranks(explained, sum(layer.rank for layer in layers))
-        lora_A, energy = {}, {}
-        for name in modules:
-            principal, rank = found[leaders[name]], ranks[name]
-            lora_A[name] = principal.components[:rank]
+        factors = {}
+        for layer in layers:
+            principal, rank = found[leaders[layer.name]], ranks[layer.name]
+            lora_A = principal.components[:rank]
             if config.whiten:
-                lora_A[name] = lora_A[name] / principal.S[:rank].sqrt()[:, None]
-            energy[name] = float(explained[name][:rank].sum())
-        return lora_A, energy
+                lora_A = lora_A / principal.S[:rank].sqrt()[:, None]
+            lora_B = lora_A.new_zeros(layer.weight.shape[0], rank)
+            energy = float(explained[layer.name][:rank].sum())
+            factors[layer.name] = Factors(lora_A, lora_B, energy)
+        return factors
 
     def _forward(self, batch: Any) -> Any:
         device = next(p.device for p in self.model.parameters() if not p.is_meta)
@@ -150,23 +149,21 @@ class DataRuns:
 
 
 def start_eva(
-    model: PeftModel,
-    layers: Sequence[Layer],
-    runs: DataRuns,
-    config: LoraConfig,
+    model: PeftModel, layers: Sequence[Layer], factors: Mapping[str, Factors]
 ) -> tuple[tuple[LayerStart, ...], dict[str, str]]:
     """Start layers by EVA; PEFT gives them their ranks, and drops those that get none."""
-    lora_A, energy = runs.eva(layers, config.eva_config)
-    state = {PREFIX + name: tensor for name, tensor in lora_A.items()}
-    initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=layers[0].adapter_name)
+    adapter_name = layers[0].adapter_name
+    config = model.peft_config[adapter_name]
+    config.init_lora_weights, config.eva_config = "eva", config.eva_config or EvaConfig()
+    state = {PREFIX + name: found.lora_A for name, found in factors.items()}
+    initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
     started, skipped = [], {}
     for layer in layers:
-        if not len(lora_A[layer.name]):
+        if not len(factors[layer.name].lora_A):
             skipped[layer.name] = "no direction of its inputs is among those that explain most"
             continue
-        lora_B = layer.module.lora_B[layer.adapter_name].weight.data.zero_()
-        factors = Factors(lora_A[layer.name], lora_B, energy[layer.name])
-        started.append(LayerStart.of(layer.name, factors, layer.scaling, 0.0))
+        layer.module.lora_B[adapter_name].weight.data.zero_()
+        started.append(LayerStart.of(layer.name, factors[layer.name], layer.scaling, None))
     return tuple(started), skipped
 
 

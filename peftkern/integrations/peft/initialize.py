@@ -19,6 +19,7 @@ from peftkern.integrations.peft.patch import is_patched
 from peftkern.layers.quantize import with_progress
 from peftkern.methods.initialization.factors import (
     Factors,
+    check_finite,
     check_rank,
     check_scaling,
     olora,
@@ -95,23 +96,28 @@ def initialize_(
     """
     _check_arguments(method, rank, steps)
     batches = _listed(method, batches)
-    model = _peft_model(model, method, lora_config, adapter_name)
-    config = model.peft_config[adapter_name]
-    layers, skipped = find_layers(model, adapter_name, weights or {}, keeps_base=method == "eva")
-    _check_layers(method, layers, rank, weights)
-    if rank is not None:
-        set_rank(model, adapter_name, rank)
+    plain, model = model, _peft_model(model, method, lora_config, adapter_name)
     options = {"tol": tol, "certify": certify, "seed": seed}
     runs = DataRuns(model, batches, loss, statistics_bytes, options)
+    config = model.peft_config[adapter_name]
     with torch.no_grad():
+        try:
+            found = find_layers(model, adapter_name, weights or {}, keeps_base=method == "eva")
+            layers, skipped = found
+            _check_layers(method, layers, rank)
+            if rank is not None:
+                set_rank(model, adapter_name, rank)
+            factors = _from_data(method, layers, runs, config)
+        except Exception:
+            if plain is not model:
+                model.unload()
+            raise
         if method == "eva":
-            config.init_lora_weights, config.eva_config = "eva", config.eva_config or EvaConfig()
-            started, dropped = start_eva(model, layers, runs, config)
+            started, dropped = start_eva(model, layers, factors)
             return InitReport(method, started, {**skipped, **dropped}, model)
-        found = _from_data(method, layers, runs, config)
         iterations = steps or (config.loftq_config or {}).get("loftq_iter", STEPS)
         started = tuple(
-            _start(layer, method, found, iterations, options)
+            _start(layer, method, factors, iterations, options)
             for layer in with_progress(layers, f"{method}: layers")
         )
     config.init_lora_weights = True
@@ -121,7 +127,7 @@ def initialize_(
 def _start(
     layer: Layer,
     method: str,
-    found: Mapping[str, Factors],
+    factors: Mapping[str, Factors],
     iterations: int,
     options: dict[str, Any],
 ) -> LayerStart:
@@ -139,7 +145,7 @@ def _start(
             return layer.take(olora(weight, rank))
         if method == "pissa":
             return layer.take(pissa(weight, rank, scaling, **options))
-        return layer.take(found[layer.name])
+        return layer.take(factors[layer.name])
 
 
 def _from_data(
@@ -150,6 +156,8 @@ def _from_data(
         return runs.corda(layers)
     if method == "lora_ga":
         return runs.lora_ga(layers, config.lora_ga_config or LoraGAConfig())
+    if method == "eva":
+        return runs.eva(layers, config.eva_config or EvaConfig())
     return {}
 
 
@@ -207,14 +215,12 @@ def _peft_model(
     return model
 
 
-def _check_layers(
-    method: str, layers: list[Layer], rank: int | None, weights: Mapping[str, Tensor] | None
-) -> None:
+def _check_layers(method: str, layers: list[Layer], rank: int | None) -> None:
     """Raise ValueError for a layer that the method cannot start."""
     for layer in layers:
         with named(layer.name):
-            half = method == "lora_ga"
-            check_rank(rank or layer.rank, layer.weight.shape, half=half)
+            check_rank(rank or layer.rank, layer.weight.shape, half=method == "lora_ga")
             check_scaling(layer.scaling)
             if method == "loftq" and layer.storage and isinstance(layer.weight, NF4Weight):
                 raise ValueError("weights: expected what the base in 4 bits was quantized from")
+            check_finite(layer.weight)

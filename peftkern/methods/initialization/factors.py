@@ -51,6 +51,17 @@ def check_scaling(scaling: float) -> None:
         raise mismatch("scaling", "a finite number above 0", scaling)
 
 
+def check_finite(weight: Weight) -> float:
+    """Return the squared norm of a weight. Raises: ValueError if that is not finite."""
+    return _finite(sum(squared_norm(piece) for _, piece in pieces(weight)))
+
+
+def _finite(squares: float) -> float:
+    if not math.isfinite(squares):
+        raise ArgumentError("weight: expected finite values, got NaN or Inf")
+    return squares
+
+
 def balanced(svd: TruncatedSVD, scaling: float) -> Factors:
     """Split U S Vh = scaling * lora_B @ lora_A evenly: sqrt(S / scaling) on either side."""
     root = (svd.S / scaling).sqrt()
@@ -95,9 +106,7 @@ def olora(weight: Weight, rank: int) -> Factors:
     for rows, piece in pieces(weight):
         lora_A.addmm_(lora_B[rows].T, piece)
         total += squared_norm(piece)
-    if not math.isfinite(total):
-        raise ArgumentError("weight: expected finite values, got NaN or Inf")
-    energy = squared_norm(lora_A) / total if total else 0.0
+    energy = squared_norm(lora_A) / total if _finite(total) else 0.0
     return Factors(lora_A, lora_B, min(energy, 1.0))
 
 

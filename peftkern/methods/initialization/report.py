@@ -17,8 +17,8 @@ class LayerStart:
     """Start of one layer.
 
     shape [m, n] and scaling of its update; error, |W - (base + update)| / |W|, of the weight that
-    the layer had, None for a base in float32, which misses nothing but its rounding; energy, excess
-    and certificate as in `Factors`.
+    the layer had, None for a base that stays as it is or in float32, where it is rounding alone;
+    energy, excess and certificate as in `Factors`.
     """
 
     name: str

@@ -15,6 +15,8 @@ from peftkern.tools.adapters.convert import diffusers, grouped, kohya, mlx
 from peftkern.tools.adapters.source import CONFIG, Source, open_source
 from peftkern.tools.adapters.targets import PREFIX
 
+PEFT = "PEFT"
+
 
 class Reader(NamedTuple):
     """Format: does a file have it, and what adapter does it then hold."""
@@ -102,7 +104,7 @@ def _read_peft(source: Source, layout: str | None) -> Adapter:
 
 READERS = (
     Reader("grouped", grouped.recognizes, grouped.read),
-    Reader("PEFT", _is_peft, _read_peft),
+    Reader(PEFT, _is_peft, _read_peft),
     Reader("kohya", kohya.recognizes, kohya.read),
     Reader("mlx", mlx.recognizes, mlx.read),
     Reader("diffusers", diffusers.recognizes, diffusers.read),

@@ -400,6 +400,14 @@ def test_what_does_not_fit_is_named_and_changes_nothing(make, arguments, complai
         torch.testing.assert_close(after[name], value, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_plain_model_stays_plain_where_its_adapters_cannot_start():
+    net = Net(make_linear())
+    config = LoraConfig(r=40, target_modules=["proj"])
+    with pytest.raises(ValueError, match="proj: rank: expected 1 to 32, half"):
+        peftkern.initialize_(net, "lora_ga", config, batches=[torch.ones(2, 64)])
+    assert type(net.proj) is nn.Linear
+
+
 @pytest.mark.parametrize("model", [None, make_conv1d(), Net(make_linear())])
 def test_what_is_no_model_of_peft(model):
     with pytest.raises(TypeError, match="model: expected a"):
