@@ -125,7 +125,7 @@ def combine(
     time; both --ties and --dare with one share is DARE with TIES' signs. DARE's mean is the plain
     sum.
 
-    Example: peftkern adapter combine style:0.7 facts:0.5 both --rank 32
+    Example: peftkern adapter combine my-adapter:0.7 runs/adapter:0.5 both --rank 32
     """
     from peftkern.tools.adapters import losses, read_adapter
     from peftkern.tools.adapters.combine import Combination
@@ -189,7 +189,7 @@ def extract(
     singular values above it are kept. Norms, biases and tied embeddings that changed are carried
     whole. change is |TUNED - BASE| / |BASE|; error is what the rank leaves of the difference.
 
-    Example: peftkern adapter extract ~/models/llama3-8b ~/models/my-tune my-adapter
+    Example: peftkern adapter extract ~/models/llama3-8b ~/models/my-tune extracted
     """
     try:
         from peftkern.tools.adapters import losses
