@@ -123,6 +123,8 @@ def truncated_svd(
         raise mismatch("sweeps", "a positive integer, or None", sweeps)
     if not isinstance(tol, float) or not tol > 0:
         raise mismatch("tol", "a positive number", tol)
+    if not isinstance(certify, bool):
+        raise mismatch("certify", "True or False", certify)
     job, found = _Job(rank, rank + oversample, sweeps, tol, certify, seed), []
     device = layers[0].panels.device if layers else torch.device("cpu")
     off = torch.autocast(device.type, enabled=False)
@@ -155,23 +157,23 @@ def _layers(weight: object, minus: object) -> tuple[bool, list[_Layer]]:
     if not single and not is_listed(weight):
         raise mismatch("weight", "a tensor, an NF4Weight, or a list of them", weight)
     weights = [weight] if single else list(weight)
-    if minus is None or single:
-        others = [minus] * len(weights)
-    else:
-        others = list(minus) if is_listed(minus) else [minus]
+    names = ["" if single else f"[{i}]" for i in range(len(weights))]
+    for name, one in zip(names, weights, strict=True):
+        _check_weight(f"weight{name}", one)
+        if one.device != weights[0].device:
+            raise mismatch(f"weight{name}", f"all on {weights[0].device}", one)
+    others = list(minus) if is_listed(minus) and not single else [minus]
+    if minus is None:
+        others *= len(weights)
     if len(others) != len(weights):
         raise ArgumentError(f"minus: expected {len(weights)} as in weight, got {len(others)}")
     layers = []
-    for i, (one, other) in enumerate(zip(weights, others, strict=True)):
-        where = "" if single else f"[{i}]"
-        _check_weight(f"weight{where}", one)
+    for name, one, other in zip(names, weights, others, strict=True):
         if other is not None:
-            _check_weight(f"minus{where}", other)
+            _check_weight(f"minus{name}", other)
             if tuple(other.shape) != tuple(one.shape) or other.device != one.device:
-                raise mismatch(f"minus{where}", f"{list(one.shape)} on {one.device}", other)
-        if one.device != weights[0].device:
-            raise mismatch(f"weight{where}", f"all on {weights[0].device}", one)
-        layers.append(_Layer(f"weight{where}", Panels(one, other)))
+                raise mismatch(f"minus{name}", f"{list(one.shape)} on {one.device}", other)
+        layers.append(_Layer(f"weight{name}", Panels(one, other)))
     return single, layers
 
 

@@ -174,6 +174,7 @@ def test_demo_notices_curves_that_part(late: float, finetune: ModuleType) -> Non
 
 
 BENCHES = ("nf4", "nf4_lora_linear", "lora_linear", "dora", "rosa", "adalora", "low_rank_svd")
+BENCHES += ("truncated_svd",)
 SEVERAL = """
 import runpy, sys
 sys.path.insert(0, "bench")
