@@ -27,22 +27,30 @@ Run = Callable[[Callable[[Item], Found], Iterable[Item]], Iterator[Found]]
 class Panels:
     """The matrix scale * (weight - minus) [m, n] by panels of rows.
 
-    Each is a dense tensor of any dtype or an NF4Weight; the difference is taken in float32.
+    Each is a dense tensor of any dtype or an NF4Weight; the difference is taken in float32. Panels
+    begin where a block of `blocksize` values does.
     """
 
-    def __init__(self, weight: Tensor | NF4Weight, minus: Tensor | NF4Weight | None) -> None:
+    def __init__(
+        self, weight: Tensor | NF4Weight, minus: Tensor | NF4Weight | None, blocksize: int = 1
+    ) -> None:
         self.m, self.n = weight.shape
         self.device, self.scale = weight.device, 1.0
         self._parts = [_Rows(part) for part in (weight, minus) if part is not None]
-        step = math.lcm(*(part.step for part in self._parts))
+        steps = [part.step for part in self._parts]
+        step = math.lcm(*steps, blocksize // math.gcd(blocksize, self.n))
         size = _ON_CPU if self.device.type == "cpu" else _ELSEWHERE
-        self.rows = max(1, size // (step * self.n)) * step
+        self.rows = max(1, size // max(1, step * self.n)) * step
         self._buffers = threading.local()
 
     @property
     def slices(self) -> list[slice]:
         """Rows of every panel."""
         return [slice(i, min(i + self.rows, self.m)) for i in range(0, self.m, self.rows)]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows and their panel, one after the other."""
+        return ((rows, self.read(rows)) for rows in self.slices)
 
     def read(self, rows: slice, place: int = 0) -> Tensor:
         """Return a panel, which this thread's next of the same place may overwrite."""
