@@ -32,7 +32,7 @@ from peftkern.tools.bench.record import OURS
 TOL = 1e-5
 SWEEPS = 6  # that TOL needs at r=16
 CERTIFIED, FLOAT32 = "peftkern, certified", "peftkern, float32 weight"
-SVD, NITER_4, NITER_16 = "dense torch SVD", "torch niter_4", "torch niter_16"
+SVD, NITER_4, NITER_16 = "dense torch SVD, one x 1", "torch niter_4", "torch niter_16"
 PARTS = tuple[Tensor, Tensor, Tensor]
 
 

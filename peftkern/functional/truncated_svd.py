@@ -50,7 +50,7 @@ class TruncatedSVD(NamedTuple):
     is an estimate of (|W - U S Vh|_F - least) / max(least, 1e-3 |W|_F), where `least` is the error
     of the best approximation of rank k, and certificate, if it was asked for, a bound on it that
     holds with a probability of 0.999: float64, [] or [L]. sweeps int64, 0 where the decomposition
-    is exact.
+    is exact. These four are on the CPU.
     """
 
     U: Tensors
@@ -268,7 +268,8 @@ def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
             layer.excess, layer.kept = (kept - layer.kept) / (2 * error), kept
             layer.sweeps = done
         if sweeps is None:
-            found = [one for one in going if one.excess < job.tol or done == MAX_SWEEPS]
+            last = done == MAX_SWEEPS
+            found = [one for one in going if last or (done > 1 and one.excess < job.tol)]
         else:
             found = going if done == sweeps else []
         best = run(lambda layer: layer.space.best(job.rank), found)

@@ -149,6 +149,7 @@ def test_the_certificate_is_never_below_the_truth(seeds):
     spectra = [torch.arange(1, k + 1, dtype=F64) ** -decay for decay in (0.3, 0.5, 1.0, 2.0)]
     spectra += [torch.linalg.svdvals(torch.randn(k, k, dtype=F64))]
     spectra += [torch.cat([spectra[4][:12], spectra[4][200:300].repeat(6)[: k - 12] / 3])]
+    spectra += [torch.cat([1e3 * spectra[1][:1], spectra[1][1:]])]
     left, right = orthonormal(k + 50, k), orthonormal(k, k)
     for seed in range(seeds):
         sigma = spectra[seed % len(spectra)]
