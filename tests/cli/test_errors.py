@@ -40,6 +40,7 @@ KINDS = {
 }
 RUNS = {  # what each command is given besides the option that is wrong
     "adapter combine": "adapter adapter out",
+    "adapter convert": "adapter out --to mlx",
     "adapter extract": "llama tuned out",
     "adapter inspect": "adapter",
     "adapter resize": "adapter out --rank 2",
