@@ -126,9 +126,8 @@ def plan_files(
         home |= {place.parameter: name for place in found}
     for new in untied:
         weight = weights[home[new.source]]
-        shape = weight.shape[0]
-        own = ((Place(new.parameter, shape), edits.get(new.parameter, Edit())),)
-        unit = Unit(new.parameter, weight, (), own)
+        place, edit = Place(new.parameter, weight.shape[0]), edits.get(new.parameter)
+        unit = Unit(new.parameter, weight, (), () if edit is None else ((place, edit),))
         files[weight.info.file].append(_with_slots(unit, main, options))
     return [_file(path, files[path]) for path in checkpoint.files if path in files]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from peftkern.tools.adapters import Adapter
@@ -46,6 +47,7 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     model = meta_model(checkpoint)
     places = find_places(model, checkpoint, weights)
     edits = match_adapters(model, adapters, on_changed_base=options.changed_base)
+    _forget_same_tables(model, places, weights, edits)
     sources = " and ".join(adapter.source for adapter, _ in adapters)
     tied = all(adapter.config.get("ensure_weight_tying") for adapter, _ in adapters)
     apart = untie(model, places.parameters, edits, keep_tied=tied)
@@ -82,6 +84,26 @@ def _nf4_choice(
             "of the merged checkpoint"
         )
     return choice.linear, config
+
+
+def _forget_same_tables(
+    model: PreTrainedModel,
+    places: Places,
+    weights: Mapping[str, Weight],
+    edits: dict[str, Edit],
+) -> None:
+    """Drop tables that came with an adapter and are the base's own, as PEFT saves those of
+    embeddings that it targets."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    home = {found[0].parameter: weights[name] for name, found in places.by_tensor.items()}
+    for name, edit in list(edits.items()):
+        weight = home.get(name) or home.get(tied.get(name))
+        if edit.value is None or weight is None or weight.shape != tuple(edit.value.shape):
+            continue
+        if torch.equal(edit.value.to(weight.dtype), weight.read()):
+            edit.value = None
+            if edit == Edit():
+                del edits[name]
 
 
 def _check_stored(
