@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peftkern.cli.adapter_algebra import combine, extract, resize
 from peftkern.cli.adapter_convert import convert
 from peftkern.cli.frame import InputError, add_commands, bad_input
 
@@ -121,5 +122,4 @@ def verify(
         raise typer.Exit(FAILED)
 
 
-add_commands(app, inspect, verify)
-add_commands(app, convert)
+add_commands(app, inspect, verify, resize, combine, extract, convert)
