@@ -3,10 +3,21 @@
 adapter = read_adapter("my-adapter")          # a folder of PEFT's, or a file that READERS knows
 adapter = from_model(model)                   # or of a live PEFT model
 write_adapter(adapter, "copy")                # scaling folded to exactly 1: every reader agrees
+convert_adapter("my-adapter", "copy", "mlx")  # another layout, without a change of any product
 """
 
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
+from peftkern.tools.adapters.convert.run import Conversion, convert_adapter
 from peftkern.tools.adapters.read import from_model, read_adapter
 from peftkern.tools.adapters.write import write_adapter
 
-__all__ = ["Adapter", "AdapterError", "Update", "from_model", "read_adapter", "write_adapter"]
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "Conversion",
+    "Update",
+    "convert_adapter",
+    "from_model",
+    "read_adapter",
+    "write_adapter",
+]
