@@ -1,7 +1,8 @@
 """SVD of 224 low-rank updates, the adapters of a LLaMA-7B, against torch's ways to compute it.
 
 The composition is QR of both factors, SVD of the r x r product, and two products, on tensors that
-were stacked beforehand: batched, which needs layers of one shape; `from-lists` stacks them, too.
+were stacked beforehand: batched, which needs layers of one shape; `from-lists` stacks them, too. In
+the case `out` both write to tensors that they are given, and no page of memory is new.
 The dense SVD of one update is timed once and its time multiplied by the number of layers.
 
 Counted at 4096x4096 and r=16: factors of 117 MB, read once, and vectors of 117 MB, written once
@@ -90,13 +91,20 @@ PROVIDERS = {
 }
 
 
-def build(options: Options, r: int, vectors: bool, names: tuple[str, ...]) -> Case:
+# With results in memory that was there before, which torch's ways can do, too.
+INTO_OUT = {OURS: low_rank_svd.ours_out, STACKED: low_rank_svd.composed_out}
+
+
+def build(
+    options: Options, r: int, vectors: bool, names: tuple[str, ...], into_out: bool = False
+) -> Case:
     layers = LAYERS
     if triton_interpreted():  # which takes seconds for each layer, minutes for large ranks
         layers, r = 2, min(r, 4)
     op = "low_rank_svd" if vectors else "low_rank_svdvals"
     problem = Problem(op, "", layers, options.n, options.k, r, "float32", "forward")
-    return of_problem(options, problem, {name: PROVIDERS[name] for name in names})
+    providers = INTO_OUT if into_out else PROVIDERS
+    return of_problem(options, problem, {name: providers[name] for name in names})
 
 
 def build_cores(options: Options, r: int, names: tuple[str, ...]) -> Case:
@@ -140,15 +148,24 @@ def build_cores(options: Options, r: int, names: tuple[str, ...]) -> Case:
     return Case(variants, 3 * size, 0, torch.float64)
 
 
-def spec(r: int, vectors: bool, *targets: Target, names: tuple[str, ...], **more) -> Spec:
-    label = f"low_rank_svd/{LAYERS}-layers-r{r}{'' if vectors else '-values'}/fp32"
-    build_it = functools.partial(build, r=r, vectors=vectors, names=names)
+def spec(
+    r: int,
+    vectors: bool,
+    *targets: Target,
+    names: tuple[str, ...],
+    into_out: bool = False,
+    **more,
+) -> Spec:
+    kind = "-out" if into_out else "" if vectors else "-values"
+    label = f"low_rank_svd/{LAYERS}-layers-r{r}{kind}/fp32"
+    build_it = functools.partial(build, r=r, vectors=vectors, names=names, into_out=into_out)
     return Spec(label, build_it, names, STACKED, targets, **more)
 
 
 THREE = (OURS, STACKED, LISTS)
 SPECS = [
     spec(16, True, Target(STACKED, 5.0), Target(DENSE, 1000.0), names=(*THREE, DENSE)),
+    spec(16, True, Target(STACKED, 5.0), names=(OURS, STACKED), into_out=True),
     spec(64, True, Target(STACKED, 1.0), names=THREE),
     spec(16, False, names=THREE),
 ]

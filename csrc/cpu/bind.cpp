@@ -88,16 +88,19 @@ LoraBackwardArgs backward_args(int threads, int64_t M, int64_t N, int64_t K, int
 }
 
 // A row per pair: m, n, address and type of lora_B, address and type of lora_A.
-std::vector<LowRankPair> low_rank_pairs(const std::vector<std::array<int64_t, 6>>& table) {
+std::vector<LowRankPair> low_rank_pairs(const std::vector<std::array<int64_t, 9>>& table) {
   std::vector<LowRankPair> pairs(table.size());
   for (size_t i = 0; i < table.size(); ++i) {
-    const auto& [m, n, b, b_dtype, a, a_dtype] = table[i];
+    const auto& [m, n, b, b_dtype, a, a_dtype, u, s, vh] = table[i];
     pairs[i].m = m;
     pairs[i].n = n;
     pairs[i].b = pointer<const void>(static_cast<uintptr_t>(b));
     pairs[i].b_dtype = dtype_from_code(static_cast<int>(b_dtype));
     pairs[i].a = pointer<const void>(static_cast<uintptr_t>(a));
     pairs[i].a_dtype = dtype_from_code(static_cast<int>(a_dtype));
+    pairs[i].u = pointer<float>(static_cast<uintptr_t>(u));
+    pairs[i].s = pointer<float>(static_cast<uintptr_t>(s));
+    pairs[i].vh = pointer<float>(static_cast<uintptr_t>(vh));
   }
   return pairs;
 }
@@ -393,7 +396,7 @@ PYBIND11_MODULE(_cpu, m) {
           dora_norm(Isa{isa}, args);
         });
 
-  m.def("low_rank_cores", [](int isa, int threads, const std::vector<std::array<int64_t, 6>>& table,
+  m.def("low_rank_cores", [](int isa, int threads, const std::vector<std::array<int64_t, 9>>& table,
                              int64_t r, uintptr_t scaling, bool second_pass, uintptr_t cores,
                              uintptr_t inverse, uintptr_t scale, uintptr_t floor, uintptr_t info) {
     const std::vector<LowRankPair> pairs = low_rank_pairs(table);
@@ -428,32 +431,47 @@ PYBIND11_MODULE(_cpu, m) {
           py::gil_scoped_release release;
           jacobi_svd(Isa{isa}, args);
         });
-  m.def("low_rank_rotate",
-        [](int isa, int threads, const std::vector<std::array<int64_t, 6>>& table, int64_t r,
-           uintptr_t inverse, uintptr_t left, uintptr_t right, uintptr_t rank, uintptr_t u,
-           int64_t u_len, const std::vector<int64_t>& u_offsets, uintptr_t vh, int64_t vh_len,
-           const std::vector<int64_t>& vh_offsets) {
+  m.def("low_rank_results",
+        [](int isa, int threads, const std::vector<std::array<int64_t, 9>>& table, int64_t r,
+           uintptr_t inverse, uintptr_t left, uintptr_t right, uintptr_t sigma, uintptr_t scale,
+           uintptr_t floor, bool stream, uintptr_t rank, uintptr_t info) {
           const std::vector<LowRankPair> pairs = low_rank_pairs(table);
-          require(u_offsets.size() == pairs.size() && vh_offsets.size() == pairs.size(),
-                  "u_offsets, vh_offsets: expected one for each pair");
-          LowRankRotateArgs args;
+          LowRankResultsArgs args;
           args.pairs = pairs.data();
           args.count = static_cast<int64_t>(pairs.size());
           args.r = r;
           args.inverse = pointer<const double>(inverse);
           args.left = pointer<const double>(left);
           args.right = pointer<const double>(right);
-          args.rank = pointer<const int64_t>(rank);
+          args.sigma = pointer<const double>(sigma);
+          args.scale = pointer<const double>(scale);
+          args.floor = pointer<const double>(floor);
           args.threads = threads;
-          args.u = pointer<float>(u);
-          args.u_len = u_len;
-          args.u_offsets = u_offsets.data();
-          args.vh = pointer<float>(vh);
-          args.vh_len = vh_len;
-          args.vh_offsets = vh_offsets.data();
+          args.stream = stream;
+          args.rank = pointer<int64_t>(rank);
+          args.info = pointer<int64_t>(info);
           py::gil_scoped_release release;
-          low_rank_rotate(Isa{isa}, args);
+          low_rank_results(Isa{isa}, args);
         });
+  m.def("low_rank_svd", [](int isa, int threads, const std::vector<std::array<int64_t, 9>>& table,
+                           int64_t r, uintptr_t scaling, bool second_pass, int sweeps, bool vectors,
+                           bool stream, uintptr_t rank, uintptr_t info) {
+    const std::vector<LowRankPair> pairs = low_rank_pairs(table);
+    LowRankSvdArgs args;
+    args.pairs = pairs.data();
+    args.count = static_cast<int64_t>(pairs.size());
+    args.r = r;
+    args.scaling = pointer<const double>(scaling);
+    args.second_pass = second_pass;
+    args.vectors = vectors;
+    args.stream = stream;
+    args.sweeps = sweeps;
+    args.threads = threads;
+    args.rank = pointer<int64_t>(rank);
+    args.info = pointer<int64_t>(info);
+    py::gil_scoped_release release;
+    low_rank_svd(Isa{isa}, args);
+  });
   m.def("map_pages", [](uintptr_t p, int64_t bytes) {
     py::gil_scoped_release release;
     map_pages(pointer<void>(p), bytes);

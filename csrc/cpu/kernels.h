@@ -66,9 +66,10 @@ struct LowRankKernels {
   // t [r, ld] = inverse times the first k columns of w; columns from `rank` on are zero.
   void (*combine)(const double* inverse, const double* w, int64_t r, int64_t rank, double* t,
                   double* scratch);
-  // Rows [begin, end) of B t, or those columns of t^T A; `out` is the whole [length, k] or [k, n].
+  // Rows [begin, end) of B t, or those columns of t^T A; `out` is the whole [length, k] or [k, n];
+  // `stream` allows non-temporal stores.
   void (*rotate)(const LowRankFactor& factor, int64_t begin, int64_t end, const double* t,
-                 int64_t k, float* out, double* scratch);
+                 int64_t k, bool stream, float* out, double* scratch);
   int64_t lanes;  // matrices that jacobi takes at once
   // jacobi_svd of matrices [first, first + count), count <= lanes.
   void (*jacobi)(const JacobiSvdArgs& args, int64_t first, int64_t count, double* scratch);

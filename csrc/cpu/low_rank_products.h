@@ -152,56 +152,60 @@ inline void gram_wide(const double* x, int64_t columns, int64_t stride, int64_t 
   }
 }
 
-template <int kI>
-inline void store_block(const Doubles (&acc)[kI][kBlockColumns], int64_t n, float* out,
-                        int64_t out_row) {
-  if (n >= kBlockColumns * kDoubles) {
-    for (int i = 0; i < kI; ++i) {
-      for (int v = 0; v < kBlockColumns; ++v) {
-        doubles_store_floats(out + i * out_row + v * kDoubles, acc[i][v]);
-      }
-    }
-    return;
-  }
-  for (int i = 0; i < kI; ++i) {
-    for (int v = 0; v < kBlockColumns; ++v) {
-      const int64_t rest = n - v * kDoubles;
-      if (rest <= 0) continue;
-      doubles_store_floats_n(out + i * out_row + v * kDoubles, acc[i][v], min64(kDoubles, rest));
-    }
-  }
-}
-template <int kI>
-inline void store_block(const Doubles (&acc)[kI][kBlockColumns], int64_t n, double* out,
-                        int64_t out_row) {
-  (void)n;  // rows of scratch are padded
-  for (int i = 0; i < kI; ++i) {
-    for (int v = 0; v < kBlockColumns; ++v) {
-      doubles_store(out + i * out_row + v * kDoubles, acc[i][v]);
-    }
-  }
-}
+constexpr int64_t kBlockWidth = kBlockColumns * kDoubles;
 
-// out[i, j] = sum over l < inner of p[l p_step + i p_row] q[l q_step + j] for i < rows, j < n.
+// Where a block goes: rows of scratch are padded, those of a result are not.
+struct PaddedRows {
+  double* data;
+  int64_t stride;
+
+  void store(int64_t i, int64_t j, int64_t, const Doubles (&row)[kBlockColumns]) const {
+    for (int v = 0; v < kBlockColumns; ++v) {
+      doubles_store(data + i * stride + j + v * kDoubles, row[v]);
+    }
+  }
+};
+struct ResultRows {
+  float* data;
+  int64_t stride;
+  bool stream;  // whole cache lines alone
+
+  void store(int64_t i, int64_t j, int64_t n, const Doubles (&row)[kBlockColumns]) const {
+    float* out = data + i * stride + j;
+    if (n < kBlockWidth) {
+      for (int v = 0; v < kBlockColumns; ++v) {
+        const int64_t rest = n - v * kDoubles;
+        if (rest > 0) doubles_store_floats_n(out + v * kDoubles, row[v], min64(kDoubles, rest));
+      }
+    } else if (stream) {
+      doubles_stream_floats(out, row[0], row[1]);
+    } else {
+      for (int v = 0; v < kBlockColumns; ++v) doubles_store_floats(out + v * kDoubles, row[v]);
+    }
+  }
+};
+
+// out[i, j] = sum over l < inner of p[l p_step + i p_row] q[l q_step + j] for i < rows, j < n. The
+// rows of a block are finished before the next: streamed lines are whole in a moment.
 template <class Out>
 inline void multiply(const double* p, int64_t p_step, int64_t p_row, int64_t rows, const double* q,
-                     int64_t q_step, int64_t inner, int64_t n, Out* out, int64_t out_row,
-                     Ahead ahead = {}) {
-  constexpr int64_t kWidth = kBlockColumns * kDoubles;
-  const int64_t steps = ceil_div(n, kWidth) * ceil_div(rows, kBlockRows);
+                     int64_t q_step, int64_t inner, int64_t n, const Out& out, Ahead ahead = {}) {
+  const int64_t steps = ceil_div(n, kBlockWidth) * ceil_div(rows, kBlockRows);
   const int64_t lines = (ahead.lines() + steps - 1) / steps;
-  for (int64_t j = 0; j < n; j += kWidth) {
-    int64_t i = 0;
-    for (; i + kBlockRows <= rows; i += kBlockRows) {
+  int64_t i = 0;
+  for (; i + kBlockRows <= rows; i += kBlockRows) {
+    for (int64_t j = 0; j < n; j += kBlockWidth) {
       Doubles acc[kBlockRows][kBlockColumns];
       ahead.fetch(lines);
       outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc);
-      store_block(acc, n - j, out + i * out_row + j, out_row);
+      for (int row = 0; row < kBlockRows; ++row) out.store(i + row, j, n - j, acc[row]);
     }
-    for (; i < rows; ++i) {
+  }
+  for (; i < rows; ++i) {
+    for (int64_t j = 0; j < n; j += kBlockWidth) {
       Doubles acc[1][kBlockColumns];
       outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc);
-      store_block(acc, n - j, out + i * out_row + j, out_row);
+      out.store(i, j, n - j, acc[0]);
     }
   }
 }
@@ -235,11 +239,11 @@ void gram(const LowRankFactor& f, int64_t begin, int64_t end, const double* inve
     const Ahead ahead = ahead_of(f, start + piece, end, piece);
     if (f.wide) {
       const int64_t columns = widen_wide(f, start, n, x);
-      if (inverse) multiply(t, ld, 1, r, x, kWidePiece, r, columns, q, kWidePiece);
+      if (inverse) multiply(t, ld, 1, r, x, kWidePiece, r, columns, PaddedRows{q, kWidePiece});
       gram_wide(inverse ? q : x, columns, kWidePiece, r, partial, ahead);
     } else {
       widen(f.data, f.dtype, start * r, n * r, x);
-      if (inverse) multiply(x, 1, r, n, t, ld, r, r, q, ld);
+      if (inverse) multiply(x, 1, r, n, t, ld, r, r, PaddedRows{q, ld});
       gram_tall(inverse ? q : x, n, inverse ? ld : r, r, partial, ahead);
     }
   }
@@ -249,23 +253,27 @@ void combine(const double* inverse, const double* w, int64_t r, int64_t rank, do
              double* scratch) {
   const int64_t ld = padded(r);
   pad_columns(w, r, rank, scratch);
-  multiply(inverse, 1, r, r, scratch, ld, r, ld, t, ld);
+  multiply(inverse, 1, r, r, scratch, ld, r, ld, PaddedRows{t, ld});
 }
 
 void rotate(const LowRankFactor& f, int64_t begin, int64_t end, const double* t, int64_t k,
-            float* out, double* scratch) {
+            bool stream, float* out, double* scratch) {
   const int64_t r = f.r, ld = padded(r), piece = f.wide ? kWidePiece : tall_piece(r);
+  const int64_t stride = f.wide ? f.length : k;
+  stream = stream && reinterpret_cast<uintptr_t>(out) % 64 == 0 && stride % 16 == 0;
   for (int64_t start = begin; start < end; start += piece) {
     const int64_t n = min64(piece, end - start);
     const Ahead ahead = ahead_of(f, start + piece, end, piece);
+    const ResultRows rows{out + start * (f.wide ? 1 : k), stride, stream};
     if (f.wide) {
       widen_wide(f, start, n, scratch);
-      multiply(t, ld, 1, k, scratch, kWidePiece, r, n, out + start, f.length, ahead);
+      multiply(t, ld, 1, k, scratch, kWidePiece, r, n, rows, ahead);
     } else {
       widen(f.data, f.dtype, start * r, n * r, scratch);
-      multiply(scratch, 1, r, n, t, ld, r, k, out + start * k, k, ahead);
+      multiply(scratch, 1, r, n, t, ld, r, k, rows, ahead);
     }
   }
+  if (stream) stream_fence();  // streamed stores are not ordered otherwise
 }
 
 }  // namespace low_rank

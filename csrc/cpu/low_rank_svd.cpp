@@ -2,9 +2,12 @@
 //
 // Work is cut into tiles of fixed size, and the sums of a layer's tiles are added up in order, so
 // that no bit depends on how many threads there are.
+#include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <string>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -33,12 +36,13 @@ void validate(const LowRankPair* pairs, int64_t count, int64_t r) {
   }
 }
 
-void require_room(const char* name, const float* out, int64_t length, int64_t offset,
-                  int64_t numel) {
-  if (numel == 0) return;
-  if (!out || offset < 0 || length < numel || offset > length - numel) {
-    fail(std::string(name) + ": expected room for " + std::to_string(numel) +
-         " values from offset " + std::to_string(offset) + " on, got " + std::to_string(length));
+int64_t width(const LowRankPair& pair, int64_t r) { return min64(r, min64(pair.m, pair.n)); }
+
+void validate_results(const LowRankPair* pairs, int64_t count, int64_t r, bool vectors) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (width(pairs[i], r) == 0) continue;
+    require(pairs[i].s, "s: null pointer");
+    require(!vectors || (pairs[i].u && pairs[i].vh), "u, vh: null pointer");
   }
 }
 
@@ -221,6 +225,84 @@ class Cores {
   std::vector<Decomposition> factors_;
 };
 
+// S, rank and info of a pair.
+void values(const LowRankResultsArgs& args, int64_t pair) {
+  const double* sigma = args.sigma + pair * args.r;
+  const int64_t k = width(args.pairs[pair], args.r);
+  const bool bad = args.info[pair] == -1;
+  int64_t rank = 0;
+  while (rank < k && sigma[rank] > args.floor[pair]) ++rank;
+  args.rank[pair] = rank;
+  for (int64_t i = 0; i < k; ++i) {
+    const float value = i < rank ? static_cast<float>(sigma[i] * args.scale[pair]) : 0.0f;
+    args.pairs[pair].s[i] = bad ? NAN : value;
+    const bool normal = value >= FLT_MIN && value <= FLT_MAX;
+    if (i < rank && !normal && args.info[pair] == 0) args.info[pair] = -2;
+  }
+}
+
+void fill_nan(const LowRankFactor& factor, const Tile& tile, int64_t k, float* out) {
+  const int64_t length = tile.end - tile.begin, rows = factor.wide ? k : length;
+  const int64_t columns = factor.wide ? length : k, stride = factor.wide ? factor.length : k;
+  float* corner = out + tile.begin * (factor.wide ? 1 : k);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) corner[i * stride + j] = NAN;
+  }
+}
+
+void vectors(const LowRankKernels& kernels, const LowRankResultsArgs& args) {
+  const int64_t r = args.r, ld = round_up(r, kLowRankPad);
+  Scratch memory(2 * args.count * r * ld * 8);
+  double* t = static_cast<double*>(memory.data);
+  for_each(kernels, r, args.threads, 2 * args.count, [&](int64_t i, double* scratch) {
+    const double* w = (i % 2 ? args.right : args.left) + i / 2 * r * r;
+    kernels.combine(args.inverse + i * r * r, w, r, args.rank[i / 2], t + i * r * ld, scratch);
+  });
+  const std::vector<Tile> tiles = tiles_of(args.pairs, r, all_factors(args.count));
+  const int64_t last = static_cast<int64_t>(tiles.size()) - 1;
+  for_each(kernels, r, args.threads, last + 1, [&](int64_t index, double* scratch) {
+    const Tile& tile = tiles[last - index];  // what the Gram matrices read last is cached best
+    const LowRankPair& pair = args.pairs[tile.factor / 2];
+    const int64_t k = width(pair, r);
+    if (k == 0) return;
+    const LowRankFactor factor = factor_of(args.pairs, r, tile.factor);
+    float* out = factor.wide ? pair.vh : pair.u;
+    if (args.info[tile.factor / 2] == -1) return fill_nan(factor, tile, k, out);
+    kernels.rotate(factor, tile.begin, tile.end, t + tile.factor * r * ld, k, args.stream, out,
+                   scratch);
+  });
+}
+
+// All steps over some of the pairs.
+void steps(Isa isa, const LowRankSvdArgs& args, int64_t first, int64_t count, int threads) {
+  const int64_t r = args.r, size = r * r;
+  const int64_t matrices = args.vectors ? 5 : 3;  // core, two inverses, left and right
+  Scratch memory(count * (matrices * size + r + 2 + 1) * 8);
+  double* next = static_cast<double*>(memory.data);
+  const auto take = [&](int64_t doubles) { return std::exchange(next, next + doubles); };
+  LowRankCoresArgs cores;
+  cores.pairs = args.pairs + first, cores.count = count, cores.r = r, cores.threads = threads;
+  cores.scaling = args.scaling + first, cores.second_pass = args.second_pass;
+  cores.cores = take(count * size), cores.inverse = take(2 * count * size);
+  cores.scale = take(count), cores.floor = take(count), cores.info = args.info + first;
+  low_rank_cores(isa, cores);
+  JacobiSvdArgs svd;
+  svd.cores = cores.cores, svd.count = count, svd.r = r;
+  svd.sweeps = args.sweeps, svd.threads = threads, svd.sigma = take(count * r);
+  if (args.vectors) svd.left = take(count * size), svd.right = take(count * size);
+  svd.info = reinterpret_cast<int64_t*>(take(count));
+  jacobi_svd(isa, svd);
+  for (int64_t i = 0; i < count; ++i) {
+    if (cores.info[i] == 0) cores.info[i] = svd.info[i];
+  }
+  LowRankResultsArgs results;
+  results.pairs = cores.pairs, results.count = count, results.r = r, results.threads = threads;
+  results.inverse = cores.inverse, results.left = svd.left, results.right = svd.right;
+  results.sigma = svd.sigma, results.scale = cores.scale, results.floor = cores.floor;
+  results.stream = args.stream, results.rank = args.rank + first, results.info = cores.info;
+  low_rank_results(isa, results);
+}
+
 }  // namespace
 
 void low_rank_cores(Isa isa, const LowRankCoresArgs& args) {
@@ -253,48 +335,47 @@ void jacobi_svd(Isa isa, const JacobiSvdArgs& args) {
   });
 }
 
-void low_rank_rotate(Isa isa, const LowRankRotateArgs& args) {
+void low_rank_results(Isa isa, const LowRankResultsArgs& args) {
   validate(args.count, args.r, args.threads);
   validate(args.pairs, args.count, args.r);
-  const int64_t r = args.r, ld = round_up(r, kLowRankPad);
-  if (args.count == 0 || r == 0) return;
-  require(args.inverse && args.left && args.right && args.rank, "inverse .. rank: null pointer");
-  require(args.u_offsets && args.vh_offsets, "u_offsets, vh_offsets: null pointer");
-  const LowRankKernels& kernels = kernels_for(isa).low_rank;
-  const auto size = [&](int64_t i) { return min64(r, min64(args.pairs[i].m, args.pairs[i].n)); };
-  for (int64_t i = 0; i < args.count; ++i) {
-    require_room("u", args.u, args.u_len, args.u_offsets[i], args.pairs[i].m * size(i));
-    require_room("vh", args.vh, args.vh_len, args.vh_offsets[i], args.pairs[i].n * size(i));
-    require(args.rank[i] >= -1 && args.rank[i] <= size(i), "rank: expected -1 to min(r, m, n)");
+  require(!args.left == !args.right, "left, right: expected both or none");
+  if (args.count == 0) return;
+  require(args.rank && args.info, "rank, info: null pointer");
+  if (args.r == 0) {
+    for (int64_t i = 0; i < args.count; ++i) args.rank[i] = 0;
+    return;
   }
-  Scratch memory(2 * args.count * r * ld * 8);
-  double* t = static_cast<double*>(memory.data);
-  for_each(kernels, r, args.threads, 2 * args.count, [&](int64_t i, double* scratch) {
-    const double* w = (i % 2 ? args.right : args.left) + i / 2 * r * r;
-    const int64_t rank = args.rank[i / 2] < 0 ? 0 : args.rank[i / 2];
-    kernels.combine(args.inverse + i * r * r, w, r, rank, t + i * r * ld, scratch);
+  require(args.sigma && args.scale && args.floor, "sigma, scale, floor: null pointer");
+  validate_results(args.pairs, args.count, args.r, args.left);
+  for (int64_t i = 0; i < args.count; ++i) values(args, i);
+  if (!args.left) return;
+  require(args.inverse, "inverse: null pointer");
+  vectors(kernels_for(isa).low_rank, args);
+}
+
+void low_rank_svd(Isa isa, const LowRankSvdArgs& args) {
+  validate(args.count, args.r, args.threads);
+  validate(args.pairs, args.count, args.r);
+  validate_results(args.pairs, args.count, args.r, args.vectors);
+  require(args.sweeps >= 0, "sweeps: expected at least 0");
+  require(args.count == 0 || (args.scaling && args.rank && args.info),
+          "scaling, rank, info: null pointer");
+  // A thread takes the vector lanes' worth of pairs from their Gram matrices to their vectors, so
+  // that factors are read again from its caches and no thread waits for another between the steps.
+  // Pairs that do not make as many groups for each thread are cut into tiles for all of them.
+  const int64_t group = kernels_for(isa).low_rank.lanes;
+  const int64_t groups = args.count / group / args.threads * args.threads;
+  std::atomic<bool> no_memory{false};  // nothing may be thrown across the threads' runtime
+  parallel_for(args.threads, groups, [&](int64_t i, int) {
+    try {
+      steps(isa, args, i * group, group, 1);
+    } catch (const std::bad_alloc&) {
+      no_memory = true;
+    }
   });
-  const std::vector<Tile> tiles = tiles_of(args.pairs, r, all_factors(args.count));
-  for_each(
-      kernels, r, args.threads, static_cast<int64_t>(tiles.size()),
-      [&](int64_t index, double* scratch) {
-        const Tile& tile = tiles[static_cast<size_t>(index)];
-        const int64_t pair = tile.factor / 2, k = size(pair);
-        if (k == 0) return;
-        const LowRankFactor factor = factor_of(args.pairs, r, tile.factor);
-        float* out = factor.wide ? args.vh + args.vh_offsets[pair] : args.u + args.u_offsets[pair];
-        if (args.rank[pair] >= 0) {
-          kernels.rotate(factor, tile.begin, tile.end, t + tile.factor * r * ld, k, out, scratch);
-          return;
-        }
-        const int64_t rows = factor.wide ? k : tile.end - tile.begin;
-        const int64_t columns = factor.wide ? tile.end - tile.begin : k;
-        const int64_t stride = factor.wide ? factor.length : k;
-        float* corner = out + tile.begin * (factor.wide ? 1 : k);
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < columns; ++j) corner[i * stride + j] = NAN;
-        }
-      });
+  if (no_memory) throw std::bad_alloc();
+  if (groups * group == args.count) return;
+  steps(isa, args, groups * group, args.count - groups * group, args.threads);
 }
 
 }  // namespace peftkern

@@ -33,6 +33,11 @@ inline Doubles select_gt(Doubles a, Doubles b, Doubles x, Doubles y) {
 inline bool any_gt(Doubles a, Doubles b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 inline double doubles_sum(Doubles a) { return _mm512_reduce_add_pd(a.v); }
 inline void doubles_store_floats(float* p, Doubles a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v)); }
+inline void doubles_stream_floats(float* p, Doubles a, Doubles b) {  // p: 64-byte aligned
+  _mm512_stream_ps(
+      p, _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a.v)), _mm512_cvtpd_ps(b.v), 1));
+}
+inline void stream_fence() { _mm_sfence(); }
 inline Doubles doubles_load_floats(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
 inline void f32_store_doubles(double* p, F32x16 a) {
   _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
@@ -68,6 +73,10 @@ inline double doubles_sum(Doubles a) {
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
 inline void doubles_store_floats(float* p, Doubles a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v)); }
+inline void doubles_stream_floats(float* p, Doubles a, Doubles b) {  // p: 32-byte aligned
+  _mm256_stream_ps(p, _mm256_set_m128(_mm256_cvtpd_ps(b.v), _mm256_cvtpd_ps(a.v)));
+}
+inline void stream_fence() { _mm_sfence(); }
 inline Doubles doubles_load_floats(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
 inline void f32_store_doubles(double* p, F32x16 x) {
   _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(x.a)));
@@ -100,6 +109,10 @@ inline double doubles_sum(Doubles a) { return a.v[0] + a.v[1]; }
 inline void doubles_store_floats(float* p, Doubles a) {
   p[0] = static_cast<float>(a.v[0]), p[1] = static_cast<float>(a.v[1]);
 }
+inline void doubles_stream_floats(float* p, Doubles a, Doubles b) {
+  doubles_store_floats(p, a), doubles_store_floats(p + kDoubles, b);
+}
+inline void stream_fence() {}
 inline Doubles doubles_load_floats(const float* p) { return {{p[0], p[1]}}; }
 inline void f32_store_doubles(double* p, const F32x16& a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<double>(a.v[i]);

@@ -10,7 +10,7 @@ it whole. Nothing here needs more than CHUNK bytes of scratch beyond one result 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -248,25 +248,41 @@ def _low_rank_svd(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
     """Compare norms of singular values, and products with a vector from either side."""
     lora_B, lora_A, scaling, vectors, _ = args
     U, S, Vh, _, info = got
-    chosen, starts = set(sampled(len(lora_B))), [0, 0, 0]
-    for index, (B, A, s) in enumerate(zip(lora_B, lora_A, scaling, strict=True)):
-        (m, _), n, k = B.shape, A.shape[1], min(B.shape[0], *A.shape)
-        sizes = (m * k, k, k * n)
-        u, values, v = (
-            t[start : start + size].double()
-            for t, start, size in zip((U, S, Vh), starts, sizes, strict=True)
-        )
-        starts = [start + size for start, size in zip(starts, sizes, strict=True)]
-        if index not in chosen or info[index]:
-            continue
-        B, A = B.double() * s, A.double()
+    shapes = [(*B.shape, A.shape[1]) for B, A in zip(lora_B, lora_A, strict=True)]
+    k = [min(shape) for shape in shapes]
+    values = S.split(k)
+    if not vectors:
+        return _decompositions(lora_B, lora_A, scaling, None, values, None, info)
+    U = U.split([m * width for (m, _, _), width in zip(shapes, k, strict=True)])
+    Vh = Vh.split([width * n for (_, _, n), width in zip(shapes, k, strict=True)])
+    return _decompositions(lora_B, lora_A, scaling, U, values, Vh, info)
+
+
+def _low_rank_svd_out(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
+    lora_B, lora_A, scaling, _, U, S, Vh, _, info = args
+    return _decompositions(lora_B, lora_A, scaling, U, S, Vh, info)
+
+
+def _decompositions(
+    lora_B: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    scaling: Sequence[float],
+    U: Sequence[Tensor] | None,
+    S: Sequence[Tensor],
+    Vh: Sequence[Tensor] | None,
+    info: Tensor,
+) -> str | None:
+    for index in sampled(len(lora_B)):
+        B, A = lora_B[index].double() * scaling[index], lora_A[index].double()
         norm = ((B.t() @ B) * (A @ A.t()).t()).sum().clamp(min=0).sqrt()
-        if not norm.isfinite():
+        if info[index] or not norm.isfinite():
             continue
+        values = S[index].double()
         off = (values.norm() - norm).abs()
-        if vectors:
+        if U is not None and Vh is not None:
+            m, n, k = len(B), A.shape[1], len(values)
             right, left = _waves(n, B), _waves(m, B)
-            u, v = u.view(m, k) * values, v.view(k, n)
+            u, v = U[index].double().view(m, k) * values, Vh[index].double().view(k, n)
             off = torch.stack(
                 [
                     off,
@@ -297,4 +313,5 @@ _JUDGES: dict[str, Callable[[Args, Any, Callable[[], Any]], str | None]] = {
     "nf4_dequantize": _nf4_dequantize,
     "nf4_dequantize_out": _nf4_dequantize,
     "low_rank_svd": _low_rank_svd,
+    "low_rank_svd_out": _low_rank_svd_out,
 }

@@ -63,6 +63,7 @@ _TABLE = {
     "dora_norm": ("dora", "triton cpu"),
     "nf4_dora_norm": ("dora", "triton cpu torch"),
     "low_rank_svd": ("low_rank_svd", "triton cuda cpu"),
+    "low_rank_svd_out": ("low_rank_svd", "cpu"),
     "adalora_importance_": ("adalora", "triton cpu"),
     "adalora_allocate_": ("adalora", "triton cpu"),
     "adalora_orthogonality_forward": ("adalora", "cpu"),

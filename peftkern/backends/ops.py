@@ -326,5 +326,10 @@ def _(
     return *values, rank, info
 
 
+@_fake("low_rank_svd_out")
+def _(rank: Tensor) -> None:
+    return None
+
+
 _OVERLOADS = {op: getattr(torch.ops.peftkern, op).default for op in SCHEMAS}
 globals().update(_OVERLOADS)

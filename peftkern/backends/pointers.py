@@ -129,6 +129,33 @@ def placements(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype, b
     return [(t.data_ptr(), t.numel(), t.dtype, t.is_contiguous()) for t in tensors]
 
 
+def first_shared(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Return the places, in `written + read`, of two tensors that share memory, or None.
+
+    The first of the two is written. Of a tensor with gaps all bytes from its first to its last
+    count. Two that are only read may share theirs.
+    """
+    spans = []
+    for place, tensor in enumerate((*written, *read)):
+        numel = tensor.numel()
+        if numel and not tensor.is_contiguous():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            numel = 1 + sum((size - 1) * step for size, step in steps)
+        if numel:
+            begin = tensor.data_ptr()
+            spans.append((begin, begin + numel * tensor.itemsize, place))
+    last_written = last = (0, -1)  # end and place of what reaches furthest so far
+    for begin, end, place in sorted(spans):
+        is_written = place < len(written)
+        beyond, other = last if is_written else last_written
+        if begin < beyond:
+            return min(place, other), max(place, other)
+        last = max(last, (end, place))
+        if is_written:
+            last_written = max(last_written, (end, place))
+    return None
+
+
 def all_begin_at(tensors: Sequence[Tensor | None], multiple: int) -> bool:
     """Check that the memory of tensors is aligned to this many bytes, a power of two."""
     found = 0

@@ -31,7 +31,9 @@ _MUTATED = {
     "adalora_allocate_": (1,),
     "rosa_spmm_": (0,),
     "nf4_dequantize_out": (2,),
+    "low_rank_svd_out": (4, 5, 6, 7, 8),
 }
+_REPLACED = {"nf4_dequantize_out", "low_rank_svd_out"}  # whatever those held before
 _NEVER = sys.maxsize
 
 Args = tuple[Any, ...]
@@ -244,11 +246,11 @@ def _checked(
     plain = functools.cache(lambda: _plain(op, copies, candidates))
 
     def whole(result: Any, of: Args) -> Any:
-        return result if not mutated or op == "nf4_dequantize_out" else (result, *_at(of, mutated))
+        return result if not mutated or op in _REPLACED else (result, *_at(of, mutated))
 
     try:
         reason = None
-        if small or not mutated or op == "nf4_dequantize_out":
+        if small or not mutated or op in _REPLACED:
             compared = lambda: whole(plain(), copies)  # noqa: E731
             reason = correctness.wrong(op, args, whole(got, args), compared)
     except Exception:  # of the comparison, say of memory: as good as not due

@@ -52,6 +52,9 @@ SCHEMAS = {
     "float scaling) -> Tensor",
     "low_rank_svd": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, bool vectors, str mode) "
     "-> (Tensor U, Tensor S, Tensor Vh, Tensor rank, Tensor info)",
+    # `mode` is a name that torch's functionalization keeps for itself.
+    "low_rank_svd_out": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, str accuracy, "
+    "Tensor(a!)[] U, Tensor(b!)[] S, Tensor(c!)[] Vh, Tensor(d!) rank, Tensor(e!) info) -> ()",
     "adalora_importance_": "(Tensor(a!) exp_avg_ipt, Tensor(b!) exp_avg_unc, Tensor[] params, "
     "Tensor?[] grads, float beta1, float beta2) -> Tensor",
     "adalora_allocate_": "(Tensor scores, Tensor(a!)[] lora_E, SymInt budget, "

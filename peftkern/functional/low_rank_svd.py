@@ -10,18 +10,22 @@ results have no gradient, whatever the factors require.
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from peftkern.backends import ops
+from peftkern.backends import dispatch, ops
 from peftkern.functional.arguments import is_listed, mismatch
+from peftkern.functional.outputs import Output, check_outputs
+from peftkern.functional.rank_allocation import (
+    SpectralStats,
+    allocate_rank,
+    each,
+    spectral_stats,
+)
 
 __all__ = ["AdaLoraFactors", "LoraFactors", "LowRankSVD", "SpectralStats", "allocate_rank"]
 __all__ += ["low_rank_svd", "low_rank_svdvals", "merge_lora", "spectral_stats", "truncate_lora"]
@@ -42,14 +46,6 @@ class LowRankSVD(NamedTuple):
     Vh: Tensors
     rank: Tensor
     info: Tensor
-
-
-class SpectralStats(NamedTuple):
-    """Statistics of `spectral_stats`: float64, [] or [L]."""
-
-    energy: Tensor
-    stable_rank: Tensor
-    effective_rank: Tensor
 
 
 class LoraFactors(NamedTuple):
@@ -73,6 +69,7 @@ def low_rank_svd(
     scaling: float | Sequence[float] = 1.0,
     *,
     mode: str = "accurate",
+    out: LowRankSVD | None = None,
 ) -> LowRankSVD:
     """Compute the reduced SVD of scaling * lora_B @ lora_A, of one pair or of lists of pairs.
 
@@ -82,23 +79,25 @@ def low_rank_svd(
     Args: lora_B [m, r] and lora_A [r, n], float64|float32|bfloat16|float16, shapes and dtypes may
         differ from pair to pair; scaling one number, or one for each pair; mode "accurate", or
         "fast": no second pass over factors of a condition number above 1e5, whose vectors are
-        then not orthonormal to 1e-5.
-    Returns: LowRankSVD in float32, in float64 if any factor is (by two QR decompositions in
-        torch). rank is the numerical rank: columns of U and rows of Vh from there on are zero.
-        info is 0; -1 where anything is NaN or Inf, and then U, S and Vh are NaN and the rank is 0;
-        -2 where a singular value within the rank is no normal number of the results' dtype: Inf,
-        zero or with fewer digits in S, while U, Vh and rank are right (float64 factors give S in
-        float64); above 0 where Jacobi did not converge: how many pairs of columns are not
+        then not orthonormal to 1e-5; out, a LowRankSVD of contiguous tensors to write to, such as
+        an earlier call for pairs of the same shapes returned, so that no page of memory is new.
+    Returns: LowRankSVD, `out` if that is given, in float32, in float64 if any factor is (by two QR
+        decompositions in torch). rank is the numerical rank: columns of U and rows of Vh from there
+        on are zero. info is 0; -1 where anything is NaN or Inf, and then U, S and Vh are NaN and
+        the rank is 0; -2 where a singular value within the rank is no normal number of the results'
+        dtype: Inf, zero or with fewer digits in S, while U, Vh and rank are right (float64 factors
+        give S in float64); above 0 where Jacobi did not converge: how many pairs of columns are not
         orthogonal yet.
         The tensors of a list are views of one buffer each: clone what is to outlive the others.
         Ranks up to 32 on a CPU give the same bits for any number of threads, alone or in a list.
     Raises: TypeError or ValueError naming the argument on wrong types, counts, shapes, dtypes,
-        devices or an unknown mode.
+        devices or an unknown mode, and where a tensor of `out` shares memory with another or with
+        a factor, has gaps, or belongs to autograd.
     Gradients: none.   Error bound: kernels/NUMERICS.md#low_rank_svd
     Source: Drmac and Veselic 2008, doi:10.1137/050639193; Demmel et al. 1999,
         doi:10.1016/S0024-3795(99)00134-2
     """
-    return _decompose(lora_B, lora_A, scaling, mode, vectors=True)
+    return _decompose(lora_B, lora_A, scaling, mode, vectors=True, out=out)
 
 
 def low_rank_svdvals(
@@ -113,102 +112,6 @@ def low_rank_svdvals(
     Args, errors and gradients as there. Returns: [k], or a list of them.
     """
     return _decompose(lora_B, lora_A, scaling, mode, vectors=False).S
-
-
-def spectral_stats(S: Tensor | Sequence[Tensor]) -> SpectralStats:
-    """Compute energy, stable rank and effective rank of singular values [k], or of a list.
-
-    energy = sum sigma^2 = |dW|_F^2; stable_rank = energy / sigma_1^2;
-    effective_rank = exp(-sum p log p), p = sigma / sum sigma. Both ranks of a zero matrix are 0,
-    and NaN where S holds NaN or Inf. Energies beyond float64 are Inf or 0; the ranks stay right.
-
-    Raises: TypeError or ValueError naming the argument.
-    Gradients: none.
-    Source: Rudelson and Vershynin 2007 (stable rank); Roy and Vetterli 2007 (effective rank)
-    """
-    single, values = _singular_values(S)
-    rows = []
-    for sigma in values:
-        sigma = sigma.detach().double()
-        top = sigma.amax() if sigma.numel() else sigma.new_zeros(())
-        unit = sigma / torch.where(top == 0, 1.0, top)
-        share = unit / torch.where(top == 0, 1.0, unit.sum())
-        entropy = torch.special.entr(share).sum()
-        effective = torch.where(top == 0, 0.0, entropy.exp())
-        rows.append((sigma.square().sum(), unit.square().sum(), effective))
-    if single:
-        return SpectralStats(*rows[0])
-    if not rows:
-        return SpectralStats(*(torch.zeros(0, dtype=torch.float64) for _ in range(3)))
-    return SpectralStats(*(torch.stack(column) for column in zip(*rows, strict=True)))
-
-
-def allocate_rank(
-    S: Sequence[Tensor],
-    budget: float,
-    *,
-    cost: Sequence[float] | None = None,
-    r_min: int | Sequence[int] = 0,
-    r_max: int | Sequence[int] | None = None,
-) -> list[int]:
-    """Choose how many singular values each layer keeps so that the loss is least.
-
-    Maximises the sum over layers of the first ranks[l] values sigma^2 subject to
-    sum cost[l] * ranks[l] <= budget. At unit cost taking the largest is exactly optimal (Eckart and
-    Young); with other costs, e.g. m + n of each layer, the largest sigma^2 / cost are taken as long
-    as they fit, which is optimal up to one component. Ties go to the lower layer. Zeros are not
-    taken beyond r_min. Reads S once on the host.
-
-    Args: S [k] of each layer, descending; budget in units of cost; cost positive, for each layer
-        (1); r_min and r_max one number or one for each layer (0 and k); a layer has at most k.
-    Returns: the ranks, a list of int.
-    Raises: TypeError or ValueError naming the argument: counts that differ, NaN or Inf (with the
-        layer), values that do not descend, bounds that contradict, a budget below r_min's cost.
-    Gradients: none.
-    """
-    if not is_listed(S):
-        came = type(S).__name__
-        raise TypeError(f"S: expected a list of tensors, one for each layer, got a {came}")
-    if not isinstance(budget, (float, numbers.Real)):
-        raise TypeError(f"budget: expected a number, got a {type(budget).__name__}")
-    values = [sigma.detach().double().abs().tolist() for sigma in _singular_values(S)[1]]
-    count = len(values)
-    costs = [1.0] * count if cost is None else [float(c) for c in _each("cost", cost, count)]
-    low = _each("r_min", r_min, count)
-    high = _each("r_max", [len(v) for v in values] if r_max is None else r_max, count)
-    high = [min(h, len(v)) for h, v in zip(high, values, strict=True)]
-    for layer, sigma in enumerate(values):
-        if not all(math.isfinite(value) for value in sigma):
-            raise ValueError(f"S: expected finite values, layer {layer} holds NaN or Inf")
-        if any(a < b for a, b in itertools.pairwise(sigma)):
-            raise ValueError(f"S: expected descending values, those of layer {layer} are not")
-        if not costs[layer] > 0 or math.isinf(costs[layer]):
-            raise ValueError(f"cost: expected positive numbers, layer {layer} has {costs[layer]}")
-        if not 0 <= low[layer] <= high[layer]:
-            raise ValueError(
-                f"r_min, r_max: expected 0 <= r_min <= min(r_max, {len(sigma)}), layer {layer} "
-                f"has {low[layer]} and {high[layer]}"
-            )
-    left = budget - sum(c * r for c, r in zip(costs, low, strict=True))
-    if not left >= 0:
-        raise ValueError(f"budget: expected at least {budget - left:g}, r_min's cost, got {budget}")
-    ranks = list(low)
-
-    def offer(layer: int) -> tuple[float, int]:
-        # In the order of sigma^2 / cost, whose squares may be beyond float64.
-        return -values[layer][ranks[layer]] / math.sqrt(costs[layer]), layer
-
-    heap = [offer(layer) for layer in range(count) if ranks[layer] < high[layer]]
-    heapq.heapify(heap)
-    while heap:
-        gain, layer = heapq.heappop(heap)
-        if gain == 0.0 or costs[layer] > left:  # no later value of the layer is larger or cheaper
-            continue
-        left -= costs[layer]
-        ranks[layer] += 1
-        if ranks[layer] < high[layer]:
-            heapq.heappush(heap, offer(layer))
-    return ranks
 
 
 def truncate_lora(
@@ -231,7 +134,7 @@ def truncate_lora(
     single = isinstance(svd.S, Tensor)
     layers = [svd[:3]] if single else list(zip(*svd[:3], strict=True))
     factors, rows = [], torch.contiguous_format
-    for layer, rank in enumerate(_each("ranks", ranks, len(layers))):
+    for layer, rank in enumerate(each("ranks", ranks, len(layers))):
         U, S, Vh = layers[layer]
         if not 0 <= rank <= len(S):
             raise ValueError(f"ranks: expected 0 to {len(S)}, layer {layer} has {rank}")
@@ -275,7 +178,7 @@ def merge_lora(
         single, B, A = _pairs(*adapter)
         singles.add(single)
         layers.append((B, A))
-    weights = _each("weights", 1.0 if weights is None else weights, len(adapters))
+    weights = each("weights", 1.0 if weights is None else weights, len(adapters))
     counts = {len(B) for B, _ in layers}
     if len(singles) > 1 or len(counts) > 1:
         raise ValueError(f"adapters: expected the same layers in all, got {sorted(counts)} layers")
@@ -305,10 +208,13 @@ def _decompose(
     mode: str,
     *,
     vectors: bool,
+    out: LowRankSVD | None = None,
 ) -> LowRankSVD:
     single, Bs, As = _pairs(lora_B, lora_A)
     _check_choice("mode", mode, MODES)
-    factors = [float(s) for s in _each("scaling", scaling, len(Bs))]
+    factors = [float(s) for s in each("scaling", scaling, len(Bs))]
+    if out is not None:
+        return _decompose_into(out, single, Bs, As, factors, mode)
     if not Bs:
         none = torch.zeros(0, dtype=torch.int64)
         return LowRankSVD([], [], [], none, none.clone())
@@ -326,6 +232,55 @@ def _decompose(
     if not single:
         return LowRankSVD(*lists, rank, info)
     return LowRankSVD(*(column[0] if column else S for column in lists), rank[0], info[0])
+
+
+def _decompose_into(
+    out: LowRankSVD,
+    single: bool,
+    Bs: list[Tensor],
+    As: list[Tensor],
+    factors: list[float],
+    mode: str,
+) -> LowRankSVD:
+    U, S, Vh, (rank,), (info,) = _outputs(out, single, Bs, As)
+    if not Bs:
+        return out
+    written = (*U, *S, *Vh, rank, info)
+    with torch.no_grad():
+        Bs, As = ([t.detach() for t in tensors] for tensors in (Bs, As))
+        if dispatch.runs_on_cpu(Bs[0]):
+            ops.low_rank_svd_out(Bs, As, factors, mode, U, S, Vh, rank.view(-1), info.view(-1))
+        else:
+            found = _decompose(Bs, As, factors, mode, vectors=True)
+            values = (*found.U, *found.S, *found.Vh, found.rank, found.info)
+            for tensor, value in zip(written, values, strict=True):
+                tensor.copy_(value.view_as(tensor))
+    # Autograd must see that what it may have saved is gone.
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+    return out
+
+
+def _outputs(
+    out: LowRankSVD, single: bool, Bs: list[Tensor], As: list[Tensor]
+) -> list[list[Tensor]]:
+    """Check `out`; return its columns as lists."""
+    if not isinstance(out, LowRankSVD):
+        raise TypeError(f"out: expected a LowRankSVD, got a {type(out).__name__}")
+    device = Bs[0].device if Bs else torch.device("cpu")
+    dtype = torch.float64 if any(t.dtype is torch.float64 for t in (*Bs, *As)) else torch.float32
+    sizes = [(*B.shape, A.shape[1]) for B, A in zip(Bs, As, strict=True)]
+    U = [(m, min(m, r, n)) for m, r, n in sizes]
+    Vh = [(k, n) for (_, k), (_, _, n) in zip(U, sizes, strict=True)]
+    S = [(k,) for _, k in U]
+    expected = {"U": (U, dtype), "S": (S, dtype), "Vh": (Vh, dtype)}
+    outputs = [
+        Output(f"out.{name}", getattr(out, name), shapes[0] if single else shapes, dtype)
+        for name, (shapes, dtype) in expected.items()
+    ]
+    count = () if single else (len(Bs),)
+    outputs += [Output(f"out.{n}", getattr(out, n), count, torch.int64) for n in ("rank", "info")]
+    return check_outputs(outputs, device, {"lora_B": Bs, "lora_A": As})
 
 
 def _unflatten(flat: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
@@ -365,34 +320,6 @@ def _pairs(
     return single, Bs, As
 
 
-def _singular_values(S: Tensor | Sequence[Tensor]) -> tuple[bool, list[Tensor]]:
-    single = isinstance(S, Tensor)
-    if not single and not is_listed(S):
-        raise TypeError(f"S: expected a tensor or a list of them, got a {type(S).__name__}")
-    values = [S] if single else list(S)
-    for layer, sigma in enumerate(values):
-        if not isinstance(sigma, Tensor):
-            raise TypeError(f"S: expected tensors, layer {layer} is {type(sigma).__name__}")
-        if sigma.dim() != 1:
-            raise ValueError(f"S: expected [k], layer {layer} has {tuple(sigma.shape)}")
-    return single, values
-
-
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise mismatch(name, f"one of {choices}", value)
-
-
-def _each(name: str, value: float | Sequence[float], count: int) -> list:
-    """Return `count` numbers: those given, or the one given."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, (float, numbers.Real)):
-        return [value] * count
-    values = list(value) if is_listed(value) else [value]
-    if not all(isinstance(one, (float, numbers.Real)) for one in values):
-        came = type(value).__name__
-        raise TypeError(f"{name}: expected a number, or a list of {count}, got a {came}")
-    if len(values) != count:
-        raise ValueError(f"{name}: expected {count} numbers, got {len(values)}")
-    return values

@@ -13,7 +13,7 @@ and the SVD of W on the space K is that of Y = W K. A small matrix is decomposed
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,9 +27,9 @@ from peftkern.functional.arguments import (
     is_listed,
     mismatch,
 )
-from peftkern.functional.krylov import Krylov, energy_bound, extend, norm_bounds
+from peftkern.functional.krylov import Krylov, energy_bound, extend, multiply, norm_bounds
 from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd
-from peftkern.functional.panels import Panels
+from peftkern.functional.panels import Found, Panels, Run, full_float32, parallel
 
 __all__ = ["TruncatedSVD", "truncated_svd"]
 Weight = Tensor | NF4Weight
@@ -62,6 +62,17 @@ class TruncatedSVD(NamedTuple):
     certificate: Tensor | None
 
 
+class _Job(NamedTuple):
+    """What is asked of every matrix; width: columns of a block."""
+
+    rank: int
+    width: int
+    sweeps: int | None
+    tol: float
+    certify: bool
+    seed: int
+
+
 class _Layer:
     """One matrix; the space that was searched, if one was; its best approximation B A."""
 
@@ -72,6 +83,7 @@ class _Layer:
         self.sweeps = 0
         self.space: Krylov | None = None
         self.factors: tuple[Tensor, Tensor] | None = None
+        self.top: Tensor | None = None
 
 
 def truncated_svd(
@@ -111,22 +123,13 @@ def truncated_svd(
         raise mismatch("sweeps", "a positive integer, or None", sweeps)
     if not isinstance(tol, float) or not tol > 0:
         raise mismatch("tol", "a positive number", tol)
-    svds = []
-    for group in _groups(layers):
-        with torch.no_grad(), torch.autocast(group[0].panels.device.type, enabled=False):
-            for layer in group:
-                _measure(layer)
-            _search(group, rank, rank + oversample, sweeps, tol, certify, seed)
-            for layer in group:
-                if layer.factors is None:
-                    layer.factors, layer.sweeps, layer.excess = _exact(layer, rank), 0, 0.0
-            svds.append(low_rank_svd(*map(list, zip(*(one.factors for one in group), strict=True))))
-            if certify:
-                _certify(group, svds[-1], rank, seed)
-            for layer, S in zip(group, svds[-1].S, strict=True):
-                S /= layer.panels.scale
-                layer.norm, layer.space = layer.norm / layer.panels.scale, None
-    U, S, Vh = ([tensor for svd in svds for tensor in svd[i]] for i in range(3))
+    job, found = _Job(rank, rank + oversample, sweeps, tol, certify, seed), []
+    device = layers[0].panels.device if layers else torch.device("cpu")
+    off = torch.autocast(device.type, enabled=False)
+    with torch.no_grad(), off, full_float32(), parallel(device) as run:
+        for group in _groups(layers):
+            found.append(_decompose(group, job, run))
+    U, S, Vh = ([tensor for svd in found for tensor in svd[i]] for i in range(3))
     norm, excess, certificate, count = (
         torch.tensor([getattr(layer, name) for layer in layers], dtype=dtype)
         for name, dtype in _REPORTED.items()
@@ -166,6 +169,8 @@ def _layers(weight: object, minus: object) -> tuple[bool, list[_Layer]]:
             _check_weight(f"minus{where}", other)
             if tuple(other.shape) != tuple(one.shape) or other.device != one.device:
                 raise mismatch(f"minus{where}", f"{list(one.shape)} on {one.device}", other)
+        if one.device != weights[0].device:
+            raise mismatch(f"weight{where}", f"all on {weights[0].device}", one)
         layers.append(_Layer(f"weight{where}", Panels(one, other)))
     return single, layers
 
@@ -179,12 +184,12 @@ def _check_weight(name: str, weight: object) -> None:
 
 
 def _groups(layers: list[_Layer]) -> Iterator[list[_Layer]]:
-    """Yield neighbors on one device that are small enough to be worked on together."""
+    """Yield neighbors that are small enough to be worked on together."""
     group: list[_Layer] = []
     size = 0
     for layer in layers:
-        panels, values = layer.panels, layer.panels.m * layer.panels.n
-        if group and (size + values > _TOGETHER or panels.device != group[0].panels.device):
+        values = layer.panels.m * layer.panels.n
+        if group and size + values > _TOGETHER:
             yield group
             group, size = [], 0
         group, size = [*group, layer], size + values
@@ -192,99 +197,150 @@ def _groups(layers: list[_Layer]) -> Iterator[list[_Layer]]:
         yield group
 
 
-def _measure(layer: _Layer) -> None:
-    """Compute |W|_F; scale W where its square would leave float32."""
-    panels = layer.panels
-    layer.norm = _norm(panel for _, panel in panels)
-    if panels.scale != 1.0 or _NORMS[0] < layer.norm < _NORMS[1]:
-        return
-    top = torch.stack([panel.abs().amax() for _, panel in panels]).amax().item()
-    if not math.isfinite(top):
-        raise ArgumentError(f"{layer.where}: expected finite values, got NaN or Inf")
-    if top > 0:
-        panels.scale = 2.0 ** -math.frexp(top)[1]
-        _measure(layer)
+def _decompose(layers: list[_Layer], job: _Job, run: Run) -> LowRankSVD:
+    """Decompose some layers; note in each what was found out."""
+    _measure(layers, run)
+    _search(layers, job, run)
+    _decompose_small([layer for layer in layers if layer.factors is None], job.rank, run)
+    svd = low_rank_svd(*map(list, zip(*(layer.factors for layer in layers), strict=True)))
+    if job.certify:
+        _certify(layers, svd, job, run)
+    for layer, S in zip(layers, svd.S, strict=True):
+        S /= layer.panels.scale
+        layer.norm, layer.space, layer.factors = layer.norm / layer.panels.scale, None, None
+    return svd
 
 
-def _norm(panels: Iterable[Tensor]) -> float:
-    """Compute the Frobenius norm of what is in all panels."""
-    rows = (torch.linalg.vector_norm(panel, dim=1).double() for panel in panels)
-    return math.sqrt(float(sum(row.square().sum() for row in rows)))
+def _over_panels(
+    function: Callable[[_Layer, slice], Found], layers: list[_Layer], run: Run
+) -> Iterator[tuple[_Layer, list[Found]]]:
+    """Yield each layer with what a function gives of its panels, in order."""
+    work = [(layer, rows) for layer in layers for rows in layer.panels.slices]
+    found = run(lambda one: function(*one), work)
+    for layer in layers:
+        yield layer, [next(found) for _ in layer.panels.slices]
 
 
-def _search(
-    layers: list[_Layer],
-    rank: int,
-    width: int,
-    sweeps: int | None,
-    tol: float,
-    certify: bool,
-    seed: int,
-) -> None:
+def _measure(layers: list[_Layer], run: Run) -> None:
+    """Compute |W|_F of layers; scale W where its square would leave float32."""
+    for layer, squares in _over_panels(
+        lambda one, rows: _squares(one.panels.read(rows)), layers, run
+    ):
+        layer.norm = math.sqrt(float(sum(squares)))
+    odd = [
+        layer
+        for layer in layers
+        if layer.panels.scale == 1.0 and not _NORMS[0] < layer.norm < _NORMS[1]
+    ]
+    for layer, tops in _over_panels(lambda one, rows: one.panels.read(rows).abs().amax(), odd, run):
+        top = torch.stack(tops).amax().item()
+        if not math.isfinite(top):
+            raise ArgumentError(f"{layer.where}: expected finite values, got NaN or Inf")
+        if top > 0:
+            layer.panels.scale = 2.0 ** -math.frexp(top)[1]
+            _measure([layer], run)
+
+
+def _squares(panel: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(panel, dim=1).double().square().sum()
+
+
+def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
     """Find the factors of layers by block Lanczos, but of those that are too small for it."""
-    going = []
+    going, sweeps = [], job.sweeps
     for layer in layers:
         panels = layer.panels
         side = min(panels.m, panels.n)
-        blocks = min(side // (2 * width), sweeps or MAX_SWEEPS)
+        blocks = min(side // (2 * job.width), sweeps or MAX_SWEEPS)
         if side > SMALL and blocks >= (sweeps or 3) and layer.norm > 0:
-            draw = torch.Generator().manual_seed(seed)
-            layer.space = Krylov(panels, width, blocks, draw)
+            layer.space = Krylov(panels, job.width, blocks, job.seed)
             going.append(layer)
     while going:
-        extend([layer.space for layer in going])
-        for layer in going:
-            layer.sweeps += 1
-            layer.space.multiply(certify or layer.sweeps != sweeps)
-        values = torch.linalg.eigvalsh(torch.stack([layer.space.T for layer in going]))
-        for layer, kept in zip(going, values[:, -rank:].sum(1).tolist(), strict=True):
+        spaces = [layer.space for layer in going]
+        extend(spaces, run)
+        done = going[0].sweeps + 1
+        multiply(spaces, job.certify or done != sweeps, run)
+        values = run(lambda space: torch.linalg.eigvalsh(space.T)[-job.rank :].sum().item(), spaces)
+        for layer, kept in zip(going, values, strict=True):
             error = max(layer.norm**2 - kept, (FLOOR * layer.norm) ** 2)
-            layer.excess = (kept - layer.kept) / (2 * error) if error else 0.0
-            layer.kept = kept
-            done = layer.excess < tol if sweeps is None else layer.sweeps == sweeps
-            if done or layer.sweeps == MAX_SWEEPS:
-                layer.factors = layer.space.best(rank)
+            layer.excess, layer.kept = (kept - layer.kept) / (2 * error), kept
+            layer.sweeps = done
+        if sweeps is None:
+            found = [one for one in going if one.excess < job.tol or done == MAX_SWEEPS]
+        else:
+            found = going if done == sweeps else []
+        best = run(lambda layer: layer.space.best(job.rank), found)
+        for layer, factors in zip(found, best, strict=True):
+            layer.factors = factors
         going = [one for one in going if one.factors is None and not one.space.full]
 
 
-def _exact(layer: _Layer, rank: int) -> tuple[Tensor, Tensor]:
-    """Find the factors of the best approximation from the Gram matrix of the smaller side."""
-    panels, layer.space = layer.panels, None
-    m, n = panels.m, panels.n
-    side, k = min(m, n), min(rank, m, n)
-    gram = torch.zeros(side, side, dtype=torch.float64, device=panels.device)
-    if n <= m:
-        for _, panel in panels:
-            wide = panel.double()
-            gram.addmm_(wide.T, wide)
-    else:
-        for rows, panel in panels:
-            wide = panel.double()
-            for start in range(0, rows.stop, panels.rows):
-                others, other = panels.at(start, own=1)
-                product = wide @ other.double().T
-                gram[rows, others], gram[others, rows] = product, product.T
-    top = torch.linalg.eigh(gram)[1][:, -k:].float()
-    if n <= m:
-        return torch.cat([panel @ top for _, panel in panels]), top.T.contiguous()
-    A = torch.zeros(k, n, dtype=torch.float32, device=panels.device)
-    for rows, panel in panels:
-        A.addmm_(top[rows].T, panel)
-    return top.contiguous(), A
+def _decompose_small(layers: list[_Layer], rank: int, run: Run) -> None:
+    """Find the factors of layers from the Gram matrix of the smaller side."""
+    tops = run(
+        lambda gram: torch.linalg.eigh(gram)[1][
+            :, -rank:
+        ].float(),  # which reads below its diagonal
+        [_assembled(*one) for one in _over_panels(_gram, layers, run)],
+    )
+    for layer, top in zip(layers, tops, strict=True):
+        layer.top, layer.space, layer.sweeps, layer.excess = top, None, 0, 0.0
+    for layer, parts in _over_panels(_other_side, layers, run):
+        if layer.panels.n <= layer.panels.m:
+            layer.factors = torch.cat(parts), layer.top.T.contiguous()
+        else:
+            layer.factors = layer.top.contiguous(), sum(parts)
 
 
-def _certify(layers: list[_Layer], svd: LowRankSVD, rank: int, seed: int) -> None:
+def _gram(layer: _Layer, rows: slice) -> Tensor:
+    """Return a panel's share of W^T W, or its rows of W W^T up to the diagonal."""
+    panels = layer.panels
+    wide = panels.read(rows).double()
+    if panels.n <= panels.m:
+        return wide.T @ wide
+    others = panels.slices[: rows.start // panels.rows + 1]
+    return torch.cat([wide @ panels.read(one, place=1).double().T for one in others], 1)
+
+
+def _assembled(layer: _Layer, parts: list[Tensor]) -> Tensor:
+    """Return the Gram matrix, zero above the diagonal where that was left out."""
+    panels = layer.panels
+    if panels.n <= panels.m:
+        return sum(parts)
+    gram = parts[0].new_zeros(panels.m, panels.m)
+    for rows, part in zip(panels.slices, parts, strict=True):
+        gram[rows, : rows.stop] = part
+    return gram
+
+
+def _other_side(layer: _Layer, rows: slice) -> Tensor:
+    """Return a panel's rows of W V, or its share of U^T W."""
+    panel = layer.panels.read(rows)
+    return panel @ layer.top if layer.panels.n <= layer.panels.m else layer.top[rows].T @ panel
+
+
+def _certify(layers: list[_Layer], svd: LowRankSVD, job: _Job, run: Run) -> None:
     """Bound the excess error of layers by bounding the sum of the largest S^2 that W may have."""
     searched = [layer for layer in layers if layer.space is not None]
-    outside = norm_bounds([layer.space for layer in searched], seed + 1)
-    bounds = dict(zip(searched, outside, strict=True))
+    outside = norm_bounds([layer.space for layer in searched], job.seed + 1, run)
+    bounds = run(
+        lambda one: energy_bound(*one, job.rank),
+        [(layer.space, norm) for layer, norm in zip(searched, outside, strict=True)],
+    )
+    best = dict(zip(searched, bounds, strict=True))
     for layer, U, S, Vh in zip(layers, *svd[:3], strict=True):
-        kept = S.double().square().sum().item()
-        best = energy_bound(layer.space, bounds[layer], rank) if layer in bounds else kept
         squared, slack, floor = layer.norm**2, ROUNDING * layer.norm**2, FLOOR * layer.norm
+        kept = S.double().square().sum().item()
         error = math.sqrt(max(squared - kept, 0.0) + slack)
         if error < floor:
-            rest = _norm(panel - (U[rows] * S) @ Vh for rows, panel in layer.panels)
-            error = rest + ROUNDING * layer.norm
-        least = math.sqrt(max(squared - best - slack, 0.0))
+            layer.factors = U * S, Vh
+            ((_, squares),) = _over_panels(_rest, [layer], run)
+            error = math.sqrt(float(sum(squares))) + ROUNDING * layer.norm
+        least = math.sqrt(max(squared - best.get(layer, kept) - slack, 0.0))
         layer.certificate = (error - least) / max(least, floor) if layer.norm else 0.0
+
+
+def _rest(layer: _Layer, rows: slice) -> Tensor:
+    """Return the sum of squares of a panel of W minus its approximation."""
+    B, A = layer.factors
+    return _squares(layer.panels.read(rows) - B[rows] @ A)

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 from checkpoint_folders import save_llama
-from command_line import refused
+from command_line import commands_of, refused
 from merged_folders import load, save_adapter
 from monitor_runs import start, step, write
 from paths import ROOT
@@ -40,6 +39,8 @@ KINDS = {
     "unwritable": "/proc/self/mem/x",
 }
 RUNS = {  # what each command is given besides the option that is wrong
+    "adapter inspect": "adapter",
+    "adapter verify": "adapter",
     "bench": "--shapes 2x64x64 --op lora_linear --baselines frozen",
     "doctor": "--forget",
     "explain": "lora_linear 2x64x64",
@@ -50,7 +51,7 @@ RUNS = {  # what each command is given besides the option that is wrong
     "tune": "--shape 64x64 --rows 1",
     "version": "",
 }
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = commands_of(app)
 PARAMETERS = [
     pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
     for name, command in COMMANDS.items()
@@ -82,10 +83,10 @@ def unmeasured(files, monkeypatch):
 def given(name: str, parameter, value: str) -> list[str]:
     words, options = RUNS[name].split(), getattr(parameter, "opts", [])
     if parameter.param_type_name == "option":
-        return [name, *words, options[0], value]
+        return [*name.split(), *words, options[0], value]
     arguments = [one.name for one in COMMANDS[name].params if one.param_type_name == "argument"]
     at = arguments.index(parameter.name)
-    return [name, "--", *words[:at], value, *words[at + 1 :]]
+    return [*name.split(), "--", *words[:at], value, *words[at + 1 :]]
 
 
 def new_files(folder: Path, before: set[Path]) -> Iterator[Path]:
@@ -121,9 +122,9 @@ def test_wrong_values_are_one_line_that_names_them(name, parameter, files, capfd
 
 @pytest.mark.parametrize("name", RUNS)
 def test_unknown_options_and_words_too_many_are_told(name, capfd):
-    refused(capfd, "No such option: --loud", name, "--loud")
+    refused(capfd, "No such option: --loud", *name.split(), "--loud")
     complaint = "out: expected an adapter" if name == "merge" else "one-more"  # it takes many
-    refused(capfd, complaint, name, *RUNS[name].split(), *["one-more"] * 3)
+    refused(capfd, complaint, *name.split(), *RUNS[name].split(), *["one-more"] * 3)
 
 
 def test_what_typer_says_of_a_number_has_the_value(capfd):

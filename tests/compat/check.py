@@ -115,23 +115,21 @@ def nf4_step() -> None:
 
 
 def bitsandbytes_step() -> None:
-    """Beside PEFT over the same weights, dequantized: some bitsandbytes round x to bfloat16.
-
-    Layers are replaced by hand: old transformers refuses to do it on a CPU.
-    """
+    """Beside PEFT over the same weights, dequantized: some bitsandbytes round x to bfloat16."""
     import bitsandbytes as bnb
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    base, dense = llama(), llama()
-    base.is_loaded_in_4bit = True  # how PEFT tells
-    for name in [n for n, _ in base.named_modules() if n.endswith(tuple(TARGETS))]:
-        weight = base.get_submodule(name).weight.data
-        layer = bnb.nn.Linear4bit(
-            *reversed(weight.shape), bias=False, compute_dtype=torch.float32, quant_type="nf4"
-        )
-        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-        base.set_submodule(name, layer.to("cpu"))
-        stored = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        dense.get_submodule(name).weight.data.copy_(stored)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        llama().save_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4)
+    dense = llama()
+    for name, layer in base.named_modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            dense.get_submodule(name).weight.data.copy_(weight)
     step_equals_peft(base, dense)
 
 

@@ -75,7 +75,10 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
         peftkern.dequantize_nf4,
         {"w": NF4, "dtype": torch.float32, "out": torch.empty(N, K)},
     ),
-    "low_rank_svd": (svd.low_rank_svd, {**FACTORS, "scaling": 1.0, "mode": "fast"}),
+    "low_rank_svd": (
+        svd.low_rank_svd,
+        {**FACTORS, "scaling": 1.0, "mode": "fast", "out": svd.low_rank_svd(**FACTORS)},
+    ),
     "low_rank_svdvals": (svd.low_rank_svdvals, {**FACTORS, "scaling": 1.0, "mode": "fast"}),
     "spectral_stats": (svd.spectral_stats, {"S": torch.ones(R)}),
     "allocate_rank": (
@@ -126,6 +129,7 @@ ALSO_RIGHT = {
     ("quantize_nf4", "weight"): {"tensor"},
     ("dequantize_nf4", "dtype"): {"None"},
     ("dequantize_nf4", "out"): {"None"},
+    ("low_rank_svd", "out"): {"None"},
     ("allocate_rank", "cost"): {"None"},
     ("allocate_rank", "r_max"): {"None"},
     ("merge_lora", "weights"): {"None"},

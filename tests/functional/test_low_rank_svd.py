@@ -260,20 +260,30 @@ def test_unknown_mode():
 
 
 def test_native_refuses_what_does_not_fit():
-    cores, inverse, *_ = cpu.low_rank_cores([B0], [A0], 2, [1.0], True)
-    rank, out = torch.tensor([2]), torch.empty(12)
-    good = {"U": out, "U_offsets": [0], "Vh": torch.empty(10), "Vh_offsets": [0]}
+    none = cpu.Places([0], [0], [0])
+    pairs = cpu.low_rank_pairs([B0], [A0], 2, none)
+    cores, inverse, scale, floor, info = cpu.low_rank_cores(pairs, 2, [1.0], True)
+    sigma, left, right, _ = cpu.jacobi_svd(cores, 30, True)
+    rest = (inverse, scale, floor, info, False)
     for change, message in [
-        ({"U": torch.empty(11)}, "u: expected room for 12 values from offset 0 on, got 11"),
-        ({"Vh_offsets": [1]}, "vh: expected room for 10"),
-        ({"U_offsets": [-1]}, "u: expected room"),
-        ({"U_offsets": []}, "expected one for each pair"),
+        ((sigma, left, None), "left, right: expected both or none"),
+        ((sigma, left, right), "s: null pointer"),
+        ((sigma[:, :1], left, right), "sigma: expected 2 contiguous"),
+        ((sigma, left.float(), right), "left: expected 4 contiguous torch.float64"),
     ]:
         with pytest.raises(ValueError, match=message):
-            cpu.low_rank_rotate([B0], [A0], 2, inverse, cores, cores, rank, **(good | change))
-    with pytest.raises(ValueError, match="rank: expected -1 to"):
-        cpu.low_rank_rotate([B0], [A0], 2, inverse, cores, cores, torch.tensor([3]), *good.values())
+            cpu.low_rank_results(pairs, 2, change, *rest)
+    with pytest.raises(ValueError, match="s: null pointer"):
+        cpu.low_rank_pairs_svd(pairs, 2, [1.0], True, False, False)
+    with pytest.raises(ValueError, match="u, vh: null pointer"):
+        places = cpu.Places([0], [sigma.data_ptr()], [0])
+        with_s = cpu.low_rank_pairs([B0], [A0], 2, places)
+        cpu.low_rank_pairs_svd(with_s, 2, [1.0], True, True, False)
+    out = [[torch.empty(6, 2)], [torch.empty(2)], [torch.empty(2, 4)]]
+    counts = (torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"Vh\[0\]: expected 10 contiguous"):
+        cpu.low_rank_svd_out([B0], [A0], [1.0], "fast", *out, *counts)
     with pytest.raises(ValueError, match="lora_B: expected 18 contiguous"):
-        cpu.low_rank_cores([B0], [A0], 3, [1.0], True)
+        cpu.low_rank_pairs([B0], [A0], 3, none)
     with pytest.raises(ValueError, match="cores: expected"):
         cpu.jacobi_svd(cores.float(), 30, True)

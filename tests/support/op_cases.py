@@ -28,6 +28,17 @@ def forward_operands(dtype: torch.dtype = torch.bfloat16, dropout_p: float = 0.2
     return x, torch.randn(R, K), torch.randn(N, R), torch.randn(N, dtype=dtype), keep
 
 
+def svd_room(*sizes: tuple[int, int, int]) -> tuple:
+    """Zeros for the SVD of pairs of sizes (m, r, n): U, S, Vh, rank and info."""
+    widths = [(m, min(m, r, n), n) for m, r, n in sizes]
+    return (
+        [torch.zeros(m, k) for m, k, _ in widths],
+        [torch.zeros(k) for _, k, _ in widths],
+        [torch.zeros(k, n) for _, k, n in widths],
+        *(torch.zeros(len(sizes), dtype=torch.int64) for _ in range(2)),
+    )
+
+
 def op_cases() -> dict[str, list[tuple]]:
     """Arguments of every op: with and without each optional one."""
     torch.manual_seed(0)
@@ -65,6 +76,10 @@ def op_cases() -> dict[str, list[tuple]]:
             ([B, B.bfloat16()], [A, A], [2.0, -1.0], True, "accurate"),
             ([B, torch.randn(3, 5)], [A.bfloat16(), torch.randn(5, 2)], [1.0, 1.0], True, "fast"),
             ([B], [A], [1.0], False, "accurate"),
+        ],
+        "low_rank_svd_out": [
+            ([B, B.bfloat16()], [A, A], [2.0, -1.0], "accurate", *svd_room((N, R, K), (N, R, K))),
+            ([A.T, B], [B.T, A], [1.0, 0.5], "fast", *svd_room((K, R, N), (N, R, K))),
         ],
         "nf4_lora_linear_backward": [
             (dy, x, S, *stored(), A, B, 2.0, keep, 0.25, every),

@@ -1,11 +1,12 @@
 // Singular values and vectors of scaling * B A, B [m, r] and A [r, n], without forming it: three
-// steps over many pairs of one rank. Torch-free.
+// steps over many pairs of one rank, each alone or all in one call. Torch-free.
 //
 // With Gram matrices in float64, B = Q_B R_B and A^T = Q_A R_A by a pivoted Cholesky decomposition:
 // the core C = scaling R_B R_A^T is r x r, C = L diag(sigma) R^T, U = Q_B L, V = Q_A R.
 //
-// Bytes: both factors are read twice, U and V written once, 4 B per element each in float32. FLOPs
-// per element: r for the Gram matrix (half of it is mirrored), 2 r to rotate, all in float64.
+// Bytes: both factors are read twice, the second time from a cache where `low_rank_svd` takes a few
+// pairs at a time, U and V written once, 4 B per element each in float32. FLOPs per element: r for
+// the Gram matrix (half of it is mirrored), 2 r to rotate, all in float64.
 #pragma once
 
 #include "peftkern/base.h"
@@ -18,6 +19,11 @@ struct LowRankPair {
   const void* a = nullptr;  // [r, n]
   DType b_dtype = DType::kFloat32, a_dtype = DType::kFloat32;
   int64_t m = 0, n = 0;
+  // Where step 3 writes, k = min(r, m, n): U [m, k] and Vh [k, n], both null for the singular
+  // values alone, and S [k].
+  float* u = nullptr;
+  float* s = nullptr;
+  float* vh = nullptr;
 };
 
 // Step 1. Per pair: the core, and how to get from the factors to Q_B and Q_A.
@@ -48,22 +54,35 @@ struct JacobiSvdArgs {
 };
 void jacobi_svd(Isa isa, const JacobiSvdArgs& args);
 
-// Step 3. U [m, k] = B inverse[0] left and Vh [k, n] = (inverse[1] right)^T A, k = min(r, m, n).
-struct LowRankRotateArgs {
+// Step 3. U = B inverse[0] left, S = scale sigma and Vh = (inverse[1] right)^T A, zero from `rank`
+// on: the numerical rank, singular values above `floor`. All are NaN where info is -1.
+struct LowRankResultsArgs {
   const LowRankPair* pairs = nullptr;
   int64_t count = 0, r = 0;
   const double* inverse = nullptr;  // [count, 2, r, r]
-  const double* left = nullptr;     // [count, r, r]
+  const double* left = nullptr;     // [count, r, r], or null together with `right`: values only
   const double* right = nullptr;    // [count, r, r]
-  const int64_t* rank = nullptr;    // [count]: vectors from here on are zero; -1: all are NaN
+  const double* sigma = nullptr;    // [count, r], descending
+  const double* scale = nullptr;    // [count]
+  const double* floor = nullptr;    // [count]
   int threads = 1;
-  float* u = nullptr;  // [u_len]: each U at its offset
-  float* vh = nullptr;
-  const int64_t* u_offsets = nullptr;  // [count]
-  const int64_t* vh_offsets = nullptr;
-  int64_t u_len = 0, vh_len = 0;
+  bool stream = false;      // past the caches: results are many, and their pages are there
+  int64_t* rank = nullptr;  // [count]
+  int64_t* info = nullptr;  // [count]: -2 instead of 0 where a value of S is no normal float32
 };
-void low_rank_rotate(Isa isa, const LowRankRotateArgs& args);
+void low_rank_results(Isa isa, const LowRankResultsArgs& args);
+
+// All three. The bits are those of the steps.
+struct LowRankSvdArgs {
+  const LowRankPair* pairs = nullptr;
+  int64_t count = 0, r = 0;
+  const double* scaling = nullptr;  // [count]
+  bool second_pass = true, vectors = true, stream = false;
+  int sweeps = 0, threads = 1;
+  int64_t* rank = nullptr;  // [count]
+  int64_t* info = nullptr;  // [count]
+};
+void low_rank_svd(Isa isa, const LowRankSvdArgs& args);
 
 // One factor as the kernels see it: B has `length` rows of r, A (`wide`) r rows of `length`.
 struct LowRankFactor {

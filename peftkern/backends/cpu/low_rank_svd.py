@@ -1,17 +1,16 @@
-"""SVD of low-rank products: C++ for cores and rotations, LAPACK for the cores of large ranks."""
+"""SVD of low-rank products: C++, with LAPACK for the cores of large ranks."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftkern.backends.cpu.module import isa_and_threads, library, refusal_dense
-from peftkern.backends.pointers import address, dtype_code, fresh
-from peftkern.backends.reference import unrepresentable
+from peftkern.backends.pointers import address, addresses, dtype_code, fresh, optional
 
 # Up to which Jacobi on many cores at once beats LAPACK on one after the other: 224 cores of rank 16
 # in 3.0 ms against 6.1, of rank 64 in 187 against 81 (one thread, Xeon with AMX, November 2026).
@@ -27,6 +26,17 @@ def refusal(lora_B: list[Tensor], lora_A: list[Tensor]) -> str | None:
     return None
 
 
+refusal_out = refusal
+
+
+class Places(NamedTuple):
+    """Addresses of the float32 results of every pair, U and Vh 0 for values alone."""
+
+    U: Sequence[int]
+    S: Sequence[int]
+    Vh: Sequence[int]
+
+
 def low_rank_svd(
     lora_B: list[Tensor],
     lora_A: list[Tensor],
@@ -34,52 +44,72 @@ def low_rank_svd(
     vectors: bool,
     mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sizes = _sizes(lora_B, lora_A)
+    results, places = [], []
+    for numels, wanted in zip(sizes, (vectors, True, vectors), strict=True):
+        flat = _empty_float32(sum(numels) if wanted else 0)
+        starts = itertools.accumulate((4 * n for n in numels[:-1]), initial=fresh(flat))
+        results.append(flat)
+        places.append(list(starts) if wanted else [0] * len(numels))
+    rank, info = (torch.empty(len(lora_B), dtype=torch.int64, device="cpu") for _ in range(2))
+    _decompose(lora_B, lora_A, scaling, mode, Places(*places), vectors, False, rank, info)
+    return *results, rank, info
+
+
+def low_rank_svd_out(
+    lora_B: list[Tensor],
+    lora_A: list[Tensor],
+    scaling: list[float],
+    mode: str,
+    U: list[Tensor],
+    S: list[Tensor],
+    Vh: list[Tensor],
+    rank: Tensor,
+    info: Tensor,
+) -> None:
+    columns = zip(("U", "S", "Vh"), (U, S, Vh), _sizes(lora_B, lora_A), strict=True)
+    places = Places(*(addresses(name, t, torch.float32, numels) for name, t, numels in columns))
+    _decompose(lora_B, lora_A, scaling, mode, places, True, True, rank, info)
+
+
+def _sizes(lora_B: list[Tensor], lora_A: list[Tensor]) -> tuple[list[int], list[int], list[int]]:
+    """Return how many values U, S and Vh of every pair have."""
+    shapes = [(*B.shape, A.shape[1]) for B, A in zip(lora_B, lora_A, strict=True)]
+    k = [min(shape) for shape in shapes]
+    return (
+        [m * width for (m, _, _), width in zip(shapes, k, strict=True)],
+        k,
+        [n * width for (_, _, n), width in zip(shapes, k, strict=True)],
+    )
+
+
+def _decompose(
+    lora_B: list[Tensor],
+    lora_A: list[Tensor],
+    scaling: list[float],
+    mode: str,
+    places: Places,
+    vectors: bool,
+    stream: bool,
+    rank: Tensor,
+    info: Tensor,
+) -> None:
+    """Write the results of all pairs, those of each rank in one go.
+
+    stream: past the caches, to memory that has been written before.
+    """
     lora_B, lora_A = ([factor.contiguous() for factor in side] for side in (lora_B, lora_A))
-    k = [min(*B.shape, A.shape[1]) for B, A in zip(lora_B, lora_A, strict=True)]
-    S_at = [0, *itertools.accumulate(k)]
-    U_at, Vh_at = [0], [0]
-    for i, width in enumerate(k):
-        U_at.append(U_at[i] + lora_B[i].shape[0] * width)
-        Vh_at.append(Vh_at[i] + lora_A[i].shape[1] * width)
-    S = torch.empty(S_at[-1], dtype=torch.float32, device="cpu")
-    U, Vh = (_empty_float32(at[-1] if vectors else 0) for at in (U_at, Vh_at))
-    rank, info = (torch.empty(len(k), dtype=torch.int64, device="cpu") for _ in range(2))
-    members: dict[int, list[int]] = {}
-    for i, A in enumerate(lora_A):
-        members.setdefault(A.shape[0], []).append(i)
-    for r, where in members.items():
-        B, A, factors, starts, widths, U_starts, Vh_starts = (
-            [column[i] for i in where] for column in (lora_B, lora_A, scaling, S_at, k, U_at, Vh_at)
-        )
-        cores, inverse, *rest = low_rank_cores(B, A, r, factors, mode == "accurate")
-        widths = torch.tensor(widths, device="cpu")
-        sigma, left, right, rank_r, info_r = _core_svd(cores, *rest, widths, vectors)
-        rank[where], info[where] = rank_r, info_r
-        columns = torch.arange(r, device="cpu")
-        inside = columns < widths[:, None]
-        S[(torch.tensor(starts, device="cpu")[:, None] + columns)[inside]] = sigma[inside].float()
-        if vectors:
-            kept = torch.where(info_r == -1, -1, rank_r)
-            low_rank_rotate(B, A, r, inverse, left, right, kept, U, U_starts, Vh, Vh_starts)
-    return U, S, Vh, rank, info
-
-
-def _core_svd(
-    cores: Tensor, scale: Tensor, floor: Tensor, info: Tensor, widths: Tensor, vectors: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Return singular values of the updates themselves [L, r], vectors of the cores, rank, info."""
-    r = cores.shape[1]
-    if r <= JACOBI_RANK:
-        sigma, left, right, more = jacobi_svd(cores, JACOBI_SWEEPS, vectors)
-        info = torch.where(info < 0, info, more)
-    else:
-        sigma, left, right = _lapack_svd(cores, vectors)
-    rank = torch.minimum((sigma > floor[:, None]).sum(1), widths)
-    kept = torch.arange(r, device="cpu") < rank[:, None]
-    sigma = torch.where(kept, sigma * scale[:, None], 0.0)
-    outside = unrepresentable(sigma, kept, torch.float32)
-    sigma[info < 0] = math.nan
-    return sigma, left, right, rank, torch.where(outside & (info == 0), -2, info)
+    ranks = [len(A) for A in lora_A]
+    for r in dict.fromkeys(ranks):
+        where = [i for i, other in enumerate(ranks) if other == r]
+        B, A, factors, *at = ([c[i] for i in where] for c in (lora_B, lora_A, scaling, *places))
+        pairs, second_pass = low_rank_pairs(B, A, r, Places(*at)), mode == "accurate"
+        if r <= JACOBI_RANK:
+            results = low_rank_pairs_svd(pairs, r, factors, second_pass, vectors, stream)
+        else:
+            cores, *rest = low_rank_cores(pairs, r, factors, second_pass)
+            results = low_rank_results(pairs, r, _lapack_svd(cores, vectors), *rest, stream)
+        rank[where], info[where] = results
 
 
 def _lapack_svd(cores: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -92,25 +122,62 @@ def _lapack_svd(cores: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None, Te
     return sigma, (left * sign).contiguous(), (right.mT * sign).contiguous()
 
 
-def low_rank_cores(
-    lora_B: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
+def low_rank_pairs(
+    lora_B: Sequence[Tensor], lora_A: Sequence[Tensor], r: int, places: Places
+) -> list[tuple[int, ...]]:
+    """Return what C++ takes of every pair of rank r: `low_rank_pairs` in csrc/cpu/bind.cpp."""
+    return [
+        (
+            *(B.shape[0], A.shape[1]),
+            *(address("lora_B", B, B.dtype, B.shape[0] * r), dtype_code("lora_B", B)),
+            *(address("lora_A", A, A.dtype, r * A.shape[1]), dtype_code("lora_A", A)),
+            *place,
+        )
+        for B, A, *place in zip(lora_B, lora_A, *places, strict=True)
+    ]
+
+
+def low_rank_pairs_svd(
+    pairs: list[tuple[int, ...]],
     r: int,
     scaling: Sequence[float],
     second_pass: bool,
+    vectors: bool,
+    stream: bool,
+) -> tuple[Tensor, Tensor]:
+    """Write U, S and Vh of pairs of rank r where they say, by all steps; return rank and info."""
+    count = len(pairs)
+    factors = torch.tensor(scaling, dtype=torch.float64, device="cpu")
+    rank, info = _int64(count), _int64(count)
+    library().low_rank_svd(
+        *isa_and_threads(),
+        pairs,
+        r,
+        address("scaling", factors, torch.float64, count),
+        second_pass,
+        JACOBI_SWEEPS,
+        vectors,
+        stream,
+        fresh(rank),
+        fresh(info),
+    )
+    return rank, info
+
+
+def low_rank_cores(
+    pairs: list[tuple[int, ...]], r: int, scaling: Sequence[float], second_pass: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the r x r cores of pairs of rank r; see csrc/include/peftkern/low_rank_svd.h.
 
     Returns: cores [L, r, r], inverse [L, 2, r, r], scale [L], floor [L], float64; info int64 [L].
     """
-    count = len(lora_B)
+    count = len(pairs)
     factors = torch.tensor(scaling, dtype=torch.float64, device="cpu")
     cores, inverse = _float64(count, r, r), _float64(count, 2, r, r)
-    scale, floor = _float64(count), _float64(count)
-    info = torch.empty(count, dtype=torch.int64, device="cpu")
+    scale, floor, info = _float64(count), _float64(count), _int64(count)
     library().low_rank_cores(
         *isa_and_threads(),
-        _low_rank_pairs(lora_B, lora_A, r),
+        pairs,
         r,
         address("scaling", factors, torch.float64, count),
         second_pass,
@@ -126,7 +193,7 @@ def jacobi_svd(
     count, r, _ = cores.shape
     sigma = _float64(count, r)
     left, right = (_float64(count, r, r) if vectors else None for _ in range(2))
-    info = torch.empty(count, dtype=torch.int64, device="cpu")
+    info = _int64(count)
     library().jacobi_svd(
         *isa_and_threads(),
         count,
@@ -141,39 +208,38 @@ def jacobi_svd(
     return sigma, left, right, info
 
 
-def low_rank_rotate(
-    lora_B: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
+def low_rank_results(
+    pairs: list[tuple[int, ...]],
     r: int,
+    svd: tuple[Tensor, Tensor | None, Tensor | None],
     inverse: Tensor,
-    left: Tensor,
-    right: Tensor,
-    rank: Tensor,
-    U: Tensor,
-    U_offsets: Sequence[int],
-    Vh: Tensor,
-    Vh_offsets: Sequence[int],
-) -> None:
-    """Write U [m, k] and Vh [k, n] of every pair into flat float32 tensors, each at its offset.
+    scale: Tensor,
+    floor: Tensor,
+    info: Tensor,
+    stream: bool,
+) -> tuple[Tensor, Tensor]:
+    """Write U, S and Vh of pairs of rank r where they say; return rank and info.
 
-    k = min(r, m, n); inverse from `low_rank_cores`; left, right [L, r, r] float64; rank int64.
+    svd: singular values of the cores [L, r], left and right vectors [L, r, r], or None for both;
+    the rest from `low_rank_cores`.
     """
-    count = len(lora_B)
-    library().low_rank_rotate(
+    count, (sigma, left, right) = len(pairs), svd
+    rank, info = _int64(count), info.clone()
+    library().low_rank_results(
         *isa_and_threads(),
-        _low_rank_pairs(lora_B, lora_A, r),
+        pairs,
         r,
         address("inverse", inverse, torch.float64, 2 * count * r * r),
-        address("left", left, torch.float64, count * r * r),
-        address("right", right, torch.float64, count * r * r),
-        address("rank", rank, torch.int64, count),
-        address("U", U, torch.float32, U.numel()),
-        U.numel(),
-        U_offsets,
-        address("Vh", Vh, torch.float32, Vh.numel()),
-        Vh.numel(),
-        Vh_offsets,
+        optional("left", left, torch.float64, count * r * r),
+        optional("right", right, torch.float64, count * r * r),
+        address("sigma", sigma, torch.float64, count * r),
+        address("scale", scale, torch.float64, count),
+        address("floor", floor, torch.float64, count),
+        stream,
+        fresh(rank),
+        address("info", info, torch.int64, count),
     )
+    return rank, info
 
 
 def _empty_float32(numel: int) -> Tensor:
@@ -183,22 +249,9 @@ def _empty_float32(numel: int) -> Tensor:
     return tensor
 
 
-def _low_rank_pairs(
-    lora_B: Sequence[Tensor], lora_A: Sequence[Tensor], r: int
-) -> list[tuple[int, int, int, int, int, int]]:
-    """Return m, n, address and dtype of lora_B, address and dtype of lora_A of every pair."""
-    return [
-        (
-            B.shape[0],
-            A.shape[1],
-            address("lora_B", B, B.dtype, B.shape[0] * r),
-            dtype_code("lora_B", B),
-            address("lora_A", A, A.dtype, r * A.shape[1]),
-            dtype_code("lora_A", A),
-        )
-        for B, A in zip(lora_B, lora_A, strict=True)
-    ]
-
-
 def _float64(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device="cpu")
+
+
+def _int64(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, device="cpu")

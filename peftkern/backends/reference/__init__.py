@@ -23,7 +23,11 @@ from peftkern.backends.reference.lora_linear import (
     lora_linear_forward,
     lora_shrink,
 )
-from peftkern.backends.reference.low_rank_svd import low_rank_svd, unrepresentable
+from peftkern.backends.reference.low_rank_svd import (
+    low_rank_svd,
+    low_rank_svd_out,
+    unrepresentable,
+)
 from peftkern.backends.reference.nf4 import (
     nf4_absmax,
     nf4_dequantize,

@@ -35,6 +35,27 @@ def low_rank_svd(
     return U, S, Vh, torch.stack(rank), torch.stack(info)
 
 
+def low_rank_svd_out(
+    lora_B: list[Tensor],
+    lora_A: list[Tensor],
+    scaling: list[float],
+    mode: str,
+    U: list[Tensor],
+    S: list[Tensor],
+    Vh: list[Tensor],
+    rank: Tensor,
+    info: Tensor,
+) -> None:
+    """Write what `low_rank_svd` returns to tensors of every pair's own."""
+    *columns, rank_found, info_found = low_rank_svd(lora_B, lora_A, scaling, True, mode)
+    for tensors, flat in zip((U, S, Vh), columns, strict=True):
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+    rank.copy_(rank_found)
+    info.copy_(info_found)
+
+
 def _low_rank_svd(
     lora_B: Tensor, lora_A: Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

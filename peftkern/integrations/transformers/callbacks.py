@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +18,16 @@ from peftkern.integrations.packages import needed_by
 from peftkern.monitor import FIELDS, TrainingMonitor, scalars
 
 with needed_by("peftkern.integrations.transformers"):
-    from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft import PeftModel
     from peft.tuners.adalora.model import AdaLoraModel
     from tqdm.auto import tqdm
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
     from transformers.utils import logging as transformers_logging
 
+    from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
+    from peftkern.integrations.peft.adalora_state import keep_state_when_loading, save_state
+    from peftkern.integrations.peft.adalora_steps import allocate, prepare, set_total_step
     from peftkern.integrations.peft.patch import PatchReport, patch
 
 if TYPE_CHECKING:
@@ -143,7 +146,7 @@ class MonitorCallback(TrainerCallback):
         self.monitor = TrainingMonitor(**options, every=0).start()
         if model is not None and not self._counted and not args.torch_compile:
             self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
-        self._tuner = _find_tuner(model)
+        self._tuner = find_tuner(model)
         if self._tuner is not None:
             self._write_ranks(state)
 
@@ -208,9 +211,7 @@ class MonitorCallback(TrainerCallback):
         adapter = self._tuner.trainable_adapter_name
         self._pattern = _rank_pattern(self._tuner)
         ranks = self._pattern or {
-            name: len(module.lora_E[adapter])
-            for name, module in self._tuner.model.named_modules()
-            if isinstance(module, AdaLoraLayer) and adapter in module.lora_E
+            name: len(layer.lora_E[adapter]) for name, layer in layers_of(self._tuner).items()
         }
         ranks = {name.partition(".lora_E")[0]: rank for name, rank in ranks.items()}
         self.monitor.ranks(ranks, global_step=state.global_step)
@@ -231,20 +232,39 @@ class MonitorCallback(TrainerCallback):
 class AdaLoraCallback(TrainerCallback):
     """Callback that prunes an AdaLoRA model to its budget after every optimizer step.
 
+    It patches a model that nothing has patched before (put PeftKernCallback, with its options and
+    its report, in front if you want those), and keeps lora_E in float32 where a trainer casts
+    adapters to 16 bits.
+
     The Trainer announces `on_optimizer_step` between optimizer.step() and zero_grad(), once per
     step whatever the gradient accumulation: the order that PEFT documents, with gradients of the
     step and parameters after it. Steps count from 1, so that the masks are drawn at multiples of
     deltaT and become final at step total_step - tfinal. A step that the gradient scaler skips, for
     its gradients are not finite, leaves importance and masks alone. The Trainer knows how many
-    steps it will take: a config with another total_step is told so, with a warning.
+    steps it will take: a config with another total_step is told so, with a warning. In several
+    processes each mask is compared, and a difference is an error.
 
-    Resuming from a checkpoint that the Trainer wrote after the first mask fails, as it does without
-    this callback: PEFT saves fewer triplets than the new model has. Save the adapter with
-    `save_pretrained` instead and load that.
+    A checkpoint of the Trainer has, beside the adapter that PEFT makes of the triplets kept so far,
+    a file with all of them, their importance and the schedule. Resuming and
+    `load_best_model_at_end` read it and go on bit for bit; give the callback to the Trainer's
+    constructor for that. A checkpoint without the file resumes with a warning.
 
     Raises: ValueError when training begins if no AdaLoRA adapter is trained, or if the number of
         steps leaves none for the allocation.
     """
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if find_tuner(model) is not None:
+            prepare(model)
+        if isinstance(model, PeftModel):
+            keep_state_when_loading(model)
 
     def on_train_begin(
         self,
@@ -254,21 +274,8 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        tuner = _tuner(model)
-        config = tuner.peft_config[tuner.trainable_adapter_name]
-        steps = state.max_steps
-        if config.tinit >= steps - config.tfinal:
-            raise ValueError(
-                f"tinit, tfinal: expected tinit + tfinal below the {steps} steps of this training, "
-                f"got {config.tinit} and {config.tfinal}"
-            )
-        if config.total_step != steps:
-            warnings.warn(
-                f"total_step of the AdaLoRA config is {config.total_step}, this training takes "
-                f"{steps} steps: using {steps}",
-                stacklevel=2,
-            )
-            tuner.rankallocator.set_total_step(steps)
+        tuner = prepare(model)
+        set_total_step(tuner, state.max_steps, state.global_step)
 
     def on_optimizer_step(
         self,
@@ -278,28 +285,21 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        tuner, step = _tuner(model), state.global_step + 1
-        config = tuner.peft_config[tuner.trainable_adapter_name]
         skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
-        if skipped and step < config.total_step - config.tfinal:
-            return  # from then on no gradient is read
-        tuner.update_and_allocate(step)
+        allocate(find_tuner(model), state.global_step + 1, skipped=skipped)
 
-
-def _find_tuner(model: nn.Module | None) -> AdaLoraModel | None:
-    modules = () if model is None else model.modules()
-    trained = (m for m in modules if isinstance(m, AdaLoraModel) and hasattr(m, "rankallocator"))
-    return next(trained, None)
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if args.should_save and os.path.isdir(folder):
+            save_state(find_tuner(model), folder, state.global_step)
 
 
 def _rank_pattern(tuner: AdaLoraModel) -> dict[str, list[bool]] | None:
     return tuner.peft_config[tuner.trainable_adapter_name].rank_pattern
-
-
-def _tuner(model: nn.Module | None) -> AdaLoraModel:
-    tuner = _find_tuner(model)
-    if tuner is None:
-        raise ValueError(
-            "model: AdaLoraCallback expects an AdaLoRA adapter in training, found none"
-        )
-    return tuner

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from peftkern.tools.adapters import peft_keys
+from peftkern.tools.adapters import experts, peft_keys
 from peftkern.tools.adapters.adapter import Adapter, AdapterError
 from peftkern.tools.adapters.convert import diffusers, grouped, kohya, mlx
 from peftkern.tools.adapters.source import CONFIG, Source, open_source
 from peftkern.tools.adapters.targets import PREFIX
+
+PEFT = "PEFT"
 
 
 class Reader(NamedTuple):
@@ -32,6 +34,9 @@ def read_adapter(path: str | os.PathLike, *, expert_layout: str | None = None) -
     Returns: an Adapter; tensors in the file's dtype, AdaLoRA's lora_E multiplied into lora_A.
     Raises: AdapterError, one line that names the file and the tensor.
     """
+    if expert_layout is not None and expert_layout not in experts.LAYOUTS:
+        expected = ", ".join(experts.LAYOUTS)
+        raise AdapterError(f"expert_layout: expected one of {expected}, got {expert_layout!r}")
     source = open_source(path)
     return reader_of(source).read(source, expert_layout)
 
@@ -41,11 +46,11 @@ def reader_of(source: Source) -> Reader:
     for reader in READERS:
         if reader.recognizes(source):
             return reader
-    first = next(iter(source.tensors))
-    raise AdapterError(
-        f"{source.path}: {first}: expected an adapter as {', '.join(r.name for r in READERS)} "
-        f"names its tensors, with {CONFIG} beside a file of PEFT's"
-    )
+    first, formats = next(iter(source.tensors)), ", ".join(reader.name for reader in READERS)
+    expected = f"tensors as one of {formats} names them"
+    if first.startswith(PREFIX):
+        expected = f"{CONFIG} with a peft_type beside it"
+    raise AdapterError(f"{source.path}: {first}: expected {expected}")
 
 
 def from_model(model: nn.Module, adapter_name: str = "default") -> Adapter:
@@ -71,7 +76,7 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Adapter:
             if isinstance(layer, AdaLoraLayer):
                 scaling /= float(layer.ranknum[adapter_name]) + 1e-5
             name = name.removeprefix(PREFIX)
-            module, _ = peft_keys.experts.split_wrapper(name)
+            module, _ = experts.split_wrapper(name)
             parameter = getattr(layer, "parameter_name", "weight")
             known[name] = peft_keys.Known(module, parameter, scaling)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -99,7 +104,7 @@ def _read_peft(source: Source, layout: str | None) -> Adapter:
 
 READERS = (
     Reader("grouped", grouped.recognizes, grouped.read),
-    Reader("PEFT", _is_peft, _read_peft),
+    Reader(PEFT, _is_peft, _read_peft),
     Reader("kohya", kohya.recognizes, kohya.read),
     Reader("mlx", mlx.recognizes, mlx.read),
     Reader("diffusers", diffusers.recognizes, diffusers.read),

@@ -7,13 +7,10 @@ once, or not at all where the scaling is a power of two.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import re
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +28,10 @@ from peftkern.tools.adapters.adapter import (
     Update,
     changed_base,
     check_finite,
+    not_finite,
 )
 from peftkern.tools.adapters.experts import settled
-from peftkern.tools.adapters.scaling import scale_of
+from peftkern.tools.adapters.scaling import rank_fields, scale_of
 from peftkern.tools.adapters.source import CONFIG, MODEL, NAMES
 from peftkern.tools.adapters.targets import target_name
 from peftkern.tools.checkpoints.staging import sync_file
@@ -80,7 +78,7 @@ def write_adapter(
     folded = fold(adapter, dtype)
     tensors = file_tensors(folded)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not_finite(tensor):
             raise AdapterError(f"{adapter.source}: {name}: beyond {tensor.dtype}")
     publish(path, Files(MODEL, tensors, {"format": "pt"}, folded.config))
 
@@ -125,16 +123,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     if any(update.kind == "experts" for update in adapter.updates.values()):
         config |= settled(config)
     ranks = {_target(adapter, update): update.rank for update in adapter.updates.values()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: rank for name, rank in ranks.items() if rank != r}
-    config |= {"r": r, "lora_alpha": r, "use_rslora": False}
-    for exact in (False, True):  # a name may match others, or be no regular expression for itself
-        patterns = {f"^{re.escape(name)}" if exact else name: rank for name, rank in others.items()}
-        config |= {"rank_pattern": patterns, "alpha_pattern": dict(patterns)}
-        with contextlib.suppress(re.error):
-            if all(scale_of(config, name, "").rank == rank for name, rank in ranks.items()):
-                break
-    return config
+    return config | rank_fields(ranks)
 
 
 def _target(adapter: Adapter, update: Update) -> str:
@@ -182,6 +171,7 @@ def publish(path: Path, files: Files) -> None:
     Where other files are there, those of an adapter are replaced, the config last: without it
     nothing loads.
     """
+    path = Path(os.path.abspath(path))  # "." has no name
     work = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from adapters import EXPERTS, HIDDEN, INNER, delta, deltas, save
+from expert_models import add_experts_lora, fill_lora_B, tiny_moe
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from peftkern.tools.adapters import AdapterError, experts, read_adapter, write_adapter
@@ -148,3 +150,18 @@ def test_a_transposed_base_has_the_same_factors(tmp_path):
     adapter = read_adapter(tmp_path / "a")
     check(adapter, model)
     assert adapter.updates["layers.0.experts.gate_up_proj"].size == (2 * INNER, HIDDEN)
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss", "NemotronH"])
+def test_adapters_of_transformers_models_go_through_a_file(family, tmp_path):
+    model = add_experts_lora(tiny_moe(family), target_modules=["q_proj"])
+    fill_lora_B(model)
+    model.save_pretrained(tmp_path / "a")
+    adapter = read_adapter(tmp_path / "a")
+    check(adapter, model)
+    assert {one.kind for one in adapter.updates.values()} == {"linear", "experts"}
+    write_adapter(adapter, tmp_path / "b")
+    loaded = PeftModel.from_pretrained(tiny_moe(family), tmp_path / "b")
+    theirs = deltas(model)
+    for key, tensor in deltas(loaded).items():
+        torch.testing.assert_close(tensor, theirs[key], **CLOSE)

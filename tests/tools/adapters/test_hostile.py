@@ -60,7 +60,7 @@ def test_files_that_are_none(tmp_path, folder):
     refused(tmp_path / "p", "adapter_model.bin", "pickle", "runs code")
     refused(tmp_path / "p" / "adapter_model.bin", "pickle")
     (folder / CONFIG).unlink()
-    refused(folder, MODEL, "lora_A.weight: expected an adapter as PEFT names", CONFIG)
+    refused(folder, MODEL, f"lora_A.weight: expected {CONFIG} with a peft_type")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "IA3"}', "{}", "[" * 100_000])
@@ -119,6 +119,10 @@ def test_tensors_that_do_not_fit(folder, name, tensor, words):
 
 def test_names_of_no_adapter(folder):
     state = load_file(folder / MODEL)
+    save_file({"some.weight": torch.zeros(2, 2)}, folder / "other.safetensors")
+    (folder / "apart").mkdir()
+    (folder / "other.safetensors").rename(folder / "apart" / "other.safetensors")
+    refused(folder / "apart" / "other.safetensors", "some.weight: expected tensors as one of")
     save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / MODEL)
     refused(folder, "lora_A.weight", "begins with base_model.model.")
     save_file({"base_model.model.x.weight": torch.zeros(2, 2)}, folder / MODEL)

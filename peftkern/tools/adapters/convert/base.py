@@ -13,7 +13,7 @@ from torch import Tensor
 from peftkern.formats.json_files import read_json
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
 from peftkern.tools.adapters.convert.diffusers import COMPONENTS
-from peftkern.tools.quantize.checkpoint import (
+from peftkern.tools.checkpoints.checkpoint import (
     READ_ERRORS,
     CheckpointError,
     TensorInfo,

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from peftkern.formats.json_files import parse_json
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update, check_config
-from peftkern.tools.adapters.scaling import scale_of
+from peftkern.tools.adapters.convert.pairs import check_floating, from_update, to_update
+from peftkern.tools.adapters.scaling import rank_fields, scale_of
 from peftkern.tools.adapters.source import Source
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -55,6 +56,7 @@ def read(opened: Source, _: str | None = None) -> Adapter:
                 f"{source}: {name}: expected a component ({', '.join(COMPONENTS)}), a module and "
                 f"{A}, {B}, {BIAS} or {MAGNITUDE}, got {what}"
             )
+        check_floating(name, tensor, source)
         part = MAGNITUDE if suffix.startswith(MAGNITUDE) else suffix
         modules.setdefault(name.removesuffix(suffix), {})[part] = tensor
     updates = [_update(module, parts, configs, source) for module, parts in modules.items()]
@@ -88,34 +90,17 @@ def _update(
     for suffix in (A, B):
         if suffix not in parts:
             raise AdapterError(f"{source}: {module}{suffix}: expected it in the file")
-    lora_A, lora_B = parts[A], parts[B]
-    rank = lora_A.shape[0] if lora_A.ndim else 0
-    ones = [1] * (lora_A.ndim - 2)
-    if lora_A.ndim not in (2, 3, 4) or not rank or list(lora_B.shape[1:]) != [rank, *ones]:
-        raise AdapterError(
-            f"{source}: {module}: expected lora_A [r, n] and lora_B [m, r], or those of a "
-            f"convolution, got {list(lora_A.shape)} and {list(lora_B.shape)}"
-        )
     component, _, name = module.partition(".")
-    scaling = 1.0
+    said, scaling = None, 1.0
     if component in configs:
         said, scaling = scale_of(configs[component], name, f"{source}: {component}")
-        if said != rank:
-            raise AdapterError(
-                f"{source}: {module}: expected rank {said} as in {METADATA}, got {rank}"
-            )
-    convolution = lora_A.ndim > 2
-    return Update(
-        module,
-        "weight",
-        "conv" if convolution else "linear",
-        lora_A.flatten(1),
-        lora_B.flatten(1),
-        scaling,
-        shape=tuple(lora_A.shape) if convolution else (),
-        magnitude=parts.get(MAGNITUDE),
-        bias=parts.get(BIAS),
-    )
+    extra = {"magnitude": parts.get(MAGNITUDE), "bias": parts.get(BIAS)}
+    update = to_update(module, parts[A], parts[B], scaling, source, **extra)
+    if said not in (None, update.rank):
+        raise AdapterError(
+            f"{source}: {module}: expected rank {said} as in {METADATA}, got {update.rank}"
+        )
+    return update
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -142,26 +127,16 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _parts(update: Update) -> dict[str, Tensor]:
-    lora_A, lora_B = update.lora_A, update.lora_B
-    if update.kind == "conv":
-        lora_A = lora_A.reshape(-1, *update.shape[1:])
-        lora_B = lora_B.reshape(*lora_B.shape, *[1] * (len(update.shape) - 2))
+    lora_A, lora_B = from_update(update)
     parts = {A: lora_A, B: lora_B, BIAS: update.bias, MAGNITUDE: update.magnitude}
     return {update.module + s: tensor for s, tensor in parts.items() if tensor is not None}
 
 
 def _config(updates: Mapping[str, Update]) -> dict[str, Any]:
     """Return the arguments of LoraConfig for one component."""
-    ranks = [update.rank for update in updates.values()]
-    rank = max(ranks, key=ranks.count)
-    others = {name: update.rank for name, update in updates.items() if update.rank != rank}
     return {
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        **rank_fields({name: update.rank for name, update in updates.items()}),
         "target_modules": list(updates),
-        "use_rslora": False,
         "use_dora": any(update.magnitude is not None for update in updates.values()),
         "lora_bias": any(update.bias is not None for update in updates.values()),
         "bias": "none",

@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkern.formats.json_files import brief
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
+from peftkern.tools.adapters.convert.pairs import check_floating, from_update, to_update
 from peftkern.tools.adapters.source import Source
 
 FILE = "pytorch_lora_weights.safetensors"  # any name serves sd-scripts; diffusers finds this one
@@ -51,6 +51,8 @@ def read(source: Source, _: str | None = None) -> Adapter:
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in source.tensors.items():
         module, suffix = _parse(name, where)
+        if suffix != ALPHA:
+            check_floating(name, tensor, where)
         modules.setdefault(module, {})[suffix] = tensor
     updates = [_update(module, parts, where) for module, parts in modules.items()]
     dora = any(update.magnitude is not None for update in updates)
@@ -75,36 +77,23 @@ def _update(module: str, parts: Mapping[str, Tensor], source: str) -> Update:
         if suffix not in parts:
             raise AdapterError(f"{source}: {module}{suffix}: expected it in the file")
     down, up = parts[DOWN], parts[UP]
-    convolution = down.ndim in (3, 4)
-    ones = [1] * (down.ndim - 2)
-    fits = down.ndim in (2, 3, 4) and down.shape[0] > 0
-    if not fits or up.ndim != down.ndim or list(up.shape[1:]) != [down.shape[0], *ones]:
-        raise AdapterError(
-            f"{source}: {module}: expected lora_down [r, n] and lora_up [m, r], or those of a "
-            f"convolution, got {list(down.shape)} and {list(up.shape)}"
-        )
-    return Update(
-        module,
-        "weight",
-        "conv" if convolution else "linear",
-        down.flatten(1),
-        up.flatten(1),
-        scaling=_scaling(module, parts.get(ALPHA), down.shape[0], source),
-        shape=tuple(down.shape) if convolution else (),
-        magnitude=_magnitude(module, parts.get(DORA), up, source),
-    )
+    plain = to_update(module, down, up, 1.0, source)
+    magnitude = _magnitude(module, parts.get(DORA), up, source)
+    alpha = _alpha(module, parts.get(ALPHA), source)
+    scaling = 1.0 if alpha is None else alpha / plain.rank
+    return dataclasses.replace(plain, scaling=scaling, magnitude=magnitude)
 
 
-def _scaling(module: str, alpha: Tensor | None, rank: int, source: str) -> float:
+def _alpha(module: str, alpha: Tensor | None, source: str) -> float | None:
     if alpha is None:
-        return 1.0
+        return None
     value = alpha.item() if alpha.numel() == 1 else math.nan
     if not math.isfinite(value) or value == 0:  # 0 is the rank for sd-scripts, and 0 for diffusers
         raise AdapterError(
             f"{source}: {module}{ALPHA}: expected one finite number other than 0, got "
             f"{brief(alpha.flatten()[:4].tolist())}"
         )
-    return value / rank
+    return value
 
 
 def _magnitude(module: str, scale: Tensor | None, up: Tensor, source: str) -> Tensor | None:
@@ -133,7 +122,7 @@ def resolve(adapter: Adapter, modules: Iterable[str]) -> Adapter:
     for update in adapter.updates.values():
         found = known.get(update.module, [])
         if len(found) != 1:
-            which = f"both {found[0]} and {found[1]}" if found else "no module of the base"
+            which = f"both {' and '.join(found)}" if found else "no module of the base"
             raise AdapterError(f"{adapter.source}: {update.module}: is the name of {which}")
         updates.append(dataclasses.replace(update, module=found[0]))
     return adapter.with_updates(updates)
@@ -175,12 +164,8 @@ def _name(adapter: Adapter, update: Update, prefixes: Mapping[str, str]) -> str:
 
 
 def _parts(update: Update) -> dict[str, Tensor]:
-    up = update.lora_B
-    parts: dict[str, Any] = {DOWN: update.lora_A, UP: up}
-    if update.kind == "conv":
-        ones = [1] * (len(update.shape) - 2)
-        down = update.lora_A.reshape(-1, *update.shape[1:])
-        parts = {DOWN: down, UP: up.reshape(*up.shape, *ones)}
+    down, up = from_update(update)
+    parts = {DOWN: down, UP: up, ALPHA: torch.tensor(update.scaling * update.rank)}
     if update.magnitude is not None:
-        parts[DORA] = update.magnitude.reshape(-1, *[1] * (parts[UP].ndim - 1))
-    return {**parts, ALPHA: torch.tensor(update.scaling * update.rank)}
+        parts[DORA] = update.magnitude.reshape(-1, *[1] * (up.ndim - 1))
+    return parts

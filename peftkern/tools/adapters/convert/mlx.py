@@ -23,6 +23,7 @@ from torch import Tensor
 
 from peftkern.formats.json_files import brief
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
+from peftkern.tools.adapters.convert.pairs import check_floating
 from peftkern.tools.adapters.convert.per_expert import (
     PROJECTIONS,
     checkpoint_name,
@@ -60,6 +61,7 @@ def read(opened: Source, _: str | None = None) -> Adapter:
             raise AdapterError(
                 f"{source}: {name}: expected a module and {A}, {B}{' or ' + M if dora else ''}"
             )
+        check_floating(name, tensor, source)
         modules.setdefault(module, {})[dot + part] = tensor
     updates: list[Update] = []
     stacks: dict[str, dict[str, Update]] = {}

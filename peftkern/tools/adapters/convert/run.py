@@ -34,7 +34,7 @@ from peftkern.tools.adapters.adapter import (
 )
 from peftkern.tools.adapters.convert import base as bases
 from peftkern.tools.adapters.convert import diffusers, grouped, kohya, mlx, per_expert, to_lora
-from peftkern.tools.adapters.read import reader_of
+from peftkern.tools.adapters.read import PEFT, reader_of
 from peftkern.tools.adapters.source import MODEL, open_source
 from peftkern.tools.adapters.write import Files, check_destination, file_tensors, fold, publish
 
@@ -68,13 +68,13 @@ class Conversion:
 
 
 def convert_adapter(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Adapter,
     destination: str | os.PathLike,
     to: str,
     *,
     from_layout: str | None = None,
     base: str | os.PathLike | None = None,
-    initial: str | os.PathLike | None = None,
+    initial: str | os.PathLike | Adapter | None = None,
     component: str | None = None,
     rank: int | None = None,
     force: bool = False,
@@ -82,6 +82,7 @@ def convert_adapter(
     """Write an adapter in another layout, whole or not at all.
 
     Args:
+        source: a folder, a file, or an Adapter with PEFT's names, like one of a live model.
         to: one of TARGETS.
         from_layout: of the source's experts, where nothing in it tells: one of experts.LAYOUTS.
         base: folder of the base model; needed from kohya, whose names are not invertible, and from
@@ -96,10 +97,13 @@ def convert_adapter(
     destination = Path(destination)
     if to not in TARGETS:
         raise AdapterError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
+    if initial is not None and to != "lora":
+        raise AdapterError(f"initial: makes plain LoRA, and {to} was asked for")
+    if rank is not None and rank < 1:
+        raise AdapterError(f"rank: expected an integer above 0, got {rank}")
     check_destination(destination, force)
-    opened = open_source(source)
-    reader = reader_of(opened)
-    adapter = _named(reader.read(opened, from_layout), reader.name, to, base, component)
+    read, layout = _read(source, from_layout)
+    adapter = _named(read, layout, to, base, component)
     losses: dict[str, to_lora.Loss] = {}
     if to == "lora":
         to_lora.check_lora(adapter, initial=initial is not None, base=base is not None)
@@ -111,8 +115,17 @@ def convert_adapter(
     check_finite(folded)
     files = TARGETS[to](folded, bases.model_type(base, adapter.config), base)
     publish(destination, files)
-    names = str(source), str(destination), reader.name, to
+    names = read.source, str(destination), layout, to
     return Conversion(*names, len(folded.updates), tuple(rounded), losses, adapter.notes)
+
+
+def _read(source: str | os.PathLike | Adapter, layout: str | None) -> tuple[Adapter, str]:
+    """Return an adapter, and the name of the layout it is in."""
+    if isinstance(source, Adapter):
+        return source, PEFT
+    opened = open_source(source)
+    reader = reader_of(opened)
+    return reader.read(opened, layout), reader.name
 
 
 def _exact(update: Update, folded: Update) -> bool:
@@ -135,7 +148,7 @@ def _named(
     if to in _COMPONENTS:
         if component not in diffusers.COMPONENTS:
             raise AdapterError(
-                f"--component: expected what {adapter.source} is of, one of "
+                f"component: expected what {adapter.source} is of, one of "
                 f"{', '.join(diffusers.COMPONENTS)}, got {component or 'none'}"
             )
         renamed = [
@@ -146,7 +159,7 @@ def _named(
     taken = present[0] if component is None and len(present) == 1 else component
     if taken not in present:
         raise AdapterError(
-            f"--component: expected one of those in {adapter.source}, {', '.join(present)}, "
+            f"component: expected one of those in {adapter.source}, {', '.join(present)}, "
             f"got {component or 'none'}"
         )
     return adapter.with_updates(
@@ -159,18 +172,17 @@ def _named(
 def _plain(
     adapter: Adapter,
     base: str | os.PathLike | None,
-    initial: str | os.PathLike | None,
+    initial: str | os.PathLike | Adapter | None,
     rank: int | None,
 ) -> tuple[Adapter, dict[str, to_lora.Loss]]:
     """Return the adapter as plain LoRA, and what DoRA's modules lost."""
     if initial is not None:
-        opened = open_source(initial)
-        start = reader_of(opened).read(opened, None)
+        start, _ = _read(initial, None)
         start = fold(replace(start, config=to_lora.plain_config(start.config)))
         return fold(to_lora.subtract_initial(adapter, start)), {}
     if base is None or all(one.magnitude is None for one in adapter.updates.values()):
         return adapter, {}
-    plain, losses = to_lora.undo_dora(adapter, bases.Weights(base, adapter.config), rank)
+    plain, losses = to_lora.undo_dora(adapter, bases.Weights(base, adapter), rank)
     return fold(plain), losses
 
 
@@ -188,6 +200,11 @@ def _check_portable(adapter: Adapter, to: str) -> None:
     for name, why in UNMERGEABLE.items():
         if adapter.config.get(name):
             raise AdapterError(f"{adapter.source}: {name}: {why}, which {to}'s layout cannot say")
+    for key, update in adapter.updates.items():
+        if update.parameter != "weight" and update.kind != "experts":
+            raise AdapterError(
+                f"{adapter.source}: {key}: {to}'s layout has updates of modules alone"
+            )
 
 
 def _with_experts(adapter: Adapter, to: str) -> Adapter:

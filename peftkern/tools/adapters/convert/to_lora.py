@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update, changed_base
+from peftkern.tools.adapters.convert.base import base_table
 
 # Fields of what made the factors, or the base, another one; the update itself is plain.
 _METHODS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
@@ -52,6 +53,11 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
             )
         if update.bias is not None or other.bias is not None:
             raise AdapterError(f"{adapter.source}: {key}: lora_B.bias beside --initial")
+        if base_table(update) in adapter.extras:
+            raise AdapterError(
+                f"{adapter.source}: {base_table(update)}: is of the changed base, and would "
+                "replace the original's"
+            )
         rank = update.rank + other.rank
         updates.append(
             dataclasses.replace(

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peftkern.tools.adapters import AdapterError, read_adapter
+from peftkern.tools.adapters import AdapterError, from_model, read_adapter
 from peftkern.tools.adapters.convert.run import convert_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -45,6 +45,13 @@ def test_there_and_back(to, case, tmp_path):
     convert_adapter(tmp_path / "b", tmp_path / "back", "peft")
     same_files(tmp_path / "peft", tmp_path / "back")
     check(read_adapter(tmp_path / "back"), deltas(model))
+
+
+def test_a_live_model_is_converted_as_its_file_is(tmp_path):
+    model = save("experts and attention", tmp_path / "a")
+    for name, source in (("b", tmp_path / "a"), ("c", from_model(model))):
+        convert_adapter(source, tmp_path / name, "per-expert")
+    same_files(tmp_path / "b", tmp_path / "c")
 
 
 @pytest.mark.parametrize("rank, alpha", [(1, 4), (3, 1.5), (3, 6), (2, 0.5)])

@@ -216,6 +216,7 @@ BAD = {
         {"lora_unet_conv_in.dora_scale": torch.ones(1, 3, 1, 1)},
         ("lora_unet_conv_in.dora_scale", "5 outputs", "[1, 3, 1, 1]"),
     ),
+    "integers": ({DOWN: torch.ones(2, 3, 3, 3).int()}, (DOWN, "floating point", "int32")),
     "not finite": ({UP: torch.full((5, 2, 1, 1), torch.inf)}, ("conv_in", "NaN or infinity")),
 }
 
@@ -255,6 +256,8 @@ def write_diffusers(folder: Path, change: dict, fields: dict | str) -> Path:
 WRONG = {
     "no partner": ({"unet.x.lora_B.weight": None}, {}, ("unet.x.lora_B.weight",)),
     "another rank": ({"unet.x.lora_B.weight": torch.ones(4, 3)}, {}, ("unet.x", "[4, 3]")),
+    "integers": ({"unet.x.lora_B.weight": torch.ones(4, 2).int()}, {}, ("lora_B", "int32")),
+    "a bias": ({"unet.x.lora_B.bias": torch.ones(3)}, {}, ("unet.x", "bias of 4", "[3]")),
     "a stranger": ({"unet.y.hada_w1": torch.ones(1)}, {}, ("unet.y.hada_w1",)),
     "an earlier name": (
         {"unet.y.to_q_lora.down.weight": torch.ones(1)}, {}, ("to_q_lora.down", "before 0.26")),
@@ -276,12 +279,12 @@ def test_diffusers_files_with_a_defect(case, tmp_path):
 def test_components_are_asked_for(tmp_path):
     make("plain", tmp_path)
     for to in ("diffusers", "kohya"):
-        refused(tmp_path / "a", to, "--component", "unet", "got none")
-        refused(tmp_path / "a", to, "--component", "got vae", component="vae")
+        refused(tmp_path / "a", to, "component: ", "unet", "got none")
+        refused(tmp_path / "a", to, "component: ", "got vae", component="vae")
     extra = {f"text_encoder.y.lora_{x}.weight": torch.ones(1, 1) for x in "AB"}
     folder = write_diffusers(tmp_path / "d", extra, {})
-    refused(folder, "peft", "--component", "text_encoder, unet", "got none")
-    refused(folder, "peft", "--component", "got text_encoder_2", component="text_encoder_2")
+    refused(folder, "peft", "component: ", "text_encoder, unet", "got none")
+    refused(folder, "peft", "component: ", "got text_encoder_2", component="text_encoder_2")
 
 
 def test_what_these_layouts_cannot_hold(tmp_path):
@@ -294,3 +297,16 @@ def test_what_these_layouts_cannot_hold(tmp_path):
     twins = {f"unet.y_{z}.lora_{x}.weight": torch.ones(1, 1) for x in "AB" for z in "z"}
     twins |= {f"unet.y.{z}.lora_{x}.weight": torch.ones(1, 1) for x in "AB" for z in "z"}
     refused(write_diffusers(tmp_path / "c", twins, {}), "kohya", "unet.y", "another module")
+
+
+def test_ranks_are_told_by_whole_names(tmp_path):
+    """PEFT takes a pattern for the end of a name, so that "q" would be "a.q", too."""
+    ranks = {"q": 3, "a.q": 2, "b.q": 2, "c+": 4}
+    state = {f"unet.{name}.lora_A.weight": torch.ones(r, 5) for name, r in ranks.items()}
+    state |= {f"unet.{name}.lora_B.weight": torch.ones(6, r) for name, r in ranks.items()}
+    (tmp_path / "a").mkdir()
+    save_file(state, tmp_path / "a" / FILE)
+    convert_adapter(tmp_path / "a", tmp_path / "b", "diffusers")
+    found = read_adapter(tmp_path / "b").updates
+    assert {name.removeprefix("unet."): one.rank for name, one in found.items()} == ranks
+    assert all(update.scaling == 1 for update in found.values())

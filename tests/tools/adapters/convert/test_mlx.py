@@ -116,6 +116,7 @@ WRONG = {
     "no partner": ({f"{Q}.lora_b": None}, {}, (f"{Q}.lora_b",)),
     "another rank": ({f"{Q}.lora_b": torch.ones(3, 4)}, {}, (Q, "[3, 4]")),
     "dimensions": ({f"{Q}.lora_b": torch.ones(1, 2, 4)}, {}, (Q, "[1, 2, 4]")),
+    "integers": ({f"{Q}.lora_b": torch.ones(2, 4).int()}, {}, (f"{Q}.lora_b", "int32")),
     "a stranger": ({"layers.0.norm.weight": torch.ones(4)}, {}, ("layers.0.norm.weight",)),
     "4-bit factors": ({}, {"adapter_quantization": {"bits": 4}}, (FILE, "4-bit")),
     "all weights": ({}, {"fine_tune_type": "full"}, ("fine_tune_type 'full'",)),
@@ -146,6 +147,11 @@ def test_what_mlx_cannot_hold(tmp_path, monkeypatch):
     }.items():
         save(case, tmp_path / case)
         refused(tmp_path / case, "mlx", str(tmp_path / case), word)
+    save("parameter called weight", tmp_path / "parameter")
+    config = json.loads((tmp_path / "parameter" / CONFIG).read_text())
+    config["target_parameters"] = ["q_proj.scale"]
+    (tmp_path / "parameter" / CONFIG).write_text(json.dumps(config))
+    refused(tmp_path / "parameter", "mlx", "q_proj.scale", "modules alone")
     monkeypatch.setitem(CASES, "pissa", {**CASES["linear"], "init_lora_weights": "pissa"})
     save("pissa", tmp_path / "pissa")
     for to in ("mlx", "diffusers", "kohya"):

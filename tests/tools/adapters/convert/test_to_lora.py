@@ -119,6 +119,20 @@ def test_what_a_request_lacks_is_named(tmp_path):
     refused(tmp_path / "a", "initial", "layers.1.q_proj", initial=tmp_path / "initial")
 
 
+def test_tables_of_the_base_are_of_the_changed_one(tmp_path):
+    train("pissa", tmp_path)
+    state = load_file(tmp_path / "a" / MODEL)
+    table = "base_model.model.layers.1.q_proj.base_layer.weight"
+    save_file(state | {table: torch.ones(12, 8)}, tmp_path / "a" / MODEL)
+    refused(tmp_path / "a", table, "changed base", initial=tmp_path / "initial")
+
+
+def test_options_in_vain_are_refused(tmp_path):
+    save("linear", tmp_path / "a")
+    refused(tmp_path / "a", "initial", "grouped", to="grouped", initial=tmp_path / "a")
+    refused(tmp_path / "a", "rank", "got 0", rank=0)
+
+
 @pytest.fixture
 def dora(tmp_path):
     """An adapter of every kind of layer, its base's folder, and what it adds to each weight."""
@@ -161,6 +175,17 @@ def test_dora_becomes_the_best_lora_of_a_rank(rank, dora):
     loaded = deltas(PeftModel.from_pretrained(Tiny(), folder / "b"))
     for key, theirs in loaded.items():
         torch.testing.assert_close(delta(after[key], theirs).float(), theirs, **CLOSE)
+
+
+def test_a_table_that_the_adapter_holds_is_its_base(dora):
+    folder, added = dora
+    name = "layers.0.q_proj"
+    kept, base = load_file(folder / "a" / MODEL), load_file(folder / "base" / "model.safetensors")
+    kept[f"base_model.model.{name}.base_layer.weight"] = base.pop(f"{name}.weight")
+    save_file(kept, folder / "a" / MODEL)
+    save_file(base, folder / "base" / "model.safetensors")
+    done = convert_adapter(folder / "a", folder / "b", "lora", base=folder / "base")
+    torch.testing.assert_close(done.losses[name].norm, added[name].norm().item(), **LOSS)
 
 
 def test_a_base_that_is_another(dora):
