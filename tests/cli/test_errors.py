@@ -40,6 +40,7 @@ KINDS = {
 }
 RUNS = {  # what each command is given besides the option that is wrong
     "adapter combine": "adapter adapter out",
+    "adapter convert": "adapter out --to mlx",
     "adapter extract": "llama tuned out",
     "adapter inspect": "adapter",
     "adapter resize": "adapter out --rank 2",
@@ -47,6 +48,7 @@ RUNS = {  # what each command is given besides the option that is wrong
     "bench": "--shapes 2x64x64 --op lora_linear --baselines frozen",
     "doctor": "--forget",
     "explain": "lora_linear 2x64x64",
+    "init": "pissa llama out",
     "merge": "llama adapter out",
     "monitor": "run.jsonl",
     "plan": "llama",
@@ -115,7 +117,7 @@ def test_wrong_values_are_one_line_that_names_them(name, parameter, files, capfd
             assert out == "" and error.startswith("peftkern: error: "), (kind, error)
             assert len(error.splitlines()) == 1, (kind, error)
             shown = " ".join(value.split())
-            named = {parameter.opts[0].removeprefix("--"), shown or "."}
+            named = {parameter.opts[0].removeprefix("--"), parameter.name.upper(), shown or "."}
             assert any(word in error for word in named), (kind, error)
             assert not list(new_files(files, before)), kind
         else:

@@ -84,7 +84,7 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     models, about_adapters = tmp_path / "models", name == "merge" or name.startswith("adapter")
-    if name == "quantize" or about_adapters:
+    if name in ("init", "quantize") or about_adapters:
         base = save_llama(models / "llama3-8b")
     if about_adapters:
         for folder in ("my-adapter", "runs/adapter"):
@@ -98,7 +98,8 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "run", ready)
     assert main(example(name)) == 0
     assert ran == ([300.0] if name in ("bench", "tune") else [])
-    made = {"quantize": "llama3-8b-nf4", "merge": "merged", "adapter extract": "my-tune"}
+    made = {"init": "llama3-8b-pissa", "merge": "merged", "quantize": "llama3-8b-nf4"}
+    made["adapter extract"] = "my-tune"
     written = {made[name]} if name in made else set()
     assert {one.name for one in models.glob("*")} - {"llama3-8b"} == written
 

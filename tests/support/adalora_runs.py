@@ -38,7 +38,8 @@ def digest(model: PeftModel) -> str:
     """All that decides how AdaLoRA goes on, in one word."""
     found = hashlib.sha256()
     allocator = model.base_model.rankallocator
-    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    named = model.named_parameters()
+    trained = {name: p for name, p in named if p.requires_grad or "lora_" in name}
     for tensors in (trained, allocator.exp_avg_ipt, allocator.exp_avg_unc):
         for name in sorted(tensors):
             value: Tensor = tensors[name].detach()
@@ -55,10 +56,15 @@ def mask(model: PeftModel) -> dict[str, list[bool]]:
 
 
 def run(
-    folder: Path, callbacks: list[TrainerCallback], *, resume: Path | None = None, **options
+    folder: Path,
+    callbacks: list[TrainerCallback],
+    *,
+    resume: Path | None = None,
+    config: dict | None = None,
+    **options,
 ) -> Trainer:
     """Train a fresh model, or go on from a checkpoint."""
-    model = adalora_llama(**SCHEDULE)
+    model = adalora_llama(**{**SCHEDULE, **(config or {})})
     trainer = trainers.trainer(model, folder, callbacks, **{**SAVING, **options})
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer

@@ -146,21 +146,24 @@ def keep_state_when_loading(model: PeftModel) -> None:
 
     That is for the trained AdaLoRA adapter and folders on this machine; other calls are PEFT's.
     """
-    model.load_adapter = types.MethodType(_load_adapter, model)
+    model.load_adapter = types.MethodType(load_adapter, model)
 
 
-def _load_adapter(
+def load_adapter(  # pickle looks for a method of this name
     model: PeftModel,
     model_id: str | os.PathLike[str],
     adapter_name: str,
     is_trainable: bool = False,
+    *args: Any,
     **options: Any,
 ) -> Any:
     """Load as PeftModel does; of a folder that `load_state` takes, PEFT's report is not made."""
     tuner = model.base_model
     trained = getattr(tuner, "trainable_adapter_name", None)
     if adapter_name != trained or not os.path.isdir(model_id):
-        return type(model).load_adapter(model, model_id, adapter_name, is_trainable, **options)
+        return type(model).load_adapter(
+            model, model_id, adapter_name, is_trainable, *args, **options
+        )
     state = load_state(model, model_id)
     if state.step < 0 and (is_trainable or state.kept is not None):
         warnings.warn(

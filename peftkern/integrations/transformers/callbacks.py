@@ -119,6 +119,7 @@ class MonitorCallback(TrainerCallback):
         self._tokens = 0
         self._tuner: AdaLoraModel | None = None
         self._pattern: dict[str, list[bool]] | None = None
+        self._ranks: dict[str, int] = {}
 
     @classmethod
     def attach(cls, trainer: Trainer, **options: Any) -> MonitorCallback:
@@ -147,6 +148,7 @@ class MonitorCallback(TrainerCallback):
         if model is not None and not self._counted and not args.torch_compile:
             self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
         self._tuner = find_tuner(model)
+        self._ranks = {}
         if self._tuner is not None:
             self._write_ranks(state)
 
@@ -209,12 +211,16 @@ class MonitorCallback(TrainerCallback):
     def _write_ranks(self, state: TrainerState) -> None:
         """Write the ranks of the mask that is there; before the first one those of the layers."""
         adapter = self._tuner.trainable_adapter_name
-        self._pattern = _rank_pattern(self._tuner)
-        ranks = self._pattern or {
+        self._pattern = _rank_pattern(
+            self._tuner
+        )  # another one after saving, though of these ranks
+        pattern = (self._pattern or {}).items()
+        ranks = {name.partition(".lora_E")[0]: sum(kept) for name, kept in pattern} or {
             name: len(layer.lora_E[adapter]) for name, layer in layers_of(self._tuner).items()
         }
-        ranks = {name.partition(".lora_E")[0]: rank for name, rank in ranks.items()}
-        self.monitor.ranks(ranks, global_step=state.global_step)
+        if ranks != self._ranks:
+            self._ranks = ranks
+            self.monitor.ranks(ranks, global_step=state.global_step)
 
     def _count_tokens(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
@@ -299,6 +305,26 @@ class AdaLoraCallback(TrainerCallback):
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if args.should_save and os.path.isdir(folder):
             save_state(find_tuner(model), folder, state.global_step)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        tuner = find_tuner(model)
+        config = tuner.peft_config[tuner.trainable_adapter_name]
+        last = config.total_step - config.tfinal
+        if state.global_step < last and state.is_world_process_zero:
+            logger.warning(
+                "peftkern: AdaLoRA stopped at step %d, before the last mask at step %d: the budget "
+                "is not reached. save_pretrained drops what has revived since the mask before; "
+                "peftkern.export_lora keeps it",
+                state.global_step,
+                last,
+            )
 
 
 def _rank_pattern(tuner: AdaLoraModel) -> dict[str, list[bool]] | None:

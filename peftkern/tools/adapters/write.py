@@ -177,7 +177,10 @@ def publish(path: Path, files: Files) -> None:
     path = Path(os.path.abspath(path))  # "." has no name
     work = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be made: {error.strerror}") from None
     try:
         (work / files.name).touch()
         mode = (work / files.name).stat().st_mode  # safetensors writes for the owner alone

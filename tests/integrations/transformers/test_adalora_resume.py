@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -55,6 +57,28 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, whole, step):
         warnings.filterwarnings("error", message=".*AdaLoRA|.*importance")
         run(tmp_path, [AdaLoraCallback(), digests], resume=folder / f"checkpoint-{step}")
     assert digests.by_step == {k: v for k, v in expected.items() if k > step}
+
+
+def test_what_is_trained_whole_and_models_that_are_copied_resume_too(tmp_path):
+    digests, resumed = Digests(), Digests()
+    options = {"config": {"modules_to_save": ["lm_head"], "tfinal": 2}, "max_steps": 8}
+    trainer = run(tmp_path, [AdaLoraCallback(), digests], **options)
+    run(tmp_path, [AdaLoraCallback(), resumed], resume=tmp_path / "checkpoint-6", **options)
+    assert resumed.by_step[8] == digests.by_step[8]
+    for twin in (copy.deepcopy(trainer.model), pickle.loads(pickle.dumps(trainer.model))):
+        assert digest(twin) == digests.by_step[8]
+        twin.load_adapter(str(tmp_path / "checkpoint-6"), "default", is_trainable=True)
+
+
+def test_a_training_that_stops_early_is_told_what_is_saved(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    with caplog.at_level("WARNING", "peftkern"):
+        run(tmp_path, [AdaLoraCallback(), Stop()], save_strategy="no")
+    said = [r.getMessage() for r in caplog.records if "AdaLoRA stopped" in r.getMessage()]
+    assert len(said) == 1 and f"step 4, before the last mask at step {LAST_MASK}" in said[0]
 
 
 def test_peft_alone_cannot_resume_after_the_first_mask(tmp_path, plain):
