@@ -174,7 +174,7 @@ def facts_of(spec: Spec, options: Options, case: Case) -> dict:
     if case.problem is not None:
         size = f"{case.problem.N}x{case.problem.K}"
         return {"name": spec.name, **case.problem.facts(), "shape": size}
-    rows = re.search(r"-[MT]([0-9]+)\b", short)
+    rows, rank = (re.search(rf"-{letter}([0-9]+)\b", short) for letter in ("[MT]", "r"))
     return {
         "name": spec.name,
         "op": stem,
@@ -182,7 +182,7 @@ def facts_of(spec: Spec, options: Options, case: Case) -> dict:
         "M": options.m(int(rows[1])) if rows else None,
         "N": options.n,
         "K": options.k,
-        "r": options.r,
+        "r": int(rank[1]) if rank else options.r,
         "dtype": str(case.dtype).removeprefix("torch."),
         "mode": "full" if "backward" in short else "forward",
     }

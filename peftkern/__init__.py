@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
     from peftkern.functional.nf4_lora_linear import nf4_linear, nf4_lora_linear
     from peftkern.integrations.parts import LoRAParts
+    from peftkern.integrations.peft.adalora_export import export_lora
+    from peftkern.integrations.peft.initialize import InitReport, initialize_
     from peftkern.integrations.peft.patch import is_patched, patch, patched, unpatch
     from peftkern.integrations.peft.register import register_layer
     from peftkern.integrations.peft.report import PatchReport
@@ -35,12 +37,15 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "ExpertLinear",
+    "InitReport",
     "LoRAParts",
     "NF4Weight",
     "PatchReport",
     "dequantize_nf4",
     "explain",
+    "export_lora",
     "grouped_lora_linear",
+    "initialize_",
     "is_patched",
     "lora_experts",
     "lora_linear",
@@ -84,7 +89,10 @@ _HOMES = {
     "use_backend": "backends.dispatch",
 }
 _OF_PEFT = {  # which PEFT has to be there for
+    "InitReport": "initialize",
     "PatchReport": "report",
+    "initialize_": "initialize",
+    "export_lora": "adalora_export",
     "is_patched": "patch",
     "patch": "patch",
     "patched": "patch",

@@ -7,19 +7,20 @@ imports wait until the command runs. Bad input is one line on stderr and exit st
 from __future__ import annotations
 
 import errno
-import inspect
 import io
 import os
-import re
 import sys
 from typing import Annotated, Any
 
 import typer
 
+from peftkern.cli import adapter
 from peftkern.cli.bench import bench
 from peftkern.cli.doctor import doctor
 from peftkern.cli.explain import explain
-from peftkern.cli.frame import EXIT_BAD_INPUT, InputError, Stopped
+from peftkern.cli.frame import EXIT_BAD_INPUT, InputError, Stopped, add_commands
+from peftkern.cli.init import init
+from peftkern.cli.merge import merge
 from peftkern.cli.monitor import monitor
 from peftkern.cli.plan import plan
 from peftkern.cli.quantize import quantize
@@ -39,10 +40,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (bench, doctor, explain, monitor, plan, quantize, tune):
-    # typer keeps the line breaks of a docstring.
-    _help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_command.__doc__))
-    app.command(help=_help)(_command)
+app.add_typer(adapter.app)
+add_commands(app, bench, doctor, explain, init, merge, monitor, plan, quantize, tune)
 
 
 @app.command()
@@ -73,8 +72,9 @@ def _options(
 
 def _command() -> Any:
     """Return the command line as click has it, without the "<bool>" that typer puts after flags."""
-    group = typer.main.get_command(app)
-    for command in (group, *group.commands.values()):
+    commands = [group := typer.main.get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
         for parameter in command.get_params(typer.Context(command)):
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = ""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +24,13 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "flo
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def add_commands(app: typer.Typer, *commands: Callable[..., None]) -> None:
+    """Make commands of functions, their docstrings without line breaks, which typer would keep."""
+    for command in commands:
+        help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(command.__doc__))
+        app.command(help=help)(command)
 
 
 class InputError(Exception):
@@ -50,6 +62,44 @@ def in_words(error: ValueError, *options: str) -> str:
     message = " ".join(str(error).split())
     name, colon, rest = message.partition(":")
     return f"--{name.replace('_', '-')}:{rest}" if colon and name in options else message
+
+
+@contextlib.contextmanager
+def checkpoint_run(destination: Path | None, *options: str) -> Iterator[None]:
+    """Turn what can go wrong with checkpoints into an InputError, and say whether the run can be
+    repeated. options: as for `bad_input`."""
+    from peftkern.tools.checkpoints.checkpoint import CheckpointError
+    from peftkern.tools.checkpoints.staging import WORK
+
+    def resumable() -> bool:
+        return destination is not None and os.path.exists(destination / WORK)
+
+    try:
+        yield
+    except CheckpointError as error:
+        raise InputError(in_words(error, *options)) from error
+    except OSError as error:  # a full disk, an unreadable file
+        hint = "; the same command goes on from there" if resumable() else ""
+        raise InputError(f"{error}{hint}") from error
+    except KeyboardInterrupt:
+        if resumable():
+            raise Stopped("stopped; the same command goes on from here") from None
+        raise
+
+
+@contextlib.contextmanager
+def byte_bar(nbytes: int) -> Iterator[Callable[[int, str], None]]:
+    """Show a bar on a terminal; yield what takes finished bytes and the name of a tensor."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    silent = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task("", total=nbytes)
+        yield lambda count, name: bar.update(task, advance=count, description=name)
 
 
 def dtype_name(option: str, text: str, accepted: Sequence[str]) -> str:

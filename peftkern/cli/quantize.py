@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +13,9 @@ import typer
 from peftkern.cli.frame import (
     DTYPES,
     InputError,
-    Stopped,
+    byte_bar,
+    checkpoint_run,
     dtype_name,
-    in_words,
     parse_bytes,
     present_device,
 )
@@ -90,7 +88,7 @@ def quantize(
     if compute_dtype is not None:
         compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
     try:
-        from peftkern.tools.quantize.checkpoint import read_checkpoint
+        from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.quantize.file_plan import Options, plan_files
         from peftkern.tools.quantize.linear_weights import find_weights
         from peftkern.tools.quantize.nf4_checkpoint import check_request, quantize_checkpoint
@@ -99,7 +97,7 @@ def quantize(
             "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
             f"quantized: pip install -U 'peftkern[peft]' ({error})"
         ) from None
-    with _one_line(destination):
+    with checkpoint_run(destination, "blocksize", "skip"):
         options = Options(blocksize, double_quant, shard_bytes, device)
         checkpoint = read_checkpoint(source)
         choice, config = find_weights(
@@ -114,7 +112,7 @@ def quantize(
         too_little = _share(plan.quantized, plan.total) < MOST and not partial
         summary = check_request(checkpoint, destination, plan, force)
         if not too_little and not dry_run:
-            with _bar(checkpoint.nbytes) as progress:
+            with byte_bar(checkpoint.nbytes) as progress:
                 parts = (checkpoint, destination, choice, config, options)
                 summary = quantize_checkpoint(*parts, force=force, progress=progress)
     if as_json and (dry_run or not too_little):
@@ -124,43 +122,6 @@ def quantize(
     if too_little:
         print(f"peftkern: {_too_little(plan)}", file=sys.stderr)
         raise typer.Exit(TOO_LITTLE)
-
-
-@contextlib.contextmanager
-def _one_line(destination: Path | None) -> Iterator[None]:
-    """Turn what can go wrong into an InputError, and say whether the run can be repeated."""
-    from peftkern.tools.quantize.checkpoint import CheckpointError
-    from peftkern.tools.quantize.staging import WORK
-
-    def resumable() -> bool:
-        return destination is not None and os.path.exists(destination / WORK)
-
-    try:
-        yield
-    except CheckpointError as error:
-        raise InputError(in_words(error, "blocksize", "skip")) from error
-    except OSError as error:  # a full disk, an unreadable file
-        hint = "; the same command goes on from there" if resumable() else ""
-        raise InputError(f"{error}{hint}") from error
-    except KeyboardInterrupt:
-        if resumable():
-            raise Stopped("stopped; the same command goes on from here") from None
-        raise
-
-
-@contextlib.contextmanager
-def _bar(nbytes: int) -> Iterator[Any]:
-    """Show a bar on a terminal; yield what takes finished bytes and the name of a tensor."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    silent = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task("", total=nbytes)
-        yield lambda count, name: bar.update(task, advance=count, description=name)
 
 
 def _report(summary: Summary, destination: Path | None) -> Iterator[str]:

@@ -33,14 +33,18 @@ def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise mismatch("blocksize", f"one of {BLOCKSIZES}", blocksize)
     packed, absmax = ops.nf4_quantize(weight.detach(), blocksize)
-    shape = tuple(weight.shape)
-    if not double_quant:
-        return NF4Weight(packed, absmax, shape, blocksize, weight.dtype)
+    w = NF4Weight(packed, absmax, tuple(weight.shape), blocksize, weight.dtype)
+    return nest_absmax(w) if double_quant else w
+
+
+def nest_absmax(w: NF4Weight) -> NF4Weight:
+    """Return an NF4 weight of plain absmax with absmax in 8 bits, as `quantize_nf4` does."""
+    absmax = w.absmax
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     code = torch.tensor(dynamic_map(), dtype=torch.float32, device=absmax.device)
     q, nested = ops.nf4_quantize_absmax(absmax, offset, code, NESTED_BLOCKSIZE)
     return NF4Weight(
-        packed, q, shape, blocksize, weight.dtype, nested, code, offset, NESTED_BLOCKSIZE
+        w.packed, q, w.shape, w.blocksize, w.dtype, nested, code, offset, NESTED_BLOCKSIZE
     )
 
 

@@ -78,7 +78,7 @@ def quantize_(
     reasons = {name: kept[child] for child in kept for _, _, name in places.pop(child)}
     kept.clear()
     reasons |= _experts_that_stay(model, experts, blocksize)
-    steps = iter(_with_progress(range(len(places) + len(experts)), "Quantizing to NF4"))
+    steps = iter(with_progress(range(len(places) + len(experts)), "Quantizing to NF4"))
     for _ in zip(range(len(places)), steps, strict=False):
         child, owners = places.popitem()  # nothing here keeps a dense weight that is done with
         layer = _quantized(child, owners[0][2], blocksize, double_quant)
@@ -272,7 +272,7 @@ def _has_prefix_and_parts(path: str, patterns: list[tuple[str, tuple[str, ...]]]
     return any(has_parts(path, parts) for parts in under)
 
 
-def _with_progress(steps: Iterable, description: str) -> Iterable:
+def with_progress(steps: Iterable, description: str) -> Iterable:
     """Return the steps, with a progress bar where somebody may be watching."""
     if not sys.stderr.isatty():
         return steps

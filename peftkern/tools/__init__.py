@@ -1,1 +1,1 @@
-"""Implementation of the command line: benchmark, plan, quantize, doctor."""
+"""Implementation of the command line: adapters, benchmark, plan, quantize, doctor."""

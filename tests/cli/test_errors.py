@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 from checkpoint_folders import save_llama
-from command_line import refused
+from command_line import commands_of, refused
+from merged_folders import load, save_adapter
 from monitor_runs import start, step, write
 from paths import ROOT
 from processes import environment
@@ -39,16 +39,25 @@ KINDS = {
     "unwritable": "/proc/self/mem/x",
 }
 RUNS = {  # what each command is given besides the option that is wrong
+    "adapter combine": "adapter adapter out",
+    "adapter convert": "adapter out --to mlx",
+    "adapter extract": "llama tuned out",
+    "adapter inspect": "adapter",
+    "adapter resize": "adapter out --rank 2",
+    "adapter verify": "adapter",
     "bench": "--shapes 2x64x64 --op lora_linear --baselines frozen",
     "doctor": "--forget",
     "explain": "lora_linear 2x64x64",
+    "init": "pissa llama out",
+    "merge": "llama adapter out",
     "monitor": "run.jsonl",
     "plan": "llama",
     "quantize": "llama out",
     "tune": "--shape 64x64 --rows 1",
     "version": "",
 }
-COMMANDS = typer.main.get_command(app).commands
+MANY = ("adapter combine", "merge")  # which take any number of adapters
+COMMANDS = commands_of(app)
 PARAMETERS = [
     pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
     for name, command in COMMANDS.items()
@@ -64,7 +73,8 @@ def files(tmp_path_factory) -> Path:
     (folder / "file").write_text("x")
     (folder / "list.json").write_text("[]")
     write(folder / "run.jsonl", start(), step(1))
-    save_llama(folder / "llama")
+    save_llama(folder / "tuned", seed=4)
+    save_adapter(folder / "adapter", load(save_llama(folder / "llama")), target_modules=["q_proj"])
     return folder
 
 
@@ -80,10 +90,11 @@ def unmeasured(files, monkeypatch):
 def given(name: str, parameter, value: str) -> list[str]:
     words, options = RUNS[name].split(), getattr(parameter, "opts", [])
     if parameter.param_type_name == "option":
-        return [name, *words, options[0], value]
+        return [*name.split(), *words, options[0], value]
     arguments = [one.name for one in COMMANDS[name].params if one.param_type_name == "argument"]
     at = arguments.index(parameter.name)
-    return [name, "--", *words[:at], value, *words[at + 1 :]]
+    end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    return [*name.split(), *words[end:], "--", *words[:at], value, *words[at + 1 : end]]
 
 
 def new_files(folder: Path, before: set[Path]) -> Iterator[Path]:
@@ -106,7 +117,7 @@ def test_wrong_values_are_one_line_that_names_them(name, parameter, files, capfd
             assert out == "" and error.startswith("peftkern: error: "), (kind, error)
             assert len(error.splitlines()) == 1, (kind, error)
             shown = " ".join(value.split())
-            named = {parameter.opts[0].removeprefix("--"), shown or "."}
+            named = {parameter.opts[0].removeprefix("--"), parameter.name.upper(), shown or "."}
             assert any(word in error for word in named), (kind, error)
             assert not list(new_files(files, before)), kind
         else:
@@ -119,8 +130,9 @@ def test_wrong_values_are_one_line_that_names_them(name, parameter, files, capfd
 
 @pytest.mark.parametrize("name", RUNS)
 def test_unknown_options_and_words_too_many_are_told(name, capfd):
-    refused(capfd, "No such option: --loud", name, "--loud")
-    refused(capfd, "one-more", name, *RUNS[name].split(), *["one-more"] * 3)
+    refused(capfd, "No such option: --loud", *name.split(), "--loud")
+    complaint = "out: expected an adapter" if name in MANY else "one-more"
+    refused(capfd, complaint, *name.split(), *RUNS[name].split(), *["one-more"] * 3)
 
 
 def test_what_typer_says_of_a_number_has_the_value(capfd):

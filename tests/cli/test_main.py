@@ -14,7 +14,8 @@ import sys
 import bench_records as of
 import pytest
 from checkpoint_folders import save_llama
-from command_line import refused, run
+from command_line import commands_of, refused, run
+from merged_folders import load, save_adapter
 from monitor_runs import start
 from monitor_runs import write as write_run
 from processes import run_code, run_python_over, without
@@ -52,12 +53,10 @@ def test_bad_input_is_one_line_and_status_2(capfd):
     refused(capfd, "No such option: --loud", "version", "--loud")
 
 
-@pytest.mark.parametrize(
-    "command", ["bench", "doctor", "explain", "monitor", "plan", "quantize", "tune"]
-)
+@pytest.mark.parametrize("command", [name for name in commands_of(app) if name != "version"])
 def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert any(f"peftkern {command}" in line for line in lines)
     prose = lines[: next(i for i, line in enumerate(lines) if line.startswith("╭"))]
@@ -74,12 +73,9 @@ def example(name: str) -> list[str]:
     return [os.path.expanduser(word) for word in shlex.split(text)][1:]
 
 
-COMMANDS = {
-    command.name or command.callback.__name__: command.callback
-    for command in app.registered_commands
-}
+COMMANDS = {name: command.callback for name, command in commands_of(app).items()}
 EXAMPLES = [name for name, function in COMMANDS.items() if "Example:" in function.__doc__]
-assert set(EXAMPLES) == {"bench", "explain", "monitor", "plan", "quantize", "tune"}
+assert {"bench", "explain", "merge", "monitor", "plan", "quantize", "tune"} < set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -87,8 +83,14 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     """`bench` and `tune` are told apart from a run of minutes, which has tests of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    if name == "quantize":
-        save_llama(tmp_path / "models" / "llama3-8b")
+    models, about_adapters = tmp_path / "models", name == "merge" or name.startswith("adapter")
+    if name in ("init", "quantize") or about_adapters:
+        base = save_llama(models / "llama3-8b")
+    if about_adapters:
+        for folder in ("my-adapter", "runs/adapter"):
+            save_adapter(tmp_path / folder, load(base), target_modules=["q_proj"])
+    if name == "adapter extract":
+        save_llama(models / "my-tune", seed=4)
     write_run(tmp_path / "run.jsonl", start())
     ran = []
     monkeypatch.setattr(bench_command, "execute", lambda plan: ran.append(plan.budget) or 0)
@@ -96,7 +98,10 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "run", ready)
     assert main(example(name)) == 0
     assert ran == ([300.0] if name in ("bench", "tune") else [])
-    assert (tmp_path / "models" / "llama3-8b-nf4").exists() == (name == "quantize")
+    made = {"init": "llama3-8b-pissa", "merge": "merged", "quantize": "llama3-8b-nf4"}
+    made["adapter extract"] = "my-tune"
+    written = {made[name]} if name in made else set()
+    assert {one.name for one in models.glob("*")} - {"llama3-8b"} == written
 
 
 def test_help_is_shown_when_asked_and_when_nothing_is(capfd):
@@ -183,10 +188,11 @@ def test_what_needs_an_extra_says_so_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     commands = ["bench --model llama3.2-1b", f"tune --model {tmp_path}", "plan llama3.2-1b"]
     commands.append(f"quantize {tmp_path} {tmp_path / 'new'}")
+    commands.append(f"merge {tmp_path} {tmp_path} {tmp_path / 'new'}")
     absent = without(tmp_path / "site", "peft", "transformers", "accelerate")
     done = run_python_over(absent, "-c", WITHOUT, *commands)
     *lines, statuses = done.stdout.splitlines()
-    assert statuses == "[2, 2, 2, 2]" and len(lines) == 4, lines
+    assert statuses == "[2, 2, 2, 2, 2]" and len(lines) == 5, lines
     for line in lines:
         assert line.startswith("peftkern: error: ") and "pip install" in line
         assert "peftkern[peft]" in line

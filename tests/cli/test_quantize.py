@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from waiting import wait_until
 
 from peftkern.cli import main
+from peftkern.tools.checkpoints.staging import WORK
 from peftkern.tools.quantize.nf4_checkpoint import MANIFEST
-from peftkern.tools.quantize.staging import WORK
 
 
 def command(*arguments: object, python: tuple[str, ...] = ("-m", "peftkern")) -> dict:

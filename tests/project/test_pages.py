@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import typer
+from command_line import commands_of
 from paths import ROOT
 
 from peftkern import cli
@@ -20,6 +20,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if p.stem != "compatibility-results")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"[$`] ?peftkern ((?:adapter )?\w+)((?: [^\n#`]*)?)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
@@ -72,11 +73,11 @@ def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_command_lines_have_options_that_exist() -> None:
     """In blocks, and in text as `peftkern bench --html`."""
-    commands = typer.main.get_command(cli.app).commands
+    commands = commands_of(cli.app)
     seen = 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for command, rest in re.findall(r"[$`] ?peftkern (\w+)((?: [^\n#`]*)?)", text):
+        for command, rest in COMMAND.findall(text):
             known = {
                 name for p in commands[command].params for name in (*p.opts, *p.secondary_opts)
             }

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import subprocess
+from typing import Any
 
 import pytest
+import typer
 from processes import run_python
 
 from peftkern.cli import main
+
+
+def commands_of(app: typer.Typer) -> dict[str, Any]:
+    """Return click's commands by name, those of a group as "group command"."""
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        below = getattr(command, "commands", None)
+        found |= {name: command} if below is None else {f"{name} {n}": c for n, c in below.items()}
+    return found
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from checkpoint_folders import save_tensors
 
+from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from peftkern.tools.quantize import nf4_checkpoint
-from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
 from peftkern.tools.quantize.file_plan import Choice, Options
 from peftkern.tools.quantize.linear_weights import find_weights
 

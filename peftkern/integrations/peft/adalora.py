@@ -19,99 +19,24 @@ budget at every step). Where this differs from PEFT on purpose:
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.adalora import layer as peft_layer
-from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator, SVDLinear
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
 from peftkern.backends import dispatch
 from peftkern.functional.adalora import adalora_allocate_, orthogonality_loss
-from peftkern.integrations.peft.fallback import (
-    Fallback,
-    hooked,
-    kept_forward,
-    set_class,
-    unusual_dropout,
-    unusual_tensor,
-)
-from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, fused
-from peftkern.layers.svd import fold_diagonal
+from peftkern.integrations.peft.adalora_layers import SVDLayer
+from peftkern.integrations.peft.fallback import kept_forward, set_class
 from peftkern.methods.adalora import Importance, Triplets, apply_mask_, shrink_triplets_
 
 __all__ = ["compact_"]
 
-
-class SVDLayer(PatchedLayer):
-    """Mixin of patched layers that keep an adapter as PEFT's AdaLoRA does, with a diagonal."""
-
-    def _is_plain(self, name: str) -> bool:
-        return False
-
-    def _read_adapter(self, names: list[str], device: torch.device) -> Adapter | Fallback:
-        A, E, B, drop = self._tensors_of(names[0])
-        reason = (
-            unusual_tensor(lora_A=A, lora_E=E, lora_B=B)
-            or unusual_dropout(drop)
-            or hooked(device, lora_dropout=drop)
-        )
-        return Adapter(A, B, drop) if reason is None else Fallback(reason)
-
-    def _fuse_first(self, name: str, adapter: Adapter, base: Base) -> Tensor:
-        E = self._modules["lora_E"]._parameters[name]
-        A = fold_diagonal(adapter.lora_A, E, self._scaling(name))
-        return fused(base, A, adapter.lora_B, 1.0, adapter.dropout_p)
-
-    def _add_adapter(
-        self, result: Tensor, x: Tensor, name: str, base: Base
-    ) -> tuple[Tensor, Tensor]:
-        A, E, B, drop = self._tensors_of(name)
-        x = self._adapter_input(x, A.dtype)
-        update = drop(x) @ (A * E).T @ B.T
-        return (result + update * self._scaling(name)).to(result.dtype), x
-
-    def _tensors_of(self, name: str) -> tuple[Tensor, Tensor, Tensor, nn.Module]:
-        """Return lora_A, lora_E, lora_B and the dropout module of an adapter."""
-        modules = self._modules
-        return (
-            modules["lora_A"]._parameters[name],
-            modules["lora_E"]._parameters[name],
-            modules["lora_B"]._parameters[name],
-            modules["lora_dropout"]._modules[name],
-        )
-
-    def _scaling(self, name: str) -> Tensor:
-        ranknum = self._modules["ranknum"]._parameters[name]
-        return self.scaling[name] / (ranknum.detach() + 1e-5)
-
-
-class PatchedSVDLinear(SVDLayer, SVDLinear):
-    """PEFT's `adalora.SVDLinear` with the base layer and its first adapter as one op."""
-
-    original, op = SVDLinear, "lora_linear"
-
-
-SWAPS: dict[type, type] = {SVDLinear: PatchedSVDLinear}
-
-if is_bnb_4bit_available():
-    from peft.tuners.adalora.bnb import SVDLinear4bit
-
-    class PatchedSVDLinear4bit(SVDLayer, SVDLinear4bit):
-        """PEFT's `adalora.SVDLinear4bit` with the base layer and its first adapter as one op."""
-
-        original, op, four_bit = SVDLinear4bit, "nf4_lora_linear", True
-
-    SWAPS[SVDLinear4bit] = PatchedSVDLinear4bit
-
-
-def freeze_ranknum(layer: nn.Module) -> None:
-    """Take the `ranknum` of an AdaLoRA layer out of training; another layer has none."""
-    if isinstance(layer, AdaLoraLayer):
-        for ranknum in layer.ranknum.values():
-            ranknum.requires_grad_(False)
+_STEPS_UNALLOCATED = 3  # optimizer steps without a call from which on that is no accident
 
 
 class PatchedRankAllocator(RankAllocator):
@@ -239,7 +164,17 @@ class PatchedRankAllocator(RankAllocator):
 
 
 class PatchedAdaLoraModel(AdaLoraModel):
-    """PEFT's `AdaLoraModel` with one op for the orthogonality loss of all layers."""
+    """PEFT's `AdaLoraModel` with one op for the orthogonality loss of all layers.
+
+    It warns when optimizer steps go by in which nobody calls `update_and_allocate`: the model then
+    trains as plain LoRA of rank init_r, and PEFT says nothing.
+    """
+
+    _seen: tuple[int, int] | None = (0, -1)  # steps, version of a parameter; None: enough of it
+
+    def update_and_allocate(self, global_step: int) -> None:
+        self._seen = None
+        super().update_and_allocate(global_step)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "rankallocator"):  # loaded, not trained: PEFT fails on a loss
@@ -255,9 +190,30 @@ class PatchedAdaLoraModel(AdaLoraModel):
                 raise ValueError("orth_reg_weight should be greater than or equal to 0. ")
             triplets = self.rankallocator.triplets(self.model).values()
             if triplets:
+                self._expect_allocation(next(iter(triplets))[0])
                 loss = orthogonality_loss([A for _, A, _ in triplets], [B for _, _, B in triplets])
                 outputs.loss += weight * loss
         return outputs
+
+    def _expect_allocation(self, parameter: Tensor) -> None:
+        """Count by a parameter's version the steps that an optimizer has taken; warn after some."""
+        if self._seen is None or not self.training or torch.compiler.is_compiling():
+            return
+        steps, version = self._seen
+        if parameter._version == version:
+            return
+        self._seen = steps + 1, parameter._version
+        if steps < _STEPS_UNALLOCATED:
+            return
+        self._seen = None
+        if not self.peft_config[self.trainable_adapter_name].rank_pattern:
+            warnings.warn(
+                f"AdaLoRA: {steps} optimizer steps and no update_and_allocate: no rank changes, "
+                "this trains as LoRA of rank init_r. Give the Trainer AdaLoraCallback() of "
+                "peftkern.integrations.transformers, or make AdaLoraSteps(model, optimizer, steps) "
+                "of peftkern.integrations.peft.adalora_steps before a loop of your own",
+                stacklevel=2,
+            )
 
     def _unusual_state(self) -> str | None:
         allocator = self.rankallocator
@@ -291,6 +247,10 @@ def unpatch_model(module: nn.Module) -> bool:
     if type(module) is not PatchedAdaLoraModel:
         return False
     set_class(module, AdaLoraModel)
+    for layer in module.modules():
+        if isinstance(layer, AdaLoraLayer) and not isinstance(layer, SVDLayer):
+            for name, E in layer.lora_E.items():  # PEFT takes one dtype
+                E.data = E.data.to(layer.lora_A[name].dtype)
     allocator = getattr(module, "rankallocator", None)
     if type(allocator) is PatchedRankAllocator:
         allocator.release_ipt()

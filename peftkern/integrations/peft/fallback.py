@@ -70,6 +70,10 @@ class PatchedForward:
         dispatch.record_fallback(self.op, result.reason)
         if result.answer is not None:
             return result.answer(self, x, *args, **kwargs)
+        return self.peer_forward(x, *args, **kwargs)
+
+    def peer_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute what the original class does."""
         return self.original.forward(self, x, *args, **kwargs)
 
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:

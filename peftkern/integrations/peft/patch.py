@@ -27,6 +27,7 @@ from peftkern.integrations.frozen_experts import (
     stop_serving,
 )
 from peftkern.integrations.peft import adalora, experts, read_check, trial
+from peftkern.integrations.peft.adalora_layers import freeze_ranknum
 from peftkern.integrations.peft.bypass import FirstForward, bypassed
 from peftkern.integrations.peft.fallback import PatchedForward, kept_forward, set_class
 from peftkern.integrations.peft.own_layers import UNCHECKED, OwnLayer
@@ -239,7 +240,7 @@ def _swap(model: nn.Module, plan: _Plan) -> None:
     """Do what was planned."""
     for module, kind in plan.swaps.values():
         set_class(module, kind)
-        adalora.freeze_ranknum(module)
+        freeze_ranknum(module)
     for module in plan.unchecked:
         module.__dict__[UNCHECKED] = None
     for module in plan.inner:

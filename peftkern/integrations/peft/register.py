@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from peftkern.integrations.parts import LoRAParts
-from peftkern.integrations.peft import adalora, experts, lora
+from peftkern.integrations.peft import adalora_layers, experts, lora
 from peftkern.integrations.peft.fallback import PatchedForward
 from peftkern.integrations.peft.own_layers import SWAPS, OwnLayer, Remade
 
 __all__ = ["LoRAParts", "register_layer"]
 
-_PEFT = {**lora.SWAPS, **adalora.SWAPS}  # classes of which a subclass may be registered
+_PEFT = {**lora.SWAPS, **adalora_layers.SWAPS}  # classes of which a subclass may be registered
 SWAPS.update({**_PEFT, **experts.SWAPS})
 # What PEFT's forward asks of its layer, and ours does not or expects to be PEFT's.
 _INHERITED = ("forward", "_check_forward_args", "_cast_input_dtype", "_mixed_batch_forward")

@@ -236,7 +236,7 @@ def measuring() -> bool:
 def peer(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run the forward that the layer had before `patch`, over a base that is not ours either."""
     with only(_peer_only):
-        return layer.original.forward(layer, x, *args, **kwargs)
+        return layer.peer_forward(x, *args, **kwargs)
 
 
 def answered_by_peer(tried: LayerClass, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +18,16 @@ from peftkern.integrations.packages import needed_by
 from peftkern.monitor import FIELDS, TrainingMonitor, scalars
 
 with needed_by("peftkern.integrations.transformers"):
-    from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft import PeftModel
     from peft.tuners.adalora.model import AdaLoraModel
     from tqdm.auto import tqdm
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
     from transformers.utils import logging as transformers_logging
 
+    from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
+    from peftkern.integrations.peft.adalora_state import keep_state_when_loading, save_state
+    from peftkern.integrations.peft.adalora_steps import allocate, prepare, set_total_step
     from peftkern.integrations.peft.patch import PatchReport, patch
 
 if TYPE_CHECKING:
@@ -116,6 +119,7 @@ class MonitorCallback(TrainerCallback):
         self._tokens = 0
         self._tuner: AdaLoraModel | None = None
         self._pattern: dict[str, list[bool]] | None = None
+        self._ranks: dict[str, int] = {}
 
     @classmethod
     def attach(cls, trainer: Trainer, **options: Any) -> MonitorCallback:
@@ -143,7 +147,8 @@ class MonitorCallback(TrainerCallback):
         self.monitor = TrainingMonitor(**options, every=0).start()
         if model is not None and not self._counted and not args.torch_compile:
             self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
-        self._tuner = _find_tuner(model)
+        self._tuner = find_tuner(model)
+        self._ranks = {}
         if self._tuner is not None:
             self._write_ranks(state)
 
@@ -206,14 +211,16 @@ class MonitorCallback(TrainerCallback):
     def _write_ranks(self, state: TrainerState) -> None:
         """Write the ranks of the mask that is there; before the first one those of the layers."""
         adapter = self._tuner.trainable_adapter_name
-        self._pattern = _rank_pattern(self._tuner)
-        ranks = self._pattern or {
-            name: len(module.lora_E[adapter])
-            for name, module in self._tuner.model.named_modules()
-            if isinstance(module, AdaLoraLayer) and adapter in module.lora_E
+        self._pattern = _rank_pattern(
+            self._tuner
+        )  # another one after saving, though of these ranks
+        pattern = (self._pattern or {}).items()
+        ranks = {name.partition(".lora_E")[0]: sum(kept) for name, kept in pattern} or {
+            name: len(layer.lora_E[adapter]) for name, layer in layers_of(self._tuner).items()
         }
-        ranks = {name.partition(".lora_E")[0]: rank for name, rank in ranks.items()}
-        self.monitor.ranks(ranks, global_step=state.global_step)
+        if ranks != self._ranks:
+            self._ranks = ranks
+            self.monitor.ranks(ranks, global_step=state.global_step)
 
     def _count_tokens(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
@@ -231,20 +238,39 @@ class MonitorCallback(TrainerCallback):
 class AdaLoraCallback(TrainerCallback):
     """Callback that prunes an AdaLoRA model to its budget after every optimizer step.
 
+    It patches a model that nothing has patched before (put PeftKernCallback, with its options and
+    its report, in front if you want those), and keeps lora_E in float32 where a trainer casts
+    adapters to 16 bits.
+
     The Trainer announces `on_optimizer_step` between optimizer.step() and zero_grad(), once per
     step whatever the gradient accumulation: the order that PEFT documents, with gradients of the
     step and parameters after it. Steps count from 1, so that the masks are drawn at multiples of
     deltaT and become final at step total_step - tfinal. A step that the gradient scaler skips, for
     its gradients are not finite, leaves importance and masks alone. The Trainer knows how many
-    steps it will take: a config with another total_step is told so, with a warning.
+    steps it will take: a config with another total_step is told so, with a warning. In several
+    processes each mask is compared, and a difference is an error.
 
-    Resuming from a checkpoint that the Trainer wrote after the first mask fails, as it does without
-    this callback: PEFT saves fewer triplets than the new model has. Save the adapter with
-    `save_pretrained` instead and load that.
+    A checkpoint of the Trainer has, beside the adapter that PEFT makes of the triplets kept so far,
+    a file with all of them, their importance and the schedule. Resuming and
+    `load_best_model_at_end` read it and go on bit for bit; give the callback to the Trainer's
+    constructor for that. A checkpoint without the file resumes with a warning.
 
     Raises: ValueError when training begins if no AdaLoRA adapter is trained, or if the number of
         steps leaves none for the allocation.
     """
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if find_tuner(model) is not None:
+            prepare(model)
+        if isinstance(model, PeftModel):
+            keep_state_when_loading(model)
 
     def on_train_begin(
         self,
@@ -254,21 +280,8 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        tuner = _tuner(model)
-        config = tuner.peft_config[tuner.trainable_adapter_name]
-        steps = state.max_steps
-        if config.tinit >= steps - config.tfinal:
-            raise ValueError(
-                f"tinit, tfinal: expected tinit + tfinal below the {steps} steps of this training, "
-                f"got {config.tinit} and {config.tfinal}"
-            )
-        if config.total_step != steps:
-            warnings.warn(
-                f"total_step of the AdaLoRA config is {config.total_step}, this training takes "
-                f"{steps} steps: using {steps}",
-                stacklevel=2,
-            )
-            tuner.rankallocator.set_total_step(steps)
+        tuner = prepare(model)
+        set_total_step(tuner, state.max_steps, state.global_step)
 
     def on_optimizer_step(
         self,
@@ -278,28 +291,41 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        tuner, step = _tuner(model), state.global_step + 1
-        config = tuner.peft_config[tuner.trainable_adapter_name]
         skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
-        if skipped and step < config.total_step - config.tfinal:
-            return  # from then on no gradient is read
-        tuner.update_and_allocate(step)
+        allocate(find_tuner(model), state.global_step + 1, skipped=skipped)
 
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if args.should_save and os.path.isdir(folder):
+            save_state(find_tuner(model), folder, state.global_step)
 
-def _find_tuner(model: nn.Module | None) -> AdaLoraModel | None:
-    modules = () if model is None else model.modules()
-    trained = (m for m in modules if isinstance(m, AdaLoraModel) and hasattr(m, "rankallocator"))
-    return next(trained, None)
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        tuner = find_tuner(model)
+        config = tuner.peft_config[tuner.trainable_adapter_name]
+        last = config.total_step - config.tfinal
+        if state.global_step < last and state.is_world_process_zero:
+            logger.warning(
+                "peftkern: AdaLoRA stopped at step %d, before the last mask at step %d: the budget "
+                "is not reached. save_pretrained drops what has revived since the mask before; "
+                "peftkern.export_lora keeps it",
+                state.global_step,
+                last,
+            )
 
 
 def _rank_pattern(tuner: AdaLoraModel) -> dict[str, list[bool]] | None:
     return tuner.peft_config[tuner.trainable_adapter_name].rank_pattern
-
-
-def _tuner(model: nn.Module | None) -> AdaLoraModel:
-    tuner = _find_tuner(model)
-    if tuner is None:
-        raise ValueError(
-            "model: AdaLoraCallback expects an AdaLoRA adapter in training, found none"
-        )
-    return tuner

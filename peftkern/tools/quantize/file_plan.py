@@ -14,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from peftkern.formats.nf4 import BLOCKSIZES, state_dict_bytes
 from peftkern.layers.nf4_stack import refusal
-from peftkern.tools.quantize.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
 
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantize_nf4 takes
 

@@ -13,46 +13,31 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
-from transformers.initialization import no_tie_weights
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from peftkern.formats.json_files import brief
 from peftkern.integrations.transformers.nf4_experts import NF4ExpertsConfig
 from peftkern.layers.quantize import expert_parameters
-from peftkern.tools.quantize.checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.architecture import (
+    EXPERT,
+    Load,
+    check_shape,
+    find_loads,
+    load_targets,
+    meta_model,
+    stacks_experts,
+    transposes_experts,
+)
+from peftkern.tools.checkpoints.checkpoint import DTYPES, Checkpoint, CheckpointError
 from peftkern.tools.quantize.file_plan import Choice, Stack
-
-_COUNT = re.compile(r"(layers?|experts|blocks)$")  # num_hidden_layers, n_layer, n_routed_experts
-_MOST_MODULES = 10_000
-_EXPERT = re.compile(r"experts\W+(\d+)\W")  # in the name of a tensor, or in a pattern for it
-
-
-class Load(NamedTuple):
-    """Tensor of the checkpoint, the first parameter that it is loaded into, and how; converter and
-    its source pattern: None if it is loaded as it is."""
-
-    info: TensorInfo
-    target: str
-    converter: WeightConverter | None
-    pattern: str | None
 
 
 def find_weights(
@@ -80,8 +65,8 @@ def find_weights(
     with contextlib.ExitStack() as context:
         context.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
         transformers.logging.set_verbosity_error()
-        model = _meta_model(checkpoint)
-        loads = list(_loads(model, checkpoint))
+        model = meta_model(checkpoint)
+        loads = list(find_loads(model, checkpoint))
         skip = _left_out(model, skip)
         stacks, dense = _expert_weights(model, loads, skip)
         options = {
@@ -117,7 +102,7 @@ def _linear_weights(model: PreTrainedModel, loads: Iterable[Load]) -> dict[str, 
     """Find the weights of Linear4bit."""
     sources: dict[str, Load] = {}
     for load in loads:  # a converter may make several parameters of one tensor
-        targets = [load.target] if load.converter is None else _targets(load)
+        targets = [load.target] if load.converter is None else load_targets(load)
         sources |= dict.fromkeys(targets, load)
     linear: dict[str, bool] = {}
     for module_name, module in model.named_modules():
@@ -131,7 +116,7 @@ def _linear_weights(model: PreTrainedModel, loads: Iterable[Load]) -> dict[str, 
             )
         transposed = issubclass(module.source_cls, Conv1D)
         shape = (module.out_features, module.in_features)
-        _check_shape(load.info, shape[::-1] if transposed else shape)
+        check_shape(load.info, shape[::-1] if transposed else shape)
         linear[load.info.name] = transposed
     return linear
 
@@ -156,12 +141,12 @@ def _expert_weights(
     stacks = {}
     for target, found in parts.items():
         converter = found[0].converter
-        if converter is None or _transposes_experts(converter):
+        if converter is None or transposes_experts(converter):
             info, (E, N, K) = found[0].info, wanted[target]
             transposed = converter is not None and info.shape == (E, K, N) != (E, N, K)
-            _check_shape(info, (E, K, N) if transposed else (E, N, K))
+            check_shape(info, (E, K, N) if transposed else (E, N, K))
             stacks[target] = Stack(wanted[target], (info.name,), transposed)
-        elif _stacks_experts(converter):
+        elif stacks_experts(converter):
             stacks[target] = _stacked(target, wanted[target], found)
     return stacks, [target for target in wanted if target not in stacks]
 
@@ -170,7 +155,7 @@ def _stacked(target: str, shape: tuple[int, ...], loads: Sequence[Load]) -> Stac
     """Put the tensors in the order of their values in the stack."""
     patterns = loads[0].converter.source_patterns
     places = {
-        (int(_EXPERT.search(load.info.name)[1]), patterns.index(load.pattern)): load.info
+        (int(EXPERT.search(load.info.name)[1]), patterns.index(load.pattern)): load.info
         for load in loads
     }
     E, N, K = shape
@@ -180,7 +165,7 @@ def _stacked(target: str, shape: tuple[int, ...], loads: Sequence[Load]) -> Stac
             f"{target}: expected {len(patterns)} tensors of each of {E} experts, got {len(places)}"
         )
     for info in places.values():
-        _check_shape(info, (N // len(patterns), K))
+        check_shape(info, (N // len(patterns), K))
     return Stack(shape, tuple(places[place].name for place in expected))
 
 
@@ -189,84 +174,6 @@ def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, str, nn.Parameter]]:
     for module_name, module in model.named_modules():
         for name in expert_parameters(module):
             yield module_name, name, module.get_parameter(name)
-
-
-def _stacks_experts(converter: WeightConverter) -> bool:
-    """Return whether experts [N, K] are stacked to [E, N, K], gate and up one after the other."""
-    dims = {type(operation): operation.dim for operation in converter.operations
-            if isinstance(operation, MergeModulelist | Concatenate)}  # fmt: skip
-    plain = len(dims) == len(converter.operations) and all(
-        _EXPERT.search(pattern.replace("*", "0")) for pattern in converter.source_patterns
-    )
-    return plain and dims in ({MergeModulelist: 0}, {MergeModulelist: 0, Concatenate: 1})
-
-
-def _transposes_experts(converter: WeightConverter) -> bool:
-    """Return whether experts [K, N] become [N, K] if they have to: what is written never has."""
-    (operation,) = converter.operations if len(converter.operations) == 1 else (None,)
-    turns = isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {1, 2}
-    return turns and operation.check_dims
-
-
-def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
-    if info.shape != shape:
-        raise CheckpointError(
-            f"{info.name}: shape {list(info.shape)} does not fit {list(shape)} of config.json"
-        )
-
-
-def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Build the architecture that config.json names, from transformers' own code only."""
-    architectures = checkpoint.config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    known = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
-        raise CheckpointError(
-            f"{checkpoint.folder}: transformers {transformers.__version__} has no architecture "
-            f"{brief(name)}, and code of a checkpoint is not run"
-        )
-    _check_counts(checkpoint.config)
-    try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=False, local_files_only=True
-        )
-        with torch.device("meta"), no_tie_weights():  # as from_pretrained does
-            return known(config)
-    except Exception as error:  # a config can make its model raise anything
-        raise CheckpointError(
-            f"{checkpoint.folder}: transformers cannot build {name} from config.json: {error}"
-        ) from error
-
-
-def _check_counts(config: Any) -> None:
-    """Bound the counts: every layer becomes an object, even on meta; a billion do not fit."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _check_counts(value)
-        elif _COUNT.search(key) and isinstance(value, int | float) and not value <= _MOST_MODULES:
-            raise CheckpointError(
-                f"config.json: {brief(key)}: expected at most {_MOST_MODULES}, got {brief(value)}"
-            )
-
-
-def _loads(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Load]:
-    """Say of each tensor what transformers' loader does with it."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    parameters = model.state_dict()
-    prefix = model.base_model_prefix
-    for name, info in checkpoint.tensors.items():
-        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:
-            target, pattern = rename_source_key(name, [], [], prefix, parameters)
-        used = (c for c in converters if pattern in c.source_patterns)
-        yield Load(info, target, None if pattern is None else next(used), pattern)
-
-
-def _targets(load: Load) -> list[str]:
-    first, *_ = patterns = load.converter.target_patterns
-    return [load.target.replace(first, wanted) for wanted in patterns]
 
 
 def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:

@@ -18,18 +18,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY
+from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY, NF4Weight
 from peftkern.functional import dequantize_nf4, quantize_nf4
 from peftkern.layers.nf4_stack import NF4Stack, absmax_name
-from peftkern.tools.quantize import staging
-from peftkern.tools.quantize.checkpoint import (
+from peftkern.tools.checkpoints import staging
+from peftkern.tools.checkpoints.checkpoint import (
     CONFIG,
     DTYPES,
     INDEX,
@@ -39,7 +39,7 @@ from peftkern.tools.quantize.checkpoint import (
     open_safetensors,
     read_tensors,
 )
-from peftkern.tools.quantize.companions import find_companions
+from peftkern.tools.checkpoints.companions import find_companions
 from peftkern.tools.quantize.file_plan import Choice, Options, Plan, Size, Unit, plan_files
 
 MANIFEST = "manifest.json"  # in the work folder: a Note of each finished file
@@ -70,15 +70,35 @@ class Note(NamedTuple):
     name: str
 
 
+class Rewriter(Protocol):
+    """Change of some weights, linear layers' alone, on the way; what it finds is written, too.
+
+    identity: what a run must have in common with one that it resumes. nbytes: of what it adds.
+    """
+
+    identity: dict[str, Any]
+    nbytes: int
+
+    def rewrite(self, unit: Unit, weight: Tensor) -> tuple[NF4Weight | Tensor, float | None] | None:
+        """Return what becomes of a weight, and its error if that is known; None of others."""
+
+    def keep(self, work: Path, file: str) -> None:
+        """Store what was found while a file was written, before the file counts as finished."""
+
+    def complete(self, work: Path, folder: Path) -> None:
+        """Add files to the folder, when all others are there."""
+
+
 def quantize_checkpoint(
     checkpoint: Checkpoint,
     destination: str | os.PathLike,
     choice: Choice,
-    quantization_config: Mapping[str, Any],
+    quantization_config: Mapping[str, Any] | None,
     options: Options,
     *,
     force: bool = False,
     progress: Progress = lambda count, name: None,
+    rewriter: Rewriter | None = None,
 ) -> Summary:
     """Write `checkpoint` to the folder `destination` with some of its weights in NF4.
 
@@ -93,25 +113,30 @@ def quantize_checkpoint(
             bitsandbytes' keys, a stack of experts those of the model's parameter, whatever the
             source calls them.
         quantization_config: for config.json, as transformers' BitsAndBytesConfig writes it,
-            or with stacks NF4ExpertsConfig.
+            or with stacks NF4ExpertsConfig; None if nothing is quantized.
         force: replace the checkpoint that `destination` holds, once the new one is complete, and
             discard an unfinished run with other options. Other files there are left alone.
         progress: called with (bytes of the source, tensor name) after each piece of work.
+        rewriter: changes weights before they are quantized or kept.
     Raises: CheckpointError for a request that cannot be met.
     """
     destination = Path(destination)
     plan = plan_files(checkpoint, choice, options)
-    identity = _identity(checkpoint, choice, quantization_config, options)
-    summary = check_request(checkpoint, destination, plan, force)
+    identity = _identity(checkpoint, choice, quantization_config, options, rewriter)
+    summary = check_request(checkpoint, destination, plan, force, rewriter)
     created = not destination.exists()
     with staging.work_folder(destination, identity, force) as work:
         notes = _read_manifest(work)
         try:
-            resumed = _write(work, plan, notes, options, progress)
-            if _identity(checkpoint, choice, quantization_config, options) != identity:
+            resumed = _write(work, plan, notes, options, progress, rewriter)
+            if _identity(checkpoint, choice, quantization_config, options, rewriter) != identity:
                 raise CheckpointError(f"{checkpoint.folder}: changed while it was read")
             staging.copy_files(checkpoint.folder, work / staging.FILES, summary.copied)
-            config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
+            config = dict(checkpoint.config)
+            if quantization_config is not None:
+                config["quantization_config"] = dict(quantization_config)
+            if rewriter is not None:
+                rewriter.complete(work, work / staging.FILES)
             staging.replace_json(work / staging.FILES / CONFIG, config)
         except CheckpointError:
             shutil.rmtree(work)
@@ -125,7 +150,11 @@ def quantize_checkpoint(
 
 
 def check_request(
-    checkpoint: Checkpoint, destination: Path | None, plan: Plan, force: bool
+    checkpoint: Checkpoint,
+    destination: Path | None,
+    plan: Plan,
+    force: bool,
+    rewriter: Rewriter | None = None,
 ) -> Summary:
     """Describe what would be written. Raises: CheckpointError if the destination is unfit for it.
 
@@ -134,15 +163,18 @@ def check_request(
     companions = find_companions(checkpoint)
     if destination is not None:
         staging.check_destination(checkpoint.folder, destination, force, companions.copied)
-        staging.check_space(destination, plan.total.bytes_after + companions.nbytes, plan.files)
+        added = 0 if rewriter is None else rewriter.nbytes
+        needed = plan.total.bytes_after + companions.nbytes + added
+        staging.check_space(destination, needed, plan.files)
     return Summary(plan, companions.copied, companions.left)
 
 
 def _identity(
     checkpoint: Checkpoint,
     choice: Choice,
-    quantization_config: Mapping[str, Any],
+    quantization_config: Mapping[str, Any] | None,
     options: Options,
+    rewriter: Rewriter | None,
 ) -> dict[str, Any]:
     """Return what a run must have in common with the one that it resumes."""
     states = [(path.name, path.stat()) for path in checkpoint.files]
@@ -152,7 +184,8 @@ def _identity(
         "source": hashlib.sha256(text.encode()).hexdigest(),
         **asdict(options),
         "choice of tensors": [sorted(choice.linear.items()), sorted(choice.stacks.items())],
-        "quantization_config": dict(quantization_config),
+        "quantization_config": dict(quantization_config or {}),
+        **(rewriter.identity if rewriter is not None else {}),
     }
 
 
@@ -167,7 +200,12 @@ def _read_manifest(work: Path) -> dict[str, Note]:
 
 
 def _write(
-    work: Path, plan: Plan, notes: dict[str, Note], options: Options, progress: Progress
+    work: Path,
+    plan: Plan,
+    notes: dict[str, Note],
+    options: Options,
+    progress: Progress,
+    rewriter: Rewriter | None,
 ) -> int:
     """Write all files and their index, and note them; return how many tensors were there.
 
@@ -187,7 +225,9 @@ def _write(
             progress(sum(unit.nbytes_before for unit in units), name)
         else:
             path = folder / name
-            notes[name] = _write_file(path, units, options, progress)
+            notes[name] = _write_file(path, units, options, progress, rewriter)
+            if rewriter is not None:
+                rewriter.keep(work, name)
             staging.replace_json(work / MANIFEST, notes)
         with open_safetensors(path) as file:
             weight_map.update(dict.fromkeys(file.offset_keys(), name))
@@ -197,7 +237,13 @@ def _write(
     return resumed
 
 
-def _write_file(path: Path, units: list[Unit], options: Options, progress: Progress) -> Note:
+def _write_file(
+    path: Path,
+    units: list[Unit],
+    options: Options,
+    progress: Progress,
+    rewriter: Rewriter | None,
+) -> Note:
     """Write one file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     largest = (0.0, "")
@@ -206,13 +252,14 @@ def _write_file(path: Path, units: list[Unit], options: Options, progress: Progr
     sources = read_tensors(infos, fused)
     for unit in units:
         parts = (part for source in islice(sources, len(unit.infos)) for part in source)
-        if unit.quantized:
-            written = _stacked if unit.shape else _quantized
-            state, error = written(unit, parts, options)
-            tensors |= state
-            largest = max(largest, (error, unit.name))
+        if unit.shape:
+            state, error = _stacked(unit, parts, options)
         else:
-            (tensors[unit.name],) = parts
+            (weight,) = parts
+            state, error = _one(unit, weight, options, rewriter)
+        tensors |= state
+        if error is not None:
+            largest = max(largest, (error, unit.name))
         progress(unit.nbytes_before, unit.name)
     temporary = path.with_name(path.name + ".new")
     try:
@@ -245,21 +292,33 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
     return digest.hexdigest()
 
 
-def _quantized(
-    unit: Unit, parts: Iterator[Tensor], options: Options
-) -> tuple[dict[str, Tensor], float]:
-    """Return the tensors that the weight of a linear layer becomes, and its error."""
-    name, (weight,) = unit.name, parts
-    weight = weight.to(options.device)
-    if unit.transposed:
-        weight = weight.T.contiguous()
-    nf4 = quantize_nf4(weight, blocksize=options.blocksize, double_quant=options.double_quant)
-    error = _relative_error(name, weight, dequantize_nf4(nf4))
+def _one(
+    unit: Unit, weight: Tensor, options: Options, rewriter: Rewriter | None
+) -> tuple[dict[str, Tensor], float | None]:
+    """Return the tensors that a tensor becomes, and its error unless it is kept as it is."""
+    name, kept = unit.name, weight
+    if unit.quantized:
+        weight = weight.to(options.device)
+        weight = weight.T.contiguous() if unit.transposed else weight
+    rewritten = None if rewriter is None else rewriter.rewrite(unit, weight)
+    if rewritten is not None:
+        weight, error = rewritten
+    elif unit.quantized:
+        how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
+        nf4 = quantize_nf4(weight, **how)
+        weight, error = nf4, _relative_error(name, weight, dequantize_nf4(nf4))
+    else:
+        return {name: kept}, None
+    return _state(name, weight) if unit.quantized else {name: weight}, error
+
+
+def _state(name: str, nf4: NF4Weight) -> dict[str, Tensor]:
+    """Return the tensors of a quantized weight, as bitsandbytes names them."""
     state = nf4.state_dict(name.removesuffix("weight"))
     key = f"{name}.{STATE_KEY}"  # JSON, in as many bytes for every weight: shapes tell the sizes
     room = STATE_BYTES - len(state[key])
     state[key] = torch.nn.functional.pad(state[key], (0, room), value=ord(" "))
-    return {key: tensor.cpu() for key, tensor in state.items()}, error
+    return {key: tensor.cpu() for key, tensor in state.items()}
 
 
 def _stacked(

@@ -72,6 +72,29 @@ def adalora(rank):
     assert digests[0] == digests[1], "ranks drew other masks"
 """
 
+ADALORA_STEPS = """
+def adalora_steps(rank):
+    model = adalora_llama(deltaT=1)
+    optimizer = optimizer_of(model)
+    steps = AdaLoraSteps(model, optimizer, STEPS)
+    wrapped = DistributedDataParallel(model)
+    for step in range(1, 21):
+        wrapped(**text_batch(seed=100 * rank + step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert steps.step == 20 and model.peft_config["default"].rank_pattern
+    try:  # of gradients that nobody has reduced
+        model(**text_batch(seed=rank)).loss.backward()
+        for p in model.parameters():
+            if rank and p.grad is not None:
+                p.grad = p.grad.flip(0) * 100
+        optimizer.step()
+    except RuntimeError as error:
+        assert "mask of step 21 is not the same in all processes" in str(error), error
+    else:
+        raise AssertionError("other masks went unseen")
+"""
+
 SHARDED = """
 def role(model, name):
     layer = layer_of(model)
@@ -144,7 +167,8 @@ from torch.nn.parallel import DistributedDataParallel
 import expert_models, peftkern
 from adalora_models import STEPS, adalora_llama, optimizer_of
 from peft_models import *
-{LORA}{EXPERTS}{ADALORA}{SHARDED}
+from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
+{LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{SHARDED}
 def work(rank, name, world_size):
     torch.set_num_threads(1)
     take_small_layers()
@@ -153,7 +177,8 @@ def work(rank, name, world_size):
     globals()[name](rank)
     dist.destroy_process_group()
 
-for name, count in (("lora", 2), ("experts", 2), ("adalora", 2), ("sharded", 1)):
+for name in ("lora", "experts", "adalora", "adalora_steps", "sharded"):
+    count = 1 if name == "sharded" else 2
     try:
         mp.start_processes(work, args=(name, count), nprocs=count, start_method="fork")
         print(name, "is right")
@@ -168,7 +193,7 @@ def said(tmp_path_factory) -> str:
     return run_code(PROCESSES, folder)
 
 
-@pytest.mark.parametrize("name", ["lora", "experts", "adalora", "sharded"])
+@pytest.mark.parametrize("name", ["lora", "experts", "adalora", "adalora_steps", "sharded"])
 def test_ranks_agree_and_shards_fall_back(said, name):
     """LoRA trains as unpatched, AdaLoRA draws one mask, a sharded part goes to PEFT by name."""
     assert f"{name} is right" in said, said

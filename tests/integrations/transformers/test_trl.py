@@ -9,14 +9,21 @@ from typing import Any
 import peft_models
 import pytest
 import torch
+from adalora_runs import Digests
 from framework_runs import letters_llama, letters_tokenizer, save_model, sums
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from peft_models import TARGETS, served_by_us
 from tolerances import LOGITS
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, Trainer
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+)
 
 import peftkern
-from peftkern.integrations.transformers import PeftKernCallback
+from peftkern.integrations.transformers import AdaLoraCallback, PeftKernCallback
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 Dataset = pytest.importorskip("datasets").Dataset
@@ -103,3 +110,38 @@ def test_policy_and_reference_agree_over_nf4_until_the_first_step(tmp_path):
     assert margins[0] == 0 and margins[1:].abs().min() > 0
     assert column(trainer, "loss")[0] == pytest.approx(math.log(2), abs=0, rel=2**-12)
     assert peft_models.fallbacks() == {}
+
+
+def test_adalora_over_nf4_keeps_its_diagonal_wide_and_resumes(tmp_path):
+    """TRL casts lora_E to bfloat16; one callback keeps it float32, and goes on bit for bit."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    folder, digests = save_model(tmp_path / "model"), Digests()
+    schedule = {"init_r": 6, "target_r": 2, "total_step": 99, "tinit": 1, "tfinal": 3, "deltaT": 2}
+    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    steps = {"max_steps": 12, "save_steps": 1, "learning_rate": 1e-2}
+
+    def made(*callbacks: TrainerCallback) -> trl.SFTTrainer:
+        return trl.SFTTrainer(
+            model=LlamaForCausalLM.from_pretrained(
+                folder, quantization_config=nf4, device_map="cpu"
+            ),
+            args=trl.SFTConfig(str(tmp_path), per_device_train_batch_size=4, **quiet, **steps),
+            train_dataset=Dataset.from_list(ANSWERS["sft"]),
+            processing_class=letters_tokenizer(),
+            peft_config=AdaLoraConfig(**schedule, target_modules=TARGETS, task_type="CAUSAL_LM"),
+            callbacks=list(callbacks),
+        )
+
+    def dtypes(trainer: Trainer, group: str) -> set[torch.dtype]:
+        return {p.dtype for n, p in trainer.model.named_parameters() if group in n}
+
+    alone = made()
+    assert dtypes(alone, "lora_E") == {torch.bfloat16}
+    trainer = made(AdaLoraCallback(), digests)
+    assert dtypes(trainer, "lora_E") == dtypes(trainer, "ranknum") == {torch.float32}
+    assert dtypes(trainer, "lora_A") == dtypes(trainer, "lora_B") == {torch.bfloat16}
+    trainer.train()
+    assert sum(map(sum, trainer.model.peft_config["default"].rank_pattern.values())) == 2 * LAYERS
+    whole, digests.by_step = digests.by_step, {}
+    made(AdaLoraCallback(), digests).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert digests.by_step == {k: v for k, v in whole.items() if k > 6}

@@ -41,7 +41,7 @@ from transformers import (
 
 import peftkern
 from peftkern.formats.nf4 import NF4Weight, dynamic_map
-from peftkern.tools.quantize.checkpoint import CheckpointError, read_checkpoint
+from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from peftkern.tools.quantize.linear_weights import find_weights
 
 

@@ -123,7 +123,7 @@ def test_arguments_that_make_no_sense(tmp_path, small, options, words):
 
 MEASURE = """
 import sys
-from peftkern.tools.quantize.checkpoint import read_checkpoint
+from peftkern.tools.checkpoints.checkpoint import read_checkpoint
 from peftkern.tools.quantize.file_plan import Choice, Options
 from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
 

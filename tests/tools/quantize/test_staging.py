@@ -15,9 +15,10 @@ import pytest
 from checkpoint_folders import contents
 from quantized_folders import FILES_OF_SMALL, SMALL, convert_small, refused, stopped
 
-from peftkern.tools.quantize import nf4_checkpoint, staging
+from peftkern.tools.checkpoints import staging
+from peftkern.tools.checkpoints.staging import FILES, WORK
+from peftkern.tools.quantize import nf4_checkpoint
 from peftkern.tools.quantize.nf4_checkpoint import MANIFEST
-from peftkern.tools.quantize.staging import FILES, WORK
 
 BESIDE = {  # what is copied; test_companions.py has the layouts of repositories
     *("tokenizer.json", "LICENSE", "USE_POLICY", "additional_chat_templates/tools.jinja"),

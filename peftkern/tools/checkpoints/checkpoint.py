@@ -77,12 +77,13 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
 
-def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
+def read_checkpoint(folder: str | os.PathLike, *, quantized: bool = False) -> Checkpoint:
     """Check a checkpoint folder: config.json, and model.safetensors or its index and shards.
 
     A symbolic link counts if it stays in the folder, or points to the blobs of the same Hugging
     Face cache. Only headers are read.
 
+    Args: quantized, take a quantized checkpoint, too; its tensors are then as they are stored.
     Raises: CheckpointError naming the defect: no such folder, no safetensors, a pickle or
         GGUF instead, already quantized, a file that is missing, outside of the folder, damaged, or
         not what the index says, a tensor that comes twice, an unknown dtype.
@@ -98,7 +99,7 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     if not os.path.lexists(folder / CONFIG):
         raise CheckpointError(f"{folder}: expected {CONFIG} beside the weights, got none")
     config = _json_object(folder_file(folder, CONFIG))
-    if config.get("quantization_config") is not None:
+    if config.get("quantization_config") is not None and not quantized:
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise CheckpointError(
@@ -106,7 +107,7 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         )
     tensors: dict[str, TensorInfo] = {}
     for file in names:
-        for info in _tensors_of(folder_file(folder, file)):
+        for info in _tensors_of(folder_file(folder, file), quantized):
             other = tensors.setdefault(info.name, info)
             if other is not info:
                 raise CheckpointError(
@@ -231,7 +232,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tensors_of(path: Path) -> list[TensorInfo]:
+def _tensors_of(path: Path, quantized: bool) -> list[TensorInfo]:
     """Read the header of one file, in the order of its data."""
     try:
         # Proves that shapes, dtypes and offsets agree and that the tensors fill the file.
@@ -260,7 +261,7 @@ def _tensors_of(path: Path) -> list[TensorInfo]:
                 f"{path}: {brief(name)} has dtype {brief(entry['dtype'])}, "
                 f"expected one of {', '.join(DTYPES)}"
             )
-        if _QUANTIZED.search(name):
+        if _QUANTIZED.search(name) and not quantized:
             raise CheckpointError(f"{path}: already quantized, it holds {brief(name)}")
         begin, end = entry["data_offsets"]
         shape, at = tuple(entry["shape"]), start + begin

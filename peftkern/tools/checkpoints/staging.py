@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from peftkern.formats.json_files import read_json
-from peftkern.tools.quantize.checkpoint import CONFIG, CheckpointError
+from peftkern.tools.checkpoints.checkpoint import CONFIG, CheckpointError
 
 try:
     import fcntl
 except ImportError:  # not POSIX: nothing stops a second process that writes to the same folder
     fcntl = None
 
-WORK = ".peftkern-quantize"
+WORK = ".peftkern-unfinished"
 FILES = "files"  # in the work folder: the output, until it is moved
 _SPARE_BYTES = 1 << 24  # for headers, manifest and index
 

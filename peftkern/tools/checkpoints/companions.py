@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from peftkern.tools.quantize.checkpoint import (
+from peftkern.tools.checkpoints.checkpoint import (
     CONFIG,
     INDEX,
     SINGLE,

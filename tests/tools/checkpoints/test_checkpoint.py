@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from peftkern.tools.quantize.checkpoint import (
+from peftkern.tools.checkpoints.checkpoint import (
     DTYPES,
     SINGLE,
     CheckpointError,

@@ -14,13 +14,13 @@ from checkpoint_folders import save_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkern.tools.quantize.checkpoint import (
+from peftkern.tools.checkpoints.checkpoint import (
     SINGLE,
     CheckpointError,
     read_checkpoint,
     read_tensors,
 )
-from peftkern.tools.quantize.companions import Companions, find_companions, is_weights
+from peftkern.tools.checkpoints.companions import Companions, find_companions, is_weights
 
 TENSORS = {"a.weight": torch.zeros(2, 2)}
 

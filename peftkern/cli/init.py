@@ -1,0 +1,143 @@
+"""Command `peftkern init METHOD BASE DST`: adapters that start from weights or data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftkern.cli.frame import (
+    InputError,
+    byte_bar,
+    checkpoint_run,
+    parse_bytes,
+    present_device,
+    table,
+)
+
+if TYPE_CHECKING:
+    from peftkern.methods.initialization.report import InitReport
+
+FROM_WEIGHTS = ("pissa", "olora", "qpissa", "loftq")
+FROM_DATA = ("corda", "eva", "lora_ga")
+
+
+def init(
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help=", ".join((*FROM_WEIGHTS, *FROM_DATA)) + ".")
+    ],
+    source: Annotated[Path, typer.Argument(metavar="BASE", help="Folder with safetensors.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
+    rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 16,
+    alpha: Annotated[
+        float | None, typer.Option(help="lora_alpha.", show_default="the rank")
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A linear layer, like q_proj; may be repeated.", show_default="all but the head"
+        ),
+    ] = None,
+    tol: Annotated[
+        float, typer.Option(help="Excess of the error over the least possible to stop at.")
+    ] = 1e-3,
+    certify: Annotated[
+        bool, typer.Option("--certify/--no-certify", help="Bound that excess as well.")
+    ] = True,
+    steps: Annotated[int, typer.Option(help="Steps of loftq.")] = 5,
+    blocksize: Annotated[int, typer.Option(help="NF4: values that share one absmax.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="NF4: keep absmax in 8 bits.")] = True,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For corda, eva, lora_ga: a text on each line."),
+    ] = None,
+    texts: Annotated[int, typer.Option(help="Number of texts to take.")] = 64,
+    length: Annotated[int, typer.Option(help="Number of tokens to take of each.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    shard_size: Annotated[str, typer.Option(help="Largest size of a file: 5GB or 500MiB.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Start LoRA adapters from the weights of a checkpoint, or from texts.
+
+    DST is a new base with the adapter in its folder "adapter"; together they compute what BASE
+    does. pissa and olora write a dense base, qpissa and loftq one in NF4, all four a tensor at a
+    time; a stopped run resumes when it is repeated. corda, eva and lora_ga load the model and run
+    the texts through it.
+
+    Load: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DST), DST + "/adapter",
+    is_trainable=True).
+
+    Example: peftkern init pissa ~/models/llama3-8b ~/models/llama3-8b-pissa --rank 16
+    """
+    method = method.replace("-", "_")
+    if method not in FROM_WEIGHTS + FROM_DATA:
+        accepted = ", ".join(FROM_WEIGHTS + FROM_DATA)
+        raise InputError(f"METHOD: expected one of {accepted}, got {method!r}")
+    if (data is None) == (method in FROM_DATA):
+        expected = "a file of texts" if method in FROM_DATA else "none: it starts from weights"
+        raise InputError(f"--data: expected {expected} for {method}, got {data or 'none'}")
+    shard_bytes = parse_bytes("--shard-size", shard_size)
+    device = str(present_device(device))
+    try:
+        from peftkern.tools.checkpoints.checkpoint import read_checkpoint
+        from peftkern.tools.initialize import checkpoint, from_text
+        from peftkern.tools.initialize.request import Request
+        from peftkern.tools.quantize.file_plan import Options
+    except ImportError as error:
+        raise InputError(
+            "expected peft, transformers 5 or newer, accelerate and bitsandbytes: "
+            f"pip install -U 'peftkern[peft]' ({error})"
+        ) from None
+    names = tuple(target or ())
+    with checkpoint_run(destination, *_OPTIONS):
+        request = Request(method, rank, alpha, rslora, tol, certify, steps, seed)
+        base = read_checkpoint(source)
+        if method in FROM_DATA:
+            sizes = {"most": texts, "length": length, "shard_bytes": shard_bytes}
+            job = from_text.prepare(
+                base, destination, request, data, names, **sizes, device=device, force=force
+            )
+            report = job.run(force)
+        else:
+            options = Options(blocksize, double_quant, shard_bytes, device)
+            job = checkpoint.prepare(base, destination, request, options, names)
+            job.check(force)
+            with byte_bar(base.nbytes) as progress:
+                report = job.run(force, progress)
+    if as_json:
+        print(json.dumps({"written": str(destination), **report.as_dict()}, indent=2))
+    else:
+        _show(report, destination)
+
+
+_OPTIONS = ("alpha", "blocksize", "data", "length", "rank", "seed", "shard_bytes", "steps")
+_OPTIONS += ("target", "texts", "tol")
+
+
+def _show(report: InitReport, destination: Path) -> None:
+    """Print a line for each layer, and what was written."""
+    from rich.console import Console
+
+    rows = table("layer", "shape", "rank", "energy kept", "error", "excess", whole=1)
+    for layer in report.layers:
+        shape = "x".join(map(str, layer.shape))
+        bound = _number(layer.certificate)
+        row = (layer.name, shape, str(layer.rank), f"{layer.energy:.1%}", _number(layer.error))
+        rows.add_row(*row, bound)
+    console = Console()
+    console.print(rows)
+    for name, reason in report.skipped.items():
+        print(f"left as it was: {name}: {reason}")
+    print(report)
+    print(f"{destination}: written, the adapter in {destination / 'adapter'}")
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.1e}"

@@ -1,0 +1,169 @@
+"""Command `peftkern merge BASE ADAPTER[:WEIGHT]... DST`: a checkpoint with adapters merged in."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftkern.cli.frame import InputError, bad_input, byte_bar, checkpoint_run
+
+if TYPE_CHECKING:
+    from peftkern.tools.merge.arithmetic import Change
+    from peftkern.tools.merge.merge import Summary
+
+TOO_LITTLE = 1  # exit status if less of the update survived than was asked for
+_SHOWN = 5  # weights that lost most
+
+
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder with safetensors.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER[:WEIGHT]...", help="Adapters; a weight multiplies the update."
+        ),
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
+    out: Annotated[
+        str, typer.Option(help="bf16, fp16, fp32 or nf4; keep: as each tensor is stored.")
+    ] = "keep",
+    residual: Annotated[
+        int,
+        typer.Option(help="Rank of an adapter for what NF4 loses.", show_default="none"),
+    ] = 0,
+    as_trained: Annotated[
+        str,
+        typer.Option(
+            help="nf4: the adapter was trained on BASE in NF4, which it is merged into.",
+            show_default="BASE as it is",
+        ),
+    ] = "",
+    min_survival: Annotated[
+        float, typer.Option(help="Share of the update that has to survive rounding.")
+    ] = 0.5,
+    changed_base: Annotated[
+        bool,
+        typer.Option(
+            "--changed-base", help="BASE is the one that PiSSA, OLoRA or the like has changed."
+        ),
+    ] = False,
+    expert_layout: Annotated[
+        str | None,
+        typer.Option("--layout", help="Layout of the adapter's experts, if nothing in it tells."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Merge adapters into a safetensors checkpoint. Peak memory: a panel of rows, and the adapters.
+
+    The bits are those of PEFT's merge_and_unload where that is right; tied embeddings are untied if
+    an adapter changes one of them. Into NF4, the update of a QLoRA adapter is lost for the most
+    part: the report says how much survives, and the exit status is 1 below --min-survival. A
+    stopped run resumes when it is repeated.
+
+    Example: peftkern merge ~/models/llama3-8b ~/runs/adapter ~/models/merged
+    """
+    if not 0 <= min_survival <= 1:
+        raise InputError(f"--min-survival: expected a share of 0 to 1, got {min_survival}")
+    parsed = [_parse(text) for text in adapters]
+    try:
+        from peftkern.tools.adapters import read_adapter
+        from peftkern.tools.adapters.experts import LAYOUTS
+        from peftkern.tools.checkpoints.checkpoint import read_checkpoint
+        from peftkern.tools.merge.merge import merge_checkpoint
+        from peftkern.tools.merge.plan import Options
+    except ImportError as error:
+        raise InputError(
+            "expected transformers 5 or newer and bitsandbytes, which know the architecture: "
+            f"pip install -U 'peftkern[peft]' ({error})"
+        ) from None
+    if expert_layout is not None and expert_layout not in LAYOUTS:
+        raise InputError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {expert_layout!r}")
+    with bad_input():
+        read = [(read_adapter(path, expert_layout=expert_layout), w) for path, w in parsed]
+    with bad_input("out", "residual", "as_trained"):
+        chosen = Options(out, residual, as_trained, changed_base)
+    with checkpoint_run(destination), bad_input():
+        checkpoint = read_checkpoint(base, quantized=True)
+        with byte_bar(checkpoint.nbytes) as progress:
+            summary = merge_checkpoint(
+                checkpoint, read, destination, chosen, force=force, progress=progress
+            )
+    survived = summary.total.survival >= min_survival
+    if as_json:
+        print(json.dumps(_record(summary, survived), indent=2))
+    else:
+        print("\n".join(_report(summary, destination)))
+    if not survived:
+        print(
+            f"peftkern: {summary.total.survival:.1%} of the update survived, expected "
+            f"{min_survival:.0%}: --out bf16 keeps it, and so does leaving the adapter apart",
+            file=sys.stderr,
+        )
+        raise typer.Exit(TOO_LITTLE)
+
+
+def _parse(text: str) -> tuple[Path, float]:
+    """Split "folder:0.5"; a path that exists with its colon is a path."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", weight, re.ASCII | re.IGNORECASE):
+        raise InputError(f"ADAPTER: expected a number after the colon, got {text!r}")
+    return Path(path), float(weight)
+
+
+def _report(summary: Summary, destination: Path) -> Iterator[str]:
+    plan, total = summary.plan, summary.total
+    units = [unit for file in plan.files for unit in file.units]
+    copied = sum(unit.copied for unit in units)
+    resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
+    files = f"{len(plan.files)} file{'s' * (len(plan.files) != 1)}"
+    yield f"{len(summary.changes)} weights merged, {copied} tensors copied, in {files}{resumed}"
+    for untied in plan.untied:
+        yield f"{untied.parameter}: no longer tied to {untied.source}, written apart"
+    yield (
+        f"{total.survival:.1%} of the update survives rounding, which has an error of "
+        f"{total.relative_error:.2%} of the weights, {total.error_of_update:.1%} of the update"
+    )
+    worst = sorted(summary.changes.items(), key=lambda item: item[1].survival)
+    worst = [(name, one) for name, one in worst if one.survival < total.survival][:_SHOWN]
+    if worst:
+        yield "least: " + ", ".join(f"{one.survival:.1%} {name}" for name, one in worst)
+    yield f"{len(plan.companions.copied)} other files copied"
+    left = [name if name.isprintable() else ascii(name) for name in plan.companions.left]
+    if left:
+        yield f"left behind: {', '.join(left)}"
+    yield f"{destination}: written"
+
+
+def _record(summary: Summary, survived: bool) -> dict[str, Any]:
+    """Return the same for JSON; sizes in bytes."""
+    plan = summary.plan
+    return {
+        "survived": survived,
+        "total": _change(summary.total),
+        "weights": {name: _change(change) for name, change in summary.changes.items()},
+        "untied": {untied.parameter: untied.source for untied in plan.untied},
+        "files": {file.name: file.nbytes for file in plan.files},
+        "resumed_files": summary.resumed,
+        "copied": plan.companions.copied,
+        "left_behind": plan.companions.left,
+    }
+
+
+def _change(change: Change) -> dict[str, float]:
+    return {
+        "survival": change.survival,
+        "relative_error": change.relative_error,
+        "error_of_update": change.error_of_update,
+        "values_measured": change.values,
+    }

@@ -1,0 +1,153 @@
+"""Panels of rows of a weight in float32, decoded one at a time: the matrix is never dense."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import contextvars
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import ops
+from peftkern.backends.reference.nf4 import nf4_absmax
+from peftkern.formats.nf4 import NF4Weight
+
+_ON_CPU = 1 << 20  # values of a panel: 4 MB, most of which stays in cache between two products
+_ELSEWHERE = 1 << 25  # fewer launches, 128 MB
+Item, Found = TypeVar("Item"), TypeVar("Found")
+Run = Callable[[Callable[[Item], Found], Iterable[Item]], Iterator[Found]]
+
+
+class Panels:
+    """The matrix scale * (weight - minus) [m, n] by panels of rows.
+
+    Each is a dense tensor of any dtype or an NF4Weight; the difference is taken in float32. Panels
+    begin where a block of `blocksize` values does.
+    """
+
+    def __init__(
+        self, weight: Tensor | NF4Weight, minus: Tensor | NF4Weight | None, blocksize: int = 1
+    ) -> None:
+        self.m, self.n = weight.shape
+        self.device, self.scale = weight.device, 1.0
+        self._parts = [_Rows(part) for part in (weight, minus) if part is not None]
+        steps = [part.step for part in self._parts]
+        step = math.lcm(*steps, blocksize // math.gcd(blocksize, self.n))
+        size = _ON_CPU if self.device.type == "cpu" else _ELSEWHERE
+        self.rows = max(1, size // max(1, step * self.n)) * step
+        self._buffers = threading.local()
+
+    @property
+    def slices(self) -> list[slice]:
+        """Rows of every panel."""
+        return [slice(i, min(i + self.rows, self.m)) for i in range(0, self.m, self.rows)]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows and their panel, one after the other."""
+        return ((rows, self.read(rows)) for rows in self.slices)
+
+    def read(self, rows: slice, place: int = 0) -> Tensor:
+        """Return a panel, which this thread's next of the same place may overwrite."""
+        first, *minus = self._parts
+        panel = first.read(rows, self._buffer, 2 * place)
+        for part in minus:
+            values = part.read(rows, self._buffer, 2 * place + 1)
+            panel = torch.sub(panel, values, out=self._buffer(2 * place, rows))
+        if self.scale != 1.0:
+            panel = torch.mul(panel, self.scale, out=self._buffer(2 * place, rows))
+        return panel
+
+    def _buffer(self, index: int, rows: slice) -> Tensor:
+        buffers = self._buffers.__dict__
+        if index not in buffers:
+            shape = (min(self.rows, self.m), self.n)
+            buffers[index] = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return buffers[index][: rows.stop - rows.start]
+
+
+class _Rows:
+    """Rows of one weight, from a multiple of `step` on."""
+
+    def __init__(self, weight: Tensor | NF4Weight) -> None:
+        self.step = 1
+        if isinstance(weight, NF4Weight):
+            self._absmax = nf4_absmax(weight.tensors, weight.layout)
+            self.step = weight.blocksize // math.gcd(weight.blocksize, weight.shape[1])
+            self._weight = weight
+        else:
+            self._weight = weight.detach()
+
+    def read(self, rows: slice, buffer: Callable[[int, slice], Tensor], index: int) -> Tensor:
+        """Return rows in float32: a view of a weight that is, else what a buffer then holds."""
+        weight = self._weight
+        if isinstance(weight, Tensor):
+            values = weight[rows]
+            if values.dtype is torch.float32:
+                return values
+            return buffer(index, rows).copy_(values)
+        (_, n), blocksize, out = weight.shape, weight.blocksize, buffer(index, rows)
+        first, last = rows.start * n, rows.stop * n
+        packed = weight.packed[first // 2 : (last + 1) // 2]
+        absmax = self._absmax[first // blocksize : -(-last // blocksize)]
+        layout = (weight.layout[0], blocksize, 0, rows.stop - rows.start, n)
+        ops.nf4_dequantize_out((packed, absmax), layout, out)
+        return out
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 as float32, whatever was set for the speed of a training."""
+    switches = (torch.backends.mkldnn, torch.backends.cuda)
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    precisions = [switch.matmul.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, precision in zip(switches, precisions, strict=True):
+            switch.matmul.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def parallel(device: torch.device) -> Iterator[Run]:
+    """Yield a `map` whose calls run on as many threads as torch has, each of which has one.
+
+    So BLAS and LAPACK give the same bits for any number of threads. A GPU's map is Python's own.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu":
+        yield map
+        return
+    torch.set_num_threads(1)  # of this thread, and the default of those that start from here on
+    try:
+        if threads == 1:
+            yield map
+            return
+        with ThreadPoolExecutor(threads) as pool:
+
+            def run(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+                begun: collections.deque[Future[Found]] = collections.deque()
+                for item in items:
+                    begun.append(pool.submit(contextvars.copy_context().run, function, item))
+                    if len(begun) > 2 * threads:  # results that wait are memory
+                        yield begun.popleft().result()
+                while begun:
+                    yield begun.popleft().result()
+
+            yield run
+    finally:
+        torch.set_num_threads(threads)

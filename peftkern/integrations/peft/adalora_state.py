@@ -1,0 +1,255 @@
+"""State with which an AdaLoRA training goes on: all triplets, their importance, mask and schedule.
+
+PEFT saves the triplets that the current mask keeps, although the others may still revive, and none
+of the moving averages. A training that resumes from that fails with a size mismatch after the first
+mask, and silently differs before it. Here the rest lies in a file beside PEFT's adapter, which
+anyone can load as before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.adalora.model import AdaLoraModel
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peftkern.integrations.peft.adalora import PatchedRankAllocator
+from peftkern.integrations.peft.adalora_layers import layers_of, widen_diagonals
+
+__all__ = ["FILE", "AdaLoraState", "keep_state_when_loading", "load_state", "save_state"]
+
+FILE = "adalora_state.safetensors"
+_VERSION = 1
+_GROUPS = ("lora_E", "lora_A", "lora_B")
+_AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+_SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT", "target_r")
+
+
+class AdaLoraState(NamedTuple):
+    """Triplets by "layer.lora_E" and so on, averages by the same, kept triplets by layer.
+
+    schedule: the fields of the config, with `init_bgt`, the triplets at first. step: the last one
+    that was taken; -1 if unknown. scores: of all triplets; None if none are needed.
+    """
+
+    triplets: dict[str, Tensor]
+    averages: dict[str, dict[str, Tensor]]
+    kept: dict[str, list[bool]] | None
+    ranknum: dict[str, float]
+    schedule: dict[str, int]
+    step: int
+    scores: Tensor | None
+
+
+def save_state(tuner: AdaLoraModel, folder: str | os.PathLike[str], step: int) -> None:
+    """Write what a training needs to go on after `step`, beside the adapter in `folder`."""
+    name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
+    config, tensors, ranknum = tuner.peft_config[name], {}, {}
+    pattern = {k.removesuffix(f".{name}"): v for k, v in (config.rank_pattern or {}).items()}
+    for path, layer in layers_of(tuner).items():
+        ranknum[path] = layer.ranknum[name].item()
+        for group in _GROUPS:
+            tensors[f"{path}.{group}"] = getattr(layer, group)[name]
+            for average in _AVERAGES:
+                held = getattr(allocator, average).get(f"{path}.{group}.{name}")
+                if held is not None:
+                    tensors[f"{path}.{group}.{average}"] = held
+        if pattern:
+            tensors[f"{path}.kept"] = torch.tensor(pattern[f"{path}.lora_E"], dtype=torch.bool)
+    importance = getattr(allocator, "_importance", None)
+    if importance is not None and importance.scores is not None:
+        tensors["scores"] = importance.scores
+    schedule = {field: getattr(config, field) for field in _SCHEDULE}
+    schedule["init_bgt"] = allocator.init_bgt
+    record = {"version": _VERSION, "step": step, "schedule": schedule, "ranknum": ranknum}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    path = Path(folder, FILE)
+    unfinished = path.with_suffix(".part")
+    save_file(tensors, unfinished, {"adalora": json.dumps(record)})
+    os.replace(unfinished, path)
+
+
+def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
+    """Read what `save_state` wrote; None if the folder has nothing of it.
+
+    Raises: ValueError on a file of another version.
+    """
+    path = Path(folder, FILE)
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        record = json.loads((file.metadata() or {}).get("adalora", "{}"))
+        if record.get("version") != _VERSION:
+            raise ValueError(f"{path}: version {record.get('version')}, expected {_VERSION}")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    averages: dict[str, dict[str, Tensor]] = {name: {} for name in _AVERAGES}
+    kept, triplets, scores = {}, {}, tensors.pop("scores", None)
+    for key, tensor in tensors.items():
+        name, _, last = key.rpartition(".")
+        if last == "kept":
+            kept[name] = tensor.tolist()
+        elif last in averages:
+            averages[last][name] = tensor
+        else:
+            triplets[key] = tensor
+    return AdaLoraState(
+        triplets, averages, kept or None, record["ranknum"], record["schedule"], record["step"],
+        scores,
+    )  # fmt: skip
+
+
+def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState:
+    """Load a folder into the trained AdaLoRA adapter of a model, so that training goes on from it.
+
+    With the file of `save_state` all is as it was then. Without it, as PEFT saves, the triplets
+    that were kept return to their places, the others start anew, at zero, and so do the averages.
+
+    Returns: the state; its step is -1 without that file.
+    Raises: ValueError if the layers or their shapes are not those of the model.
+    """
+    tuner = model.base_model
+    name = tuner.trainable_adapter_name
+    layers, state = layers_of(tuner), read_state(folder)
+    weights = load_peft_weights(folder, device="cpu")
+    if state is None:
+        state = _scattered(tuner, layers, folder, weights)
+    wanted = {f"{path}.{group}" for path in layers for group in _GROUPS}
+    if wanted != state.triplets.keys():
+        other = sorted(wanted ^ state.triplets.keys())[0]
+        raise ValueError(f"{folder}: expected the layers of the model, differs in {other}")
+    for path, layer in layers.items():
+        for group in _GROUPS:
+            _fit(folder, f"{path}.{group}", getattr(layer, group)[name], state)
+        layer.ranknum[name].data.fill_(state.ranknum[path])
+        layer.r[name] = state.triplets[f"{path}.lora_E"].shape[0]
+    weights |= {f"base_model.model.{key}": tensor for key, tensor in state.triplets.items()}
+    tuner.peft_config[name].rank_pattern = None  # PEFT would take layers to pieces by it
+    set_peft_model_state_dict(model, weights, name)
+    _restore_allocator(tuner, state)
+    widen_diagonals(tuner)
+    return state
+
+
+def keep_state_when_loading(model: PeftModel) -> None:
+    """Let `model.load_adapter`, as the Trainer calls it, load as `load_state` does.
+
+    That is for the trained AdaLoRA adapter and folders on this machine; other calls are PEFT's.
+    """
+    model.load_adapter = types.MethodType(load_adapter, model)
+
+
+def load_adapter(  # pickle looks for a method of this name
+    model: PeftModel,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    is_trainable: bool = False,
+    *args: Any,
+    **options: Any,
+) -> Any:
+    """Load as PeftModel does; of a folder that `load_state` takes, PEFT's report is not made."""
+    tuner = model.base_model
+    trained = getattr(tuner, "trainable_adapter_name", None)
+    if adapter_name != trained or not os.path.isdir(model_id):
+        return type(model).load_adapter(
+            model, model_id, adapter_name, is_trainable, *args, **options
+        )
+    state = load_state(model, model_id)
+    if state.step < 0 and (is_trainable or state.kept is not None):
+        warnings.warn(
+            f"{model_id} has no {FILE}: the importance of triplets starts anew, and those that "
+            "the mask had pruned are zero with random vectors; after the last mask that is as it "
+            "was, before it training goes another way",
+            stacklevel=2,
+        )
+    if not is_trainable:
+        model.eval()
+    return None
+
+
+def _fit(
+    folder: str | os.PathLike[str], key: str, parameter: torch.nn.Parameter, state: AdaLoraState
+) -> None:
+    """Give a parameter the shape and dtype of what it is to hold, and its identity stays."""
+    tensor = state.triplets[key]
+    pruned = 1 if key.endswith("lora_B") else 0  # the dimension that may differ
+    if parameter.shape[1 - pruned] != tensor.shape[1 - pruned]:
+        raise ValueError(
+            f"{folder}: {key} is {list(tensor.shape)}, of the model {list(parameter.shape)}"
+        )
+    if parameter.shape != tensor.shape or parameter.dtype is not tensor.dtype:
+        parameter.grad = None
+        parameter.data = torch.empty_like(tensor, device=parameter.device)
+
+
+def _scattered(
+    tuner: AdaLoraModel,
+    layers: dict[str, AdaLoraLayer],
+    folder: str | os.PathLike[str],
+    weights: dict[str, Tensor],
+) -> AdaLoraState:
+    """Make a state of a folder of PEFT's own, whose pruned triplets are not there."""
+    name = tuner.trainable_adapter_name
+    saved_config = PeftConfig.from_pretrained(folder)
+    pattern = saved_config.rank_pattern
+    triplets, kept, ranknum = {}, {}, {}
+    for path, layer in layers.items():
+        rows = layer.lora_E[name].shape[0]
+        kept[path] = list(pattern[f"{path}.lora_E"]) if pattern else [True] * rows
+        mask = torch.tensor(kept[path], dtype=torch.bool)
+        if rows == sum(kept[path]):  # made of such a folder: what was pruned is in no place
+            mask = torch.ones(rows, dtype=torch.bool)
+        elif len(kept[path]) != rows:
+            raise ValueError(
+                f"{folder}: {path} had {len(kept[path])} triplets at first, in the model {rows}; "
+                "make the model with the init_r of that training"
+            )
+        ranknum[path] = layer.ranknum[name].item()
+        for group in _GROUPS:
+            saved = weights[f"base_model.model.{path}.{group}"]
+            full = getattr(layer, group)[name].detach().cpu().to(saved.dtype, copy=True)
+            if group == "lora_E":
+                full.zero_()
+            full[(slice(None), mask) if group == "lora_B" else mask] = saved
+            triplets[f"{path}.{group}"] = full
+    schedule = {field: getattr(saved_config, field) for field in _SCHEDULE}
+    schedule["init_bgt"] = sum(map(len, kept.values()))
+    averages: dict[str, dict[str, Tensor]] = {average: {} for average in _AVERAGES}
+    return AdaLoraState(triplets, averages, kept if pattern else None, ranknum, schedule, -1, None)
+
+
+def _restore_allocator(tuner: AdaLoraModel, state: AdaLoraState) -> None:
+    """Set mask, averages and budget; the rest of the schedule is the config's, with a warning."""
+    name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
+    config = tuner.peft_config[name]
+    if state.kept is not None:
+        config.rank_pattern = {f"{p}.lora_E.{name}": kept for p, kept in state.kept.items()}
+    others = [f for f in _SCHEDULE[1:] if getattr(config, f) != state.schedule[f]]
+    if others:
+        said = [f"{f} {getattr(config, f)} (was {state.schedule[f]})" for f in others]
+        warnings.warn(f"AdaLoRA goes on with another schedule: {', '.join(said)}", stacklevel=5)
+    allocator.set_total_step(state.schedule["total_step"])
+    allocator.init_bgt = state.schedule["init_bgt"]
+    allocator.reset_ipt()
+    device = next(iter(layers_of(tuner).values())).lora_E[name].device
+    for average, held in state.averages.items():
+        moved = {f"{key}.{name}": tensor.to(device, copy=True) for key, tensor in held.items()}
+        setattr(allocator, average, moved)
+    if isinstance(allocator, PatchedRankAllocator):
+        allocator._pattern = None
+        if state.averages["exp_avg_ipt"]:
+            allocator.adopt_ipt(allocator.triplets(tuner.model))
+            if state.scores is not None:
+                allocator._importance.scores = state.scores.to(device)
+    else:
+        allocator.ipt = dict(allocator.exp_avg_ipt)

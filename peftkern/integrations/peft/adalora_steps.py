@@ -1,0 +1,141 @@
+"""AdaLoRA in any training loop: ranks are allocated after every step of the optimizer.
+
+steps = AdaLoraSteps(model, optimizer, total_step=1000)  # instead of update_and_allocate
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.adalora.model import AdaLoraModel
+from torch import nn
+
+from peftkern.integrations.peft.adalora_layers import find_tuner, widen_diagonals
+from peftkern.integrations.peft.adalora_state import load_state, save_state
+from peftkern.integrations.peft.patch import is_patched, patch
+
+__all__ = ["AdaLoraSteps"]
+
+
+class AdaLoraSteps:
+    """Allocation of the ranks of an AdaLoRA model by the steps that its optimizer takes.
+
+    A step is taken in when the optimizer has made it and before zero_grad(), the order that PEFT
+    documents: gradients of the step, after clipping, and parameters after it. Steps that
+    accumulate gradients, or that a gradient scaler skips, call no optimizer and do not count. What
+    is not patched yet is (`peftkern.patch`), and lora_E is kept in float32: before DDP, therefore.
+    Where several processes train, every mask is compared, and one that differs is an error.
+
+    Args:
+        model: the PeftModel, or what wraps it.
+        optimizer: of torch, or accelerate's around one.
+        total_step: steps of this training, which the config's schedule is set to.
+
+    Raises: ValueError if no AdaLoRA adapter is trained, or if so many steps leave none for the
+        allocation.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, total_step: int) -> None:
+        self.tuner = prepare(model)
+        self.step = 0
+        set_total_step(self.tuner, total_step, self.step)
+        self._model = next(m for m in model.modules() if isinstance(m, PeftModel))
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self._hook = inner.register_step_post_hook(self._after_step)
+
+    def close(self) -> None:
+        """Leave the optimizer: its further steps allocate nothing."""
+        self._hook.remove()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write, in one process, the adapter as PEFT does and beside it what `load` needs."""
+        self._model.save_pretrained(str(folder))
+        save_state(self.tuner, folder, self.step)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Go on where `save` was called, bit for bit if the optimizer's state is loaded, too.
+
+        Raises: ValueError if the folder has no such state, or is of another model.
+        """
+        state = load_state(self._model, folder)
+        if state.step < 0:
+            raise ValueError(f"{folder}: expected a folder that AdaLoraSteps.save wrote")
+        self.step = state.step
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        self.step += 1
+        allocate(self.tuner, self.step)
+
+
+def prepare(model: nn.Module | None) -> AdaLoraModel:
+    """Return the AdaLoRA model inside, patched if nothing is, with its diagonals in float32.
+
+    Raises: ValueError if there is none in training.
+    """
+    tuner = find_tuner(model)
+    if tuner is None:
+        raise ValueError("model: expected an AdaLoRA adapter in training, found none")
+    if not is_patched(model):
+        patch(model)
+    widen_diagonals(tuner)
+    return tuner
+
+
+def set_total_step(tuner: AdaLoraModel, total_step: int, step: int) -> None:
+    """Set the schedule to a training of so many steps, `step` of which are done.
+
+    After the last mask the schedule stays as it is, for another would let pruned triplets revive.
+    Raises: ValueError if it leaves no steps for the allocation.
+    """
+    config = tuner.peft_config[tuner.trainable_adapter_name]
+    if config.total_step == total_step:
+        return
+    if config.rank_pattern and step >= config.total_step - config.tfinal:
+        return
+    if config.tinit >= total_step - config.tfinal:
+        raise ValueError(
+            f"tinit, tfinal: expected tinit + tfinal below the {total_step} steps of this "
+            f"training, got {config.tinit} and {config.tfinal}"
+        )
+    warnings.warn(
+        f"total_step of the AdaLoRA config is {config.total_step}, this training takes "
+        f"{total_step} steps: using {total_step}",
+        stacklevel=3,
+    )
+    tuner.rankallocator.set_total_step(total_step)
+
+
+def allocate(tuner: AdaLoraModel, step: int, *, skipped: bool = False) -> None:
+    """Take in a step, counting from 1; compare the mask with those of the other processes.
+
+    Args: skipped, whether a gradient scaler left the step out: then no gradient is read.
+    Raises: RuntimeError if other processes drew another mask.
+    """
+    config = tuner.peft_config[tuner.trainable_adapter_name]
+    last = config.total_step - config.tfinal
+    if not skipped or step >= last:
+        tuner.update_and_allocate(step)
+    draws = step == last or (step < last and tuner.rankallocator.budget_schedule(step)[1])
+    if draws and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        _compare_masks(tuner, step)
+
+
+def _compare_masks(tuner: AdaLoraModel, step: int) -> None:
+    """Raise where masks differ among processes: one reduction of two integers."""
+    name = tuner.trainable_adapter_name
+    kept = list((tuner.peft_config[name].rank_pattern or {}).values())
+    digest = int.from_bytes(hashlib.sha256(repr(kept).encode()).digest()[:7], "big")
+    device = next(p for n, p in tuner.named_parameters() if "lora_E" in n).device
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise RuntimeError(
+            f"AdaLoRA: the mask of step {step} is not the same in all processes; gradients must be "
+            "reduced, and parameters equal, before update_and_allocate"
+        )

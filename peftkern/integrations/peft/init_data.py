@@ -1,0 +1,211 @@
+"""Factors of a PEFT model's layers from batches that run through its base."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import EvaConfig, LoraGAConfig, initialize_lora_eva_weights
+from torch import Tensor, nn
+
+from peftkern.functional.arguments import mismatch
+from peftkern.integrations.peft.init_layers import PREFIX, Layer, named
+from peftkern.layers.quantize import with_progress
+from peftkern.methods.initialization.factors import Factors
+from peftkern.methods.initialization.from_data import (
+    Covariance,
+    PrincipalComponents,
+    corda,
+    lora_ga,
+    share_ranks,
+)
+from peftkern.methods.initialization.report import LayerStart
+from peftkern.methods.initialization.statistics import (
+    Rows,
+    equal_inputs,
+    groups,
+    input_statistics,
+    weight_gradients,
+)
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class DataRuns:
+    """Batches, the model that they run through, and the memory for what is made of them.
+
+    options: of `truncated_svd`.
+    """
+
+    model: PeftModel
+    batches: Sequence[Any]
+    loss: Loss | None
+    statistics_bytes: int
+    options: dict[str, Any]
+
+    def corda(self, layers: Sequence[Layer]) -> dict[str, Factors]:
+        """Return CorDA's factors of each layer."""
+        modules = {layer.name: layer.base for layer in layers}
+        factors = {}
+        with _base_alone(self.model, training=False):
+            leaders = equal_inputs(modules, self._forward, self.batches[0])
+            sizes = {leaders[la.name]: 4 * la.weight.shape[1] ** 2 for la in layers}
+            for group in groups(sizes, self.statistics_bytes):
+                chosen = {name: modules[name] for name in group}
+                found = input_statistics(
+                    chosen, self._forward, self.batches, lambda name: Covariance(), counted_rows
+                )
+                these = [layer for layer in layers if leaders[layer.name] in found]
+                for layer in with_progress(these, "corda: products with covariances"):
+                    with named(layer.name):
+                        covariance = found[leaders[layer.name]].value()
+                        how = (layer.rank, layer.scaling)
+                        factors[layer.name] = corda(layer.weight, covariance, *how, **self.options)
+        return factors
+
+    def lora_ga(self, layers: Sequence[Layer], config: LoraGAConfig) -> dict[str, Factors]:
+        """Return LoRA-GA's factors of each layer."""
+        by_name = {layer.name: layer for layer in layers}
+        sizes = {layer.name: 4 * layer.weight.shape[0] * layer.weight.shape[1] for layer in layers}
+        how = {"direction": config.direction, "scale": config.scale, "gamma": config.stable_gamma}
+        factors = {}
+        with _base_alone(self.model, training=True):
+            for group in groups(sizes, self.statistics_bytes):
+                modules = {name: by_name[name].base for name in group}
+                gradients = weight_gradients(modules, self._loss, self.batches)
+                for name in with_progress(group, "lora_ga: directions"):
+                    layer, gradient = by_name[name], gradients.pop(name, None)
+                    if gradient is None:
+                        raise ValueError(f"{name}: loss: expected to depend on it, it does not")
+                    with named(name):
+                        factors[name] = lora_ga(
+                            layer.weight,
+                            gradient,
+                            layer.rank,
+                            layer.scaling,
+                            **how,
+                            **self.options,
+                        )
+        return factors
+
+    def eva(self, layers: Sequence[Layer], config: EvaConfig) -> dict[str, Factors]:
+        """Return EVA's factors of each layer, of rank 0 where none of its directions is chosen."""
+        modules = {layer.name: layer.base for layer in layers}
+        rows = _rows_of(config)
+        with _base_alone(self.model, training=False):
+            leaders = equal_inputs(modules, self._forward, self.batches[0])
+            most: dict[str, int] = {}
+            for layer in layers:
+                leader, count = leaders[layer.name], round(layer.rank * config.rho)
+                most[leader] = max(most.get(leader, 0), min(count, layer.weight.shape[1]))
+            found = input_statistics(
+                {name: modules[name] for name in most},
+                self._forward,
+                self.batches,
+                lambda name: PrincipalComponents(most[name], self.options["seed"]),
+                rows,
+            )
+        explained = {}
+        for name in (*most, *(name for name in modules if name not in most)):
+            with named(name):
+                explained[name] = found[leaders[name]].explained()
+        ranks = share_ranks(explained, sum(layer.rank for layer in layers))
+        factors = {}
+        for layer in layers:
+            principal, rank = found[leaders[layer.name]], ranks[layer.name]
+            lora_A = principal.components[:rank]
+            if config.whiten:
+                lora_A = lora_A / principal.S[:rank].sqrt()[:, None]
+            lora_B = lora_A.new_zeros(layer.weight.shape[0], rank)
+            energy = float(explained[layer.name][:rank].sum())
+            factors[layer.name] = Factors(lora_A, lora_B, energy)
+        return factors
+
+    def _forward(self, batch: Any) -> Any:
+        device = next(p.device for p in self.model.parameters() if not p.is_meta)
+        batch = _moved(batch, device)
+        if isinstance(batch, Mapping):
+            return self.model(**batch)
+        return self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch)
+
+    def _loss(self, batch: Any) -> Tensor:
+        if self.loss is not None:
+            return self.loss(self.model, batch)
+        output = self._forward(batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if loss is None:
+            raise mismatch("loss", "a function of (model, batch), or a model and batches with "
+                           "labels that return a loss", self.loss)  # fmt: skip
+        return loss
+
+
+def start_eva(
+    model: PeftModel, layers: Sequence[Layer], factors: Mapping[str, Factors]
+) -> tuple[tuple[LayerStart, ...], dict[str, str]]:
+    """Start layers by EVA; PEFT gives them their ranks, and drops those that get none."""
+    adapter_name = layers[0].adapter_name
+    config = model.peft_config[adapter_name]
+    config.init_lora_weights, config.eva_config = "eva", config.eva_config or EvaConfig()
+    state = {PREFIX + name: found.lora_A for name, found in factors.items()}
+    initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
+    started, skipped = [], {}
+    for layer in layers:
+        if not len(factors[layer.name].lora_A):
+            skipped[layer.name] = "no direction of its inputs is among those that explain most"
+            continue
+        layer.module.lora_B[adapter_name].weight.data.zero_()
+        started.append(LayerStart.of(layer.name, factors[layer.name], layer.scaling, None))
+    return tuple(started), skipped
+
+
+def counted_rows(batch: Any, label_mask_value: int | None = None) -> Rows:
+    """Return what picks the rows of an input that count: no padding, and no masked labels."""
+    batch = batch if isinstance(batch, Mapping) else {}
+    mask = batch.get("attention_mask")
+    mask = None if mask is None else mask.bool()
+    if label_mask_value is not None and "labels" in batch:
+        labelled = batch["labels"] != label_mask_value
+        mask = labelled if mask is None else mask & labelled
+
+    def rows(x: Tensor) -> Tensor:
+        x = x.detach()
+        if mask is not None and x.shape[:-1] == mask.shape:
+            return x[mask.to(x.device)]
+        return x.reshape(-1, x.shape[-1])
+
+    return rows
+
+
+def _rows_of(config: EvaConfig) -> Callable[[Any], Rows]:
+    value = config.label_mask_value if config.use_label_mask else None
+    return lambda batch: counted_rows(batch, value)
+
+
+@contextlib.contextmanager
+def _base_alone(model: PeftModel, *, training: bool) -> Iterator[None]:
+    """Run the model without its adapters, and without gradients of parameters."""
+    modes = {module: module.training for module in model.modules()}
+    required = {p: p.requires_grad for p in model.parameters()}
+    try:
+        with model.disable_adapter():
+            model.requires_grad_(False).train(training)
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, wanted in required.items():
+            parameter.requires_grad_(wanted)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on the model's device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return type(batch)(_moved(v, device) for v in batch) if type(batch) in (tuple, list) else batch

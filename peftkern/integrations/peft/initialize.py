@@ -1,0 +1,226 @@
+"""`peftkern.initialize_`: start the adapters of a PEFT model from its weights, or from data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.lora import EvaConfig, LoraGAConfig
+from torch import Tensor, nn
+
+from peftkern.formats.nf4 import NF4Weight
+from peftkern.functional.arguments import mismatch
+from peftkern.integrations.peft.init_data import DataRuns, start_eva
+from peftkern.integrations.peft.init_layers import Layer, find_layers, named, set_rank
+from peftkern.integrations.peft.patch import is_patched
+from peftkern.layers.quantize import with_progress
+from peftkern.methods.initialization.factors import (
+    Factors,
+    check_finite,
+    check_rank,
+    check_scaling,
+    olora,
+    pissa,
+)
+from peftkern.methods.initialization.loftq import Storage, loftq, qpissa
+from peftkern.methods.initialization.report import InitReport, LayerStart
+
+__all__ = ["initialize_"]
+
+FROM_DATA = ("corda", "eva", "lora_ga")
+QUANTIZED = ("qpissa", "loftq")
+METHODS = ("pissa", "olora", *QUANTIZED, *FROM_DATA)
+STEPS = 5  # of LoftQ
+PLAIN = Storage(double_quant=False)  # of a base that stays dense, as in PEFT's LoftQ
+
+
+def initialize_(
+    model: nn.Module,
+    method: str,
+    lora_config: LoraConfig | None = None,
+    *,
+    rank: int | None = None,
+    tol: float = 1e-3,
+    certify: bool = True,
+    adapter_name: str = "default",
+    batches: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    statistics_bytes: int = 4 << 30,
+) -> InitReport:
+    """Start the LoRA adapters of a PEFT model from its weights or from data, in place.
+
+        model = get_peft_model(base, LoraConfig(...))
+        print(peftkern.initialize_(model, "pissa"))
+
+    Before `peftkern.patch` and before the optimizer is made. A layer's base becomes weight -
+    scaling * B A, so that the model computes what it did; of "eva" it stays, and B is zero. One
+    layer is worked on at a time, by panels of rows; only "corda" and "lora_ga" hold a dense matrix.
+
+    The adapter belongs to that changed base. Saved as usual (init_lora_weights is True
+    afterwards, so that loading does not start it once more), it loads in any PEFT on the base
+    saved beside it, `model.unload().save_pretrained(...)`; or PEFT converts it to an adapter of
+    twice the rank for the original one: `save_pretrained(..., path_initial_model_for_weight_
+    conversion=...)` with the adapter as it was before training.
+
+    Args:
+        model: of PEFT's; or a plain one with `lora_config`, which `get_peft_model` takes first:
+            `report.model`.
+        method: "pissa", "olora", or "qpissa" and "loftq" for a base in NF4; "corda" (the mode
+            "ipm"), "eva" and "lora_ga" from batches. Settings beyond these arguments are those of
+            the adapter's config: eva_config, lora_ga_config, loftq_iter of loftq_config.
+        rank: of all layers, instead of their own.
+        tol: how far the error may be from the least possible for the rank, relative: where the
+            iteration stops, an estimate; certify, report a bound that holds as well.
+        batches: a few, which are run once or more; each is given to the model as keywords if it is
+            a mapping, as positions if it is a tuple or a list, else as the only argument.
+        loss: of (model, batch) for "lora_ga", by default the loss that the model returns.
+        weights: {name of a base parameter: its dense weight}, for a base in 4 bits: what its
+            layers were quantized from. "loftq" needs them there.
+        steps: of "loftq", by default those of loftq_config, or 5.
+        seed: of what is drawn at random.
+        statistics_bytes: memory for the covariances of "corda" or gradients of "lora_ga"; the
+            batches are run once for each group of layers that fits into it.
+
+    A base in NF4 is quantized anew by every method but "eva". Layers that a method has no use for
+    (embeddings, convolutions, experts, weights that are tied to another layer's) stay as they
+    are; the report names them.
+
+    Returns: the report; `print` shows it in one line.
+    Raises: TypeError or ValueError naming the argument, or the layer; nothing has changed then.
+    """
+    _check_arguments(method, rank, steps)
+    batches = _listed(method, batches)
+    plain, model = model, _peft_model(model, method, lora_config, adapter_name)
+    options = {"tol": tol, "certify": certify, "seed": seed}
+    runs = DataRuns(model, batches, loss, statistics_bytes, options)
+    config = model.peft_config[adapter_name]
+    with torch.no_grad():
+        try:
+            found = find_layers(model, adapter_name, weights or {}, keeps_base=method == "eva")
+            layers, skipped = found
+            _check_layers(method, layers, rank)
+            if rank is not None:
+                set_rank(model, adapter_name, rank)
+            factors = _from_data(method, layers, runs, config)
+        except Exception:
+            if plain is not model:
+                model.unload()
+            raise
+        if method == "eva":
+            started, dropped = start_eva(model, layers, factors)
+            return InitReport(method, started, {**skipped, **dropped}, model)
+        iterations = steps or (config.loftq_config or {}).get("loftq_iter", STEPS)
+        started = tuple(
+            _start(layer, method, factors, iterations, options)
+            for layer in with_progress(layers, f"{method}: layers")
+        )
+    config.init_lora_weights = True
+    return InitReport(method, started, skipped, model)
+
+
+def _start(
+    layer: Layer,
+    method: str,
+    factors: Mapping[str, Factors],
+    iterations: int,
+    options: dict[str, Any],
+) -> LayerStart:
+    """Start one layer, from its weight or with the factors found from data."""
+    weight, rank, scaling = layer.weight, layer.rank, layer.scaling
+    with named(layer.name):
+        if method in QUANTIZED:
+            storage = layer.storage or PLAIN
+            if method == "loftq":
+                pair = loftq(weight, rank, scaling, storage, steps=iterations, **options)
+            else:
+                pair = qpissa(weight, rank, scaling, storage, **options)
+            return layer.take_quantized(*pair)
+        if method == "olora":
+            return layer.take(olora(weight, rank))
+        if method == "pissa":
+            return layer.take(pissa(weight, rank, scaling, **options))
+        return layer.take(factors[layer.name])
+
+
+def _from_data(
+    method: str, layers: list[Layer], runs: DataRuns, config: LoraConfig
+) -> dict[str, Factors]:
+    """Return the factors of a method that needs batches; of others none."""
+    if method == "corda":
+        return runs.corda(layers)
+    if method == "lora_ga":
+        return runs.lora_ga(layers, config.lora_ga_config or LoraGAConfig())
+    if method == "eva":
+        return runs.eva(layers, config.eva_config or EvaConfig())
+    return {}
+
+
+def _check_arguments(method: Any, rank: Any, steps: Any) -> None:
+    if method not in METHODS:
+        raise mismatch("method", f"one of {METHODS}", method)
+    for name, value in (("rank", rank), ("steps", steps)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise mismatch(name, "an integer of at least 1, or None", value)
+
+
+def _listed(method: str, batches: Any) -> list[Any]:
+    """Return the batches as a list; they run more than once."""
+    needed = method in FROM_DATA
+    if not needed and batches is not None:
+        raise mismatch("batches", f"None: {method!r} needs no data", batches)
+    if needed and (
+        isinstance(batches, (str, Tensor, Mapping)) or not isinstance(batches, Iterable)
+    ):
+        raise mismatch("batches", f"a list of batches, which {method!r} learns from", batches)
+    found = list(batches or ())
+    if needed and not found:
+        raise ValueError("batches: expected at least one, got none")
+    return found
+
+
+def _peft_model(
+    model: Any, method: str, lora_config: LoraConfig | None, adapter_name: str
+) -> PeftModel:
+    """Return the PEFT model, made of a plain one by its config.
+
+    Raises: TypeError or ValueError for what `initialize_` does not take.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if is_patched(model):
+        raise ValueError("model: expected one that is not patched yet: initialize_, then patch")
+    if lora_config is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError("lora_config: expected None for a model of PEFT's, which has its own")
+        lora_config = copy(lora_config)
+        lora_config.init_lora_weights = True
+        model = get_peft_model(model, lora_config, adapter_name)
+    if not isinstance(model, PeftModel):
+        came = type(model).__name__
+        raise TypeError(f"model: expected a PeftModel, or lora_config with a plain one, got {came}")
+    config, names = model.peft_config.get(adapter_name), list(model.peft_config)
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise ValueError(f"adapter_name: expected LoRA's of {names}, got {adapter_name!r}")
+    if len(names) > 1:
+        raise ValueError(f"model: expected one adapter, got {names}, which share the base")
+    corda = config.corda_config
+    if method == "corda" and corda is not None and corda.corda_method != "ipm":
+        raise mismatch("corda_method", "'ipm'", corda.corda_method)
+    return model
+
+
+def _check_layers(method: str, layers: list[Layer], rank: int | None) -> None:
+    """Raise ValueError for a layer that the method cannot start."""
+    for layer in layers:
+        with named(layer.name):
+            check_rank(rank or layer.rank, layer.weight.shape, half=method == "lora_ga")
+            check_scaling(layer.scaling)
+            if method == "loftq" and layer.storage and isinstance(layer.weight, NF4Weight):
+                raise ValueError("weights: expected what the base in 4 bits was quantized from")
+            check_finite(layer.weight)

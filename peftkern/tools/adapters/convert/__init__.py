@@ -1,0 +1,1 @@
+"""Conversions between layouts of adapters, a module each; `run` has the way in."""

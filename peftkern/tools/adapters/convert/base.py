@@ -1,0 +1,131 @@
+"""What a conversion asks of a base: names of modules, its kind of model, single weights."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peftkern.formats.json_files import brief, read_json
+from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
+from peftkern.tools.adapters.convert.diffusers import COMPONENTS
+from peftkern.tools.adapters.peft_keys import PREFIX
+from peftkern.tools.checkpoints.checkpoint import (
+    READ_ERRORS,
+    CheckpointError,
+    TensorInfo,
+    open_safetensors,
+    read_checkpoint,
+    read_tensors,
+)
+
+# Fused gate and up whose rows alternate: no projections can be cut out of them.
+_INTERLEAVED = re.compile(r"gpt[-_]oss|openai[-_]privacy[-_]filter", re.IGNORECASE)
+_MIXTRAL = re.compile("mixtral|minimax", re.IGNORECASE)
+
+
+def component_modules(base: str | os.PathLike) -> Iterator[str]:
+    """Yield `component.name` of every module with a weight, of a pipeline of diffusers.
+
+    Raises: AdapterError if it holds no component, or a file that cannot be read.
+    """
+    folders = [Path(base) / name for name in COMPONENTS if (Path(base) / name).is_dir()]
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    if not files:
+        raise AdapterError(
+            f"{base}: expected a pipeline of diffusers: safetensors in {', '.join(COMPONENTS)}"
+        )
+    for file in files:
+        try:
+            with open_safetensors(file) as opened:
+                names = list(opened.keys())
+        except READ_ERRORS as error:
+            raise AdapterError(f"{file}: damaged, cut off or not safetensors: {error}") from None
+        for name in names:
+            if name.endswith(".weight"):
+                yield f"{file.parent.name}.{name.removesuffix('.weight')}"
+
+
+def model_type(base: str | os.PathLike | None, config: Mapping[str, Any]) -> str:
+    """Return the kind of model of a base, or what the adapter says of it where no folder does.
+
+    Raises: AdapterError if a base was given and does not tell.
+    """
+    said = base if base is not None else config.get("base_model_name_or_path")
+    path = Path(str(said)) / "config.json"
+    if base is None and not (said and path.is_file()):
+        return str(said or "")
+    try:
+        found = read_json(path)
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{error}") from None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if not isinstance(kind, str):
+        raise AdapterError(f"{path}: model_type: expected a name, got {brief(kind)}")
+    return kind
+
+
+def is_mixtral(kind: str) -> bool:
+    """Return whether its experts' projections are w1, w3 and w2 in a block_sparse_moe."""
+    return _MIXTRAL.search(kind) is not None
+
+
+def check_halves(adapter: Adapter, kind: str) -> None:
+    """Raise AdapterError for experts whose gate and up alternate row by row."""
+    stacks = [update for update in adapter.updates.values() if update.kind == "experts"]
+    if stacks and _INTERLEAVED.search(kind):
+        raise AdapterError(
+            f"{adapter.source}: {stacks[0].key}: rows of gate and up alternate in {kind}, whose "
+            "experts have no projections apart"
+        )
+
+
+def base_table(update: Update) -> str:
+    """Return the name of the base's own weight in PEFT's file, where it is kept with an update."""
+    return f"{PREFIX}{update.module}.base_layer.weight"
+
+
+class Weights:
+    """Weights of a base's checkpoint, one at a time, as an update has them: [m, n].
+
+    A table of the base that the adapter holds counts, as it does for PEFT.
+    """
+
+    def __init__(self, base: str | os.PathLike, adapter: Adapter) -> None:
+        try:
+            self._tensors = read_checkpoint(base).tensors
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from None
+        self._transposed = bool(adapter.config.get("fan_in_fan_out"))
+        self._tables = adapter.extras
+        self._base = base
+
+    def __call__(self, update: Update) -> Tensor:
+        """Read a weight. Raises: AdapterError if the base has none of that name and shape."""
+        name = f"{update.module}.{update.parameter}"
+        weight = self._tables.get(base_table(update))
+        if weight is None:
+            if name not in self._tensors:
+                raise AdapterError(f"{self._base}: {name}: expected it in the base")
+            weight = self._read(self._tensors[name])
+        weight = weight.flatten(1) if update.kind == "conv" else weight
+        square = weight.ndim == 2 and weight.shape[0] == weight.shape[1]
+        turned = self._transposed if square else tuple(weight.shape) == update.size[::-1]
+        weight = weight.T if turned or (square and update.kind == "embedding") else weight
+        if tuple(weight.shape) != update.size or not weight.is_floating_point():
+            raise AdapterError(
+                f"{self._base}: {name}: expected floating point {list(update.size)}, "
+                f"got {weight.dtype} {list(weight.shape)}"
+            )
+        return weight
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        try:
+            [[tensor]] = map(list, read_tensors([info]))
+            return tensor
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from None

@@ -1,0 +1,134 @@
+"""Untrusted files of adapters: opened, checked, read whole. What the tensors mean is for READERS.
+
+Pickles are never opened. safetensors reads the tensors, not through a map, so that a file that
+shrinks is an error, not a signal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peftkern.formats.json_files import brief, parse_json, read_json
+from peftkern.tools.adapters.adapter import AdapterError
+from peftkern.tools.checkpoints.checkpoint import (
+    DTYPES,
+    READ_ERRORS,
+    CheckpointError,
+    folder_file,
+    open_safetensors,
+)
+
+CONFIG = "adapter_config.json"
+MODEL = "adapter_model.safetensors"
+# What a folder's file of weights is called: by PEFT, mlx-lm, diffusers.
+NAMES = (MODEL, "adapters.safetensors", "pytorch_lora_weights.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of tensors, the metadata in its header, and the config beside it, if any."""
+
+    path: Path
+    config: dict[str, Any] | None
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def open_source(path: str | os.PathLike) -> Source:
+    """Read an adapter's folder, or a safetensors file by itself.
+
+    Raises: AdapterError naming the file: none there, a pickle, damaged or cut off, a name twice or
+        one that cannot be printed, a dtype that is not known, a config that is no JSON object.
+    """
+    path = Path(path)
+    try:
+        file = folder_file(path, _weights(path)) if path.is_dir() else _plain(path)
+        config = folder_file(file.parent, CONFIG) if os.path.lexists(file.parent / CONFIG) else None
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None
+    metadata = _check_header(file)
+    try:
+        with open_safetensors(file) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.offset_keys()}
+    except READ_ERRORS as error:
+        raise AdapterError(f"{file}: changed while it was read: {error}") from None
+    if not tensors:
+        raise AdapterError(f"{file}: holds no tensors")
+    return Source(file, None if config is None else _config(config), metadata, tensors)
+
+
+def _weights(folder: Path) -> str:
+    """Return the name of the file of weights in a folder."""
+    present = sorted(path.name for path in folder.iterdir())
+    for name in NAMES:
+        if name in present:
+            return name
+    pickles = [name for name in present if name.lower().endswith(_PICKLES)]
+    if pickles:
+        raise AdapterError(f"{folder / pickles[0]}: {_pickled()}")
+    raise AdapterError(f"{folder}: expected a folder with {MODEL}, it holds {_listed(present)}")
+
+
+def _plain(path: Path) -> Path:
+    if not path.is_file():
+        kind = "a pipe, socket or device" if path.exists() else "nothing"
+        raise AdapterError(
+            f"{path}: expected an adapter's folder or a safetensors file, got {kind}"
+        )
+    if path.name.lower().endswith(_PICKLES):
+        raise AdapterError(f"{path}: {_pickled()}")
+    return path
+
+
+def _pickled() -> str:
+    return (
+        "a pickle, which runs code when it is read: load it where you trust it and "
+        "save_pretrained() it as safetensors"
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return brief(next(iter(names), "nothing"))
+
+
+def _check_header(path: Path) -> dict[str, str]:
+    """Check names and dtypes, and return the metadata."""
+    try:
+        # Proves that shapes, dtypes and offsets agree and that the tensors fill the file.
+        with open_safetensors(path):
+            pass
+        with open(path, "rb") as file:
+            data = file.read(int.from_bytes(file.read(8), "little"))
+    except READ_ERRORS as error:
+        raise AdapterError(f"{path}: damaged, cut off or not safetensors: {error}") from None
+    try:
+        header = parse_json(data, unique=True)
+    except ValueError as error:
+        raise AdapterError(f"{path}: its header: {error}") from None
+    metadata = header.pop("__metadata__", None) or {}
+    for name, entry in header.items():
+        if not name.isprintable():
+            raise AdapterError(f"{path}: expected names that can be printed, got {brief(name)}")
+        if entry["dtype"] not in DTYPES:
+            raise AdapterError(
+                f"{path}: {name}: expected a dtype of {', '.join(DTYPES)}, "
+                f"got {brief(entry['dtype'])}"
+            )
+    return metadata
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except (ValueError, OSError) as error:
+        raise AdapterError(str(error)) from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,1 @@
+"""Checkpoint folders: read and checked tensor by tensor, written atomically and resumably."""

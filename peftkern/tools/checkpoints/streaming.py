@@ -1,0 +1,112 @@
+"""Files of safetensors written piece by piece, at the places that a header gives them.
+
+safetensors' own writer takes all tensors of a file at once. Here the header comes first, since
+shapes alone decide it, and threads fill in the rest in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peftkern.tools.checkpoints.checkpoint import DTYPES
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COPIED_AT_ONCE = 1 << 24  # so that Ctrl-C, and the bar, do not wait for a whole table
+_ALIGNMENT = 8  # of the data, as safetensors writes it
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of a file to be written, and where it begins."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def layout(slots: Sequence[Slot], metadata: Mapping[str, str]) -> tuple[bytes, list[Slot]]:
+    """Return a file's header, with the eight bytes of its length, and its tensors at their places.
+
+    Wider dtypes come first, as safetensors has it, so that every tensor is aligned; those of one
+    width stay in their order.
+    """
+    ordered = sorted(slots, key=lambda slot: -slot.dtype.itemsize)
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for slot in ordered:
+        end = begin + slot.nbytes
+        entry = {"dtype": DTYPE_NAMES[slot.dtype], "shape": list(slot.shape)}
+        entries[slot.name] = {**entry, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    placed, begin = [], len(header)
+    for slot in ordered:
+        placed.append(Slot(slot.name, slot.dtype, slot.shape, begin))
+        begin += slot.nbytes
+    return header, placed
+
+
+def read_header(path: Path) -> tuple[bytes, set[str], dict[str, str]]:
+    """Return the header of a checked file: as it is, the names of its tensors, and its metadata."""
+    with open(path, "rb") as file:
+        length = file.read(8)
+        text = file.read(int.from_bytes(length, "little"))
+    entries = json.loads(text)
+    metadata = entries.pop("__metadata__", None) or {}
+    return length + text, set(entries), metadata
+
+
+def read_into(file: int, tensor: Tensor, offset: int) -> None:
+    """Fill a contiguous tensor from an open file.
+
+    Raises: OSError if the file ends before that.
+    """
+    data = _bytes(tensor)
+    while data:
+        count = os.preadv(file, [data], offset)
+        if not count:
+            raise OSError("cut off")
+        data, offset = data[count:], offset + count
+
+
+def write_from(file: int, tensor: Tensor, offset: int) -> None:
+    """Write a contiguous tensor to an open file."""
+    data = _bytes(tensor)
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def copy_range(source: int, target: int, start: int, offset: int, count: int) -> None:
+    """Copy bytes between open files, within the kernel where that can do it.
+
+    Raises: OSError if the source ends before that.
+    """
+    while count:
+        most = min(count, _COPIED_AT_ONCE)
+        try:
+            done = os.copy_file_range(source, target, most, start, offset)
+        except (AttributeError, OSError):  # another file system, or none of Linux
+            done = os.pwrite(target, os.pread(source, most, start), offset)
+        if not done:
+            raise OSError("cut off")
+        start, offset, count = start + done, offset + done, count - done
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,1 @@
+"""Checkpoints whose adapters start from their weights or from data: `peftkern init`."""

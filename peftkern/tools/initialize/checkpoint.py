@@ -1,0 +1,87 @@
+"""Initialization of a checkpoint's adapters from its weights, one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftkern.methods.initialization.loftq import Storage
+from peftkern.methods.initialization.report import InitReport
+from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
+from peftkern.tools.initialize.request import Request, find_targets
+from peftkern.tools.initialize.starts import Starts
+from peftkern.tools.quantize.file_plan import Choice, Options, plan_files
+from peftkern.tools.quantize.linear_weights import find_weights
+from peftkern.tools.quantize.nf4_checkpoint import (
+    Progress,
+    Summary,
+    check_request,
+    quantize_checkpoint,
+)
+
+QUANTIZED = ("qpissa", "loftq")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request: what becomes of the checkpoint's tensors, and which of them start."""
+
+    checkpoint: Checkpoint
+    destination: Path
+    choice: Choice
+    quantization_config: dict[str, Any] | None
+    options: Options
+    starts: Starts
+
+    def check(self, force: bool) -> Summary:
+        """Describe what would be written. Raises: CheckpointError if the destination is unfit."""
+        plan = plan_files(self.checkpoint, self.choice, self.options)
+        return check_request(self.checkpoint, self.destination, plan, force, self.starts)
+
+    def run(self, force: bool, progress: Progress) -> InitReport:
+        """Write the new base, and the adapter in its folder `adapter`; a stopped run resumes."""
+        quantize_checkpoint(
+            self.checkpoint,
+            self.destination,
+            self.choice,
+            self.quantization_config,
+            self.options,
+            force=force,
+            progress=progress,
+            rewriter=self.starts,
+        )
+        return self.starts.report()
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    destination: str | os.PathLike,
+    request: Request,
+    options: Options,
+    names: Sequence[str] = (),
+) -> Job:
+    """Check a request: "pissa" and "olora" write a dense base, "qpissa" and "loftq" one in NF4.
+
+    Args: names, of linear layers, by default all but the output embeddings.
+    Raises: CheckpointError for what the checkpoint or its architecture does not have.
+    """
+    targets, config = find_targets(checkpoint, names, request.rank)
+    choice, quantization_config, storage = Choice({}), None, None
+    if request.method in QUANTIZED:
+        storage = Storage(options.blocksize, options.double_quant)
+        choice, quantization_config = find_weights(
+            checkpoint, blocksize=options.blocksize, double_quant=options.double_quant
+        )
+        apart = [t.module for name, t in targets.items() if name not in choice.linear]
+        if apart:
+            raise CheckpointError(
+                f"target: {apart[0]} is not quantized, which {request.method} needs"
+            )
+        config.fan_in_fan_out = False  # what is quantized is never transposed
+    base = os.path.abspath(destination)
+    starts = Starts(request, targets, config, base, storage, options.device)
+    parts = (checkpoint, Path(destination), choice, quantization_config, options)
+    return Job(*parts, starts)

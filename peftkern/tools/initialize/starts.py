@@ -1,0 +1,137 @@
+"""Factors of a checkpoint's layers, made while its files are written, and their adapter.
+
+The factors of a file of weights are kept beside it in the work folder, so that a stopped run goes
+on from there; at the end they are one adapter, in the folder `adapter` of the new checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peftkern.formats.nf4 import NF4Weight
+from peftkern.methods.initialization.factors import Factors, olora, pissa, subtract_update_
+from peftkern.methods.initialization.loftq import Storage, loftq, qpissa, relative_error
+from peftkern.methods.initialization.report import InitReport, LayerStart
+from peftkern.tools.checkpoints import staging
+from peftkern.tools.checkpoints.checkpoint import CheckpointError, open_safetensors
+from peftkern.tools.initialize.request import Request, Target
+from peftkern.tools.quantize.file_plan import Unit
+
+ADAPTER = "adapter"  # folder of the output
+_WORK = "factors"  # folder of the work folder
+_PREFIX = "base_model.model."
+
+
+@dataclass
+class Starts:
+    """Rewriter of `quantize_checkpoint`: starts the targets, by the names of their weights.
+
+    storage: of weights in NF4, None for a dense checkpoint. base: path for the adapter's config.
+    """
+
+    request: Request
+    targets: dict[str, Target]
+    config: LoraConfig
+    base: str
+    storage: Storage | None = None
+    device: str = "cpu"
+    layers: list[LayerStart] = field(default_factory=list)
+    _tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run must have in common with one that it resumes."""
+        return {
+            **self.request.identity(),
+            "targets": sorted(t.module for t in self.targets.values()),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the factors, which are there twice for a moment."""
+        sides = sum(sum(target.shape) for target in self.targets.values())
+        return 2 * 4 * self.request.rank * sides
+
+    @torch.no_grad()
+    def rewrite(self, unit: Unit, weight: Tensor) -> tuple[NF4Weight | Tensor, float | None] | None:
+        """Start a layer; return what its weight becomes, and its error."""
+        target = self.targets.get(unit.name)
+        if target is None:
+            return None
+        weight = weight.to(self.device)
+        turned = target.transposed and not unit.quantized
+        rows = weight.T if turned else weight
+        try:
+            factors, base, error = self._start(rows)
+        except ValueError as error:
+            raise CheckpointError(f"{unit.name}: {error}") from error
+        self.layers.append(LayerStart.of(target.module, factors, self.request.scaling, error))
+        for side in ("lora_A", "lora_B"):
+            key = f"{_PREFIX}{target.module}.{side}.weight"
+            self._tensors[key] = getattr(factors, side).cpu().contiguous()
+        return (weight.cpu() if base is None else base), error
+
+    def _start(self, weight: Tensor) -> tuple[Factors, NF4Weight | None, float | None]:
+        """Return the factors, the base unless it is the weight itself, and the error."""
+        request, base = self.request, None
+        how = (weight, request.rank, request.scaling)
+        if request.method == "loftq":
+            factors, base = loftq(*how, self.storage, steps=request.steps, **request.svd_options)
+        elif request.method == "qpissa":
+            factors, base = qpissa(*how, self.storage, **request.svd_options)
+        elif request.method == "olora":
+            factors = olora(weight, request.rank)
+        else:
+            factors = pissa(*how, **request.svd_options)
+        if base is not None:
+            return factors, base, relative_error(weight, base, factors, request.scaling)
+        return factors, None, subtract_update_(weight, *factors[:2], request.scaling)
+
+    def keep(self, work: Path, file: str) -> None:
+        """Store the factors of a file's layers, and what is known of them."""
+        path = work / _WORK / file
+        path.parent.mkdir(exist_ok=True)
+        modules = {key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in self._tensors}
+        layers = [asdict(layer) for layer in self.layers if layer.name in modules]
+        _save(self._tensors, path, {"layers": json.dumps(layers)})
+        self._tensors = {}
+
+    def complete(self, work: Path, folder: Path) -> None:
+        """Write the adapter; `layers` are then those of all files, in the order of the targets."""
+        tensors, layers = {}, {}
+        for path in sorted((work / _WORK).iterdir()):
+            with open_safetensors(path) as file:
+                tensors |= {name: file.get_tensor(name) for name in file.offset_keys()}
+                for layer in json.loads(file.metadata()["layers"]):
+                    layers[layer["name"]] = LayerStart(**{**layer, "shape": tuple(layer["shape"])})
+        self.layers = [layers[target.module] for target in self.targets.values()]
+        adapter = folder / ADAPTER
+        adapter.mkdir(exist_ok=True)
+        _save(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+        config = copy(self.config)
+        config.r, config.lora_alpha = self.request.rank, self.request.lora_alpha
+        config.use_rslora, config.base_model_name_or_path = self.request.rslora, self.base
+        config.inference_mode = True
+        config.save_pretrained(adapter)
+        staging.sync_file(adapter / "adapter_config.json")
+
+    def report(self) -> InitReport:
+        return InitReport(self.request.method, tuple(self.layers))
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # its own for those of the system
+        raise OSError(f"{path}: {error}") from error
+    staging.sync_file(path)

@@ -1,0 +1,167 @@
+"""Panels and whole tensors of a merge: what one job of the writer computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkern.formats.nf4 import NF4Weight
+from peftkern.functional import dequantize_nf4, quantize_nf4
+from peftkern.functional.truncated_svd import truncated_svd
+from peftkern.tools.checkpoints.checkpoint import CheckpointError
+from peftkern.tools.merge.arithmetic import (
+    Added,
+    Buffers,
+    Change,
+    added_to,
+    in_panels,
+    is_finite,
+    measure,
+    merge_rows,
+    merge_whole,
+)
+from peftkern.tools.merge.edits import Edit
+from peftkern.tools.merge.placement import Place
+from peftkern.tools.merge.plan import TRAINED_LAYOUT, Unit
+
+_PANEL = 1 << 17  # values: two buffers of float32 and one of 16 bits are 1.3 MB
+_FEWEST_ROWS = 16  # a product with fewer rows is summed in another order by some libraries
+_MEASURED = 32  # of a rounding to 16 bits, one panel of so many is compared
+
+
+class Residual(NamedTuple):
+    """Factors of what NF4 has lost of a weight [N, K]: lora_B @ lora_A."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+class Block(NamedTuple):
+    """Rows of a stored matrix that are computed alike; place and edit None: they stay."""
+
+    at: int
+    rows: int
+    place: Place | None = None
+    edit: Edit | None = None
+    expert: int | None = None
+
+
+class Panel(NamedTuple):
+    """Rows of a block; measured: rounding is compared there."""
+
+    unit: Unit
+    block: Block
+    added: Added | None
+    first: int
+    last: int
+    measured: bool
+
+
+def panels(unit: Unit) -> Iterator[Panel]:
+    """Cut a stored matrix, its last dimension the columns, into panels of about one size."""
+    columns, number = unit.weight.shape[-1], 0
+    for block in _blocks(unit):
+        added = None
+        if block.edit is not None:
+            added = added_to(block.edit, block.place, block.expert)
+        count = max(math.ceil(block.rows * columns / _PANEL), 1)
+        step = max(math.ceil(block.rows / count), _FEWEST_ROWS)
+        for first in range(0, block.rows, step):
+            last = min(first + step, block.rows)
+            measured = added is not None and number % _MEASURED == 0
+            yield Panel(unit, block, added, first, last, measured)
+            number += 1
+
+
+def _blocks(unit: Unit) -> Iterator[Block]:
+    """Yield the rows of all edits, and those between, in their order."""
+    shape, begin = unit.weight.shape, 0
+    blocks = []
+    for place, edit in unit.edits:
+        if len(shape) == 3 and place.expert is None:
+            size = shape[1]
+            blocks += [Block(e * size, size, place, edit, e) for e in range(shape[0])]
+        else:
+            blocks.append(Block(place.at, place.rows, place, edit, place.expert))
+    end = Block(math.prod(shape[:-1]), 0)
+    for block in (*sorted(blocks, key=lambda block: block.at), end):
+        if block.at > begin:
+            yield Block(begin, block.at - begin)
+        if block.rows:
+            yield block
+        begin = block.at + block.rows
+
+
+def merged_panel(
+    panel: Panel, rows: Tensor, dtype: torch.dtype, buffers: Buffers
+) -> tuple[Tensor, Change | None]:
+    """Return a panel as it is to be stored, and its change if that is measured."""
+    if panel.added is None:
+        same = rows.dtype is dtype
+        return rows if same else buffers.take("result", rows.shape, dtype).copy_(rows), None
+    total, stored = merge_rows(rows, panel.first, panel.added, dtype, buffers)
+    _check_finite(panel.unit, stored)
+    return stored, measure(rows, total, stored) if panel.measured else None
+
+
+def merged_tensor(unit: Unit, weight: Tensor, buffers: Buffers) -> tuple[Tensor, Change | None]:
+    """Return a weight in memory with its edits, in the unit's dtype, and its change."""
+    dtype = unit.dtype
+    if not unit.edits:
+        return weight.to(dtype), None
+    if weight.dim() > 1 and all(in_panels(edit, place) for place, edit in unit.edits):
+        merged, change = torch.empty(weight.shape, dtype=dtype), Change()
+        rows, results = (t.view(-1, weight.shape[-1]) for t in (weight, merged))
+        for panel in panels(unit):
+            own = slice(panel.block.at + panel.first, panel.block.at + panel.last)
+            stored, changed = merged_panel(panel, rows[own], dtype, buffers)
+            results[own] = stored
+            change += changed or Change()
+        return merged, change
+    merged, change = weight.to(dtype, copy=True), None
+    for place, edit in unit.edits:
+        own = slice(place.at, place.at + place.rows) if weight.dim() else ...
+        before = weight[own] if edit.value is None else edit.value.to(weight.dtype)
+        total, part = merge_whole(before, edit, dtype)
+        _check_finite(unit, part)
+        if part.shape == merged[own].shape:
+            merged[own] = part
+        else:  # a table of another size
+            merged = part
+        if edit.updates:
+            change = measure(before, total, part)
+    return merged, change
+
+
+def _check_finite(unit: Unit, stored: Tensor) -> None:
+    if not is_finite(stored):
+        raise CheckpointError(f"{unit.name}: holds NaN or infinity once it is merged")
+
+
+def rounded_to_nf4(weight: Tensor, layout: tuple[int, bool] = TRAINED_LAYOUT) -> Tensor:
+    blocksize, nested = layout
+    return dequantize_nf4(quantize_nf4(weight, blocksize=blocksize, double_quant=nested))
+
+
+def measure_nf4(unit: Unit, weight: Tensor, merged: Tensor, nf4: NF4Weight) -> Change:
+    """Compare a weight before, merged and in NF4; it may have been in NF4 before."""
+    same = unit.weight.nf4 is not None or unit.trained_nf4
+    stored, dense = dequantize_nf4(nf4), weight if same else rounded_to_nf4(weight, unit.nf4)
+    step = max(_PANEL // weight.shape[-1], 1)
+    parts = (tensor.view(-1, weight.shape[-1]).split(step) for tensor in
+             (weight, merged, stored, dense))  # fmt: skip
+    change = Change()
+    for before, total, after, alone in zip(*parts, strict=True):
+        change += measure(before, total.float(), after, alone)
+    return change
+
+
+def residual_of(merged: Tensor, nf4: NF4Weight, rank: int) -> Residual:
+    """Return the best update of that rank for what NF4 has lost."""
+    svd = truncated_svd(merged, min(rank, *merged.shape), minus=nf4)
+    root = svd.S.sqrt()
+    return Residual((root[:, None] * svd.Vh).contiguous(), (svd.U * root).contiguous())

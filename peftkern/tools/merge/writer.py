@@ -1,0 +1,191 @@
+"""Writer of a merged file: panels of rows, from file to file, by as many threads as torch uses.
+
+What a panel needs stays in the cache of its core: it is read, added to, rounded and written before
+the next one. Bytes that stay are copied within the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from threading import local
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY, NF4Weight
+from peftkern.functional import quantize_nf4
+from peftkern.tools.checkpoints.checkpoint import READ_ERRORS, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.streaming import Slot, copy_range, read_into, write_from
+from peftkern.tools.merge.arithmetic import Buffers, Change
+from peftkern.tools.merge.plan import File, Options, Unit
+from peftkern.tools.merge.tensors import (
+    Panel,
+    Residual,
+    measure_nf4,
+    merged_panel,
+    merged_tensor,
+    panels,
+    residual_of,
+    rounded_to_nf4,
+)
+from peftkern.tools.merge.weights import Weight
+
+_AHEAD = 4  # jobs that wait, for each thread
+_RUN = 16  # panels of a job
+Progress = Callable[[int, str], None]  # finished bytes of the base, and the tensor
+
+
+@dataclass
+class Written:
+    """What a file's report needs: changes of the merged weights, and residuals."""
+
+    changes: dict[str, Change] = field(default_factory=dict)
+    residuals: dict[str, Residual] = field(default_factory=dict)
+
+
+class _Done(NamedTuple):
+    name: str
+    nbytes: int
+    change: Change | None = None
+    residual: Residual | None = None
+
+
+def write_file(path: Path, file: File, options: Options, progress: Progress) -> Written:
+    """Write one file; the caller names it when it is on the disk.
+
+    Raises: CheckpointError for a sum that is not finite, or a base that shrinks; OSError.
+    """
+    written = Written()
+    with ExitStack() as stack:
+        target = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
+        stack.callback(os.close, target)
+        os.ftruncate(target, file.nbytes)
+        os.pwrite(target, file.header, 0)
+        sources = {
+            info.file: _open(stack, info.file) for u in file.units for info in u.weight.infos
+        }
+        writer = _Writer(target, sources, options)
+        for done in _in_order(writer.jobs(file)):
+            if done.change is not None:
+                change = written.changes.get(done.name, Change())
+                written.changes[done.name] = change + done.change
+            if done.residual is not None:
+                written.residuals[done.name] = done.residual
+            progress(done.nbytes, done.name)
+        os.fsync(target)
+    return written
+
+
+def _open(stack: ExitStack, path: Path) -> int:
+    file = os.open(path, os.O_RDONLY)
+    stack.callback(os.close, file)
+    return file
+
+
+def _in_order(jobs: Iterator[Callable[[], _Done]]) -> Iterator[_Done]:
+    """Run jobs in threads of one torch thread each; yield results in the order of the jobs, so
+    that sums over them do not depend on the threads."""
+    threads = torch.get_num_threads()
+    waiting: deque[Future[_Done]] = deque()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) > _AHEAD * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # new threads would take the pool's
+
+
+class _Writer:
+    """Jobs of one file, for any thread."""
+
+    def __init__(self, target: int, sources: dict[Path, int], options: Options) -> None:
+        self.target, self.sources, self.options = target, sources, options
+        self.local = local()
+
+    def jobs(self, file: File) -> Iterator[Callable[[], _Done]]:
+        for unit in file.units:
+            if unit.copied:
+                for info, slot in zip(unit.weight.infos, unit.slots, strict=True):
+                    yield partial(self.copy, unit, info, slot)
+            elif unit.streamed:
+                found = panels(unit)
+                while run := tuple(islice(found, _RUN)):
+                    yield partial(self.stream, run)
+            else:
+                yield partial(self.whole, unit)
+
+    def copy(self, unit: Unit, info: TensorInfo, slot: Slot) -> _Done:
+        with _reading(unit.weight):
+            copy_range(self.sources[info.file], self.target, info.offset, slot.offset, info.nbytes)
+        return _Done(unit.name, info.nbytes)
+
+    def stream(self, run: tuple[Panel, ...]) -> _Done:
+        """Merge panels of a weight from file to file."""
+        unit, weight, buffers = run[0].unit, run[0].unit.weight, self._buffers()
+        columns, slot = weight.shape[-1], unit.slots[0]
+        nbytes, changes = 0, []
+        for panel in run:
+            first = panel.block.at + panel.first
+            rows = buffers.take("rows", (panel.last - panel.first, columns), weight.dtype)
+            with _reading(weight):
+                offset = weight.info.offset + first * columns * weight.dtype.itemsize
+                read_into(self.sources[weight.info.file], rows, offset)
+            stored, change = merged_panel(panel, rows, unit.dtype, buffers)
+            write_from(self.target, stored, slot.offset + first * columns * slot.dtype.itemsize)
+            nbytes += rows.nbytes
+            changes += [] if change is None else [change]
+        return _Done(unit.name, nbytes, sum(changes, Change()) if changes else None)
+
+    def whole(self, unit: Unit) -> _Done:
+        """Merge a weight in memory: one that is in NF4, or will be, or needs all its rows."""
+        with _reading(unit.weight):
+            weight = unit.weight.read()
+        if unit.trained_nf4:
+            weight = rounded_to_nf4(weight)
+        merged, change = merged_tensor(unit, weight, self._buffers())
+        if unit.nf4 is None:
+            write_from(self.target, merged, unit.slots[0].offset)
+            return _Done(unit.name, unit.weight.nbytes, change)
+        if unit.transposed:
+            weight, merged = weight.T.contiguous(), merged.T.contiguous()
+        nf4 = quantize_nf4(merged, blocksize=unit.nf4[0], double_quant=unit.nf4[1])
+        self._write_nf4(unit, nf4)
+        change = measure_nf4(unit, weight, merged, nf4) if unit.edits else None
+        rank = self.options.residual
+        residual = residual_of(merged, nf4, rank) if rank else None
+        return _Done(unit.name, unit.weight.nbytes, change, residual)
+
+    def _write_nf4(self, unit: Unit, nf4: NF4Weight) -> None:
+        state = nf4.state_dict(unit.name.removesuffix("weight"))
+        for slot in unit.slots:
+            tensor = state[slot.name]
+            if slot.name.endswith(STATE_KEY):  # JSON, in as many bytes for every weight
+                tensor = pad(tensor, (0, STATE_BYTES - len(tensor)), value=ord(" "))
+            write_from(self.target, tensor.contiguous(), slot.offset)
+
+    def _buffers(self) -> Buffers:
+        if not hasattr(self.local, "buffers"):
+            self.local.buffers = Buffers()
+        return self.local.buffers
+
+
+@contextmanager
+def _reading(weight: Weight) -> Iterator[None]:
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{weight.info.file}: changed while it was read: {error}") from None

@@ -1,0 +1,223 @@
+"""`peftkern init` as a user meets it: what it prints, what it leaves, what PEFT makes of that."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import LLAMA, contents, load_tensors, save_llama
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from peftkern.cli import main
+from peftkern.methods.initialization.factors import pissa
+from peftkern.tools.checkpoints import staging
+from peftkern.tools.initialize.starts import Starts
+from peftkern.tools.quantize import nf4_checkpoint
+
+IDS = torch.arange(12)[None]
+
+
+def run(*arguments: Any) -> int:
+    return main(["init", *map(str, arguments)])
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits.float()
+
+
+def loaded(folder: Path) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    return PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A checkpoint in several files, with a tokenizer of single characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = save_llama(tmp_path_factory.mktemp("init") / "src", torch.float32, sharded=True)
+    vocabulary = {chr(ord("a") + i): i for i in range(26)}
+    tokenizer = Tokenizer(models.WordLevel({**vocabulary, "?": 26}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_base_and_adapter_compute_what_the_source_does(source, tmp_path, capsys, method):
+    destination = tmp_path / "dst"
+    options = ("--rank", 4, "--alpha", 6, "--rslora", "--shard-size", "30KB")
+    assert run(method, source, destination, *options) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert "energy kept" in lines[0] and "excess" in lines[0]
+    assert sum("_proj" in line for line in lines) == 14
+    assert lines[-1] == f"{destination}: written, the adapter in {destination / 'adapter'}"
+    assert lines[-2].startswith(f"{method}: 14 layers, energy kept ")
+    model = loaded(destination)
+    assert model.peft_config["default"].target_modules == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    expected = logits(AutoModelForCausalLM.from_pretrained(source))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
+    changed = logits(AutoModelForCausalLM.from_pretrained(destination))
+    assert (changed - expected).norm() > 1e-2 * expected.norm()
+    name = "model.layers.1.mlp.up_proj.weight"
+    if method == "pissa":
+        factors = pissa(load_tensors(source)[name], 4, 3.0)
+        saved = load_tensors(destination / "adapter")
+        key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+        torch.testing.assert_close(saved[key], factors.lora_B)
+
+
+@pytest.mark.parametrize("method", ["qpissa", "loftq"])
+def test_a_base_in_4_bits_is_closer_than_nf4_alone(source, tmp_path, capsys, method):
+    destination = tmp_path / "dst"
+    options = ("--rank", 8, "--alpha", 16, "--no-double-quant", "--json")
+    assert run(method, source, destination, *options) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["method"] == method and len(record["layers"]) == 14
+    nf4 = tmp_path / "nf4"
+    assert main(["quantize", str(source), str(nf4), "--no-double-quant"]) == 0
+    capsys.readouterr()
+    expected = logits(AutoModelForCausalLM.from_pretrained(source))
+    plain = logits(AutoModelForCausalLM.from_pretrained(nf4).train())
+    got = logits(loaded(destination).train())  # bitsandbytes repacks weights to evaluate them
+    assert (got - expected).norm() < (plain - expected).norm()
+    assert all(0 < layer["error"] < 0.09 for layer in record["layers"])
+
+
+def test_weights_that_are_kept_transposed(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(vocab_size=48, **sizes, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "src")
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "src"))
+    for method in ("pissa", "qpissa"):
+        destination = tmp_path / method
+        assert run(method, tmp_path / "src", destination, "--rank", 4) == 0
+        limit = 1e-4 if method == "pissa" else 0.3
+        assert (logits(loaded(destination)) - expected).norm() <= limit * expected.norm()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("method", ["corda", "eva", "lora_ga", "lora-ga"])
+def test_texts_start_adapters(source, tmp_path, capsys, method):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("thequickbrownfox\n\nx\njumpsoverthelazydog\n")
+    destination = tmp_path / "dst"
+    options = ("--rank", 4, "--data", texts, "--target", "q_proj", "--target", "down_proj")
+    assert run(method, source, destination, *options) == 0
+    assert f"{method.replace('-', '_')}: " in capsys.readouterr().out
+    expected = logits(AutoModelForCausalLM.from_pretrained(source))
+    torch.testing.assert_close(logits(loaded(destination)), expected, rtol=1e-3, atol=1e-4)
+    assert (destination / "tokenizer.json").exists()
+    config = json.loads((destination / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(destination)
+    assert config["init_lora_weights"] == ("eva" if method == "eva" else True)
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "count"),
+    [
+        (nf4_checkpoint, "_write_file", 4),
+        (Starts, "keep", 3),  # a file is written, and what was found of it is not
+        (staging, "replace_json", 5),  # both are, and neither is noted
+        (Starts, "complete", 1),
+        (staging, "publish", 1),
+    ],
+)
+def test_a_stopped_run_goes_on_and_ends_with_the_same_files(
+    source, tmp_path, capsys, monkeypatch, owner, function, count
+):
+    options = ("--rank", 4, "--shard-size", "30KB")
+    assert run("pissa", source, tmp_path / "whole", *options) == 0
+    work, calls = getattr(owner, function), itertools.count(1)
+
+    def stop(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return work(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, function, stop)
+    destination = tmp_path / "stopped"
+    assert run("pissa", source, destination, *options) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert not (destination / "config.json").exists()
+    assert run("pissa", source, destination, "--rank", 5, "--shard-size", "30KB") == 2
+    assert "holds an unfinished run with rank 4, not 5" in capsys.readouterr().err
+    assert run("pissa", source, destination, *options) == 0
+    record = capsys.readouterr().out
+    assert sum("_proj" in line for line in record.splitlines()) == 14
+    whole, again = contents(tmp_path / "whole"), contents(destination)
+    for files in (whole, again):  # which names the folder
+        del files["adapter/adapter_config.json"]
+    assert whole == again
+
+
+REFUSED = [
+    (("svd",), "METHOD: expected one of pissa, olora, qpissa, loftq, corda, eva, lora_ga"),
+    (("pissa", "--rank", "0"), "--rank: expected at least 1, got 0"),
+    (("pissa", "--rank", "65"),
+     "self_attn.k_proj: rank: expected 1 to 32, the smaller side of [32, 64], got 65"),
+    (("pissa", "--alpha", "-1"), "--alpha: expected a number above 0, got -1.0"),
+    (("pissa", "--tol", "0"), "--tol: expected a number above 0, got 0.0"),
+    (("pissa", "--target", "proj"), "--target: no linear layer is called 'proj'; there are"),
+    (("loftq", "--target", "lm_head"), "--target: lm_head is not quantized, which loftq needs"),
+    (("loftq", "--steps", "0"), "--steps: expected at least 1, got 0"),
+    (("loftq", "--blocksize", "63"), "--blocksize: expected one of"),
+    (("eva",), "--data: expected a file of texts for eva, got none"),
+    (("pissa", "--data", "x"), "--data: expected none: it starts from weights for pissa, got x"),
+    (("eva", "--data", "missing.txt"), "missing.txt"),
+    (("eva", "--data", "empty.txt"), "expected a text on each line, got none"),
+    (("eva", "--data", "short.txt"), "--data: expected texts of more than one token, got none"),
+    (("eva", "--data", "short.txt", "--texts", "0"), "--texts: expected at least 1, got 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), REFUSED, ids=[c for _, c in REFUSED])
+def test_what_does_not_fit_is_one_line_and_writes_nothing(
+    source, tmp_path, capsys, monkeypatch, arguments, complaint
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "short.txt").write_text("x\n")
+    method, *options = arguments
+    assert run(method, source, tmp_path / "dst", *options) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    assert complaint in said.err
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["pissa", "olora", "loftq"])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, capsys, method, value):
+    from safetensors.torch import load_file, save_file
+
+    source = save_llama(tmp_path / "src", torch.float32)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][3, 5] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert run(method, source, tmp_path / "dst", "--rank", 4) == 2
+    assert f"{name}: weight: expected finite values, got NaN or Inf" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+
+
+def test_tied_embeddings_are_refused_as_a_target(tmp_path, capsys):
+    source = save_llama(tmp_path / "src", tie_word_embeddings=True)
+    assert run("pissa", source, tmp_path / "dst", "--rank", 4) == 0
+    capsys.readouterr()
+    assert run("pissa", source, tmp_path / "other", "--rank", 4, "--target", "lm_head") == 2
+    assert "lm_head" in capsys.readouterr().err
+    assert LLAMA["vocab_size"] == len(load_tensors(tmp_path / "dst")["model.embed_tokens.weight"])

@@ -1,0 +1,91 @@
+"""`peftkern merge` as a user meets it: what it prints, what it leaves, its exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_folders import load_tensors
+from command_line import refused, run
+from merged_folders import assert_same_tensors, make_model, merge, save_adapter, save_base
+from quantized_folders import convert
+
+from peftkern.cli import main
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    model = make_model(tie_word_embeddings=True)
+    base = save_base(tmp_path / "base", model, shards="60KB")
+    (base / "tokenizer.json").write_text("{}")
+    (base / "pytorch_model.bin").write_text("the same weights")
+    config = {"target_modules": ["q_proj", "embed_tokens"]}
+    return base, save_adapter(tmp_path / "adapter", model, **config)
+
+
+def test_a_checkpoint_is_merged_and_described(tmp_path: Path, folders) -> None:
+    out = tmp_path / "out"
+    done = run("merge", *map(str, (*folders, out)))
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "3 weights merged, 18 tensors copied, in 3 files"
+    assert lines[1] == "lm_head.weight: no longer tied to model.embed_tokens.weight, written apart"
+    assert lines[2].startswith(("100.", "99."))
+    assert "of the update survives rounding" in lines[2]
+    assert lines[-3:] == [
+        "2 other files copied",
+        "left behind: pytorch_model.bin",
+        f"{out}: written",
+    ]
+    merge(*folders, to=tmp_path / "expected")
+    assert_same_tensors(load_tensors(out), load_tensors(tmp_path / "expected"))
+
+
+def test_weights_of_adapters_and_json(tmp_path: Path, capsys) -> None:
+    model = make_model()
+    base = save_base(tmp_path / "base", model)
+    one = save_adapter(tmp_path / "one", model, target_modules=["q_proj"])
+    two = save_adapter(tmp_path / "two:2", model, target_modules=["q_proj"])
+    capsys.readouterr()
+    arguments = [base, f"{one}:0.5", f"{two}:-1e-1", two, tmp_path / "out"]
+    assert main(["merge", "--json", *map(str, arguments)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    names = {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
+    assert said["survived"] and said["weights"].keys() == names
+    assert said["files"].keys() == {"model.safetensors"} and said["untied"] == {}
+    assert said["total"]["values_measured"] > 0
+    merge(base, (one, 0.5), (two, -0.1), two, to=tmp_path / "expected")
+    assert_same_tensors(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "expected"))
+
+
+def test_update_that_does_not_survive_nf4(tmp_path: Path, capfd) -> None:
+    """The status is 1; dense it survives."""
+    model = make_model()
+    convert(save_base(tmp_path / "base", model), tmp_path / "nf4")
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"], lora_alpha=0.1)
+    capfd.readouterr()
+    arguments = ["merge", *map(str, (tmp_path / "nf4", adapter))]
+    assert main([*arguments, str(tmp_path / "out")]) == 1
+    said = capfd.readouterr()
+    assert "of the update survived, expected 50%: --out bf16 keeps it" in said.err
+    assert main([*arguments, str(tmp_path / "any"), "--min-survival", "0"]) == 0
+    assert (
+        main([*arguments, str(tmp_path / "dense"), "--out", "fp32", "--min-survival", "0.99"]) == 0
+    )
+    assert load_tensors(tmp_path / "dense")["lm_head.weight"].dtype is torch.float32
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capfd, folders) -> None:
+    base, adapter = folders
+    out = tmp_path / "out"
+    refused(capfd, "nothing: expected", "merge", base, tmp_path / "nothing", out)
+    refused(capfd, "ADAPTER: expected a number", "merge", base, f"{adapter}:much", out)
+    refused(capfd, "--out: expected one of", "merge", base, adapter, out, "--out", "int4")
+    refused(capfd, "--residual: expected a rank", "merge", base, adapter, out, "--residual", "-1")
+    refused(capfd, "--min-survival: expected", "merge", base, adapter, out, "--min-survival", "2")
+    refused(capfd, "apart from the source", "merge", base, adapter, base / "in")
+    refused(capfd, "expected a folder with config.json", "merge", tmp_path / "no", adapter, out)
+    refused(capfd, "Missing argument", "merge", base, adapter)
+    assert not out.exists()

@@ -1,0 +1,145 @@
+"""AdaLoRA as plain LoRA: unpatched PEFT loads it, with the same outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adalora_models import adalora_llama, optimizer_of, quantize_4bit_
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft_models import TARGETS, add_lora, text_batch, tiny_llama
+from safetensors.torch import load_file
+from torch import nn
+
+import peftkern
+from peftkern.integrations.peft import adalora
+from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOTAL = 14
+SCHEDULE = {"total_step": TOTAL, "tinit": 2, "tfinal": 4, "deltaT": 2}
+OUTPUTS = {"rtol": 0, "atol": 1e-6}  # of logits of a few tenths
+
+
+def trained(steps: int = TOTAL, **config) -> PeftModel:
+    model = adalora_llama(**{**SCHEDULE, **config})
+    optimizer = optimizer_of(model)
+    allocation = AdaLoraSteps(model, optimizer, TOTAL)
+    for step in range(1, steps + 1):
+        model(**text_batch(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    allocation.close()
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=text_batch()["input_ids"]).logits
+
+
+# Before the first mask, between two (with what has revived), after the last; alpha of PEFT's r.
+@pytest.mark.parametrize(
+    ("steps", "config"), [(1, {}), (9, {}), (TOTAL, {}), (TOTAL, {"lora_alpha": -1})]
+)
+def test_unpatched_peft_loads_it(tmp_path: Path, steps: int, config: dict):
+    model = trained(steps, **config)
+    ranks = peftkern.export_lora(model, tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    layers = {n: m for n, m in loaded.base_model.model.named_modules() if isinstance(m, LoraLinear)}
+    assert {n: m.r["default"] for n, m in layers.items()} == {n: r for n, r in ranks.items() if r}
+    assert {m.scaling["default"] for m in layers.values()} == {1.0}
+    torch.testing.assert_close(logits(loaded), logits(model), **OUTPUTS)
+    assert (logits(loaded) - logits(tiny_llama())).abs().max() > 1e-4 or steps == 1
+    if steps == TOTAL:
+        assert sum(ranks.values()) == 28 and 0 in ranks.values() and len(set(ranks.values())) > 2
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["peft_type"] == "LORA" and said["rank_pattern"] == said["alpha_pattern"]
+    assert said["r"] == said["lora_alpha"]
+
+
+def test_unpatched_peft_loads_ranks_of_zero_as_adalora(tmp_path: Path):
+    """Those that PEFT itself has saved; ours are the same bytes."""
+    model = trained()
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    torch.testing.assert_close(logits(loaded), expected, **OUTPUTS)
+
+
+def test_compacted_and_16_bit_models(tmp_path: Path):
+    model = trained()
+    expected = peftkern.export_lora(model, tmp_path / "whole")
+    adalora.compact_(model)
+    assert peftkern.export_lora(model, tmp_path / "compacted") == expected
+    whole, compacted = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "compacted")
+    )
+    assert whole.keys() == compacted.keys()
+    assert all(torch.equal(whole[key], compacted[key]) for key in whole)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    expected = logits(model)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            parameter.data = parameter.data.bfloat16()
+    peftkern.export_lora(model, tmp_path / "half")
+    base = tiny_llama()
+    for parameter in base.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "half"))
+    torch.testing.assert_close(logits(loaded), expected, **OUTPUTS)
+
+
+def test_over_a_4_bit_base(tmp_path: Path):
+    base = tiny_llama()
+    quantize_4bit_(base)
+    model = trained(nf4=True)
+    peftkern.export_lora(model, tmp_path)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    peftkern.patch(loaded)  # the base in one arithmetic: bitsandbytes' for inference is another
+    torch.testing.assert_close(logits(loaded), logits(model), **OUTPUTS)
+
+
+class Net(nn.Module):
+    """A convolution, a layer whose name ends another's, and a head that is trained whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.proj = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.inner, self.head = nn.ModuleDict({"proj": nn.Linear(4, 4)}), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner["proj"](self.proj(self.conv(x).mean((2, 3)))))
+
+
+def test_convolutions_heads_and_names_that_end_alike(tmp_path: Path):
+    config = AdaLoraConfig(
+        target_modules=["conv", "proj"], modules_to_save=["head"], total_step=9, init_r=4
+    )
+    model = get_peft_model(Net(), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+        if "lora_E" in name and "inner" in name:
+            parameter.data[:3] = 0
+    ranks = peftkern.export_lora(model, tmp_path)
+    assert ranks == {"conv": 4, "proj": 4, "inner.proj": 1}
+    x = torch.randn(2, 3, 6, 6)
+    loaded = PeftModel.from_pretrained(Net(), str(tmp_path))
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+    assert loaded.base_model.model.inner["proj"].r["default"] == 1
+
+
+def test_what_cannot_be_exported(tmp_path: Path):
+    with pytest.raises(ValueError, match="expected a PeftModel with an AdaLoRA adapter"):
+        peftkern.export_lora(add_lora(tiny_llama(), target_modules=TARGETS), tmp_path)
+    model = adalora_llama()
+    with pytest.raises(ValueError, match="all triplets of 'default' are zero"):
+        peftkern.export_lora(model, tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_name: 'other' is not one of \['default'\]"):
+        peftkern.export_lora(model, tmp_path, "other")

@@ -1,0 +1,188 @@
+"""AdaLoRA's checkpoints under the Trainer: resuming is going on, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from adalora_models import adalora_llama
+from adalora_runs import LAST_MASK, SCHEDULE, STEPS, Digests, PlainAllocation, digest, mask, run
+from peft import PeftModel
+from peft_models import take_small_layers, text_batch, tiny_llama
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+
+from peftkern.integrations.peft.adalora_state import FILE
+from peftkern.integrations.transformers.callbacks import AdaLoraCallback
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict[int, str]]:
+    """The checkpoints of an uninterrupted training, and its state after every step."""
+    folder, digests = tmp_path_factory.mktemp("whole"), Digests()
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patches:  # as the fixtures of a test do
+        take_small_layers(patches.setattr)
+        torch.set_num_threads(1)
+        run(folder, [AdaLoraCallback(), digests])
+    torch.set_num_threads(threads)
+    assert list(digests.by_step) == list(range(1, STEPS + 1))
+    return folder, digests.by_step
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """Checkpoints that PEFT and transformers write by themselves."""
+    folder = tmp_path_factory.mktemp("plain")
+    run(folder, [PlainAllocation()])
+    return folder
+
+
+# Before the first mask, on it, on another one, after the last, between two, before the last, on it.
+RESUMED = [1, 3, *(pytest.param(step, marks=pytest.mark.long) for step in (6, LAST_MASK + 3)), 8]
+
+
+@pytest.mark.parametrize("step", [*RESUMED, LAST_MASK - 1, LAST_MASK])
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, whole, step):
+    folder, expected = whole
+    digests = Digests()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*AdaLoRA|.*importance")
+        run(tmp_path, [AdaLoraCallback(), digests], resume=folder / f"checkpoint-{step}")
+    assert digests.by_step == {k: v for k, v in expected.items() if k > step}
+
+
+def test_what_is_trained_whole_and_models_that_are_copied_resume_too(tmp_path):
+    digests, resumed = Digests(), Digests()
+    options = {"config": {"modules_to_save": ["lm_head"], "tfinal": 2}, "max_steps": 8}
+    trainer = run(tmp_path, [AdaLoraCallback(), digests], **options)
+    run(tmp_path, [AdaLoraCallback(), resumed], resume=tmp_path / "checkpoint-6", **options)
+    assert resumed.by_step[8] == digests.by_step[8]
+    for twin in (copy.deepcopy(trainer.model), pickle.loads(pickle.dumps(trainer.model))):
+        assert digest(twin) == digests.by_step[8]
+        twin.load_adapter(str(tmp_path / "checkpoint-6"), "default", is_trainable=True)
+
+
+def test_a_training_that_stops_early_is_told_what_is_saved(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    with caplog.at_level("WARNING", "peftkern"):
+        run(tmp_path, [AdaLoraCallback(), Stop()], save_strategy="no")
+    said = [r.getMessage() for r in caplog.records if "AdaLoRA stopped" in r.getMessage()]
+    assert len(said) == 1 and f"step 4, before the last mask at step {LAST_MASK}" in said[0]
+
+
+def test_peft_alone_cannot_resume_after_the_first_mask(tmp_path, plain):
+    """PEFT saves fewer triplets than the new model has."""
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run(tmp_path, [PlainAllocation()], resume=plain / "checkpoint-3")
+
+
+def test_peft_alone_resumes_before_the_first_mask_as_another_training(tmp_path, plain):
+    """Silently: the moving averages are gone."""
+    digests, resumed = Digests(), Digests()
+    run(tmp_path / "a", [PlainAllocation(), digests], save_strategy="no", max_steps=8)
+    options = {"save_strategy": "no", "max_steps": 8}
+    run(tmp_path / "b", [PlainAllocation(), resumed], resume=plain / "checkpoint-2", **options)
+    assert resumed.by_step[8] != digests.by_step[8]
+
+
+class BestAt(TrainerCallback):
+    """Metrics that make the checkpoint of a step the best; its state is kept."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.digest = step, None
+
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
+        metrics["eval_made"] = abs(state.global_step - self.step)
+        if state.global_step == self.step:
+            self.digest = digest(model)
+
+
+def best_of(folder: Path, step: int, callbacks: list[TrainerCallback]) -> tuple[Trainer, BestAt]:
+    best = BestAt(step)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": "made", "greater_is_better": False}
+    return run(folder, [*callbacks, best], **options), best
+
+
+@pytest.mark.parametrize("step", [2, 8, LAST_MASK])
+def test_the_best_model_is_loaded_as_it_was(tmp_path, step):
+    trainer, best = best_of(tmp_path, step, [AdaLoraCallback()])
+    assert trainer.state.best_global_step == step
+    assert digest(trainer.model) == best.digest
+
+
+def test_peft_alone_cannot_load_the_best_model(tmp_path):
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        best_of(tmp_path, 8, [PlainAllocation()])
+
+
+def logits(model: PeftModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=text_batch()["input_ids"]).logits
+
+
+def test_unpatched_peft_loads_the_adapter_in_the_checkpoint(whole):
+    """Also with rank 0 in some layers; after the last mask it is the model."""
+    checkpoint = whole[0] / f"checkpoint-{STEPS}"
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(checkpoint))
+    assert 0 in {sum(kept) for kept in mask(loaded).values()}
+    full = adalora_llama(**SCHEDULE)
+    weights = load_file(checkpoint / FILE)
+    for name, parameter in full.base_model.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = weights[name.removesuffix(".default")]
+    torch.testing.assert_close(logits(loaded), logits(full), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [3, LAST_MASK + 2])
+def test_a_folder_of_pefts_own_is_scattered_back_with_a_warning(tmp_path, plain, step):
+    checkpoint = plain / f"checkpoint-{step}"
+    digests = Digests()
+    with pytest.warns(UserWarning, match=f"has no {FILE}"):
+        trainer = run(tmp_path, [AdaLoraCallback(), digests], resume=checkpoint)
+    assert list(digests.by_step) == list(range(step + 1, STEPS + 1))
+    saved = load_file(checkpoint / "adapter_model.safetensors")
+    fresh = adalora_llama(**SCHEDULE)
+    callback = AdaLoraCallback()
+    callback.on_init_end(None, None, None, model=fresh)
+    with pytest.warns(UserWarning, match=f"has no {FILE}"):
+        fresh.load_adapter(str(checkpoint), "default", is_trainable=True)
+    for name, kept in mask(fresh).items():
+        layer = fresh.base_model.model.get_submodule(name.removesuffix(".lora_E"))
+        E, A = layer.lora_E["default"], layer.lora_A["default"]
+        assert len(E) == 6 and not E[~torch.tensor(kept)].any()
+        assert torch.equal(E[kept], saved[f"base_model.model.{name}"])
+        assert torch.equal(A[kept], saved[f"base_model.model.{name[:-1]}A"])
+    if step > LAST_MASK:
+        assert mask(trainer.model) == mask(fresh)
+
+
+def test_what_does_not_fit_is_named(tmp_path, whole):
+    checkpoint = shutil.copytree(whole[0] / "checkpoint-8", tmp_path / "checkpoint-8")
+    model = adalora_llama(**SCHEDULE, target_modules=["q_proj"])
+    AdaLoraCallback().on_init_end(None, None, None, model=model)
+    with pytest.raises(
+        ValueError, match=r"expected the layers of the model, differs in .*down_proj"
+    ):
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    save_file(load_file(checkpoint / FILE), checkpoint / FILE, {"adalora": '{"version": 2}'})
+    with pytest.raises(ValueError, match=rf"{FILE}: version 2, expected 1"):
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)
+
+
+def test_another_schedule_is_said(whole):
+    model = adalora_llama(**{**SCHEDULE, "deltaT": 5})
+    AdaLoraCallback().on_init_end(None, None, None, model=model)
+    with pytest.warns(UserWarning, match=r"another schedule: deltaT 5 \(was 3\)"):
+        model.load_adapter(str(whole[0] / "checkpoint-8"), "default", is_trainable=True)

@@ -1,0 +1,70 @@
+"""AdaLoRA under the Trainer: as PEFT's documentation says, and what every step leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import trainers
+from adalora_models import adalora_llama
+from peft import PeftModel
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+STEPS, LAST_MASK = 28, 20
+SCHEDULE = {"total_step": STEPS, "tinit": 2, "tfinal": STEPS - LAST_MASK, "deltaT": 3}
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": STEPS, "logging_steps": 50}
+
+
+class PlainAllocation(TrainerCallback):
+    """PEFT's own update_and_allocate, called as its documentation says."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+class Digests(TrainerCallback):
+    """A hash of parameters, masks and moving averages after every step."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, str] = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.by_step[state.global_step] = digest(model)
+
+
+def digest(model: PeftModel) -> str:
+    """All that decides how AdaLoRA goes on, in one word."""
+    found = hashlib.sha256()
+    allocator = model.base_model.rankallocator
+    named = model.named_parameters()
+    trained = {name: p for name, p in named if p.requires_grad or "lora_" in name}
+    for tensors in (trained, allocator.exp_avg_ipt, allocator.exp_avg_unc):
+        for name in sorted(tensors):
+            value: Tensor = tensors[name].detach()
+            found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            found.update(value.contiguous().float().numpy().tobytes())
+    found.update(json.dumps(mask(model), sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def mask(model: PeftModel) -> dict[str, list[bool]]:
+    """The rank pattern; saving takes the adapter's name out of its keys."""
+    pattern = model.peft_config["default"].rank_pattern or {}
+    return {name.removesuffix(".default"): kept for name, kept in pattern.items()}
+
+
+def run(
+    folder: Path,
+    callbacks: list[TrainerCallback],
+    *,
+    resume: Path | None = None,
+    config: dict | None = None,
+    **options,
+) -> Trainer:
+    """Train a fresh model, or go on from a checkpoint."""
+    model = adalora_llama(**{**SCHEDULE, **(config or {})})
+    trainer = trainers.trainer(model, folder, callbacks, **{**SAVING, **options})
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer

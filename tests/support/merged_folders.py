@@ -1,0 +1,97 @@
+"""Bases, adapters and PEFT's own merge of them, as folders: the oracle of `peftkern merge`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from checkpoint_folders import load_tensors
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from peftkern.tools.adapters import read_adapter
+from peftkern.tools.checkpoints.checkpoint import read_checkpoint
+from peftkern.tools.merge.merge import Summary, merge_checkpoint
+from peftkern.tools.merge.plan import Options
+
+SIZES = {
+    **{"vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    "attn_implementation": "eager",
+}
+
+
+def make_model(
+    family: str = "Llama", head: str = "ForCausalLM", dtype: torch.dtype = torch.bfloat16, **config
+) -> PreTrainedModel:
+    """A tiny model of transformers, every parameter filled."""
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **config})
+    model = getattr(transformers, f"{family}{head}")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model.to(dtype)
+
+
+def save_base(folder: Path, model: PreTrainedModel, *, shards: str = "1GB") -> Path:
+    model.save_pretrained(folder, max_shard_size=shards)
+    return folder
+
+
+def save_adapter(
+    folder: Path, model: PreTrainedModel, seed: int = 5, dtype: Any = None, **config: Any
+) -> Path:
+    """An adapter of this model as PEFT saves it, trained away from where it began."""
+    config = {"r": 4, "lora_alpha": 6, **config}
+    tables = config.pop("save_embedding_layers", "auto")
+    adapted = get_peft_model(model, LoraConfig(**config))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "magnitude" in name:
+                p.mul_(torch.empty_like(p).uniform_(0.5, 1.5))
+            elif "lora_" in name or p.requires_grad:
+                p.normal_(std=0.1)
+            if dtype is not None and "lora_" in name:
+                p.data = p.data.to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(folder, save_embedding_layers=tables)
+    adapted.unload()
+    return folder
+
+
+def load(folder: Path, **options: Any) -> PreTrainedModel:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, config.architectures[0])
+    return cls.from_pretrained(folder, dtype="auto", attn_implementation="eager", **options)
+
+
+def merged_by_peft(base: Path, adapter: Path, folder: Path) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(load(base), adapter).merge_and_unload()
+        model.save_pretrained(folder)
+    return load_tensors(folder)
+
+
+def merge(base: Path, *adapters: Path | tuple[Path, float], to: Path, **options: Any) -> Summary:
+    """As the command does it."""
+    how = {k: options.pop(k) for k in ("force", "progress") if k in options}
+    parsed = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    read = [(read_adapter(path), weight) for path, weight in parsed]
+    checkpoint = read_checkpoint(base, quantized=True)
+    return merge_checkpoint(checkpoint, read, to, Options(**options), **how)
+
+
+def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit for bit, and under the same names."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype is tensor.dtype, name
+        assert torch.equal(got[name], tensor), (name, (got[name] != tensor).float().mean())

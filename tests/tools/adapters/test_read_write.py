@@ -1,0 +1,84 @@
+"""Adapters as PEFT saves and loads them: what is read of a file or a model, what is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from adapters import CASES, Tiny, delta, deltas, save
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from peftkern.tools.adapters import from_model, read_adapter, write_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about models that are not transformers'
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_updates_are_pefts(case, tmp_path):
+    model = save(case, tmp_path / "a")
+    adapter = read_adapter(tmp_path / "a")
+    theirs = deltas(model)
+    assert adapter.updates.keys() == theirs.keys()
+    for key, update in adapter.updates.items():
+        ours = delta(update, theirs[key])
+        torch.testing.assert_close(ours.to(theirs[key].dtype), theirs[key], **CLOSE)
+    assert adapter.config == json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_live_model_is_read_like_its_file(case, tmp_path):
+    model = save(case, tmp_path / "a")
+    for layer in model.modules():  # a scaling that a call changed
+        if isinstance(layer, LoraLayer) and case == "rslora":
+            layer.set_scale("default", 3.0)
+    live, file = from_model(model), read_adapter(tmp_path / "a")
+    assert live.updates.keys() == file.updates.keys() and live.extras.keys() == file.extras.keys()
+    for key, update in live.updates.items():
+        other = file.updates[key]
+        assert (update.kind, update.parameter) == (other.kind, other.parameter)
+        if case != "rslora":
+            assert update.scaling == pytest.approx(other.scaling, rel=1e-6)
+        else:
+            assert update.scaling == pytest.approx(3 * other.scaling)
+        for (name, ours), (_, theirs) in zip(update.tensors(), other.tensors(), strict=True):
+            assert torch.equal(ours.reshape(-1), theirs.reshape(-1)), name
+    for key, tensor in live.extras.items():
+        assert torch.equal(tensor, file.extras[key])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_written_loads_in_peft_with_a_scaling_of_one(case, tmp_path):
+    model = save(case, tmp_path / "a")
+    adapter = read_adapter(tmp_path / "a")
+    write_adapter(adapter, tmp_path / "b")
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(Tiny(), tmp_path / "b")
+    said = [str(one.message) for one in told]
+    assert not [one for one in said if re.search("missing|[Uu]nexpected", one)]
+    theirs, ours = deltas(model), deltas(loaded)
+    gone = {key for key, update in adapter.updates.items() if not update.rank}
+    assert ours.keys() == theirs.keys() - gone
+    for name, layer in loaded.named_modules():
+        if isinstance(layer, LoraLayer):
+            assert set(layer.scaling.values()) == {1.0}, name
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key], **CLOSE)
+    written = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    first = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for key in first.keys() & written.keys():
+        if "lora_B" not in key and "embedding_B" not in key:
+            assert torch.equal(first[key], written[key]), key
+    if case != "adalora":
+        assert first.keys() == written.keys()
+    state = {name: tensor for name, tensor in loaded.state_dict().items() if "lora_" not in name}
+    for name, tensor in model.state_dict().items():  # modules_to_save, biases, token rows
+        if name in state and ("default" in name or "bias" in name) and case != "adalora":
+            assert torch.equal(tensor, state[name]), name

@@ -1,0 +1,132 @@
+"""Panels of rows, threads and memory: none of them is seen in the bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_folders import contents, load_tensors
+from merged_folders import (
+    assert_same_tensors,
+    make_model,
+    merge,
+    merged_by_peft,
+    save_adapter,
+    save_base,
+)
+from processes import run_code
+
+from peftkern.tools.adapters import read_adapter
+from peftkern.tools.merge import tensors
+
+GPT2 = {"family": "GPT2", "head": "LMHeadModel", "n_embd": 64, "n_layer": 2, "n_head": 4}
+MOE = {"family": "Qwen3Moe", "num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LAYERS = ["q_proj", "down_proj", "embed_tokens"]
+CUT = {
+    "linear": ({}, {"target_modules": LAYERS}),
+    "dora": ({}, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "Conv1D": (GPT2, {"target_modules": ["c_attn", "c_proj"]}),
+    "experts": (MOE, {"target_modules": [], "target_parameters": EXPERTS}),
+    "stacks": (
+        {"family": "GptOss", "num_local_experts": 4, "head_dim": 16},
+        {"target_modules": [], "target_parameters": EXPERTS},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_small_panels_have_the_bits_of_the_whole(tmp_path: Path, monkeypatch, case: str) -> None:
+    sizes, config = CUT[case]
+    model = make_model(**sizes)
+    base = save_base(tmp_path / "base", model)
+    adapter = save_adapter(tmp_path / "adapter", model, **config)
+    monkeypatch.setattr(tensors, "_PANEL", 1 << 10)  # 16 rows of 64
+    merge(base, adapter, to=tmp_path / "out")
+    expected = merged_by_peft(base, adapter, tmp_path / "peft")
+    assert_same_tensors(load_tensors(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("rank", [16, 64, 500])
+def test_layers_of_many_panels(tmp_path: Path, rank: int) -> None:
+    """Whose products are large enough for a library to cut them itself; any number of threads."""
+    model = make_model(
+        hidden_size=512, intermediate_size=1400, num_hidden_layers=1, vocab_size=1000
+    )
+    base = save_base(tmp_path / "base", model)
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=LAYERS, r=rank)
+    expected = merged_by_peft(base, adapter, tmp_path / "peft")
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        merge(base, adapter, to=tmp_path / f"out{threads}")
+        assert torch.get_num_threads() == threads
+        assert_same_tensors(load_tensors(tmp_path / f"out{threads}"), expected)
+    torch.set_num_threads(before)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+
+
+def test_several_adapters_are_added_up_before_the_one_rounding(tmp_path: Path) -> None:
+    model = make_model()
+    base = save_base(tmp_path / "base", model)
+    one = save_adapter(tmp_path / "one", model, target_modules=["q_proj", "up_proj"])
+    two = save_adapter(tmp_path / "two", model, seed=6, r=7, target_modules=["q_proj"])
+    merge(base, (one, 0.7), (two, -1.5), to=tmp_path / "out")
+    got, expected = load_tensors(tmp_path / "out"), load_tensors(base)
+    for path, weight in ((one, 0.7), (two, -1.5)):
+        for module, update in read_adapter(path).updates.items():
+            name = f"{module}.weight"
+            delta = update.lora_B.double() @ update.lora_A.double() * update.scaling * weight
+            expected[name] = expected[name].double() + delta
+    for name, tensor in expected.items():
+        if tensor.dtype is torch.float64:  # one rounding: at most the next value of 8 bits
+            torch.testing.assert_close(got[name].double(), tensor, rtol=2**-8, atol=2**-20)
+            exact = got[name] == tensor.to(torch.bfloat16)
+            assert exact.float().mean() > 0.999
+        else:
+            assert torch.equal(got[name], tensor)
+
+
+MEMORY = """
+import sys, pathlib
+import torch
+from merged_folders import make_model, save_adapter, merge, read_adapter, read_checkpoint
+from peftkern.tools.merge.merge import merge_checkpoint, Options
+from checkpoint_folders import save_tensors
+folder = pathlib.Path(sys.argv[1])
+tables = {"vocab_size": 131072, "hidden_size": 512, "num_hidden_layers": 1}
+with torch.device("meta"):
+    model = make_model("Llama", "ForCausalLM", torch.bfloat16, **tables)
+tensors = {name: torch.zeros(p.shape, dtype=torch.bfloat16) for name, p in model.named_parameters()}
+largest = max(tensor.nbytes for tensor in tensors.values())
+save_tensors(folder / "base", {"model.safetensors": tensors})
+model.config.save_pretrained(folder / "base")
+config = folder / "base" / "config.json"
+config.write_text(config.read_text().replace("{", '{"architectures": ["LlamaForCausalLM"],', 1))
+A, B = torch.randn(2, 131072), torch.randn(512, 2)
+from safetensors.torch import save_file
+(folder / "adapter").mkdir()
+key = "base_model.model.model.embed_tokens.lora_embedding_"
+save_file({key + "A": A, key + "B": B}, folder / "adapter" / "adapter_model.safetensors")
+text = '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}'
+(folder / "adapter" / "adapter_config.json").write_text(text)
+del tensors, A, B
+torch.set_num_threads(2)
+adapter, checkpoint = read_adapter(folder / "adapter"), read_checkpoint(folder / "base")
+merge_checkpoint(checkpoint, [(adapter, 1.0)], folder / "warm", Options())
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+def peak():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+before = peak()
+merge_checkpoint(checkpoint, [(adapter, 1.0)], folder / "out", Options())
+print(largest, peak() - before)
+"""
+
+
+def test_peak_memory_is_that_of_panels(tmp_path: Path) -> None:
+    """For a table of 134 MB a few buffers of two threads, and the adapter in float32."""
+    largest, growth = map(int, run_code(MEMORY, tmp_path).split()[-2:])
+    assert largest == 131072 * 512 * 2
+    assert growth < largest / 4

@@ -1,0 +1,248 @@
+"""What cannot be merged is one line that names it, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import contents, load_tensors
+from merged_folders import make_model, merge, save_adapter, save_base
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peftkern.tools.merge import placement
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+LAYERS = {"target_modules": ["q_proj", "down_proj"]}
+
+
+def refused(words: str, base: Path, *adapters: Any, **options: Any) -> None:
+    out = base.parent / "out"
+    before = contents(base.parent)
+    with pytest.raises(ValueError, match=words) as caught:
+        merge(base, *adapters, to=out, **options)
+    assert "\n" not in str(caught.value)
+    assert contents(base.parent) == before and not out.exists()
+
+
+def folders(tmp_path: Path, config: dict[str, Any] = LAYERS, **sizes: Any) -> tuple[Path, Path]:
+    model = make_model(**sizes)
+    base = save_base(tmp_path / "base", model)
+    return base, save_adapter(tmp_path / "adapter", model, **config)
+
+
+def edit(adapter: Path, change: Callable[[dict[str, Tensor]], Any], **config: Any) -> None:
+    """Change the tensors and the config of an adapter."""
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, **config}))
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if old in name]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+def put(name: str, make: Callable[[Tensor | None], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({name: make(tensors.get(name))})
+
+
+def with_nan(tensor: Tensor) -> Tensor:
+    tensor[0, 0] = float("nan")
+    return tensor
+
+
+A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+BROKEN = {
+    "no such layer": (renamed("q_proj", "z_proj"), {}, r"z_proj.*no such layer"),
+    "no such layer number": (renamed("layers.1.", "layers.7."), {}, r"layers\.7\..*no such layer"),
+    "fits nothing": (
+        put("base_model.model.score.weight", lambda _: torch.ones(3, 64)),
+        {},
+        r"score\.weight: fits nothing of the base",
+    ),
+    "shape": (put(A, lambda _: torch.ones(4, 65)), {}, r"update of \[64, 65\] does not fit"),
+    "transposed": (
+        lambda t: t.update({A: torch.ones(4, 96), B: torch.ones(64, 4)}),
+        {},
+        r"q_proj\.weight: an update of \[64, 96\]",
+    ),
+    "NaN": (put(A, with_nan), {}, r"q_proj.*holds NaN or infinity"),
+    "infinite bias": (
+        put("base_model.model.model.norm.weight", lambda _: torch.full((64,), float("inf"))),
+        {},
+        r"norm\.weight: holds NaN or infinity",
+    ),
+    "module of another size": (
+        put("base_model.model.model.norm.weight", lambda _: torch.ones(65)),
+        {},
+        r"norm\.weight: shape \[65\] does not fit the base's \[64\]",
+    ),
+    "kind": (renamed("self_attn.q_proj", "input_layernorm"), {}, r"layer of type LlamaRMSNorm"),
+    "rank": (lambda t: None, {"r": 5}, r"rank"),
+    "kasa": (lambda t: None, {"kasa_config": {"beta": 1}}, "KaSA"),
+    "arrow": (lambda t: None, {"arrow_config": {"top_k": 1}}, "Arrow"),
+    "aLoRA": (lambda t: None, {"alora_invocation_tokens": [1]}, "invocation tokens"),
+    "layer_replication": (lambda t: None, {"layer_replication": [[0, 2]]}, "layers of the base"),
+    "other method": (lambda t: None, {"peft_type": "IA3"}, "peft_type"),
+    "PiSSA": (lambda t: None, {"init_lora_weights": "pissa_niter_4"}, "--changed-base"),
+    "OLoRA": (lambda t: None, {"init_lora_weights": "olora"}, "--changed-base"),
+    "token rows": (
+        put(
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+            lambda _: torch.ones(3, 64),
+        ),
+        {"trainable_token_indices": [1, 2]},
+        "3 rows, but trainable_token_indices",
+    ),
+    "token beyond": (
+        put(
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+            lambda _: torch.ones(1, 64),
+        ),
+        {"trainable_token_indices": [48]},
+        "up to number 48 do not fit",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_adapter_that_does_not_fit(tmp_path: Path, case: str) -> None:
+    change, config, words = BROKEN[case]
+    base, adapter = folders(tmp_path)
+    edit(adapter, change, **config)
+    refused(words, base, adapter)
+
+
+def test_base_that_an_initialization_has_changed(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    edit(adapter, lambda t: None, init_lora_weights="pissa")
+    merge(base, adapter, to=tmp_path / "out", changed_base=True)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_sum_that_overflows(tmp_path: Path) -> None:
+    """Found when it is computed; what was written by then is removed."""
+    base, adapter = folders(tmp_path, dtype=torch.float16)
+    edit(adapter, put(B, lambda tensor: tensor * 1e7))
+    refused(r"layers\.0\.self_attn\.q_proj\.weight: holds NaN or infinity", base, adapter)
+
+
+def test_base_that_is_not_finite(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(r"layers\.1\.mlp\.down_proj\.weight: holds NaN or infinity", base, adapter)
+
+
+def test_adapters_that_cannot_be_combined(tmp_path: Path) -> None:
+    model = make_model()
+    base = save_base(tmp_path / "base", model)
+    dora = save_adapter(tmp_path / "dora", model, **LAYERS, use_dora=True)
+    plain = save_adapter(tmp_path / "plain", model, **LAYERS)
+    saved = [
+        save_adapter(tmp_path / f"saved{seed}", model, seed, **LAYERS, modules_to_save=["lm_head"])
+        for seed in (1, 2)
+    ]
+    refused("is DoRA", base, dora, plain)
+    refused("is DoRA", base, plain, dora)
+    refused("is DoRA", base, (dora, 0.5))
+    refused("which a weight of 0.5 cannot do", base, (saved[0], 0.5))
+    refused("differs from that of another adapter", base, *saved)
+    refused("expected a finite weight", base, (plain, float("nan")))
+    merge(base, saved[0], saved[0], to=tmp_path / "twice")  # the same table twice is one
+
+
+def test_convolution_with_groups(tmp_path: Path) -> None:
+    sizes = {"family": "Wav2Vec2", "head": "Model", "num_conv_pos_embedding_groups": 4}
+    sizes |= {"conv_dim": [32, 32], "conv_stride": [5, 2], "conv_kernel": [10, 3]}
+    base = save_base(tmp_path / "base", make_model(**sizes))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name = "base_model.model.encoder.pos_conv_embed.conv"
+    tensors = {f"{name}.lora_A.weight": torch.ones(4, 16, 128)}
+    tensors[f"{name}.lora_B.weight"] = torch.ones(64, 4, 1)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["conv"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    refused("a convolution of 4 groups", base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quant_method": "gptq"}, "got quant_method 'gptq'"),
+        ("fp8", "got quant_method 'fp8'"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "expected dense weights or NF4 of bitsandbytes, got load_in_4bit None",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+            "got bnb_4bit_quant_type 'fp4'",
+        ),
+    ],
+)
+def test_base_that_is_quantized_otherwise(tmp_path: Path, config: Any, words: str) -> None:
+    base, adapter = folders(tmp_path)
+    settings = json.loads((base / "config.json").read_text())
+    settings["quantization_config"] = config
+    (base / "config.json").write_text(json.dumps(settings))
+    refused(words, base, adapter)
+
+
+def test_parameter_that_loading_puts_together_otherwise(tmp_path: Path, monkeypatch) -> None:
+    experts = ["mlp.experts.gate_up_proj"]
+    sizes = {"family": "Qwen3Moe", "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}
+    base, adapter = folders(tmp_path, {"target_modules": [], "target_parameters": experts}, **sizes)
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "_concatenates", lambda converter: False)
+        refused("transformers puts it together from other tensors", base, adapter)
+    path = base / "model.safetensors"
+    tensors = load_tensors(base)
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused("the base's files do not hold it, or not all", base, adapter)
+
+
+def test_pickles(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    refused("a pickle", base, adapter)
+    (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    refused("pickles", base, adapter)
+
+
+@pytest.mark.parametrize("options", [{"out": "int8"}, {"as_trained": "fp4"}, {"residual": -1}])
+def test_options_that_there_are_not(tmp_path: Path, options: dict[str, Any]) -> None:
+    refused(f"^{next(iter(options))}: expected", *folders(tmp_path), **options)
+
+
+def test_a_base_without_its_head(tmp_path: Path) -> None:
+    """An adapter of a model with a head fits the model without it, and the other way round."""
+    with_head, adapter = folders(tmp_path)
+    model = make_model(head="Model")
+    base = save_base(tmp_path / "headless", model)
+    merge(base, adapter, to=tmp_path / "out")
+    merge(with_head, adapter, to=tmp_path / "other")
+    other = load_tensors(tmp_path / "other")
+    delta = {
+        n
+        for n, t in load_tensors(tmp_path / "out").items()
+        if not torch.equal(t, load_tensors(base)[n])
+    }
+    changed = {n for n, t in other.items() if not torch.equal(t, load_tensors(with_head)[n])}
+    assert {f"model.{name}" for name in delta} == changed

@@ -1,0 +1,152 @@
+"""A merge that was killed: nothing looks finished, and the next run ends with the same bytes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import contents
+from merged_folders import make_model, merge, save_adapter, save_base
+
+from peftkern.tools.checkpoints.checkpoint import CheckpointError
+from peftkern.tools.checkpoints.staging import FILES, WORK
+from peftkern.tools.merge.merge import MANIFEST
+
+EVENTS = ("pwrite", "copy_file_range", "replace", "fsync", "ftruncate", "unlink")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A base of three shards, with a file beside them, and an adapter."""
+    model = make_model(num_hidden_layers=1)
+    base = save_base(tmp_path / "base", model, shards="40KB")
+    (base / "tokenizer.json").write_text("{}")
+    config = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
+    return base, save_adapter(tmp_path / "adapter", model, **config)
+
+
+def killed_at(number: int, run: Any) -> bool:
+    """Run in a child that is killed at that event, half of its bytes written; was it?"""
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    try:
+        torch.set_num_threads(1)
+        count = itertools.count()
+
+        def dying(name: str, function: Any) -> Any:
+            def event(*arguments: Any, **keywords: Any) -> Any:
+                if next(count) == number:
+                    if name == "pwrite":
+                        file, data, offset = arguments
+                        function(file, data[: len(data) // 2], offset)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **keywords)
+
+            return event
+
+        for name in EVENTS:
+            setattr(os, name, dying(name, getattr(os, name)))
+        run()
+    finally:
+        os._exit(0)
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, folders) -> None:
+    merge(*folders, to=tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    resumed = set()
+    for number in itertools.count(0, 3):
+        out = tmp_path / f"out{number}"
+        if not killed_at(number, lambda out=out: merge(*folders, to=out)):
+            break
+        # Everything is there, or no config by which it would be loaded.
+        there = {n: data for n, data in contents(out).items() if not n.startswith(WORK)}
+        assert there == whole or "config.json" not in there
+        resumed.add(merge(*folders, to=out, force="config.json" in there).resumed)
+        assert contents(out) == whole
+    assert number > 20 and resumed >= {0, 1, 2}
+
+
+def stop_after_first_file(base: Path, adapter: Path, out: Path) -> None:
+    seen: list[str] = []
+
+    def stopping(count: int, name: str) -> None:
+        seen.append(name)
+        if (out / WORK / MANIFEST).exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, adapter, to=out, progress=stopping)
+    assert [path.name for path in out.iterdir()] == [WORK]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "junk", "note"])
+def test_what_was_changed_since_is_written_again(tmp_path: Path, folders, damage: str) -> None:
+    out = tmp_path / "out"
+    merge(*folders, to=tmp_path / "whole")
+    stop_after_first_file(*folders, out)
+    manifest = out / WORK / MANIFEST
+    notes = json.loads(manifest.read_text())
+    first = out / WORK / FILES / next(iter(notes))
+    data = first.read_bytes()
+    if damage == "flip":
+        first.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "truncate":
+        os.truncate(first, len(data) // 2)
+    elif damage == "delete":
+        first.unlink()
+    elif damage == "manifest":
+        os.truncate(manifest, 40)
+    elif damage == "junk":
+        manifest.write_text('{"a": 3, "b": {"state": [1, 2], "changes": {"c": [1]}}}')
+    else:
+        first.write_bytes(data)
+    assert merge(*folders, to=out).resumed == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_unfinished_run_with_other_options_or_adapters(tmp_path: Path, folders) -> None:
+    """It is named, and by force started over."""
+    base, adapter = folders
+    out, other = tmp_path / "out", tmp_path / "other"
+    stop_after_first_file(base, adapter, out)
+    before = contents(out)
+    save_adapter(other, make_model(num_hidden_layers=1), seed=6, target_modules=["q_proj"])
+    for arguments, options, words in (
+        ([adapter], {"out": "fp32"}, "out keep, not fp32"),
+        ([other], {}, "another set of adapters"),
+        ([adapter, other], {}, "another set of adapters"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            merge(base, *arguments, to=out, **options)
+    assert contents(out) == before
+    assert merge(base, other, to=out, force=True).resumed == 0
+    merge(base, other, to=tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_base_that_changes_while_it_is_read(tmp_path: Path, folders) -> None:
+    base, adapter = folders
+    first = next(base.glob("*.safetensors"))
+    for change in (os.utime, lambda path: os.truncate(path, 300)):
+        touched = iter([change])
+
+        def once(count: int, name: str, touched: Any = touched) -> None:
+            for one in touched:
+                one(first)
+
+        copy = tmp_path / "copy"
+        shutil.copytree(base, copy)
+        with pytest.raises(CheckpointError, match="changed while it was read"):
+            merge(base, adapter, to=tmp_path / "out", progress=once)
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(base)
+        shutil.move(copy, base)
