@@ -17,6 +17,7 @@ TITLES = {  # in the order of the tables
     "rosa": "RoSA's sparse products against dense ones",
     "adalora": "AdaLoRA, per step",
     "low_rank_svd": "SVD of 224 low-rank updates",
+    "truncated_svd": "Largest singular values of a weight",
     "adapters": "Sums of adapters, and truncation",
     "initialization": "Starting values of LoRA from a weight",
     "plan": "Memory of a step, planned and measured",

@@ -40,16 +40,6 @@ void advise_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
-void map_pages(void* p, int64_t bytes) {
-  require(bytes >= 0 && (p || bytes == 0), "p, bytes: expected a buffer");
-  constexpr int64_t kLarge = 4 << 20, kPage = 4096;
-  if (bytes < kLarge) return;
-  advise_huge_pages(p, bytes);
-  for (int64_t at = 0; at < bytes; at += kPage) {
-    __atomic_fetch_or(static_cast<uint8_t*>(p) + at, uint8_t{0}, __ATOMIC_RELAXED);
-  }
-}
-
 void* scratch_allocate(int64_t bytes) {
   if (bytes <= 0) return nullptr;
   void* p = std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64);

@@ -472,10 +472,8 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     low_rank_svd(Isa{isa}, args);
   });
-  m.def("map_pages", [](uintptr_t p, int64_t bytes) {
-    py::gil_scoped_release release;
-    map_pages(pointer<void>(p), bytes);
-  });
+  m.def("advise_huge_pages",
+        [](uintptr_t p, int64_t bytes) { advise_huge_pages(pointer<void>(p), bytes); });
   m.def("adalora_importance", [](int isa, int threads, const std::vector<int64_t>& table, int dtype,
                                  uintptr_t ipt, uintptr_t unc, int64_t state_len, double beta1,
                                  double beta2, uintptr_t scores, int64_t scores_len) {

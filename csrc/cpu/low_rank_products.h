@@ -45,42 +45,35 @@ inline void widen(const void* src, DType dtype, int64_t i, int64_t n, double* ou
   }
 }
 
-// Prefetch of the next piece of a factor while the current one is multiplied: a piece is read in
-// one go and then worked on from the cache for microseconds, in which the processor's own
-// prefetching sees nothing.
+// The piece of a factor that comes next, prefetched while the current one is multiplied: a piece is
+// read in one go and then worked on from the cache for microseconds, in which the processor's own
+// prefetching sees nothing. A line at a time, as many at once would wait for each other.
 struct Ahead {
-  const char* row = nullptr;
-  int64_t rows = 0, stride = 0, bytes = 0, at = 0;
+  const char* data = nullptr;  // null: nothing comes
+  int64_t stride = 0, item = 0;
 
-  void fetch(int64_t lines) {
-    for (; lines > 0 && rows > 0; --lines) {
-      __builtin_prefetch(row + at);
-      at += 64;
-      if (at >= bytes) at = 0, row += stride, --rows;
-    }
+  void fetch(int64_t row, int64_t column) const {
+    __builtin_prefetch(data + row * stride + column * item);
   }
-  int64_t lines() const { return rows * ((bytes + 63) / 64); }
 };
 
-inline Ahead ahead_of(const LowRankFactor& f, int64_t start, int64_t end, int64_t piece) {
-  Ahead ahead;
-  const int64_t n = min64(piece, end - start), item = f.dtype == DType::kFloat32 ? 4 : 2;
-  if (n <= 0) return ahead;
-  ahead.row = static_cast<const char*>(f.data) + start * item * (f.wide ? 1 : f.r);
-  ahead.rows = f.wide ? f.r : 1;
-  ahead.stride = f.length * item;
-  ahead.bytes = n * item * (f.wide ? 1 : f.r);
-  return ahead;
+// Rows [start, start + count) of a tall factor, or those columns of a wide one, if it has them all.
+inline Ahead ahead_of(const LowRankFactor& f, int64_t start, int64_t count) {
+  if (start + count > f.length) return {};
+  const int64_t item = f.dtype == DType::kFloat32 ? 4 : 2;
+  const char* data = static_cast<const char*>(f.data) + start * item * (f.wide ? 1 : f.r);
+  return {data, item * (f.wide ? f.length : f.r), item};
 }
 
 // acc[i][v] = sum over j < count of p[j p_step + i p_row] q[j q_step + vector v].
-template <int kI, int kV>
+template <int kI, int kV, class Each>
 inline void outer_block(const double* p, int64_t p_step, int64_t p_row, const double* q,
-                        int64_t q_step, int64_t count, Doubles (&acc)[kI][kV]) {
+                        int64_t q_step, int64_t count, Doubles (&acc)[kI][kV], const Each& each) {
   for (auto& row : acc) {
     for (Doubles& sum : row) sum = doubles_set1(0.0);
   }
   for (int64_t j = 0; j < count; ++j) {
+    each(j);
     Doubles b[kV];
     for (int v = 0; v < kV; ++v) b[v] = doubles_load(q + j * q_step + v * kDoubles);
     for (int i = 0; i < kI; ++i) {
@@ -92,9 +85,17 @@ inline void outer_block(const double* p, int64_t p_step, int64_t p_row, const do
 
 template <int kV>
 inline void gram_block(const double* x, int64_t rows, int64_t stride, int64_t i0, int64_t j0,
-                       double* partial, int64_t ld) {
+                       double* partial, int64_t ld, const Ahead& ahead) {
   Doubles acc[kBlockRows][kV];
-  outer_block(x + i0, stride, 1, x + j0, stride, rows, acc);
+  const auto block = [&](const auto& each) {
+    outer_block(x + i0, stride, 1, x + j0, stride, rows, acc, each);
+  };
+  // The first block of sixteen columns asks for these columns of the next piece.
+  if (ahead.data && i0 % 16 == 0 && j0 == i0) {
+    block([&](int64_t row) { ahead.fetch(row, i0); });
+  } else {
+    block([](int64_t) {});
+  }
   for (int i = 0; i < kBlockRows; ++i) {
     for (int v = 0; v < kV; ++v) {
       double* g = partial + (i0 + i) * ld + j0 + v * kDoubles;
@@ -105,44 +106,48 @@ inline void gram_block(const double* x, int64_t rows, int64_t stride, int64_t i0
 
 // partial += x^T x for x [rows, r]; past column r it collects what lies there, nobody reads it.
 inline void gram_tall(const double* x, int64_t rows, int64_t stride, int64_t r, double* partial,
-                      Ahead ahead) {
-  const int64_t ld = padded(r), steps = ceil_div(r, kBlockRows);
-  const int64_t lines = (ahead.lines() + steps - 1) / steps;
+                      const Ahead& ahead) {
+  const int64_t ld = padded(r);
   for (int64_t i = 0; i < r; i += kBlockRows) {
-    ahead.fetch(lines);
     int64_t j = i / kDoubles * kDoubles;
     while (j < r) {
       if (j % (2 * kDoubles) == 0 && j + kDoubles < r) {
-        gram_block<2>(x, rows, stride, i, j, partial, ld);
+        gram_block<2>(x, rows, stride, i, j, partial, ld, ahead);
         j += 2 * kDoubles;
       } else {
-        gram_block<1>(x, rows, stride, i, j, partial, ld);
+        gram_block<1>(x, rows, stride, i, j, partial, ld, ahead);
         j += kDoubles;
       }
     }
   }
 }
 
-// partial += x x^T for x [r, columns], columns a multiple of 16.
+// partial += x x^T for x [r, columns], columns a multiple of 16. Each block of sums asks for its
+// share of the rows of the next piece.
 inline void gram_wide(const double* x, int64_t columns, int64_t stride, int64_t r, double* partial,
-                      Ahead ahead) {
-  const int64_t ld = padded(r), steps = ceil_div(r, kDotRows);
-  const int64_t lines = (ahead.lines() + steps - 1) / steps;
+                      const Ahead& ahead) {
+  const int64_t ld = padded(r), side = ceil_div(r, kDotColumns);
+  const int64_t share = ceil_div(r, side * (side + 1) / 2);
+  int64_t next = ahead.data ? 0 : r;
   for (int64_t i0 = 0; i0 < r; i0 += kDotRows) {
-    ahead.fetch(lines);
     for (int64_t j0 = i0 / kDotColumns * kDotColumns; j0 < r; j0 += kDotColumns) {
       Doubles acc[kDotRows][kDotColumns];
       for (auto& row : acc) {
         for (Doubles& sum : row) sum = doubles_set1(0.0);
       }
-      for (int64_t c = 0; c < columns; c += kDoubles) {
-        Doubles a[kDotRows];
-        for (int i = 0; i < kDotRows; ++i) a[i] = doubles_load(x + (i0 + i) * stride + c);
-        for (int j = 0; j < kDotColumns; ++j) {
-          const Doubles b = doubles_load(x + (j0 + j) * stride + c);
-          for (int i = 0; i < kDotRows; ++i) acc[i][j] = doubles_fma(a[i], b, acc[i][j]);
+      const int64_t last = min64(r, next + share);
+      for (int64_t c = 0; c < columns; c += 16) {
+        for (int64_t row = next; row < last; ++row) ahead.fetch(row, c);
+        for (int64_t v = c; v < c + 16; v += kDoubles) {
+          Doubles a[kDotRows];
+          for (int i = 0; i < kDotRows; ++i) a[i] = doubles_load(x + (i0 + i) * stride + v);
+          for (int j = 0; j < kDotColumns; ++j) {
+            const Doubles b = doubles_load(x + (j0 + j) * stride + v);
+            for (int i = 0; i < kDotRows; ++i) acc[i][j] = doubles_fma(a[i], b, acc[i][j]);
+          }
         }
       }
+      next = last;
       for (int i = 0; i < kDotRows; ++i) {
         for (int j = 0; j < kDotColumns; ++j) {
           partial[(i0 + i) * ld + j0 + j] += doubles_sum(acc[i][j]);
@@ -154,14 +159,18 @@ inline void gram_wide(const double* x, int64_t columns, int64_t stride, int64_t 
 
 constexpr int64_t kBlockWidth = kBlockColumns * kDoubles;
 
-// Where a block goes: rows of scratch are padded, those of a result are not.
+// Where a block goes: rows of scratch are padded, those of a result are not. Loops over the block
+// are unrolled: it has to stay in registers.
 struct PaddedRows {
   double* data;
   int64_t stride;
 
-  void store(int64_t i, int64_t j, int64_t, const Doubles (&row)[kBlockColumns]) const {
-    for (int v = 0; v < kBlockColumns; ++v) {
-      doubles_store(data + i * stride + j + v * kDoubles, row[v]);
+  template <int kI>
+  void store(int64_t i, int64_t j, int64_t, const Doubles (&acc)[kI][kBlockColumns]) const {
+#pragma GCC unroll 16
+    for (int e = 0; e < kI * kBlockColumns; ++e) {
+      double* out = data + (i + e / kBlockColumns) * stride + j + e % kBlockColumns * kDoubles;
+      doubles_store(out, acc[e / kBlockColumns][e % kBlockColumns]);
     }
   }
 };
@@ -170,17 +179,28 @@ struct ResultRows {
   int64_t stride;
   bool stream;  // whole cache lines alone
 
-  void store(int64_t i, int64_t j, int64_t n, const Doubles (&row)[kBlockColumns]) const {
+  template <int kI>
+  void store(int64_t i, int64_t j, int64_t n, const Doubles (&acc)[kI][kBlockColumns]) const {
     float* out = data + i * stride + j;
     if (n < kBlockWidth) {
-      for (int v = 0; v < kBlockColumns; ++v) {
-        const int64_t rest = n - v * kDoubles;
-        if (rest > 0) doubles_store_floats_n(out + v * kDoubles, row[v], min64(kDoubles, rest));
+      double rest[kI * kBlockWidth];
+      PaddedRows{rest, kBlockWidth}.store(0, 0, n, acc);
+      for (int row = 0; row < kI; ++row) {
+        for (int64_t column = 0; column < n; ++column) {
+          out[row * stride + column] = static_cast<float>(rest[row * kBlockWidth + column]);
+        }
       }
     } else if (stream) {
-      doubles_stream_floats(out, row[0], row[1]);
+#pragma GCC unroll 16
+      for (int row = 0; row < kI; ++row) {
+        doubles_stream_floats(out + row * stride, acc[row][0], acc[row][1]);
+      }
     } else {
-      for (int v = 0; v < kBlockColumns; ++v) doubles_store_floats(out + v * kDoubles, row[v]);
+#pragma GCC unroll 16
+      for (int row = 0; row < kI; ++row) {
+        doubles_store_floats(out + row * stride, acc[row][0]);
+        doubles_store_floats(out + row * stride + kDoubles, acc[row][1]);
+      }
     }
   }
 };
@@ -189,23 +209,21 @@ struct ResultRows {
 // rows of a block are finished before the next: streamed lines are whole in a moment.
 template <class Out>
 inline void multiply(const double* p, int64_t p_step, int64_t p_row, int64_t rows, const double* q,
-                     int64_t q_step, int64_t inner, int64_t n, const Out& out, Ahead ahead = {}) {
-  const int64_t steps = ceil_div(n, kBlockWidth) * ceil_div(rows, kBlockRows);
-  const int64_t lines = (ahead.lines() + steps - 1) / steps;
+                     int64_t q_step, int64_t inner, int64_t n, const Out& out) {
+  const auto none = [](int64_t) {};
   int64_t i = 0;
   for (; i + kBlockRows <= rows; i += kBlockRows) {
     for (int64_t j = 0; j < n; j += kBlockWidth) {
       Doubles acc[kBlockRows][kBlockColumns];
-      ahead.fetch(lines);
-      outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc);
-      for (int row = 0; row < kBlockRows; ++row) out.store(i + row, j, n - j, acc[row]);
+      outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc, none);
+      out.store(i, j, n - j, acc);
     }
   }
   for (; i < rows; ++i) {
     for (int64_t j = 0; j < n; j += kBlockWidth) {
       Doubles acc[1][kBlockColumns];
-      outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc);
-      out.store(i, j, n - j, acc[0]);
+      outer_block(p + i * p_row, p_step, p_row, q + j, q_step, inner, acc, none);
+      out.store(i, j, n - j, acc);
     }
   }
 }
@@ -219,9 +237,9 @@ inline void pad_columns(const double* w, int64_t r, int64_t n, double* out) {
 }
 
 // The columns [c, c + n) of a wide factor; returns n rounded up, the columns there being zero.
-inline int64_t widen_wide(const LowRankFactor& f, int64_t c, int64_t n, double* x) {
+inline int64_t widen_wide(const LowRankFactor& f, int64_t c, int64_t n, double* x, int64_t stride) {
   for (int64_t i = 0; i < f.r; ++i) {
-    widen(f.data, f.dtype, i * f.length + c, n, x + i * kWidePiece);
+    widen(f.data, f.dtype, i * f.length + c, n, x + i * stride);
   }
   return round_up(n, 16);
 }
@@ -236,9 +254,9 @@ void gram(const LowRankFactor& f, int64_t begin, int64_t end, const double* inve
   std::memset(partial, 0, static_cast<size_t>(ld * ld) * sizeof(double));
   for (int64_t start = begin; start < end; start += piece) {
     const int64_t n = min64(piece, end - start);
-    const Ahead ahead = ahead_of(f, start + piece, end, piece);
+    const Ahead ahead = ahead_of(f, start + piece, piece);
     if (f.wide) {
-      const int64_t columns = widen_wide(f, start, n, x);
+      const int64_t columns = widen_wide(f, start, n, x, kWidePiece);
       if (inverse) multiply(t, ld, 1, r, x, kWidePiece, r, columns, PaddedRows{q, kWidePiece});
       gram_wide(inverse ? q : x, columns, kWidePiece, r, partial, ahead);
     } else {
@@ -258,19 +276,22 @@ void combine(const double* inverse, const double* w, int64_t r, int64_t rank, do
 
 void rotate(const LowRankFactor& f, int64_t begin, int64_t end, const double* t, int64_t k,
             bool stream, float* out, double* scratch) {
-  const int64_t r = f.r, ld = padded(r), piece = f.wide ? kWidePiece : tall_piece(r);
-  const int64_t stride = f.wide ? f.length : k;
+  const int64_t r = f.r, ld = padded(r), stride = f.wide ? f.length : k;
+  const int64_t piece = f.wide ? 64 : round_up(ceil_div(1024, r), kBlockRows);
   stream = stream && reinterpret_cast<uintptr_t>(out) % 64 == 0 && stride % 16 == 0;
   for (int64_t start = begin; start < end; start += piece) {
     const int64_t n = min64(piece, end - start);
-    const Ahead ahead = ahead_of(f, start + piece, end, piece);
     const ResultRows rows{out + start * (f.wide ? 1 : k), stride, stream};
     if (f.wide) {
-      widen_wide(f, start, n, scratch);
-      multiply(t, ld, 1, k, scratch, kWidePiece, r, n, rows, ahead);
+      const Ahead ahead = ahead_of(f, start + piece, piece);
+      for (int64_t l = 0; ahead.data && l < r; ++l) {
+        for (int64_t c = 0; c < piece; c += 16) ahead.fetch(l, c);
+      }
+      widen_wide(f, start, n, scratch, piece);
+      multiply(t, ld, 1, k, scratch, piece, r, n, rows);
     } else {
       widen(f.data, f.dtype, start * r, n * r, scratch);
-      multiply(scratch, 1, r, n, t, ld, r, k, rows, ahead);
+      multiply(scratch, 1, r, n, t, ld, r, k, rows);
     }
   }
   if (stream) stream_fence();  // streamed stores are not ordered otherwise

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peftkern.cli.adapter_algebra import combine, extract, resize
+from peftkern.cli.adapter_convert import convert
 from peftkern.cli.frame import InputError, add_commands, bad_input
 
 if TYPE_CHECKING:
@@ -120,4 +122,4 @@ def verify(
         raise typer.Exit(FAILED)
 
 
-add_commands(app, inspect, verify)
+add_commands(app, inspect, verify, resize, combine, extract, convert)

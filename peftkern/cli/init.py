@@ -76,6 +76,7 @@ def init(
 
     Example: peftkern init pissa ~/models/llama3-8b ~/models/llama3-8b-pissa --rank 16
     """
+    method = method.replace("-", "_")
     if method not in FROM_WEIGHTS + FROM_DATA:
         accepted = ", ".join(FROM_WEIGHTS + FROM_DATA)
         raise InputError(f"METHOD: expected one of {accepted}, got {method!r}")
@@ -126,7 +127,7 @@ def _show(report: InitReport, destination: Path) -> None:
 
     rows = table("layer", "shape", "rank", "energy kept", "error", "excess", whole=1)
     for layer in report.layers:
-        shape = " x ".join(map(str, layer.shape))
+        shape = "x".join(map(str, layer.shape))
         bound = _number(layer.certificate)
         row = (layer.name, shape, str(layer.rank), f"{layer.energy:.1%}", _number(layer.error))
         rows.add_row(*row, bound)

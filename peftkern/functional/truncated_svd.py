@@ -50,7 +50,7 @@ class TruncatedSVD(NamedTuple):
     is an estimate of (|W - U S Vh|_F - least) / max(least, 1e-3 |W|_F), where `least` is the error
     of the best approximation of rank k, and certificate, if it was asked for, a bound on it that
     holds with a probability of 0.999: float64, [] or [L]. sweeps int64, 0 where the decomposition
-    is exact.
+    is exact. These four are on the CPU.
     """
 
     U: Tensors
@@ -123,6 +123,8 @@ def truncated_svd(
         raise mismatch("sweeps", "a positive integer, or None", sweeps)
     if not isinstance(tol, float) or not tol > 0:
         raise mismatch("tol", "a positive number", tol)
+    if not isinstance(certify, bool):
+        raise mismatch("certify", "True or False", certify)
     job, found = _Job(rank, rank + oversample, sweeps, tol, certify, seed), []
     device = layers[0].panels.device if layers else torch.device("cpu")
     off = torch.autocast(device.type, enabled=False)
@@ -155,23 +157,23 @@ def _layers(weight: object, minus: object) -> tuple[bool, list[_Layer]]:
     if not single and not is_listed(weight):
         raise mismatch("weight", "a tensor, an NF4Weight, or a list of them", weight)
     weights = [weight] if single else list(weight)
-    if minus is None or single:
-        others = [minus] * len(weights)
-    else:
-        others = list(minus) if is_listed(minus) else [minus]
+    names = ["" if single else f"[{i}]" for i in range(len(weights))]
+    for name, one in zip(names, weights, strict=True):
+        _check_weight(f"weight{name}", one)
+        if one.device != weights[0].device:
+            raise mismatch(f"weight{name}", f"all on {weights[0].device}", one)
+    others = list(minus) if is_listed(minus) and not single else [minus]
+    if minus is None:
+        others *= len(weights)
     if len(others) != len(weights):
         raise ArgumentError(f"minus: expected {len(weights)} as in weight, got {len(others)}")
     layers = []
-    for i, (one, other) in enumerate(zip(weights, others, strict=True)):
-        where = "" if single else f"[{i}]"
-        _check_weight(f"weight{where}", one)
+    for name, one, other in zip(names, weights, others, strict=True):
         if other is not None:
-            _check_weight(f"minus{where}", other)
+            _check_weight(f"minus{name}", other)
             if tuple(other.shape) != tuple(one.shape) or other.device != one.device:
-                raise mismatch(f"minus{where}", f"{list(one.shape)} on {one.device}", other)
-        if one.device != weights[0].device:
-            raise mismatch(f"weight{where}", f"all on {weights[0].device}", one)
-        layers.append(_Layer(f"weight{where}", Panels(one, other)))
+                raise mismatch(f"minus{name}", f"{list(one.shape)} on {one.device}", other)
+        layers.append(_Layer(f"weight{name}", Panels(one, other)))
     return single, layers
 
 
@@ -266,7 +268,8 @@ def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
             layer.excess, layer.kept = (kept - layer.kept) / (2 * error), kept
             layer.sweeps = done
         if sweeps is None:
-            found = [one for one in going if one.excess < job.tol or done == MAX_SWEEPS]
+            last = done == MAX_SWEEPS
+            found = [one for one in going if last or (done > 1 and one.excess < job.tol)]
         else:
             found = going if done == sweeps else []
         best = run(lambda layer: layer.space.best(job.rank), found)

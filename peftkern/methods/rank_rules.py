@@ -48,7 +48,7 @@ class RankRule:
             raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
         value, least = self.value, 1.0 if self.rule in ("rank", "ratio", "average_rank") else 0.0
         most = 1.0 if self.rule in SHARES else math.inf
-        if not (least <= value <= most and value > 0 and math.isfinite(value)):
+        if not (least <= value <= most and 0 < value < math.inf):
             expected = "in (0, 1]" if self.rule in SHARES else f"of at least {max(least, 1):g}"
             raise ValueError(f"{self.rule}: expected a number {expected}, got {value:g}")
         if self.rule in ("rank", "budget_bytes") and value != int(value):

@@ -175,7 +175,7 @@ def test_demo_notices_curves_that_part(late: float, finetune: ModuleType) -> Non
 
 
 BENCHES = ("nf4", "nf4_lora_linear", "lora_linear", "dora", "rosa", "adalora")
-BENCHES += ("low_rank_svd", "adapters")
+BENCHES += ("low_rank_svd", "truncated_svd", "adapters")
 SEVERAL = """
 import runpy, sys
 sys.path.insert(0, "bench")

@@ -39,11 +39,16 @@ KINDS = {
     "unwritable": "/proc/self/mem/x",
 }
 RUNS = {  # what each command is given besides the option that is wrong
+    "adapter combine": "adapter adapter out",
+    "adapter convert": "adapter out --to mlx",
+    "adapter extract": "llama tuned out",
     "adapter inspect": "adapter",
+    "adapter resize": "adapter out --rank 2",
     "adapter verify": "adapter",
     "bench": "--shapes 2x64x64 --op lora_linear --baselines frozen",
     "doctor": "--forget",
     "explain": "lora_linear 2x64x64",
+    "init": "pissa llama out",
     "merge": "llama adapter out",
     "monitor": "run.jsonl",
     "plan": "llama",
@@ -51,6 +56,7 @@ RUNS = {  # what each command is given besides the option that is wrong
     "tune": "--shape 64x64 --rows 1",
     "version": "",
 }
+MANY = ("adapter combine", "merge")  # which take any number of adapters
 COMMANDS = commands_of(app)
 PARAMETERS = [
     pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
@@ -67,6 +73,7 @@ def files(tmp_path_factory) -> Path:
     (folder / "file").write_text("x")
     (folder / "list.json").write_text("[]")
     write(folder / "run.jsonl", start(), step(1))
+    save_llama(folder / "tuned", seed=4)
     save_adapter(folder / "adapter", load(save_llama(folder / "llama")), target_modules=["q_proj"])
     return folder
 
@@ -86,7 +93,8 @@ def given(name: str, parameter, value: str) -> list[str]:
         return [*name.split(), *words, options[0], value]
     arguments = [one.name for one in COMMANDS[name].params if one.param_type_name == "argument"]
     at = arguments.index(parameter.name)
-    return [*name.split(), "--", *words[:at], value, *words[at + 1 :]]
+    end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    return [*name.split(), *words[end:], "--", *words[:at], value, *words[at + 1 : end]]
 
 
 def new_files(folder: Path, before: set[Path]) -> Iterator[Path]:
@@ -109,7 +117,7 @@ def test_wrong_values_are_one_line_that_names_them(name, parameter, files, capfd
             assert out == "" and error.startswith("peftkern: error: "), (kind, error)
             assert len(error.splitlines()) == 1, (kind, error)
             shown = " ".join(value.split())
-            named = {parameter.opts[0].removeprefix("--"), shown or "."}
+            named = {parameter.opts[0].removeprefix("--"), parameter.name.upper(), shown or "."}
             assert any(word in error for word in named), (kind, error)
             assert not list(new_files(files, before)), kind
         else:
@@ -123,7 +131,7 @@ def test_wrong_values_are_one_line_that_names_them(name, parameter, files, capfd
 @pytest.mark.parametrize("name", RUNS)
 def test_unknown_options_and_words_too_many_are_told(name, capfd):
     refused(capfd, "No such option: --loud", *name.split(), "--loud")
-    complaint = "out: expected an adapter" if name == "merge" else "one-more"  # it takes many
+    complaint = "out: expected an adapter" if name in MANY else "one-more"
     refused(capfd, complaint, *name.split(), *RUNS[name].split(), *["one-more"] * 3)
 
 

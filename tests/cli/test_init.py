@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peftkern.cli import main
 from peftkern.methods.initialization.factors import pissa
+from peftkern.tools.checkpoints import staging
+from peftkern.tools.initialize.starts import Starts
 from peftkern.tools.quantize import nf4_checkpoint
 
 IDS = torch.arange(12)[None]
@@ -108,14 +110,14 @@ def test_weights_that_are_kept_transposed(tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("method", ["corda", "eva", "lora_ga"])
+@pytest.mark.parametrize("method", ["corda", "eva", "lora_ga", "lora-ga"])
 def test_texts_start_adapters(source, tmp_path, capsys, method):
     texts = tmp_path / "texts.txt"
     texts.write_text("thequickbrownfox\n\nx\njumpsoverthelazydog\n")
     destination = tmp_path / "dst"
     options = ("--rank", 4, "--data", texts, "--target", "q_proj", "--target", "down_proj")
     assert run(method, source, destination, *options) == 0
-    assert f"{method}: " in capsys.readouterr().out
+    assert f"{method.replace('-', '_')}: " in capsys.readouterr().out
     expected = logits(AutoModelForCausalLM.from_pretrained(source))
     torch.testing.assert_close(logits(loaded(destination)), expected, rtol=1e-3, atol=1e-4)
     assert (destination / "tokenizer.json").exists()
@@ -124,26 +126,38 @@ def test_texts_start_adapters(source, tmp_path, capsys, method):
     assert config["init_lora_weights"] == ("eva" if method == "eva" else True)
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_files(source, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "function", "count"),
+    [
+        (nf4_checkpoint, "_write_file", 4),
+        (Starts, "keep", 3),  # a file is written, and what was found of it is not
+        (staging, "replace_json", 5),  # both are, and neither is noted
+        (Starts, "complete", 1),
+        (staging, "publish", 1),
+    ],
+)
+def test_a_stopped_run_goes_on_and_ends_with_the_same_files(
+    source, tmp_path, capsys, monkeypatch, owner, function, count
+):
     options = ("--rank", 4, "--shard-size", "30KB")
     assert run("pissa", source, tmp_path / "whole", *options) == 0
-    write, count = nf4_checkpoint._write_file, 0
+    work, calls = getattr(owner, function), itertools.count(1)
 
-    def stop(path: Path, *rest: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 4:
+    def stop(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == count:
             raise KeyboardInterrupt
-        return write(path, *rest)
+        return work(*arguments, **keywords)
 
-    monkeypatch.setattr(nf4_checkpoint, "_write_file", stop)
+    monkeypatch.setattr(owner, function, stop)
     destination = tmp_path / "stopped"
     assert run("pissa", source, destination, *options) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
+    assert not (destination / "config.json").exists()
     assert run("pissa", source, destination, "--rank", 5, "--shard-size", "30KB") == 2
     assert "holds an unfinished run with rank 4, not 5" in capsys.readouterr().err
-    monkeypatch.setattr(nf4_checkpoint, "_write_file", write)
     assert run("pissa", source, destination, *options) == 0
+    record = capsys.readouterr().out
+    assert sum("_proj" in line for line in record.splitlines()) == 14
     whole, again = contents(tmp_path / "whole"), contents(destination)
     for files in (whole, again):  # which names the folder
         del files["adapter/adapter_config.json"]
@@ -202,7 +216,6 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, capsys, method, value):
 
 def test_tied_embeddings_are_refused_as_a_target(tmp_path, capsys):
     source = save_llama(tmp_path / "src", tie_word_embeddings=True)
-    shutil.rmtree(tmp_path / "dst", ignore_errors=True)
     assert run("pissa", source, tmp_path / "dst", "--rank", 4) == 0
     capsys.readouterr()
     assert run("pissa", source, tmp_path / "other", "--rank", 4, "--target", "lm_head") == 2

@@ -84,11 +84,13 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     models, about_adapters = tmp_path / "models", name == "merge" or name.startswith("adapter")
-    if name == "quantize" or about_adapters:
+    if name in ("init", "quantize") or about_adapters:
         base = save_llama(models / "llama3-8b")
     if about_adapters:
         for folder in ("my-adapter", "runs/adapter"):
             save_adapter(tmp_path / folder, load(base), target_modules=["q_proj"])
+    if name == "adapter extract":
+        save_llama(models / "my-tune", seed=4)
     write_run(tmp_path / "run.jsonl", start())
     ran = []
     monkeypatch.setattr(bench_command, "execute", lambda plan: ran.append(plan.budget) or 0)
@@ -96,7 +98,9 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "run", ready)
     assert main(example(name)) == 0
     assert ran == ([300.0] if name in ("bench", "tune") else [])
-    written = {"quantize": {"llama3-8b-nf4"}, "merge": {"merged"}}.get(name, set())
+    made = {"init": "llama3-8b-pissa", "merge": "merged", "quantize": "llama3-8b-nf4"}
+    made["adapter extract"] = "my-tune"
+    written = {made[name]} if name in made else set()
     assert {one.name for one in models.glob("*")} - {"llama3-8b"} == written
 
 

@@ -18,6 +18,7 @@ from peftkern.functional import adalora as importance
 from peftkern.functional import dora
 from peftkern.functional import low_rank_svd as svd
 from peftkern.functional import rosa as sparse
+from peftkern.functional.truncated_svd import truncated_svd
 from peftkern.methods import shifted_sparse_attention
 
 M, N, K, R = 3, 64, 128, 4
@@ -93,6 +94,13 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
         svd.merge_lora,
         {"adapters": [tuple(FACTORS.values())], "weights": [1.0], "mode": "fast"},
     ),
+    "truncated_svd": (
+        truncated_svd,
+        {
+            **{"weight": DENSE, "rank": 2, "minus": DENSE, "oversample": 4, "sweeps": 2},
+            **{"tol": 1e-3, "certify": False, "seed": 0},
+        },
+    ),
     "adalora_importance_": (
         importance.adalora_importance_,
         {
@@ -133,6 +141,9 @@ ALSO_RIGHT = {
     ("allocate_rank", "cost"): {"None"},
     ("allocate_rank", "r_max"): {"None"},
     ("merge_lora", "weights"): {"None"},
+    ("truncated_svd", "weight"): {"nf4"},
+    ("truncated_svd", "minus"): {"nf4", "None"},
+    ("truncated_svd", "sweeps"): {"None"},
     ("shifted_sparse_attention", "attention_mask"): {"None"},
     ("shifted_sparse_attention", "scale"): {"None"},
 }

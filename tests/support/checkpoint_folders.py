@@ -68,10 +68,15 @@ def save_moe(
 
 
 def save_llama(
-    folder: Path, dtype: torch.dtype = torch.bfloat16, *, sharded: bool = False, **config: Any
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    sharded: bool = False,
+    seed: int = 3,
+    **config: Any,
 ) -> Path:
     """A tiny Llama as transformers saves it."""
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **config})).to(dtype)
     model.save_pretrained(folder, max_shard_size="60KB" if sharded else "1GB")
     return folder

@@ -49,6 +49,14 @@ SVD_BOUNDS_64 = (1e-13, 1e-9, 1e-13, 1e-13)  # float64 factors
 SVD_BOUNDS_FAST = (SVD_SIGMA, SVD_SIGMA_RELATIVE, 1e-5, SVD_RECONSTRUCTION)  # kappa <= 1e5
 SVD_STATS_RTOL = 1e-12  # of float64 statistics of given values
 
+# Of truncated_svd, against a dense float64 SVD.
+TRUNCATED_SIGMA = 2e-6  # |sigma - oracle| / sigma_1 where the sweeps have converged
+TRUNCATED_EXCESS = 1e-6  # of the error over the least one, where they have, or it is exact
+TRUNCATED_NORM = 1e-7  # |W|_F
+TRUNCATED_ORDER = 1e-5  # of singular values after another order of sums
+BOUND_RTOL = 0.05  # between two forms of the bound on a norm by random vectors
+BOUND_FAILED = 2  # of 300 such bounds, of which 0.3 may fail on average
+
 # Of the methods' closed forms and optimizers against a plain transcription, relative to the largest
 # value; float32 is after some twenty steps of Adam, which divides by gradients that may be small.
 METHODS_RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}

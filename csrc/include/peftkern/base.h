@@ -18,11 +18,6 @@ int64_t checked_mul(int64_t a, int64_t b, const char* what);
 // page faults for a 4096 x 4096 bfloat16 weight, 2 MiB at a time 16. A hint; refusal is fine.
 void advise_huge_pages(void* p, int64_t bytes);
 
-// Maps the pages of a large new buffer, huge ones where the system grants them, without changing
-// its contents. On one thread: two that meet in one new huge page each zero all of it, and two that
-// meet in different ones took longer, too (117 MB: 23 ms against 14, Xeon with AMX, November 2026).
-void map_pages(void* p, int64_t bytes);
-
 // 64-byte aligned scratch memory; std::bad_alloc when there is none.
 void* scratch_allocate(int64_t bytes);
 void scratch_free(void* p);

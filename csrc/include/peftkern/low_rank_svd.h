@@ -66,7 +66,7 @@ struct LowRankResultsArgs {
   const double* scale = nullptr;    // [count]
   const double* floor = nullptr;    // [count]
   int threads = 1;
-  bool stream = false;      // past the caches: results are many, and their pages are there
+  bool stream = false;      // past the caches, which the results do not fit in
   int64_t* rank = nullptr;  // [count]
   int64_t* info = nullptr;  // [count]: -2 instead of 0 where a value of S is no normal float32
 };

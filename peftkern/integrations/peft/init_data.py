@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftkern.functional.arguments import mismatch
 from peftkern.integrations.peft.init_layers import PREFIX, Layer, named
+from peftkern.layers.quantize import with_progress
 from peftkern.methods.initialization.factors import Factors
 from peftkern.methods.initialization.from_data import (
     Covariance,
@@ -59,17 +60,12 @@ class DataRuns:
                 found = input_statistics(
                     chosen, self._forward, self.batches, lambda name: Covariance(), counted_rows
                 )
-                for layer in layers:
-                    if leaders[layer.name] in found:
-                        covariance = found[leaders[layer.name]]
-                        with named(layer.name):
-                            factors[layer.name] = corda(
-                                layer.weight,
-                                covariance.value(),
-                                layer.rank,
-                                layer.scaling,
-                                **self.options,
-                            )
+                these = [layer for layer in layers if leaders[layer.name] in found]
+                for layer in with_progress(these, "corda: products with covariances"):
+                    with named(layer.name):
+                        covariance = found[leaders[layer.name]].value()
+                        how = (layer.rank, layer.scaling)
+                        factors[layer.name] = corda(layer.weight, covariance, *how, **self.options)
         return factors
 
     def lora_ga(self, layers: Sequence[Layer], config: LoraGAConfig) -> dict[str, Factors]:
@@ -82,7 +78,7 @@ class DataRuns:
             for group in groups(sizes, self.statistics_bytes):
                 modules = {name: by_name[name].base for name in group}
                 gradients = weight_gradients(modules, self._loss, self.batches)
-                for name in group:
+                for name in with_progress(group, "lora_ga: directions"):
                     layer, gradient = by_name[name], gradients.pop(name, None)
                     if gradient is None:
                         raise ValueError(f"{name}: loss: expected to depend on it, it does not")

@@ -143,8 +143,9 @@ def _refusal(module: LoraLayer, adapter_name: str) -> str | None:
     weight = base.weight
     if weight.is_meta or module.lora_A[adapter_name].weight.is_meta:
         return "it has no values yet, it is on the meta device"
-    if not isinstance(base, BNB_TYPES) and (weight.dtype not in WEIGHT_DTYPES or weight.dim() != 2):
-        return f"a weight of dtype {weight.dtype} in another format"
+    plain = type(weight.data) is Tensor and weight.dtype in WEIGHT_DTYPES and weight.dim() == 2
+    if not plain and not isinstance(base, BNB_TYPES):
+        return f"a weight in another format, {type(weight.data).__name__} of {weight.dtype}"
     return None
 
 

@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftkern.layers.quantize import with_progress
+
 Forward = Callable[[Any], Any]  # runs the model on a batch
 Rows = Callable[[Tensor], Tensor]  # the rows [T, n] of an input [..., n] that count
 
@@ -59,7 +61,7 @@ def input_statistics(
     Args: new(name) makes one; rows(batch) says which of the inputs' rows count.
     """
     statistics = {name: new(name) for name in modules}
-    for batch in batches:
+    for batch in with_progress(batches, f"inputs of {len(modules)} layers"):
         chosen = rows(batch)
         with _inputs(modules, lambda name, x, chosen=chosen: statistics[name].add(chosen(x))):
             forward(batch)
@@ -120,7 +122,7 @@ def weight_gradients(
         for name, module in modules.items():
             hook = module.register_forward_hook(watch(name), with_kwargs=True)
             hooks.callback(hook.remove)
-        for batch in batches:
+        for batch in with_progress(batches, f"gradients of {len(modules)} layers"):
             loss(batch).backward()
     return {name: total / len(batches) for name, total in sums.items()}
 

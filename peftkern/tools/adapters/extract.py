@@ -61,6 +61,21 @@ class ExtractRule(NamedTuple):
     value: float = MARGIN
     most: int = MOST
 
+    @classmethod
+    def asked(cls, rank: int | None, energy: float | None, noise: bool = False) -> ExtractRule:
+        """Return the rule of what was given: a rank alone is the rule, else it bounds.
+
+        Raises: ValueError naming the argument.
+        """
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank: expected at least 1, got {rank}")
+        if energy is not None and not 0 < energy <= 1:
+            raise ValueError(f"energy: expected a number in (0, 1], got {energy:g}")
+        most = rank or MOST
+        if energy is not None:
+            return cls("energy", energy, most)
+        return cls(most=most) if noise or rank is None else cls("rank", rank, most)
+
     def choice(self, noise: float) -> int | Choice:
         if self.rule == "rank":
             return int(self.value)

@@ -155,6 +155,9 @@ def check_destination(path: Path, force: bool) -> None:
     """Raise AdapterError unless a folder is new, empty or, with `force`, an adapter's."""
     if os.path.lexists(path) and not path.is_dir():
         raise AdapterError(f"{path}: expected a new or empty folder, got a file")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise AdapterError(f"{path}: expected a new or empty folder, but {above} is a file")
     held = sorted(one.name for one in path.iterdir()) if path.exists() else []
     if held and not force:
         raise AdapterError(
@@ -174,7 +177,10 @@ def publish(path: Path, files: Files) -> None:
     path = Path(os.path.abspath(path))  # "." has no name
     work = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be made: {error.strerror}") from None
     try:
         (work / files.name).touch()
         mode = (work / files.name).stat().st_mode  # safetensors writes for the owner alone

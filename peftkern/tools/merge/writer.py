@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import local
 from typing import NamedTuple
@@ -39,6 +40,7 @@ from peftkern.tools.merge.tensors import (
 from peftkern.tools.merge.weights import Weight
 
 _AHEAD = 4  # jobs that wait, for each thread
+_RUN = 16  # panels of a job
 Progress = Callable[[int, str], None]  # finished bytes of the base, and the tensor
 
 
@@ -120,7 +122,9 @@ class _Writer:
                 for info, slot in zip(unit.weight.infos, unit.slots, strict=True):
                     yield partial(self.copy, unit, info, slot)
             elif unit.streamed:
-                yield from (partial(self.stream, panel) for panel in panels(unit))
+                found = panels(unit)
+                while run := tuple(islice(found, _RUN)):
+                    yield partial(self.stream, run)
             else:
                 yield partial(self.whole, unit)
 
@@ -129,18 +133,22 @@ class _Writer:
             copy_range(self.sources[info.file], self.target, info.offset, slot.offset, info.nbytes)
         return _Done(unit.name, info.nbytes)
 
-    def stream(self, panel: Panel) -> _Done:
-        """Merge a panel of rows from file to file."""
-        unit, weight, buffers = panel.unit, panel.unit.weight, self._buffers()
-        columns, first = weight.shape[-1], panel.block.at + panel.first
-        rows = buffers.take("rows", (panel.last - panel.first, columns), weight.dtype)
-        with _reading(weight):
-            offset = weight.info.offset + first * columns * weight.dtype.itemsize
-            read_into(self.sources[weight.info.file], rows, offset)
-        stored, change = merged_panel(panel, rows, unit.dtype, buffers)
-        slot = unit.slots[0]
-        write_from(self.target, stored, slot.offset + first * columns * slot.dtype.itemsize)
-        return _Done(unit.name, rows.nbytes, change)
+    def stream(self, run: tuple[Panel, ...]) -> _Done:
+        """Merge panels of a weight from file to file."""
+        unit, weight, buffers = run[0].unit, run[0].unit.weight, self._buffers()
+        columns, slot = weight.shape[-1], unit.slots[0]
+        nbytes, changes = 0, []
+        for panel in run:
+            first = panel.block.at + panel.first
+            rows = buffers.take("rows", (panel.last - panel.first, columns), weight.dtype)
+            with _reading(weight):
+                offset = weight.info.offset + first * columns * weight.dtype.itemsize
+                read_into(self.sources[weight.info.file], rows, offset)
+            stored, change = merged_panel(panel, rows, unit.dtype, buffers)
+            write_from(self.target, stored, slot.offset + first * columns * slot.dtype.itemsize)
+            nbytes += rows.nbytes
+            changes += [] if change is None else [change]
+        return _Done(unit.name, nbytes, sum(changes, Change()) if changes else None)
 
     def whole(self, unit: Unit) -> _Done:
         """Merge a weight in memory: one that is in NF4, or will be, or needs all its rows."""

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkern.formats.json_files import read_json
+from peftkern.formats.json_files import brief, read_json
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
 from peftkern.tools.adapters.convert.diffusers import COMPONENTS
+from peftkern.tools.adapters.peft_keys import PREFIX
 from peftkern.tools.checkpoints.checkpoint import (
     READ_ERRORS,
     CheckpointError,
@@ -24,7 +25,7 @@ from peftkern.tools.checkpoints.checkpoint import (
 
 # Fused gate and up whose rows alternate: no projections can be cut out of them.
 _INTERLEAVED = re.compile(r"gpt[-_]oss|openai[-_]privacy[-_]filter", re.IGNORECASE)
-_MIXTRAL = ("mixtral", "minimax", "minimax_m2")
+_MIXTRAL = re.compile("mixtral|minimax", re.IGNORECASE)
 
 
 def component_modules(base: str | os.PathLike) -> Iterator[str]:
@@ -50,22 +51,27 @@ def component_modules(base: str | os.PathLike) -> Iterator[str]:
 
 
 def model_type(base: str | os.PathLike | None, config: Mapping[str, Any]) -> str:
-    """Return the kind of model, or what the adapter says of its base where no folder does."""
+    """Return the kind of model of a base, or what the adapter says of it where no folder does.
+
+    Raises: AdapterError if a base was given and does not tell.
+    """
     said = base if base is not None else config.get("base_model_name_or_path")
-    path = Path(str(said)) / "config.json" if said else None
-    if path is not None and path.is_file():
-        try:
-            found = read_json(path)
-        except (ValueError, OSError) as error:
-            raise AdapterError(str(error)) from None
-        kind = found.get("model_type") if isinstance(found, dict) else None
-        return kind if isinstance(kind, str) else ""
-    return str(said or "")
+    path = Path(str(said)) / "config.json"
+    if base is None and not (said and path.is_file()):
+        return str(said or "")
+    try:
+        found = read_json(path)
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{error}") from None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if not isinstance(kind, str):
+        raise AdapterError(f"{path}: model_type: expected a name, got {brief(kind)}")
+    return kind
 
 
 def is_mixtral(kind: str) -> bool:
     """Return whether its experts' projections are w1, w3 and w2 in a block_sparse_moe."""
-    return kind in _MIXTRAL
+    return _MIXTRAL.search(kind) is not None
 
 
 def check_halves(adapter: Adapter, kind: str) -> None:
@@ -78,24 +84,34 @@ def check_halves(adapter: Adapter, kind: str) -> None:
         )
 
 
-class Weights:
-    """Weights of a base's checkpoint, one at a time, as an update has them: [m, n]."""
+def base_table(update: Update) -> str:
+    """Return the name of the base's own weight in PEFT's file, where it is kept with an update."""
+    return f"{PREFIX}{update.module}.base_layer.weight"
 
-    def __init__(self, base: str | os.PathLike, config: Mapping[str, Any]):
+
+class Weights:
+    """Weights of a base's checkpoint, one at a time, as an update has them: [m, n].
+
+    A table of the base that the adapter holds counts, as it does for PEFT.
+    """
+
+    def __init__(self, base: str | os.PathLike, adapter: Adapter) -> None:
         try:
             self._tensors = read_checkpoint(base).tensors
         except CheckpointError as error:
             raise AdapterError(str(error)) from None
-        self._transposed = bool(config.get("fan_in_fan_out"))
+        self._transposed = bool(adapter.config.get("fan_in_fan_out"))
+        self._tables = adapter.extras
         self._base = base
 
     def __call__(self, update: Update) -> Tensor:
         """Read a weight. Raises: AdapterError if the base has none of that name and shape."""
         name = f"{update.module}.{update.parameter}"
-        info = self._tensors.get(name)
-        if info is None:
-            raise AdapterError(f"{self._base}: {name}: expected it in the base")
-        weight = self._read(info)
+        weight = self._tables.get(base_table(update))
+        if weight is None:
+            if name not in self._tensors:
+                raise AdapterError(f"{self._base}: {name}: expected it in the base")
+            weight = self._read(self._tensors[name])
         weight = weight.flatten(1) if update.kind == "conv" else weight
         square = weight.ndim == 2 and weight.shape[0] == weight.shape[1]
         turned = self._transposed if square else tuple(weight.shape) == update.size[::-1]

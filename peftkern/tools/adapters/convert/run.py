@@ -20,10 +20,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from peftkern.formats.json_files import brief
 from peftkern.tools.adapters.adapter import (
     UNMERGEABLE,
     Adapter,
@@ -34,10 +34,12 @@ from peftkern.tools.adapters.adapter import (
 )
 from peftkern.tools.adapters.convert import base as bases
 from peftkern.tools.adapters.convert import diffusers, grouped, kohya, mlx, per_expert, to_lora
+from peftkern.tools.adapters.experts import LAYOUTS
 from peftkern.tools.adapters.read import PEFT, reader_of
 from peftkern.tools.adapters.source import MODEL, open_source
 from peftkern.tools.adapters.write import Files, check_destination, file_tensors, fold, publish
 
+Base = str | os.PathLike | None
 _COMPONENTS = ("diffusers", "kohya")  # layouts whose names begin with a component
 _EXCHANGED = "0.19.0"  # the last PEFT that exchanged the input and output of experts
 
@@ -73,7 +75,7 @@ def convert_adapter(
     to: str,
     *,
     from_layout: str | None = None,
-    base: str | os.PathLike | None = None,
+    base: Base = None,
     initial: str | os.PathLike | Adapter | None = None,
     component: str | None = None,
     rank: int | None = None,
@@ -97,6 +99,12 @@ def convert_adapter(
     destination = Path(destination)
     if to not in TARGETS:
         raise AdapterError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
+    if from_layout is not None and from_layout not in LAYOUTS:
+        raise AdapterError(
+            f"from_layout: expected one of {', '.join(LAYOUTS)}, got {brief(from_layout)}"
+        )
+    if base is not None and not Path(base).is_dir():
+        raise AdapterError(f"base: expected a folder, got {brief(str(base))}")
     if initial is not None and to != "lora":
         raise AdapterError(f"initial: makes plain LoRA, and {to} was asked for")
     if rank is not None and rank < 1:
@@ -113,7 +121,7 @@ def convert_adapter(
     if to == "lora":
         folded, losses = _plain(folded, base, initial, rank)
     check_finite(folded)
-    files = TARGETS[to](folded, bases.model_type(base, adapter.config), base)
+    files = TARGETS[to](folded, base)
     publish(destination, files)
     names = read.source, str(destination), layout, to
     return Conversion(*names, len(folded.updates), tuple(rounded), losses, adapter.notes)
@@ -132,9 +140,7 @@ def _exact(update: Update, folded: Update) -> bool:
     return torch.equal(update.lora_B.double() * update.scaling, folded.lora_B.double())
 
 
-def _named(
-    adapter: Adapter, layout: str, to: str, base: str | os.PathLike | None, component: str | None
-) -> Adapter:
+def _named(adapter: Adapter, layout: str, to: str, base: Base, component: str | None) -> Adapter:
     """Return the adapter with the names that the target has: with a component, or without."""
     if layout == "kohya" and (base is not None or to != "kohya"):
         if base is None:
@@ -144,6 +150,8 @@ def _named(
             )
         adapter = kohya.resolve(adapter, bases.component_modules(base))
     if (layout in _COMPONENTS) == (to in _COMPONENTS):
+        if component is not None:
+            raise AdapterError(f"component: {layout} to {to} has all or none, got {component!r}")
         return adapter
     if to in _COMPONENTS:
         if component not in diffusers.COMPONENTS:
@@ -171,7 +179,7 @@ def _named(
 
 def _plain(
     adapter: Adapter,
-    base: str | os.PathLike | None,
+    base: Base,
     initial: str | os.PathLike | Adapter | None,
     rank: int | None,
 ) -> tuple[Adapter, dict[str, to_lora.Loss]]:
@@ -221,15 +229,15 @@ def _gathered(adapter: Adapter) -> Adapter:
     return fold(per_expert.gather_experts(adapter))
 
 
-def _peft(adapter: Adapter, *_: Any) -> Files:
+def _peft(adapter: Adapter, *_: Base) -> Files:
     return Files(MODEL, file_tensors(adapter), {"format": "pt"}, adapter.config)
 
 
-def _peft_gathered(adapter: Adapter, *_: Any) -> Files:
+def _peft_gathered(adapter: Adapter, *_: Base) -> Files:
     return _peft(_gathered(adapter))
 
 
-def _peft_old_moe(adapter: Adapter, *_: Any) -> Files:
+def _peft_old_moe(adapter: Adapter, *_: Base) -> Files:
     adapter = _with_experts(adapter, "peft-old-moe")
     exchanged = [
         replace(one, lora_A=one.lora_B.mT, lora_B=one.lora_A.mT) if one.kind == "experts" else one
@@ -239,13 +247,14 @@ def _peft_old_moe(adapter: Adapter, *_: Any) -> Files:
     return _peft(replace(adapter.with_updates(exchanged), config=config))
 
 
-def _per_expert(adapter: Adapter, kind: str, *_: Any) -> Files:
+def _per_expert(adapter: Adapter, base: Base) -> Files:
+    kind = bases.model_type(base, adapter.config)
     adapter = _with_experts(adapter, "per-expert")
     bases.check_halves(adapter, kind)
     return _peft(fold(per_expert.scatter_experts(adapter, bases.is_mixtral(kind))))
 
 
-def _grouped(adapter: Adapter, *_: Any) -> Files:
+def _grouped(adapter: Adapter, *_: Base) -> Files:
     adapter = _with_experts(adapter, "grouped")
     stacks = [one for one in adapter.updates.values() if one.kind == "experts"]
     others = [one for one in adapter.updates.values() if one.kind != "experts"]
@@ -256,20 +265,21 @@ def _grouped(adapter: Adapter, *_: Any) -> Files:
     return Files(MODEL, tensors, {"format": "pt"}, grouped.config(adapter))
 
 
-def _diffusers(adapter: Adapter, *_: Any) -> Files:
+def _diffusers(adapter: Adapter, *_: Base) -> Files:
     _check_portable(adapter, "diffusers")
     return Files(diffusers.FILE, *diffusers.write(adapter), None)
 
 
-def _kohya(adapter: Adapter, _: str, base: str | os.PathLike | None) -> Files:
+def _kohya(adapter: Adapter, base: Base) -> Files:
     _check_portable(adapter, "kohya")
     two = base is not None and (Path(base) / "text_encoder_2").is_dir()
     tensors, metadata = kohya.write(adapter, two_encoders=two)
     return Files(kohya.FILE, tensors, metadata, None)
 
 
-def _mlx(adapter: Adapter, kind: str, *_: Any) -> Files:
+def _mlx(adapter: Adapter, base: Base) -> Files:
     _check_portable(adapter, "mlx")
+    kind = bases.model_type(base, adapter.config)
     adapter = _gathered(adapter)
     bases.check_halves(adapter, kind)
     tensors, config = mlx.write(adapter, mixtral=bases.is_mixtral(kind))
