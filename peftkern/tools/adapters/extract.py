@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.low_rank_algebra import Choice, Loss, above, best_pair, keeping, loss_of_part
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
 from peftkern.tools.adapters.peft_keys import PREFIX
 from peftkern.tools.checkpoints.architecture import find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import (
+    DTYPES,
     Checkpoint,
     TensorInfo,
     open_safetensors,
@@ -89,7 +91,7 @@ class _Place(NamedTuple):
     """Tensor of both checkpoints, and the parameter of the model that it is.
 
     kind: "linear", "turned" (Conv1D) or "embedding", of their weights; "bias" of a linear layer;
-    "tied", of the modules named so; "rearranged" by loading; or "other".
+    "tied", of the modules named so; "rearranged" by loading; a stack of "experts"; or "other".
     """
 
     base: TensorInfo
@@ -145,10 +147,10 @@ def _carried(
     saved: dict[str, None] = {}
     bias = "none"
     for place in changed:
-        if place.kind == "rearranged":
+        if place.kind in ("rearranged", "experts"):
             raise AdapterError(
-                f"{place.tuned.file}: {place.tuned.name}: differs from the base's, and loading "
-                "rearranges it, as of experts: its update has no low rank yet"
+                f"{place.tuned.file}: {place.tuned.name}: differs from the base's, and updates of "
+                "experts, or of what loading rearranges, are not extracted"
             )
         if place.kind == "bias" and place.module in updates:
             extras[f"{PREFIX}{place.module}.base_layer.bias"] = _read(place.tuned)
@@ -187,6 +189,11 @@ def noise_edge(weight: Tensor) -> float:
 def _update(
     place: _Place, before: Tensor, after: Tensor, rule: ExtractRule
 ) -> tuple[Update, Extracted]:
+    for info in (place.base, place.tuned):
+        if DTYPES[info.dtype] not in _EXPONENT:
+            raise AdapterError(
+                f"{info.file}: {info.name}: expected F32, F16 or BF16, got {info.dtype}"
+            )
     noise = noise_edge(after)
     try:
         pair, S, norm = best_pair(after, rule.choice(noise), minus=before, most=rule.most)
@@ -229,6 +236,8 @@ def _places(base: Checkpoint, tuned: Checkpoint) -> Iterator[_Place]:
             kind = "tied"
         elif load.converter is not None or parameters[load.target].shape != info.shape:
             kind = "rearranged"
+        elif parameter in expert_parameters(modules[module]):
+            kind = "experts"
         yield _Place(info, other, module, parameter, kind, tied)
 
 
@@ -249,8 +258,5 @@ def _tied(model: PreTrainedModel, tensors: Collection[str]) -> tuple[str, ...]:
 
 
 def _read(info: TensorInfo) -> Tensor:
-    """Return a tensor in its dtype, if that has the digits of a weight."""
-    if info.dtype not in ("F32", "F16", "BF16"):
-        raise AdapterError(f"{info.file}: {info.name}: expected F32, F16 or BF16, got {info.dtype}")
     with open_safetensors(info.file) as file:
         return file.get_tensor(info.name)

@@ -167,13 +167,22 @@ def test_refusals(tmp_path):
         extract(base, tmp_path / "broken")
 
 
-def test_experts_that_changed_are_refused(tmp_path):
-    model = save_moe(tmp_path / "base", "qwen3_moe")
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_changed_are_refused(family, tmp_path):
+    model = save_moe(tmp_path / "base", family)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "tuned")
-    with pytest.raises(
-        AdapterError, match=r"experts\S*: differs from the base's, and loading rearr"
-    ):
+    with pytest.raises(AdapterError, match=r"experts\S*: differs from the base's, and updates of"):
         extract(tmp_path / "base", tmp_path / "tuned")
+
+
+def test_other_dtypes_are_refused_if_they_changed(tmp_path):
+    base = save_llama(tmp_path / "base", torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(AdapterError, match=r"lm_head\.weight: expected F32, F16 or BF16, got F64"):
+        extract(base, tmp_path / "tuned")
