@@ -12,8 +12,9 @@ and what lies below that edge is noise: by default the rank is the number of sin
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftkern.functional.low_rank_svd import LoraFactors
+from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.low_rank_algebra import Choice, Loss, above, best_pair, keeping, loss_of_part
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
+from peftkern.tools.adapters.extract_experts import Stack, find_stack, read_tensor, stack_update
 from peftkern.tools.adapters.peft_keys import PREFIX
-from peftkern.tools.checkpoints.architecture import find_loads, meta_model
-from peftkern.tools.checkpoints.checkpoint import (
-    Checkpoint,
-    TensorInfo,
-    open_safetensors,
-    read_checkpoint,
-)
+from peftkern.tools.checkpoints.architecture import Load, find_loads, meta_model
+from peftkern.tools.checkpoints.checkpoint import Checkpoint, TensorInfo, read_checkpoint
 
 MARGIN = 1.1  # of the edge of noise
 MOST = 256  # default bound on the rank, of rules that choose it
@@ -109,32 +108,41 @@ def extract(
 ) -> tuple[Adapter, dict[str, Extracted]]:
     """Return an adapter that brings a base near to its fine-tune, and what it leaves of each layer.
 
-    Linear layers and embeddings get low-rank updates; biases, embeddings that are tied, and other
+    Linear layers, embeddings and experts get low-rank updates; biases, tied embeddings and other
     modules, norms above all, are carried whole if they changed. What did not change is left out.
 
     Args: folders of safetensors of one architecture, which transformers knows; progress: called
         with the bytes of each finished tensor and its name.
     Raises: AdapterError or CheckpointError naming the folder and the tensor: other tensors or
-        shapes than the base's, experts that changed, nothing that did, or what is not finite.
+        shapes than the base's, nothing that changed, or what is not finite.
     """
-    places = list(_places(read_checkpoint(base), read_checkpoint(tuned)))
+    checkpoints = read_checkpoint(base), read_checkpoint(tuned)
+    places, stacks = _layout(*checkpoints)
     updates: dict[str, Update] = {}
     extracted: dict[str, Extracted] = {}
     changed: list[_Place] = []
     for place in places:
-        before, after = _read(place.base), _read(place.tuned)
+        before, after = read_tensor(place.base), read_tensor(place.tuned)
         if not torch.equal(before, after):
             if place.kind in _LOW_RANK:
                 updates[place.module], extracted[place.module] = _update(place, before, after, rule)
             else:
                 changed.append(place)
         progress(place.base.nbytes, place.base.name)
+    for stack in stacks:
+        found = stack_update(stack, *(one.tensors for one in checkpoints), functools.partial(
+            _cut, f"{tuned}: {stack.module}.{stack.parameter}", rule))  # fmt: skip
+        if found is not None:
+            update, loss, noise, weight = found
+            change = math.sqrt(loss.energy / max(weight, 1e-30))
+            updates[update.key], extracted[update.key] = update, Extracted(loss, change, noise)
+        progress(sum(checkpoints[0].tensors[name].nbytes for name in stack.names), stack.parameter)
     if not updates:
-        raise AdapterError(f"{tuned}: no linear layer or embedding differs from {base}")
+        raise AdapterError(f"{tuned}: no matrix of a layer differs from {base}")
     extras, fields = _carried(places, changed, updates)
     config = {"peft_type": "LORA", "base_model_name_or_path": str(base), **_task(Path(base))}
-    config |= {"r": 1, "lora_alpha": 1, "target_modules": list(updates), **fields}
-    return Adapter(config, updates, extras, str(tuned)), extracted
+    config |= {"r": 1, "lora_alpha": 1, "target_modules": [], **fields}
+    return Adapter(config, {}, extras, str(tuned)).with_updates(updates.values()), extracted
 
 
 def _carried(
@@ -148,21 +156,23 @@ def _carried(
         if place.kind == "rearranged":
             raise AdapterError(
                 f"{place.tuned.file}: {place.tuned.name}: differs from the base's, and loading "
-                "rearranges it, as of experts: its update has no low rank yet"
+                "rearranges it: save_pretrained() both models with this transformers first"
             )
         if place.kind == "bias" and place.module in updates:
-            extras[f"{PREFIX}{place.module}.base_layer.bias"] = _read(place.tuned)
+            extras[f"{PREFIX}{place.module}.base_layer.bias"] = read_tensor(place.tuned)
             bias = "lora_only" if bias == "none" else bias
         elif place.kind == "bias":
-            extras[f"{PREFIX}{place.module}.bias"], bias = _read(place.tuned), "all"
+            extras[f"{PREFIX}{place.module}.bias"], bias = read_tensor(place.tuned), "all"
         elif place.kind == "tied":
             saved |= dict.fromkeys(place.tied)
-            extras |= {f"{PREFIX}{name}.weight": _read(place.tuned).clone() for name in place.tied}
+            extras |= {
+                f"{PREFIX}{name}.weight": read_tensor(place.tuned).clone() for name in place.tied
+            }
         else:
             saved[place.module] = None
     for place in places:
         if place.module in saved and place.kind == "other":
-            extras[f"{PREFIX}{place.module}.{place.parameter}"] = _read(place.tuned)
+            extras[f"{PREFIX}{place.module}.{place.parameter}"] = read_tensor(place.tuned)
     return extras, {"bias": bias, "modules_to_save": list(saved) or None}
 
 
@@ -184,16 +194,25 @@ def noise_edge(weight: Tensor) -> float:
     return rms / math.sqrt(12) * sum(map(math.sqrt, weight.shape))
 
 
+def _cut(
+    where: str, rule: ExtractRule, before: Tensor, after: Tensor
+) -> tuple[LoraFactors, Tensor, float, float]:
+    """Cut a difference; return factors, singular values, its norm and the edge of its noise."""
+    for weight in (before, after):
+        if weight.dtype not in _EXPONENT:
+            raise AdapterError(f"{where}: expected F32, F16 or BF16, got {weight.dtype}")
+    noise = noise_edge(after)
+    try:
+        return *best_pair(after, rule.choice(noise), minus=before, most=rule.most), noise
+    except ValueError as error:
+        raise AdapterError(f"{where}: {error}") from error
+
+
 def _update(
     place: _Place, before: Tensor, after: Tensor, rule: ExtractRule
 ) -> tuple[Update, Extracted]:
-    noise = noise_edge(after)
-    try:
-        pair, S, norm = best_pair(after, rule.choice(noise), minus=before, most=rule.most)
-    except ValueError as error:
-        raise AdapterError(f"{place.tuned.file}: {place.tuned.name}: {error}") from error
-    if not math.isfinite(norm):
-        raise AdapterError(f"{place.tuned.file}: {place.tuned.name}: not finite")
+    where = f"{place.tuned.file}: {place.tuned.name}"
+    pair, S, norm, noise = _cut(where, rule, before, after)
     lora_B, lora_A = pair
     if place.kind != "linear":  # an embedding [V, d] and Conv1D [n, m] are kept turned
         lora_B, lora_A = lora_A.T.contiguous(), lora_B.T.contiguous()
@@ -203,33 +222,49 @@ def _update(
     return Update(place.module, "weight", kind, lora_A, lora_B, 1.0), Extracted(loss, change, noise)
 
 
-def _places(base: Checkpoint, tuned: Checkpoint) -> Iterator[_Place]:
-    """Yield every tensor of both with its place in the model.
+def _layout(base: Checkpoint, tuned: Checkpoint) -> tuple[list[_Place], list[Stack]]:
+    """Return every tensor of both with its place in the model, and the stacks of experts.
 
-    Raises: AdapterError if they have other tensors, or others than the model has.
+    Raises: AdapterError if they have other tensors or shapes.
     """
     for name in sorted(base.tensors.keys() ^ tuned.tensors.keys()):
         without = tuned if name in base.tensors else base
         raise AdapterError(f"{without.folder}: {name}: missing, the other checkpoint has it")
+    for name, info in base.tensors.items():
+        if info.shape != (other := tuned.tensors[name]).shape:
+            raise AdapterError(
+                f"{other.file}: {name}: expected {list(info.shape)}, got {list(other.shape)}"
+            )
     model = meta_model(base)
     modules, parameters = dict(model.named_modules()), model.state_dict()
-    loads = list(find_loads(model, base))
+    loads = [load for load in find_loads(model, base) if load.target in parameters]
     tied = _tied(model, {load.target for load in loads})
+    places: list[_Place] = []
+    experts: dict[str, list[Load]] = {}
     for load in loads:
-        info, other = load.info, tuned.tensors[load.info.name]
-        if info.shape != other.shape:
-            raise AdapterError(
-                f"{other.file}: {info.name}: expected {list(info.shape)}, got {list(other.shape)}"
-            )
         module, _, parameter = load.target.rpartition(".")
-        if load.target not in parameters:
-            continue  # which the model does not load
+        if parameter in expert_parameters(modules[module]):
+            experts.setdefault(load.target, []).append(load)
+            continue
         kind = _kind(modules[module], parameter)
         if load.target in (f"{name}.weight" for name in tied):
             kind = "tied"
-        elif load.converter is not None or parameters[load.target].shape != info.shape:
+        elif load.converter is not None or parameters[load.target].shape != load.info.shape:
             kind = "rearranged"
-        yield _Place(info, other, module, parameter, kind, tied)
+        other = tuned.tensors[load.info.name]
+        places.append(_Place(load.info, other, module, parameter, kind, tied))
+    stacks = []
+    for target, parts in experts.items():
+        module, _, parameter = target.rpartition(".")
+        turned = bool(getattr(modules[module], "is_transposed", False))
+        stack = find_stack(module, parameter, turned, tuple(parameters[target].shape), parts)
+        if stack is None:
+            infos = (load.info for load in parts)
+            places += [_Place(one, tuned.tensors[one.name], module, parameter, "rearranged")
+                       for one in infos]  # fmt: skip
+        else:
+            stacks.append(stack)
+    return places, stacks
 
 
 def _kind(module: nn.Module, parameter: str) -> str:
@@ -246,11 +281,3 @@ def _tied(model: PreTrainedModel, tensors: Collection[str]) -> tuple[str, ...]:
     names = [n for n, module in model.named_modules() if any(module is end for end in ends)]
     apart = sum(f"{name}.weight" in tensors for name in names) == len(names)
     return () if apart or len(names) < 2 else tuple(names)
-
-
-def _read(info: TensorInfo) -> Tensor:
-    """Return a tensor in its dtype, if that has the digits of a weight."""
-    if info.dtype not in ("F32", "F16", "BF16"):
-        raise AdapterError(f"{info.file}: {info.name}: expected F32, F16 or BF16, got {info.dtype}")
-    with open_safetensors(info.file) as file:
-        return file.get_tensor(info.name)

@@ -148,7 +148,7 @@ def test_conv1d(tmp_path):
 def test_refusals(tmp_path):
     base = save_llama(tmp_path / "base")
     same = save_llama(tmp_path / "same")
-    with pytest.raises(AdapterError, match="same: no linear layer or embedding differs from"):
+    with pytest.raises(AdapterError, match="same: no matrix of a layer differs from"):
         extract(base, same)
     save_llama(tmp_path / "wide", vocab_size=50)
     with pytest.raises(AdapterError, match=r"expected \[48, 64\], got \[50, 64\]"):
@@ -167,13 +167,32 @@ def test_refusals(tmp_path):
         extract(base, tmp_path / "broken")
 
 
-def test_experts_that_changed_are_refused(tmp_path):
-    model = save_moe(tmp_path / "base", "qwen3_moe")
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_one_by_one_and_stacked(family, tmp_path):
+    model = save_moe(tmp_path / "base", family, torch.float32)
+    torch.manual_seed(2)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+        for name, parameter in model.named_parameters():
+            if "experts" in name and parameter.dim() == 3:
+                for matrix in parameter[1:]:  # the first expert stays
+                    matrix += planted(matrix.shape, 1.0)
+    model.save_pretrained(tmp_path / "tuned")
+    found, layers = extract(tmp_path / "base", tmp_path / "tuned")
+    for key, update in found.updates.items():
+        assert update.kind == "experts" and update.rank == PLANTED
+        assert layers[key].loss.error < 1e-3 and not update.lora_B[0].any()
+    merged = loaded(tmp_path / "base", found, tmp_path / "adapter").merge_and_unload()
+    for name, want in model.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], want, rtol=1e-3, atol=1e-4)
+
+
+def test_other_dtypes_are_refused_if_they_changed(tmp_path):
+    base = save_llama(tmp_path / "base", torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    with torch.no_grad():
+        model.lm_head.weight += 1
     model.save_pretrained(tmp_path / "tuned")
     with pytest.raises(
-        AdapterError, match=r"experts\S*: differs from the base's, and loading rearr"
+        AdapterError, match=r"lm_head\.weight: expected F32, F16 or BF16, got torch.float64"
     ):
-        extract(tmp_path / "base", tmp_path / "tuned")
+        extract(base, tmp_path / "tuned")
