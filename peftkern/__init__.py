@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from peftkern.functional.nf4_lora_linear import nf4_linear, nf4_lora_linear
     from peftkern.integrations.parts import LoRAParts
     from peftkern.integrations.peft.adalora_export import export_lora
+    from peftkern.integrations.peft.adapter_tools import add_weighted_adapter
     from peftkern.integrations.peft.initialize import InitReport, initialize_
     from peftkern.integrations.peft.patch import is_patched, patch, patched, unpatch
     from peftkern.integrations.peft.register import register_layer
     from peftkern.integrations.peft.report import PatchReport
+    from peftkern.integrations.peft.to_lora import convert_to_lora
     from peftkern.integrations.quantize import quantize_
 
 __version__ = "0.1.0"
@@ -41,6 +43,8 @@ __all__ = [
     "LoRAParts",
     "NF4Weight",
     "PatchReport",
+    "add_weighted_adapter",
+    "convert_to_lora",
     "dequantize_nf4",
     "explain",
     "export_lora",
@@ -91,6 +95,8 @@ _HOMES = {
 _OF_PEFT = {  # which PEFT has to be there for
     "InitReport": "initialize",
     "PatchReport": "report",
+    "add_weighted_adapter": "adapter_tools",
+    "convert_to_lora": "to_lora",
     "initialize_": "initialize",
     "export_lora": "adalora_export",
     "is_patched": "patch",

@@ -83,17 +83,20 @@ def each(device: torch.device, *rows: tuple[str, Tensor | None, torch.dtype, int
 
 
 def addresses(
-    name: str, tensors: Sequence[Tensor], dtype: torch.dtype, sizes: Sequence[int]
+    name: str, tensors: Sequence[Tensor], dtype: torch.dtype | None, sizes: Sequence[int]
 ) -> list[int]:
-    """`address` of hundreds of CPU tensors: each question is asked of all before the next."""
+    """`address` of hundreds of CPU tensors: each question is asked of all before the next.
+
+    dtype: None for whatever each of them has.
+    """
     if not (
         [tensor.numel() for tensor in tensors] == list(sizes)
-        and {tensor.dtype for tensor in tensors} <= {dtype}
+        and (dtype is None or {tensor.dtype for tensor in tensors} <= {dtype})
         and {tensor.is_cpu for tensor in tensors} <= {True}
         and {tensor.is_contiguous() for tensor in tensors} <= {True}
     ):
         for i, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
-            address(f"{name}[{i}]", tensor, dtype, size)
+            address(f"{name}[{i}]", tensor, dtype or tensor.dtype, size)
     return [tensor.data_ptr() for tensor in tensors]
 
 
@@ -135,25 +138,32 @@ def first_shared(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int
     The first of the two is written. Of a tensor with gaps all bytes from its first to its last
     count. Two that are only read may share theirs.
     """
-    spans = []
-    for place, tensor in enumerate((*written, *read)):
-        numel = tensor.numel()
-        if numel and not tensor.is_contiguous():
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            numel = 1 + sum((size - 1) * step for size, step in steps)
-        if numel:
-            begin = tensor.data_ptr()
-            spans.append((begin, begin + numel * tensor.itemsize, place))
-    last_written = last = (0, -1)  # end and place of what reaches furthest so far
-    for begin, end, place in sorted(spans):
-        is_written = place < len(written)
-        beyond, other = last if is_written else last_written
-        if begin < beyond:
-            return min(place, other), max(place, other)
-        last = max(last, (end, place))
-        if is_written:
-            last_written = max(last_written, (end, place))
+    spans = [
+        (tensor.data_ptr(), place, tensor.nbytes if tensor.is_contiguous() else _extent(tensor))
+        for place, tensor in enumerate((*written, *read))
+    ]
+    count = len(written)
+    end = end_written = place_of_end = place_of_written = -1  # of what reaches furthest so far
+    for begin, place, size in sorted(spans):
+        if size == 0:
+            continue
+        if begin < end and place < count:
+            return min(place, place_of_end), max(place, place_of_end)
+        if begin < end_written:
+            return place_of_written, place
+        if begin + size > end:
+            end, place_of_end = begin + size, place
+        if place < count and begin + size > end_written:
+            end_written, place_of_written = begin + size, place
     return None
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return how many bytes there are from the first to the last of a tensor with gaps."""
+    if not tensor.numel():
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * step for size, step in steps)) * tensor.itemsize
 
 
 def all_begin_at(tensors: Sequence[Tensor | None], multiple: int) -> bool:

@@ -284,6 +284,8 @@ def _outputs(
 
 
 def _unflatten(flat: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    if len(set(shapes)) == 1:
+        return list(flat.view(len(shapes), *shapes[0]).unbind())
     parts = flat.split([math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 

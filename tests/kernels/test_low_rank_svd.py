@@ -99,6 +99,14 @@ def test_several_tiles():
     check(low_rank_svd(B, A), B, A)
 
 
+def test_results_are_copied_to_given_tensors():
+    """Here no kernel writes to them itself."""
+    pairs = ([torch.randn(9, 2), torch.randn(7, 3)], [torch.randn(2, 5), torch.randn(3, 8)])
+    wanted, out = low_rank_svd(*pairs), low_rank_svd([-B for B in pairs[0]], pairs[1])
+    assert low_rank_svd(*pairs, out=out) is out
+    assert all(equal(of_layer(out, i), of_layer(wanted, i)) for i in range(2))
+
+
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges(edge):
     EDGES[edge]()

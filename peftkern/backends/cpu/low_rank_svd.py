@@ -24,10 +24,8 @@ STREAM_BYTES = 8 << 20
 
 def refusal(lora_B: list[Tensor], lora_A: list[Tensor]) -> str | None:
     """Refuse other devices and float64, which deserves better than a float64 Gram matrix."""
-    for tensor in (*lora_B, *lora_A):
-        if (reason := refusal_dense(tensor)) is not None:
-            return reason
-    return None
+    kinds = {(tensor.dtype, tensor.device): tensor for tensor in (*lora_B, *lora_A)}
+    return next(filter(None, map(refusal_dense, kinds.values())), None)
 
 
 refusal_out = refusal
@@ -128,15 +126,12 @@ def low_rank_pairs(
     lora_B: Sequence[Tensor], lora_A: Sequence[Tensor], r: int, places: Places
 ) -> list[tuple[int, ...]]:
     """Return what C++ takes of every pair of rank r: `low_rank_pairs` in csrc/cpu/bind.cpp."""
-    return [
-        (
-            *(B.shape[0], A.shape[1]),
-            *(address("lora_B", B, B.dtype, B.shape[0] * r), dtype_code("lora_B", B)),
-            *(address("lora_A", A, A.dtype, r * A.shape[1]), dtype_code("lora_A", A)),
-            *place,
-        )
-        for B, A, *place in zip(lora_B, lora_A, *places, strict=True)
-    ]
+    m, n = [len(B) for B in lora_B], [A.shape[1] for A in lora_A]
+    columns = [m, n]
+    for name, factors, lengths in (("lora_B", lora_B, m), ("lora_A", lora_A, n)):
+        columns.append(addresses(name, factors, None, [length * r for length in lengths]))
+        columns.append([dtype_code(name, factor) for factor in factors])
+    return list(zip(*columns, *places, strict=True))
 
 
 def low_rank_pairs_svd(

@@ -19,6 +19,7 @@ budget at every step). Where this differs from PEFT on purpose:
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
@@ -30,9 +31,9 @@ from torch import Tensor, nn
 
 from peftkern.backends import dispatch
 from peftkern.functional.adalora import adalora_allocate_, orthogonality_loss
-from peftkern.integrations.peft.adalora_layers import SVDLayer
+from peftkern.integrations.peft.adalora_layers import SVDLayer, mask_diagonals_, whole
 from peftkern.integrations.peft.fallback import kept_forward, set_class
-from peftkern.methods.adalora import Importance, Triplets, apply_mask_, shrink_triplets_
+from peftkern.methods.adalora import Importance, Triplets, shrink_triplets_
 
 __all__ = ["compact_"]
 
@@ -56,7 +57,7 @@ class PatchedRankAllocator(RankAllocator):
             self._importance = None
             super().update_ipt(model)
             return
-        layers = self.triplets(model)
+        layers = {n: tuple(map(whole, t)) for n, t in self.triplets(model).items()}
         if self._importance is None:
             self.adopt_ipt(layers)
         self._importance.update_(layers)
@@ -69,7 +70,10 @@ class PatchedRankAllocator(RankAllocator):
         lora_E = [E for E, _, _ in layers.values()]
         if not importance.scores.is_cpu:  # rank_pattern is a list: it waits for the device anyway
             importance.check_finite(layers)
-        mask = adalora_allocate_(importance.scores, lora_E, max(budget, 0), ties=self.ties)
+        gathered = [whole(E) for E in lora_E]
+        mask = adalora_allocate_(importance.scores, gathered, max(budget, 0), ties=self.ties)
+        if any(map(operator.is_not, gathered, lora_E)):
+            mask_diagonals_(lora_E, mask)
         parts = torch.split(mask.cpu(), [E.shape[0] for E in lora_E])
         names = [f"{name}.lora_E.{self.adapter_name}" for name in layers]
         pattern = {name: part.tolist() for name, part in zip(names, parts, strict=True)}
@@ -88,7 +92,7 @@ class PatchedRankAllocator(RankAllocator):
             mask = [kept for name in layers for kept in self._kept(rank_pattern, name, layers)]
             mask = torch.tensor(mask, dtype=torch.bool, device=lora_E[0].device)
             self._pattern = (rank_pattern, mask)
-        apply_mask_(lora_E, self._pattern[1])
+        mask_diagonals_(lora_E, self._pattern[1])
 
     def _kept(self, rank_pattern: dict, name: str, layers: dict[str, Triplets]) -> list[bool]:
         """Return the pattern of one layer; saving takes the adapter's name out of the keys."""
@@ -191,7 +195,8 @@ class PatchedAdaLoraModel(AdaLoraModel):
             triplets = self.rankallocator.triplets(self.model).values()
             if triplets:
                 self._expect_allocation(next(iter(triplets))[0])
-                loss = orthogonality_loss([A for _, A, _ in triplets], [B for _, _, B in triplets])
+                factors = ([_full(t[i]) for t in triplets] for i in (1, 2))
+                loss = orthogonality_loss(*factors)
                 outputs.loss += weight * loss
         return outputs
 
@@ -224,6 +229,11 @@ class PatchedAdaLoraModel(AdaLoraModel):
         if any(lora_A.dim() != 2 for _, lora_A, _ in triplets):
             return "parameters are sharded"
         return None
+
+
+def _full(parameter: Tensor) -> Tensor:
+    """Gather what FSDP2 has sharded, for autograd; every process gets the same loss of it."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def is_tuner(module: nn.Module) -> bool:

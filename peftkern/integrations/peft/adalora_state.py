@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.integrations.peft.adalora import PatchedRankAllocator
-from peftkern.integrations.peft.adalora_layers import layers_of, widen_diagonals
+from peftkern.integrations.peft.adalora_layers import layers_of, whole, widen_diagonals
 
 __all__ = ["FILE", "AdaLoraState", "keep_state_when_loading", "load_state", "save_state"]
 
@@ -52,21 +52,28 @@ class AdaLoraState(NamedTuple):
     scores: Tensor | None
 
 
-def save_state(tuner: AdaLoraModel, folder: str | os.PathLike[str], step: int) -> None:
-    """Write what a training needs to go on after `step`, beside the adapter in `folder`."""
+def save_state(
+    tuner: AdaLoraModel, folder: str | os.PathLike[str], step: int, *, write: bool = True
+) -> None:
+    """Write what a training needs to go on after `step`, beside the adapter in `folder`.
+
+    Args: write, False in all processes but one; what FSDP2 has sharded they gather together.
+    """
     name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
     config, tensors, ranknum = tuner.peft_config[name], {}, {}
     pattern = {k.removesuffix(f".{name}"): v for k, v in (config.rank_pattern or {}).items()}
     for path, layer in layers_of(tuner).items():
-        ranknum[path] = layer.ranknum[name].item()
+        ranknum[path] = whole(layer.ranknum[name]).item()
         for group in _GROUPS:
-            tensors[f"{path}.{group}"] = getattr(layer, group)[name]
+            tensors[f"{path}.{group}"] = whole(getattr(layer, group)[name])
             for average in _AVERAGES:
                 held = getattr(allocator, average).get(f"{path}.{group}.{name}")
                 if held is not None:
                     tensors[f"{path}.{group}.{average}"] = held
         if pattern:
             tensors[f"{path}.kept"] = torch.tensor(pattern[f"{path}.lora_E"], dtype=torch.bool)
+    if not write:
+        return
     importance = getattr(allocator, "_importance", None)
     if importance is not None and importance.scores is not None:
         tensors["scores"] = importance.scores
@@ -214,7 +221,7 @@ def _scattered(
                 f"{folder}: {path} had {len(kept[path])} triplets at first, in the model {rows}; "
                 "make the model with the init_r of that training"
             )
-        ranknum[path] = layer.ranknum[name].item()
+        ranknum[path] = whole(layer.ranknum[name]).item()
         for group in _GROUPS:
             saved = weights[f"base_model.model.{path}.{group}"]
             full = getattr(layer, group)[name].detach().cpu().to(saved.dtype, copy=True)

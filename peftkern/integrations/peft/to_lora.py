@@ -104,7 +104,8 @@ def _check_supported(
     for name, layer in layers.items():
         variant = getattr(layer, "lora_variant", {}).get(adapter_name)
         quantized = isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear)
-        if not (quantized or layer.supports_lora_conversion(adapter_name)):
+        able = getattr(layer, "supports_lora_conversion", lambda name: False)  # older PEFT
+        if not (quantized or able(adapter_name)):
             raise TypeError(f"{name}: {type(layer).__name__} cannot be converted to LoRA")
         if variant is not None and not isinstance(variant, DoraLinearVariant):
             kind = type(variant).__name__

@@ -303,8 +303,8 @@ class AdaLoraCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if args.should_save and os.path.isdir(folder):
-            save_state(find_tuner(model), folder, state.global_step)
+        write = args.should_save and os.path.isdir(folder)
+        save_state(find_tuner(model), folder, state.global_step, write=write)
 
     def on_train_end(
         self,

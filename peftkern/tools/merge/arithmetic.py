@@ -216,7 +216,7 @@ def measure(weight: Tensor, total: Tensor, stored: Tensor, dense: Tensor | None 
     update, after = total.float() - before, stored.float()
     error = total - after
     sums = (_dot(update, update), _dot(total, total), _dot(error, error))
-    return Change(*sums, _dot(after.sub_(rounded), update), weight.numel())
+    return Change(*sums, _dot(after - rounded, update), weight.numel())
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

@@ -95,6 +95,40 @@ def adalora_steps(rank):
         raise AssertionError("other masks went unseen")
 """
 
+ADALORA_SHARDED = """
+def adalora_losses(model, wrapped, rank):
+    optimizer = optimizer_of(model)
+    AdaLoraSteps(model, optimizer, STEPS)
+    found = []
+    for step in range(1, STEPS + 1):
+        loss = wrapped(**text_batch(seed=100 * rank + step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
+    return torch.stack(found)
+
+def adalora_sharded(rank):
+    model, twin = adalora_llama(deltaT=1), adalora_llama(deltaT=1)
+    peftkern.patch(model)
+    expected = adalora_losses(model, DistributedDataParallel(model), rank)
+    mesh = init_device_mesh("cpu", (2,))
+    peftkern.patch(twin)
+    for layer in twin.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(twin, mesh=mesh)
+    got = adalora_losses(twin, twin, rank)  # masks are compared at every step
+    torch.testing.assert_close(got, expected, rtol=LOSS_CURVE_RTOL, atol=0)
+    save_state(twin.base_model, sys.argv[1], STEPS, write=rank == 0)
+    dist.barrier()
+    state = read_state(sys.argv[1])
+    E = twin.base_model.model.model.layers[0].self_attn.q_proj.lora_E["default"]
+    assert type(E).__name__ == "DTensor" and len(E.to_local()) == 3
+    whole = E.full_tensor().detach()
+    assert torch.equal(state.triplets["model.layers.0.self_attn.q_proj.lora_E"], whole)
+"""
+
 SHARDED = """
 def role(model, name):
     layer = layer_of(model)
@@ -157,6 +191,7 @@ def sharded_experts(mesh):
     assert expert_models.fallbacks() == {"down_proj is DTensor": 1}, expert_models.fallbacks()
 """
 
+PARTS = ("lora", "experts", "adalora", "adalora_steps", "adalora_sharded", "sharded")
 PROCESSES = f"""
 import hashlib, json, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
@@ -167,8 +202,10 @@ from torch.nn.parallel import DistributedDataParallel
 import expert_models, peftkern
 from adalora_models import STEPS, adalora_llama, optimizer_of
 from peft_models import *
+from peftkern.integrations.peft.adalora_state import read_state, save_state
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
-{LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{SHARDED}
+from tolerances import LOSS_CURVE_RTOL
+{LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{ADALORA_SHARDED}{SHARDED}
 def work(rank, name, world_size):
     torch.set_num_threads(1)
     take_small_layers()
@@ -177,7 +214,7 @@ def work(rank, name, world_size):
     globals()[name](rank)
     dist.destroy_process_group()
 
-for name in ("lora", "experts", "adalora", "adalora_steps", "sharded"):
+for name in {PARTS}:
     count = 1 if name == "sharded" else 2
     try:
         mp.start_processes(work, args=(name, count), nprocs=count, start_method="fork")
@@ -193,7 +230,7 @@ def said(tmp_path_factory) -> str:
     return run_code(PROCESSES, folder)
 
 
-@pytest.mark.parametrize("name", ["lora", "experts", "adalora", "adalora_steps", "sharded"])
+@pytest.mark.parametrize("name", PARTS)
 def test_ranks_agree_and_shards_fall_back(said, name):
     """LoRA trains as unpatched, AdaLoRA draws one mask, a sharded part goes to PEFT by name."""
     assert f"{name} is right" in said, said

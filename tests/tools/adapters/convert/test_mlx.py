@@ -147,6 +147,7 @@ def test_what_mlx_cannot_hold(tmp_path, monkeypatch):
     }.items():
         save(case, tmp_path / case)
         refused(tmp_path / case, "mlx", str(tmp_path / case), word)
+    save("experts", tmp_path / "experts")
     save("parameter called weight", tmp_path / "parameter")
     config = json.loads((tmp_path / "parameter" / CONFIG).read_text())
     config["target_parameters"] = ["q_proj.scale"]
@@ -154,8 +155,10 @@ def test_what_mlx_cannot_hold(tmp_path, monkeypatch):
     refused(tmp_path / "parameter", "mlx", "q_proj.scale", "modules alone")
     monkeypatch.setitem(CASES, "pissa", {**CASES["linear"], "init_lora_weights": "pissa"})
     save("pissa", tmp_path / "pissa")
-    for to in ("mlx", "diffusers", "kohya"):
-        refused(tmp_path / "pissa", to, "pissa changed the base", "--initial", component="unet")
+    for to, component in (("mlx", None), ("diffusers", "unet"), ("kohya", "unet")):
+        said = "pissa changed the base", "--initial"
+        refused(tmp_path / "pissa", to, *said, component=component)
+    refused(tmp_path / "experts", "mlx", "component: PEFT to mlx", "'unet'", component="unet")
 
 
 def test_experts_of_mixtral_have_its_names(tmp_path):
