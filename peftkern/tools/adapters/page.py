@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from statistics import median
+from statistics import fmean, median
 
 from matplotlib.figure import Figure
 
@@ -42,8 +42,8 @@ def _order(row: Row) -> list[float]:
 def maps(found: Sequence[Spectrum]) -> list[dict[str, Figure]]:
     """Draw the norm and the effective rank of each module of each layer; [] without layers.
 
-    Of what a layer has more than once, experts for one, the norm is that of all together, and the
-    effective rank the median.
+    Of what a layer has more than once, experts for one, the root mean square of the norms, and the
+    median of the ranks.
     """
     kinds = labels(one.key for one in found)
     places: dict[str, dict[int, list[Spectrum]]] = {}
@@ -52,7 +52,7 @@ def maps(found: Sequence[Spectrum]) -> list[dict[str, Figure]]:
             places.setdefault(kinds[one.key], {}).setdefault(int(layer[1]), []).append(one)
     if not places:
         return []
-    norms = "|D|, the norm of each update", lambda parts: sum(p.energy for p in parts) ** 0.5
+    norms = "|D|, the norm of each update", lambda parts: fmean(p.energy for p in parts) ** 0.5
     ranks = "effective rank", lambda parts: median(p.effective_rank for p in parts)
     return [
         {name: _map(places, title, value, width) for name, width in WIDTHS.items()}

@@ -76,13 +76,13 @@ def heading(found: Inspection) -> Iterator[str]:
     yield f"{method(config)}{written}, {dtypes}, {size}"
     yield f"base: {config.get('base_model_name_or_path') or 'not named'}"
     count = len(found.adapter.updates)
-    yield f"{count} updates, |D| {found.norm:#.4g} in all"
+    yield f"{count} update{'s' * (count != 1)}, |D| {_digits(found.norm)} in all"
 
 
 def remarks(found: Inspection) -> Iterator[str]:
     """Yield what else there is to know, the worst first."""
     for name, count in found.not_finite.items():
-        yield f"NOT FINITE: {name}: {count} values"
+        yield f"NOT FINITE: {name}: {count} value{'s' * (count != 1)}"
     for name, shape in found.tables.items():
         yield f"a table of the base inside, which loading puts in its place: {name} {shape}"
     for why in found.refusals:
@@ -91,7 +91,8 @@ def remarks(found: Inspection) -> Iterator[str]:
     others = [name for name in found.adapter.extras if name not in found.tables]
     if others:
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-        yield f"{len(others)} other tensors: {', '.join(others[:_SHOWN])}{more}"
+        count = f"{len(others)} other tensor{'s' * (len(others) != 1)}"
+        yield f"{count}: {', '.join(others[:_SHOWN])}{more}"
 
 
 def cells(row: Row) -> list[str]:
@@ -99,8 +100,12 @@ def cells(row: Row) -> list[str]:
     sizes = [f"{m}x{n}" for m, n in row.sizes]
     size = sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes"
     ranges = (_range(*row.rank), _range(*row.true_rank), _range(*row.scaling))
-    numbers = (f"{row.norm:#.4g}", f"{row.share:.1%}", f"{row.stable_rank:.2f}")
+    numbers = (_digits(row.norm), f"{row.share:.1%}", f"{row.stable_rank:.2f}")
     return [size, *ranges, *numbers, f"{row.effective_rank:.2f}"]
+
+
+def _digits(value: float) -> str:
+    return f"{value:#.4g}".rstrip(".")
 
 
 def _range(low: float, high: float) -> str:

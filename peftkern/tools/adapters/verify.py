@@ -20,6 +20,7 @@ from peftkern.tools.adapters.adapter import (
 )
 from peftkern.tools.adapters.targets import PREFIX
 from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
+from peftkern.tools.merge.weights import find_weights
 
 Shape = tuple[int, ...]
 # Where a checkpoint has the tensors of a parameter of one expert, in the order of its rows.
@@ -51,7 +52,7 @@ def verify(
     """Check an adapter that was read: keys, shapes and config agree, or it would not have been.
 
     Args:
-        base: folder of the model it is for; of its weights only the headers are read.
+        base: folder of the model it is for, dense or in NF4; of its weights the headers are read.
         against: an adapter that should say the same: every |D - D'|_F <= tol |D|_F, from the
             factors, all other tensors equal bit for bit.
     Raises: AdapterError for a base that cannot be read.
@@ -82,10 +83,10 @@ def _check(name: str, bad: list[str], well: str, ill: str) -> Check:
 
 def _fits(adapter: Adapter, base: str | os.PathLike) -> Iterator[Check]:
     try:
-        checkpoint = read_checkpoint(base)
+        weights = find_weights(read_checkpoint(base, quantized=True))
     except (CheckpointError, OSError) as error:
         raise AdapterError(str(error)) from None
-    shapes = Shapes({name: info.shape for name, info in checkpoint.tensors.items()})
+    shapes = Shapes({name: weight.shape for name, weight in weights.items()})
     wrong = [why for update in adapter.updates.values() for why in _misfits(update, shapes)]
     count = len(adapter.updates)
     yield _check("base", wrong, f"has a weight of the right shape for all {count} updates", "")

@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from adapters import CASES, make, save
+from checkpoint_folders import save_llama
 from expert_models import tiny_moe
+from merged_folders import load, save_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from peftkern.cli import main
 from peftkern.tools.adapters import AdapterError, from_model, read_adapter, write_adapter
 from peftkern.tools.adapters.verify import distances, verify
 
@@ -56,6 +59,18 @@ def test_a_base_of_other_shapes_or_names_is_told(tmp_path):
     assert "layers.0.o_proj.weight: the base has none" in said
     with pytest.raises(AdapterError, match=r"config\.json|safetensors"):
         verify(adapter, base=tmp_path)
+
+
+def test_a_base_in_nf4_has_the_shapes_of_its_weights(tmp_path):
+    source = save_llama(tmp_path / "base")
+    assert main(["quantize", str(source), str(tmp_path / "nf4")]) == 0
+    save_adapter(tmp_path / "a", load(source), target_modules=["q_proj", "down_proj", "lm_head"])
+    adapter = read_adapter(tmp_path / "a")
+    assert failed(verify(adapter, base=tmp_path / "nf4")) == {}
+    key = next(iter(adapter.updates))
+    wrong = replace(adapter.updates[key], lora_A=torch.zeros(adapter.updates[key].rank, 3))
+    adapter = replace(adapter, updates={**adapter.updates, key: wrong})
+    assert failed(verify(adapter, base=tmp_path / "nf4")).keys() == {"base"}
 
 
 def test_experts_fit_a_stack_and_a_checkpoint_of_single_experts(tmp_path):

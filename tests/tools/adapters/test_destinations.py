@@ -1,0 +1,115 @@
+"""Where adapters are written: whole or not at all, beside what was there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from adapters import save
+from processes import environment
+
+from peftkern.tools.adapters import AdapterError, read_adapter, write_adapter
+from peftkern.tools.adapters.verify import verify
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+# Writes b of a; ends as if the machine had, just before a system call of the number that is given.
+KILLED = """
+import os, shutil, signal, sys
+from peftkern.tools.adapters import read_adapter, write_adapter
+from peftkern.tools.adapters import write
+adapter = read_adapter("a")
+left = int(sys.argv[1])
+
+def counted(function):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+for module, name in [(os, "replace"), (os, "unlink"), (os, "mkdir"), (write, "save_file"),
+                     (write, "sync_file"), (os, "rmdir")]:
+    setattr(module, name, counted(getattr(module, name)))
+write_adapter(adapter, "b", force=len(sys.argv) > 2)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("linear", tmp_path / "a")
+    return tmp_path
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_run_that_is_killed_leaves_an_adapter_or_none(folder, force):
+    """And the same command then writes it."""
+    first = read_adapter("a")
+    for calls in range(20):
+        if force:
+            save("power of two", folder / "b", seed=1)
+            (folder / "b" / "notes.txt").write_text("mine")
+        arguments = [sys.executable, "-c", KILLED, str(calls), *["force"] * force]
+        done = subprocess.run(arguments, cwd=folder, env=environment(), capture_output=True)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        if (folder / "b" / CONFIG).exists():  # the one that was there, or the new one
+            read_adapter("b")
+        write_adapter(first, "b", force=force)
+        assert all(check.passed for check in verify(first, against=read_adapter("b")))
+        assert [name for name in names(folder) if "unfinished" in name] == []
+        if force:
+            assert names(folder / "b") == sorted([CONFIG, MODEL, "README.md", "notes.txt"])
+        else:
+            assert names(folder / "b") == [CONFIG, MODEL]
+            for name in names(folder / "b"):
+                (folder / "b" / name).unlink()
+    else:
+        pytest.fail("never ended")
+    assert calls > 3
+
+
+def test_what_is_there_is_left_alone(folder):
+    adapter = read_adapter("a")
+    (folder / "b").mkdir()
+    write_adapter(adapter, "b")  # an empty folder
+    with pytest.raises(AdapterError, match=r"holds 'adapter_config\.json' \(--force replaces"):
+        write_adapter(adapter, "b")
+    (folder / "c").mkdir()
+    (folder / "c" / "notes.txt").write_text("mine")
+    with pytest.raises(AdapterError, match="this folder holds none"):
+        write_adapter(adapter, "c", force=True)
+    (folder / "d").write_text("a file")
+    with pytest.raises(AdapterError, match="got a file"):
+        write_adapter(adapter, "d", force=True)
+    assert names(folder / "c") == ["notes.txt"]
+    write_adapter(adapter, "e/f/g")
+    assert all(check.passed for check in verify(adapter, against=read_adapter("e/f/g")))
+
+
+def test_files_have_the_mode_that_new_files_have(folder):
+    write_adapter(read_adapter("a"), "b")
+    (folder / "plain").write_text("")
+    modes = {os.stat(path).st_mode for path in (folder / "b" / MODEL, folder / "plain")}
+    assert len(modes) == 1
+
+
+def test_an_adapter_is_written_over_itself(folder):
+    adapter = read_adapter("a")
+    os.chdir("a")
+    write_adapter(adapter, ".", force=True)
+    again = read_adapter(".")
+    assert all(check.passed for check in verify(adapter, against=again))
+    assert {update.scaling for update in again.updates.values()} == {1.0}
