@@ -213,11 +213,13 @@ def extract(
     record = losses.as_dict(lost)
     for key, one in layers.items():
         record["updates"][key] |= {"change": one.change, "noise": one.noise}
-    record["carried"] = sorted(found.extras)
+    record |= {"carried": sorted(found.extras), "notes": list(found.notes)}
     changes = {key: one.change for key, one in layers.items()}
     _report(destination, record, as_json, lambda: losses.show(lost, per_layer, changes))
     if found.extras and not as_json:
         print(f"carried whole: {len(found.extras)} other tensors that changed")
+    if not as_json:
+        print(*found.notes, sep="\n", end="\n" if found.notes else "")
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -110,6 +110,8 @@ def extract(
 
     Linear layers, embeddings and experts get low-rank updates; biases, tied embeddings and other
     modules, norms above all, are carried whole if they changed. What did not change is left out.
+    PEFT saves modules whole, so that a parameter beside layers that have updates (the sinks of
+    gpt-oss' attention) has no place in an adapter: notes name those that changed.
 
     Args: folders of safetensors of one architecture, which transformers knows; progress: called
         with the bytes of each finished tensor and its name.
@@ -139,17 +141,21 @@ def extract(
         progress(sum(checkpoints[0].tensors[name].nbytes for name in stack.names), stack.parameter)
     if not updates:
         raise AdapterError(f"{tuned}: no matrix of a layer differs from {base}")
-    extras, fields = _carried(places, changed, updates)
+    extras, fields, notes = _carried(places, changed, updates)
     config = {"peft_type": "LORA", "base_model_name_or_path": str(base), **_task(Path(base))}
     config |= {"r": 1, "lora_alpha": 1, "target_modules": [], **fields}
-    return Adapter(config, {}, extras, str(tuned)).with_updates(updates.values()), extracted
+    adapter = Adapter(config, {}, extras, str(tuned), notes)
+    return adapter.with_updates(updates.values()), extracted
 
 
 def _carried(
     places: list[_Place], changed: list[_Place], updates: dict[str, Update]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors that are carried whole, and the fields of the config that say so."""
+) -> tuple[dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
+    """Return the tensors that are carried whole, the fields of the config that say so, and notes
+    on what cannot be."""
     extras: dict[str, Tensor] = {}
+    inside = tuple(f".{update.module}." for update in updates.values())
+    notes = []
     saved: dict[str, None] = {}
     bias = "none"
     for place in changed:
@@ -168,12 +174,15 @@ def _carried(
             extras |= {
                 f"{PREFIX}{name}.weight": read_tensor(place.tuned).clone() for name in place.tied
             }
+        elif any(name.startswith(f".{place.module}.".replace("..", ".")) for name in inside):
+            name = place.tuned.name
+            notes.append(f"{name}: changed, and not carried, as layers in its module have updates")
         else:
             saved[place.module] = None
     for place in places:
         if place.module in saved and place.kind == "other":
             extras[f"{PREFIX}{place.module}.{place.parameter}"] = read_tensor(place.tuned)
-    return extras, {"bias": bias, "modules_to_save": list(saved) or None}
+    return extras, {"bias": bias, "modules_to_save": list(saved) or None}, tuple(notes)
 
 
 def _task(base: Path) -> dict[str, str]:

@@ -174,7 +174,7 @@ def publish(path: Path, files: Files) -> None:
     Where other files are there, those of an adapter are replaced, the config last: without it
     nothing loads.
     """
-    path = Path(os.path.abspath(path))  # "." has no name
+    path = Path(os.path.realpath(path))  # "." has no name, and what a link names takes the place
     work = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkern.tools.adapters import Adapter, Update
 from peftkern.tools.adapters.adapter import UNMERGEABLE, changed_base, check_finite
+from peftkern.tools.adapters.targets import target_name
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 
 _PREFIX = "base_model.model."
@@ -101,6 +102,8 @@ class _Matcher:
         if name is None:
             raise CheckpointError(f"{where}: the base has no such layer")
         module = self.modules[name]
+        if target_name(adapter.config, update.module, update.parameter) != update.module:
+            update = _of_parameter(update)
         _check_layer(where, module, update)
         parameter = f"{name}.{update.parameter}"
         if parameter not in self.shapes:
@@ -205,6 +208,13 @@ def _check_layer(where: str, module: nn.Module, update: Update) -> None:
         )
     if isinstance(module, _CONV) and module.groups > 1:
         raise CheckpointError(f"{where}: a convolution of {module.groups} groups is not merged")
+
+
+def _of_parameter(update: Update) -> Update:
+    """Return an update of target_parameters, of a matrix like that of the one expert there is."""
+    if update.kind != "linear":
+        return update
+    return replace(update, kind="experts", lora_A=update.lora_A[None], lora_B=update.lora_B[None])
 
 
 def _is_flipped(module: nn.Module, update: Update, shape: tuple[int, ...]) -> bool:

@@ -113,3 +113,11 @@ def test_an_adapter_is_written_over_itself(folder):
     again = read_adapter(".")
     assert all(check.passed for check in verify(adapter, against=again))
     assert {update.scaling for update in again.updates.values()} == {1.0}
+
+
+def test_a_link_to_an_empty_folder_is_followed(folder):
+    (folder / "real").mkdir()
+    (folder / "link").symlink_to("real")
+    write_adapter(read_adapter("a"), "link")
+    assert (folder / "link").is_symlink() and (folder / "real" / CONFIG).exists()
+    assert names(folder) == ["a", "link", "real"]

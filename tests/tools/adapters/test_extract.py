@@ -186,6 +186,20 @@ def test_experts_one_by_one_and_stacked(family, tmp_path):
         torch.testing.assert_close(merged.state_dict()[name], want, rtol=1e-3, atol=1e-4)
 
 
+def test_what_an_adapter_has_no_place_for_is_told(tmp_path):
+    """Sinks and biases of gpt-oss lie in modules that hold layers with updates."""
+    model = save_moe(tmp_path / "base", "gpt_oss", torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    found, _ = extract(tmp_path / "base", tmp_path / "tuned")
+    told = {note.partition(":")[0].rpartition(".")[2] for note in found.notes}
+    assert told == {"sinks", "gate_up_proj_bias", "down_proj_bias"}
+    merged = loaded(tmp_path / "base", found, tmp_path / "adapter").merge_and_unload()
+    assert torch.equal(merged.model.norm.weight, model.model.norm.weight)
+
+
 def test_other_dtypes_are_refused_if_they_changed(tmp_path):
     base = save_llama(tmp_path / "base", torch.float64)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")

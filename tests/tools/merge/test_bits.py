@@ -87,6 +87,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"family": "Qwen3Moe", **MOE},
         {"target_modules": ["q_proj"], "target_parameters": EXPERTS},
     ),
+    "router": (
+        {"family": "Qwen3Moe", **MOE},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]},
+    ),
+    "matrix of a linear layer": (
+        {},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
+    ),
     "one of two": (
         {"family": "Qwen3Moe", **MOE},
         {"target_modules": [], "target_parameters": EXPERTS[1:]},
