@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -73,6 +74,30 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, folders) -
         resumed.add(merge(*folders, to=out, force="config.json" in there).resumed)
         assert contents(out) == whole
     assert number > 20 and resumed >= {0, 1, 2}
+
+
+def test_full_disk_leaves_what_can_be_resumed(tmp_path: Path, folders, monkeypatch) -> None:
+    """Also where it is met by a tensor that is copied."""
+    out, write = tmp_path / "out", os.pwrite
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def copy(*arguments: Any) -> int:
+        raise full
+
+    def written(file: int, data: Any, offset: int) -> int:
+        if isinstance(data, bytes) and offset:  # of a copy, behind the header
+            raise full
+        return write(file, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "copy_file_range", copy)
+        patch.setattr(os, "pwrite", written)
+        with pytest.raises(OSError, match="No space left"):
+            merge(*folders, to=out)
+    assert (out / WORK / FILES).exists()
+    merge(*folders, to=out)
+    merge(*folders, to=tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def stop_after_first_file(base: Path, adapter: Path, out: Path) -> None:
