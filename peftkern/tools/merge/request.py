@@ -57,7 +57,8 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     config = change_config(checkpoint.config, model, edits, bool(apart))
     files = plan_files(checkpoint, weights, places, edits, apart, options, linear)
     config = merged_config(config, main_dtype(weights), options, quantization)
-    return Plan(files, config, places, apart, find_companions(checkpoint))
+    companions = find_companions(checkpoint, adapters=False)
+    return Plan(files, config, places, apart, companions)
 
 
 def _nf4_choice(
