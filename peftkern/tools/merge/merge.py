@@ -121,6 +121,8 @@ def _identity(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> d
 
 def _digest(adapter: Adapter) -> str:
     digest = hashlib.sha256(json.dumps(adapter.config, sort_keys=True).encode())
+    for key, update in adapter.updates.items():  # the scaling may come from elsewhere
+        digest.update(f"{key} {update.kind} {update.scaling!r} {update.shape}".encode())
     for name, tensor in named_tensors(adapter):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

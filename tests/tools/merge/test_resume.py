@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from checkpoint_folders import contents
 from merged_folders import make_model, merge, save_adapter, save_base
 
-from peftkern.tools.checkpoints.checkpoint import CheckpointError
+from peftkern.tools.adapters import read_adapter
+from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from peftkern.tools.checkpoints.staging import FILES, WORK
-from peftkern.tools.merge.merge import MANIFEST
+from peftkern.tools.merge.merge import MANIFEST, merge_checkpoint
+from peftkern.tools.merge.plan import Options
 
 EVENTS = ("pwrite", "copy_file_range", "replace", "fsync", "ftruncate", "unlink")
 
@@ -159,6 +162,18 @@ def test_unfinished_run_with_other_options_or_adapters(tmp_path: Path, folders) 
     assert merge(base, other, to=out, force=True).resumed == 0
     merge(base, other, to=tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_unfinished_run_with_other_scaling(tmp_path: Path, folders) -> None:
+    """Of the same tensors and the same config: a file of another format brings it itself."""
+    base, path = folders
+    out = tmp_path / "out"
+    stop_after_first_file(base, path, out)
+    adapter, checkpoint = read_adapter(path), read_checkpoint(base)
+    updates = {k: replace(u, scaling=u.scaling * 2) for k, u in adapter.updates.items()}
+    other = replace(adapter, updates=updates)
+    with pytest.raises(CheckpointError, match="another set of adapters"):
+        merge_checkpoint(checkpoint, [(other, 1.0)], out, Options())
 
 
 def test_base_that_changes_while_it_is_read(tmp_path: Path, folders) -> None:
