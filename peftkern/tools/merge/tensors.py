@@ -101,8 +101,11 @@ def merged_panel(
 ) -> tuple[Tensor, Change | None]:
     """Return a panel as it is to be stored, and its change if that is measured."""
     if panel.added is None:
-        same = rows.dtype is dtype
-        return rows if same else buffers.take("result", rows.shape, dtype).copy_(rows), None
+        if rows.dtype is dtype:
+            return rows, None
+        stored = buffers.take("result", rows.shape, dtype).copy_(rows)
+        _check_cast(panel.unit, rows.dtype, stored)
+        return stored, None
     total, stored = merge_rows(rows, panel.first, panel.added, dtype, buffers)
     _check_finite(panel.unit, stored)
     return stored, measure(rows, total, stored) if panel.measured else None
@@ -112,7 +115,9 @@ def merged_tensor(unit: Unit, weight: Tensor, buffers: Buffers) -> tuple[Tensor,
     """Return a weight in memory with its edits, in the unit's dtype, and its change."""
     dtype = unit.dtype
     if not unit.edits:
-        return weight.to(dtype), None
+        stored = weight.to(dtype)
+        _check_cast(unit, weight.dtype, stored)
+        return stored, None
     if weight.dim() > 1 and all(in_panels(edit, place) for place, edit in unit.edits):
         merged, change = torch.empty(weight.shape, dtype=dtype), Change()
         rows, results = (t.view(-1, weight.shape[-1]) for t in (weight, merged))
@@ -134,12 +139,19 @@ def merged_tensor(unit: Unit, weight: Tensor, buffers: Buffers) -> tuple[Tensor,
             merged = part
         if edit.updates:
             change = measure(before, total, part)
+    _check_cast(unit, weight.dtype, merged)
     return merged, change
+
+
+def _check_cast(unit: Unit, before: torch.dtype, stored: Tensor) -> None:
+    """Check what a dtype of a smaller range holds of values that no adapter changes."""
+    if stored.dtype is not before and torch.finfo(stored.dtype).max < torch.finfo(before).max:
+        _check_finite(unit, stored)
 
 
 def _check_finite(unit: Unit, stored: Tensor) -> None:
     if not is_finite(stored):
-        raise CheckpointError(f"{unit.name}: holds NaN or infinity once it is merged")
+        raise CheckpointError(f"{unit.name}: holds NaN or infinity as it is to be written")
 
 
 def rounded_to_nf4(weight: Tensor, layout: tuple[int, bool] = TRAINED_LAYOUT) -> Tensor:
