@@ -155,7 +155,9 @@ class _Writer:
         with _reading(unit.weight, *READ_ERRORS):
             weight = unit.weight.read()
         if unit.trained_nf4:
-            weight = rounded_to_nf4(weight)
+            turned = weight.T.contiguous() if unit.transposed else weight
+            weight = rounded_to_nf4(turned)
+            weight = weight.T.contiguous() if unit.transposed else weight
         merged, change = merged_tensor(unit, weight, self._buffers())
         if unit.nf4 is None:
             write_from(self.target, merged, unit.slots[0].offset)

@@ -139,6 +139,20 @@ def test_adapter_trained_on_the_base_in_nf4(tmp_path: Path) -> None:
     assert_same_tensors(load_tensors(tmp_path / "out"), expected)
 
 
+def test_trained_on_conv1d_in_nf4(tmp_path: Path) -> None:
+    """Whose layers transformers turns before they are quantized: blocks lie along the inputs."""
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    model = make_model(family="GPT2", head="LMHeadModel", **sizes)
+    base = save_base(tmp_path / "base", model)
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["c_attn"])
+    merge(base, adapter, to=tmp_path / "out", as_trained="nf4")
+    convert(base, tmp_path / "trained", double_quant=False)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    trained = decoded(load_tensors(tmp_path / "trained"))[name]
+    assert trained.shape == (256, 64)
+    assert torch.equal(load_tensors(tmp_path / "out")[name], trained.T)
+
+
 def test_residual_adapter_brings_back_most_of_what_is_lost(tmp_path: Path) -> None:
     """Its factors are the best of their rank; PEFT loads it over the output."""
     base, _, adapter = folders(tmp_path)
