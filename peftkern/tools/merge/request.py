@@ -57,6 +57,8 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     _check_stored(model, places, edits, apart, sources)
     config = change_config(checkpoint.config, model, edits, differ)
     files = plan_files(checkpoint, weights, places, edits, apart, options, linear)
+    if options.residual:
+        _check_residual(files, places, shapes)
     config = merged_config(config, main_dtype(weights), options, quantization)
     companions = find_companions(checkpoint, adapters=False)
     return Plan(files, config, places, apart, companions)
@@ -86,6 +88,22 @@ def _nf4_choice(
             "of the merged checkpoint"
         )
     return choice.linear, config
+
+
+def _check_residual(
+    files: Sequence[File], places: Places, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError unless what is written in NF4 are whole weights of layers, which alone
+    an adapter of target_modules can update."""
+    for unit in (unit for file in files for unit in file.units if unit.nf4 is not None):
+        found = places.by_tensor.get(unit.name, ())
+        parameter = found[0].parameter if len(found) == 1 else ""
+        whole = len(unit.weight.shape) == 2 and shapes.get(parameter) == unit.weight.shape
+        if not whole or not parameter.endswith(".weight"):
+            part = f"a part of {found[0].parameter}" if found else "nothing of the model"
+            raise CheckpointError(
+                f"{unit.name}: is {part}, and a residual adapter is for whole weights of layers"
+            )
 
 
 def _forget_same_tables(
