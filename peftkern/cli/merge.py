@@ -91,7 +91,7 @@ def merge(
         read = [(read_adapter(path, expert_layout=expert_layout), w) for path, w in parsed]
     with bad_input("out", "residual", "as_trained"):
         chosen = Options(out, residual, as_trained, changed_base)
-    with checkpoint_run(destination), bad_input():
+    with bad_input(), checkpoint_run(destination):  # the inner one says what can be resumed
         checkpoint = read_checkpoint(base, quantized=True)
         with byte_bar(checkpoint.nbytes) as progress:
             summary = merge_checkpoint(
