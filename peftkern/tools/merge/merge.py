@@ -45,7 +45,7 @@ class Summary:
 
     @property
     def total(self) -> Change:
-        return sum(self.changes.values(), Change())
+        return sum((change.scaled for change in self.changes.values()), Change())
 
 
 def merge_checkpoint(
