@@ -62,7 +62,8 @@ def merge(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Merge adapters into a safetensors checkpoint. Peak memory: a panel of rows, and the adapters.
+    """Merge adapters into a safetensors checkpoint. Peak memory: panels of rows and the adapters;
+    of NF4, token rows, DoRA of embeddings and stored tables a whole weight for each thread.
 
     The bits are those of PEFT's merge_and_unload where that is right; tied embeddings are untied if
     an adapter changes one of them. Into NF4, the update of a QLoRA adapter is lost for the most

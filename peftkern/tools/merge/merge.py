@@ -1,8 +1,9 @@
 """Merging of adapters into a checkpoint, from folder to folder.
 
-Everything is checked before anything is written. Files are written one after the other, each panel
-by panel, into a work folder inside of the destination; a manifest notes what is on the disk. A
-stopped run, however it ended, goes on with the first file that is not noted, or was changed since.
+All but the sums is checked before anything is written. Files are written one after the other, each
+panel by panel, into a work folder inside of the destination; a manifest notes what is on the disk.
+A stopped run, however it ended, goes on with the first file that is not noted, or was changed
+since.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ def merge_checkpoint(
     bias of lora_B is scaled over a base in 4 bits, too.
 
     Memory: the adapters, and for each thread a panel of rows; the whole of a weight that is, or
-    will be, in NF4, or whose DoRA normalizes columns. Calling it again after an interruption
-    resumes; KeyboardInterrupt and OSError leave a state that allows it, a CheckpointError leaves
-    nothing.
+    will be, in NF4, that an adapter replaces, wholly or in some rows, that is a convolution's, or
+    whose DoRA normalizes columns; two tied tables that are both stored. Calling it again after an
+    interruption resumes; KeyboardInterrupt and OSError leave a state that allows it, a
+    CheckpointError leaves nothing.
 
     Args:
         checkpoint: of `read_checkpoint`, quantized=True for a base in NF4.

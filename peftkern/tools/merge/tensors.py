@@ -102,7 +102,7 @@ def _blocks(unit: Unit) -> Iterator[Block]:
 def merged_panel(
     panel: Panel, rows: Tensor, dtype: torch.dtype, buffers: Buffers
 ) -> tuple[Tensor, Change | None]:
-    """Return a panel as it is to be stored, and its change: of one that is not measured its size."""
+    """Return a panel as it is to be stored, and its change: only its size, if not measured."""
     if panel.added is None:
         if rows.dtype is dtype:
             return rows, None

@@ -208,7 +208,7 @@ def test_residual_of_parts_of_parameters(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", model)
     convert(base, tmp_path / "nf4", stack=False)
     adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"])
-    with pytest.raises(CheckpointError, match="experts.*is a part of model.layers.*experts"):
+    with pytest.raises(CheckpointError, match=r"experts.*is a part of model\.layers.*experts"):
         merge(tmp_path / "nf4", adapter, to=tmp_path / "out", residual=4)
     assert not (tmp_path / "out").exists()
 
