@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 import peftkern
 from peftkern.functional.krylov import FAILURE, shortfall
 from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
+from peftkern.functional.panels import full_float32, parallel
 from peftkern.functional.truncated_svd import FLOOR, TruncatedSVD, truncated_svd
 
 
@@ -246,6 +248,43 @@ def test_nothing_has_a_gradient_and_lower_precisions_do_not_reach_it():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_calls_that_overlap_leave_threads_and_precision_as_they_were():
+    """The first to begin ends first; the other one is a new thread's."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    begun, ended, seen = threading.Event(), threading.Event(), []
+    x = torch.randn(256, 256)
+    full = x @ x
+
+    def second() -> None:
+        with full_float32(), parallel(torch.device("cpu")) as run:
+            begun.set()
+            ended.wait(60)
+            seen.append(torch.equal(x @ x, full))
+            seen.extend(run(lambda _: torch.get_num_threads(), range(4)))
+        seen.append(torch.get_num_threads())
+
+    other, later = threading.Thread(target=second), []
+    third = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(3)
+        torch.set_float32_matmul_precision("medium")
+        with full_float32(), parallel(torch.device("cpu")):
+            other.start()
+            assert begun.wait(60)
+        assert torch.get_num_threads() == 3
+        ended.set()
+        other.join()
+        third.start()
+        third.join()
+        assert torch.get_num_threads() == 3 and later == [3]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        ended.set()
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+    assert seen == [True, 1, 1, 1, 1, 3]
 
 
 DENSE = torch.ones(6, 5)

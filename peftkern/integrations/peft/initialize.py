@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.arguments import mismatch
+from peftkern.functional.panels import full_float32
 from peftkern.integrations.peft.init_data import DataRuns, start_eva
 from peftkern.integrations.peft.init_layers import Layer, find_layers, named, set_rank
 from peftkern.integrations.peft.patch import is_patched
@@ -100,7 +101,7 @@ def initialize_(
     options = {"tol": tol, "certify": certify, "seed": seed}
     runs = DataRuns(model, batches, loss, statistics_bytes, options)
     config = model.peft_config[adapter_name]
-    with torch.no_grad():
+    with torch.no_grad(), full_float32():
         try:
             found = find_layers(model, adapter_name, weights or {}, keeps_base=method == "eva")
             layers, skipped = found
@@ -133,7 +134,7 @@ def _start(
 ) -> LayerStart:
     """Start one layer, from its weight or with the factors found from data."""
     weight, rank, scaling = layer.weight, layer.rank, layer.scaling
-    with named(layer.name):
+    with named(layer.name), torch.autocast(weight.device.type, enabled=False):
         if method in QUANTIZED:
             storage = layer.storage or PLAIN
             if method == "loftq":

@@ -263,6 +263,29 @@ def test_magnitudes_of_dora_are_those_of_the_whole_weight():
     torch.testing.assert_close(model.eval()(x), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora", "corda", "loftq"])
+def test_lower_precisions_of_a_training_do_not_reach_it(method):
+    options = {"batches": [torch.randn(8, 640)]} if method in DATA else {}
+    torch.manual_seed(0)
+    linear = nn.Linear(640, 640).bfloat16().float()
+    results = []
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, autocast in (("highest", False), ("medium", False), ("highest", True)):
+            torch.set_float32_matmul_precision(precision)
+            model = lora_net(copy.deepcopy(linear))
+            if autocast and method != "corda":  # whose batches run as the caller has it
+                with torch.autocast("cpu", torch.bfloat16):
+                    peftkern.initialize_(model, method, **options)
+            else:
+                peftkern.initialize_(model, method, **options)
+            assert torch.get_float32_matmul_precision() == precision
+            results.append(layer_of(model).get_base_layer().weight)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_a_rank_for_all_layers():
     model = add_lora(tiny_llama(), rank_pattern={"q_proj": 2}, use_rslora=True)
     report = peftkern.initialize_(model, "olora", rank=9)
