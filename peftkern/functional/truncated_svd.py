@@ -13,8 +13,9 @@ and the SVD of W on the space K is that of Y = W K. A small matrix is decomposed
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,15 +117,12 @@ def truncated_svd(
         arXiv:1504.05477; the bound: Kuczynski and Wozniakowski 1992, doi:10.1137/0613066
     """
     single, layers = _layers(weight, minus)
-    for name, value, low in (("rank", rank, 1), ("oversample", oversample, 0), ("seed", seed, 0)):
+    check_options(tol, certify, seed)
+    for name, value, low in (("rank", rank, 1), ("oversample", oversample, 0)):
         if type(value) is not int or value < low:
             raise mismatch(name, f"an integer of at least {low}", value)
     if sweeps is not None and (type(sweeps) is not int or sweeps < 1):
         raise mismatch("sweeps", "a positive integer, or None", sweeps)
-    if not isinstance(tol, float) or not tol > 0:
-        raise mismatch("tol", "a positive number", tol)
-    if not isinstance(certify, bool):
-        raise mismatch("certify", "True or False", certify)
     job, found = _Job(rank, rank + oversample, sweeps, tol, certify, seed), []
     device = layers[0].panels.device if layers else torch.device("cpu")
     off = torch.autocast(device.type, enabled=False)
@@ -141,6 +139,16 @@ def truncated_svd(
             column[0] for column in (U, S, Vh, norm, excess, certificate, count)
         )
     return TruncatedSVD(U, S, Vh, norm, count, excess, certificate if certify else None)
+
+
+def check_options(tol: Any, certify: Any, seed: Any) -> None:
+    """Raise TypeError or ValueError for what `truncated_svd` does not take."""
+    if not isinstance(tol, numbers.Real) or isinstance(tol, bool) or not tol > 0:
+        raise mismatch("tol", "a positive number", tol)
+    if not isinstance(certify, bool):
+        raise mismatch("certify", "True or False", certify)
+    if type(seed) is not int or seed < 0:
+        raise mismatch("seed", "an integer of at least 0", seed)
 
 
 _REPORTED = {

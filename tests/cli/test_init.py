@@ -123,7 +123,7 @@ def test_texts_start_adapters(source, tmp_path, capsys, method):
     assert (destination / "tokenizer.json").exists()
     config = json.loads((destination / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(destination)
-    assert config["init_lora_weights"] == ("eva" if method == "eva" else True)
+    assert config["init_lora_weights"] is True and config["eva_config"] is None
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     EvaConfig,
     LoraConfig,
     LoraGAConfig,
@@ -286,9 +287,13 @@ def test_lower_precisions_of_a_training_do_not_reach_it(method):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_a_rank_for_all_layers():
-    model = add_lora(tiny_llama(), rank_pattern={"q_proj": 2}, use_rslora=True)
-    report = peftkern.initialize_(model, "olora", rank=9)
+@pytest.mark.parametrize("method", ["olora", "corda"])
+def test_a_rank_for_all_layers(method):
+    model = add_lora(tiny_llama(torch.bfloat16), rank_pattern={"q_proj": 2}, use_rslora=True)
+    before = logits(model).float()
+    report = peftkern.initialize_(model, method, rank=9, **data(method))
+    assert (logits(model).float() - before).norm() <= 0.05 * before.norm()
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     assert {layer.rank for layer in report.layers} == {9}
     assert {layer.scaling for layer in report.layers} == {8 / 3}
     config = model.peft_config["default"]
@@ -323,6 +328,27 @@ def test_the_memory_for_statistics_changes_nothing():
     for few, all_ in ((results[0], results[2]), (results[1], results[3])):
         for name in few:
             torch.testing.assert_close(few[name], all_[name], rtol=1e-4, atol=1e-6)
+
+
+def test_eva_leaves_dtypes_and_layers_that_it_does_not_start_as_they_are(tmp_path):
+    base = tiny_llama(torch.bfloat16)
+    model = add_lora(base, target_modules=["q_proj", "down_proj", "embed_tokens"])
+    table = model.base_model.model.model.embed_tokens
+    before = {name: p.clone() for name, p in table.named_parameters()}
+    report = peftkern.initialize_(model, "eva", batches=BATCHES)
+    assert set(report.skipped) == {"model.embed_tokens"}
+    assert all(torch.equal(before[name], p) for name, p in table.named_parameters())
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    assert len({layer.rank for layer in report.layers}) > 1
+    for layer in layers_of(model).values():
+        for lora_A in layer.lora_A.values():
+            identity = (lora_A.weight @ lora_A.weight.T).detach()
+            torch.testing.assert_close(identity, torch.eye(len(identity)), rtol=0, atol=1e-4)
+    config = model.peft_config["default"]
+    assert config.init_lora_weights is True and config.eva_config is None
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(torch.bfloat16), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model))
 
 
 def test_eva_leaves_padding_out_and_drops_layers():
@@ -385,6 +411,9 @@ REFUSED = [
     (lambda: lora_net(make_linear()), {"rank": 65}, r"proj: rank: expected 1 to 64, .* got 65"),
     (lambda: lora_net(make_linear()), {"method": "lora_ga", "rank": 33, "batches": [1]},
      r"proj: rank: expected 1 to 32, half the smaller side of \[96, 64\], got 33"),
+    (lambda: lora_net(make_linear()), {"rank": 3, "tol": 0}, "tol: expected a positive number"),
+    (lambda: lora_net(make_linear()), {"rank": 3, "certify": 1}, "certify: expected True or False"),
+    (lambda: lora_net(make_linear()), {"rank": 3, "seed": -1}, "seed: expected an integer of at"),
     (lambda: lora_net(make_linear()), {"steps": 0}, "steps: expected an integer of at least 1"),
     (lambda: lora_net(make_linear()), {"method": "eva"}, "batches: expected a list of batches"),
     (lambda: lora_net(make_linear()), {"method": "corda", "batches": []},
@@ -424,11 +453,40 @@ def test_what_does_not_fit_is_named_and_changes_nothing(make, arguments, complai
 
 
 def test_a_plain_model_stays_plain_where_its_adapters_cannot_start():
-    net = Net(make_linear())
+    net = Net(make_linear().requires_grad_())
     config = LoraConfig(r=40, target_modules=["proj"])
     with pytest.raises(ValueError, match="proj: rank: expected 1 to 32, half"):
         peftkern.initialize_(net, "lora_ga", config, batches=[torch.ones(2, 64)])
-    assert type(net.proj) is nn.Linear
+    assert type(net.proj) is nn.Linear and not hasattr(net, "peft_config")
+    assert net.proj.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "complaint"),
+    [
+        (AdaLoraConfig(total_step=9, target_modules=["proj"]), {}, "lora_config: expected a Lora"),
+        (LoraConfig(target_modules=["proj"], corda_config=CordaConfig(corda_method="kpm")), {},
+         "corda_method: expected 'ipm', got 'kpm'"),
+        (LoraConfig(target_modules=["proj"]), {"tol": -1.0}, "tol: expected a positive number"),
+        (LoraConfig(target_modules=["other"]), {}, "other"),
+    ],
+)  # fmt: skip
+def test_a_config_that_does_not_fit_changes_no_plain_model(config, options, complaint):
+    net = Net(make_linear().requires_grad_())
+    with pytest.raises(ValueError, match=complaint):
+        peftkern.initialize_(net, "corda", config, batches=[torch.ones(2, 64)], **options)
+    assert type(net.proj) is nn.Linear and not hasattr(net, "peft_config")
+    assert net.proj.weight.requires_grad
+
+
+def test_batches_that_do_not_run_change_nothing():
+    model = lora_net(make_linear())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        peftkern.initialize_(model, "corda", rank=7, batches=[torch.ones(2, 63)])
+    assert model.peft_config["default"].r == 4
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.parametrize("model", [None, make_conv1d(), Net(make_linear())])
