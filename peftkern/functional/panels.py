@@ -63,6 +63,10 @@ class Panels:
             panel = torch.mul(panel, self.scale, out=self._buffer(2 * place, rows))
         return panel
 
+    def release(self) -> None:
+        """Free the buffers of all threads, which the next `read` would make again."""
+        self._buffers = threading.local()
+
     def _buffer(self, index: int, rows: slice) -> Tensor:
         buffers = self._buffers.__dict__
         if index not in buffers:

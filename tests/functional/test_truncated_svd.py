@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -22,9 +24,10 @@ from tolerances import (
 from torch import Tensor
 
 import peftkern
+import peftkern.functional.truncated_svd as svd_module
 from peftkern.functional.krylov import FAILURE, shortfall
 from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
-from peftkern.functional.panels import full_float32, parallel
+from peftkern.functional.panels import Panels, full_float32, parallel
 from peftkern.functional.truncated_svd import FLOOR, TruncatedSVD, truncated_svd
 
 
@@ -143,6 +146,14 @@ def test_scales(scale):
     svd, one = truncated_svd(W * scale, 8), truncated_svd(W, 8)
     assert torch.allclose(svd.S / scale, one.S, rtol=TRUNCATED_ORDER)
     assert torch.allclose(svd.norm / scale, one.norm)
+
+
+def test_weights_that_are_subnormal():
+    W = power_law(640, 600, 0.5) * 1e-42
+    svd, large = truncated_svd(W, 8), truncated_svd((W.double() * 2.0**140).float(), 8)
+    assert torch.allclose(svd.norm * 2.0**140, large.norm)
+    assert torch.allclose(svd.Vh, large.Vh, atol=1e-3)
+    assert torch.allclose(svd.S.double(), large.S.double() * 2.0**-140, rtol=0, atol=2e-45)
 
 
 @pytest.mark.parametrize("seeds", [8, pytest.param(200, marks=pytest.mark.long)])
@@ -285,6 +296,48 @@ def test_calls_that_overlap_leave_threads_and_precision_as_they_were():
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
     assert seen == [True, 1, 1, 1, 1, 3]
+
+
+def test_a_default_device_and_a_tol_that_is_an_integer():
+    W = torch.randn(600, 640)
+    svd = truncated_svd(W, 8, tol=1, certify=True)
+    with torch.device("meta"):
+        again = truncated_svd(W, 8, tol=1, certify=True)
+    assert all(torch.equal(*pair) for pair in zip(svd, again, strict=True))
+
+
+def test_results_and_buffers_of_panels_do_not_add_up(monkeypatch):
+    """Gram matrices of many panels; a list of many layers."""
+    monkeypatch.setattr("peftkern.functional.panels._ON_CPU", 4096)
+    live, most, made = {}, [0], Panels.read
+
+    def read(self: Panels, rows: slice, place: int = 0) -> Tensor:
+        panel = made(self, rows, place)
+        live.update({id(one): weakref.ref(one) for one in self._buffers.__dict__.values()})
+        most[0] = max(most[0], alive(live.values()))
+        return panel
+
+    def alive(references: Iterable[weakref.ref]) -> int:
+        return sum(reference() is not None for reference in references)
+
+    grams = []
+
+    def gram(layer: object, rows: slice) -> Tensor:
+        part = own(layer, rows)
+        grams.append(weakref.ref(part))
+        held.append(alive(grams))
+        return part
+
+    own, held, threads = svd_module._gram, [], torch.get_num_threads()
+    monkeypatch.setattr(Panels, "read", read)
+    monkeypatch.setattr(svd_module, "_gram", gram)
+    monkeypatch.setattr(svd_module, "_TOGETHER", 1)
+    try:
+        torch.set_num_threads(1)
+        truncated_svd([torch.randn(1024, 64).bfloat16() for _ in range(6)], 4)
+    finally:
+        torch.set_num_threads(threads)
+    assert most[0] <= 2 and len(held) == 6 * 16 and max(held) <= 2
 
 
 DENSE = torch.ones(6, 5)
