@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from peftkern.functional.arguments import mismatch
-from peftkern.integrations.peft.init_layers import PREFIX, Layer, kept_dtypes, named
+from peftkern.integrations.peft.init_layers import PREFIX, Layer, kept_dtypes
 from peftkern.layers.quantize import with_progress
 from peftkern.methods.initialization.factors import Factors
 from peftkern.methods.initialization.from_data import (
@@ -30,6 +30,7 @@ from peftkern.methods.initialization.statistics import (
     equal_inputs,
     groups,
     input_statistics,
+    named,
     weight_gradients,
 )
 
@@ -67,6 +68,7 @@ class DataRuns:
                         covariance = found[leaders[layer.name]].value()
                         how = (layer.rank, layer.scaling)
                         factors[layer.name] = corda(layer.weight, covariance, *how, **self.options)
+                del found, covariance  # before those of the next group
         return factors
 
     def lora_ga(self, layers: Sequence[Layer], config: LoraGAConfig) -> dict[str, Factors]:

@@ -22,6 +22,7 @@ from peftkern.integrations.peft.serve import BNB_TYPES
 from peftkern.methods.initialization.factors import Factors, subtract_update_
 from peftkern.methods.initialization.loftq import Storage, quantize_residual, relative_error
 from peftkern.methods.initialization.report import LayerStart
+from peftkern.methods.initialization.statistics import named
 
 PREFIX = "base_model.model."  # of names in a PeftModel
 
@@ -125,15 +126,6 @@ def find_layers(
     if weights and len(unused) == len(weights):
         raise ValueError(f"weights: expected those of layers in 4 bits, got {unused[:3]}")
     return layers, skipped
-
-
-@contextlib.contextmanager
-def named(name: str) -> Iterator[None]:
-    """Put a layer's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def _refusal(module: LoraLayer, adapter_name: str) -> str | None:

@@ -18,7 +18,7 @@ from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import check_options
 from peftkern.integrations.peft.init_data import DataRuns, start_eva
-from peftkern.integrations.peft.init_layers import Layer, find_layers, named, set_rank
+from peftkern.integrations.peft.init_layers import Layer, find_layers, set_rank
 from peftkern.integrations.peft.patch import is_patched
 from peftkern.layers.quantize import with_progress
 from peftkern.methods.initialization.factors import (
@@ -31,6 +31,7 @@ from peftkern.methods.initialization.factors import (
 )
 from peftkern.methods.initialization.loftq import Storage, loftq, qpissa
 from peftkern.methods.initialization.report import InitReport, LayerStart
+from peftkern.methods.initialization.statistics import named
 
 __all__ = ["initialize_"]
 

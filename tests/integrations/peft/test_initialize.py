@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import warnings
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import peftkern
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import dequantize_nf4
+from peftkern.methods.initialization.from_data import Covariance
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCHES = [text_batch(seed=seed) for seed in range(2)]
@@ -330,6 +332,37 @@ def test_the_memory_for_statistics_changes_nothing():
             torch.testing.assert_close(few[name], all_[name], rtol=1e-4, atol=1e-6)
 
 
+def test_covariances_of_a_group_are_freed_before_the_next(monkeypatch):
+    live, most = weakref.WeakSet(), []
+
+    class Watched(Covariance):
+        def __init__(self) -> None:
+            super().__init__()
+            live.add(self)
+            most.append(len(live))
+
+    monkeypatch.setattr("peftkern.integrations.peft.init_data.Covariance", Watched)
+    peftkern.initialize_(add_lora(tiny_llama()), "corda", batches=BATCHES, statistics_bytes=1)
+    assert len(most) > 2 and set(most) == {1}
+
+
+def test_eva_of_inputs_that_have_fewer_directions_than_the_rank():
+    model = lora_net(make_linear())
+    model.peft_config["default"].eva_config = EvaConfig(whiten=True)
+    peftkern.initialize_(model, "eva", batches=[torch.ones(3, 64), torch.zeros(2, 64)])
+    assert layer_of(model).lora_A["default"].weight.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["corda", "eva", "lora_ga"])
+def test_inputs_that_are_not_finite_are_named(method):
+    model = lora_net(make_linear())
+    options = {"loss": lambda m, b: m(b).sum()} if method == "lora_ga" else {}
+    batches = [torch.full((3, 64), float("nan"))]
+    what = "weight" if method == "lora_ga" else "batches"
+    with pytest.raises(ValueError, match=f"proj: {what}: expected finite"):
+        peftkern.initialize_(model, method, batches=batches, **options)
+
+
 def test_eva_leaves_dtypes_and_layers_that_it_does_not_start_as_they_are(tmp_path):
     base = tiny_llama(torch.bfloat16)
     model = add_lora(base, target_modules=["q_proj", "down_proj", "embed_tokens"])
@@ -379,6 +412,7 @@ def test_the_report_can_be_printed_and_kept():
     assert 0 < layer["energy"] < 1 and 0 <= layer["certificate"] < 1e-3
     line = str(report)
     assert line.startswith("pissa: 1 layers, energy kept ") and "excess error at most" in line
+    assert line.endswith(", of each with probability 0.999")
 
 
 def broken(weight: float) -> PeftModel:
