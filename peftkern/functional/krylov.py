@@ -26,7 +26,7 @@ class Krylov:
         self, panels: Panels, width: int, blocks: int, seed: int, beside: Tensor | None = None
     ) -> None:
         self.panels, self.width, self.w = panels, width, 0
-        self._draw, self._beside = torch.Generator().manual_seed(seed), beside
+        self._draw, self._beside = torch.Generator("cpu").manual_seed(seed), beside
         rows, device = width * blocks, panels.device
         self._K = torch.empty(rows, panels.n, dtype=torch.float32, device=device)
         self._Y = torch.empty(rows, panels.m, dtype=torch.float32, device=device)
@@ -56,7 +56,8 @@ class Krylov:
 
     def _random(self) -> Tensor:
         """Draw a block on the host, the same for every device."""
-        block = torch.randn(self.width, self.panels.n, generator=self._draw, dtype=torch.float32)
+        shape = (self.width, self.panels.n)
+        block = torch.randn(shape, generator=self._draw, dtype=torch.float32, device="cpu")
         return block.to(self.panels.device)
 
     def filled(self, block: Tensor, rank: int) -> Tensor:

@@ -63,6 +63,10 @@ class Panels:
             panel = torch.mul(panel, self.scale, out=self._buffer(2 * place, rows))
         return panel
 
+    def release(self) -> None:
+        """Free the buffers of all threads, which the next `read` would make again."""
+        self._buffers = threading.local()
+
     def _buffer(self, index: int, rows: slice) -> Tensor:
         buffers = self._buffers.__dict__
         if index not in buffers:
@@ -100,26 +104,41 @@ class _Rows:
         return out
 
 
+_LOCK = threading.Lock()
+_precisions: list[tuple[str, ...]] = []  # found by the calls of `full_float32` that go on
+_counts: list[int] = []  # of threads, found by those of `parallel`
+
+
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Multiply float32 as float32, whatever was set for the speed of a training."""
-    switches = (torch.backends.mkldnn, torch.backends.cuda)
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    precisions = [switch.matmul.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.matmul.fp32_precision = "ieee"
+    """Multiply float32 as float32, whatever was set for the speed of a training.
+
+    The setting is the process's: of calls that overlap the last to end restores what the first
+    found.
+    """
+    with _LOCK:
+        _precisions.append(_precision())
+        _set_precision(("highest",) if len(_precisions[-1]) == 1 else ("ieee", "ieee"))
     try:
         yield
     finally:
-        for switch, precision in zip(switches, precisions, strict=True):
-            switch.matmul.fp32_precision = precision
+        with _LOCK:
+            _set_precision(_precisions.pop())
+
+
+def _precision() -> tuple[str, ...]:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8
+        return (torch.get_float32_matmul_precision(),)
+    backends = (torch.backends.mkldnn, torch.backends.cuda)
+    return tuple(backend.matmul.fp32_precision for backend in backends)
+
+
+def _set_precision(values: tuple[str, ...]) -> None:
+    if len(values) == 1:
+        torch.set_float32_matmul_precision(values[0])
+        return
+    for backend, value in zip((torch.backends.mkldnn, torch.backends.cuda), values, strict=True):
+        backend.matmul.fp32_precision = value
 
 
 @contextlib.contextmanager
@@ -128,16 +147,21 @@ def parallel(device: torch.device) -> Iterator[Run]:
 
     So BLAS and LAPACK give the same bits for any number of threads. A GPU's map is Python's own.
     """
-    threads = torch.get_num_threads()
     if device.type != "cpu":
         yield map
         return
-    torch.set_num_threads(1)  # of this thread, and the default of those that start from here on
+    with _LOCK:
+        threads = torch.get_num_threads()
+        if threads == 1 and _counts:  # a thread that began while another one's call went on
+            threads = _counts[0]
+        _counts.append(threads)
+        torch.set_num_threads(1)  # of this thread, and the default of those that start later
     try:
         if threads == 1:
             yield map
             return
-        with ThreadPoolExecutor(threads) as pool:
+        # A call that ends meanwhile raises that default again.
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
             def run(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
                 begun: collections.deque[Future[Found]] = collections.deque()
@@ -150,4 +174,6 @@ def parallel(device: torch.device) -> Iterator[Run]:
 
             yield run
     finally:
-        torch.set_num_threads(threads)
+        with _LOCK:
+            _counts.remove(threads)
+            torch.set_num_threads(threads)

@@ -12,9 +12,11 @@ and the SVD of W on the space K is that of Y = W K. A small matrix is decomposed
 
 from __future__ import annotations
 
+import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,8 +101,8 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """Compute the `rank` largest singular values of weight - minus, with their vectors.
 
-    No weight is ever decoded as a whole: there are panels of 8 MB in float32 (on a GPU 128 MB), and
-    sweeps * (m + n) * (rank + oversample) values.
+    No weight is ever decoded as a whole: there are panels of 4 MB in float32 for each thread and
+    operand (on a GPU of 128 MB), and sweeps * (m + n) * (rank + oversample) values.
 
     Args: weight [m, n] and minus of its shape, float32|bfloat16|float16 or NF4Weight, or lists of
         them (`minus` None where there is none); oversample, the columns of a block beyond the rank;
@@ -116,15 +118,12 @@ def truncated_svd(
         arXiv:1504.05477; the bound: Kuczynski and Wozniakowski 1992, doi:10.1137/0613066
     """
     single, layers = _layers(weight, minus)
-    for name, value, low in (("rank", rank, 1), ("oversample", oversample, 0), ("seed", seed, 0)):
+    check_options(tol, certify, seed)
+    for name, value, low in (("rank", rank, 1), ("oversample", oversample, 0)):
         if type(value) is not int or value < low:
             raise mismatch(name, f"an integer of at least {low}", value)
     if sweeps is not None and (type(sweeps) is not int or sweeps < 1):
         raise mismatch("sweeps", "a positive integer, or None", sweeps)
-    if not isinstance(tol, float) or not tol > 0:
-        raise mismatch("tol", "a positive number", tol)
-    if not isinstance(certify, bool):
-        raise mismatch("certify", "True or False", certify)
     job, found = _Job(rank, rank + oversample, sweeps, tol, certify, seed), []
     device = layers[0].panels.device if layers else torch.device("cpu")
     off = torch.autocast(device.type, enabled=False)
@@ -133,7 +132,7 @@ def truncated_svd(
             found.append(_decompose(group, job, run))
     U, S, Vh = ([tensor for svd in found for tensor in svd[i]] for i in range(3))
     norm, excess, certificate, count = (
-        torch.tensor([getattr(layer, name) for layer in layers], dtype=dtype)
+        torch.tensor([getattr(layer, name) for layer in layers], dtype=dtype, device="cpu")
         for name, dtype in _REPORTED.items()
     )
     if single:
@@ -141,6 +140,16 @@ def truncated_svd(
             column[0] for column in (U, S, Vh, norm, excess, certificate, count)
         )
     return TruncatedSVD(U, S, Vh, norm, count, excess, certificate if certify else None)
+
+
+def check_options(tol: Any, certify: Any, seed: Any) -> None:
+    """Raise TypeError or ValueError for what `truncated_svd` does not take."""
+    if not isinstance(tol, numbers.Real) or isinstance(tol, bool) or not tol > 0:
+        raise mismatch("tol", "a positive number", tol)
+    if not isinstance(certify, bool):
+        raise mismatch("certify", "True or False", certify)
+    if type(seed) is not int or seed < 0:
+        raise mismatch("seed", "an integer of at least 0", seed)
 
 
 _REPORTED = {
@@ -210,17 +219,19 @@ def _decompose(layers: list[_Layer], job: _Job, run: Run) -> LowRankSVD:
     for layer, S in zip(layers, svd.S, strict=True):
         S /= layer.panels.scale
         layer.norm, layer.space, layer.factors = layer.norm / layer.panels.scale, None, None
+        layer.top = None
+        layer.panels.release()
     return svd
 
 
 def _over_panels(
     function: Callable[[_Layer, slice], Found], layers: list[_Layer], run: Run
-) -> Iterator[tuple[_Layer, list[Found]]]:
-    """Yield each layer with what a function gives of its panels, in order."""
+) -> Iterator[tuple[_Layer, Iterator[Found]]]:
+    """Yield each layer with what a function gives of its panels, in order, to be used up."""
     work = [(layer, rows) for layer in layers for rows in layer.panels.slices]
     found = run(lambda one: function(*one), work)
     for layer in layers:
-        yield layer, [next(found) for _ in layer.panels.slices]
+        yield layer, itertools.islice(found, len(layer.panels.slices))
 
 
 def _measure(layers: list[_Layer], run: Run) -> None:
@@ -235,11 +246,11 @@ def _measure(layers: list[_Layer], run: Run) -> None:
         if layer.panels.scale == 1.0 and not _NORMS[0] < layer.norm < _NORMS[1]
     ]
     for layer, tops in _over_panels(lambda one, rows: one.panels.read(rows).abs().amax(), odd, run):
-        top = torch.stack(tops).amax().item()
+        top = torch.stack(list(tops)).amax().item()
         if not math.isfinite(top):
             raise ArgumentError(f"{layer.where}: expected finite values, got NaN or Inf")
         if top > 0:
-            layer.panels.scale = 2.0 ** -math.frexp(top)[1]
+            layer.panels.scale = 2.0 ** min(-math.frexp(top)[1], 126)  # in float32
             _measure([layer], run)
 
 
@@ -290,9 +301,9 @@ def _decompose_small(layers: list[_Layer], rank: int, run: Run) -> None:
         layer.top, layer.space, layer.sweeps, layer.excess = top, None, 0, 0.0
     for layer, parts in _over_panels(_other_side, layers, run):
         if layer.panels.n <= layer.panels.m:
-            layer.factors = torch.cat(parts), layer.top.T.contiguous()
+            layer.factors = torch.cat(list(parts)), layer.top.T.contiguous()
         else:
-            layer.factors = layer.top.contiguous(), sum(parts)
+            layer.factors = layer.top.contiguous(), _sum(parts)
 
 
 def _gram(layer: _Layer, rows: slice) -> Tensor:
@@ -305,12 +316,21 @@ def _gram(layer: _Layer, rows: slice) -> Tensor:
     return torch.cat([wide @ panels.read(one, place=1).double().T for one in others], 1)
 
 
-def _assembled(layer: _Layer, parts: list[Tensor]) -> Tensor:
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    """Add up, in order, what is as large as the sum: one at a time, none is kept."""
+    total = next(parts)
+    for part in parts:
+        total += part
+        del part
+    return total
+
+
+def _assembled(layer: _Layer, parts: Iterator[Tensor]) -> Tensor:
     """Return the Gram matrix, zero above the diagonal where that was left out."""
     panels = layer.panels
     if panels.n <= panels.m:
-        return sum(parts)
-    gram = parts[0].new_zeros(panels.m, panels.m)
+        return _sum(parts)
+    gram = torch.zeros(panels.m, panels.m, dtype=torch.float64, device=panels.device)
     for rows, part in zip(panels.slices, parts, strict=True):
         gram[rows, : rows.stop] = part
     return gram

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_texts_start_adapters(source, tmp_path, capsys, method):
     assert (destination / "tokenizer.json").exists()
     config = json.loads((destination / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(destination)
-    assert config["init_lora_weights"] == ("eva" if method == "eva" else True)
+    assert config["init_lora_weights"] is True and config["eva_config"] is None
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,24 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, capsys, method, value):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     assert run(method, source, tmp_path / "dst", "--rank", 4) == 2
     assert f"{name}: weight: expected finite values, got NaN or Inf" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("method", ["corda", "eva", "lora_ga"])
+def test_a_weight_that_is_not_finite_is_named_where_texts_run(source, tmp_path, capsys, method):
+    from safetensors.torch import load_file, save_file
+
+    copied = shutil.copytree(source, tmp_path / "src")
+    for path in copied.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors.keys() & {"model.layers.1.mlp.down_proj.weight"}:
+            tensors[name][3, 5] = float("nan")
+        save_file(tensors, path, metadata={"format": "pt"})
+    (tmp_path / "texts.txt").write_text("thequickbrownfox\n")
+    options = ("--rank", 4, "--data", tmp_path / "texts.txt")
+    assert run(method, copied, tmp_path / "dst", *options) == 2
+    said = capsys.readouterr().err
+    assert "layers.1.mlp.down_proj: weight: expected finite values, got NaN or Inf" in said
     assert not (tmp_path / "dst").exists()
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -21,8 +24,10 @@ from tolerances import (
 from torch import Tensor
 
 import peftkern
+import peftkern.functional.truncated_svd as svd_module
 from peftkern.functional.krylov import FAILURE, shortfall
 from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
+from peftkern.functional.panels import Panels, full_float32, parallel
 from peftkern.functional.truncated_svd import FLOOR, TruncatedSVD, truncated_svd
 
 
@@ -143,6 +148,14 @@ def test_scales(scale):
     assert torch.allclose(svd.norm / scale, one.norm)
 
 
+def test_weights_that_are_subnormal():
+    W = power_law(640, 600, 0.5) * 1e-42
+    svd, large = truncated_svd(W, 8), truncated_svd((W.double() * 2.0**140).float(), 8)
+    assert torch.allclose(svd.norm * 2.0**140, large.norm)
+    assert torch.allclose(svd.Vh, large.Vh, atol=1e-3)
+    assert torch.allclose(svd.S.double(), large.S.double() * 2.0**-140, rtol=0, atol=2e-45)
+
+
 @pytest.mark.parametrize("seeds", [8, pytest.param(200, marks=pytest.mark.long)])
 def test_the_certificate_is_never_below_the_truth(seeds):
     k = 530
@@ -246,6 +259,85 @@ def test_nothing_has_a_gradient_and_lower_precisions_do_not_reach_it():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_calls_that_overlap_leave_threads_and_precision_as_they_were():
+    """The first to begin ends first; the other one is a new thread's."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    begun, ended, seen = threading.Event(), threading.Event(), []
+    x = torch.randn(256, 256)
+    full = x @ x
+
+    def second() -> None:
+        with full_float32(), parallel(torch.device("cpu")) as run:
+            begun.set()
+            ended.wait(60)
+            seen.append(torch.equal(x @ x, full))
+            seen.extend(run(lambda _: torch.get_num_threads(), range(4)))
+        seen.append(torch.get_num_threads())
+
+    other, later = threading.Thread(target=second), []
+    third = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(3)
+        torch.set_float32_matmul_precision("medium")
+        with full_float32(), parallel(torch.device("cpu")):
+            other.start()
+            assert begun.wait(60)
+        assert torch.get_num_threads() == 3
+        ended.set()
+        other.join()
+        third.start()
+        third.join()
+        assert torch.get_num_threads() == 3 and later == [3]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        ended.set()
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+    assert seen == [True, 1, 1, 1, 1, 3]
+
+
+def test_a_default_device_and_a_tol_that_is_an_integer():
+    W = torch.randn(600, 640)
+    svd = truncated_svd(W, 8, tol=1, certify=True)
+    with torch.device("meta"):
+        again = truncated_svd(W, 8, tol=1, certify=True)
+    assert all(torch.equal(*pair) for pair in zip(svd, again, strict=True))
+
+
+def test_results_and_buffers_of_panels_do_not_add_up(monkeypatch):
+    """Gram matrices of many panels; a list of many layers."""
+    monkeypatch.setattr("peftkern.functional.panels._ON_CPU", 4096)
+    live, most, made = {}, [0], Panels.read
+
+    def read(self: Panels, rows: slice, place: int = 0) -> Tensor:
+        panel = made(self, rows, place)
+        live.update({id(one): weakref.ref(one) for one in self._buffers.__dict__.values()})
+        most[0] = max(most[0], alive(live.values()))
+        return panel
+
+    def alive(references: Iterable[weakref.ref]) -> int:
+        return sum(reference() is not None for reference in references)
+
+    grams = []
+
+    def gram(layer: object, rows: slice) -> Tensor:
+        part = own(layer, rows)
+        grams.append(weakref.ref(part))
+        held.append(alive(grams))
+        return part
+
+    own, held, threads = svd_module._gram, [], torch.get_num_threads()
+    monkeypatch.setattr(Panels, "read", read)
+    monkeypatch.setattr(svd_module, "_gram", gram)
+    monkeypatch.setattr(svd_module, "_TOGETHER", 1)
+    try:
+        torch.set_num_threads(1)
+        truncated_svd([torch.randn(1024, 64).bfloat16() for _ in range(6)], 4)
+    finally:
+        torch.set_num_threads(threads)
+    assert most[0] <= 2 and len(held) == 6 * 16 and max(held) <= 2
 
 
 DENSE = torch.ones(6, 5)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import EvaConfig, LoraGAConfig, initialize_lora_eva_weights
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from peftkern.functional.arguments import mismatch
-from peftkern.integrations.peft.init_layers import PREFIX, Layer, named
+from peftkern.integrations.peft.init_layers import PREFIX, Layer, kept_dtypes
 from peftkern.layers.quantize import with_progress
 from peftkern.methods.initialization.factors import Factors
 from peftkern.methods.initialization.from_data import (
@@ -29,6 +30,7 @@ from peftkern.methods.initialization.statistics import (
     equal_inputs,
     groups,
     input_statistics,
+    named,
     weight_gradients,
 )
 
@@ -66,6 +68,7 @@ class DataRuns:
                         covariance = found[leaders[layer.name]].value()
                         how = (layer.rank, layer.scaling)
                         factors[layer.name] = corda(layer.weight, covariance, *how, **self.options)
+                del found, covariance  # before those of the next group
         return factors
 
     def lora_ga(self, layers: Sequence[Layer], config: LoraGAConfig) -> dict[str, Factors]:
@@ -120,7 +123,8 @@ class DataRuns:
             principal, rank = found[leaders[layer.name]], ranks[layer.name]
             lora_A = principal.components[:rank]
             if config.whiten:
-                lora_A = lora_A / principal.S[:rank].sqrt()[:, None]
+                root = principal.S[:rank].sqrt()[:, None]
+                lora_A = torch.where(root > 0, lora_A / root, 0)
             lora_B = lora_A.new_zeros(layer.weight.shape[0], rank)
             energy = float(explained[layer.name][:rank].sum())
             factors[layer.name] = Factors(lora_A, lora_B, energy)
@@ -150,17 +154,34 @@ def start_eva(
     """Start layers by EVA; PEFT gives them their ranks, and drops those that get none."""
     adapter_name = layers[0].adapter_name
     config = model.peft_config[adapter_name]
-    config.init_lora_weights, config.eva_config = "eva", config.eva_config or EvaConfig()
+    own = config.eva_config
+    config.init_lora_weights, config.eva_config = "eva", own or EvaConfig()
     state = {PREFIX + name: found.lora_A for name, found in factors.items()}
-    initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
+    with kept_dtypes(model), _kept_factors(model, layers):
+        initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
+    config.init_lora_weights, config.eva_config = True, own
     started, skipped = [], {}
     for layer in layers:
         if not len(factors[layer.name].lora_A):
             skipped[layer.name] = "no direction of its inputs is among those that explain most"
             continue
-        layer.module.lora_B[adapter_name].weight.data.zero_()
+        layer.write(factors[layer.name])
         started.append(LayerStart.of(layer.name, factors[layer.name], layer.scaling, None))
     return tuple(started), skipped
+
+
+@contextlib.contextmanager
+def _kept_factors(model: PeftModel, started: Sequence[Layer]) -> Iterator[None]:
+    """Give adapter layers that are not started their values again: PEFT draws them anew."""
+    known = {layer.module for layer in started}
+    others = [m for m in model.modules() if isinstance(m, LoraLayer) and m not in known]
+    before = [
+        {name: p.clone() for name, p in module.named_parameters() if name.startswith("lora_")}
+        for module in others
+    ]
+    yield
+    for module, values in zip(others, before, strict=True):
+        module.load_state_dict(values, strict=False)
 
 
 def counted_rows(batch: Any, label_mask_value: int | None = None) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from peftkern.integrations.peft.serve import BNB_TYPES
 from peftkern.methods.initialization.factors import Factors, subtract_update_
 from peftkern.methods.initialization.loftq import Storage, quantize_residual, relative_error
 from peftkern.methods.initialization.report import LayerStart
+from peftkern.methods.initialization.statistics import named
 
 PREFIX = "base_model.model."  # of names in a PeftModel
 
@@ -31,7 +33,7 @@ class Layer:
 
     name: in the base model. weight [m, n]: what the method starts from; a view of the base's own,
     or for a base in 4 bits what it was quantized from, if that is known. storage: how a base in 4
-    bits is quantized; None for a dense one.
+    bits is quantized; None for a dense one. asked: rank that `set_rank` is to give it.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Layer:
     adapter_name: str
     weight: Weight
     storage: Storage | None
+    asked: int | None = None
 
     @property
     def base(self) -> nn.Module:
@@ -46,15 +49,18 @@ class Layer:
 
     @property
     def rank(self) -> int:
-        return self.module.r[self.adapter_name]
+        return self.asked or self.module.r[self.adapter_name]
 
     @property
     def scaling(self) -> float:
-        return self.module.scaling[self.adapter_name]
+        if self.asked is None:
+            return self.module.scaling[self.adapter_name]
+        alpha, rank = self.module.lora_alpha[self.adapter_name], self.asked
+        return alpha / (math.sqrt(rank) if self.module.use_rslora[self.adapter_name] else rank)
 
     def take(self, factors: Factors) -> LayerStart:
         """Write factors, and to the base what they leave of the weight."""
-        factors = self._write(factors)
+        factors = self.write(factors)
         if self.storage is None:
             error = subtract_update_(self.weight, factors.lora_A, factors.lora_B, self.scaling)
         else:
@@ -65,7 +71,7 @@ class Layer:
 
     def take_quantized(self, factors: Factors, base: NF4Weight) -> LayerStart:
         """Write factors, and a base that is quantized already: dense, if the layer's own is."""
-        factors = self._write(factors)
+        factors = self.write(factors)
         error = relative_error(self.weight, base, factors, self.scaling)
         if self.storage is None:
             self.weight.copy_(dequantize_nf4(base, self.weight.dtype))
@@ -73,7 +79,7 @@ class Layer:
             _set_nf4(self.base, base)
         return self._started(factors, error)
 
-    def _write(self, factors: Factors) -> Factors:
+    def write(self, factors: Factors) -> Factors:
         """Write factors; return them as they are in the adapter's dtype."""
         lora_A = self.module.lora_A[self.adapter_name].weight.data.copy_(factors.lora_A)
         lora_B = self.module.lora_B[self.adapter_name].weight.data.copy_(factors.lora_B)
@@ -120,15 +126,6 @@ def find_layers(
     if weights and len(unused) == len(weights):
         raise ValueError(f"weights: expected those of layers in 4 bits, got {unused[:3]}")
     return layers, skipped
-
-
-@contextlib.contextmanager
-def named(name: str) -> Iterator[None]:
-    """Put a layer's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def _refusal(module: LoraLayer, adapter_name: str) -> str | None:
@@ -179,15 +176,23 @@ def _set_nf4(base: nn.Module, nf4: NF4Weight) -> None:
 
 
 def set_rank(model: PeftModel, adapter_name: str, rank: Any) -> None:
-    """Give all layers of an adapter the same rank, as if its config had said so.
-
-    Raises: ValueError unless every weight has that many directions.
-    """
+    """Give all layers of an adapter the same rank, as if its config had said so."""
     config = model.peft_config[adapter_name]
     config.r, config.rank_pattern = rank, {}
     settings = copy(config)
     settings.init_lora_weights = True
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.r:
-            alpha = module.lora_alpha[adapter_name]
-            module.update_layer(adapter_name, r=rank, lora_alpha=alpha, config=settings)
+    with kept_dtypes(model):
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and adapter_name in module.r:
+                alpha = module.lora_alpha[adapter_name]
+                module.update_layer(adapter_name, r=rank, lora_alpha=alpha, config=settings)
+
+
+@contextlib.contextmanager
+def kept_dtypes(model: PeftModel) -> Iterator[None]:
+    """Give parameters their dtypes again: `update_layer` makes a layer's those of its base."""
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype is not before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])

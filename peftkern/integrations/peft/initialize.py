@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.arguments import mismatch
+from peftkern.functional.panels import full_float32
+from peftkern.functional.truncated_svd import check_options
 from peftkern.integrations.peft.init_data import DataRuns, start_eva
-from peftkern.integrations.peft.init_layers import Layer, find_layers, named, set_rank
+from peftkern.integrations.peft.init_layers import Layer, find_layers, set_rank
 from peftkern.integrations.peft.patch import is_patched
 from peftkern.layers.quantize import with_progress
 from peftkern.methods.initialization.factors import (
@@ -27,6 +31,7 @@ from peftkern.methods.initialization.factors import (
 )
 from peftkern.methods.initialization.loftq import Storage, loftq, qpissa
 from peftkern.methods.initialization.report import InitReport, LayerStart
+from peftkern.methods.initialization.statistics import named
 
 __all__ = ["initialize_"]
 
@@ -92,36 +97,59 @@ def initialize_(
     are; the report names them.
 
     Returns: the report; `print` shows it in one line.
-    Raises: TypeError or ValueError naming the argument, or the layer; nothing has changed then.
+    Raises: TypeError or ValueError naming the argument, or the layer; nothing has changed then. Nor
+        has it where the model or the loss raises on a batch.
     """
     _check_arguments(method, rank, steps)
+    check_options(tol, certify, seed)
     batches = _listed(method, batches)
-    plain, model = model, _peft_model(model, method, lora_config, adapter_name)
+    _check_model(model, method, lora_config, adapter_name)
     options = {"tol": tol, "certify": certify, "seed": seed}
-    runs = DataRuns(model, batches, loss, statistics_bytes, options)
-    config = model.peft_config[adapter_name]
-    with torch.no_grad():
-        try:
-            found = find_layers(model, adapter_name, weights or {}, keeps_base=method == "eva")
-            layers, skipped = found
-            _check_layers(method, layers, rank)
-            if rank is not None:
-                set_rank(model, adapter_name, rank)
+    with torch.no_grad(), full_float32():
+        with _with_adapters(model, lora_config, adapter_name) as model:
+            config = model.peft_config[adapter_name]
+            iterations = steps or (config.loftq_config or {}).get("loftq_iter", STEPS)
+            found, skipped = find_layers(
+                model, adapter_name, weights or {}, keeps_base=method == "eva"
+            )
+            layers = [replace(layer, asked=rank) for layer in found]
+            _check_layers(method, layers, iterations)
+            runs = DataRuns(model, batches, loss, statistics_bytes, options)
             factors = _from_data(method, layers, runs, config)
-        except Exception:
-            if plain is not model:
-                model.unload()
-            raise
+        if rank is not None:
+            set_rank(model, adapter_name, rank)
+            layers = found
         if method == "eva":
             started, dropped = start_eva(model, layers, factors)
             return InitReport(method, started, {**skipped, **dropped}, model)
-        iterations = steps or (config.loftq_config or {}).get("loftq_iter", STEPS)
         started = tuple(
             _start(layer, method, factors, iterations, options)
             for layer in with_progress(layers, f"{method}: layers")
         )
     config.init_lora_weights = True
     return InitReport(method, started, skipped, model)
+
+
+@contextlib.contextmanager
+def _with_adapters(
+    model: nn.Module, lora_config: LoraConfig | None, adapter_name: str
+) -> Iterator[PeftModel]:
+    """Give a plain model the adapters of a config; take them away again on an error."""
+    if lora_config is None:
+        yield model
+        return
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    config, adapted = copy(lora_config), None
+    config.init_lora_weights = True
+    try:
+        adapted = get_peft_model(model, config, adapter_name)
+        yield adapted
+    except BaseException:
+        if adapted is not None:
+            adapted.unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+        raise
 
 
 def _start(
@@ -133,7 +161,7 @@ def _start(
 ) -> LayerStart:
     """Start one layer, from its weight or with the factors found from data."""
     weight, rank, scaling = layer.weight, layer.rank, layer.scaling
-    with named(layer.name):
+    with named(layer.name), torch.autocast(weight.device.type, enabled=False):
         if method in QUANTIZED:
             storage = layer.storage or PLAIN
             if method == "loftq":
@@ -184,42 +212,37 @@ def _listed(method: str, batches: Any) -> list[Any]:
     return found
 
 
-def _peft_model(
-    model: Any, method: str, lora_config: LoraConfig | None, adapter_name: str
-) -> PeftModel:
-    """Return the PEFT model, made of a plain one by its config.
-
-    Raises: TypeError or ValueError for what `initialize_` does not take.
-    """
+def _check_model(model: Any, method: str, given: Any, adapter_name: str) -> None:
+    """Raise TypeError or ValueError unless the model has or is given a config that fits."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if is_patched(model):
         raise ValueError("model: expected one that is not patched yet: initialize_, then patch")
-    if lora_config is not None:
-        if isinstance(model, PeftModel):
-            raise ValueError("lora_config: expected None for a model of PEFT's, which has its own")
-        lora_config = copy(lora_config)
-        lora_config.init_lora_weights = True
-        model = get_peft_model(model, lora_config, adapter_name)
-    if not isinstance(model, PeftModel):
+    if given is None and not isinstance(model, PeftModel):
         came = type(model).__name__
         raise TypeError(f"model: expected a PeftModel, or lora_config with a plain one, got {came}")
-    config, names = model.peft_config.get(adapter_name), list(model.peft_config)
+    if given is not None and isinstance(model, PeftModel):
+        raise ValueError("lora_config: expected None for a model of PEFT's, which has its own")
+    configs = {adapter_name: given} if given is not None else model.peft_config
+    config, names = configs.get(adapter_name), list(configs)
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        if given is not None:
+            raise mismatch("lora_config", "a LoraConfig", given)
         raise ValueError(f"adapter_name: expected LoRA's of {names}, got {adapter_name!r}")
     if len(names) > 1:
         raise ValueError(f"model: expected one adapter, got {names}, which share the base")
     corda = config.corda_config
     if method == "corda" and corda is not None and corda.corda_method != "ipm":
         raise mismatch("corda_method", "'ipm'", corda.corda_method)
-    return model
 
 
-def _check_layers(method: str, layers: list[Layer], rank: int | None) -> None:
-    """Raise ValueError for a layer that the method cannot start."""
+def _check_layers(method: str, layers: list[Layer], iterations: Any) -> None:
+    """Raise ValueError for a layer that the method cannot start, or a config's loftq_iter."""
+    if method == "loftq" and (type(iterations) is not int or iterations < 1):
+        raise mismatch("loftq_iter", "an integer of at least 1", iterations)
     for layer in layers:
         with named(layer.name):
-            check_rank(rank or layer.rank, layer.weight.shape, half=method == "lora_ga")
+            check_rank(layer.rank, layer.weight.shape, half=method == "lora_ga")
             check_scaling(layer.scaling)
             if method == "loftq" and layer.storage and isinstance(layer.weight, NF4Weight):
                 raise ValueError("weights: expected what the base in 4 bits was quantized from")

@@ -99,7 +99,8 @@ def olora(weight: Weight, rank: int) -> Factors:
     if isinstance(weight, Tensor):
         leading = weight[:, :rank].float()
     else:
-        leading = torch.cat([panel[:, :rank] for _, panel in Panels(weight, None)])
+        # The next panel overwrites this one.
+        leading = torch.cat([panel[:, :rank].clone() for _, panel in Panels(weight, None)])
     lora_B, _ = torch.linalg.qr(leading)
     lora_A = lora_B.new_zeros(rank, weight.shape[1])
     total = 0.0

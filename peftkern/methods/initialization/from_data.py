@@ -103,8 +103,9 @@ def lora_ga(
     svd = truncated_svd(gradient, 2 * rank, **options)
     first, second = slice(0, rank), slice(rank, 2 * rank)
     if direction == "random":
-        generator = torch.Generator().manual_seed(options.get("seed", 0))
-        of_A = of_B = torch.randperm(2 * rank, generator=generator)[:rank].to(svd.S.device)
+        generator = torch.Generator("cpu").manual_seed(options.get("seed", 0))
+        order = torch.randperm(2 * rank, generator=generator, device="cpu")
+        of_A = of_B = order[:rank].to(svd.S.device)
     else:
         of_A, of_B = {
             "ArBr": (slice(1, None, 2), slice(0, None, 2)),
@@ -139,7 +140,7 @@ class PrincipalComponents:
         self._squares = 0.0  # of the rows' distances from their mean
 
     def add(self, x: Tensor) -> None:
-        """Take in rows [T, n]."""
+        """Take in rows [T, n]. Raises: ValueError if one is not finite."""
         if not len(x):
             return
         mean = x.mean(0, dtype=torch.float64)
@@ -147,6 +148,8 @@ class PrincipalComponents:
         before, self._rows = self._rows, self._rows + len(x)
         share = len(x) / self._rows
         self._squares += torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
+        if not math.isfinite(self._squares):
+            raise ValueError("batches: expected finite inputs of the layer, got NaN or Inf")
         if self._mean is None:
             self._mean = mean
         else:
@@ -161,11 +164,10 @@ class PrincipalComponents:
     def explained(self) -> Tensor:
         """Return the share of the rows' variance that each component explains, [k] float64.
 
-        Raises: ValueError if no row came, or one that is not finite.
+        Raises: ValueError if no row came.
         """
-        if self.S is None or not math.isfinite(self._squares):
-            what = "none" if self.S is None else "NaN or Inf"
-            raise ValueError(f"batches: expected finite inputs of the layer, got {what}")
+        if self.S is None:
+            raise ValueError("batches: expected finite inputs of the layer, got none")
         return self.S.double().square() / max(self._squares, torch.finfo(torch.float64).tiny)
 
 
@@ -178,7 +180,8 @@ def share_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     Source: Paischer et al. 2024, arXiv:2410.07170
     """
     names = list(explained)
-    counts = torch.tensor([len(shares) for shares in explained.values()])
+    sizes = [len(shares) for shares in explained.values()]
+    counts = torch.tensor(sizes, device="cpu")
     layers = torch.repeat_interleave(torch.arange(len(names)), counts)
     shares = torch.cat([shares.cpu() for shares in explained.values()])
     chosen = layers[shares.argsort(descending=True, stable=True)[:budget]]

@@ -69,7 +69,7 @@ class InitReport:
             said.append(f"largest error {self.error:.2e}")
         bounds = [layer.certificate for layer in self.layers if layer.certificate is not None]
         if bounds:
-            said.append(f"excess error at most {max(bounds):.1e}")
+            said.append(f"excess error at most {max(bounds):.1e}, of each with probability 0.999")
         if self.skipped:
             said.append(f"{len(self.skipped)} left as they were")
         return ", ".join(said)

@@ -8,6 +8,7 @@ fit into a given memory, and the batches run once for each group. Layers that ge
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -19,6 +20,15 @@ from peftkern.layers.quantize import with_progress
 
 Forward = Callable[[Any], Any]  # runs the model on a batch
 Rows = Callable[[Tensor], Tensor]  # the rows [T, n] of an input [..., n] that count
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a layer's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 class Statistic(Protocol):
@@ -61,9 +71,14 @@ def input_statistics(
     Args: new(name) makes one; rows(batch) says which of the inputs' rows count.
     """
     statistics = {name: new(name) for name in modules}
+
+    def look(name: str, x: Tensor, chosen: Rows) -> None:
+        with named(name):
+            statistics[name].add(chosen(x))
+
     for batch in with_progress(batches, f"inputs of {len(modules)} layers"):
         chosen = rows(batch)
-        with _inputs(modules, lambda name, x, chosen=chosen: statistics[name].add(chosen(x))):
+        with _inputs(modules, functools.partial(look, chosen=chosen)):
             forward(batch)
     return statistics
 
@@ -124,7 +139,7 @@ def weight_gradients(
             hooks.callback(hook.remove)
         for batch in with_progress(batches, f"gradients of {len(modules)} layers"):
             loss(batch).backward()
-    return {name: total / len(batches) for name, total in sums.items()}
+    return {name: total.div_(len(batches)) for name, total in sums.items()}
 
 
 def groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:

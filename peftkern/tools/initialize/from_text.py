@@ -35,16 +35,18 @@ class TextJob:
     device: str
 
     def run(self, force: bool) -> InitReport:
-        """Write the new base, and the adapter in its folder `adapter`."""
+        """Write the new base, and the adapter in its folder `adapter`.
+
+        Raises: CheckpointError for a model or texts that the method cannot start from.
+        """
         request, folder = self.request, self.checkpoint.folder
         model = self._model()
-        report = initialize_(
-            model,
-            request.method,
-            self.config,
-            batches=self.batches,
-            **request.svd_options,
-        )
+        try:
+            report = initialize_(
+                model, request.method, self.config, batches=self.batches, **request.svd_options
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
         identity = {**request.identity(), "source": str(folder)}
         with staging.work_folder(self.destination, identity, force) as work:
             files = work / staging.FILES

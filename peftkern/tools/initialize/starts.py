@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.formats.nf4 import NF4Weight
+from peftkern.functional.panels import full_float32
 from peftkern.methods.initialization.factors import Factors, olora, pissa, subtract_update_
 from peftkern.methods.initialization.loftq import Storage, loftq, qpissa, relative_error
 from peftkern.methods.initialization.report import InitReport, LayerStart
@@ -72,7 +73,8 @@ class Starts:
         turned = target.transposed and not unit.quantized
         rows = weight.T if turned else weight
         try:
-            factors, base, error = self._start(rows)
+            with full_float32(), torch.autocast(weight.device.type, enabled=False):
+                factors, base, error = self._start(rows)
         except ValueError as error:
             raise CheckpointError(f"{unit.name}: {error}") from error
         self.layers.append(LayerStart.of(target.module, factors, self.request.scaling, error))

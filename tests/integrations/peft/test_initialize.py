@@ -7,12 +7,14 @@ import dataclasses
 import json
 import sys
 import warnings
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     EvaConfig,
     LoraConfig,
     LoraGAConfig,
@@ -40,6 +42,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import peftkern
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import dequantize_nf4
+from peftkern.methods.initialization.from_data import Covariance
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCHES = [text_batch(seed=seed) for seed in range(2)]
@@ -263,9 +266,36 @@ def test_magnitudes_of_dora_are_those_of_the_whole_weight():
     torch.testing.assert_close(model.eval()(x), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_rank_for_all_layers():
-    model = add_lora(tiny_llama(), rank_pattern={"q_proj": 2}, use_rslora=True)
-    report = peftkern.initialize_(model, "olora", rank=9)
+@pytest.mark.parametrize("method", ["pissa", "olora", "corda", "loftq"])
+def test_lower_precisions_of_a_training_do_not_reach_it(method):
+    options = {"batches": [torch.randn(8, 640)]} if method in DATA else {}
+    torch.manual_seed(0)
+    linear = nn.Linear(640, 640).bfloat16().float()
+    results = []
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, autocast in (("highest", False), ("medium", False), ("highest", True)):
+            torch.set_float32_matmul_precision(precision)
+            model = lora_net(copy.deepcopy(linear))
+            if autocast and method != "corda":  # whose batches run as the caller has it
+                with torch.autocast("cpu", torch.bfloat16):
+                    peftkern.initialize_(model, method, **options)
+            else:
+                peftkern.initialize_(model, method, **options)
+            assert torch.get_float32_matmul_precision() == precision
+            results.append(layer_of(model).get_base_layer().weight)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("method", ["olora", "corda"])
+def test_a_rank_for_all_layers(method):
+    model = add_lora(tiny_llama(torch.bfloat16), rank_pattern={"q_proj": 2}, use_rslora=True)
+    before = logits(model).float()
+    report = peftkern.initialize_(model, method, rank=9, **data(method))
+    assert (logits(model).float() - before).norm() <= 0.05 * before.norm()
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     assert {layer.rank for layer in report.layers} == {9}
     assert {layer.scaling for layer in report.layers} == {8 / 3}
     config = model.peft_config["default"]
@@ -302,6 +332,58 @@ def test_the_memory_for_statistics_changes_nothing():
             torch.testing.assert_close(few[name], all_[name], rtol=1e-4, atol=1e-6)
 
 
+def test_covariances_of_a_group_are_freed_before_the_next(monkeypatch):
+    live, most = weakref.WeakSet(), []
+
+    class Watched(Covariance):
+        def __init__(self) -> None:
+            super().__init__()
+            live.add(self)
+            most.append(len(live))
+
+    monkeypatch.setattr("peftkern.integrations.peft.init_data.Covariance", Watched)
+    peftkern.initialize_(add_lora(tiny_llama()), "corda", batches=BATCHES, statistics_bytes=1)
+    assert len(most) > 2 and set(most) == {1}
+
+
+def test_eva_of_inputs_that_have_fewer_directions_than_the_rank():
+    model = lora_net(make_linear())
+    model.peft_config["default"].eva_config = EvaConfig(whiten=True)
+    peftkern.initialize_(model, "eva", batches=[torch.ones(3, 64), torch.zeros(2, 64)])
+    assert layer_of(model).lora_A["default"].weight.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["corda", "eva", "lora_ga"])
+def test_inputs_that_are_not_finite_are_named(method):
+    model = lora_net(make_linear())
+    options = {"loss": lambda m, b: m(b).sum()} if method == "lora_ga" else {}
+    batches = [torch.full((3, 64), float("nan"))]
+    what = "weight" if method == "lora_ga" else "batches"
+    with pytest.raises(ValueError, match=f"proj: {what}: expected finite"):
+        peftkern.initialize_(model, method, batches=batches, **options)
+
+
+def test_eva_leaves_dtypes_and_layers_that_it_does_not_start_as_they_are(tmp_path):
+    base = tiny_llama(torch.bfloat16)
+    model = add_lora(base, target_modules=["q_proj", "down_proj", "embed_tokens"])
+    table = model.base_model.model.model.embed_tokens
+    before = {name: p.clone() for name, p in table.named_parameters()}
+    report = peftkern.initialize_(model, "eva", batches=BATCHES)
+    assert set(report.skipped) == {"model.embed_tokens"}
+    assert all(torch.equal(before[name], p) for name, p in table.named_parameters())
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    assert len({layer.rank for layer in report.layers}) > 1
+    for layer in layers_of(model).values():
+        for lora_A in layer.lora_A.values():
+            identity = (lora_A.weight @ lora_A.weight.T).detach()
+            torch.testing.assert_close(identity, torch.eye(len(identity)), rtol=0, atol=1e-4)
+    config = model.peft_config["default"]
+    assert config.init_lora_weights is True and config.eva_config is None
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(torch.bfloat16), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
 def test_eva_leaves_padding_out_and_drops_layers():
     model = add_lora(tiny_llama())
     padded = {key: torch.cat([value, value[:1].expand(3, -1)]) for key, value in BATCHES[0].items()}
@@ -330,6 +412,7 @@ def test_the_report_can_be_printed_and_kept():
     assert 0 < layer["energy"] < 1 and 0 <= layer["certificate"] < 1e-3
     line = str(report)
     assert line.startswith("pissa: 1 layers, energy kept ") and "excess error at most" in line
+    assert line.endswith(", of each with probability 0.999")
 
 
 def broken(weight: float) -> PeftModel:
@@ -362,6 +445,9 @@ REFUSED = [
     (lambda: lora_net(make_linear()), {"rank": 65}, r"proj: rank: expected 1 to 64, .* got 65"),
     (lambda: lora_net(make_linear()), {"method": "lora_ga", "rank": 33, "batches": [1]},
      r"proj: rank: expected 1 to 32, half the smaller side of \[96, 64\], got 33"),
+    (lambda: lora_net(make_linear()), {"rank": 3, "tol": 0}, "tol: expected a positive number"),
+    (lambda: lora_net(make_linear()), {"rank": 3, "certify": 1}, "certify: expected True or False"),
+    (lambda: lora_net(make_linear()), {"rank": 3, "seed": -1}, "seed: expected an integer of at"),
     (lambda: lora_net(make_linear()), {"steps": 0}, "steps: expected an integer of at least 1"),
     (lambda: lora_net(make_linear()), {"method": "eva"}, "batches: expected a list of batches"),
     (lambda: lora_net(make_linear()), {"method": "corda", "batches": []},
@@ -401,11 +487,40 @@ def test_what_does_not_fit_is_named_and_changes_nothing(make, arguments, complai
 
 
 def test_a_plain_model_stays_plain_where_its_adapters_cannot_start():
-    net = Net(make_linear())
+    net = Net(make_linear().requires_grad_())
     config = LoraConfig(r=40, target_modules=["proj"])
     with pytest.raises(ValueError, match="proj: rank: expected 1 to 32, half"):
         peftkern.initialize_(net, "lora_ga", config, batches=[torch.ones(2, 64)])
-    assert type(net.proj) is nn.Linear
+    assert type(net.proj) is nn.Linear and not hasattr(net, "peft_config")
+    assert net.proj.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "complaint"),
+    [
+        (AdaLoraConfig(total_step=9, target_modules=["proj"]), {}, "lora_config: expected a Lora"),
+        (LoraConfig(target_modules=["proj"], corda_config=CordaConfig(corda_method="kpm")), {},
+         "corda_method: expected 'ipm', got 'kpm'"),
+        (LoraConfig(target_modules=["proj"]), {"tol": -1.0}, "tol: expected a positive number"),
+        (LoraConfig(target_modules=["other"]), {}, "other"),
+    ],
+)  # fmt: skip
+def test_a_config_that_does_not_fit_changes_no_plain_model(config, options, complaint):
+    net = Net(make_linear().requires_grad_())
+    with pytest.raises(ValueError, match=complaint):
+        peftkern.initialize_(net, "corda", config, batches=[torch.ones(2, 64)], **options)
+    assert type(net.proj) is nn.Linear and not hasattr(net, "peft_config")
+    assert net.proj.weight.requires_grad
+
+
+def test_batches_that_do_not_run_change_nothing():
+    model = lora_net(make_linear())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        peftkern.initialize_(model, "corda", rank=7, batches=[torch.ones(2, 63)])
+    assert model.peft_config["default"].r == 4
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.parametrize("model", [None, make_conv1d(), Net(make_linear())])

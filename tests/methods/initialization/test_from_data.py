@@ -72,7 +72,8 @@ def test_corda_of_a_weight_with_fewer_directions_than_the_rank():
 def test_lora_ga_takes_both_sides_of_the_gradient(direction, scale):
     weight, gradient = randn(40, 30), randn(40, 30, seed=1)
     how = {"direction": direction, "scale": scale, "gamma": 9}
-    factors = lora_ga(weight, gradient, 3, 2.0, **how, seed=5)
+    with torch.device("meta"):  # another default device
+        factors = lora_ga(weight, gradient, 3, 2.0, **how, seed=5)
     U, S, Vh = torch.linalg.svd(gradient.double(), full_matrices=False)
     if direction == "random":
         order = torch.randperm(6, generator=torch.Generator().manual_seed(5))[:3]
@@ -130,6 +131,8 @@ def test_components_of_nothing():
     principal.add(torch.empty(0, 4))
     with pytest.raises(ValueError, match="batches: expected finite inputs of the layer, got none"):
         principal.explained()
+    with pytest.raises(ValueError, match=r"batches: expected finite inputs .* got NaN or Inf"):
+        principal.add(torch.full((3, 4), float("nan")))
 
 
 def test_ranks_go_where_they_explain_most():

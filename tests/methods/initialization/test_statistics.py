@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +56,18 @@ def test_statistics_see_the_rows_of_every_batch():
     expected = sum(float(batch[:, 1:].double().sum()) for batch in batches)
     assert abs(found["q"].sum - expected) < 1e-4
     assert not model.q._forward_pre_hooks
+
+
+def test_layers_whose_inputs_do_not_fit_are_named():
+    class Picky:
+        def add(self, x: Tensor) -> None:
+            raise ValueError("batches: expected others")
+
+    model = Block()
+    with pytest.raises(ValueError, match="k: batches: expected others"):
+        input_statistics(
+            {"k": model.k}, model, [torch.randn(2, 6)], lambda _: Picky(), lambda _: lambda x: x
+        )
 
 
 def test_gradients_are_those_of_the_weights():
