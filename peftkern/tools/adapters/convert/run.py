@@ -88,7 +88,8 @@ def convert_adapter(
         to: one of TARGETS.
         from_layout: of the source's experts, where nothing in it tells: one of experts.LAYOUTS.
         base: folder of the base model; needed from kohya, whose names are not invertible, and from
-            DoRA to plain LoRA. Names the kind of model, where that matters.
+            DoRA to plain LoRA, and to per-expert and mlx of stacks of experts, whose kind of model
+            it tells, unless the folder that the adapter names as its base is there.
         initial: the adapter as its initialization made it, to make plain LoRA of PiSSA's and kin.
         component: "unet", "text_encoder", ...: what a PEFT adapter is of, to diffusers and kohya;
             which one to take, from them.
@@ -248,10 +249,8 @@ def _peft_old_moe(adapter: Adapter, *_: Base) -> Files:
 
 
 def _per_expert(adapter: Adapter, base: Base) -> Files:
-    kind = bases.model_type(base, adapter.config)
     adapter = _with_experts(adapter, "per-expert")
-    bases.check_halves(adapter, kind)
-    return _peft(fold(per_expert.scatter_experts(adapter, bases.is_mixtral(kind))))
+    return _peft(fold(per_expert.scatter_experts(adapter, bases.is_mixtral(base, adapter))))
 
 
 def _grouped(adapter: Adapter, *_: Base) -> Files:
@@ -279,10 +278,8 @@ def _kohya(adapter: Adapter, base: Base) -> Files:
 
 def _mlx(adapter: Adapter, base: Base) -> Files:
     _check_portable(adapter, "mlx")
-    kind = bases.model_type(base, adapter.config)
     adapter = _gathered(adapter)
-    bases.check_halves(adapter, kind)
-    tensors, config = mlx.write(adapter, mixtral=bases.is_mixtral(kind))
+    tensors, config = mlx.write(adapter, mixtral=bases.is_mixtral(base, adapter))
     return Files(mlx.FILE, tensors, {"format": "pt"}, config)
 
 
