@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import re
 from pathlib import Path
@@ -15,6 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from peftkern.formats.rank_patterns import rank_fields
 
 __all__ = ["export_lora"]
 
@@ -98,15 +99,8 @@ def _lora_config(model: PeftModel, name: str, ranks: dict[str, int]) -> LoraConf
     """Return a config for those ranks, each layer by its whole name."""
     config = model.peft_config[name]
     alive = {path: rank for path, rank in ranks.items() if rank}
-    r = collections.Counter(alive.values()).most_common(1)[0][0]
-    # The first pattern that a name ends with counts: longer names come before their endings.
-    others = sorted((path for path, rank in alive.items() if rank != r), key=len, reverse=True)
-    pattern = {re.escape(path): alive[path] for path in others}
     return LoraConfig(
-        r=r,
-        lora_alpha=r,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
+        **rank_fields(alive),
         target_modules=list(alive),
         inference_mode=True,
         **{field: getattr(config, field) for field in _CARRIED},

@@ -117,7 +117,8 @@ class Net(nn.Module):
         return self.head(self.inner["proj"](self.proj(self.conv(x).mean((2, 3)))))
 
 
-def test_convolutions_heads_and_names_that_end_alike(tmp_path: Path):
+@pytest.mark.parametrize("cut", ["inner.proj", ".proj", "conv"])
+def test_convolutions_heads_and_names_that_end_alike(tmp_path: Path, cut: str):
     config = AdaLoraConfig(
         target_modules=["conv", "proj"], modules_to_save=["head"], total_step=9, init_r=4
     )
@@ -125,14 +126,15 @@ def test_convolutions_heads_and_names_that_end_alike(tmp_path: Path):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter)
-        if "lora_E" in name and "inner" in name:
+        if "lora_E" in name and f"model.{cut}" in name.replace("model.proj", "model..proj"):
             parameter.data[:3] = 0
     ranks = peftkern.export_lora(model, tmp_path)
-    assert ranks == {"conv": 4, "proj": 4, "inner.proj": 1}
+    assert ranks == {**dict.fromkeys(["conv", "proj", "inner.proj"], 4), cut.lstrip("."): 1}
     x = torch.randn(2, 3, 6, 6)
     loaded = PeftModel.from_pretrained(Net(), str(tmp_path))
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
-    assert loaded.base_model.model.inner["proj"].r["default"] == 1
+    layers = {name: loaded.base_model.model.get_submodule(name) for name in ranks}
+    assert {name: layer.r["default"] for name, layer in layers.items()} == ranks
 
 
 def test_what_cannot_be_exported(tmp_path: Path):
