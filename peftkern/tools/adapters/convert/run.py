@@ -86,7 +86,8 @@ def convert_adapter(
     Args:
         source: a folder, a file, or an Adapter with PEFT's names, like one of a live model.
         to: one of TARGETS.
-        from_layout: of the source's experts, where nothing in it tells: one of experts.LAYOUTS.
+        from_layout: of the experts of source and initial, where nothing in them tells: one of
+            experts.LAYOUTS.
         base: folder of the base model; needed from kohya, whose names are not invertible, and from
             DoRA to plain LoRA, and to per-expert and mlx of stacks of experts, whose kind of model
             it tells, unless the folder that the adapter names as its base is there.
@@ -120,12 +121,14 @@ def convert_adapter(
     folded = fold(adapter)
     rounded = [key for key, one in folded.updates.items() if not _exact(adapter.updates[key], one)]
     if to == "lora":
-        folded, losses = _plain(folded, base, initial, rank)
+        start = None if initial is None else _read(initial, from_layout)[0]
+        folded, losses = _plain(folded, base, start, rank)
     check_finite(folded)
     files = TARGETS[to](folded, base)
     publish(destination, files)
     names = read.source, str(destination), layout, to
-    return Conversion(*names, len(folded.updates), tuple(rounded), losses, adapter.notes)
+    notes = (*adapter.notes, *(per_expert.warnings(files.tensors) if to == "per-expert" else ()))
+    return Conversion(*names, len(folded.updates), tuple(rounded), losses, notes)
 
 
 def _read(source: str | os.PathLike | Adapter, layout: str | None) -> tuple[Adapter, str]:
@@ -179,15 +182,11 @@ def _named(adapter: Adapter, layout: str, to: str, base: Base, component: str | 
 
 
 def _plain(
-    adapter: Adapter,
-    base: Base,
-    initial: str | os.PathLike | Adapter | None,
-    rank: int | None,
+    adapter: Adapter, base: Base, initial: Adapter | None, rank: int | None
 ) -> tuple[Adapter, dict[str, to_lora.Loss]]:
     """Return the adapter as plain LoRA, and what DoRA's modules lost."""
     if initial is not None:
-        start, _ = _read(initial, None)
-        start = fold(replace(start, config=to_lora.plain_config(start.config)))
+        start = fold(replace(initial, config=to_lora.plain_config(initial.config)))
         return fold(to_lora.subtract_initial(adapter, start)), {}
     if base is None or all(one.magnitude is None for one in adapter.updates.values()):
         return adapter, {}

@@ -174,6 +174,22 @@ def test_an_adapter_of_transformers_4_becomes_what_peft_makes_of_it(trained):
         assert torch.equal(back[name], wanted), name
 
 
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+def test_gate_and_up_alone_are_warned_of_which_peft_reads_as_zero(parameter, tmp_path):
+    save_moe(tmp_path / "base", "qwen3_moe", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(target_parameters=[f"mlp.experts.{parameter}"]))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.normal_()
+    model.save_pretrained(tmp_path / "a")
+    done = convert_adapter(tmp_path / "a", tmp_path / "b", "per-expert", base=tmp_path / "base")
+    said = [note for note in done.notes if "updates of zero: for PEFT convert to peft" in note]
+    zero = not any(one.any() for one in load(tmp_path, tmp_path / "b").values())
+    assert bool(said) == zero == (parameter == "gate_up_proj")
+
+
 def test_grouped_adapters_may_share_a_side(tmp_path):
     save("experts", tmp_path / "a")
     convert_adapter(tmp_path / "a", tmp_path / "b", "grouped")
