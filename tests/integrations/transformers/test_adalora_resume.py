@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft_models import take_small_layers, text_batch, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from peftkern.integrations.peft.adalora_layers import layers_of
 from peftkern.integrations.peft.adalora_state import FILE, load_state
@@ -226,3 +226,17 @@ def test_another_schedule_is_said(whole):
     AdaLoraCallback().on_init_end(None, None, None, model=model)
     with pytest.warns(UserWarning, match=r"another schedule: deltaT 5 \(was 3\)"):
         model.load_adapter(str(whole[0] / "checkpoint-8"), "default", is_trainable=True)
+
+
+def test_trials_of_a_search_have_folders_of_their_own(tmp_path):
+    model, args = adalora_llama(**SCHEDULE), TrainingArguments(str(tmp_path), use_cpu=True)
+    for folder in (tmp_path / "checkpoint-3", tmp_path / "mine" / "checkpoint-3"):
+        folder.mkdir(parents=True)
+    state = TrainerState(global_step=3, is_hyper_param_search=True, trial_name="mine")
+    AdaLoraCallback().on_save(args, state, None, model=model)
+    assert [file.parent for file in tmp_path.rglob(FILE)] == [tmp_path / "mine" / "checkpoint-3"]
+    state.trial_name = None
+    (tmp_path / "mine" / "checkpoint-3" / FILE).unlink()
+    with pytest.warns(UserWarning, match="hyperparameter search without hp_name"):
+        AdaLoraCallback().on_save(args, state, None, model=model)
+    assert not list(tmp_path.rglob(FILE))
