@@ -8,7 +8,8 @@
     kohya         one file of sd-scripts
     mlx           adapters.safetensors of mlx-lm
     lora          PEFT's folder of plain LoRA, from AdaLoRA, from an initialization that changed the
-                  base (with the adapter as it was), from DoRA (with the base; approximate)
+                  base (with the adapter as it was; exact but for LoftQ), from DoRA (with the base;
+                  approximate)
 
 Scaling becomes 1 in all of them: lora_B takes it, rounded once unless it is a power of two.
 """
