@@ -24,6 +24,7 @@ except ImportError:  # not POSIX: nothing stops a second process that writes to 
     fcntl = None
 
 WORK = ".peftkern-unfinished"
+_DONE = ".peftkern-finished"  # the work folder while it is removed: no run goes on with half of it
 FILES = "files"  # in the work folder: the output, until it is moved
 _SPARE_BYTES = 1 << 24  # for headers, manifest and index
 
@@ -146,7 +147,9 @@ def publish(work: Path, destination: Path, weights: Collection[str]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copymode(work / "lock", path)  # safetensors writes for the owner alone
             os.replace(path, target)
-    shutil.rmtree(work)
+    shutil.rmtree(destination / _DONE, ignore_errors=True)
+    os.replace(work, destination / _DONE)
+    shutil.rmtree(destination / _DONE)
 
 
 def try_json(path: Path) -> Any:

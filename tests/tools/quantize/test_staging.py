@@ -291,3 +291,20 @@ def test_a_work_folder_without_fcntl(tmp_path, monkeypatch):
     spec.loader.exec_module(elsewhere)
     with elsewhere.work_folder(tmp_path / "new", {"format": 1}, force=False) as work:
         assert work.name == WORK and json.loads((work / "run.json").read_text()) == {"format": 1}
+
+
+def test_a_finished_run_that_is_killed_while_it_cleans_is_finished(tmp_path, small, monkeypatch):
+    """No run that is repeated goes on with what is left of the work folder."""
+    convert_small(small, tmp_path / "whole")
+
+    def killed(folder: Path, *args, **kwargs) -> None:
+        for path in sorted(Path(folder).rglob("*"))[:1]:
+            path.unlink() if path.is_file() else path.rmdir()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        convert_small(small, tmp_path / "out")
+    refused("expected a new or empty folder", small, tmp_path / "out")
+    convert_small(small, tmp_path / "out", force=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
