@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_folders import LLAMA, contents, load_tensors, save_llama
+from command_line import refused
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -240,3 +241,17 @@ def test_tied_embeddings_are_refused_as_a_target(tmp_path, capsys):
     assert run("pissa", source, tmp_path / "other", "--rank", 4, "--target", "lm_head") == 2
     assert "lm_head" in capsys.readouterr().err
     assert LLAMA["vocab_size"] == len(load_tensors(tmp_path / "dst")["model.embed_tokens.weight"])
+
+
+def test_an_adapter_is_merged_into_the_base_that_was_made_with_it_alone(source, tmp_path, capfd):
+    destination = tmp_path / "dst"
+    assert run("pissa", source, destination, "--rank", 4) == 0
+    adapter = destination / "adapter"
+    command = ("merge", str(source), str(adapter), str(tmp_path / "out"))
+    refused(capfd, f"belongs to {destination}, whose weights peftkern init changed", *command)
+    both = ("adapter", "combine", str(adapter), str(adapter), str(tmp_path / "out"))
+    refused(capfd, f"--to lora --initial {adapter}", *both)
+    assert main(["merge", str(destination), str(adapter), str(tmp_path / "out")]) == 0
+    expected = logits(AutoModelForCausalLM.from_pretrained(source))
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-4)

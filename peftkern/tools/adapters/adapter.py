@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -160,6 +161,16 @@ def changed_base(config: Mapping[str, Any]) -> str | None:
     init = config.get("init_lora_weights")
     name = init.lower() if isinstance(init, str) else ""
     return init if name.startswith(CHANGED_BASE) else None
+
+
+def base_made_with(config: Mapping[str, Any]) -> Path | None:
+    """Return the base that `peftkern init` made with an adapter, while it is where it was.
+
+    PEFT has to load such an adapter as if nothing had changed, so that nothing else tells.
+    """
+    base = config.get("base_model_name_or_path")
+    found = isinstance(base, str) and (Path(base) / "adapter" / "adapter_config.json").is_file()
+    return Path(base) if found else None
 
 
 def check_finite(adapter: Adapter) -> None:

@@ -8,7 +8,13 @@ from dataclasses import replace
 from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.methods.low_rank_algebra import Loss, truncate
 from peftkern.methods.rank_rules import RankRule
-from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update, changed_base
+from peftkern.tools.adapters.adapter import (
+    Adapter,
+    AdapterError,
+    Update,
+    base_made_with,
+    changed_base,
+)
 
 Losses = dict[str, Loss]
 
@@ -72,4 +78,9 @@ def check_base(adapter: Adapter) -> None:
         raise AdapterError(
             f"{adapter.source}: init_lora_weights {method!r}: its factors hold a part of the base, "
             "which was changed; convert it to lora with its initial adapter first"
+        )
+    if (base := base_made_with(adapter.config)) is not None:
+        raise AdapterError(
+            f"{adapter.source}: its factors hold a part of the base, which peftkern init changed: "
+            f"peftkern adapter convert ADAPTER DST --to lora --initial {base / 'adapter'}"
         )

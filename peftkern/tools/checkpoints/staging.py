@@ -15,6 +15,10 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from peftkern.formats.json_files import read_json
 from peftkern.tools.checkpoints.checkpoint import CONFIG, CheckpointError
 
@@ -172,6 +176,15 @@ def replace_json(path: Path, value: Any) -> None:
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     sync_file(temporary)
     os.replace(temporary, path)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, and wait until it is on the disk."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # its own for those of the system
+        raise OSError(f"{path}: {error}") from error
+    sync_file(path)
 
 
 def sync_file(path: Path) -> None:

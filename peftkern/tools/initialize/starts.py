@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.formats.nf4 import NF4Weight
@@ -105,7 +103,7 @@ class Starts:
         path.parent.mkdir(exist_ok=True)
         modules = {key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in self._tensors}
         layers = [asdict(layer) for layer in self.layers if layer.name in modules]
-        _save(self._tensors, path, {"layers": json.dumps(layers)})
+        staging.save_tensors(self._tensors, path, {"layers": json.dumps(layers)})
         self._tensors = {}
 
     def complete(self, work: Path, folder: Path) -> None:
@@ -119,7 +117,7 @@ class Starts:
         self.layers = [layers[target.module] for target in self.targets.values()]
         adapter = folder / ADAPTER
         adapter.mkdir(exist_ok=True)
-        _save(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+        staging.save_tensors(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
         config = copy(self.config)
         config.r, config.lora_alpha = self.request.rank, self.request.lora_alpha
         config.use_rslora, config.base_model_name_or_path = self.request.rslora, self.base
@@ -129,11 +127,3 @@ class Starts:
 
     def report(self) -> InitReport:
         return InitReport(self.request.method, tuple(self.layers))
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:  # its own for those of the system
-        raise OSError(f"{path}: {error}") from error
-    staging.sync_file(path)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from peftkern.tools.adapters import Adapter, Update, write_adapter
 from peftkern.tools.adapters.adapter import named_tensors
@@ -193,8 +193,7 @@ def _save_residuals(path: Path, written: Written) -> None:
         for part, tensor in residual._asdict().items()
     }
     if tensors:
-        save_file(tensors, path)
-        staging.sync_file(path)
+        staging.save_tensors(tensors, path, {"format": "pt"})
 
 
 def _write_residual(work: Path, plan: Plan, destination: Path) -> None:

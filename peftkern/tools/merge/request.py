@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peftkern.tools.adapters import Adapter
+from peftkern.tools.adapters.adapter import base_made_with
 from peftkern.tools.checkpoints.architecture import meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.companions import Companions, find_companions
@@ -42,6 +44,8 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
 
     Raises: CheckpointError for the first thing that does not.
     """
+    if not options.changed_base:
+        _check_home(checkpoint, adapters)
     weights = find_weights(checkpoint)
     linear, quantization = _nf4_choice(checkpoint, weights, options)
     model = meta_model(checkpoint)
@@ -62,6 +66,17 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     config = merged_config(config, main_dtype(weights), options, quantization)
     companions = find_companions(checkpoint, adapters=False)
     return Plan(files, config, places, apart, companions)
+
+
+def _check_home(checkpoint: Checkpoint, adapters: Adapters) -> None:
+    """Refuse adapters that belong to another base, which was made with them."""
+    for adapter, _ in adapters:
+        home = base_made_with(adapter.config)
+        if home is not None and not os.path.samefile(home, checkpoint.folder):
+            raise CheckpointError(
+                f"{adapter.source}: belongs to {home}, whose weights peftkern init changed for it: "
+                "merge into that one, or into a copy of it with --changed-base"
+            )
 
 
 def _nf4_choice(

@@ -68,7 +68,8 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
                 shape=(rank, *update.shape[1:]) if update.shape else (),
             )
         )
-    return adapter.with_updates(updates)
+    config = {**adapter.config, "base_model_name_or_path": None}  # it was that of the changed one
+    return dataclasses.replace(adapter, config=config).with_updates(updates)
 
 
 @dataclasses.dataclass(frozen=True)
