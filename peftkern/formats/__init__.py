@@ -1,1 +1,1 @@
-"""Formats of quantized weights: values, checks, (de)serialization."""
+"""Formats of quantized weights and of configs: values, checks, (de)serialization."""
