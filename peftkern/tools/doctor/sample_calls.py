@@ -141,12 +141,22 @@ class Sample:
             return [part[:1].expand(_GROUPS * n) for part, n in zip(value, sizes, strict=True)]
         return [0, BLOCKSIZES[0], 0, _GROUPS, self.N, self.K] if name == "layout" else value
 
+    def value_of_svd(self, name: str) -> Any:
+        """Return the argument of that name of an SVD that is written to given tensors."""
+        k = min(self.N, self.r, self.K)
+        f32 = functools.partial(self.tensor, dtype=torch.float32)
+        i64 = self.tensor(1, dtype=torch.int64)
+        outputs = {"U": f32(self.N, k), "S": f32(k), "Vh": f32(k, self.K), "rank": i64, "info": i64}
+        outputs["accuracy"] = "accurate"
+        return outputs[name] if name in outputs else self.value(name)
+
     def arguments(self, op: str) -> tuple[Any, ...]:
         """Return positional arguments of an op of `torch.ops.peftkern`.
 
         Raises: LookupError naming an argument that is unknown here.
         """
         value_of = self.value_of_groups if "grouped" in op else self.value
+        value_of = self.value_of_svd if op == "low_rank_svd_out" else value_of
         found = []
         for argument in getattr(torch.ops.peftkern, op).default._schema.arguments:
             kind = str(argument.type)
