@@ -88,6 +88,8 @@ def resize(
             found, lost = tool.resize(source, rule, itemsize=written.itemsize, progress=progress)
         _write(found, destination, written, force)
     _report(destination, losses.as_dict(lost), as_json, lambda: losses.show(lost, per_layer))
+    if not as_json and any(one.magnitude is not None for one in found.updates.values()):
+        print("DoRA: the table is of scaling * B A alone, without what magnitudes make of it")
 
 
 def combine(

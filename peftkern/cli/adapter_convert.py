@@ -38,7 +38,10 @@ def convert(
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="Folder of the base: from kohya, from DoRA to lora, for names."),
+        typer.Option(
+            help="Folder of the base: from kohya, from DoRA to lora, of experts to per-expert and "
+            "mlx."
+        ),
     ] = None,
     initial: Annotated[
         Path | None,

@@ -62,7 +62,8 @@ def merge(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Merge adapters into a safetensors checkpoint. Peak memory: a panel of rows, and the adapters.
+    """Merge adapters into a safetensors checkpoint. Peak memory: panels of rows and the adapters;
+    of NF4, token rows, DoRA of embeddings and stored tables a whole weight for each thread.
 
     The bits are those of PEFT's merge_and_unload where that is right; tied embeddings are untied if
     an adapter changes one of them. Into NF4, the update of a QLoRA adapter is lost for the most
@@ -91,7 +92,7 @@ def merge(
         read = [(read_adapter(path, expert_layout=expert_layout), w) for path, w in parsed]
     with bad_input("out", "residual", "as_trained"):
         chosen = Options(out, residual, as_trained, changed_base)
-    with checkpoint_run(destination), bad_input():
+    with bad_input(), checkpoint_run(destination):  # the inner one says what can be resumed
         checkpoint = read_checkpoint(base, quantized=True)
         with byte_bar(checkpoint.nbytes) as progress:
             summary = merge_checkpoint(

@@ -65,6 +65,14 @@ def test_resize(folder, capsys):
     assert record["total"]["lost_energy"] == pytest.approx((sum(squares) / whole).item(), rel=1e-4)
 
 
+def test_what_a_table_leaves_out_of_dora_is_said(folder, capsys):
+    said = "DoRA: the table is of scaling * B A alone"
+    out = run(capsys, "resize", "dora", "small", "--rank", 2)
+    assert out.count(said) == 1 and max(map(len, out.splitlines())) <= 80
+    assert said not in run(capsys, "resize", "one", "other", "--rank", 2)
+    json.loads(run(capsys, "resize", "dora", "again", "--rank", 2, "--json"))
+
+
 def test_every_rule_and_dtype(folder, capsys):
     rules = {"rank": 1, "ratio": 3, "sum": 0.5, "fro": 0.9, "budget-bytes": "1KB",
              "average-rank": 2}  # fmt: skip

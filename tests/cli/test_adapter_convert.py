@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from adapters import make, save
+from adapters import base_of, make, save
 from command_line import refused, run
 from safetensors.torch import load_file, save_file
 
@@ -78,7 +78,8 @@ def test_unusable_requests_are_one_line_and_leave_nothing(tmp_path, capfd):
 
 def test_an_adapter_that_is_there_is_replaced_on_demand(tmp_path, capfd):
     save("experts", tmp_path / "a")
-    told(capfd, tmp_path / "a", tmp_path / "b", "--to", "mlx")
+    base = base_of(tmp_path / "base")
+    told(capfd, tmp_path / "a", tmp_path / "b", "--to", "mlx", "--base", base)
     again = tmp_path / "a", tmp_path / "b", "--to", "peft"
     refused(capfd, "expected a new or empty folder", "adapter", "convert", *again)
     (tmp_path / "b" / "README.md").write_text("mine")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,18 @@ def test_a_checkpoint_is_merged_and_described(tmp_path: Path, folders) -> None:
     ]
     merge(*folders, to=tmp_path / "expected")
     assert_same_tensors(load_tensors(out), load_tensors(tmp_path / "expected"))
+
+
+def test_full_disk_says_how_to_go_on(tmp_path: Path, folders, capfd, monkeypatch) -> None:
+    arguments = ("merge", *folders, tmp_path / "out")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", full)
+        refused(capfd, "No space left on device; the same command goes on from there", *arguments)
+    assert main([*map(str, arguments)]) == 0
 
 
 def test_weights_of_adapters_and_json(tmp_path: Path, capsys) -> None:

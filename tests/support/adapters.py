@@ -121,6 +121,13 @@ def save(case: str, folder: Path, **how: Any) -> PeftModel:
     return model
 
 
+def base_of(folder: Path, kind: str = "qwen3_moe") -> Path:
+    """Make a base's folder, of which conversions read the kind of model alone."""
+    folder.mkdir()
+    (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    return folder
+
+
 def deltas(model: PeftModel) -> dict[str, Tensor]:
     """Return PEFT's delta of each weight, by module, or by module and parameter."""
     found = {}

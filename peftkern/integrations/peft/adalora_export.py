@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.adalora.model import AdaLoraModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from peftkern.formats.json_files import read_json
+from peftkern.formats.rank_patterns import rank_fields
+from peftkern.integrations.peft.adalora_state import FILE
 
 __all__ = ["export_lora"]
 
@@ -38,10 +42,11 @@ def export_lora(
     Layers without any triplet are left out. The tensors are float32 (float64 if they were): a
     product of bfloat16 factors is none. modules_to_save, biases and token rows go along.
 
-    Args: model, a PeftModel, patched or not; folder, made if it is not there; adapter_name, the
-        active one if None.
+    Args: model, a PeftModel, patched or not; folder, made if it is not there, in which an earlier
+        LoRA adapter is replaced; adapter_name, the active one if None.
     Returns: {layer: rank}, for the layers that are left out 0.
-    Raises: ValueError if the adapter is not AdaLoRA's, or no triplet differs from zero.
+    Raises: ValueError if the adapter is not AdaLoRA's, if no triplet differs from zero, or if the
+        folder is of another adapter, like AdaLoRA's own checkpoint.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AdaLoraModel):
@@ -49,22 +54,50 @@ def export_lora(
     name = adapter_name or model.active_adapter
     if name not in model.peft_config:
         raise ValueError(f"adapter_name: {name!r} is not one of {sorted(model.peft_config)}")
+    path = Path(folder)
+    _check_folder(path)
     tensors, ranks = {}, {}
-    for path, layer in tuner.model.named_modules():
+    for module, layer in tuner.model.named_modules():
         if isinstance(layer, AdaLoraLayer) and name in layer.lora_E:
             A, B = _plain_factors(layer, name)
-            ranks[path] = len(A)
+            ranks[module] = len(A)
             if len(A):
-                tensors[f"{_PREFIX}{path}.lora_A.weight"] = A
-                tensors[f"{_PREFIX}{path}.lora_B.weight"] = B
+                tensors[f"{_PREFIX}{module}.lora_A.weight"] = A
+                tensors[f"{_PREFIX}{module}.lora_B.weight"] = B
     if not tensors:
         raise ValueError(f"adapter_name: all triplets of {name!r} are zero, there is no update")
     tensors |= _beside_triplets(model, name)
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-    _lora_config(model, name, ranks).save_pretrained(str(path))
+    _publish(path, tensors, _lora_config(model, name, ranks))
     return ranks
+
+
+def _check_folder(path: Path) -> None:
+    """Raise ValueError for a folder of another kind of adapter, whose files would be mixed."""
+    held = read_json(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else {}
+    kind = held.get("peft_type") if isinstance(held, dict) else None
+    if (path / FILE).exists() or kind not in (None, "LORA"):
+        what = f"an adapter of peft_type {kind}" if kind not in (None, "LORA") else FILE
+        raise ValueError(f"{path}: expected a new folder or one of a LoRA adapter, holds {what}")
+
+
+def _publish(path: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+    """Write to a folder beside, then put both files in place, the config last.
+
+    Without it nothing loads.
+    """
+    path = Path(os.path.realpath(path))
+    work = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        save_file(tensors, work / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        config.save_pretrained(str(work))
+        path.mkdir(exist_ok=True)
+        (path / CONFIG_NAME).unlink(missing_ok=True)
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(work / name, path / name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _plain_factors(layer: AdaLoraLayer, name: str) -> tuple[Tensor, Tensor]:
@@ -98,15 +131,8 @@ def _lora_config(model: PeftModel, name: str, ranks: dict[str, int]) -> LoraConf
     """Return a config for those ranks, each layer by its whole name."""
     config = model.peft_config[name]
     alive = {path: rank for path, rank in ranks.items() if rank}
-    r = collections.Counter(alive.values()).most_common(1)[0][0]
-    # The first pattern that a name ends with counts: longer names come before their endings.
-    others = sorted((path for path, rank in alive.items() if rank != r), key=len, reverse=True)
-    pattern = {re.escape(path): alive[path] for path in others}
     return LoraConfig(
-        r=r,
-        lora_alpha=r,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
+        **rank_fields(alive),
         target_modules=list(alive),
         inference_mode=True,
         **{field: getattr(config, field) for field in _CARRIED},

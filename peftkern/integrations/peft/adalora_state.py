@@ -12,6 +12,7 @@ import json
 import os
 import types
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.adalora.model import AdaLoraModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -123,7 +125,8 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
     that were kept return to their places, the others start anew, at zero, and so do the averages.
 
     Returns: the state; its step is -1 without that file.
-    Raises: ValueError if the layers or their shapes are not those of the model.
+    Raises: ValueError if the layers or their shapes are not those of the model, which is then as
+        it was.
     """
     tuner = model.base_model
     name = tuner.trainable_adapter_name
@@ -135,9 +138,10 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
     if wanted != state.triplets.keys():
         other = sorted(wanted ^ state.triplets.keys())[0]
         raise ValueError(f"{folder}: expected the layers of the model, differs in {other}")
+    _check_shapes(folder, layers, name, state)
     for path, layer in layers.items():
         for group in _GROUPS:
-            _fit(folder, f"{path}.{group}", getattr(layer, group)[name], state)
+            _fit(getattr(layer, group)[name], state.triplets[f"{path}.{group}"])
         layer.ranknum[name].data.fill_(state.ranknum[path])
         layer.r[name] = state.triplets[f"{path}.lora_E"].shape[0]
     weights |= {f"base_model.model.{key}": tensor for key, tensor in state.triplets.items()}
@@ -184,16 +188,38 @@ def load_adapter(  # pickle looks for a method of this name
     return None
 
 
-def _fit(
-    folder: str | os.PathLike[str], key: str, parameter: torch.nn.Parameter, state: AdaLoraState
+def _check_shapes(
+    folder: str | os.PathLike[str], layers: dict[str, AdaLoraLayer], name: str, state: AdaLoraState
 ) -> None:
+    """Raise ValueError unless a state has all of every layer, of any number of triplets."""
+    file = Path(folder, FILE if state.step >= 0 else CONFIG_NAME)
+    for path, layer in layers.items():
+        ranks = []
+        for group in _GROUPS:
+            tensor, parameter = state.triplets[f"{path}.{group}"], getattr(layer, group)[name]
+            pruned = 1 if group == "lora_B" else 0  # the dimension that may differ
+            if tensor.dim() != 2 or parameter.shape[1 - pruned] != tensor.shape[1 - pruned]:
+                raise ValueError(
+                    f"{folder}: {path}.{group} is {list(tensor.shape)}, of the model "
+                    f"{list(parameter.shape)}"
+                )
+            ranks.append(tensor.shape[pruned])
+        if len(set(ranks)) > 1:
+            raise ValueError(f"{folder}: {path}: {' and '.join(_GROUPS)} have {ranks} triplets")
+        _held(state.ranknum, path, file)
+        if state.kept is not None:
+            _held(state.kept, path, file)
+
+
+def _held(values: Mapping[str, Any], key: str, file: Path) -> Any:
+    """Return what a file has of a layer of the model. Raises: ValueError if it has nothing."""
+    if key not in values:
+        raise ValueError(f"{file}: expected the layers of the model, has nothing of {key}")
+    return values[key]
+
+
+def _fit(parameter: torch.nn.Parameter, tensor: Tensor) -> None:
     """Give a parameter the shape and dtype of what it is to hold, and its identity stays."""
-    tensor = state.triplets[key]
-    pruned = 1 if key.endswith("lora_B") else 0  # the dimension that may differ
-    if parameter.shape[1 - pruned] != tensor.shape[1 - pruned]:
-        raise ValueError(
-            f"{folder}: {key} is {list(tensor.shape)}, of the model {list(parameter.shape)}"
-        )
     if parameter.shape != tensor.shape or parameter.dtype is not tensor.dtype:
         parameter.grad = None
         parameter.data = torch.empty_like(tensor, device=parameter.device)
@@ -209,10 +235,14 @@ def _scattered(
     name = tuner.trainable_adapter_name
     saved_config = PeftConfig.from_pretrained(folder)
     pattern = saved_config.rank_pattern
+    names = [n for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if Path(folder, n).is_file()]
+    file = Path(folder, *names[:1])
     triplets, kept, ranknum = {}, {}, {}
     for path, layer in layers.items():
         rows = layer.lora_E[name].shape[0]
-        kept[path] = list(pattern[f"{path}.lora_E"]) if pattern else [True] * rows
+        kept[path] = [True] * rows
+        if pattern:
+            kept[path] = list(_held(pattern, f"{path}.lora_E", Path(folder, CONFIG_NAME)))
         mask = torch.tensor(kept[path], dtype=torch.bool)
         if rows == sum(kept[path]):  # made of such a folder: what was pruned is in no place
             mask = torch.ones(rows, dtype=torch.bool)
@@ -223,11 +253,17 @@ def _scattered(
             )
         ranknum[path] = whole(layer.ranknum[name]).item()
         for group in _GROUPS:
-            saved = weights[f"base_model.model.{path}.{group}"]
+            saved = _held(weights, f"base_model.model.{path}.{group}", file)
             full = getattr(layer, group)[name].detach().cpu().to(saved.dtype, copy=True)
             if group == "lora_E":
                 full.zero_()
-            full[(slice(None), mask) if group == "lora_B" else mask] = saved
+            place = (slice(None), mask) if group == "lora_B" else mask
+            if saved.shape != full[place].shape:
+                raise ValueError(
+                    f"{file}: {path}.{group} is {list(saved.shape)}, of the model "
+                    f"{list(full[place].shape)}"
+                )
+            full[place] = saved
             triplets[f"{path}.{group}"] = full
     schedule = {field: getattr(saved_config, field) for field in _SCHEDULE}
     schedule["init_bgt"] = sum(map(len, kept.values()))

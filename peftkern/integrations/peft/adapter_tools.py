@@ -82,7 +82,8 @@ def add_weighted_adapter(
       a missing density are ValueErrors.
 
     Raises: ValueError naming the argument or the layer, also for what PEFT refuses: unknown names,
-        target_parameters, modules_to_save in several. The model is as before then.
+        target_parameters, modules_to_save in several. The model is as before then,
+        as after any other error.
     """
     tuner = model.base_model if isinstance(model, PeftModel) else model
     if adapter_name in tuner.peft_config:
@@ -105,10 +106,17 @@ def add_weighted_adapter(
         factors = {name: _clamped(pair, svd_clamp) for name, pair in factors.items()}
     if any(config.layers_to_transform or config.exclude_modules for config in configs):
         targets = set(terms)
-    _inject(tuner, configs, adapter_name, rank, targets)
-    for name, layer in layers.items():
-        _write(layer, adapter_name, factors.get(name), terms.get(name, ()))
-    _copy_saved_modules(tuner.model, adapters, adapter_name)
+    active = tuner.active_adapter
+    try:
+        _inject(tuner, configs, adapter_name, rank, targets)
+        for name, layer in layers.items():
+            _write(layer, adapter_name, factors.get(name), terms.get(name, ()))
+        _copy_saved_modules(tuner.model, adapters, adapter_name)
+    except BaseException:
+        if adapter_name in tuner.peft_config:
+            tuner.delete_adapter(adapter_name)
+        tuner.active_adapter = active  # of which PEFT makes a list
+        raise
 
 
 def _check_request(
@@ -236,11 +244,7 @@ def _inject(
         lora_bias=any(config.lora_bias for config in configs),
         modules_to_save=sorted(saved) or None,
     )
-    try:
-        tuner.inject_adapter(tuner.model, name)
-    except BaseException:
-        del tuner.peft_config[name]
-        raise
+    tuner.inject_adapter(tuner.model, name)
 
 
 def _write(layer: LoraLayer, name: str, pair: LoraFactors | None, terms: Sequence[Term]) -> None:

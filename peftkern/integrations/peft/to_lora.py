@@ -19,6 +19,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peftkern.formats.rank_patterns import rank_fields
 from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.integrations.peft.adapter_tools import factors_of, singular_form
 from peftkern.methods.low_rank_algebra import best_pair, keeping, truncate
@@ -67,16 +68,17 @@ def convert_to_lora(
         if name not in pairs:
             pairs[name] = _dense(name, layer, rank, adapter_name)
     found = _new_config(config, rank)
-    state_dict = {}
+    state_dict, ranks = {}, {}
     for name in layers:
         lora_B, lora_A = pairs[name]
-        short, kept = name.removeprefix(PREFIX), lora_A.shape[0]
-        if kept != rank or isinstance(found.target_modules, str):
-            found.rank_pattern[short] = found.alpha_pattern[short] = kept
-        else:
+        short = name.removeprefix(PREFIX)
+        ranks[short] = lora_A.shape[0]
+        if ranks[short] == rank and not isinstance(found.target_modules, str):
             found.target_modules.add(short)
         state_dict[f"{name}.lora_A.weight"] = lora_A.contiguous()
         state_dict[f"{name}.lora_B.weight"] = lora_B.contiguous()
+    for field, value in rank_fields(ranks, found.r).items():
+        setattr(found, field, value)
     if config is not None and getattr(config, "modules_to_save", None):
         found.modules_to_save = copy.copy(config.modules_to_save)
         state_dict |= _saved_modules(model, adapter_name)
@@ -190,8 +192,7 @@ def _dora_update(layer: LoraLayer, adapter_name: str) -> Tensor:
 
 def _new_config(config: PeftConfig | None, rank: int | float) -> LoraConfig:
     """Return the config of the result, whose patterns are still to come."""
-    r = rank if isinstance(rank, int) else 1  # of each layer in the patterns
-    fields = {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}}
+    fields = {"r": rank if isinstance(rank, int) else 1}  # others are in the patterns
     if config is None:
         return LoraConfig(**fields, target_modules=[])
     for name in ("base_model_name_or_path", "layers_pattern", "layers_to_transform"):

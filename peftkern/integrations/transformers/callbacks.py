@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -253,7 +254,8 @@ class AdaLoraCallback(TrainerCallback):
     A checkpoint of the Trainer has, beside the adapter that PEFT makes of the triplets kept so far,
     a file with all of them, their importance and the schedule. Resuming and
     `load_best_model_at_end` read it and go on bit for bit; give the callback to the Trainer's
-    constructor for that. A checkpoint without the file resumes with a warning.
+    constructor for that. A checkpoint without the file resumes with a warning; in a hyperparameter
+    search only trials with a name (hp_name) have it.
 
     Raises: ValueError when training begins if no AdaLoRA adapter is trained, or if the number of
         steps leaves none for the allocation.
@@ -302,7 +304,17 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = args.output_dir
+        if state.is_hyper_param_search:  # each trial has a folder, of which only hp_name is known
+            if state.trial_name is None:
+                warnings.warn(
+                    "AdaLoRA's state is not in the checkpoints of a hyperparameter search without "
+                    "hp_name: they resume with another importance of the triplets",
+                    stacklevel=2,
+                )
+                return
+            folder = os.path.join(folder, state.trial_name)
+        folder = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         write = args.should_save and os.path.isdir(folder)
         save_state(find_tuner(model), folder, state.global_step, write=write)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from peftkern.formats.json_files import brief
+from peftkern.formats.rank_patterns import compiled
 from peftkern.tools.adapters.targets import exact_targets
 
 TYPES = ("LORA", "ADALORA")
-KINDS = ("linear", "embedding", "conv", "experts")
 
 # Fields of a config that make the update something else than scaling * B A on a given weight.
 REFUSED = {
@@ -149,7 +149,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         patterns += [(name, key) for key in config.get(name) or {}]
     for name, pattern in patterns:
         try:
-            re.compile(pattern)
+            re.compile(pattern) if name == "target_modules" else compiled(pattern)
         except re.error as error:
             why = f"{brief(pattern)} is no regular expression: {error}"
             raise AdapterError(f"{source}: {name}: {why}") from None

@@ -19,7 +19,7 @@ from peftkern.formats.json_files import brief
 from peftkern.methods.low_rank_algebra import Loss, best_pair, concatenate, loss_of_part
 from peftkern.methods.rank_rules import RankRule
 from peftkern.methods.sparse_sums import METHODS, sparse_sum
-from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
+from peftkern.tools.adapters.adapter import UNMERGEABLE, Adapter, AdapterError, Update
 from peftkern.tools.adapters.resize import Losses, check_base, truncated
 
 EXACT = ("svd", "cat")
@@ -59,8 +59,8 @@ def combine(
     them; where several have one, it must be equal.
 
     Returns: the adapter, factors in float32 with a scaling of 1, and the loss of each update.
-    Raises: AdapterError naming the adapter and the module or tensor: DoRA, a changed base, shapes
-        or replaced tensors that differ, factors that are not finite.
+    Raises: AdapterError naming the adapter and the module or tensor: DoRA, aLoRA, a changed base,
+        shapes or replaced tensors that differ, factors that are not finite.
     """
     if len(adapters) != len(weights) or not adapters:
         raise AdapterError(f"weights: expected one for each of {len(adapters)} adapters")
@@ -186,6 +186,13 @@ def _biased(adapter: Adapter) -> Adapter:
 
 
 def _check_plain(adapter: Adapter) -> None:
+    for name, why in UNMERGEABLE.items():
+        if adapter.config.get(name):
+            raise AdapterError(f"{adapter.source}: {name}: {why}, so that its updates have no sum")
+    bias = adapter.config.get("bias") or "none"
+    if bias not in _BIASES:
+        expected = ", ".join(_BIASES)
+        raise AdapterError(f"{adapter.source}: bias: expected one of {expected}, got {brief(bias)}")
     for key, update in adapter.updates.items():
         if update.magnitude is not None:
             raise AdapterError(

@@ -22,7 +22,7 @@ from peftkern.tools.checkpoints.architecture import (
     stacks_experts,
     transposes_experts,
 )
-from peftkern.tools.checkpoints.checkpoint import TensorInfo, open_safetensors, read_tensors
+from peftkern.tools.checkpoints.checkpoint import TensorInfo, read_tensors
 
 Cut = Callable[[Tensor, Tensor], tuple[LoraFactors, Tensor, float, float]]
 
@@ -112,5 +112,6 @@ def stack_update(
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    with open_safetensors(info.file) as file:
-        return file.get_tensor(info.name)
+    """Read one tensor. Raises: CheckpointError if its file has changed since it was checked."""
+    [[tensor]] = map(list, read_tensors([info]))
+    return tensor

@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peftkern.tools.adapters import experts, peft_keys
 from peftkern.tools.adapters.adapter import Adapter, AdapterError
@@ -60,7 +61,6 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Adapter:
 
     Raises: AdapterError for an adapter that the model does not have, or is no low-rank update.
     """
-    from peft import get_peft_model_state_dict
     from peft.tuners.adalora import AdaLoraLayer
     from peft.tuners.lora import LoraLayer
 
@@ -79,10 +79,53 @@ def from_model(model: nn.Module, adapter_name: str = "default") -> Adapter:
             module, _ = experts.split_wrapper(name)
             parameter = getattr(layer, "parameter_name", "weight")
             known[name] = peft_keys.Known(module, parameter, scaling)
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    state = _state(model, adapter_name)
     tensors = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    config = _plain(configs[adapter_name].to_dict())
+    if config["peft_type"] == "ADALORA":
+        config["rank_pattern"] = _cut_triplets(tensors, config.get("rank_pattern"), adapter_name)
     source = f"adapter {adapter_name!r} of {type(model).__name__}"
-    return peft_keys.parse(tensors, _plain(configs[adapter_name].to_dict()), source, known=known)
+    return peft_keys.parse(tensors, config, source, known=known)
+
+
+def _state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return the tensors that PEFT saves, of AdaLoRA all triplets."""
+    from peft import get_peft_model_state_dict
+
+    config = model.peft_config[adapter_name]
+    options = {"adapter_name": adapter_name, "save_embedding_layers": False}
+    if getattr(config, "rank_pattern", None) is None or config.peft_type != "ADALORA":
+        return get_peft_model_state_dict(model, **options)
+    pattern, config.rank_pattern = config.rank_pattern, None  # PEFT cuts by it and renames its keys
+    try:  # of a state that it is given PEFT does not complain that ranks of 0 were lost shards
+        return get_peft_model_state_dict(model, model.state_dict(), **options)
+    finally:
+        config.rank_pattern = pattern
+
+
+def _cut_triplets(
+    tensors: dict[str, Tensor], pattern: dict[str, list[bool]] | None, adapter_name: str
+) -> dict[str, list[bool]] | None:
+    """Cut triplets to those that the last mask kept and those that have revived since.
+
+    Returns: rank_pattern as a file has it.
+    """
+    if pattern is None:
+        return None
+    found = {}
+    for key, kept in pattern.items():
+        name = key.removesuffix(f".{adapter_name}")
+        module = PREFIX + name.removesuffix(".lora_E")
+        alive = tensors[f"{module}.lora_E"].flatten() != 0
+        if len(alive) == len(kept):  # fewer are those that compact_ has left
+            alive |= torch.tensor(kept, device=alive.device)
+        else:
+            alive.fill_(True)
+        for group in ("lora_E", "lora_A"):
+            tensors[f"{module}.{group}"] = tensors[f"{module}.{group}"][alive]
+        tensors[f"{module}.lora_B"] = tensors[f"{module}.lora_B"][:, alive]
+        found[name] = alive.tolist()
+    return found
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,16 +9,13 @@ means init_r.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from peftkern.formats.json_files import brief
+from peftkern.formats.rank_patterns import pattern_key
 from peftkern.tools.adapters.adapter import AdapterError
-from peftkern.tools.adapters.targets import pattern_key
 
 _RANKNUM_EPS = 1e-5  # of PEFT's AdaLoRA
 
@@ -48,21 +45,6 @@ def scale_of(config: Mapping[str, Any], name: str, source: str) -> Scale:
         raise AdapterError(f"{source}: r: expected an integer above 0 of {name}, got {rank}")
     root = math.sqrt(rank) if config.get("use_rslora") else rank
     return Scale(int(rank), alpha / root)
-
-
-def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Return the fields of LoRA's config that give modules these ranks, and a scaling of 1."""
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: rank for name, rank in ranks.items() if rank != r}
-    fields = {"r": r, "lora_alpha": r, "use_rslora": False}
-    for exact in (False, True):  # a name may match others, or be no regular expression for itself
-        patterns = {f"^{re.escape(name)}" if exact else name: rank for name, rank in others.items()}
-        fields |= {"rank_pattern": patterns, "alpha_pattern": dict(patterns)}
-        config = {"peft_type": "LORA", **fields}
-        with contextlib.suppress(re.error):
-            if all(scale_of(config, name, "").rank == rank for name, rank in ranks.items()):
-                break
-    return fields
 
 
 def _alpha(config: Mapping[str, Any], source: str) -> float:

@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from peftkern.formats.rank_patterns import pattern_key
+
 PREFIX = "base_model.model."  # of every key in PEFT's files, before the name in the base model
-
-
-# Patterns that end in the word that a name has to end in, after an escaped or unescaped dot.
-_PLAIN = re.compile(r"(?:[\w.\\^]*\.)?(\w+)")
-
-
-@functools.lru_cache(maxsize=1 << 14)  # re's own cache holds fewer than a config has
-def _pattern(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
-@functools.lru_cache(maxsize=256)
-def _candidates(patterns: tuple[str, ...], last: str) -> list[str]:
-    """List the patterns that can match names with this last part: experts have 10^4 names."""
-    found = []
-    for pattern in patterns:
-        plain = _PLAIN.fullmatch(pattern)
-        if plain is None or last.endswith(plain[1]):
-            found.append(pattern)
-    return found
-
-
-def pattern_key(patterns: Iterable[str], name: str) -> str:
-    """Return the first key of rank_pattern or alpha_pattern that matches a name, or the name."""
-    possible = _candidates(tuple(patterns), name.rpartition(".")[2])
-    return next((pattern for pattern in possible if _pattern(pattern).match(name)), name)
 
 
 def is_module_target(config: Mapping[str, Any], module: str) -> bool:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peftkern.formats.rank_patterns import rank_fields
 from peftkern.tools.adapters import peft_keys
 from peftkern.tools.adapters.adapter import (
     Adapter,
@@ -31,7 +32,7 @@ from peftkern.tools.adapters.adapter import (
     not_finite,
 )
 from peftkern.tools.adapters.experts import settled
-from peftkern.tools.adapters.scaling import rank_fields, scale_of
+from peftkern.tools.adapters.scaling import scale_of
 from peftkern.tools.adapters.source import CONFIG, MODEL, NAMES
 from peftkern.tools.adapters.targets import target_name
 from peftkern.tools.checkpoints.staging import sync_file

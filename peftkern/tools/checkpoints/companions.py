@@ -27,6 +27,9 @@ _OF_OTHERS = (".h5", ".keras", ".msgpack", ".gguf", ".ggml", ".llamafile", ".tfl
 _OF_OTHERS += (".mlmodel", ".mlpackage", ".engine", ".nemo", ".distcp")
 _NO_WEIGHTS = ("vocab", "tokenizer")  # with any suffix
 _NEVER_NEEDED = ("optimizer", "scheduler", "rng_state", "training_args", "openvino")
+# In the checkpoint's own folder transformers would load it over the weights; and what this package
+# writes beside a checkpoint.
+_OF_THIS_BASE = re.compile(r"adapter_(config\.json|model\..*)|(residual_adapter|adapter)/.*", re.S)
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 # Git's, the hub's download records, Python's; checkpoints that a Trainer left while it ran.
 _FOLDERS_LEFT = re.compile(r"\..*|__pycache__|checkpoint-\d+|global_step\d+")
@@ -44,11 +47,12 @@ class Companions:
     nbytes: int  # of the files to copy
 
 
-def find_companions(checkpoint: Checkpoint) -> Companions:
+def find_companions(checkpoint: Checkpoint, *, adapters: bool = True) -> Companions:
     """Find the files to be copied with the checkpoint, and those to be left.
 
     Links to files are followed as `folder_file` does; links to folders are left.
 
+    Args: adapters, False leaves those of this very model: they do not fit other values of it.
     Raises: CheckpointError for a file to copy that is none, belongs to another folder, or may not
         be read.
     """
@@ -64,6 +68,7 @@ def find_companions(checkpoint: Checkpoint) -> Companions:
                 folders.remove(name)  # and not walked through
         for path, name in ((prefix + name, name) for name in files):
             extra = is_weights(name) and not _needed(prefix, name, set(files))
+            extra |= not adapters and _OF_THIS_BASE.fullmatch(path) is not None
             if path in own:
                 continue
             if extra or name.startswith("."):

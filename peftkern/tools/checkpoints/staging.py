@@ -26,12 +26,13 @@ except ImportError:  # not POSIX: nothing stops a second process that writes to 
 WORK = ".peftkern-unfinished"
 _DONE = ".peftkern-finished"  # the work folder while it is removed: no run goes on with half of it
 FILES = "files"  # in the work folder: the output, until it is moved
+ADAPTERS = ("residual_adapter", "adapter")  # folders that belong to one checkpoint: see publish
 _SPARE_BYTES = 1 << 24  # for headers, manifest and index
 
 
 def check_destination(source: Path, destination: Path, force: bool, copies: Iterable[str]) -> None:
     """Raise CheckpointError unless the destination is apart from the source, and empty, unfinished
-    or, with `force`, a checkpoint in which `copies` find their places."""
+    or, with `force`, a checkpoint in which `copies`, and adapters, find their places."""
     here, there = os.path.realpath(source), os.path.realpath(destination)
     if os.path.commonpath([here, there]) in (here, there):
         raise CheckpointError(f"{destination}: expected a folder apart from the source {source}")
@@ -49,7 +50,7 @@ def check_destination(source: Path, destination: Path, force: bool, copies: Iter
             raise CheckpointError(
                 f"{destination}: --force replaces a checkpoint, and this folder holds none"
             )
-    for name in copies:
+    for name in (*copies, *(f"{folder}/adapter_config.json" for folder in ADAPTERS)):
         _check_place(destination, name)
 
 
@@ -141,6 +142,9 @@ def publish(work: Path, destination: Path, weights: Collection[str]) -> None:
         for path in destination.glob(pattern):
             if path.name not in weights:
                 path.unlink()
+    for name in ADAPTERS:  # they do not fit other weights
+        if (destination / name).is_dir() and not (destination / name).is_symlink():
+            shutil.rmtree(destination / name)
     for path in sorted(files.rglob("*"), key=lambda path: path == files / CONFIG):
         if path.is_file():
             target = destination / path.relative_to(files)

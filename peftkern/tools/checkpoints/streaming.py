@@ -23,6 +23,10 @@ _COPIED_AT_ONCE = 1 << 24  # so that Ctrl-C, and the bar, do not wait for a whol
 _ALIGNMENT = 8  # of the data, as safetensors writes it
 
 
+class CutOff(Exception):
+    """End of a source before the bytes that its header promises."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """A tensor of a file to be written, and where it begins."""
@@ -74,13 +78,13 @@ def read_header(path: Path) -> tuple[bytes, set[str], dict[str, str]]:
 def read_into(file: int, tensor: Tensor, offset: int) -> None:
     """Fill a contiguous tensor from an open file.
 
-    Raises: OSError if the file ends before that.
+    Raises: CutOff if the file ends before that; OSError.
     """
     data = _bytes(tensor)
     while data:
         count = os.preadv(file, [data], offset)
         if not count:
-            raise OSError("cut off")
+            raise CutOff("cut off")
         data, offset = data[count:], offset + count
 
 
@@ -95,7 +99,7 @@ def write_from(file: int, tensor: Tensor, offset: int) -> None:
 def copy_range(source: int, target: int, start: int, offset: int, count: int) -> None:
     """Copy bytes between open files, within the kernel where that can do it.
 
-    Raises: OSError if the source ends before that.
+    Raises: CutOff if the source ends before that; OSError, also for a full disk.
     """
     while count:
         most = min(count, _COPIED_AT_ONCE)
@@ -104,7 +108,7 @@ def copy_range(source: int, target: int, start: int, offset: int, count: int) ->
         except (AttributeError, OSError):  # another file system, or none of Linux
             done = os.pwrite(target, os.pread(source, most, start), offset)
         if not done:
-            raise OSError("cut off")
+            raise CutOff("cut off")
         start, offset, count = start + done, offset + done, count - done
 
 

@@ -41,16 +41,26 @@ class Added:
 
 
 class Change(NamedTuple):
-    """Sums over a panel, D = T - W, by which a report tells what rounding left of an update."""
+    """Sums over panels, D = T - W, by which a report tells what rounding left of an update.
+
+    values: over how many the sums go, of those that were merged.
+    """
 
     update: float = 0.0  # |D|^2
     total: float = 0.0  # |T|^2
     error: float = 0.0  # |T - Q(T)|^2
     kept: float = 0.0  # <Q(T) - Q(W), D>
     values: int = 0
+    merged: int = 0
 
     def __add__(self, other: Change) -> Change:
         return Change(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def scaled(self) -> Change:
+        """As if every value that was merged had been compared."""
+        factor = self.merged / self.values if self.values else 1.0
+        return Change(*(factor * one for one in self[:4]), self.values, self.merged)
 
     @property
     def survival(self) -> float:
@@ -216,7 +226,7 @@ def measure(weight: Tensor, total: Tensor, stored: Tensor, dense: Tensor | None 
     update, after = total.float() - before, stored.float()
     error = total - after
     sums = (_dot(update, update), _dot(total, total), _dot(error, error))
-    return Change(*sums, _dot(after - rounded, update), weight.numel())
+    return Change(*sums, _dot(after - rounded, update), weight.numel(), weight.numel())
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

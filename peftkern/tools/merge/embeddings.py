@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 from peftkern.tools.merge.edits import Edit
+from peftkern.tools.merge.weights import Weight
 
 _TIE = "tie_word_embeddings"
 
@@ -32,42 +33,53 @@ class Untied:
 
 def untie(
     model: PreTrainedModel,
-    stored: Iterable[str],
+    stored: Mapping[str, Weight],
     edits: dict[str, Edit],
     *,
     keep_tied: bool,
-) -> list[Untied]:
-    """Find the parameters to be written apart; edits of those that stay tied go to the stored one.
+) -> tuple[list[Untied], bool]:
+    """Find the parameters to be written apart, and whether any tables come out different; edits of
+    those that stay tied go to those stored.
 
-    Args: stored, the parameters that the files hold; keep_tied, adapters say that they hold the
-        same update for both (PEFT's ensure_weight_tying).
+    Args: stored, the parameters that the files hold, and where; keep_tied, adapters say that they
+        hold the same update for both (PEFT's ensure_weight_tying).
     Raises: CheckpointError if more than the input and output embeddings share the table.
     """
-    stored, groups = set(stored), {}
+    groups: dict[str, list[str]] = {}
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         groups.setdefault(source, [source]).append(target)
-    apart = []
+    apart, differ = [], False
     for members in groups.values():
         edited = [name for name in members if name in edits]
         held = [name for name in members if name in stored]
-        if not edited or len(held) == len(members):
-            continue  # whoever has written both has meant both
+        if not edited:
+            continue
+        if len(held) == len(members) and not _one_table([stored[name] for name in held]):
+            differ = True
+            continue  # transformers does not tie them either
         if not held:
             raise CheckpointError(f"{members[0]}: the files hold none of {', '.join(members)}")
         _share_tables(members, edits)
         if keep_tied or _equal(members, edits):
-            edits[held[0]] = edits[edited[0]]
+            edit = edits[edited[0]]
             for name in members:
-                if name not in stored:
-                    edits.pop(name, None)
+                edits.pop(name, None)
+            edits |= dict.fromkeys(held, edit)
             continue
-        if len(members) > 2:
+        differ = True
+        if len(members) > 2 and len(held) < len(members):
             raise CheckpointError(
                 f"{edited[0]}: is one tensor with {', '.join(n for n in members if n != edited[0])}"
                 ", and an update of one cannot be merged alone"
             )
         apart += [Untied(name, held[0]) for name in members if name not in stored]
-    return apart
+    return apart, differ
+
+
+def _one_table(weights: list[Weight]) -> bool:
+    """Return whether the files hold one table under several names, which loading ties."""
+    first, *others = (weight.read() for weight in weights)
+    return all(torch.equal(first, other) for other in others)
 
 
 def _share_tables(members: list[str], edits: dict[str, Edit]) -> None:

@@ -1,8 +1,9 @@
 """Merging of adapters into a checkpoint, from folder to folder.
 
-Everything is checked before anything is written. Files are written one after the other, each panel
-by panel, into a work folder inside of the destination; a manifest notes what is on the disk. A
-stopped run, however it ended, goes on with the first file that is not noted, or was changed since.
+All but the sums is checked before anything is written. Files are written one after the other, each
+panel by panel, into a work folder inside of the destination; a manifest notes what is on the disk.
+A stopped run, however it ended, goes on with the first file that is not noted, or was changed
+since.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Summary:
 
     @property
     def total(self) -> Change:
-        return sum(self.changes.values(), Change())
+        return sum((change.scaled for change in self.changes.values()), Change())
 
 
 def merge_checkpoint(
@@ -65,9 +66,10 @@ def merge_checkpoint(
     bias of lora_B is scaled over a base in 4 bits, too.
 
     Memory: the adapters, and for each thread a panel of rows; the whole of a weight that is, or
-    will be, in NF4, or whose DoRA normalizes columns. Calling it again after an interruption
-    resumes; KeyboardInterrupt and OSError leave a state that allows it, a CheckpointError leaves
-    nothing.
+    will be, in NF4, that an adapter replaces, wholly or in some rows, that is a convolution's, or
+    whose DoRA normalizes columns; two tied tables that are both stored. Calling it again after an
+    interruption resumes; KeyboardInterrupt and OSError leave a state that allows it, a
+    CheckpointError leaves nothing.
 
     Args:
         checkpoint: of `read_checkpoint`, quantized=True for a base in NF4.
@@ -121,6 +123,8 @@ def _identity(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> d
 
 def _digest(adapter: Adapter) -> str:
     digest = hashlib.sha256(json.dumps(adapter.config, sort_keys=True).encode())
+    for key, update in adapter.updates.items():  # the scaling may come from elsewhere
+        digest.update(f"{key} {update.kind} {update.scaling!r} {update.shape}".encode())
     for name, tensor in named_tensors(adapter):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

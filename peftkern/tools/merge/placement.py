@@ -57,10 +57,6 @@ class Places:
     by_tensor: dict[str, tuple[Place, ...]]
     rearranged: dict[str, str]
 
-    @property
-    def parameters(self) -> set[str]:
-        return {place.parameter for places in self.by_tensor.values() for place in places}
-
 
 def find_places(
     model: PreTrainedModel, checkpoint: Checkpoint, weights: Mapping[str, Weight]

@@ -54,8 +54,8 @@ class Options:
 class Unit:
     """What becomes of a weight of the base: some tensors of the output.
 
-    edits: those of the parameters whose rows it holds. nf4: layout of the output if that is NF4;
-    transposed first, as for Conv1D. trained_nf4: it is rounded to NF4 before the edits.
+    edits: those of the parameters whose rows it holds. nf4: layout of the output if that is NF4.
+    trained_nf4: it is rounded to NF4 before the edits. transposed: it is for either, as for Conv1D.
     """
 
     name: str
@@ -150,7 +150,7 @@ def _format(
         return (weight.nf4 if options.out in ("keep", "nf4") else None), False, False
     if options.out == "nf4" and weight.name in linear:
         return NF4_LAYOUT, linear[weight.name], trained
-    return None, False, trained
+    return None, trained and linear[weight.name], trained
 
 
 def _with_slots(unit: Unit, main: torch.dtype, options: Options) -> Unit:

@@ -47,17 +47,21 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     model = meta_model(checkpoint)
     places = find_places(model, checkpoint, weights)
     edits = match_adapters(model, adapters, on_changed_base=options.changed_base)
-    _forget_same_tables(model, places, weights, edits)
+    home = {p.parameter: weights[name] for name, ps in places.by_tensor.items() for p in ps}
+    _forget_same_tables(model, home, edits)
     sources = " and ".join(adapter.source for adapter, _ in adapters)
     tied = all(adapter.config.get("ensure_weight_tying") for adapter, _ in adapters)
-    apart = untie(model, places.parameters, edits, keep_tied=tied)
+    apart, differ = untie(model, home, edits, keep_tied=tied)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_shapes(edits, shapes, sources)
     _check_stored(model, places, edits, apart, sources)
-    config = change_config(checkpoint.config, model, edits, bool(apart))
+    config = change_config(checkpoint.config, model, edits, differ)
     files = plan_files(checkpoint, weights, places, edits, apart, options, linear)
+    if options.residual:
+        _check_residual(files, places, shapes)
     config = merged_config(config, main_dtype(weights), options, quantization)
-    return Plan(files, config, places, apart, find_companions(checkpoint))
+    companions = find_companions(checkpoint, adapters=False)
+    return Plan(files, config, places, apart, companions)
 
 
 def _nf4_choice(
@@ -86,16 +90,30 @@ def _nf4_choice(
     return choice.linear, config
 
 
+def _check_residual(
+    files: Sequence[File], places: Places, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError unless what is written in NF4 are whole weights of layers, which alone
+    an adapter of target_modules can update."""
+    for unit in (unit for file in files for unit in file.units if unit.nf4 is not None):
+        found = places.by_tensor.get(unit.name, ())
+        parameter = found[0].parameter if len(found) == 1 else ""
+        whole = len(unit.weight.shape) == 2 and shapes.get(parameter) == unit.weight.shape
+        if not whole or not parameter.endswith(".weight"):
+            part = f"a part of {found[0].parameter}" if found else "nothing of the model"
+            raise CheckpointError(
+                f"{unit.name}: is {part}, and a residual adapter is for whole weights of layers"
+            )
+
+
 def _forget_same_tables(
     model: PreTrainedModel,
-    places: Places,
-    weights: Mapping[str, Weight],
+    home: Mapping[str, Weight],
     edits: dict[str, Edit],
 ) -> None:
     """Drop tables that came with an adapter and are the base's own, as PEFT saves those of
     embeddings that it targets."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
-    home = {found[0].parameter: weights[name] for name, found in places.by_tensor.items()}
     for name, edit in list(edits.items()):
         weight = home.get(name) or home.get(tied.get(name))
         if edit.value is None or weight is None or weight.shape != tuple(edit.value.shape):

@@ -30,7 +30,7 @@ from peftkern.tools.merge.plan import TRAINED_LAYOUT, Unit
 
 _PANEL = 1 << 17  # values: two buffers of float32 and one of 16 bits are 1.3 MB
 _FEWEST_ROWS = 16  # a product with fewer rows is summed in another order by some libraries
-_MEASURED = 32  # of a rounding to 16 bits, one panel of so many is compared
+_MEASURED = 32  # of the panels of a merged tensor, one of so many is compared
 
 
 class Residual(NamedTuple):
@@ -63,18 +63,21 @@ class Panel(NamedTuple):
 
 def panels(unit: Unit) -> Iterator[Panel]:
     """Cut a stored matrix, its last dimension the columns, into panels of about one size."""
-    columns, number = unit.weight.shape[-1], 0
+    columns, merged = unit.weight.shape[-1], 0
     for block in _blocks(unit):
         added = None
         if block.edit is not None:
             added = added_to(block.edit, block.place, block.expert)
         count = max(math.ceil(block.rows * columns / _PANEL), 1)
         step = max(math.ceil(block.rows / count), _FEWEST_ROWS)
-        for first in range(0, block.rows, step):
-            last = min(first + step, block.rows)
-            measured = added is not None and number % _MEASURED == 0
+        last = 0
+        while last < block.rows:
+            first, last = last, last + step
+            if block.rows - last < _FEWEST_ROWS:
+                last = block.rows  # too few rows for a panel of their own
+            measured = added is not None and merged % _MEASURED == 0
             yield Panel(unit, block, added, first, last, measured)
-            number += 1
+            merged += added is not None
 
 
 def _blocks(unit: Unit) -> Iterator[Block]:
@@ -99,20 +102,27 @@ def _blocks(unit: Unit) -> Iterator[Block]:
 def merged_panel(
     panel: Panel, rows: Tensor, dtype: torch.dtype, buffers: Buffers
 ) -> tuple[Tensor, Change | None]:
-    """Return a panel as it is to be stored, and its change if that is measured."""
+    """Return a panel as it is to be stored, and its change: only its size, if not measured."""
     if panel.added is None:
-        same = rows.dtype is dtype
-        return rows if same else buffers.take("result", rows.shape, dtype).copy_(rows), None
+        if rows.dtype is dtype:
+            return rows, None
+        stored = buffers.take("result", rows.shape, dtype).copy_(rows)
+        _check_cast(panel.unit, rows.dtype, stored)
+        return stored, None
     total, stored = merge_rows(rows, panel.first, panel.added, dtype, buffers)
     _check_finite(panel.unit, stored)
-    return stored, measure(rows, total, stored) if panel.measured else None
+    if not panel.measured:
+        return stored, Change(merged=rows.numel())
+    return stored, measure(rows, total, stored)
 
 
 def merged_tensor(unit: Unit, weight: Tensor, buffers: Buffers) -> tuple[Tensor, Change | None]:
     """Return a weight in memory with its edits, in the unit's dtype, and its change."""
     dtype = unit.dtype
     if not unit.edits:
-        return weight.to(dtype), None
+        stored = weight.to(dtype)
+        _check_cast(unit, weight.dtype, stored)
+        return stored, None
     if weight.dim() > 1 and all(in_panels(edit, place) for place, edit in unit.edits):
         merged, change = torch.empty(weight.shape, dtype=dtype), Change()
         rows, results = (t.view(-1, weight.shape[-1]) for t in (weight, merged))
@@ -122,7 +132,7 @@ def merged_tensor(unit: Unit, weight: Tensor, buffers: Buffers) -> tuple[Tensor,
             results[own] = stored
             change += changed or Change()
         return merged, change
-    merged, change = weight.to(dtype, copy=True), None
+    merged, changes = weight.to(dtype, copy=True), []
     for place, edit in unit.edits:
         own = slice(place.at, place.at + place.rows) if weight.dim() else ...
         before = weight[own] if edit.value is None else edit.value.to(weight.dtype)
@@ -133,13 +143,20 @@ def merged_tensor(unit: Unit, weight: Tensor, buffers: Buffers) -> tuple[Tensor,
         else:  # a table of another size
             merged = part
         if edit.updates:
-            change = measure(before, total, part)
-    return merged, change
+            changes.append(measure(before, total, part))
+    _check_cast(unit, weight.dtype, merged)
+    return merged, sum(changes, Change()) if changes else None
+
+
+def _check_cast(unit: Unit, before: torch.dtype, stored: Tensor) -> None:
+    """Check what a dtype of a smaller range holds of values that no adapter changes."""
+    if stored.dtype is not before and torch.finfo(stored.dtype).max < torch.finfo(before).max:
+        _check_finite(unit, stored)
 
 
 def _check_finite(unit: Unit, stored: Tensor) -> None:
     if not is_finite(stored):
-        raise CheckpointError(f"{unit.name}: holds NaN or infinity once it is merged")
+        raise CheckpointError(f"{unit.name}: holds NaN or infinity as it is to be written")
 
 
 def rounded_to_nf4(weight: Tensor, layout: tuple[int, bool] = TRAINED_LAYOUT) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY, NF4Weight
 from peftkern.functional import quantize_nf4
 from peftkern.tools.checkpoints.checkpoint import READ_ERRORS, CheckpointError, TensorInfo
-from peftkern.tools.checkpoints.streaming import Slot, copy_range, read_into, write_from
+from peftkern.tools.checkpoints.streaming import CutOff, Slot, copy_range, read_into, write_from
 from peftkern.tools.merge.arithmetic import Buffers, Change
 from peftkern.tools.merge.plan import File, Options, Unit
 from peftkern.tools.merge.tensors import (
@@ -129,7 +129,7 @@ class _Writer:
                 yield partial(self.whole, unit)
 
     def copy(self, unit: Unit, info: TensorInfo, slot: Slot) -> _Done:
-        with _reading(unit.weight):
+        with _reading(unit.weight, CutOff):
             copy_range(self.sources[info.file], self.target, info.offset, slot.offset, info.nbytes)
         return _Done(unit.name, info.nbytes)
 
@@ -141,7 +141,7 @@ class _Writer:
         for panel in run:
             first = panel.block.at + panel.first
             rows = buffers.take("rows", (panel.last - panel.first, columns), weight.dtype)
-            with _reading(weight):
+            with _reading(weight, CutOff):
                 offset = weight.info.offset + first * columns * weight.dtype.itemsize
                 read_into(self.sources[weight.info.file], rows, offset)
             stored, change = merged_panel(panel, rows, unit.dtype, buffers)
@@ -152,10 +152,12 @@ class _Writer:
 
     def whole(self, unit: Unit) -> _Done:
         """Merge a weight in memory: one that is in NF4, or will be, or needs all its rows."""
-        with _reading(unit.weight):
+        with _reading(unit.weight, *READ_ERRORS):
             weight = unit.weight.read()
         if unit.trained_nf4:
-            weight = rounded_to_nf4(weight)
+            turned = weight.T.contiguous() if unit.transposed else weight
+            weight = rounded_to_nf4(turned)
+            weight = weight.T.contiguous() if unit.transposed else weight
         merged, change = merged_tensor(unit, weight, self._buffers())
         if unit.nf4 is None:
             write_from(self.target, merged, unit.slots[0].offset)
@@ -184,8 +186,8 @@ class _Writer:
 
 
 @contextmanager
-def _reading(weight: Weight) -> Iterator[None]:
+def _reading(weight: Weight, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
-    except READ_ERRORS as error:
+    except errors as error:
         raise CheckpointError(f"{weight.info.file}: changed while it was read: {error}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from adalora_models import adalora_llama, optimizer_of, quantize_4bit_
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft_models import TARGETS, add_lora, text_batch, tiny_llama
 from safetensors.torch import load_file
@@ -117,7 +117,8 @@ class Net(nn.Module):
         return self.head(self.inner["proj"](self.proj(self.conv(x).mean((2, 3)))))
 
 
-def test_convolutions_heads_and_names_that_end_alike(tmp_path: Path):
+@pytest.mark.parametrize("cut", ["inner.proj", ".proj", "conv"])
+def test_convolutions_heads_and_names_that_end_alike(tmp_path: Path, cut: str):
     config = AdaLoraConfig(
         target_modules=["conv", "proj"], modules_to_save=["head"], total_step=9, init_r=4
     )
@@ -125,14 +126,15 @@ def test_convolutions_heads_and_names_that_end_alike(tmp_path: Path):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter)
-        if "lora_E" in name and "inner" in name:
+        if "lora_E" in name and f"model.{cut}" in name.replace("model.proj", "model..proj"):
             parameter.data[:3] = 0
     ranks = peftkern.export_lora(model, tmp_path)
-    assert ranks == {"conv": 4, "proj": 4, "inner.proj": 1}
+    assert ranks == {**dict.fromkeys(["conv", "proj", "inner.proj"], 4), cut.lstrip("."): 1}
     x = torch.randn(2, 3, 6, 6)
     loaded = PeftModel.from_pretrained(Net(), str(tmp_path))
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
-    assert loaded.base_model.model.inner["proj"].r["default"] == 1
+    layers = {name: loaded.base_model.model.get_submodule(name) for name in ranks}
+    assert {name: layer.r["default"] for name, layer in layers.items()} == ranks
 
 
 def test_what_cannot_be_exported(tmp_path: Path):
@@ -143,3 +145,42 @@ def test_what_cannot_be_exported(tmp_path: Path):
         peftkern.export_lora(model, tmp_path)
     with pytest.raises(ValueError, match=r"adapter_name: 'other' is not one of \['default'\]"):
         peftkern.export_lora(model, tmp_path, "other")
+
+
+def filled_net() -> PeftModel:
+    model = get_peft_model(Net(), AdaLoraConfig(target_modules=["proj"], total_step=9))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def test_a_failed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, folder = filled_net(), tmp_path / "a"
+    peftkern.export_lora(model, folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+
+    def full_disk(*args: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(LoraConfig, "save_pretrained", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            peftkern.export_lora(model, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
+    peftkern.export_lora(model, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} != before
+
+
+def test_a_checkpoint_of_adalora_is_not_mixed_with_its_export(tmp_path: Path):
+    model = filled_net()
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"one of a LoRA adapter, holds .*peft_type ADALORA"):
+        peftkern.export_lora(model, tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "adalora_state.safetensors").touch()
+    with pytest.raises(ValueError, match=r"holds adalora_state\.safetensors"):
+        peftkern.export_lora(model, tmp_path)

@@ -15,6 +15,7 @@ from tolerances import SVD_RECONSTRUCTION
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.integrations.peft import adapter_tools
 from peftkern.integrations.peft.adapter_tools import add_weighted_adapter
 from peftkern.methods.sparse_sums import METHODS
 
@@ -282,6 +283,28 @@ def test_bad_arguments_change_nothing(change, message):
         add_weighted_adapter(model, **arguments)
     assert list(model.peft_config) == NAMES
     assert not any("new" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("where", ["_write", "_copy_saved_modules", "inject_adapter"])
+def test_a_failure_leaves_no_layers_behind(where, monkeypatch):
+    model = mixed()
+    names, active = [name for name, _ in model.named_parameters()], model.active_adapter
+    inject = model.base_model.inject_adapter
+
+    def fail(*args: Any) -> None:
+        if where == "inject_adapter":
+            inject(*args)
+        raise MemoryError(where)
+
+    owner = model.base_model if where == "inject_adapter" else adapter_tools
+    monkeypatch.setattr(owner, where, fail)
+    with pytest.raises(MemoryError, match=where):
+        add_weighted_adapter(model, NAMES, WEIGHTS, "new")
+    assert list(model.peft_config) == NAMES and model.active_adapter == active
+    assert [name for name, _ in model.named_parameters()] == names
+    monkeypatch.undo()
+    add_weighted_adapter(model, NAMES, WEIGHTS, "new", "cat")
+    assert_updates(model, "new", sums(model))
 
 
 def test_what_is_no_plain_update_is_refused():

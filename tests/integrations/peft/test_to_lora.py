@@ -113,6 +113,44 @@ def test_a_rank_above_the_updates_is_filled_with_zeros(tmp_path):
     torch.testing.assert_close(reloaded(Net(make_linear()), (config, state), tmp_path)(x), model(x))
 
 
+class Alike(nn.Module):
+    """A layer whose name ends another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = nn.Linear(8, 8)
+        self.inner = nn.ModuleDict({"proj": nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner["proj"](self.proj(x))
+
+
+def test_a_pattern_names_no_other_layer(tmp_path):
+    config = LoraConfig(r=4, target_modules=["proj"])
+    model = get_peft_model(Alike(), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+        for name in ("lora_A", "lora_B"):  # of rank 1
+            weight = getattr(model.base_model.model.inner["proj"], name)["default"].weight
+            weight[(slice(1, None),) if name == "lora_A" else (slice(None), slice(1, None))] = 0
+    found = convert_to_lora(model, 0.9999)
+    loaded = reloaded(Alike(), found, tmp_path)
+    layers = [loaded.get_submodule(f"base_model.model.{name}") for name in ("proj", "inner.proj")]
+    assert layers[0].r["default"] > layers[1].r["default"] == 1
+    assert_reads(loaded, found[1])
+
+
+def assert_reads(loaded: PeftModel, state_dict: dict[str, Tensor]) -> None:
+    """PEFT's updates are the products of the tensors."""
+    for name, update in products(state_dict).items():
+        read = loaded.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(read, update, **CLOSE)
+
+
 def test_saved_modules_are_carried():
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = get_peft_model(tiny_llama(), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import shutil
 import warnings
@@ -14,10 +15,12 @@ from adalora_models import adalora_llama
 from adalora_runs import LAST_MASK, SCHEDULE, STEPS, Digests, PlainAllocation, digest, mask, run
 from peft import PeftModel
 from peft_models import take_small_layers, text_batch, tiny_llama
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from peftkern.integrations.peft.adalora_state import FILE
+from peftkern.integrations.peft.adalora_layers import layers_of
+from peftkern.integrations.peft.adalora_state import FILE, load_state
 from peftkern.integrations.transformers.callbacks import AdaLoraCallback
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,8 +184,59 @@ def test_what_does_not_fit_is_named(tmp_path, whole):
         model.load_adapter(str(checkpoint), "default", is_trainable=True)
 
 
+def state_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_a_folder_that_does_not_fit_changes_nothing(tmp_path, whole, plain):
+    """A last layer of another size, or without its weights or its mask."""
+    model = adalora_llama(**SCHEDULE)
+    before, last = state_of(model), list(layers_of(model.base_model))[-1]
+    checkpoint = shutil.copytree(whole[0] / "checkpoint-8", tmp_path / "whole")
+    with safe_open(checkpoint / FILE, "pt") as file:
+        record = file.metadata()
+    tensors = load_file(checkpoint / FILE)
+    key, weights = f"{last}.lora_B", "adapter_model.safetensors"
+    save_file({**tensors, key: tensors[key][1:].contiguous()}, checkpoint / FILE, record)
+    with pytest.raises(ValueError, match=f"{last}.lora_B is "):
+        load_state(model, checkpoint)
+    save_file({k: t for k, t in tensors.items() if k != f"{last}.kept"}, checkpoint / FILE, record)
+    with pytest.raises(ValueError, match=f"{FILE}: expected the layers .* nothing of {last}"):
+        load_state(model, checkpoint)
+    checkpoint = shutil.copytree(plain / "checkpoint-8", tmp_path / "plain")
+    saved, key = load_file(checkpoint / weights), f"base_model.model.{last}.lora_B"
+    save_file({**saved, key: saved[key][1:].contiguous()}, checkpoint / weights)
+    with pytest.raises(ValueError, match=f"{weights}: {last}.lora_B is "):
+        load_state(model, checkpoint)
+    save_file({k: t for k, t in saved.items() if k != key}, checkpoint / weights)
+    with pytest.raises(ValueError, match=f"{weights}: expected the layers .* nothing of {key}"):
+        load_state(model, checkpoint)
+    config = json.loads((checkpoint / "adapter_config.json").read_text())
+    del config["rank_pattern"][f"{last}.lora_E"]
+    (checkpoint / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"adapter_config.json: .* nothing of {last}.lora_E"):
+        load_state(model, checkpoint)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_another_schedule_is_said(whole):
     model = adalora_llama(**{**SCHEDULE, "deltaT": 5})
     AdaLoraCallback().on_init_end(None, None, None, model=model)
     with pytest.warns(UserWarning, match=r"another schedule: deltaT 5 \(was 3\)"):
         model.load_adapter(str(whole[0] / "checkpoint-8"), "default", is_trainable=True)
+
+
+def test_trials_of_a_search_have_folders_of_their_own(tmp_path):
+    model, args = adalora_llama(**SCHEDULE), TrainingArguments(str(tmp_path), use_cpu=True)
+    for folder in (tmp_path / "checkpoint-3", tmp_path / "mine" / "checkpoint-3"):
+        folder.mkdir(parents=True)
+    state = TrainerState(global_step=3, is_hyper_param_search=True, trial_name="mine")
+    AdaLoraCallback().on_save(args, state, None, model=model)
+    assert [file.parent for file in tmp_path.rglob(FILE)] == [tmp_path / "mine" / "checkpoint-3"]
+    state.trial_name = None
+    (tmp_path / "mine" / "checkpoint-3" / FILE).unlink()
+    with pytest.warns(UserWarning, match="hyperparameter search without hp_name"):
+        AdaLoraCallback().on_save(args, state, None, model=model)
+    assert not list(tmp_path.rglob(FILE))

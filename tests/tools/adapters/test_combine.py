@@ -156,6 +156,13 @@ def test_what_has_no_sum_is_refused(tmp_path):
     changed = from_model(get_peft_model(cases.Tiny(), config))
     with pytest.raises(AdapterError, match="init_lora_weights 'olora': its factors hold a part of"):
         combine([plain, changed], WEIGHTS)
+    for field, value, words in (
+        ("alora_invocation_tokens", [1, 2], "aLoRA applies after its invocation tokens alone, so"),
+        ("bias", "some", "expected one of none, lora_only, all, got 'some'"),
+    ):
+        other = replace(plain, source="other", config={**plain.config, field: value})
+        with pytest.raises(AdapterError, match=f"other: {field}: {words}"):
+            combine([plain, other], WEIGHTS)
     with pytest.raises(AdapterError, match="weights: expected one for each of 2 adapters"):
         combine([plain, plain], [1.0])
     update = plain.updates["layers.0.q_proj"]

@@ -167,6 +167,20 @@ def test_refusals(tmp_path):
         extract(base, tmp_path / "broken")
 
 
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+    base, done = save_llama(tmp_path / "base", torch.float32), []
+    tune(base, tmp_path / "tuned")
+
+    def cut_off(nbytes: int, name: str) -> None:
+        done.append(name)
+        for file in (tmp_path / "tuned").glob("*.safetensors"):
+            file.write_bytes(b"")
+
+    with pytest.raises(CheckpointError, match=r"tuned/model-.*\.safetensors: changed while it was"):
+        extract(base, tmp_path / "tuned", progress=cut_off)
+    assert len(done) == 1
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_experts_one_by_one_and_stacked(family, tmp_path):
     model = save_moe(tmp_path / "base", family, torch.float32)

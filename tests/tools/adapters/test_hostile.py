@@ -148,6 +148,7 @@ def test_names_of_no_adapter(folder):
         ("rank_pattern", {"q_proj": 2}, "the config says 2"),
         ("rank_pattern", {"q_proj": "x"}, "expected a number"),
         ("rank_pattern", {"(": 4}, "no regular expression"),
+        ("rank_pattern", {"(?i)q_proj": 4}, "rank_pattern: '(?i)q_proj' is no regular expression"),
         ("rank_pattern", [1], "rank_pattern: expected an object"),
         ("target_modules", "(", "no regular expression"),
         ("target_modules", [1], "expected names"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
 
 import pytest
 import torch
-from adapters import CASES, Tiny, delta, deltas, save
+from adapters import CASES, Tiny, delta, deltas, make, save
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -82,3 +83,23 @@ def test_what_is_written_loads_in_peft_with_a_scaling_of_one(case, tmp_path):
     for name, tensor in model.state_dict().items():  # modules_to_save, biases, token rows
         if name in state and ("default" in name or "bias" in name) and case != "adalora":
             assert torch.equal(tensor, state[name]), name
+
+
+def test_triplets_that_revived_since_the_mask_are_read_of_a_live_model(tmp_path):
+    model = make("adalora")
+    config, layers = model.peft_config["default"], model.base_model.model.layers
+    masks = {f"{name}.default": kept for name, kept in config.rank_pattern.items()}
+    config.rank_pattern = copy.deepcopy(masks)  # with the names of a training
+    with torch.no_grad():
+        for layer in layers:
+            layer.q_proj.lora_E["default"][1] = 0.5
+    adapter = from_model(model)
+    assert config.rank_pattern == masks
+    assert [one.rank for one in adapter.updates.values()] == [4, 1]
+    for key, theirs in deltas(model).items():
+        torch.testing.assert_close(delta(adapter.updates[key], theirs).float(), theirs, **CLOSE)
+    write_adapter(adapter, tmp_path / "b")
+    torch.manual_seed(0)
+    found = deltas(PeftModel.from_pretrained(Tiny(), tmp_path / "b"))
+    for key, theirs in deltas(model).items():
+        torch.testing.assert_close(found[key], theirs, **CLOSE)

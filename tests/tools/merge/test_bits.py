@@ -18,6 +18,9 @@ from merged_folders import (
     save_base,
 )
 
+from peftkern.tools.adapters import read_adapter
+from peftkern.tools.merge.merge import Summary
+
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 96}
 MOE = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "head_dim": 16}
@@ -110,6 +113,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def updated_tensors(summary: Summary, updated: set[str]) -> set[str]:
+    """The files' names of these parameters, by the places that the merge has found."""
+    return {
+        name
+        for name, found in summary.plan.places.by_tensor.items()
+        if any(place.parameter in updated for place in found)
+    }
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_peft(tmp_path: Path, case: str) -> None:
     """Of every tensor of the checkpoint; transformers loads it."""
@@ -123,7 +135,28 @@ def test_bits_are_those_of_peft(tmp_path: Path, case: str) -> None:
     assert_same_tensors(got, expected)
     before = load_tensors(base)
     changed = {name for name, tensor in got.items() if not torch.equal(tensor, before[name])}
+    updates = read_adapter(adapter).updates.values()
+    updated = {f"{update.module}.{update.parameter}" for update in updates}
+    assert summary.changes.keys() == updated_tensors(summary, updated)
     assert summary.changes.keys() <= changed
     assert_same_tensors(
         dict(load(tmp_path / "out").state_dict()), dict(load(tmp_path / "peft").state_dict())
     )
+
+
+def test_adapter_in_the_base_itself_is_not_merged_twice(tmp_path: Path) -> None:
+    """transformers loads the one that lies beside the weights; others' sub-folders are copied."""
+    model = make_model()
+    base = save_base(tmp_path / "base", model)
+    adapter = save_adapter(base, model, target_modules=LINEAR)
+    save_adapter(base / "adapter", model, target_modules=LINEAR)
+    save_adapter(base / "vision-lora", model, target_modules=LINEAR)
+    summary = merge(base, adapter, to=tmp_path / "out")
+    merge_alone = load_tensors(tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names.isdisjoint({"adapter", "adapter_config.json", "adapter_model.safetensors"})
+    assert "vision-lora/adapter_model.safetensors" in summary.plan.companions.copied
+    assert {"adapter_config.json", "adapter/adapter_config.json"} <= {*summary.plan.companions.left}
+    state = load(tmp_path / "out").state_dict()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(state[name], merge_alone[name])

@@ -18,6 +18,7 @@ from merged_folders import (
     save_base,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
@@ -143,3 +144,27 @@ def test_longer_embeddings_without_their_table_are_refused(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"resized vocabulary comes with base_layer\.weight"):
         merge(base, tmp_path / "adapter", to=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"target_modules": ["embed_tokens"]}, False),
+        ({"target_modules": ["lm_head"]}, False),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 2, 40]}, True),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    ],
+    ids=["input", "output", "token rows", "once for both"],
+)
+def test_one_table_that_is_stored_twice(tmp_path: Path, config: dict[str, Any], tied: bool) -> None:
+    """Under both names, as some files of tied models have it, it is merged like one."""
+    base = save_base(tmp_path / "base", make_model(tie_word_embeddings=True))
+    adapter = save_adapter(tmp_path / "adapter", load(base), **config)
+    merge(base, adapter, to=tmp_path / "expected")
+    tensors = load_tensors(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    merge(base, adapter, to=tmp_path / "out")
+    merged, expected = load(tmp_path / "out"), load(tmp_path / "expected")
+    assert merged.config.tie_word_embeddings == expected.config.tie_word_embeddings == tied
+    assert_same_tensors(dict(merged.state_dict()), dict(expected.state_dict()))

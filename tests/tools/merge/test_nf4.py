@@ -139,6 +139,20 @@ def test_adapter_trained_on_the_base_in_nf4(tmp_path: Path) -> None:
     assert_same_tensors(load_tensors(tmp_path / "out"), expected)
 
 
+def test_trained_on_conv1d_in_nf4(tmp_path: Path) -> None:
+    """Whose layers transformers turns before they are quantized: blocks lie along the inputs."""
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    model = make_model(family="GPT2", head="LMHeadModel", **sizes)
+    base = save_base(tmp_path / "base", model)
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["c_attn"])
+    merge(base, adapter, to=tmp_path / "out", as_trained="nf4")
+    convert(base, tmp_path / "trained", double_quant=False)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    trained = decoded(load_tensors(tmp_path / "trained"))[name]
+    assert trained.shape == (256, 64)
+    assert torch.equal(load_tensors(tmp_path / "out")[name], trained.T)
+
+
 def test_residual_adapter_brings_back_most_of_what_is_lost(tmp_path: Path) -> None:
     """Its factors are the best of their rank; PEFT loads it over the output."""
     base, _, adapter = folders(tmp_path)
@@ -156,6 +170,22 @@ def test_residual_adapter_brings_back_most_of_what_is_lost(tmp_path: Path) -> No
     PeftModel.from_pretrained(load(tmp_path / "out"), tmp_path / "out" / "residual_adapter")
 
 
+def test_force_removes_the_adapters_of_the_checkpoint_before(tmp_path: Path) -> None:
+    """A link in the place of their folder is refused: nothing is written, or removed, beyond."""
+    base, _, adapter = folders(tmp_path)
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    merge(base, adapter, to=out, out="nf4", residual=8)
+    (out / "adapter").mkdir()
+    merge(base, adapter, to=out, force=True)
+    assert not (out / "residual_adapter").exists() and not (out / "adapter").exists()
+    elsewhere.mkdir()
+    (elsewhere / "adapter_config.json").write_text("{}")
+    (out / "residual_adapter").symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="residual_adapter: expected a folder or nothing"):
+        merge(base, adapter, to=out, out="nf4", residual=8, force=True)
+    assert [path.name for path in elsewhere.iterdir()] == ["adapter_config.json"]
+
+
 @pytest.mark.parametrize(
     ("options", "quantized", "words"),
     [
@@ -168,6 +198,18 @@ def test_options_that_do_not_fit(tmp_path: Path, options, quantized, words) -> N
     base, nf4, adapter = folders(tmp_path)
     with pytest.raises(CheckpointError, match=words):
         merge(nf4 if quantized else base, adapter, to=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_residual_of_parts_of_parameters(tmp_path: Path) -> None:
+    """A tensor for each expert is no layer that an adapter could update."""
+    moe = {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "head_dim": 16}
+    model = make_model(family="Qwen3Moe", **moe)
+    base = save_base(tmp_path / "base", model)
+    convert(base, tmp_path / "nf4", stack=False)
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"])
+    with pytest.raises(CheckpointError, match=r"experts.*is a part of model\.layers.*experts"):
+        merge(tmp_path / "nf4", adapter, to=tmp_path / "out", residual=4)
     assert not (tmp_path / "out").exists()
 
 

@@ -17,8 +17,12 @@ from merged_folders import (
 )
 from processes import run_code
 
-from peftkern.tools.adapters import read_adapter
+from peftkern.tools.adapters import Update, read_adapter
 from peftkern.tools.merge import tensors
+from peftkern.tools.merge.edits import Edit
+from peftkern.tools.merge.placement import Place
+from peftkern.tools.merge.plan import Unit
+from peftkern.tools.merge.weights import Weight
 
 GPT2 = {"family": "GPT2", "head": "LMHeadModel", "n_embd": 64, "n_layer": 2, "n_head": 4}
 MOE = {"family": "Qwen3Moe", "num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16}
@@ -86,6 +90,46 @@ def test_several_adapters_are_added_up_before_the_one_rounding(tmp_path: Path) -
             assert exact.float().mean() > 0.999
         else:
             assert torch.equal(got[name], tensor)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 31, 32, 40, 95, 96])
+def test_no_panel_has_few_rows(monkeypatch, rows: int) -> None:
+    """But of a tensor that has no more: some libraries sum such products in another order."""
+    monkeypatch.setattr(tensors, "_PANEL", 1 << 10)  # 16 rows of 64
+    unit = Unit("a", Weight("a", torch.bfloat16, (rows, 64), ()), ())
+    cuts = [(panel.first, panel.last) for panel in tensors.panels(unit)]
+    assert [0, *(last for _, last in cuts)] == [*(first for first, _ in cuts), rows]
+    assert min(last - first for first, last in cuts) >= min(rows, 16)
+    assert max(last - first for first, last in cuts) < 32
+
+
+def test_total_counts_all_merged_values(tmp_path: Path, monkeypatch) -> None:
+    """Of a layer of which one panel in many is compared as much as of a small one."""
+    sizes = {"intermediate_size": 2048, "num_hidden_layers": 1}
+    model = make_model(**sizes)
+    base = save_base(tmp_path / "base", model)
+    config = {"target_modules": ["q_proj", "up_proj"]}
+    adapter = save_adapter(tmp_path / "adapter", model, **config)
+    expected = merge(base, adapter, to=tmp_path / "whole").total
+    assert expected.values == expected.merged == (64 + 2048) * 64
+    monkeypatch.setattr(tensors, "_PANEL", 1 << 10)
+    found = merge(base, adapter, to=tmp_path / "out").total
+    assert found.values < found.merged == expected.merged
+    assert found.update == pytest.approx(expected.update, rel=0.3)
+    assert found.total == pytest.approx(expected.total, rel=0.1)
+
+
+def test_a_tensor_whose_merged_rows_come_late_is_measured(monkeypatch) -> None:
+    """After 40 panels of rows that stay, as in a tensor of several parameters."""
+    monkeypatch.setattr(tensors, "_PANEL", 1 << 10)
+    update = Update("a", "weight", "linear", torch.ones(2, 64), torch.ones(32, 2), 1.0)
+    edits = ((Place("a.weight", 32, at=656), Edit(updates=[(update, 1.0)])),)
+    weight = Weight("a", torch.bfloat16, (688, 64), ())
+    found = list(tensors.panels(Unit("a", weight, (), edits)))
+    assert [(p.block.at, p.measured) for p in found if p.added is not None] == [
+        (656, True),
+        (656, False),
+    ]
 
 
 MEMORY = """

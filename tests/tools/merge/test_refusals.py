@@ -138,6 +138,18 @@ def test_sum_that_overflows(tmp_path: Path) -> None:
     refused(r"layers\.0\.self_attn\.q_proj\.weight: holds NaN or infinity", base, adapter)
 
 
+@pytest.mark.parametrize("name", ["mlp.up_proj.weight", "input_layernorm.weight"])
+def test_value_that_another_dtype_does_not_hold(tmp_path: Path, name: str) -> None:
+    """Of a tensor that no adapter changes: a matrix, and a vector."""
+    base, adapter = folders(tmp_path)
+    path, name = base / "model.safetensors", f"model.layers.1.{name}"
+    tensors = load_file(path)
+    tensors[name].view(-1)[3] = 1e5
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(f"{name}: holds NaN or infinity", base, adapter, out="fp16")
+    merge(base, adapter, to=tmp_path / "out", out="fp32")
+
+
 def test_base_that_is_not_finite(tmp_path: Path) -> None:
     base, adapter = folders(tmp_path)
     path = base / "model.safetensors"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import torch
 from checkpoint_folders import contents
 from merged_folders import make_model, merge, save_adapter, save_base
 
-from peftkern.tools.checkpoints.checkpoint import CheckpointError
+from peftkern.tools.adapters import read_adapter
+from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from peftkern.tools.checkpoints.staging import FILES, WORK
-from peftkern.tools.merge.merge import MANIFEST
+from peftkern.tools.merge.merge import MANIFEST, merge_checkpoint
+from peftkern.tools.merge.plan import Options
 
 EVENTS = ("pwrite", "copy_file_range", "replace", "fsync", "ftruncate", "unlink")
 
@@ -36,7 +40,9 @@ def killed_at(number: int, run: Any) -> bool:
     """Run in a child that is killed at that event, half of its bytes written; was it?"""
     child = os.fork()
     if child:
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFSIGNALED(status)
     try:
         torch.set_num_threads(1)
         count = itertools.count()
@@ -55,8 +61,9 @@ def killed_at(number: int, run: Any) -> bool:
         for name in EVENTS:
             setattr(os, name, dying(name, getattr(os, name)))
         run()
-    finally:
         os._exit(0)
+    finally:  # it raised
+        os._exit(1)
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, folders) -> None:
@@ -68,11 +75,35 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, folders) -
         if not killed_at(number, lambda out=out: merge(*folders, to=out)):
             break
         # Everything is there, or no config by which it would be loaded.
-        there = {n: data for n, data in contents(out).items() if not n.startswith(WORK)}
+        there = {n: d for n, d in contents(out).items() if not n.startswith(".peftkern-")}
         assert there == whole or "config.json" not in there
         resumed.add(merge(*folders, to=out, force="config.json" in there).resumed)
         assert contents(out) == whole
     assert number > 20 and resumed >= {0, 1, 2}
+
+
+def test_full_disk_leaves_what_can_be_resumed(tmp_path: Path, folders, monkeypatch) -> None:
+    """Also where it is met by a tensor that is copied."""
+    out, write = tmp_path / "out", os.pwrite
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def copy(*arguments: Any) -> int:
+        raise full
+
+    def written(file: int, data: Any, offset: int) -> int:
+        if isinstance(data, bytes) and offset:  # of a copy, behind the header
+            raise full
+        return write(file, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "copy_file_range", copy)
+        patch.setattr(os, "pwrite", written)
+        with pytest.raises(OSError, match="No space left"):
+            merge(*folders, to=out)
+    assert (out / WORK / FILES).exists()
+    merge(*folders, to=out)
+    merge(*folders, to=tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def stop_after_first_file(base: Path, adapter: Path, out: Path) -> None:
@@ -131,6 +162,18 @@ def test_unfinished_run_with_other_options_or_adapters(tmp_path: Path, folders) 
     assert merge(base, other, to=out, force=True).resumed == 0
     merge(base, other, to=tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_unfinished_run_with_other_scaling(tmp_path: Path, folders) -> None:
+    """Of the same tensors and the same config: a file of another format brings it itself."""
+    base, path = folders
+    out = tmp_path / "out"
+    stop_after_first_file(base, path, out)
+    adapter, checkpoint = read_adapter(path), read_checkpoint(base)
+    updates = {k: replace(u, scaling=u.scaling * 2) for k, u in adapter.updates.items()}
+    other = replace(adapter, updates=updates)
+    with pytest.raises(CheckpointError, match="another set of adapters"):
+        merge_checkpoint(checkpoint, [(other, 1.0)], out, Options())
 
 
 def test_base_that_changes_while_it_is_read(tmp_path: Path, folders) -> None:

@@ -50,15 +50,36 @@ def component_modules(base: str | os.PathLike) -> Iterator[str]:
                 yield f"{file.parent.name}.{name.removesuffix('.weight')}"
 
 
-def model_type(base: str | os.PathLike | None, config: Mapping[str, Any]) -> str:
-    """Return the kind of model of a base, or what the adapter says of it where no folder does.
+def is_mixtral(base: str | os.PathLike | None, adapter: Adapter) -> bool:
+    """Return whether the experts' projections are w1, w3 and w2 in a block_sparse_moe.
 
-    Raises: AdapterError if a base was given and does not tell.
+    The base's config.json tells, of the folder that the adapter names if no base was given: a name
+    alone tells neither that nor how gate and up lie in a stack.
+
+    Raises: AdapterError for stacks of experts if nothing tells, or if they have no projections.
     """
+    stacks = [update for update in adapter.updates.values() if update.kind == "experts"]
+    if not stacks:
+        return False
+    stacks.sort(key=lambda update: "gate" not in update.parameter)
+    where, kind = f"{adapter.source}: {stacks[0].key}", _model_type(base, adapter.config)
+    if kind is None:
+        raise AdapterError(
+            f"{where}: only the base's config.json tells how gate and up lie in a stack and what "
+            "its projections are called: expected --base"
+        )
+    if _INTERLEAVED.search(kind):
+        rows = "rows of gate and up alternate" if "gate" in stacks[0].parameter else "an update"
+        raise AdapterError(f"{where}: {rows} in {kind}, whose experts have no projections apart")
+    return _MIXTRAL.search(kind) is not None
+
+
+def _model_type(base: str | os.PathLike | None, config: Mapping[str, Any]) -> str | None:
+    """Return the kind of model of a base; None if none was given and no folder tells."""
     said = base if base is not None else config.get("base_model_name_or_path")
     path = Path(str(said)) / "config.json"
     if base is None and not (said and path.is_file()):
-        return str(said or "")
+        return None
     try:
         found = read_json(path)
     except (ValueError, OSError) as error:
@@ -67,21 +88,6 @@ def model_type(base: str | os.PathLike | None, config: Mapping[str, Any]) -> str
     if not isinstance(kind, str):
         raise AdapterError(f"{path}: model_type: expected a name, got {brief(kind)}")
     return kind
-
-
-def is_mixtral(kind: str) -> bool:
-    """Return whether its experts' projections are w1, w3 and w2 in a block_sparse_moe."""
-    return _MIXTRAL.search(kind) is not None
-
-
-def check_halves(adapter: Adapter, kind: str) -> None:
-    """Raise AdapterError for experts whose gate and up alternate row by row."""
-    stacks = [update for update in adapter.updates.values() if update.kind == "experts"]
-    if stacks and _INTERLEAVED.search(kind):
-        raise AdapterError(
-            f"{adapter.source}: {stacks[0].key}: rows of gate and up alternate in {kind}, whose "
-            "experts have no projections apart"
-        )
 
 
 def base_table(update: Update) -> str:

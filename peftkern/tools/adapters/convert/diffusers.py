@@ -18,9 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from peftkern.formats.json_files import parse_json
+from peftkern.formats.rank_patterns import rank_fields
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update, check_config
 from peftkern.tools.adapters.convert.pairs import check_floating, from_update, to_update
-from peftkern.tools.adapters.scaling import rank_fields, scale_of
+from peftkern.tools.adapters.scaling import scale_of
 from peftkern.tools.adapters.source import Source
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -3,7 +3,7 @@
     linear     lora_a [n, r], lora_b [r, m]: both transposed
     embedding  lora_a [V, r], lora_b [r, d]: both transposed, too
     experts    lora_a [E, r, n], lora_b [E, m, r], of gate_proj, up_proj and down_proj apart
-    DoRA       m [m]
+    DoRA       m [m]; of an embedding [V], which has no counterpart in PEFT
     scaling    lora_parameters.scale itself, of all modules
 
 mlx-lm wraps the modules that lora_parameters.keys names in the last num_layers layers, -1 for all,
@@ -37,6 +37,7 @@ FILE = "adapters.safetensors"
 A, B, M = ".lora_a", ".lora_b", ".m"
 # The modules of mlx-lm that are tables of rows by token: a pair of 2-D tensors does not tell.
 _TABLES = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"}
+_TABLE_DORA = "of DoRA on an embedding mlx-lm has the norm of each token, PEFT of each feature"
 _SWITCH, _EXPERTS = "switch_mlp", "experts"
 _LAYER = re.compile(r"(?:.*\.)?layers\.\d+\.(.+)")
 
@@ -113,8 +114,15 @@ def _update(module: str, parts: Mapping[str, Tensor], scaling: float, source: st
             return Update(holder, name, "experts", lora_a, lora_b, scaling)
     elif lora_a.ndim == lora_b.ndim == 2 and lora_a.shape[1] == lora_b.shape[0]:
         kind = "embedding" if module.rpartition(".")[2] in _TABLES else "linear"
-        pair = lora_a.T, lora_b.T
-        return Update(module, "weight", kind, *pair, scaling, magnitude=parts.get(M))
+        magnitude = parts.get(M)
+        if magnitude is not None and kind == "embedding":
+            raise AdapterError(f"{source}: {module}{M}: {_TABLE_DORA}")
+        if magnitude is not None and magnitude.numel() != lora_b.shape[1]:
+            raise AdapterError(
+                f"{source}: {module}{M}: expected [{lora_b.shape[1]}], as lora_b has outputs, got "
+                f"{list(magnitude.shape)}"
+            )
+        return Update(module, "weight", kind, lora_a.T, lora_b.T, scaling, magnitude=magnitude)
     raise AdapterError(
         f"{source}: {module}: expected lora_a [n, r] and lora_b [r, m], or those of the experts' "
         f"{', '.join(PROJECTIONS)}, [E, r, n] and [E, m, r], got {list(lora_a.shape)} and "
@@ -137,6 +145,8 @@ def write(adapter: Adapter, *, mixtral: bool = False) -> tuple[dict[str, Tensor]
             raise AdapterError(
                 f"{adapter.source}: {update.key}: mlx-lm's layout cannot hold {what}"
             )
+        if update.kind == "embedding" and update.magnitude is not None:
+            raise AdapterError(f"{adapter.source}: {update.key}: {_TABLE_DORA}")
         if dora and update.magnitude is None:
             raise AdapterError(
                 f"{adapter.source}: {update.key}: mlx-lm's layout has DoRA in all modules or none, "

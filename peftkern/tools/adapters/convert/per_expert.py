@@ -7,7 +7,7 @@ transformers 5, vLLM reads no others for most models. In memory each is a plain 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -150,3 +150,16 @@ def scatter_experts(adapter: Adapter, mixtral: bool) -> Adapter:
                 module = f"{checkpoint_name(update.module, mixtral)}.{expert}.{names[name]}"
                 updates.append(Update(module, "weight", "linear", A, B, update.scaling))
     return adapter.with_updates(updates)
+
+
+def warnings(names: Iterable[str]) -> Iterator[str]:
+    """Yield what readers make of the tensors of these names."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        if one := _ONE.fullmatch(name.removesuffix(".lora_A.weight")):
+            found.setdefault(one[1], set()).add(one[3])
+    if any(not one & {PROJECTIONS[2], MIXTRAL[2]} for one in found.values()):
+        yield (
+            "warning: PEFT (0.21.2) reads single experts' gate and up only beside down_proj, else "
+            "as updates of zero: for PEFT convert to peft"
+        )

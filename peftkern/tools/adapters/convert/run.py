@@ -8,7 +8,8 @@
     kohya         one file of sd-scripts
     mlx           adapters.safetensors of mlx-lm
     lora          PEFT's folder of plain LoRA, from AdaLoRA, from an initialization that changed the
-                  base (with the adapter as it was), from DoRA (with the base; approximate)
+                  base (with the adapter as it was; exact but for LoftQ), from DoRA (with the base;
+                  approximate)
 
 Scaling becomes 1 in all of them: lora_B takes it, rounded once unless it is a power of two.
 """
@@ -86,9 +87,11 @@ def convert_adapter(
     Args:
         source: a folder, a file, or an Adapter with PEFT's names, like one of a live model.
         to: one of TARGETS.
-        from_layout: of the source's experts, where nothing in it tells: one of experts.LAYOUTS.
+        from_layout: of the experts of source and initial, where nothing in them tells: one of
+            experts.LAYOUTS.
         base: folder of the base model; needed from kohya, whose names are not invertible, and from
-            DoRA to plain LoRA. Names the kind of model, where that matters.
+            DoRA to plain LoRA, and to per-expert and mlx of stacks of experts, whose kind of model
+            it tells, unless the folder that the adapter names as its base is there.
         initial: the adapter as its initialization made it, to make plain LoRA of PiSSA's and kin.
         component: "unet", "text_encoder", ...: what a PEFT adapter is of, to diffusers and kohya;
             which one to take, from them.
@@ -119,12 +122,14 @@ def convert_adapter(
     folded = fold(adapter)
     rounded = [key for key, one in folded.updates.items() if not _exact(adapter.updates[key], one)]
     if to == "lora":
-        folded, losses = _plain(folded, base, initial, rank)
+        start = None if initial is None else _read(initial, from_layout)[0]
+        folded, losses = _plain(folded, base, start, rank)
     check_finite(folded)
     files = TARGETS[to](folded, base)
     publish(destination, files)
     names = read.source, str(destination), layout, to
-    return Conversion(*names, len(folded.updates), tuple(rounded), losses, adapter.notes)
+    notes = (*adapter.notes, *(per_expert.warnings(files.tensors) if to == "per-expert" else ()))
+    return Conversion(*names, len(folded.updates), tuple(rounded), losses, notes)
 
 
 def _read(source: str | os.PathLike | Adapter, layout: str | None) -> tuple[Adapter, str]:
@@ -178,15 +183,11 @@ def _named(adapter: Adapter, layout: str, to: str, base: Base, component: str | 
 
 
 def _plain(
-    adapter: Adapter,
-    base: Base,
-    initial: str | os.PathLike | Adapter | None,
-    rank: int | None,
+    adapter: Adapter, base: Base, initial: Adapter | None, rank: int | None
 ) -> tuple[Adapter, dict[str, to_lora.Loss]]:
     """Return the adapter as plain LoRA, and what DoRA's modules lost."""
     if initial is not None:
-        start, _ = _read(initial, None)
-        start = fold(replace(start, config=to_lora.plain_config(start.config)))
+        start = fold(replace(initial, config=to_lora.plain_config(initial.config)))
         return fold(to_lora.subtract_initial(adapter, start)), {}
     if base is None or all(one.magnitude is None for one in adapter.updates.values()):
         return adapter, {}
@@ -248,10 +249,8 @@ def _peft_old_moe(adapter: Adapter, *_: Base) -> Files:
 
 
 def _per_expert(adapter: Adapter, base: Base) -> Files:
-    kind = bases.model_type(base, adapter.config)
     adapter = _with_experts(adapter, "per-expert")
-    bases.check_halves(adapter, kind)
-    return _peft(fold(per_expert.scatter_experts(adapter, bases.is_mixtral(kind))))
+    return _peft(fold(per_expert.scatter_experts(adapter, bases.is_mixtral(base, adapter))))
 
 
 def _grouped(adapter: Adapter, *_: Base) -> Files:
@@ -279,10 +278,8 @@ def _kohya(adapter: Adapter, base: Base) -> Files:
 
 def _mlx(adapter: Adapter, base: Base) -> Files:
     _check_portable(adapter, "mlx")
-    kind = bases.model_type(base, adapter.config)
     adapter = _gathered(adapter)
-    bases.check_halves(adapter, kind)
-    tensors, config = mlx.write(adapter, mixtral=bases.is_mixtral(kind))
+    tensors, config = mlx.write(adapter, mixtral=bases.is_mixtral(base, adapter))
     return Files(mlx.FILE, tensors, {"format": "pt"}, config)
 
 

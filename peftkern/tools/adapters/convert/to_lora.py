@@ -1,7 +1,8 @@
 """Plain LoRA from an adapter whose base was changed, and from DoRA.
 
     changed base   s B A - s0 B0 A0 = [B | -B0] [A; A0]: exact, of rank 2r   (with the adapter as
-                   its initialization made it)
+                   its initialization made it), but for LoftQ: its base was rounded to 4 bits, too,
+                   which the result leaves out
     DoRA           D = c (W + s B A) - W, c = magnitude / |W + s B A|: the rows of W come in, so D
                    has full rank; the best rank-k part is kept                (with the base)
 

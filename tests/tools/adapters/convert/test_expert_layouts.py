@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from adapters import CASES, EXPERTS, HIDDEN, INNER, delta, deltas, save
+from adapters import CASES, EXPERTS, HIDDEN, INNER, base_of, delta, deltas, save
 from checkpoint_folders import save_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -40,7 +40,7 @@ def check(adapter, wanted) -> None:
 def test_there_and_back(to, case, tmp_path):
     model = save(case, tmp_path / "a")
     convert_adapter(tmp_path / "a", tmp_path / "peft", "peft")
-    done = convert_adapter(tmp_path / "peft", tmp_path / "b", to)
+    done = convert_adapter(tmp_path / "peft", tmp_path / "b", to, base=base_of(tmp_path / "base"))
     assert done.rounded == () and done.losses == {}
     convert_adapter(tmp_path / "b", tmp_path / "back", "peft")
     same_files(tmp_path / "peft", tmp_path / "back")
@@ -48,18 +48,18 @@ def test_there_and_back(to, case, tmp_path):
 
 
 def test_a_live_model_is_converted_as_its_file_is(tmp_path):
-    model = save("experts and attention", tmp_path / "a")
+    model, base = save("experts and attention", tmp_path / "a"), base_of(tmp_path / "base")
     for name, source in (("b", tmp_path / "a"), ("c", from_model(model))):
-        convert_adapter(source, tmp_path / name, "per-expert")
+        convert_adapter(source, tmp_path / name, "per-expert", base=base)
     same_files(tmp_path / "b", tmp_path / "c")
 
 
 @pytest.mark.parametrize("rank, alpha", [(1, 4), (3, 1.5), (3, 6), (2, 0.5)])
 def test_scalings_of_powers_of_two_round_nothing(rank, alpha, tmp_path, monkeypatch):
     monkeypatch.setitem(CASES, "here", {**CASES["experts"], "r": rank, "lora_alpha": alpha})
-    model = save("here", tmp_path / "a")
+    model, base = save("here", tmp_path / "a"), base_of(tmp_path / "base")
     for to in LAYOUTS:
-        done = convert_adapter(tmp_path / "a", tmp_path / to, to)
+        done = convert_adapter(tmp_path / "a", tmp_path / to, to, base=base)
         assert done.rounded == ()
         convert_adapter(tmp_path / to, tmp_path / f"{to} back", "peft")
         before, after = (read_adapter(tmp_path / n).updates for n in ("a", f"{to} back"))
@@ -81,7 +81,7 @@ def test_other_scalings_are_named_since_they_round_once(tmp_path):
 @pytest.mark.parametrize("to", ["peft-old-moe", "per-expert", "grouped"])
 def test_what_layouts_hold_of_each_expert(to, tmp_path):
     save("experts", tmp_path / "a")
-    convert_adapter(tmp_path / "a", tmp_path / "b", to)
+    convert_adapter(tmp_path / "a", tmp_path / "b", to, base=base_of(tmp_path / "base"))
     state, updates = load_file(tmp_path / "b" / MODEL), read_adapter(tmp_path / "a").updates
     up, down = (updates[f"layers.1.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
     prefix = "base_model.model.layers.1.experts."
@@ -174,6 +174,22 @@ def test_an_adapter_of_transformers_4_becomes_what_peft_makes_of_it(trained):
         assert torch.equal(back[name], wanted), name
 
 
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+def test_gate_and_up_alone_are_warned_of_which_peft_reads_as_zero(parameter, tmp_path):
+    save_moe(tmp_path / "base", "qwen3_moe", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(target_parameters=[f"mlp.experts.{parameter}"]))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.normal_()
+    model.save_pretrained(tmp_path / "a")
+    done = convert_adapter(tmp_path / "a", tmp_path / "b", "per-expert", base=tmp_path / "base")
+    said = [note for note in done.notes if "updates of zero: for PEFT convert to peft" in note]
+    zero = not any(one.any() for one in load(tmp_path, tmp_path / "b").values())
+    assert bool(said) == zero == (parameter == "gate_up_proj")
+
+
 def test_grouped_adapters_may_share_a_side(tmp_path):
     save("experts", tmp_path / "a")
     convert_adapter(tmp_path / "a", tmp_path / "b", "grouped")
@@ -205,11 +221,29 @@ def test_gate_and_up_that_alternate_have_no_projections(tmp_path):
     save_moe(tmp_path / "base", "gpt_oss")
     for to in ("per-expert", "mlx"):
         refused(tmp_path / "a", to, "gate_up_proj", "alternate in gpt_oss", base=tmp_path / "base")
+    save("one parameter", tmp_path / "down", is_transposed=True)
+    words = "down_proj: an update in gpt_oss, whose experts have no projections"
+    refused(tmp_path / "down", "per-expert", words, base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("named", [None, "somebody/a-tune"])
+def test_a_name_alone_tells_nothing_of_experts(named, tmp_path):
+    save("experts", tmp_path / "a", is_transposed=True)
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": named}))
+    for to in ("per-expert", "mlx"):
+        refused(tmp_path / "a", to, "gate_up_proj", "how gate and up lie", "--base")
+    base = base_of(tmp_path / "base")
+    named = {"base_model_name_or_path": str(base)}
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config | named))
+    for to in ("per-expert", "mlx"):
+        convert_adapter(tmp_path / "a", tmp_path / to, to)
 
 
 def test_experts_that_do_not_make_a_stack(tmp_path):
     save("experts", tmp_path / "a")
-    convert_adapter(tmp_path / "a", tmp_path / "b", "per-expert")
+    base = base_of(tmp_path / "base")
+    convert_adapter(tmp_path / "a", tmp_path / "b", "per-expert", base=base)
     whole = load_file(tmp_path / "b" / MODEL)
     key = "base_model.model.layers.0.experts."
 

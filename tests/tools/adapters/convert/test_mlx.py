@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import CASES, EXPERTS, INNER, deltas, save
+from adapters import CASES, EXPERTS, INNER, base_of, deltas, save
 from checkpoint_folders import save_moe
 from safetensors.torch import load_file, save_file
 
@@ -39,7 +39,7 @@ def fused(folder: Path) -> dict:
 def test_mlx_computes_the_same_updates_and_back(case, tmp_path):
     wanted = {k: d for k, d in deltas(save(case, tmp_path / "a")).items() if d.any()}
     convert_adapter(tmp_path / "a", tmp_path / "p", "peft")
-    convert_adapter(tmp_path / "p", tmp_path / "b", "mlx")
+    convert_adapter(tmp_path / "p", tmp_path / "b", "mlx", base=base_of(tmp_path / "base"))
     found = fused(tmp_path / "b")
     for key, theirs in wanted.items():
         if key in found:
@@ -61,7 +61,7 @@ def test_mlx_computes_the_same_updates_and_back(case, tmp_path):
 
 def test_keys_are_those_within_a_layer(tmp_path):
     save("experts and attention", tmp_path / "a")
-    convert_adapter(tmp_path / "a", tmp_path / "b", "mlx")
+    convert_adapter(tmp_path / "a", tmp_path / "b", "mlx", base=base_of(tmp_path / "base"))
     config = json.loads((tmp_path / "b" / CONFIG).read_text())
     names = ["q_proj", *(f"switch_mlp.{name}_proj" for name in ("down", "gate", "up"))]
     assert sorted(config["lora_parameters"]["keys"]) == names
@@ -130,6 +130,18 @@ WRONG = {
 def test_files_with_a_defect(case, tmp_path):
     change, fields, words = WRONG[case]
     refused(write(tmp_path / "a", change, **fields), "peft", FILE, *words)
+
+
+def test_dora_of_embeddings_has_other_norms(tmp_path, monkeypatch):
+    monkeypatch.setitem(CASES, "here", {**CASES["embedding"], "use_dora": True})
+    save("here", tmp_path / "p")
+    refused(tmp_path / "p", "mlx", "embed_tokens", "norm of each token")
+    table = "model.embed_tokens"
+    state = {f"{table}.lora_a": torch.ones(9, 2), f"{table}.lora_b": torch.ones(2, 8)}
+    folder = write(tmp_path / "t", state | {f"{table}.m": torch.ones(9)}, fine_tune_type="dora")
+    refused(folder, "peft", FILE, f"{table}.m", "norm of each token")
+    folder = write(tmp_path / "m", {f"{Q}.m": torch.ones(5)}, fine_tune_type="dora")
+    refused(folder, "peft", FILE, f"{Q}.m", "expected [4]", "[5]")
 
 
 def test_a_file_without_its_config(tmp_path):

@@ -127,6 +127,25 @@ def test_tables_of_the_base_are_of_the_changed_one(tmp_path):
     refused(tmp_path / "a", table, "changed base", initial=tmp_path / "initial")
 
 
+def test_the_layout_is_of_the_initial_adapter_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(CASES, "here", {**CASES["one parameter"], "init_lora_weights": True})
+    save("here", tmp_path / "a"), save("here", tmp_path / "initial", seed=1)
+    for name in ("a", "initial"):
+        config = json.loads((tmp_path / name / CONFIG).read_text())
+        config |= {"base_model_name_or_path": "unsloth/some-model"}
+        (tmp_path / name / CONFIG).write_text(json.dumps(config))
+    how = {"from_layout": "unsloth", "initial": tmp_path / "initial"}
+    convert_adapter(tmp_path / "a", tmp_path / "b", "lora", **how)
+    found = read_adapter(tmp_path / "b").updates
+    for key, update in found.items():
+        one, start = (
+            read_adapter(tmp_path / name, expert_layout="unsloth").updates[key]
+            for name in ("a", "initial")
+        )
+        wanted = one.scaling * one.lora_B @ one.lora_A - start.scaling * start.lora_B @ start.lora_A
+        torch.testing.assert_close(update.lora_B @ update.lora_A, wanted, **CANCELS)
+
+
 def test_options_in_vain_are_refused(tmp_path):
     save("linear", tmp_path / "a")
     refused(tmp_path / "a", "initial", "grouped", to="grouped", initial=tmp_path / "a")

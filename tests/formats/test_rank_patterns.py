@@ -6,7 +6,7 @@ import itertools
 
 from peft.utils.other import get_pattern_key
 
-from peftkern.tools.adapters.targets import pattern_key
+from peftkern.formats.rank_patterns import pattern_key
 
 NAMES = ["q", "a.q", "a.b.q_proj", "b.q_proj", "b.gate_up", "up", "layers.1.up", "layers.11.up"]
 NAMES += ["aXq", "x.layers.1.up", "c.1", "c.d1"]
