@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peftkern.cli import main
 from peftkern.methods.initialization.factors import pissa
+from peftkern.methods.initialization.loftq import Storage
 from peftkern.tools.checkpoints import staging
+from peftkern.tools.initialize.request import Request, Target
 from peftkern.tools.initialize.starts import Starts
 from peftkern.tools.quantize import nf4_checkpoint
 
@@ -232,6 +235,24 @@ def test_a_weight_that_is_not_finite_is_named_where_texts_run(source, tmp_path, 
     said = capsys.readouterr().err
     assert "layers.1.mlp.down_proj: weight: expected finite values, got NaN or Inf" in said
     assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "qpissa"])
+def test_lower_precisions_of_a_training_do_not_reach_a_start(method):
+    torch.manual_seed(0)
+    weight, before = torch.randn(640, 640), torch.get_float32_matmul_precision()
+    targets = {"a.weight": Target("a", (640, 640), False)}
+    unit, results = SimpleNamespace(name="a.weight", quantized=method == "qpissa"), []
+    for precision, autocast in (("highest", False), ("medium", False), ("highest", True)):
+        starts = Starts(Request(method, 8), targets, None, "", Storage())
+        try:
+            torch.set_float32_matmul_precision(precision)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                base, _ = starts.rewrite(unit, weight.clone())
+        finally:
+            torch.set_float32_matmul_precision(before)
+        results.append(base if method != "qpissa" else base.packed)
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_tied_embeddings_are_refused_as_a_target(tmp_path, capsys):
