@@ -21,7 +21,7 @@ from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional import adalora as importance
 from peftkern.functional import dora
-from peftkern.functional.low_rank_svd import low_rank_svd
+from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd
 from peftkern.functional.rosa import SparseMask, rosa_linear
 from peftkern.tools.doctor.sample_calls import DTYPES
 
@@ -222,8 +222,10 @@ def _dequantize_nf4(inputs: Inputs) -> Results:
 
 
 def _low_rank_svd(inputs: Inputs) -> Results:
-    svd = low_rank_svd(inputs["lora_B"], inputs["lora_A"], 1.5)
-    return {"S": svd.S, "U S Vh": (svd.U * svd.S) @ svd.Vh}
+    args = (inputs["lora_B"], inputs["lora_A"], 1.5)
+    svd = low_rank_svd(*args)
+    out = low_rank_svd(*args, out=LowRankSVD(*map(torch.empty_like, svd)))
+    return {"S": svd.S, "U S Vh": (svd.U * svd.S) @ svd.Vh, "out": (out.U * out.S) @ out.Vh}
 
 
 def _importance(inputs: Inputs) -> Results:
