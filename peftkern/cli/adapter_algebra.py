@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftkern.cli.frame import DTYPES, InputError, bad_input, dtype_name, parse_bytes
+from peftkern.cli.frame import (
+    DTYPES,
+    InputError,
+    bad_input,
+    dtype_name,
+    parse_bytes,
+    progress_bar,
+    weighted_adapter,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +90,7 @@ def resize(
         rule = RankRule(name, value, most=rank if rules else None)
         check_destination(destination, force)
         source = read_adapter(adapter, expert_layout=layout)
-        with _bar("updates", len(source.updates)) as progress:
+        with progress_bar(len(source.updates), "updates") as progress:
             found, lost = tool.resize(source, rule, itemsize=written.itemsize, progress=progress)
         _write(found, destination, written, force)
     _report(destination, losses.as_dict(lost), as_json, lambda: losses.show(lost, per_layer))
@@ -154,10 +160,10 @@ def combine(
     with bad_input("rank"):
         how = Combination(method, rank, density, seed=seed)
         check_destination(Path(destination), force)
-        paths, weights = zip(*map(_weighted, sources), strict=True)
+        paths, weights = zip(*map(weighted_adapter, sources), strict=True)
         read = [read_adapter(path, expert_layout=layout) for path in paths]
         count = len({key for one in read for key in one.updates})
-        with _bar("updates", count) as progress:
+        with progress_bar(count, "updates") as progress:
             found, lost = tool(read, weights, how, progress=progress)
         _write(found, Path(destination), written, force)
     _report(destination, losses.as_dict(lost), as_json, lambda: losses.show(lost, per_layer))
@@ -208,7 +214,7 @@ def extract(
     with bad_input("rank", "energy"):
         rule = ExtractRule.asked(rank, energy, noise)
         check_destination(destination, force)
-        with _bar("bytes", read_checkpoint(base).nbytes) as progress:
+        with progress_bar(read_checkpoint(base).nbytes) as progress:
             found, layers = tool(base, tuned, rule, progress=progress)
         _write(found, destination, written, force)
     lost = {key: one.loss for key, one in layers.items()}
@@ -222,20 +228,6 @@ def extract(
         print(f"carried whole: {len(found.extras)} other tensors that changed")
     if not as_json:
         print(*found.notes, sep="\n", end="\n" if found.notes else "")
-
-
-def _weighted(text: str) -> tuple[str, float]:
-    """Parse "folder:0.5"; a folder may have a colon in its name, if it exists."""
-    path, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text, 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        raise InputError(f"{text}: expected ADAPTER or ADAPTER:WEIGHT") from None
-    if weight - weight:
-        raise InputError(f"{text}: expected a finite weight")
-    return path, weight
 
 
 def _dtype(text: str) -> torch.dtype:
@@ -256,17 +248,3 @@ def _report(destination: Path | str, record: dict[str, Any], as_json: bool, show
     else:
         show()
         print(f"{destination}: written")
-
-
-@contextlib.contextmanager
-def _bar(what: str, total: int) -> Iterator[Any]:
-    """Show a bar on a terminal; yield what takes the number that were finished."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    silent = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count, *_: bar.update(task, advance=count)

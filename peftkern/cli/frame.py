@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -88,18 +89,36 @@ def checkpoint_run(destination: Path | None, *options: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def byte_bar(nbytes: int) -> Iterator[Callable[[int, str], None]]:
-    """Show a bar on a terminal; yield what takes finished bytes and the name of a tensor."""
+def progress_bar(total: int, what: str = "") -> Iterator[Callable[..., None]]:
+    """Show a bar on a terminal; yield what takes how many were finished, and the name of the last.
+
+    what: is counted; bytes without it.
+    """
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    count = progress.MofNCompleteColumn() if what else progress.DownloadColumn()
+    text = progress.TextColumn("{task.description}", markup=False)
+    columns = (text, progress.BarColumn(), count, progress.TimeRemainingColumn())
     silent = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task("", total=nbytes)
-        yield lambda count, name: bar.update(task, advance=count, description=name)
+    with progress.Progress(*columns, console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done, name=what: bar.update(task, advance=done, description=name)
+
+
+def weighted_adapter(text: str) -> tuple[Path, float]:
+    """Split "folder:0.5"; a path that exists with its colon is a path, of weight 1.
+
+    Raises: InputError.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    number = re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", weight, re.ASCII | re.IGNORECASE)
+    if number is None or not math.isfinite(float(weight)):
+        raise InputError(f"{text}: expected ADAPTER or ADAPTER:WEIGHT, with a finite number")
+    return Path(path), float(weight)
 
 
 def dtype_name(option: str, text: str, accepted: Sequence[str]) -> str:

@@ -10,10 +10,10 @@ import typer
 
 from peftkern.cli.frame import (
     InputError,
-    byte_bar,
     checkpoint_run,
     parse_bytes,
     present_device,
+    progress_bar,
     table,
 )
 
@@ -109,7 +109,7 @@ def init(
             options = Options(blocksize, double_quant, shard_bytes, device)
             job = checkpoint.prepare(base, destination, request, options, names)
             job.check(force)
-            with byte_bar(base.nbytes) as progress:
+            with progress_bar(base.nbytes) as progress:
                 report = job.run(force, progress)
     if as_json:
         print(json.dumps({"written": str(destination), **report.as_dict()}, indent=2))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftkern.cli.frame import InputError, bad_input, byte_bar, checkpoint_run
+from peftkern.cli.frame import InputError, bad_input, checkpoint_run, progress_bar, weighted_adapter
 
 if TYPE_CHECKING:
     from peftkern.tools.merge.arithmetic import Change
@@ -74,7 +73,7 @@ def merge(
     """
     if not 0 <= min_survival <= 1:
         raise InputError(f"--min-survival: expected a share of 0 to 1, got {min_survival}")
-    parsed = [_parse(text) for text in adapters]
+    parsed = [weighted_adapter(text) for text in adapters]
     try:
         from peftkern.tools.adapters import read_adapter
         from peftkern.tools.adapters.experts import LAYOUTS
@@ -94,7 +93,7 @@ def merge(
         chosen = Options(out, residual, as_trained, changed_base)
     with bad_input(), checkpoint_run(destination):  # the inner one says what can be resumed
         checkpoint = read_checkpoint(base, quantized=True)
-        with byte_bar(checkpoint.nbytes) as progress:
+        with progress_bar(checkpoint.nbytes) as progress:
             summary = merge_checkpoint(
                 checkpoint, read, destination, chosen, force=force, progress=progress
             )
@@ -110,16 +109,6 @@ def merge(
             file=sys.stderr,
         )
         raise typer.Exit(TOO_LITTLE)
-
-
-def _parse(text: str) -> tuple[Path, float]:
-    """Split "folder:0.5"; a path that exists with its colon is a path."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", weight, re.ASCII | re.IGNORECASE):
-        raise InputError(f"ADAPTER: expected a number after the colon, got {text!r}")
-    return Path(path), float(weight)
 
 
 def _report(summary: Summary, destination: Path) -> Iterator[str]:

@@ -13,11 +13,11 @@ import typer
 from peftkern.cli.frame import (
     DTYPES,
     InputError,
-    byte_bar,
     checkpoint_run,
     dtype_name,
     parse_bytes,
     present_device,
+    progress_bar,
 )
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def quantize(
         too_little = _share(plan.quantized, plan.total) < MOST and not partial
         summary = check_request(checkpoint, destination, plan, force)
         if not too_little and not dry_run:
-            with byte_bar(checkpoint.nbytes) as progress:
+            with progress_bar(checkpoint.nbytes) as progress:
                 parts = (checkpoint, destination, choice, config, options)
                 summary = quantize_checkpoint(*parts, force=force, progress=progress)
     if as_json and (dry_run or not too_little):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+PREFIX = "base_model.model."  # of every key in PEFT's files, before the name in the base model
 # Patterns that end in the word that a name has to end in, after an escaped or unescaped dot.
 _PLAIN = re.compile(r"(?:[\w.\\^]*\.)?(\w+)")
 

@@ -291,12 +291,9 @@ def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
 
 def _decompose_small(layers: list[_Layer], rank: int, run: Run) -> None:
     """Find the factors of layers from the Gram matrix of the smaller side."""
-    tops = run(
-        lambda gram: torch.linalg.eigh(gram)[1][
-            :, -rank:
-        ].float(),  # which reads below its diagonal
-        [_assembled(*one) for one in _over_panels(_gram, layers, run)],
-    )
+    grams = [_assembled(*one) for one in _over_panels(_gram, layers, run)]
+    # eigh reads what is below the diagonal.
+    tops = run(lambda gram: torch.linalg.eigh(gram)[1][:, -rank:].float(), grams)
     for layer, top in zip(layers, tops, strict=True):
         layer.top, layer.space, layer.sweeps, layer.excess = top, None, 0, 0.0
     for layer, parts in _over_panels(_other_side, layers, run):

@@ -27,8 +27,8 @@ from peftkern.functional.low_rank_svd import (
 from peftkern.functional.truncated_svd import truncated_svd
 from peftkern.methods.rank_rules import RankRule, choose_ranks
 
-__all__ = ["Loss", "above", "best_pair", "concatenate", "keeping", "loss_of", "loss_of_part"]
-__all__ += ["total_error", "truncate"]
+__all__ = ["Loss", "above", "best_pair", "concatenate", "dora_weight", "keeping", "loss_of"]
+__all__ += ["loss_of_part", "total_error", "truncate"]
 
 CHUNK_BYTES = 256 << 20  # of factors that are decomposed at a time; their vectors take as much
 RESOLVED = 1e-6  # of the largest singular value: smaller ones are `truncated_svd`'s rounding
@@ -151,6 +151,14 @@ def best_pair(
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
     root = S.sqrt()
     return LoraFactors(U * root, root[:, None] * Vh), S, norm.item()
+
+
+def dora_weight(weight: Tensor, update: Tensor, magnitude: Tensor) -> Tensor:
+    """Return the weight [m, n] that DoRA computes with, float32: magnitude / |W + D| (W + D), with
+    norms over rows."""
+    whole = weight.float() + update
+    norm = torch.linalg.vector_norm(whole, dim=1)
+    return whole.mul_((magnitude.flatten().float() / norm)[:, None])
 
 
 def _resolved(values: Tensor, edge: float) -> int:

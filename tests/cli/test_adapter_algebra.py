@@ -138,7 +138,10 @@ def test_extract(folder, capsys):
         (("resize", "no", "out", "--rank", 2), "no"),
         (("combine", "one"), "expected adapters, each with :WEIGHT or without, then a folder"),
         (("combine", "one:x", "out"), "one:x: expected ADAPTER or ADAPTER:WEIGHT"),
-        (("combine", "one:inf", "out"), "one:inf: expected a finite weight"),
+        (
+            ("combine", "one:inf", "out"),
+            "one:inf: expected ADAPTER or ADAPTER:WEIGHT, with a finite",
+        ),
         (("combine", "one", "out", "--ties", 2), "--ties: expected a number in (0, 1], got 2"),
         (("combine", "one", "out", "--cat", "--rank", 2), "expected one of --rank, --cat"),
         (("combine", "one", "out", "--ties", 0.5, "--prune", 0.5), "expected one of --rank"),

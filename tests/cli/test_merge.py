@@ -95,7 +95,9 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd, folders) -> None:
     base, adapter = folders
     out = tmp_path / "out"
     refused(capfd, "nothing: expected", "merge", base, tmp_path / "nothing", out)
-    refused(capfd, "ADAPTER: expected a number", "merge", base, f"{adapter}:much", out)
+    refused(
+        capfd, "much: expected ADAPTER or ADAPTER:WEIGHT", "merge", base, f"{adapter}:much", out
+    )
     refused(capfd, "--out: expected one of", "merge", base, adapter, out, "--out", "int4")
     refused(capfd, "--residual: expected a rank", "merge", base, adapter, out, "--residual", "-1")
     refused(capfd, "--min-survival: expected", "merge", base, adapter, out, "--min-survival", "2")

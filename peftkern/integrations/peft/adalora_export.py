@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftkern.formats.json_files import read_json
-from peftkern.formats.rank_patterns import rank_fields
+from peftkern.formats.rank_patterns import PREFIX, rank_fields
 from peftkern.integrations.peft.adalora_state import FILE
 
 __all__ = ["export_lora"]
 
-_PREFIX = "base_model.model."
 # Fields that say the same in both kinds of adapter.
 _CARRIED = (
     "base_model_name_or_path", "bias", "fan_in_fan_out", "lora_dropout", "modules_to_save",
@@ -62,8 +61,8 @@ def export_lora(
             A, B = _plain_factors(layer, name)
             ranks[module] = len(A)
             if len(A):
-                tensors[f"{_PREFIX}{module}.lora_A.weight"] = A
-                tensors[f"{_PREFIX}{module}.lora_B.weight"] = B
+                tensors[f"{PREFIX}{module}.lora_A.weight"] = A
+                tensors[f"{PREFIX}{module}.lora_B.weight"] = B
     if not tensors:
         raise ValueError(f"adapter_name: all triplets of {name!r} are zero, there is no update")
     tensors |= _beside_triplets(model, name)

@@ -13,8 +13,9 @@ from peft.tuners.lora import EvaConfig, LoraGAConfig, initialize_lora_eva_weight
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.arguments import mismatch
-from peftkern.integrations.peft.init_layers import PREFIX, Layer, kept_dtypes
+from peftkern.integrations.peft.init_layers import Layer, kept_dtypes
 from peftkern.layers.quantize import with_progress
 from peftkern.methods.initialization.factors import Factors
 from peftkern.methods.initialization.from_data import (

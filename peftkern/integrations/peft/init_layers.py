@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.formats.nf4 import NF4Weight
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional import dequantize_nf4
 from peftkern.functional.arguments import WEIGHT_DTYPES, check_dense, mismatch
 from peftkern.functional.truncated_svd import Weight
@@ -23,8 +24,6 @@ from peftkern.methods.initialization.factors import Factors, subtract_update_
 from peftkern.methods.initialization.loftq import Storage, quantize_residual, relative_error
 from peftkern.methods.initialization.report import LayerStart
 from peftkern.methods.initialization.statistics import named
-
-PREFIX = "base_model.model."  # of names in a PeftModel
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,13 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftkern.formats.rank_patterns import rank_fields
+from peftkern.formats.rank_patterns import PREFIX, rank_fields
 from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.integrations.peft.adapter_tools import factors_of, singular_form
-from peftkern.methods.low_rank_algebra import best_pair, keeping, truncate
+from peftkern.methods.low_rank_algebra import best_pair, dora_weight, keeping, truncate
 from peftkern.methods.rank_rules import RankRule
 
 __all__ = ["convert_to_lora"]
-
-PREFIX = "base_model.model."
 
 
 @torch.no_grad()
@@ -184,9 +182,7 @@ def _dora_update(layer: LoraLayer, adapter_name: str) -> Tensor:
     update = (lora_B @ lora_A).mul_(layer.scaling[adapter_name])
     turned = getattr(layer, "fan_in_fan_out", False)
     rows = weight.T if turned else weight
-    magnitude = layer.lora_magnitude_vector[adapter_name].weight.float().flatten()
-    whole = rows + update
-    found = whole * (magnitude / whole.norm(dim=1))[:, None] - rows
+    found = dora_weight(rows, update, layer.lora_magnitude_vector[adapter_name].weight) - rows
     return found.T if turned else found
 
 

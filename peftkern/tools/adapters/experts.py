@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from peftkern.formats.json_files import brief
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.tools.adapters.adapter import AdapterError
-from peftkern.tools.adapters.targets import PREFIX, is_module_target, parameter_targets
+from peftkern.tools.adapters.targets import is_module_target, parameter_targets
 
 LAYOUTS = ("peft", "peft-old-moe", "unsloth", "unsloth-old-moe")
 # As the experts of transformers register them: of a module's wrappers the first is the innermost.

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.low_rank_algebra import Choice, Loss, above, best_pair, keeping, loss_of_part
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
 from peftkern.tools.adapters.extract_experts import Stack, find_stack, read_tensor, stack_update
-from peftkern.tools.adapters.peft_keys import PREFIX
 from peftkern.tools.checkpoints.architecture import Load, find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, TensorInfo, read_checkpoint
 

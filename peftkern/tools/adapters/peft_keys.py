@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.tools.adapters import experts
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update, check_config
 from peftkern.tools.adapters.scaling import scale_of
-from peftkern.tools.adapters.targets import PREFIX, target_name, unused
+from peftkern.tools.adapters.targets import target_name, unused
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]"

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.tools.adapters import experts, peft_keys
 from peftkern.tools.adapters.adapter import Adapter, AdapterError
 from peftkern.tools.adapters.convert import diffusers, grouped, kohya, mlx
 from peftkern.tools.adapters.source import CONFIG, Source, open_source
-from peftkern.tools.adapters.targets import PREFIX
 
 PEFT = "PEFT"
 

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkern.formats.json_files import brief, parse_json, read_json
+from peftkern.formats.json_files import brief, read_json
 from peftkern.tools.adapters.adapter import AdapterError
 from peftkern.tools.checkpoints.checkpoint import (
-    DTYPES,
     READ_ERRORS,
     CheckpointError,
     folder_file,
     open_safetensors,
+    read_header,
 )
 
 CONFIG = "adapter_config.json"
@@ -51,9 +51,9 @@ def open_source(path: str | os.PathLike) -> Source:
     try:
         file = folder_file(path, _weights(path)) if path.is_dir() else _plain(path)
         config = folder_file(file.parent, CONFIG) if os.path.lexists(file.parent / CONFIG) else None
+        metadata = read_header(file).metadata
     except CheckpointError as error:
         raise AdapterError(str(error)) from None
-    metadata = _check_header(file)
     try:
         with open_safetensors(file) as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.offset_keys()}
@@ -96,32 +96,6 @@ def _pickled() -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return brief(next(iter(names), "nothing"))
-
-
-def _check_header(path: Path) -> dict[str, str]:
-    """Check names and dtypes, and return the metadata."""
-    try:
-        # Proves that shapes, dtypes and offsets agree and that the tensors fill the file.
-        with open_safetensors(path):
-            pass
-        with open(path, "rb") as file:
-            data = file.read(int.from_bytes(file.read(8), "little"))
-    except READ_ERRORS as error:
-        raise AdapterError(f"{path}: damaged, cut off or not safetensors: {error}") from None
-    try:
-        header = parse_json(data, unique=True)
-    except ValueError as error:
-        raise AdapterError(f"{path}: its header: {error}") from None
-    metadata = header.pop("__metadata__", None) or {}
-    for name, entry in header.items():
-        if not name.isprintable():
-            raise AdapterError(f"{path}: expected names that can be printed, got {brief(name)}")
-        if entry["dtype"] not in DTYPES:
-            raise AdapterError(
-                f"{path}: {name}: expected a dtype of {', '.join(DTYPES)}, "
-                f"got {brief(entry['dtype'])}"
-            )
-    return metadata
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from typing import Any
 
 from peftkern.formats.rank_patterns import pattern_key
 
-PREFIX = "base_model.model."  # of every key in PEFT's files, before the name in the base model
-
 
 def is_module_target(config: Mapping[str, Any], module: str) -> bool:
     """Return whether target_modules names a module itself."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.low_rank_svd import low_rank_svdvals
 from peftkern.tools.adapters.adapter import (
     Adapter,
@@ -18,9 +19,8 @@ from peftkern.tools.adapters.adapter import (
     named_tensors,
     not_finite,
 )
-from peftkern.tools.adapters.targets import PREFIX
 from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
-from peftkern.tools.merge.weights import find_weights
+from peftkern.tools.checkpoints.weights import find_weights
 
 Shape = tuple[int, ...]
 # Where a checkpoint has the tensors of a parameter of one expert, in the order of its rows.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -232,28 +232,35 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tensors_of(path: Path, quantized: bool) -> list[TensorInfo]:
-    """Read the header of one file, in the order of its data."""
+class Header(NamedTuple):
+    """Entries of a file's tensors, its metadata, and where the tensors begin."""
+
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    start: int
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a safetensors file that is not trusted.
+
+    Raises: CheckpointError naming the file: damaged or cut off, a name twice or one that cannot be
+        printed, a dtype that is not known.
+    """
     try:
         # Proves that shapes, dtypes and offsets agree and that the tensors fill the file.
         with open_safetensors(path):
             pass
+        with open(path, "rb") as file:
+            data = file.read(int.from_bytes(file.read(8), "little"))
+            start = file.tell()
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: damaged, cut off or not safetensors: {error}") from None
-    with open(path, "rb") as file:
-        data = file.read(int.from_bytes(file.read(8), "little"))
-        start = file.tell()
     try:
-        header = parse_json(data, unique=True)
+        entries = parse_json(data, unique=True)
     except ValueError as error:
         raise CheckpointError(f"{path}: its header: {error}") from None
-    metadata = header.pop("__metadata__", None) or {}
-    if metadata.get("format", "pt") != "pt":
-        raise CheckpointError(
-            f"{path}: expected weights of PyTorch, got format {brief(metadata['format'])}"
-        )
-    found = []
-    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+    metadata = entries.pop("__metadata__", None) or {}
+    for name, entry in entries.items():
         if not name.isprintable():
             raise CheckpointError(f"{path}: expected names that can be printed, got {brief(name)}")
         if entry["dtype"] not in DTYPES:
@@ -261,6 +268,18 @@ def _tensors_of(path: Path, quantized: bool) -> list[TensorInfo]:
                 f"{path}: {brief(name)} has dtype {brief(entry['dtype'])}, "
                 f"expected one of {', '.join(DTYPES)}"
             )
+    return Header(entries, metadata, start)
+
+
+def _tensors_of(path: Path, quantized: bool) -> list[TensorInfo]:
+    """Read the header of one file, in the order of its data."""
+    header, metadata, start = read_header(path)
+    if metadata.get("format", "pt") != "pt":
+        raise CheckpointError(
+            f"{path}: expected weights of PyTorch, got format {brief(metadata['format'])}"
+        )
+    found = []
+    for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
         if _QUANTIZED.search(name) and not quantized:
             raise CheckpointError(f"{path}: already quantized, it holds {brief(name)}")
         begin, end = entry["data_offsets"]

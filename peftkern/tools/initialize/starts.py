@@ -17,6 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from peftkern.formats.nf4 import NF4Weight
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.panels import full_float32
 from peftkern.methods.initialization.factors import Factors, olora, pissa, subtract_update_
 from peftkern.methods.initialization.loftq import Storage, loftq, qpissa, relative_error
@@ -28,7 +29,6 @@ from peftkern.tools.quantize.file_plan import Unit
 
 ADAPTER = "adapter"  # folder of the output
 _WORK = "factors"  # folder of the work folder
-_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Starts:
             raise CheckpointError(f"{unit.name}: {error}") from error
         self.layers.append(LayerStart.of(target.module, factors, self.request.scaling, error))
         for side in ("lora_A", "lora_B"):
-            key = f"{_PREFIX}{target.module}.{side}.weight"
+            key = f"{PREFIX}{target.module}.{side}.weight"
             self._tensors[key] = getattr(factors, side).cpu().contiguous()
         return (weight.cpu() if base is None else base), error
 
@@ -101,7 +101,7 @@ class Starts:
         """Store the factors of a file's layers, and what is known of them."""
         path = work / _WORK / file
         path.parent.mkdir(exist_ok=True)
-        modules = {key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in self._tensors}
+        modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in self._tensors}
         layers = [asdict(layer) for layer in self.layers if layer.name in modules]
         staging.save_tensors(self._tensors, path, {"layers": json.dumps(layers)})
         self._tensors = {}

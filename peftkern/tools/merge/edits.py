@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.tools.adapters import Adapter, Update
 from peftkern.tools.adapters.adapter import UNMERGEABLE, changed_base, check_finite
 from peftkern.tools.adapters.targets import target_name
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 
-_PREFIX = "base_model.model."
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _BASE = ".base_layer."
 _CONV = nn.modules.conv._ConvNd
@@ -125,7 +125,7 @@ class _Matcher:
 
     def add_extra(self, adapter: Adapter, key: str, tensor: Tensor) -> None:
         where = f"{adapter.source}: {key}"
-        plain = key.removeprefix(_PREFIX)
+        plain = key.removeprefix(PREFIX)
         if plain.endswith(_TOKENS):
             name = self._known(f"{plain.removesuffix(_TOKENS)}.weight", self.shapes)
         else:

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
+from peftkern.tools.checkpoints.weights import Weight
 from peftkern.tools.merge.edits import Edit
-from peftkern.tools.merge.weights import Weight
 
 _TIE = "tie_word_embeddings"
 
@@ -155,7 +155,7 @@ def change_config(
 def _embeddings(model: PreTrainedModel) -> set[str]:
     layers = []
     for get in (model.get_input_embeddings, model.get_output_embeddings):
-        with contextlib.suppress(NotImplementedError, AttributeError):  # a model without words
+        with contextlib.suppress(NotImplementedError):  # a model that has no tokens
             layers.append(get())
     named = model.named_modules()
     return {f"{name}.weight" for name, module in named if any(module is one for one in layers)}

@@ -24,7 +24,7 @@ from peftkern.tools.checkpoints.architecture import (
     transposes_experts,
 )
 from peftkern.tools.checkpoints.checkpoint import Checkpoint
-from peftkern.tools.merge.weights import Weight
+from peftkern.tools.checkpoints.weights import Weight
 
 
 class Place(NamedTuple):

@@ -14,11 +14,11 @@ from peftkern.formats.nf4 import NESTED_BLOCKSIZE, STATE_BYTES, STATE_KEY
 from peftkern.formats.table import NF4_CODE
 from peftkern.tools.checkpoints.checkpoint import DTYPES, SINGLE, Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.streaming import Slot, layout, read_header
+from peftkern.tools.checkpoints.weights import FLOATS, Weight
 from peftkern.tools.merge.arithmetic import in_panels
 from peftkern.tools.merge.edits import Edit
 from peftkern.tools.merge.embeddings import Untied
 from peftkern.tools.merge.placement import Place, Places
-from peftkern.tools.merge.weights import FLOATS, Weight
 
 NF4_LAYOUT = (64, True)  # blocksize and nested absmax, as `peftkern quantize` has it
 TRAINED_LAYOUT = (64, False)  # bitsandbytes' default

@@ -15,11 +15,11 @@ from peftkern.tools.adapters.adapter import base_made_with
 from peftkern.tools.checkpoints.architecture import meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.companions import Companions, find_companions
+from peftkern.tools.checkpoints.weights import Weight, find_weights
 from peftkern.tools.merge.edits import Edit, check_shapes, match_adapters
 from peftkern.tools.merge.embeddings import Untied, change_config, untie
 from peftkern.tools.merge.placement import Places, find_places
 from peftkern.tools.merge.plan import File, Options, main_dtype, merged_config, plan_files
-from peftkern.tools.merge.weights import Weight, find_weights
 
 Adapters = Sequence[tuple[Adapter, float]]
 

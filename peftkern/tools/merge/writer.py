@@ -25,6 +25,7 @@ from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY, NF4Weight
 from peftkern.functional import quantize_nf4
 from peftkern.tools.checkpoints.checkpoint import READ_ERRORS, CheckpointError, TensorInfo
 from peftkern.tools.checkpoints.streaming import CutOff, Slot, copy_range, read_into, write_from
+from peftkern.tools.checkpoints.weights import Weight
 from peftkern.tools.merge.arithmetic import Buffers, Change
 from peftkern.tools.merge.plan import File, Options, Unit
 from peftkern.tools.merge.tensors import (
@@ -37,7 +38,6 @@ from peftkern.tools.merge.tensors import (
     residual_of,
     rounded_to_nf4,
 )
-from peftkern.tools.merge.weights import Weight
 
 _AHEAD = 4  # jobs that wait, for each thread
 _RUN = 16  # panels of a job

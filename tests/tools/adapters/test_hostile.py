@@ -130,7 +130,7 @@ def test_names_of_no_adapter(folder):
     save_file(state | {"base_model.model.a\nb": torch.zeros(2)}, folder / MODEL)
     refused(folder, r"a\nb", "can be printed")
     save_file(state | {"x": torch.zeros(2, dtype=torch.float8_e4m3fn)}, folder / MODEL)
-    refused(folder, MODEL, "x: expected a dtype")
+    refused(folder, MODEL, "'x' has dtype")
     save_file({}, folder / MODEL)
     refused(folder, MODEL, "holds no tensors")
 

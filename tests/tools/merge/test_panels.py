@@ -18,11 +18,11 @@ from merged_folders import (
 from processes import run_code
 
 from peftkern.tools.adapters import Update, read_adapter
+from peftkern.tools.checkpoints.weights import Weight
 from peftkern.tools.merge import tensors
 from peftkern.tools.merge.edits import Edit
 from peftkern.tools.merge.placement import Place
 from peftkern.tools.merge.plan import Unit
-from peftkern.tools.merge.weights import Weight
 
 GPT2 = {"family": "GPT2", "head": "LMHeadModel", "n_embd": 64, "n_layer": 2, "n_head": 4}
 MOE = {"family": "Qwen3Moe", "num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16}

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from peftkern.formats.json_files import brief, read_json
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
 from peftkern.tools.adapters.convert.diffusers import COMPONENTS
-from peftkern.tools.adapters.peft_keys import PREFIX
 from peftkern.tools.checkpoints.checkpoint import (
     READ_ERRORS,
     CheckpointError,

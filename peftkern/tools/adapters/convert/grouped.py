@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.tools.adapters import experts, peft_keys
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
 from peftkern.tools.adapters.source import CONFIG, Source
@@ -46,7 +47,7 @@ def read(source: Source, _: str | None = None) -> Adapter:
     for stack in stacks:
         module, _, parameter = stack.rpartition(".")
         parameters.setdefault(module, []).append(parameter)
-    targets = [name.removeprefix(peft_keys.PREFIX) for name in stacks]
+    targets = [name.removeprefix(PREFIX) for name in stacks]
     for stack, parts in stacks.items():
         module, _, parameter = stack.rpartition(".")
         lora_A, lora_B = experts.ungroup(*_pair(stack, parts, str(source.path)))
@@ -76,7 +77,7 @@ def _pair(stack: str, parts: dict[str, Tensor], source: str) -> tuple[Tensor, Te
 
 def named(update: Update) -> dict[str, Tensor]:
     """Return the tensors of an update of experts."""
-    name = f"{peft_keys.PREFIX}{update.module}.{update.parameter}"
+    name = f"{PREFIX}{update.module}.{update.parameter}"
     return {name + A: update.lora_A, name + B: update.lora_B}
 
 

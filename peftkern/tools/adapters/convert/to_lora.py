@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.methods.low_rank_algebra import dora_weight
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update, changed_base
 from peftkern.tools.adapters.convert.base import base_table
 
@@ -106,9 +107,7 @@ def undo_dora(
 def merged_dora(weight: Tensor, update: Update) -> Tensor:
     """Return the weight [m, n] that DoRA computes with, in float32."""
     product = update.lora_B.float() @ update.lora_A.float()
-    merged = weight.float() + update.scaling * product
-    norm = torch.linalg.vector_norm(merged, dim=1)
-    return (update.magnitude.flatten().float() / norm)[:, None] * merged
+    return dora_weight(weight, product.mul_(update.scaling), update.magnitude)
 
 
 def _truncate(
