@@ -115,6 +115,22 @@ TABLE: dict[str, dict[str, str]] = {
         "rankallocator is {kind}": "`peftkern.patch(model)` again: the allocator is not patched.",
         "parameters are sharded": "PEFT computes the term. Use ZeRO stage 1 or 2.",
     },
+    "Layers that `initialize_` leaves": {
+        "{kind}, expected a linear layer": "Embeddings, experts and such keep PEFT's start.",
+        "its adapters are merged": "`model.unmerge_adapter()` first.",
+        "{variant} has factors of its own": "Methods set lora_A and lora_B; of variants DoRA's.",
+        "it has no values yet, it is on the meta device": "Call `initialize_` after loading.",
+        "a weight in another format, {kind} of {dtype}": (
+            "Started are float32, bfloat16, float16 and NF4. Or `peftkern init` on the dense base."
+        ),
+        "its weight is {name}, too, which would change with it": (
+            "Untie it, leave the layer out of `target_modules`, or use EVA, which leaves "
+            "the base alone."
+        ),
+        "no direction of its inputs is among those that explain most": (
+            "EVA's budget went to other layers: a larger `r`, or `EvaConfig(rho=1)` for one rank."
+        ),
+    },
     "Layers that were registered": {
         "base is {kind}": (
             "A base that is a layer is nn.Linear, Conv1D, Linear4bit (NF4) or NF4Linear; of others "
@@ -272,6 +288,22 @@ WARNINGS: dict[str, str] = {
     "nothing can be copied into it; pass assign=True": "`load_state_dict(state, assign=True)`.",
     "quantize_ leaves as they are: {what}": (
         "Layers that cannot be NF4, with the reason. `skip=` says that you meant it."
+    ),
+    "AdaLoRA: {count} optimizer steps and no update_and_allocate: no rank changes, this trains as "
+    "LoRA of rank init_r. Give the Trainer AdaLoraCallback() of "
+    "peftkern.integrations.transformers, or make AdaLoraSteps(model, optimizer, steps) of "
+    "peftkern.integrations.peft.adalora_steps before a loop of your own": (
+        "As it says; for a constant rank, train with LoraConfig."
+    ),
+    "AdaLoRA goes on with another schedule: {fields}": (
+        "Expected when the config was changed to resume with; else resume with the old one."
+    ),
+    "{folder} has no {file}: the importance of triplets starts anew, and those that the mask had "
+    "pruned are zero with random vectors; after the last mask that is as it was, before it "
+    "training goes another way": "Train with AdaLoraCallback(), whose checkpoints have that file.",
+    "AdaLoRA's state is not in the checkpoints of a hyperparameter search without hp_name: they "
+    "resume with another importance of the triplets": (
+        "`hyperparameter_search(hp_name=...)`, so that the folder of a trial is known."
     ),
     "total_step of the AdaLoRA config is {count}, this training takes {count} steps: using "
     "{count}": "Set `AdaLoraConfig(total_step=...)` to the steps of the training.",

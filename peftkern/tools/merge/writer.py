@@ -7,9 +7,7 @@ the next one. Bytes that stay are copied within the kernel.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +21,7 @@ from torch.nn.functional import pad
 
 from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY, NF4Weight
 from peftkern.functional import quantize_nf4
+from peftkern.functional.panels import full_float32, parallel
 from peftkern.tools.checkpoints.checkpoint import READ_ERRORS, CheckpointError, TensorInfo
 from peftkern.tools.checkpoints.streaming import CutOff, Slot, copy_range, read_into, write_from
 from peftkern.tools.checkpoints.weights import Weight
@@ -39,7 +38,6 @@ from peftkern.tools.merge.tensors import (
     rounded_to_nf4,
 )
 
-_AHEAD = 4  # jobs that wait, for each thread
 _RUN = 16  # panels of a job
 Progress = Callable[[int, str], None]  # finished bytes of the base, and the tensor
 
@@ -74,13 +72,14 @@ def write_file(path: Path, file: File, options: Options, progress: Progress) -> 
             info.file: _open(stack, info.file) for u in file.units for info in u.weight.infos
         }
         writer = _Writer(target, sources, options)
-        for done in _in_order(writer.jobs(file)):
-            if done.change is not None:
-                change = written.changes.get(done.name, Change())
-                written.changes[done.name] = change + done.change
-            if done.residual is not None:
-                written.residuals[done.name] = done.residual
-            progress(done.nbytes, done.name)
+        with full_float32(), parallel(torch.device("cpu")) as run:
+            for done in run(lambda job: job(), writer.jobs(file)):  # in order, and so their sums
+                if done.change is not None:
+                    change = written.changes.get(done.name, Change())
+                    written.changes[done.name] = change + done.change
+                if done.residual is not None:
+                    written.residuals[done.name] = done.residual
+                progress(done.nbytes, done.name)
         os.fsync(target)
     return written
 
@@ -89,24 +88,6 @@ def _open(stack: ExitStack, path: Path) -> int:
     file = os.open(path, os.O_RDONLY)
     stack.callback(os.close, file)
     return file
-
-
-def _in_order(jobs: Iterator[Callable[[], _Done]]) -> Iterator[_Done]:
-    """Run jobs in threads of one torch thread each; yield results in the order of the jobs, so
-    that sums over them do not depend on the threads."""
-    threads = torch.get_num_threads()
-    waiting: deque[Future[_Done]] = deque()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > _AHEAD * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # new threads would take the pool's
 
 
 class _Writer:
