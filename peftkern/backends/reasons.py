@@ -298,6 +298,11 @@ WARNINGS: dict[str, str] = {
     "AdaLoRA goes on with another schedule: {fields}": (
         "Expected when the config was changed to resume with; else resume with the old one."
     ),
+    "AdaLoRA goes on with the budget of the checkpoint, not with the one that was given now: "
+    "costs, floors or caps differ": (
+        "Expected of costs that are measured in each process. For another budget, start anew from "
+        "the adapter."
+    ),
     "{folder} has no {file}: the importance of triplets starts anew, and those that the mask had "
     "pruned are zero with random vectors; after the last mask that is as it was, before it "
     "training goes another way": "Train with AdaLoraCallback(), whose checkpoints have that file.",

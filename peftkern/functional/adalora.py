@@ -7,18 +7,28 @@ Everything here takes all layers at once.
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkern.backends import ops
-from peftkern.functional.arguments import DTYPES, check_tensor, mismatch, tensor_list
+from peftkern.functional.arguments import (
+    DTYPES,
+    check_tensor,
+    is_listed,
+    mismatch,
+    tensor_list,
+)
 from peftkern.functional.autograd import partial_gradients
+from peftkern.functional.triplet_selection import select_triplets
 
 __all__ = ["adalora_allocate_", "adalora_importance_", "orthogonality_loss"]
 TIES = ("exact", "peft")
+_UNLIMITED = 1 << 31
 
 
 def adalora_importance_(
@@ -82,27 +92,41 @@ def adalora_importance_(
 
 
 def adalora_allocate_(
-    scores: Tensor, lora_E: Sequence[Tensor], budget: int, *, ties: str = "exact"
+    scores: Tensor,
+    lora_E: Sequence[Tensor],
+    budget: float,
+    *,
+    ties: str = "exact",
+    cost: float | Sequence[float] = 1,
+    r_min: int | Sequence[int] = 0,
+    r_max: int | Sequence[int] | None = None,
 ) -> Tensor:
     """Keep the `budget` best triplets of all layers and zero the lora_E of the others, in place.
 
     Args: scores [sum of r], float32|float64, from `adalora_importance_`; lora_E, [r, 1] of every
-        layer; budget, a number of triplets: 0 prunes all, sum of r or more prunes none. ties:
-        "exact" keeps exactly `budget`, by score and then by lower index; "peft" prunes whatever
-        is not greater than the (sum of r - budget)-th smallest score, ties with it included, as
-        PEFT does, except where all scores are zero: those say nothing and go by "exact".
+        layer; budget, a number of triplets, or what they may cost: 0 prunes all, sum of r or more
+        prunes none. ties: "exact" keeps exactly `budget`, by score and then by lower index; "peft"
+        prunes whatever is not greater than the (sum of r - budget)-th smallest score, ties with it
+        included, as PEFT does, except where all scores are zero: those say nothing and go by
+        "exact". cost of a triplet, r_min and r_max, for all layers or one for each: the r_min best
+        of a layer stay, and r_max at most. With any of them `ties` is "exact", and the others are
+        taken by score / cost, each one that fits. The sum of scores kept is then the greatest there
+        is at one cost for all, and else below it by less than one triplet's score.
     Returns: the mask of what was kept, bool [sum of r]. NaN counts as the greatest score. On a GPU
         nothing waits for the result.
-    Raises: ValueError naming the argument.
+    Raises: ValueError naming the argument, and where r_min costs more than the budget.
     Gradients: none; autograd is told that lora_E has changed.
     Source: Zhang et al. 2023, eq. 5, arXiv:2303.10512
     """
     if not isinstance(ties, str) or ties not in TIES:
         raise mismatch("ties", f"one of {TIES}", ties)
-    if not isinstance(budget, (int, numbers.Integral)) or budget < 0:
-        raise mismatch("budget", "a number of triplets", budget)
     check_tensor("scores", scores)
     lora_E = tensor_list("lora_E", lora_E)
+    limits = _limits(len(lora_E), cost, r_min, r_max)
+    kind = numbers.Integral if limits is None else numbers.Real
+    if not isinstance(budget, (int, kind)) or not budget >= 0:
+        what = "a number of triplets" if limits is None else "what the triplets may cost"
+        raise mismatch("budget", what, budget)
     total = sum(E.numel() for E in lora_E)
     if scores.shape != (total,) or scores.dtype not in (torch.float32, torch.float64):
         raise mismatch("scores", f"[{total}] float32 or float64 for these lora_E", scores)
@@ -112,9 +136,42 @@ def adalora_allocate_(
     if not total:
         return torch.ones_like(scores, dtype=torch.bool)
     with torch.no_grad():
-        mask = ops.adalora_allocate_(scores, lora_E, budget, ties == "peft")
-        torch.autograd.graph.increment_version(lora_E)
+        if limits is None:
+            mask = ops.adalora_allocate_(scores, lora_E, budget, ties == "peft")
+            torch.autograd.graph.increment_version(lora_E)
+        else:
+            ranks = [E.numel() for E in lora_E]
+            mask = select_triplets(scores, ranks, budget, *limits)
+            for E, pruned in zip(lora_E, (~mask).split(ranks), strict=True):
+                E.masked_fill_(pruned.view(E.shape), 0.0)
     return mask
+
+
+def _limits(
+    count: int, cost: float | Sequence[float], r_min: int | Sequence[int], r_max: Any
+) -> tuple[list, list, list] | None:
+    """Return cost, floor and cap of every layer; None if there are none."""
+    plain = ((cost, 1), (r_min, 0), (r_max, None))
+    if all(type(given) is type(default) and given == default for given, default in plain):
+        return None
+    low = _of_layers("r_min", r_min, count, whole=True)
+    high = _of_layers("r_max", _UNLIMITED if r_max is None else r_max, count, whole=True)
+    if any(lo > hi for lo, hi in zip(low, high, strict=True)):
+        raise ValueError("r_min, r_max: expected r_min <= r_max in every layer")
+    return _of_layers("cost", cost, count, whole=False), low, high
+
+
+def _of_layers(name: str, given: Any, count: int, *, whole: bool) -> list:
+    """Return a number of each layer: of triplets if `whole`, else a positive one."""
+    values = [given] * count if isinstance(given, numbers.Real) else given
+    kind = "a number of triplets" if whole else "a positive number"
+    if not is_listed(values) or len(values := list(values)) != count:
+        raise mismatch(name, f"{kind}, or one for each of {count} layers", given)
+    for value in values:
+        is_number = isinstance(value, numbers.Integral if whole else numbers.Real)
+        if not is_number or not math.isfinite(value) or value < 0 or not (whole or value):
+            raise mismatch(name, kind, value)
+    return values
 
 
 def orthogonality_loss(

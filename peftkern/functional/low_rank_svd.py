@@ -24,11 +24,13 @@ from peftkern.functional.rank_allocation import (
     SpectralStats,
     allocate_rank,
     each,
+    rank_costs,
     spectral_stats,
 )
 
 __all__ = ["AdaLoraFactors", "LoraFactors", "LowRankSVD", "SpectralStats", "allocate_rank"]
-__all__ += ["low_rank_svd", "low_rank_svdvals", "merge_lora", "spectral_stats", "truncate_lora"]
+__all__ += ["low_rank_svd", "low_rank_svdvals", "merge_lora", "rank_costs", "spectral_stats"]
+__all__ += ["truncate_lora"]
 MODES = ("accurate", "fast")
 FORMS = ("balanced", "adalora")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

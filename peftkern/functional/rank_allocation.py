@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from peftkern.functional.arguments import is_listed
+from peftkern.functional.knapsack import improve
+
+COSTS = ("rank", "parameters", "bytes", "flops")
 
 
 class SpectralStats(NamedTuple):
@@ -55,20 +58,29 @@ def allocate_rank(
     S: Sequence[Tensor],
     budget: float,
     *,
-    cost: Sequence[float] | None = None,
+    cost: Sequence[float] | str | None = None,
     r_min: int | Sequence[int] = 0,
     r_max: int | Sequence[int] | None = None,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    itemsize: int = 4,
+    exact: bool = True,
 ) -> list[int]:
     """Choose how many singular values each layer keeps so that the loss is least.
 
     Maximises the sum over layers of the first ranks[l] values sigma^2 subject to
     sum cost[l] * ranks[l] <= budget. At unit cost taking the largest is exactly optimal (Eckart and
-    Young); with other costs, e.g. m + n of each layer, the largest sigma^2 / cost are taken as long
-    as they fit, which is optimal up to one component. Ties go to the lower layer. Zeros are not
-    taken beyond r_min. Reads S once on the host.
+    Young), with floors and caps, too. With other costs the largest sigma^2 / cost are taken as long
+    as they fit, which is worth less than the best choice by less than the largest component; with
+    `exact` that is then improved to the best choice, to 1e-12 of all energy, unless more than 2^22
+    partial choices compete, as where sigma^2 / cost is the same for thousands of values: then to
+    the best one that was found. Ties go to the lower layer. Zeros are not taken beyond r_min.
+    Reads S once on the host.
 
-    Args: S [k] of each layer, descending; budget in units of cost; cost positive, for each layer
-        (1); r_min and r_max one number or one for each layer (0 and k); a layer has at most k.
+    Args: S [k] of each layer, descending, or [E, k] of experts whose updates have one rank
+        together: their squares add up; budget in units of cost; cost positive, of one rank of each
+        layer (1), or "rank", "parameters", "bytes" or "flops" of the layers' `shapes` (m, n), see
+        `rank_costs`; r_min and r_max one number or one for each layer (0 and k); a layer has at
+        most k; itemsize, bytes of a value, for "bytes"; exact, False for the first step alone.
     Returns: the ranks, a list of int.
     Raises: TypeError or ValueError naming the argument: counts that differ, NaN or Inf (with the
         layer), values that do not descend, bounds that contradict, a budget below r_min's cost.
@@ -79,12 +91,92 @@ def allocate_rank(
         raise TypeError(f"S: expected a list of tensors, one for each layer, got a {came}")
     if not isinstance(budget, (float, numbers.Real)):
         raise TypeError(f"budget: expected a number, got a {type(budget).__name__}")
-    values = [sigma.detach().double().abs().tolist() for sigma in _singular_values(S)[1]]
+    S = list(S)
+    values = [sigma.detach().double().abs().tolist() for sigma in _joined(S)]
     count = len(values)
+    if not isinstance(exact, bool):
+        raise TypeError(f"exact: expected True or False, got a {type(exact).__name__}")
+    if isinstance(cost, str):
+        cost = _named_costs(cost, S, shapes, itemsize)
     costs = [1.0] * count if cost is None else [float(c) for c in each("cost", cost, count)]
     low = each("r_min", r_min, count)
     high = each("r_max", [len(v) for v in values] if r_max is None else r_max, count)
     high = [min(h, len(v)) for h, v in zip(high, values, strict=True)]
+    _check_layers(values, costs, low, high)
+    left = budget - sum(c * r for c, r in zip(costs, low, strict=True))
+    if not left >= 0:
+        raise ValueError(f"budget: expected at least {budget - left:g}, r_min's cost, got {budget}")
+    ranks = _filled(values, costs, low, high, left)
+    if exact and len(set(costs)) > 1:
+        # As shares of the largest, whose squares stay within float64.
+        top = max((sigma[0] for sigma in values if sigma), default=0.0) or 1.0
+        free = [
+            [(one / top) ** 2 for one in sigma[lo:hi]]
+            for sigma, lo, hi in zip(values, low, high, strict=True)
+        ]
+        more = improve(free, costs, left, [r - lo for r, lo in zip(ranks, low, strict=True)])
+        best = [lo + k for lo, k in zip(low, more, strict=True)]
+        if best != ranks:
+            left = budget - sum(c * r for c, r in zip(costs, best, strict=True))
+            ranks = _filled(values, costs, best, high, left)
+    return ranks
+
+
+def rank_costs(
+    kind: str, shapes: Sequence[tuple[int, int]], *, itemsize: int | Sequence[int] = 4
+) -> list[float]:
+    """Return what one rank costs in each layer: lora_B [m, 1] and lora_A [1, n].
+
+    kind          cost of a rank
+    rank          1
+    parameters    m + n
+    bytes         itemsize * (m + n)
+    flops         2 * (m + n), of a token's forward pass
+
+    Args: shapes (m, n) of every layer's weight; itemsize, bytes of a value, one or one per layer.
+    Raises: ValueError naming the argument.
+    """
+    if kind not in COSTS:
+        raise ValueError(f"cost: expected one of {', '.join(COSTS)}, or numbers, got {kind!r}")
+    sizes = each("itemsize", itemsize, len(shapes))
+    if kind == "rank":
+        return [1.0] * len(shapes)
+    units = sizes if kind == "bytes" else [2 if kind == "flops" else 1] * len(shapes)
+    return [float(unit * (m + n)) for unit, (m, n) in zip(units, shapes, strict=True)]
+
+
+def _named_costs(
+    kind: str, S: list[Tensor], shapes: Sequence[tuple[int, int]] | None, itemsize: int
+) -> list[float]:
+    """Return `rank_costs` of layers, of experts together."""
+    if kind == "rank":
+        return [1.0] * len(S)
+    shapes = list(shapes) if is_listed(shapes) else [shapes]
+    pairs = all(is_listed(s) and len(s) == 2 for s in shapes)
+    if len(shapes) != len(S) or not pairs or not all(isinstance(n, int) for s in shapes for n in s):
+        came = type(shapes[0]).__name__ if len(shapes) == 1 else f"{len(shapes)} values"
+        raise ValueError(f"shapes: expected (m, n) of {len(S)} layers for this cost, got {came}")
+    experts = [sigma.shape[0] if sigma.dim() == 2 else 1 for sigma in S]
+    costs = rank_costs(kind, shapes, itemsize=itemsize)
+    return [count * one for count, one in zip(experts, costs, strict=True)]
+
+
+def _joined(S: list[Tensor]) -> list[Tensor]:
+    """Return [k] of every layer: of experts [E, k] the norms over them, scaled against overflow."""
+    found = []
+    for sigma in S:
+        if isinstance(sigma, Tensor) and sigma.dim() == 2:
+            sigma = sigma.detach().double()
+            top = sigma.abs().amax() if sigma.numel() else sigma.new_ones(())
+            top = torch.where(top > 0, top, 1.0)
+            sigma = (sigma / top).square().sum(0).sqrt() * top
+        found.append(sigma)
+    return _singular_values(found)[1]
+
+
+def _check_layers(
+    values: list[list[float]], costs: list[float], low: list[int], high: list[int]
+) -> None:
     for layer, sigma in enumerate(values):
         if not all(math.isfinite(value) for value in sigma):
             raise ValueError(f"S: expected finite values, layer {layer} holds NaN or Inf")
@@ -97,16 +189,19 @@ def allocate_rank(
                 f"r_min, r_max: expected 0 <= r_min <= min(r_max, {len(sigma)}), layer {layer} "
                 f"has {low[layer]} and {high[layer]}"
             )
-    left = budget - sum(c * r for c, r in zip(costs, low, strict=True))
-    if not left >= 0:
-        raise ValueError(f"budget: expected at least {budget - left:g}, r_min's cost, got {budget}")
-    ranks = list(low)
+
+
+def _filled(
+    values: list[list[float]], costs: list[float], ranks: list[int], high: list[int], left: float
+) -> list[int]:
+    """Return ranks with more values, by value and cost, as long as they fit."""
+    ranks = list(ranks)
 
     def offer(layer: int) -> tuple[float, int]:
         # In the order of sigma^2 / cost, whose squares may be beyond float64.
         return -values[layer][ranks[layer]] / math.sqrt(costs[layer]), layer
 
-    heap = [offer(layer) for layer in range(count) if ranks[layer] < high[layer]]
+    heap = [offer(layer) for layer in range(len(ranks)) if ranks[layer] < high[layer]]
     heapq.heapify(heap)
     while heap:
         gain, layer = heapq.heappop(heap)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftkern.methods.lora_fa import LoRAFAOptimizer, freeze_lora_A, lora_fa_gradients
     from peftkern.methods.lora_pro import LoRAProAdamW, lora_pro_gradients, lora_pro_hook
     from peftkern.methods.quantum_peft import QuantumPEFTLinear, orthonormal_columns
+    from peftkern.methods.rank_budget import RankBudget, RankLimits
     from peftkern.methods.rosa import RoSALinear, RoSAScheduler, density_report
 
 _MODULE_OF = {
@@ -28,6 +29,8 @@ _MODULE_OF = {
     "LoRAFAOptimizer": "lora_fa",
     "LoRAProAdamW": "lora_pro",
     "QuantumPEFTLinear": "quantum_peft",
+    "RankBudget": "rank_budget",
+    "RankLimits": "rank_budget",
     "RoSALinear": "rosa",
     "RoSAScheduler": "rosa",
     "density_report": "rosa",

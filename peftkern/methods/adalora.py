@@ -13,7 +13,7 @@ allocator.compact_(optimizer)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from peftkern.functional.adalora import (
     orthogonality_loss,
 )
 from peftkern.layers.svd import SVDLinear
+from peftkern.methods.rank_budget import RankBudget, RankLimits
 
 __all__ = ["BudgetSchedule", "Importance", "RankAllocator"]
 Triplets = tuple[nn.Parameter, nn.Parameter, nn.Parameter]  # lora_E, lora_A, lora_B of a layer
@@ -38,13 +39,14 @@ class BudgetSchedule:
 
     b(t) = init_budget up to tinit, target_budget after total_step - tfinal, and between them
     int((init_budget - target_budget) * (1 - (t - tinit) / (total_step - tfinal - tinit))**3
-    + target_budget). Masks are drawn where t is a multiple of deltaT, and at `last_step`.
+    + target_budget), without int for budgets that are floats. Masks are drawn where t is a multiple
+    of deltaT, and at `last_step`.
 
     Source: Zhang et al. 2023, eq. 12, arXiv:2303.10512
     """
 
-    init_budget: int
-    target_budget: int
+    init_budget: float  # of triplets, whole numbers, or of what they cost
+    target_budget: float
     total_step: int
     tinit: int = 0
     tfinal: int = 0
@@ -69,7 +71,7 @@ class BudgetSchedule:
         """Step at which the mask becomes final."""
         return self.total_step - self.tfinal
 
-    def __call__(self, step: int) -> tuple[int, bool]:
+    def __call__(self, step: int) -> tuple[float, bool]:
         """Return the budget at a step, and whether the mask is drawn anew."""
         if step <= self.tinit:
             return self.init_budget, False
@@ -77,7 +79,9 @@ class BudgetSchedule:
             return self.target_budget, True
         share = 1 - (step - self.tinit) / (self.last_step - self.tinit)
         excess = self.init_budget - self.target_budget
-        return int(excess * share**3 + self.target_budget), step % self.deltaT == 0
+        budget = excess * share**3 + self.target_budget
+        whole = isinstance(self.init_budget, int) and isinstance(self.target_budget, int)
+        return int(budget) if whole else budget, step % self.deltaT == 0
 
 
 class Importance:
@@ -158,6 +162,8 @@ class RankAllocator:
         total_step, tinit, tfinal, deltaT: of the schedule, see `BudgetSchedule`.
         beta1, beta2: of the EMAs of sensitivity and uncertainty.
         ties: see `peftkern.functional.adalora.adalora_allocate_`.
+        budget: in other units than triplets, with floors and caps per layer; a total in it takes
+            the place of target_r.
 
     Raises: ValueError if there is no such layer, or on a value that makes no sense.
     Source: Zhang et al. 2023, algorithm 1, arXiv:2303.10512
@@ -175,6 +181,7 @@ class RankAllocator:
         beta1: float = 0.85,
         beta2: float = 0.85,
         ties: str = "exact",
+        budget: RankBudget | None = None,
     ) -> None:
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, SVDLinear)}
         if not self.layers:
@@ -182,16 +189,21 @@ class RankAllocator:
         if ties not in TIES:
             raise ValueError(f"ties: expected one of {TIES}, got {ties!r}")
         ranks = [layer.r for layer in self.layers.values()]
-        target = int(target_r * len(ranks))
-        self.schedule = BudgetSchedule(sum(ranks), target, total_step, tinit, tfinal, deltaT)
+        budgets: tuple[float, float] = sum(ranks), int(target_r * len(ranks))
+        self.limits: RankLimits | None = None
+        if budget is not None and not budget.is_plain:
+            self.limits = budget.limits(self._triplets(), target_r, model)
+            budgets = self.limits.init_budget, self.limits.target_budget
+        self.schedule = BudgetSchedule(*budgets, total_step, tinit, tfinal, deltaT)
         self.beta1, self.beta2, self.ties = beta1, beta2, ties
         self.importance: Importance | None = Importance(self._triplets(), beta1, beta2)
         self.mask: Tensor | None = None  # the last one drawn, over all layers in turn
+        self._drawn_from: Tensor | None = None  # its scores
 
     def _triplets(self) -> dict[str, Triplets]:
         return {n: (m.lora_E, m.lora_A, m.lora_B) for n, m in self.layers.items()}
 
-    def update_and_allocate(self, step: int) -> tuple[int, Tensor | None]:
+    def update_and_allocate(self, step: int) -> tuple[float, Tensor | None]:
         """Take in the gradients of a step and prune to its budget.
 
         Call it once per step, counting from 1, between backward() and zero_grad(): after the
@@ -216,7 +228,9 @@ class RankAllocator:
             raise ValueError(f"step: {step} draws the last mask, but nothing was scored before")
         if not draw and step < self.schedule.last_step:
             return budget, None
-        self.mask = adalora_allocate_(self.importance.scores, lora_E, budget, ties=self.ties)
+        limits = {} if self.limits is None else self.limits.of(list(layers))._asdict()
+        self._drawn_from = self.importance.scores
+        self.mask = adalora_allocate_(self._drawn_from, lora_E, budget, ties=self.ties, **limits)
         if step == self.schedule.last_step:
             self.importance = None
         return budget, self.mask
@@ -227,6 +241,17 @@ class RankAllocator:
         mask = torch.ones(sum(ranks), dtype=torch.bool) if self.mask is None else self.mask
         parts = mask.cpu().split(ranks)
         return {name: part.tolist() for name, part in zip(self.layers, parts, strict=True)}
+
+    def layer_importance(self) -> dict[str, float]:
+        """Return the mean score of each layer's triplets when the last mask was drawn, or {}.
+
+        On a GPU it waits, so ask for it where a mask was drawn.
+        """
+        if self._drawn_from is None:
+            return {}
+        return mean_scores(
+            self.layers, [layer.r for layer in self.layers.values()], self._drawn_from
+        )
 
     def orthogonality_loss(self, *, squared: bool = False) -> Tensor:
         """Compute `functional.adalora.orthogonality_loss`; PEFT weighs it with 0.5."""
@@ -253,6 +278,7 @@ class RankAllocator:
             shrink_triplets_(E, A, B, kept, optimizer)
         if self.mask is not None:
             self.mask = self.mask[self.mask]
+        self._drawn_from = None
         return {name: layer.r for name, layer in self.layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,6 +288,7 @@ class RankAllocator:
             "schedule": dataclasses.asdict(self.schedule),
             "options": {"beta1": self.beta1, "beta2": self.beta2, "ties": self.ties},
             "shapes": {n: [list(p.shape) for p in t] for n, t in self._triplets().items()},
+            "limits": None if self.limits is None else self.limits.state_dict(),
             "mask": self.mask,
             "importance": None
             if importance is None
@@ -283,18 +310,28 @@ class RankAllocator:
             names = {*shapes, *state["shapes"]}
             differing = sorted(n for n in names if shapes.get(n) != state["shapes"].get(n))
             raise ValueError(f"state: other layers or shapes in {', '.join(differing)}")
+        limits = state.get("limits")
+        self.limits = None if limits is None else RankLimits.from_state(limits, list(layers))
         self.schedule = BudgetSchedule(**state["schedule"])
         self.beta1, self.beta2 = state["options"]["beta1"], state["options"]["beta2"]
         self.ties = state["options"]["ties"]
         device = next(iter(layers.values()))[0].device
         mask = state["mask"]
         self.mask = None if mask is None else mask.to(device, copy=True)
-        self.importance = None
+        self.importance = self._drawn_from = None
         if state["importance"] is not None:
             self.importance = Importance(layers, self.beta1, self.beta2)
             for name, value in state["importance"].items():
                 value = None if value is None else value.to(device, copy=True)
                 setattr(self.importance, name, value)
+
+
+def mean_scores(layers: Iterable[str], ranks: Sequence[int], scores: Tensor) -> dict[str, float]:
+    """Return the mean of the scores of each layer's triplets; a layer without any has 0."""
+    owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+    sums = torch.zeros(len(ranks), dtype=torch.float64).index_add_(0, owner, scores.cpu().double())
+    means = sums / torch.tensor(ranks, dtype=torch.float64).clamp(min=1)
+    return dict(zip(layers, means.tolist(), strict=True))
 
 
 def apply_mask_(lora_E: Sequence[Tensor], mask: Tensor) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,6 +141,28 @@ def check_values(values: dict[str, Any]) -> None:
             raise ValueError(f"{name}: a record has a field of that name")
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {came(value)}")
+
+
+def moved_triplets(
+    before: Mapping[str, Sequence[bool]], now: Mapping[str, int | Sequence[bool]]
+) -> dict[str, dict[str, list[int]]]:
+    """Return which triplets of which layers were pruned and revived between two masks.
+
+    A layer that had no mask had all of them; one whose triplets were dropped tells nothing.
+    """
+    moved: dict[str, dict[str, list[int]]] = {"pruned": {}, "revived": {}}
+    for layer, kept in now.items():
+        if isinstance(kept, int):
+            continue
+        held = before.get(layer, [True] * len(kept))
+        if len(held) != len(kept):
+            continue
+        for kind, was in (("pruned", True), ("revived", False)):
+            changed = enumerate(zip(held, kept, strict=True))
+            found = [i for i, (a, b) in changed if bool(a) is was and bool(b) is not was]
+            if found:
+                moved[kind][layer] = found
+    return moved
 
 
 def came(value: Any) -> str:

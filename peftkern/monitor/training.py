@@ -30,6 +30,7 @@ from peftkern.monitor.records import (
     kernel_counts,
     line_of,
     live_line,
+    moved_triplets,
     plain,
 )
 
@@ -91,6 +92,7 @@ class TrainingMonitor:
         self._nvml_reason = nvml if isinstance(nvml, str) else None
         self.steps = 0
         self._ranks: dict[str, int] = {}  # as they were last written
+        self._masks: dict[str, list[bool]] = {}
         self._finished = self._tokens = 0
         self._seconds = array("d")  # of every finished step
         self._since = [0, 0, 0.0]  # steps, tokens and seconds of the coming record
@@ -170,19 +172,37 @@ class TrainingMonitor:
             self._live.update(line_of(record), refresh=True)
         return record
 
-    def ranks(self, pattern: Mapping[str, int | Sequence[bool]], **values: Number) -> None:
-        """Write the rank of each layer, where a budget moves them, if one has changed.
+    def ranks(
+        self,
+        pattern: Mapping[str, int | Sequence[bool]],
+        *,
+        importance: Mapping[str, float] | None = None,
+        **values: Number,
+    ) -> dict[str, int]:
+        """Write the rank of each layer, where a budget moves them, if anything has changed.
 
-        pattern: ranks, or masks of triplets as `methods.adalora.RankAllocator.rank_pattern` returns
-            them: on a GPU that waits, so ask for it where a mask was drawn.
+        Args: pattern, ranks, or masks of triplets as `methods.adalora.RankAllocator.rank_pattern`
+            returns them: on a GPU that waits, so ask for it where a mask was drawn. Of masks the
+            record also has which triplets were pruned and which revived since the one before.
+            importance, of each layer, as `layer_importance` there, of this mask; values, numbers
+            for the record (budget=...).
+        Returns: kept, pruned, revived: numbers of triplets.
         """
         self._started()
         check_values(values)
         ranks = {k: v if isinstance(v, int) else sum(v) for k, v in pattern.items()}
-        if ranks != self._ranks:
-            self._ranks = ranks
-            record = {"type": "ranks", "time": time.time(), "step": self.steps}
-            self._write({**record, "ranks": ranks, **values})
+        first = not self.steps and not self._masks
+        moved = moved_triplets(pattern if first else self._masks, pattern)
+        if ranks != self._ranks or any(moved.values()) or importance is not None:
+            record = {"type": "ranks", "time": time.time(), "step": self.steps, "ranks": ranks}
+            if importance is not None:
+                finite = {k: v if math.isfinite(v) else None for k, v in importance.items()}
+                record["importance"] = finite
+            self._write({**record, **{k: v for k, v in moved.items() if v}, **values})
+        self._ranks = ranks
+        self._masks = {k: list(v) for k, v in pattern.items() if not isinstance(v, int)}
+        counts = {kind: sum(map(len, layers.values())) for kind, layers in moved.items()}
+        return {"kept": sum(ranks.values()), **counts}
 
     def memory(self) -> dict[str, int]:
         """Return bytes now and NVML's utilization in percent: what this device has of FIELDS."""

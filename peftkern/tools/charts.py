@@ -235,12 +235,13 @@ def stretches(
     description: str = "",
     x_label: str = "",
     y_label: str = "",
+    ends: tuple[str, str] | None = None,
     width: int = NARROW,
 ) -> Figure:
     """Draw values over stretches of x as colors, from none at 0 to the fullest at the largest.
 
     rows: (label, tip, stretches of (begin, end, value)); rows in turn that share a label have it
-    once, at their middle.
+    once, at their middle. ends: what the key says of 0 and the largest, if not these numbers.
     """
     row = min(max(200 / max(len(rows), 1), 3), 16)
     page = Canvas(width, 24 + row * len(rows) + 40, title, description)
@@ -265,9 +266,11 @@ def stretches(
     key.set_xticks([])
     for fifth in range(6):
         key.axvspan(fifth, fifth + 1, facecolor=(*blue, fifth / 5), linewidth=0)
-    page.text(width - 86, 13, "0", color=MUTED, size=SIZE - 1, anchor="right")
-    page.text(width - 28, 13, f"{most:g}", color=MUTED, size=SIZE - 1)
-    page.text(0, 13, y_label, color=MUTED, size=SIZE - 1, room=width - 100)
+    least, largest = ends or ("0", f"{most:g}")
+    page.text(width - 86, 13, least, color=MUTED, size=SIZE - 1, anchor="right")
+    page.text(width - 28, 13, largest, color=MUTED, size=SIZE - 1)
+    room = width - 94 - 0.56 * SIZE * len(least)
+    page.text(0, 13, y_label, color=MUTED, size=SIZE - 1, room=room)
     middle, below = 84 + (width - 94) / 2, 24 + row * len(rows) + 34
     page.text(middle, below, x_label, color=MUTED, size=SIZE - 1, anchor="center")
     return page.figure

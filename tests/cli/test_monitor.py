@@ -38,6 +38,7 @@ def test_a_run_is_told_in_80_columns(run, capfd, monkeypatch):
     assert f"adalora_orthogonality_forward on cpu {STEPS} (1 per step)".split() in rows
     (mean,) = [row for row in rows if row[:3] == ["q_proj", "6", "to"]]
     assert float(mean[3]) < 6
+    assert re.search(r"28 triplets kept since step \d+, budget 28; 5\d were pruned", told)
     assert "lora_linear: small dense product" in told
 
 
@@ -52,6 +53,7 @@ def test_json_is_the_same_as_numbers(run, capfd):
     assert facts["ranks"] == ranks[-1]["ranks"] and len(facts["ranks"]) == LAYERS
     assert sum(ranks[0]["ranks"].values()) == 6 * LAYERS
     assert sum(facts["ranks"].values()) <= 2 * LAYERS
+    assert facts["masks"][-1]["kept"] == facts["masks"][-1]["budget"] == 2 * LAYERS
     assert facts["values"]["loss"]["last"] == [r for r in records if "loss" in r][-1]["loss"]
 
 

@@ -84,7 +84,10 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "spectral_stats": (svd.spectral_stats, {"S": torch.ones(R)}),
     "allocate_rank": (
         svd.allocate_rank,
-        {"S": [torch.ones(R)], "budget": 2, "cost": [1.0], "r_min": 0, "r_max": 4},
+        {
+            **{"S": [torch.ones(R)], "budget": 2e3, "cost": "bytes", "r_min": 0, "r_max": 4},
+            **{"shapes": [(N, K)], "itemsize": 4, "exact": True},
+        },
     ),
     "truncate_lora": (
         svd.truncate_lora,
@@ -114,7 +117,10 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     ),
     "adalora_allocate_": (
         importance.adalora_allocate_,
-        {"scores": torch.ones(R), "lora_E": [torch.ones(R, 1)], "budget": 2, "ties": "exact"},
+        {
+            **{"scores": torch.ones(R), "lora_E": [torch.ones(R, 1)], "budget": 2},
+            **{"ties": "exact", "cost": [1.5], "r_min": 0, "r_max": 4},
+        },
     ),
     "orthogonality_loss": (
         importance.orthogonality_loss,
@@ -140,6 +146,7 @@ ALSO_RIGHT = {
     ("low_rank_svd", "out"): {"None"},
     ("allocate_rank", "cost"): {"None"},
     ("allocate_rank", "r_max"): {"None"},
+    ("adalora_allocate_", "r_max"): {"None"},
     ("merge_lora", "weights"): {"None"},
     ("truncated_svd", "weight"): {"nf4"},
     ("truncated_svd", "minus"): {"nf4", "None"},

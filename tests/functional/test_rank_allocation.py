@@ -19,6 +19,7 @@ from peftkern.functional.low_rank_svd import (
     allocate_rank,
     low_rank_svd,
     merge_lora,
+    rank_costs,
     spectral_stats,
     truncate_lora,
 )
@@ -78,14 +79,80 @@ def test_allocate_rank_is_optimal(values, budget, low, high):
     assert energy_of(S, ranks) == best_energy(S, budget, [1] * len(S), lows, high)
 
 
+COSTS = {
+    "whole": st.integers(1, 9),
+    "equal sums": st.sampled_from([2, 4, 6]),
+    "any": st.floats(0.1, 9.0),
+}
+
+
+@pytest.mark.parametrize("kind", COSTS)
 @given(layers, st.integers(0, 40), st.data())
-def test_allocate_rank_with_cost_misses_one_component_at_most(values, budget, data):
+def test_allocate_rank_with_cost_is_optimal(kind, values, budget, data):
     S = [torch.tensor(sorted(v, reverse=True), dtype=F64) for v in values]
-    cost = [data.draw(st.integers(1, 9)) for _ in S]
-    ranks = allocate_rank(S, budget, cost=cost)
-    assert sum(k * c for k, c in zip(ranks, cost, strict=True)) <= budget
+    cost = [data.draw(COSTS[kind]) for _ in S]
+    low = data.draw(st.integers(0, 1))
+    lows = [min(low, len(s)) for s in S]
+    if sum(k * c for k, c in zip(lows, cost, strict=True)) > budget:
+        return
+    limits = {"cost": cost, "r_min": lows, "r_max": 3}
+    best = best_energy(S, budget, cost, lows, 3)
+    ranks, greedy = (allocate_rank(S, budget, **limits, exact=exact) for exact in (True, False))
+    for found in (ranks, greedy):
+        assert sum(k * c for k, c in zip(found, cost, strict=True)) <= budget
+        assert all(lo <= k <= 3 for lo, k in zip(lows, found, strict=True))
+    assert energy_of(S, ranks) == pytest.approx(best, rel=SVD_STATS_RTOL)
     largest = max((s[0].item() ** 2 for s in S if len(s)), default=0.0)
-    assert energy_of(S, ranks) + largest >= best_energy(S, budget, cost, [0] * len(S), 4)
+    assert best - largest <= energy_of(S, greedy) <= energy_of(S, ranks)
+
+
+def test_the_greedy_choice_is_not_the_best_one():
+    S = [torch.tensor([2.0]), torch.tensor([1.9]), torch.tensor([1.9])]
+    cost = [1.1, 1.0, 1.0]
+    assert allocate_rank(S, 2.0, cost=cost, exact=False) == [1, 0, 0]
+    assert allocate_rank(S, 2.0, cost=cost) == [0, 1, 1]
+
+
+def test_allocate_rank_of_many_layers_is_optimal_by_dynamic_programming():
+    """Shapes as in a model of 7 layers a block; costs in units of 1024."""
+    torch.manual_seed(4)
+    units, budget = [8, 5, 5, 8, 18, 18, 18] * 3, 701
+    S = [torch.rand(12, dtype=F64).sort(descending=True).values for _ in units]
+    best = torch.zeros(budget + 1, dtype=F64)
+    for unit, sigma in zip(units, S, strict=True):
+        for value in sigma.square().tolist():
+            best[unit:] = torch.maximum(best[unit:], best[:-unit] + value)
+    ranks = allocate_rank(S, 1024 * budget, cost=[1024 * unit for unit in units])
+    assert energy_of(S, ranks) == pytest.approx(best[-1].item(), rel=SVD_STATS_RTOL)
+
+
+def test_costs_by_name():
+    S, shapes = [torch.ones(2), torch.ones(2)], [(30, 10), (10, 10)]
+    for kind, wanted in {
+        "rank": [1.0, 1.0],
+        "parameters": [40.0, 20.0],
+        "bytes": [80.0, 40.0],
+        "flops": [80.0, 40.0],
+    }.items():
+        assert rank_costs(kind, shapes, itemsize=2) == wanted
+        ranks = [allocate_rank(S, 120, cost=c, shapes=shapes, itemsize=2) for c in (kind, wanted)]
+        assert ranks[0] == ranks[1]
+    with pytest.raises(ValueError, match=r"cost: expected one of rank, .*got 'time'"):
+        allocate_rank(S, 2, cost="time", shapes=shapes)
+    with pytest.raises(ValueError, match=r"shapes: expected \(m, n\) of 2 layers .* got NoneType"):
+        allocate_rank(S, 2, cost="bytes")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e250])
+def test_experts_share_a_rank_and_add_up(scale):
+    experts = torch.tensor([[3.0, 2.0, 0.0], [3.0, 1.0, 1.0]], dtype=F64)
+    joined = experts.square().sum(0).sqrt()
+    single = torch.tensor([4.0, 2.5], dtype=F64)
+    S, shapes = [experts * scale, single * scale], [(3, 1), (3, 1)]
+    for budget in range(4, 40):
+        got = allocate_rank(S, budget, cost="parameters", shapes=shapes)
+        assert got == allocate_rank([joined, single], budget, cost=[8.0, 4.0])
+    assert allocate_rank(S, 1) == [1, 0]
 
 
 @pytest.mark.parametrize("scale", [1e-250, 1e-30, 1e30, 1e250])

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.adalora import layer as peft_layer
@@ -33,11 +33,31 @@ from peftkern.backends import dispatch
 from peftkern.functional.adalora import adalora_allocate_, orthogonality_loss
 from peftkern.integrations.peft.adalora_layers import SVDLayer, mask_diagonals_, whole
 from peftkern.integrations.peft.fallback import kept_forward, set_class
-from peftkern.methods.adalora import Importance, Triplets, shrink_triplets_
+from peftkern.methods.adalora import (
+    BudgetSchedule,
+    Importance,
+    Triplets,
+    mean_scores,
+    shrink_triplets_,
+)
+from peftkern.methods.rank_budget import RankLimits
 
 __all__ = ["compact_"]
 
 _STEPS_UNALLOCATED = 3  # optimizer steps without a call from which on that is no accident
+
+
+class DrawnMask(NamedTuple):
+    """What a mask was drawn from: the budget, and the scores of all triplets, on the CPU."""
+
+    budget: float
+    layers: list[str]
+    ranks: list[int]
+    scores: Tensor
+
+    def layer_importance(self) -> dict[str, float]:
+        """Return the mean score of each layer's triplets."""
+        return mean_scores(self.layers, self.ranks, self.scores)
 
 
 class PatchedRankAllocator(RankAllocator):
@@ -47,9 +67,20 @@ class PatchedRankAllocator(RankAllocator):
     """
 
     ties = "peft"
+    limits: RankLimits | None = None  # of `adalora_budget.set_budget`: costs, floors and caps
+    limits_loaded = False  # with a checkpoint, whose limits stay
+    drawn: DrawnMask | None = None  # the last one; another object for each
     _importance: Importance | None = None
     _layers: list[tuple[str, AdaLoraLayer]] | None = None
     _pattern: tuple[Any, Tensor] | None = None  # rank_pattern, and the same as a tensor
+
+    def budget_schedule(self, step: int) -> tuple[float, bool]:
+        """Return PEFT's budget in triplets, or that of the limits in their unit."""
+        if self.limits is None:
+            return super().budget_schedule(step)
+        budgets, config = (self.limits.init_budget, self.limits.target_budget), self.peft_config
+        times = config.total_step, config.tinit, config.tfinal, config.deltaT
+        return BudgetSchedule(*budgets, *times)(step)
 
     def update_ipt(self, model: nn.Module) -> None:
         if peft_layer.deepspeed_config() is not None:
@@ -62,19 +93,24 @@ class PatchedRankAllocator(RankAllocator):
             self.adopt_ipt(layers)
         self._importance.update_(layers)
 
-    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+    def mask_to_budget(self, model: nn.Module, budget: float) -> dict[str, list[bool]]:
         importance = self._importance
         if importance is None or importance.scores is None:
+            if self.limits is not None:
+                raise ValueError("budget: expected the importance of a step before the first mask")
             return super().mask_to_budget(model, budget)
         layers = self.triplets(model)
         lora_E = [E for E, _, _ in layers.values()]
         if not importance.scores.is_cpu:  # rank_pattern is a list: it waits for the device anyway
             importance.check_finite(layers)
         gathered = [whole(E) for E in lora_E]
-        mask = adalora_allocate_(importance.scores, gathered, max(budget, 0), ties=self.ties)
+        limits = {} if self.limits is None else self.limits.of(list(layers))._asdict()
+        scores, ranks = importance.scores, [E.shape[0] for E in lora_E]
+        mask = adalora_allocate_(scores, gathered, max(budget, 0), ties=self.ties, **limits)
         if any(map(operator.is_not, gathered, lora_E)):
             mask_diagonals_(lora_E, mask)
-        parts = torch.split(mask.cpu(), [E.shape[0] for E in lora_E])
+        self.drawn = DrawnMask(budget, list(layers), ranks, scores.cpu())
+        parts = torch.split(mask.cpu(), ranks)
         names = [f"{name}.lora_E.{self.adapter_name}" for name in layers]
         pattern = {name: part.tolist() for name, part in zip(names, parts, strict=True)}
         self._pattern = (pattern, mask)
@@ -163,7 +199,8 @@ class PatchedRankAllocator(RankAllocator):
     def release_ipt(self) -> None:
         """Leave behind what PEFT's own update expects to find."""
         self.ipt = dict(self.exp_avg_ipt)
-        for attribute in ("_importance", "_layers", "_pattern", "ties"):
+        ours = ("_importance", "_layers", "_pattern", "ties", "limits", "limits_loaded", "drawn")
+        for attribute in ours:
             self.__dict__.pop(attribute, None)
 
 

@@ -27,7 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.integrations.peft.adalora import PatchedRankAllocator
+from peftkern.integrations.peft.adalora_budget import adopt_limits
 from peftkern.integrations.peft.adalora_layers import layers_of, whole, widen_diagonals
+from peftkern.methods.rank_budget import RankLimits
 
 __all__ = ["FILE", "AdaLoraState", "keep_state_when_loading", "load_state", "save_state"]
 
@@ -42,7 +44,8 @@ class AdaLoraState(NamedTuple):
     """Triplets by "layer.lora_E" and so on, averages by the same, kept triplets by layer.
 
     schedule: the fields of the config, with `init_bgt`, the triplets at first. step: the last one
-    that was taken; -1 if unknown. scores: of all triplets; None if none are needed.
+    that was taken; -1 if unknown. scores: of all triplets; None if none are needed. limits: of a
+    budget in other units; None for PEFT's.
     """
 
     triplets: dict[str, Tensor]
@@ -52,6 +55,7 @@ class AdaLoraState(NamedTuple):
     schedule: dict[str, int]
     step: int
     scores: Tensor | None
+    limits: RankLimits | None = None
 
 
 def save_state(
@@ -81,7 +85,9 @@ def save_state(
         tensors["scores"] = importance.scores
     schedule = {field: getattr(config, field) for field in _SCHEDULE}
     schedule["init_bgt"] = allocator.init_bgt
+    limits = getattr(allocator, "limits", None)
     record = {"version": _VERSION, "step": step, "schedule": schedule, "ranknum": ranknum}
+    record["limits"] = None if limits is None else limits.state_dict()
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     path = Path(folder, FILE)
     unfinished = path.with_suffix(".part")
@@ -112,9 +118,13 @@ def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
             averages[last][name] = tensor
         else:
             triplets[key] = tensor
+    limits = record.get("limits")
+    if limits is not None:
+        layers = [key.removesuffix(".lora_E") for key in triplets if key.endswith(".lora_E")]
+        limits = RankLimits.from_state(limits, layers)
     return AdaLoraState(
         triplets, averages, kept or None, record["ranknum"], record["schedule"], record["step"],
-        scores,
+        scores, limits,
     )  # fmt: skip
 
 
@@ -139,6 +149,8 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
         other = sorted(wanted ^ state.triplets.keys())[0]
         raise ValueError(f"{folder}: expected the layers of the model, differs in {other}")
     _check_shapes(folder, layers, name, state)
+    if state.limits is not None and not isinstance(tuner.rankallocator, PatchedRankAllocator):
+        raise ValueError(f"model: expected a patched one, for {folder} has a budget of peftkern's")
     for path, layer in layers.items():
         for group in _GROUPS:
             _fit(getattr(layer, group)[name], state.triplets[f"{path}.{group}"])
@@ -290,6 +302,10 @@ def _restore_allocator(tuner: AdaLoraModel, state: AdaLoraState) -> None:
         setattr(allocator, average, moved)
     if isinstance(allocator, PatchedRankAllocator):
         allocator._pattern = None
+        if state.limits is not None:
+            adopt_limits(allocator, state.limits, loaded=True)
+        elif state.step >= 0 and allocator.limits_loaded:  # of another checkpoint
+            allocator.limits, allocator.limits_loaded = None, False
         if state.averages["exp_avg_ipt"]:
             allocator.adopt_ipt(allocator.triplets(tuner.model))
             if state.scores is not None:

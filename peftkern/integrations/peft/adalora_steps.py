@@ -16,9 +16,11 @@ from peft import PeftModel
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
 
+from peftkern.integrations.peft.adalora_budget import set_budget
 from peftkern.integrations.peft.adalora_layers import find_tuner, widen_diagonals
 from peftkern.integrations.peft.adalora_state import load_state, save_state
 from peftkern.integrations.peft.patch import is_patched, patch
+from peftkern.methods.rank_budget import RankBudget
 
 __all__ = ["AdaLoraSteps"]
 
@@ -36,15 +38,25 @@ class AdaLoraSteps:
         model: the PeftModel, or what wraps it.
         optimizer: of torch, or accelerate's around one.
         total_step: steps of this training, which the config's schedule is set to.
+        budget: in other units than triplets, with floors and caps per layer; by default target_r of
+            the config, and PEFT's masks.
 
-    Raises: ValueError if no AdaLoRA adapter is trained, or if so many steps leave none for the
-        allocation.
+    Raises: ValueError if no AdaLoRA adapter is trained, if so many steps leave none for the
+        allocation, or as `RankBudget.limits`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, total_step: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_step: int,
+        *,
+        budget: RankBudget | None = None,
+    ) -> None:
         self.tuner = prepare(model)
         self.step = 0
         set_total_step(self.tuner, total_step, self.step)
+        set_budget(self.tuner, budget)
         self._model = next(m for m in model.modules() if isinstance(m, PeftModel))
         inner = getattr(optimizer, "optimizer", optimizer)
         self._hook = inner.register_step_post_hook(self._after_step)

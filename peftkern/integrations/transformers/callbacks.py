@@ -26,6 +26,7 @@ with needed_by("peftkern.integrations.transformers"):
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
     from transformers.utils import logging as transformers_logging
 
+    from peftkern.integrations.peft.adalora_budget import set_budget
     from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
     from peftkern.integrations.peft.adalora_state import keep_state_when_loading, save_state
     from peftkern.integrations.peft.adalora_steps import allocate, prepare, set_total_step
@@ -33,6 +34,9 @@ with needed_by("peftkern.integrations.transformers"):
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from peftkern.integrations.peft.adalora import DrawnMask
+    from peftkern.methods.rank_budget import RankBudget
 
 __all__ = ["AdaLoraCallback", "MonitorCallback", "PeftKernCallback"]
 logger = logging.getLogger("peftkern")
@@ -102,8 +106,12 @@ class MonitorCallback(TrainerCallback):
     Tokens are those that the shapes of the inputs of this process tell, padding included; with
     `include_num_input_tokens_seen` they are what the Trainer counted, in all processes. They are
     missing under `torch_compile` without that option. Loading data is part of a step; evaluating
-    and saving are not, though the calls of an evaluation count with those of the next steps. Of an
-    AdaLoRA model the file also gets the ranks of all layers, whenever they have changed.
+    and saving are not, though the calls of an evaluation count with those of the next steps.
+
+    Of an AdaLoRA model the file also gets, with each mask, the ranks and importance of all layers,
+    and which triplets it pruned or let revive. The log gets "peftkern/adalora_rank", the triplets
+    that are kept, "peftkern/adalora_pruned", how many were pruned since the log before, and of the
+    last mask "peftkern/adalora_budget" and "peftkern/adalora_importance", the mean over triplets.
 
     Args: jsonl, a file for the records (only of the first process); device, as for TrainingMonitor.
     """
@@ -120,7 +128,8 @@ class MonitorCallback(TrainerCallback):
         self._tokens = 0
         self._tuner: AdaLoraModel | None = None
         self._pattern: dict[str, list[bool]] | None = None
-        self._ranks: dict[str, int] = {}
+        self._drawn: DrawnMask | None = None
+        self._adalora: dict[str, float] = {}
 
     @classmethod
     def attach(cls, trainer: Trainer, **options: Any) -> MonitorCallback:
@@ -149,8 +158,9 @@ class MonitorCallback(TrainerCallback):
         if model is not None and not self._counted and not args.torch_compile:
             self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
         self._tuner = find_tuner(model)
-        self._ranks = {}
+        self._adalora = {}
         if self._tuner is not None:
+            self._drawn = getattr(self._tuner.rankallocator, "drawn", None)
             self._write_ranks(state)
 
     def on_step_end(
@@ -180,10 +190,14 @@ class MonitorCallback(TrainerCallback):
         if self.monitor is None or not self.monitor.running or not logs or "loss" not in logs:
             return  # an evaluation, or what is said when all is done
         values = {name: logs[name] for name in _LOGGED if isinstance(logs.get(name), float)}
+        values |= self._adalora
         record = self.monitor.record(global_step=state.global_step, **values)
         if record is None:
             return
-        added = {f"peftkern/{k}": v for k, v in scalars(record).items() if k in FIELDS}
+        told = FIELDS | self._adalora.keys()
+        added = {f"peftkern/{k}": v for k, v in scalars(record).items() if k in told}
+        if self._adalora:
+            self._adalora["adalora_pruned"] = 0
         logs.update(added)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(added)  # the Trainer has stored its copy by now
@@ -210,18 +224,24 @@ class MonitorCallback(TrainerCallback):
         self._stop()
 
     def _write_ranks(self, state: TrainerState) -> None:
-        """Write the ranks of the mask that is there; before the first one those of the layers."""
+        """Write the mask that is there, and what it was drawn from; before the first one all."""
         adapter = self._tuner.trainable_adapter_name
-        self._pattern = _rank_pattern(
-            self._tuner
-        )  # another one after saving, though of these ranks
-        pattern = (self._pattern or {}).items()
-        ranks = {name.partition(".lora_E")[0]: sum(kept) for name, kept in pattern} or {
-            name: len(layer.lora_E[adapter]) for name, layer in layers_of(self._tuner).items()
-        }
-        if ranks != self._ranks:
-            self._ranks = ranks
-            self.monitor.ranks(ranks, global_step=state.global_step)
+        # Saving makes another pattern of the same mask.
+        self._pattern = _rank_pattern(self._tuner)
+        layers = layers_of(self._tuner).items()
+        pattern = {n: [True] * len(layer.lora_E[adapter]) for n, layer in layers}
+        for name, kept in (self._pattern or {}).items():
+            pattern[name.partition(".lora_E")[0]] = kept
+        drawn, values = getattr(self._tuner.rankallocator, "drawn", None), {}
+        if drawn is not None and drawn is not self._drawn:
+            self._drawn = drawn
+            values = {"importance": drawn.layer_importance(), "budget": drawn.budget}
+            self._adalora["adalora_budget"] = float(drawn.budget)
+            self._adalora["adalora_importance"] = float(drawn.scores.double().mean())
+        moved = self.monitor.ranks(pattern, global_step=state.global_step, **values)
+        self._adalora["adalora_rank"] = moved["kept"]
+        pruned = self._adalora.get("adalora_pruned", 0)
+        self._adalora["adalora_pruned"] = pruned + moved["pruned"]
 
     def _count_tokens(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
@@ -257,9 +277,14 @@ class AdaLoraCallback(TrainerCallback):
     constructor for that. A checkpoint without the file resumes with a warning; in a hyperparameter
     search only trials with a name (hp_name) have it.
 
-    Raises: ValueError when training begins if no AdaLoRA adapter is trained, or if the number of
-        steps leaves none for the allocation.
+    Args: budget, a `peftkern.methods.RankBudget` in other units than triplets, with floors and caps
+        per layer; by default target_r of the config, and PEFT's masks. A checkpoint keeps its own.
+    Raises: ValueError when training begins if no AdaLoRA adapter is trained, if the number of steps
+        leaves none for the allocation, or as `RankBudget.limits`.
     """
+
+    def __init__(self, *, budget: RankBudget | None = None) -> None:
+        self._budget = budget
 
     def on_init_end(
         self,
@@ -284,6 +309,7 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         tuner = prepare(model)
         set_total_step(tuner, state.max_steps, state.global_step)
+        set_budget(tuner, self._budget)
 
     def on_optimizer_step(
         self,

@@ -8,12 +8,32 @@ import stat
 from collections import Counter
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftkern.formats.json_files import brief, parse_json
 from peftkern.monitor.records import FIELDS, FORMAT
 
 COUNTS = ("kernel_calls", "reference_calls", "fallbacks")
+MOVED = ("pruned", "revived")
+
+
+class Mask(NamedTuple):
+    """What a mask of AdaLoRA kept and what it moved: triplets by their numbers in the layers."""
+
+    kept: int
+    budget: float | None
+    importance: dict[str, float]
+    pruned: dict[str, list[int]]
+    revived: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Mask:
+        importance = record.get("importance", {}).items()
+        found = {name: math.nan if one is None else float(one) for name, one in importance}
+        moved = ({k: [*map(index, v)] for k, v in record.get(kind, {}).items()} for kind in MOVED)
+        budget = record.get("budget")
+        budget = None if budget is None else float(budget)
+        return cls(sum(record["ranks"].values()), budget, found, *moved)
 
 
 class Run:
@@ -28,6 +48,7 @@ class Run:
         # Values of records by step, COUNTS for each step; NaN: it was not finite.
         self.points: list[tuple[int, dict[str, float]]] = []
         self.ranks: list[tuple[int, dict[str, int]]] = []
+        self.masks: list[tuple[int, Mask]] = []  # of each entry of `ranks`
         self.starts: list[dict[str, Any]] = []
         self.totals: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
@@ -113,6 +134,7 @@ class Run:
             self._add_step(record)
         elif kind == "ranks":
             _append(self.ranks, self._step_of(record), _counts(record["ranks"]))
+            _append(self.masks, self._step_of(record), Mask.of(record))
         elif kind != "summary":
             raise LookupError(f"type {kind!r}")
         self.finished = kind == "summary"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftkern.monitor.records import name_of, value_text
-from peftkern.tools.monitor.run import COUNTS, Run
+from peftkern.tools.monitor.run import COUNTS, MOVED, Mask, Run
 
 MEDIANS = ("step_seconds", "tokens_per_second")
 COUNTED = {"calls": "Calls of kernels and of plain torch", "fallback_reasons": "Fallbacks"}
@@ -43,6 +43,7 @@ def summary(run: Run) -> dict[str, Any]:
         "peaks": {name: int(max(_finite(run, name))) for name in PEAKS if _finite(run, name)},
         **{key: dict(getattr(run, key).most_common()) for key in COUNTED},
         "ranks": run.ranks[-1][1] if run.ranks else None,
+        "masks": [_mask(step, mask) for step, mask in run.masks],
         "ignored_lines": run.ignored,
     }
 
@@ -121,6 +122,14 @@ def loss_difference(one: Run, other: Run) -> tuple[list[int], list[float]]:
     apart = {at: second[at] - first[at] for at in first if at in second}
     apart = {at: value for at, value in apart.items() if math.isfinite(value)}
     return list(apart), list(apart.values())
+
+
+def _mask(step: int, mask: Mask) -> dict[str, Any]:
+    """Return the numbers of a mask; which triplets it moved is in the file."""
+    known = [one for one in mask.importance.values() if math.isfinite(one)]
+    moved = {kind: sum(map(len, getattr(mask, kind).values())) for kind in MOVED}
+    mean = statistics.fmean(known) if known else None
+    return {"step": step, "kept": mask.kept, "budget": mask.budget, "importance": mean, **moved}
 
 
 def _quantities(facts: dict[str, Any]) -> dict[str, tuple[float, str]]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftkern.monitor.records import line_of, name_of, value_text
-from peftkern.tools.monitor.run import Run
+from peftkern.tools.monitor.run import MOVED, Run
 from peftkern.tools.monitor.summary import COUNTED, counts, losses_apart, names, state, table
 
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*%#"
@@ -145,4 +145,16 @@ def _ranks(run: Run, width: int, levels: str, title: str) -> list[RenderableType
     for kind, (at, means) in curves.items():
         (line,) = plot(at, means, span, (0.0, most), (width // 2, 1), levels)
         rows.append([kind, f"{means[0]:.3g} to {means[-1]:.3g}", line])
-    return [Text(), _grid([f"mean rank{title}", "", ""], rows)]
+    return [Text(), _grid([f"mean rank{title}", "", ""], rows), *_masks(run)]
+
+
+def _masks(run: Run) -> list[RenderableType]:
+    """Say what the masks moved, and what the last one kept for what budget."""
+    moved = [sum(len(t) for _, m in run.masks for t in getattr(m, k).values()) for k in MOVED]
+    if not any(moved):
+        return []
+    step, last = run.masks[-1]
+    said = f"{last.kept:,} triplets kept since step {step:,}"
+    if last.budget is not None:
+        said += f", budget {last.budget:,.6g}"
+    return [Text(f"{said}; {moved[0]:,} were pruned and {moved[1]:,} revived")]

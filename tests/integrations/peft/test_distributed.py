@@ -76,7 +76,8 @@ ADALORA_STEPS = """
 def adalora_steps(rank):
     model = adalora_llama(deltaT=1)
     optimizer = optimizer_of(model)
-    steps = AdaLoraSteps(model, optimizer, STEPS)
+    measured = RankBudget(cost=lambda name: len(name) + rank * (len(name) % 3))  # the first's count
+    steps = AdaLoraSteps(model, optimizer, STEPS, budget=measured)
     wrapped = DistributedDataParallel(model)
     for step in range(1, 21):
         wrapped(**text_batch(seed=100 * rank + step)).loss.backward()
@@ -204,6 +205,7 @@ from adalora_models import STEPS, adalora_llama, optimizer_of
 from peft_models import *
 from peftkern.integrations.peft.adalora_state import read_state, save_state
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
+from peftkern.methods import RankBudget
 from tolerances import LOSS_CURVE_RTOL
 {LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{ADALORA_SHARDED}{SHARDED}
 def work(rank, name, world_size):

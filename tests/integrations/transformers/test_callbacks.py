@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 
+import adalora_runs
 import pytest
 import trainers
 import transformers
@@ -22,6 +23,7 @@ from peftkern.integrations.transformers.callbacks import (
     MonitorCallback,
     PeftKernCallback,
 )
+from peftkern.methods import RankBudget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 5
@@ -208,6 +210,55 @@ def test_ranks_are_recorded_when_a_mask_moves_them(tmp_path):
     pattern = model.peft_config["default"].rank_pattern.items()
     assert moved[-1]["ranks"] == {name.split(".lora_E")[0]: sum(kept) for name, kept in pattern}
     assert moved[-1]["ranks"].keys() == first["ranks"].keys()
+    check_masks(run, first, moved)
+
+
+def check_masks(run: Trainer, first: dict, moved: list[dict]) -> None:
+    """What was pruned and revived adds up to the masks; the log tells the same in numbers."""
+    assert "pruned" not in first and "importance" not in first
+    alive = {name: set(range(6)) for name in first["ranks"]}
+    for record in moved:
+        for name, kept in alive.items():
+            kept -= {*record.get("pruned", {}).get(name, ())}
+            kept |= {*record.get("revived", {}).get(name, ())}
+            assert len(kept) == record["ranks"][name]
+        assert record["importance"].keys() == alive.keys()
+        assert min(record["importance"].values()) >= 0 < max(record["importance"].values())
+        assert sum(record["ranks"].values()) <= record["budget"]
+    pattern = run.model.peft_config["default"].rank_pattern.items()
+    assert alive == {
+        name.split(".lora_E")[0]: {i for i, one in enumerate(kept) if one} for name, kept in pattern
+    }
+    names = [f"peftkern/adalora_{name}" for name in ("rank", "budget", "importance", "pruned")]
+    logged = training_logs(run)
+    assert [name in logged[0] for name in names] == [True, False, False, True]  # no mask yet
+    assert [entry[names[0]] for entry in logged][-1] == sum(moved[-1]["ranks"].values())
+    assert logged[-1][names[1]] == moved[-1]["budget"] and logged[-1][names[2]] > 0
+    pruned = [sum(map(len, record.get("pruned", {}).values())) for record in moved]
+    assert sum(entry[names[3]] for entry in logged) == sum(pruned) > 0
+
+
+def test_a_budget_of_the_callback_s(tmp_path):
+    """In parameters; the checkpoint keeps it, and training goes on from it bit for bit."""
+    budget = RankBudget(cost="parameters", min_rank=1, max_rank={"down_proj": 2})
+    schedule = {"total_step": 8, "tinit": 1, "tfinal": 3, "deltaT": 2}
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+    runs = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        model = adalora_llama(**schedule)
+        callbacks = [AdaLoraCallback(budget=budget if resume is None else None)]
+        runs.append(trainer(model, tmp_path, callbacks, **saving))
+        runs[-1].train(resume_from_checkpoint=resume)
+    first, second = (one.model for one in runs)
+    limits = first.base_model.rankallocator.limits
+    assert limits == second.base_model.rankallocator.limits
+    spent = 0.0
+    for name, kept in adalora_runs.mask(first).items():
+        name = name.removesuffix(".lora_E")
+        assert 1 <= sum(kept) <= limits.max_rank[name]
+        spent += limits.cost[name] * sum(kept)
+    assert spent <= limits.target_budget == 2 * sum(limits.cost.values())
+    assert adalora_runs.digest(first) == adalora_runs.digest(second)
 
 
 def test_monitor_in_the_trainer_s_list_reaches_the_history(tmp_path):

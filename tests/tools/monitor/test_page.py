@@ -40,13 +40,19 @@ def test_a_run_of_adalora_is_drawn_with_the_rank_of_each_layer(run):
     drawn = labels([run])
     assert drawn[:3] == ["loss", "grad norm", "learning rate"]
     assert {"tokens/s", "process RSS, GB", "kernel calls per step"} < set(drawn)
-    assert drawn[-1] == "rank of each layer, run.jsonl"
+    of_layers = ["rank of each layer", "importance of each layer", "triplets moved by a mask"]
+    assert drawn[-3:] == [f"{what}, run.jsonl" for what in of_layers]
+    assert {"adalora rank", "adalora budget", "adalora importance"} < set(drawn)
     text = page.svg([run])
     root = ET.fromstring(text)
     tips = [one.text for one in root.findall(".//{*}title")]
     first, last = run.ranks[0][1], run.ranks[-1][1]
+    (_, mask), *_ = [(step, mask) for step, mask in run.masks if mask.pruned]
     for layer, rank in last.items():
-        assert f"{layer}: {first[layer]} to {rank}" in tips
+        (tip,) = [tip for tip in tips if tip.startswith(f"{layer}: {first[layer]} to {rank}")]
+        numbers = ", ".join(map(str, mask.pruned.get(layer, ())))
+        assert (f"pruned {numbers}" in tip) == bool(numbers)
+        assert f"{layer}: {run.masks[-1][1].importance[layer]:.3g} in the last mask" in tips
     assert text == page.svg([run])
 
 

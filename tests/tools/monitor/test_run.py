@@ -9,8 +9,14 @@ import pytest
 from monitor_runs import start, step, write
 
 from peftkern.monitor import TrainingMonitor
-from peftkern.tools.monitor.run import Run
+from peftkern.tools.monitor.run import Mask, Run
 from peftkern.tools.monitor.summary import compare, summary
+
+PRUNED = {"a.q": [1], "a.k": [0]}
+
+
+def mask(**of: object) -> dict[str, object]:
+    return {"type": "ranks", "step": 1, "ranks": {"q": 1}, **of}
 
 
 def read(path) -> Run:
@@ -22,11 +28,12 @@ def read(path) -> Run:
 def test_what_a_monitor_writes_is_what_is_read(tmp_path):
     path = tmp_path / "run.jsonl"
     with TrainingMonitor("cpu", jsonl=path, every=2) as monitor:
-        monitor.ranks({"a.q": [True, False], "a.k": [True, True]})
+        started = monitor.ranks({"a.q": [True, False], "a.k": [True, True]})
         for i in range(4):
             monitor.step(tokens=3, loss=float(i))
         monitor.ranks({"a.q": 1, "a.k": 2})  # as before
         monitor.ranks({"a.q": 0, "a.k": 2})
+    assert started == {"kept": 3, "pruned": 0, "revived": 0}
     run, ours = read(path), monitor.summary()
     facts = summary(run)
     assert (facts["steps"], facts["tokens"], facts["finished"]) == (4, 12, True)
@@ -35,6 +42,30 @@ def test_what_a_monitor_writes_is_what_is_read(tmp_path):
     assert run.ranks == [(0, {"a.q": 1, "a.k": 2}), (4, {"a.q": 0, "a.k": 2})]
     assert run.mean_ranks() == {"q": ([0, 4], [1.0, 0.0]), "k": ([0, 4], [2.0, 2.0])}
     assert facts["peaks"]["process_peak_rss_bytes"] > 0
+
+
+def test_what_a_mask_moved_and_what_it_was_drawn_from_is_read(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with TrainingMonitor("cpu", jsonl=path, every=0) as monitor:
+        monitor.step()
+        importance = {"a.q": 0.5, "a.k": math.inf}
+        found = monitor.ranks(
+            {"a.q": [True, False], "a.k": [False, True]}, importance=importance, budget=2.5
+        )
+        assert found == {"kept": 2, "pruned": 2, "revived": 0}
+        monitor.step()
+        monitor.ranks({"a.q": [False, True], "a.k": [False, True]})  # of the same ranks
+        monitor.step()
+        monitor.ranks({"a.q": [False, False], "a.k": [True]})  # a triplet of a.k was dropped
+    run = read(path)
+    first, second, third = run.masks
+    assert first == (1, Mask(2, 2.5, pytest.approx(importance, nan_ok=True), PRUNED, {}))
+    assert second == (2, Mask(2, None, {}, {"a.q": [0]}, {"a.q": [1]}))
+    assert third == (3, Mask(1, None, {}, {"a.q": [1]}, {}))
+    assert summary(run)["masks"][0] == {
+        **{"step": 1, "kept": 2, "budget": 2.5, "importance": 0.5, "pruned": 2, "revived": 0}
+    }
+    json.dumps(summary(run), allow_nan=False)
 
 
 def test_a_growing_file_is_read_on_and_its_last_line_waits_until_it_is_whole(tmp_path):
@@ -102,6 +133,8 @@ def test_files_before_the_format_had_a_name_are_read(tmp_path):
         ([start(), step(1, calls=[1])], "", "line 2: AttributeError"),
         ([start(), step(1, loss=10**400)], "", "line 2: OverflowError"),
         ([start(), {"type": "ranks", "step": 1, "ranks": {"q": "x"}}], "", "line 2: TypeError"),
+        ([start(), mask(importance=[1])], "", "line 2: AttributeError"),
+        ([start(), mask(pruned={"q": [0.5]})], "", "line 2: TypeError"),
     ],
 )
 def test_another_file_is_refused_in_one_line(tmp_path, records, rest, why):

@@ -1,0 +1,113 @@
+"""Budgets of PEFT's AdaLoRA in parameters or other units, under a loop of one's own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from adalora_models import adalora_llama, optimizer_of
+from adalora_runs import digest, mask
+from peft_models import take_small_layers, text_batch
+
+import peftkern
+from peftkern.integrations.peft.adalora_budget import set_budget
+from peftkern.integrations.peft.adalora_state import load_state
+from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
+from peftkern.methods import RankBudget
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOTAL, LAST = 14, 10
+SCHEDULE = {"total_step": TOTAL, "tinit": 2, "tfinal": TOTAL - LAST, "deltaT": 2}
+BUDGET = RankBudget(cost="parameters", min_rank={"v_proj": 1}, max_rank={"layers.0": 3})
+
+
+def ready(budget: RankBudget | None = BUDGET) -> tuple:
+    model = adalora_llama(**SCHEDULE)
+    optimizer = optimizer_of(model)
+    return model, optimizer, AdaLoraSteps(model, optimizer, TOTAL, budget=budget)
+
+
+def take_steps(model, optimizer, steps: range) -> list[str]:
+    found = []
+    for step in steps:
+        model(**text_batch(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(digest(model))
+    return found
+
+
+def ranks(model) -> dict[str, int]:
+    return {name.removesuffix(".lora_E"): sum(kept) for name, kept in mask(model).items()}
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory) -> tuple:
+    """A training with limits, saved after step 5, and the states of the steps after it."""
+    folder, threads = tmp_path_factory.mktemp("limited"), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patches:  # as the fixtures of a test do
+        take_small_layers(patches.setattr)
+        torch.set_num_threads(1)
+        model, optimizer, steps = ready()
+        take_steps(model, optimizer, range(1, 6))
+        steps.save(folder)
+        held = copy.deepcopy(optimizer.state_dict())
+        states = take_steps(model, optimizer, range(6, TOTAL + 1))
+    torch.set_num_threads(threads)
+    return model, folder, held, states
+
+
+def test_the_last_mask_is_within_the_limits(limited):
+    model = limited[0]
+    allocator, found = model.base_model.rankallocator, ranks(model)
+    limits = allocator.limits
+    spent = sum(limits.cost[name] * r for name, r in found.items())
+    assert limits.target_budget - max(limits.cost.values()) < spent <= limits.target_budget
+    assert limits.target_budget == 2 * sum(limits.cost.values())  # of uniform rank 2
+    assert all(r <= 3 for name, r in found.items() if "layers.0." in name)
+    assert all(r >= 1 for name, r in found.items() if "v_proj" in name)
+    assert allocator.drawn.budget == allocator.budget_schedule(LAST)[0]
+    assert allocator.drawn.layer_importance().keys() == found.keys()
+
+
+def test_a_training_goes_on_with_the_limits_of_its_checkpoint(limited):
+    model, folder, held, expected = limited
+    for budget, warned in ((BUDGET, False), (None, False), (RankBudget(cost="bytes"), True)):
+        resumed, optimizer, steps = ready(budget)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            steps.load(folder)
+        said = [str(w.message) for w in caught if "budget of the checkpoint" in str(w.message)]
+        assert len(said) == warned
+        optimizer.load_state_dict(copy.deepcopy(held))
+        if budget is not BUDGET:  # the same from here on
+            assert resumed.base_model.rankallocator.limits == model.base_model.rankallocator.limits
+            continue
+        assert take_steps(resumed, optimizer, range(6, TOTAL + 1)) == expected
+    with pytest.warns(UserWarning, match="budget of the checkpoint"):
+        set_budget(resumed.base_model, RankBudget(cost="flops"))
+    assert resumed.base_model.rankallocator.limits == model.base_model.rankallocator.limits
+    peftkern.unpatch(resumed)
+    with pytest.raises(ValueError, match=r"model: expected a patched one, for .* has a budget"):
+        load_state(resumed, folder)
+
+
+def test_a_budget_that_says_nothing_leaves_pefts_masks():
+    model, optimizer, _ = ready(RankBudget())
+    assert model.base_model.rankallocator.limits is None
+    plain, plain_optimizer, _ = ready(None)
+    steps = range(1, 5)
+    assert take_steps(model, optimizer, steps) == take_steps(plain, plain_optimizer, steps)
+    model = adalora_llama(**SCHEDULE)
+    with pytest.raises(ValueError, match="budget: expected a patched model, has a RankAllocator"):
+        set_budget(model.base_model, BUDGET)
+    with pytest.raises(ValueError, match="total: expected at least"):
+        ready(RankBudget(1, min_rank=1))
+
+
+def test_a_mask_needs_importance():
+    model, _, _ = ready()
+    with pytest.raises(ValueError, match="importance of a step before the first mask"):
+        model.base_model.update_and_allocate(LAST)
