@@ -192,7 +192,7 @@ class TrainingMonitor:
         check_values(values)
         ranks = {k: v if isinstance(v, int) else sum(v) for k, v in pattern.items()}
         first = not self.steps and not self._masks
-        moved = moved_triplets(pattern if first else self._masks, pattern)
+        moved = moved_triplets(self._masks, {} if first else pattern)
         if ranks != self._ranks or any(moved.values()) or importance is not None:
             record = {"type": "ranks", "time": time.time(), "step": self.steps, "ranks": ranks}
             if importance is not None:

@@ -249,7 +249,9 @@ def stretches(
     most = max((value for _, _, value in every), default=0) or 1
     blue = matplotlib.colors.to_rgb(COLORS["series-0"][0])
     axis = page.axes(84, 24, width - 94, row * len(rows))
-    scale(axis, "x", [x for begin, end, _ in every for x in (begin, end)], False, 1.0, ())
+    at = [x for begin, end, _ in every for x in (begin, end)]
+    scale(axis, "x", at, False, 1.0, ())
+    axis.set_xlim(min(at, default=0), max(at, default=1))
     axis.set_ylim(len(rows), 0)
     for index, (_, tip, parts) in enumerate(rows):
         spans = [(begin, end - begin) for begin, end, _ in parts]

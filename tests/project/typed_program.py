@@ -93,7 +93,7 @@ def trained_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     assert_type(methods.sample_rank(model), int)
     assert_type(methods.LoRAFAOptimizer(model), methods.LoRAFAOptimizer)
     allocator = RankAllocator(model, total_step=100, target_r=4)
-    assert_type(allocator.update_and_allocate(1)[0], int)
+    assert_type(allocator.update_and_allocate(1)[0], float)
 
 
 def watched() -> None:

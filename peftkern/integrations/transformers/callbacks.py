@@ -130,6 +130,7 @@ class MonitorCallback(TrainerCallback):
         self._pattern: dict[str, list[bool]] | None = None
         self._drawn: DrawnMask | None = None
         self._adalora: dict[str, float] = {}
+        self._pruned = 0  # triplets, since the last log
 
     @classmethod
     def attach(cls, trainer: Trainer, **options: Any) -> MonitorCallback:
@@ -158,7 +159,7 @@ class MonitorCallback(TrainerCallback):
         if model is not None and not self._counted and not args.torch_compile:
             self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
         self._tuner = find_tuner(model)
-        self._adalora = {}
+        self._adalora, self._pruned = {}, 0
         if self._tuner is not None:
             self._drawn = getattr(self._tuner.rankallocator, "drawn", None)
             self._write_ranks(state)
@@ -190,14 +191,13 @@ class MonitorCallback(TrainerCallback):
         if self.monitor is None or not self.monitor.running or not logs or "loss" not in logs:
             return  # an evaluation, or what is said when all is done
         values = {name: logs[name] for name in _LOGGED if isinstance(logs.get(name), float)}
-        values |= self._adalora
-        record = self.monitor.record(global_step=state.global_step, **values)
+        record = self.monitor.record(global_step=state.global_step, **values, **self._adalora)
         if record is None:
             return
         told = FIELDS | self._adalora.keys()
         added = {f"peftkern/{k}": v for k, v in scalars(record).items() if k in told}
-        if self._adalora:
-            self._adalora["adalora_pruned"] = 0
+        if self._adalora:  # of each mask the file has which were pruned
+            added["peftkern/adalora_pruned"], self._pruned = self._pruned, 0
         logs.update(added)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(added)  # the Trainer has stored its copy by now
@@ -240,8 +240,7 @@ class MonitorCallback(TrainerCallback):
             self._adalora["adalora_importance"] = float(drawn.scores.double().mean())
         moved = self.monitor.ranks(pattern, global_step=state.global_step, **values)
         self._adalora["adalora_rank"] = moved["kept"]
-        pruned = self._adalora.get("adalora_pruned", 0)
-        self._adalora["adalora_pruned"] = pruned + moved["pruned"]
+        self._pruned += moved["pruned"]
 
     def _count_tokens(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))

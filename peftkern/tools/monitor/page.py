@@ -24,6 +24,7 @@ from peftkern.tools.monitor.summary import (
 POINTS = 400  # of a curve, at most: it has fewer pixels
 COLUMNS, GAP = 3, 24  # of an SVG file: charts beside each other, and pixels around them
 DECADES = 3  # of importance, below the largest, that have a color
+MARKED = 24  # masks that have a mark each
 TOLD = 6  # times that triplets of a layer were moved, in its tip
 UNITS = {
     "step_seconds": ("ms/step", 1e3),
@@ -128,7 +129,7 @@ def _importance(name: str, run: Run) -> Figure:
     tops = [max(filter(math.isfinite, found.values()), default=0.0) for _, found in masks]
     rows = []
     for kind, layer in _by_kind(run):
-        shares = []
+        shares = [(run.ranks[0][0], 0.0)] if run.ranks[0][0] < masks[0][0] else []  # none yet
         for (step, found), top in zip(masks, tops, strict=True):
             share = found.get(layer, 0.0) / top if top > 0 else 0.0
             share = share if share > 0 else 0.0  # and of what is not finite
@@ -142,14 +143,14 @@ def _importance(name: str, run: Run) -> Figure:
 
 def _moves(name: str, run: Run) -> Figure:
     """Draw how many triplets each mask pruned and how many it let revive."""
-    at = [step for step, _ in run.masks]
-    series = []
+    drawn = [(at, m) for at, m in run.masks if m.importance or m.pruned or m.revived]
+    at, series = [step for step, _ in drawn], []
     for number, kind in enumerate(MOVED):
-        counts = [float(sum(map(len, getattr(mask, kind).values()))) for _, mask in run.masks]
+        counts = [float(sum(map(len, getattr(mask, kind).values()))) for _, mask in drawn]
         series.append(charts.Series(kind, number, at, counts))
     label = f"triplets moved by a mask, {name}"
     said = {"title": label, "y_label": label, "x_label": "step"}
-    return charts.lines(series, **said, markers=False, from_zero=True)
+    return charts.lines(series, **said, markers=len(at) <= MARKED, from_zero=True)
 
 
 def _by_kind(run: Run) -> list[tuple[str, str]]:

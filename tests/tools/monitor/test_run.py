@@ -59,7 +59,8 @@ def test_what_a_mask_moved_and_what_it_was_drawn_from_is_read(tmp_path):
         monitor.ranks({"a.q": [False, False], "a.k": [True]})  # a triplet of a.k was dropped
     run = read(path)
     first, second, third = run.masks
-    assert first == (1, Mask(2, 2.5, pytest.approx(importance, nan_ok=True), PRUNED, {}))
+    known = pytest.approx({"a.q": 0.5, "a.k": math.nan}, nan_ok=True)
+    assert first == (1, Mask(2, 2.5, known, PRUNED, {}))
     assert second == (2, Mask(2, None, {}, {"a.q": [0]}, {"a.q": [1]}))
     assert third == (3, Mask(1, None, {}, {"a.q": [1]}, {}))
     assert summary(run)["masks"][0] == {
