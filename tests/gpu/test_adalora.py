@@ -27,6 +27,7 @@ from tolerances import SVD_SIGMA
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.functional.adalora import adalora_allocate_
 from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd, low_rank_svdvals
 from peftkern.layers import SVDLinear
 from peftkern.methods.adalora import RankAllocator
@@ -67,6 +68,24 @@ def drawn(shapes, dtype: torch.dtype = F32, grad_dtype: torch.dtype = F32) -> tu
 def test_importance(shapes, dtype, grad_dtype):
     case = drawn(shapes, dtype, grad_dtype)
     assert_near(importance("triton", *case), importance("reference", *case))
+
+
+@pytest.mark.parametrize("kind", ["any", "ties", "zero", "nan"])
+@pytest.mark.parametrize("scale", [1, 1e-7])  # costs that are integers, and times
+def test_allocation_with_limits_is_that_of_the_cpu_and_nothing_waits(kind, scale):
+    ranks = [12] * 224
+    cost = [c * scale for c in (8192, 5120, 5120, 8192, 18432, 18432, 18432)] * 32
+    limits = {"cost": cost, "r_min": 1, "r_max": [3, 12] * 112}
+    scores, budget = random_scores(kind, sum(ranks)), 4 * sum(cost)
+    on_device, lora_E = scores.to(CUDA), [torch.ones(r, 1, device=CUDA) for r in ranks]
+    adalora_allocate_(on_device, lora_E, budget, **limits)  # its tables are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask = adalora_allocate_(on_device, lora_E, budget, **limits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wanted = adalora_allocate_(scores, [torch.ones(r, 1) for r in ranks], budget, **limits)
+    assert torch.equal(mask.cpu(), wanted)
 
 
 @pytest.mark.parametrize("threshold", [False, True])

@@ -9,7 +9,10 @@ import pytest
 import torch
 from adalora_models import adalora_llama, optimizer_of
 from adalora_runs import digest, mask
+from peft import AdaLoraConfig, get_peft_model
 from peft_models import take_small_layers, text_batch
+from torch import nn
+from transformers import MixtralConfig
 
 import peftkern
 from peftkern.integrations.peft.adalora_budget import set_budget
@@ -111,3 +114,36 @@ def test_a_mask_needs_importance():
     model, _, _ = ready()
     with pytest.raises(ValueError, match="importance of a step before the first mask"):
         model.base_model.update_and_allocate(LAST)
+
+
+class Experts(nn.Module):
+    """A router's choice of two of four experts, each a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = MixtralConfig(num_local_experts=4, num_experts_per_tok=2)
+        self.attention = nn.Linear(16, 16)
+        self.experts = nn.ModuleList(nn.Linear(16, 24) for _ in range(4))
+
+    def forward(self, x):
+        x = self.attention(x)
+        return sum(self.experts[i](part).square().mean() for i, part in enumerate(x.chunk(4)))
+
+
+def test_experts_have_costs_floors_and_caps_of_their_own():
+    targets = {"target_modules": ["attention", "0", "1", "2", "3"], "init_r": 6, "target_r": 2}
+    model = get_peft_model(Experts(), AdaLoraConfig(**{**SCHEDULE, **targets}))
+    optimizer = optimizer_of(model)
+    budget = RankBudget(cost="flops", min_rank={"experts": 1}, max_rank={"experts.3": 2})
+    AdaLoraSteps(model, optimizer, TOTAL, budget=budget)
+    limits = model.base_model.rankallocator.limits
+    expert = 2 * (16 + 24) * 2 / 4  # of two tokens in four
+    assert limits.cost == {"attention": 64.0, **{f"experts.{i}": expert for i in range(4)}}
+    for step in range(1, TOTAL + 1):
+        model(torch.randn(8, 16, generator=torch.Generator().manual_seed(step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = ranks(model)
+    assert all(found[f"experts.{i}"] >= 1 for i in range(4)) and found["experts.3"] <= 2
+    assert sum(limits.cost[name] * r for name, r in found.items()) <= limits.target_budget
