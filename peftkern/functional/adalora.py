@@ -28,7 +28,7 @@ from peftkern.functional.triplet_selection import select_triplets
 
 __all__ = ["adalora_allocate_", "adalora_importance_", "orthogonality_loss"]
 TIES = ("exact", "peft")
-_UNLIMITED = 1 << 31
+UNLIMITED = 1 << 31  # r_max of a layer without one
 
 
 def adalora_importance_(
@@ -155,7 +155,7 @@ def _limits(
     if all(type(given) is type(default) and given == default for given, default in plain):
         return None
     low = _of_layers("r_min", r_min, count, whole=True)
-    high = _of_layers("r_max", _UNLIMITED if r_max is None else r_max, count, whole=True)
+    high = _of_layers("r_max", UNLIMITED if r_max is None else r_max, count, whole=True)
     if any(lo > hi for lo, hi in zip(low, high, strict=True)):
         raise ValueError("r_min, r_max: expected r_min <= r_max in every layer")
     return _of_layers("cost", cost, count, whole=False), low, high

@@ -11,11 +11,12 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from peftkern.functional.adalora import UNLIMITED
 from peftkern.functional.rank_allocation import COSTS, rank_costs
 from peftkern.layers.names import has_parts
 
@@ -39,20 +40,24 @@ class _LayerArguments(NamedTuple):
 class RankLimits:
     """`RankBudget` of certain layers: what each triplet costs, floors and caps, by layer.
 
-    init_budget: what all triplets cost at first, as far as the caps admit them; target_budget: what
-    those at the end may. The budget falls between them as `BudgetSchedule` has it.
+    max_rank: None for a layer without a cap. target_budget: what the triplets at the end may cost;
+    init_budget: what all cost at first, as far as the caps admit them. The budget falls between
+    them as `BudgetSchedule` has it. Limits are equal whatever triplets there were at first.
     """
 
     cost: dict[str, float]
     min_rank: dict[str, int]
-    max_rank: dict[str, int]
-    init_budget: float
+    max_rank: dict[str, int | None]
     target_budget: float
+    init_budget: float = field(compare=False)
 
     def of(self, layers: Sequence[str]) -> _LayerArguments:
         """Return the arguments of `adalora_allocate_` for layers in that order."""
+        caps = (self.max_rank[name] for name in layers)
         return _LayerArguments(
-            *([held[name] for name in layers] for held in (self.cost, self.min_rank, self.max_rank))
+            [self.cost[name] for name in layers],
+            [self.min_rank[name] for name in layers],
+            [UNLIMITED if cap is None else cap for cap in caps],
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,10 +146,10 @@ class RankBudget:
         cost = self._costs(layers, model)
         ranks = {name: E.shape[0] for name, (E, _, _) in layers.items()}
         low = _by_name("min_rank", self.min_rank, names, dict.fromkeys(names, 0))
-        high = _by_name("max_rank", self.max_rank, names, ranks)
+        high = _by_name("max_rank", self.max_rank, names, dict.fromkeys(names))
+        most = {name: r if high[name] is None else min(high[name], r) for name, r in ranks.items()}
         for name, r in ranks.items():
-            high[name] = min(high[name], r)
-            if low[name] > high[name]:
+            if low[name] > most[name]:
                 raise ValueError(
                     f"min_rank, max_rank: expected 0 <= min_rank <= min(max_rank, {r}), {name} has "
                     f"{low[name]} and {high[name]}"
@@ -157,8 +162,8 @@ class RankBudget:
             raise ValueError(
                 f"total: expected at least {least:g}, the cost of min_rank, got {target:g}"
             )
-        first = math.fsum(cost[name] * high[name] for name in names)
-        return RankLimits(cost, low, high, first, max(min(target, first), least))
+        first = math.fsum(cost[name] * most[name] for name in names)
+        return RankLimits(cost, low, high, float(target), first)
 
     def _costs(
         self, layers: Mapping[str, tuple[Tensor, Tensor, Tensor]], model: nn.Module | None

@@ -255,7 +255,7 @@ def test_a_budget_of_the_callback_s(tmp_path):
     spent = 0.0
     for name, kept in adalora_runs.mask(first).items():
         name = name.removesuffix(".lora_E")
-        assert 1 <= sum(kept) <= limits.max_rank[name]
+        assert 1 <= sum(kept) <= (limits.max_rank[name] or 6)
         spent += limits.cost[name] * sum(kept)
     assert spent <= limits.target_budget == 2 * sum(limits.cost.values())
     assert adalora_runs.digest(first) == adalora_runs.digest(second)
