@@ -108,17 +108,7 @@ def allocate_rank(
         raise ValueError(f"budget: expected at least {budget - left:g}, r_min's cost, got {budget}")
     ranks = _filled(values, costs, low, high, left)
     if exact and len(set(costs)) > 1:
-        # As shares of the largest, whose squares stay within float64.
-        top = max((sigma[0] for sigma in values if sigma), default=0.0) or 1.0
-        free = [
-            [(one / top) ** 2 for one in sigma[lo:hi]]
-            for sigma, lo, hi in zip(values, low, high, strict=True)
-        ]
-        more = improve(free, costs, left, [r - lo for r, lo in zip(ranks, low, strict=True)])
-        best = [lo + k for lo, k in zip(low, more, strict=True)]
-        if best != ranks:
-            left = budget - sum(c * r for c, r in zip(costs, best, strict=True))
-            ranks = _filled(values, costs, best, high, left)
+        ranks = _improved(values, costs, low, high, budget, ranks)
     return ranks
 
 
@@ -189,6 +179,30 @@ def _check_layers(
                 f"r_min, r_max: expected 0 <= r_min <= min(r_max, {len(sigma)}), layer {layer} "
                 f"has {low[layer]} and {high[layer]}"
             )
+
+
+def _improved(
+    values: list[list[float]],
+    costs: list[float],
+    low: list[int],
+    high: list[int],
+    budget: float,
+    ranks: list[int],
+) -> list[int]:
+    """Return the ranks of the greatest energy, `ranks` if none have more."""
+    # As shares of the largest, whose squares stay within float64.
+    top = max((sigma[0] for sigma in values if sigma), default=0.0) or 1.0
+    free = [
+        [(one / top) ** 2 for one in sigma[lo:hi]]
+        for sigma, lo, hi in zip(values, low, high, strict=True)
+    ]
+    left = budget - sum(c * r for c, r in zip(costs, low, strict=True))
+    more = improve(free, costs, left, [r - lo for r, lo in zip(ranks, low, strict=True)])
+    best = [lo + k for lo, k in zip(low, more, strict=True)]
+    if best == ranks:
+        return ranks
+    left = budget - sum(c * r for c, r in zip(costs, best, strict=True))
+    return _filled(values, costs, best, high, left)
 
 
 def _filled(
