@@ -42,7 +42,8 @@ class AdaLoraState(NamedTuple):
     """Triplets by "layer.lora_E" and so on, averages by the same, kept triplets by layer.
 
     schedule: the fields of the config, with `init_bgt`, the triplets at first. step: the last one
-    that was taken; -1 if unknown. scores: of all triplets; None if none are needed.
+    that was taken; -1 if unknown. scores: of all triplets; None if none are needed. rows: which
+    triplets of each layer are there, None if all; compaction has dropped the others.
     """
 
     triplets: dict[str, Tensor]
@@ -52,6 +53,7 @@ class AdaLoraState(NamedTuple):
     schedule: dict[str, int]
     step: int
     scores: Tensor | None
+    rows: dict[str, list[bool]] | None = None
 
 
 def save_state(
@@ -74,6 +76,8 @@ def save_state(
                     tensors[f"{path}.{group}.{average}"] = held
         if pattern:
             tensors[f"{path}.kept"] = torch.tensor(pattern[f"{path}.lora_E"], dtype=torch.bool)
+        if getattr(allocator, "rows", None) is not None:
+            tensors[f"{path}.rows"] = torch.tensor(allocator.rows[path], dtype=torch.bool)
     if not write:
         return
     importance = getattr(allocator, "_importance", None)
@@ -103,18 +107,20 @@ def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
             raise ValueError(f"{path}: version {record.get('version')}, expected {_VERSION}")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     averages: dict[str, dict[str, Tensor]] = {name: {} for name in _AVERAGES}
-    kept, triplets, scores = {}, {}, tensors.pop("scores", None)
+    kept, rows, triplets, scores = {}, {}, {}, tensors.pop("scores", None)
     for key, tensor in tensors.items():
         name, _, last = key.rpartition(".")
         if last == "kept":
             kept[name] = tensor.tolist()
+        elif last == "rows":
+            rows[name] = tensor.tolist()
         elif last in averages:
             averages[last][name] = tensor
         else:
             triplets[key] = tensor
     return AdaLoraState(
         triplets, averages, kept or None, record["ranknum"], record["schedule"], record["step"],
-        scores,
+        scores, rows or None,
     )  # fmt: skip
 
 
@@ -126,11 +132,16 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
 
     Returns: the state; its step is -1 without that file.
     Raises: ValueError if the layers or their shapes are not those of the model, which is then as
-        it was.
+        it was, and for a model that FSDP2 has sharded already.
     """
     tuner = model.base_model
     name = tuner.trainable_adapter_name
     layers, state = layers_of(tuner), read_state(folder)
+    if any(hasattr(layer.lora_A[name], "full_tensor") for layer in layers.values()):
+        raise ValueError(
+            "model: FSDP2 has sharded it, and AdaLoRA does not resume in shards: load before "
+            "fully_shard, in every process"
+        )
     weights = load_peft_weights(folder, device="cpu")
     if state is None:
         state = _scattered(tuner, layers, folder, weights)
@@ -209,6 +220,8 @@ def _check_shapes(
         _held(state.ranknum, path, file)
         if state.kept is not None:
             _held(state.kept, path, file)
+        if state.rows is not None and sum(_held(state.rows, path, file)) != ranks[0]:
+            raise ValueError(f"{file}: {path} has {ranks[0]} triplets, not those of its rows")
 
 
 def _held(values: Mapping[str, Any], key: str, file: Path) -> Any:
@@ -289,7 +302,7 @@ def _restore_allocator(tuner: AdaLoraModel, state: AdaLoraState) -> None:
         moved = {f"{key}.{name}": tensor.to(device, copy=True) for key, tensor in held.items()}
         setattr(allocator, average, moved)
     if isinstance(allocator, PatchedRankAllocator):
-        allocator._pattern = None
+        allocator._pattern, allocator.rows = None, state.rows
         if state.averages["exp_avg_ipt"]:
             allocator.adopt_ipt(allocator.triplets(tuner.model))
             if state.scores is not None:
