@@ -199,6 +199,23 @@ class PatchedAdaLoraModel(AdaLoraModel):
         self._seen = None
         super().update_and_allocate(global_step)
 
+    def resize_modules_by_rank_pattern(self, rank_pattern: dict, adapter_name: str) -> None:
+        """Make room for an adapter to load; PEFT takes it out of init_r triplets, all still here.
+
+        Where compaction has dropped some the rest is replaced: all of it is loaded next.
+        """
+        allocator = getattr(self, "rankallocator", None)
+        if getattr(allocator, "rows", None) is None or adapter_name != allocator.adapter_name:
+            super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)
+            return
+        config = self.peft_config[adapter_name]
+        for name, kept in rank_pattern.items():
+            layer = self.model.get_submodule(name.partition(".lora_E")[0])
+            ranknum = layer.ranknum[adapter_name]
+            layer.update_layer(adapter_name, int(sum(kept)), config.lora_alpha, config=config)
+            layer.ranknum[adapter_name].data.copy_(ranknum)
+        allocator.rows = None
+
     def resize_state_dict_by_rank_pattern(
         self, rank_pattern: dict, state_dict: dict[str, Tensor], adapter_name: str
     ) -> dict[str, Tensor]:

@@ -202,3 +202,4 @@ def _rebuild(ddp: DistributedDataParallel) -> None:
     del ddp.reducer, ddp.logger
     ddp.__setstate__(state)
     ddp._has_rebuilt_buckets = False
+    ddp._static_graph_delay_allreduce_enqueued = False  # the first step of buckets reduces late
