@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from peftkern.tools.plan.plan import Plan, Training
+    from peftkern.tools.plan.rates import Rates
 
 DOES_NOT_FIT = 1
 _PHASES = {
@@ -103,8 +104,11 @@ def plan(
         config = planning.read_model(model)
         planner = planning.Planner(config, training)
         found = planner.plan()
-    after = None if target_r is None else planner.compacted()
-    rates = None if after is None else _rates(training)
+    after = rates = None
+    if target_r is not None:
+        from peftkern.tools.plan.rates import measured
+
+        after, rates = planner.compacted(), measured(training.device, training.dtype)
     fitting = None
     if budget is not None:
         fitting = {
@@ -139,32 +143,17 @@ def _read_adapter(path: Path) -> dict:
     return found
 
 
-def _rates(training: Training) -> tuple[float, float] | None:
-    """Measure FLOPs and bytes per second of the device to train on; None if it is not here."""
-    import torch
-
-    from peftkern.tools.bench import machine
-
-    if training.device == "cuda" and not torch.cuda.is_available():
-        return None
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[training.dtype]
-    found = machine.roof(0.5, torch.device(training.device), small=False, dtypes=(dtype,))
-    return found[dtype], found["copy"]
-
-
-def _compaction(after: tuple[Plan, Plan], rates: tuple[float, float] | None) -> dict:
+def _compaction(after: tuple[Plan, Plan], rates: Rates | None) -> dict:
     """Return the plans of a model that is pruned and of the same compacted."""
     found = {}
     for name, plan in zip(("pruned", "compacted"), after, strict=True):
         found[name] = plan.as_dict()
         if rates is not None:
-            found[name]["seconds"] = plan.work.seconds(*rates)
+            found[name]["seconds"] = plan.work.seconds(rates)
     return found
 
 
-def _print_compaction(
-    training: Training, after: tuple[Plan, Plan], rates: tuple[float, float] | None
-) -> None:
+def _print_compaction(training: Training, after: tuple[Plan, Plan], rates: Rates | None) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -180,7 +169,7 @@ def _print_compaction(
     rows["products of a step, GFLOP"] = [plan.work.flops / 1e9 for plan in after]
     rows["read and written, GB"] = [plan.work.nbytes / 1e9 for plan in after]
     if rates is not None:
-        rows["a step at least, ms"] = [plan.work.seconds(*rates) * 1e3 for plan in after]
+        rows["a step at least, ms"] = [plan.work.seconds(rates) * 1e3 for plan in after]
     table = Table(box=box.HEAVY_HEAD if console.width >= NARROW else None)
     for heading in ("", "pruned", "compacted", "falls by"):
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
@@ -192,8 +181,8 @@ def _print_compaction(
     console.print(textwrap.fill(text, console.width), markup=False)
     console.print(table)
     if rates is not None:
-        text = f"Each op at {rates[0] / 1e9:.4g} GFLOP/s or {rates[1] / 1e9:.3g} GB/s, measured"
-        text += " here, whichever takes longer; what starts an op comes on top."
+        text = f"Each op at {rates}, whichever takes longer, as measured here; what starts an op"
+        text += " comes on top."
         console.print(textwrap.fill(text, console.width), markup=False)
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from peftkern.backends.schemas import operands
+from peftkern.tools.plan.rates import Rates
 
 __all__ = ["IMPORTANCE", "STEP", "Work", "work_of"]
 
@@ -38,9 +39,9 @@ class Work:
     def nbytes(self) -> int:
         return sum(count * nbytes for (_, _, nbytes), count in self.ops.items())
 
-    def seconds(self, flops: float, nbytes: float) -> float:
-        """Return the least time at so many FLOPs and bytes per second."""
-        return sum(count * max(f / flops, b / nbytes) for (_, f, b), count in self.ops.items())
+    def seconds(self, rates: Rates) -> float:
+        """Return the time of all ops, one after the other."""
+        return sum(count * rates.seconds(f, b) for (_, f, b), count in self.ops.items())
 
     def without(self, part: str) -> Work:
         return Work({key: count for key, count in self.ops.items() if key[0] != part})

@@ -292,6 +292,22 @@ def test_training_goes_on_after_saving_and_loading(tmp_path: Path) -> None:
     assert sum(map(sum, pattern.values())) == 28
 
 
+def test_an_adapter_saved_between_masks_trains_on_where_peft_crashes(tmp_path: Path) -> None:
+    """It has fewer triplets than PEFT's budget counts at first."""
+    schedule = {"total_step": 12, "tinit": 1, "tfinal": 3, "deltaT": 2}
+    model = adalora_llama(**schedule)
+    train(model, range(1, 7))
+    model.save_pretrained(tmp_path)
+    loaded = [
+        PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True) for _ in range(2)
+    ]
+    with pytest.raises(RuntimeError, match="selected number k out of range"):
+        train(loaded[0], range(7, 13))
+    peftkern.patch(loaded[1])
+    _, patterns = train(loaded[1], range(7, 13))
+    assert sum(map(sum, patterns[-1].values())) == 28
+
+
 @pytest.mark.parametrize("target_r", [pytest.param(6, marks=pytest.mark.long), 9])
 def test_a_budget_of_everything_prunes_nothing(target_r: int) -> None:
     """PEFT's kthvalue refuses k = 0."""
