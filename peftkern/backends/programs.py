@@ -188,6 +188,8 @@ _KEYS: dict[str, Callable[..., tuple]] = {
     "nf4_lora_linear_backward": lambda dy, x, S, w, layout, A, B, s, keep, p, needs: _backward_key(
         dy, x, layout, A, keep, needs
     ),
+    # The budget falls from mask to mask.
+    "adalora_allocate_": lambda scores, lora_E, budget, ties: (*_described((scores, lora_E)), ties),
 }
 
 

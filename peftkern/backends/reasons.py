@@ -295,6 +295,10 @@ WARNINGS: dict[str, str] = {
     "peftkern.integrations.peft.adalora_steps before a loop of your own": (
         "As it says; for a constant rank, train with LoraConfig."
     ),
+    "AdaLoRA keeps what it has pruned in memory: {error}": (
+        "The training goes on as in PEFT. `AdaLoraCallback(compact=None)` asks for that; plain "
+        "DistributedDataParallel, torch's and bitsandbytes' optimizers can be compacted."
+    ),
     "AdaLoRA goes on with another schedule: {fields}": (
         "Expected when the config was changed to resume with; else resume with the old one."
     ),

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from peftkern.tools.plan.plan import Plan, Training
+    from peftkern.tools.plan.rates import Rates
 
 DOES_NOT_FIT = 1
 _PHASES = {
@@ -62,6 +63,12 @@ def plan(
     ] = False,
     patched: Annotated[bool, typer.Option(help="After peftkern.patch, or PEFT alone.")] = True,
     device: Annotated[str, typer.Option(help="To train on: cuda or cpu.")] = "cuda",
+    target_r: Annotated[
+        int | None,
+        typer.Option(
+            help="AdaLoRA's budget, triplets of a layer: what compaction to it brings.",
+        ),
+    ] = None,
     fit: Annotated[
         str | None,
         typer.Option(help="Memory there is, 48GB or 48GiB: does it fit, what would?"),
@@ -71,7 +78,8 @@ def plan(
     """Count the memory of a fine-tune before it is run: by part, at the peak of each phase.
 
     It needs neither the weights nor a GPU. With --fit also the largest batch and sequence that fit;
-    exit status 1 if this one does not.
+    exit status 1 if this one does not. With --target-r also what AdaLoRA's compaction brings; on
+    the device that is here its rates are measured for that, in some seconds.
 
     Example: peftkern plan llama-65b --method qlora --sequence 512 --fit 48GB
     """
@@ -96,6 +104,11 @@ def plan(
         config = planning.read_model(model)
         planner = planning.Planner(config, training)
         found = planner.plan()
+    after = rates = None
+    if target_r is not None:
+        from peftkern.tools.plan.rates import measured
+
+        after, rates = planner.compacted(), measured(training.device, training.dtype)
     fitting = None
     if budget is not None:
         fitting = {
@@ -109,10 +122,13 @@ def plan(
             "training": asdict(training),
             "plan": found.as_dict(),
             "fit": fitting,
+            **({} if after is None else {"compaction": _compaction(after, rates)}),
         }
         print(json.dumps(report, indent=2))
     else:
         _print(model, training, found, fitting)
+        if after is not None:
+            _print_compaction(training, after, rates)
     if fitting is not None and not fitting["fits"]:
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -125,6 +141,49 @@ def _read_adapter(path: Path) -> dict:
     if not isinstance(found, dict) or "peft_type" not in found:
         raise ValueError(f"adapter: {path}: expected a PEFT config with a peft_type")
     return found
+
+
+def _compaction(after: tuple[Plan, Plan], rates: Rates | None) -> dict:
+    """Return the plans of a model that is pruned and of the same compacted."""
+    found = {}
+    for name, plan in zip(("pruned", "compacted"), after, strict=True):
+        found[name] = plan.as_dict()
+        if rates is not None:
+            found[name]["seconds"] = plan.work.seconds(rates)
+    return found
+
+
+def _print_compaction(training: Training, after: tuple[Plan, Plan], rates: Rates | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from peftkern.cli.frame import NARROW
+
+    console = Console(highlight=False)
+    rows = {"trained parameters, million": [plan.trainable / 1e6 for plan in after]}
+    for part in ("adapters", "optimizer states"):
+        rows[f"{part}, MB"] = [plan.fixed.get(part, 0) / 1e6 for plan in after]
+    rows["gradients, MB"] = [plan.phases["optimizer"]["gradients"] / 1e6 for plan in after]
+    rows["peak, MB"] = [plan.peak / 1e6 for plan in after]
+    rows["products of a step, GFLOP"] = [plan.work.flops / 1e9 for plan in after]
+    rows["read and written, GB"] = [plan.work.nbytes / 1e9 for plan in after]
+    if rates is not None:
+        rows["a step at least, ms"] = [plan.work.seconds(rates) * 1e3 for plan in after]
+    table = Table(box=box.HEAVY_HEAD if console.width >= NARROW else None)
+    for heading in ("", "pruned", "compacted", "falls by"):
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for name, (pruned, compacted) in rows.items():
+        share = 1 - compacted / pruned if pruned else 0.0
+        table.add_row(name, f"{pruned:.4g}", f"{compacted:.4g}", f"{share:.1%}")
+    text = f"AdaLoRA after its last mask, pruned to {training.target_r} of {training.init_r}"
+    text += " triplets a layer, and compacted:"
+    console.print(textwrap.fill(text, console.width), markup=False)
+    console.print(table)
+    if rates is not None:
+        text = f"Each op at {rates}, whichever takes longer, as measured here; what starts an op"
+        text += " comes on top."
+        console.print(textwrap.fill(text, console.width), markup=False)
 
 
 def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> None:

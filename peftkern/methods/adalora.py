@@ -27,6 +27,7 @@ from peftkern.functional.adalora import (
     orthogonality_loss,
 )
 from peftkern.layers.svd import SVDLinear
+from peftkern.methods.compaction import check_states, shrink_triplets_
 from peftkern.methods.rank_budget import RankBudget, RankLimits
 
 __all__ = ["BudgetSchedule", "Importance", "RankAllocator"]
@@ -268,8 +269,11 @@ class RankAllocator:
         clipped gradient norm no longer count what was dropped. Do it before wrapping in DDP.
 
         Returns: the rank of every layer now.
+        Raises: ValueError naming a state of the optimizer that no triplet can leave; nothing has
+            changed then.
         """
         layers = self._triplets()
+        check_states(optimizer, layers.values())
         pattern = self.rank_pattern()
         keep = [torch.tensor(kept, device=layers[n][0].device) for n, kept in pattern.items()]
         if self.importance is not None:
@@ -340,37 +344,6 @@ def apply_mask_(lora_E: Sequence[Tensor], mask: Tensor) -> None:
     with torch.no_grad():
         for E, pruned in zip(lora_E, parts, strict=True):
             E.masked_fill_(pruned.view(E.shape), 0.0)
-
-
-def shrink_triplets_(
-    lora_E: nn.Parameter,
-    lora_A: nn.Parameter,
-    lora_B: nn.Parameter,
-    keep: Tensor,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> None:
-    """Drop the triplets where `keep` [r] is False from three parameters, in place.
-
-    Their gradients and every tensor of their shape that the optimizer holds for them (AdamW:
-    exp_avg, exp_avg_sq) shrink with them; parameter groups hold the same parameters as before.
-    """
-    if keep.shape != (lora_E.shape[0],) or keep.dtype is not torch.bool:
-        raise ValueError(
-            f"keep: expected bool [{lora_E.shape[0]}], got {keep.dtype} {list(keep.shape)}"
-        )
-    index = keep.nonzero().flatten()
-    if len(index) == len(keep):
-        return
-    for parameter, dim in ((lora_E, 0), (lora_A, 0), (lora_B, 1)):
-        shape, grad = parameter.shape, parameter.grad
-        parameter.grad = None  # its shape has to follow the data's
-        parameter.data = parameter.data.index_select(dim, index)
-        if grad is not None:
-            parameter.grad = grad.index_select(dim, index)
-        held = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        for name, value in held.items():
-            if isinstance(value, Tensor) and value.shape == shape:
-                held[name] = value.index_select(dim, index)
 
 
 def _flat(triplets: Any) -> list[nn.Parameter]:

@@ -175,6 +175,17 @@ def test_calls_10_100_1000_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == list(trust.CHECKED_CALLS)
 
 
+def test_a_budget_that_falls_makes_no_new_program() -> None:
+    """AdaLoRA draws a mask with another budget each time; each would be checked, and kept."""
+    scores, lora_E = torch.rand(6), [torch.ones(2, 1), torch.ones(4, 1)]
+    keys = {
+        programs.key_of("adalora_allocate_", (scores, lora_E, budget, ties), scores.device)
+        for budget in (2, 5)
+        for ties in (False, True)
+    }
+    assert len(keys) == 2
+
+
 def test_back_ends_compete_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a key's second call, among those that were right; the winner comes first from then on."""
     op, args = "lora_linear_forward", CASES["lora_linear_forward"][0]

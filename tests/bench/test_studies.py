@@ -55,6 +55,19 @@ def test_adalora_budget_says_when_it_fails(tmp_path: Path) -> None:
         assert status == 2 and "--plot: " in error and says in error
 
 
+def test_adalora_compaction_is_measured_beside_its_plan(tmp_path: Path) -> None:
+    """Sizes of seconds; times are a matter of the machine, so either verdict is one."""
+    script, out = "bench/studies/adalora_compaction.py", tmp_path / "c.json"
+    sizes = ["--hidden", "64", "--layers", "2", "--r", "8", "--target-r", "4", "--sequence", "16"]
+    status, said, error = run_here(script, *sizes, "--steps", "2", "--json", out)
+    assert status in (0, 1) and "off the plan's" in said, error
+    record = json.loads(out.read_text())
+    for side in (record["plan"], record["measured"]):
+        assert 0.3 < side["compacted"]["bytes"] / side["pruned"]["bytes"] < 0.7
+    status, _, error = run_here(script, "--r", "4", "--target-r", "5")
+    assert status == 2 and "at most --r" in error
+
+
 def test_adalora_budget_without_matplotlib(tmp_path: Path) -> None:
     """Known before the training; no picture is drawn, unless it is asked for."""
     site = without(tmp_path / "site", "matplotlib")

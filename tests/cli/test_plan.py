@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 from command_line import refused, run
 from paths import ROOT
 
@@ -87,3 +88,21 @@ def test_adapters_of_a_config_are_planned(tmp_path, capfd):
     assert found["plan"]["trainable"] == 24 * 4 * 2 * 896
     path.write_text("{}")
     refused(capfd, f"--adapter: {path.parent}: expected a PEFT config with a peft_type", *asked)
+
+
+def test_compaction_of_adalora_is_told(tmp_path, capfd):
+    config = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
+    config |= {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = ["plan", str(tmp_path), "--method", "adalora", "--r", "8", "--target-r", "4"]
+    assert main([*asked, "--sequence", "16"]) == 0
+    said = capfd.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "pruned to 4 of 8 triplets a layer, and compacted" in " ".join(said.split())
+    assert re.search(r"optimizer states, MB .* (49\.\d|50\.0)%", said)
+    assert ("a step at least" in said) == torch.cuda.is_available()  # the device is not here
+    assert main([*asked, "--sequence", "16", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)["compaction"]
+    assert found["pruned"]["trainable"] == 2 * found["compacted"]["trainable"]
+    assert found["pruned"]["flops"] > found["compacted"]["flops"] > 0
+    refused(capfd, "--target-r: expected an integer from 1 to 8", *asked[:-1], "9")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.layers import NF4Linear, SVDLinear
-from peftkern.methods.adalora import BudgetSchedule, RankAllocator, shrink_triplets_
+from peftkern.methods.adalora import BudgetSchedule, RankAllocator
+from peftkern.methods.compaction import shrink_triplets_
 
 SCHEDULE = {"target_r": 2, "total_step": 30, "tinit": 3, "tfinal": 8, "deltaT": 2}
 

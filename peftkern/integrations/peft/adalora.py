@@ -38,11 +38,10 @@ from peftkern.methods.adalora import (
     Importance,
     Triplets,
     mean_scores,
-    shrink_triplets_,
 )
 from peftkern.methods.rank_budget import RankLimits
 
-__all__ = ["compact_"]
+__all__: list[str] = []
 
 _STEPS_UNALLOCATED = 3  # optimizer steps without a call from which on that is no accident
 
@@ -73,6 +72,7 @@ class PatchedRankAllocator(RankAllocator):
     _importance: Importance | None = None
     _layers: list[tuple[str, AdaLoraLayer]] | None = None
     _pattern: tuple[Any, Tensor] | None = None  # rank_pattern, and the same as a tensor
+    rows: dict[str, list[bool]] | None = None  # of init_r triplets those that were not dropped
 
     def budget_schedule(self, step: int) -> tuple[float, bool]:
         """Return PEFT's budget in triplets, or that of the limits in their unit."""
@@ -111,8 +111,10 @@ class PatchedRankAllocator(RankAllocator):
             mask_diagonals_(lora_E, mask)
         self.drawn = DrawnMask(budget, list(layers), ranks, scores.cpu())
         parts = torch.split(mask.cpu(), ranks)
-        names = [f"{name}.lora_E.{self.adapter_name}" for name in layers]
-        pattern = {name: part.tolist() for name, part in zip(names, parts, strict=True)}
+        pattern = {
+            f"{name}.lora_E.{self.adapter_name}": self.of_all(name, part.tolist())
+            for name, part in zip(layers, parts, strict=True)
+        }
         self._pattern = (pattern, mask)
         return pattern
 
@@ -125,17 +127,29 @@ class PatchedRankAllocator(RankAllocator):
         layers = self.triplets(model)
         lora_E = [E for E, _, _ in layers.values()]
         if self._pattern is None or self._pattern[0] is not rank_pattern:
-            mask = [kept for name in layers for kept in self._kept(rank_pattern, name, layers)]
+            mask = [kept for name in layers for kept in self.kept(rank_pattern, name, layers)]
             mask = torch.tensor(mask, dtype=torch.bool, device=lora_E[0].device)
             self._pattern = (rank_pattern, mask)
         mask_diagonals_(lora_E, self._pattern[1])
 
-    def _kept(self, rank_pattern: dict, name: str, layers: dict[str, Triplets]) -> list[bool]:
-        """Return the pattern of one layer; saving takes the adapter's name out of the keys."""
+    def of_all(self, name: str, kept: list[bool]) -> list[bool]:
+        """Return the pattern of all init_r triplets, as PEFT knows it, of those that are here."""
+        if self.rows is None:
+            return kept
+        left = iter(kept)
+        return [here and next(left) for here in self.rows[name]]
+
+    def kept(self, rank_pattern: dict, name: str, layers: dict[str, Triplets]) -> list[bool]:
+        """Return the pattern of a layer's triplets that are here.
+
+        Saving takes the adapter's name out of the keys.
+        """
         key = f"{name}.lora_E"
         kept = rank_pattern[key if key in rank_pattern else f"{key}.{self.adapter_name}"]
         kept = [bool(alive) for alive in kept]
         rows = layers[name][0].shape[0]
+        if self.rows is not None and len(kept) == len(self.rows[name]):
+            kept = [alive for alive, here in zip(kept, self.rows[name], strict=True) if here]
         if len(kept) != rows and sum(kept) == rows:
             return [True] * rows  # what is not kept has been dropped
         if len(kept) != rows:
@@ -175,25 +189,29 @@ class PatchedRankAllocator(RankAllocator):
     def adopt_ipt(self, layers: dict[str, Triplets]) -> None:
         """Make one buffer for each EMA, with what PEFT's dictionaries hold so far."""
         importance = Importance(layers, self.beta1, self.beta2)
+        held = self.exp_avg_ipt, self.exp_avg_unc
+        self.share_ipt(importance, layers)
+        views = self.exp_avg_ipt, self.exp_avg_unc
+        if all(key in held[0] for key in views[0]):
+            for known, buffers in zip(held, views, strict=True):
+                for key, view in buffers.items():
+                    view.copy_(known[key])
+            importance.rescore(layers)
+
+    def share_ipt(self, importance: Importance, layers: dict[str, Triplets]) -> None:
+        """Take buffers of these layers over, and give PEFT's dictionaries views of them."""
+        shapes = [p.shape for triplet in layers.values() for p in triplet]
+        sizes = [shape.numel() for shape in shapes]
         keys = [
             f"{path}.{group}.{self.adapter_name}"
             for path in layers
             for group in ("lora_E", "lora_A", "lora_B")
         ]
-        shapes = [p.shape for triplet in layers.values() for p in triplet]
-        sizes = [shape.numel() for shape in shapes]
-        known = all(key in self.exp_avg_ipt for key in keys)
         for attribute in ("exp_avg_ipt", "exp_avg_unc"):
-            held = getattr(self, attribute)
             parts = getattr(importance, attribute).split(sizes)
             views = {k: p.view(s) for k, p, s in zip(keys, parts, shapes, strict=True)}
-            if known:
-                for key, view in views.items():
-                    view.copy_(held[key])
             setattr(self, attribute, views)
         self.ipt = {}
-        if known:
-            importance.rescore(layers)
         self._importance = importance
 
     def release_ipt(self) -> None:
@@ -216,6 +234,36 @@ class PatchedAdaLoraModel(AdaLoraModel):
     def update_and_allocate(self, global_step: int) -> None:
         self._seen = None
         super().update_and_allocate(global_step)
+
+    def resize_modules_by_rank_pattern(self, rank_pattern: dict, adapter_name: str) -> None:
+        """Make room for an adapter to load; PEFT takes it out of init_r triplets, all still here.
+
+        Where compaction has dropped some the rest is replaced: all of it is loaded next.
+        """
+        allocator = getattr(self, "rankallocator", None)
+        if getattr(allocator, "rows", None) is None or adapter_name != allocator.adapter_name:
+            super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)
+            return
+        config = self.peft_config[adapter_name]
+        for name, kept in rank_pattern.items():
+            layer = self.model.get_submodule(name.partition(".lora_E")[0])
+            ranknum = layer.ranknum[adapter_name]
+            layer.update_layer(adapter_name, int(sum(kept)), config.lora_alpha, config=config)
+            layer.ranknum[adapter_name].data.copy_(ranknum)
+        allocator.rows = None
+
+    def resize_state_dict_by_rank_pattern(
+        self, rank_pattern: dict, state_dict: dict[str, Tensor], adapter_name: str
+    ) -> dict[str, Tensor]:
+        """Leave out of an adapter to save what is pruned; PEFT counts what was dropped, too."""
+        allocator = getattr(self, "rankallocator", None)
+        rows = getattr(allocator, "rows", None)
+        if rows is not None and adapter_name == allocator.adapter_name:
+            layers = allocator.triplets(self.model)
+            rank_pattern = {
+                f"{name}.lora_E": allocator.kept(rank_pattern, name, layers) for name in layers
+            }
+        return super().resize_state_dict_by_rank_pattern(rank_pattern, state_dict, adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "rankallocator"):  # loaded, not trained: PEFT fails on a loss
@@ -303,31 +351,3 @@ def unpatch_model(module: nn.Module) -> bool:
         allocator.release_ipt()
         allocator.__class__ = RankAllocator
     return True
-
-
-def compact_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
-    """Drop the triplets that the final rank_pattern has pruned from a patched AdaLoRA model.
-
-    Parameters keep their identity and shrink, with their gradients and the optimizer's state; see
-    `RankAllocator.compact_`. Saving gives the same adapter as before. Do it after
-    step total_step - tfinal and before wrapping in DDP.
-
-    Args: model, a PeftModel or the AdaLoraModel in it. Returns: {layer name: rank}.
-    Raises: ValueError if the model is not patched, or its rank_pattern is not final.
-    """
-    tuner = next((m for m in model.modules() if type(m) is PatchedAdaLoraModel), None)
-    if tuner is None or not hasattr(tuner, "rankallocator"):
-        raise ValueError("model: expected an AdaLoRA model in training after peftkern.patch(model)")
-    allocator, name = tuner.rankallocator, tuner.trainable_adapter_name
-    pattern = tuner.peft_config[name].rank_pattern
-    if not pattern or allocator.exp_avg_ipt:
-        raise ValueError("model: the rank_pattern is not final before step total_step - tfinal")
-    layers = allocator.triplets(tuner.model)
-    ranks = {}
-    for path, module in allocator.layers_of(tuner.model):
-        E, A, B = layers[path]
-        keep = torch.tensor(allocator._kept(pattern, path, layers), device=E.device)
-        shrink_triplets_(E, A, B, keep, optimizer)
-        ranks[path] = module.r[name] = E.shape[0]
-    allocator._pattern = None
-    return ranks

@@ -45,7 +45,8 @@ class AdaLoraState(NamedTuple):
 
     schedule: the fields of the config, with `init_bgt`, the triplets at first. step: the last one
     that was taken; -1 if unknown. scores: of all triplets; None if none are needed. limits: of a
-    budget in other units; None for PEFT's.
+    budget in other units; None for PEFT's. rows: which triplets of each layer are there, None if
+    all; compaction has dropped the others.
     """
 
     triplets: dict[str, Tensor]
@@ -56,6 +57,7 @@ class AdaLoraState(NamedTuple):
     step: int
     scores: Tensor | None
     limits: RankLimits | None = None
+    rows: dict[str, list[bool]] | None = None
 
 
 def save_state(
@@ -78,6 +80,8 @@ def save_state(
                     tensors[f"{path}.{group}.{average}"] = held
         if pattern:
             tensors[f"{path}.kept"] = torch.tensor(pattern[f"{path}.lora_E"], dtype=torch.bool)
+        if getattr(allocator, "rows", None) is not None:
+            tensors[f"{path}.rows"] = torch.tensor(allocator.rows[path], dtype=torch.bool)
     if not write:
         return
     importance = getattr(allocator, "_importance", None)
@@ -109,11 +113,13 @@ def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
             raise ValueError(f"{path}: version {record.get('version')}, expected {_VERSION}")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     averages: dict[str, dict[str, Tensor]] = {name: {} for name in _AVERAGES}
-    kept, triplets, scores = {}, {}, tensors.pop("scores", None)
+    kept, rows, triplets, scores = {}, {}, {}, tensors.pop("scores", None)
     for key, tensor in tensors.items():
         name, _, last = key.rpartition(".")
         if last == "kept":
             kept[name] = tensor.tolist()
+        elif last == "rows":
+            rows[name] = tensor.tolist()
         elif last in averages:
             averages[last][name] = tensor
         else:
@@ -124,7 +130,7 @@ def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
         limits = RankLimits.from_state(limits, layers)
     return AdaLoraState(
         triplets, averages, kept or None, record["ranknum"], record["schedule"], record["step"],
-        scores, limits,
+        scores, limits, rows or None,
     )  # fmt: skip
 
 
@@ -136,11 +142,16 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
 
     Returns: the state; its step is -1 without that file.
     Raises: ValueError if the layers or their shapes are not those of the model, which is then as
-        it was.
+        it was, and for a model that FSDP2 has sharded already.
     """
     tuner = model.base_model
     name = tuner.trainable_adapter_name
     layers, state = layers_of(tuner), read_state(folder)
+    if any(hasattr(layer.lora_A[name], "full_tensor") for layer in layers.values()):
+        raise ValueError(
+            "model: FSDP2 has sharded it, and AdaLoRA does not resume in shards: load before "
+            "fully_shard, in every process"
+        )
     weights = load_peft_weights(folder, device="cpu")
     if state is None:
         state = _scattered(tuner, layers, folder, weights)
@@ -221,6 +232,8 @@ def _check_shapes(
         _held(state.ranknum, path, file)
         if state.kept is not None:
             _held(state.kept, path, file)
+        if state.rows is not None and sum(_held(state.rows, path, file)) != ranks[0]:
+            raise ValueError(f"{file}: {path} has {ranks[0]} triplets, not those of its rows")
 
 
 def _held(values: Mapping[str, Any], key: str, file: Path) -> Any:
@@ -301,7 +314,7 @@ def _restore_allocator(tuner: AdaLoraModel, state: AdaLoraState) -> None:
         moved = {f"{key}.{name}": tensor.to(device, copy=True) for key, tensor in held.items()}
         setattr(allocator, average, moved)
     if isinstance(allocator, PatchedRankAllocator):
-        allocator._pattern = None
+        allocator._pattern, allocator.rows = None, state.rows
         if state.limits is not None:
             adopt_limits(allocator, state.limits, loaded=True)
         elif state.step >= 0 and allocator.limits_loaded:  # of another checkpoint

@@ -17,6 +17,7 @@ from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
 
 from peftkern.integrations.peft.adalora_budget import set_budget
+from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, leave_out_empty
 from peftkern.integrations.peft.adalora_layers import find_tuner, widen_diagonals
 from peftkern.integrations.peft.adalora_state import load_state, save_state
 from peftkern.integrations.peft.patch import is_patched, patch
@@ -40,9 +41,12 @@ class AdaLoraSteps:
         total_step: steps of this training, which the config's schedule is set to.
         budget: in other units than triplets, with floors and caps per layer; by default target_r of
             the config, and PEFT's masks.
+        compact: when pruned triplets leave parameters and optimizer, see
+            `adalora_compact.Compaction`: "final", with the last mask; a step, with every mask from
+            that one on; None, never.
 
     Raises: ValueError if no AdaLoRA adapter is trained, if so many steps leave none for the
-        allocation, or as `RankBudget.limits`.
+        allocation, for another `compact`, or as `RankBudget.limits`.
     """
 
     def __init__(
@@ -52,14 +56,16 @@ class AdaLoraSteps:
         total_step: int,
         *,
         budget: RankBudget | None = None,
+        compact: str | int | None = FINAL,
     ) -> None:
+        self._compaction = Compaction(compact)
         self.tuner = prepare(model)
         self.step = 0
         set_total_step(self.tuner, total_step, self.step)
         set_budget(self.tuner, budget)
         self._model = next(m for m in model.modules() if isinstance(m, PeftModel))
-        inner = getattr(optimizer, "optimizer", optimizer)
-        self._hook = inner.register_step_post_hook(self._after_step)
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._hook = self._optimizer.register_step_post_hook(self._after_step)
 
     def close(self) -> None:
         """Leave the optimizer: its further steps allocate nothing."""
@@ -79,10 +85,12 @@ class AdaLoraSteps:
         if state.step < 0:
             raise ValueError(f"{folder}: expected a folder that AdaLoraSteps.save wrote")
         self.step = state.step
+        leave_out_empty(self.tuner, self._optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         self.step += 1
-        allocate(self.tuner, self.step)
+        if allocate(self.tuner, self.step):
+            self._compaction.after(self.tuner, self.step, optimizer)
 
 
 def prepare(model: nn.Module | None) -> AdaLoraModel:
@@ -123,10 +131,11 @@ def set_total_step(tuner: AdaLoraModel, total_step: int, step: int) -> None:
     tuner.rankallocator.set_total_step(total_step)
 
 
-def allocate(tuner: AdaLoraModel, step: int, *, skipped: bool = False) -> None:
+def allocate(tuner: AdaLoraModel, step: int, *, skipped: bool = False) -> bool:
     """Take in a step, counting from 1; compare the mask with those of the other processes.
 
     Args: skipped, whether a gradient scaler left the step out: then no gradient is read.
+    Returns: whether a mask is in place now.
     Raises: RuntimeError if other processes drew another mask.
     """
     config = tuner.peft_config[tuner.trainable_adapter_name]
@@ -136,6 +145,7 @@ def allocate(tuner: AdaLoraModel, step: int, *, skipped: bool = False) -> None:
     draws = step == last or (step < last and tuner.rankallocator.budget_schedule(step)[1])
     if draws and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         _compare_masks(tuner, step)
+    return step >= last or (draws and not skipped)
 
 
 def _compare_masks(tuner: AdaLoraModel, step: int) -> None:

@@ -27,6 +27,7 @@ with needed_by("peftkern.integrations.transformers"):
     from transformers.utils import logging as transformers_logging
 
     from peftkern.integrations.peft.adalora_budget import set_budget
+    from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, leave_out_empty
     from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
     from peftkern.integrations.peft.adalora_state import keep_state_when_loading, save_state
     from peftkern.integrations.peft.adalora_steps import allocate, prepare, set_total_step
@@ -276,14 +277,26 @@ class AdaLoraCallback(TrainerCallback):
     constructor for that. A checkpoint without the file resumes with a warning; in a hyperparameter
     search only trials with a name (hp_name) have it.
 
+    With the last mask, after which no triplet revives, what it has pruned leaves the parameters,
+    their gradients and the optimizer's states, also under DistributedDataParallel: steps get
+    faster and smaller, the outputs stay. The orthogonality loss and the norm of gradients to clip
+    no longer count it. Where that cannot be (FSDP, DeepSpeed, a state that is not understood) a
+    warning says so.
+
     Args: budget, a `peftkern.methods.RankBudget` in other units than triplets, with floors and caps
         per layer; by default target_r of the config, and PEFT's masks. A checkpoint keeps its own.
+        compact, when pruned triplets leave the model: "final"; a step, from which on every mask
+        that is drawn drops what it prunes, which then cannot revive; None, never, as in PEFT.
     Raises: ValueError when training begins if no AdaLoRA adapter is trained, if the number of steps
-        leaves none for the allocation, or as `RankBudget.limits`.
+        leaves none for the allocation, or as `RankBudget.limits`; at once for another `compact`.
     """
 
-    def __init__(self, *, budget: RankBudget | None = None) -> None:
+    def __init__(
+        self, *, budget: RankBudget | None = None, compact: str | int | None = FINAL
+    ) -> None:
         self._budget = budget
+        self.compact = compact
+        self._compaction = Compaction(compact)
 
     def on_init_end(
         self,
@@ -309,6 +322,9 @@ class AdaLoraCallback(TrainerCallback):
         tuner = prepare(model)
         set_total_step(tuner, state.max_steps, state.global_step)
         set_budget(tuner, self._budget)
+        self._compaction = Compaction(self.compact)
+        if kwargs.get("optimizer") is not None:
+            leave_out_empty(tuner, kwargs["optimizer"])
 
     def on_optimizer_step(
         self,
@@ -318,8 +334,10 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
-        allocate(find_tuner(model), state.global_step + 1, skipped=skipped)
+        optimizer, tuner, step = kwargs.get("optimizer"), find_tuner(model), state.global_step + 1
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        if allocate(tuner, step, skipped=skipped):
+            self._compaction.after(tuner, step, optimizer)
 
     def on_save(
         self,

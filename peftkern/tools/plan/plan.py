@@ -24,8 +24,11 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftkern.tools.plan.work import Work
 
 ACCEPTED = {  # in the fields of Training that are names
     "method": ("lora", "qlora", "adalora", "dora", "full"),
@@ -54,7 +57,8 @@ class Training:
     bits. optimizer: adamw (torch's, states in the dtype of what is trained), sgd (no momentum), or
     bitsandbytes' adamw-32bit, adamw-8bit, paged-adamw, paged-adamw-8bit. patched: after
     `peftkern.patch`. autocast: the forward pass in bf16 where torch.autocast does so. prepare_kbit:
-    after PEFT's prepare_model_for_kbit_training. device: cuda or cpu.
+    after PEFT's prepare_model_for_kbit_training. device: cuda or cpu. target_r: of adalora, the
+    triplets of a layer that compaction leaves on average (`Planner.compacted`).
     """
 
     method: str = "lora"
@@ -75,6 +79,7 @@ class Training:
     autocast: bool = False
     prepare_kbit: bool = False
     adapter: dict[str, Any] | None = None
+    target_r: int | None = None
 
     def __post_init__(self) -> None:
         if self.base is None:
@@ -87,6 +92,8 @@ class Training:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
                 raise ValueError(f"{name}: expected an integer from 1 to {_LARGEST}, got {value!r}")
+        if self.target_r is not None:
+            self._check_target()
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if self.method == "qlora" and self.base != "nf4":
@@ -98,19 +105,48 @@ class Training:
                 f"base: expected nf4 or the dtype of the activations, {self.dtype}, got {self.base}"
             )
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the adapters are AdaLoRA's."""
+        if self.adapter is None:
+            return self.method == "adalora"
+        return self.adapter.get("peft_type") == "ADALORA"
+
+    @property
+    def init_r(self) -> int:
+        """Triplets or ranks of a layer before any is pruned."""
+        return self.r if self.adapter is None else self.adapter.get("init_r", 12)
+
+    def compacted(self) -> Training:
+        """Return the training as it is after compaction to target_r."""
+        if self.adapter is None:
+            return replace(self, r=self.target_r, target_r=None)
+        adapter = {**self.adapter, "init_r": self.target_r, "target_r": self.target_r}
+        return replace(self, adapter=adapter, target_r=None)
+
+    def _check_target(self) -> None:
+        if not self.adaptive:
+            raise ValueError("target_r: expected none, as only adalora prunes to a budget")
+        if type(self.target_r) is not int or not 1 <= self.target_r <= self.init_r:
+            raise ValueError(
+                f"target_r: expected an integer from 1 to {self.init_r}, the triplets at first, "
+                f"got {self.target_r!r}"
+            )
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part, the base model's number of parameters and that of trained ones.
+    """Bytes by part, the base model's number of parameters and that of trained ones, the work.
 
     The parts of `fixed` are live throughout; `phases[name][part]` is what else is live at the peak
-    of a phase of the step, and `totals[name]` the sum of both.
+    of a phase of the step, and `totals[name]` the sum of both. `work`: of the ops of a step.
     """
 
     parameters: int
     trainable: int
     fixed: dict[str, int]
     phases: dict[str, dict[str, int]]
+    work: Work
     totals: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +163,9 @@ class Plan:
         return max(self.totals, key=self.totals.__getitem__)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "peak": self.peak, "peak_phase": self.peak_phase}
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "work"}
+        found |= {"peak": self.peak, "peak_phase": self.peak_phase}
+        return {**found, "flops": self.work.flops, "moved_bytes": self.work.nbytes}
 
 
 @contextlib.contextmanager
@@ -143,6 +181,15 @@ def _libraries() -> Iterator[None]:
             f"planning needs transformers and PEFT, and bitsandbytes for nf4: pip install"
             f" 'peftkern[peft]' ({error})"
         ) from error
+
+
+def _after_masks(plan: Plan) -> Plan:
+    """Return a plan without the importance of AdaLoRA's triplets."""
+    from peftkern.tools.plan.work import IMPORTANCE
+
+    fixed = {part: nbytes for part, nbytes in plan.fixed.items() if part != "importance"}
+    work = plan.work.without(IMPORTANCE)
+    return Plan(plan.parameters, plan.trainable, fixed, plan.phases, work)
 
 
 def read_model(name: str) -> Any:
@@ -183,6 +230,7 @@ class Planner:
             from peftkern.tools.plan.step import Steps
 
             config = models.from_config(model) if isinstance(model, dict) else model
+            self._config = config
             if training.base == "nf4":
                 import bitsandbytes  # noqa: F401
             self.training, self._steps = training, Steps(config, training)
@@ -194,14 +242,29 @@ class Planner:
         key = (asked.batch, asked.sequence)
         if key not in self._plans:
             with _libraries():
+                from peftkern.tools.plan.work import Work
+
                 trace = self._steps.trace(*key)
             counts, fixed = trace.pop("counts"), trace.pop("fixed")
+            work = Work(trace.pop("work"))
             phases = {}
             for phase in PHASES:
                 found = (parts for segment, parts in trace.items() if segment[0] == phase)
                 phases[phase] = dict(max(found, key=Counter.total))
-            self._plans[key] = Plan(counts["parameters"], counts["trainable"], dict(fixed), phases)
+            numbers = counts["parameters"], counts["trainable"]
+            self._plans[key] = Plan(*numbers, dict(fixed), phases, work)
         return self._plans[key]
+
+    def compacted(self) -> tuple[Plan, Plan]:
+        """Return the plan after AdaLoRA's last mask, and after compaction to target_r.
+
+        No importance is kept from then on. Every layer has target_r triplets here, as it is on
+        average; what is saved depends on which layers keep more.
+        """
+        return tuple(
+            _after_masks(plan)
+            for plan in (self.plan(), Planner(self._config, self.training.compacted()).plan())
+        )
 
     def largest(self, name: str, budget: int) -> int:
         """Find the largest `name` whose peak is within `budget` bytes, or 0.

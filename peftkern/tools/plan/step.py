@@ -33,6 +33,7 @@ from peftkern.tools.plan.tracker import (
     TEMPORARIES,
     Tracker,
 )
+from peftkern.tools.plan.work import IMPORTANCE, STEP
 
 _MIN_8BIT, _BLOCK_8BIT = 4096, 256  # of bitsandbytes' 8-bit optimizers
 _RUN = 2  # layers of a kind that are run at least
@@ -124,12 +125,14 @@ class _Run:
                 handle.remove()
             for p in trained:
                 p.grad = None
-            if self.training.method == "adalora":
+            if self.training.adaptive:
                 self.model.base_model.rankallocator.reset_ipt()
         self.trace |= {segment: Counter(parts) for segment, parts in self.tracker.peaks.items()}
+        self.trace["work"] = self.tracker.work
 
     def _step(self, ids: Tensor, trained: list[Tensor]) -> None:
         bf16 = torch.autocast("cpu", torch.bfloat16, enabled=self.training.autocast)
+        self.tracker.doing = STEP
         self.tracker.enter(("forward", "start"), ACTIVATIONS)
         with bf16, build.said_of_the_model():
             loss = self.model(input_ids=ids, labels=ids).loss
@@ -139,20 +142,27 @@ class _Run:
         fixed = self.trace["fixed"]
         self.tracker.enter(None, FIXED)
         before = self.tracker.live[FIXED]
-        if self.training.method == "adalora":
+        if self.training.adaptive:
+            self.tracker.doing = IMPORTANCE
             self.model.base_model.rankallocator.update_ipt(self.model.base_model)
             fixed["importance"] = self.tracker.live[FIXED] - before
             before = self.tracker.live[FIXED]
+        self.tracker.doing = None
         optimizer = _optimizer(trained, self.training)
         if optimizer is None:
-            states = (state_bytes(p.numel(), self.training.optimizer) for p in trained)
+            states = [state_bytes(p.numel(), self.training.optimizer) for p in trained]
             fixed["optimizer states"] = sum(states)
+            for p, held in zip(trained, states, strict=True):  # read and written, as p; a gradient
+                moved = 2 * held + 3 * p.numel() * p.element_size()
+                self.tracker.work[STEP, 0, moved] += 1
         else:
             optimizer.step()
             fixed["optimizer states"] = self.tracker.live[FIXED] - before
         self.tracker.enter(("optimizer", "start"), TEMPORARIES)
         if optimizer is not None:
+            self.tracker.doing = STEP
             optimizer.step()
+            self.tracker.doing = None
 
     def _before(self, label: Any, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         phase = self.tracker.segment[0]

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from peftkern.tools.plan.work import work_of
+
 ACTIVATIONS, CHECKPOINTS, LOGITS = "saved activations", "checkpoints", "logits"
 GRADIENTS, TEMPORARIES, FIXED = "gradients", "temporaries", "fixed"
 PARTS = (GRADIENTS, ACTIVATIONS, CHECKPOINTS, LOGITS, TEMPORARIES)
@@ -27,7 +29,8 @@ class Tracker(TorchDispatchMode):
     """Dispatch mode that sums live storages by part, and keeps the peak of each segment of a step.
 
     cuda: count as on a GPU. large: elements from which on a tensor outside of the layers is one of
-    the logits. `part` is that of new storages, `segment` the key of `peaks`.
+    the logits. `part` is that of new storages, `segment` the key of `peaks`, `doing` what the ops
+    are for that are counted in `work`; None, and none is.
     """
 
     def __init__(self, cuda: bool, large: int) -> None:
@@ -35,6 +38,8 @@ class Tracker(TorchDispatchMode):
         self.cuda, self.large = cuda, large
         self.part, self.segment, self.in_layer = FIXED, None, False
         self.live: Counter[str] = Counter()
+        self.work: Counter[tuple[str, int, int]] = Counter()
+        self.doing: str | None = None
         self.peaks: dict[Any, dict[str, int]] = {}
         self._before: Any = None  # the last op
         self._storages: dict[int, list] = {}  # {address: [weak reference, bytes, part]}
@@ -50,6 +55,10 @@ class Tracker(TorchDispatchMode):
             return True
         self._before = func.overloadpacket
         out = _run(func, args, kwargs)
+        if self.doing is not None:
+            flops, nbytes = work_of(func, args, kwargs, out)
+            if flops or nbytes:
+                self.work[self.doing, flops, nbytes] += 1
         scratch = self._scratch(func, args, out)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):

@@ -26,10 +26,10 @@ SCHEDULE = {"total_step": TOTAL, "tinit": 2, "tfinal": TOTAL - LAST, "deltaT": 2
 BUDGET = RankBudget(cost="parameters", min_rank={"v_proj": 1}, max_rank={"layers.0": 3})
 
 
-def ready(budget: RankBudget | None = BUDGET) -> tuple:
+def ready(budget: RankBudget | None = BUDGET, **options) -> tuple:
     model = adalora_llama(**SCHEDULE)
     optimizer = optimizer_of(model)
-    return model, optimizer, AdaLoraSteps(model, optimizer, TOTAL, budget=budget)
+    return model, optimizer, AdaLoraSteps(model, optimizer, TOTAL, budget=budget, **options)
 
 
 def take_steps(model, optimizer, steps: range) -> list[str]:
@@ -114,6 +114,24 @@ def test_a_mask_needs_importance():
     model, _, _ = ready()
     with pytest.raises(ValueError, match="importance of a step before the first mask"):
         model.base_model.update_and_allocate(LAST)
+
+
+def test_what_was_compacted_early_goes_on_with_its_limits(tmp_path):
+    model, optimizer, steps = ready(compact=4)
+    take_steps(model, optimizer, range(1, 7))
+    steps.save(tmp_path)
+    held = copy.deepcopy(optimizer.state_dict())
+    expected = take_steps(model, optimizer, range(7, TOTAL + 1))
+    resumed, optimizer, steps = ready(compact=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*budget of the checkpoint")
+        steps.load(tmp_path)
+        set_budget(resumed.base_model, BUDGET)  # as the Trainer's callback does, of fewer triplets
+    optimizer.load_state_dict(held)
+    assert take_steps(resumed, optimizer, range(7, TOTAL + 1)) == expected
+    limits, found = resumed.base_model.rankallocator.limits, ranks(resumed)
+    assert sum(limits.cost[name] * r for name, r in found.items()) <= limits.target_budget
+    assert all(r >= 1 for name, r in found.items() if "v_proj" in name)
 
 
 class Experts(nn.Module):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftkern
-from peftkern.integrations.peft import adalora
+from peftkern.integrations.peft.adalora_compact import compact_
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +73,7 @@ def test_unpatched_peft_loads_ranks_of_zero_as_adalora(tmp_path: Path):
 def test_compacted_and_16_bit_models(tmp_path: Path):
     model = trained()
     expected = peftkern.export_lora(model, tmp_path / "whole")
-    adalora.compact_(model)
+    compact_(model)
     assert peftkern.export_lora(model, tmp_path / "compacted") == expected
     whole, compacted = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "compacted")

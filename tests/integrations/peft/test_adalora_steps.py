@@ -39,7 +39,7 @@ def take_steps(model, optimizer, steps: range, allocation: bool = False) -> list
 def ready(**config) -> tuple:
     model = adalora_llama(**{**SCHEDULE, **config})
     optimizer = optimizer_of(model)
-    return model, optimizer, AdaLoraSteps(model, optimizer, TOTAL)
+    return model, optimizer, AdaLoraSteps(model, optimizer, TOTAL, compact=None)
 
 
 def test_a_loop_of_one_s_own_is_pefts_documented_one():

@@ -96,10 +96,50 @@ def adalora_steps(rank):
         raise AssertionError("other masks went unseen")
 """
 
-ADALORA_SHARDED = """
-def adalora_losses(model, wrapped, rank):
+ADALORA_COMPACT = """
+def compacting_losses(rank, compact, hook=False, **options):
+    schedule = {"total_step": 14, "tinit": 2, "tfinal": 4, "deltaT": 3}
+    model = adalora_llama(orth_reg_weight=0.0, **schedule)
     optimizer = optimizer_of(model)
-    AdaLoraSteps(model, optimizer, STEPS)
+    AdaLoraSteps(model, optimizer, 14, compact=compact)
+    wrapped = DistributedDataParallel(model, **options)
+    if hook:
+        wrapped.register_comm_hook(None, allreduce_hook)
+    found = []
+    for step in range(1, 15):
+        loss = wrapped(**text_batch(seed=100 * rank + step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    rows = sum(len(p) for n, p in model.named_parameters() if "lora_E" in n)
+    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
+    gathered = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(gathered, weights)
+    assert torch.equal(*gathered), "ranks drifted apart"
+    return torch.stack(found), rows
+
+def adalora_compact(rank):
+    expected, rows = compacting_losses(rank, None)
+    assert rows == 14 * 6
+    for options in ({"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
+        got, rows = compacting_losses(rank, "final", **options)
+        assert rows == 28, rows
+        torch.testing.assert_close(got, expected, rtol=COMPACTED_RTOL, atol=0)
+    got, rows = compacting_losses(rank, 3, static_graph=True)
+    assert rows == 28 and torch.equal(got[:4], expected[:4]) and got.isfinite().all()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got, rows = compacting_losses(rank, "final", hook=True)
+    assert rows == 14 * 6 and torch.equal(got, expected)
+    said = [str(w.message) for w in caught if "AdaLoRA keeps what it" in str(w.message)]
+    assert len(said) == 1 and "with a communication hook keeps its buckets" in said[0], said
+"""
+
+ADALORA_SHARDED = """
+def adalora_losses(model, wrapped, rank, compact=None):
+    optimizer = optimizer_of(model)
+    AdaLoraSteps(model, optimizer, STEPS, compact=compact)
     found = []
     for step in range(1, STEPS + 1):
         loss = wrapped(**text_batch(seed=100 * rank + step)).loss
@@ -119,7 +159,11 @@ def adalora_sharded(rank):
     for layer in twin.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(twin, mesh=mesh)
-    got = adalora_losses(twin, twin, rank)  # masks are compared at every step
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = adalora_losses(twin, twin, rank, "final")  # masks are compared at every step
+    said = [str(w.message) for w in caught if "AdaLoRA keeps what it" in str(w.message)]
+    assert len(said) == 1 and said[0].endswith("FSDP has sharded the parameters"), said
     torch.testing.assert_close(got, expected, rtol=LOSS_CURVE_RTOL, atol=0)
     save_state(twin.base_model, sys.argv[1], STEPS, write=rank == 0)
     dist.barrier()
@@ -128,6 +172,12 @@ def adalora_sharded(rank):
     assert type(E).__name__ == "DTensor" and len(E.to_local()) == 3
     whole = E.full_tensor().detach()
     assert torch.equal(state.triplets["model.layers.0.self_attn.q_proj.lora_E"], whole)
+    try:
+        load_state(twin, sys.argv[1])
+    except ValueError as error:
+        assert "does not resume in shards: load before fully_shard" in str(error), error
+    else:
+        raise AssertionError("loaded into shards")
 """
 
 SHARDED = """
@@ -192,10 +242,12 @@ def sharded_experts(mesh):
     assert expert_models.fallbacks() == {"down_proj is DTensor": 1}, expert_models.fallbacks()
 """
 
-PARTS = ("lora", "experts", "adalora", "adalora_steps", "adalora_sharded", "sharded")
+PARTS = ("lora", "experts", "adalora", "adalora_steps", "adalora_compact", "adalora_sharded")
+PARTS += ("sharded",)
 PROCESSES = f"""
-import hashlib, json, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+import hashlib, json, sys, torch, warnings, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
@@ -203,11 +255,11 @@ from torch.nn.parallel import DistributedDataParallel
 import expert_models, peftkern
 from adalora_models import STEPS, adalora_llama, optimizer_of
 from peft_models import *
-from peftkern.integrations.peft.adalora_state import read_state, save_state
+from peftkern.integrations.peft.adalora_state import load_state, read_state, save_state
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
 from peftkern.methods import RankBudget
-from tolerances import LOSS_CURVE_RTOL
-{LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{ADALORA_SHARDED}{SHARDED}
+from tolerances import COMPACTED_RTOL, LOSS_CURVE_RTOL
+{LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{ADALORA_COMPACT}{ADALORA_SHARDED}{SHARDED}
 def work(rank, name, world_size):
     torch.set_num_threads(1)
     take_small_layers()

@@ -62,11 +62,15 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, whole, step):
     assert digests.by_step == {k: v for k, v in expected.items() if k > step}
 
 
-def test_what_is_trained_whole_and_models_that_are_copied_resume_too(tmp_path):
+def test_what_is_trained_whole_compacted_early_or_copied_resumes_too(tmp_path):
     digests, resumed = Digests(), Digests()
     options = {"config": {"modules_to_save": ["lm_head"], "tfinal": 2}, "max_steps": 8}
-    trainer = run(tmp_path, [AdaLoraCallback(), digests], **options)
-    run(tmp_path, [AdaLoraCallback(), resumed], resume=tmp_path / "checkpoint-6", **options)
+    trainer = run(tmp_path, [AdaLoraCallback(compact=2), digests], **options)  # masks at 3 and 6
+    checkpoint = tmp_path / "checkpoint-4"
+    run(tmp_path, [AdaLoraCallback(compact=2), resumed], resume=checkpoint, **options)
+    with safe_open(checkpoint / FILE, "pt") as file:
+        assert len(file.get_slice("model.layers.0.self_attn.q_proj.rows").get_shape()) == 1
+        assert min(file.get_slice(k).get_shape()[0] for k in file.keys() if "lora_E" in k) < 6  # noqa: SIM118
     assert resumed.by_step[8] == digests.by_step[8]
     for twin in (copy.deepcopy(trainer.model), pickle.loads(pickle.dumps(trainer.model))):
         assert digest(twin) == digests.by_step[8]
