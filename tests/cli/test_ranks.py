@@ -60,8 +60,8 @@ def test_what_is_printed_is_a_config_that_peft_takes(source, tmp_path, capsys):
     record = printed(capsys, source, "--rank", 4, "--alpha", 8)
     assert {layer["name"]: layer["rank"] for layer in record["layers"]} == given
     assert record["spent"] <= record["budget"] and len(set(given.values())) > 1
-    for name, _rank in given.items():
-        assert name in table
+    for name in given:
+        assert name.removeprefix("model.layers.") in table
     text = page.read_text(encoding="utf-8")
     assert text.count("<svg") >= 4 and "LoraConfig(" in text and "layers.1" in text
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from peftkern.integrations.peft.rank_report import RankReport
 from peftkern.methods.rank_choice import LayerRank
+from peftkern.tools.adapters.terminal import shared_start
 
 _BAR = 16  # columns of the largest rank
 _WHOLE, _ROOM = 60, 100  # columns of a terminal from which on names are whole, and bars are drawn
@@ -55,13 +56,16 @@ def show(found: RankReport) -> None:
     console = Console(highlight=False)
     drawn = console.width >= _ROOM
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", overflow="fold", no_wrap=console.width >= _WHOLE)
+    prefix = shared_start([layer.name for layer in found.layers])
+    table.add_column(prefix or "layer", overflow="fold", no_wrap=console.width >= _WHOLE)
     for name in columns(found):
         table.add_column(name, justify="right", overflow="fold")
     most = max(layer.rank for layer in found.layers)
     for layer in found.layers:
         bar = ("█" * round(_BAR * layer.rank / most),) if drawn else ()
-        table.add_row(Text(layer.name), *(text for text, _ in cells(layer)), *bar)
+        table.add_row(
+            Text(layer.name.removeprefix(prefix)), *(text for text, _ in cells(layer)), *bar
+        )
     console.print(table)
     console.print()
     for line in (*remarks(found), str(found)):
