@@ -14,10 +14,12 @@ from peftkern.tools.checkpoints.checkpoint import CheckpointError
 def read_ranks(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Read settings of a `Request`, and the names of the layers.
 
-    Raises: OSError; CheckpointError naming the field.
+    Raises: CheckpointError naming the file, or the field.
     """
     try:
         value = read_json(path)
+    except OSError as error:
+        raise CheckpointError(f"ranks: {path}: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"ranks: {error}") from None
     config = value.get("config", value) if isinstance(value, dict) else None
