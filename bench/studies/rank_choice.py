@@ -328,14 +328,14 @@ def plot(path: Path, problem: Problem, runs: list[Run]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="folder of a pretrained encoder of BERT's kind")
-    parser.add_argument("--steps", type=int, help="of training (300; with --model 40)")
+    parser.add_argument("--steps", type=int, help="of training (300; with --model 24)")
     parser.add_argument("--ways", default=",".join(WAYS), help=f"some of: {', '.join(WAYS)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help=f"PNG or SVG ({PLOT}, if matplotlib is there)")
     parser.add_argument("--json", type=Path, help="write all numbers")
     options = parser.parse_args(argv)
     if options.steps is None:
-        options.steps = 300 if options.model is None else 40
+        options.steps = 300 if options.model is None else 24
     if options.steps < 10:
         parser.error("--steps: at least 10")
     options.ways = options.ways.split(",")
