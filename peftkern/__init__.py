@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from peftkern.integrations.peft.adapter_tools import add_weighted_adapter
     from peftkern.integrations.peft.initialize import InitReport, initialize_
     from peftkern.integrations.peft.patch import is_patched, patch, patched, unpatch
+    from peftkern.integrations.peft.rank_report import RankReport
     from peftkern.integrations.peft.register import register_layer
     from peftkern.integrations.peft.report import PatchReport
+    from peftkern.integrations.peft.suggest_ranks import suggest_ranks
     from peftkern.integrations.peft.to_lora import convert_to_lora
     from peftkern.integrations.quantize import quantize_
 
@@ -43,6 +45,7 @@ __all__ = [
     "LoRAParts",
     "NF4Weight",
     "PatchReport",
+    "RankReport",
     "add_weighted_adapter",
     "convert_to_lora",
     "dequantize_nf4",
@@ -64,6 +67,7 @@ __all__ = [
     "reset_stats",
     "route",
     "stats",
+    "suggest_ranks",
     "unpatch",
     "use_backend",
 ]
@@ -95,6 +99,7 @@ _HOMES = {
 _OF_PEFT = {  # which PEFT has to be there for
     "InitReport": "initialize",
     "PatchReport": "report",
+    "RankReport": "rank_report",
     "add_weighted_adapter": "adapter_tools",
     "convert_to_lora": "to_lora",
     "initialize_": "initialize",
@@ -103,6 +108,7 @@ _OF_PEFT = {  # which PEFT has to be there for
     "patch": "patch",
     "patched": "patch",
     "register_layer": "register",
+    "suggest_ranks": "suggest_ranks",
     "unpatch": "patch",
 }
 

@@ -24,6 +24,7 @@ from peftkern.cli.merge import merge
 from peftkern.cli.monitor import monitor
 from peftkern.cli.plan import plan
 from peftkern.cli.quantize import quantize
+from peftkern.cli.ranks import ranks
 from peftkern.cli.tune import tune
 
 EXIT_STOPPED = 130
@@ -41,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(adapter.app)
-add_commands(app, bench, doctor, explain, init, merge, monitor, plan, quantize, tune)
+add_commands(app, bench, doctor, explain, init, merge, monitor, plan, quantize, ranks, tune)
 
 
 @app.command()

@@ -30,11 +30,17 @@ def init(
     ],
     source: Annotated[Path, typer.Argument(metavar="BASE", help="Folder with safetensors.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
-    rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 16,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of every adapter.", show_default="16")
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="lora_alpha.", show_default="the rank")
     ] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    ranks: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ranks of each: what `peftkern ranks --json` printed."),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,11 +89,17 @@ def init(
     if (data is None) == (method in FROM_DATA):
         expected = "a file of texts" if method in FROM_DATA else "none: it starts from weights"
         raise InputError(f"--data: expected {expected} for {method}, got {data or 'none'}")
+    if ranks is not None:
+        given = {"--rank": rank, "--alpha": alpha, "--rslora": rslora or None, "--target": target}
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(f"{name}: expected none beside --ranks, got {value!r}")
     shard_bytes = parse_bytes("--shard-size", shard_size)
     device = str(present_device(device))
     try:
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.initialize import checkpoint, from_text
+        from peftkern.tools.initialize.rank_file import read_ranks
         from peftkern.tools.initialize.request import Request
         from peftkern.tools.quantize.file_plan import Options
     except ImportError as error:
@@ -95,9 +107,12 @@ def init(
             "expected peft, transformers 5 or newer, accelerate and bitsandbytes: "
             f"pip install -U 'peftkern[peft]' ({error})"
         ) from None
-    names = tuple(target or ())
     with checkpoint_run(destination, *_OPTIONS):
-        request = Request(method, rank, alpha, rslora, tol, certify, steps, seed)
+        how = {"rank": 16 if rank is None else rank, "alpha": alpha, "rslora": rslora}
+        names = tuple(target or ())
+        if ranks is not None:
+            how, names = read_ranks(ranks)
+        request = Request(method, tol=tol, certify=certify, steps=steps, seed=seed, **how)
         base = read_checkpoint(source)
         if method in FROM_DATA:
             sizes = {"most": texts, "length": length, "shard_bytes": shard_bytes}
@@ -117,8 +132,8 @@ def init(
         _show(report, destination)
 
 
-_OPTIONS = ("alpha", "blocksize", "data", "length", "rank", "seed", "shard_bytes", "steps")
-_OPTIONS += ("target", "texts", "tol")
+_OPTIONS = ("alpha", "blocksize", "data", "length", "rank", "ranks", "seed", "steps")
+_OPTIONS += ("shard_bytes", "target", "texts", "tol")
 
 
 def _show(report: InitReport, destination: Path) -> None:

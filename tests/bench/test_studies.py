@@ -82,6 +82,47 @@ def test_adalora_budget_without_matplotlib(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].endswith(says)
 
 
+def test_rank_choice_spends_the_same_budget_in_every_way(tmp_path: Path) -> None:
+    out, plot = tmp_path / "ranks.json", tmp_path / "ranks.svg"
+    script, ways = "bench/studies/rank_choice.py", "uniform LoRA,AdaLoRA,gradients"
+    status, said, error = run_here(
+        script, "--steps", 20, "--ways", ways, "--json", out, "--plot", plot
+    )
+    assert status == 0, said + error
+    assert "planted: 36 ranks, 20 steps" in said and "ranks where none was planted" in said
+    assert plot.read_text().lstrip().startswith("<?xml")
+    runs = {one["name"]: one for one in json.loads(out.read_text())["runs"]}
+    assert list(runs) == ways.split(",")
+    assert {sum(one["ranks"].values()) for one in runs.values()} == {36}
+    for name in ("uniform LoRA", "gradients"):  # twenty steps are enough to learn something
+        assert runs[name]["loss"] < 0.8 * runs[name]["losses"][0]
+
+
+def test_rank_choice_of_a_pretrained_encoder(tmp_path: Path) -> None:
+    from framework_runs import letters_tokenizer
+    from transformers import BertConfig, BertModel
+
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    letters_tokenizer().save_pretrained(tmp_path / "bert")
+    script, out = "bench/studies/rank_choice.py", tmp_path / "ranks.json"
+    options = ["--steps", 10, "--ways", "gradients", "--json", out, "--plot", tmp_path / "r.png"]
+    status, said, error = run_here(script, "--model", tmp_path / "bert", *options)
+    assert status == 0, said + error
+    assert "bert, before training" in said
+    (only,) = json.loads(out.read_text())["runs"]
+    assert sum(only["ranks"].values()) == 4 * 6
+    for wrong, says in (
+        (["--ways", "luck"], "--ways: expected some of uniform LoRA, AdaLoRA"),
+        (["--steps", 1], "--steps: at least 10"),
+        (["--model", tmp_path], "--model: expected a folder with config.json"),
+        (["--json", "no/such/file"], "--json: no/such is not a folder"),
+    ):
+        status, _, error = run_here(script, *wrong)
+        assert status == 2 and says in error, error
+
+
 SMALL = ["--hidden", "128", "--layers", "1", "--seq", "32", "--batch", "2", "--pretrain", "1"]
 
 

@@ -53,6 +53,7 @@ RUNS = {  # what each command is given besides the option that is wrong
     "monitor": "run.jsonl",
     "plan": "llama",
     "quantize": "llama out",
+    "ranks": "llama --rank 4",
     "tune": "--shape 64x64 --rows 1",
     "version": "",
 }

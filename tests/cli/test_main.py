@@ -84,7 +84,7 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     models, about_adapters = tmp_path / "models", name == "merge" or name.startswith("adapter")
-    if name in ("init", "quantize") or about_adapters:
+    if name in ("init", "quantize", "ranks") or about_adapters:
         base = save_llama(models / "llama3-8b")
     if about_adapters:
         for folder in ("my-adapter", "runs/adapter"):

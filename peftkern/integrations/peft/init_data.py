@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.arguments import mismatch
 from peftkern.integrations.peft.init_layers import Layer, kept_dtypes
+from peftkern.integrations.peft.serve import BNB_TYPES
 from peftkern.layers.quantize import with_progress
 from peftkern.methods.initialization.factors import Factors
 from peftkern.methods.initialization.from_data import (
@@ -74,54 +75,30 @@ class DataRuns:
 
     def lora_ga(self, layers: Sequence[Layer], config: LoraGAConfig) -> dict[str, Factors]:
         """Return LoRA-GA's factors of each layer."""
-        by_name = {layer.name: layer for layer in layers}
-        sizes = {layer.name: 4 * layer.weight.shape[0] * layer.weight.shape[1] for layer in layers}
         how = {"direction": config.direction, "scale": config.scale, "gamma": config.stable_gamma}
         factors = {}
-        with _base_alone(self.model, training=True):
-            for group in groups(sizes, self.statistics_bytes):
-                modules = {name: by_name[name].base for name in group}
-                gradients = weight_gradients(modules, self._loss, self.batches)
-                for name in with_progress(group, "lora_ga: directions"):
-                    layer, gradient = by_name[name], gradients.pop(name, None)
-                    if gradient is None:
-                        raise ValueError(f"{name}: loss: expected to depend on it, it does not")
-                    with named(name):
-                        factors[name] = lora_ga(
-                            layer.weight,
-                            gradient,
-                            layer.rank,
-                            layer.scaling,
-                            **how,
-                            **self.options,
-                        )
+        for layer, gradient in self.gradients(layers, training=True):
+            with named(layer.name):
+                factors[layer.name] = lora_ga(
+                    layer.weight, gradient, layer.rank, layer.scaling, **how, **self.options
+                )
         return factors
 
     def eva(self, layers: Sequence[Layer], config: EvaConfig) -> dict[str, Factors]:
         """Return EVA's factors of each layer, of rank 0 where none of its directions is chosen."""
-        modules = {layer.name: layer.base for layer in layers}
-        rows = _rows_of(config)
-        with _base_alone(self.model, training=False):
-            leaders = equal_inputs(modules, self._forward, self.batches[0])
-            most: dict[str, int] = {}
-            for layer in layers:
-                leader, count = leaders[layer.name], round(layer.rank * config.rho)
-                most[leader] = max(most.get(leader, 0), min(count, layer.weight.shape[1]))
-            found = input_statistics(
-                {name: modules[name] for name in most},
-                self._forward,
-                self.batches,
-                lambda name: PrincipalComponents(most[name], self.options["seed"]),
-                rows,
-            )
+        counts = {layer.name: round(layer.rank * config.rho) for layer in layers}
+        found = self.components(layers, counts, _rows_of(config))
         explained = {}
-        for name in (*most, *(name for name in modules if name not in most)):
+        for name, principal in found.items():
             with named(name):
-                explained[name] = found[leaders[name]].explained()
-        ranks = share_ranks(explained, sum(layer.rank for layer in layers))
+                explained[name] = principal.explained()
+        if config.rho == 1:  # no redistribution: what rank_pattern says stays
+            ranks = {la.name: min(la.rank, len(explained[la.name])) for la in layers}
+        else:
+            ranks = share_ranks(explained, sum(layer.rank for layer in layers))
         factors = {}
         for layer in layers:
-            principal, rank = found[leaders[layer.name]], ranks[layer.name]
+            principal, rank = found[layer.name], ranks[layer.name]
             lora_A = principal.components[:rank]
             if config.whiten:
                 root = principal.S[:rank].sqrt()[:, None]
@@ -130,6 +107,49 @@ class DataRuns:
             energy = float(explained[layer.name][:rank].sum())
             factors[layer.name] = Factors(lora_A, lora_B, energy)
         return factors
+
+    def gradients(
+        self, layers: Sequence[Layer], *, training: bool
+    ) -> Iterator[tuple[Layer, Tensor]]:
+        """Yield each layer with the gradient of its weight [m, n]; `statistics_bytes` of them are
+        made by one run of the batches."""
+        by_name = {layer.name: layer for layer in layers}
+        sizes = {layer.name: 4 * layer.weight.shape[0] * layer.weight.shape[1] for layer in layers}
+        with _base_alone(self.model, training=training):
+            for group in groups(sizes, self.statistics_bytes):
+                modules = {name: by_name[name].base for name in group}
+                gradients = weight_gradients(modules, self._loss, self.batches)
+                for name in with_progress(group, "gradients: directions"):
+                    if name not in gradients:
+                        raise ValueError(f"{name}: loss: expected to depend on it, it does not")
+                    yield by_name[name], gradients.pop(name)
+
+    def components(
+        self,
+        layers: Sequence[Layer],
+        counts: Mapping[str, int],
+        rows: Callable[[Any], Rows],
+    ) -> dict[str, PrincipalComponents]:
+        """Return the principal components of the inputs of each layer, `counts` of them at least.
+
+        Layers with the same inputs share theirs; those that lead such a group come first.
+        """
+        modules = {layer.name: layer.base for layer in layers}
+        with _base_alone(self.model, training=False):
+            leaders = equal_inputs(modules, self._forward, self.batches[0])
+            most: dict[str, int] = {}
+            for layer in layers:
+                leader, count = leaders[layer.name], counts[layer.name]
+                most[leader] = max(most.get(leader, 0), min(count, layer.weight.shape[1]))
+            found = input_statistics(
+                {name: modules[name] for name in most},
+                self._forward,
+                self.batches,
+                lambda name: PrincipalComponents(most[name], self.options["seed"]),
+                rows,
+            )
+        order = (*most, *(name for name in modules if name not in most))
+        return {name: found[leaders[name]] for name in order}
 
     def _forward(self, batch: Any) -> Any:
         device = next(p.device for p in self.model.parameters() if not p.is_meta)
@@ -216,6 +236,9 @@ def _base_alone(model: PeftModel, *, training: bool) -> Iterator[None]:
     try:
         with model.disable_adapter():
             model.requires_grad_(False).train(training)
+            for module in modes:
+                if isinstance(module, BNB_TYPES):  # some CPUs' repack their weight to evaluate
+                    module.training = True
             yield
     finally:
         for module, mode in modes.items():

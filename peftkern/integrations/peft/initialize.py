@@ -102,11 +102,11 @@ def initialize_(
     """
     _check_arguments(method, rank, steps)
     check_options(tol, certify, seed)
-    batches = _listed(method, batches)
+    batches = listed_batches(batches, needed=method in FROM_DATA, by=method)
     _check_model(model, method, lora_config, adapter_name)
     options = {"tol": tol, "certify": certify, "seed": seed}
     with torch.no_grad(), full_float32():
-        with _with_adapters(model, lora_config, adapter_name) as model:
+        with with_adapters(model, lora_config, adapter_name) as model:
             config = model.peft_config[adapter_name]
             iterations = steps or (config.loftq_config or {}).get("loftq_iter", STEPS)
             found, skipped = find_layers(
@@ -131,25 +131,26 @@ def initialize_(
 
 
 @contextlib.contextmanager
-def _with_adapters(
-    model: nn.Module, lora_config: LoraConfig | None, adapter_name: str
+def with_adapters(
+    model: nn.Module, lora_config: LoraConfig | None, adapter_name: str, *, keep: bool = True
 ) -> Iterator[PeftModel]:
-    """Give a plain model the adapters of a config; take them away again on an error."""
+    """Give a plain model the adapters of a config; take them away again on an error, or after."""
     if lora_config is None:
         yield model
         return
     required = {name: p.requires_grad for name, p in model.named_parameters()}
-    config, adapted = copy(lora_config), None
+    config, adapted, done = copy(lora_config), None, False
     config.init_lora_weights = True
     try:
         adapted = get_peft_model(model, config, adapter_name)
         yield adapted
-    except BaseException:
-        if adapted is not None:
-            adapted.unload()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
-        raise
+        done = keep
+    finally:
+        if not done:
+            if adapted is not None:
+                adapted.unload()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(required[name])
 
 
 def _start(
@@ -197,15 +198,14 @@ def _check_arguments(method: Any, rank: Any, steps: Any) -> None:
             raise mismatch(name, "an integer of at least 1, or None", value)
 
 
-def _listed(method: str, batches: Any) -> list[Any]:
+def listed_batches(batches: Any, *, needed: bool, by: str) -> list[Any]:
     """Return the batches as a list; they run more than once."""
-    needed = method in FROM_DATA
     if not needed and batches is not None:
-        raise mismatch("batches", f"None: {method!r} needs no data", batches)
+        raise mismatch("batches", f"None: {by!r} needs no data", batches)
     if needed and (
         isinstance(batches, (str, Tensor, Mapping)) or not isinstance(batches, Iterable)
     ):
-        raise mismatch("batches", f"a list of batches, which {method!r} learns from", batches)
+        raise mismatch("batches", f"a list of batches, which {by!r} learns from", batches)
     found = list(batches or ())
     if needed and not found:
         raise ValueError("batches: expected at least one, got none")

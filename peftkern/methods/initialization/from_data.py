@@ -161,6 +161,11 @@ class PrincipalComponents:
         svd = truncated_svd(x, min(self._count, *x.shape), seed=self._seed)
         self.components, self.S = svd.Vh, svd.S
 
+    @property
+    def norm(self) -> float:
+        """|.|_F of the centered rows."""
+        return math.sqrt(self._squares)
+
     def explained(self) -> Tensor:
         """Return the share of the rows' variance that each component explains, [k] float64.
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from statistics import fmean, median
+from collections.abc import Sequence
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from peftkern.tools import charts, pages
-from peftkern.tools.adapters.inspect import Inspection, Row, Spectrum, labels, rows
+from peftkern.tools import layer_charts, pages
+from peftkern.tools.adapters.inspect import Inspection, Row, Spectrum, rows
 from peftkern.tools.adapters.terminal import COLUMNS, cells, heading, remarks
-
-WIDTHS = {"wide": charts.WIDE, "narrow": charts.NARROW}
-_POINTS = 400  # of a curve, at most
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 def html(found: Inspection) -> str:
@@ -26,7 +21,7 @@ def html(found: Inspection) -> str:
         heading=list(heading(found)),
         remarks=list(remarks(found)),
         maps=maps(found.spectra),
-        spectra=list(spectra(found.spectra)),
+        spectra=list(layer_charts.spectra([(one.key, one.sigma) for one in found.spectra])),
         columns=COLUMNS,
         rows=[(row.name, zip(cells(row), _order(row), strict=True)) for row in listed],
     )
@@ -45,56 +40,12 @@ def maps(found: Sequence[Spectrum]) -> list[dict[str, Figure]]:
     Of what a layer has more than once, experts for one, the root mean square of the norms, and the
     median of the ranks.
     """
-    kinds = labels(one.key for one in found)
-    places: dict[str, dict[int, list[Spectrum]]] = {}
-    for one in found:
-        if (layer := _LAYER.search(one.key)) is not None:
-            places.setdefault(kinds[one.key], {}).setdefault(int(layer[1]), []).append(one)
-    if not places:
-        return []
-    norms = "|D|, the norm of each update", lambda parts: fmean(p.energy for p in parts) ** 0.5
-    ranks = "effective rank", lambda parts: median(p.effective_rank for p in parts)
-    return [
-        {name: _map(places, title, value, width) for name, width in WIDTHS.items()}
-        for title, value in (norms, ranks)
-    ]
+    energies = [(one.key, one.energy) for one in found]
+    norms = layer_charts.layer_map(energies, "|D|, the norm of each update", _root_mean)
+    effective = [(one.key, one.effective_rank) for one in found]
+    ranks = layer_charts.layer_map(effective, "effective rank")
+    return [drawn for drawn in (norms, ranks) if drawn is not None]
 
 
-def _map(places, title: str, value, width: int) -> Figure:
-    drawn = []
-    for kind, layers in places.items():
-        values = {layer: value(parts) for layer, parts in sorted(layers.items())}
-        values = {layer: float(f"{one:.3g}") for layer, one in values.items() if one == one}
-        told = ", ".join(f"{layer}: {one:g}" for layer, one in values.items())
-        parts = [(layer, layer + 1, one) for layer, one in values.items()]
-        drawn.append((kind, f"{kind}: {told}", parts))
-    return charts.stretches(drawn, title=title, y_label=title, x_label="layer", width=width)
-
-
-def spectra(found: Sequence[Spectrum]) -> Iterator[tuple[str, Figure]]:
-    """Draw the singular values of each kind of module: the median over its updates, and between
-    which they lie."""
-    kinds = labels(one.key for one in found)
-    groups: dict[str, list[Spectrum]] = {}
-    for one in found:
-        groups.setdefault(kinds[one.key], []).append(one)
-    for kind, parts in groups.items():
-        columns = list(_columns(parts))
-        curves = {"median": median, "largest": max, "smallest": min}
-        series = []
-        for number, (name, of) in enumerate(curves.items()):
-            points = [(at, of(values)) for at, values in columns]
-            points = [(at, value) for at, value in points if value > 0]
-            if points and (not number or len(parts) > 1):
-                series.append(charts.Series(name, number, *zip(*points, strict=True)))
-        if series:
-            said = {"title": f"singular values of {kind}", "x_label": "index", "log_y": True}
-            yield kind, charts.lines(series, y_label="singular value", markers=False, **said)
-
-
-def _columns(parts: Sequence[Spectrum]) -> Iterator[tuple[int, list[float]]]:
-    """Yield the i-th singular values of all that have so many, for at most _POINTS i."""
-    longest = max(len(one.sigma) for one in parts)
-    for index in range(0, longest, -(-longest // _POINTS)):
-        values = [one.sigma[index] for one in parts if index < len(one.sigma)]
-        yield index + 1, [value for value in values if value == value] or [0.0]
+def _root_mean(energies: list[float]) -> float:
+    return fmean(energies) ** 0.5

@@ -32,7 +32,7 @@ def show(found: Inspection, per_layer: bool, experts: bool) -> None:
     columns = dict(zip(("updates", *COLUMNS), zip(*texts, strict=True), strict=True))
     shared = [c for c in _STATED if len(listed) > 1 and len(set(columns[c])) == 1]
     _say(console, [*heading(found), *_every(shared, columns)])
-    prefix = _shared_start([row.name for row in listed])
+    prefix = shared_start([row.name for row in listed])
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")
     table.add_column(prefix or "module", overflow="fold")
     shown = [column for column in columns if column not in shared]
@@ -59,7 +59,7 @@ def _every(shared: list[str], columns: dict[str, tuple[str, ...]]) -> Iterator[s
         yield f"in every row: {', '.join(said)}"
 
 
-def _shared_start(names: Sequence[str]) -> str:
+def shared_start(names: Sequence[str]) -> str:
     """Return the components that all names begin with, and end after."""
     parts = [name.split(".")[:-1] for name in names]
     same = itertools.takewhile(lambda one: len(set(one)) == 1, zip(*parts, strict=False))

@@ -50,8 +50,13 @@ class Weight:
 
     def read(self) -> Tensor:
         """Return its values, decoded to its dtype."""
+        found = self.stored()
+        return dequantize_nf4(found) if isinstance(found, NF4Weight) else found
+
+    def stored(self) -> Tensor | NF4Weight:
+        """Return its values as they are stored."""
         if self.nf4 is not None:
-            return dequantize_nf4(_read_nf4(self.name, self.infos))
+            return _read_nf4(self.name, self.infos)
         with open_safetensors(self.info.file) as file:
             return file.get_tensor(self.name)
 

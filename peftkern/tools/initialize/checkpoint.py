@@ -68,7 +68,7 @@ def prepare(
     Args: names, of linear layers, by default all but the output embeddings.
     Raises: CheckpointError for what the checkpoint or its architecture does not have.
     """
-    targets, config = find_targets(checkpoint, names, request.rank)
+    targets, config = find_targets(checkpoint, names, request.rank_of)
     choice, quantization_config, storage = Choice({}), None, None
     if request.method in QUANTIZED:
         storage = Storage(options.blocksize, options.double_quant)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class TextJob:
         Raises: CheckpointError for a model or texts that the method cannot start from.
         """
         request, folder = self.request, self.checkpoint.folder
-        model = self._model()
+        model = load_model(self.checkpoint, self.device)
         try:
             report = initialize_(
                 model, request.method, self.config, batches=self.batches, **request.svd_options
@@ -59,15 +58,6 @@ class TextJob:
             report.model.unload().save_pretrained(files, max_shard_size=self.shard_bytes)
             staging.publish(work, self.destination, [p.name for p in files.glob("*.safetensors")])
         return report
-
-    def _model(self) -> Any:
-        options = {"local_files_only": True, "trust_remote_code": False, "dtype": "auto"}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, **options)
-        except (ValueError, KeyError) as error:
-            folder = self.checkpoint.folder
-            raise CheckpointError(f"{folder}: expected a language model: {error}") from error
-        return model.to(self.device)
 
 
 def prepare(
@@ -89,14 +79,36 @@ def prepare(
         the first `length` tokens.
     Raises: CheckpointError for what cannot be done.
     """
-    for name, value, low in (("texts", most, 1), ("length", length, 2)):
-        if value < low:
-            raise CheckpointError(f"{name}: expected at least {low}, got {value}")
     half = request.method == "lora_ga"
-    _, config = find_targets(checkpoint, names, request.rank, half=half)
+    _, config = find_targets(checkpoint, names, request.rank_of, half=half)
     companions = find_companions(checkpoint)
     destination = Path(destination)
     staging.check_destination(checkpoint.folder, destination, force, companions.copied)
+    config = request.complete(config)
+    batches = read_batches(checkpoint.folder, data, most, length)
+    parts = (companions, batches, shard_bytes, device)
+    return TextJob(checkpoint, destination, request, config, *parts)
+
+
+def load_model(checkpoint: Checkpoint, device: str) -> Any:
+    """Load a language model. Raises: CheckpointError if it is none."""
+    options = {"local_files_only": True, "trust_remote_code": False, "dtype": "auto"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
+    except (ValueError, KeyError) as error:
+        folder = checkpoint.folder
+        raise CheckpointError(f"{folder}: expected a language model: {error}") from error
+    return model.to(device)
+
+
+def read_batches(folder: Path, data: Path, most: int, length: int) -> list[dict[str, Any]]:
+    """Return a batch of each of the first `most` lines of a file, as CorDA weighs them.
+
+    Raises: CheckpointError for a file without texts, or a folder without a tokenizer.
+    """
+    for name, value, low in (("texts", most, 1), ("length", length, 2)):
+        if value < low:
+            raise CheckpointError(f"{name}: expected at least {low}, got {value}")
     try:
         lines = data.read_text(encoding="utf-8").splitlines()
     except ValueError as error:
@@ -104,16 +116,6 @@ def prepare(
     texts = [line for line in lines if line.strip()][:most]
     if not texts:
         raise CheckpointError(f"{data}: expected a text on each line, got none")
-    config = copy(config)
-    config.r, config.lora_alpha = request.rank, request.lora_alpha
-    config.use_rslora = request.rslora
-    batches = _tokenized(checkpoint.folder, texts, length)
-    parts = (companions, batches, shard_bytes, device)
-    return TextJob(checkpoint, destination, request, config, *parts)
-
-
-def _tokenized(folder: Path, texts: Sequence[str], length: int) -> list[dict[str, Any]]:
-    """Return a batch of each text, as CorDA weighs them."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

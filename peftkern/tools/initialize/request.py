@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftkern.formats.rank_patterns import pattern_key
 from peftkern.methods.initialization.factors import check_rank
 from peftkern.tools.checkpoints.architecture import find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
+from peftkern.tools.checkpoints.weights import find_weights
 
 _DTYPES = ("F32", "F16", "BF16")
 
@@ -31,6 +34,8 @@ class Request:
     certify: bool = True
     steps: int = 5
     seed: int = 0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, low in (("rank", 1), ("steps", 1), ("seed", 0)):
@@ -45,9 +50,22 @@ class Request:
     def lora_alpha(self) -> float:
         return self.rank if self.alpha is None else self.alpha
 
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def rank_of(self, module: str) -> int:
+        return self.rank_pattern.get(pattern_key(self.rank_pattern, module), self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        rank, patterns = self.rank_of(module), self.alpha_pattern
+        alpha = patterns.get(pattern_key(patterns, module), self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def complete(self, config: LoraConfig) -> LoraConfig:
+        """Return a config with these ranks, which says the targets already."""
+        found = copy(config)
+        found.r, found.lora_alpha, found.use_rslora = self.rank, self.lora_alpha, self.rslora
+        found.rank_pattern, found.alpha_pattern = dict(self.rank_pattern), dict(self.alpha_pattern)
+        if self.rank_pattern and self.method == "eva":
+            found.eva_config = EvaConfig(rho=1.0)  # the ranks stay
+        return found
 
     @property
     def svd_options(self) -> dict[str, Any]:
@@ -68,12 +86,16 @@ class Target:
 
 
 def find_targets(
-    checkpoint: Checkpoint, names: Sequence[str], rank: int, *, half: bool = False
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    rank_of: Callable[[str], int] = lambda module: 1,
+    *,
+    half: bool = False,
 ) -> tuple[dict[str, Target], LoraConfig]:
     """Find the linear layers to start, by the names of their weights, and a config that says so.
 
     Args: names, of layers, whole or their ends: "q_proj"; none for all linear layers but the
-        output embeddings. rank, which every one of them must have, or with `half` twice of it.
+        output embeddings. rank_of(layer), which it must have, or with `half` twice of it.
     Raises: CheckpointError naming a layer that does not exist, has no such rank, or is tied.
     """
     model = meta_model(checkpoint)
@@ -99,25 +121,31 @@ def find_targets(
                 f"target: the weight of {target.module} is the embeddings', too, which would change"
             )
         try:
-            check_rank(rank, target.shape, half=half)
+            check_rank(rank_of(target.module), target.shape, half=half)
         except ValueError as error:
             raise CheckpointError(f"{target.module}: {error}") from None
     return chosen, _config(model, chosen, linear)
 
 
 def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Target]:
-    """Find the weights that are a linear layer's as they are."""
-    found = {}
+    """Find the weights that are a linear layer's as they are, dense or in NF4."""
+    found, weights = {}, find_weights(checkpoint)
     for load in find_loads(model, checkpoint):
         name, _, parameter = load.target.rpartition(".")
-        if load.converter is not None or parameter != "weight" or load.info.dtype not in _DTYPES:
+        weight = weights.get(load.info.name)
+        if load.converter is not None or parameter != "weight" or weight is None:
             continue
         module = model.get_submodule(name)
-        if isinstance(module, (nn.Linear, Conv1D)) and load.info.shape == module.weight.shape:
-            transposed = isinstance(module, Conv1D)
-            shape = load.info.shape[::-1] if transposed else load.info.shape
-            found[load.info.name] = Target(name, shape, transposed)
-    return found
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        shape = tuple(module.weight.shape)
+        transposed = isinstance(module, Conv1D)
+        if transposed and weight.nf4 is not None:  # what is quantized is never transposed
+            shape, transposed = shape[::-1], False
+        if weight.shape == shape and (weight.nf4 or load.info.dtype in _DTYPES):
+            found[load.info.name] = Target(name, shape[::-1] if transposed else shape, transposed)
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return dict(sorted(found.items(), key=lambda item: order[item[1].module]))
 
 
 def _config(

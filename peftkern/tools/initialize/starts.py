@@ -7,7 +7,6 @@ on from there; at the end they are one adapter, in the folder `adapter` of the n
 from __future__ import annotations
 
 import json
-from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,8 @@ class Starts:
     @property
     def nbytes(self) -> int:
         """Size of the factors, which are there twice for a moment."""
-        sides = sum(sum(target.shape) for target in self.targets.values())
-        return 2 * 4 * self.request.rank * sides
+        sizes = (self.request.rank_of(t.module) * sum(t.shape) for t in self.targets.values())
+        return 2 * 4 * sum(sizes)
 
     @torch.no_grad()
     def rewrite(self, unit: Unit, weight: Tensor) -> tuple[NF4Weight | Tensor, float | None] | None:
@@ -72,30 +71,32 @@ class Starts:
         rows = weight.T if turned else weight
         try:
             with full_float32(), torch.autocast(weight.device.type, enabled=False):
-                factors, base, error = self._start(rows)
+                factors, base, error = self._start(rows, target.module)
         except ValueError as error:
             raise CheckpointError(f"{unit.name}: {error}") from error
-        self.layers.append(LayerStart.of(target.module, factors, self.request.scaling, error))
+        scaling = self.request.scaling_of(target.module)
+        self.layers.append(LayerStart.of(target.module, factors, scaling, error))
         for side in ("lora_A", "lora_B"):
             key = f"{PREFIX}{target.module}.{side}.weight"
             self._tensors[key] = getattr(factors, side).cpu().contiguous()
         return (weight.cpu() if base is None else base), error
 
-    def _start(self, weight: Tensor) -> tuple[Factors, NF4Weight | None, float | None]:
+    def _start(self, weight: Tensor, module: str) -> tuple[Factors, NF4Weight | None, float | None]:
         """Return the factors, the base unless it is the weight itself, and the error."""
         request, base = self.request, None
-        how = (weight, request.rank, request.scaling)
+        rank, scaling = request.rank_of(module), request.scaling_of(module)
+        how = (weight, rank, scaling)
         if request.method == "loftq":
             factors, base = loftq(*how, self.storage, steps=request.steps, **request.svd_options)
         elif request.method == "qpissa":
             factors, base = qpissa(*how, self.storage, **request.svd_options)
         elif request.method == "olora":
-            factors = olora(weight, request.rank)
+            factors = olora(weight, rank)
         else:
             factors = pissa(*how, **request.svd_options)
         if base is not None:
-            return factors, base, relative_error(weight, base, factors, request.scaling)
-        return factors, None, subtract_update_(weight, *factors[:2], request.scaling)
+            return factors, base, relative_error(weight, base, factors, scaling)
+        return factors, None, subtract_update_(weight, *factors[:2], scaling)
 
     def keep(self, work: Path, file: str) -> None:
         """Store the factors of a file's layers, and what is known of them."""
@@ -118,9 +119,8 @@ class Starts:
         adapter = folder / ADAPTER
         adapter.mkdir(exist_ok=True)
         staging.save_tensors(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
-        config = copy(self.config)
-        config.r, config.lora_alpha = self.request.rank, self.request.lora_alpha
-        config.use_rslora, config.base_model_name_or_path = self.request.rslora, self.base
+        config = self.request.complete(self.config)
+        config.base_model_name_or_path = self.base
         config.inference_mode = True
         config.save_pretrained(adapter)
         staging.sync_file(adapter / "adapter_config.json")

@@ -133,7 +133,9 @@ def test_a_page_shows_maps_spectra_and_every_update(case):
     text = page.html(found)
     assert text == page.html(found)
     kinds = set(labels(one.key for one in found.spectra).values())
-    drawn = {kind for kind, _ in page.spectra(found.spectra)}
+    drawn = {
+        kind for kind, _ in page.layer_charts.spectra([(s.key, s.sigma) for s in found.spectra])
+    }
     assert drawn == kinds
     assert len(page.maps(found.spectra)) == 2
     assert text.count("<svg") == 4 + len(kinds)

@@ -1,0 +1,153 @@
+"""Command `peftkern ranks MODEL`: the rank of each layer, before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftkern.cli.frame import (
+    InputError,
+    bad_input,
+    checkpoint_run,
+    parse_bytes,
+    present_device,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from peftkern.integrations.peft.rank_report import RankReport
+    from peftkern.tools.ranks.choose import Settings
+
+FROM_DATA = ("activations", "gradients", "gora")
+COSTS = ("rank", "parameters")
+_OPTIONS = ("alpha", "budget", "cost", "data", "length", "max_rank", "min_rank", "rank", "seed")
+_OPTIONS += ("target", "texts", "tol")
+
+
+def ranks(
+    source: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with safetensors.")],
+    by: Annotated[
+        str, typer.Option(help="weights; or of texts: activations, gradients, gora.")
+    ] = "weights",
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA whose budget is shared out.")] = 16,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Ranks, or parameters, of all layers.", show_default="as of LoRA"),
+    ] = None,
+    cost: Annotated[str, typer.Option(help="What the budget counts: rank or parameters.")] = "rank",
+    min_rank: Annotated[int, typer.Option(help="At least for a layer; 0 may drop it.")] = 1,
+    max_rank: Annotated[
+        int | None, typer.Option(help="At most for a layer.", show_default="twice the rank")
+    ] = None,
+    relative: Annotated[
+        bool | None,
+        typer.Option(
+            "--relative/--absolute",
+            help="Compare layers by shares of each, or as they are.",
+            show_default="relative, but absolute for gradients",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="lora_alpha at that rank.", show_default="the rank")
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A linear layer, like q_proj; may be repeated.", show_default="all but the head"
+        ),
+    ] = None,
+    tol: Annotated[
+        float, typer.Option(help="Excess of a spectrum's error over the least to stop at.")
+    ] = 1e-3,
+    certify: Annotated[
+        bool, typer.Option("--certify/--no-certify", help="Bound that excess as well.")
+    ] = True,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For all but weights: a text on each line."),
+    ] = None,
+    texts: Annotated[int, typer.Option(help="Number of texts to take.")] = 64,
+    length: Annotated[int, typer.Option(help="Number of tokens to take of each.")] = 1024,
+    memory: Annotated[str, typer.Option(help="For gradients: 4GB or 500MiB.")] = "4GB",
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    html: Annotated[Path | None, typer.Option(help="Write a page, one file for a browser.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Choose the rank of each layer within the budget of LoRA, and print a LoraConfig for it.
+
+    By the spectra of the weights, dense or NF4, read one at a time; or, with the model loaded and
+    texts run through it, by the variance of the inputs that ranks explain, by the gradient's
+    spectra, or by GoRA's importance. `peftkern init --ranks` starts an adapter with what --json
+    prints.
+
+    Example: peftkern ranks ~/models/llama3-8b --rank 16 --html ranks.html
+    """
+    if by not in ("weights", *FROM_DATA):
+        expected = ", ".join(("weights", *FROM_DATA))
+        raise InputError(f"--by: expected one of {expected}, got {by!r}")
+    if cost not in COSTS:
+        raise InputError(f"--cost: expected one of {', '.join(COSTS)}, got {cost!r}")
+    if (data is None) == (by in FROM_DATA):
+        expected = "a file of texts" if by in FROM_DATA else "none: weights need no texts"
+        raise InputError(f"--data: expected {expected} for {by}, got {data or 'none'}")
+    statistics_bytes = parse_bytes("--memory", memory)
+    device = str(present_device(device))
+    if html is not None:
+        from peftkern.tools import pages
+        from peftkern.tools.bench import machine
+
+        with bad_input():
+            machine.check_target("--html", html)
+            pages.require("--html")
+    try:
+        from peftkern.functional.truncated_svd import check_options
+        from peftkern.methods.rank_choice import RankBudget
+        from peftkern.tools.ranks.choose import Settings
+    except ImportError as error:
+        raise InputError(
+            "expected peft, transformers 5 or newer, accelerate and bitsandbytes: "
+            f"pip install -U 'peftkern[peft]' ({error})"
+        ) from None
+    with bad_input(*_OPTIONS):
+        check_options(tol, certify, seed)
+        budgeted = RankBudget(rank, budget, cost, min_rank, max_rank)
+        settings = Settings(by, budgeted, relative, alpha, rslora, tol, certify, seed)
+    sizes = {"most": texts, "length": length, "statistics_bytes": statistics_bytes}
+    found = _choose(source, settings, tuple(target or ()), data, sizes, device)
+    if html is not None:
+        from peftkern.tools.ranks import page
+
+        with bad_input():  # a full disk
+            machine.write_text(html, page.html(found, str(source)))
+    if as_json:
+        print(json.dumps({"source": str(source), **found.as_dict()}, indent=2))
+    else:
+        from peftkern.tools.ranks import terminal
+
+        terminal.show(found)
+
+
+def _choose(
+    source: Path,
+    settings: Settings,
+    names: tuple[str, ...],
+    data: Path | None,
+    sizes: dict[str, int],
+    device: str,
+) -> RankReport:
+    """Choose the ranks of a checkpoint's layers. Raises: InputError."""
+    from peftkern.tools.checkpoints.checkpoint import read_checkpoint
+    from peftkern.tools.ranks import choose
+
+    with checkpoint_run(None, *_OPTIONS):
+        base = read_checkpoint(source, quantized=True)
+        if data is not None:
+            return choose.from_texts(base, settings, data, names, **sizes, device=device)
+        with progress_bar(base.nbytes) as progress:
+            how = {"device": device, "progress": progress}
+            return choose.from_weights(base, settings, names, **how)

@@ -1,0 +1,185 @@
+"""`peftkern.suggest_ranks`: the rank of each layer of a LoRA adapter, before it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+
+from peftkern.functional.arguments import mismatch
+from peftkern.functional.panels import full_float32
+from peftkern.functional.truncated_svd import check_options
+from peftkern.integrations.peft.init_data import DataRuns, counted_rows
+from peftkern.integrations.peft.init_layers import Layer, find_layers
+from peftkern.integrations.peft.initialize import listed_batches, with_adapters
+from peftkern.integrations.peft.rank_report import RankReport, ranked_config
+from peftkern.layers.quantize import with_progress
+from peftkern.methods.rank_choice import (
+    SOURCES,
+    LayerSpectrum,
+    RankBudget,
+    choose_layer_ranks,
+    gora_importance,
+    input_spectrum,
+    matrix_spectra,
+)
+
+__all__ = ["suggest_ranks"]
+
+_ADAPTER = "default"
+_FRESH = {  # fields of the adapter that only shows which layers are targets
+    "r": 1,
+    "bias": "none",
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_dora": False,
+}
+
+
+def suggest_ranks(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    by: str = "weights",
+    *,
+    budget: float | None = None,
+    cost: str | Mapping[str, float] = "rank",
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    relative: bool | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    tol: float = 1e-3,
+    certify: bool = True,
+    seed: int = 0,
+    statistics_bytes: int = 4 << 30,
+) -> RankReport:
+    """Choose the rank of each layer of a LoRA adapter, within the budget of LoRA of one rank.
+
+        report = peftkern.suggest_ranks(base, LoraConfig(r=16, ...), "gradients", batches=batches)
+        model = get_peft_model(base, report.config)      # print(report.python()) to paste it
+
+    The model is as it was afterwards. What a rank is worth, by "weights" (singular values of the
+    weight, dense or NF4, in panels: memory of one layer), "activations" (the variance of the inputs
+    that it explains, as in EVA), "gradients" (singular values of the weight's gradient) or "gora"
+    (mean |weight * gradient|), stands in `peftkern.methods.rank_choice`; `allocate_rank` then gives
+    the budget to the ranks that are worth most for what they cost.
+
+    The config works with `initialize_` as it is: "pissa", "olora" and "lora_ga" start layers of
+    any rank; for "eva" add eva_config=EvaConfig(rho=1), which keeps the ranks.
+
+    Args:
+        model: a plain one, before `get_peft_model`; loaded in 4 bits, if it is to be.
+        lora_config: r is the rank whose cost is not exceeded; the targets, the scaling and the rest
+            stay as they are.
+        by: "weights"; or from batches "activations", "gradients", "gora".
+        budget: what all layers may cost together, instead of r of each, in units of `cost`.
+        cost: of one rank of a layer: "rank", each costs 1; "parameters", m + n; or {layer: number}.
+        min_rank: that every layer gets; with 0 layers may drop out of target_modules.
+        max_rank: that no layer exceeds, by default 2 r, as in EVA.
+        relative: whether singular values count as shares of their layer's, by default those of
+            weights and inputs, but not of gradients.
+        batches: a few, which are run once or more; each is given to the model as keywords if it is
+            a mapping, as positions if it is a tuple or a list, else as the only argument.
+        loss: of (model, batch) for gradients, by default the loss that the model returns.
+        tol, certify, seed: of `truncated_svd`; certify bounds the error of the spectra.
+        statistics_bytes: memory for gradients; the batches are run once for each group of layers
+            that fits into it.
+    Returns: the report; `print` shows it in one line.
+    Raises: TypeError or ValueError naming the argument, or the layer.
+    """
+    if by not in SOURCES:
+        raise mismatch("by", f"one of {SOURCES}", by)
+    if relative not in (None, True, False):
+        raise mismatch("relative", "True, False or None", relative)
+    check_options(tol, certify, seed)
+    _check_model(model, lora_config)
+    wanted = RankBudget(lora_config.r, budget, cost, min_rank, max_rank)
+    found = listed_batches(batches, needed=by != "weights", by=by)
+    options = {"tol": tol, "certify": certify, "seed": seed}
+    probe = _probe(lora_config)
+    with torch.no_grad(), full_float32(), with_adapters(model, probe, _ADAPTER, keep=False) as peft:
+        layers, skipped = find_layers(peft, _ADAPTER, {}, keeps_base=True)
+        runs = DataRuns(peft, found, loss, statistics_bytes, options)
+        spectra = list(_spectra(by, layers, runs, wanted.count))
+        probed = peft.peft_config[_ADAPTER]
+    config = copy(lora_config)
+    config.target_modules, config.fan_in_fan_out = probed.target_modules, probed.fan_in_fan_out
+    return make_report(by, spectra, config, wanted, relative, skipped)
+
+
+def make_report(
+    by: str,
+    spectra: Sequence[LayerSpectrum],
+    config: LoraConfig,
+    budget: RankBudget,
+    relative: bool | None,
+    skipped: Mapping[str, str],
+) -> RankReport:
+    """Choose the ranks of layers with these spectra, and the config for them."""
+    layers, total = choose_layer_ranks(spectra, budget, by, relative)
+    ranks = {layer.name: layer.rank for layer in layers}
+    if not any(ranks.values()):
+        raise ValueError(f"budget: expected enough for one rank of a layer, got {total:g}")
+    unit = budget.cost if isinstance(budget.cost, str) else "cost"
+    chosen = ranked_config(config, ranks, tuple(skipped))
+    uniform = sum(min(budget.rank, *layer.shape) * sum(layer.shape) for layer in layers)
+    return RankReport(by, tuple(layers), chosen, total, unit, uniform, dict(skipped))
+
+
+def _spectra(
+    by: str, layers: Sequence[Layer], runs: DataRuns, count: int
+) -> Iterator[LayerSpectrum]:
+    """Yield what ranks of the layers are worth."""
+    if by == "activations":
+        components = runs.components(layers, dict.fromkeys(_names(layers), count), counted_rows)
+        for layer in layers:
+            shape = (layer.weight.shape[0], layer.weight.shape[1])
+            yield input_spectrum(layer.name, shape, components[layer.name])
+    elif by == "gora":
+        for layer, gradient in _finite(runs.gradients(layers, training=False)):
+            yield gora_importance(layer.name, layer.weight, gradient)
+    elif by == "gradients":
+        found = _finite(runs.gradients(layers, training=False))
+        yield from matrix_spectra(((la.name, G) for la, G in found), count, **runs.options)
+    else:
+        weights = ((layer.name, layer.weight) for layer in layers)
+        yield from with_progress(matrix_spectra(weights, count, **runs.options), "spectra")
+
+
+def _names(layers: Sequence[Layer]) -> list[str]:
+    return [layer.name for layer in layers]
+
+
+def _finite(found: Iterable[tuple[Layer, Tensor]]) -> Iterator[tuple[Layer, Tensor]]:
+    for layer, gradient in found:
+        if not gradient.isfinite().all():
+            raise ValueError(f"{layer.name}: batches: expected finite gradients, got NaN or Inf")
+        yield layer, gradient
+
+
+def _probe(config: LoraConfig) -> LoraConfig:
+    """Return a config with the same targets, whose adapter changes nothing and is small."""
+    found = copy(config)
+    for name, value in _FRESH.items():
+        setattr(found, name, value)
+    return found
+
+
+def _check_model(model: Any, config: Any) -> None:
+    """Raise TypeError or ValueError unless the model is plain and the config is of plain LoRA."""
+    if isinstance(model, PeftModel):
+        raise ValueError("model: expected one without adapters, before get_peft_model; "
+                         "model.unload() returns it")  # fmt: skip
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if type(config) is not LoraConfig:
+        raise mismatch("lora_config", "a LoraConfig", config)
+    for name in ("rank_pattern", "alpha_pattern", "layer_replication"):
+        if getattr(config, name, None):
+            raise mismatch("lora_config", f"one without {name}", getattr(config, name))

@@ -1,0 +1,266 @@
+"""Ranks of layers before training: a budget shared out by what each further rank is worth.
+
+    by             a rank of a layer is worth
+    weights        sigma_i(W)^2 / |W|^2, what it keeps of the weight
+    activations    sigma_i(X)^2 / |X|^2 of the centered inputs, the variance that it explains (EVA)
+    gradients      sigma_i(G)^2 of the gradient of the weight: the loss falls by as much, per step
+    gora           mean |W * G| of the layer, in proportion to which it gets its ranks
+
+Weights and inputs of different layers have no scale in common, so they count as shares of their
+layer; gradients are those of one loss, and count as they are.
+
+Sources: Meng et al. 2024, arXiv:2404.02948 (weights); Paischer et al. 2024, arXiv:2410.07170
+(activations); Wang et al. 2024, arXiv:2407.05000 (gradients); He et al. 2025, arXiv:2502.12171
+(gora)
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.functional.arguments import mismatch
+from peftkern.functional.low_rank_svd import allocate_rank
+from peftkern.functional.panels import Panels
+from peftkern.functional.truncated_svd import Weight, truncated_svd
+from peftkern.methods.initialization.from_data import PrincipalComponents
+from peftkern.methods.initialization.statistics import named
+
+__all__ = ["LayerRank", "LayerSpectrum", "RankBudget", "choose_layer_ranks"]
+
+RELATIVE = {"weights": True, "activations": True, "gradients": False, "gora": False}
+SOURCES = tuple(RELATIVE)
+COSTS = ("rank", "parameters")
+MOST = 2  # times LoRA's rank, which a layer gets at most: rho of EVA
+_TOGETHER = 1 << 24  # values of the layers whose spectra come from one call
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """What the ranks of one layer are worth.
+
+    shape [m, n] of its weight. S [k]: singular values, descending, of what the ranks are chosen
+    by; norm, |.|_F of that. excess, certificate: of `truncated_svd` at k values.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    S: Tensor
+    norm: float
+    excess: float | None = None
+    certificate: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """Rank of one layer; 0, it gets no adapter.
+
+    cost of one rank. kept: share of the squared norm of the weight, the inputs or the gradient that
+    a matrix of this rank keeps; of "gora", the layer's share of the importance of all. The rest as
+    in `LayerSpectrum`.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    cost: float
+    kept: float
+    S: tuple[float, ...]
+    excess: float | None = None
+    certificate: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * sum(self.shape)
+
+
+@dataclass(frozen=True)
+class RankBudget:
+    """What all layers may cost together, and the ranks that each may have.
+
+    rank: of LoRA, whose cost is not exceeded; total: that cost, instead. cost of one rank of a
+    layer: "rank", 1; "parameters", m + n; or {layer: number}. least, most: ranks of a layer, by
+    default 1 and twice `rank`; never more than its smaller side.
+
+    Raises: ValueError naming the argument.
+    """
+
+    rank: int = 16
+    total: float | None = None
+    cost: str | Mapping[str, float] = "rank"
+    least: int = 1
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise mismatch("rank", "an integer of at least 1", self.rank)
+        if not (isinstance(self.cost, Mapping) or self.cost in COSTS):
+            raise mismatch("cost", f"one of {COSTS}, or {{layer: number}}", self.cost)
+        total = self.total
+        if total is not None and not (_is_number(total) and 0 < total < math.inf):
+            raise mismatch("budget", "a number above 0, or None", total)
+        if type(self.least) is not int or self.least < 0:
+            raise mismatch("min_rank", "an integer of at least 0", self.least)
+        low = max(self.least, 1)
+        if self.most is not None and (type(self.most) is not int or self.most < low):
+            raise mismatch("max_rank", f"an integer of at least {low}, or None", self.most)
+
+    @property
+    def count(self) -> int:
+        """Number of singular values that are needed of each layer."""
+        return self.most or max(MOST * self.rank, self.least)
+
+    def costs(self, spectra: Sequence[LayerSpectrum]) -> list[float]:
+        """Return the cost of one rank of each layer. Raises: ValueError for one that has none."""
+        if self.cost == "rank":
+            return [1.0] * len(spectra)
+        if self.cost == "parameters":
+            return [float(sum(one.shape)) for one in spectra]
+        for one in spectra:
+            value = self.cost.get(one.name)
+            if not (_is_number(value) and 0 < value < math.inf):
+                raise mismatch("cost", f"a number above 0 for {one.name}", value)
+        return [float(self.cost[one.name]) for one in spectra]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def choose_layer_ranks(
+    spectra: Sequence[LayerSpectrum], budget: RankBudget, by: str, relative: bool | None = None
+) -> tuple[list[LayerRank], float]:
+    """Give the budget to the ranks that are worth most for their cost: `allocate_rank`.
+
+    Args: by, one of the table above; relative, whether singular values count as shares of their
+        layer's, by default as the table has it.
+    Returns: the rank of each layer, and the budget in units of cost.
+    Raises: ValueError naming the argument: min_rank beyond a layer's smaller side or the budget.
+    """
+    if not spectra:
+        raise ValueError("model: expected layers to choose ranks for, got none")
+    relative = RELATIVE[by] if relative is None else relative
+    costs = budget.costs(spectra)
+    limits = [min(budget.count, *one.shape) for one in spectra]
+    total = budget.total
+    if total is None:
+        total = sum(c * min(budget.rank, *s.shape) for c, s in zip(costs, spectra, strict=True))
+    for one in spectra:
+        if budget.least > min(one.shape):
+            most = f"at most {min(one.shape)}, the smaller side of {one.name}"
+            raise mismatch("min_rank", most, budget.least)
+    least = budget.least * sum(costs)
+    if least > total:
+        raise ValueError(
+            f"budget: expected at least {least:g}, what min_rank={budget.least} costs in "
+            f"{len(spectra)} layers, got {total:g}"
+        )
+    worth = [
+        _gora_worth(one, cost, limit) if by == "gora" else _worth(one, relative, limit)
+        for one, cost, limit in zip(spectra, costs, limits, strict=True)
+    ]
+    ranks = allocate_rank(worth, total, cost=costs, r_min=budget.least, r_max=limits)
+    whole = math.fsum(one.norm for one in spectra) if by == "gora" else None
+    layers = [
+        _layer_rank(one, rank, cost, whole)
+        for one, rank, cost in zip(spectra, ranks, costs, strict=True)
+    ]
+    return layers, float(total)
+
+
+def _worth(one: LayerSpectrum, relative: bool, limit: int) -> Tensor:
+    """Return what `allocate_rank` compares; zeros where a layer may have more ranks than values."""
+    S = one.S.detach().double().cpu()[:limit]
+    if relative and one.norm:
+        S = S / one.norm
+    return torch.cat([S, S.new_zeros(limit - len(S))])
+
+
+def _gora_worth(one: LayerSpectrum, cost: float, limit: int) -> Tensor:
+    """Return what makes `allocate_rank` give ranks in proportion to importance / sqrt(m + n).
+
+    GoRA rounds r * sum sqrt(m + n) * share / sqrt(m + n) and cuts it off, which misses the budget.
+    Here the i-th rank is worth its cost times that proportion / (i - 1/2): Webster's method of
+    rounding within a total, with floors and caps.
+    """
+    places = torch.arange(1, limit + 1, dtype=torch.float64, device="cpu") - 0.5
+    return (cost * one.norm / math.sqrt(sum(one.shape)) / places).sqrt()
+
+
+def _layer_rank(one: LayerSpectrum, rank: int, cost: float, whole: float | None) -> LayerRank:
+    S = one.S.detach().double().cpu()
+    if whole is not None:
+        kept = one.norm / whole if whole else 0.0
+    else:
+        kept = min((S[:rank] / one.norm).square().sum().item(), 1.0) if one.norm else 0.0
+    bounds = one.excess, one.certificate
+    return LayerRank(one.name, one.shape, rank, cost, kept, tuple(S.tolist()), *bounds)
+
+
+def matrix_spectra(
+    matrices: Iterable[tuple[str, Weight]], count: int, **options: Any
+) -> Iterator[LayerSpectrum]:
+    """Yield the `count` largest singular values of named matrices, dense or NF4, as they come.
+
+    Small ones are decomposed together, large ones alone: memory of one of them.
+
+    Args: options, of `truncated_svd`: tol, certify, seed.
+    Raises: ValueError naming the layer, on NaN or Inf.
+    """
+    group: dict[str, Weight] = {}
+    values = 0
+    for name, matrix in matrices:
+        if group and next(iter(group.values())).device != matrix.device:
+            yield from _decomposed(group, count, options)
+            group, values = {}, 0
+        group[name] = matrix
+        values += math.prod(matrix.shape)
+        del matrix  # before the next is read
+        if values >= _TOGETHER:
+            found = _decomposed(group, count, options)
+            group, values = {}, 0
+            yield from found
+    yield from _decomposed(group, count, options)
+
+
+def _decomposed(
+    group: Mapping[str, Weight], count: int, options: Mapping[str, Any]
+) -> list[LayerSpectrum]:
+    if not group:
+        return []
+    try:
+        svd = truncated_svd(list(group.values()), count, **options)
+    except ValueError:
+        for name, matrix in group.items():  # which is it?
+            with named(name):
+                truncated_svd(matrix, count, **options)
+        raise
+    certificates = [None] * len(group) if svd.certificate is None else svd.certificate.tolist()
+    return [
+        LayerSpectrum(name, (matrix.shape[0], matrix.shape[1]), S.clone(), *numbers)
+        for (name, matrix), S, *numbers in zip(
+            group.items(), svd.S, svd.norm.tolist(), svd.excess.tolist(), certificates, strict=True
+        )
+    ]
+
+
+def input_spectrum(name: str, shape: tuple[int, int], found: PrincipalComponents) -> LayerSpectrum:
+    """Return what the principal components of a layer's inputs explain."""
+    with named(name):
+        explained = found.explained()
+    return LayerSpectrum(name, shape, explained.sqrt() * found.norm, found.norm)
+
+
+def gora_importance(name: str, weight: Weight, gradient: Tensor) -> LayerSpectrum:
+    """Return the importance mean |W * G| of a layer, as `norm`; it has no singular values."""
+    m, n = weight.shape
+    total = 0.0
+    for rows, panel in Panels(weight, None):
+        total += (panel * gradient[rows]).abs().sum(dtype=torch.float64).item()
+    return LayerSpectrum(name, (m, n), torch.zeros(0, device="cpu"), total / (m * n))

@@ -1,0 +1,1 @@
+"""Ranks of a checkpoint's layers, chosen before training: `peftkern ranks`."""

@@ -1,0 +1,133 @@
+"""Ranks of a checkpoint's layers from its weights, a tensor at a time, or from texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from peftkern.functional.arguments import mismatch
+from peftkern.functional.panels import full_float32
+from peftkern.functional.truncated_svd import Weight
+from peftkern.integrations.peft.rank_report import RankReport
+from peftkern.integrations.peft.suggest_ranks import make_report, suggest_ranks
+from peftkern.methods.rank_choice import RankBudget, matrix_spectra
+from peftkern.tools.checkpoints import weights
+from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
+from peftkern.tools.initialize.from_text import load_model, read_batches
+from peftkern.tools.initialize.request import Target, find_targets
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How ranks are chosen: `by`, `relative` and the options of `suggest_ranks`; the adapter's."""
+
+    by: str
+    budget: RankBudget
+    relative: bool | None = None
+    alpha: float | None = None
+    rslora: bool = False
+    tol: float = 1e-3
+    certify: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise mismatch("alpha", "a number above 0", self.alpha)
+
+    @property
+    def svd_options(self) -> dict[str, Any]:
+        return {"tol": self.tol, "certify": self.certify, "seed": self.seed}
+
+    def complete(self, config: LoraConfig) -> LoraConfig:
+        """Return a config of LoRA with the budget's rank, which says the targets already."""
+        found = copy(config)
+        found.r, found.use_rslora = self.budget.rank, self.rslora
+        found.lora_alpha = self.budget.rank if self.alpha is None else self.alpha
+        return found
+
+
+def from_weights(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    names: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    progress: Callable[..., None] = lambda done, name: None,
+) -> RankReport:
+    """Choose ranks by the spectra of the weights, dense or NF4, which are read one at a time.
+
+    Raises: CheckpointError for what the checkpoint or its architecture does not have, for a budget
+        that is too small, and for weights that are not finite.
+    """
+    targets, config = find_targets(checkpoint, names)
+    stored = weights.find_weights(checkpoint)
+    budget = settings.budget
+    try:
+        with torch.no_grad(), full_float32():
+            matrices = _matrices(targets, stored, device, progress)
+            spectra = list(matrix_spectra(matrices, budget.count, **settings.svd_options))
+        config = settings.complete(config)
+        return make_report("weights", spectra, config, budget, settings.relative, {})
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _matrices(
+    targets: Mapping[str, Target],
+    stored: Mapping[str, weights.Weight],
+    device: str,
+    progress: Callable[..., None],
+) -> Iterator[tuple[str, Weight]]:
+    for name, target in targets.items():
+        weight = stored[name].stored().to(device)
+        yield target.module, weight.T if target.transposed else weight
+        del weight  # before the next is read
+        progress(stored[name].nbytes, name)
+
+
+def from_texts(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    data: Path,
+    names: Sequence[str] = (),
+    *,
+    most: int = 64,
+    length: int = 1024,
+    statistics_bytes: int = 4 << 30,
+    device: str = "cpu",
+) -> RankReport:
+    """Choose ranks by inputs or gradients of texts. Memory: the model, and statistics.
+
+    Args: data, a file with a text on each line, of which the first `most` are taken, and of each
+        the first `length` tokens.
+    Raises: CheckpointError for what cannot be done.
+    """
+    _, config = find_targets(checkpoint, names)
+    batches = read_batches(checkpoint.folder, data, most, length)
+    model = load_model(checkpoint, device)
+    budget = settings.budget
+    try:
+        return suggest_ranks(
+            model,
+            settings.complete(config),
+            settings.by,
+            budget=budget.total,
+            cost=budget.cost,
+            min_rank=budget.least,
+            max_rank=budget.most,
+            relative=settings.relative,
+            batches=batches,
+            statistics_bytes=statistics_bytes,
+            **settings.svd_options,
+        )
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

@@ -1,0 +1,74 @@
+"""Chosen ranks for a terminal: a row for each layer, then the config to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peftkern.integrations.peft.rank_report import RankReport
+from peftkern.methods.rank_choice import LayerRank
+from peftkern.tools.adapters.terminal import shared_start
+
+_BAR = 16  # columns of the largest rank
+_WHOLE, _ROOM = 60, 100  # columns of a terminal from which on names are whole, and bars are drawn
+KEPT = {
+    "weights": "of |W|^2",
+    "activations": "of inputs",
+    "gradients": "of |G|^2",
+    "gora": "importance",
+}
+
+
+def columns(found: RankReport) -> tuple[str, ...]:
+    """Name the columns: what a rank keeps depends on what the ranks were chosen by."""
+    bound = ("excess",) if found.certificate is not None else ()
+    return ("size", "rank", KEPT[found.by], "parameters", *bound)
+
+
+def cells(layer: LayerRank) -> list[tuple[str, float]]:
+    """Format the columns of a layer, each with what a table is sorted by."""
+    m, n = layer.shape
+    found = [
+        (f"{m}x{n}", m * n),
+        (str(layer.rank), layer.rank),
+        (f"{layer.kept:.1%}", layer.kept),
+        (f"{layer.parameters:,}", layer.parameters),
+    ]
+    if layer.certificate is not None:
+        found.append((f"{layer.certificate:.1e}", layer.certificate))
+    return found
+
+
+def remarks(found: RankReport) -> Iterator[str]:
+    """Yield what else there is to know."""
+    dropped = [layer.name for layer in found.layers if not layer.rank]
+    if dropped:
+        yield f"without an adapter: {', '.join(dropped)}"
+    for name, reason in found.skipped.items():
+        yield f"keeps its rank: {name}: {reason}"
+
+
+def show(found: RankReport) -> None:
+    """Print ranks, what they are worth, and the config."""
+    console = Console(highlight=False)
+    drawn = console.width >= _ROOM
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    prefix = shared_start([layer.name for layer in found.layers])
+    table.add_column(prefix or "layer", overflow="fold", no_wrap=console.width >= _WHOLE)
+    for name in columns(found):
+        table.add_column(name, justify="right", overflow="fold")
+    most = max(layer.rank for layer in found.layers)
+    for layer in found.layers:
+        bar = ("█" * round(_BAR * layer.rank / most),) if drawn else ()
+        table.add_row(
+            Text(layer.name.removeprefix(prefix)), *(text for text, _ in cells(layer)), *bar
+        )
+    console.print(table)
+    console.print()
+    for line in (*remarks(found), str(found)):
+        console.print(line, markup=False)
+    console.print()
+    print(found.python(), end="")  # not wrapped, to be pasted

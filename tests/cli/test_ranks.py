@@ -1,0 +1,165 @@
+"""`peftkern ranks` as a user meets it: what it prints, and what PEFT and `init` make of that."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import load_tensors, save_llama
+from command_line import refused
+from framework_runs import letters_llama, letters_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from peftkern.cli import main
+
+
+def run(*arguments: Any) -> int:
+    return main(["ranks", *map(str, arguments)])
+
+
+def printed(capsys: pytest.CaptureFixture, *arguments: Any) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def ranks_in(model: torch.nn.Module) -> dict[str, int]:
+    return {
+        name.removeprefix("base_model.model."): m.r["default"]
+        for name, m in model.named_modules()
+        if isinstance(m, LoraLayer)
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks") / "src"
+    letters_llama().save_pretrained(folder, max_shard_size="60KB")
+    letters_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_what_is_printed_is_a_config_that_peft_takes(source, tmp_path, capsys):
+    page = tmp_path / "ranks.html"
+    assert run(source, "--rank", 4, "--alpha", 8, "--html", page) == 0
+    said = capsys.readouterr().out
+    table, _, program = said.partition("from peft import LoraConfig")
+    assert "of |W|^2" in table and "excess" in table and "ranks by weights: " in table
+    session: dict[str, Any] = {}
+    exec("from peft import LoraConfig" + program, session)
+    given = ranks_in(
+        get_peft_model(AutoModelForCausalLM.from_pretrained(source), session["config"])
+    )
+    record = printed(capsys, source, "--rank", 4, "--alpha", 8)
+    assert {layer["name"]: layer["rank"] for layer in record["layers"]} == given
+    assert record["spent"] <= record["budget"] and len(set(given.values())) > 1
+    for name in given:
+        assert name.removeprefix("model.layers.") in table
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<svg") >= 4 and "LoraConfig(" in text and "layers.1" in text
+
+
+def test_nf4_and_dense_checkpoints_agree(source, tmp_path, capsys):
+    nf4 = tmp_path / "nf4"
+    assert main(["quantize", str(source), str(nf4)]) == 0
+    decoded = printed(capsys, nf4, "--rank", 4)
+    dense = printed(capsys, source, "--rank", 4)
+    for ours, theirs in zip(decoded["layers"], dense["layers"], strict=True):
+        assert (ours["name"], ours["shape"]) == (theirs["name"], theirs["shape"])
+        assert ours["S"] == pytest.approx(theirs["S"], rel=0.1)  # NF4's error
+        assert ours["S"] != theirs["S"]
+    config = LoraConfig(**decoded["config"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(nf4), config)
+    assert ranks_in(model) == {layer["name"]: layer["rank"] for layer in decoded["layers"]}
+
+
+def test_weights_that_are_kept_transposed(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(vocab_size=48, **sizes, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "src")
+    assert main(["quantize", str(tmp_path / "src"), str(tmp_path / "nf4")]) == 0
+    records = [printed(capsys, tmp_path / name, "--rank", 4) for name in ("src", "nf4")]
+    for name, record in zip(("src", "nf4"), records, strict=True):
+        shapes = {la["name"].rpartition(".")[2]: la["shape"] for la in record["layers"]}
+        assert shapes == {"c_attn": [192, 64], "c_proj": [64, 256], "c_fc": [256, 64]}
+        assert record["config"].get("fan_in_fan_out", False) == (name == "src")
+
+
+@pytest.mark.parametrize("by", ["activations", "gradients", "gora"])
+def test_texts_choose_ranks(source, tmp_path, capsys, by):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the quick brown fox\n\njumps over the lazy dog\n")
+    options = ("--by", by, "--data", texts, "--rank", 4, "--min-rank", 0, "--length", 16)
+    record = printed(capsys, source, *options)
+    assert record["by"] == by and record["unit"] == "rank"
+    assert record["spent"] <= record["budget"] == 4 * len(record["layers"])
+    few = printed(
+        capsys, source, *options, "--budget", 700, "--cost", "parameters", "--memory", "10KB"
+    )
+    assert few["parameters"] <= 700
+    get_peft_model(AutoModelForCausalLM.from_pretrained(source), LoraConfig(**few["config"]))
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq", "eva"])
+def test_init_starts_an_adapter_of_these_ranks(source, tmp_path, capsys, method):
+    ranks, texts = tmp_path / "ranks.json", tmp_path / "texts.txt"
+    texts.write_text("the quick brown fox\njumps over the lazy dog\n")
+    record = printed(capsys, source, "--rank", 4, "--alpha", 6, "--target", "q_proj")
+    ranks.write_text(json.dumps(record))
+    data = ("--data", texts) if method == "eva" else ()
+    arguments = ("init", method, source, tmp_path / "dst", "--ranks", ranks, *data)
+    assert main([*map(str, arguments)]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    model = PeftModel.from_pretrained(base, tmp_path / "dst" / "adapter")
+    wanted = {layer["name"]: layer["rank"] for layer in record["layers"]}
+    assert ranks_in(model) == wanted
+    saved = load_tensors(tmp_path / "dst" / "adapter")
+    assert len(saved) == 2 * len(wanted)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            assert module.scaling["default"] == pytest.approx(1.5)
+
+
+def test_bad_input_is_one_line(source, tmp_path, capfd):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n")
+    for complaint, *arguments in (
+        ("--by: expected one of weights, activations, gradients, gora, got 'x'", "--by", "x"),
+        ("--cost: expected one of rank, parameters, got 'ms'", "--cost", "ms"),
+        ("--data: expected a file of texts for gradients", "--by", "gradients"),
+        ("--data: expected none: weights need no texts", "--data", texts),
+        ("a text on each line, got none", "--by", "gora", "--data", texts),
+        ("--rank: expected an integer of at least 1, got 0", "--rank", 0),
+        ("--min-rank: expected at most", "--min-rank", 4000, "--rank", 4000),
+        ("--max-rank: expected an integer", "--max-rank", -1),
+        ("--budget: expected at least", "--budget", 10),
+        ("--alpha: expected a number above 0", "--alpha", "nan"),
+        ("--target: no linear layer is called 'qq'", "--target", "qq"),
+        ("--html: ", "--html", tmp_path / "no" / "page.html"),
+    ):
+        refused(capfd, complaint, "ranks", source, *arguments)
+    refused(capfd, "expected a folder with config.json", "ranks", tmp_path / "none")
+    gpt, bad = tmp_path / "bad", tmp_path / "ranks.json"
+    shutil.copytree(save_llama(tmp_path / "llama"), gpt)
+    tensors = load_tensors(gpt)
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
+    save_file(tensors, gpt / "model.safetensors", metadata={"format": "pt"})
+    refused(capfd, "layers.0.mlp.up_proj: weight: expected finite values", "ranks", gpt)
+    out = ("init", "pissa", source, tmp_path / "out", "--ranks", bad)
+    for text, complaint in (
+        ("[]", "--ranks: "),
+        ('{"r": 4}', "target_modules: expected a list of names"),
+        ('{"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"a": 0}}', "rank_pattern"),
+        ('{"r": 4, "target_modules": ["nothing"]}', "no linear layer is called 'nothing'"),
+    ):
+        bad.write_text(text)
+        refused(capfd, complaint, *out)
+    refused(capfd, "--alpha: expected none beside --ranks, got 3.0", *out, "--alpha", 3)
