@@ -14,7 +14,6 @@ from linear_cases import BF16, F32
 from nf4_weights import assert_same_bits
 from torch import Tensor
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps
 
 pytestmark = INTERPRETED
 NAN, INF = float("nan"), float("inf")
@@ -45,9 +44,8 @@ def as_it_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """The interpreter as Triton has it, once this is called."""
 
     def undo() -> None:
-        monkeypatch.setattr(interpreter, "_patch_lang", quick_interpreter._patch_lang)
-        monkeypatch.setattr(InterpreterBuilder, "cast_impl", quick_interpreter._cast)
-        monkeypatch.setattr(ReduceOps, "generic_reduce", quick_interpreter._generic_reduce)
+        for replaced in quick_interpreter.AS_IT_IS:
+            monkeypatch.setattr(*replaced)
 
     return undo
 
@@ -58,8 +56,9 @@ def as_it_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_values_are_those_of_the_interpreter(shape, dtype, axis, as_it_is):
     x = torch.randn(shape).to(dtype)
     x.view(-1)[[0, -1]] = torch.tensor([NAN, -INF]).to(dtype)
-    got = reduced(x, axis)
+    before, got = interpreter._patch_lang, reduced(x, axis)
     as_it_is()
+    assert interpreter._patch_lang is not before
     assert_same_bits(got, reduced(x, axis))
     assert torch.equal(got.isnan(), x.amax(axis).float().isnan())
 

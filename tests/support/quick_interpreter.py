@@ -29,6 +29,15 @@ _generic_reduce = ReduceOps.generic_reduce
 _get_np_dtype = interpreter._get_np_dtype
 _init_block = tl.block_type.__init__
 _type_for_tuple_values = core._type_for_tuple_values
+AS_IT_IS = [  # what is replaced: owner, name and Triton's own
+    (interpreter, "_patch_lang", _patch_lang),
+    (interpreter, "_get_np_dtype", _get_np_dtype),
+    (core, "_type_for_tuple_values", _type_for_tuple_values),
+    (InterpreterBuilder, "cast_impl", _cast),
+    (ReduceOps, "generic_reduce", _generic_reduce),
+    (tl.block_type, "__init__", _init_block),
+    (tl.tensor, "__init__", tl.tensor.__init__),
+]
 
 
 @functools.cache
@@ -127,10 +136,6 @@ def install() -> None:
     """Take the detours out of the interpreter of this process."""
     if not hasattr(interpreter, "_LangPatchScope"):
         return  # of an older Triton, which patches for good
-    interpreter._patch_lang = patched_once()
-    InterpreterBuilder.cast_impl = cast
-    ReduceOps.generic_reduce = reduce_by_halves
-    interpreter._get_np_dtype = get_np_dtype
-    core._type_for_tuple_values = type_for_tuple_values
-    tl.block_type.__init__ = init_block
-    tl.tensor.__init__ = init_tensor
+    quick = [patched_once(), get_np_dtype, type_for_tuple_values, cast, reduce_by_halves]
+    for (owner, name, _), function in zip(AS_IT_IS, [*quick, init_block, init_tensor], strict=True):
+        setattr(owner, name, function)
