@@ -5,10 +5,10 @@ python bench/resources.py [--arch sm90] [--out bench/results] [--quick]
 A file names the compiler and lists a line per launch that compiles another kernel or another
 specialization: registers of a thread, bytes that it spills, bytes of shared memory of a program;
 on NVIDIA how many groups of copies are in flight while a loop waits for one, and instructions /
-barriers of each innermost loop (with --quick, of each kernel's first launch: the disassembler takes
-most of the time). Exits 1 if anything spills that is not known to, if a program uses
-more shared memory than the architecture has, if a launch does not compile, or if no case launches a
-kernel.
+barriers of each innermost loop. With --quick only the first and the last launch of each kernel are
+compiled, and the loops of the first are read; "?" stands for the rest. Exits 1 if anything spills
+that is not known to, if a program uses more shared memory than the architecture has, if a launch
+does not compile, or if no case launches a kernel.
 """
 
 from __future__ import annotations
@@ -69,12 +69,10 @@ def without_a_case() -> list[str]:
     return sorted(kernels - {launch.source.fn.__name__ for launch in LAUNCHES.values()})
 
 
-def first_launches() -> set[tuple[str, str]]:
-    """Return the first launch of each kernel for each architecture."""
-    first = {
-        (arch, launch.kernel): (arch, name) for (arch, name), launch in reversed(LAUNCHES.items())
-    }
-    return set(first.values())
+def first_launches(backwards: bool = False) -> set[tuple[str, str]]:
+    """Return the first launch of each kernel for each architecture, or the last."""
+    launches = LAUNCHES.items() if backwards else reversed(LAUNCHES.items())
+    return set({(arch, one.kernel): (arch, name) for (arch, name), one in launches}.values())
 
 
 def measure(task: tuple[str, str], loops: bool) -> Resources | str:
@@ -116,13 +114,15 @@ def main(argv: list[str] | None = None) -> int:
     for arch in args.arch:
         LAUNCHES.update({(arch, name): launch for name, launch in launches(arch).items()})
     read = first_launches() if args.quick else LAUNCHES
+    wanted = read | first_launches(backwards=True) if args.quick else LAUNCHES
+    tasks = [task for task in LAUNCHES if task in wanted]
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork")) as pool:
-        results = pool.map(measure, LAUNCHES, [task in read for task in LAUNCHES])
-        show = track(results, "compiling", len(LAUNCHES), disable=not sys.stderr.isatty())
-        found = dict(zip(LAUNCHES, show, strict=True))
+        results = pool.map(measure, tasks, [task in read for task in tasks])
+        show = track(results, "compiling", len(tasks), disable=not sys.stderr.isatty())
+        found = dict(zip(tasks, show, strict=True))
     for arch in args.arch:
         path = args.out / f"resources_{arch}.txt"
-        rows = {name: used for (of, name), used in found.items() if of == arch}
+        rows = {name: found.get((of, name), "?") for of, name in LAUNCHES if of == arch}
         path.write_text(report(arch, rows), encoding="utf-8")
         print(f"written: {path}")
     reasons = {" ".join(task): complaint(task, used) for task, used in found.items()}

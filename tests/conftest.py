@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib.util
 import os
 import random
 import sys
@@ -41,6 +43,21 @@ settings.register_profile("wide", fixed, max_examples=FUZZ_EXAMPLES_WIDE)
 # `pytest --hypothesis-profile=long` draws new examples each time, for as long as it takes.
 settings.register_profile("long", untimed, max_examples=FUZZ_EXAMPLES_LONG)
 settings.load_profile("peftkern")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now, and thousands of tests, out of every collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_without_detours() -> None:
+    """Triton's interpreter computes what it does anyway, in a third of the time."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 @pytest.fixture(autouse=True)

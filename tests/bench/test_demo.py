@@ -91,17 +91,6 @@ def test_demo_compares_both_runs(results: tuple[Path, str]) -> None:
     assert "report" not in runs["peft"]
 
 
-def test_demo_uses_a_local_model_and_text(local_model: Path, tmp_path: Path) -> None:
-    text, out = tmp_path / "text", tmp_path / "demo.json"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 9)
-    options = ["--steps", "3", "--seq", "32", "--dtype", "fp32", "--text", str(text)]
-    done = demo("--model", str(local_model), "--json", str(out), *options)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(out.read_text())
-    assert record["summary"]["loss_max_rel_diff"] < FP32_CURVES
-    assert record["runs"]["peft"]["losses"][0] == pytest.approx(math.log(128), rel=0.1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -129,6 +118,19 @@ def finetune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The demo as a module."""
     monkeypatch.syspath_prepend(str(STUDIES))
     return importlib.import_module("qlora_finetune")
+
+
+def test_demo_uses_a_local_model_and_text(finetune, local_model: Path, tmp_path: Path) -> None:
+    """In this process; what the demo does with two of them, the tests above have."""
+    text, curves = tmp_path / "text", []
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 9)
+    words = ["--seq", "32", "--dtype", "fp32", "--text", str(text), "--model", str(local_model)]
+    options = finetune.parse_options(words)
+    for options.run in ("peft", "peftkern"):
+        training = importlib.import_module("qlora_training").Training(options)
+        curves.append([training.step()["loss"] for _ in range(3)])
+    assert training.report.patched and curves[0][0] == pytest.approx(math.log(128), rel=0.1)
+    assert curves[1] == pytest.approx(curves[0], rel=FP32_CURVES)
 
 
 @pytest.mark.parametrize(

@@ -339,11 +339,12 @@ def test_tuning_runs_and_resumes_under_the_interpreter(tmp_path, capsys):
 
 
 @interpreted
-def test_candidates_are_checked_in_processes_of_their_own():
+def test_candidates_are_checked_in_processes_of_their_own(monkeypatch):
     """Those that are right, that do not compile and that were not asked, each in its place."""
+    monkeypatch.setattr(tiles, "TASK_SECONDS", HANG_SECONDS)
     walk = tiles.Search.of(PROBLEM, 16, 64, CPU)
     trials = [(walk, walk.counted), (walk, replace(walk.counted, block_n=48))]
-    with contextlib.closing(tiles.Workers(CPU, 2)) as workers:
+    with contextlib.closing(tiles.Workers(CPU, 1)) as workers:
         reasons = workers.refused([*trials, *trials])
     assert reasons[0] is None and reasons[1] is not None and reasons == [*reasons[:2], *reasons[:2]]
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from adapters import base_of, make, save
-from command_line import refused, run
+from command_line import refused, run_main
 from safetensors.torch import load_file, save_file
 
 from peftkern.cli import main
@@ -24,9 +24,10 @@ def told(capfd, *arguments: object) -> str:
     return out
 
 
-def test_an_adapter_is_converted_and_described(tmp_path):
+def test_an_adapter_is_converted_and_described(tmp_path, capfd):
     save("experts", tmp_path / "a")
-    done = run("adapter", "convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "grouped")
+    folders = str(tmp_path / "a"), str(tmp_path / "b")
+    done = run_main(capfd, "adapter", "convert", *folders, "--to", "grouped")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "4 updates, from PEFT's names to grouped"

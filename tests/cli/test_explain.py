@@ -7,7 +7,7 @@ import resource
 
 import pytest
 import torch
-from command_line import refused, run
+from command_line import refused, run_main
 
 import peftkern
 from peftkern.backends import ops
@@ -15,8 +15,9 @@ from peftkern.cli import main
 from peftkern.tools.doctor.sample_calls import FUNCTIONS, Sample, explain, ops_of, sample_of
 
 
-def test_says_who_serves_and_why_not_the_others():
-    done = run("explain", "nf4_lora_linear", "16x4096x4096", "--device", "cpu", "--r", "64")
+def test_says_who_serves_and_why_not_the_others(capfd):
+    case = ("nf4_lora_linear", "16x4096x4096", "--device", "cpu", "--r", "64")
+    done = run_main(capfd, "explain", *case)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.strip().split(maxsplit=2) for line in done.stdout.splitlines()]
     assert ["nf4_lora_linear_forward", "triton", "cannot: tensors are on cpu"] in rows

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import load_tensors
-from command_line import refused, run
+from command_line import refused, run_main
 from merged_folders import assert_same_tensors, make_model, merge, save_adapter, save_base
 from quantized_folders import convert
 
@@ -27,9 +27,9 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return base, save_adapter(tmp_path / "adapter", model, **config)
 
 
-def test_a_checkpoint_is_merged_and_described(tmp_path: Path, folders) -> None:
+def test_a_checkpoint_is_merged_and_described(tmp_path: Path, folders, capfd) -> None:
     out = tmp_path / "out"
-    done = run("merge", *map(str, (*folders, out)))
+    done = run_main(capfd, "merge", *map(str, (*folders, out)))
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "3 weights merged, 18 tensors copied, in 3 files"

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from command_line import refused, run
+from command_line import refused, run_main
 from paths import ROOT
 
 from peftkern.cli import main
@@ -16,8 +16,8 @@ QLORA_65B = ["llama-65b", "--method", "qlora", "--r", "64"]
 QLORA_65B += ["--adapter-dtype", "bf16", "--optimizer", "paged-adamw"]
 
 
-def test_table_and_verdict_of_the_published_example_fit_80_columns():
-    done = run("plan", *QLORA_65B, "--sequence", "512", "--fit", "48GB")
+def test_table_and_verdict_of_the_published_example_fit_80_columns(capfd):
+    done = run_main(capfd, "plan", *QLORA_65B, "--sequence", "512", "--fit", "48GB")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80

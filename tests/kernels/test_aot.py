@@ -28,13 +28,13 @@ ARCHS = tuple(TARGETS)
 
 
 def parse(lines: list[str]) -> dict[str, tuple[int, int, int]]:
-    """Registers, spills and shared memory by launch."""
+    """Registers, spills and shared memory by launch, of those that were compiled."""
     rows = [line.split() for line in lines[2:]]
-    return {name: tuple(map(int, numbers[:3])) for name, *numbers in rows}
+    return {name: tuple(map(int, numbers[:3])) for name, *numbers in rows if numbers != ["?"]}
 
 
 def equal(new: str, committed: str) -> bool:
-    """The lines of one launch; "?" stands for loops that were not read."""
+    """The lines of one launch; "?" stands for loops that were not read, or for all of it."""
     if not new.endswith(" ?"):
         return new == committed
     return committed.startswith(new[:-1]) and len(committed) > len(new[:-1])
@@ -45,7 +45,7 @@ def equal(new: str, committed: str) -> bool:
 def test_launches_compile_fit_and_use_what_is_committed(archs, tmp_path):
     """One test, so that one process compiles for all architectures, and once; here for one.
 
-    Of that one the loops of each kernel's first launch are compared, and the rest of every launch.
+    Of that one the first and the last launch of each kernel are compiled, and loops of the first.
     """
     only = ["--quick", "--arch", *archs] if len(archs) == 1 else []
     answer = run_python("bench/resources.py", *only, "--out", tmp_path)

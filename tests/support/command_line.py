@@ -25,6 +25,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return run_python("-m", "peftkern", *arguments)
 
 
+def run_main(capfd: pytest.CaptureFixture, *arguments: str) -> subprocess.CompletedProcess:
+    """As `run`, in this process, which has imported already what it needs."""
+    capfd.readouterr()
+    status = main([*arguments])
+    return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+
+
 def refused(capfd: pytest.CaptureFixture, complaint: str, *arguments: object) -> None:
     """Bad input is one line that names it, and status 2."""
     capfd.readouterr()

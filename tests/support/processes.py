@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 import sysconfig
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from paths import ROOT, SUPPORT
 from tolerances import HANG_SECONDS
 
@@ -40,6 +43,23 @@ def run_code(code: str, *arguments: object, **more: str) -> str:
     done = run_python("-c", code, *arguments, **{"PYTHONPATH": path, **more})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return done.stdout
+
+
+def killed(run: Callable[[], object]) -> bool:
+    """Run in a fork of this process, which has imported everything; whether a signal ended it."""
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFSIGNALED(status)
+    try:
+        torch.set_num_threads(1)  # OpenMP's threads have not come along
+        run()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def without(folder: Path, *names: str) -> Path:

@@ -25,7 +25,6 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
-from processes import run_code
 from torch import Tensor, nn
 
 import peftkern
@@ -77,51 +76,6 @@ def test_view_that_fsdp_has_cast_fails_as_in_bitsandbytes():
     with pytest.raises(RuntimeError):
         model(torch.randn(2, K))
     assert fallbacks() == {"quant_storage is torch.float32 over torch.bfloat16 data": 1}
-
-
-FSDP = """
-import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from peft_models import *
-take_small_layers()
-CPU = torch.device("cpu")
-
-def sharded(how):
-    model = lora_net(make_linear4bit(quant_storage=torch.float32))
-    peftkern.patch(model)
-    if how == "fully_shard":
-        return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    parameters = how == "parameters"
-    if not parameters:  # one flat parameter is trained or it is not
-        model.requires_grad_(False)
-    return FullyShardedDataParallel(model, use_orig_params=parameters, device_id=CPU)
-
-def gradients(model, x):
-    y = model(x)
-    y.square().sum().backward()
-    return [y.detach(), x.grad]
-
-def process(rank, file):
-    dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
-    x = torch.randn(3, K, generator=torch.Generator().manual_seed(rank))
-    expected = gradients(lora_net(make_linear4bit()), x.clone().requires_grad_())
-    for how in ("parameters", "views", "fully_shard"):
-        model = sharded(how)
-        peftkern.reset_stats()
-        torch.testing.assert_close(gradients(model, x.clone().requires_grad_()), expected)
-        assert served_by_us() == 1 and fallbacks() == {}, (how, peftkern.stats())
-    dist.destroy_process_group()
-
-mp.start_processes(process, args=(sys.argv[1],), nprocs=2, start_method="fork")
-print("sharded ok")
-"""
-
-
-@pytest.mark.slow
-def test_fsdp(tmp_path):
-    """Both generations, with what the weight is in a forward: a view, or a parameter."""
-    assert "sharded ok" in run_code(FSDP, tmp_path / "store", OMP_NUM_THREADS="1")
 
 
 def test_not_quantized_yet_fails_as_in_peft():

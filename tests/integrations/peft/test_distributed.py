@@ -242,14 +242,41 @@ def sharded_experts(mesh):
     assert expert_models.fallbacks() == {"down_proj is DTensor": 1}, expert_models.fallbacks()
 """
 
+FOUR_BIT = """
+def sharded_layer(how):
+    model = lora_net(make_linear4bit(quant_storage=torch.float32))
+    peftkern.patch(model)
+    if how == "fully_shard":
+        return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    parameters = how == "parameters"
+    if not parameters:  # one flat parameter is trained or it is not
+        model.requires_grad_(False)
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(model, use_orig_params=parameters, device_id=cpu)
+
+def gradients(model, x):
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad]
+
+def four_bit(rank):
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(rank))
+    expected = gradients(lora_net(make_linear4bit()), x.clone().requires_grad_())
+    for how in ("parameters", "views", "fully_shard"):
+        model = sharded_layer(how)
+        peftkern.reset_stats()
+        torch.testing.assert_close(gradients(model, x.clone().requires_grad_()), expected)
+        assert served_by_us() == 1 and fallbacks() == {}, (how, peftkern.stats())
+"""
+
 PARTS = ("lora", "experts", "adalora", "adalora_steps", "adalora_compact", "adalora_sharded")
-PARTS += ("sharded",)
+PARTS += ("sharded", "four_bit")
 PROCESSES = f"""
 import hashlib, json, sys, torch, warnings, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 import expert_models, peftkern
@@ -259,7 +286,7 @@ from peftkern.integrations.peft.adalora_state import load_state, read_state, sav
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
 from peftkern.methods import RankBudget
 from tolerances import COMPACTED_RTOL, LOSS_CURVE_RTOL
-{LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{ADALORA_COMPACT}{ADALORA_SHARDED}{SHARDED}
+{LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{ADALORA_COMPACT}{ADALORA_SHARDED}{SHARDED}{FOUR_BIT}
 def work(rank, name, world_size):
     torch.set_num_threads(1)
     take_small_layers()
@@ -286,5 +313,9 @@ def said(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_ranks_agree_and_shards_fall_back(said, name):
-    """LoRA trains as unpatched, AdaLoRA draws one mask, a sharded part goes to PEFT by name."""
+    """LoRA trains as unpatched, AdaLoRA draws one mask, a sharded part goes to PEFT by name.
+
+    Sharded 4-bit layers are served under both generations of FSDP, with what the weight is in a
+    forward: a view, or a parameter.
+    """
     assert f"{name} is right" in said, said

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 from adapters import save
-from processes import environment
+from processes import killed
 
-from peftkern.tools.adapters import AdapterError, read_adapter, write_adapter
+from peftkern.tools.adapters import Adapter, AdapterError, read_adapter, write, write_adapter
 from peftkern.tools.adapters.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# Writes b of a; ends as if the machine had, just before a system call of the number that is given.
-KILLED = """
-import os, shutil, signal, sys
-from peftkern.tools.adapters import read_adapter, write_adapter
-from peftkern.tools.adapters import write
-adapter = read_adapter("a")
-left = int(sys.argv[1])
+EVENTS = [(os, "replace"), (os, "unlink"), (os, "mkdir"), (os, "rmdir")]
+EVENTS += [(write, "save_file"), (write, "sync_file")]
 
-def counted(function):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
 
-for module, name in [(os, "replace"), (os, "unlink"), (os, "mkdir"), (write, "save_file"),
-                     (write, "sync_file"), (os, "rmdir")]:
-    setattr(module, name, counted(getattr(module, name)))
-write_adapter(adapter, "b", force=len(sys.argv) > 2)
-"""
+def killed_before(number: int, adapter: Adapter, force: bool) -> bool:
+    """Write b in a child that ends before that event as if the machine had; did it?"""
+    count = itertools.count()
+
+    def dying(function: Callable) -> Callable:
+        def event(*args: object, **kwargs: object) -> object:
+            if next(count) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return event
+
+    def run_until_then() -> None:
+        for module, name in EVENTS:
+            setattr(module, name, dying(getattr(module, name)))
+        write_adapter(adapter, "b", force=force)
+
+    return killed(run_until_then)
 
 
 @pytest.fixture
@@ -56,15 +56,12 @@ def names(folder) -> list[str]:
 def test_a_run_that_is_killed_leaves_an_adapter_or_none(folder, force):
     """And the same command then writes it."""
     first = read_adapter("a")
-    for calls in range(0, 30, 3):
+    for number in range(30):
         if force:
             save("power of two", folder / "b", seed=1)
             (folder / "b" / "notes.txt").write_text("mine")
-        arguments = [sys.executable, "-c", KILLED, str(calls), *["force"] * force]
-        done = subprocess.run(arguments, cwd=folder, env=environment(), capture_output=True)
-        if done.returncode == 0:
+        if not killed_before(number, first, force):
             break
-        assert done.returncode == -signal.SIGKILL, done.stderr
         if (folder / "b" / CONFIG).exists():  # the one that was there, or the new one
             read_adapter("b")
         write_adapter(first, "b", force=force)
@@ -78,7 +75,7 @@ def test_a_run_that_is_killed_leaves_an_adapter_or_none(folder, force):
                 (folder / "b" / name).unlink()
     else:
         pytest.fail("never ended")
-    assert calls > 3
+    assert number > 3
 
 
 def test_what_is_there_is_left_alone(folder):

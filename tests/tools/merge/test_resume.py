@@ -8,14 +8,15 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from checkpoint_folders import contents
 from merged_folders import make_model, merge, save_adapter, save_base
+from processes import killed
 
 from peftkern.tools.adapters import read_adapter
 from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
@@ -36,34 +37,27 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return base, save_adapter(tmp_path / "adapter", model, **config)
 
 
-def killed_at(number: int, run: Any) -> bool:
+def killed_at(number: int, run: Callable[[], Any]) -> bool:
     """Run in a child that is killed at that event, half of its bytes written; was it?"""
-    child = os.fork()
-    if child:
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-        return os.WIFSIGNALED(status)
-    try:
-        torch.set_num_threads(1)
-        count = itertools.count()
+    count = itertools.count()
 
-        def dying(name: str, function: Any) -> Any:
-            def event(*arguments: Any, **keywords: Any) -> Any:
-                if next(count) == number:
-                    if name == "pwrite":
-                        file, data, offset = arguments
-                        function(file, data[: len(data) // 2], offset)
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **keywords)
+    def dying(name: str, function: Any) -> Any:
+        def event(*arguments: Any, **keywords: Any) -> Any:
+            if next(count) == number:
+                if name == "pwrite":
+                    file, data, offset = arguments
+                    function(file, data[: len(data) // 2], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
 
-            return event
+        return event
 
+    def run_until_then() -> None:
         for name in EVENTS:
             setattr(os, name, dying(name, getattr(os, name)))
         run()
-        os._exit(0)
-    finally:  # it raised
-        os._exit(1)
+
+    return killed(run_until_then)
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, folders) -> None:
