@@ -165,7 +165,7 @@ def _layers(weight: object, minus: object) -> tuple[bool, list[_Layer]]:
     """Check the weights; return whether it is one, and all of them."""
     single = isinstance(weight, Tensor | QuantizedWeight)
     if not single and not is_listed(weight):
-        raise mismatch("weight", "a tensor, an NF4Weight, or a list of them", weight)
+        raise mismatch("weight", "a tensor, an NF4Weight or BlockWeight, or a list of them", weight)
     weights = [weight] if single else list(weight)
     names = ["" if single else f"[{i}]" for i in range(len(weights))]
     for name, one in zip(names, weights, strict=True):
