@@ -346,7 +346,11 @@ DENSE = torch.ones(6, 5)
 @pytest.mark.parametrize(
     ("args", "more", "message"),
     [
-        ((3, 2), {}, "weight: expected a tensor, an NF4Weight, or a list of them, got 3"),
+        (
+            (3, 2),
+            {},
+            "weight: expected a tensor, an NF4Weight or BlockWeight, or a list of them, got 3",
+        ),
         (([DENSE, 3], 2), {}, r"weight\[1\]: expected a dense tensor, got 3"),
         ((DENSE[0], 2), {}, r"weight: expected \[m, n\] without zeros, got \[5\]"),
         ((DENSE[:0], 2), {}, r"weight: expected \[m, n\] without zeros, got \[0, 5\]"),
