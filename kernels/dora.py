@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.decoded import refusal_format
 from peftkern.formats.table import stored
 from peftkern.kernels.configs import Problem, block_rank, ceil_div
 from peftkern.kernels.interpreter import dot, narrow
@@ -164,7 +165,8 @@ def refusal_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
 def refusal_nf4_norm(
     layout: list[int], dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor
 ) -> str | None:
-    return refusal_layer(dtype, tuple(layout[3:]), lora_A, lora_B)
+    reason = refusal_format("triton", layout)
+    return reason or refusal_layer(dtype, tuple(layout[3:]), lora_A, lora_B)
 
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

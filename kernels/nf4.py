@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.decoded import refusal_format
 from peftkern.formats.nf4 import ABSMAX_FLOOR, nf4_midpoints
 from peftkern.formats.table import stored
 from peftkern.kernels.configs import Problem, ceil_div
@@ -88,12 +89,14 @@ def refusal_quantize(weight: Tensor) -> str | None:
     return None if weight.dtype in DTYPES else f"the dtype is {weight.dtype}"
 
 
-def refusal_dequantize(dtype: torch.dtype) -> str | None:
-    return None if dtype in DTYPES else f"the dtype is {dtype}"
+def refusal_dequantize(layout: list[int], dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:
+        return f"the dtype is {dtype}"
+    return refusal_format("triton", layout)
 
 
-def refusal_dequantize_out(out: Tensor) -> str | None:
-    return refusal_dequantize(out.dtype)
+def refusal_dequantize_out(layout: list[int], out: Tensor) -> str | None:
+    return refusal_dequantize(layout, out.dtype)
 
 
 def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.decoded import refusal_format
 from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.formats.table import stored
 from peftkern.kernels.configs import RANK_LEAST, Problem, ceil_div, nf4_fused_rows
@@ -177,7 +178,8 @@ def refusal_forward(
     lora_B: Tensor | None,
     keep: Tensor | None,
 ) -> str | None:
-    return refusal(x, tuple(layout[3:]), lora_A, lora_B, keep)
+    reason = refusal_format("triton", layout)
+    return reason or refusal(x, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
 def refusal_backward(
@@ -187,7 +189,8 @@ def refusal_backward(
     lora_B: Tensor | None,
     keep: Tensor | None,
 ) -> str | None:
-    return refusal(dy, tuple(layout[3:]), lora_A, lora_B, keep)
+    reason = refusal_format("triton", layout)
+    return reason or refusal(dy, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
 def nf4_lora_linear_forward(

@@ -27,7 +27,7 @@ from peftkern.backends.error_rule import (
     tensors,
     wide_dtype,
 )
-from peftkern.formats.table import stored
+from peftkern.formats.table import cut
 
 CHUNK = 64 << 20  # bytes
 WHOLE = 1 << 22  # values up to which an op is compared whole
@@ -182,17 +182,15 @@ def _weight_rows(weight: Any, wide: torch.dtype, N: int, K: int) -> Iterator[tup
         for start in range(0, N, step):
             yield start, weight[start : start + step].to(wide)
         return
-    tensors_, layout = weight
-    part = stored(tensors_, layout)
-    absmax = reference.nf4_absmax(tensors_, layout)
-    period = 2 * part.blocksize // math.gcd(K, 2 * part.blocksize)  # rows in whole blocks and bytes
+    stored, layout = reference.unnested(*weight)
+    blocksize = layout[1]
+    period = blocksize // math.gcd(K, blocksize)  # rows that are whole blocks
     step = -(-step // period) * period
     for start in range(0, N, step):
         stop = min(start + step, N)
-        packed = part.packed[start * K // 2 : (stop * K + 1) // 2]
-        scales = absmax[start * K // part.blocksize : -(-stop * K // part.blocksize)]
-        plain = [layout[0], part.blocksize, 0, stop - start, K]
-        yield start, reference.nf4_dequantize([packed, scales], plain, torch.float32).to(wide)
+        blocks = slice(start * K // blocksize, -(-stop * K // blocksize))
+        rows = cut(stored, layout, blocks, (stop - start, K))
+        yield start, reference.nf4_dequantize(*rows, torch.float32).to(wide)
 
 
 def _mask(keep: Tensor | None, at: Tensor, like: Tensor, p: float) -> Tensor | None:
@@ -224,21 +222,20 @@ def _nf4_quantize(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
 
 def _nf4_dequantize(args: Args, got: Any, plain: Callable[[], Any]) -> str | None:
     """Compare sampled blocks and the rest of one with the reference, bit for bit."""
-    w, layout, out = args
+    *w, out = args
     value = out if isinstance(out, Tensor) else got
-    part = stored(w, layout)
-    size, flat = part.blocksize, value.reshape(-1)
-    blocks, absmax = flat.numel() // size, reference.nf4_absmax(w, layout)
+    w, layout = reference.unnested(*w)
+    size, flat = layout[1], value.reshape(-1)
+    blocks = flat.numel() // size
     at = torch.tensor(sampled(blocks), device=value.device, dtype=torch.int64)
-    packed, whole = part.packed.view(-1), blocks * size
     pieces = (
-        (packed[: whole // 2].view(blocks, -1)[at].reshape(-1), absmax[at], flat[:whole]),
-        (packed[whole // 2 :], absmax[blocks:], flat[whole:]),
+        (at, flat[: blocks * size].view(blocks, size)[at]),
+        (slice(blocks, blocks + 1), flat[blocks * size :].view(1, -1)),
     )
-    for index, (codes, scales, ours) in enumerate(pieces):
-        ours = ours.view(blocks, size)[at] if index == 0 else ours.view(1, -1)
-        plain_layout = [layout[0], size, 0, *ours.shape]
-        right = reference.nf4_dequantize([codes, scales], plain_layout, value.dtype)
+    for which, ours in pieces:
+        right = reference.nf4_dequantize(*cut(w, layout, which, ours.shape), value.dtype)
+        if not torch.equal(ours.isnan(), right.isnan()):
+            return "NaN is not where the format has it"
         if not torch.equal(ours.nan_to_num(), right.nan_to_num()):
             return "values differ from the format's"
     return None

@@ -6,13 +6,14 @@ Everything native code is handed goes through here: dtype, device, contiguity an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from peftkern.formats.table import FORMATS
+from peftkern.formats.table import FORMATS, fields
 
 CPU = torch.device("cpu")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of base.h
@@ -193,43 +194,25 @@ def check_blocksize(name: str, blocksize: int, form: int = 0) -> None:
         raise ValueError(f"{name}: expected one of {accepted}, got {blocksize}")
 
 
+@functools.lru_cache(maxsize=4096)  # host time counts
+def _columns(layout: tuple[int, ...]) -> tuple[tuple, ...]:
+    """Return names, dtypes and lengths of a weight's tensors."""
+    return tuple(zip(*fields(layout), strict=True))
+
+
 def weight(
     tensors: Sequence[Tensor], layout: Sequence[int], device: torch.device = CPU
 ) -> tuple[int, ...]:
     """Return a weight as C++ takes it: the fields of `view_of` in binding.h.
 
-    Raises: ValueError naming the tensor or the block size that does not fit.
+    Raises: ValueError naming the tensor, or what of the layout, does not fit.
     """
+    names, dtypes, lengths = _columns(tuple(layout))
+    if len(tensors) != len(names):
+        raise ValueError(f"w: expected {len(names)} tensors, got {len(tensors)}")
+    packed_at, scale_at, *rest = each(device, *zip(names, tensors, dtypes, lengths, strict=True))
+    aux_at, code_at, offset_at = (*rest, 0, 0, 0)[:3]
+    octets, nblocks, aux_len = (*lengths, 0)[:3]
     form, blocksize, nested_blocksize, *shape = layout
-    if not 0 <= form < len(FORMATS):
-        raise ValueError(f"layout: expected a format from 0 to {len(FORMATS) - 1}, got {form}")
-    numel = math.prod(shape)
-    accepted = FORMATS[form].blocksizes
-    if blocksize not in accepted or nested_blocksize not in (0, *accepted):
-        check_blocksize("blocksize", blocksize, form)
-        check_blocksize("nested_blocksize", nested_blocksize, form)
-    if len(tensors) != (5 if nested_blocksize else 2):
-        raise ValueError(f"w: expected {5 if nested_blocksize else 2} tensors, got {len(tensors)}")
-    packed_bytes, nblocks = (numel + 1) // 2, -(-numel // blocksize)
-    if not nested_blocksize:
-        packed, absmax = tensors
-        packed_at, absmax_at = each(
-            device,
-            ("packed", packed, torch.uint8, packed_bytes),
-            ("absmax", absmax, torch.float32, nblocks),
-        )
-        scales = (absmax_at, nblocks, 0, 0, 0, 0)
-    else:
-        packed, absmax, nested_absmax, nested_code, nested_offset = tensors
-        nested_len = -(-nblocks // nested_blocksize)
-        packed_at, absmax_at, nested_at, code_at, offset_at = each(
-            device,
-            ("packed", packed, torch.uint8, packed_bytes),
-            ("absmax", absmax, torch.uint8, nblocks),
-            ("nested_absmax", nested_absmax, torch.float32, nested_len),
-            ("nested_code", nested_code, torch.float32, 256),
-            ("nested_offset", nested_offset, torch.float32, 1),
-        )
-        scales = (absmax_at, nblocks, nested_at, nested_len, code_at, offset_at)
-    sizes = (form, numel, blocksize, int(nested_blocksize > 0), nested_blocksize)
-    return (*sizes, packed_at, packed_bytes, *scales)
+    sizes = (form, math.prod(shape), blocksize, int(nested_blocksize > 0), nested_blocksize)
+    return (*sizes, packed_at, octets, scale_at, nblocks, aux_at, aux_len, code_at, offset_at)

@@ -248,6 +248,9 @@ TABLE: dict[str, dict[str, str]] = {
         "the rank is {r}, not 1 to {limit}": _NEXT,
         "the rank is {r}, above {limit}": _NEXT,
         "the weight is empty": _NEXT,
+        "no kernel decodes {format}": (
+            f"{NOTHING}: the result is the same, decoded by torch's own operations."
+        ),
         "blocks cross the groups' weights": "Use a blocksize that divides an expert's weight.",
     },
 }

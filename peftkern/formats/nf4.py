@@ -1,12 +1,12 @@
-"""The NF4 format: nibble order, blocks, nested absmax, (de)serialization, validation.
+"""bitsandbytes' formats, NF4 and FP4: nibble order, blocks, nested absmax, files, validation.
 
-Its code values and block sizes are a row of `peftkern.formats.table`.
+Their code values and block sizes are rows of `peftkern.formats.table`; all else is the same.
 
 A weight of `numel` values is flattened row-major and cut into blocks of `blocksize` values that
 ignore row ends. Value `i` becomes the 4-bit index of one of `NF4_CODE`; the value with the even
 index sits in the HIGH nibble of byte `i // 2`, and an odd tail is padded with code 7 (0.0).
 
-    value[i] = cast(NF4_CODE[code[i]] * absmax[i // blocksize])     product in float32, one rounding
+    value[i] = cast(CODE[code[i]] * absmax[i // blocksize])         product in float32, one rounding
 
 With double quantization `absmax` is stored in 8 bits, in blocks of 256, and is rebuilt in float32
 with two roundings (no fused multiply-add):
@@ -15,7 +15,8 @@ with two roundings (no fused multiply-add):
 
 Quantization takes the nearest value of `x * (1 / max(absmax, 1e-38))` in float32 by comparing with
 the float32 midpoints of neighbours; a tie takes the lower code and a NaN takes the highest, so a
-block of zeros becomes code 7 with absmax 0.
+block of zeros becomes code 7 with absmax 0. FP4 does the same in the order of its values (NaN: code
+3, 1.0), with its own zero, code 0, as the pad.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314; layout and keys as bitsandbytes reads and writes.
 """
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from peftkern.formats.table import FORMATS, NF4, NF4_CODE
+from peftkern.formats.table import FORMATS, FP4, NF4, NF4_CODE, NUMBERS, code_of
 
 __all__ = ["NF4Weight"]
 BLOCKSIZES = NF4.blocksizes
@@ -41,15 +42,15 @@ NESTED_BLOCKSIZE = NF4.nested_blocksize
 ABSMAX_FLOOR = 1e-38  # smallest divisor of a block: a block of zeros has a finite reciprocal
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
-_NF4 = FORMATS.index(NF4)
 _INT64_MAX = 2**63 - 1
 STATE_BYTES = 256  # room for the JSON of a weight of two dimensions
-STATE_KEY = "quant_state.bitsandbytes__nf4"
+STATE_KEYS = {row.name: f"quant_state.bitsandbytes__{row.name}" for row in (NF4, FP4)}
+STATE_KEY = STATE_KEYS["nf4"]
 _STATE_BYTES_MAX = 1 << 16  # bitsandbytes writes about 200 bytes; anything huge is not its state
 
-# {a table that is not on a CPU: (version of its data, whether that is NF4's)}
+# {a table that is not on a CPU: (version of its data, the format whose table that is, or None)}
 _compared_maps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -72,10 +73,10 @@ class TruncatedWeightError(ArgumentError):
 
 def nf4_code(device: torch.device | str = "cpu") -> Tensor:
     """Return the sixteen values as a new float32 tensor."""
-    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+    return code_of(NF4, device)
 
 
-_CPU_CODE = nf4_code()
+_CPU_CODES = {name: code_of(FORMATS[NUMBERS[name]]) for name in STATE_KEYS}
 
 
 @functools.cache
@@ -121,20 +122,20 @@ def state_dict_bytes(numel: int, *, blocksize: int, double_quant: bool) -> int:
 def numel_of(shape: Any, field: str = "shape") -> int:
     """Return the number of elements of a shape; refuse anything but sizes that fit in int64."""
     if not isinstance(shape, (tuple, list)):
-        raise _refuse(field, "a tuple of sizes", shape)
+        raise refuse(field, "a tuple of sizes", shape)
     numel = 1
     for size in shape:
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _INT64_MAX:
-            raise _refuse(field, "integers in [0, 2^63)", shape)
+            raise refuse(field, "integers in [0, 2^63)", shape)
         numel *= size
     if numel > _INT64_MAX:
-        raise _refuse(field, "fewer than 2^63 elements", shape)
+        raise refuse(field, "fewer than 2^63 elements", shape)
     return numel
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NF4Weight:
-    """A weight in NF4, as stored: nothing here is dense.
+    """A weight in NF4, or in FP4, as stored: nothing here is dense.
 
     Args:
         packed: uint8 [(numel + 1) // 2], contiguous; [n, 1] is flattened by a view.
@@ -146,6 +147,7 @@ class NF4Weight:
         nested_code: float32 [256], or None when absmax is plain.
         nested_offset: float32 0-d, or None when absmax is plain.
         nested_blocksize: 256, or 0 when absmax is plain.
+        quant_type: "nf4" or "fp4".
 
     Raises: ValueError that begins with the field, then what is accepted and what came
         (TruncatedWeightError where a tensor is too short). Sizes are checked against each other as
@@ -161,37 +163,39 @@ class NF4Weight:
     nested_code: Tensor | None = None
     nested_offset: Tensor | None = None
     nested_blocksize: int = 0
+    quant_type: str = "nf4"
 
     def __post_init__(self) -> None:
         numel = numel_of(self.shape)
+        _check_quant_type(self.quant_type)
         if type(self.shape) is not tuple:
             object.__setattr__(self, "shape", tuple(self.shape))
         if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
-            raise _refuse("blocksize", f"one of {BLOCKSIZES}", self.blocksize)
-        if not isinstance(self.dtype, torch.dtype) or self.dtype not in _DTYPE_NAMES:
-            raise _refuse("dtype", f"one of {list(_DTYPES)}", self.dtype)
+            raise refuse("blocksize", f"one of {BLOCKSIZES}", self.blocksize)
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPE_NAMES:
+            raise refuse("dtype", f"one of {list(_DTYPES)}", self.dtype)
 
         packed = self.packed
         if isinstance(packed, Tensor) and packed.dim() == 2 and packed.shape[1] == 1:
             if packed.layout is not torch.strided or not packed.is_contiguous():
-                raise _refuse("packed", "contiguous memory", packed)
+                raise refuse("packed", "contiguous memory", packed)
             packed = packed.view(-1)
             object.__setattr__(self, "packed", packed)
-        _check_tensor("packed", packed, torch.uint8, (numel + 1) // 2, None)
+        check_tensor("packed", packed, torch.uint8, (numel + 1) // 2, None)
         device = packed.device
 
         nblocks = -(-numel // self.blocksize)
         if self.nested_absmax is None:
             _check_plain(self)
-            _check_tensor("absmax", self.absmax, torch.float32, nblocks, device)
+            check_tensor("absmax", self.absmax, torch.float32, nblocks, device)
             return
         if type(self.nested_blocksize) is not int or self.nested_blocksize != NESTED_BLOCKSIZE:
-            raise _refuse("nested_blocksize", NESTED_BLOCKSIZE, self.nested_blocksize)
+            raise refuse("nested_blocksize", NESTED_BLOCKSIZE, self.nested_blocksize)
         nested_blocks = -(-nblocks // NESTED_BLOCKSIZE)
-        _check_tensor("absmax", self.absmax, torch.uint8, nblocks, device)
-        _check_tensor("nested_absmax", self.nested_absmax, torch.float32, nested_blocks, device)
-        _check_tensor("nested_code", self.nested_code, torch.float32, 256, device)
-        _check_tensor("nested_offset", self.nested_offset, torch.float32, None, device)
+        check_tensor("absmax", self.absmax, torch.uint8, nblocks, device)
+        check_tensor("nested_absmax", self.nested_absmax, torch.float32, nested_blocks, device)
+        check_tensor("nested_code", self.nested_code, torch.float32, 256, device)
+        check_tensor("nested_offset", self.nested_offset, torch.float32, None, device)
 
     @property
     def numel(self) -> int:
@@ -225,7 +229,7 @@ class NF4Weight:
     @property
     def layout(self) -> tuple[int, ...]:
         """Integers by which ops read `tensors`: see `peftkern.formats.table`."""
-        return (_NF4, self.blocksize, self.nested_blocksize, *self.shape)
+        return (NUMBERS[self.quant_type], self.blocksize, self.nested_blocksize, *self.shape)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NF4Weight:
         """Return the weight on another device; itself if it is already there."""
@@ -238,6 +242,7 @@ class NF4Weight:
             blocksize=self.blocksize,
             dtype=self.dtype,
             nested_blocksize=self.nested_blocksize,
+            quant_type=self.quant_type,
         )
 
     @classmethod
@@ -246,10 +251,10 @@ class NF4Weight:
 
         Args: quant_state, of a plain tensor, as FSDP leaves of a `Params4bit`.
         Raises: RepackedWeightError if its CPU inference path has rewritten it in place; ValueError
-            naming the field for anything else that is not NF4 (FP4, not quantized yet, malformed).
+            naming the field for anything else that is none (not quantized yet, malformed).
         """
         if not isinstance(param, Tensor):
-            raise _refuse("weight", "a bitsandbytes Params4bit", param)
+            raise refuse("weight", "a bitsandbytes Params4bit", param)
         # Read through __dict__: QuantState's own __getattr__ costs 1 us per absent attribute.
         if quant_state is None:
             quant_state = getattr(param, "quant_state", None)
@@ -261,19 +266,20 @@ class NF4Weight:
                 "weight: expected bitsandbytes' storage layout, got the one that it repacks into, "
                 "in place, for CPU inference (absmax is rounded to bfloat16 there)"
             )
-        _check_quant_type(state.get("quant_type"))
-        _check_quant_map(state.get("code"))
+        quant_type = state.get("quant_type")
+        _check_quant_type(quant_type)
+        _check_quant_map(state.get("code"), quant_type)
         with torch._C.DisableTorchFunctionSubclass():  # Params4bit adds 1 us to every attribute
             storage = getattr(param, "quant_storage", param.dtype)
             if storage is not param.dtype:
-                raise _refuse("quant_storage", f"{storage} as recorded", param.dtype)
+                raise refuse("quant_storage", f"{storage} as recorded", param.dtype)
             packed = _as_bytes(param.detach())
         pieces = (packed, state.get("absmax"), state.get("shape"), state.get("blocksize"))
         if state.get("state2") is None:
-            return cls(*pieces, state.get("dtype"))
+            return cls(*pieces, state.get("dtype"), quant_type=quant_type)
         nested = getattr(state["state2"], "__dict__", None)
         if nested is None:
-            raise _refuse("state2", "a bitsandbytes QuantState", state["state2"])
+            raise refuse("state2", "a bitsandbytes QuantState", state["state2"])
         _check_nested_dtype(nested.get("dtype"))
         return cls(
             *pieces,
@@ -282,6 +288,7 @@ class NF4Weight:
             nested_code=nested.get("code"),
             nested_offset=state.get("offset"),
             nested_blocksize=nested.get("blocksize"),
+            quant_type=quant_type,
         )
 
     @classmethod
@@ -293,12 +300,14 @@ class NF4Weight:
         Raises: ValueError naming the key or the field that is missing or malformed.
         """
         name = prefix + "weight"
-        if f"{name}.quant_state.bitsandbytes__fp4" in sd:
-            _check_quant_type("fp4")
         weight = _tensor_at(sd, name)
-        state = _unpack_state(_tensor_at(sd, f"{name}.{STATE_KEY}"))
-        _check_quant_type(state.get("quant_type"))
-        _check_quant_map(_tensor_at(sd, f"{name}.quant_map"))
+        expected = "fp4" if f"{name}.{STATE_KEYS['fp4']}" in sd else "nf4"
+        key = STATE_KEYS[expected]
+        state = _unpack_state(_tensor_at(sd, f"{name}.{key}"), key)
+        quant_type = state.get("quant_type")
+        if quant_type != expected:
+            raise refuse("quant_type", f"'{expected}', as its key says", quant_type)
+        _check_quant_map(_tensor_at(sd, f"{name}.quant_map"), quant_type)
         packed = _as_bytes(weight.detach())
         fields = {
             "packed": packed,
@@ -306,6 +315,7 @@ class NF4Weight:
             "shape": state.get("shape"),
             "blocksize": state.get("blocksize"),
             "dtype": _dtype_named(state.get("dtype"), "dtype"),
+            "quant_type": quant_type,
         }
         nested_tensors = (f"{name}.nested_absmax", f"{name}.nested_quant_map")
         nested_items = ("nested_blocksize", "nested_dtype", "nested_offset")
@@ -329,15 +339,15 @@ class NF4Weight:
         """
         name = prefix + "weight"
         items: dict[str, Any] = {
-            "quant_type": "nf4",
+            "quant_type": self.quant_type,
             "blocksize": self.blocksize,
-            "dtype": _DTYPE_NAMES[self.dtype],
+            "dtype": DTYPE_NAMES[self.dtype],
             "shape": self.shape,
         }
         tensors = {
             name: self.packed.view(-1, 1),
             f"{name}.absmax": self.absmax,
-            f"{name}.quant_map": nf4_code(self.device),
+            f"{name}.quant_map": code_of(FORMATS[NUMBERS[self.quant_type]], self.device),
         }
         if self.nested_absmax is not None:
             items["nested_blocksize"] = self.nested_blocksize
@@ -347,7 +357,8 @@ class NF4Weight:
             # One table serves many weights and safetensors refuses tensors that share memory.
             tensors[f"{name}.nested_quant_map"] = self.nested_code.clone()
         text = json.dumps(items).encode("utf-8")
-        tensors[f"{name}.{STATE_KEY}"] = torch.tensor(list(text), dtype=torch.uint8)
+        key = f"{name}.{STATE_KEYS[self.quant_type]}"
+        tensors[key] = torch.tensor(list(text), dtype=torch.uint8)
         return tensors
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -356,9 +367,10 @@ class NF4Weight:
 
     def __repr__(self) -> str:
         absmax = "nested" if self.nested else "plain"
+        fp4 = "" if self.quant_type == "nf4" else f", quant_type='{self.quant_type}'"
         return (
             f"NF4Weight(shape={self.shape}, blocksize={self.blocksize}, absmax={absmax}, "
-            f"dtype={_DTYPE_NAMES[self.dtype]}, device='{self.device}')"
+            f"dtype={DTYPE_NAMES[self.dtype]}, device='{self.device}'{fp4})"
         )
 
 
@@ -374,11 +386,12 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _refuse(field: str, expected: Any, came: Any) -> ArgumentError:
+def refuse(field: str, expected: Any, came: Any) -> ArgumentError:
+    """Return the error of a field."""
     return ArgumentError(f"{field}: expected {expected}, got {_brief(came)}")
 
 
-def _check_tensor(
+def check_tensor(
     field: str, tensor: Any, dtype: torch.dtype, length: int | None, device: torch.device | None
 ) -> None:
     """Check for a contiguous tensor of `length` values in one dimension, 0-d where it is None."""
@@ -390,11 +403,11 @@ def _check_tensor(
         and (device is None or tensor.device == device)
     ):
         if not tensor.is_contiguous():
-            raise _refuse(field, "contiguous memory", tensor)
+            raise refuse(field, "contiguous memory", tensor)
         return
     shape = "[]" if length is None else f"[{length}]"
     where = "" if device is None else f" on {device}"
-    error = _refuse(field, f"a {dtype} tensor of shape {shape}{where}", tensor)
+    error = refuse(field, f"a {dtype} tensor of shape {shape}{where}", tensor)
     if isinstance(tensor, Tensor) and tensor.numel() < (length or 1):
         raise TruncatedWeightError(*error.args)
     raise error
@@ -405,41 +418,42 @@ def _check_plain(w: NF4Weight) -> None:
     for field, absent in (("nested_code", None), ("nested_offset", None), ("nested_blocksize", 0)):
         value = getattr(w, field)
         if type(value) is not type(absent) or value != absent:
-            raise _refuse(field, f"{absent} without nested_absmax", value)
+            raise refuse(field, f"{absent} without nested_absmax", value)
 
 
 def _check_quant_type(quant_type: Any) -> None:
-    if quant_type != "nf4":
-        raise _refuse("quant_type", "'nf4'", quant_type)
+    if not isinstance(quant_type, str) or quant_type not in STATE_KEYS:
+        raise refuse("quant_type", "'nf4' or 'fp4'", quant_type)
 
 
 def _check_nested_dtype(dtype: Any) -> None:
     """Check it: bitsandbytes rounds absmax to it after each step; only float32 is NF4."""
     if dtype is not torch.float32:
-        raise _refuse("nested_dtype", "float32", dtype)
+        raise refuse("nested_dtype", "float32", dtype)
 
 
-def _check_quant_map(code: Any) -> None:
-    """Refuse a table other than NF4's: the kernels have that one built in."""
-    _check_tensor("quant_map", code, torch.float32, 16, None)
+def _check_quant_map(code: Any, quant_type: str) -> None:
+    """Refuse a table other than the format's: the kernels have that one built in."""
+    check_tensor("quant_map", code, torch.float32, 16, None)
     if code.is_meta or torch.compiler.is_compiling():
         return  # there is no data to read
+    expected = f"the sixteen values of {quant_type}"
     if code.is_cpu:
-        if not torch.equal(code, _CPU_CODE):
-            raise _refuse("quant_map", "NF4's sixteen values", code.tolist())
+        if not torch.equal(code, _CPU_CODES[quant_type]):
+            raise refuse("quant_map", expected, code.tolist())
         return
-    version, same = _compared_maps.get(code, (None, False))
+    version, found = _compared_maps.get(code, (None, None))
     if version != _version(code):
         if code.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise _refuse("quant_map", "one that was read before this graph capture", code)
+            raise refuse("quant_map", "one that was read before this graph capture", code)
         compare_quant_maps([code])
-        same = _compared_maps[code][1]
-    if not same:
-        raise _refuse("quant_map", "NF4's sixteen values", code)
+        found = _compared_maps[code][1]
+    if found != quant_type:
+        raise refuse("quant_map", expected, code)
 
 
 def compare_quant_maps(codes: Iterable[Tensor]) -> None:
-    """Compare tables with NF4's, and remember it of those that are not on a CPU.
+    """Compare tables with the formats', and remember it of those that are not on a CPU.
 
     Reading one waits for its device: here once for all, else once for each of them and version of
     its data. What is no such table is passed over.
@@ -450,9 +464,9 @@ def compare_quant_maps(codes: Iterable[Tensor]) -> None:
         if known and code.dtype is torch.float32 and code.shape == (len(NF4_CODE),):
             on_device.setdefault(code.device, []).append(code)
     for tables in on_device.values():
-        same = (torch.stack(tables).cpu() == _CPU_CODE).all(1).tolist()
-        for code, is_nf4 in zip(tables, same, strict=True):
-            _compared_maps[code] = (_version(code), is_nf4)
+        for code, values in zip(tables, torch.stack(tables).cpu(), strict=True):
+            names = [name for name, own in _CPU_CODES.items() if torch.equal(values, own)]
+            _compared_maps[code] = (_version(code), names[0] if names else None)
 
 
 def _version(tensor: Tensor) -> int:
@@ -464,11 +478,11 @@ def _as_bytes(data: Tensor) -> Tensor:
     if data.dtype is torch.uint8:
         return data
     if data.dtype not in _STORAGES:
-        raise _refuse("quant_storage", f"one of {_STORAGES}", data.dtype)
+        raise refuse("quant_storage", f"one of {_STORAGES}", data.dtype)
     if data.layout is not torch.strided or not data.is_contiguous():
-        raise _refuse("weight", "contiguous memory", data)
+        raise refuse("weight", "contiguous memory", data)
     if data.dim() != 1 and not (data.dim() == 2 and data.shape[1] == 1):
-        raise _refuse("weight", "shape [n] or [n, 1]", data)
+        raise refuse("weight", "shape [n] or [n, 1]", data)
     return data.view(-1).view(torch.uint8)
 
 
@@ -476,13 +490,13 @@ def _tensor_at(sd: Mapping[str, Any], key: str) -> Tensor:
     if key not in sd:
         raise ValueError(f"{key}: missing from the state dict")
     if not isinstance(sd[key], Tensor) or sd[key].layout is not torch.strided:
-        raise _refuse(key, "a dense tensor", sd[key])
+        raise refuse(key, "a dense tensor", sd[key])
     return sd[key]
 
 
 def _dtype_named(name: Any, field: str) -> torch.dtype:
     if not isinstance(name, str) or name not in _DTYPES:
-        raise _refuse(field, f"one of {list(_DTYPES)}", name)
+        raise refuse(field, f"one of {list(_DTYPES)}", name)
     return _DTYPES[name]
 
 
@@ -492,19 +506,19 @@ def _float_of(value: Any, field: str) -> float:
         return value
     if type(value) is int and abs(value) < 2**127:
         return float(value)
-    raise _refuse(field, "a number", value)
+    raise refuse(field, "a number", value)
 
 
-def _unpack_state(blob: Tensor) -> dict[str, Any]:
+def _unpack_state(blob: Tensor, key: str) -> dict[str, Any]:
     """Parse the JSON bytes that bitsandbytes keeps in a uint8 tensor."""
     if blob.dtype is not torch.uint8 or blob.dim() != 1 or blob.is_meta:
-        raise _refuse(STATE_KEY, "uint8 bytes", blob)
+        raise refuse(key, "uint8 bytes", blob)
     if len(blob) > _STATE_BYTES_MAX:
-        raise _refuse(STATE_KEY, f"at most {_STATE_BYTES_MAX} bytes", blob)
+        raise refuse(key, f"at most {_STATE_BYTES_MAX} bytes", blob)
     try:
         state = json.loads(bytes(blob.tolist()))
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 and bad JSON
-        raise ValueError(f"{STATE_KEY}: expected JSON in UTF-8, got {error}") from None
+        raise ValueError(f"{key}: expected JSON in UTF-8, got {error}") from None
     if not isinstance(state, dict):
-        raise _refuse(STATE_KEY, "a JSON object", state)
+        raise refuse(key, "a JSON object", state)
     return state

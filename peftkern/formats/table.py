@@ -3,25 +3,48 @@
     tensors   packed codes, then the block scales as the format stores them
     layout    [format, blocksize, nested_blocksize, *shape]
 
-`format` is the row's index, `nested_blocksize` is 0 where block scales are stored plainly. Only
-`stored` and `backends.pointers.weight` know how many tensors that makes.
+`format` is the row's index, `nested_blocksize` is 0 where block scales are stored plainly. A weight
+is flattened row-major and cut into blocks. Value i, of block b = i // blocksize, is
+
+    value[i] = cast((code[q[i]] - zero[b]) * scale[b])
+
+in float32, difference and product rounded one after the other, and then once to the dtype wanted.
+Only `fields`, `stored`, `cut` and `backends.pointers.weight` know how many tensors that makes.
+kernels/FORMATS.md has sources and edge cases.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class Format(NamedTuple):
-    """One format: its code values, and the sizes of its blocks and of blocks of their scales."""
+    """One format.
+
+    Fields:
+        code: the value of each of the 16 codes, in float32.
+        blocksizes: the sizes that blocks may have.
+        nested_blocksize: that of blocks of 8-bit scales; 0 where scales are never nested.
+        scales: how a block's scale is stored, a key of `SCALES`.
+        low_first: whether the low nibble of a byte is the value with the even index.
+    """
 
     name: str
     code: tuple[float, ...]
     blocksizes: tuple[int, ...]
     nested_blocksize: int
+    scales: str
+    low_first: bool
+
+    @property
+    def crosses_rows(self) -> bool:
+        """Whether blocks may run over the end of a row, and the last of them be cut."""
+        return self.scales == "absmax"
 
 
 NF4_CODE = (
@@ -42,18 +65,79 @@ NF4_CODE = (
     0.7229568362236023,
     1.0,
 )
-NF4 = Format("nf4", NF4_CODE, (32, 64, 128, 256, 512, 1024, 2048, 4096), 256)
-FORMATS = (NF4,)
+# bitsandbytes' own: neither ascending nor e2m1 over 6, and code 8 is +0.
+FP4_CODE = (
+    0.0,
+    0.005208333488553762,
+    0.6666666865348816,
+    1.0,
+    0.3333333432674408,
+    0.5,
+    0.1666666716337204,
+    0.25,
+    0.0,
+    -0.005208333488553762,
+    -0.6666666865348816,
+    -1.0,
+    -0.3333333432674408,
+    -0.5,
+    -0.1666666716337204,
+    -0.25,
+)
+# One bit of sign, two of exponent, one of mantissa; code 8 is -0.
+E2M1_CODE = (
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
+    -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+)  # fmt: skip
+UINT4_CODE = (
+    0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
+)  # fmt: skip
+_ANY_BLOCK = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+NF4 = Format("nf4", NF4_CODE, _ANY_BLOCK, 256, "absmax", False)
+FP4 = Format("fp4", FP4_CODE, _ANY_BLOCK, 256, "absmax", False)
+MXFP4 = Format("mxfp4", E2M1_CODE, (32,), 0, "e8m0", True)
+NVFP4 = Format("nvfp4", E2M1_CODE, (16,), 0, "e4m3", True)
+INT4 = Format("int4", UINT4_CODE, (32, 64, 128, 256), 0, "scale_zero", True)
+FORMATS = (NF4, FP4, MXFP4, NVFP4, INT4)
+NUMBERS = {row.name: number for number, row in enumerate(FORMATS)}
+
+_BLOCK, _NESTED_BLOCK = "a value for each block", "a value for each block of scales"
+# Tensors after the packed codes: name, dtype, and the length or what there is a value for.
+SCALES: dict[str, tuple[tuple[str, torch.dtype, int | str], ...]] = {
+    "absmax": (("absmax", torch.float32, _BLOCK),),
+    "nested": (
+        ("absmax", torch.uint8, _BLOCK),
+        ("nested_absmax", torch.float32, _NESTED_BLOCK),
+        ("nested_code", torch.float32, 256),
+        ("nested_offset", torch.float32, 1),
+    ),
+    "e8m0": (("scale", torch.uint8, _BLOCK),),
+    "e4m3": (("scale", torch.uint8, _BLOCK), ("tensor_scale", torch.float32, 1)),
+    "scale_zero": (("scale", torch.float32, _BLOCK), ("zero", torch.float32, _BLOCK)),
+}
+
+
+class Field(NamedTuple):
+    """One tensor of a weight."""
+
+    name: str
+    dtype: torch.dtype
+    length: int
 
 
 class Stored(NamedTuple):
-    """A weight by field, for back ends; None and 0 where block scales are plain."""
+    """A weight by field, for back ends; None and 0 for what its format does not have.
+
+    aux: nested_absmax, tensor_scale or zero, whatever the format has.
+    """
 
     packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
+    scale: Tensor
+    aux: Tensor | None
     nested_code: Tensor | None
     nested_offset: Tensor | None
+    format: Format
     blocksize: int
     nested_blocksize: int
     shape: tuple[int, ...]
@@ -64,19 +148,79 @@ class Stored(NamedTuple):
         return self[:5]
 
 
+def code_of(row: Format, device: torch.device | str = "cpu") -> Tensor:
+    """Return the sixteen values of a format as a new float32 tensor."""
+    return torch.tensor(row.code, dtype=torch.float32, device=device)
+
+
+def fields(layout: Sequence[int]) -> tuple[Field, ...]:
+    """Give name, dtype and length of every tensor of a weight, in the order of ops and kernels.
+
+    Raises: ValueError naming what of the layout no format has.
+    """
+    row = _format(layout)
+    _, blocksize, nested_blocksize, *shape = layout
+    if blocksize not in row.blocksizes:
+        raise ValueError(f"blocksize: expected one of {row.blocksizes}, got {blocksize}")
+    nested = row.blocksizes if row.nested_blocksize else ()
+    if nested_blocksize not in (0, *nested):
+        accepted = (0, *nested)
+        raise ValueError(f"nested_blocksize: expected one of {accepted}, got {nested_blocksize}")
+    if not row.crosses_rows and (not shape or shape[-1] % blocksize):
+        raise ValueError(
+            f"shape: expected rows of a multiple of {blocksize} values in {row.name}, got {shape}"
+        )
+    numel = math.prod(shape)
+    nblocks = -(-numel // blocksize)
+    lengths = {_BLOCK: nblocks, _NESTED_BLOCK: -(-nblocks // (nested_blocksize or 1))}
+    scales = SCALES["nested" if nested_blocksize else row.scales]
+    return (
+        Field("packed", torch.uint8, (numel + 1) // 2),
+        *(Field(name, dtype, lengths.get(length, length)) for name, dtype, length in scales),
+    )
+
+
 def stored(tensors: Sequence[Tensor], layout: Sequence[int]) -> Stored:
     """Name the parts of a weight.
 
-    Raises: ValueError on a layout or a number of tensors that no format has.
+    Raises: ValueError on a format that there is not, or a number of tensors that it does not have.
     """
+    row = _format(layout)
+    _, blocksize, nested_blocksize, *shape = layout
+    expected = 1 + len(SCALES["nested" if nested_blocksize else row.scales])
+    if len(tensors) != expected:
+        raise ValueError(f"w: expected {expected} tensors, got {len(tensors)}")
+    absent = (None,) * (5 - expected)
+    return Stored(*tensors, *absent, row, blocksize, nested_blocksize, tuple(shape))
+
+
+def cut(
+    tensors: Sequence[Tensor], layout: Sequence[int], blocks: slice | Tensor, shape: Sequence[int]
+) -> tuple[list[Tensor], list[int]]:
+    """Take blocks out of a weight whose scales are not nested, as one of another shape.
+
+    Args: blocks, from one to another, the last of which may be cut, or indices of whole ones.
+    Returns: tensors, views of the weight's where blocks are a slice, and layout.
+    """
+    row, (form, blocksize) = _format(layout), layout[:2]
+    packed, *others = tensors
+    octets = blocksize // 2
+    if isinstance(blocks, slice):
+        codes = packed[blocks.start * octets : blocks.stop * octets]
+    else:
+        whole = math.prod(layout[3:]) // blocksize * octets
+        codes = packed[:whole].view(-1, octets)[blocks].reshape(-1)
+    scales = zip(others, SCALES[row.scales], strict=True)
+    return (
+        [codes, *(t[blocks] if length is _BLOCK else t for t, (_, _, length) in scales)],
+        [form, blocksize, 0, *shape],
+    )
+
+
+def _format(layout: Sequence[int]) -> Format:
     if len(layout) < 3 or not 0 <= layout[0] < len(FORMATS):
         raise ValueError(
-            f"layout: expected [format, blocksize, nested_blocksize, *shape] with "
-            f"format below {len(FORMATS)}, got {list(layout)}"
+            f"layout: expected a format from 0 to {len(FORMATS) - 1} in [format, blocksize, "
+            f"nested_blocksize, *shape], got {list(layout)}"
         )
-    _, blocksize, nested_blocksize, *shape = layout
-    if len(tensors) != (5 if nested_blocksize else 2):
-        raise ValueError(f"w: expected {5 if nested_blocksize else 2} tensors, got {len(tensors)}")
-    packed, absmax, *nested = tensors
-    nested = nested or (None, None, None)
-    return Stored(packed, absmax, *nested, blocksize, nested_blocksize, tuple(shape))
+    return FORMATS[layout[0]]

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.formats.block_weight import BlockWeight, QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError, NF4Weight
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (*WEIGHT_DTYPES, torch.float64)
-_PRINTED = (numbers.Number, str, torch.dtype, NF4Weight, type(None))  # others go by their type
+# Others go by their type.
+_PRINTED = (numbers.Number, str, torch.dtype, NF4Weight, BlockWeight, type(None))
 _PRINTED_LENGTH = 120
 
 
@@ -70,9 +72,10 @@ def check_frozen(weight: Any) -> None:
         raise ArgumentError("weight: expected a frozen tensor, got one that requires a gradient")
 
 
-def check_nf4(name: str, weight: Any) -> None:
-    if not isinstance(weight, NF4Weight):
-        raise mismatch(name, "an NF4Weight, as quantize_nf4 makes of a dense tensor", weight)
+def check_quantized(name: str, weight: Any) -> None:
+    if not isinstance(weight, QuantizedWeight):
+        kinds = "an NF4Weight or BlockWeight, as quantize_nf4 and its kin make of a dense tensor"
+        raise mismatch(name, kinds, weight)
 
 
 def check_linear(x: Tensor, N: int, K: int, bias: Any, dropout_p: Any) -> None:
@@ -90,7 +93,7 @@ def check_linear(x: Tensor, N: int, K: int, bias: Any, dropout_p: Any) -> None:
         check_probability("dropout_p", dropout_p)
 
 
-def check_stored(name: str, x: Tensor, w: NF4Weight) -> None:
+def check_stored(name: str, x: Tensor, w: QuantizedWeight) -> None:
     """Check for a weight [N, K] on the device of x."""
     if len(w.shape) != 2 or w.packed.device != x.device:
         raise mismatch(name, f"shape (N, K) on {x.device} like x", w)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftkern.backends import ops, reference
 from peftkern.backends.dropout import keep_scale, philox_keep
-from peftkern.formats.nf4 import NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional.arguments import (
     cast_for_autocast,
     check_dense,
@@ -44,7 +44,7 @@ __all__ = ["dora_linear", "dora_norm"]
 
 
 def dora_norm(
-    weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, *, scaling: float | Tensor
+    weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, *, scaling: float | Tensor
 ) -> Tensor:
     """Compute the row norms of a weight plus its update, which is never formed as a whole.
 
@@ -57,7 +57,7 @@ def dora_norm(
     Gradients: none.   Error bound: kernels/NUMERICS.md#dora
     Source: Liu et al. 2024, eq. 5, arXiv:2402.09353
     """
-    nf4 = isinstance(weight, NF4Weight)
+    nf4 = isinstance(weight, QuantizedWeight)
     if not nf4:
         check_dense("weight", weight)
         check_float("weight", weight)
@@ -74,7 +74,7 @@ def dora_norm(
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -109,7 +109,7 @@ def dora_linear(
     Source: Liu et al. 2024, eq. 5 and 11, arXiv:2402.09353
     """
     check_float("x", x)
-    nf4 = isinstance(weight, NF4Weight)
+    nf4 = isinstance(weight, QuantizedWeight)
     if not nf4:
         check_frozen(weight)
     norm = dora_norm(weight, lora_A, lora_B, scaling=scaling)

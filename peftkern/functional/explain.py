@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import dispatch, ops
-from peftkern.formats.nf4 import NESTED_BLOCKSIZE, NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import NESTED_BLOCKSIZE
 from peftkern.functional.arguments import (
     check_dense,
     check_factors,
     check_float,
-    check_nf4,
+    check_quantized,
     check_tensor,
     mismatch,
 )
@@ -56,7 +57,7 @@ def _check_op_arguments(op: str, args: tuple[Any, ...]) -> None:
                 check_tensor(name, one)
 
 
-def _check_explained(x: Any, name: str, weight: Tensor | NF4Weight, bias: Any) -> None:
+def _check_explained(x: Any, name: str, weight: Tensor | QuantizedWeight, bias: Any) -> None:
     """Check what a call checks but dtypes, which autocast may change; `check_factors` follows."""
     check_float("x", x)
     if len(weight.shape) != 2:
@@ -76,7 +77,7 @@ def _explain_lora_linear(x, weight, lora_A, lora_B, *, scaling, bias=None, dropo
 
 
 def _explain_nf4_lora_linear(x, w, lora_A, lora_B, *, scaling=1.0, bias=None, dropout_p=0.0):
-    check_nf4("w", w)
+    check_quantized("w", w)
     _check_explained(x, "w", w, bias)
     if lora_A is not None or lora_B is not None:
         check_factors(*w.shape, x.device, lora_A, lora_B)
@@ -101,8 +102,8 @@ def _explain_quantize_nf4(weight, *, blocksize=64, double_quant=True):
     return calls
 
 
-def _explain_dequantize_nf4(w, dtype=None, out=None):
-    check_nf4("w", w)
+def _explain_dequantize(w, dtype=None, out=None):
+    check_quantized("w", w)
     if out is not None:
         check_tensor("out", out)
         return {"nf4_dequantize_out": (w.tensors, w.layout, out)}
@@ -111,7 +112,7 @@ def _explain_dequantize_nf4(w, dtype=None, out=None):
 
 def _explain_dora_linear(x, weight, lora_A, lora_B, magnitude, *, scaling, **options):
     options.pop("recompute", None)  # forms a product of the forward pass again
-    if isinstance(weight, NF4Weight):
+    if isinstance(weight, QuantizedWeight):
         norm = (weight.tensors, weight.layout, weight.dtype, lora_A, lora_B, 1.0)
         layer = _explain_nf4_lora_linear(x, weight, lora_A, lora_B, scaling=scaling, **options)
         return {"nf4_dora_norm": norm, **layer}
@@ -125,5 +126,6 @@ _EXPLAINED = {
     "nf4_linear": _explain_nf4_linear,
     "nf4_lora_linear": _explain_nf4_lora_linear,
     "quantize_nf4": _explain_quantize_nf4,
-    "dequantize_nf4": _explain_dequantize_nf4,
+    "dequantize": _explain_dequantize,
+    "dequantize_nf4": _explain_dequantize,
 }

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import ops, reference
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional.arguments import (
     DTYPES,
     autocast_dtype,
@@ -80,7 +81,7 @@ def _check_first(smallest: Tensor) -> None:
 
 def grouped_lora_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight | None,
+    weight: Tensor | QuantizedWeight | None,
     offsets: Tensor,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
@@ -226,9 +227,9 @@ def _differentiable_gradients(
         return reference.grouped_linear_backward(dy, offsets, x, rows, S, *weight, *args)
 
 
-def stored_as(weight: Tensor | NF4Weight | None) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+def stored_as(weight: Tensor | QuantizedWeight | None) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Return a weight's tensors and its layout, () for a dense one."""
-    if isinstance(weight, NF4Weight):
+    if isinstance(weight, QuantizedWeight):
         return weight.tensors, weight.layout
     return (weight,), ()
 
@@ -237,7 +238,7 @@ def checked(
     x: Tensor,
     rows: Tensor | None,
     offsets: Tensor,
-    weight: Tensor | NF4Weight | None,
+    weight: Tensor | QuantizedWeight | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -276,7 +277,7 @@ def checked(
 
 def _checked_weight(
     x: Tensor,
-    weight: Tensor | NF4Weight | None,
+    weight: Tensor | QuantizedWeight | None,
     E: int,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -290,7 +291,7 @@ def _checked_weight(
             if factor.dim() != 3:
                 raise mismatch(name, "three dimensions", factor)
         return (x if dtype is None else autocast_to(dtype, x)), (lora_B.shape[1], lora_A.shape[2])
-    nf4 = isinstance(weight, NF4Weight)
+    nf4 = isinstance(weight, QuantizedWeight)
     if not nf4:
         check_frozen(weight)
         if dtype is not None and x.dtype in DTYPES[:3] and weight.dtype in DTYPES[:3]:

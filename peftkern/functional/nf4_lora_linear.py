@@ -1,10 +1,11 @@
-"""Linear layer over an NF4 weight, alone or with a low-rank update: QLoRA."""
+"""Linear layer over a 4-bit weight, alone or with a low-rank update: QLoRA."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from peftkern.backends import ops
+from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.arguments import (
     autocast_dtype,
@@ -13,7 +14,7 @@ from peftkern.functional.arguments import (
     check_factors,
     check_float,
     check_linear,
-    check_nf4,
+    check_quantized,
     check_stored,
     draw_keep,
     fold_scaling,
@@ -25,12 +26,15 @@ from peftkern.functional.autograd import LowRankLinear
 __all__ = ["nf4_linear", "nf4_lora_linear"]
 
 
-def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """Apply a linear layer over an NF4 weight that is never made dense.
+def nf4_linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear layer over a frozen 4-bit weight.
+
+    Kernels that decode its format never make it dense; without one, torch's operations do.
 
     y = x @ dequantize(w).T + bias
 
-    Args: x [..., K] float16|bfloat16|float32|float64; w of shape (N, K), frozen; bias [N], any
+    Args: x [..., K] float16|bfloat16|float32|float64; w of shape (N, K) in any format (NF4, FP4,
+        MXFP4, NVFP4, INT4); bias [N], any
         float dtype, cast to that of x. Under autocast x and bias are cast to its dtype.
     Returns: [..., N], dtype of x; each weight is rounded to the dtype of x at most once and
         products accumulate in float32.
@@ -43,7 +47,7 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
 
 def nf4_lora_linear(
     x: Tensor,
-    w: NF4Weight,
+    w: QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -51,7 +55,7 @@ def nf4_lora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Apply a linear layer over an NF4 weight plus a low-rank update: QLoRA.
+    """Apply a linear layer over a frozen 4-bit weight plus a low-rank update: QLoRA.
 
     y = x @ dequantize(w).T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias
 
@@ -71,7 +75,7 @@ def nf4_lora_linear(
 
 def _nf4_lora_linear(
     x: Tensor,
-    w: NF4Weight,
+    w: QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float | Tensor,
@@ -80,7 +84,7 @@ def _nf4_lora_linear(
 ) -> Tensor:
     check_float("x", x)
     if type(w) is not NF4Weight:
-        check_nf4("w", w)
+        check_quantized("w", w)
     dtype = autocast_dtype(x)
     if dtype is not None and x.dtype is not dtype:
         x = autocast_to(dtype, x)

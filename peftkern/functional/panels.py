@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import ops
-from peftkern.backends.reference.nf4 import nf4_absmax
-from peftkern.formats.nf4 import NF4Weight
+from peftkern.backends.reference.nf4 import unnested
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.table import cut
 
 _ON_CPU = 1 << 20  # values of a panel: 4 MB, most of which stays in cache between two products
 _ELSEWHERE = 1 << 25  # fewer launches, 128 MB
@@ -27,12 +28,15 @@ Run = Callable[[Callable[[Item], Found], Iterable[Item]], Iterator[Found]]
 class Panels:
     """The matrix scale * (weight - minus) [m, n] by panels of rows.
 
-    Each is a dense tensor of any dtype or an NF4Weight; the difference is taken in float32. Panels
+    Each is a dense tensor or a quantized weight; the difference is taken in float32. Panels
     begin where a block of `blocksize` values does.
     """
 
     def __init__(
-        self, weight: Tensor | NF4Weight, minus: Tensor | NF4Weight | None, blocksize: int = 1
+        self,
+        weight: Tensor | QuantizedWeight,
+        minus: Tensor | QuantizedWeight | None,
+        blocksize: int = 1,
     ) -> None:
         self.m, self.n = weight.shape
         self.device, self.scale = weight.device, 1.0
@@ -78,14 +82,14 @@ class Panels:
 class _Rows:
     """Rows of one weight, from a multiple of `step` on."""
 
-    def __init__(self, weight: Tensor | NF4Weight) -> None:
+    def __init__(self, weight: Tensor | QuantizedWeight) -> None:
         self.step = 1
-        if isinstance(weight, NF4Weight):
-            self._absmax = nf4_absmax(weight.tensors, weight.layout)
-            self.step = weight.blocksize // math.gcd(weight.blocksize, weight.shape[1])
-            self._weight = weight
-        else:
+        self._weight: Tensor | tuple[Sequence[Tensor], Sequence[int]]
+        if isinstance(weight, Tensor):
             self._weight = weight.detach()
+        else:
+            self._weight = unnested(weight.tensors, weight.layout)
+            self.step = weight.blocksize // math.gcd(weight.blocksize, weight.shape[1])
 
     def read(self, rows: slice, buffer: Callable[[int, slice], Tensor], index: int) -> Tensor:
         """Return rows in float32: a view of a weight that is, else what a buffer then holds."""
@@ -95,12 +99,9 @@ class _Rows:
             if values.dtype is torch.float32:
                 return values
             return buffer(index, rows).copy_(values)
-        (_, n), blocksize, out = weight.shape, weight.blocksize, buffer(index, rows)
-        first, last = rows.start * n, rows.stop * n
-        packed = weight.packed[first // 2 : (last + 1) // 2]
-        absmax = self._absmax[first // blocksize : -(-last // blocksize)]
-        layout = (weight.layout[0], blocksize, 0, rows.stop - rows.start, n)
-        ops.nf4_dequantize_out((packed, absmax), layout, out)
+        (_, blocksize, _, _, n), out = weight[1], buffer(index, rows)
+        blocks = slice(rows.start * n // blocksize, -(-rows.stop * n // blocksize))
+        ops.nf4_dequantize_out(*cut(*weight, blocks, (rows.stop - rows.start, n)), out)
         return out
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import ops
-from peftkern.formats.nf4 import NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional.arguments import (
     cast_for_autocast,
     check_factors,
@@ -146,7 +146,7 @@ class SparseMask:
 
 def rosa_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     values: Tensor,
@@ -174,7 +174,7 @@ def rosa_linear(
     Source: Nikdan et al. 2024, arXiv:2401.04679
     """
     check_float("x", x)
-    quantized = isinstance(weight, NF4Weight)
+    quantized = isinstance(weight, QuantizedWeight)
     if not quantized:
         check_frozen(weight)
     dense_weight = None if quantized else weight

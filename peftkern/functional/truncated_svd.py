@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional.arguments import (
     WEIGHT_DTYPES,
     check_dense,
@@ -34,7 +35,7 @@ from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd
 from peftkern.functional.panels import Found, Panels, Run, full_float32, parallel
 
 __all__ = ["TruncatedSVD", "truncated_svd"]
-Weight = Tensor | NF4Weight
+Weight = Tensor | QuantizedWeight
 Tensors = Tensor | list[Tensor]
 
 SMALL = 512  # up to which smaller side the Gram matrix is decomposed
@@ -162,7 +163,7 @@ _REPORTED = {
 
 def _layers(weight: object, minus: object) -> tuple[bool, list[_Layer]]:
     """Check the weights; return whether it is one, and all of them."""
-    single = isinstance(weight, (Tensor, NF4Weight))
+    single = isinstance(weight, Tensor | QuantizedWeight)
     if not single and not is_listed(weight):
         raise mismatch("weight", "a tensor, an NF4Weight, or a list of them", weight)
     weights = [weight] if single else list(weight)
@@ -187,7 +188,7 @@ def _layers(weight: object, minus: object) -> tuple[bool, list[_Layer]]:
 
 
 def _check_weight(name: str, weight: object) -> None:
-    if not isinstance(weight, NF4Weight):
+    if not isinstance(weight, QuantizedWeight):
         check_dense(name, weight)
         check_float(name, weight, WEIGHT_DTYPES)
     if len(weight.shape) != 2 or 0 in weight.shape:

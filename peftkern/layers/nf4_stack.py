@@ -400,6 +400,8 @@ def _read_stack(state: dict, prefix: str, name: str, old: NF4Stack) -> NF4Stack:
         )
         if w.nested:
             raise ArgumentError("absmax: expected float32, got one that is nested")
+        if w.quant_type != "nf4":
+            raise ArgumentError(f"quant_type: expected 'nf4', got {w.quant_type!r}")
         parts = (part.view(old.shape[0], -1) for part in w.tensors)
         return NF4Stack(*parts, w.shape, old.dtype)
     return NF4Stack.from_dense(value.to(old.dtype), blocksize=old.blocksize)

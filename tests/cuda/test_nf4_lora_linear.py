@@ -115,7 +115,7 @@ def test_a_weight_is_its_code_rounded_once():
     code = torch.tensor(peftkern.formats.nf4.NF4_CODE)
     octets = o.w.packed.view(16, 32).int()
     codes = torch.stack((octets >> 4, octets & 15), -1).view(16, 64)
-    absmax = reference.nf4_absmax(o.w.tensors, o.w.layout)
+    absmax = reference.block_scales(o.w.tensors, o.w.layout)[0]
     for first in (0, 32):
         o = replace(o, x=torch.eye(64, dtype=BF16)[first : first + 32])
         y, _ = forward(o, lora=False)

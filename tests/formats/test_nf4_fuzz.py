@@ -24,6 +24,7 @@ from peftkern.backends.programs import PLAIN
 from peftkern.formats.nf4 import BLOCKSIZES, NF4Weight, dynamic_map
 
 BLOB = "weight.quant_state.bitsandbytes__nf4"
+FP4_BLOB = "weight.quant_state.bitsandbytes__fp4"
 KEYS = (
     "weight",
     "weight.absmax",
@@ -49,7 +50,9 @@ FIELDS = (
     "quant_storage",
     "quant_state",
     "state2",
+    FP4_BLOB,
     BLOB.removeprefix("weight."),
+    FP4_BLOB.removeprefix("weight."),
 )
 
 numbers = st.one_of(
@@ -118,7 +121,7 @@ def broken_states(draw: st.DrawFn) -> dict[str, Any]:
         elif kind == "bytes" and isinstance(state.get(BLOB), Tensor):
             state[BLOB] = as_blob(draw(st.binary(max_size=80)))
         else:
-            state["weight.quant_state.bitsandbytes__fp4"] = state.pop(BLOB, None)
+            state[FP4_BLOB] = state.pop(BLOB, None)
     return state
 
 

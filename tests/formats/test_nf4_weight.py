@@ -22,19 +22,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftkern
+from peftkern.backends.programs import PLAIN
 from peftkern.formats.nf4 import NF4Weight, RepackedWeightError
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True])
-def test_from_bitsandbytes_views_the_parameter(backend, nested, dtype):
-    param = bitsandbytes_param(dtype=dtype, compress_statistics=nested)
+def test_from_bitsandbytes_views_the_parameter(nested, dtype, quant_type):
+    param = bitsandbytes_param(dtype=dtype, compress_statistics=nested, quant_type=quant_type)
     w = NF4Weight.from_bitsandbytes(param)
-    assert w.shape == (96, 128) and w.dtype == dtype and w.nested == nested
+    assert (
+        w.quant_type == quant_type
+        and w.shape == (96, 128)
+        and w.dtype == dtype
+        and w.nested == nested
+    )
     assert w.packed.data_ptr() == param.data_ptr()
     assert w.absmax.data_ptr() == param.quant_state.absmax.data_ptr()
     expected = bnb.functional.dequantize_4bit(param.data, param.quant_state)
-    assert_same_bits(peftkern.dequantize_nf4(w), expected)
+    for name in (None, *PLAIN):
+        with peftkern.use_backend(name):
+            assert_same_bits(peftkern.dequantize_nf4(w), expected)
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
@@ -82,18 +91,34 @@ def test_state_dict_is_loaded_by_bitsandbytes(backend, shape, dtype, nested, tmp
     assert_same_bits(peftkern.dequantize_nf4(again), peftkern.dequantize_nf4(w))
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_state_dict_of_bitsandbytes_is_loaded_and_written_alike(dtype, nested, tmp_path):
-    layer = bnb.nn.Linear4bit(128, 96, bias=False, compress_statistics=nested, quant_type="nf4")
+def test_state_dict_of_bitsandbytes_is_loaded_and_written_alike(
+    dtype, nested, quant_type, tmp_path
+):
+    options = {"compress_statistics": nested, "quant_type": quant_type}
+    layer = bnb.nn.Linear4bit(128, 96, bias=False, **options)
     layer = layer.to(dtype).to("cpu")
     theirs = {f"a.b.{key}": value for key, value in layer.state_dict().items()}
     save_file(theirs, tmp_path / "model.safetensors")
     theirs = load_file(tmp_path / "model.safetensors")
-    ours = NF4Weight.from_state_dict(theirs, "a.b.").state_dict("a.b.")
+    w = NF4Weight.from_state_dict(theirs, "a.b.")
+    assert w.quant_type == quant_type
+    ours = w.state_dict("a.b.")
     assert sorted(ours) == sorted(theirs)
     for key, value in theirs.items():
         assert_same_bits(ours[key], value)
+
+
+def test_a_state_dict_whose_key_and_content_differ_is_refused():
+    state = peftkern.quantize_nf4(torch.randn(4, 64)).state_dict()
+    blob = state.pop("weight.quant_state.bitsandbytes__nf4")
+    state["weight.quant_state.bitsandbytes__fp4"] = blob
+    with pytest.raises(
+        ValueError, match=r"^quant_type: expected 'fp4', as its key says, got 'nf4'"
+    ):
+        NF4Weight.from_state_dict(state)
 
 
 def test_state_dict_of_two_weights_fits_one_safetensors_file(tmp_path):
@@ -142,12 +167,16 @@ def test_from_bitsandbytes_refuses_what_is_not_nf4():
     weight = random_weight((32, 64))
     flipped = bitsandbytes_param()
     flipped.quant_state.code = flipped.quant_state.code.flip(0)
+    other, exchanged = bitsandbytes_param(), bitsandbytes_param()
+    other.quant_state.quant_type = "af4"
+    exchanged.quant_state.quant_type = "fp4"  # over NF4's table
     for param, field in (
         (Params4bit(weight, quant_type="nf4"), "quant_state"),
         (torch.nn.Parameter(weight), "quant_state"),
         (None, "Params4bit"),
-        (Params4bit(weight, quant_type="fp4").to("cpu"), "quant_type"),
+        (other, "quant_type: expected 'nf4' or 'fp4', got 'af4'"),
         (flipped, "quant_map"),
+        (exchanged, "quant_map: expected the sixteen values of fp4"),
     ):
         with pytest.raises(ValueError, match=field):
             NF4Weight.from_bitsandbytes(param)

@@ -10,7 +10,8 @@ import torch
 from tolerances import DETERMINISM_RUNS, paired
 from torch import Tensor
 
-from peftkern.formats.nf4 import NF4_CODE, NF4Weight, dynamic_map
+from peftkern.formats.nf4 import NF4Weight, dynamic_map
+from peftkern.formats.table import FORMATS, NUMBERS
 
 if TYPE_CHECKING:  # not at run time: a GPU machine may lack it
     from bitsandbytes.functional import QuantState
@@ -60,20 +61,23 @@ def absmax_of(w: NF4Weight) -> np.ndarray:
 
 def numpy_dequantize(w: NF4Weight, dtype: torch.dtype) -> Tensor:
     """The format's definition in NumPy, which shares no code with any back end."""
-    code = np.array(NF4_CODE, dtype=np.float32)
+    code = np.array(FORMATS[NUMBERS[w.quant_type]].code, dtype=np.float32)
     scale = np.repeat(absmax_of(w), w.blocksize)[: w.numel]
     with np.errstate(invalid="ignore"):  # 0 * inf is NaN here as it is there
         values = code[codes_of(w)[: w.numel]] * scale
     return torch.from_numpy(values).to(dtype).reshape(w.shape)
 
 
-def every_byte_weight(blocksize: int, nested: bool, dtype: torch.dtype) -> NF4Weight:
+def every_byte_weight(
+    blocksize: int, nested: bool, dtype: torch.dtype, quant_type: str = "nf4"
+) -> NF4Weight:
     """300 blocks, so that a nested block ends too, over a shuffle of all bytes."""
     nblocks = 300
     n = nblocks * blocksize // 2
     packed = torch.arange(n, dtype=torch.int32).bitwise_and(255).to(torch.uint8)
     packed = packed[torch.randperm(n)]
     common = {"shape": (nblocks, blocksize), "blocksize": blocksize, "dtype": dtype}
+    common["quant_type"] = quant_type
     absmax = torch.rand(nblocks) * 0.2
     if not nested:
         return NF4Weight(packed, absmax, **common)
@@ -98,9 +102,9 @@ def bitsandbytes_state(w: NF4Weight) -> QuantState:
     return QuantState(
         absmax=w.absmax,
         shape=torch.Size(w.shape),
-        code=get_4bit_type("nf4", device="cpu"),
+        code=get_4bit_type(w.quant_type, device="cpu"),
         blocksize=w.blocksize,
-        quant_type="nf4",
+        quant_type=w.quant_type,
         dtype=w.dtype,
         offset=w.nested_offset,
         state2=state2,
@@ -113,4 +117,5 @@ def bitsandbytes_param(
     from bitsandbytes.nn import Params4bit
 
     data = random_weight(shape, dtype)
-    return Params4bit(data, requires_grad=False, quant_type="nf4", **options).to("cpu")
+    options = {"quant_type": "nf4", **options}
+    return Params4bit(data, requires_grad=False, **options).to("cpu")

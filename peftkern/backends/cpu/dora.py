@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.cpu.module import float32, isa_and_threads, library, refusal_dense
+from peftkern.backends.decoded import refusal_format
 from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, weight
 
 
@@ -14,8 +15,12 @@ def refusal_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     return refusal_dense(lora_A) or refusal_dense(lora_B) or refusal_dense(weight)
 
 
-def refusal_nf4_norm(dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor) -> str | None:
-    """Refuse float64 and integers."""
+def refusal_nf4_norm(
+    layout: list[int], dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor
+) -> str | None:
+    """Refuse formats, float64 and integers."""
+    if reason := refusal_format("cpu", layout):
+        return reason
     if dtype not in DTYPE_CODES:
         return f"the dtype is {dtype}"
     return refusal_dense(lora_A) or refusal_dense(lora_B)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peftkern.backends.cpu.module import isa_and_threads, library, refusal_dense
 from peftkern.backends.cpu.nf4_grouped_products import backward_product, forward_product
+from peftkern.backends.decoded import refusal_format
 from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, optional, strided
 
 _NO_FACTOR = (0, 0, 0, 0, 0)
@@ -33,7 +34,7 @@ def refusal_backward(dy: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -
 def refusal_nf4_forward(
     x: Tensor, layout: list[int], lora_A: Tensor | None, lora_B: Tensor | None
 ) -> str | None:
-    """Refuse empty weights, blocks that cross them, dtypes and devices."""
+    """Refuse formats, empty weights, blocks that cross them, dtypes and devices."""
     return _refusal_stack(layout) or refusal_forward(x, lora_A, lora_B)
 
 
@@ -48,7 +49,9 @@ def _refusal_stack(layout: list[int]) -> str | None:
     _, blocksize, _, E, N, K = layout
     if 0 in (E, N, K):
         return "the weight is empty"
-    return "blocks cross the groups' weights" if N * K % blocksize else None
+    if N * K % blocksize:
+        return "blocks cross the groups' weights"
+    return refusal_format("cpu", layout)
 
 
 def _refusal_factors(*factors: Tensor | None) -> str | None:

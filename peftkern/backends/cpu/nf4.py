@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.cpu.module import isa_and_threads, library, refusal_dense, refusal_device
+from peftkern.backends.decoded import refusal_format
 from peftkern.backends.pointers import (
     DTYPE_CODES,
     address,
@@ -19,16 +20,16 @@ refusal_quantize = refusal_dense
 refusal_quantize_absmax = refusal_device
 
 
-def refusal_dequantize(w: list[Tensor], dtype: torch.dtype) -> str | None:
-    """Refuse dtypes of the result."""
+def refusal_dequantize(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> str | None:
+    """Refuse formats and dtypes of the result."""
     if dtype not in DTYPE_CODES:
         return f"the dtype is {dtype}"
-    return refusal_device(w[0])
+    return refusal_format("cpu", layout) or refusal_device(w[0])
 
 
-def refusal_dequantize_out(w: list[Tensor], out: Tensor) -> str | None:
-    """Refuse dtypes of `out`."""
-    return refusal_dequantize(w, out.dtype)
+def refusal_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> str | None:
+    """Refuse formats and dtypes of `out`."""
+    return refusal_dequantize(w, layout, out.dtype)
 
 
 def nf4_quantize(dense: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from peftkern.backends.cpu.module import (
     refusal_dense,
     rows_of,
 )
+from peftkern.backends.decoded import refusal_format
 from peftkern.backends.dropout import keep_scale
 from peftkern.backends.pointers import CPU, each, fresh, weight
 
@@ -27,9 +28,11 @@ _ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def refusal_forward(x: Tensor, w: list[Tensor], layout: list[int], *args: object) -> str | None:
-    """Refuse empty weights, dtypes and devices."""
+    """Refuse formats, empty weights, dtypes and devices."""
     if 0 in layout[3:]:
         return "the weight is empty"
+    if layout[0] and (reason := refusal_format("cpu", layout)):
+        return reason
     return refusal_dense(x)
 
 

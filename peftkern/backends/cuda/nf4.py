@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.cuda.module import launching_on, library, refusal_device
+from peftkern.backends.decoded import refusal_format
 from peftkern.backends.pointers import (
     DTYPE_CODES,
     address,
@@ -23,16 +24,16 @@ def refusal_quantize(weight: Tensor) -> str | None:
     return refusal_device(weight.device)
 
 
-def refusal_dequantize(w: list[Tensor], dtype: torch.dtype) -> str | None:
-    """Refuse dtypes of the result, and devices."""
+def refusal_dequantize(w: list[Tensor], layout: list[int], dtype: torch.dtype) -> str | None:
+    """Refuse formats, dtypes of the result, and devices."""
     if dtype not in DTYPE_CODES:
         return f"the dtype is {dtype}"
-    return refusal_device(w[0].device)
+    return refusal_format("cuda", layout) or refusal_device(w[0].device)
 
 
-def refusal_dequantize_out(w: list[Tensor], out: Tensor) -> str | None:
-    """Refuse dtypes of `out`, and devices."""
-    return refusal_dequantize(w, out.dtype)
+def refusal_dequantize_out(w: list[Tensor], layout: list[int], out: Tensor) -> str | None:
+    """Refuse formats, dtypes of `out`, and devices."""
+    return refusal_dequantize(w, layout, out.dtype)
 
 
 def nf4_quantize(dense: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

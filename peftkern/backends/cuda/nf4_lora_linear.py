@@ -11,6 +11,7 @@ from peftkern.backends.cuda.module import (
     refusal_device,
     refusal_library,
 )
+from peftkern.backends.decoded import refusal_format
 from peftkern.backends.pointers import (
     DTYPE_CODES,
     address,
@@ -39,7 +40,7 @@ def refusal_forward(
     """
     if x.dtype not in _DTYPES:
         return f"the dtype is {x.dtype}"
-    if reason := refusal_library():
+    if reason := refusal_format("cuda", layout) or refusal_library():
         return reason
     module = library()
     _, blocksize, _, N, K = layout

@@ -29,11 +29,12 @@ from peftkern.backends.reference.low_rank_svd import (
     unrepresentable,
 )
 from peftkern.backends.reference.nf4 import (
-    nf4_absmax,
+    block_scales,
     nf4_dequantize,
     nf4_dequantize_out,
     nf4_quantize,
     nf4_quantize_absmax,
+    unnested,
 )
 from peftkern.backends.reference.nf4_lora_linear import (
     nf4_lora_linear_backward,

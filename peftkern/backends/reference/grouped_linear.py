@@ -14,8 +14,8 @@ from peftkern.backends.reference.lora_linear import (
     lora_linear_forward,
     lora_shrink,
 )
-from peftkern.backends.reference.nf4 import nf4_absmax, nf4_dequantize
-from peftkern.formats.table import stored
+from peftkern.backends.reference.nf4 import nf4_dequantize, unnested
+from peftkern.formats.table import cut
 
 Expert = Callable[[int, torch.dtype], Tensor]
 Linear = Callable[..., Any]  # lora_linear_forward or _backward of a back end
@@ -154,15 +154,13 @@ def _nf4_experts(
     w: list[Tensor], layout: list[int], transposed: bool, dequantize: Callable[..., Tensor]
 ) -> Expert:
     """Return the same function of a quantized stack: `dequantize` decodes what is asked for."""
-    part, absmax = stored(w, layout), nf4_absmax(w, layout)
-    E, *shape = part.shape
-    size = shape[0] * shape[1]
+    w, layout = unnested(w, layout)
+    _, blocksize, _, E, *shape = layout
+    blocks = shape[0] * shape[1] // blocksize  # of each
 
     def expert(e: int, dtype: torch.dtype) -> Tensor:
         e = e if E > 1 else 0
-        packed = part.packed[e * size // 2 : (e + 1) * size // 2]
-        scales = absmax[e * size // part.blocksize : (e + 1) * size // part.blocksize]
-        matrix = dequantize([packed, scales], [layout[0], part.blocksize, 0, *shape], dtype)
+        matrix = dequantize(*cut(w, layout, slice(e * blocks, (e + 1) * blocks), shape), dtype)
         return matrix.t() if transposed else matrix
 
     return expert

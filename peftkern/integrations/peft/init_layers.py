@@ -152,6 +152,8 @@ def _layer(name: str, module: LoraLayer, adapter_name: str, weights: Mapping[str
         weight = weight.T if module.fan_in_fan_out else weight
         return Layer(name, module, adapter_name, weight, None)
     nf4 = NF4Weight.from_bitsandbytes(base.weight)
+    if nf4.quant_type != "nf4":
+        raise mismatch("quant_type", "'nf4'", nf4.quant_type)
     storage = Storage(nf4.blocksize, nf4.nested, nf4.dtype)
     weight = weights.get(f"{name}.weight", nf4)
     if weight is not nf4:
