@@ -61,11 +61,10 @@ def read_codes(source: str) -> dict[str, list[float]]:
     for name in CODES:
         if name not in codes:
             raise ValueError(f"{name} is not assigned at module level")
-        if len(codes[name]) != 16:
-            raise ValueError(f"{name} must be 16 values, got {codes[name]}")
-    code = codes["NF4_CODE"]
-    if code != sorted(set(code)):
-        raise ValueError(f"NF4_CODE must be ascending, got {code}")
+        code = codes[name]
+        if len(code) != 16 or (name == "NF4_CODE" and code != sorted(set(code))):
+            order = "ascending " if name == "NF4_CODE" else ""
+            raise ValueError(f"{name} must be 16 {order}values, got {code}")
     return codes
 
 

@@ -108,7 +108,7 @@ void nf4_dequantize(Isa isa, int threads, const NF4View& w, void* out, DType dty
     const int64_t begin = task * kChunk, end = min64(w.numel, begin + kChunk);
     const int64_t first = begin >> log2;
     float absmax[kChunk / 16];
-    load_absmax(w, first, ((end - 1) >> log2) - first + 1, absmax);
+    kernels.scales(w, first, ((end - 1) >> log2) - first + 1, absmax);
     kernels.dequantize(w, absmax, begin, end, out, dtype, stream);
   });
 }

@@ -29,32 +29,34 @@ struct Float32Axpy : Float32Dots<kShort> {
 #if defined(__AVX512F__)
   static constexpr int kMaxRows = 16, kSums = 16;
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
-  static Vector minus_one() { return _mm512_set1_ps(-1.0f); }
+  static Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
   static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 #elif defined(__AVX2__)
   static constexpr int kMaxRows = 8, kSums = 8;
   static Vector broadcast(const float* p) { return _mm256_set1_ps(*p); }
-  static Vector minus_one() { return _mm256_set1_ps(-1.0f); }
+  static Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
   static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 #else
   static constexpr int kMaxRows = 8, kSums = 8;
   static Vector broadcast(const float* p) { return f32_set1(*p); }
-  static Vector minus_one() { return f32_set1(-1.0f); }
+  static Vector subtract(const Vector& a, const Vector& b) {
+    return f32_fma(b, f32_set1(-1.0f), a);
+  }
   static Vector add(const Vector& a, const Vector& b) { return f32_add(a, b); }
 #endif
   // 64 weights of kPart rows of K, from `element` on, a multiple of 64; so many rows exist.
   struct Weights : Dots::Weights {
-    Vector bias;  // kShort: minus a block's zero, scaled
+    Vector zero;  // kShort
     Vector at(int v) const {
-      return kShort ? Dots::fma(this->code(v), this->scale, bias) : this->code(v);
+      if (!kShort) return this->code(v);
+      return Dots::product(subtract(this->code(v), zero), this->scale);
     }
   };
   static Weights weights(const Codes& codes, const NF4View& w, const Absmax& absmax,
                          int64_t element, int64_t, int64_t) {
-    const auto plain = Dots::weights(codes, w.packed + element / 2, absmax.of(element));
+    const auto plain = Dots::weights(codes, w.packed + element / 2, absmax.of(element), false);
     if (!kShort || !w.zero) return {plain, Vector{}};
-    const Vector zeros = codes.spread(w.zero + (element >> absmax.log2));
-    return {plain, Dots::product(Dots::product(zeros, plain.scale), minus_one())};
+    return {plain, codes.spread(w.zero + (element >> absmax.log2))};
   }
   // n elements of dy from i on, for weight rows one after the other.
   static void load_row(const void* dy, DType dtype, int64_t i, int64_t n, float* out,

@@ -169,7 +169,7 @@ struct BFloat16Dots {
     Codes(const float* codes, int log2)
         : values(_mm512_loadu_ps(codes)),
           table(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values, values))),
-          place(_mm512_load_si512(kScaleLanes[0][log2 - 4].dword)),
+          place(_mm512_load_si512(lanes_of(PackedOrder::kRow, log2).dword)),
           valid(static_cast<__mmask8>((1u << (128 >> log2)) - 1)) {}
   };
   struct Weights {
@@ -231,7 +231,7 @@ struct BFloat16Axpy {
     const int64_t second = rows > 1 ? element + K : element;
     const uint8_t *low = w.packed + element / 2, *high = w.packed + second / 2;
     if constexpr (kShort) {
-      const BlockDecoder blocks(w, absmax, true);
+      const BlockDecoder blocks(w, absmax, PackedOrder::kPair);
       const __m512i words = ShortPairs<ShortBlocks::kWide>::one_after_other(low, high);
       return Scaled{blocks.wide(words, blocks.rows(element, second, rows > 1))};
     } else {

@@ -5,22 +5,16 @@
 //
 // Blocks of 64 weights and more have tables of their values, two in a register (vpermw reads five
 // index bits: four are the nibble, the fifth chooses the table). Shorter blocks would need more
-// tables than that. Their scales are spread over the lanes instead, and meet the codes as float32,
-// or, where codes are e2m1, in integers: such a code is 1 or 1.5 times a power of two, so that
-// rounding s and 1.5 s rounds all values of a block, and the power is added to the exponent. All
-// round once to bfloat16; instructions for 128 weights (gcc 12): tables 21, e2m1 with scales that
-// are powers of two 21, with others 34, float32 47.
+// tables than that: their scales are spread over the lanes instead, and meet the codes in integers
+// (nf4_scale_lanes.h), or else as float32. All round once to bfloat16.
 #pragma once
 
 #include "nf4_panel.h"
+#include "nf4_scale_lanes.h"
 
 namespace peftkern {
 namespace {
 
-inline __m512i load_bytes(const uint8_t* p, int64_t n) {
-  if (n >= 64) return _mm512_loadu_si512(p);
-  return _mm512_maskz_loadu_epi8((__mmask64{1} << n) - 1, p);
-}
 inline __mmask32 mask32(int64_t n) {
   return n >= 32 ? ~__mmask32{0} : (n <= 0 ? 0 : (__mmask32{1} << n) - 1);
 }
@@ -33,10 +27,6 @@ inline __m512i alternate(const uint8_t* first, const uint8_t* second) {
   const __m512i rows = join(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)),
                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
   return _mm512_permutexvar_epi16(alternating, rows);
-}
-
-inline __m512i stream_words(__m512i words, int v) {
-  return v == 1 ? words : _mm512_srli_epi16(words, v == 0 ? 4 : v == 2 ? 12 : 8);
 }
 
 // ---- tables
@@ -99,29 +89,6 @@ struct TablePairs {
 
 // ---- scales spread over the lanes
 
-// Of the eight scales that a register holds: those of a row's 128 weights, or of two rows' 64, four
-// each. By dword of packed weights, by word of a stream, and the words of a stream among those of
-// its low and its high halves.
-struct alignas(64) ScaleLanes {
-  int32_t dword[16];
-  uint16_t word[32], order[32];
-};
-constexpr ScaleLanes scale_lanes(bool pairs, int log2) {
-  ScaleLanes lanes = {};
-  for (int d = 0; d < 16; ++d) {
-    lanes.dword[d] = pairs ? d / 8 * 4 + (d % 8 * 8 >> log2) : d * 8 >> log2;
-  }
-  for (int t = 0; t < 32; ++t) {
-    const int word = pairs ? t / 2 : t, row = pairs ? t % 2 : 0;
-    lanes.word[t] = static_cast<uint16_t>(row * 4 + (word * 4 >> log2));
-    lanes.order[t] = static_cast<uint16_t>(word % 2 * 16 + row * 8 + word / 2);
-  }
-  return lanes;
-}
-constexpr ScaleLanes kScaleLanes[2][3] = {
-    {scale_lanes(false, 4), scale_lanes(false, 5), scale_lanes(false, 6)},
-    {scale_lanes(true, 4), scale_lanes(true, 5), scale_lanes(true, 6)}};
-
 // Eight scales, of which `used` are there, and their zeros.
 struct ScaleGroup {
   __m256 scale, zero;
@@ -131,72 +98,18 @@ struct ScaleGroup {
 // Codes times scales as float32, rounded.
 struct WideGroup {
   __m512i words;  // of two rows: one after the other
-  __m512 codes, scale, bias;
+  __m512 codes, scale, zero;
   __m512i order;
   __m512i at(int v) const {
     const int shift = v == 1 ? 0 : v == 0 ? 4 : v == 2 ? 12 : 8;
     const auto half = [&](int by) {
       const __m512 code = _mm512_permutexvar_ps(_mm512_srli_epi32(words, by), codes);
-      return _mm512_fmadd_ps(code, scale, bias);
+      return _mm512_mul_ps(_mm512_sub_ps(code, zero), scale);
     };
     return _mm512_permutexvar_epi16(
         order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(half(shift + 16), half(shift))));
   }
 };
-
-// What is added to the bits of a scale: `kBias` moves those of ordinary scales below all others,
-// and every code but zero's moves them back, with its power of two and its sign; zero's goes beyond
-// the least number, which stays there as -0. 1.5's is one more, to tell it by, than it should be,
-// and its scale one less; or it is all of it where scales are powers of two.
-struct alignas(64) E2M1Shifts {
-  int16_t of[32];
-};
-constexpr int kE2M1Bias = 512 - 32768;
-constexpr E2M1Shifts e2m1_shifts(bool powers) {
-  E2M1Shifts shifts = {};
-  for (int i = 0; i < 32; ++i) {
-    const int code = i % 8, exponent = code < 2 ? -1 : code / 2 - 1;
-    const bool three_halves = code > 1 && code % 2;
-    const int own = exponent * 128 + (three_halves ? powers ? 64 : 1 : 0);
-    const int back = i % 16 < 8 ? -kE2M1Bias : -512;
-    shifts.of[i] = static_cast<int16_t>(code == 0 ? -32768 : own + back);
-  }
-  return shifts;
-}
-constexpr E2M1Shifts kE2M1Shifts[2] = {e2m1_shifts(false), e2m1_shifts(true)};
-
-// kPowers: of scales that are powers of two.
-template <bool kPowers>
-struct E2M1Group {
-  __m512i words, shifts, once, half_more;  // of two rows: words alternate
-  E2M1Group(__m512i packed, const ScaleLanes& lanes, __m256 scale)
-      : words(packed), shifts(_mm512_load_si512(kE2M1Shifts[kPowers].of)) {
-    const __m512i word = _mm512_load_si512(lanes.word);
-    const __m512 both = _mm512_mul_ps(
-        _mm512_broadcast_f32x8(scale),
-        _mm512_set_ps(1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1, 1, 1, 1, 1, 1, 1, 1));
-    const __m256i bias = _mm256_set_m128i(_mm_set1_epi16(kE2M1Bias - 1), _mm_set1_epi16(kE2M1Bias));
-    const __m512i bits = _mm512_castsi256_si512(
-        _mm256_add_epi16(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(both)), bias));
-    once = _mm512_permutexvar_epi16(word, bits);
-    half_more = kPowers
-                    ? once
-                    : _mm512_permutexvar_epi16(_mm512_or_si512(word, _mm512_set1_epi16(8)), bits);
-  }
-  __m512i at(int v) const {
-    const __m512i shift = _mm512_permutexvar_epi16(stream_words(words, v), shifts);
-    if (kPowers) return _mm512_adds_epi16(once, shift);
-    const __mmask32 more = _mm512_test_epi16_mask(shift, _mm512_set1_epi16(1));
-    return _mm512_adds_epi16(_mm512_mask_mov_epi16(once, more, half_more), shift);
-  }
-};
-
-// Scales for which all that holds: from 2^-125 to 2^125.
-inline bool ordinary(const ScaleGroup& group) {
-  const __m256i least = _mm256_set1_epi32(2 << 23), range = _mm256_set1_epi32(250 << 23);
-  const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(group.scale), least);
-  return _mm256_mask_cmpgt_epu32_mask(group.used, above, range) == 0;
-}
 
 // How the weights of such blocks are decoded.
 enum class ShortBlocks { kWide, kE2M1, kE2M1Powers };
@@ -206,11 +119,11 @@ struct BlockDecoder {
   const Absmax& absmax;
   const int log2;
   const ScaleLanes& lanes;
-  BlockDecoder(const NF4View& view, const Absmax& scales, bool pairs)
+  BlockDecoder(const NF4View& view, const Absmax& scales, PackedOrder order)
       : w(view),
         absmax(scales),
         log2(absmax.log2 < 6 ? absmax.log2 : 6),
-        lanes(kScaleLanes[pairs][log2 - 4]) {}
+        lanes(lanes_of(order, log2)) {}
 
   // Those of a row's 128 weights from `element` on, of which n are there.
   ScaleGroup row(int64_t element, int64_t n) const {
@@ -236,10 +149,8 @@ struct BlockDecoder {
     const auto spread = [&](__m256 values) {
       return _mm512_permutexvar_ps(dword, _mm512_castps256_ps512(values));
     };
-    const __m512 scale = spread(group.scale);
-    const __m512 bias = w.zero ? _mm512_fnmadd_ps(spread(group.zero), scale, _mm512_setzero_ps())
-                               : _mm512_setzero_ps();
-    return {words, _mm512_loadu_ps(codes_of(w)), scale, bias, _mm512_load_si512(lanes.order)};
+    return {words, _mm512_loadu_ps(codes_of(w)), spread(group.scale), spread(group.zero),
+            _mm512_load_si512(lanes.order)};
   }
 
  private:
@@ -258,11 +169,11 @@ struct ShortPairs {
   const BlockDecoder blocks;
   const int64_t K;
   ShortPairs(const NF4View& w, const Absmax& absmax, int64_t columns)
-      : blocks(w, absmax, true), K(columns) {}
+      : blocks(w, absmax, PackedOrder::kPair), K(columns) {}
   void operator()(int64_t element, __m512i v[4]) const {
     const uint8_t *first = blocks.w.packed + element / 2, *second = first + K / 2;
     const ScaleGroup group = blocks.rows(element, element + K, true);
-    if (kKind != ShortBlocks::kWide && ordinary(group)) {
+    if (kKind != ShortBlocks::kWide && ordinary(group.scale, group.used)) {
       constexpr bool kPowers = kKind == ShortBlocks::kE2M1Powers;
       return all_streams(E2M1Group<kPowers>(alternate(first, second), blocks.lanes, group.scale),
                          v);
@@ -308,7 +219,7 @@ inline void decode_whole_blocks(const NF4View& w, const Absmax& absmax, int64_t 
 template <ShortBlocks kKind, class Emit>
 inline void decode_short_blocks(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
                                 const Emit& emit) {
-  const BlockDecoder blocks(w, absmax, false);
+  const BlockDecoder blocks(w, absmax, PackedOrder::kRow);
   const uint8_t* packed = w.packed + element / 2;
   for (int64_t i = 0; i < n; i += 128) {
     const int64_t count = min64(128, n - i);
@@ -316,7 +227,7 @@ inline void decode_short_blocks(const NF4View& w, const Absmax& absmax, int64_t 
     const __m512i words = load_bytes(packed + i / 2, (count + 1) / 2);
     const ScaleGroup group = blocks.row(element + i, count);
     __m512i v[4];
-    if (kKind != ShortBlocks::kWide && ordinary(group)) {
+    if (kKind != ShortBlocks::kWide && ordinary(group.scale, group.used)) {
       constexpr bool kPowers = kKind == ShortBlocks::kE2M1Powers;
       all_streams(E2M1Group<kPowers>(words, blocks.lanes, group.scale), v);
     } else {

@@ -74,6 +74,10 @@ struct Float32Dots {
       const __m512 units = _mm512_broadcast_f32x4(_mm_maskz_loadu_ps(valid, p));
       return _mm512_permutevar_ps(units, place);
     }
+    // The same of four values that are there.
+    Vector spread_padded(const float* p) const {
+      return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), place);
+    }
   };
 
   struct Weights {
@@ -88,10 +92,13 @@ struct Float32Dots {
     }
     Vector at(int v) const { return kShort ? _mm512_mul_ps(code(v), scale) : code(v); }
   };
-  static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales) {
+  // Where kShort and padded, four scales can be read.
+  static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales,
+                         bool padded = true) {
+    const auto spread = [&] { return padded ? codes.spread_padded(scales) : codes.spread(scales); };
     const __m512i words =
         _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-    if (kShort) return {words, codes.values, codes.spread(scales)};
+    if (kShort) return {words, codes.values, spread()};
     return {words, _mm512_mul_ps(codes.values, _mm512_set1_ps(*scales)), codes.values};
   }
 #elif defined(__AVX2__)
@@ -120,6 +127,10 @@ struct Float32Dots {
       const __m128 units = _mm_maskload_ps(p, valid);
       return _mm256_permutevar_ps(_mm256_set_m128(units, units), place);
     }
+    Vector spread_padded(const float* p) const {
+      const __m256 units = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+      return _mm256_permutevar_ps(units, place);
+    }
   };
 
   struct Weights {
@@ -135,9 +146,12 @@ struct Float32Dots {
     }
     Vector at(int j) const { return kShort ? _mm256_mul_ps(code(j), scale) : code(j); }
   };
-  static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales) {
+  // Where kShort and padded, four scales can be read.
+  static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales,
+                         bool padded = true) {
+    const auto spread = [&] { return padded ? codes.spread_padded(scales) : codes.spread(scales); };
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    if (kShort) return {words, codes.values, codes.spread(scales)};
+    if (kShort) return {words, codes.values, spread()};
     return {words, f32_mul(codes.values, f32_set1(*scales)), codes.values.a};
   }
 #else
@@ -158,6 +172,7 @@ struct Float32Dots {
     Vector spread(const float* p) const {
       return f32_make([&](int i) { return p[scale_of(i % 8, log2)]; });
     }
+    Vector spread_padded(const float* p) const { return spread(p); }
   };
 
   struct Weights {
@@ -171,8 +186,11 @@ struct Float32Dots {
     }
     Vector at(int v) const { return kShort ? f32_mul(code(v), scale) : code(v); }
   };
-  static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales) {
-    if (kShort) return {packed, codes.values, codes.spread(scales)};
+  // Where kShort and padded, four scales can be read.
+  static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales,
+                         bool padded = true) {
+    const auto spread = [&] { return padded ? codes.spread_padded(scales) : codes.spread(scales); };
+    if (kShort) return {packed, codes.values, spread()};
     return {packed, f32_mul(codes.values, f32_set1(*scales)), codes.values};
   }
 #endif
@@ -299,28 +317,44 @@ struct NF4Dots {
   const float* expand_task(int64_t row, int64_t count, float* out) const {
     const int64_t first = row * args.K, n = scales_of(count * args.K);
     const int64_t unit = int64_t{1} << Dots::unit_log2(args.w);
-    const bool expanded = args.w.blocksize > unit;
-    const Absmax absmax = expand_rows(args.w, first, count * args.K, expanded ? out + n : out);
-    if (!expanded) return absmax.of(first);
-    for (int64_t i = 0; i < n; ++i) out[i] = absmax.at(first + unit * i);
+    const int64_t times = args.w.blocksize / unit;
+    const Absmax absmax = expand_rows(args.w, first, count * args.K, times > 1 ? out + n : out);
+    const float* scales = absmax.of(first);
+    if (times <= 1 && (unit == 64 || scales == out)) return scales;
+    if (times <= 1) {  // of the caller, and not padded
+      std::memcpy(out, scales, static_cast<size_t>(n) * 4);
+    } else if (first % args.w.blocksize == 0 && times == 2) {
+      for (int64_t i = 0; i < n / 2; ++i) out[2 * i] = out[2 * i + 1] = scales[i];
+      if (n % 2) out[n - 1] = scales[n / 2];
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = absmax.at(first + unit * i);
+    }
     return out;
   }
 
-  // acc[m] += the sum over a row's blocks of scale (8 - zero) times the sum of x.
+  // Adds to sums what zeros make of a row of x: its sums over blocks times scale (8 - zero).
   template <int kM>
-  void subtract_zeros(int64_t row, const float* sums, int64_t stride, F32x16 (&acc)[kM]) const {
+  [[gnu::noinline]] void subtract_zeros(const Prepared& p, const Task& t, int64_t m0) const {
     const int64_t blocks = args.K / args.w.blocksize;
-    const float* scale = static_cast<const float*>(args.w.absmax) + row * blocks;
-    const float* zero = args.w.zero + row * blocks;
-    for (int64_t j = 0; j < blocks; j += 16) {
-      const int n = static_cast<int>(min64(16, blocks - j));
-      const F32x16 offset = f32_fma(f32_load_n(zero + j, n), f32_set1(-1.0f), f32_set1(8.0f));
-      const F32x16 value = f32_mul(offset, f32_load_n(scale + j, n));
-      for (int m = 0; m < kM; ++m) acc[m] = f32_fma(value, f32_load(sums + m * stride + j), acc[m]);
+    const float* x = p.sums + (t.piece.start + m0) * p.sum_stride;
+    for (int64_t i = 0; i < t.count; ++i) {
+      const float* scale = static_cast<const float*>(args.w.absmax) + t.row(i) * blocks;
+      const float* zero = args.w.zero + t.row(i) * blocks;
+      F32x16 acc[kM];
+      for (int m = 0; m < kM; ++m) acc[m] = f32_zero();
+      for (int64_t j = 0; j < blocks; j += 16) {
+        const int n = static_cast<int>(min64(16, blocks - j));
+        const F32x16 offset = f32_fma(f32_load_n(zero + j, n), f32_set1(-1.0f), f32_set1(8.0f));
+        const F32x16 value = f32_mul(offset, f32_load_n(scale + j, n));
+        for (int m = 0; m < kM; ++m) {
+          acc[m] = f32_fma(value, f32_load(x + m * p.sum_stride + j), acc[m]);
+        }
+      }
+      for (int m = 0; m < kM; ++m) t.sums[(i * kM + m) * kLanes] += f32_sum(acc[m]);
     }
   }
 
-  // sums[row][kM][kLanes]: the low-rank update and what zeros subtract, spread over the lanes.
+  // sums[row][kM][kLanes]: the low-rank update, spread over the lanes.
   template <int kM>
   void start(const Prepared& p, const Task& t, int64_t m0) const {
     const float* s = p.s + (t.piece.start + m0) * p.stride;
@@ -333,10 +367,6 @@ struct NF4Dots {
         const F32x16 value = n == 16 ? f32_load(b) : f32_load_n(b, n);
         for (int m = 0; m < kM; ++m)
           acc[m] = f32_fma(value, f32_load(s + m * p.stride + j), acc[m]);
-      }
-      if (args.w.zero) {
-        const float* sums = p.sums + (t.piece.start + m0) * p.sum_stride;
-        subtract_zeros<kM>(t.row(i), sums, p.sum_stride, acc);
       }
       float* sums = t.sums + i * kM * kLanes;
       for (int m = 0; m < kM; ++m) Dots::store(sums + m * kLanes, Dots::narrow(acc[m]));
@@ -367,6 +397,7 @@ struct NF4Dots {
     constexpr int64_t kPass = kDotCache / (kM * kDotGroup * 4) * kColumns;
     const float* x = p.x + (t.piece.start + m0) * p.groups * kDotGroup;
     start<kM>(p, t, m0);
+    if (args.w.zero) subtract_zeros<kM>(p, t, m0);
     for (int64_t k0 = 0; k0 < args.K; k0 += kPass, x += kPass / kColumns * kM * kDotGroup) {
       const int64_t n = min64(kPass, args.K - k0), groups = n / kColumns;
       const int64_t below = round_up(ceil_div(2 * kStreamAhead, n), kN);
@@ -452,7 +483,7 @@ struct NF4Dots {
     parallel_for(args.threads, wave.rows, [&](int64_t i, int) { prepare(p, i); });
 
     constexpr int64_t kSums = kDotTaskRows * kDotRows * kLanes;
-    const int64_t per_thread = round_up(kSums + 2 * scales_of(kDotTaskRows * args.K), 16);
+    const int64_t per_thread = round_up(kSums + 2 * scales_of(kDotTaskRows * args.K) + 8, 16);
     const int64_t tasks = ceil_div(args.N, kDotTaskRows);
     Scratch scratch(args.threads * per_thread * 4);
     parallel_for(args.threads, wave.count * tasks, [&](int64_t i, int thread) {

@@ -3,7 +3,7 @@
 // block is a table of its sixteen possible values, scaled and rounded once.
 #pragma once
 
-#include "nf4_decode.h"
+#include "nf4_scale_lanes.h"
 
 namespace peftkern {
 namespace {
@@ -81,11 +81,41 @@ int64_t dequantize16_blocks(const NF4View& w, const float* absmax, int64_t begin
   return i;
 }
 
+// e2m1 codes as bfloat16, up to the first 128 weights whose scales are out of the ordinary.
+template <bool kPowers>
+int64_t dequantize_e2m1(const NF4View& w, const float* scales, int64_t begin, int64_t end,
+                        uint16_t* out, bool stream) {
+  const int log2 = w.blocksize_log2();
+  const int64_t first = begin >> log2;
+  const ScaleLanes& lanes = lanes_of(PackedOrder::kSpread, log2);
+  const __mmask8 used = static_cast<__mmask8>((1u << (128 >> log2)) - 1);
+  stream = stream && reinterpret_cast<uintptr_t>(out + begin) % 64 == 0;
+  int64_t i = begin;
+  for (; i + 128 <= end; i += 128) {
+    const __m256 scale = _mm256_maskz_loadu_ps(used, scales + (i >> log2) - first);
+    if (!ordinary(scale, used)) break;
+    const E2M1Group<kPowers> group(spread_dwords(_mm512_loadu_si512(w.packed + i / 2)), lanes,
+                                   scale);
+    __m512i v[4];
+    put_in_order(group.exact_at(1), group.exact_at(0), group.exact_at(3), group.exact_at(2), v);
+    __m512i* p = reinterpret_cast<__m512i*>(out + i);
+    for (int j = 0; j < 4; ++j) {
+      stream ? _mm512_stream_si512(p + j, v[j]) : _mm512_storeu_si512(p + j, v[j]);
+    }
+  }
+  return i;
+}
+
 // Blocks of 16 or 32: 32 weights at a time, with the tables of two blocks or of one.
 int64_t dequantize16_short(const NF4View& w, const float* absmax, int64_t begin, int64_t end,
                            uint16_t* out, DType dtype, bool stream) {
   const int log2 = w.blocksize_log2();
   const int64_t first = begin >> log2;
+  if (dtype == DType::kBFloat16 && w.format == Format::kMXFP4) {
+    begin = dequantize_e2m1<true>(w, absmax, begin, end, out, stream);
+  } else if (dtype == DType::kBFloat16 && w.format == Format::kNVFP4) {
+    begin = dequantize_e2m1<false>(w, absmax, begin, end, out, stream);
+  }
   const __m512 codes = _mm512_loadu_ps(codes_of(w));
   const auto table = [&](int64_t block) {
     return table16(w.zero ? _mm512_sub_ps(codes, _mm512_set1_ps(w.zero[block])) : codes,

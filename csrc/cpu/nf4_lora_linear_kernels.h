@@ -372,15 +372,27 @@ template <class Math>
 void forward_panels(const NF4PieceArgs& args, const NF4Wave& wave) {
   NF4Gemm<Math>{args, wave}.forward();
 }
+// Of short blocks and of zeros where it pays: not without vectors.
+#if defined(__AVX2__)
+constexpr bool kShortBlocks = true;
+#else
+constexpr bool kShortBlocks = false;
+#endif
 template <template <bool> class Dots>
 void forward_few(const NF4PieceArgs& args, const NF4Wave& wave) {
-  if (Dots<true>::serves(args.w)) return NF4Dots<Dots<true>>{args, wave}.forward();
-  NF4Dots<Dots<false>>{args, wave}.forward();
+  if (kShortBlocks && Dots<true>::serves(args.w)) {
+    NF4Dots<Dots<kShortBlocks>>{args, wave}.forward();
+  } else {
+    NF4Dots<Dots<false>>{args, wave}.forward();
+  }
 }
 template <template <bool> class Axpy>
 void backward_few(const NF4PieceArgs& args, const NF4Wave& wave) {
-  if (Axpy<true>::serves(args.w)) return NF4Axpy<Axpy<true>>{args, wave}.backward();
-  NF4Axpy<Axpy<false>>{args, wave}.backward();
+  if (kShortBlocks && Axpy<true>::serves(args.w)) {
+    NF4Axpy<Axpy<kShortBlocks>>{args, wave}.backward();
+  } else {
+    NF4Axpy<Axpy<false>>{args, wave}.backward();
+  }
 }
 template <class Math>
 void backward_panels(const NF4PieceArgs& args, const NF4Wave& wave) {

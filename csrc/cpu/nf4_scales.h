@@ -24,9 +24,10 @@ inline void e4m3_scales(const uint8_t* s, int64_t n, float tensor_scale, float* 
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t byte = s[i], magnitude = byte & 127;
     const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
+    const uint32_t small = magnitude < 8 ? ~uint32_t{0} : 0;  // a mask: a branch is no vector's
     uint32_t bits = (magnitude << 20) + (uint32_t{120} << 23);
-    bits = magnitude < 8 ? float_bits(subnormal) : bits;
-    bits = magnitude == 127 ? 0x7fc00000 : bits;
+    bits = (float_bits(subnormal) & small) | (bits & ~small);
+    bits |= magnitude == 127 ? 0x7fc00000 : 0;
     out[i] = bits_float(bits | (byte & 128) << 24) * tensor_scale;
   }
 }

@@ -47,7 +47,7 @@ void check_groups(Isa isa, DType dtype, int64_t N, int64_t K, bool shared) {
       }
       const double bound =
           dtype == DType::kFloat32 ? 1e-5 * sum.size : 0.004 * (std::fabs(sum.value) + sum.size);
-      if (!(std::fabs(out.at(i * outer + o) - sum.value) <= bound)) {
+      if (!(std::fabs(out.at(i * outer + o) - sum.value) <= bound + 1e-30)) {
         fail(std::string(isa_name(isa)) + (over_rows ? " dy W" : " x W^T") +
              " of groups, N=" + std::to_string(N) + " K=" + std::to_string(K) + " format " +
              std::to_string(static_cast<int>(blocks.format)) + ": row " + std::to_string(i));
