@@ -73,9 +73,9 @@ struct AmxBf16Math : BFloat16Panels {
 
 }  // namespace
 
-constexpr CpuKernels kAmxBf16Kernels = {{forward_panels<AmxBf16Math>, forward_few<Float32Dots>,
-                                         backward_panels<AmxBf16Math>, backward_few<Float32Axpy>},
-                                        {grouped::linear<AmxBf16Math, grouped::BFloat16Tiles>,
-                                         grouped::outer<AmxBf16Math, grouped::BFloat16Tiles>}};
+constexpr CpuKernels kAmxBf16Kernels = {
+    {forward_panels<AmxBf16Math>, backward_panels<AmxBf16Math>, nullptr, nullptr, kShortBlocks},
+    {grouped::linear<AmxBf16Math, grouped::BFloat16Tiles>,
+     grouped::outer<AmxBf16Math, grouped::BFloat16Tiles>}};
 
 }  // namespace peftkern

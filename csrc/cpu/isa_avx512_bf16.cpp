@@ -57,8 +57,8 @@ struct Avx512Bf16Math : BFloat16Panels {
 }  // namespace
 
 constexpr CpuKernels kAvx512Bf16Kernels = {
-    {forward_panels<Avx512Bf16Math>, forward_few<BFloat16Dots>, backward_panels<Avx512Bf16Math>,
-     backward_few<BFloat16Axpy>},
+    {forward_panels<Avx512Bf16Math>, backward_panels<Avx512Bf16Math>, forward_few<BFloat16Dots>,
+     backward_few<BFloat16Axpy>, kShortBlocks},
     {grouped::linear<Avx512Bf16Math, grouped::BFloat16Tiles>,
      grouped::outer<Avx512Bf16Math, grouped::BFloat16Tiles>}};
 

@@ -15,8 +15,9 @@
 namespace peftkern {
 namespace {
 
-constexpr NF4LinearKernels kNF4Linear = {forward_panels<Float32Math>, forward_few<Float32Dots>,
-                                         backward_panels<Float32Math>, backward_few<Float32Axpy>};
+constexpr NF4LinearKernels kNF4Linear = {forward_panels<Float32Math>, backward_panels<Float32Math>,
+                                         forward_few<Float32Dots>, backward_few<Float32Axpy>,
+                                         kShortBlocks};
 constexpr GroupedKernels kGrouped = {grouped::linear<Float32Math, grouped::Float32Tiles>,
                                      grouped::outer<Float32Math, grouped::Float32Tiles>};
 constexpr CpuKernels kIsaKernels = {
@@ -24,7 +25,7 @@ constexpr CpuKernels kIsaKernels = {
     kGrouped,
     kNF4Linear,
     kGrouped,
-    {quantize_blocks, dequantize_blocks},
+    {quantize_blocks, expand_absmax, dequantize_blocks},
     {lora::shrink, lora::expand, lora::outer},
     {dora::norm},
     {low_rank::scratch_doubles, low_rank::gram, low_rank::factorize, low_rank::product,

@@ -18,6 +18,11 @@ Tables make_tables() {
     CpuKernels& table = tables[static_cast<size_t>(isa)];
     table = own.nf4.quantize ? own : tables[static_cast<size_t>(Isa::kAvx512)];
     table.nf4_linear_bf16 = own.nf4_linear_bf16;
+    NF4LinearKernels& products = table.nf4_linear_bf16;
+    if (!products.forward_few) {
+      products.forward_few = table.nf4_linear.forward_few;
+      products.backward_few = table.nf4_linear.backward_few;
+    }
     table.grouped_bf16 = own.grouped_bf16;
   };
   set(Isa::kScalar, kScalarKernels);

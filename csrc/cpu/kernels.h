@@ -19,6 +19,8 @@ struct NF4Kernels {
   // [begin, end) starts at a multiple of the block size; writes those packed bytes and absmax.
   void (*quantize)(const void* src, DType dtype, int64_t begin, int64_t end, int64_t blocksize,
                    uint8_t* packed, float* absmax);
+  // load_absmax.
+  void (*scales)(const NF4View& w, int64_t first, int64_t count, float* out);
   // `absmax` holds the blocks from begin / blocksize on; `stream` allows non-temporal stores.
   void (*dequantize)(const NF4View& w, const float* absmax, int64_t begin, int64_t end, void* out,
                      DType dtype, bool stream);
@@ -26,7 +28,9 @@ struct NF4Kernels {
 
 struct NF4LinearKernels {
   using Product = void (*)(const NF4PieceArgs& args, const NF4Wave& wave);
-  Product forward_panels, forward_few, backward_panels, backward_few;
+  Product forward_panels, backward_panels;
+  Product forward_few, backward_few;  // null in tables of bfloat16: those of float32 for AVX-512
+  bool short_blocks;                  // few rows of blocks shorter than 64, and of ones with zeros
 };
 
 struct LoraKernels {

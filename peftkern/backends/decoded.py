@@ -14,7 +14,7 @@ _DECODED = {
     #
     "cuda": {"nf4"},
     #
-    "cpu": {"nf4"},
+    "cpu": {"nf4", "fp4", "mxfp4", "nvfp4", "int4"},
 }
 _NUMBERS = {
     backend: tuple(number for number, row in enumerate(FORMATS) if row.name in names)

@@ -25,7 +25,7 @@ from building import KERNEL_OBJECTS, libraries, run, run_checked, symbols
 from paths import ROOT
 
 from peftkern.formats.nf4 import nf4_midpoints
-from peftkern.formats.table import NF4_CODE
+from peftkern.formats.table import E2M1_CODE, FP4_CODE, NF4_CODE, UINT4_CODE
 
 GENERATOR = ROOT / "csrc" / "generate_nf4_table.py"
 TABLE = ROOT / "peftkern" / "formats" / "table.py"
@@ -50,6 +50,12 @@ def test_generated_header_equals_python_table(tmp_path):
     code = [struct.unpack("<f", struct.pack("<f", value))[0] for value in NF4_CODE]
     midpoints = [(low + high) / 2 for low, high in itertools.pairwise(code)]
     assert header_bits(text, "kNF4Code") == [float32_bits(value) for value in code]
+    for name, values in (
+        ("kFP4Code", FP4_CODE),
+        ("kE2M1Code", E2M1_CODE),
+        ("kUInt4Code", UINT4_CODE),
+    ):
+        assert header_bits(text, name) == [float32_bits(value) for value in values]
     assert header_bits(text, "kNF4Midpoint") == [float32_bits(value) for value in midpoints]
     # what the reference quantizes with
     assert header_bits(text, "kNF4Midpoint") == [float32_bits(v) for v in nf4_midpoints()]
