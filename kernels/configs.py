@@ -21,6 +21,7 @@ from peftkern.formats.json_files import read_json
 
 TUNED = Path(__file__).parent / "tuned"
 RANK_LEAST, RANK_MOST = 16, 64
+COLUMNS_LEAST = 32  # of a tile of a 4-bit weight whose halves are multiplied: dot takes 16 at least
 # Tensor cores of an architecture, which decide what a tile costs, and the bytes of shared memory
 # that one of its programs may use.
 _TENSOR_CORES = {
@@ -198,6 +199,14 @@ def block_rank(r: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def whole_blocks(block: int, blocksize: int, length: int) -> int:
+    """Return the most of `block` values of a row that are of one block, or whole short blocks.
+
+    A row of the weight has `length` values, which is a multiple of both.
+    """
+    return min(block, blocksize) if blocksize >= COLUMNS_LEAST else math.gcd(block, length)
 
 
 def slab(length: int, block: int, splits: int) -> int:

@@ -160,16 +160,10 @@ def fields(layout: Sequence[int]) -> tuple[Field, ...]:
     """
     row = _format(layout)
     _, blocksize, nested_blocksize, *shape = layout
-    if blocksize not in row.blocksizes:
-        raise ValueError(f"blocksize: expected one of {row.blocksizes}, got {blocksize}")
     nested = row.blocksizes if row.nested_blocksize else ()
     if nested_blocksize not in (0, *nested):
         accepted = (0, *nested)
         raise ValueError(f"nested_blocksize: expected one of {accepted}, got {nested_blocksize}")
-    if not row.crosses_rows and (not shape or shape[-1] % blocksize):
-        raise ValueError(
-            f"shape: expected rows of a multiple of {blocksize} values in {row.name}, got {shape}"
-        )
     numel = math.prod(shape)
     nblocks = -(-numel // blocksize)
     lengths = {_BLOCK: nblocks, _NESTED_BLOCK: -(-nblocks // (nested_blocksize or 1))}
@@ -223,4 +217,12 @@ def _format(layout: Sequence[int]) -> Format:
             f"layout: expected a format from 0 to {len(FORMATS) - 1} in [format, blocksize, "
             f"nested_blocksize, *shape], got {list(layout)}"
         )
-    return FORMATS[layout[0]]
+    row, blocksize = FORMATS[layout[0]], layout[1]
+    if blocksize not in row.blocksizes:
+        raise ValueError(f"blocksize: expected one of {row.blocksizes}, got {blocksize}")
+    if not row.crosses_rows and (len(layout) == 3 or layout[-1] % blocksize):
+        raise ValueError(
+            f"shape: expected rows of a multiple of {blocksize} values in {row.name}, got "
+            f"{list(layout[3:])}"
+        )
+    return row

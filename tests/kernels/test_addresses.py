@@ -127,7 +127,7 @@ def far_memory(monkeypatch):
     def store(self, ptrs, value, mask, *rest):
         check(ptrs, mask, "store")
 
-    launch.code_table(CPU)  # remembered, so not to be a fake one
+    launch.code_table(CPU, 0)  # remembered, so not to be a fake one
     ACCESSES.clear()
     CONTENTS.clear()
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
