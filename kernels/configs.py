@@ -201,14 +201,6 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def whole_blocks(block: int, blocksize: int, length: int) -> int:
-    """Return the most of `block` values of a row that are of one block, or whole short blocks.
-
-    A row of the weight has `length` values, which is a multiple of both.
-    """
-    return min(block, blocksize) if blocksize >= COLUMNS_LEAST else math.gcd(block, length)
-
-
 def slab(length: int, block: int, splits: int) -> int:
     """Return the elements that each of `splits` programs walks through, in whole blocks."""
     return ceil_div(ceil_div(length, block), splits) * block

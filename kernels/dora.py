@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.formats.table import stored
-from peftkern.kernels.configs import Problem, block_rank, ceil_div, whole_blocks
+from peftkern.kernels.configs import Problem, block_rank, ceil_div
 from peftkern.kernels.interpreter import dot, narrow
-from peftkern.kernels.launch import code_table, config_for, guard, traits
+from peftkern.kernels.launch import code_table, config_for, guard, traits, whole_blocks
 from peftkern.kernels.low_rank_update import refusal_layer
 from peftkern.kernels.nf4 import nf4_dequantize
 from peftkern.kernels.primitives import nf4_rows, nf4_shared
@@ -234,7 +234,7 @@ def nf4_dora_norm(
             PTX=on.ptx,
             SEVERAL=r > block_rank(r),
             BLOCK_N=config.block_n,
-            BLOCK_K=whole_blocks(config.block_k, weight.blocksize, K),
+            BLOCK_K=whole_blocks(config.block_k, *layout[:2], K),
             BLOCK_R=block_rank(r),
             PRECISION=on.precision,
             enable_fp_fusion=False,  # absmax is a product and a sum, each rounded

@@ -31,10 +31,9 @@ from peftkern.kernels.configs import (
     next_power,
     rows_of_group,
     slab,
-    whole_blocks,
 )
 from peftkern.kernels.interpreter import dot, narrow
-from peftkern.kernels.launch import Plan, code_table, launch, planned, traits
+from peftkern.kernels.launch import Plan, code_table, launch, planned, traits, whole_blocks
 from peftkern.kernels.low_rank_update import added, partial_sums
 from peftkern.kernels.primitives import (
     as_factor,
@@ -439,9 +438,11 @@ def _product_plan(
     items = tiles_of_rows(R, E, config.block_m)
     has_rows, has_weight, has_bias, half = flags
     block_n = config.block_n // 2 if half and on.cores == "mma" else config.block_n
-    block_n = whole_blocks(block_n, blocksize, N) if inner == "n" else block_n
     block_k = config.block_k
-    block_k = whole_blocks(block_k, blocksize, K) if inner == "k" else block_k
+    if inner == "n":
+        block_n = whole_blocks(block_n, form, blocksize, N)
+    elif inner == "k":
+        block_k = whole_blocks(block_k, form, blocksize, K)
     return Plan(
         _grouped_product_kernel,
         (items * ceil_div(N, block_n),),

@@ -107,6 +107,15 @@ def code_table(device: torch.device, form: int) -> Tensor:
         return thread.submit(torch.tensor, FORMATS[form].code, **options).result()
 
 
+def whole_blocks(block: int, form: int, blocksize: int, length: int) -> int:
+    """Return the values of a row of a tile, `block` at most, that divide a row of `length`.
+
+    They are of one block of NF4 and FP4, whose sums it scales. Of the others they may be several
+    blocks, as those are short: to scale each weight takes fewer instructions than a shorter tile.
+    """
+    return min(block, blocksize) if FORMATS[form].crosses_rows else math.gcd(block, length)
+
+
 def guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's device current: Triton launches on the current device."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()

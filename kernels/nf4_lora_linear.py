@@ -3,10 +3,10 @@
 Few rows: one kernel multiplies x with the packed weight (in bitsandbytes' own layout) and with
 lora_A, a second adds the partial sums in a fixed order, the update and the bias. The weight is the
 left operand, its even and odd columns are two products (no interleaving), and a block's scale is
-applied to its float32 sums instead of every weight, but where blocks are shorter than a tile. More
-rows: dequantize once into scratch in the dtype of the activations, then as over a dense weight.
-That scratch comes from torch's caching allocator, which hands the same block to every layer on a
-stream, and is safe in a CUDA graph.
+applied to its float32 sums; where a tile has several blocks in a row, or blocks have zeros, each
+weight is scaled. More rows: dequantize once into scratch in the dtype of the activations, then as
+over a dense weight. That scratch comes from torch's caching allocator, which hands the same block
+to every layer on a stream, and is safe in a CUDA graph.
 
 Weight bytes: 0.516 per weight fused, against 0.516 + 2 + 2 for dequantizing and cuBLAS.
 """
@@ -29,7 +29,6 @@ from peftkern.kernels.configs import (
     Problem,
     ceil_div,
     nf4_fused_rows,
-    whole_blocks,
 )
 from peftkern.kernels.interpreter import dot, dropped, narrow
 from peftkern.kernels.launch import (
@@ -40,11 +39,13 @@ from peftkern.kernels.launch import (
     planned,
     rows_of,
     traits,
+    whole_blocks,
 )
 from peftkern.kernels.lora_linear import update_gradients
 from peftkern.kernels.low_rank_update import refusal, update_epilogue, update_forward
 from peftkern.kernels.nf4 import nf4_dequantize
 from peftkern.kernels.primitives import (
+    SCALES,
     dot_factor,
     join_sums,
     keep_mask,
@@ -117,7 +118,7 @@ def _nf4_forward_kernel(
                 x_ptr + row[:, None] * K + columns[None, :], mask=in_rows[:, None], other=0.0
             )
             even, odd = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_K // 2, 2)))
-            if BLOCK_K > BLOCKSIZE:
+            if BLOCK_K > BLOCKSIZE or SCALES[FORMAT] == "scale_zero":
                 w_even, w_odd = nf4_codes(packed, zero, table_ptr, tl.float32, FORMAT, PTX)
                 total += dot(narrow(w_even * scale, x.dtype), tl.trans(even), PRECISION)
                 total += dot(narrow(w_odd * scale, x.dtype), tl.trans(odd), PRECISION)
@@ -329,7 +330,7 @@ def _forward_plan(
     nested_blocksize: int,
 ) -> Plan:
     config = config_for(Problem("nf4_forward", M, N, K, r, bits), device)
-    block_k = whole_blocks(config.block_k, blocksize, K)
+    block_k = whole_blocks(config.block_k, form, blocksize, K)
     blocks = ceil_div(ceil_div(K, block_k), config.splits)
     tiles = ceil_div(N, config.block_n) + ceil_div(r, RANK_LEAST)
     on = traits(device)
@@ -386,7 +387,7 @@ def _backward_plan(
     nested_blocksize: int,
 ) -> Plan:
     config = config_for(Problem("nf4_backward", M, N, K, 1, bits), device)
-    block_k = whole_blocks(config.block_k, blocksize, K)
+    block_k = whole_blocks(config.block_k, form, blocksize, K)
     blocks = ceil_div(ceil_div(N, config.block_n), config.splits)
     on = traits(device)
     return Plan(

@@ -216,11 +216,14 @@ def _nibble_values(packed, table_ptr, dtype: tl.constexpr, FORMAT: tl.constexpr,
 def nf4_codes(
     packed, zero, table_ptr, dtype: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr
 ):
-    """Decode the even and the odd values of bytes but for their scale: code - zero, in dtype."""
+    """Decode the even and the odd values of bytes but for their scale: code - zero, in dtype.
+
+    dtype: float32 of a format that has zeros, which need not be integers.
+    """
     high, low = _nibble_values(packed, table_ptr, dtype, FORMAT, PTX)
     if SCALES[FORMAT] == "scale_zero":
-        high = narrow(high.to(tl.float32) - zero, dtype)
-        low = narrow(low.to(tl.float32) - zero, dtype)
+        high = high - zero
+        low = low - zero
     if LOW_FIRST[FORMAT]:
         return low, high
     else:
@@ -289,6 +292,15 @@ def _nf4_scale(weight, block, mask, FORMAT: tl.constexpr, NESTED_BLOCKSIZE: tl.c
 
 
 @triton.jit
+def _spread(of_blocks, SIZE: tl.constexpr):
+    """Repeat values of blocks [rows, blocks] for each byte of theirs, [rows, SIZE]."""
+    rows: tl.constexpr = of_blocks.shape[0]
+    blocks: tl.constexpr = of_blocks.shape[1]
+    values = tl.broadcast_to(of_blocks[:, :, None], (rows, blocks, SIZE // blocks))
+    return tl.reshape(values, (rows, SIZE))
+
+
+@triton.jit
 def nf4_tile(
     weight,
     byte,
@@ -306,13 +318,11 @@ def nf4_tile(
     """
     packed = tl.load(weight[0] + byte, mask=byte_mask, other=0)
     if BLOCKS > 1:
-        tl.static_assert(SCALES[FORMAT] != "scale_zero", "one zero for a row")
-        rows: tl.constexpr = byte.shape[0]
-        size: tl.constexpr = byte.shape[1]
         several = block[:, None] + tl.arange(0, BLOCKS)[None, :]
         scale, zero = _nf4_scale(weight, several, block_mask[:, None], FORMAT, NESTED_BLOCKSIZE)
-        scale = tl.broadcast_to(scale[:, :, None], (rows, BLOCKS, size // BLOCKS))
-        return packed, tl.reshape(scale, (rows, size)), zero
+        if SCALES[FORMAT] == "scale_zero":
+            zero = _spread(zero, byte.shape[1])
+        return packed, _spread(scale, byte.shape[1]), zero
     else:
         scale, zero = _nf4_scale(weight, block, block_mask, FORMAT, NESTED_BLOCKSIZE)
         if SCALES[FORMAT] == "scale_zero":
