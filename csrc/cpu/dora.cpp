@@ -14,6 +14,7 @@ void dora_norm(Isa isa, const DoraNormArgs& args) {
   require(args.threads >= 1, "threads: expected at least 1");
   if (!args.weight && numel > 0) {
     validate(args.w);
+    validate_rows(args.w, args.K);
     require(args.w.numel == numel, "w: expected N x K elements");
   }
   require((args.N == 0 || args.norm) && (args.r * args.K == 0 || args.a) &&

@@ -60,6 +60,7 @@ const void* decode_rows(const DoraNormArgs& args, int64_t n0, int64_t count, flo
   expand_absmax(args.w, block, ((end - 1) >> log2) - block + 1, absmax);
   NF4View run = args.w;
   run.packed += begin / 2;
+  if (run.zero) run.zero += block;
   dequantize_blocks(run, absmax, 0, end - begin, scratch, args.dtype, false);
   const int64_t item = args.dtype == DType::kFloat32 ? 4 : 2;
   return static_cast<const char*>(scratch) + (first - begin) * item;

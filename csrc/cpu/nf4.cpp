@@ -1,11 +1,11 @@
-// NF4: argument checks, and the partition of the work into tasks.
+// 4-bit weights: argument checks, and the partition of the work into tasks.
 #include "peftkern/nf4.h"
 
 #include <cstring>
 
 #include "kernels.h"
+#include "nf4_scales.h"
 #include "peftkern/checks.h"
-#include "simd.h"
 
 namespace peftkern {
 namespace {
@@ -21,8 +21,12 @@ void require_threads(int threads) { require(threads >= 1, "threads: expected at 
 }  // namespace
 
 void load_absmax(const NF4View& w, int64_t first, int64_t count, float* out) {
-  if (!w.nested) {
+  if (w.float_scales()) {
     std::memcpy(out, static_cast<const float*>(w.absmax) + first, static_cast<size_t>(count) * 4);
+    return;
+  }
+  if (!w.nested) {
+    byte_scales(w, first, count, out);
     return;
   }
   const uint8_t* q = static_cast<const uint8_t*>(w.absmax) + first;
@@ -103,7 +107,7 @@ void nf4_dequantize(Isa isa, int threads, const NF4View& w, void* out, DType dty
   parallel_for(threads, ceil_div(w.numel, kChunk), [&](int64_t task, int) {
     const int64_t begin = task * kChunk, end = min64(w.numel, begin + kChunk);
     const int64_t first = begin >> log2;
-    float absmax[kChunk / 32];
+    float absmax[kChunk / 16];
     load_absmax(w, first, ((end - 1) >> log2) - first + 1, absmax);
     kernels.dequantize(w, absmax, begin, end, out, dtype, stream);
   });

@@ -16,27 +16,45 @@ namespace {
 constexpr int64_t kAxpyStrip = 2048;     // columns of a task at most
 constexpr int64_t kAxpySums = 16 << 10;  // floats of a task's sums at most: 64 KiB
 
-// float32 codes: vectors of 64 columns are those of the dot products, in their order.
-struct Float32Axpy : Float32Dots {
+// float32 codes: vectors of 64 columns are those of the dot products, in their order. kShort: of
+// blocks of any size, with zeros or without.
+template <bool kShort>
+struct Float32Axpy : Float32Dots<kShort> {
+  using Dots = Float32Dots<kShort>;
+  using typename Dots::Codes;
+  using typename Dots::Vector;
+  static bool serves(const NF4View& w) { return kShort == (w.blocksize < 64 || w.zero); }
   static constexpr int kPart = 1;  // weight rows that a vector holds
   // kMaxRows: rows of dy that share a decoded weight; kSums: vectors of sums in registers.
 #if defined(__AVX512F__)
   static constexpr int kMaxRows = 16, kSums = 16;
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Vector minus_one() { return _mm512_set1_ps(-1.0f); }
   static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 #elif defined(__AVX2__)
   static constexpr int kMaxRows = 8, kSums = 8;
   static Vector broadcast(const float* p) { return _mm256_set1_ps(*p); }
+  static Vector minus_one() { return _mm256_set1_ps(-1.0f); }
   static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 #else
   static constexpr int kMaxRows = 8, kSums = 8;
   static Vector broadcast(const float* p) { return f32_set1(*p); }
+  static Vector minus_one() { return f32_set1(-1.0f); }
   static Vector add(const Vector& a, const Vector& b) { return f32_add(a, b); }
 #endif
   // 64 weights of kPart rows of K, from `element` on, a multiple of 64; so many rows exist.
-  static Weights weights(const NF4View& w, const Absmax& absmax, int64_t element, int64_t,
-                         int64_t) {
-    return Float32Dots::weights(w.packed + element / 2, absmax.of(element));
+  struct Weights : Dots::Weights {
+    Vector bias;  // kShort: minus a block's zero, scaled
+    Vector at(int v) const {
+      return kShort ? Dots::fma(this->code(v), this->scale, bias) : this->code(v);
+    }
+  };
+  static Weights weights(const Codes& codes, const NF4View& w, const Absmax& absmax,
+                         int64_t element, int64_t, int64_t) {
+    const auto plain = Dots::weights(codes, w.packed + element / 2, absmax.of(element));
+    if (!kShort || !w.zero) return {plain, Vector{}};
+    const Vector zeros = codes.spread(w.zero + (element >> absmax.log2));
+    return {plain, Dots::product(Dots::product(zeros, plain.scale), minus_one())};
   }
   // n elements of dy from i on, for weight rows one after the other.
   static void load_row(const void* dy, DType dtype, int64_t i, int64_t n, float* out,
@@ -49,13 +67,14 @@ struct Float32Axpy : Float32Dots {
     }
   }
   // Column c of 64 is at this place of their vectors.
-  static int64_t place(int64_t c) { return c % 8 * 8 + c / 8; }
+  static int64_t place(int64_t c, bool low_first) { return (c % 8 ^ low_first) * 8 + c / 8; }
 };
 
 template <class Axpy>
 struct NF4Axpy {
   const NF4PieceArgs& args;
   const NF4Wave& wave;
+  const typename Axpy::Codes codes{codes_of(args.w), Axpy::unit_log2(args.w)};
 
   using Vector = typename Axpy::Vector;
   static constexpr int64_t kLanes = sizeof(Vector) / 4;
@@ -89,9 +108,10 @@ struct NF4Axpy {
     for (auto& vector : acc) {
       for (Vector& sum : vector) sum = Vector{};
     }
+    const typename Axpy::Codes own = codes;
     int64_t element = (t.piece.weight + n0) * args.K + t.begin + c;
     for (int64_t n = 0; n < rows; n += Axpy::kPart, dy += kM) {
-      const auto weights = Axpy::weights(args.w, t.absmax, element, args.K, rows - n);
+      const auto weights = Axpy::weights(own, args.w, t.absmax, element, args.K, rows - n);
       for (int i = 0; i < Axpy::kPart; ++i, element += args.K) {  // of the next rows
         if (v0 == 0) __builtin_prefetch(args.w.packed + (element + kRows<kM> * args.K) / 2, 0, 2);
       }
@@ -136,7 +156,7 @@ struct NF4Axpy {
     for (int64_t c = 0; c < t.count; c += 64, sums += 64 * kM) {
       float dx[64];
       for (int64_t j = 0; j < 64; ++j) {
-        const int64_t place = Axpy::place(j);
+        const int64_t place = Axpy::place(j, args.w.low_first());
         dx[j] = sums[(place / kLanes * kM + m) * kLanes + place % kLanes];
       }
       for (int64_t j = 0; j < 64; j += 16) {

@@ -22,110 +22,190 @@ constexpr int64_t kDotTaskRows = 32;     // weight rows of a task; a multiple of
 constexpr int64_t kDotGroup = 64;        // floats: a group of a row of x is 256 bytes of any type
 constexpr int64_t kDotCache = 16 << 10;  // bytes of x in a pass
 
-// float32 codes in a group of 64 weights, one block's. Shifting eight packed dwords by one amount
-// yields every eighth weight, so element 8 l + j of a group goes to place 8 j + l.
+// float32 codes in a group of 64 weights. Shifting eight packed dwords by one amount yields every
+// eighth weight, so element 8 l + j of a group goes to place 8 j + l; where low nibbles come first,
+// those of odd and even j change places. kShort: of blocks of any size, whose scales multiply the
+// weights that they belong to; else a group is one block's, and a table holds its values.
+template <bool kShort>
 struct Float32Dots {
   static constexpr int64_t kColumns = 64;
+  // log2 of the weights that have a scale of their own.
+  static int unit_log2(const NF4View& w) {
+    return kShort && w.blocksize < 64 ? w.blocksize_log2() : 6;
+  }
+  static bool serves(const NF4View& w) { return kShort == (w.blocksize < 64); }
 
-  static void load_group(const void* in, DType dtype, int64_t i, int64_t, float* out) {
+  static void load_group(const void* in, DType dtype, int64_t i, int64_t, bool low_first,
+                         float* out) {
     float values[64];
     for (int j = 0; j < 64; j += 16) f32_store(values + j, load_any(in, dtype, i + j, 16));
     for (int l = 0; l < 8; ++l) {
-      for (int j = 0; j < 8; ++j) out[8 * j + l] = values[8 * l + j];
+      for (int j = 0; j < 8; ++j) out[8 * (j ^ int{low_first}) + l] = values[8 * l + j];
     }
   }
 
+  // Which of a group's scales, one a unit of weights, belongs to a packed dword's.
+  static constexpr int scale_of(int dword, int log2) { return dword * 8 >> log2; }
+
 #if defined(__AVX512F__)
   using Vector = __m512;
-  static constexpr int weight_rows(int m) { return m <= 4 ? 4 : 2; }
+  static constexpr int weight_rows(int m) { return m <= 4 && !(kShort && m == 2) ? 4 : 2; }
+  // Scales multiply sums of a group's products: for few rows that is less than the weights.
+  static constexpr bool factored(int m) { return kShort && m <= 2; }
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vector product(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
   static Vector narrow(F32x16 x) { return x.v; }
   static float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 
+  struct Codes {
+    __m512 values;
+    __m512i place;   // of a lane's scale in its 128 bits
+    __mmask8 valid;  // scales of a group
+    Codes(const float* codes, int log2) : values(_mm512_loadu_ps(codes)) {
+      int32_t places[16];
+      for (int i = 0; i < 16; ++i) places[i] = scale_of(i % 8, log2);
+      place = _mm512_loadu_si512(places);
+      valid = static_cast<__mmask8>((1 << (64 >> log2)) - 1);
+    }
+    // Values of units, spread over the lanes.
+    Vector spread(const float* p) const {
+      const __m512 units = _mm512_broadcast_f32x4(_mm_maskz_loadu_ps(valid, p));
+      return _mm512_permutevar_ps(units, place);
+    }
+  };
+
   struct Weights {
     __m512i words;  // the same eight dwords in both halves
-    __m512 table;
+    __m512 table, scale;
     // Streams 2 v and 2 v + 1. vpermps reads the low four bits of a lane only.
-    Vector at(int v) const {
+    Vector code(int v) const {
       const __m256i odd = _mm256_set1_epi32(8 * v);
       const __m512i even = _mm512_set1_epi32(8 * v + 4);
       return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, _mm512_inserti64x4(even, odd, 1)),
                                    table);
     }
+    Vector at(int v) const { return kShort ? _mm512_mul_ps(code(v), scale) : code(v); }
   };
-  static Weights weights(const uint8_t* packed, const float* absmax) {
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    return {_mm512_broadcast_i64x4(words),
-            _mm512_mul_ps(_mm512_loadu_ps(kNF4Code), _mm512_set1_ps(*absmax))};
+  static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales) {
+    const __m512i words =
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    if (kShort) return {words, codes.values, codes.spread(scales)};
+    return {words, _mm512_mul_ps(codes.values, _mm512_set1_ps(*scales)), codes.values};
   }
 #elif defined(__AVX2__)
   using Vector = __m256;
   static constexpr int weight_rows(int m) { return m <= 3 ? 2 : 1; }
+  static constexpr bool factored(int) { return false; }
   static Vector load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vector product(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
   static Vector narrow(F32x16 x) { return _mm256_add_ps(x.a, x.b); }
   static float sum(Vector v) { return f32_sum({v, _mm256_setzero_ps()}); }
+
+  struct Codes {
+    F32x16 values;
+    __m256i place;
+    __m128i valid;
+    Codes(const float* codes, int log2) : values(f32_load(codes)) {
+      int32_t places[8], used[4];
+      for (int i = 0; i < 8; ++i) places[i] = scale_of(i, log2);
+      for (int i = 0; i < 4; ++i) used[i] = i < 64 >> log2 ? -1 : 0;
+      place = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places));
+      valid = _mm_loadu_si128(reinterpret_cast<const __m128i*>(used));
+    }
+    Vector spread(const float* p) const {
+      const __m128 units = _mm_maskload_ps(p, valid);
+      return _mm256_permutevar_ps(_mm256_set_m128(units, units), place);
+    }
+  };
 
   struct Weights {
     __m256i words;
     F32x16 table;
-    Vector at(int j) const {
+    __m256 scale;
+    Vector code(int j) const {
       const int shift = j / 2 * 8 + (j % 2 ? 0 : 4);
       const __m256i code = _mm256_srli_epi32(words, shift);
       const __m256 low = _mm256_permutevar8x32_ps(table.a, code);
       const __m256 high = _mm256_permutevar8x32_ps(table.b, code);
       return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - shift)));
     }
+    Vector at(int j) const { return kShort ? _mm256_mul_ps(code(j), scale) : code(j); }
   };
-  static Weights weights(const uint8_t* packed, const float* absmax) {
-    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)),
-            f32_mul(f32_load(kNF4Code), f32_set1(*absmax))};
+  static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    if (kShort) return {words, codes.values, codes.spread(scales)};
+    return {words, f32_mul(codes.values, f32_set1(*scales)), codes.values.a};
   }
 #else
   using Vector = F32x16;
   static constexpr int weight_rows(int) { return 1; }
+  static constexpr bool factored(int) { return false; }
   static Vector load(const float* p) { return f32_load(p); }
   static void store(float* p, const Vector& v) { f32_store(p, v); }
   static Vector fma(const Vector& a, const Vector& b, const Vector& c) { return f32_fma(a, b, c); }
+  static Vector product(const Vector& a, const Vector& b) { return f32_mul(a, b); }
   static Vector narrow(const F32x16& x) { return x; }
   static float sum(const Vector& v) { return f32_sum(v); }
 
+  struct Codes {
+    F32x16 values;
+    int log2;
+    Codes(const float* codes, int unit) : values(f32_load(codes)), log2(unit) {}
+    Vector spread(const float* p) const {
+      return f32_make([&](int i) { return p[scale_of(i % 8, log2)]; });
+    }
+  };
+
   struct Weights {
     const uint8_t* packed;
-    F32x16 table;
-    Vector at(int v) const {
+    F32x16 table, scale;
+    Vector code(int v) const {
       return f32_make([&](int i) {
         const int shift = i < 8 ? 4 : 0;
         return table.v[packed[i % 8 * 4 + v] >> shift & 15];
       });
     }
+    Vector at(int v) const { return kShort ? f32_mul(code(v), scale) : code(v); }
   };
-  static Weights weights(const uint8_t* packed, const float* absmax) {
-    return {packed, f32_mul(f32_load(kNF4Code), f32_set1(*absmax))};
+  static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales) {
+    if (kShort) return {packed, codes.values, codes.spread(scales)};
+    return {packed, f32_mul(codes.values, f32_set1(*scales)), codes.values};
   }
 #endif
+  static Vector add_scaled(const Vector& sum, const Weights& w, const Vector& acc) {
+    return fma(sum, w.scale, acc);
+  }
 };
 
 template <class Dots>
 struct NF4Dots {
   const NF4PieceArgs& args;
   const NF4Wave& wave;
+  const typename Dots::Codes codes{dot_codes(args.w), Dots::unit_log2(args.w)};
 
   using Vector = typename Dots::Vector;
   static constexpr int64_t kLanes = sizeof(Vector) / 4;
   static constexpr int kVectors = kDotGroup / kLanes;  // in a group
   static constexpr int64_t kColumns = Dots::kColumns;  // of a group
 
-  // What all tasks read: x as [tile of rows][group][row][kDotGroup], s scaled and padded.
+  // Codes of int4 lie around 8 here, so that little is left of a zero for `subtract_zeros`.
+  static const float* dot_codes(const NF4View& w) { return w.zero ? kCenteredInt4 : codes_of(w); }
+
+  // What all tasks read: x as [tile of rows][group][row][kDotGroup], s scaled and padded, and for
+  // weights with zeros the sums of a row of x over each block, padded.
   struct Prepared {
-    float *x, *s;
-    int64_t groups, stride;
+    float *x, *s, *sums;
+    int64_t groups, stride, sum_stride;
   };
 
-  // kN weight rows from some column on, each with an absmax for every 64 weights.
+  // Scales of so many weights, of one for every unit.
+  int64_t scales_of(int64_t count) const { return count >> Dots::unit_log2(args.w); }
+
+  // kN weight rows from some column on, each with a scale for every unit of weights.
   template <int kN>
   struct Rows {
     const uint8_t* packed[kN];
@@ -135,7 +215,9 @@ struct NF4Dots {
   // So many groups of kN weight rows times kM rows of x, added to sums[kN][kM][kLanes]. The weights
   // that are needed soon begin `ahead` bytes further.
   template <int kN, int kM>
-  static void multiply(Rows<kN> rows, int64_t groups, int64_t ahead, const float* x, float* sums) {
+  void multiply(Rows<kN> rows, int64_t groups, int64_t ahead, const float* x, float* sums) const {
+    const typename Dots::Codes own = codes;
+    const int64_t scales = scales_of(kColumns);
     Vector acc[kN][kM];
     for (int i = 0; i < kN; ++i) {
       for (int m = 0; m < kM; ++m) acc[i][m] = Dots::load(sums + (i * kM + m) * kLanes);
@@ -143,10 +225,14 @@ struct NF4Dots {
     for (int64_t g = 0; g < groups; ++g, x += kM * kDotGroup) {
       typename Dots::Weights weights[kN];
       for (int i = 0; i < kN; ++i) {
-        weights[i] = Dots::weights(rows.packed[i], rows.absmax[i]);
+        weights[i] = Dots::weights(own, rows.packed[i], rows.absmax[i]);
         __builtin_prefetch(rows.packed[i] + ahead);
         rows.packed[i] += kColumns / 2;
-        rows.absmax[i] += kColumns / 64;
+        rows.absmax[i] += scales;
+      }
+      if constexpr (Dots::factored(kM)) {
+        add_factored<kN, kM>(weights, x, acc);
+        continue;
       }
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
@@ -163,15 +249,38 @@ struct NF4Dots {
     }
   }
 
+  // A group's products of unscaled weights, then their sums times the scales.
+  template <int kN, int kM>
+  static void add_factored(const typename Dots::Weights* weights, const float* x,
+                           Vector (&acc)[kN][kM]) {
+    Vector code[kVectors][kN];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      for (int i = 0; i < kN; ++i) code[v][i] = weights[i].code(v);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) {
+      Vector sum[kN];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector value = Dots::load(x + (m * kVectors + v) * kLanes);
+        for (int i = 0; i < kN; ++i) {
+          sum[i] = v == 0 ? Dots::product(code[v][i], value) : Dots::fma(code[v][i], value, sum[i]);
+        }
+      }
+      for (int i = 0; i < kN; ++i) acc[i][m] = Dots::add_scaled(sum[i], weights[i], acc[i][m]);
+    }
+  }
+
   // The last 64 columns where a group has 128: the other half is zero.
   template <int kN, int kM>
-  static void multiply_half(const Rows<kN>& rows, const float* x, float* sums) {
+  void multiply_half(const Rows<kN>& rows, const float* x, float* sums) const {
     uint8_t packed[kN][64] = {};
-    float absmax[kN][2] = {};
+    float absmax[kN][8] = {};
     Rows<kN> padded;
     for (int i = 0; i < kN; ++i) {
       std::memcpy(packed[i], rows.packed[i], 32);
-      absmax[i][0] = *rows.absmax[i];
+      for (int64_t j = 0; j < scales_of(64); ++j) absmax[i][j] = rows.absmax[i][j];
       padded.packed[i] = packed[i], padded.absmax[i] = absmax[i];
     }
     multiply<kN, kM>(padded, 1, 0, x, sums);
@@ -186,19 +295,35 @@ struct NF4Dots {
     int64_t row(int64_t i) const { return piece.weight + begin + i; }
   };
 
-  // absmax of so many rows, one for every 64 weights: those of larger blocks more than once.
+  // Scales of so many rows, one for every unit of weights: those of larger blocks more than once.
   const float* expand_task(int64_t row, int64_t count, float* out) const {
-    const int64_t first = row * args.K, n = count * args.K / 64;
-    const bool expanded = args.w.blocksize > 64;
+    const int64_t first = row * args.K, n = scales_of(count * args.K);
+    const int64_t unit = int64_t{1} << Dots::unit_log2(args.w);
+    const bool expanded = args.w.blocksize > unit;
     const Absmax absmax = expand_rows(args.w, first, count * args.K, expanded ? out + n : out);
-    if (!expanded) return absmax.values + (first / 64 - absmax.first);
-    for (int64_t i = 0; i < n; ++i) out[i] = absmax.at(first + 64 * i);
+    if (!expanded) return absmax.of(first);
+    for (int64_t i = 0; i < n; ++i) out[i] = absmax.at(first + unit * i);
     return out;
   }
 
-  // sums[row][kM][kLanes]: the low-rank update, spread over the lanes.
+  // acc[m] += the sum over a row's blocks of scale (8 - zero) times the sum of x.
   template <int kM>
-  void start(const Task& t, const float* s, int64_t stride) const {
+  void subtract_zeros(int64_t row, const float* sums, int64_t stride, F32x16 (&acc)[kM]) const {
+    const int64_t blocks = args.K / args.w.blocksize;
+    const float* scale = static_cast<const float*>(args.w.absmax) + row * blocks;
+    const float* zero = args.w.zero + row * blocks;
+    for (int64_t j = 0; j < blocks; j += 16) {
+      const int n = static_cast<int>(min64(16, blocks - j));
+      const F32x16 offset = f32_fma(f32_load_n(zero + j, n), f32_set1(-1.0f), f32_set1(8.0f));
+      const F32x16 value = f32_mul(offset, f32_load_n(scale + j, n));
+      for (int m = 0; m < kM; ++m) acc[m] = f32_fma(value, f32_load(sums + m * stride + j), acc[m]);
+    }
+  }
+
+  // sums[row][kM][kLanes]: the low-rank update and what zeros subtract, spread over the lanes.
+  template <int kM>
+  void start(const Prepared& p, const Task& t, int64_t m0) const {
+    const float* s = p.s + (t.piece.start + m0) * p.stride;
     for (int64_t i = 0; i < t.count; ++i) {
       F32x16 acc[kM];
       for (int m = 0; m < kM; ++m) acc[m] = f32_zero();
@@ -206,7 +331,12 @@ struct NF4Dots {
         const float* b = args.factor + (t.begin + i) * args.r + j;
         const int n = static_cast<int>(min64(16, args.r - j));
         const F32x16 value = n == 16 ? f32_load(b) : f32_load_n(b, n);
-        for (int m = 0; m < kM; ++m) acc[m] = f32_fma(value, f32_load(s + m * stride + j), acc[m]);
+        for (int m = 0; m < kM; ++m)
+          acc[m] = f32_fma(value, f32_load(s + m * p.stride + j), acc[m]);
+      }
+      if (args.w.zero) {
+        const float* sums = p.sums + (t.piece.start + m0) * p.sum_stride;
+        subtract_zeros<kM>(t.row(i), sums, p.sum_stride, acc);
       }
       float* sums = t.sums + i * kM * kLanes;
       for (int m = 0; m < kM; ++m) Dots::store(sums + m * kLanes, Dots::narrow(acc[m]));
@@ -236,7 +366,7 @@ struct NF4Dots {
     constexpr int kN = Dots::weight_rows(kM);
     constexpr int64_t kPass = kDotCache / (kM * kDotGroup * 4) * kColumns;
     const float* x = p.x + (t.piece.start + m0) * p.groups * kDotGroup;
-    start<kM>(t, p.s + (t.piece.start + m0) * p.stride, p.stride);
+    start<kM>(p, t, m0);
     for (int64_t k0 = 0; k0 < args.K; k0 += kPass, x += kPass / kColumns * kM * kDotGroup) {
       const int64_t n = min64(kPass, args.K - k0), groups = n / kColumns;
       const int64_t below = round_up(ceil_div(2 * kStreamAhead, n), kN);
@@ -245,7 +375,7 @@ struct NF4Dots {
         for (int64_t j = 0; j < kN; ++j) {
           const int64_t row = min64(i + j, t.count - 1);  // the last one again, for nobody
           rows.packed[j] = args.w.packed + (t.row(row) * args.K + k0) / 2;
-          rows.absmax[j] = t.absmax + (row * args.K + k0) / 64;
+          rows.absmax[j] = t.absmax + scales_of(row * args.K + k0);
         }
         const bool here = i + below < t.count;
         const int64_t ahead = (below - (here ? 0 : t.count)) * args.K + (here ? 0 : n);
@@ -253,7 +383,7 @@ struct NF4Dots {
         multiply<kN, kM>(rows, groups, ahead / 2, x, sums);
         if (n % kColumns == 0) continue;
         for (int64_t j = 0; j < kN; ++j) {
-          rows.packed[j] += groups * kColumns / 2, rows.absmax[j] += groups * kColumns / 64;
+          rows.packed[j] += groups * kColumns / 2, rows.absmax[j] += scales_of(groups * kColumns);
         }
         multiply_half<kN, kM>(rows, x + groups * kM * kDotGroup, sums);
       }
@@ -282,6 +412,15 @@ struct NF4Dots {
     }
   }
 
+  // The sum of so many values of x, a multiple of 16.
+  float sum_of(int64_t first, int64_t count) const {
+    F32x16 sum = f32_zero();
+    for (int64_t i = 0; i < count; i += 16) {
+      sum = f32_add(sum, load_any(args.in, args.dtype, first + i, 16));
+    }
+    return f32_sum(sum);
+  }
+
   // Row i of the wave.
   void prepare(const Prepared& p, int64_t i) const {
     const NF4Piece& piece = piece_of(wave, i);
@@ -292,7 +431,11 @@ struct NF4Dots {
     float* x = p.x + (piece.start + m0) * p.groups * kDotGroup + (m - m0) * kDotGroup;
     for (int64_t g = 0; g < p.groups; ++g, x += rows * kDotGroup) {
       Dots::load_group(args.in, args.dtype, source + g * kColumns,
-                       min64(kColumns, args.K - g * kColumns), x);
+                       min64(kColumns, args.K - g * kColumns), args.w.low_first(), x);
+    }
+    for (int64_t j = 0; j < p.sum_stride; ++j) {
+      const int64_t k = j * args.w.blocksize;
+      p.sums[i * p.sum_stride + j] = k < args.K ? sum_of(source + k, args.w.blocksize) : 0.0f;
     }
     for (int64_t j = 0; j < p.stride; ++j) {
       const int64_t at = (piece.first + m) * args.r + j;
@@ -302,12 +445,14 @@ struct NF4Dots {
 
   void forward() const {
     const int64_t groups = ceil_div(args.K, kColumns), stride = round_up(args.r, 16);
+    const int64_t blocks = args.w.zero ? round_up(args.K / args.w.blocksize, 16) : 0;
     Scratch x(wave.rows * groups * kDotGroup * 4), s(wave.rows * stride * 4);
-    const Prepared p{x.floats(), s.floats(), groups, stride};
+    Scratch sums(wave.rows * blocks * 4);
+    const Prepared p{x.floats(), s.floats(), sums.floats(), groups, stride, blocks};
     parallel_for(args.threads, wave.rows, [&](int64_t i, int) { prepare(p, i); });
 
     constexpr int64_t kSums = kDotTaskRows * kDotRows * kLanes;
-    const int64_t per_thread = round_up(kSums + 2 * kDotTaskRows * args.K / 64, 16);
+    const int64_t per_thread = round_up(kSums + 2 * scales_of(kDotTaskRows * args.K), 16);
     const int64_t tasks = ceil_div(args.N, kDotTaskRows);
     Scratch scratch(args.threads * per_thread * 4);
     parallel_for(args.threads, wave.count * tasks, [&](int64_t i, int thread) {

@@ -26,6 +26,7 @@ std::pair<int64_t, int64_t> validate(const NF4GroupedArgs& args) {
     checked_mul(checked_mul(groups.R, columns, "out: R x columns"), 64 * 32, "out: bytes");
   }
   validate(args.w);
+  validate_rows(args.w, args.K);
   const int64_t end = validate(groups);
   require(end == 0 || args.x, "x: null pointer");
   require(groups.R == 0 || args.out, "out: null pointer");

@@ -54,21 +54,61 @@ inline void quantize_blocks(const void* src, DType dtype, int64_t begin, int64_t
 
 #if defined(__AVX512F__)
 
+// Blocks of 64 and more; those of formats whose low nibbles come first may have zeros.
+template <bool kLowFirst>
 int64_t dequantize16_blocks(const NF4View& w, const float* absmax, int64_t begin, int64_t end,
                             uint16_t* out, DType dtype, bool stream) {
   const int log2 = w.blocksize_log2();
   const int64_t first = begin >> log2;
+  const __m512 codes = _mm512_loadu_ps(codes_of(w));
+  const auto table = [&](int64_t element) {
+    const int64_t block = element >> log2;
+    const bool offset = kLowFirst && w.zero;
+    return table16(offset ? _mm512_sub_ps(codes, _mm512_set1_ps(w.zero[block])) : codes,
+                   absmax[block - first], dtype);
+  };
   stream = stream && reinterpret_cast<uintptr_t>(out + begin) % 64 == 0;
   int64_t i = begin;
   for (; i + 128 <= end; i += 128) {
-    const __m512i table = join(table16(absmax[(i >> log2) - first], dtype),
-                               table16(absmax[((i + 64) >> log2) - first], dtype));
+    const __m512i tables = join(table(i), table(i + 64));
     __m512i v[4];
-    decode128(_mm512_loadu_si512(w.packed + i / 2), table, v);
+    decode128<kLowFirst>(_mm512_loadu_si512(w.packed + i / 2), tables, v);
     __m512i* p = reinterpret_cast<__m512i*>(out + i);
     for (int j = 0; j < 4; ++j) {
       stream ? _mm512_stream_si512(p + j, v[j]) : _mm512_storeu_si512(p + j, v[j]);
     }
+  }
+  return i;
+}
+
+// Blocks of 16 or 32: 32 weights at a time, with the tables of two blocks or of one.
+int64_t dequantize16_short(const NF4View& w, const float* absmax, int64_t begin, int64_t end,
+                           uint16_t* out, DType dtype, bool stream) {
+  const int log2 = w.blocksize_log2();
+  const int64_t first = begin >> log2;
+  const __m512 codes = _mm512_loadu_ps(codes_of(w));
+  const auto table = [&](int64_t block) {
+    return table16(w.zero ? _mm512_sub_ps(codes, _mm512_set1_ps(w.zero[block])) : codes,
+                   absmax[block - first], dtype);
+  };
+  // A byte in a dword: its nibbles in two words, of which one is clean and one has both.
+  const __m512i right = _mm512_set1_epi32(w.low_first() ? 0 : 4);
+  const __m512i left = _mm512_set1_epi32(w.low_first() ? 12 : 16);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  constexpr int kAndOr = 0xea;  // (a & b) | c
+  stream = stream && reinterpret_cast<uintptr_t>(out + begin) % 64 == 0;
+  int64_t i = begin;
+  for (; i + 32 <= end; i += 32) {
+    const __m256i low = table(i >> log2), high = log2 == 4 ? table((i >> log2) + 1) : low;
+    const __m512i bytes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.packed + i / 2)));
+    const __m512i words =
+        _mm512_or_si512(_mm512_srlv_epi32(bytes, right), _mm512_sllv_epi32(bytes, left));
+    const __m512i v = _mm512_permutexvar_epi16(
+        _mm512_ternarylogic_epi64(words, nibble, half, kAndOr), join(low, high));
+    __m512i* p = reinterpret_cast<__m512i*>(out + i);
+    stream ? _mm512_stream_si512(p, v) : _mm512_storeu_si512(p, v);
   }
   return i;
 }
@@ -79,11 +119,16 @@ void dequantize_blocks(const NF4View& w, const float* absmax, int64_t begin, int
                        DType dtype, bool stream) {
   const int log2 = w.blocksize_log2();
   const int64_t first = begin >> log2;
+  const BlockTables tables(w, dtype);
+  const NibbleOrder order = nibble_order(w.low_first());
   int64_t i = begin;
 #if defined(__AVX512F__)
   const bool streamed = stream;
-  if (dtype != DType::kFloat32 && w.blocksize >= 64) {
-    i = dequantize16_blocks(w, absmax, begin, end, static_cast<uint16_t*>(out), dtype, stream);
+  if (dtype != DType::kFloat32) {
+    const auto kernel = w.blocksize < 64 ? dequantize16_short
+                        : w.low_first()  ? dequantize16_blocks<true>
+                                         : dequantize16_blocks<false>;
+    i = kernel(w, absmax, begin, end, static_cast<uint16_t*>(out), dtype, stream);
   }
   stream = stream && dtype == DType::kFloat32 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 #else
@@ -91,9 +136,9 @@ void dequantize_blocks(const NF4View& w, const float* absmax, int64_t begin, int
 #endif
   while (i < end) {
     const int64_t stop = min64(end, ((i >> log2) + 1) << log2);
-    const F32x16 table = scaled_table(absmax[(i >> log2) - first], dtype);
+    const F32x16 table = tables.of(i >> log2, absmax[(i >> log2) - first]);
     for (; i + 16 <= stop; i += 16) {
-      const F32x16 x = f32_lookup(w.packed + i / 2, table);
+      const F32x16 x = f32_lookup(w.packed + i / 2, table, order);
 #if defined(__AVX512F__)
       if (stream) {
         _mm512_stream_ps(static_cast<float*>(out) + i, x.v);

@@ -23,6 +23,7 @@ void validate(const NF4LinearArgs& args) {
   checked_mul(checked_mul(args.r, args.K, "lora_A: r x K"), 64, "lora_A: bytes");
   checked_mul(checked_mul(args.r, args.M, "s: M x r"), 64, "s: bytes");
   validate(args.w);
+  validate_rows(args.w, args.K);
   require(args.M == 0 || (args.in && args.out), "in, out: null pointer");
   require(args.M * args.r == 0 || (args.s && args.factor), "s, lora: null pointer");
   const auto agrees = [&](const auto* adapter, const float* s) {
@@ -42,12 +43,14 @@ const NF4LinearKernels& products(Isa isa, DType dtype) {
 constexpr int64_t kForwardRows = 512;  // rows of x in a piece: what is packed of it and the sums of
 constexpr int64_t kBackwardRows = 1024;          // a panel have to stay in the second-level cache
 constexpr int64_t kWaveRows = 2048;              // packed rows of a call, unless one piece has more
-constexpr int64_t kWaveBlocks = 4 << 20;         // nested blocks that a call expands, likewise
+constexpr int64_t kWaveBlocks = 4 << 20;         // scales that a call expands, likewise
 constexpr int64_t kPairRows = 32, kFewRows = 8;  // what rows are packed by, in panels or few
 
-// The kernels for few rows read 64 weights from a multiple of 64 on with one absmax; other weights
-// go through panels.
-bool whole_groups(const NF4PieceArgs& args) { return args.K % 64 == 0 && args.w.blocksize >= 64; }
+// The kernels for few rows read 64 weights from a multiple of 64 on, of one block or of blocks
+// whose codes bfloat16 holds; other weights go through panels.
+bool whole_groups(const NF4PieceArgs& args) {
+  return args.K % 64 == 0 && (args.w.blocksize >= 64 || args.w.low_first());
+}
 
 // Rows at the end of a group that go to the kernels for few rows: all of a small one, and of
 // forward a small rest.
@@ -62,7 +65,7 @@ void run(NF4LinearKernels::Product kernel, const NF4PieceArgs& args, int64_t pad
          std::vector<NF4Piece> pieces) {
   std::stable_sort(pieces.begin(), pieces.end(),
                    [](const NF4Piece& a, const NF4Piece& b) { return a.M > b.M; });
-  const int64_t blocks = args.w.nested ? args.N * args.K / args.w.blocksize : 0;
+  const int64_t blocks = !args.w.float_scales() ? args.N * args.K / args.w.blocksize : 0;
   for (size_t first = 0, end = 0; first < pieces.size(); first = end) {
     int64_t rows = 0;
     while (end < pieces.size()) {

@@ -8,7 +8,7 @@
 // task takes a strip of weight columns and reduces over n. Nobody writes what another thread
 // writes and every sum has one fixed order, so results do not depend on the number of threads.
 // Extra memory: the wave's x or dy packed, one panel and its float32 sums a thread, and in backward
-// the absmax of nested blocks as float32 (1/16 byte per weight of the wave at block size 64).
+// scales that are stored as bytes as float32 (4 bytes a block of the wave).
 #pragma once
 
 #include "nf4_axpy.h"
@@ -91,7 +91,7 @@ struct NF4Gemm {
         const int64_t source = valid > 0 ? sources[i] * width + column : 0;
         if (kLanes) {
           Math::load_ordered(args.in, args.dtype, source, min64(valid, Math::kOrder),
-                             lines + kSide * kGroup * i);
+                             args.w.low_first(), lines + kSide * kGroup * i);
         } else {
           Math::load_dwords(args.in, args.dtype, source, min64(valid, kStep), tile + kSide * i);
         }
@@ -311,7 +311,7 @@ struct NF4Gemm {
           float* left = strip_sums(p, mp, kp) + i * kPair;
           float* right = strip_sums(p, mp, kp + 1) + i * kPair;
           float* const tiles[4] = {left, left + kTile, right, right + kTile};
-          Math::arrange(tiles);
+          Math::arrange(tiles, args.w.low_first());
         }
       }
       for (int64_t kp = 0; kp < strip_pairs(p.count); ++kp) {
@@ -372,13 +372,15 @@ template <class Math>
 void forward_panels(const NF4PieceArgs& args, const NF4Wave& wave) {
   NF4Gemm<Math>{args, wave}.forward();
 }
-template <class Dots>
+template <template <bool> class Dots>
 void forward_few(const NF4PieceArgs& args, const NF4Wave& wave) {
-  NF4Dots<Dots>{args, wave}.forward();
+  if (Dots<true>::serves(args.w)) return NF4Dots<Dots<true>>{args, wave}.forward();
+  NF4Dots<Dots<false>>{args, wave}.forward();
 }
-template <class Axpy>
+template <template <bool> class Axpy>
 void backward_few(const NF4PieceArgs& args, const NF4Wave& wave) {
-  NF4Axpy<Axpy>{args, wave}.backward();
+  if (Axpy<true>::serves(args.w)) return NF4Axpy<Axpy<true>>{args, wave}.backward();
+  NF4Axpy<Axpy<false>>{args, wave}.backward();
 }
 template <class Math>
 void backward_panels(const NF4PieceArgs& args, const NF4Wave& wave) {

@@ -10,6 +10,7 @@
 
 #include "nf4_decode.h"
 #include "nf4_pieces.h"
+#include "nf4_scales.h"
 
 namespace peftkern {
 namespace {
@@ -19,8 +20,12 @@ constexpr int64_t kTile = kSide * kSide;  // dwords in a tile
 constexpr int64_t kPairSide = 2 * kSide;  // rows, or lanes, of two tiles
 constexpr int64_t kPair = 2 * kTile;      // dwords in two tiles
 
-// absmax of blocks [first, first + count) as float32: load_absmax with a vector table look-up.
+// Scales of blocks [first, first + count) as float32: load_absmax with vectors.
 inline void expand_absmax(const NF4View& w, int64_t first, int64_t count, float* out) {
+  if (!w.nested && !w.float_scales()) {
+    byte_scales(w, first, count, out);
+    return;
+  }
 #if defined(__AVX512F__)
   if (w.nested) {
     const uint8_t* q = static_cast<const uint8_t*>(w.absmax) + first;
@@ -56,7 +61,7 @@ inline float* row_of(float* c, int64_t row) {
   return c + row / kSide * 2 * kTile + row % kSide * kSide;
 }
 
-// The absmax of a run of blocks, read from the weight or from an expanded copy.
+// The scales of a run of blocks, read from the weight or from an expanded copy.
 struct Absmax {
   const float* values;
   int64_t first;  // block that values[0] belongs to
@@ -69,7 +74,7 @@ struct Absmax {
 // float32.
 inline Absmax expand_rows(const NF4View& w, int64_t element, int64_t count, float* values) {
   const int log2 = w.blocksize_log2();
-  if (!w.nested) return {static_cast<const float*>(w.absmax), 0, log2};
+  if (w.float_scales()) return {static_cast<const float*>(w.absmax), 0, log2};
   const int64_t first = element >> log2, last = (element + count - 1) >> log2;
   expand_absmax(w, first, last - first + 1, values);
   return {values, first, log2};
@@ -81,7 +86,7 @@ class WaveAbsmax {
   WaveAbsmax(const NF4PieceArgs& args, const NF4Wave& wave)
       : args_(args),
         wave_(wave),
-        blocks_(args.w.nested ? args.N * args.K / args.w.blocksize + 2 : 0),
+        blocks_(!args.w.float_scales() ? args.N * args.K / args.w.blocksize + 2 : 0),
         expanded_(wave.count * blocks_ * 4) {
     constexpr int64_t kChunk = 1 << 14;
     const int64_t chunks = ceil_div(blocks_, kChunk);
@@ -94,7 +99,7 @@ class WaveAbsmax {
   }
   Absmax of(int64_t i) const {
     const int log2 = args_.w.blocksize_log2();
-    if (!args_.w.nested) return {static_cast<const float*>(args_.w.absmax), 0, log2};
+    if (args_.w.float_scales()) return {static_cast<const float*>(args_.w.absmax), 0, log2};
     return {expanded(i), first_block(i), log2};
   }
 
@@ -125,8 +130,10 @@ inline int64_t source_row(const NF4PieceArgs& args, int64_t row) {
 }
 
 inline float weight_at(const NF4View& w, const Absmax& absmax, int64_t element, DType dtype) {
-  const float value =
-      kNF4Code[w.packed[element >> 1] >> (element & 1 ? 0 : 4) & 15] * absmax.at(element);
+  const int shift = (element & 1) == (w.low_first() ? 1 : 0) ? 4 : 0;
+  const float code = codes_of(w)[w.packed[element >> 1] >> shift & 15];
+  const float zero = w.zero ? w.zero[element >> absmax.log2] : 0.0f;
+  const float value = (code - zero) * absmax.at(element);
   return dtype == DType::kBFloat16 ? float_from_bf16(bf16_from_float(value)) : value;
 }
 
@@ -168,7 +175,7 @@ struct Float32Math {
     f32_store(reinterpret_cast<float*>(out), x);
   }
 
-  static void load_ordered(const void* in, DType dtype, int64_t i, int64_t n, uint32_t* out) {
+  static void load_ordered(const void* in, DType dtype, int64_t i, int64_t n, bool, uint32_t* out) {
     load_dwords(in, dtype, i, n, out);
   }
 
@@ -177,13 +184,16 @@ struct Float32Math {
   template <class Target>
   static void decode(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
                      DType dtype, const Target& target) {
+    const BlockTables tables(w, dtype);
+    const NibbleOrder order = nibble_order(w.low_first());
     for (int64_t i = 0; i < n;) {
       if (element % 16 == 0 && n - i >= 16) {
         const int64_t stop = min64(n - 15, i + w.blocksize - ((element + i) & (w.blocksize - 1)));
-        const F32x16 table = scaled_table(absmax.at(element + i), dtype);
+        const int64_t block = (element + i) >> absmax.log2;
+        const F32x16 table = tables.of(block, absmax.at(element + i));
         for (; i < stop; i += 16) {
           f32_store(reinterpret_cast<float*>(target(i / 16)),
-                    f32_lookup(w.packed + (element + i) / 2, table));
+                    f32_lookup(w.packed + (element + i) / 2, table, order));
         }
         continue;
       }
@@ -219,7 +229,7 @@ struct Float32Math {
     }
   }
 
-  static void arrange(float* const[4]) {}  // lanes are in order
+  static void arrange(float* const[4], bool) {}  // lanes are in order
 
   // C[a][b] (+)= rows tile a x lanes tile b for the first `count` rows, summed over `steps` pairs
   // of tiles; each block's sum starts at zero, which keeps the rounding error of long reductions

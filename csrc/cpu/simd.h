@@ -132,14 +132,22 @@ inline void f32_store_fp16(uint16_t* p, F32x16 a) {
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// The shifts that bring the nibbles of a dword down in the order of the weights.
+struct NibbleOrder {
+  __m512i shift;
+};
+inline NibbleOrder nibble_order(bool low_first) {
+  const __m512i shift = _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4);
+  return {_mm512_xor_si512(shift, _mm512_set1_epi32(low_first ? 4 : 0))};
+}
+
 // Sixteen weights from eight packed bytes through a table of 16 floats. vpermps looks at the low
 // four bits of each lane only, so the shifted nibbles need no mask.
-inline F32x16 f32_lookup(const uint8_t* packed, F32x16 table) {
-  const __m512i shift = _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4);
+inline F32x16 f32_lookup(const uint8_t* packed, F32x16 table, NibbleOrder order) {
   const __m512i spread = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
   const __m512i words = _mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(bytes));
-  return {_mm512_permutexvar_ps(_mm512_srlv_epi32(words, shift), table.v)};
+  return {_mm512_permutexvar_ps(_mm512_srlv_epi32(words, order.shift), table.v)};
 }
 
 inline float f32_absmax(F32x16 a) {  // NaN propagates
@@ -262,18 +270,25 @@ inline void f32_store_fp16(uint16_t* p, F32x16 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), fp16_bits(x.b));
 }
 
-// vpermps over eight lanes: look the low three bits up in both halves, let bit 3 choose.
-inline __m256 lookup8(uint32_t word, F32x16 table) {
+struct NibbleOrder {
+  __m256i shift;
+};
+inline NibbleOrder nibble_order(bool low_first) {
   const __m256i shift = _mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4);
-  const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
+  return {_mm256_xor_si256(shift, _mm256_set1_epi32(low_first ? 4 : 0))};
+}
+
+// vpermps over eight lanes: look the low three bits up in both halves, let bit 3 choose.
+inline __m256 lookup8(uint32_t word, F32x16 table, NibbleOrder order) {
+  const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), order.shift);
   const __m256 low = _mm256_permutevar8x32_ps(table.a, code);
   const __m256 high = _mm256_permutevar8x32_ps(table.b, code);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
 }
-inline F32x16 f32_lookup(const uint8_t* packed, F32x16 table) {
+inline F32x16 f32_lookup(const uint8_t* packed, F32x16 table, NibbleOrder order) {
   uint32_t words[2];
   std::memcpy(words, packed, 8);
-  return {lookup8(words[0], table), lookup8(words[1], table)};
+  return {lookup8(words[0], table, order), lookup8(words[1], table, order)};
 }
 
 inline __m256 abs8(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
@@ -384,8 +399,15 @@ inline void f32_store_bf16(uint16_t* p, const F32x16& a) {
 inline void f32_store_fp16(uint16_t* p, const F32x16& a) {
   for (int i = 0; i < 16; ++i) p[i] = fp16_from_float(a.v[i]);
 }
-inline F32x16 f32_lookup(const uint8_t* packed, const F32x16& table) {
-  return f32_make([&](int i) { return table.v[packed[i >> 1] >> (i & 1 ? 0 : 4) & 15]; });
+struct NibbleOrder {
+  int even, odd;  // shifts of a byte
+};
+inline NibbleOrder nibble_order(bool low_first) {
+  return low_first ? NibbleOrder{0, 4} : NibbleOrder{4, 0};
+}
+inline F32x16 f32_lookup(const uint8_t* packed, const F32x16& table, NibbleOrder order) {
+  return f32_make(
+      [&](int i) { return table.v[packed[i >> 1] >> (i & 1 ? order.odd : order.even) & 15]; });
 }
 inline F32x16 f32_abs(const F32x16& a) {
   return f32_make([&](int i) { return bits_float(float_bits(a.v[i]) & 0x7fffffff); });
@@ -447,8 +469,8 @@ inline F32x16 f32_exp(const F32x16& x) {
   return f32_mul(f32_mul(series, f32_pow2(half)), f32_pow2(other));
 }
 
-// Sixteen weights that start anywhere, an odd element included; n <= 16 are read, the rest repeat
-// code 0.
+// Sixteen weights that start anywhere, an odd element included, which is in a low nibble; n <= 16
+// are read, the rest repeat code 0.
 inline F32x16 f32_lookup_at(const uint8_t* packed, int64_t element, int n, const F32x16& table) {
   uint8_t aligned[8] = {};
   for (int i = 0; i < n; ++i) {
@@ -456,7 +478,7 @@ inline F32x16 f32_lookup_at(const uint8_t* packed, int64_t element, int n, const
     const int code = packed[e >> 1] >> (e & 1 ? 0 : 4) & 15;
     aligned[i >> 1] = static_cast<uint8_t>(aligned[i >> 1] | code << (i & 1 ? 0 : 4));
   }
-  return f32_lookup(aligned, table);
+  return f32_lookup(aligned, table, nibble_order(false));
 }
 
 }  // namespace

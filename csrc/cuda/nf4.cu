@@ -429,6 +429,8 @@ cudaError_t quantize(const QuantizeArgument& a, const void* src, cudaStream_t st
 
 void validate_cuda(const NF4View& w) {
   validate(w);
+  const int64_t format = static_cast<int64_t>(w.format);
+  require(w.format == Format::kNF4, "w: format", format, "0 (nf4), the one of CUDA's kernels");
   if (!w.nested) return;
   const int64_t group = w.nested_blocksize;
   require((group & (group - 1)) == 0, "nested_blocksize", group, "a power of two");

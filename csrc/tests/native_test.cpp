@@ -35,22 +35,35 @@ const std::vector<int64_t> kNumels = {0,    1,    2,    3,    31,    32,   33,  
                                       1024, 4095, 4096, 4097, 12289, 70001};
 const std::vector<int64_t> kBlocksizes = {32, 64, 128, 256, 512, 1024, 2048, 4096};
 
+void check_dequantize(Isa isa, const Weight& w) {
+  const int64_t numel = w.view.numel;
+  const int threads = static_cast<int>(pick({1, 2, 3}));
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    Values out(dtype, numel, static_cast<int64_t>(rng() % 3));
+    nf4_dequantize(isa, threads, w.view, out.data(), dtype, numel, rng() % 2);
+    for (int64_t i = 0; i < numel; ++i) {
+      const float exact = w.at(i);
+      const float wanted = dtype == DType::kFloat32 ? exact : from_bf16(to_bf16(exact));
+      if (out.at(i) != wanted && !(std::isnan(exact) && std::isnan(out.at(i)))) {
+        fail(std::string(isa_name(isa)) + " dequantize: wrong value of format " +
+             std::to_string(static_cast<int>(w.view.format)) + " at " + std::to_string(i));
+      }
+    }
+  }
+  Buffer<uint16_t> half(numel);
+  nf4_dequantize(isa, threads, w.view, half.data(), DType::kFloat16, numel, false);
+}
+
 void check_dequantize(Isa isa) {
   for (int64_t numel : kNumels) {
     for (int64_t blocksize : kBlocksizes) {
-      const Weight w(numel, blocksize, rng() % 2, pick({1, 3, 256}));
-      const int threads = static_cast<int>(pick({1, 2, 3}));
-      for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-        Values out(dtype, numel, static_cast<int64_t>(rng() % 3));
-        nf4_dequantize(isa, threads, w.view, out.data(), dtype, numel, rng() % 2);
-        for (int64_t i = 0; i < numel; ++i) {
-          const float exact = w.at(i);
-          const float wanted = dtype == DType::kFloat32 ? exact : from_bf16(to_bf16(exact));
-          if (out.at(i) != wanted) fail(std::string(isa_name(isa)) + " dequantize: wrong value");
-        }
-      }
-      Buffer<uint16_t> half(numel);
-      nf4_dequantize(isa, threads, w.view, half.data(), DType::kFloat16, numel, false);
+      const Format format = rng() % 2 ? Format::kNF4 : Format::kFP4;
+      check_dequantize(isa, Weight(format, numel, blocksize, rng() % 2, pick({1, 3, 256})));
+    }
+    for (const Blocks& blocks : {Blocks{Format::kMXFP4, 32}, Blocks{Format::kNVFP4, 16},
+                                 Blocks{Format::kINT4, pick({32, 64, 128, 256})}}) {
+      check_dequantize(isa, Weight(blocks.format, blocks.columns(numel), blocks.size, false, 0,
+                                   Weight::Scales::kAny));
     }
   }
 }
@@ -109,8 +122,9 @@ std::string describe(Isa isa, const char* what, const Shape& c, DType dtype) {
 
 // Forward: out[M, N] = in[M, K] W^T + s factor^T + bias. Backward: out[M, K] = in[M, N] W + s
 // factor.
-void check_linear(Isa isa, const Shape& c, DType dtype, bool backward) {
-  const Weight w(c.N * c.K, pick({32, 64, 64, 256, 4096}), rng() % 2);
+void check_linear(Isa isa, Shape c, const Blocks& blocks, DType dtype, bool backward) {
+  c.K = blocks.columns(c.K);
+  const Weight w(blocks.format, c.N * c.K, blocks.size, blocks.nests() && rng() % 2);
   const int64_t inner = backward ? c.N : c.K, outer = backward ? c.K : c.N;
   const int64_t shift = static_cast<int64_t>(rng() % 3);
   Values in(dtype, c.M * inner, shift), out(dtype, c.M * outer, shift);
@@ -147,8 +161,10 @@ void check_linear(Isa isa, const Shape& c, DType dtype, bool backward) {
               ? 1e-5 * sum.size
               : 0.004 * (std::fabs(sum.value) + sum.size);  // y, and each weight, rounded to bf16
       if (!(std::fabs(out.at(m * outer + o) - sum.value) <= bound + 1e-30)) {
-        fail(describe(isa, backward ? "backward" : "forward", c, dtype) + ": row " +
-             std::to_string(m) + " column " + std::to_string(o));
+        fail(describe(isa, backward ? "backward" : "forward", c, dtype) + ", format " +
+             std::to_string(static_cast<int>(blocks.format)) + " block size " +
+             std::to_string(blocks.size) + ": row " + std::to_string(m) + " column " +
+             std::to_string(o));
       }
     }
   }
@@ -222,7 +238,9 @@ void check_linears(Isa isa) {
   }
   for (const Shape& shape : shapes) {
     for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-      for (bool backward : {false, true}) check_linear(isa, shape, dtype, backward);
+      for (bool backward : {false, true}) {
+        check_linear(isa, shape, random_blocks(), dtype, backward);
+      }
       if (shape.r > 0 && rng() % 3 == 0) check_backward(isa, shape, dtype);
     }
   }
@@ -308,12 +326,14 @@ void check_products(Isa isa) {
   }
 }
 
-// Row norms of a dense weight, or of one in NF4 that is decoded to `dtype`, against float64.
+// Row norms of a dense weight, or of a 4-bit one that is decoded to `dtype`, against float64.
 void check_dora_norm(Isa isa, int64_t N, int64_t K, int64_t r, DType dtype, bool nf4) {
+  const Blocks blocks = random_blocks();
+  if (nf4) K = blocks.columns(K);
   Values dense(dtype, nf4 ? 0 : N * K, static_cast<int64_t>(rng() % 3));
   Values a(DType::kFloat32, r * K), b(DType::kFloat32, N * r), norm(DType::kFloat32, N);
   dense.randomize(), a.randomize(), b.randomize();
-  const Weight w(nf4 ? N * K : 0, pick({32, 64, 4096}), rng() % 2);
+  const Weight w(blocks.format, nf4 ? N * K : 0, blocks.size, blocks.nests() && rng() % 2);
   DoraNormArgs args;
   args.N = N, args.K = K, args.r = r, args.dtype = dtype, args.threads = 2;
   nf4 ? void(args.w = w.view) : void(args.weight = dense.data());
@@ -382,11 +402,16 @@ void check_malformed_states(Isa isa) {
       [](auto& w) { w.nested_absmax = nullptr; },
       [](auto& w) { w.nested_code = nullptr; },
       [](auto& w) { w.nested_offset = nullptr; },
+      [](auto& w) { w.format = static_cast<Format>(pick({-1, 5, 1 << 20})); },
+      [](auto& w) { w.nested |= w.low_first(); },
+      [](auto& w) { w.tensor_scale = nullptr; },
+      [&](auto& w) { shrink(w.aux_len); },
   };
   int64_t refused = 0, ran = 0;
   for (int i = 0; i < 4000; ++i) {  // what refuses is shared by all instruction sets
-    const Weight good(pick({1, 63, 64, 65, 300, 4097}), pick({32, 64}), rng() % 2,
-                      pick({1, 2, 256}));
+    const Blocks blocks = random_blocks();
+    const Weight good(blocks.format, blocks.columns(pick({1, 63, 64, 65, 300, 4097})), blocks.size,
+                      blocks.nests() && rng() % 2, pick({1, 2, 256}));
     NF4View w = good.view;
     for (uint32_t n = rng() % 3; n-- > 0;) damages[rng() % damages.size()](w);
     const int64_t room = w.numel >= 0 && w.numel <= 1 << 20 ? w.numel : 0;
@@ -453,7 +478,7 @@ int main() {
     std::printf("native test: %s passed\n", isa_name(isa));
   }
   set_fork_child();
-  check_linear(Isa::kScalar, {33, 65, 130, 4}, DType::kFloat32, false);
+  check_linear(Isa::kScalar, {33, 65, 130, 4}, {Format::kNF4, 64}, DType::kFloat32, false);
   std::printf("native test: all passed\n");
   return 0;
 }

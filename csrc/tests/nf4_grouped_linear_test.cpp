@@ -11,13 +11,16 @@
 namespace {
 
 void check_groups(Isa isa, DType dtype, int64_t N, int64_t K, bool shared) {
+  const Blocks blocks = random_blocks();
+  K = blocks.columns(K);
   const std::vector<int64_t> sizes = {0, pick({1, 2, 5}), 0, pick({6, 15, 16}), pick({17, 33}), 1};
   const int64_t E = static_cast<int64_t>(sizes.size()), T = 7;
   const int64_t end = std::accumulate(sizes.begin(), sizes.end(), int64_t{0}), R = end + rng() % 3;
   const bool over_rows = rng() % 2, gathered = rng() % 2;
   const int64_t inner = over_rows ? N : K, outer = over_rows ? K : N, rows_of_x = gathered ? T : R;
   const DType out_dtype = rng() % 2 ? dtype : DType::kFloat32;
-  const Weight w((shared ? 1 : E) * N * K, pick({32, 64, 256}), rng() % 2, pick({1, 2, 256}));
+  const Weight w(blocks.format, (shared ? 1 : E) * N * K, blocks.size, blocks.nests() && rng() % 2,
+                 pick({1, 2, 256}));
   Values x(dtype, rows_of_x * inner), out(out_dtype, R * outer, static_cast<int64_t>(rng() % 3));
   x.randomize();
   Buffer<int32_t> offsets(E), rows(R);  // rows past the end hold no row of x
@@ -45,8 +48,9 @@ void check_groups(Isa isa, DType dtype, int64_t N, int64_t K, bool shared) {
       const double bound =
           dtype == DType::kFloat32 ? 1e-5 * sum.size : 0.004 * (std::fabs(sum.value) + sum.size);
       if (!(std::fabs(out.at(i * outer + o) - sum.value) <= bound)) {
-        fail(std::string(isa_name(isa)) + (over_rows ? " dy W" : " x W^T") + " of groups, N=" +
-             std::to_string(N) + " K=" + std::to_string(K) + ": row " + std::to_string(i));
+        fail(std::string(isa_name(isa)) + (over_rows ? " dy W" : " x W^T") +
+             " of groups, N=" + std::to_string(N) + " K=" + std::to_string(K) + " format " +
+             std::to_string(static_cast<int>(blocks.format)) + ": row " + std::to_string(i));
       }
     }
   }

@@ -41,13 +41,14 @@ class Fields {
   Py_ssize_t index_ = 0;
 };
 
-// A quantized weight as peftkern/backends/pointers.py describes it: its format (0: NF4), then what
-// that format needs. Addresses are of the memory that the kernels run on: a CPU's or a device's.
+// A quantized weight as peftkern/backends/pointers.py describes it: its format, then what that
+// format needs. Addresses are of the memory that the kernels run on: a CPU's or a device's.
 inline NF4View view_of(const pybind11::tuple& weight) {
   Fields fields(weight, "w", 13);
   const int64_t format = fields.size();
-  require(format == 0, "w: format", format, "0 (NF4)");
+  require(format >= 0 && format < kFormatCount, "w: format", format, "0 to 4");
   NF4View w;
+  w.format = static_cast<Format>(format);
   w.numel = fields.size();
   w.blocksize = fields.size();
   w.nested = fields.size() != 0;
@@ -56,8 +57,13 @@ inline NF4View view_of(const pybind11::tuple& weight) {
   w.packed_bytes = fields.size();
   w.absmax = fields.address<const void>();
   w.absmax_len = fields.size();
-  w.nested_absmax = fields.address<const float>();
-  w.nested_absmax_len = fields.size();
+  const float* aux = fields.address<const float>();
+  const int64_t aux_len = fields.size();
+  if (format <= static_cast<int64_t>(Format::kFP4)) {
+    w.nested_absmax = aux, w.nested_absmax_len = aux_len;
+  } else {
+    (w.format == Format::kINT4 ? w.zero : w.tensor_scale) = aux, w.aux_len = aux_len;
+  }
   w.nested_code = fields.address<const float>();
   w.nested_offset = fields.address<const float>();
   return w;
