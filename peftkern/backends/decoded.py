@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from peftkern.formats.table import FORMATS
 
 _DECODED = {
-    "cuda": {"nf4"},
+    "cuda": {"nf4", "fp4"},
     #
     "cpu": {"nf4"},
 }
