@@ -100,7 +100,7 @@ def _nf4_forward_kernel(
         shared = nf4_shared(aux_ptr, offset_ptr, FORMAT, NESTED_BLOCKSIZE)
         weight = (packed_ptr, scale_ptr, aux_ptr, code2_ptr, shared)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for start in range(first, last, BLOCK_K):  # K is whole blocks, and BLOCK_K divides them
+        for start in range(first, last, BLOCK_K):  # K is whole tiles of whole blocks
             byte = (weight_row + start)[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
             block = (weight_row + start) // BLOCKSIZE
             packed, scale, zero = nf4_tile(

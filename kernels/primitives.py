@@ -313,8 +313,10 @@ def nf4_tile(
 ):
     """Load packed codes at some bytes [rows, size], and scale and zero of the block of each row.
 
-    Of each row's BLOCKS blocks from that one on, if those are more than one: scales then are as
-    many as bytes. Both broadcast to [rows, size]. weight: from `nf4_pointers`.
+    Of BLOCKS blocks from that one on, if a row has more than one: each byte then has its own. Both
+    broadcast to [rows, size]. weight: pointers to packed codes, block scales as stored, what these
+    need (nested absmax's own absmax, the tensor's scale, or zeros) and the code of nested absmax;
+    last the number that `nf4_shared` has read.
     """
     packed = tl.load(weight[0] + byte, mask=byte_mask, other=0)
     if BLOCKS > 1:
