@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from peftkern.formats.table import NUMBERS, fields
 from peftkern.kernels import (
     adalora,
     dora,
@@ -59,10 +60,10 @@ def nf4_weight(
     n: int, nested: bool = True, blocksize: int = 64, k: int = K
 ) -> tuple[list[Tensor], list[int]]:
     """Return tensors and layout of a packed weight [n, k]."""
+    if not nested:
+        return plain_weight("nf4", n, k, blocksize)
     blocks = n * k // blocksize
     packed = meta(n * k // 2, dtype=torch.uint8)
-    if not nested:
-        return [packed, meta(blocks, dtype=F32)], [0, blocksize, 0, n, k]
     inner = (meta(blocks // 256, dtype=F32), meta(256, dtype=F32), meta(dtype=F32))
     return [packed, meta(blocks, dtype=torch.uint8), *inner], [0, blocksize, 256, n, k]
 
@@ -267,7 +268,7 @@ def grouped_linear_cases() -> Iterator[Case]:
     ]:
         kind, weight = "grouped_linear", (meta(E, n, k, dtype=dtype),)
         if blocksize:
-            kind, weight = "nf4_grouped_linear", nf4_stack(E, n, k, blocksize)
+            kind, weight = "nf4_grouped_linear", plain_weight("nf4", E, n, k, blocksize)
         x, rows, offsets = meta(R // 8, k, dtype=dtype), meta(R, dtype=I32), meta(E, dtype=I32)
         A, B = meta(E, r, k, dtype=F32), meta(n, r, E, dtype=F32).permute(2, 0, 1)
         forward = (x, rows, offsets, *weight, False, A, B, meta(E, n, dtype=dtype), SCALING)
@@ -282,10 +283,44 @@ def grouped_linear_cases() -> Iterator[Case]:
             yield Case(f"R{R}/r{r}/{NAMES[dtype]}{packed}/{way}", partial(op, *args))
 
 
-def nf4_stack(E: int, n: int, k: int, blocksize: int) -> tuple[list[Tensor], list[int]]:
-    """Return tensors and layout of packed weights [E, n, k]."""
-    tensors, layout = nf4_weight(E * n, nested=False, blocksize=blocksize, k=k)
-    return tensors, [*layout[:3], E, n, k]
+def format_cases() -> Iterator[Case]:
+    """Yield each kernel over the formats that compile it otherwise than NF4, and not by a table."""
+    for name, blocksize, kinds in [
+        ("mxfp4", 32, "dequantize forward grouped"),
+        ("nvfp4", 16, "dequantize forward backward grouped norm"),
+        ("int4", 64, "dequantize forward backward grouped"),
+    ]:
+        weight, stack = (plain_weight(name, *shape, blocksize) for shape in [(N, K), (8, N, K)])
+        x, dropout, needs = meta(16, K), dropout_of(False), [True, False, False, False]
+        forward = (x, *weight, *factors(16, F32), meta(N), SCALING, *dropout)
+        backward = (x, None, None, *weight, *factors(0, F32), SCALING, *dropout, needs)
+        experts = (
+            meta(4096, K),
+            None,
+            meta(8, dtype=I32),
+            *stack,
+            False,
+            None,
+            None,
+            None,
+            SCALING,
+        )
+        calls = {
+            "dequantize": partial(nf4.nf4_dequantize, *weight, BF16),
+            "forward": partial(nf4_lora_linear.nf4_lora_linear_forward, *forward),
+            "backward": partial(nf4_lora_linear.nf4_lora_linear_backward, *backward),
+            "grouped": partial(grouped_linear.nf4_grouped_linear_forward, *experts),
+            "norm": partial(dora.nf4_dora_norm, *weight, BF16, *factors(16, F32), SCALING),
+        }
+        for kind in kinds.split():
+            yield Case(f"{name}/bf16", calls[kind])
+
+
+def plain_weight(name: str, *sizes: int) -> tuple[list[Tensor], list[int]]:
+    """Return tensors and layout of a weight in a format; sizes: its shape, then its blocksize."""
+    *shape, blocksize = sizes
+    layout = [NUMBERS[name], blocksize, 0, *shape]
+    return [meta(field.length, dtype=field.dtype) for field in fields(layout)], layout
 
 
 CASES = (
@@ -297,4 +332,5 @@ CASES = (
     *dora_cases(),
     *rosa_cases(),
     *grouped_linear_cases(),
+    *format_cases(),
 )

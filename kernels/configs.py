@@ -21,6 +21,7 @@ from peftkern.formats.json_files import read_json
 
 TUNED = Path(__file__).parent / "tuned"
 RANK_LEAST, RANK_MOST = 16, 64
+COLUMNS_LEAST = 32  # of a tile of a 4-bit weight whose halves are multiplied: dot takes 16 at least
 # Tensor cores of an architecture, which decide what a tile costs, and the bytes of shared memory
 # that one of its programs may use.
 _TENSOR_CORES = {

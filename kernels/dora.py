@@ -2,7 +2,7 @@
 
 A program takes a tile of rows and walks along K: the update's tile comes from the tensor cores, the
 weight is added in registers, squares are summed in float32 in BLOCK_K lanes, which are added and
-rooted at the end. Nothing is written but the norms, and an NF4 weight is decoded on the way.
+rooted at the end. Nothing is written but the norms, and a 4-bit weight is decoded on the way.
 
 Bytes: 2 N K of a 16-bit weight (0.516 N K packed) once, and 4 r (N + K) of the factors; lora_A is
 read again by every program, from the L2 cache: 4 r K N / BLOCK_N, as many as the weight's at r = 16
@@ -18,14 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.backends.decoded import refusal_format
 from peftkern.formats.table import stored
 from peftkern.kernels.configs import Problem, block_rank, ceil_div
 from peftkern.kernels.interpreter import dot, narrow
-from peftkern.kernels.launch import code_table, config_for, guard, traits
+from peftkern.kernels.launch import code_table, config_for, guard, traits, whole_blocks
 from peftkern.kernels.low_rank_update import refusal_layer
 from peftkern.kernels.nf4 import nf4_dequantize
-from peftkern.kernels.primitives import nf4_tile, nf4_values
+from peftkern.kernels.primitives import nf4_rows, nf4_shared
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -115,9 +114,9 @@ def _dora_norm_kernel(
 @triton.jit
 def _nf4_dora_norm_kernel(
     packed_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
+    scale_ptr,
+    aux_ptr,
+    code2_ptr,
     offset_ptr,
     table_ptr,
     a_ptr,
@@ -127,6 +126,7 @@ def _nf4_dora_norm_kernel(
     K,
     r,
     scaling,
+    FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     W_TYPE: tl.constexpr,
@@ -140,17 +140,23 @@ def _nf4_dora_norm_kernel(
     """Compute the same for a packed weight, whose values are rounded to W_TYPE before the sum."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_row = rows.to(tl.int64) * K
-    offset = tl.load(offset_ptr) if NESTED_BLOCKSIZE else 0.0
-    weight = (packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset)
+    shared = nf4_shared(aux_ptr, offset_ptr, FORMAT, NESTED_BLOCKSIZE)
+    weight = (packed_ptr, scale_ptr, aux_ptr, code2_ptr, shared)
     b = _rows_of_b(b_ptr, rows, 0, N, r, BLOCK_R)
     squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):  # K is whole blocks, and BLOCK_K divides them
-        byte = (w_row + start)[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        block, mask = (w_row + start) // BLOCKSIZE, rows < N
-        packed, absmax = nf4_tile(weight, byte, mask[:, None], block, mask, NESTED_BLOCKSIZE)
-        high, low = nf4_values(packed, table_ptr, tl.float32, PTX)
-        w = tl.join(high * absmax[:, None], low * absmax[:, None])
-        w = narrow(tl.reshape(w, (BLOCK_N, BLOCK_K)), W_TYPE).to(tl.float32)
+        w = nf4_rows(
+            weight,
+            table_ptr,
+            w_row + start,
+            rows < N,
+            FORMAT,
+            BLOCKSIZE,
+            NESTED_BLOCKSIZE,
+            PTX,
+            BLOCK_K,
+        )
+        w = narrow(w, W_TYPE).to(tl.float32)
         columns = start + tl.arange(0, BLOCK_K)
         update = _update(b, a_ptr, b_ptr, rows, columns, N, K, r, SEVERAL, BLOCK_R, PRECISION)
         total = update * scaling + w
@@ -165,8 +171,7 @@ def refusal_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
 def refusal_nf4_norm(
     layout: list[int], dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor
 ) -> str | None:
-    reason = refusal_format("triton", layout)
-    return reason or refusal_layer(dtype, tuple(layout[3:]), lora_A, lora_B)
+    return refusal_layer(dtype, tuple(layout[3:]), lora_A, lora_B)
 
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -214,7 +219,7 @@ def nf4_dora_norm(
     with guard(norm):
         _nf4_dora_norm_kernel[(ceil_div(N, config.block_n),)](
             *weight.pointers,
-            code_table(device),
+            code_table(device, layout[0]),
             lora_A.contiguous(),
             lora_B.contiguous(),
             norm,
@@ -222,13 +227,14 @@ def nf4_dora_norm(
             K,
             r,
             scaling,
+            FORMAT=layout[0],
             BLOCKSIZE=weight.blocksize,
             NESTED_BLOCKSIZE=weight.nested_blocksize,
             W_TYPE=_TYPES[dtype],
             PTX=on.ptx,
             SEVERAL=r > block_rank(r),
             BLOCK_N=config.block_n,
-            BLOCK_K=min(config.block_k, weight.blocksize),
+            BLOCK_K=whole_blocks(config.block_k, *layout[:2], K),
             BLOCK_R=block_rank(r),
             PRECISION=on.precision,
             enable_fp_fusion=False,  # absmax is a product and a sum, each rounded

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.backends.decoded import refusal_format
 from peftkern.kernels.configs import ceil_div
 from peftkern.kernels.grouped_products import Stack, product, reduce, shrink, tiles_of_rows
 from peftkern.kernels.low_rank_update import ROWS_MAX, refusal_layer
@@ -61,9 +60,7 @@ def refusal_nf4_forward(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
 ) -> str | None:
-    reason = refusal_format("triton", layout)
-    shape = tuple(layout[4:])
-    return reason or _refusal(_rows(x, rows), x.dtype, offsets, shape, lora_A, lora_B)
+    return _refusal(_rows(x, rows), x.dtype, offsets, tuple(layout[4:]), lora_A, lora_B)
 
 
 def refusal_nf4_backward(

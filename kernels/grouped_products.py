@@ -5,7 +5,7 @@ BLOCK_M + min(E, R) + 1; a program finds its group by a scan over the offsets. T
 rows past the end, which are zero. `shrink` makes S = x A^T (and dS = scaling * dy B), `product` y =
 x W^T + scaling * S B^T + bias, and with the strides of W exchanged dx = dy W + dS A; `reduce` sums
 dA, dB and dbias, a group's rows in one program. x is read through `rows`, factors by their strides,
-and an NF4 weight is decoded in the tile loop: nothing of the stack's size is made. Programs of
+and a 4-bit weight is decoded in the tile loop: nothing of the stack's size is made. Programs of
 `product` go through bands of eight tiles of rows, which read the same columns of W in turn.
 
 A row whose index is out of range is not read and gives NaN; raising would wait for the GPU.
@@ -33,9 +33,16 @@ from peftkern.kernels.configs import (
     slab,
 )
 from peftkern.kernels.interpreter import dot, narrow
-from peftkern.kernels.launch import Plan, code_table, launch, planned, traits
+from peftkern.kernels.launch import Plan, code_table, launch, planned, traits, whole_blocks
 from peftkern.kernels.low_rank_update import added, partial_sums
-from peftkern.kernels.primitives import as_factor, dot_factor, dot_update, join_sums, nf4_weight
+from peftkern.kernels.primitives import (
+    as_factor,
+    dot_factor,
+    dot_update,
+    join_sums,
+    nf4_shared,
+    nf4_weight,
+)
 
 Sizes, Flags = tuple[int, ...], tuple[bool, ...]
 BAND = 8  # tiles of rows
@@ -49,6 +56,7 @@ class Stack(NamedTuple):
 
     tensors: tuple[Tensor | None, ...] = (None,) * 6
     strides: tuple[int, int, int] = (0, 0, 0)
+    form: int = 0
     blocksize: int = 0
     nested_blocksize: int = 0
 
@@ -68,10 +76,9 @@ class Stack(NamedTuple):
         groups, rows, columns = weight.shape
         strides = (rows * columns if groups > 1 else 0, columns, 1)
         return cls(
-            (*weight.pointers, code_table(w[0].device)),
+            (*weight.pointers, code_table(w[0].device, layout[0])),
             _exchanged(strides) if transposed else strides,
-            weight.blocksize,
-            weight.nested_blocksize,
+            *layout[:3],
         )
 
     def backward(self) -> Stack:
@@ -131,9 +138,9 @@ def _grouped_product_kernel(
     rows_ptr,
     offsets_ptr,
     w_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
+    scale_ptr,
+    aux_ptr,
+    code2_ptr,
     offset_ptr,
     table_ptr,
     s_ptr,
@@ -158,6 +165,7 @@ def _grouped_product_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     INNER: tl.constexpr,
@@ -194,8 +202,8 @@ def _grouped_product_kernel(
             steps = tl.arange(0, BLOCK_K)
             x_places = source[:, None] * K + steps[None, :]
             if BLOCKSIZE:
-                offset = tl.load(offset_ptr) if NESTED_BLOCKSIZE else 0.0
-                weight = (w_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset)
+                shared = nf4_shared(aux_ptr, offset_ptr, FORMAT, NESTED_BLOCKSIZE)
+                weight = (w_ptr, scale_ptr, aux_ptr, code2_ptr, shared)
             else:
                 w_places = steps.to(tl.int64)[:, None] * stride_wk
                 w_places += base + n.to(tl.int64)[None, :] * stride_wn
@@ -215,6 +223,7 @@ def _grouped_product_kernel(
                         K,
                         stride_wn,
                         stride_wk,
+                        FORMAT,
                         BLOCKSIZE,
                         NESTED_BLOCKSIZE,
                         INNER,
@@ -406,10 +415,10 @@ def product(
         return
     r, factor_strides = (0, (0, 0, 0)) if factor is None else (factor.shape[1], factor.stride())
     sizes = (R, T, E, N, K, r, 8 * out.element_size())
-    nf4 = (stack.blocksize, stack.nested_blocksize, stack.inner(N, K))
+    coding = (stack.form, stack.blocksize, stack.nested_blocksize, stack.inner(N, K))
     half = r > 0 and out.dtype is torch.float16  # whose update is three products in pieces
     flags = (rows is not None, stack.tensors[0] is not None, bias is not None, half)
-    plan = _product_plan(out.device, sizes, stack.strides + factor_strides, nf4, scale, flags)
+    plan = _product_plan(out.device, sizes, stack.strides + factor_strides, coding, scale, flags)
     launch(plan, out, x, rows, offsets, *stack.tensors, S, factor, bias, out)
 
 
@@ -418,19 +427,22 @@ def _product_plan(
     device: torch.device,
     sizes: Sizes,
     strides: Sizes,
-    nf4: tuple[int, int, str],
+    coding: tuple[int, int, int, str],
     scale: float,
     flags: Flags,
 ) -> Plan:
-    (R, T, E, N, K, r, bits), (blocksize, nested_blocksize, inner) = sizes, nf4
+    (R, T, E, N, K, r, bits), (form, blocksize, nested_blocksize, inner) = sizes, coding
     on = traits(device)
     decoding = ("rows" if inner else "values") if blocksize else ""
     config = grouped_tile(rows_of_group(R, E), bits, decoding, on.cores)
     items = tiles_of_rows(R, E, config.block_m)
     has_rows, has_weight, has_bias, half = flags
     block_n = config.block_n // 2 if half and on.cores == "mma" else config.block_n
-    block_n = min(block_n, blocksize) if inner == "n" else block_n
-    block_k = min(config.block_k, blocksize) if inner == "k" else config.block_k
+    block_k = config.block_k
+    if inner == "n":
+        block_n = whole_blocks(block_n, form, blocksize, N)
+    elif inner == "k":
+        block_k = whole_blocks(block_k, form, blocksize, K)
     return Plan(
         _grouped_product_kernel,
         (items * ceil_div(N, block_n),),
@@ -439,6 +451,7 @@ def _product_plan(
         HAS_WEIGHT=has_weight,
         HAS_UPDATE=r > 0,
         HAS_BIAS=has_bias,
+        FORMAT=form,
         BLOCKSIZE=blocksize,
         NESTED_BLOCKSIZE=nested_blocksize,
         INNER=inner,

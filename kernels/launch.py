@@ -18,7 +18,7 @@ from triton.runtime import JITFunction, driver
 
 from peftkern.backends.device import arch
 from peftkern.backends.pointers import all_begin_at
-from peftkern.formats.nf4 import nf4_code
+from peftkern.formats.table import FORMATS
 from peftkern.kernels.configs import Problem, TileConfig, chosen, tensor_cores
 from peftkern.kernels.interpreter import INTERPRETED
 
@@ -96,14 +96,24 @@ def config_for(problem: Problem, device: torch.device) -> TileConfig:
 
 
 @functools.cache
-def code_table(device: torch.device) -> Tensor:
-    """Return the sixteen NF4 values, made once per device.
+def code_table(device: torch.device, form: int) -> Tensor:
+    """Return the sixteen float32 values of a format's codes, made once per device.
 
     Made in a thread of its own: what the caller's thread allocates while a CUDA graph warms up
     belongs to the graph, and this outlives it.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(nf4_code, device).result()
+        options = {"dtype": torch.float32, "device": device}
+        return thread.submit(torch.tensor, FORMATS[form].code, **options).result()
+
+
+def whole_blocks(block: int, form: int, blocksize: int, length: int) -> int:
+    """Return the values of a row of a tile, `block` at most, that divide a row of `length`.
+
+    They are of one block of NF4 and FP4, whose sums it scales. Of the others they may be several
+    blocks, as those are short: to scale each weight takes fewer instructions than a shorter tile.
+    """
+    return min(block, blocksize) if FORMATS[form].crosses_rows else math.gcd(block, length)
 
 
 def guard(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -1,11 +1,12 @@
-"""LoRA over an NF4 weight on a GPU.
+"""LoRA over a 4-bit weight on a GPU.
 
 Few rows: one kernel multiplies x with the packed weight (in bitsandbytes' own layout) and with
 lora_A, a second adds the partial sums in a fixed order, the update and the bias. The weight is the
-left operand, its even and odd columns are two products (no interleaving), and absmax scales the
-float32 sums of a block instead of every weight. More rows: dequantize once into scratch in the
-dtype of the activations, then as over a dense weight. That scratch comes from torch's caching
-allocator, which hands the same block to every layer on a stream, and is safe in a CUDA graph.
+left operand, its even and odd columns are two products (no interleaving), and a block's scale is
+applied to its float32 sums; where a tile has several blocks in a row, or blocks have zeros, each
+weight is scaled. More rows: dequantize once into scratch in the dtype of the activations, then as
+over a dense weight. That scratch comes from torch's caching allocator, which hands the same block
+to every layer on a stream, and is safe in a CUDA graph.
 
 Weight bytes: 0.516 per weight fused, against 0.516 + 2 + 2 for dequantizing and cuBLAS.
 """
@@ -20,10 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.backends.decoded import refusal_format
 from peftkern.backends.dropout import keep_scale, keep_threshold
 from peftkern.formats.table import stored
-from peftkern.kernels.configs import RANK_LEAST, Problem, ceil_div, nf4_fused_rows
+from peftkern.kernels.configs import (
+    COLUMNS_LEAST,
+    RANK_LEAST,
+    Problem,
+    ceil_div,
+    nf4_fused_rows,
+)
 from peftkern.kernels.interpreter import dot, dropped, narrow
 from peftkern.kernels.launch import (
     Plan,
@@ -33,20 +39,29 @@ from peftkern.kernels.launch import (
     planned,
     rows_of,
     traits,
+    whole_blocks,
 )
 from peftkern.kernels.lora_linear import update_gradients
 from peftkern.kernels.low_rank_update import refusal, update_epilogue, update_forward
 from peftkern.kernels.nf4 import nf4_dequantize
-from peftkern.kernels.primitives import dot_factor, join_sums, keep_mask, nf4_tile, nf4_values
+from peftkern.kernels.primitives import (
+    SCALES,
+    dot_factor,
+    join_sums,
+    keep_mask,
+    nf4_codes,
+    nf4_shared,
+    nf4_tile,
+)
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "threshold"])
 def _nf4_forward_kernel(
     x_ptr,
     packed_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
+    scale_ptr,
+    aux_ptr,
+    code2_ptr,
     offset_ptr,
     table_ptr,
     a_ptr,
@@ -59,6 +74,7 @@ def _nf4_forward_kernel(
     r,
     blocks,
     threshold,
+    FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     HAS_LORA: tl.constexpr,
@@ -81,24 +97,36 @@ def _nf4_forward_kernel(
     if tile * BLOCK_N < N:
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_row = n.to(tl.int64) * K
-        offset = tl.load(offset_ptr) if NESTED_BLOCKSIZE else 0.0
-        weight = (packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset)
+        shared = nf4_shared(aux_ptr, offset_ptr, FORMAT, NESTED_BLOCKSIZE)
+        weight = (packed_ptr, scale_ptr, aux_ptr, code2_ptr, shared)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for start in range(first, last, BLOCK_K):  # K is whole blocks, and BLOCK_K divides them
+        for start in range(first, last, BLOCK_K):  # K is whole tiles of whole blocks
             byte = (weight_row + start)[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
             block = (weight_row + start) // BLOCKSIZE
-            packed, absmax = nf4_tile(
-                weight, byte, (n < N)[:, None], block, n < N, NESTED_BLOCKSIZE
+            packed, scale, zero = nf4_tile(
+                weight,
+                byte,
+                (n < N)[:, None],
+                block,
+                n < N,
+                FORMAT,
+                NESTED_BLOCKSIZE,
+                BLOCK_K // BLOCKSIZE,
             )
             columns = start + tl.arange(0, BLOCK_K)
             x = tl.load(
                 x_ptr + row[:, None] * K + columns[None, :], mask=in_rows[:, None], other=0.0
             )
             even, odd = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_K // 2, 2)))
-            high, low = nf4_values(packed, table_ptr, x.dtype, PTX)
-            part = dot(high, tl.trans(even), PRECISION)
-            part += dot(low, tl.trans(odd), PRECISION)
-            total += part * absmax[:, None]
+            if BLOCK_K > BLOCKSIZE or SCALES[FORMAT] == "scale_zero":
+                w_even, w_odd = nf4_codes(packed, zero, table_ptr, tl.float32, FORMAT, PTX)
+                total += dot(narrow(w_even * scale, x.dtype), tl.trans(even), PRECISION)
+                total += dot(narrow(w_odd * scale, x.dtype), tl.trans(odd), PRECISION)
+            else:
+                w_even, w_odd = nf4_codes(packed, zero, table_ptr, x.dtype, FORMAT, PTX)
+                part = dot(w_even, tl.trans(even), PRECISION)
+                part += dot(w_odd, tl.trans(odd), PRECISION)
+                total += part * scale
         place = (split.to(tl.int64) * M + row)[None, :] * N + n[:, None]
         tl.store(y_ptr + place, total, mask=in_rows[None, :] & (n < N)[:, None])
     elif HAS_LORA:
@@ -127,9 +155,9 @@ def _nf4_forward_kernel(
 def _nf4_backward_kernel(
     dy_ptr,
     packed_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
+    scale_ptr,
+    aux_ptr,
+    code2_ptr,
     offset_ptr,
     table_ptr,
     dx_ptr,
@@ -137,6 +165,7 @@ def _nf4_backward_kernel(
     N,
     K,
     blocks,
+    FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     PTX: tl.constexpr,
@@ -151,8 +180,8 @@ def _nf4_backward_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = (rows < M)[:, None]
     row = rows.to(tl.int64)[:, None]
-    offset = tl.load(offset_ptr) if NESTED_BLOCKSIZE else 0.0
-    weight = (packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset)
+    shared = nf4_shared(aux_ptr, offset_ptr, FORMAT, NESTED_BLOCKSIZE)
+    weight = (packed_ptr, scale_ptr, aux_ptr, code2_ptr, shared)
     total_even = tl.zeros((BLOCK_M, BLOCK_K // 2), tl.float32)
     total_odd = tl.zeros((BLOCK_M, BLOCK_K // 2), tl.float32)
     first = split * blocks * BLOCK_N
@@ -161,11 +190,20 @@ def _nf4_backward_kernel(
         place = n.to(tl.int64) * K + first_column
         byte = place[:, None] // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
         block = place // BLOCKSIZE
-        packed, absmax = nf4_tile(weight, byte, (n < N)[:, None], block, n < N, NESTED_BLOCKSIZE)
+        packed, scale, zero = nf4_tile(
+            weight,
+            byte,
+            (n < N)[:, None],
+            block,
+            n < N,
+            FORMAT,
+            NESTED_BLOCKSIZE,
+            BLOCK_K // BLOCKSIZE,
+        )
         dy = tl.load(dy_ptr + row * N + n[None, :], mask=in_rows & (n < N)[None, :], other=0.0)
-        high, low = nf4_values(packed, table_ptr, tl.float32, PTX)
-        total_even += dot(dy, narrow(high * absmax[:, None], dy.dtype), PRECISION)
-        total_odd += dot(dy, narrow(low * absmax[:, None], dy.dtype), PRECISION)
+        even, odd = nf4_codes(packed, zero, table_ptr, tl.float32, FORMAT, PTX)
+        total_even += dot(dy, narrow(even * scale, dy.dtype), PRECISION)
+        total_odd += dot(dy, narrow(odd * scale, dy.dtype), PRECISION)
     total = tl.reshape(tl.join(total_even, total_odd), (BLOCK_M, BLOCK_K))
     columns = first_column + tl.arange(0, BLOCK_K)
     tl.store(dx_ptr + (split.to(tl.int64) * M + row) * K + columns[None, :], total, mask=in_rows)
@@ -178,8 +216,7 @@ def refusal_forward(
     lora_B: Tensor | None,
     keep: Tensor | None,
 ) -> str | None:
-    reason = refusal_format("triton", layout)
-    return reason or refusal(x, tuple(layout[3:]), lora_A, lora_B, keep)
+    return refusal(x, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
 def refusal_backward(
@@ -189,8 +226,7 @@ def refusal_backward(
     lora_B: Tensor | None,
     keep: Tensor | None,
 ) -> str | None:
-    reason = refusal_format("triton", layout)
-    return reason or refusal(dy, tuple(layout[3:]), lora_A, lora_B, keep)
+    return refusal(dy, tuple(layout[3:]), lora_A, lora_B, keep)
 
 
 def nf4_lora_linear_forward(
@@ -247,7 +283,7 @@ def _fused(rows: Tensor, columns: int, layout: list[int]) -> bool:
     _, blocksize, _, _, K = layout
     on = traits(rows.device)
     most = nf4_fused_rows(on.arch, columns, on.processors, on.cores)
-    return 0 < rows.shape[0] <= most and K % blocksize == 0
+    return 0 < rows.shape[0] <= most and K % max(blocksize, COLUMNS_LEAST) == 0
 
 
 def fused_forward(
@@ -264,12 +300,12 @@ def fused_forward(
     weight = stored(w, layout)
     (M, K), N, r = x.shape, layout[3], 0 if lora_A is None else lora_A.shape[0]
     bits, dropout = 8 * x.element_size(), keep is not None
-    sizes = (M, N, K, r, bits, dropout_p, dropout, weight.blocksize, weight.nested_blocksize)
+    sizes = (M, N, K, r, bits, dropout_p, dropout, *layout[:3])
     plan = _forward_plan(x.device, *sizes)
     splits = plan.grid[2]
     parts = x.new_empty((splits, M, N), dtype=torch.float32)
     s_parts = x.new_empty((splits, M, r), dtype=torch.float32) if r else None
-    A, table = lora_A.contiguous() if r else None, code_table(x.device)
+    A, table = lora_A.contiguous() if r else None, code_table(x.device, layout[0])
     launch(plan, x, x, *weight.pointers, table, A, keep, parts, s_parts)
     y = x.new_empty((M, N))
     S = x.new_empty((M, r), dtype=torch.float32) if r else None
@@ -289,11 +325,12 @@ def _forward_plan(
     bits: int,
     dropout_p: float,
     dropout: bool,
+    form: int,
     blocksize: int,
     nested_blocksize: int,
 ) -> Plan:
     config = config_for(Problem("nf4_forward", M, N, K, r, bits), device)
-    block_k = min(config.block_k, blocksize)
+    block_k = whole_blocks(config.block_k, form, blocksize, K)
     blocks = ceil_div(ceil_div(K, block_k), config.splits)
     tiles = ceil_div(N, config.block_n) + ceil_div(r, RANK_LEAST)
     on = traits(device)
@@ -301,6 +338,7 @@ def _forward_plan(
         _nf4_forward_kernel,
         (tiles, ceil_div(M, config.block_m), ceil_div(K, blocks * block_k)),
         (M, N, K, r, blocks, keep_threshold(dropout_p)),
+        FORMAT=form,
         BLOCKSIZE=blocksize,
         NESTED_BLOCKSIZE=nested_blocksize,
         HAS_LORA=r > 0,
@@ -326,10 +364,9 @@ def fused_backward(
 ) -> Tensor:
     weight = stored(w, layout)
     (M, N), K = dy.shape, layout[4]
-    bits = 8 * dy.element_size()
-    plan = _backward_plan(dy.device, M, N, K, bits, weight.blocksize, weight.nested_blocksize)
+    plan = _backward_plan(dy.device, M, N, K, 8 * dy.element_size(), *layout[:3])
     parts = dy.new_empty((plan.grid[2], M, K), dtype=torch.float32)
-    launch(plan, dy, dy, *weight.pointers, code_table(dy.device), parts)
+    launch(plan, dy, dy, *weight.pointers, code_table(dy.device, layout[0]), parts)
     dx = dy.new_empty((M, K))
     s_parts = None if dS is None else dS.unsqueeze(0)
     factor = None if dS is None else lora_A.contiguous()
@@ -345,17 +382,19 @@ def _backward_plan(
     N: int,
     K: int,
     bits: int,
+    form: int,
     blocksize: int,
     nested_blocksize: int,
 ) -> Plan:
     config = config_for(Problem("nf4_backward", M, N, K, 1, bits), device)
-    block_k = min(config.block_k, blocksize)
+    block_k = whole_blocks(config.block_k, form, blocksize, K)
     blocks = ceil_div(ceil_div(N, config.block_n), config.splits)
     on = traits(device)
     return Plan(
         _nf4_backward_kernel,
         (K // block_k, ceil_div(M, config.block_m), ceil_div(N, blocks * config.block_n)),
         (M, N, K, blocks),
+        FORMAT=form,
         BLOCKSIZE=blocksize,
         NESTED_BLOCKSIZE=nested_blocksize,
         PTX=on.ptx,

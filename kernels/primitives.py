@@ -1,18 +1,25 @@
-"""Device functions shared by the Triton kernels: products, dropout's mask, NF4's decoding.
+"""Device functions shared by the Triton kernels: products, dropout's mask, 4-bit decoding.
 
-Every function here is inlined into the kernels that call it.
+Every function here is inlined into the kernels that call it. FORMAT is the row of a weight's format
+in `peftkern.formats.table`, from which come the code values, how a block's scale is stored, and
+which nibble of a byte is the first: no kernel knows more of a format than that number.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from peftkern.formats.nf4 import NF4_CODE
+from peftkern.formats.table import FORMATS
 from peftkern.kernels.interpreter import dot, narrow
 
 PHILOX_ROUNDS = tl.constexpr(7)
+SCALES = tl.constexpr(tuple(row.scales for row in FORMATS))
+LOW_FIRST = tl.constexpr(tuple(row.low_first for row in FORMATS))
+E4M3_SHIFT = tl.constexpr(2.0**120)  # of the exponent, from float32's bias to e4m3's
 
 
 @triton.jit
@@ -94,14 +101,16 @@ def keep_mask(seed, rows, first_column, threshold, BLOCK_K: tl.constexpr):
     return tl.reshape(halves, (rows.shape[0], BLOCK_K)).to(tl.int32) < threshold
 
 
-def _prmt_program(dtype: torch.dtype) -> str:
+def _prmt_program(code: Sequence[float], dtype: torch.dtype) -> str:
     """Return PTX that turns 4 bytes ($4) into values of high ($0, $1) and low nibbles ($2, $3).
+
+    code: the sixteen values, which are rounded to dtype, of 16 bits.
 
     A value of 16 bits has two byte planes. `prmt` looks four codes up at once in the eight entries
     of a plane that two registers hold; bit 3 of each code, spread over a byte by prmt's sign mode,
     picks the lower or the upper eight; four more interleave the planes. 21 operations, 8 weights.
     """
-    bits = torch.tensor(NF4_CODE).to(dtype).view(torch.int16).tolist()
+    bits = torch.tensor(code).to(dtype).view(torch.int16).tolist()
     planes = {
         name: [value >> shift & 255 for value in bits] for name, shift in (("l", 0), ("h", 8))
     }
@@ -132,8 +141,8 @@ def _prmt_program(dtype: torch.dtype) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-PRMT_BFLOAT16 = tl.constexpr(_prmt_program(torch.bfloat16))
-PRMT_FLOAT16 = tl.constexpr(_prmt_program(torch.float16))
+PRMT_BFLOAT16 = tl.constexpr(tuple(_prmt_program(row.code, torch.bfloat16) for row in FORMATS))
+PRMT_FLOAT16 = tl.constexpr(tuple(_prmt_program(row.code, torch.float16) for row in FORMATS))
 
 
 def _shuffle_program() -> str:
@@ -164,8 +173,8 @@ SHUFFLE = tl.constexpr(_shuffle_program())
 
 
 @triton.jit
-def nf4_values(packed, table_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Decode the high and the low nibbles of bytes to NF4 values in dtype.
+def _nibble_values(packed, table_ptr, dtype: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr):
+    """Look up the code values of the high and the low nibbles of bytes, in dtype.
 
     PTX: in registers, by NVIDIA's permutations and shuffles. Otherwise from the table of sixteen.
     """
@@ -185,7 +194,7 @@ def nf4_values(packed, table_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
         )
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            PRMT_BFLOAT16,
+            PRMT_BFLOAT16[FORMAT],
             "=r,=r,=r,=r,r",
             [packed],
             (tl.bfloat16, tl.bfloat16),
@@ -194,7 +203,7 @@ def nf4_values(packed, table_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
         )
     else:
         return tl.inline_asm_elementwise(
-            PRMT_FLOAT16,
+            PRMT_FLOAT16[FORMAT],
             "=r,=r,=r,=r,r",
             [packed],
             (tl.float16, tl.float16),
@@ -204,41 +213,151 @@ def nf4_values(packed, table_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def nf4_tile(weight, byte, byte_mask, block, block_mask, NESTED_BLOCKSIZE: tl.constexpr):
-    """Load packed codes at some bytes, and the float32 absmax of some blocks.
+def nf4_codes(
+    packed, zero, table_ptr, dtype: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr
+):
+    """Decode the even and the odd values of bytes but for their scale: code - zero, in dtype.
 
-    weight: pointers to packed, absmax, nested absmax and nested code, and the nested offset as it
-    was read. Nested absmax (NESTED_BLOCKSIZE is not 0) is a product and a sum, each rounded: the
-    launch has to forbid fused multiply-adds (`enable_fp_fusion=False`) where bits are promised.
+    dtype: float32 of a format that has zeros, which need not be integers.
     """
-    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset = weight
-    packed = tl.load(packed_ptr + byte, mask=byte_mask, other=0)
-    absmax = tl.load(absmax_ptr + block, mask=block_mask, other=0)
-    if NESTED_BLOCKSIZE:
-        scale = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=block_mask, other=0.0)
-        absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * scale + offset
-    return packed, absmax
+    high, low = _nibble_values(packed, table_ptr, dtype, FORMAT, PTX)
+    if SCALES[FORMAT] == "scale_zero":
+        high = high - zero
+        low = low - zero
+    if LOW_FIRST[FORMAT]:
+        return low, high
+    else:
+        return high, low
 
 
 @triton.jit
-def _nf4_rows(
+def nf4_values(packed, scale, zero, table_ptr, FORMAT: tl.constexpr, PTX: tl.constexpr):
+    """Decode the even and the odd values of bytes, (code - zero) * scale, in float32."""
+    even, odd = nf4_codes(packed, zero, table_ptr, tl.float32, FORMAT, PTX)
+    return even * scale, odd * scale
+
+
+@triton.jit
+def _e8m0(stored):
+    """Return 2^(stored - 127), NaN of 255: float32 has that exponent, but for the least."""
+    bits = stored.to(tl.int32) << 23
+    bits = tl.where(stored == 0, 0x00400000, tl.where(stored == 255, 0x7FC00000, bits))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _e4m3(stored):
+    """Return the value of float8_e4m3fn's bits, NaN of 127 and 255.
+
+    Exponent and fraction stand in float32's places, where they are too small by a power of two;
+    a subnormal is one there, too, and the product is exact. No target's own conversion is needed.
+    """
+    bits = stored.to(tl.uint32)
+    bits = ((bits & 127) << 20) | ((bits & 128) << 24)
+    value = bits.to(tl.float32, bitcast=True) * E4M3_SHIFT
+    return tl.where((stored & 127) == 127, float("nan"), value)
+
+
+@triton.jit
+def nf4_shared(aux_ptr, offset_ptr, FORMAT: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr):
+    """Load what all blocks of a weight share: the nested offset, or the tensor's scale."""
+    if NESTED_BLOCKSIZE:
+        return tl.load(offset_ptr)
+    elif SCALES[FORMAT] == "e4m3":
+        return tl.load(aux_ptr)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _nf4_scale(weight, block, mask, FORMAT: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr):
+    """Load the float32 scale of some blocks, and their zero (0.0 of a format without zeros).
+
+    Nested absmax (NESTED_BLOCKSIZE is not 0) is a product and a sum, each rounded: the launch has
+    to forbid fused multiply-adds (`enable_fp_fusion=False`) where bits are promised.
+    """
+    _, scale_ptr, aux_ptr, code2_ptr, shared = weight
+    stored = tl.load(scale_ptr + block, mask=mask, other=0)
+    if NESTED_BLOCKSIZE:
+        nested = tl.load(aux_ptr + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
+        return tl.load(code2_ptr + stored.to(tl.int32)) * nested + shared, 0.0
+    elif SCALES[FORMAT] == "e8m0":
+        return _e8m0(stored), 0.0
+    elif SCALES[FORMAT] == "e4m3":
+        return _e4m3(stored) * shared, 0.0
+    elif SCALES[FORMAT] == "scale_zero":
+        return stored, tl.load(aux_ptr + block, mask=mask, other=0.0)
+    else:
+        return stored, 0.0
+
+
+@triton.jit
+def _spread(of_blocks, SIZE: tl.constexpr):
+    """Repeat values of blocks [rows, blocks] for each byte of theirs, [rows, SIZE]."""
+    rows: tl.constexpr = of_blocks.shape[0]
+    blocks: tl.constexpr = of_blocks.shape[1]
+    values = tl.broadcast_to(of_blocks[:, :, None], (rows, blocks, SIZE // blocks))
+    return tl.reshape(values, (rows, SIZE))
+
+
+@triton.jit
+def nf4_tile(
+    weight,
+    byte,
+    byte_mask,
+    block,
+    block_mask,
+    FORMAT: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Load packed codes at some bytes [rows, size], and scale and zero of the block of each row.
+
+    Of BLOCKS blocks from that one on, if a row has more than one: each byte then has its own. Both
+    broadcast to [rows, size]. weight: pointers to packed codes, block scales as stored, what these
+    need (nested absmax's own absmax, the tensor's scale, or zeros) and the code of nested absmax;
+    last the number that `nf4_shared` has read.
+    """
+    packed = tl.load(weight[0] + byte, mask=byte_mask, other=0)
+    if BLOCKS > 1:
+        several = block[:, None] + tl.arange(0, BLOCKS)[None, :]
+        scale, zero = _nf4_scale(weight, several, block_mask[:, None], FORMAT, NESTED_BLOCKSIZE)
+        if SCALES[FORMAT] == "scale_zero":
+            zero = _spread(zero, byte.shape[1])
+        return packed, _spread(scale, byte.shape[1]), zero
+    else:
+        scale, zero = _nf4_scale(weight, block, block_mask, FORMAT, NESTED_BLOCKSIZE)
+        if SCALES[FORMAT] == "scale_zero":
+            zero = zero[:, None]
+        return packed, scale[:, None], zero
+
+
+@triton.jit
+def nf4_rows(
     weight,
     table_ptr,
     place,
     inside,
+    FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     PTX: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Decode SIZE values from each place on, whole bytes of one block, in float32."""
+    """Decode SIZE values from each place on in float32: whole bytes of a block, or whole blocks."""
     byte = place[:, None] // 2 + tl.arange(0, SIZE // 2)[None, :]
-    packed, absmax = nf4_tile(
-        weight, byte, inside[:, None], place // BLOCKSIZE, inside, NESTED_BLOCKSIZE
+    packed, scale, zero = nf4_tile(
+        weight,
+        byte,
+        inside[:, None],
+        place // BLOCKSIZE,
+        inside,
+        FORMAT,
+        NESTED_BLOCKSIZE,
+        SIZE // BLOCKSIZE,
     )
-    high, low = nf4_values(packed, table_ptr, tl.float32, PTX)
-    values = tl.join(high * absmax[:, None], low * absmax[:, None])
-    return tl.reshape(values, (place.shape[0], SIZE))
+    even, odd = nf4_values(packed, scale, zero, table_ptr, FORMAT, PTX)
+    return tl.reshape(tl.join(even, odd), (place.shape[0], SIZE))
 
 
 @triton.jit
@@ -252,6 +371,7 @@ def nf4_weight(
     K,
     stride_n,
     stride_k,
+    FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     INNER: tl.constexpr,
@@ -262,22 +382,44 @@ def nf4_weight(
     """Decode a tile [BLOCK_K, BLOCK_N] of a flat packed stack in float32.
 
     INNER: which of the two is contiguous, "n" or "k", where blocks end with rows, so that a row of
-    the tile lies in one. "" decodes value by value, from wherever in a byte.
+    the tile is in one or has whole ones. "" decodes value by value, from wherever in a byte: NF4's
+    and FP4's blocks alone need not end with rows.
     """
     n = first_n + tl.arange(0, BLOCK_N)
     k = first_k + tl.arange(0, BLOCK_K)
     if INNER == "k":
         place = base + n.to(tl.int64) * stride_n + first_k
-        return tl.trans(
-            _nf4_rows(weight, table_ptr, place, n < N, BLOCKSIZE, NESTED_BLOCKSIZE, PTX, BLOCK_K)
+        w = nf4_rows(
+            weight,
+            table_ptr,
+            place,
+            n < N,
+            FORMAT,
+            BLOCKSIZE,
+            NESTED_BLOCKSIZE,
+            PTX,
+            BLOCK_K,
         )
+        return tl.trans(w)
     elif INNER == "n":
         place = base + k.to(tl.int64) * stride_k + first_n
-        return _nf4_rows(weight, table_ptr, place, k < K, BLOCKSIZE, NESTED_BLOCKSIZE, PTX, BLOCK_N)
+        return nf4_rows(
+            weight,
+            table_ptr,
+            place,
+            k < K,
+            FORMAT,
+            BLOCKSIZE,
+            NESTED_BLOCKSIZE,
+            PTX,
+            BLOCK_N,
+        )
     else:
+        tl.static_assert(SCALES[FORMAT] == "absmax" and not LOW_FIRST[FORMAT])
         place = base + n.to(tl.int64)[None, :] * stride_n + k.to(tl.int64)[:, None] * stride_k
         inside = (n < N)[None, :] & (k < K)[:, None]
         block = place // BLOCKSIZE
-        packed, absmax = nf4_tile(weight, place // 2, inside, block, inside, NESTED_BLOCKSIZE)
+        packed = tl.load(weight[0] + place // 2, mask=inside, other=0)
+        scale, _ = _nf4_scale(weight, block, inside, FORMAT, NESTED_BLOCKSIZE)
         code = tl.where(place % 2 == 0, packed >> 4, packed & 15)
-        return tl.load(table_ptr + code.to(tl.int32)) * absmax
+        return tl.load(table_ptr + code.to(tl.int32)) * scale

@@ -1,4 +1,4 @@
-// NF4 on a GPU: dequantize, nested or plain, and quantize, one launch each.
+// NF4 on a GPU: dequantize (FP4, too), nested or plain, and quantize, one launch each.
 //
 // Bytes per weight, 16-bit dense values, blocks of 64, nested: 0.5 codes + 1/64 absmax + 2 dense =
 // 2.52 (float32: 4.52; quantizing a 16-bit weight: 2 + 0.5 + 4/64 = 2.56). At 4.3 TB/s of copy
@@ -430,7 +430,7 @@ cudaError_t quantize(const QuantizeArgument& a, const void* src, cudaStream_t st
 void validate_cuda(const NF4View& w) {
   validate(w);
   const int64_t format = static_cast<int64_t>(w.format);
-  require(w.format == Format::kNF4, "w: format", format, "0 (nf4), the one of CUDA's kernels");
+  require(format <= static_cast<int64_t>(Format::kFP4), "w: format", format, "0 (nf4) or 1 (fp4)");
   if (!w.nested) return;
   const int64_t group = w.nested_blocksize;
   require((group & (group - 1)) == 0, "nested_blocksize", group, "a power of two");

@@ -1,4 +1,4 @@
-// NF4 inside a kernel: the weight as a kernel argument, its absmax, its sixteen values.
+// NF4 or FP4 inside a kernel: the weight as a kernel argument, its absmax, its sixteen values.
 #pragma once
 
 #include "intrinsics.cuh"
@@ -28,7 +28,8 @@ inline NF4Argument nf4_argument(const NF4View& w) {
   a.numel = w.numel;
   a.blocksize_log2 = w.blocksize_log2();
   a.nested_log2 = w.nested ? __builtin_ctzll(static_cast<uint64_t>(w.nested_blocksize)) : 0;
-  for (int i = 0; i < 16; ++i) a.code[i] = kNF4Code[i];
+  const float (&code)[16] = w.format == Format::kFP4 ? kFP4Code : kNF4Code;
+  for (int i = 0; i < 16; ++i) a.code[i] = code[i];
   return a;
 }
 

@@ -1,6 +1,7 @@
 """Formats of quantized weights that the kernels of each back end decode.
 
-A call over any other goes to the next back end: torch's own operations decode them all.
+A call over any other goes to the next back end: Triton's kernels and torch's own operations decode
+them all.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from collections.abc import Sequence
 from peftkern.formats.table import FORMATS
 
 _DECODED = {
-    "triton": {"nf4"},
-    #
-    "cuda": {"nf4"},
+    "cuda": {"nf4", "fp4"},
     #
     "cpu": {"nf4", "fp4", "mxfp4", "nvfp4", "int4"},
 }

@@ -15,6 +15,7 @@ kernels/FORMATS.md has sources and edge cases.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -158,18 +159,12 @@ def fields(layout: Sequence[int]) -> tuple[Field, ...]:
 
     Raises: ValueError naming what of the layout no format has.
     """
-    row = _format(layout)
+    row = _format(tuple(layout))
     _, blocksize, nested_blocksize, *shape = layout
-    if blocksize not in row.blocksizes:
-        raise ValueError(f"blocksize: expected one of {row.blocksizes}, got {blocksize}")
     nested = row.blocksizes if row.nested_blocksize else ()
     if nested_blocksize not in (0, *nested):
         accepted = (0, *nested)
         raise ValueError(f"nested_blocksize: expected one of {accepted}, got {nested_blocksize}")
-    if not row.crosses_rows and (not shape or shape[-1] % blocksize):
-        raise ValueError(
-            f"shape: expected rows of a multiple of {blocksize} values in {row.name}, got {shape}"
-        )
     numel = math.prod(shape)
     nblocks = -(-numel // blocksize)
     lengths = {_BLOCK: nblocks, _NESTED_BLOCK: -(-nblocks // (nested_blocksize or 1))}
@@ -185,7 +180,7 @@ def stored(tensors: Sequence[Tensor], layout: Sequence[int]) -> Stored:
 
     Raises: ValueError on a format that there is not, or a number of tensors that it does not have.
     """
-    row = _format(layout)
+    row = _format(tuple(layout))
     _, blocksize, nested_blocksize, *shape = layout
     expected = 1 + len(SCALES["nested" if nested_blocksize else row.scales])
     if len(tensors) != expected:
@@ -202,7 +197,7 @@ def cut(
     Args: blocks, from one to another, the last of which may be cut, or indices of whole ones.
     Returns: tensors, views of the weight's where blocks are a slice, and layout.
     """
-    row, (form, blocksize) = _format(layout), layout[:2]
+    row, (form, blocksize) = _format(tuple(layout)), layout[:2]
     packed, *others = tensors
     octets = blocksize // 2
     if isinstance(blocks, slice):
@@ -217,10 +212,19 @@ def cut(
     )
 
 
-def _format(layout: Sequence[int]) -> Format:
+@functools.lru_cache(maxsize=4096)
+def _format(layout: tuple[int, ...]) -> Format:
     if len(layout) < 3 or not 0 <= layout[0] < len(FORMATS):
         raise ValueError(
             f"layout: expected a format from 0 to {len(FORMATS) - 1} in [format, blocksize, "
             f"nested_blocksize, *shape], got {list(layout)}"
         )
-    return FORMATS[layout[0]]
+    row, blocksize = FORMATS[layout[0]], layout[1]
+    if blocksize not in row.blocksizes:
+        raise ValueError(f"blocksize: expected one of {row.blocksizes}, got {blocksize}")
+    if not row.crosses_rows and (len(layout) == 3 or layout[-1] % blocksize):
+        raise ValueError(
+            f"shape: expected rows of a multiple of {blocksize} values in {row.name}, got "
+            f"{list(layout[3:])}"
+        )
+    return row

@@ -55,6 +55,13 @@ def test_dequantize_every_byte(blocksize, dtype, double_quant):
     assert peftkern.stats().calls == {("nf4_dequantize", "cuda"): 1}
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_fp4_differs_in_its_table_alone(double_quant):
+    w = every_byte_weight(64, double_quant, torch.bfloat16, "fp4")
+    assert_same_bits(peftkern.dequantize_nf4(w), numpy_dequantize(w, torch.bfloat16))
+    assert peftkern.stats().calls == {("nf4_dequantize", "cuda"): 1}
+
+
 @drawn
 @given(weights(), st.sampled_from(DTYPES), st.integers(0, 3))
 def test_dequantize_any_weight(w, dtype, offset):

@@ -18,7 +18,7 @@ from grids import examples, thinned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linear_cases import BF16, F16, F32, layouts
-from nf4_weights import assert_same_bits
+from nf4_weights import assert_same_bits, numpy_dequantize
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
@@ -68,6 +68,14 @@ def test_any_call(sizes, dtypes, blocksize, double_quant, bias, lora, seed):
     K = 64 * units if M > 32 else -(-64 * units // blocksize) * blocksize
     options = {"blocksize": blocksize, "double_quant": double_quant, "bias": bias}
     check(nf4_cases((M, N, K, r), *dtypes, **options), lora)
+    assert peftkern.stats().calls[OP, "cuda"]
+
+
+@pytest.mark.parametrize("M", [5, 40])
+def test_fp4_differs_in_its_table_alone(M):
+    o = nf4_operands((M, 37, 192, 5), BF16, F32)
+    w = replace(o.w, quant_type="fp4")
+    check([replace(o, w=w, weight=numpy_dequantize(w, BF16))])
     assert peftkern.stats().calls[OP, "cuda"]
 
 

@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
 from peftkern.backends.schemas import by_name
+from peftkern.formats.table import FORMATS, NUMBERS, fields
 from peftkern.kernels import (
     dora,
     grouped_linear,
@@ -127,7 +128,8 @@ def far_memory(monkeypatch):
     def store(self, ptrs, value, mask, *rest):
         check(ptrs, mask, "store")
 
-    launch.code_table(CPU)  # remembered, so not to be a fake one
+    for form in range(len(FORMATS)):
+        launch.code_table(CPU, form)  # remembered, so not to be a fake one
     ACCESSES.clear()
     CONTENTS.clear()
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
@@ -221,6 +223,17 @@ def test_nf4_lora_linear(shape):
     backward = (dy, x, S, *weight, A, B, 2.0, keep, 0.5, [True] * 4)
     assert nf4_lora_linear.refusal_backward(dy, weight[1], A, B, keep) is None
     nf4_lora_linear.nf4_lora_linear_backward(*backward)
+
+
+@pytest.mark.parametrize(("name", "blocksize"), [("nvfp4", 16), ("int4", 32)])
+def test_formats_of_short_blocks(name, blocksize):
+    N, K = 1 << 20, 1 << 14
+    layout = [NUMBERS[name], blocksize, 0, N, K]
+    tensors = [fake(field.length, dtype=field.dtype) for field in fields(layout)]
+    forward = (fake(5, K), tensors, layout, None, None, None, 2.0, None, 0.0)
+    nf4_lora_linear.nf4_lora_linear_forward(*forward)
+    backward = (fake(5, N), None, None, tensors, layout, None, None, 2.0, None, 0.0)
+    nf4_lora_linear.nf4_lora_linear_backward(*backward, [True, False, False, False])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 import triton
 from aot_cases import KNOWN_SPILLS
 
-from peftkern.formats.nf4 import NF4_CODE
+from peftkern.formats.table import FORMATS, NF4
 from peftkern.kernels import primitives
 from peftkern.kernels.aot import TARGETS, innermost_loops
 from peftkern.kernels.configs import shared_memory
@@ -216,12 +216,15 @@ def nibbles(words: np.ndarray) -> np.ndarray:
     return np.stack([octets >> np.uint64(4), octets & np.uint64(15)], axis=2)
 
 
+@pytest.mark.parametrize(
+    "row", {row.code: row for row in FORMATS}.values(), ids=lambda row: row.name
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_permutations_give_every_value_high_then_low(dtype):
+def test_permutations_give_every_value_high_then_low(dtype, row):
     words = every_pair()
     assert len(np.unique(words & np.uint64(0xFFFF))) == len(np.unique(words >> np.uint64(16)))
-    out = evaluate(primitives._prmt_program(dtype), {"$4": words})
-    rounded = torch.tensor(NF4_CODE).to(dtype).view(torch.int16).numpy().astype(np.uint16)
+    out = evaluate(primitives._prmt_program(row.code, dtype), {"$4": words})
+    rounded = torch.tensor(row.code).to(dtype).view(torch.int16).numpy().astype(np.uint16)
     wanted = rounded[nibbles(words).astype(np.int64)]
     for half, first in ((0, "high"), (1, "low")):
         got = np.stack([out[f"${2 * half + i}"] for i in range(2)], axis=1)
@@ -234,12 +237,13 @@ def test_permutations_are_what_is_compiled():
         (torch.bfloat16, primitives.PRMT_BFLOAT16),
         (torch.float16, primitives.PRMT_FLOAT16),
     ):
-        assert compiled.value == primitives._prmt_program(dtype)
+        for form, row in enumerate(FORMATS):
+            assert compiled[form] == primitives._prmt_program(row.code, dtype)
 
 
 def test_shuffles_give_every_float32_value_high_then_low():
     words = every_pair()
-    table = np.array(NF4_CODE, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    table = np.array(NF4.code, dtype=np.float32).view(np.uint32).astype(np.uint64)
     address = np.zeros_like(words)
     program = primitives._shuffle_program()
     out = evaluate(program, {"$8": words, "$9": address}, table)
@@ -251,7 +255,7 @@ def test_shuffles_give_every_float32_value_high_then_low():
 
 @pytest.mark.parametrize("change", [("0xd8", "0xca"), ("0x7351", "0x6240"), (", 4;", ", 3;")])
 def test_wrong_permutation_is_found(change):
-    program = primitives._prmt_program(torch.bfloat16)
+    program = primitives._prmt_program(NF4.code, torch.bfloat16)
     assert change[0] in program
     words = every_pair()
     right = evaluate(program, {"$4": words})

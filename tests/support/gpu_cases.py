@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 
 import linear_cases
 import torch
+from block_weights import every_pair_weight, numpy_values, random_weight_of
+from grouped_cases import Grouped
 from linear_cases import Operands, operands, trials
 from linear_cases import ours as ours
+from nf4_weights import every_byte_weight
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
-from peftkern import NF4Weight
 from peftkern.backends import ops
+from peftkern.formats.block_weight import QuantizedWeight
 
 GRADIENTS = ("dx", "dA", "dB", "dbias")
 RESULTS = ("y", *GRADIENTS)
@@ -32,7 +35,9 @@ class NF4Operands(linear_cases.NF4Operands):
 
 def on_device(o: Operands, device: str) -> Operands:
     """The same operands on a device."""
-    moved = {k: v.to(device) for k, v in vars(o).items() if isinstance(v, (Tensor, NF4Weight))}
+    moved = {
+        k: v.to(device) for k, v in vars(o).items() if isinstance(v, (Tensor, QuantizedWeight))
+    }
     return replace(o, **moved)
 
 
@@ -54,6 +59,27 @@ def nf4_cases(
 ) -> list[NF4Operands]:
     drawn = (nf4_operands(shape, *dtypes, **options) for _ in range(trials(shape)))
     return [on_device(o, device) for o in drawn]
+
+
+def format_operands(
+    name: str, shape: tuple[int, int, int, int], *dtypes: torch.dtype
+) -> NF4Operands:
+    """A draw over a weight in any format."""
+    w = random_weight_of(name, shape[1:3], dtypes[0])
+    return NF4Operands(**vars(operands(shape, *dtypes, weight=numpy_values(w, dtypes[0]))), w=w)
+
+
+def in_format(o: Grouped, name: str) -> Grouped:
+    """The same operands over weights in any format."""
+    w = random_weight_of(name, tuple(o.weight.shape), o.weight.dtype)
+    return replace(o, w=w, weight=numpy_values(w, o.weight.dtype))
+
+
+def every_scale_weight(name: str, dtype: torch.dtype) -> QuantizedWeight:
+    """Every code beside every scale that the format can store, or those at the ends of float32."""
+    if name in ("nf4", "fp4"):
+        return every_byte_weight(64, True, dtype, name)
+    return every_pair_weight(name, dtype)
 
 
 def run_ops(

@@ -14,8 +14,9 @@ namespace peftkern {
 
 using CudaStream = CUstream_st*;  // cudaStream_t
 
-// validate() and, when nested, that nested_blocksize is a power of two. Pointers are the device's:
-// nested_offset stays there, for reading it would wait.
+// validate(), that the format is NF4 or FP4, which differ in their sixteen values alone, and, when
+// nested, that nested_blocksize is a power of two. Pointers are the device's: nested_offset stays
+// there, for reading it would wait.
 void validate_cuda(const NF4View& w);
 
 // out[i] = cast(code[i] * absmax[i / blocksize]) for i < w.numel; out_numel must be w.numel. Bit
