@@ -77,8 +77,8 @@ TABLE: dict[str, dict[str, str]] = {
         ),
     },
     "4-bit weights": {
-        'quant_type is {type}: load with bnb_4bit_quant_type="nf4"': (
-            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"); the default is FP4.'
+        "quant_type is {type}, expected nf4 or fp4": (
+            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), or "fp4".'
         ),
         "quant_state is missing": "The weight is quantized when the layer moves: `model.to(...)`.",
         "quant_state: missing; the weight has not been quantized yet": (

@@ -247,7 +247,14 @@ def layer_key(layer: Any, names: list[str], adapter: Adapter | None) -> tuple:
         kind = "LoRA" if layer._is_plain(names[0]) else "variant"
         kind += f" and {len(names) - 1} more" if len(names) > 1 else ""
         r = adapter.lora_A.shape[0]
+    kind += other_format(layer._modules["base_layer"])
     return (layer.op, kind, layer.out_features, layer.in_features, r)
+
+
+def other_format(base: nn.Module) -> str:
+    """Name the format of a base in 4 bits in a trial's key: its kernels have times of their own."""
+    name = getattr(base.__dict__.get("quant_state"), "quant_type", "nf4")
+    return "" if name == "nf4" else f", {name}"
 
 
 def active_names(layer: Any) -> list[str]:
