@@ -108,7 +108,7 @@ TABLE: dict[str, dict[str, str]] = {
             "`grouped_mm` casts the input itself; or use one dtype for both."
         ),
         "no fused experts that ask for an implementation": _EXPERTS,
-        "the experts are not in NF4": "`peftkern.quantize_(model)`, or load NF4 experts.",
+        "the experts are not in 4 bits": "`peftkern.quantize_(model)`, or load experts in 4 bits.",
     },
     "AdaLoRA": {
         "DeepSpeed holds the gradients": "PEFT computes the importance. Results are PEFT's.",
@@ -263,8 +263,8 @@ WARNINGS: dict[str, str] = {
     ),
     "peftkern: Triton's kernels do not serve {device}: {reason}. PEFT's own forward, or plain "
     "torch, serves instead.": "Install what the reason names, then `peftkern doctor --forget`.",
-    "{name}: merged into NF4 weights, which PEFT cannot undo: unmerge before `unpatch`, or `patch` "
-    "again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
+    "{name}: merged into 4-bit weights, which PEFT cannot undo: unmerge before `unpatch`, or "
+    "`patch` again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
     "{count} of the patched layers are never called, for fused kernels read their weights: "
     "{functions}; switch those off for peftkern to serve the layers": (
@@ -283,9 +283,9 @@ WARNINGS: dict[str, str] = {
     ),
     "a weight was quantized to NF4 again: what was added has norm {x}, the rounding error has "
     "{y}": "Expected when adapters merge into NF4. Merge into 16 bits to lose nothing.",
-    "{said}{count} of {count} experts were quantized to NF4 again: what was added has norm {x}, "
-    "the rounding error has {y}": (
-        "Expected when adapters merge into NF4 experts; unmerging puts the old bytes back."
+    "{said}{count} of {count} experts were quantized to {format} again: what was added has norm "
+    "{x}, the rounding error has {y}": (
+        "Expected when adapters merge into 4-bit experts; unmerging puts the old bytes back."
     ),
     "{prefix}weight: not loaded, for this layer has no memory (it is on the meta device) and "
     "nothing can be copied into it; pass assign=True": "`load_state_dict(state, assign=True)`.",
