@@ -45,8 +45,9 @@ TABLE: dict[str, dict[str, str]] = {
         "extra arguments: {names}": "For example `adapter_names`, one adapter per row. " + _PEFT,
         "{role} is {kind}": _SUBCLASS,
         "base_layer is {kind}": (
-            "Served are nn.Linear, Conv1D, Linear4bit (NF4) and NF4Linear; for experts, those of "
-            "transformers' own functions."
+            "Served are nn.Linear, Conv1D, Linear4bit and NF4Linear, HQQLinear, torchao's NVFP4 "
+            "and unpacked int4, GPT-QModel's TorchLinear and AwqTorchLinear; for experts, those "
+            "of transformers' own functions."
         ),
         "base weight is {kind}": _SUBCLASS,
         "base weight is trained": "Freeze it: `weight.requires_grad_(False)`.",
@@ -88,6 +89,10 @@ TABLE: dict[str, dict[str, str]] = {
             "Load again with one `bnb_4bit_quant_storage`, and do not cast the model."
         ),
         "weight is not quantized as [out_features, in_features]": "Quantize a matrix.",
+        "compiled over a base of another library": (
+            "A base of GPTQ, AWQ, HQQ or torchao is read between graphs: run it without "
+            "`torch.compile`, or leave it to PEFT."
+        ),
         "weight is repacked for bitsandbytes' CPU inference": (
             "Call `peftkern.patch` before the first evaluation, then nothing is repacked."
         ),

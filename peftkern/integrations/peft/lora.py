@@ -19,7 +19,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftkern.formats.nf4 import NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional import nf4_linear
 from peftkern.functional.dora import dora_linear, dora_norm
 from peftkern.integrations.peft.fallback import (
@@ -96,7 +96,7 @@ class LoRALayer(PatchedLayer):
             dropped, product = x, result if bias is None else result - bias
         else:
             dropped = drop(x)
-            if isinstance(weight, NF4Weight):
+            if isinstance(weight, QuantizedWeight):
                 product = nf4_linear(dropped, weight)
             else:
                 product = F.linear(dropped, weight.to(dropped.dtype))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkern.backends.reference.nf4 import nf4_dequantize
+from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.integrations.parts import LoRAParts
 from peftkern.integrations.peft import trial
@@ -58,7 +59,7 @@ def _check_kinds(found: Any) -> None:
     if not isinstance(found, LoRAParts):
         raise _wrong(found, "", "LoRAParts, or a reason in words")
     base, A, B, scaling, dropout, bias = found
-    if not isinstance(base, (Tensor, NF4Weight, nn.Module)):
+    if not isinstance(base, Tensor | QuantizedWeight | nn.Module):
         raise _wrong(base, "base", "a weight or a layer")
     if not isinstance(base, nn.Module) and len(base.shape) != 2:
         raise _wrong(base, "base", "a weight [N, K]")
@@ -85,7 +86,7 @@ def _wrong(value: Any, name: str, expected: str) -> WrongPartsError:
 def is_four_bit(found: LoRAParts) -> bool:
     """Return whether the base is quantized."""
     base = found.base
-    return isinstance(base, (NF4Weight, NF4Linear)) or hasattr(base, "quant_state")
+    return isinstance(base, QuantizedWeight | NF4Linear) or hasattr(base, "quant_state")
 
 
 def sizes_of(found: LoRAParts) -> tuple[int, int]:
@@ -170,7 +171,7 @@ def _formula(found: LoRAParts, x: Tensor) -> tuple[Tensor, Tensor]:
             base = NF4Weight.from_bitsandbytes(base)
         elif base is not None and hasattr(found.base, "nf"):
             base = base.t()  # transformers' Conv1D
-    if isinstance(base, NF4Weight):
+    if isinstance(base, QuantizedWeight):
         base = nf4_dequantize(list(base.tensors), list(base.layout), x.dtype)
     y = F.linear(x, base.detach(), None if bias is None else bias.to(x.dtype))
     if A is None:
