@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from peftkern.backends.counts import on_fallback, reset_stats, stats
     from peftkern.backends.device import BackendUnavailableError
     from peftkern.backends.dispatch import use_backend
+    from peftkern.formats.block_weight import BlockWeight
     from peftkern.formats.nf4 import NF4Weight
+    from peftkern.functional.block_formats import quantize_int4, quantize_mxfp4, quantize_nvfp4
     from peftkern.functional.explain import explain
     from peftkern.functional.grouped_linear import grouped_lora_linear, route
     from peftkern.functional.lora_experts import ExpertLinear, lora_experts
     from peftkern.functional.lora_linear import lora_linear
-    from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
+    from peftkern.functional.nf4 import dequantize, dequantize_nf4, quantize_fp4, quantize_nf4
     from peftkern.functional.nf4_lora_linear import nf4_linear, nf4_lora_linear
     from peftkern.integrations.parts import LoRAParts
     from peftkern.integrations.peft.adalora_export import export_lora
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
+    "BlockWeight",
     "ExpertLinear",
     "InitReport",
     "LoRAParts",
@@ -45,6 +48,7 @@ __all__ = [
     "PatchReport",
     "add_weighted_adapter",
     "convert_to_lora",
+    "dequantize",
     "dequantize_nf4",
     "explain",
     "export_lora",
@@ -59,7 +63,11 @@ __all__ = [
     "patch",
     "patched",
     "quantize_",
+    "quantize_fp4",
+    "quantize_int4",
+    "quantize_mxfp4",
     "quantize_nf4",
+    "quantize_nvfp4",
     "register_layer",
     "reset_stats",
     "route",
@@ -84,6 +92,7 @@ _MODULES = (
 _FLOORS = ("backends", "formats", "functional")  # not for users, and therefore not listed
 _HOMES = {
     "BackendUnavailableError": "backends.device",
+    "BlockWeight": "formats.block_weight",
     "LoRAParts": "integrations.parts",
     "NF4Weight": "formats.nf4",
     "on_fallback": "backends.counts",

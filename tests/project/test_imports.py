@@ -307,7 +307,10 @@ def test_dir_lists_what_users_can_use_and_nothing_else():
     assert not {"Any", "importlib", "annotations", "TYPE_CHECKING", "backends", "dispatch"} & names
     assert all(getattr(peftkern, name) is not None for name in names)
     assert {"__version__", "__doc__", "__file__"} <= set(dir(peftkern))
-    assert completions("peftkern.quant") == ["peftkern.quantize_", "peftkern.quantize_nf4"]
+    assert completions("peftkern.quantize_n") == [
+        "peftkern.quantize_nf4",
+        "peftkern.quantize_nvfp4",
+    ]
     assert completions("peftkern.la") == ["peftkern.layers"]
 
 

@@ -62,12 +62,17 @@ def block_scales(w: list[Tensor], layout: list[int]) -> tuple[Tensor, Tensor | N
         values = part.nested_code[part.scale.int()]
         return values * nested[: values.numel()] + part.nested_offset, None
     if scales == "e8m0":
-        bits = part.scale.int() << 23
-        bits = bits.masked_fill(part.scale == 0, 0x00400000)  # 2^-127 is subnormal
-        return bits.masked_fill(part.scale == 255, 0x7FC00000).view(torch.float32), None
+        return e8m0_scales(part.scale), None
     if scales == "e4m3":
         return part.scale.view(torch.float8_e4m3fn).float() * part.aux, None
     return part.scale, part.aux
+
+
+def e8m0_scales(scale: Tensor) -> Tensor:
+    """Return 2^(scale - 127) in float32 of integers from 0 to 254, NaN of 255."""
+    bits = scale.int() << 23
+    bits = bits.masked_fill(scale == 0, 0x00400000)  # 2^-127 is subnormal
+    return bits.masked_fill(scale == 255, 0x7FC00000).view(torch.float32)
 
 
 def unnested(w: list[Tensor], layout: list[int]) -> tuple[list[Tensor], list[int]]:
