@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from peftkern.formats.block_weight import BlockWeight
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
-from peftkern.functional import dequantize_nf4
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import ArgumentError
+from peftkern.functional import dequantize
 
 __all__ = ["ExpertStack"]
 aten = torch.ops.aten
@@ -93,8 +93,14 @@ class ExpertStack(Tensor):
         """Check the parts against the shape. Raises: ArgumentError."""
         raise NotImplementedError
 
-    def _weight(self, packed: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Any:
-        """Return the parts of some experts, of this shape as it is stored, as kernels take them."""
+    @staticmethod
+    def weight_of(
+        stack: ExpertStack, packed: Tensor, scale: Tensor, shape: tuple[int, ...]
+    ) -> QuantizedWeight:
+        """Return the parts of some experts, of this shape as it is stored, as kernels take them.
+
+        Static, for in a graph a tensor's method is an operation.
+        """
         raise NotImplementedError
 
     def _quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,8 +156,8 @@ class ExpertStack(Tensor):
     def decoded(self, packed: Tensor, scale: Tensor) -> Tensor:
         """Return dense values of any number of experts: parts [..., n] give [..., N, K]."""
         matrix = self.shape[:0:-1] if self.turned else self.shape[1:]
-        weight = self._weight(packed, scale, _sizes((*packed.shape[:-1], *matrix)))
-        dense = dequantize_nf4(weight, self.dtype)
+        sizes = _sizes((*packed.shape[:-1], *matrix))
+        dense = dequantize(self.weight_of(self, packed, scale, sizes), self.dtype)
         return dense.transpose(-1, -2) if self.turned else dense
 
     @torch.no_grad()
@@ -201,7 +207,7 @@ class ExpertStack(Tensor):
         return _on_dense(function, *args, **kwargs)
 
 
-def expert_weight(parameter: Tensor) -> Tensor | NF4Weight | BlockWeight:
+def expert_weight(parameter: Tensor) -> Tensor | QuantizedWeight:
     """Return a parameter of fused experts as kernels take it; see `is_transposed`.
 
     From its parts: what a graph reads of a subclass by property is another object at each call.
@@ -211,7 +217,7 @@ def expert_weight(parameter: Tensor) -> Tensor | NF4Weight | BlockWeight:
     packed, scale = (getattr(parameter, name) for name in type(parameter).PARTS)
     E, *matrix = parameter.shape
     shape = (E, *(reversed(matrix) if parameter.turned else matrix))
-    return parameter._weight(packed, scale, _sizes(shape))
+    return type(parameter).weight_of(parameter, packed, scale, _sizes(shape))
 
 
 def _sizes(shape: Iterable[int]) -> tuple[int, ...]:

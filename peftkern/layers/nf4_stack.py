@@ -92,10 +92,13 @@ class NF4Stack(ExpertStack):
         if reason is not None:
             raise ArgumentError(reason)
 
-    def _weight(self, packed: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> NF4Weight:
-        blocksize = 2 * self._packed.shape[1] // max(self._absmax.shape[1], 1)
-        parts = packed.reshape(-1), absmax.reshape(-1)
-        return NF4Weight(*parts, shape, int(blocksize), float_dtype(self))
+    @staticmethod
+    def weight_of(
+        stack: ExpertStack, packed: Tensor, scale: Tensor, shape: tuple[int, ...]
+    ) -> NF4Weight:
+        blocksize = 2 * stack._packed.shape[1] // max(stack._absmax.shape[1], 1)
+        parts = packed.reshape(-1), scale.reshape(-1)
+        return NF4Weight(*parts, shape, int(blocksize), float_dtype(stack))
 
     def _quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         w = quantized(weight, blocksize=self.blocksize, double_quant=False)

@@ -54,7 +54,7 @@ def test_nothing_is_decoded_and_16_bits_are_nearer_to_float64(folder, monkeypatc
         setattr(experts, name, nn.Parameter(stack.dequantize(), requires_grad=False))
     assert_as_near_as_peft(model, oracle_of(dense), *inputs(200, BF16))
     twin = patched_copy(model)
-    monkeypatch.setattr("peftkern.layers.expert_stack.dequantize_nf4", None)
+    monkeypatch.setattr("peftkern.layers.expert_stack.dequantize", None)
     outputs_and_gradients(twin, *inputs(200, BF16))
 
 
@@ -70,7 +70,7 @@ def test_a_whole_model_is_served_with_adapters_and_without(monkeypatch):
     expected = outputs_and_gradients(model, ids)
     with model.disable_adapter():
         base = model(ids).logits
-    monkeypatch.setattr("peftkern.layers.expert_stack.dequantize_nf4", None)
+    monkeypatch.setattr("peftkern.layers.expert_stack.dequantize", None)
     peftkern.reset_stats()
     got = outputs_and_gradients(twin, ids)
     assert served() == 2 and fallbacks() == {}
