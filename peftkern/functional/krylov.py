@@ -118,6 +118,15 @@ def multiply(spaces: Sequence[Krylov], transposed: bool, run: Run) -> None:
         space.take(Y)
 
 
+def multiply_back(spaces: Sequence[Krylov], run: Run) -> None:
+    """Multiply what `multiply` has made of the newest blocks by W^T, which it was not asked to."""
+    work = [(space, rows) for space in spaces for rows in space.panels.slices]
+    found = run(lambda one: one[0].Y[one[0].newest, one[1]] @ one[0].panels.read(one[1]), work)
+    for space in spaces:
+        for _ in space.panels.slices:
+            space.rest += next(found)
+
+
 def extend(spaces: Sequence[Krylov], run: Run) -> None:
     """Append to each space its next block: an orthonormal basis of `rest` outside of it."""
     blocks, ranks = _orthonormal(list(run(lambda space: space.outside(space.rest), spaces)))

@@ -30,7 +30,14 @@ from peftkern.functional.arguments import (
     is_listed,
     mismatch,
 )
-from peftkern.functional.krylov import Krylov, energy_bound, extend, multiply, norm_bounds
+from peftkern.functional.krylov import (
+    Krylov,
+    energy_bound,
+    extend,
+    multiply,
+    multiply_back,
+    norm_bounds,
+)
 from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd
 from peftkern.functional.panels import Found, Panels, Run, full_float32, parallel
 
@@ -81,12 +88,27 @@ class _Layer:
 
     def __init__(self, where: str, panels: Panels) -> None:
         self.where, self.panels = where, panels
-        self.norm = self.excess = self.kept = 0.0
+        self.norm = self.excess = self.kept = self.gain = 0.0
+        self.next = math.inf  # what the excess is expected to be after another sweep
         self.certificate = math.inf
         self.sweeps = 0
         self.space: Krylov | None = None
         self.factors: tuple[Tensor, Tensor] | None = None
         self.top: Tensor | None = None
+
+    def note(self, kept: float) -> None:
+        """Estimate the excess error from the sum of squares that the space keeps after a sweep.
+
+        Gains fall faster than geometrically, so what is still missing is less than
+        gain * ratio / (1 - ratio); twice that is said, and never more than the gain itself.
+        """
+        gain, last = kept - self.kept, self.gain
+        self.kept, self.gain = kept, gain
+        falls = 0 < gain < last / 3 and self.sweeps > 3  # the second one still finds its directions
+        missing = 2 * gain * gain / (last - gain) if falls else gain
+        error = max(self.norm**2 - kept, (FLOOR * self.norm) ** 2)
+        self.excess = missing / (2 * error)
+        self.next = self.excess * gain / last if falls else math.inf
 
 
 def truncated_svd(
@@ -107,7 +129,7 @@ def truncated_svd(
 
     Args: weight [m, n] and minus of its shape, float32|bfloat16|float16 or NF4Weight, or lists of
         them (`minus` None where there is none); oversample, the columns of a block beyond the rank;
-        sweeps, or None: until a sweep improves the error by less than `tol` of it, at most 32;
+        sweeps, or None: until the excess error is estimated to be below `tol`, at most 32;
         certify, for a bound on the excess error; seed of the random blocks of every layer.
     Returns: TruncatedSVD. Matrices whose smaller side is at most 512, or too small for the sweeps
         that they need, are decomposed exactly. Columns of U and rows of Vh beyond the numerical
@@ -165,7 +187,7 @@ def _layers(weight: object, minus: object) -> tuple[bool, list[_Layer]]:
     """Check the weights; return whether it is one, and all of them."""
     single = isinstance(weight, Tensor | QuantizedWeight)
     if not single and not is_listed(weight):
-        raise mismatch("weight", "a tensor, an NF4Weight, or a list of them", weight)
+        raise mismatch("weight", "a tensor, an NF4Weight or BlockWeight, or a list of them", weight)
     weights = [weight] if single else list(weight)
     names = ["" if single else f"[{i}]" for i in range(len(weights))]
     for name, one in zip(names, weights, strict=True):
@@ -273,21 +295,23 @@ def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
         spaces = [layer.space for layer in going]
         extend(spaces, run)
         done = going[0].sweeps + 1
-        multiply(spaces, job.certify or done != sweeps, run)
+        last = all(one.next < 2 * job.tol for one in going) if sweeps is None else done == sweeps
+        multiply(spaces, job.certify or not last, run)
         values = run(lambda space: torch.linalg.eigvalsh(space.T)[-job.rank :].sum().item(), spaces)
         for layer, kept in zip(going, values, strict=True):
-            error = max(layer.norm**2 - kept, (FLOOR * layer.norm) ** 2)
-            layer.excess, layer.kept = (kept - layer.kept) / (2 * error), kept
             layer.sweeps = done
+            layer.note(kept)
         if sweeps is None:
-            last = done == MAX_SWEEPS
-            found = [one for one in going if last or (done > 1 and one.excess < job.tol)]
+            end = done == MAX_SWEEPS
+            found = [one for one in going if end or (done > 1 and one.excess < job.tol)]
         else:
             found = going if done == sweeps else []
         best = run(lambda layer: layer.space.best(job.rank), found)
         for layer, factors in zip(found, best, strict=True):
             layer.factors = factors
         going = [one for one in going if one.factors is None and not one.space.full]
+        if last and not job.certify:
+            multiply_back([layer.space for layer in going], run)  # it was not the last one
 
 
 def _decompose_small(layers: list[_Layer], rank: int, run: Run) -> None:

@@ -4,6 +4,7 @@ layer = NF4LoRALinear.from_linear(linear, r=16, lora_alpha=32)
 quantize_(model)  # then get_peft_model(model, LoraConfig(...)) and patch(model)
 """
 
+from peftkern.layers.block import BlockLinear
 from peftkern.layers.dora import DoRALinear
 from peftkern.layers.experts import Experts, LoRAExperts, NF4Experts
 from peftkern.layers.lora import LoRALinear, NF4LoRALinear, _keep_fused_paths_away
@@ -14,6 +15,7 @@ from peftkern.layers.quantize import quantize_
 from peftkern.layers.svd import SVDLinear
 
 __all__ = [
+    "BlockLinear",
     "DoRALinear",
     "Experts",
     "LoRAExperts",

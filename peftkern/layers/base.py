@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftkern.formats.nf4 import NF4Weight
-from peftkern.functional import dequantize_nf4, lora_linear, nf4_linear, nf4_lora_linear
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.functional import dequantize, lora_linear, nf4_linear, nf4_lora_linear
 
 
 def check_linear(linear: nn.Module) -> None:
@@ -82,9 +82,9 @@ class NamedErrors:
             raise
 
 
-def base_weight(base: nn.Linear) -> Tensor | NF4Weight:
+def base_weight(base: nn.Linear) -> Tensor | QuantizedWeight:
     """Return the weight of a frozen layer that `check_base` accepts."""
-    return base.nf4 if hasattr(type(base), "nf4") else base.weight
+    return base.quantized_weight if hasattr(type(base), "quantized_weight") else base.weight
 
 
 def low_rank_forward(
@@ -104,11 +104,11 @@ def low_rank_forward(
     """
     weight, bias = base_weight(base), base.bias
     if not is_strided(x):
-        weight = dequantize_nf4(weight) if isinstance(weight, NF4Weight) else weight
+        weight = weight if isinstance(weight, Tensor) else dequantize(weight)
         return _torch_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
     if lora_A is None:
         return nf4_linear(x, weight, bias)
-    function = nf4_lora_linear if isinstance(weight, NF4Weight) else lora_linear
+    function = lora_linear if isinstance(weight, Tensor) else nf4_lora_linear
     return function(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p)
 
 
@@ -152,10 +152,10 @@ def merged(base: nn.Linear, update: Tensor) -> nn.Linear:
     """Make a dense nn.Linear with the weight of `base` + update [N, K].
 
     Summed in float32 or what is wider, and rounded once to the dtype that the weight has, or had
-    before it became NF4.
+    before it was quantized.
     """
     weight = base_weight(base)
-    weight = dequantize_nf4(weight) if isinstance(weight, NF4Weight) else weight
+    weight = weight if isinstance(weight, Tensor) else dequantize(weight)
     wide = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
     return linear_like(base, (weight.to(wide) + update.to(wide)).to(weight.dtype))
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftkern.formats.nf4 import NF4Weight
-from peftkern.functional import dequantize_nf4
+from peftkern.functional import dequantize
 from peftkern.functional.dora import dora_linear, dora_norm
 from peftkern.layers.base import (
     LowRankFactors,
@@ -94,7 +93,7 @@ class DoRALinear(LowRankFactors, OverFrozenBase):
         base, weight = self.base, base_weight(self.base)
         with torch.no_grad():
             norm = self.norm()
-            dense = dequantize_nf4(weight) if isinstance(weight, NF4Weight) else weight
+            dense = weight if isinstance(weight, Tensor) else dequantize(weight)
             update = self.scaling * (self.lora_B.to(norm.dtype) @ self.lora_A.to(norm.dtype))
             merged = (dense.to(norm.dtype) + update) * (self.magnitude / norm)[:, None]
         return linear_like(base, merged.to(dense.dtype))

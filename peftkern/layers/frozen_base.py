@@ -9,22 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.layers.base import NamedErrors, base_weight, kind_of
+from peftkern.layers.block import BlockLinear
 from peftkern.layers.nf4 import NF4Linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def check_base(base: nn.Module) -> nn.Linear:
-    """Freeze and return a linear layer without an adapter: nn.Linear or NF4Linear.
+    """Freeze and return a linear layer without an adapter: nn.Linear, NF4Linear or BlockLinear.
 
     Its weight and bias are used and its forward never called, so that a subclass, which may compute
     something else, and hooks, which would not be called, are refused.
     Raises: TypeError if it is another kind of module; ValueError if it has hooks.
     """
-    if type(base) not in (nn.Linear, NF4Linear):
+    if type(base) not in (nn.Linear, NF4Linear, BlockLinear):
         raise TypeError(
-            "base: expected an nn.Linear without an adapter or a peftkern.layers.NF4Linear, got "
-            f"{kind_of(base)}"
+            "base: expected an nn.Linear without an adapter or a peftkern.layers.NF4Linear or "
+            f"BlockLinear, got {kind_of(base)}"
         )
     hooks = [name for name in _HOOKS if getattr(base, name)]
     if "forward" in vars(base):  # as accelerate hooks into a layer

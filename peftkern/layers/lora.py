@@ -169,6 +169,6 @@ class NF4LoRALinear(_Adapter, NF4Linear):
         else:
             check_linear(linear)
             w = quantized(linear.weight, blocksize=blocksize, double_quant=double_quant)
-        layer = cls._from_nf4(w, linear.bias, linear.training)
+        layer = cls._from_stored(w, linear.bias, linear.training)
         layer._add_adapter(w.device, **update)
         return layer

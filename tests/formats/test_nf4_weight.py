@@ -176,7 +176,7 @@ def test_from_bitsandbytes_refuses_what_is_not_nf4():
         (None, "Params4bit"),
         (other, "quant_type: expected 'nf4' or 'fp4', got 'af4'"),
         (flipped, "quant_map"),
-        (exchanged, "quant_map: expected the sixteen values of fp4"),
+        (exchanged, "quant_map: expected FP4's sixteen values"),
     ):
         with pytest.raises(ValueError, match=field):
             NF4Weight.from_bitsandbytes(param)

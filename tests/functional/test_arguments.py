@@ -195,8 +195,8 @@ def test_both_sides_are_named():
     x, A, B = LAYER.values()
     said = refused(peftkern.nf4_linear, {"x": x, "w": DENSE})
     assert said == (
-        "w: expected an NF4Weight, as quantize_nf4 makes of a dense tensor, got [64, 128] "
-        "torch.float32 on cpu"
+        "w: expected an NF4Weight or BlockWeight, as quantize_nf4 and its kin make of a dense "
+        "tensor, got [64, 128] torch.float32 on cpu"
     )
     said = refused(
         peftkern.lora_linear, {"x": x, "weight": NF4, "lora_A": A, "lora_B": B, "scaling": 1.0}

@@ -25,9 +25,9 @@ from torch import Tensor
 
 import peftkern
 import peftkern.functional.truncated_svd as svd_module
-from peftkern.functional.krylov import FAILURE, shortfall
+from peftkern.functional.krylov import FAILURE, Krylov, multiply_back, shortfall
 from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
-from peftkern.functional.panels import Panels, full_float32, parallel
+from peftkern.functional.panels import Panels, Run, full_float32, parallel
 from peftkern.functional.truncated_svd import FLOOR, TruncatedSVD, truncated_svd
 
 
@@ -346,7 +346,11 @@ DENSE = torch.ones(6, 5)
 @pytest.mark.parametrize(
     ("args", "more", "message"),
     [
-        ((3, 2), {}, "weight: expected a tensor, an NF4Weight, or a list of them, got 3"),
+        (
+            (3, 2),
+            {},
+            "weight: expected a tensor, an NF4Weight or BlockWeight, or a list of them, got 3",
+        ),
         (([DENSE, 3], 2), {}, r"weight\[1\]: expected a dense tensor, got 3"),
         ((DENSE[0], 2), {}, r"weight: expected \[m, n\] without zeros, got \[5\]"),
         ((DENSE[:0], 2), {}, r"weight: expected \[m, n\] without zeros, got \[0, 5\]"),
@@ -372,3 +376,36 @@ def test_values_that_are_not_finite(bad, side):
     W[3, 4] = bad
     with pytest.raises(ValueError, match=r"weight\[1\]: expected finite values, got NaN or Inf"):
         truncated_svd([torch.randn(9, 9), W], 2)
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("shelf", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
+def test_the_estimate_is_not_below_the_truth(decay: float, shelf: float, tol: float) -> None:
+    sigma = torch.arange(1, 561, dtype=F64) ** -decay + shelf
+    W = ((orthonormal(600, 560) * sigma) @ orthonormal(560, 560).T).float()
+    svd = truncated_svd(W, 8, tol=tol)
+    assert truth(svd, W) <= svd.excess + TRUNCATED_EXCESS
+    assert svd.excess < tol
+
+
+def test_a_sweep_that_was_taken_for_the_last_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its second product was left out, and is made up for."""
+    made_up = []
+
+    def spy(spaces: list[Krylov], run: Run) -> None:
+        made_up.extend(spaces)
+        multiply_back(spaces, run)
+
+    monkeypatch.setattr(svd_module, "multiply_back", spy)
+    monkeypatch.setattr(svd_module._Layer, "next", 0.0, raising=False)
+    monkeypatch.setattr(svd_module._Layer, "__setattr__", _never_next)
+    W = power_law(600, 560, 0.5)
+    svd = truncated_svd(W, 8, tol=1e-5)
+    assert len(made_up) == svd.sweeps - 1
+    assert truth(svd, W) <= TRUNCATED_EXCESS
+
+
+def _never_next(layer: svd_module._Layer, name: str, value: object) -> None:
+    if name != "next":
+        object.__setattr__(layer, name, value)

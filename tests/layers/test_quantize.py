@@ -99,13 +99,13 @@ def test_quantize_errors():
 def test_quantize_lets_go_of_the_dense_weights_one_by_one(monkeypatch):
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
     alive = weakref.WeakSet(layer.weight for layer in model)
-    left, quantized = [], NF4Linear._set_nf4
+    left, quantized = [], NF4Linear._set_stored
 
     def spy(layer, w):
         left.append(len(alive))
         quantized(layer, w)
 
-    monkeypatch.setattr(NF4Linear, "_set_nf4", spy)
+    monkeypatch.setattr(NF4Linear, "_set_stored", spy)
     assert len(peftkern.quantize_(model)) == 8
     assert left[-1] <= 2 and not alive
 

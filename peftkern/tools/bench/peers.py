@@ -61,7 +61,7 @@ def nf4_linear(weight: Tensor) -> nn.Module:
 def nf4_layer(weight: peftkern.NF4Weight, bias: nn.Parameter | None = None) -> nn.Module:
     """Build bitsandbytes' layer over this weight, or ours where bitsandbytes does not run."""
     if bitsandbytes_missing(weight.device) is not None:
-        return NF4Linear._from_nf4(weight, bias, True)
+        return NF4Linear._from_stored(weight, bias, True)
     state = weight.state_dict()
     packed = state.pop("weight")
     stats = {name.removeprefix("weight."): tensor for name, tensor in state.items()}
