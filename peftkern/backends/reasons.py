@@ -45,9 +45,9 @@ TABLE: dict[str, dict[str, str]] = {
         "extra arguments: {names}": "For example `adapter_names`, one adapter per row. " + _PEFT,
         "{role} is {kind}": _SUBCLASS,
         "base_layer is {kind}": (
-            "Served are nn.Linear, Conv1D, Linear4bit and NF4Linear, HQQLinear, torchao's NVFP4 "
-            "and unpacked int4, GPT-QModel's TorchLinear and AwqTorchLinear; for experts, those "
-            "of transformers' own functions."
+            "Served are nn.Linear, Conv1D, Linear4bit, NF4Linear, BlockLinear, HQQLinear, torchao's "
+            "NVFP4 and unpacked int4, GPT-QModel's TorchLinear and AwqTorchLinear; for experts, "
+            "those of transformers' own functions."
         ),
         "base weight is {kind}": _SUBCLASS,
         "base weight is trained": "Freeze it: `weight.requires_grad_(False)`.",
@@ -138,8 +138,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "Layers that were registered": {
         "base is {kind}": (
-            "A base that is a layer is nn.Linear, Conv1D, Linear4bit (NF4) or NF4Linear; of others "
-            "`read` may give the weight."
+            "A base that is a layer is nn.Linear, Conv1D, Linear4bit, NF4Linear or BlockLinear; of "
+            "others `read` may give the weight."
         ),
         "input is given by its name": "Call the layer as `layer(x)`.",
         "compiled before its parts were checked": (
@@ -286,8 +286,8 @@ WARNINGS: dict[str, str] = {
     "to bfloat16; it is back in the storage layout so that gradients pass through it.": (
         "Call `peftkern.patch` before the first evaluation; to have the exact weights, reload."
     ),
-    "a weight was quantized to NF4 again: what was added has norm {x}, the rounding error has "
-    "{y}": "Expected when adapters merge into NF4. Merge into 16 bits to lose nothing.",
+    "a weight was quantized to {format} again: what was added has norm {x}, the rounding error has "
+    "{y}": "Expected when adapters merge into 4 bits. Merge into 16 bits to lose nothing.",
     "{said}{count} of {count} experts were quantized to {format} again: what was added has norm "
     "{x}, the rounding error has {y}": (
         "Expected when adapters merge into 4-bit experts; unmerging puts the old bytes back."

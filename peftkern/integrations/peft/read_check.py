@@ -21,7 +21,7 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.integrations.parts import LoRAParts
 from peftkern.integrations.peft import trial
-from peftkern.layers import NF4Linear
+from peftkern.layers.quantized_linear import QuantizedLinear
 
 ROWS = 3
 # Of a sum's terms: more than roundings make of it, less than a part that is missing.
@@ -86,7 +86,7 @@ def _wrong(value: Any, name: str, expected: str) -> WrongPartsError:
 def is_four_bit(found: LoRAParts) -> bool:
     """Return whether the base is quantized."""
     base = found.base
-    return isinstance(base, QuantizedWeight | NF4Linear) or hasattr(base, "quant_state")
+    return isinstance(base, QuantizedWeight | QuantizedLinear) or hasattr(base, "quant_state")
 
 
 def sizes_of(found: LoRAParts) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def _formula(found: LoRAParts, x: Tensor) -> tuple[Tensor, Tensor]:
     base, A, B, bias = found.base, found.lora_A, found.lora_B, found.bias
     if isinstance(base, nn.Module):
         bias = base.bias
-        base = getattr(base, "nf4", None) or base.weight
+        base = getattr(base, "quantized_weight", None) or base.weight
         if getattr(base, "quant_state", None) is not None:
             base = NF4Weight.from_bitsandbytes(base)
         elif base is not None and hasattr(found.base, "nf"):
@@ -186,7 +186,8 @@ def _rows(found: LoRAParts) -> Tensor:
     weight = base.weight if isinstance(base, nn.Module) else base
     dtype = weight.dtype
     if is_four_bit(found) and isinstance(base, nn.Module):
-        dtype = base.nf4.dtype if isinstance(base, NF4Linear) else base.compute_dtype
+        own = isinstance(base, QuantizedLinear)
+        dtype = base.quantized_weight.dtype if own else base.compute_dtype
         dtype = dtype or (torch.float32 if found.lora_A is None else found.lora_A.dtype)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, ROWS, sizes_of(found)[1], generator=generator)

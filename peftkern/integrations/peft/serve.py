@@ -37,7 +37,8 @@ from peftkern.integrations.peft.fallback import (
     unusual_call,
     unusual_tensor,
 )
-from peftkern.layers import NF4Linear
+from peftkern.layers import BlockLinear, NF4Linear
+from peftkern.layers.quantized_linear import QuantizedLinear
 
 BNB_TYPES: tuple[type, ...] = ()
 if is_bnb_4bit_available():
@@ -46,7 +47,8 @@ if is_bnb_4bit_available():
     BNB_TYPES = bnb.LINEAR_TYPES
 
 DENSE_TYPES = (nn.Linear, Conv1D)
-BASE_TYPES = frozenset((*BNB_TYPES, *DENSE_TYPES, NF4Linear))
+OWN_TYPES = (NF4Linear, BlockLinear)
+BASE_TYPES = frozenset((*BNB_TYPES, *DENSE_TYPES, *OWN_TYPES))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -272,7 +274,10 @@ def layer_key(layer: Any, names: list[str], adapter: Adapter | None) -> tuple:
 
 def other_format(base: nn.Module) -> str:
     """Name the format of a base in 4 bits in a trial's key: its kernels have times of their own."""
-    name = getattr(base.__dict__.get("quant_state"), "quant_type", "nf4")
+    if isinstance(base, QuantizedLinear):
+        name = base._quant.get("format") or base._quant["quant_type"]
+    else:
+        name = getattr(base.__dict__.get("quant_state"), "quant_type", "nf4")
     return "" if name == "nf4" else f", {name}"
 
 
@@ -349,8 +354,8 @@ def read_base(
     kind = type(base)
     if kind in BNB_TYPES:
         return bnb.read_base(base, x)
-    if kind is NF4Linear:
-        return x.dtype, base.nf4, base.bias
+    if kind in OWN_TYPES:
+        return x.dtype, base.quantized_weight, base.bias
 
     weight, bias = parameters_of(base)
     reason = unusual_tensor(**{"base weight": weight})
