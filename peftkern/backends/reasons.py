@@ -45,9 +45,9 @@ TABLE: dict[str, dict[str, str]] = {
         "extra arguments: {names}": "For example `adapter_names`, one adapter per row. " + _PEFT,
         "{role} is {kind}": _SUBCLASS,
         "base_layer is {kind}": (
-            "Served are nn.Linear, Conv1D, Linear4bit, NF4Linear, BlockLinear, HQQLinear, torchao's "
-            "NVFP4 and unpacked int4, GPT-QModel's TorchLinear and AwqTorchLinear; for experts, "
-            "those of transformers' own functions."
+            "Served are nn.Linear, Conv1D, Linear4bit, NF4Linear, BlockLinear, HQQLinear, NVFP4 "
+            "and unpacked int4 of torchao, GPT-QModel's TorchLinear and AwqTorchLinear; for "
+            "experts, those of transformers' own functions."
         ),
         "base weight is {kind}": _SUBCLASS,
         "base weight is trained": "Freeze it: `weight.requires_grad_(False)`.",
