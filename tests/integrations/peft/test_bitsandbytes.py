@@ -204,7 +204,7 @@ def test_truncated_quant_state_is_an_error_and_reads_nothing():
             lambda s: vars(s).update(code=s.code.half()),
             "quant_map: expected a torch.float32 tensor",
         ),
-        (lambda s: vars(s).update(code=s.code.flip(0)), "quant_map: expected the sixteen"),
+        (lambda s: vars(s).update(code=s.code.flip(0)), "quant_map: expected NF4's sixteen"),
         (
             lambda s: vars(s).update(absmax=s.absmax.float().half(), state2=None, nested=False),
             "absmax: expected a torch.float32 tensor",
@@ -286,7 +286,7 @@ def test_table_that_is_changed_is_read_again(on_gpu):
     model = lora_net(make_linear4bit())
     code = on_gpu(layer_of(model).base_layer)
     peftkern.patch(model)
-    x, reason = torch.randn(2, K), "quant_map: expected the sixteen values of nf4"
+    x, reason = torch.randn(2, K), "quant_map: expected NF4's sixteen values"
     for change, served in ((Tensor.neg_, 0), (Tensor.neg_, 1)):
         waits = OnGpu.waits
         change(code)
