@@ -73,7 +73,7 @@ def check_frozen(weight: Any) -> None:
 
 
 def check_quantized(name: str, weight: Any) -> None:
-    if not isinstance(weight, QuantizedWeight):
+    if type(weight) is not NF4Weight and not isinstance(weight, QuantizedWeight):
         kinds = "an NF4Weight or BlockWeight, as quantize_nf4 and its kin make of a dense tensor"
         raise mismatch(name, kinds, weight)
 
