@@ -45,8 +45,9 @@ TABLE: dict[str, dict[str, str]] = {
         "extra arguments: {names}": "For example `adapter_names`, one adapter per row. " + _PEFT,
         "{role} is {kind}": _SUBCLASS,
         "base_layer is {kind}": (
-            "Served are nn.Linear, Conv1D, Linear4bit (NF4) and NF4Linear; for experts, those of "
-            "transformers' own functions."
+            "Served are nn.Linear, Conv1D, Linear4bit, NF4Linear, BlockLinear, HQQLinear, NVFP4 "
+            "and unpacked int4 of torchao, GPT-QModel's TorchLinear and AwqTorchLinear; for "
+            "experts, those of transformers' own functions."
         ),
         "base weight is {kind}": _SUBCLASS,
         "base weight is trained": "Freeze it: `weight.requires_grad_(False)`.",
@@ -77,8 +78,8 @@ TABLE: dict[str, dict[str, str]] = {
         ),
     },
     "4-bit weights": {
-        'quant_type is {type}: load with bnb_4bit_quant_type="nf4"': (
-            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"); the default is FP4.'
+        "quant_type is {type}, expected nf4 or fp4": (
+            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), or "fp4".'
         ),
         "quant_state is missing": "The weight is quantized when the layer moves: `model.to(...)`.",
         "quant_state: missing; the weight has not been quantized yet": (
@@ -88,6 +89,10 @@ TABLE: dict[str, dict[str, str]] = {
             "Load again with one `bnb_4bit_quant_storage`, and do not cast the model."
         ),
         "weight is not quantized as [out_features, in_features]": "Quantize a matrix.",
+        "compiled over a base of another library": (
+            "A base of GPTQ, AWQ, HQQ or torchao is read between graphs: run it without "
+            "`torch.compile`, or leave it to PEFT."
+        ),
         "weight is repacked for bitsandbytes' CPU inference": (
             "Call `peftkern.patch` before the first evaluation, then nothing is repacked."
         ),
@@ -108,7 +113,7 @@ TABLE: dict[str, dict[str, str]] = {
             "`grouped_mm` casts the input itself; or use one dtype for both."
         ),
         "no fused experts that ask for an implementation": _EXPERTS,
-        "the experts are not in NF4": "`peftkern.quantize_(model)`, or load NF4 experts.",
+        "the experts are not in 4 bits": "`peftkern.quantize_(model)`, or load experts in 4 bits.",
     },
     "AdaLoRA": {
         "DeepSpeed holds the gradients": "PEFT computes the importance. Results are PEFT's.",
@@ -133,8 +138,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "Layers that were registered": {
         "base is {kind}": (
-            "A base that is a layer is nn.Linear, Conv1D, Linear4bit (NF4) or NF4Linear; of others "
-            "`read` may give the weight."
+            "A base that is a layer is nn.Linear, Conv1D, Linear4bit, NF4Linear or BlockLinear; of "
+            "others `read` may give the weight."
         ),
         "input is given by its name": "Call the layer as `layer(x)`.",
         "compiled before its parts were checked": (
@@ -263,8 +268,8 @@ WARNINGS: dict[str, str] = {
     ),
     "peftkern: Triton's kernels do not serve {device}: {reason}. PEFT's own forward, or plain "
     "torch, serves instead.": "Install what the reason names, then `peftkern doctor --forget`.",
-    "{name}: merged into NF4 weights, which PEFT cannot undo: unmerge before `unpatch`, or `patch` "
-    "again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
+    "{name}: merged into 4-bit weights, which PEFT cannot undo: unmerge before `unpatch`, or "
+    "`patch` again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
     "{count} of the patched layers are never called, for fused kernels read their weights: "
     "{functions}; switch those off for peftkern to serve the layers": (
@@ -281,11 +286,11 @@ WARNINGS: dict[str, str] = {
     "to bfloat16; it is back in the storage layout so that gradients pass through it.": (
         "Call `peftkern.patch` before the first evaluation; to have the exact weights, reload."
     ),
-    "a weight was quantized to NF4 again: what was added has norm {x}, the rounding error has "
-    "{y}": "Expected when adapters merge into NF4. Merge into 16 bits to lose nothing.",
-    "{said}{count} of {count} experts were quantized to NF4 again: what was added has norm {x}, "
-    "the rounding error has {y}": (
-        "Expected when adapters merge into NF4 experts; unmerging puts the old bytes back."
+    "a weight was quantized to {format} again: what was added has norm {x}, the rounding error has "
+    "{y}": "Expected when adapters merge into 4 bits. Merge into 16 bits to lose nothing.",
+    "{said}{count} of {count} experts were quantized to {format} again: what was added has norm "
+    "{x}, the rounding error has {y}": (
+        "Expected when adapters merge into 4-bit experts; unmerging puts the old bytes back."
     ),
     "{prefix}weight: not loaded, for this layer has no memory (it is on the meta device) and "
     "nothing can be copied into it; pass assign=True": "`load_state_dict(state, assign=True)`.",

@@ -15,7 +15,7 @@ WITH_FROM = ("from_", "csv", "html", "compare", "fail_if", "repro")
 OF_MODEL = ("model", "method", "base", "targets", "batch", "sequence", "layers", "checkpointing")
 OF_MODEL += ("steps",)
 PANEL = "With --model"
-OF_OPS = ("op", "shapes", "rows", "mode", "baselines", "seconds")
+OF_OPS = ("op", "shapes", "rows", "mode", "baselines", "format_", "seconds")
 FROM = (
     "--from: measures nothing, so that {} has no effect; accepted with it: --csv, --html,"
     " --compare, --fail-if, --repro"
@@ -68,6 +68,10 @@ def bench(
             " operators), bitsandbytes, compile, torch, unsloth, liger, module:function"
         ),
     ] = "auto",
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="of weights in 4 bits: nf4, fp4, mxfp4, nvfp4, int4"),
+    ] = "nf4",
     budget: Annotated[str, typer.Option(help="how long the whole run may take: 60s, 5m")] = "60s",
     seconds: Annotated[
         str, typer.Option(help="time to measure each implementation of a case, at most")
@@ -154,6 +158,7 @@ def bench(
     with bad_input():
         given = {name: value for name, value in context.params.items() if name != "from_"}
         own = {name: given.pop(name) for name in OF_MODEL}
+        given["format"] = given.pop("format_")
         training = None if model is None else training_step.Options(**own)
         options = command.Options(**given, training=training)
         if from_ is not None:

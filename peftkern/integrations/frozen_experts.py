@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftkern.backends import dispatch
+from peftkern.layers.expert_stack import stacks_of
 from peftkern.layers.experts import experts_forward
-from peftkern.layers.nf4_stack import stacks_of
 
 __all__ = ["serve_nf4_experts", "stop_serving"]
 try:
@@ -95,7 +95,7 @@ def _reason(experts: nn.Module) -> str | None:
     if experts.has_post_expert_norm:
         return "the experts end in a norm"
     if len(stacks_of(experts)) != 2:  # PEFT's fold among others
-        return "the experts are not in NF4"
+        return "the experts are not in 4 bits"
     return None
 
 

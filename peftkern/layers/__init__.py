@@ -8,6 +8,7 @@ from peftkern.layers.block import BlockLinear
 from peftkern.layers.dora import DoRALinear
 from peftkern.layers.experts import Experts, LoRAExperts, NF4Experts
 from peftkern.layers.lora import LoRALinear, NF4LoRALinear, _keep_fused_paths_away
+from peftkern.layers.mxfp4_stack import MXFP4Stack
 from peftkern.layers.nf4 import NF4Linear
 from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.layers.quantize import quantize_
@@ -19,6 +20,7 @@ __all__ = [
     "Experts",
     "LoRAExperts",
     "LoRALinear",
+    "MXFP4Stack",
     "NF4Experts",
     "NF4Linear",
     "NF4LoRALinear",

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from peftkern.functional import ExpertLinear, grouped_lora_linear, lora_experts, route
 from peftkern.functional.lora_experts import swiglu
 from peftkern.layers.base import check_update, low_rank_update
-from peftkern.layers.nf4_stack import NF4Stack, expert_weight, set_nf4_parameter
+from peftkern.layers.expert_stack import ExpertStack, expert_weight, is_transposed, set_stack
+from peftkern.layers.nf4_stack import NF4Stack
 
 __all__ = ["Experts", "LoRAExperts", "NF4Experts"]
 Gate = Callable[[Tensor], Tensor]
@@ -31,7 +32,8 @@ class Experts(nn.Module):
     """Frozen experts: down_e(gate(up_e(x))), summed over each token's experts e by its weights.
 
     Args:
-        up: [E, 2I, K], gate and up projection in one, or [E, I, K]; [E, K, 2I] if transposed.
+        up: [E, 2I, K], gate and up projection in one, or [E, I, K]; [E, K, 2I] if transposed;
+            dense, or a stack in 4 bits.
         down: [E, K, I], or [E, I, K] if transposed.
         up_bias, down_bias: [E, 2I] and [E, K], both or none.
         gate: from [R, 2I], or [R, I], to [R, I].
@@ -82,7 +84,10 @@ class Experts(nn.Module):
         return cls(own[up], own[down], gate=gate, **kept, **options)
 
     def _set_weight(self, name: str, weight: Tensor) -> None:
-        setattr(self, name, nn.Parameter(weight, requires_grad=False))
+        if isinstance(weight, ExpertStack):
+            set_stack(self, name, weight)
+        else:
+            setattr(self, name, nn.Parameter(weight, requires_grad=False))
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return [T, K]. Args: hidden [T, K]; ids and routing weights [T, top]."""
@@ -105,9 +110,9 @@ class NF4Experts(Experts):
         super().__init__(up, down, **experts)
 
     def _set_weight(self, name: str, weight: Tensor) -> None:
-        if not isinstance(weight, NF4Stack):
+        if not isinstance(weight, ExpertStack):
             weight = NF4Stack.from_dense(weight, blocksize=self.blocksize)
-        set_nf4_parameter(self, name, weight)
+        super()._set_weight(name, weight)
 
 
 class LoRAExperts(nn.Module):
@@ -304,7 +309,7 @@ def experts_forward(
     for name, (lora_A, lora_B, scaling) in (updates or {}).items():
         update = {"lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
         linears[name] = linears[name]._replace(**update)
-    options = {"gate": gate, "transposed": experts.is_transposed}
+    options = {"gate": gate, "transposed": is_transposed(experts, *linears)}
     return lora_experts(hidden, top_k_index, top_k_weights, *linears.values(), **options)
 
 
@@ -320,10 +325,11 @@ def _with_dropout(
     gate, linears = _read(experts)
     num_experts = linears["down_proj"].weight.shape[0]
     rows, offsets, inverse = route(top_k_index, num_experts)
+    transposed = is_transposed(experts, *linears)
 
     def linear(name: str, x: Tensor, rows: Tensor | None) -> Tensor:
         frozen = linears[name]
-        options = {"bias": frozen.bias, "transposed": experts.is_transposed, "rows": rows}
+        options = {"bias": frozen.bias, "transposed": transposed, "rows": rows}
         y = grouped_lora_linear(x, frozen.weight, offsets, **options)
         if name not in updates:
             return y

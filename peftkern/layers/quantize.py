@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from peftkern.formats.nf4 import BLOCKSIZES
+from peftkern.layers.expert_stack import set_stack, stacks_of
 from peftkern.layers.names import Chosen, has_parts
 from peftkern.layers.nf4 import NF4Linear
-from peftkern.layers.nf4_stack import NF4Stack, refusal, set_nf4_parameter, stacks_of
+from peftkern.layers.nf4_stack import NF4Stack, refusal
 from peftkern.layers.weight_readers import Read, reader_of
 
 __all__ = ["quantize_"]
@@ -86,7 +87,7 @@ def quantize_(
             setattr(parent, child_name, layer)
     for (module, name), _ in zip(experts, steps, strict=True):
         stack = NF4Stack.from_dense(module._parameters[name], blocksize=blocksize)
-        set_nf4_parameter(module, name, stack)
+        set_stack(module, name, stack)
     _warn(reasons, _mostly_dense(model, heads, chosen.exclude) if include is None else None)
     return [name for name in names if name not in reasons]
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 import peftkern
 from peftkern.integrations.transformers import serve_nf4_experts, stop_serving
-from peftkern.layers.nf4_stack import NF4Stack, stacks_of
+from peftkern.layers.expert_stack import stacks_of
+from peftkern.layers.nf4_stack import NF4Stack
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
@@ -51,7 +52,7 @@ def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("weights were decoded")
 
-    monkeypatch.setattr("peftkern.layers.nf4_stack.dequantize_nf4", refuse)
+    monkeypatch.setattr("peftkern.layers.expert_stack.dequantize", refuse)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,7 +106,7 @@ def test_experts_that_are_not_in_nf4_go_the_usual_way():
     peftkern.reset_stats()
     assert (model(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
     reasons = peftkern.stats().fallbacks
-    assert reasons[("lora_experts", "the experts are not in NF4")] == 1
+    assert reasons[("lora_experts", "the experts are not in 4 bits")] == 1
 
 
 def test_patch_serves_experts_without_an_adapter(request):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 import peftkern
 from peftkern.integrations.transformers import NF4ExpertsConfig
 from peftkern.layers import NF4Linear
-from peftkern.layers.nf4_stack import stacks_of
+from peftkern.layers.expert_stack import stacks_of
 
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import NF4Weight, dequantize_nf4, quantize_nf4
-from peftkern.layers.nf4_stack import NF4Stack, expert_weight, set_nf4_parameter
+from peftkern.layers.expert_stack import expert_weight, set_stack
+from peftkern.layers.nf4_stack import NF4Stack
 
 E, N, K = 5, 12, 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,7 +42,7 @@ class InNF4(Experts):
     def __init__(self, blocksize: int = 64) -> None:
         super().__init__()
         for name, weight in list(self._parameters.items()):
-            set_nf4_parameter(self, name, NF4Stack.from_dense(weight, blocksize=blocksize))
+            set_stack(self, name, NF4Stack.from_dense(weight, blocksize=blocksize))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -119,7 +120,7 @@ def test_only_the_experts_that_are_read_are_decoded(monkeypatch):
         decoded.append(w.numel)
         return dequantize_nf4(w, dtype)
 
-    monkeypatch.setattr("peftkern.layers.nf4_stack.dequantize_nf4", dequantize)
+    monkeypatch.setattr("peftkern.layers.expert_stack.dequantize", dequantize)
     assert stack[2].numel() + stack[1:3].numel() + stack[[4, 4]].numel() == 5 * N * K
     assert decoded == [N * K, 2 * N * K, 2 * N * K]
 

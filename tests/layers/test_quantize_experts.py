@@ -23,7 +23,8 @@ from transformers import (
 )
 
 import peftkern
-from peftkern.layers.nf4_stack import NF4Stack, stacks_of
+from peftkern.layers.expert_stack import stacks_of
+from peftkern.layers.nf4_stack import NF4Stack
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}

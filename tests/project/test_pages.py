@@ -35,7 +35,8 @@ def hooks() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With small models for "model", "moe" and the one that pages of frameworks load by name."""
+    """With small models for "model", "moe", "gpt-oss" and the one that frameworks load by name."""
+    from expert_models import save_gpt_oss
     from framework_runs import letters_llama, letters_tokenizer
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -47,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
     sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(found / "moe")
+    save_gpt_oss(found / "gpt-oss", vocab_size=128)
     return found
 
 

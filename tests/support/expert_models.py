@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +111,30 @@ def tiny_moe(family: str = "Qwen3Moe", *, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return model.eval()  # no jitter of a router
+
+
+GPT_OSS = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 32}
+GPT_OSS |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+GPT_OSS |= {"num_experts_per_tok": 2, "initializer_range": 0.2, "attn_implementation": "eager"}
+
+
+def save_gpt_oss(folder: Path, vocab_size: int = VOCABULARY) -> tuple[Path, Path]:
+    """Write a small gpt-oss in MXFP4, as OpenAI ships it, and the same in bfloat16: two folders."""
+    from peftkern.integrations.transformers import MXFP4ExpertsConfig
+
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(**GPT_OSS, vocab_size=vocab_size)
+    model = transformers.GptOssForCausalLM(config).bfloat16()
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj_bias"):
+            nn.init.normal_(parameter, std=0.1)
+    dense = folder.with_name(f"{folder.name}-bf16")
+    model.save_pretrained(dense)
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=MXFP4ExpertsConfig()
+    )
+    quantized.save_pretrained(folder)
+    return folder, dense
 
 
 def expert_parameters(model: nn.Module) -> list[str]:

@@ -42,10 +42,10 @@ rewriting = threading.RLock()  # held by whoever changes a weight that other thr
 class PatchedBase(PatchedForward):
     """Mixin of what a patched model has in the place of bitsandbytes' layers.
 
-    On a CPU an NF4 weight is multiplied by the kernel that multiplies it with an adapter on top, so
-    that a model with its adapters disabled agrees with the one whose adapters are zero. Other
-    weights go to bitsandbytes, which is told that this CPU has no AVX512-BF16: there it would
-    rewrite them in eval mode, and lose their gradients. FP4 pays for that in inference.
+    On a CPU an NF4 or FP4 weight is multiplied by the kernel that multiplies it with an adapter on
+    top, so that a model with its adapters disabled agrees with the one whose adapters are zero.
+    Weights that are not read go to bitsandbytes, which is told that this CPU has no AVX512-BF16:
+    there it would rewrite them in eval mode, and lose their gradients.
     """
 
     op = "nf4_linear"
@@ -71,7 +71,8 @@ class PatchedBase(PatchedForward):
         if isinstance(read, Fallback):
             return read
         dtype, weight, bias = read
-        key = (self.op, "no adapter", *weight.shape, 0, x.dtype, dtype)
+        kind = "no adapter" if weight.quant_type == "nf4" else f"no adapter, {weight.quant_type}"
+        key = (self.op, kind, *weight.shape, 0, x.dtype, dtype)
         refusal = trial.refusal(self, x, key)
         if refusal is not None:
             return refusal
@@ -94,7 +95,7 @@ class PatchedLinearNF4(PatchedBase, LinearNF4):
 
 
 class PatchedLinearFP4(PatchedBase, LinearFP4):
-    """bitsandbytes' `LinearFP4`, whose weight stays as it is."""
+    """bitsandbytes' `LinearFP4` over the library's kernel."""
 
     original = LinearFP4
 
@@ -178,7 +179,7 @@ def read_quant_maps(model: nn.Module) -> None:
 
 
 def unreadable(base: Linear4bit) -> str | None:
-    """Return the reason for which a weight is not read, whatever the input; None for NF4.
+    """Return the reason for which a weight is not read, whatever the input; None for one that is.
 
     One that is repacked for CPU inference is put back when it is patched.
     """
@@ -199,8 +200,8 @@ def unusual_weight(base: Linear4bit) -> str | None:
     state = quant_state_of(base)  # pickle keeps the weight's, but not the parameter's class
     if state is None:
         return "quant_state is missing"
-    if state.quant_type != "nf4":
-        return f'quant_type is {state.quant_type}: load with bnb_4bit_quant_type="nf4"'
+    if state.quant_type not in ("nf4", "fp4"):
+        return f"quant_type is {state.quant_type}, expected nf4 or fp4"
     if state.__dict__.get("packing_format_for_cpu"):
         return None  # its storage dtype is kept aside
     with torch._C.DisableTorchFunctionSubclass():  # else Params4bit adds 1 us
@@ -249,7 +250,7 @@ def _read_weight(base: Linear4bit, x: Tensor) -> NF4Weight | Fallback:
         restore_packing(base)
     try:
         return prepare(weight, weight.quant_state)
-    except ArgumentError as error:  # no NF4 weight as the format defines it
+    except ArgumentError as error:  # no weight as its format defines it
         return refused(error)
 
 

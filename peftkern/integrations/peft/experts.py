@@ -18,7 +18,9 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import ArgumentError
+from peftkern.formats.table import FORMATS
 from peftkern.functional.arguments import WEIGHT_DTYPES
 from peftkern.functional.lora_experts import ExpertLinear, lora_experts
 from peftkern.integrations import frozen_experts
@@ -36,8 +38,8 @@ from peftkern.integrations.peft.fallback import (
 )
 from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.serve import active_names, switched_off
+from peftkern.layers.expert_stack import ExpertStack, expert_weight, is_transposed
 from peftkern.layers.experts import gate_of
-from peftkern.layers.nf4_stack import NF4Stack, expert_weight
 
 try:
     from transformers.integrations.moe import use_experts_implementation
@@ -73,24 +75,24 @@ class Stack(NamedTuple):
 class _Frozen(NamedTuple):
     """Experts from before adapters were merged, and what tells that the merged ones are there."""
 
-    stack: NF4Stack
+    stack: ExpertStack
     merged: tuple[int, ...]  # fingerprint
 
     @classmethod
-    def of(cls, stack: NF4Stack, merged: NF4Stack) -> _Frozen:
+    def of(cls, stack: ExpertStack, merged: ExpertStack) -> _Frozen:
         return cls(stack, _fingerprint(merged))
 
-    def replaced(self, now: NF4Stack) -> bool:
+    def replaced(self, now: ExpertStack) -> bool:
         """Return whether the merged ones were written to or replaced, but for a move or a cast."""
         return _fingerprint(now) != self.merged
 
 
-def _fingerprint(stack: NF4Stack) -> tuple[int, ...]:
-    return fingerprint([stack._packed, stack._absmax])
+def _fingerprint(stack: ExpertStack) -> tuple[int, ...]:
+    return fingerprint(list(stack.parts))
 
 
 class InnerParamWrapper(lora.ParamWrapper):
-    """PEFT's `lora.ParamWrapper`, after which experts in NF4 are what they were before merging.
+    """PEFT's `lora.ParamWrapper`, after which experts in 4 bits are what they were before merging.
 
     A merge quantizes them again, and what is subtracted from that later is not what was there. The
     stored bytes, half a byte and a scale of 4 bytes for each block of weights, are kept beside the
@@ -103,7 +105,7 @@ class InnerParamWrapper(lora.ParamWrapper):
         param, frozen = self.get_param(), self.__dict__.pop("frozen_weight", None)
         if frozen is not None and (not self.merged or frozen.replaced(param)):
             frozen = None
-        if not self.merged and isinstance(param, NF4Stack):  # else adapters are in it already
+        if not self.merged and isinstance(param, ExpertStack):  # else adapters are in it already
             with torch.inference_mode(False), torch.no_grad():
                 frozen = _Frozen(param.data, ())
                 param.data = param.data.clone()
@@ -188,8 +190,9 @@ def read_stack(layer: Any, device: torch.device) -> Stack | Fallback:
         return Fallback(reason)
 
     adapters = max(len(active_names(wrapper)) for wrapper in wrappers.values())
+    names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
     linears = []
-    for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
+    for name in names:
         linear = _linear(experts, name, wrappers.pop(name, None))
         if isinstance(linear, Fallback):
             return linear
@@ -202,8 +205,12 @@ def read_stack(layer: Any, device: torch.device) -> Stack | Fallback:
     if up.weight.dtype is not down.weight.dtype or up.weight.dtype not in WEIGHT_DTYPES:
         return Fallback(f"experts are {up.weight.dtype} and {down.weight.dtype}")
     implementation = _implementation(experts)
-    key = _key(up, down, experts.is_transposed, implementation, adapters)
-    return Stack(up, down, gate_of(experts), experts.is_transposed, implementation, key)
+    try:
+        transposed = is_transposed(experts, *names)
+    except ArgumentError as error:
+        return refused(error)
+    key = _key(up, down, transposed, implementation, adapters)
+    return Stack(up, down, gate_of(experts), transposed, implementation, key)
 
 
 def _unusual_experts(
@@ -227,7 +234,7 @@ def _unusual_experts(
         return f"experts_implementation is {implementation}"
     children = {name: child for name, child in experts._modules.items() if child is not None}
     reason = hooked(device, experts=experts, **children)
-    plain = {name: p for name, p in own.items() if not (p is None or isinstance(p, NF4Stack))}
+    plain = {name: p for name, p in own.items() if not (p is None or isinstance(p, ExpertStack))}
     reason = reason or unusual_tensor(**plain)
     if reason is not None or not torch.is_grad_enabled():
         return reason
@@ -242,12 +249,13 @@ def _linear(
     experts: nn.Module, name: str, wrapper: lora.ParamWrapper | None
 ) -> ExpertLinear | Fallback:
     """Read one projection, and the active adapters of its wrapper as one of all their ranks."""
-    weight = expert_weight(experts._parameters[name])
+    parameter = experts._parameters[name]
+    weight = expert_weight(parameter)
     bias = experts._parameters[f"{name}_bias"] if experts.has_bias else None
     names = [] if wrapper is None else active_names(wrapper)
     if not names:
         return ExpertLinear(weight, bias=bias)
-    E, N, K = weight.shape
+    E, N, K = parameter.shape
     if experts.is_transposed:
         N, K = K, N
     found = []
@@ -318,7 +326,8 @@ def _key(
     kind = f"LoRA on {E} experts of {width}, {implementation}"
     kind += ", transposed" if transposed else ""
     kind += "" if up.bias is None else ", bias"
-    kind += ", NF4" if isinstance(up.weight, NF4Weight) else ""
+    if isinstance(up.weight, QuantizedWeight):
+        kind += f", {FORMATS[up.weight.layout[0]].name.upper()}"
     kind += "" if ranks[0] == ranks[1] else f", rank {ranks[1]} down"
     kind += f", {adapters} adapters" if adapters > 1 else ""
     return PatchedParamWrapper.op, kind, N, K, ranks[0]

@@ -19,7 +19,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftkern.formats.nf4 import NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.table import FORMATS
 from peftkern.functional import nf4_linear
 from peftkern.functional.dora import dora_linear, dora_norm
 from peftkern.integrations.peft.fallback import (
@@ -31,8 +32,8 @@ from peftkern.integrations.peft.fallback import (
 )
 from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, fused
-from peftkern.layers import NF4Linear
 from peftkern.layers.base import linear_like
+from peftkern.layers.quantized_linear import QuantizedLinear
 
 
 class LoRALayer(PatchedLayer):
@@ -96,7 +97,7 @@ class LoRALayer(PatchedLayer):
             dropped, product = x, result if bias is None else result - bias
         else:
             dropped = drop(x)
-            if isinstance(weight, NF4Weight):
+            if isinstance(weight, QuantizedWeight):
                 product = nf4_linear(dropped, weight)
             else:
                 product = F.linear(dropped, weight.to(dropped.dtype))
@@ -140,15 +141,15 @@ class LoRALayer(PatchedLayer):
 class PatchedLinear(LoRALayer, lora.Linear):
     """PEFT's `lora.Linear` with the base layer and its first adapter as one op.
 
-    Over `NF4Linear`, to whose bytes PEFT cannot add, a merge quantizes again and warns of the
-    error. The bytes from before are kept meanwhile, and `unmerge` puts them back.
+    Over `NF4Linear` and `BlockLinear`, to whose bytes PEFT cannot add, a merge quantizes again and
+    warns of the error. The bytes from before are kept meanwhile, and `unmerge` puts them back.
     """
 
     original, op = lora.Linear, "lora_linear"
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self.base_layer
-        if type(base) is not NF4Linear:
+        if not isinstance(base, QuantizedLinear):
             super().merge(safe_merge, adapter_names)
             return
         kept, merged = self.__dict__.get("frozen_weight"), list(self.merged_adapters)
@@ -165,7 +166,9 @@ class PatchedLinear(LoRALayer, lora.Linear):
 
     def unmerge(self) -> None:
         base = self.base_layer
-        if type(base) is not NF4Linear or not self.merged:  # PEFT's DoRA unmerges within `merge`
+        if (
+            not isinstance(base, QuantizedLinear) or not self.merged
+        ):  # PEFT's DoRA unmerges within `merge`
             super().unmerge()
             return
         kept = self.__dict__.pop("frozen_weight", None)
@@ -190,7 +193,7 @@ class PatchedLinear(LoRALayer, lora.Linear):
             function(*args)
             if not torch.isfinite(dense.weight).all():
                 raise ValueError(
-                    "NF4 has no infinity and no NaN: expected adapters that are finite"
+                    "4 bits have no infinity and no NaN: expected adapters that are finite"
                 )
         except BaseException:
             self.merged_adapters[:] = merged
@@ -200,24 +203,24 @@ class PatchedLinear(LoRALayer, lora.Linear):
         return dense
 
 
-def _fingerprint(base: NF4Linear) -> tuple[int, ...]:
+def _fingerprint(base: QuantizedLinear) -> tuple[int, ...]:
     return fingerprint([v for k, v in base.state_dict().items() if k != "bias"])
 
 
-def _stored(base: NF4Linear) -> dict[str, Tensor]:
+def _stored(base: QuantizedLinear) -> dict[str, Tensor]:
     """Return a layer's state, which loading into the layer does not write to."""
     return {k: v.clone() if k == "bias" else v for k, v in base.state_dict().items()}
 
 
 @torch.no_grad()
-def _requantize(base: NF4Linear, dense: nn.Linear) -> None:
-    before = base.dequantize().float()
+def _requantize(base: QuantizedLinear, dense: nn.Linear) -> None:
+    before, weight = base.dequantize().float(), base.quantized_weight
     state = dense.state_dict()
-    base.load_state_dict({**state, "weight": state["weight"].to(base.nf4.dtype)})
+    base.load_state_dict({**state, "weight": state["weight"].to(weight.dtype)})
     moved, error = dense.weight - before, base.dequantize().float() - dense.weight
     warnings.warn(
-        f"a weight was quantized to NF4 again: what was added has norm {moved.norm().item():.3g}, "
-        f"the rounding error has {error.norm().item():.3g}",
+        f"a weight was quantized to {FORMATS[weight.layout[0]].name.upper()} again: what was added "
+        f"has norm {moved.norm().item():.3g}, the rounding error has {error.norm().item():.3g}",
         stacklevel=3,
     )
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.backends import dispatch, trust
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional.arguments import autocast_dtype
 from peftkern.integrations.parts import LoRAParts
 from peftkern.integrations.peft import casts, read_check, trial
@@ -99,7 +100,7 @@ class OwnLayer(Remade, PatchedForward):
             return read
         dtype, weight, bias = read
         N, K = weight.shape
-        four_bit = isinstance(weight, NF4Weight)
+        four_bit = isinstance(weight, QuantizedWeight)
         if not four_bit and x.is_cpu and is_small(x, N, K):
             return Fallback("small dense product: torch's own operations are as fast")
         adapter = adapter_of(self, parts)
@@ -186,7 +187,7 @@ def adapter_of(layer: nn.Module, parts: LoRAParts) -> Adapter | None:
 
 def _read(
     parts: LoRAParts, x: Tensor, autocast: bool
-) -> tuple[torch.dtype, Tensor | NF4Weight, Tensor | None] | Fallback:
+) -> tuple[torch.dtype, Tensor | QuantizedWeight, Tensor | None] | Fallback:
     """Read the base as `read_base` does."""
     base = parts.base
     if isinstance(base, nn.Module):

@@ -270,8 +270,8 @@ def _unpatch(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
         module.__dict__.pop(UNCHECKED, None)
     if merged:
         warnings.warn(
-            f"{', '.join(merged)}: merged into NF4 weights, which PEFT cannot undo: unmerge before "
-            "`unpatch`, or `patch` again before `unmerge`",
+            f"{', '.join(merged)}: merged into 4-bit weights, which PEFT cannot undo: unmerge "
+            "before `unpatch`, or `patch` again before `unmerge`",
             stacklevel=level_of_the_caller(),
         )
     for name, module in model.named_modules():

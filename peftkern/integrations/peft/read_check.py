@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkern.backends.reference.nf4 import nf4_dequantize
+from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.integrations.parts import LoRAParts
 from peftkern.integrations.peft import trial
-from peftkern.layers import NF4Linear
+from peftkern.layers.quantized_linear import QuantizedLinear
 
 ROWS = 3
 # Of a sum's terms: more than roundings make of it, less than a part that is missing.
@@ -58,7 +59,7 @@ def _check_kinds(found: Any) -> None:
     if not isinstance(found, LoRAParts):
         raise _wrong(found, "", "LoRAParts, or a reason in words")
     base, A, B, scaling, dropout, bias = found
-    if not isinstance(base, (Tensor, NF4Weight, nn.Module)):
+    if not isinstance(base, Tensor | QuantizedWeight | nn.Module):
         raise _wrong(base, "base", "a weight or a layer")
     if not isinstance(base, nn.Module) and len(base.shape) != 2:
         raise _wrong(base, "base", "a weight [N, K]")
@@ -85,7 +86,7 @@ def _wrong(value: Any, name: str, expected: str) -> WrongPartsError:
 def is_four_bit(found: LoRAParts) -> bool:
     """Return whether the base is quantized."""
     base = found.base
-    return isinstance(base, (NF4Weight, NF4Linear)) or hasattr(base, "quant_state")
+    return isinstance(base, QuantizedWeight | QuantizedLinear) or hasattr(base, "quant_state")
 
 
 def sizes_of(found: LoRAParts) -> tuple[int, int]:
@@ -165,12 +166,12 @@ def _formula(found: LoRAParts, x: Tensor) -> tuple[Tensor, Tensor]:
     base, A, B, bias = found.base, found.lora_A, found.lora_B, found.bias
     if isinstance(base, nn.Module):
         bias = base.bias
-        base = getattr(base, "nf4", None) or base.weight
+        base = getattr(base, "quantized_weight", None) or base.weight
         if getattr(base, "quant_state", None) is not None:
             base = NF4Weight.from_bitsandbytes(base)
         elif base is not None and hasattr(found.base, "nf"):
             base = base.t()  # transformers' Conv1D
-    if isinstance(base, NF4Weight):
+    if isinstance(base, QuantizedWeight):
         base = nf4_dequantize(list(base.tensors), list(base.layout), x.dtype)
     y = F.linear(x, base.detach(), None if bias is None else bias.to(x.dtype))
     if A is None:
@@ -185,7 +186,8 @@ def _rows(found: LoRAParts) -> Tensor:
     weight = base.weight if isinstance(base, nn.Module) else base
     dtype = weight.dtype
     if is_four_bit(found) and isinstance(base, nn.Module):
-        dtype = base.nf4.dtype if isinstance(base, NF4Linear) else base.compute_dtype
+        own = isinstance(base, QuantizedLinear)
+        dtype = base.quantized_weight.dtype if own else base.compute_dtype
         dtype = dtype or (torch.float32 if found.lora_A is None else found.lora_A.dtype)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, ROWS, sizes_of(found)[1], generator=generator)

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from peftkern.integrations.parts import LoRAParts
-from peftkern.integrations.peft import adalora_layers, experts, lora
+from peftkern.integrations.peft import adalora_layers, experts, lora, other_bases
 from peftkern.integrations.peft.fallback import PatchedForward
 from peftkern.integrations.peft.own_layers import SWAPS, OwnLayer, Remade
 
 __all__ = ["LoRAParts", "register_layer"]
 
 _PEFT = {**lora.SWAPS, **adalora_layers.SWAPS}  # classes of which a subclass may be registered
-SWAPS.update({**_PEFT, **experts.SWAPS})
+SWAPS.update({**_PEFT, **experts.SWAPS, **other_bases.SWAPS})
 # What PEFT's forward asks of its layer, and ours does not or expects to be PEFT's.
 _INHERITED = ("forward", "_check_forward_args", "_cast_input_dtype", "_mixed_batch_forward")
 _INHERITED += ("active_adapter", "active_adapters", "disable_adapters", "merged", "get_base_layer")
@@ -53,7 +53,8 @@ def register_layer(
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         came = cls.__name__ if isinstance(cls, type) else type(cls).__name__
         raise TypeError(f"cls: expected a subclass of torch.nn.Module, got {came}")
-    if cls in _PEFT or cls in experts.SWAPS or issubclass(cls, PatchedForward):
+    served = (_PEFT, experts.SWAPS, other_bases.SWAPS)
+    if any(cls in kinds for kinds in served) or issubclass(cls, PatchedForward):
         raise ValueError(f"cls: {cls.__name__} is served already")
     if read is None:
         bases, own = (Remade, _peft_class(cls)), {}

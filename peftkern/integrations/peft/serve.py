@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkern.backends import dispatch, trust
 from peftkern.backends.cpu import crossovers
-from peftkern.formats.nf4 import ArgumentError, NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.functional.arguments import autocast_dtype
 from peftkern.integrations.peft import casts, trial
@@ -36,7 +37,8 @@ from peftkern.integrations.peft.fallback import (
     unusual_call,
     unusual_tensor,
 )
-from peftkern.layers import NF4Linear
+from peftkern.layers import BlockLinear, NF4Linear
+from peftkern.layers.quantized_linear import QuantizedLinear
 
 BNB_TYPES: tuple[type, ...] = ()
 if is_bnb_4bit_available():
@@ -45,7 +47,8 @@ if is_bnb_4bit_available():
     BNB_TYPES = bnb.LINEAR_TYPES
 
 DENSE_TYPES = (nn.Linear, Conv1D)
-BASE_TYPES = frozenset((*BNB_TYPES, *DENSE_TYPES, NF4Linear))
+OWN_TYPES = (NF4Linear, BlockLinear)
+BASE_TYPES = frozenset((*BNB_TYPES, *DENSE_TYPES, *OWN_TYPES))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,7 +67,8 @@ class Adapter(NamedTuple):
         return drop.p if drop.training and type(drop) is nn.Dropout else 0.0
 
 
-Base = tuple[Tensor, Tensor | NF4Weight, Tensor | None]  # x as the base takes it, weight, bias
+# x as the base takes it, its weight and its bias
+Base = tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]
 
 
 class PatchedLayer(PatchedForward):
@@ -75,6 +79,7 @@ class PatchedLayer(PatchedForward):
     """
 
     four_bit = False  # whether `original` is PEFT's class for a base of bitsandbytes
+    other_base = False  # whether it is one for a base of another library
 
     def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
         """Return the layer's output, or the reason for PEFT's forward.
@@ -87,6 +92,7 @@ class PatchedLayer(PatchedForward):
         base_layer = self._modules["base_layer"]
         if (
             type(base_layer) in DENSE_TYPES
+            and not self.other_base
             and x.is_cpu
             and is_small(x, self.out_features, self.in_features, bool(self.lora_variant))
         ):  # asked first: to such a product every check is a loss
@@ -100,7 +106,7 @@ class PatchedLayer(PatchedForward):
         if isinstance(adapter, Fallback):
             return adapter
         cast = autocast_dtype(x)
-        read = read_base(base_layer, x, cast is not None)
+        read = self._read_base(base_layer, x, cast is not None)
         if isinstance(read, Fallback):
             return read
         dtype, weight, bias = read
@@ -108,7 +114,8 @@ class PatchedLayer(PatchedForward):
         if adapter is not None:
             unfused = unfusable(adapter, x, dtype, cast, self.cast_input_dtype_enabled)
         asks = compiling or trust.mode() != "always"
-        if asks and ((off or unfused) is None or isinstance(weight, NF4Weight)):  # else PEFT serves
+        quantized = isinstance(weight, QuantizedWeight)
+        if asks and ((off or unfused) is None or quantized):  # else PEFT serves
             key = trial_key(self, x, names, adapter, dtype, cast)
             refusal = trial.refusal(self, x, key, complete=off is None)
             if refusal is not None:
@@ -121,17 +128,30 @@ class PatchedLayer(PatchedForward):
 
     def outlook(self) -> Outlook:
         base, names = self.get_base_layer(), active_names(self)
-        device = base.weight.device
+        device = self._device(base)
         state = read_state(self, names, device)
         reason = state.reason if isinstance(state, Fallback) else None
-        if reason is None and type(base) in BNB_TYPES:
-            reason = bnb.unreadable(base)
-        elif reason is None and type(base) in DENSE_TYPES:
-            reason = switched_off(self)
-        dense = device.type == "cpu" and type(base) in DENSE_TYPES
+        if reason is None:
+            reason = self._base_refusal(base)
+        dense = device.type == "cpu" and type(base) in DENSE_TYPES and not self.other_base
         key = None if reason is not None else layer_key(self, names, state)
         sizes = self.in_features, self.out_features, bool(self.lora_variant)
         return Outlook(device, reason, rows_to_pay(*sizes) if dense else 1, key)
+
+    def _device(self, base: nn.Module) -> torch.device:
+        return base.weight.device
+
+    def _base_refusal(self, base: nn.Module) -> str | None:
+        """Return the reason to call the base, whatever the input."""
+        if type(base) in BNB_TYPES:
+            return bnb.unreadable(base)
+        return switched_off(self) if type(base) in DENSE_TYPES else None
+
+    def _read_base(
+        self, base: nn.Module, x: Tensor, autocast: bool
+    ) -> tuple[torch.dtype, Tensor | QuantizedWeight, Tensor | None] | Fallback:
+        """Read the base as `read_base` does."""
+        return read_base(base, x, autocast)
 
     def _combine(
         self,
@@ -212,13 +232,13 @@ def fused(
 ) -> Tensor:
     """Compute a base and a low-rank update in one op."""
     x, weight, bias = base
-    linear = nf4_lora_linear if isinstance(weight, NF4Weight) else lora_linear
+    linear = nf4_lora_linear if isinstance(weight, QuantizedWeight) else lora_linear
     return linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p)
 
 
-def frozen_base(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor | None:
+def frozen_base(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor | None:
     """Compute the base alone; None where torch has an operation of its own for that."""
-    return nf4_linear(x, weight, bias) if isinstance(weight, NF4Weight) else None
+    return nf4_linear(x, weight, bias) if isinstance(weight, QuantizedWeight) else None
 
 
 def trial_key(
@@ -247,7 +267,18 @@ def layer_key(layer: Any, names: list[str], adapter: Adapter | None) -> tuple:
         kind = "LoRA" if layer._is_plain(names[0]) else "variant"
         kind += f" and {len(names) - 1} more" if len(names) > 1 else ""
         r = adapter.lora_A.shape[0]
+    base = layer._modules["base_layer"]
+    kind += f" over {type(base).__name__}" if layer.other_base else other_format(base)
     return (layer.op, kind, layer.out_features, layer.in_features, r)
+
+
+def other_format(base: nn.Module) -> str:
+    """Name the format of a base in 4 bits in a trial's key: its kernels have times of their own."""
+    if isinstance(base, QuantizedLinear):
+        name = base._quant.get("format") or base._quant["quant_type"]
+    else:
+        name = getattr(base.__dict__.get("quant_state"), "quant_type", "nf4")
+    return "" if name == "nf4" else f", {name}"
 
 
 def active_names(layer: Any) -> list[str]:
@@ -270,7 +301,7 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
             return Fallback("global module hooks")
     base = layer._modules["base_layer"]
     kind = type(base)
-    if kind not in BASE_TYPES:
+    if kind not in BASE_TYPES and not layer.other_base:
         return Fallback(f"base_layer is {kind.__name__}")
     reason = hooked(device, base_layer=base)
     if reason is not None:
@@ -309,13 +340,13 @@ def is_small(x: Tensor, N: int, K: int, dora: bool = False) -> bool:
 def is_slower(layer: Any, adapter: Adapter, base: Base) -> bool:
     """Return whether PEFT was measured faster for this shape; see `dispatch.is_slower`."""
     x, weight, _ = base
-    op = "nf4_lora_linear" if isinstance(weight, NF4Weight) else "lora_linear"
+    op = "nf4_lora_linear" if isinstance(weight, QuantizedWeight) else "lora_linear"
     return dispatch.is_slower(op, x, tuple(weight.shape), adapter.lora_A.shape[0], layer.training)
 
 
 def read_base(
     base: nn.Module, x: Tensor, autocast: bool
-) -> tuple[torch.dtype, Tensor | NF4Weight, Tensor | None] | Fallback:
+) -> tuple[torch.dtype, Tensor | QuantizedWeight, Tensor | None] | Fallback:
     """Read the base as it is at this call, or return the reason to call it.
 
     Returns: the dtype in which it takes x, its weight and its bias.
@@ -323,8 +354,8 @@ def read_base(
     kind = type(base)
     if kind in BNB_TYPES:
         return bnb.read_base(base, x)
-    if kind is NF4Linear:
-        return x.dtype, base.nf4, base.bias
+    if kind in OWN_TYPES:
+        return x.dtype, base.quantized_weight, base.bias
 
     weight, bias = parameters_of(base)
     reason = unusual_tensor(**{"base weight": weight})

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: callbacks of the Trainer, LongLoRA's attention, NF4 experts."""
+"""Hugging Face transformers: callbacks of the Trainer, LongLoRA's attention, 4-bit experts."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,12 @@ if TYPE_CHECKING:
         MonitorCallback,
         PeftKernCallback,
     )
+    from peftkern.integrations.transformers.mxfp4_experts import MXFP4ExpertsConfig
     from peftkern.integrations.transformers.nf4_experts import NF4ExpertsConfig
 
 __all__ = [
     "AdaLoraCallback",
+    "MXFP4ExpertsConfig",
     "MonitorCallback",
     "NF4ExpertsConfig",
     "PeftKernCallback",
@@ -23,9 +25,10 @@ __all__ = [
 
 
 # Modules that are imported when one of their names is first asked for: the callbacks need PEFT,
-# NF4ExpertsConfig needs transformers 5, and registers a quantizer there.
+# the configs need transformers 5, and register a quantizer there.
 _MODULES = {
     "AdaLoraCallback": "peftkern.integrations.transformers.callbacks",
+    "MXFP4ExpertsConfig": "peftkern.integrations.transformers.mxfp4_experts",
     "MonitorCallback": "peftkern.integrations.transformers.callbacks",
     "NF4ExpertsConfig": "peftkern.integrations.transformers.nf4_experts",
     "PeftKernCallback": "peftkern.integrations.transformers.callbacks",

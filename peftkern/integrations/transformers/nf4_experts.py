@@ -22,13 +22,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
     ConversionOps,
-    MergeModulelist,
-    PrefixChange,
-    Transpose,
     WeightConverter,
     log_conversion_errors,
 )
@@ -37,9 +32,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from peftkern.integrations.frozen_experts import models_of, serve_nf4_experts, stop_serving
+from peftkern.integrations.frozen_experts import models_of, serve_nf4_experts
+from peftkern.integrations.transformers.conversions import (
+    fuses_experts,
+    make_experts_dense,
+    reversible,
+)
+from peftkern.layers.expert_stack import set_stack, stacks_of
 from peftkern.layers.nf4 import NF4Linear
-from peftkern.layers.nf4_stack import NF4Stack, absmax_name, set_nf4_parameter, stacks_of
+from peftkern.layers.nf4_stack import NF4Stack, absmax_name
 from peftkern.layers.quantize import expert_parameters
 
 __all__ = ["NF4ExpertsConfig"]
@@ -93,7 +94,7 @@ class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
         updated = super().update_weight_conversions(weight_conversions, model)
         if self.pre_quantized:
             return updated
-        return [_one_by_one(c) if _fuses_experts(c) else c for c in updated]
+        return [_one_by_one(c) if fuses_experts(c) else c for c in updated]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, **kwargs)
@@ -125,12 +126,12 @@ class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
             if not all(getattr(part, "_is_hf_initialized", False) for part in (packed, absmax)):
                 raise ValueError(f"{name}, {absmax_name(name)}: missing from the checkpoint")
             parts = (packed.detach(), absmax)
-            set_nf4_parameter(module, name, NF4Stack(*parts, tuple(stack.shape), stack.dtype))
+            set_stack(module, name, NF4Stack(*parts, tuple(stack.shape), stack.dtype))
         self.packed = []
         for module in model.modules():
             for name, stack in stacks_of(module).items():
-                set_nf4_parameter(module, name, stack)
-        model._weight_conversions = _reversible(model)
+                set_stack(module, name, stack)
+        model._weight_conversions = reversible(model)
         serve_nf4_experts(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
@@ -161,7 +162,7 @@ class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
             )
         if blocksizes:
             (config.experts_blocksize,) = blocksizes
-            model._weight_conversions = _reversible(model)
+            model._weight_conversions = reversible(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
         if any(isinstance(module, Linear4bit) for module in model.modules()):
@@ -169,10 +170,7 @@ class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, NF4Linear):
                 model.set_submodule(path, module.to_linear().to(dtype))
-            for name, stack in stacks_of(module).items():
-                dense = stack.dequantize().to(dtype)
-                module._parameters[name] = nn.Parameter(dense, requires_grad=False)
-        stop_serving(model)
+        make_experts_dense(model, dtype)
         return model
 
 
@@ -298,41 +296,6 @@ class _ExpertConverter(WeightConverter):
             )
         (fused,) = tensors.values()
         return fused
-
-
-def _fuses_experts(converter: Any) -> bool:
-    """Return whether a converter makes one parameter of a tensor per expert, each by itself."""
-    if not isinstance(converter, WeightConverter) or len(converter.target_patterns) != 1:
-        return False
-    first, *others = converter.operations
-    return (isinstance(first, MergeModulelist) and first.dim == 0) and all(
-        (isinstance(op, Concatenate) and op.dim != 0)
-        or (isinstance(op, Transpose) and 0 not in (op.dim0, op.dim1))
-        for op in others
-    )
-
-
-def _reversible(model: PreTrainedModel) -> list:
-    """Return the conversions that saving is to undo, of those that loading does or would do."""
-    found = getattr(model, "_weight_conversions", None)
-    if found is None:  # made of a config: as transformers then does it
-        mapping = get_model_conversion_mapping(model, add_legacy=False)
-        found = [c for c in mapping if not isinstance(c, PrefixChange)]
-    return [c for c in found if _is_reversible(c)]
-
-
-def _is_reversible(converter: Any) -> bool:
-    """Return whether saving is to undo what a converter has done.
-
-    Not so where it would cut packed bytes into experts or turn them, or make dense weights of 4-bit
-    ones.
-    """
-    operations = getattr(converter, "operations", ())
-    turns = any("experts" in pattern for pattern in converter.target_patterns) and any(
-        isinstance(op, Transpose) for op in operations
-    )
-    quantizes = any(hasattr(op, "hf_quantizer") for op in operations)
-    return not (_fuses_experts(converter) or turns or quantizes)
 
 
 def _one_by_one(converter: WeightConverter) -> WeightConverter:

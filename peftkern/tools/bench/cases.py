@@ -18,6 +18,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHORT = {long: name for name, long in DTYPES.items()} | {"float64": "fp64"}  # of some records
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALING = 2.0  # lora_alpha / r
+# Values of a weight for each byte of its scales.
+SCALED_BY = {"nf4": 64, "fp4": 64, "mxfp4": 32, "nvfp4": 16, "int4": 16}
 FACTS = ("op", "shape", "M", "N", "K", "r", "dtype", "mode")
 WHOLE_LLAMA = "llama-7b"  # all linear layers of the model; K is its width
 
@@ -108,6 +110,7 @@ class Problem:
     dropout: float = 0.0
     adapter_dtype: str = "float32"
     autocast: bool = False
+    format: str = "nf4"  # of a weight in 4 bits
 
     @property
     def kind(self) -> Op:
@@ -118,7 +121,8 @@ class Problem:
         sizes = [f"M{self.M}"] if self.M else []
         sizes += [f"r{self.r}"] if self.r else []
         sizes += [f"{self.density:.1%}"] if self.op.startswith("rosa") else []
-        return "/".join([self.op, self.shape, *sizes, self.dtype, self.mode])
+        other = [] if self.format == "nf4" else [self.format]
+        return "/".join([self.op, *other, self.shape, *sizes, self.dtype, self.mode])
 
     @property
     def trains(self) -> bool:
@@ -138,7 +142,9 @@ class Problem:
         if self.kind.counts:
             return self.M * (self.N + self.K) * ITEMSIZE[self.dtype]
         size = (self.E or 1) * self.N * self.K
-        return size // 2 + size // 64 if self.kind.nf4 else size * ITEMSIZE[self.dtype]
+        if not self.kind.nf4:
+            return size * ITEMSIZE[self.dtype]
+        return size // 2 + size // SCALED_BY[self.format]
 
     @property
     def layer_sizes(self) -> list[tuple[int, int]]:
@@ -166,7 +172,7 @@ class Problem:
         if self.kind.counts:
             return self._other_work()
         if not self.kind.rows:
-            packed = n * k // 2 + n * k // 64
+            packed = n * k // 2 + n * k // SCALED_BY[self.format]
             return packed + n * k * item, 0
         groups = self.E or 1
         hit = sum(size > 0 for size in self.group_sizes) if self.E else 1  # of which W is read
@@ -235,6 +241,7 @@ def problems(
     ranks: Iterable[int],
     rows: Iterable[int] | None,
     device: str,
+    format: str = "nf4",
 ) -> list[Problem]:
     """List every applicable combination once, ops in turn; `modes` None: training where there are
     gradients, else forward; `rows` None: a default for the mode and the device.
@@ -269,7 +276,8 @@ def problems(
                     for dtype in [d for d in dtypes if d in kind.dtypes] or kind.dtypes[:1]:
                         for r in ranks if kind.ranked else (None,):
                             sizes = (m, shape.N, shape.K, r, dtype, mode, shape.E)
-                            problem = Problem(op, label, *sizes)
+                            own = {"format": format} if kind.nf4 else {}
+                            problem = Problem(op, label, *sizes, **own)
                             found.setdefault(problem.name, problem)
     free = available_memory()
     for problem in found.values():

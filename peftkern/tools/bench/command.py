@@ -29,6 +29,7 @@ from peftkern.tools.bench.cases import (
     FIRST_SHAPES,
     MODES,
     OPS,
+    SCALED_BY,
     SHORT,
     Problem,
     problems,
@@ -70,6 +71,7 @@ class Options:
     mode: str | None
     r: str
     baselines: str
+    format: str
     budget: str
     seconds: str
     device: str | None
@@ -131,8 +133,13 @@ def plan(options: Options) -> Plan:
         DTYPES.get(one, one)
         for one in chosen("--dtype", given(options.dtype, "bf16"), (*DTYPES, *DTYPES.values()))
     ]
+    format, *more = chosen("--format", options.format, tuple(SCALED_BY))
+    if more:
+        raise ValueError(f"--format: one at a time, got {options.format}")
+    if format != "nf4" and not any(OPS[op].nf4 for op in ops):
+        raise ValueError(f"--format: {', '.join(ops)} has no weight in 4 bits")
     names, absent = providers.select(
-        items("--baselines", options.baselines, providers.ACCEPTED), ops, device
+        items("--baselines", options.baselines, providers.ACCEPTED), ops, device, format
     )
     grouped = {OPS[op].grouped for op in ops}
     if len(grouped) == 2:
@@ -147,6 +154,7 @@ def plan(options: Options) -> Plan:
         numbers("--r", options.r, MAX_RANK),
         None if options.rows is None else numbers("--rows", options.rows, LARGEST),
         device,
+        format,
     )
     return Plan(
         *(device, threads, options.seed, seconds("--budget", options.budget)),
@@ -318,6 +326,7 @@ def command_of(plan: Plan, problem: Problem) -> str:
         rows = ["--rows", str(problem.M)]
     words = ["peftkern", "bench", "--op", problem.op, "--shapes", shape, *rows]
     words += ["--dtype", SHORT[problem.dtype], "--mode", problem.mode]
+    words += ["--format", problem.format] if problem.format != "nf4" else []
     words += ["--r", str(problem.r)] if kind.lora else []
     labels = {name: one.labels for name, one in providers.PROVIDERS.items()}
     has = [name for name in plan.baselines if ":" in name or problem.op in labels[name]]

@@ -4,7 +4,8 @@ One process draws them and writes a safetensors file that the others read: same 
 adapters, same inputs, regardless of what a library draws or quantizes by itself.
 
     weight  [N, K] of the case's dtype; of an NF4 op the packed bytes, dequantized and rounded
-    nf4.*   the packed weight in bitsandbytes' keys
+    nf4.*   the packed weight in bitsandbytes' keys, of FP4 as well; mxfp4.*, nvfp4.*, int4.* those
+            of the other formats by field
     x, dy   [M, K], [M, N] of that dtype
     lora_A, lora_B   [r, K], [N, r] float32
     offsets int32 [E]: ends of the groups' rows, of a grouped op; its weight is [E, N, K], and the
@@ -32,8 +33,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftkern
+from peftkern import functional
 from peftkern.backends.tolerances import errors
+from peftkern.formats.block_weight import NAMES, BlockWeight, QuantizedWeight
 from peftkern.formats.nf4 import NF4Weight, nf4_code
+from peftkern.formats.table import fields
 from peftkern.tools.bench import adalora, low_rank_svd, rosa
 from peftkern.tools.bench.cases import SCALING, Problem
 
@@ -122,6 +126,25 @@ def nf4_values64(weight: NF4Weight, start: int, stop: int) -> Tensor:
     return nf4_code(device).double()[codes.long()] * absmax[blocks]
 
 
+def _stored(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the tensors of a packed weight for a case's file."""
+    if isinstance(weight, NF4Weight):
+        return weight.state_dict("nf4.")
+    names = [field.name for field in fields(weight.layout)]
+    return {f"{weight.format}.{n}": t for n, t in zip(names, weight.tensors, strict=True)}
+
+
+def packed_weight(tensors: dict[str, Tensor]) -> QuantizedWeight:
+    """Read the packed weight of a case."""
+    if "nf4.weight" in tensors:
+        return NF4Weight.from_state_dict(tensors, "nf4.")
+    format = next(name for name in NAMES if f"{name}.packed" in tensors)
+    own = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{format}.")}
+    dense = tensors["weight"]
+    blocksize = dense.numel() // own["scale"].numel()
+    return BlockWeight(format, **own, shape=dense.shape, dtype=dense.dtype, blocksize=blocksize)
+
+
 def inputs(problem: Problem, seed: int, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     m, n, k, r, dtype = problem.M, problem.N, problem.K, problem.r, getattr(torch, problem.dtype)
@@ -139,10 +162,10 @@ def inputs(problem: Problem, seed: int, device: torch.device) -> dict[str, Tenso
         tensors["offsets"] = ends.to(torch.int32).to(device)
     if problem.kind.nf4:
         with peftkern.use_backend(None):  # even if the case forces a back end
-            packed = peftkern.quantize_nf4(weight)
-        tensors |= packed.state_dict("nf4.")
+            packed = getattr(functional, f"quantize_{problem.format}")(weight)
+        tensors |= _stored(packed)
         with peftkern.use_backend("reference"):
-            tensors["weight"] = peftkern.dequantize_nf4(packed, dtype)
+            tensors["weight"] = functional.dequantize(packed, dtype)
     if problem.kind.rows:
         tensors |= {"x": draw(m, k).to(dtype), "dy": draw(m, n).to(dtype)}
         count = min(m, CHECKED_ROWS)
@@ -166,7 +189,10 @@ def oracle_of(
     if problem.E:
         return _grouped_oracle(problem, tensors)
     n, k, weight = problem.N, problem.K, tensors["weight"]
-    packed = NF4Weight.from_state_dict(tensors, "nf4.") if problem.kind.nf4 else None
+    packed = packed_weight(tensors) if problem.kind.nf4 else None
+    if packed is not None and problem.format != "nf4":
+        with peftkern.use_backend("reference"):
+            packed, weight = None, functional.dequantize(packed, torch.float64)
 
     def weight64(start: int, stop: int) -> Tensor:
         if packed is None:

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.backends.dropout import philox_keep
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.arguments import draw_keep
-from peftkern.layers import NF4Linear
+from peftkern.layers import BlockLinear, NF4Linear
 from peftkern.tools.bench.base_layers import prequantized
 from peftkern.tools.bench.cases import SCALING, Problem
 from peftkern.tools.bench.data import grouped_mm
@@ -56,6 +58,13 @@ def nf4_linear(weight: Tensor) -> nn.Module:
     """Quantize to bitsandbytes' layer, double quantization included, or ours without it."""
     with peftkern.use_backend(None):  # even if the case forces a back end
         return nf4_layer(peftkern.quantize_nf4(weight))
+
+
+def packed_layer(weight: QuantizedWeight) -> nn.Module:
+    """Build bitsandbytes' layer over its own formats, ours over the others."""
+    if isinstance(weight, NF4Weight):
+        return nf4_layer(weight)
+    return BlockLinear.from_weight(weight)
 
 
 def nf4_layer(weight: peftkern.NF4Weight, bias: nn.Parameter | None = None) -> nn.Module:

@@ -21,11 +21,20 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.functional import dequantize
 from peftkern.functional.dora import dora_linear
 from peftkern.tools.bench import rosa
 from peftkern.tools.bench.base_layers import Layer, Tensors, has, linear, prequantized
 from peftkern.tools.bench.cases import OPS, SCALING, Problem
-from peftkern.tools.bench.data import OWN, by_group, grouped_mm, grouped_update, quantized_values
+from peftkern.tools.bench.data import (
+    OWN,
+    by_group,
+    grouped_mm,
+    grouped_update,
+    packed_weight,
+    quantized_values,
+)
 from peftkern.tools.bench.record import OURS
 
 Build = Callable[[Problem, Tensors, int], list[Layer]]
@@ -62,7 +71,7 @@ def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     if not problem.kind.rows:
         weights = packed(tensors, copies)
         dtype = getattr(torch, problem.dtype)
-        return [Layer(lambda w=w: peftkern.dequantize_nf4(w, dtype)) for w in weights]
+        return [Layer(lambda w=w: dequantize(w, dtype)) for w in weights]
     if problem.E:
         return _grouped(problem, tensors, copies, _grouped_ours)
     if not problem.kind.lora:
@@ -72,7 +81,7 @@ def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     from peftkern.tools.bench import peers
 
     nf4 = problem.kind.nf4
-    base = peers.nf4_layer(packed(tensors, 1)[0]) if nf4 else linear(tensors["weight"])
+    base = peers.packed_layer(packed(tensors, 1)[0]) if nf4 else linear(tensors["weight"])
     return _peft(base, problem, tensors, copies, patched=True)
 
 
@@ -293,7 +302,14 @@ def provider(name: str) -> Provider:
     return Provider(build, dict.fromkeys(OPS, name), over_peft=False)
 
 
-def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], dict[str, str]]:
+# Those that read bitsandbytes' formats alone.
+_OF_BITSANDBYTES = ("bitsandbytes", "compile", "unsloth")
+_BNB_FORMATS = ("nf4", "fp4")
+
+
+def select(
+    names: list[str], ops: list[str], device: str, format: str = "nf4"
+) -> tuple[list[str], dict[str, str]]:
     """Select the baselines that take part, and the reasons against the others of "auto".
 
     Raises: ValueError naming --baselines if one that was named is unknown, is not installed, or has
@@ -301,6 +317,8 @@ def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], di
     """
     if names == ["auto"]:
         auto = [name for name in BASELINES if PROVIDERS[name].in_auto]
+        if format not in _BNB_FORMATS:
+            auto = [name for name in auto if name not in _OF_BITSANDBYTES]
         absent = {name: why for name in auto if (why := _absent(name, ops, device))}
         # A baseline of other ops needs no mention.
         said = {
@@ -310,7 +328,8 @@ def select(names: list[str], ops: list[str], device: str) -> tuple[list[str], di
         }
         return [name for name in auto if name not in absent], said
     for name in names:
-        if why := _absent(name, ops, device):
+        other = name in _OF_BITSANDBYTES and format not in _BNB_FORMATS
+        if why := f"has no {format}" if other else _absent(name, ops, device):
             raise ValueError(f"--baselines: {name}: {why}; accepted: {ACCEPTED}")
     return names, {}
 
@@ -333,10 +352,9 @@ def _clones(tensor: Tensor, copies: int) -> list[Tensor]:
     return [tensor.clone() for _ in range(copies)]
 
 
-def packed(tensors: Tensors, copies: int) -> list[peftkern.NF4Weight]:
-    def clone() -> peftkern.NF4Weight:
-        pieces = {name: t.clone() for name, t in tensors.items() if name.startswith("nf4.")}
-        return peftkern.NF4Weight.from_state_dict(pieces, "nf4.")
+def packed(tensors: Tensors, copies: int) -> list[QuantizedWeight]:
+    def clone() -> QuantizedWeight:
+        return packed_weight({n: t.clone() if "." in n else t for n, t in tensors.items()})
 
     return [clone() for _ in range(copies)]
 

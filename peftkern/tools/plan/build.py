@@ -17,7 +17,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from peftkern.layers.nf4_stack import NF4Stack, refusal, set_nf4_parameter
+from peftkern.layers.expert_stack import set_stack
+from peftkern.layers.nf4_stack import NF4Stack, refusal
 from peftkern.layers.quantize import expert_parameters
 from peftkern.tools.models import adapter_targets, auto_class
 
@@ -74,7 +75,7 @@ def quantize(model: nn.Module, training: Any) -> None:
             weight = module._parameters[name]
             if refusal(tuple(weight.shape), _BLOCK) is None:
                 stack = NF4Stack.empty(tuple(weight.shape), dtype=weight.dtype, device="meta")
-                set_nf4_parameter(module, name, stack)
+                set_stack(module, name, stack)
 
 
 def _quantize_layer(layer: Any, training: Any) -> None:

@@ -88,10 +88,39 @@ def test_not_quantized_yet_fails_as_in_peft():
     assert fallbacks() == {"quant_state is missing": 1}
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_fp4_is_served_with_adapters_and_without(double_quant):
+    """bitsandbytes' default: losses and gradients are PEFT's, and so are those of its base."""
+    model = lora_net(make_linear4bit(quant_type="fp4", double_quant=double_quant))
+    twin = copy.deepcopy(model)
+    report = peftkern.patch(twin)
+    assert report.falling_back == {} and report.patched == ["base_model.model.proj"]
+    codes = layer_of(twin).base_layer.weight.data.clone()
+    results = []
+    peftkern.reset_stats()
+    for net in (twin, model):
+        x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss = net(x).square().mean()
+        loss.backward()
+        with net.disable_adapter():
+            frozen = net(x)
+        gradients = [p.grad for p in net.parameters() if p.requires_grad]
+        results.append([loss, x.grad, frozen, *gradients])
+    torch.testing.assert_close(*results)
+    assert served_by_us() == 2 and fallbacks() == {}
+    twin.eval()
+    with torch.no_grad():  # where bitsandbytes repacks the weight
+        twin(torch.randn(2, K))
+    twin.merge_adapter()
+    twin.unmerge_adapter()
+    weight = layer_of(twin).base_layer.weight
+    assert torch.equal(weight.data, codes) and weight.quant_state.quant_type == "fp4"
+
+
 def test_formats_that_our_kernels_do_not_read():
-    model = lora_net(make_linear4bit(quant_type="fp4"))
-    reason = 'quant_type is fp4: load with bnb_4bit_quant_type="nf4"'
-    assert_falls_back(model, reason)
+    model = lora_net(make_linear4bit(bias=False))
+    layer_of(model).base_layer.weight.quant_state.quant_type = "int4"
+    reason = "quant_type is int4, expected nf4 or fp4"
     assert peftkern.patch(model).falling_back == {"base_model.model.proj": reason}
     model = lora_net(make_linear4bit(bias=False))
     weight = layer_of(model).base_layer.weight
@@ -254,9 +283,13 @@ needs_repacking = pytest.mark.skipif(
 
 @needs_repacking
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
-def test_repacked_weight_is_restored_by_patch(double_quant, storage):
+@pytest.mark.parametrize(
+    ("storage", "quant_type"),
+    [(torch.uint8, "nf4"), (torch.bfloat16, "nf4"), (torch.uint8, "fp4")],
+)
+def test_repacked_weight_is_restored_by_patch(double_quant, storage, quant_type):
     options = {"double_quant": double_quant, "bias": False, "quant_storage": storage}
+    options |= {"quant_type": quant_type}
     fresh = lora_net(make_linear4bit(**options))
     keys = list(fresh.state_dict())
     codes = layer_of(fresh).base_layer.weight.data.clone().view(torch.uint8)

@@ -24,7 +24,7 @@ from expert_models import (
 from torch import nn
 
 import peftkern
-from peftkern.layers.nf4_stack import stacks_of
+from peftkern.layers.expert_stack import stacks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BF16 = torch.bfloat16
@@ -54,7 +54,7 @@ def test_nothing_is_decoded_and_16_bits_are_nearer_to_float64(folder, monkeypatc
         setattr(experts, name, nn.Parameter(stack.dequantize(), requires_grad=False))
     assert_as_near_as_peft(model, oracle_of(dense), *inputs(200, BF16))
     twin = patched_copy(model)
-    monkeypatch.setattr("peftkern.layers.nf4_stack.dequantize_nf4", None)
+    monkeypatch.setattr("peftkern.layers.expert_stack.dequantize", None)
     outputs_and_gradients(twin, *inputs(200, BF16))
 
 
@@ -70,7 +70,7 @@ def test_a_whole_model_is_served_with_adapters_and_without(monkeypatch):
     expected = outputs_and_gradients(model, ids)
     with model.disable_adapter():
         base = model(ids).logits
-    monkeypatch.setattr("peftkern.layers.nf4_stack.dequantize_nf4", None)
+    monkeypatch.setattr("peftkern.layers.expert_stack.dequantize", None)
     peftkern.reset_stats()
     got = outputs_and_gradients(twin, ids)
     assert served() == 2 and fallbacks() == {}
@@ -109,7 +109,9 @@ def test_a_patched_model_has_its_bytes_back_after_a_merge(way):
         elif way == "cast":
             model.double().float()
         elif way == "patched anew":
-            with pytest.warns(UserWarning, match="merged into NF4 weights, which PEFT cannot undo"):
+            with pytest.warns(
+                UserWarning, match="merged into 4-bit weights, which PEFT cannot undo"
+            ):
                 peftkern.unpatch(model)
             peftkern.patch(model)
         if way == "disable":

@@ -375,7 +375,7 @@ def test_a_merge_into_our_nf4linear_is_quantized_and_taken_back_exactly(config, 
     with pytest.raises(ValueError, match="finite"):
         model.merge_adapter(adapter_names=["broken"])
     base.float().cpu().bfloat16()
-    with pytest.warns(UserWarning, match="merged into NF4 weights, which PEFT cannot undo"):
+    with pytest.warns(UserWarning, match="merged into 4-bit weights, which PEFT cannot undo"):
         peftkern.unpatch(model)
     peftkern.patch(model)
     model.unmerge_adapter()

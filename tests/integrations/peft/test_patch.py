@@ -237,7 +237,8 @@ def test_report_without_the_native_library(monkeypatch):
 
 
 def test_layers_that_bitsandbytes_serves_are_not_reported_as_ours():
-    net = nn.Sequential(make_linear4bit(quant_type="fp4"), make_linear4bit())
+    net = nn.Sequential(make_linear4bit(), make_linear4bit())
+    net[0].weight.quant_state.code = net[0].weight.quant_state.code.flip(0)
     net[1].weight.quant_state.code = net[1].weight.quant_state.code.half()
     report = peftkern.patch(net)
     assert report.without_adapter == [] and "served" not in str(report)

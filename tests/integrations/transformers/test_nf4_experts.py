@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, core_model_loading
 
 from peftkern.integrations.transformers import NF4ExpertsConfig
-from peftkern.layers.nf4_stack import NF4Stack, stacks_of
+from peftkern.layers.expert_stack import stacks_of
+from peftkern.layers.nf4_stack import NF4Stack
 
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}

@@ -267,6 +267,33 @@ def test_every_provider_answers_every_mode_with_the_right_result(op, mode, compi
             assert found["rms"] < bound, name
 
 
+@pytest.mark.parametrize("format", ["fp4", "mxfp4", "nvfp4", "int4"])
+@pytest.mark.parametrize("op", ["nf4_lora_linear", "nf4_linear", "nf4_dequantize"])
+def test_other_formats_are_right(format, op, tmp_path):
+    """What every format has, against float64 of the values that its codes stand for."""
+    mode = "forward" if op == "nf4_dequantize" else "full"
+    (problem,) = cases.problems(
+        [op], [Shape("x", 64, 256, 5)], ["float32"], [mode], [3], None, "cpu", format
+    )
+    assert problem.format == format and f"/{format}/" in problem.name
+    cpu = torch.device("cpu")
+    data.prepare(problem, 0, tmp_path / "case", cpu)
+    tensors = data.load(tmp_path / "case", cpu)
+    w = data.packed_weight(tensors)
+    assert abs(w.nbytes - problem.weight_bytes) <= 1200  # two tables of FP4
+    for name in (OURS, *(n for n in ("frozen", "peft") if op in providers.PROVIDERS[n].labels)):
+        one = providers.PROVIDERS[name]
+        layers = one.build(problem, tensors, 1)
+        setup, call, collect = calls(problem, layers, tensors, 1)
+        found = data.compare(problem, collect(call(setup())), tensors, one.adapted)
+        assert found["rms"] < 4 * FLOOR_RMS[torch.float32], name
+    names, _ = providers.select(["auto"], [op], "cpu", format)
+    assert ("bitsandbytes" in names) == (format == "fp4")
+    if format != "fp4":
+        with pytest.raises(ValueError, match=f"--baselines: bitsandbytes: has no {format}"):
+            providers.select(["bitsandbytes"], [op], "cpu", format)
+
+
 @pytest.mark.parametrize("repacks", [False, True])
 def test_dora_over_bitsandbytes_errs_in_inference_by_its_repacked_weight_alone(repacks):
     """On a CPU with AVX-512-BF16 bitsandbytes reorders the packed bytes of a layer in eval mode at

@@ -1,0 +1,58 @@
+"""PEFT over `BlockLinear`: MXFP4, NVFP4 and INT4 bases under `patch`, merged and back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft_models import K, fallbacks, layer_of, lora_net, make_linear, served_by_us
+from torch import nn
+
+import peftkern
+from peftkern.layers import BlockLinear
+
+FORMATS = ["mxfp4", "nvfp4", "int4"]
+
+
+def quantized(format: str) -> BlockLinear:
+    blocksize = 32 if format == "int4" else None
+    return BlockLinear.from_linear(make_linear(), format=format, blocksize=blocksize)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_as_over_its_dense_weight(format, use_dora):
+    model = lora_net(quantized(format), use_dora=use_dora)
+    dense = copy.deepcopy(model)
+    layer_of(dense).base_layer = layer_of(dense).base_layer.to_linear().requires_grad_(False)
+    assert peftkern.patch(model).falling_back == {}
+    results = []
+    peftkern.reset_stats()
+    for net in (model, dense):
+        x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss = net(x).square().mean()
+        loss.backward()
+        with net.disable_adapter():
+            frozen = net(x)
+        results.append(
+            [loss, x.grad, frozen, *(p.grad for p in net.parameters() if p.requires_grad)]
+        )
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert served_by_us() == 2 and fallbacks() == {}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_unmerging_gives_the_bytes_back(format):
+    model = lora_net(quantized(format))
+    peftkern.patch(model)
+    base = layer_of(model).base_layer
+    before, x = [t.clone() for t in base.quantized_weight.tensors], torch.randn(3, K)
+    expected = model(x)
+    with pytest.warns(UserWarning, match=f"quantized to {format.upper()} again"):
+        model.merge_adapter()
+    assert not torch.equal(base.weight.view(-1), before[0])
+    assert (model(x) - expected).norm() < 0.2 * expected.norm()
+    model.unmerge_adapter()
+    assert all(map(torch.equal, base.quantized_weight.tensors, before))
+    assert torch.equal(model(x), expected) and isinstance(base, nn.Linear)

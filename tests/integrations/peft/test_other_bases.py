@@ -1,0 +1,148 @@
+"""PEFT's LoRA over layers of HQQ, torchao and GPT-QModel, with the real libraries where they are.
+
+Their packing is tested without them (`formats/test_int4_layouts.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft_models import K, N, fallbacks, layer_of, lora_net, make_linear, served_by_us
+from torch import Tensor, nn
+
+import peftkern
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def hqq_linear(dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
+    quantize = pytest.importorskip("hqq.core.quantize")
+    settings = {"nbits": 4, "group_size": 32, "axis": 1, **config}
+    chosen = quantize.BaseQuantizeConfig(**settings)
+    dense = make_linear(dtype)
+    return quantize.HQQLinear(dense, chosen, compute_dtype=dtype, device="cpu")
+
+
+def torchao_linear(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = make_linear(dtype)
+    if kind == "nvfp4":
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+
+        scale = layer.weight.abs().max().float() / (6 * 448)
+        weight = NVFP4Tensor.to_nvfp4(layer.weight.detach(), per_tensor_scale=scale)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    else:
+        groups = quantization.PerGroup(32)
+        bits = getattr(torch, kind)
+        config = quantization.IntxWeightOnlyConfig(weight_dtype=bits, granularity=groups)
+        quantization.quantize_(layer, config)
+    return layer.requires_grad_(False)
+
+
+def gptqmodel_linear(kind: str) -> nn.Module:
+    """A layer as GPT-QModel loads it, of random codes, zero points and scales."""
+    pytest.importorskip("gptqmodel", exc_type=ImportError)
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    settings = {"bits": 4, "group_size": 32, "sym": False, "desc_act": kind == "act-order"}
+    sizes = {"in_features": K, "out_features": N, "register_buffers": True}
+    layer = (AwqTorchLinear if kind == "awq" else TorchLinear)(**settings, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("qweight", "qzeros"):
+        words = getattr(layer, name)
+        words.random_(-(2**31), 2**31 - 1, generator=generator)
+    layer.scales.uniform_(1e-3, 2e-2, generator=generator)
+    if kind != "awq":
+        layer.qzero_format(format=2)  # what loading converts to
+    if kind == "act-order":
+        layer.g_idx.copy_(torch.randperm(K, generator=generator) // 32)
+    # PEFT asks the model for the device of a parameter, and this has buffers alone.
+    layer.register_parameter("unused", nn.Parameter(torch.zeros(1), requires_grad=False))
+    return layer
+
+
+MADE = {
+    "gptq, float16": lambda: gptqmodel_linear("gptq"),
+    "awq, float16": lambda: gptqmodel_linear("awq"),
+    "hqq": hqq_linear,
+    "hqq, bfloat16": lambda: hqq_linear(torch.bfloat16),
+    "nvfp4": lambda: torchao_linear("nvfp4"),
+    "nvfp4, bfloat16": lambda: torchao_linear("nvfp4", torch.bfloat16),
+    "int4": lambda: torchao_linear("int4"),
+}
+
+
+# Of both sides together, whose sums round at other places: relative norms.
+BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def results(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    loss = model(x).float().square().mean()
+    loss.backward()
+    with model.disable_adapter():
+        frozen = model(x)
+    return [loss, x.grad, frozen, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")
+@pytest.mark.parametrize("made", MADE)
+def test_served_as_peft_computes_it(made):
+    dtype = getattr(torch, made.partition(", ")[2] or "float32")
+    model = lora_net(MADE[made](), adapter_dtype=dtype)
+    twin = copy.deepcopy(model)
+    kept = {name: t.clone() for name, t in twin.state_dict().items() if type(t) is Tensor}
+    report = peftkern.patch(twin)
+    assert report.falling_back == {} and report.patched == ["base_model.model.proj"]
+    peftkern.reset_stats()
+    ours = results(twin, dtype)
+    assert served_by_us() == 2 and fallbacks() == {}
+    theirs = results(model, dtype)
+    for one, other in zip(ours, theirs, strict=True):
+        error = (one - other).float().norm() / other.float().norm()
+        assert error <= BOUNDS[dtype]
+    assert all(torch.equal(t, kept[n]) for n, t in twin.state_dict().items() if n in kept)
+    peftkern.unpatch(twin)
+    assert type(layer_of(twin)) is type(layer_of(model))
+
+
+def test_a_weight_that_is_written_to_is_read_again():
+    model = lora_net(hqq_linear())
+    peftkern.patch(model)
+    x = torch.randn(2, K)
+    before = model(x)
+    base = layer_of(model).base_layer
+    base.meta["scale"].mul_(2)
+    assert not torch.equal(model(x), before)
+    base.W_q.data = torch.full_like(base.W_q, 0x88)
+    twin = copy.deepcopy(model)
+    peftkern.unpatch(twin)
+    torch.testing.assert_close(model(x), twin(x))
+
+
+UNSERVED = {
+    "act-order": (
+        lambda: gptqmodel_linear("act-order"),
+        "g_idx: expected rows in the order of their groups",
+    ),
+    "axis": (lambda: hqq_linear(axis=0), "axis: expected groups along rows, axis 1"),
+    "bits": (lambda: hqq_linear(nbits=2), "nbits: expected 4"),
+    "int8": (lambda: torchao_linear("int8"), "target_dtype: expected torch.int4"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")
+@pytest.mark.parametrize("kind", UNSERVED)
+def test_what_is_not_read_is_named_and_left_to_peft(kind):
+    make, reason = UNSERVED[kind]
+    model = lora_net(make())
+    twin = copy.deepcopy(model)
+    assert peftkern.patch(twin).falling_back == {"base_model.model.proj": reason}
+    x = torch.randn(3, K)
+    peftkern.reset_stats()
+    assert torch.equal(twin(x), model(x))
+    assert fallbacks() == {reason: 1}
