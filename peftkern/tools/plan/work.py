@@ -7,8 +7,8 @@ a thin factor waits for memory where the base's waits for arithmetic.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -25,11 +25,11 @@ STEP, IMPORTANCE = "step", "importance"  # what an op belongs to
 _NOTHING_MOVED = ("empty", "new_empty", "_unsafe_view", "_local_scalar_dense", "detach")
 
 
+@dataclass(frozen=True)
 class Work:
     """Sum over the ops of a step, {(what it belongs to, FLOPs, bytes): number of such ops}."""
 
-    def __init__(self, ops: Mapping[tuple[str, int, int], int]) -> None:
-        self.ops = Counter(ops)
+    ops: Mapping[tuple[str, int, int], int]
 
     @property
     def flops(self) -> int:
