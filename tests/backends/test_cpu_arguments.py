@@ -14,6 +14,7 @@ import peftkern
 from peftkern.backends import ops, pointers
 from peftkern.backends.cpu import module as native
 from peftkern.formats.nf4 import dynamic_map
+from peftkern.formats.table import FORMATS
 
 ISA = native.library().isas()[native.cpu_isas()[-1]]
 INT64_MAX = 2**63 - 1
@@ -110,7 +111,7 @@ def adapter_fields(**changes) -> tuple:
 
 
 BAD_WEIGHTS = {
-    "format unknown": {"format": 1},
+    "format unknown": {"format": len(FORMATS)},
     "format negative": {"format": -1},
     "nested_offset null": {"nested_offset": 0},
     "packed short": {"packed_bytes": N * K // 2 - 1},
