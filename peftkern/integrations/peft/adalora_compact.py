@@ -109,6 +109,8 @@ def leave_out_empty(tuner: AdaLoraModel, optimizer: torch.optim.Optimizer) -> No
 
     bitsandbytes would launch kernels of no blocks, which CUDA refuses.
     """
+    if peft_layer.deepspeed_config() is not None:  # its parameters are empty while it holds them
+        return
     optimizer = getattr(optimizer, "optimizer", optimizer)
     layers = tuner.rankallocator.triplets(tuner.model).values()
     known = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
@@ -149,6 +151,8 @@ def _check_whole(layers: dict[str, Triplets]) -> None:
         sharded = any(hasattr(p, "full_tensor") for p in (E, A, B))
         if sharded or A.dim() != 2 or E.shape[:1] != A.shape[:1] or B.shape[1:] != A.shape[:1]:
             raise ValueError("model: FSDP has sharded the parameters")
+        if any(getattr(p, "_fsdp_flattened", False) for p in (E, A, B)):  # FSDP1, NO_SHARD as well
+            raise ValueError("model: FSDP holds the parameters in a flat one")
 
 
 def _kept(

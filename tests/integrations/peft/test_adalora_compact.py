@@ -9,17 +9,24 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from adalora_models import adalora_llama, optimizer_of
 from adalora_runs import digest, mask
 from peft import PeftModel
 from peft_models import fallbacks, text_batch, tiny_llama
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from transformers.integrations.deepspeed import (
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 import peftkern
-from peftkern.integrations.peft.adalora_compact import Compaction, compact_
-from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
+from peftkern.integrations.peft.adalora_compact import Compaction, compact_, leave_out_empty
+from peftkern.integrations.peft.adalora_steps import AdaLoraSteps, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOTAL, LAST = 8, 6  # masks at steps 2, 4 and 6
@@ -208,6 +215,42 @@ def test_what_cannot_shrink_is_said_and_trains_on():
         warnings.filterwarnings("error", message="AdaLoRA")
         train(model, optimizer, range(LAST + 1, TOTAL + 1))
     assert sizes(model) == 14 * 6 and sum(map(sum, mask(model).values())) == 28
+
+
+@pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated")
+def test_fsdp1_keeps_its_flat_parameter_though_nothing_is_sharded():
+    """As in one process, where each parameter is a whole view of the flat one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = adalora_llama(**SCHEDULE)
+        prepare(model)
+        options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        fsdp = FullyShardedDataParallel(
+            model, sharding_strategy=ShardingStrategy.NO_SHARD, **options
+        )
+        optimizer = optimizer_of(fsdp)
+        AdaLoraSteps(fsdp, optimizer, TOTAL)
+        with pytest.warns(UserWarning, match="AdaLoRA keeps what .*: FSDP holds the parameters"):
+            train(fsdp, optimizer, range(1, TOTAL + 1))
+        assert sizes(fsdp) == 14 * 6 and sum(map(sum, mask(model).values())) == 28
+    finally:
+        dist.destroy_process_group()
+
+
+def test_parameters_that_deepspeed_holds_are_no_empty_layers():
+    model = adalora_llama(**SCHEDULE)
+    prepare(model)
+    optimizer = optimizer_of(model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.new_empty(0)  # as its third stage leaves them
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    set_hf_deepspeed_config(config)
+    try:
+        leave_out_empty(model.base_model, optimizer)
+        assert not optimizer._optimizer_step_pre_hooks
+    finally:
+        unset_hf_deepspeed_config()
 
 
 def test_what_has_revived_is_not_dropped():
