@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -148,7 +149,8 @@ def ranked_config(
     found = copy(config)
     kept = {name: rank for name, rank in ranks.items() if rank}
     kept |= dict.fromkeys(others, config.r)
-    fields = rank_fields(kept, config.r if others else None)
+    # What is no linear layer, or a parameter of its own, has no pattern, and the rank it had.
+    fields = rank_fields(kept, config.r if others or config.target_parameters else None)
     found.r, found.rank_pattern = fields["r"], fields["rank_pattern"]
     found.lora_alpha, found.alpha_pattern = config.lora_alpha, {}
     if not config.use_rslora:  # whose alpha / sqrt(r) is meant to differ with the rank
@@ -157,9 +159,16 @@ def ranked_config(
         patterns = fields["alpha_pattern"].items()
         found.alpha_pattern = {key: _whole(scaling * rank) for key, rank in patterns}
     if len(kept) < len(ranks):
-        found.target_modules = set(kept)
+        found.target_modules = _targets(kept, ranks.keys() - kept.keys())
         found.layers_to_transform = found.layers_pattern = None  # which these names had passed
     return found
+
+
+def _targets(names: Collection[str], dropped: Collection[str]) -> set[str] | str:
+    """Return target_modules of these layers; PEFT takes the end of another's name, too."""
+    if any(other.endswith(f".{name}") for other in dropped for name in names):
+        return "|".join(map(re.escape, names))
+    return set(names)
 
 
 def _whole(alpha: float) -> float | int:

@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft_models import TARGETS, Net, make_conv1d, make_linear, make_linear4bit, tiny_llama
 from started_models import BATCHES
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import peftkern
 from peftkern.formats.nf4 import NF4Weight
@@ -158,6 +159,27 @@ def test_other_settings_stay():
     assert report.config.target_modules == set(TARGETS)
     chosen = peftkern.suggest_ranks(tiny_llama(), LoraConfig(r=2))  # PEFT knows Llama's targets
     assert chosen.config.target_modules == {"q_proj", "v_proj"}
+
+
+def test_parameters_of_experts_keep_rank_and_scaling():
+    """They are no linear layers, have no pattern, and would get the rank that most layers have."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    base = MixtralForCausalLM(MixtralConfig(**small, **heads))
+    asked = config(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    report = peftkern.suggest_ranks(base, asked, budget=4)
+    got = ranks_in(get_peft_model(base, report.config))
+    experts = {got.pop(name) for name in list(got) if "experts" in name}
+    assert experts == {(4, 2.0)} and {n: rank for n, (rank, _) in got.items()} == report.ranks
+
+
+def test_a_dropped_layer_stays_so_though_its_name_ends_in_another_s():
+    base = nn.ModuleDict({"a": nn.Linear(8, 8), "block": nn.ModuleDict({"a": nn.Linear(8, 8)})})
+    nn.init.zeros_(base["block"]["a"].weight)
+    asked = config(target_modules=["a"], task_type=None)
+    report = peftkern.suggest_ranks(base, asked, min_rank=0)
+    assert report.ranks == {"a": 8, "block.a": 0}
+    assert ranks_in(get_peft_model(base, report.config)) == {"a": (8, 2.0)}
 
 
 def test_bad_arguments_are_told():
