@@ -307,6 +307,11 @@ WARNINGS: dict[str, str] = {
         "The training goes on as in PEFT. `AdaLoraCallback(compact=None)` asks for that; plain "
         "DistributedDataParallel, torch's and bitsandbytes' optimizers can be compacted."
     ),
+    "AdaLoRA: the optimizer's states of {count} parameters are of another number of triplets: they "
+    "start anew": (
+        "Expected where training goes on from the best model, or from a checkpoint without "
+        "adalora_state.safetensors; else load the optimizer's states of the same step."
+    ),
     "AdaLoRA goes on with another schedule: {fields}": (
         "Expected when the config was changed to resume with; else resume with the old one."
     ),

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_states", "shrink_triplets_"]
+__all__ = ["check_states", "forget_misfits_", "shrink_triplets_"]
 
 _DIMENSIONS = 0, 0, 1  # of lora_E [r, 1], lora_A [r, K], lora_B [N, r] along which triplets lie
 _BLOCK = 256  # elements with one scale in bitsandbytes' 8-bit states
 _FACTORS = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}  # of transformers' Adafactor, by dimension
+_FACTORED = {**_FACTORS, "row_var": 0, "col_var": 1}  # and of torch's, which keeps the dimension
 _SCALES = ("absmax", "qmap", "unorm_vec", "gnorm_vec")  # of bitsandbytes' beside its states
 
 
@@ -39,6 +40,35 @@ def check_states(
                 except ValueError as error:
                     kind = type(optimizer).__name__
                     raise ValueError(f"optimizer: {error}, in the state of {kind}") from None
+
+
+def forget_misfits_(
+    optimizer: torch.optim.Optimizer, layers: Iterable[tuple[nn.Parameter, ...]]
+) -> int:
+    """Forget what an optimizer holds of parameters that have another number of triplets now.
+
+    Fused steps would read and write beyond it. It starts anew, as for a parameter never seen.
+    Returns: of how many parameters.
+    """
+    count = 0
+    for triplets in layers:
+        for parameter, dim in zip(triplets, _DIMENSIONS, strict=True):
+            held = optimizer.state.get(parameter, {})
+            if any(_misfits(name, v, parameter.shape, dim) for name, v, _ in _tensors(held)):
+                del optimizer.state[parameter]
+                count += 1
+    return count
+
+
+def _misfits(name: str, value: Tensor, shape: torch.Size, dim: int) -> bool:
+    """Return whether a state is of a parameter that differs from this one in triplets alone."""
+    if name in _FACTORED:
+        along = _FACTORED[name]
+        return value.shape[0 if value.dim() == 1 else along] != shape[along]
+    sizes = value.shape[value.dim() - len(shape) :]  # the last ones, of a stack
+    if len(sizes) != len(shape) or sizes[dim] == shape[dim]:
+        return False
+    return all(sizes[other] == shape[other] for other in range(len(shape)) if other != dim)
 
 
 def shrink_triplets_(

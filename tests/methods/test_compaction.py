@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from peftkern.methods.compaction import check_states, shrink_triplets_
+from peftkern.methods.compaction import check_states, forget_misfits_, shrink_triplets_
 
 R, K, N = 5, 12, 9
 KEEP = torch.tensor([True, False, True, False, True])
@@ -114,3 +114,30 @@ def test_states_that_cannot_shrink_are_named_before_anything_has():
     with pytest.raises(ValueError, match="optimizer: LBFGS keeps"):
         check_states(torch.optim.LBFGS(params), [params])
     check_states(None, [params])
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.AdamW,
+        lambda params: torch.optim.Adafactor(params, lr=0.01),
+        lambda params: Adafactor(params, lr=0.01, relative_step=False, scale_parameter=False),
+    ],
+    ids=["AdamW", "Adafactor", "transformers"],
+)
+def test_states_of_another_number_of_triplets_are_forgotten(make, kept: int):
+    """As after loading what was saved before a compaction: a fused step would leave the memory."""
+    params = triplets()
+    optimizer = make(params)
+    take_step(optimizer, params, 0)
+    held = dict(optimizer.state)
+    assert forget_misfits_(optimizer, [params]) == 0 and dict(optimizer.state) == held
+    whole = [p.detach().clone() for p in params]
+    shrink_triplets_(*params, torch.arange(5) < kept, optimizer)
+    assert forget_misfits_(optimizer, [params]) == 0
+    for parameter, value in zip(params, whole, strict=True):
+        parameter.grad = None
+        parameter.data = value
+    assert forget_misfits_(optimizer, [params]) == 3 and not optimizer.state
+    take_step(optimizer, params, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peftkern.integrations.peft.adalora import PatchedAdaLoraModel, PatchedRankAllocator
-from peftkern.integrations.peft.adalora_layers import find_tuner
+from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
 from peftkern.methods.adalora import Triplets
-from peftkern.methods.compaction import check_states, shrink_triplets_
+from peftkern.methods.compaction import check_states, forget_misfits_, shrink_triplets_
 
 __all__ = ["Compaction", "compact_"]
 
@@ -97,11 +98,65 @@ def compact_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         for wrapper in wrappers:
             _rebuild(wrapper)
         if optimizer is not None:
-            leave_out_empty(tuner, optimizer)
+            watch_states(tuner, optimizer)
     ranks = {}
     for name, layer in allocator.layers_of(tuner.model):
         ranks[name] = layer.r[allocator.adapter_name] = layers[name][0].shape[0]
     return ranks
+
+
+def _triplets(tuner: AdaLoraModel) -> list[Triplets]:
+    """Return the triplets of all layers, whether the allocator is patched (still) or not."""
+    name = tuner.trainable_adapter_name
+    layers = layers_of(tuner).values()
+    return [(layer.lora_E[name], layer.lora_A[name], layer.lora_B[name]) for layer in layers]
+
+
+class _Watch:
+    """Look at the states of an optimizer before its next step, if shapes may have changed: `due`.
+
+    Loading a checkpoint changes shapes, and so do those of states that are loaded: of another step.
+    """
+
+    def __init__(self, tuner: AdaLoraModel, optimizer: torch.optim.Optimizer) -> None:
+        self._tuner, self.optimizer, self.due = weakref.ref(tuner), weakref.ref(optimizer), False
+        optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        tuner, due, self.due = self._tuner(), self.due, False
+        if tuner is None or not due:
+            return
+        count = forget_misfits_(optimizer, _triplets(tuner))
+        if count:
+            warnings.warn(
+                f"AdaLoRA: the optimizer's states of {count} parameters are of another number of "
+                "triplets: they start anew",
+                stacklevel=2,
+            )
+
+
+_watches: weakref.WeakKeyDictionary[AdaLoraModel, _Watch] = weakref.WeakKeyDictionary()
+
+
+def watch_states(tuner: AdaLoraModel, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer forget before its next step, and the next one after loading, what is of
+    other shapes; and pass over layers without triplets."""
+    if peft_layer.deepspeed_config() is not None:  # its parameters are empty while it holds them
+        return
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    watch = _watches.get(tuner)
+    if watch is None or watch.optimizer() is not optimizer:
+        _watches[tuner] = watch = _Watch(tuner, optimizer)
+    watch.due = True
+    leave_out_empty(tuner, optimizer)
+
+
+def look_again(tuner: AdaLoraModel) -> None:
+    """Have the optimizer that is watched, if there is one, looked at after a checkpoint's load."""
+    watch = _watches.get(tuner)
+    optimizer = None if watch is None else watch.optimizer()
+    if optimizer is not None:
+        watch_states(tuner, optimizer)
 
 
 def leave_out_empty(tuner: AdaLoraModel, optimizer: torch.optim.Optimizer) -> None:
@@ -109,12 +164,8 @@ def leave_out_empty(tuner: AdaLoraModel, optimizer: torch.optim.Optimizer) -> No
 
     bitsandbytes would launch kernels of no blocks, which CUDA refuses.
     """
-    if peft_layer.deepspeed_config() is not None:  # its parameters are empty while it holds them
-        return
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    layers = tuner.rankallocator.triplets(tuner.model).values()
     known = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    if any(not E.numel() for E, _, _ in layers) and _forget_empty not in known:
+    if any(not E.numel() for E, _, _ in _triplets(tuner)) and _forget_empty not in known:
         optimizer.register_step_pre_hook(_forget_empty)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from peftkern.integrations.peft.adalora import PatchedRankAllocator
 from peftkern.integrations.peft.adalora_budget import adopt_limits
+from peftkern.integrations.peft.adalora_compact import look_again
 from peftkern.integrations.peft.adalora_layers import layers_of, whole, widen_diagonals
 from peftkern.methods.rank_budget import RankLimits
 
@@ -172,6 +173,7 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
     set_peft_model_state_dict(model, weights, name)
     _restore_allocator(tuner, state)
     widen_diagonals(tuner)
+    look_again(tuner)
     return state
 
 

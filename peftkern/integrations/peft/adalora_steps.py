@@ -17,7 +17,7 @@ from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
 
 from peftkern.integrations.peft.adalora_budget import set_budget
-from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, leave_out_empty
+from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, watch_states
 from peftkern.integrations.peft.adalora_layers import find_tuner, widen_diagonals
 from peftkern.integrations.peft.adalora_state import load_state, save_state
 from peftkern.integrations.peft.patch import is_patched, patch
@@ -65,6 +65,7 @@ class AdaLoraSteps:
         set_budget(self.tuner, budget)
         self._model = next(m for m in model.modules() if isinstance(m, PeftModel))
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        watch_states(self.tuner, self._optimizer)
         self._hook = self._optimizer.register_step_post_hook(self._after_step)
 
     def close(self) -> None:
@@ -85,7 +86,6 @@ class AdaLoraSteps:
         if state.step < 0:
             raise ValueError(f"{folder}: expected a folder that AdaLoraSteps.save wrote")
         self.step = state.step
-        leave_out_empty(self.tuner, self._optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         self.step += 1

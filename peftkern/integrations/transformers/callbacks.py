@@ -27,7 +27,7 @@ with needed_by("peftkern.integrations.transformers"):
     from transformers.utils import logging as transformers_logging
 
     from peftkern.integrations.peft.adalora_budget import set_budget
-    from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, leave_out_empty
+    from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, watch_states
     from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
     from peftkern.integrations.peft.adalora_state import keep_state_when_loading, save_state
     from peftkern.integrations.peft.adalora_steps import allocate, prepare, set_total_step
@@ -324,7 +324,7 @@ class AdaLoraCallback(TrainerCallback):
         set_budget(tuner, self._budget)
         self._compaction = Compaction(self.compact)
         if kwargs.get("optimizer") is not None:
-            leave_out_empty(tuner, kwargs["optimizer"])
+            watch_states(tuner, kwargs["optimizer"])
 
     def on_optimizer_step(
         self,

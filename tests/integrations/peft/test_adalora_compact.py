@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import (
 )
 
 import peftkern
-from peftkern.integrations.peft.adalora_compact import Compaction, compact_, leave_out_empty
+from peftkern.integrations.peft.adalora_compact import Compaction, compact_, watch_states
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -247,7 +247,7 @@ def test_parameters_that_deepspeed_holds_are_no_empty_layers():
     config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     set_hf_deepspeed_config(config)
     try:
-        leave_out_empty(model.base_model, optimizer)
+        watch_states(model.base_model, optimizer)
         assert not optimizer._optimizer_step_pre_hooks
     finally:
         unset_hf_deepspeed_config()

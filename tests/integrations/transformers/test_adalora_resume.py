@@ -122,6 +122,32 @@ def best_of(folder: Path, step: int, callbacks: list[TrainerCallback]) -> tuple[
     return run(folder, [*callbacks, best], **options), best
 
 
+def test_training_goes_on_from_the_best_model_before_compaction(tmp_path):
+    """The Trainer keeps its optimizer, whose states have the triplets of the last step."""
+    trainer, _ = best_of(tmp_path, 3, [AdaLoraCallback()])
+    model = trainer.model
+    rows = {len(layer.lora_E["default"]) for layer in layers_of(model.base_model).values()}
+    assert rows == {6}  # of step 3; at the last one there were fewer
+    trainer.args.load_best_model_at_end = False
+    trainer.args.save_strategy = trainer.args.eval_strategy = "no"
+    with pytest.warns(UserWarning, match=r"states of \d+ parameters are of another number of tri"):
+        trainer.train()
+    for parameter, held in trainer.optimizer.optimizer.state.items():
+        assert held["exp_avg"].shape == parameter.shape
+
+
+def test_a_compacted_checkpoint_without_the_state_goes_on(tmp_path):
+    """Its optimizer has fewer triplets than a new model, into which PEFT's file is scattered."""
+    run(tmp_path / "a", [AdaLoraCallback()], save_steps=LAST_MASK + 1)
+    checkpoint = tmp_path / "a" / f"checkpoint-{LAST_MASK + 1}"
+    (checkpoint / FILE).unlink()
+    with pytest.warns(UserWarning, match=r"states of \d+ parameters are of another number of tri"):
+        trainer = run(tmp_path / "b", [AdaLoraCallback()], resume=checkpoint, save_strategy="no")
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    for parameter, held in trainer.optimizer.optimizer.state.items():
+        assert held["exp_avg"].shape == parameter.shape
+
+
 @pytest.mark.parametrize("step", [2, 8, LAST_MASK])
 def test_the_best_model_is_loaded_as_it_was(tmp_path, step):
     trainer, best = best_of(tmp_path, step, [AdaLoraCallback()])
