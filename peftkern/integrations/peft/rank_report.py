@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import peft
 from peft import LoraConfig
 
 from peftkern.formats.rank_patterns import rank_fields
@@ -67,9 +68,13 @@ class RankReport:
     def python(self) -> str:
         """Return a program that makes the config."""
         told = _told(self.config)
-        names = {type(v).__name__ for v in told.values() if dataclasses.is_dataclass(v)}
-        lines = [f"from peft import {', '.join(sorted({'LoraConfig', *names}))}", ""]
-        lines.append("config = LoraConfig(")
+        imports: dict[str, set[str]] = {"peft": {"LoraConfig"}}
+        for kind in (type(v) for v in told.values() if dataclasses.is_dataclass(v)):
+            name = kind.__name__  # of which peft gives some only where they are defined
+            module = "peft" if hasattr(peft, name) else kind.__module__
+            imports.setdefault(module, set()).add(name)
+        lines = [f"from {module} import {', '.join(sorted(n))}" for module, n in imports.items()]
+        lines += ["", "config = LoraConfig("]
         for name, value in told.items():
             value = value if dataclasses.is_dataclass(value) else _plain(value)
             if isinstance(value, dict) and value:

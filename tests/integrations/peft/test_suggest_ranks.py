@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import EvaConfig, LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft_models import TARGETS, Net, make_conv1d, make_linear, make_linear4bit, tiny_llama
 from started_models import BATCHES
@@ -180,6 +181,13 @@ def test_a_dropped_layer_stays_so_though_its_name_ends_in_another_s():
     report = peftkern.suggest_ranks(base, asked, min_rank=0)
     assert report.ranks == {"a": 8, "block.a": 0}
     assert ranks_in(get_peft_model(base, report.config)) == {"a": (8, 2.0)}
+
+
+def test_settings_that_peft_names_elsewhere_are_imported_from_there():
+    asked = config(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+    session: dict = {}
+    exec(peftkern.suggest_ranks(tiny_llama(), asked).python(), session)
+    assert session["config"].corda_config == asked.corda_config
 
 
 def test_bad_arguments_are_told():
