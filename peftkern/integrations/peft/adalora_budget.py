@@ -32,7 +32,10 @@ def set_budget(tuner: AdaLoraModel, budget: RankBudget | None) -> None:
     if peft_layer.deepspeed_config() is not None:
         raise ValueError("budget: expected none under DeepSpeed, where PEFT draws the masks")
     target_r = tuner.peft_config[tuner.trainable_adapter_name].target_r
-    limits = budget.limits(allocator.triplets(tuner.model), target_r, tuner.model)
+    layers, rows = allocator.triplets(tuner.model), allocator.rows
+    if allocator.limits_loaded and rows is not None:  # floors were those of all triplets
+        layers = {n: (E.new_empty(len(rows[n]), 1), A, B) for n, (E, A, B) in layers.items()}
+    limits = budget.limits(layers, target_r, tuner.model)
     adopt_limits(allocator, _of_first_process(limits, tuner), loaded=False)
 
 

@@ -127,6 +127,8 @@ def test_what_was_compacted_early_goes_on_with_its_limits(tmp_path):
         warnings.filterwarnings("error", message=".*budget of the checkpoint")
         steps.load(tmp_path)
         set_budget(resumed.base_model, BUDGET)  # as the Trainer's callback does, of fewer triplets
+    with pytest.warns(UserWarning, match="budget of the checkpoint"):  # with floors that are gone
+        set_budget(resumed.base_model, RankBudget(cost="parameters", min_rank=2))
     optimizer.load_state_dict(held)
     assert take_steps(resumed, optimizer, range(7, TOTAL + 1)) == expected
     limits, found = resumed.base_model.rankallocator.limits, ranks(resumed)
