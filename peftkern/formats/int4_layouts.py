@@ -123,6 +123,11 @@ def from_hqq(
             f"W_q: expected {[groups // 2, group]} for rows of whole groups of {group}, got "
             f"{list(W_q.shape)} for a weight {[N, K]}"
         )
+    if scale.numel() != groups or zero.numel() != groups:
+        raise ArgumentError(
+            f"scale, zero: expected one for each of {groups} groups, got {list(scale.shape)} and "
+            f"{list(zero.shape)}"
+        )
     packed = torch.empty(groups, group // 2, dtype=torch.uint8, device=W_q.device)
     for half, codes in ((packed[: groups // 2], W_q >> 4), (packed[groups // 2 :], W_q & 15)):
         half.copy_(codes[:, ::2] | (codes[:, 1::2] << 4))
@@ -149,6 +154,10 @@ def from_int8(
             f"scale: expected [N, K / group] for a weight {[N, K]}, got {list(scale.shape)}"
         )
     codes = (qdata + 8).view(torch.uint8)
+    if codes.numel() and codes.amax() > 15:  # which would reach into its neighbor's bits
+        raise ArgumentError(
+            f"qdata: expected values from -8 to 7, got {int(qdata.min())} to {int(qdata.max())}"
+        )
     packed = (codes[:, ::2] | (codes[:, 1::2] << 4)).view(-1)
     return _weight(packed, scale, zero_point.float() + 8, (N, K), K // groups, dtype)
 

@@ -212,8 +212,12 @@ def cut(
     )
 
 
-@functools.lru_cache(maxsize=4096)
 def _format(layout: tuple[int, ...]) -> Format:
+    """Return a layout's row, which outside of a graph is looked up once: dynamo traces no cache."""
+    return _checked(layout) if torch.compiler.is_compiling() else _known(layout)
+
+
+def _checked(layout: tuple[int, ...]) -> Format:
     if len(layout) < 3 or not 0 <= layout[0] < len(FORMATS):
         raise ValueError(
             f"layout: expected a format from 0 to {len(FORMATS) - 1} in [format, blocksize, "
@@ -228,3 +232,6 @@ def _format(layout: tuple[int, ...]) -> Format:
             f"{list(layout[3:])}"
         )
     return row
+
+
+_known = functools.lru_cache(maxsize=4096)(_checked)  # host time counts

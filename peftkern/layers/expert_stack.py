@@ -47,7 +47,7 @@ class ExpertStack(Tensor):
 
     PARTS: ClassVar[tuple[str, str]]  # attributes of the two tensors
     FORMAT: ClassVar[str]  # as a user is told
-    turned: bool
+    turned: bool = False  # of one that was pickled before there were others, too
 
     @staticmethod
     def __new__(

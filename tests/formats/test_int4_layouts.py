@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftkern.backends.reference.nf4 import nf4_dequantize
 from peftkern.formats.block_weight import BlockWeight
-from peftkern.formats.int4_layouts import from_awq, from_gptq, from_hqq
+from peftkern.formats.int4_layouts import from_awq, from_gptq, from_hqq, from_int8
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -124,6 +124,14 @@ def test_hqq(group: int, dtype: torch.dtype) -> None:
     assert ((ours.float() - decoded.float()).abs() <= bound).all()
 
 
+def test_int4_in_eight_bits() -> None:
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(6, 4)
+    scale, zero = torch.rand(6, 2), torch.randint(-8, 8, (6, 2), dtype=torch.int8)
+    w = from_int8(codes, scale, zero, dtype=torch.float32)
+    difference = (codes - zero.repeat_interleave(32, 1)).float()
+    assert torch.equal(value(w, torch.float32), difference * scale.repeat_interleave(32, 1))
+
+
 GPTQ = (*(t for t in (torch.zeros(8, 8, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32))),)
 REFUSED = [
     (lambda: from_gptq(*GPTQ, torch.ones(2, 8), zeros_less_one=True, bits=3), "bits: expected 4"),
@@ -162,6 +170,14 @@ REFUSED += [
     (
         lambda: from_hqq(torch.zeros(3, 64, dtype=torch.uint8), ONE, ONE, **HQQ),
         r"W_q: expected \[2, 64\] for rows of whole groups of 64, got \[3, 64\]",
+    ),
+    (
+        lambda: from_hqq(torch.zeros(2, 64, dtype=torch.uint8), ONE, ONE[0], **HQQ),
+        r"scale, zero: expected one for each of 4 groups, got \[4, 1\] and \[1\]",
+    ),
+    (
+        lambda: from_int8(torch.full((4, 64), 8, dtype=torch.int8), ONE, ONE, dtype=torch.float16),
+        "qdata: expected values from -8 to 7, got 8 to 8",
     ),
 ]
 

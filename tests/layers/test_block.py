@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -110,3 +111,12 @@ def test_a_state_dict_of_another_format_is_refused_by_name():
     ):
         with pytest.raises(RuntimeError, match=text):
             layer.load_state_dict(state)
+
+
+def test_one_graph_without_a_warning():
+    layer = make("mxfp4")
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Dynamo detected a call to a `functools")
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(y, layer(x))

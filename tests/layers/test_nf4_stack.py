@@ -341,3 +341,12 @@ def test_a_compiled_function_takes_stacks_of_other_sizes():
     for shape in ((E, N, K), (E, 2 * N, K), (E + 1, N, 2 * K)):
         stack = NF4Stack.from_dense(dense(shape=shape))
         assert torch.equal(compiled(stack), stack[ids] + 1)
+
+
+def test_a_stack_that_was_pickled_before_there_were_turned_ones():
+    stack = NF4Stack.from_dense(torch.randn(2, 8, 64))
+    old = copy.copy(stack.__dict__)
+    del old["turned"]
+    stack.__dict__.clear()
+    stack.__dict__.update(old)
+    assert stack.dequantize().shape == (2, 8, 64) and not stack.clone().turned

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftkern.backends.pointers import placements
 from peftkern.formats.block_weight import BlockWeight
 from peftkern.formats.int4_layouts import from_awq, from_gptq, from_hqq, from_int8
-from peftkern.formats.nf4 import ArgumentError
+from peftkern.formats.nf4 import ArgumentError, refuse
 from peftkern.integrations.peft.fallback import Fallback, refused
 from peftkern.integrations.peft.lora import LoRALayer
 
@@ -32,6 +32,9 @@ class OtherBase(LoRALayer):
 
     def _device(self, base: nn.Module) -> torch.device:
         return next(self._modules["lora_A"].parameters()).device
+
+    def _base_kind(self, base: nn.Module) -> str:
+        return f" over {_kind(base)}"
 
     def _base_refusal(self, base: nn.Module) -> str | None:
         found = _weight_of(base)
@@ -60,6 +63,13 @@ def _weight_of(base: nn.Module) -> BlockWeight | Fallback:
         return _kept(base, tensors) or _prepared(base, tensors, read)
     except ArgumentError as error:
         return refused(error)
+    except (AttributeError, KeyError, TypeError) as error:  # of a version that keeps others
+        return refused(refuse("base_layer", f"the fields of {_kind(base)}", repr(error)))
+
+
+def forget(base: nn.Module) -> None:
+    """Drop what is kept of a layer: its codes as they were packed anew."""
+    _records.pop(base, None)
 
 
 def _kind(base: nn.Module) -> str:

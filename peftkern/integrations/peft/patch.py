@@ -26,7 +26,7 @@ from peftkern.integrations.frozen_experts import (
     serve_nf4_experts,
     stop_serving,
 )
-from peftkern.integrations.peft import adalora, experts, read_check, trial
+from peftkern.integrations.peft import adalora, experts, other_bases, read_check, trial
 from peftkern.integrations.peft.adalora_layers import freeze_ranknum
 from peftkern.integrations.peft.bypass import FirstForward, bypassed
 from peftkern.integrations.peft.fallback import PatchedForward, kept_forward, set_class
@@ -282,6 +282,7 @@ def _unpatch(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
         if BNB_TYPES:
             bnb.unpatch_base(module)
         FirstForward.forget(module)
+        other_bases.forget(module)
     stop_serving(model, keep)
     return restored
 

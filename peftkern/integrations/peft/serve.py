@@ -141,6 +141,10 @@ class PatchedLayer(PatchedForward):
     def _device(self, base: nn.Module) -> torch.device:
         return base.weight.device
 
+    def _base_kind(self, base: nn.Module) -> str:
+        """Name in a trial's key what kernels the base takes, "" for dense and NF4 ones."""
+        return other_format(base)
+
     def _base_refusal(self, base: nn.Module) -> str | None:
         """Return the reason to call the base, whatever the input."""
         if type(base) in BNB_TYPES:
@@ -268,7 +272,7 @@ def layer_key(layer: Any, names: list[str], adapter: Adapter | None) -> tuple:
         kind += f" and {len(names) - 1} more" if len(names) > 1 else ""
         r = adapter.lora_A.shape[0]
     base = layer._modules["base_layer"]
-    kind += f" over {type(base).__name__}" if layer.other_base else other_format(base)
+    kind += layer._base_kind(base)
     return (layer.op, kind, layer.out_features, layer.in_features, r)
 
 

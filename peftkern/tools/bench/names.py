@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from peftkern.tools.bench.cases import SHORT
+from peftkern.tools.bench.cases import SCALED_BY, SHORT
 from peftkern.tools.bench.record import Case
 from peftkern.tools.bench.timer import number
 
@@ -43,7 +43,15 @@ def about(case: Case, without: str = "") -> str:
     rank = [f"r={case['r']}"] if case["r"] and without != "r" else []
     mode = MODES.get(case["mode"], case["mode"])
     op = OPS.get(case["op"], case["op"].replace("_", " "))
+    if other := other_format(case):
+        op = op.replace("NF4", other.upper()) if "NF4" in op else f"{op} ({other.upper()})"
     return ", ".join([op, mode, *rank, SHORT[case["dtype"]]])
+
+
+def other_format(case: Case) -> str:
+    """Return the format of a case's 4-bit weight as its name has it, "" for NF4 and dense ones."""
+    found = case["name"].partition("/")[2].partition("/")[0]
+    return found if found in SCALED_BY and found != "nf4" else ""
 
 
 def times(ratio: float) -> str:

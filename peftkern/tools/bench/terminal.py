@@ -11,6 +11,7 @@ from rich.text import Text
 
 from peftkern.tools.bench.cases import SHORT
 from peftkern.tools.bench.compare import Change
+from peftkern.tools.bench.names import other_format
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
 from peftkern.tools.bench.rows import ratio, within_noise
 from peftkern.tools.bench.timer import number
@@ -202,7 +203,8 @@ def title(case: Case, without: str = "") -> str:
     if case["M"] is not None and without != "M":
         size = f"{case['M']}x{size}" if size else f"{case['M']} tokens"
     rank = f", r={case['r']}" if case["r"] and without != "r" else ""
-    return f"{case['op']} {shape}{size}{rank}, {SHORT[case['dtype']]}, {case['mode']}"
+    op = " ".join(filter(None, (case["op"], other_format(case))))
+    return f"{op} {shape}{size}{rank}, {SHORT[case['dtype']]}, {case['mode']}"
 
 
 def _speed_up_cell(case: Case, name: str) -> Text:

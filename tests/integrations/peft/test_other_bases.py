@@ -13,6 +13,7 @@ from peft_models import K, N, fallbacks, layer_of, lora_net, make_linear, served
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.integrations.peft import other_bases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,3 +147,32 @@ def test_what_is_not_read_is_named_and_left_to_peft(kind):
     peftkern.reset_stats()
     assert torch.equal(twin(x), model(x))
     assert fallbacks() == {reason: 1}
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")
+def test_a_trial_over_one_format_says_nothing_of_another():
+    keys = set()
+    for kind in ("nvfp4", "int4"):
+        model = lora_net(torchao_linear(kind))
+        peftkern.patch(model)
+        keys.add(layer_of(model).outlook().key)
+    assert len(keys) == 2 and None not in keys
+
+
+def test_a_layer_without_the_usual_fields_is_left_to_peft():
+    base = hqq_linear()
+    del base.meta["group_size"]  # which its own forward does not ask for
+    model = lora_net(base)
+    expected = model(x := torch.randn(2, K))
+    reason = "base_layer: expected the fields of HQQLinear"
+    assert peftkern.patch(model).falling_back == {"base_model.model.proj": reason}
+    assert torch.equal(model(x), expected)
+
+
+def test_unpatching_drops_the_codes_that_were_packed_anew():
+    model = lora_net(hqq_linear())
+    peftkern.patch(model)
+    base = layer_of(model).base_layer
+    assert base in other_bases._records
+    peftkern.unpatch(model)
+    assert base not in other_bases._records

@@ -29,7 +29,7 @@ from peftkern.tools.bench import record as records
 from peftkern.tools.bench import report, report_figures
 from peftkern.tools.bench.names import about, people
 from peftkern.tools.bench.record import Record
-from peftkern.tools.bench.terminal import number
+from peftkern.tools.bench.terminal import number, title
 
 VOID = {"meta", "input", "wbr"}
 HOSTILE = (
@@ -311,6 +311,14 @@ def test_the_headline_is_the_geometric_mean(medians, said):
 )
 def test_cases_have_names_for_people(shape, m, said):
     assert people(case(provider("peftkern", 1.0), m=m, shape=shape)) == said
+
+
+def test_a_case_says_in_which_format_its_weight_is():
+    for other, said in (("", "NF4 layer"), ("int4/", "INT4 layer")):
+        one = case(provider("peftkern", 1.0)) | {"op": "nf4_linear"}
+        one["name"] = f"nf4_linear/{other}64x128"
+        assert about(one).startswith(f"{said}, ")
+        assert ("int4" in title(one)) == bool(other)
 
 
 @given(st.floats(0.5, 2.0), st.floats(1.0, 1.5), st.floats(1.0, 1.5))
