@@ -15,7 +15,6 @@ kernels/FORMATS.md has sources and edge cases.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -159,7 +158,7 @@ def fields(layout: Sequence[int]) -> tuple[Field, ...]:
 
     Raises: ValueError naming what of the layout no format has.
     """
-    row = _format(tuple(layout))
+    row = _format(layout)
     _, blocksize, nested_blocksize, *shape = layout
     nested = row.blocksizes if row.nested_blocksize else ()
     if nested_blocksize not in (0, *nested):
@@ -180,7 +179,8 @@ def stored(tensors: Sequence[Tensor], layout: Sequence[int]) -> Stored:
 
     Raises: ValueError on a format that there is not, or a number of tensors that it does not have.
     """
-    row = _format(tuple(layout))
+    is_nf4 = len(layout) > 2 and layout[0] == 0 and layout[1] in NF4.blocksizes
+    row = NF4 if is_nf4 else _format(layout)  # a call less: host time counts
     _, blocksize, nested_blocksize, *shape = layout
     expected = 1 + len(SCALES["nested" if nested_blocksize else row.scales])
     if len(tensors) != expected:
@@ -197,7 +197,7 @@ def cut(
     Args: blocks, from one to another, the last of which may be cut, or indices of whole ones.
     Returns: tensors, views of the weight's where blocks are a slice, and layout.
     """
-    row, (form, blocksize) = _format(tuple(layout)), layout[:2]
+    row, (form, blocksize) = _format(layout), layout[:2]
     packed, *others = tensors
     octets = blocksize // 2
     if isinstance(blocks, slice):
@@ -212,12 +212,8 @@ def cut(
     )
 
 
-def _format(layout: tuple[int, ...]) -> Format:
-    """Return a layout's row, which outside of a graph is looked up once: dynamo traces no cache."""
-    return _checked(layout) if torch.compiler.is_compiling() else _known(layout)
-
-
-def _checked(layout: tuple[int, ...]) -> Format:
+def _format(layout: Sequence[int]) -> Format:
+    """Return the row of a layout. Raises: ValueError naming what of it no format has."""
     if len(layout) < 3 or not 0 <= layout[0] < len(FORMATS):
         raise ValueError(
             f"layout: expected a format from 0 to {len(FORMATS) - 1} in [format, blocksize, "
@@ -232,6 +228,3 @@ def _checked(layout: tuple[int, ...]) -> Format:
             f"{list(layout[3:])}"
         )
     return row
-
-
-_known = functools.lru_cache(maxsize=4096)(_checked)  # host time counts

@@ -173,7 +173,7 @@ REFUSED = [
     (("svd",), "METHOD: expected one of pissa, olora, qpissa, loftq, corda, eva, lora_ga"),
     (("pissa", "--rank", "0"), "--rank: expected at least 1, got 0"),
     (("pissa", "--rank", "65"),
-     "self_attn.k_proj: rank: expected 1 to 32, the smaller side of [32, 64], got 65"),
+     "self_attn.q_proj: rank: expected 1 to 64, the smaller side of [64, 64], got 65"),
     (("pissa", "--alpha", "-1"), "--alpha: expected a number above 0, got -1.0"),
     (("pissa", "--tol", "0"), "--tol: expected a number above 0, got 0.0"),
     (("pissa", "--target", "proj"), "--target: no linear layer is called 'proj'; there are"),

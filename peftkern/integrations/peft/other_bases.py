@@ -34,15 +34,17 @@ class OtherBase(LoRALayer):
         return next(self._modules["lora_A"].parameters()).device
 
     def _base_kind(self, base: nn.Module) -> str:
-        return f" over {_kind(base)}"
+        """Name in a trial's key what kernels the base takes."""
+        return _kind(base)
 
     def _base_refusal(self, base: nn.Module) -> str | None:
         found = _weight_of(base)
         return found.reason if isinstance(found, Fallback) else None
 
-    def _read_base(
+    def _read_other(
         self, base: nn.Module, x: Tensor, autocast: bool
     ) -> tuple[torch.dtype, BlockWeight, Tensor | None] | Fallback:
+        """Read the base as `serve.read_base` does."""
         if torch.compiler.is_compiling():
             return Fallback("compiled over a base of another library")
         weight = _weight_of(base)

@@ -106,7 +106,8 @@ class PatchedLayer(PatchedForward):
         if isinstance(adapter, Fallback):
             return adapter
         cast = autocast_dtype(x)
-        read = self._read_base(base_layer, x, cast is not None)
+        read_it = self._read_other if self.other_base else read_base
+        read = read_it(base_layer, x, cast is not None)
         if isinstance(read, Fallback):
             return read
         dtype, weight, bias = read
@@ -141,21 +142,11 @@ class PatchedLayer(PatchedForward):
     def _device(self, base: nn.Module) -> torch.device:
         return base.weight.device
 
-    def _base_kind(self, base: nn.Module) -> str:
-        """Name in a trial's key what kernels the base takes, "" for dense and NF4 ones."""
-        return other_format(base)
-
     def _base_refusal(self, base: nn.Module) -> str | None:
         """Return the reason to call the base, whatever the input."""
         if type(base) in BNB_TYPES:
             return bnb.unreadable(base)
         return switched_off(self) if type(base) in DENSE_TYPES else None
-
-    def _read_base(
-        self, base: nn.Module, x: Tensor, autocast: bool
-    ) -> tuple[torch.dtype, Tensor | QuantizedWeight, Tensor | None] | Fallback:
-        """Read the base as `read_base` does."""
-        return read_base(base, x, autocast)
 
     def _combine(
         self,
@@ -272,17 +263,14 @@ def layer_key(layer: Any, names: list[str], adapter: Adapter | None) -> tuple:
         kind += f" and {len(names) - 1} more" if len(names) > 1 else ""
         r = adapter.lora_A.shape[0]
     base = layer._modules["base_layer"]
-    kind += layer._base_kind(base)
-    return (layer.op, kind, layer.out_features, layer.in_features, r)
-
-
-def other_format(base: nn.Module) -> str:
-    """Name the format of a base in 4 bits in a trial's key: its kernels have times of their own."""
-    if isinstance(base, QuantizedLinear):
+    if layer.other_base:
+        name = layer._base_kind(base)
+    elif isinstance(base, QuantizedLinear):
         name = base._quant.get("format") or base._quant["quant_type"]
     else:
         name = getattr(base.__dict__.get("quant_state"), "quant_type", "nf4")
-    return "" if name == "nf4" else f", {name}"
+    kind += "" if name == "nf4" else f" over {name}"  # its kernels have times of their own
+    return (layer.op, kind, layer.out_features, layer.in_features, r)
 
 
 def active_names(layer: Any) -> list[str]:
