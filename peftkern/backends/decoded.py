@@ -12,7 +12,6 @@ from peftkern.formats.table import FORMATS
 
 _DECODED = {
     "cuda": {"nf4", "fp4"},
-    #
     "cpu": {"nf4", "fp4", "mxfp4", "nvfp4", "int4"},
 }
 _NUMBERS = {

@@ -196,8 +196,11 @@ def check_blocksize(name: str, blocksize: int, form: int = 0) -> None:
 
 @functools.lru_cache(maxsize=4096)  # host time counts
 def _columns(layout: tuple[int, ...]) -> tuple[tuple, ...]:
-    """Return names, dtypes and lengths of a weight's tensors."""
-    return tuple(zip(*fields(layout), strict=True))
+    """Return names, dtypes and lengths of a weight's tensors, and what C++ takes before them."""
+    names, dtypes, lengths = zip(*fields(layout), strict=True)
+    form, blocksize, nested_blocksize, *shape = layout
+    sizes = (form, math.prod(shape), blocksize, int(nested_blocksize > 0), nested_blocksize)
+    return names, dtypes, lengths, sizes
 
 
 def weight(
@@ -207,12 +210,10 @@ def weight(
 
     Raises: ValueError naming the tensor, or what of the layout, does not fit.
     """
-    names, dtypes, lengths = _columns(tuple(layout))
+    names, dtypes, lengths, sizes = _columns(tuple(layout))
     if len(tensors) != len(names):
         raise ValueError(f"w: expected {len(names)} tensors, got {len(tensors)}")
     packed_at, scale_at, *rest = each(device, *zip(names, tensors, dtypes, lengths, strict=True))
     aux_at, code_at, offset_at = (*rest, 0, 0, 0)[:3]
     octets, nblocks, aux_len = (*lengths, 0)[:3]
-    form, blocksize, nested_blocksize, *shape = layout
-    sizes = (form, math.prod(shape), blocksize, int(nested_blocksize > 0), nested_blocksize)
     return (*sizes, packed_at, octets, scale_at, nblocks, aux_at, aux_len, code_at, offset_at)

@@ -79,6 +79,11 @@ class NF4Linear(QuantizedLinear):
         """NF4 weight as it is now; shares memory with the layer."""
         return self.quantized_weight
 
+    @property
+    def quant_type(self) -> str:
+        """Format: "nf4", as of a layer that was pickled before there were others, or "fp4"."""
+        return self._quant.get("quant_type", "nf4")
+
     def _bytes(self, w: NF4Weight) -> Tensor:
         return w.packed.view(-1, 1)
 
@@ -93,12 +98,12 @@ class NF4Linear(QuantizedLinear):
             dense,
             blocksize=self._quant["blocksize"],
             double_quant=self._quant["nested_absmax"] is not None,
-            quant_type=self._quant["quant_type"],
+            quant_type=self.quant_type,
         )
 
     def extra_repr(self) -> str:
         absmax = "nested" if self._quant["nested_absmax"] is not None else "plain"
-        fp4 = ", quant_type=fp4" if self._quant["quant_type"] == "fp4" else ""
+        fp4 = ", quant_type=fp4" if self.quant_type == "fp4" else ""
         blocks = f"blocksize={self._quant['blocksize']}, absmax={absmax}{fp4}"
         return f"{super().extra_repr()}, {blocks}"
 

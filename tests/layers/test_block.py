@@ -120,3 +120,11 @@ def test_one_graph_without_a_warning():
         warnings.filterwarnings("error", "Dynamo detected a call to a `functools")
         y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     assert torch.equal(y, layer(x))
+
+
+def test_a_layer_that_was_pickled_before_there_was_fp4():
+    layer, dense = NF4Linear(K, N), nn.Linear(K, N)
+    del layer._quant["quant_type"]
+    assert layer.nf4.quant_type == layer.quant_type == "nf4" and "fp4" not in repr(layer)
+    layer.load_state_dict(dense.state_dict())
+    assert torch.equal(layer.weight, NF4Linear.from_linear(dense).weight)

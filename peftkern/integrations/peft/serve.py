@@ -266,7 +266,7 @@ def layer_key(layer: Any, names: list[str], adapter: Adapter | None) -> tuple:
     if layer.other_base:
         name = layer._base_kind(base)
     elif isinstance(base, QuantizedLinear):
-        name = base._quant.get("format") or base._quant["quant_type"]
+        name = base._quant.get("format") or base.quant_type
     else:
         name = getattr(base.__dict__.get("quant_state"), "quant_type", "nf4")
     kind += "" if name == "nf4" else f" over {name}"  # its kernels have times of their own
