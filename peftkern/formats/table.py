@@ -177,14 +177,19 @@ def fields(layout: Sequence[int]) -> tuple[Field, ...]:
 def stored(tensors: Sequence[Tensor], layout: Sequence[int]) -> Stored:
     """Name the parts of a weight.
 
-    Raises: ValueError on a format that there is not, or a number of tensors that it does not have.
+    Raises: ValueError on a format that there is not, or tensors that are another format's: their
+        number, or the dtype of the scales.
     """
     is_nf4 = len(layout) > 2 and layout[0] == 0 and layout[1] in NF4.blocksizes
     row = NF4 if is_nf4 else _format(layout)  # a call less: host time counts
     _, blocksize, nested_blocksize, *shape = layout
-    expected = 1 + len(SCALES["nested" if nested_blocksize else row.scales])
+    scales = SCALES["nested" if nested_blocksize else row.scales]
+    expected = 1 + len(scales)
     if len(tensors) != expected:
         raise ValueError(f"w: expected {expected} tensors, got {len(tensors)}")
+    name, dtype, _ = scales[0]
+    if tensors[1].dtype is not dtype:
+        raise ValueError(f"{name}: expected {dtype} in {row.name}, got {tensors[1].dtype}")
     absent = (None,) * (5 - expected)
     return Stored(*tensors, *absent, row, blocksize, nested_blocksize, tuple(shape))
 

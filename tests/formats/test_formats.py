@@ -193,3 +193,13 @@ def test_a_weight_moves_and_tells_its_size(name):
     assert w.nbytes == sum(tensor.nbytes for tensor in w.tensors)
     assert ("format='" + name if isinstance(w, BlockWeight) else "NF4Weight(") in repr(w)
     assert isinstance(w, BlockWeight | NF4Weight) and np.prod(w.shape) == w.numel
+
+
+@pytest.mark.parametrize("served", SERVED)
+def test_tensors_of_another_format_are_refused(served):
+    mxfp4, int4 = (random_weight_of(name, (4, 64)) for name in ("mxfp4", "int4"))
+    with peftkern.use_backend(served):
+        for w, number, name in ((mxfp4, 0, "absmax"), (int4, 3, "scale")):
+            layout = (number, 16 if number else 32, 0, *w.shape)
+            with pytest.raises(ValueError, match=f"{name}: expected "):
+                ops.nf4_dequantize(w.tensors, layout, torch.float32)
