@@ -75,7 +75,12 @@ def check_alignment(data: bytes) -> None:
 def test_state_fits_its_room(shape):
     """The longest sizes and numbers that there are; nothing of such a weight is in memory."""
     empty = dict.fromkeys(("absmax", "nested_absmax", "nested_code"), torch.empty(0))
-    settings = {"blocksize": 4096, "nested_blocksize": 256, "dtype": torch.bfloat16}
+    settings = {
+        "blocksize": 4096,
+        "nested_blocksize": 256,
+        "dtype": torch.bfloat16,
+        "quant_type": "nf4",
+    }
     offset, packed = torch.tensor(-1.1754943508222875e-38), torch.empty(0, dtype=torch.uint8)
     w = SimpleNamespace(
         shape=shape, device="cpu", packed=packed, nested_offset=offset, **settings, **empty
