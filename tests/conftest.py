@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -34,6 +35,10 @@ from peftkern.backends.cpu import module as cpu
 from peftkern.backends.cuda import module as cuda
 from peftkern.backends.programs import PLAIN
 from peftkern.monitor.clocks import WallClock
+
+# A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes, or drawing it, is the machine's business.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
