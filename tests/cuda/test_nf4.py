@@ -34,6 +34,7 @@ from peftkern.backends import dispatch, ops, pointers
 from peftkern.backends.cuda import module as cuda
 from peftkern.backends.cuda import nf4
 from peftkern.formats.nf4 import BLOCKSIZES
+from peftkern.formats.table import FORMATS
 
 F32 = torch.float32
 # The fixture is the same for every example.
@@ -206,7 +207,7 @@ def test_library_checks_sizes_itself(emulated_cuda):
     good = list(pointers.weight(w.tensors, w.layout, out.device))
     call = (0, tuple(good), out.data_ptr(), 0, out.numel())
     fields = {
-        0: (1, "format"),
+        0: (len(FORMATS), "format"),
         1: (-1, "numel"),
         2: (63, "blocksize"),
         4: (0, "nested_blocksize"),
