@@ -10,6 +10,7 @@ import typer
 from peftkern.cli.adapter_algebra import combine, extract, resize
 from peftkern.cli.adapter_convert import convert
 from peftkern.cli.frame import InputError, add_commands, bad_input
+from peftkern.cli.options import Json
 
 if TYPE_CHECKING:
     from peftkern.tools.adapters import Adapter
@@ -23,7 +24,6 @@ Layout = Annotated[
         "unsloth-old-moe."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = typer.Typer(
     name="adapter",

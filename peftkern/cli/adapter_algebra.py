@@ -17,6 +17,7 @@ from peftkern.cli.frame import (
     progress_bar,
     weighted_adapter,
 )
+from peftkern.cli.options import Json
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ Dtype = Annotated[str, typer.Option(help="Of the factors: fp32, bf16 or fp16.")]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="A row for each layer.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the adapter in DST.")]
 Layout = Annotated[str | None, typer.Option(help="Of experts, as `inspect` takes it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def resize(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peftkern.cli.options import Json
+
 if TYPE_CHECKING:
     from peftkern.backends.dispatch import Explanation
 
@@ -26,7 +28,7 @@ def explain(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say which back end would serve a call of this size, and why not the others.
 

@@ -107,6 +107,14 @@ def progress_bar(total: int, what: str = "") -> Iterator[Callable[..., None]]:
         yield lambda done, name=what: bar.update(task, advance=done, description=name)
 
 
+def missing_models(error: ImportError) -> InputError:
+    """Make an error of a package without which no model can be loaded."""
+    return InputError(
+        "expected peft, transformers 5 or newer, accelerate and bitsandbytes: "
+        f"pip install -U 'peftkern[peft]' ({error})"
+    )
+
+
 def weighted_adapter(text: str) -> tuple[Path, float]:
     """Split "folder:0.5"; a path that exists with its colon is a path, of weight 1.
 

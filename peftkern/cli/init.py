@@ -11,11 +11,13 @@ import typer
 from peftkern.cli.frame import (
     InputError,
     checkpoint_run,
+    missing_models,
     parse_bytes,
     present_device,
     progress_bar,
     table,
 )
+from peftkern.cli.options import Certify, Device, Json, Length, RsLora, Seed, Targets, Texts
 
 if TYPE_CHECKING:
     from peftkern.methods.initialization.report import InitReport
@@ -36,23 +38,16 @@ def init(
     alpha: Annotated[
         float | None, typer.Option(help="lora_alpha.", show_default="the rank")
     ] = None,
-    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    rslora: RsLora = False,
     ranks: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Ranks of each: what `peftkern ranks --json` printed."),
     ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A linear layer, like q_proj; may be repeated.", show_default="all but the head"
-        ),
-    ] = None,
+    target: Targets = None,
     tol: Annotated[
         float, typer.Option(help="Excess of the error over the least possible to stop at.")
     ] = 1e-3,
-    certify: Annotated[
-        bool, typer.Option("--certify/--no-certify", help="Bound that excess as well.")
-    ] = True,
+    certify: Certify = True,
     steps: Annotated[int, typer.Option(help="Steps of loftq.")] = 5,
     blocksize: Annotated[int, typer.Option(help="NF4: values that share one absmax.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="NF4: keep absmax in 8 bits.")] = True,
@@ -60,15 +55,15 @@ def init(
         Path | None,
         typer.Option(metavar="FILE", help="For corda, eva, lora_ga: a text on each line."),
     ] = None,
-    texts: Annotated[int, typer.Option(help="Number of texts to take.")] = 64,
-    length: Annotated[int, typer.Option(help="Number of tokens to take of each.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    texts: Texts = 64,
+    length: Length = 1024,
+    seed: Seed = 0,
     shard_size: Annotated[str, typer.Option(help="Largest size of a file: 5GB or 500MiB.")] = "5GB",
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     force: Annotated[
         bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Start LoRA adapters from the weights of a checkpoint, or from texts.
 
@@ -103,10 +98,7 @@ def init(
         from peftkern.tools.initialize.request import Request
         from peftkern.tools.quantize.file_plan import Options
     except ImportError as error:
-        raise InputError(
-            "expected peft, transformers 5 or newer, accelerate and bitsandbytes: "
-            f"pip install -U 'peftkern[peft]' ({error})"
-        ) from None
+        raise missing_models(error) from None
     with checkpoint_run(destination, *_OPTIONS):
         how = {"rank": 16 if rank is None else rank, "alpha": alpha, "rslora": rslora}
         names = tuple(target or ())

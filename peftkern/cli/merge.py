@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftkern.cli.frame import InputError, bad_input, checkpoint_run, progress_bar, weighted_adapter
+from peftkern.cli.options import Json
 
 if TYPE_CHECKING:
     from peftkern.tools.merge.arithmetic import Change
@@ -59,7 +60,7 @@ def merge(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Merge adapters into a safetensors checkpoint. Peak memory: panels of rows and the adapters;
     of NF4, token rows, DoRA of embeddings and stored tables a whole weight for each thread.

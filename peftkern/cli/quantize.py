@@ -19,6 +19,7 @@ from peftkern.cli.frame import (
     present_device,
     progress_bar,
 )
+from peftkern.cli.options import Json
 
 if TYPE_CHECKING:
     from peftkern.tools.quantize.file_plan import Plan, Size
@@ -65,7 +66,7 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Quantize a safetensors checkpoint to NF4. Peak memory: about one file.
 

@@ -12,17 +12,18 @@ from peftkern.cli.frame import (
     InputError,
     bad_input,
     checkpoint_run,
+    missing_models,
     parse_bytes,
     present_device,
     progress_bar,
 )
+from peftkern.cli.options import Certify, Device, Json, Length, RsLora, Seed, Targets, Texts
 
 if TYPE_CHECKING:
     from peftkern.integrations.peft.rank_report import RankReport
     from peftkern.tools.ranks.choose import Settings
 
 FROM_DATA = ("activations", "gradients", "gora")
-COSTS = ("rank", "parameters")
 _OPTIONS = ("alpha", "budget", "cost", "data", "length", "max_rank", "min_rank", "rank", "seed")
 _OPTIONS += ("target", "texts", "tol")
 
@@ -37,7 +38,9 @@ def ranks(
         float | None,
         typer.Option(help="Ranks, or parameters, of all layers.", show_default="as of LoRA"),
     ] = None,
-    cost: Annotated[str, typer.Option(help="What the budget counts: rank or parameters.")] = "rank",
+    cost: Annotated[
+        str, typer.Option(help="What the budget counts: rank, parameters, bytes or flops.")
+    ] = "rank",
     min_rank: Annotated[int, typer.Option(help="At least for a layer; 0 may drop it.")] = 1,
     max_rank: Annotated[
         int | None, typer.Option(help="At most for a layer.", show_default="twice the rank")
@@ -53,30 +56,23 @@ def ranks(
     alpha: Annotated[
         float | None, typer.Option(help="lora_alpha at that rank.", show_default="the rank")
     ] = None,
-    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A linear layer, like q_proj; may be repeated.", show_default="all but the head"
-        ),
-    ] = None,
+    rslora: RsLora = False,
+    target: Targets = None,
     tol: Annotated[
         float, typer.Option(help="Excess of a spectrum's error over the least to stop at.")
     ] = 1e-3,
-    certify: Annotated[
-        bool, typer.Option("--certify/--no-certify", help="Bound that excess as well.")
-    ] = True,
+    certify: Certify = True,
     data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="For all but weights: a text on each line."),
     ] = None,
-    texts: Annotated[int, typer.Option(help="Number of texts to take.")] = 64,
-    length: Annotated[int, typer.Option(help="Number of tokens to take of each.")] = 1024,
+    texts: Texts = 64,
+    length: Length = 1024,
     memory: Annotated[str, typer.Option(help="For gradients: 4GB or 500MiB.")] = "4GB",
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    seed: Seed = 0,
+    device: Device = "cpu",
     html: Annotated[Path | None, typer.Option(help="Write a page, one file for a browser.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Choose the rank of each layer within the budget of LoRA, and print a LoraConfig for it.
 
@@ -90,8 +86,6 @@ def ranks(
     if by not in ("weights", *FROM_DATA):
         expected = ", ".join(("weights", *FROM_DATA))
         raise InputError(f"--by: expected one of {expected}, got {by!r}")
-    if cost not in COSTS:
-        raise InputError(f"--cost: expected one of {', '.join(COSTS)}, got {cost!r}")
     if (data is None) == (by in FROM_DATA):
         expected = "a file of texts" if by in FROM_DATA else "none: weights need no texts"
         raise InputError(f"--data: expected {expected} for {by}, got {data or 'none'}")
@@ -105,17 +99,17 @@ def ranks(
             machine.check_target("--html", html)
             pages.require("--html")
     try:
+        from peftkern.functional.rank_allocation import COSTS
         from peftkern.functional.truncated_svd import check_options
-        from peftkern.methods.rank_choice import RankBudget
+        from peftkern.methods.rank_choice import LoraBudget
         from peftkern.tools.ranks.choose import Settings
     except ImportError as error:
-        raise InputError(
-            "expected peft, transformers 5 or newer, accelerate and bitsandbytes: "
-            f"pip install -U 'peftkern[peft]' ({error})"
-        ) from None
+        raise missing_models(error) from None
+    if cost not in COSTS:
+        raise InputError(f"--cost: expected one of {', '.join(COSTS)}, got {cost!r}")
     with bad_input(*_OPTIONS):
         check_options(tol, certify, seed)
-        budgeted = RankBudget(rank, budget, cost, min_rank, max_rank)
+        budgeted = LoraBudget(rank, budget, cost, min_rank, max_rank)
         settings = Settings(by, budgeted, relative, alpha, rslora, tol, certify, seed)
     sizes = {"most": texts, "length": length, "statistics_bytes": statistics_bytes}
     found = _choose(source, settings, tuple(target or ()), data, sizes, device)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peftkern.cli.options import Json
+
 if TYPE_CHECKING:
     from peftkern.tools.tune.job import Job
     from peftkern.tools.tune.tune import Outcome
@@ -56,7 +58,7 @@ def tune(
     again: Annotated[bool, typer.Option("--again", help="measure what the cache knows, too")] = (
         False
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Try layers against PEFT's own forward before a training meets them.
 

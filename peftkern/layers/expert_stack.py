@@ -89,6 +89,16 @@ class ExpertStack(Tensor):
             setattr(self, name, part)
 
     @classmethod
+    def _of_dense(cls, weight: Tensor, **how: Any) -> ExpertStack:
+        """Quantize dense weights [E, N, K], an expert at a time; how: options of `empty`."""
+        if weight.dtype not in DTYPES:
+            raise ArgumentError(f"weight: expected one of {DTYPES}, got {weight.dtype}")
+        stack = cls.empty(tuple(weight.shape), dtype=weight.dtype, device=weight.device, **how)
+        for expert in range(len(stack)):
+            stack.set_expert(expert, weight.detach()[expert])
+        return stack
+
+    @classmethod
     def _check(cls, packed: Tensor, scale: Tensor, shape: tuple[int, ...], turned: bool) -> None:
         """Check the parts against the shape. Raises: ArgumentError."""
         raise NotImplementedError

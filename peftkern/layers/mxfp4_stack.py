@@ -11,7 +11,7 @@ from peftkern.formats.block_weight import BlockWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.formats.table import MXFP4
 from peftkern.functional import quantize_mxfp4
-from peftkern.layers.expert_stack import DTYPES, ExpertStack, float_dtype
+from peftkern.layers.expert_stack import ExpertStack, float_dtype
 
 __all__ = ["MXFP4Stack"]
 BLOCKSIZE = MXFP4.blocksizes[0]
@@ -85,13 +85,7 @@ class MXFP4Stack(ExpertStack):
     @classmethod
     def from_dense(cls, weight: Tensor, *, turned: bool = False) -> MXFP4Stack:
         """Quantize float32, float16 or bfloat16 weights [E, N, K], an expert at a time."""
-        if weight.dtype not in DTYPES:
-            raise ArgumentError(f"weight: expected one of {DTYPES}, got {weight.dtype}")
-        options = {"dtype": weight.dtype, "device": weight.device}
-        stack = cls.empty(tuple(weight.shape), turned=turned, **options)
-        for expert in range(len(stack)):
-            stack.set_expert(expert, weight.detach()[expert])
-        return stack
+        return cls._of_dense(weight, turned=turned)
 
     @classmethod
     def _check(cls, packed: Tensor, scale: Tensor, shape: tuple[int, ...], turned: bool) -> None:

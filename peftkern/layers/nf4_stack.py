@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkern.formats.nf4 import BLOCKSIZES, ArgumentError, NF4Weight
-from peftkern.layers.expert_stack import DTYPES, ExpertStack, expert_weight, float_dtype
+from peftkern.layers.expert_stack import ExpertStack, expert_weight, float_dtype
 from peftkern.layers.nf4 import quantized
 
 __all__ = ["NF4Stack"]
@@ -59,13 +59,7 @@ class NF4Stack(ExpertStack):
 
         Bit for bit what `quantize_nf4` of each expert gives, and bitsandbytes of the whole.
         """
-        if weight.dtype not in DTYPES:
-            raise ArgumentError(f"weight: expected one of {DTYPES}, got {weight.dtype}")
-        options = {"dtype": weight.dtype, "device": weight.device}
-        stack = cls.empty(tuple(weight.shape), blocksize=blocksize, **options)
-        for expert in range(len(stack)):
-            stack.set_expert(expert, weight.detach()[expert])
-        return stack
+        return cls._of_dense(weight, blocksize=blocksize)
 
     @property
     def nf4(self) -> NF4Weight:

@@ -26,17 +26,16 @@ import torch
 from torch import Tensor
 
 from peftkern.functional.arguments import mismatch
-from peftkern.functional.low_rank_svd import allocate_rank
 from peftkern.functional.panels import Panels
+from peftkern.functional.rank_allocation import COSTS, allocate_rank, rank_costs
 from peftkern.functional.truncated_svd import Weight, truncated_svd
 from peftkern.methods.initialization.from_data import PrincipalComponents
 from peftkern.methods.initialization.statistics import named
 
-__all__ = ["LayerRank", "LayerSpectrum", "RankBudget", "choose_layer_ranks"]
+__all__ = ["LayerRank", "LayerSpectrum", "LoraBudget", "choose_layer_ranks"]
 
 RELATIVE = {"weights": True, "activations": True, "gradients": False, "gora": False}
 SOURCES = tuple(RELATIVE)
-COSTS = ("rank", "parameters")
 MOST = 2  # times LoRA's rank, which a layer gets at most: rho of EVA
 _TOGETHER = 1 << 24  # values of the layers whose spectra come from one call
 
@@ -81,12 +80,12 @@ class LayerRank:
 
 
 @dataclass(frozen=True)
-class RankBudget:
-    """What all layers may cost together, and the ranks that each may have.
+class LoraBudget:
+    """The budget of LoRA of one rank, to be shared out anew, and the ranks that a layer may have.
 
-    rank: of LoRA, whose cost is not exceeded; total: that cost, instead. cost of one rank of a
-    layer: "rank", 1; "parameters", m + n; or {layer: number}. least, most: ranks of a layer, by
-    default 1 and twice `rank`; never more than its smaller side.
+    rank: of that LoRA, whose cost is not exceeded; total: a cost, instead. cost of one rank of a
+    layer: by a name of `rank_costs`, or {layer: number}. min_rank, max_rank: of a layer, by default
+    1 and twice `rank`; never more than its smaller side.
 
     Raises: ValueError naming the argument.
     """
@@ -94,34 +93,32 @@ class RankBudget:
     rank: int = 16
     total: float | None = None
     cost: str | Mapping[str, float] = "rank"
-    least: int = 1
-    most: int | None = None
+    min_rank: int = 1
+    max_rank: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise mismatch("rank", "an integer of at least 1", self.rank)
         if not (isinstance(self.cost, Mapping) or self.cost in COSTS):
-            raise mismatch("cost", f"one of {COSTS}, or {{layer: number}}", self.cost)
+            raise mismatch("cost", f"one of {', '.join(COSTS)}, or {{layer: number}}", self.cost)
         total = self.total
         if total is not None and not (_is_number(total) and 0 < total < math.inf):
             raise mismatch("budget", "a number above 0, or None", total)
-        if type(self.least) is not int or self.least < 0:
-            raise mismatch("min_rank", "an integer of at least 0", self.least)
-        low = max(self.least, 1)
-        if self.most is not None and (type(self.most) is not int or self.most < low):
-            raise mismatch("max_rank", f"an integer of at least {low}, or None", self.most)
+        if type(self.min_rank) is not int or self.min_rank < 0:
+            raise mismatch("min_rank", "an integer of at least 0", self.min_rank)
+        low = max(self.min_rank, 1)
+        if self.max_rank is not None and (type(self.max_rank) is not int or self.max_rank < low):
+            raise mismatch("max_rank", f"an integer of at least {low}, or None", self.max_rank)
 
     @property
     def count(self) -> int:
         """Number of singular values that are needed of each layer."""
-        return self.most or max(MOST * self.rank, self.least)
+        return self.max_rank or max(MOST * self.rank, self.min_rank)
 
     def costs(self, spectra: Sequence[LayerSpectrum]) -> list[float]:
         """Return the cost of one rank of each layer. Raises: ValueError for one that has none."""
-        if self.cost == "rank":
-            return [1.0] * len(spectra)
-        if self.cost == "parameters":
-            return [float(sum(one.shape)) for one in spectra]
+        if isinstance(self.cost, str):
+            return rank_costs(self.cost, [one.shape for one in spectra])
         for one in spectra:
             value = self.cost.get(one.name)
             if not (_is_number(value) and 0 < value < math.inf):
@@ -134,7 +131,7 @@ def _is_number(value: Any) -> bool:
 
 
 def choose_layer_ranks(
-    spectra: Sequence[LayerSpectrum], budget: RankBudget, by: str, relative: bool | None = None
+    spectra: Sequence[LayerSpectrum], budget: LoraBudget, by: str, relative: bool | None = None
 ) -> tuple[list[LayerRank], float]:
     """Give the budget to the ranks that are worth most for their cost: `allocate_rank`.
 
@@ -152,20 +149,20 @@ def choose_layer_ranks(
     if total is None:
         total = sum(c * min(budget.rank, *s.shape) for c, s in zip(costs, spectra, strict=True))
     for one in spectra:
-        if budget.least > min(one.shape):
+        if budget.min_rank > min(one.shape):
             most = f"at most {min(one.shape)}, the smaller side of {one.name}"
-            raise mismatch("min_rank", most, budget.least)
-    least = budget.least * sum(costs)
+            raise mismatch("min_rank", most, budget.min_rank)
+    least = budget.min_rank * sum(costs)
     if least > total:
         raise ValueError(
-            f"budget: expected at least {least:g}, what min_rank={budget.least} costs in "
+            f"budget: expected at least {least:g}, what min_rank={budget.min_rank} costs in "
             f"{len(spectra)} layers, got {total:g}"
         )
     worth = [
         _gora_worth(one, cost, limit) if by == "gora" else _worth(one, relative, limit)
         for one, cost, limit in zip(spectra, costs, limits, strict=True)
     ]
-    ranks = allocate_rank(worth, total, cost=costs, r_min=budget.least, r_max=limits)
+    ranks = allocate_rank(worth, total, cost=costs, r_min=budget.min_rank, r_max=limits)
     whole = math.fsum(one.norm for one in spectra) if by == "gora" else None
     layers = [
         _layer_rank(one, rank, cost, whole)

@@ -133,7 +133,7 @@ def test_bad_input_is_one_line(source, tmp_path, capfd):
     texts.write_text("\n")
     for complaint, *arguments in (
         ("--by: expected one of weights, activations, gradients, gora, got 'x'", "--by", "x"),
-        ("--cost: expected one of rank, parameters, got 'ms'", "--cost", "ms"),
+        ("--cost: expected one of rank, parameters, bytes, flops, got 'ms'", "--cost", "ms"),
         ("--data: expected a file of texts for gradients", "--by", "gradients"),
         ("--data: expected none: weights need no texts", "--data", texts),
         ("a text on each line, got none", "--by", "gora", "--data", texts),

@@ -13,7 +13,7 @@ from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
 from peftkern.methods import rank_choice
 from peftkern.methods.rank_choice import (
     LayerSpectrum,
-    RankBudget,
+    LoraBudget,
     choose_layer_ranks,
     gora_importance,
     matrix_spectra,
@@ -34,7 +34,7 @@ def spectrum(name: str, values: list[float], shape: tuple[int, int] = (32, 32)) 
 
 
 def chosen(spectra: list[LayerSpectrum], by: str = "gradients", **budget) -> list[int]:
-    layers, total = choose_layer_ranks(spectra, RankBudget(**budget), by)
+    layers, total = choose_layer_ranks(spectra, LoraBudget(**budget), by)
     assert sum(layer.rank * layer.cost for layer in layers) <= total
     return [layer.rank for layer in layers]
 
@@ -87,30 +87,34 @@ def test_planted_ranks_are_found():
         spectrum(str(i), [5.0 - 0.1 * j for j in range(r)] + [0.01] * (8 - r))
         for i, r in enumerate(planted)
     ]
-    assert chosen(spectra, rank=3, least=0, most=8) == planted
-    assert chosen(spectra, rank=3, cost="parameters", least=0, most=8) == planted
-    kept = choose_layer_ranks(spectra, RankBudget(3, least=0, most=8), "gradients")[0]
+    assert chosen(spectra, rank=3, min_rank=0, max_rank=8) == planted
+    assert chosen(spectra, rank=3, cost="parameters", min_rank=0, max_rank=8) == planted
+    kept = choose_layer_ranks(spectra, LoraBudget(3, min_rank=0, max_rank=8), "gradients")[0]
     assert all(layer.kept > 0.999 for layer in kept if layer.rank)
 
 
 def test_shares_of_a_layer_do_not_depend_on_its_scale_and_gradients_do():
     small, large = [3.0, 1.0, 0.1, 0.1], [300.0, 100.0, 10.0, 10.0]
     spectra = [spectrum("a", small), spectrum("b", large)]
-    assert chosen(spectra, "weights", rank=2, most=4) == [2, 2]
-    assert chosen(spectra, "gradients", rank=2, most=4) == [1, 3]
-    layers, _ = choose_layer_ranks(spectra, RankBudget(2, most=4), "weights", False)
+    assert chosen(spectra, "weights", rank=2, max_rank=4) == [2, 2]
+    assert chosen(spectra, "gradients", rank=2, max_rank=4) == [1, 3]
+    layers, _ = choose_layer_ranks(spectra, LoraBudget(2, max_rank=4), "weights", False)
     assert [layer.rank for layer in layers] == [1, 3]
 
 
 def test_budgets_floors_and_caps():
     flat = [spectrum(str(i), [1.0] * 8, (16 * (i + 1), 16)) for i in range(3)]
-    assert chosen(flat, rank=4, least=0) == [8, 4, 0]  # of equals the first
-    ranks = chosen(flat, rank=4, cost="parameters", least=2, most=6)
+    assert chosen(flat, rank=4, min_rank=0) == [8, 4, 0]  # of equals the first
+    ranks = chosen(flat, rank=4, cost="parameters", min_rank=2, max_rank=6)
     assert all(2 <= rank <= 6 for rank in ranks)
     costs = [32, 48, 64]
     assert sum(r * c for r, c in zip(ranks, costs, strict=True)) <= 4 * sum(costs)
     assert ranks[0] == 6  # the cheapest of equals comes first
-    assert chosen(flat, rank=1, total=500, cost={"0": 1, "1": 100, "2": 1000}, least=0) == [2, 2, 0]
+    assert chosen(flat, rank=1, total=500, cost={"0": 1, "1": 100, "2": 1000}, min_rank=0) == [
+        2,
+        2,
+        0,
+    ]
     tiny = [spectrum("a", [1.0, 1.0], (2, 64)), spectrum("b", [1.0] * 16, (64, 64))]
     assert chosen(tiny, rank=8) == [2, 8]  # no layer beyond its smaller side
 
@@ -130,17 +134,17 @@ def test_gora_gives_its_ranks_within_the_budget():
     share = [one.norm / sum(one.norm for one in spectra) for one in spectra]
     paper = [6 * sum(root) * a / r for a, r in zip(share, root, strict=True)]
     budget = sum(round(r) for r in paper)
-    ranks = chosen(spectra, "gora", rank=6, total=budget, least=0, most=24)
+    ranks = chosen(spectra, "gora", rank=6, total=budget, min_rank=0, max_rank=24)
     assert sum(ranks) == budget
     assert all(abs(a - b) < 1 for a, b in zip(ranks, paper, strict=True))
-    layers, _ = choose_layer_ranks(spectra, RankBudget(6), "gora")
+    layers, _ = choose_layer_ranks(spectra, LoraBudget(6), "gora")
     assert sum(layer.kept for layer in layers) == pytest.approx(1.0)
 
 
 def test_layers_without_any_worth_get_what_they_must():
     spectra = [spectrum("a", [0.0, 0.0]), spectrum("b", [1.0, 0.5])]
     for by in ("weights", "gradients"):
-        assert chosen(spectra, by, rank=2, most=2) == [1, 2]
+        assert chosen(spectra, by, rank=2, max_rank=2) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -150,18 +154,21 @@ def test_layers_without_any_worth_get_what_they_must():
         ({"rank": 2.0}, "rank: expected an integer"),
         ({"total": float("nan")}, "budget: expected a number above 0"),
         ({"total": -1}, "budget: expected a number above 0"),
-        ({"cost": "bytes"}, "cost: expected one of"),
+        ({"cost": "energy"}, "cost: expected one of"),
         ({"cost": {"a": 1}}, "cost: expected a number above 0 for b, got None"),
         ({"cost": {"a": 1, "b": 0}}, "cost: expected a number above 0 for b, got 0"),
-        ({"least": -1}, "min_rank: expected an integer of at least 0"),
-        ({"least": 3, "most": 2}, "max_rank: expected an integer of at least 3"),
-        ({"least": 40, "rank": 40}, "min_rank: expected at most 32, the smaller side of a, got 40"),
-        ({"rank": 1, "least": 4}, "budget: expected at least 8, what min_rank=4 costs in 2"),
+        ({"min_rank": -1}, "min_rank: expected an integer of at least 0"),
+        ({"min_rank": 3, "max_rank": 2}, "max_rank: expected an integer of at least 3"),
+        (
+            {"min_rank": 40, "rank": 40},
+            "min_rank: expected at most 32, the smaller side of a, got 40",
+        ),
+        ({"rank": 1, "min_rank": 4}, "budget: expected at least 8, what min_rank=4 costs in 2"),
     ],
 )
 def test_bad_budgets_are_told(arguments, says):
     spectra = [spectrum("a", [1.0]), spectrum("b", [1.0])]
     with pytest.raises(ValueError, match="^" + says.replace("(", r"\(")):
-        choose_layer_ranks(spectra, RankBudget(**arguments), "weights")
+        choose_layer_ranks(spectra, LoraBudget(**arguments), "weights")
     with pytest.raises(ValueError, match="model: expected layers"):
-        choose_layer_ranks([], RankBudget(), "weights")
+        choose_layer_ranks([], LoraBudget(), "weights")

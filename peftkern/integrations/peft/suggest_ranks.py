@@ -21,7 +21,7 @@ from peftkern.layers.quantize import with_progress
 from peftkern.methods.rank_choice import (
     SOURCES,
     LayerSpectrum,
-    RankBudget,
+    LoraBudget,
     choose_layer_ranks,
     gora_importance,
     input_spectrum,
@@ -79,7 +79,8 @@ def suggest_ranks(
             stay as they are.
         by: "weights"; or from batches "activations", "gradients", "gora".
         budget: what all layers may cost together, instead of r of each, in units of `cost`.
-        cost: of one rank of a layer: "rank", each costs 1; "parameters", m + n; or {layer: number}.
+        cost: of one rank of a layer, as `allocate_rank` names them: "rank", each costs 1;
+            "parameters", m + n; "bytes", "flops"; or {layer: number}.
         min_rank: that every layer gets; with 0 layers may drop out of target_modules.
         max_rank: that no layer exceeds, by default 2 r, as in EVA.
         relative: whether singular values count as shares of their layer's, by default those of
@@ -99,7 +100,7 @@ def suggest_ranks(
         raise mismatch("relative", "True, False or None", relative)
     check_options(tol, certify, seed)
     _check_model(model, lora_config)
-    wanted = RankBudget(lora_config.r, budget, cost, min_rank, max_rank)
+    wanted = LoraBudget(lora_config.r, budget, cost, min_rank, max_rank)
     found = listed_batches(batches, needed=by != "weights", by=by)
     options = {"tol": tol, "certify": certify, "seed": seed}
     probe = _probe(lora_config)
@@ -117,7 +118,7 @@ def make_report(
     by: str,
     spectra: Sequence[LayerSpectrum],
     config: LoraConfig,
-    budget: RankBudget,
+    budget: LoraBudget,
     relative: bool | None,
     skipped: Mapping[str, str],
 ) -> RankReport:

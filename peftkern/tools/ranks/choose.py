@@ -17,7 +17,7 @@ from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import Weight
 from peftkern.integrations.peft.rank_report import RankReport
 from peftkern.integrations.peft.suggest_ranks import make_report, suggest_ranks
-from peftkern.methods.rank_choice import RankBudget, matrix_spectra
+from peftkern.methods.rank_choice import LoraBudget, matrix_spectra
 from peftkern.tools.checkpoints import weights
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.initialize.from_text import load_model, read_batches
@@ -29,7 +29,7 @@ class Settings:
     """How ranks are chosen: `by`, `relative` and the options of `suggest_ranks`; the adapter's."""
 
     by: str
-    budget: RankBudget
+    budget: LoraBudget
     relative: bool | None = None
     alpha: float | None = None
     rslora: bool = False
@@ -122,8 +122,8 @@ def from_texts(
             settings.by,
             budget=budget.total,
             cost=budget.cost,
-            min_rank=budget.least,
-            max_rank=budget.most,
+            min_rank=budget.min_rank,
+            max_rank=budget.max_rank,
             relative=settings.relative,
             batches=batches,
             statistics_bytes=statistics_bytes,
