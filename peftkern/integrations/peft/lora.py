@@ -23,6 +23,7 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.table import FORMATS
 from peftkern.functional import nf4_linear
 from peftkern.functional.dora import dora_linear, dora_norm
+from peftkern.integrations.peft.engines import Part
 from peftkern.integrations.peft.fallback import (
     Fallback,
     hooked,
@@ -41,6 +42,16 @@ class LoRALayer(PatchedLayer):
 
     def _is_plain(self, name: str) -> bool:
         return name not in self.lora_variant
+
+    def _parts(self, names: list[str]) -> list[Part]:
+        parts = super()._parts(names)
+        for name in names:
+            roles = ["lora_A", "lora_B"]
+            if name in self.lora_variant:
+                roles.append("lora_magnitude_vector")
+            groups = ((role, self._modules[role]._modules) for role in roles)
+            parts += [Part(role, group, name) for role, group in groups if name in group]
+        return parts
 
     def _read_adapter(self, names: list[str], device: torch.device) -> Adapter | Fallback:
         for name in names if self.lora_variant else ():

@@ -24,7 +24,7 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.functional.arguments import autocast_dtype
-from peftkern.integrations.peft import casts, trial
+from peftkern.integrations.peft import casts, engines, trial
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
@@ -104,7 +104,8 @@ class PatchedLayer(PatchedForward):
         names = active_names(self)
         adapter = read_state(self, names, x.device)
         if isinstance(adapter, Fallback):
-            return adapter
+            units = None if compiling else engines.units_of(self._parts(names))
+            return engines.served(self, x, units) if units else adapter
         cast = autocast_dtype(x)
         read_it = self._read_other if self.other_base else read_base
         read = read_it(base_layer, x, cast is not None)
@@ -131,11 +132,13 @@ class PatchedLayer(PatchedForward):
         base, names = self.get_base_layer(), active_names(self)
         device = self._device(base)
         state = read_state(self, names, device)
-        reason = state.reason if isinstance(state, Fallback) else None
-        if reason is None:
+        unread = isinstance(state, Fallback)
+        units = engines.units_of(self._parts(names)) if unread else []
+        reason = state.reason if unread and not units else None
+        if reason is None and not units:
             reason = self._base_refusal(base)
         dense = device.type == "cpu" and type(base) in DENSE_TYPES and not self.other_base
-        key = None if reason is not None else layer_key(self, names, state)
+        key = None if unread or reason is not None else layer_key(self, names, state)
         sizes = self.in_features, self.out_features, bool(self.lora_variant)
         return Outlook(device, reason, rows_to_pay(*sizes) if dense else 1, key)
 
@@ -202,6 +205,10 @@ class PatchedLayer(PatchedForward):
         if self.four_bit and torch.is_autocast_enabled():
             return x
         return self._cast_input_dtype(x, dtype)
+
+    def _parts(self, names: list[str]) -> list[engines.Part]:
+        """Return the modules that PEFT calls with these adapters active, in its order."""
+        return [engines.Part("base_layer", self._modules, "base_layer")]
 
     def _is_plain(self, name: str) -> bool:
         """Return whether an adapter is LoRA and nothing more: neither DoRA nor AdaLoRA."""
