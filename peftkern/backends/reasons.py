@@ -40,7 +40,11 @@ TABLE: dict[str, dict[str, str]] = {
         "hooks on {role}": _HOOK,
         "forward of {role} is replaced": "Another library has put a forward there: undo that.",
         "accelerate's hook on {role} {does}": (
-            "Use a device map that offloads nothing and keeps a layer on one device."
+            "Keep a layer on one device. Offload alone is no reason: what it loads is served."
+        ),
+        "parts are loaded to several devices": "Give the modules of a layer one execution device.",
+        "mixed precision of {role} is not that of base_layer": (
+            "Give the factors the `MixedPrecisionPolicy` of the layer around them."
         ),
         "extra arguments: {names}": "For example `adapter_names`, one adapter per row. " + _PEFT,
         "{role} is {kind}": _SUBCLASS,
@@ -50,7 +54,10 @@ TABLE: dict[str, dict[str, str]] = {
             "experts, those of transformers' own functions."
         ),
         "base weight is {kind}": _SUBCLASS,
-        "base weight is trained": "Freeze it: `weight.requires_grad_(False)`.",
+        "base weight is trained": (
+            "Freeze it: `weight.requires_grad_(False)`. Under FSDP1 with `use_orig_params`, wrap "
+            "with PEFT's `fsdp_auto_wrap_policy`, which keeps what is trained apart."
+        ),
         "lora_A has a bias": _PEFT,
         "lora_dropout is {module}": "Only nn.Dropout with p below 1, and not in place, is served.",
         "lora_variant {kind}": "Of PEFT's variants DoRA alone is served. " + _PEFT,
@@ -86,7 +93,8 @@ TABLE: dict[str, dict[str, str]] = {
             "The weight is quantized when the layer moves: `model.to(...)`."
         ),
         "quant_storage is {dtype} over {dtype} data": (
-            "Load again with one `bnb_4bit_quant_storage`, and do not cast the model."
+            "Load again with one `bnb_4bit_quant_storage`, and do not cast the model. Under FSDP "
+            "it is the dtype of mixed precision, which would cast the packed weights."
         ),
         "weight is not quantized as [out_features, in_features]": "Quantize a matrix.",
         "compiled over a base of another library": (
@@ -275,6 +283,13 @@ WARNINGS: dict[str, str] = {
     "{functions}; switch those off for peftkern to serve the layers": (
         "Axolotl: `lora_mlp_kernel`, `lora_qkv_kernel` and `lora_o_kernel` to false. Or leave "
         "these layers to those kernels: results are right either way."
+    ),
+    "{count} 4-bit weights are stored as uint8, which FSDP does not shard well: FSDP1 raises, "
+    "accelerate leaves them whole on every device, and before it did, FSDP2 trained on wrong "
+    "weights; load them with bnb_4bit_quant_storage=torch.bfloat16, or the dtype of mixed "
+    "precision": (
+        "As it says, in `BitsAndBytesConfig`; `float32` without mixed precision over a model in "
+        "float32."
     ),
     "none of the {count} layers that peftkern has patched was called in a forward pass of the "
     "model: nothing was served. Fused kernels of another library that read the weights past the "

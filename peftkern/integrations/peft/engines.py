@@ -14,6 +14,7 @@ PEFT, need not know of it. Nothing of this stays on a module when the call is ov
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +103,23 @@ def served(layer: Any, x: Tensor, units: Sequence[Unit]) -> Tensor | Fallback:
     return _Entry(layer, units).run(x, 0)
 
 
+def is_whole_in_forward(reason: str | None, layer: nn.Module, parts: Sequence[Part]) -> bool:
+    """Return whether a reason against a layer as it is between its calls is that FSDP2 has it."""
+    if reason is None or not reason.endswith(" is DTensor"):
+        return False
+    modules = [layer, *(part.holder[part.key] for part in parts)]
+    return any(getattr(module, "_is_fsdp_managed_module", False) for module in modules)
+
+
+def asks_for_fsdp(model: nn.Module) -> bool:
+    """Return whether FSDP has a part of this model, or accelerate was told to give it the whole."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        return True
+    fsdp = sys.modules.get(_FSDP)
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
 class _Entry:
     """One call of a layer within its units."""
 
@@ -112,7 +130,7 @@ class _Entry:
     def run(self, x: Tensor, depth: int) -> Tensor:
         """Enter the units from this depth on; returns the output in the base's dtype."""
         if depth == len(self.units):
-            with _bare(self.units):
+            with bare(self.units):
                 y = PatchedForward.forward(self.layer, x)
             self.dtype = y.dtype
             return y
@@ -123,8 +141,8 @@ class _Entry:
 
 
 @contextlib.contextmanager
-def _bare(units: Sequence[Unit]) -> Iterator[None]:
-    """Take the engine off modules whose weights are there; it is back at the end."""
+def bare(units: Sequence[Unit]) -> Iterator[None]:
+    """Take the engine off modules for the length of a `with` block, whose weights are there."""
     with contextlib.ExitStack() as stack:
         for unit in units:
             holder, key, own = unit.part.holder, unit.part.key, unit.leaf.__dict__

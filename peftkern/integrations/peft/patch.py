@@ -26,7 +26,7 @@ from peftkern.integrations.frozen_experts import (
     serve_nf4_experts,
     stop_serving,
 )
-from peftkern.integrations.peft import adalora, experts, other_bases, read_check, trial
+from peftkern.integrations.peft import adalora, engines, experts, other_bases, read_check, trial
 from peftkern.integrations.peft.adalora_layers import freeze_ranknum
 from peftkern.integrations.peft.bypass import FirstForward, bypassed
 from peftkern.integrations.peft.fallback import PatchedForward, kept_forward, set_class
@@ -314,6 +314,14 @@ def _describe(model: nn.Module, plan: _Plan) -> None:
             f"{len(report.bypassed)} of the patched layers are never called, for fused kernels "
             f"read their weights: {counted(report.bypassed.values())}; switch those off for "
             "peftkern to serve the layers"
+        )
+    stored = bnb.in_bytes(model) if BNB_TYPES else 0
+    if stored and engines.asks_for_fsdp(model):
+        report.warnings.append(
+            f"{stored} 4-bit weights are stored as uint8, which FSDP does not shard well: FSDP1 "
+            "raises, accelerate leaves them whole on every device, and before it did, FSDP2 "
+            "trained on wrong weights; load them with bnb_4bit_quant_storage=torch.bfloat16, or "
+            "the dtype of mixed precision"
         )
 
 

@@ -129,16 +129,17 @@ class PatchedLayer(PatchedForward):
         return self._combine(x, names, adapter, base, off, unfused)
 
     def outlook(self) -> Outlook:
-        base, names = self.get_base_layer(), active_names(self)
-        device = self._device(base)
-        state = read_state(self, names, device)
-        unread = isinstance(state, Fallback)
-        units = engines.units_of(self._parts(names)) if unread else []
-        reason = state.reason if unread and not units else None
-        if reason is None and not units:
-            reason = self._base_refusal(base)
+        names = active_names(self)
+        parts = self._parts(names)
+        device = self._device(self.get_base_layer())
+        with engines.bare(engines.units_of(parts)):  # as it is when a call has entered them
+            base, state = self.get_base_layer(), read_state(self, names, device)
+            reason = state.reason if isinstance(state, Fallback) else self._base_refusal(base)
+        if engines.is_whole_in_forward(reason, self, parts):
+            reason = None
         dense = device.type == "cpu" and type(base) in DENSE_TYPES and not self.other_base
-        key = None if unread or reason is not None else layer_key(self, names, state)
+        unread = reason is not None or isinstance(state, Fallback)
+        key = None if unread else layer_key(self, names, state)
         sizes = self.in_features, self.out_features, bool(self.lora_variant)
         return Outlook(device, reason, rows_to_pay(*sizes) if dense else 1, key)
 

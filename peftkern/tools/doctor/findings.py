@@ -45,6 +45,13 @@ _TABLE = {
         "{name}={value} is set: nothing else is used",
         "unset {name}: the best serves",
     ),
+    "fsdp": (
+        NOTE,
+        "{where}: FSDP shards packed weights of bitsandbytes in a floating dtype alone, and their "
+        "default is uint8",
+        "for QLoRA: BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16), the dtype of mixed "
+        "precision",
+    ),
     "unserved": (WRONG, "nothing serves {ops} on {device} ({why})", _REPORT),
     "unserved_forced": (
         WRONG,
@@ -166,6 +173,22 @@ def environment_findings() -> Iterator[Finding]:
         else:
             if os.environ.get(name) and name != "PEFTKERN_TRUST":  # a section tells of that one
                 yield finding("forced", name=name, value=os.environ[name])
+    where = _asking_for_fsdp()
+    if where is not None:
+        yield finding("fsdp", where=where)
+
+
+def _asking_for_fsdp() -> str | None:
+    """Return what tells accelerate to use FSDP: the environment, or the file of its answers."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        return f"ACCELERATE_USE_FSDP={os.environ['ACCELERATE_USE_FSDP']}"
+    home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
+    file = Path(home) / "accelerate" / "default_config.yaml"
+    try:
+        asks = re.search(r"^distributed_type: *FSDP\b", file.read_text("utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):  # nobody ran `accelerate config`
+        return None
+    return f"distributed_type: FSDP in {file}" if asks else None
 
 
 def _isa() -> str | None:
