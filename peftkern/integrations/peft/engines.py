@@ -111,6 +111,22 @@ def is_whole_in_forward(reason: str | None, layer: nn.Module, parts: Sequence[Pa
     return any(getattr(module, "_is_fsdp_managed_module", False) for module in modules)
 
 
+def is_frozen_view(weight: Tensor, module: nn.Module) -> bool:
+    """Return whether a weight has a graph only as FSDP1 views it in a parameter with trained ones.
+
+    FSDP gives no gradient to a parameter that was frozen when it was made a part of another.
+    """
+    node = weight.grad_fn
+    while node is not None and not hasattr(node, "variable"):
+        node = node.next_functions[0][0] if node.next_functions else None
+    flat = getattr(node, "variable", None)
+    infos, params = getattr(flat, "_param_infos", None), getattr(flat, "_params", None)
+    return any(
+        info.module is module and info.param_name == "weight" and not param.requires_grad
+        for info, param in zip(infos or (), params or (), strict=True)
+    )
+
+
 def asks_for_fsdp(model: nn.Module) -> bool:
     """Return whether FSDP has a part of this model, or accelerate was told to give it the whole."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):

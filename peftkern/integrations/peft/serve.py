@@ -362,7 +362,9 @@ def read_base(
     if reason is not None:
         return Fallback(reason)
     if weight.requires_grad and torch.is_grad_enabled():
-        return Fallback("base weight is trained")
+        if not engines.is_frozen_view(weight, base):
+            return Fallback("base weight is trained")
+        weight = weight.detach()
     dtype = weight.dtype
     same = x.dtype is dtype and (bias is None or bias.dtype is dtype)
     if dtype not in _DTYPES or not (same or (autocast and x.dtype in _DTYPES)):
