@@ -80,6 +80,14 @@ class Unit(NamedTuple):
             restore()
 
 
+def has_ranks() -> bool:
+    """Return whether there are other processes, whose order of collectives has to be this one's.
+
+    A layer enters its units then whatever the number of rows, in which ranks may differ.
+    """
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def units_of(parts: Sequence[Part]) -> list[Unit]:
     """Return those parts that an engine gathers or loads when they are called.
 
@@ -103,12 +111,16 @@ def served(layer: Any, x: Tensor, units: Sequence[Unit]) -> Tensor | Fallback:
     return _Entry(layer, units).run(x, 0)
 
 
-def is_whole_in_forward(reason: str | None, layer: nn.Module, parts: Sequence[Part]) -> bool:
-    """Return whether a reason against a layer as it is between its calls is that FSDP2 has it."""
-    if reason is None or not reason.endswith(" is DTensor"):
-        return False
+def is_sharded(layer: nn.Module, parts: Sequence[Part]) -> bool:
+    """Return whether FSDP has a layer, or one of its parts, whose weights are whole in a call."""
     modules = [layer, *(part.holder[part.key] for part in parts)]
     return any(getattr(module, "_is_fsdp_managed_module", False) for module in modules)
+
+
+def in_a_call(reason: str | None, layer: nn.Module, parts: Sequence[Part] = ()) -> str | None:
+    """Return what is left of a reason against a layer when FSDP has made its weights whole."""
+    sharded = reason is not None and reason.endswith(" is DTensor")
+    return None if sharded and is_sharded(layer, parts) else reason
 
 
 def is_frozen_view(weight: Tensor, module: nn.Module) -> bool:

@@ -95,6 +95,7 @@ class PatchedLayer(PatchedForward):
             and not self.other_base
             and x.is_cpu
             and is_small(x, self.out_features, self.in_features, bool(self.lora_variant))
+            and not (engines.has_ranks() and engines.units_of(self._parts(active_names(self))))
         ):  # asked first: to such a product every check is a loss
             return Fallback("small dense product: PEFT's own operations are as fast")
         compiling = torch.compiler.is_compiling()
@@ -134,9 +135,10 @@ class PatchedLayer(PatchedForward):
         device = self._device(self.get_base_layer())
         with engines.bare(engines.units_of(parts)):  # as it is when a call has entered them
             base, state = self.get_base_layer(), read_state(self, names, device)
-            reason = state.reason if isinstance(state, Fallback) else self._base_refusal(base)
-        if engines.is_whole_in_forward(reason, self, parts):
-            reason = None
+            if isinstance(state, Fallback):
+                reason = engines.in_a_call(state.reason, self, parts)
+            else:  # of a weight in shards nothing is told
+                reason = None if engines.is_sharded(self, parts) else self._base_refusal(base)
         dense = device.type == "cpu" and type(base) in DENSE_TYPES and not self.other_base
         unread = reason is not None or isinstance(state, Fallback)
         key = None if unread else layer_key(self, names, state)

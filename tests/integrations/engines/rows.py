@@ -21,7 +21,34 @@ class Row(NamedTuple):
     processes: int
 
 
-ROWS: tuple[Row, ...] = ()
+_LORAS = ("LoRA", "DoRA", "QLoRA (bitsandbytes)")
+_BYTES = "QLoRA (bitsandbytes, uint8 storage)"
+FSDP_ROWS = (
+    Row("FSDP2, the model as a unit", "LoRA", "served", 2),
+    *(Row("FSDP2, a decoder layer as a unit", method, "served", 2) for method in _LORAS),
+    Row("FSDP2, a decoder layer as a unit", "experts", "served", 2),
+    Row("FSDP2, a decoder layer as a unit", _BYTES, "served", 2),
+    *(Row("FSDP2, the base and each factor as a unit", m, "served", 2) for m in _LORAS),
+    *(Row("FSDP2 as accelerate wraps", m, "served", 2) for m in ("LoRA", _LORAS[2], _BYTES)),
+    Row("FSDP2 as accelerate wraps for PEFT", "LoRA", "served", 2),
+    *(Row("FSDP1, PEFT's wrap policy", method, "served", 2) for method in ("LoRA", _LORAS[2])),
+    Row("FSDP1, PEFT's wrap policy", _BYTES, "refused: Cannot flatten integer dtype tensors", 2),
+    Row("FSDP1, PEFT's wrap policy, use_orig_params=False", "LoRA", "served", 2),
+    Row("FSDP1, PEFT's wrap policy, use_orig_params=False", "DoRA", "served", 2),
+    Row("FSDP1, a decoder layer as a unit", "LoRA", "served", 2),
+)
+ACCELERATE_ROWS = (
+    *(Row("accelerate, device_map", method, "served", 0) for method in _LORAS),
+    *(Row("accelerate, offload to the CPU", m, "served", 0) for m in ("LoRA", "DoRA")),
+    Row("accelerate, offload to disk", "LoRA", "served", 0),
+    Row(
+        "accelerate, offload to the CPU",
+        "QLoRA (bitsandbytes)",
+        "refused: Cannot copy out of meta tensor",
+        0,
+    ),
+)
+ROWS: tuple[Row, ...] = FSDP_ROWS + ACCELERATE_ROWS
 
 
 def table(rows: tuple[Row, ...] = ROWS) -> str:
