@@ -230,6 +230,23 @@ def test_instruction_set_that_is_not_here_is_wrong(monkeypatch):
     assert finding.cause.startswith("PEFTKERN_CPU_ISA: expected one of")
 
 
+@pytest.mark.parametrize("told_by", ["the environment", "accelerate config"])
+def test_fsdp_is_told_of_the_storage_it_shards(told_by, tmp_path, monkeypatch):
+    monkeypatch.delenv("PEFTKERN_CPU_ISA", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert list(findings.environment_findings()) == []
+    if told_by == "the environment":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        (tmp_path / "accelerate").mkdir()
+        told = "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n"
+        (tmp_path / "accelerate" / "default_config.yaml").write_text(told)
+    (finding,) = findings.environment_findings()
+    assert (finding.id, finding.severity) == ("fsdp", "note")
+    assert "bnb_4bit_quant_storage=torch.bfloat16" in finding.cure
+
+
 def test_stale_or_weak_build_is_found():
     (finding,) = findings.build_findings({"why": None, "compiled_in": None})
     assert finding.severity == "wrong" and "older sources" in finding.cause

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from peftkern.integrations.peft.fallback import Fallback, PatchedForward, kept_forward
 
 _FSDP = "torch.distributed.fsdp"
+_ITS_MODULES = f"{_FSDP}."
 _OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OF_ENGINES = ("_forward_hooks", "_forward_pre_hooks", *_OF_ACCELERATE)
 
 
 class Part(NamedTuple):
@@ -171,23 +172,27 @@ class _Entry:
 @contextlib.contextmanager
 def bare(units: Sequence[Unit]) -> Iterator[None]:
     """Take the engine off modules for the length of a `with` block, whose weights are there."""
-    with contextlib.ExitStack() as stack:
+    taken: list[tuple[Unit, nn.Module, type, dict[str, Any]]] = []
+    try:
         for unit in units:
-            holder, key, own = unit.part.holder, unit.part.key, unit.leaf.__dict__
-            kept = {name: own[name] for name in (*_HOOKS, *_OF_ACCELERATE) if name in own}
-            stack.callback(_restore, unit, holder[key], type(unit.leaf), kept)
-            holder[key] = unit.leaf
-            for name in _OF_ACCELERATE:
-                own.pop(name, None)
-            own.update((name, OrderedDict()) for name in _HOOKS)
-            unit.leaf.__class__ = unit.kind
+            leaf, (_, holder, key) = unit.leaf, unit.part
+            own = leaf.__dict__
+            kept = {name: own[name] for name in _OF_ENGINES if name in own}
+            taken.append((unit, holder[key], type(leaf), kept))
+            holder[key] = leaf
+            if "_hf_hook" in kept:
+                for name in _OF_ACCELERATE:
+                    own.pop(name, None)
+            own["_forward_hooks"], own["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
+            if type(leaf) is not unit.kind:
+                object.__setattr__(leaf, "__class__", unit.kind)
         yield
-
-
-def _restore(unit: Unit, module: nn.Module, kind: type, kept: dict[str, Any]) -> None:
-    unit.leaf.__class__ = kind
-    unit.leaf.__dict__.update(kept)
-    unit.part.holder[unit.part.key] = module
+    finally:
+        for unit, module, kind, kept in taken:
+            if type(unit.leaf) is not kind:
+                object.__setattr__(unit.leaf, "__class__", kind)
+            unit.leaf.__dict__.update(kept)
+            unit.part.holder[unit.part.key] = module
 
 
 def _unit(part: Part, module: nn.Module) -> Unit | None:
@@ -234,7 +239,7 @@ def _fully_sharded(part: Part, module: nn.Module) -> Unit | None:
     bases = type(module).__bases__
     if policy is None or len(bases) != 2:
         return None
-    if not all(hook.__module__.startswith(f"{_FSDP}.") for hook in _hooks(module)):
+    if not all(hook.__module__.startswith(_ITS_MODULES) for hook in _hooks(module)):
         return None
     takes = policy.param_dtype if policy.cast_forward_inputs else None
     return Unit(part, module, bases[1], takes=takes, gives=policy.output_dtype)
