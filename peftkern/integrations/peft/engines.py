@@ -86,7 +86,9 @@ def has_ranks() -> bool:
 
     A layer enters its units then whatever the number of rows, in which ranks may differ.
     """
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    if torch.compiler.is_compiling() or not torch.distributed.is_available():
+        return False
+    return torch.distributed.is_initialized()
 
 
 def units_of(parts: Sequence[Part]) -> list[Unit]:
@@ -228,6 +230,8 @@ def _flat(part: Part, module: nn.Module) -> Unit | None:
     """Return a module inside a unit of FSDP1."""
     leaf, precision = module._modules.get("_fsdp_wrapped_module"), module.mixed_precision
     if leaf is None or _hooks(module) or _hooks(leaf) or "forward" in leaf.__dict__:
+        return None
+    if leaf._backward_hooks or leaf._backward_pre_hooks:
         return None
     takes = precision.param_dtype if precision.cast_forward_inputs else None
     return Unit(part, leaf, type(leaf), takes=takes)

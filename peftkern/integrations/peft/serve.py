@@ -105,7 +105,9 @@ class PatchedLayer(PatchedForward):
         names = active_names(self)
         adapter = read_state(self, names, x.device)
         if isinstance(adapter, Fallback):
-            units = None if compiling else engines.units_of(self._parts(names))
+            if compiling or unusual_layer(self) is not None:
+                return adapter
+            units = engines.units_of(self._parts(names))
             return engines.served(self, x, units) if units else adapter
         cast = autocast_dtype(x)
         read_it = self._read_other if self.other_base else read_base
@@ -296,11 +298,9 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
 
     Args: device, of the input. Returns: None if no adapter is active.
     """
-    if layer.merged_adapters and layer.disable_adapters:  # PEFT takes them out of the weight
-        return Fallback("adapters are merged and disabled")
-    for hooks in GLOBAL_HOOKS:
-        if hooks:
-            return Fallback("global module hooks")
+    reason = unusual_layer(layer)
+    if reason is not None:
+        return Fallback(reason)
     base = layer._modules["base_layer"]
     kind = type(base)
     if kind not in BASE_TYPES and not layer.other_base:
@@ -309,6 +309,19 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
     if reason is not None:
         return Fallback(reason)
     return layer._read_adapter(names, device) if names else None
+
+
+def unusual_layer(layer: Any) -> str | None:
+    """Return the reason for PEFT to call a layer's parts one by one, whatever they are.
+
+    Merged adapters that are off it takes out of the weight, which in a unit would be lost.
+    """
+    if layer.merged_adapters and layer.disable_adapters:
+        return "adapters are merged and disabled"
+    for hooks in GLOBAL_HOOKS:
+        if hooks:
+            return "global module hooks"
+    return None
 
 
 def switched_off(layer: Any) -> str | None:

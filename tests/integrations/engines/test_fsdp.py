@@ -27,7 +27,7 @@ from fsdp import (
     small_llama,
 )
 from peft import LoraConfig
-from peft_models import K, fallbacks, layer_of, lora_net, make_linear, served_by_us
+from peft_models import K, N, fallbacks, layer_of, lora_net, make_linear, served_by_us
 from peft_models import take_small_layers as compute_small_layers
 from rows import FSDP_ROWS, Row
 from tolerances import BF16_LOSS_RTOL, RATIO
@@ -349,6 +349,46 @@ def output_dtype_is_kept() -> None:
     assert served_by_us() == 1 and fallbacks() == {}
 
 
+def calls_that_others_see() -> None:
+    """What hooks into every module, or into the backward pass of one, sees PEFT's calls."""
+    model, _ = units()
+    x = torch.randn(3, K)
+    seen: list[tuple] = []
+
+    def see(module: nn.Module, inputs: Any, y: Tensor) -> None:
+        seen.append((type(module).__name__, y.shape))
+
+    with nn.modules.module.register_module_forward_hook(see):
+        model(x)
+    assert list(fallbacks()) == ["global module hooks"]
+    assert seen[:3] == [("FSDPLinear", (3, N)), ("Identity", (3, K)), ("FSDPLinear", (3, 4))]
+    model, before = flat(lora_net(make_linear())), len(seen)
+    peftkern.patch(model)
+    peftkern.reset_stats()
+    factor = layer_of(model.module).lora_B["default"].module
+    factor.register_full_backward_hook(lambda *found: seen.append(found))
+    model(x).sum().backward()
+    assert len(seen) == before + 1 and seen[-1][1][0].shape == (3, 4)
+    assert list(fallbacks()) == ["lora_B is FullyShardedDataParallel"]
+
+
+def merged_and_disabled() -> None:
+    """PEFT takes the adapters out of the shards, and not out of what is gathered for a call."""
+    x, model = torch.randn(3, K), lora_net(make_linear())
+    with model.disable_adapter():
+        expected = model(x)
+    model.merge_adapter()
+    peftkern.patch(model)
+    fully_shard(layer_of(model).base_layer, mesh=init_device_mesh("cpu", (1,)))
+    peftkern.reset_stats()
+    with model.disable_adapter():
+        try:
+            torch.testing.assert_close(model(x), expected)
+        except RuntimeError as error:  # torch refuses to mix them; PEFT does not get further
+            assert "DTensor" in str(error), error
+    assert list(fallbacks()) == ["adapters are merged and disabled"]
+
+
 def compiled() -> None:
     model, _ = units()
     x = torch.randn(3, K, requires_grad=True)
@@ -357,7 +397,11 @@ def compiled() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [leaves_nothing_behind, casts_that_differ, output_dtype_is_kept, compiled]
+    "part",
+    [
+        *(leaves_nothing_behind, casts_that_differ, output_dtype_is_kept),
+        *(calls_that_others_see, merged_and_disabled, compiled),
+    ],
 )
 def test_one_layer(part, tmp_path):
     in_ranks(alone, 1, tmp_path, part)
