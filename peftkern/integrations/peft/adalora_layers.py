@@ -11,6 +11,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
+from peftkern.integrations.peft.engines import Part
 from peftkern.integrations.peft.fallback import Fallback, hooked, unusual_dropout, unusual_tensor
 from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, active_names, fused
 from peftkern.layers.svd import fold_diagonal
@@ -22,6 +23,10 @@ class SVDLayer(PatchedLayer):
 
     def _is_plain(self, name: str) -> bool:
         return False
+
+    def _parts(self, names: list[str]) -> list[Part]:
+        dropouts = self._modules["lora_dropout"]._modules
+        return super()._parts(names) + [Part("lora_dropout", dropouts, name) for name in names]
 
     def _read_adapter(self, names: list[str], device: torch.device) -> Adapter | Fallback:
         A, E, B, drop = self._tensors_of(names[0])

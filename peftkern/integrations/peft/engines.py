@@ -203,6 +203,8 @@ def _unit(part: Part, module: nn.Module) -> Unit | None:
         return None
     if "_hf_hook" in module.__dict__:
         return _offloaded(part, module)
+    if "ds_id" in module.__dict__:
+        return Unit(part, module, type(module)) if of_deepspeed(module) else None
     fsdp = sys.modules.get(_FSDP)
     if fsdp is None or "forward" in module.__dict__:
         return None
@@ -249,5 +251,17 @@ def _fully_sharded(part: Part, module: nn.Module) -> Unit | None:
     return Unit(part, module, bases[1], takes=takes, gives=policy.output_dtype)
 
 
+def of_deepspeed(module: nn.Module) -> bool:
+    """Return whether all hooks of a module are of DeepSpeed's stage 3, if it has any."""
+    own = module.__dict__
+    return "ds_id" in own and all(
+        _origin(hook).startswith("deepspeed.") for hook in _hooks(module)
+    )
+
+
 def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _origin(hook: Callable[..., Any]) -> str:
+    return getattr(hook, "__module__", None) or ""

@@ -46,7 +46,7 @@ class LoRALayer(PatchedLayer):
     def _parts(self, names: list[str]) -> list[Part]:
         parts = super()._parts(names)
         for name in names:
-            roles = ["lora_A", "lora_B"]
+            roles = ["lora_dropout", "lora_A", "lora_B"]
             if name in self.lora_variant:
                 roles.append("lora_magnitude_vector")
             groups = ((role, self._modules[role]._modules) for role in roles)
