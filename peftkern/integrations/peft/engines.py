@@ -254,9 +254,7 @@ def _fully_sharded(part: Part, module: nn.Module) -> Unit | None:
 def of_deepspeed(module: nn.Module) -> bool:
     """Return whether all hooks of a module are of DeepSpeed's stage 3, if it has any."""
     own = module.__dict__
-    return "ds_id" in own and all(
-        _origin(hook).startswith("deepspeed.") for hook in _hooks(module)
-    )
+    return "ds_id" in own and all(_origin(hook).startswith("deepspeed.") for hook in _hooks(module))
 
 
 def _hooks(module: nn.Module) -> list[Callable[..., Any]]:

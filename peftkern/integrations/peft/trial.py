@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
+from peftkern.integrations.peft.engines import of_deepspeed
 from peftkern.integrations.peft.fallback import Fallback, hooked
 
 UNMEASURED = "the layer's own forward serves until this machine has measured such a layer"
@@ -284,7 +285,8 @@ def _give_up(tried: LayerClass, error: Exception) -> None:
 def _possible(layer: nn.Module, x: Tensor) -> bool:
     """Return whether a trial would go unnoticed: nobody records, traces or captures operations.
 
-    Nor does anybody hook into a module that the layer calls, say one of a second adapter.
+    Nor does anybody hook into a module that the layer calls, say one of a second adapter. DeepSpeed
+    hooks into all of them, those without a forward too; those that are called have been entered.
     """
     modes = torch.overrides._get_current_function_mode_stack()
     return not (
@@ -292,7 +294,11 @@ def _possible(layer: nn.Module, x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or any(type(mode) is not DeviceContext for mode in modes)
         or type(x) not in (Tensor, nn.Parameter)
-        or any(hooked(x.device, it=part) for part in layer.modules() if part is not layer)
+        or any(
+            hooked(x.device, it=part)
+            for part in layer.modules()
+            if part is not layer and not of_deepspeed(part)
+        )
     )
 
 

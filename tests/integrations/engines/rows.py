@@ -48,7 +48,19 @@ ACCELERATE_ROWS = (
         0,
     ),
 )
-ROWS: tuple[Row, ...] = FSDP_ROWS + ACCELERATE_ROWS
+ZERO_ROWS = (
+    Row("DeepSpeed ZeRO-1", "LoRA", "served", 2),
+    *(
+        Row(f"DeepSpeed ZeRO-{stage}", method, "served", 2)
+        for stage in (2, 3)
+        for method in ("LoRA", "LoRA in bfloat16", "DoRA", "QLoRA (bitsandbytes)", "experts")
+    ),
+    Row("DeepSpeed ZeRO-2, gradient accumulation", "LoRA", "served", 2),
+    Row("DeepSpeed ZeRO-3, gradient accumulation", "LoRA", "served", 2),
+    Row("DeepSpeed ZeRO-3, checkpointing", "LoRA", "served", 2),
+    Row("DeepSpeed ZeRO-3, parameters and optimizer on the CPU", "LoRA", "served", 2),
+)
+ROWS: tuple[Row, ...] = FSDP_ROWS + ACCELERATE_ROWS + ZERO_ROWS
 
 
 def table(rows: tuple[Row, ...] = ROWS) -> str:
