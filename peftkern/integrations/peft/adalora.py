@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from peftkern.backends import dispatch
 from peftkern.functional.adalora import adalora_allocate_, orthogonality_loss
+from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora_layers import SVDLayer, mask_diagonals_, whole
 from peftkern.integrations.peft.fallback import kept_forward, set_class
 from peftkern.methods.adalora import (
@@ -83,12 +84,18 @@ class PatchedRankAllocator(RankAllocator):
         return BudgetSchedule(*budgets, *times)(step)
 
     def update_ipt(self, model: nn.Module) -> None:
-        if peft_layer.deepspeed_config() is not None:
+        triplets = self.triplets(model)
+        if any(zero.out_of_reach(E) for E, _, _ in triplets.values()):
+            if peft_layer.deepspeed_config() is None:  # PEFT fails there
+                raise ValueError(
+                    "grads: DeepSpeed holds them; make AdaLoraSteps(model, optimizer, steps) after "
+                    "deepspeed.initialize, which allocates within engine.step()"
+                )
             dispatch.record_fallback("adalora_importance_", "DeepSpeed holds the gradients")
             self._importance = None
             super().update_ipt(model)
             return
-        layers = {n: tuple(map(whole, t)) for n, t in self.triplets(model).items()}
+        layers = {n: tuple(map(whole, t)) for n, t in triplets.items()}
         if self._importance is None:
             self.adopt_ipt(layers)
         self._importance.update_(layers)

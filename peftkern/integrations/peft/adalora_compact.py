@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora import PatchedAdaLoraModel, PatchedRankAllocator
 from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
 from peftkern.methods.adalora import Triplets
@@ -141,8 +143,8 @@ _watches: weakref.WeakKeyDictionary[AdaLoraModel, _Watch] = weakref.WeakKeyDicti
 def watch_states(tuner: AdaLoraModel, optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer forget before its next step, and the next one after loading, what is of
     other shapes; and pass over layers without triplets."""
-    if peft_layer.deepspeed_config() is not None:  # its parameters are empty while it holds them
-        return
+    if peft_layer.deepspeed_config() is not None or _any_held(_triplets(tuner)):
+        return  # its parameters are empty while it holds them
     optimizer = getattr(optimizer, "optimizer", optimizer)
     watch = _watches.get(tuner)
     if watch is None or watch.optimizer() is not optimizer:
@@ -196,7 +198,7 @@ def _drop(
 
 def _check_whole(layers: dict[str, Triplets]) -> None:
     """Raise ValueError unless all of every parameter is here."""
-    if peft_layer.deepspeed_config() is not None:
+    if peft_layer.deepspeed_config() is not None or _any_held(layers.values()):
         raise ValueError("model: DeepSpeed holds the parameters")
     for E, A, B in layers.values():
         sharded = any(hasattr(p, "full_tensor") for p in (E, A, B))
@@ -204,6 +206,10 @@ def _check_whole(layers: dict[str, Triplets]) -> None:
             raise ValueError("model: FSDP has sharded the parameters")
         if any(getattr(p, "_fsdp_flattened", False) for p in (E, A, B)):  # FSDP1, NO_SHARD as well
             raise ValueError("model: FSDP holds the parameters in a flat one")
+
+
+def _any_held(triplets: Iterable[Triplets]) -> bool:
+    return any(zero.holds(E) for E, _, _ in triplets)
 
 
 def _kept(

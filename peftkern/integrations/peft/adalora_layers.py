@@ -11,6 +11,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
+from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.engines import Part
 from peftkern.integrations.peft.fallback import Fallback, hooked, unusual_dropout, unusual_tensor
 from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, active_names, fused
@@ -128,13 +129,21 @@ def widen_diagonals(tuner: AdaLoraModel) -> None:
 
     TRL casts all that is trained over a 4-bit base to bfloat16. A diagonal in bfloat16 stops moving
     at |E| = 2^8 learning rates. Do it before the optimizer takes its first step and before DDP.
+    DeepSpeed has a master of each in float32, and places for them that are not to be left.
     """
     name = tuner.trainable_adapter_name
     for layer in layers_of(tuner).values():
-        if isinstance(layer, SVDLayer):
+        if isinstance(layer, SVDLayer) and not zero.holds(layer.lora_E[name]):
             for group in (layer.lora_E, layer.ranknum):
                 if group[name].dtype in (torch.bfloat16, torch.float16):
                     group[name].data = group[name].data.float()
+
+
+def parameters_of(tuner: AdaLoraModel) -> list[nn.Parameter]:
+    """Return the triplets of the adapter in training, of all layers."""
+    name = tuner.trainable_adapter_name
+    groups = ("lora_E", "lora_A", "lora_B")
+    return [getattr(layer, g)[name] for layer in layers_of(tuner).values() for g in groups]
 
 
 def whole(parameter: Tensor) -> Tensor:

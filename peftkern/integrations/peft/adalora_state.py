@@ -26,13 +26,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora import PatchedRankAllocator
 from peftkern.integrations.peft.adalora_budget import adopt_limits
 from peftkern.integrations.peft.adalora_compact import look_again
-from peftkern.integrations.peft.adalora_layers import layers_of, whole, widen_diagonals
+from peftkern.integrations.peft.adalora_layers import (
+    layers_of,
+    parameters_of,
+    whole,
+    widen_diagonals,
+)
 from peftkern.methods.rank_budget import RankLimits
 
-__all__ = ["FILE", "AdaLoraState", "keep_state_when_loading", "load_state", "save_state"]
+__all__ = [
+    "FILE",
+    "AdaLoraState",
+    "keep_state_when_loading",
+    "load_allocator",
+    "load_state",
+    "save_state",
+]
 
 FILE = "adalora_state.safetensors"
 _VERSION = 1
@@ -66,28 +79,19 @@ def save_state(
 ) -> None:
     """Write what a training needs to go on after `step`, beside the adapter in `folder`.
 
-    Args: write, False in all processes but one; what FSDP2 has sharded they gather together.
+    Args: write, False in all processes but one; what FSDP2 and ZeRO-3 have sharded they gather
+        together.
     """
     name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
-    config, tensors, ranknum = tuner.peft_config[name], {}, {}
-    pattern = {k.removesuffix(f".{name}"): v for k, v in (config.rank_pattern or {}).items()}
-    for path, layer in layers_of(tuner).items():
-        ranknum[path] = whole(layer.ranknum[name]).item()
-        for group in _GROUPS:
-            tensors[f"{path}.{group}"] = whole(getattr(layer, group)[name])
-            for average in _AVERAGES:
-                held = getattr(allocator, average).get(f"{path}.{group}.{name}")
-                if held is not None:
-                    tensors[f"{path}.{group}.{average}"] = held
-        if pattern:
-            tensors[f"{path}.kept"] = torch.tensor(pattern[f"{path}.lora_E"], dtype=torch.bool)
-        if getattr(allocator, "rows", None) is not None:
-            tensors[f"{path}.rows"] = torch.tensor(allocator.rows[path], dtype=torch.bool)
+    layers = layers_of(tuner)
+    with zero.whole([*parameters_of(tuner), *(layer.ranknum[name] for layer in layers.values())]):
+        tensors, ranknum = _tensors_of(tuner, layers)
     if not write:
         return
     importance = getattr(allocator, "_importance", None)
     if importance is not None and importance.scores is not None:
         tensors["scores"] = importance.scores
+    config = tuner.peft_config[name]
     schedule = {field: getattr(config, field) for field in _SCHEDULE}
     schedule["init_bgt"] = allocator.init_bgt
     limits = getattr(allocator, "limits", None)
@@ -98,6 +102,28 @@ def save_state(
     unfinished = path.with_suffix(".part")
     save_file(tensors, unfinished, {"adalora": json.dumps(record)})
     os.replace(unfinished, path)
+
+
+def _tensors_of(
+    tuner: AdaLoraModel, layers: dict[str, AdaLoraLayer]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the tensors of a state, and the ranks that scalings are divided by."""
+    name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
+    config, tensors, ranknum = tuner.peft_config[name], {}, {}
+    pattern = {k.removesuffix(f".{name}"): v for k, v in (config.rank_pattern or {}).items()}
+    for path, layer in layers.items():
+        ranknum[path] = whole(layer.ranknum[name]).item()
+        for group in _GROUPS:
+            tensors[f"{path}.{group}"] = whole(getattr(layer, group)[name]).detach()
+            for average in _AVERAGES:
+                held = getattr(allocator, average).get(f"{path}.{group}.{name}")
+                if held is not None:
+                    tensors[f"{path}.{group}.{average}"] = held
+        if pattern:
+            tensors[f"{path}.kept"] = torch.tensor(pattern[f"{path}.lora_E"], dtype=torch.bool)
+        if getattr(allocator, "rows", None) is not None:
+            tensors[f"{path}.rows"] = torch.tensor(allocator.rows[path], dtype=torch.bool)
+    return tensors, ranknum
 
 
 def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
@@ -143,11 +169,16 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
 
     Returns: the state; its step is -1 without that file.
     Raises: ValueError if the layers or their shapes are not those of the model, which is then as
-        it was, and for a model that FSDP2 has sharded already.
+        it was, and for a model that FSDP2 has sharded already or DeepSpeed has taken over.
     """
     tuner = model.base_model
     name = tuner.trainable_adapter_name
     layers, state = layers_of(tuner), read_state(folder)
+    if any(zero.holds(layer.lora_A[name]) for layer in layers.values()):
+        raise ValueError(
+            "model: DeepSpeed holds its parameters: load before deepspeed.initialize, in every "
+            "process, or its own checkpoint with `load_allocator`"
+        )
     if any(hasattr(layer.lora_A[name], "full_tensor") for layer in layers.values()):
         raise ValueError(
             "model: FSDP2 has sharded it, and AdaLoRA does not resume in shards: load before "
@@ -174,6 +205,22 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
     _restore_allocator(tuner, state)
     widen_diagonals(tuner)
     look_again(tuner)
+    return state
+
+
+def load_allocator(tuner: AdaLoraModel, folder: str | os.PathLike[str]) -> AdaLoraState:
+    """Load importance, mask and schedule alone, where DeepSpeed has loaded the parameters.
+
+    Returns: the state. Raises: ValueError if the folder has none, or of other layers.
+    """
+    layers, state = layers_of(tuner), read_state(folder)
+    if state is None:
+        raise ValueError(f"{folder}: expected {FILE}, which `save_state` writes")
+    if state.ranknum.keys() != layers.keys():
+        other = sorted(state.ranknum.keys() ^ layers.keys())[0]
+        raise ValueError(f"{folder}: expected the layers of the model, differs in {other}")
+    with zero.whole(parameters_of(tuner)):
+        _restore_allocator(tuner, state)
     return state
 
 

@@ -16,10 +16,16 @@ from peft import PeftModel
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
 
+from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora_budget import set_budget
 from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, watch_states
-from peftkern.integrations.peft.adalora_layers import find_tuner, widen_diagonals
-from peftkern.integrations.peft.adalora_state import load_state, save_state
+from peftkern.integrations.peft.adalora_layers import (
+    find_tuner,
+    layers_of,
+    parameters_of,
+    widen_diagonals,
+)
+from peftkern.integrations.peft.adalora_state import load_allocator, load_state, save_state
 from peftkern.integrations.peft.patch import is_patched, patch
 from peftkern.methods.rank_budget import RankBudget
 
@@ -35,9 +41,12 @@ class AdaLoraSteps:
     is not patched yet is (`peftkern.patch`), and lora_E is kept in float32: before DDP, therefore.
     Where several processes train, every mask is compared, and one that differs is an error.
 
+    Under DeepSpeed's ZeRO this is made after `deepspeed.initialize`, in every process: ranks are
+    allocated within engine.step(), and masks reach the masters that its optimizer keeps.
+
     Args:
         model: the PeftModel, or what wraps it.
-        optimizer: of torch, or accelerate's around one.
+        optimizer: of torch, accelerate's around one, or DeepSpeed's.
         total_step: steps of this training, which the config's schedule is set to.
         budget: in other units than triplets, with floors and caps per layer; by default target_r of
             the config, and PEFT's masks.
@@ -65,32 +74,53 @@ class AdaLoraSteps:
         set_budget(self.tuner, budget)
         self._model = next(m for m in model.modules() if isinstance(m, PeftModel))
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        parameters = parameters_of(self.tuner)
+        self._held = zero.held(parameters)
+        if self._held:
+            self._end = zero.after_steps(optimizer, self._held, self._take_in)
+            return
         watch_states(self.tuner, self._optimizer)
-        self._hook = self._optimizer.register_step_post_hook(self._after_step)
+        self._end = self._optimizer.register_step_post_hook(self._take_in).remove
 
     def close(self) -> None:
         """Leave the optimizer: its further steps allocate nothing."""
-        self._hook.remove()
+        self._end()
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write, in one process, the adapter as PEFT does and beside it what `load` needs."""
-        self._model.save_pretrained(str(folder))
-        save_state(self.tuner, folder, self.step)
+    def save(self, folder: str | os.PathLike[str], *, write: bool = True) -> None:
+        """Write, in one process, the adapter as PEFT does and beside it what `load` needs.
+
+        Args: write, False in all processes but one, where DeepSpeed's ZeRO-3 has them gather it.
+        """
+        if write:
+            os.makedirs(folder, exist_ok=True)
+        with zero.whole(self._held):
+            if write:
+                self._model.save_pretrained(str(folder))
+        save_state(self.tuner, folder, self.step, write=write)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on where `save` was called, bit for bit if the optimizer's state is loaded, too.
 
+        Under DeepSpeed that is `engine.load_checkpoint`, which also loads the parameters.
         Raises: ValueError if the folder has no such state, or is of another model.
         """
-        state = load_state(self._model, folder)
+        if self._held:
+            state = load_allocator(self.tuner, folder)
+        else:
+            state = load_state(self._model, folder)
         if state.step < 0:
             raise ValueError(f"{folder}: expected a folder that AdaLoraSteps.save wrote")
         self.step = state.step
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+    def _take_in(self, *args: Any) -> None:
+        if not self._held and zero.held(parameters_of(self.tuner)):
+            raise ValueError(
+                "model: DeepSpeed has taken it over since: make AdaLoraSteps after "
+                "deepspeed.initialize"
+            )
         self.step += 1
         if allocate(self.tuner, self.step):
-            self._compaction.after(self.tuner, self.step, optimizer)
+            self._compaction.after(self.tuner, self.step, self._optimizer)
 
 
 def prepare(model: nn.Module | None) -> AdaLoraModel:
@@ -145,7 +175,11 @@ def allocate(tuner: AdaLoraModel, step: int, *, skipped: bool = False) -> bool:
     draws = step == last or (step < last and tuner.rankallocator.budget_schedule(step)[1])
     if draws and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         _compare_masks(tuner, step)
-    return step >= last or (draws and not skipped)
+    masked = step >= last or (draws and not skipped)
+    if masked:
+        name = tuner.trainable_adapter_name
+        zero.zero_masters(zero.held(layer.lora_E[name] for layer in layers_of(tuner).values()))
+    return masked
 
 
 def _compare_masks(tuner: AdaLoraModel, step: int) -> None:
