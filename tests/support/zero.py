@@ -20,16 +20,18 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def config_of(stage: int, accumulate: int = 1, **options: Any) -> dict[str, Any]:
-    """A config of DeepSpeed; options go into its part on ZeRO, "bf16" into that of its name.
+    """A config of DeepSpeed; options but "bf16" and "clip" go into its part on ZeRO.
 
-    Stage 3 gathers and drops every parameter, those of adapters too, that it would keep by default.
+    It clips gradients of its own accord, here only to the norm that is given. Stage 3 gathers and
+    drops every parameter, also the small ones that it would keep.
     """
     bf16 = options.pop("bf16", False)
+    clip = options.pop("clip", 0.0)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **options}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": 0.0,  # the default is 1
+        "gradient_clipping": clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

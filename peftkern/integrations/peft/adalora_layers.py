@@ -124,6 +124,13 @@ def layers_of(tuner: AdaLoraModel) -> dict[str, AdaLoraLayer]:
     }
 
 
+def parameters_of(tuner: AdaLoraModel) -> list[nn.Parameter]:
+    """Return the triplets of the adapter in training, of all layers."""
+    name = tuner.trainable_adapter_name
+    groups = ("lora_E", "lora_A", "lora_B")
+    return [getattr(layer, g)[name] for layer in layers_of(tuner).values() for g in groups]
+
+
 def widen_diagonals(tuner: AdaLoraModel) -> None:
     """Keep lora_E of patched layers in float32, where lora_A and lora_B may have 16 bits.
 
@@ -137,13 +144,6 @@ def widen_diagonals(tuner: AdaLoraModel) -> None:
             for group in (layer.lora_E, layer.ranknum):
                 if group[name].dtype in (torch.bfloat16, torch.float16):
                     group[name].data = group[name].data.float()
-
-
-def parameters_of(tuner: AdaLoraModel) -> list[nn.Parameter]:
-    """Return the triplets of the adapter in training, of all layers."""
-    name = tuner.trainable_adapter_name
-    groups = ("lora_E", "lora_A", "lora_B")
-    return [getattr(layer, g)[name] for layer in layers_of(tuner).values() for g in groups]
 
 
 def whole(parameter: Tensor) -> Tensor:

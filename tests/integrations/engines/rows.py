@@ -53,7 +53,14 @@ ZERO_ROWS = (
     *(
         Row(f"DeepSpeed ZeRO-{stage}", method, "served", 2)
         for stage in (2, 3)
-        for method in ("LoRA", "LoRA in bfloat16", "DoRA", "QLoRA (bitsandbytes)", "experts")
+        for method in (
+            "LoRA",
+            "LoRA in bfloat16",
+            "DoRA",
+            "AdaLoRA",
+            "QLoRA (bitsandbytes)",
+            "experts",
+        )
     ),
     Row("DeepSpeed ZeRO-2, gradient accumulation", "LoRA", "served", 2),
     Row("DeepSpeed ZeRO-3, gradient accumulation", "LoRA", "served", 2),
