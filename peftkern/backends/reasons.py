@@ -124,9 +124,12 @@ TABLE: dict[str, dict[str, str]] = {
         "the experts are not in 4 bits": "`peftkern.quantize_(model)`, or load experts in 4 bits.",
     },
     "AdaLoRA": {
-        "DeepSpeed holds the gradients": "PEFT computes the importance. Results are PEFT's.",
+        "DeepSpeed holds the gradients": (
+            "Give the masks to `AdaLoraCallback`, or to `AdaLoraSteps` made after "
+            "`deepspeed.initialize`: those of PEFT are undone by the next step."
+        ),
         "rankallocator is {kind}": "`peftkern.patch(model)` again: the allocator is not patched.",
-        "parameters are sharded": "PEFT computes the term. Use ZeRO stage 1 or 2.",
+        "parameters are sharded": "PEFT computes the term. Call DeepSpeed's engine, not the model.",
     },
     "Layers that `initialize_` leaves": {
         "{kind}, expected a linear layer": "Embeddings, experts and such keep PEFT's start.",
@@ -341,6 +344,9 @@ WARNINGS: dict[str, str] = {
     "AdaLoRA's state is not in the checkpoints of a hyperparameter search without hp_name: they "
     "resume with another importance of the triplets": (
         "`hyperparameter_search(hp_name=...)`, so that the folder of a trial is known."
+    ),
+    "AdaLoRA resumes with another importance of the triplets: {error}": (
+        "Under DeepSpeed the callback looks into `output_dir` for the checkpoint: resume there."
     ),
     "total_step of the AdaLoRA config is {count}, this training takes {count} steps: using "
     "{count}": "Set `AdaLoraConfig(total_step=...)` to the steps of the training.",

@@ -385,3 +385,9 @@ def test_versions_compare_by_their_numbers():
     assert [finding.id for finding in findings.version_findings(old)] == ["old"]
     assert list(findings.version_findings(replace(old, version="2.10.0"))) == []
     assert list(findings.version_findings(replace(old, accepted=None))) == []
+
+
+def test_deepspeed_that_is_installed_is_told_of():
+    (finding,) = findings.deepspeed_findings("0.19.8")
+    assert finding.severity == "note" and "deepspeed 0.19.8 clips" in finding.cause
+    assert list(findings.deepspeed_findings(None)) == []

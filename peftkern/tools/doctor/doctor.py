@@ -109,6 +109,7 @@ def diagnose(import_seconds: float = IMPORT_SECONDS) -> Diagnosis:
         *check.trust_findings(trusted),
         *(finding for package in packages for finding in check.version_findings(package)),
         *check.numpy_findings(installed_version("numpy"), triton_interpreted()),
+        *check.deepspeed_findings(installed_version("deepspeed")),
         *check.probe_findings(probes, versions),
     ]
     found.sort(key=lambda one: one.severity != WRONG)

@@ -103,6 +103,12 @@ _TABLE = {
         "TRITON_INTERPRET=1 with numpy {version}: Triton's interpreter needs one before 2.4",
         "pip install 'numpy<2.4', or unset TRITON_INTERPRET",
     ),
+    "deepspeed": (
+        NOTE,
+        "deepspeed {version} clips gradients to a norm of 1 if its config says nothing of that",
+        'a "gradient_clipping" in its config, "auto" under the Trainer; AdaLoraSteps is made after '
+        "deepspeed.initialize",
+    ),
     "old": (
         WRONG,
         "{name} {version} is older than {oldest}, the oldest that is supported",
@@ -280,6 +286,12 @@ def numpy_findings(version: str | None, interpreted: bool) -> Iterator[Finding]:
     """Report numpy 2.4, which removed int() of one-element arrays: Triton's interpreter uses it."""
     if interpreted and version is not None and release(version) >= (2, 4):
         yield finding("numpy", version=version)
+
+
+def deepspeed_findings(version: str | None) -> Iterator[Finding]:
+    """Report what DeepSpeed does to a training of its own accord."""
+    if version is not None:
+        yield finding("deepspeed", version=version)
 
 
 def trust_findings(trusted: Trust | None) -> Iterator[Finding]:
