@@ -21,6 +21,7 @@ from peftkern.methods.pairs import (
     PairAdamW,
     check_counts,
     check_scaling,
+    check_unheld,
     check_unshared,
     chunks,
     cut_reciprocal,
@@ -197,6 +198,7 @@ class LoRAFAOptimizer(PairAdamW):
         return self._inverses[1]
 
     def _replace(self, grads: dict[Tensor, Tensor]) -> None:
+        check_unheld(self._pairs, "LoRA-FA")
         inverses = self._inverse()
         used = [i for i, pair in enumerate(self._pairs) if pair.lora_B in grads]
         B = [self._pairs[i].lora_B for i in used]

@@ -26,6 +26,7 @@ from peftkern.methods.pairs import (
     PairAdamW,
     check_counts,
     check_scaling,
+    check_unheld,
     check_unshared,
     chunks,
     cut_reciprocal,
@@ -246,6 +247,7 @@ class LoRAProAdamW(PairAdamW):
 
 def _with_gradients(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> list[AdapterPair]:
     """Return the pairs that take part in this step; half of a pair's gradients is an error."""
+    check_unheld(pairs, "LoRA-Pro")
     for pair in pairs:
         has_A, has_B = pair.lora_A in grads, pair.lora_B in grads
         if has_A is not has_B:

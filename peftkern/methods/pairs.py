@@ -154,6 +154,16 @@ def cut_reciprocal(values: Tensor, cutoff: float) -> Tensor:
     return torch.where(values <= least, 0.0, 1.0 / values)
 
 
+def check_unheld(pairs: Sequence[AdapterPair], method: str) -> None:
+    """Raise ValueError if DeepSpeed's ZeRO has the step of a factor, as a part of flat ones."""
+    for pair in pairs:
+        if hasattr(pair.lora_B, "_hp_mapping") or hasattr(pair.lora_B, "_z3_optimizer"):
+            raise ValueError(
+                f"{pair.name}: DeepSpeed's ZeRO steps on flat parts of all parameters, in which "
+                f"{method} finds no pair; train under DistributedDataParallel or fully_shard"
+            )
+
+
 class PairAdamW(torch.optim.Optimizer):
     """AdamW (as `torch.optim.AdamW`) on gradients that a subclass replaces, pair by pair.
 

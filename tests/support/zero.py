@@ -39,10 +39,13 @@ def config_of(stage: int, accumulate: int = 1, **options: Any) -> dict[str, Any]
     }
 
 
-def engine_of(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def engine_of(
+    model: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+) -> deepspeed.DeepSpeedEngine:
+    optimizer = optimizer or optimizer_of(model)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer_of(model), config=config, dist_init_required=False
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
     return engine
 

@@ -3,8 +3,6 @@ and every layer is served in each, also where stage 3 gathers a parameter for ea
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +28,11 @@ from peftkern.integrations.peft.adalora_state import load_state
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
 from peftkern.integrations.transformers import AdaLoraCallback, PeftKernCallback
 from peftkern.methods import RankBudget
+from peftkern.methods.lora_fa import LoRAFAOptimizer
+from peftkern.methods.lora_pro import LoRAProAdamW, lora_pro_hook
 
 pytest.importorskip("deepspeed")
 
-import deepspeed
 from zero import config_of, engine_of, zero_curve
 
 SHORT = 6  # steps of what differs from LoRA in one thing
@@ -170,12 +169,9 @@ def refuse(rank: int, folder: Path) -> None:
     """What DeepSpeed does not let AdaLoRA do says so."""
     model = MODELS["AdaLoRA"]()
     peftkern.patch(model)
-    early = AdaLoraSteps(model, optimizer_of(model), SHORT)
-    optimizer = early._optimizer
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config_of(2), dist_init_required=False
-        )
+    optimizer = optimizer_of(model)
+    early = AdaLoraSteps(model, optimizer, SHORT)
+    engine = engine_of(model, config_of(2), optimizer)
     with pytest.raises(ValueError, match=r"make AdaLoraSteps after deepspeed\.initialize"):
         zero_curve(engine, range(1))
     early.close()
@@ -188,6 +184,21 @@ def refuse(rank: int, folder: Path) -> None:
     AdaLoraSteps(model, engine.optimizer, SHORT)
     with pytest.warns(UserWarning, match="AdaLoRA keeps .*: model: DeepSpeed holds the param"):
         zero_curve(engine, range(SHORT))
+
+
+def refuse_pairs(rank: int, folder: Path) -> None:
+    """Methods of pairs of factors, which DeepSpeed's flat parts hide, are no plain AdamW."""
+    for stage, make in enumerate((LoRAFAOptimizer, LoRAProAdamW, _hooked), 1):
+        model = MODELS["LoRA"]()
+        engine = engine_of(model, config_of(stage), make(model, lr=1e-2))
+        with pytest.raises(ValueError, match="DeepSpeed's ZeRO steps on flat parts"):
+            zero_curve(engine, range(1))
+
+
+def _hooked(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
+    optimizer.register_step_pre_hook(lora_pro_hook(model))
+    return optimizer
 
 
 def trust_it(rank: int, folder: Path) -> None:
@@ -233,6 +244,7 @@ def train_all(rank: int, folder: Path) -> dict[Row, Found]:
     found = {row: train(row) for row in ZERO_ROWS}
     resume(rank, folder)
     refuse(rank, folder)
+    refuse_pairs(rank, folder)
     trust_it(rank, folder)
     trainer(rank, folder / "trainer")
     return found
@@ -284,5 +296,5 @@ def test_ranks_train_as_one_process_and_are_served(found, alone, row):
 
 
 def test_adalora_resumes_and_is_refused_in_words_and_layers_are_tried(found):
-    """The ranks have asserted it: `resume`, `refuse`, `trust_it` and `trainer`."""
+    """The ranks have asserted it: `resume`, `refuse`, `refuse_pairs`, `trust_it` and `trainer`."""
     assert len(found) == 2
