@@ -203,10 +203,12 @@ def _unit(part: Part, module: nn.Module) -> Unit | None:
         return None
     if "_hf_hook" in module.__dict__:
         return _offloaded(part, module)
+    fsdp = sys.modules.get(_FSDP)
+    if "forward" in module.__dict__:
+        return None
     if "ds_id" in module.__dict__:
         return Unit(part, module, type(module)) if of_deepspeed(module) else None
-    fsdp = sys.modules.get(_FSDP)
-    if fsdp is None or "forward" in module.__dict__:
+    if fsdp is None:
         return None
     if type(module) is fsdp.FullyShardedDataParallel:
         return _flat(part, module)
