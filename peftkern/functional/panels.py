@@ -19,7 +19,8 @@ from peftkern.backends.reference.nf4 import unnested
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.table import cut
 
-_ON_CPU = 1 << 20  # values of a panel: 4 MB, most of which stays in cache between two products
+_ON_CPU = 1 << 20  # values of a panel: 4 MB
+_PIECE = 1 << 18  # of a piece of one: 1 MB, which stays in a core's cache between two products
 _ELSEWHERE = 1 << 25  # fewer launches, 128 MB
 Item, Found = TypeVar("Item"), TypeVar("Found")
 Run = Callable[[Callable[[Item], Found], Iterable[Item]], Iterator[Found]]
@@ -44,13 +45,21 @@ class Panels:
         steps = [part.step for part in self._parts]
         step = math.lcm(*steps, blocksize // math.gcd(blocksize, self.n))
         size = _ON_CPU if self.device.type == "cpu" else _ELSEWHERE
-        self.rows = max(1, size // max(1, step * self.n)) * step
+        self.rows, self._piece = (
+            max(1, count // max(1, step * self.n)) * step
+            for count in (size, _PIECE if self.device.type == "cpu" else size)
+        )
         self._buffers = threading.local()
 
     @property
     def slices(self) -> list[slice]:
         """Rows of every panel."""
         return [slice(i, min(i + self.rows, self.m)) for i in range(0, self.m, self.rows)]
+
+    def pieces(self, rows: slice) -> list[slice]:
+        """Cut rows of a panel for products of which each reads them again."""
+        starts = range(rows.start, rows.stop, self._piece)
+        return [slice(i, min(i + self._piece, rows.stop)) for i in starts]
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows and their panel, one after the other."""

@@ -32,11 +32,10 @@ from peftkern.functional.arguments import (
 )
 from peftkern.functional.krylov import (
     Krylov,
-    energy_bound,
+    energy_bounds,
     extend,
     multiply,
     multiply_back,
-    norm_bounds,
 )
 from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd
 from peftkern.functional.panels import Found, Panels, Run, full_float32, parallel
@@ -366,23 +365,30 @@ def _other_side(layer: _Layer, rows: slice) -> Tensor:
 
 def _certify(layers: list[_Layer], svd: LowRankSVD, job: _Job, run: Run) -> None:
     """Bound the excess error of layers by bounding the sum of the largest S^2 that W may have."""
+    for layer, S in zip(layers, svd.S, strict=True):
+        layer.kept = S.double().square().sum().item()
     searched = [layer for layer in layers if layer.space is not None]
-    outside = norm_bounds([layer.space for layer in searched], job.seed + 1, run)
-    bounds = run(
-        lambda one: energy_bound(*one, job.rank),
-        [(layer.space, norm) for layer, norm in zip(searched, outside, strict=True)],
-    )
+    enough = [_enough(layer, job) for layer in searched]
+    spaces = [layer.space for layer in searched]
+    bounds = energy_bounds(spaces, enough, job.rank, job.seed + 1, run)
     best = dict(zip(searched, bounds, strict=True))
     for layer, U, S, Vh in zip(layers, *svd[:3], strict=True):
-        squared, slack, floor = layer.norm**2, ROUNDING * layer.norm**2, FLOOR * layer.norm
-        kept = S.double().square().sum().item()
-        error = math.sqrt(max(squared - kept, 0.0) + slack)
+        slack, floor = ROUNDING * layer.norm**2, FLOOR * layer.norm
+        error = math.sqrt(max(layer.norm**2 - layer.kept, 0.0) + slack)
         if error < floor:
             layer.factors = U * S, Vh
             ((_, squares),) = _over_panels(_rest, [layer], run)
             error = math.sqrt(float(sum(squares))) + ROUNDING * layer.norm
-        least = math.sqrt(max(squared - best.get(layer, kept) - slack, 0.0))
+        least = math.sqrt(max(layer.norm**2 - best.get(layer, layer.kept) - slack, 0.0))
         layer.certificate = (error - least) / max(least, floor) if layer.norm else 0.0
+
+
+def _enough(layer: _Layer, job: _Job) -> float:
+    """Return a bound of the sum that proves `tol`, or than which a lower one would tell little."""
+    slack = ROUNDING * layer.norm**2
+    tol = job.tol if job.sweeps is None else 0.0
+    error = max(layer.norm**2 - layer.kept, 0.0) + slack
+    return max(layer.kept + slack / 8, layer.norm**2 - slack - error / (1 + tol) ** 2)
 
 
 def _rest(layer: _Layer, rows: slice) -> Tensor:
