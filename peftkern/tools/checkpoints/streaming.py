@@ -6,12 +6,16 @@ shapes alone decide it, and threads fill in the rest in any order.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ from peftkern.tools.checkpoints.checkpoint import DTYPES
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _COPIED_AT_ONCE = 1 << 24  # so that Ctrl-C, and the bar, do not wait for a whole table
 _ALIGNMENT = 8  # of the data, as safetensors writes it
+_START_WRITING = 2  # Linux's SYNC_FILE_RANGE_WRITE
 
 
 class CutOff(Exception):
@@ -94,6 +99,24 @@ def write_from(file: int, tensor: Tensor, offset: int) -> None:
     while data:
         count = os.pwrite(file, data, offset)
         data, offset = data[count:], offset + count
+
+
+def start_writeback(file: int, offset: int, count: int) -> None:
+    """Ask the kernel to begin to write bytes of an open file to the disk, so that fsync waits less.
+
+    A hint: nothing happens where there is no such call. An error of the disk is fsync's to report.
+    """
+    if (call := _sync_file_range()) is not None:
+        call(file, offset, count, _START_WRITING)
+
+
+@functools.cache
+def _sync_file_range() -> Any:
+    """Return the function of the C library, which `os` lacks."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
 
 
 def copy_range(source: int, target: int, start: int, offset: int, count: int) -> None:

@@ -80,13 +80,18 @@ class Buffers:
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
+        self._taken: dict[str, tuple[tuple[Sequence[int], torch.dtype], Tensor]] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        nbytes = math.prod(shape) * dtype.itemsize
-        memory = self._memory.get(name)
-        if memory is None or len(memory) < nbytes:
-            self._memory[name] = memory = torch.empty(nbytes, dtype=torch.uint8)
-        return memory[:nbytes].view(dtype).view(*shape)
+        """Return memory that the next call of the same name returns again."""
+        wanted, taken = (shape, dtype), self._taken.get(name)
+        if taken is None or taken[0] != wanted:
+            nbytes, memory = math.prod(shape) * dtype.itemsize, self._memory.get(name)
+            if memory is None or len(memory) < nbytes:
+                self._memory[name] = memory = torch.empty(nbytes, dtype=torch.uint8)
+            taken = wanted, memory[:nbytes].view(dtype).view(*shape)
+            self._taken[name] = taken
+        return taken[1]
 
 
 def in_panels(edit: Edit, place: Place) -> bool:

@@ -60,6 +60,11 @@ class Panel(NamedTuple):
     last: int
     measured: bool
 
+    @property
+    def start(self) -> int:
+        """Number of its first row in the stored matrix."""
+        return self.block.at + self.first
+
 
 def panels(unit: Unit) -> Iterator[Panel]:
     """Cut a stored matrix, its last dimension the columns, into panels of about one size."""
@@ -127,7 +132,7 @@ def merged_tensor(unit: Unit, weight: Tensor, buffers: Buffers) -> tuple[Tensor,
         merged, change = torch.empty(weight.shape, dtype=dtype), Change()
         rows, results = (t.view(-1, weight.shape[-1]) for t in (weight, merged))
         for panel in panels(unit):
-            own = slice(panel.block.at + panel.first, panel.block.at + panel.last)
+            own = slice(panel.start, panel.block.at + panel.last)
             stored, changed = merged_panel(panel, rows[own], dtype, buffers)
             results[own] = stored
             change += changed or Change()

@@ -23,7 +23,14 @@ from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY, NF4Weight
 from peftkern.functional import quantize_nf4
 from peftkern.functional.panels import full_float32, parallel
 from peftkern.tools.checkpoints.checkpoint import READ_ERRORS, CheckpointError, TensorInfo
-from peftkern.tools.checkpoints.streaming import CutOff, Slot, copy_range, read_into, write_from
+from peftkern.tools.checkpoints.streaming import (
+    CutOff,
+    Slot,
+    copy_range,
+    read_into,
+    start_writeback,
+    write_from,
+)
 from peftkern.tools.checkpoints.weights import Weight
 from peftkern.tools.merge.arithmetic import Buffers, Change
 from peftkern.tools.merge.plan import File, Options, Unit
@@ -112,23 +119,25 @@ class _Writer:
     def copy(self, unit: Unit, info: TensorInfo, slot: Slot) -> _Done:
         with _reading(unit.weight, CutOff):
             copy_range(self.sources[info.file], self.target, info.offset, slot.offset, info.nbytes)
+        start_writeback(self.target, slot.offset, slot.nbytes)
         return _Done(unit.name, info.nbytes)
 
     def stream(self, run: tuple[Panel, ...]) -> _Done:
         """Merge panels of a weight from file to file."""
         unit, weight, buffers = run[0].unit, run[0].unit.weight, self._buffers()
-        columns, slot = weight.shape[-1], unit.slots[0]
+        columns, slot, source = weight.shape[-1], unit.slots[0], self.sources[weight.info.file]
+        begin = end = slot.offset + run[0].start * columns * slot.dtype.itemsize
         nbytes, changes = 0, []
-        for panel in run:
-            first = panel.block.at + panel.first
-            rows = buffers.take("rows", (panel.last - panel.first, columns), weight.dtype)
-            with _reading(weight, CutOff):
-                offset = weight.info.offset + first * columns * weight.dtype.itemsize
-                read_into(self.sources[weight.info.file], rows, offset)
-            stored, change = merged_panel(panel, rows, unit.dtype, buffers)
-            write_from(self.target, stored, slot.offset + first * columns * slot.dtype.itemsize)
-            nbytes += rows.nbytes
-            changes += [] if change is None else [change]
+        with _reading(weight, CutOff):
+            for panel in run:
+                rows = buffers.take("rows", (panel.last - panel.first, columns), weight.dtype)
+                offset = weight.info.offset + panel.start * columns * weight.dtype.itemsize
+                read_into(source, rows, offset)
+                stored, change = merged_panel(panel, rows, unit.dtype, buffers)
+                write_from(self.target, stored, end)
+                nbytes, end = nbytes + rows.nbytes, end + stored.nbytes
+                changes += [] if change is None else [change]
+        start_writeback(self.target, begin, end - begin)
         return _Done(unit.name, nbytes, sum(changes, Change()) if changes else None)
 
     def whole(self, unit: Unit) -> _Done:
@@ -142,6 +151,7 @@ class _Writer:
         merged, change = merged_tensor(unit, weight, self._buffers())
         if unit.nf4 is None:
             write_from(self.target, merged, unit.slots[0].offset)
+            start_writeback(self.target, unit.slots[0].offset, merged.nbytes)
             return _Done(unit.name, unit.weight.nbytes, change)
         if unit.transposed:
             weight, merged = weight.T.contiguous(), merged.T.contiguous()
