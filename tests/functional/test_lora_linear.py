@@ -33,7 +33,7 @@ from linear_cases import (
 )
 from nf4_weights import assert_same_every_time
 from paths import GOLDEN
-from processes import run_code
+from peak_memory import growth
 from safetensors import safe_open
 from tolerances import GOLDEN_RTOL, GRADCHECK, assert_as_accurate_as_torch
 from torch import Tensor
@@ -42,7 +42,7 @@ import peftkern
 from peftkern import NF4Weight
 from peftkern.backends.programs import PLAIN
 
-PEAK_STEP_KILOBYTES = 33_000  # x, y and their gradients take 8 MB, half of that in bfloat16
+PEAK_STEP_BYTES = 33 << 20  # x, y and their gradients take 8 MB, half of that in bfloat16
 SMALL = (6, 20, 40, 4)
 
 
@@ -311,37 +311,24 @@ def test_saved_bytes(backend, kind, dropout_p):
             assert saved.keys().isdisjoint(t.untyped_storage().data_ptr() for t in o.w.tensors)
 
 
-PEAK_SCRIPT = """
-import resource, sys, torch, peftkern
-M, side, blocksize = 64, 8192, 64
-packed = torch.randint(0, 256, (side * side // 2,), dtype=torch.uint8)
-absmax = torch.rand(side * side // blocksize)
-w = peftkern.NF4Weight(packed, absmax, (side, side), blocksize, torch.bfloat16)
-A, B = torch.randn(8, side, requires_grad=True), torch.randn(side, 8, requires_grad=True)
-
-def step(dtype, w, A, B):
-    x = torch.randn(M, w.shape[1], dtype=dtype, requires_grad=True)
-    y = peftkern.nf4_lora_linear(x, w, A, B, scaling=1.0, dropout_p=0.1)
-    y.backward(torch.ones_like(y))
-
-small = peftkern.quantize_nf4(torch.randn(64, 64))
-for dtype in map(torch.__dict__.get, sys.argv[1:]):
-    step(dtype, small, A[:, :64].contiguous(), B[:64].contiguous())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(dtype, w, A, B)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
 def test_no_dense_copy_of_the_weight():
-    """Peak memory of a step over an 8192 x 8192 weight: 33 MB packed, 134 MB or more dense.
+    """Peak memory of a step over an 8192 x 8192 weight: 33 MB packed, 134 MB or more dense."""
+    M, side, blocksize = 64, 8192, 64
+    packed = torch.randint(0, 256, (side * side // 2,), dtype=torch.uint8)
+    absmax = torch.rand(side * side // blocksize)
+    large = NF4Weight(packed, absmax, (side, side), blocksize, BF16)
+    small = peftkern.quantize_nf4(torch.randn(64, 64))
+    A, B = torch.randn(8, side, requires_grad=True), torch.randn(side, 8, requires_grad=True)
 
-    What a step adds to the highest peak so far, in each dtype: one before it raised that by less
-    than a dense copy, which would show all the same.
-    """
-    said = run_code(PEAK_SCRIPT, "bfloat16", "float16", "float32")
-    added = [int(line) for line in said.splitlines()]
-    assert len(added) == 3 and max(added) < PEAK_STEP_KILOBYTES
+    def step(w: NF4Weight, dtype: torch.dtype) -> None:
+        x = torch.randn(M, w.shape[1], dtype=dtype, requires_grad=True)
+        a, b = A[:, : w.shape[1]].contiguous(), B[: w.shape[0]].contiguous()
+        y = peftkern.nf4_lora_linear(x, w, a, b, scaling=1.0, dropout_p=0.1)
+        y.backward(torch.ones_like(y))
+
+    for dtype in (BF16, torch.float16, F32):
+        step(small, dtype)
+        assert growth(lambda dtype=dtype: step(large, dtype)) < PEAK_STEP_BYTES
 
 
 def test_no_grad_mode_keeps_no_graph(backend, kind):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_folders import contents, load_tensors
+from checkpoint_folders import contents, load_tensors, save_tensors
 from merged_folders import (
     assert_same_tensors,
     make_model,
@@ -15,9 +15,9 @@ from merged_folders import (
     save_adapter,
     save_base,
 )
-from processes import run_code
+from peak_memory import growth
 
-from peftkern.tools.adapters import Update, read_adapter
+from peftkern.tools.adapters import Adapter, Update, read_adapter, write_adapter
 from peftkern.tools.checkpoints.weights import Weight
 from peftkern.tools.merge import tensors
 from peftkern.tools.merge.edits import Edit
@@ -132,45 +132,26 @@ def test_a_tensor_whose_merged_rows_come_late_is_measured(monkeypatch) -> None:
     ]
 
 
-MEMORY = """
-import sys, pathlib
-import torch
-from merged_folders import make_model, save_adapter, merge, read_adapter, read_checkpoint
-from peftkern.tools.merge.merge import merge_checkpoint, Options
-from checkpoint_folders import save_tensors
-folder = pathlib.Path(sys.argv[1])
-tables = {"vocab_size": 131072, "hidden_size": 512, "num_hidden_layers": 1}
-with torch.device("meta"):
-    model = make_model("Llama", "ForCausalLM", torch.bfloat16, **tables)
-tensors = {name: torch.zeros(p.shape, dtype=torch.bfloat16) for name, p in model.named_parameters()}
-largest = max(tensor.nbytes for tensor in tensors.values())
-save_tensors(folder / "base", {"model.safetensors": tensors})
-model.config.save_pretrained(folder / "base")
-config = folder / "base" / "config.json"
-config.write_text(config.read_text().replace("{", '{"architectures": ["LlamaForCausalLM"],', 1))
-A, B = torch.randn(2, 131072), torch.randn(512, 2)
-from safetensors.torch import save_file
-(folder / "adapter").mkdir()
-key = "base_model.model.model.embed_tokens.lora_embedding_"
-save_file({key + "A": A, key + "B": B}, folder / "adapter" / "adapter_model.safetensors")
-text = '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}'
-(folder / "adapter" / "adapter_config.json").write_text(text)
-del tensors, A, B
-torch.set_num_threads(2)
-adapter, checkpoint = read_adapter(folder / "adapter"), read_checkpoint(folder / "base")
-merge_checkpoint(checkpoint, [(adapter, 1.0)], folder / "warm", Options())
-pathlib.Path("/proc/self/clear_refs").write_text("5")
-def peak():
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-before = peak()
-merge_checkpoint(checkpoint, [(adapter, 1.0)], folder / "out", Options())
-print(largest, peak() - before)
-"""
-
-
 def test_peak_memory_is_that_of_panels(tmp_path: Path) -> None:
     """For a table of 134 MB a few buffers of two threads, and the adapter in float32."""
-    largest, growth = map(int, run_code(MEMORY, tmp_path).split()[-2:])
+    tables = {"vocab_size": 131072, "hidden_size": 512, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        model = make_model(**tables)
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    largest = max(tensor.nbytes for tensor in tensors.values())
     assert largest == 131072 * 512 * 2
-    assert growth < largest / 4
+    save_tensors(tmp_path / "base", {"model.safetensors": tensors})
+    del tensors
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(tmp_path / "base")
+    update = Update("model.embed_tokens", "weight", "embedding",
+                    torch.randn(2, 131072), torch.randn(512, 2), 1.0)  # fmt: skip
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}
+    write_adapter(Adapter(config, {update.module: update}), tmp_path / "adapter")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    merge(tmp_path / "base", tmp_path / "adapter", to=tmp_path / "warm")
+    again = growth(lambda: merge(tmp_path / "base", tmp_path / "adapter", to=tmp_path / "out"))
+    torch.set_num_threads(before)
+    assert again < largest / 4
