@@ -21,7 +21,24 @@ class Row(NamedTuple):
     processes: int
 
 
-ROWS: tuple[Row, ...] = ()
+DDP_ROWS = (
+    *(
+        Row("DDP", method, "served", 2)
+        for method in ("LoRA", "DoRA", "AdaLoRA", "QLoRA (bitsandbytes)", "experts")
+    ),
+    Row("DDP", "LoRA", "served", 4),
+    Row("DDP, static_graph", "LoRA", "served", 2),
+    Row("DDP, find_unused_parameters", "LoRA", "served", 2),
+    Row("DDP, gradient accumulation under no_sync", "LoRA", "served", 2),
+    Row("DDP, a rank has fewer batches (join)", "LoRA", "served", 2),
+    Row("DDP, a rank has fewer rows", "LoRA", "served", 2),
+    Row("DDP, reentrant checkpointing (static_graph)", "LoRA", "served", 2),
+    Row("DDP, checkpointing", "LoRA", "served", 2),
+    Row("DDP, autocast to bfloat16", "LoRA", "served", 2),
+    Row("DDP, communication hook", "LoRA", "served", 2),
+)
+
+ROWS: tuple[Row, ...] = (*DDP_ROWS,)
 
 
 def table(rows: tuple[Row, ...] = ROWS) -> str:
