@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from peftkern.integrations.peft.fallback import Fallback, hooked, unusual_dropout, unusual_tensor
 from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, active_names, fused
 from peftkern.layers.svd import fold_diagonal
-from peftkern.methods.adalora import apply_mask_
 
 
 class SVDLayer(PatchedLayer):
@@ -130,33 +128,6 @@ def widen_diagonals(tuner: AdaLoraModel) -> None:
             for group in (layer.lora_E, layer.ranknum):
                 if group[name].dtype in (torch.bfloat16, torch.float16):
                     group[name].data = group[name].data.float()
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """Return a parameter that FSDP2 has sharded as one tensor, with its gradient; others as is.
-
-    The processes gather it together, and get the same.
-    """
-    if not hasattr(parameter, "full_tensor"):
-        return parameter
-    gathered = parameter.detach().full_tensor()
-    if parameter.grad is not None:
-        gathered.grad = parameter.grad.full_tensor()
-    return gathered
-
-
-def mask_diagonals_(lora_E: Sequence[Tensor], mask: Tensor) -> None:
-    """Zero what `mask` [sum of r] does not keep, of a sharded lora_E in the rows that are here."""
-    held, kept = [], []
-    for E, part in zip(lora_E, mask.split([E.shape[0] for E in lora_E]), strict=True):
-        if hasattr(E, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
-            part = distribute_tensor(part, E.device_mesh, E.placements, src_data_rank=None)
-            E, part = E.detach().to_local(), part.to_local()
-        held.append(E)
-        kept.append(part)
-    apply_mask_(held, torch.cat(kept))
 
 
 def freeze_ranknum(layer: nn.Module) -> None:

@@ -29,7 +29,8 @@ from torch import Tensor
 from peftkern.integrations.peft.adalora import PatchedRankAllocator
 from peftkern.integrations.peft.adalora_budget import adopt_limits
 from peftkern.integrations.peft.adalora_compact import look_again
-from peftkern.integrations.peft.adalora_layers import layers_of, whole, widen_diagonals
+from peftkern.integrations.peft.adalora_layers import layers_of, widen_diagonals
+from peftkern.methods.processes import with_gradient
 from peftkern.methods.rank_budget import RankLimits
 
 __all__ = ["FILE", "AdaLoraState", "keep_state_when_loading", "load_state", "save_state"]
@@ -72,9 +73,9 @@ def save_state(
     config, tensors, ranknum = tuner.peft_config[name], {}, {}
     pattern = {k.removesuffix(f".{name}"): v for k, v in (config.rank_pattern or {}).items()}
     for path, layer in layers_of(tuner).items():
-        ranknum[path] = whole(layer.ranknum[name]).item()
+        ranknum[path] = with_gradient(layer.ranknum[name]).item()
         for group in _GROUPS:
-            tensors[f"{path}.{group}"] = whole(getattr(layer, group)[name])
+            tensors[f"{path}.{group}"] = with_gradient(getattr(layer, group)[name])
             for average in _AVERAGES:
                 held = getattr(allocator, average).get(f"{path}.{group}.{name}")
                 if held is not None:
@@ -278,7 +279,7 @@ def _scattered(
                 f"{folder}: {path} had {len(kept[path])} triplets at first, in the model {rows}; "
                 "make the model with the init_r of that training"
             )
-        ranknum[path] = whole(layer.ranknum[name]).item()
+        ranknum[path] = with_gradient(layer.ranknum[name]).item()
         for group in _GROUPS:
             saved = _held(weights, f"base_model.model.{path}.{group}", file)
             full = getattr(layer, group)[name].detach().cpu().to(saved.dtype, copy=True)

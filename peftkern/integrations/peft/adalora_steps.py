@@ -18,9 +18,10 @@ from torch import nn
 
 from peftkern.integrations.peft.adalora_budget import set_budget
 from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, watch_states
-from peftkern.integrations.peft.adalora_layers import find_tuner, widen_diagonals
+from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of, widen_diagonals
 from peftkern.integrations.peft.adalora_state import load_state, save_state
 from peftkern.integrations.peft.patch import is_patched, patch
+from peftkern.methods.processes import check_not_flat
 from peftkern.methods.rank_budget import RankBudget
 
 __all__ = ["AdaLoraSteps"]
@@ -96,11 +97,14 @@ class AdaLoraSteps:
 def prepare(model: nn.Module | None) -> AdaLoraModel:
     """Return the AdaLoRA model inside, patched if nothing is, with its diagonals in float32.
 
-    Raises: ValueError if there is none in training.
+    Raises: ValueError if there is none in training, or FSDP1 holds it in flat parameters.
     """
     tuner = find_tuner(model)
     if tuner is None:
         raise ValueError("model: expected an AdaLoRA adapter in training, found none")
+    name = tuner.trainable_adapter_name
+    for path, layer in layers_of(tuner).items():
+        check_not_flat(f"{path}.lora_E", layer.lora_E[name], "AdaLoRA")
     if not is_patched(model):
         patch(model)
     widen_diagonals(tuner)

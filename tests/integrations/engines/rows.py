@@ -38,7 +38,29 @@ DDP_ROWS = (
     Row("DDP, communication hook", "LoRA", "served", 2),
 )
 
-ROWS: tuple[Row, ...] = (*DDP_ROWS,)
+_OF_LAYERS = (
+    "AdaLoRA (RankAllocator)",
+    "LoRA-FA",
+    "LoRA-Pro",
+    "LoRA-Pro (hook)",
+    "RoSA",
+    "Delta-LoRA",
+    "Delta-LoRA (in place)",
+)
+_FLAT = "refused: FullyShardedDataParallel holds it in pieces of a flat parameter"
+METHOD_ROWS = (
+    *(
+        Row(engine, method, "served", 2)
+        for engine in ("DDP", "FSDP2, a layer as a unit")
+        for method in (*_OF_LAYERS, "DyLoRA", "Quantum-PEFT")
+    ),
+    Row("DDP", "LongLoRA", "served", 2),
+    Row("FSDP2, a decoder layer as a unit", "LongLoRA", "served", 2),
+    Row("FSDP2, a decoder layer as a unit", "AdaLoRA", "served", 2),
+    *(Row("FSDP1", method, _FLAT, 2) for method in (*_OF_LAYERS, "AdaLoRA")),
+)
+
+ROWS: tuple[Row, ...] = (*DDP_ROWS, *METHOD_ROWS)
 
 
 def table(rows: tuple[Row, ...] = ROWS) -> str:
