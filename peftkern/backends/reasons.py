@@ -57,6 +57,15 @@ TABLE: dict[str, dict[str, str]] = {
         "lora_magnitude_vector is {kind}": _PEFT,
         "lora_magnitude_vector is on {device}": "Set `ephemeral_gpu_offload=False`.",
         "DoRA over Conv1D": _PEFT,
+        "tensor parallel: not with one active adapter alone": (
+            "Over split weights one active adapter is served: `model.set_adapter(name)`."
+        ),
+        "tensor parallel: more than plain LoRA": _PEFT,
+        "tensor parallel: lora_A or lora_B is not split as the base is": (
+            "Let PEFT make the adapter over the split model: `get_peft_model` after "
+            "`from_pretrained(distributed_config=...)`."
+        ),
+        "tensor parallel: compiled": f"{NOTHING}: in a graph, PEFT's own forward computes it.",
     },
     "Inputs and dtypes": {
         "input is a nested tensor": "Pad it: `torch.nested.to_padded_tensor`.",

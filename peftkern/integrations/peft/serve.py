@@ -24,7 +24,7 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.functional.arguments import autocast_dtype
-from peftkern.integrations.peft import casts, trial
+from peftkern.integrations.peft import casts, tensor_parallel, trial
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
@@ -90,6 +90,10 @@ class PatchedLayer(PatchedForward):
         if reason is not None:
             return Fallback(reason)
         base_layer = self._modules["base_layer"]
+        if tensor_parallel.PLAN in base_layer.__dict__:  # before all that a process measured
+            answer = tensor_parallel.answer(self, x)
+            if answer is not None:
+                return answer
         if (
             type(base_layer) in DENSE_TYPES
             and not self.other_base
@@ -130,6 +134,8 @@ class PatchedLayer(PatchedForward):
     def outlook(self) -> Outlook:
         base, names = self.get_base_layer(), active_names(self)
         device = self._device(base)
+        if isinstance(tensor_parallel.split_of(self), tensor_parallel.Split):
+            return Outlook(device, None)
         state = read_state(self, names, device)
         reason = state.reason if isinstance(state, Fallback) else None
         if reason is None:

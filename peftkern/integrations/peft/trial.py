@@ -147,6 +147,35 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
     return _refusal(layer, found, complete)
 
 
+def settled(part: Callable[[], nn.Module], x: Tensor, key: tuple) -> str | None:
+    """Return why ours may not answer a class, after a trial here and now if none was held.
+
+    For layers whose own forward meets other processes, which a trial must not do: `part` makes a
+    layer that computes both sides by itself. Args: key, as `refusal`'s.
+    """
+    if trust.mode() == "always" or dispatch.forced_backend() is not None:
+        return None
+    full = (*key, (x.numel() // max(x.shape[-1], 1)).bit_length(), x.device)
+    found = _classes.get(full)
+    if found is None:
+        found = _classes.setdefault(full, LayerClass(name_of(full), x.device, full[2] + full[3]))
+    if not found.decided:
+        found.adopt()
+    if not found.decided and trust.mode() != "off":
+        layer, beside = part(), ((), {})
+        if _possible(layer, x):
+            try:
+                with aside(x.device):
+                    _rehearse(layer, x, beside)
+                    begin = time.perf_counter()
+                    with torch.no_grad():
+                        layer.peer_forward(x.detach())
+                    _decide(layer, x, beside, found, time.perf_counter() - begin)
+            except Exception as error:
+                _give_up(found, error)
+    return found.reason
+
+
 def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | None:
     """Return the fallback of a class that is not ours, or not for this layer yet."""
     recomputed = torch._C._current_graph_task_id() != -1

@@ -38,6 +38,21 @@ DDP_ROWS = (
     Row("DDP, communication hook", "LoRA", "served", 2),
 )
 
+TP_ROWS = (
+    Row("Tensor parallel (transformers)", "LoRA", "served", 2),
+    Row(
+        "Tensor parallel (transformers)",
+        "LoRA, adapters disabled",
+        "tensor parallel: not with one active adapter alone",
+        2,
+    ),
+    Row(
+        "Tensor parallel (transformers)",
+        "DoRA",
+        "refused: mixed torch.Tensor and DTensor, says PEFT alone",
+        2,
+    ),
+)
 _OF_LAYERS = (
     "AdaLoRA (RankAllocator)",
     "LoRA-FA",
@@ -60,7 +75,7 @@ METHOD_ROWS = (
     *(Row("FSDP1", method, _FLAT, 2) for method in (*_OF_LAYERS, "AdaLoRA")),
 )
 
-ROWS: tuple[Row, ...] = (*DDP_ROWS, *METHOD_ROWS)
+ROWS: tuple[Row, ...] = (*DDP_ROWS, *TP_ROWS, *METHOD_ROWS)
 
 
 def table(rows: tuple[Row, ...] = ROWS) -> str:
