@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,18 @@ def mean_over_ranks(losses: list[Tensor]) -> Tensor:
     return total / dist.get_world_size()
 
 
+def named(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `run(*arguments)`; what it raises says for what."""
+    try:
+        return run(*arguments)
+    except Exception as error:
+        error.add_note(name)
+        raise
+
+
 def saved(model: nn.Module, folder: Path) -> str:
     """Digest of the adapter that this rank saves."""
-    own = folder / f"saved-{os.getpid()}"
+    own = Path(tempfile.mkdtemp(dir=folder))
     model.save_pretrained(own)
     return hashlib.sha256((own / "adapter_model.safetensors").read_bytes()).hexdigest()
 

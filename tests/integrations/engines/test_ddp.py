@@ -18,11 +18,13 @@ from engine_runs import (
     curve_alone,
     mean_over_ranks,
     model_of,
+    named,
     products_of,
     products_served,
     share_of,
 )
 from engines import CURVE, STEPS, in_ranks
+from peft_models import take_small_layers
 from rows import DDP_ROWS, Row
 from tolerances import BF16_LOSS_RTOL
 from torch import Tensor, nn
@@ -33,7 +35,6 @@ import peftkern
 from peftkern.backends import trust
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
 
-pytestmark = pytest.mark.usefixtures("small_layers")
 SHORT = STEPS - 5  # batches of the rank that runs out of them
 
 
@@ -123,6 +124,7 @@ def losses_of(case: Case, model: nn.Module, rank: int) -> list[Tensor]:
 
 
 def train(rank: int, case: Case, folder: Path) -> Tensor:
+    take_small_layers()
     model = model_of(case.method)
     peftkern.patch(model)
     peftkern.reset_stats()
@@ -133,31 +135,45 @@ def train(rank: int, case: Case, folder: Path) -> Tensor:
     return mean_over_ranks(losses + [losses[0] * 0] * (STEPS - len(losses)))
 
 
+def train_all(rank: int, rows: list[Row], folder: Path) -> list[Tensor]:
+    """Train by each row in turn: a fork of a process that has imported so much takes its time."""
+    return [named(str(row), train, rank, case_of(row), folder) for row in rows]
+
+
+def all_alone(rank: int) -> dict[tuple, Tensor]:
+    """Losses of one process without peftkern, by what they depend on."""
+    cases = {case.alone: case for case in map(case_of, DDP_ROWS)}
+    return {
+        alone: curve_alone(model_of(case.method), case.parts, case.cast)
+        for alone, case in cases.items()
+    }
+
+
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory):
-    """Losses of one process without peftkern, trained once for all cases that share them."""
-    found: dict[tuple, Tensor] = {}
+def curves(tmp_path_factory) -> dict[tuple, Tensor]:
+    return in_ranks(all_alone, 1, tmp_path_factory.mktemp("alone"))[0]
 
-    def curve(case: Case) -> Tensor:
-        if case.alone not in found:
-            folder = tmp_path_factory.mktemp("alone")
-            alone = in_ranks(
-                lambda rank: curve_alone(model_of(case.method), case.parts, case.cast), 1, folder
-            )
-            found[case.alone] = alone[0]
-        return found[case.alone]
 
-    return curve
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[Row, list[Tensor]]:
+    """What each rank lost by each row."""
+    found = {}
+    for count in sorted({row.processes for row in DDP_ROWS}):
+        rows = [row for row in DDP_ROWS if row.processes == count]
+        folder = tmp_path_factory.mktemp("ranks")
+        ranks = in_ranks(train_all, count, folder / "store", rows, folder)
+        found |= dict(zip(rows, zip(*ranks, strict=True), strict=True))
+    return found
 
 
 @pytest.mark.parametrize("row", DDP_ROWS, ids=lambda row: "-".join(map(str, row)))
-def test_ranks_train_as_one_process(row, curves, tmp_path):
+def test_ranks_train_as_one_process(row, curves, trained):
+    """Served in every layer, as `train` asserts in every rank."""
     case = case_of(row)
     assert row.outcome == "served"
-    expected = curves(case)
     tolerance = {"rtol": BF16_LOSS_RTOL, "atol": 0} if case.autocast else CURVE
-    for got in in_ranks(train, row.processes, tmp_path / "ranks", case, tmp_path):
-        torch.testing.assert_close(got, expected, **tolerance)
+    for got in trained[row]:
+        torch.testing.assert_close(got, curves[case.alone], **tolerance)
 
 
 class PartsOfItsOwn(nn.Module):
@@ -176,6 +192,7 @@ class PartsOfItsOwn(nn.Module):
 
 
 def hold_trials(rank: int, folder: Path) -> dict:
+    take_small_layers()
     model = model_of("LoRA")
     peftkern.patch(model)
     parts = PartsOfItsOwn(model)
