@@ -322,6 +322,12 @@ def refused_by_fsdp2(rank: int) -> dict[str, str]:
         with pytest.raises(kind) as error:
             start()
         said[name] = str(error.value)
+    for group in early.param_groups:  # as accelerate's prepare does
+        group["params"] = list(model.parameters())
+    before = [p.full_tensor() for p in model.parameters() if p.requires_grad]
+    early.step()
+    after = [p.full_tensor() for p in model.parameters() if p.requires_grad]
+    assert not any(map(torch.equal, before, after))
     return said
 
 
