@@ -214,12 +214,8 @@ class PairAdamW(torch.optim.Optimizer):
         params = {p for group in self.param_groups for p in group["params"]}
         return any(pair.lora_B in params for pair in self._pairs)
 
-    def _renew_pairs(self) -> None:
-        """Look the factors up again, which FSDP2 replaces.
-
-        Raises: RuntimeError if this optimizer has others than the model.
-        """
-        self._pairs = [pair.renewed() for pair in self._pairs]
+    def _check_pairs(self) -> None:
+        """Raise RuntimeError if this optimizer has other parameters than the model has now."""
         if self._trains_pairs and not self._holds_pairs():
             raise RuntimeError(
                 f"{type(self).__name__}: the model has other parameters now than this optimizer "
@@ -234,9 +230,10 @@ class PairAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._renew_pairs()
+        self._pairs = [pair.renewed() for pair in self._pairs]  # FSDP2 replaces factors
         grads = {p: p.grad for g in self.param_groups for p in g["params"] if p.grad is not None}
         self._replace(grads)
+        self._check_pairs()
         for group in self.param_groups:
             params = [p for p in group["params"] if p in grads]
             for sharded in (False, True):  # no operation takes both
