@@ -15,6 +15,15 @@ from peftkern.functional import dequantize
 from peftkern.layers.base import NamedErrors, bare_linear, linear_like, low_rank_forward
 
 
+class _BelowWeight:
+    """What torch.distributed.checkpoint finds on the way of a key below `weight`: any name."""
+
+    def __getattr__(self, name: str) -> _BelowWeight:
+        if name.startswith(("__", "_fqn")):
+            raise AttributeError(name)
+        return self
+
+
 class QuantizedLinear(NamedErrors, nn.Linear):
     """Frozen linear layer y = x @ dequantize(weight).T + bias over a value of `kind`.
 
@@ -94,6 +103,15 @@ class QuantizedLinear(NamedErrors, nn.Linear):
         state = self._state(prefix)
         state.pop(f"{prefix}weight")  # super() has written it, as a parameter if asked for
         destination.update(state)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Send torch.distributed.checkpoint, which resolves every key of a state dict attribute by
+        attribute, past the parameter: it has none of the other fields, nor has a shard of it."""
+        return {"weight": "_keys"}
+
+    @property
+    def _keys(self) -> _BelowWeight:
+        return _BelowWeight()
 
     def _load_from_state_dict(
         self,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from adalora_models import quantize_4bit_
 from peft_models import add_lora, fallbacks, served_by_us, text_batch, tiny_llama
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -56,6 +57,20 @@ def _rank(rank: int, count: int, folder: Path, work: Callable[..., Any], argumen
 def lora_llama(**config: Any) -> nn.Module:
     """LoRA over a dense base, in every rank the same."""
     return add_lora(tiny_llama(), **config)
+
+
+def qlora_llama(quant_storage: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    """LoRA over bitsandbytes' NF4, stored in the dtype that FSDP shards."""
+    base = tiny_llama()
+    quantize_4bit_(base, quant_storage=quant_storage)
+    return add_lora(base, **config)
+
+
+def nf4_llama(**config: Any) -> nn.Module:
+    """LoRA over peftkern's own NF4 layers."""
+    base = tiny_llama()
+    peftkern.quantize_(base)
+    return add_lora(base, **config)
 
 
 def in_decoder_layers(model: nn.Module) -> nn.Module:

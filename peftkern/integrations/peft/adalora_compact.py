@@ -93,10 +93,10 @@ def compact_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     if not all(bool(kept.all()) for kept in keep.values()):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's holds torch's
         check_states(optimizer, layers.values())
-        wrappers = _wrappers(tuner)
+        wrappers = wrappers_of(tuner)
         _drop(allocator, layers, keep, optimizer)
         for wrapper in wrappers:
-            _rebuild(wrapper)
+            rebuild(wrapper)
         if optimizer is not None:
             watch_states(tuner, optimizer)
     ranks = {}
@@ -224,7 +224,7 @@ def _kept(
     return keep
 
 
-def _wrappers(tuner: AdaLoraModel) -> list[DistributedDataParallel]:
+def wrappers_of(tuner: AdaLoraModel) -> list[DistributedDataParallel]:
     """Find what wraps a model in DistributedDataParallel, of which the model itself knows nothing.
 
     Raises: ValueError if one has what cannot be made anew.
@@ -248,7 +248,7 @@ def _wrappers(tuner: AdaLoraModel) -> list[DistributedDataParallel]:
     return found
 
 
-def _rebuild(ddp: DistributedDataParallel) -> None:
+def rebuild(ddp: DistributedDataParallel) -> None:
     """Give a wrapper buckets for the parameters as they are, in the way of its own pickling.
 
     The old ones, with their hooks on the parameters, go first.

@@ -35,8 +35,9 @@ from peftkern.methods.rank_budget import RankLimits
 __all__ = ["FILE", "AdaLoraState", "keep_state_when_loading", "load_state", "save_state"]
 
 FILE = "adalora_state.safetensors"
+_KEY = "adalora"  # of the record, in the metadata
 _VERSION = 1
-_GROUPS = ("lora_E", "lora_A", "lora_B")
+GROUPS = ("lora_E", "lora_A", "lora_B")
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 _SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT", "target_r")
 
@@ -68,13 +69,27 @@ def save_state(
 
     Args: write, False in all processes but one; what FSDP2 has sharded they gather together.
     """
+    tensors, record = collect(tuner, step)
+    if not write:
+        return
+    path = Path(folder, FILE)
+    unfinished = path.with_suffix(".part")
+    save_file(on_the_cpu(tensors), unfinished, {_KEY: json.dumps(record)})
+    os.replace(unfinished, path)
+
+
+def collect(
+    tuner: AdaLoraModel, step: int, *, triplets: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Gather what a training needs to go on after `step`: tensors, and what JSON takes."""
     name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
     config, tensors, ranknum = tuner.peft_config[name], {}, {}
     pattern = {k.removesuffix(f".{name}"): v for k, v in (config.rank_pattern or {}).items()}
     for path, layer in layers_of(tuner).items():
         ranknum[path] = whole(layer.ranknum[name]).item()
-        for group in _GROUPS:
-            tensors[f"{path}.{group}"] = whole(getattr(layer, group)[name])
+        for group in GROUPS:
+            if triplets:
+                tensors[f"{path}.{group}"] = whole(getattr(layer, group)[name])
             for average in _AVERAGES:
                 held = getattr(allocator, average).get(f"{path}.{group}.{name}")
                 if held is not None:
@@ -83,8 +98,6 @@ def save_state(
             tensors[f"{path}.kept"] = torch.tensor(pattern[f"{path}.lora_E"], dtype=torch.bool)
         if getattr(allocator, "rows", None) is not None:
             tensors[f"{path}.rows"] = torch.tensor(allocator.rows[path], dtype=torch.bool)
-    if not write:
-        return
     importance = getattr(allocator, "_importance", None)
     if importance is not None and importance.scores is not None:
         tensors["scores"] = importance.scores
@@ -93,11 +106,12 @@ def save_state(
     limits = getattr(allocator, "limits", None)
     record = {"version": _VERSION, "step": step, "schedule": schedule, "ranknum": ranknum}
     record["limits"] = None if limits is None else limits.state_dict()
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    path = Path(folder, FILE)
-    unfinished = path.with_suffix(".part")
-    save_file(tensors, unfinished, {"adalora": json.dumps(record)})
-    os.replace(unfinished, path)
+    return tensors, record
+
+
+def on_the_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors where safetensors takes them from."""
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
 def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
@@ -109,10 +123,15 @@ def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:
-        record = json.loads((file.metadata() or {}).get("adalora", "{}"))
-        if record.get("version") != _VERSION:
-            raise ValueError(f"{path}: version {record.get('version')}, expected {_VERSION}")
+        record = json.loads((file.metadata() or {}).get(_KEY, "{}"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return parse(tensors, record, str(path))
+
+
+def parse(tensors: dict[str, Tensor], record: dict[str, Any], source: str) -> AdaLoraState:
+    """Read what `collect` gave. Raises: ValueError on another version, naming the source."""
+    if record.get("version") != _VERSION:
+        raise ValueError(f"{source}: version {record.get('version')}, expected {_VERSION}")
     averages: dict[str, dict[str, Tensor]] = {name: {} for name in _AVERAGES}
     kept, rows, triplets, scores = {}, {}, {}, tensors.pop("scores", None)
     for key, tensor in tensors.items():
@@ -127,8 +146,7 @@ def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
             triplets[key] = tensor
     limits = record.get("limits")
     if limits is not None:
-        layers = [key.removesuffix(".lora_E") for key in triplets if key.endswith(".lora_E")]
-        limits = RankLimits.from_state(limits, layers)
+        limits = RankLimits.from_state(limits, list(record["ranknum"]))
     return AdaLoraState(
         triplets, averages, kept or None, record["ranknum"], record["schedule"], record["step"],
         scores, limits, rows or None,
@@ -156,7 +174,7 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
     weights = load_peft_weights(folder, device="cpu")
     if state is None:
         state = _scattered(tuner, layers, folder, weights)
-    wanted = {f"{path}.{group}" for path in layers for group in _GROUPS}
+    wanted = {f"{path}.{group}" for path in layers for group in GROUPS}
     if wanted != state.triplets.keys():
         other = sorted(wanted ^ state.triplets.keys())[0]
         raise ValueError(f"{folder}: expected the layers of the model, differs in {other}")
@@ -164,14 +182,14 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
     if state.limits is not None and not isinstance(tuner.rankallocator, PatchedRankAllocator):
         raise ValueError(f"model: expected a patched one, for {folder} has a budget of peftkern's")
     for path, layer in layers.items():
-        for group in _GROUPS:
-            _fit(getattr(layer, group)[name], state.triplets[f"{path}.{group}"])
+        for group in GROUPS:
+            fit(getattr(layer, group)[name], state.triplets[f"{path}.{group}"])
         layer.ranknum[name].data.fill_(state.ranknum[path])
         layer.r[name] = state.triplets[f"{path}.lora_E"].shape[0]
     weights |= {f"base_model.model.{key}": tensor for key, tensor in state.triplets.items()}
     tuner.peft_config[name].rank_pattern = None  # PEFT would take layers to pieces by it
     set_peft_model_state_dict(model, weights, name)
-    _restore_allocator(tuner, state)
+    restore_allocator(tuner, state)
     widen_diagonals(tuner)
     look_again(tuner)
     return state
@@ -220,7 +238,7 @@ def _check_shapes(
     file = Path(folder, FILE if state.step >= 0 else CONFIG_NAME)
     for path, layer in layers.items():
         ranks = []
-        for group in _GROUPS:
+        for group in GROUPS:
             tensor, parameter = state.triplets[f"{path}.{group}"], getattr(layer, group)[name]
             pruned = 1 if group == "lora_B" else 0  # the dimension that may differ
             if tensor.dim() != 2 or parameter.shape[1 - pruned] != tensor.shape[1 - pruned]:
@@ -230,7 +248,7 @@ def _check_shapes(
                 )
             ranks.append(tensor.shape[pruned])
         if len(set(ranks)) > 1:
-            raise ValueError(f"{folder}: {path}: {' and '.join(_GROUPS)} have {ranks} triplets")
+            raise ValueError(f"{folder}: {path}: {' and '.join(GROUPS)} have {ranks} triplets")
         _held(state.ranknum, path, file)
         if state.kept is not None:
             _held(state.kept, path, file)
@@ -245,7 +263,7 @@ def _held(values: Mapping[str, Any], key: str, file: Path) -> Any:
     return values[key]
 
 
-def _fit(parameter: torch.nn.Parameter, tensor: Tensor) -> None:
+def fit(parameter: torch.nn.Parameter, tensor: Tensor) -> None:
     """Give a parameter the shape and dtype of what it is to hold, and its identity stays."""
     if parameter.shape != tensor.shape or parameter.dtype is not tensor.dtype:
         parameter.grad = None
@@ -279,7 +297,7 @@ def _scattered(
                 "make the model with the init_r of that training"
             )
         ranknum[path] = whole(layer.ranknum[name]).item()
-        for group in _GROUPS:
+        for group in GROUPS:
             saved = _held(weights, f"base_model.model.{path}.{group}", file)
             full = getattr(layer, group)[name].detach().cpu().to(saved.dtype, copy=True)
             if group == "lora_E":
@@ -298,7 +316,7 @@ def _scattered(
     return AdaLoraState(triplets, averages, kept if pattern else None, ranknum, schedule, -1, None)
 
 
-def _restore_allocator(tuner: AdaLoraModel, state: AdaLoraState) -> None:
+def restore_allocator(tuner: AdaLoraModel, state: AdaLoraState) -> None:
     """Set mask, averages and budget; the rest of the schedule is the config's, with a warning."""
     name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
     config = tuner.peft_config[name]

@@ -8,18 +8,24 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.adalora.model import AdaLoraModel
-from torch import nn
+from torch import Tensor, nn
 
 from peftkern.integrations.peft.adalora_budget import set_budget
 from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, watch_states
 from peftkern.integrations.peft.adalora_layers import find_tuner, widen_diagonals
 from peftkern.integrations.peft.adalora_state import load_state, save_state
+from peftkern.integrations.peft.adalora_state_dict import (
+    fit_when_loading,
+    load_state_dict,
+    state_dict,
+)
 from peftkern.integrations.peft.patch import is_patched, patch
 from peftkern.methods.rank_budget import RankBudget
 
@@ -66,11 +72,13 @@ class AdaLoraSteps:
         self._model = next(m for m in model.modules() if isinstance(m, PeftModel))
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         watch_states(self.tuner, self._optimizer)
-        self._hook = self._optimizer.register_step_post_hook(self._after_step)
+        self._hooks = fit_when_loading(self.tuner)
+        self._hooks.append(self._optimizer.register_step_post_hook(self._after_step))
 
     def close(self) -> None:
         """Leave the optimizer: its further steps allocate nothing."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write, in one process, the adapter as PEFT does and beside it what `load` needs."""
@@ -87,10 +95,42 @@ class AdaLoraSteps:
             raise ValueError(f"{folder}: expected a folder that AdaLoraSteps.save wrote")
         self.step = state.step
 
+    def state_dict(self) -> dict[str, bytes]:
+        """Return masks, importance, schedule and step, for what also saves the model's parameters.
+
+        accelerator.register_for_checkpointing(steps), or {"model": ..., "adalora": steps} for
+        torch.distributed.checkpoint.
+        """
+        return state_dict(self.tuner, self.step)
+
+    def load_state_dict(self, state: Mapping[str, bytes]) -> None:
+        """Go on after the step of `state_dict`; the model's parameters of that step come first.
+
+        A model from which compaction has dropped triplets loads, too, with this object made before;
+        torch.distributed.checkpoint alone wants the shapes that it had.
+        Raises: ValueError if it is the state of another model, or of parameters not loaded yet.
+        """
+        self.step = load_state_dict(self.tuner, state)
+
     def _after_step(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        if not _is_real(optimizer):
+            return
         self.step += 1
         if allocate(self.tuner, self.step):
             self._compaction.after(self.tuner, self.step, optimizer)
+
+
+def _is_real(optimizer: torch.optim.Optimizer) -> bool:
+    """Return False of the step by which torch.distributed.checkpoint has an optimizer make states:
+    it sets all gradients and learning rates to zero."""
+    if any(float(group.get("lr", 1)) for group in optimizer.param_groups):
+        return True
+    grads = (p.grad for group in optimizer.param_groups for p in group["params"])
+    return any(bool(_gathered(grad).any()) for grad in grads if grad is not None)
+
+
+def _gathered(grad: Tensor) -> Tensor:
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
 
 
 def prepare(model: nn.Module | None) -> AdaLoraModel:

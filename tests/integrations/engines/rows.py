@@ -21,6 +21,44 @@ class Row(NamedTuple):
     processes: int
 
 
+class Checkpoint(NamedTuple):
+    """One line of the table of checkpoints: two processes that save, and others that go on.
+
+    outcome: "resumes", with the losses of the training bit for bit, or "fails: " and the error that
+    unpatched models have, too.
+    """
+
+    engine: str
+    writer: str
+    method: str
+    outcome: str
+
+
+DCP = "torch.distributed.checkpoint"
+ACCELERATE = "accelerate's save_state"
+TRAINER = "the Trainer, killed between steps"
+CHECKPOINTS = (
+    Checkpoint("FSDP2", DCP, "LoRA", "resumes"),
+    Checkpoint("FSDP2", DCP, "QLoRA (bitsandbytes)", "resumes"),
+    Checkpoint("FSDP2", DCP, "QLoRA (peftkern.quantize_)", "resumes"),
+    Checkpoint("FSDP2", DCP, "AdaLoRA", "resumes"),
+    Checkpoint("FSDP2 SHARDED_STATE_DICT", ACCELERATE, "QLoRA (bitsandbytes)", "resumes"),
+    Checkpoint("FSDP2 SHARDED_STATE_DICT", ACCELERATE, "AdaLoRA", "resumes"),
+    Checkpoint(
+        "FSDP2 FULL_STATE_DICT",
+        ACCELERATE,
+        "QLoRA (peftkern.quantize_)",
+        "fails: `base_layer.weight.absmax`",
+    ),
+    Checkpoint("DDP", ACCELERATE, "LoRA", "resumes"),
+    Checkpoint("DDP", ACCELERATE, "QLoRA (peftkern.quantize_)", "resumes"),
+    Checkpoint("DDP", ACCELERATE, "AdaLoRA", "resumes"),
+    Checkpoint(
+        "DDP", ACCELERATE, "QLoRA (bitsandbytes)", "fails: `Unexpected key(s) in state_dict`"
+    ),
+    Checkpoint("DDP", TRAINER, "LoRA", "resumes"),
+    Checkpoint("FSDP2", TRAINER, "QLoRA (bitsandbytes)", "resumes"),
+)
 ROWS: tuple[Row, ...] = ()
 
 
