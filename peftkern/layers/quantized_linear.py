@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional import dequantize
 from peftkern.layers.base import NamedErrors, bare_linear, linear_like, low_rank_forward
-
-
-class _BelowWeight:
-    """What torch.distributed.checkpoint finds on the way of a key below `weight`: any name."""
-
-    def __getattr__(self, name: str) -> _BelowWeight:
-        if name.startswith(("__", "_fqn")):
-            raise AttributeError(name)
-        return self
+from peftkern.layers.state_keys import KeyLookup, any_key
 
 
 class QuantizedLinear(NamedErrors, nn.Linear):
@@ -33,6 +25,7 @@ class QuantizedLinear(NamedErrors, nn.Linear):
 
     kind: ClassVar[type]
     _quant: dict[str, Any]
+    _fqn_modifiers, _any_key = KeyLookup(["weight"]), any_key
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
@@ -103,15 +96,6 @@ class QuantizedLinear(NamedErrors, nn.Linear):
         state = self._state(prefix)
         state.pop(f"{prefix}weight")  # super() has written it, as a parameter if asked for
         destination.update(state)
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """Send torch.distributed.checkpoint, which resolves every key of a state dict attribute by
-        attribute, past the parameter: it has none of the other fields, nor has a shard of it."""
-        return {"weight": "_keys"}
-
-    @property
-    def _keys(self) -> _BelowWeight:
-        return _BelowWeight()
 
     def _load_from_state_dict(
         self,
