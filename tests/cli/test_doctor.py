@@ -23,7 +23,7 @@ from peftkern.backends import counts, dispatch, ops
 from peftkern.backends.cpu import module as native
 from peftkern.cli import main
 from peftkern.integrations import package_probes
-from peftkern.integrations.packages import Answer, Version, accepted, importing, release
+from peftkern.integrations.packages import OPTIONAL, Answer, Version, accepted, importing, release
 from peftkern.tools.doctor import doctor, findings, self_test
 
 FIELDS = {  # of `peftkern doctor --json`, which reports of bugs quote
@@ -40,6 +40,7 @@ FIELDS = {  # of `peftkern doctor --json`, which reports of bugs quote
     ],
     "backends": ["cpu", "triton", "cuda"],
     "served": ["op", "device", "backend", "others"],
+    "formats": ["format", "device", "backend"],
     "versions": ["name", "version", "accepted", "imports", "error"],
     "probes": ["package", "probe", "answer", "cause", "cure"],
     "tested": ["function", "dtype", "device", "backends", "share", "worst", "error", "ok"],
@@ -94,6 +95,7 @@ def test_this_machine_is_healthy(here):
     assert f"{len(ops.SCHEMAS)} ops by cpu; {tests} of {tests} self-tests right" in said
     assert f"; {native.cpu_isa()}; " in said and f"peft {doctor.installed_version('peft')}" in said
     assert "tensors are on cpu" not in said
+    assert "4-bit bases on cpu: nf4, fp4, mxfp4, nvfp4, int4 by cpu" in said
 
 
 def test_details_are_told_when_asked(capfd):
@@ -113,11 +115,13 @@ def test_missing_peers_are_not_wrong(bare):
     assert (status, answer["healthy"], wrong(answer)) == (0, True, [])
     assert answer["backends"]["triton"] == {"why": "triton is not installed", "version": None}
     versions = {v["name"]: v for v in answer["versions"]}
-    assert versions.keys() == {"torch", *PEERS}
+    assert versions.keys() == {"torch", *PEERS, *OPTIONAL}
     assert {versions[name]["version"] for name in PEERS} == {None}
     assert versions["peft"]["accepted"] == accepted("peft") != ""
     assert {row["op"] for row in answer["served"]} == set(ops.SCHEMAS)
     assert {row["backend"] for row in answer["served"] if row["device"] == "cpu"} == {"cpu"}
+    on_cpu = {row["format"]: row["backend"] for row in answer["formats"] if row["device"] == "cpu"}
+    assert on_cpu == dict.fromkeys(("nf4", "fp4", "mxfp4", "nvfp4", "int4"), "cpu")
     assert all(result["ok"] for result in answer["tested"])
     assert answer["trust"]["mode"] == "always" and answer["trust"]["crossovers"]["dense"] > 0
     assert answer["trust"]["devices"][0]["device"] == "cpu"

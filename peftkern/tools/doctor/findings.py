@@ -148,6 +148,15 @@ class Served:
     others: dict[str, str]
 
 
+@dataclass(frozen=True)
+class FormatServed:
+    """Back end that would serve LoRA over a base in a 4-bit format on a device."""
+
+    format: str
+    device: str
+    backend: str | None
+
+
 def finding(id: str, **seen: Any) -> Finding:
     severity, cause, cure = _TABLE[id]
     return Finding(id, severity, cause.format(**seen), cure.format(**seen))
