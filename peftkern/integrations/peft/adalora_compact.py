@@ -22,7 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from peftkern.integrations.peft.adalora import PatchedAdaLoraModel, PatchedRankAllocator
 from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
 from peftkern.methods.adalora import Triplets
-from peftkern.methods.compaction import check_states, forget_misfits_, shrink_triplets_
+from peftkern.methods.compaction import (
+    check_states,
+    forget_misfits_,
+    grow_triplets_,
+    shrink_triplets_,
+)
 
 __all__ = ["Compaction", "compact_"]
 
@@ -103,6 +108,31 @@ def compact_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     for name, layer in allocator.layers_of(tuner.model):
         ranks[name] = layer.r[allocator.adapter_name] = layers[name][0].shape[0]
     return ranks
+
+
+def expand_(model: nn.Module) -> None:
+    """Undo the compaction of an AdaLoRA model that PEFT is to have back: outputs stay the same.
+
+    PEFT knows layers of init_r triplets alone; those that were dropped come back as zeros. States
+    of an optimizer start anew where sizes differ, with a warning before its next step.
+    Raises: ValueError as `compact_`, of what keeps the parameters' sizes.
+    """
+    allocator = getattr(model, "rankallocator", None)
+    rows = getattr(allocator, "rows", None)
+    if type(model) is not PatchedAdaLoraModel or rows is None:
+        return
+    layers = allocator.triplets(model.model)
+    _check_whole(layers)
+    wrappers = _wrappers(model)
+    for name, layer in allocator.layers_of(model.model):
+        here = torch.tensor(rows[name], dtype=torch.bool, device=layers[name][0].device)
+        grow_triplets_(*layers[name], here)
+        layer.r[allocator.adapter_name] = len(here)
+    allocator.rows = allocator._pattern = None
+    allocator.reset_ipt()  # PEFT begins to average it anew, as it does after its last mask
+    for wrapper in wrappers:
+        _rebuild(wrapper)
+    look_again(model)
 
 
 def _triplets(tuner: AdaLoraModel) -> list[Triplets]:

@@ -26,7 +26,14 @@ from peftkern.integrations.frozen_experts import (
     serve_nf4_experts,
     stop_serving,
 )
-from peftkern.integrations.peft import adalora, experts, other_bases, read_check, trial
+from peftkern.integrations.peft import (
+    adalora,
+    adalora_compact,
+    experts,
+    other_bases,
+    read_check,
+    trial,
+)
 from peftkern.integrations.peft.adalora_layers import freeze_ranknum
 from peftkern.integrations.peft.bypass import FirstForward, bypassed
 from peftkern.integrations.peft.fallback import PatchedForward, kept_forward, set_class
@@ -117,8 +124,10 @@ def patch(
 def unpatch(model: nn.Module) -> list[str]:
     """Give every patched layer its own class back; returns the names of the adapter layers.
 
-    Layers that are merged over NF4 weights of peftkern's own keep those from before, which PEFT
-    cannot take its adapters out of: a warning names them, and `patch` finds those weights again.
+    AdaLoRA's layers that were compacted have init_r triplets again, those that were dropped as
+    zeros. Layers that are merged over NF4 weights of peftkern's own keep those from before, which
+    PEFT cannot take its adapters out of: a warning names them, and `patch` finds those weights
+    again.
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
     return _unpatch(model, keep=())
@@ -277,6 +286,7 @@ def _unpatch(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
     for name, module in model.named_modules():
         if module in keep:
             continue
+        adalora_compact.expand_(module)
         if adalora.unpatch_model(module):
             restored.append(name)
         if BNB_TYPES:
