@@ -126,7 +126,8 @@ TABLE: dict[str, dict[str, str]] = {
         "{variant} has factors of its own": "Methods set lora_A and lora_B; of variants DoRA's.",
         "it has no values yet, it is on the meta device": "Call `initialize_` after loading.",
         "a weight in another format, {kind} of {dtype}": (
-            "Started are float32, bfloat16, float16 and NF4. Or `peftkern init` on the dense base."
+            "Started are float32, bfloat16, float16, and the 4 bits of bitsandbytes, NF4Linear and "
+            "BlockLinear. Or `peftkern init` on the dense base."
         ),
         "its weight is {name}, too, which would change with it": (
             "Untie it, leave the layer out of `target_modules`, or use EVA, which leaves "

@@ -12,6 +12,7 @@ from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
 from peftkern.integrations.peft.fallback import Fallback, hooked, unusual_dropout, unusual_tensor
+from peftkern.integrations.peft.own_merge import OwnBaseMerge
 from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, active_names, fused
 from peftkern.layers.svd import fold_diagonal
 from peftkern.methods.adalora import apply_mask_
@@ -74,7 +75,7 @@ class SVDLayer(PatchedLayer):
         return self.scaling[name] / (ranknum.detach() + 1e-5)
 
 
-class PatchedSVDLinear(SVDLayer, SVDLinear):
+class PatchedSVDLinear(OwnBaseMerge, SVDLayer, SVDLinear):
     """PEFT's `adalora.SVDLinear` with the base layer and its first adapter as one op."""
 
     original, op = SVDLinear, "lora_linear"
