@@ -271,6 +271,10 @@ WARNINGS: dict[str, str] = {
     "torch, serves instead.": "Install what the reason names, then `peftkern doctor --forget`.",
     "{name}: merged into 4-bit weights, which PEFT cannot undo: unmerge before `unpatch`, or "
     "`patch` again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
+    "{count} modules of experts are laid out for kernels of transformers that have no gradients: "
+    "what is below them learns wrongly": (
+        "gpt-oss in MXFP4: `from_pretrained(name, config=MXFP4ExpertsConfig.of_checkpoint(name))`."
+    ),
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
     "{count} of the patched layers are never called, for fused kernels read their weights: "
     "{functions}; switch those off for peftkern to serve the layers": (

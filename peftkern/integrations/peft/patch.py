@@ -51,6 +51,7 @@ __all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
 
 _USUAL_ROWS = 512  # below which a dense layer that does not pay is worth a word in the report
 _NAMED = 5  # layers that an error names
+_INFERENCE_ONLY = ("Mxfp4GptOssExperts",)  # by name: transformers makes them where kernels are
 
 
 class _Plan(NamedTuple):
@@ -317,6 +318,12 @@ def _describe(model: nn.Module, plan: _Plan) -> None:
         report.backends[kind], missing = dispatch.serving(torch.device(kind))
         if missing is not None:
             report.warnings.append(f"{report.backends[kind]} serves: {missing}")
+    inference = sum(type(module).__name__ in _INFERENCE_ONLY for module in model.modules())
+    if inference:
+        report.warnings.append(
+            f"{inference} modules of experts are laid out for kernels of transformers that have no "
+            "gradients: what is below them learns wrongly"
+        )
     names = {module: name for name, (module, _) in plan.swaps.items()}
     report.bypassed = {names[m]: by for m, by in bypassed(model) if m in names}
     if report.bypassed:
