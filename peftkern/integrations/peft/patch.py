@@ -78,6 +78,7 @@ def patch(
     exclude: Iterable[str] | None = None,
     dry_run: bool = False,
     strict: bool = False,
+    release: bool = False,
 ) -> PatchReport:
     """Make the LoRA and AdaLoRA layers of a PEFT model run on peftkern, in place and reversibly.
 
@@ -97,6 +98,10 @@ def patch(
         dry_run: change nothing; the report tells what would be patched, and why the rest not.
         strict: raise if a layer with an adapter that include and exclude leave in would not be
             served; then nothing has changed.
+        release: let layers of HQQ, GPT-QModel and torchao whose codes are packed anew go without
+            their own, which would take as much memory again. Whatever reads them, a state dict
+            too, gets them bit for bit; `unpatch` puts them back, and has to come before the model
+            moves to another device.
 
     NF4 experts without an adapter are served all if one of them is chosen.
 
@@ -115,6 +120,10 @@ def patch(
         _refuse(report.unserved)
     if strict and not dry_run:
         _swap(model, plan)
+    if release and not dry_run:
+        for module, _ in plan.swaps.values():
+            if isinstance(module, other_bases.OtherBase):
+                other_bases.release(module)
     if report.patched and not (dry_run or report.bypassed):
         FirstForward.watch(model)
     for warning in report.warnings:
