@@ -1,1 +1,1 @@
-"""Quantization of a checkpoint to NF4, tensor by tensor: `peftkern quantize`."""
+"""Quantization of a checkpoint to 4 bits, tensor by tensor: `peftkern quantize`."""

@@ -104,13 +104,17 @@ def find_weights(
             f"{type(model).__name__} that may be quantized to {format}{why}"
         )
     if isinstance(config, BitsAndBytesConfig):
-        if stacks:
-            own = {k: v for k, v in config.to_dict().items() if k.startswith(("bnb", "llm"))}
-            config = NF4ExpertsConfig(experts_blocksize=blocksize, **own)
+        config = _with_experts(config, blocksize) if stacks else config
         most = statistics.mode(sorted(checkpoint.tensors[name].dtype for name in names))
         compute = DTYPES[most] if compute_dtype is None else getattr(torch, compute_dtype)
         config.bnb_4bit_compute_dtype = compute
     return found, json.loads(config.to_json_string(use_diff=False))
+
+
+def _with_experts(config: BitsAndBytesConfig, blocksize: int) -> NF4ExpertsConfig:
+    """Return the config of a model whose experts are in NF4, too."""
+    own = {k: v for k, v in config.to_dict().items() if k.startswith(("bnb", "llm"))}
+    return NF4ExpertsConfig(experts_blocksize=blocksize, **own)
 
 
 def _config(
