@@ -38,7 +38,11 @@ ACCEPTED = {  # in the fields of Training that are names
     "attention": ("sdpa", "eager"),
     "device": ("cuda", "cpu"),
     "base": ("bf16", "fp32", "nf4"),
+    "shard": (None, "ddp", "fsdp2", "zero3"),
+    "param_dtype": (None, "bf16", "fp32"),
+    "reduce_dtype": (None, "bf16", "fp32"),
 }
+DENSE = ("bf16", "fp32")
 ALL = ("all-linear",)
 PHASES = ("forward", "backward", "optimizer")
 _LARGEST = 2**32
@@ -59,6 +63,11 @@ class Training:
     `peftkern.patch`. autocast: the forward pass in bf16 where torch.autocast does so. prepare_kbit:
     after PEFT's prepare_model_for_kbit_training. device: cuda or cpu. target_r: of adalora, the
     triplets of a layer that compaction leaves on average (`Planner.compacted`).
+
+    devices, shard: so many devices that share the model by ddp, fsdp2 (`fully_shard` of each decoder
+    layer) or zero3 (DeepSpeed), each with `batch` sequences of its own; bytes are then those of one.
+    Of fsdp2 alone: reshard, its `reshard_after_forward` of layers; param_dtype and reduce_dtype, those
+    of its `MixedPrecisionPolicy`, and dtype and adapter_dtype are then what is stored.
     """
 
     method: str = "lora"
@@ -80,6 +89,11 @@ class Training:
     prepare_kbit: bool = False
     adapter: dict[str, Any] | None = None
     target_r: int | None = None
+    devices: int = 1
+    shard: str | None = None
+    reshard: bool = True
+    param_dtype: str | None = None
+    reduce_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.base is None:
@@ -87,13 +101,15 @@ class Training:
         for name, accepted in ACCEPTED.items():
             value = getattr(self, name)
             if value not in accepted:
-                raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
+                names = ", ".join(filter(None, accepted))
+                raise ValueError(f"{name}: expected one of {names}, got {value!r}")
         for name in ("r", "batch", "sequence"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
                 raise ValueError(f"{name}: expected an integer from 1 to {_LARGEST}, got {value!r}")
         if self.target_r is not None:
             self._check_target()
+        self._check_devices()
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if self.method == "qlora" and self.base != "nf4":
@@ -117,12 +133,41 @@ class Training:
         """Triplets or ranks of a layer before any is pruned."""
         return self.r if self.adapter is None else self.adapter.get("init_r", 12)
 
+    def computed(self) -> Training:
+        """Return the training with the dtypes of its forward pass, which engines cast to."""
+        if self.shard == "zero3":
+            return replace(self, adapter_dtype=self.dtype)
+        if self.param_dtype is None:
+            return self
+        kind = self.param_dtype
+        base = self.base if self.base not in DENSE else kind
+        return replace(self, dtype=kind, adapter_dtype=kind, base=base)
+
     def compacted(self) -> Training:
         """Return the training as it is after compaction to target_r."""
         if self.adapter is None:
             return replace(self, r=self.target_r, target_r=None)
         adapter = {**self.adapter, "init_r": self.target_r, "target_r": self.target_r}
         return replace(self, adapter=adapter, target_r=None)
+
+    def _check_devices(self) -> None:
+        if type(self.devices) is not int or not 1 <= self.devices <= _LARGEST:
+            raise ValueError(
+                f"devices: expected an integer from 1 to {_LARGEST}, got {self.devices!r}"
+            )
+        if self.shard is None and self.devices > 1:
+            raise ValueError(
+                f"devices: expected 1 where shard does not say how {self.devices} of them share the "
+                "model: ddp, fsdp2 or zero3"
+            )
+        if self.shard is not None and self.devices == 1:
+            raise ValueError(f"devices: {self.shard} needs at least 2, got 1")
+        own = {"param_dtype": None, "reduce_dtype": None, "reshard": True}
+        for name, value in own.items():
+            if self.shard != "fsdp2" and getattr(self, name) != value:
+                raise ValueError(f"{name}: an option of shard fsdp2, got shard {self.shard}")
+        if self.adaptive and self.shard in ("fsdp2", "zero3"):
+            raise ValueError(f"shard: adalora is planned on ddp alone, got {self.shard}")
 
     def _check_target(self) -> None:
         if not self.adaptive:
@@ -147,6 +192,7 @@ class Plan:
     fixed: dict[str, int]
     phases: dict[str, dict[str, int]]
     work: Work
+    communication: dict[str, dict[str, int]] = field(default_factory=dict)
     totals: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -247,13 +293,26 @@ class Planner:
                 trace = self._steps.trace(*key)
             counts, fixed = trace.pop("counts"), trace.pop("fixed")
             work = Work(trace.pop("work"))
+            moved = self._communication(trace.pop("communication"))
             phases = {}
             for phase in PHASES:
                 found = (parts for segment, parts in trace.items() if segment[0] == phase)
                 phases[phase] = dict(max(found, key=Counter.total))
             numbers = counts["parameters"], counts["trainable"]
-            self._plans[key] = Plan(*numbers, dict(fixed), phases, work)
+            self._plans[key] = Plan(*numbers, dict(fixed), phases, work, moved)
         return self._plans[key]
+
+    def _communication(self, counted: Counter) -> dict[str, dict[str, int]]:
+        """Name the collectives of a step, and say what each device sends."""
+        from peftkern.tools.plan.sharding import sent
+
+        found: dict[str, dict[str, int]] = {}
+        for (collective, phase, what), number in counted.items():
+            one = found.setdefault(f"{collective}, {phase}", {})
+            one[what] = number
+            if what == "bytes":
+                one["sent"] = sent(collective, number, self.training.devices)
+        return found
 
     def compacted(self) -> tuple[Plan, Plan]:
         """Return the plan after AdaLoRA's last mask, and after compaction to target_r.
