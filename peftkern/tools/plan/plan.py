@@ -64,10 +64,10 @@ class Training:
     after PEFT's prepare_model_for_kbit_training. device: cuda or cpu. target_r: of adalora, the
     triplets of a layer that compaction leaves on average (`Planner.compacted`).
 
-    devices, shard: so many devices that share the model by ddp, fsdp2 (`fully_shard` of each decoder
-    layer) or zero3 (DeepSpeed), each with `batch` sequences of its own; bytes are then those of one.
-    Of fsdp2 alone: reshard, its `reshard_after_forward` of layers; param_dtype and reduce_dtype, those
-    of its `MixedPrecisionPolicy`, and dtype and adapter_dtype are then what is stored.
+    devices, shard: so many devices share the model by ddp, fsdp2 (`fully_shard` of each decoder
+    layer) or zero3 (DeepSpeed), each with `batch` sequences of its own; bytes are then those of
+    one. Of fsdp2 alone: reshard, the `reshard_after_forward` of layers; param_dtype, reduce_dtype,
+    those of its `MixedPrecisionPolicy`: dtype and adapter_dtype are then what is stored.
     """
 
     method: str = "lora"
@@ -157,8 +157,8 @@ class Training:
             )
         if self.shard is None and self.devices > 1:
             raise ValueError(
-                f"devices: expected 1 where shard does not say how {self.devices} of them share the "
-                "model: ddp, fsdp2 or zero3"
+                f"devices: expected 1 where shard does not say how they share the model (ddp, "
+                f"fsdp2 or zero3), got {self.devices}"
             )
         if self.shard is not None and self.devices == 1:
             raise ValueError(f"devices: {self.shard} needs at least 2, got 1")

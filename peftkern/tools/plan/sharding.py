@@ -1,4 +1,4 @@
-"""What each of several devices holds and sends in a step: DDP, FSDP2 and ZeRO-3, by their own rules.
+"""What each of several devices holds and sends in a step: DDP, FSDP2, ZeRO-3, by their own rules.
 
 An engine's events happen at the places of the step where the real one has its hooks, and what it
 takes there is a tensor of the traced step: so a peak is that of activations, gradients and gathered
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from math import ceil
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def sent(collective: str, nbytes: int, devices: int) -> int:
 
     (N - 1) / N of what is gathered or scattered, twice that of what is all-reduced, which is both;
     a broadcast passes all of it on. Latency, and what a tree or a switch saves, is in none.
-    Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009; NCCL's "bus bandwidth"
+    Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009; nccl-tests' "busbw"
     """
     if collective == BROADCAST:
         return nbytes
@@ -76,7 +77,7 @@ class Engine:
         """After the backward pass of a layer, if what it is given needs a gradient; of all."""
 
     def gradient(self, parameter: Tensor) -> None:
-        """A gradient of a parameter is complete here."""
+        """At a parameter's gradient, which is complete."""
         self.tracker.move(parameter.grad, GRADIENTS)
 
     def finish(self, trace: dict[Any, Counter]) -> None:
@@ -146,15 +147,15 @@ class FSDP2(Engine):
 
     def _rows(self, parameter: Tensor) -> int:
         """Return the rows of the first device's shard, which are those of every padded one."""
-        return -(-parameter.shape[0] // self.devices)
+        return ceil(parameter.shape[0] / self.devices)
 
     def _piece(self, parameter: Tensor) -> int:
         """Return the elements of a padded shard; of packed 4-bit codes the bytes."""
         if parameter.is_floating_point():
             return self._rows(parameter) * (parameter.numel() // max(parameter.shape[0], 1))
         storage = _DTYPES[self.training.dtype].itemsize
-        nbytes = parameter.numel() * parameter.element_size()
-        return -(-(-(-nbytes // storage)) // self.devices) * storage
+        stored = ceil(parameter.numel() * parameter.element_size() / storage)
+        return ceil(stored / self.devices) * storage
 
     def held(self, tensor: Tensor) -> int:
         if not isinstance(tensor, nn.Parameter):
@@ -269,19 +270,19 @@ class FSDP2(Engine):
 class ZeRO3(Engine):
     """DeepSpeed's stage 3, with the sizes that transformers fills in for "auto".
 
-    Everything is cast to the training's dtype. A parameter is cut into equal pieces of its elements;
-    one of at most 10 * hidden_size elements is whole on every device as well, gathered after the
-    optimizer's step. The others are gathered in each pass, all at once at most up to
-    `max_live_parameters` (1e9 elements), or a layer where that is more: counted throughout both
-    passes, as DeepSpeed keeps what is read again within as many elements (which also saves it some
-    gathering in the backward pass that is counted here). Gradients go through a bucket of
-    hidden_size^2 elements into shards that stay; the optimizer has a copy of its shards in float32.
+    Everything is cast to the training's dtype. A parameter is cut into equal pieces of its
+    elements; one of at most 10 * hidden_size elements is whole on every device as well, gathered
+    after the optimizer's step. The others are gathered in each pass. DeepSpeed keeps what is read
+    again within 1e9 elements (`max_live_parameters`, `max_reuse_distance`), so as many, or a
+    module's own where they are more, count as gathered throughout both passes; what that saves of
+    gathering in the backward pass is not taken off. Gradients go through a bucket of hidden_size^2
+    elements into shards that stay; the optimizer has a copy of its shards in float32.
     """
 
     LIVE = 10**9
 
     def _piece(self, parameter: Tensor) -> int:
-        return -(-parameter.numel() // self.devices)
+        return ceil(parameter.numel() / self.devices)
 
     def _stays(self, parameter: Tensor) -> bool:
         """Return whether a parameter is whole on every device."""
@@ -304,12 +305,11 @@ class ZeRO3(Engine):
         fixed["bucket of gradients"] = item * self.hidden**2
         with tracker.filed(FIXED):
             self.flat = torch.empty(pieces)
-        seen: set[int] = set()
-        layers = [m for m in model.modules() if "plan_label" in vars(m)]
-        units = [sum(map(self._whole, _new(module, seen))) for module in (*layers, model)]
-        self.total, self.largest = sum(units), max(units)
+        modules = (m.parameters(recurse=False) for m in model.modules())
+        self.largest = max(sum(map(self._whole, own)) for own in modules)
         for phase in (FORWARD, BACKWARD):
-            self.communication[ALL_GATHER, phase, "bytes"] = self.total
+            nbytes = sum(map(self._whole, model.parameters()))
+            self.communication[ALL_GATHER, phase, "bytes"] = nbytes
         self.communication[REDUCE_SCATTER, BACKWARD, "bytes"] = item * self.devices * pieces
         stay = (p for p in model.parameters() if self._stays(p))
         nbytes = sum(self.devices * self._piece(p) * p.element_size() for p in stay)
