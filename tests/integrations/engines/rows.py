@@ -26,7 +26,10 @@ ROWS: tuple[Row, ...] = ()
 
 def table(rows: tuple[Row, ...] = ROWS) -> str:
     """Markdown, the rows of an engine together."""
-    lines = ["| Engine | Method | A patched layer | Processes in its test |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| Engine | Method | A patched layer | Processes in its test |",
+        "| --- | --- | --- | --- |",
+    ]
     for row in sorted(rows, key=lambda row: [r.engine for r in rows].index(row.engine)):
         said = row.outcome
         if said != "served" and not said.startswith("refused"):
