@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from plan_configs import LLAMA_CONFIG
-from plan_steps import DTYPES, check, nbytes
-from torch import Tensor, nn
+from plan_steps import DTYPES, check, nbytes, tables
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -177,18 +177,9 @@ def test_weights_are_counted_to_the_byte(folders, config, dtype, base):
             part = "linear layers"
         else:
             part = "norms, biases"
-        found[part] += nbytes([tensor, *_tables(tensor)])
+        found[part] += nbytes([tensor, *tables(tensor)])
     fixed = planning.plan(config, training).fixed
     assert {name: fixed.get(name, 0) for name in found} == found
-
-
-def _tables(weight: Tensor) -> list[Tensor]:
-    """What bitsandbytes keeps beside a quantized weight."""
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return []
-    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return [state.absmax, state.code, *nested]
 
 
 @pytest.mark.parametrize(

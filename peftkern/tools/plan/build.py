@@ -72,6 +72,11 @@ def quantize(model: nn.Module, training: Any) -> None:
         if isinstance(module, bnb.nn.Linear4bit):
             _quantize_layer(module, training)
         for name in expert_parameters(module):
+            if training.shard in ("fsdp2", "zero3"):
+                raise ValueError(
+                    f"base: experts in {training.base} are whole on each device, as with "
+                    f"shard ddp, for fully_shard would make them dense; got {training.shard}"
+                )
             weight = module._parameters[name]
             if refusal(tuple(weight.shape), _BLOCK) is None:
                 stack = NF4Stack.empty(tuple(weight.shape), dtype=weight.dtype, device="meta")

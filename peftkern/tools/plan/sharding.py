@@ -73,14 +73,17 @@ class Engine:
     def before_backward(self, layer: nn.Module | None) -> None:
         """Before the backward pass of a layer; None: of the whole model."""
 
-    def after_backward(self, layer: nn.Module | None) -> None:
-        """After the backward pass of a layer, if what it is given needs a gradient; of all."""
+    def close(self, layer: nn.Module | None = None) -> None:
+        """After the backward pass of a layer, or of whichever it was: another's comes next."""
+
+    def finish_backward(self) -> None:
+        """After the backward pass of the whole model."""
 
     def gradient(self, parameter: Tensor) -> None:
         """At a parameter's gradient, which is complete."""
         self.tracker.move(parameter.grad, GRADIENTS)
 
-    def finish(self, trace: dict[Any, Counter]) -> None:
+    def extend(self, trace: dict[Any, Counter]) -> None:
         """Add to the trace of a whole model what is no sum over its layers."""
 
     def _count(self, collective: str, phase: str, nbytes: int) -> None:
@@ -112,8 +115,8 @@ class DDP(Engine):
 class _Unit:
     """Parameters that FSDP2 gathers together, and what of them is here."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, module: nn.Module, seen: set[int]) -> None:
+        self.layer, self.parameters = module, list(_new(module, seen))
         self.arriving: Tensor | None = None
         self.whole: Tensor | None = None
         self.done = False
@@ -166,8 +169,8 @@ class FSDP2(Engine):
         super().begin(model, tracker, fixed)
         seen: set[int] = set()
         layers = [m for m in model.modules() if "plan_label" in vars(m)]
-        self.units = {layer: _Unit(list(_new(layer, seen))) for layer in layers}
-        self.rest = _Unit(list(_new(model, seen)))
+        self.units = {layer: _Unit(layer, seen) for layer in layers}
+        self.rest = _Unit(model, seen)
         self.shards: dict[int, nn.Parameter] = {}
         for p in super().trained():
             with tracker.filed(FIXED):
@@ -201,7 +204,6 @@ class FSDP2(Engine):
         if layer is None:
             place = len(self.order)
         else:
-            self._close()
             self.open = self.units[layer]
             self._gather(self.open, BACKWARD)
             self._copy_out(self.open)
@@ -209,12 +211,13 @@ class FSDP2(Engine):
         if place > 0:
             self._gather(self.order[place - 1], BACKWARD)  # ahead of its turn
 
-    def after_backward(self, layer: nn.Module | None) -> None:
-        if layer is not None:
-            if self.open is self.units[layer]:
-                self._close()
-            return
-        self._close()
+    def close(self, layer: nn.Module | None = None) -> None:
+        if self.open is not None and layer in (None, self.open.layer):
+            self._reduce(self.open)
+            self.open = None
+
+    def finish_backward(self) -> None:
+        self.close()
         for unit in (self.rest, *self.units.values()):  # those whose input needs no gradient
             self._reduce(unit)
         self.reducing = None
@@ -229,19 +232,14 @@ class FSDP2(Engine):
         self._count(ALL_GATHER, phase, self.devices * nbytes)
 
     def _copy_out(self, unit: _Unit) -> None:
-        """Make a unit's parameters whole; in the forward pass the buffer stays until the next."""
-        self.last_buffer = None
+        """Make a unit's parameters whole; in the forward pass its buffer stays until those of the
+        next one are, too."""
         if unit.arriving is None:
             return
         sizes = (self.devices * self._piece(p) * p.element_size() for p in unit.parameters)
         unit.whole = self._take(sum(self.tracker.rounded(n) for n in sizes), GATHERED)
         self.last_buffer = None if self.in_backward else unit.arriving
         unit.arriving = None
-
-    def _close(self) -> None:
-        if self.open is not None:
-            self._reduce(self.open)
-            self.open = None
 
     def _reduce(self, unit: _Unit) -> None:
         """Free a unit's parameters, and put its gradients' sums into the shards."""
@@ -272,11 +270,12 @@ class ZeRO3(Engine):
 
     Everything is cast to the training's dtype. A parameter is cut into equal pieces of its
     elements; one of at most 10 * hidden_size elements is whole on every device as well, gathered
-    after the optimizer's step. The others are gathered in each pass. DeepSpeed keeps what is read
-    again within 1e9 elements (`max_live_parameters`, `max_reuse_distance`), so as many, or a
-    module's own where they are more, count as gathered throughout both passes; what that saves of
-    gathering in the backward pass is not taken off. Gradients go through a bucket of hidden_size^2
-    elements into shards that stay; the optimizer has a copy of its shards in float32.
+    after the optimizer's step. The others are gathered in the forward pass, those of decoder layers
+    again in the backward pass. DeepSpeed keeps what is read again within 1e9 elements
+    (`max_live_parameters`, `max_reuse_distance`): so many, or a module's own where they are more,
+    count as gathered throughout both passes, but what that saves of gathering is not taken off.
+    Gradients go through a bucket of hidden_size^2 elements into shards that stay; the optimizer has
+    a copy of its shards in float32.
     """
 
     LIVE = 10**9
@@ -307,8 +306,10 @@ class ZeRO3(Engine):
             self.flat = torch.empty(pieces)
         modules = (m.parameters(recurse=False) for m in model.modules())
         self.largest = max(sum(map(self._whole, own)) for own in modules)
-        for phase in (FORWARD, BACKWARD):
-            nbytes = sum(map(self._whole, model.parameters()))
+        layers = [m for m in model.modules() if "plan_label" in vars(m)]
+        for phase, read in ((FORWARD, [model]), (BACKWARD, layers)):
+            seen: set[int] = set()
+            nbytes = sum(self._whole(p) for module in read for p in _new(module, seen))
             self.communication[ALL_GATHER, phase, "bytes"] = nbytes
         self.communication[REDUCE_SCATTER, BACKWARD, "bytes"] = item * self.devices * pieces
         stay = (p for p in model.parameters() if self._stays(p))
@@ -330,7 +331,7 @@ class ZeRO3(Engine):
     def gradient(self, parameter: Tensor) -> None:
         parameter.grad = None  # into the bucket
 
-    def finish(self, trace: dict[Any, Counter]) -> None:
+    def extend(self, trace: dict[Any, Counter]) -> None:
         total = trace["communication"][ALL_GATHER, FORWARD, "bytes"]
         most = max(self.LIVE * _DTYPES[self.training.dtype].itemsize, self.largest)
         for segment, parts in trace.items():

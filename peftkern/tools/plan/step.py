@@ -1,8 +1,8 @@
 """One training step of a model of fake tensors, and the same step with more layers.
 
 Layers of a stack are alike, so what a step holds in a segment (the first layer of a kind, the last
-one, what lies outside) is linear in the number of layers: it is run with two of each kind and with
-three, and extended to all of them exactly. Every layer of a model of few is run.
+one, those next to them, what lies outside) is linear in the number of layers: it is run with two of
+each kind and with three, and extended to all of them exactly. Every layer of a model of few is run.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Steps:
         """Return the bytes of each segment of the whole model's step."""
         start = self._run(self.base, batch, sequence)
         total = {segment: Counter(parts) for segment, parts in start.items()}
+        longer = []
         for kind, found in self.kinds.items():
             missing = len(found) - self.base[kind]
             if not missing:
@@ -65,7 +66,10 @@ class Steps:
                 for part in more[segment].keys() | start[segment].keys():
                     step = more[segment][part] - start[segment][part]
                     parts[part] += missing * step
-        self.engine.finish(total)
+            longer.append(more)
+        for more in longer:
+            total |= _between(total, more)
+        self.engine.extend(total)
         return total
 
     def _run(self, counts: dict[Any, int], batch: int, sequence: int) -> Trace:
@@ -92,6 +96,28 @@ class Steps:
             with unset_fake_temporarily():  # tables of 4-bit weights are real, and compared
                 patch(model)
         return model, fixed, parameters
+
+
+def _between(total: Trace, more: Trace) -> Trace:
+    """Return the segments of layers that are neither the first nor the last of their kind.
+
+    FSDP2 holds most in these: a buffer of the layer before and one of the layer after. Of many such
+    layers the one next to the last or to the first has the peak, and to its segment in a run of few
+    layers the others add what they add to that of its neighbor.
+    """
+    found: Trace = {}
+    for segment, parts in more.items():
+        place = segment[-1] if isinstance(segment, tuple) else None
+        if not (isinstance(place, tuple) and place[-1] == "between"):
+            continue
+        for side in ("first", "last"):
+            neighbor = (*segment[:-1], (place[0], side))
+            if neighbor in total:
+                added = Counter(total[neighbor])
+                added.subtract(more[neighbor])
+                added.update(parts)
+                found[(*segment, side)] = added
+    return found
 
 
 class _Run:
@@ -148,7 +174,7 @@ class _Run:
         self.engine.before_backward(None)
         loss.backward()
         del loss
-        self.engine.after_backward(None)
+        self.engine.finish_backward()
         fixed = self.trace["fixed"]
         self.tracker.enter(None, FIXED)
         trained = self.engine.trained()
@@ -183,7 +209,7 @@ class _Run:
         self.engine.before(layer)
         given = _first(args, kwargs)
         if phase == "forward" and given.requires_grad:
-            given.register_hook(lambda grad: self.engine.after_backward(layer))
+            given.register_hook(lambda grad: self.engine.close(layer))
 
     def _after(self, label: Any, layer: nn.Module, args: tuple, out: Any) -> None:
         if self.tracker.segment[0] == "backward":  # a checkpoint was computed again
@@ -196,6 +222,7 @@ class _Run:
             first.register_hook(partial(self._backward, label, layer))
 
     def _backward(self, label: Any, layer: nn.Module, grad: Tensor) -> None:
+        self.engine.close()
         self.tracker.enter(("backward", label), TEMPORARIES, in_layer=True)
         self.engine.before_backward(layer)
 
