@@ -33,13 +33,18 @@ def plan(
     ] = "all-linear",
     base: Annotated[
         str | None,
-        typer.Option(help="Frozen linear layers: bf16, fp32 or nf4 (qlora's default)."),
+        typer.Option(
+            help="Frozen layers: bf16, fp32, nf4 (qlora's default), fp4, mxfp4, nvfp4 or int4.",
+        ),
+    ] = None,
+    blocksize: Annotated[
+        int | None, typer.Option(help="Values in a block: of int4 32, 64, 128 or 256.")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Activations and what is not quantized: bf16 or fp32.")
     ] = "bf16",
     double_quant: Annotated[
-        bool, typer.Option(help="NF4's absmax in 8 bits instead of 32.")
+        bool, typer.Option(help="absmax of nf4 and fp4 in 8 bits, not 32.")
     ] = True,
     adapter_dtype: Annotated[str, typer.Option(help="fp32 (PEFT's default) or bf16.")] = "fp32",
     optimizer: Annotated[
@@ -284,7 +289,9 @@ def _describe(name: str, training: Training, found: Plan) -> str:
     else:
         text += f"{training.method} r={training.r} on {', '.join(training.targets)}"
         text += f", adapters {training.adapter_dtype}"
-    quantized = " double-quantized" if training.base == "nf4" and training.double_quant else ""
+    nested = training.base in ("nf4", "fp4") and training.double_quant
+    quantized = f" in blocks of {training.blocks}" if training.quantized else ""
+    quantized += ", double-quantized" if nested else ""
     text += f", base {training.base}{quantized}, activations {training.dtype}"
     text += f", {training.optimizer}, batch {training.batch}, sequence {training.sequence}"
     if training.shard:

@@ -27,9 +27,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from peftkern.formats.table import FORMATS, NUMBERS
+
 if TYPE_CHECKING:
     from peftkern.tools.plan.work import Work
 
+DENSE = ("bf16", "fp32")
+BLOCKS = {"nf4": 64, "fp4": 64, "mxfp4": 32, "nvfp4": 16, "int4": 128}  # values unless asked
+_BITSANDBYTES = ("nf4", "fp4")
 ACCEPTED = {  # in the fields of Training that are names
     "method": ("lora", "qlora", "adalora", "dora", "full"),
     "dtype": ("bf16", "fp32"),
@@ -37,13 +42,13 @@ ACCEPTED = {  # in the fields of Training that are names
     "optimizer": ("adamw", "adamw-32bit", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd"),
     "attention": ("sdpa", "eager"),
     "device": ("cuda", "cpu"),
-    "base": ("bf16", "fp32", "nf4"),
+    "base": (*DENSE, *BLOCKS),
     "shard": (None, "ddp", "fsdp2", "zero3"),
     "param_dtype": (None, "bf16", "fp32"),
     "reduce_dtype": (None, "bf16", "fp32"),
 }
-DENSE = ("bf16", "fp32")
 ALL = ("all-linear",)
+_SHARDED = ("fsdp2", "zero3")  # of which each device holds a part of the weights
 PHASES = ("forward", "backward", "optimizer")
 _LARGEST = 2**32
 
@@ -52,17 +57,20 @@ _LARGEST = 2**32
 class Training:
     """Training configuration.
 
-    method: lora, qlora (NF4 base), adalora, dora, full. targets: names of the linear layers with
+    method: lora, qlora (4-bit base), adalora, dora, full. targets: names of the linear layers with
     adapters, and of parameters of experts (gate_up_proj, down_proj), which have one for each
     expert; ("all-linear",): all of them. adapter: the fields of a PEFT config in the place of
-    method, r, targets and dropout. base: dtype of the frozen linear layers and experts (None: nf4
-    for qlora, else `dtype`); dtype: of activations and of all weights that are not quantized;
-    adapter_dtype: of the adapters, which PEFT keeps in float32. double_quant: NF4's absmax in 8
-    bits. optimizer: adamw (torch's, states in the dtype of what is trained), sgd (no momentum), or
-    bitsandbytes' adamw-32bit, adamw-8bit, paged-adamw, paged-adamw-8bit. patched: after
-    `peftkern.patch`. autocast: the forward pass in bf16 where torch.autocast does so. prepare_kbit:
-    after PEFT's prepare_model_for_kbit_training. device: cuda or cpu. target_r: of adalora, the
-    triplets of a layer that compaction leaves on average (`Planner.compacted`).
+    method, r, targets and dropout. base: dtype or 4-bit format of the frozen linear layers and
+    experts (None: nf4 for qlora, else `dtype`): nf4 and fp4 as bitsandbytes has them, the others as
+    `layers.BlockLinear`; mxfp4 of gpt-oss is that of its experts alone, as it is shipped.
+    blocksize: of the format (None: 64, of int4 128). dtype: of activations and of all weights that
+    are not quantized; adapter_dtype: of the adapters, which PEFT keeps in float32. double_quant:
+    absmax of nf4 and fp4 in 8 bits. optimizer: adamw (torch's, states in the dtype of what is
+    trained), sgd (no momentum), or bitsandbytes' adamw-32bit, adamw-8bit, paged-adamw,
+    paged-adamw-8bit. patched: after `peftkern.patch`. autocast: the forward pass in bf16 where
+    torch.autocast does so. prepare_kbit: after PEFT's prepare_model_for_kbit_training. device: cuda
+    or cpu. target_r: of adalora, the triplets of a layer that compaction leaves on average
+    (`Planner.compacted`).
 
     devices, shard: so many devices share the model by ddp, fsdp2 (`fully_shard` of each decoder
     layer) or zero3 (DeepSpeed), each with `batch` sequences of its own; bytes are then those of
@@ -74,6 +82,7 @@ class Training:
     r: int = 16
     targets: tuple[str, ...] = ALL
     base: str | None = None
+    blocksize: int | None = None
     dtype: str = "bf16"
     adapter_dtype: str = "fp32"
     double_quant: bool = True
@@ -112,14 +121,41 @@ class Training:
         self._check_devices()
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
-        if self.method == "qlora" and self.base != "nf4":
-            raise ValueError(f"base: qlora has an nf4 base, got {self.base}; see method lora")
-        if self.method == "full" and self.base == "nf4":
-            raise ValueError("base: method full trains bf16 or fp32 weights, got nf4")
-        if self.base != "nf4" and self.base != self.dtype:
+        self._check_base()
+
+    def _check_base(self) -> None:
+        formats = ", ".join(BLOCKS)
+        if self.method == "qlora" and not self.quantized:
             raise ValueError(
-                f"base: expected nf4 or the dtype of the activations, {self.dtype}, got {self.base}"
+                f"base: qlora has a 4-bit base ({formats}), got {self.base}; see method lora"
             )
+        if self.method == "full" and self.quantized:
+            raise ValueError(f"base: method full trains bf16 or fp32 weights, got {self.base}")
+        if not self.quantized and self.base != self.dtype:
+            raise ValueError(
+                f"base: expected one of {formats}, or the dtype of the activations, {self.dtype}, "
+                f"got {self.base}"
+            )
+        if self.quantized and self.base not in _BITSANDBYTES and self.shard in _SHARDED:
+            raise ValueError(
+                f"base: {self.base} is planned on one device or on ddp, nf4 and fp4 on "
+                f"{self.shard}, too; got {self.base}"
+            )
+        if self.blocksize is not None:
+            accepted = FORMATS[NUMBERS[self.base]].blocksizes if self.quantized else ()
+            if self.blocksize not in accepted:
+                sizes = f"one of {accepted} in {self.base}" if accepted else "none in a dense base"
+                raise ValueError(f"blocksize: expected {sizes}, got {self.blocksize!r}")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base is in a 4-bit format."""
+        return self.base in BLOCKS
+
+    @property
+    def blocks(self) -> int:
+        """Values in a block of the base's format."""
+        return self.blocksize or BLOCKS[self.base]
 
     @property
     def adaptive(self) -> bool:
@@ -166,7 +202,7 @@ class Training:
         for name, value in own.items():
             if self.shard != "fsdp2" and getattr(self, name) != value:
                 raise ValueError(f"{name}: an option of shard fsdp2, got shard {self.shard}")
-        if self.adaptive and self.shard in ("fsdp2", "zero3"):
+        if self.adaptive and self.shard in _SHARDED:
             raise ValueError(f"shard: adalora is planned on ddp alone, got {self.shard}")
 
     def _check_target(self) -> None:
@@ -277,7 +313,7 @@ class Planner:
 
             config = models.from_config(model) if isinstance(model, dict) else model
             self._config = config
-            if training.base == "nf4":
+            if training.base in _BITSANDBYTES:
                 import bitsandbytes  # noqa: F401
             self.training, self._steps = training, Steps(config, training)
         self._plans: dict[tuple[int, int], Plan] = {}

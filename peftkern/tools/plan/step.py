@@ -86,7 +86,7 @@ class Steps:
             _truncate(model, self.kinds, counts)
             parameters = sum(p.numel() for p in model.parameters())
             adapters = build.peft_config(model, self.training)
-            if self.training.base == "nf4":
+            if self.training.quantized:
                 build.quantize(model, self.training)
         build.make_fake(model)
         head, own = model.get_output_embeddings(), [t for _, _, t in build.tensors(model)]
