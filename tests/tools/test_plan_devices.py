@@ -69,6 +69,21 @@ def group(request):
     dist.destroy_process_group()
 
 
+def test_peaks_of_ddp_are_those_of_the_allocator(tmp_path):
+    """Of one process: what DDP holds does not depend on how many there are."""
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        training = replace(LORA, shard="ddp")
+        found = peaks("llama", training)
+    finally:
+        dist.destroy_process_group()
+    plan = planning.plan(tiny_config("llama"), training)
+    assert plan.fixed["buckets of DDP"] == plan.phases["optimizer"]["gradients"]
+    for phase in planning.PHASES:
+        assert sum(plan.phases[phase].values()) == pytest.approx(found[phase], rel=PLAN_RTOL)
+
+
 @pytest.mark.parametrize(
     ("group", "training"),
     [
