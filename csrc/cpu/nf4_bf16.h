@@ -38,11 +38,11 @@ struct BFloat16Panels {
     }
   }
 
-  static void decode_row(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n, DType,
-                         uint32_t* out, int64_t stride) {
-    decode_streams(w, absmax, element, n, [&](int64_t, const __m512i v[4]) {
-      for (int j = 0; j < 4; ++j, out += stride) _mm512_storeu_si512(out, v[j]);
-    });
+  template <class Before>
+  static void decode_rows(const NF4View& w, const Absmax& absmax, int64_t element, int64_t K,
+                          int64_t rows, int64_t n, DType, uint32_t* out, int64_t stride,
+                          const Before& before) {
+    decode_streams({w, absmax, element, K, rows, n, out, stride}, before);
   }
 
   // Tile v of each 64 columns holds every fourth, from v on, or from v ^ 1.

@@ -4,7 +4,8 @@
 // come first, and v ^ 1 where low ones do.
 //
 // Blocks of 64 weights and more have tables of their values, two in a register (vpermw reads five
-// index bits: four are the nibble, the fifth chooses the table). Shorter blocks would need more
+// index bits: four are the nibble, the fifth chooses the table). Shorter blocks of a row have
+// tables of bytes, one for each 128 bits, which vpshufb reads. Those of two rows would need more
 // tables than that: their scales are spread over the lanes instead, and meet the codes in integers
 // (nf4_scale_lanes.h), or else as float32. All round once to bfloat16.
 #pragma once
@@ -125,16 +126,10 @@ struct BlockDecoder {
         log2(absmax.log2 < 6 ? absmax.log2 : 6),
         lanes(lanes_of(order, log2)) {}
 
-  // Those of a row's 128 weights from `element` on, of which n are there.
-  ScaleGroup row(int64_t element, int64_t n) const {
-    const __mmask8 used = used_of(n);
-    const int64_t block = element >> absmax.log2;
-    return {_mm256_maskz_loadu_ps(used, absmax.of(element)),
-            w.zero ? _mm256_maskz_loadu_ps(used, w.zero + block) : _mm256_setzero_ps(), used};
-  }
   // Those of 64 weights each of two rows; without a second, its scales are zero.
   ScaleGroup rows(int64_t first, int64_t second, bool both) const {
-    const __mmask8 one = used_of(64), other = both ? one : __mmask8{0};
+    const __mmask8 one = static_cast<__mmask8>((1u << (64 >> log2)) - 1),
+                   other = both ? one : __mmask8{0};
     const auto load = [&](const float* low, const float* high) {
       return _mm256_set_m128(_mm_maskz_loadu_ps(other, high), _mm_maskz_loadu_ps(one, low));
     };
@@ -151,11 +146,6 @@ struct BlockDecoder {
     };
     return {words, _mm512_loadu_ps(codes_of(w)), spread(group.scale), spread(group.zero),
             _mm512_load_si512(lanes.order)};
-  }
-
- private:
-  __mmask8 used_of(int64_t n) const {
-    return static_cast<__mmask8>((1u << ((n + (int64_t{1} << log2) - 1) >> log2)) - 1);
   }
 };
 
@@ -188,93 +178,196 @@ struct ShortPairs {
 
 // ---- rows
 
+// `count` rows of n weights each, the first from `element` on and K apart, and where they go: tiles
+// `stride` dwords apart.
+struct WeightRows {
+  const NF4View w;
+  const Absmax absmax;
+  const int64_t element, K, count, n;
+  uint32_t* const out;
+  const int64_t stride;
+
+  int64_t begin(int64_t row) const { return element + row * K; }
+  uint32_t* line(int64_t row) const { return out + row * kSide; }
+  // The next 128 weights. They come as four streams: number t of v[j] is column 4 t + j of them, or
+  // with low nibbles first 4 t + (j ^ 1). What is past the n-th of a row is zero.
+  uint32_t* store(uint32_t* line, const __m512i v[4]) const {
+    for (int j = 0; j < 4; ++j, line += stride) _mm512_storeu_si512(line, v[j]);
+    return line;
+  }
+};
+
 // v without what is past the first n of 128 weights.
 inline void cut_streams(__m512i v[4], int64_t n) {
   for (int j = 0; j < 4; ++j) v[j] = _mm512_maskz_mov_epi16(mask32((n - j + 3) / 4), v[j]);
 }
 
-template <bool kZero, class Emit>
-inline void decode_whole_blocks(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
-                                const Emit& emit) {
-  const BF16Tables<kZero> tables(w, absmax);
-  const uint8_t* packed = w.packed + element / 2;
-  const auto decode = [&](int64_t i, __m512i bytes, int64_t second) {
-    const int64_t first = element + i;
-    const __m512i table = tables.of(first, absmax.at(first), second, absmax.at(second));
+// The functions below run before(row) ahead of each. They are not inlined: all in one function
+// would compete for the registers that constants are kept in.
+template <bool kZero, class Before>
+[[gnu::noinline]] void decode_whole_blocks(const WeightRows rows, const Before before) {
+  const BF16Tables<kZero> tables(rows.w, rows.absmax);
+  for (int64_t row = 0; row < rows.count; ++row) {
+    before(row);
+    const int64_t element = rows.begin(row), n = rows.n;
+    const uint8_t* packed = rows.w.packed + element / 2;
+    uint32_t* line = rows.line(row);
     __m512i v[4];
-    for (int j = 0; j < 4; ++j) v[j] = bf16_stream(bytes, table, j);
-    if (n - i < 128) cut_streams(v, n - i);
-    emit(i, v);
-  };
-  int64_t i = 0;
-  for (; i + 128 <= n; i += 128) {
-    __builtin_prefetch(packed + i / 2 + kStreamAhead);
-    decode(i, _mm512_loadu_si512(packed + i / 2), element + i + 64);
-  }
-  if (i < n) {
+    const auto decode = [&](int64_t i, __m512i bytes, int64_t second) {
+      const int64_t first = element + i;
+      const __m512i table = tables.of(first, rows.absmax.at(first), second, rows.absmax.at(second));
+      for (int j = 0; j < 4; ++j) v[j] = bf16_stream(bytes, table, j);
+    };
+    int64_t i = 0;
+    for (; i + 128 <= n; i += 128) {
+      __builtin_prefetch(packed + i / 2 + kStreamAhead);
+      decode(i, _mm512_loadu_si512(packed + i / 2), element + i + 64);
+      line = rows.store(line, v);
+    }
+    if (i == n) continue;
     decode(i, load_bytes(packed + i / 2, (n - i + 1) / 2), element + i + (n - i > 64 ? 64 : 0));
+    cut_streams(v, n - i);
+    rows.store(line, v);
   }
 }
 
-template <ShortBlocks kKind, class Emit>
-inline void decode_short_blocks(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
-                                const Emit& emit) {
-  const BlockDecoder blocks(w, absmax, PackedOrder::kRow);
-  const uint8_t* packed = w.packed + element / 2;
-  for (int64_t i = 0; i < n; i += 128) {
-    const int64_t count = min64(128, n - i);
-    __builtin_prefetch(packed + i / 2 + kStreamAhead);
-    const __m512i words = load_bytes(packed + i / 2, (count + 1) / 2);
-    const ScaleGroup group = blocks.row(element + i, count);
-    __m512i v[4];
-    if (kKind != ShortBlocks::kWide && ordinary(group.scale, group.used)) {
-      constexpr bool kPowers = kKind == ShortBlocks::kE2M1Powers;
-      all_streams(E2M1Group<kPowers>(words, blocks.lanes, group.scale), v);
-    } else {
-      all_streams(blocks.wide(words, group), v);
+// The bytes of sixteen values for each 128 bits of packed weights, which vpshufb looks up there: of
+// a block of 32, or the magnitudes of two blocks of 16.
+struct LaneTables {
+  __m512i low, high;
+};
+
+// Of the words of entries 0 to 7, and of 8 to 15.
+inline LaneTables lane_tables(__m512i first, __m512i second) {
+  const __m512i byte = _mm512_set1_epi16(255);
+  return {_mm512_packus_epi16(_mm512_and_si512(first, byte), _mm512_and_si512(second, byte)),
+          _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8))};
+}
+
+template <ShortBlocks kKind>
+inline LaneTables tables_of(const float* codes, __m256 scales, __m256 zeros) {
+  const auto spread = [](__m256 values, int first, int second) {
+    const __m512i index = join(_mm256_set1_epi32(first), _mm256_set1_epi32(second));
+    return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(values));
+  };
+  // Eight values each of four blocks.
+  const auto words = [&](const float* eight, int b0, int b1, int b2, int b3) {
+    const __m512 code = _mm512_broadcast_f32x8(_mm256_loadu_ps(eight));
+    const auto values = [&](int first, int second) {
+      constexpr bool kZeros = kKind == ShortBlocks::kWide;
+      return _mm512_mul_ps(kZeros ? _mm512_sub_ps(code, spread(zeros, first, second)) : code,
+                           spread(scales, first, second));
+    };
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values(b2, b3), values(b0, b1)));
+  };
+  if (kKind == ShortBlocks::kE2M1) {
+    return lane_tables(words(codes, 0, 2, 4, 6), words(codes, 1, 3, 5, 7));
+  }
+  const __m512i first = words(codes, 0, 1, 2, 3);
+  if (kKind == ShortBlocks::kE2M1Powers) {  // the last eight codes are the first's negatives
+    return lane_tables(first, _mm512_xor_si512(first, _mm512_set1_epi16(-32768)));
+  }
+  return lane_tables(first, words(codes + 8, 0, 1, 2, 3));
+}
+
+// Streams of 128 weights. Even bytes of the packed ones go to the first half of their lane, so that
+// unpacking the bytes of values puts the words of a stream in order.
+template <ShortBlocks kKind>
+inline void look_up(__m512i packed, const LaneTables& tables, __m512i v[4]) {
+  const __m512i even_first =
+      _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
+  const __m512i bytes = _mm512_shuffle_epi8(packed, even_first);
+  // Of the nibbles at the low end; the other end's highest bit is the sign.
+  const auto streams = [&](__m512i nibbles, __m512i signs, __m512i* even, __m512i* odd) {
+    constexpr int kAndOr = 0xea, kXorAnd = 0x78;  // (a & b) | c; a ^ (b & c)
+    __m512i index = _mm512_and_si512(nibbles, _mm512_set1_epi8(15)), high;
+    if (kKind == ShortBlocks::kE2M1) {
+      const __m512i second_block = _mm512_set1_epi64(0x0808080800000000);
+      index = _mm512_ternarylogic_epi64(nibbles, _mm512_set1_epi8(7), second_block, kAndOr);
     }
-    if (count < 128) cut_streams(v, count);
-    emit(i, v);
+    high = _mm512_shuffle_epi8(tables.high, index);
+    if (kKind == ShortBlocks::kE2M1) {
+      high = _mm512_ternarylogic_epi64(high, signs, _mm512_set1_epi8(-128), kXorAnd);
+    }
+    const __m512i low = _mm512_shuffle_epi8(tables.low, index);
+    *even = _mm512_unpacklo_epi8(low, high);
+    *odd = _mm512_unpackhi_epi8(low, high);
+  };
+  streams(bytes, _mm512_slli_epi16(bytes, 4), v + 1, v + 3);
+  streams(_mm512_srli_epi16(bytes, 4), bytes, v, v + 2);
+}
+
+template <ShortBlocks kKind, class Before>
+[[gnu::noinline]] void decode_short_blocks(const WeightRows rows, const Before before) {
+  constexpr int64_t kScales = kKind == ShortBlocks::kE2M1 ? 8 : 4;  // of 128 weights
+  const float *codes = codes_of(rows.w), *zeros = rows.w.zero;
+  const auto load = [](const float* p) {
+    return kScales == 8 ? _mm256_loadu_ps(p) : _mm256_castps128_ps256(_mm_loadu_ps(p));
+  };
+  for (int64_t row = 0; row < rows.count; ++row) {
+    before(row);
+    const int64_t element = rows.begin(row);
+    const uint8_t* packed = rows.w.packed + element / 2;
+    const float* scale = rows.absmax.of(element);
+    const float* zero = zeros ? zeros + (element >> rows.absmax.log2) : nullptr;
+    uint32_t* line = rows.line(row);
+    __m512i v[4];
+    int64_t i = 0;
+    for (; i + 128 <= rows.n; i += 128, packed += 64, scale += kScales) {
+      __builtin_prefetch(packed + kStreamAhead);
+      const __m256 z = zero ? load(zero) : _mm256_setzero_ps();
+      if (zero) zero += kScales;
+      look_up<kKind>(_mm512_loadu_si512(packed), tables_of<kKind>(codes, load(scale), z), v);
+      line = rows.store(line, v);
+    }
+    if (i == rows.n) continue;
+    const int64_t rest = rows.n - i;
+    const __mmask8 used = static_cast<__mmask8>((1u << ceil_div(rest * kScales, 128)) - 1);
+    const __m256 s = _mm256_maskz_loadu_ps(used, scale);
+    const __m256 z = zero ? _mm256_maskz_loadu_ps(used, zero) : _mm256_setzero_ps();
+    look_up<kKind>(load_bytes(packed, (rest + 1) / 2), tables_of<kKind>(codes, s, z), v);
+    cut_streams(v, rest);
+    rows.store(line, v);
   }
 }
 
 // One weight at a time: of rows that begin inside a block's byte or word.
-template <class Emit>
-inline void decode_elements(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
-                            const Emit& emit) {
-  const int64_t swap = w.low_first() ? 1 : 0;
-  for (int64_t i = 0; i < n; i += 128) {
-    alignas(64) uint16_t values[128] = {};
-    for (int64_t j = 0; j < min64(n - i, 128); ++j) {
-      values[(j % 4 ^ swap) * 32 + j / 4] =
-          bf16_from_float(weight_at(w, absmax, element + i + j, DType::kFloat32));
+template <class Before>
+[[gnu::noinline]] void decode_elements(const WeightRows rows, const Before before) {
+  const int64_t swap = rows.w.low_first() ? 1 : 0;
+  for (int64_t row = 0; row < rows.count; ++row) {
+    before(row);
+    uint32_t* line = rows.line(row);
+    for (int64_t i = 0; i < rows.n; i += 128) {
+      alignas(64) uint16_t values[128] = {};
+      for (int64_t j = 0; j < min64(rows.n - i, 128); ++j) {
+        const int64_t element = rows.begin(row) + i + j;
+        values[(j % 4 ^ swap) * 32 + j / 4] =
+            bf16_from_float(weight_at(rows.w, rows.absmax, element, DType::kFloat32));
+      }
+      __m512i v[4];
+      for (int j = 0; j < 4; ++j) v[j] = _mm512_load_si512(values + 32 * j);
+      line = rows.store(line, v);
     }
-    __m512i v[4];
-    for (int j = 0; j < 4; ++j) v[j] = _mm512_load_si512(values + 32 * j);
-    emit(i, v);
   }
 }
 
-// Runs emit(i, v) for every 128 of n weights from `element` on; weights past the n-th are zero.
-// They come as four streams: number t of v[j] is element i + 4 t + j, or with low nibbles first
-// element i + 4 t + (j ^ 1).
-template <class Emit>
-inline void decode_streams(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
-                           const Emit& emit) {
-  if (element % 64 == 0 && w.blocksize >= 64) {
-    if (w.zero) return decode_whole_blocks<true>(w, absmax, element, n, emit);
-    return decode_whole_blocks<false>(w, absmax, element, n, emit);
+template <class Before>
+inline void decode_streams(const WeightRows& rows, const Before& before) {
+  const NF4View& w = rows.w;
+  const int64_t unit = min64(w.blocksize, 64);
+  if (rows.element % unit != 0 || (rows.count > 1 && rows.K % unit != 0)) {
+    return decode_elements(rows, before);
   }
-  if (w.blocksize >= 64 || element % w.blocksize != 0) {
-    return decode_elements(w, absmax, element, n, emit);
+  if (w.blocksize >= 64) {
+    if (w.zero) return decode_whole_blocks<true>(rows, before);
+    return decode_whole_blocks<false>(rows, before);
   }
   if (w.format == Format::kMXFP4) {
-    return decode_short_blocks<ShortBlocks::kE2M1Powers>(w, absmax, element, n, emit);
+    return decode_short_blocks<ShortBlocks::kE2M1Powers>(rows, before);
   }
-  if (w.format == Format::kNVFP4) {
-    return decode_short_blocks<ShortBlocks::kE2M1>(w, absmax, element, n, emit);
-  }
-  decode_short_blocks<ShortBlocks::kWide>(w, absmax, element, n, emit);
+  if (w.format == Format::kNVFP4) return decode_short_blocks<ShortBlocks::kE2M1>(rows, before);
+  decode_short_blocks<ShortBlocks::kWide>(rows, before);
 }
 
 }  // namespace

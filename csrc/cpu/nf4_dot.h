@@ -320,8 +320,9 @@ struct NF4Dots {
     const int64_t times = args.w.blocksize / unit;
     const Absmax absmax = expand_rows(args.w, first, count * args.K, times > 1 ? out + n : out);
     const float* scales = absmax.of(first);
-    if (times <= 1 && (unit == 64 || scales == out)) return scales;
-    if (times <= 1) {  // of the caller, and not padded
+    const bool last = first + count * args.K == args.w.numel;
+    if (times <= 1 && (unit == 64 || scales == out || !last)) return scales;
+    if (times <= 1) {  // of the caller, who has not padded them
       std::memcpy(out, scales, static_cast<size_t>(n) * 4);
     } else if (first % args.w.blocksize == 0 && times == 2) {
       for (int64_t i = 0; i < n / 2; ++i) out[2 * i] = out[2 * i + 1] = scales[i];
@@ -332,32 +333,25 @@ struct NF4Dots {
     return out;
   }
 
-  // Adds to sums what zeros make of a row of x: its sums over blocks times scale (8 - zero).
+  // Adds what the zeros of a task's row make of rows of x: sums over blocks times scale (8 - zero).
   template <int kM>
-  [[gnu::noinline]] void subtract_zeros(const Prepared& p, const Task& t, int64_t m0) const {
+  void subtract_zeros(const float* x, int64_t stride, int64_t row, F32x16 (&acc)[kM]) const {
     const int64_t blocks = args.K / args.w.blocksize;
-    const float* x = p.sums + (t.piece.start + m0) * p.sum_stride;
-    for (int64_t i = 0; i < t.count; ++i) {
-      const float* scale = static_cast<const float*>(args.w.absmax) + t.row(i) * blocks;
-      const float* zero = args.w.zero + t.row(i) * blocks;
-      F32x16 acc[kM];
-      for (int m = 0; m < kM; ++m) acc[m] = f32_zero();
-      for (int64_t j = 0; j < blocks; j += 16) {
-        const int n = static_cast<int>(min64(16, blocks - j));
-        const F32x16 offset = f32_fma(f32_load_n(zero + j, n), f32_set1(-1.0f), f32_set1(8.0f));
-        const F32x16 value = f32_mul(offset, f32_load_n(scale + j, n));
-        for (int m = 0; m < kM; ++m) {
-          acc[m] = f32_fma(value, f32_load(x + m * p.sum_stride + j), acc[m]);
-        }
-      }
-      for (int m = 0; m < kM; ++m) t.sums[(i * kM + m) * kLanes] += f32_sum(acc[m]);
+    const float* scale = static_cast<const float*>(args.w.absmax) + row * blocks;
+    const float* zero = args.w.zero + row * blocks;
+    for (int64_t j = 0; j < blocks; j += 16) {
+      const int n = static_cast<int>(min64(16, blocks - j));
+      const F32x16 offset = f32_fma(f32_load_n(zero + j, n), f32_set1(-1.0f), f32_set1(8.0f));
+      const F32x16 value = f32_mul(offset, f32_load_n(scale + j, n));
+      for (int m = 0; m < kM; ++m) acc[m] = f32_fma(value, f32_load(x + m * stride + j), acc[m]);
     }
   }
 
-  // sums[row][kM][kLanes]: the low-rank update, spread over the lanes.
+  // sums[row][kM][kLanes]: the low-rank update, spread over the lanes, and what zeros make.
   template <int kM>
   void start(const Prepared& p, const Task& t, int64_t m0) const {
     const float* s = p.s + (t.piece.start + m0) * p.stride;
+    const float* x = p.sums + (t.piece.start + m0) * p.sum_stride;
     for (int64_t i = 0; i < t.count; ++i) {
       F32x16 acc[kM];
       for (int m = 0; m < kM; ++m) acc[m] = f32_zero();
@@ -368,6 +362,7 @@ struct NF4Dots {
         for (int m = 0; m < kM; ++m)
           acc[m] = f32_fma(value, f32_load(s + m * p.stride + j), acc[m]);
       }
+      if (args.w.zero) subtract_zeros<kM>(x, p.sum_stride, t.row(i), acc);
       float* sums = t.sums + i * kM * kLanes;
       for (int m = 0; m < kM; ++m) Dots::store(sums + m * kLanes, Dots::narrow(acc[m]));
     }
@@ -397,11 +392,12 @@ struct NF4Dots {
     constexpr int64_t kPass = kDotCache / (kM * kDotGroup * 4) * kColumns;
     const float* x = p.x + (t.piece.start + m0) * p.groups * kDotGroup;
     start<kM>(p, t, m0);
-    if (args.w.zero) subtract_zeros<kM>(p, t, m0);
     for (int64_t k0 = 0; k0 < args.K; k0 += kPass, x += kPass / kColumns * kM * kDotGroup) {
       const int64_t n = min64(kPass, args.K - k0), groups = n / kColumns;
       const int64_t below = round_up(ceil_div(2 * kStreamAhead, n), kN);
       for (int64_t i = 0; i < t.count; i += kN) {
+        if (m0 == 0 && k0 == 0)
+          prefetch_scales(args.w, (t.row(i) + kDotTaskRows) * args.K, kN * args.K);
         Rows<kN> rows;
         for (int64_t j = 0; j < kN; ++j) {
           const int64_t row = min64(i + j, t.count - 1);  // the last one again, for nobody

@@ -60,7 +60,7 @@ struct NF4Gemm {
   };
 
   // Rows of `width` elements: rows tiles as they are, or lanes tiles in the order in which
-  // decode_row puts weights. A second tile of a pair that has no rows stays as it is: unread.
+  // decode_rows puts weights. A second tile of a pair that has no rows stays as it is: unread.
   template <bool kLanes>
   void pack(const Packed& out, int64_t width) const {
     constexpr int64_t kChunk = 16;  // steps in a task
@@ -155,13 +155,14 @@ struct NF4Gemm {
     }
   }
 
-  static void prefetch(const NF4View& w, int64_t element, int64_t count) {
+  [[gnu::always_inline]] static void prefetch(const NF4View& w, int64_t element, int64_t count) {
     const int64_t end = min64(element + count, w.numel) / 2;
     for (int64_t i = element / 2; i < end; i += 64) __builtin_prefetch(w.packed + i, 0, 2);
   }
 
   // Part `part` of `parts` of the packed block of so many steps that is needed next.
-  static void prefetch_share(const uint32_t* p, int64_t steps, int64_t part, int64_t parts) {
+  [[gnu::always_inline]] static void prefetch_share(const uint32_t* p, int64_t steps, int64_t part,
+                                                    int64_t parts) {
     const int64_t dwords = steps * kPair, end = dwords * (part + 1) / parts;
     for (int64_t i = dwords * part / parts / 16 * 16; i < end; i += 16)
       __builtin_prefetch(p + i, 0, 2);
@@ -192,20 +193,36 @@ struct NF4Gemm {
     }
   }
 
-  // Columns [k0, k0 + kBlock) of the panel's rows; the next panel begins `stride` rows below.
+  // Asks for what comes after columns [k0, k0 + kBlock) of a panel's row: its next block, or that
+  // of the next panel, which begins `stride` rows below, and then all scales that it expands.
+  // Scales that are float32 already come in lines that few blocks share only where those are short.
+  [[gnu::always_inline]] void prefetch_after(int64_t row, int64_t k0, int64_t stride) const {
+    const bool more = k0 + kBlock < args.K;
+    const int64_t next = more ? row * args.K + k0 + kBlock : (row + stride) * args.K;
+    prefetch(args.w, next, kBlock);
+    if (args.w.float_scales()) {
+      if (args.w.blocksize < 64) prefetch_scales(args.w, next, kBlock);
+    } else if (!more) {
+      prefetch_scales(args.w, next, args.K);
+    }
+  }
+
+  // Columns [k0, k0 + kBlock) of the panel's rows.
   void decode_panel(const Panel& p, const NF4Piece& piece, const Absmax& absmax, int64_t k0,
                     int64_t stride) const {
     const int64_t K = args.K, width = min64(kBlock, K - k0);
-    for (int64_t i = 0; i < p.pairs() * kPairSide; ++i) {
-      uint32_t* row = p.weights + i / kPairSide * kPairBlock + i % kPairSide * kSide;
-      if (i < p.count) {
-        const int64_t element = (piece.weight + p.begin + i) * K + k0;
-        // The same row's next block, or the next panel's first.
-        prefetch(args.w, k0 + kBlock < K ? element + kBlock : element - k0 + stride * K, kBlock);
-        Math::decode_row(args.w, absmax, element, width, args.dtype, row, kPair);
-      } else {
+    for (int64_t np = 0; np < p.pairs(); ++np) {
+      uint32_t* weights = p.weights + np * kPairBlock;
+      const int64_t first = piece.weight + p.begin + np * kPairSide;
+      const int64_t rows = min64(kPairSide, p.count - np * kPairSide);
+      Math::decode_rows(args.w, absmax, first * K + k0, K, rows, width, args.dtype, weights, kPair,
+                        [=](int64_t i)
+                            [[gnu::always_inline]] { prefetch_after(first + i, k0, stride); });
+      for (int64_t i = rows; i < kPairSide; ++i) {
         const int64_t count = round_up(width, Math::kOrder) / kStep;
-        for (int64_t j = 0; j < count; ++j) std::memset(row + j * kPair, 0, kSide * 4);
+        for (int64_t j = 0; j < count; ++j) {
+          std::memset(weights + i * kSide + j * kPair, 0, kSide * 4);
+        }
       }
     }
   }

@@ -61,6 +61,17 @@ inline float* row_of(float* c, int64_t row) {
   return c + row / kSide * 2 * kTile + row % kSide * kSide;
 }
 
+// Asks for the scales and zeros, as they are stored, of `count` weights that are needed soon. gcc
+// drops calls of functions that only prefetch, as if they had no effect: they must be inlined.
+[[gnu::always_inline]] inline void prefetch_scales(const NF4View& w, int64_t element,
+                                                   int64_t count) {
+  const int log2 = w.blocksize_log2(), size = w.float_scales() ? 4 : 1;
+  const int64_t begin = element >> log2, end = min64((element + count) >> log2, w.nblocks());
+  const char* scales = static_cast<const char*>(w.absmax);
+  for (int64_t i = begin * size; i < end * size; i += 64) __builtin_prefetch(scales + i, 0, 2);
+  for (int64_t i = begin; w.zero && i < end; i += 16) __builtin_prefetch(w.zero + i, 0, 2);
+}
+
 // The scales of a run of blocks, read from the weight or from an expanded copy.
 struct Absmax {
   const float* values;
@@ -206,10 +217,17 @@ struct Float32Math {
     }
   }
 
-  // In tiles `stride` dwords apart.
-  static void decode_row(const NF4View& w, const Absmax& absmax, int64_t element, int64_t n,
-                         DType dtype, uint32_t* out, int64_t stride) {
-    decode(w, absmax, element, n, dtype, [=](int64_t j) { return out + j * stride; });
+  // At most a pair of rows tiles: n columns of rows that are K apart, as pairs `stride` dwords
+  // apart; before(row) comes first.
+  template <class Before>
+  static void decode_rows(const NF4View& w, const Absmax& absmax, int64_t element, int64_t K,
+                          int64_t rows, int64_t n, DType dtype, uint32_t* out, int64_t stride,
+                          const Before& before) {
+    for (int64_t i = 0; i < rows; ++i) {
+      before(i);
+      uint32_t* line = out + i * kSide;
+      decode(w, absmax, element + i * K, n, dtype, [=](int64_t j) { return line + j * stride; });
+    }
   }
 
   // Rows [n0, n0 + rows) x columns [k0, k0 + 128) as lanes tiles, pairs `stride` dwords apart.

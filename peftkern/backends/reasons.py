@@ -40,7 +40,11 @@ TABLE: dict[str, dict[str, str]] = {
         "hooks on {role}": _HOOK,
         "forward of {role} is replaced": "Another library has put a forward there: undo that.",
         "accelerate's hook on {role} {does}": (
-            "Use a device map that offloads nothing and keeps a layer on one device."
+            "Keep a layer on one device. Offload alone is no reason: what it loads is served."
+        ),
+        "parts are loaded to several devices": "Give the modules of a layer one execution device.",
+        "mixed precision of {role} is not that of base_layer": (
+            "Give the factors the `MixedPrecisionPolicy` of the layer around them."
         ),
         "extra arguments: {names}": "For example `adapter_names`, one adapter per row. " + _PEFT,
         "{role} is {kind}": _SUBCLASS,
@@ -50,13 +54,25 @@ TABLE: dict[str, dict[str, str]] = {
             "experts, those of transformers' own functions."
         ),
         "base weight is {kind}": _SUBCLASS,
-        "base weight is trained": "Freeze it: `weight.requires_grad_(False)`.",
+        "base weight is trained": (
+            "Freeze it: `weight.requires_grad_(False)`. Under FSDP1 with `use_orig_params`, wrap "
+            "with PEFT's `fsdp_auto_wrap_policy`, which keeps what is trained apart."
+        ),
         "lora_A has a bias": _PEFT,
         "lora_dropout is {module}": "Only nn.Dropout with p below 1, and not in place, is served.",
         "lora_variant {kind}": "Of PEFT's variants DoRA alone is served. " + _PEFT,
         "lora_magnitude_vector is {kind}": _PEFT,
         "lora_magnitude_vector is on {device}": "Set `ephemeral_gpu_offload=False`.",
         "DoRA over Conv1D": _PEFT,
+        "tensor parallel: not with one active adapter alone": (
+            "Over split weights one active adapter is served: `model.set_adapter(name)`."
+        ),
+        "tensor parallel: more than plain LoRA": _PEFT,
+        "tensor parallel: lora_A or lora_B is not split as the base is": (
+            "Let PEFT make the adapter over the split model: `get_peft_model` after "
+            "`from_pretrained(distributed_config=...)`."
+        ),
+        "tensor parallel: compiled": f"{NOTHING}: in a graph, PEFT's own forward computes it.",
     },
     "Inputs and dtypes": {
         "input is a nested tensor": "Pad it: `torch.nested.to_padded_tensor`.",
@@ -86,7 +102,8 @@ TABLE: dict[str, dict[str, str]] = {
             "The weight is quantized when the layer moves: `model.to(...)`."
         ),
         "quant_storage is {dtype} over {dtype} data": (
-            "Load again with one `bnb_4bit_quant_storage`, and do not cast the model."
+            "Load again with one `bnb_4bit_quant_storage`, and do not cast the model. Under FSDP "
+            "it is the dtype of mixed precision, which would cast the packed weights."
         ),
         "weight is not quantized as [out_features, in_features]": "Quantize a matrix.",
         "compiled over a base of another library": (
@@ -116,9 +133,12 @@ TABLE: dict[str, dict[str, str]] = {
         "the experts are not in 4 bits": "`peftkern.quantize_(model)`, or load experts in 4 bits.",
     },
     "AdaLoRA": {
-        "DeepSpeed holds the gradients": "PEFT computes the importance. Results are PEFT's.",
+        "DeepSpeed holds the gradients": (
+            "Give the masks to `AdaLoraCallback`, or to `AdaLoraSteps` made after "
+            "`deepspeed.initialize`: those of PEFT are undone by the next step."
+        ),
         "rankallocator is {kind}": "`peftkern.patch(model)` again: the allocator is not patched.",
-        "parameters are sharded": "PEFT computes the term. Use ZeRO stage 1 or 2.",
+        "parameters are sharded": "PEFT computes the term. Call DeepSpeed's engine, not the model.",
     },
     "Layers that `initialize_` leaves": {
         "{kind}, expected a linear layer": "Embeddings, experts and such keep PEFT's start.",
@@ -126,7 +146,8 @@ TABLE: dict[str, dict[str, str]] = {
         "{variant} has factors of its own": "Methods set lora_A and lora_B; of variants DoRA's.",
         "it has no values yet, it is on the meta device": "Call `initialize_` after loading.",
         "a weight in another format, {kind} of {dtype}": (
-            "Started are float32, bfloat16, float16 and NF4. Or `peftkern init` on the dense base."
+            "Started are float32, bfloat16, float16, and the 4 bits of bitsandbytes, NF4Linear and "
+            "BlockLinear. Or `peftkern init` on the dense base."
         ),
         "its weight is {name}, too, which would change with it": (
             "Untie it, leave the layer out of `target_modules`, or use EVA, which leaves "
@@ -270,11 +291,22 @@ WARNINGS: dict[str, str] = {
     "torch, serves instead.": "Install what the reason names, then `peftkern doctor --forget`.",
     "{name}: merged into 4-bit weights, which PEFT cannot undo: unmerge before `unpatch`, or "
     "`patch` again before `unmerge`": "`peftkern.patch(model)`, then `model.unmerge_adapter()`.",
+    "{count} modules of experts are laid out for kernels of transformers that have no gradients: "
+    "what is below them learns wrongly": (
+        "gpt-oss in MXFP4: `from_pretrained(name, config=MXFP4ExpertsConfig.of_checkpoint(name))`."
+    ),
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
     "{count} of the patched layers are never called, for fused kernels read their weights: "
     "{functions}; switch those off for peftkern to serve the layers": (
         "Axolotl: `lora_mlp_kernel`, `lora_qkv_kernel` and `lora_o_kernel` to false. Or leave "
         "these layers to those kernels: results are right either way."
+    ),
+    "{count} 4-bit weights are stored as uint8, which FSDP does not shard well: FSDP1 raises, "
+    "accelerate leaves them whole on every device, and before it did, FSDP2 trained on wrong "
+    "weights; load them with bnb_4bit_quant_storage=torch.bfloat16, or the dtype of mixed "
+    "precision": (
+        "As it says, in `BitsAndBytesConfig`; `float32` without mixed precision over a model in "
+        "float32."
     ),
     "none of the {count} layers that peftkern has patched was called in a forward pass of the "
     "model: nothing was served. Fused kernels of another library that read the weights past the "
@@ -326,6 +358,9 @@ WARNINGS: dict[str, str] = {
     "AdaLoRA's state is not in the checkpoints of a hyperparameter search without hp_name: they "
     "resume with another importance of the triplets": (
         "`hyperparameter_search(hp_name=...)`, so that the folder of a trial is known."
+    ),
+    "AdaLoRA resumes with another importance of the triplets: {error}": (
+        "Under DeepSpeed the callback looks into `output_dir` for the checkpoint: resume there."
     ),
     "total_step of the AdaLoRA config is {count}, this training takes {count} steps: using "
     "{count}": "Set `AdaLoraConfig(total_step=...)` to the steps of the training.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftkern.cli.frame import bad_input, section, table
+from peftkern.integrations.packages import OPTIONAL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,8 +120,19 @@ def _summary(d: Diagnosis) -> Iterator[tuple[str, str]]:
     for name, backend in d.backends.items():
         if backend["why"] is not None:
             yield name, f"not used: {backend['why']}"
+    for device in dict.fromkeys(row.device for row in d.formats):
+        rows = [row for row in d.formats if row.device == device]
+        by = dict.fromkeys(row.backend for row in rows)
+        names = (
+            f"{', '.join(row.format for row in rows if row.backend == one)} by {one or 'nothing'}"
+            for one in by
+        )
+        yield "4-bit", f"bases on {device}: {'; '.join(names)}"
     packages = (f"{one.name} {one.version}" for one in d.versions if one.version is not None)
     yield "with", ", ".join(packages)
+    absent = [one.name for one in d.versions if one.version is None and one.name in OPTIONAL]
+    if absent:
+        yield "without", ", ".join(absent)
 
 
 def _print_details(told: dict[str, Any], console: Console) -> None:

@@ -6,7 +6,7 @@ import json
 import textwrap
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,13 +33,18 @@ def plan(
     ] = "all-linear",
     base: Annotated[
         str | None,
-        typer.Option(help="Frozen linear layers: bf16, fp32 or nf4 (qlora's default)."),
+        typer.Option(
+            help="Frozen layers: bf16, fp32, nf4 (qlora's default), fp4, mxfp4, nvfp4 or int4.",
+        ),
+    ] = None,
+    blocksize: Annotated[
+        int | None, typer.Option(help="Values in a block: of int4 32, 64, 128 or 256.")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Activations and what is not quantized: bf16 or fp32.")
     ] = "bf16",
     double_quant: Annotated[
-        bool, typer.Option(help="NF4's absmax in 8 bits instead of 32.")
+        bool, typer.Option(help="absmax of nf4 and fp4 in 8 bits, not 32.")
     ] = True,
     adapter_dtype: Annotated[str, typer.Option(help="fp32 (PEFT's default) or bf16.")] = "fp32",
     optimizer: Annotated[
@@ -69,9 +74,22 @@ def plan(
             help="AdaLoRA's budget, triplets of a layer: what compaction to it brings.",
         ),
     ] = None,
+    devices: Annotated[int, typer.Option(help="Devices that share the model by --shard.")] = 1,
+    shard: Annotated[
+        str | None, typer.Option(help="ddp, fsdp2 (a unit for each layer) or zero3 (DeepSpeed).")
+    ] = None,
+    reshard: Annotated[
+        bool, typer.Option(help="fsdp2: free layers after forward, gather them again.")
+    ] = True,
+    param_dtype: Annotated[
+        str | None, typer.Option(help="fsdp2: dtype to gather and compute in, bf16 or fp32.")
+    ] = None,
+    reduce_dtype: Annotated[
+        str | None, typer.Option(help="fsdp2: dtype to reduce gradients in, bf16 or fp32.")
+    ] = None,
     fit: Annotated[
         str | None,
-        typer.Option(help="Memory there is, 48GB or 48GiB: does it fit, what would?"),
+        typer.Option(help="Memory of a device, 48GB or 48GiB: does it fit, what would?"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes.")] = False,
 ) -> None:
@@ -79,9 +97,12 @@ def plan(
 
     It needs neither the weights nor a GPU. With --fit also the largest batch and sequence that fit;
     exit status 1 if this one does not. With --target-r also what AdaLoRA's compaction brings; on
-    the device that is here its rates are measured for that, in some seconds.
+    the device that is here its rates are measured for that, in some seconds. With --devices and
+    --shard it is the memory of each device, whose --batch is its own, and what they communicate.
 
     Example: peftkern plan llama-65b --method qlora --sequence 512 --fit 48GB
+
+    Example: peftkern plan llama3-70b --devices 8 --shard fsdp2 --fit 80GB
     """
     from peftkern.cli.frame import bad_input, dtype_name, parse_bytes
     from peftkern.tools.plan import plan as planning
@@ -99,6 +120,8 @@ def plan(
             "adapter": None if adapter is None else _read_adapter(adapter),
             "dtype": dtype_name("--dtype", dtype, dtypes),
             "adapter_dtype": dtype_name("--adapter-dtype", adapter_dtype, dtypes),
+            "param_dtype": param_dtype and dtype_name("--param-dtype", param_dtype, dtypes),
+            "reduce_dtype": reduce_dtype and dtype_name("--reduce-dtype", reduce_dtype, dtypes),
         }
         training = planning.Training(**given)
         config = planning.read_model(model)
@@ -218,8 +241,11 @@ def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> 
             table.add_row(part, *map(number, values))
     table.add_section()
     table.add_row("total", *[number(found.totals[phase]) for phase in phases], style="bold")
-    say(f"{unit} at the peak of each phase of a step:")
+    shared = f", on each of {training.devices} devices" if training.shard else ""
+    say(f"{unit} at the peak of each phase of a step{shared}:")
     console.print(table)
+    if training.shard:
+        _print_communication(console, training, found)
     peak = f"{found.peak / 1e9:.2f} GB = {found.peak / 2**30:.2f} GiB"
     if found.peak < 1e9:
         peak = f"{found.peak / 1e6:.2f} MB = {found.peak / 2**20:.2f} MiB"
@@ -227,6 +253,31 @@ def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> 
     if fitting is not None:
         say(_verdict(training, found, fitting))
     say(_caveat(training))
+
+
+def _print_communication(console: Any, training: Training, found: Plan) -> None:
+    """Print what the devices of a plan send each other."""
+    from rich import box
+    from rich.table import Table
+
+    from peftkern.cli.frame import NARROW
+
+    rows = {name: one for name, one in found.communication.items() if one["bytes"]}
+    largest = max((one["bytes"] for one in rows.values()), default=0)
+    unit, size = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+    table = Table(box=box.HEAVY_HEAD if console.width >= NARROW else None)
+    table.add_column("", overflow="fold")
+    for heading in (f"size, {unit}", f"a device sends, {unit}"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for name, one in rows.items():
+        table.add_row(name, *(f"{one[key] / size:.2f}" for key in ("bytes", "sent")))
+    table.add_section()
+    total = sum(one["sent"] for one in rows.values())
+    table.add_row("total", "", f"{total / size:.2f}", style="bold")
+    text = f"Communicated in a step by {training.shard}, as a ring does: (N - 1) / N of what is"
+    text += " gathered or scattered, 2 (N - 1) / N of what is all-reduced, and as much received:"
+    console.print(textwrap.fill(text, console.width), markup=False)
+    console.print(table)
 
 
 def _describe(name: str, training: Training, found: Plan) -> str:
@@ -238,9 +289,16 @@ def _describe(name: str, training: Training, found: Plan) -> str:
     else:
         text += f"{training.method} r={training.r} on {', '.join(training.targets)}"
         text += f", adapters {training.adapter_dtype}"
-    quantized = " double-quantized" if training.base == "nf4" and training.double_quant else ""
+    nested = training.base in ("nf4", "fp4") and training.double_quant
+    quantized = f" in blocks of {training.blocks}" if training.quantized else ""
+    quantized += ", double-quantized" if nested else ""
     text += f", base {training.base}{quantized}, activations {training.dtype}"
     text += f", {training.optimizer}, batch {training.batch}, sequence {training.sequence}"
+    if training.shard:
+        text += f" on each of {training.devices} devices by {training.shard}"
+        text += "" if training.reshard else " that keeps layers whole"
+        text += f", gathered in {training.param_dtype}" if training.param_dtype else ""
+        text += f", reduced in {training.reduce_dtype}" if training.reduce_dtype else ""
     text += ", checkpointing" if training.checkpointing else ", no checkpointing"
     text += f", {training.attention} attention, {training.device}"
     if training.method != "full":
@@ -269,6 +327,8 @@ def _caveat(training: Training) -> str:
         return "Bytes of tensors; oneDNN's scratch and native code's come on top."
     text = "Bytes of tensors, counted, not measured on a GPU: the CUDA context, cuBLAS'"
     text += " workspaces and fragmentation come on top."
+    if training.shard == "zero3":
+        text += " DeepSpeed's bound of what is gathered at once is counted, not what it gathers."
     if training.optimizer.startswith("paged"):
         text += " Paged optimizer states may move to the host's memory."
     return text

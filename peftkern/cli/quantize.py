@@ -1,4 +1,4 @@
-"""Command `peftkern quantize SRC DST`: an NF4 checkpoint for transformers and bitsandbytes."""
+"""Command `peftkern quantize SRC DST`: a checkpoint in 4 bits for transformers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from peftkern.cli.frame import (
 from peftkern.cli.options import Json
 
 if TYPE_CHECKING:
-    from peftkern.tools.quantize.file_plan import Plan, Size
+    from peftkern.tools.quantize.file_plan import Choice, Plan, Size
     from peftkern.tools.quantize.nf4_checkpoint import Summary
 
 SHARE_TOLD = 0.01  # share of experts in all parameters from which they get a line
 MOST = 0.5  # share of the parameters that are expected to be quantized
 TOO_LITTLE = 1  # exit status if they are not
 _SHOWN = 6  # kinds of tensors that stay as they are
+_IMPORT = "from peftkern.integrations.transformers import NF4ExpertsConfig"
 _COMPUTE_DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -37,11 +38,25 @@ def quantize(
     destination: Annotated[
         Path | None, typer.Argument(metavar="DST", help="New folder to write.", show_default=False)
     ] = None,
-    blocksize: Annotated[int, typer.Option(help="Values that share one absmax: 32 to 4096.")] = 64,
-    double_quant: Annotated[bool, typer.Option(help="Keep absmax in 8 bits instead of 32.")] = True,
+    format: Annotated[
+        str, typer.Option(help="nf4, fp4, mxfp4, nvfp4 or int4: who loads it is said above.")
+    ] = "nf4",
+    blocksize: Annotated[
+        int | None,
+        typer.Option(
+            help="Values that share one scale: 32 to 4096 in nf4 and fp4, 32 to 256 in int4; mxfp4"
+            " has 32, nvfp4 16.",
+            show_default="64, of int4 128",
+        ),
+    ] = None,
+    double_quant: Annotated[
+        bool, typer.Option(help="Keep absmax in 8 bits instead of 32, in nf4 and fp4.")
+    ] = True,
     compute_dtype: Annotated[
         str | None,
-        typer.Option(help="bf16, fp16 or fp32.", show_default="that of most weights"),
+        typer.Option(
+            help="bf16, fp16 or fp32, of nf4 and fp4.", show_default="that of most weights"
+        ),
     ] = None,
     skip: Annotated[
         list[str] | None,
@@ -68,14 +83,18 @@ def quantize(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a safetensors checkpoint to NF4. Peak memory: about one file.
+    """Quantize a safetensors checkpoint to 4 bits. Peak memory: about one file.
 
-    DST loads with transformers' from_pretrained (bitsandbytes installed), a mixture of experts
-    after `import peftkern.integrations.transformers`. The linear layers that transformers itself
-    would quantize are in 4 bits, and experts; all else is copied, tokenizer and sub-folders
-    included, but for weights in other formats, which are named at the end. A stopped run resumes
-    when it is repeated. Exit status 1, and nothing written, if most parameters would stay as they
-    are.
+    DST loads with transformers' from_pretrained: in nf4 and fp4 with bitsandbytes installed, nf4
+    experts after `from peftkern.integrations.transformers import NF4ExpertsConfig`; gpt-oss in
+    mxfp4 as OpenAI ships it. Linear layers in mxfp4, nvfp4 and int4, for which there is no
+    standard, are in peftkern's own layout and load after `from peftkern.integrations.transformers
+    import BlockLinearConfig`.
+
+    The linear layers that transformers itself would quantize are in 4 bits, and experts in nf4, of
+    gpt-oss in mxfp4, too; all else is copied, tokenizer and sub-folders included, but for weights
+    in other formats, which are named at the end. A stopped run resumes when it is repeated. Exit
+    status 1, and nothing written, if most parameters would stay as they are.
 
     Example: peftkern quantize ~/models/llama3-8b ~/models/llama3-8b-nf4
     """
@@ -86,6 +105,7 @@ def quantize(
         raise InputError("DST: expected a new folder to write, or --dry-run")
     shard_bytes = parse_bytes("--shard-size", shard_size)
     device = str(present_device(device))
+    _check_format(format, double_quant, compute_dtype)
     if compute_dtype is not None:
         compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
     try:
@@ -98,14 +118,16 @@ def quantize(
             "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
             f"quantized: pip install -U 'peftkern[peft]' ({error})"
         ) from None
-    with checkpoint_run(destination, "blocksize", "skip"):
-        options = Options(blocksize, double_quant, shard_bytes, device)
+    with checkpoint_run(destination, "format", "blocksize", "skip"):
+        own = {"double_quant": double_quant, "shard_bytes": shard_bytes, "device": device}
+        options = Options.of(format, blocksize, **own)
         checkpoint = read_checkpoint(source)
         choice, config = find_weights(
             checkpoint,
             skip=skip or (),
             stack=stack,
-            blocksize=blocksize,
+            format=format,
+            blocksize=options.blocksize,
             double_quant=double_quant,
             compute_dtype=compute_dtype,
         )
@@ -117,15 +139,29 @@ def quantize(
                 parts = (checkpoint, destination, choice, config, options)
                 summary = quantize_checkpoint(*parts, force=force, progress=progress)
     if as_json and (dry_run or not too_little):
-        print(json.dumps(_record(summary, written=not dry_run), indent=2))
+        print(json.dumps(_record(summary, choice, written=not dry_run), indent=2))
     elif dry_run or not too_little:
-        print("\n".join(_report(summary, None if dry_run else destination)))
+        print("\n".join(_report(summary, choice, format, None if dry_run else destination)))
     if too_little:
-        print(f"peftkern: {_too_little(plan)}", file=sys.stderr)
+        print(f"peftkern: {_too_little(plan, choice, format)}", file=sys.stderr)
         raise typer.Exit(TOO_LITTLE)
 
 
-def _report(summary: Summary, destination: Path | None) -> Iterator[str]:
+def _check_format(format: str, double_quant: bool, compute_dtype: str | None) -> None:
+    """Refuse options that the format does not have."""
+    if format in ("nf4", "fp4"):
+        return
+    for option, given in (
+        ("--no-double-quant", not double_quant),
+        ("--compute-dtype", compute_dtype is not None),
+    ):
+        if given:
+            raise InputError(f"{option}: expected with nf4 or fp4, got --format {format}")
+
+
+def _report(
+    summary: Summary, choice: Choice, format: str, destination: Path | None
+) -> Iterator[str]:
     """Describe what is written, or, without a destination, what would be."""
     plan, to_be = summary.plan, "to be " if destination is None else ""
     total, quantized = plan.total, plan.quantized
@@ -139,7 +175,7 @@ def _report(summary: Summary, destination: Path | None) -> Iterator[str]:
         f"{total.bits:.2f} bits per parameter, {quantized.bits:.2f} in quantized tensors, "
         f"which hold {_share(quantized, total):.0%} of the parameters"
     )
-    yield from _experts(plan)
+    yield from (*_experts(plan, choice, format), *_unfit(choice))
     files = f"{len(plan.files)} file{'s' * (len(plan.files) > 1)}"
     if destination is None:
         yield from (_kept(plan), f"{files} to be written")
@@ -153,13 +189,14 @@ def _report(summary: Summary, destination: Path | None) -> Iterator[str]:
     yield "a dry run: nothing is written" if destination is None else f"{destination}: written"
 
 
-def _record(summary: Summary, written: bool) -> dict[str, Any]:
+def _record(summary: Summary, choice: Choice, written: bool) -> dict[str, Any]:
     """Return the same for JSON; sizes in bytes."""
     plan = summary.plan
     sizes = {"total": plan.total, "quantized": plan.quantized, "experts": plan.experts}
     return {
         "written": written,
         **{name: size.as_dict() for name, size in sizes.items()},
+        "unfit": list(choice.unfit),
         "kept": {name: size.as_dict() for name, size in plan.kept().items()},
         "files": {name: sum(u.nbytes for u in units) for name, units in plan.files.items()},
         "copied": summary.copied,
@@ -169,28 +206,41 @@ def _record(summary: Summary, written: bool) -> dict[str, Any]:
     }
 
 
-def _too_little(plan: Plan) -> str:
+def _too_little(plan: Plan, choice: Choice, format: str) -> str:
     """Say why nothing is written although it could be."""
     total = plan.total
     return "; ".join(
         [
             f"{1 - _share(plan.quantized, total):.0%} of the parameters would stay as they are: "
             f"{total.bits:.2f} bits per parameter in all",
-            *_experts(plan),
+            *_experts(plan, choice, format),
+            *_unfit(choice),
             "--partial writes it all the same",
         ]
     )
 
 
-def _experts(plan: Plan) -> Iterator[str]:
+def _unfit(choice: Choice) -> Iterator[str]:
+    """Name linear layers that the format cannot have."""
+    names, more = ", ".join(choice.unfit[:_SHOWN]), len(choice.unfit) - _SHOWN
+    if names:
+        also = f" and {more} more" if more > 0 else ""
+        yield f"dense stay layers whose rows are no whole blocks: {names}{also}"
+
+
+def _experts(plan: Plan, choice: Choice, format: str) -> Iterator[str]:
     """Say which experts of a mixture are quantized and which are not."""
-    stacked = any(unit.shape for units in plan.files.values() for unit in units)
-    loader = "import peftkern.integrations.transformers before from_pretrained"
-    if not stacked:
-        loader = "each as a linear layer, which no model of transformers 5 loads"
+    loader = "each as a linear layer, which no model of transformers 5 loads"
+    if choice.stacks and format == "mxfp4":
+        loader = "as OpenAI ships gpt-oss"
+    elif choice.stacks:
+        loader = f"{_IMPORT} before from_pretrained"
+    why = "skipped, or rearranged when they are loaded"
+    if format != "nf4" and not choice.stacks:
+        why = "skipped, or there is no layout of experts in this format"
     for size, which in (
         (plan.experts, f"are quantized: {loader}"),
-        (plan.kept_experts, "stay as they are (skipped, or rearranged when they are loaded)"),
+        (plan.kept_experts, f"stay as they are ({why})"),
     ):
         if (share := _share(size, plan.total)) >= SHARE_TOLD:
             yield f"experts: {share:.0%} of the parameters, at {size.bits:.2f} bits, {which}"

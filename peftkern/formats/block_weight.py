@@ -19,6 +19,7 @@ from peftkern.formats.table import FORMATS, NUMBERS, Format, fields
 
 __all__ = ["BlockWeight"]
 NAMES = tuple(row.name for row in FORMATS if not row.crosses_rows)
+PARTS = ("scale", "tensor_scale", "zero")  # of a weight beside its codes; not each has all
 SYMMETRIC_ZERO = 8.0  # of INT4 where no zero points are given: codes stand for -8 to 7
 # What holds the bits of a scale; its values are never converted.
 _FLOATS = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
@@ -120,9 +121,24 @@ class BlockWeight:
         """Integers by which ops read `tensors`: see `peftkern.formats.table`."""
         return (NUMBERS[self.format], self.blocksize, 0, *self.shape)
 
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return the weight [N, K] in the keys of `BlockLinear`; it shares its memory with them.
+
+        `{prefix}weight` uint8 [N, K / 2], `{prefix}weight.scale` [N, K / blocksize], and of NVFP4
+        `weight.tensor_scale` [1], of INT4 `weight.zero` [N, K / blocksize].
+        """
+        name, rows, groups = f"{prefix}weight", self.shape[0], self.shape[1] // self.blocksize
+        state = {name: self.packed.view(rows, self.shape[1] // 2)}
+        for part in PARTS:
+            value = getattr(self, part)
+            if value is not None:
+                shape = (1,) if part == "tensor_scale" else (rows, groups)
+                state[f"{name}.{part}"] = value.view(shape)
+        return state
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> BlockWeight:
         """Return the weight on another device; itself if it is already there."""
-        names = ("packed", "scale", "tensor_scale", "zero")
+        names = ("packed", *PARTS)
         own = {name: value for name in names if (value := getattr(self, name)) is not None}
         moved = {name: t.to(device, non_blocking=non_blocking) for name, t in own.items()}
         if all(moved[name] is t for name, t in own.items()):
@@ -137,6 +153,16 @@ class BlockWeight:
 
 
 QuantizedWeight = NF4Weight | BlockWeight
+
+
+def chosen_blocksize(format: str, blocksize: int | None) -> int:
+    """Return the block size of a weight in MXFP4, NVFP4 or INT4; the usual one for None.
+
+    Raises: ValueError naming the argument.
+    """
+    if format not in NAMES:
+        raise ValueError(f"format: expected one of {NAMES}, got {format!r}")
+    return FORMATS[NUMBERS[format]].chosen_blocksize(blocksize)
 
 
 def _flat(name: str, tensor: Any) -> Any:

@@ -16,6 +16,9 @@ Sources: AutoGPTQ's and GPT-QModel's `qlinear` (Frantar et al. 2022, arXiv:2210.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -59,7 +62,7 @@ def from_gptq(
             raise ArgumentError(
                 "g_idx: expected rows in the order of their groups, got act-order (desc_act)"
             )
-    packed = qweight.t().contiguous().view(torch.uint8).view(-1)  # low nibbles are even rows
+    packed = GPTQ.pack(qweight)
     zero = _nibbles(qzeros, tuple(range(_CODES)))
     if zeros_less_one:
         zero = (zero + 1) & 15
@@ -78,14 +81,9 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4) 
     _check("qweight", qweight, torch.int32, 2)
     K, N = qweight.shape[0], qweight.shape[1] * _CODES
     group = _check_groups(qzeros, scales, K, N)
-    packed = torch.empty(N, K // 2, dtype=torch.uint8, device=qweight.device)
-    step = max(1, _TOGETHER // max(K * _CODES, 1))
-    for first in range(0, qweight.shape[1], step):
-        columns = slice(first, first + step)
-        codes = _nibbles(qweight[:, columns], _AWQ_ORDER).t()
-        packed[first * _CODES : (first + step) * _CODES] = codes[:, ::2] | (codes[:, 1::2] << 4)
+    packed = AWQ.pack(qweight)
     zero = _nibbles(qzeros, _AWQ_ORDER)
-    return _weight(packed.view(-1), scales.t(), zero.t(), (N, K), group, scales.dtype)
+    return _weight(packed, scales.t(), zero.t(), (N, K), group, scales.dtype)
 
 
 def from_hqq(
@@ -128,11 +126,9 @@ def from_hqq(
             f"scale, zero: expected one for each of {groups} groups, got {list(scale.shape)} and "
             f"{list(zero.shape)}"
         )
-    packed = torch.empty(groups, group // 2, dtype=torch.uint8, device=W_q.device)
-    for half, codes in ((packed[: groups // 2], W_q >> 4), (packed[groups // 2 :], W_q & 15)):
-        half.copy_(codes[:, ::2] | (codes[:, 1::2] << 4))
+    packed = HQQ.pack(W_q)
     scale, zero = (t.reshape(N, K // group) for t in (scale, zero))
-    return _weight(packed.view(-1), scale, zero, (N, K), group, dtype)
+    return _weight(packed, scale, zero, (N, K), group, dtype)
 
 
 def from_int8(
@@ -153,12 +149,7 @@ def from_int8(
         raise ArgumentError(
             f"scale: expected [N, K / group] for a weight {[N, K]}, got {list(scale.shape)}"
         )
-    codes = (qdata + 8).view(torch.uint8)
-    if codes.numel() and codes.amax() > 15:  # which would reach into its neighbor's bits
-        raise ArgumentError(
-            f"qdata: expected values from -8 to 7, got {int(qdata.min())} to {int(qdata.max())}"
-        )
-    packed = (codes[:, ::2] | (codes[:, 1::2] << 4)).view(-1)
+    packed = INT8.pack(qdata)
     return _weight(packed, scale, zero_point.float() + 8, (N, K), K // groups, dtype)
 
 
@@ -180,6 +171,88 @@ def _weight(
     repeat = group // blocksize
     scale, zero = (t.float().repeat_interleave(repeat, dim=1).view(-1) for t in (scale, zero))
     return BlockWeight(INT4.name, packed, scale, shape, dtype, blocksize, zero=zero)
+
+
+class Packing(NamedTuple):
+    """Codes of a library's tensor.
+
+    pack(tensor): packed bytes of a `BlockWeight`, flat. unpack(packed, shape): that tensor again,
+    bit for bit, from its shape.
+    """
+
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, tuple[int, ...]], Tensor]
+
+
+def _pack_gptq(qweight: Tensor) -> Tensor:
+    return qweight.t().contiguous().view(torch.uint8).view(-1)  # low nibbles are even rows
+
+
+def _unpack_gptq(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return packed.view(torch.int32).view(shape[::-1]).t().contiguous()
+
+
+def _pack_awq(qweight: Tensor) -> Tensor:
+    K, words = qweight.shape
+    packed = torch.empty(words * _CODES, K // 2, dtype=torch.uint8, device=qweight.device)
+    step = max(1, _TOGETHER // max(K * _CODES, 1))
+    for first in range(0, words, step):
+        codes = _nibbles(qweight[:, first : first + step], _AWQ_ORDER).t()
+        packed[first * _CODES : (first + step) * _CODES] = _pairs(codes)
+    return packed.view(-1)
+
+
+def _unpack_awq(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    K, words = shape
+    rows = packed.view(words, _CODES, K // 2)
+    found = torch.empty(K, words, dtype=torch.int32, device=packed.device)
+    step = max(1, _TOGETHER // max(K * _CODES, 1))
+    for first in range(0, words, step):
+        codes = _codes(rows[first : first + step, _AWQ_ORDER]).permute(2, 0, 1)
+        found[:, first : first + step] = _pairs(codes).contiguous().view(torch.int32).squeeze(-1)
+    return found
+
+
+def _pack_hqq(W_q: Tensor) -> Tensor:
+    half, group = W_q.shape
+    packed = torch.empty(2, half, group // 2, dtype=torch.uint8, device=W_q.device)
+    for part, codes in zip(packed, (W_q >> 4, W_q & 15), strict=True):
+        part.copy_(_pairs(codes))
+    return packed.view(-1)
+
+
+def _unpack_hqq(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    high, low = packed.view(2, shape[0], shape[1] // 2)
+    return (_codes(high) << 4) | _codes(low)
+
+
+def _pack_int8(qdata: Tensor) -> Tensor:
+    codes = (qdata + 8).view(torch.uint8)
+    if codes.numel() and codes.amax() > 15:  # which would reach into its neighbor's bits
+        raise ArgumentError(
+            f"qdata: expected values from -8 to 7, got {int(qdata.min())} to {int(qdata.max())}"
+        )
+    return _pairs(codes).view(-1)
+
+
+def _unpack_int8(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return _codes(packed.view(*shape[:-1], shape[-1] // 2)).view(torch.int8) - 8
+
+
+GPTQ = Packing(_pack_gptq, _unpack_gptq)
+AWQ = Packing(_pack_awq, _unpack_awq)
+HQQ = Packing(_pack_hqq, _unpack_hqq)
+INT8 = Packing(_pack_int8, _unpack_int8)
+
+
+def _pairs(codes: Tensor) -> Tensor:
+    """Pack codes [..., 2 n] to bytes [..., n], the even ones low."""
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def _codes(octets: Tensor) -> Tensor:
+    """Unpack bytes [..., n] to codes [..., 2 n], the low ones first."""
+    return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
 
 
 def _nibbles(words: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 PREFIX = "base_model.model."  # of every key in PEFT's files, before the name in the base model
@@ -34,6 +34,19 @@ def pattern_key(patterns: Iterable[str], name: str) -> str:
     """Return the first key of rank_pattern or alpha_pattern that matches a name, or the name."""
     possible = _candidates(tuple(patterns), name.rpartition(".")[2])
     return next((pattern for pattern in possible if compiled(pattern).match(name)), name)
+
+
+def exact_targets(names: Collection[str], others: Collection[str]) -> set[str] | str:
+    """Return target_modules of layers by their whole names, of none of the others.
+
+    PEFT also takes what ends in a name: where one of the others does, a regular expression.
+    """
+    ends = {f".{name}" for name in names}
+    for other in others:
+        places = (place for place, letter in enumerate(other) if letter == ".")
+        if any(other[place:] in ends for place in places):
+            return "|".join(map(re.escape, sorted(names)))
+    return set(names)
 
 
 def rank_fields(ranks: Mapping[str, int], r: int | None = None) -> dict[str, Any]:

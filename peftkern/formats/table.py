@@ -46,6 +46,19 @@ class Format(NamedTuple):
         """Whether blocks may run over the end of a row, and the last of them be cut."""
         return self.scales == "absmax"
 
+    def chosen_blocksize(self, blocksize: int | None) -> int:
+        """Return a block size if blocks may have it; the usual one, of the standard's, for None.
+
+        Raises: ValueError naming those that the format has.
+        """
+        if blocksize is None:
+            return self.blocksizes[0] if len(self.blocksizes) == 1 else _USUAL_BLOCK[self.scales]
+        if type(blocksize) is not int or blocksize not in self.blocksizes:
+            raise ValueError(
+                f"blocksize: expected one of {self.blocksizes} in {self.name}, got {blocksize!r}"
+            )
+        return blocksize
+
 
 NF4_CODE = (
     -1.0,
@@ -92,6 +105,7 @@ E2M1_CODE = (
 UINT4_CODE = (
     0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
 )  # fmt: skip
+_USUAL_BLOCK = {"absmax": 64, "scale_zero": 128}
 _ANY_BLOCK = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 NF4 = Format("nf4", NF4_CODE, _ANY_BLOCK, 256, "absmax", False)
@@ -172,6 +186,11 @@ def fields(layout: Sequence[int]) -> tuple[Field, ...]:
         Field("packed", torch.uint8, (numel + 1) // 2),
         *(Field(name, dtype, lengths.get(length, length)) for name, dtype, length in scales),
     )
+
+
+def stored_bytes(layout: Sequence[int]) -> int:
+    """Return the size of a weight's tensors. Raises: ValueError as `fields` does."""
+    return sum(length * dtype.itemsize for _, dtype, length in fields(layout))
 
 
 def stored(tensors: Sequence[Tensor], layout: Sequence[int]) -> Stored:

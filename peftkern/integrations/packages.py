@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PEERS = ("peft", "transformers", "bitsandbytes", "accelerate", "trl", "triton")
+# Whose layers or kernels are read or used where they are installed; they are not imported for that.
+OPTIONAL = ("hqq", "torchao", "gptqmodel", "autoawq", "kernels")
 IMPORT_SECONDS = 300.0  # a busy machine may need minutes
 
 

@@ -6,12 +6,11 @@ Users find it as `peftkern.layers.BlockLinear`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftkern.formats.block_weight import NAMES, BlockWeight
+from peftkern.formats.block_weight import PARTS, BlockWeight, chosen_blocksize
 from peftkern.functional import quantize_int4, quantize_mxfp4, quantize_nvfp4
 from peftkern.layers.base import check_linear
 from peftkern.layers.quantized_linear import QuantizedLinear, trainable
@@ -22,7 +21,6 @@ _QUANTIZERS: dict[str, Callable[..., BlockWeight]] = {
     "nvfp4": quantize_nvfp4,
     "int4": quantize_int4,
 }
-_PARTS = ("scale", "tensor_scale", "zero")
 
 
 class BlockLinear(QuantizedLinear):
@@ -57,7 +55,7 @@ class BlockLinear(QuantizedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._set_stored(_quantized(self.weight, format, blocksize))
+        self._set_stored(block_quantized(self.weight, format, blocksize))
         self.requires_grad_(False)
 
     @classmethod
@@ -66,7 +64,7 @@ class BlockLinear(QuantizedLinear):
     ) -> BlockLinear:
         """Quantize a linear layer; the bias is taken over and frozen, the weight is left alone."""
         check_linear(linear)
-        w = _quantized(linear.weight, format, blocksize)
+        w = block_quantized(linear.weight, format, blocksize)
         return cls._from_stored(w, linear.bias, linear.training)
 
     @classmethod
@@ -80,48 +78,34 @@ class BlockLinear(QuantizedLinear):
         return cls._from_stored(weight, parameter, True)
 
     def _bytes(self, w: BlockWeight) -> Tensor:
-        return (
-            w.packed.view(w.shape[0], -1) if w.numel else w.packed.view(w.shape[0], w.shape[1] // 2)
-        )
+        return w.packed.view(w.shape[0], w.shape[1] // 2)
 
     def _state(self, prefix: str) -> dict[str, Tensor]:
-        w, name = self.quantized_weight, f"{prefix}weight"
-        state = {name: self.weight}
-        for part in _PARTS:
-            value = getattr(w, part)
-            if value is not None:
-                shape = (-1,) if part == "tensor_scale" else (w.shape[0], w.shape[1] // w.blocksize)
-                state[f"{name}.{part}"] = value.view(shape)
-        return state
+        return self.quantized_weight.state_dict(prefix)
 
     def _read(self, state: dict[str, Tensor], prefix: str) -> BlockWeight:
         name = f"{prefix}weight"
-        known = {name, *(f"{name}.{part}" for part in _PARTS)}
+        known = {name, *(f"{name}.{part}" for part in PARTS)}
         missing = sorted(set(self._state(prefix)) - set(state))
         if missing or not set(state) <= known:
             found = (missing or sorted(set(state) - known))[0]
             how = "missing from" if missing else "unexpected in"
             raise ValueError(f"{found}: {how} the state dict of a layer in {self._quant['format']}")
-        parts = {part: state[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in state}
+        parts = {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
         own = {key: self._quant[key] for key in ("format", "shape", "dtype", "blocksize")}
         return BlockWeight(packed=state[name].detach(), **parts, **own)
 
     def _quantized(self, dense: Tensor) -> BlockWeight:
-        return _quantized(dense, self._quant["format"], self._quant["blocksize"])
+        return block_quantized(dense, self._quant["format"], self._quant["blocksize"])
 
     def extra_repr(self) -> str:
         blocks = f"format={self._quant['format']}, blocksize={self._quant['blocksize']}"
         return f"{super().extra_repr()}, {blocks}"
 
 
-def _quantized(weight: Tensor, format: str, blocksize: int | None) -> BlockWeight:
-    if format not in NAMES:
-        raise ValueError(f"format: expected one of {NAMES}, got {format!r}")
-    options: dict[str, Any] = {}
-    if blocksize is not None and format == "int4":
-        options["blocksize"] = blocksize
+def block_quantized(weight: Tensor, format: str, blocksize: int | None) -> BlockWeight:
+    """Quantize a weight so that even under torch.inference_mode it can be trained with."""
+    chosen = chosen_blocksize(format, blocksize)
+    options = {"blocksize": chosen} if format == "int4" else {}
     with trainable(), torch.no_grad():
-        w = _QUANTIZERS[format](weight.detach(), **options)
-    if blocksize not in (None, w.blocksize):
-        raise ValueError(f"blocksize: expected {w.blocksize} in {format}, got {blocksize}")
-    return w
+        return _QUANTIZERS[format](weight.detach(), **options)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import dequantize
+from peftkern.layers.state_keys import KeyLookup, any_key
 
 __all__ = ["ExpertStack"]
 aten = torch.ops.aten
@@ -369,6 +370,9 @@ def set_stack(module: nn.Module, name: str, stack: ExpertStack) -> None:
     if _write_parts not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_write_parts)
         module.register_load_state_dict_pre_hook(_read_parts)
+    module.__dict__.setdefault("_any_key", any_key)
+    lookup = module.__dict__.setdefault("_fqn_modifiers", KeyLookup())
+    lookup.parts |= stack.state(name).keys() - {name}
 
 
 def stacks_of(module: nn.Module) -> dict[str, ExpertStack]:

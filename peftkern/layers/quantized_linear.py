@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional import dequantize
 from peftkern.layers.base import NamedErrors, bare_linear, linear_like, low_rank_forward
+from peftkern.layers.state_keys import KeyLookup, any_key
 
 
 class QuantizedLinear(NamedErrors, nn.Linear):
@@ -24,6 +25,7 @@ class QuantizedLinear(NamedErrors, nn.Linear):
 
     kind: ClassVar[type]
     _quant: dict[str, Any]
+    _fqn_modifiers, _any_key = KeyLookup(["weight"]), any_key
 
     @property
     def quantized_weight(self) -> QuantizedWeight:

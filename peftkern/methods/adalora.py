@@ -13,7 +13,7 @@ allocator.compact_(optimizer)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from peftkern.functional.adalora import (
 )
 from peftkern.layers.svd import SVDLinear
 from peftkern.methods.compaction import check_states, shrink_triplets_
+from peftkern.methods.processes import check_readable, is_sharded, part_of, whole, with_gradient
 from peftkern.methods.rank_budget import RankBudget, RankLimits
 
 __all__ = ["BudgetSchedule", "Importance", "RankAllocator"]
@@ -197,6 +198,7 @@ class RankAllocator:
             budgets = self.limits.init_budget, self.limits.target_budget
         self.schedule = BudgetSchedule(*budgets, total_step, tinit, tfinal, deltaT)
         self.beta1, self.beta2, self.ties = beta1, beta2, ties
+        check_readable(_named(self._triplets()), "RankAllocator", model)
         self.importance: Importance | None = Importance(self._triplets(), beta1, beta2)
         self.mask: Tensor | None = None  # the last one drawn, over all layers in turn
         self._drawn_from: Tensor | None = None  # its scores
@@ -216,6 +218,7 @@ class RankAllocator:
             (on a CPU; elsewhere it would have to wait: see `Importance.check_finite`).
         """
         layers = self._triplets()
+        check_readable(_named(layers), "RankAllocator")
         lora_E = [E for E, _, _ in layers.values()]
         budget, draw = self.schedule(step)
         if step > self.schedule.last_step:
@@ -224,14 +227,17 @@ class RankAllocator:
             apply_mask_(lora_E, self.mask)
             return budget, self.mask
         if step < self.schedule.last_step:
-            self.importance.update_(layers)
+            self.importance.update_({n: tuple(map(with_gradient, t)) for n, t in layers.items()})
         elif self.importance is None or self.importance.scores is None:
             raise ValueError(f"step: {step} draws the last mask, but nothing was scored before")
         if not draw and step < self.schedule.last_step:
             return budget, None
         limits = {} if self.limits is None else self.limits.of(list(layers))._asdict()
         self._drawn_from = self.importance.scores
-        self.mask = adalora_allocate_(self._drawn_from, lora_E, budget, ties=self.ties, **limits)
+        gathered = [with_gradient(E) for E in lora_E]
+        self.mask = adalora_allocate_(self._drawn_from, gathered, budget, ties=self.ties, **limits)
+        if any(map(is_sharded, lora_E)):
+            apply_mask_(lora_E, self.mask)
         if step == self.schedule.last_step:
             self.importance = None
         return budget, self.mask
@@ -257,9 +263,8 @@ class RankAllocator:
     def orthogonality_loss(self, *, squared: bool = False) -> Tensor:
         """Compute `functional.adalora.orthogonality_loss`; PEFT weighs it with 0.5."""
         triplets = self._triplets().values()
-        return orthogonality_loss(
-            [A for _, A, _ in triplets], [B for _, _, B in triplets], squared=squared
-        )
+        factors = ([whole(t[i]) for t in triplets] for i in (1, 2))
+        return orthogonality_loss(*factors, squared=squared)
 
     def compact_(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Drop the triplets that the last mask has pruned; they can no longer revive.
@@ -269,10 +274,13 @@ class RankAllocator:
         clipped gradient norm no longer count what was dropped. Do it before wrapping in DDP.
 
         Returns: the rank of every layer now.
-        Raises: ValueError naming a state of the optimizer that no triplet can leave; nothing has
-            changed then.
+        Raises: ValueError naming a state of the optimizer that no triplet can leave, or a parameter
+            that FSDP2 has sharded; nothing has changed then.
         """
         layers = self._triplets()
+        for name, parameter in _named(layers):
+            if is_sharded(parameter):
+                raise ValueError(f"{name}: FSDP2 has sharded it; compact_ before fully_shard")
         check_states(optimizer, layers.values())
         pattern = self.rank_pattern()
         keep = [torch.tensor(kept, device=layers[n][0].device) for n, kept in pattern.items()]
@@ -343,7 +351,15 @@ def apply_mask_(lora_E: Sequence[Tensor], mask: Tensor) -> None:
     parts = (~mask).split([E.shape[0] for E in lora_E])
     with torch.no_grad():
         for E, pruned in zip(lora_E, parts, strict=True):
+            if is_sharded(E):  # in the rows that are here
+                E, pruned = E.detach().to_local(), part_of(pruned, E).to_local()
             E.masked_fill_(pruned.view(E.shape), 0.0)
+
+
+def _named(layers: Mapping[str, Triplets]) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, triplet in layers.items():
+        parameters = zip(("lora_E", "lora_A", "lora_B"), triplet, strict=True)
+        yield from ((f"{name}.{attribute}", parameter) for attribute, parameter in parameters)
 
 
 def _flat(triplets: Any) -> list[nn.Parameter]:

@@ -9,17 +9,19 @@ LBFGS), stacks of them, factors of them (Adafactor of torch and of transformers)
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_states", "forget_misfits_", "shrink_triplets_"]
+__all__ = ["check_states", "forget_misfits_", "grow_triplets_", "shrink_triplets_"]
 
 _DIMENSIONS = 0, 0, 1  # of lora_E [r, 1], lora_A [r, K], lora_B [N, r] along which triplets lie
 _BLOCK = 256  # elements with one scale in bitsandbytes' 8-bit states
 _FACTORS = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}  # of transformers' Adafactor, by dimension
 _FACTORED = {**_FACTORS, "row_var": 0, "col_var": 1}  # and of torch's, which keeps the dimension
+_PLAIN_VALUES = (Number, str, torch.dtype, torch.device, type(None))
 _SCALES = ("absmax", "qmap", "unorm_vec", "gnorm_vec")  # of bitsandbytes' beside its states
 
 
@@ -34,12 +36,30 @@ def check_states(
         raise ValueError("optimizer: LBFGS keeps all parameters in one history")
     for triplets in layers if optimizer is not None else ():
         for parameter, dim in zip(triplets, _DIMENSIONS, strict=True):
-            for name, value, _ in _tensors(optimizer.state.get(parameter, {})):
-                try:
+            held = optimizer.state.get(parameter, {})
+            try:
+                _check_values(held)
+                for name, value, _ in _tensors(held):
                     _axis(name, value, parameter.shape, dim)
-                except ValueError as error:
-                    kind = type(optimizer).__name__
-                    raise ValueError(f"optimizer: {error}, in the state of {kind}") from None
+            except ValueError as error:
+                kind = type(optimizer).__name__
+                raise ValueError(f"optimizer: {error}, in the state of {kind}") from None
+
+
+def _check_values(held: dict[str, Any]) -> None:
+    """Raise ValueError naming what may hold tensors besides (the preconditioners of Shampoo)."""
+    for name, value in held.items():
+        if not (isinstance(value, Tensor) or _is_plain(value)):
+            raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor or a number")
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value holds no tensor, nor an object that may hold one."""
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, _PLAIN_VALUES)
 
 
 def forget_misfits_(
@@ -107,16 +127,40 @@ def shrink_triplets_(
         _shrink_(parameter, dim, index)
 
 
+def grow_triplets_(
+    lora_E: nn.Parameter, lora_A: nn.Parameter, lora_B: nn.Parameter, here: Tensor
+) -> None:
+    """Make room for triplets that were dropped, in place: zeros where `here` [r] is False.
+
+    Gradients grow along; an optimizer's states do not, see `forget_misfits_`.
+    """
+    index = here.nonzero().flatten()
+    for parameter, dim in zip((lora_E, lora_A, lora_B), _DIMENSIONS, strict=True):
+        grad = parameter.grad
+        wide = _grown(parameter.data, dim, index, len(here))
+        _set_data_(parameter, wide, None if grad is None else _grown(grad, dim, index, len(here)))
+
+
+def _grown(tensor: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    """Return a larger tensor that has these slices at the indices, and zeros elsewhere."""
+    shape = [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]]
+    return tensor.new_zeros(shape).index_copy_(dim, index, tensor)
+
+
 def _shrink_(parameter: nn.Parameter, dim: int, index: Tensor) -> None:
     grad, kept = parameter.grad, parameter.data.index_select(dim, index)
+    _set_data_(parameter, kept, None if grad is None else grad.index_select(dim, index))
+
+
+def _set_data_(parameter: nn.Parameter, kept: Tensor, grad: Tensor | None) -> None:
+    """Give a parameter other data, and a gradient, of another size."""
     parameter.grad = None  # its shape has to follow the data's
     # Where a graph of the last step is alive, so is the node that accumulates gradients, and it
     # insists on the old shape: torch makes another one when the dtype of the data changes.
     other = torch.float32 if kept.dtype is torch.float64 else torch.float64
     parameter.data = kept.new_empty(0, dtype=other)
     parameter.data = kept
-    if grad is not None:
-        parameter.grad = grad.index_select(dim, index)
+    parameter.grad = grad
 
 
 def _tensors(held: dict[str, Any]) -> Iterable[tuple[str, Tensor, str | None]]:

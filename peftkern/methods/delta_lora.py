@@ -20,6 +20,7 @@ Source: Zi et al. 2023, arXiv:2309.02411
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,15 @@ from peftkern.layers.base import (
 )
 from peftkern.layers.frozen_base import OverFrozenBase
 from peftkern.methods.pairs import AdapterPair, find_pairs
+from peftkern.methods.processes import (
+    agree,
+    check_readable,
+    is_sharded,
+    of_first,
+    part_of,
+    several,
+    whole,
+)
 
 __all__ = ["DeltaLoRALinear", "DeltaLoRAScheduler", "InPlaceDeltaLoRA"]
 ROUNDINGS = ("stochastic", "nearest")
@@ -92,12 +102,14 @@ class DeltaLoRALinear(LowRankFactors, OverFrozenBase):
     def start(self) -> None:
         """Let the weight follow the product from now on; the output does not change by this.
 
-        Raises: ValueError if it has started: what the weight has followed so far would be lost.
+        Raises: ValueError if it has started: what the weight has followed so far would be lost; and
+            under FSDP1 and DeepSpeed's ZeRO-3, which hold the factors in pieces.
         """
         if self.started:
             raise ValueError("start: this layer has started already")
-        self.start_A = self.lora_A.detach().clone()
-        self.start_B = self.lora_B.detach().clone()
+        check_readable([("lora_A", self.lora_A), ("lora_B", self.lora_B)], "Delta-LoRA")
+        self.start_A = whole(self.lora_A.detach()).clone()
+        self.start_B = whole(self.lora_B.detach()).clone()
 
     def _forward(self, x: Tensor) -> Tensor:
         return low_rank_forward(self.base, x, *self._factors(), scaling=self.scaling)
@@ -154,6 +166,8 @@ class DeltaLoRAScheduler:
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, DeltaLoRALinear)}
         if not self.layers:
             raise ValueError("model: expected DeltaLoRALinear layers, found none")
+        for name, layer in self.layers.items():
+            check_readable([(f"{name}.lora_B", layer.lora_B)], "Delta-LoRA", model)
         self.start_step, self.last_step = _check_start(start_step), 0
         self._start()
 
@@ -189,8 +203,8 @@ class InPlaceDeltaLoRA:
         rounding: how a bfloat16 weight is written. A step's change is mostly below half of the last
             bit of the weight, so "nearest" loses most of it; "stochastic" rounds up or down with
             the probability that makes the mean right.
-        generator: of the random bits; torch's own by default. Replicas in several processes stay
-            equal only if all draw the same: give each a generator of one seed.
+        generator: of the random bits; torch's own by default, and where several processes train one
+            of its own, seeded by the first. Given, it has to be in one state in all of them.
         adapter: the name of the PEFT adapter to treat so; all trained ones by default.
 
     A step writes to all weights or, if it raises, to none; it may then be taken again.
@@ -217,13 +231,17 @@ class InPlaceDeltaLoRA:
         for pair in self.pairs:
             _dense_weight(pair)
         self.lam, self.rounding, self.generator = lam, rounding, generator
+        if several() and rounding == "stochastic":
+            self.generator = _shared(generator, self.pairs[0].lora_B.device)
         self.start_step, self.last_step = _check_start(start_step), 0
         self._written: list[tuple[Tensor, Tensor]] = []  # A and B as the weights contain them
         if self.start_step == 0:
             self._follow()
 
     def _copies(self) -> list[tuple[Tensor, Tensor]]:
-        return [(p.lora_A.detach().clone(), p.lora_B.detach().clone()) for p in self.pairs]
+        return [
+            (whole(p.lora_A.detach()).clone(), whole(p.lora_B.detach()).clone()) for p in self.pairs
+        ]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -234,6 +252,7 @@ class InPlaceDeltaLoRA:
     @torch.no_grad()
     def _follow(self) -> None:
         """Write what happened to the products since they were last written; at first, nothing."""
+        self.pairs = [pair.renewed() for pair in self.pairs]
         weights = [_dense_weight(pair) for pair in self.pairs]
         changes = list(zip(self.pairs, weights, self._written or self._copies(), strict=True))
         wrong = [~_norm(*self._change(*change)).isfinite() for change in changes]
@@ -245,6 +264,8 @@ class InPlaceDeltaLoRA:
             )
         for pair, weight, before in changes if self._written else ():
             left, right = self._change(pair, weight, before)
+            if is_sharded(weight):  # by rows
+                left, weight = part_of(left, weight).to_local(), weight.to_local()
             rows = max(1, _CHUNK // max(1, weight.shape[1]))
             for some, change in zip(weight.split(rows), left.split(rows), strict=True):
                 self._write(some, some.to(left.dtype) + change @ right)
@@ -258,7 +279,8 @@ class InPlaceDeltaLoRA:
         Their product is no difference of two nearly equal ones.
         """
         wide = torch.promote_types(weight.dtype, torch.float32)
-        A, B, new_A, new_B = (t.to(wide) for t in (*before, pair.lora_A, pair.lora_B))
+        after = whole(pair.lora_A), whole(pair.lora_B)
+        A, B, new_A, new_B = (t.to(wide) for t in (*before, *after))
         left = torch.cat([new_B - B, B], dim=1) * (self.lam * pair.scaling)
         return left, torch.cat([new_A, new_A - A])
 
@@ -321,6 +343,15 @@ def _dense_weight(pair: AdapterPair) -> Tensor:
     weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
     if getattr(layer, "fan_in_fan_out", False) and weight is not None:
         weight = weight.mT
+    if (
+        weight is not None
+        and is_sharded(weight)
+        and not all(place.is_replicate() or place.is_shard(0) for place in weight.placements)
+    ):
+        raise ValueError(
+            f"{pair.name}: expected a weight sharded by its rows, got {weight.placements}; "
+            "DeltaLoRALinear works without writing to it"
+        )
     shape = (pair.lora_B.shape[0], pair.lora_A.shape[1])
     if weight is None or weight.shape != shape or weight.dtype not in _WRITABLE:
         came = "none" if weight is None else f"{list(weight.shape)} {weight.dtype}"
@@ -329,6 +360,23 @@ def _dense_weight(pair: AdapterPair) -> Tensor:
             " DeltaLoRALinear works without writing to it"
         )
     return weight.detach()
+
+
+def _shared(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """Return a generator that draws the same in all processes.
+
+    Raises: ValueError if the one that is given does not.
+    """
+    if generator is None:
+        seed = int(torch.randint(1 << 62, ()))
+        return torch.Generator(device).manual_seed(of_first(seed, device))
+    state = generator.get_state().numpy().tobytes()
+    if not agree(int.from_bytes(hashlib.sha256(state).digest()[:7], "big"), device):
+        raise ValueError(
+            "generator: expected one state in all processes, got others: weights that are rounded "
+            "by it would part; seed it alike, or give none"
+        )
+    return generator
 
 
 def _check_lam(lam: float) -> None:

@@ -12,8 +12,8 @@ does not use have no gradient at all, so that any optimizer leaves them, their m
 weight decay alone, bit for bit. (One padded gradient would let Adam's momentum move them, and so
 do zeros that `zero_grad(set_to_none=False)` leaves in place of no gradient.) torch.compile makes a
 graph for each rank that it meets: raise `torch._dynamo.config.recompile_limit` above r. Under DDP
-that takes `find_unused_parameters=True` and the same rank in every process: pass a generator
-that is seeded alike.
+that takes `find_unused_parameters=True`. Where several processes train, the rank that the first one
+draws is everybody's: each of them has to call `sample_rank`.
 
 The paper scales rank b by lora_alpha / b. Rows that all ranks share then count less in the larger
 ones, and no values of them suit two ranks: fitting a known update of rank 4, one run stays at 1.1
@@ -40,6 +40,7 @@ from peftkern.layers.base import (
     merged,
 )
 from peftkern.layers.frozen_base import OverFrozenBase
+from peftkern.methods.processes import of_first
 
 __all__ = ["DyLoRALinear", "sample_rank", "set_rank"]
 
@@ -160,10 +161,12 @@ def sample_rank(
     """Draw a rank for the next step, uniform in 1 to the largest r, and `set_rank` it.
 
     Args: generator: of the CPU; None takes torch's own.
-    Returns: the rank.
+    Returns: the rank; of several processes, the one that the first has drawn.
     """
-    largest = max(layer.r for layer in _layers(model))
+    layers = _layers(model)
+    largest = max(layer.r for layer in layers)
     rank = int(torch.randint(1, largest + 1, (1,), generator=generator))
+    rank = of_first(rank, layers[0].lora_A[0].device)
     set_rank(model, rank, train_last_only=train_last_only)
     return rank
 

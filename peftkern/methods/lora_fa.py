@@ -21,6 +21,7 @@ from peftkern.methods.pairs import (
     PairAdamW,
     check_counts,
     check_scaling,
+    check_unheld,
     check_unshared,
     chunks,
     cut_reciprocal,
@@ -30,6 +31,7 @@ from peftkern.methods.pairs import (
     stacked,
     symmetric_eigen,
 )
+from peftkern.methods.processes import part_of, whole
 
 __all__ = ["LoRAFAOptimizer", "freeze_lora_A", "lora_fa_gradients"]
 _PEFT_DELTA = 1e-8  # what PEFT adds to the diagonal of lora_A @ lora_A.T
@@ -152,7 +154,8 @@ class LoRAFAOptimizer(PairAdamW):
 
     The inverses are kept, r x r per layer, and made anew when a lora_A has been written to; writes
     through `.data` go unseen, as they do in autograd. Under DistributedDataParallel make it before
-    the model is wrapped.
+    the model is wrapped, under FSDP2 after `fully_shard`, before which `freeze_lora_A` is due. What
+    is sharded is gathered: lora_A once, the gradients of lora_B at each step.
     Raises: ValueError on a value that makes no sense, if there is no trained pair, if two pairs
         share lora_B, if the model is wrapped already, and at a step naming the layer if its scaling
         is 0.
@@ -190,27 +193,29 @@ class LoRAFAOptimizer(PairAdamW):
     def _inverse(self) -> list[Tensor]:
         """Return (A A^T)^-1 of every pair, kept as long as no lora_A changes."""
         A = [pair.lora_A for pair in self._pairs]
-        state = [(a._version, a.device, a.dtype) for a in A]
+        state = [(id(a), a._version, a.device, a.dtype) for a in A]
         if self._inverses[0] != state:
             delta = _PEFT_DELTA if self._peft_parity else 0.0
-            self._inverses = (state, gram_inverses(A, delta))
+            self._inverses = (state, gram_inverses([whole(a) for a in A], delta))
         return self._inverses[1]
 
     def _replace(self, grads: dict[Tensor, Tensor]) -> None:
+        check_unheld(self._pairs, "LoRA-FA")
         inverses = self._inverse()
         used = [i for i, pair in enumerate(self._pairs) if pair.lora_B in grads]
         B = [self._pairs[i].lora_B for i in used]
         inverses = [inverses[i] for i in used]
         scaling = [self._pairs[i].scaling for i in used]
         check_scaling(scaling, [self._pairs[i].name for i in used])
+        found = [whole(grads[b]) for b in B]
         if self._peft_parity:
             corrected = [
-                _peft_product(grads[b], inverse, s)
-                for b, inverse, s in zip(B, inverses, scaling, strict=True)
+                _peft_product(grad, inverse, s)
+                for grad, inverse, s in zip(found, inverses, scaling, strict=True)
             ]
         else:
-            corrected = _multiply([grads[b] for b in B], inverses, scaling)
-        grads.update(zip(B, corrected, strict=True))
+            corrected = _multiply(found, inverses, scaling)
+        grads.update((b, part_of(grad, b)) for b, grad in zip(B, corrected, strict=True))
 
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads: dict[Tensor, Tensor]

@@ -26,6 +26,7 @@ from peftkern.methods.pairs import (
     PairAdamW,
     check_counts,
     check_scaling,
+    check_unheld,
     check_unshared,
     chunks,
     cut_reciprocal,
@@ -35,6 +36,7 @@ from peftkern.methods.pairs import (
     stacked,
     symmetric_eigen,
 )
+from peftkern.methods.processes import is_sharded, part_of, whole
 
 __all__ = ["LoRAProAdamW", "lora_pro_gradients", "lora_pro_hook"]
 _FACTORS = ("lora_A", "lora_B")
@@ -142,9 +144,10 @@ def lora_pro_hook(
     check_unshared(pairs, _FACTORS)
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        factors = [p for pair in pairs for p in (pair.lora_A, pair.lora_B)]
+        now = [pair.renewed() for pair in pairs]
+        factors = [p for pair in now for p in (pair.lora_A, pair.lora_B)]
         grads = {p: p.grad for p in factors if p.grad is not None}
-        for p, grad in _replaced(_with_gradients(pairs, grads), grads).items():
+        for p, grad in _replaced(_with_gradients(now, grads), grads).items():
             p.grad = grad
 
     return hook
@@ -172,9 +175,11 @@ class LoRAProAdamW(PairAdamW):
         adapter: the name of the PEFT adapter to treat so; all trained ones by default.
         full_moments: see above.
 
+    Under FSDP2 make it after `fully_shard`: factors and gradients are gathered at each step, and
+    full_moments are refused.
     Raises: ValueError on a value that makes no sense, if there is no trained pair, if two pairs
         share a factor, and at a step naming the layer if only one factor has a gradient or its
-        scaling is 0.
+        scaling is 0; RuntimeError at a step if the model has other parameters by then.
     Source: Wang et al. 2024, algorithm 1, arXiv:2407.18242
     """
 
@@ -196,6 +201,7 @@ class LoRAProAdamW(PairAdamW):
         defaults["full_moments"] = full_moments
         super().__init__(model, params, adapter, defaults)
         self._full_moments = full_moments
+        self._check_moments()
         check_unshared(self._pairs, _FACTORS)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,7 +217,17 @@ class LoRAProAdamW(PairAdamW):
                 )
         super().load_state_dict(state_dict)
 
+    def _check_moments(self) -> None:
+        """Raise ValueError for moments of a sharded model's weights, whole in each process."""
+        sharded = [pair.name for pair in self._pairs if is_sharded(pair.lora_B)]
+        if self._full_moments and sharded:
+            raise ValueError(
+                f"full_moments: expected False where FSDP2 shards the model ({sharded[0]}.lora_B "
+                "is a DTensor): every process would hold the moments of the whole weights"
+            )
+
     def _replace(self, grads: dict[Tensor, Tensor]) -> None:
+        self._check_moments()
         pairs = _with_gradients(self._pairs, grads)
         if not pairs:
             return
@@ -246,6 +262,7 @@ class LoRAProAdamW(PairAdamW):
 
 def _with_gradients(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> list[AdapterPair]:
     """Return the pairs that take part in this step; half of a pair's gradients is an error."""
+    check_unheld(pairs, "LoRA-Pro")
     for pair in pairs:
         has_A, has_B = pair.lora_A in grads, pair.lora_B in grads
         if has_A is not has_B:
@@ -260,8 +277,10 @@ def _replaced(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> dict
     A, B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
     scaling = [pair.scaling for pair in pairs]
     check_scaling(scaling, [pair.name for pair in pairs])
-    gA, gB = lora_pro_gradients(A, B, [grads[p] for p in A], [grads[p] for p in B], scaling)
-    return dict(zip([*A, *B], [*gA, *gB], strict=True))
+    columns = (A, B, [grads[p] for p in A], [grads[p] for p in B])
+    with torch.no_grad():
+        gA, gB = lora_pro_gradients(*([whole(t) for t in column] for column in columns), scaling)
+    return {p: part_of(g, p) for p, g in zip([*A, *B], [*gA, *gB], strict=True)}
 
 
 def _equivalent(pair: AdapterPair, grads: dict[Tensor, Tensor]) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from peftkern.methods.processes import check_readable, in_pieces, is_sharded
+
 _CHUNK = 1 << 24  # elements of float64 copies that are alive at once: 128 MiB
 
 
@@ -29,6 +31,18 @@ class AdapterPair:
     lora_B: nn.Parameter
 
     @property
+    def factors(self) -> list[tuple[str, Tensor]]:
+        """Names of both factors in the model, and what they are."""
+        return [(f"{self.name}.lora_A", self.lora_A), (f"{self.name}.lora_B", self.lora_B)]
+
+    def renewed(self) -> AdapterPair:
+        """Return the pair as the layer has it now: engines put parameters of theirs in place."""
+        for pair in _pairs_of(self.name, self.layer):
+            if pair.adapter == self.adapter:
+                return pair
+        return self  # the adapter is gone
+
+    @property
     def scaling(self) -> float | Tensor:
         """Scaling as the layer has it now: it may change while training."""
         scaling = self.layer.scaling
@@ -41,7 +55,8 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> list[AdapterPair
     Args: model, holding layers of peftkern (lora_A and lora_B are parameters) or PEFT's LoRA layers
         (dictionaries of linear layers, by adapter); adapter, to take PEFT's adapter of that name
         alone. Convolutions, embeddings and AdaLoRA's triplets are no such pairs.
-    Raises: TypeError unless model is a module; ValueError if it holds no pair.
+    Raises: TypeError unless model is a module; ValueError if it holds no pair, or, naming it, if
+        FSDP1 or DeepSpeed's ZeRO-3 holds a factor in pieces.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -54,6 +69,8 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> list[AdapterPair
     if not pairs:
         which = "" if adapter is None else f" of the adapter {adapter!r}"
         raise ValueError(f"model: expected layers with a trained lora_B{which}, found none")
+    factors = [factor for pair in pairs for factor in pair.factors]
+    check_readable(factors, "a method of pairs of factors", model)
     return pairs
 
 
@@ -66,8 +83,12 @@ def _pairs_of(name: str, layer: nn.Module) -> Iterator[AdapterPair]:
     elif isinstance(A, nn.ModuleDict) and isinstance(B, nn.ModuleDict):
         for adapter in A:
             weights = [getattr(m[adapter], "weight", None) for m in (A, B) if adapter in m]
-            if len(weights) == 2 and all(w is not None and w.dim() == 2 for w in weights):
+            if len(weights) == 2 and all(map(_is_matrix, weights)):
                 yield AdapterPair(name, layer, adapter, *weights)
+
+
+def _is_matrix(weight: Tensor | None) -> bool:
+    return weight is not None and (weight.dim() == 2 or in_pieces(weight))
 
 
 def check_counts(**lists: Sequence[Any]) -> None:
@@ -154,6 +175,16 @@ def cut_reciprocal(values: Tensor, cutoff: float) -> Tensor:
     return torch.where(values <= least, 0.0, 1.0 / values)
 
 
+def check_unheld(pairs: Sequence[AdapterPair], method: str) -> None:
+    """Raise ValueError if DeepSpeed's ZeRO has the step of a factor, as a part of flat ones."""
+    for pair in pairs:
+        if hasattr(pair.lora_B, "_hp_mapping") or hasattr(pair.lora_B, "_z3_optimizer"):
+            raise ValueError(
+                f"{pair.name}: DeepSpeed's ZeRO steps on flat parts of all parameters, in which "
+                f"{method} finds no pair; train under DistributedDataParallel or fully_shard"
+            )
+
+
 class PairAdamW(torch.optim.Optimizer):
     """AdamW (as `torch.optim.AdamW`) on gradients that a subclass replaces, pair by pair.
 
@@ -183,9 +214,24 @@ class PairAdamW(torch.optim.Optimizer):
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
         super().__init__(params, defaults)
+        self._trains_pairs = self._holds_pairs()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pairs": self._pairs}
+        own = {"_pairs": self._pairs, "_trains_pairs": self._trains_pairs}
+        return {**super().__getstate__(), **own}
+
+    def _holds_pairs(self) -> bool:
+        params = {p for group in self.param_groups for p in group["params"]}
+        return any(pair.lora_B in params for pair in self._pairs)
+
+    def _check_pairs(self) -> None:
+        """Raise RuntimeError if this optimizer has other parameters than the model has now."""
+        if self._trains_pairs and not self._holds_pairs():
+            raise RuntimeError(
+                f"{type(self).__name__}: the model has other parameters now than this optimizer "
+                f"({self._pairs[0].name}.lora_B among them): make it after fully_shard; DeepSpeed, "
+                "which gives an optimizer flat parameters, is not for it"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -194,10 +240,16 @@ class PairAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._pairs = [pair.renewed() for pair in self._pairs]  # FSDP2 replaces factors
         grads = {p: p.grad for g in self.param_groups for p in g["params"] if p.grad is not None}
         self._replace(grads)
+        self._check_pairs()
         for group in self.param_groups:
-            self._update(group, [p for p in group["params"] if p in grads], grads)
+            params = [p for p in group["params"] if p in grads]
+            for sharded in (False, True):  # no operation takes both
+                some = [p for p in params if is_sharded(p) is sharded]
+                if some:
+                    self._update(group, some, grads)
         return loss
 
     def _replace(self, grads: dict[Tensor, Tensor]) -> None:
@@ -208,7 +260,10 @@ class PairAdamW(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)  # not the default dtype
-            state["exp_avg"] = torch.zeros(shape, dtype=p.dtype, device=p.device)
+            if is_sharded(p):
+                state["exp_avg"] = torch.zeros_like(p.detach())
+            else:
+                state["exp_avg"] = torch.zeros(shape, dtype=p.dtype, device=p.device)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         return state
 

@@ -11,7 +11,8 @@ A layer is LoRA until its mask is drawn: after the warm-up, the places where the
 weight was largest. The parameter `values` is there from the start, with a slot for each of the nnz
 places and no gradient until then, so that an optimizer made at the start has it and leaves it alone
 (AdamW then starts its moments and its count of steps with the mask). DDP needs
-`find_unused_parameters=True` during the warm-up, and the same mask in every process: `set_mask`.
+`find_unused_parameters=True` during the warm-up. Where several processes train, a mask is drawn
+from what all of them have collected, each of its own batches, and is the same everywhere.
 
 The gradient dW = dy.T @ x [N, K] of a layer is never there as a whole. While gradients are
 collected, it is made in blocks of rows in the backward pass of its layer, and of each block only
@@ -41,6 +42,7 @@ from peftkern.layers.base import (
     merged,
 )
 from peftkern.layers.frozen_base import OverFrozenBase
+from peftkern.methods.processes import any_of, check_readable, several, sums_of_all
 from peftkern.methods.top_gradients import TopGradients
 
 __all__ = ["RoSALinear", "RoSAScheduler", "density_report"]
@@ -259,6 +261,8 @@ class RoSAScheduler:
         importance: str = "squared",
     ) -> None:
         self.layers = _layers(model)
+        for name, layer in self.layers.items():
+            check_readable([(f"{name}.lora_B", layer.lora_B)], "RoSAScheduler", model)
         if type(warmup_steps) is not int or warmup_steps < 1:
             raise ValueError(f"warmup_steps: expected at least 1, got {warmup_steps!r}")
         if type(collect_steps) is not int or not 1 <= collect_steps <= warmup_steps:
@@ -275,9 +279,14 @@ class RoSAScheduler:
     def step(self) -> None:
         self.last_step += 1
         tops = [layer.collected for layer in self.layers.values() if layer.collected is not None]
-        lost = [top.take_lost() for top in tops]
-        self.lost_steps += any(lost)
+        if tops:
+            lost = [top.take_lost() for top in tops]
+            self.lost_steps += any_of(any(lost), self._device)
         self._advance()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.layers.values())).col.device
 
     @property
     def _draws_at(self) -> int:
@@ -301,6 +310,10 @@ class RoSAScheduler:
 
     def _mask(self, name: str, layer: RoSALinear) -> SparseMask:
         collected = layer.collected or self._collector(layer)
+        if several():
+            sums = sums_of_all(collected.index.to(self._device), collected.score.to(self._device))
+            collected = self._collector(layer)
+            collected.index, collected.score = sums
         try:
             return collected.mask(layer.nnz)
         except ValueError as error:

@@ -23,7 +23,7 @@ from peftkern.backends import counts, dispatch, ops
 from peftkern.backends.cpu import module as native
 from peftkern.cli import main
 from peftkern.integrations import package_probes
-from peftkern.integrations.packages import Answer, Version, accepted, importing, release
+from peftkern.integrations.packages import OPTIONAL, Answer, Version, accepted, importing, release
 from peftkern.tools.doctor import doctor, findings, self_test
 
 FIELDS = {  # of `peftkern doctor --json`, which reports of bugs quote
@@ -40,6 +40,7 @@ FIELDS = {  # of `peftkern doctor --json`, which reports of bugs quote
     ],
     "backends": ["cpu", "triton", "cuda"],
     "served": ["op", "device", "backend", "others"],
+    "formats": ["format", "device", "backend"],
     "versions": ["name", "version", "accepted", "imports", "error"],
     "probes": ["package", "probe", "answer", "cause", "cure"],
     "tested": ["function", "dtype", "device", "backends", "share", "worst", "error", "ok"],
@@ -94,6 +95,7 @@ def test_this_machine_is_healthy(here):
     assert f"{len(ops.SCHEMAS)} ops by cpu; {tests} of {tests} self-tests right" in said
     assert f"; {native.cpu_isa()}; " in said and f"peft {doctor.installed_version('peft')}" in said
     assert "tensors are on cpu" not in said
+    assert "4-bit bases on cpu: nf4, fp4, mxfp4, nvfp4, int4 by cpu" in said
 
 
 def test_details_are_told_when_asked(capfd):
@@ -113,11 +115,13 @@ def test_missing_peers_are_not_wrong(bare):
     assert (status, answer["healthy"], wrong(answer)) == (0, True, [])
     assert answer["backends"]["triton"] == {"why": "triton is not installed", "version": None}
     versions = {v["name"]: v for v in answer["versions"]}
-    assert versions.keys() == {"torch", *PEERS}
+    assert versions.keys() == {"torch", *PEERS, *OPTIONAL}
     assert {versions[name]["version"] for name in PEERS} == {None}
     assert versions["peft"]["accepted"] == accepted("peft") != ""
     assert {row["op"] for row in answer["served"]} == set(ops.SCHEMAS)
     assert {row["backend"] for row in answer["served"] if row["device"] == "cpu"} == {"cpu"}
+    on_cpu = {row["format"]: row["backend"] for row in answer["formats"] if row["device"] == "cpu"}
+    assert on_cpu == dict.fromkeys(("nf4", "fp4", "mxfp4", "nvfp4", "int4"), "cpu")
     assert all(result["ok"] for result in answer["tested"])
     assert answer["trust"]["mode"] == "always" and answer["trust"]["crossovers"]["dense"] > 0
     assert answer["trust"]["devices"][0]["device"] == "cpu"
@@ -228,6 +232,23 @@ def test_instruction_set_that_is_not_here_is_wrong(monkeypatch):
         (finding,) = findings.environment_findings()
     assert finding.id == "switch"
     assert finding.cause.startswith("PEFTKERN_CPU_ISA: expected one of")
+
+
+@pytest.mark.parametrize("told_by", ["the environment", "accelerate config"])
+def test_fsdp_is_told_of_the_storage_it_shards(told_by, tmp_path, monkeypatch):
+    monkeypatch.delenv("PEFTKERN_CPU_ISA", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert list(findings.environment_findings()) == []
+    if told_by == "the environment":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        (tmp_path / "accelerate").mkdir()
+        told = "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n"
+        (tmp_path / "accelerate" / "default_config.yaml").write_text(told)
+    (finding,) = findings.environment_findings()
+    assert (finding.id, finding.severity) == ("fsdp", "note")
+    assert "bnb_4bit_quant_storage=torch.bfloat16" in finding.cure
 
 
 def test_stale_or_weak_build_is_found():
@@ -368,3 +389,9 @@ def test_versions_compare_by_their_numbers():
     assert [finding.id for finding in findings.version_findings(old)] == ["old"]
     assert list(findings.version_findings(replace(old, version="2.10.0"))) == []
     assert list(findings.version_findings(replace(old, accepted=None))) == []
+
+
+def test_deepspeed_that_is_installed_is_told_of():
+    (finding,) = findings.deepspeed_findings("0.19.8")
+    assert finding.severity == "note" and "deepspeed 0.19.8 clips" in finding.cause
+    assert list(findings.deepspeed_findings(None)) == []

@@ -71,6 +71,10 @@ def test_small_model_of_a_folder_is_shown_in_mb(tmp_path, capsys):
         (["llama3-8b", "--fit", "48"], "--fit: expected a size like 48GB"),
         (["llama3-8b", "--dtype", "fp16"], "--dtype: expected one of bf16, fp32, got 'fp16'"),
         (["llama3-8b", "--adapter-dtype", "nf4"], "--adapter-dtype: expected one of bf16, fp32"),
+        (["llama3-8b", "--base", "int8"], "--base: expected one of bf16, fp32, nf4, fp4, mxfp4"),
+        (["llama3-8b", "--devices", "8"], "--devices: expected 1 where shard does not say"),
+        (["llama3-8b", "--shard", "fsdp2"], "--devices: fsdp2 needs at least 2, got 1"),
+        (["llama3-8b", "--no-reshard"], "--reshard: an option of shard fsdp2"),
         ([], "Missing argument"),
     ],
 )
@@ -106,3 +110,27 @@ def test_compaction_of_adalora_is_told(tmp_path, capfd):
     assert found["pruned"]["trainable"] == 2 * found["compacted"]["trainable"]
     assert found["pruned"]["flops"] > found["compacted"]["flops"] > 0
     refused(capfd, "--target-r: expected an integer from 1 to 8", *asked[:-1], "9")
+
+
+def test_several_devices_are_told_of_each(tmp_path, capfd):
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 32}
+    config |= {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = ["plan", str(tmp_path), "--sequence", "16", "--r", "4", "--devices", "4"]
+    asked += ["--shard", "fsdp2", "--param-dtype", "bfloat16", "--fit", "1MB"]
+    assert main(asked) == 0
+    said = capfd.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    text = " ".join(said.split())
+    assert "sequence 16 on each of 4 devices by fsdp2, gathered in bf16" in text
+    assert "of a step, on each of 4 devices:" in text
+    assert re.search(r"gathered weights . 0\.\d\d . 0\.\d\d . - ", text)
+    assert re.search(r"all-gather, backward . 0\.\d\d . 0\.\d\d", text)
+    assert "fits 1.00 MB" in text
+    assert main([*asked[:-2], "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["training"]["devices"] == 4
+    moved = report["plan"]["communication"]
+    layers = moved["all-gather, backward"]
+    assert layers["calls"] == 2 and layers["sent"] == layers["bytes"] * 3 // 4
+    assert moved["reduce-scatter, backward"]["bytes"] > 0

@@ -89,9 +89,9 @@ def test_experts_are_told(tmp_path, capsys, family):
     total = sum(tensor.numel() for tensor in tensors.values())
     assert said.out.splitlines()[2] == (
         f"experts: {count / total:.0%} of the parameters, at 4.50 bits, are quantized: "
-        "import peftkern.integrations.transformers before from_pretrained"
+        "from peftkern.integrations.transformers import NF4ExpertsConfig before from_pretrained"
     )
-    import peftkern.integrations.transformers  # noqa: F401
+    from peftkern.integrations.transformers import NF4ExpertsConfig  # noqa: F401
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
     if family == "mixtral":
@@ -162,6 +162,17 @@ def test_a_dry_run_says_what_the_run_does_then(tmp_path, capsys):
     assert contents(tmp_path) == whole
 
 
+def test_layers_that_a_format_cannot_have_are_named(tmp_path, capsys):
+    save_llama(tmp_path / "src", intermediate_size=72)
+    capsys.readouterr()
+    arguments = ["quantize", str(tmp_path / "src"), "--dry-run", "--format", "nvfp4"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[2] == (
+        "dense stay layers whose rows are no whole blocks: model.layers.0.mlp.down_proj, "
+        "model.layers.1.mlp.down_proj"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -170,6 +181,10 @@ def test_a_dry_run_says_what_the_run_does_then(tmp_path, capsys):
         (["--device", "cuda:99"], "--device cuda:99: "),
         (["--blocksize", "65"], "--blocksize: expected one of (32, 64, "),
         (["--compute-dtype", "int8"], "--compute-dtype: expected one of bf16, fp16, fp32, got"),
+        (["--format", "int5"], "--format: expected one of ('nf4', 'fp4', 'mxfp4', "),
+        (["--format", "nvfp4", "--blocksize", "32"], "--blocksize: expected one of (16,) in nvfp4"),
+        (["--format", "int4", "--no-double-quant"], "--no-double-quant: expected with nf4 or fp4"),
+        (["--format", "mxfp4", "--compute-dtype", "bf16"], "--compute-dtype: expected with nf4 or"),
         (["--skip", "nonsense"], "--skip: no linear layer is called 'nonsense'"),
         ([], "model.safetensors: damaged, cut off or not safetensors"),
     ],

@@ -128,6 +128,19 @@ def test_init_starts_an_adapter_of_these_ranks(source, tmp_path, capsys, method)
             assert module.scaling["default"] == pytest.approx(1.5)
 
 
+def test_init_takes_targets_that_are_a_regular_expression(source, tmp_path, capsys):
+    """As `ranks` writes them where one name ends in another."""
+    ranks = tmp_path / "ranks.json"
+    pattern = r"model\.layers\.0\.self_attn\.(q|v)_proj|model\.layers\.1\..*down_proj"
+    ranks.write_text(json.dumps({"r": 3, "target_modules": pattern}))
+    arguments = ("init", "pissa", source, tmp_path / "dst", "--ranks", ranks)
+    assert main([*map(str, arguments)]) == 0
+    names = {f"model.layers.0.self_attn.{name}_proj" for name in "qv"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    model = PeftModel.from_pretrained(base, tmp_path / "dst" / "adapter")
+    assert ranks_in(model) == dict.fromkeys(names | {"model.layers.1.mlp.down_proj"}, 3)
+
+
 def test_bad_input_is_one_line(source, tmp_path, capfd):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n")
@@ -136,7 +149,8 @@ def test_bad_input_is_one_line(source, tmp_path, capfd):
         ("--cost: expected one of rank, parameters, bytes, flops, got 'ms'", "--cost", "ms"),
         ("--data: expected a file of texts for gradients", "--by", "gradients"),
         ("--data: expected none: weights need no texts", "--data", texts),
-        ("a text on each line, got none", "--by", "gora", "--data", texts),
+        (f"--data: {texts}: expected a text on each line", "--by", "gora", "--data", texts),
+        (f"--data: {tmp_path / 'no'}: No such file", "--by", "gora", "--data", tmp_path / "no"),
         ("--rank: expected an integer of at least 1, got 0", "--rank", 0),
         ("--min-rank: expected at most", "--min-rank", 4000, "--rank", 4000),
         ("--max-rank: expected an integer", "--max-rank", -1),
@@ -159,6 +173,8 @@ def test_bad_input_is_one_line(source, tmp_path, capfd):
         ('{"r": 4}', "target_modules: expected a list of names"),
         ('{"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"a": 0}}', "rank_pattern"),
         ('{"r": 4, "target_modules": ["nothing"]}', "no linear layer is called 'nothing'"),
+        ('{"r": 4, "target_modules": "no.*"}', "no linear layer is called 'no.*'"),
+        ('{"r": 4, "target_modules": "("}', "target_modules: expected a list of names, or a reg"),
     ):
         bad.write_text(text)
         refused(capfd, complaint, *out)

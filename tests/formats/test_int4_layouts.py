@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftkern.backends.reference.nf4 import nf4_dequantize
+from peftkern.formats import int4_layouts
 from peftkern.formats.block_weight import BlockWeight
-from peftkern.formats.int4_layouts import from_awq, from_gptq, from_hqq, from_int8
+from peftkern.formats.int4_layouts import Packing, from_awq, from_gptq, from_hqq, from_int8
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -186,3 +187,27 @@ REFUSED += [
 def test_what_has_no_row_in_the_table_is_named(read, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         read()
+
+
+def stored(kind: str) -> tuple[Packing, Tensor]:
+    """A library's tensor of 24 x 96 codes, of every bit pattern that it may have."""
+    generator = torch.Generator().manual_seed(2)
+    words = torch.iinfo(torch.int32)
+    shapes = {"gptq": (12, 24), "awq": (96, 3)}
+    if kind in shapes:
+        drawn = torch.randint(words.min, words.max, shapes[kind], generator=generator)
+        return getattr(int4_layouts, kind.upper()), drawn.int()
+    if kind == "hqq":
+        return int4_layouts.HQQ, torch.randint(256, (36, 32), generator=generator).byte()
+    return int4_layouts.INT8, torch.randint(-8, 8, (24, 96), generator=generator).to(torch.int8)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "hqq", "int8"])
+def test_a_librarys_tensor_is_made_again_bit_for_bit(kind, monkeypatch) -> None:
+    packing, tensor = stored(kind)
+    packed = packing.pack(tensor)
+    assert packed.dtype is torch.uint8 and packed.shape == (24 * 96 // 2,)
+    for together in (1 << 22, 1):
+        monkeypatch.setattr("peftkern.formats.int4_layouts._TOGETHER", together)
+        again = packing.unpack(packed, tuple(tensor.shape))
+        assert again.dtype is tensor.dtype and again.is_contiguous() and torch.equal(again, tensor)

@@ -104,14 +104,19 @@ def test_importance_nan_stays_with_its_triplet(every_kernel: str) -> None:
     assert importance(params, [good, grads, good], F32)[2].isfinite().all()
 
 
-def test_importance_several_dtypes_go_to_the_reference() -> None:
-    params = [*make_params([(3, 8, 9)]), *make_params([(2, 8, 9)], BF16)]
-    grads = [torch.randn_like(p) for p in params]
+@pytest.mark.parametrize("last", [BF16, F64])
+def test_importance_of_several_dtypes(last) -> None:
+    """lora_E in float32 beside matrices in bfloat16; float64 beside others is the reference's."""
+    params = [*make_params([(3, 8, 9)]), *make_params([(0, 5, 7), (2, 8, 9), (4, 33, 65)], last)]
+    params[6], grads = params[6].float(), [torch.randn_like(p) for p in params]
+    grads[6], grads[1], grads[4] = torch.randn(2, 1), None, None
     peftkern.reset_stats()
-    got = importance(params, [grads], F32)
-    assert peftkern.stats().calls == {("adalora_importance_", "reference"): 1}
+    got = importance(params, [grads, grads], F32)
+    server = "reference" if last is F64 else "cpu"
+    assert peftkern.stats().calls == {("adalora_importance_", server): 2}
     wide = [p.float() for p in params]
-    wanted = importance(wide, [[g.float() for g in grads]], F32)
+    slopes = [None if g is None else g.float() for g in grads]
+    wanted = importance(wide, [slopes, slopes], F32)
     torch.testing.assert_close(got, wanted)
 
 

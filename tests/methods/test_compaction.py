@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from peftkern.methods.compaction import check_states, forget_misfits_, shrink_triplets_
+from peftkern.methods.compaction import (
+    check_states,
+    forget_misfits_,
+    grow_triplets_,
+    shrink_triplets_,
+)
 
 R, K, N = 5, 12, 9
 KEEP = torch.tensor([True, False, True, False, True])
@@ -114,6 +119,24 @@ def test_states_that_cannot_shrink_are_named_before_anything_has():
     with pytest.raises(ValueError, match="optimizer: LBFGS keeps"):
         check_states(torch.optim.LBFGS(params), [params])
     check_states(None, [params])
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros_like(params[1])
+    optimizer.state[params[1]]["beta_history"] = [0.9, {"warm": None}]
+    check_states(optimizer, [params])
+    optimizer.state[params[1]]["preconditioners"] = [torch.zeros(5, 5), torch.zeros(12, 12)]
+    with pytest.raises(ValueError, match=r"optimizer: preconditioners is a list.* of AdamW"):
+        check_states(optimizer, [params])
+
+
+def test_triplets_grow_back_as_zeros():
+    _, A, B = params = triplets()
+    wanted = [p.detach().clone() for p in params]
+    A.grad = torch.ones_like(A)
+    shrink_triplets_(*params, KEEP)
+    grow_triplets_(*params, KEEP)
+    for parameter, whole, dim in zip(params, wanted, (0, 0, 1), strict=True):
+        mask = KEEP.view([-1 if d == dim else 1 for d in range(whole.dim())])
+        assert torch.equal(parameter, whole * mask)
+    assert torch.equal(A.grad, KEEP[:, None].expand_as(A).float()) and B.grad is None
 
 
 @pytest.mark.parametrize("kept", [1, 3])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from paths import EXAMPLES, ROOT
+from processes import run_python
 from scripts import run_here
 
 import peftkern
@@ -16,20 +19,34 @@ SERVED = {  # what must have been served, and what the program says at the end
     "qlora_trainer": ("nf4_lora_linear_backward", "peftkern/tokens_per_second"),
     "quickstart": ("nf4_lora_linear_backward", "step 20: loss"),
 }
-MOST_LINES = 60
+LAUNCHED = "fsdp_qlora"  # by a launcher, in two processes
+MOST_LINES = 80
 
 
 def test_every_example_is_tested():
-    assert sorted(SERVED) == sorted(path.stem for path in EXAMPLES.glob("*.py"))
+    programs = {path.stem: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py")}
+    assert sorted([*SERVED, LAUNCHED]) == sorted(programs)
+    assert max(len(text.splitlines()) for text in programs.values()) <= MOST_LINES
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_example_runs(name: str):
-    path = EXAMPLES / f"{name}.py"
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
     peftkern.reset_stats()
-    status, said, error = run_here(str(path.relative_to(ROOT)))
+    status, said, error = run_here(str((EXAMPLES / f"{name}.py").relative_to(ROOT)))
     assert status == 0, error
     op, words = SERVED[name]
     assert op in said and words in said, said
     assert peftkern.stats().fallbacks == {}, said
+
+
+def test_the_example_of_fsdp_is_launched_as_it_says():
+    """On CPUs, by the config file that users copy; every layer is served, its losses fall."""
+    launch = ("-m", "accelerate.commands.launch", "--main_process_port", "0")
+    config = EXAMPLES / f"{LAUNCHED}.yaml"
+    program = EXAMPLES / f"{LAUNCHED}.py"
+    done = run_python(*launch, "--config_file", config, program, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(x) for x in re.findall(r"^step \d+: loss (\S+)$", done.stdout, re.MULTILINE)]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.5, done.stdout
+    assert re.search(r"nf4_lora_linear_backward +cpu +140$", done.stdout, re.MULTILINE)
+    assert "fell back" not in done.stdout and done.stdout.count("back end") == 1

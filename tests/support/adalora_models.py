@@ -12,14 +12,18 @@ STEPS = 50
 SCHEDULE = {"total_step": STEPS, "tinit": 5, "tfinal": 12, "deltaT": 3, "target_r": 2, "init_r": 6}
 
 
-def quantize_4bit_(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
+def quantize_4bit_(
+    model: nn.Module,
+    compute_dtype: torch.dtype | None = None,
+    quant_storage: torch.dtype = torch.uint8,
+) -> None:
     """bitsandbytes' layers in place of all linear ones but lm_head, as transformers loads them."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in name:
             parent, _, leaf = name.rpartition(".")
-            layer = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, False, compute_dtype, quant_type="nf4"
-            )
+            sizes = module.in_features, module.out_features
+            options = {"quant_type": "nf4", "quant_storage": quant_storage}
+            layer = bnb.nn.Linear4bit(*sizes, False, compute_dtype, **options)
             layer.load_state_dict(module.state_dict())
             setattr(model.get_submodule(parent), leaf, layer.to("cpu").requires_grad_(False))
     model.is_loaded_in_4bit = True

@@ -43,6 +43,15 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def tables(weight: Tensor) -> list[Tensor]:
+    """What bitsandbytes keeps beside a quantized weight."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return []
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [state.absmax, state.code, *nested]
+
+
 def measured(model: nn.Module, training: Training) -> dict[str, int]:
     """Bytes of a second training step: the peak of each phase; gradients and states to the byte."""
     vocabulary = model.get_input_embeddings().weight.shape[0]

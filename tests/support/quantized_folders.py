@@ -46,9 +46,11 @@ def convert(source: Path, destination: Path, **options: Any) -> nf4_checkpoint.S
     """As the command does it."""
     checkpoint = read_checkpoint(source)
     mine = {k: options.pop(k) for k in ("skip", "compute_dtype", "stack") if k in options}
-    mine["blocksize"] = options.get("blocksize", 64)
-    found = find_weights(checkpoint, double_quant=options.get("double_quant", True), **mine)
-    parts = (checkpoint, destination, *found, Options(**options))
+    given = {"format": "nf4", "blocksize": None, **options}
+    chosen = Options.of(given.pop("format"), given.pop("blocksize"), **given)
+    mine |= {"format": chosen.format, "blocksize": chosen.blocksize}
+    found = find_weights(checkpoint, double_quant=chosen.double_quant, **mine)
+    parts = (checkpoint, destination, *found, chosen)
     return nf4_checkpoint.quantize_checkpoint(*parts)
 
 

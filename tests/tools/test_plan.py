@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from plan_configs import LLAMA_CONFIG
-from plan_steps import DTYPES, check, nbytes
-from torch import Tensor, nn
+from plan_steps import DTYPES, check, nbytes, tables
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -177,18 +177,9 @@ def test_weights_are_counted_to_the_byte(folders, config, dtype, base):
             part = "linear layers"
         else:
             part = "norms, biases"
-        found[part] += nbytes([tensor, *_tables(tensor)])
+        found[part] += nbytes([tensor, *tables(tensor)])
     fixed = planning.plan(config, training).fixed
     assert {name: fixed.get(name, 0) for name in found} == found
-
-
-def _tables(weight: Tensor) -> list[Tensor]:
-    """What bitsandbytes keeps beside a quantized weight."""
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return []
-    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return [state.absmax, state.code, *nested]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +276,8 @@ PUBLISHED = {
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
     "olmoe-1b-7b": 6_919_161_856,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
 }
 
 
@@ -374,9 +367,12 @@ def test_wrong_config_is_refused_in_words(tmp_path, changes, complaint):
         ({"r": 0}, "r: expected an integer from 1 to 4294967296, got 0"),
         ({"sequence": 2.0}, "sequence: expected"),
         ({"dropout": 1.0}, "dropout: expected"),
-        ({"method": "qlora", "base": "bf16"}, "base: qlora has an nf4 base"),
+        ({"method": "qlora", "base": "bf16"}, "base: qlora has a 4-bit base"),
         ({"method": "full", "base": "nf4"}, "base: method full"),
-        ({"base": "fp32", "dtype": "bf16"}, "base: expected nf4 or"),
+        (
+            {"base": "fp32", "dtype": "bf16"},
+            "base: expected one of nf4, fp4, .*, int4, or",
+        ),
         ({"optimizer": "lion"}, "optimizer: expected"),
     ],
 )

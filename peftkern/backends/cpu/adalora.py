@@ -7,17 +7,31 @@ import math
 import torch
 from torch import Tensor
 
-from peftkern.backends.cpu.module import contiguous, isa_and_threads, library, refusal_list
+from peftkern.backends.cpu.module import (
+    contiguous,
+    float32,
+    isa_and_threads,
+    library,
+    refusal_dense,
+    refusal_list,
+)
 from peftkern.backends.pointers import address, addresses, dtype_code, fresh
 
 
 def refusal_importance(
     exp_avg_ipt: Tensor, params: list[Tensor], grads: list[Tensor | None]
 ) -> str | None:
-    """Refuse other EMAs than float32, and tensors that differ in dtype."""
+    """Refuse other EMAs than float32, and tensors in float64 beside others."""
     if exp_avg_ipt.dtype is not torch.float32:
         return f"the EMAs are {exp_avg_ipt.dtype}"
-    return refusal_list([*params, *(grad for grad in grads if grad is not None)])
+    tensors = [*params, *(grad for grad in grads if grad is not None)]
+    one_of_each = {tensor.dtype: tensor for tensor in tensors}
+    if len(one_of_each) == 1 or torch.float64 in one_of_each:
+        return refusal_list(tensors)
+    if not all(tensor.is_cpu for tensor in tensors):
+        return f"tensors are on {tensors[0].device}"
+    reasons = map(refusal_dense, one_of_each.values())
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def refusal_allocate(scores: Tensor, lora_E: list[Tensor]) -> str | None:
@@ -44,8 +58,32 @@ def adalora_importance_(
     beta2: float,
 ) -> Tensor:
     params, grads = contiguous(params), contiguous(grads)
-    numel, count = exp_avg_ipt.numel(), sum(E.numel() for E in params[::3])
-    scores = torch.empty(count, dtype=torch.float32, device="cpu")
+    scores = torch.empty(sum(E.numel() for E in params[::3]), dtype=torch.float32, device="cpu")
+    state, betas = (exp_avg_ipt, exp_avg_unc), (beta1, beta2)
+    if len({t.dtype for t in (*params, *grads) if t is not None}) == 1:
+        _score(scores, state, params, grads, betas)
+        return scores
+    # As with lora_E in float32 beside lora_A in bfloat16: a layer in float32 at a time.
+    at, rank = 0, 0
+    for i in range(0, len(params), 3):
+        wide = [None if t is None else float32(t) for t in (*params[i : i + 3], *grads[i : i + 3])]
+        numel, r = sum(p.numel() for p in wide[:3]), wide[0].numel()
+        here = tuple(average[at : at + numel] for average in state)
+        _score(scores[rank : rank + r], here, wide[:3], wide[3:], betas)
+        at, rank = at + numel, rank + r
+    return scores
+
+
+def _score(
+    scores: Tensor,
+    state: tuple[Tensor, Tensor],
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    betas: tuple[float, float],
+) -> None:
+    """Update both averages of some layers, all in one dtype, and write their scores."""
+    exp_avg_ipt, exp_avg_unc = state
+    numel, count = exp_avg_ipt.numel(), scores.numel()
     library().adalora_importance(
         *isa_and_threads(),
         _triplet_table(params, grads),
@@ -53,12 +91,10 @@ def adalora_importance_(
         address("exp_avg_ipt", exp_avg_ipt, torch.float32, numel),
         address("exp_avg_unc", exp_avg_unc, torch.float32, numel),
         numel,
-        beta1,
-        beta2,
+        *betas,
         fresh(scores),
         count,
     )
-    return scores
 
 
 def adalora_allocate_(

@@ -19,7 +19,6 @@ budget at every step). Where this differs from PEFT on purpose:
 
 from __future__ import annotations
 
-import operator
 import warnings
 from typing import Any, NamedTuple
 
@@ -31,14 +30,17 @@ from torch import Tensor, nn
 
 from peftkern.backends import dispatch
 from peftkern.functional.adalora import adalora_allocate_, orthogonality_loss
-from peftkern.integrations.peft.adalora_layers import SVDLayer, mask_diagonals_, whole
+from peftkern.integrations.peft import zero
+from peftkern.integrations.peft.adalora_layers import SVDLayer
 from peftkern.integrations.peft.fallback import kept_forward, set_class
 from peftkern.methods.adalora import (
     BudgetSchedule,
     Importance,
     Triplets,
+    apply_mask_,
     mean_scores,
 )
+from peftkern.methods.processes import check_not_flat, is_sharded, whole, with_gradient
 from peftkern.methods.rank_budget import RankLimits
 
 __all__: list[str] = []
@@ -83,12 +85,20 @@ class PatchedRankAllocator(RankAllocator):
         return BudgetSchedule(*budgets, *times)(step)
 
     def update_ipt(self, model: nn.Module) -> None:
-        if peft_layer.deepspeed_config() is not None:
+        triplets = self.triplets(model)
+        if any(zero.out_of_reach(E) for E, _, _ in triplets.values()):
+            if peft_layer.deepspeed_config() is None:  # PEFT fails there
+                raise ValueError(
+                    "grads: DeepSpeed holds them; make AdaLoraSteps(model, optimizer, steps) after "
+                    "deepspeed.initialize, which allocates within engine.step()"
+                )
             dispatch.record_fallback("adalora_importance_", "DeepSpeed holds the gradients")
             self._importance = None
             super().update_ipt(model)
             return
-        layers = {n: tuple(map(whole, t)) for n, t in self.triplets(model).items()}
+        for name, (E, _, _) in triplets.items():
+            check_not_flat(f"{name}.lora_E", E, "AdaLoRA")
+        layers = {n: tuple(map(with_gradient, t)) for n, t in triplets.items()}
         if self._importance is None:
             self.adopt_ipt(layers)
         self._importance.update_(layers)
@@ -103,12 +113,12 @@ class PatchedRankAllocator(RankAllocator):
         lora_E = [E for E, _, _ in layers.values()]
         if not importance.scores.is_cpu:  # rank_pattern is a list: it waits for the device anyway
             importance.check_finite(layers)
-        gathered = [whole(E) for E in lora_E]
+        gathered = [with_gradient(E) for E in lora_E]
         limits = {} if self.limits is None else self.limits.of(list(layers))._asdict()
         scores, ranks = importance.scores, [E.shape[0] for E in lora_E]
         mask = adalora_allocate_(scores, gathered, max(budget, 0), ties=self.ties, **limits)
-        if any(map(operator.is_not, gathered, lora_E)):
-            mask_diagonals_(lora_E, mask)
+        if any(map(is_sharded, lora_E)):
+            apply_mask_(lora_E, mask)
         self.drawn = DrawnMask(budget, list(layers), ranks, scores.cpu())
         parts = torch.split(mask.cpu(), ranks)
         pattern = {
@@ -130,7 +140,7 @@ class PatchedRankAllocator(RankAllocator):
             mask = [kept for name in layers for kept in self.kept(rank_pattern, name, layers)]
             mask = torch.tensor(mask, dtype=torch.bool, device=lora_E[0].device)
             self._pattern = (rank_pattern, mask)
-        mask_diagonals_(lora_E, self._pattern[1])
+        apply_mask_(lora_E, self._pattern[1])
 
     def of_all(self, name: str, kept: list[bool]) -> list[bool]:
         """Return the pattern of all init_r triplets, as PEFT knows it, of those that are here."""
@@ -280,7 +290,7 @@ class PatchedAdaLoraModel(AdaLoraModel):
             triplets = self.rankallocator.triplets(self.model).values()
             if triplets:
                 self._expect_allocation(next(iter(triplets))[0])
-                factors = ([_full(t[i]) for t in triplets] for i in (1, 2))
+                factors = ([whole(t[i]) for t in triplets] for i in (1, 2))
                 loss = orthogonality_loss(*factors)
                 outputs.loss += weight * loss
         return outputs
@@ -309,16 +319,12 @@ class PatchedAdaLoraModel(AdaLoraModel):
         allocator = self.rankallocator
         if not isinstance(allocator, PatchedRankAllocator):
             return f"rankallocator is {type(allocator).__name__}"
-        triplets = allocator.triplets(self.model).values()
         # DeepSpeed's third stage leaves an empty tensor of each parameter that it holds elsewhere.
-        if any(lora_A.dim() != 2 for _, lora_A, _ in triplets):
-            return "parameters are sharded"
+        for name, (_, lora_A, _) in allocator.triplets(self.model).items():
+            if lora_A.dim() != 2:
+                check_not_flat(f"{name}.lora_A", lora_A, "AdaLoRA")
+                return "parameters are sharded"
         return None
-
-
-def _full(parameter: Tensor) -> Tensor:
-    """Gather what FSDP2 has sharded, for autograd; every process gets the same loss of it."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def is_tuner(module: nn.Module) -> bool:

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from peft.tuners.adalora import layer as peft_layer
 from peft.tuners.adalora.model import AdaLoraModel
 
+from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora import PatchedRankAllocator
+from peftkern.integrations.peft.adalora_layers import parameters_of
 from peftkern.methods.rank_budget import RankBudget, RankLimits
 
 __all__ = ["set_budget"]
@@ -21,21 +22,19 @@ def set_budget(tuner: AdaLoraModel, budget: RankBudget | None) -> None:
 
     A checkpoint that was loaded before has one of its own, with which its training went on; that
     one stays, and another is a warning.
-    Raises: ValueError as `RankBudget.limits`, if the allocator is not patched, or under DeepSpeed,
-        where PEFT computes the importance and the masks.
+    Raises: ValueError as `RankBudget.limits`, or if the allocator is not patched.
     """
     if budget is None or budget.is_plain:
         return
     allocator = tuner.rankallocator
     if not isinstance(allocator, PatchedRankAllocator):
         raise ValueError(f"budget: expected a patched model, has a {type(allocator).__name__}")
-    if peft_layer.deepspeed_config() is not None:
-        raise ValueError("budget: expected none under DeepSpeed, where PEFT draws the masks")
     target_r = tuner.peft_config[tuner.trainable_adapter_name].target_r
     layers, rows = allocator.triplets(tuner.model), allocator.rows
     if allocator.limits_loaded and rows is not None:  # floors were those of all triplets
         layers = {n: (E.new_empty(len(rows[n]), 1), A, B) for n, (E, A, B) in layers.items()}
-    limits = budget.limits(layers, target_r, tuner.model)
+    with zero.whole(parameters_of(tuner)):
+        limits = budget.limits(layers, target_r, tuner.model)
     adopt_limits(allocator, _of_first_process(limits, tuner), loaded=False)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,10 +20,16 @@ from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora import PatchedAdaLoraModel, PatchedRankAllocator
 from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
 from peftkern.methods.adalora import Triplets
-from peftkern.methods.compaction import check_states, forget_misfits_, shrink_triplets_
+from peftkern.methods.compaction import (
+    check_states,
+    forget_misfits_,
+    grow_triplets_,
+    shrink_triplets_,
+)
 
 __all__ = ["Compaction", "compact_"]
 
@@ -93,16 +100,41 @@ def compact_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     if not all(bool(kept.all()) for kept in keep.values()):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's holds torch's
         check_states(optimizer, layers.values())
-        wrappers = _wrappers(tuner)
+        wrappers = wrappers_of(tuner)
         _drop(allocator, layers, keep, optimizer)
         for wrapper in wrappers:
-            _rebuild(wrapper)
+            rebuild(wrapper)
         if optimizer is not None:
             watch_states(tuner, optimizer)
     ranks = {}
     for name, layer in allocator.layers_of(tuner.model):
         ranks[name] = layer.r[allocator.adapter_name] = layers[name][0].shape[0]
     return ranks
+
+
+def expand_(model: nn.Module) -> None:
+    """Undo the compaction of an AdaLoRA model that PEFT is to have back: outputs stay the same.
+
+    PEFT knows layers of init_r triplets alone; those that were dropped come back as zeros. States
+    of an optimizer start anew where sizes differ, with a warning before its next step.
+    Raises: ValueError as `compact_`, of what keeps the parameters' sizes.
+    """
+    allocator = getattr(model, "rankallocator", None)
+    rows = getattr(allocator, "rows", None)
+    if type(model) is not PatchedAdaLoraModel or rows is None:
+        return
+    layers = allocator.triplets(model.model)
+    _check_whole(layers)
+    wrappers = wrappers_of(model)
+    for name, layer in allocator.layers_of(model.model):
+        here = torch.tensor(rows[name], dtype=torch.bool, device=layers[name][0].device)
+        grow_triplets_(*layers[name], here)
+        layer.r[allocator.adapter_name] = len(here)
+    allocator.rows = allocator._pattern = None
+    allocator.reset_ipt()  # PEFT begins to average it anew, as it does after its last mask
+    for wrapper in wrappers:
+        rebuild(wrapper)
+    look_again(model)
 
 
 def _triplets(tuner: AdaLoraModel) -> list[Triplets]:
@@ -141,8 +173,8 @@ _watches: weakref.WeakKeyDictionary[AdaLoraModel, _Watch] = weakref.WeakKeyDicti
 def watch_states(tuner: AdaLoraModel, optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer forget before its next step, and the next one after loading, what is of
     other shapes; and pass over layers without triplets."""
-    if peft_layer.deepspeed_config() is not None:  # its parameters are empty while it holds them
-        return
+    if peft_layer.deepspeed_config() is not None or _any_held(_triplets(tuner)):
+        return  # its parameters are empty while it holds them
     optimizer = getattr(optimizer, "optimizer", optimizer)
     watch = _watches.get(tuner)
     if watch is None or watch.optimizer() is not optimizer:
@@ -196,7 +228,7 @@ def _drop(
 
 def _check_whole(layers: dict[str, Triplets]) -> None:
     """Raise ValueError unless all of every parameter is here."""
-    if peft_layer.deepspeed_config() is not None:
+    if peft_layer.deepspeed_config() is not None or _any_held(layers.values()):
         raise ValueError("model: DeepSpeed holds the parameters")
     for E, A, B in layers.values():
         sharded = any(hasattr(p, "full_tensor") for p in (E, A, B))
@@ -204,6 +236,10 @@ def _check_whole(layers: dict[str, Triplets]) -> None:
             raise ValueError("model: FSDP has sharded the parameters")
         if any(getattr(p, "_fsdp_flattened", False) for p in (E, A, B)):  # FSDP1, NO_SHARD as well
             raise ValueError("model: FSDP holds the parameters in a flat one")
+
+
+def _any_held(triplets: Iterable[Triplets]) -> bool:
+    return any(zero.holds(E) for E, _, _ in triplets)
 
 
 def _kept(
@@ -224,7 +260,7 @@ def _kept(
     return keep
 
 
-def _wrappers(tuner: AdaLoraModel) -> list[DistributedDataParallel]:
+def wrappers_of(tuner: AdaLoraModel) -> list[DistributedDataParallel]:
     """Find what wraps a model in DistributedDataParallel, of which the model itself knows nothing.
 
     Raises: ValueError if one has what cannot be made anew.
@@ -248,7 +284,7 @@ def _wrappers(tuner: AdaLoraModel) -> list[DistributedDataParallel]:
     return found
 
 
-def _rebuild(ddp: DistributedDataParallel) -> None:
+def rebuild(ddp: DistributedDataParallel) -> None:
     """Give a wrapper buckets for the parameters as they are, in the way of its own pickling.
 
     The old ones, with their hooks on the parameters, go first.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +10,12 @@ from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
+from peftkern.integrations.peft import zero
+from peftkern.integrations.peft.engines import Part
 from peftkern.integrations.peft.fallback import Fallback, hooked, unusual_dropout, unusual_tensor
+from peftkern.integrations.peft.own_merge import OwnBaseMerge
 from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, active_names, fused
 from peftkern.layers.svd import fold_diagonal
-from peftkern.methods.adalora import apply_mask_
 
 
 class SVDLayer(PatchedLayer):
@@ -22,6 +23,10 @@ class SVDLayer(PatchedLayer):
 
     def _is_plain(self, name: str) -> bool:
         return False
+
+    def _parts(self, names: list[str]) -> list[Part]:
+        dropouts = self._modules["lora_dropout"]._modules
+        return super()._parts(names) + [Part("lora_dropout", dropouts, name) for name in names]
 
     def _read_adapter(self, names: list[str], device: torch.device) -> Adapter | Fallback:
         A, E, B, drop = self._tensors_of(names[0])
@@ -74,7 +79,7 @@ class SVDLayer(PatchedLayer):
         return self.scaling[name] / (ranknum.detach() + 1e-5)
 
 
-class PatchedSVDLinear(SVDLayer, SVDLinear):
+class PatchedSVDLinear(OwnBaseMerge, SVDLayer, SVDLinear):
     """PEFT's `adalora.SVDLinear` with the base layer and its first adapter as one op."""
 
     original, op = SVDLinear, "lora_linear"
@@ -118,45 +123,26 @@ def layers_of(tuner: AdaLoraModel) -> dict[str, AdaLoraLayer]:
     }
 
 
+def parameters_of(tuner: AdaLoraModel) -> list[nn.Parameter]:
+    """Return the triplets of the adapter in training, of all layers."""
+    name = tuner.trainable_adapter_name
+    groups = ("lora_E", "lora_A", "lora_B")
+    return [getattr(layer, g)[name] for layer in layers_of(tuner).values() for g in groups]
+
+
 def widen_diagonals(tuner: AdaLoraModel) -> None:
     """Keep lora_E of patched layers in float32, where lora_A and lora_B may have 16 bits.
 
     TRL casts all that is trained over a 4-bit base to bfloat16. A diagonal in bfloat16 stops moving
     at |E| = 2^8 learning rates. Do it before the optimizer takes its first step and before DDP.
+    DeepSpeed has a master of each in float32, and places for them that are not to be left.
     """
     name = tuner.trainable_adapter_name
     for layer in layers_of(tuner).values():
-        if isinstance(layer, SVDLayer):
+        if isinstance(layer, SVDLayer) and not zero.holds(layer.lora_E[name]):
             for group in (layer.lora_E, layer.ranknum):
                 if group[name].dtype in (torch.bfloat16, torch.float16):
                     group[name].data = group[name].data.float()
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """Return a parameter that FSDP2 has sharded as one tensor, with its gradient; others as is.
-
-    The processes gather it together, and get the same.
-    """
-    if not hasattr(parameter, "full_tensor"):
-        return parameter
-    gathered = parameter.detach().full_tensor()
-    if parameter.grad is not None:
-        gathered.grad = parameter.grad.full_tensor()
-    return gathered
-
-
-def mask_diagonals_(lora_E: Sequence[Tensor], mask: Tensor) -> None:
-    """Zero what `mask` [sum of r] does not keep, of a sharded lora_E in the rows that are here."""
-    held, kept = [], []
-    for E, part in zip(lora_E, mask.split([E.shape[0] for E in lora_E]), strict=True):
-        if hasattr(E, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
-            part = distribute_tensor(part, E.device_mesh, E.placements, src_data_rank=None)
-            E, part = E.detach().to_local(), part.to_local()
-        held.append(E)
-        kept.append(part)
-    apply_mask_(held, torch.cat(kept))
 
 
 def freeze_ranknum(layer: nn.Module) -> None:

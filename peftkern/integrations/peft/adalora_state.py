@@ -26,17 +26,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora import PatchedRankAllocator
 from peftkern.integrations.peft.adalora_budget import adopt_limits
 from peftkern.integrations.peft.adalora_compact import look_again
-from peftkern.integrations.peft.adalora_layers import layers_of, whole, widen_diagonals
+from peftkern.integrations.peft.adalora_layers import layers_of, parameters_of, widen_diagonals
+from peftkern.methods.processes import with_gradient
 from peftkern.methods.rank_budget import RankLimits
 
-__all__ = ["FILE", "AdaLoraState", "keep_state_when_loading", "load_state", "save_state"]
+__all__ = [
+    "FILE",
+    "AdaLoraState",
+    "keep_state_when_loading",
+    "load_allocator",
+    "load_state",
+    "save_state",
+]
 
 FILE = "adalora_state.safetensors"
+_KEY = "adalora"  # of the record, in the metadata
 _VERSION = 1
-_GROUPS = ("lora_E", "lora_A", "lora_B")
+GROUPS = ("lora_E", "lora_A", "lora_B")
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 _SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT", "target_r")
 
@@ -66,15 +76,55 @@ def save_state(
 ) -> None:
     """Write what a training needs to go on after `step`, beside the adapter in `folder`.
 
-    Args: write, False in all processes but one; what FSDP2 has sharded they gather together.
+    Args: write, False in all processes but one; what FSDP2 and ZeRO-3 have sharded they gather
+        together.
     """
+    tensors, record = collect(tuner, step)
+    if not write:
+        return
+    path = Path(folder, FILE)
+    unfinished = path.with_suffix(".part")
+    save_file(on_the_cpu(tensors), unfinished, {_KEY: json.dumps(record)})
+    os.replace(unfinished, path)
+
+
+def collect(
+    tuner: AdaLoraModel, step: int, *, triplets: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Gather what a training needs to go on after `step`: tensors, and what JSON takes."""
+    name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
+    layers = layers_of(tuner)
+    with zero.whole([*parameters_of(tuner), *(layer.ranknum[name] for layer in layers.values())]):
+        tensors, ranknum = _tensors_of(tuner, layers, triplets)
+    importance = getattr(allocator, "_importance", None)
+    if importance is not None and importance.scores is not None:
+        tensors["scores"] = importance.scores
+    config = tuner.peft_config[name]
+    schedule = {field: getattr(config, field) for field in _SCHEDULE}
+    schedule["init_bgt"] = allocator.init_bgt
+    limits = getattr(allocator, "limits", None)
+    record = {"version": _VERSION, "step": step, "schedule": schedule, "ranknum": ranknum}
+    record["limits"] = None if limits is None else limits.state_dict()
+    return tensors, record
+
+
+def on_the_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors where safetensors takes them from."""
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _tensors_of(
+    tuner: AdaLoraModel, layers: dict[str, AdaLoraLayer], triplets: bool
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the tensors of a state, and the ranks that scalings are divided by."""
     name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
     config, tensors, ranknum = tuner.peft_config[name], {}, {}
     pattern = {k.removesuffix(f".{name}"): v for k, v in (config.rank_pattern or {}).items()}
-    for path, layer in layers_of(tuner).items():
-        ranknum[path] = whole(layer.ranknum[name]).item()
-        for group in _GROUPS:
-            tensors[f"{path}.{group}"] = whole(getattr(layer, group)[name])
+    for path, layer in layers.items():
+        ranknum[path] = with_gradient(layer.ranknum[name]).item()
+        for group in GROUPS:
+            if triplets:
+                tensors[f"{path}.{group}"] = with_gradient(getattr(layer, group)[name]).detach()
             for average in _AVERAGES:
                 held = getattr(allocator, average).get(f"{path}.{group}.{name}")
                 if held is not None:
@@ -83,21 +133,7 @@ def save_state(
             tensors[f"{path}.kept"] = torch.tensor(pattern[f"{path}.lora_E"], dtype=torch.bool)
         if getattr(allocator, "rows", None) is not None:
             tensors[f"{path}.rows"] = torch.tensor(allocator.rows[path], dtype=torch.bool)
-    if not write:
-        return
-    importance = getattr(allocator, "_importance", None)
-    if importance is not None and importance.scores is not None:
-        tensors["scores"] = importance.scores
-    schedule = {field: getattr(config, field) for field in _SCHEDULE}
-    schedule["init_bgt"] = allocator.init_bgt
-    limits = getattr(allocator, "limits", None)
-    record = {"version": _VERSION, "step": step, "schedule": schedule, "ranknum": ranknum}
-    record["limits"] = None if limits is None else limits.state_dict()
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    path = Path(folder, FILE)
-    unfinished = path.with_suffix(".part")
-    save_file(tensors, unfinished, {"adalora": json.dumps(record)})
-    os.replace(unfinished, path)
+    return tensors, ranknum
 
 
 def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
@@ -109,10 +145,15 @@ def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:
-        record = json.loads((file.metadata() or {}).get("adalora", "{}"))
-        if record.get("version") != _VERSION:
-            raise ValueError(f"{path}: version {record.get('version')}, expected {_VERSION}")
+        record = json.loads((file.metadata() or {}).get(_KEY, "{}"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return parse(tensors, record, str(path))
+
+
+def parse(tensors: dict[str, Tensor], record: dict[str, Any], source: str) -> AdaLoraState:
+    """Read what `collect` gave. Raises: ValueError on another version, naming the source."""
+    if record.get("version") != _VERSION:
+        raise ValueError(f"{source}: version {record.get('version')}, expected {_VERSION}")
     averages: dict[str, dict[str, Tensor]] = {name: {} for name in _AVERAGES}
     kept, rows, triplets, scores = {}, {}, {}, tensors.pop("scores", None)
     for key, tensor in tensors.items():
@@ -127,8 +168,7 @@ def read_state(folder: str | os.PathLike[str]) -> AdaLoraState | None:
             triplets[key] = tensor
     limits = record.get("limits")
     if limits is not None:
-        layers = [key.removesuffix(".lora_E") for key in triplets if key.endswith(".lora_E")]
-        limits = RankLimits.from_state(limits, layers)
+        limits = RankLimits.from_state(limits, list(record["ranknum"]))
     return AdaLoraState(
         triplets, averages, kept or None, record["ranknum"], record["schedule"], record["step"],
         scores, limits, rows or None,
@@ -143,11 +183,16 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
 
     Returns: the state; its step is -1 without that file.
     Raises: ValueError if the layers or their shapes are not those of the model, which is then as
-        it was, and for a model that FSDP2 has sharded already.
+        it was, and for a model that FSDP2 has sharded already or DeepSpeed has taken over.
     """
     tuner = model.base_model
     name = tuner.trainable_adapter_name
     layers, state = layers_of(tuner), read_state(folder)
+    if any(zero.holds(layer.lora_A[name]) for layer in layers.values()):
+        raise ValueError(
+            "model: DeepSpeed holds its parameters: load before deepspeed.initialize, in every "
+            "process, or its own checkpoint with `load_allocator`"
+        )
     if any(hasattr(layer.lora_A[name], "full_tensor") for layer in layers.values()):
         raise ValueError(
             "model: FSDP2 has sharded it, and AdaLoRA does not resume in shards: load before "
@@ -156,7 +201,7 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
     weights = load_peft_weights(folder, device="cpu")
     if state is None:
         state = _scattered(tuner, layers, folder, weights)
-    wanted = {f"{path}.{group}" for path in layers for group in _GROUPS}
+    wanted = {f"{path}.{group}" for path in layers for group in GROUPS}
     if wanted != state.triplets.keys():
         other = sorted(wanted ^ state.triplets.keys())[0]
         raise ValueError(f"{folder}: expected the layers of the model, differs in {other}")
@@ -164,16 +209,32 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
     if state.limits is not None and not isinstance(tuner.rankallocator, PatchedRankAllocator):
         raise ValueError(f"model: expected a patched one, for {folder} has a budget of peftkern's")
     for path, layer in layers.items():
-        for group in _GROUPS:
-            _fit(getattr(layer, group)[name], state.triplets[f"{path}.{group}"])
+        for group in GROUPS:
+            fit(getattr(layer, group)[name], state.triplets[f"{path}.{group}"])
         layer.ranknum[name].data.fill_(state.ranknum[path])
         layer.r[name] = state.triplets[f"{path}.lora_E"].shape[0]
     weights |= {f"base_model.model.{key}": tensor for key, tensor in state.triplets.items()}
     tuner.peft_config[name].rank_pattern = None  # PEFT would take layers to pieces by it
     set_peft_model_state_dict(model, weights, name)
-    _restore_allocator(tuner, state)
+    restore_allocator(tuner, state)
     widen_diagonals(tuner)
     look_again(tuner)
+    return state
+
+
+def load_allocator(tuner: AdaLoraModel, folder: str | os.PathLike[str]) -> AdaLoraState:
+    """Load importance, mask and schedule alone, where DeepSpeed has loaded the parameters.
+
+    Returns: the state. Raises: ValueError if the folder has none, or of other layers.
+    """
+    layers, state = layers_of(tuner), read_state(folder)
+    if state is None:
+        raise ValueError(f"{folder}: expected {FILE}, which `save_state` writes")
+    if state.ranknum.keys() != layers.keys():
+        other = sorted(state.ranknum.keys() ^ layers.keys())[0]
+        raise ValueError(f"{folder}: expected the layers of the model, differs in {other}")
+    with zero.whole(parameters_of(tuner)):
+        restore_allocator(tuner, state)
     return state
 
 
@@ -220,7 +281,7 @@ def _check_shapes(
     file = Path(folder, FILE if state.step >= 0 else CONFIG_NAME)
     for path, layer in layers.items():
         ranks = []
-        for group in _GROUPS:
+        for group in GROUPS:
             tensor, parameter = state.triplets[f"{path}.{group}"], getattr(layer, group)[name]
             pruned = 1 if group == "lora_B" else 0  # the dimension that may differ
             if tensor.dim() != 2 or parameter.shape[1 - pruned] != tensor.shape[1 - pruned]:
@@ -230,7 +291,7 @@ def _check_shapes(
                 )
             ranks.append(tensor.shape[pruned])
         if len(set(ranks)) > 1:
-            raise ValueError(f"{folder}: {path}: {' and '.join(_GROUPS)} have {ranks} triplets")
+            raise ValueError(f"{folder}: {path}: {' and '.join(GROUPS)} have {ranks} triplets")
         _held(state.ranknum, path, file)
         if state.kept is not None:
             _held(state.kept, path, file)
@@ -245,7 +306,7 @@ def _held(values: Mapping[str, Any], key: str, file: Path) -> Any:
     return values[key]
 
 
-def _fit(parameter: torch.nn.Parameter, tensor: Tensor) -> None:
+def fit(parameter: torch.nn.Parameter, tensor: Tensor) -> None:
     """Give a parameter the shape and dtype of what it is to hold, and its identity stays."""
     if parameter.shape != tensor.shape or parameter.dtype is not tensor.dtype:
         parameter.grad = None
@@ -278,8 +339,8 @@ def _scattered(
                 f"{folder}: {path} had {len(kept[path])} triplets at first, in the model {rows}; "
                 "make the model with the init_r of that training"
             )
-        ranknum[path] = whole(layer.ranknum[name]).item()
-        for group in _GROUPS:
+        ranknum[path] = with_gradient(layer.ranknum[name]).item()
+        for group in GROUPS:
             saved = _held(weights, f"base_model.model.{path}.{group}", file)
             full = getattr(layer, group)[name].detach().cpu().to(saved.dtype, copy=True)
             if group == "lora_E":
@@ -298,7 +359,7 @@ def _scattered(
     return AdaLoraState(triplets, averages, kept if pattern else None, ranknum, schedule, -1, None)
 
 
-def _restore_allocator(tuner: AdaLoraModel, state: AdaLoraState) -> None:
+def restore_allocator(tuner: AdaLoraModel, state: AdaLoraState) -> None:
     """Set mask, averages and budget; the rest of the schedule is the config's, with a warning."""
     name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
     config = tuner.peft_config[name]

@@ -178,6 +178,12 @@ def read_quant_maps(model: nn.Module) -> None:
     compare_quant_maps(getattr(state, "code", None) for state in states)
 
 
+def in_bytes(model: nn.Module) -> int:
+    """Return how many packed weights of a model are stored in a dtype that has no gradients."""
+    layers = (module for module in model.modules() if isinstance(module, Linear4bit))
+    return sum(not parameters_of(layer)[0].is_floating_point() for layer in layers)
+
+
 def unreadable(base: Linear4bit) -> str | None:
     """Return the reason for which a weight is not read, whatever the input; None for one that is.
 

@@ -25,6 +25,7 @@ from peftkern.functional.arguments import WEIGHT_DTYPES
 from peftkern.functional.lora_experts import ExpertLinear, lora_experts
 from peftkern.integrations import frozen_experts
 from peftkern.integrations.peft import trial
+from peftkern.integrations.peft.engines import in_a_call
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
@@ -155,7 +156,7 @@ class PatchedParamWrapper(PatchedForward, InnerParamWrapper):
         device = self.get_param().device
         stack = read_stack(self, device)
         if isinstance(stack, Fallback):
-            return Outlook(device, stack.reason)
+            return Outlook(device, in_a_call(stack.reason, self))
         return Outlook(device, None, key=stack.key)
 
 

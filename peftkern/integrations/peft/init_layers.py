@@ -14,12 +14,14 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.formats.rank_patterns import PREFIX
-from peftkern.functional import dequantize_nf4
+from peftkern.functional import dequantize
 from peftkern.functional.arguments import WEIGHT_DTYPES, check_dense, mismatch
 from peftkern.functional.truncated_svd import Weight
 from peftkern.integrations.peft.serve import BNB_TYPES
+from peftkern.layers.quantized_linear import QuantizedLinear
 from peftkern.methods.initialization.factors import Factors, subtract_update_
 from peftkern.methods.initialization.loftq import Storage, quantize_residual, relative_error
 from peftkern.methods.initialization.report import LayerStart
@@ -65,17 +67,17 @@ class Layer:
         else:
             base = quantize_residual(self.weight, factors, self.scaling, self.storage)
             error = relative_error(self.weight, base, factors, self.scaling)
-            _set_nf4(self.base, base)
+            _set_quantized(self.base, base)
         return self._started(factors, error)
 
-    def take_quantized(self, factors: Factors, base: NF4Weight) -> LayerStart:
+    def take_quantized(self, factors: Factors, base: QuantizedWeight) -> LayerStart:
         """Write factors, and a base that is quantized already: dense, if the layer's own is."""
         factors = self.write(factors)
         error = relative_error(self.weight, base, factors, self.scaling)
         if self.storage is None:
-            self.weight.copy_(dequantize_nf4(base, self.weight.dtype))
+            self.weight.copy_(dequantize(base, self.weight.dtype))
         else:
-            _set_nf4(self.base, base)
+            _set_quantized(self.base, base)
         return self._started(factors, error)
 
     def write(self, factors: Factors) -> Factors:
@@ -140,36 +142,37 @@ def _refusal(module: LoraLayer, adapter_name: str) -> str | None:
     if weight.is_meta or module.lora_A[adapter_name].weight.is_meta:
         return "it has no values yet, it is on the meta device"
     plain = type(weight.data) is Tensor and weight.dtype in WEIGHT_DTYPES and weight.dim() == 2
-    if not plain and not isinstance(base, BNB_TYPES):
+    if not plain and not isinstance(base, (*BNB_TYPES, QuantizedLinear)):
         return f"a weight in another format, {type(weight.data).__name__} of {weight.dtype}"
     return None
 
 
 def _layer(name: str, module: LoraLayer, adapter_name: str, weights: Mapping[str, Tensor]) -> Layer:
     base = module.get_base_layer()
-    if not isinstance(base, BNB_TYPES):
+    if not isinstance(base, (*BNB_TYPES, QuantizedLinear)):
         weight = base.weight.data
         weight = weight.T if module.fan_in_fan_out else weight
         return Layer(name, module, adapter_name, weight, None)
-    nf4 = NF4Weight.from_bitsandbytes(base.weight)
-    if nf4.quant_type != "nf4":
-        raise mismatch("quant_type", "'nf4'", nf4.quant_type)
-    storage = Storage(nf4.blocksize, nf4.nested, nf4.dtype)
-    weight = weights.get(f"{name}.weight", nf4)
-    if weight is not nf4:
+    own = isinstance(base, QuantizedLinear)
+    w = base.quantized_weight if own else NF4Weight.from_bitsandbytes(base.weight)
+    weight = weights.get(f"{name}.weight", w)
+    if weight is not w:
         check_dense("weights", weight)
-        if weight.shape != nf4.shape:
-            raise mismatch("weights", f"a tensor of shape {list(nf4.shape)}", weight)
-        weight = weight.detach().to(nf4.device)
-    return Layer(name, module, adapter_name, weight, storage)
+        if weight.shape != w.shape:
+            raise mismatch("weights", f"a tensor of shape {list(w.shape)}", weight)
+        weight = weight.detach().to(w.device)
+    return Layer(name, module, adapter_name, weight, Storage.of(w))
 
 
-def _set_nf4(base: nn.Module, nf4: NF4Weight) -> None:
-    """Give a 4-bit layer of bitsandbytes' another weight of the same format."""
+def _set_quantized(base: nn.Module, w: QuantizedWeight) -> None:
+    """Give a 4-bit layer another weight of the same format."""
+    if isinstance(base, QuantizedLinear):
+        base._set_stored(w)
+        return
     from bitsandbytes.nn import Params4bit
 
     old = base.weight
-    state = {key.removeprefix("weight."): t for key, t in nf4.state_dict("").items()}
+    state = {key.removeprefix("weight."): t for key, t in w.state_dict("").items()}
     packed = state.pop("weight").view(-1).view(old.dtype).view(-1, 1)
     base.weight = Params4bit.from_prequantized(
         packed, state, requires_grad=False, device=old.device, module=base

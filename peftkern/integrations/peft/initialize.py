@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import EvaConfig, LoraGAConfig
 from torch import Tensor, nn
 
-from peftkern.formats.nf4 import NF4Weight
+from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import check_options
@@ -76,7 +76,7 @@ def initialize_(
     Args:
         model: of PEFT's; or a plain one with `lora_config`, which `get_peft_model` takes first:
             `report.model`.
-        method: "pissa", "olora", or "qpissa" and "loftq" for a base in NF4; "corda" (the mode
+        method: "pissa", "olora", or "qpissa" and "loftq" for a base in 4 bits; "corda" (the mode
             "ipm"), "eva" and "lora_ga" from batches. Settings beyond these arguments are those of
             the adapter's config: eva_config, lora_ga_config, loftq_iter of loftq_config.
         rank: of all layers, instead of their own.
@@ -92,7 +92,8 @@ def initialize_(
         statistics_bytes: memory for the covariances of "corda" or gradients of "lora_ga"; the
             batches are run once for each group of layers that fits into it.
 
-    A base in NF4 is quantized anew by every method but "eva". Layers that a method has no use for
+    A base in 4 bits (of bitsandbytes, `NF4Linear`, `BlockLinear`) is quantized anew, in its format,
+    by every method but "eva". Layers that a method has no use for
     (embeddings, convolutions, experts, weights that are tied to another layer's) stay as they
     are; the report names them.
 
@@ -244,6 +245,6 @@ def _check_layers(method: str, layers: list[Layer], iterations: Any) -> None:
         with named(layer.name):
             check_rank(layer.rank, layer.weight.shape, half=method == "lora_ga")
             check_scaling(layer.scaling)
-            if method == "loftq" and layer.storage and isinstance(layer.weight, NF4Weight):
+            if method == "loftq" and layer.storage and isinstance(layer.weight, QuantizedWeight):
                 raise ValueError("weights: expected what the base in 4 bits was quantized from")
             check_finite(layer.weight)

@@ -2,7 +2,8 @@
 
 Nothing of these libraries is imported: a layer is told by its class, and its tensors are read as
 `formats.int4_layouts` has them. Where their packing differs the codes are packed anew once, when
-the model is patched; the layer keeps its own, so that it works without `patch` and saves as ever.
+the model is patched; the layer keeps its own, so that it works without `patch` and saves as ever,
+or has them made again (`repacked.Repacked`) whenever they are read.
 """
 
 from __future__ import annotations
@@ -17,10 +18,21 @@ from torch import Tensor, nn
 
 from peftkern.backends.pointers import placements
 from peftkern.formats.block_weight import BlockWeight
-from peftkern.formats.int4_layouts import from_awq, from_gptq, from_hqq, from_int8
+from peftkern.formats.int4_layouts import (
+    AWQ,
+    GPTQ,
+    HQQ,
+    INT8,
+    Packing,
+    from_awq,
+    from_gptq,
+    from_hqq,
+    from_int8,
+)
 from peftkern.formats.nf4 import ArgumentError, refuse
 from peftkern.integrations.peft.fallback import Fallback, refused
 from peftkern.integrations.peft.lora import LoRALayer
+from peftkern.integrations.peft.repacked import Repacked, write_originals
 
 Read = Callable[[Any], BlockWeight]
 
@@ -70,8 +82,59 @@ def _weight_of(base: nn.Module) -> BlockWeight | Fallback:
 
 
 def forget(base: nn.Module) -> None:
-    """Drop what is kept of a layer: its codes as they were packed anew."""
+    """Drop what is kept of a layer: its codes as they were packed anew. It has its own again."""
     _records.pop(base, None)
+    for key, hook in list(base._state_dict_hooks.items()):  # of a layer over such a base
+        if hook is write_originals:
+            del base._state_dict_hooks[key]
+    place = _place_of(base)
+    held = None if place is None else place.held.get(place.name)
+    if isinstance(held, Repacked):
+        place.held[place.name] = held.whole()
+
+
+def release(layer: OtherBase) -> bool:
+    """Let a layer's base go without its own codes, where ours say the same; return whether.
+
+    What reads them gets them made again, bit for bit, and so do state dicts.
+    """
+    base = layer.get_base_layer()
+    place, weight = _place_of(base), _weight_of(base)
+    if place is None or isinstance(weight, Fallback):
+        return False
+    codes = place.held[place.name]
+    if not isinstance(codes, Repacked):
+        shape, dtype = tuple(codes.shape), codes.dtype
+        made = place.packing.unpack(weight.packed, shape)
+        if made.dtype is not dtype or not torch.equal(made, codes.detach()):
+            return False
+        of_parameter = isinstance(codes, nn.Parameter)
+        held = Repacked(weight.packed, place.packing, shape, dtype, of_parameter)
+        place.held[place.name] = held
+        _records[base] = _record(_reader_of(base)[1](base), weight)
+    if write_originals not in layer._state_dict_hooks.values():
+        layer.register_state_dict_post_hook(write_originals)
+    return True
+
+
+class _Place(NamedTuple):
+    """Where a layer has its codes, and how they are packed."""
+
+    held: dict[str, Any]
+    name: str
+    packing: Packing
+
+
+def _place_of(base: nn.Module) -> _Place | None:
+    """Find the codes of a layer that are packed anew; None of others."""
+    read = _reader_of(base)[0]
+    if read is _read_hqq and not base.meta.get("view_as_float"):
+        held = base._parameters if "W_q" in base._parameters else vars(base)
+        return _Place(held, "W_q", HQQ)
+    if read is _read_gptq or read is _read_awq:
+        held = base._buffers if "qweight" in base._buffers else base._parameters
+        return _Place(held, "qweight", GPTQ if read is _read_gptq else AWQ)
+    return _Place(vars(base.weight), "qdata", INT8) if read is _read_int8 else None
 
 
 def _kind(base: nn.Module) -> str:
@@ -95,7 +158,7 @@ def _kept(base: nn.Module, tensors: list[Tensor]) -> BlockWeight | None:
 
     As in `prepared`, of which this is the form for layers whose weight is no single parameter.
     """
-    record = _records.get(base)
+    record, tensors = _records.get(base), list(map(_stored, tensors))
     if record is None or len(record.tensors) != len(tensors):
         return None
     same = all(new is old for new, old in zip(tensors, record.tensors, strict=True))
@@ -111,9 +174,20 @@ def _prepared(base: nn.Module, tensors: list[Tensor], read: Read) -> BlockWeight
         raise ArgumentError(
             f"weight: expected one of [out_features, in_features], got {list(weight.shape)}"
         )
-    versions = [_version(t) for t in tensors]
-    _records[base] = _Record(tensors, placements(tensors), versions, weight)
+    for released in (t for t in tensors if isinstance(t, Repacked)):
+        released.packed = weight.packed  # which was written to
+    _records[base] = _record(tensors, weight)
     return weight
+
+
+def _record(tensors: list[Tensor], weight: BlockWeight) -> _Record:
+    tensors = list(map(_stored, tensors))
+    return _Record(tensors, placements(tensors), list(map(_version, tensors)), weight)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor: of codes that were released, ours."""
+    return tensor.packed if isinstance(tensor, Repacked) else tensor
 
 
 def _version(tensor: Tensor) -> int:

@@ -26,7 +26,15 @@ from peftkern.integrations.frozen_experts import (
     serve_nf4_experts,
     stop_serving,
 )
-from peftkern.integrations.peft import adalora, experts, other_bases, read_check, trial
+from peftkern.integrations.peft import (
+    adalora,
+    adalora_compact,
+    engines,
+    experts,
+    other_bases,
+    read_check,
+    trial,
+)
 from peftkern.integrations.peft.adalora_layers import freeze_ranknum
 from peftkern.integrations.peft.bypass import FirstForward, bypassed
 from peftkern.integrations.peft.fallback import PatchedForward, kept_forward, set_class
@@ -44,6 +52,7 @@ __all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
 
 _USUAL_ROWS = 512  # below which a dense layer that does not pay is worth a word in the report
 _NAMED = 5  # layers that an error names
+_INFERENCE_ONLY = ("Mxfp4GptOssExperts",)  # by name: transformers makes them where kernels are
 
 
 class _Plan(NamedTuple):
@@ -70,6 +79,7 @@ def patch(
     exclude: Iterable[str] | None = None,
     dry_run: bool = False,
     strict: bool = False,
+    release: bool = False,
 ) -> PatchReport:
     """Make the LoRA and AdaLoRA layers of a PEFT model run on peftkern, in place and reversibly.
 
@@ -89,6 +99,10 @@ def patch(
         dry_run: change nothing; the report tells what would be patched, and why the rest not.
         strict: raise if a layer with an adapter that include and exclude leave in would not be
             served; then nothing has changed.
+        release: let layers of HQQ, GPT-QModel and torchao whose codes are packed anew go without
+            their own, which would take as much memory again. Whatever reads them, a state dict
+            too, gets them bit for bit; `unpatch` puts them back, and has to come before the model
+            moves to another device.
 
     NF4 experts without an adapter are served all if one of them is chosen.
 
@@ -107,6 +121,10 @@ def patch(
         _refuse(report.unserved)
     if strict and not dry_run:
         _swap(model, plan)
+    if release and not dry_run:
+        for module, _ in plan.swaps.values():
+            if isinstance(module, other_bases.OtherBase):
+                other_bases.release(module)
     if report.patched and not (dry_run or report.bypassed):
         FirstForward.watch(model)
     for warning in report.warnings:
@@ -117,8 +135,10 @@ def patch(
 def unpatch(model: nn.Module) -> list[str]:
     """Give every patched layer its own class back; returns the names of the adapter layers.
 
-    Layers that are merged over NF4 weights of peftkern's own keep those from before, which PEFT
-    cannot take its adapters out of: a warning names them, and `patch` finds those weights again.
+    AdaLoRA's layers that were compacted have init_r triplets again, those that were dropped as
+    zeros. Layers that are merged over NF4 weights of peftkern's own keep those from before, which
+    PEFT cannot take its adapters out of: a warning names them, and `patch` finds those weights
+    again.
     Raises: TypeError if `model` is not a torch.nn.Module.
     """
     return _unpatch(model, keep=())
@@ -277,6 +297,7 @@ def _unpatch(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
     for name, module in model.named_modules():
         if module in keep:
             continue
+        adalora_compact.expand_(module)
         if adalora.unpatch_model(module):
             restored.append(name)
         if BNB_TYPES:
@@ -307,6 +328,12 @@ def _describe(model: nn.Module, plan: _Plan) -> None:
         report.backends[kind], missing = dispatch.serving(torch.device(kind))
         if missing is not None:
             report.warnings.append(f"{report.backends[kind]} serves: {missing}")
+    inference = sum(type(module).__name__ in _INFERENCE_ONLY for module in model.modules())
+    if inference:
+        report.warnings.append(
+            f"{inference} modules of experts are laid out for kernels of transformers that have no "
+            "gradients: what is below them learns wrongly"
+        )
     names = {module: name for name, (module, _) in plan.swaps.items()}
     report.bypassed = {names[m]: by for m, by in bypassed(model) if m in names}
     if report.bypassed:
@@ -314,6 +341,14 @@ def _describe(model: nn.Module, plan: _Plan) -> None:
             f"{len(report.bypassed)} of the patched layers are never called, for fused kernels "
             f"read their weights: {counted(report.bypassed.values())}; switch those off for "
             "peftkern to serve the layers"
+        )
+    stored = bnb.in_bytes(model) if BNB_TYPES else 0
+    if stored and engines.asks_for_fsdp(model):
+        report.warnings.append(
+            f"{stored} 4-bit weights are stored as uint8, which FSDP does not shard well: FSDP1 "
+            "raises, accelerate leaves them whole on every device, and before it did, FSDP2 "
+            "trained on wrong weights; load them with bnb_4bit_quant_storage=torch.bfloat16, or "
+            "the dtype of mixed precision"
         )
 
 

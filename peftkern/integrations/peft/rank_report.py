@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import peft
 from peft import LoraConfig
 
-from peftkern.formats.rank_patterns import rank_fields
+from peftkern.formats.rank_patterns import exact_targets, rank_fields
 from peftkern.methods.rank_choice import LayerRank
 
 __all__ = ["RankReport"]
@@ -164,16 +163,9 @@ def ranked_config(
         patterns = fields["alpha_pattern"].items()
         found.alpha_pattern = {key: _whole(scaling * rank) for key, rank in patterns}
     if len(kept) < len(ranks):
-        found.target_modules = _targets(kept, ranks.keys() - kept.keys())
+        found.target_modules = exact_targets(kept, ranks.keys() - kept.keys())
         found.layers_to_transform = found.layers_pattern = None  # which these names had passed
     return found
-
-
-def _targets(names: Collection[str], dropped: Collection[str]) -> set[str] | str:
-    """Return target_modules of these layers; PEFT takes the end of another's name, too."""
-    if any(other.endswith(f".{name}") for other in dropped for name in names):
-        return "|".join(map(re.escape, names))
-    return set(names)
 
 
 def _whole(alpha: float) -> float | int:

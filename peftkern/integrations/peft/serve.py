@@ -24,7 +24,7 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.functional.arguments import autocast_dtype
-from peftkern.integrations.peft import casts, trial
+from peftkern.integrations.peft import casts, engines, tensor_parallel, trial
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
@@ -90,11 +90,16 @@ class PatchedLayer(PatchedForward):
         if reason is not None:
             return Fallback(reason)
         base_layer = self._modules["base_layer"]
+        if tensor_parallel.PLAN in base_layer.__dict__:  # before all that a process measured
+            answer = tensor_parallel.answer(self, x)
+            if answer is not None:
+                return answer
         if (
             type(base_layer) in DENSE_TYPES
             and not self.other_base
             and x.is_cpu
             and is_small(x, self.out_features, self.in_features, bool(self.lora_variant))
+            and not (engines.has_ranks() and engines.units_of(self._parts(active_names(self))))
         ):  # asked first: to such a product every check is a loss
             return Fallback("small dense product: PEFT's own operations are as fast")
         compiling = torch.compiler.is_compiling()
@@ -104,7 +109,10 @@ class PatchedLayer(PatchedForward):
         names = active_names(self)
         adapter = read_state(self, names, x.device)
         if isinstance(adapter, Fallback):
-            return adapter
+            if compiling or unusual_layer(self) is not None:
+                return adapter
+            units = engines.units_of(self._parts(names))
+            return engines.served(self, x, units) if units else adapter
         cast = autocast_dtype(x)
         read_it = self._read_other if self.other_base else read_base
         read = read_it(base_layer, x, cast is not None)
@@ -128,14 +136,20 @@ class PatchedLayer(PatchedForward):
         return self._combine(x, names, adapter, base, off, unfused)
 
     def outlook(self) -> Outlook:
-        base, names = self.get_base_layer(), active_names(self)
-        device = self._device(base)
-        state = read_state(self, names, device)
-        reason = state.reason if isinstance(state, Fallback) else None
-        if reason is None:
-            reason = self._base_refusal(base)
+        names = active_names(self)
+        parts = self._parts(names)
+        device = self._device(self.get_base_layer())
+        if isinstance(tensor_parallel.split_of(self), tensor_parallel.Split):
+            return Outlook(device, None)
+        with engines.bare(engines.units_of(parts)):  # as it is when a call has entered them
+            base, state = self.get_base_layer(), read_state(self, names, device)
+            if isinstance(state, Fallback):
+                reason = engines.in_a_call(state.reason, self, parts)
+            else:  # of a weight in shards nothing is told
+                reason = None if engines.is_sharded(self, parts) else self._base_refusal(base)
         dense = device.type == "cpu" and type(base) in DENSE_TYPES and not self.other_base
-        key = None if reason is not None else layer_key(self, names, state)
+        unread = reason is not None or isinstance(state, Fallback)
+        key = None if unread else layer_key(self, names, state)
         sizes = self.in_features, self.out_features, bool(self.lora_variant)
         return Outlook(device, reason, rows_to_pay(*sizes) if dense else 1, key)
 
@@ -202,6 +216,10 @@ class PatchedLayer(PatchedForward):
         if self.four_bit and torch.is_autocast_enabled():
             return x
         return self._cast_input_dtype(x, dtype)
+
+    def _parts(self, names: list[str]) -> list[engines.Part]:
+        """Return the modules that PEFT calls with these adapters active, in its order."""
+        return [engines.Part("base_layer", self._modules, "base_layer")]
 
     def _is_plain(self, name: str) -> bool:
         """Return whether an adapter is LoRA and nothing more: neither DoRA nor AdaLoRA."""
@@ -286,11 +304,9 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
 
     Args: device, of the input. Returns: None if no adapter is active.
     """
-    if layer.merged_adapters and layer.disable_adapters:  # PEFT takes them out of the weight
-        return Fallback("adapters are merged and disabled")
-    for hooks in GLOBAL_HOOKS:
-        if hooks:
-            return Fallback("global module hooks")
+    reason = unusual_layer(layer)
+    if reason is not None:
+        return Fallback(reason)
     base = layer._modules["base_layer"]
     kind = type(base)
     if kind not in BASE_TYPES and not layer.other_base:
@@ -299,6 +315,19 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
     if reason is not None:
         return Fallback(reason)
     return layer._read_adapter(names, device) if names else None
+
+
+def unusual_layer(layer: Any) -> str | None:
+    """Return the reason for PEFT to call a layer's parts one by one, whatever they are.
+
+    Merged adapters that are off it takes out of the weight, which in a unit would be lost.
+    """
+    if layer.merged_adapters and layer.disable_adapters:
+        return "adapters are merged and disabled"
+    for hooks in GLOBAL_HOOKS:
+        if hooks:
+            return "global module hooks"
+    return None
 
 
 def switched_off(layer: Any) -> str | None:
@@ -354,7 +383,9 @@ def read_base(
     if reason is not None:
         return Fallback(reason)
     if weight.requires_grad and torch.is_grad_enabled():
-        return Fallback("base weight is trained")
+        if not engines.is_frozen_view(weight, base):
+            return Fallback("base weight is trained")
+        weight = weight.detach()
     dtype = weight.dtype
     same = x.dtype is dtype and (bias is None or bias.dtype is dtype)
     if dtype not in _DTYPES or not (same or (autocast and x.dtype in _DTYPES)):

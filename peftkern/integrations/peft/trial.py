@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
+from peftkern.integrations.peft.engines import of_deepspeed
 from peftkern.integrations.peft.fallback import Fallback, hooked
 
 UNMEASURED = "the layer's own forward serves until this machine has measured such a layer"
@@ -145,6 +146,35 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
         found = _classes.setdefault(full, LayerClass(name_of(full), x.device, full[2] + full[3]))
         found.adopt()
     return _refusal(layer, found, complete)
+
+
+def settled(part: Callable[[], nn.Module], x: Tensor, key: tuple) -> str | None:
+    """Return why ours may not answer a class, after a trial here and now if none was held.
+
+    For layers whose own forward meets other processes, which a trial must not do: `part` makes a
+    layer that computes both sides by itself. Args: key, as `refusal`'s.
+    """
+    if trust.mode() == "always" or dispatch.forced_backend() is not None:
+        return None
+    full = (*key, (x.numel() // max(x.shape[-1], 1)).bit_length(), x.device)
+    found = _classes.get(full)
+    if found is None:
+        found = _classes.setdefault(full, LayerClass(name_of(full), x.device, full[2] + full[3]))
+    if not found.decided:
+        found.adopt()
+    if not found.decided and trust.mode() != "off":
+        layer, beside = part(), ((), {})
+        if _possible(layer, x):
+            try:
+                with aside(x.device):
+                    _rehearse(layer, x, beside)
+                    begin = time.perf_counter()
+                    with torch.no_grad():
+                        layer.peer_forward(x.detach())
+                    _decide(layer, x, beside, found, time.perf_counter() - begin)
+            except Exception as error:
+                _give_up(found, error)
+    return found.reason
 
 
 def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | None:
@@ -284,7 +314,8 @@ def _give_up(tried: LayerClass, error: Exception) -> None:
 def _possible(layer: nn.Module, x: Tensor) -> bool:
     """Return whether a trial would go unnoticed: nobody records, traces or captures operations.
 
-    Nor does anybody hook into a module that the layer calls, say one of a second adapter.
+    Nor does anybody hook into a module that the layer calls, say one of a second adapter. DeepSpeed
+    hooks into all of them, those without a forward too; those that are called have been entered.
     """
     modes = torch.overrides._get_current_function_mode_stack()
     return not (
@@ -292,7 +323,11 @@ def _possible(layer: nn.Module, x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or any(type(mode) is not DeviceContext for mode in modes)
         or type(x) not in (Tensor, nn.Parameter)
-        or any(hooked(x.device, it=part) for part in layer.modules() if part is not layer)
+        or any(
+            hooked(x.device, it=part)
+            for part in layer.modules()
+            if part is not layer and not of_deepspeed(part)
+        )
     )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftkern.integrations.frozen_experts import serve_nf4_experts, stop_serving
+    from peftkern.integrations.transformers.block_linear import BlockLinearConfig
     from peftkern.integrations.transformers.callbacks import (
         AdaLoraCallback,
         MonitorCallback,
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaLoraCallback",
+    "BlockLinearConfig",
     "MXFP4ExpertsConfig",
     "MonitorCallback",
     "NF4ExpertsConfig",
@@ -28,6 +30,7 @@ __all__ = [
 # the configs need transformers 5, and register a quantizer there.
 _MODULES = {
     "AdaLoraCallback": "peftkern.integrations.transformers.callbacks",
+    "BlockLinearConfig": "peftkern.integrations.transformers.block_linear",
     "MXFP4ExpertsConfig": "peftkern.integrations.transformers.mxfp4_experts",
     "MonitorCallback": "peftkern.integrations.transformers.callbacks",
     "NF4ExpertsConfig": "peftkern.integrations.transformers.nf4_experts",

@@ -26,14 +26,21 @@ with needed_by("peftkern.integrations.transformers"):
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
     from transformers.utils import logging as transformers_logging
 
+    from peftkern.integrations.peft import zero
     from peftkern.integrations.peft.adalora_budget import set_budget
     from peftkern.integrations.peft.adalora_compact import FINAL, Compaction, watch_states
-    from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
-    from peftkern.integrations.peft.adalora_state import keep_state_when_loading, save_state
+    from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of, parameters_of
+    from peftkern.integrations.peft.adalora_state import (
+        keep_state_when_loading,
+        load_allocator,
+        save_state,
+    )
     from peftkern.integrations.peft.adalora_steps import allocate, prepare, set_total_step
     from peftkern.integrations.peft.patch import PatchReport, patch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import Trainer
 
     from peftkern.integrations.peft.adalora import DrawnMask
@@ -297,6 +304,7 @@ class AdaLoraCallback(TrainerCallback):
         self._budget = budget
         self.compact = compact
         self._compaction = Compaction(compact)
+        self._end: Callable[[], None] | None = None  # of the hold on DeepSpeed's optimizer
 
     def on_init_end(
         self,
@@ -323,7 +331,18 @@ class AdaLoraCallback(TrainerCallback):
         set_total_step(tuner, state.max_steps, state.global_step)
         set_budget(tuner, self._budget)
         self._compaction = Compaction(self.compact)
-        if kwargs.get("optimizer") is not None:
+        if self._end is not None:  # of a training that was interrupted
+            self._end()
+        held = zero.held(parameters_of(tuner))
+        if held:
+            if state.global_step:
+                self._go_on(tuner, args, state)
+            self._end = zero.after_steps(
+                kwargs.get("optimizer"),
+                held,
+                lambda: self._take_in(tuner, state.global_step + 1),
+            )
+        elif kwargs.get("optimizer") is not None:
             watch_states(tuner, kwargs["optimizer"])
 
     def on_optimizer_step(
@@ -334,10 +353,11 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        optimizer, tuner, step = kwargs.get("optimizer"), find_tuner(model), state.global_step + 1
+        if self._end is not None:  # DeepSpeed, whose step has dropped the gradients by now
+            return
+        optimizer = kwargs.get("optimizer")
         skipped = getattr(optimizer, "step_was_skipped", False)
-        if allocate(tuner, step, skipped=skipped):
-            self._compaction.after(tuner, step, optimizer)
+        self._take_in(find_tuner(model), state.global_step + 1, optimizer, skipped)
 
     def on_save(
         self,
@@ -369,6 +389,9 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        if self._end is not None:
+            self._end()
+            self._end = None
         tuner = find_tuner(model)
         config = tuner.peft_config[tuner.trainable_adapter_name]
         last = config.total_step - config.tfinal
@@ -379,6 +402,26 @@ class AdaLoraCallback(TrainerCallback):
                 "peftkern.export_lora keeps it",
                 state.global_step,
                 last,
+            )
+
+    def _take_in(
+        self,
+        tuner: AdaLoraModel,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        skipped: bool = False,
+    ) -> None:
+        if allocate(tuner, step, skipped=skipped):
+            self._compaction.after(tuner, step, optimizer)
+
+    def _go_on(self, tuner: AdaLoraModel, args: TrainingArguments, state: TrainerState) -> None:
+        """Load what DeepSpeed's own checkpoint has not: the importance, and the mask."""
+        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        try:
+            load_allocator(tuner, folder)
+        except ValueError as error:
+            warnings.warn(
+                f"AdaLoRA resumes with another importance of the triplets: {error}", stacklevel=2
             )
 
 

@@ -39,7 +39,7 @@ from peftkern.layers.quantize import expert_parameters
 __all__ = ["MXFP4ExpertsConfig"]
 METHOD = "peftkern_mxfp4"
 _WRITTEN = "mxfp4"  # transformers' own, whose checkpoints these are
-_FAMILY = "gpt_oss"  # the one with such checkpoints
+FAMILY = "gpt_oss"  # the one with such checkpoints
 
 
 @register_quantization_config(METHOD)
@@ -101,7 +101,7 @@ class MXFP4ExpertsQuantizer(Mxfp4HfQuantizer):
         return {"deserialize": _View}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        if model.config.get_text_config().model_type != _FAMILY:
+        if model.config.get_text_config().model_type != FAMILY:
             raise ValueError(
                 f"model: expected gpt-oss, whose checkpoints are in MXFP4, got "
                 f"{model.config.model_type}; NF4ExpertsConfig takes others"

@@ -23,8 +23,10 @@ from peftkern.backends import dispatch, ops
 from peftkern.backends.cpu import module as cpu_back_end
 from peftkern.backends.cuda import module as cuda_back_end
 from peftkern.backends.device import device_info, triton_interpreted
+from peftkern.formats.table import FORMATS
 from peftkern.integrations.packages import (
     IMPORT_SECONDS,
+    OPTIONAL,
     PEERS,
     Answer,
     Version,
@@ -35,7 +37,7 @@ from peftkern.integrations.packages import (
 )
 from peftkern.tools.doctor import findings as check
 from peftkern.tools.doctor import self_test
-from peftkern.tools.doctor.findings import WRONG, Finding, Served
+from peftkern.tools.doctor.findings import WRONG, Finding, FormatServed, Served
 from peftkern.tools.doctor.sample_calls import Sample
 from peftkern.tools.doctor.trusted import Trust, look
 
@@ -51,6 +53,7 @@ class Diagnosis:
         is: compiled_in, usable_here, in_use (instruction sets); version; architectures}.
     served: per op and device the back end of bf16 activations, with the reasons of `others`, which
         were asked before it and could not.
+    formats: per device and 4-bit format the back end of LoRA over such a base (None: none).
     versions: name, version (None: not installed), accepted ("": any), imports (None: not tried),
         error ("": none).
     probes: package, probe, answer (present, absent, unknown), cause, cure.
@@ -65,6 +68,7 @@ class Diagnosis:
     machine: dict[str, Any]
     backends: dict[str, dict[str, Any]]
     served: list[Served]
+    formats: list[FormatServed]
     versions: list[Version]
     probes: list[Answer]
     tested: list[self_test.Result]
@@ -87,10 +91,11 @@ def diagnose(import_seconds: float = IMPORT_SECONDS) -> Diagnosis:
     """Diagnose everything; it takes as long as importing the peers, a few seconds."""
     found = list(check.environment_findings())
     usable = not any(one.severity == WRONG for one in found)  # else no op runs at all
-    versions = {name: installed_version(name) for name in ("torch", *PEERS)}
+    versions = {name: installed_version(name) for name in ("torch", *PEERS, *OPTIONAL)}
     with importing([name for name in PEERS if versions[name] is not None]) as peers:
         backends, devices = _backends(versions["triton"]), _devices()
         served = [row for device in devices for row in _served(device)] if usable else []
+        formats = [row for device in devices for row in _formats(device)] if usable else []
         begin = time.perf_counter()
         tested = [r for device in devices for r in self_test.run(device)] if usable else []
         seconds = time.perf_counter() - begin
@@ -109,11 +114,12 @@ def diagnose(import_seconds: float = IMPORT_SECONDS) -> Diagnosis:
         *check.trust_findings(trusted),
         *(finding for package in packages for finding in check.version_findings(package)),
         *check.numpy_findings(installed_version("numpy"), triton_interpreted()),
+        *check.deepspeed_findings(installed_version("deepspeed")),
         *check.probe_findings(probes, versions),
     ]
     found.sort(key=lambda one: one.severity != WRONG)
     return Diagnosis(
-        _machine(), backends, served, packages, probes, tested, seconds, trusted, found
+        _machine(), backends, served, formats, packages, probes, tested, seconds, trusted, found
     )
 
 
@@ -203,3 +209,13 @@ def _served(device: torch.device) -> Iterator[Served]:
             if name == forced or (forced is None and kinds[name] in (None, device.type)):
                 others[name] = verdict.removeprefix("cannot: ")
         yield Served(op, str(device), chosen, others)
+
+
+def _formats(device: torch.device) -> Iterator[FormatServed]:
+    op = "nf4_lora_linear_forward"
+    for row in FORMATS:
+        sample = Sample(M=16, N=256, K=256, r=8, device=device, format=row.name)
+        chosen = None
+        with contextlib.suppress(Exception):  # told by the ops that are served
+            chosen = dispatch.explain({op: sample.arguments(op)}).chosen(op)
+        yield FormatServed(row.name, str(device), chosen)

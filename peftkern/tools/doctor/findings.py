@@ -45,6 +45,13 @@ _TABLE = {
         "{name}={value} is set: nothing else is used",
         "unset {name}: the best serves",
     ),
+    "fsdp": (
+        NOTE,
+        "{where}: FSDP shards packed weights of bitsandbytes in a floating dtype alone, and their "
+        "default is uint8",
+        "for QLoRA: BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16), the dtype of mixed "
+        "precision",
+    ),
     "unserved": (WRONG, "nothing serves {ops} on {device} ({why})", _REPORT),
     "unserved_forced": (
         WRONG,
@@ -95,6 +102,12 @@ _TABLE = {
         WRONG,
         "TRITON_INTERPRET=1 with numpy {version}: Triton's interpreter needs one before 2.4",
         "pip install 'numpy<2.4', or unset TRITON_INTERPRET",
+    ),
+    "deepspeed": (
+        NOTE,
+        "deepspeed {version} clips gradients to a norm of 1 if its config says nothing of that",
+        'a "gradient_clipping" in its config, "auto" under the Trainer; AdaLoraSteps is made after '
+        "deepspeed.initialize",
     ),
     "old": (
         WRONG,
@@ -148,6 +161,15 @@ class Served:
     others: dict[str, str]
 
 
+@dataclass(frozen=True)
+class FormatServed:
+    """Back end that would serve LoRA over a base in a 4-bit format on a device."""
+
+    format: str
+    device: str
+    backend: str | None
+
+
 def finding(id: str, **seen: Any) -> Finding:
     severity, cause, cure = _TABLE[id]
     return Finding(id, severity, cause.format(**seen), cure.format(**seen))
@@ -166,6 +188,22 @@ def environment_findings() -> Iterator[Finding]:
         else:
             if os.environ.get(name) and name != "PEFTKERN_TRUST":  # a section tells of that one
                 yield finding("forced", name=name, value=os.environ[name])
+    where = _asking_for_fsdp()
+    if where is not None:
+        yield finding("fsdp", where=where)
+
+
+def _asking_for_fsdp() -> str | None:
+    """Return what tells accelerate to use FSDP: the environment, or the file of its answers."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        return f"ACCELERATE_USE_FSDP={os.environ['ACCELERATE_USE_FSDP']}"
+    home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
+    file = Path(home) / "accelerate" / "default_config.yaml"
+    try:
+        asks = re.search(r"^distributed_type: *FSDP\b", file.read_text("utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):  # nobody ran `accelerate config`
+        return None
+    return f"distributed_type: FSDP in {file}" if asks else None
 
 
 def _isa() -> str | None:
@@ -257,6 +295,12 @@ def numpy_findings(version: str | None, interpreted: bool) -> Iterator[Finding]:
     """Report numpy 2.4, which removed int() of one-element arrays: Triton's interpreter uses it."""
     if interpreted and version is not None and release(version) >= (2, 4):
         yield finding("numpy", version=version)
+
+
+def deepspeed_findings(version: str | None) -> Iterator[Finding]:
+    """Report what DeepSpeed does to a training of its own accord."""
+    if version is not None:
+        yield finding("deepspeed", version=version)
 
 
 def trust_findings(trusted: Trust | None) -> Iterator[Finding]:

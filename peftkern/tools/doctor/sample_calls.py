@@ -16,6 +16,7 @@ import torch
 from peftkern.backends import dispatch, ops
 from peftkern.backends.cpu import crossovers
 from peftkern.formats.nf4 import BLOCKSIZES, numel_of
+from peftkern.formats.table import FORMATS, NUMBERS, fields
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -49,7 +50,8 @@ _GROUPS = 8  # of the rows of a grouped layer
 class Sample:
     """Sizes of a user's call: activations [M, K], weight [N, K], factors of rank r.
 
-    dtype is that of activations and weight; PEFT keeps the factors in float32.
+    dtype is that of activations and weight; PEFT keeps the factors in float32. format: of 4-bit
+    weights, a row of `peftkern.formats.table`.
     Raises: ValueError naming the field, the accepted values and the input.
     """
 
@@ -61,6 +63,7 @@ class Sample:
     factors: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     lora: bool = True
+    format: str = "nf4"
 
     def __post_init__(self) -> None:
         for name in ("M", "N", "K", "r"):
@@ -89,8 +92,8 @@ class Sample:
             "weight": self.tensor(N, K),
             "out": self.tensor(N, K),
             "dtype": self.dtype,
-            "w": [self.tensor((N * K + 1) // 2, dtype=torch.uint8), f32(nblocks)],
-            "layout": [0, BLOCKSIZES[1], 0, N, K],
+            "w": self._parts(BLOCKSIZES[1], N, K),
+            "layout": self._layout(BLOCKSIZES[1], N, K),
             "absmax": f32(nblocks),
             "offset": f32(),
             "code": f32(256),
@@ -136,10 +139,20 @@ class Sample:
         value = self.value(name)
         if name in ("weight", "lora_A", "lora_B") and value is not None:
             return value.expand(_GROUPS, *value.shape)
-        if name == "w":  # no block is shared by two groups
-            sizes = (self.N * self.K // 2, self.N * self.K // BLOCKSIZES[0])
-            return [part[:1].expand(_GROUPS * n) for part, n in zip(value, sizes, strict=True)]
-        return [0, BLOCKSIZES[0], 0, _GROUPS, self.N, self.K] if name == "layout" else value
+        whole = (BLOCKSIZES[0], _GROUPS, self.N, self.K)  # no block is shared by two groups
+        if name == "w":
+            return self._parts(*whole)
+        return self._layout(*whole) if name == "layout" else value
+
+    def _layout(self, blocksize: int, *shape: int) -> list[int]:
+        """Return the layout of a 4-bit weight; a format of another block size has its first."""
+        sizes = FORMATS[NUMBERS[self.format]].blocksizes
+        own = blocksize if blocksize in sizes else sizes[0]
+        return [NUMBERS[self.format], own, 0, *shape]
+
+    def _parts(self, blocksize: int, *shape: int) -> list[torch.Tensor]:
+        found = fields(self._layout(blocksize, *shape))
+        return [self.tensor(length, dtype=dtype) for _, dtype, length in found]
 
     def value_of_svd(self, name: str) -> Any:
         """Return the argument of that name of an SVD that is written to given tensors."""

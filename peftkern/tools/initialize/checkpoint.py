@@ -61,7 +61,7 @@ def prepare(
     destination: str | os.PathLike,
     request: Request,
     options: Options,
-    names: Sequence[str] = (),
+    names: Sequence[str] | str = (),
 ) -> Job:
     """Check a request: "pissa" and "olora" write a dense base, "qpissa" and "loftq" one in NF4.
 

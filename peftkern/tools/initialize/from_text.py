@@ -65,7 +65,7 @@ def prepare(
     destination: str | os.PathLike,
     request: Request,
     data: Path,
-    names: Sequence[str] = (),
+    names: Sequence[str] | str = (),
     *,
     most: int = 64,
     length: int = 1024,
@@ -111,11 +111,13 @@ def read_batches(folder: Path, data: Path, most: int, length: int) -> list[dict[
             raise CheckpointError(f"{name}: expected at least {low}, got {value}")
     try:
         lines = data.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CheckpointError(f"data: {data}: {error.strerror}") from None
     except ValueError as error:
-        raise CheckpointError(f"{data}: expected text in UTF-8: {error}") from None
+        raise CheckpointError(f"data: {data}: expected text in UTF-8: {error}") from None
     texts = [line for line in lines if line.strip()][:most]
     if not texts:
-        raise CheckpointError(f"{data}: expected a text on each line, got none")
+        raise CheckpointError(f"data: {data}: expected a text on each line, got none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from peftkern.formats.json_files import brief, read_json
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 
 
-def read_ranks(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Read settings of a `Request`, and the names of the layers.
+def read_ranks(path: Path) -> tuple[dict[str, Any], tuple[str, ...] | str]:
+    """Read settings of a `Request`, and the names of the layers, or a regular expression for them.
 
     Raises: CheckpointError naming the file, or the field.
     """
@@ -33,7 +35,8 @@ def read_ranks(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
             came = brief(config.get(name))
             raise CheckpointError(f"ranks: {path}: {name}: expected {expected}, got {came}")
     found = {own: config[name] for name, (own, _, _) in _FIELDS.items() if own and name in config}
-    return found, tuple(config["target_modules"])
+    targets = config["target_modules"]
+    return found, targets if isinstance(targets, str) else tuple(targets)
 
 
 def _is_rank(value: Any) -> bool:
@@ -44,7 +47,11 @@ def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-def _is_names(value: Any) -> bool:
+def _is_targets(value: Any) -> bool:
+    if isinstance(value, str):
+        with contextlib.suppress(re.error):
+            return bool(value) and re.compile(value) is not None
+        return False
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
@@ -59,5 +66,5 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "use_rslora": ("rslora", lambda value: isinstance(value, bool), "true or false"),
     "rank_pattern": ("rank_pattern", _all(_is_rank), "{layer: positive integer}"),
     "alpha_pattern": ("alpha_pattern", _all(_is_alpha), "{layer: number above 0}"),
-    "target_modules": ("", _is_names, "a list of names"),
+    "target_modules": ("", _is_targets, "a list of names, or a regular expression"),
 }

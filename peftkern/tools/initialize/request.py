@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from peft import EvaConfig, LoraConfig
@@ -13,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftkern.formats.rank_patterns import pattern_key
+from peftkern.formats.rank_patterns import exact_targets, pattern_key
 from peftkern.methods.initialization.factors import check_rank
 from peftkern.tools.checkpoints.architecture import find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
@@ -87,28 +89,30 @@ class Target:
 
 def find_targets(
     checkpoint: Checkpoint,
-    names: Sequence[str],
+    names: Sequence[str] | str,
     rank_of: Callable[[str], int] = lambda module: 1,
     *,
     half: bool = False,
 ) -> tuple[dict[str, Target], LoraConfig]:
     """Find the linear layers to start, by the names of their weights, and a config that says so.
 
-    Args: names, of layers, whole or their ends: "q_proj"; none for all linear layers but the
-        output embeddings. rank_of(layer), which it must have, or with `half` twice of it.
+    Args: names, of layers, whole or their ends: "q_proj"; a string is a regular expression for
+        whole names; none for all linear layers but the output embeddings. rank_of(layer), which it
+        must have, or with `half` twice of it.
     Raises: CheckpointError naming a layer that does not exist, has no such rank, or is tied.
     """
     model = meta_model(checkpoint)
     linear = _linear_layers(model, checkpoint)
     head = model.get_output_embeddings()
+    wanted = _wanted(names)
     chosen = {
         tensor: target
         for tensor, target in linear.items()
-        if any(_ends(target.module, name) for name in names)
-        or (not names and model.get_submodule(target.module) is not head)
+        if any(fits(target.module) for fits in wanted.values())
+        or (not wanted and model.get_submodule(target.module) is not head)
     }
-    for name in names:
-        if not any(_ends(target.module, name) for target in chosen.values()):
+    for name, fits in wanted.items():
+        if not any(fits(target.module) for target in chosen.values()):
             known = dict.fromkeys(t.module.rpartition(".")[2] for t in linear.values())
             raise CheckpointError(
                 f"target: no linear layer is called {name!r}; there are {', '.join(known)}"
@@ -125,6 +129,13 @@ def find_targets(
         except ValueError as error:
             raise CheckpointError(f"{target.module}: {error}") from None
     return chosen, _config(model, chosen, linear)
+
+
+def _wanted(names: Sequence[str] | str) -> dict[str, Callable[[str], Any]]:
+    """Return {name or regular expression: whether it fits a module}."""
+    if isinstance(names, str):
+        return {names: re.compile(names).fullmatch}
+    return {name: partial(_ends, name=name) for name in names}
 
 
 def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Target]:
@@ -157,8 +168,9 @@ def _config(
     others = {n for n, _ in model.named_modules()} - set(modules)
     unique = not any(_ends(name, end) for name in others for end in short)
     causal = type(model).__name__.endswith("ForCausalLM")
+    whole = short if unique else exact_targets(modules, others)
     return LoraConfig(
-        target_modules=sorted(short if unique else modules),
+        target_modules=whole if isinstance(whole, str) else sorted(whole),
         fan_in_fan_out=any(target.transposed for target in chosen.values()),
         task_type="CAUSAL_LM" if causal else None,
     )

@@ -1,8 +1,8 @@
 """Models without memory: built on the meta device as a user builds them, then made of fake tensors.
 
-transformers makes the base, its own rules say which linear layers bitsandbytes gets, PEFT adds the
-adapters, `peftkern.patch` swaps classes. Fake tensors are a CPU's: torch without CUDA has no
-others.
+transformers makes the base, its own rules say which linear layers bitsandbytes gets, `BlockLinear`
+stands for those in formats that bitsandbytes has not, PEFT adds the adapters, `peftkern.patch`
+swaps classes. Fake tensors are a CPU's: torch without CUDA has no others.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from peftkern.layers.expert_stack import set_stack
+from peftkern.formats.block_weight import BlockWeight
+from peftkern.formats.table import NUMBERS, fields
+from peftkern.layers import BlockLinear
+from peftkern.layers.expert_stack import ExpertStack, set_stack
+from peftkern.layers.mxfp4_stack import MXFP4Stack
 from peftkern.layers.nf4_stack import NF4Stack, refusal
 from peftkern.layers.quantize import expert_parameters
-from peftkern.tools.models import adapter_targets, auto_class
+from peftkern.layers.quantized_linear import QuantizedLinear
+from peftkern.tools.models import adapter_targets, auto_class, replace_linear_layers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' defaults
+_NESTED_BLOCK = 256  # of bitsandbytes
+_SHIPPED_IN_MXFP4 = "gpt_oss"  # whose experts alone are quantized in its checkpoints
 _SCHEDULE = {"total_step": 100, "tinit": 5, "tfinal": 5}  # AdaLoRA has to be told one
 
 
@@ -53,16 +59,70 @@ def base_model(config: Any, training: Any) -> nn.Module:
 
 
 def quantize(model: nn.Module, training: Any) -> None:
-    """Put bitsandbytes' layers in the place of linear ones, NF4 stacks in that of experts."""
+    """Put quantized layers in the place of linear ones, stacks in that of experts.
+
+    Raises: ValueError for experts that no format of training's base is for.
+    """
+    kind = model.config.get_text_config().model_type
+    _quantize_experts(model, training, kind)
+    if training.base in ("nf4", "fp4"):
+        _quantize_by_bitsandbytes(model, training)
+    elif kind != _SHIPPED_IN_MXFP4 or training.base != "mxfp4":
+        _quantize_in_blocks(model, training)
+
+
+def _quantize_experts(model: nn.Module, training: Any, kind: str) -> None:
+    for module in list(model.modules()):
+        for name in expert_parameters(module):
+            if training.shard in ("fsdp2", "zero3"):
+                raise ValueError(
+                    f"base: experts in {training.base} are whole on each device, as with "
+                    f"shard ddp, for fully_shard would make them dense; got {training.shard}"
+                )
+            weight = module._parameters[name]
+            shape, options = tuple(weight.shape), {"dtype": weight.dtype, "device": "meta"}
+            if training.base == "mxfp4" and kind == _SHIPPED_IN_MXFP4:
+                turned = bool(module.is_transposed)
+                set_stack(module, name, MXFP4Stack.empty(shape, turned=turned, **options))
+            elif training.base != "nf4":
+                raise ValueError(
+                    f"base: experts are kept in nf4, or those of gpt-oss in mxfp4, got "
+                    f"{training.base} for {kind}"
+                )
+            elif refusal(shape, training.blocks) is None:
+                stack = NF4Stack.empty(shape, blocksize=training.blocks, **options)
+                set_stack(module, name, stack)
+
+
+def _quantize_in_blocks(model: nn.Module, training: Any) -> None:
+    """Put `BlockLinear`s in the place of linear layers whose rows are whole blocks."""
+
+    def quantized(N: int, K: int, bias: nn.Parameter | None) -> nn.Module:
+        layout = (NUMBERS[training.base], training.blocks, 0, N, K)
+        try:
+            parts = {
+                name: torch.empty(length, dtype=dtype, device="meta")
+                for name, dtype, length in fields(layout)
+            }
+        except ValueError as error:
+            raise ValueError(f"base: {training.base} does not fit a layer: {error}") from error
+        dtype, blocksize = DTYPES[training.dtype], training.blocks
+        how = {"shape": (N, K), "dtype": dtype, "blocksize": blocksize}
+        return BlockLinear.from_weight(BlockWeight(format=training.base, **parts, **how), bias)
+
+    replace_linear_layers(model, quantized)
+
+
+def _quantize_by_bitsandbytes(model: nn.Module, training: Any) -> None:
     import bitsandbytes as bnb
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
     skip = HfQuantizer.get_modules_to_not_convert(model)
-    chosen = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     how = BitsAndBytesConfig(
-        **chosen,
+        load_in_4bit=True,
+        bnb_4bit_quant_type=training.base,
         bnb_4bit_use_double_quant=training.double_quant,
         bnb_4bit_compute_dtype=DTYPES[training.dtype],
     )
@@ -71,11 +131,6 @@ def quantize(model: nn.Module, training: Any) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             _quantize_layer(module, training)
-        for name in expert_parameters(module):
-            weight = module._parameters[name]
-            if refusal(tuple(weight.shape), _BLOCK) is None:
-                stack = NF4Stack.empty(tuple(weight.shape), dtype=weight.dtype, device="meta")
-                set_stack(module, name, stack)
 
 
 def _quantize_layer(layer: Any, training: Any) -> None:
@@ -84,20 +139,21 @@ def _quantize_layer(layer: Any, training: Any) -> None:
     from bitsandbytes.nn import Params4bit
 
     weight = layer.weight
-    blocks = -(-weight.numel() // _BLOCK)
+    kind, blocksize = training.base, training.blocks
+    blocks = -(-weight.numel() // blocksize)
     nested = {}
     if training.double_quant:
         code = create_dynamic_map()
         absmax = torch.empty(-(-blocks // _NESTED_BLOCK), device="meta")
         state2 = QuantState(absmax, code=code, blocksize=_NESTED_BLOCK, dtype=torch.float32)
         nested = {"offset": torch.empty((), device="meta"), "state2": state2}
-    kind = torch.uint8 if nested else torch.float32
-    how = {"blocksize": _BLOCK, "quant_type": "nf4", "dtype": DTYPES[training.dtype]}
-    absmax = torch.empty(blocks, dtype=kind, device="meta")
-    code = get_4bit_type("nf4", device="cpu")
+    scales = torch.uint8 if nested else torch.float32
+    how = {"blocksize": blocksize, "quant_type": kind, "dtype": DTYPES[training.dtype]}
+    absmax = torch.empty(blocks, dtype=scales, device="meta")
+    code = get_4bit_type(kind, device="cpu")
     layer.quant_state = QuantState(absmax, weight.shape, code, **how, **nested)
     packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
-    options = {"compress_statistics": training.double_quant, "quant_type": "nf4"}
+    options = {"compress_statistics": training.double_quant, "quant_type": kind}
     if layer.bias is not None:
         layer.bias.data = layer.bias.data.to(DTYPES[training.dtype])
     layer.weight = Params4bit(
@@ -177,9 +233,8 @@ def make_fake(model: nn.Module) -> None:
     def fake(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return tensor
-        if isinstance(tensor, NF4Stack):
-            how = {"blocksize": tensor.blocksize, "dtype": tensor.dtype}
-            return NF4Stack.empty(tuple(tensor.shape), **how, device="cpu")
+        if isinstance(tensor, ExpertStack):
+            return tensor.like(*map(fake, tensor.parts))
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
 
     for module in model.modules():
@@ -190,13 +245,15 @@ def make_fake(model: nn.Module) -> None:
                 made[id(tensor)] = _like(tensor, fake)
             own = module._parameters if name in module._parameters else module._buffers
             own[name] = made[id(tensor)]
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                module.__dict__[name] = made.setdefault(id(value), fake(value))
+        beside = module._quant if isinstance(module, QuantizedLinear) else {}
+        for values in (vars(module), beside):
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    values[name] = made.setdefault(id(value), fake(value))
 
 
 def _like(tensor: Tensor, fake: Any) -> Tensor:
-    if not isinstance(tensor, nn.Parameter) or isinstance(tensor, NF4Stack):
+    if not isinstance(tensor, nn.Parameter) or isinstance(tensor, ExpertStack):
         return fake(tensor)
     attributes = {} if type(tensor) is nn.Parameter else vars(tensor)
     with torch._C.DisableTorchFunctionSubclass():
@@ -215,14 +272,17 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Yield (name, module, tensor) of all that a model holds, also beside 4-bit weights."""
     for path, module in model.named_modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if isinstance(tensor, NF4Stack):
-                yield from ((f"{path}.{name}", module, t) for t in (tensor._packed, tensor._absmax))
+            if isinstance(tensor, ExpertStack):
+                yield from ((f"{path}.{name}", module, part) for part in tensor.parts)
             elif tensor is not None:
                 yield f"{path}.{name}", module, tensor
                 state = getattr(tensor, "quant_state", None)
                 for part in (state, getattr(state, "state2", None)):
                     values = () if part is None else vars(part).values()
                     yield from ((f"{path}.{name}", module, v) for v in values if _is_tensor(v))
+        if isinstance(module, QuantizedLinear):
+            values = module._quant.values()
+            yield from ((f"{path}.weight", module, v) for v in values if _is_tensor(v))
 
 
 def _is_tensor(value: Any) -> bool:

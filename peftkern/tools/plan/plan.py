@@ -27,9 +27,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from peftkern.formats.table import FORMATS, NUMBERS
+
 if TYPE_CHECKING:
     from peftkern.tools.plan.work import Work
 
+DENSE = ("bf16", "fp32")
+BLOCKS = {"nf4": 64, "fp4": 64, "mxfp4": 32, "nvfp4": 16, "int4": 128}  # values unless asked
+_BITSANDBYTES = ("nf4", "fp4")
 ACCEPTED = {  # in the fields of Training that are names
     "method": ("lora", "qlora", "adalora", "dora", "full"),
     "dtype": ("bf16", "fp32"),
@@ -37,9 +42,13 @@ ACCEPTED = {  # in the fields of Training that are names
     "optimizer": ("adamw", "adamw-32bit", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd"),
     "attention": ("sdpa", "eager"),
     "device": ("cuda", "cpu"),
-    "base": ("bf16", "fp32", "nf4"),
+    "base": (*DENSE, *BLOCKS),
+    "shard": (None, "ddp", "fsdp2", "zero3"),
+    "param_dtype": (None, "bf16", "fp32"),
+    "reduce_dtype": (None, "bf16", "fp32"),
 }
 ALL = ("all-linear",)
+_SHARDED = ("fsdp2", "zero3")  # of which each device holds a part of the weights
 PHASES = ("forward", "backward", "optimizer")
 _LARGEST = 2**32
 
@@ -48,23 +57,32 @@ _LARGEST = 2**32
 class Training:
     """Training configuration.
 
-    method: lora, qlora (NF4 base), adalora, dora, full. targets: names of the linear layers with
+    method: lora, qlora (4-bit base), adalora, dora, full. targets: names of the linear layers with
     adapters, and of parameters of experts (gate_up_proj, down_proj), which have one for each
     expert; ("all-linear",): all of them. adapter: the fields of a PEFT config in the place of
-    method, r, targets and dropout. base: dtype of the frozen linear layers and experts (None: nf4
-    for qlora, else `dtype`); dtype: of activations and of all weights that are not quantized;
-    adapter_dtype: of the adapters, which PEFT keeps in float32. double_quant: NF4's absmax in 8
-    bits. optimizer: adamw (torch's, states in the dtype of what is trained), sgd (no momentum), or
-    bitsandbytes' adamw-32bit, adamw-8bit, paged-adamw, paged-adamw-8bit. patched: after
-    `peftkern.patch`. autocast: the forward pass in bf16 where torch.autocast does so. prepare_kbit:
-    after PEFT's prepare_model_for_kbit_training. device: cuda or cpu. target_r: of adalora, the
-    triplets of a layer that compaction leaves on average (`Planner.compacted`).
+    method, r, targets and dropout. base: dtype or 4-bit format of the frozen linear layers and
+    experts (None: nf4 for qlora, else `dtype`): nf4 and fp4 as bitsandbytes has them, the others as
+    `layers.BlockLinear`; mxfp4 of gpt-oss is that of its experts alone, as it is shipped.
+    blocksize: of the format (None: 64, of int4 128). dtype: of activations and of all weights that
+    are not quantized; adapter_dtype: of the adapters, which PEFT keeps in float32. double_quant:
+    absmax of nf4 and fp4 in 8 bits. optimizer: adamw (torch's, states in the dtype of what is
+    trained), sgd (no momentum), or bitsandbytes' adamw-32bit, adamw-8bit, paged-adamw,
+    paged-adamw-8bit. patched: after `peftkern.patch`. autocast: the forward pass in bf16 where
+    torch.autocast does so. prepare_kbit: after PEFT's prepare_model_for_kbit_training. device: cuda
+    or cpu. target_r: of adalora, the triplets of a layer that compaction leaves on average
+    (`Planner.compacted`).
+
+    devices, shard: so many devices share the model by ddp, fsdp2 (`fully_shard` of each decoder
+    layer) or zero3 (DeepSpeed), each with `batch` sequences of its own; bytes are then those of
+    one. Of fsdp2 alone: reshard, the `reshard_after_forward` of layers; param_dtype, reduce_dtype,
+    those of its `MixedPrecisionPolicy`: dtype and adapter_dtype are then what is stored.
     """
 
     method: str = "lora"
     r: int = 16
     targets: tuple[str, ...] = ALL
     base: str | None = None
+    blocksize: int | None = None
     dtype: str = "bf16"
     adapter_dtype: str = "fp32"
     double_quant: bool = True
@@ -80,6 +98,11 @@ class Training:
     prepare_kbit: bool = False
     adapter: dict[str, Any] | None = None
     target_r: int | None = None
+    devices: int = 1
+    shard: str | None = None
+    reshard: bool = True
+    param_dtype: str | None = None
+    reduce_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.base is None:
@@ -87,23 +110,52 @@ class Training:
         for name, accepted in ACCEPTED.items():
             value = getattr(self, name)
             if value not in accepted:
-                raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
+                names = ", ".join(filter(None, accepted))
+                raise ValueError(f"{name}: expected one of {names}, got {value!r}")
         for name in ("r", "batch", "sequence"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
                 raise ValueError(f"{name}: expected an integer from 1 to {_LARGEST}, got {value!r}")
         if self.target_r is not None:
             self._check_target()
+        self._check_devices()
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
-        if self.method == "qlora" and self.base != "nf4":
-            raise ValueError(f"base: qlora has an nf4 base, got {self.base}; see method lora")
-        if self.method == "full" and self.base == "nf4":
-            raise ValueError("base: method full trains bf16 or fp32 weights, got nf4")
-        if self.base != "nf4" and self.base != self.dtype:
+        self._check_base()
+
+    def _check_base(self) -> None:
+        formats = ", ".join(BLOCKS)
+        if self.method == "qlora" and not self.quantized:
             raise ValueError(
-                f"base: expected nf4 or the dtype of the activations, {self.dtype}, got {self.base}"
+                f"base: qlora has a 4-bit base ({formats}), got {self.base}; see method lora"
             )
+        if self.method == "full" and self.quantized:
+            raise ValueError(f"base: method full trains bf16 or fp32 weights, got {self.base}")
+        if not self.quantized and self.base != self.dtype:
+            raise ValueError(
+                f"base: expected one of {formats}, or the dtype of the activations, {self.dtype}, "
+                f"got {self.base}"
+            )
+        if self.quantized and self.base not in _BITSANDBYTES and self.shard in _SHARDED:
+            raise ValueError(
+                f"base: {self.base} is planned on one device or on ddp, nf4 and fp4 on "
+                f"{self.shard}, too; got {self.base}"
+            )
+        if self.blocksize is not None:
+            accepted = FORMATS[NUMBERS[self.base]].blocksizes if self.quantized else ()
+            if self.blocksize not in accepted:
+                sizes = f"one of {accepted} in {self.base}" if accepted else "none in a dense base"
+                raise ValueError(f"blocksize: expected {sizes}, got {self.blocksize!r}")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base is in a 4-bit format."""
+        return self.base in BLOCKS
+
+    @property
+    def blocks(self) -> int:
+        """Values in a block of the base's format."""
+        return self.blocksize or BLOCKS[self.base]
 
     @property
     def adaptive(self) -> bool:
@@ -117,12 +169,41 @@ class Training:
         """Triplets or ranks of a layer before any is pruned."""
         return self.r if self.adapter is None else self.adapter.get("init_r", 12)
 
+    def computed(self) -> Training:
+        """Return the training with the dtypes of its forward pass, which engines cast to."""
+        if self.shard == "zero3":
+            return replace(self, adapter_dtype=self.dtype)
+        if self.param_dtype is None:
+            return self
+        kind = self.param_dtype
+        base = self.base if self.base not in DENSE else kind
+        return replace(self, dtype=kind, adapter_dtype=kind, base=base)
+
     def compacted(self) -> Training:
         """Return the training as it is after compaction to target_r."""
         if self.adapter is None:
             return replace(self, r=self.target_r, target_r=None)
         adapter = {**self.adapter, "init_r": self.target_r, "target_r": self.target_r}
         return replace(self, adapter=adapter, target_r=None)
+
+    def _check_devices(self) -> None:
+        if type(self.devices) is not int or not 1 <= self.devices <= _LARGEST:
+            raise ValueError(
+                f"devices: expected an integer from 1 to {_LARGEST}, got {self.devices!r}"
+            )
+        if self.shard is None and self.devices > 1:
+            raise ValueError(
+                f"devices: expected 1 where shard does not say how they share the model (ddp, "
+                f"fsdp2 or zero3), got {self.devices}"
+            )
+        if self.shard is not None and self.devices == 1:
+            raise ValueError(f"devices: {self.shard} needs at least 2, got 1")
+        own = {"param_dtype": None, "reduce_dtype": None, "reshard": True}
+        for name, value in own.items():
+            if self.shard != "fsdp2" and getattr(self, name) != value:
+                raise ValueError(f"{name}: an option of shard fsdp2, got shard {self.shard}")
+        if self.adaptive and self.shard in _SHARDED:
+            raise ValueError(f"shard: adalora is planned on ddp alone, got {self.shard}")
 
     def _check_target(self) -> None:
         if not self.adaptive:
@@ -147,6 +228,7 @@ class Plan:
     fixed: dict[str, int]
     phases: dict[str, dict[str, int]]
     work: Work
+    communication: dict[str, dict[str, int]] = field(default_factory=dict)
     totals: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -231,7 +313,7 @@ class Planner:
 
             config = models.from_config(model) if isinstance(model, dict) else model
             self._config = config
-            if training.base == "nf4":
+            if training.base in _BITSANDBYTES:
                 import bitsandbytes  # noqa: F401
             self.training, self._steps = training, Steps(config, training)
         self._plans: dict[tuple[int, int], Plan] = {}
@@ -247,13 +329,26 @@ class Planner:
                 trace = self._steps.trace(*key)
             counts, fixed = trace.pop("counts"), trace.pop("fixed")
             work = Work(trace.pop("work"))
+            moved = self._communication(trace.pop("communication"))
             phases = {}
             for phase in PHASES:
                 found = (parts for segment, parts in trace.items() if segment[0] == phase)
                 phases[phase] = dict(max(found, key=Counter.total))
             numbers = counts["parameters"], counts["trainable"]
-            self._plans[key] = Plan(*numbers, dict(fixed), phases, work)
+            self._plans[key] = Plan(*numbers, dict(fixed), phases, work, moved)
         return self._plans[key]
+
+    def _communication(self, counted: Counter) -> dict[str, dict[str, int]]:
+        """Name the collectives of a step, and say what each device sends."""
+        from peftkern.tools.plan.sharding import sent
+
+        found: dict[str, dict[str, int]] = {}
+        for (collective, phase, what), number in counted.items():
+            one = found.setdefault(f"{collective}, {phase}", {})
+            one[what] = number
+            if what == "bytes":
+                one["sent"] = sent(collective, number, self.training.devices)
+        return found
 
     def compacted(self) -> tuple[Plan, Plan]:
         """Return the plan after AdaLoRA's last mask, and after compaction to target_r.

@@ -57,6 +57,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         *("gpt_oss", 2880, 24, 64, 8, 2880, 201088),
         **{"head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4},
     ),
+    "gpt-oss-120b": _preset(
+        *("gpt_oss", 2880, 36, 64, 8, 2880, 201088),
+        **{"head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4},
+    ),
     "mixtral-8x7b": _preset("mixtral", 4096, 32, 32, 8, 14336, 32000),
     "qwen3-30b-a3b": _preset("qwen3_moe", 2048, 48, 32, 4, 6144, 151936, **_QWEN3_MOE),
     "olmoe-1b-7b": _preset("olmoe", 2048, 16, 16, 16, 1024, 50304),

@@ -1,8 +1,8 @@
 """One training step of a model of fake tensors, and the same step with more layers.
 
 Layers of a stack are alike, so what a step holds in a segment (the first layer of a kind, the last
-one, what lies outside) is linear in the number of layers: it is run with two of each kind and with
-three, and extended to all of them exactly. Every layer of a model of few is run.
+one, those next to them, what lies outside) is linear in the number of layers: it is run with two of
+each kind and with three, and extended to all of them exactly. Every layer of a model of few is run.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transformers.utils import import_utils
 from peftkern import patch
 from peftkern.backends import dispatch, trust
 from peftkern.tools.plan import build
+from peftkern.tools.plan.sharding import Engine, engine_of
 from peftkern.tools.plan.tracker import (
     ACTIVATIONS,
     CHECKPOINTS,
     FIXED,
-    GRADIENTS,
     TEMPORARIES,
     Tracker,
 )
@@ -45,9 +45,10 @@ class Steps:
     """Step of a config under a training, for any batch and sequence: models are built once."""
 
     def __init__(self, config: Any, training: Any) -> None:
-        self.config, self.training = config, training
+        self.config, self.training = config, training.computed()
+        self.engine = engine_of(training, config.get_text_config().hidden_size)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.kinds = _kinds(build.base_model(config, training))
+        self.kinds = _kinds(build.base_model(config, self.training))
         self.base = {kind: min(_RUN, len(found)) for kind, found in self.kinds.items()}
         self._models: dict[Any, tuple] = {}
 
@@ -55,6 +56,7 @@ class Steps:
         """Return the bytes of each segment of the whole model's step."""
         start = self._run(self.base, batch, sequence)
         total = {segment: Counter(parts) for segment, parts in start.items()}
+        longer = []
         for kind, found in self.kinds.items():
             missing = len(found) - self.base[kind]
             if not missing:
@@ -64,6 +66,10 @@ class Steps:
                 for part in more[segment].keys() | start[segment].keys():
                     step = more[segment][part] - start[segment][part]
                     parts[part] += missing * step
+            longer.append(more)
+        for more in longer:
+            total |= _between(total, more)
+        self.engine.extend(total)
         return total
 
     def _run(self, counts: dict[Any, int], batch: int, sequence: int) -> Trace:
@@ -71,7 +77,8 @@ class Steps:
         with self.mode, _as_if_run(self.training):
             if key not in self._models:
                 self._models[key] = self._built(counts)
-            return _Run(self._models[key], self.training, batch, sequence).trace
+            run = _Run(self._models[key], self.training, self.engine, batch, sequence)
+            return run.trace
 
     def _built(self, counts: dict[Any, int]) -> tuple[nn.Module, Counter, int]:
         with unset_fake_temporarily():
@@ -79,24 +86,48 @@ class Steps:
             _truncate(model, self.kinds, counts)
             parameters = sum(p.numel() for p in model.parameters())
             adapters = build.peft_config(model, self.training)
-            if self.training.base == "nf4":
+            if self.training.quantized:
                 build.quantize(model, self.training)
         build.make_fake(model)
         head, own = model.get_output_embeddings(), [t for _, _, t in build.tensors(model)]
         model = build.add_adapters(model, self.training, adapters)
-        fixed = _fixed(model, head, {id(t) for t in own})
+        fixed = _fixed(model, head, {id(t) for t in own}, self.engine)
         if self.training.patched and self.training.method != "full":
             with unset_fake_temporarily():  # tables of 4-bit weights are real, and compared
                 patch(model)
         return model, fixed, parameters
 
 
+def _between(total: Trace, more: Trace) -> Trace:
+    """Return the segments of layers that are neither the first nor the last of their kind.
+
+    FSDP2 holds most in these: a buffer of the layer before and one of the layer after. Of many such
+    layers the one next to the last or to the first has the peak, and to its segment in a run of few
+    layers the others add what they add to that of its neighbor.
+    """
+    found: Trace = {}
+    for segment, parts in more.items():
+        place = segment[-1] if isinstance(segment, tuple) else None
+        if not (isinstance(place, tuple) and place[-1] == "between"):
+            continue
+        for side in ("first", "last"):
+            neighbor = (*segment[:-1], (place[0], side))
+            if neighbor in total:
+                added = Counter(total[neighbor])
+                added.subtract(more[neighbor])
+                added.update(parts)
+                found[(*segment, side)] = added
+    return found
+
+
 class _Run:
     """One step under a tracker; `trace` is what it found."""
 
-    def __init__(self, built: tuple, training: Any, batch: int, sequence: int) -> None:
+    def __init__(
+        self, built: tuple, training: Any, engine: Engine, batch: int, sequence: int
+    ) -> None:
         self.model, fixed, parameters = built
-        self.training = training
+        self.training, self.engine = training, engine
         ids = torch.zeros(batch, sequence, dtype=torch.long)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         cuda = training.device == "cuda"
@@ -105,11 +136,11 @@ class _Run:
             self.tracker.add(tensor)
         self.tracker.add(ids)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.trace: Trace = {"fixed": fixed}
+        self.trace: Trace = {"fixed": Counter(fixed)}
         self.trace["counts"] = Counter(
             parameters=parameters, trainable=sum(p.numel() for p in trained)
         )
-        handles = [p.register_post_accumulate_grad_hook(self._gradient) for p in trained]
+        handles = [p.register_post_accumulate_grad_hook(engine.gradient) for p in trained]
         for layer in self.model.modules():
             label = vars(layer).get("plan_label")
             if label is None:
@@ -119,7 +150,7 @@ class _Run:
             handles.append(layer.register_forward_hook(after, always_call=True))
         try:
             with self.tracker:
-                self._step(ids, trained)
+                self._step(ids)
         finally:
             for handle in handles:
                 handle.remove()
@@ -129,18 +160,24 @@ class _Run:
                 self.model.base_model.rankallocator.reset_ipt()
         self.trace |= {segment: Counter(parts) for segment, parts in self.tracker.peaks.items()}
         self.trace["work"] = self.tracker.work
+        self.trace["communication"] = Counter(engine.communication)
 
-    def _step(self, ids: Tensor, trained: list[Tensor]) -> None:
+    def _step(self, ids: Tensor) -> None:
         bf16 = torch.autocast("cpu", torch.bfloat16, enabled=self.training.autocast)
         self.tracker.doing = STEP
         self.tracker.enter(("forward", "start"), ACTIVATIONS)
+        self.engine.begin(self.model, self.tracker, self.trace["fixed"])
         with bf16, build.said_of_the_model():
             loss = self.model(input_ids=ids, labels=ids).loss
+        self.engine.after(None)
         self.tracker.enter(("backward", "start"), TEMPORARIES)
+        self.engine.before_backward(None)
         loss.backward()
         del loss
+        self.engine.finish_backward()
         fixed = self.trace["fixed"]
         self.tracker.enter(None, FIXED)
+        trained = self.engine.trained()
         before = self.tracker.live[FIXED]
         if self.training.adaptive:
             self.tracker.doing = IMPORTANCE
@@ -168,23 +205,31 @@ class _Run:
         phase = self.tracker.segment[0]
         self.tracker.enter((phase, label), ACTIVATIONS, in_layer=True)
         if phase == "forward" and self.training.checkpointing:
-            given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            self.tracker.move(next(given), CHECKPOINTS)
+            self.tracker.move(_first(args, kwargs), CHECKPOINTS)
+        self.engine.before(layer)
+        given = _first(args, kwargs)
+        if phase == "forward" and given.requires_grad:
+            given.register_hook(lambda grad: self.engine.close(layer))
 
     def _after(self, label: Any, layer: nn.Module, args: tuple, out: Any) -> None:
         if self.tracker.segment[0] == "backward":  # a checkpoint was computed again
             self.tracker.enter(("backward", label), TEMPORARIES, in_layer=True)
             return
         self.tracker.enter(("forward", "after", label), ACTIVATIONS)
+        self.engine.after(layer)
         first = out[0] if isinstance(out, tuple) else out
         if isinstance(first, Tensor) and first.requires_grad:
-            first.register_hook(partial(self._backward, label))
+            first.register_hook(partial(self._backward, label, layer))
 
-    def _backward(self, label: Any, grad: Tensor) -> None:
+    def _backward(self, label: Any, layer: nn.Module, grad: Tensor) -> None:
+        self.engine.close()
         self.tracker.enter(("backward", label), TEMPORARIES, in_layer=True)
+        self.engine.before_backward(layer)
 
-    def _gradient(self, parameter: Tensor) -> None:
-        self.tracker.move(parameter.grad, GRADIENTS)
+
+def _first(args: tuple, kwargs: dict) -> Tensor:
+    """Return the first tensor that a layer is given."""
+    return next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
 
 
 def _optimizer(trained: list[Tensor], training: Any) -> torch.optim.Optimizer | None:
@@ -203,8 +248,8 @@ def state_bytes(numel: int, optimizer: str) -> int:
     return 2 * numel * 4
 
 
-def _fixed(model: nn.Module, head: Any, own: set[int]) -> Counter:
-    """Return bytes by part of a model whose base has the tensors `own`."""
+def _fixed(model: nn.Module, head: Any, own: set[int], engine: Engine) -> Counter:
+    """Return bytes by part that a device holds of a model whose base has the tensors `own`."""
     parts: Counter = Counter()
     seen = set()
     for name, module, tensor in build.tensors(model):
@@ -226,7 +271,7 @@ def _fixed(model: nn.Module, head: Any, own: set[int]) -> Counter:
             part = "routers"
         else:
             part = "norms, biases"
-        parts[part] += tensor.numel() * tensor.element_size()
+        parts[part] += engine.held(tensor)
     return parts
 
 

@@ -7,8 +7,10 @@ that a CPU makes of operands of another dtype, the weight that a GPU makes dense
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from peftkern.tools.plan.work import work_of
 
 ACTIVATIONS, CHECKPOINTS, LOGITS = "saved activations", "checkpoints", "logits"
 GRADIENTS, TEMPORARIES, FIXED = "gradients", "temporaries", "fixed"
-PARTS = (GRADIENTS, ACTIVATIONS, CHECKPOINTS, LOGITS, TEMPORARIES)
+GATHERED, BUFFERS = "gathered weights", "communication buffers"  # of several devices
+PARTS = (GRADIENTS, ACTIVATIONS, CHECKPOINTS, LOGITS, GATHERED, BUFFERS, TEMPORARIES)
 _CUDA_BLOCK = 512  # to which the caching allocator rounds
 _aten = torch.ops.aten
 
@@ -74,6 +77,19 @@ class Tracker(TorchDispatchMode):
         self.segment, self.part, self.in_layer = segment, part, in_layer
         self._record()
 
+    @contextlib.contextmanager
+    def filed(self, part: str) -> Iterator[None]:
+        """Count what is made in here as of that part."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def rounded(self, nbytes: int) -> int:
+        """Return the bytes that an allocator gives for so many."""
+        return -(-nbytes // _CUDA_BLOCK) * _CUDA_BLOCK if self.cuda else nbytes
+
     def add(self, tensor: Tensor) -> None:
         """Count the storage of a tensor, once."""
         storage = tensor.untyped_storage()
@@ -82,8 +98,8 @@ class Tracker(TorchDispatchMode):
             return
         nbytes = storage.nbytes()
         part = self.part
-        if part != FIXED and self.cuda:
-            nbytes = -(-nbytes // _CUDA_BLOCK) * _CUDA_BLOCK
+        if part != FIXED:
+            nbytes = self.rounded(nbytes)
         if part in (ACTIVATIONS, TEMPORARIES) and not self.in_layer:
             part = LOGITS if tensor.numel() >= self.large else part
         gone = weakref.ref(storage, lambda _: self._free(address))

@@ -8,44 +8,59 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from peftkern.formats.nf4 import BLOCKSIZES, state_dict_bytes
-from peftkern.layers.nf4_stack import refusal
+from peftkern.formats.nf4 import state_dict_bytes
+from peftkern.formats.table import FORMATS, NUMBERS, stored_bytes
+from peftkern.layers import mxfp4_stack, nf4_stack
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
 
-_WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that quantize_nf4 takes
+_WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that can be quantized
 
 
 @dataclass(frozen=True)
 class Options:
     """Options that decide the written bytes: a run resumes only with the same.
 
-    Args: blocksize, double_quant as for `peftkern.quantize_nf4`; shard_bytes, where a new file
-        begins (a larger tensor has one of its own); device that quantizes.
+    Args: blocksize, double_quant as for `peftkern.quantize_nf4`, the second of NF4 and FP4 alone;
+        shard_bytes, where a new file begins (a larger tensor has one of its own); device that
+        quantizes; format, "nf4" or another row of `peftkern.formats.table`.
     """
 
     blocksize: int = 64
     double_quant: bool = True
     shard_bytes: int = 5 * 10**9
     device: str = "cpu"
+    format: str = "nf4"
+
+    @classmethod
+    def of(cls, format: str, blocksize: int | None, **others: Any) -> Options:
+        """Return the options of a format, whose usual block size stands for None."""
+        if format not in NUMBERS:
+            raise CheckpointError(f"format: expected one of {tuple(NUMBERS)}, got {format!r}")
+        usual = FORMATS[NUMBERS[format]].chosen_blocksize(None)
+        return cls(usual if blocksize is None else blocksize, format=format, **others)
 
     def __post_init__(self) -> None:
-        if self.blocksize not in BLOCKSIZES:
-            raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {self.blocksize}")
+        try:
+            FORMATS[NUMBERS[self.format]].chosen_blocksize(self.blocksize)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
         if self.shard_bytes < 1:
             raise CheckpointError(f"shard_bytes: expected at least 1, got {self.shard_bytes}")
 
 
 class Stack(NamedTuple):
     """Experts [E, N, K] and the tensors of the source that they are: one, or as many for each as
-    its rows are put together from, expert after expert. transposed: the one is [E, K, N]."""
+    its rows are put together from, expert after expert. transposed: the one is [E, K, N]; turned:
+    the parameter is, and the format's rows lie along K."""
 
     shape: tuple[int, ...]
     sources: tuple[str, ...]
     transposed: bool = False
+    turned: bool = False
 
 
 class Choice(NamedTuple):
@@ -53,10 +68,12 @@ class Choice(NamedTuple):
 
     linear: names of weights [N, K], True for those that are kept as [K, N] and are transposed
     first, as transformers does for Conv1D. stacks: of each parameter of the model that is one.
+    unfit: linear layers that stay because the format's blocks do not fit their rows.
     """
 
     linear: Mapping[str, bool]
     stacks: Mapping[str, Stack] = MappingProxyType({})
+    unfit: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class Unit:
     """What becomes of some tensors of the source; `nbytes` of them are written.
 
     name: of the tensor, or the parameter that is a stack. transposed: None if it is kept as it is;
-    shape: that of a stack, else None.
+    shape: that of a stack, else None; turned: as in `Stack`.
     """
 
     name: str
@@ -72,6 +89,7 @@ class Unit:
     nbytes: int
     transposed: bool | None = None
     shape: tuple[int, ...] | None = None
+    turned: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -80,7 +98,8 @@ class Unit:
     @property
     def experts(self) -> bool:
         """Weights of experts: one, or a stack of them."""
-        return "experts" in self.name.split(".") and len(self.infos[0].shape) > 1
+        parts = self.name.split(".")
+        return "experts" in parts and len(self.infos[0].shape) > 1 and "bias" not in parts[-1]
 
     @property
     def nbytes_before(self) -> int:
@@ -158,7 +177,6 @@ def plan_files(checkpoint: Checkpoint, choice: Choice, options: Options) -> Plan
 def _units(checkpoint: Checkpoint, choice: Choice, options: Options) -> dict[str, Unit]:
     """Find what becomes of every tensor, in the order of the source; a stack has the place of the
     first tensor that it is made of."""
-    how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
     stacks = {source: name for name, stack in choice.stacks.items() for source in stack.sources}
     for name in (*choice.linear, *stacks):
         info = checkpoint.tensors.get(name)
@@ -172,8 +190,9 @@ def _units(checkpoint: Checkpoint, choice: Choice, options: Options) -> dict[str
     units = {}
     for name, info in checkpoint.tensors.items():
         if name in choice.linear:
-            nbytes = state_dict_bytes(math.prod(info.shape), **how)
-            units[name] = Unit(name, (info,), nbytes, choice.linear[name])
+            transposed = choice.linear[name]
+            nbytes = _linear_bytes(name, info.shape[::-1] if transposed else info.shape, options)
+            units[name] = Unit(name, (info,), nbytes, transposed)
         elif name not in stacks:
             units[name] = Unit(name, (info,), info.nbytes)
         elif stacks[name] not in units:
@@ -182,8 +201,24 @@ def _units(checkpoint: Checkpoint, choice: Choice, options: Options) -> dict[str
     return units
 
 
+def _linear_bytes(name: str, shape: tuple[int, ...], options: Options) -> int:
+    """Return the size of what a linear layer's weight [N, K] becomes."""
+    row = FORMATS[NUMBERS[options.format]]
+    if row.crosses_rows:
+        how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
+        return state_dict_bytes(math.prod(shape), **how)
+    try:
+        return stored_bytes((NUMBERS[row.name], options.blocksize, 0, *shape))
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}; skip leaves it as it is") from None
+
+
 def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Options) -> Unit:
-    reason = refusal(stack.shape, options.blocksize)
+    reason = (
+        nf4_stack.refusal(stack.shape, options.blocksize)
+        if options.format == "nf4"
+        else mxfp4_stack.refusal(stack.shape, stack.turned)
+    )
     if reason is not None:
         raise CheckpointError(f"{name}: {reason}; skip leaves them as they are")
     infos = tuple(checkpoint.tensors[source] for source in stack.sources)
@@ -193,5 +228,5 @@ def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Option
             f"{name}: expected tensors of one dtype that make up {list(stack.shape)}, got "
             f"{len(infos)} of {list(infos[0].shape)}"
         )
-    nbytes = numel // 2 + 4 * numel // options.blocksize
-    return Unit(name, infos, nbytes, stack.transposed, stack.shape)
+    nbytes = stored_bytes((NUMBERS[options.format], options.blocksize, 0, numel))
+    return Unit(name, infos, nbytes, stack.transposed, stack.shape, stack.turned)

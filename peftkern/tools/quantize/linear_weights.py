@@ -23,7 +23,11 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from peftkern.formats.nf4 import STATE_KEYS
+from peftkern.integrations.transformers.block_linear import BlockLinearConfig, PlannedLinear
+from peftkern.integrations.transformers.mxfp4_experts import FAMILY, MXFP4ExpertsConfig
 from peftkern.integrations.transformers.nf4_experts import NF4ExpertsConfig
 from peftkern.layers.quantize import expert_parameters
 from peftkern.tools.checkpoints.architecture import (
@@ -39,12 +43,16 @@ from peftkern.tools.checkpoints.architecture import (
 from peftkern.tools.checkpoints.checkpoint import DTYPES, Checkpoint, CheckpointError
 from peftkern.tools.quantize.file_plan import Choice, Stack
 
+# What OpenAI's own config leaves dense beside the output embeddings.
+_DENSE_IN_GPT_OSS = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens")
+
 
 def find_weights(
     checkpoint: Checkpoint,
     *,
     skip: Sequence[str] = (),
     stack: bool = True,
+    format: str = "nf4",
     blocksize: int = 64,
     double_quant: bool = True,
     compute_dtype: str | None = None,
@@ -56,9 +64,14 @@ def find_weights(
     experts that peftkern would keep in NF4. The config is bitsandbytes', or peftkern's if there are
     stacks. The excluded names stand in it, so that every version of transformers excludes the same.
 
+    In FP4 the config is bitsandbytes', in MXFP4, NVFP4 and INT4 `BlockLinearConfig`, and experts
+    are not stacked. Of gpt-oss in MXFP4 the experts alone are chosen, as OpenAI ships it, and the
+    config is transformers' own.
+
     Args: skip, more modules to exclude: full names, their beginnings or endings; stack, make one
         tensor of those that are an expert each, else they are quantized like linear layers;
-        blocksize, of stacks; compute_dtype, the dtype of most of the weights by default.
+        blocksize, of stacks and of INT4; compute_dtype, the dtype of most of the weights by
+        default, where the config has one.
     Raises: CheckpointError if transformers does not know the architecture, if the tensors do not
         fit it, if a name in skip fits no layer, or if a layer's weight is assembled on loading.
     """
@@ -69,12 +82,7 @@ def find_weights(
         loads = list(find_loads(model, checkpoint))
         skip = _left_out(model, skip)
         stacks, dense = _expert_weights(model, loads, skip)
-        options = {
-            "bnb_4bit_use_double_quant": double_quant,
-            "bnb_4bit_quant_storage": torch.uint8,
-            "llm_int8_skip_modules": sorted([*skip, *dense]),
-        }
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
+        config = _config(model, format, blocksize, sorted([*skip, *dense]), double_quant)
         quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
         quantizer.preprocess_model(model, device_map={"": "cpu"}, dtype=torch.bfloat16)
 
@@ -83,23 +91,47 @@ def find_weights(
         apart = [s for s in stacks.values() if len(checkpoint.tensors[s.sources[0]].shape) == 2]
         stacks = {name: s for name, s in stacks.items() if s not in apart}
         linear |= {source: False for s in apart for source in s.sources}
-    if stacks:
-        config = NF4ExpertsConfig(experts_blocksize=blocksize, **options)
-    found = Choice(linear, stacks)
+    if format != "nf4" and not isinstance(config, MXFP4ExpertsConfig):
+        stacks = {}
+    found = Choice(linear, stacks, tuple(getattr(quantizer, "unfit", ())))
     names = [*linear, *(source for s in stacks.values() for source in s.sources)]
     if not names:
+        why = ""
+        if found.unfit:
+            why = f"; the rows of {found.unfit[0]} are no whole blocks of {blocksize} values"
         raise CheckpointError(
             f"{checkpoint.folder}: no tensor is the weight of a linear layer of "
-            f"{type(model).__name__} that may be quantized"
+            f"{type(model).__name__} that may be quantized to {format}{why}"
         )
-    most = statistics.mode(sorted(checkpoint.tensors[name].dtype for name in names))
-    compute = DTYPES[most] if compute_dtype is None else getattr(torch, compute_dtype)
-    config.bnb_4bit_compute_dtype = compute
+    if isinstance(config, BitsAndBytesConfig):
+        if stacks:
+            own = {k: v for k, v in config.to_dict().items() if k.startswith(("bnb", "llm"))}
+            config = NF4ExpertsConfig(experts_blocksize=blocksize, **own)
+        most = statistics.mode(sorted(checkpoint.tensors[name].dtype for name in names))
+        compute = DTYPES[most] if compute_dtype is None else getattr(torch, compute_dtype)
+        config.bnb_4bit_compute_dtype = compute
     return found, json.loads(config.to_json_string(use_diff=False))
 
 
+def _config(
+    model: PreTrainedModel, format: str, blocksize: int, skip: list[str], double_quant: bool
+) -> QuantizationConfigMixin:
+    """Return the config by which a model is loaded whose linear layers are in a format."""
+    if format == "mxfp4" and model.config.get_text_config().model_type == FAMILY:
+        return MXFP4ExpertsConfig(sorted({*skip, *_DENSE_IN_GPT_OSS}))
+    if format not in STATE_KEYS:
+        return BlockLinearConfig(format, blocksize, skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=format,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_storage=torch.uint8,
+        llm_int8_skip_modules=skip,
+    )
+
+
 def _linear_weights(model: PreTrainedModel, loads: Iterable[Load]) -> dict[str, bool]:
-    """Find the weights of Linear4bit."""
+    """Find the weights of the layers that the quantizer has prepared."""
     sources: dict[str, Load] = {}
     for load in loads:  # a converter may make several parameters of one tensor
         targets = [load.target] if load.converter is None else load_targets(load)
@@ -107,7 +139,7 @@ def _linear_weights(model: PreTrainedModel, loads: Iterable[Load]) -> dict[str, 
     linear: dict[str, bool] = {}
     for module_name, module in model.named_modules():
         load = sources.get(f"{module_name}.weight")
-        if not isinstance(module, bnb.nn.Linear4bit) or load is None:
+        if not isinstance(module, bnb.nn.Linear4bit | PlannedLinear) or load is None:
             continue  # a layer without weights in the checkpoint, as a new head, is initialized
         if load.converter is not None:
             raise CheckpointError(
@@ -130,8 +162,8 @@ def _expert_weights(
     Raises: CheckpointError for tensors that are not those of the model's experts.
     """
     wanted = {
-        f"{module_name}.{name}": tuple(parameter.shape)
-        for module_name, name, parameter in _stacks(model)
+        f"{module_name}.{name}": (tuple(module.get_parameter(name).shape), _is_turned(module))
+        for module_name, module, name in _stacks(model)
         if all(should_convert_module(n, skip) for n in (module_name, f"{module_name}.{name}"))
     }
     parts: dict[str, list[Load]] = {}
@@ -142,12 +174,13 @@ def _expert_weights(
     for target, found in parts.items():
         converter = found[0].converter
         if converter is None or transposes_experts(converter):
-            info, (E, N, K) = found[0].info, wanted[target]
+            info, (shape, turned) = found[0].info, wanted[target]
+            E, N, K = shape
             transposed = converter is not None and info.shape == (E, K, N) != (E, N, K)
             check_shape(info, (E, K, N) if transposed else (E, N, K))
-            stacks[target] = Stack(wanted[target], (info.name,), transposed)
+            stacks[target] = Stack(shape, (info.name,), transposed, turned)
         elif stacks_experts(converter):
-            stacks[target] = _stacked(target, wanted[target], found)
+            stacks[target] = _stacked(target, wanted[target][0], found)
     return stacks, [target for target in wanted if target not in stacks]
 
 
@@ -169,16 +202,21 @@ def _stacked(target: str, shape: tuple[int, ...], loads: Sequence[Load]) -> Stac
     return Stack(shape, tuple(places[place].name for place in expected))
 
 
-def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yield the module, name and value of each parameter that is a stack of experts."""
+def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield the module, by name and itself, and the name of each parameter that is a stack."""
     for module_name, module in model.named_modules():
         for name in expert_parameters(module):
-            yield module_name, name, module.get_parameter(name)
+            yield module_name, module, name
+
+
+def _is_turned(experts: nn.Module) -> bool:
+    """Return whether the parameters of fused experts are [E, in, out]."""
+    return bool(getattr(experts, "is_transposed", False))
 
 
 def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    for module_name, name, _ in _stacks(model):
+    for module_name, _, name in _stacks(model):
         layers += [module_name, f"{module_name}.{name}"]
     for name in skip:
         with contextlib.suppress(re.error):

@@ -1,4 +1,4 @@
-"""Writer of NF4 checkpoints, one file at a time: kernels/FORMATS.md.
+"""Writer of checkpoints in a 4-bit format, one file at a time: kernels/FORMATS.md.
 
 safetensors writes each file, which is read back and noted in a manifest with a digest of its
 content. Until all is done everything lies in a work folder inside of the destination. A stopped
@@ -25,9 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY, NF4Weight
-from peftkern.functional import dequantize_nf4, quantize_nf4
-from peftkern.layers.nf4_stack import NF4Stack, absmax_name
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import STATE_BYTES, STATE_KEYS, NF4Weight
+from peftkern.functional import dequantize
+from peftkern.layers.block import block_quantized
+from peftkern.layers.mxfp4_stack import MXFP4Stack
+from peftkern.layers.nf4 import quantized
+from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.tools.checkpoints import staging
 from peftkern.tools.checkpoints.checkpoint import (
     CONFIG,
@@ -50,7 +54,7 @@ Progress = Callable[[int, str], None]  # finished bytes of the source, and the t
 
 @dataclass(frozen=True)
 class Summary:
-    """Summary of the output. An error is |w - w_nf4| / |w| (2-norms). resumed: number of tensors
+    """Summary of the output. An error is |w - w_4bit| / |w| (2-norms). resumed: number of tensors
     that an earlier run had written. copied, left: paths below the source of the files beside its
     weights, `left` those that are not in the copy."""
 
@@ -79,7 +83,9 @@ class Rewriter(Protocol):
     identity: dict[str, Any]
     nbytes: int
 
-    def rewrite(self, unit: Unit, weight: Tensor) -> tuple[NF4Weight | Tensor, float | None] | None:
+    def rewrite(
+        self, unit: Unit, weight: Tensor
+    ) -> tuple[QuantizedWeight | Tensor, float | None] | None:
         """Return what becomes of a weight, and its error if that is known; None of others."""
 
     def keep(self, work: Path, file: str) -> None:
@@ -100,7 +106,7 @@ def quantize_checkpoint(
     progress: Progress = lambda count, name: None,
     rewriter: Rewriter | None = None,
 ) -> Summary:
-    """Write `checkpoint` to the folder `destination` with some of its weights in NF4.
+    """Write `checkpoint` to the folder `destination` with some of its weights in 4 bits.
 
     The files beside the weights are copied, but for weights in other formats: `find_companions`.
 
@@ -110,10 +116,10 @@ def quantize_checkpoint(
 
     Args:
         choice: the weights to quantize, float32, float16 or bfloat16. Linear layers have
-            bitsandbytes' keys, a stack of experts those of the model's parameter, whatever the
-            source calls them.
-        quantization_config: for config.json, as transformers' BitsAndBytesConfig writes it,
-            or with stacks NF4ExpertsConfig; None if nothing is quantized.
+            bitsandbytes' keys, or in other formats `BlockLinear`'s, a stack of experts, which is
+            in NF4 or MXFP4, those of the model's parameter, whatever the source calls them.
+        quantization_config: for config.json, as `linear_weights.find_weights` has it; None if
+            nothing is quantized.
         force: replace the checkpoint that `destination` holds, once the new one is complete, and
             discard an unfinished run with other options. Other files there are left alone.
         progress: called with (bytes of the source, tensor name) after each piece of work.
@@ -304,20 +310,27 @@ def _one(
     if rewritten is not None:
         weight, error = rewritten
     elif unit.quantized:
-        how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
-        nf4 = quantize_nf4(weight, **how)
-        weight, error = nf4, _relative_error(name, weight, dequantize_nf4(nf4))
+        w = _quantized(weight, options)
+        weight, error = w, _relative_error(name, weight, dequantize(w))
     else:
         return {name: kept}, None
     return _state(name, weight) if unit.quantized else {name: weight}, error
 
 
-def _state(name: str, nf4: NF4Weight) -> dict[str, Tensor]:
-    """Return the tensors of a quantized weight, as bitsandbytes names them."""
-    state = nf4.state_dict(name.removesuffix("weight"))
-    key = f"{name}.{STATE_KEY}"  # JSON, in as many bytes for every weight: shapes tell the sizes
-    room = STATE_BYTES - len(state[key])
-    state[key] = torch.nn.functional.pad(state[key], (0, room), value=ord(" "))
+def _quantized(weight: Tensor, options: Options) -> QuantizedWeight:
+    if options.format not in STATE_KEYS:
+        return block_quantized(weight, options.format, options.blocksize)
+    how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
+    return quantized(weight, quant_type=options.format, **how)
+
+
+def _state(name: str, w: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the tensors of a quantized weight, as bitsandbytes or `BlockLinear` names them."""
+    state = w.state_dict(name.removesuffix("weight"))
+    if isinstance(w, NF4Weight):  # JSON, in as many bytes for every weight: shapes tell the sizes
+        key = f"{name}.{STATE_KEYS[w.quant_type]}"
+        room = STATE_BYTES - len(state[key])
+        state[key] = torch.nn.functional.pad(state[key], (0, room), value=ord(" "))
     return {key: tensor.cpu() for key, tensor in state.items()}
 
 
@@ -327,27 +340,24 @@ def _stacked(
     """Return the two tensors that a stack of experts becomes, and the largest error of one."""
     count, *shape = unit.shape
     dtype = DTYPES[unit.infos[0].dtype]
-    how = {"blocksize": options.blocksize, "device": options.device}
-    stack = NF4Stack.empty(unit.shape, dtype=dtype, **how)
+    how = {"dtype": dtype, "device": options.device}
+    if options.format == "nf4":
+        stack = NF4Stack.empty(unit.shape, blocksize=options.blocksize, **how)
+    else:
+        stack = MXFP4Stack.empty(unit.shape, turned=unit.turned, **how)
     pieces = max(len(unit.infos) // count, 1)  # of an expert
     error = 0.0
     for expert in range(count):
         weight = torch.cat(list(islice(parts, pieces))).to(options.device)
         weight = weight.T.contiguous() if unit.transposed else weight.view(shape)
         stack.set_expert(expert, weight)
-        now = stack.dequantize(expert)
+        now = stack.dequantize(expert).contiguous()  # of one that is turned, too
         error = max(error, _relative_error(unit.name, weight, now))
-    module, dot, name = unit.name.rpartition(".")
-    nf4 = stack.nf4
-    absmax = nf4.absmax.view(count, -1).cpu()
-    return {
-        unit.name: nf4.packed.view(count, -1).cpu(),
-        f"{module}{dot}{absmax_name(name)}": absmax,
-    }, error
+    return {key: part.cpu() for key, part in stack.state(unit.name).items()}, error
 
 
 def _relative_error(name: str, weight: Tensor, dense: Tensor) -> float:
-    """Return |w - w_nf4| / |w|, by pieces: float32 of all would be the largest of all tensors.
+    """Return |w - w_4bit| / |w|, by pieces: float32 of all would be the largest of all tensors.
 
     Around 0.1; zeros alone have 1, so that more is a defect, not rounding.
     """
@@ -359,7 +369,7 @@ def _relative_error(name: str, weight: Tensor, dense: Tensor) -> float:
         difference += torch.linalg.vector_norm(errors, dtype=torch.float64).item() ** 2
         norm += torch.linalg.vector_norm(piece, dtype=torch.float64).item() ** 2
     if not math.isfinite(norm):
-        raise CheckpointError(f"{name}: holds NaN or infinity, which NF4 cannot hold")
+        raise CheckpointError(f"{name}: holds NaN or infinity, which 4 bits cannot hold")
     error = math.sqrt(difference / norm) if norm else math.sqrt(difference)
     if not error < 1:
         raise RuntimeError(f"{name}: quantized with a relative error of {error:.3g}")

@@ -223,19 +223,6 @@ def test_hook_that_moves_the_input_of_the_layer(place):
     assert fallbacks() == {"no kernel for meta": 1}
 
 
-def test_offloaded_weights():
-    """The hook of each module loads its weight: PEFT calls them, one after the other."""
-    model = lora_net(make_linear())
-    x = torch.randn(2, K, requires_grad=True)
-    expected = model(x)
-    attach_align_device_hook(model, "cpu", offload=True)
-    assert layer_of(model).lora_A["default"].weight.is_meta
-    peftkern.patch(model)
-    peftkern.reset_stats()
-    torch.testing.assert_close(model(x), expected)
-    assert fallbacks() == {"accelerate's hook on base_layer loads its weights": 1}
-
-
 def test_weights_that_the_hook_of_the_layer_loads():
     model = lora_net(make_linear())
     x = torch.randn(2, K, requires_grad=True)

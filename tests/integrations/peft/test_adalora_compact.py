@@ -268,3 +268,25 @@ def test_what_has_revived_is_not_dropped():
 def test_moments_that_are_none(compact):
     with pytest.raises(ValueError, match='compact: expected "final", a step or None, got'):
         Compaction(compact)
+
+
+def test_peft_goes_on_after_unpatch(tmp_path: Path):
+    """It has init_r triplets again, masks and saves them; an optimizer's states start anew."""
+    model, optimizer, _ = ready("final", orth_reg_weight=0.0)
+    train(model, optimizer, range(1, LAST + 1))
+    assert sizes(model) == 28
+    wanted = logits(model)
+    peftkern.unpatch(model)
+    assert sizes(model) == 14 * 6
+    torch.testing.assert_close(logits(model.train()), wanted, rtol=1e-5, atol=1e-6)
+    model.train()(**text_batch(seed=9)).loss.backward()
+    with pytest.warns(UserWarning, match="of another number of triplets: they start anew"):
+        optimizer.step()
+    model.base_model.update_and_allocate(LAST + 1)
+    optimizer.zero_grad()
+    alive = sum(int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n)
+    assert 0 < alive <= 28
+    wanted = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    torch.testing.assert_close(logits(loaded), wanted, rtol=1e-5, atol=1e-6)

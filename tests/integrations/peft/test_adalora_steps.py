@@ -16,6 +16,7 @@ from torch import nn
 
 import peftkern
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps, prepare, set_total_step
+from peftkern.methods import RankBudget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOTAL = 14
@@ -70,6 +71,67 @@ def test_a_loop_goes_on_from_what_it_saved(tmp_path, step):
     (tmp_path / "adalora_state.safetensors").unlink()
     with pytest.raises(ValueError, match="expected a folder that AdaLoraSteps"):
         steps.load(tmp_path)
+
+
+@pytest.mark.parametrize("compact", [None, 4])
+@pytest.mark.parametrize("budget", [None, RankBudget(cost="parameters")], ids=["ranks", "budget"])
+def test_a_loop_goes_on_from_its_state_dicts(tmp_path, compact, budget):
+    """Into a model of another step, too, with all its triplets or with fewer."""
+
+    def ready():
+        model = adalora_llama(**SCHEDULE)
+        optimizer = optimizer_of(model)
+        return (
+            model,
+            optimizer,
+            AdaLoraSteps(model, optimizer, TOTAL, compact=compact, budget=budget),
+        )
+
+    run = ready()
+    states = {}
+    for step in (3, 8):
+        take_steps(*run[:2], range(run[2].step + 1, step + 1))
+        torch.save([part.state_dict() for part in run], tmp_path / f"{step}.pt")
+        states[step] = torch.load(tmp_path / f"{step}.pt", weights_only=True)
+    expected = take_steps(*run[:2], range(9, TOTAL + 1))
+    for first, then in ((None, 8), (3, 8), (8, 3)):
+        run = ready()
+        for step in filter(None, (first, then)):
+            for part, state in zip(run, copy.deepcopy(states[step]), strict=True):
+                part.load_state_dict(state)
+        assert run[2].step == then
+        assert take_steps(*run[:2], range(then + 1, TOTAL + 1))[8 - then :] == expected
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+    model, optimizer, steps = ready(target_modules=["q_proj", "v_proj"])
+    take_steps(model, optimizer, range(1, 4))
+    state, before = steps.state_dict(), digest(model)
+    other = adalora_llama(**SCHEDULE, target_modules=["q_proj", "k_proj"])
+    with pytest.raises(ValueError, match=r"layers of the model, differs in model\."):
+        AdaLoraSteps(other, optimizer_of(other), TOTAL).load_state_dict(state)
+    small = adalora_llama(**{**SCHEDULE, "init_r": 4}, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="q_proj had 6 triplets, in the model 4; load the model"):
+        AdaLoraSteps(small, optimizer_of(small), TOTAL).load_state_dict(state)
+    for wrong in ({}, None, {"record": b"{}"}):
+        with pytest.raises(ValueError, match=r"expected what AdaLoraSteps\.state_dict"):
+            steps.load_state_dict(wrong)
+    with pytest.raises(ValueError, match="state_dict: version None, expected 1"):
+        steps.load_state_dict({**state, "record": b"{}"})
+    assert digest(model) == before and steps.step == 3
+
+
+def test_a_step_of_no_learning_rate_counts_and_one_of_zeros_does_not():
+    """Warm-up begins with the first; torch.distributed.checkpoint makes states with the second."""
+    model, optimizer, steps = ready(target_modules=["q_proj"])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    assert steps.step == 0
+    take_steps(model, optimizer, range(1, 2))
+    assert steps.step == 1
 
 
 def test_accumulation_of_accelerate_counts_steps_of_the_optimizer():

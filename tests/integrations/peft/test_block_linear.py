@@ -6,16 +6,19 @@ import copy
 
 import pytest
 import torch
-from peft_models import K, fallbacks, layer_of, lora_net, make_linear, served_by_us
+from peft import AdaLoraConfig, get_peft_model
+from peft_models import K, Net, fallbacks, layer_of, lora_net, make_linear, served_by_us
 from torch import nn
 
 import peftkern
-from peftkern.layers import BlockLinear
+from peftkern.layers import BlockLinear, NF4Linear
 
 FORMATS = ["mxfp4", "nvfp4", "int4"]
 
 
-def quantized(format: str) -> BlockLinear:
+def quantized(format: str) -> nn.Module:
+    if format == "nf4":
+        return NF4Linear.from_linear(make_linear())
     blocksize = 32 if format == "int4" else None
     return BlockLinear.from_linear(make_linear(), format=format, blocksize=blocksize)
 
@@ -42,9 +45,17 @@ def test_as_over_its_dense_weight(format, use_dora):
     assert served_by_us() == 2 and fallbacks() == {}
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_unmerging_gives_the_bytes_back(format):
-    model = lora_net(quantized(format))
+def adalora_net(base: nn.Module) -> nn.Module:
+    config = AdaLoraConfig(init_r=4, total_step=9, target_modules=["proj"])
+    model = get_peft_model(Net(base), config)
+    nn.init.normal_(layer_of(model).lora_E["default"], std=50.0)  # of factors of 0.02
+    return model
+
+
+@pytest.mark.parametrize("make", [lora_net, adalora_net])
+@pytest.mark.parametrize("format", [*FORMATS, "nf4"])
+def test_unmerging_gives_the_bytes_back(format, make):
+    model = make(quantized(format))
     peftkern.patch(model)
     base = layer_of(model).base_layer
     before, x = [t.clone() for t in base.quantized_weight.tensors], torch.randn(3, K)

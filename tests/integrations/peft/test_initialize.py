@@ -36,7 +36,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import peftkern
 from peftkern.formats.nf4 import NF4Weight
-from peftkern.functional import dequantize_nf4
+from peftkern.formats.table import FORMATS
+from peftkern.functional import dequantize, dequantize_nf4
+from peftkern.layers import BlockLinear, NF4Linear
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora", "corda"])
@@ -288,3 +290,37 @@ def test_a_training_goes_on_from_the_start():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def four_bit(format: str) -> nn.Module:
+    kind, _, format = format.rpartition(" ")
+    if kind == "bitsandbytes":
+        return make_linear4bit(quant_type=format)
+    if format in ("nf4", "fp4"):
+        return NF4Linear.from_linear(make_linear(), quant_type=format)
+    blocksize = 32 if format == "int4" else None
+    return BlockLinear.from_linear(make_linear(), format=format, blocksize=blocksize)
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq", "lora_ga"])
+@pytest.mark.parametrize("format", ["bitsandbytes fp4", "nf4", "fp4", "mxfp4", "nvfp4", "int4"])
+def test_a_base_in_4_bits_is_quantized_anew_in_its_format(format, method):
+    model = lora_net(four_bit(format))
+    base = layer_of(model).base_layer
+    given, options = make_linear().weight.detach(), {}
+    if method == "lora_ga":
+        x = torch.randn(4, given.shape[1], generator=torch.Generator().manual_seed(0))
+        options = {"batches": [x], "loss": lambda net, x: net(x).square().mean()}
+    weights = {"proj.weight": given} if method == "loftq" else None
+    report = peftkern.initialize_(model, method, weights=weights, **options)
+    w = getattr(base, "quantized_weight", None) or NF4Weight.from_bitsandbytes(base.weight)
+    assert FORMATS[w.layout[0]].name == format.rpartition(" ")[2]
+    assert not base.weight.requires_grad and type(layer_of(model).base_layer) is type(base)
+    if method == "loftq":
+        together = dequantize(w) + layer_of(model).get_delta_weight("default")
+        error = ((together - given).norm() / given.norm()).item()
+        assert report.error == pytest.approx(error, rel=1e-3) and error < 0.13
+        alone = dequantize(four_bit(format).quantized_weight) if format != "bitsandbytes fp4" else 0
+        assert error < ((alone - given).norm() / given.norm()).item()
+    else:
+        assert report.error < 0.13

@@ -69,7 +69,6 @@ REFUSED = [
      "proj: weights: expected what the base in 4 bits was quantized from"),
     (lambda: lora_net(make_linear4bit()), {"weights": {"proj.weight": torch.ones(64, 96)}},
      r"proj: weights: expected a tensor of shape \[96, 64\], got"),
-    (lambda: lora_net(make_linear4bit(quant_type="fp4")), {}, "proj: quant_type: expected 'nf4'"),
     (lambda: lora_net(make_linear()), {"lora_config": LoraConfig()}, "lora_config: expected None"),
     (lambda: lora_net(make_linear(), lora_alpha=0), {}, "proj: scaling: expected a finite number"),
     (lambda: broken(float("nan")), {}, "proj: weight: expected finite values, got NaN or Inf"),

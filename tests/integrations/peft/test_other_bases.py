@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.integrations.peft import other_bases
+from peftkern.integrations.peft.repacked import Repacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,3 +177,43 @@ def test_unpatching_drops_the_codes_that_were_packed_anew():
     assert base in other_bases._records
     peftkern.unpatch(model)
     assert base not in other_bases._records
+
+
+def codes_of(base: nn.Module) -> Tensor:
+    found = getattr(base, "W_q", getattr(base, "qweight", None))
+    return base.weight.qdata if found is None else found
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")
+@pytest.mark.parametrize("made", [name for name in MADE if not name.startswith("nvfp4")])
+def test_released_codes_are_made_again_wherever_they_are_read(made):
+    dtype = getattr(torch, made.partition(", ")[2] or "float32")
+    model = lora_net(MADE[made](), adapter_dtype=dtype)
+    twin = copy.deepcopy(model)
+    bases = [layer_of(net).base_layer for net in (model, twin)]
+    before = codes_of(bases[0])
+    kept, kind = before.detach().clone(), type(before)
+    for net, release in ((model, True), (twin, False)):
+        assert peftkern.patch(net, release=release).falling_back == {}
+    assert type(codes_of(bases[0])) is Repacked
+    peftkern.reset_stats()
+    for one, other in zip(results(model, dtype), results(twin, dtype), strict=True):
+        assert torch.equal(one, other)
+    assert served_by_us() == 4 and fallbacks() == {}
+    theirs = [layer_of(net).original.forward(layer_of(net), torch.ones(2, K, dtype=dtype))
+              for net in (model, twin)]  # fmt: skip
+    assert torch.equal(*theirs)
+    for name, value in twin.state_dict().items():
+        got = model.state_dict()[name]
+        assert type(got) is type(value)
+        if isinstance(value, Tensor):
+            assert torch.equal(*(getattr(t, "qdata", t) for t in (got, value)))
+    x = torch.randn(2, K, dtype=dtype)
+    changed = kept.flip(0)
+    for base in bases:
+        codes_of(base).copy_(changed)
+    assert torch.equal(model(x), twin(x))
+    assert codes_of(bases[0]).packed is other_bases._records[bases[0]].weight.packed
+    peftkern.unpatch(model)
+    assert type(codes_of(bases[0])) is kind and torch.equal(codes_of(bases[0]), changed)
+    assert not layer_of(model)._state_dict_hooks

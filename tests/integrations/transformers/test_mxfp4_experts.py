@@ -20,6 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import peftkern
 from peftkern.integrations.transformers import MXFP4ExpertsConfig
@@ -63,6 +64,16 @@ def add_lora(model: PreTrainedModel) -> PeftModel:
 def stacks(model: nn.Module) -> dict[str, MXFP4Stack]:
     modules = model.named_modules()
     return {f"{path}.{name}": s for path, m in modules for name, s in stacks_of(m).items()}
+
+
+def test_experts_for_kernels_without_gradients_are_told(checkpoint):
+    """transformers' own module, whose kernels need a package and Triton on a device."""
+    model = decoded(checkpoint)
+    model.model.layers[1].mlp.experts = Mxfp4GptOssExperts(model.config)
+    net = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="^1 modules of experts are laid out for kernels of tr"):
+        report = peftkern.patch(net)
+    assert len(report.patched) == 2 and len(report.warnings) == 1
 
 
 def test_a_checkpoint_has_the_tensors_of_gpt_oss(checkpoint):

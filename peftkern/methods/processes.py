@@ -1,0 +1,154 @@
+"""What methods do where several processes train one model: read whole factors, decide alike.
+
+FSDP2 holds every parameter as a DTensor, of which a process has a part. Methods that read a factor
+as a matrix gather it (factors are small) and write back the part that is here. What FSDP1 and
+DeepSpeed's ZeRO-3 leave of a parameter tells nothing of its shape: it is refused by name.
+
+What is drawn or chosen in one process (a rank, a mask, a seed) is that of the first everywhere.
+Every process has to call what asks for it, as often and in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_FLAT = "_fsdp_flattened"  # attribute that FSDP1 leaves at the parameters in its flat ones
+
+
+def several() -> bool:
+    """Return whether a process group of more than one process is there."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, as FSDP2 makes of parameters and their gradients."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a sharded tensor, which the processes gather together; others as they are.
+
+    Gradients: tensor.
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def with_gradient(parameter: Tensor) -> Tensor:
+    """Return a sharded parameter whole, as a leaf with its gradient; others as they are."""
+    if not is_sharded(parameter):
+        return parameter
+    gathered = parameter.detach().full_tensor()
+    if parameter.grad is not None:
+        gathered.grad = parameter.grad.full_tensor()
+    return gathered
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """Return of a whole tensor, equal in all processes, what `like` would hold of it.
+
+    A DTensor for a sharded `like`; the tensor itself for others.
+    """
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def in_pieces(tensor: Tensor) -> bool:
+    """Return whether FSDP1 or DeepSpeed's ZeRO-3 has left a piece of a matrix, or nothing."""
+    return (getattr(tensor, _FLAT, False) and tensor.dim() != 2) or hasattr(tensor, "ds_id")
+
+
+def check_readable(
+    named: Iterable[tuple[str, Tensor]], method: str, model: nn.Module | None = None
+) -> None:
+    """Raise ValueError, naming the parameter, if FSDP1 or DeepSpeed's ZeRO-3 holds one in pieces.
+
+    Args: named, the parameters that `method` reads as matrices; model, that they are of, whose
+        modules are looked through, too.
+    """
+    wrapped = model is not None and any(map(_is_fsdp1, model.modules()))
+    for name, tensor in named:
+        check_not_flat(name, tensor, method, wrapped)
+        if hasattr(tensor, "ds_id"):
+            raise ValueError(
+                f"{name}: DeepSpeed's ZeRO-3 holds it in pieces, and {method} reads it whole; "
+                "train under ZeRO-2, or shard the model by fully_shard"
+            )
+
+
+def check_not_flat(name: str, tensor: Tensor, method: str, wrapped: bool = False) -> None:
+    """Raise ValueError if FSDP1 shards a matrix in a flat parameter, or could (`wrapped`)."""
+    lost = several() and not isinstance(tensor, nn.Parameter)  # use_orig_params=False
+    if wrapped or lost or (getattr(tensor, _FLAT, False) and tensor.dim() != 2):
+        raise ValueError(
+            f"{name}: FullyShardedDataParallel holds it in pieces of a flat parameter, and "
+            f"{method} reads it whole; shard the model by fully_shard (accelerate: "
+            "fsdp_version: 2), or train under DistributedDataParallel"
+        )
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    """Return whether a module shards its parameters; with NO_SHARD they stay as they are."""
+    strategy = getattr(module, "sharding_strategy", None)
+    return type(module).__name__ == "FullyShardedDataParallel" and strategy.name != "NO_SHARD"
+
+
+def of_first(value: int, device: torch.device) -> int:
+    """Return the number that the first process gives here."""
+    if not several():
+        return value
+    shared = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.broadcast(shared, 0)
+    return int(shared)
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set in any process."""
+    if not several():
+        return flag
+    shared = torch.tensor(int(flag), device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return bool(shared)
+
+
+def agree(number: int, device: torch.device) -> bool:
+    """Return whether all processes give one number, of at most 62 bits."""
+    if not several():
+        return True
+    extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return bool(extremes[0] == -extremes[1])
+
+
+def sums_of_all(index: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up what the processes have at each index, int64 [n], n of each process its own.
+
+    Returns: ascending indices and their sums, the first process's, so that no order of sums tells
+        processes apart.
+    """
+    if not several():
+        return index, score
+    indices, scores = _gathered(index), _gathered(score)
+    index, place = torch.cat(indices).unique(return_inverse=True)
+    score = score.new_zeros(len(index)).index_add_(0, place, torch.cat(scores))
+    dist.broadcast(score, 0)
+    return index, score
+
+
+def _gathered(tensor: Tensor) -> list[Tensor]:
+    """Return the vector of each process."""
+    count = torch.tensor(len(tensor), device=tensor.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    lengths = [int(c) for c in counts]
+    padded = tensor.new_zeros(max(lengths))
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return [part[:length] for part, length in zip(parts, lengths, strict=True)]

@@ -1,0 +1,283 @@
+"""Checkpoints of patched models under DDP and FSDP2: what goes on from one is the same training."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import trainers
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from adalora_models import adalora_llama
+from engines import (
+    CURVE,
+    LAYERS,
+    in_decoder_layers,
+    in_ranks,
+    lora_llama,
+    loss_curve,
+    nf4_llama,
+    optimizer_of,
+    outcome,
+    qlora_llama,
+    share,
+)
+from peft_models import fill_adapters
+from rows import ACCELERATE, CHECKPOINTS, DCP, TRAINER
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+import peftkern
+from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
+from peftkern.integrations.transformers import PeftKernCallback
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SAVED, END = 4, 8  # steps
+SCHEDULE = {"total_step": END, "tinit": 1, "tfinal": 3, "deltaT": 2}  # masks from 3 to 5
+MODELS = {
+    "LoRA": lora_llama,
+    "QLoRA (bitsandbytes)": qlora_llama,
+    "QLoRA (peftkern.quantize_)": nf4_llama,
+    "AdaLoRA": lambda: adalora_llama(**SCHEDULE),
+}
+
+
+class Run(NamedTuple):
+    """A training in this rank, and what accelerate or AdaLoRA have of it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps: AdaLoraSteps | None = None
+    accelerator: Accelerator | None = None
+
+    def losses(self, *steps: int) -> Tensor:
+        return loss_curve(self.model, self.optimizer, range(*steps))
+
+
+def sharded(method: str, patched: bool) -> Run:
+    model = MODELS[method]()
+    if patched:
+        peftkern.patch(model)
+    optimizer = optimizer_of(in_decoder_layers(model))
+    steps = AdaLoraSteps(model, optimizer, END) if method == "AdaLoRA" else None
+    return Run(model, optimizer, steps)
+
+
+def options(full: bool) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=full, ignore_frozen_params=True, strict=False)
+
+
+def parts_of(run: Run, full: bool) -> dict[str, Any]:
+    model, optimizer = get_state_dict(run.model, run.optimizer, options=options(full))
+    adalora = {} if run.steps is None else {"adalora": run.steps}
+    return {"model": model, "optimizer": optimizer, **adalora}
+
+
+def resumed(rank: int, method: str, patched: bool, full: bool, folder: Path) -> Tensor:
+    run = sharded(method, patched)
+    parts = parts_of(run, full)
+    dcp.load(parts, checkpoint_id=folder)
+    state = {"model_state_dict": parts["model"], "optim_state_dict": parts["optimizer"]}
+    set_state_dict(run.model, run.optimizer, **state, options=options(full))
+    return run.losses(SAVED, END)
+
+
+def saved_and_resumed(rank: int, method: str, folder: Path) -> dict[str, Any]:
+    """Two trainings that save, and new ones that go on from either checkpoint.
+
+    Patched ones alone, where an unpatched one has no AdaLoraSteps.
+    """
+    found, adapted = {}, method == "AdaLoRA"
+    for patched in (True,) if adapted else (True, False):
+        run, name = sharded(method, patched), "ours" if patched else "theirs"
+        first = run.losses(SAVED)
+        dcp.save(parts_of(run, full=patched), checkpoint_id=folder / name)
+        found[name] = torch.cat([first, run.losses(SAVED, END)])
+        if patched:
+            found["outcome"] = outcome(END * LAYERS)
+            found["keys"] = sorted(get_model_state_dict(run.model))
+            whole = get_model_state_dict(run.model, options=options(True))
+            run.model.save_pretrained(folder / f"adapter-{rank}", state_dict=whole)
+        else:
+            assert found["keys"] == sorted(get_model_state_dict(run.model))
+    if adapted:
+        run = sharded(method, True)
+        parts_of(run, full=False)  # with a step of zeros, to have the optimizer make states
+        assert run.steps.step == 0 and not run.steps.tuner.rankallocator.exp_avg_ipt
+    for patched, name in ((True, "ours"), (False, "ours"), (True, "theirs"))[: 1 if adapted else 3]:
+        full = name == "ours"
+        found[patched, name] = resumed(rank, method, patched, full, folder / name)
+    return found
+
+
+def file_of(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", [c.method for c in CHECKPOINTS if c.writer == DCP])
+def test_distributed_checkpoints_go_on_as_the_training(tmp_path, method):
+    """One that was patched goes on bit for bit, an unpatched one as a patched one, and back."""
+    for found in in_ranks(saved_and_resumed, 2, tmp_path / "run", method, tmp_path):
+        assert found["outcome"] == "served"
+        ours = found["ours"]
+        assert torch.equal(found[True, "ours"], ours[SAVED:])
+        if method != "AdaLoRA":
+            torch.testing.assert_close(ours, found["theirs"], **CURVE)
+            torch.testing.assert_close(found[False, "ours"], ours[SAVED:], **CURVE)
+            torch.testing.assert_close(found[True, "theirs"], ours[SAVED:], **CURVE)
+    assert file_of(tmp_path / "adapter-0") == file_of(tmp_path / "adapter-1")
+    if method == "QLoRA (bitsandbytes)":  # in other shards than were saved
+        sharded = method, True, False, tmp_path / "theirs"
+        for losses in in_ranks(resumed, 4, tmp_path / "four", *sharded):
+            torch.testing.assert_close(losses, ours[SAVED:], **CURVE)
+
+
+def told_that_it_is_fsdp(state: Any, state_dict_type: str) -> None:
+    """Have accelerate's own code shard on a CPU, where it would fall back to DDP without a word."""
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        state_dict_type=state_dict_type,
+        cpu_ram_efficient_loading=False,
+    )
+    state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def accelerated(method: str, engine: str, patched: bool = True) -> Run:
+    model = MODELS[method]()
+    if patched:
+        peftkern.patch(model)
+    accelerator = Accelerator(cpu=True)
+    if engine.startswith("FSDP2"):
+        told_that_it_is_fsdp(accelerator.state, engine.split()[-1])
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    steps = AdaLoraSteps(model, optimizer, END) if method == "AdaLoRA" else None
+    if steps is not None:
+        accelerator.register_for_checkpointing(steps)
+    return Run(model, optimizer, steps, accelerator)
+
+
+def states(rank: int, method: str, engine: str, folder: Path) -> dict[str, Any]:
+    run, found = accelerated(method, engine), {}
+    curve = [run.losses(0, SAVED)]
+    for at in (SAVED, SAVED + 2):  # then AdaLoRA's last mask is there, and under DDP compacted
+        # safetensors leaves out what is empty, as layers without a triplet are.
+        run.accelerator.save_state(str(folder / str(at)), safe_serialization=method != "AdaLoRA")
+        curve.append(run.losses(at, at + 2))
+    curve = torch.cat(curve)
+    found["outcome"] = outcome(END * LAYERS)
+    cases = [(True, SAVED)] if method == "AdaLoRA" else [(True, SAVED), (False, SAVED)]
+    compacted = method == "AdaLoRA" and engine == "DDP"
+    for patched, at in [*cases, (True, SAVED + 2)] if compacted else cases:
+        run = accelerated(method, engine, patched)
+        run.accelerator.load_state(str(folder / str(at)))
+        found[patched, at] = run.losses(at, END), curve[at:]
+    if compacted:  # and back to where nothing was dropped
+        run.accelerator.load_state(str(folder / str(SAVED)))
+        found[True, "back"] = run.losses(SAVED, END), curve[SAVED:]
+    return found
+
+
+def loaded(rank: int, method: str, engine: str, folder: Path) -> None:
+    """Without peftkern: what does not load, does not load then either."""
+    run = accelerated(method, engine, patched=False)
+    run.accelerator.save_state(str(folder / "state"))
+    run.accelerator.wait_for_everyone()  # the first process writes
+    run.accelerator.load_state(str(folder / "state"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CHECKPOINTS if c.writer == ACCELERATE],
+    ids=lambda c: f"{c.engine} {c.method}",
+)
+def test_states_of_accelerate_go_on_as_the_training(tmp_path, case):
+    if case.outcome != "resumes":
+        reason = case.outcome.partition(": ")[2].strip("`")
+        with pytest.raises(ProcessRaisedException, match=re.escape(reason)):
+            in_ranks(loaded, 2, tmp_path / "run", case.method, case.engine, tmp_path)
+        return
+    for found in in_ranks(states, 2, tmp_path / "run", case.method, case.engine, tmp_path):
+        assert found.pop("outcome") == "served"
+        for (patched, _), (got, expected) in found.items():
+            assert torch.equal(got, expected) or not patched
+            torch.testing.assert_close(got, expected, **CURVE)
+
+
+class Killed(TrainerCallback):
+    """All ranks are killed, as a node that goes away, before a step."""
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == SAVED + 1:
+            dist.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trained(rank: int, engine: str, method: str, folder: Path, kill: bool, resume: bool) -> list:
+    callbacks = [PeftKernCallback(), Killed()] if kill else [PeftKernCallback()]
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": END}
+    trainer = trainers.trainer(MODELS[method](), folder, callbacks, **saving)
+    if engine == "FSDP2":
+        told_that_it_is_fsdp(trainer.accelerator.state, "FULL_STATE_DICT")
+        trainer.is_fsdp_enabled = True
+    trainer.train(resume_from_checkpoint=resume or None)
+    steps = END - (SAVED if resume else 0)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [losses, outcome(steps * LAYERS)]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CHECKPOINTS if c.writer == TRAINER], ids=lambda c: f"{c.engine} {c.method}"
+)
+def test_a_run_that_is_killed_resumes(tmp_path, case):
+    """Between two steps, from its last checkpoint, with the losses of one that nobody disturbed."""
+    how = case.engine, case.method
+    whole = in_ranks(trained, 2, tmp_path / "a", *how, tmp_path / "whole", False, False)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        in_ranks(trained, 2, tmp_path / "b", *how, tmp_path / "killed", True, False)
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    resumed = in_ranks(trained, 2, tmp_path / "c", *how, tmp_path / "killed", False, True)
+    assert resumed == whole
+    last = f"checkpoint-{END}"
+    assert file_of(tmp_path / "killed" / last) == file_of(tmp_path / "whole" / last)
+
+
+def adapters(rank: int, folder: Path) -> None:
+    """What each engine saves of the same weights, after a step's forward and backward pass."""
+    for engine in ("DDP", "FSDP2"):
+        model = lora_llama()
+        fill_adapters(model)
+        peftkern.patch(model)
+        wrapped = in_decoder_layers(model) if engine == "FSDP2" else DistributedDataParallel(model)
+        wrapped(**share(0)).loss.backward()
+        whole = get_model_state_dict(model, options=options(True))
+        model.save_pretrained(folder / f"{engine}-{rank}", state_dict=whole)
+
+
+def test_adapter_files_are_the_same_from_every_engine_and_rank(tmp_path):
+    in_ranks(adapters, 2, tmp_path / "run", tmp_path)
+    model = lora_llama()
+    fill_adapters(model)
+    model.save_pretrained(tmp_path / "unpatched")
+    files = {path.name: file_of(path) for path in tmp_path.iterdir() if path.name != "run"}
+    assert len(files) == 5 and len(set(files.values())) == 1
