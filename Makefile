@@ -2,6 +2,8 @@
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
 # make test-long the wider sweeps that `make test` leaves out: every shape on every instruction set,
 #                three times the fuzz
+# make test-deepspeed
+#                the tests of DeepSpeed, which is installed beside .venv and for them alone
 # make site      the documentation, build/site/index.html: docs/, and the reference from docstrings
 # make test-as   pytest as on a processor with less: ISA=avx2, or ISA=scalar for no vectors at all;
 #                TESTS=some of the tests, as pytest takes them (for `make pytest`, too)
@@ -61,6 +63,18 @@ pytest: build
 test-long: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
 		-m "long or hypothesis" --hypothesis-profile=wide $(TESTS)
+
+# transformers, accelerate and PEFT take other ways where they find DeepSpeed: it stays out of .venv.
+DEEPSPEED := build/deepspeed
+.PHONY: test-deepspeed
+test-deepspeed: build $(DEEPSPEED)/.installed
+	DS_ACCELERATOR=cpu PYTHONPATH="$(CURDIR)/$(DEEPSPEED):$$PYTHONPATH" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q $(or $(TESTS),tests/integrations/engines/test_zero.py)
+
+$(DEEPSPEED)/.installed: requirements-deepspeed.txt $(INSTALLED)
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation --no-deps --upgrade \
+		--target $(DEEPSPEED) -r requirements-deepspeed.txt
+	touch $@
 
 # A stand-in for a machine that is not there: our kernels, torch's, oneDNN's and MKL's take no newer
 # instructions. So does torch.compile, which follows ATEN_CPU_CAPABILITY; its cache, which does not,
