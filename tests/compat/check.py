@@ -114,8 +114,8 @@ def nf4_step() -> None:
     step_equals_peft(base)
 
 
-def bitsandbytes_step() -> None:
-    """Beside PEFT over the same weights, dequantized: some bitsandbytes round x to bfloat16."""
+def in_4_bits() -> nn.Module:
+    """Load the model in bitsandbytes' NF4; by hand where transformers does so on GPUs alone."""
     import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -124,7 +124,28 @@ def bitsandbytes_step() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         llama().save_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4)
+        try:
+            return AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4)
+        except RuntimeError as error:  # transformers 4.51
+            if "available devices" not in str(error):
+                raise
+    model = llama()
+    for name, dense in list(model.named_modules()):
+        if isinstance(dense, nn.Linear) and name != "lm_head":
+            sizes = dense.in_features, dense.out_features, dense.bias is not None
+            layer = bnb.nn.Linear4bit(*sizes, torch.float32, quant_type="nf4")
+            layer.load_state_dict(dense.state_dict())
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer.to("cpu").requires_grad_(False))
+    model.is_loaded_in_4bit = True  # by which PEFT chooses its layers
+    return model
+
+
+def bitsandbytes_step() -> None:
+    """Beside PEFT over the same weights, dequantized: some bitsandbytes round x to bfloat16."""
+    import bitsandbytes as bnb
+
+    base = in_4_bits()
     dense = llama()
     for name, layer in base.named_modules():
         if isinstance(layer, bnb.nn.Linear4bit):
