@@ -23,7 +23,7 @@ from peftkern.cli.options import Json
 
 if TYPE_CHECKING:
     from peftkern.tools.quantize.file_plan import Choice, Plan, Size
-    from peftkern.tools.quantize.nf4_checkpoint import Summary
+    from peftkern.tools.quantize.quantized_checkpoint import Summary
 
 SHARE_TOLD = 0.01  # share of experts in all parameters from which they get a line
 MOST = 0.5  # share of the parameters that are expected to be quantized
@@ -112,7 +112,7 @@ def quantize(
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.quantize.file_plan import Options, plan_files
         from peftkern.tools.quantize.linear_weights import find_weights
-        from peftkern.tools.quantize.nf4_checkpoint import check_request, quantize_checkpoint
+        from peftkern.tools.quantize.quantized_checkpoint import check_request, quantize_checkpoint
     except ImportError as error:
         raise InputError(
             "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "

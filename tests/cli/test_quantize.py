@@ -21,7 +21,7 @@ from waiting import wait_until
 
 from peftkern.cli import main
 from peftkern.tools.checkpoints.staging import WORK
-from peftkern.tools.quantize.nf4_checkpoint import MANIFEST
+from peftkern.tools.quantize.quantized_checkpoint import MANIFEST
 
 
 def command(*arguments: object, python: tuple[str, ...] = ("-m", "peftkern")) -> dict:
@@ -202,14 +202,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capfd, options, comp
 HALTING = """
 import sys, time
 from peftkern import cli
-from peftkern.tools.quantize import nf4_checkpoint
-save_file, begun = nf4_checkpoint.save_file, []
+from peftkern.tools.quantize import quantized_checkpoint
+save_file, begun = quantized_checkpoint.save_file, []
 def halting(*args, **options):
     begun.append(args)
     if len(begun) > 2:
         time.sleep(3600)
     save_file(*args, **options)
-nf4_checkpoint.save_file = halting
+quantized_checkpoint.save_file = halting
 sys.exit(cli.main(sys.argv[1:]))
 """
 
