@@ -135,7 +135,7 @@ def test_a_dry_run_says_what_the_run_does_then(tmp_path, capsys):
     assert told[0] == "32 tensors to be quantized, 9 kept"
     share = source.lm_head.weight.numel() / sum(p.numel() for p in source.parameters())
     heads = [f"{share:.1%} {name}.weight" for name in ("lm_head", "model.embed_tokens")]
-    assert told[3].startswith(f"as they are stay: {', '.join(heads)}, ")
+    assert told[3].startswith(f"left as they are: {', '.join(heads)}, ")
     assert "% model.layers.*.block_sparse_moe.gate.weight, " in told[3]
     assert told[4:] == [
         "1 file to be written",
@@ -168,8 +168,8 @@ def test_layers_that_a_format_cannot_have_are_named(tmp_path, capsys):
     arguments = ["quantize", str(tmp_path / "src"), "--dry-run", "--format", "nvfp4"]
     assert main(arguments) == 0
     assert capsys.readouterr().out.splitlines()[2] == (
-        "dense stay layers whose rows are no whole blocks: model.layers.0.mlp.down_proj, "
-        "model.layers.1.mlp.down_proj"
+        "layers that stay dense, as their rows are not whole blocks: "
+        "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
     )
 
 
