@@ -263,8 +263,8 @@ def _print_communication(console: Any, training: Training, found: Plan) -> None:
 
 
 def _table(console: Any, *headings: str) -> Table:
-    """Build a table of numbers beside names; where there is no room for lines, one space is between
-    columns, with which no word of a plan breaks on 40."""
+    """Build a table of numbers beside names; on a narrow terminal without lines and with one space
+    between columns, so that no word breaks at 40."""
     from rich import box
     from rich.table import Table
 
