@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from peftkern.tools.plan.plan import Plan, Training
     from peftkern.tools.plan.rates import Rates
 
@@ -177,11 +179,7 @@ def _compaction(after: tuple[Plan, Plan], rates: Rates | None) -> dict:
 
 
 def _print_compaction(training: Training, after: tuple[Plan, Plan], rates: Rates | None) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
-
-    from peftkern.cli.frame import NARROW
 
     console = Console(highlight=False)
     rows = {"trained parameters, million": [plan.trainable / 1e6 for plan in after]}
@@ -193,9 +191,7 @@ def _print_compaction(training: Training, after: tuple[Plan, Plan], rates: Rates
     rows["read and written, GB"] = [plan.work.nbytes / 1e9 for plan in after]
     if rates is not None:
         rows["a step at least, ms"] = [plan.work.seconds(rates) * 1e3 for plan in after]
-    table = Table(box=box.HEAVY_HEAD if console.width >= NARROW else None)
-    for heading in ("", "pruned", "compacted", "falls by"):
-        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    table = _table(console, "pruned", "compacted", "falls by")
     for name, (pruned, compacted) in rows.items():
         share = 1 - compacted / pruned if pruned else 0.0
         table.add_row(name, f"{pruned:.4g}", f"{compacted:.4g}", f"{share:.1%}")
@@ -210,11 +206,7 @@ def _print_compaction(training: Training, after: tuple[Plan, Plan], rates: Rates
 
 
 def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
-
-    from peftkern.cli.frame import NARROW
 
     unit, size = ("GB", 1e9) if found.peak >= 1e9 else ("MB", 1e6)
 
@@ -228,9 +220,7 @@ def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> 
 
     say(_describe(name, training, found))
     phases = list(found.phases)
-    table = Table(box=box.HEAVY_HEAD if console.width >= NARROW else None)
-    for phase in ("", *phases):
-        table.add_column(phase, justify="right" if phase else "left", overflow="fold")
+    table = _table(console, *phases)
     for part, nbytes in found.fixed.items():
         if nbytes:
             table.add_row(part, *[number(nbytes)] * len(phases))
@@ -257,18 +247,10 @@ def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> 
 
 def _print_communication(console: Any, training: Training, found: Plan) -> None:
     """Print what the devices of a plan send each other."""
-    from rich import box
-    from rich.table import Table
-
-    from peftkern.cli.frame import NARROW
-
     rows = {name: one for name, one in found.communication.items() if one["bytes"]}
     largest = max((one["bytes"] for one in rows.values()), default=0)
     unit, size = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
-    table = Table(box=box.HEAVY_HEAD if console.width >= NARROW else None)
-    table.add_column("", overflow="fold")
-    for heading in (f"size, {unit}", f"a device sends, {unit}"):
-        table.add_column(heading, justify="right", overflow="fold")
+    table = _table(console, f"size, {unit}", f"a device sends, {unit}")
     for name, one in rows.items():
         table.add_row(name, *(f"{one[key] / size:.2f}" for key in ("bytes", "sent")))
     table.add_section()
@@ -278,6 +260,23 @@ def _print_communication(console: Any, training: Training, found: Plan) -> None:
     text += " gathered or scattered, 2 (N - 1) / N of what is all-reduced, and as much received:"
     console.print(textwrap.fill(text, console.width), markup=False)
     console.print(table)
+
+
+def _table(console: Any, *headings: str) -> Table:
+    """Build a table of numbers beside names; on a narrow terminal without lines and with one space
+    between columns, so that no word breaks at 40."""
+    from rich import box
+    from rich.table import Table
+
+    from peftkern.cli.frame import NARROW
+
+    narrow = console.width < NARROW
+    lines = None if narrow else box.HEAVY_HEAD
+    table = Table(box=lines, pad_edge=not narrow, collapse_padding=narrow)
+    table.add_column(overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", overflow="fold")
+    return table
 
 
 def _describe(name: str, training: Training, found: Plan) -> str:

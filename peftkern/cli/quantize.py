@@ -23,7 +23,7 @@ from peftkern.cli.options import Json
 
 if TYPE_CHECKING:
     from peftkern.tools.quantize.file_plan import Choice, Plan, Size
-    from peftkern.tools.quantize.nf4_checkpoint import Summary
+    from peftkern.tools.quantize.quantized_checkpoint import Summary
 
 SHARE_TOLD = 0.01  # share of experts in all parameters from which they get a line
 MOST = 0.5  # share of the parameters that are expected to be quantized
@@ -39,7 +39,7 @@ def quantize(
         Path | None, typer.Argument(metavar="DST", help="New folder to write.", show_default=False)
     ] = None,
     format: Annotated[
-        str, typer.Option(help="nf4, fp4, mxfp4, nvfp4 or int4: who loads it is said above.")
+        str, typer.Option(help="nf4, fp4, mxfp4, nvfp4 or int4; what loads each is said above.")
     ] = "nf4",
     blocksize: Annotated[
         int | None,
@@ -112,7 +112,7 @@ def quantize(
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.quantize.file_plan import Options, plan_files
         from peftkern.tools.quantize.linear_weights import find_weights
-        from peftkern.tools.quantize.nf4_checkpoint import check_request, quantize_checkpoint
+        from peftkern.tools.quantize.quantized_checkpoint import check_request, quantize_checkpoint
     except ImportError as error:
         raise InputError(
             "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
@@ -225,7 +225,7 @@ def _unfit(choice: Choice) -> Iterator[str]:
     names, more = ", ".join(choice.unfit[:_SHOWN]), len(choice.unfit) - _SHOWN
     if names:
         also = f" and {more} more" if more > 0 else ""
-        yield f"dense stay layers whose rows are no whole blocks: {names}{also}"
+        yield f"layers that stay dense, as their rows are not whole blocks: {names}{also}"
 
 
 def _experts(plan: Plan, choice: Choice, format: str) -> Iterator[str]:
@@ -251,7 +251,7 @@ def _kept(plan: Plan) -> str:
     kept = plan.kept()
     names = [f"{_share(size, plan.total):.1%} {name}" for name, size in kept.items()][:_SHOWN]
     more = [f"{len(kept) - _SHOWN} more kinds"] if len(kept) > _SHOWN else []
-    return f"as they are stay: {', '.join(names + more) or 'none'}"
+    return f"left as they are: {', '.join(names + more) or 'none'}"
 
 
 def _share(part: Size, total: Size) -> float:

@@ -229,7 +229,8 @@ def _gate_gradients(
     """Compute the gradients of u and of each row's routing weight; in blocks that fit a CPU's cache
     there, as a gate's gradient holds several tensors of the size of u."""
     step = max(1, len(u))
-    if u.is_cpu and not torch.compiler.is_compiling():
+    on_cpu = u.is_cpu and forced_backend() != "triton"  # a plan of a GPU's step is on a CPU, too
+    if on_cpu and not torch.compiler.is_compiling():
         step = max(1, _GATE_BYTES // max(1, u.shape[1] * u.element_size()))
     du = torch.empty_like(u) if need_u else None
     by_row = da.new_empty(len(da), dtype=_wide(da)) if need_weights else None

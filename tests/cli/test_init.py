@@ -23,7 +23,7 @@ from peftkern.methods.initialization.loftq import Storage
 from peftkern.tools.checkpoints import staging
 from peftkern.tools.initialize.request import Request, Target
 from peftkern.tools.initialize.starts import Starts
-from peftkern.tools.quantize import nf4_checkpoint
+from peftkern.tools.quantize import quantized_checkpoint
 
 IDS = torch.arange(12)[None]
 
@@ -134,7 +134,7 @@ def test_texts_start_adapters(source, tmp_path, capsys, method):
 @pytest.mark.parametrize(
     ("owner", "function", "count"),
     [
-        (nf4_checkpoint, "_write_file", 4),
+        (quantized_checkpoint, "_write_file", 4),
         (Starts, "keep", 3),  # a file is written, and what was found of it is not
         (staging, "replace_json", 5),  # both are, and neither is noted
         (Starts, "complete", 1),

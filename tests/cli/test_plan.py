@@ -112,7 +112,7 @@ def test_compaction_of_adalora_is_told(tmp_path, capfd):
     refused(capfd, "--target-r: expected an integer from 1 to 8", *asked[:-1], "9")
 
 
-def test_several_devices_are_told_of_each(tmp_path, capfd):
+def test_several_devices_are_told_of_each(tmp_path, capfd, monkeypatch):
     config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 32}
     config |= {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -127,6 +127,11 @@ def test_several_devices_are_told_of_each(tmp_path, capfd):
     assert re.search(r"gathered weights . 0\.\d\d . 0\.\d\d . - ", text)
     assert re.search(r"all-gather, backward . 0\.\d\d . 0\.\d\d", text)
     assert "fits 1.00 MB" in text
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(asked) == 0
+    narrow = capfd.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert {"optimizer", "communication", "activations"} <= set(narrow.split())  # words are whole
     assert main([*asked[:-2], "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["training"]["devices"] == 4

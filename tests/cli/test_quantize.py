@@ -21,7 +21,7 @@ from waiting import wait_until
 
 from peftkern.cli import main
 from peftkern.tools.checkpoints.staging import WORK
-from peftkern.tools.quantize.nf4_checkpoint import MANIFEST
+from peftkern.tools.quantize.quantized_checkpoint import MANIFEST
 
 
 def command(*arguments: object, python: tuple[str, ...] = ("-m", "peftkern")) -> dict:
@@ -135,7 +135,7 @@ def test_a_dry_run_says_what_the_run_does_then(tmp_path, capsys):
     assert told[0] == "32 tensors to be quantized, 9 kept"
     share = source.lm_head.weight.numel() / sum(p.numel() for p in source.parameters())
     heads = [f"{share:.1%} {name}.weight" for name in ("lm_head", "model.embed_tokens")]
-    assert told[3].startswith(f"as they are stay: {', '.join(heads)}, ")
+    assert told[3].startswith(f"left as they are: {', '.join(heads)}, ")
     assert "% model.layers.*.block_sparse_moe.gate.weight, " in told[3]
     assert told[4:] == [
         "1 file to be written",
@@ -168,8 +168,8 @@ def test_layers_that_a_format_cannot_have_are_named(tmp_path, capsys):
     arguments = ["quantize", str(tmp_path / "src"), "--dry-run", "--format", "nvfp4"]
     assert main(arguments) == 0
     assert capsys.readouterr().out.splitlines()[2] == (
-        "dense stay layers whose rows are no whole blocks: model.layers.0.mlp.down_proj, "
-        "model.layers.1.mlp.down_proj"
+        "layers that stay dense, as their rows are not whole blocks: "
+        "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
     )
 
 
@@ -202,14 +202,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capfd, options, comp
 HALTING = """
 import sys, time
 from peftkern import cli
-from peftkern.tools.quantize import nf4_checkpoint
-save_file, begun = nf4_checkpoint.save_file, []
+from peftkern.tools.quantize import quantized_checkpoint
+save_file, begun = quantized_checkpoint.save_file, []
 def halting(*args, **options):
     begun.append(args)
     if len(begun) > 2:
         time.sleep(3600)
     save_file(*args, **options)
-nf4_checkpoint.save_file = halting
+quantized_checkpoint.save_file = halting
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -11,7 +11,7 @@ import torch
 from checkpoint_folders import save_tensors
 
 from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
-from peftkern.tools.quantize import nf4_checkpoint
+from peftkern.tools.quantize import quantized_checkpoint
 from peftkern.tools.quantize.file_plan import Choice, Options
 from peftkern.tools.quantize.linear_weights import find_weights
 
@@ -42,7 +42,7 @@ def save_small(folder: Path) -> Path:
     return folder
 
 
-def convert(source: Path, destination: Path, **options: Any) -> nf4_checkpoint.Summary:
+def convert(source: Path, destination: Path, **options: Any) -> quantized_checkpoint.Summary:
     """As the command does it."""
     checkpoint = read_checkpoint(source)
     mine = {k: options.pop(k) for k in ("skip", "compute_dtype", "stack") if k in options}
@@ -51,16 +51,16 @@ def convert(source: Path, destination: Path, **options: Any) -> nf4_checkpoint.S
     mine |= {"format": chosen.format, "blocksize": chosen.blocksize}
     found = find_weights(checkpoint, double_quant=chosen.double_quant, **mine)
     parts = (checkpoint, destination, *found, chosen)
-    return nf4_checkpoint.quantize_checkpoint(*parts)
+    return quantized_checkpoint.quantize_checkpoint(*parts)
 
 
-def convert_small(source: Path, destination: Path, **options: Any) -> nf4_checkpoint.Summary:
+def convert_small(source: Path, destination: Path, **options: Any) -> quantized_checkpoint.Summary:
     """Whose layers are told."""
     how = {name: options.pop(name) for name in ("force", "progress") if name in options}
     linear, checkpoint = options.pop("linear", SMALL_LINEAR), read_checkpoint(source)
     choice = Choice(linear)
     parts = (checkpoint, destination, choice, CONFIG, Options(**options))
-    return nf4_checkpoint.quantize_checkpoint(*parts, **how)
+    return quantized_checkpoint.quantize_checkpoint(*parts, **how)
 
 
 def refused(words: str, *folders: Path, **options: Any) -> None:

@@ -81,6 +81,12 @@ def test_work_is_the_products_of_a_step(plans):
     assert Planner(CONFIG, TRAINING).plan().work.nbytes > before.nbytes  # with the importance
 
 
+def test_several_devices_send_less_of_what_is_compacted():
+    pruned, compacted = Planner(CONFIG, replace(TRAINING, devices=2, shard="ddp")).compacted()
+    sizes = [one.communication["all-reduce, backward"]["bytes"] for one in (pruned, compacted)]
+    assert sizes == [4 * pruned.trainable, 4 * compacted.trainable]
+
+
 def test_an_op_takes_the_time_of_its_arithmetic_or_of_its_traffic():
     rates = Rates(flops=100.0, memory=10.0, cache=20.0, cache_bytes=40)
     work = Work({("step", 200, 10): 3, ("step", 0, 40): 2, ("step", 0, 100): 1})

@@ -92,3 +92,10 @@ def test_all_parts_of_a_large_mixture():
     assert fixed["adapters"] > factors
     assert fixed["optimizer states"] > 2 * factors > fixed["experts"] * 0.25
     assert fixed["experts"] == 48 * 128 * 3 * 2048 * 768 * 9 // 16
+
+
+def test_a_gpu_s_step_of_experts_is_not_in_blocks_of_a_cpu_s_cache():
+    """A plan's tensors are a CPU's, but a GPU takes the gradients of all experts' gates at once."""
+    planner = planning.Planner(tiny_config("mixtral"), replace(CPU, device="cuda", batch=1))
+    few, many = (planner.plan(sequence=length).work.ops.values() for length in (64, 2048))
+    assert sum(few) == sum(many)

@@ -197,8 +197,9 @@ def _asking_for_fsdp() -> str | None:
     """Return what tells accelerate to use FSDP: the environment, or the file of its answers."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         return f"ACCELERATE_USE_FSDP={os.environ['ACCELERATE_USE_FSDP']}"
-    home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser()
-    file = Path(home) / "accelerate" / "default_config.yaml"
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", os.path.join(caches, "huggingface"))  # as accelerate has it
+    file = Path(os.path.expanduser(home)) / "accelerate" / "default_config.yaml"
     try:
         asks = re.search(r"^distributed_type: *FSDP\b", file.read_text("utf-8"), re.MULTILINE)
     except (OSError, UnicodeDecodeError):  # nobody ran `accelerate config`

@@ -15,7 +15,7 @@ from peftkern.tools.initialize.request import Request, find_targets
 from peftkern.tools.initialize.starts import Starts
 from peftkern.tools.quantize.file_plan import Choice, Options, plan_files
 from peftkern.tools.quantize.linear_weights import find_weights
-from peftkern.tools.quantize.nf4_checkpoint import (
+from peftkern.tools.quantize.quantized_checkpoint import (
     Progress,
     Summary,
     check_request,

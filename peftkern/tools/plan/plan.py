@@ -270,8 +270,7 @@ def _after_masks(plan: Plan) -> Plan:
     from peftkern.tools.plan.work import IMPORTANCE
 
     fixed = {part: nbytes for part, nbytes in plan.fixed.items() if part != "importance"}
-    work = plan.work.without(IMPORTANCE)
-    return Plan(plan.parameters, plan.trainable, fixed, plan.phases, work)
+    return replace(plan, fixed=fixed, work=plan.work.without(IMPORTANCE))
 
 
 def read_model(name: str) -> Any:

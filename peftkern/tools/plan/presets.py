@@ -37,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-65b": _preset("llama", 8192, 80, 64, 64, 22016, 32000),
     "llama3-8b": _preset("llama", 4096, 32, 32, 8, 14336, 128256),
     "llama3-70b": _preset("llama", *_LLAMA_70B, 128256),
+    "llama3-405b": _preset("llama", 16384, 126, 128, 8, 53248, 128256),
     "llama3.2-1b": _preset("llama", 2048, 16, 32, 8, 8192, 128256, **_TIED),
     "llama3.2-3b": _preset("llama", 3072, 28, 24, 8, 8192, 128256, **_TIED),
     "mistral-7b": _preset("mistral", 4096, 32, 32, 8, 14336, 32000),

@@ -1,1 +1,1 @@
-"""Quantization of a checkpoint to NF4, tensor by tensor: `peftkern quantize`."""
+"""Quantization of a checkpoint to a 4-bit format, tensor by tensor: `peftkern quantize`."""

@@ -207,7 +207,7 @@ import torch
 from safetensors.torch import save_file
 from peftkern.tools.checkpoints.checkpoint import read_checkpoint
 from peftkern.tools.quantize.file_plan import Choice, Options, Stack
-from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
+from peftkern.tools.quantize.quantized_checkpoint import quantize_checkpoint
 
 def peak():
     with open("/proc/self/status") as file:

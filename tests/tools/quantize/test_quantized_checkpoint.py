@@ -130,7 +130,7 @@ MEASURE = """
 import sys
 from peftkern.tools.checkpoints.checkpoint import read_checkpoint
 from peftkern.tools.quantize.file_plan import Choice, Options
-from peftkern.tools.quantize.nf4_checkpoint import quantize_checkpoint
+from peftkern.tools.quantize.quantized_checkpoint import quantize_checkpoint
 
 def peak():
     with open("/proc/self/status") as file:  # ru_maxrss is inherited from the test's process
