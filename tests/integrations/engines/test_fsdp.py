@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
@@ -329,6 +330,26 @@ def leaves_nothing_behind() -> None:
     assert served_by_us() == 1
 
 
+def layers_that_are_units() -> None:
+    """A layer stays a unit when it is patched, and when it is given back."""
+    model, mesh, x = lora_net(make_linear()), init_device_mesh("cpu", (1,)), torch.randn(3, K)
+    expected = model(x)
+    layer = fully_shard(layer_of(model), mesh=mesh)
+    for _ in range(2):
+        assert peftkern.patch(model).skipped == {}
+        assert isinstance(layer, FSDPModule) and peftkern.is_patched(layer)
+        peftkern.reset_stats()
+        torch.testing.assert_close(model(x), expected)
+        assert served_by_us() == 1 and fallbacks() == {}
+        assert peftkern.patch(model, dry_run=True).patched == peftkern.unpatch(model)
+        assert isinstance(layer, FSDPModule) and not peftkern.is_patched(layer)
+        torch.testing.assert_close(model(x), expected)
+    with peftkern.patched(model):
+        assert isinstance(layer, FSDPModule) and peftkern.is_patched(layer)
+    assert type(layer).__name__ == "FSDPLinear" and not peftkern.is_patched(layer)
+    layer.reshard()  # of FSDPModule
+
+
 def casts_that_differ() -> None:
     model, _ = units(lora_A=MixedPrecisionPolicy(param_dtype=BF16))
     with pytest.raises(RuntimeError, match="dtype"):  # of PEFT's own operations
@@ -399,7 +420,8 @@ def compiled() -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        *(leaves_nothing_behind, casts_that_differ, output_dtype_is_kept),
+        *(leaves_nothing_behind, layers_that_are_units),
+        *(casts_that_differ, output_dtype_is_kept),
         *(calls_that_others_see, merged_and_disabled, compiled),
     ],
 )
