@@ -351,6 +351,9 @@ def _describe(model: nn.Module, plan: _Plan) -> None:
             f"read their weights: {counted(report.bypassed.values())}; switch those off for "
             "peftkern to serve the layers"
         )
+    dense = engines.dense_experts(model)
+    if dense is not None:
+        report.warnings.append(dense)
     stored = bnb.in_bytes(model) if BNB_TYPES else 0
     if stored and engines.asks_for_fsdp(model):
         report.warnings.append(

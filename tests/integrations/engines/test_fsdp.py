@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from fsdp import (
     small_llama,
 )
 from peft import LoraConfig
-from peft_models import K, N, fallbacks, layer_of, lora_net, make_linear, served_by_us
+from peft_models import K, N, fallbacks, layer_of, lora_net, make_linear, served_by_us, text_batch
 from peft_models import take_small_layers as compute_small_layers
 from rows import FSDP_ROWS, Row
 from tolerances import BF16_LOSS_RTOL, RATIO
@@ -43,6 +45,7 @@ from torch.distributed.fsdp import (
 )
 
 import peftkern
+from peftkern.layers import NF4Stack
 
 BF16 = torch.bfloat16
 SHORT = 8  # steps of what differs in the method alone, or in a wrap that hides less
@@ -350,6 +353,29 @@ def layers_that_are_units() -> None:
     layer.reshard()  # of FSDPModule
 
 
+def experts_in_4_bits() -> None:
+    """Shards of them are dense, which is said where FSDP2 has made them so; ignored, they stay."""
+    for ignored, patch_first in itertools.product((False, True), repeat=2):
+        model = expert_models.tiny_moe()
+        peftkern.quantize_(model, include=["experts"])
+        model = expert_models.add_experts_lora(model)
+        stacks = {p for p in model.parameters() if isinstance(p, NF4Stack)}
+        if patch_first:
+            peftkern.patch(model)
+        options = {"ignored_params": stacks} if ignored else {}
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if not patch_first:
+                peftkern.patch(model)
+            said = ["are dense in the shards" in str(one.message) for one in caught]
+            assert any(said) is not (ignored or patch_first)
+            model(**text_batch())
+        said = [str(one.message) for one in caught if "are dense in" in str(one.message)]
+        assert len(said) == (not ignored)
+        assert ignored or said[0].startswith(f"{len(stacks)} stacks of experts")
+
+
 def casts_that_differ() -> None:
     model, _ = units(lora_A=MixedPrecisionPolicy(param_dtype=BF16))
     with pytest.raises(RuntimeError, match="dtype"):  # of PEFT's own operations
@@ -420,7 +446,7 @@ def compiled() -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        *(leaves_nothing_behind, layers_that_are_units),
+        *(leaves_nothing_behind, layers_that_are_units, experts_in_4_bits),
         *(casts_that_differ, output_dtype_is_kept),
         *(calls_that_others_see, merged_and_disabled, compiled),
     ],
