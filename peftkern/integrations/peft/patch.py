@@ -304,8 +304,9 @@ def _unpatch(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
             "before `unpatch`, or `patch` again before `unmerge`",
             stacklevel=level_of_the_caller(),
         )
+    below = {m.get_base_layer() for m in keep if isinstance(m, other_bases.OtherBase)}
     for name, module in model.named_modules():
-        if module in keep:
+        if module in keep or module in below:
             continue
         if adalora.unpatch_model(module):
             restored.append(name)

@@ -151,6 +151,7 @@ def resume(rank: int, folder: Path) -> None:
     steps = allocating(model, engine.optimizer)
     zero_curve(engine, range(half))
     engine.save_checkpoint(str(folder))
+    state, mask = steps.state_dict(), dict(mask_of(model))
     steps.save(folder, write=rank == 0)
     expected = zero_curve(engine, range(half, SHORT))
     twin = MODELS["AdaLoRA"]()
@@ -158,6 +159,8 @@ def resume(rank: int, folder: Path) -> None:
     engine = engine_of(twin, config)
     steps = allocating(twin, engine.optimizer)
     engine.load_checkpoint(str(folder))
+    steps.load_state_dict(state)
+    assert steps.step == half and mask_of(twin) == mask
     steps.load(folder)
     assert torch.equal(zero_curve(engine, range(half, SHORT)), expected)
     assert mask_of(twin) == mask_of(model)
