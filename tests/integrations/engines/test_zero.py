@@ -198,6 +198,8 @@ def refuse_pairs(rank: int, folder: Path) -> None:
         engine = engine_of(model, config_of(stage), make(model, lr=1e-2))
         with pytest.raises(ValueError, match="DeepSpeed's ZeRO steps on flat parts"):
             zero_curve(engine, range(1))
+    with pytest.raises(ValueError, match="reads it whole; train under DistributedDataParallel, or"):
+        LoRAFAOptimizer(model, lr=1e-2)
 
 
 def _hooked(model: nn.Module, lr: float) -> torch.optim.Optimizer:
