@@ -308,6 +308,12 @@ WARNINGS: dict[str, str] = {
         "As it says, in `BitsAndBytesConfig`; `float32` without mixed precision over a model in "
         "float32."
     ),
+    "{count} stacks of experts in 4 bits are dense in the shards of FSDP2, and take the memory of "
+    "dense ones: leave them whole on every device by ignored_params of fully_shard, or train under "
+    "DistributedDataParallel": (
+        "`{p for p in model.parameters() if isinstance(p, (NF4Stack, MXFP4Stack))}`, of "
+        "`peftkern.layers`. accelerate: `ignored_modules` of its plugin. Results are right anyway."
+    ),
     "none of the {count} layers that peftkern has patched was called in a forward pass of the "
     "model: nothing was served. Fused kernels of another library that read the weights past the "
     "layers do this, and so do inputs that take another way": (

@@ -380,6 +380,16 @@ def stacks_of(module: nn.Module) -> dict[str, ExpertStack]:
     return {name: p for name, p in module._parameters.items() if isinstance(p, ExpertStack)}
 
 
+def dense_now(module: nn.Module) -> list[str]:
+    """Return the module's own parameters that were stacks and are dense: FSDP2's shards are."""
+    if _write_parts not in module._state_dict_hooks.values():
+        return []
+    named = module._parameters.items()
+    return [
+        n for n, p in named if p is not None and p.dim() == 3 and not isinstance(p, ExpertStack)
+    ]
+
+
 def _write_parts(module: nn.Module, state: dict, prefix: str, local_metadata: dict) -> None:
     """Write each stack as plain tensors, in place of one that only torch.save would take."""
     for name in stacks_of(module):

@@ -78,7 +78,7 @@ def check_readable(
         if hasattr(tensor, "ds_id"):
             raise ValueError(
                 f"{name}: DeepSpeed's ZeRO-3 holds it in pieces, and {method} reads it whole; "
-                "train under ZeRO-2, or shard the model by fully_shard"
+                "train under DistributedDataParallel, or shard the model by fully_shard"
             )
 
 

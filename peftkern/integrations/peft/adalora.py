@@ -32,7 +32,7 @@ from peftkern.backends import dispatch
 from peftkern.functional.adalora import adalora_allocate_, orthogonality_loss
 from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora_layers import SVDLayer
-from peftkern.integrations.peft.fallback import kept_forward, set_class
+from peftkern.integrations.peft.fallback import kept_forward, own_class, set_class
 from peftkern.methods.adalora import (
     BudgetSchedule,
     Importance,
@@ -330,7 +330,7 @@ class PatchedAdaLoraModel(AdaLoraModel):
 def is_tuner(module: nn.Module) -> bool:
     """Return whether a module is an AdaLoraModel that can be patched, or is."""
     kinds = (AdaLoraModel, PatchedAdaLoraModel)
-    return type(module) in kinds and kept_forward(module) is not None
+    return own_class(module) in kinds and kept_forward(module) is not None
 
 
 def patch_model(module: nn.Module) -> None:
@@ -345,7 +345,7 @@ def patch_model(module: nn.Module) -> None:
 
 def unpatch_model(module: nn.Module) -> bool:
     """Undo `patch_model`."""
-    if type(module) is not PatchedAdaLoraModel:
+    if own_class(module) is not PatchedAdaLoraModel:
         return False
     set_class(module, AdaLoraModel)
     for layer in module.modules():

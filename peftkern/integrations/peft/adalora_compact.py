@@ -121,7 +121,7 @@ def expand_(model: nn.Module) -> None:
     """
     allocator = getattr(model, "rankallocator", None)
     rows = getattr(allocator, "rows", None)
-    if type(model) is not PatchedAdaLoraModel or rows is None:
+    if not isinstance(model, PatchedAdaLoraModel) or rows is None:
         return
     layers = allocator.triplets(model.model)
     _check_whole(layers)

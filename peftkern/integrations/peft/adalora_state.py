@@ -195,8 +195,8 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
         )
     if any(hasattr(layer.lora_A[name], "full_tensor") for layer in layers.values()):
         raise ValueError(
-            "model: FSDP2 has sharded it, and AdaLoRA does not resume in shards: load before "
-            "fully_shard, in every process"
+            "model: FSDP2 has sharded it, and a folder does not load into shards: load before "
+            "fully_shard, in every process, or what AdaLoraSteps.state_dict gave"
         )
     weights = load_peft_weights(folder, device="cpu")
     if state is None:

@@ -16,11 +16,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora import PatchedRankAllocator
 from peftkern.integrations.peft.adalora_compact import look_again, rebuild, wrappers_of
-from peftkern.integrations.peft.adalora_layers import layers_of
+from peftkern.integrations.peft.adalora_layers import layers_of, parameters_of
 from peftkern.integrations.peft.adalora_state import (
     GROUPS,
+    AdaLoraState,
     collect,
     fit,
     on_the_cpu,
@@ -35,7 +37,7 @@ _SOURCE = "state_dict"
 def state_dict(tuner: AdaLoraModel, step: int) -> dict[str, bytes]:
     """Return all but the triplets of what a training needs to go on after `step`.
 
-    Every process has the same; under FSDP2 they gather it together.
+    Every process has the same; under FSDP2 and ZeRO-3 they gather it together.
     """
     tensors, record = collect(tuner, step, triplets=False)
     return {"record": json.dumps(record).encode(), "tensors": save(on_the_cpu(tensors))}
@@ -57,6 +59,15 @@ def load_state_dict(tuner: AdaLoraModel, state: Mapping[str, bytes]) -> int:
         raise ValueError(f"{_SOURCE}: expected the layers of the model, differs in {other}")
     if read.limits is not None and not isinstance(tuner.rankallocator, PatchedRankAllocator):
         raise ValueError("model: expected a patched one, for the state has a budget of peftkern's")
+    ranknums = [layer.ranknum[name] for layer in layers.values()]
+    with zero.whole(parameters_of(tuner)), zero.whole(ranknums, written=True):
+        _set_state(tuner, layers, read)
+    return read.step
+
+
+def _set_state(tuner: AdaLoraModel, layers: dict[str, AdaLoraLayer], read: AdaLoraState) -> None:
+    """Check the layers' numbers of triplets, then set all that a state has of them."""
+    name = tuner.trainable_adapter_name
     for path, layer in layers.items():
         rows = layer.lora_E[name].shape[0]
         held = sum(read.rows[path]) if read.rows else _init_r(read.averages, read.kept, path, rows)
@@ -74,7 +85,6 @@ def load_state_dict(tuner: AdaLoraModel, state: Mapping[str, bytes]) -> int:
     look_again(tuner)
     for wrapper in wrappers:
         rebuild(wrapper)
-    return read.step
 
 
 def _init_r(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from peftkern.backends import counts
+from peftkern.integrations.peft.engines import dense_experts
 from peftkern.integrations.peft.fallback import PatchedForward
 
 _READER = "get_lora_parameters"  # what all of them call, of each layer: "..._bias" as well
@@ -41,17 +42,19 @@ def bypassed(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 class FirstForward:
     """Forward hook of a patched model that goes with its first forward pass.
 
-    It warns if none of the patched layers was called in that: each would have been counted.
+    It warns if none of the patched layers was called in that: each would have been counted. And if
+    FSDP2 has made its experts dense since. told: of that there was a warning already.
     """
 
-    def __init__(self) -> None:
-        self.counted = counts.recorded()
+    def __init__(self, told: str | None) -> None:
+        self.counted, self.told = counts.recorded(), told
 
     @staticmethod
     def watch(model: nn.Module) -> None:
-        """Watch a model, unless it is watched already or is a layer itself."""
-        if not (FirstForward.watches(model) or isinstance(model, PatchedForward)):
-            model.register_forward_hook(FirstForward())
+        """Watch a model from now on, unless it is a layer itself."""
+        if not isinstance(model, PatchedForward):
+            FirstForward.forget(model)
+            model.register_forward_hook(FirstForward(dense_experts(model)))
 
     @staticmethod
     def watches(model: nn.Module) -> bool:
@@ -69,6 +72,9 @@ class FirstForward:
         if torch.compiler.is_compiling():
             return
         FirstForward.forget(model)
+        dense = dense_experts(model)
+        if dense not in (None, self.told):
+            warnings.warn(dense, stacklevel=2)
         if counts.recorded() != self.counted or _compiled_before():
             return
         layers = sum(isinstance(module, PatchedForward) for module in model.modules())

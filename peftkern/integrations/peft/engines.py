@@ -25,6 +25,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import Tensor, nn
 
 from peftkern.integrations.peft.fallback import Fallback, PatchedForward, kept_forward
+from peftkern.layers.expert_stack import dense_now
 
 _FSDP = "torch.distributed.fsdp"
 _ITS_MODULES = f"{_FSDP}."
@@ -146,6 +147,23 @@ def asks_for_fsdp(model: nn.Module) -> bool:
     """Return whether FSDP has a part of this model, or accelerate was told to give it the whole."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         return True
+    return _has_units(model)
+
+
+def dense_experts(model: nn.Module) -> str | None:
+    """Return what to warn of if FSDP2 shards stacks of experts, of which its shards are dense."""
+    count = sum(len(dense_now(module)) for module in model.modules()) if _has_units(model) else 0
+    if not count:
+        return None
+    said = (
+        f"{count} stacks of experts in 4 bits are dense in the shards of FSDP2, and take the "
+        "memory of dense ones: leave them whole on every device by ignored_params of fully_shard, "
+        "or train under DistributedDataParallel"
+    )
+    return said
+
+
+def _has_units(model: nn.Module) -> bool:
     fsdp = sys.modules.get(_FSDP)
     kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
     return any(isinstance(module, kinds) for module in model.modules())
@@ -190,7 +208,7 @@ def bare(units: Sequence[Unit]) -> Iterator[None]:
                 object.__setattr__(leaf, "__class__", unit.kind)
         yield
     finally:
-        for unit, module, kind, kept in taken:
+        for unit, module, kind, kept in reversed(taken):  # a module may be there twice
             if type(unit.leaf) is not kind:
                 object.__setattr__(unit.leaf, "__class__", kind)
             unit.leaf.__dict__.update(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -204,12 +205,38 @@ def kept_forward(module: nn.Module) -> str | None:
     return name if kept else None
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class, of a unit of FSDP2 the one that FSDPModule was put before."""
+    kind = type(module)
+    return kind.__bases__[1] if _is_unit(kind) else kind
+
+
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Swap the class of a module, and with it the forward that its hooks call."""
-    name = kept_forward(module)
+    """Swap the class of a module, and with it the forward that its hooks call.
+
+    What is a unit of FSDP2 stays one.
+    """
+    name, before = kept_forward(module), type(module)
+    if _is_unit(before) and not _is_unit(kind):
+        kind = _unit_of(kind, before)
     module.__class__ = kind
     if name:
         module.__dict__[name] = MethodType(kind.forward, module)
+
+
+def _is_unit(kind: type) -> bool:
+    """Return whether FSDP2 has made a class, of a kind of FSDPModule and a module's own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    bases = kind.__bases__
+    return fsdp is not None and len(bases) == 2 and issubclass(bases[0], fsdp.FSDPModule)
+
+
+@functools.cache
+def _unit_of(kind: type, before: type) -> type:
+    """Make FSDP2's class of another class than it was made of."""
+    engine, own = before.__bases__
+    name = before.__name__.removesuffix(own.__name__) + kind.__name__
+    return type(name, (engine, kind), {"__deepcopy__": before.__deepcopy__})
 
 
 def unusual_dropout(drop: nn.Module) -> str | None:

@@ -128,7 +128,7 @@ class _Place(NamedTuple):
 def _place_of(base: nn.Module) -> _Place | None:
     """Find the codes of a layer that are packed anew; None of others."""
     read = _reader_of(base)[0]
-    if read is _read_hqq and not base.meta.get("view_as_float"):
+    if read is _read_hqq and not (base.meta or {}).get("view_as_float"):  # None until it has codes
         held = base._parameters if "W_q" in base._parameters else vars(base)
         return _Place(held, "W_q", HQQ)
     if read is _read_gptq or read is _read_awq:

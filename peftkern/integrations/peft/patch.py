@@ -37,7 +37,12 @@ from peftkern.integrations.peft import (
 )
 from peftkern.integrations.peft.adalora_layers import freeze_ranknum
 from peftkern.integrations.peft.bypass import FirstForward, bypassed
-from peftkern.integrations.peft.fallback import PatchedForward, kept_forward, set_class
+from peftkern.integrations.peft.fallback import (
+    PatchedForward,
+    kept_forward,
+    own_class,
+    set_class,
+)
 from peftkern.integrations.peft.own_layers import UNCHECKED, OwnLayer
 from peftkern.integrations.peft.register import SWAPS
 from peftkern.integrations.peft.report import PatchReport, counted
@@ -138,8 +143,9 @@ def unpatch(model: nn.Module) -> list[str]:
     AdaLoRA's layers that were compacted have init_r triplets again, those that were dropped as
     zeros. Layers that are merged over NF4 weights of peftkern's own keep those from before, which
     PEFT cannot take its adapters out of: a warning names them, and `patch` finds those weights
-    again.
-    Raises: TypeError if `model` is not a torch.nn.Module.
+    again. Units of FSDP2 stay units.
+    Raises: TypeError if `model` is not a torch.nn.Module; ValueError for layers that were compacted
+        and sharded since: then nothing has changed.
     """
     return _unpatch(model, keep=())
 
@@ -201,7 +207,7 @@ def _plan(model: nn.Module, chosen: Chosen) -> _Plan:
             wrapped.add(module._modules["base_layer"])
             plan.inner.append(module)
             continue
-        kind = type(module)
+        kind = own_class(module)
         original = _original(kind)
         against = chosen.reason_against(name) if kind is original else None
         if against is not None:
@@ -241,7 +247,7 @@ def _plan(model: nn.Module, chosen: Chosen) -> _Plan:
 
 def _other_parts(module: nn.Module, kind: type, plan: _Plan) -> str | None:
     """Return how a registered layer differs from its parts; None of one that is patched already."""
-    if type(module) is kind or not issubclass(kind, OwnLayer):
+    if own_class(module) is kind or not issubclass(kind, OwnLayer):
         return None
     try:
         if not read_check.has_adapter(module, kind.read_parts):
@@ -276,8 +282,12 @@ def _swap(model: nn.Module, plan: _Plan) -> None:
 def _unpatch(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
     """Undo `patch`, but for the modules to keep."""
     restored, merged = [], []
+    for module in _modules(model):  # first, for it may refuse
+        if module not in keep:
+            adalora_compact.expand_(module)
     for name, module in _adapter_layers(model):
-        if module in keep or _original(type(module)) is type(module):
+        kind = own_class(module)
+        if module in keep or _original(kind) is kind:
             continue
         if "frozen_weight" in module.__dict__:
             if getattr(module, "four_bit", False):  # from which PEFT subtracts
@@ -294,10 +304,10 @@ def _unpatch(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
             "before `unpatch`, or `patch` again before `unmerge`",
             stacklevel=level_of_the_caller(),
         )
+    below = {m.get_base_layer() for m in keep if isinstance(m, other_bases.OtherBase)}
     for name, module in model.named_modules():
-        if module in keep:
+        if module in keep or module in below:
             continue
-        adalora_compact.expand_(module)
         if adalora.unpatch_model(module):
             restored.append(name)
         if BNB_TYPES:
@@ -342,6 +352,9 @@ def _describe(model: nn.Module, plan: _Plan) -> None:
             f"read their weights: {counted(report.bypassed.values())}; switch those off for "
             "peftkern to serve the layers"
         )
+    dense = engines.dense_experts(model)
+    if dense is not None:
+        report.warnings.append(dense)
     stored = bnb.in_bytes(model) if BNB_TYPES else 0
     if stored and engines.asks_for_fsdp(model):
         report.warnings.append(

@@ -139,8 +139,9 @@ class PatchedLayer(PatchedForward):
         names = active_names(self)
         parts = self._parts(names)
         device = self._device(self.get_base_layer())
-        if isinstance(tensor_parallel.split_of(self), tensor_parallel.Split):
-            return Outlook(device, None)
+        split = tensor_parallel.split_of(self)
+        if split is not None:
+            return Outlook(device, split.reason if isinstance(split, Fallback) else None)
         with engines.bare(engines.units_of(parts)):  # as it is when a call has entered them
             base, state = self.get_base_layer(), read_state(self, names, device)
             if isinstance(state, Fallback):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from fsdp import (
     small_llama,
 )
 from peft import LoraConfig
-from peft_models import K, N, fallbacks, layer_of, lora_net, make_linear, served_by_us
+from peft_models import K, N, fallbacks, layer_of, lora_net, make_linear, served_by_us, text_batch
 from peft_models import take_small_layers as compute_small_layers
 from rows import FSDP_ROWS, Row
 from tolerances import BF16_LOSS_RTOL, RATIO
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
@@ -42,6 +45,7 @@ from torch.distributed.fsdp import (
 )
 
 import peftkern
+from peftkern.layers import NF4Stack
 
 BF16 = torch.bfloat16
 SHORT = 8  # steps of what differs in the method alone, or in a wrap that hides less
@@ -329,6 +333,49 @@ def leaves_nothing_behind() -> None:
     assert served_by_us() == 1
 
 
+def layers_that_are_units() -> None:
+    """A layer stays a unit when it is patched, and when it is given back."""
+    model, mesh, x = lora_net(make_linear()), init_device_mesh("cpu", (1,)), torch.randn(3, K)
+    expected = model(x)
+    layer = fully_shard(layer_of(model), mesh=mesh)
+    for _ in range(2):
+        assert peftkern.patch(model).skipped == {}
+        assert isinstance(layer, FSDPModule) and peftkern.is_patched(layer)
+        peftkern.reset_stats()
+        torch.testing.assert_close(model(x), expected)
+        assert served_by_us() == 1 and fallbacks() == {}
+        assert peftkern.patch(model, dry_run=True).patched == peftkern.unpatch(model)
+        assert isinstance(layer, FSDPModule) and not peftkern.is_patched(layer)
+        torch.testing.assert_close(model(x), expected)
+    with peftkern.patched(model):
+        assert isinstance(layer, FSDPModule) and peftkern.is_patched(layer)
+    assert type(layer).__name__ == "FSDPLinear" and not peftkern.is_patched(layer)
+    layer.reshard()  # of FSDPModule
+
+
+def experts_in_4_bits() -> None:
+    """Shards of them are dense, which is said where FSDP2 has made them so; ignored, they stay."""
+    for ignored, patch_first in itertools.product((False, True), repeat=2):
+        model = expert_models.tiny_moe()
+        peftkern.quantize_(model, include=["experts"])
+        model = expert_models.add_experts_lora(model)
+        stacks = {p for p in model.parameters() if isinstance(p, NF4Stack)}
+        if patch_first:
+            peftkern.patch(model)
+        options = {"ignored_params": stacks} if ignored else {}
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if not patch_first:
+                peftkern.patch(model)
+            said = ["are dense in the shards" in str(one.message) for one in caught]
+            assert any(said) is not (ignored or patch_first)
+            model(**text_batch())
+        said = [str(one.message) for one in caught if "are dense in" in str(one.message)]
+        assert len(said) == (not ignored)
+        assert ignored or said[0].startswith(f"{len(stacks)} stacks of experts")
+
+
 def casts_that_differ() -> None:
     model, _ = units(lora_A=MixedPrecisionPolicy(param_dtype=BF16))
     with pytest.raises(RuntimeError, match="dtype"):  # of PEFT's own operations
@@ -399,7 +446,8 @@ def compiled() -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        *(leaves_nothing_behind, casts_that_differ, output_dtype_is_kept),
+        *(leaves_nothing_behind, layers_that_are_units, experts_in_4_bits),
+        *(casts_that_differ, output_dtype_is_kept),
         *(calls_that_others_see, merged_and_disabled, compiled),
     ],
 )

@@ -172,10 +172,11 @@ def other_states(rank: int, folder: Path) -> dict[str, Any]:
 
     def compare(name: str, model: nn.Module) -> None:
         theirs = model(**batch_of(1)).logits.detach()
-        with peftkern.patched(model):
+        with peftkern.patched(model) as report:
             peftkern.reset_stats()
             ours = model(**batch_of(1)).logits.detach()
             found[name] = theirs, ours, served_by_us(), fallbacks()
+            assert set(report.falling_back.values()) == set(fallbacks())
 
     model = as_peft_means(split_model(folder)).eval()
     with torch.no_grad():

@@ -151,6 +151,7 @@ def resume(rank: int, folder: Path) -> None:
     steps = allocating(model, engine.optimizer)
     zero_curve(engine, range(half))
     engine.save_checkpoint(str(folder))
+    state, mask = steps.state_dict(), dict(mask_of(model))
     steps.save(folder, write=rank == 0)
     expected = zero_curve(engine, range(half, SHORT))
     twin = MODELS["AdaLoRA"]()
@@ -158,6 +159,8 @@ def resume(rank: int, folder: Path) -> None:
     engine = engine_of(twin, config)
     steps = allocating(twin, engine.optimizer)
     engine.load_checkpoint(str(folder))
+    steps.load_state_dict(state)
+    assert steps.step == half and mask_of(twin) == mask
     steps.load(folder)
     assert torch.equal(zero_curve(engine, range(half, SHORT)), expected)
     assert mask_of(twin) == mask_of(model)
@@ -195,6 +198,8 @@ def refuse_pairs(rank: int, folder: Path) -> None:
         engine = engine_of(model, config_of(stage), make(model, lr=1e-2))
         with pytest.raises(ValueError, match="DeepSpeed's ZeRO steps on flat parts"):
             zero_curve(engine, range(1))
+    with pytest.raises(ValueError, match="reads it whole; train under DistributedDataParallel, or"):
+        LoRAFAOptimizer(model, lr=1e-2)
 
 
 def _hooked(model: nn.Module, lr: float) -> torch.optim.Optimizer:

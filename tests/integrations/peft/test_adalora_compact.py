@@ -276,6 +276,15 @@ def test_peft_goes_on_after_unpatch(tmp_path: Path):
     train(model, optimizer, range(1, LAST + 1))
     assert sizes(model) == 28
     wanted = logits(model)
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    set_hf_deepspeed_config(config)
+    try:
+        with pytest.raises(ValueError, match="model: DeepSpeed holds the parameters"):
+            peftkern.unpatch(model)
+    finally:
+        unset_hf_deepspeed_config()
+    layers = [m for m in model.modules() if hasattr(m, "lora_E")]
+    assert len(layers) == 14 and all(map(peftkern.is_patched, layers))  # all is as it was
     peftkern.unpatch(model)
     assert sizes(model) == 14 * 6
     torch.testing.assert_close(logits(model.train()), wanted, rtol=1e-5, atol=1e-6)

@@ -175,7 +175,7 @@ def adalora_sharded(rank):
     try:
         load_state(twin, sys.argv[1])
     except ValueError as error:
-        assert "does not resume in shards: load before fully_shard" in str(error), error
+        assert "does not load into shards: load before fully_shard" in str(error), error
     else:
         raise AssertionError("loaded into shards")
 """

@@ -214,6 +214,9 @@ def test_released_codes_are_made_again_wherever_they_are_read(made):
         codes_of(base).copy_(changed)
     assert torch.equal(model(x), twin(x))
     assert codes_of(bases[0]).packed is other_bases._records[bases[0]].weight.packed
+    with peftkern.patched(model):
+        pass
+    assert type(codes_of(bases[0])) is Repacked  # as before the block
     peftkern.unpatch(model)
     assert type(codes_of(bases[0])) is kind and torch.equal(codes_of(bases[0]), changed)
     assert not layer_of(model)._state_dict_hooks
