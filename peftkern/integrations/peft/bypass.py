@@ -42,19 +42,23 @@ def bypassed(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 class FirstForward:
     """Forward hook of a patched model that goes with its first forward pass.
 
-    It warns if none of the patched layers was called in that: each would have been counted. And if
-    FSDP2 has made its experts dense since. told: of that there was a warning already.
+    It warns if none of the patched layers was called in that: each would have been counted. It also
+    warns if FSDP2 has made experts in 4 bits dense. told: the warning of that which `patch` gave.
     """
 
-    def __init__(self, told: str | None) -> None:
-        self.counted, self.told = counts.recorded(), told
+    def __init__(self) -> None:
+        self.counted, self.told = counts.recorded(), None
 
     @staticmethod
     def watch(model: nn.Module) -> None:
-        """Watch a model from now on, unless it is a layer itself."""
-        if not isinstance(model, PatchedForward):
-            FirstForward.forget(model)
-            model.register_forward_hook(FirstForward(dense_experts(model)))
+        """Watch a model, unless it is a layer itself; one that is watched already stays so."""
+        if isinstance(model, PatchedForward):
+            return
+        if not FirstForward.watches(model):
+            model.register_forward_hook(FirstForward())
+        for hook in model._forward_hooks.values():
+            if isinstance(hook, FirstForward):
+                hook.told = dense_experts(model)
 
     @staticmethod
     def watches(model: nn.Module) -> bool:
