@@ -215,9 +215,12 @@ struct NF4Gemm {
       uint32_t* weights = p.weights + np * kPairBlock;
       const int64_t first = piece.weight + p.begin + np * kPairSide;
       const int64_t rows = min64(kPairSide, p.count - np * kPairSide);
+      // Where lambdas take [[gnu::always_inline]] it is of the type, which ignores it.
+      const auto before = [=](int64_t i) __attribute__((always_inline)) {
+        prefetch_after(first + i, k0, stride);
+      };
       Math::decode_rows(args.w, absmax, first * K + k0, K, rows, width, args.dtype, weights, kPair,
-                        [=](int64_t i)
-                            [[gnu::always_inline]] { prefetch_after(first + i, k0, stride); });
+                        before);
       for (int64_t i = rows; i < kPairSide; ++i) {
         const int64_t count = round_up(width, Math::kOrder) / kStep;
         for (int64_t j = 0; j < count; ++j) {

@@ -7,16 +7,21 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from block_weights import assert_same_values, every_pair_weight, numpy_values, random_weight_of
 from grids import thinned
 from linear_cases import (
     BF16,
     F32,
+    NF4Operands,
     check_accuracy,
     nf4_operands,
+    operands,
     ours,
+    trials,
     with_gradients,
 )
 from processes import run_code
@@ -104,6 +109,35 @@ def test_few_rows_on_each_isa(isa, path, M, dtype, weight):
     """Tiles of every number of rows; several passes over K, with a half of a group at the end."""
     N, K, blocksize = weight
     check_accuracy([nf4_operands((M, N, K, 17), dtype, F32, blocksize=blocksize)], ours)
+
+
+@pytest.mark.parametrize(
+    ("M", "dtype", "row", "weight"),
+    thinned(
+        [1, 2, 3, 4, 5, 6],
+        [BF16, F32],
+        [("mxfp4", 32), ("nvfp4", 16), ("int4", 32), ("int4", 64), ("nf4", 32)],
+        [(35, 320), (66, 64)],
+        diagonals=2,
+    ),
+)
+def test_few_rows_of_other_formats_on_each_isa(isa, M, dtype, row, weight):
+    """On the path that the table chooses: of AMX the two passes change it between four and six."""
+    (name, blocksize), (N, K) = row, weight
+
+    def draw() -> NF4Operands:
+        w = random_weight_of(name, (N, K), dtype, blocksize)
+        dense = peftkern.dequantize_nf4(w, dtype)
+        return NF4Operands(**vars(operands((M, N, K, 4), dtype, F32, weight=dense)), w=w)
+
+    check_accuracy([draw() for _ in range(trials((M, N, K, 4)))], ours)
+
+
+@pytest.mark.parametrize("tensor_scale", [3e38, -0.5, 1e-40])
+def test_every_scale_of_nvfp4_beside_any_of_the_tensor(isa, tensor_scale):
+    """Sixteen are decoded at once as float16, unless what that multiplies by overflows."""
+    w = replace(every_pair_weight("nvfp4", F32), tensor_scale=torch.tensor([tensor_scale]))
+    assert_same_values(peftkern.dequantize(w), numpy_values(w, F32))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -39,6 +39,7 @@ def e8m0(byte: int) -> float:
     return math.nan if byte == 255 else math.ldexp(1.0, byte - 127)
 
 
+@np.errstate(all="ignore")
 def numpy_values(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The format's definition, which shares no code with any back end."""
     name, zero = FORMATS[w.layout[0]].name, None
@@ -59,10 +60,9 @@ def numpy_values(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     def spread(blocks: np.ndarray) -> np.ndarray:
         return np.repeat(blocks, w.blocksize)[: w.numel]
 
-    with np.errstate(all="ignore"):
-        if zero is not None:
-            values = values - spread(zero)
-        values = values * spread(scale)
+    if zero is not None:
+        values = values - spread(zero)
+    values = values * spread(scale)
     assert values.dtype == np.float32
     return torch.from_numpy(values).to(dtype).reshape(w.shape)
 
