@@ -104,7 +104,7 @@ def plan(
 
     Example: peftkern plan llama-65b --method qlora --sequence 512 --fit 48GB
 
-    Example: peftkern plan llama3-70b --devices 8 --shard fsdp2 --fit 80GB
+    On eight devices: peftkern plan llama3-70b --devices 8 --shard fsdp2 --fit 80GB
     """
     from peftkern.cli.frame import bad_input, dtype_name, parse_bytes
     from peftkern.tools.plan import plan as planning

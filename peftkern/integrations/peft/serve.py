@@ -305,9 +305,8 @@ def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | 
 
     Args: device, of the input. Returns: None if no adapter is active.
     """
-    reason = unusual_layer(layer)
-    if reason is not None:
-        return Fallback(reason)
+    if (layer.merged_adapters and layer.disable_adapters) or any(GLOBAL_HOOKS):
+        return Fallback(unusual_layer(layer))
     base = layer._modules["base_layer"]
     kind = type(base)
     if kind not in BASE_TYPES and not layer.other_base:
@@ -325,10 +324,7 @@ def unusual_layer(layer: Any) -> str | None:
     """
     if layer.merged_adapters and layer.disable_adapters:
         return "adapters are merged and disabled"
-    for hooks in GLOBAL_HOOKS:
-        if hooks:
-            return "global module hooks"
-    return None
+    return "global module hooks" if any(GLOBAL_HOOKS) else None
 
 
 def switched_off(layer: Any) -> str | None:
