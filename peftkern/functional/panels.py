@@ -45,9 +45,11 @@ class Panels:
         steps = [part.step for part in self._parts]
         step = math.lcm(*steps, blocksize // math.gcd(blocksize, self.n))
         size = _ON_CPU if self.device.type == "cpu" else _ELSEWHERE
+        decoded = not all(isinstance(part, Tensor) for part in (weight, minus) if part is not None)
+        # Decoding a piece takes a call, for which threads wait for each other.
+        piece = size if decoded or self.device.type != "cpu" else _PIECE
         self.rows, self._piece = (
-            max(1, count // max(1, step * self.n)) * step
-            for count in (size, _PIECE if self.device.type == "cpu" else size)
+            max(1, count // max(1, step * self.n)) * step for count in (size, piece)
         )
         self._buffers = threading.local()
 
