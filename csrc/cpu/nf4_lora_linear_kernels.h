@@ -116,29 +116,39 @@ struct NF4Gemm {
   // tile[i] += scaling * sum_j left[i * r + j] * right[j], i < count.
   void add_low_rank(float* tile, const float* left, int64_t count, const float* right,
                     int64_t right_stride, int right_valid) const {
-    const int64_t r = args.r;
 #if defined(__AVX512F__)
     constexpr int kRows = 16;
 #else
     constexpr int kRows = 4;
 #endif
-    for (int row = 0; row < 16; row += kRows) {
+    for (int row = 0; row < min64(16, count); row += kRows) {
       const int64_t valid = min64(kRows, count - row);
-      if (valid <= 0) return;
-      F32x16 acc[kRows];
-      for (int i = 0; i < kRows; ++i) acc[i] = f32_load(tile + (row + i) * 16);
-      for (int64_t j = 0; j < r; ++j) {
-        const float* p = right + j * right_stride;
-        const F32x16 x = f32_mul(right_valid >= 16 ? f32_load(p) : f32_load_n(p, right_valid),
-                                 f32_set1(args.scaling));
-#pragma GCC unroll 16
-        for (int i = 0; i < kRows; ++i) {
-          const int64_t source = i < valid ? row + i : row;  // rows past the end are not stored
-          acc[i] = f32_fma(f32_set1(left[source * r + j]), x, acc[i]);
-        }
-      }
-      for (int i = 0; i < kRows; ++i) f32_store(tile + (row + i) * 16, acc[i]);
+      const auto add = valid == kRows && right_valid == 16 ? &NF4Gemm::add_rows<kRows, true>
+                                                           : &NF4Gemm::add_rows<kRows, false>;
+      (this->*add)(tile + row * 16, left + row * args.r, valid, right, right_stride, right_valid);
     }
+  }
+
+  // Not inlined: there would be too few registers. Rows past the end are not stored.
+  template <int kRows, bool kWhole>
+  [[gnu::noinline]] void add_rows(float* tile, const float* left, int64_t count, const float* right,
+                                  int64_t right_stride, int right_valid) const {
+    const int64_t r = args.r;
+    const float* lines[kRows / 4];
+    for (int i = 0; i < kRows / 4; ++i) lines[i] = left + 4 * i * r;
+    F32x16 acc[kRows];
+    for (int i = 0; i < kRows; ++i) acc[i] = f32_load(tile + i * 16);
+    for (int64_t j = 0; j < r; ++j, right += right_stride) {
+      const F32x16 x = f32_mul(kWhole ? f32_load(right) : f32_load_n(right, right_valid),
+                               f32_set1(args.scaling));
+      const int64_t at[4] = {j, r + j, 2 * r + j, 3 * r + j};
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const float* value = kWhole || i < count ? lines[i / 4] + at[i % 4] : left + j;
+        acc[i] = f32_fma(f32_set1(*value), x, acc[i]);
+      }
+    }
+    for (int i = 0; i < kRows; ++i) f32_store(tile + i * 16, acc[i]);
   }
 
   static void store_row(void* out, DType dtype, int64_t i, const float* values, int64_t n) {
@@ -193,31 +203,30 @@ struct NF4Gemm {
     }
   }
 
-  // Asks for what comes after columns [k0, k0 + kBlock) of a panel's row: its next block, or that
-  // of the next panel, which begins `stride` rows below, and then all scales that it expands.
-  // Scales that are float32 already come in lines that few blocks share only where those are short.
-  [[gnu::always_inline]] void prefetch_after(int64_t row, int64_t k0, int64_t stride) const {
-    const bool more = k0 + kBlock < args.K;
-    const int64_t next = more ? row * args.K + k0 + kBlock : (row + stride) * args.K;
-    prefetch(args.w, next, kBlock);
-    if (args.w.float_scales()) {
-      if (args.w.blocksize < 64) prefetch_scales(args.w, next, kBlock);
-    } else if (!more) {
-      prefetch_scales(args.w, next, args.K);
-    }
+  // Weights whose scales are worth asking for ahead of a row: of its next block if it has one, else
+  // of the whole row of the next panel, which is where bytes are expanded. Scales that are float32
+  // already come in lines that few blocks share only where those are short.
+  int64_t scales_ahead(bool more) const {
+    if (args.w.float_scales()) return args.w.blocksize < 64 ? kBlock : 0;
+    return more ? 0 : args.K;
   }
 
   // Columns [k0, k0 + kBlock) of the panel's rows.
   void decode_panel(const Panel& p, const NF4Piece& piece, const Absmax& absmax, int64_t k0,
                     int64_t stride) const {
     const int64_t K = args.K, width = min64(kBlock, K - k0);
+    const bool more = k0 + kBlock < K;
+    const int64_t scales = scales_ahead(more);
     for (int64_t np = 0; np < p.pairs(); ++np) {
       uint32_t* weights = p.weights + np * kPairBlock;
       const int64_t first = piece.weight + p.begin + np * kPairSide;
       const int64_t rows = min64(kPairSide, p.count - np * kPairSide);
-      // Where lambdas take [[gnu::always_inline]] it is of the type, which ignores it.
-      const auto before = [=](int64_t i) __attribute__((always_inline)) {
-        prefetch_after(first + i, k0, stride);
+      // Asks for what comes after each row: its next block, or that of the next panel's row, and
+      // scales. Where lambdas take [[gnu::always_inline]] it is of the type, which ignores it.
+      const int64_t next = more ? first * K + k0 + kBlock : (first + stride) * K;
+      const auto before = [&w = args.w, K, next, scales](int64_t i) __attribute__((always_inline)) {
+        prefetch(w, next + i * K, kBlock);
+        if (scales > 0) prefetch_scales(w, next + i * K, scales);
       };
       Math::decode_rows(args.w, absmax, first * K + k0, K, rows, width, args.dtype, weights, kPair,
                         before);
