@@ -288,7 +288,7 @@ def _describe(name: str, training: Training, found: Plan) -> str:
     else:
         text += f"{training.method} r={training.r} on {', '.join(training.targets)}"
         text += f", adapters {training.adapter_dtype}"
-    nested = training.base in ("nf4", "fp4") and training.double_quant
+    nested = training.of_bitsandbytes and training.double_quant
     quantized = f" in blocks of {training.blocks}" if training.quantized else ""
     quantized += ", double-quantized" if nested else ""
     text += f", base {training.base}{quantized}, activations {training.dtype}"

@@ -148,8 +148,10 @@ def quantize(
 
 
 def _check_format(format: str, double_quant: bool, compute_dtype: str | None) -> None:
-    """Refuse options that the format does not have."""
-    if format in ("nf4", "fp4"):
+    """Refuse options that only formats of bitsandbytes have."""
+    from peftkern.formats.nf4 import STATE_KEYS
+
+    if format in STATE_KEYS:
         return
     for option, given in (
         ("--no-double-quant", not double_quant),

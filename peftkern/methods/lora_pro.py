@@ -29,6 +29,7 @@ from peftkern.methods.pairs import (
     check_unheld,
     check_unshared,
     chunks,
+    current_pairs,
     cut_reciprocal,
     eigenvalue_cutoff,
     find_pairs,
@@ -144,7 +145,7 @@ def lora_pro_hook(
     check_unshared(pairs, _FACTORS)
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        now = [pair.renewed() for pair in pairs]
+        now = current_pairs(pairs)
         factors = [p for pair in now for p in (pair.lora_A, pair.lora_B)]
         grads = {p: p.grad for p in factors if p.grad is not None}
         for p, grad in _replaced(_with_gradients(now, grads), grads).items():
@@ -219,8 +220,10 @@ class LoRAProAdamW(PairAdamW):
 
     def _check_moments(self) -> None:
         """Raise ValueError for moments of a sharded model's weights, whole in each process."""
+        if not self._full_moments:
+            return
         sharded = [pair.name for pair in self._pairs if is_sharded(pair.lora_B)]
-        if self._full_moments and sharded:
+        if sharded:
             raise ValueError(
                 f"full_moments: expected False where FSDP2 shards the model ({sharded[0]}.lora_B "
                 "is a DTensor): every process would hold the moments of the whole weights"

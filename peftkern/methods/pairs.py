@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from peftkern.methods.processes import check_readable, in_pieces, is_sharded
+from peftkern.methods.processes import check_readable, in_pieces, is_sharded, stepped_by_deepspeed
 
 _CHUNK = 1 << 24  # elements of float64 copies that are alive at once: 128 MiB
 
@@ -175,10 +176,20 @@ def cut_reciprocal(values: Tensor, cutoff: float) -> Tensor:
     return torch.where(values <= least, 0.0, 1.0 / values)
 
 
+def current_pairs(pairs: Sequence[AdapterPair]) -> Sequence[AdapterPair]:
+    """Return pairs as their layers have them now: FSDP2 puts parameters of its own in place.
+
+    Without a process group, which FSDP2 needs, nobody does, and no step looks through all layers.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return pairs
+    return [pair.renewed() for pair in pairs]
+
+
 def check_unheld(pairs: Sequence[AdapterPair], method: str) -> None:
     """Raise ValueError if DeepSpeed's ZeRO has the step of a factor, as a part of flat ones."""
     for pair in pairs:
-        if hasattr(pair.lora_B, "_hp_mapping") or hasattr(pair.lora_B, "_z3_optimizer"):
+        if stepped_by_deepspeed(pair.lora_B):
             raise ValueError(
                 f"{pair.name}: DeepSpeed's ZeRO steps on flat parts of all parameters, in which "
                 f"{method} finds no pair; train under DistributedDataParallel or fully_shard"
@@ -240,7 +251,7 @@ class PairAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._pairs = [pair.renewed() for pair in self._pairs]  # FSDP2 replaces factors
+        self._pairs = current_pairs(self._pairs)
         grads = {p: p.grad for g in self.param_groups for p in g["params"] if p.grad is not None}
         self._replace(grads)
         self._check_pairs()

@@ -10,6 +10,7 @@ Every process has to call what asks for it, as often and in one order.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -59,6 +60,11 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def stepped_by_deepspeed(parameter: Tensor) -> bool:
+    """Return whether the optimizer of DeepSpeed's ZeRO, of any stage, has a master of it."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+
+
 def in_pieces(tensor: Tensor) -> bool:
     """Return whether FSDP1 or DeepSpeed's ZeRO-3 has left a piece of a matrix, or nothing."""
     return (getattr(tensor, _FLAT, False) and tensor.dim() != 2) or hasattr(tensor, "ds_id")
@@ -84,7 +90,7 @@ def check_readable(
 
 def check_not_flat(name: str, tensor: Tensor, method: str, wrapped: bool = False) -> None:
     """Raise ValueError if FSDP1 shards a matrix in a flat parameter, or could (`wrapped`)."""
-    lost = several() and not isinstance(tensor, nn.Parameter)  # use_orig_params=False
+    lost = not isinstance(tensor, nn.Parameter) and several()  # use_orig_params=False
     if wrapped or lost or (getattr(tensor, _FLAT, False) and tensor.dim() != 2):
         raise ValueError(
             f"{name}: FullyShardedDataParallel holds it in pieces of a flat parameter, and "
@@ -117,11 +123,12 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return bool(shared)
 
 
-def agree(number: int, device: torch.device) -> bool:
-    """Return whether all processes give one number, of at most 62 bits."""
+def agree(content: bytes, device: torch.device) -> bool:
+    """Return whether all processes give the same bytes: one reduction of two integers."""
     if not several():
         return True
-    extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    digest = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
+    extremes = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     return bool(extremes[0] == -extremes[1])
 

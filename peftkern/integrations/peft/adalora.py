@@ -86,7 +86,7 @@ class PatchedRankAllocator(RankAllocator):
 
     def update_ipt(self, model: nn.Module) -> None:
         triplets = self.triplets(model)
-        if any(zero.out_of_reach(E) for E, _, _ in triplets.values()):
+        if not zero.is_within_step() and zero.held(E for E, _, _ in triplets.values()):
             if peft_layer.deepspeed_config() is None:  # PEFT fails there
                 raise ValueError(
                     "grads: DeepSpeed holds them; make AdaLoraSteps(model, optimizer, steps) after "

@@ -12,6 +12,7 @@ from peft.tuners.adalora.model import AdaLoraModel
 from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora import PatchedRankAllocator
 from peftkern.integrations.peft.adalora_layers import parameters_of
+from peftkern.methods.processes import several
 from peftkern.methods.rank_budget import RankBudget, RankLimits
 
 __all__ = ["set_budget"]
@@ -55,7 +56,7 @@ def adopt_limits(allocator: PatchedRankAllocator, limits: RankLimits, *, loaded:
 
 def _of_first_process(limits: RankLimits, tuner: AdaLoraModel) -> RankLimits:
     """Return the limits of the first process: what was measured differs among them."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several():
         return limits
     device = next(p for n, p in tuner.named_parameters() if "lora_E" in n).device
     numbers = [*limits.cost.values(), limits.init_budget, limits.target_budget]

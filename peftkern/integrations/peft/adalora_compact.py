@@ -20,7 +20,6 @@ from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora import PatchedAdaLoraModel, PatchedRankAllocator
 from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
 from peftkern.methods.adalora import Triplets
@@ -30,6 +29,7 @@ from peftkern.methods.compaction import (
     grow_triplets_,
     shrink_triplets_,
 )
+from peftkern.methods.processes import is_sharded, stepped_by_deepspeed
 
 __all__ = ["Compaction", "compact_"]
 
@@ -231,7 +231,7 @@ def _check_whole(layers: dict[str, Triplets]) -> None:
     if peft_layer.deepspeed_config() is not None or _any_held(layers.values()):
         raise ValueError("model: DeepSpeed holds the parameters")
     for E, A, B in layers.values():
-        sharded = any(hasattr(p, "full_tensor") for p in (E, A, B))
+        sharded = any(map(is_sharded, (E, A, B)))
         if sharded or A.dim() != 2 or E.shape[:1] != A.shape[:1] or B.shape[1:] != A.shape[:1]:
             raise ValueError("model: FSDP has sharded the parameters")
         if any(getattr(p, "_fsdp_flattened", False) for p in (E, A, B)):  # FSDP1, NO_SHARD as well
@@ -239,7 +239,7 @@ def _check_whole(layers: dict[str, Triplets]) -> None:
 
 
 def _any_held(triplets: Iterable[Triplets]) -> bool:
-    return any(zero.holds(E) for E, _, _ in triplets)
+    return any(stepped_by_deepspeed(E) for E, _, _ in triplets)
 
 
 def _kept(

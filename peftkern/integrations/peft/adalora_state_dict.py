@@ -29,6 +29,7 @@ from peftkern.integrations.peft.adalora_state import (
     parse,
     restore_allocator,
 )
+from peftkern.methods.processes import is_sharded
 
 __all__ = ["fit_when_loading", "load_state_dict", "state_dict"]
 _SOURCE = "state_dict"
@@ -123,4 +124,4 @@ def _fit_layer(layer: AdaLoraLayer, state: dict[str, Any], prefix: str, *_: Any)
 
 def _is_matrix(tensor: Any) -> bool:
     """Return whether something is two-dimensional, and all of it here."""
-    return isinstance(tensor, Tensor) and tensor.dim() == 2 and not hasattr(tensor, "full_tensor")
+    return isinstance(tensor, Tensor) and tensor.dim() == 2 and not is_sharded(tensor)

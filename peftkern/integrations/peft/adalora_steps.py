@@ -5,17 +5,15 @@ steps = AdaLoraSteps(model, optimizer, total_step=1000)  # instead of update_and
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.adalora.model import AdaLoraModel
-from torch import Tensor, nn
+from torch import nn
 
 from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora_budget import set_budget
@@ -33,7 +31,7 @@ from peftkern.integrations.peft.adalora_state_dict import (
     state_dict,
 )
 from peftkern.integrations.peft.patch import is_patched, patch
-from peftkern.methods.processes import check_not_flat
+from peftkern.methods.processes import agree, check_not_flat, several, whole
 from peftkern.methods.rank_budget import RankBudget
 
 __all__ = ["AdaLoraSteps"]
@@ -81,8 +79,8 @@ class AdaLoraSteps:
         set_budget(self.tuner, budget)
         self._model = next(m for m in model.modules() if isinstance(m, PeftModel))
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
-        parameters = parameters_of(self.tuner)
-        self._held = zero.held(parameters)
+        self._parameters = parameters_of(self.tuner)
+        self._held = zero.held(self._parameters)
         if self._held:
             self._ends = [zero.after_steps(optimizer, self._held, self._take_in)]
             return
@@ -141,7 +139,7 @@ class AdaLoraSteps:
     def _take_in(self, optimizer: Any = None, *args: Any) -> None:
         if isinstance(optimizer, torch.optim.Optimizer) and not _is_real(optimizer):
             return
-        if not self._held and zero.held(parameters_of(self.tuner)):
+        if not self._held and zero.held(self._parameters[:1]):
             raise ValueError(
                 "model: DeepSpeed has taken it over since: make AdaLoraSteps after "
                 "deepspeed.initialize"
@@ -157,11 +155,7 @@ def _is_real(optimizer: torch.optim.Optimizer) -> bool:
     if any(float(group.get("lr", 1)) for group in optimizer.param_groups):
         return True
     grads = (p.grad for group in optimizer.param_groups for p in group["params"])
-    return any(bool(_gathered(grad).any()) for grad in grads if grad is not None)
-
-
-def _gathered(grad: Tensor) -> Tensor:
-    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return any(bool(whole(grad).any()) for grad in grads if grad is not None)
 
 
 def prepare(model: nn.Module | None) -> AdaLoraModel:
@@ -217,24 +211,21 @@ def allocate(tuner: AdaLoraModel, step: int, *, skipped: bool = False) -> bool:
     if not skipped or step >= last:
         tuner.update_and_allocate(step)
     draws = step == last or (step < last and tuner.rankallocator.budget_schedule(step)[1])
-    if draws and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if draws and several():
         _compare_masks(tuner, step)
     masked = step >= last or (draws and not skipped)
-    if masked:
+    if masked and zero.is_within_step():
         name = tuner.trainable_adapter_name
         zero.zero_masters(zero.held(layer.lora_E[name] for layer in layers_of(tuner).values()))
     return masked
 
 
 def _compare_masks(tuner: AdaLoraModel, step: int) -> None:
-    """Raise where masks differ among processes: one reduction of two integers."""
+    """Raise where masks differ among processes."""
     name = tuner.trainable_adapter_name
     kept = list((tuner.peft_config[name].rank_pattern or {}).values())
-    digest = int.from_bytes(hashlib.sha256(repr(kept).encode()).digest()[:7], "big")
     device = next(p for n, p in tuner.named_parameters() if "lora_E" in n).device
-    extremes = torch.tensor([digest, -digest], device=device)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    if extremes[0] != -extremes[1]:
+    if not agree(repr(kept).encode(), device):
         raise RuntimeError(
             f"AdaLoRA: the mask of step {step} is not the same in all processes; gradients must be "
             "reduced, and parameters equal, before update_and_allocate"

@@ -20,7 +20,7 @@ from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
 from peftkern.backends import dispatch
-from peftkern.formats.nf4 import ArgumentError, NF4Weight, compare_quant_maps
+from peftkern.formats.nf4 import STATE_KEYS, ArgumentError, NF4Weight, compare_quant_maps
 from peftkern.functional import nf4_linear
 from peftkern.integrations.peft import casts, trial
 from peftkern.integrations.peft.fallback import (
@@ -206,7 +206,7 @@ def unusual_weight(base: Linear4bit) -> str | None:
     state = quant_state_of(base)  # pickle keeps the weight's, but not the parameter's class
     if state is None:
         return "quant_state is missing"
-    if state.quant_type not in ("nf4", "fp4"):
+    if state.quant_type not in STATE_KEYS:
         return f"quant_type is {state.quant_type}, expected nf4 or fp4"
     if state.__dict__.get("packing_format_for_cpu"):
         return None  # its storage dtype is kept aside

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from peftkern.integrations.peft.fallback import Fallback, PatchedForward, kept_forward
 from peftkern.layers.expert_stack import dense_now
+from peftkern.methods.processes import several
 
 _FSDP = "torch.distributed.fsdp"
 _ITS_MODULES = f"{_FSDP}."
@@ -87,9 +88,7 @@ def has_ranks() -> bool:
 
     A layer enters its units then whatever the number of rows, in which ranks may differ.
     """
-    if torch.compiler.is_compiling() or not torch.distributed.is_available():
-        return False
-    return torch.distributed.is_initialized()
+    return not torch.compiler.is_compiling() and several()
 
 
 def units_of(parts: Sequence[Part]) -> list[Unit]:
@@ -155,12 +154,11 @@ def dense_experts(model: nn.Module) -> str | None:
     count = sum(len(dense_now(module)) for module in model.modules()) if _has_units(model) else 0
     if not count:
         return None
-    said = (
+    return (
         f"{count} stacks of experts in 4 bits are dense in the shards of FSDP2, and take the "
         "memory of dense ones: leave them whole on every device by ignored_params of fully_shard, "
         "or train under DistributedDataParallel"
     )
-    return said
 
 
 def _has_units(model: nn.Module) -> bool:

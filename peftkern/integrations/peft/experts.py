@@ -31,6 +31,7 @@ from peftkern.integrations.peft.fallback import (
     Fallback,
     Outlook,
     PatchedForward,
+    active_names,
     hooked,
     refused,
     set_class,
@@ -38,7 +39,7 @@ from peftkern.integrations.peft.fallback import (
     unusual_tensor,
 )
 from peftkern.integrations.peft.fingerprint import fingerprint
-from peftkern.integrations.peft.serve import active_names, switched_off
+from peftkern.integrations.peft.serve import switched_off
 from peftkern.layers.expert_stack import ExpertStack, expert_weight, is_transposed
 from peftkern.layers.experts import gate_of
 

@@ -24,6 +24,7 @@ GLOBAL_HOOKS = (
     nn_module._global_backward_hooks,
     nn_module._global_backward_pre_hooks,
 )
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations and factors
 _PLAIN = (Tensor, nn.Parameter)
 _HOOKS = AlignDevicesHook.__module__
 
@@ -84,6 +85,14 @@ class PatchedForward:
     def outlook(self) -> Outlook:
         """Look at a layer with an adapter as it is now."""
         raise NotImplementedError
+
+
+def active_names(layer: Any) -> list[str]:
+    """Return the active adapters that a layer has, in PEFT's order."""
+    group = layer._modules["lora_A"]
+    adapters = group._modules or group._parameters  # LoRA keeps modules, AdaLoRA parameters
+    active = layer.active_adapter
+    return [name for name in ([active] if isinstance(active, str) else active) if name in adapters]
 
 
 def extra_arguments(args: tuple, kwargs: dict) -> str | None:

@@ -26,10 +26,12 @@ from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.functional.arguments import autocast_dtype
 from peftkern.integrations.peft import casts, engines, tensor_parallel, trial
 from peftkern.integrations.peft.fallback import (
+    DTYPES,
     GLOBAL_HOOKS,
     Fallback,
     Outlook,
     PatchedForward,
+    active_names,
     extra_arguments,
     hooked,
     parameters_of,
@@ -49,7 +51,6 @@ if is_bnb_4bit_available():
 DENSE_TYPES = (nn.Linear, Conv1D)
 OWN_TYPES = (NF4Linear, BlockLinear)
 BASE_TYPES = frozenset((*BNB_TYPES, *DENSE_TYPES, *OWN_TYPES))
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Adapter(NamedTuple):
@@ -292,14 +293,6 @@ def layer_key(layer: Any, names: list[str], adapter: Adapter | None) -> tuple:
     return (layer.op, kind, layer.out_features, layer.in_features, r)
 
 
-def active_names(layer: Any) -> list[str]:
-    """Return the active adapters that a layer has, in PEFT's order."""
-    group = layer._modules["lora_A"]
-    adapters = group._modules or group._parameters  # LoRA keeps modules, AdaLoRA parameters
-    active = layer.active_adapter
-    return [name for name in ([active] if isinstance(active, str) else active) if name in adapters]
-
-
 def read_state(layer: Any, names: list[str], device: torch.device) -> Adapter | Fallback | None:
     """Read the first active adapter of a layer whose state our ops express, whatever the input.
 
@@ -385,7 +378,7 @@ def read_base(
         weight = weight.detach()
     dtype = weight.dtype
     same = x.dtype is dtype and (bias is None or bias.dtype is dtype)
-    if dtype not in _DTYPES or not (same or (autocast and x.dtype in _DTYPES)):
+    if dtype not in DTYPES or not (same or (autocast and x.dtype in DTYPES)):
         return Fallback(f"input is {x.dtype}, base weight is {dtype}")
     return x.dtype, weight.t() if kind is Conv1D else weight, bias
 
@@ -395,7 +388,7 @@ def unfusable(
 ) -> str | None:
     """Return the reason for which base and first adapter in one op would not be what PEFT does."""
     dtype, x_dtype = adapter.lora_A.dtype, x.dtype
-    if adapter.lora_B.dtype is not dtype or dtype not in _DTYPES:
+    if adapter.lora_B.dtype is not dtype or dtype not in DTYPES:
         return f"lora_A is {dtype}, lora_B is {adapter.lora_B.dtype}"
     if cast is not None:
         exact = (x_dtype, torch.float32, cast)

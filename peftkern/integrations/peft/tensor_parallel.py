@@ -31,9 +31,11 @@ from peftkern.functional import lora_linear
 from peftkern.functional.arguments import autocast_dtype
 from peftkern.integrations.peft import trial
 from peftkern.integrations.peft.fallback import (
+    DTYPES,
     GLOBAL_HOOKS,
     Fallback,
     PatchedForward,
+    active_names,
     hooked,
     refused,
     unusual_call,
@@ -45,7 +47,6 @@ PLAN = "_hf_tp_plan"  # attribute of base layers, by PEFT or transformers
 _WRAPPER = "TensorParallelLayer.install_forward.<locals>.tp_forward"
 _CELLS = ("self", "mesh", "original_forward")  # of it
 _STYLES = {"ColwiseParallel": "colwise", "RowwiseParallel": "rowwise"}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Split(NamedTuple):
@@ -64,8 +65,7 @@ def split_of(layer: Any) -> Split | Fallback | None:
         return None
     kind, group = style
     group_A = layer._modules["lora_A"]._modules
-    active = layer.active_adapter
-    names = [n for n in ([active] if isinstance(active, str) else active) if n in group_A]
+    names = active_names(layer)
     if layer.disable_adapters or layer.merged_adapters or len(names) != 1:
         return Fallback("tensor parallel: not with one active adapter alone")
     (name,) = names
@@ -126,7 +126,7 @@ def answer(layer: Any, x: Tensor) -> Tensor | Fallback | None:
     if reason is None and compiling:
         reason = "tensor parallel: compiled"
     dtype, cast = base.weight.dtype, autocast_dtype(x)
-    if reason is None and (dtype not in _DTYPES or not (x.dtype is dtype or cast is not None)):
+    if reason is None and (dtype not in DTYPES or not (x.dtype is dtype or cast is not None)):
         reason = f"input is {x.dtype}, base weight is {dtype}"
     if reason is None and base.weight.requires_grad:
         reason = "base weight is trained"
@@ -152,7 +152,7 @@ def _computed(layer: Any, x: Tensor, split: Split, cast: torch.dtype | None) -> 
     else:
         A, B = A.to_local(), _SummedGradient.apply(B, split.group)
     scaling = layer.scaling[split.name]
-    if A.dtype not in _DTYPES or A.dtype is not B.dtype:
+    if A.dtype not in DTYPES or A.dtype is not B.dtype:
         return Fallback(f"lora_A is {A.dtype}, lora_B is {B.dtype}")
     part = (x, weight, bias if split.colwise else None, A, B, scaling, p)
     y = _own_part(part, layer.training, cast)

@@ -142,10 +142,17 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
     if trust.mode() == "always" or _ours_only.get() or dispatch.forced_backend() is not None:
         return None
     if found is None:
-        full = (*key, *end)
-        found = _classes.setdefault(full, LayerClass(name_of(full), x.device, full[2] + full[3]))
-        found.adopt()
+        found = _class_of((*key, *end))
     return _refusal(layer, found, complete)
+
+
+def _class_of(full: tuple) -> LayerClass:
+    """Return the class of a whole key, with the verdict that is known of it when it is new."""
+    found = _classes.get(full)
+    if found is None:
+        found = _classes.setdefault(full, LayerClass(name_of(full), full[-1], full[2] + full[3]))
+        found.adopt()
+    return found
 
 
 def settled(part: Callable[[], nn.Module], x: Tensor, key: tuple) -> str | None:
@@ -156,10 +163,7 @@ def settled(part: Callable[[], nn.Module], x: Tensor, key: tuple) -> str | None:
     """
     if trust.mode() == "always" or dispatch.forced_backend() is not None:
         return None
-    full = (*key, (x.numel() // max(x.shape[-1], 1)).bit_length(), x.device)
-    found = _classes.get(full)
-    if found is None:
-        found = _classes.setdefault(full, LayerClass(name_of(full), x.device, full[2] + full[3]))
+    found = _class_of((*key, (x.numel() // max(x.shape[-1], 1)).bit_length(), x.device))
     if not found.decided:
         found.adopt()
     if not found.decided and trust.mode() != "off":

@@ -15,19 +15,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftkern.methods.processes import stepped_by_deepspeed
+
 __all__: list[str] = []
 
 _within: ContextVar[bool] = ContextVar("peftkern_within_zero_step", default=False)
 
 
-def holds(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed keeps a master of a parameter: ZeRO of any stage."""
-    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
-
-
-def out_of_reach(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed holds a parameter, and this is no call of `after_steps`."""
-    return holds(parameter) and not _within.get()
+def is_within_step() -> bool:
+    """Return whether this is a call of `after_steps`."""
+    return _within.get()
 
 
 def after_steps(
@@ -92,8 +89,6 @@ def whole(parameters: Iterable[nn.Parameter], *, written: bool = False) -> Itera
 
 def zero_masters(parameters: Sequence[nn.Parameter]) -> None:
     """Put a zero into the masters wherever a parameter, which is whole, has one."""
-    if not parameters:
-        return
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
     for parameter in parameters:
@@ -132,5 +127,5 @@ def _clipped(optimizer: Any) -> float:
 
 
 def held(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return those that DeepSpeed holds."""
-    return [parameter for parameter in parameters if holds(parameter)]
+    """Return those of which DeepSpeed keeps a master: ZeRO of any stage."""
+    return list(filter(stepped_by_deepspeed, parameters))

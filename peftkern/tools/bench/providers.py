@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.nf4 import STATE_KEYS
 from peftkern.functional import dequantize
 from peftkern.functional.dora import dora_linear
 from peftkern.tools.bench import rosa
@@ -304,7 +305,6 @@ def provider(name: str) -> Provider:
 
 # Those that read bitsandbytes' formats alone.
 _OF_BITSANDBYTES = ("bitsandbytes", "compile", "unsloth")
-_BNB_FORMATS = ("nf4", "fp4")
 
 
 def select(
@@ -317,7 +317,7 @@ def select(
     """
     if names == ["auto"]:
         auto = [name for name in BASELINES if PROVIDERS[name].in_auto]
-        if format not in _BNB_FORMATS:
+        if format not in STATE_KEYS:
             auto = [name for name in auto if name not in _OF_BITSANDBYTES]
         absent = {name: why for name in auto if (why := _absent(name, ops, device))}
         # A baseline of other ops needs no mention.
@@ -328,7 +328,7 @@ def select(
         }
         return [name for name in auto if name not in absent], said
     for name in names:
-        other = name in _OF_BITSANDBYTES and format not in _BNB_FORMATS
+        other = name in _OF_BITSANDBYTES and format not in STATE_KEYS
         if why := f"has no {format}" if other else _absent(name, ops, device):
             raise ValueError(f"--baselines: {name}: {why}; accepted: {ACCEPTED}")
     return names, {}

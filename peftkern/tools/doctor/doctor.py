@@ -216,6 +216,6 @@ def _formats(device: torch.device) -> Iterator[FormatServed]:
     for row in FORMATS:
         sample = Sample(M=16, N=256, K=256, r=8, device=device, format=row.name)
         chosen = None
-        with contextlib.suppress(Exception):  # told by the ops that are served
+        with contextlib.suppress(Exception):  # the diagnosis of each op tells what it raises
             chosen = dispatch.explain({op: sample.arguments(op)}).chosen(op)
         yield FormatServed(row.name, str(device), chosen)

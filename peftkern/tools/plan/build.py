@@ -65,7 +65,7 @@ def quantize(model: nn.Module, training: Any) -> None:
     """
     kind = model.config.get_text_config().model_type
     _quantize_experts(model, training, kind)
-    if training.base in ("nf4", "fp4"):
+    if training.of_bitsandbytes:
         _quantize_by_bitsandbytes(model, training)
     elif kind != _SHIPPED_IN_MXFP4 or training.base != "mxfp4":
         _quantize_in_blocks(model, training)
@@ -74,7 +74,7 @@ def quantize(model: nn.Module, training: Any) -> None:
 def _quantize_experts(model: nn.Module, training: Any, kind: str) -> None:
     for module in list(model.modules()):
         for name in expert_parameters(module):
-            if training.shard in ("fsdp2", "zero3"):
+            if training.is_sharded:
                 raise ValueError(
                     f"base: experts in {training.base} are whole on each device, as with "
                     f"shard ddp, for fully_shard would make them dense; got {training.shard}"

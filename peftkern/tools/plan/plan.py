@@ -27,14 +27,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from peftkern.formats.nf4 import STATE_KEYS
 from peftkern.formats.table import FORMATS, NUMBERS
 
 if TYPE_CHECKING:
     from peftkern.tools.plan.work import Work
 
 DENSE = ("bf16", "fp32")
-BLOCKS = {"nf4": 64, "fp4": 64, "mxfp4": 32, "nvfp4": 16, "int4": 128}  # values unless asked
-_BITSANDBYTES = ("nf4", "fp4")
 ACCEPTED = {  # in the fields of Training that are names
     "method": ("lora", "qlora", "adalora", "dora", "full"),
     "dtype": ("bf16", "fp32"),
@@ -42,13 +41,12 @@ ACCEPTED = {  # in the fields of Training that are names
     "optimizer": ("adamw", "adamw-32bit", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd"),
     "attention": ("sdpa", "eager"),
     "device": ("cuda", "cpu"),
-    "base": (*DENSE, *BLOCKS),
+    "base": (*DENSE, *NUMBERS),
     "shard": (None, "ddp", "fsdp2", "zero3"),
     "param_dtype": (None, "bf16", "fp32"),
     "reduce_dtype": (None, "bf16", "fp32"),
 }
 ALL = ("all-linear",)
-_SHARDED = ("fsdp2", "zero3")  # of which each device holds a part of the weights
 PHASES = ("forward", "backward", "optimizer")
 _LARGEST = 2**32
 
@@ -124,7 +122,7 @@ class Training:
         self._check_base()
 
     def _check_base(self) -> None:
-        formats = ", ".join(BLOCKS)
+        formats = ", ".join(NUMBERS)
         if self.method == "qlora" and not self.quantized:
             raise ValueError(
                 f"base: qlora has a 4-bit base ({formats}), got {self.base}; see method lora"
@@ -136,26 +134,35 @@ class Training:
                 f"base: expected one of {formats}, or the dtype of the activations, {self.dtype}, "
                 f"got {self.base}"
             )
-        if self.quantized and self.base not in _BITSANDBYTES and self.shard in _SHARDED:
+        if self.quantized and not self.of_bitsandbytes and self.is_sharded:
             raise ValueError(
                 f"base: {self.base} is planned on one device or on ddp, nf4 and fp4 on "
                 f"{self.shard}, too; got {self.base}"
             )
-        if self.blocksize is not None:
-            accepted = FORMATS[NUMBERS[self.base]].blocksizes if self.quantized else ()
-            if self.blocksize not in accepted:
-                sizes = f"one of {accepted} in {self.base}" if accepted else "none in a dense base"
-                raise ValueError(f"blocksize: expected {sizes}, got {self.blocksize!r}")
+        if self.quantized:
+            FORMATS[NUMBERS[self.base]].chosen_blocksize(self.blocksize)
+        elif self.blocksize is not None:
+            raise ValueError(f"blocksize: expected none in a dense base, got {self.blocksize!r}")
 
     @property
     def quantized(self) -> bool:
         """Whether the base is in a 4-bit format."""
-        return self.base in BLOCKS
+        return self.base in NUMBERS
+
+    @property
+    def of_bitsandbytes(self) -> bool:
+        """Whether the base is in a format of bitsandbytes."""
+        return self.base in STATE_KEYS
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each device holds a part of the weights."""
+        return self.shard in ("fsdp2", "zero3")
 
     @property
     def blocks(self) -> int:
         """Values in a block of the base's format."""
-        return self.blocksize or BLOCKS[self.base]
+        return FORMATS[NUMBERS[self.base]].chosen_blocksize(self.blocksize)
 
     @property
     def adaptive(self) -> bool:
@@ -202,7 +209,7 @@ class Training:
         for name, value in own.items():
             if self.shard != "fsdp2" and getattr(self, name) != value:
                 raise ValueError(f"{name}: an option of shard fsdp2, got shard {self.shard}")
-        if self.adaptive and self.shard in _SHARDED:
+        if self.adaptive and self.is_sharded:
             raise ValueError(f"shard: adalora is planned on ddp alone, got {self.shard}")
 
     def _check_target(self) -> None:
@@ -312,7 +319,7 @@ class Planner:
 
             config = models.from_config(model) if isinstance(model, dict) else model
             self._config = config
-            if training.base in _BITSANDBYTES:
+            if training.of_bitsandbytes:
                 import bitsandbytes  # noqa: F401
             self.training, self._steps = training, Steps(config, training)
         self._plans: dict[tuple[int, int], Plan] = {}

@@ -29,7 +29,7 @@ import torch
 import peftkern
 from peftkern.backends import trust
 from peftkern.backends.cpu import crossovers
-from peftkern.integrations.peft import serve, trial
+from peftkern.integrations.peft import fallback, serve, trial
 from peftkern.tools.bench import peers
 from peftkern.tools.bench.base_layers import linear
 from peftkern.tools.bench.cases import DTYPES
@@ -127,7 +127,7 @@ def name_of(case: Case, device: torch.device) -> str:
 def _key(case: Case, device: torch.device) -> tuple:
     """Return the key by which a layer of other sizes would be tried."""
     layer, x = build(case, case.N, case.K, case.rows, device)
-    names, cast = serve.active_names(layer), torch.bfloat16 if case.autocast else None
+    names, cast = fallback.active_names(layer), torch.bfloat16 if case.autocast else None
     dtype = getattr(torch, DTYPES[case.dtype])
     return serve.trial_key(layer, x, names, serve.read_state(layer, names, x.device), dtype, cast)
 
