@@ -17,7 +17,7 @@ import pytest
 import torch
 from command_line import refused
 from paths import SUPPORT
-from processes import environment, run_python
+from processes import environment
 from waiting import wait_until
 
 from peftkern.cli import main
@@ -36,15 +36,24 @@ def earlier(path: Path, name: str, peer: str, label: str, ratio: float) -> Path:
     return path
 
 
+def run_tiny(columns: int, *arguments: str) -> tuple[int, str]:
+    """Run the command in this process, its workers in theirs; its status and output."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("COLUMNS", str(columns))  # of the terminal, where this test has one
+        return main(["bench", *TINY, *arguments]), said.getvalue()
+
+
 @pytest.fixture(scope="module")
-def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
+def peers(tmp_path_factory) -> tuple[str, Record, Path]:
     """All ops beside the peers that the tests' environment has, and an earlier run that was worse
-    than this one can be."""
+    than this one can be: its output, record and files."""
     folder = tmp_path_factory.mktemp("bench")
     case = "nf4_dequantize/64x128/bfloat16/forward"
     old = earlier(folder / "old.json", case, "bitsandbytes", "bitsandbytes", 1e-3)
-    done = run_python(
-        *("-m", "peftkern", "bench", *TINY),
+    status, said = run_tiny(
+        80,
         "--op=nf4_lora_linear,lora_linear,nf4_linear,nf4_dequantize",
         "--baselines=frozen,peft,bitsandbytes",
         f"--json={folder / 'new.json'}",
@@ -53,10 +62,9 @@ def peers(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Record, Path]:
         f"--compare={old}",
         "--repro",
         f"--budget={BUDGET:g}",
-        COLUMNS="80",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done, json.loads((folder / "new.json").read_text()), folder
+    assert status == 0, said
+    return said, json.loads((folder / "new.json").read_text()), folder
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +74,18 @@ def rivals(tmp_path_factory) -> tuple[int, str, Record]:
 
     One of them would hang for an hour. When the others have answered, the patience with it is over.
     """
-    folder, said = tmp_path_factory.mktemp("rivals"), io.StringIO()
+    folder = tmp_path_factory.mktemp("rivals")
     names = ["right", "wrong", "raising", "crashing", "hanging"]
     case = "lora_linear/24x64x128/M24/r4/bfloat16/full"
     right = "bench_providers:right"
     arguments = ["--op=lora_linear", f"--json={folder / 'new.json'}", f"--budget={BUDGET:g}"]
     arguments.append(f"--baselines={','.join(f'bench_providers:{name}' for name in names)}")
     arguments.append(f"--compare={earlier(folder / 'old.json', case, right, right, 1e6)}")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(SUPPORT)  # where bench_providers is
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        patch.setenv("COLUMNS", "200")  # of the terminal, where this test has one
         patch.setattr(instrument, "PATIENCE", 3 / BUDGET)
-        status = main(["bench", *TINY, *arguments])
-    return status, said.getvalue(), json.loads((folder / "new.json").read_text())
+        status, said = run_tiny(200, *arguments)
+    return status, said, json.loads((folder / "new.json").read_text())
 
 
 def test_every_provider_is_right_and_timed(peers):
@@ -117,8 +123,8 @@ def test_every_provider_is_right_and_timed(peers):
 
 
 def test_output_is_a_table_of_80_columns(peers):
-    done, record, _ = peers
-    table, _, commands = done.stdout.partition("To measure one of them again:")
+    said, record, _ = peers
+    table, _, commands = said.partition("To measure one of them again:")
     assert max(map(len, table.splitlines())) <= 80
     for word in ("speed-up", "of roof", "peak MB", "[p20-p80]", "peft+bitsandbytes", "roof:"):
         assert word in table
@@ -194,9 +200,8 @@ def test_a_budget_for_nothing_is_one_clear_line(tmp_path, capfd, monkeypatch):
 def test_compare_fails_when_slower_and_only_then(peers, rivals):
     """Both have an earlier record, the one of a slower, the other of a faster peftkern."""
     better, (status, worse, _) = peers[0], rivals
-    assert better.returncode == 0
-    assert "0 of 1 cases slower by more than 5.0%" in better.stdout
-    assert "not compared: not in the earlier record" in " ".join(better.stdout.split())
+    assert "0 of 1 cases slower by more than 5.0%" in better
+    assert "not compared: not in the earlier record" in " ".join(better.split())
     assert status == 1
     assert "ratio to bench_providers:right" in worse and "SLOWER" in worse
     assert "1 of 1 cases slower by more than 5.0%" in worse

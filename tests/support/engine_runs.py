@@ -72,15 +72,16 @@ def curve_alone(
     model: nn.Module,
     parts: Callable[[int], list[tuple[float, slice]]] = lambda step: [(1.0, slice(None))],
     cast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    steps: int = STEPS,
 ) -> Tensor:
-    """Losses of STEPS steps in one process without peftkern.
+    """Losses of so many steps in one process without peftkern.
 
     Args: parts of a step: rows of its batch, and with what weight their loss counts.
     """
     optimizer = adamw_of(model)
     adalora = hasattr(model.base_model, "update_and_allocate")
     found = []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         with cast():
             loss = sum(weight * model(**batch_of(step, rows)).loss for weight, rows in parts(step))
         loss.backward()
