@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from peftkern.methods.processes import check_readable, in_pieces, is_sharded
+from peftkern.methods.processes import check_readable, held_by_deepspeed, in_pieces, is_sharded
 
 _CHUNK = 1 << 24  # elements of float64 copies that are alive at once: 128 MiB
 
@@ -178,7 +178,7 @@ def cut_reciprocal(values: Tensor, cutoff: float) -> Tensor:
 def check_unheld(pairs: Sequence[AdapterPair], method: str) -> None:
     """Raise ValueError if DeepSpeed's ZeRO has the step of a factor, as a part of flat ones."""
     for pair in pairs:
-        if hasattr(pair.lora_B, "_hp_mapping") or hasattr(pair.lora_B, "_z3_optimizer"):
+        if held_by_deepspeed(pair.lora_B):
             raise ValueError(
                 f"{pair.name}: DeepSpeed's ZeRO steps on flat parts of all parameters, in which "
                 f"{method} finds no pair; train under DistributedDataParallel or fully_shard"

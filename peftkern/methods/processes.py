@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peftkern.functional.arguments import IN_FLAT_PARAMETER, SHARD_OTHERWISE
+
 _FLAT = "_fsdp_flattened"  # attribute that FSDP1 leaves at the parameters in its flat ones
 
 
@@ -64,6 +66,11 @@ def in_pieces(tensor: Tensor) -> bool:
     return (getattr(tensor, _FLAT, False) and tensor.dim() != 2) or hasattr(tensor, "ds_id")
 
 
+def held_by_deepspeed(parameter: Tensor) -> bool:
+    """Return whether DeepSpeed keeps a master of a parameter: ZeRO of any stage."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+
+
 def check_readable(
     named: Iterable[tuple[str, Tensor]], method: str, model: nn.Module | None = None
 ) -> None:
@@ -87,9 +94,7 @@ def check_not_flat(name: str, tensor: Tensor, method: str, wrapped: bool = False
     lost = several() and not isinstance(tensor, nn.Parameter)  # use_orig_params=False
     if wrapped or lost or (getattr(tensor, _FLAT, False) and tensor.dim() != 2):
         raise ValueError(
-            f"{name}: FullyShardedDataParallel holds it in pieces of a flat parameter, and "
-            f"{method} reads it whole; shard the model by fully_shard (accelerate: "
-            "fsdp_version: 2), or train under DistributedDataParallel"
+            f"{name}: {IN_FLAT_PARAMETER}, and {method} reads it whole; {SHARD_OTHERWISE}"
         )
 
 

@@ -20,7 +20,6 @@ from peft.tuners.adalora.model import AdaLoraModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.adalora import PatchedAdaLoraModel, PatchedRankAllocator
 from peftkern.integrations.peft.adalora_layers import find_tuner, layers_of
 from peftkern.methods.adalora import Triplets
@@ -30,6 +29,7 @@ from peftkern.methods.compaction import (
     grow_triplets_,
     shrink_triplets_,
 )
+from peftkern.methods.processes import held_by_deepspeed
 
 __all__ = ["Compaction", "compact_"]
 
@@ -239,7 +239,7 @@ def _check_whole(layers: dict[str, Triplets]) -> None:
 
 
 def _any_held(triplets: Iterable[Triplets]) -> bool:
-    return any(zero.holds(E) for E, _, _ in triplets)
+    return any(held_by_deepspeed(E) for E, _, _ in triplets)
 
 
 def _kept(

@@ -10,12 +10,12 @@ from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
-from peftkern.integrations.peft import zero
 from peftkern.integrations.peft.engines import Part
 from peftkern.integrations.peft.fallback import Fallback, hooked, unusual_dropout, unusual_tensor
 from peftkern.integrations.peft.own_merge import OwnBaseMerge
 from peftkern.integrations.peft.serve import Adapter, Base, PatchedLayer, active_names, fused
 from peftkern.layers.svd import fold_diagonal
+from peftkern.methods.processes import held_by_deepspeed
 
 
 class SVDLayer(PatchedLayer):
@@ -139,7 +139,7 @@ def widen_diagonals(tuner: AdaLoraModel) -> None:
     """
     name = tuner.trainable_adapter_name
     for layer in layers_of(tuner).values():
-        if isinstance(layer, SVDLayer) and not zero.holds(layer.lora_E[name]):
+        if isinstance(layer, SVDLayer) and not held_by_deepspeed(layer.lora_E[name]):
             for group in (layer.lora_E, layer.ranknum):
                 if group[name].dtype in (torch.bfloat16, torch.float16):
                     group[name].data = group[name].data.float()

@@ -31,7 +31,7 @@ from peftkern.integrations.peft.adalora import PatchedRankAllocator
 from peftkern.integrations.peft.adalora_budget import adopt_limits
 from peftkern.integrations.peft.adalora_compact import look_again
 from peftkern.integrations.peft.adalora_layers import layers_of, parameters_of, widen_diagonals
-from peftkern.methods.processes import with_gradient
+from peftkern.methods.processes import held_by_deepspeed, with_gradient
 from peftkern.methods.rank_budget import RankLimits
 
 __all__ = [
@@ -188,7 +188,7 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
     tuner = model.base_model
     name = tuner.trainable_adapter_name
     layers, state = layers_of(tuner), read_state(folder)
-    if any(zero.holds(layer.lora_A[name]) for layer in layers.values()):
+    if any(held_by_deepspeed(layer.lora_A[name]) for layer in layers.values()):
         raise ValueError(
             "model: DeepSpeed holds its parameters: load before deepspeed.initialize, in every "
             "process, or its own checkpoint with `load_allocator`"

@@ -15,19 +15,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftkern.methods.processes import held_by_deepspeed
+
 __all__: list[str] = []
 
 _within: ContextVar[bool] = ContextVar("peftkern_within_zero_step", default=False)
 
 
-def holds(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed keeps a master of a parameter: ZeRO of any stage."""
-    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
-
-
 def out_of_reach(parameter: Tensor) -> bool:
     """Return whether DeepSpeed holds a parameter, and this is no call of `after_steps`."""
-    return holds(parameter) and not _within.get()
+    return held_by_deepspeed(parameter) and not _within.get()
 
 
 def after_steps(
@@ -133,4 +130,4 @@ def _clipped(optimizer: Any) -> float:
 
 def held(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return those that DeepSpeed holds."""
-    return [parameter for parameter in parameters if holds(parameter)]
+    return [parameter for parameter in parameters if held_by_deepspeed(parameter)]

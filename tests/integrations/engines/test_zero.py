@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from adalora_models import adalora_llama, quantize_4bit_
+from engine_methods import METHODS, losses_of
 from engines import CURVE, LAYERS, STEPS, in_ranks, loss_curve, optimizer_of, outcome
 from expert_models import add_experts_lora, tiny_moe
 from expert_models import fallbacks as experts_fallbacks
 from expert_models import served as experts_served
 from peft_models import add_lora, take_small_layers, text_batch, tiny_llama
-from rows import ZERO_ROWS, Row
+from rows import ZERO_METHOD_ROWS, ZERO_ROWS, Row
 from safetensors.torch import load_file
 from tolerances import BF16_LOSS_RTOL
 from torch import Tensor, nn
@@ -142,6 +144,20 @@ def train(row: Row) -> Found:
     return Found(losses, "served" if whole else f"{served} calls served, {reasons}", {})
 
 
+def train_method(row: Row) -> Found:
+    """Train a rank of a row of a method of layers; what it refuses is what is said."""
+    method = METHODS[row.method]
+    model = method.model()
+    config = config_of(int(row.engine[-1]))
+    engine = engine_of(model, config, method.optimizer(model))
+    peftkern.reset_stats()
+    try:
+        losses = losses_of(method, engine, model, dist.get_rank(), 2, engine, engine.backward)
+    except ValueError as error:
+        return Found(torch.empty(0), str(error), {})
+    return Found(losses, "served" if not peftkern.stats().fallbacks else str(peftkern.stats()), {})
+
+
 def resume(rank: int, folder: Path) -> None:
     """AdaLoRA in stage 3 goes on from DeepSpeed's checkpoint as if it had never stopped."""
     half, config = SHORT // 2, config_of(3)
@@ -249,6 +265,7 @@ def trainer(rank: int, folder: Path) -> None:
 
 def train_all(rank: int, folder: Path) -> dict[Row, Found]:
     found = {row: train(row) for row in ZERO_ROWS}
+    found |= {row: train_method(row) for row in ZERO_METHOD_ROWS}
     resume(rank, folder)
     refuse(rank, folder)
     refuse_pairs(rank, folder)
@@ -300,6 +317,18 @@ def test_ranks_train_as_one_process_and_are_served(found, alone, row):
         torch.testing.assert_close(rank[row].losses, losses[: steps_of(row)], **bound)
         assert rank[row].mask == mask
     assert (row.method == "AdaLoRA") == bool(mask)
+
+
+@pytest.mark.parametrize("row", ZERO_METHOD_ROWS, ids=lambda row: f"{row.engine}, {row.method}")
+def test_methods_of_layers_train_as_one_process_or_say_why_not(found, row):
+    for rank in found:
+        assert row.outcome.removeprefix("refused: ") in rank[row].said
+        if row.outcome == "served":
+            method = METHODS[row.method]
+            model = method.model()
+            torch.testing.assert_close(
+                rank[row].losses, losses_of(method, model, model, 0, 1), **CURVE
+            )
 
 
 def test_adalora_resumes_and_is_refused_in_words_and_layers_are_tried(found):
