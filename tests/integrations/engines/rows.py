@@ -44,6 +44,7 @@ DCP = "torch.distributed.checkpoint"
 ACCELERATE = "accelerate's save_state"
 TRAINER = "the Trainer, killed between steps"
 CHECKPOINTS = (
+    *(Checkpoint("FSDP1", DCP, m, "resumes") for m in ("LoRA", "QLoRA (bitsandbytes)")),
     Checkpoint("FSDP2", DCP, "LoRA", "resumes"),
     Checkpoint("FSDP2", DCP, "QLoRA (bitsandbytes)", "resumes"),
     Checkpoint("FSDP2", DCP, "QLoRA (peftkern.quantize_)", "resumes"),
@@ -66,6 +67,7 @@ CHECKPOINTS = (
     Checkpoint("FSDP2", TRAINER, "QLoRA (bitsandbytes)", "resumes"),
 )
 _LORAS = ("LoRA", "DoRA", "QLoRA (bitsandbytes)")
+_OWN = "QLoRA (peftkern.quantize_)"
 _BYTES = "QLoRA (bitsandbytes, uint8 storage)"
 FSDP_ROWS = (
     Row("FSDP2, the model as a unit", "LoRA", "served", 2),
@@ -76,7 +78,10 @@ FSDP_ROWS = (
     *(Row("FSDP2 as accelerate wraps", m, "served", 2) for m in ("LoRA", _LORAS[2], _BYTES)),
     Row("FSDP2 as accelerate wraps for PEFT", "LoRA", "served", 2),
     *(Row("FSDP1, PEFT's wrap policy", method, "served", 2) for method in ("LoRA", _LORAS[2])),
-    Row("FSDP1, PEFT's wrap policy", _BYTES, "refused: Cannot flatten integer dtype tensors", 2),
+    *(
+        Row("FSDP1, PEFT's wrap policy", m, "refused: Cannot flatten integer dtype tensors", 2)
+        for m in (_BYTES, _OWN)
+    ),
     Row("FSDP1, PEFT's wrap policy, use_orig_params=False", "LoRA", "served", 2),
     Row("FSDP1, PEFT's wrap policy, use_orig_params=False", "DoRA", "served", 2),
     Row("FSDP1, a decoder layer as a unit", "LoRA", "served", 2),
@@ -92,7 +97,6 @@ FSDP_ROWS = (
         )
     ),
 )
-_OWN = "QLoRA (peftkern.quantize_)"
 ACCELERATE_ROWS = (
     *(Row("accelerate, device_map", method, "served", 0) for method in _LORAS),
     *(Row("accelerate, offload to the CPU", m, "served", 0) for m in ("LoRA", "DoRA", _OWN)),

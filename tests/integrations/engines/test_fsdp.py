@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from engines import CURVE, LAYERS, STEPS, in_ranks, loss_curve, outcome, share
+from engines import CURVE, LAYERS, STEPS, in_ranks, loss_curve, nf4_llama, outcome, share
 from fsdp import (
     ADAPTED,
     accelerated,
@@ -69,6 +69,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "DoRA": functools.partial(small_llama, use_dora=True),
     "QLoRA (bitsandbytes)": functools.partial(small_llama, storage=torch.float32),
     "QLoRA (bitsandbytes, uint8 storage)": functools.partial(small_llama, storage=torch.uint8),
+    "QLoRA (peftkern.quantize_)": nf4_llama,
     "experts": moe,
     "experts in 4 bits": functools.partial(moe, quantized=True),
 }
