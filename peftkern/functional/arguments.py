@@ -77,8 +77,8 @@ def check_frozen(weight: Any) -> None:
     if weight.requires_grad and torch.is_grad_enabled():
         if flat_parameter_of(weight) is not None:
             raise ArgumentError(
-                f"weight: {IN_FLAT_PARAMETER} with trained ones, and its gradient would be "
-                f"computed; {SHARD_OTHERWISE}"
+                f"weight: expected a frozen tensor alone: {IN_FLAT_PARAMETER} with trained ones; "
+                f"{SHARD_OTHERWISE}"
             )
         raise ArgumentError("weight: expected a frozen tensor, got one that requires a gradient")
 
