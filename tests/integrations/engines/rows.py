@@ -155,17 +155,23 @@ DDP_ROWS = (
 )
 
 TP_ROWS = (
-    Row("Tensor parallel (transformers)", "LoRA", "served", 2),
+    *(Row("Tensor parallel (transformers)", m, "served", 2) for m in ("LoRA", "two adapters")),
     Row(
         "Tensor parallel (transformers)",
         "LoRA, adapters disabled",
-        "tensor parallel: not with one active adapter alone",
+        "tensor parallel: adapters are disabled or merged, or none is active",
         2,
     ),
     Row(
         "Tensor parallel (transformers)",
         "DoRA",
         "refused: mixed torch.Tensor and DTensor, says PEFT alone",
+        2,
+    ),
+    Row(
+        "Tensor parallel (transformers)",
+        "QLoRA (bitsandbytes)",
+        "refused: object has no attribute 'compress_statistics', says PEFT alone",
         2,
     ),
 )
