@@ -64,8 +64,9 @@ TABLE: dict[str, dict[str, str]] = {
         "lora_magnitude_vector is {kind}": _PEFT,
         "lora_magnitude_vector is on {device}": "Set `ephemeral_gpu_offload=False`.",
         "DoRA over Conv1D": _PEFT,
-        "tensor parallel: not with one active adapter alone": (
-            "Over split weights one active adapter is served: `model.set_adapter(name)`."
+        "tensor parallel: adapters are disabled or merged, or none is active": _PEFT,
+        "tensor parallel: dropout of several adapters": (
+            "Give their configs `lora_dropout=0`, or activate one: `model.set_adapter(name)`."
         ),
         "tensor parallel: more than plain LoRA": _PEFT,
         "tensor parallel: lora_A or lora_B is not split as the base is": (

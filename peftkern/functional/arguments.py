@@ -20,6 +20,12 @@ DTYPES = (*WEIGHT_DTYPES, torch.float64)
 # Others go by their type.
 _PRINTED = (numbers.Number, str, torch.dtype, NF4Weight, BlockWeight, type(None))
 _PRINTED_LENGTH = 120
+# FSDP1 makes one parameter of many, of which a process has a part.
+IN_FLAT_PARAMETER = "FullyShardedDataParallel holds it in pieces of a flat parameter"
+SHARD_OTHERWISE = (
+    "shard the model by fully_shard (accelerate: fsdp_version: 2), or train under "
+    "DistributedDataParallel"
+)
 
 
 def mismatch(name: str, expected: str, value: Any) -> ArgumentError:
@@ -69,7 +75,21 @@ def check_frozen(weight: Any) -> None:
     """Check for a dense weight that is not trained: its gradient is never computed."""
     check_dense("weight", weight)
     if weight.requires_grad and torch.is_grad_enabled():
+        if flat_parameter_of(weight) is not None:
+            raise ArgumentError(
+                f"weight: expected a frozen tensor alone: {IN_FLAT_PARAMETER} with trained ones; "
+                f"{SHARD_OTHERWISE}"
+            )
         raise ArgumentError("weight: expected a frozen tensor, got one that requires a gradient")
+
+
+def flat_parameter_of(view: Tensor) -> Any:
+    """Return FSDP1's flat parameter that a tensor with a gradient is a view of, None if of none."""
+    node = view.grad_fn
+    while node is not None and not hasattr(node, "variable"):
+        node = node.next_functions[0][0] if node.next_functions else None
+    flat = getattr(node, "variable", None)
+    return flat if hasattr(flat, "_param_infos") else None
 
 
 def check_quantized(name: str, weight: Any) -> None:

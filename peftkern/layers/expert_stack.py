@@ -27,6 +27,9 @@ from peftkern.layers.state_keys import KeyLookup, any_key
 __all__ = ["ExpertStack"]
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WHOLE_EXPERTS = (
+    "leave experts whole on every device by ignored_states, with decoder layers as units"
+)
 _LOST = "subtracting does not bring back what was there before (a patched model keeps that): "
 
 
@@ -147,7 +150,10 @@ class ExpertStack(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         if type(value) is not type(self):
-            raise TypeError(f"data: expected an {type(self).__name__}, got {type(value).__name__}")
+            raise TypeError(
+                f"data: expected an {type(self).__name__}, got {type(value).__name__}; "
+                f"FullyShardedDataParallel shards no {self.FORMAT}: {WHOLE_EXPERTS}"
+            )
         Tensor.data.__set__(self, value)
         self.turned = value.turned
         for name, part in zip(self.PARTS, value.parts, strict=True):

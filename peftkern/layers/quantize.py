@@ -97,7 +97,7 @@ def _chosen(
 ) -> tuple[_Places, _Experts, list[str]]:
     """Find the layers to quantize with the places they hang in, the experts, and all their names.
 
-    Raises: ValueError if an entry of `include` is in no name.
+    Raises: ValueError if an entry of `include` is in no name, or a layer to quantize is sharded.
     """
     places: _Places = {}
     experts: _Experts = {}
@@ -115,6 +115,11 @@ def _chosen(
             seen.append(name)
             left_out = child in heads or child.weight.dtype not in _DTYPES
             if not left_out and chosen.reason_against(name) is None:
+                if hasattr(child.weight, "full_tensor"):
+                    raise ValueError(
+                        f"{name}: expected a whole weight, got a {type(child.weight).__name__}: "
+                        "quantize before fully_shard; over tensor parallelism nothing is in 4 bits"
+                    )
                 places.setdefault(child, []).append((parent, child_name, name))
                 names.append(name)
     unknown = chosen.unknown(seen)

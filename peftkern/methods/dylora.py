@@ -13,7 +13,8 @@ weight decay alone, bit for bit. (One padded gradient would let Adam's momentum 
 do zeros that `zero_grad(set_to_none=False)` leaves in place of no gradient.) torch.compile makes a
 graph for each rank that it meets: raise `torch._dynamo.config.recompile_limit` above r. Under DDP
 that takes `find_unused_parameters=True`. Where several processes train, the rank that the first one
-draws is everybody's: each of them has to call `sample_rank`.
+draws is everybody's: each of them has to call `sample_rank`. FSDP1 and DeepSpeed, whose flat
+parameters have gradients for all of their parts, are refused by it.
 
 The paper scales rank b by lora_alpha / b. Rows that all ranks share then count less in the larger
 ones, and no values of them suit two ranks: fitting a known update of rank 4, one run stays at 1.1
@@ -31,6 +32,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from peftkern.functional.arguments import SHARD_OTHERWISE
 from peftkern.layers import LoRALinear, NF4LoRALinear
 from peftkern.layers.base import (
     check_update,
@@ -40,7 +42,7 @@ from peftkern.layers.base import (
     merged,
 )
 from peftkern.layers.frozen_base import OverFrozenBase
-from peftkern.methods.processes import of_first
+from peftkern.methods.processes import check_not_flat, of_first, stepped_by_deepspeed
 
 __all__ = ["DyLoRALinear", "sample_rank", "set_rank"]
 
@@ -142,7 +144,8 @@ def set_rank(model: nn.Module, rank: int, *, train_last_only: bool = False) -> N
 
     Args: train_last_only: DyLoRA's "frozen" mode, in which the ranks before the last stay as they
         are.
-    Raises: ValueError if the model has no such layer, or the rank is not in 1 to the largest r.
+    Raises: ValueError if the model has no such layer, FSDP1 or DeepSpeed holds theirs in flat
+        parameters, or the rank is not in 1 to the largest r.
     """
     layers = _layers(model)
     largest = max(layer.r for layer in layers)
@@ -175,4 +178,11 @@ def _layers(model: nn.Module) -> list[DyLoRALinear]:
     layers = [module for module in model.modules() if isinstance(module, DyLoRALinear)]
     if not layers:
         raise ValueError("model: expected at least one DyLoRALinear, found none")
+    row = layers[0].lora_A[0]
+    check_not_flat("lora_A", row, "DyLoRA")
+    if stepped_by_deepspeed(row):
+        raise ValueError(
+            "model: DeepSpeed's ZeRO steps on flat parts of all parameters, those of ranks that a "
+            f"step does not use among them; {SHARD_OTHERWISE}"
+        )
     return layers

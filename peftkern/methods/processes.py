@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peftkern.functional.arguments import IN_FLAT_PARAMETER, SHARD_OTHERWISE
+
 _FLAT = "_fsdp_flattened"  # attribute that FSDP1 leaves at the parameters in its flat ones
 
 
@@ -93,9 +95,7 @@ def check_not_flat(name: str, tensor: Tensor, method: str, wrapped: bool = False
     lost = not isinstance(tensor, nn.Parameter) and several()  # use_orig_params=False
     if wrapped or lost or (getattr(tensor, _FLAT, False) and tensor.dim() != 2):
         raise ValueError(
-            f"{name}: FullyShardedDataParallel holds it in pieces of a flat parameter, and "
-            f"{method} reads it whole; shard the model by fully_shard (accelerate: "
-            "fsdp_version: 2), or train under DistributedDataParallel"
+            f"{name}: {IN_FLAT_PARAMETER}, and {method} reads it whole; {SHARD_OTHERWISE}"
         )
 
 

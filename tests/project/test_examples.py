@@ -20,12 +20,13 @@ SERVED = {  # what must have been served, and what the program says at the end
     "quickstart": ("nf4_lora_linear_backward", "step 20: loss"),
 }
 LAUNCHED = "fsdp_qlora"  # by a launcher, in two processes
+OF_DEEPSPEED = "zero3_lora"  # tests/integrations/engines/test_zero.py launches it
 MOST_LINES = 80
 
 
 def test_every_example_is_tested():
     programs = {path.stem: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py")}
-    assert sorted([*SERVED, LAUNCHED]) == sorted(programs)
+    assert sorted([*SERVED, LAUNCHED, OF_DEEPSPEED]) == sorted(programs)
     assert max(len(text.splitlines()) for text in programs.values()) <= MOST_LINES
 
 

@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 TARGETS = ("q_proj", "down_proj")
 ADAPTED = 2 * len(TARGETS)  # layers of two decoder layers
@@ -75,9 +74,10 @@ def flat(model: nn.Module, policy: Callable | None = None, **options: Any) -> nn
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
 
 
-def flat_layers(model: nn.Module) -> nn.Module:
+def flat_layers(model: nn.Module, **options: Any) -> nn.Module:
     """FSDP1: frozen and trained parameters of a decoder layer in one."""
-    return flat(model, ModuleWrapPolicy({LlamaDecoderLayer}))
+    kind = type(model.base_model.model.model.layers[0])
+    return flat(model, ModuleWrapPolicy({kind}), **options)
 
 
 def accelerated(

@@ -24,11 +24,13 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import Tensor, nn
 
+from peftkern.functional.arguments import flat_parameter_of
 from peftkern.integrations.peft.fallback import Fallback, PatchedForward, kept_forward
 from peftkern.layers.expert_stack import dense_now
 from peftkern.methods.processes import several
 
 _FSDP = "torch.distributed.fsdp"
+_OF_SHARDS = (" is DTensor", " does not fit the experts")  # of FSDP2, and of pieces of FSDP1
 _ITS_MODULES = f"{_FSDP}."
 _OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")
 _OF_ENGINES = ("_forward_hooks", "_forward_pre_hooks", *_OF_ACCELERATE)
@@ -122,7 +124,7 @@ def is_sharded(layer: nn.Module, parts: Sequence[Part]) -> bool:
 
 def in_a_call(reason: str | None, layer: nn.Module, parts: Sequence[Part] = ()) -> str | None:
     """Return what is left of a reason against a layer when FSDP has made its weights whole."""
-    sharded = reason is not None and reason.endswith(" is DTensor")
+    sharded = reason is not None and reason.endswith(_OF_SHARDS)
     return None if sharded and is_sharded(layer, parts) else reason
 
 
@@ -131,15 +133,22 @@ def is_frozen_view(weight: Tensor, module: nn.Module) -> bool:
 
     FSDP gives no gradient to a parameter that was frozen when it was made a part of another.
     """
-    node = weight.grad_fn
-    while node is not None and not hasattr(node, "variable"):
-        node = node.next_functions[0][0] if node.next_functions else None
-    flat = getattr(node, "variable", None)
+    flat = flat_parameter_of(weight)
     infos, params = getattr(flat, "_param_infos", None), getattr(flat, "_params", None)
     return any(
         info.module is module and info.param_name == "weight" and not param.requires_grad
         for info, param in zip(infos or (), params or (), strict=True)
     )
+
+
+def in_flat_parameters(layer: nn.Module) -> bool:
+    """Return whether FSDP1 has a module of a layer, or in this call all of its parameters."""
+    fsdp = sys.modules.get(_FSDP)
+    if fsdp is None:
+        return False
+    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in layer.modules()):
+        return True
+    return any(flat_parameter_of(parameter) is not None for parameter in layer.parameters())
 
 
 def asks_for_fsdp(model: nn.Module) -> bool:

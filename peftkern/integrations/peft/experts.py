@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.formats.table import FORMATS
-from peftkern.functional.arguments import WEIGHT_DTYPES
+from peftkern.functional.arguments import SHARD_OTHERWISE, WEIGHT_DTYPES
 from peftkern.functional.lora_experts import ExpertLinear, lora_experts
 from peftkern.integrations import frozen_experts
 from peftkern.integrations.peft import trial
-from peftkern.integrations.peft.engines import in_a_call
+from peftkern.integrations.peft.engines import in_a_call, in_flat_parameters
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
@@ -40,7 +40,7 @@ from peftkern.integrations.peft.fallback import (
 )
 from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.serve import switched_off
-from peftkern.layers.expert_stack import ExpertStack, expert_weight, is_transposed
+from peftkern.layers.expert_stack import WHOLE_EXPERTS, ExpertStack, expert_weight, is_transposed
 from peftkern.layers.experts import gate_of
 
 try:
@@ -152,6 +152,19 @@ class PatchedParamWrapper(PatchedForward, InnerParamWrapper):
             return Fallback(reason)
         refusal = trial.refusal(self, x, _trial_key(stack, x, *routing))
         return refusal or _served(stack, x, *routing)
+
+    def peer_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        flat = in_flat_parameters(self)  # PEFT would leave views that cannot be asked
+        try:
+            return super().peer_forward(x, *args, **kwargs)
+        except RuntimeError as error:
+            if not flat:
+                raise
+            raise RuntimeError(
+                "experts: PEFT adds adapters to their weights, which FullyShardedDataParallel "
+                f"gives it in views or pieces of a flat parameter; {SHARD_OTHERWISE}, or "
+                f"{WHOLE_EXPERTS}"
+            ) from error
 
     def outlook(self) -> Outlook:
         device = self.get_param().device

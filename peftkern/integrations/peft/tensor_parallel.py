@@ -50,11 +50,11 @@ _STYLES = {"ColwiseParallel": "colwise", "RowwiseParallel": "rowwise"}
 
 
 class Split(NamedTuple):
-    """How a layer is split, among which processes; name of its one active adapter."""
+    """How a layer is split, among which processes; names of its active adapters."""
 
     colwise: bool
     group: dist.ProcessGroup
-    name: str
+    names: list[str]
 
 
 def split_of(layer: Any) -> Split | Fallback | None:
@@ -64,24 +64,28 @@ def split_of(layer: Any) -> Split | Fallback | None:
     if style is None:
         return None
     kind, group = style
-    group_A = layer._modules["lora_A"]._modules
     names = active_names(layer)
-    if layer.disable_adapters or layer.merged_adapters or len(names) != 1:
-        return Fallback("tensor parallel: not with one active adapter alone")
-    (name,) = names
-    if name in layer.lora_variant or layer.lora_bias.get(name):
-        return Fallback("tensor parallel: more than plain LoRA")
-    A, B = group_A[name], layer._modules["lora_B"]._modules[name]
-    part, all_of = (B, A) if kind == "colwise" else (A, B)
-    if _style_of(part) != style or type(all_of) is not nn.Linear:
-        return Fallback("tensor parallel: lora_A or lora_B is not split as the base is")
-    drop = layer._modules["lora_dropout"]._modules[name]
-    role = "lora_A" if kind == "colwise" else "lora_B"
-    reason = unusual_dropout(drop) or unusual_tensor(**{role: all_of.weight})
-    reason = reason or hooked(base.weight.device, lora_dropout=drop, **{role: all_of})
+    if layer.disable_adapters or layer.merged_adapters or not names:
+        return Fallback("tensor parallel: adapters are disabled or merged, or none is active")
+    reasons = (_unusual_adapter(layer, name, style) for name in names)
+    reason = next(filter(None, reasons), None)
     if reason is None and any(GLOBAL_HOOKS):
         reason = "global module hooks"
-    return Split(kind == "colwise", group, name) if reason is None else Fallback(reason)
+    return Split(kind == "colwise", group, names) if reason is None else Fallback(reason)
+
+
+def _unusual_adapter(layer: Any, name: str, style: tuple[str, dist.ProcessGroup]) -> str | None:
+    """Return the reason against serving an adapter of a layer that is split in this style."""
+    if name in layer.lora_variant or layer.lora_bias.get(name):
+        return "tensor parallel: more than plain LoRA"
+    A, B = (layer._modules[key]._modules[name] for key in ("lora_A", "lora_B"))
+    role, (part, all_of) = ("lora_A", (B, A)) if style[0] == "colwise" else ("lora_B", (A, B))
+    if _style_of(part) != style or type(all_of) is not nn.Linear:
+        return "tensor parallel: lora_A or lora_B is not split as the base is"
+    drop = layer._modules["lora_dropout"]._modules[name]
+    reason = unusual_dropout(drop) or unusual_tensor(**{role: all_of.weight})
+    device = layer._modules["base_layer"].weight.device
+    return reason or hooked(device, lora_dropout=drop, **{role: all_of})
 
 
 def _style_of(module: nn.Module) -> tuple[str, dist.ProcessGroup] | None:
@@ -140,26 +144,42 @@ def answer(layer: Any, x: Tensor) -> Tensor | Fallback | None:
 
 def _computed(layer: Any, x: Tensor, split: Split, cast: torch.dtype | None) -> Tensor | Fallback:
     base = layer._modules["base_layer"]
-    A, B = (layer._modules[key]._modules[split.name].weight for key in ("lora_A", "lora_B"))
-    drop = layer._modules["lora_dropout"]._modules[split.name]
-    p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+    drops = [layer._modules["lora_dropout"]._modules[name] for name in split.names]
+    p = max(drop.p if drop.training and type(drop) is nn.Dropout else 0.0 for drop in drops)
+    if p and len(drops) > 1:
+        return Fallback("tensor parallel: dropout of several adapters")
     weight, bias = base.weight.to_local(), base.bias
     if bias is not None:
         bias = bias.to_local()
+    found = _factors(layer, split)
+    if isinstance(found, Fallback):
+        return found
+    A, B, scaling = found
     if split.colwise:
-        x = _SummedGradient.apply(x, split.group)
-        A, B = _SummedGradient.apply(A, split.group), B.to_local()
+        x, A = _SummedGradient.apply(x, split.group), _SummedGradient.apply(A, split.group)
     else:
-        A, B = A.to_local(), _SummedGradient.apply(B, split.group)
-    scaling = layer.scaling[split.name]
-    if A.dtype not in DTYPES or A.dtype is not B.dtype:
-        return Fallback(f"lora_A is {A.dtype}, lora_B is {B.dtype}")
+        B = _SummedGradient.apply(B, split.group)
     part = (x, weight, bias if split.colwise else None, A, B, scaling, p)
     y = _own_part(part, layer.training, cast)
     if split.colwise:
         return y
     y = _Sum.apply(y, split.group)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _factors(layer: Any, split: Split) -> tuple[Tensor, Tensor, float] | Fallback:
+    """Return what is here of lora_A and lora_B, and scaling; of several adapters as of one."""
+    named = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
+    pairs = [[modules[name].weight for modules in named] for name in split.names]
+    for A, B in pairs:
+        if A.dtype not in DTYPES or not A.dtype is B.dtype is pairs[0][0].dtype:
+            return Fallback(f"lora_A is {A.dtype}, lora_B is {B.dtype}")
+    here = [(A, B.to_local()) if split.colwise else (A.to_local(), B) for A, B in pairs]
+    scalings = [layer.scaling[name] for name in split.names]
+    if len(here) == 1:
+        return *here[0], scalings[0]
+    B = [B * scaling for (_, B), scaling in zip(here, scalings, strict=True)]
+    return torch.cat([A for A, _ in here]), torch.cat(B, dim=1), 1.0
 
 
 def _own_part(part: tuple, training: bool, cast: torch.dtype | None) -> Tensor:

@@ -44,6 +44,7 @@ DCP = "torch.distributed.checkpoint"
 ACCELERATE = "accelerate's save_state"
 TRAINER = "the Trainer, killed between steps"
 CHECKPOINTS = (
+    *(Checkpoint("FSDP1", DCP, m, "resumes") for m in ("LoRA", "QLoRA (bitsandbytes)")),
     Checkpoint("FSDP2", DCP, "LoRA", "resumes"),
     Checkpoint("FSDP2", DCP, "QLoRA (bitsandbytes)", "resumes"),
     Checkpoint("FSDP2", DCP, "QLoRA (peftkern.quantize_)", "resumes"),
@@ -66,6 +67,7 @@ CHECKPOINTS = (
     Checkpoint("FSDP2", TRAINER, "QLoRA (bitsandbytes)", "resumes"),
 )
 _LORAS = ("LoRA", "DoRA", "QLoRA (bitsandbytes)")
+_OWN = "QLoRA (peftkern.quantize_)"
 _BYTES = "QLoRA (bitsandbytes, uint8 storage)"
 FSDP_ROWS = (
     Row("FSDP2, the model as a unit", "LoRA", "served", 2),
@@ -76,21 +78,44 @@ FSDP_ROWS = (
     *(Row("FSDP2 as accelerate wraps", m, "served", 2) for m in ("LoRA", _LORAS[2], _BYTES)),
     Row("FSDP2 as accelerate wraps for PEFT", "LoRA", "served", 2),
     *(Row("FSDP1, PEFT's wrap policy", method, "served", 2) for method in ("LoRA", _LORAS[2])),
-    Row("FSDP1, PEFT's wrap policy", _BYTES, "refused: Cannot flatten integer dtype tensors", 2),
+    *(
+        Row("FSDP1, PEFT's wrap policy", m, "refused: Cannot flatten integer dtype tensors", 2)
+        for m in (_BYTES, _OWN)
+    ),
     Row("FSDP1, PEFT's wrap policy, use_orig_params=False", "LoRA", "served", 2),
     Row("FSDP1, PEFT's wrap policy, use_orig_params=False", "DoRA", "served", 2),
     Row("FSDP1, a decoder layer as a unit", "LoRA", "served", 2),
+    *(
+        Row(engine, method, outcome, 2)
+        for method in ("experts", "experts in 4 bits")
+        for engine, outcome in (
+            (
+                "FSDP1, a decoder layer as a unit",
+                "refused: leave experts whole on every device by ignored_states",
+            ),
+            ("FSDP1, a decoder layer as a unit, experts in ignored_states", "served"),
+        )
+    ),
 )
 ACCELERATE_ROWS = (
     *(Row("accelerate, device_map", method, "served", 0) for method in _LORAS),
-    *(Row("accelerate, offload to the CPU", m, "served", 0) for m in ("LoRA", "DoRA")),
-    Row("accelerate, offload to disk", "LoRA", "served", 0),
+    *(Row("accelerate, offload to the CPU", m, "served", 0) for m in ("LoRA", "DoRA", _OWN)),
+    *(Row("accelerate, offload to disk", m, "served", 0) for m in ("LoRA", _OWN)),
     Row(
         "accelerate, offload to the CPU",
         "QLoRA (bitsandbytes)",
         "refused: Cannot copy out of meta tensor",
         0,
     ),
+)
+_UNUSED = "refused: those of ranks that a step does not use"
+ZERO_METHOD_ROWS = (
+    *(
+        Row("DeepSpeed ZeRO-2", method, "served", 2)
+        for method in ("Delta-LoRA", "Delta-LoRA (in place)", "Quantum-PEFT")
+    ),
+    Row("DeepSpeed ZeRO-3", "Quantum-PEFT", "served", 2),
+    *(Row(f"DeepSpeed ZeRO-{stage}", "DyLoRA", _UNUSED, 2) for stage in (1, 2, 3)),
 )
 ZERO_ROWS = (
     Row("DeepSpeed ZeRO-1", "LoRA", "served", 2),
@@ -130,17 +155,23 @@ DDP_ROWS = (
 )
 
 TP_ROWS = (
-    Row("Tensor parallel (transformers)", "LoRA", "served", 2),
+    *(Row("Tensor parallel (transformers)", m, "served", 2) for m in ("LoRA", "two adapters")),
     Row(
         "Tensor parallel (transformers)",
         "LoRA, adapters disabled",
-        "tensor parallel: not with one active adapter alone",
+        "tensor parallel: adapters are disabled or merged, or none is active",
         2,
     ),
     Row(
         "Tensor parallel (transformers)",
         "DoRA",
         "refused: mixed torch.Tensor and DTensor, says PEFT alone",
+        2,
+    ),
+    Row(
+        "Tensor parallel (transformers)",
+        "QLoRA (bitsandbytes)",
+        "refused: object has no attribute 'compress_statistics', says PEFT alone",
         2,
     ),
 )
@@ -163,7 +194,10 @@ METHOD_ROWS = (
     Row("DDP", "LongLoRA", "served", 2),
     Row("FSDP2, a decoder layer as a unit", "LongLoRA", "served", 2),
     Row("FSDP2, a decoder layer as a unit", "AdaLoRA", "served", 2),
-    *(Row("FSDP1", method, _FLAT, 2) for method in (*_OF_LAYERS, "AdaLoRA")),
+    *(
+        Row("FSDP1", method, _FLAT, 2)
+        for method in (*_OF_LAYERS, "DyLoRA", "Quantum-PEFT", "AdaLoRA")
+    ),
 )
 
 _UNIT = "FSDP2, a decoder layer as a unit"
@@ -182,6 +216,7 @@ _SHOWN = (
     *FSDP_ROWS,
     *ACCELERATE_ROWS,
     *ZERO_ROWS,
+    *ZERO_METHOD_ROWS,
     *TP_ROWS,
     *METHOD_ROWS,
     *CHECKPOINT_ROWS,

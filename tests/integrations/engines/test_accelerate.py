@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
-from engines import outcome
+from engines import nf4_llama, outcome
 from fsdp import ADAPTED, small_llama
 from peft_models import (
     K,
@@ -35,6 +35,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "LoRA": small_llama,
     "DoRA": functools.partial(small_llama, use_dora=True),
     "QLoRA (bitsandbytes)": functools.partial(small_llama, storage=torch.uint8),
+    "QLoRA (peftkern.quantize_)": nf4_llama,
 }
 CPU = torch.device("cpu")
 

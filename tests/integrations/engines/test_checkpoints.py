@@ -1,4 +1,4 @@
-"""Checkpoints of patched models under DDP and FSDP2: what goes on from one is the same training."""
+"""Checkpoints of patched models under DDP and FSDP: what goes on from one is the same training."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from engines import (
     qlora_llama,
     share,
 )
+from fsdp import flat
 from peft_models import fill_adapters
 from rows import ACCELERATE, CHECKPOINTS, DCP, TRAINER
 from torch import Tensor, nn
@@ -57,6 +58,9 @@ MODELS = {
 }
 
 
+WRAPS = {"FSDP1": flat, "FSDP2": in_decoder_layers}
+
+
 class Run(NamedTuple):
     """A training in this rank, and what accelerate or AdaLoRA have of it."""
 
@@ -69,11 +73,12 @@ class Run(NamedTuple):
         return loss_curve(self.model, self.optimizer, range(*steps))
 
 
-def sharded(method: str, patched: bool) -> Run:
+def sharded(engine: str, method: str, patched: bool) -> Run:
     model = MODELS[method]()
     if patched:
         peftkern.patch(model)
-    optimizer = optimizer_of(in_decoder_layers(model))
+    model = WRAPS[engine](model)
+    optimizer = optimizer_of(model)
     steps = AdaLoraSteps(model, optimizer, END) if method == "AdaLoRA" else None
     return Run(model, optimizer, steps)
 
@@ -88,8 +93,8 @@ def parts_of(run: Run, full: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, **adalora}
 
 
-def resumed(rank: int, method: str, patched: bool, full: bool, folder: Path) -> Tensor:
-    run = sharded(method, patched)
+def resumed(rank: int, engine: str, method: str, patched: bool, full: bool, folder: Path) -> Tensor:
+    run = sharded(engine, method, patched)
     parts = parts_of(run, full)
     dcp.load(parts, checkpoint_id=folder)
     state = {"model_state_dict": parts["model"], "optim_state_dict": parts["optimizer"]}
@@ -97,14 +102,14 @@ def resumed(rank: int, method: str, patched: bool, full: bool, folder: Path) -> 
     return run.losses(SAVED, END)
 
 
-def saved_and_resumed(rank: int, method: str, folder: Path) -> dict[str, Any]:
+def saved_and_resumed(rank: int, engine: str, method: str, folder: Path) -> dict[str, Any]:
     """Two trainings that save, and new ones that go on from either checkpoint.
 
     Patched ones alone, where an unpatched one has no AdaLoraSteps.
     """
     found, adapted = {}, method == "AdaLoRA"
     for patched in (True,) if adapted else (True, False):
-        run, name = sharded(method, patched), "ours" if patched else "theirs"
+        run, name = sharded(engine, method, patched), "ours" if patched else "theirs"
         first = run.losses(SAVED)
         dcp.save(parts_of(run, full=patched), checkpoint_id=folder / name)
         found[name] = torch.cat([first, run.losses(SAVED, END)])
@@ -116,12 +121,12 @@ def saved_and_resumed(rank: int, method: str, folder: Path) -> dict[str, Any]:
         else:
             assert found["keys"] == sorted(get_model_state_dict(run.model))
     if adapted:
-        run = sharded(method, True)
+        run = sharded(engine, method, True)
         parts_of(run, full=False)  # with a step of zeros, to have the optimizer make states
         assert run.steps.step == 0 and not run.steps.tuner.rankallocator.exp_avg_ipt
     for patched, name in ((True, "ours"), (False, "ours"), (True, "theirs"))[: 1 if adapted else 3]:
         full = name == "ours"
-        found[patched, name] = resumed(rank, method, patched, full, folder / name)
+        found[patched, name] = resumed(rank, engine, method, patched, full, folder / name)
     return found
 
 
@@ -129,10 +134,12 @@ def file_of(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", [c.method for c in CHECKPOINTS if c.writer == DCP])
-def test_distributed_checkpoints_go_on_as_the_training(tmp_path, method):
+@pytest.mark.parametrize(
+    ("engine", "method"), [(c.engine, c.method) for c in CHECKPOINTS if c.writer == DCP]
+)
+def test_distributed_checkpoints_go_on_as_the_training(tmp_path, engine, method):
     """One that was patched goes on bit for bit, an unpatched one as a patched one, and back."""
-    for found in in_ranks(saved_and_resumed, 2, tmp_path / "run", method, tmp_path):
+    for found in in_ranks(saved_and_resumed, 2, tmp_path / "run", engine, method, tmp_path):
         assert found["outcome"] == "served"
         ours = found["ours"]
         assert torch.equal(found[True, "ours"], ours[SAVED:])
@@ -142,7 +149,7 @@ def test_distributed_checkpoints_go_on_as_the_training(tmp_path, method):
             torch.testing.assert_close(found[True, "theirs"], ours[SAVED:], **CURVE)
     assert file_of(tmp_path / "adapter-0") == file_of(tmp_path / "adapter-1")
     if method == "QLoRA (bitsandbytes)":  # in other shards than were saved
-        sharded = method, True, False, tmp_path / "theirs"
+        sharded = engine, method, True, False, tmp_path / "theirs"
         for losses in in_ranks(resumed, 4, tmp_path / "four", *sharded):
             torch.testing.assert_close(losses, ours[SAVED:], **CURVE)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from engines import CURVE, LAYERS, STEPS, in_ranks, loss_curve, outcome, share
+from engines import CURVE, LAYERS, STEPS, in_ranks, loss_curve, nf4_llama, outcome, share
 from fsdp import (
     ADAPTED,
     accelerated,
@@ -49,12 +49,29 @@ from peftkern.layers import NF4Stack
 
 BF16 = torch.bfloat16
 SHORT = 8  # steps of what differs in the method alone, or in a wrap that hides less
+
+
+def moe(quantized: bool = False) -> nn.Module:
+    model = expert_models.tiny_moe()
+    if quantized:
+        peftkern.quantize_(model, include=["experts"])
+    return expert_models.add_experts_lora(model).train()
+
+
+def flat_layers_around_experts(model: nn.Module) -> nn.Module:
+    """FSDP1: decoder layers, but for the frozen weights of experts."""
+    weights = [p for n, p in model.named_parameters() if "experts" in n and not p.requires_grad]
+    return flat_layers(model, ignored_states=weights)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "LoRA": small_llama,
     "DoRA": functools.partial(small_llama, use_dora=True),
     "QLoRA (bitsandbytes)": functools.partial(small_llama, storage=torch.float32),
     "QLoRA (bitsandbytes, uint8 storage)": functools.partial(small_llama, storage=torch.uint8),
-    "experts": lambda: expert_models.add_experts_lora(expert_models.tiny_moe()).train(),
+    "QLoRA (peftkern.quantize_)": nf4_llama,
+    "experts": moe,
+    "experts in 4 bits": functools.partial(moe, quantized=True),
 }
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FSDP2, the model as a unit": in_one,
@@ -69,6 +86,7 @@ WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
         flat, use_orig_params=False
     ),
     "FSDP1, a decoder layer as a unit": flat_layers,
+    "FSDP1, a decoder layer as a unit, experts in ignored_states": flat_layers_around_experts,
 }
 
 
@@ -87,7 +105,7 @@ def trained(rank: int, row: Row) -> tuple[Tensor, str, dict[str, str]]:
     peftkern.reset_stats()
     count = steps_for(row)
     losses = loss_curve(model, steps=range(count))
-    if row.method != "experts":
+    if not row.method.startswith("experts"):
         calls = LAYERS if "QLoRA" in row.method else ADAPTED  # those without an adapter, too
         return losses, outcome(count * calls), report.falling_back
     said = "served" if expert_models.served() == 2 * count else str(expert_models.fallbacks())
@@ -356,9 +374,7 @@ def layers_that_are_units() -> None:
 def experts_in_4_bits() -> None:
     """Shards of them are dense, which is said where FSDP2 has made them so; ignored, they stay."""
     for ignored, patch_first in itertools.product((False, True), repeat=2):
-        model = expert_models.tiny_moe()
-        peftkern.quantize_(model, include=["experts"])
-        model = expert_models.add_experts_lora(model)
+        model = moe(quantized=True)
         stacks = {p for p in model.parameters() if isinstance(p, NF4Stack)}
         if patch_first:
             peftkern.patch(model)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from engine_runs import adamw_of, batch_of
 from engines import CURVE, STEPS, in_ranks
+from peft import LoraConfig
 from peft_models import add_lora, fallbacks, fill_adapters, served_by_us
 from rows import TP_ROWS
 from tolerances import BF16_LOSS_RTOL, LOGITS
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import peftkern
 from peftkern.backends import trust
@@ -54,13 +55,15 @@ def whole_model(folder: Path, **config: Any) -> nn.Module:
     return model.train()
 
 
+def split_base(folder: Path, **options: Any) -> nn.Module:
+    options["distributed_config"] = DistributedConfig(tp_size=2)
+    return LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+
+
 def split_model(folder: Path, **config: Any) -> nn.Module:
     """The same over two processes: PEFT draws the adapters of a process by its parts."""
     wanted = dict(whole_model(folder, **config).named_parameters())
-    base = LlamaForCausalLM.from_pretrained(
-        folder, distributed_config=DistributedConfig(tp_size=2), attn_implementation="eager"
-    )
-    model = add_lora(base, **config)
+    model = add_lora(split_base(folder), **config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:
@@ -74,7 +77,7 @@ def split_model(folder: Path, **config: Any) -> nn.Module:
 def as_peft_means(model: nn.Module) -> nn.Module:
     """Let PEFT 0.21.2 train alone over transformers 5.23, which asks lora_A for all features."""
     for name, module in model.named_modules():
-        if name.endswith("lora_A.default"):
+        if ".lora_A." in name:
             module.in_features = module.weight.shape[1]
     return model
 
@@ -164,6 +167,59 @@ def test_as_peft_over_tensor_parallelism(folder, tmp_path, autocast, dropout):
     tolerance = {"rtol": BF16_LOSS_RTOL, "atol": 0} if autocast else CURVE
     for theirs, ours in in_ranks(beside_peft, 2, tmp_path, folder, autocast, config):
         torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def with_two(model: nn.Module, dropout: float = 0.0) -> nn.Module:
+    """Another adapter, of the same values over whole and split weights, active beside the first."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=dropout)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".other." in name:
+                value = torch.randn(p.shape) / 8
+                split = isinstance(p, DTensor)
+                p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if split else value)
+    return model.train()
+
+
+def two_adapters(rank: int, folder: Path) -> dict[str, Any]:
+    """Losses over split weights of both, and what is counted where their dropout is on."""
+    model = with_two(split_model(folder))
+    peftkern.patch(model)
+    peftkern.reset_stats()
+    found = {"losses": losses_of(model, STEPS), "served": served_by_us(), "fallbacks": fallbacks()}
+    model = as_peft_means(with_two(split_model(folder), dropout=0.5))
+    peftkern.patch(model)
+    peftkern.reset_stats()
+    model(**batch_of(1))
+    return found | {"dropout": fallbacks(), "adapters": whole_adapters(model)}
+
+
+def two_alone(rank: int, folder: Path) -> Tensor:
+    return losses_of(with_two(whole_model(folder)), STEPS)
+
+
+def test_two_adapters_train_as_in_one_process(folder, tmp_path):
+    (expected,) = in_ranks(two_alone, 1, tmp_path / "alone", folder)
+    for found in in_ranks(two_adapters, 2, tmp_path / "ranks", folder):
+        torch.testing.assert_close(found["losses"], expected, **CURVE)
+        assert found["served"] == STEPS * LAYERS and found["fallbacks"] == {}
+        assert found["dropout"] == {"tensor parallel: dropout of several adapters": 4}
+
+
+def quantized(rank: int, folder: Path) -> None:
+    """Weights in 4 bits that are split: bitsandbytes' are refused by PEFT, ours by quantize_."""
+    base = split_base(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(AttributeError, match="has no attribute 'compress_statistics'"):
+        add_lora(base)
+    with pytest.raises(ValueError, match="q_proj: expected a whole weight, got a DTensor"):
+        peftkern.quantize_(split_base(folder))
+
+
+def test_weights_in_4_bits_are_refused(folder, tmp_path):
+    in_ranks(quantized, 2, tmp_path, folder)
 
 
 def other_states(rank: int, folder: Path) -> dict[str, Any]:

@@ -3,19 +3,25 @@ and every layer is served in each, also where stage 3 gathers a parameter for ea
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from adalora_models import adalora_llama, quantize_4bit_
+from engine_methods import METHODS, losses_of
 from engines import CURVE, LAYERS, STEPS, in_ranks, loss_curve, optimizer_of, outcome
 from expert_models import add_experts_lora, tiny_moe
 from expert_models import fallbacks as experts_fallbacks
 from expert_models import served as experts_served
+from paths import EXAMPLES, SUPPORT
 from peft_models import add_lora, take_small_layers, text_batch, tiny_llama
-from rows import ZERO_ROWS, Row
+from processes import run_python
+from rows import PAGE, ZERO_METHOD_ROWS, ZERO_ROWS, Row
 from safetensors.torch import load_file
 from tolerances import BF16_LOSS_RTOL
 from torch import Tensor, nn
@@ -142,6 +148,20 @@ def train(row: Row) -> Found:
     return Found(losses, "served" if whole else f"{served} calls served, {reasons}", {})
 
 
+def train_method(row: Row) -> Found:
+    """Train a rank of a row of a method of layers; what it refuses is what is said."""
+    method = METHODS[row.method]
+    model = method.model()
+    config = config_of(int(row.engine[-1]))
+    engine = engine_of(model, config, method.optimizer(model))
+    peftkern.reset_stats()
+    try:
+        losses = losses_of(method, engine, model, dist.get_rank(), 2, engine, engine.backward)
+    except ValueError as error:
+        return Found(torch.empty(0), str(error), {})
+    return Found(losses, "served" if not peftkern.stats().fallbacks else str(peftkern.stats()), {})
+
+
 def resume(rank: int, folder: Path) -> None:
     """AdaLoRA in stage 3 goes on from DeepSpeed's checkpoint as if it had never stopped."""
     half, config = SHORT // 2, config_of(3)
@@ -249,6 +269,7 @@ def trainer(rank: int, folder: Path) -> None:
 
 def train_all(rank: int, folder: Path) -> dict[Row, Found]:
     found = {row: train(row) for row in ZERO_ROWS}
+    found |= {row: train_method(row) for row in ZERO_METHOD_ROWS}
     resume(rank, folder)
     refuse(rank, folder)
     refuse_pairs(rank, folder)
@@ -302,6 +323,37 @@ def test_ranks_train_as_one_process_and_are_served(found, alone, row):
     assert (row.method == "AdaLoRA") == bool(mask)
 
 
+@pytest.mark.parametrize("row", ZERO_METHOD_ROWS, ids=lambda row: f"{row.engine}, {row.method}")
+def test_methods_of_layers_train_as_one_process_or_say_why_not(found, row):
+    for rank in found:
+        assert row.outcome.removeprefix("refused: ") in rank[row].said
+        if row.outcome == "served":
+            method = METHODS[row.method]
+            model = method.model()
+            torch.testing.assert_close(
+                rank[row].losses, losses_of(method, model, model, 0, 1), **CURVE
+            )
+
+
 def test_adalora_resumes_and_is_refused_in_words_and_layers_are_tried(found):
     """The ranks have asserted it: `resume`, `refuse`, `refuse_pairs`, `trust_it` and `trainer`."""
     assert len(found) == 2
+
+
+def test_the_example_is_launched_as_the_page_says(tmp_path):
+    """In two processes, by the config that users copy; every layer is served, its losses fall."""
+    for name in ("zero3_lora.json", "fsdp_qlora.yaml"):
+        assert (EXAMPLES / name).read_text(encoding="utf-8") in PAGE.read_text(encoding="utf-8")
+    start = tmp_path / "start.py"  # tests/support/zero.py leaves out what takes long to compile
+    start.write_text(
+        "import runpy, sys, zero\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0])"
+    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, start)
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(SUPPORT)])
+    options = {"PYTHONPATH": path, "PEFTKERN_TRUST": "always", "CUDA_VISIBLE_DEVICES": ""}
+    done = run_python(*launch, EXAMPLES / "zero3_lora.py", **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(x) for x in re.findall(r"'loss': '?([0-9.]+)", done.stdout)]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.2, done.stdout
+    assert re.search(r"lora_linear_backward +cpu +140$", done.stdout, re.MULTILINE), done.stdout
+    assert "fell back" not in done.stdout
