@@ -9,6 +9,7 @@ namespace peftkern {
 namespace {
 
 struct BFloat16Panels {
+  using ByteTables = peftkern::ByteTables;
   static constexpr int64_t kStep = 32;
   static constexpr int64_t kOrder = 128;  // each stream fills a tile row
   static constexpr int64_t kColumns = 64;
@@ -39,9 +40,10 @@ struct BFloat16Panels {
   }
 
   template <class Before>
-  static void decode_rows(const NF4View& w, const Absmax& absmax, int64_t element, int64_t K,
-                          int64_t rows, int64_t n, DType, uint32_t* out, int64_t stride,
-                          const Before& before) {
+  [[gnu::always_inline]] static void decode_rows(const NF4View& w, const Absmax& absmax,
+                                                 int64_t element, int64_t K, int64_t rows,
+                                                 int64_t n, DType, uint32_t* out, int64_t stride,
+                                                 const Before& before) {
     decode_streams({w, absmax, element, K, rows, n, out, stride}, before);
   }
 
@@ -73,11 +75,10 @@ struct BFloat16Panels {
       if (w.zero) return fn(TablePairs<true>(w, absmax, K));
       return fn(TablePairs<false>(w, absmax, K));
     }
-    if (w.format == Format::kMXFP4) {
-      return fn(ShortPairs<ShortBlocks::kE2M1Powers>(w, absmax, K));
-    }
-    if (w.format == Format::kNVFP4) return fn(ShortPairs<ShortBlocks::kE2M1>(w, absmax, K));
-    fn(ShortPairs<ShortBlocks::kWide>(w, absmax, K));
+    if (w.format == Format::kMXFP4) return fn(E2M1Pairs<5>(w, absmax, K));
+    if (w.format == Format::kNVFP4) return fn(E2M1Pairs<4>(w, absmax, K));
+    if (w.zero) return fn(FloatPairs<true>(w, absmax, K));
+    fn(FloatPairs<false>(w, absmax, K));
   }
 
   // Pairs of rows over kGroups 64 columns of whole blocks. Returns the number of rows.
@@ -232,7 +233,7 @@ struct BFloat16Axpy {
     const uint8_t *low = w.packed + element / 2, *high = w.packed + second / 2;
     if constexpr (kShort) {
       const BlockDecoder blocks(w, absmax, PackedOrder::kPair);
-      const __m512i words = ShortPairs<ShortBlocks::kWide>::one_after_other(low, high);
+      const __m512i words = one_after_other(low, high);
       return Scaled{blocks.wide(words, blocks.rows(element, second, rows > 1))};
     } else {
       const BF16Tables<false> tables(w, absmax);

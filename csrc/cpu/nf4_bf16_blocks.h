@@ -5,9 +5,9 @@
 //
 // Blocks of 64 weights and more have tables of their values, two in a register (vpermw reads five
 // index bits: four are the nibble, the fifth chooses the table). Shorter blocks of a row have
-// tables of bytes, one for each 128 bits, which vpshufb reads. Those of two rows would need more
-// tables than that: their scales are spread over the lanes instead, and meet the codes in integers
-// (nf4_scale_lanes.h), or else as float32. All round once to bfloat16.
+// tables of bytes, one for each 128 bits, which vpshufb reads; of e2m1 codes with a byte for a
+// scale, of one row or two, they are made in advance for every byte. Of blocks of 32 of two rows
+// there are four tables of words. All values are rounded once to bfloat16.
 #pragma once
 
 #include "nf4_panel.h"
@@ -28,6 +28,11 @@ inline __m512i alternate(const uint8_t* first, const uint8_t* second) {
   const __m512i rows = join(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)),
                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
   return _mm512_permutexvar_epi16(alternating, rows);
+}
+
+inline __m512i one_after_other(const uint8_t* first, const uint8_t* second) {
+  return join(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)),
+              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
 }
 
 // ---- tables
@@ -88,7 +93,161 @@ struct TablePairs {
   }
 };
 
-// ---- scales spread over the lanes
+// ---- bytes of values
+
+// The bytes of sixteen values for each 128 bits of packed weights, which vpshufb looks up there: of
+// a block, or the magnitudes of two.
+struct LaneTables {
+  __m512i low, high;
+};
+
+// What each byte of a scale makes of the magnitudes of e2m1 codes, as bfloat16: eight low bytes and
+// eight high ones. Weights of other formats have no such tables.
+class ByteTables {
+ public:
+  explicit ByteTables(const NF4View& w) : there_(w.byte_scales()) {
+    if (!there_) return;
+    uint8_t every[256];
+    float scales[256];
+    for (int i = 0; i < 256; ++i) every[i] = static_cast<uint8_t>(i);
+    NF4View view = w;
+    view.absmax = every;
+    byte_scales(view, 0, 256, scales);
+    const __m512 codes = _mm512_loadu_ps(kE2M1Code);
+    const __m128i low_first = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+    for (int i = 0; i < 256; ++i) {
+      const __m256i words = bf16_words(_mm512_mul_ps(codes, _mm512_set1_ps(scales[i])));
+      _mm_store_si128(reinterpret_cast<__m128i*>(tables_ + 16 * i),
+                      _mm_shuffle_epi8(_mm256_castsi256_si128(words), low_first));
+    }
+  }
+  const uint8_t* get() const { return there_ ? tables_ : nullptr; }
+
+ private:
+  alignas(64) uint8_t tables_[256 * 16];
+  const bool there_;
+};
+
+// Of 128 weights, whose blocks two by two have the scales at `at`.
+inline LaneTables e2m1_tables(const uint8_t* of_bytes, const uint8_t* scales, const int64_t at[8]) {
+  const auto table = [&](int i) {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(of_bytes + 16 * int64_t{scales[at[i]]}));
+  };
+  const auto every_other = [&](int i) {
+    const __m512i first = _mm512_castsi128_si512(table(i));
+    const __m512i two = _mm512_mask_broadcast_i64x2(first, 0x0c, table(i + 2));
+    const __m512i three = _mm512_mask_broadcast_i64x2(two, 0x30, table(i + 4));
+    return _mm512_mask_broadcast_i64x2(three, 0xc0, table(i + 6));
+  };
+  const __m512i even = every_other(0), odd = every_other(1);
+  return {_mm512_unpacklo_epi64(even, odd), _mm512_unpackhi_epi64(even, odd)};
+}
+
+// Of the words of entries 0 to 7, and of 8 to 15.
+inline LaneTables lane_tables(__m512i first, __m512i second) {
+  const __m512i byte = _mm512_set1_epi16(255);
+  return {_mm512_packus_epi16(_mm512_and_si512(first, byte), _mm512_and_si512(second, byte)),
+          _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8))};
+}
+
+// Of four blocks of 32.
+template <bool kZero>
+inline LaneTables float_tables(const float* codes, __m128 scales, __m128 zeros) {
+  const auto spread = [](__m128 values, int first, int second) {
+    const __m512i index = join(_mm256_set1_epi32(first), _mm256_set1_epi32(second));
+    return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(values));
+  };
+  const auto words = [&](const float* eight) {
+    const __m512 code = _mm512_broadcast_f32x8(_mm256_loadu_ps(eight));
+    const auto values = [&](int first, int second) {
+      return _mm512_mul_ps(kZero ? _mm512_sub_ps(code, spread(zeros, first, second)) : code,
+                           spread(scales, first, second));
+    };
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values(2, 3), values(0, 1)));
+  };
+  return lane_tables(words(codes), words(codes + 8));
+}
+
+// Whose weights they are: 128 of a row, or in each 128 bits sixteen each of two rows, or of one.
+enum class Lanes { kBlock, kTwoBlocks, kTwoRows };
+
+// Streams of 128 weights. Even bytes of the packed ones go to the first half of their lane, so that
+// unpacking the bytes of values puts the words of a stream in order; those of two rows alternate.
+template <Lanes kLanes>
+inline void look_up(__m512i packed, const LaneTables& tables, __m512i v[4]) {
+  constexpr bool kMagnitudes = kLanes != Lanes::kBlock, kTwoRows = kLanes == Lanes::kTwoRows;
+  const __m512i order = _mm512_broadcast_i32x4(
+      kTwoRows ? _mm_set_epi8(15, 7, 13, 5, 11, 3, 9, 1, 14, 6, 12, 4, 10, 2, 8, 0)
+               : _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
+  const __m512i bytes = _mm512_shuffle_epi8(packed, order);
+  // Of the nibbles at the low end; the other end's highest bit is the sign.
+  const auto streams = [&](__m512i nibbles, __m512i signs, __m512i* even, __m512i* odd) {
+    constexpr int kAndOr = 0xea, kXorAnd = 0x78;  // (a & b) | c; a ^ (b & c)
+    __m512i index = _mm512_and_si512(nibbles, _mm512_set1_epi8(15)), high;
+    if (kMagnitudes) {
+      const __m512i second = _mm512_set1_epi64(kTwoRows ? 0x0800080008000800 : 0x0808080800000000);
+      index = _mm512_ternarylogic_epi64(nibbles, _mm512_set1_epi8(7), second, kAndOr);
+    }
+    high = _mm512_shuffle_epi8(tables.high, index);
+    if (kMagnitudes) {
+      high = _mm512_ternarylogic_epi64(high, signs, _mm512_set1_epi8(-128), kXorAnd);
+    }
+    const __m512i low = _mm512_shuffle_epi8(tables.low, index);
+    *even = _mm512_unpacklo_epi8(low, high);
+    *odd = _mm512_unpackhi_epi8(low, high);
+  };
+  streams(bytes, _mm512_slli_epi16(bytes, 4), v + 1, v + 3);
+  streams(_mm512_srli_epi16(bytes, 4), bytes, v, v + 2);
+}
+
+// 64 weights each of two rows, as TablePairs has them.
+template <int kLog2>
+struct E2M1Pairs {
+  const uint8_t *packed, *scales;
+  const uint8_t* of_bytes;
+  const int64_t K;
+  E2M1Pairs(const NF4View& w, const Absmax& absmax, int64_t columns)
+      : packed(w.packed),
+        scales(static_cast<const uint8_t*>(w.absmax)),
+        of_bytes(absmax.of_bytes),
+        K(columns) {}
+  void operator()(int64_t element, __m512i v[4]) const {
+    const uint8_t* first = packed + element / 2;
+    const __m512i rows = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0),
+                                                  one_after_other(first, first + K / 2));
+    int64_t at[8];
+    for (int i = 0; i < 8; ++i) at[i] = (element + i % 2 * K + i / 2 * 16) >> kLog2;
+    look_up<Lanes::kTwoRows>(rows, e2m1_tables(of_bytes, scales, at), v);
+  }
+};
+
+// The same of blocks of 32 whose scales are float32: words 0 to 15 of a stream have one table, of
+// a block each of both rows, the others another.
+template <bool kZero>
+struct FloatPairs {
+  const BF16Tables<kZero> tables;
+  const int64_t K;
+  FloatPairs(const NF4View& w, const Absmax& absmax, int64_t columns)
+      : tables(w, absmax), K(columns) {}
+  __m512i table(int64_t element) const {
+    return tables.of(element, tables.absmax.at(element), element + K,
+                     tables.absmax.at(element + K));
+  }
+  void operator()(int64_t element, __m512i v[4]) const {
+    constexpr int kAndOr = 0xea;
+    const uint8_t* packed = tables.w.packed + element / 2;
+    const __m512i words = alternate(packed, packed + K / 2);
+    const __m512i low = table(element), high = table(element + 32);
+    for (int j = 0; j < 4; ++j) {
+      const __m512i index = _mm512_ternarylogic_epi64(stream_words(words, j), _mm512_set1_epi16(15),
+                                                      _mm512_set1_epi32(16 << 16), kAndOr);
+      v[j] = _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(index, low), 0xffff0000, index,
+                                           high);
+    }
+  }
+};
+
+// ---- scales spread over the lanes, for sums of weight rows
 
 // Eight scales, of which `used` are there, and their zeros.
 struct ScaleGroup {
@@ -111,9 +270,6 @@ struct WideGroup {
         order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(half(shift + 16), half(shift))));
   }
 };
-
-// How the weights of such blocks are decoded.
-enum class ShortBlocks { kWide, kE2M1, kE2M1Powers };
 
 struct BlockDecoder {
   const NF4View& w;
@@ -146,33 +302,6 @@ struct BlockDecoder {
     };
     return {words, _mm512_loadu_ps(codes_of(w)), spread(group.scale), spread(group.zero),
             _mm512_load_si512(lanes.order)};
-  }
-};
-
-template <class Group>
-inline void all_streams(const Group& group, __m512i v[4]) {
-  for (int j = 0; j < 4; ++j) v[j] = group.at(j);
-}
-
-template <ShortBlocks kKind>
-struct ShortPairs {
-  const BlockDecoder blocks;
-  const int64_t K;
-  ShortPairs(const NF4View& w, const Absmax& absmax, int64_t columns)
-      : blocks(w, absmax, PackedOrder::kPair), K(columns) {}
-  void operator()(int64_t element, __m512i v[4]) const {
-    const uint8_t *first = blocks.w.packed + element / 2, *second = first + K / 2;
-    const ScaleGroup group = blocks.rows(element, element + K, true);
-    if (kKind != ShortBlocks::kWide && ordinary(group.scale, group.used)) {
-      constexpr bool kPowers = kKind == ShortBlocks::kE2M1Powers;
-      return all_streams(E2M1Group<kPowers>(alternate(first, second), blocks.lanes, group.scale),
-                         v);
-    }
-    all_streams(blocks.wide(one_after_other(first, second), group), v);
-  }
-  static __m512i one_after_other(const uint8_t* first, const uint8_t* second) {
-    return join(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)),
-                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
   }
 };
 
@@ -237,103 +366,74 @@ template <bool kZero, class Before>
   }
 }
 
-// The bytes of sixteen values for each 128 bits of packed weights, which vpshufb looks up there: of
-// a block of 32, or the magnitudes of two blocks of 16.
-struct LaneTables {
-  __m512i low, high;
+// Tables of 128 weights of a row after another.
+template <int kLog2>
+struct E2M1Rows {
+  static constexpr Lanes kLanes = Lanes::kTwoBlocks;
+  const uint8_t* scales;
+  const uint8_t* of_bytes;
+  E2M1Rows(const NF4View& w, const Absmax& absmax)
+      : scales(static_cast<const uint8_t*>(w.absmax)), of_bytes(absmax.of_bytes) {}
+  struct Row {
+    const uint8_t* scales;
+    const uint8_t* of_bytes;
+    void next() { scales += 128 >> kLog2; }
+    LaneTables tables(int64_t count = 128) const {
+      int64_t at[8];
+      for (int64_t i = 0; i < 8; ++i) at[i] = min64(16 * i, count - 1) >> kLog2;
+      return e2m1_tables(of_bytes, scales, at);
+    }
+  };
+  Row at(int64_t element) const { return {scales + (element >> kLog2), of_bytes}; }
 };
 
-// Of the words of entries 0 to 7, and of 8 to 15.
-inline LaneTables lane_tables(__m512i first, __m512i second) {
-  const __m512i byte = _mm512_set1_epi16(255);
-  return {_mm512_packus_epi16(_mm512_and_si512(first, byte), _mm512_and_si512(second, byte)),
-          _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8))};
-}
-
-template <ShortBlocks kKind>
-inline LaneTables tables_of(const float* codes, __m256 scales, __m256 zeros) {
-  const auto spread = [](__m256 values, int first, int second) {
-    const __m512i index = join(_mm256_set1_epi32(first), _mm256_set1_epi32(second));
-    return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(values));
-  };
-  // Eight values each of four blocks.
-  const auto words = [&](const float* eight, int b0, int b1, int b2, int b3) {
-    const __m512 code = _mm512_broadcast_f32x8(_mm256_loadu_ps(eight));
-    const auto values = [&](int first, int second) {
-      constexpr bool kZeros = kKind == ShortBlocks::kWide;
-      return _mm512_mul_ps(kZeros ? _mm512_sub_ps(code, spread(zeros, first, second)) : code,
-                           spread(scales, first, second));
-    };
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values(b2, b3), values(b0, b1)));
-  };
-  if (kKind == ShortBlocks::kE2M1) {
-    return lane_tables(words(codes, 0, 2, 4, 6), words(codes, 1, 3, 5, 7));
-  }
-  const __m512i first = words(codes, 0, 1, 2, 3);
-  if (kKind == ShortBlocks::kE2M1Powers) {  // the last eight codes are the first's negatives
-    return lane_tables(first, _mm512_xor_si512(first, _mm512_set1_epi16(-32768)));
-  }
-  return lane_tables(first, words(codes + 8, 0, 1, 2, 3));
-}
-
-// Streams of 128 weights. Even bytes of the packed ones go to the first half of their lane, so that
-// unpacking the bytes of values puts the words of a stream in order.
-template <ShortBlocks kKind>
-inline void look_up(__m512i packed, const LaneTables& tables, __m512i v[4]) {
-  const __m512i even_first =
-      _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
-  const __m512i bytes = _mm512_shuffle_epi8(packed, even_first);
-  // Of the nibbles at the low end; the other end's highest bit is the sign.
-  const auto streams = [&](__m512i nibbles, __m512i signs, __m512i* even, __m512i* odd) {
-    constexpr int kAndOr = 0xea, kXorAnd = 0x78;  // (a & b) | c; a ^ (b & c)
-    __m512i index = _mm512_and_si512(nibbles, _mm512_set1_epi8(15)), high;
-    if (kKind == ShortBlocks::kE2M1) {
-      const __m512i second_block = _mm512_set1_epi64(0x0808080800000000);
-      index = _mm512_ternarylogic_epi64(nibbles, _mm512_set1_epi8(7), second_block, kAndOr);
+template <bool kZero>
+struct FloatRows {
+  static constexpr Lanes kLanes = Lanes::kBlock;
+  const NF4View& w;
+  const Absmax absmax;
+  const float* codes;
+  FloatRows(const NF4View& view, const Absmax& scales)
+      : w(view), absmax(scales), codes(codes_of(view)) {}
+  struct Row {
+    const float *scale, *zero, *codes;
+    void next() { scale += 4, zero += kZero ? 4 : 0; }
+    LaneTables tables() const {
+      return float_tables<kZero>(codes, _mm_loadu_ps(scale),
+                                 kZero ? _mm_loadu_ps(zero) : _mm_setzero_ps());
     }
-    high = _mm512_shuffle_epi8(tables.high, index);
-    if (kKind == ShortBlocks::kE2M1) {
-      high = _mm512_ternarylogic_epi64(high, signs, _mm512_set1_epi8(-128), kXorAnd);
+    LaneTables tables(int64_t count) const {
+      const __mmask8 used = static_cast<__mmask8>((1u << ceil_div(count, 32)) - 1);
+      return float_tables<kZero>(codes, _mm_maskz_loadu_ps(used, scale),
+                                 kZero ? _mm_maskz_loadu_ps(used, zero) : _mm_setzero_ps());
     }
-    const __m512i low = _mm512_shuffle_epi8(tables.low, index);
-    *even = _mm512_unpacklo_epi8(low, high);
-    *odd = _mm512_unpackhi_epi8(low, high);
   };
-  streams(bytes, _mm512_slli_epi16(bytes, 4), v + 1, v + 3);
-  streams(_mm512_srli_epi16(bytes, 4), bytes, v, v + 2);
-}
+  Row at(int64_t element) const {
+    return {absmax.of(element), kZero ? w.zero + (element >> absmax.log2) : nullptr, codes};
+  }
+};
 
-template <ShortBlocks kKind, class Before>
+template <class Tables, class Before>
 [[gnu::always_inline]] inline void decode_short_blocks(const WeightRows& given,
                                                        const Before& before) {
   const WeightRows rows = given;
-  constexpr int64_t kScales = kKind == ShortBlocks::kE2M1 ? 8 : 4;  // of 128 weights
-  const float *codes = codes_of(rows.w), *zeros = rows.w.zero;
-  const auto load = [](const float* p) {
-    return kScales == 8 ? _mm256_loadu_ps(p) : _mm256_castps128_ps256(_mm_loadu_ps(p));
-  };
+  const Tables tables(rows.w, rows.absmax);
   for (int64_t row = 0; row < rows.count; ++row) {
     before(rows.number + row);
     const int64_t element = rows.begin(row);
     const uint8_t* packed = rows.w.packed + element / 2;
-    const float* scale = rows.absmax.of(element);
-    const float* zero = zeros ? zeros + (element >> rows.absmax.log2) : nullptr;
+    auto scales = tables.at(element);
     uint32_t* line = rows.line(row);
     __m512i v[4];
     int64_t i = 0;
-    for (; i + 128 <= rows.n; i += 128, packed += 64, scale += kScales) {
+    for (; i + 128 <= rows.n; i += 128, packed += 64, scales.next()) {
       __builtin_prefetch(packed + kStreamAhead);
-      const __m256 z = zero ? load(zero) : _mm256_setzero_ps();
-      if (zero) zero += kScales;
-      look_up<kKind>(_mm512_loadu_si512(packed), tables_of<kKind>(codes, load(scale), z), v);
+      look_up<Tables::kLanes>(_mm512_loadu_si512(packed), scales.tables(), v);
       line = rows.store(line, v);
     }
     if (i == rows.n) continue;
     const int64_t rest = rows.n - i;
-    const __mmask8 used = static_cast<__mmask8>((1u << ceil_div(rest * kScales, 128)) - 1);
-    const __m256 s = _mm256_maskz_loadu_ps(used, scale);
-    const __m256 z = zero ? _mm256_maskz_loadu_ps(used, zero) : _mm256_setzero_ps();
-    look_up<kKind>(load_bytes(packed, (rest + 1) / 2), tables_of<kKind>(codes, s, z), v);
+    look_up<Tables::kLanes>(load_bytes(packed, (rest + 1) / 2), scales.tables(rest), v);
     cut_streams(v, rest);
     rows.store(line, v);
   }
@@ -341,7 +441,7 @@ template <ShortBlocks kKind, class Before>
 
 // One weight at a time: of rows that begin inside a block's byte or word.
 template <class Before>
-inline void decode_elements(const WeightRows& given, const Before& before) {
+[[gnu::noinline]] void decode_elements(const WeightRows& given, const Before& before) {
   const WeightRows rows = given;
   const int64_t swap = rows.w.low_first() ? 1 : 0;
   for (int64_t row = 0; row < rows.count; ++row) {
@@ -362,27 +462,29 @@ inline void decode_elements(const WeightRows& given, const Before& before) {
 }
 
 template <class Before>
-inline void decode_streams(const WeightRows& rows, const Before& before) {
+[[gnu::always_inline]] inline void decode_alike(const WeightRows& rows, const Before& before) {
   const NF4View& w = rows.w;
-  const int64_t unit = min64(w.blocksize, 64);
-  if (rows.count > 1 && rows.K % unit != 0) {  // some of them begin where a unit does
-    for (int64_t i = 0; i < rows.count; ++i) {
-      decode_streams(WeightRows{w, rows.absmax, rows.begin(i), rows.K, 1, rows.n, rows.line(i),
-                                rows.stride, i},
-                     before);
-    }
-    return;
-  }
-  if (rows.element % unit != 0) return decode_elements(rows, before);
+  if (rows.element % min64(w.blocksize, 64) != 0) return decode_elements(rows, before);
   if (w.blocksize >= 64) {
     if (w.zero) return decode_whole_blocks<true>(rows, before);
     return decode_whole_blocks<false>(rows, before);
   }
-  if (w.format == Format::kMXFP4) {
-    return decode_short_blocks<ShortBlocks::kE2M1Powers>(rows, before);
+  if (w.format == Format::kMXFP4) return decode_short_blocks<E2M1Rows<5>>(rows, before);
+  if (w.format == Format::kNVFP4) return decode_short_blocks<E2M1Rows<4>>(rows, before);
+  if (w.zero) return decode_short_blocks<FloatRows<true>>(rows, before);
+  decode_short_blocks<FloatRows<false>>(rows, before);
+}
+
+// Where only some rows begin as a unit does, each for itself.
+template <class Before>
+[[gnu::always_inline]] inline void decode_streams(const WeightRows& rows, const Before& before) {
+  const bool alike = rows.K % min64(rows.w.blocksize, 64) == 0;
+  const int64_t step = alike ? rows.count : 1;
+  for (int64_t i = 0; i < rows.count; i += step) {
+    decode_alike(WeightRows{rows.w, rows.absmax, rows.begin(i), rows.K, step, rows.n, rows.line(i),
+                            rows.stride, i},
+                 before);
   }
-  if (w.format == Format::kNVFP4) return decode_short_blocks<ShortBlocks::kE2M1>(rows, before);
-  decode_short_blocks<ShortBlocks::kWide>(rows, before);
 }
 
 }  // namespace

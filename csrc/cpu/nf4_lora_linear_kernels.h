@@ -269,6 +269,7 @@ struct NF4Gemm {
     Scratch packed(pairs * steps * kPair * 4), s(args.r * wave.rows * 4);
     const Packed x{static_cast<uint32_t*>(packed.data), s.floats(), steps};
     pack<true>(x, K);
+    const typename Math::ByteTables bytes(args.w);
 
     const int64_t share = round_up(ceil_div(N, ceil_div(args.threads, wave.count)), kPairSide);
     const int64_t rows = min64(most <= kPairSide ? kPairSide : kPanelRows, share);
@@ -284,8 +285,8 @@ struct NF4Gemm {
       const NF4Piece& piece = wave.pieces[t / panels];
       const int64_t begin = t % panels * rows;
       const Panel p{reinterpret_cast<uint32_t*>(own), own + weights, begin, min64(rows, N - begin)};
-      const Absmax absmax =
-          expand_rows(args.w, (piece.weight + begin) * K, p.count * K, own + weights + sums);
+      const Absmax absmax = expand_rows(args.w, (piece.weight + begin) * K, p.count * K,
+                                        own + weights + sums, bytes.get());
       for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
         decode_panel(p, piece, absmax, k0, rows);
         multiply_panel(p, {piece, x}, k0);
@@ -369,7 +370,8 @@ struct NF4Gemm {
     Scratch packed(wave.rows / kPairSide * steps * kPair * 4);
     const Packed dy{static_cast<uint32_t*>(packed.data), nullptr, steps};
     pack<false>(dy, N);
-    const WaveAbsmax absmax(args, wave);
+    const typename Math::ByteTables bytes(args.w);
+    const WaveAbsmax absmax(args, wave, K % 64 == 0 ? bytes.get() : nullptr);
 
     const Blocking block = blocking();
     const int64_t weights = kStrip / kPairSide * kPairBlock, strips = ceil_div(K, block.strip);

@@ -77,14 +77,18 @@ struct Absmax {
   const float* values;
   int64_t first;  // block that values[0] belongs to
   int log2;       // of the block size
+  // What each byte of a scale makes of codes, where a Math has tables of that: no values then.
+  const uint8_t* of_bytes = nullptr;
   const float* of(int64_t element) const { return values + ((element >> log2) - first); }
   float at(int64_t element) const { return *of(element); }
 };
 
 // The absmax of `count` elements from `element` on, expanded to `values` unless the weight holds
-// float32.
-inline Absmax expand_rows(const NF4View& w, int64_t element, int64_t count, float* values) {
+// float32 or there are tables of its bytes.
+inline Absmax expand_rows(const NF4View& w, int64_t element, int64_t count, float* values,
+                          const uint8_t* of_bytes = nullptr) {
   const int log2 = w.blocksize_log2();
+  if (of_bytes) return {nullptr, 0, log2, of_bytes};
   if (w.float_scales()) return {static_cast<const float*>(w.absmax), 0, log2};
   const int64_t first = element >> log2, last = (element + count - 1) >> log2;
   expand_absmax(w, first, last - first + 1, values);
@@ -94,10 +98,11 @@ inline Absmax expand_rows(const NF4View& w, int64_t element, int64_t count, floa
 // The absmax of each piece's weight.
 class WaveAbsmax {
  public:
-  WaveAbsmax(const NF4PieceArgs& args, const NF4Wave& wave)
+  WaveAbsmax(const NF4PieceArgs& args, const NF4Wave& wave, const uint8_t* of_bytes = nullptr)
       : args_(args),
         wave_(wave),
-        blocks_(!args.w.float_scales() ? args.N * args.K / args.w.blocksize + 2 : 0),
+        of_bytes_(of_bytes),
+        blocks_(args.w.float_scales() || of_bytes ? 0 : args.N * args.K / args.w.blocksize + 2),
         expanded_(wave.count * blocks_ * 4) {
     constexpr int64_t kChunk = 1 << 14;
     const int64_t chunks = ceil_div(blocks_, kChunk);
@@ -110,6 +115,7 @@ class WaveAbsmax {
   }
   Absmax of(int64_t i) const {
     const int log2 = args_.w.blocksize_log2();
+    if (of_bytes_) return {nullptr, 0, log2, of_bytes_};
     if (args_.w.float_scales()) return {static_cast<const float*>(args_.w.absmax), 0, log2};
     return {expanded(i), first_block(i), log2};
   }
@@ -122,6 +128,7 @@ class WaveAbsmax {
 
   const NF4PieceArgs& args_;
   const NF4Wave& wave_;
+  const uint8_t* of_bytes_;
   int64_t blocks_;
   Scratch expanded_;
 };
@@ -144,7 +151,13 @@ inline float weight_at(const NF4View& w, const Absmax& absmax, int64_t element, 
   const int shift = (element & 1) == (w.low_first() ? 1 : 0) ? 4 : 0;
   const float code = codes_of(w)[w.packed[element >> 1] >> shift & 15];
   const float zero = w.zero ? w.zero[element >> absmax.log2] : 0.0f;
-  const float value = (code - zero) * absmax.at(element);
+  float scale;
+  if (absmax.of_bytes) {
+    load_absmax(w, element >> absmax.log2, 1, &scale);
+  } else {
+    scale = absmax.at(element);
+  }
+  const float value = (code - zero) * scale;
   return dtype == DType::kBFloat16 ? float_from_bf16(bf16_from_float(value)) : value;
 }
 
@@ -156,12 +169,17 @@ class RowsAhead {
       : w_(w), absmax_(absmax), element_(element), columns_(columns), K_(K) {}
   void next() {
     __builtin_prefetch(w_.packed + (element_ + at_) / 2, 0, 2);
-    if (at_ == 0) __builtin_prefetch(absmax_.of(element_), 0, 2);
+    if (at_ == 0) __builtin_prefetch(scales_of_row(), 0, 2);
     at_ += 128;
     if (at_ >= columns_) at_ = 0, element_ += K_;
   }
 
  private:
+  const void* scales_of_row() const {
+    if (!absmax_.of_bytes) return absmax_.of(element_);
+    return static_cast<const uint8_t*>(w_.absmax) + (element_ >> absmax_.log2);
+  }
+
   const NF4View& w_;
   const Absmax absmax_;
   int64_t element_, columns_, K_, at_ = 0;
@@ -175,7 +193,11 @@ struct Float32Math {
   static constexpr int64_t kBlock = 128;   // elements of the reduction decoded at a time
   static constexpr int64_t kColumns = 16;  // lanes that come in an order of their own
 
-  struct Session {};  // nothing to set up per thread
+  struct Session {};   // nothing to set up per thread
+  struct ByteTables {  // none
+    explicit ByteTables(const NF4View&) {}
+    const uint8_t* get() const { return nullptr; }
+  };
 
   static void load_dwords(const void* in, DType dtype, int64_t i, int64_t n, uint32_t* out) {
     if (n <= 0) {

@@ -122,7 +122,7 @@ def test_few_rows_on_each_isa(isa, path, M, dtype, weight):
     ),
 )
 def test_few_rows_of_other_formats_on_each_isa(isa, M, dtype, row, weight):
-    """On the path that the table chooses: of AMX the two passes change it between four and six."""
+    """On the path that the table chooses: of AMX the passes change it between three and five."""
     (name, blocksize), (N, K) = row, weight
 
     def draw() -> NF4Operands:

@@ -48,9 +48,8 @@ struct NF4View {
   int64_t nblocks() const { return (numel + blocksize - 1) >> blocksize_log2(); }
   // Formats of blocks that do not cross rows, whose even elements are in the low nibbles.
   bool low_first() const { return format >= Format::kMXFP4; }
-  bool float_scales() const {
-    return !nested && format != Format::kMXFP4 && format != Format::kNVFP4;
-  }
+  bool byte_scales() const { return format == Format::kMXFP4 || format == Format::kNVFP4; }
+  bool float_scales() const { return !nested && !byte_scales(); }
 };
 
 // Throws std::invalid_argument naming the field that is missing, too short or out of range.
