@@ -156,13 +156,14 @@ RowGroups row_groups(const py::tuple& tuple) {
   return groups;
 }
 
-// (address, type, strides of group, rank and column)
+// (address, type, strides of group, rank and column, collected)
 FactorStack factor_stack(const py::tuple& tuple) {
-  Fields fields(tuple, "factor", 5);
+  Fields fields(tuple, "factor", 6);
   FactorStack factor;
   factor.data = fields.address<const void>();
   factor.dtype = fields.dtype();
   factor.strides = {fields.size(), fields.size(), fields.size()};
+  factor.collected = fields.size() != 0;
   return factor;
 }
 

@@ -42,9 +42,10 @@ class Plan {
   Plan(const RowGroups& groups, int64_t longest) {
     for (int64_t e = 0; e < groups.E; ++e) {
       const int64_t begin = end_, rows = groups.offsets[e] - begin;
+      const int64_t place = e - static_cast<int64_t>(empty_.size());
       if (rows == 0) empty_.push_back(e);
       for (int64_t at = 0; at < rows; at += longest) {
-        chunks_.push_back({e, begin + at, std::min(longest, rows - at), 0});
+        chunks_.push_back({e, place, begin + at, std::min(longest, rows - at), 0});
       }
       end_ = groups.offsets[e];
     }
@@ -86,12 +87,23 @@ int64_t columns_at_once(const GroupedCollectArgs& args) {
 template <class T>
 void collect(const GroupedCollectArgs& args, const std::vector<int64_t>& groups) {
   const int64_t at_once = columns_at_once(args), E = args.groups.E;
+  // What this thread may read next, of which each group's pass fetches a part.
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t ahead = args.threads * at_once * E, total = args.columns * E;
+  const int64_t part =
+      groups.empty() ? 0 : ceil_div(at_once * E, static_cast<int64_t>(groups.size()));
   parallel_for(args.threads, ceil_div(args.columns, at_once), [&](int64_t task, int) {
     const int64_t first = task * at_once, count = min64(at_once, args.columns - first);
     const T* in = static_cast<const T*>(args.in) + first * E;
+    T* out = static_cast<T*>(args.out) + first;
+    int64_t next = first * E + ahead;
     for (const int64_t e : groups) {
-      T* out = static_cast<T*>(args.out) + e * args.columns + first;
+      const int64_t end = min64(next + part, total);
+      for (; next < end; next += kLine) {
+        __builtin_prefetch(static_cast<const T*>(args.in) + next, 0, 2);
+      }
       for (int64_t c = 0; c < count; ++c) out[c] = in[c * E + e];
+      out += args.columns;
     }
   });
 }
@@ -103,11 +115,12 @@ void grouped_collect(const GroupedCollectArgs& args) {
   require(args.threads >= 1, "threads: expected at least 1");
   const int64_t E = args.groups.E;
   checked_mul(checked_mul(args.columns, 8, "columns"), E, "columns x E: bytes");
-  require(args.columns * E == 0 || (args.in && args.out), "in, out: null pointer");
   std::vector<int64_t> groups;
   for (int64_t e = 0; e < E; ++e) {
     if (args.groups.offsets[e] > (e > 0 ? args.groups.offsets[e - 1] : 0)) groups.push_back(e);
   }
+  require(args.columns * E == 0 || args.in, "in: null pointer");
+  require(args.columns == 0 || groups.empty() || args.out, "out: null pointer");
   args.dtype == DType::kFloat32 ? collect<uint32_t>(args, groups) : collect<uint16_t>(args, groups);
 }
 
@@ -118,21 +131,25 @@ void grouped_linear(Isa isa, const GroupedLinearArgs& args) {
   check_sizes(groups, args.r, args.K, args.threads);
   check_sizes(groups, args.r, args.N, args.threads);
   const int64_t rows = args.transposed ? args.K : args.N;
+  const Plan plan(groups, kGroupedRows);
+  const auto count = [&](const FactorStack& f) {
+    return f.collected ? groups.E - plan.view().empty_count : groups.E;
+  };
   const FactorStrides weight{args.weight_group, args.weight_row, 1};
   if (args.weight) {
     check_stack("weight: bytes", args.weight, weight, groups.E, rows, args.N + args.K - rows);
   }
   if (args.r > 0) {
-    check_stack("a: bytes, or a null pointer", args.a.data, args.a.strides, groups.E, args.r,
+    check_stack("a: bytes, or a null pointer", args.a.data, args.a.strides, count(args.a), args.r,
                 args.K);
     if (args.y) {
-      check_stack("b: bytes, or a null pointer", args.b.data, args.b.strides, groups.E, args.r,
+      check_stack("b: bytes, or a null pointer", args.b.data, args.b.strides, count(args.b), args.r,
                   args.N);
     }
     require(groups.R == 0 || args.s, "s: null pointer");
   }
   require(groups.T * args.K == 0 || args.x, "x: null pointer");
-  kernels.linear(args, Plan(groups, kGroupedRows).view());
+  kernels.linear(args, plan.view());
 }
 
 void grouped_outer(Isa isa, const GroupedOuterArgs& args) {

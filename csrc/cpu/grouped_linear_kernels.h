@@ -117,7 +117,7 @@ struct Linear {
       for (int64_t t = 0; t < steps; ++t) {
         float blocks[Tiles::kBlocks * kTile];
         for (int64_t i = 0; i < Tiles::kBlocks; ++i) {
-          fetch_block(args.a, chunk.group, rank0, k0 + t * kStep + 16 * i, args.r, args.K,
+          fetch_block(args.a, chunk, rank0, k0 + t * kStep + 16 * i, args.r, args.K,
                       blocks + i * kTile);
         }
         Tiles::shrink_lanes(blocks, lanes + t * kPair, kThird);
@@ -203,11 +203,11 @@ struct Linear {
   }
 
   // The ranks of b for a strip.
-  void load_ranks(int64_t group, int64_t n0, int64_t columns, int64_t rank0, uint32_t* out,
-                  int64_t stride) const {
+  void load_ranks(const GroupedChunk& chunk, int64_t n0, int64_t columns, int64_t rank0,
+                  uint32_t* out, int64_t stride) const {
     for (int64_t j = 0; j < columns; j += kSide) {
       float block[kTile];
-      fetch_block(args.b, group, rank0, n0 + j, args.r, args.N, block);
+      fetch_block(args.b, chunk, rank0, n0 + j, args.r, args.N, block);
       Tiles::expand_lanes(block, out + j / kPairSide * stride + j % kPairSide / kSide * kTile);
     }
   }
@@ -261,7 +261,7 @@ struct Linear {
       first = false;
     }
     for (int64_t rank = 0; rank < args.r; rank += 16) {
-      load_ranks(chunk.group, n0, columns, rank, lanes, kRanks);
+      load_ranks(chunk, n0, columns, rank, lanes, kRanks);
       multiply_strip(chunk, p.s_at(chunk.slot) + rank / 16 * kRanks, p.rank_steps * kPair, lanes,
                      kRanks, columns, Tiles::kRankSteps, first, sums);
       first = false;
@@ -465,12 +465,16 @@ struct Outer {
   // Zero for the group whose gradient nobody computes.
   void clear(int64_t group, int64_t k0) const {
     const FactorStrides& by = args.strides;
-    const int64_t columns = min64(kColumns, args.K - k0);
+    const int64_t columns = min64(kColumns, args.K - k0), size = size_of(args.g_dtype);
+    if (by.column == 1 && by.rank == args.K) {  // as many values, all together
+      std::memset(static_cast<char*>(args.g) + (group * by.group + k0 * args.r) * size, 0,
+                  static_cast<size_t>(columns * args.r * size));
+      return;
+    }
     const bool along = by.column == 1;
     const int64_t lines = along ? args.r : columns, length = along ? columns : args.r;
     const int64_t line = along ? by.rank : by.column, step = along ? by.column : by.rank;
     const int64_t at = group * by.group + k0 * by.column;
-    const int64_t size = size_of(args.g_dtype);
     for (int64_t i = 0; i < lines; ++i) {
       char* p = static_cast<char*>(args.g) + (at + i * line) * size;
       if (step == 1) {

@@ -9,10 +9,12 @@ namespace peftkern {
 namespace {
 namespace grouped {
 
-// Elements (group, rank0 + i, column0 + j), i and j < 16, as float32; zero past r and columns.
-inline void fetch_block(const FactorStack& f, int64_t group, int64_t rank0, int64_t column0,
-                        int64_t r, int64_t columns, float* block) {
+// Elements (group of the chunk, rank0 + i, column0 + j), i and j < 16, as float32; zero past r and
+// columns.
+inline void fetch_block(const FactorStack& f, const GroupedChunk& chunk, int64_t rank0,
+                        int64_t column0, int64_t r, int64_t columns, float* block) {
   const FactorStrides& by = f.strides;
+  const int64_t group = f.collected ? chunk.place : chunk.group;
   const int64_t at = group * by.group + rank0 * by.rank + column0 * by.column;
   const int ranks = static_cast<int>(min64(16, r - rank0));
   const int n = static_cast<int>(min64(16, columns - column0));

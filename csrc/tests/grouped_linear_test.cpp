@@ -49,6 +49,12 @@ struct Case {
     while (e < E && i >= offsets[e]) ++e;
     return e;
   }
+  // How many groups before this one have rows.
+  int64_t place(int64_t group) const {
+    int64_t count = 0;
+    for (int64_t e = 0; e < group; ++e) count += offsets[e] > (e > 0 ? offsets[e - 1] : 0);
+    return count;
+  }
 };
 
 void expect_near(const char* what, Isa isa, double got, const Sum& sum, double rounding) {
@@ -62,7 +68,9 @@ void check_linear(Isa isa, Case& c, DType dtype, DType factors) {
   const int64_t weights = dense ? (shared ? 1 : c.E) * c.N * c.K : 0;
   Values x(dtype, c.T * c.K, 1), w(dtype, weights, 1), bias(dtype, c.E * c.N);
   Values y(dtype, c.R * c.N, static_cast<int64_t>(rng() % 3));
-  Values a(factors, c.E * c.r * c.K), b(factors, c.E * c.r * c.N);
+  const bool collected[] = {rng() % 2 == 0, rng() % 2 == 0};  // of a and of b
+  const int64_t counts[] = {collected[0] ? c.place(c.E) : c.E, collected[1] ? c.place(c.E) : c.E};
+  Values a(factors, counts[0] * c.r * c.K), b(factors, counts[1] * c.r * c.N);
   Buffer<float> base(c.R * c.N), s(c.R * c.r);
   x.randomize(), w.randomize(), bias.randomize(), a.randomize(), b.randomize();
   for (int64_t i = 0; i < base.size(); ++i) base[i] = uniform();
@@ -72,13 +80,17 @@ void check_linear(Isa isa, Case& c, DType dtype, DType factors) {
   args.transposed = transposed, args.weight_row = transposed ? c.N : c.K;
   args.weight_group = shared ? 0 : c.N * c.K;
   args.base = rng() % 2 ? base.data() : nullptr, args.bias = rng() % 2 ? bias.data() : nullptr;
-  args.a = {a.data(), factors, strides_of(static_cast<int>(rng() % 3), c.E, c.r, c.K)};
-  args.b = {b.data(), factors, strides_of(static_cast<int>(rng() % 3), c.E, c.r, c.N)};
+  args.a = {a.data(), factors, strides_of(static_cast<int>(rng() % 3), counts[0], c.r, c.K),
+            collected[0]};
+  args.b = {b.data(), factors, strides_of(static_cast<int>(rng() % 3), counts[1], c.r, c.N),
+            collected[1]};
   args.s_scale = 0.5f, args.scaling = 1.5f, args.s = s.data(), args.y = y.data();
   args.threads = static_cast<int>(pick({1, 2, 3}));
   grouped_linear(isa, args);
-  const auto at = [](const Values& v, const FactorStrides& by, int64_t e, int64_t j, int64_t k) {
-    return static_cast<double>(v.at(e * by.group + j * by.rank + k * by.column));
+  const auto at = [&](const Values& v, const FactorStack& f, int64_t e, int64_t j, int64_t k) {
+    const FactorStrides& by = f.strides;
+    const int64_t i = (f.collected ? c.place(e) : e) * by.group + j * by.rank + k * by.column;
+    return static_cast<double>(v.at(i));
   };
   for (int64_t i = 0; i < c.R; ++i) {
     const int64_t e = c.group(i), from = c.source(i) * c.K;
@@ -86,7 +98,7 @@ void check_linear(Isa isa, Case& c, DType dtype, DType factors) {
     for (int64_t j = 0; j < c.r; ++j) {
       Sum sum;
       for (int64_t k = 0; inside && k < c.K; ++k) {
-        sum += 0.5 * x.at(from + k) * at(a, args.a.strides, e, j, k);
+        sum += 0.5 * x.at(from + k) * at(a, args.a, e, j, k);
       }
       expect_near("s", isa, s[i * c.r + j], sum, 1e-5);
     }
@@ -97,7 +109,7 @@ void check_linear(Isa isa, Case& c, DType dtype, DType factors) {
         sum += x.at(from + k) * w.at(first + (transposed ? k * c.N + n : n * c.K + k));
       }
       for (int64_t j = 0; inside && j < c.r; ++j) {
-        sum += 1.5 * s[i * c.r + j] * at(b, args.b.strides, e, j, n);
+        sum += 1.5 * s[i * c.r + j] * at(b, args.b, e, j, n);
       }
       if (inside && args.base) sum += base[i * c.N + n];
       if (inside && args.bias) sum += bias.at(e * c.N + n);
@@ -133,24 +145,19 @@ void check_outer(Isa isa, Case& c, DType dtype, DType factors) {
   }
 }
 
-// Groups with rows come to a stack of their own, the others' part of it stays as it was.
+// Groups with rows come to a stack of their own.
 void check_collect(Case& c, DType dtype) {
   const int64_t columns = c.K * c.r;
-  Values in(dtype, c.E * columns, 1), stack(dtype, c.E * columns);
+  Values in(dtype, c.E * columns, 1), stack(dtype, c.place(c.E) * columns);
   in.randomize();
-  stack.randomize();
-  std::vector<float> before;
-  for (int64_t i = 0; i < c.E * columns; ++i) before.push_back(stack.at(i));
   GroupedCollectArgs args;
   args.groups = c.groups(), args.columns = columns, args.dtype = dtype;
   args.in = in.data(), args.out = stack.data(), args.threads = static_cast<int>(pick({1, 3}));
   grouped_collect(args);
   for (int64_t e = 0; e < c.E; ++e) {
-    const bool empty = c.offsets[e] == (e > 0 ? c.offsets[e - 1] : 0);
-    for (int64_t i = 0; i < columns; ++i) {
-      const int64_t at = e * columns + i;
-      if (stack.at(at) != (empty ? before[at] : in.at(i * c.E + e)))
-        fail("grouped_collect differs");
+    const int64_t place = c.place(e);
+    for (int64_t i = 0; i < columns && c.place(e + 1) > place; ++i) {
+      if (stack.at(place * columns + i) != in.at(i * c.E + e)) fail("grouped_collect differs");
     }
   }
 }

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.backends import ops, reference
+from peftkern.backends import kept, ops, reference
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional.arguments import (
@@ -166,13 +166,17 @@ def forward_op(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
+    left: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the forward op of dense or quantized weights: y and S."""
+    """Run the forward op of dense or quantized weights: y and S.
+
+    Args: left, an empty list that takes what the backward op can use.
+    """
     transposed, scaling, _, layout = options
     args = (transposed, lora_A, lora_B, bias, scaling)
     if layout:
-        return ops.run("nf4_grouped_linear_forward", x, rows, offsets, weight, layout, *args)
-    return ops.run("grouped_linear_forward", x, rows, offsets, *weight, *args)
+        return _run(left, "nf4_grouped_linear_forward", x, rows, offsets, weight, layout, *args)
+    return _run(left, "grouped_linear_forward", x, rows, offsets, *weight, *args)
 
 
 def backward_op(
@@ -185,14 +189,19 @@ def backward_op(
     options: tuple[Any, ...],
     lora_A: Tensor | None,
     lora_B: Tensor | None,
+    left: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the backward op of dense or quantized weights: dx [R, K], dA, dB and dbias."""
     transposed, scaling, needs, layout = options
     args = (transposed, lora_A, lora_B, scaling, needs)
     first = (dy, offsets, x, rows, S)
     if layout:
-        return ops.run("nf4_grouped_linear_backward", *first, weight, layout, *args)
-    return ops.run("grouped_linear_backward", *first, *weight, *args)
+        return _run(left, "nf4_grouped_linear_backward", *first, weight, layout, *args)
+    return _run(left, "grouped_linear_backward", *first, *weight, *args)
+
+
+def _run(left: list[Tensor] | None, op: str, *args: Any) -> Any:
+    return ops.run(op, *args) if left is None else kept.run(left, op, *args)
 
 
 def _differentiable_gradients(

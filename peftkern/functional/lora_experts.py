@@ -5,8 +5,9 @@
     y[t] = sum over the rows of token t of a @ (W_down[e] + scaling * B_down[e] @ A_down[e]).T
 
 The last layer is linear, so the routing weights multiply its narrower input. For backward x, u and
-the two S are kept: no tensor of a row per pair and the model's width, none of the stack's size. The
-gate is computed again; `swiglu` with its weights and gradients by kernels on a CPU.
+the two S are kept: no tensor of a row per pair and the model's width, none of the stack's size;
+what a kernel has collected of few experts' lora_B, too. The gate is computed again; `swiglu` with
+its weights and gradients by kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -143,11 +144,13 @@ class LoraExperts(torch.autograd.Function):
         ctx, x, weights, A1, B1, b1, A2, B2, added, rows, offsets, inverse, options, *tensors
     ):
         args = (x, weights, A1, B1, b1, A2, B2, added, (rows, offsets, inverse), options, tensors)
-        y, u, S1, S2 = _forward(*args)
+        left: tuple[list[Tensor], list[Tensor]] = ([], [])
+        y, u, S1, S2 = _forward(*args, left)
         _, need_A1, need_B1, _ = options.up[2]
         read = (x if need_A1 else None, weights, A1, B1, b1, A2, B2, rows, offsets, inverse)
         made = (u, S1 if need_B1 else None, S2 if options.down[2][2] else None)
-        save_for_backward(ctx, (*read, *made), tensors)
+        kept = (one[0] if one else None for one in left)
+        save_for_backward(ctx, (*read, *made, *kept), tensors)
         ctx.options, ctx.added = options, None if added is None else added.dtype
         ctx.backend = None if x.is_cpu else forced_backend()
         return y
@@ -176,12 +179,13 @@ def _forward(
     routing: tuple[Tensor, Tensor, Tensor],
     options: _Options,
     tensors: tuple[Tensor, ...],
+    left: tuple[list[Tensor] | None, list[Tensor] | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute y, and what backward reads: u and the two S."""
+    """Compute y, and what backward reads: u, the two S and what the ops left."""
     (rows, offsets, inverse), n = routing, options.tensors
-    u, S1 = forward_op(x, rows, offsets, tensors[:n], options.up, A1, B1, b1)
+    u, S1 = forward_op(x, rows, offsets, tensors[:n], options.up, A1, B1, b1, left[0])
     a = _weighted(u, _by_row(weights, inverse), options)
-    y, S2 = forward_op(a, None, offsets, tensors[n:], options.down, A2, B2, None)
+    y, S2 = forward_op(a, None, offsets, tensors[n:], options.down, A2, B2, None, left[1])
     return _combine(y, inverse, added), u, S1, S2
 
 
@@ -199,12 +203,24 @@ def _weighted(u: Tensor, w: Tensor, options: _Options) -> Tensor:
 
 def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, the routing weights, A1, B1, b1, A2 and B2."""
-    x, weights, A1, B1, _, A2, B2, rows, offsets, inverse, u, S1, S2, *tensors = saved
+    x, weights, A1, B1, _, A2, B2, rows, offsets, inverse, u, S1, S2, *others = saved
+    (up_left, down_left), tensors = ([] if t is None else [t] for t in others[:2]), others[2:]
     gate, _, up, down, n, _ = ctx.options
     need_x, need_weights = ctx.needs_input_grad[:2]
     w = _by_row(weights, inverse)
     weighted = _weighted(u, w, ctx.options) if down[2][1] else None
-    args = (dy.index_select(0, rows), offsets, weighted, None, S2, tensors[n:], down, A2, B2)
+    args = (
+        dy.index_select(0, rows),
+        offsets,
+        weighted,
+        None,
+        S2,
+        tensors[n:],
+        down,
+        A2,
+        B2,
+        down_left,
+    )
     da, dA2, dB2, _ = backward_op(*args)
     del args, weighted  # of a row per pair, as the rest: each is freed before the next is made
     needs = (any(up[2]), need_weights)
@@ -217,7 +233,7 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | N
     dx = dA1 = dB1 = db1 = None
     if du is not None:
         args = (du, offsets, x, rows, S1, tensors[:n], up, A1, B1)
-        dx, dA1, dB1, db1 = wanted(backward_op(*args), up[2])
+        dx, dA1, dB1, db1 = wanted(backward_op(*args, up_left), up[2])
         del args, du
         dx = _combine(dx, inverse) if need_x else None
     return dx, dweights, dA1, dB1, db1, *wanted((dA2, dB2), down[2][1:3])
@@ -256,7 +272,7 @@ def _differentiable_gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> l
         )
 
     def experts(*args):
-        return _as_nodes(*args, None, routing, ctx.options, saved[13:])
+        return _as_nodes(*args, None, routing, ctx.options, saved[15:])
 
     return partial_gradients(experts, (x, *differentiable), ctx.needs_input_grad[:7], dy)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from call_counts import calls_of
 from tolerances import AUTOCAST_RTOL, assert_as_accurate_as_torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
+from peftkern.backends.cpu.module import cpu_isas, use_isa
 from peftkern.functional.lora_experts import ExpertLinear, lora_experts, swiglu
 from peftkern.tools.bench.memory import peak_bytes
 
@@ -254,3 +256,62 @@ def test_peak_memory_is_counted():
     of_rows = rows * (2 * 2 * inner + width) + 2 * hidden.numel()
     counted = 4 * (sum(leaf.numel() for leaf in leaves) + of_rows) + (2 << 20)
     assert peak_bytes(step, hidden.device) <= counted
+
+
+class Few:
+    """One token for three of many experts; PEFT's factors, whose groups are innermost in lora_B."""
+
+    def __init__(self, dtype: torch.dtype, *, nf4: bool = False, tokens: int = 1) -> None:
+        groups = 4 * TOP
+        self.weights = [torch.randn(groups, 2 * INNER, K), torch.randn(groups, K, INNER)]
+        self.weights = [w.to(dtype) for w in self.weights]
+        if nf4:
+            self.weights = [peftkern.quantize_nf4(w, double_quant=False) for w in self.weights]
+        self.index = torch.tensor([[9, 2, 11]] * tokens)
+        shapes = ((groups, R, K), (2 * INNER, R, groups), (groups, R, INNER), (K, R, groups))
+        self.leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
+        self.hidden, self.dy = (torch.randn(tokens, K).to(dtype) for _ in range(2))
+        self.leaves.append(self.hidden.requires_grad_())
+
+    def forward(self, contiguous: bool = False) -> Tensor:
+        A1, B1, A2, B2, hidden = self.leaves
+        B1, B2 = (B.permute(2, 0, 1) for B in (B1, B2))
+        if contiguous:
+            B1, B2 = B1.contiguous(), B2.contiguous()
+        up, down = ExpertLinear(self.weights[0], A1, B1), ExpertLinear(self.weights[1], A2, B2)
+        return lora_experts(hidden, self.index, torch.ones(self.index.shape), up, down)
+
+    def step(self, contiguous: bool = False) -> list[Tensor]:
+        y = self.forward(contiguous)
+        return [y.detach(), *torch.autograd.grad(y, self.leaves, self.dy)]
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("isa", cpu_isas())
+def test_few_experts_of_many(isa, dtype, nf4):
+    """Backward reads what forward collected of lora_B, even if hooks saved it elsewhere."""
+    case = Few(dtype, nf4=nf4)
+    with use_isa(isa):
+        right = case.step(contiguous=True)
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda tensor: tensor):
+            elsewhere = case.step()
+        for got in (case.step(), elsewhere):
+            assert all(map(torch.equal, got, right))
+
+
+@pytest.mark.parametrize(("tokens", "calls"), [(1, 2), (2, 4)])
+def test_lora_B_is_collected_once_for_few_experts(tokens, calls):
+    """More of them are read again: what is saved stays small beside the factors."""
+    case = Few(F32, tokens=tokens)
+    case.step()
+    assert calls_of(case.step).count("grouped_collect") == calls
+
+
+def test_lora_B_that_changed_before_backward():
+    case = Few(F32)
+    y = case.forward()
+    with torch.no_grad():
+        case.leaves[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(case.dy)

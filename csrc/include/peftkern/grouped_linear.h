@@ -23,6 +23,7 @@ struct FactorStack {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
   FactorStrides strides;
+  bool collected = false;  // of the groups with rows alone, as grouped_collect leaves them
 };
 
 struct GroupedLinearArgs {
@@ -57,14 +58,14 @@ struct GroupedOuterArgs {
 };
 void grouped_outer(Isa isa, const GroupedOuterArgs& args);
 
-// out[e, c] = in[c, e] of the groups that have rows; the others' part of out is not touched. PEFT
-// keeps lora_B so, with the groups innermost, where the values of one lie on cache lines of others.
+// out[i, c] = in[c, e], e being the i-th group that has rows. PEFT keeps lora_B so, with the groups
+// innermost, where the values of one lie on cache lines of others.
 struct GroupedCollectArgs {
   RowGroups groups;  // E and offsets
   int64_t columns = 0;
   DType dtype = DType::kFloat32;
   const void* in = nullptr;  // [columns, E]
-  void* out = nullptr;       // [E, columns]
+  void* out = nullptr;       // [groups with rows, columns]
   int threads = 1;
 };
 void grouped_collect(const GroupedCollectArgs& args);
@@ -72,10 +73,10 @@ void grouped_collect(const GroupedCollectArgs& args);
 constexpr int64_t kGroupedRows = 512;  // of a chunk at most: what is packed of x, and the sums of a
                                        // strip, have to stay in the second-level cache
 
-// Rows [begin, begin + count) of a group. Its activations lie packed from a multiple of sixteen
-// rows on: `slot`, which is even if there are more than sixteen.
+// Rows [begin, begin + count) of a group, the `place`-th of those with rows. Its activations lie
+// packed from a multiple of sixteen rows on: `slot`, which is even if there are more than sixteen.
 struct GroupedChunk {
-  int64_t group, begin, count, slot;
+  int64_t group, place, begin, count, slot;
 };
 struct GroupedPlan {
   const GroupedChunk* chunks;  // the longest first

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftkern.backends import kept
 from peftkern.backends.cpu.module import isa_and_threads, library, refusal_dense
 from peftkern.backends.cpu.nf4_grouped_products import backward_product, forward_product
 from peftkern.backends.decoded import refusal_format
 from peftkern.backends.pointers import DTYPE_CODES, address, dtype_code, fresh, optional, strided
 
-_NO_FACTOR = (0, 0, 0, 0, 0)
+_NO_FACTOR = (0, 0, 0, 0, 0, 0)
 
 
 def refusal_forward(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
@@ -74,6 +75,18 @@ class Groups(NamedTuple):
         offsets = address("offsets", self.offsets, torch.int32, self.E)
         rows = optional("rows", self.rows, torch.int32, self.R)
         return self.R, self.E, self.T, offsets, rows
+
+
+class Factors(NamedTuple):
+    """A stack [E, r, columns] of any strides, or `collected`: of the groups with rows alone."""
+
+    stack: Tensor
+    collected: bool
+
+    def fields(self, name: str, groups: Groups, columns: int) -> tuple[int, ...]:
+        count = min(groups.E, groups.R) if self.collected else groups.E
+        shape = (count, self.stack.shape[1], columns)
+        return *strided(name, self.stack, shape), int(self.collected)
 
 
 def groups_of(x: Tensor, offsets: Tensor, rows: Tensor | None) -> Groups:
@@ -188,7 +201,7 @@ def forward(
     Args: base, float32 [R, N] or None, a product that another function has computed.
     """
     y = torch.empty((groups.R, N), dtype=x.dtype, device="cpu")
-    a, b = _factor(lora_A, groups), _factor(lora_B, groups, turned=True)
+    a, b = _factor(lora_A, groups), _lora_B(lora_B, groups)
     S = _linear(x, groups, N, weight, transposed, base, bias, a, b, 1.0, scaling, y)
     return y, S
 
@@ -221,7 +234,7 @@ def backward(
     if need_dx or need_dA:
         if need_dx:
             dx = torch.empty((R, K), dtype=dy.dtype, device="cpu")
-        a, b = _factor(lora_B, groups, turned=True), _factor(lora_A, groups)
+        a, b = _lora_B(lora_B, groups), _factor(lora_A, groups)
         weight = weight if need_dx else None
         outputs = dx if need_dx else None
         dS = _linear(dy, groups, K, weight, not transposed, base, None, a, b, scaling, 1.0, outputs)
@@ -245,18 +258,18 @@ def _linear(
     transposed: bool,
     base: Tensor | None,
     bias: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
+    a: Factors | None,
+    b: Factors | None,
     s_scale: float,
     scaling: float,
     y: Tensor | None,
 ) -> Tensor:
     """Compute y in place, if it is given, and return s = s_scale x a^T.
 
-    Args: a, b, [E, r, K] and [E, r, N] of any strides, or None; transposed, of rows along y's.
+    Args: a, b, of K and of N columns, or None; transposed, of rows along y's.
     """
     x, K, R, E = x.contiguous(), x.shape[1], groups.R, groups.E
-    r = 0 if a is None else a.shape[1]
+    r = 0 if a is None else a.stack.shape[1]
     s = torch.empty((R, r) if r else 0, dtype=torch.float32, device="cpu")
     bias = None if bias is None else bias.contiguous()
     weight, transposed = _rows_together(weight, transposed)
@@ -269,8 +282,8 @@ def _linear(
         _weight(weight, E, (K, N) if transposed else (N, K), x.dtype, transposed),
         optional("base", base, torch.float32, R * N),
         optional("bias", bias, x.dtype, E * N),
-        _NO_FACTOR if a is None else strided("a", a, (E, r, K)),
-        _NO_FACTOR if b is None else strided("b", b, (E, r, N)),
+        _NO_FACTOR if a is None else a.fields("a", groups, K),
+        _NO_FACTOR if b is None else b.fields("b", groups, N),
         *(s_scale, scaling),
         fresh(s),
         fresh(y),
@@ -307,25 +320,38 @@ def _outer_(
         dtype_code("x", x),
         address("s", s, torch.float32, groups.R * r),
         scale,
-        strided("g", target, (groups.E, r, K)),
+        Factors(target, False).fields("g", groups, K),
     )
 
 
-def _factor(factor: Tensor | None, groups: Groups, turned: bool = False) -> Tensor | None:
-    """Return a stack of factors [E, r, columns] whose ranks or columns lie together.
+def _lora_B(lora_B: Tensor | None, groups: Groups) -> Factors | None:
+    """Return lora_B as `_factor` does; what was collected of few groups serves both passes.
 
-    Of the groups alone that have rows.
+    Collecting a few reads nearly all cache lines of the whole stack.
     """
+    found = kept.find()
+    if found is not None:
+        return Factors(found.transpose(1, 2), True)
+    factors = _factor(lora_B, groups, turned=True)
+    if factors is not None and factors.collected and 4 * groups.R <= groups.E:
+        kept.leave(factors.stack.transpose(1, 2))
+    return factors
+
+
+def _factor(factor: Tensor | None, groups: Groups, turned: bool = False) -> Factors | None:
+    """Return a stack of factors whose ranks or columns lie together."""
     if factor is None:
         return None
+    collected = False
     if not _adjacent(factor):
-        factor = _collected(factor, groups) if _groups_innermost(factor) else factor.contiguous()
-    return factor.transpose(1, 2) if turned else factor
+        collected = _groups_innermost(factor)
+        factor = _collected(factor, groups) if collected else factor.contiguous()
+    return Factors(factor.transpose(1, 2) if turned else factor, collected)
 
 
 def _collected(factor: Tensor, groups: Groups) -> Tensor:
-    """Copy a stack whose groups lie innermost to a contiguous one, where groups have rows."""
-    stack = factor.new_empty(factor.shape)
+    """Copy the groups that have rows out of a stack where groups lie innermost."""
+    stack = factor.new_empty((min(groups.E, groups.R), *factor.shape[1:]))
     library().grouped_collect(
         isa_and_threads()[1],
         groups.fields(),
