@@ -105,11 +105,12 @@ class _Layer:
         """
         gain, last = kept - self.kept, self.gain
         self.kept, self.gain = kept, gain
-        falls = 0 < gain < last / 3 and self.sweeps > 3  # the second one still finds its directions
-        missing = 2 * gain * gain / (last - gain) if falls else gain
+        falling = 0 < gain < last / 3 and self.sweeps > 2
+        less = 2 * gain * gain / (last - gain) if falling else gain
+        missing = less if self.sweeps > 3 else gain  # the second one still finds its directions
         error = max(self.norm**2 - kept, (FLOOR * self.norm) ** 2)
         self.excess = missing / (2 * error)
-        self.next = self.excess * gain / last if falls else math.inf
+        self.next = less * gain / last / (2 * error) if falling else math.inf
 
     def ends(self, job: _Job) -> bool:
         """Tell whether the next sweep is expected to be the last one."""
