@@ -12,14 +12,17 @@ from peftkern.functional.low_rank_svd import low_rank_svd
 from peftkern.functional.panels import Panels, Run
 
 FAILURE = 1e-3  # probability with which a bound from random vectors may fail
-PROBES, ENOUGH, STEPS = 8, 3, 4  # of a norm: 2.4 times it at n = 4096 after 3 steps, 1.6 after 4
+PROBES, ENOUGH, STEPS = 8, 2, 3  # of a norm: 1.6 to 2.3 times it after 2 steps, 1.5 after 3
+SAMPLES = 64  # of bounds on it
+FLOAT32 = 3e-7  # of products of unit vectors
 
 
 class Krylov:
     """The space that is spanned by X, W^T W X, .. of one matrix W [m, n] and a random block X.
 
     All rows of K [w, n] are orthonormal, and to `beside`, too; Y = K W^T [w, m]; T = Y Y^T [w, w]
-    in float64; rest [width, n] is what W^T W makes of the newest block outside of the space.
+    in float64; rest [width, n] is what W^T W makes of the newest block outside of the space; probe,
+    a space beside it for `energy_bounds`, whose first block is multiplied along with the newest.
     """
 
     def __init__(
@@ -31,7 +34,8 @@ class Krylov:
         self._K = torch.empty(rows, panels.n, dtype=torch.float32, device=device)
         self._Y = torch.empty(rows, panels.m, dtype=torch.float32, device=device)
         self._T = torch.empty(rows, rows, dtype=torch.float64, device=device)
-        self.rest = self._random()
+        self.rest = self._K[:0]
+        self.probe: Krylov | None = None
         self.eigen: tuple[Tensor, Tensor] | None = None  # of T, after `best`
 
     @property
@@ -54,7 +58,7 @@ class Krylov:
     def newest(self) -> slice:
         return slice(self.w - self.width, self.w)
 
-    def _random(self) -> Tensor:
+    def random(self) -> Tensor:
         """Draw a block on the host, the same for every device."""
         shape = (self.width, self.panels.n)
         block = torch.randn(shape, generator=self._draw, dtype=torch.float32, device="cpu")
@@ -63,7 +67,7 @@ class Krylov:
     def filled(self, block: Tensor, rank: int) -> Tensor:
         """Put random rows in the place of those from `rank` on, which are zero."""
         if rank < len(block):
-            block[rank:] = self._random()[rank:] / math.sqrt(block.shape[1])
+            block[rank:] = self.random()[rank:] / math.sqrt(block.shape[1])
         return block
 
     def outside(self, block: Tensor) -> Tensor:
@@ -77,16 +81,6 @@ class Krylov:
         """Add orthonormal rows; their products are those of the next `multiply`."""
         self._K[self.w : self.w + self.width] = block
         self.w += self.width
-
-    def products(self, rows: slice, X: Tensor, transposed: bool) -> tuple[Tensor, Tensor | None]:
-        """Return W X for rows of W, and W^T of that."""
-        Y, Z = [], None
-        for piece in self.panels.pieces(rows):
-            panel = self.panels.read(piece)
-            Y.append(panel @ X)
-            if transposed:
-                Z = Y[-1].T @ panel if Z is None else Z.addmm_(Y[-1].T, panel)
-        return torch.cat(Y), Z
 
     def products_back(self, rows: slice) -> Tensor:
         """Return the share that rows of W have in W^T of what `take` was given last."""
@@ -106,25 +100,49 @@ class Krylov:
         return self.Y.T @ top, top.T @ self.K
 
 
+def begin(spaces: Sequence[Krylov], run: Run) -> None:
+    """Append to each space its first block, a random one."""
+    blocks = list(run(lambda space: space.outside(space.random()), spaces))
+    for space, block in zip(spaces, _orthonormal(blocks)[0], strict=True):
+        space.append(block)
+
+
 def multiply(spaces: Sequence[Krylov], transposed: bool, run: Run) -> None:
     """Multiply the newest block of each space by W and, if `transposed`, the results by W^T.
 
     Panels of all spaces are one list of work; their sums are taken in order.
     """
+    groups = [[space, space.probe] if space.probe else [space] for space in spaces]
     work = []
-    for space in spaces:
-        X = space.K[space.newest].T.contiguous()
-        work += [(space, rows, X) for rows in space.panels.slices]
-        space.rest = space.K.new_zeros(space.width, space.panels.n)
-    found = run(lambda one: one[0].products(one[1], one[2], transposed), work)
-    for space in spaces:
-        Y = space.K.new_empty(space.width, space.panels.m)
-        for rows in space.panels.slices:
+    for group in groups:
+        X = torch.cat([space.K[space.newest] for space in group]).T.contiguous()
+        work += [(group[0].panels, rows, X) for rows in group[0].panels.slices]
+    found = run(lambda one: _products(*one, transposed), work)
+    for group in groups:
+        panels, widths = group[0].panels, [space.width for space in group]
+        Y = group[0].K.new_empty(sum(widths), panels.m)
+        Z = Y.new_zeros(len(Y), panels.n)
+        for rows in panels.slices:
             y, z = next(found)
             Y[:, rows] = y.T
             if z is not None:
-                space.rest += z
-        space.take(Y)
+                Z += z
+        for space, made, rest in zip(group, Y.split(widths), Z.split(widths), strict=True):
+            space.rest = rest
+            space.take(made)
+
+
+def _products(
+    panels: Panels, rows: slice, X: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return W X for rows of W, and W^T of that."""
+    Y, Z = [], None
+    for piece in panels.pieces(rows):
+        panel = panels.read(piece)
+        Y.append(panel @ X)
+        if transposed:
+            Z = Y[-1].T @ panel if Z is None else Z.addmm_(Y[-1].T, panel)
+    return torch.cat(Y), Z
 
 
 def multiply_back(spaces: Sequence[Krylov], run: Run) -> None:
@@ -150,9 +168,18 @@ def extend(spaces: Sequence[Krylov], run: Run) -> None:
 
 def _orthonormal(blocks: list[Tensor]) -> tuple[list[Tensor], list[int]]:
     """Return orthonormal rows that span those of each block, zero beyond its rank, and ranks."""
+    if not blocks:
+        return [], []
     sides = [torch.eye(len(block), device=block.device) for block in blocks]
     svd = low_rank_svd(sides, blocks)
     return svd.Vh, svd.rank.tolist()
+
+
+def probe(spaces: Sequence[Krylov], seed: int, run: Run) -> None:
+    """Begin to probe |W (I - K^T K)| for `energy_bounds`, by random blocks outside of them."""
+    for space in spaces:
+        space.probe = Krylov(space.panels, PROBES, STEPS, seed, beside=space.K)
+    begin([space.probe for space in spaces], run)
 
 
 def energy_bounds(
@@ -164,40 +191,85 @@ def energy_bounds(
     few from ENOUGH on as bound the sum by no more than `enough`.
     """
     energies = list(run(lambda space: Energy(space, rank), spaces))
-    probes = [Krylov(space.panels, PROBES, STEPS, seed, beside=space.K) for space in spaces]
+    late = [space for space in spaces if space.probe is None]
+    probe(late, seed, run)
+    multiply([space.probe for space in late], True, run)
     going, bounds = list(range(len(spaces))), [math.inf] * len(spaces)
+    probes = [space.probe for space in spaces]
 
     def bound(i: int, step: int) -> bool:
-        ritz = torch.linalg.eigvalsh(probes[i].T)[-1].item()
-        bounds[i] = energies[i].bound(ritz / (1 - shortfall(probes[i].panels.n, steps=step)))
+        bounds[i] = energies[i].bound(norm_bound(probes[i]), enough[i])
         return step == STEPS or bounds[i] <= enough[i]
 
-    for step in range(1, STEPS + 1):
+    for step in range(2, STEPS + 1):
         if not going:
             break
         extend([probes[i] for i in going], run)
-        multiply([probes[i] for i in going], step < ENOUGH, run)
+        multiply([probes[i] for i in going], True, run)
         if step >= ENOUGH:
             done = list(run(lambda i, step=step: bound(i, step), going))
             going = [i for i, one in zip(going, done, strict=True) if not one]
-            multiply_back([probes[i] for i in going], run)
     return bounds
+
+
+def norm_bound(probe: Krylov) -> float:
+    """Bound C = (I - K^T K) W^T W (I - K^T K) by a space that `probe` began and `multiply` grew.
+
+    With x, v and b of `overlap`, and for a polynomial p of the degree that the space has: |C| = l
+    means |p(C) x|^2 >= b p(l)^2, and where p has only real roots below c <= l, p(l)^2 >= p(c)^2. So
+    |C| < c if b p(c)^2 is above |p(C) x|^2 for all unit vectors x of the starting block, of which
+    the space holds every product. Any such p will do: here it is the one that is least in the mean
+    over the block with p(c) = 1, whose roots are those of a Radau rule with a node at c, the others
+    of which are below the Ritz values of the space. The bound of `shortfall`, which knows only the
+    largest of these, always holds.
+    """
+    steps, width, n = probe.w // probe.width, probe.width, probe.panels.n
+    ritz = torch.linalg.eigvalsh(probe.T)[-1]
+    if ritz <= 0:
+        return 0.0
+    T, R = probe.T / ritz, probe.outside(probe.rest).double() / ritz
+    powers = [torch.eye(probe.w, width, dtype=T.dtype, device=T.device)]
+    for _ in range(steps):
+        powers.append(T @ powers[-1])  # columns: coordinates of C^i on the starting block
+    stack = torch.stack(powers)
+    products = torch.einsum("iwx,jwy->ijxy", stack, stack)
+    left = R.T @ powers[-2][probe.newest]  # the last power is not in the space
+    products[-1, -1] += left.T @ left
+    places = torch.arange(steps + 1, dtype=T.dtype, device=T.device)
+    # A little of the uniform measure on [0, 1] keeps the moments apart.
+    moments = products.diagonal(dim1=2, dim2=3).mean(-1)
+    moments += 1e-6 / (places[:, None] + places + 1)
+    most = 1 / (1 - shortfall(n, width, steps))
+    bounds = most ** (torch.arange(1, SAMPLES + 1, dtype=T.dtype, device=T.device) / SAMPLES)
+    at = bounds[:, None] ** places
+    p = torch.linalg.solve(moments, at.T).T
+    p /= (p * at).sum(1, keepdim=True)
+    squares = torch.linalg.eigvalsh(torch.einsum("ci,cj,ijxy->cxy", p, p, products))[:, -1]
+    holds = squares + FLOAT32 * p.abs().sum(1).square() < overlap(n, width)
+    holds[-1] = True
+    return float(ritz * bounds[holds][0])
+
+
+def overlap(n: int, probes: int = PROBES) -> float:
+    """Return b so that <x, v>^2 < b with a probability of at most FAILURE: x is the unit vector in
+    the span of `probes` random ones of length n that is nearest to the unit vector v.
+
+    <x, v>^2 is Beta(probes / 2, (n - probes) / 2), and the probability that it is below b is at
+    most b^(probes / 2) Gamma(n / 2) / (Gamma(probes / 2 + 1) Gamma((n - probes) / 2)).
+    """
+    gammas = math.lgamma(n / 2) - math.lgamma(probes / 2 + 1) - math.lgamma((n - probes) / 2)
+    return math.exp(2 / probes * (math.log(FAILURE) - gammas))
 
 
 def shortfall(n: int, probes: int = PROBES, steps: int = STEPS) -> float:
     """Return eps so that a Ritz value of a block Krylov space is below (1 - eps) of the norm with a
     probability of at most FAILURE, which is the same event after any number of steps.
 
-    Let x be the unit vector of the starting block's span that is nearest to the top eigenvector v.
-    From x alone the Ritz value is as large unless <x, v>^2 < 1 / cosh^2((2 steps - 1) y), with
-    tanh^2 y = eps: the extremal odd Chebyshev polynomial of Kuczynski and Wozniakowski, which has
-    the same proof for every x. <x, v>^2 is Beta(probes / 2, (n - probes) / 2), and the probability
-    that it is below b is at most b^(probes / 2) Gamma(n / 2) / (Gamma(probes / 2 + 1)
-    Gamma((n - probes) / 2)).
+    From x of `overlap` alone, v being the top eigenvector, the Ritz value is as large unless
+    <x, v>^2 < 1 / cosh^2((2 steps - 1) y), with tanh^2 y = eps: the extremal odd Chebyshev
+    polynomial of Kuczynski and Wozniakowski, which has the same proof for every x.
     """
-    gammas = math.lgamma(n / 2) - math.lgamma(probes / 2 + 1) - math.lgamma((n - probes) / 2)
-    b = math.exp(2 / probes * (math.log(FAILURE) - gammas))
-    return math.tanh(math.acosh(b**-0.5) / (2 * steps - 1)) ** 2
+    return math.tanh(math.acosh(overlap(n, probes) ** -0.5) / (2 * steps - 1)) ** 2
 
 
 class Energy:
@@ -209,7 +281,7 @@ class Energy:
     """
 
     def __init__(self, space: Krylov, rank: int) -> None:
-        R = space.outside(space.outside(space.rest)).double()
+        R = space.outside(space.rest).double()
         self._space, self._gram, self._rank = space, R @ R.T, rank
         values, vectors = space.eigen
         self._top, newest = values[-rank:], vectors[space.newest]
@@ -219,11 +291,14 @@ class Energy:
         self._steps = least * 2.0**-halvings
         self._found: dict[int, Tensor] = {}  # eigenvalues, by the step's number
 
-    def bound(self, outside: float) -> float:
-        """Return the least bound near the step that is best to first order."""
+    def bound(self, outside: float, enough: float) -> float:
+        """Return the least bound near the step that is best to first order, or that step's own if
+        it is at most `enough`."""
         steps = self._steps[:, None]
         first = (self._top + self._slopes / steps).maximum(outside + steps)
         start = int(first.sum(1).argmin())
+        if (found := self._bound(outside, start)) <= enough:
+            return found
         best = min((self._bound(outside, i), i) for i in (start, start - 2, start - 4))[1]
         return min(self._bound(outside, i) for i in (best - 1, best, best + 1))
 

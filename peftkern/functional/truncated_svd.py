@@ -32,10 +32,12 @@ from peftkern.functional.arguments import (
 )
 from peftkern.functional.krylov import (
     Krylov,
+    begin,
     energy_bounds,
     extend,
     multiply,
     multiply_back,
+    probe,
 )
 from peftkern.functional.low_rank_svd import LowRankSVD, low_rank_svd
 from peftkern.functional.panels import Found, Panels, Run, full_float32, parallel
@@ -103,11 +105,16 @@ class _Layer:
         """
         gain, last = kept - self.kept, self.gain
         self.kept, self.gain = kept, gain
-        falls = 0 < gain < last / 3 and self.sweeps > 3  # the second one still finds its directions
-        missing = 2 * gain * gain / (last - gain) if falls else gain
+        falling = 0 < gain < last / 3 and self.sweeps > 2
+        less = 2 * gain * gain / (last - gain) if falling else gain
+        missing = less if self.sweeps > 3 else gain  # the second one still finds its directions
         error = max(self.norm**2 - kept, (FLOOR * self.norm) ** 2)
         self.excess = missing / (2 * error)
-        self.next = self.excess * gain / last if falls else math.inf
+        self.next = less * gain / last / (2 * error) if falling else math.inf
+
+    def ends(self, job: _Job) -> bool:
+        """Tell whether the next sweep is expected to be the last one."""
+        return self.next < 2 * job.tol if job.sweeps is None else self.sweeps + 1 == job.sweeps
 
 
 def truncated_svd(
@@ -290,11 +297,12 @@ def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
         if side > SMALL and blocks >= (sweeps or 3) and layer.norm > 0:
             layer.space = Krylov(panels, job.width, blocks, job.seed)
             going.append(layer)
+    begin([layer.space for layer in going], run)
     while going:
-        spaces = [layer.space for layer in going]
-        extend(spaces, run)
-        done = going[0].sweeps + 1
-        last = all(one.next < 2 * job.tol for one in going) if sweeps is None else done == sweeps
+        spaces, ending = [layer.space for layer in going], [layer.ends(job) for layer in going]
+        done, last = going[0].sweeps + 1, all(ending)
+        if job.certify:
+            probe(list(itertools.compress(spaces, ending)), job.seed + 1, run)
         multiply(spaces, job.certify or not last, run)
         values = run(lambda space: torch.linalg.eigvalsh(space.T)[-job.rank :].sum().item(), spaces)
         for layer, kept in zip(going, values, strict=True):
@@ -311,6 +319,9 @@ def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
         going = [one for one in going if one.factors is None and not one.space.full]
         if last and not job.certify:
             multiply_back([layer.space for layer in going], run)  # it was not the last one
+        for layer in going:
+            layer.space.probe = None
+        extend([layer.space for layer in going], run)
 
 
 def _decompose_small(layers: list[_Layer], rank: int, run: Run) -> None:

@@ -25,7 +25,18 @@ from torch import Tensor
 
 import peftkern
 import peftkern.functional.truncated_svd as svd_module
-from peftkern.functional.krylov import FAILURE, Krylov, multiply_back, shortfall
+from peftkern.functional.krylov import (
+    FAILURE,
+    PROBES,
+    STEPS,
+    Krylov,
+    begin,
+    extend,
+    multiply,
+    multiply_back,
+    norm_bound,
+    shortfall,
+)
 from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
 from peftkern.functional.panels import Panels, Run, full_float32, parallel
 from peftkern.functional.truncated_svd import FLOOR, TruncatedSVD, truncated_svd
@@ -191,6 +202,25 @@ def test_the_bound_on_a_norm_holds_and_is_that_of_the_literature_for_one_vector(
         space = torch.linalg.qr(torch.cat([x, values[:, None] * x, values[:, None] ** 2 * x], 1))[0]
         top = torch.linalg.eigvalsh(space.T @ (values[:, None] * space))[-1]
         below += int(top < 1 - shortfall(n, 4, steps))
+    assert below <= BOUND_FAILED
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
+def test_the_bound_on_a_norm_by_polynomials_holds_and_is_below_that_of_the_literature(decay):
+    n, below = 300, 0
+    values = torch.arange(1, n + 1, dtype=F64) ** -decay
+    values[0] = 1.2
+    panels = Panels(torch.diag(values.sqrt()).float(), None)
+    for seed in range(30):
+        space = Krylov(panels, PROBES, STEPS, seed)
+        begin([space], map)
+        multiply([space], True, map)
+        for step in range(2, STEPS + 1):
+            extend([space], map)
+            multiply([space], True, map)
+            ritz, bound = torch.linalg.eigvalsh(space.T)[-1].item(), norm_bound(space)
+            assert ritz <= bound < ritz / (1 - shortfall(n, steps=step))
+            below += int(bound < values[0])
     assert below <= BOUND_FAILED
 
 
