@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from peftkern.backends import dispatch
 from peftkern.layers.expert_stack import stacks_of
-from peftkern.layers.experts import experts_forward
+from peftkern.layers.experts import ends_in_norm, experts_forward
 
 __all__ = ["serve_nf4_experts", "stop_serving"]
 try:
@@ -40,7 +40,7 @@ def serve_nf4_experts(model: nn.Module) -> list[str]:
     """
     served: list[str] = []
     for base, names in _servable(model):
-        chosen = base.get_experts_implementation()
+        chosen = _choices(base)
         if _DEFAULT in chosen.values():
             ours = {k: IMPLEMENTATION if v == _DEFAULT else v for k, v in chosen.items()}
             base.__dict__.setdefault(_BEFORE, chosen)
@@ -57,10 +57,26 @@ def nf4_experts(model: nn.Module) -> list[str]:
 def _servable(model: nn.Module) -> Iterator[tuple[PreTrainedModel, list[str]]]:
     """Yield the models of transformers that have NF4 experts for us, with the names of these."""
     for path, base in models_of(model) if ALL_EXPERTS_FUNCTIONS is not None else ():
-        chosen = base.get_experts_implementation().values()
+        chosen = _choices(base).values()
         names = [name for name, module in base.named_modules() if _reason(module) is None]
-        if names and (_DEFAULT in chosen or IMPLEMENTATION in chosen):
+        if names and (_DEFAULT in chosen or IMPLEMENTATION in chosen) and _takes_ours(base):
             yield base, [f"{path}.{name}".lstrip(".") for name in names]
+
+
+def _choices(base: PreTrainedModel) -> dict[str, str | None]:
+    """Return what `set_experts_implementation` restores; not every 5 has a method for that."""
+    parts = {key: getattr(base.config, key, None) for key in base.config.sub_configs}
+    parts = {"": base.config, **parts}
+    return {k: part._experts_implementation for k, part in parts.items() if part is not None}
+
+
+def _takes_ours(base: PreTrainedModel) -> bool:
+    """Return whether this transformers takes a name that was registered; the first of 5 do not."""
+    try:
+        base.get_correct_experts_implementation(IMPLEMENTATION)
+    except ValueError:
+        return False
+    return True
 
 
 def is_serving(module: nn.Module) -> bool:
@@ -90,9 +106,9 @@ def models_of(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
 
 def _reason(experts: nn.Module) -> str | None:
     """Return the reason to run experts as transformers does."""
-    if not hasattr(experts, "has_post_expert_norm"):  # which its decorator gives every class
+    if not (hasattr(experts, "config") and hasattr(experts, "has_gate")):  # of its decorator
         return "no fused experts that ask for an implementation"
-    if experts.has_post_expert_norm:
+    if ends_in_norm(experts):
         return "the experts end in a norm"
     if len(stacks_of(experts)) != 2:  # PEFT's fold among others
         return "the experts are not in 4 bits"

@@ -260,6 +260,11 @@ def up_name(experts: nn.Module) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
+def ends_in_norm(experts: nn.Module) -> bool:
+    """Return whether fused experts compute a norm of their own; the first of 5 have no flag."""
+    return getattr(experts, "has_post_expert_norm", False)
+
+
 def weight_names(experts: nn.Module) -> tuple[str, str]:
     """Return the names of the two weights of fused experts.
 
@@ -269,7 +274,7 @@ def weight_names(experts: nn.Module) -> tuple[str, str]:
     if all(hasattr(experts, flag) for flag in flags):
         names = (up_name(experts), "down_proj")
         has = all(experts._parameters.get(name) is not None for name in names)
-        if has and not getattr(experts, "has_post_expert_norm", False):
+        if has and not ends_in_norm(experts):
             return names
     raise TypeError(
         "experts: expected Experts or fused experts of transformers with gate_up_proj and "

@@ -125,7 +125,8 @@ def in_4_bits() -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         llama().save_pretrained(folder)
         try:
-            return AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4)
+            options = {"quantization_config": nf4, "dtype": torch.float32}  # 4.57: else float16
+            return AutoModelForCausalLM.from_pretrained(folder, **options)
         except RuntimeError as error:  # transformers 4.51
             if "available devices" not in str(error):
                 raise

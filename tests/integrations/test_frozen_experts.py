@@ -122,6 +122,31 @@ def test_patch_serves_experts_without_an_adapter(request):
     assert model.config._experts_implementation == "grouped_mm"
 
 
+def own_names(self: PreTrainedModel, name: str) -> str:
+    if name not in ("eager", "grouped_mm", "batched_mm"):
+        raise ValueError(name)
+    return name
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["5.8", "5.3"])
+def test_earlier_transformers_5(named, monkeypatch):
+    """Without a method for what was chosen; with no flag of a norm, or with no names of others."""
+    model = get_peft_model(quantized("Qwen3Moe"), LoraConfig(r=2, target_modules=["q_proj"]))
+    wanted = model(IDS).logits
+    monkeypatch.delattr(PreTrainedModel, "get_experts_implementation")
+    if named:
+        for layer in model.base_model.model.model.layers:
+            del layer.mlp.experts.has_post_expert_norm
+    else:
+        monkeypatch.setattr(PreTrainedModel, "get_correct_experts_implementation", own_names)
+    report = peftkern.patch(model)
+    assert len(report.patched) == 2
+    assert any(name.endswith("experts") for name in report.without_adapter) is named
+    assert (model(IDS).logits - wanted).norm() <= 1e-5 * wanted.norm()
+    peftkern.unpatch(model)
+    assert model.config._experts_implementation == "grouped_mm"
+
+
 @pytest.mark.parametrize("first", ["quantize", "adapt"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patched_adapters_read_the_stored_weights(family, first, request):

@@ -41,7 +41,7 @@ from peftkern.integrations.peft.fallback import (
 from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.serve import switched_off
 from peftkern.layers.expert_stack import WHOLE_EXPERTS, ExpertStack, expert_weight, is_transposed
-from peftkern.layers.experts import gate_of
+from peftkern.layers.experts import ends_in_norm, gate_of
 
 try:
     from transformers.integrations.moe import use_experts_implementation
@@ -240,9 +240,10 @@ def _unusual_experts(
             return f"{name} has {own[name].dim()} dimensions"
         if len(own[name]) == 1:  # for which PEFT has another layout
             return "there is one expert"
-    if getattr(type(experts).forward, "__code__", None) is not _CODE:
+    asks = getattr(type(experts).forward, "__code__", None) is _CODE
+    if not (asks and hasattr(experts, "has_gate")):  # a flag since 5.3
         return f"base_layer is {type(experts).__name__}"
-    if experts.has_post_expert_norm:
+    if ends_in_norm(experts):
         return "the experts end in a norm"
     implementation = _implementation(experts)
     if implementation not in _IMPLEMENTATIONS:

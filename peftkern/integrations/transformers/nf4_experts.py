@@ -89,9 +89,12 @@ class NF4ExpertsQuantizer(Bnb4BitHfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(super().get_quantize_ops(), self.quantization_config.experts_blocksize)
 
-    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        """Let converters that fuse one tensor per expert do so an expert at a time."""
-        updated = super().update_weight_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: list, *model: PreTrainedModel) -> list:
+        """Let converters that fuse one tensor per expert do so an expert at a time.
+
+        model: not given by transformers 5.20 and before.
+        """
+        updated = super().update_weight_conversions(weight_conversions, *model)
         if self.pre_quantized:
             return updated
         return [_one_by_one(c) if fuses_experts(c) else c for c in updated]

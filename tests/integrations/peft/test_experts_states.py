@@ -88,6 +88,18 @@ def test_states_that_are_left_to_peft(reason):
     assert reason in str(report)
 
 
+def test_experts_of_earlier_transformers_5():
+    """Which had no flag of a norm yet, and before 5.3 none of a gate."""
+    model = expert_net()
+    experts = experts_of(model)
+    del experts.has_post_expert_norm
+    assert peftkern.patch(model).falling_back == {}
+    peftkern.unpatch(model)
+    del experts.has_gate
+    reason = f"base_layer is {type(experts).__name__}"
+    assert peftkern.patch(model).falling_back == {"base_model.model.experts": reason}
+
+
 @pytest.mark.parametrize("reason", ["adapters are disabled", "adapters are merged"])
 def test_one_wrapper_alone_is_switched_off(reason):
     model = expert_net()

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, core_model_loading
+from transformers.quantizers import HfQuantizer
 
 from peftkern.integrations.transformers import NF4ExpertsConfig
+from peftkern.integrations.transformers.nf4_experts import NF4ExpertsQuantizer
 from peftkern.layers.expert_stack import stacks_of
 from peftkern.layers.nf4_stack import NF4Stack
 
@@ -207,3 +209,21 @@ def test_a_checkpoint_without_the_bytes_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((RuntimeError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_load_by_transformers_that_gives_converters_alone(tmp_path, monkeypatch):
+    """As 5.20 does: they still quantize an expert at a time."""
+    saved("Mixtral", tmp_path)
+    wanted = stacks(load(tmp_path))
+    ours, updated = NF4ExpertsQuantizer, NF4ExpertsQuantizer.update_weight_conversions
+
+    def alone(self: HfQuantizer, converters: list) -> list:
+        return converters
+
+    monkeypatch.setattr(HfQuantizer, "update_weight_conversions", alone)
+    monkeypatch.setattr(
+        ours, "update_weight_conversions", lambda self, converters, model: updated(self, converters)
+    )
+    found = stacks(load(tmp_path))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name]._packed, wanted[name]._packed) for name in wanted)
