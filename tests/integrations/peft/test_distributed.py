@@ -1,53 +1,15 @@
-"""Patched models under DDP, FSDP and DTensor, in processes forked from this one."""
+"""Patched models under DDP, FSDP and DTensor: processes of their own, forked from one that has
+imported everything."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import expert_models
 import pytest
-import torch
-import torch.distributed as dist
-from adalora_models import adalora_llama, optimizer_of
-from engines import in_ranks
-from peft_models import (
-    K,
-    add_lora,
-    fallbacks,
-    layer_of,
-    lora_net,
-    make_linear,
-    make_linear4bit,
-    patched_copy,
-    served_by_us,
-    take_small_layers,
-    text_batch,
-    tiny_llama,
-)
-from tolerances import COMPACTED_RTOL, LOSS_CURVE_RTOL
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from processes import run_code
 
-import peftkern
-from peftkern.integrations.peft.adalora_state import load_state, read_state, save_state
-from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
-from peftkern.methods import RankBudget
-
-# AdaLoRA's, which draws masks of every size between the step tinit and the last tfinal ones.
-STEPS = 20
-SCHEDULE = {"total_step": STEPS, "tinit": 4, "tfinal": 4, "deltaT": 1}
-
-
-def losses(model: nn.Module, rank: int) -> Tensor:
+LORA = """
+def losses(model, rank):
     model = DistributedDataParallel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3)
@@ -65,8 +27,7 @@ def losses(model: nn.Module, rank: int) -> Tensor:
     assert torch.equal(*gathered), "ranks drifted apart"
     return torch.stack(found)
 
-
-def lora(rank: int) -> None:
+def lora(rank):
     for quantized in (False, True):
         base = tiny_llama()
         if quantized:
@@ -78,9 +39,10 @@ def lora(rank: int) -> None:
         got = losses(twin, rank)
         assert served_by_us() == 5 * 14 and fallbacks() == {}
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
+"""
 
-
-def experts(rank: int) -> None:
+EXPERTS = """
+def experts(rank):
     model = expert_models.add_experts_lora(expert_models.tiny_moe()).train()
     twin = patched_copy(model)
     expected = losses(model, rank)
@@ -88,11 +50,12 @@ def experts(rank: int) -> None:
     got = losses(twin, rank)
     assert expert_models.served() == 5 * 2 and expert_models.fallbacks() == {}
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
+"""
 
-
-def adalora(rank: int) -> None:
+ADALORA = """
+def adalora(rank):
     torch.set_num_threads(1 + rank)  # must not matter
-    model = adalora_llama(**SCHEDULE)
+    model = adalora_llama(deltaT=1)
     peftkern.patch(model)
     wrapped = DistributedDataParallel(model)
     optimizer = optimizer_of(model)
@@ -104,22 +67,23 @@ def adalora(rank: int) -> None:
         optimizer.zero_grad()
         digest.update(json.dumps(model.peft_config["default"].rank_pattern).encode())
     assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
-    digests: list[Any] = [None, None]
+    digests = [None, None]
     dist.all_gather_object(digests, digest.hexdigest())
     assert digests[0] == digests[1], "ranks drew other masks"
+"""
 
-
-def adalora_steps(rank: int) -> None:
-    model = adalora_llama(**SCHEDULE)
+ADALORA_STEPS = """
+def adalora_steps(rank):
+    model = adalora_llama(deltaT=1)
     optimizer = optimizer_of(model)
     measured = RankBudget(cost=lambda name: len(name) + rank * (len(name) % 3))  # the first's count
     steps = AdaLoraSteps(model, optimizer, STEPS, budget=measured)
     wrapped = DistributedDataParallel(model)
-    for step in range(1, 13):
+    for step in range(1, 21):
         wrapped(**text_batch(seed=100 * rank + step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert steps.step == 12 and model.peft_config["default"].rank_pattern
+    assert steps.step == 20 and model.peft_config["default"].rank_pattern
     try:  # of gradients that nobody has reduced
         model(**text_batch(seed=rank)).loss.backward()
         for p in model.parameters():
@@ -127,14 +91,13 @@ def adalora_steps(rank: int) -> None:
                 p.grad = p.grad.flip(0) * 100
         optimizer.step()
     except RuntimeError as error:
-        assert "mask of step 13 is not the same in all processes" in str(error), error
+        assert "mask of step 21 is not the same in all processes" in str(error), error
     else:
         raise AssertionError("other masks went unseen")
+"""
 
-
-def compacting_losses(
-    rank: int, compact: int | str | None, hook: bool = False, **options: bool
-) -> tuple[Tensor, int]:
+ADALORA_COMPACT = """
+def compacting_losses(rank, compact, hook=False, **options):
     schedule = {"total_step": 14, "tinit": 2, "tfinal": 4, "deltaT": 3}
     model = adalora_llama(orth_reg_weight=0.0, **schedule)
     optimizer = optimizer_of(model)
@@ -156,8 +119,7 @@ def compacting_losses(
     assert torch.equal(*gathered), "ranks drifted apart"
     return torch.stack(found), rows
 
-
-def adalora_compact(rank: int) -> None:
+def adalora_compact(rank):
     expected, rows = compacting_losses(rank, None)
     assert rows == 14 * 6
     for options in ({"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
@@ -172,11 +134,10 @@ def adalora_compact(rank: int) -> None:
     assert rows == 14 * 6 and torch.equal(got, expected)
     said = [str(w.message) for w in caught if "AdaLoRA keeps what it" in str(w.message)]
     assert len(said) == 1 and "with a communication hook keeps its buckets" in said[0], said
+"""
 
-
-def adalora_losses(
-    model: nn.Module, wrapped: nn.Module, rank: int, compact: str | None = None
-) -> Tensor:
+ADALORA_SHARDED = """
+def adalora_losses(model, wrapped, rank, compact=None):
     optimizer = optimizer_of(model)
     AdaLoraSteps(model, optimizer, STEPS, compact=compact)
     found = []
@@ -189,9 +150,8 @@ def adalora_losses(
     assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 28
     return torch.stack(found)
 
-
-def adalora_sharded(rank: int, folder: Path) -> None:
-    model, twin = adalora_llama(**SCHEDULE), adalora_llama(**SCHEDULE)
+def adalora_sharded(rank):
+    model, twin = adalora_llama(deltaT=1), adalora_llama(deltaT=1)
     peftkern.patch(model)
     expected = adalora_losses(model, DistributedDataParallel(model), rank)
     mesh = init_device_mesh("cpu", (2,))
@@ -205,27 +165,27 @@ def adalora_sharded(rank: int, folder: Path) -> None:
     said = [str(w.message) for w in caught if "AdaLoRA keeps what it" in str(w.message)]
     assert len(said) == 1 and said[0].endswith("FSDP has sharded the parameters"), said
     torch.testing.assert_close(got, expected, rtol=LOSS_CURVE_RTOL, atol=0)
-    save_state(twin.base_model, folder, STEPS, write=rank == 0)
+    save_state(twin.base_model, sys.argv[1], STEPS, write=rank == 0)
     dist.barrier()
-    state = read_state(folder)
+    state = read_state(sys.argv[1])
     E = twin.base_model.model.model.layers[0].self_attn.q_proj.lora_E["default"]
     assert type(E).__name__ == "DTensor" and len(E.to_local()) == 3
     whole = E.full_tensor().detach()
     assert torch.equal(state.triplets["model.layers.0.self_attn.q_proj.lora_E"], whole)
     try:
-        load_state(twin, folder)
+        load_state(twin, sys.argv[1])
     except ValueError as error:
         assert "does not load into shards: load before fully_shard" in str(error), error
     else:
         raise AssertionError("loaded into shards")
+"""
 
-
-def role(model: nn.Module, name: str) -> nn.Module:
+SHARDED = """
+def role(model, name):
     layer = layer_of(model)
     return layer.base_layer if name == "base_layer" else getattr(layer, name)["default"]
 
-
-def sharded(rank: int) -> None:
+def sharded(rank):
     mesh = init_device_mesh("cpu", (1,))
     x = torch.randn(3, K)
     for name in ("base_layer", "lora_A", "lora_B"):
@@ -260,8 +220,7 @@ def sharded(rank: int) -> None:
     y.sum().backward()
     assert layer_of(model).lora_B["default"].weight.grad is not None
 
-
-def sharded_experts(mesh: DeviceMesh) -> None:
+def sharded_experts(mesh):
     model = expert_models.expert_net()
     expected = model(*expert_models.inputs())
     peftkern.patch(model)
@@ -281,9 +240,10 @@ def sharded_experts(mesh: DeviceMesh) -> None:
     except RuntimeError as error:  # torch refuses to mix them; PEFT would not get further
         assert "DTensor" in str(error), error
     assert expert_models.fallbacks() == {"down_proj is DTensor": 1}, expert_models.fallbacks()
+"""
 
-
-def sharded_layer(how: str) -> nn.Module:
+FOUR_BIT = """
+def sharded_layer(how):
     model = lora_net(make_linear4bit(quant_storage=torch.float32))
     peftkern.patch(model)
     if how == "fully_shard":
@@ -294,14 +254,12 @@ def sharded_layer(how: str) -> nn.Module:
     cpu = torch.device("cpu")
     return FullyShardedDataParallel(model, use_orig_params=parameters, device_id=cpu)
 
-
-def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+def gradients(model, x):
     y = model(x)
     y.square().sum().backward()
     return [y.detach(), x.grad]
 
-
-def four_bit(rank: int) -> None:
+def four_bit(rank):
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(rank))
     expected = gradients(lora_net(make_linear4bit()), x.clone().requires_grad_())
     for how in ("parameters", "views", "fully_shard"):
@@ -309,31 +267,55 @@ def four_bit(rank: int) -> None:
         peftkern.reset_stats()
         torch.testing.assert_close(gradients(model, x.clone().requires_grad_()), expected)
         assert served_by_us() == 1 and fallbacks() == {}, (how, peftkern.stats())
+"""
 
-
-PARTS = {
-    lora: 2,
-    experts: 2,
-    adalora: 2,
-    adalora_steps: 2,
-    adalora_compact: 2,
-    adalora_sharded: 2,
-    sharded: 1,
-    four_bit: 2,
-}
-
-
-def in_rank(rank: int, part: Callable[..., None], *arguments: Any) -> None:
+PARTS = ("lora", "experts", "adalora", "adalora_steps", "adalora_compact", "adalora_sharded")
+PARTS += ("sharded", "four_bit")
+PROCESSES = f"""
+import hashlib, json, sys, torch, warnings, torch.distributed as dist, torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+import expert_models, peftkern
+from adalora_models import STEPS, adalora_llama, optimizer_of
+from peft_models import *
+from peftkern.integrations.peft.adalora_state import load_state, read_state, save_state
+from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
+from peftkern.methods import RankBudget
+from tolerances import COMPACTED_RTOL, LOSS_CURVE_RTOL
+{LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{ADALORA_COMPACT}{ADALORA_SHARDED}{SHARDED}{FOUR_BIT}
+def work(rank, name, world_size):
+    torch.set_num_threads(1)
     take_small_layers()
-    part(rank, *arguments)
+    where = f"file://{{sys.argv[1]}}/{{name}}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world_size)
+    globals()[name](rank)
+    dist.destroy_process_group()
+
+for name in {PARTS}:
+    count = 1 if name == "sharded" else 2
+    try:
+        mp.start_processes(work, args=(name, count), nprocs=count, start_method="fork")
+        print(name, "is right")
+    except mp.ProcessRaisedException as error:
+        print(name, error)
+"""
 
 
-@pytest.mark.parametrize(("part", "ranks"), PARTS.items(), ids=[part.__name__ for part in PARTS])
-def test_ranks_agree_and_shards_fall_back(part, ranks, tmp_path):
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> str:
+    folder: Path = tmp_path_factory.mktemp("stores")
+    return run_code(PROCESSES, folder)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_ranks_agree_and_shards_fall_back(said, name):
     """LoRA trains as unpatched, AdaLoRA draws one mask, a sharded part goes to PEFT by name.
 
     Sharded 4-bit layers are served under both generations of FSDP, with what the weight is in a
     forward: a view, or a parameter.
     """
-    arguments = [tmp_path] if part is adalora_sharded else []
-    in_ranks(in_rank, ranks, tmp_path / "ranks", part, *arguments)
+    assert f"{name} is right" in said, said
