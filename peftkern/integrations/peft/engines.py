@@ -163,11 +163,12 @@ def dense_experts(model: nn.Module) -> str | None:
     count = sum(len(dense_now(module)) for module in model.modules()) if _has_units(model) else 0
     if not count:
         return None
-    return (
+    said = (
         f"{count} stacks of experts in 4 bits are dense in the shards of FSDP2, and take the "
         "memory of dense ones: leave them whole on every device by ignored_params of fully_shard, "
         "or train under DistributedDataParallel"
     )
+    return said
 
 
 def _has_units(model: nn.Module) -> bool:
