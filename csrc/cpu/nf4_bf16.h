@@ -232,7 +232,7 @@ struct BFloat16Axpy {
     const int64_t second = rows > 1 ? element + K : element;
     const uint8_t *low = w.packed + element / 2, *high = w.packed + second / 2;
     if constexpr (kShort) {
-      const BlockDecoder blocks(w, absmax, PackedOrder::kPair);
+      const BlockDecoder blocks(w, absmax);
       const __m512i words = one_after_other(low, high);
       return Scaled{blocks.wide(words, blocks.rows(element, second, rows > 1))};
     } else {

@@ -20,19 +20,17 @@ inline __mmask32 mask32(int64_t n) {
   return n >= 32 ? ~__mmask32{0} : (n <= 0 ? 0 : (__mmask32{1} << n) - 1);
 }
 
+inline __m512i one_after_other(const uint8_t* first, const uint8_t* second) {
+  return join(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)),
+              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+}
+
 // The order of words of both rows, one after the other, in which they alternate.
 inline __m512i alternate(const uint8_t* first, const uint8_t* second) {
   const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i alternating =
       _mm512_or_si512(ramp, _mm512_slli_epi32(_mm512_add_epi32(ramp, _mm512_set1_epi32(16)), 16));
-  const __m512i rows = join(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)),
-                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
-  return _mm512_permutexvar_epi16(alternating, rows);
-}
-
-inline __m512i one_after_other(const uint8_t* first, const uint8_t* second) {
-  return join(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)),
-              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+  return _mm512_permutexvar_epi16(alternating, one_after_other(first, second));
 }
 
 // ---- tables
@@ -249,10 +247,9 @@ struct FloatPairs {
 
 // ---- scales spread over the lanes, for sums of weight rows
 
-// Eight scales, of which `used` are there, and their zeros.
+// Eight scales and their zeros.
 struct ScaleGroup {
   __m256 scale, zero;
-  __mmask8 used;
 };
 
 // Codes times scales as float32, rounded.
@@ -276,11 +273,11 @@ struct BlockDecoder {
   const Absmax& absmax;
   const int log2;
   const ScaleLanes& lanes;
-  BlockDecoder(const NF4View& view, const Absmax& scales, PackedOrder order)
+  BlockDecoder(const NF4View& view, const Absmax& scales)
       : w(view),
         absmax(scales),
         log2(absmax.log2 < 6 ? absmax.log2 : 6),
-        lanes(lanes_of(order, log2)) {}
+        lanes(lanes_of(PackedOrder::kPair, log2)) {}
 
   // Those of 64 weights each of two rows; without a second, its scales are zero.
   ScaleGroup rows(int64_t first, int64_t second, bool both) const {
@@ -292,8 +289,7 @@ struct BlockDecoder {
     const __m256 zero =
         w.zero ? load(w.zero + (first >> absmax.log2), w.zero + (second >> absmax.log2))
                : _mm256_setzero_ps();
-    return {load(absmax.of(first), absmax.of(second)), zero,
-            static_cast<__mmask8>(one | other << 4)};
+    return {load(absmax.of(first), absmax.of(second)), zero};
   }
   WideGroup wide(__m512i words, const ScaleGroup& group) const {
     const __m512i dword = _mm512_load_si512(lanes.dword);
@@ -475,16 +471,20 @@ template <class Before>
   decode_short_blocks<FloatRows<false>>(rows, before);
 }
 
-// Where only some rows begin as a unit does, each for itself.
+// Rows of which only some begin as a unit does, each for itself.
 template <class Before>
-[[gnu::always_inline]] inline void decode_streams(const WeightRows& rows, const Before& before) {
-  const bool alike = rows.K % min64(rows.w.blocksize, 64) == 0;
-  const int64_t step = alike ? rows.count : 1;
-  for (int64_t i = 0; i < rows.count; i += step) {
-    decode_alike(WeightRows{rows.w, rows.absmax, rows.begin(i), rows.K, step, rows.n, rows.line(i),
+[[gnu::noinline]] void decode_unlike(const WeightRows& rows, const Before& before) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    decode_alike(WeightRows{rows.w, rows.absmax, rows.begin(i), rows.K, 1, rows.n, rows.line(i),
                             rows.stride, i},
                  before);
   }
+}
+
+template <class Before>
+[[gnu::always_inline]] inline void decode_streams(const WeightRows& rows, const Before& before) {
+  const bool alike = rows.K % min64(rows.w.blocksize, 64) == 0;
+  alike ? decode_alike(rows, before) : decode_unlike(rows, before);
 }
 
 }  // namespace

@@ -116,39 +116,29 @@ struct NF4Gemm {
   // tile[i] += scaling * sum_j left[i * r + j] * right[j], i < count.
   void add_low_rank(float* tile, const float* left, int64_t count, const float* right,
                     int64_t right_stride, int right_valid) const {
+    const int64_t r = args.r;
 #if defined(__AVX512F__)
     constexpr int kRows = 16;
 #else
     constexpr int kRows = 4;
 #endif
-    for (int row = 0; row < min64(16, count); row += kRows) {
+    for (int row = 0; row < 16; row += kRows) {
       const int64_t valid = min64(kRows, count - row);
-      const auto add = valid == kRows && right_valid == 16 ? &NF4Gemm::add_rows<kRows, true>
-                                                           : &NF4Gemm::add_rows<kRows, false>;
-      (this->*add)(tile + row * 16, left + row * args.r, valid, right, right_stride, right_valid);
-    }
-  }
-
-  // Not inlined: there would be too few registers. Rows past the end are not stored.
-  template <int kRows, bool kWhole>
-  [[gnu::noinline]] void add_rows(float* tile, const float* left, int64_t count, const float* right,
-                                  int64_t right_stride, int right_valid) const {
-    const int64_t r = args.r;
-    const float* lines[kRows / 4];
-    for (int i = 0; i < kRows / 4; ++i) lines[i] = left + 4 * i * r;
-    F32x16 acc[kRows];
-    for (int i = 0; i < kRows; ++i) acc[i] = f32_load(tile + i * 16);
-    for (int64_t j = 0; j < r; ++j, right += right_stride) {
-      const F32x16 x = f32_mul(kWhole ? f32_load(right) : f32_load_n(right, right_valid),
-                               f32_set1(args.scaling));
-      const int64_t at[4] = {j, r + j, 2 * r + j, 3 * r + j};
+      if (valid <= 0) return;
+      F32x16 acc[kRows];
+      for (int i = 0; i < kRows; ++i) acc[i] = f32_load(tile + (row + i) * 16);
+      for (int64_t j = 0; j < r; ++j) {
+        const float* p = right + j * right_stride;
+        const F32x16 x = f32_mul(right_valid >= 16 ? f32_load(p) : f32_load_n(p, right_valid),
+                                 f32_set1(args.scaling));
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const float* value = kWhole || i < count ? lines[i / 4] + at[i % 4] : left + j;
-        acc[i] = f32_fma(f32_set1(*value), x, acc[i]);
+        for (int i = 0; i < kRows; ++i) {
+          const int64_t source = i < valid ? row + i : row;  // rows past the end are not stored
+          acc[i] = f32_fma(f32_set1(left[source * r + j]), x, acc[i]);
+        }
       }
+      for (int i = 0; i < kRows; ++i) f32_store(tile + (row + i) * 16, acc[i]);
     }
-    for (int i = 0; i < kRows; ++i) f32_store(tile + i * 16, acc[i]);
   }
 
   static void store_row(void* out, DType dtype, int64_t i, const float* values, int64_t n) {
@@ -203,17 +193,16 @@ struct NF4Gemm {
     }
   }
 
-  // Weights whose scales are worth asking for ahead of a row: of its next block if it has one, else
-  // of the whole row of the next panel, which is where bytes are expanded. Scales that are float32
-  // already come in lines that few blocks share only where those are short.
+  // Weights whose scales are worth asking for ahead of a row: float32 ones of its next block where
+  // those are short, for few share a line; bytes of a whole row of the next panel, ahead of it.
   int64_t scales_ahead(bool more) const {
     if (args.w.float_scales()) return args.w.blocksize < 64 ? kBlock : 0;
     return more ? 0 : args.K;
   }
 
   // Columns [k0, k0 + kBlock) of the panel's rows.
-  void decode_panel(const Panel& p, const NF4Piece& piece, const Absmax& absmax, int64_t k0,
-                    int64_t stride) const {
+  [[gnu::always_inline]] void decode_panel(const Panel& p, const NF4Piece& piece,
+                                           const Absmax& absmax, int64_t k0, int64_t stride) const {
     const int64_t K = args.K, width = min64(kBlock, K - k0);
     const bool more = k0 + kBlock < K;
     const int64_t scales = scales_ahead(more);

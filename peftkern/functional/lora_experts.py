@@ -209,19 +209,8 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | N
     need_x, need_weights = ctx.needs_input_grad[:2]
     w = _by_row(weights, inverse)
     weighted = _weighted(u, w, ctx.options) if down[2][1] else None
-    args = (
-        dy.index_select(0, rows),
-        offsets,
-        weighted,
-        None,
-        S2,
-        tensors[n:],
-        down,
-        A2,
-        B2,
-        down_left,
-    )
-    da, dA2, dB2, _ = backward_op(*args)
+    args = (dy.index_select(0, rows), offsets, weighted, None, S2, tensors[n:], down, A2, B2)
+    da, dA2, dB2, _ = backward_op(*args, down_left)
     del args, weighted  # of a row per pair, as the rest: each is freed before the next is made
     needs = (any(up[2]), need_weights)
     if _in_one_pass(ctx.options) and any(needs):

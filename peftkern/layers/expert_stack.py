@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import dequantize
+from peftkern.functional.arguments import WEIGHT_DTYPES
 from peftkern.layers.state_keys import KeyLookup, any_key
 
 __all__ = ["ExpertStack"]
 aten = torch.ops.aten
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WHOLE_EXPERTS = (
     "leave experts whole on every device by ignored_states, with decoder layers as units"
 )
@@ -95,8 +95,8 @@ class ExpertStack(Tensor):
     @classmethod
     def _of_dense(cls, weight: Tensor, **how: Any) -> ExpertStack:
         """Quantize dense weights [E, N, K], an expert at a time; how: options of `empty`."""
-        if weight.dtype not in DTYPES:
-            raise ArgumentError(f"weight: expected one of {DTYPES}, got {weight.dtype}")
+        if weight.dtype not in WEIGHT_DTYPES:
+            raise ArgumentError(f"weight: expected one of {WEIGHT_DTYPES}, got {weight.dtype}")
         stack = cls.empty(tuple(weight.shape), dtype=weight.dtype, device=weight.device, **how)
         for expert in range(len(stack)):
             stack.set_expert(expert, weight.detach()[expert])
@@ -255,7 +255,7 @@ def is_transposed(experts: nn.Module, *names: str) -> bool:
 
 def float_dtype(stack: ExpertStack) -> torch.dtype:
     """Return the dtype of a stack's values, or float32 where kernels have no such weights."""
-    return stack.dtype if stack.dtype in DTYPES else torch.float32
+    return stack.dtype if stack.dtype in WEIGHT_DTYPES else torch.float32
 
 
 def _on_dense(function: Any, *args: Any, **kwargs: Any) -> Any:

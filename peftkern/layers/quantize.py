@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from peftkern.formats.nf4 import BLOCKSIZES
+from peftkern.functional.arguments import WEIGHT_DTYPES
 from peftkern.layers.expert_stack import set_stack, stacks_of
 from peftkern.layers.names import Chosen, has_parts
 from peftkern.layers.nf4 import NF4Linear
@@ -22,7 +22,6 @@ from peftkern.layers.nf4_stack import NF4Stack, refusal
 from peftkern.layers.weight_readers import Read, reader_of
 
 __all__ = ["quantize_"]
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ADAPTERS = ("lora_A", "lora_B")  # quantizing an adapter would end its training
 _Places = dict[nn.Linear, list[tuple[nn.Module, str, str]]]  # parent, child's name, whole name
 _Experts = dict[tuple[nn.Module, str], str]  # {(module, its parameter): whole name}
@@ -113,7 +112,7 @@ def _chosen(
                 continue
             name = f"{path}.{child_name}".lstrip(".")
             seen.append(name)
-            left_out = child in heads or child.weight.dtype not in _DTYPES
+            left_out = child in heads or child.weight.dtype not in WEIGHT_DTYPES
             if not left_out and chosen.reason_against(name) is None:
                 if hasattr(child.weight, "full_tensor"):
                     raise ValueError(
@@ -133,7 +132,7 @@ def expert_parameters(module: nn.Module) -> list[str]:
     if "expert" not in type(module).__name__.lower():
         return []
     own = module._parameters.items()
-    dense = {name: p for name, p in own if type(p) is nn.Parameter and p.dtype in _DTYPES}
+    dense = {name: p for name, p in own if type(p) is nn.Parameter and p.dtype in WEIGHT_DTYPES}
     return [name for name, parameter in dense.items() if parameter.dim() == 3]
 
 

@@ -28,7 +28,14 @@ from peftkern.functional.adalora import (
 )
 from peftkern.layers.svd import SVDLinear
 from peftkern.methods.compaction import check_states, shrink_triplets_
-from peftkern.methods.processes import check_readable, is_sharded, part_of, whole, with_gradient
+from peftkern.methods.processes import (
+    check_readable,
+    check_unheld,
+    is_sharded,
+    part_of,
+    whole,
+    with_gradient,
+)
 from peftkern.methods.rank_budget import RankBudget, RankLimits
 
 __all__ = ["BudgetSchedule", "Importance", "RankAllocator"]
@@ -214,11 +221,14 @@ class RankAllocator:
         becomes final; from then on it is applied again at every step and gradients are not read.
 
         Returns: the budget, and the mask if there is one at this step, bool [sum of r].
-        Raises: ValueError if no parameter has a gradient, and naming the layer on a non-finite one
+        Raises: ValueError if no parameter has a gradient, or DeepSpeed has the optimizer's step,
+            and naming the layer on a non-finite one
             (on a CPU; elsewhere it would have to wait: see `Importance.check_finite`).
         """
         layers = self._triplets()
         check_readable(_named(layers), "RankAllocator")
+        for name, (E, _, _) in layers.items():
+            check_unheld(f"{name}.lora_E", E, "and leaves RankAllocator no gradients to read")
         lora_E = [E for E, _, _ in layers.values()]
         budget, draw = self.schedule(step)
         if step > self.schedule.last_step:

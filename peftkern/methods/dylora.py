@@ -32,7 +32,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from peftkern.functional.arguments import SHARD_OTHERWISE
 from peftkern.layers import LoRALinear, NF4LoRALinear
 from peftkern.layers.base import (
     check_update,
@@ -42,7 +41,7 @@ from peftkern.layers.base import (
     merged,
 )
 from peftkern.layers.frozen_base import OverFrozenBase
-from peftkern.methods.processes import check_not_flat, of_first, stepped_by_deepspeed
+from peftkern.methods.processes import check_not_flat, check_unheld, of_first
 
 __all__ = ["DyLoRALinear", "sample_rank", "set_rank"]
 
@@ -180,9 +179,5 @@ def _layers(model: nn.Module) -> list[DyLoRALinear]:
         raise ValueError("model: expected at least one DyLoRALinear, found none")
     row = layers[0].lora_A[0]
     check_not_flat("lora_A", row, "DyLoRA")
-    if stepped_by_deepspeed(row):
-        raise ValueError(
-            "model: DeepSpeed's ZeRO steps on flat parts of all parameters, those of ranks that a "
-            f"step does not use among them; {SHARD_OTHERWISE}"
-        )
+    check_unheld("lora_A", row, "those of ranks that a step does not use among them")
     return layers

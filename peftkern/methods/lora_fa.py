@@ -21,7 +21,6 @@ from peftkern.methods.pairs import (
     PairAdamW,
     check_counts,
     check_scaling,
-    check_unheld,
     check_unshared,
     chunks,
     cut_reciprocal,
@@ -31,7 +30,7 @@ from peftkern.methods.pairs import (
     stacked,
     symmetric_eigen,
 )
-from peftkern.methods.processes import part_of, whole
+from peftkern.methods.processes import check_unheld, part_of, whole
 
 __all__ = ["LoRAFAOptimizer", "freeze_lora_A", "lora_fa_gradients"]
 _PEFT_DELTA = 1e-8  # what PEFT adds to the diagonal of lora_A @ lora_A.T
@@ -200,7 +199,8 @@ class LoRAFAOptimizer(PairAdamW):
         return self._inverses[1]
 
     def _replace(self, grads: dict[Tensor, Tensor]) -> None:
-        check_unheld(self._pairs, "LoRA-FA")
+        for pair in self._pairs:
+            check_unheld(pair.name, pair.lora_B, "in which LoRA-FA finds no pair")
         inverses = self._inverse()
         used = [i for i, pair in enumerate(self._pairs) if pair.lora_B in grads]
         B = [self._pairs[i].lora_B for i in used]

@@ -26,7 +26,6 @@ from peftkern.methods.pairs import (
     PairAdamW,
     check_counts,
     check_scaling,
-    check_unheld,
     check_unshared,
     chunks,
     current_pairs,
@@ -37,7 +36,7 @@ from peftkern.methods.pairs import (
     stacked,
     symmetric_eigen,
 )
-from peftkern.methods.processes import is_sharded, part_of, whole
+from peftkern.methods.processes import check_unheld, is_sharded, part_of, whole
 
 __all__ = ["LoRAProAdamW", "lora_pro_gradients", "lora_pro_hook"]
 _FACTORS = ("lora_A", "lora_B")
@@ -265,8 +264,8 @@ class LoRAProAdamW(PairAdamW):
 
 def _with_gradients(pairs: Sequence[AdapterPair], grads: dict[Tensor, Tensor]) -> list[AdapterPair]:
     """Return the pairs that take part in this step; half of a pair's gradients is an error."""
-    check_unheld(pairs, "LoRA-Pro")
     for pair in pairs:
+        check_unheld(pair.name, pair.lora_B, "in which LoRA-Pro finds no pair")
         has_A, has_B = pair.lora_A in grads, pair.lora_B in grads
         if has_A is not has_B:
             raise ValueError(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from peftkern.methods.processes import check_readable, in_pieces, is_sharded, stepped_by_deepspeed
+from peftkern.methods.processes import check_readable, in_pieces, is_sharded
 
 _CHUNK = 1 << 24  # elements of float64 copies that are alive at once: 128 MiB
 
@@ -184,16 +184,6 @@ def current_pairs(pairs: Sequence[AdapterPair]) -> Sequence[AdapterPair]:
     if not (dist.is_available() and dist.is_initialized()):
         return pairs
     return [pair.renewed() for pair in pairs]
-
-
-def check_unheld(pairs: Sequence[AdapterPair], method: str) -> None:
-    """Raise ValueError if DeepSpeed's ZeRO has the step of a factor, as a part of flat ones."""
-    for pair in pairs:
-        if stepped_by_deepspeed(pair.lora_B):
-            raise ValueError(
-                f"{pair.name}: DeepSpeed's ZeRO steps on flat parts of all parameters, in which "
-                f"{method} finds no pair; train under DistributedDataParallel or fully_shard"
-            )
 
 
 class PairAdamW(torch.optim.Optimizer):

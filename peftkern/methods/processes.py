@@ -67,6 +67,15 @@ def stepped_by_deepspeed(parameter: Tensor) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
 
 
+def check_unheld(name: str, parameter: Tensor, why: str) -> None:
+    """Raise ValueError if DeepSpeed's ZeRO has the step of a parameter, as a part of flat ones."""
+    if stepped_by_deepspeed(parameter):
+        raise ValueError(
+            f"{name}: DeepSpeed's ZeRO steps on flat parts of all parameters, {why}; "
+            f"{SHARD_OTHERWISE}"
+        )
+
+
 def in_pieces(tensor: Tensor) -> bool:
     """Return whether FSDP1 or DeepSpeed's ZeRO-3 has left a piece of a matrix, or nothing."""
     return (getattr(tensor, _FLAT, False) and tensor.dim() != 2) or hasattr(tensor, "ds_id")

@@ -42,7 +42,7 @@ from peftkern.layers.base import (
     merged,
 )
 from peftkern.layers.frozen_base import OverFrozenBase
-from peftkern.methods.processes import any_of, check_readable, several, sums_of_all
+from peftkern.methods.processes import any_of, check_readable, check_unheld, several, sums_of_all
 from peftkern.methods.top_gradients import TopGradients
 
 __all__ = ["RoSALinear", "RoSAScheduler", "density_report"]
@@ -247,7 +247,8 @@ class RoSAScheduler:
     the warm-up lasts one more for each of them. A layer that has a mask already keeps it. Where
     torch.compile is used, collecting breaks the graph at each layer for those steps.
     Raises: ValueError on a value that makes no sense, or if there is no such layer; from `step()`,
-        naming the layer, if no gradient of it was collected.
+        naming the layer, if no gradient of it was collected; from both if FSDP1 or DeepSpeed holds
+        a layer that has no mask in flat parameters.
     Source: Nikdan et al. 2024, algorithm 1, arXiv:2401.04679
     """
 
@@ -294,6 +295,8 @@ class RoSAScheduler:
 
     def _advance(self) -> None:
         waiting = {name: layer for name, layer in self.layers.items() if not layer.drawn}
+        for name, layer in waiting.items():
+            check_unheld(f"{name}.lora_B", layer.lora_B, "values without a mask among them")
         if self.last_step >= self._draws_at:
             masks = {name: self._mask(name, layer) for name, layer in waiting.items()}
             for name, mask in masks.items():  # all or none

@@ -24,7 +24,6 @@ GLOBAL_HOOKS = (
     nn_module._global_backward_hooks,
     nn_module._global_backward_pre_hooks,
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations and factors
 _PLAIN = (Tensor, nn.Parameter)
 _HOOKS = AlignDevicesHook.__module__
 

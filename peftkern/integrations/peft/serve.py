@@ -23,10 +23,9 @@ from peftkern.backends.cpu import crossovers
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
-from peftkern.functional.arguments import autocast_dtype
+from peftkern.functional.arguments import WEIGHT_DTYPES, autocast_dtype
 from peftkern.integrations.peft import casts, engines, tensor_parallel, trial
 from peftkern.integrations.peft.fallback import (
-    DTYPES,
     GLOBAL_HOOKS,
     Fallback,
     Outlook,
@@ -378,7 +377,7 @@ def read_base(
         weight = weight.detach()
     dtype = weight.dtype
     same = x.dtype is dtype and (bias is None or bias.dtype is dtype)
-    if dtype not in DTYPES or not (same or (autocast and x.dtype in DTYPES)):
+    if dtype not in WEIGHT_DTYPES or not (same or (autocast and x.dtype in WEIGHT_DTYPES)):
         return Fallback(f"input is {x.dtype}, base weight is {dtype}")
     return x.dtype, weight.t() if kind is Conv1D else weight, bias
 
@@ -388,7 +387,7 @@ def unfusable(
 ) -> str | None:
     """Return the reason for which base and first adapter in one op would not be what PEFT does."""
     dtype, x_dtype = adapter.lora_A.dtype, x.dtype
-    if adapter.lora_B.dtype is not dtype or dtype not in DTYPES:
+    if adapter.lora_B.dtype is not dtype or dtype not in WEIGHT_DTYPES:
         return f"lora_A is {dtype}, lora_B is {adapter.lora_B.dtype}"
     if cast is not None:
         exact = (x_dtype, torch.float32, cast)

@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear
-from peftkern.functional.arguments import autocast_dtype
+from peftkern.functional.arguments import WEIGHT_DTYPES, autocast_dtype
 from peftkern.integrations.peft import trial
 from peftkern.integrations.peft.fallback import (
-    DTYPES,
     GLOBAL_HOOKS,
     Fallback,
     PatchedForward,
@@ -130,7 +129,9 @@ def answer(layer: Any, x: Tensor) -> Tensor | Fallback | None:
     if reason is None and compiling:
         reason = "tensor parallel: compiled"
     dtype, cast = base.weight.dtype, autocast_dtype(x)
-    if reason is None and (dtype not in DTYPES or not (x.dtype is dtype or cast is not None)):
+    if reason is None and (
+        dtype not in WEIGHT_DTYPES or not (x.dtype is dtype or cast is not None)
+    ):
         reason = f"input is {x.dtype}, base weight is {dtype}"
     if reason is None and base.weight.requires_grad:
         reason = "base weight is trained"
@@ -172,7 +173,7 @@ def _factors(layer: Any, split: Split) -> tuple[Tensor, Tensor, float] | Fallbac
     named = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
     pairs = [[modules[name].weight for modules in named] for name in split.names]
     for A, B in pairs:
-        if A.dtype not in DTYPES or not A.dtype is B.dtype is pairs[0][0].dtype:
+        if A.dtype not in WEIGHT_DTYPES or not A.dtype is B.dtype is pairs[0][0].dtype:
             return Fallback(f"lora_A is {A.dtype}, lora_B is {B.dtype}")
     here = [(A, B.to_local()) if split.colwise else (A.to_local(), B) for A, B in pairs]
     scalings = [layer.scaling[name] for name in split.names]

@@ -116,6 +116,8 @@ ZERO_METHOD_ROWS = (
     ),
     Row("DeepSpeed ZeRO-3", "Quantum-PEFT", "served", 2),
     *(Row(f"DeepSpeed ZeRO-{stage}", "DyLoRA", _UNUSED, 2) for stage in (1, 2, 3)),
+    Row("DeepSpeed ZeRO-2", "RoSA", "refused: values without a mask among them", 2),
+    Row("DeepSpeed ZeRO-2", "AdaLoRA (RankAllocator)", "refused: no gradients to read", 2),
 )
 ZERO_ROWS = (
     Row("DeepSpeed ZeRO-1", "LoRA", "served", 2),

@@ -64,10 +64,8 @@ class Case(NamedTuple):
     def parts(self, step: int) -> list[tuple[float, slice]]:
         if self.uneven == "rows":
             return [(0.5, rows) for rank in range(2) for rows in self.rows(rank, 2)]
-        if (
-            self.uneven == "batches" and step > self.steps - MISSING
-        ):  # DDP divides by all ranks to the end
-            return [(0.5, slice(0, ROWS // 2))]
+        if self.uneven == "batches" and step > self.steps - MISSING:
+            return [(0.5, slice(0, ROWS // 2))]  # DDP divides by all ranks to the end
         return [(1.0, slice(None))]
 
     def cast(self) -> contextlib.AbstractContextManager:
