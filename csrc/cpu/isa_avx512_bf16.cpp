@@ -10,6 +10,7 @@ namespace {
 
 struct Avx512Bf16Math : BFloat16Panels {
   static constexpr int64_t kBlock = 256;
+  static constexpr bool kOverlaps = false;
   struct Session {};
 
   template <int kB>

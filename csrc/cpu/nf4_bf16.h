@@ -236,9 +236,9 @@ struct BFloat16Axpy {
       const __m512i words = one_after_other(low, high);
       return Scaled{blocks.wide(words, blocks.rows(element, second, rows > 1))};
     } else {
+      const float none = 0.0f, *scale = rows > 1 ? absmax.of(second) : &none;
       const BF16Tables<false> tables(w, absmax);
-      return Tables{{alternate(low, high), tables.of(element, absmax.at(element), second,
-                                                     rows > 1 ? absmax.at(second) : 0.0f)}};
+      return Tables{{alternate(low, high), tables.of(element, second, scale)}};
     }
   }
   static void load_row(const void* dy, DType, int64_t i, int64_t n, float* out, int64_t stride) {

@@ -4,10 +4,10 @@
 // come first, and v ^ 1 where low ones do.
 //
 // Blocks of 64 weights and more have tables of their values, two in a register (vpermw reads five
-// index bits: four are the nibble, the fifth chooses the table). Shorter blocks of a row have
-// tables of bytes, one for each 128 bits, which vpshufb reads; of e2m1 codes with a byte for a
-// scale, of one row or two, they are made in advance for every byte. Of blocks of 32 of two rows
-// there are four tables of words. All values are rounded once to bfloat16.
+// index bits: four are the nibble, the fifth chooses the table). Blocks of 32 with float32 scales
+// have two such registers. Of e2m1 codes with a byte for a scale there are tables of bytes, one for
+// each 128 bits, which vpshufb reads: they are made in advance for every byte of a scale. All
+// values are rounded once to bfloat16.
 #pragma once
 
 #include "nf4_panel.h"
@@ -35,7 +35,17 @@ inline __m512i alternate(const uint8_t* first, const uint8_t* second) {
 
 // ---- tables
 
-// kZero: of blocks that have zeros.
+// Of a block; kZero: one that has a zero.
+template <bool kZero>
+inline __m512 bf16_values(__m512 codes, const float* scale, const float* zero) {
+  return _mm512_mul_ps(kZero ? _mm512_sub_ps(codes, _mm512_set1_ps(*zero)) : codes,
+                       _mm512_set1_ps(*scale));
+}
+
+inline __m512i bf16_table(__m512 low, __m512 high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
 template <bool kZero>
 struct BF16Tables {
   const NF4View& w;
@@ -44,23 +54,33 @@ struct BF16Tables {
   BF16Tables(const NF4View& view, const Absmax& scales)
       : w(view), absmax(scales), codes(_mm512_loadu_ps(codes_of(view))) {}
 
-  __m512 values(int64_t element, float scale) const {
-    if (!kZero) return _mm512_mul_ps(codes, _mm512_set1_ps(scale));
-    const __m512 zero = _mm512_set1_ps(w.zero[element >> absmax.log2]);
-    return _mm512_mul_ps(_mm512_sub_ps(codes, zero), _mm512_set1_ps(scale));
+  __m512 values(int64_t element, const float* scale) const {
+    return bf16_values<kZero>(codes, scale, kZero ? w.zero + (element >> absmax.log2) : nullptr);
   }
-  // The values of the blocks of two elements, with these scales.
-  __m512i of(int64_t first, float low, int64_t second, float high) const {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values(second, high), values(first, low)));
+  // The values of the blocks of two elements, the second with a scale of its own.
+  __m512i of(int64_t first, int64_t second, const float* scale) const {
+    return bf16_table(values(first, absmax.of(first)), values(second, scale));
   }
+  __m512i of(int64_t first, int64_t second) const { return of(first, second, absmax.of(second)); }
 };
 
 // `second` has the fifth index bit of each word.
-inline __m512i bf16_stream(__m512i words, __m512i table, int v, __m512i second) {
+inline __m512i bf16_index(__m512i words, int v, __m512i second) {
   constexpr int kAndOr = 0xea;  // (a & b) | c
-  return _mm512_permutexvar_epi16(
-      _mm512_ternarylogic_epi64(stream_words(words, v), _mm512_set1_epi16(15), second, kAndOr),
-      table);
+  return _mm512_ternarylogic_epi64(stream_words(words, v), _mm512_set1_epi16(15), second, kAndOr);
+}
+inline __m512i bf16_stream(__m512i words, __m512i table, int v, __m512i second) {
+  return _mm512_permutexvar_epi16(bf16_index(words, v, second), table);
+}
+
+// Four of them, the second half of whose words have another table.
+inline void bf16_streams(__m512i words, __m512i low, __m512i high, __m512i second, __m512i v[4]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i index = bf16_index(words, j, second);
+    v[j] = _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(index, low), 0xffff0000, index,
+                                         high);
+  }
 }
 
 // Of 128 weights, those of the second 64-block in the high half.
@@ -84,17 +104,15 @@ struct TablePairs {
       : tables(w, absmax), K(columns) {}
   void operator()(int64_t element, __m512i v[4]) const {
     const uint8_t* packed = tables.w.packed + element / 2;
-    const RowPair pair = {
-        alternate(packed, packed + K / 2),
-        tables.of(element, tables.absmax.at(element), element + K, tables.absmax.at(element + K))};
+    const RowPair pair = {alternate(packed, packed + K / 2), tables.of(element, element + K)};
     for (int j = 0; j < 4; ++j) v[j] = pair.at(j);
   }
 };
 
 // ---- bytes of values
 
-// The bytes of sixteen values for each 128 bits of packed weights, which vpshufb looks up there: of
-// a block, or the magnitudes of two.
+// The bytes of sixteen magnitudes for each 128 bits of packed weights, of two blocks or of one
+// twice, which vpshufb looks up there.
 struct LaneTables {
   __m512i low, high;
 };
@@ -141,55 +159,22 @@ inline LaneTables e2m1_tables(const uint8_t* of_bytes, const uint8_t* scales, co
   return {_mm512_unpacklo_epi64(even, odd), _mm512_unpackhi_epi64(even, odd)};
 }
 
-// Of the words of entries 0 to 7, and of 8 to 15.
-inline LaneTables lane_tables(__m512i first, __m512i second) {
-  const __m512i byte = _mm512_set1_epi16(255);
-  return {_mm512_packus_epi16(_mm512_and_si512(first, byte), _mm512_and_si512(second, byte)),
-          _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8))};
-}
-
-// Of four blocks of 32.
-template <bool kZero>
-inline LaneTables float_tables(const float* codes, __m128 scales, __m128 zeros) {
-  const auto spread = [](__m128 values, int first, int second) {
-    const __m512i index = join(_mm256_set1_epi32(first), _mm256_set1_epi32(second));
-    return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(values));
-  };
-  const auto words = [&](const float* eight) {
-    const __m512 code = _mm512_broadcast_f32x8(_mm256_loadu_ps(eight));
-    const auto values = [&](int first, int second) {
-      return _mm512_mul_ps(kZero ? _mm512_sub_ps(code, spread(zeros, first, second)) : code,
-                           spread(scales, first, second));
-    };
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values(2, 3), values(0, 1)));
-  };
-  return lane_tables(words(codes), words(codes + 8));
-}
-
-// Whose weights they are: 128 of a row, or in each 128 bits sixteen each of two rows, or of one.
-enum class Lanes { kBlock, kTwoBlocks, kTwoRows };
-
-// Streams of 128 weights. Even bytes of the packed ones go to the first half of their lane, so that
-// unpacking the bytes of values puts the words of a stream in order; those of two rows alternate.
-template <Lanes kLanes>
+// Streams of 128 weights: of a row, or in each 128 bits sixteen each of two. Even bytes of the
+// packed ones go to the first half of their lane, so that unpacking the bytes of values puts the
+// words of a stream in order; those of two rows alternate.
+template <bool kTwoRows>
 inline void look_up(__m512i packed, const LaneTables& tables, __m512i v[4]) {
-  constexpr bool kMagnitudes = kLanes != Lanes::kBlock, kTwoRows = kLanes == Lanes::kTwoRows;
   const __m512i order = _mm512_broadcast_i32x4(
       kTwoRows ? _mm_set_epi8(15, 7, 13, 5, 11, 3, 9, 1, 14, 6, 12, 4, 10, 2, 8, 0)
                : _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
+  const __m512i second = _mm512_set1_epi64(kTwoRows ? 0x0800080008000800 : 0x0808080800000000);
   const __m512i bytes = _mm512_shuffle_epi8(packed, order);
   // Of the nibbles at the low end; the other end's highest bit is the sign.
   const auto streams = [&](__m512i nibbles, __m512i signs, __m512i* even, __m512i* odd) {
     constexpr int kAndOr = 0xea, kXorAnd = 0x78;  // (a & b) | c; a ^ (b & c)
-    __m512i index = _mm512_and_si512(nibbles, _mm512_set1_epi8(15)), high;
-    if (kMagnitudes) {
-      const __m512i second = _mm512_set1_epi64(kTwoRows ? 0x0800080008000800 : 0x0808080800000000);
-      index = _mm512_ternarylogic_epi64(nibbles, _mm512_set1_epi8(7), second, kAndOr);
-    }
-    high = _mm512_shuffle_epi8(tables.high, index);
-    if (kMagnitudes) {
-      high = _mm512_ternarylogic_epi64(high, signs, _mm512_set1_epi8(-128), kXorAnd);
-    }
+    const __m512i index = _mm512_ternarylogic_epi64(nibbles, _mm512_set1_epi8(7), second, kAndOr);
+    const __m512i high = _mm512_ternarylogic_epi64(_mm512_shuffle_epi8(tables.high, index), signs,
+                                                   _mm512_set1_epi8(-128), kXorAnd);
     const __m512i low = _mm512_shuffle_epi8(tables.low, index);
     *even = _mm512_unpacklo_epi8(low, high);
     *odd = _mm512_unpackhi_epi8(low, high);
@@ -215,33 +200,22 @@ struct E2M1Pairs {
                                                   one_after_other(first, first + K / 2));
     int64_t at[8];
     for (int i = 0; i < 8; ++i) at[i] = (element + i % 2 * K + i / 2 * 16) >> kLog2;
-    look_up<Lanes::kTwoRows>(rows, e2m1_tables(of_bytes, scales, at), v);
+    look_up<true>(rows, e2m1_tables(of_bytes, scales, at), v);
   }
 };
 
-// The same of blocks of 32 whose scales are float32: words 0 to 15 of a stream have one table, of
-// a block each of both rows, the others another.
+// The same of blocks of 32 whose scales are float32.
 template <bool kZero>
 struct FloatPairs {
   const BF16Tables<kZero> tables;
   const int64_t K;
   FloatPairs(const NF4View& w, const Absmax& absmax, int64_t columns)
       : tables(w, absmax), K(columns) {}
-  __m512i table(int64_t element) const {
-    return tables.of(element, tables.absmax.at(element), element + K,
-                     tables.absmax.at(element + K));
-  }
   void operator()(int64_t element, __m512i v[4]) const {
-    constexpr int kAndOr = 0xea;
     const uint8_t* packed = tables.w.packed + element / 2;
-    const __m512i words = alternate(packed, packed + K / 2);
-    const __m512i low = table(element), high = table(element + 32);
-    for (int j = 0; j < 4; ++j) {
-      const __m512i index = _mm512_ternarylogic_epi64(stream_words(words, j), _mm512_set1_epi16(15),
-                                                      _mm512_set1_epi32(16 << 16), kAndOr);
-      v[j] = _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(index, low), 0xffff0000, index,
-                                           high);
-    }
+    const __m512i second = _mm512_set1_epi32(16 << 16);
+    bf16_streams(alternate(packed, packed + K / 2), tables.of(element, element + K),
+                 tables.of(element + 32, element + 32 + K), second, v);
   }
 };
 
@@ -318,6 +292,7 @@ struct WeightRows {
   // The next 128 weights. They come as four streams: number t of v[j] is column 4 t + j of them, or
   // with low nibbles first 4 t + (j ^ 1). What is past the n-th of a row is zero.
   uint32_t* store(uint32_t* line, const __m512i v[4]) const {
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j, line += stride) _mm512_storeu_si512(line, v[j]);
     return line;
   }
@@ -325,6 +300,7 @@ struct WeightRows {
 
 // v without what is past the first n of 128 weights.
 inline void cut_streams(__m512i v[4], int64_t n) {
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) v[j] = _mm512_maskz_mov_epi16(mask32((n - j + 3) / 4), v[j]);
 }
 
@@ -343,94 +319,83 @@ template <bool kZero, class Before>
     const int64_t element = rows.begin(row), n = rows.n;
     const uint8_t* packed = rows.w.packed + element / 2;
     uint32_t* line = rows.line(row);
-    __m512i v[4];
-    const auto decode = [&](int64_t i, __m512i bytes, int64_t second) {
-      const int64_t first = element + i;
-      const __m512i table = tables.of(first, absmax.at(first), second, absmax.at(second));
+    // An array of their own for each call: gcc keeps one that two share in memory.
+    const auto decode = [&](int64_t i, __m512i bytes, int64_t second, __m512i v[4]) {
+      const __m512i table = tables.of(element + i, second);
+#pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) v[j] = bf16_stream(bytes, table, j);
     };
     int64_t i = 0;
     for (; i + 128 <= n; i += 128) {
       __builtin_prefetch(packed + i / 2 + kStreamAhead);
-      decode(i, _mm512_loadu_si512(packed + i / 2), element + i + 64);
+      __m512i v[4];
+      decode(i, _mm512_loadu_si512(packed + i / 2), element + i + 64, v);
       line = rows.store(line, v);
     }
     if (i == n) continue;
-    decode(i, load_bytes(packed + i / 2, (n - i + 1) / 2), element + i + (n - i > 64 ? 64 : 0));
+    __m512i v[4];
+    decode(i, load_bytes(packed + i / 2, (n - i + 1) / 2), element + i + (n - i > 64 ? 64 : 0), v);
     cut_streams(v, n - i);
     rows.store(line, v);
   }
 }
 
-// Tables of 128 weights of a row after another.
+// 128 weights of a row after another, of which `count` are there.
 template <int kLog2>
 struct E2M1Rows {
-  static constexpr Lanes kLanes = Lanes::kTwoBlocks;
   const uint8_t* scales;
   const uint8_t* of_bytes;
   E2M1Rows(const NF4View& w, const Absmax& absmax)
       : scales(static_cast<const uint8_t*>(w.absmax)), of_bytes(absmax.of_bytes) {}
-  struct Row {
-    const uint8_t* scales;
-    const uint8_t* of_bytes;
-    void next() { scales += 128 >> kLog2; }
-    LaneTables tables(int64_t count = 128) const {
-      int64_t at[8];
-      for (int64_t i = 0; i < 8; ++i) at[i] = min64(16 * i, count - 1) >> kLog2;
-      return e2m1_tables(of_bytes, scales, at);
-    }
-  };
-  Row at(int64_t element) const { return {scales + (element >> kLog2), of_bytes}; }
-};
-
-template <bool kZero>
-struct FloatRows {
-  static constexpr Lanes kLanes = Lanes::kBlock;
-  const NF4View& w;
-  const Absmax absmax;
-  const float* codes;
-  FloatRows(const NF4View& view, const Absmax& scales)
-      : w(view), absmax(scales), codes(codes_of(view)) {}
-  struct Row {
-    const float *scale, *zero, *codes;
-    void next() { scale += 4, zero += kZero ? 4 : 0; }
-    LaneTables tables() const {
-      return float_tables<kZero>(codes, _mm_loadu_ps(scale),
-                                 kZero ? _mm_loadu_ps(zero) : _mm_setzero_ps());
-    }
-    LaneTables tables(int64_t count) const {
-      const __mmask8 used = static_cast<__mmask8>((1u << ceil_div(count, 32)) - 1);
-      return float_tables<kZero>(codes, _mm_maskz_loadu_ps(used, scale),
-                                 kZero ? _mm_maskz_loadu_ps(used, zero) : _mm_setzero_ps());
-    }
-  };
-  Row at(int64_t element) const {
-    return {absmax.of(element), kZero ? w.zero + (element >> absmax.log2) : nullptr, codes};
+  void operator()(int64_t element, __m512i packed, __m512i v[4], int64_t count = 128) const {
+    int64_t at[8];
+    for (int64_t i = 0; i < 8; ++i) at[i] = min64(16 * i, count - 1) >> kLog2;
+    look_up<false>(packed, e2m1_tables(of_bytes, scales + (element >> kLog2), at), v);
   }
 };
 
-template <class Tables, class Before>
+// Of blocks of 32 whose scales are float32: four, of which two share a table.
+template <bool kZero>
+struct FloatRows {
+  const Absmax absmax;
+  const float* zeros;
+  const __m512 codes;
+  FloatRows(const NF4View& w, const Absmax& scales)
+      : absmax(scales), zeros(w.zero), codes(_mm512_loadu_ps(codes_of(w))) {}
+  void operator()(int64_t element, __m512i packed, __m512i v[4], int64_t count = 128) const {
+    const auto values = [&](int64_t i) {
+      const int64_t block = (element >> 5) + min64(i, (count - 1) >> 5);
+      return bf16_values<kZero>(codes, absmax.values + (block - absmax.first),
+                                kZero ? zeros + block : nullptr);
+    };
+    const __m512i second = _mm512_broadcast_i64x4(
+        _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi16(16), 1));
+    bf16_streams(packed, bf16_table(values(0), values(1)), bf16_table(values(2), values(3)), second,
+                 v);
+  }
+};
+
+template <class Decode, class Before>
 [[gnu::always_inline]] inline void decode_short_blocks(const WeightRows& given,
                                                        const Before& before) {
   const WeightRows rows = given;
-  const Tables tables(rows.w, rows.absmax);
+  const Decode decode(rows.w, rows.absmax);
   for (int64_t row = 0; row < rows.count; ++row) {
     before(rows.number + row);
-    const int64_t element = rows.begin(row);
+    const int64_t element = rows.begin(row), n = rows.n;
     const uint8_t* packed = rows.w.packed + element / 2;
-    auto scales = tables.at(element);
     uint32_t* line = rows.line(row);
-    __m512i v[4];
     int64_t i = 0;
-    for (; i + 128 <= rows.n; i += 128, packed += 64, scales.next()) {
-      __builtin_prefetch(packed + kStreamAhead);
-      look_up<Tables::kLanes>(_mm512_loadu_si512(packed), scales.tables(), v);
+    for (; i + 128 <= n; i += 128) {
+      __builtin_prefetch(packed + i / 2 + kStreamAhead);
+      __m512i v[4];
+      decode(element + i, _mm512_loadu_si512(packed + i / 2), v);
       line = rows.store(line, v);
     }
-    if (i == rows.n) continue;
-    const int64_t rest = rows.n - i;
-    look_up<Tables::kLanes>(load_bytes(packed, (rest + 1) / 2), scales.tables(rest), v);
-    cut_streams(v, rest);
+    if (i == n) continue;
+    __m512i v[4];
+    decode(element + i, load_bytes(packed + i / 2, (n - i + 1) / 2), v, n - i);
+    cut_streams(v, n - i);
     rows.store(line, v);
   }
 }

@@ -200,9 +200,11 @@ struct NF4Gemm {
     return more ? 0 : args.K;
   }
 
-  // Columns [k0, k0 + kBlock) of the panel's rows.
+  // Columns [k0, k0 + kBlock) of the panel's rows. Ahead of row i of a pair comes meanwhile(i).
+  template <class Fn>
   [[gnu::always_inline]] void decode_panel(const Panel& p, const NF4Piece& piece,
-                                           const Absmax& absmax, int64_t k0, int64_t stride) const {
+                                           const Absmax& absmax, int64_t k0, int64_t stride,
+                                           const Fn& meanwhile) const {
     const int64_t K = args.K, width = min64(kBlock, K - k0);
     const bool more = k0 + kBlock < K;
     const int64_t scales = scales_ahead(more);
@@ -213,10 +215,12 @@ struct NF4Gemm {
       // Asks for what comes after each row: its next block, or that of the next panel's row, and
       // scales. Where lambdas take [[gnu::always_inline]] it is of the type, which ignores it.
       const int64_t next = more ? first * K + k0 + kBlock : (first + stride) * K;
-      const auto before = [&w = args.w, K, next, scales](int64_t i) __attribute__((always_inline)) {
-        prefetch(w, next + i * K, kBlock);
-        if (scales > 0) prefetch_scales(w, next + i * K, scales);
-      };
+      const auto before = [&w = args.w, K, next, scales, meanwhile](int64_t i)
+                              __attribute__((always_inline)) {
+                                meanwhile(i);
+                                prefetch(w, next + i * K, kBlock);
+                                if (scales > 0) prefetch_scales(w, next + i * K, scales);
+                              };
       Math::decode_rows(args.w, absmax, first * K + k0, K, rows, width, args.dtype, weights, kPair,
                         before);
       for (int64_t i = rows; i < kPairSide; ++i) {
@@ -238,6 +242,36 @@ struct NF4Gemm {
                  count, k0 == 0, p.count - np * kPairSide, x.piece.M - mp * kPairSide > kSide);
       }
     }
+  }
+
+  // The sums of one pair of weight rows and one of x. A block is multiplied, a step ahead of every
+  // few rows, while the next is decoded: long decoding would leave tile products waiting for it.
+  void overlap_panel(const Panel& p, const Rows& x, const Absmax& absmax, int64_t stride) const {
+    constexpr int64_t kSteps = kBlock / kStep, kRows = kPairSide / kSteps;
+    const int64_t K = args.K, last = (K - 1) / kBlock * kBlock;
+    const typename Math::Steps product{p.count > kSide, x.piece.M > kSide};
+    product.begin();
+    const uint32_t* weights = p.weights;
+    for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+      Panel block = p;
+      block.weights += k0 / kBlock % 2 * kPairBlock;
+      const uint32_t* left = weights;
+      const uint32_t* lanes = k0 > 0 ? x.at(0, (k0 - kBlock) / kStep) : nullptr;
+      decode_panel(block, x.piece, absmax, k0, stride,
+                   [=](int64_t i) __attribute__((always_inline)) {
+                     if (!lanes || i % kRows != 0) return;
+                     product.step(left + i / kRows * kPair, lanes + i / kRows * kPair);
+                   });
+      for (int64_t t = ceil_div(p.count, kRows); lanes && t < kSteps; ++t) {
+        product.step(left + t * kPair, lanes + t * kPair);
+      }
+      weights = block.weights;
+    }
+    const int64_t rest = round_up(K - last, Math::kOrder) / kStep;
+    for (int64_t t = 0; t < rest; ++t) {
+      product.step(weights + t * kPair, x.at(0, last / kStep + t));
+    }
+    product.end(p.sums);
   }
 
   void finish_panel(const Panel& p, const Rows& x) const {
@@ -262,7 +296,9 @@ struct NF4Gemm {
 
     const int64_t share = round_up(ceil_div(N, ceil_div(args.threads, wave.count)), kPairSide);
     const int64_t rows = min64(most <= kPairSide ? kPairSide : kPanelRows, share);
-    const int64_t weights = rows / kPairSide * kPairBlock;
+    const bool overlaps = Math::kOverlaps && args.w.blocksize < 64 &&
+                          args.w.format != Format::kMXFP4 && rows == kPairSide && most <= kPairSide;
+    const int64_t weights = (overlaps ? 2 : rows / kPairSide) * kPairBlock;
     const int64_t sums = rows / kPairSide * ceil_div(most, kPairSide) * kProduct;
     const int64_t blocks = rows * K / args.w.blocksize + 2;
     const int64_t per_thread = round_up(weights + sums + blocks, 16), panels = ceil_div(N, rows);
@@ -276,8 +312,11 @@ struct NF4Gemm {
       const Panel p{reinterpret_cast<uint32_t*>(own), own + weights, begin, min64(rows, N - begin)};
       const Absmax absmax = expand_rows(args.w, (piece.weight + begin) * K, p.count * K,
                                         own + weights + sums, bytes.get());
-      for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-        decode_panel(p, piece, absmax, k0, rows);
+      if constexpr (Math::kOverlaps) {
+        if (overlaps) overlap_panel(p, {piece, x}, absmax, rows);
+      }
+      for (int64_t k0 = 0; !overlaps && k0 < K; k0 += kBlock) {
+        decode_panel(p, piece, absmax, k0, rows, [](int64_t) {});
         multiply_panel(p, {piece, x}, k0);
       }
       finish_panel(p, {piece, x});

@@ -193,8 +193,9 @@ struct Float32Math {
   static constexpr int64_t kBlock = 128;   // elements of the reduction decoded at a time
   static constexpr int64_t kColumns = 16;  // lanes that come in an order of their own
 
-  struct Session {};   // nothing to set up per thread
-  struct ByteTables {  // none
+  static constexpr bool kOverlaps = false;  // whether products leave room for decoding
+  struct Session {};                        // nothing to set up per thread
+  struct ByteTables {                       // none
     explicit ByteTables(const NF4View&) {}
     const uint8_t* get() const { return nullptr; }
   };
