@@ -296,6 +296,7 @@ struct NF4Gemm {
 
     const int64_t share = round_up(ceil_div(N, ceil_div(args.threads, wave.count)), kPairSide);
     const int64_t rows = min64(most <= kPairSide ? kPairSide : kPanelRows, share);
+    // Measured: weights whose decoding is shorter overlap their products without being told to.
     const bool overlaps = Math::kOverlaps && args.w.blocksize < 64 &&
                           args.w.format != Format::kMXFP4 && rows == kPairSide && most <= kPairSide;
     const int64_t weights = (overlaps ? 2 : rows / kPairSide) * kPairBlock;
