@@ -118,7 +118,7 @@ def answer_of(row: Row, wheel: Path, folder: Path) -> str:
         wrong = [f["cause"] for f in json.loads(doctor.stdout)["findings"]]
         return f"doctor: {wrong[0]}"
     reasons = dict.fromkeys(line.partition(": not served: ")[2] for line in not_served)
-    return "; ".join(["ok", *(f"experts not served: {reason}" for reason in reasons)])
+    return f"ok; experts not served: {'; '.join(reasons)}" if reasons else "ok"
 
 
 def read_table(path: Path) -> dict[tuple[str, ...], tuple[str, str]]:

@@ -85,6 +85,7 @@ def test_table_in_the_documents_has_the_rows_of_the_script(matrix):
     [
         (("a: ok", "b: absent"), "ok"),
         (("a: ok", "b: not served: old", "c: not served: old"), "ok; experts not served: old"),
+        (("a: not served: old", "b: not served: new"), "ok; experts not served: old; new"),
         (("a: not served: old", "b: absent", "c: ValueError: no"), "c: ValueError: no"),
         (("a: ok",), "Segmentation fault"),
     ],
