@@ -99,7 +99,7 @@ def _print(d: Diagnosis, console: Console) -> None:
     verdict = f"{wrong} wrong" if wrong else "healthy"
     console.print(f"peftkern {d.machine['peftkern']}: {verdict}", style="red" if wrong else "green")
     shown = table("", "")
-    for finding, following in zip(d.findings, [*d.findings[1:], None], strict=True):
+    for finding, following in zip(d.findings, [*d.findings, None][1:], strict=True):
         shown.add_row(finding.severity, finding.cause, style=_STYLES[finding.severity])
         if following is None or following.cure != finding.cure:
             shown.add_row("  do", finding.cure)

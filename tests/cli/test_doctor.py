@@ -25,6 +25,7 @@ from peftkern.cli import main
 from peftkern.integrations import package_probes
 from peftkern.integrations.packages import OPTIONAL, Answer, Version, accepted, importing, release
 from peftkern.tools.doctor import doctor, findings, self_test
+from peftkern.tools.doctor.doctor import diagnose
 
 FIELDS = {  # of `peftkern doctor --json`, which reports of bugs quote
     "machine": [
@@ -98,10 +99,12 @@ def test_this_machine_is_healthy(here):
     assert "4-bit bases on cpu: nf4, fp4, mxfp4, nvfp4, int4 by cpu" in said
 
 
-def test_details_are_told_when_asked(capfd):
-    """After the same screen, as wide."""
+def test_details_are_told_when_asked(capfd, monkeypatch):
+    """After the same screen, as wide; also where there is no finding, not even a note."""
+    monkeypatch.setattr(doctor, "diagnose", lambda: replace(diagnose(), findings=[]))
     assert main(["doctor", "--verbose"]) == 0
     lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"peftkern {peftkern.__version__}: healthy"
     assert max(len(line) for line in lines if "/" not in line) <= 80
     titles = ("Machine", "Backends", "Who serves", "Packages", "Known", "Self-test", "Trust")
     assert all(any(line.startswith(title) for line in lines) for title in titles)

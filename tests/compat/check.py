@@ -3,7 +3,8 @@
     python tests/compat/check.py
 
 One line of JSON with the versions, then a line for each check: "ok", "absent" where bitsandbytes is
-not installed, or what went wrong. Exit status 1 if anything did. Needs no network and no GPU.
+not installed, "not served: " and the reason where that transformers leaves experts to PEFT, or what
+went wrong. Exit status 1 if anything did. Needs no network and no GPU.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import peftkern
 from peftkern.backends.cpu import crossovers
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+SERVED_SINCE = (5, 3)  # of transformers: fused experts
+FROZEN_SERVED_SINCE = (5, 7)  # in 4 bits, without an adapter
 ERROR = 1e-4  # of float32 sums that are taken in another order, relative to the whole tensor
 IDS = torch.arange(2 * 24).reshape(2, 24) % 64
 
@@ -45,17 +52,29 @@ def version(name: str) -> str | None:
         return None
 
 
+class NotServed(Exception):
+    """What these versions leave to PEFT, in words."""
+
+
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
-def with_lora(base: nn.Module) -> PeftModel:
+def mixture() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    few = {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **few))
+    if isinstance(model.model.layers[0].mlp.experts, nn.ModuleList):
+        raise NotServed("no fused experts before transformers 5")
+    return model
+
+
+def with_lora(base: nn.Module, targets: list[str], experts: list[str] | None = None) -> PeftModel:
     """Return a PEFT model whose adapters already contribute to its output."""
     torch.manual_seed(1)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    config.target_parameters = experts
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -93,8 +112,8 @@ def served() -> None:
 
 def step_equals_peft(base: nn.Module, dense: nn.Module | None = None) -> None:
     """dense: what PEFT trains on in the place of `base`, if that has arithmetic of its own."""
-    ours = with_lora(base)
-    theirs = copy.deepcopy(ours) if dense is None else with_lora(dense)
+    ours = with_lora(base, TARGETS)
+    theirs = copy.deepcopy(ours) if dense is None else with_lora(dense, TARGETS)
     report = peftkern.patch(ours)
     assert len(report.patched) == 2 * len(TARGETS) and not report.skipped, str(report)
     peftkern.reset_stats()
@@ -155,8 +174,45 @@ def bitsandbytes_step() -> None:
     step_equals_peft(base, dense)
 
 
+def experts_step() -> None:
+    experts_equal_peft(mixture(), EXPERTS)
+
+
+def nf4_experts_step() -> None:
+    experts_equal_peft(in_nf4(mixture()), EXPERTS)
+
+
+def frozen_nf4_experts_step() -> None:
+    experts_equal_peft(in_nf4(mixture()), None)
+
+
+def in_nf4(base: nn.Module) -> nn.Module:
+    assert len(peftkern.quantize_(base, include=["experts"])) == 2 * len(EXPERTS)
+    return base
+
+
+def experts_equal_peft(base: nn.Module, experts: list[str] | None) -> None:
+    """Also where transformers is too old for kernels to serve them."""
+    ours = with_lora(base, ATTENTION, experts)
+    theirs = copy.deepcopy(ours)
+    peftkern.patch(ours)
+    peftkern.reset_stats()
+    found = trained(ours)
+    stats = peftkern.stats()
+    same(found, trained(theirs))
+    since = SERVED_SINCE if experts else FROZEN_SERVED_SINCE
+    grouped = any("grouped_linear_backward" in op for op, _ in stats.calls)
+    if not grouped and tuple(map(int, str(version("transformers")).split(".")[:2])) < since:
+        reasons = [reason for op, reason in stats.fallbacks if op == "lora_experts"]
+        raise NotServed(
+            *reasons[:1] or ["this transformers runs experts by its own functions alone"]
+        )
+    served()
+    assert grouped, str(stats)
+
+
 def save_and_load() -> None:
-    model = with_lora(llama()).eval()
+    model = with_lora(llama(), TARGETS).eval()
     peftkern.patch(model)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
@@ -176,7 +232,7 @@ def trainer_step() -> None:
     peftkern.reset_stats()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, max_steps=1, use_cpu=True, report_to=[])
-        model = with_lora(llama())
+        model = with_lora(llama(), TARGETS)
         trainer = Trainer(model, arguments, train_dataset=examples, callbacks=[PeftKernCallback()])
         assert math.isfinite(trainer.train().training_loss)
     served()
@@ -186,6 +242,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "dense step equals PEFT's": dense_step,
     "NF4 step equals PEFT's": nf4_step,
     "bitsandbytes step equals PEFT's": bitsandbytes_step,
+    "experts step equals PEFT's": experts_step,
+    "NF4 experts step equals PEFT's": nf4_experts_step,
+    "frozen NF4 experts step equals PEFT's": frozen_nf4_experts_step,
     "save and load": save_and_load,
     "Trainer": trainer_step,
 }
@@ -210,8 +269,10 @@ def main() -> int:
             print(f"{name}: absent")
             continue
         try:
-            with small_layers():
+            with small_layers(), contextlib.redirect_stdout(sys.stderr):  # the Trainer prints
                 check()
+        except NotServed as reason:
+            print(f"{name}: not served: {reason}")
         except Exception as error:  # a row of the table, whatever it is
             failed += 1
             said = (str(error).splitlines() or [""])[0]

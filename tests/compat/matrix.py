@@ -27,8 +27,8 @@ TABLE = ROOT / "docs" / "compatibility-results.md"
 COLUMNS = ("python", "torch", "transformers", "peft", "bitsandbytes", "result", "date")
 HEADER = """`tests/compat/matrix.py` writes this table. Each row is a fresh environment, with no
 compiler on its path: the wheel, these versions, `tests/compat/check.py` (a dense, an NF4 and a
-bitsandbytes training step equal to PEFT's, saving and loading, the Trainer) and `peftkern doctor`,
-on a CPU.
+bitsandbytes training step equal to PEFT's, so with LoRA on fused experts, dense and NF4, and with
+frozen NF4 experts, saving and loading, the Trainer) and `peftkern doctor`, on a CPU.
 """
 
 
@@ -106,17 +106,19 @@ def answer_of(row: Row, wheel: Path, folder: Path) -> str:
             return f"not run: {last_line(answer)}"
     answer = run([python, CHECK], folder)
     print(answer.stdout, flush=True)
+    versions, *lines = answer.stdout.splitlines() or [""]
+    not_served = [line for line in lines if ": not served: " in line]
     if answer.returncode:
-        lines = answer.stdout.splitlines()[1:]
-        wrong = [line for line in lines if not line.endswith((": ok", ": absent"))]
-        return wrong[0] if wrong else last_line(answer)
-    seen = json.loads(answer.stdout.splitlines()[0])
+        right = {line for line in lines if line.endswith((": ok", ": absent"))} | {*not_served}
+        return next((line for line in lines if line not in right), last_line(answer))
+    seen = json.loads(versions)
     assert seen["torch"].startswith(row.torch), seen
     doctor = run([python, "-m", "peftkern", "doctor", "--json"], folder)
     if doctor.returncode:
         wrong = [f["cause"] for f in json.loads(doctor.stdout)["findings"]]
         return f"doctor: {wrong[0]}"
-    return "ok"
+    reasons = dict.fromkeys(line.partition(": not served: ")[2] for line in not_served)
+    return f"ok; experts not served: {'; '.join(reasons)}" if reasons else "ok"
 
 
 def read_table(path: Path) -> dict[tuple[str, ...], tuple[str, str]]:
@@ -152,7 +154,7 @@ def main(arguments: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             result = answer_of(row, wheels[row], Path(folder))
         print(result, flush=True)
-        bad += result != "ok"
+        bad += not result.startswith("ok")
         today = datetime.date.today().isoformat()
         answers = read_table(options.out) | {tuple(cells(row)): (result.replace("|", "/"), today)}
         options.out.write_text(table_text(answers), encoding="utf-8")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from types import ModuleType
 
 import pytest
-from paths import TESTS
+from paths import ROOT, TESTS
 
 
 def script(name: str) -> ModuleType:
@@ -30,7 +31,7 @@ def test_checks_hold_here(capsys, monkeypatch):
     assert check.main() == 0, capsys.readouterr().out
     first, *lines = capsys.readouterr().out.splitlines()
     assert set(json.loads(first)) == {"python", *check.VERSIONS}
-    assert {f"{name}: ok" for name in check.CHECKS} <= set(lines)
+    assert lines == [f"{name}: ok" for name in check.CHECKS]
 
 
 def test_check_that_fails_is_told_in_one_line(capsys, monkeypatch):
@@ -39,10 +40,26 @@ def test_check_that_fails_is_told_in_one_line(capsys, monkeypatch):
     def fail() -> None:
         raise ValueError("the first line\nand others")
 
-    monkeypatch.setattr(check, "CHECKS", {"this": fail, "that": lambda: None})
+    def leave() -> None:
+        print("what a trainer says")
+        raise check.NotServed("too old")
+
+    checks = {"this": fail, "that": lambda: None, "those": leave}
+    monkeypatch.setattr(check, "CHECKS", checks)
     assert check.main() == 1
     _, *lines = capsys.readouterr().out.splitlines()
-    assert lines == ["this: ValueError: the first line", "that: ok"]
+    assert lines == ["this: ValueError: the first line", "that: ok", "those: not served: too old"]
+    del checks["this"]
+    assert check.main() == 0
+
+
+def test_document_says_since_when_experts_are_served():
+    check = script("check")
+    fused, frozen = (
+        ".".join(map(str, since)) for since in (check.SERVED_SINCE, check.FROZEN_SERVED_SINCE)
+    )
+    said = f"fused experts are served from {fused} on, frozen ones in 4 bits from {frozen} on"
+    assert said in (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 
 
 def test_table_keeps_what_was_not_run_again(matrix, tmp_path, monkeypatch):
@@ -61,6 +78,31 @@ def test_table_keeps_what_was_not_run_again(matrix, tmp_path, monkeypatch):
 def test_table_in_the_documents_has_the_rows_of_the_script(matrix):
     found = matrix.read_table(matrix.TABLE)
     assert matrix.TABLE.read_text(encoding="utf-8") == matrix.table_text(found)
+
+
+@pytest.mark.parametrize(
+    ("said", "result"),
+    [
+        (("a: ok", "b: absent"), "ok"),
+        (("a: ok", "b: not served: old", "c: not served: old"), "ok; experts not served: old"),
+        (("a: not served: old", "b: not served: new"), "ok; experts not served: old; new"),
+        (("a: not served: old", "b: absent", "c: ValueError: no"), "c: ValueError: no"),
+        (("a: ok",), "Segmentation fault"),
+    ],
+)
+def test_answer_of_a_row(matrix, tmp_path, monkeypatch, said, result):
+    """Which is what the check printed, unless nothing went wrong."""
+    status = 0 if result.startswith("ok") else 1
+    error = "" if said[-1].endswith("no") else "Segmentation fault"
+
+    def run(command, folder):
+        printed = "".join(f"{line}\n" for line in ('{"torch": "2.8.0"}', *said))
+        right = command[1] != matrix.CHECK
+        return subprocess.CompletedProcess(command, 0 if right else status, printed, error)
+
+    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(matrix.shutil, "which", lambda name: name)
+    assert matrix.answer_of(matrix.ROWS[0], tmp_path / "a.whl", tmp_path) == result
 
 
 def test_row_without_its_wheel_says_how_to_build_it(matrix, tmp_path):

@@ -34,6 +34,11 @@ def test_code_of_readme_runs(code: str, tmp_path: Path):
     assert "14 patched" in done.stdout and "nf4_lora_linear_backward" in done.stdout
 
 
+def test_every_way_to_install_brings_what_that_code_imports():
+    ways = re.findall(r"^\S* ?pip install (.*)$", README, re.MULTILINE)
+    assert ways and [way for way in ways if not way.endswith(("'.[peft]'", " peft"))] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_lead_somewhere(page: str):
     targets = LINK.findall((ROOT / page).read_text(encoding="utf-8"))
