@@ -64,6 +64,7 @@ TABLE: dict[str, dict[str, str]] = {
         "lora_magnitude_vector is {kind}": _PEFT,
         "lora_magnitude_vector is on {device}": "Set `ephemeral_gpu_offload=False`.",
         "DoRA over Conv1D": _PEFT,
+        "DoRA's norms are cached": "Within `peft.helpers.DoraCaching` PEFT has less to compute.",
         "tensor parallel: adapters are disabled or merged, or none is active": _PEFT,
         "tensor parallel: dropout of several adapters": (
             "Give their configs `lora_dropout=0`, or activate one: `model.set_adapter(name)`."

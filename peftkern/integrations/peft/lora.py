@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
+from peft.tuners.lora import dora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
@@ -132,8 +133,14 @@ class LoRALayer(PatchedLayer):
         magnitude = self._magnitude(name)
         if type(magnitude) is not DoraLinearLayer:
             return f"lora_magnitude_vector is {type(magnitude).__name__}"
-        if type(self._modules["base_layer"]) is Conv1D:
+        base = type(self._modules["base_layer"])
+        if base is Conv1D:
             return "DoRA over Conv1D"
+        if getattr(dora, "ENABLE_DORA_CACHING", False) and not magnitude.training:  # PEFT 0.19
+            if base is nn.Linear:  # 4-bit weights PEFT dequantizes at each call all the same
+                return "DoRA's norms are cached"
+        elif getattr(magnitude, "_dora_cache", None):  # PEFT's forward clears it, too
+            magnitude._dora_cache.clear()
         weight = magnitude.weight
         if weight.device != self._modules["lora_A"]._modules[name].weight.device:
             return f"lora_magnitude_vector is on {weight.device}"  # ephemeral_gpu_offload

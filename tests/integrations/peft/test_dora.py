@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft.helpers import DoraCaching
 from peft_models import (
     K,
     add_lora,
@@ -71,6 +72,23 @@ def test_small_layers_are_left_to_peft(monkeypatch):
         peftkern.reset_stats()
         model(sample(F32))
         assert fallbacks() == reasons and norms_computed() == (not reasons)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_norms_that_peft_caches(make):
+    """PEFT's cache serves dense layers, and holds no norms of factors from before it was off."""
+    model = dora_net(make()).eval()
+    twin, x = patched_copy(model), sample(F32).requires_grad_()  # or bitsandbytes computes in bf16
+    for caching, changes in ((True, False), (False, True), (True, False)):
+        peftkern.reset_stats()
+        for net in (model, twin):
+            layer_of(net).lora_B["default"].weight.data.add_(float(changes))
+        with DoraCaching(enabled=caching):
+            expected = model(x)
+            torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-4)
+        left_to_peft = caching and make is make_linear
+        assert fallbacks() == ({"DoRA's norms are cached": 1} if left_to_peft else {})
+        assert norms_computed() == (not left_to_peft)
 
 
 @pytest.mark.parametrize(
