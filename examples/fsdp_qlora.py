@@ -35,7 +35,6 @@ nf4 = BitsAndBytesConfig(**nf4)
 model = AutoModelForCausalLM.from_pretrained(name, quantization_config=nf4, dtype=bf16)
 model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
 accelerator.print(peftkern.patch(model))  # in every process, before anything is sharded
-
 by_accelerate = accelerator.distributed_type == DistributedType.FSDP
 if not by_accelerate:  # under torchrun, or on CPUs, where accelerate does not shard: as it would
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
@@ -50,7 +49,8 @@ own = rows[accelerator.process_index :: accelerator.num_processes]
 for step, ids in enumerate(own[:40].split(4), start=1):
     loss = model(input_ids=ids, labels=ids).loss
     accelerator.backward(loss)
-    optimizer.step(), optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     accelerator.print(f"step {step}: loss {accelerator.reduce(loss.detach(), 'mean').item():.3f}")
 
 whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)

@@ -49,7 +49,7 @@ inline __m512i bf16_table(__m512 low, __m512 high) {
 template <bool kZero>
 struct BF16Tables {
   const NF4View& w;
-  const Absmax& absmax;
+  const Absmax absmax;  // a copy, which no store to tiles can change
   const __m512 codes;
   BF16Tables(const NF4View& view, const Absmax& scales)
       : w(view), absmax(scales), codes(_mm512_loadu_ps(codes_of(view))) {}
@@ -304,43 +304,19 @@ inline void cut_streams(__m512i v[4], int64_t n) {
   for (int j = 0; j < 4; ++j) v[j] = _mm512_maskz_mov_epi16(mask32((n - j + 3) / 4), v[j]);
 }
 
-// The functions below run before(number) ahead of each row. They are inlined, and WeightRows only
-// refers to what is large: decoding then overlaps the products before it. A call for which structs
-// are copied on the stack waits for all stores ahead of it, those of tiles among them (28 % of a
-// product with 16 rows).
-template <bool kZero, class Before>
-[[gnu::always_inline]] inline void decode_whole_blocks(const WeightRows& given,
-                                                       const Before& before) {
-  const WeightRows rows = given;
-  const Absmax absmax = rows.absmax;
-  const BF16Tables<kZero> tables(rows.w, absmax);
-  for (int64_t row = 0; row < rows.count; ++row) {
-    before(rows.number + row);
-    const int64_t element = rows.begin(row), n = rows.n;
-    const uint8_t* packed = rows.w.packed + element / 2;
-    uint32_t* line = rows.line(row);
-    // An array of their own for each call: gcc keeps one that two share in memory.
-    const auto decode = [&](int64_t i, __m512i bytes, int64_t second, __m512i v[4]) {
-      const __m512i table = tables.of(element + i, second);
+// Streams of 128 weights of a row, from whole blocks on, of which `count` are there.
+template <bool kZero>
+struct LongRows {
+  const BF16Tables<kZero> tables;
+  LongRows(const NF4View& w, const Absmax& absmax) : tables(w, absmax) {}
+  void operator()(int64_t element, __m512i packed, __m512i v[4], int64_t count = 128) const {
+    const __m512i table = tables.of(element, element + (count > 64 ? 64 : 0));
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) v[j] = bf16_stream(bytes, table, j);
-    };
-    int64_t i = 0;
-    for (; i + 128 <= n; i += 128) {
-      __builtin_prefetch(packed + i / 2 + kStreamAhead);
-      __m512i v[4];
-      decode(i, _mm512_loadu_si512(packed + i / 2), element + i + 64, v);
-      line = rows.store(line, v);
-    }
-    if (i == n) continue;
-    __m512i v[4];
-    decode(i, load_bytes(packed + i / 2, (n - i + 1) / 2), element + i + (n - i > 64 ? 64 : 0), v);
-    cut_streams(v, n - i);
-    rows.store(line, v);
+    for (int j = 0; j < 4; ++j) v[j] = bf16_stream(packed, table, j);
   }
-}
+};
 
-// 128 weights of a row after another, of which `count` are there.
+// Of short blocks of e2m1 codes with a byte for a scale.
 template <int kLog2>
 struct E2M1Rows {
   const uint8_t* scales;
@@ -375,9 +351,12 @@ struct FloatRows {
   }
 };
 
+// The functions below run before(number) ahead of each row. They are inlined, and WeightRows only
+// refers to what is large: decoding then overlaps the products before it. A call for which structs
+// are copied on the stack waits for all stores ahead of it, those of tiles among them (28 % of a
+// product with 16 rows).
 template <class Decode, class Before>
-[[gnu::always_inline]] inline void decode_short_blocks(const WeightRows& given,
-                                                       const Before& before) {
+[[gnu::always_inline]] inline void decode_blocks(const WeightRows& given, const Before& before) {
   const WeightRows rows = given;
   const Decode decode(rows.w, rows.absmax);
   for (int64_t row = 0; row < rows.count; ++row) {
@@ -388,7 +367,7 @@ template <class Decode, class Before>
     int64_t i = 0;
     for (; i + 128 <= n; i += 128) {
       __builtin_prefetch(packed + i / 2 + kStreamAhead);
-      __m512i v[4];
+      __m512i v[4];  // not shared with the rest of a row, or gcc keeps it in memory
       decode(element + i, _mm512_loadu_si512(packed + i / 2), v);
       line = rows.store(line, v);
     }
@@ -427,13 +406,13 @@ template <class Before>
   const NF4View& w = rows.w;
   if (rows.element % min64(w.blocksize, 64) != 0) return decode_elements(rows, before);
   if (w.blocksize >= 64) {
-    if (w.zero) return decode_whole_blocks<true>(rows, before);
-    return decode_whole_blocks<false>(rows, before);
+    if (w.zero) return decode_blocks<LongRows<true>>(rows, before);
+    return decode_blocks<LongRows<false>>(rows, before);
   }
-  if (w.format == Format::kMXFP4) return decode_short_blocks<E2M1Rows<5>>(rows, before);
-  if (w.format == Format::kNVFP4) return decode_short_blocks<E2M1Rows<4>>(rows, before);
-  if (w.zero) return decode_short_blocks<FloatRows<true>>(rows, before);
-  decode_short_blocks<FloatRows<false>>(rows, before);
+  if (w.format == Format::kMXFP4) return decode_blocks<E2M1Rows<5>>(rows, before);
+  if (w.format == Format::kNVFP4) return decode_blocks<E2M1Rows<4>>(rows, before);
+  if (w.zero) return decode_blocks<FloatRows<true>>(rows, before);
+  decode_blocks<FloatRows<false>>(rows, before);
 }
 
 // Rows of which only some begin as a unit does, each for itself.

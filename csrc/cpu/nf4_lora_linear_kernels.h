@@ -7,8 +7,9 @@
 // all of its piece's x. Backward: dy (packed once) is the rows operand and W the lanes operand; a
 // task takes a strip of weight columns and reduces over n. Nobody writes what another thread
 // writes and every sum has one fixed order, so results do not depend on the number of threads.
-// Extra memory: the wave's x or dy packed, one panel and its float32 sums a thread, and in backward
-// scales that are stored as bytes as float32 (4 bytes a block of the wave).
+// Extra memory: the wave's x or dy packed; a thread's panel, or the two blocks of one that overlap,
+// and its float32 sums; in backward scales that are stored as bytes as float32 (4 bytes a block of
+// the wave), but for those that have tables.
 #pragma once
 
 #include "nf4_axpy.h"
