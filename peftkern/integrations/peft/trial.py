@@ -24,12 +24,15 @@ from torch.utils._pytree import tree_map_only
 
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
+from peftkern.backends.device import multiplies
+from peftkern.functional.arguments import autocast_dtype
 from peftkern.integrations.peft.engines import of_deepspeed
 from peftkern.integrations.peft.fallback import Fallback, hooked
 
 UNMEASURED = "the layer's own forward serves until this machine has measured such a layer"
 IN_FLIGHT = "the layer's own forward serves until the training step that it began is over"
 LEAST_ROWS = 128  # below, other kernels would be measured than those that run
+_LEAST_ROWS_UNSERVED = 32  # where torch has no products of the dtype: PEFT's take seconds
 keep_divided = False  # verdicts of rounds that disagree, too: `peftkern tune` was asked for one
 ATTEMPTS = 3  # at a trial that found no memory
 _PASSES = 24  # forward passes that the shortest contest takes about the time of
@@ -125,11 +128,17 @@ _classes: dict[tuple, LayerClass] = {}
 trust.on_reset(_classes.clear)
 
 
-def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -> Fallback | None:
+def refusal(
+    layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True, alone: bool = False
+) -> Fallback | None:
     """Return None where ours may answer this call, else the fallback, with its trial if one is due.
 
+    Where torch has no products of the dtype, and PEFT's backward pass takes minutes, the trial is
+    held before anybody answers.
+
     Args: key, (op, kind, N, K, rank, dtypes...), all that a class depends on but rows and device;
-        complete, whether the call is all that a trial has to measure.
+        complete, whether the call is all that a trial has to measure; alone, whether x is all that
+        the call gives the layer.
     """
     if torch.compiler.is_compiling():
         trusted = _trusted_in_graph(*key, x.device.type, x.device.index)
@@ -143,7 +152,22 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
         return None
     if found is None:
         found = _class_of((*key, *end))
+    if alone and complete and layer.training and _unserved(x) and _is_new(found):
+        found.adopt()
+        if not found.decided and trust.mode() != "off":
+            _settle(layer, x, found)
     return _refusal(layer, found, complete)
+
+
+def _is_new(found: LayerClass) -> bool:
+    """Return whether nobody has answered a call of a class, nor recomputes one."""
+    begun = found.decided or found.calls or found.pending
+    return not begun and torch._C._current_graph_task_id() == -1
+
+
+def _unserved(x: Tensor) -> bool:
+    """Return whether torch has no products of the dtype in which a layer computes."""
+    return x.is_cpu and not multiplies(autocast_dtype(x) or x.dtype)
 
 
 def _class_of(full: tuple) -> LayerClass:
@@ -167,18 +191,24 @@ def settled(part: Callable[[], nn.Module], x: Tensor, key: tuple) -> str | None:
     if not found.decided:
         found.adopt()
     if not found.decided and trust.mode() != "off":
-        layer, beside = part(), ((), {})
-        if _possible(layer, x):
-            try:
-                with aside(x.device):
-                    _rehearse(layer, x, beside)
-                    begin = time.perf_counter()
-                    with torch.no_grad():
-                        layer.peer_forward(x.detach())
-                    _decide(layer, x, beside, found, time.perf_counter() - begin)
-            except Exception as error:
-                _give_up(found, error)
+        _settle(part(), x, found)
     return found.reason
+
+
+def _settle(layer: nn.Module, x: Tensor, found: LayerClass) -> None:
+    """Hold the trial of a class here and now, if it goes unnoticed."""
+    if not _possible(layer, x):
+        return
+    beside: Beside = ((), {})
+    try:
+        with aside(x.device):
+            _rehearse(layer, x, beside)
+            begin = time.perf_counter()
+            with torch.no_grad():
+                peer(layer, x.detach())
+            _decide(layer, x, beside, found, time.perf_counter() - begin)
+    except Exception as error:
+        _give_up(found, error)
 
 
 def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | None:
@@ -395,8 +425,11 @@ def _decide(layer: Any, x: Tensor, beside: Beside, tried: LayerClass, seconds: f
     """Time both sides, and record whose the class is."""
     rows = x.numel() // x.shape[-1]
     fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
-    least = crossovers.crossover("dense") // tried.width + 1
-    measured = min(rows, max(fit, LEAST_ROWS, least))
+    if _unserved(x):
+        least = _LEAST_ROWS_UNSERVED
+    else:
+        least = max(LEAST_ROWS, crossovers.crossover("dense") // tried.width + 1)
+    measured = min(rows, max(fit, least))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)
     beside = tree_map_only(Tensor, lambda t: t[:measured], beside)
