@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_map_only
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
 from peftkern.backends.device import multiplies
-from peftkern.functional.arguments import autocast_dtype
 from peftkern.integrations.peft.engines import of_deepspeed
 from peftkern.integrations.peft.fallback import Fallback, hooked
 
@@ -103,10 +102,14 @@ class LayerClass:
 
     reason: None where ours serves, else why PEFT does. decided: whether that is a verdict. pending:
     layers of which PEFT has answered a forward that may be recomputed, which has to be PEFT's, too.
+    unserved: whether torch has no products of one of its dtypes here.
     """
 
-    def __init__(self, name: str, device: torch.device, width: int) -> None:
-        self.name, self.device, self.width = name, device, width  # N + K
+    def __init__(self, full: tuple) -> None:
+        *key, _, device = full
+        self.name, self.device, (self.N, self.K) = name_of(full), device, key[2:4]
+        dtypes = [part for part in key[5:] if isinstance(part, torch.dtype)]
+        self.unserved = device.type == "cpu" and not all(map(multiplies, dtypes))
         self.calls = self.failures = 0
         self.pending: weakref.WeakKeyDictionary[nn.Module, _Pending] = weakref.WeakKeyDictionary()
         self.decided, self.reason = False, UNMEASURED
@@ -152,7 +155,7 @@ def refusal(
         return None
     if found is None:
         found = _class_of((*key, *end))
-    if alone and complete and layer.training and _unserved(x) and _is_new(found):
+    if alone and complete and layer.training and found.unserved and _is_new(found):
         found.adopt()
         if not found.decided and trust.mode() != "off":
             _settle(layer, x, found)
@@ -165,16 +168,11 @@ def _is_new(found: LayerClass) -> bool:
     return not begun and torch._C._current_graph_task_id() == -1
 
 
-def _unserved(x: Tensor) -> bool:
-    """Return whether torch has no products of the dtype in which a layer computes."""
-    return x.is_cpu and not multiplies(autocast_dtype(x) or x.dtype)
-
-
 def _class_of(full: tuple) -> LayerClass:
     """Return the class of a whole key, with the verdict that is known of it when it is new."""
     found = _classes.get(full)
     if found is None:
-        found = _classes.setdefault(full, LayerClass(name_of(full), full[-1], full[2] + full[3]))
+        found = _classes.setdefault(full, LayerClass(full))
         found.adopt()
     return found
 
@@ -425,10 +423,10 @@ def _decide(layer: Any, x: Tensor, beside: Beside, tried: LayerClass, seconds: f
     """Time both sides, and record whose the class is."""
     rows = x.numel() // x.shape[-1]
     fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
-    if _unserved(x):
-        least = _LEAST_ROWS_UNSERVED
+    if tried.unserved:
+        least = max(_LEAST_ROWS_UNSERVED, crossovers.UNSERVED // (tried.N * tried.K) + 1)
     else:
-        least = max(LEAST_ROWS, crossovers.crossover("dense") // tried.width + 1)
+        least = max(LEAST_ROWS, crossovers.crossover("dense") // (tried.N + tried.K) + 1)
     measured = min(rows, max(fit, least))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)
