@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftkern.methods.initialization.from_weights import QUANTIZED
 from peftkern.methods.initialization.loftq import Storage
 from peftkern.methods.initialization.report import InitReport
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
@@ -21,8 +22,6 @@ from peftkern.tools.quantize.quantized_checkpoint import (
     check_request,
     quantize_checkpoint,
 )
-
-QUANTIZED = ("qpissa", "loftq")
 
 
 @dataclass(frozen=True)

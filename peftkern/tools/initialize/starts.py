@@ -18,8 +18,9 @@ from torch import Tensor
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.panels import full_float32
-from peftkern.methods.initialization.factors import Factors, olora, pissa, subtract_update_
-from peftkern.methods.initialization.loftq import Storage, loftq, qpissa, relative_error
+from peftkern.methods.initialization.factors import Factors, check_finite, subtract_update_
+from peftkern.methods.initialization.from_weights import from_weights
+from peftkern.methods.initialization.loftq import Storage, relative_error
 from peftkern.methods.initialization.report import InitReport, LayerStart
 from peftkern.tools.checkpoints import staging
 from peftkern.tools.checkpoints.checkpoint import CheckpointError, open_safetensors
@@ -83,17 +84,13 @@ class Starts:
 
     def _start(self, weight: Tensor, module: str) -> tuple[Factors, NF4Weight | None, float | None]:
         """Return the factors, the base unless it is the weight itself, and the error."""
-        request, base = self.request, None
+        request = self.request
         rank, scaling = request.rank_of(module), request.scaling_of(module)
-        how = (weight, rank, scaling)
-        if request.method == "loftq":
-            factors, base = loftq(*how, self.storage, steps=request.steps, **request.svd_options)
-        elif request.method == "qpissa":
-            factors, base = qpissa(*how, self.storage, **request.svd_options)
-        elif request.method == "olora":
-            factors = olora(weight, rank)
-        else:
-            factors = pissa(*how, **request.svd_options)
+        check_finite(weight)
+        how = {"steps": request.steps, **request.svd_options}
+        ((factors, base),) = from_weights(
+            request.method, [weight], rank, scaling, self.storage, **how
+        )
         if base is not None:
             return factors, base, relative_error(weight, base, factors, scaling)
         return factors, None, subtract_update_(weight, *factors[:2], scaling)
