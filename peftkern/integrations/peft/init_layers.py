@@ -25,7 +25,7 @@ from peftkern.integrations.peft.serve import BNB_TYPES
 from peftkern.layers.expert_stack import ExpertStack
 from peftkern.layers.quantized_linear import QuantizedLinear
 from peftkern.methods.initialization.factors import Factors, subtract_update_
-from peftkern.methods.initialization.from_weights import TOGETHER
+from peftkern.methods.initialization.from_weights import groups
 from peftkern.methods.initialization.loftq import Storage, quantize_residual, relative_error
 from peftkern.methods.initialization.report import LayerStart
 from peftkern.methods.initialization.statistics import named
@@ -69,8 +69,7 @@ class Layer:
 
     def groups(self) -> Iterator[range]:
         """Yield the indices of the matrices that are worked on at once."""
-        count, at_once = len(self.matrices), max(1, TOGETHER // math.prod(self.shape))
-        return (range(i, min(i + at_once, count)) for i in range(0, count, at_once))
+        return groups(len(self.matrices), self.shape)
 
     @property
     def rank(self) -> int:

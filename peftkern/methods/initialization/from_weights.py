@@ -5,7 +5,8 @@ A layer is a stack of matrices of one shape: a linear layer of one, experts of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ def from_weights(
     if turned:
         return [(olora(_dense(weight).T, rank).T, None) for weight in weights]
     return [(olora(weight, rank), None) for weight in weights]
+
+
+def groups(count: int, shape: tuple[int, int]) -> Iterator[range]:
+    """Yield the indices of matrices of this shape that are worked on at once."""
+    at_once = max(1, TOGETHER // math.prod(shape))
+    return (range(i, min(i + at_once, count)) for i in range(0, count, at_once))
 
 
 def _dense(weight: Weight) -> Tensor:

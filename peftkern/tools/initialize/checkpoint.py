@@ -64,11 +64,13 @@ def prepare(
 ) -> Job:
     """Check a request: "pissa" and "olora" write a dense base, "qpissa" and "loftq" one in NF4.
 
-    Args: names, of linear layers, by default all but the output embeddings.
+    Args: names, of linear layers, by default all but the output embeddings, and for the first two
+        of parameters of experts.
     Raises: CheckpointError for what the checkpoint or its architecture does not have.
     """
-    targets, config = find_targets(checkpoint, names, request.rank_of)
-    choice, quantization_config, storage = Choice({}), None, None
+    targets, config = find_targets(checkpoint, names, request.rank_of, method=request.method)
+    together = tuple(target.sources for target in targets.values() if target.sources)
+    choice, quantization_config, storage = Choice({}, together=together), None, None
     if request.method in QUANTIZED:
         storage = Storage(options.blocksize, options.double_quant)
         choice, quantization_config = find_weights(

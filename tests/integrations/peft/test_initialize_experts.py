@@ -211,7 +211,7 @@ def test_few_experts_at_a_time_start_as_all_at_once(monkeypatch):
     model = expert_net(quantized=True)
     twin = copy.deepcopy(model)
     report = peftkern.initialize_(model, "qpissa")
-    monkeypatch.setattr("peftkern.integrations.peft.init_layers.TOGETHER", 2 * K * K)
+    monkeypatch.setattr("peftkern.methods.initialization.from_weights.TOGETHER", 2 * K * K)
     again = peftkern.initialize_(twin, "qpissa")
     assert [layer.rank for layer in again.layers] == [layer.rank for layer in report.layers]
     for wrapper, other in zip(wrappers(model).values(), wrappers(twin).values(), strict=True):
