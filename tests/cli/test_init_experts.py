@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from checkpoint_folders import contents, load_tensors, save_moe
 from command_line import refused
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import peftkern
 from peftkern.cli import main
+from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.tools.initialize.starts import Starts
 
 IDS = torch.arange(12)[None]
@@ -30,6 +33,12 @@ def run(*arguments: Any) -> int:
 def logits(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
         return model(IDS).logits.float()
+
+
+def largest_error(got: Tensor, expected: Tensor) -> float:
+    """Of an expert, relative."""
+    errors = (got - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    return errors.max().item()
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "mixtral", "gpt_oss"])
@@ -58,6 +67,29 @@ def test_experts_start_as_those_of_a_model_in_memory(source, tmp_path, capsys, m
     assert sorted(model.peft_config["default"].target_parameters) == sorted(EXPERTS)
     for name, value in other.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["qwen3_moe", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize("method", ["qpissa", "loftq"])
+def test_stacks_in_nf4_are_closer_than_nf4_alone(source, tmp_path, capsys, method):
+    """Of gpt-oss they are kept transposed."""
+    options = ("--rank", 8, "--alpha", 6, "--json", *TARGETS[2:])
+    assert run(method, source, tmp_path / "dst", *options) == 0
+    layers = {one["name"]: one for one in json.loads(capsys.readouterr().out)["layers"]}
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    model = PeftModel.from_pretrained(base, tmp_path / "dst" / "adapter")
+    for path, wrapper in model.named_modules():
+        if not isinstance(wrapper, ParamWrapper):
+            continue
+        path = path.removeprefix("base_model.model.").replace(".base_layer", "")
+        name = f"{path}.{wrapper.parameter_name}"
+        layer, weight = layers.pop(name), dense.get_parameter(name).detach()
+        whole = wrapper.get_param().dequantize() + wrapper.get_delta_weight("default").detach()
+        alone = NF4Stack.from_dense(weight).dequantize()
+        assert layer["error"] == pytest.approx(largest_error(whole, weight), rel=1e-3)
+        assert layer["error"] < largest_error(alone, weight) and layer["matrices"] == 4
+    assert layers == {}
 
 
 @pytest.mark.parametrize("source", ["mixtral"], indirect=True)
@@ -89,10 +121,10 @@ def test_what_cannot_start_experts_is_one_line(source, tmp_path, capfd):
     texts = tmp_path / "texts.txt"
     texts.write_text("text\n")
     destination = str(tmp_path / "dst")
-    for method, *options in (("qpissa",), ("loftq",), ("corda", "--data", str(texts))):
-        command = ("init", method, str(source), destination, *TARGETS, *options)
-        complaint = f"experts.gate_up_proj: expected pissa or olora to start experts, got {method}"
-        refused(capfd, complaint, *command)
+    command = ("init", "corda", str(source), destination, *TARGETS, "--data", str(texts))
+    accepted = "pissa, olora, qpissa, loftq"
+    complaint = f"experts.gate_up_proj: expected one of {accepted} to start experts, got corda"
+    refused(capfd, complaint, *command)
     command = ("init", "pissa", str(source), destination, "--target")
     refused(capfd, "no linear layer is called 'experts.up'; there are ", *command, "experts.up")
     rank = (EXPERTS[1], "--rank", "999")

@@ -86,7 +86,7 @@ def initialize_(
             a mapping, as positions if it is a tuple or a list, else as the only argument.
         loss: of (model, batch) for "lora_ga", by default the loss that the model returns.
         weights: {name of a base parameter: its dense weight}, for a base in 4 bits: what its
-            layers were quantized from, or experts as the model has them. "loftq" needs them there.
+            layers were quantized from, of experts as the model has them. "loftq" needs them there.
         steps: of "loftq", by default those of loftq_config, or 5.
         seed: of what is drawn at random.
         statistics_bytes: memory for the covariances of "corda" or gradients of "lora_ga"; the
@@ -236,7 +236,7 @@ def _check_model(model: Any, method: str, given: Any, adapter_name: str) -> None
 
 
 def _check_experts(method: str, layers: list[Layer]) -> None:
-    """Raise ValueError for adapters of parameters, whose inputs and gradients nothing learns."""
+    """Raise ValueError for adapters of parameters, unless the method starts from weights alone."""
     names = [layer.name for layer in layers if isinstance(layer.module, ParamWrapper)]
     if names and method not in FROM_WEIGHTS:
         expected = f"one of {FROM_WEIGHTS} for target_parameters ({names[0]})"

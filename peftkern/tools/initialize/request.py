@@ -18,12 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from peftkern.formats.rank_patterns import exact_targets, pattern_key
 from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.initialization.factors import check_rank
+from peftkern.methods.initialization.from_weights import FROM_WEIGHTS
 from peftkern.tools.adapters.extract_experts import Stack, find_stack
 from peftkern.tools.checkpoints.architecture import Load, find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from peftkern.tools.checkpoints.weights import Weight, find_weights
 
-STARTS_EXPERTS = ("pissa", "olora")
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -86,7 +86,7 @@ class Target:
     """Linear layer of the model, or a parameter of experts: all matrices of it, or one expert's.
 
     transposed: the checkpoint keeps its weight as [n, m]. count: of matrices. sources: the tensors
-    whose rows a matrix has, if they are several.
+    whose rows a matrix has, if they are several. turned: experts in 4 bits are written as [n, m].
     """
 
     module: str
@@ -95,6 +95,7 @@ class Target:
     parameter: str = ""
     count: int = 1
     sources: tuple[str, ...] = ()
+    turned: bool = False
 
     @property
     def name(self) -> str:
@@ -146,10 +147,10 @@ def find_targets(
     if not chosen:
         raise CheckpointError(f"{checkpoint.folder}: holds no linear layer")
     for target in chosen.values():
-        if target.parameter and method not in STARTS_EXPERTS:
-            accepted = " or ".join(STARTS_EXPERTS)
+        if target.parameter and method not in FROM_WEIGHTS:
+            accepted = ", ".join(FROM_WEIGHTS)
             raise CheckpointError(
-                f"target: {target.name}: expected {accepted} to start experts, got {method}"
+                f"target: {target.name}: expected one of {accepted} to start experts, got {method}"
             )
         if model.get_submodule(target.module) is head and model.config.tie_word_embeddings:
             raise CheckpointError(

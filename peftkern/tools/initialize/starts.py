@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Starts:
     storage: Storage | None = None
     device: str = "cpu"
     layers: list[LayerStart] = field(default_factory=list)
-    _tensors: dict[str, Tensor] = field(default_factory=dict)
+    _factors: dict[str, list[Factors]] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,31 +71,31 @@ class Starts:
         if target is None:
             return None
         weight = weight.to(self.device)
-        turned = target.transposed and not unit.quantized
-        matrices = (weight.mT if turned else weight).view(-1, *target.shape)
-        found: list[tuple[Factors, NF4Weight | None]] = []
+        transposed = target.transposed and not unit.quantized
+        shape = target.shape[::-1] if target.turned else target.shape
+        matrices = (weight.mT if transposed else weight).view(-1, *shape)
+        bases: list[NF4Weight | None] = []
         with full_float32(), torch.autocast(weight.device.type, enabled=False):
-            for group in groups(len(matrices), target.shape):
-                found += self._start(unit.name, target.name, matrices, group)
-        for side in ("lora_A", "lora_B"):
-            factors = torch.stack([getattr(one, side) for one, _ in found])
-            self._tensors[f"{unit.name}.{side}"] = factors.cpu()
-        errors = [one.error for one in self.layers[-len(found) :] if one.error is not None]
-        base = found[0][1]
-        return (weight.cpu() if base is None else base), max(errors, default=None)
+            for group in groups(len(matrices), shape):
+                bases += self._start(unit.name, target, matrices, group)
+        errors = [one.error for one in self.layers[-len(bases) :] if one.error is not None]
+        return (weight.cpu() if bases[0] is None else bases[0]), max(errors, default=None)
 
     def _start(
-        self, unit: str, name: str, matrices: Tensor, group: Sequence[int]
-    ) -> list[tuple[Factors, NF4Weight | None]]:
-        """Start some matrices; return their factors, with the bases in NF4 that there may be."""
+        self, unit: str, target: Target, matrices: Tensor, group: Sequence[int]
+    ) -> list[NF4Weight | None]:
+        """Start some matrices; return the bases in NF4 that there may be."""
         request, weights = self.request, [matrices[index] for index in group]
-        rank, scaling = request.rank_of(name), request.scaling_of(name)
-        how = {"steps": request.steps, **request.svd_options}
+        rank, scaling = request.rank_of(target.name), request.scaling_of(target.name)
+        storage = self.storage
+        if storage is not None and target.parameter:
+            storage = replace(storage, double_quant=False)  # as stacks are
+        how = {"steps": request.steps, "turned": target.turned, **request.svd_options}
         try:
             for index, weight in zip(group, weights, strict=True):
                 where = unit if len(matrices) == 1 else f"{unit}[{index}]"
                 check_finite(weight)
-            found = from_weights(request.method, weights, rank, scaling, self.storage, **how)
+            found = from_weights(request.method, weights, rank, scaling, storage, **how)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from error
         for weight, (factors, base) in zip(weights, found, strict=True):
@@ -103,16 +103,23 @@ class Starts:
                 error = subtract_update_(weight, *factors[:2], scaling)
             else:
                 error = relative_error(weight, base, factors, scaling)
-            self.layers.append(LayerStart.of(name, factors, scaling, error))
-        return found
+            factors = factors.T if target.turned else factors
+            self._factors.setdefault(unit, []).append(factors)
+            self.layers.append(LayerStart.of(target.name, factors, scaling, error))
+        return [base for _, base in found]
 
     def keep(self, work: Path, file: str) -> None:
         """Store the factors of a file's layers, and what is known of them."""
         path = work / _WORK / file
         path.parent.mkdir(exist_ok=True)
+        tensors = {
+            f"{unit}.{side}": torch.stack([getattr(one, side) for one in found]).cpu()
+            for unit, found in self._factors.items()
+            for side in ("lora_A", "lora_B")
+        }
         layers = json.dumps([asdict(layer) for layer in self.layers])
-        staging.save_tensors(self._tensors, path, {"layers": layers})
-        self._tensors, self.layers = {}, []
+        staging.save_tensors(tensors, path, {"layers": layers})
+        self._factors, self.layers = {}, []
 
     def complete(self, work: Path, folder: Path) -> None:
         """Write the adapter; `layers` are then those of all files, in the order of the targets."""

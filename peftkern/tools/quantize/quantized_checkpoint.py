@@ -88,7 +88,8 @@ class Rewriter(Protocol):
     ) -> tuple[QuantizedWeight | Tensor, float | None] | None:
         """Return what becomes of a weight, and its error if that is known; None of others.
 
-        That of several tensors has their rows one after the other.
+        That of several tensors has their rows one after the other; of a stack it is each expert's
+        in turn, as it is to be stored.
         """
 
     def keep(self, work: Path, file: str) -> None:
@@ -262,7 +263,7 @@ def _write_file(
     for unit in units:
         parts = (part for source in islice(sources, len(unit.infos)) for part in source)
         if unit.shape:
-            state, error = _stacked(unit, parts, options)
+            state, error = _stacked(unit, parts, options, rewriter)
         else:
             state, error = _one(unit, list(parts), options, rewriter)
         tensors |= state
@@ -341,7 +342,7 @@ def _state(name: str, w: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _stacked(
-    unit: Unit, parts: Iterator[Tensor], options: Options
+    unit: Unit, parts: Iterator[Tensor], options: Options, rewriter: Rewriter | None
 ) -> tuple[dict[str, Tensor], float]:
     """Return the two tensors that a stack of experts becomes, and the largest error of one."""
     count, *shape = unit.shape
@@ -356,9 +357,15 @@ def _stacked(
     for expert in range(count):
         weight = torch.cat(list(islice(parts, pieces))).to(options.device)
         weight = weight.T.contiguous() if unit.transposed else weight.view(shape)
-        stack.set_expert(expert, weight)
-        now = stack.dequantize(expert).contiguous()  # of one that is turned, too
-        error = max(error, _relative_error(unit.name, weight, now))
+        rewritten = None if rewriter is None else rewriter.rewrite(unit, weight)
+        if rewritten is not None:
+            w, missed = rewritten
+            stack.put_expert(expert, w)
+        else:
+            stack.set_expert(expert, weight)
+            now = stack.dequantize(expert).contiguous()  # of one that is turned, too
+            missed = _relative_error(unit.name, weight, now)
+        error = max(error, missed)
     return {key: part.cpu() for key, part in stack.state(unit.name).items()}, error
 
 
