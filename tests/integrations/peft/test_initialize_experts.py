@@ -91,7 +91,7 @@ def test_the_report_has_a_line_for_the_experts_of_a_parameter(family):
     report = peftkern.initialize_(base, "pissa", settings(base, target_modules=[]))
     transposed = family == "GptOss"
     for layer in report.layers:
-        E, m, n = shapes[layer.name]
+        _, m, n = shapes[layer.name]
         assert layer.shape == ((n, m) if transposed else (m, n)) and layer.matrices == E
         assert 0 < layer.energy < 1 and 0 < layer.error < 2**-8 and layer.certificate < 1e-3
     record = json.loads(json.dumps(report.as_dict()))
