@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.formats.rank_patterns import exact_targets, pattern_key
+from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.initialization.factors import check_rank
-from peftkern.tools.checkpoints.architecture import find_loads, meta_model
-from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
-from peftkern.tools.checkpoints.weights import find_weights
+from peftkern.methods.initialization.from_weights import FROM_WEIGHTS
+from peftkern.tools.adapters.extract_experts import Stack, find_stack
+from peftkern.tools.checkpoints.architecture import Load, find_loads, meta_model
+from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.weights import Weight, find_weights
 
 _DTYPES = ("F32", "F16", "BF16")
 
@@ -80,11 +83,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Target:
-    """Linear layer of the model; transposed: the checkpoint keeps its weight as [n, m]."""
+    """Linear layer of the model, or a parameter of experts: all matrices of it, or one expert's.
+
+    transposed: the checkpoint keeps its weight as [n, m]. count: of matrices. sources: the tensors
+    whose rows a matrix has, if they are several. turned: experts in 4 bits are written as [n, m].
+    """
 
     module: str
     shape: tuple[int, int]
     transposed: bool
+    parameter: str = ""
+    count: int = 1
+    sources: tuple[str, ...] = ()
+    turned: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.parameter}" if self.parameter else self.module
 
 
 def find_targets(
@@ -93,16 +108,21 @@ def find_targets(
     rank_of: Callable[[str], int] = lambda module: 1,
     *,
     half: bool = False,
+    method: str | None = None,
 ) -> tuple[dict[str, Target], LoraConfig]:
-    """Find the linear layers to start, by the names of their weights, and a config that says so.
+    """Find what is to be started, by the names of the weights, and a config that says so.
 
     Args: names, of layers, whole or their ends: "q_proj"; a string is a regular expression for
         whole names; none for all linear layers but the output embeddings. rank_of(layer), which it
-        must have, or with `half` twice of it.
-    Raises: CheckpointError naming a layer that does not exist, has no such rank, or is tied.
+        must have, or with `half` twice of it. method, that starts them: a name with a dot may then
+        be that of a parameter of experts, "experts.down_proj".
+    Raises: CheckpointError naming a layer that does not exist, has no such rank, is tied, or that
+        the method cannot start.
     """
     model = meta_model(checkpoint)
-    linear = _linear_layers(model, checkpoint)
+    loads = list(find_loads(model, checkpoint))
+    linear = _linear_layers(model, loads, find_weights(checkpoint))
+    experts = _experts(model, loads) if method else {}
     head = model.get_output_embeddings()
     wanted = _wanted(names)
     chosen = {
@@ -111,23 +131,35 @@ def find_targets(
         if any(fits(target.module) for fits in wanted.values())
         or (not wanted and model.get_submodule(target.module) is not head)
     }
+    parameters = [] if isinstance(names, str) else [name for name in names if "." in name]
+    chosen |= {
+        tensor: target
+        for tensor, target in experts.items()
+        if any(_ends(target.name, name) for name in parameters)
+    }
     for name, fits in wanted.items():
-        if not any(fits(target.module) for target in chosen.values()):
+        if not any(fits(target.name) for target in chosen.values()):
             known = dict.fromkeys(t.module.rpartition(".")[2] for t in linear.values())
+            known |= dict.fromkeys(".".join(t.name.split(".")[-2:]) for t in experts.values())
             raise CheckpointError(
                 f"target: no linear layer is called {name!r}; there are {', '.join(known)}"
             )
     if not chosen:
         raise CheckpointError(f"{checkpoint.folder}: holds no linear layer")
     for target in chosen.values():
+        if target.parameter and method not in FROM_WEIGHTS:
+            accepted = ", ".join(FROM_WEIGHTS)
+            raise CheckpointError(
+                f"target: {target.name}: expected one of {accepted} to start experts, got {method}"
+            )
         if model.get_submodule(target.module) is head and model.config.tie_word_embeddings:
             raise CheckpointError(
                 f"target: the weight of {target.module} is the embeddings', too, which would change"
             )
         try:
-            check_rank(rank_of(target.module), target.shape, half=half)
+            check_rank(rank_of(target.name), target.shape, half=half)
         except ValueError as error:
-            raise CheckpointError(f"{target.module}: {error}") from None
+            raise CheckpointError(f"{target.name}: {error}") from None
     return chosen, _config(model, chosen, linear)
 
 
@@ -138,10 +170,12 @@ def _wanted(names: Sequence[str] | str) -> dict[str, Callable[[str], Any]]:
     return {name: partial(_ends, name=name) for name in names}
 
 
-def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Target]:
+def _linear_layers(
+    model: PreTrainedModel, loads: Sequence[Load], weights: Mapping[str, Weight]
+) -> dict[str, Target]:
     """Find the weights that are a linear layer's as they are, dense or in NF4."""
-    found, weights = {}, find_weights(checkpoint)
-    for load in find_loads(model, checkpoint):
+    found = {}
+    for load in loads:
         name, _, parameter = load.target.rpartition(".")
         weight = weights.get(load.info.name)
         if load.converter is not None or parameter != "weight" or weight is None:
@@ -159,11 +193,45 @@ def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
     return dict(sorted(found.items(), key=lambda item: order[item[1].module]))
 
 
+def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]:
+    """Find the weights of fused experts: of each expert, or of all where one tensor has them."""
+    parts: dict[str, list[Load]] = {}
+    for load in loads:
+        if load.info.dtype in _DTYPES:
+            parts.setdefault(load.target, []).append(load)
+    found = {}
+    for module, experts in model.named_modules():
+        for parameter in expert_parameters(experts):
+            loaded = parts.get(f"{module}.{parameter}")
+            if loaded is None:
+                continue
+            E, *shape = experts.get_parameter(parameter).shape
+            turned = bool(getattr(experts, "is_transposed", False))
+            stack = find_stack(module, parameter, turned, (E, *shape), loaded)
+            m, n = reversed(shape) if turned else shape
+            infos = {load.info.name: load.info for load in loaded}
+            if stack is None or not _fits(stack, infos, (E, m, n)) or (turned and E == 1):
+                continue  # PEFT does not transpose the update of one
+            for rows in stack.rows or ((stack.whole,),):
+                target = Target(module, (m, n), stack.turned, parameter, E if stack.whole else 1)
+                found[rows[0]] = replace(target, sources=rows if len(rows) > 1 else ())
+    return found
+
+
+def _fits(stack: Stack, infos: Mapping[str, TensorInfo], shape: tuple[int, int, int]) -> bool:
+    """Return whether these tensors are a parameter of experts, as it would be were none turned."""
+    E, m, n = shape
+    if stack.whole:
+        return infos[stack.whole].shape == ((E, n, m) if stack.turned else (E, m, n))
+    rows = [sum(infos[name].shape[0] for name in one) for one in stack.rows]
+    return rows == [m] * E and {infos[name].shape[1:] for name in stack.names} == {(n,)}
+
+
 def _config(
     model: PreTrainedModel, chosen: dict[str, Target], linear: dict[str, Target]
 ) -> LoraConfig:
     """Return a config that targets the chosen layers alone, by short names if those say it all."""
-    modules = [target.module for target in chosen.values()]
+    modules = [target.module for target in chosen.values() if not target.parameter]
     short = {name.rpartition(".")[2] for name in modules}
     others = {n for n, _ in model.named_modules()} - set(modules)
     unique = not any(_ends(name, end) for name in others for end in short)
@@ -171,9 +239,19 @@ def _config(
     whole = short if unique else exact_targets(modules, others)
     return LoraConfig(
         target_modules=whole if isinstance(whole, str) else sorted(whole),
-        fan_in_fan_out=any(target.transposed for target in chosen.values()),
+        target_parameters=_parameters(model, chosen) or None,
+        fan_in_fan_out=any(t.transposed for t in chosen.values() if not t.parameter),
         task_type="CAUSAL_LM" if causal else None,
     )
+
+
+def _parameters(model: PreTrainedModel, chosen: dict[str, Target]) -> list[str]:
+    """Name the chosen parameters alone, by short names if those say it all."""
+    names = {target.name for target in chosen.values() if target.parameter}
+    short = {".".join(name.split(".")[-2:]) for name in names}
+    others = {name for name, _ in model.named_parameters()} - names
+    unique = not any(_ends(name, end) for name in others for end in short)
+    return sorted(short if unique else names)
 
 
 def _ends(module: str, name: str) -> bool:
