@@ -45,7 +45,8 @@ class LayerSpectrum:
     """What the ranks of one layer are worth.
 
     shape [m, n] of its weight. S [k]: singular values, descending, of what the ranks are chosen
-    by; norm, |.|_F of that. excess, certificate: of `truncated_svd` at k values.
+    by; norm, |.|_F of that. excess, certificate: of `truncated_svd` at k values. unreached: what
+    of the layer the data did not reach, in words.
     """
 
     name: str
@@ -54,6 +55,12 @@ class LayerSpectrum:
     norm: float
     excess: float | None = None
     certificate: float | None = None
+    unreached: str = ""
+
+    @classmethod
+    def without_data(cls, name: str, shape: tuple[int, int], why: str) -> LayerSpectrum:
+        """Return that of a layer which the data does not reach: no rank of it is worth anything."""
+        return cls(name, shape, torch.zeros(0, device="cpu"), 0.0, unreached=why)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class LayerRank:
     S: tuple[float, ...]
     excess: float | None = None
     certificate: float | None = None
+    unreached: str = ""
 
     @property
     def parameters(self) -> int:
@@ -196,8 +204,8 @@ def _layer_rank(one: LayerSpectrum, rank: int, cost: float, whole: float | None)
         kept = one.norm / whole if whole else 0.0
     else:
         kept = min((S[:rank] / one.norm).square().sum().item(), 1.0) if one.norm else 0.0
-    bounds = one.excess, one.certificate
-    return LayerRank(one.name, one.shape, rank, cost, kept, tuple(S.tolist()), *bounds)
+    rest = one.excess, one.certificate, one.unreached
+    return LayerRank(one.name, one.shape, rank, cost, kept, tuple(S.tolist()), *rest)
 
 
 def matrix_spectra(
@@ -249,9 +257,9 @@ def _decomposed(
 
 def input_spectrum(name: str, shape: tuple[int, int], found: PrincipalComponents) -> LayerSpectrum:
     """Return what the principal components of a layer's inputs explain."""
-    with named(name):
-        explained = found.explained()
-    return LayerSpectrum(name, shape, explained.sqrt() * found.norm, found.norm)
+    if found.S is None:
+        return LayerSpectrum.without_data(name, shape, "no batch runs through it")
+    return LayerSpectrum(name, shape, found.explained().sqrt() * found.norm, found.norm)
 
 
 def gora_importance(name: str, weight: Weight, gradient: Tensor) -> LayerSpectrum:

@@ -37,6 +37,7 @@ from peftkern.methods.initialization.statistics import (
 )
 
 Loss = Callable[[nn.Module, Any], Tensor]
+NO_GRADIENT = "the loss does not depend on it"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class DataRuns:
         return factors
 
     def lora_ga(self, layers: Sequence[Layer], config: LoraGAConfig) -> dict[str, Factors]:
-        """Return LoRA-GA's factors of each layer."""
+        """Return LoRA-GA's factors of each layer that the loss depends on."""
         how = {"direction": config.direction, "scale": config.scale, "gamma": config.stable_gamma}
         factors = {}
         for layer, gradient in self.gradients(layers, training=True):
@@ -82,6 +83,8 @@ class DataRuns:
                 factors[layer.name] = lora_ga(
                     layer.weight, gradient, layer.rank, layer.scaling, **how, **self.options
                 )
+        if not factors:
+            raise ValueError("loss: expected to depend on a layer of the adapter, on none it does")
         return factors
 
     def eva(self, layers: Sequence[Layer], config: EvaConfig) -> dict[str, Factors]:
@@ -111,8 +114,8 @@ class DataRuns:
     def gradients(
         self, layers: Sequence[Layer], *, training: bool
     ) -> Iterator[tuple[Layer, Tensor]]:
-        """Yield each layer with the gradient of its weight [m, n]; `statistics_bytes` of them are
-        made by one run of the batches."""
+        """Yield each layer with the gradient of its weight [m, n], but those that get none;
+        `statistics_bytes` of them are made by one run of the batches."""
         by_name = {layer.name: layer for layer in layers}
         sizes = {layer.name: 4 * layer.weight.shape[0] * layer.weight.shape[1] for layer in layers}
         with _base_alone(self.model, training=training):
@@ -120,9 +123,9 @@ class DataRuns:
                 modules = {name: by_name[name].base for name in group}
                 gradients = weight_gradients(modules, self._loss, self.batches)
                 for name in with_progress(group, "gradients: directions"):
-                    if name not in gradients:
-                        raise ValueError(f"{name}: loss: expected to depend on it, it does not")
-                    yield by_name[name], gradients.pop(name)
+                    gradient = gradients.pop(name, None)
+                    if gradient is not None and gradient.any():  # as NaN is, too
+                        yield by_name[name], gradient
 
     def components(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
@@ -17,10 +18,10 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import check_options
-from peftkern.integrations.peft.init_data import DataRuns, start_eva
+from peftkern.integrations.peft.init_data import NO_GRADIENT, DataRuns, start_eva
 from peftkern.integrations.peft.init_layers import Layer, find_layers, set_rank
 from peftkern.integrations.peft.patch import is_patched
-from peftkern.layers.quantize import with_progress
+from peftkern.layers.quantize import level_of_the_caller, with_progress
 from peftkern.methods.initialization.factors import (
     Factors,
     check_finite,
@@ -95,7 +96,7 @@ def initialize_(
     A base in 4 bits (of bitsandbytes, `NF4Linear`, `BlockLinear`) is quantized anew, in its format,
     by every method but "eva". Layers that a method has no use for
     (embeddings, convolutions, experts, weights that are tied to another layer's) stay as they
-    are; the report names them.
+    are, and so do those that get no gradient for "lora_ga"; the report names them.
 
     Returns: the report; `print` shows it in one line.
     Raises: TypeError or ValueError naming the argument, or the layer; nothing has changed then. Nor
@@ -123,12 +124,30 @@ def initialize_(
         if method == "eva":
             started, dropped = start_eva(model, layers, factors)
             return InitReport(method, started, {**skipped, **dropped}, model)
+        if method == "lora_ga":
+            layers = _reached(layers, factors, skipped)
         started = tuple(
             _start(layer, method, factors, iterations, options)
             for layer in with_progress(layers, f"{method}: layers")
         )
     config.init_lora_weights = True
     return InitReport(method, started, skipped, model)
+
+
+def _reached(
+    layers: list[Layer], factors: Mapping[str, Factors], skipped: dict[str, str]
+) -> list[Layer]:
+    """Return the layers that got a gradient; note the others in `skipped`, and warn once."""
+    unreached = [layer.name for layer in layers if layer.name not in factors]
+    skipped |= dict.fromkeys(unreached, NO_GRADIENT)
+    if unreached:
+        more = f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""
+        warnings.warn(
+            f"lora_ga: no gradient reaches {', '.join(unreached[:3])}{more}: left at the default "
+            "initialization",
+            stacklevel=level_of_the_caller(),
+        )
+    return [layer for layer in layers if layer.name in factors]
 
 
 @contextlib.contextmanager

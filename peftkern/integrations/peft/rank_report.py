@@ -45,6 +45,11 @@ class RankReport:
         return {layer.name: layer.rank for layer in self.layers}
 
     @property
+    def unreached(self) -> dict[str, str]:
+        """{layer: what of it the data did not reach}: its rank says nothing of the task."""
+        return {layer.name: layer.unreached for layer in self.layers if layer.unreached}
+
+    @property
     def spent(self) -> float:
         """What the ranks cost, in units of the budget."""
         return sum(layer.rank * layer.cost for layer in self.layers)
@@ -116,6 +121,8 @@ class RankReport:
                 f"excess error of the spectra at most {self.certificate:.1e}, of each with "
                 "probability 0.999"
             )
+        if self.unreached:
+            said.append(f"{len(self.unreached)} not reached by the data")
         if self.skipped:
             said.append(f"{len(self.skipped)} keep their rank")
         return ", ".join(said)

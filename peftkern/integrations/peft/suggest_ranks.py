@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import check_options
-from peftkern.integrations.peft.init_data import DataRuns, counted_rows
+from peftkern.integrations.peft.init_data import NO_GRADIENT, DataRuns, counted_rows
 from peftkern.integrations.peft.init_layers import Layer, find_layers
 from peftkern.integrations.peft.initialize import listed_batches, with_adapters
 from peftkern.integrations.peft.rank_report import RankReport, ranked_config
@@ -68,7 +68,8 @@ def suggest_ranks(
     weight, dense or NF4, in panels: memory of one layer), "activations" (the variance of the inputs
     that it explains, as in EVA), "gradients" (singular values of the weight's gradient) or "gora"
     (mean |weight * gradient|), stands in `peftkern.methods.rank_choice`; `allocate_rank` then gives
-    the budget to the ranks that are worth most for what they cost.
+    the budget to the ranks that are worth most for what they cost. Layers that the batches do not
+    reach get `min_rank`, and the report names them: `report.unreached`.
 
     The config works with `initialize_` as it is: "pissa", "olora" and "lora_ga" start layers of
     any rank; for "eva" add eva_config=EvaConfig(rho=1), which keeps the ranks.
@@ -108,6 +109,10 @@ def suggest_ranks(
         layers, skipped = find_layers(peft, _ADAPTER, {}, keeps_base=True)
         runs = DataRuns(peft, found, loss, statistics_bytes, options)
         spectra = list(_spectra(by, layers, runs, wanted.count))
+        if by != "weights" and all(one.unreached and not one.norm for one in spectra):
+            runs_through = "batches: expected to run through"
+            what = runs_through if by == "activations" else "loss: expected to depend on"
+            raise ValueError(f"{what} a layer of the adapter, got none")
         probed = peft.peft_config[_ADAPTER]
     config = copy(lora_config)
     config.target_modules, config.fan_in_fan_out = probed.target_modules, probed.fan_in_fan_out
@@ -136,18 +141,22 @@ def make_report(
 def _spectra(
     by: str, layers: Sequence[Layer], runs: DataRuns, count: int
 ) -> Iterator[LayerSpectrum]:
-    """Yield what ranks of the layers are worth."""
+    """Yield what ranks of the layers are worth, in the order of the layers."""
     if by == "activations":
         components = runs.components(layers, dict.fromkeys(_names(layers), count), counted_rows)
         for layer in layers:
             shape = (layer.weight.shape[0], layer.weight.shape[1])
             yield input_spectrum(layer.name, shape, components[layer.name])
-    elif by == "gora":
-        for layer, gradient in _finite(runs.gradients(layers, training=False)):
-            yield gora_importance(layer.name, layer.weight, gradient)
-    elif by == "gradients":
-        found = _finite(runs.gradients(layers, training=False))
-        yield from matrix_spectra(((la.name, G) for la, G in found), count, **runs.options)
+    elif by in ("gora", "gradients"):
+        gradients = _finite(runs.gradients(layers, training=False))
+        if by == "gora":
+            found = (gora_importance(la.name, la.weight, G) for la, G in gradients)
+        else:
+            found = matrix_spectra(((la.name, G) for la, G in gradients), count, **runs.options)
+        reached = {one.name: one for one in found}
+        for layer in layers:
+            name, shape = layer.name, (layer.weight.shape[0], layer.weight.shape[1])
+            yield reached.get(name) or LayerSpectrum.without_data(name, shape, NO_GRADIENT)
     else:
         weights = ((layer.name, layer.weight) for layer in layers)
         yield from with_progress(matrix_spectra(weights, count, **runs.options), "spectra")

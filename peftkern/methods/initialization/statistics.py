@@ -46,6 +46,8 @@ def equal_inputs(modules: Mapping[str, nn.Module], forward: Forward, batch: Any)
     digests: dict[str, bytes] = {}
 
     def look(name: str, x: Tensor) -> None:
+        if not x.numel():  # which tells nothing of other batches
+            return
         data = x.detach().reshape(-1).view(torch.uint8).cpu().numpy()
         digests[name] = digests.get(name, b"") + hashlib.blake2b(data, digest_size=16).digest()
 
@@ -138,7 +140,9 @@ def weight_gradients(
             hook = module.register_forward_hook(watch(name), with_kwargs=True)
             hooks.callback(hook.remove)
         for batch in with_progress(batches, f"gradients of {len(modules)} layers"):
-            loss(batch).backward()
+            value = loss(batch)
+            if value.requires_grad:  # else it depends on none of these
+                value.backward()
     return {name: total.div_(len(batches)) for name, total in sums.items()}
 
 

@@ -47,6 +47,8 @@ def remarks(found: RankReport) -> Iterator[str]:
     dropped = [layer.name for layer in found.layers if not layer.rank]
     if dropped:
         yield f"without an adapter: {', '.join(dropped)}"
+    for name, what in found.unreached.items():
+        yield f"not reached: {name}: {what}"
     for name, reason in found.skipped.items():
         yield f"keeps its rank: {name}: {reason}"
 

@@ -128,6 +128,36 @@ def test_a_base_in_nf4_has_the_spectra_of_what_it_decodes_to():
             get_peft_model(copy.deepcopy(net), found.config)
 
 
+@pytest.mark.parametrize("by", ["activations", "gradients", "gora"])
+def test_layers_that_no_data_reaches_are_named(by):
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.used, self.off, self.far = (nn.Linear(SIZE, SIZE) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x) + 0 * self.off(x).detach()
+
+    asked = LoraConfig(r=2, target_modules=["used", "off", "far"])
+    data = {"batches": [torch.randn(64, SIZE)], "loss": lambda m, b: m(b).square().sum()}
+    why = "the loss does not depend on it"
+    unreached = (
+        {"off": why, "far": why} if by != "activations" else {"far": "no batch runs through it"}
+    )
+    report = peftkern.suggest_ranks(Branches(), asked, by, **data)
+    assert report.unreached == unreached and {report.ranks[name] for name in unreached} == {1}
+    assert f"{len(unreached)} not reached by the data" in str(report)
+    told = {layer["name"]: layer["unreached"] for layer in report.as_dict()["layers"]}
+    assert {name: what for name, what in told.items() if what} == unreached
+    few = peftkern.suggest_ranks(Branches(), asked, by, min_rank=0, **data)
+    assert few.config.target_modules == {"used", "off", "far"} - unreached.keys()
+    data["loss"] = lambda m, b: m.far(b).sum()
+    with pytest.raises(ValueError, match=r"expected to (depend on|run through) a layer"):
+        one = LoraConfig(r=2, target_modules=["off" if by != "activations" else "far"])
+        peftkern.suggest_ranks(Branches(), one, by, **data)
+
+
 def test_rank_stabilized_scaling_keeps_its_alpha():
     report = peftkern.suggest_ranks(tiny_llama(), config(use_rslora=True), min_rank=0)
     assert report.config.alpha_pattern == {} and report.config.lora_alpha == 8
