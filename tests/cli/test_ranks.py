@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,84 @@ def test_texts_choose_ranks(source, tmp_path, capsys, by):
     )
     assert few["parameters"] <= 700
     get_peft_model(AutoModelForCausalLM.from_pretrained(source), LoraConfig(**few["config"]))
+
+
+PROGRAM = """
+import torch
+from torch import nn
+from width_of_it import WIDTH
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2)  # which reads its out_proj's weight
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def model():
+    return Net()
+
+
+def batches():
+    while True:  # --texts takes some
+        yield torch.randn(16, WIDTH)
+
+
+def loss(model, batch):
+    return model(batch).square().mean()
+"""
+
+
+@pytest.mark.parametrize("by", ["weights", "activations", "gradients", "gora"])
+def test_a_file_of_python_serves_any_model(tmp_path, capsys, monkeypatch, by):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file, page = tmp_path / "train.py", tmp_path / "ranks.html"
+    (tmp_path / "width_of_it.py").write_text("WIDTH = 32")
+    file.write_text(PROGRAM)
+    record = printed(capsys, file, "--by", by, "--rank", 4, "--texts", 2, "--html", page)
+    assert record["by"] == by and record["source"] == str(file)
+    assert {la["name"]: la["shape"] for la in record["layers"]} == {
+        "first": [48, 32],
+        "second": [32, 48],
+    }
+    assert record["spent"] <= record["budget"] == 8 and "first" in page.read_text()
+    session: dict[str, Any] = {"__name__": "session"}
+    exec(PROGRAM, session)
+    model = get_peft_model(session["model"](), LoraConfig(**record["config"]))
+    assert ranks_in(model) == {layer["name"]: layer["rank"] for layer in record["layers"]}
+    one = printed(capsys, file, "--by", by, "--rank", 4, "--texts", 2, "--target", "second")
+    assert [layer["name"] for layer in one["layers"]] == ["second"]
+
+
+def test_a_file_of_python_that_lacks_something_is_one_line(tmp_path, capfd):
+    file = tmp_path / "train.py"
+    for text, by, complaint in (
+        ("", "weights", f"{file}: expected functions model(), got no model()"),
+        ("model = 3", "weights", f"{file}: expected functions model(), got no model()"),
+        ("def model(): pass", "gora", "expected functions model() and batches(), got no batches()"),
+        ("def model(): return 3", "weights", "model(): expected a torch.nn.Module, got int"),
+        ("model = batches = int\nloss = 3", "gora", "loss: expected a function of (model, batch)"),
+        ("import torch\nmodel = torch.nn.ReLU", "weights", "model(): holds no linear layer"),
+    ):
+        file.write_text(text)
+        refused(capfd, complaint, "ranks", file, "--by", by)
+    start = "import torch\ndef model(): return torch.nn.Sequential(torch.nn.Linear(8, 8))\n"
+    for text, by, complaint in (
+        ("def batches(): return 3", "activations", "batches: expected a list of batches"),
+        ("def batches(): return []", "activations", "batches: expected at least one, got none"),
+        ("def batches(): return [torch.ones(2, 8)]", "gora", "loss: expected a function of (model"),
+    ):
+        file.write_text(start + text)
+        refused(capfd, complaint, "ranks", file, "--by", by)
+    given = ("ranks", file, "--by", "gora")
+    refused(capfd, "--data: expected none beside", *given, "--data", file)
+    refused(capfd, "--texts: expected at least 1, got 0", *given, "--texts", 0)
+    refused(capfd, "no.py: expected a Python file, got nothing", "ranks", tmp_path / "no.py")
 
 
 @pytest.mark.parametrize("method", ["pissa", "loftq", "eva"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
@@ -218,15 +219,15 @@ def _check_arguments(method: Any, rank: Any, steps: Any) -> None:
             raise mismatch(name, "an integer of at least 1, or None", value)
 
 
-def listed_batches(batches: Any, *, needed: bool, by: str) -> list[Any]:
-    """Return the batches as a list; they run more than once."""
+def listed_batches(batches: Any, *, needed: bool, by: str, most: int | None = None) -> list[Any]:
+    """Return the batches, the first `most`, as a list; they run more than once."""
     if not needed and batches is not None:
         raise mismatch("batches", f"None: {by!r} needs no data", batches)
     if needed and (
         isinstance(batches, (str, Tensor, Mapping)) or not isinstance(batches, Iterable)
     ):
         raise mismatch("batches", f"a list of batches, which {by!r} learns from", batches)
-    found = list(batches or ())
+    found = [] if batches is None else list(itertools.islice(batches, most))
     if needed and not found:
         raise ValueError("batches: expected at least one, got none")
     return found

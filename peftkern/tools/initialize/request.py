@@ -104,19 +104,8 @@ def find_targets(
     model = meta_model(checkpoint)
     linear = _linear_layers(model, checkpoint)
     head = model.get_output_embeddings()
-    wanted = _wanted(names)
-    chosen = {
-        tensor: target
-        for tensor, target in linear.items()
-        if any(fits(target.module) for fits in wanted.values())
-        or (not wanted and model.get_submodule(target.module) is not head)
-    }
-    for name, fits in wanted.items():
-        if not any(fits(target.module) for target in chosen.values()):
-            known = dict.fromkeys(t.module.rpartition(".")[2] for t in linear.values())
-            raise CheckpointError(
-                f"target: no linear layer is called {name!r}; there are {', '.join(known)}"
-            )
+    modules = choose_modules(model, [target.module for target in linear.values()], names)
+    chosen = {tensor: target for tensor, target in linear.items() if target.module in modules}
     if not chosen:
         raise CheckpointError(f"{checkpoint.folder}: holds no linear layer")
     for target in chosen.values():
@@ -128,7 +117,29 @@ def find_targets(
             check_rank(rank_of(target.module), target.shape, half=half)
         except ValueError as error:
             raise CheckpointError(f"{target.module}: {error}") from None
-    return chosen, _config(model, chosen, linear)
+    config = target_config(model, modules)
+    config.fan_in_fan_out = any(target.transposed for target in chosen.values())
+    return chosen, config
+
+
+def choose_modules(
+    model: nn.Module, modules: Sequence[str], names: Sequence[str] | str
+) -> list[str]:
+    """Choose from linear layers by `names` as `find_targets` has them.
+
+    Raises: CheckpointError naming one that no layer has.
+    """
+    wanted = _wanted(names)
+    for name, fits in wanted.items():
+        if not any(fits(module) for module in modules):
+            known = dict.fromkeys(module.rpartition(".")[2] for module in modules)
+            raise CheckpointError(
+                f"target: no linear layer is called {name!r}; there are {', '.join(known)}"
+            )
+    if wanted:
+        return [module for module in modules if any(fits(module) for fits in wanted.values())]
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [module for module in modules if model.get_submodule(module) is not head]
 
 
 def _wanted(names: Sequence[str] | str) -> dict[str, Callable[[str], Any]]:
@@ -159,19 +170,15 @@ def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
     return dict(sorted(found.items(), key=lambda item: order[item[1].module]))
 
 
-def _config(
-    model: PreTrainedModel, chosen: dict[str, Target], linear: dict[str, Target]
-) -> LoraConfig:
-    """Return a config that targets the chosen layers alone, by short names if those say it all."""
-    modules = [target.module for target in chosen.values()]
+def target_config(model: nn.Module, modules: Sequence[str]) -> LoraConfig:
+    """Return a config that targets these layers alone, by short names if those say it all."""
     short = {name.rpartition(".")[2] for name in modules}
     others = {n for n, _ in model.named_modules()} - set(modules)
     unique = not any(_ends(name, end) for name in others for end in short)
-    causal = type(model).__name__.endswith("ForCausalLM")
+    causal = isinstance(model, PreTrainedModel) and type(model).__name__.endswith("ForCausalLM")
     whole = short if unique else exact_targets(modules, others)
     return LoraConfig(
         target_modules=whole if isinstance(whole, str) else sorted(whole),
-        fan_in_fan_out=any(target.transposed for target in chosen.values()),
         task_type="CAUSAL_LM" if causal else None,
     )
 

@@ -1,4 +1,4 @@
-"""Ranks of a checkpoint's layers from its weights, a tensor at a time, or from texts."""
+"""Ranks by the weights of a checkpoint, a tensor at a time, by texts, or of a Python file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import Weight
+from peftkern.integrations.peft.initialize import listed_batches
 from peftkern.integrations.peft.rank_report import RankReport
 from peftkern.integrations.peft.suggest_ranks import make_report, suggest_ranks
 from peftkern.methods.rank_choice import LoraBudget, matrix_spectra
 from peftkern.tools.checkpoints import weights
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.initialize.from_text import load_model, read_batches
-from peftkern.tools.initialize.request import Target, find_targets
+from peftkern.tools.initialize.request import (
+    Target,
+    choose_modules,
+    find_targets,
+    target_config,
+)
+from peftkern.tools.ranks.program import Program, run_program
 
 
 @dataclass(frozen=True)
@@ -113,19 +123,69 @@ def from_texts(
     """
     _, config = find_targets(checkpoint, names)
     batches = read_batches(checkpoint.folder, data, most, length)
-    model = load_model(checkpoint, device)
-    budget = settings.budget
+    program = Program(load_model(checkpoint, device), batches, None)
+    return _from_program(program, settings, config, statistics_bytes)
+
+
+def from_file(
+    path: Path,
+    settings: Settings,
+    names: Sequence[str] = (),
+    *,
+    most: int = 64,
+    statistics_bytes: int = 4 << 30,
+    device: str = "cpu",
+) -> RankReport:
+    """Choose ranks of the model of a Python file, by what its first `most` batches show.
+
+    The model stays on its device, but for a `device` other than the CPU.
+
+    Raises: CheckpointError for what cannot be done; what the file's own code raises.
+    """
+    if most < 1:
+        raise CheckpointError(f"texts: expected at least 1, got {most}")
+    program = run_program(path, learns=settings.by != "weights")
+    if device != "cpu":
+        program.model.to(device)
+    modules = choose_modules(program.model, _linear_layers(program.model), names)
+    if not modules:
+        raise CheckpointError(f"{path}: model(): holds no linear layer")
+    config = target_config(program.model, modules)
+    return _from_program(program, settings, config, statistics_bytes, most)
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and isinstance(module, (nn.Linear, Conv1D))
+        and not isinstance(module, NonDynamicallyQuantizableLinear)  # whose weight attention reads
+    ]
+
+
+def _from_program(
+    program: Program,
+    settings: Settings,
+    config: LoraConfig,
+    statistics_bytes: int,
+    most: int | None = None,
+) -> RankReport:
+    budget, by, batches = settings.budget, settings.by, program.batches
     try:
+        if by != "weights":
+            batches = listed_batches(batches, needed=True, by=by, most=most)
         return suggest_ranks(
-            model,
+            program.model,
             settings.complete(config),
-            settings.by,
+            by,
             budget=budget.total,
             cost=budget.cost,
             min_rank=budget.min_rank,
             max_rank=budget.max_rank,
             relative=settings.relative,
             batches=batches,
+            loss=program.loss,
             statistics_bytes=statistics_bytes,
             **settings.svd_options,
         )
