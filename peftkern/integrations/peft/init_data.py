@@ -33,6 +33,7 @@ from peftkern.methods.initialization.statistics import (
     groups,
     input_statistics,
     named,
+    parameter_gradients,
     weight_gradients,
 )
 
@@ -126,6 +127,16 @@ class DataRuns:
                     gradient = gradients.pop(name, None)
                     if gradient is not None and gradient.any():  # as NaN is, too
                         yield by_name[name], gradient
+
+    def parameter_gradients(self, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Yield the gradient of each parameter, zeros if there is none, in groups as above."""
+        sizes = {name: (4 + p.element_size()) * p.numel() for name, p in parameters.items()}
+        with _base_alone(self.model, training=False):
+            for group in groups(sizes, self.statistics_bytes):
+                chosen = {name: parameters[name] for name in group}
+                found = parameter_gradients(chosen, self._loss, self.batches)
+                for name in with_progress(group, "gradients: directions"):
+                    yield found.pop(name)
 
     def components(
         self,
@@ -236,8 +247,9 @@ def _base_alone(model: PeftModel, *, training: bool) -> Iterator[None]:
     """Run the model without its adapters, and without gradients of parameters."""
     modes = {module: module.training for module in model.modules()}
     required = {p: p.requires_grad for p in model.parameters()}
+    adapted = any(isinstance(module, LoraLayer) for module in modes)  # else PEFT raises
     try:
-        with model.disable_adapter():
+        with model.disable_adapter() if adapted else contextlib.nullcontext():
             model.requires_grad_(False).train(training)
             for module in modes:
                 if isinstance(module, BNB_TYPES):  # some CPUs' repack their weight to evaluate

@@ -146,6 +146,29 @@ def weight_gradients(
     return {name: total.div_(len(batches)) for name, total in sums.items()}
 
 
+def parameter_gradients(
+    parameters: Mapping[str, Tensor], loss: Callable[[Any], Tensor], batches: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Run and differentiate all batches; return the mean gradient of each parameter, float32.
+
+    Zeros where the loss does not depend on it. What accumulates in `.grad` stays as it is.
+    """
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    with contextlib.ExitStack() as restored, torch.enable_grad():
+        for parameter in parameters.values():
+            restored.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(True)
+        for batch in with_progress(batches, f"gradients of {len(parameters)} parameters"):
+            value = loss(batch)
+            if not value.requires_grad:
+                continue
+            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            for total, gradient in zip(sums.values(), found, strict=True):
+                if gradient is not None:
+                    total.add_(gradient)
+    return {name: total.div_(len(batches)) for name, total in sums.items()}
+
+
 def groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
     """Yield names in groups of at most `most` bytes in all; a larger one is a group of its own."""
     group: list[str] = []

@@ -32,7 +32,7 @@ def cells(layer: LayerRank) -> list[tuple[str, float]]:
     """Format the columns of a layer, each with what a table is sorted by."""
     m, n = layer.shape
     found = [
-        (f"{m}x{n}", m * n),
+        (f"{layer.experts}x{m}x{n}" if layer.experts > 1 else f"{m}x{n}", layer.experts * m * n),
         (str(layer.rank), layer.rank),
         (f"{layer.kept:.1%}", layer.kept),
         (f"{layer.parameters:,}", layer.parameters),
