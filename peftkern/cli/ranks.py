@@ -67,7 +67,7 @@ def ranks(
     certify: Certify = True,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="For all but weights: a text on each line."),
+        typer.Option(metavar="FILE", help="For all but weights: texts, a line each; or .jsonl."),
     ] = None,
     texts: Annotated[int, typer.Option(help="Number of texts, or batches, to take.")] = 64,
     length: Length = 1024,
@@ -83,6 +83,10 @@ def ranks(
     texts run through it, by the variance of the inputs that ranks explain, by the gradient's
     spectra, or by GoRA's importance. `peftkern init --ranks` starts an adapter with what --json
     prints.
+
+    Texts are what the model's loss takes: of language models the tokens, masked or shifted as
+    theirs are; of encoder-decoders {"text": ..., "target": ...} in a .jsonl, or halves of a text;
+    of classifiers {"text": ..., "label": ...}.
 
     FILE.py serves any model: it defines model(), batches() for all but weights, each of them what
     the model is called with, and loss(model, batch) unless the model returns its loss.

@@ -24,13 +24,14 @@ from peftkern.integrations.peft.suggest_ranks import make_report, suggest_ranks
 from peftkern.methods.rank_choice import LoraBudget, matrix_spectra
 from peftkern.tools.checkpoints import weights
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
-from peftkern.tools.initialize.from_text import load_model, read_batches
+from peftkern.tools.initialize.from_text import load_model
 from peftkern.tools.initialize.request import (
     Target,
     choose_modules,
     find_targets,
     target_config,
 )
+from peftkern.tools.initialize.texts import read_batches
 from peftkern.tools.ranks.program import Program, run_program
 
 
@@ -117,12 +118,13 @@ def from_texts(
 ) -> RankReport:
     """Choose ranks by inputs or gradients of texts. Memory: the model, and statistics.
 
-    Args: data, a file with a text on each line, of which the first `most` are taken, and of each
-        the first `length` tokens.
+    Args: data, a file of texts as `read_batches` takes it, of which the first `most` are taken, and
+        of each the first `length` tokens.
     Raises: CheckpointError for what cannot be done.
     """
     _, config = find_targets(checkpoint, names)
-    batches = read_batches(checkpoint.folder, data, most, length)
+    loss = settings.by != "activations"
+    batches = read_batches(checkpoint, data, most, length, loss=loss, seed=settings.seed)
     program = Program(load_model(checkpoint, device), batches, None)
     return _from_program(program, settings, config, statistics_bytes)
 
