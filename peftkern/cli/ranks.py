@@ -17,7 +17,7 @@ from peftkern.cli.frame import (
     present_device,
     progress_bar,
 )
-from peftkern.cli.options import Certify, Device, Json, Length, RsLora, Seed, Targets
+from peftkern.cli.options import Certify, Device, Json, Length, RsLora, Seed
 
 if TYPE_CHECKING:
     from peftkern.integrations.peft.rank_report import RankReport
@@ -60,7 +60,13 @@ def ranks(
         float | None, typer.Option(help="lora_alpha at that rank.", show_default="the rank")
     ] = None,
     rslora: RsLora = False,
-    target: Targets = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A linear layer, like q_proj, or experts, like gate_up_proj; may be repeated.",
+            show_default="all layers but the head",
+        ),
+    ] = None,
     tol: Annotated[
         float, typer.Option(help="Excess of a spectrum's error over the least to stop at.")
     ] = 1e-3,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import load_tensors, save_llama
+from checkpoint_folders import load_tensors, save_llama, save_moe
 from command_line import refused
 from framework_runs import letters_llama, letters_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -107,6 +107,64 @@ def test_texts_choose_ranks(source, tmp_path, capsys, by):
     )
     assert few["parameters"] <= 700
     get_peft_model(AutoModelForCausalLM.from_pretrained(source), LoraConfig(**few["config"]))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # experts one by one, and stacked
+def test_experts_of_a_checkpoint(tmp_path, capsys, family):
+    folder = tmp_path / "src"
+    model = save_moe(folder, family)
+    stacks = {name: p for name, p in model.named_parameters() if name.endswith("gate_up_proj")}
+    command = ("--rank", 4, "--alpha", 8, "--target", "gate_up_proj", "--target", "q_proj")
+    command += ("--cost", "parameters")
+    assert run(folder, *command) == 0
+    said = capsys.readouterr().out
+    table, _, program = said.partition("from peft import LoraConfig")
+    session: dict[str, Any] = {}
+    exec("from peft import LoraConfig" + program, session)
+    record = printed(capsys, folder, *command)
+    layers = {layer["name"]: layer for layer in record["layers"]}
+    assert set(stacks) < set(layers) and len(layers) == 4
+    assert [name for name in layers if "layers.0." in name] == [*layers][:2]
+    for name, parameter in stacks.items():
+        S = torch.linalg.svdvals(parameter.detach().double()).square().sum(0).sqrt()[:8]
+        assert layers[name]["S"] == pytest.approx(S.tolist(), rel=1e-4)
+        shape = parameter.shape[1:] if family == "qwen3_moe" else parameter.shape[:0:-1]
+        assert layers[name]["shape"] == [*shape] and layers[name]["experts"] == 4
+        assert f"4x{shape[0]}x{shape[1]}" in table
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), session["config"])
+    given = {
+        f"{name}.gate_up_proj" if name.endswith("experts") else name: rank
+        for name, rank in ranks_in(adapted).items()
+    }
+    assert given == {name: layer["rank"] for name, layer in layers.items()}
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trained == record["parameters"] <= record["budget"] == record["uniform_parameters"]
+    alone = printed(capsys, folder, "--rank", 2, "--target", "experts.gate_up_proj")
+    assert {layer["name"] for layer in alone["layers"]} == set(stacks)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**alone["config"]))
+
+
+def test_experts_of_texts_and_of_a_program(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder, texts = tmp_path / "src", tmp_path / "texts.txt"
+    save_moe(folder, "qwen3_moe", torch.float32, vocab_size=128)
+    letters_tokenizer().save_pretrained(folder)
+    texts.write_text("the quick brown fox")
+    program = tmp_path / "train.py"
+    program.write_text(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"source = {str(folder)!r}\n"
+        "def model(): return AutoModelForCausalLM.from_pretrained(source)\n"
+        "def batches():\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(source)\n"
+        "    found = tokenizer('the quick brown fox', return_tensors='pt')\n"
+        "    return [{**found, 'labels': found['input_ids']}]\n"
+    )
+    options = ("--by", "gradients", "--rank", 2, "--target", "down_proj")
+    by_texts = printed(capsys, folder, *options, "--data", texts)
+    assert printed(capsys, program, *options)["layers"] == by_texts["layers"]
+    assert {layer["experts"] for layer in by_texts["layers"]} == {4}
+    assert by_texts["config"]["target_parameters"] == ["down_proj"]
 
 
 PROGRAM = """
@@ -249,6 +307,7 @@ def test_bad_input_is_one_line(source, tmp_path, capfd):
     out = ("init", "pissa", source, tmp_path / "out", "--ranks", bad)
     for text, complaint in (
         ("[]", "--ranks: "),
+        ('{"target_parameters": ["gate_up_proj"]}', "target_parameters: expected none, as linear"),
         ('{"r": 4}', "target_modules: expected a list of names"),
         ('{"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"a": 0}}', "rank_pattern"),
         ('{"r": 4, "target_modules": ["nothing"]}', "no linear layer is called 'nothing'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from peftkern.tools.checkpoints.architecture import find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.weights import find_weights
 
-_DTYPES = ("F32", "F16", "BF16")
+DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,23 @@ def find_targets(
     rank_of: Callable[[str], int] = lambda module: 1,
     *,
     half: bool = False,
+    model: PreTrainedModel | None = None,
+    others: Collection[str] = (),
 ) -> tuple[dict[str, Target], LoraConfig]:
     """Find the linear layers to start, by the names of their weights, and a config that says so.
 
     Args: names, of layers, whole or their ends: "q_proj"; a string is a regular expression for
         whole names; none for all linear layers but the output embeddings. rank_of(layer), which it
-        must have, or with `half` twice of it.
+        must have, or with `half` twice of it. model: `meta_model` of the checkpoint, if there is
+        one already. others: names of what is no linear layer; there may be none of theirs.
     Raises: CheckpointError naming a layer that does not exist, has no such rank, or is tied.
     """
-    model = meta_model(checkpoint)
+    model = meta_model(checkpoint) if model is None else model
     linear = _linear_layers(model, checkpoint)
     head = model.get_output_embeddings()
-    modules = choose_modules(model, [target.module for target in linear.values()], names)
+    modules = choose_modules(model, [target.module for target in linear.values()], names, others)
     chosen = {tensor: target for tensor, target in linear.items() if target.module in modules}
-    if not chosen:
+    if not chosen and not others:
         raise CheckpointError(f"{checkpoint.folder}: holds no linear layer")
     for target in chosen.values():
         if model.get_submodule(target.module) is head and model.config.tie_word_embeddings:
@@ -123,15 +126,18 @@ def find_targets(
 
 
 def choose_modules(
-    model: nn.Module, modules: Sequence[str], names: Sequence[str] | str
+    model: nn.Module,
+    modules: Sequence[str],
+    names: Sequence[str] | str,
+    others: Collection[str] = (),
 ) -> list[str]:
-    """Choose from linear layers by `names` as `find_targets` has them.
+    """Choose from linear layers by `names` and `others` as `find_targets` has them.
 
     Raises: CheckpointError naming one that no layer has.
     """
     wanted = _wanted(names)
     for name, fits in wanted.items():
-        if not any(fits(module) for module in modules):
+        if name not in others and not any(fits(module) for module in modules):
             known = dict.fromkeys(module.rpartition(".")[2] for module in modules)
             raise CheckpointError(
                 f"target: no linear layer is called {name!r}; there are {', '.join(known)}"
@@ -146,7 +152,7 @@ def _wanted(names: Sequence[str] | str) -> dict[str, Callable[[str], Any]]:
     """Return {name or regular expression: whether it fits a module}."""
     if isinstance(names, str):
         return {names: re.compile(names).fullmatch}
-    return {name: partial(_ends, name=name) for name in names}
+    return {name: partial(ends_in, name=name) for name in names}
 
 
 def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Target]:
@@ -164,7 +170,7 @@ def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
         transposed = isinstance(module, Conv1D)
         if transposed and weight.nf4 is not None:  # what is quantized is never transposed
             shape, transposed = shape[::-1], False
-        if weight.shape == shape and (weight.nf4 or load.info.dtype in _DTYPES):
+        if weight.shape == shape and (weight.nf4 or load.info.dtype in DTYPES):
             found[load.info.name] = Target(name, shape[::-1] if transposed else shape, transposed)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda item: order[item[1].module]))
@@ -174,7 +180,7 @@ def target_config(model: nn.Module, modules: Sequence[str]) -> LoraConfig:
     """Return a config that targets these layers alone, by short names if those say it all."""
     short = {name.rpartition(".")[2] for name in modules}
     others = {n for n, _ in model.named_modules()} - set(modules)
-    unique = not any(_ends(name, end) for name in others for end in short)
+    unique = not any(ends_in(name, end) for name in others for end in short)
     causal = isinstance(model, PreTrainedModel) and type(model).__name__.endswith("ForCausalLM")
     whole = short if unique else exact_targets(modules, others)
     return LoraConfig(
@@ -183,5 +189,5 @@ def target_config(model: nn.Module, modules: Sequence[str]) -> LoraConfig:
     )
 
 
-def _ends(module: str, name: str) -> bool:
+def ends_in(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")

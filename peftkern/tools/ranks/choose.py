@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.functional.arguments import mismatch
@@ -20,9 +22,12 @@ from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import Weight
 from peftkern.integrations.peft.initialize import listed_batches
 from peftkern.integrations.peft.rank_report import RankReport
+from peftkern.integrations.peft.rank_stacks import names_of
 from peftkern.integrations.peft.suggest_ranks import make_report, suggest_ranks
 from peftkern.methods.rank_choice import LoraBudget, matrix_spectra
+from peftkern.tools.adapters.extract_experts import Stack
 from peftkern.tools.checkpoints import weights
+from peftkern.tools.checkpoints.architecture import meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.initialize.from_text import load_model
 from peftkern.tools.initialize.request import (
@@ -33,6 +38,7 @@ from peftkern.tools.initialize.request import (
 )
 from peftkern.tools.initialize.texts import read_batches
 from peftkern.tools.ranks.program import Program, run_program
+from peftkern.tools.ranks.stacks import find_stacks, stack_names
 
 
 @dataclass(frozen=True)
@@ -77,19 +83,45 @@ def from_weights(
     Raises: CheckpointError for what the checkpoint or its architecture does not have, for a budget
         that is too small, and for weights that are not finite.
     """
-    targets, config = find_targets(checkpoint, names)
+    model = meta_model(checkpoint)
+    targets, config = _checkpoint_targets(checkpoint, model, names)
+    stacks = find_stacks(checkpoint, model, config.target_parameters or ())
     stored = weights.find_weights(checkpoint)
     budget = settings.budget
+    order = {name: place for place, name in enumerate(names_of(model))}
     try:
         with torch.no_grad(), full_float32():
-            matrices = _matrices(targets, stored, device, progress)
+            matrices = itertools.chain(
+                _matrices(targets, stored, device, progress),
+                _experts(stacks, checkpoint, device, progress),
+            )
             spectra = list(matrix_spectra(matrices, budget.count, **settings.svd_options))
-        config = settings.complete(config)
-        return make_report("weights", spectra, config, budget, settings.relative, {})
+        spectra.sort(key=lambda one: order[one.name])
+        how = (settings.complete(config), budget, settings.relative, {}, stacks)
+        return make_report("weights", spectra, *how)
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _checkpoint_targets(
+    checkpoint: Checkpoint, model: PreTrainedModel, names: Sequence[str]
+) -> tuple[dict[str, Target], LoraConfig]:
+    """Find the linear layers, and a config for them and the stacks of experts."""
+    others = stack_names(model, names)
+    targets, config = find_targets(checkpoint, names, model=model, others=others)
+    config.target_parameters = others or None
+    return targets, config
+
+
+def _experts(
+    stacks: Mapping[str, Stack], checkpoint: Checkpoint, device: str, progress: Callable[..., None]
+) -> Iterator[tuple[str, Weight]]:
+    for name, stack in stacks.items():
+        for matrix in stack.read(checkpoint.tensors):
+            yield name, matrix.to(device)
+        progress(sum(checkpoint.tensors[one].nbytes for one in stack.names), name)
 
 
 def _matrices(
@@ -122,7 +154,7 @@ def from_texts(
         of each the first `length` tokens.
     Raises: CheckpointError for what cannot be done.
     """
-    _, config = find_targets(checkpoint, names)
+    _, config = _checkpoint_targets(checkpoint, meta_model(checkpoint), names)
     loss = settings.by != "activations"
     batches = read_batches(checkpoint, data, most, length, loss=loss, seed=settings.seed)
     program = Program(load_model(checkpoint, device), batches, None)
@@ -149,10 +181,12 @@ def from_file(
     program = run_program(path, learns=settings.by != "weights")
     if device != "cpu":
         program.model.to(device)
-    modules = choose_modules(program.model, _linear_layers(program.model), names)
-    if not modules:
+    others = stack_names(program.model, names)
+    modules = choose_modules(program.model, _linear_layers(program.model), names, others)
+    if not modules and not others:
         raise CheckpointError(f"{path}: model(): holds no linear layer")
     config = target_config(program.model, modules)
+    config.target_parameters = others or None
     return _from_program(program, settings, config, statistics_bytes, most)
 
 
