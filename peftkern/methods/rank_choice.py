@@ -97,9 +97,9 @@ class LoraBudget:
     """The budget of LoRA of one rank, to be shared out anew, and the ranks that a layer may have.
 
     rank: of that LoRA, whose cost is not exceeded; total: a cost, instead. cost of one rank of a
-    layer: by a name of `rank_costs`, of which all but "rank" count every expert, or
-    {layer: number}. min_rank, max_rank: of a layer, by default
-    1 and twice `rank`; never more than its smaller side.
+    layer: by a name of `rank_costs`, of which all but "rank" count every expert, or {layer:
+    number}. min_rank, max_rank: of a layer, by default 1 and twice `rank`; never more than its
+    smaller side.
 
     Raises: ValueError naming the argument.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Protocol, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,14 +27,6 @@ class Stack:
         stack = values if values.dim() == 3 else values[None]
         for expert in range(len(stack)):  # one at a time of those in 4 bits
             yield stack[expert].T if self.turned else stack[expert]
-
-
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-N = TypeVar("N", bound=_Named)
 
 
 def find_stacks(
@@ -106,8 +98,8 @@ def _unreached(gradients: Sequence[Tensor]) -> str:
     return f"the loss does not depend on its experts {', '.join(without)}" if without else ""
 
 
-def finite(found: Iterable[tuple[N, Tensor]]) -> Iterator[tuple[N, Tensor]]:
-    """Yield what has a name with its gradient. Raises: ValueError for one that is not finite."""
+def finite(found: Iterable[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    """Yield layers or stacks with their gradients. Raises: ValueError on NaN or Inf."""
     for one, gradient in found:
         if not gradient.isfinite().all():
             raise ValueError(f"{one.name}: batches: expected finite gradients, got NaN or Inf")

@@ -1,10 +1,12 @@
 """Batches of texts for the model of a checkpoint, with the labels that its loss takes.
 
-causal language model      the tokens themselves
-masked language model      15 % of the tokens, which are masked in the input
-encoder and decoder        "target"; or the second half of a text, after the first one
-sequence classification    "label", the name or number of a class, or what a regression predicts
-anything else              none: it has no loss of texts
+    causal language model      the tokens themselves
+    masked language model      15 % of the tokens, which are masked in the input
+    encoder and decoder        "target"; or the second half of a text, after the first one
+    sequence classification    "label": the name or number of a class, or what is to be predicted
+    anything else              none: it has no loss of texts
+
+Each text is a batch of its own, so that none is padded.
 """
 
 from __future__ import annotations
