@@ -222,17 +222,17 @@ def _kept_factors(model: PeftModel, started: Sequence[Layer]) -> Iterator[None]:
 def counted_rows(batch: Any, label_mask_value: int | None = None) -> Rows:
     """Return what picks the rows of an input that count: no padding, and no masked labels."""
     batch = batch if isinstance(batch, Mapping) else {}
-    mask = batch.get("attention_mask")
-    mask = None if mask is None else mask.bool()
+    masks: dict[torch.Size, Tensor] = {}  # by shape: a decoder's labels are not the encoder's
+    if batch.get("attention_mask") is not None:
+        mask = batch["attention_mask"].bool()
+        masks[mask.shape] = mask
     if label_mask_value is not None and "labels" in batch:
         labelled = batch["labels"] != label_mask_value
-        mask = labelled if mask is None else mask & labelled
+        masks[labelled.shape] = labelled & masks.get(labelled.shape, labelled)
 
     def rows(x: Tensor) -> Tensor:
-        x = x.detach()
-        if mask is not None and x.shape[:-1] == mask.shape:
-            return x[mask.to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+        x, mask = x.detach(), masks.get(x.shape[:-1])
+        return x.reshape(-1, x.shape[-1]) if mask is None else x[mask.to(x.device)]
 
     return rows
 

@@ -19,6 +19,7 @@ from started_models import BATCHES, layers_of, logits, update_of
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.integrations.peft.init_data import counted_rows
 from peftkern.methods.initialization.from_data import Covariance
 
 
@@ -63,6 +64,19 @@ def test_inputs_that_are_not_finite_are_named(method):
     what = "weight" if method == "lora_ga" else "batches"
     with pytest.raises(ValueError, match=f"proj: {what}: expected finite"):
         peftkern.initialize_(model, method, batches=batches, **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "of_three", "of_two"),
+    [([5, -100], [0, 1], [0]), ([5, -100, 6], [0], [0, 1]), (None, [0, 1], [0, 1])],
+)
+def test_rows_of_an_encoder_and_of_its_decoder_count_by_their_own_masks(labels, of_three, of_two):
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    if labels is not None:
+        batch["labels"] = torch.tensor([labels])
+    rows = counted_rows(batch, -100)
+    for length, expected in ((3, of_three), (2, of_two), (4, [0, 1, 2, 3])):
+        assert rows(torch.arange(length)[None, :, None]).flatten().tolist() == expected
 
 
 class Branches(nn.Module):
