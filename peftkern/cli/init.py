@@ -53,7 +53,7 @@ def init(
     double_quant: Annotated[bool, typer.Option(help="NF4: keep absmax in 8 bits.")] = True,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="For corda, eva, lora_ga: a text on each line."),
+        typer.Option(metavar="FILE", help="For corda, eva, lora_ga: texts, as for `ranks`."),
     ] = None,
     texts: Texts = 64,
     length: Length = 1024,

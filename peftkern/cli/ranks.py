@@ -17,7 +17,7 @@ from peftkern.cli.frame import (
     present_device,
     progress_bar,
 )
-from peftkern.cli.options import Certify, Device, Json, Length, RsLora, Seed, Targets, Texts
+from peftkern.cli.options import Certify, Device, Json, Length, RsLora, Seed
 
 if TYPE_CHECKING:
     from peftkern.integrations.peft.rank_report import RankReport
@@ -29,9 +29,12 @@ _OPTIONS += ("target", "texts", "tol")
 
 
 def ranks(
-    source: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with safetensors.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Folder with safetensors; or FILE.py, which is run."),
+    ],
     by: Annotated[
-        str, typer.Option(help="weights; or of texts: activations, gradients, gora.")
+        str, typer.Option(help="weights; or of data: activations, gradients, gora.")
     ] = "weights",
     rank: Annotated[int, typer.Option(help="Rank of the LoRA whose budget is shared out.")] = 16,
     budget: Annotated[
@@ -57,16 +60,22 @@ def ranks(
         float | None, typer.Option(help="lora_alpha at that rank.", show_default="the rank")
     ] = None,
     rslora: RsLora = False,
-    target: Targets = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A linear layer, like q_proj, or experts, like gate_up_proj; may be repeated.",
+            show_default="all layers but the head",
+        ),
+    ] = None,
     tol: Annotated[
         float, typer.Option(help="Excess of a spectrum's error over the least to stop at.")
     ] = 1e-3,
     certify: Certify = True,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="For all but weights: a text on each line."),
+        typer.Option(metavar="FILE", help="For all but weights: texts, a line each; or .jsonl."),
     ] = None,
-    texts: Texts = 64,
+    texts: Annotated[int, typer.Option(help="Number of texts, or batches, to take.")] = 64,
     length: Length = 1024,
     memory: Annotated[str, typer.Option(help="For gradients: 4GB or 500MiB.")] = "4GB",
     seed: Seed = 0,
@@ -81,12 +90,24 @@ def ranks(
     spectra, or by GoRA's importance. `peftkern init --ranks` starts an adapter with what --json
     prints.
 
+    Texts are what the model's loss takes: of language models the tokens, masked or shifted as
+    theirs are; of encoder-decoders {"text": ..., "target": ...} in a .jsonl, or halves of a text;
+    of classifiers {"text": ..., "label": ...}.
+
+    FILE.py serves any model: it defines model(), batches() for all but weights, each of them what
+    the model is called with, and loss(model, batch) unless the model returns its loss.
+
     Example: peftkern ranks ~/models/llama3-8b --rank 16 --html ranks.html
+
+    Of a program: peftkern ranks train.py --by gradients --target q_proj
     """
     if by not in ("weights", *FROM_DATA):
         expected = ", ".join(("weights", *FROM_DATA))
         raise InputError(f"--by: expected one of {expected}, got {by!r}")
-    if (data is None) == (by in FROM_DATA):
+    program = source.suffix == ".py"
+    if program and data is not None:
+        raise InputError(f"--data: expected none beside {source}, which has batches(), got {data}")
+    if not program and (data is None) == (by in FROM_DATA):
         expected = "a file of texts" if by in FROM_DATA else "none: weights need no texts"
         raise InputError(f"--data: expected {expected} for {by}, got {data or 'none'}")
     statistics_bytes = parse_bytes("--memory", memory)
@@ -134,11 +155,14 @@ def _choose(
     sizes: dict[str, int],
     device: str,
 ) -> RankReport:
-    """Choose the ranks of a checkpoint's layers. Raises: InputError."""
+    """Choose the ranks of a model's layers. Raises: InputError."""
     from peftkern.tools.checkpoints.checkpoint import read_checkpoint
     from peftkern.tools.ranks import choose
 
     with checkpoint_run(None, *_OPTIONS):
+        if source.suffix == ".py":
+            sizes.pop("length")  # of a text
+            return choose.from_file(source, settings, names, **sizes, device=device)
         base = read_checkpoint(source, quantized=True)
         if data is not None:
             return choose.from_texts(base, settings, data, names, **sizes, device=device)

@@ -16,10 +16,12 @@ Sources: Meng et al. 2024, arXiv:2404.02948 (weights); Paischer et al. 2024, arX
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -45,7 +47,9 @@ class LayerSpectrum:
     """What the ranks of one layer are worth.
 
     shape [m, n] of its weight. S [k]: singular values, descending, of what the ranks are chosen
-    by; norm, |.|_F of that. excess, certificate: of `truncated_svd` at k values.
+    by; norm, |.|_F of that. excess, certificate: of `truncated_svd` at k values. unreached: what
+    of the layer the data did not reach, in words. experts: matrices of that shape that have one
+    rank, a stack, whose squares of S and norm are added up, and whose bounds are the largest.
     """
 
     name: str
@@ -54,6 +58,13 @@ class LayerSpectrum:
     norm: float
     excess: float | None = None
     certificate: float | None = None
+    unreached: str = ""
+    experts: int = 1
+
+    @classmethod
+    def without_data(cls, name: str, shape: tuple[int, int], why: str) -> LayerSpectrum:
+        """Return that of a layer which the data does not reach: no rank of it is worth anything."""
+        return cls(name, shape, torch.zeros(0, device="cpu"), 0.0, unreached=why)
 
 
 @dataclass(frozen=True)
@@ -73,10 +84,12 @@ class LayerRank:
     S: tuple[float, ...]
     excess: float | None = None
     certificate: float | None = None
+    unreached: str = ""
+    experts: int = 1
 
     @property
     def parameters(self) -> int:
-        return self.rank * sum(self.shape)
+        return self.experts * self.rank * sum(self.shape)
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,9 @@ class LoraBudget:
     """The budget of LoRA of one rank, to be shared out anew, and the ranks that a layer may have.
 
     rank: of that LoRA, whose cost is not exceeded; total: a cost, instead. cost of one rank of a
-    layer: by a name of `rank_costs`, or {layer: number}. min_rank, max_rank: of a layer, by default
-    1 and twice `rank`; never more than its smaller side.
+    layer: by a name of `rank_costs`, of which all but "rank" count every expert, or {layer:
+    number}. min_rank, max_rank: of a layer, by default 1 and twice `rank`; never more than its
+    smaller side.
 
     Raises: ValueError naming the argument.
     """
@@ -118,7 +132,10 @@ class LoraBudget:
     def costs(self, spectra: Sequence[LayerSpectrum]) -> list[float]:
         """Return the cost of one rank of each layer. Raises: ValueError for one that has none."""
         if isinstance(self.cost, str):
-            return rank_costs(self.cost, [one.shape for one in spectra])
+            costs = rank_costs(self.cost, [one.shape for one in spectra])
+            if self.cost != "rank":
+                costs = [cost * one.experts for cost, one in zip(costs, spectra, strict=True)]
+            return costs
         for one in spectra:
             value = self.cost.get(one.name)
             if not (_is_number(value) and 0 < value < math.inf):
@@ -196,8 +213,8 @@ def _layer_rank(one: LayerSpectrum, rank: int, cost: float, whole: float | None)
         kept = one.norm / whole if whole else 0.0
     else:
         kept = min((S[:rank] / one.norm).square().sum().item(), 1.0) if one.norm else 0.0
-    bounds = one.excess, one.certificate
-    return LayerRank(one.name, one.shape, rank, cost, kept, tuple(S.tolist()), *bounds)
+    rest = one.excess, one.certificate, one.unreached, one.experts
+    return LayerRank(one.name, one.shape, rank, cost, kept, tuple(S.tolist()), *rest)
 
 
 def matrix_spectra(
@@ -205,36 +222,59 @@ def matrix_spectra(
 ) -> Iterator[LayerSpectrum]:
     """Yield the `count` largest singular values of named matrices, dense or NF4, as they come.
 
+    Those that follow each other under one name are the experts of a stack, and give one spectrum.
     Small ones are decomposed together, large ones alone: memory of one of them.
 
     Args: options, of `truncated_svd`: tol, certify, seed.
     Raises: ValueError naming the layer, on NaN or Inf.
     """
-    group: dict[str, Weight] = {}
+    found = _each_spectrum(matrices, count, options)
+    for _, parts in itertools.groupby(found, attrgetter("name")):
+        yield _stacked(list(parts))
+
+
+def _stacked(parts: Sequence[LayerSpectrum]) -> LayerSpectrum:
+    """Return the spectrum of matrices of the same shape that have one rank."""
+    if len(parts) == 1:
+        return parts[0]
+    name, shape = parts[0].name, parts[0].shape
+    S = torch.linalg.vector_norm(torch.stack([one.S.double() for one in parts]), dim=0)
+    norm = math.hypot(*(one.norm for one in parts))
+    bounds = (
+        max((value for one in parts if (value := getattr(one, bound)) is not None), default=None)
+        for bound in ("excess", "certificate")
+    )
+    return LayerSpectrum(name, shape, S, norm, *bounds, experts=len(parts))
+
+
+def _each_spectrum(
+    matrices: Iterable[tuple[str, Weight]], count: int, options: Mapping[str, Any]
+) -> Iterator[LayerSpectrum]:
+    group: list[tuple[str, Weight]] = []
     values = 0
     for name, matrix in matrices:
-        if group and next(iter(group.values())).device != matrix.device:
+        if group and group[0][1].device != matrix.device:
             yield from _decomposed(group, count, options)
-            group, values = {}, 0
-        group[name] = matrix
+            group, values = [], 0
+        group.append((name, matrix))
         values += math.prod(matrix.shape)
         del matrix  # before the next is read
         if values >= _TOGETHER:
             found = _decomposed(group, count, options)
-            group, values = {}, 0
+            group, values = [], 0
             yield from found
     yield from _decomposed(group, count, options)
 
 
 def _decomposed(
-    group: Mapping[str, Weight], count: int, options: Mapping[str, Any]
+    group: Sequence[tuple[str, Weight]], count: int, options: Mapping[str, Any]
 ) -> list[LayerSpectrum]:
     if not group:
         return []
     try:
-        svd = truncated_svd(list(group.values()), count, **options)
+        svd = truncated_svd([matrix for _, matrix in group], count, **options)
     except ValueError:
-        for name, matrix in group.items():  # which is it?
+        for name, matrix in group:  # which is it?
             with named(name):
                 truncated_svd(matrix, count, **options)
         raise
@@ -242,16 +282,16 @@ def _decomposed(
     return [
         LayerSpectrum(name, (matrix.shape[0], matrix.shape[1]), S.clone(), *numbers)
         for (name, matrix), S, *numbers in zip(
-            group.items(), svd.S, svd.norm.tolist(), svd.excess.tolist(), certificates, strict=True
+            group, svd.S, svd.norm.tolist(), svd.excess.tolist(), certificates, strict=True
         )
     ]
 
 
 def input_spectrum(name: str, shape: tuple[int, int], found: PrincipalComponents) -> LayerSpectrum:
     """Return what the principal components of a layer's inputs explain."""
-    with named(name):
-        explained = found.explained()
-    return LayerSpectrum(name, shape, explained.sqrt() * found.norm, found.norm)
+    if found.S is None:
+        return LayerSpectrum.without_data(name, shape, "no batch runs through it")
+    return LayerSpectrum(name, shape, found.explained().sqrt() * found.norm, found.norm)
 
 
 def gora_importance(name: str, weight: Weight, gradient: Tensor) -> LayerSpectrum:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import load_tensors, save_llama
+from checkpoint_folders import load_tensors, save_llama, save_moe
 from command_line import refused
 from framework_runs import letters_llama, letters_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -108,6 +109,142 @@ def test_texts_choose_ranks(source, tmp_path, capsys, by):
     get_peft_model(AutoModelForCausalLM.from_pretrained(source), LoraConfig(**few["config"]))
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # experts one by one, and stacked
+def test_experts_of_a_checkpoint(tmp_path, capsys, family):
+    folder = tmp_path / "src"
+    model = save_moe(folder, family)
+    stacks = {name: p for name, p in model.named_parameters() if name.endswith("gate_up_proj")}
+    command = ("--rank", 4, "--alpha", 8, "--target", "gate_up_proj", "--target", "q_proj")
+    command += ("--cost", "parameters")
+    assert run(folder, *command) == 0
+    said = capsys.readouterr().out
+    table, _, program = said.partition("from peft import LoraConfig")
+    session: dict[str, Any] = {}
+    exec("from peft import LoraConfig" + program, session)
+    record = printed(capsys, folder, *command)
+    layers = {layer["name"]: layer for layer in record["layers"]}
+    assert set(stacks) < set(layers) and len(layers) == 4
+    assert [name for name in layers if "layers.0." in name] == [*layers][:2]
+    for name, parameter in stacks.items():
+        S = torch.linalg.svdvals(parameter.detach().double()).square().sum(0).sqrt()[:8]
+        assert layers[name]["S"] == pytest.approx(S.tolist(), rel=1e-4)
+        shape = parameter.shape[1:] if family == "qwen3_moe" else parameter.shape[:0:-1]
+        assert layers[name]["shape"] == [*shape] and layers[name]["experts"] == 4
+        assert f"4x{shape[0]}x{shape[1]}" in table
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), session["config"])
+    given = {
+        f"{name}.gate_up_proj" if name.endswith("experts") else name: rank
+        for name, rank in ranks_in(adapted).items()
+    }
+    assert given == {name: layer["rank"] for name, layer in layers.items()}
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trained == record["parameters"] <= record["budget"] == record["uniform_parameters"]
+    alone = printed(capsys, folder, "--rank", 2, "--target", "experts.gate_up_proj")
+    assert {layer["name"] for layer in alone["layers"]} == set(stacks)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**alone["config"]))
+
+
+def test_experts_of_texts_and_of_a_program(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder, texts = tmp_path / "src", tmp_path / "texts.txt"
+    save_moe(folder, "qwen3_moe", torch.float32, vocab_size=128)
+    letters_tokenizer().save_pretrained(folder)
+    texts.write_text("the quick brown fox")
+    program = tmp_path / "train.py"
+    program.write_text(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"source = {str(folder)!r}\n"
+        "def model(): return AutoModelForCausalLM.from_pretrained(source)\n"
+        "def batches():\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(source)\n"
+        "    found = tokenizer('the quick brown fox', return_tensors='pt')\n"
+        "    return [{**found, 'labels': found['input_ids']}]\n"
+    )
+    options = ("--by", "gradients", "--rank", 2, "--target", "down_proj")
+    by_texts = printed(capsys, folder, *options, "--data", texts)
+    assert printed(capsys, program, *options)["layers"] == by_texts["layers"]
+    assert {layer["experts"] for layer in by_texts["layers"]} == {4}
+    assert by_texts["config"]["target_parameters"] == ["down_proj"]
+
+
+PROGRAM = """
+import torch
+from torch import nn
+from width_of_it import WIDTH
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2)  # which reads its out_proj's weight
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def model():
+    return Net()
+
+
+def batches():
+    while True:  # --texts takes some
+        yield torch.randn(16, WIDTH)
+
+
+def loss(model, batch):
+    return model(batch).square().mean()
+"""
+
+
+@pytest.mark.parametrize("by", ["weights", "activations", "gradients", "gora"])
+def test_a_file_of_python_serves_any_model(tmp_path, capsys, monkeypatch, by):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file, page = tmp_path / "train.py", tmp_path / "ranks.html"
+    (tmp_path / "width_of_it.py").write_text("WIDTH = 32")
+    file.write_text(PROGRAM)
+    record = printed(capsys, file, "--by", by, "--rank", 4, "--texts", 2, "--html", page)
+    assert record["by"] == by and record["source"] == str(file)
+    assert {la["name"]: la["shape"] for la in record["layers"]} == {
+        "first": [48, 32],
+        "second": [32, 48],
+    }
+    assert record["spent"] <= record["budget"] == 8 and "first" in page.read_text()
+    session: dict[str, Any] = {"__name__": "session"}
+    exec(PROGRAM, session)
+    model = get_peft_model(session["model"](), LoraConfig(**record["config"]))
+    assert ranks_in(model) == {layer["name"]: layer["rank"] for layer in record["layers"]}
+    one = printed(capsys, file, "--by", by, "--rank", 4, "--texts", 2, "--target", "second")
+    assert [layer["name"] for layer in one["layers"]] == ["second"]
+
+
+def test_a_file_of_python_that_lacks_something_is_one_line(tmp_path, capfd):
+    file = tmp_path / "train.py"
+    for text, by, complaint in (
+        ("", "weights", f"{file}: expected functions model(), got no model()"),
+        ("model = 3", "weights", f"{file}: expected functions model(), got no model()"),
+        ("def model(): pass", "gora", "expected functions model() and batches(), got no batches()"),
+        ("def model(): return 3", "weights", "model(): expected a torch.nn.Module, got int"),
+        ("model = batches = int\nloss = 3", "gora", "loss: expected a function of (model, batch)"),
+        ("import torch\nmodel = torch.nn.ReLU", "weights", "model(): holds no linear layer"),
+    ):
+        file.write_text(text)
+        refused(capfd, complaint, "ranks", file, "--by", by)
+    start = "import torch\ndef model(): return torch.nn.Sequential(torch.nn.Linear(8, 8))\n"
+    for text, by, complaint in (
+        ("def batches(): return 3", "activations", "batches: expected a list of batches"),
+        ("def batches(): return []", "activations", "batches: expected at least one, got none"),
+        ("def batches(): return [torch.ones(2, 8)]", "gora", "loss: expected a function of (model"),
+    ):
+        file.write_text(start + text)
+        refused(capfd, complaint, "ranks", file, "--by", by)
+    given = ("ranks", file, "--by", "gora")
+    refused(capfd, "--data: expected none beside", *given, "--data", file)
+    refused(capfd, "--texts: expected at least 1, got 0", *given, "--texts", 0)
+    refused(capfd, "no.py: expected a Python file, got nothing", "ranks", tmp_path / "no.py")
+
+
 @pytest.mark.parametrize("method", ["pissa", "loftq", "eva"])
 def test_init_starts_an_adapter_of_these_ranks(source, tmp_path, capsys, method):
     ranks, texts = tmp_path / "ranks.json", tmp_path / "texts.txt"
@@ -170,6 +307,7 @@ def test_bad_input_is_one_line(source, tmp_path, capfd):
     out = ("init", "pissa", source, tmp_path / "out", "--ranks", bad)
     for text, complaint in (
         ("[]", "--ranks: "),
+        ('{"target_parameters": ["gate_up_proj"]}', "target_parameters: expected none, as linear"),
         ('{"r": 4}', "target_modules: expected a list of names"),
         ('{"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"a": 0}}', "rank_pattern"),
         ('{"r": 4, "target_modules": ["nothing"]}', "no linear layer is called 'nothing'"),

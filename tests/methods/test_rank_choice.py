@@ -73,6 +73,23 @@ def test_one_large_matrix_is_held_at_a_time(monkeypatch):
     assert most == [1, 1, 1, 1]
 
 
+def test_matrices_of_one_name_are_a_stack():
+    generator = torch.Generator().manual_seed(2)
+    experts = torch.randn(3, 24, 16, generator=generator)
+    alone = torch.randn(16, 16, generator=generator)
+    matrices = [("a", alone), *(("b", matrix) for matrix in experts), ("c", alone)]
+    found = list(matrix_spectra(matrices, 4, certify=True))
+    assert [(one.name, one.experts) for one in found] == [("a", 1), ("b", 3), ("c", 1)]
+    S = torch.linalg.svdvals(experts.double())[:, :4].square().sum(0).sqrt()
+    torch.testing.assert_close(found[1].S, S, rtol=1e-5, atol=0)
+    assert found[1].norm == pytest.approx(experts.double().norm().item())
+    for cost, times in (("rank", 1), ("parameters", 3 * 40), ("bytes", 3 * 160)):
+        assert LoraBudget(2, cost=cost).costs(found[1:2]) == [times]
+    layers, total = choose_layer_ranks(found, LoraBudget(2, cost="parameters"), "weights")
+    assert total == 2 * (32 + 3 * 40 + 32) >= sum(layer.parameters for layer in layers)
+    assert layers[1].parameters == 3 * 40 * layers[1].rank and layers[1].kept < 1
+
+
 def test_the_layer_that_is_not_finite_is_named():
     bad = torch.randn(16, 16)
     bad[3, 4] = float("nan")

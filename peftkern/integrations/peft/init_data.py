@@ -33,10 +33,12 @@ from peftkern.methods.initialization.statistics import (
     groups,
     input_statistics,
     named,
+    parameter_gradients,
     weight_gradients,
 )
 
 Loss = Callable[[nn.Module, Any], Tensor]
+NO_GRADIENT = "the loss does not depend on it"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class DataRuns:
         return factors
 
     def lora_ga(self, layers: Sequence[Layer], config: LoraGAConfig) -> dict[str, Factors]:
-        """Return LoRA-GA's factors of each layer."""
+        """Return LoRA-GA's factors of each layer that the loss depends on."""
         how = {"direction": config.direction, "scale": config.scale, "gamma": config.stable_gamma}
         factors = {}
         for layer, gradient in self.gradients(layers, training=True):
@@ -82,6 +84,8 @@ class DataRuns:
                 factors[layer.name] = lora_ga(
                     layer.weight, gradient, layer.rank, layer.scaling, **how, **self.options
                 )
+        if not factors:
+            raise ValueError("loss: expected to depend on a layer of the adapter, on none it does")
         return factors
 
     def eva(self, layers: Sequence[Layer], config: EvaConfig) -> dict[str, Factors]:
@@ -111,8 +115,8 @@ class DataRuns:
     def gradients(
         self, layers: Sequence[Layer], *, training: bool
     ) -> Iterator[tuple[Layer, Tensor]]:
-        """Yield each layer with the gradient of its weight [m, n]; `statistics_bytes` of them are
-        made by one run of the batches."""
+        """Yield each layer with the gradient of its weight [m, n], but those that get none;
+        `statistics_bytes` of them are made by one run of the batches."""
         by_name = {layer.name: layer for layer in layers}
         sizes = {layer.name: 4 * layer.weight.shape[0] * layer.weight.shape[1] for layer in layers}
         with _base_alone(self.model, training=training):
@@ -120,9 +124,19 @@ class DataRuns:
                 modules = {name: by_name[name].base for name in group}
                 gradients = weight_gradients(modules, self._loss, self.batches)
                 for name in with_progress(group, "gradients: directions"):
-                    if name not in gradients:
-                        raise ValueError(f"{name}: loss: expected to depend on it, it does not")
-                    yield by_name[name], gradients.pop(name)
+                    gradient = gradients.pop(name, None)
+                    if gradient is not None and gradient.any():  # as NaN is, too
+                        yield by_name[name], gradient
+
+    def parameter_gradients(self, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Yield the gradient of each parameter, zeros if there is none, in groups as above."""
+        sizes = {name: (4 + p.element_size()) * p.numel() for name, p in parameters.items()}
+        with _base_alone(self.model, training=False):
+            for group in groups(sizes, self.statistics_bytes):
+                chosen = {name: parameters[name] for name in group}
+                found = parameter_gradients(chosen, self._loss, self.batches)
+                for name in with_progress(group, "gradients: directions"):
+                    yield found.pop(name)
 
     def components(
         self,
@@ -208,17 +222,17 @@ def _kept_factors(model: PeftModel, started: Sequence[Layer]) -> Iterator[None]:
 def counted_rows(batch: Any, label_mask_value: int | None = None) -> Rows:
     """Return what picks the rows of an input that count: no padding, and no masked labels."""
     batch = batch if isinstance(batch, Mapping) else {}
-    mask = batch.get("attention_mask")
-    mask = None if mask is None else mask.bool()
+    masks: dict[torch.Size, Tensor] = {}  # by shape: a decoder's labels are not the encoder's
+    if batch.get("attention_mask") is not None:
+        mask = batch["attention_mask"].bool()
+        masks[mask.shape] = mask
     if label_mask_value is not None and "labels" in batch:
         labelled = batch["labels"] != label_mask_value
-        mask = labelled if mask is None else mask & labelled
+        masks[labelled.shape] = labelled & masks.get(labelled.shape, labelled)
 
     def rows(x: Tensor) -> Tensor:
-        x = x.detach()
-        if mask is not None and x.shape[:-1] == mask.shape:
-            return x[mask.to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+        x, mask = x.detach(), masks.get(x.shape[:-1])
+        return x.reshape(-1, x.shape[-1]) if mask is None else x[mask.to(x.device)]
 
     return rows
 
@@ -233,8 +247,9 @@ def _base_alone(model: PeftModel, *, training: bool) -> Iterator[None]:
     """Run the model without its adapters, and without gradients of parameters."""
     modes = {module: module.training for module in model.modules()}
     required = {p: p.requires_grad for p in model.parameters()}
+    adapted = any(isinstance(module, LoraLayer) for module in modes)  # else PEFT raises
     try:
-        with model.disable_adapter():
+        with model.disable_adapter() if adapted else contextlib.nullcontext():
             model.requires_grad_(False).train(training)
             for module in modes:
                 if isinstance(module, BNB_TYPES):  # some CPUs' repack their weight to evaluate

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -18,10 +20,10 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import check_options
-from peftkern.integrations.peft.init_data import DataRuns, start_eva
+from peftkern.integrations.peft.init_data import NO_GRADIENT, DataRuns, start_eva
 from peftkern.integrations.peft.init_layers import Layer, find_layers, set_rank
 from peftkern.integrations.peft.patch import is_patched
-from peftkern.layers.quantize import with_progress
+from peftkern.layers.quantize import level_of_the_caller, with_progress
 from peftkern.methods.initialization.factors import (
     Factors,
     check_finite,
@@ -94,8 +96,8 @@ def initialize_(
 
     A base in 4 bits (of bitsandbytes, `NF4Linear`, `BlockLinear`; experts in NF4 or MXFP4) is
     quantized anew, in its format, by every method but "eva". Layers that a method has no use for
-    (embeddings, convolutions, weights that are tied to another layer's) stay as they are; the
-    report names them.
+    (embeddings, convolutions, weights that are tied to another layer's) stay as they are, and so do
+    those that get no gradient for "lora_ga"; the report names them.
 
     Returns: the report; `print` shows it in one line.
     Raises: TypeError or ValueError naming the argument, or the layer; nothing has changed then. Nor
@@ -124,6 +126,8 @@ def initialize_(
         if method == "eva":
             started, dropped = start_eva(model, layers, factors)
             return InitReport(method, started, {**skipped, **dropped}, model)
+        if method == "lora_ga":
+            layers = _reached(layers, factors, skipped)
         steps_left = [(layer, group) for layer in layers for group in layer.groups()]
         starts: dict[str, list[LayerStart]] = {layer.name: [] for layer in layers}
         for layer, group in with_progress(steps_left, f"{method}: {len(layers)} layers"):
@@ -131,6 +135,22 @@ def initialize_(
         started = tuple(layer.complete(starts[layer.name]) for layer in layers)
     config.init_lora_weights = True
     return InitReport(method, started, skipped, model)
+
+
+def _reached(
+    layers: list[Layer], factors: Mapping[str, Factors], skipped: dict[str, str]
+) -> list[Layer]:
+    """Return the layers that got a gradient; note the others in `skipped`, and warn once."""
+    unreached = [layer.name for layer in layers if layer.name not in factors]
+    skipped |= dict.fromkeys(unreached, NO_GRADIENT)
+    if unreached:
+        more = f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""
+        warnings.warn(
+            f"lora_ga: no gradient reaches {', '.join(unreached[:3])}{more}: left at the default "
+            "initialization",
+            stacklevel=level_of_the_caller(),
+        )
+    return [layer for layer in layers if layer.name in factors]
 
 
 @contextlib.contextmanager
@@ -197,15 +217,15 @@ def _check_arguments(method: Any, rank: Any, steps: Any) -> None:
             raise mismatch(name, "an integer of at least 1, or None", value)
 
 
-def listed_batches(batches: Any, *, needed: bool, by: str) -> list[Any]:
-    """Return the batches as a list; they run more than once."""
+def listed_batches(batches: Any, *, needed: bool, by: str, most: int | None = None) -> list[Any]:
+    """Return the batches, the first `most`, as a list; they run more than once."""
     if not needed and batches is not None:
         raise mismatch("batches", f"None: {by!r} needs no data", batches)
     if needed and (
         isinstance(batches, (str, Tensor, Mapping)) or not isinstance(batches, Iterable)
     ):
         raise mismatch("batches", f"a list of batches, which {by!r} learns from", batches)
-    found = list(batches or ())
+    found = [] if batches is None else list(itertools.islice(batches, most))
     if needed and not found:
         raise ValueError("batches: expected at least one, got none")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -43,6 +43,11 @@ class RankReport:
     def ranks(self) -> dict[str, int]:
         """{layer: rank}, 0 for those without an adapter."""
         return {layer.name: layer.rank for layer in self.layers}
+
+    @property
+    def unreached(self) -> dict[str, str]:
+        """{layer: what of it the data did not reach}: its rank says nothing of the task."""
+        return {layer.name: layer.unreached for layer in self.layers if layer.unreached}
 
     @property
     def spent(self) -> float:
@@ -116,6 +121,8 @@ class RankReport:
                 f"excess error of the spectra at most {self.certificate:.1e}, of each with "
                 "probability 0.999"
             )
+        if self.unreached:
+            said.append(f"{len(self.unreached)} not reached by the data")
         if self.skipped:
             said.append(f"{len(self.skipped)} keep their rank")
         return ", ".join(said)
@@ -143,18 +150,22 @@ def _plain(value: Any) -> Any:
 
 
 def ranked_config(
-    config: LoraConfig, ranks: Mapping[str, int], others: Sequence[str] = ()
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    others: Sequence[str] = (),
+    parameters: Collection[str] = (),
 ) -> LoraConfig:
     """Return a copy of a config that gives layers these ranks, each with the scaling it had.
 
     Args: ranks, {layer: rank}; those of rank 0 are no targets any more. others, layers that the
-        config targets, too, whose rank stays.
+        config targets, too, whose rank stays. parameters, which of both are those of
+        `target_parameters`.
     """
     found = copy(config)
     kept = {name: rank for name, rank in ranks.items() if rank}
     kept |= dict.fromkeys(others, config.r)
-    # What is no linear layer, or a parameter of its own, has no pattern, and the rank it had.
-    fields = rank_fields(kept, config.r if others or config.target_parameters else None)
+    # What is no linear layer has no pattern, and the rank it had.
+    fields = rank_fields(kept, config.r if others else None)
     found.r, found.rank_pattern = fields["r"], fields["rank_pattern"]
     found.lora_alpha, found.alpha_pattern = config.lora_alpha, {}
     if not config.use_rslora:  # whose alpha / sqrt(r) is meant to differ with the rank
@@ -162,8 +173,12 @@ def ranked_config(
         found.lora_alpha = _whole(scaling * found.r)
         patterns = fields["alpha_pattern"].items()
         found.alpha_pattern = {key: _whole(scaling * rank) for key, rank in patterns}
-    if len(kept) < len(ranks):
-        found.target_modules = exact_targets(kept, ranks.keys() - kept.keys())
+    dropped = ranks.keys() - kept.keys()
+    if dropped.intersection(parameters):
+        found.target_parameters = [name for name in kept if name in parameters] or None
+    if dropped.difference(parameters):
+        modules = [name for name in kept if name not in parameters]
+        found.target_modules = exact_targets(modules, dropped.difference(parameters))
         found.layers_to_transform = found.layers_pattern = None  # which these names had passed
     return found
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import check_options
-from peftkern.integrations.peft.init_data import DataRuns, counted_rows
+from peftkern.integrations.peft.init_data import NO_GRADIENT, DataRuns, counted_rows
 from peftkern.integrations.peft.init_layers import Layer, find_layers
 from peftkern.integrations.peft.initialize import listed_batches, with_adapters
 from peftkern.integrations.peft.rank_report import RankReport, ranked_config
+from peftkern.integrations.peft.rank_stacks import find_stacks, finite, names_of, stack_spectra
 from peftkern.layers.quantize import with_progress
 from peftkern.methods.rank_choice import (
     SOURCES,
@@ -68,7 +71,9 @@ def suggest_ranks(
     weight, dense or NF4, in panels: memory of one layer), "activations" (the variance of the inputs
     that it explains, as in EVA), "gradients" (singular values of the weight's gradient) or "gora"
     (mean |weight * gradient|), stands in `peftkern.methods.rank_choice`; `allocate_rank` then gives
-    the budget to the ranks that are worth most for what they cost.
+    the budget to the ranks that are worth most for what they cost. All experts of a parameter that
+    target_parameters names have one rank (PEFT can say no more), worth the sum over them. Layers
+    that the batches do not reach get `min_rank`; the report names them: `report.unreached`.
 
     The config works with `initialize_` as it is: "pissa", "olora" and "lora_ga" start layers of
     any rank; for "eva" add eva_config=EvaConfig(rho=1), which keeps the ranks.
@@ -80,7 +85,7 @@ def suggest_ranks(
         by: "weights"; or from batches "activations", "gradients", "gora".
         budget: what all layers may cost together, instead of r of each, in units of `cost`.
         cost: of one rank of a layer, as `allocate_rank` names them: "rank", each costs 1;
-            "parameters", m + n; "bytes", "flops"; or {layer: number}.
+            "parameters", m + n, of each expert; "bytes", "flops"; or {layer: number}.
         min_rank: that every layer gets; with 0 layers may drop out of target_modules.
         max_rank: that no layer exceeds, by default 2 r, as in EVA.
         relative: whether singular values count as shares of their layer's, by default those of
@@ -103,15 +108,31 @@ def suggest_ranks(
     wanted = LoraBudget(lora_config.r, budget, cost, min_rank, max_rank)
     found = listed_batches(batches, needed=by != "weights", by=by)
     options = {"tol": tol, "certify": certify, "seed": seed}
-    probe = _probe(lora_config)
+    probe = _probe(model, lora_config)
+    stacks, left = find_stacks(model, lora_config.target_parameters or (), by)
+    order = {name: place for place, name in enumerate(names_of(model))}
     with torch.no_grad(), full_float32(), with_adapters(model, probe, _ADAPTER, keep=False) as peft:
-        layers, skipped = find_layers(peft, _ADAPTER, {}, keeps_base=True)
+        layers, skipped = [], {}
+        if probe.target_modules != DUMMY_TARGET_MODULES:
+            layers, skipped = find_layers(peft, _ADAPTER, {}, keeps_base=True)
+        skipped |= left
+        if not layers and not stacks:
+            name, reason = next(iter(skipped.items()))
+            raise ValueError(f"{name}: {reason}")
         runs = DataRuns(peft, found, loss, statistics_bytes, options)
-        spectra = list(_spectra(by, layers, runs, wanted.count))
+        spectra = [*_spectra(by, layers, runs, wanted.count),
+                   *stack_spectra(by, stacks, runs, wanted.count)]  # fmt: skip
+        if by != "weights" and all(one.unreached and not one.norm for one in spectra):
+            runs_through = "batches: expected to run through"
+            what = runs_through if by == "activations" else "loss: expected to depend on"
+            raise ValueError(f"{what} a layer of the adapter, got none")
         probed = peft.peft_config[_ADAPTER]
     config = copy(lora_config)
-    config.target_modules, config.fan_in_fan_out = probed.target_modules, probed.fan_in_fan_out
-    return make_report(by, spectra, config, wanted, relative, skipped)
+    if layers:
+        config.target_modules, config.fan_in_fan_out = probed.target_modules, probed.fan_in_fan_out
+    spectra.sort(key=lambda one: order[one.name])
+    parameters = [*(stack.name for stack in stacks), *left]
+    return make_report(by, spectra, config, wanted, relative, skipped, parameters)
 
 
 def make_report(
@@ -121,33 +142,43 @@ def make_report(
     budget: LoraBudget,
     relative: bool | None,
     skipped: Mapping[str, str],
+    parameters: Collection[str] = (),
 ) -> RankReport:
-    """Choose the ranks of layers with these spectra, and the config for them."""
+    """Choose the ranks of layers with these spectra, and the config for them.
+
+    Args: parameters: names of those that `target_parameters` names.
+    """
     layers, total = choose_layer_ranks(spectra, budget, by, relative)
     ranks = {layer.name: layer.rank for layer in layers}
     if not any(ranks.values()):
         raise ValueError(f"budget: expected enough for one rank of a layer, got {total:g}")
     unit = budget.cost if isinstance(budget.cost, str) else "cost"
-    chosen = ranked_config(config, ranks, tuple(skipped))
-    uniform = sum(min(budget.rank, *layer.shape) * sum(layer.shape) for layer in layers)
+    chosen = ranked_config(config, ranks, tuple(skipped), parameters)
+    uniform = sum(
+        layer.experts * min(budget.rank, *layer.shape) * sum(layer.shape) for layer in layers
+    )
     return RankReport(by, tuple(layers), chosen, total, unit, uniform, dict(skipped))
 
 
 def _spectra(
     by: str, layers: Sequence[Layer], runs: DataRuns, count: int
 ) -> Iterator[LayerSpectrum]:
-    """Yield what ranks of the layers are worth."""
+    """Yield what ranks of the layers are worth, in the order of the layers."""
     if by == "activations":
         components = runs.components(layers, dict.fromkeys(_names(layers), count), counted_rows)
         for layer in layers:
             shape = (layer.weight.shape[0], layer.weight.shape[1])
             yield input_spectrum(layer.name, shape, components[layer.name])
-    elif by == "gora":
-        for layer, gradient in _finite(runs.gradients(layers, training=False)):
-            yield gora_importance(layer.name, layer.weight, gradient)
-    elif by == "gradients":
-        found = _finite(runs.gradients(layers, training=False))
-        yield from matrix_spectra(((la.name, G) for la, G in found), count, **runs.options)
+    elif by in ("gora", "gradients"):
+        gradients = finite(runs.gradients(layers, training=False))
+        if by == "gora":
+            found = (gora_importance(la.name, la.weight, G) for la, G in gradients)
+        else:
+            found = matrix_spectra(((la.name, G) for la, G in gradients), count, **runs.options)
+        reached = {one.name: one for one in found}
+        for layer in layers:
+            name, shape = layer.name, (layer.weight.shape[0], layer.weight.shape[1])
+            yield reached.get(name) or LayerSpectrum.without_data(name, shape, NO_GRADIENT)
     else:
         weights = ((layer.name, layer.weight) for layer in layers)
         yield from with_progress(matrix_spectra(weights, count, **runs.options), "spectra")
@@ -157,18 +188,16 @@ def _names(layers: Sequence[Layer]) -> list[str]:
     return [layer.name for layer in layers]
 
 
-def _finite(found: Iterable[tuple[Layer, Tensor]]) -> Iterator[tuple[Layer, Tensor]]:
-    for layer, gradient in found:
-        if not gradient.isfinite().all():
-            raise ValueError(f"{layer.name}: batches: expected finite gradients, got NaN or Inf")
-        yield layer, gradient
-
-
-def _probe(config: LoraConfig) -> LoraConfig:
-    """Return a config with the same targets, whose adapter changes nothing and is small."""
+def _probe(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Return a config with the same target modules, whose adapter changes nothing and is small."""
     found = copy(config)
     for name, value in _FRESH.items():
         setattr(found, name, value)
+    if config.target_parameters and not config.target_modules:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        own = known if config.target_modules is None else None  # as PEFT completes the config
+        found.target_modules = own or DUMMY_TARGET_MODULES
     return found
 
 

@@ -46,6 +46,8 @@ def equal_inputs(modules: Mapping[str, nn.Module], forward: Forward, batch: Any)
     digests: dict[str, bytes] = {}
 
     def look(name: str, x: Tensor) -> None:
+        if not x.numel():  # which tells nothing of other batches
+            return
         data = x.detach().reshape(-1).view(torch.uint8).cpu().numpy()
         digests[name] = digests.get(name, b"") + hashlib.blake2b(data, digest_size=16).digest()
 
@@ -138,7 +140,32 @@ def weight_gradients(
             hook = module.register_forward_hook(watch(name), with_kwargs=True)
             hooks.callback(hook.remove)
         for batch in with_progress(batches, f"gradients of {len(modules)} layers"):
-            loss(batch).backward()
+            value = loss(batch)
+            if value.requires_grad:  # else it depends on none of these
+                value.backward()
+    return {name: total.div_(len(batches)) for name, total in sums.items()}
+
+
+def parameter_gradients(
+    parameters: Mapping[str, Tensor], loss: Callable[[Any], Tensor], batches: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Run and differentiate all batches; return the mean gradient of each parameter, float32.
+
+    Zeros where the loss does not depend on it. What accumulates in `.grad` stays as it is.
+    """
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    with contextlib.ExitStack() as restored, torch.enable_grad():
+        for parameter in parameters.values():
+            restored.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(True)
+        for batch in with_progress(batches, f"gradients of {len(parameters)} parameters"):
+            value = loss(batch)
+            if not value.requires_grad:
+                continue
+            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            for total, gradient in zip(sums.values(), found, strict=True):
+                if gradient is not None:
+                    total.add_(gradient)
     return {name: total.div_(len(batches)) for name, total in sums.items()}
 
 

@@ -40,8 +40,8 @@ class Load(NamedTuple):
     pattern: str | None
 
 
-def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Build the architecture that config.json names, from transformers' own code only."""
+def model_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """Return the class that config.json names, of transformers' own only."""
     architectures = checkpoint.config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     known = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -50,6 +50,12 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
             f"{checkpoint.folder}: transformers {transformers.__version__} has no architecture "
             f"{brief(name)}, and code of a checkpoint is not run"
         )
+    return known
+
+
+def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build the architecture that config.json names, without memory for its weights."""
+    known = model_class(checkpoint)
     _check_counts(checkpoint.config)
     try:
         config = AutoConfig.from_pretrained(
@@ -59,7 +65,8 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
             return known(config)
     except Exception as error:  # a config can make its model raise anything
         raise CheckpointError(
-            f"{checkpoint.folder}: transformers cannot build {name} from config.json: {error}"
+            f"{checkpoint.folder}: transformers cannot build {known.__name__} from config.json: "
+            f"{error}"
         ) from error
 
 

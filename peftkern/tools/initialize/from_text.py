@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftkern.integrations.peft.initialize import initialize_
 from peftkern.methods.initialization.report import InitReport
 from peftkern.tools.checkpoints import staging
+from peftkern.tools.checkpoints.architecture import model_class
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.companions import Companions, find_companions
 from peftkern.tools.initialize.request import Request, find_targets
 from peftkern.tools.initialize.starts import ADAPTER
+from peftkern.tools.initialize.texts import read_batches
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def prepare(
 ) -> TextJob:
     """Check a request of "corda", "eva" or "lora_ga".
 
-    Args: data, a file with a text on each line, of which the first `most` are taken, and of each
-        the first `length` tokens.
+    Args: data, a file of texts as `read_batches` takes it, of which the first `most` are taken, and
+        of each the first `length` tokens.
     Raises: CheckpointError for what cannot be done.
     """
     half = request.method == "lora_ga"
@@ -86,50 +87,17 @@ def prepare(
     destination = Path(destination)
     staging.check_destination(checkpoint.folder, destination, force, companions.copied)
     config = request.complete(config)
-    batches = read_batches(checkpoint.folder, data, most, length)
+    loss = request.method == "lora_ga"
+    batches = read_batches(checkpoint, data, most, length, loss=loss, seed=request.seed)
     parts = (companions, batches, shard_bytes, device)
     return TextJob(checkpoint, destination, request, config, *parts)
 
 
 def load_model(checkpoint: Checkpoint, device: str) -> Any:
-    """Load a language model. Raises: CheckpointError if it is none."""
-    options = {"local_files_only": True, "trust_remote_code": False, "dtype": "auto"}
+    """Load the model that config.json names. Raises: CheckpointError where that fails."""
+    folder, kind = checkpoint.folder, model_class(checkpoint)
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
+        model = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
     except (ValueError, KeyError) as error:
-        folder = checkpoint.folder
-        raise CheckpointError(f"{folder}: expected a language model: {error}") from error
+        raise CheckpointError(f"{folder}: no {kind.__name__} can be loaded: {error}") from error
     return model.to(device)
-
-
-def read_batches(folder: Path, data: Path, most: int, length: int) -> list[dict[str, Any]]:
-    """Return a batch of each of the first `most` lines of a file, as CorDA weighs them.
-
-    Raises: CheckpointError for a file without texts, or a folder without a tokenizer.
-    """
-    for name, value, low in (("texts", most, 1), ("length", length, 2)):
-        if value < low:
-            raise CheckpointError(f"{name}: expected at least {low}, got {value}")
-    try:
-        lines = data.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise CheckpointError(f"data: {data}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"data: {data}: expected text in UTF-8: {error}") from None
-    texts = [line for line in lines if line.strip()][:most]
-    if not texts:
-        raise CheckpointError(f"data: {data}: expected a text on each line, got none")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder}: expected a tokenizer: {error}") from error
-    batches = []
-    for text in texts:
-        found = tokenizer(text, return_tensors="pt", truncation=True, max_length=length)
-        if found["input_ids"].shape[1] > 1:
-            batches.append({**found, "labels": found["input_ids"]})
-    if not batches:
-        raise CheckpointError("data: expected texts of more than one token, got none")
-    return batches

@@ -29,6 +29,12 @@ def read_ranks(path: Path) -> tuple[dict[str, Any], tuple[str, ...] | str]:
         raise CheckpointError(
             f"ranks: {path}: expected what `peftkern ranks --json` prints, got {brief(value)}"
         )
+    if config.get("target_parameters"):
+        came = brief(config["target_parameters"])
+        raise CheckpointError(
+            f"ranks: {path}: target_parameters: expected none, as linear layers alone can be "
+            f"started, got {came}"
+        )
     for name, (_, holds, expected) in _FIELDS.items():
         needed = name in ("r", "target_modules")
         if (needed or name in config) and not holds(config.get(name)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,7 +24,7 @@ from peftkern.tools.checkpoints.architecture import Load, find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from peftkern.tools.checkpoints.weights import Weight, find_weights
 
-_DTYPES = ("F32", "F16", "BF16")
+DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -109,42 +109,36 @@ def find_targets(
     *,
     half: bool = False,
     method: str | None = None,
+    model: PreTrainedModel | None = None,
+    others: Collection[str] = (),
 ) -> tuple[dict[str, Target], LoraConfig]:
     """Find what is to be started, by the names of the weights, and a config that says so.
 
     Args: names, of layers, whole or their ends: "q_proj"; a string is a regular expression for
         whole names; none for all linear layers but the output embeddings. rank_of(layer), which it
         must have, or with `half` twice of it. method, that starts them: a name with a dot may then
-        be that of a parameter of experts, "experts.down_proj".
+        be that of a parameter of experts, "experts.down_proj". model: `meta_model` of the
+        checkpoint, if there is one already. others: names of what is no linear layer; there may be
+        none of theirs.
     Raises: CheckpointError naming a layer that does not exist, has no such rank, is tied, or that
         the method cannot start.
     """
-    model = meta_model(checkpoint)
+    model = meta_model(checkpoint) if model is None else model
     loads = list(find_loads(model, checkpoint))
     linear = _linear_layers(model, loads, find_weights(checkpoint))
     experts = _experts(model, loads) if method else {}
     head = model.get_output_embeddings()
-    wanted = _wanted(names)
-    chosen = {
-        tensor: target
-        for tensor, target in linear.items()
-        if any(fits(target.module) for fits in wanted.values())
-        or (not wanted and model.get_submodule(target.module) is not head)
-    }
     parameters = [] if isinstance(names, str) else [name for name in names if "." in name]
-    chosen |= {
-        tensor: target
-        for tensor, target in experts.items()
-        if any(_ends(target.name, name) for name in parameters)
-    }
-    for name, fits in wanted.items():
-        if not any(fits(target.name) for target in chosen.values()):
-            known = dict.fromkeys(t.module.rpartition(".")[2] for t in linear.values())
-            known |= dict.fromkeys(".".join(t.name.split(".")[-2:]) for t in experts.values())
-            raise CheckpointError(
-                f"target: no linear layer is called {name!r}; there are {', '.join(known)}"
-            )
-    if not chosen:
+    found = {name: [t for t in experts if ends_in(experts[t].name, name)] for name in parameters}
+    served = {*others, *(name for name, tensors in found.items() if tensors)}
+    known = (".".join(target.name.split(".")[-2:]) for target in experts.values())
+    modules = choose_modules(
+        model, [target.module for target in linear.values()], names, served, known
+    )
+    chosen = {tensor: target for tensor, target in linear.items() if target.module in modules}
+    of_experts = {tensor for tensors in found.values() for tensor in tensors}
+    chosen |= {tensor: target for tensor, target in experts.items() if tensor in of_experts}
+    if not chosen and not others:
         raise CheckpointError(f"{checkpoint.folder}: holds no linear layer")
     for target in chosen.values():
         if target.parameter and method not in FROM_WEIGHTS:
@@ -160,14 +154,43 @@ def find_targets(
             check_rank(rank_of(target.name), target.shape, half=half)
         except ValueError as error:
             raise CheckpointError(f"{target.name}: {error}") from None
-    return chosen, _config(model, chosen, linear)
+    config = target_config(model, modules)
+    config.target_parameters = _parameters(model, chosen) or None
+    config.fan_in_fan_out = any(t.transposed for t in chosen.values() if not t.parameter)
+    return chosen, config
+
+
+def choose_modules(
+    model: nn.Module,
+    modules: Sequence[str],
+    names: Sequence[str] | str,
+    others: Collection[str] = (),
+    known: Iterable[str] = (),
+) -> list[str]:
+    """Choose from linear layers by `names` and `others` as `find_targets` has them.
+
+    Args: known, names besides those of the layers, for the error.
+    Raises: CheckpointError naming one that no layer has.
+    """
+    wanted = _wanted(names)
+    for name, fits in wanted.items():
+        if name not in others and not any(fits(module) for module in modules):
+            names_of = [*(module.rpartition(".")[2] for module in modules), *known]
+            raise CheckpointError(
+                f"target: no linear layer is called {name!r}; there are "
+                f"{', '.join(dict.fromkeys(names_of))}"
+            )
+    if wanted:
+        return [module for module in modules if any(fits(module) for fits in wanted.values())]
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [module for module in modules if model.get_submodule(module) is not head]
 
 
 def _wanted(names: Sequence[str] | str) -> dict[str, Callable[[str], Any]]:
     """Return {name or regular expression: whether it fits a module}."""
     if isinstance(names, str):
         return {names: re.compile(names).fullmatch}
-    return {name: partial(_ends, name=name) for name in names}
+    return {name: partial(ends_in, name=name) for name in names}
 
 
 def _linear_layers(
@@ -187,7 +210,7 @@ def _linear_layers(
         transposed = isinstance(module, Conv1D)
         if transposed and weight.nf4 is not None:  # what is quantized is never transposed
             shape, transposed = shape[::-1], False
-        if weight.shape == shape and (weight.nf4 or load.info.dtype in _DTYPES):
+        if weight.shape == shape and (weight.nf4 or load.info.dtype in DTYPES):
             found[load.info.name] = Target(name, shape[::-1] if transposed else shape, transposed)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda item: order[item[1].module]))
@@ -197,7 +220,7 @@ def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]
     """Find the weights of fused experts: of each expert, or of all where one tensor has them."""
     parts: dict[str, list[Load]] = {}
     for load in loads:
-        if load.info.dtype in _DTYPES:
+        if load.info.dtype in DTYPES:
             parts.setdefault(load.target, []).append(load)
     found = {}
     for module, experts in model.named_modules():
@@ -227,20 +250,15 @@ def _fits(stack: Stack, infos: Mapping[str, TensorInfo], shape: tuple[int, int, 
     return rows == [m] * E and {infos[name].shape[1:] for name in stack.names} == {(n,)}
 
 
-def _config(
-    model: PreTrainedModel, chosen: dict[str, Target], linear: dict[str, Target]
-) -> LoraConfig:
-    """Return a config that targets the chosen layers alone, by short names if those say it all."""
-    modules = [target.module for target in chosen.values() if not target.parameter]
+def target_config(model: nn.Module, modules: Sequence[str]) -> LoraConfig:
+    """Return a config that targets these layers alone, by short names if those say it all."""
     short = {name.rpartition(".")[2] for name in modules}
     others = {n for n, _ in model.named_modules()} - set(modules)
-    unique = not any(_ends(name, end) for name in others for end in short)
-    causal = type(model).__name__.endswith("ForCausalLM")
+    unique = not any(ends_in(name, end) for name in others for end in short)
+    causal = isinstance(model, PreTrainedModel) and type(model).__name__.endswith("ForCausalLM")
     whole = short if unique else exact_targets(modules, others)
     return LoraConfig(
         target_modules=whole if isinstance(whole, str) else sorted(whole),
-        target_parameters=_parameters(model, chosen) or None,
-        fan_in_fan_out=any(t.transposed for t in chosen.values() if not t.parameter),
         task_type="CAUSAL_LM" if causal else None,
     )
 
@@ -250,9 +268,9 @@ def _parameters(model: PreTrainedModel, chosen: dict[str, Target]) -> list[str]:
     names = {target.name for target in chosen.values() if target.parameter}
     short = {".".join(name.split(".")[-2:]) for name in names}
     others = {name for name, _ in model.named_parameters()} - names
-    unique = not any(_ends(name, end) for name in others for end in short)
+    unique = not any(ends_in(name, end) for name in others for end in short)
     return sorted(short if unique else names)
 
 
-def _ends(module: str, name: str) -> bool:
+def ends_in(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")

@@ -1,1 +1,1 @@
-"""Ranks of a checkpoint's layers, chosen before training: `peftkern ranks`."""
+"""Ranks of a model's layers, chosen before training: `peftkern ranks`."""

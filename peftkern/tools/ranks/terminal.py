@@ -32,7 +32,7 @@ def cells(layer: LayerRank) -> list[tuple[str, float]]:
     """Format the columns of a layer, each with what a table is sorted by."""
     m, n = layer.shape
     found = [
-        (f"{m}x{n}", m * n),
+        (f"{layer.experts}x{m}x{n}" if layer.experts > 1 else f"{m}x{n}", layer.experts * m * n),
         (str(layer.rank), layer.rank),
         (f"{layer.kept:.1%}", layer.kept),
         (f"{layer.parameters:,}", layer.parameters),
@@ -47,6 +47,8 @@ def remarks(found: RankReport) -> Iterator[str]:
     dropped = [layer.name for layer in found.layers if not layer.rank]
     if dropped:
         yield f"without an adapter: {', '.join(dropped)}"
+    for name, what in found.unreached.items():
+        yield f"not reached: {name}: {what}"
     for name, reason in found.skipped.items():
         yield f"keeps its rank: {name}: {reason}"
 

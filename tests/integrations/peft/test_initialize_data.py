@@ -7,10 +7,7 @@ import weakref
 
 import pytest
 import torch
-from peft import (
-    EvaConfig,
-    PeftModel,
-)
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft_models import (
     add_lora,
     layer_of,
@@ -19,8 +16,10 @@ from peft_models import (
     tiny_llama,
 )
 from started_models import BATCHES, layers_of, logits, update_of
+from torch import Tensor, nn
 
 import peftkern
+from peftkern.integrations.peft.init_data import counted_rows
 from peftkern.methods.initialization.from_data import Covariance
 
 
@@ -65,6 +64,46 @@ def test_inputs_that_are_not_finite_are_named(method):
     what = "weight" if method == "lora_ga" else "batches"
     with pytest.raises(ValueError, match=f"proj: {what}: expected finite"):
         peftkern.initialize_(model, method, batches=batches, **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "of_three", "of_two"),
+    [([5, -100], [0, 1], [0]), ([5, -100, 6], [0], [0, 1]), (None, [0, 1], [0, 1])],
+)
+def test_rows_of_an_encoder_and_of_its_decoder_count_by_their_own_masks(labels, of_three, of_two):
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    if labels is not None:
+        batch["labels"] = torch.tensor([labels])
+    rows = counted_rows(batch, -100)
+    for length, expected in ((3, of_three), (2, of_two), (4, [0, 1, 2, 3])):
+        assert rows(torch.arange(length)[None, :, None]).flatten().tolist() == expected
+
+
+class Branches(nn.Module):
+    """Layers of which `off` runs, but the loss does not depend on it, and `far` does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.off, self.far = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x) + 0 * self.off(x).detach()
+
+
+@pytest.mark.parametrize("size", [1, 4 << 30])  # groups without a gradient, or one with
+def test_lora_ga_leaves_layers_without_a_gradient_at_their_default_start(size):
+    config = LoraConfig(r=2, target_modules=["used", "off", "far"])
+    torch.manual_seed(1)
+    model = get_peft_model(Branches(), config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = {"batches": [torch.randn(8, 16)], "loss": lambda m, b: m(b).square().sum()}
+    with pytest.warns(UserWarning, match="lora_ga: no gradient reaches off, far: left at") as said:
+        report = peftkern.initialize_(model, "lora_ga", statistics_bytes=size, **data)
+    assert len(said) == 1 and [layer.name for layer in report.layers] == ["used"]
+    assert report.skipped == dict.fromkeys(("off", "far"), "the loss does not depend on it")
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(before[n], value)}
+    assert changed and all(".used." in name for name in changed)
 
 
 def test_eva_leaves_dtypes_and_layers_that_it_does_not_start_as_they_are(tmp_path):

@@ -7,18 +7,24 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from expert_models import VOCABULARY, tiny_moe
 from peft import EvaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft_models import TARGETS, Net, make_conv1d, make_linear, make_linear4bit, tiny_llama
 from started_models import BATCHES
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import peftkern
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.nf4 import dequantize_nf4
 
+EXPERT_BATCHES = [
+    {"input_ids": tokens, "labels": tokens}
+    for tokens in torch.randint(
+        3, VOCABULARY, (2, 2, 12), generator=torch.Generator().manual_seed(0)
+    )
+]
 PLANTED = {"0": 5, "1": 0, "2": 2, "3": 1}
 SIZE = 24
 
@@ -46,6 +52,13 @@ def ranks_in(model: nn.Module) -> dict[str, tuple[int, float]]:
         for name, m in model.named_modules()
         if isinstance(m, LoraLayer)
     }
+
+
+def quantized_moe() -> nn.Module:
+    """A mixture whose experts are in NF4, and nothing else."""
+    model = tiny_moe()
+    peftkern.quantize_(model, include=["experts"])
+    return model
 
 
 def loss_against(teacher: nn.Module):
@@ -128,6 +141,36 @@ def test_a_base_in_nf4_has_the_spectra_of_what_it_decodes_to():
             get_peft_model(copy.deepcopy(net), found.config)
 
 
+@pytest.mark.parametrize("by", ["activations", "gradients", "gora"])
+def test_layers_that_no_data_reaches_are_named(by):
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.used, self.off, self.far = (nn.Linear(SIZE, SIZE) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x) + 0 * self.off(x).detach()
+
+    asked = LoraConfig(r=2, target_modules=["used", "off", "far"])
+    data = {"batches": [torch.randn(64, SIZE)], "loss": lambda m, b: m(b).square().sum()}
+    why = "the loss does not depend on it"
+    unreached = (
+        {"off": why, "far": why} if by != "activations" else {"far": "no batch runs through it"}
+    )
+    report = peftkern.suggest_ranks(Branches(), asked, by, **data)
+    assert report.unreached == unreached and {report.ranks[name] for name in unreached} == {1}
+    assert f"{len(unreached)} not reached by the data" in str(report)
+    told = {layer["name"]: layer["unreached"] for layer in report.as_dict()["layers"]}
+    assert {name: what for name, what in told.items() if what} == unreached
+    few = peftkern.suggest_ranks(Branches(), asked, by, min_rank=0, **data)
+    assert few.config.target_modules == {"used", "off", "far"} - unreached.keys()
+    data["loss"] = lambda m, b: m.far(b).sum()
+    with pytest.raises(ValueError, match=r"expected to (depend on|run through) a layer"):
+        one = LoraConfig(r=2, target_modules=["off" if by != "activations" else "far"])
+        peftkern.suggest_ranks(Branches(), one, by, **data)
+
+
 def test_rank_stabilized_scaling_keeps_its_alpha():
     report = peftkern.suggest_ranks(tiny_llama(), config(use_rslora=True), min_rank=0)
     assert report.config.alpha_pattern == {} and report.config.lora_alpha == 8
@@ -162,16 +205,100 @@ def test_other_settings_stay():
     assert chosen.config.target_modules == {"q_proj", "v_proj"}
 
 
-def test_parameters_of_experts_keep_rank_and_scaling():
-    """They are no linear layers, have no pattern, and would get the rank that most layers have."""
-    small = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-    base = MixtralForCausalLM(MixtralConfig(**small, **heads))
-    asked = config(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    report = peftkern.suggest_ranks(base, asked, budget=4)
-    got = ranks_in(get_peft_model(base, report.config))
-    experts = {got.pop(name) for name in list(got) if "experts" in name}
-    assert experts == {(4, 2.0)} and {n: rank for n, (rank, _) in got.items()} == report.ranks
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.dim() == 3}
+
+
+def wrapped_ranks(model: nn.Module) -> dict[str, tuple[int, float]]:
+    """Rank and scaling of each parameter that an adapter wraps, by its name."""
+    return {
+        f"{name.removeprefix('base_model.model.').replace('.base_layer', '')}.{m.parameter_name}": (
+            m.r["default"],
+            m.scaling["default"],
+        )
+        for name, m in model.named_modules()
+        if isinstance(m, ParamWrapper)
+    }
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])  # [E, N, K], and [E, K, N]
+@pytest.mark.parametrize("by", ["weights", "gradients"])
+def test_experts_of_a_parameter_get_one_rank(by, family):
+    base = tiny_moe(family)
+    data = {} if by == "weights" else {"batches": EXPERT_BATCHES}
+    report = peftkern.suggest_ranks(base, config(**EXPERTS), by, cost="parameters", **data)
+    layers = {layer.name: layer for layer in report.layers}
+    if by == "gradients":
+        mean = sum(base(**batch).loss for batch in EXPERT_BATCHES) / len(EXPERT_BATCHES)
+        mean.backward()
+    for name, parameter in parameters_of(base).items():
+        of = parameter.detach() if by == "weights" else parameter.grad
+        S = torch.linalg.svdvals(of.double()).square().sum(0).sqrt()
+        assert pytest.approx(S[:8].tolist(), rel=1e-4, abs=1e-6 * S[0].item()) == layers[name].S
+        m, n = parameter.shape[1:] if family == "Qwen3Moe" else parameter.shape[:0:-1]
+        assert layers[name].shape == (m, n) and layers[name].experts == len(parameter)
+        assert layers[name].cost == len(parameter) * (m + n)
+    assert report.spent == report.parameters <= report.budget == report.uniform
+    session: dict = {}
+    exec(report.python(), session)
+    model = get_peft_model(base, session["config"])
+    given = wrapped_ranks(model)
+    assert {name: rank for name, (rank, _) in given.items()} == {
+        name: report.ranks[name] for name in parameters_of(tiny_moe(family))
+    }
+    assert {scaling for _, scaling in given.values()} == {2.0} and len(set(given.values())) > 1
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == report.parameters
+    order = [name for name in layers if "layers.0." in name]
+    assert order.index("model.layers.0.self_attn.q_proj") < len(order) - 1 and order[-1] in given
+
+
+def test_gora_of_experts_is_the_mean_over_all():
+    base = tiny_moe()
+    report = peftkern.suggest_ranks(base, config(**EXPERTS), "gora", batches=EXPERT_BATCHES[:1])
+    base(**EXPERT_BATCHES[0]).loss.backward()
+    whole = sum((p * p.grad).abs().mean() for name, p in base.named_parameters()
+                if name.endswith("q_proj.weight") or p.dim() == 3)  # fmt: skip
+    for layer in report.layers:
+        parameter = dict(base.named_parameters()).get(layer.name)
+        if parameter is not None:
+            share = (parameter * parameter.grad).abs().mean() / whole
+            assert layer.kept == pytest.approx(share.item(), rel=1e-4)
+
+
+def test_experts_alone_and_those_that_no_token_reaches():
+    base = tiny_moe()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.mlp.gate.weight.zero_()  # which sends all tokens to the same two
+        base.model.layers[1].mlp.experts.down_proj.zero_()
+    asked = config(target_modules=[], target_parameters=["gate_up_proj"])
+    report = peftkern.suggest_ranks(base, asked, "gradients", batches=EXPERT_BATCHES, min_rank=0)
+    first, second = (f"model.layers.{i}.mlp.experts.gate_up_proj" for i in range(2))
+    assert report.unreached[second] == "the loss does not depend on it"
+    assert report.unreached[first].startswith("the loss does not depend on its experts ")
+    assert len(report.unreached[first].split(",")) == 4 and report.ranks[second] == 0
+    assert report.config.target_parameters == [first] and not report.config.target_modules
+    assert wrapped_ranks(get_peft_model(base, report.config)) == {first: (8, 2.0)}
+
+
+def test_parameters_that_cannot_be_ranked_keep_rank_and_scaling():
+    base, four_bits = tiny_moe(), quantized_moe()
+    named = {"activations": base, "gradients": four_bits}
+    for by, model in named.items():
+        report = peftkern.suggest_ranks(
+            model, config(**EXPERTS), by, budget=4, batches=EXPERT_BATCHES
+        )
+        assert set(report.skipped) == {*parameters_of(tiny_moe())}
+        assert set(wrapped_ranks(get_peft_model(model, report.config)).values()) == {(4, 2.0)}
+    decoded = peftkern.suggest_ranks(quantized_moe(), config(**EXPERTS))
+    dense = peftkern.suggest_ranks(tiny_moe(), config(**EXPERTS))
+    assert decoded.skipped == dense.skipped == {}
+    for ours, theirs in zip(decoded.layers, dense.layers, strict=True):
+        assert pytest.approx(theirs.S, rel=0.2) == ours.S and ours.shape == theirs.shape
 
 
 def test_a_dropped_layer_stays_so_though_its_name_ends_in_another_s():
@@ -205,6 +332,7 @@ def test_bad_arguments_are_told():
         ({"lora_config": None}, "lora_config: expected a LoraConfig"),
         ({"model": get_peft_model(tiny_llama(), config())}, "model: expected one without adap"),
         ({"model": 3}, "model: expected a torch.nn.Module, got int"),
+        ({"lora_config": config(target_parameters=["no"])}, "target_parameters: no parameter is"),
     ):
         given = {"model": base, "lora_config": config(), **arguments}
         with pytest.raises((TypeError, ValueError), match=says):

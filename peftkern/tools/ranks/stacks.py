@@ -1,0 +1,52 @@
+"""Stacks of experts, parameters [E, m, n], of a model and of the file that it is saved in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from peftkern.tools.adapters.extract_experts import Stack, find_stack
+from peftkern.tools.checkpoints.architecture import Load, find_loads
+from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
+from peftkern.tools.initialize.request import DTYPES, ends_in
+
+
+def stack_names(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return those of `names`, whole or ends, that parameters [E, m, n] have."""
+    stacks = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    return [name for name in names if any(ends_in(stack, name) for stack in stacks)]
+
+
+def find_stacks(
+    checkpoint: Checkpoint, model: PreTrainedModel, names: Sequence[str]
+) -> dict[str, Stack]:
+    """Find the stacks with these names, and the tensors that they are made of.
+
+    Args: model, `meta_model` of the checkpoint.
+    Raises: CheckpointError for one that is not in the file, or not as matrices of floats.
+    """
+    if not names:
+        return {}
+    parameters = {name: p for name, p in model.named_parameters() if p.dim() == 3}
+    wanted = [name for name in parameters if any(ends_in(name, one) for one in names)]
+    loads: dict[str, list[Load]] = {name: [] for name in wanted}
+    for load in find_loads(model, checkpoint):
+        if load.target in loads:
+            loads[load.target].append(load)
+    stacks = {}
+    for name, parts in loads.items():
+        module, _, own = name.rpartition(".")
+        turned = bool(getattr(model.get_submodule(module), "is_transposed", False))
+        shape = tuple(parameters[name].shape)
+        stack = find_stack(module, own, turned, shape, parts) if parts else None
+        dtypes = {load.info.dtype for load in parts}
+        if stack is None or not dtypes <= {*DTYPES}:
+            came = f"of {', '.join(sorted(dtypes))}" if dtypes else "that it does not hold"
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name}: expected experts of {', '.join(DTYPES)} as "
+                f"transformers saves them, got tensors {came}"
+            )
+        stacks[name] = stack
+    return stacks
