@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from peftkern.tools.checkpoints.checkpoint import (
     TensorInfo,
     open_safetensors,
 )
+from peftkern.tools.checkpoints.streaming import read_into
 
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -62,8 +63,19 @@ class Weight:
         """Return its values as they are stored."""
         if self.nf4 is not None:
             return _read_nf4(self.name, self.infos)
-        with open_safetensors(self.info.file) as file:
-            return file.get_tensor(self.name)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        with open(self.info.file, "rb") as file:
+            read_into(file.fileno(), tensor, self.info.offset)
+        return tensor
+
+    def experts(self) -> Iterator[Weight]:
+        """Yield those of a dense stack [E, ...], each a part of its file."""
+        info, (count, *shape) = self.info, self.shape
+        for number in range(count):
+            nbytes = info.nbytes // count
+            place = {"nbytes": nbytes, "offset": info.offset + number * nbytes}
+            part = replace(info, shape=tuple(shape), **place)
+            yield replace(self, shape=part.shape, infos=(part,))
 
 
 def find_weights(checkpoint: Checkpoint) -> dict[str, Weight]:

@@ -16,6 +16,7 @@ from peftkern.formats.nf4 import state_dict_bytes
 from peftkern.formats.table import FORMATS, NUMBERS, stored_bytes
 from peftkern.layers import mxfp4_stack, nf4_stack
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.four_bit import FourBit
 
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that can be quantized
 
@@ -42,6 +43,10 @@ class Options:
             raise CheckpointError(f"format: expected one of {tuple(NUMBERS)}, got {format!r}")
         usual = FORMATS[NUMBERS[format]].chosen_blocksize(None)
         return cls(usual if blocksize is None else blocksize, format=format, **others)
+
+    @property
+    def four_bit(self) -> FourBit:
+        return FourBit(self.format, self.blocksize, self.double_quant)
 
     def __post_init__(self) -> None:
         try:

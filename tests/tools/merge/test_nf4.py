@@ -212,8 +212,8 @@ def test_force_removes_the_adapters_of_the_checkpoint_before(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "quantized", "words"),
     [
-        ({"residual": 4}, False, "nothing is written in NF4"),
-        ({"residual": 4, "out": "bf16"}, True, "nothing is written in NF4"),
+        ({"residual": 4}, False, "nothing is written in 4 bits"),
+        ({"residual": 4, "out": "bf16"}, True, "nothing is written in 4 bits"),
         ({"as_trained": "nf4"}, True, "the base is in NF4 as it is"),
     ],
 )

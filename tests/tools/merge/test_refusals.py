@@ -238,7 +238,7 @@ def test_pickles(tmp_path: Path) -> None:
     refused("pickles", base, adapter)
 
 
-@pytest.mark.parametrize("options", [{"out": "int8"}, {"as_trained": "fp4"}, {"residual": -1}])
+@pytest.mark.parametrize("options", [{"out": "int8"}, {"as_trained": "int8"}, {"residual": -1}])
 def test_options_that_there_are_not(tmp_path: Path, options: dict[str, Any]) -> None:
     refused(f"^{next(iter(options))}: expected", *folders(tmp_path), **options)
 
