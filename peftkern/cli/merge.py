@@ -48,6 +48,20 @@ def merge(
             show_default="BASE as it is",
         ),
     ] = "",
+    trained_experts: Annotated[
+        bool,
+        typer.Option(
+            "--trained-experts",
+            help="With --as-trained nf4: fused experts were in it, too (quantize_,"
+            " NF4ExpertsConfig).",
+        ),
+    ] = False,
+    blocksize: Annotated[
+        int | None,
+        typer.Option(
+            help="Values that share one scale, of --out in 4 bits.", show_default="64, of int4 128"
+        ),
+    ] = None,
     min_survival: Annotated[
         float, typer.Option(help="Share of the update that has to survive rounding.")
     ] = 0.5,
@@ -96,9 +110,10 @@ def merge(
         raise InputError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {expert_layout!r}")
     with bad_input():
         read = [(read_adapter(path, expert_layout=expert_layout), w) for path, w in parsed]
-    with bad_input("out", "residual", "as_trained"):
-        chosen = Options(out, residual, as_trained, changed_base)
-    with bad_input(), checkpoint_run(destination):  # the inner one says what can be resumed
+    own = ("out", "residual", "as_trained", "blocksize", "trained_experts")
+    with bad_input(*own):
+        chosen = Options(out, residual, as_trained, changed_base, blocksize, trained_experts)
+    with bad_input(), checkpoint_run(destination, *own):  # the inner one says what can be resumed
         checkpoint = read_checkpoint(base, quantized=True)
         with progress_bar(checkpoint.nbytes) as progress:
             summary = merge_checkpoint(

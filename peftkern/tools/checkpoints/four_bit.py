@@ -35,10 +35,11 @@ class FourBit(NamedTuple):
     nested: bool = False
 
     @classmethod
-    def usual(cls, format: str, *, nested: bool) -> FourBit:
-        """Return the usual block size of a format, and nested absmax if it has that."""
+    def of(cls, format: str, blocksize: int | None = None, *, nested: bool) -> FourBit:
+        """Return a format with blocks of this size, the usual one for None, and with nested absmax
+        if it has that. Raises: ValueError as `Format.chosen_blocksize` does."""
         row = FORMATS[NUMBERS[format]]
-        return cls(format, row.chosen_blocksize(None), nested and row.crosses_rows)
+        return cls(format, row.chosen_blocksize(blocksize), nested and row.crosses_rows)
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Quantize the weight [N, K] of a linear layer."""

@@ -139,7 +139,7 @@ def _wanted(names: Sequence[str] | str) -> dict[str, Callable[[str], Any]]:
 
 
 def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Target]:
-    """Find the weights that are a linear layer's as they are, dense or in NF4."""
+    """Find the weights that are a linear layer's as they are, dense or in 4 bits."""
     found, weights = {}, find_weights(checkpoint)
     for load in find_loads(model, checkpoint):
         name, _, parameter = load.target.rpartition(".")
@@ -151,9 +151,9 @@ def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
             continue
         shape = tuple(module.weight.shape)
         transposed = isinstance(module, Conv1D)
-        if transposed and weight.nf4 is not None:  # what is quantized is never transposed
+        if transposed and weight.four_bit is not None:  # what is quantized is never transposed
             shape, transposed = shape[::-1], False
-        if weight.shape == shape and (weight.nf4 or load.info.dtype in _DTYPES):
+        if weight.shape == shape and (weight.four_bit or load.info.dtype in _DTYPES):
             found[load.info.name] = Target(name, shape[::-1] if transposed else shape, transposed)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda item: order[item[1].module]))

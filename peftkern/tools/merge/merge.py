@@ -72,7 +72,7 @@ def merge_checkpoint(
     state that allows it, a CheckpointError leaves nothing.
 
     Args:
-        checkpoint: of `read_checkpoint`, quantized=True for a base in NF4.
+        checkpoint: of `read_checkpoint`, quantized=True for a base in 4 bits.
         adapters: with a weight each, by which the update is multiplied.
         force: replace the checkpoint that `destination` holds, once the new one is complete.
         progress: called with (bytes of the base, tensor name) after each piece of work.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peftkern.formats.table import NUMBERS
+from peftkern.formats.table import FORMATS, NUMBERS
 from peftkern.tools.checkpoints.checkpoint import (
     DTYPES,
     SINGLE,
@@ -20,7 +20,7 @@ from peftkern.tools.checkpoints.checkpoint import (
 )
 from peftkern.tools.checkpoints.four_bit import FourBit
 from peftkern.tools.checkpoints.streaming import Slot, layout, read_header
-from peftkern.tools.checkpoints.weights import FLOATS, Weight
+from peftkern.tools.checkpoints.weights import Weight, main_dtype
 from peftkern.tools.merge.arithmetic import in_panels
 from peftkern.tools.merge.edits import Edit
 from peftkern.tools.merge.embeddings import Untied
@@ -39,13 +39,16 @@ class Options:
     out: "keep", every tensor as it is stored; "bf16", "fp16", "fp32"; a row of
     `peftkern.formats.table`. residual: rank of an adapter for what 4 bits lose, 0 for none.
     as_trained: that row in which the base was when the adapter was trained, "" if it was as it is.
-    changed_base: as for `match_adapters`.
+    changed_base: as for `match_adapters`. blocksize: of such an output, None for the usual one.
+    trained_experts: whether fused experts were in NF4, too, when the adapter was trained.
     """
 
     out: str = "keep"
     residual: int = 0
     as_trained: str = ""
     changed_base: bool = False
+    blocksize: int | None = None
+    trained_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.out not in OUT:
@@ -57,16 +60,26 @@ class Options:
             )
         if self.residual < 0:
             raise CheckpointError(f"residual: expected a rank of at least 1, got {self.residual}")
+        if self.out in NUMBERS:
+            try:
+                FORMATS[NUMBERS[self.out]].chosen_blocksize(self.blocksize)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from None
+        elif self.blocksize is not None:
+            raise CheckpointError(f"blocksize: expected with out in 4 bits, got out {self.out}")
+        if self.trained_experts and self.as_trained != "nf4":
+            raise CheckpointError("trained_experts: expected with as_trained nf4")
 
     @property
     def stored(self) -> FourBit | None:
-        """4 bits of the output, as `peftkern quantize` writes them by default."""
-        return FourBit.usual(self.out, nested=True) if self.out in NUMBERS else None
+        """4 bits of the output, as `peftkern quantize` writes them."""
+        own = self.out in NUMBERS
+        return FourBit.of(self.out, self.blocksize, nested=True) if own else None
 
     @property
     def trained(self) -> FourBit | None:
         """4 bits of training, as bitsandbytes and `BlockLinearConfig` have them by default."""
-        return FourBit.usual(self.as_trained, nested=False) if self.as_trained else None
+        return FourBit.of(self.as_trained, nested=False) if self.as_trained else None
 
 
 class Quantized(NamedTuple):
@@ -77,12 +90,13 @@ class Quantized(NamedTuple):
     trained: Choice = Choice({})
     config: Mapping[str, Any] | None = None
 
-    def rounded(self) -> dict[str, bool]:
+    def rounded(self, four_bit: FourBit | None) -> dict[str, bool]:
         """Return the tensors that were in 4 bits, True for those that were transposed for it."""
-        turned = dict(self.trained.linear)
+        rounded = dict(self.trained.linear)
         for stack in self.trained.stacks.values():
-            turned |= dict.fromkeys(stack.sources, stack.transposed != stack.turned)
-        return turned
+            turned = stack.turned and four_bit.format != "nf4"  # whose blocks take rows as they are
+            rounded |= dict.fromkeys(stack.sources, stack.transposed != turned)
+        return rounded
 
 
 @dataclass(frozen=True)
@@ -109,14 +123,14 @@ class Unit:
     @property
     def copied(self) -> bool:
         """Whether the output has the bytes of the base."""
-        same = self.four_bit == stored_as(self.weight)
+        same = self.four_bit == self.weight.four_bit
         same = same and self.slots[0].dtype is DTYPES[self.weight.info.dtype]
         return same and not self.edits and self.trained is None
 
     @property
     def streamed(self) -> bool:
         """Whether panels of rows go from file to file."""
-        dense = self.four_bit is None and self.weight.nf4 is None and self.trained is None
+        dense = self.four_bit is None and self.weight.four_bit is None and self.trained is None
         panels = all(in_panels(edit, place) for place, edit in self.edits)
         return dense and panels and len(self.weight.shape) > 1
 
@@ -174,7 +188,7 @@ def plan_files(
 ) -> list[File]:
     """Plan all files, under their names in the base and with its order of tensors; a stack of
     experts in 4 bits has the place of the first tensor that it is made of."""
-    main, rounded = main_dtype(weights), quantized.rounded()
+    main, rounded = main_dtype(weights.values()), quantized.rounded(options.trained)
     files: dict[Path, list[Unit | Experts]] = defaultdict(list)
     home: dict[str, str] = {}
     firsts = {stack.sources[0]: name for name, stack in quantized.out.stacks.items()}
@@ -212,15 +226,6 @@ def plan_files(
     return [_file(path, files[path]) for path in checkpoint.files if path in files]
 
 
-def main_dtype(weights: Mapping[str, Weight]) -> torch.dtype:
-    """Return the dtype of most of the values; others are kept on purpose, and stay."""
-    sizes: Counter[torch.dtype] = Counter()
-    for weight in weights.values():
-        if weight.dtype in FLOATS:
-            sizes[weight.dtype] += torch.Size(weight.shape).numel()
-    return sizes.most_common(1)[0][0] if sizes else torch.float32
-
-
 def _parts(
     stack: Stack, weights: Mapping[str, Weight], places: Places
 ) -> Iterator[tuple[Weight, tuple[Place, ...]]]:
@@ -247,8 +252,8 @@ def _format(
     weight: Weight, options: Options, quantized: Quantized, rounded: Mapping[str, bool]
 ) -> tuple[FourBit | None, bool, FourBit | None]:
     """Return a unit's four_bit, transposed and trained."""
-    if weight.nf4 is not None:
-        kept = stored_as(weight) if options.out in ("keep", "nf4") else None
+    if weight.four_bit is not None:
+        kept = weight.four_bit if options.out not in _DTYPE_OUT else None
         return kept, weight.transposed, None
     linear, name = quantized.out.linear, weight.name
     stored = options.stored if name in linear else None
@@ -256,22 +261,17 @@ def _format(
     return stored, linear.get(name, False) or rounded.get(name, False), trained
 
 
-def stored_as(weight: Weight) -> FourBit | None:
-    """Return the 4 bits in which the base has a weight."""
-    return None if weight.nf4 is None else FourBit("nf4", *weight.nf4)
-
-
 def _with_slots(unit: Unit, main: torch.dtype, options: Options) -> Unit:
     weight = unit.weight
     if unit.four_bit is not None:
-        if not unit.edits and unit.four_bit == stored_as(weight):
+        if not unit.edits and unit.four_bit == weight.four_bit:
             slots = tuple(Slot(i.name, DTYPES[i.dtype], i.shape) for i in weight.infos)
         else:
             shape = weight.shape[::-1] if unit.transposed else weight.shape
             slots = unit.four_bit.slots(unit.name, shape)
         return replace(unit, slots=slots)
     wanted = _DTYPE_OUT.get(options.out, weight.dtype)
-    dtype = wanted if weight.dtype is main or weight.nf4 is not None else weight.dtype
+    dtype = wanted if weight.dtype is main or weight.four_bit is not None else weight.dtype
     shape = weight.shape
     for place, edit in unit.edits:
         if edit.value is not None and _is_whole(place, weight):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from peftkern.tools.checkpoints.architecture import find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.companions import Companions, find_companions
 from peftkern.tools.checkpoints.four_bit import FourBit
-from peftkern.tools.checkpoints.weights import Weight, find_weights
+from peftkern.tools.checkpoints.weights import Weight, find_weights, main_dtype
 from peftkern.tools.merge.edits import Edit, check_shapes, match_adapters
 from peftkern.tools.merge.embeddings import Untied, change_config, untie
 from peftkern.tools.merge.placement import Places, as_parameters, find_places
@@ -28,7 +29,6 @@ from peftkern.tools.merge.plan import (
     File,
     Options,
     Quantized,
-    main_dtype,
     merged_config,
     plan_files,
 )
@@ -81,7 +81,7 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     files = plan_files(checkpoint, weights, places, edits, apart, options, quantized)
     if options.residual:
         _check_residual(files, places, shapes)
-    config = merged_config(config, main_dtype(weights), options, quantized.config)
+    config = merged_config(config, main_dtype(weights.values()), options, quantized.config)
     companions = find_companions(checkpoint, adapters=False)
     return Plan(files, config, places, apart, companions, quantized.out.unfit)
 
@@ -101,22 +101,29 @@ def _quantized(
     checkpoint: Checkpoint, weights: Mapping[str, Weight], options: Options
 ) -> Quantized:
     """Find the weights that will be, or were, quantized, and the config for those that will."""
-    stored = any(weight.nf4 is not None for weight in weights.values())
+    stored = next((w.four_bit.format for w in weights.values() if w.four_bit is not None), None)
     if options.residual and options.out not in NUMBERS and not (stored and options.out == "keep"):
         raise CheckpointError(
             f"{checkpoint.folder}: a residual adapter, but nothing is written in 4 bits: --out nf4"
         )
-    if not stored:
+    if stored is None:
         out, config = _choice(checkpoint, options.stored)
         trained, _ = _choice(checkpoint, options.trained)
-        if options.as_trained in STATE_KEYS:
+        if options.trained_experts:
+            _check_rows(trained.stacks, weights, options.trained.blocksize)
+        elif options.as_trained in STATE_KEYS:
             trained = trained._replace(stacks={})  # which bitsandbytes leaves as they are
         return Quantized(out, trained, config)
+    if options.blocksize is not None:
+        raise CheckpointError(f"blocksize: the base is in {stored}, whose blocks stay as they are")
     if options.as_trained:
-        raise CheckpointError(f"{checkpoint.folder}: as_trained, but the base is in NF4 as it is")
-    if options.out in NUMBERS and options.out != "nf4":
         raise CheckpointError(
-            f"{checkpoint.folder}: is in NF4, which is written as nf4 or dense, got {options.out}"
+            f"{checkpoint.folder}: as_trained, but the base is in {stored} as it is"
+        )
+    if options.out in NUMBERS and options.out != stored:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is in {stored}, which is written as that or dense, got "
+            f"{options.out}"
         )
     return Quantized()
 
@@ -136,6 +143,19 @@ def _choice(
     choice, config = find_linear(checkpoint, **how)
     file_plan.plan_files(checkpoint, choice, file_plan.Options(**how))
     return choice, config
+
+
+def _check_rows(
+    stacks: Mapping[str, file_plan.Stack], weights: Mapping[str, Weight], blocksize: int
+) -> None:
+    """Raise CheckpointError for rows of an expert in a tensor of their own that share a block with
+    those of another."""
+    for name in (source for stack in stacks.values() for source in stack.sources):
+        if math.prod(weights[name].shape) % blocksize:
+            raise CheckpointError(
+                f"{name}: trained_experts: expected a multiple of {blocksize} values, got "
+                f"{list(weights[name].shape)}"
+            )
 
 
 def _check_experts(model: PreTrainedModel, quantized: Quantized, out: str) -> None:

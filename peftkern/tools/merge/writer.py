@@ -154,7 +154,7 @@ class _Writer:
         w = unit.four_bit.quantize(merged)
         self._write(unit, state(unit.name, w))
         if unit.edits:
-            same = unit.weight.nf4 is not None or _same_values(unit.trained, unit.four_bit)
+            same = unit.weight.four_bit is not None or _same_values(unit.trained, unit.four_bit)
             alone = weight if same else unit.four_bit.round(weight)
             change = measure_stored(weight, merged, dequantize(w), alone)
         rank = self.options.residual

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import peftkern
 from peftkern.integrations.transformers import BlockLinearConfig  # noqa: F401  registers itself
+from peftkern.layers import NF4Linear
 from peftkern.layers.expert_stack import stacks_of
 from peftkern.tools.adapters import read_adapter
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
@@ -215,3 +216,82 @@ def test_layers_whose_rows_are_no_whole_blocks_stay_dense(tmp_path: Path) -> Non
     adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj", "down_proj"])
     summary = assert_quantized_sums(tmp_path, base, adapter, "mxfp4")
     assert summary.plan.unfit == ("model.layers.0.mlp.down_proj",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [("gpt2", "fp4"), ("llama", "mxfp4"), ("gpt2", "nvfp4"), ("gpt2", "int4")],
+)
+def test_base_in_4_bits(tmp_path: Path, kind: str, stored: str) -> None:
+    """Dense, the sums with what is decoded; else quantized again, in the format of the base."""
+    sizes, targets = MODELS[kind]
+    model = make_model(**sizes)
+    base = save_base(tmp_path / "base", model)
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=targets)
+    convert(base, tmp_path / "stored", format=stored, double_quant=False)
+    for layer in linear_layers(model).values():
+        rounded = peftkern.dequantize(QUANTIZE[stored](as_linear(kind, layer.weight.detach())))
+        layer.weight.data = as_linear(kind, rounded)
+    decoded = save_base(tmp_path / "decoded", model)
+    expected = merged_by_peft(decoded, adapter, tmp_path / "peft")
+    merge(tmp_path / "stored", adapter, to=tmp_path / "dense", out="bf16")
+    assert_same_tensors(load_tensors(tmp_path / "dense"), expected)
+    assert "quantization_config" not in config_of(tmp_path / "dense")
+
+    summary = merge(tmp_path / "stored", adapter, to=tmp_path / "out")
+    got, before = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "stored")
+    assert got.keys() == before.keys()
+    assert config_of(tmp_path / "out") == config_of(tmp_path / "stored")
+    changed = {f"{module}.weight" for module in read_adapter(adapter).updates}
+    assert summary.changes.keys() == changed
+    for name in changed:
+        w = QUANTIZE[stored](as_linear(kind, expected[name]))
+        for key, value in w.state_dict(name.removesuffix("weight")).items():
+            assert "quant_state" in key or torch.equal(got[key], value), key
+        change, weight = summary.changes[name], as_linear(kind, load_tensors(decoded)[name])
+        update = as_linear(kind, expected[name]).double() - weight.double()
+        kept = ((peftkern.dequantize(w).double() - weight.double()) * update).sum()
+        assert change.survival == pytest.approx((kept / update.square().sum()).item(), rel=1e-2)
+    same = [name for name in before if not name.startswith(tuple(changed))]
+    assert same and all(torch.equal(got[name], before[name]) for name in same)
+    load(tmp_path / "out")
+
+
+def test_blocks_of_another_size(tmp_path: Path) -> None:
+    model = make_model(num_hidden_layers=1)
+    base = save_base(tmp_path / "base", model)
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"])
+    merge(base, adapter, to=tmp_path / "out", out="int4", blocksize=32)
+    merge(base, adapter, to=tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "expected", format="int4", blocksize=32)
+    assert_same_tensors(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "expected"))
+    assert config_of(tmp_path / "out") == config_of(tmp_path / "expected")
+    for options, words in (
+        ({"out": "int4", "blocksize": 48}, "^blocksize: expected one of"),
+        ({"out": "bf16", "blocksize": 64}, "^blocksize: expected with out in 4 bits"),
+        ({"as_trained": "fp4", "trained_experts": True}, "^trained_experts: expected with"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            merge(base, adapter, to=tmp_path / "none", **options)
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_experts_that_were_in_nf4_in_training(tmp_path: Path, family: str) -> None:
+    base, adapter = mixture(tmp_path, family)
+    model = load(base)
+    peftkern.quantize_(model, double_quant=False)
+    values = {n: p.dequantize() for n, p in model.named_parameters() if n.endswith(tuple(STACKS))}
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            values[f"{name}.weight"] = peftkern.dequantize(module.quantized_weight)
+    assert len(values) == 2 + 4
+    trained = load(base)
+    trained.load_state_dict(values, strict=False)
+    save_base(tmp_path / "trained", trained)
+    expected = merged_by_peft(tmp_path / "trained", adapter, tmp_path / "peft")
+    options = {"as_trained": "nf4", "trained_experts": True}
+    merge(base, adapter, to=tmp_path / "out", **options)
+    assert_same_tensors(load_tensors(tmp_path / "out"), expected)
+    convert(tmp_path / "peft", tmp_path / "quantized")
+    merge(base, adapter, to=tmp_path / "again", out="nf4", **options)
+    assert_same_tensors(load_tensors(tmp_path / "again"), load_tensors(tmp_path / "quantized"))

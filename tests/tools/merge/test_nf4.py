@@ -214,7 +214,7 @@ def test_force_removes_the_adapters_of_the_checkpoint_before(tmp_path: Path) -> 
     [
         ({"residual": 4}, False, "nothing is written in 4 bits"),
         ({"residual": 4, "out": "bf16"}, True, "nothing is written in 4 bits"),
-        ({"as_trained": "nf4"}, True, "the base is in NF4 as it is"),
+        ({"as_trained": "nf4"}, True, "the base is in nf4 as it is"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, options, quantized, words) -> None:
