@@ -108,11 +108,10 @@ def _quantized(
         )
     if stored is None:
         out, config = _choice(checkpoint, options.stored)
-        trained, _ = _choice(checkpoint, options.trained)
+        dense = options.as_trained in STATE_KEYS and not options.trained_experts
+        trained, _ = _choice(checkpoint, options.trained, experts=not dense)
         if options.trained_experts:
             _check_rows(trained.stacks, weights, options.trained.blocksize)
-        elif options.as_trained in STATE_KEYS:
-            trained = trained._replace(stacks={})  # which bitsandbytes leaves as they are
         return Quantized(out, trained, config)
     if options.blocksize is not None:
         raise CheckpointError(f"blocksize: the base is in {stored}, whose blocks stay as they are")
@@ -129,10 +128,11 @@ def _quantized(
 
 
 def _choice(
-    checkpoint: Checkpoint, four_bit: FourBit | None
+    checkpoint: Checkpoint, four_bit: FourBit | None, *, experts: bool = True
 ) -> tuple[file_plan.Choice, Mapping[str, Any] | None]:
     """Return what `peftkern quantize` would quantize, and its config.
 
+    Args: experts, whether fused ones are, too: bitsandbytes leaves them as they are.
     Raises: CheckpointError for what it refuses.
     """
     if four_bit is None:
@@ -141,6 +141,7 @@ def _choice(
 
     how = dict(zip(("format", "blocksize", "double_quant"), four_bit, strict=True))
     choice, config = find_linear(checkpoint, **how)
+    choice = choice if experts else choice._replace(stacks={})
     file_plan.plan_files(checkpoint, choice, file_plan.Options(**how))
     return choice, config
 

@@ -215,7 +215,7 @@ def _linear_bytes(name: str, shape: tuple[int, ...], options: Options) -> int:
     try:
         return stored_bytes((NUMBERS[row.name], options.blocksize, 0, *shape))
     except ValueError as error:
-        raise CheckpointError(f"{name}: {error}; skip leaves it as it is") from None
+        raise CheckpointError(f"{name}: {error}; quantize --skip leaves it as it is") from None
 
 
 def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Options) -> Unit:
@@ -225,7 +225,7 @@ def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Option
         else mxfp4_stack.refusal(stack.shape, stack.turned)
     )
     if reason is not None:
-        raise CheckpointError(f"{name}: {reason}; skip leaves them as they are")
+        raise CheckpointError(f"{name}: {reason}; quantize --skip leaves them as they are")
     infos = tuple(checkpoint.tensors[source] for source in stack.sources)
     numel = math.prod(stack.shape)
     if sum(math.prod(info.shape) for info in infos) != numel or len({i.dtype for i in infos}) != 1:
