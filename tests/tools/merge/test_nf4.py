@@ -27,7 +27,7 @@ from peftkern.formats.nf4 import NF4Weight
 from peftkern.tools.adapters import read_adapter
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 
-GPT2 = {"family": "GPT2", "head": "LMHeadModel", "n_embd": 64, "n_layer": 1, "n_head": 4}
+GPT2 = {"family": "GPT2", "head": "LMHeadModel", "num_hidden_layers": 1}
 C = ["c_attn", "c_proj", "c_fc"]
 Q = "model.layers.0.self_attn.q_proj"
 NORM = "model.norm.weight"
