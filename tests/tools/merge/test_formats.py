@@ -295,3 +295,19 @@ def test_experts_that_were_in_nf4_in_training(tmp_path: Path, family: str) -> No
     convert(tmp_path / "peft", tmp_path / "quantized")
     merge(base, adapter, to=tmp_path / "again", out="nf4", **options)
     assert_same_tensors(load_tensors(tmp_path / "again"), load_tensors(tmp_path / "quantized"))
+
+
+def test_residual_adapter_of_another_format(tmp_path: Path) -> None:
+    model = make_model(num_hidden_layers=1)
+    base = save_base(tmp_path / "base", model)
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"])
+    merge(base, adapter, to=tmp_path / "out", out="mxfp4", residual=4)
+    merge(base, adapter, to=tmp_path / "dense")
+    sums = load_tensors(tmp_path / "dense")
+    updates = read_adapter(tmp_path / "out" / "residual_adapter").updates
+    assert updates.keys() == linear_layers(model).keys()
+    for module, update in updates.items():
+        total = sums[f"{module}.weight"]
+        lost = total.double() - peftkern.dequantize(peftkern.quantize_mxfp4(total)).double()
+        left = (lost - update.lora_B.double() @ update.lora_A.double()).norm()
+        assert left == pytest.approx(torch.linalg.svdvals(lost)[4:].norm().item(), rel=1e-3)
